@@ -1,0 +1,61 @@
+# From a clean clone, with Python 3.10+, git and make:  make demo  |  make test  |  make bench  |  make lint  |  make clean
+# Each installs what it needs into .venv, once. PYTHON=... picks the interpreter for it; ARGS=... goes to the command (make test ARGS="-k linear").
+
+PYTHON ?= python3
+ARGS :=
+VENV := .venv
+# The compile checks run on a second Triton too: kernels must stay good on the oldest release still in wide use, not only on the pinned one.
+OLD_TRITON := 3.6.0
+INSTALLED := $(VENV)/.installed
+LINTER := $(VENV)/.installed-lint
+PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check
+# Triton is published for Linux only; elsewhere the tests skip what needs it.
+ifeq ($(shell uname -s),Linux)
+OLD_TRITON_INSTALLED := $(VENV)/triton-$(OLD_TRITON)/.installed
+endif
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(VENV)/bin/fastkl demo $(ARGS)
+
+test: $(INSTALLED) $(OLD_TRITON_INSTALLED)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+bench: $(INSTALLED)
+	mkdir -p build
+	$(VENV)/bin/python -m benchmarks.static_costs --json build/static_costs.json
+	$(VENV)/bin/python -m pytest benchmarks $(ARGS)
+
+lint: $(LINTER)
+	$(VENV)/bin/ruff check . $(ARGS)
+
+# Leaves .venv alone: it takes minutes to rebuild. To start over, remove it.
+clean:
+	rm -rf build dist *.egg-info demo-run .pytest_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Order-only: the folder's time changes whenever something is installed into it.
+$(INSTALLED): setup.py constraints.txt | $(VENV)/bin/pip
+	$(PIP_INSTALL) -c constraints.txt -e '.[test,demo]'
+	@touch $@
+
+$(LINTER): constraints.txt | $(VENV)/bin/pip
+	$(PIP_INSTALL) -c constraints.txt ruff
+	@touch $@
+
+# --no-deps and a folder of its own: beside the pinned Triton, never in its place.
+$(VENV)/triton-$(OLD_TRITON)/.installed: | $(INSTALLED)
+	rm -rf $(@D)
+	$(PIP_INSTALL) --no-deps --target $(@D) triton==$(OLD_TRITON)
+	@touch $@
+
+# Checked first, because `python -m venv` without ensurepip leaves half an environment behind. venv writes pip last, so pip stands for the whole.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "PYTHON: expected Python 3.10 or newer, got '$(PYTHON)' ($$($(PYTHON) --version 2>&1)); remedy: make PYTHON=/path/to/a/newer/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "PYTHON: expected a Python with venv and ensurepip, got '$(PYTHON)' without; remedy: install them (Debian, Ubuntu: apt install python3-venv)" \
+	        "or use another interpreter: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,69 @@
+"""Where figures are written and what every file of figures says about its origin."""
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_json(path, data):
+    """Writes `data` to `path` whole or not at all: into a file beside it, which then takes its place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _finite(data):
+    """The data with NaN and the infinities, which JSON does not have, as the strings "nan", "inf" and "-inf"; float() reads them back."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def commit():
+    """The commit of the working tree, with "+changes" where it differs from it; "unknown" outside a repository."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def version(package):
+    """The installed version of a package, None where it is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def now():
+    """Date and time in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def provenance(command):
+    """What a reader needs to repeat a measurement: command, commit, date and versions."""
+    versions = {name: version(name) for name in ("torch", "triton")}
+    return {"command": command, "commit": commit(), "date": now(), "python": platform.python_version(), "versions": versions}

@@ -1,0 +1,118 @@
+"""The two custom ops under every function on logits: row statistics and their gradients, with fake, autograd and vmap rules.
+
+An op that returns a field nobody asked for returns an empty tensor in its place: the schema is one for all mixes of fields.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _rows
+from ._rows import FIELDS, SAVED
+
+
+def _wanted(fields: str) -> list[str]:
+    return fields.split(",")
+
+
+def _empty_outputs(p: Tensor, fields: str) -> list[Tensor]:
+    """One tensor per field and the saved values, uninitialised."""
+    dtype, leading = _rows.result_dtype(p), p.shape[:-1]
+    outputs = [p.new_empty(leading if name in _wanted(fields) else (0,), dtype=dtype) for name in FIELDS]
+    return [*outputs, p.new_empty((*leading, SAVED), dtype=dtype)]
+
+
+@torch.library.custom_op("fastkl::row_statistics", mutates_args=())
+def row_statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
+                   fields: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, ref_logprob, kl, ref_kl, saved): the fields named in `fields` [...], and what backward needs [..., 8]."""
+    results = _empty_outputs(p, fields)
+    if results[-1].numel():
+        outputs = {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if name in _wanted(fields)}
+        _rows.forward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), outputs,
+                      results[-1].view(-1, SAVED))
+    return tuple(results)
+
+
+@row_statistics.register_fake
+def _(p, q, tokens, mask, temperatures, temperature, fields, backend):
+    return tuple(_empty_outputs(p, fields))
+
+
+@torch.library.custom_op("fastkl::row_gradients", mutates_args=())
+def row_gradients(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, saved: Tensor,
+                  g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
+                  g_ref_kl: Tensor | None, temperature: float, wrt_p: bool, wrt_q: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """(dP, dQ): gradients of the upstream-weighted statistics, contiguous, in the logits' types; empty where not asked for."""
+    grads = _empty_gradients(p, q, wrt_p, wrt_q)
+    if p.numel():
+        upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
+                    if value is not None}
+        targets = [grad.view(-1, p.shape[-1]) if asked else None for grad, asked in zip(grads, (wrt_p, wrt_q), strict=True)]
+        _rows.backward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature),
+                       saved.reshape(-1, SAVED), upstream, *targets)
+    return grads
+
+
+def _empty_gradients(p: Tensor, q: Tensor | None, wrt_p: bool, wrt_q: bool) -> tuple[Tensor, Tensor]:
+    other = p if q is None else q
+    return p.new_empty(p.shape if wrt_p else (0,)), other.new_empty(other.shape if wrt_q else (0,))
+
+
+@row_gradients.register_fake
+def _(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt_p, wrt_q, backend):
+    return _empty_gradients(p, q, wrt_p, wrt_q)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    p, q, tokens, mask, temperatures, ctx.temperature, _, ctx.backend = inputs
+    ctx.save_for_backward(p, q, tokens, mask, temperatures, output[-1])
+    ctx.mark_non_differentiable(output[-1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, *upstream):
+    p, q, tokens, mask, temperatures, saved = ctx.saved_tensors
+    wrt_p, wrt_q = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    # What does not depend on an argument must not make its gradient be computed: log-probs of Q say nothing about P.
+    on_p = any(upstream[i] is not None for i in (0, 1, 3, 4))
+    on_q = any(upstream[i] is not None for i in (2, 3, 4))
+    if not ((wrt_p and on_p) or (wrt_q and on_q)):
+        return (None,) * 8
+    grad_p, grad_q = row_gradients(p, q, tokens, mask, temperatures, saved, *upstream[:5], ctx.temperature, wrt_p and on_p, wrt_q and on_q,
+                                   ctx.backend)
+    return grad_p if wrt_p and on_p else None, grad_q if wrt_q and on_q else None, None, None, None, None, None, None
+
+
+def _no_second_derivative(ctx, *upstream):
+    raise RuntimeError("fastkl: second derivatives are not implemented: the gradient of a KL divergence was itself differentiated "
+                       "(create_graph=True or a double backward); use fastkl.reference.row_statistics with float64 logits and autograd for that")
+
+
+row_statistics.register_autograd(_backward, setup_context=_save_for_backward)
+row_gradients.register_autograd(_no_second_derivative)
+
+
+def _batched(info, in_dims, tensors):
+    """Every tensor with the mapped dimension first; one that is not mapped is repeated without a copy."""
+    moved = []
+    for value, dim in zip(tensors, in_dims, strict=False):
+        if isinstance(value, Tensor):
+            value = value.movedim(dim, 0) if dim is not None else value.expand(info.batch_size, *value.shape)
+        moved.append(value)
+    return moved
+
+
+@row_statistics.register_vmap
+def _(info, in_dims, p, q, tokens, mask, temperatures, temperature, fields, backend):
+    tensors = _batched(info, in_dims, (p, q, tokens, mask, temperatures))
+    outputs = row_statistics(*tensors, temperature, fields, backend)
+    return outputs, tuple(0 if name in (*_wanted(fields), "saved") else None for name in (*FIELDS, "saved"))
+
+
+@row_gradients.register_vmap
+def _(info, in_dims, p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt_p, wrt_q,
+      backend):
+    tensors = _batched(info, in_dims, (p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl))
+    return row_gradients(*tensors, temperature, wrt_p, wrt_q, backend), (0 if wrt_p else None, 0 if wrt_q else None)

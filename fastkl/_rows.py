@@ -1,0 +1,153 @@
+"""Logits tensors as rows, and the row statistics of either backend: what the custom ops of _ops.py run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from . import _checks, reference
+
+FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
+SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
+# Elements of a block of rows on the reference: small enough for a processor's cache, large enough to keep torch's overhead down.
+BLOCK_ELEMENTS = 1 << 18
+
+
+def result_dtype(logits: torch.Tensor) -> torch.dtype:
+    """float64 for float64 logits (reference only), else float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def flat(value: torch.Tensor | None) -> torch.Tensor | None:
+    """A per-row tensor as a contiguous vector."""
+    return None if value is None else value.reshape(-1).contiguous()
+
+
+def flat_temperature(temperatures: torch.Tensor | None, temperature: float) -> float | torch.Tensor:
+    """The one temperature, or one per row as a contiguous vector."""
+    return temperature if temperatures is None else temperatures.reshape(-1).contiguous()
+
+
+def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+    """Fill outputs ([N] per field) and saved [N, 8] from logits of any leading shape; tokens, mask, temperature: [N] or None / float."""
+    if backend == "reference":
+        reference_forward(p, q, tokens, mask, temperature, outputs, saved)
+        return
+    from .kernels import launch
+
+    for rows, problem in problems(p, q, tokens, mask, temperature):
+        launch.forward(problem, {name: value[rows] for name, value in outputs.items()}, saved[rows])
+
+
+def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
+             grad_p: torch.Tensor | None, grad_q: torch.Tensor | None) -> None:
+    """Fill the gradients ([N, V] contiguous) from upstream gradients [N] per field."""
+    if backend == "reference":
+        reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q)
+        return
+    from .kernels import launch
+
+    for rows, problem in problems(p, q, tokens, mask, temperature):
+        launch.backward(problem, saved[rows], {name: value[rows] for name, value in upstream.items()},
+                        None if grad_p is None else grad_p[rows], None if grad_q is None else grad_q[rows])
+
+
+def _row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """Indices of the rows that count, a block at a time."""
+    vocabulary = logits.shape[-1]
+    rows = torch.arange(logits.numel() // vocabulary) if mask is None else mask.nonzero()[:, 0]
+    yield from rows.split(max(1, BLOCK_ELEMENTS // vocabulary))
+
+
+def _take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a tensor of any leading shape and strides, without a copy of the whole."""
+    if logits.dim() == 2:
+        contiguous = int(rows[-1]) - int(rows[0]) == rows.numel() - 1
+        return logits[int(rows[0]):int(rows[-1]) + 1] if contiguous else logits[rows]
+    if logits.dim() == 1:
+        return logits[None]
+    return logits[torch.unravel_index(rows, logits.shape[:-1])]
+
+
+def _some(value: torch.Tensor | float | None, rows: torch.Tensor) -> torch.Tensor | float | None:
+    return value[rows] if isinstance(value, torch.Tensor) else value
+
+
+def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
+                      temperature: float | torch.Tensor, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+    """Fill outputs ([N] per field) and saved [N, 8] from reference.row_statistics, a block of rows at a time; masked rows stay 0."""
+    for value in (*outputs.values(), saved):
+        value.zero_()
+    for rows in _row_blocks(p, mask):
+        chosen = _some(tokens, rows)
+        if chosen is not None:
+            _checks.tokens_in_range(chosen, p.shape[-1])
+        scales = _some(temperature, rows)
+        if isinstance(scales, torch.Tensor):
+            _checks.temperatures_positive(scales)
+        result = reference.row_statistics(_take(p, rows), None if q is None else _take(q, rows), chosen, scales,
+                                          entropy="entropy" in outputs, reverse="ref_kl" in outputs)
+        for name, value in outputs.items():
+            value[rows] = getattr(result, name)
+        saved[rows] = result.saved
+
+
+def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
+                       temperature: float | torch.Tensor, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
+                       grad_p: torch.Tensor | None, grad_q: torch.Tensor | None) -> None:
+    """Fill the gradients ([N, V] contiguous) from reference.row_gradients, a block of rows at a time; rows without upstream gradient stay 0."""
+    active = torch.zeros(saved.shape[0], dtype=torch.bool)
+    for value in upstream.values():
+        active |= value != 0
+    if mask is not None:
+        active &= mask
+    for grad in (grad_p, grad_q):
+        if grad is not None:
+            grad.zero_()
+    for rows in _row_blocks(p, active):
+        results = reference.row_gradients(_take(p, rows), None if q is None else _take(q, rows), _some(tokens, rows), _some(temperature, rows),
+                                          saved[rows], {name: value[rows] for name, value in upstream.items()},
+                                          wrt_p=grad_p is not None, wrt_q=grad_q is not None)
+        for grad, value in zip((grad_p, grad_q), results, strict=True):
+            if grad is not None:
+                grad[rows] = value.to(grad.dtype)
+
+
+def _merged_dims(p: torch.Tensor, q: torch.Tensor | None) -> list[tuple[int, int, int]]:
+    """The leading dimensions as (size, stride of p, stride of q), neighbours merged where both tensors allow it, size-1 ones dropped."""
+    merged: list[tuple[int, int, int]] = []
+    other = p if q is None else q
+    for size, step_p, step_q in zip(p.shape[:-1], p.stride()[:-1], other.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * step_p and merged[-1][2] == size * step_q:
+            merged[-1] = (merged[-1][0] * size, step_p, step_q)
+        else:
+            merged.append((size, step_p, step_q))
+    return merged
+
+
+def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
+                       temperature: float | torch.Tensor) -> Iterator[tuple[slice, object]]:
+    """(rows, kernels.launch.Problem): one for all rows of up to two independent strides; more are taken apart along the outer dimensions."""
+    from .kernels import launch
+
+    dims = [(1, 0, 0), (1, 0, 0), *_merged_dims(p, q)]
+    outermost, (outer, inner) = dims[:-2], dims[-2:]
+    rows = outer[0] * inner[0]
+    for number, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
+        part = slice(number * rows, (number + 1) * rows)
+        offsets = [sum(i * dim[which] for i, dim in zip(index, outermost, strict=True)) for which in (1, 2)]
+        sides = [None if side is None else launch.Rows(_starting_at(side, offset), outer[which], inner[which])
+                 for side, offset, which in ((p, offsets[0], 1), (q, offsets[1], 2))]
+        yield part, launch.Problem(sides[0], sides[1], outer[0], inner[0], p.shape[-1],
+                                   None if tokens is None else tokens[part], None if mask is None else mask[part],
+                                   1.0 if isinstance(temperature, torch.Tensor) else temperature,
+                                   temperature[part] if isinstance(temperature, torch.Tensor) else None)
+
+
+def _starting_at(logits: torch.Tensor, offset: int) -> torch.Tensor:
+    """The same storage from `offset` elements on: the kernels take a pointer and strides."""
+    return logits if offset == 0 else logits.as_strided((1,), (1,), logits.storage_offset() + offset)

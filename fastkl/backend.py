@@ -1,0 +1,103 @@
+"""Which implementation runs, and why: Triton kernels on a GPU, the plain torch reference on CPU tensors. Never a silent fallback."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+
+import torch
+
+from . import _checks
+
+BACKENDS = ("triton", "reference")
+_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_forced: str | None = None
+
+
+class use_backend:  # noqa: N801  (used like a function)
+    """Choose the implementation: `use_backend("triton")` from now on, or `with use_backend("triton"):` for a block.
+
+    name: "triton", "reference", or None for the default (Triton on a GPU, the reference on CPU tensors). The choice is one for the whole
+    process; a backward pass runs on the backend of its forward pass. With TRITON_INTERPRET=1 set before the first use, "triton" runs the
+    kernels on CPU tensors in Triton's interpreter, for debugging.
+    Raises ValueError for another name.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None:
+            _checks.choice("name", name, BACKENDS)
+        self._before = _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _forced
+        _forced = self._before
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What would run and why. str() is one readable line.
+
+    backend: "triton" or "reference"; why: the reason for the choice; problems: every reason why that backend cannot take the input (empty:
+    it can).
+    """
+
+    backend: str
+    why: str
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        verdict = "cannot run: " + "; ".join(self.problems) if self.problems else "runs"
+        return f"{self.backend} ({self.why}): {verdict}"
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def triton_problems(*logits: torch.Tensor) -> tuple[str, ...]:
+    """Every reason why the Triton kernels cannot take these logits."""
+    problems = []
+    if importlib.util.find_spec("triton") is None:
+        problems.append("triton is not installed: pip install triton")
+    if logits[0].device.type != "cuda" and not (logits[0].device.type == "cpu" and _interpreting()):
+        problems.append(f"the logits are on {logits[0].device}: move them to a GPU, or set TRITON_INTERPRET=1 before importing fastkl to "
+                        f"interpret the kernels on CPU")
+    for dtype in sorted({str(value.dtype) for value in logits if value.dtype not in _TRITON_TYPES}):
+        problems.append(f"{dtype} logits: the kernels take float32, bfloat16 and float16; use_backend('reference') takes float64")
+    for value in logits:
+        if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+            problems.append(f"logits with stride {value.stride(-1)} along the vocabulary: the kernels need 1; call .contiguous()")
+            break
+    return tuple(problems)
+
+
+def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Explanation:
+    """Which backend would take these logits, why it was chosen, and every reason why it could not run.
+
+    Example: print(fastkl.explain(logits))
+    """
+    _checks.logits("logits", logits)
+    both = (logits,) if ref_logits is None else (logits, ref_logits)
+    if _forced is not None:
+        backend, why = _forced, f"use_backend({_forced!r})"
+    elif logits.device.type == "cuda":
+        backend, why = "triton", "the logits are on a GPU"
+    else:
+        backend, why = "reference", f"the logits are on {logits.device.type}"
+    return Explanation(backend, why, triton_problems(*both) if backend == "triton" else ())
+
+
+def select(*logits: torch.Tensor) -> str:
+    """The backend for these logits; RuntimeError with every reason if it cannot take them."""
+    backend = _forced or ("triton" if logits[0].device.type == "cuda" else "reference")
+    if backend == "triton":
+        problems = triton_problems(*logits)
+        if problems:
+            raise RuntimeError("fastkl: the triton backend cannot take this input: " + "; ".join(problems))
+    return backend

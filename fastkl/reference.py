@@ -1,0 +1,179 @@
+"""The definition: every statistic of a row and every gradient once, in plain torch, in the form that keeps its digits near KL = 0.
+
+With x, y the logits of P and Q divided by the temperature and any centre c,
+    d = (y - x) - c,   t = E_p[expm1(d)],   KL(P‖Q) = E_p[expm1(d) - d] - (t - log1p(t)),   lse(y) - lse(x) = c + log1p(t).
+The textbook form Σ p·(log p - log q) is the difference of two large sums where P and Q are close; here every term is as small as the result.
+Conventions for infinities: an entry with p = 0 adds nothing to an expectation under P, one with p > 0 = q makes KL(P‖Q) infinite; a NaN
+poisons its own row and no other.
+
+On CPU tensors this is also what users run (fastkl.use_backend tells): `row_statistics` and `row_gradients` take a few rows at a time from above.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+SAVED = 8
+# Whole multiples of this leave both logits before they are subtracted, so that a constant shift between them costs no digits.
+CENTRE_GRID = 16.0
+_SMALL_D = 0.25
+
+
+class RowStatistics(NamedTuple):
+    """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 8].
+
+    saved: largest logit of P, log Σ exp((x - largest)/T), centre_hi, centre_lo, log_ratio, kl, ref_kl, entropy; the centre is
+    c = centre_hi/T + centre_lo, and log_ratio = log1p(t) completes lse(y) - lse(x).
+    """
+
+    logprob: torch.Tensor | None
+    entropy: torch.Tensor | None
+    ref_logprob: torch.Tensor | None
+    kl: torch.Tensor | None
+    ref_kl: torch.Tensor | None
+    saved: torch.Tensor
+
+
+def expm1_minus(d: torch.Tensor) -> torch.Tensor:
+    """expm1(d) - d, accurate relative to itself, also for tiny d."""
+    terms = 14 if d.dtype == torch.float64 else 8
+    series = torch.full_like(d, 1.0 / math.factorial(terms))
+    for k in range(terms - 1, 1, -1):
+        series.mul_(d).add_(1.0 / math.factorial(k))
+    series.mul_(d).mul_(d)
+    return torch.where(d.abs() < _SMALL_D, series, torch.expm1(d) - d)
+
+
+def minus_log1p(t: torch.Tensor) -> torch.Tensor:
+    """t - log1p(t), accurate relative to itself."""
+    terms = 24 if t.dtype == torch.float64 else 10
+    series = torch.full_like(t, 1.0 / terms)
+    for k in range(terms - 1, 1, -1):
+        series = 1.0 / k - t * series
+    return torch.where(t.abs() < 0.125, t * t * series, t - torch.log1p(t))
+
+
+def _log_partition(logits: torch.Tensor, scale: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(largest logit, log Σ exp((logits - largest)·scale)), [N, 1] each."""
+    largest = logits.amax(-1, keepdim=True)
+    return largest, ((logits - largest) * scale).exp_().sum(-1, keepdim=True).log_()
+
+
+def _gather(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return logits.gather(-1, tokens[:, None])
+
+
+def _centre(x_max, x_log_sum, y_max, y_log_sum, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """(centre_hi, centre_lo): lse(y) - lse(x) as a multiple of CENTRE_GRID in units of the logits, and the rest in nats."""
+    ratio = y_log_sum - x_log_sum
+    shift = (y_max - x_max) + ratio / scale
+    high = (shift / CENTRE_GRID).round_() * CENTRE_GRID
+    high = torch.where(high.isfinite(), high, 0.0)
+    return high, ((y_max - high) - x_max) * scale + ratio
+
+
+def _difference(x, y, scale, high, low) -> torch.Tensor:
+    """d = (y - x)·scale - centre; an entry that is -inf in both has d = 0, since it takes part in nothing."""
+    d = ((y - high) - x).mul_(scale).sub_(low)
+    return torch.where((x == -math.inf) & (y == -math.inf), 0.0, d)
+
+
+def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None, tokens: torch.Tensor | None = None,
+                   temperature: torch.Tensor | float = 1.0, *, entropy: bool = True, reverse: bool = True) -> RowStatistics:
+    """Statistics of each row of p_logits [N, V], and of each pair of rows with q_logits [N, V].
+
+    Equivalent, in exact arithmetic, to
+        log_p = (p_logits / T).log_softmax(-1);  log_q = (q_logits / T).log_softmax(-1)
+        logprob = log_p[n, tokens];  ref_logprob = log_q[n, tokens];  entropy = -(log_p.exp() * log_p).sum(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1);  ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    with 0·(±inf) = 0. temperature: float or [N]. Computed and returned in float64 for float64 logits, else in float32; nats.
+    """
+    dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
+    x = p_logits.to(dtype)
+    scale = 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.to(dtype))[:, None]
+    x_max, x_log_sum = _log_partition(x, scale)
+    zero = torch.zeros_like(x_max)
+    log_p = ((x - x_max) * scale).sub_(x_log_sum)
+    p = log_p.exp()
+    row_entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
+    logprob = _gather(log_p, tokens) if tokens is not None else None
+    if q_logits is None:
+        saved = torch.cat([x_max, x_log_sum, zero, zero, zero, zero, zero, row_entropy], -1)
+        return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, None, None, None, saved)
+
+    y = q_logits.to(dtype)
+    y_max, y_log_sum = _log_partition(y, scale)
+    high, low = _centre(x_max, x_log_sum, y_max, y_log_sum, scale)
+    d = _difference(x, y, scale, high, low)
+    q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
+    # Beyond |d| = 1/4 the sums use q itself: p·e^d would overflow or vanish where p does.
+    small = d.abs() < _SMALL_D
+    pd = torch.where(p == 0, 0.0, p * d)
+    h = torch.where(small, p * expm1_minus(d), (q - p) - pd)
+    rise = torch.where(small, pd + h, q - p)
+    t = rise.sum(-1, keepdim=True)
+    kl = (h.sum(-1, keepdim=True) - minus_log1p(t)).clamp(min=0.0)
+    ref_kl = zero
+    if reverse:
+        backward_terms = torch.where(small, d * rise - h, torch.where(q == 0, 0.0, q * d) - (q - p))
+        ref_kl = (backward_terms.sum(-1, keepdim=True) / (1.0 + t) - minus_log1p(-t / (1.0 + t))).clamp(min=0.0)
+    saved = torch.cat([x_max, x_log_sum, high, low, torch.log1p(t), kl, ref_kl, row_entropy], -1)
+    ref_logprob = _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
+    return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, _column(ref_logprob), _column(kl),
+                         _column(ref_kl) if reverse else None, saved)
+
+
+def _column(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value[:, 0]
+
+
+def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens: torch.Tensor | None, temperature: torch.Tensor | float,
+                  saved: torch.Tensor, upstream: dict[str, torch.Tensor], *, wrt_p: bool,
+                  wrt_q: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of Σ_n Σ_field upstream[field][n] · field[n] with respect to p_logits and q_logits, [N, V] each in float32 or float64.
+
+    With s = 1/T, d = log q - log p and g the upstream gradients (a field without one counts as 0):
+        dP = s·(g_logprob·onehot + p·(-g_logprob - g_entropy·(log p + entropy) - g_kl·(d + kl)) - g_ref_kl·(q - p))
+        dQ = s·(g_ref_logprob·onehot + q·(-g_ref_logprob + g_ref_kl·(d - ref_kl)) + g_kl·(q - p))
+    An entry with probability 0 has gradient exactly 0.
+    """
+    dtype = saved.dtype
+    x = p_logits.to(dtype)
+    scale = 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.to(dtype))[:, None]
+    x_max, x_log_sum, high, low, log_ratio, kl, ref_kl, entropy = saved[:, :, None].unbind(1)
+    g = {name: value.to(dtype)[:, None] for name, value in upstream.items()}
+    log_p = ((x - x_max) * scale).sub_(x_log_sum)
+    p = log_p.exp()
+    with_q = q_logits is not None and bool({"kl", "ref_kl", "ref_logprob"} & set(g))
+    if with_q:
+        d = _difference(x, q_logits.to(dtype), scale, high, low) - log_ratio
+        # q from its own logits: p·e^d says nothing where p is 0.
+        q = (((q_logits.to(dtype) - high) - x_max).mul_(scale) - ((x_log_sum + low) + log_ratio)).exp_()
+        rise = torch.where(d.abs() < _SMALL_D, p * torch.expm1(d), q - p)
+    grad_p = grad_q = None
+    if wrt_p:
+        bracket = torch.zeros_like(p)
+        if "logprob" in g:
+            bracket -= g["logprob"]
+        if "entropy" in g:
+            bracket -= g["entropy"] * (log_p + entropy)
+        if "kl" in g:
+            bracket -= g["kl"] * (d + kl)
+        grad_p = torch.where(p == 0, 0.0, p * bracket)
+        if "ref_kl" in g:
+            grad_p -= g["ref_kl"] * rise
+        if "logprob" in g:
+            grad_p.scatter_add_(-1, tokens[:, None], g["logprob"])
+        grad_p *= scale
+    if wrt_q:
+        grad_q = g["kl"] * rise if "kl" in g else torch.zeros_like(p)
+        if "ref_logprob" in g:
+            grad_q -= g["ref_logprob"] * q
+            grad_q.scatter_add_(-1, tokens[:, None], g["ref_logprob"])
+        if "ref_kl" in g:
+            grad_q += g["ref_kl"] * torch.where(q == 0, 0.0, q * (d - ref_kl))
+        grad_q *= scale
+    return grad_p, grad_q

@@ -1,0 +1,91 @@
+"""Statistics of sampled tokens: log-probabilities, entropy and KL of a policy and its reference from one read of their logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import _checks, backend
+from ._ops import row_statistics
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics, [...] float32 in nats.
+
+    logprob: log π(token). entropy: H(π). ref_logprob: log π_ref(token). kl: KL(π‖π_ref). ref_kl: KL(π_ref‖π). The last three are None without
+    ref_logits. A field that depends on no argument requiring gradient has requires_grad False.
+    """
+
+    logprob: torch.Tensor
+    entropy: torch.Tensor
+    ref_logprob: torch.Tensor | None
+    kl: torch.Tensor | None
+    ref_kl: torch.Tensor | None
+
+
+def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Tensor | None = None, *,
+                temperature: float | torch.Tensor = 1.0, mask: torch.Tensor | None = None) -> TokenStats:
+    """All that a policy-gradient step needs of each token, from one read of each logits tensor.
+
+    Equivalent to
+
+        log_p = (logits.float() / temperature).log_softmax(-1)
+        log_q = (ref_logits.float() / temperature).log_softmax(-1)
+        logprob = log_p.gather(-1, tokens[..., None])[..., 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        ref_logprob = log_q.gather(-1, tokens[..., None])[..., 0]
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    each 0 where the mask is False, with the digits of a small KL kept, and 32 bytes per row held for backward.
+
+    Args:
+        logits, ref_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference backend), any strides with a unit stride along V.
+        tokens: integer ids [...]. Where the mask is False any value is allowed (-100 included). Elsewhere an id outside 0 … V-1 is an error on
+            the reference backend; on a GPU, where looking would cost a synchronisation, it reads nothing and makes logprob and ref_logprob NaN.
+        temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
+        mask: bool [...], True where the token counts.
+
+    Returns:
+        TokenStats of [...] float32 (float64 for float64 logits) tensors, nats.
+
+    Gradient:
+        Of every field to logits and ref_logits where they require it, all in one backward kernel. No second derivative.
+
+    Special values, Raises: as kl_divergence.
+    """
+    _checks.logits("logits", logits)
+    leading = logits.shape[:-1]
+    _checks.tokens(tokens, leading, logits.device)
+    if ref_logits is not None:
+        _checks.logits("ref_logits", ref_logits)
+        _checks.same_shape("ref_logits", ref_logits, "logits", logits)
+    _checks.temperature(temperature, leading, logits.device)
+    _checks.mask(mask, leading, logits.device)
+    per_row = isinstance(temperature, torch.Tensor)
+    chosen = backend.select(logits) if ref_logits is None else backend.select(logits, ref_logits)
+    fields = "logprob,entropy" if ref_logits is None else "logprob,entropy,ref_logprob,kl,ref_kl"
+    values = row_statistics(logits, ref_logits, tokens.long(), mask, temperature if per_row else None,
+                            1.0 if per_row else float(temperature), fields, chosen)
+    logprob, entropy = (value if logits.requires_grad else value.detach() for value in values[:2])
+    if ref_logits is None:
+        return TokenStats(logprob, entropy, None, None, None)
+    return TokenStats(logprob, entropy, values[2] if ref_logits.requires_grad else values[2].detach(), values[3], values[4])
+
+
+def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """log_softmax(logits)[..., index] without the log-softmax tensor: a drop-in for the function of that name in trainers.
+
+    Equivalent to logits.float().log_softmax(-1).gather(-1, index[..., None])[..., 0].
+
+    Args:
+        logits: [..., V], as in token_stats. index: integer ids [...].
+    Returns:
+        [...] float32 (float64 for float64 logits), nats. Gradient to logits.
+    Raises:
+        As token_stats.
+    """
+    _checks.logits("logits", logits)
+    _checks.tokens(index, logits.shape[:-1], logits.device)
+    return row_statistics(logits, None, index.long(), None, None, 1.0, "logprob", backend.select(logits))[0]

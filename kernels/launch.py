@@ -1,0 +1,146 @@
+"""Launchers: allocate, choose a configuration, launch. Arguments were checked and shapes settled above."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import config
+from .row_backward import row_backward
+from .row_finish import row_finish
+from .row_forward import row_forward
+
+# Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler fuses; Triton's own default varies by version.
+OPTIONS = {"enable_fp_fusion": False}
+SAVED = 8  # float32 values per row that backward needs
+
+
+class Rows(NamedTuple):
+    """A logits tensor as rows: [outer, inner, V] by two strides (in elements), whatever its leading shape was."""
+
+    tensor: torch.Tensor
+    stride_outer: int
+    stride_inner: int
+
+    @property
+    def misaligned(self) -> int:
+        """Elements between a 16-byte boundary and the first element."""
+        return self.tensor.data_ptr() // self.tensor.element_size() % self.lanes
+
+    @property
+    def lanes(self) -> int:
+        """Elements of a 16-byte block."""
+        return 16 // self.tensor.element_size()
+
+    def same_blocks(self, other: Rows, inner: int, outer: int) -> bool:
+        """Whether every row of both starts at the same distance from a 16-byte boundary."""
+        return (self.tensor.element_size() == other.tensor.element_size()
+                and self.misaligned == other.misaligned
+                and (inner == 1 or (self.stride_inner - other.stride_inner) % self.lanes == 0)
+                and (outer == 1 or (self.stride_outer - other.stride_outer) % self.lanes == 0))
+
+    def aligned(self, inner: int, outer: int) -> bool:
+        """Whether every row starts on a 16-byte boundary."""
+        return (self.misaligned == 0 and (inner == 1 or self.stride_inner % self.lanes == 0)
+                and (outer == 1 or self.stride_outer % self.lanes == 0))
+
+
+class Problem(NamedTuple):
+    """N = outer · inner rows of length V; what is None does not take part. Vectors are [N] and contiguous."""
+
+    p: Rows
+    q: Rows | None
+    outer: int
+    inner: int
+    vocabulary: int
+    tokens: torch.Tensor | None
+    mask: torch.Tensor | None
+    temperature: float
+    temperatures: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.outer * self.inner
+
+
+def architecture(device: torch.device) -> tuple[str, int]:
+    """The configuration table's name of a device and its threads per warp."""
+    if device.type != "cuda":
+        return "interpreter", 32
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0], 64
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}", 32
+
+
+def _choose(problem: Problem, direction: str) -> tuple[config.RowConfig, int]:
+    arch, warp = architecture(problem.p.tensor.device)
+    chosen = config.select(direction, arch, problem.p.tensor.element_size(), problem.vocabulary)
+    return chosen, max(1, chosen.threads // warp)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _common(problem: Problem) -> dict:
+    """The arguments that all three kernels share."""
+    p, q = problem.p, problem.q or problem.p
+    return dict(
+        p_ptr=p.tensor, q_ptr=q.tensor,
+        mask_ptr=p.tensor if problem.mask is None else problem.mask,
+        temperature_ptr=p.tensor if problem.temperatures is None else problem.temperatures,
+        temperature=float(problem.temperature), n_inner=problem.inner,
+        stride_p_outer=p.stride_outer, stride_p_inner=p.stride_inner, stride_q_outer=q.stride_outer, stride_q_inner=q.stride_inner,
+        V=problem.vocabulary, HAS_MASK=problem.mask is not None, TEMPERATURE_PER_ROW=problem.temperatures is not None,
+    )
+
+
+def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+    """Fill `saved` [N, 8] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each)."""
+    p, q = problem.p, problem.q
+    chosen, num_warps = _choose(problem, "forward")
+    splits = max(1, math.ceil(problem.vocabulary / chosen.segment))
+    state = torch.empty(problem.rows * splits * 8, dtype=torch.float32, device=p.tensor.device)
+    shared = _common(problem)
+    fields = dict(WITH_ENTROPY="entropy" in outputs, WITH_KL=q is not None, WITH_REVERSE="ref_kl" in outputs)
+    aligned = p.aligned(problem.inner, problem.outer)
+    with _on(p.tensor.device):
+        row_forward[(problem.rows * splits,)](
+            **shared, **fields, state_ptr=state, misaligned=p.misaligned, splits=splits,
+            SEGMENT=chosen.segment, THREADS=chosen.threads, LANES=p.lanes, GROUPS=chosen.groups,
+            REALIGN=not aligned, Q_IN_BLOCKS=q is None or p.same_blocks(q, problem.inner, problem.outer),
+            num_warps=num_warps, **OPTIONS)
+        row_finish[(problem.rows,)](
+            **shared, **fields, state_ptr=state, saved_ptr=saved,
+            tokens_ptr=saved if problem.tokens is None else problem.tokens,
+            **{f"{name}_ptr": outputs.get(name, saved) for name in ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")},
+            splits=splits, SPLITS=triton.next_power_of_2(splits), BLOCK=min(2048, max(128, triton.next_power_of_2(problem.vocabulary))),
+            HAS_TOKENS=problem.tokens is not None, num_warps=4, **OPTIONS)
+
+
+def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
+             grad_q: torch.Tensor | None) -> None:
+    """Fill the gradients ([N, V] contiguous, in the logits' types) from upstream gradients [N] per field. They may be the logits themselves."""
+    p, q = problem.p, problem.q
+    names = [name for name in ("logprob", "entropy", "ref_logprob", "kl", "ref_kl") if name in upstream]
+    stacked = torch.stack([upstream[name].to(torch.float32) for name in names]) if len(names) > 1 else upstream[names[0]].float().contiguous()
+    chosen, num_warps = _choose(problem, "backward")
+    grads = [Rows(grad, problem.inner * problem.vocabulary, problem.vocabulary) for grad in (grad_p, grad_q) if grad is not None]
+    # A row that starts in the middle of a block covers one more.
+    chunks = math.ceil((problem.vocabulary + p.lanes - 1) / chosen.segment)
+    with _on(p.tensor.device):
+        row_backward[(problem.rows * chunks,)](
+            **_common(problem), saved_ptr=saved, upstream_ptr=stacked, n_rows=problem.rows, chunks=chunks, misaligned=p.misaligned,
+            grad_p_ptr=p.tensor if grad_p is None else grad_p, grad_q_ptr=p.tensor if grad_q is None else grad_q,
+            tokens_ptr=saved if problem.tokens is None else problem.tokens,
+            CHUNK=chosen.segment, THREADS=chosen.threads, LANES=p.lanes, GROUPS=chosen.groups,
+            **{name.upper(): names.index(name) if name in names else -1 for name in ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")},
+            WRT_P=grad_p is not None, WRT_Q=grad_q is not None,
+            Q_IN_BLOCKS=q is None or p.same_blocks(q, problem.inner, problem.outer),
+            GRAD_IN_BLOCKS=all(p.same_blocks(grad, problem.inner, problem.outer) for grad in grads),
+            num_warps=num_warps, **OPTIONS)

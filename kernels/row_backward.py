@@ -1,0 +1,232 @@
+"""Backward: one read of the logits, one write of each gradient, for any mix of upstream gradients."""
+
+import triton
+import triton.language as tl
+
+from .row_load import row_offset, row_pad
+from .row_math import LN2, LOG2E, SMALL_D, expm1_over_square
+
+
+@triton.jit
+def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
+    """The upstream gradient of one field; 0 for a field without one."""
+    if FIELD >= 0:
+        return tl.load(upstream_ptr + FIELD * n_rows + row)
+    else:
+        return 0.0
+
+
+@triton.jit
+def split_sum(a, b):
+    """a + b as a rounded sum and what the rounding lost (Knuth)."""
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+@triton.jit
+def load_saved(saved_ptr):
+    """What row_finish saved, with log-partition functions in base 2 as a rounded part for the exponent and a factor for what it lost."""
+    origin = tl.load(saved_ptr)
+    log2_S = tl.load(saved_ptr + 1)
+    centre_hi = tl.load(saved_ptr + 2)
+    centre_lo = tl.load(saved_ptr + 3)
+    log_ratio = tl.load(saved_ptr + 4)
+    lse_p, lost_p = split_sum(origin, log2_S)
+    centre2 = centre_lo * LOG2E
+    lse_q, lost_q = split_sum(lse_p, centre2)
+    lost_q += lost_p + tl.fma(centre_lo, LOG2E, -centre2) + log_ratio * LOG2E
+    kl = tl.load(saved_ptr + 5)
+    ref_kl = tl.load(saved_ptr + 6)
+    entropy = tl.load(saved_ptr + 7)
+    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), centre_hi, centre_lo, log_ratio, kl, ref_kl, entropy - lost_p * LN2)
+
+
+@triton.jit
+def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr,
+                    REF_KL: tl.constexpr, WRT_P: tl.constexpr, WRT_Q: tl.constexpr, EXACT: tl.constexpr):
+    """Gradients of the weighted statistics with respect to one logit of each tensor, without the sampled token's own 1.
+
+    With g the upstream gradients, s = 1/T and d = log q - log p:
+        dx = s·(p·(-g_kl·(d + kl) - g_entropy·(log p + entropy) - g_logprob) - g_ref_kl·(q - p))
+        dy = s·(g_kl·(q - p) + q·(g_ref_kl·(d - ref_kl) - g_ref_logprob))
+    """
+    lse_p, factor_p, lse_q, factor_q, centre_hi, centre_lo, log_ratio, kl, ref_kl, entropy = saved
+    g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl = upstream
+    # p and q stay without their factors, which join the row's constants: one multiplication less per entry.
+    log2_p = tl.fma(x, scale * LOG2E, -lse_p)
+    p = tl.exp2(log2_p)
+    d = x
+    q = x
+    rise = x
+    if KL or REF_KL:
+        if EXACT:
+            d = tl.fma((y - centre_hi) - x, scale, -centre_lo) - log_ratio
+        else:
+            d = tl.fma(y - x, scale, -(centre_lo + log_ratio))
+    if (WRT_P and REF_KL) or WRT_Q:
+        q = tl.exp2(tl.fma(y - centre_hi if EXACT else y, scale * LOG2E, -lse_q))
+        true_p = p * factor_p
+        rise = tl.fma(q, factor_q, -true_p)
+        if EXACT and (KL or REF_KL):
+            # The difference of two rounded probabilities loses the digits of a small d.
+            rise = tl.where(tl.abs(d) < SMALL_D, true_p * tl.fma(d * d, expm1_over_square(d), d), rise)
+    grad_x = x
+    grad_y = x
+    if WRT_P:
+        weight = scale * factor_p
+        bracket = -weight * (g_logprob + g_kl * kl + g_entropy * entropy)
+        if ENTROPY:
+            bracket = tl.fma(log2_p, weight * (-LN2) * g_entropy, bracket)
+        if KL:
+            bracket = tl.fma(d, -weight * g_kl, bracket)
+        grad_x = p * bracket
+        if ENTROPY or KL:
+            # An entry without probability has no gradient, also where its logarithm is infinite.
+            grad_x = tl.where(p == 0.0, 0.0, grad_x)
+        if REF_KL:
+            grad_x = tl.fma(rise, -scale * g_ref_kl, grad_x)
+    if WRT_Q:
+        if REF_LOGPROB or REF_KL:
+            weight = scale * factor_q
+            bracket = -weight * (g_ref_logprob + g_ref_kl * ref_kl)
+            if REF_KL:
+                bracket = tl.fma(d, weight * g_ref_kl, bracket)
+            grad_y = tl.where(q == 0.0, 0.0, q * bracket)
+            if KL:
+                grad_y = tl.fma(rise, scale * g_kl, grad_y)
+        else:
+            grad_y = rise * (scale * g_kl)
+    return grad_x, grad_y
+
+
+@triton.jit
+def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V, scale, saved, upstream, active, THREADS: tl.constexpr,
+               LANES: tl.constexpr, GROUPS: tl.constexpr, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr,
+               REF_KL: tl.constexpr, WRT_P: tl.constexpr, WRT_Q: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, GRAD_IN_BLOCKS: tl.constexpr,
+               EDGE: tl.constexpr):
+    """The gradients of GROUPS aligned blocks per thread; all loads come first, so that no store delays them. Not active: zeros, unread."""
+    EXACT: tl.constexpr = p_block.dtype.element_ty == tl.float32 or q_block.dtype.element_ty == tl.float32
+    xs = ()
+    ys = ()
+    thread = tl.arange(0, THREADS)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    for g in tl.static_range(GROUPS):
+        offs = (first_group + g * THREADS + thread) * LANES + lane
+        if EDGE:
+            inside = (offs >= pad) & (offs < V + pad) & active
+            xs += (tl.load(p_block + offs, mask=inside, other=0.0).to(tl.float32),)
+            ys += (tl.load(q_block + offs, mask=inside, other=0.0).to(tl.float32),)
+        else:
+            xs += (tl.load(p_block + offs).to(tl.float32),)
+            ys += (tl.load(q_block + offs).to(tl.float32),)
+    for g in tl.static_range(GROUPS):
+        offs = (first_group + g * THREADS + thread) * LANES + lane
+        grad_x, grad_y = entry_gradients(xs[g], ys[g], scale, saved, upstream, ENTROPY, REF_LOGPROB, KL, REF_KL, WRT_P, WRT_Q, EXACT)
+        if EDGE:
+            inside = (offs >= pad) & (offs < V + pad)
+            if WRT_P:
+                tl.store(grad_p_block + offs, tl.where(active, grad_x, 0.0), mask=inside)
+            if WRT_Q:
+                tl.store(grad_q_block + offs, tl.where(active, grad_y, 0.0), mask=inside)
+        else:
+            if WRT_P:
+                tl.store(grad_p_block + offs, grad_x)
+            if WRT_Q:
+                tl.store(grad_q_block + offs, grad_y)
+
+
+# Row counts, strides and lengths vary from step to step: none of them may cause a recompile.
+@triton.jit(do_not_specialize=[
+    "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
+    "misaligned", "V", "chunks", "n_rows"])
+def row_backward(
+    p_ptr, q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
+    grad_p_ptr, grad_q_ptr,  # [N, V] contiguous, may be the logits themselves; any pointer where not asked for
+    tokens_ptr,  # [N] int64; any pointer without upstream gradients of log-probs
+    saved_ptr,  # [N, 8] float32, written by row_finish
+    upstream_ptr,  # [fields, N] float32: the upstream gradients that are there
+    mask_ptr, temperature_ptr,  # as in row_forward
+    temperature, n_rows, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
+    misaligned,  # elements between a 16-byte boundary and p_ptr
+    V, chunks,
+    CHUNK: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+    LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr, REF_KL: tl.constexpr,  # upstream row; -1: none
+    WRT_P: tl.constexpr, WRT_Q: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
+    Q_IN_BLOCKS: tl.constexpr, GRAD_IN_BLOCKS: tl.constexpr,
+):
+    """Gradients of one chunk of one row with respect to either or both logits.
+
+    Math:   entry_gradients; reference.row_gradients is the definition.
+    Grid:   (N · chunks,), a row's chunks next to each other.
+    Reads:  N·V of p where p takes part, N·V of q where q does; 32 bytes and the upstream gradients per row. Nothing of V in a masked row or in
+            one whose upstream gradients are all 0.
+    Writes: N·V of each gradient asked for; exact zeros in those rows.
+    Saves:  nothing.
+    Special values: an entry with probability 0 has gradient exactly 0; a row with a NaN or with an infinite KL has gradients that are not finite.
+    """
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    first = (tl.program_id(0) % chunks) * CHUNK
+    upstream = (upstream_of(upstream_ptr, row, n_rows, LOGPROB), upstream_of(upstream_ptr, row, n_rows, ENTROPY),
+                upstream_of(upstream_ptr, row, n_rows, REF_LOGPROB), upstream_of(upstream_ptr, row, n_rows, KL),
+                upstream_of(upstream_ptr, row, n_rows, REF_KL))
+    g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl = upstream
+    active = (g_logprob != 0.0) | (g_entropy != 0.0) | (g_ref_logprob != 0.0) | (g_kl != 0.0) | (g_ref_kl != 0.0)
+    if HAS_MASK:
+        active = active & (tl.load(mask_ptr + row) != 0)
+    if TEMPERATURE_PER_ROW:
+        scale = 1.0 / tl.load(temperature_ptr + row).to(tl.float32)
+    else:
+        scale = 1.0 / tl.cast(temperature, tl.float32)
+    saved = load_saved(saved_ptr + row * 8)
+    offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
+    p_row = p_ptr + offset_p
+    q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
+    grad_p_row = grad_p_ptr + row * V
+    grad_q_row = grad_q_ptr + row * V
+    pad = row_pad(offset_p, misaligned, LANES)
+    # Hints stand where the pointers are made: a hint on a function's argument is lost when it is inlined.
+    p_block = tl.multiple_of(p_row - pad, 16)
+    q_block = q_row - pad
+    if Q_IN_BLOCKS:
+        q_block = tl.multiple_of(q_block, 16)
+    grad_p_block = grad_p_row - pad
+    grad_q_block = grad_q_row - pad
+    if GRAD_IN_BLOCKS:
+        grad_p_block = tl.multiple_of(grad_p_block, 16)
+        grad_q_block = tl.multiple_of(grad_q_block, 16)
+
+    # The sampled token's entry has a 1 of its own. Its logits are read before anything is written, its gradient is written last.
+    HAS_TOKEN: tl.constexpr = (WRT_P and LOGPROB >= 0) or (WRT_Q and REF_LOGPROB >= 0)
+    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32
+    if HAS_TOKEN:
+        token = tl.load(tokens_ptr + row)
+        token_here = active & (token >= 0) & (token < V) & (token + pad >= first) & (token + pad < first + CHUNK)
+        token_x = tl.load(p_row + token, mask=token_here, other=0.0).to(tl.float32)
+        token_y = tl.load(q_row + token, mask=token_here, other=0.0).to(tl.float32)
+
+    TILE_GROUPS: tl.constexpr = THREADS * GROUPS
+    begin = first // LANES
+    end = tl.minimum(first + CHUNK, V + pad)
+    full_end = begin + tl.maximum(end - first, 0) // (TILE_GROUPS * LANES) * TILE_GROUPS
+    # Tiles that start before the row (its first, behind a pad) or need only zeros take the masked path; the others none.
+    full_begin = tl.where((first == 0) & (pad > 0), tl.minimum(begin + TILE_GROUPS, full_end), begin)
+    full_begin = tl.where(active, full_begin, full_end)
+    for group in range(begin, full_begin, TILE_GROUPS):
+        write_tile(p_block, q_block, grad_p_block, grad_q_block, group, pad, V, scale, saved, upstream, active, THREADS, LANES,
+                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, Q_IN_BLOCKS, GRAD_IN_BLOCKS, True)
+    for group in range(full_begin, full_end, TILE_GROUPS):
+        write_tile(p_block, q_block, grad_p_block, grad_q_block, group, pad, V, scale, saved, upstream, active, THREADS, LANES,
+                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, Q_IN_BLOCKS, GRAD_IN_BLOCKS, False)
+    if full_end * LANES < end:
+        write_tile(p_block, q_block, grad_p_block, grad_q_block, full_end, pad, V, scale, saved, upstream, active, THREADS, LANES,
+                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, Q_IN_BLOCKS, GRAD_IN_BLOCKS, True)
+
+    if HAS_TOKEN:
+        tl.debug_barrier()
+        grad_x, grad_y = entry_gradients(token_x, token_y, scale, saved, upstream, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0,
+                                         WRT_P, WRT_Q, EXACT)
+        if WRT_P:
+            tl.store(grad_p_row + token, grad_x + scale * g_logprob, mask=token_here)
+        if WRT_Q:
+            tl.store(grad_q_row + token, grad_y + scale * g_ref_logprob, mask=token_here)

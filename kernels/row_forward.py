@@ -1,0 +1,219 @@
+"""Forward: one read of a segment of a row, for the statistics of policy logits alone or of policy and reference logits."""
+
+import triton
+import triton.language as tl
+
+from .row_load import lane_order, load_elements, load_group, row_offset, row_pad
+from .row_math import CENTRE_GRID, LOG2E, LOWEST, OUTWEIGHS, SMALL_D, expm1_over_square, merge_states, move_centre, rescale_to
+
+
+@triton.jit
+def lane_sum(z):
+    """Sum over axis 1 as a tree over lanes l and l + n/2: rotating the lanes changes no bit (addition commutes)."""
+    THREADS: tl.constexpr = z.shape[0]
+    n: tl.constexpr = z.shape[1]
+    if n > 4:
+        half = tl.sum(tl.reshape(z, [THREADS, 2, n // 2]), 1)
+    else:
+        half = z
+    quarter = tl.sum(tl.reshape(half, [THREADS, 2, 2]), 1)
+    return tl.sum(quarter, 1)
+
+
+@triton.jit
+def kl_terms(e, exponent, d, WITH_REVERSE: tl.constexpr):
+    """e·d, e·(expm1(d) - d) and e·expm1(d). e·e^d is one exponential of its own: it stays right where e underflows or e^d overflows."""
+    ed = e * d
+    small = tl.abs(d) < SMALL_D
+    near = ed * (d * expm1_over_square(d))
+    f = tl.exp2(tl.fma(d, LOG2E, exponent))
+    u = tl.where(small, near, (f - e) - ed)
+    if WITH_REVERSE:
+        rise = tl.where(small, ed + near, f - e)
+    else:
+        rise = u
+    return ed, u, rise
+
+
+@triton.jit
+def load_tile(p_block, q_block, q_row, first_group, pad, order, V, centre_hi, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+              WITH_KL: tl.constexpr, SPLIT_CENTRE: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, EDGE: tl.constexpr):
+    """GROUPS groups per thread: x and y - x - centre_hi, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
+    xs = ()
+    differences = ()
+    insides = ()
+    for g in tl.static_range(GROUPS):
+        group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
+        x = load_group(p_block, group, pad, V, REALIGN, EDGE, LANES)
+        inside = group * LANES + order < V
+        if EDGE:
+            x = tl.where(inside, x, LOWEST)
+        difference = x
+        if WITH_KL:
+            if Q_IN_BLOCKS:
+                y = load_group(q_block, group, pad, V, REALIGN, EDGE, LANES)
+            else:
+                y = load_elements(q_row, group * LANES + order, V, EDGE)
+            if SPLIT_CENTRE:
+                y = y - centre_hi
+            # (-inf) - (-inf) is NaN: such an entry has no weight, and any finite difference lets it add 0. Where only y is -inf, this one
+            # makes the KL too large for the sums, and row_finish reads the row again.
+            difference = tl.maximum(y - x, LOWEST)
+            if EDGE:
+                difference = tl.where(inside, difference, 0.0)
+        xs += (x,)
+        differences += (difference,)
+        insides += (inside,)
+    return xs, differences, insides
+
+
+@triton.jit
+def absorb_tile(origin, S, A, W, U, R, centre, xs, differences, insides, scale, GROUPS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+                WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, EDGE: tl.constexpr):
+    """The states of all threads, each with its GROUPS groups added: the peak first, then the centre, then the sums."""
+    peak = tl.max(xs[0], 1)
+    for g in tl.static_range(1, GROUPS):
+        peak = tl.maximum(peak, tl.max(xs[g], 1))
+    scale2 = scale * LOG2E
+    new_origin = tl.maximum(origin, tl.floor(peak * scale2))
+    S, A, W, U, R = rescale_to(new_origin, origin, S, A, W, U, R, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+
+    exponents = ()
+    es = ()
+    for g in tl.static_range(GROUPS):
+        exponent = tl.fma(xs[g], scale2, -new_origin[:, None])
+        e = tl.exp2(exponent)
+        if EDGE:
+            e = tl.where(insides[g], e, 0.0)
+            exponent = tl.where(insides[g], exponent, -256.0)
+        exponents += (exponent,)
+        es += (e,)
+        if g == 0:
+            lane_S = e
+            if WITH_ENTROPY:
+                lane_A = e * tl.maximum(exponent, LOWEST)
+            if WITH_KL:
+                lane_D = e * differences[g]
+        else:
+            lane_S = lane_S + e
+            if WITH_ENTROPY:
+                lane_A = tl.fma(e, tl.maximum(exponent, LOWEST), lane_A)
+            if WITH_KL:
+                lane_D = tl.fma(e, differences[g], lane_D)
+    tile_S = lane_sum(lane_S)
+    if WITH_ENTROPY:
+        A = A + lane_sum(lane_A)
+    if WITH_KL:
+        # A tile that outweighs all before it brings its own centre: its mean difference.
+        own_centre = lane_sum(lane_D) / tile_S * scale
+        delta = tl.where((tile_S > S * OUTWEIGHS), own_centre - centre, 0.0)
+        W, U, R = move_centre(S, W, U, R, tl.where(S > 0.0, delta, 0.0), WITH_REVERSE)
+        centre = centre + delta
+        for g in tl.static_range(GROUPS):
+            d = tl.fma(differences[g], scale, -centre[:, None])
+            w, u, rise = kl_terms(es[g], exponents[g], d, WITH_REVERSE)
+            if g == 0:
+                lane_W = w
+                lane_U = u
+                lane_R = d * rise
+            else:
+                lane_W = lane_W + w
+                lane_U = lane_U + u
+                lane_R = tl.fma(d, rise, lane_R)
+        W = W + lane_sum(lane_W)
+        U = U + lane_sum(lane_U)
+        if WITH_REVERSE:
+            R = R + lane_sum(lane_R)
+    S = S + tile_S
+    return new_origin, S, A, W, U, R, centre
+
+
+# Row counts, strides and lengths vary from step to step: none of them may cause a recompile.
+@triton.jit(do_not_specialize=[
+    "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
+    "misaligned", "V", "splits"])
+def row_forward(
+    p_ptr,  # [outer, inner, V] policy logits (P)
+    q_ptr,  # [outer, inner, V] reference logits (Q); any pointer without WITH_KL
+    state_ptr,  # [N, splits, 8] float32
+    mask_ptr,  # [N] bool; any pointer without HAS_MASK
+    temperature_ptr,  # [N] float32; any pointer without TEMPERATURE_PER_ROW
+    temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
+    misaligned,  # elements between a 16-byte boundary and p_ptr
+    V, splits,
+    SEGMENT: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
+    REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
+):
+    """Partial statistics of one segment of one row.
+
+    Math:   the sums of row_math.py over the segment, as reference.row_statistics defines them for the row.
+    Grid:   (N · splits,), a row's segments next to each other; a segment is SEGMENT elements whatever N is.
+    Reads:  N·V of p, N·V of q (WITH_KL), 2 of each per segment for the coarse centre; nothing of a masked row.
+    Writes: 8 · N · splits float32.
+    Saves:  nothing beside them; row_finish makes the row's statistics of them.
+    Special values: -inf in both tensors adds 0. Whatever else the sums cannot hold (other infinities, a NaN, e^d beyond range) leaves them
+            not finite or the KL large, for row_finish to see.
+    """
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            return
+    if TEMPERATURE_PER_ROW:
+        scale = 1.0 / tl.load(temperature_ptr + row).to(tl.float32)
+    else:
+        scale = 1.0 / tl.cast(temperature, tl.float32)
+    offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
+    q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
+    if REALIGN:
+        pad = row_pad(offset_p, misaligned, LANES)
+    else:
+        pad = 0
+    p_block = p_ptr + offset_p - pad
+    q_block = q_row - pad
+    order = lane_order(pad, LANES)
+
+    first = split * SEGMENT
+    centre_hi = 0.0
+    SPLIT_CENTRE: tl.constexpr = WITH_KL and (p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32)
+    if SPLIT_CENTRE:
+        guess = tl.load(q_row + first).to(tl.float32) - tl.load(p_ptr + offset_p + first).to(tl.float32)
+        centre_hi = tl.where(tl.abs(guess) < 1.0e6, tl.floor(guess / CENTRE_GRID + 0.5) * CENTRE_GRID, 0.0)
+
+    origin = tl.full([THREADS], LOWEST, tl.float32)
+    S = tl.zeros([THREADS], tl.float32)
+    A = tl.zeros([THREADS], tl.float32)
+    W = tl.zeros([THREADS], tl.float32)
+    U = tl.zeros([THREADS], tl.float32)
+    R = tl.zeros([THREADS], tl.float32)
+    centre = tl.zeros([THREADS], tl.float32)
+    TILE_GROUPS: tl.constexpr = THREADS * GROUPS
+    n_groups = tl.minimum(SEGMENT, V - first) // LANES
+    full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
+    for group in range(first // LANES, full_end, TILE_GROUPS):
+        xs, differences, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, centre_hi, THREADS, LANES, GROUPS,
+                                             WITH_KL, SPLIT_CENTRE, REALIGN, Q_IN_BLOCKS, False)
+        origin, S, A, W, U, R, centre = absorb_tile(origin, S, A, W, U, R, centre, xs, differences, insides, scale, GROUPS,
+                                                    WITH_ENTROPY, WITH_KL, WITH_REVERSE, False)
+    if full_end * LANES < tl.minimum(first + SEGMENT, V):
+        xs, differences, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, centre_hi, THREADS, LANES, GROUPS,
+                                             WITH_KL, SPLIT_CENTRE, REALIGN, Q_IN_BLOCKS, True)
+        origin, S, A, W, U, R, centre = absorb_tile(origin, S, A, W, U, R, centre, xs, differences, insides, scale, GROUPS,
+                                                    WITH_ENTROPY, WITH_KL, WITH_REVERSE, True)
+
+    centre_hi += tl.zeros([THREADS], tl.float32)
+    origin, S, A, W, U, R, centre_hi, centre = merge_states(origin, S, A, W, U, R, centre_hi, centre, scale, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    state_ptr += tl.program_id(0).to(tl.int64) * 8
+    tl.store(state_ptr, origin)
+    tl.store(state_ptr + 1, S)
+    if WITH_ENTROPY:
+        tl.store(state_ptr + 2, A)
+    if WITH_KL:
+        tl.store(state_ptr + 3, W)
+        tl.store(state_ptr + 4, U)
+        if WITH_REVERSE:
+            tl.store(state_ptr + 5, R)
+        tl.store(state_ptr + 6, centre_hi)
+        tl.store(state_ptr + 7, centre)

@@ -1,0 +1,89 @@
+"""Reading a row in 16-byte blocks, wherever it starts, so that the sums over it keep their bits.
+
+A row that does not start on a 16-byte boundary (V or a stride not divisible by 8, a slice) is read in the aligned blocks of the memory around
+it. Group g is the row's logical elements g·LANES … g·LANES + LANES - 1: they lie in block g from lane `pad` on and in block g + 1 before it, so a
+select by lane puts a whole group into one thread, its lanes rotated by `pad`. Sums over lanes (row_forward.lane_sum) are built as a tree that a
+rotation leaves unchanged to the bit: a row gives the same result at any alignment, hence at any position of a batch.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_offset(row, n_inner, stride_outer, stride_inner):
+    """Offset in elements of a row of a [outer, inner, V] tensor; row is int64."""
+    return (row // n_inner) * stride_outer + (row % n_inner) * stride_inner
+
+
+@triton.jit
+def row_pad(offset, misaligned, LANES: tl.constexpr):
+    """How many elements lie between the last 16-byte boundary and the row's first element."""
+    return ((offset + misaligned) % LANES).to(tl.int32)
+
+
+@triton.jit
+def lane_order(pad, LANES: tl.constexpr):
+    """The element of its group that each lane holds, [1, LANES]."""
+    return (tl.arange(0, LANES)[None, :] + (LANES - pad)) % LANES
+
+
+@triton.jit
+def select_mask(pad, LANES: tl.constexpr):
+    """[1, 4] int32: the bits of each 32-bit word that come from a group's own block; the others come from the next."""
+    word = tl.arange(0, 4)[None, :]
+    if LANES == 4:
+        mask = tl.where(word >= pad, -1, 0)
+    else:
+        mask = tl.where(2 * word >= pad, 0xFFFF, 0) | tl.where(2 * word + 1 >= pad, -65536, 0)
+    return mask
+
+
+@triton.jit
+def widen(words, DTYPE: tl.constexpr):
+    """float32 values [THREADS, LANES] of 32-bit words [THREADS, 4] that hold elements of DTYPE."""
+    if DTYPE == tl.float32:
+        values = words.to(tl.float32, bitcast=True)
+    else:
+        if DTYPE == tl.bfloat16:
+            low = (words << 16).to(tl.float32, bitcast=True)
+            high = (words & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        values = tl.reshape(tl.join(low, high), [words.shape[0], 8])
+    return values
+
+
+@triton.jit
+def load_group(block_ptr, group, pad, V, REALIGN: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr):
+    """float32 [THREADS, LANES]: the row's groups `group` [THREADS, 1]; block_ptr is the 16-byte boundary at or before the row's start.
+
+    EDGE groups may reach past the row: lanes beyond V hold anything. A block is read only if it holds an element of the row.
+    """
+    DTYPE: tl.constexpr = block_ptr.dtype.element_ty
+    words_ptr = tl.multiple_of(block_ptr.to(tl.pointer_type(tl.int32)), 16)
+    offs_w = group * 4 + tl.arange(0, 4)[None, :]
+    if EDGE:
+        words = tl.load(words_ptr + offs_w, mask=(group * LANES - pad < V) & (offs_w >= 0), other=0)
+    else:
+        words = tl.load(words_ptr + offs_w)
+    if REALIGN:
+        # Without a pad there is no next block to read: the same one again, all of it deselected.
+        next_ptr = tl.multiple_of(words_ptr + tl.where(pad > 0, 4, 0), 16)
+        own = select_mask(pad, LANES)
+        if EDGE:
+            following = tl.load(next_ptr + offs_w, mask=((group + 1) * LANES - pad < V) & (offs_w >= 0), other=0)
+        else:
+            following = tl.load(next_ptr + offs_w)
+        words = (words & own) | (following & ~own)
+    return widen(words, DTYPE)
+
+
+@triton.jit
+def load_elements(row_ptr, offs_v, V, EDGE: tl.constexpr):
+    """float32 values at offs_v, element by element: for a tensor that cannot be read in the other's blocks."""
+    if EDGE:
+        return tl.load(row_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
+    else:
+        return tl.load(row_ptr + offs_v).to(tl.float32)

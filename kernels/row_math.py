@@ -1,0 +1,122 @@
+"""The arithmetic of one row: centred KL terms, the running state of a row and its one merge.
+
+Notation, for one row with policy logits x, reference logits y and temperature T:
+    s = 1/T,   d = (y - x)·s - c   for a centre c = centre_hi·s + centre_lo near lse(y·s) - lse(x·s),   e = 2^(x·s·log2(e) - origin)
+    S = Σe   A = Σe·(x·s·log2(e) - origin)   W = Σe·d   U = Σe·(expm1(d) - d)   R = Σe·d·expm1(d)
+`origin` is a whole number near the largest log2-scaled logit, so that rescaling a sum is exact. Then, with t = (U + W)/S,
+    KL(P‖Q) = U/S - (t - log1p(t))        lse_q - lse_p = c + log1p(t)
+    KL(Q‖P) = ((R - U)/S)/(1 + t) - (u - log1p(u)), u = -t/(1 + t)
+for every centre c; a good one keeps all brackets as small as the KL itself, which is what keeps the digits.
+
+Every multiply-add is written as tl.fma and compiled with fusion off: the bits do not depend on what a compiler chooses to fuse.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Below this |d| a polynomial replaces e^d - 1 - d, which cancels there.
+SMALL_D = tl.constexpr(0.25)
+# Where a running peak starts: finite, so that differences of peaks are never (-inf) - (-inf). A whole number, as every origin.
+LOWEST = tl.constexpr(-1.0e30)
+# How much heavier than all before it a tile must be to bring its own centre.
+OUTWEIGHS = tl.constexpr(8.0)
+# Coarse grid of the high part of a centre: y - centre_hi is then exact in float32.
+CENTRE_GRID = tl.constexpr(16.0)
+
+
+@triton.jit
+def expm1_over_square(d):
+    """(expm1(d) - d)/d² for |d| < 1/4; minimax polynomial, relative error 1.4e-6."""
+    series = tl.fma(d, 0.008337464183568954, 0.04175350069999695)
+    series = tl.fma(d, series, 0.16666695475578308)
+    return tl.fma(d, series, 0.4999993145465851)
+
+
+@triton.jit
+def expm1_minus(d):
+    """expm1(d) - d, accurate relative to itself."""
+    return tl.where(tl.abs(d) < SMALL_D, d * d * expm1_over_square(d), (tl.exp2(d * LOG2E) - 1.0) - d)
+
+
+@triton.jit
+def minus_log1p(t):
+    """t - log1p(t), accurate relative to itself; +inf at t = -1 and for t = +inf."""
+    series = tl.fma(t, 1 / 9, -1 / 8)
+    series = tl.fma(t, series, 1 / 7)
+    series = tl.fma(t, series, -1 / 6)
+    series = tl.fma(t, series, 1 / 5)
+    series = tl.fma(t, series, -1 / 4)
+    series = tl.fma(t, series, 1 / 3)
+    series = tl.fma(t, -series, 1 / 2)
+    return tl.where(tl.abs(t) < 0.125, t * t * series, t - tl.log(1.0 + t))
+
+
+@triton.jit
+def log1p(t):
+    """log(1 + t), accurate relative to itself."""
+    return tl.where(tl.abs(t) < 0.125, t - minus_log1p(t), tl.log(1.0 + t))
+
+
+@triton.jit
+def centred_kl(mean_h, t):
+    """mean_h - (t - log1p(t)), never negative; for a large t without the difference of two large numbers. NaN stays NaN."""
+    kl = tl.where(t < 0.125, mean_h - minus_log1p(t), (mean_h - t) + tl.log(1.0 + t))
+    return tl.where(kl < 0.0, 0.0, kl)
+
+
+@triton.jit
+def move_centre(S, W, U, R, delta, WITH_REVERSE: tl.constexpr):
+    """The sums W, U, R after the centre moved up by `delta`: exact algebra, no element is read again."""
+    shrink = tl.exp2(-delta * LOG2E)
+    h = expm1_minus(-delta)
+    shifted_W = tl.fma(-delta, S, W)
+    if WITH_REVERSE:
+        R = tl.fma(shrink, tl.fma(-delta, U + W, R), (h - delta) * shifted_W)
+    U = tl.fma(U, shrink, tl.fma(S, h, W * (h - delta)))
+    W = shifted_W
+    return W, U, R
+
+
+@triton.jit
+def rescale_to(new_origin, origin, S, A, W, U, R, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
+    """The sums relative to another origin."""
+    scale = tl.exp2(origin - new_origin)
+    if WITH_ENTROPY:
+        A = tl.fma(S, origin - new_origin, A) * scale
+    S = S * scale
+    if WITH_KL:
+        W = W * scale
+        U = U * scale
+    if WITH_REVERSE:
+        R = R * scale
+    return S, A, W, U, R
+
+
+@triton.jit
+def merge_states(origin, S, A, W, U, R, centre_hi, centre_lo, scale, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
+    """One state from a vector of states (axis 0): threads of a program, programs of a row and shards of a vocabulary merge alike.
+
+    The heaviest state's centre becomes the centre of all. A state without weight (S = 0) adds nothing, whatever its centre.
+    """
+    row_origin = tl.max(origin, 0)
+    S, A, W, U, R = rescale_to(row_origin, origin, S, A, W, U, R, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    row_hi = tl.sum(centre_hi * 0.0, 0)
+    row_lo = row_hi
+    if WITH_KL:
+        heaviest = tl.max(S, 0)
+        index = tl.arange(0, S.shape[0])
+        chosen = tl.min(tl.where(S == heaviest, index, S.shape[0]), 0)
+        row_hi = tl.sum(tl.where(index == chosen, centre_hi, 0.0), 0)
+        row_lo = tl.sum(tl.where(index == chosen, centre_lo, 0.0), 0)
+        delta = tl.where(S > 0.0, tl.fma(row_hi - centre_hi, scale, row_lo - centre_lo), 0.0)
+        W, U, R = move_centre(S, W, U, R, delta, WITH_REVERSE)
+        W = tl.sum(W, 0)
+        U = tl.sum(U, 0)
+        R = tl.sum(R, 0)
+    else:
+        W = row_hi
+        U = row_hi
+        R = row_hi
+    return row_origin, tl.sum(S, 0), tl.sum(A, 0), W, U, R, row_hi, row_lo

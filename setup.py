@@ -1,0 +1,51 @@
+"""How fastkl is built and what it needs; settings of the tools beside it are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The version's only home is fastkl/__init__.py; it is read as text because importing it would need torch at build time."""
+    source = ROOT / "fastkl" / "__init__.py"
+    found = re.search(r'^__version__ = "([^"]+)"$', source.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f'{source}: expected one line of the form __version__ = "1.2.3", got none; remedy: add it')
+    return found.group(1)
+
+
+DEMO = ["tokenizers>=0.20", "matplotlib>=3.8", "tqdm>=4.66"]
+BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+# The tests run the demo and build the package; Triton's interpreter computes with numpy.
+TEST = [*BENCH, *DEMO, "hypothesis>=6.100", "numpy>=1.26", "setuptools>=77", "wheel>=0.43"]
+
+setup(
+    name="fastkl",
+    version=read_version(),
+    description="Exact KL divergence for LLM training: Triton kernels and a plain PyTorch reference",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # Subpackages are discovered; the kernels cannot be, because kernels/ has no __init__.py: with one, it would be an importable top-level package
+    # `kernels` wherever the root is on sys.path, and shadow the published package of that name, which transformers imports. package_dir gives the
+    # folder its real name in wheels; the symlink fastkl/kernels does so in a checkout.
+    packages=["fastkl", "fastkl.kernels", *(f"fastkl.{name}" for name in find_packages("fastkl"))],
+    package_dir={"fastkl.kernels": "kernels"},
+    package_data={"fastkl": ["py.typed"], "fastkl.kernels": ["README.md"]},
+    install_requires=["torch>=2.9", 'triton>=3.5; platform_system == "Linux"'],
+    extras_require={"test": TEST, "bench": BENCH, "demo": DEMO},
+    entry_points={"console_scripts": ["fastkl = fastkl.tools.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

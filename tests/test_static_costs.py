@@ -1,0 +1,290 @@
+"""What the compiled kernels may cost, held for every architecture without a GPU; and the reading of machine code that these limits rest on."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import disassembly, static_costs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What a pair may cost on sm_90 with aligned bf16 input: (instructions, base-2 exponentials). At full bandwidth an H200 issues 31 instructions and
+# 3.9 exponentials while it reads a pair, 47 and 5.8 while it also writes a gradient; compilers differ by 3 %.
+LIMITS = {
+    "kl_divergence.forward": (28, 2.5),
+    "kl_divergence.backward_p": (14, 2),
+    "kl_divergence.backward_q": (14, 2),
+    "token_stats.forward": (33, 2.5),
+}
+
+
+# The limits -----------------------------------------------------------------------------------------------------
+
+
+def triton_versions():
+    """The Triton that is installed and, where it lies beside it, the oldest one supported: (name, folder to put before others on the path)."""
+    older = Path(os.environ.get("FASTKL_TRITON_36") or ROOT / ".venv" / "triton-3.6.0")
+    return [("installed", None)] + ([("3.6", older)] if older.is_dir() else [])
+
+
+@pytest.fixture(scope="module", params=triton_versions(), ids=lambda version: version[0])
+def report(request, tmp_path_factory):
+    """The JSON of `python -m benchmarks.static_costs`: a process of its own, since it needs the compiler and may need another Triton."""
+    name, folder = request.param
+    file = tmp_path_factory.mktemp("static_costs") / "costs.json"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if folder:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), environment.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.static_costs", "--json", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    data = json.loads(file.read_text())
+    if folder:
+        assert data["versions"]["triton"].startswith(name)
+    return data
+
+
+def test_every_kernel_is_measured_everywhere(report):
+    records = report["records"]
+    cases = {(r["arch"], r["dtype"], r["aligned"]) for r in records}
+    assert cases == {(a, d, al) for a in static_costs.ARCHITECTURES for d in static_costs.DTYPES for al in (True, False)}
+    for case in cases:
+        names = {r["kernel"] for r in records if (r["arch"], r["dtype"], r["aligned"]) == case}
+        assert set(LIMITS) <= names, (case, set(LIMITS) - names)
+    assert set(records[0]) == {field.name for field in dataclasses.fields(static_costs.StaticCost)}
+
+
+@pytest.mark.parametrize("kernel", LIMITS)
+def test_instructions_and_exponentials_per_pair(report, kernel):
+    records = [r for r in report["records"] if (r["kernel"], r["arch"], r["dtype"], r["aligned"]) == (kernel, "sm_90", "bf16", True)]
+    assert records
+    for record in records:
+        instructions, ex2 = LIMITS[kernel]
+        assert record["instructions_per_pair"] <= instructions, record
+        assert record["ex2_per_pair"] <= ex2, record
+
+
+def test_nothing_spills(report):
+    spilling = [r for r in report["records"] if r["spill_bytes"] != 0]
+    assert not spilling, spilling
+
+
+def test_hot_loops_load_16_bytes_at_a_time(report):
+    # No hot loop at all (None) is fine only for the kernels that merge a few numbers per row.
+    narrow = [
+        r for r in report["records"]
+        if r["arch"].startswith("sm_") and (r["kernel"] in LIMITS or r["widest_load_bytes"] is not None)
+        and ((r["widest_load_bytes"] or 0) < 16 or r["narrow_loads"] != 0)
+    ]
+    assert not narrow, narrow
+
+
+# Reading machine code -------------------------------------------------------------------------------------------
+
+SASS = """
+    .section .text.row,"ax",@progbits
+.text.row:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 BRA `(.L_x_9) ;
+.L_x_edge:
+        /*0020*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0030*/                   MUFU.EX2 R4, R4 ;
+        /*0040*/                   FADD R6, R6, R4 ;
+        /*0050*/                   FADD R6, R6, R4 ;
+        /*0060*/                   FADD R6, R6, R4 ;
+        /*0070*/                   FADD R6, R6, R4 ;
+        /*0080*/                   FADD R6, R6, R4 ;
+        /*0090*/               @P1 BRA `(.L_x_edge) ;
+.L_x_rows:
+        /*00a0*/                   MOV R7, RZ ;
+.L_x_hot:
+        /*00b0*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*00c0*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;
+        /*00d0*/                   MUFU.EX2 R4, R4 ;
+        /*00e0*/               @P2 BRA `(.L_x_rare) ;
+.L_x_back:
+        /*00f0*/                   FFMA R6, R6, R4, R7 ;
+        /*0100*/                   NOP ;
+        /*0110*/                   BRA.U UP0, `(.L_x_hot) ;
+        /*0120*/               @P3 BRA `(.L_x_rows) ;
+.L_x_9:
+        /*0130*/                   EXIT ;
+.L_x_rare:
+        /*0140*/                   CALL.REL.NOINC `($row$slow) ;
+        /*0150*/                   MUFU.EX2.F16 R9, R9 ;
+        /*0160*/                   BRA `(.L_x_back) ;
+$row$slow:
+        /*0170*/                   FMUL R1, R1, R1 ;
+        /*0180*/                   RET.REL.NODEC R4 `(row) ;
+.L_x_10:
+        /*0190*/                   BRA `(.L_x_10);
+        /*01a0*/                   NOP;
+"""
+
+
+def test_sass_hot_loop():
+    costs = disassembly.hot_loop(disassembly.parse_sass(SASS, "row"))
+    # LDG, LDG, MUFU, BRA, FFMA, BRA; the rare branch CALL, MUFU, BRA; the subroutine FMUL, RET. Not the NOP, not the loop over rows, not the edge.
+    assert costs == disassembly.LoopCosts(instructions=11, ex2=2, loads={16: 2})
+
+
+def test_sass_loops_are_natural_ones():
+    loops = disassembly.natural_loops(disassembly.parse_sass(SASS, "row"))
+    assert sorted(len(body) for body in loops) == [8, 10, 12]  # edge, hot with its rare branch, rows; the padding is never reached
+
+
+def test_sass_longest_of_equally_wide_loops():
+    program = disassembly.parse_sass(SASS.replace("LDG.E.U16", "LDG.E.128"), "row")
+    assert disassembly.hot_loop(program).instructions == 11
+    program = disassembly.parse_sass(SASS.replace("LDG.E.128", "LDG.E"), "row")
+    assert disassembly.hot_loop(program).widest_load == 4
+
+
+def test_sass_call_out_of_the_loop_is_a_jump():
+    # Seen in ptxas's code for sm_80: the loop is left by a call, and what follows it (here another load) belongs to no loop.
+    text = """
+.L_x_2:
+        /*0000*/                   LDG.E.128 R4, [R4.64] ;
+        /*0010*/               @P0 CALL.REL.NOINC `(.L_x_1) ;
+        /*0020*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/                   LDG.E.128 R4, [R4.64] ;
+        /*0040*/                   EXIT ;
+"""
+    assert disassembly.hot_loop(disassembly.parse_sass(text, "row")) == disassembly.LoopCosts(instructions=3, ex2=0, loads={16: 1})
+
+
+def test_no_loads_no_hot_loop():
+    assert disassembly.hot_loop(disassembly.parse_sass(SASS.replace("LDG", "LDS"), "row")) is None
+
+
+@pytest.mark.parametrize(("opcode", "width"), [
+    ("LDG.E", 4), ("LDG.E.64", 8), ("LDG.E.128", 16), ("LDG.E.ENL2.256", 32), ("LDG.E.U16.CONSTANT", 2), ("LDG.E.S8", 1),
+    ("LDG.E.LTC128B.128", 16), ("LDG.E.LTC128B", 4), ("LDGSTS.E.BYPASS.128", 16), ("LDS.128", 0), ("STG.E.128", 0),
+])
+def test_sass_load_widths(opcode, width):
+    assert disassembly.sass_load_width(opcode) == width
+
+
+def test_cuobjdump_resources():
+    text = " Function row:\n  REG:39 STACK:8 SHARED:16 LOCAL:4 CONSTANT[0]:572 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    assert disassembly.parse_resources(text) == (39, 12)
+    with pytest.raises(ValueError, match="no resource usage"):
+        disassembly.parse_resources("cuobjdump fatal: no such file")
+
+
+GCN = """
+	.globl	row                             ; -- Begin function row
+row:                                    ; @row
+.Lfunc_begin0:
+	s_cbranch_scc1 .LBB0_3
+; %bb.1:
+	v_mov_b32_e32 v1, 0
+.LBB0_2:                                ; =>This Inner Loop Header: Depth=1
+	buffer_load_dwordx4 v[8:11], v51, s[20:23], 0 offen
+	global_load_dwordx4 v[12:15], v51, s[2:3]
+	.loc	1 44 45
+	s_waitcnt vmcnt(1)
+	s_nop 0
+	v_exp_f32_e32 v3, v3
+	v_pk_fma_f32 v[2:3], v[4:5], v[6:7], v[8:9]
+	s_cmp_lt_i32 s24, s27
+	s_cbranch_scc1 .LBB0_2
+.LBB0_3:
+	global_load_ushort v1, v[2:3], off
+	s_endpgm
+.Lfunc_end0:
+	.section	.debug_str,"MS",@progbits,1
+	.amdgpu_metadata
+    .private_segment_fixed_size: 0
+    .sgpr_spill_count: 0
+    .vgpr_count:     64
+    .vgpr_spill_count: 3
+"""
+
+
+def test_amdgcn_hot_loop():
+    costs = disassembly.hot_loop(disassembly.parse_amdgcn(GCN, "row"))
+    # Two loads, v_exp, v_pk_fma, s_cmp, s_cbranch; waits and NOPs do not count.
+    assert costs == disassembly.LoopCosts(instructions=6, ex2=1, loads={16: 2})
+
+
+def test_amdgcn_resources():
+    assert disassembly.parse_amdgcn_resources(GCN) == (64, 12)
+    assert disassembly.parse_amdgcn_resources("") == (None, None)
+
+
+@pytest.mark.parametrize(("opcode", "width"), [
+    ("buffer_load_dwordx4", 16), ("global_load_dwordx2", 8), ("global_load_dword", 4), ("global_load_ushort", 2), ("global_load_short_d16_hi", 2),
+    ("buffer_load_sbyte", 1), ("global_store_dwordx4", 0), ("s_load_dwordx4", 0), ("ds_read_b128", 0),
+])
+def test_amdgcn_load_widths(opcode, width):
+    assert disassembly.gcn_load_width(opcode) == width
+
+
+TTGIR = """
+module attributes {"ttg.num-warps" = 4 : i32} {
+    %a = scf.for %i = %c0 to %V step %c1024 iter_args(%acc = %z) -> (tensor<128xf32>)  : i32 {
+      %x = tt.load %p : tensor<128x8x!tt.ptr<bf16>, #blocked> loc(#loc1)
+      %y = amdg.buffer_load %q[%o] {contiguity = 8 : i32} : tensor<128x8xbf16, #blocked> loc(#loc1)
+      %s = scf.if %c -> (tensor<128xf32>) {
+        %r = scf.for %j = %c0 to %m step %c1 iter_args(%b = %acc) -> (tensor<128xf32>)  : i64 {
+          %t = tt.load %u : !tt.ptr<f32> loc(#loc2)
+        } loc(#loc2)
+      } else {
+      } loc(#loc2)
+    } loc(#loc1)
+    %e = tt.load %p, %mask, %other : tensor<128x64x!tt.ptr<bf16>, #blocked> loc(#loc3)
+} loc(#loc)
+"""
+
+
+def test_bytes_of_the_loop_as_written():
+    assert static_costs.source_loop_bytes(textwrap.dedent(TTGIR), threads=128) == 16 + 16 + 4
+    assert static_costs.source_loop_bytes("module {\n}\n", threads=128) is None
+
+
+# A kernel end to end --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Specialization:
+    """The fields of fastkl.kernels.compile_plan.Specialization that a measurement reads."""
+
+    name: str
+    kernel: object
+    signature: dict
+    constexprs: dict
+    attrs: dict
+    num_warps: int = 4
+    pairs_per_thread: int = 1
+    options: dict = dataclasses.field(default_factory=dict)
+
+
+def broken_specialization():
+    """A kernel that cannot compile: the constexpr that it needs is not given."""
+    import triton
+
+    @triton.jit
+    def nothing(x_ptr):
+        missing(x_ptr)  # noqa: F821
+
+    return Specialization("broken.forward", nothing, {"x_ptr": "*bf16"}, {}, {})
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
+def test_a_kernel_that_does_not_compile_is_named():
+    costs, errors = static_costs.collect(
+        lambda dtype, aligned, arch: [broken_specialization()], architectures=["sm_90"], dtypes=["bf16"], alignments=[True]
+    )
+    assert costs == []
+    assert len(errors) == 1
+    assert errors[0].startswith("broken.forward for sm_90, bf16, aligned: does not compile")
