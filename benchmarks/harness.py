@@ -41,7 +41,7 @@ def make_case(workload, device, copy_gb_per_s=None):
         torch._dynamo.reset()  # it allows 8 shapes per function and then gives up; each case is a shape of its own
     count = 1
     if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
         count = min(max(math.ceil(ROTATE_OVER * cache / (2 * workload.tensor_bytes)), 1), 64)
     return Case(workload, device, [make_inputs(workload, device, seed) for seed in range(count)], copy_gb_per_s)
 
@@ -132,13 +132,14 @@ def copy_bandwidth(device, size=COPY_BYTES, repetitions=20):
     """Read plus written bytes per second of a device copy of random data, {"gb_per_s", "median_ms", "bytes"}."""
     source = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    events = [(_event(), _event()) for _ in range(repetitions + 2)]
+    warm_up = 10
+    events = [(_event(), _event()) for _ in range(warm_up + repetitions)]
     for start, end in events:
         start.record()
         target.copy_(source)
         end.record()
     torch.cuda.synchronize()
-    median = statistics.median(a.elapsed_time(b) for a, b in events[2:])
+    median = statistics.median(a.elapsed_time(b) for a, b in events[warm_up:])
     return {"gb_per_s": 2 * size / median / 1e6, "median_ms": median, "bytes": 2 * size}
 
 

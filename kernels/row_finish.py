@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from .row_load import row_offset
-from .row_math import CENTRE_GRID, LN2, LOG2E, SMALL_D, centred_kl, expm1_over_square, log1p, merge_states, minus_log1p
+from .row_math import CENTRE_GRID, LN2, LOG2E, SMALL_D, expm1_over_square, forward_kl, log1p, merge_states, minus_log1p, reverse_kl
 
 # Above this KL, in nats, one pass may lose digits of the other direction; real policies stay far below.
-LARGE_KL = tl.constexpr(8.0)
+LARGE_KL = tl.constexpr(32.0)
 FINITE = tl.constexpr(3.0e38)
 
 
@@ -120,14 +120,13 @@ def merged_row(state_ptr, row, scale, splits, SPLITS: tl.constexpr, WITH_ENTROPY
     log_ratio = kl
     if WITH_KL:
         mean_h = tl.maximum(U / S, 0.0)
-        t = mean_h + W / S
-        log_ratio = log1p(t)
-        kl = centred_kl(mean_h, t)
+        mean_d = W / S
+        log_ratio = log1p(mean_h + mean_d)
+        kl = forward_kl(mean_h, mean_d)
         holds = holds & (kl < LARGE_KL)
         if WITH_REVERSE:
-            ref_kl = ((R - U) / S) / (1.0 + t) - minus_log1p(-t / (1.0 + t))
+            ref_kl = reverse_kl(R / S, mean_h, mean_d)
             holds = holds & (ref_kl < LARGE_KL)
-            ref_kl = tl.where(ref_kl < 0.0, 0.0, ref_kl)
     return origin, log2_S, centre_hi, centre_lo, log_ratio, kl, ref_kl, tl.where(entropy < 0.0, 0.0, entropy), holds
 
 

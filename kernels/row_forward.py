@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .row_load import lane_order, load_elements, load_group, row_offset, row_pad
-from .row_math import CENTRE_GRID, LOG2E, LOWEST, OUTWEIGHS, SMALL_D, expm1_over_square, merge_states, move_centre, rescale_to
+from .row_math import CENTRE_GRID, LARGEST_D, LOG2E, LOWEST, OUTWEIGHS, SMALL_D, expm1_over_square, merge_states, move_centre, rescale_to
 
 
 @triton.jit
@@ -56,9 +56,7 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, centre_hi, TH
                 y = load_elements(q_row, group * LANES + order, V, EDGE)
             if SPLIT_CENTRE:
                 y = y - centre_hi
-            # (-inf) - (-inf) is NaN: such an entry has no weight, and any finite difference lets it add 0. Where only y is -inf, this one
-            # makes the KL too large for the sums, and row_finish reads the row again.
-            difference = tl.maximum(y - x, LOWEST)
+            difference = y - x
             if EDGE:
                 difference = tl.where(inside, difference, 0.0)
         xs += (x,)
@@ -68,7 +66,7 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, centre_hi, TH
 
 
 @triton.jit
-def absorb_tile(origin, S, A, W, U, R, centre, xs, differences, insides, scale, GROUPS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides, scale, GROUPS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
                 WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, EDGE: tl.constexpr):
     """The states of all threads, each with its GROUPS groups added: the peak first, then the centre, then the sums."""
     peak = tl.max(xs[0], 1)
@@ -91,13 +89,13 @@ def absorb_tile(origin, S, A, W, U, R, centre, xs, differences, insides, scale, 
         if g == 0:
             lane_S = e
             if WITH_ENTROPY:
-                lane_A = e * tl.maximum(exponent, LOWEST)
+                lane_A = e * exponent
             if WITH_KL:
                 lane_D = e * differences[g]
         else:
             lane_S = lane_S + e
             if WITH_ENTROPY:
-                lane_A = tl.fma(e, tl.maximum(exponent, LOWEST), lane_A)
+                lane_A = tl.fma(e, exponent, lane_A)
             if WITH_KL:
                 lane_D = tl.fma(e, differences[g], lane_D)
     tile_S = lane_sum(lane_S)
@@ -110,6 +108,7 @@ def absorb_tile(origin, S, A, W, U, R, centre, xs, differences, insides, scale, 
         W, U, R = move_centre(S, W, U, R, tl.where(S > 0.0, delta, 0.0), WITH_REVERSE)
         centre = centre + delta
         for g in tl.static_range(GROUPS):
+            largest = tl.maximum(largest, tl.max(differences[g], 1))
             d = tl.fma(differences[g], scale, -centre[:, None])
             w, u, rise = kl_terms(es[g], exponents[g], d, WITH_REVERSE)
             if g == 0:
@@ -125,7 +124,7 @@ def absorb_tile(origin, S, A, W, U, R, centre, xs, differences, insides, scale, 
         if WITH_REVERSE:
             R = R + lane_sum(lane_R)
     S = S + tile_S
-    return new_origin, S, A, W, U, R, centre
+    return new_origin, S, A, W, U, R, centre, largest
 
 
 # Row counts, strides and lengths vary from step to step: none of them may cause a recompile.
@@ -153,8 +152,8 @@ def row_forward(
     Reads:  N·V of p, N·V of q (WITH_KL), 2 of each per segment for the coarse centre; nothing of a masked row.
     Writes: 8 · N · splits float32.
     Saves:  nothing beside them; row_finish makes the row's statistics of them.
-    Special values: -inf in both tensors adds 0. Whatever else the sums cannot hold (other infinities, a NaN, e^d beyond range) leaves them
-            not finite or the KL large, for row_finish to see.
+    Special values: what the sums cannot hold leaves them not finite, for row_finish to see: an infinity, a NaN, or an entry far more probable
+            under Q than under P, of whose e^x too little is left.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
@@ -189,19 +188,20 @@ def row_forward(
     U = tl.zeros([THREADS], tl.float32)
     R = tl.zeros([THREADS], tl.float32)
     centre = tl.zeros([THREADS], tl.float32)
+    largest = tl.full([THREADS], LOWEST, tl.float32)
     TILE_GROUPS: tl.constexpr = THREADS * GROUPS
     n_groups = tl.minimum(SEGMENT, V - first) // LANES
     full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
     for group in range(first // LANES, full_end, TILE_GROUPS):
         xs, differences, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, centre_hi, THREADS, LANES, GROUPS,
                                              WITH_KL, SPLIT_CENTRE, REALIGN, Q_IN_BLOCKS, False)
-        origin, S, A, W, U, R, centre = absorb_tile(origin, S, A, W, U, R, centre, xs, differences, insides, scale, GROUPS,
-                                                    WITH_ENTROPY, WITH_KL, WITH_REVERSE, False)
+        origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides, scale, GROUPS,
+                                                             WITH_ENTROPY, WITH_KL, WITH_REVERSE, False)
     if full_end * LANES < tl.minimum(first + SEGMENT, V):
         xs, differences, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, centre_hi, THREADS, LANES, GROUPS,
                                              WITH_KL, SPLIT_CENTRE, REALIGN, Q_IN_BLOCKS, True)
-        origin, S, A, W, U, R, centre = absorb_tile(origin, S, A, W, U, R, centre, xs, differences, insides, scale, GROUPS,
-                                                    WITH_ENTROPY, WITH_KL, WITH_REVERSE, True)
+        origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides, scale, GROUPS,
+                                                             WITH_ENTROPY, WITH_KL, WITH_REVERSE, True)
 
     centre_hi += tl.zeros([THREADS], tl.float32)
     origin, S, A, W, U, R, centre_hi, centre = merge_states(origin, S, A, W, U, R, centre_hi, centre, scale, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
@@ -211,8 +211,9 @@ def row_forward(
     if WITH_ENTROPY:
         tl.store(state_ptr + 2, A)
     if WITH_KL:
+        holds = tl.fma(tl.max(largest, 0), scale, -centre) < LARGEST_D
         tl.store(state_ptr + 3, W)
-        tl.store(state_ptr + 4, U)
+        tl.store(state_ptr + 4, tl.where(holds, U, float("inf")))
         if WITH_REVERSE:
             tl.store(state_ptr + 5, R)
         tl.store(state_ptr + 6, centre_hi)

@@ -22,6 +22,8 @@ SMALL_D = tl.constexpr(0.25)
 LOWEST = tl.constexpr(-1.0e30)
 # How much heavier than all before it a tile must be to bring its own centre.
 OUTWEIGHS = tl.constexpr(8.0)
+# The largest d that the sums may hold: e^d·e^x is taken as 2^(d·log2(e) + exponent of e^x), whose rounding grows with the exponent.
+LARGEST_D = tl.constexpr(96.0)
 # Coarse grid of the high part of a centre: y - centre_hi is then exact in float32.
 CENTRE_GRID = tl.constexpr(16.0)
 
@@ -60,9 +62,20 @@ def log1p(t):
 
 
 @triton.jit
-def centred_kl(mean_h, t):
-    """mean_h - (t - log1p(t)), never negative; for a large t without the difference of two large numbers. NaN stays NaN."""
-    kl = tl.where(t < 0.125, mean_h - minus_log1p(t), (mean_h - t) + tl.log(1.0 + t))
+def forward_kl(mean_h, mean_d):
+    """KL(P‖Q) from E_p[expm1(d) - d] and E_p[d], never negative; NaN stays NaN."""
+    t = mean_h + mean_d
+    # Beyond t = 1 the first form would be the difference of two numbers much larger than the KL.
+    kl = tl.where(t < 1.0, mean_h - minus_log1p(t), tl.log(1.0 + t) - mean_d)
+    return tl.where(kl < 0.0, 0.0, kl)
+
+
+@triton.jit
+def reverse_kl(mean_r, mean_h, mean_d):
+    """KL(Q‖P) from E_p[d·expm1(d)], E_p[expm1(d) - d] and E_p[d], never negative; NaN stays NaN."""
+    t = mean_h + mean_d
+    u = -t / (1.0 + t)
+    kl = (mean_r - mean_h) / (1.0 + t) - tl.where(t < 1.0, minus_log1p(u), u + tl.log(1.0 + t))
     return tl.where(kl < 0.0, 0.0, kl)
 
 

@@ -78,12 +78,10 @@ def test_nothing_spills(report):
 
 
 def test_hot_loops_load_16_bytes_at_a_time(report):
-    # No hot loop at all (None) is fine only for the kernels that merge a few numbers per row.
-    narrow = [
-        r for r in report["records"]
-        if r["arch"].startswith("sm_") and (r["kernel"] in LIMITS or r["widest_load_bytes"] is not None)
-        and ((r["widest_load_bytes"] or 0) < 16 or r["narrow_loads"] != 0)
-    ]
+    # Forward and backward read the vocabulary; other kernels have loops, if at all, for the rare row that is read again the slow way.
+    reading = [r for r in report["records"] if r["arch"].startswith("sm_") and r["kernel"].split(".")[1].startswith(("forward", "backward"))]
+    assert {r["kernel"] for r in reading} >= set(LIMITS)
+    narrow = [r for r in reading if (r["widest_load_bytes"] or 0) < 16 or r["narrow_loads"] != 0]
     assert not narrow, narrow
 
 

@@ -1,0 +1,85 @@
+"""Every kernel as it is launched, described for a compiler without a GPU: what benchmarks.static_costs and the compile tests go through."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from . import config
+from .launch import OPTIONS
+from .row_backward import row_backward
+from .row_finish import row_finish
+from .row_forward import row_forward
+
+# A vocabulary of today's models: the plan describes the launches for it.
+VOCABULARY = 128256
+_FIELDS = ("LOGPROB", "ENTROPY", "REF_LOGPROB", "KL", "REF_KL")
+_INTEGERS = ("n_inner", "n_rows", "misaligned", "V", "splits", "chunks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Specialization:
+    """One compilation: `kernel` with `signature` and `constexprs`, as triton.compile's ASTSource takes them.
+
+    pairs_per_thread: vocabulary entries of each logits tensor that one thread handles in one iteration of the hot loop.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int, ...], list]
+    num_warps: int
+    pairs_per_thread: int
+    options: dict[str, Any]
+
+
+def _type_of(name: str, dtype: str) -> str:
+    if name in ("p_ptr", "q_ptr", "grad_p_ptr", "grad_q_ptr"):
+        return f"*{dtype}"
+    if name.endswith("_ptr"):
+        return {"tokens_ptr": "*i64", "mask_ptr": "*i1"}.get(name, "*fp32")
+    if name.startswith("stride_"):
+        return "i64"
+    return "i32" if name in _INTEGERS else "fp32"
+
+
+def _specialization(name: str, kernel: Any, constexprs: dict[str, Any], dtype: str, num_warps: int, pairs: int) -> Specialization:
+    names = list(inspect.signature(kernel.fn).parameters)
+    signature = {argument: "constexpr" if argument in constexprs else _type_of(argument, dtype) for argument in names}
+    # What the launcher passes comes from torch's allocator, 16-byte aligned; logits themselves may be views that start anywhere.
+    attrs = {(index,): [["tt.divisibility", 16]] for index, argument in enumerate(names)
+             if argument in ("state_ptr", "saved_ptr", "grad_p_ptr", "grad_q_ptr")}
+    return Specialization(name, kernel, signature, constexprs, attrs, num_warps, pairs, dict(OPTIONS))
+
+
+def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
+    """The launches of kl_divergence and token_stats for "bf16", "fp16" or "fp32" logits on "sm_90", "gfx942", …
+
+    aligned: every row starts on a 16-byte boundary. Misaligned rows of both tensors start equally far from one, as in contiguous tensors.
+    """
+    itemsize = 4 if dtype == "fp32" else 2
+    lanes = 16 // itemsize
+    warp = 64 if arch.startswith("gfx") else 32
+    forward = config.select("forward", arch, itemsize, VOCABULARY)
+    backward = config.select("backward", arch, itemsize, VOCABULARY)
+    plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False)
+    shape = dict(SEGMENT=forward.segment, THREADS=forward.threads, LANES=lanes, GROUPS=forward.groups, REALIGN=not aligned, Q_IN_BLOCKS=True)
+    specializations = []
+    for name, flags in (("kl_divergence", (False, True, False)), ("token_stats", (True, True, True)), ("token_stats_policy_only", (True, False, False))):
+        fields = dict(zip(("WITH_ENTROPY", "WITH_KL", "WITH_REVERSE"), flags, strict=True))
+        specializations.append(_specialization(f"{name}.forward", row_forward, {**shape, **plain, **fields}, dtype, forward.threads // warp,
+                                               forward.groups * lanes))
+        finish = dict(SPLITS=4, BLOCK=2048, HAS_TOKENS=name != "kl_divergence", **plain, **fields)
+        specializations.append(_specialization(f"{name}.finish", row_finish, finish, dtype, 4, 2048 // (4 * warp)))
+    for name, fields, wrt_p, wrt_q in (
+        ("kl_divergence.backward_p", ("KL",), True, False), ("kl_divergence.backward_q", ("KL",), False, True),
+        ("kl_divergence.backward_both", ("KL",), True, True), ("token_stats.backward_p", _FIELDS, True, False),
+        ("token_stats.backward_both", _FIELDS, True, True), ("token_stats_policy_only.backward", ("LOGPROB", "ENTROPY"), True, False),
+    ):
+        constexprs = dict(CHUNK=backward.segment, THREADS=backward.threads, LANES=lanes, GROUPS=backward.groups, WRT_P=wrt_p, WRT_Q=wrt_q,
+                          Q_IN_BLOCKS=True, GRAD_IN_BLOCKS=True, **{field: fields.index(field) if field in fields else -1 for field in _FIELDS},
+                          **plain)
+        specializations.append(_specialization(name, row_backward, constexprs, dtype, backward.threads // warp, backward.groups * lanes))
+    return specializations
