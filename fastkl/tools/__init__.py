@@ -1,0 +1,1 @@
+"""The command line `fastkl` and what its sub-commands run."""

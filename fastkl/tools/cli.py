@@ -1,0 +1,109 @@
+"""The command line: `fastkl <sub-command>`, or `python -m fastkl.tools.cli <sub-command>`.
+
+Exit codes: 0 success, 1 a failure while running, 2 wrong use (a bad option, something missing that an extra installs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DEMO_EXTRA = ("tokenizers", "matplotlib", "tqdm")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command and return the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    return options.run(options, options.parser)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every sub-command; each one sets `run`, a function of the options and its own parser."""
+    parser = argparse.ArgumentParser(prog="fastkl", description="Exact KL divergence for LLM training.")
+    commands = parser.add_subparsers(title="sub-commands", metavar="<sub-command>", required=True)
+    _add_demo(commands)
+    return parser
+
+
+def _add_demo(commands) -> None:
+    text = "RLHF in small, on real text: what a policy does to a reward that can be hacked, without and with fastkl.KLPenalty."
+    parser = commands.add_parser("demo", help="fine-tune a small language model without and with the KL penalty", description=text)
+    parser.add_argument("--quick", action="store_true", help="all stages in smaller sizes: seconds instead of minutes")
+    parser.add_argument("--out", type=Path, default=Path("demo-run"), metavar="DIR", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything that is random (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive_int, metavar="N", help="policy-gradient steps of each run (default: by size)")
+    parser.add_argument("--beta", type=_positive_float, metavar="X", help="weight of the KL penalty, in reward per nat (default: by size)")
+    parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE",
+                        help="cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)")
+    parser.set_defaults(run=_run_demo, parser=parser)
+
+
+def _run_demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    missing = missing_modules(DEMO_EXTRA)
+    if missing:
+        parser.exit(2, f"{parser.prog}: error: not installed: {', '.join(missing)}; remedy: pip install 'fastkl[demo]'\n")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: expected a folder that can be created, got {str(options.out)!r} ({error.strerror}); choose another")
+    # Here and not above: --help and errors of use need neither torch nor the extra.
+    from .demo.run import run_demo
+    from .demo.settings import choose_settings
+
+    settings = choose_settings(quick=options.quick, seed=options.seed, steps=options.steps, beta=options.beta, device=options.device)
+    return run_demo(settings, options.out)
+
+
+def missing_modules(names: Sequence[str]) -> list[str]:
+    """Those of the named modules that cannot be imported."""
+    missing = []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+    return missing
+
+
+def _positive_int(text: str) -> int:
+    return _number(text, int, "a whole number of at least 1", lambda value: value >= 1)
+
+
+def _seed(text: str) -> int:
+    return _number(text, int, "a whole number from 0 to 2**31 - 1", lambda value: 0 <= value < 2**31)
+
+
+def _positive_float(text: str) -> float:
+    return _number(text, float, "a finite number above 0", lambda value: 0 < value and math.isfinite(value))
+
+
+def _number(text, convert, expected, holds):
+    try:
+        value = convert(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def _device(text: str) -> str:
+    """The device by its name in torch; "auto" is a GPU where there is one."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        return "cuda" if gpus else "cpu"
+    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected one that this machine has ({', '.join(known)}) or auto, got {text!r}")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

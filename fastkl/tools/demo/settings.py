@@ -1,0 +1,46 @@
+"""Every number that a run of the demo depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Sizes and rates of one run. The defaults are the full size: about three minutes on two CPU cores."""
+
+    quick: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    # Corpus. The vocabulary is the large dimension, as in the models that the kernels are for.
+    corpus_characters: int = 6_000_000
+    vocabulary: int = 16_384
+    # Model.
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    # Training of the reference.
+    context: int = 64
+    reference_steps: int = 450
+    reference_batch: int = 16
+    reference_rate: float = 3e-3
+    # Fine-tuning of the policy. One temperature for sampling, log-probabilities and the penalty.
+    steps: int = 50
+    samples: int = 24
+    prompt_length: int = 16
+    response_length: int = 32
+    temperature: float = 0.8
+    policy_rate: float = 1e-3
+    discount: float = 0.8
+    beta: float = 0.3
+    # Evaluation, on prompts from files that training never saw.
+    evaluation_samples: int = 64
+
+
+QUICK = dict(quick=True, corpus_characters=2_000_000, vocabulary=4_096, reference_steps=100, steps=25, evaluation_samples=32, policy_rate=2e-3)
+
+
+def choose_settings(*, quick: bool, seed: int, device: str, steps: int | None = None, beta: float | None = None) -> Settings:
+    """The settings of the full or the quick size, with what the command line overrides."""
+    chosen = {name: value for name, value in (("steps", steps), ("beta", beta)) if value is not None}
+    return Settings(**{**(QUICK if quick else {}), "seed": seed, "device": device, **chosen})

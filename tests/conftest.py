@@ -1,0 +1,56 @@
+"""Every test of the public functions runs on every implementation that this machine has: the `implementation` fixture.
+
+Plain run: the reference on CPU tensors, and the Triton kernels on a GPU (marker `gpu`). With TRITON_INTERPRET=1 (test_interpreter.py starts
+such a process): the Triton kernels on CPU tensors. Without a GPU the gpu tests are skipped; FASTKL_REQUIRE_GPU=1 turns that into a failure.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import fastkl
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Implementation(NamedTuple):
+    """A backend and where its tensors live."""
+
+    backend: str
+    device: str
+
+    @property
+    def kernels(self) -> bool:
+        """Whether the Triton kernels run."""
+        return self.backend == "triton"
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether they run in the interpreter: right, but a thousand times slower."""
+        return self.kernels and self.device == "cpu"
+
+
+def _implementations() -> list:
+    if INTERPRETING:
+        return [pytest.param(Implementation("triton", "cpu"), id="interpreter")]
+    return [pytest.param(Implementation("reference", "cpu"), id="reference"),
+            pytest.param(Implementation("triton", "cuda"), id="gpu", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=_implementations())
+def implementation(request: pytest.FixtureRequest) -> Implementation:
+    """The implementation under test, chosen with fastkl.use_backend."""
+    with fastkl.use_backend(request.param.backend):
+        yield request.param
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip gpu tests without a GPU, or fail them where one is required."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if os.environ.get("FASTKL_REQUIRE_GPU") == "1":
+            pytest.fail("FASTKL_REQUIRE_GPU=1, but torch sees no CUDA device")
+        pytest.skip("needs a CUDA GPU")
