@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
@@ -153,16 +153,21 @@ def _tool(name, *arguments):
 
 
 def collect(plan, *, architectures=ARCHITECTURES, dtypes=DTYPES, alignments=(True, False), kernels=None):
-    """(list of StaticCost, list of error messages) over everything that `plan(dtype, aligned, arch)` lists; `kernels` keeps only these names."""
-    costs, errors = [], []
+    """(list of StaticCost, list of error messages) over everything that `plan(dtype, aligned, arch)` lists; `kernels` keeps only these names.
+
+    What is the same compilation aligned and misaligned (a kernel that does not care) is measured once.
+    """
+    costs, errors, known = [], [], {}
     for arch in architectures:
         for dtype in dtypes:
             for aligned in alignments:
                 for specialization in plan(dtype, aligned, arch):
                     if kernels and specialization.name not in kernels:
                         continue
+                    key = (arch, dtype, repr(specialization))
                     try:
-                        costs.append(measure(specialization, arch, dtype, aligned))
+                        known[key] = known.get(key) or measure(specialization, arch, dtype, aligned)
+                        costs.append(replace(known[key], aligned=aligned))
                     except StaticCostError as error:
                         errors.append(str(error))
     return costs, errors

@@ -25,8 +25,8 @@ _SMALL_D = 0.25
 class RowStatistics(NamedTuple):
     """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 8].
 
-    saved: largest logit of P, log Σ exp((x - largest)/T), centre_hi, centre_lo, log_ratio, kl, ref_kl, entropy; the centre is
-    c = centre_hi/T + centre_lo, and log_ratio = log1p(t) completes lse(y) - lse(x).
+    saved: largest logit of P, log Σ exp((x - largest)/T), centre_hi, centre_lo, log_ratio, E_p[d], E_q[d], entropy, for a centre
+    c = centre_hi/T + centre_lo at the mean of y - x under P; log_ratio completes lse(y) - lse(x) = c + log_ratio.
     """
 
     logprob: torch.Tensor | None
@@ -120,7 +120,12 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
     if reverse:
         backward_terms = torch.where(small, d * rise - h, torch.where(q == 0, 0.0, q * d) - (q - p))
         ref_kl = (backward_terms.sum(-1, keepdim=True) / (1.0 + t) - minus_log1p(-t / (1.0 + t))).clamp(min=0.0)
-    saved = torch.cat([x_max, x_log_sum, high, low, torch.log1p(t), kl, ref_kl, row_entropy], -1)
+    # The gradient's brackets are differences of d from its means: a centre at the mean under P keeps their digits on peaked rows.
+    moved = torch.where(kl.isfinite(), low + pd.sum(-1, keepdim=True), low)
+    log_ratio = torch.log1p(t) - (moved - low)
+    d = _difference(x, y, scale, high, moved)
+    means = [torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True) for weight in (p, q)]
+    saved = torch.cat([x_max, x_log_sum, high, moved, log_ratio, *means, row_entropy], -1)
     ref_logprob = _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
     return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, _column(ref_logprob), _column(kl),
                          _column(ref_kl) if reverse else None, saved)
@@ -135,24 +140,25 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
                   wrt_q: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of Σ_n Σ_field upstream[field][n] · field[n] with respect to p_logits and q_logits, [N, V] each in float32 or float64.
 
-    With s = 1/T, d = log q - log p and g the upstream gradients (a field without one counts as 0):
-        dP = s·(g_logprob·onehot + p·(-g_logprob - g_entropy·(log p + entropy) - g_kl·(d + kl)) - g_ref_kl·(q - p))
-        dQ = s·(g_ref_logprob·onehot + q·(-g_ref_logprob + g_ref_kl·(d - ref_kl)) + g_kl·(q - p))
+    With s = 1/T, d = log q - log p up to a constant of the row, and g the upstream gradients (a field without one counts as 0):
+        dP = s·(g_logprob·onehot + p·(-g_logprob - g_entropy·(log p + entropy) - g_kl·(d - E_p[d])) - g_ref_kl·(q - p))
+        dQ = s·(g_ref_logprob·onehot + q·(-g_ref_logprob + g_ref_kl·(d - E_q[d])) + g_kl·(q - p))
     An entry with probability 0 has gradient exactly 0.
     """
     dtype = saved.dtype
     x = p_logits.to(dtype)
     scale = 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.to(dtype))[:, None]
-    x_max, x_log_sum, high, low, log_ratio, kl, ref_kl, entropy = saved[:, :, None].unbind(1)
+    x_max, x_log_sum, high, low, log_ratio, mean_p_d, mean_q_d, entropy = saved[:, :, None].unbind(1)
     g = {name: value.to(dtype)[:, None] for name, value in upstream.items()}
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
     with_q = q_logits is not None and bool({"kl", "ref_kl", "ref_logprob"} & set(g))
     if with_q:
-        d = _difference(x, q_logits.to(dtype), scale, high, low) - log_ratio
+        d = _difference(x, q_logits.to(dtype), scale, high, low)
+        log_q_over_p = d - log_ratio
         # q from its own logits: p·e^d says nothing where p is 0.
         q = (((q_logits.to(dtype) - high) - x_max).mul_(scale) - ((x_log_sum + low) + log_ratio)).exp_()
-        rise = torch.where(d.abs() < _SMALL_D, p * torch.expm1(d), q - p)
+        rise = torch.where(log_q_over_p.abs() < _SMALL_D, p * torch.expm1(log_q_over_p), q - p)
     grad_p = grad_q = None
     if wrt_p:
         bracket = torch.zeros_like(p)
@@ -161,7 +167,7 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
         if "entropy" in g:
             bracket -= g["entropy"] * (log_p + entropy)
         if "kl" in g:
-            bracket -= g["kl"] * (d + kl)
+            bracket -= g["kl"] * (d - mean_p_d)
         grad_p = torch.where(p == 0, 0.0, p * bracket)
         if "ref_kl" in g:
             grad_p -= g["ref_kl"] * rise
@@ -174,6 +180,6 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
             grad_q -= g["ref_logprob"] * q
             grad_q.scatter_add_(-1, tokens[:, None], g["ref_logprob"])
         if "ref_kl" in g:
-            grad_q += g["ref_kl"] * torch.where(q == 0, 0.0, q * (d - ref_kl))
+            grad_q += g["ref_kl"] * torch.where(q == 0, 0.0, q * (d - mean_q_d))
         grad_q *= scale
     return grad_p, grad_q

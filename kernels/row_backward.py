@@ -13,7 +13,7 @@ def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
     if FIELD >= 0:
         return tl.load(upstream_ptr + FIELD * n_rows + row)
     else:
-        return 0.0
+        return tl.full([], 0.0, tl.float32)
 
 
 @triton.jit
@@ -36,10 +36,10 @@ def load_saved(saved_ptr):
     centre2 = centre_lo * LOG2E
     lse_q, lost_q = split_sum(lse_p, centre2)
     lost_q += lost_p + tl.fma(centre_lo, LOG2E, -centre2) + log_ratio * LOG2E
-    kl = tl.load(saved_ptr + 5)
-    ref_kl = tl.load(saved_ptr + 6)
+    mean_p_d = tl.load(saved_ptr + 5)
+    mean_q_d = tl.load(saved_ptr + 6)
     entropy = tl.load(saved_ptr + 7)
-    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), centre_hi, centre_lo, log_ratio, kl, ref_kl, entropy - lost_p * LN2)
+    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), centre_hi, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy - lost_p * LN2)
 
 
 @triton.jit
@@ -47,11 +47,12 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
                     REF_KL: tl.constexpr, WRT_P: tl.constexpr, WRT_Q: tl.constexpr, EXACT: tl.constexpr):
     """Gradients of the weighted statistics with respect to one logit of each tensor, without the sampled token's own 1.
 
-    With g the upstream gradients, s = 1/T and d = log q - log p:
-        dx = s·(p·(-g_kl·(d + kl) - g_entropy·(log p + entropy) - g_logprob) - g_ref_kl·(q - p))
-        dy = s·(g_kl·(q - p) + q·(g_ref_kl·(d - ref_kl) - g_ref_logprob))
+    With g the upstream gradients, s = 1/T and d = (y - x)·s - centre:
+        dx = s·(p·(-g_kl·(d - E_p[d]) - g_entropy·(log p + entropy) - g_logprob) - g_ref_kl·(q - p))
+        dy = s·(g_kl·(q - p) + q·(g_ref_kl·(d - E_q[d]) - g_ref_logprob))
+    The centre is at the mean under P, so that on a peaked row d - E_p[d] is no difference of two larger numbers.
     """
-    lse_p, factor_p, lse_q, factor_q, centre_hi, centre_lo, log_ratio, kl, ref_kl, entropy = saved
+    lse_p, factor_p, lse_q, factor_q, centre_hi, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy = saved
     g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl = upstream
     # p and q stay without their factors, which join the row's constants: one multiplication less per entry.
     log2_p = tl.fma(x, scale * LOG2E, -lse_p)
@@ -60,22 +61,21 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
     q = x
     rise = x
     if KL or REF_KL:
-        if EXACT:
-            d = tl.fma((y - centre_hi) - x, scale, -centre_lo) - log_ratio
-        else:
-            d = tl.fma(y - x, scale, -(centre_lo + log_ratio))
+        d = tl.fma((y - centre_hi if EXACT else y) - x, scale, -centre_lo)
     if (WRT_P and REF_KL) or WRT_Q:
         q = tl.exp2(tl.fma(y - centre_hi if EXACT else y, scale * LOG2E, -lse_q))
         true_p = p * factor_p
         rise = tl.fma(q, factor_q, -true_p)
         if EXACT and (KL or REF_KL):
-            # The difference of two rounded probabilities loses the digits of a small d.
-            rise = tl.where(tl.abs(d) < SMALL_D, true_p * tl.fma(d * d, expm1_over_square(d), d), rise)
+            # The difference of two rounded probabilities loses the digits of a small log q - log p.
+            log_ratio_here = d - log_ratio
+            near = true_p * tl.fma(log_ratio_here * log_ratio_here, expm1_over_square(log_ratio_here), log_ratio_here)
+            rise = tl.where(tl.abs(log_ratio_here) < SMALL_D, near, rise)
     grad_x = x
     grad_y = x
     if WRT_P:
         weight = scale * factor_p
-        bracket = -weight * (g_logprob + g_kl * kl + g_entropy * entropy)
+        bracket = -weight * (g_logprob - g_kl * mean_p_d + g_entropy * entropy)
         if ENTROPY:
             bracket = tl.fma(log2_p, weight * (-LN2) * g_entropy, bracket)
         if KL:
@@ -89,7 +89,7 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
     if WRT_Q:
         if REF_LOGPROB or REF_KL:
             weight = scale * factor_q
-            bracket = -weight * (g_ref_logprob + g_ref_kl * ref_kl)
+            bracket = -weight * (g_ref_logprob + g_ref_kl * mean_q_d)
             if REF_KL:
                 bracket = tl.fma(d, weight * g_ref_kl, bracket)
             grad_y = tl.where(q == 0.0, 0.0, q * bracket)
@@ -101,11 +101,12 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
 
 
 @triton.jit
-def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V, scale, saved, upstream, active, THREADS: tl.constexpr,
+def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V, scale, saved, upstream, read_end, THREADS: tl.constexpr,
                LANES: tl.constexpr, GROUPS: tl.constexpr, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr,
                REF_KL: tl.constexpr, WRT_P: tl.constexpr, WRT_Q: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, GRAD_IN_BLOCKS: tl.constexpr,
                EDGE: tl.constexpr):
-    """The gradients of GROUPS aligned blocks per thread; all loads come first, so that no store delays them. Not active: zeros, unread."""
+    """The gradients of GROUPS aligned blocks per thread; all loads come first, so that no store delays them. Offsets from read_end on are not read:
+    their gradient is 0."""
     EXACT: tl.constexpr = p_block.dtype.element_ty == tl.float32 or q_block.dtype.element_ty == tl.float32
     xs = ()
     ys = ()
@@ -114,7 +115,7 @@ def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V
     for g in tl.static_range(GROUPS):
         offs = (first_group + g * THREADS + thread) * LANES + lane
         if EDGE:
-            inside = (offs >= pad) & (offs < V + pad) & active
+            inside = (offs >= pad) & (offs < read_end)
             xs += (tl.load(p_block + offs, mask=inside, other=0.0).to(tl.float32),)
             ys += (tl.load(q_block + offs, mask=inside, other=0.0).to(tl.float32),)
         else:
@@ -126,9 +127,9 @@ def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V
         if EDGE:
             inside = (offs >= pad) & (offs < V + pad)
             if WRT_P:
-                tl.store(grad_p_block + offs, tl.where(active, grad_x, 0.0), mask=inside)
+                tl.store(grad_p_block + offs, tl.where(offs < read_end, grad_x, 0.0), mask=inside)
             if WRT_Q:
-                tl.store(grad_q_block + offs, tl.where(active, grad_y, 0.0), mask=inside)
+                tl.store(grad_q_block + offs, tl.where(offs < read_end, grad_y, 0.0), mask=inside)
         else:
             if WRT_P:
                 tl.store(grad_p_block + offs, grad_x)
@@ -171,9 +172,9 @@ def row_backward(
                 upstream_of(upstream_ptr, row, n_rows, REF_LOGPROB), upstream_of(upstream_ptr, row, n_rows, KL),
                 upstream_of(upstream_ptr, row, n_rows, REF_KL))
     g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl = upstream
-    active = (g_logprob != 0.0) | (g_entropy != 0.0) | (g_ref_logprob != 0.0) | (g_kl != 0.0) | (g_ref_kl != 0.0)
+    activity = tl.abs(g_logprob) + tl.abs(g_entropy) + tl.abs(g_ref_logprob) + tl.abs(g_kl) + tl.abs(g_ref_kl)
     if HAS_MASK:
-        active = active & (tl.load(mask_ptr + row) != 0)
+        activity = tl.where(tl.load(mask_ptr + row) != 0, activity, 0.0)
     if TEMPERATURE_PER_ROW:
         scale = 1.0 / tl.load(temperature_ptr + row).to(tl.float32)
     else:
@@ -185,6 +186,8 @@ def row_backward(
     grad_p_row = grad_p_ptr + row * V
     grad_q_row = grad_q_ptr + row * V
     pad = row_pad(offset_p, misaligned, LANES)
+    # An inactive row is read up to here: not at all.
+    read_end = tl.where(activity != 0.0, V + pad, 0)
     # Hints stand where the pointers are made: a hint on a function's argument is lost when it is inlined.
     p_block = tl.multiple_of(p_row - pad, 16)
     q_block = q_row - pad
@@ -201,7 +204,7 @@ def row_backward(
     EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32
     if HAS_TOKEN:
         token = tl.load(tokens_ptr + row)
-        token_here = active & (token >= 0) & (token < V) & (token + pad >= first) & (token + pad < first + CHUNK)
+        token_here = (token >= 0) & (token + pad >= first) & (token + pad < tl.minimum(first + CHUNK, read_end))
         token_x = tl.load(p_row + token, mask=token_here, other=0.0).to(tl.float32)
         token_y = tl.load(q_row + token, mask=token_here, other=0.0).to(tl.float32)
 
@@ -211,15 +214,15 @@ def row_backward(
     full_end = begin + tl.maximum(end - first, 0) // (TILE_GROUPS * LANES) * TILE_GROUPS
     # Tiles that start before the row (its first, behind a pad) or need only zeros take the masked path; the others none.
     full_begin = tl.where((first == 0) & (pad > 0), tl.minimum(begin + TILE_GROUPS, full_end), begin)
-    full_begin = tl.where(active, full_begin, full_end)
+    full_begin = tl.where(read_end > 0, full_begin, full_end)
     for group in range(begin, full_begin, TILE_GROUPS):
-        write_tile(p_block, q_block, grad_p_block, grad_q_block, group, pad, V, scale, saved, upstream, active, THREADS, LANES,
+        write_tile(p_block, q_block, grad_p_block, grad_q_block, group, pad, V, scale, saved, upstream, read_end, THREADS, LANES,
                    GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, Q_IN_BLOCKS, GRAD_IN_BLOCKS, True)
     for group in range(full_begin, full_end, TILE_GROUPS):
-        write_tile(p_block, q_block, grad_p_block, grad_q_block, group, pad, V, scale, saved, upstream, active, THREADS, LANES,
+        write_tile(p_block, q_block, grad_p_block, grad_q_block, group, pad, V, scale, saved, upstream, read_end, THREADS, LANES,
                    GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, Q_IN_BLOCKS, GRAD_IN_BLOCKS, False)
     if full_end * LANES < end:
-        write_tile(p_block, q_block, grad_p_block, grad_q_block, full_end, pad, V, scale, saved, upstream, active, THREADS, LANES,
+        write_tile(p_block, q_block, grad_p_block, grad_q_block, full_end, pad, V, scale, saved, upstream, read_end, THREADS, LANES,
                    GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, Q_IN_BLOCKS, GRAD_IN_BLOCKS, True)
 
     if HAS_TOKEN:

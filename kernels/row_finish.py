@@ -33,7 +33,7 @@ def exact_row(p_row, q_row, V, scale, BLOCK: tl.constexpr, WITH_KL: tl.constexpr
     """The statistics of any row, infinities included, from probabilities normalised beforehand.
 
     An entry with p = 0 adds nothing to E_p, whatever log(q/p) is; one with p > 0 = q makes KL(P‖Q) infinite. A NaN makes everything NaN.
-    Returns origin, log2_S, centre_hi, centre_lo, log_ratio, kl, ref_kl, entropy as row_finish saves them.
+    Returns origin, log2_S, centre_hi, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy as row_finish saves them, kl and ref_kl.
     """
     scale2 = scale * LOG2E
     origin, log2_S = log_sum_exp2(p_row, V, scale2, BLOCK)
@@ -72,6 +72,8 @@ def exact_row(p_row, q_row, V, scale, BLOCK: tl.constexpr, WITH_KL: tl.constexpr
     kl = centre_hi
     ref_kl = centre_hi
     log_ratio = centre_hi
+    mean_p_d = centre_hi
+    mean_q_d = centre_hi
     if WITH_KL:
         t = tl.sum(sum_rise, 0)
         log_ratio = log1p(t)
@@ -79,7 +81,28 @@ def exact_row(p_row, q_row, V, scale, BLOCK: tl.constexpr, WITH_KL: tl.constexpr
         ref_kl = tl.sum(sum_reverse, 0) / (1.0 + t) - minus_log1p(-t / (1.0 + t))
         kl = tl.where(kl < 0.0, 0.0, kl)
         ref_kl = tl.where(ref_kl < 0.0, 0.0, ref_kl)
-    return origin, log2_S, centre_hi, centre_lo, log_ratio, kl, ref_kl, tl.sum(sum_plogp, 0) * (-LN2)
+        centre_lo, log_ratio, mean_p_d, mean_q_d = centre_on_p(p_row, q_row, V, scale, origin, log2_S, q_origin, q_log2_S, centre_hi, centre_lo,
+                                                               log_ratio, kl, BLOCK)
+    return origin, log2_S, centre_hi, centre_lo, log_ratio, mean_p_d, mean_q_d, tl.sum(sum_plogp, 0) * (-LN2), kl, ref_kl
+
+
+@triton.jit
+def centre_on_p(p_row, q_row, V, scale, origin, log2_S, q_origin, q_log2_S, centre_hi, centre_lo, log_ratio, kl, BLOCK: tl.constexpr):
+    """centre_lo, log_ratio and the means of d under P and Q for a centre at E_p[d], where the gradient's brackets are differences of d."""
+    moved_lo = tl.where(kl < FINITE, centre_lo + (log_ratio - kl), centre_lo)
+    log_ratio = log_ratio - (moved_lo - centre_lo)
+    sum_pd = tl.zeros([BLOCK], tl.float32)
+    sum_qd = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        offs_v = start + tl.arange(0, BLOCK)
+        x = tl.load(p_row + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
+        y = tl.load(q_row + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
+        p = tl.exp2(tl.fma(x, scale * LOG2E, -origin) - log2_S)
+        q = tl.exp2(tl.fma(y, scale * LOG2E, -q_origin) - q_log2_S)
+        d = tl.fma((y - centre_hi) - x, scale, -moved_lo)
+        sum_pd += tl.where(p == 0.0, 0.0, p * d)
+        sum_qd += tl.where(q == 0.0, 0.0, q * d)
+    return moved_lo, log_ratio, tl.sum(sum_pd, 0), tl.sum(sum_qd, 0)
 
 
 @triton.jit
@@ -91,7 +114,7 @@ def load_state(state_ptr, first, splits, SPLITS: tl.constexpr, FIELD: tl.constex
 
 @triton.jit
 def merged_row(state_ptr, row, scale, splits, SPLITS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
-    """The row's statistics from its partial states, as exact_row returns them, and whether they hold."""
+    """The row's statistics from its partial states, as exact_row returns them, and last whether they hold."""
     first = row * splits
     origin = load_state(state_ptr, first, splits, SPLITS, 0, -1.0e30)
     S = load_state(state_ptr, first, splits, SPLITS, 1, 0.0)
@@ -118,6 +141,8 @@ def merged_row(state_ptr, row, scale, splits, SPLITS: tl.constexpr, WITH_ENTROPY
     kl = entropy * 0.0
     ref_kl = kl
     log_ratio = kl
+    mean_d = kl
+    mean_q_d = kl
     if WITH_KL:
         mean_h = tl.maximum(U / S, 0.0)
         mean_d = W / S
@@ -126,8 +151,10 @@ def merged_row(state_ptr, row, scale, splits, SPLITS: tl.constexpr, WITH_ENTROPY
         holds = holds & (kl < LARGE_KL)
         if WITH_REVERSE:
             ref_kl = reverse_kl(R / S, mean_h, mean_d)
+            mean_q_d = (R + W) / (S + U + W)
             holds = holds & (ref_kl < LARGE_KL)
-    return origin, log2_S, centre_hi, centre_lo, log_ratio, kl, ref_kl, tl.where(entropy < 0.0, 0.0, entropy), holds
+    entropy = tl.where(entropy < 0.0, 0.0, entropy)
+    return origin, log2_S, centre_hi, centre_lo, log_ratio, mean_d, mean_q_d, entropy, kl, ref_kl, holds
 
 
 # Row counts, strides and lengths vary from step to step: none of them may cause a recompile.
@@ -139,7 +166,7 @@ def row_finish(
     p_ptr, q_ptr,  # the logits, as in row_forward
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     mask_ptr, temperature_ptr,  # as in row_forward
-    saved_ptr,  # [N, 8] float32: origin, log2_S, centre_hi, centre_lo, log_ratio, kl, ref_kl, entropy
+    saved_ptr,  # [N, 8] float32: origin, log2_S, centre_hi, centre_lo, log_ratio, E_p[d], E_q[d], entropy
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
     temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, V, splits,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
@@ -149,7 +176,7 @@ def row_finish(
 
     Math:   row_math.py's formulas; reference.row_statistics is the definition.
     Grid:   (N,).
-    Reads:  8·splits per row and one logit of each tensor; 3·V of each tensor for a row whose sums do not hold (infinities, KL above 8 nats).
+    Reads:  8·splits per row and one logit of each tensor; 4·V of each tensor for a row whose sums do not hold (infinities, KL above 8 nats).
     Writes: 8 saved values and the fields asked for, per row; zeros for a masked row.
     Saves:  what row_backward needs: 32 bytes per row.
     Special values: as exact_row. A token outside 0 … V-1 reads nothing and gives NaN.
@@ -179,18 +206,19 @@ def row_finish(
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
     SPLIT_CENTRE: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32
-    origin, log2_S, centre_hi, centre_lo, log_ratio, kl, ref_kl, entropy, holds = merged_row(
+    origin, log2_S, centre_hi, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy, kl, ref_kl, holds = merged_row(
         state_ptr, row, scale, splits, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     if not holds:
-        origin, log2_S, centre_hi, centre_lo, log_ratio, kl, ref_kl, entropy = exact_row(p_row, q_row, V, scale, BLOCK, WITH_KL, SPLIT_CENTRE)
+        origin, log2_S, centre_hi, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy, kl, ref_kl = exact_row(
+            p_row, q_row, V, scale, BLOCK, WITH_KL, SPLIT_CENTRE)
 
     tl.store(saved_ptr, origin)
     tl.store(saved_ptr + 1, log2_S)
     tl.store(saved_ptr + 2, centre_hi)
     tl.store(saved_ptr + 3, centre_lo)
     tl.store(saved_ptr + 4, log_ratio)
-    tl.store(saved_ptr + 5, kl)
-    tl.store(saved_ptr + 6, ref_kl)
+    tl.store(saved_ptr + 5, mean_p_d)
+    tl.store(saved_ptr + 6, mean_q_d)
     tl.store(saved_ptr + 7, entropy)
     if WITH_ENTROPY:
         tl.store(entropy_ptr + row, entropy)

@@ -70,7 +70,7 @@ def fine_tune(reference: LanguageModel, corpus: Corpus, beta: float, settings: S
         figures = torch.stack([rewards.mean(), penalty.last["kl"], stats.entropy.detach().mean()]).tolist()
         for name, figure in zip(series, figures, strict=True):
             series[name].append(figure)
-        steps.set_postfix_str(f"reward {figures[0]:.3f}, KL {figures[1]:.3f} nats")
+        steps.set_postfix_str(f"reward {figures[0]:.3f}, KL {figures[1]:.3f} nats", refresh=False)
     return FineTuned(policy.eval().requires_grad_(False), series, early)
 
 

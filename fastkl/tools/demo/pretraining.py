@@ -40,7 +40,7 @@ def train_reference(corpus: Corpus, settings: Settings) -> tuple[LanguageModel, 
         losses.append(_backward(model, batch[:, :-1], batch[:, 1:]))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        steps.set_postfix_str(f"loss {losses[-1]:.2f} nats")
+        steps.set_postfix_str(f"loss {losses[-1]:.2f} nats", refresh=False)
     return model.eval().requires_grad_(False), losses
 
 

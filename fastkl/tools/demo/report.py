@@ -1,0 +1,84 @@
+"""What the demo prints and the files it leaves: a table, samples, one line of comparison, JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import textwrap
+from pathlib import Path
+
+from .evaluation import Evaluation
+
+COLUMNS = (
+    ("reward", "reward", "share of `self`", "{:.3f}"),
+    ("kl", "KL to reference", "nats per token", "{:.3f}"),
+    ("perplexity", "perplexity", "under reference", "{:,.0f}"),
+    ("entropy", "entropy", "nats", "{:.2f}"),
+    ("distinct", "distinct tokens", "share per sample", "{:.2f}"),
+)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is either there in full or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_json(numbers: dict) -> bytes:
+    """JSON text, sorted as given; a number that is not finite becomes null, which every reader of JSON takes."""
+    return (json.dumps(_finite(numbers), indent=1, allow_nan=False) + "\n").encode()
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(evaluations: dict[str, Evaluation]) -> str:
+    """One line per policy."""
+    rows = [["", *(column[1] for column in COLUMNS)], ["", *(column[2] for column in COLUMNS)]]
+    for name, evaluation in evaluations.items():
+        rows.append([name, *(form.format(evaluation.figures()[key]) for key, _, _, form in COLUMNS)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)) for row in rows]
+    lines.insert(2, "-" * len(lines[0]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def sample_text(name: str, evaluation: Evaluation) -> str:
+    """One sample of a policy, indented: the prompt, a marker, the response."""
+    prompt, response = evaluation.texts[0]
+    return f"{name}:\n" + textwrap.indent(f"{prompt}«{response}»".strip("\n"), "  | ", lambda line: True)
+
+
+def comparison_line(comparison: dict) -> str:
+    """fastkl against the naive code, in one line."""
+    naive, fused = comparison["naive"], comparison["fused"]
+    return (f"fused vs naive, on {comparison['rows']} rows of this run with KL {comparison['kl']:.1e}: "
+            f"value error {fused['value_error']:.0e} vs {naive['value_error']:.0e}, "
+            f"gradient error {fused['gradient_error']:.0e} vs {naive['gradient_error']:.0e}, "
+            f"held for backward {fused['bytes_per_row']:,.0f} vs {naive['bytes_per_row']:,.0f} bytes per row")
+
+
+def conclusion(evaluations: dict[str, Evaluation]) -> str:
+    """What the table says, in words."""
+    before, without, penalised = evaluations.values()
+    text = (f"The reward counts `self` and can be hacked. Without a penalty the policy hacks it: the reward climbs from {before.reward:.3f} to "
+            f"{without.reward:.3f} while the samples degenerate ({without.kl:.1f} nats per token from the reference, perplexity "
+            f"{without.perplexity:,.0f}, {without.distinct:.0%} distinct tokens). With KLPenalty it rises to {penalised.reward:.3f}, and the text "
+            f"stays code: {penalised.kl:.2f} nats per token, perplexity {penalised.perplexity:,.0f}, {penalised.distinct:.0%} distinct tokens.")
+    return textwrap.fill(text, 120)
+
+
+def slow_path_line(evaluations: dict[str, Evaluation]) -> str:
+    """How much of the run's logits the kernel would read twice."""
+    shares = ", ".join(f"{name} {evaluation.slow_path:.2%}" for name, evaluation in evaluations.items())
+    return f"rows that would leave the kernel's one-pass formula: {shares}"

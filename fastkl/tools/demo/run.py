@@ -1,0 +1,113 @@
+"""The demo from corpus to report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import fastkl
+
+from . import plot, report
+from .corpus import Corpus, build_corpus
+from .evaluation import Evaluation, evaluate
+from .finetuning import FineTuned, fine_tune
+from .naive import compare_with_naive
+from .pretraining import held_out_loss, train_reference
+from .progress import progress
+from .settings import Settings
+
+NO_PENALTY, WITH_PENALTY = "no penalty", "with KLPenalty"
+
+
+def run_demo(settings: Settings, out: Path) -> int:
+    """Run every stage, print the report, and write report.json, report.txt and curves.png into the folder `out`; the exit code."""
+    clock = Clock()
+    corpus = build_corpus(settings)
+    clock.stage("corpus")
+    reference, losses = train_reference(corpus, settings)
+    reference_loss = held_out_loss(reference, corpus, settings)
+    clock.stage("reference")
+    runs = {}
+    for name, beta in ((NO_PENALTY, 0.0), (WITH_PENALTY, settings.beta)):
+        runs[name] = fine_tune(reference, corpus, beta, settings, f"policy {name}")
+        clock.stage(name)
+    policies = {"reference": reference, **{name: run.policy for name, run in runs.items()}}
+    evaluations = {name: evaluate(policy, reference, corpus, settings) for name, policy in progress(policies.items(), "samples of each policy")}
+    comparison = compare_with_naive(*runs[WITH_PENALTY].early_logits)
+    clock.stage("evaluation")
+
+    header = describe(corpus, reference, reference_loss, runs[WITH_PENALTY].early_logits[0], settings)
+    text = "\n\n".join([
+        header, report.table(evaluations), report.conclusion(evaluations),
+        *(report.sample_text(name, evaluation) for name, evaluation in evaluations.items()),
+        report.comparison_line(comparison) + "\n" + report.slow_path_line(evaluations),
+    ])
+    numbers = collect(settings, corpus, losses, reference_loss, runs, evaluations, comparison)
+    picture = plot.curves({name: run.series for name, run in runs.items()}, evaluations["reference"].reward, "A reward that can be hacked")
+    numbers["seconds"] = clock.seconds()
+    for name, content in (("curves.png", picture), ("report.txt", (text + "\n").encode()), ("report.json", report.to_json(numbers))):
+        report.write_whole(out / name, content)
+    show(text + f"\n\n{clock.total():.0f} s; wrote curves.png, report.txt and report.json into {out}")
+    return 0
+
+
+def describe(corpus: Corpus, reference: torch.nn.Module, loss: float, logits: torch.Tensor, settings: Settings) -> str:
+    """The first lines of the report: what ran on what."""
+    parameters = sum(parameter.numel() for parameter in reference.parameters())
+    return "\n".join([
+        f"corpus:    {corpus.files} files of Python {platform.python_version()}'s standard library, {corpus.characters / 1e6:.1f} M characters, "
+        f"{(corpus.train.numel() + corpus.held_out.numel()) / 1e6:.2f} M tokens of a vocabulary of {corpus.vocabulary}",
+        f"reference: {settings.layers} layers, {settings.width} wide, {parameters / 1e6:.1f} M parameters, perplexity {math.exp(loss):.0f} on held-out "
+        f"files",
+        f"fastkl:    {fastkl.explain(logits)}",
+    ])
+
+
+def collect(settings: Settings, corpus: Corpus, losses: list[float], reference_loss: float, runs: dict[str, FineTuned],
+            evaluations: dict[str, Evaluation], comparison: dict) -> dict:
+    """Every number of the run, for the JSON file."""
+    final = {name: {**evaluation.figures(), "samples": evaluation.texts} for name, evaluation in evaluations.items()}
+    return {
+        "configuration": dataclasses.asdict(settings),
+        "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "device": torch.cuda.get_device_name(settings.device) if settings.device != "cpu" else f"cpu, {torch.get_num_threads()} threads",
+        "corpus": {"files": corpus.files, "characters": corpus.characters, "vocabulary": corpus.vocabulary,
+                   "tokens": corpus.train.numel() + corpus.held_out.numel()},
+        "reference": {"loss": losses, "held_out_loss": reference_loss},
+        "series": {name: run.series for name, run in runs.items()},
+        "final": final,
+        "fused_vs_naive": comparison,
+    }
+
+
+def show(text: str) -> None:
+    """Print, on terminals of any encoding."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, errors="replace").decode(encoding))
+
+
+class Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        """The stage of this name ends here."""
+        now = time.perf_counter()
+        self._stages[name], self._last = now - self._last, now
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage and in total."""
+        return {**self._stages, "total": self.total()}
+
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
