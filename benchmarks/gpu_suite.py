@@ -88,7 +88,8 @@ def gpu_facts():
         driver = None
     return {
         "name": properties.name, "capability": f"{properties.major}.{properties.minor}", "memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count, "l2_bytes": getattr(properties, "L2_cache_size", None), "cuda": torch.version.cuda, "driver": driver,
+        "multiprocessors": properties.multi_processor_count, "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda, "driver": driver,
     }
 
 

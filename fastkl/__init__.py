@@ -1,7 +1,7 @@
 """fastkl: exact KL divergence between language models, per token, at the speed of reading the logits once."""
 
 from .backend import Explanation, explain, use_backend
-from .divergence import kl_divergence
+from .divergence import kl_divergence, slow_path_rows
 from .penalty import KLPenalty
 from .tokens import TokenStats, selective_log_softmax, token_stats
 
@@ -14,6 +14,7 @@ __all__ = [
     "explain",
     "kl_divergence",
     "selective_log_softmax",
+    "slow_path_rows",
     "token_stats",
     "use_backend",
 ]

@@ -54,14 +54,14 @@ def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor,
                         None if grad_p is None else grad_p[rows], None if grad_q is None else grad_q[rows])
 
 
-def _row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
+def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
     """Indices of the rows that count, a block at a time."""
     vocabulary = logits.shape[-1]
     rows = torch.arange(logits.numel() // vocabulary) if mask is None else mask.nonzero()[:, 0]
     yield from rows.split(max(1, BLOCK_ELEMENTS // vocabulary))
 
 
-def _take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Some rows of a tensor of any leading shape and strides, without a copy of the whole."""
     if logits.dim() == 2:
         contiguous = int(rows[-1]) - int(rows[0]) == rows.numel() - 1
@@ -80,14 +80,14 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
     """Fill outputs ([N] per field) and saved [N, 8] from reference.row_statistics, a block of rows at a time; masked rows stay 0."""
     for value in (*outputs.values(), saved):
         value.zero_()
-    for rows in _row_blocks(p, mask):
+    for rows in row_blocks(p, mask):
         chosen = _some(tokens, rows)
         if chosen is not None:
             _checks.tokens_in_range(chosen, p.shape[-1])
         scales = _some(temperature, rows)
         if isinstance(scales, torch.Tensor):
             _checks.temperatures_positive(scales)
-        result = reference.row_statistics(_take(p, rows), None if q is None else _take(q, rows), chosen, scales,
+        result = reference.row_statistics(take(p, rows), None if q is None else take(q, rows), chosen, scales,
                                           entropy="entropy" in outputs, reverse="ref_kl" in outputs)
         for name, value in outputs.items():
             value[rows] = getattr(result, name)
@@ -106,8 +106,8 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
     for grad in (grad_p, grad_q):
         if grad is not None:
             grad.zero_()
-    for rows in _row_blocks(p, active):
-        results = reference.row_gradients(_take(p, rows), None if q is None else _take(q, rows), _some(tokens, rows), _some(temperature, rows),
+    for rows in row_blocks(p, active):
+        results = reference.row_gradients(take(p, rows), None if q is None else take(q, rows), _some(tokens, rows), _some(temperature, rows),
                                           saved[rows], {name: value[rows] for name, value in upstream.items()},
                                           wrt_p=grad_p is not None, wrt_q=grad_q is not None)
         for grad, value in zip((grad_p, grad_q), results, strict=True):

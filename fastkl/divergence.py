@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from . import _checks, backend
+from . import _checks, _rows, backend, reference
 from ._ops import row_statistics
+
+# What one pass of the kernels holds: kernels.row_finish.LARGE_KL and kernels.row_math.LARGEST_D.
+ONE_PASS_KL = 32.0
+ONE_PASS_D = 96.0
 
 
 def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
@@ -54,3 +58,26 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature
     per_row = isinstance(temperature, torch.Tensor)
     return row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl",
                           backend.select(p_logits, q_logits))[3]
+
+
+def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
+    """Which rows the Triton kernels read again, because one pass cannot hold them: a diagnostic, not for the training loop.
+
+    A row is read again if it holds an infinity or a NaN, if its KL in either direction is 32 nats or more, or if some entry is more than e^96
+    times as probable under Q as under P (relative to the row's mean log-ratio). Such a row costs about five reads instead of one.
+
+    Args: p_logits, q_logits: [..., V] as in kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time.
+    Raises: as kl_divergence.
+    """
+    _checks.logits("p_logits", p_logits)
+    _checks.logits("q_logits", q_logits)
+    _checks.same_shape("q_logits", q_logits, "p_logits", p_logits)
+    slow = torch.zeros(p_logits.shape[:-1].numel(), dtype=torch.bool, device=p_logits.device)
+    with torch.no_grad():
+        for rows in _rows.row_blocks(p_logits, None):
+            x, y = _rows.take(p_logits, rows).float(), _rows.take(q_logits, rows).float()
+            result = reference.row_statistics(x, y, entropy=False)
+            largest_d = (y - x).amax(-1) - (result.saved[:, 2] + result.saved[:, 3])
+            holds = (result.kl < ONE_PASS_KL) & (result.ref_kl < ONE_PASS_KL) & (largest_d < ONE_PASS_D) & x.isfinite().all(-1) & y.isfinite().all(-1)
+            slow[rows] = ~holds
+    return slow.view(p_logits.shape[:-1])

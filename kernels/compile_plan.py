@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from typing import Any
 
+import triton
+
 from . import config
-from .launch import OPTIONS
+from .launch import EXACT_ROWS, EXACT_THREADS, OPTIONS
 from .row_backward import row_backward
+from .row_exact import row_exact
 from .row_finish import row_finish
 from .row_forward import row_forward
 
@@ -65,14 +69,19 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     forward = config.select("forward", arch, itemsize, VOCABULARY)
     backward = config.select("backward", arch, itemsize, VOCABULARY)
     plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False)
-    shape = dict(SEGMENT=forward.segment, THREADS=forward.threads, LANES=lanes, GROUPS=forward.groups, REALIGN=not aligned, Q_IN_BLOCKS=True)
+    placing = dict(LANES=lanes, REALIGN=not aligned, Q_IN_BLOCKS=True)
+    shape = dict(SEGMENT=forward.segment, THREADS=forward.threads, GROUPS=forward.groups, **placing)
     specializations = []
-    for name, flags in (("kl_divergence", (False, True, False)), ("token_stats", (True, True, True)), ("token_stats_policy_only", (True, False, False))):
-        fields = dict(zip(("WITH_ENTROPY", "WITH_KL", "WITH_REVERSE"), flags, strict=True))
+    for name, entropy, kl, reverse in (("kl_divergence", False, True, False), ("token_stats", True, True, True),
+                                       ("token_stats_policy_only", True, False, False)):
+        fields = dict(WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
         specializations.append(_specialization(f"{name}.forward", row_forward, {**shape, **plain, **fields}, dtype, forward.threads // warp,
                                                forward.groups * lanes))
-        finish = dict(SPLITS=4, BLOCK=2048, HAS_TOKENS=name != "kl_divergence", **plain, **fields)
-        specializations.append(_specialization(f"{name}.finish", row_finish, finish, dtype, 4, 2048 // (4 * warp)))
+        results = dict(HAS_TOKENS=name != "kl_divergence", **plain, **fields)
+        splits = triton.next_power_of_2(math.ceil(VOCABULARY / forward.segment))
+        specializations.append(_specialization(f"{name}.finish", row_finish, dict(SPLITS=splits, **results), dtype, 1, 1))
+        specializations.append(_specialization(f"{name}.exact", row_exact, dict(ROWS=EXACT_ROWS, THREADS=EXACT_THREADS, **placing, **results),
+                                               dtype, EXACT_THREADS // warp, lanes))
     for name, fields, wrt_p, wrt_q in (
         ("kl_divergence.backward_p", ("KL",), True, False), ("kl_divergence.backward_q", ("KL",), False, True),
         ("kl_divergence.backward_both", ("KL",), True, True), ("token_stats.backward_p", _FIELDS, True, False),

@@ -11,12 +11,16 @@ import triton
 
 from . import config
 from .row_backward import row_backward
+from .row_exact import row_exact
 from .row_finish import row_finish
 from .row_forward import row_forward
 
 # Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler fuses; Triton's own default varies by version.
 OPTIONS = {"enable_fp_fusion": False}
-SAVED = 8  # float32 values per row that backward needs
+FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
+# Rows that one program of row_exact looks at, and its threads: nearly every program finds nothing to do.
+EXACT_ROWS = 4
+EXACT_THREADS = 256
 
 
 class Rows(NamedTuple):
@@ -108,26 +112,26 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
     state = torch.empty(problem.rows * splits * 8, dtype=torch.float32, device=p.tensor.device)
     shared = _common(problem)
     fields = dict(WITH_ENTROPY="entropy" in outputs, WITH_KL=q is not None, WITH_REVERSE="ref_kl" in outputs)
-    aligned = p.aligned(problem.inner, problem.outer)
+    placing = dict(misaligned=p.misaligned, LANES=p.lanes, REALIGN=not p.aligned(problem.inner, problem.outer),
+                   Q_IN_BLOCKS=q is None or p.same_blocks(q, problem.inner, problem.outer))
     with _on(p.tensor.device):
         row_forward[(problem.rows * splits,)](
-            **shared, **fields, state_ptr=state, misaligned=p.misaligned, splits=splits,
-            SEGMENT=chosen.segment, THREADS=chosen.threads, LANES=p.lanes, GROUPS=chosen.groups,
-            REALIGN=not aligned, Q_IN_BLOCKS=q is None or p.same_blocks(q, problem.inner, problem.outer),
+            **shared, **fields, **placing, state_ptr=state, splits=splits, SEGMENT=chosen.segment, THREADS=chosen.threads, GROUPS=chosen.groups,
             num_warps=num_warps, **OPTIONS)
-        row_finish[(problem.rows,)](
-            **shared, **fields, state_ptr=state, saved_ptr=saved,
-            tokens_ptr=saved if problem.tokens is None else problem.tokens,
-            **{f"{name}_ptr": outputs.get(name, saved) for name in ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")},
-            splits=splits, SPLITS=triton.next_power_of_2(splits), BLOCK=min(2048, max(128, triton.next_power_of_2(problem.vocabulary))),
-            HAS_TOKENS=problem.tokens is not None, num_warps=4, **OPTIONS)
+        results = dict(saved_ptr=saved, tokens_ptr=saved if problem.tokens is None else problem.tokens, HAS_TOKENS=problem.tokens is not None,
+                       **{f"{name}_ptr": outputs.get(name, saved) for name in FIELDS})
+        row_finish[(problem.rows,)](**shared, **fields, **results, state_ptr=state, splits=splits, SPLITS=triton.next_power_of_2(splits),
+                                    num_warps=1, **OPTIONS)
+        row_exact[(math.ceil(problem.rows / EXACT_ROWS),)](
+            **shared, **fields, **placing, **results, n_rows=problem.rows, ROWS=EXACT_ROWS, THREADS=EXACT_THREADS,
+            num_warps=EXACT_THREADS // architecture(p.tensor.device)[1], **OPTIONS)
 
 
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
              grad_q: torch.Tensor | None) -> None:
     """Fill the gradients ([N, V] contiguous, in the logits' types) from upstream gradients [N] per field. They may be the logits themselves."""
     p, q = problem.p, problem.q
-    names = [name for name in ("logprob", "entropy", "ref_logprob", "kl", "ref_kl") if name in upstream]
+    names = [name for name in FIELDS if name in upstream]
     stacked = torch.stack([upstream[name].to(torch.float32) for name in names]) if len(names) > 1 else upstream[names[0]].float().contiguous()
     chosen, num_warps = _choose(problem, "backward")
     grads = [Rows(grad, problem.inner * problem.vocabulary, problem.vocabulary) for grad in (grad_p, grad_q) if grad is not None]
@@ -139,7 +143,7 @@ def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Te
             grad_p_ptr=p.tensor if grad_p is None else grad_p, grad_q_ptr=p.tensor if grad_q is None else grad_q,
             tokens_ptr=saved if problem.tokens is None else problem.tokens,
             CHUNK=chosen.segment, THREADS=chosen.threads, LANES=p.lanes, GROUPS=chosen.groups,
-            **{name.upper(): names.index(name) if name in names else -1 for name in ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")},
+            **{name.upper(): names.index(name) if name in names else -1 for name in FIELDS},
             WRT_P=grad_p is not None, WRT_Q=grad_q is not None,
             Q_IN_BLOCKS=q is None or p.same_blocks(q, problem.inner, problem.outer),
             GRAD_IN_BLOCKS=all(p.same_blocks(grad, problem.inner, problem.outer) for grad in grads),

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .row_load import row_offset, row_pad
+from .row_load import row_offset, row_pad, row_scale
 from .row_math import LN2, LOG2E, SMALL_D, expm1_over_square
 
 
@@ -175,10 +175,7 @@ def row_backward(
     activity = tl.abs(g_logprob) + tl.abs(g_entropy) + tl.abs(g_ref_logprob) + tl.abs(g_kl) + tl.abs(g_ref_kl)
     if HAS_MASK:
         activity = tl.where(tl.load(mask_ptr + row) != 0, activity, 0.0)
-    if TEMPERATURE_PER_ROW:
-        scale = 1.0 / tl.load(temperature_ptr + row).to(tl.float32)
-    else:
-        scale = 1.0 / tl.cast(temperature, tl.float32)
+    scale = row_scale(temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
     saved = load_saved(saved_ptr + row * 8)
     offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     p_row = p_ptr + offset_p

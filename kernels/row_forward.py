@@ -3,21 +3,8 @@
 import triton
 import triton.language as tl
 
-from .row_load import lane_order, load_elements, load_group, row_offset, row_pad
+from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale
 from .row_math import CENTRE_GRID, LARGEST_D, LOG2E, LOWEST, OUTWEIGHS, SMALL_D, expm1_over_square, merge_states, move_centre, rescale_to
-
-
-@triton.jit
-def lane_sum(z):
-    """Sum over axis 1 as a tree over lanes l and l + n/2: rotating the lanes changes no bit (addition commutes)."""
-    THREADS: tl.constexpr = z.shape[0]
-    n: tl.constexpr = z.shape[1]
-    if n > 4:
-        half = tl.sum(tl.reshape(z, [THREADS, 2, n // 2]), 1)
-    else:
-        half = z
-    quarter = tl.sum(tl.reshape(half, [THREADS, 2, 2]), 1)
-    return tl.sum(quarter, 1)
 
 
 @triton.jit
@@ -160,10 +147,7 @@ def row_forward(
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
             return
-    if TEMPERATURE_PER_ROW:
-        scale = 1.0 / tl.load(temperature_ptr + row).to(tl.float32)
-    else:
-        scale = 1.0 / tl.cast(temperature, tl.float32)
+    scale = row_scale(temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
     offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
     if REALIGN:

@@ -2,7 +2,7 @@
 
 A row that does not start on a 16-byte boundary (V or a stride not divisible by 8, a slice) is read in the aligned blocks of the memory around
 it. Group g is the row's logical elements g·LANES … g·LANES + LANES - 1: they lie in block g from lane `pad` on and in block g + 1 before it, so a
-select by lane puts a whole group into one thread, its lanes rotated by `pad`. Sums over lanes (row_forward.lane_sum) are built as a tree that a
+select by lane puts a whole group into one thread, its lanes rotated by `pad`. Sums over lanes (lane_sum) are built as a tree that a
 rotation leaves unchanged to the bit: a row gives the same result at any alignment, hence at any position of a batch.
 """
 
@@ -17,6 +17,16 @@ def row_offset(row, n_inner, stride_outer, stride_inner):
 
 
 @triton.jit
+def row_scale(temperature_ptr, temperature, row, TEMPERATURE_PER_ROW: tl.constexpr):
+    """1/T of a row. A temperature that is not positive has no meaning: NaN, not a number that looks right."""
+    if TEMPERATURE_PER_ROW:
+        scale = 1.0 / tl.load(temperature_ptr + row).to(tl.float32)
+    else:
+        scale = 1.0 / tl.cast(temperature, tl.float32)
+    return tl.where(scale > 0.0, scale, float("nan"))
+
+
+@triton.jit
 def row_pad(offset, misaligned, LANES: tl.constexpr):
     """How many elements lie between the last 16-byte boundary and the row's first element."""
     return ((offset + misaligned) % LANES).to(tl.int32)
@@ -26,6 +36,19 @@ def row_pad(offset, misaligned, LANES: tl.constexpr):
 def lane_order(pad, LANES: tl.constexpr):
     """The element of its group that each lane holds, [1, LANES]."""
     return (tl.arange(0, LANES)[None, :] + (LANES - pad)) % LANES
+
+
+@triton.jit
+def lane_sum(z):
+    """Sum over axis 1 as a tree over lanes l and l + n/2: rotating the lanes changes no bit (addition commutes)."""
+    THREADS: tl.constexpr = z.shape[0]
+    n: tl.constexpr = z.shape[1]
+    if n > 4:
+        half = tl.sum(tl.reshape(z, [THREADS, 2, n // 2]), 1)
+    else:
+        half = z
+    quarter = tl.sum(tl.reshape(half, [THREADS, 2, 2]), 1)
+    return tl.sum(quarter, 1)
 
 
 @triton.jit

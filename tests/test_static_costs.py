@@ -52,6 +52,12 @@ def report(request, tmp_path_factory):
     return data
 
 
+def case_of(record, *keys):
+    """One line that names a record and some of its figures."""
+    alignment = "aligned" if record["aligned"] else "misaligned"
+    return f"{record['kernel']} {record['arch']} {record['dtype']} {alignment}: " + ", ".join(f"{key} {record[key]}" for key in keys)
+
+
 def test_every_kernel_is_measured_everywhere(report):
     records = report["records"]
     cases = {(r["arch"], r["dtype"], r["aligned"]) for r in records}
@@ -73,16 +79,18 @@ def test_instructions_and_exponentials_per_pair(report, kernel):
 
 
 def test_nothing_spills(report):
-    spilling = [r for r in report["records"] if r["spill_bytes"] != 0]
-    assert not spilling, spilling
+    spilling = [case_of(r, "spill_bytes") for r in report["records"] if r["spill_bytes"] != 0]
+    assert not spilling, "\n".join(spilling)
 
 
 def test_hot_loops_load_16_bytes_at_a_time(report):
     # Forward and backward read the vocabulary; other kernels have loops, if at all, for the rare row that is read again the slow way.
     reading = [r for r in report["records"] if r["arch"].startswith("sm_") and r["kernel"].split(".")[1].startswith(("forward", "backward"))]
     assert {r["kernel"] for r in reading} >= set(LIMITS)
-    narrow = [r for r in reading if (r["widest_load_bytes"] or 0) < 16 or r["narrow_loads"] != 0]
-    assert not narrow, narrow
+    narrow = [
+        case_of(r, "widest_load_bytes", "narrow_loads") for r in reading if (r["widest_load_bytes"] or 0) < 16 or r["narrow_loads"] != 0
+    ]
+    assert not narrow, "\n".join(narrow)
 
 
 # Reading machine code -------------------------------------------------------------------------------------------

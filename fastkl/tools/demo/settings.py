@@ -30,14 +30,14 @@ class Settings:
     prompt_length: int = 16
     response_length: int = 32
     temperature: float = 0.8
-    policy_rate: float = 1e-3
+    policy_rate: float = 3e-4
     discount: float = 0.8
-    beta: float = 0.3
+    beta: float = 0.4
     # Evaluation, on prompts from files that training never saw.
     evaluation_samples: int = 64
 
 
-QUICK = dict(quick=True, corpus_characters=2_000_000, vocabulary=4_096, reference_steps=100, steps=25, evaluation_samples=32, policy_rate=2e-3)
+QUICK = dict(quick=True, corpus_characters=2_000_000, vocabulary=4_096, reference_steps=90, steps=25, evaluation_samples=32, policy_rate=6e-4)
 
 
 def choose_settings(*, quick: bool, seed: int, device: str, steps: int | None = None, beta: float | None = None) -> Settings:
