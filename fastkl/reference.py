@@ -75,9 +75,13 @@ def _centre(x_max, x_log_sum, y_max, y_log_sum, scale) -> tuple[torch.Tensor, to
     return high, ((y_max - high) - x_max) * scale + ratio
 
 
-def _difference(x, y, scale, high, low) -> torch.Tensor:
-    """d = (y - x)·scale - centre; an entry that is -inf in both has d = 0, since it takes part in nothing."""
-    d = ((y - high) - x).mul_(scale).sub_(low)
+def _difference(x, y, scale, x_max, high, low) -> torch.Tensor:
+    """d = (y - x)·scale - centre; an entry that is -inf in both has d = 0, since it takes part in nothing.
+
+    The coarse part of the centre leaves the tensor that lies farther from 0, whose digits are coarser than the result's: nothing is rounded.
+    """
+    shift_y = torch.where((x_max + high).abs() >= x_max.abs(), high, 0.0)
+    d = ((y - shift_y) - (x - (shift_y - high))).mul_(scale).sub_(low)
     return torch.where((x == -math.inf) & (y == -math.inf), 0.0, d)
 
 
@@ -107,7 +111,7 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
     y = q_logits.to(dtype)
     y_max, y_log_sum = _log_partition(y, scale)
     high, low = _centre(x_max, x_log_sum, y_max, y_log_sum, scale)
-    d = _difference(x, y, scale, high, low)
+    d = _difference(x, y, scale, x_max, high, low)
     q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
     # Beyond |d| = 1/4 the sums use q itself: p·e^d would overflow or vanish where p does.
     small = d.abs() < _SMALL_D
@@ -123,7 +127,7 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
     # The gradient's brackets are differences of d from its means: a centre at the mean under P keeps their digits on peaked rows.
     moved = torch.where(kl.isfinite(), low + pd.sum(-1, keepdim=True), low)
     log_ratio = torch.log1p(t) - (moved - low)
-    d = _difference(x, y, scale, high, moved)
+    d = _difference(x, y, scale, x_max, high, moved)
     means = [torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True) for weight in (p, q)]
     saved = torch.cat([x_max, x_log_sum, high, moved, log_ratio, *means, row_entropy], -1)
     ref_logprob = _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
@@ -154,10 +158,10 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
     p = log_p.exp()
     with_q = q_logits is not None and bool({"kl", "ref_kl", "ref_logprob"} & set(g))
     if with_q:
-        d = _difference(x, q_logits.to(dtype), scale, high, low)
+        d = _difference(x, q_logits.to(dtype), scale, x_max, high, low)
         log_q_over_p = d - log_ratio
         # q from its own logits: p·e^d says nothing where p is 0.
-        q = (((q_logits.to(dtype) - high) - x_max).mul_(scale) - ((x_log_sum + low) + log_ratio)).exp_()
+        q = ((q_logits.to(dtype) - (x_max + high)).mul_(scale) - ((x_log_sum + low) + log_ratio)).exp_()
         rise = torch.where(log_q_over_p.abs() < _SMALL_D, p * torch.expm1(log_q_over_p), q - p)
     grad_p = grad_q = None
     if wrt_p:

@@ -10,7 +10,7 @@ from typing import Any
 import triton
 
 from . import config
-from .launch import EXACT_ROWS, EXACT_THREADS, OPTIONS
+from .launch import EXACT_ROWS, EXACT_THREADS, OPTIONS, exact_options
 from .row_backward import row_backward
 from .row_exact import row_exact
 from .row_finish import row_finish
@@ -49,13 +49,15 @@ def _type_of(name: str, dtype: str) -> str:
     return "i32" if name in _INTEGERS else "fp32"
 
 
-def _specialization(name: str, kernel: Any, constexprs: dict[str, Any], dtype: str, num_warps: int, pairs: int) -> Specialization:
+def _specialization(name: str, kernel: Any, constexprs: dict[str, Any], dtype: str, num_warps: int, pairs: int,
+                    extra: dict[str, Any] | None = None) -> Specialization:
     names = list(inspect.signature(kernel.fn).parameters)
     signature = {argument: "constexpr" if argument in constexprs else _type_of(argument, dtype) for argument in names}
     # What the launcher passes comes from torch's allocator, 16-byte aligned; logits themselves may be views that start anywhere.
     attrs = {(index,): [["tt.divisibility", 16]] for index, argument in enumerate(names)
              if argument in ("state_ptr", "saved_ptr", "grad_p_ptr", "grad_q_ptr")}
-    return Specialization(name, kernel, signature, constexprs, attrs, num_warps, pairs, dict(OPTIONS))
+    return Specialization(name, kernel, signature, constexprs, attrs, num_warps, pairs,
+                          {key: value for key, value in {**OPTIONS, **(extra or {})}.items() if key != "num_warps"})
 
 
 def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
@@ -76,12 +78,12 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
                                        ("token_stats_policy_only", True, False, False)):
         fields = dict(WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
         specializations.append(_specialization(f"{name}.forward", row_forward, {**shape, **plain, **fields}, dtype, forward.threads // warp,
-                                               forward.groups * lanes))
+                                               forward.groups * lanes, forward.options(arch)))
         results = dict(HAS_TOKENS=name != "kl_divergence", **plain, **fields)
         splits = triton.next_power_of_2(math.ceil(VOCABULARY / forward.segment))
         specializations.append(_specialization(f"{name}.finish", row_finish, dict(SPLITS=splits, **results), dtype, 1, 1))
         specializations.append(_specialization(f"{name}.exact", row_exact, dict(ROWS=EXACT_ROWS, THREADS=EXACT_THREADS, **placing, **results),
-                                               dtype, EXACT_THREADS // warp, lanes))
+                                               dtype, EXACT_THREADS // warp, lanes, exact_options(arch, warp)))
     for name, fields, wrt_p, wrt_q in (
         ("kl_divergence.backward_p", ("KL",), True, False), ("kl_divergence.backward_q", ("KL",), False, True),
         ("kl_divergence.backward_both", ("KL",), True, True), ("token_stats.backward_p", _FIELDS, True, False),
@@ -90,5 +92,6 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         constexprs = dict(CHUNK=backward.segment, THREADS=backward.threads, LANES=lanes, GROUPS=backward.groups, WRT_P=wrt_p, WRT_Q=wrt_q,
                           Q_IN_BLOCKS=True, GRAD_IN_BLOCKS=True, **{field: fields.index(field) if field in fields else -1 for field in _FIELDS},
                           **plain)
-        specializations.append(_specialization(name, row_backward, constexprs, dtype, backward.threads // warp, backward.groups * lanes))
+        specializations.append(_specialization(name, row_backward, constexprs, dtype, backward.threads // warp, backward.groups * lanes,
+                                               backward.options(arch)))
     return specializations

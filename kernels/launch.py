@@ -21,6 +21,7 @@ FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 # Rows that one program of row_exact looks at, and its threads: nearly every program finds nothing to do.
 EXACT_ROWS = 4
 EXACT_THREADS = 256
+EXACT_REGISTERS = 128
 
 
 class Rows(NamedTuple):
@@ -81,10 +82,17 @@ def architecture(device: torch.device) -> tuple[str, int]:
     return f"sm_{major}{minor}", 32
 
 
-def _choose(problem: Problem, direction: str) -> tuple[config.RowConfig, int]:
+def _choose(problem: Problem, direction: str) -> tuple[config.RowConfig, dict[str, object]]:
+    """The configuration, and the compiler options that come with it."""
     arch, warp = architecture(problem.p.tensor.device)
     chosen = config.select(direction, arch, problem.p.tensor.element_size(), problem.vocabulary)
-    return chosen, max(1, chosen.threads // warp)
+    return chosen, {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch), **OPTIONS}
+
+
+def exact_options(arch: str, warp: int) -> dict[str, object]:
+    """The compiler options of row_exact, which takes no part in the configuration table: it is rare."""
+    registers = {} if arch.startswith("gfx") else {"maxnreg": EXACT_REGISTERS}
+    return {"num_warps": EXACT_THREADS // warp, **registers, **OPTIONS}
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -107,7 +115,7 @@ def _common(problem: Problem) -> dict:
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill `saved` [N, 8] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each)."""
     p, q = problem.p, problem.q
-    chosen, num_warps = _choose(problem, "forward")
+    chosen, options = _choose(problem, "forward")
     splits = max(1, math.ceil(problem.vocabulary / chosen.segment))
     state = torch.empty(problem.rows * splits * 8, dtype=torch.float32, device=p.tensor.device)
     shared = _common(problem)
@@ -117,14 +125,14 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
     with _on(p.tensor.device):
         row_forward[(problem.rows * splits,)](
             **shared, **fields, **placing, state_ptr=state, splits=splits, SEGMENT=chosen.segment, THREADS=chosen.threads, GROUPS=chosen.groups,
-            num_warps=num_warps, **OPTIONS)
+            **options)
         results = dict(saved_ptr=saved, tokens_ptr=saved if problem.tokens is None else problem.tokens, HAS_TOKENS=problem.tokens is not None,
                        **{f"{name}_ptr": outputs.get(name, saved) for name in FIELDS})
         row_finish[(problem.rows,)](**shared, **fields, **results, state_ptr=state, splits=splits, SPLITS=triton.next_power_of_2(splits),
                                     num_warps=1, **OPTIONS)
         row_exact[(math.ceil(problem.rows / EXACT_ROWS),)](
             **shared, **fields, **placing, **results, n_rows=problem.rows, ROWS=EXACT_ROWS, THREADS=EXACT_THREADS,
-            num_warps=EXACT_THREADS // architecture(p.tensor.device)[1], **OPTIONS)
+            **exact_options(*architecture(p.tensor.device)))
 
 
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
@@ -133,7 +141,7 @@ def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Te
     p, q = problem.p, problem.q
     names = [name for name in FIELDS if name in upstream]
     stacked = torch.stack([upstream[name].to(torch.float32) for name in names]) if len(names) > 1 else upstream[names[0]].float().contiguous()
-    chosen, num_warps = _choose(problem, "backward")
+    chosen, options = _choose(problem, "backward")
     grads = [Rows(grad, problem.inner * problem.vocabulary, problem.vocabulary) for grad in (grad_p, grad_q) if grad is not None]
     # A row that starts in the middle of a block covers one more.
     chunks = math.ceil((problem.vocabulary + p.lanes - 1) / chosen.segment)
@@ -147,4 +155,4 @@ def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Te
             WRT_P=grad_p is not None, WRT_Q=grad_q is not None,
             Q_IN_BLOCKS=q is None or p.same_blocks(q, problem.inner, problem.outer),
             GRAD_IN_BLOCKS=all(p.same_blocks(grad, problem.inner, problem.outer) for grad in grads),
-            num_warps=num_warps, **OPTIONS)
+            **options)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .row_load import row_offset, row_pad, row_scale
-from .row_math import LN2, LOG2E, SMALL_D, expm1_over_square
+from .row_math import LN2, LOG2E, SMALL_D, coarse_shifts, expm1_over_square
 
 
 @triton.jit
@@ -25,21 +25,25 @@ def split_sum(a, b):
 
 
 @triton.jit
-def load_saved(saved_ptr):
+def load_saved(saved_ptr, scale):
     """What row_finish saved, with log-partition functions in base 2 as a rounded part for the exponent and a factor for what it lost."""
     origin = tl.load(saved_ptr)
     log2_S = tl.load(saved_ptr + 1)
     centre_hi = tl.load(saved_ptr + 2)
     centre_lo = tl.load(saved_ptr + 3)
     log_ratio = tl.load(saved_ptr + 4)
+    shift_x, shift_y = coarse_shifts(centre_hi, origin / (scale * LOG2E))
     lse_p, lost_p = split_sum(origin, log2_S)
+    # The partition function of Q for logits less shift_y: that of P moved by the centre, less what shift_y already took.
+    shift2 = shift_x * (scale * LOG2E)
     centre2 = centre_lo * LOG2E
-    lse_q, lost_q = split_sum(lse_p, centre2)
-    lost_q += lost_p + tl.fma(centre_lo, LOG2E, -centre2) + log_ratio * LOG2E
+    moved, lost_shift = split_sum(lse_p, -shift2)
+    lse_q, lost_q = split_sum(moved, centre2)
+    lost_q += lost_p + lost_shift - tl.fma(shift_x, scale * LOG2E, -shift2) + tl.fma(centre_lo, LOG2E, -centre2) + log_ratio * LOG2E
     mean_p_d = tl.load(saved_ptr + 5)
     mean_q_d = tl.load(saved_ptr + 6)
     entropy = tl.load(saved_ptr + 7)
-    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), centre_hi, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy - lost_p * LN2)
+    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), shift_x, shift_y, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy - lost_p * LN2)
 
 
 @triton.jit
@@ -52,7 +56,7 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
         dy = s·(g_kl·(q - p) + q·(g_ref_kl·(d - E_q[d]) - g_ref_logprob))
     The centre is at the mean under P, so that on a peaked row d - E_p[d] is no difference of two larger numbers.
     """
-    lse_p, factor_p, lse_q, factor_q, centre_hi, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy = saved
+    lse_p, factor_p, lse_q, factor_q, shift_x, shift_y, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy = saved
     g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl = upstream
     # p and q stay without their factors, which join the row's constants: one multiplication less per entry.
     log2_p = tl.fma(x, scale * LOG2E, -lse_p)
@@ -61,9 +65,10 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
     q = x
     rise = x
     if KL or REF_KL:
-        d = tl.fma((y - centre_hi if EXACT else y) - x, scale, -centre_lo)
+        difference = (y - shift_y) - (x - shift_x) if EXACT else y - x
+        d = tl.fma(difference, scale, -centre_lo)
     if (WRT_P and REF_KL) or WRT_Q:
-        q = tl.exp2(tl.fma(y - centre_hi if EXACT else y, scale * LOG2E, -lse_q))
+        q = tl.exp2(tl.fma(y - shift_y if EXACT else y, scale * LOG2E, -lse_q))
         true_p = p * factor_p
         rise = tl.fma(q, factor_q, -true_p)
         if EXACT and (KL or REF_KL):
@@ -176,7 +181,7 @@ def row_backward(
     if HAS_MASK:
         activity = tl.where(tl.load(mask_ptr + row) != 0, activity, 0.0)
     scale = row_scale(temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
-    saved = load_saved(saved_ptr + row * 8)
+    saved = load_saved(saved_ptr + row * 8, scale)
     offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     p_row = p_ptr + offset_p
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)

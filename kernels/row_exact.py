@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .row_finish import FINITE, store_row
 from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale
-from .row_math import CENTRE_GRID, LN2, LOG2E, SMALL_D, expm1_over_square, log1p, minus_log1p
+from .row_math import CENTRE_GRID, LN2, LOG2E, SMALL_D, coarse_shifts, expm1_over_square, log1p, minus_log1p
 
 
 @triton.jit
@@ -61,6 +61,7 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
         if SPLIT_CENTRE:
             centre_hi = tl.floor(centre / scale / CENTRE_GRID + 0.5) * CENTRE_GRID
         centre_lo = tl.fma(-centre_hi, scale, centre)
+    shift_x, shift_y = coarse_shifts(centre_hi, origin / scale2)
     sum_plogp = tl.zeros([THREADS, LANES], tl.float32)
     sum_h = tl.zeros([THREADS, LANES], tl.float32)
     sum_rise = tl.zeros([THREADS, LANES], tl.float32)
@@ -73,7 +74,7 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
         if WITH_KL:
             y = read_groups(q_source, group, V, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
             q = tl.exp2(tl.fma(y, scale2, -q_origin) - q_log2_S)
-            d = tl.fma((y - centre_hi) - x, scale, -centre_lo)
+            d = tl.fma((y - shift_y) - (x - shift_x), scale, -centre_lo)
             small = tl.abs(d) < SMALL_D
             pd = tl.where(p == 0.0, 0.0, p * d)
             near = pd * (d * expm1_over_square(d))
@@ -106,6 +107,7 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
 def means_of_d(p_source, q_source, V, scale, origin, log2_S, q_origin, q_log2_S, centre_hi, centre_lo, THREADS: tl.constexpr,
                LANES: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr):
     """E_p[d] and E_q[d] for a given centre."""
+    shift_x, shift_y = coarse_shifts(centre_hi, origin / (scale * LOG2E))
     sum_pd = tl.zeros([THREADS, LANES], tl.float32)
     sum_qd = tl.zeros([THREADS, LANES], tl.float32)
     for group in range(0, tl.cdiv(V, LANES), THREADS):
@@ -113,7 +115,7 @@ def means_of_d(p_source, q_source, V, scale, origin, log2_S, q_origin, q_log2_S,
         y = read_groups(q_source, group, V, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
         p = tl.exp2(tl.fma(x, scale * LOG2E, -origin) - log2_S)
         q = tl.exp2(tl.fma(y, scale * LOG2E, -q_origin) - q_log2_S)
-        d = tl.fma((y - centre_hi) - x, scale, -centre_lo)
+        d = tl.fma((y - shift_y) - (x - shift_x), scale, -centre_lo)
         sum_pd += tl.where(p == 0.0, 0.0, p * d)
         sum_qd += tl.where(q == 0.0, 0.0, q * d)
     return total(sum_pd), total(sum_qd)

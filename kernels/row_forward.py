@@ -4,7 +4,19 @@ import triton
 import triton.language as tl
 
 from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale
-from .row_math import CENTRE_GRID, LARGEST_D, LOG2E, LOWEST, OUTWEIGHS, SMALL_D, expm1_over_square, merge_states, move_centre, rescale_to
+from .row_math import (
+    CENTRE_GRID,
+    LARGEST_D,
+    LOG2E,
+    LOWEST,
+    OUTWEIGHS,
+    SMALL_D,
+    coarse_shifts,
+    expm1_over_square,
+    merge_states,
+    move_centre,
+    rescale_to,
+)
 
 
 @triton.jit
@@ -23,9 +35,9 @@ def kl_terms(e, exponent, d, WITH_REVERSE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_block, q_block, q_row, first_group, pad, order, V, centre_hi, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shifts, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
               WITH_KL: tl.constexpr, SPLIT_CENTRE: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, EDGE: tl.constexpr):
-    """GROUPS groups per thread: x and y - x - centre_hi, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
+    """GROUPS groups per thread: x and y - x less the coarse shifts, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
     xs = ()
     differences = ()
     insides = ()
@@ -42,8 +54,9 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, centre_hi, TH
             else:
                 y = load_elements(q_row, group * LANES + order, V, EDGE)
             if SPLIT_CENTRE:
-                y = y - centre_hi
-            difference = y - x
+                difference = (y - shifts[1]) - (x - shifts[0])
+            else:
+                difference = y - x
             if EDGE:
                 difference = tl.where(inside, difference, 0.0)
         xs += (x,)
@@ -162,8 +175,12 @@ def row_forward(
     centre_hi = 0.0
     SPLIT_CENTRE: tl.constexpr = WITH_KL and (p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32)
     if SPLIT_CENTRE:
-        guess = tl.load(q_row + first).to(tl.float32) - tl.load(p_ptr + offset_p + first).to(tl.float32)
+        x_level = tl.load(p_ptr + offset_p + first).to(tl.float32)
+        guess = tl.load(q_row + first).to(tl.float32) - x_level
         centre_hi = tl.where(tl.abs(guess) < 1.0e6, tl.floor(guess / CENTRE_GRID + 0.5) * CENTRE_GRID, 0.0)
+        shifts = coarse_shifts(centre_hi, x_level)
+    else:
+        shifts = (0.0, 0.0)
 
     origin = tl.full([THREADS], LOWEST, tl.float32)
     S = tl.zeros([THREADS], tl.float32)
@@ -177,12 +194,12 @@ def row_forward(
     n_groups = tl.minimum(SEGMENT, V - first) // LANES
     full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
     for group in range(first // LANES, full_end, TILE_GROUPS):
-        xs, differences, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, centre_hi, THREADS, LANES, GROUPS,
+        xs, differences, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, shifts, THREADS, LANES, GROUPS,
                                              WITH_KL, SPLIT_CENTRE, REALIGN, Q_IN_BLOCKS, False)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, False)
     if full_end * LANES < tl.minimum(first + SEGMENT, V):
-        xs, differences, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, centre_hi, THREADS, LANES, GROUPS,
+        xs, differences, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, shifts, THREADS, LANES, GROUPS,
                                              WITH_KL, SPLIT_CENTRE, REALIGN, Q_IN_BLOCKS, True)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, True)

@@ -24,8 +24,18 @@ LOWEST = tl.constexpr(-1.0e30)
 OUTWEIGHS = tl.constexpr(8.0)
 # The largest d that the sums may hold: e^d·e^x is taken as 2^(d·log2(e) + exponent of e^x), whose rounding grows with the exponent.
 LARGEST_D = tl.constexpr(96.0)
-# Coarse grid of the high part of a centre: y - centre_hi is then exact in float32.
+# Coarse grid of the high part of a centre, in the logits' units: shifting a logit by it is exact in float32 where it matters.
 CENTRE_GRID = tl.constexpr(16.0)
+
+
+@triton.jit
+def coarse_shifts(centre_hi, x_level):
+    """(shift_x, shift_y) with shift_y - shift_x = centre_hi: what leaves each logit before they are subtracted.
+
+    The tensor that lies farther from 0 is shifted: its digits are coarser than the result's, so that nothing is rounded.
+    """
+    shift_y = tl.where(tl.abs(x_level + centre_hi) >= tl.abs(x_level), centre_hi, 0.0)
+    return shift_y - centre_hi, shift_y
 
 
 @triton.jit

@@ -92,3 +92,90 @@ def assert_gradient(result: torch.Tensor, exact: torch.Tensor, what: str, tolera
     if not bool((error <= tolerance).all()):
         worst = int(error.nan_to_num(float("inf")).argmax())
         raise AssertionError(f"{what}: relative L2 error {error.flatten()[worst]:.3g} in row {worst}, allowed {tolerance:.3g}")
+
+
+class Gradients(NamedTuple):
+    """fp64 gradients with respect to the logits of P and of Q."""
+
+    p: torch.Tensor
+    q: torch.Tensor
+
+
+def kl_gradients(exact: Truth, upstream: torch.Tensor, temperature: float | torch.Tensor = 1.0) -> Gradients:
+    """The fp64 gradients of Σ upstream·KL(P‖Q): p·(log p - log q - KL)/T and (q - p)/T; an entry with p = 0 adds nothing to the first."""
+    p, d = exact.log_p.exp(), exact.log_q - exact.log_p
+    weight = upstream.detach().double().cpu() / (temperature.double().cpu() if isinstance(temperature, torch.Tensor) else temperature)
+    grad_p = torch.where(p == 0, 0.0, -p * (d + exact.kl[..., None]))
+    return Gradients(grad_p * weight[..., None], torch.where(d.abs() < 1, p * torch.expm1(d), exact.log_q.exp() - p) * weight[..., None])
+
+
+def assert_rounded_gradient(result: torch.Tensor, exact: torch.Tensor, what: str, *, truncated: bool = False) -> None:
+    """Raise where a row's gradient is worse than the truth rounded to the gradient's type: 1e-5 in float32, in relative L2 norm.
+
+    In a shorter type the rounding of the result dwarfs the arithmetic, which can only move a value across a rounding boundary now and then:
+    1.01 of the rounding error of the truth, and 1e-5. Triton's interpreter truncates where a GPU rounds to bfloat16 (`truncated`).
+    """
+    if result.dtype == torch.float32:
+        assert_gradient(result, exact, what)
+        return
+    exact = exact.detach().double().cpu()
+    rounded = exact.float().to(result.dtype)
+    if truncated and result.dtype == torch.bfloat16:
+        rounded = (exact.float().view(torch.int32) & -65536).view(torch.float32)
+    norm = exact.norm(dim=-1)
+    norm = torch.where(norm == 0, 1.0, norm)
+    error, rounding = ((value.detach().double().cpu() - exact).norm(dim=-1) / norm for value in (result, rounded))
+    excess = error - (1.01 * rounding + 1e-5)
+    if not bool((excess <= 0).all()):
+        worst = int(excess.nan_to_num(float("inf")).argmax())
+        raise AssertionError(f"{what}: relative L2 error {error.flatten()[worst]:.4g} in row {worst}, of which rounding the truth to {result.dtype} "
+                             f"is {rounding.flatten()[worst]:.4g}")
+
+
+def sizes_pair(kind: str, sizes: tuple[float, ...], shifts: tuple[float, ...], vocabulary: int, dtype: torch.dtype, seed: int = 0
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row for each size of the difference, the shift of Q going round."""
+    rows = [pair(kind, 1, vocabulary, size, shift=shifts[i % len(shifts)], dtype=dtype, seed=seed + i) for i, size in enumerate(sizes)]
+    return torch.cat([p for p, _ in rows]), torch.cat([q for _, q in rows])
+
+
+def leaf(value: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor of its own that requires grad, whatever its strides."""
+    return value.detach().requires_grad_()
+
+
+def upstream_for(value: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Random upstream gradients of a result, of both signs and away from 0."""
+    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed + 1000))
+    return (noise + noise.sign()).to(value)
+
+
+def bits(value: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory as integers, so that equality is to the bit and NaN equals itself."""
+    return value.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])
+
+
+def assert_same_bits(result: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Raise where two tensors differ in type, shape or any bit."""
+    assert result.dtype == expected.dtype and result.shape == expected.shape, f"{what}: {result.dtype} {tuple(result.shape)}, " \
+        f"expected {expected.dtype} {tuple(expected.shape)}"
+    different = bits(result) != bits(expected)
+    if bool(different.any()):
+        first = int(different.flatten().int().argmax())
+        raise AssertionError(f"{what}: {int(different.sum())} of {different.numel()} differ, the first at {first}: "
+                             f"{result.detach().flatten()[first]:.9g} is not {expected.detach().flatten()[first]:.9g}")
+
+
+# Views of a base tensor [4, 5, 6, V + 3] that logits come in: what each needs of strides and offsets is in its name.
+LAYOUTS = {
+    "no leading dimension": lambda base: base[1, 2, 3],
+    "rows": lambda base: base[1, 2, :5],
+    "batch and time": lambda base: base[1, :2, :3],
+    "a dimension of size 1": lambda base: base[:2, 1:2, :3],
+    "time without the last": lambda base: base[1, :2, :4][:, :-1],
+    "time without the first": lambda base: base[1, :2, :4][:, 1:],
+    "transposed batch and time": lambda base: base[1, :3, :2].transpose(0, 1),
+    "three leading dimensions that do not merge": lambda base: base[::3, ::4, ::5],
+    "expanded rows": lambda base: base[1, 2, :1].expand(3, -1),
+    "expanded batch": lambda base: base[1, 2, :3].expand(2, -1, -1),
+}

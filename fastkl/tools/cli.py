@@ -36,7 +36,7 @@ def _add_demo(commands) -> None:
     parser.add_argument("--quick", action="store_true", help="all stages in smaller sizes: seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=Path("demo-run"), metavar="DIR", help="folder for the results (default: %(default)s)")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything that is random (default: %(default)s)")
-    parser.add_argument("--steps", type=_positive_int, metavar="N", help="policy-gradient steps of each run (default: by size)")
+    parser.add_argument("--steps", type=_steps, metavar="N", help="policy-gradient steps of each run (default: by size)")
     parser.add_argument("--beta", type=_positive_float, metavar="X", help="weight of the KL penalty, in reward per nat (default: by size)")
     parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE",
                         help="cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)")
@@ -70,8 +70,9 @@ def missing_modules(names: Sequence[str]) -> list[str]:
     return missing
 
 
-def _positive_int(text: str) -> int:
-    return _number(text, int, "a whole number of at least 1", lambda value: value >= 1)
+def _steps(text: str) -> int:
+    # The first step still measures the reference itself.
+    return _number(text, int, "a whole number of at least 2", lambda value: value >= 2)
 
 
 def _seed(text: str) -> int:

@@ -21,7 +21,7 @@ class Evaluation:
     """Figures of one policy's samples, each the mean over all sampled tokens, and a few of the samples as (prompt, response).
 
     reward: share of tokens that are rewarded; kl: exact KL(policy‖reference), nats per token; perplexity: of the samples under the reference;
-    entropy: of the policy, nats; distinct: distinct tokens / tokens of a sample; slow_path: share of rows that leave the kernel's one-pass formula.
+    entropy: of the policy, nats; distinct: distinct tokens / tokens of a sample; slow_path: share of rows that the kernels read again.
     """
 
     reward: float
@@ -31,7 +31,6 @@ class Evaluation:
     distinct: float
     slow_path: float
     texts: list[tuple[str, str]]
-    logits: tuple[torch.Tensor, torch.Tensor] = dataclasses.field(repr=False)
 
     def figures(self) -> dict[str, float]:
         """The numbers by name."""
@@ -56,12 +55,9 @@ def evaluate(policy: LanguageModel, reference: LanguageModel, corpus: Corpus, se
         distinct=sum(row.unique().numel() for row in response) / response.numel(),
         slow_path=slow_path_fraction(logits / settings.temperature, ref_logits / settings.temperature),
         texts=[(corpus.text(row[:settings.prompt_length]), corpus.text(row[settings.prompt_length:])) for row in tokens[:4]],
-        logits=(logits.flatten(0, 1), ref_logits.flatten(0, 1)),
     )
 
 
 def slow_path_fraction(p_logits: torch.Tensor, q_logits: torch.Tensor) -> float:
-    """Share of rows to which the kernel's one-pass formula does not apply, so that it reads them a second time."""
-    from fastkl.backend import slow_path_rows
-
-    return slow_path_rows(p_logits, q_logits).float().mean().item()
+    """Share of rows that the Triton kernels would read again, because their one-pass formula does not hold there."""
+    return fastkl.slow_path_rows(p_logits, q_logits).float().mean().item()

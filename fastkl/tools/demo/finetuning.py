@@ -22,7 +22,11 @@ ROWS_KEPT = 128
 
 @dataclasses.dataclass
 class FineTuned:
-    """A policy and how it got there: series maps "reward", "kl" and "entropy" to one number per step, measured before the step's update."""
+    """A policy and how it got there.
+
+    series: "reward", "kl" and "entropy", one number per step, measured before the step's update; early_logits: rows of policy and reference
+    logits after the first update.
+    """
 
     policy: LanguageModel
     series: dict[str, list[float]]
@@ -64,7 +68,7 @@ def fine_tune(reference: LanguageModel, corpus: Corpus, beta: float, settings: S
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
 
-        if step == min(1, settings.steps - 1):
+        if step == 1:
             early = tuple(side.detach().flatten(0, 1)[:ROWS_KEPT].clone() for side in (logits, ref_logits))
         # One transfer from the device for all figures of the step.
         figures = torch.stack([rewards.mean(), penalty.last["kl"], stats.entropy.detach().mean()]).tolist()

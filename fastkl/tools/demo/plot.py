@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import io
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-COLOURS = {"no penalty": "#d1495b", "with KLPenalty": "#00798c"}
+# In the order of the runs: without the penalty, with it.
+COLOURS = ("#d1495b", "#00798c")
+LEAST_KL = 1e-3
 
 
-def curves(series: dict[str, dict[str, list[float]]], baseline: float, title: str) -> bytes:
+def curves(series: dict[str, dict[str, list[float]]], baseline: float) -> bytes:
     """PNG of reward and KL against the step. series: per run, "reward" and "kl" per step; baseline: the reference's reward."""
-    figure = Figure(figsize=(8.0, 7.0), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure = Figure(figsize=(8.0, 7.2), dpi=120, layout="constrained")
+    figure.suptitle("Fine-tuning on a reward that can be hacked", fontsize=14, fontweight="bold")
     reward, kl = figure.subplots(2, 1, sharex=True)
-    for name, run in series.items():
-        steps = range(1, len(run["reward"]) + 1)
-        reward.plot(steps, run["reward"], color=COLOURS[name], linewidth=2, label=name)
-        kl.plot(steps, run["kl"], color=COLOURS[name], linewidth=2, label=name)
+    for (name, run), colour in zip(series.items(), COLOURS, strict=True):
+        _curve(reward, name, run["reward"], colour, "{:.2f}")
+        _curve(kl, name, run["kl"], colour, "{:.2g}")
     reward.axhline(baseline, color="#555555", linestyle=":", linewidth=1.5, label="reference")
-    reward.set_ylabel("reward\n(share of tokens that are `self`)")
-    reward.set_ylim(0.0, 1.0)
-    kl.set_ylabel("KL(policy || reference)\n(nats per token)")
+    reward.set_ylabel("reward\n(share of sampled tokens that are \"self\")")
+    reward.set_ylim(0.0, 1.05)
+    kl.set_ylabel("KL(policy || reference)\n(nats per token, logarithmic)")
+    # The first step samples from the reference itself, KL = 0: the curves enter from below.
+    kl.set_yscale("log", nonpositive="clip")
+    kl.set_ylim(LEAST_KL, 30.0)
+    kl.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     kl.set_xlabel("policy-gradient step")
-    kl.set_ylim(bottom=0.0)
     for axes in (reward, kl):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper left", frameon=False)
-    reward.margins(x=0.01)
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content)
     return content.getvalue()
+
+
+def _curve(axes: Axes, name: str, values: list[float], colour: str, form: str) -> None:
+    """One run, with its last value at the end of the curve."""
+    axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=2, label=name)
+    axes.annotate(form.format(values[-1]), (len(values), values[-1]), xytext=(5, 0), textcoords="offset points", va="center", color=colour,
+                  annotation_clip=False)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from .evaluation import Evaluation
 
+TEXT_WIDTH = 110
 COLUMNS = (
-    ("reward", "reward", "share of `self`", "{:.3f}"),
+    ("reward", "reward", 'share of "self"', "{:.3f}"),
     ("kl", "KL to reference", "nats per token", "{:.3f}"),
     ("perplexity", "perplexity", "under reference", "{:,.0f}"),
     ("entropy", "entropy", "nats", "{:.2f}"),
@@ -54,9 +55,11 @@ def table(evaluations: dict[str, Evaluation]) -> str:
 
 
 def sample_text(name: str, evaluation: Evaluation) -> str:
-    """One sample of a policy, indented: the prompt, a marker, the response."""
+    """One sample of a policy, indented: the prompt, and the response in « »."""
     prompt, response = evaluation.texts[0]
-    return f"{name}:\n" + textwrap.indent(f"{prompt}«{response}»".strip("\n"), "  | ", lambda line: True)
+    lines = f"{prompt}«{response}»".strip("\n").split("\n")
+    folded = [line[start:start + TEXT_WIDTH] for line in lines for start in range(0, max(len(line), 1), TEXT_WIDTH)]
+    return "\n".join([f"{name}:", *(f"  | {line}".rstrip() for line in folded)])
 
 
 def comparison_line(comparison: dict) -> str:
@@ -71,14 +74,15 @@ def comparison_line(comparison: dict) -> str:
 def conclusion(evaluations: dict[str, Evaluation]) -> str:
     """What the table says, in words."""
     before, without, penalised = evaluations.values()
-    text = (f"The reward counts `self` and can be hacked. Without a penalty the policy hacks it: the reward climbs from {before.reward:.3f} to "
-            f"{without.reward:.3f} while the samples degenerate ({without.kl:.1f} nats per token from the reference, perplexity "
-            f"{without.perplexity:,.0f}, {without.distinct:.0%} distinct tokens). With KLPenalty it rises to {penalised.reward:.3f}, and the text "
-            f"stays code: {penalised.kl:.2f} nats per token, perplexity {penalised.perplexity:,.0f}, {penalised.distinct:.0%} distinct tokens.")
-    return textwrap.fill(text, 120)
+    text = (f"The reward counts the word \"self\" and can be hacked. Without a penalty the policy hacks it: the reward climbs from "
+            f"{before.reward:.3f} to {without.reward:.3f} while the samples degenerate ({without.kl:.1f} nats per token from the reference, "
+            f"perplexity {without.perplexity:,.0f}, {without.distinct:.0%} distinct tokens). With KLPenalty it rises to {penalised.reward:.3f}, "
+            f"and the text stays code: {penalised.kl:.2f} nats per token, perplexity {penalised.perplexity:,.0f}, {penalised.distinct:.0%} "
+            f"distinct tokens.")
+    return textwrap.fill(text, TEXT_WIDTH)
 
 
 def slow_path_line(evaluations: dict[str, Evaluation]) -> str:
-    """How much of the run's logits the kernel would read twice."""
+    """How much of the run's logits the kernels would read again."""
     shares = ", ".join(f"{name} {evaluation.slow_path:.2%}" for name, evaluation in evaluations.items())
-    return f"rows that would leave the kernel's one-pass formula: {shares}"
+    return f"rows that the Triton kernels read again, because one pass cannot hold them: {shares}"

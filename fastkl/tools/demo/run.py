@@ -49,7 +49,7 @@ def run_demo(settings: Settings, out: Path) -> int:
         report.comparison_line(comparison) + "\n" + report.slow_path_line(evaluations),
     ])
     numbers = collect(settings, corpus, losses, reference_loss, runs, evaluations, comparison)
-    picture = plot.curves({name: run.series for name, run in runs.items()}, evaluations["reference"].reward, "A reward that can be hacked")
+    picture = plot.curves({name: run.series for name, run in runs.items()}, evaluations["reference"].reward)
     numbers["seconds"] = clock.seconds()
     for name, content in (("curves.png", picture), ("report.txt", (text + "\n").encode()), ("report.json", report.to_json(numbers))):
         report.write_whole(out / name, content)
@@ -63,8 +63,8 @@ def describe(corpus: Corpus, reference: torch.nn.Module, loss: float, logits: to
     return "\n".join([
         f"corpus:    {corpus.files} files of Python {platform.python_version()}'s standard library, {corpus.characters / 1e6:.1f} M characters, "
         f"{(corpus.train.numel() + corpus.held_out.numel()) / 1e6:.2f} M tokens of a vocabulary of {corpus.vocabulary}",
-        f"reference: {settings.layers} layers, {settings.width} wide, {parameters / 1e6:.1f} M parameters, perplexity {math.exp(loss):.0f} on held-out "
-        f"files",
+        f"reference: {settings.layers} layers, {settings.width} wide, {parameters / 1e6:.1f} M parameters, "
+        f"perplexity {math.exp(loss):.0f} on held-out files",
         f"fastkl:    {fastkl.explain(logits)}",
     ])
 

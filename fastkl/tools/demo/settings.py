@@ -25,7 +25,7 @@ class Settings:
     reference_batch: int = 16
     reference_rate: float = 3e-3
     # Fine-tuning of the policy. One temperature for sampling, log-probabilities and the penalty.
-    steps: int = 50
+    steps: int = 40
     samples: int = 24
     prompt_length: int = 16
     response_length: int = 32
@@ -37,7 +37,8 @@ class Settings:
     evaluation_samples: int = 64
 
 
-QUICK = dict(quick=True, corpus_characters=2_000_000, vocabulary=4_096, reference_steps=90, steps=25, evaluation_samples=32, policy_rate=6e-4)
+QUICK = dict(quick=True, corpus_characters=2_000_000, vocabulary=4_096, reference_steps=80, steps=25, samples=16, policy_rate=6e-4,
+             evaluation_samples=32)
 
 
 def choose_settings(*, quick: bool, seed: int, device: str, steps: int | None = None, beta: float | None = None) -> Settings:

@@ -1,0 +1,235 @@
+"""Every wrong argument of the public functions on logits is an error that names the argument, says what came and what to do."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastkl
+
+V = 7
+
+
+def right(device: str) -> SimpleNamespace:
+    """Arguments that every function takes: leading shape [2, 3]."""
+    generator = torch.Generator().manual_seed(0)
+    made = {"p": torch.randn(2, 3, V, generator=generator), "q": torch.randn(2, 3, V, generator=generator),
+            "tokens": torch.randint(V, (2, 3), generator=generator), "mask": torch.ones(2, 3, dtype=torch.bool), "t": torch.ones(2, 3)}
+    return SimpleNamespace(**{name: value.to(device) for name, value in made.items()})
+
+
+CALLS = {
+    "kl": lambda a, **more: fastkl.kl_divergence(a.p, a.q, **more),
+    "stats": lambda a, **more: fastkl.token_stats(a.p, a.tokens, a.q, **more),
+    "policy_stats": lambda a, **more: fastkl.token_stats(a.p, a.tokens, **more),
+    "select": lambda a, **more: fastkl.selective_log_softmax(a.p, a.tokens, **more),
+    "penalty": lambda a, **more: fastkl.KLPenalty(0.1)(a.p, a.q, **more),
+}
+# The names that each function gives to p, q and tokens.
+NAMES = {"kl": ("p_logits", "q_logits", None), "stats": ("logits", "ref_logits", "tokens"), "policy_stats": ("logits", None, "tokens"),
+         "select": ("logits", None, "index"), "penalty": ("policy_logits", "ref_logits", None)}
+
+
+def test_the_right_arguments_pass(implementation) -> None:
+    """What the tables below change one thing of is accepted."""
+    arguments = right(implementation.device)
+    for name, call in CALLS.items():
+        call(arguments)
+        if name != "select":
+            call(arguments, mask=arguments.mask)
+        if name not in ("select", "penalty"):
+            for temperature in (2, 0.5, arguments.t, arguments.t.double(), arguments.t.bfloat16()):
+                call(arguments, temperature=temperature)
+    for dtype in (torch.int32, torch.int16, torch.uint8, torch.int8):
+        arguments.tokens = arguments.tokens.to(dtype)
+        CALLS["stats"](arguments)
+        CALLS["select"](arguments)
+
+
+def check(call, arguments, name: str, error: type, words: tuple[str, ...], **more) -> None:
+    """The call raises `error`; the message starts with the argument's name and holds every word."""
+    with pytest.raises(error) as raised:
+        call(arguments, **more)
+    message = str(raised.value)
+    assert raised.type is error and message.startswith(f"{name}: expected"), message
+    for word in words:
+        assert word in message, f"{word!r} is not in: {message}"
+
+
+# ---- logits: how it is wrong, what is made of the right tensor, the error, words
+
+WRONG_LOGITS = [
+    ("not a tensor", lambda x: x.tolist(), TypeError, ("tensor of logits [..., V]", "got list")),
+    ("None", lambda x: None, TypeError, ("tensor of logits [..., V]", "got NoneType")),
+    ("integers", lambda x: x.long(), TypeError, ("got torch.int64", ".float()")),
+    ("bool", lambda x: x > 0, TypeError, ("got torch.bool", ".float()")),
+    ("complex", lambda x: x.to(torch.complex64), TypeError, ("got torch.complex64",)),
+    ("scalar", lambda x: x[0, 0, 0], ValueError, ("[..., V]", "scalar")),
+    ("V = 0", lambda x: x[..., :0], ValueError, ("at least one entry", "(2, 3, 0)")),
+]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("wrong", WRONG_LOGITS, ids=lambda wrong: wrong[0])
+def test_wrong_logits(implementation, name, which, wrong) -> None:
+    """Either logits argument, wrong by itself."""
+    if NAMES[name][which] is None or (name == "stats" and which == 1 and wrong[0] == "None"):
+        pytest.skip("the function has no such argument, or it may be None")
+    arguments = right(implementation.device)
+    setattr(arguments, "pq"[which], wrong[1](getattr(arguments, "pq"[which])))
+    check(CALLS[name], arguments, NAMES[name][which], wrong[2], wrong[3])
+
+
+WRONG_PAIRS = [
+    ("vocabulary", lambda x: x[..., :5], ValueError, ("(2, 3, 7)", "(2, 3, 5)", "vocabulary")),
+    ("rows", lambda x: x[:, :2], ValueError, ("(2, 3, 7)", "(2, 2, 7)", "align")),
+    ("dimensions", lambda x: x[0], ValueError, ("(2, 3, 7)", "(3, 7)")),
+    ("broadcast", lambda x: x[:1], ValueError, ("(2, 3, 7)", "(1, 3, 7)")),
+    ("device", lambda x: x.to("meta"), ValueError, ("got meta", ".to()")),
+    ("float64", lambda x: x.double(), TypeError, ("float64", "torch.float32", ".to()")),
+]
+
+
+@pytest.mark.parametrize("name", ["kl", "stats", "penalty"])
+@pytest.mark.parametrize("wrong", WRONG_PAIRS, ids=lambda wrong: wrong[0])
+def test_logits_that_do_not_go_together(implementation, name, wrong) -> None:
+    """The second logits argument is held against the first, and both are named: nothing broadcasts."""
+    arguments = right(implementation.device)
+    arguments.q = wrong[1](arguments.q)
+    check(CALLS[name], arguments, NAMES[name][1], wrong[2], (NAMES[name][0], *wrong[3]))
+
+
+# ---- masks and tokens
+
+WRONG_MASKS = [
+    ("not a tensor", lambda m: m.tolist(), TypeError, ("bool tensor", "got list")),
+    ("floats", lambda m: m.float(), TypeError, ("bool tensor", "torch.float32 tensor", ".bool()")),
+    ("integers", lambda m: m.long(), TypeError, ("bool tensor", "torch.int64 tensor", ".bool()")),
+    ("with a vocabulary", lambda m: m[..., None].expand(2, 3, V), ValueError, ("(2, 3)", "(2, 3, 7)", "without the vocabulary")),
+    ("short", lambda m: m[:, :2], ValueError, ("(2, 3)", "(2, 2)")),
+    ("one row", lambda m: m[0], ValueError, ("(2, 3)", "(3,)")),
+    ("device", lambda m: m.to("meta"), ValueError, ("got meta", ".to()")),
+]
+
+
+@pytest.mark.parametrize("name", ["kl", "stats", "policy_stats", "penalty"])
+@pytest.mark.parametrize("wrong", WRONG_MASKS, ids=lambda wrong: wrong[0])
+def test_wrong_mask(implementation, name, wrong) -> None:
+    """A mask is a bool tensor of the leading shape."""
+    arguments = right(implementation.device)
+    check(CALLS[name], arguments, "mask", wrong[2], wrong[3], mask=wrong[1](arguments.mask))
+
+
+WRONG_TOKENS = [
+    ("not a tensor", lambda t: t.tolist(), TypeError, ("integer tensor", "got list")),
+    ("None", lambda t: None, TypeError, ("integer tensor", "got NoneType")),
+    ("floats", lambda t: t.float(), TypeError, ("integer tensor", "torch.float32 tensor", ".long()")),
+    ("bool", lambda t: t > 0, TypeError, ("integer tensor", "torch.bool tensor")),
+    ("with a last dimension", lambda t: t[..., None], ValueError, ("(2, 3)", "(2, 3, 1)", "without the vocabulary")),
+    ("shifted", lambda t: t[:, 1:], ValueError, ("(2, 3)", "(2, 2)")),
+    ("device", lambda t: t.to("meta"), ValueError, ("got meta", ".to()")),
+]
+
+
+@pytest.mark.parametrize("name", ["stats", "policy_stats", "select"])
+@pytest.mark.parametrize("wrong", WRONG_TOKENS, ids=lambda wrong: wrong[0])
+def test_wrong_tokens(implementation, name, wrong) -> None:
+    """Token ids are integers of the leading shape; the message has the function's own name for them."""
+    arguments = right(implementation.device)
+    arguments.tokens = wrong[1](arguments.tokens)
+    check(CALLS[name], arguments, NAMES[name][2], wrong[2], wrong[3])
+
+
+@pytest.mark.parametrize("token", [-1, V, -100, 2**40])
+@pytest.mark.parametrize("name", ["stats", "policy_stats", "select"])
+def test_token_out_of_range(implementation, name, token) -> None:
+    """An error where looking costs nothing; with the kernels NaN in that row's log-probabilities and in no other's, and the KLs unharmed."""
+    arguments = right(implementation.device)
+    expected = CALLS[name](arguments)
+    arguments.tokens[1, 2] = token
+    if not implementation.kernels:
+        with pytest.raises(ValueError, match=f"{NAMES[name][2]}.*: expected ids in 0 … 6, got {token};"):
+            CALLS[name](arguments)
+        return
+    result = CALLS[name](arguments)
+    if name == "select":
+        result, expected = fastkl.TokenStats(result, None, None, None, None), fastkl.TokenStats(expected, None, None, None, None)
+    for field, value in result._asdict().items():
+        if value is not None:
+            if "logprob" in field:
+                assert math.isnan(value[1, 2])
+                value, exact = value.flatten()[:-1], getattr(expected, field).flatten()[:-1]
+            else:
+                exact = getattr(expected, field)
+            assert torch.equal(value, exact), field
+
+
+def test_token_out_of_range_under_the_mask(implementation) -> None:
+    """Ignored positions may hold any id."""
+    arguments = right(implementation.device)
+    arguments.mask[1, 2], arguments.tokens[1, 2] = False, -100
+    for value in CALLS["stats"](arguments, mask=arguments.mask):
+        assert bool(value.isfinite().all()) and float(value[1, 2]) == 0.0
+
+
+# ---- temperatures
+
+WRONG_TEMPERATURES = [
+    ("zero", lambda t: 0, ValueError, ("positive", "got 0")),
+    ("zero as a float", lambda t: 0.0, ValueError, ("positive", "got 0.0")),
+    ("negative", lambda t: -1.5, ValueError, ("positive", "got -1.5")),
+    ("inf", lambda t: math.inf, ValueError, ("finite", "got inf")),
+    ("nan", lambda t: math.nan, ValueError, ("finite", "got nan")),
+    ("bool", lambda t: True, TypeError, ("number", "got bool")),
+    ("text", lambda t: "1.0", TypeError, ("number", "got str")),
+    ("None", lambda t: None, TypeError, ("number", "got NoneType")),
+    ("list", lambda t: [1.0], TypeError, ("number", "got list")),
+    ("integer tensor", lambda t: t.long(), TypeError, ("float tensor", "torch.int64 tensor", ".float()")),
+    ("bool tensor", lambda t: t > 0, TypeError, ("float tensor", "torch.bool tensor")),
+    ("tensor for a row", lambda t: t[0], ValueError, ("(2, 3)", "(3,)")),
+    ("scalar tensor", lambda t: t[0, 0], ValueError, ("(2, 3)", "()")),
+    ("tensor with a vocabulary", lambda t: t[..., None], ValueError, ("(2, 3)", "(2, 3, 1)")),
+    ("device", lambda t: t.to("meta"), ValueError, ("got meta", ".to()")),
+    ("requires_grad", lambda t: t.requires_grad_(), ValueError, ("without gradient", ".detach()")),
+]
+
+
+@pytest.mark.parametrize("name", ["kl", "stats", "policy_stats"])
+@pytest.mark.parametrize("wrong", WRONG_TEMPERATURES, ids=lambda wrong: wrong[0])
+def test_wrong_temperature(implementation, name, wrong) -> None:
+    """A temperature is a positive finite number or a float tensor of the leading shape without gradient."""
+    arguments = right(implementation.device)
+    check(CALLS[name], arguments, "temperature", wrong[2], wrong[3], temperature=wrong[1](arguments.t))
+
+
+@pytest.mark.parametrize("value", [0.0, -2.0, math.nan])
+@pytest.mark.parametrize("name", ["kl", "stats", "policy_stats"])
+def test_temperature_of_a_row_that_is_not_positive(implementation, name, value) -> None:
+    """An error where looking costs nothing; with the kernels NaN in that row and in no other. Under the mask it does not matter."""
+    arguments = right(implementation.device)
+    expected = CALLS[name](arguments, temperature=arguments.t)
+    arguments.t[1, 2] = value
+    if implementation.kernels:
+        result = CALLS[name](arguments, temperature=arguments.t)
+        for field, exact in zip((result,) if name == "kl" else result, (expected,) if name == "kl" else expected, strict=True):
+            if exact is not None:
+                assert math.isnan(field[1, 2]) and torch.equal(field.flatten()[:-1], exact.flatten()[:-1])
+    else:
+        check(CALLS[name], arguments, "temperature", ValueError, ("positive values", f"got {value}"), temperature=arguments.t)
+    arguments.mask[1, 2] = False
+    assert CALLS[name](arguments, temperature=arguments.t, mask=arguments.mask) is not None
+
+
+def test_empty_batch(implementation) -> None:
+    """N = 0 is no error: empty results and gradients of the logits' shape."""
+    for leading in ((0,), (2, 0), (0, 3)):
+        p, q = (torch.zeros(*leading, V, device=implementation.device, requires_grad=True) for _ in "pq")
+        tokens = torch.zeros(leading, dtype=torch.long, device=implementation.device)
+        for value in fastkl.token_stats(p, tokens, q):
+            assert value.shape == leading and value.dtype == torch.float32
+        fastkl.kl_divergence(p, q).sum().backward()
+        assert p.grad.shape == p.shape and q.grad.shape == q.shape

@@ -1,0 +1,187 @@
+"""`fastkl demo`: every stage in the quick size, once, and what it reports."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("tqdm")
+image = pytest.importorskip("matplotlib.image")
+
+from fastkl.tools.demo.settings import Settings, choose_settings  # noqa: E402  (after the skips: the demo needs its extra)
+
+ROOT = Path(__file__).resolve().parent.parent
+POLICIES = ["reference", "no penalty", "with KLPenalty"]
+FIGURES = ["reward", "kl", "perplexity", "entropy", "distinct", "slow_path"]
+# The budget is 40 s; a machine that others use at the same time may take longer.
+LIMIT_S = 90.0
+
+
+def run_cli(*arguments, before=""):
+    """The command line in a process of its own, optionally after some code."""
+    code = f"{before}\nimport sys\nfrom fastkl.tools.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code] if before else [sys.executable, "-m", "fastkl.tools.cli"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(stdout, stderr, folder, seconds) of one quick run."""
+    out = tmp_path_factory.mktemp("demo") / "nested" / "run"
+    start = time.perf_counter()
+    result = run_cli("demo", "--quick", "--device", "cpu", "--out", str(out))
+    seconds = time.perf_counter() - start
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(f"fastkl demo --quick: {seconds:.0f} s of a budget of 40 s")
+    return result.stdout, result.stderr, out, seconds
+
+
+@pytest.fixture(scope="module")
+def numbers(demo):
+    """report.json."""
+    return json.loads((demo[2] / "report.json").read_text(encoding="utf-8"))
+
+
+def test_quick_is_quick(demo):
+    assert demo[3] < LIMIT_S
+
+
+def test_leaves_whole_files_and_nothing_else(demo):
+    stdout, _, out, _ = demo
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "report.json", "report.txt"]
+    assert (out / "report.txt").read_text(encoding="utf-8").splitlines()[0] in stdout
+
+
+def test_picture_is_readable_and_not_blank(demo):
+    path = demo[2] / "curves.png"
+    picture = image.imread(path)
+    assert path.stat().st_size > 20_000
+    assert min(picture.shape[:2]) >= 500
+    assert picture.std() > 0.05
+
+
+def test_json_has_every_number_and_all_are_finite(numbers):
+    assert {"configuration", "versions", "device", "corpus", "reference", "series", "final", "fused_vs_naive", "seconds"} <= set(numbers)
+    assert list(numbers["final"]) == POLICIES
+    for figures in numbers["final"].values():
+        assert set(FIGURES) <= set(figures)
+    steps = numbers["configuration"]["steps"]
+    for series in numbers["series"].values():
+        assert {name: len(values) for name, values in series.items()} == {"reward": steps, "kl": steps, "entropy": steps}
+    found = list(all_numbers(numbers))
+    assert len(found) > 100
+    assert all(math.isfinite(value) for value in found)
+
+
+def all_numbers(value):
+    """Every number in nested JSON; null, which stands for one that is not finite, counts as NaN."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            yield from all_numbers(entry)
+    elif value is None:
+        yield math.nan
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+
+
+def test_shows_what_the_penalty_is_for(numbers):
+    reference, without, penalised = (numbers["final"][name] for name in POLICIES)
+    assert reference["kl"] == 0.0
+    assert without["reward"] > 0.5 > penalised["reward"] > 1.3 * reference["reward"]
+    assert without["kl"] > 10 * penalised["kl"] > 0.0
+    assert without["perplexity"] > 10 * penalised["perplexity"]
+    assert without["distinct"] < 0.5 * penalised["distinct"]
+
+
+def test_rows_that_are_read_again_are_counted(demo, numbers):
+    assert "one pass cannot hold" in demo[0]
+    assert all(0.0 <= figures["slow_path"] <= 1.0 for figures in numbers["final"].values())
+
+
+def test_compares_with_the_naive_code(demo, numbers):
+    line, = [line for line in demo[0].splitlines() if line.startswith("fused vs naive")]
+    assert "bytes per row" in line and "value error" in line and "gradient error" in line
+    fused, naive = numbers["fused_vs_naive"]["fused"], numbers["fused_vs_naive"]["naive"]
+    assert fused["value_error"] <= naive["value_error"] + 1e-5
+    assert fused["gradient_error"] <= naive["gradient_error"] + 1e-5
+    assert fused["bytes_per_row"] <= 64
+    assert naive["bytes_per_row"] >= 4 * numbers["corpus"]["vocabulary"]
+
+
+def test_prints_a_table_a_sample_of_each_policy_and_progress(demo):
+    stdout, stderr, _, _ = demo
+    for name in POLICIES:
+        assert sum(line.startswith(name) for line in stdout.splitlines()) >= 2
+    for heading in ("nats per token", "perplexity", "entropy", "distinct tokens"):
+        assert heading in stdout
+    for stage in ("BPE tokenizer", "reference", "policy no penalty", "policy with KLPenalty"):
+        assert stage in stderr
+
+
+@pytest.mark.parametrize("arguments", [
+    ["demo", "--nonsense"], ["demo", "--steps", "1"], ["demo", "--steps", "many"], ["demo", "--beta", "-1"], ["demo", "--beta", "nan"],
+    ["demo", "--seed", "-1"], ["demo", "--device", "abacus"], [], ["nonsense"],
+])
+def test_bad_option_exits_2(arguments, capsys):
+    from fastkl.tools.cli import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_out_that_is_a_file_exits_2(tmp_path, capsys):
+    from fastkl.tools.cli import main
+
+    (tmp_path / "taken").write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", "--quick", "--out", str(tmp_path / "taken")])
+    assert exit_.value.code == 2
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", [["tokenizers"], ["matplotlib"], ["tqdm"], ["tokenizers", "tqdm"]])
+def test_missing_extra_says_what_to_install(missing, tmp_path):
+    result = run_cli("demo", "--quick", "--out", str(tmp_path / "run"), before=f"import sys; sys.modules.update(dict.fromkeys({missing}))")
+    assert result.returncode == 2
+    line, = result.stderr.splitlines()
+    assert f"{', '.join(missing)};" in line and "pip install 'fastkl[demo]'" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_needs_no_extra():
+    result = run_cli("demo", "--help", before="import sys; sys.modules.update(dict.fromkeys(['tokenizers', 'matplotlib', 'tqdm']))")
+    assert result.returncode == 0
+    assert "--quick" in result.stdout
+
+
+def test_settings_take_what_the_command_line_says():
+    assert choose_settings(quick=False, seed=0, device="cpu") == Settings()
+    assert Settings().vocabulary >= 16_384
+    chosen = choose_settings(quick=True, seed=3, device="cpu", steps=7, beta=0.5)
+    assert (chosen.quick, chosen.seed, chosen.steps, chosen.beta) == (True, 3, 7, 0.5)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    from fastkl.tools.demo.report import write_whole
+
+    path = tmp_path / "report.txt"
+    write_whole(path, b"old")
+    with pytest.raises(TypeError):
+        write_whole(path, "text where bytes are expected")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.txt"]
+
+
+def test_a_number_that_is_not_finite_becomes_null():
+    from fastkl.tools.demo.report import to_json
+
+    assert json.loads(to_json({"a": [math.inf, 1.0], "b": math.nan})) == {"a": [None, 1.0], "b": None}

@@ -1,0 +1,312 @@
+"""kl_divergence: its digits against fp64, its properties, and what infinities, NaN, masks and memory layouts do to it."""
+
+from __future__ import annotations
+
+import math
+
+import cases
+import pytest
+import torch
+
+import fastkl
+from fastkl import kl_divergence
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Sizes of log q - log p: a KL from about 1e-8 to 1e4 on rows of KINDS.
+SIZES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 200.0, 2000.0)
+SHIFTS = (0.0, 50.0, -50.0)
+SHAPES = [(), (5,), (2, 3), (2, 1, 3)]
+VOCABULARIES = [1, 2, 3, 7, 8, 9, 127, 4096, 4097, 32768, 32769, 50257, 262144]
+
+
+@pytest.fixture(params=FLOATS.values(), ids=FLOATS)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """A type of logits."""
+    return request.param
+
+
+def outcome(p: torch.Tensor, q: torch.Tensor, device: str, upstream: torch.Tensor | None = None, **keywords) -> tuple[torch.Tensor, ...]:
+    """(kl, dP, dQ) on `device` for these very strides, and random upstream gradients where none are given."""
+    p, q = cases.leaf(p.to(device)), cases.leaf(q.to(device))
+    result = kl_divergence(p, q, **keywords)
+    upstream = cases.upstream_for(result) if upstream is None else upstream
+    return result, *torch.autograd.grad(result, (p, q), upstream.to(result))
+
+
+def check(implementation, p: torch.Tensor, q: torch.Tensor, what: str = "kl", **keywords) -> None:
+    """kl_divergence and both gradients agree with fp64 of the same CPU inputs; the result is float32 and where the logits are."""
+    result, grad_p, grad_q = outcome(p, q, implementation.device, **keywords)
+    assert result.dtype == torch.float32 and result.device.type == implementation.device and result.shape == p.shape[:-1]
+    temperature = keywords.get("temperature", 1.0)
+    exact = cases.truth(p, q, temperature.cpu() if isinstance(temperature, torch.Tensor) else temperature)
+    cases.assert_kl(result, exact.kl, what)
+    expected = cases.kl_gradients(exact, cases.upstream_for(result), temperature)
+    for name, grad, value, logits in (("p", grad_p, expected.p, p), ("q", grad_q, expected.q, q)):
+        assert grad.dtype == logits.dtype and grad.shape == logits.shape
+        cases.assert_rounded_gradient(grad, value, f"{what}, gradient to {name}", truncated=implementation.interpreted)
+
+
+# ---- accuracy
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("vocabulary", [1000, 50257, 128256])
+def test_against_fp64(implementation, kind, vocabulary, dtype) -> None:
+    """KL in either direction and its gradients, from 1e-8 to 1e4 nats, with and without a constant between the logits."""
+    if implementation.interpreted and vocabulary == 128256 and dtype == torch.float16:
+        pytest.skip("the interpreter's time goes to the other types")
+    sizes = SIZES if dtype != torch.float16 else SIZES[2:6]
+    shifts = [SHIFTS] if vocabulary > 1000 else [(shift,) for shift in SHIFTS]
+    if implementation.interpreted:
+        number = cases.KINDS.index(kind) % 2
+        sizes = sizes if vocabulary == 1000 else sizes[number::2] if vocabulary == 50257 else sizes[number::3]
+        shifts = [SHIFTS]
+    for some in shifts:
+        p, q = cases.sizes_pair(kind, sizes, some, vocabulary, dtype)
+        check(implementation, p, q, "kl(p, q)")
+        if not (implementation.interpreted and vocabulary > 1000):
+            check(implementation, q, p, "kl(q, p)")
+
+
+def test_accuracy_table(implementation, capsys) -> None:
+    """Worst relative error per decade of the KL, beside F.kl_div of two float32 log-softmaxes: within tolerance, and better where KL is small."""
+    rows, vocabulary = (4, 1000) if implementation.interpreted else (24, 32768)
+    lines = [f"{'KL':>6} {'kind':>12} {'fastkl':>9} {'F.kl_div':>9}"]
+    worse = []
+    for kind in cases.KINDS:
+        sizes = [10 ** (-5 + 6 * i / (8 * rows - 1)) for i in range(8 * rows)] if not implementation.interpreted else SIZES[:6]
+        p, q = (value.to(implementation.device) for value in cases.sizes_pair(kind, tuple(sizes), (0.0,), vocabulary, torch.float32))
+        exact = cases.truth(p, q).kl
+        ours = kl_divergence(p, q)
+        cases.assert_kl(ours, exact)
+        plain = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        decade = exact.log10().floor()
+        for value in sorted(set(decade.tolist())):
+            if value < -9:
+                continue
+            errors = [float(((result - exact).abs() / exact)[decade == value].max()) for result in (ours, plain)]
+            lines.append(f"{'1e%d' % value:>6} {kind:>12} {errors[0]:9.1e} {errors[1]:9.1e}")
+            if -8 <= value < -2 and errors[0] >= errors[1]:
+                worse.append(lines[-1])
+    with capsys.disabled():
+        print(f"\n{implementation.backend}, V={vocabulary}, float32\n" + "\n".join(lines))
+    assert not worse, "\n".join(worse)
+
+
+@pytest.mark.parametrize("policy, ref", [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16"), ("bf16", "fp16")])
+@pytest.mark.parametrize("vocabulary", [1003, 4096])
+def test_mixed_types(implementation, policy, ref, vocabulary) -> None:
+    """Policy and reference of different types: each gradient comes in the type of its own logits."""
+    p, q = cases.sizes_pair("normal3", (1e-3, 0.1, 1.0, 10.0), SHIFTS, vocabulary, torch.float32)
+    check(implementation, p.to(FLOATS[policy]), q.to(FLOATS[ref]))
+
+
+def test_direction_by_hand(implementation) -> None:
+    """The expectation is under the first argument: closed forms of two and of three classes."""
+    for p, q in (((0.8, 0.2), (0.5, 0.5)), ((0.7, 0.2, 0.1), (0.25, 0.25, 0.5))):
+        there, back = (sum(a * math.log(a / b) for a, b in zip(*pair, strict=True)) for pair in ((p, q), (q, p)))
+        assert abs(there - back) > 1e-2
+        logits = [torch.tensor(value, device=implementation.device).log() for value in (p, q)]
+        cases.assert_near(kl_divergence(*logits), torch.tensor(there), 2e-6, 0, "KL(P‖Q)")
+        cases.assert_near(kl_divergence(*reversed(logits)), torch.tensor(back), 2e-6, 0, "KL(Q‖P)")
+
+
+def test_gradcheck_in_fp64(implementation) -> None:
+    """The reference in float64: results in float64, and gradients that finite differences confirm."""
+    if implementation.kernels:
+        pytest.skip("float64 is the reference's")
+    p, q = (value.double().requires_grad_() for value in cases.pair("normal3", 4, 5, 0.7))
+    mask, temperature = torch.tensor([True, False, True, True]), torch.tensor([0.5, 1.0, 2.0, 1.3])
+    result = kl_divergence(p, q)
+    assert result.dtype == torch.float64 and torch.allclose(result, cases.truth(p, q).kl, rtol=1e-13)
+    assert torch.autograd.gradcheck(lambda p, q: kl_divergence(p, q, mask=mask, temperature=temperature), (p, q))
+
+
+# ---- properties
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 37, 4099])
+def test_never_negative(implementation, dtype, vocabulary) -> None:
+    """However close the rows are."""
+    for kind in cases.KINDS:
+        p, q = cases.sizes_pair(kind, (1e-7, 1e-6, 1e-5, 1e-4), SHIFTS, vocabulary, dtype)
+        assert bool((kl_divergence(p.to(implementation.device), q.to(implementation.device)) >= 0).all())
+
+
+@pytest.mark.parametrize("vocabulary", [1, 129, 4096, 40001])
+def test_identical_rows(implementation, dtype, vocabulary) -> None:
+    """KL exactly 0 with gradients exactly 0: the same tensor twice, a copy, a copy that lies elsewhere in its 16 bytes, with -inf entries."""
+    p = torch.cat([cases.pair(kind, 1, vocabulary, 0.0, dtype=dtype, seed=i)[0] for i, kind in enumerate(cases.KINDS[::2])])
+    p = p.to(implementation.device)
+    if vocabulary > 1:
+        p[1, 1::3] = -math.inf
+    elsewhere = torch.empty(p.numel() + 1, dtype=dtype, device=p.device)[1:].view_as(p).copy_(p)
+    for name, q in (("the same", p), ("a copy", p.clone()), ("elsewhere", elsewhere)):
+        for what, value in zip(("kl", "gradient to p", "gradient to q"), outcome(p, q, implementation.device), strict=True):
+            assert bool((value == 0).all()), f"{name}: {what} up to {value.abs().max():.3g}"
+
+
+def test_constant_shift(implementation) -> None:
+    """Logits on a grid, so that shifting is exact: KL and gradients of shifted rows hold to the same truth."""
+    p, q = (torch.round(value * 1024) / 1024 for value in cases.sizes_pair("normal3", (2e-3, 0.02, 0.3, 3.0), (0.0,), 1009, torch.float32))
+    exact = cases.truth(p, q)
+    for shift_p, shift_q in ((64.0, -64.0), (-200.0, 0.0), (8.0, 1000.0), (-1000.0, 1000.0), (0.25, 3.5)):
+        assert torch.equal((p + shift_p) - shift_p, p) and torch.equal((q + shift_q) - shift_q, q)
+        result, *grads = outcome(p + shift_p, q + shift_q, implementation.device)
+        cases.assert_kl(result, exact.kl, f"shifts {shift_p}, {shift_q}")
+        for grad, expected in zip(grads, cases.kl_gradients(exact, cases.upstream_for(result)), strict=True):
+            cases.assert_gradient(grad, expected, f"shifts {shift_p}, {shift_q}")
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_gradients_sum_to_zero(implementation, kind) -> None:
+    """Over the vocabulary, as those of every function of a softmax: within 1e-5 of their absolute sum."""
+    for grad in outcome(*cases.sizes_pair(kind, (0.01, 0.1, 1.0), SHIFTS, 5003, torch.float32), implementation.device)[1:]:
+        grad = grad.double()
+        assert bool((grad.sum(-1).abs() <= 1e-5 * grad.abs().sum(-1)).all())
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.7, 1, 3.0, "per row", "per row in bfloat16"])
+def test_temperature(implementation, temperature, dtype) -> None:
+    """Both logits are divided by it and the gradient follows: one number, or one per row."""
+    if isinstance(temperature, str):
+        temperature = torch.tensor([[0.25, 0.5, 1.0], [1.5, 2.0, 0.75]], device=implementation.device)
+        temperature = temperature.bfloat16() if "bfloat16" in str(temperature) else temperature
+    p, q = cases.sizes_pair("normal3", (1e-3, 1e-2, 0.1, 1.0, 3.0, 5.0), (0.0, 7.0), 515, dtype)
+    check(implementation, p.view(2, 3, -1), q.view(2, 3, -1), temperature=temperature)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_mask(implementation, dtype, garbage) -> None:
+    """Rows that do not count hold anything: exactly 0, gradient exactly 0; the others have the bits of a call without them."""
+    p, q = cases.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0, 0.1, 0.3), SHIFTS, 1003, dtype)
+    mask = torch.tensor([True, False, True, True, False, True])
+    expected = outcome(p[mask], q[mask], implementation.device, cases.upstream_for(torch.empty(6))[mask])
+    p[~mask], q[1], q[4, ::2] = garbage, garbage, math.nan
+    results = outcome(p, q, implementation.device, mask=mask.to(implementation.device))
+    for result, value, name in zip(results, expected, ("kl", "gradient to p", "gradient to q"), strict=True):
+        cases.assert_same_bits(result[mask.to(result.device)], value, name)
+        assert bool((result[~mask.to(result.device)] == 0).all()), name
+    nothing = outcome(p, q, implementation.device, mask=torch.zeros(6, dtype=torch.bool, device=implementation.device))
+    assert all(bool((value == 0).all()) for value in nothing)
+
+
+def test_zero_upstream(implementation, dtype) -> None:
+    """Gradient exactly 0, also of a row of NaN; the other rows as ever."""
+    p, q = cases.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0), SHIFTS, 1003, dtype)
+    upstream = torch.tensor([1.5, 0.0, -2.0, 0.0])
+    expected = outcome(p, q, implementation.device, upstream)
+    p[1], q[3, 5] = math.nan, math.nan
+    for result, value in zip(outcome(p, q, implementation.device, upstream)[1:], expected[1:], strict=True):
+        assert bool((result[1::2] == 0).all())
+        cases.assert_same_bits(result[::2], value[::2], "gradient of the other rows")
+
+
+def test_expanded_upstream(implementation) -> None:
+    """An upstream gradient of stride 0, as sum() and mean() give it, is the same one written out."""
+    p, q = cases.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0), SHIFTS, 515, torch.float32)
+    written = outcome(p, q, implementation.device, torch.full((4,), 1.75))
+    for upstream in (torch.tensor(1.75).expand(4), torch.full((4, 2), 1.75)[:, 1]):
+        for result, value in zip(outcome(p, q, implementation.device, upstream), written, strict=True):
+            cases.assert_same_bits(result, value, "gradient")
+    p, q = (cases.leaf(value.to(implementation.device)) for value in (p, q))
+    (kl_divergence(p, q).sum() * 1.75).backward()
+    cases.assert_same_bits(p.grad, written[1], "gradient of sum()")
+
+
+# ---- shapes and memory
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)])
+def test_no_rows(implementation, leading, dtype) -> None:
+    """No rows, no results, gradients of the right shape."""
+    p = torch.empty(*leading, 17, dtype=dtype)
+    result, grad_p, grad_q = outcome(p, p.clone(), implementation.device)
+    assert result.shape == leading and result.dtype == torch.float32
+    assert grad_p.shape == grad_q.shape == p.shape and grad_p.dtype == dtype
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_vocabulary_sizes(implementation, vocabulary, dtype) -> None:
+    """One entry, powers of two and their neighbours, and more than any model has."""
+    check(implementation, *cases.sizes_pair("normal3", (0.1, 1.0) if vocabulary > 4097 else (1e-3, 0.1, 1.0, 5.0), SHIFTS, vocabulary, dtype))
+
+
+@pytest.mark.parametrize("layout_q", ["batch and time", "same"])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_layouts(implementation, layout, layout_q, dtype) -> None:
+    """Leading shapes and strides of every sort, of one argument or of both; the memory around and under them stays as it was."""
+    base_p, base_q = (value.view(4, 5, 6, -1).to(implementation.device) for value in cases.pair("normal3", 120, 43, 0.3, dtype=dtype))
+    p, q = (cases.LAYOUTS[layout](base[..., :40]) for base in (base_p, base_q))
+    q = q if layout_q == "same" else q.clone(memory_format=torch.contiguous_format)
+    before = [cases.bits(value).clone() for value in (base_p, base_q, q)]
+    result, grad_p, grad_q = outcome(p, q, implementation.device)
+    exact = cases.truth(p.cpu(), q.cpu())
+    assert result.shape == p.shape[:-1]
+    cases.assert_kl(result, exact.kl)
+    for grad, value in zip((grad_p, grad_q), cases.kl_gradients(exact, cases.upstream_for(result)), strict=True):
+        assert grad.shape == p.shape and grad.dtype == dtype
+        cases.assert_rounded_gradient(grad, value, "gradient", truncated=implementation.interpreted)
+    for value, kept in zip((base_p, base_q, q), before, strict=True):
+        assert torch.equal(cases.bits(value), kept), "an input was written to"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_leading_shapes(implementation, shape) -> None:
+    """Any leading shape is the same rows."""
+    p, q = cases.pair("normal3", 6, 129, 0.2)
+    rows = torch.Size(shape).numel()
+    flat = outcome(p[:rows], q[:rows], implementation.device)
+    upstream = cases.upstream_for(torch.empty(rows)).view(shape)
+    for result, value in zip(outcome(p[:rows].view(*shape, -1), q[:rows].view(*shape, -1), implementation.device, upstream), flat, strict=True):
+        assert result.shape[:len(shape)] == shape
+        cases.assert_same_bits(result.reshape(value.shape), value, "result")
+
+
+@pytest.mark.parametrize("offset_p, offset_q", [(1, 1), (3, 0), (0, 5), (5, 2)])
+@pytest.mark.parametrize("vocabulary, padding", [(513, 0), (512, 8), (512, 3), (77, 1)])
+def test_storage_offsets_and_padded_rows(implementation, offset_p, offset_q, vocabulary, padding, dtype) -> None:
+    """Rows that start anywhere, with NaN before, between and behind them: nothing outside is read into a result."""
+    rows = 3
+    made = []
+    for value, offset in zip(cases.pair("normal3", rows, vocabulary, 0.3, dtype=dtype), (offset_p, offset_q), strict=True):
+        storage = torch.full((offset + rows * (vocabulary + padding) + 16,), math.nan, dtype=dtype, device=implementation.device)
+        made.append(storage.as_strided((rows, vocabulary), (vocabulary + padding, 1), offset))
+        made[-1].copy_(value)
+    result, *grads = outcome(*made, implementation.device)
+    exact = cases.truth(*(value.cpu() for value in made))
+    cases.assert_kl(result, exact.kl)
+    for grad, value in zip(grads, cases.kl_gradients(exact, cases.upstream_for(result)), strict=True):
+        cases.assert_rounded_gradient(grad, value, "gradient", truncated=implementation.interpreted)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 9, 1003, 40001])
+def test_every_output_is_written(implementation, monkeypatch, vocabulary, dtype) -> None:
+    """New memory is full of NaN: none of it is left in results or gradients, nor changes a bit of them."""
+    p, q = cases.pair("normal3", 3, vocabulary, 0.3, dtype=dtype)
+    mask = torch.tensor([True, False, True], device=implementation.device)
+    expected = outcome(p, q, implementation.device, mask=mask)
+    poisoned = []
+
+    def poison(make):
+        def call(*args, **kwargs):
+            made = make(*args, **kwargs)
+            poisoned.append(made.shape)
+            return made.fill_(math.nan) if made.is_floating_point() else made.fill_(7)
+        return call
+
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty_strided")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    results = outcome(p, q, implementation.device, mask=mask)
+    monkeypatch.undo()
+    assert any(tuple(shape) == (3,) for shape in poisoned) and any(tuple(shape) == (3, vocabulary) for shape in poisoned)
+    for result, value in zip(results, expected, strict=True):
+        cases.assert_same_bits(result, value, "result")
+
+
+def test_slow_path_rows(implementation) -> None:
+    """Names the rows that hold an infinity or a NaN, or are far apart, and no other."""
+    p, q = (value.to(implementation.device) for value in cases.pair("normal3", 6, 300, 0.1))
+    p[1, 3], q[2, 7], q[4] = -math.inf, math.nan, q[4] * 50
+    assert fastkl.slow_path_rows(p.view(2, 3, -1), q.view(2, 3, -1)).tolist() == [[False, True, True], [False, True, False]]
