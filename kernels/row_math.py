@@ -121,19 +121,20 @@ def rescale_to(new_origin, origin, S, A, W, U, R, WITH_ENTROPY: tl.constexpr, WI
 def merge_states(origin, S, A, W, U, R, centre_hi, centre_lo, scale, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
     """One state from a vector of states (axis 0): threads of a program, programs of a row and shards of a vocabulary merge alike.
 
-    The heaviest state's centre becomes the centre of all. A state without weight (S = 0) adds nothing, whatever its centre.
+    The centre of all is at the mean of d over all. A state without weight (S = 0) adds nothing, whatever its centre.
     """
     row_origin = tl.max(origin, 0)
     S, A, W, U, R = rescale_to(row_origin, origin, S, A, W, U, R, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     row_hi = tl.sum(centre_hi * 0.0, 0)
     row_lo = row_hi
     if WITH_KL:
-        heaviest = tl.max(S, 0)
         index = tl.arange(0, S.shape[0])
-        chosen = tl.min(tl.where(S == heaviest, index, S.shape[0]), 0)
-        row_hi = tl.sum(tl.where(index == chosen, centre_hi, 0.0), 0)
-        row_lo = tl.sum(tl.where(index == chosen, centre_lo, 0.0), 0)
-        delta = tl.where(S > 0.0, tl.fma(row_hi - centre_hi, scale, row_lo - centre_lo), 0.0)
+        heaviest = tl.min(tl.where(S == tl.max(S, 0), index, S.shape[0]), 0)
+        row_hi = tl.sum(tl.where(index == heaviest, centre_hi, 0.0), 0)
+        centre = tl.fma(centre_hi - row_hi, scale, centre_lo)
+        # The mean of d over all states: a centre off by δ would leave U larger than the KL by δ²/2, and its digits lost.
+        row_lo = tl.sum(tl.where(S > 0.0, tl.fma(S, centre, W), 0.0), 0) / tl.sum(S, 0)
+        delta = tl.where(S > 0.0, row_lo - centre, 0.0)
         W, U, R = move_centre(S, W, U, R, delta, WITH_REVERSE)
         W = tl.sum(W, 0)
         U = tl.sum(U, 0)

@@ -91,7 +91,8 @@ def all_numbers(value):
         yield value
 
 
-def test_shows_what_the_penalty_is_for(numbers):
+def test_shows_what_the_penalty_is_for(demo, numbers):
+    assert "only the penalised policy still writes code" in " ".join(demo[0].split())
     reference, without, penalised = (numbers["final"][name] for name in POLICIES)
     assert reference["kl"] == 0.0
     assert without["reward"] > 0.5 > penalised["reward"] > 1.3 * reference["reward"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import cases
 import pytest
@@ -10,6 +11,9 @@ import torch
 
 import fastkl
 from fastkl import kl_divergence
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    cases.fuse_multiply_adds()
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Sizes of log q - log p: a KL from about 1e-8 to 1e4 on rows of KINDS.
@@ -53,13 +57,13 @@ def check(implementation, p: torch.Tensor, q: torch.Tensor, what: str = "kl", **
 @pytest.mark.parametrize("vocabulary", [1000, 50257, 128256])
 def test_against_fp64(implementation, kind, vocabulary, dtype) -> None:
     """KL in either direction and its gradients, from 1e-8 to 1e4 nats, with and without a constant between the logits."""
-    if implementation.interpreted and vocabulary == 128256 and dtype == torch.float16:
-        pytest.skip("the interpreter's time goes to the other types")
     sizes = SIZES if dtype != torch.float16 else SIZES[2:6]
     shifts = [SHIFTS] if vocabulary > 1000 else [(shift,) for shift in SHIFTS]
     if implementation.interpreted:
-        number = cases.KINDS.index(kind) % 2
-        sizes = sizes if vocabulary == 1000 else sizes[number::2] if vocabulary == 50257 else sizes[number::3]
+        number = cases.KINDS.index(kind)
+        if vocabulary > 1000 and (dtype == torch.float16 or (dtype == torch.bfloat16) != (number % 2 == 1)):
+            pytest.skip("the interpreter takes every other kind of large rows")
+        sizes = sizes if vocabulary == 1000 else sizes[number % 3::3]
         shifts = [SHIFTS]
     for some in shifts:
         p, q = cases.sizes_pair(kind, sizes, some, vocabulary, dtype)
@@ -70,11 +74,11 @@ def test_against_fp64(implementation, kind, vocabulary, dtype) -> None:
 
 def test_accuracy_table(implementation, capsys) -> None:
     """Worst relative error per decade of the KL, beside F.kl_div of two float32 log-softmaxes: within tolerance, and better where KL is small."""
-    rows, vocabulary = (4, 1000) if implementation.interpreted else (24, 32768)
+    rows, vocabulary = (4, 1000) if implementation.interpreted else (8, 32768)
     lines = [f"{'KL':>6} {'kind':>12} {'fastkl':>9} {'F.kl_div':>9}"]
     worse = []
     for kind in cases.KINDS:
-        sizes = [10 ** (-5 + 6 * i / (8 * rows - 1)) for i in range(8 * rows)] if not implementation.interpreted else SIZES[:6]
+        sizes = [10 ** (-5 + 6 * i / (4 * rows - 1)) for i in range(4 * rows)] if not implementation.interpreted else SIZES[:6]
         p, q = (value.to(implementation.device) for value in cases.sizes_pair(kind, tuple(sizes), (0.0,), vocabulary, torch.float32))
         exact = cases.truth(p, q).kl
         ours = kl_divergence(p, q)
@@ -136,6 +140,8 @@ def test_never_negative(implementation, dtype, vocabulary) -> None:
 @pytest.mark.parametrize("vocabulary", [1, 129, 4096, 40001])
 def test_identical_rows(implementation, dtype, vocabulary) -> None:
     """KL exactly 0 with gradients exactly 0: the same tensor twice, a copy, a copy that lies elsewhere in its 16 bytes, with -inf entries."""
+    if implementation.interpreted and vocabulary > 4096:
+        pytest.skip("too slow in the interpreter")
     p = torch.cat([cases.pair(kind, 1, vocabulary, 0.0, dtype=dtype, seed=i)[0] for i, kind in enumerate(cases.KINDS[::2])])
     p = p.to(implementation.device)
     if vocabulary > 1:
@@ -230,7 +236,9 @@ def test_no_rows(implementation, leading, dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_vocabulary_sizes(implementation, vocabulary, dtype) -> None:
     """One entry, powers of two and their neighbours, and more than any model has."""
-    check(implementation, *cases.sizes_pair("normal3", (0.1, 1.0) if vocabulary > 4097 else (1e-3, 0.1, 1.0, 5.0), SHIFTS, vocabulary, dtype))
+    if implementation.interpreted and (vocabulary in (4096, 32768) or (vocabulary > 32769 and dtype == torch.bfloat16)):
+        pytest.skip("the interpreter's time goes to their neighbours")
+    check(implementation, *cases.sizes_pair("normal3", (0.1, 1.0)[:1 if vocabulary > 50257 else 2] if vocabulary > 4097 else (1e-3, 0.1, 1.0, 5.0), SHIFTS, vocabulary, dtype))
 
 
 @pytest.mark.parametrize("layout_q", ["batch and time", "same"])
@@ -281,7 +289,7 @@ def test_storage_offsets_and_padded_rows(implementation, offset_p, offset_q, voc
         cases.assert_rounded_gradient(grad, value, "gradient", truncated=implementation.interpreted)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 9, 1003, 40001])
+@pytest.mark.parametrize("vocabulary", [1, 9, 5003])
 def test_every_output_is_written(implementation, monkeypatch, vocabulary, dtype) -> None:
     """New memory is full of NaN: none of it is left in results or gradients, nor changes a bit of them."""
     p, q = cases.pair("normal3", 3, vocabulary, 0.3, dtype=dtype)

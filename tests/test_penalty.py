@@ -80,17 +80,18 @@ def test_half_precision_logits(implementation, dtype) -> None:
         cases.assert_gradient(grad, exact_grad, "gradient", tolerance=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_no_token_that_counts(implementation, reduction) -> None:
+def test_no_token_that_counts(implementation, reduction, leading) -> None:
     """An all-False mask gives a loss and gradients of exactly 0 over rows of NaN; no rows give 0 too."""
-    nan = torch.full((2, 3, 17), math.nan, device=implementation.device, requires_grad=True)
+    nan = torch.full((*leading, 17), math.nan, device=implementation.device, requires_grad=True)
     penalty = fastkl.KLPenalty(0.3, reduction=reduction)
-    loss = penalty(nan, nan.detach(), torch.zeros(2, 3, dtype=torch.bool, device=implementation.device))
+    loss = penalty(nan, nan.detach(), torch.zeros(leading, dtype=torch.bool, device=implementation.device))
     loss.backward()
     assert float(loss) == 0.0 and bool((nan.grad == 0).all())
     assert {name: float(value) for name, value in penalty.last.items() if name != "beta"} == {"kl": 0.0, "max_kl": 0.0, "tokens": 0.0, "loss": 0.0}
-    for leading in ((0,), (2, 0), (0, 3)):
-        empty = torch.zeros(*leading, 17, device=implementation.device, requires_grad=True)
+    for shape in ((0,), (2, 0), (0, 3)):
+        empty = torch.zeros(*shape, 17, device=implementation.device, requires_grad=True)
         loss = penalty(empty, empty.detach())
         loss.backward()
         assert float(loss) == 0.0 and empty.grad.shape == empty.shape

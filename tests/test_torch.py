@@ -71,10 +71,10 @@ def assert_same_bits(results: list[torch.Tensor], expected: list[torch.Tensor]) 
 
 # fields, with q, with tokens, with mask, with a temperature per row, leading shape
 MIXES = [
-    ("kl", True, False, False, False, (3,)), ("kl", True, False, True, True, (2, 2)), ("kl", True, False, False, False, ()),
-    ("kl", True, False, False, False, (0,)), ("logprob", False, True, False, False, (3,)), ("logprob", True, True, False, True, (3,)),
-    ("logprob,entropy", False, True, True, False, (2, 2)), ("logprob,entropy", False, True, False, True, (0, 2)),
-    (ALL, True, True, False, False, (3,)), (ALL, True, True, True, True, (2, 2)),
+    ("kl", True, False, False, False, (2,)), ("kl", True, False, True, True, (2, 1)), ("kl", True, False, False, False, ()),
+    ("kl", True, False, False, False, (0,)), ("logprob", False, True, False, False, (2,)), ("logprob", True, True, False, True, (2,)),
+    ("logprob,entropy", False, True, True, False, (2, 1)), ("logprob,entropy", False, True, False, True, (0, 2)),
+    (ALL, True, True, False, False, (2,)), (ALL, True, True, True, True, (1, 2)),
 ]
 
 
@@ -93,8 +93,7 @@ def test_opcheck_row_statistics(implementation, mix, grad) -> None:
     torch.library.opcheck(torch.ops.fastkl.row_statistics.default, op_arguments(data, mix, implementation.backend))
 
 
-@pytest.mark.parametrize("wrt", [(True, True), (True, False), (False, True)], ids=["pq", "p", "q"])
-@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix[1]], ids=str)
+@pytest.mark.parametrize("mix, wrt", [*((mix, (True, mix[1])) for mix in MIXES), (MIXES[-1], (True, False)), (MIXES[-1], (False, True))], ids=str)
 def test_opcheck_row_gradients(implementation, mix, wrt) -> None:
     """The same for the backward op, with the upstream gradients that the mix of fields can have."""
     data = inputs(implementation.device, mix[-1], grad=False)
@@ -113,18 +112,18 @@ def test_opcheck_row_gradients(implementation, mix, wrt) -> None:
 def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
     """fullgraph=True works, forward and backward, and gives eager's bits, at two sizes where they are dynamic.
 
-    Except KLPenalty under inductor, which adds the tokens up in another order: there each of 6 tokens may cost one float32 rounding.
+    Except KLPenalty under inductor, which adds the tokens up in another order: there each of 3 tokens may cost one float32 rounding.
     """
     if compiler == "inductor" and implementation.device == "cpu" and not HAS_CPP:
         pytest.skip("inductor needs a C++ compiler on CPU")
     penalty = fastkl.KLPenalty(0.3)
     function = {"kl": kl, "stats": stats, "penalty": lambda p, q, data: (penalty(p, q, data.mask),)}[name]
     compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=dynamic)
-    for leading in ((2, 2), (2, 3)) if dynamic else ((2, 2),):
+    for leading in ((1, 2), (1, 3)) if dynamic else ((1, 2),):
         data = inputs(implementation.device, leading)
         results, expected = outcome(compiled, data), outcome(function, data)
         if name == "penalty" and compiler == "inductor":
-            torch.testing.assert_close(results, expected, rtol=6 * 2**-23, atol=0)
+            torch.testing.assert_close(results, expected, rtol=3 * 2**-23, atol=0)
         else:
             assert_same_bits(results, expected)
 

@@ -26,9 +26,9 @@ def curves(series: dict[str, dict[str, list[float]]], baseline: float) -> bytes:
     reward.set_ylabel("reward\n(share of sampled tokens that are \"self\")")
     reward.set_ylim(0.0, 1.05)
     kl.set_ylabel("KL(policy || reference)\n(nats per token, logarithmic)")
-    # The first step samples from the reference itself, KL = 0: the curves enter from below.
-    kl.set_yscale("log", nonpositive="clip")
-    kl.set_ylim(LEAST_KL, 30.0)
+    # The first step samples from the reference itself: its KL is 0 and has no place on this axis.
+    kl.set_yscale("log", nonpositive="mask")
+    kl.set_ylim(LEAST_KL, 3.0 * max(LEAST_KL, *(value for run in series.values() for value in run["kl"])))
     kl.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     kl.set_xlabel("policy-gradient step")
     for axes in (reward, kl):

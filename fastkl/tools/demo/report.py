@@ -72,13 +72,18 @@ def comparison_line(comparison: dict) -> str:
 
 
 def conclusion(evaluations: dict[str, Evaluation]) -> str:
-    """What the table says, in words."""
+    """What the table says, in words; the verdict only where the figures bear it out."""
     before, without, penalised = evaluations.values()
-    text = (f"The reward counts the word \"self\" and can be hacked. Without a penalty the policy hacks it: the reward climbs from "
-            f"{before.reward:.3f} to {without.reward:.3f} while the samples degenerate ({without.kl:.1f} nats per token from the reference, "
-            f"perplexity {without.perplexity:,.0f}, {without.distinct:.0%} distinct tokens). With KLPenalty it rises to {penalised.reward:.3f}, "
-            f"and the text stays code: {penalised.kl:.2f} nats per token, perplexity {penalised.perplexity:,.0f}, {penalised.distinct:.0%} "
-            f"distinct tokens.")
+    text = (f"The reward counts the word \"self\" and can be hacked. Without a penalty it goes from {before.reward:.3f} to {without.reward:.3f}: "
+            f"{without.kl:.2f} nats per token from the reference, perplexity {without.perplexity:,.0f}, {without.distinct:.0%} distinct tokens. "
+            f"With KLPenalty it goes to {penalised.reward:.3f}: {penalised.kl:.2f} nats per token, perplexity {penalised.perplexity:,.0f}, "
+            f"{penalised.distinct:.0%} distinct tokens. ")
+    collapsed = without.perplexity > 10 * before.perplexity and without.distinct < 0.5 * before.distinct
+    kept = penalised.perplexity < 2 * before.perplexity and penalised.distinct > 0.5 * before.distinct and penalised.reward > before.reward
+    if collapsed and kept:
+        text += "That is what the penalty is for: the reward rises in both runs, but only the penalised policy still writes code."
+    else:
+        text += "These settings do not show what the penalty is for; the default --steps and --beta do."
     return textwrap.fill(text, TEXT_WIDTH)
 
 

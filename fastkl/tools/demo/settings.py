@@ -29,7 +29,7 @@ class Settings:
     samples: int = 24
     prompt_length: int = 16
     response_length: int = 32
-    temperature: float = 0.8
+    temperature: float = 0.7
     policy_rate: float = 3e-4
     discount: float = 0.8
     beta: float = 0.4
