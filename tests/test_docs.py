@@ -1,0 +1,98 @@
+"""The README is true: its code blocks run in order, its commands exist, its figures about memory hold."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+
+import pytest
+import torch
+
+import fastkl
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced code blocks of the README in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def names() -> dict[str, object]:
+    """What the README's lines find in a training step."""
+    generator = torch.Generator().manual_seed(0)
+    policy = torch.randn(2, 5, 64, generator=generator)
+    return {
+        "policy_logits": policy.requires_grad_(), "ref_logits": policy.detach() + 0.1 * torch.randn(2, 5, 64, generator=generator),
+        "tokens": torch.randint(64, (2, 5), generator=generator), "beta": 0.1,
+        "mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2]),
+    }
+
+
+def test_python_blocks_run_in_order() -> None:
+    """All python blocks run one after the other, and the one call gives what the user's lines give."""
+    scope = names()
+    found = blocks("python")
+    assert len(found) >= 5
+    exec(found[0], scope)
+    before, loss = scope["kl"], scope["loss"]
+    for block in found[1:]:
+        exec(block, scope)
+        if "KLPenalty(beta)" in block:
+            mask = scope["mask"]
+            torch.testing.assert_close(scope["kl"], torch.where(mask, before, 0.0), rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(scope["loss"], loss, rtol=1e-3, atol=1e-6)
+    assert scope["policy_logits"].grad is not None
+
+
+def test_shell_commands_exist() -> None:
+    """Every make target of the README is one, and `fastkl demo` and both modules named are there (test_demo and test_benchmarks run them)."""
+    targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.M)
+    assert set(targets) >= {"demo", "test"}
+    for target in targets:
+        run = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    for module in set(re.findall(r"-m (benchmarks\.\w+)", README)):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+
+
+@pytest.mark.parametrize("linked", re.findall(r"\]\(([\w/.]+)\)", README))
+def test_links_lead_somewhere(linked: str) -> None:
+    """Relative links name files of the repository."""
+    assert (ROOT / linked).exists()
+
+
+def held_bytes(function, p: torch.Tensor, q: torch.Tensor) -> int:
+    """Bytes that autograd holds for backward beyond the two inputs."""
+    own = {p.untyped_storage().data_ptr(), q.untyped_storage().data_ptr()}
+    storages: dict[int, int] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        result = function(p, q)
+    assert result.requires_grad
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_held_are_those_of_the_readme(dtype: torch.dtype) -> None:
+    """12 bytes per logit pair for the user's lines, 32 bytes per token for fastkl."""
+    p = torch.randn(8, 4096).to(dtype).requires_grad_()
+    q = torch.randn(8, 4096).to(dtype)
+
+    def lines(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
+        log_p = p_logits.float().log_softmax(-1)
+        log_q = q_logits.float().log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    assert held_bytes(lines, p, q) == 12 * p.numel()
+    assert held_bytes(fastkl.kl_divergence, p, q) == 32 * p.shape[0]
+    assert "12 bytes per logit pair: 12.6 GB" in README and round(12 * 8192 * 128256 / 1e9, 1) == 12.6
+    assert "32 bytes per token" in README
