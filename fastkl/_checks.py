@@ -56,11 +56,11 @@ def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) 
     per_row("mask", value, leading, device)
 
 
-def tokens(value: torch.Tensor, leading: torch.Size, device: torch.device) -> None:
+def tokens(value: torch.Tensor, leading: torch.Size, device: torch.device, name: str = "tokens") -> None:
     """An integer tensor of the leading shape."""
     if not isinstance(value, torch.Tensor) or value.dtype not in INTEGER_TYPES:
-        raise TypeError(f"tokens: expected an integer tensor of token ids, got {_type_name(value)}; convert it with .long()")
-    per_row("tokens", value, leading, device)
+        raise TypeError(f"{name}: expected an integer tensor of token ids, got {_type_name(value)}; convert it with .long()")
+    per_row(name, value, leading, device)
 
 
 def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.device) -> None:
@@ -74,7 +74,7 @@ def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.
         per_row("temperature", value, leading, device)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"temperature: expected a positive number or a float tensor of the leading shape, got {type(value).__name__}")
-    elif not (value > 0 and math.isfinite(value)):
+    elif not (0 < value < math.inf):
         raise ValueError(f"temperature: expected a positive finite number, got {value}; the logits are divided by it")
 
 
@@ -82,13 +82,14 @@ def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
     """Token ids within 0 … V-1, where looking at them costs no synchronisation."""
     if value.numel() and (int(value.min()) < 0 or int(value.max()) >= vocabulary):
         bad = value[(value < 0) | (value >= vocabulary)][0]
-        raise ValueError(f"tokens: expected ids in 0 … {vocabulary - 1}, got {int(bad)}; mask ignored positions out with `mask`")
+        raise ValueError(f"tokens (index): expected ids in 0 … {vocabulary - 1}, got {int(bad)}; mask ignored positions out with `mask`")
 
 
 def temperatures_positive(value: torch.Tensor) -> None:
-    """Temperatures above 0, where looking at them costs no synchronisation."""
-    if value.numel() and not bool((value > 0).all()):
-        raise ValueError(f"temperature: expected positive values, got {float(value.min())}; the logits are divided by it")
+    """Temperatures above 0 and finite, where looking at them costs no synchronisation."""
+    good = (value > 0) & (value < math.inf)
+    if not bool(good.all()):
+        raise ValueError(f"temperature: expected positive finite values, got {float(value[~good][0])}; the logits are divided by it")
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -66,9 +66,9 @@ def _(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logpr
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    p, q, tokens, mask, temperatures, ctx.temperature, _, ctx.backend = inputs
+    p, q, tokens, mask, temperatures, ctx.temperature, fields, ctx.backend = inputs
     ctx.save_for_backward(p, q, tokens, mask, temperatures, output[-1])
-    ctx.mark_non_differentiable(output[-1])
+    ctx.mark_non_differentiable(output[-1], *(value for name, value in zip(FIELDS, output, strict=False) if name not in _wanted(fields)))
     ctx.set_materialize_grads(False)
 
 

@@ -57,8 +57,9 @@ def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor,
 def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
     """Indices of the rows that count, a block at a time."""
     vocabulary = logits.shape[-1]
-    rows = torch.arange(logits.numel() // vocabulary) if mask is None else mask.nonzero()[:, 0]
-    yield from rows.split(max(1, BLOCK_ELEMENTS // vocabulary))
+    rows = torch.arange(logits.numel() // vocabulary, device=logits.device) if mask is None else mask.nonzero()[:, 0]
+    if rows.numel():
+        yield from rows.split(max(1, BLOCK_ELEMENTS // vocabulary))
 
 
 def take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -98,7 +99,7 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
                        temperature: float | torch.Tensor, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
                        grad_p: torch.Tensor | None, grad_q: torch.Tensor | None) -> None:
     """Fill the gradients ([N, V] contiguous) from reference.row_gradients, a block of rows at a time; rows without upstream gradient stay 0."""
-    active = torch.zeros(saved.shape[0], dtype=torch.bool)
+    active = torch.zeros(saved.shape[0], dtype=torch.bool, device=saved.device)
     for value in upstream.values():
         active |= value != 0
     if mask is not None:

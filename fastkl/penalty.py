@@ -43,6 +43,8 @@ class KLPenalty(torch.nn.Module):
         super().__init__()
         _checks.choice("direction", direction, DIRECTIONS)
         _checks.choice("reduction", reduction, REDUCTIONS)
+        if isinstance(temperature, torch.Tensor):
+            raise TypeError("temperature: expected a positive number, got a tensor; call kl_divergence for a temperature per token")
         _checks.temperature(temperature, torch.Size(), torch.device("cpu"))
         self.direction = direction
         self.temperature = temperature
@@ -54,10 +56,10 @@ class KLPenalty(torch.nn.Module):
     @property
     def beta(self) -> float:
         """The weight of the next call."""
-        value = getattr(self._beta, "beta", self._beta)
+        value = self._beta if isinstance(self._beta, (int, float)) else getattr(self._beta, "beta", self._beta)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(self._beta).__name__}")
-        if not (value >= 0 and math.isfinite(value)):
+        if not (0 <= value < math.inf):
             raise ValueError(f"beta: expected a finite number of at least 0, got {value}; a negative beta would reward divergence")
         return float(value)
 
@@ -87,7 +89,7 @@ class KLPenalty(torch.nn.Module):
                 "kl": total.detach() / count.clamp(min=1),
                 "max_kl": kl.detach().max() if kl.numel() else kl.new_zeros(()),
                 "tokens": count,
-                "beta": kl.new_full((), beta),
+                "beta": kl.new_ones(()) * beta,
                 "loss": loss.detach(),
             }
         return loss

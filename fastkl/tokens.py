@@ -87,5 +87,5 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
         As token_stats.
     """
     _checks.logits("logits", logits)
-    _checks.tokens(index, logits.shape[:-1], logits.device)
+    _checks.tokens(index, logits.shape[:-1], logits.device, "index")
     return row_statistics(logits, None, index.long(), None, None, 1.0, "logprob", backend.select(logits))[0]

@@ -12,20 +12,23 @@ import torch
 import fastkl
 from fastkl import kl_divergence
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING:
     cases.fuse_multiply_adds()
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Sizes of log q - log p: a KL from about 1e-8 to 1e4 on rows of KINDS.
-SIZES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 200.0, 2000.0)
+# Sizes of log q - log p: a KL from about 1e-8 to 1e2 on rows of KINDS, and up to 1e4.
+SIZES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
+FAR = (200.0, 2000.0)
 SHIFTS = (0.0, 50.0, -50.0)
-SHAPES = [(), (5,), (2, 3), (2, 1, 3)]
 VOCABULARIES = [1, 2, 3, 7, 8, 9, 127, 4096, 4097, 32768, 32769, 50257, 262144]
 
 
 @pytest.fixture(params=FLOATS.values(), ids=FLOATS)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """A type of logits."""
+    """A type of logits. The interpreter's time does not reach for fp16 everywhere: test_against_fp64 and test_mixed_types have it."""
+    if INTERPRETING and request.param == torch.float16 and "against_fp64" not in request.node.name:
+        pytest.skip("fp16 is interpreted in fewer tests")
     return request.param
 
 
@@ -56,14 +59,14 @@ def check(implementation, p: torch.Tensor, q: torch.Tensor, what: str = "kl", **
 @pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("vocabulary", [1000, 50257, 128256])
 def test_against_fp64(implementation, kind, vocabulary, dtype) -> None:
-    """KL in either direction and its gradients, from 1e-8 to 1e4 nats, with and without a constant between the logits."""
-    sizes = SIZES if dtype != torch.float16 else SIZES[2:6]
+    """KL in either direction and its gradients, from 1e-8 to 1e2 nats, with and without a constant between the logits."""
+    sizes = SIZES if dtype != torch.float16 else SIZES[2:]
     shifts = [SHIFTS] if vocabulary > 1000 else [(shift,) for shift in SHIFTS]
     if implementation.interpreted:
         number = cases.KINDS.index(kind)
         if vocabulary > 1000 and (dtype == torch.float16 or (dtype == torch.bfloat16) != (number % 2 == 1)):
             pytest.skip("the interpreter takes every other kind of large rows")
-        sizes = sizes if vocabulary == 1000 else sizes[number % 3::3]
+        sizes = sizes if vocabulary == 1000 else sizes[number % 3::3] if vocabulary == 50257 else sizes[number % 3::3][:1]
         shifts = [SHIFTS]
     for some in shifts:
         p, q = cases.sizes_pair(kind, sizes, some, vocabulary, dtype)
@@ -72,13 +75,23 @@ def test_against_fp64(implementation, kind, vocabulary, dtype) -> None:
             check(implementation, q, p, "kl(q, p)")
 
 
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_rows_far_apart_against_fp64(implementation, kind, dtype) -> None:
+    """The same where KL is hundreds to 1e4 nats; the rows that the kernels read again."""
+    if dtype == torch.float16 or (implementation.interpreted and cases.KINDS.index(kind) % 2):
+        pytest.skip("every other kind in the interpreter, and fp16 does not reach as far")
+    p, q = cases.sizes_pair(kind, FAR, (0.0, 50.0), 1000 if implementation.interpreted else 50257, dtype)
+    check(implementation, p, q, "kl(p, q)")
+    check(implementation, q, p, "kl(q, p)")
+
+
 def test_accuracy_table(implementation, capsys) -> None:
     """Worst relative error per decade of the KL, beside F.kl_div of two float32 log-softmaxes: within tolerance, and better where KL is small."""
     rows, vocabulary = (4, 1000) if implementation.interpreted else (8, 32768)
     lines = [f"{'KL':>6} {'kind':>12} {'fastkl':>9} {'F.kl_div':>9}"]
     worse = []
     for kind in cases.KINDS:
-        sizes = [10 ** (-5 + 6 * i / (4 * rows - 1)) for i in range(4 * rows)] if not implementation.interpreted else SIZES[:6]
+        sizes = [10 ** (-5 + 6 * i / (4 * rows - 1)) for i in range(4 * rows)] if not implementation.interpreted else SIZES
         p, q = (value.to(implementation.device) for value in cases.sizes_pair(kind, tuple(sizes), (0.0,), vocabulary, torch.float32))
         exact = cases.truth(p, q).kl
         ours = kl_divergence(p, q)
@@ -129,10 +142,10 @@ def test_gradcheck_in_fp64(implementation) -> None:
 # ---- properties
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 37, 4099])
+@pytest.mark.parametrize("vocabulary", [2, 4099])
 def test_never_negative(implementation, dtype, vocabulary) -> None:
     """However close the rows are."""
-    for kind in cases.KINDS:
+    for kind in cases.KINDS[::2 if implementation.interpreted else 1]:
         p, q = cases.sizes_pair(kind, (1e-7, 1e-6, 1e-5, 1e-4), SHIFTS, vocabulary, dtype)
         assert bool((kl_divergence(p.to(implementation.device), q.to(implementation.device)) >= 0).all())
 
@@ -212,7 +225,7 @@ def test_expanded_upstream(implementation) -> None:
     """An upstream gradient of stride 0, as sum() and mean() give it, is the same one written out."""
     p, q = cases.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0), SHIFTS, 515, torch.float32)
     written = outcome(p, q, implementation.device, torch.full((4,), 1.75))
-    for upstream in (torch.tensor(1.75).expand(4), torch.full((4, 2), 1.75)[:, 1]):
+    for upstream in (torch.tensor(1.75, device=implementation.device).expand(4), torch.full((4, 2), 1.75, device=implementation.device)[:, 1]):
         for result, value in zip(outcome(p, q, implementation.device, upstream), written, strict=True):
             cases.assert_same_bits(result, value, "gradient")
     p, q = (cases.leaf(value.to(implementation.device)) for value in (p, q))
@@ -260,19 +273,7 @@ def test_layouts(implementation, layout, layout_q, dtype) -> None:
         assert torch.equal(cases.bits(value), kept), "an input was written to"
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_leading_shapes(implementation, shape) -> None:
-    """Any leading shape is the same rows."""
-    p, q = cases.pair("normal3", 6, 129, 0.2)
-    rows = torch.Size(shape).numel()
-    flat = outcome(p[:rows], q[:rows], implementation.device)
-    upstream = cases.upstream_for(torch.empty(rows)).view(shape)
-    for result, value in zip(outcome(p[:rows].view(*shape, -1), q[:rows].view(*shape, -1), implementation.device, upstream), flat, strict=True):
-        assert result.shape[:len(shape)] == shape
-        cases.assert_same_bits(result.reshape(value.shape), value, "result")
-
-
-@pytest.mark.parametrize("offset_p, offset_q", [(1, 1), (3, 0), (0, 5), (5, 2)])
+@pytest.mark.parametrize("offset_p, offset_q", [(1, 1), (3, 0), (5, 2)])
 @pytest.mark.parametrize("vocabulary, padding", [(513, 0), (512, 8), (512, 3), (77, 1)])
 def test_storage_offsets_and_padded_rows(implementation, offset_p, offset_q, vocabulary, padding, dtype) -> None:
     """Rows that start anywhere, with NaN before, between and behind them: nothing outside is read into a result."""
@@ -318,3 +319,91 @@ def test_slow_path_rows(implementation) -> None:
     p, q = (value.to(implementation.device) for value in cases.pair("normal3", 6, 300, 0.1))
     p[1, 3], q[2, 7], q[4] = -math.inf, math.nan, q[4] * 50
     assert fastkl.slow_path_rows(p.view(2, 3, -1), q.view(2, 3, -1)).tolist() == [[False, True, True], [False, True, False]]
+
+
+# ---- special values
+
+
+def with_holes(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, and the entries where holes go: scattered ones, the first, the last and a whole stretch."""
+    p, q = cases.sizes_pair("normal3", (1e-3, 0.1, 1.0), (0.0, 50.0), vocabulary, dtype)
+    holes = torch.zeros(vocabulary, dtype=torch.bool)
+    holes[::7] = holes[-1] = holes[vocabulary // 2:vocabulary * 3 // 4] = True
+    return p, q, holes
+
+
+@pytest.mark.parametrize("hole", [-math.inf, "lowest"])
+@pytest.mark.parametrize("vocabulary", [50, 5003])
+def test_holes_in_both(implementation, dtype, vocabulary, hole) -> None:
+    """-inf, or the lowest finite number, in both: as if the entries were not there; their gradient is exactly 0, small KLs keep their digits."""
+    p, q, holes = with_holes(vocabulary, dtype)
+    p[:, holes] = q[:, holes] = torch.finfo(dtype).min if hole == "lowest" else hole
+    result, *grads = outcome(p, q, implementation.device)
+    exact = cases.truth(p[:, ~holes], q[:, ~holes])
+    cases.assert_kl(result, exact.kl)
+    for name, grad, value in zip("pq", grads, cases.kl_gradients(exact, cases.upstream_for(result)), strict=True):
+        assert bool((grad[:, holes.to(grad.device)] == 0).all()), f"gradient to {name} at the holes"
+        cases.assert_rounded_gradient(grad.cpu()[:, ~holes], value, f"gradient to {name}", truncated=implementation.interpreted)
+
+
+def test_holes_in_q_only(implementation, dtype) -> None:
+    """P has mass where Q has none: +inf, never NaN, in these rows and in no other; one hole in a large row is enough."""
+    p, q, holes = with_holes(5003, dtype)
+    expected = kl_divergence(p.to(implementation.device), q.to(implementation.device))
+    q[0, holes], q[2, 4999] = -math.inf, -math.inf
+    p[2, 4999] = p[2].max()
+    result, grad_p, grad_q = outcome(p, q, implementation.device)
+    assert result[0] == math.inf and result[2] == math.inf
+    cases.assert_same_bits(result[1], expected[1], "the other row")
+    assert bool(grad_p[1].isfinite().all()) and bool(grad_q[1].isfinite().all())
+
+
+@pytest.mark.parametrize("hole", [-math.inf, -1e9, -1e4, "lowest"])
+def test_holes_in_p_only(implementation, dtype, hole) -> None:
+    """Q has mass where P has none: a finite KL(P‖Q) and gradients, right, with exactly 0 for P at the holes."""
+    p, q, holes = with_holes(5003, dtype)
+    p[:, holes] = max(torch.finfo(dtype).min if hole == "lowest" else hole, -math.inf if hole == -math.inf else torch.finfo(dtype).min)
+    result, grad_p, grad_q = outcome(p, q, implementation.device)
+    exact = cases.truth(p, q)
+    cases.assert_kl(result, exact.kl)
+    assert bool((grad_p[:, holes.to(grad_p.device)] == 0).all()) and bool(grad_q.isfinite().all())
+    for name, grad, value in zip("pq", (grad_p, grad_q), cases.kl_gradients(exact, cases.upstream_for(result)), strict=True):
+        cases.assert_rounded_gradient(grad, value, f"gradient to {name}", truncated=implementation.interpreted)
+
+
+@pytest.mark.parametrize("hole", [-1e9, -1e4, "lowest"])
+def test_finite_holes_in_q_only(implementation, dtype, hole) -> None:
+    """A finite logit far below the others is a finite, huge KL where P has mass there."""
+    p, q, holes = with_holes(5003, dtype)
+    lowest = torch.finfo(dtype).min
+    q[:, holes] = lowest if hole == "lowest" else max(hole, lowest)
+    cases.assert_kl(kl_divergence(p.to(implementation.device), q.to(implementation.device)), cases.truth(p, q).kl)
+
+
+@pytest.mark.parametrize("vocabulary", [9, 1003])
+def test_nan_poisons_its_own_row(implementation, dtype, vocabulary) -> None:
+    """A NaN, a +inf or nothing but -inf makes its row NaN; the others keep their bits, in the results and in the gradients."""
+    p, q = cases.pair("normal3", 9, vocabulary, 0.3, dtype=dtype)
+    expected = outcome(p, q, implementation.device)
+    p[1, 4], q[2, vocabulary - 1], p[3], q[4], p[6, 2], q[7, 0] = (math.nan,) * 4 + (math.inf,) * 2
+    p[8], q[8] = -math.inf, -math.inf
+    results = outcome(p, q, implementation.device)
+    assert results[0].isnan().tolist() == [False, True, True, True, True, False, True, True, True]
+    for result, value in zip(results, expected, strict=True):
+        cases.assert_same_bits(result[::5], value[::5], "the other rows")
+
+
+@pytest.mark.parametrize("level", [-90.0, -1e4, 1e4])
+def test_far_from_zero(implementation, dtype, level) -> None:
+    """All logits far below 0 (where e^x is 0 in float32) or far above: the truth of these inputs."""
+    p, q = cases.pair("normal3", 4, 1003, 0.5)
+    check(implementation, (p + level).to(dtype), (q + level).to(dtype))
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4])
+def test_huge_logits(implementation, dtype, scale) -> None:
+    """Logits that lie 1e4 apart, of rows that have nothing to do with each other."""
+    p, q = (cases.pair("normal1", 3, 1003, 0.0, seed=seed)[0].mul(scale).to(dtype) for seed in (0, 1))
+    result, *grads = outcome(p, q, implementation.device)
+    cases.assert_kl(result, cases.truth(p, q).kl)
+    assert all(bool(grad.isfinite().all()) for grad in grads)

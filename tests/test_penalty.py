@@ -88,13 +88,13 @@ def test_no_token_that_counts(implementation, reduction, leading) -> None:
     penalty = fastkl.KLPenalty(0.3, reduction=reduction)
     loss = penalty(nan, nan.detach(), torch.zeros(leading, dtype=torch.bool, device=implementation.device))
     loss.backward()
-    assert float(loss) == 0.0 and bool((nan.grad == 0).all())
+    assert loss.item() == 0.0 and bool((nan.grad == 0).all())
     assert {name: float(value) for name, value in penalty.last.items() if name != "beta"} == {"kl": 0.0, "max_kl": 0.0, "tokens": 0.0, "loss": 0.0}
     for shape in ((0,), (2, 0), (0, 3)):
         empty = torch.zeros(*shape, 17, device=implementation.device, requires_grad=True)
         loss = penalty(empty, empty.detach())
         loss.backward()
-        assert float(loss) == 0.0 and empty.grad.shape == empty.shape
+        assert loss.item() == 0.0 and empty.grad.shape == empty.shape
 
 
 def test_only_the_logits_that_require_grad_get_one(implementation) -> None:
@@ -117,7 +117,7 @@ def test_a_controller_is_read_at_each_call(implementation) -> None:
     controller.beta = 2
     assert torch.equal(penalty(policy, reference), 4 * first) and penalty.beta == 2.0 and float(penalty.last["beta"]) == 2.0
     controller.beta = 0.0
-    assert float(penalty(policy, reference)) == 0.0
+    assert penalty(policy, reference).item() == 0.0
     controller.beta = -1.0
     with pytest.raises(ValueError, match="beta: .*-1.0"):
         penalty(policy, reference)
