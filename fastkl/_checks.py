@@ -82,7 +82,7 @@ def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
     """Token ids within 0 … V-1, where looking at them costs no synchronisation."""
     if value.numel() and (int(value.min()) < 0 or int(value.max()) >= vocabulary):
         bad = value[(value < 0) | (value >= vocabulary)][0]
-        raise ValueError(f"tokens (index): expected ids in 0 … {vocabulary - 1}, got {int(bad)}; mask ignored positions out with `mask`")
+        raise ValueError(f"tokens (index): expected ids in 0 … {vocabulary - 1}, got {int(bad)}; ignored positions belong under a mask (token_stats)")
 
 
 def temperatures_positive(value: torch.Tensor) -> None:

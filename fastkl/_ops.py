@@ -68,7 +68,11 @@ def _(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logpr
 def _save_for_backward(ctx, inputs, output) -> None:
     p, q, tokens, mask, temperatures, ctx.temperature, fields, ctx.backend = inputs
     ctx.save_for_backward(p, q, tokens, mask, temperatures, output[-1])
-    ctx.mark_non_differentiable(output[-1], *(value for name, value in zip(FIELDS, output, strict=False) if name not in _wanted(fields)))
+    # A field says that it needs no gradient if nobody asked for it, or if what it depends on needs none.
+    depends = {"logprob": (0,), "entropy": (0,), "ref_logprob": (1,), "kl": (0, 1), "ref_kl": (0, 1)}
+    constant = [value for name, value in zip(FIELDS, output, strict=False)
+                if name not in _wanted(fields) or not any(ctx.needs_input_grad[i] for i in depends[name])]
+    ctx.mark_non_differentiable(output[-1], *constant)
     ctx.set_materialize_grads(False)
 
 

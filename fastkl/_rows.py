@@ -131,7 +131,7 @@ def _merged_dims(p: torch.Tensor, q: torch.Tensor | None) -> list[tuple[int, int
 
 
 def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
-                       temperature: float | torch.Tensor) -> Iterator[tuple[slice, object]]:
+             temperature: float | torch.Tensor) -> Iterator[tuple[slice, object]]:
     """(rows, kernels.launch.Problem): one for all rows of up to two independent strides; more are taken apart along the outer dimensions."""
     from .kernels import launch
 

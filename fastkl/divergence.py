@@ -51,34 +51,40 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature
     Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq. 2.4. The form that is computed:
     reference.py's docstring.
     """
-    _checks.logits("p_logits", p_logits)
-    _checks.logits("q_logits", q_logits)
-    _checks.same_shape("q_logits", q_logits, "p_logits", p_logits)
-    _checks.temperature(temperature, p_logits.shape[:-1], p_logits.device)
-    _checks.mask(mask, p_logits.shape[:-1], p_logits.device)
+    _check(p_logits, q_logits, temperature, mask)
     per_row = isinstance(temperature, torch.Tensor)
     return row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl",
                           backend.select(p_logits, q_logits))[3]
 
 
-def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
+def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
+                   mask: torch.Tensor | None = None) -> torch.Tensor:
     """Which rows the Triton kernels read again, because one pass cannot hold them: a diagnostic, not for the training loop.
 
     A row is read again if it holds an infinity or a NaN, if its KL in either direction is 32 nats or more, or if some entry is more than e^96
     times as probable under Q as under P (relative to the row's mean log-ratio). Such a row costs about five reads instead of one.
+    kl_divergence alone does not look at the other direction: there these rows are an upper bound.
 
-    Args: p_logits, q_logits: [..., V] as in kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time.
-    Raises: as kl_divergence.
+    Args: as kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time. No gradient. Raises: as kl_divergence.
     """
-    _checks.logits("p_logits", p_logits)
-    _checks.logits("q_logits", q_logits)
-    _checks.same_shape("q_logits", q_logits, "p_logits", p_logits)
+    _check(p_logits, q_logits, temperature, mask)
     slow = torch.zeros(p_logits.shape[:-1].numel(), dtype=torch.bool, device=p_logits.device)
+    temperatures = _rows.flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
     with torch.no_grad():
-        for rows in _rows.row_blocks(p_logits, None):
+        for rows in _rows.row_blocks(p_logits, _rows.flat(mask)):
+            chosen = temperatures[rows].float() if isinstance(temperatures, torch.Tensor) else temperatures
             x, y = _rows.take(p_logits, rows).float(), _rows.take(q_logits, rows).float()
-            result = reference.row_statistics(x, y, entropy=False)
-            largest_d = (y - x).amax(-1) - (result.saved[:, 2] + result.saved[:, 3])
+            result = reference.row_statistics(x, y, None, chosen, entropy=False)
+            largest_d = ((y - x).amax(-1) - result.saved[:, 2]) / chosen - result.saved[:, 3]
             holds = (result.kl < ONE_PASS_KL) & (result.ref_kl < ONE_PASS_KL) & (largest_d < ONE_PASS_D) & x.isfinite().all(-1) & y.isfinite().all(-1)
             slow[rows] = ~holds
     return slow.view(p_logits.shape[:-1])
+
+
+def _check(p_logits, q_logits, temperature, mask) -> None:
+    """The checks of every function of two logits tensors."""
+    _checks.logits("p_logits", p_logits)
+    _checks.logits("q_logits", q_logits)
+    _checks.same_shape("q_logits", q_logits, "p_logits", p_logits)
+    _checks.temperature(temperature, p_logits.shape[:-1], p_logits.device)
+    _checks.mask(mask, p_logits.shape[:-1], p_logits.device)

@@ -26,7 +26,7 @@ class KLPenalty(torch.nn.Module):
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or "reference||policy".
         temperature: divides both logits; a positive number.
         reduction: "token_mean": mean over the tokens that count; "sequence_mean": mean over sequences of the sum over each sequence's tokens
-            (the last dimension of the mask), as in a reward per sequence; "sum".
+            (the last dimension), as in a reward per sequence, sequences without a token that counts left out; "sum".
 
     forward(policy_logits, ref_logits, mask=None) takes [..., V] logits and a bool mask [...], and returns a float32 scalar with gradient to
     whichever logits require it. With no token that counts it returns 0.
@@ -79,7 +79,8 @@ class KLPenalty(torch.nn.Module):
         if self.reduction == "token_mean":
             divisor = count.clamp(min=1)
         elif self.reduction == "sequence_mean":
-            divisor = kl.new_full((), max(1, kl.numel() // max(1, kl.shape[-1] if kl.dim() else 1)))
+            sequences = kl.new_ones(kl.shape[:-1], dtype=torch.bool) if mask is None else (mask.any(-1) if mask.dim() else mask)
+            divisor = sequences.sum(dtype=kl.dtype).clamp(min=1)
         else:
             divisor = kl.new_ones(())
         total = kl.sum()

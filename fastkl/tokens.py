@@ -54,6 +54,8 @@ def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Te
         Of every field to logits and ref_logits where they require it, all in one backward kernel. No second derivative.
 
     Special values, Raises: as kl_divergence.
+
+    Source: Ouyang et al., Training language models to follow instructions with human feedback (2022), eq. 2, for what a step needs of a token.
     """
     _checks.logits("logits", logits)
     leading = logits.shape[:-1]
@@ -68,10 +70,7 @@ def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Te
     fields = "logprob,entropy" if ref_logits is None else "logprob,entropy,ref_logprob,kl,ref_kl"
     values = row_statistics(logits, ref_logits, tokens.long(), mask, temperature if per_row else None,
                             1.0 if per_row else float(temperature), fields, chosen)
-    logprob, entropy = (value if logits.requires_grad else value.detach() for value in values[:2])
-    if ref_logits is None:
-        return TokenStats(logprob, entropy, None, None, None)
-    return TokenStats(logprob, entropy, values[2] if ref_logits.requires_grad else values[2].detach(), values[3], values[4])
+    return TokenStats(*values[:2], None, None, None) if ref_logits is None else TokenStats(*values[:5])
 
 
 def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -80,7 +79,8 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
     Equivalent to logits.float().log_softmax(-1).gather(-1, index[..., None])[..., 0].
 
     Args:
-        logits: [..., V], as in token_stats. index: integer ids [...].
+        logits: [..., V], as in token_stats. index: integer ids [...]; one outside 0 … V-1
+            (-100 included) is an error on the reference backend and gives NaN on a GPU.
     Returns:
         [...] float32 (float64 for float64 logits), nats. Gradient to logits.
     Raises:

@@ -63,7 +63,8 @@ def _specialization(name: str, kernel: Any, constexprs: dict[str, Any], dtype: s
 def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     """The launches of kl_divergence and token_stats for "bf16", "fp16" or "fp32" logits on "sm_90", "gfx942", …
 
-    aligned: every row starts on a 16-byte boundary. Misaligned rows of both tensors start equally far from one, as in contiguous tensors.
+    aligned: every row starts on a 16-byte boundary. Misaligned rows of both tensors start equally far from one, as in contiguous tensors, but for
+    `forward_q_elsewhere`, where they do not and Q is read element by element.
     """
     itemsize = 4 if dtype == "fp32" else 2
     lanes = 16 // itemsize
@@ -79,10 +80,15 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         fields = dict(WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
         specializations.append(_specialization(f"{name}.forward", row_forward, {**shape, **plain, **fields}, dtype, forward.threads // warp,
                                                forward.groups * lanes, forward.options(arch)))
+        if not aligned:
+            elsewhere = {**shape, **plain, **fields, "Q_IN_BLOCKS": False}
+            specializations.append(_specialization(f"{name}.forward_q_elsewhere", row_forward, elsewhere, dtype, forward.threads // warp,
+                                                   forward.groups * lanes, forward.options(arch)))
         results = dict(HAS_TOKENS=name != "kl_divergence", **plain, **fields)
+        without_mask = {key: value for key, value in results.items() if key != "HAS_MASK"}
         splits = triton.next_power_of_2(math.ceil(VOCABULARY / forward.segment))
         specializations.append(_specialization(f"{name}.finish", row_finish, dict(SPLITS=splits, **results), dtype, 1, 1))
-        specializations.append(_specialization(f"{name}.exact", row_exact, dict(ROWS=EXACT_ROWS, THREADS=EXACT_THREADS, **placing, **results),
+        specializations.append(_specialization(f"{name}.exact", row_exact, dict(ROWS=EXACT_ROWS, THREADS=EXACT_THREADS, **placing, **without_mask),
                                                dtype, EXACT_THREADS // warp, lanes, exact_options(arch, warp)))
     for name, fields, wrt_p, wrt_q in (
         ("kl_divergence.backward_p", ("KL",), True, False), ("kl_divergence.backward_q", ("KL",), False, True),

@@ -77,7 +77,8 @@ def architecture(device: torch.device) -> tuple[str, int]:
     if device.type != "cuda":
         return "interpreter", 32
     if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0], 64
+        properties = torch.cuda.get_device_properties(device)
+        return properties.gcnArchName.split(":")[0], properties.warp_size
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}", 32
 
@@ -100,7 +101,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _common(problem: Problem) -> dict:
-    """The arguments that all three kernels share."""
+    """The arguments that the kernels share, all but row_exact the mask too."""
     p, q = problem.p, problem.q or problem.p
     return dict(
         p_ptr=p.tensor, q_ptr=q.tensor,
@@ -130,8 +131,9 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
                        **{f"{name}_ptr": outputs.get(name, saved) for name in FIELDS})
         row_finish[(problem.rows,)](**shared, **fields, **results, state_ptr=state, splits=splits, SPLITS=triton.next_power_of_2(splits),
                                     num_warps=1, **OPTIONS)
+        unmasked = {name: value for name, value in shared.items() if name not in ("mask_ptr", "HAS_MASK")}
         row_exact[(math.ceil(problem.rows / EXACT_ROWS),)](
-            **shared, **fields, **placing, **results, n_rows=problem.rows, ROWS=EXACT_ROWS, THREADS=EXACT_THREADS,
+            **unmasked, **fields, **placing, **results, n_rows=problem.rows, ROWS=EXACT_ROWS, THREADS=EXACT_THREADS,
             **exact_options(*architecture(p.tensor.device)))
 
 

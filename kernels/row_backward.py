@@ -108,8 +108,7 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
 @triton.jit
 def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V, scale, saved, upstream, read_end, THREADS: tl.constexpr,
                LANES: tl.constexpr, GROUPS: tl.constexpr, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr,
-               REF_KL: tl.constexpr, WRT_P: tl.constexpr, WRT_Q: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, GRAD_IN_BLOCKS: tl.constexpr,
-               EDGE: tl.constexpr):
+               REF_KL: tl.constexpr, WRT_P: tl.constexpr, WRT_Q: tl.constexpr, EDGE: tl.constexpr):
     """The gradients of GROUPS aligned blocks per thread; all loads come first, so that no store delays them. Offsets from read_end on are not read:
     their gradient is 0."""
     EXACT: tl.constexpr = p_block.dtype.element_ty == tl.float32 or q_block.dtype.element_ty == tl.float32
@@ -142,10 +141,11 @@ def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V
                 tl.store(grad_q_block + offs, grad_y)
 
 
-# Row counts, strides and lengths vary from step to step: none of them may cause a recompile.
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
     "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "misaligned", "V", "chunks", "n_rows"])
+    "misaligned", "V", "chunks", "n_rows"], do_not_specialize_on_alignment=[
+    "p_ptr", "q_ptr", "grad_p_ptr", "grad_q_ptr", "tokens_ptr", "saved_ptr", "upstream_ptr", "mask_ptr", "temperature_ptr"])
 def row_backward(
     p_ptr, q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
     grad_p_ptr, grad_q_ptr,  # [N, V] contiguous, may be the logits themselves; any pointer where not asked for
@@ -209,6 +209,8 @@ def row_backward(
         token_here = (token >= 0) & (token + pad >= first) & (token + pad < tl.minimum(first + CHUNK, read_end))
         token_x = tl.load(p_row + token, mask=token_here, other=0.0).to(tl.float32)
         token_y = tl.load(q_row + token, mask=token_here, other=0.0).to(tl.float32)
+        # The gradients may be written over the logits: every warp must have read the token's before any writes.
+        tl.debug_barrier()
 
     TILE_GROUPS: tl.constexpr = THREADS * GROUPS
     begin = first // LANES
@@ -219,13 +221,13 @@ def row_backward(
     full_begin = tl.where(read_end > 0, full_begin, full_end)
     for group in range(begin, full_begin, TILE_GROUPS):
         write_tile(p_block, q_block, grad_p_block, grad_q_block, group, pad, V, scale, saved, upstream, read_end, THREADS, LANES,
-                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, Q_IN_BLOCKS, GRAD_IN_BLOCKS, True)
+                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, True)
     for group in range(full_begin, full_end, TILE_GROUPS):
         write_tile(p_block, q_block, grad_p_block, grad_q_block, group, pad, V, scale, saved, upstream, read_end, THREADS, LANES,
-                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, Q_IN_BLOCKS, GRAD_IN_BLOCKS, False)
+                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, False)
     if full_end * LANES < end:
         write_tile(p_block, q_block, grad_p_block, grad_q_block, full_end, pad, V, scale, saved, upstream, read_end, THREADS, LANES,
-                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, Q_IN_BLOCKS, GRAD_IN_BLOCKS, True)
+                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, True)
 
     if HAS_TOKEN:
         tl.debug_barrier()

@@ -17,7 +17,7 @@ def read_groups(source, first_group, V, THREADS: tl.constexpr, LANES: tl.constex
     if IN_BLOCKS:
         values = load_group(block_ptr, group, pad, V, REALIGN, True, LANES)
     else:
-        values = load_elements(row_ptr, offs_v, V, True)
+        values = load_elements(row_ptr, group, pad, V, True, LANES)
     return tl.where(offs_v < V, values, float("-inf"))
 
 
@@ -121,27 +121,28 @@ def means_of_d(p_source, q_source, V, scale, origin, log2_S, q_origin, q_log2_S,
     return total(sum_pd), total(sum_qd)
 
 
-# Row counts, strides and lengths vary from step to step: none of them may cause a recompile.
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
     "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "misaligned", "V", "n_rows"])
+    "misaligned", "V", "n_rows"], do_not_specialize_on_alignment=[
+    "p_ptr", "q_ptr", "tokens_ptr", "temperature_ptr", "saved_ptr", "logprob_ptr", "entropy_ptr", "ref_logprob_ptr", "kl_ptr", "ref_kl_ptr"])
 def row_exact(
     p_ptr, q_ptr,  # the logits, as in row_forward
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
-    mask_ptr, temperature_ptr,  # as in row_forward; the mask is not read, row_finish saw to it
+    temperature_ptr,  # as in row_forward
     saved_ptr,  # [N, 8] float32: origin, log2_S, centre_hi, centre_lo, log_ratio, E_p[d], E_q[d], entropy
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
     temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
     misaligned,  # elements between a 16-byte boundary and p_ptr
     V, n_rows,
     ROWS: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr,
-    HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
+    HAS_TOKENS: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
 ):
     """Per-row results of the rows that row_finish marked by a NaN origin.
 
     Math:   exact_row; reference.row_statistics is the definition.
-    Grid:   (N / ROWS,): most programs find no marked row and end.
+    Grid:   (⌈N / ROWS⌉,): most programs find no marked row and end.
     Reads:  one saved value per row; 4·V of each tensor for a marked row.
     Writes: 8 saved values and the fields asked for, per marked row.
     Saves:  as row_finish.

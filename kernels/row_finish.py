@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .row_load import row_offset, row_scale
-from .row_math import CENTRE_GRID, LN2, LOG2E, forward_kl, log1p, merge_states, reverse_kl
+from .row_math import CENTRE_GRID, LN2, LOG2E, LOWEST, forward_kl, log1p, merge_states, reverse_kl
 
 # Above this KL, in nats, one pass may lose digits of the other direction; real policies stay far below.
 LARGE_KL = tl.constexpr(32.0)
@@ -22,7 +22,7 @@ def load_state(state_ptr, first, splits, SPLITS: tl.constexpr, FIELD: tl.constex
 def merged_row(state_ptr, row, scale, splits, SPLITS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
     """The row's statistics from its partial states, as exact_row returns them, and whether they hold."""
     first = row * splits
-    origin = load_state(state_ptr, first, splits, SPLITS, 0, -1.0e30)
+    origin = load_state(state_ptr, first, splits, SPLITS, 0, LOWEST)
     S = load_state(state_ptr, first, splits, SPLITS, 1, 0.0)
     A = S * 0.0
     W = A
@@ -113,10 +113,12 @@ def store_zeros(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_pt
         tl.store(ref_kl_ptr + row, 0.0)
 
 
-# Row counts, strides and lengths vary from step to step: none of them may cause a recompile.
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
     "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "V", "splits"])
+    "V", "splits"], do_not_specialize_on_alignment=[
+    "state_ptr", "p_ptr", "q_ptr", "tokens_ptr", "mask_ptr", "temperature_ptr", "saved_ptr", "logprob_ptr", "entropy_ptr", "ref_logprob_ptr",
+    "kl_ptr", "ref_kl_ptr"])
 def row_finish(
     state_ptr,  # [N, splits, 8] float32, written by row_forward
     p_ptr, q_ptr,  # the logits, as in row_forward

@@ -9,6 +9,7 @@ from .row_math import (
     LARGEST_D,
     LOG2E,
     LOWEST,
+    NO_WEIGHT,
     OUTWEIGHS,
     SMALL_D,
     coarse_shifts,
@@ -52,13 +53,14 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shifts, THREA
             if Q_IN_BLOCKS:
                 y = load_group(q_block, group, pad, V, REALIGN, EDGE, LANES)
             else:
-                y = load_elements(q_row, group * LANES + order, V, EDGE)
+                y = load_elements(q_row, group, pad, V, EDGE, LANES)
             if SPLIT_CENTRE:
                 difference = (y - shifts[1]) - (x - shifts[0])
             else:
                 difference = y - x
             if EDGE:
-                difference = tl.where(inside, difference, 0.0)
+                # Far below every real difference, with weight 0: it adds nothing and is never the largest.
+                difference = tl.where(inside, difference, LOWEST)
         xs += (x,)
         differences += (difference,)
         insides += (inside,)
@@ -83,19 +85,19 @@ def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides
         e = tl.exp2(exponent)
         if EDGE:
             e = tl.where(insides[g], e, 0.0)
-            exponent = tl.where(insides[g], exponent, -256.0)
+            exponent = tl.where(insides[g], exponent, NO_WEIGHT)
         exponents += (exponent,)
         es += (e,)
         if g == 0:
             lane_S = e
             if WITH_ENTROPY:
-                lane_A = e * exponent
+                lane_A = e * tl.maximum(exponent, NO_WEIGHT)
             if WITH_KL:
                 lane_D = e * differences[g]
         else:
             lane_S = lane_S + e
             if WITH_ENTROPY:
-                lane_A = tl.fma(e, exponent, lane_A)
+                lane_A = tl.fma(e, tl.maximum(exponent, NO_WEIGHT), lane_A)
             if WITH_KL:
                 lane_D = tl.fma(e, differences[g], lane_D)
     tile_S = lane_sum(lane_S)
@@ -127,10 +129,11 @@ def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides
     return new_origin, S, A, W, U, R, centre, largest
 
 
-# Row counts, strides and lengths vary from step to step: none of them may cause a recompile.
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
     "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "misaligned", "V", "splits"])
+    "misaligned", "V", "splits"], do_not_specialize_on_alignment=[
+    "p_ptr", "q_ptr", "state_ptr", "mask_ptr", "temperature_ptr"])
 def row_forward(
     p_ptr,  # [outer, inner, V] policy logits (P)
     q_ptr,  # [outer, inner, V] reference logits (Q); any pointer without WITH_KL

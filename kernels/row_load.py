@@ -88,7 +88,7 @@ def load_group(block_ptr, group, pad, V, REALIGN: tl.constexpr, EDGE: tl.constex
     words_ptr = tl.multiple_of(block_ptr.to(tl.pointer_type(tl.int32)), 16)
     offs_w = group * 4 + tl.arange(0, 4)[None, :]
     if EDGE:
-        words = tl.load(words_ptr + offs_w, mask=(group * LANES - pad < V) & (offs_w >= 0), other=0)
+        words = tl.load(words_ptr + offs_w, mask=group * LANES - pad < V, other=0)
     else:
         words = tl.load(words_ptr + offs_w)
     if REALIGN:
@@ -96,7 +96,7 @@ def load_group(block_ptr, group, pad, V, REALIGN: tl.constexpr, EDGE: tl.constex
         next_ptr = tl.multiple_of(words_ptr + tl.where(pad > 0, 4, 0), 16)
         own = select_mask(pad, LANES)
         if EDGE:
-            following = tl.load(next_ptr + offs_w, mask=((group + 1) * LANES - pad < V) & (offs_w >= 0), other=0)
+            following = tl.load(next_ptr + offs_w, mask=(group + 1) * LANES - pad < V, other=0)
         else:
             following = tl.load(next_ptr + offs_w)
         words = (words & own) | (following & ~own)
@@ -104,9 +104,30 @@ def load_group(block_ptr, group, pad, V, REALIGN: tl.constexpr, EDGE: tl.constex
 
 
 @triton.jit
-def load_elements(row_ptr, offs_v, V, EDGE: tl.constexpr):
-    """float32 values at offs_v, element by element: for a tensor that cannot be read in the other's blocks."""
+def load_lane(row_ptr, group, pad, V, EDGE: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr):
+    """float32 [THREADS]: one lane of each group."""
+    offs_v = tl.reshape(group, [group.shape[0]]) * LANES + (LANE + LANES - pad) % LANES
     if EDGE:
         return tl.load(row_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
     else:
         return tl.load(row_ptr + offs_v).to(tl.float32)
+
+
+@triton.jit
+def load_elements(row_ptr, group, pad, V, EDGE: tl.constexpr, LANES: tl.constexpr):
+    """float32 [THREADS, LANES]: the groups of a tensor that cannot be read in the other's blocks, element by element.
+
+    One load per lane, joined inside each thread: the layout stays that of load_group, and with it the order of every sum.
+    """
+    THREADS: tl.constexpr = group.shape[0]
+    if LANES == 4:
+        even = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 0), load_lane(row_ptr, group, pad, V, EDGE, LANES, 2))
+        odd = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 1), load_lane(row_ptr, group, pad, V, EDGE, LANES, 3))
+    else:
+        zero = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 0), load_lane(row_ptr, group, pad, V, EDGE, LANES, 4))
+        one = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 1), load_lane(row_ptr, group, pad, V, EDGE, LANES, 5))
+        two = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 2), load_lane(row_ptr, group, pad, V, EDGE, LANES, 6))
+        three = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 3), load_lane(row_ptr, group, pad, V, EDGE, LANES, 7))
+        even = tl.join(zero, two)
+        odd = tl.join(one, three)
+    return tl.reshape(tl.join(even, odd), [THREADS, LANES])

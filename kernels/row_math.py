@@ -20,6 +20,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 SMALL_D = tl.constexpr(0.25)
 # Where a running peak starts: finite, so that differences of peaks are never (-inf) - (-inf). A whole number, as every origin.
 LOWEST = tl.constexpr(-1.0e30)
+# An exponent whose power of two is 0: what an infinitely low logit counts as, since 0·(-inf) would be NaN.
+NO_WEIGHT = tl.constexpr(-256.0)
 # How much heavier than all before it a tile must be to bring its own centre.
 OUTWEIGHS = tl.constexpr(8.0)
 # The largest d that the sums may hold: e^d·e^x is taken as 2^(d·log2(e) + exponent of e^x), whose rounding grows with the exponent.

@@ -63,11 +63,10 @@ def test_against_fp64(implementation, kind, vocabulary, dtype) -> None:
     sizes = SIZES if dtype != torch.float16 else SIZES[2:]
     shifts = [SHIFTS] if vocabulary > 1000 else [(shift,) for shift in SHIFTS]
     if implementation.interpreted:
-        number = cases.KINDS.index(kind)
+        number, shifts = cases.KINDS.index(kind), [SHIFTS]
         if vocabulary > 1000 and (dtype == torch.float16 or (dtype == torch.bfloat16) != (number % 2 == 1)):
             pytest.skip("the interpreter takes every other kind of large rows")
-        sizes = sizes if vocabulary == 1000 else sizes[number % 3::3] if vocabulary == 50257 else sizes[number % 3::3][:1]
-        shifts = [SHIFTS]
+        sizes = sizes if vocabulary == 1000 else sizes[number % 3::3][:2 if vocabulary == 50257 else 1]
     for some in shifts:
         p, q = cases.sizes_pair(kind, sizes, some, vocabulary, dtype)
         check(implementation, p, q, "kl(p, q)")
@@ -102,7 +101,7 @@ def test_accuracy_table(implementation, capsys) -> None:
             if value < -9:
                 continue
             errors = [float(((result - exact).abs() / exact)[decade == value].max()) for result in (ours, plain)]
-            lines.append(f"{'1e%d' % value:>6} {kind:>12} {errors[0]:9.1e} {errors[1]:9.1e}")
+            lines.append(f"{f'1e{value:.0f}':>6} {kind:>12} {errors[0]:9.1e} {errors[1]:9.1e}")
             if -8 <= value < -2 and errors[0] >= errors[1]:
                 worse.append(lines[-1])
     with capsys.disabled():
@@ -133,8 +132,7 @@ def test_gradcheck_in_fp64(implementation) -> None:
     if implementation.kernels:
         pytest.skip("float64 is the reference's")
     p, q = (value.double().requires_grad_() for value in cases.pair("normal3", 4, 5, 0.7))
-    mask, temperature = torch.tensor([True, False, True, True]), torch.tensor([0.5, 1.0, 2.0, 1.3])
-    result = kl_divergence(p, q)
+    mask, temperature, result = torch.tensor([True, False, True, True]), torch.tensor([0.5, 1.0, 2.0, 1.3]), kl_divergence(p, q)
     assert result.dtype == torch.float64 and torch.allclose(result, cases.truth(p, q).kl, rtol=1e-13)
     assert torch.autograd.gradcheck(lambda p, q: kl_divergence(p, q, mask=mask, temperature=temperature), (p, q))
 
@@ -206,8 +204,8 @@ def test_mask(implementation, dtype, garbage) -> None:
     for result, value, name in zip(results, expected, ("kl", "gradient to p", "gradient to q"), strict=True):
         cases.assert_same_bits(result[mask.to(result.device)], value, name)
         assert bool((result[~mask.to(result.device)] == 0).all()), name
-    nothing = outcome(p, q, implementation.device, mask=torch.zeros(6, dtype=torch.bool, device=implementation.device))
-    assert all(bool((value == 0).all()) for value in nothing)
+    nothing = torch.zeros(6, dtype=torch.bool, device=implementation.device)
+    assert all(bool((value == 0).all()) for value in outcome(p, q, implementation.device, mask=nothing))
 
 
 def test_zero_upstream(implementation, dtype) -> None:
@@ -224,9 +222,10 @@ def test_zero_upstream(implementation, dtype) -> None:
 def test_expanded_upstream(implementation) -> None:
     """An upstream gradient of stride 0, as sum() and mean() give it, is the same one written out."""
     p, q = cases.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0), SHIFTS, 515, torch.float32)
+    upstream = torch.full((4, 2), 1.75, device=implementation.device)
     written = outcome(p, q, implementation.device, torch.full((4,), 1.75))
-    for upstream in (torch.tensor(1.75, device=implementation.device).expand(4), torch.full((4, 2), 1.75, device=implementation.device)[:, 1]):
-        for result, value in zip(outcome(p, q, implementation.device, upstream), written, strict=True):
+    for strided in (upstream[0, 0].expand(4), upstream[:, 1]):
+        for result, value in zip(outcome(p, q, implementation.device, strided), written, strict=True):
             cases.assert_same_bits(result, value, "gradient")
     p, q = (cases.leaf(value.to(implementation.device)) for value in (p, q))
     (kl_divergence(p, q).sum() * 1.75).backward()
@@ -251,13 +250,16 @@ def test_vocabulary_sizes(implementation, vocabulary, dtype) -> None:
     """One entry, powers of two and their neighbours, and more than any model has."""
     if implementation.interpreted and (vocabulary in (4096, 32768) or (vocabulary > 32769 and dtype == torch.bfloat16)):
         pytest.skip("the interpreter's time goes to their neighbours")
-    check(implementation, *cases.sizes_pair("normal3", (0.1, 1.0)[:1 if vocabulary > 50257 else 2] if vocabulary > 4097 else (1e-3, 0.1, 1.0, 5.0), SHIFTS, vocabulary, dtype))
+    sizes = (0.1, 1.0)[:1 if vocabulary > 50257 else 2] if vocabulary > 4097 else (1e-3, 0.1, 1.0, 5.0)
+    check(implementation, *cases.sizes_pair("normal3", sizes, SHIFTS, vocabulary, dtype))
 
 
 @pytest.mark.parametrize("layout_q", ["batch and time", "same"])
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_layouts(implementation, layout, layout_q, dtype) -> None:
     """Leading shapes and strides of every sort, of one argument or of both; the memory around and under them stays as it was."""
+    if implementation.interpreted and (dtype == torch.bfloat16) == (layout_q == "same"):
+        pytest.skip("every other one in the interpreter")
     base_p, base_q = (value.view(4, 5, 6, -1).to(implementation.device) for value in cases.pair("normal3", 120, 43, 0.3, dtype=dtype))
     p, q = (cases.LAYOUTS[layout](base[..., :40]) for base in (base_p, base_q))
     q = q if layout_q == "same" else q.clone(memory_format=torch.contiguous_format)
@@ -277,12 +279,10 @@ def test_layouts(implementation, layout, layout_q, dtype) -> None:
 @pytest.mark.parametrize("vocabulary, padding", [(513, 0), (512, 8), (512, 3), (77, 1)])
 def test_storage_offsets_and_padded_rows(implementation, offset_p, offset_q, vocabulary, padding, dtype) -> None:
     """Rows that start anywhere, with NaN before, between and behind them: nothing outside is read into a result."""
-    rows = 3
     made = []
-    for value, offset in zip(cases.pair("normal3", rows, vocabulary, 0.3, dtype=dtype), (offset_p, offset_q), strict=True):
-        storage = torch.full((offset + rows * (vocabulary + padding) + 16,), math.nan, dtype=dtype, device=implementation.device)
-        made.append(storage.as_strided((rows, vocabulary), (vocabulary + padding, 1), offset))
-        made[-1].copy_(value)
+    for value, offset in zip(cases.pair("normal3", 3, vocabulary, 0.3, dtype=dtype), (offset_p, offset_q), strict=True):
+        storage = torch.full((offset + 3 * (vocabulary + padding) + 16,), math.nan, dtype=dtype, device=implementation.device)
+        made.append(storage.as_strided((3, vocabulary), (vocabulary + padding, 1), offset).copy_(value))
     result, *grads = outcome(*made, implementation.device)
     exact = cases.truth(*(value.cpu() for value in made))
     cases.assert_kl(result, exact.kl)

@@ -1,4 +1,4 @@
-"""What only the Triton kernels promise: the same bits in any batch, position, stride and configuration's own terms; offsets beyond 2^31; no recompiles."""
+"""What only the Triton kernels promise: the same bits in any batch, at any position and stride; offsets beyond 2^31; no recompiles."""
 
 from __future__ import annotations
 

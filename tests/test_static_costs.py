@@ -34,21 +34,34 @@ def triton_versions():
     return [("installed", None)] + ([("3.6", older)] if older.is_dir() else [])
 
 
-@pytest.fixture(scope="module", params=triton_versions(), ids=lambda version: version[0])
-def report(request, tmp_path_factory):
-    """The JSON of `python -m benchmarks.static_costs`: a process of its own, since it needs the compiler and may need another Triton."""
-    name, folder = request.param
-    file = tmp_path_factory.mktemp("static_costs") / "costs.json"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if folder:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), environment.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.static_costs", "--json", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """`python -m benchmarks.static_costs` under every Triton at once: processes of their own, since they need the compiler and other Tritons."""
+    started = {}
+    for name, folder in triton_versions():
+        file = tmp_path_factory.mktemp("static_costs") / "costs.json"
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        if folder:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), environment.get("PYTHONPATH")]))
+        log = file.with_suffix(".log").open("w+")
+        command = [sys.executable, "-m", "benchmarks.static_costs", "--json", str(file)]
+        started[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT), file, log
+    yield started
+    for process, _, log in started.values():
+        process.kill()
+        log.close()
+
+
+@pytest.fixture(scope="module", params=[name for name, _ in triton_versions()])
+def report(request, processes):
+    """The JSON of one Triton's run."""
+    process, file, log = processes[request.param]
+    code = process.wait(timeout=900)
+    log.seek(0)
+    assert code == 0, log.read()[-4000:]
     data = json.loads(file.read_text())
-    if folder:
-        assert data["versions"]["triton"].startswith(name)
+    if request.param != "installed":
+        assert data["versions"]["triton"].startswith(request.param)
     return data
 
 

@@ -27,6 +27,7 @@ NO_PENALTY, WITH_PENALTY = "no penalty", "with KLPenalty"
 
 def run_demo(settings: Settings, out: Path) -> int:
     """Run every stage, print the report, and write report.json, report.txt and curves.png into the folder `out`; the exit code."""
+    torch.set_num_threads(settings.threads)
     clock = Clock()
     corpus = build_corpus(settings)
     clock.stage("corpus")
@@ -76,7 +77,7 @@ def collect(settings: Settings, corpus: Corpus, losses: list[float], reference_l
     return {
         "configuration": dataclasses.asdict(settings),
         "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "device": torch.cuda.get_device_name(settings.device) if settings.device != "cpu" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(settings.device) if settings.device != "cpu" else "cpu",
         "corpus": {"files": corpus.files, "characters": corpus.characters, "vocabulary": corpus.vocabulary,
                    "tokens": corpus.train.numel() + corpus.held_out.numel()},
         "reference": {"loss": losses, "held_out_loss": reference_loss},
