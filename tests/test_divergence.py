@@ -9,8 +9,7 @@ import cases
 import pytest
 import torch
 
-import fastkl
-from fastkl import kl_divergence
+from fastkl import kl_divergence, slow_path_rows
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETING:
@@ -40,17 +39,22 @@ def outcome(p: torch.Tensor, q: torch.Tensor, device: str, upstream: torch.Tenso
     return result, *torch.autograd.grad(result, (p, q), upstream.to(result))
 
 
-def check(implementation, p: torch.Tensor, q: torch.Tensor, what: str = "kl", **keywords) -> None:
-    """kl_divergence and both gradients agree with fp64 of the same CPU inputs; the result is float32 and where the logits are."""
-    result, grad_p, grad_q = outcome(p, q, implementation.device, **keywords)
+def check_results(implementation, results: tuple[torch.Tensor, ...], p: torch.Tensor, q: torch.Tensor, what: str = "kl",
+                  temperature: float | torch.Tensor = 1.0) -> None:
+    """What outcome() returned for logits p, q agrees with fp64 of them; the result is float32 and where the logits are."""
+    result, *grads = results
     assert result.dtype == torch.float32 and result.device.type == implementation.device and result.shape == p.shape[:-1]
-    temperature = keywords.get("temperature", 1.0)
-    exact = cases.truth(p, q, temperature.cpu() if isinstance(temperature, torch.Tensor) else temperature)
+    exact = cases.truth(p.cpu(), q.cpu(), temperature.cpu() if isinstance(temperature, torch.Tensor) else temperature)
     cases.assert_kl(result, exact.kl, what)
     expected = cases.kl_gradients(exact, cases.upstream_for(result), temperature)
-    for name, grad, value, logits in (("p", grad_p, expected.p, p), ("q", grad_q, expected.q, q)):
+    for name, grad, value, logits in zip("pq", grads, expected, (p, q), strict=True):
         assert grad.dtype == logits.dtype and grad.shape == logits.shape
         cases.assert_rounded_gradient(grad, value, f"{what}, gradient to {name}", truncated=implementation.interpreted)
+
+
+def check(implementation, p: torch.Tensor, q: torch.Tensor, what: str = "kl", **keywords) -> None:
+    """kl_divergence and both gradients agree with fp64 of the same CPU inputs."""
+    check_results(implementation, outcome(p, q, implementation.device, **keywords), p, q, what, keywords.get("temperature", 1.0))
 
 
 # ---- accuracy
@@ -264,30 +268,20 @@ def test_layouts(implementation, layout, layout_q, dtype) -> None:
     p, q = (cases.LAYOUTS[layout](base[..., :40]) for base in (base_p, base_q))
     q = q if layout_q == "same" else q.clone(memory_format=torch.contiguous_format)
     before = [cases.bits(value).clone() for value in (base_p, base_q, q)]
-    result, grad_p, grad_q = outcome(p, q, implementation.device)
-    exact = cases.truth(p.cpu(), q.cpu())
-    assert result.shape == p.shape[:-1]
-    cases.assert_kl(result, exact.kl)
-    for grad, value in zip((grad_p, grad_q), cases.kl_gradients(exact, cases.upstream_for(result)), strict=True):
-        assert grad.shape == p.shape and grad.dtype == dtype
-        cases.assert_rounded_gradient(grad, value, "gradient", truncated=implementation.interpreted)
+    check_results(implementation, outcome(p, q, implementation.device), p, q)
     for value, kept in zip((base_p, base_q, q), before, strict=True):
         assert torch.equal(cases.bits(value), kept), "an input was written to"
 
 
 @pytest.mark.parametrize("offset_p, offset_q", [(1, 1), (3, 0), (5, 2)])
-@pytest.mark.parametrize("vocabulary, padding", [(513, 0), (512, 8), (512, 3), (77, 1)])
+@pytest.mark.parametrize("vocabulary, padding", [(513, 0), (512, 8), (77, 3)])
 def test_storage_offsets_and_padded_rows(implementation, offset_p, offset_q, vocabulary, padding, dtype) -> None:
     """Rows that start anywhere, with NaN before, between and behind them: nothing outside is read into a result."""
     made = []
     for value, offset in zip(cases.pair("normal3", 3, vocabulary, 0.3, dtype=dtype), (offset_p, offset_q), strict=True):
         storage = torch.full((offset + 3 * (vocabulary + padding) + 16,), math.nan, dtype=dtype, device=implementation.device)
         made.append(storage.as_strided((3, vocabulary), (vocabulary + padding, 1), offset).copy_(value))
-    result, *grads = outcome(*made, implementation.device)
-    exact = cases.truth(*(value.cpu() for value in made))
-    cases.assert_kl(result, exact.kl)
-    for grad, value in zip(grads, cases.kl_gradients(exact, cases.upstream_for(result)), strict=True):
-        cases.assert_rounded_gradient(grad, value, "gradient", truncated=implementation.interpreted)
+    check_results(implementation, outcome(*made, implementation.device), *made)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 9, 5003])
@@ -318,7 +312,7 @@ def test_slow_path_rows(implementation) -> None:
     """Names the rows that hold an infinity or a NaN, or are far apart, and no other."""
     p, q = (value.to(implementation.device) for value in cases.pair("normal3", 6, 300, 0.1))
     p[1, 3], q[2, 7], q[4] = -math.inf, math.nan, q[4] * 50
-    assert fastkl.slow_path_rows(p.view(2, 3, -1), q.view(2, 3, -1)).tolist() == [[False, True, True], [False, True, False]]
+    assert slow_path_rows(p.view(2, 3, -1), q.view(2, 3, -1)).tolist() == [[False, True, True], [False, True, False]]
 
 
 # ---- special values
@@ -363,20 +357,16 @@ def test_holes_in_p_only(implementation, dtype, hole) -> None:
     """Q has mass where P has none: a finite KL(P‖Q) and gradients, right, with exactly 0 for P at the holes."""
     p, q, holes = with_holes(5003, dtype)
     p[:, holes] = max(torch.finfo(dtype).min if hole == "lowest" else hole, -math.inf if hole == -math.inf else torch.finfo(dtype).min)
-    result, grad_p, grad_q = outcome(p, q, implementation.device)
-    exact = cases.truth(p, q)
-    cases.assert_kl(result, exact.kl)
-    assert bool((grad_p[:, holes.to(grad_p.device)] == 0).all()) and bool(grad_q.isfinite().all())
-    for name, grad, value in zip("pq", (grad_p, grad_q), cases.kl_gradients(exact, cases.upstream_for(result)), strict=True):
-        cases.assert_rounded_gradient(grad, value, f"gradient to {name}", truncated=implementation.interpreted)
+    results = outcome(p, q, implementation.device)
+    check_results(implementation, results, p, q)
+    assert bool((results[1][:, holes.to(results[1].device)] == 0).all()) and bool(results[2].isfinite().all())
 
 
 @pytest.mark.parametrize("hole", [-1e9, -1e4, "lowest"])
 def test_finite_holes_in_q_only(implementation, dtype, hole) -> None:
     """A finite logit far below the others is a finite, huge KL where P has mass there."""
     p, q, holes = with_holes(5003, dtype)
-    lowest = torch.finfo(dtype).min
-    q[:, holes] = lowest if hole == "lowest" else max(hole, lowest)
+    q[:, holes] = max(-math.inf if hole == "lowest" else hole, torch.finfo(dtype).min)
     cases.assert_kl(kl_divergence(p.to(implementation.device), q.to(implementation.device)), cases.truth(p, q).kl)
 
 

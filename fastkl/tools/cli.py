@@ -1,6 +1,6 @@
 """The command line: `fastkl <sub-command>`, or `python -m fastkl.tools.cli <sub-command>`.
 
-Exit codes: 0 success, 1 a failure while running, 2 wrong use (a bad option, something missing that an extra installs).
+Exit codes: 0 success, 1 a failure while running, 2 wrong use (a bad option, something missing that an extra installs), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from .demo.settings import QUICK, Settings, choose_settings
 
 DEMO_EXTRA = ("tokenizers", "matplotlib", "tqdm")
 
@@ -19,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return the exit code."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    return options.run(options, options.parser)
+    try:
+        return options.run(options, options.parser)
+    except KeyboardInterrupt:
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,8 +42,10 @@ def _add_demo(commands) -> None:
     parser.add_argument("--quick", action="store_true", help="all stages in smaller sizes: seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=Path("demo-run"), metavar="DIR", help="folder for the results (default: %(default)s)")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything that is random (default: %(default)s)")
-    parser.add_argument("--steps", type=_steps, metavar="N", help="policy-gradient steps of each run (default: by size)")
-    parser.add_argument("--beta", type=_positive_float, metavar="X", help="weight of the KL penalty, in reward per nat (default: by size)")
+    parser.add_argument("--steps", type=_steps, metavar="N",
+                        help=f"policy-gradient steps of each run (default: {Settings().steps}, quick {QUICK['steps']})")
+    parser.add_argument("--beta", type=_positive_float, metavar="X",
+                        help=f"weight of the KL penalty, in reward per nat (default: {Settings().beta})")
     parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE",
                         help="cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)")
     parser.set_defaults(run=_run_demo, parser=parser)
@@ -51,9 +59,10 @@ def _run_demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: expected a folder that can be created, got {str(options.out)!r} ({error.strerror}); choose another")
-    # Here and not above: --help and errors of use need neither torch nor the extra.
+    if not os.access(options.out, os.W_OK):
+        parser.error(f"argument --out: expected a folder that can be written to, got {str(options.out)!r}; choose another")
+    # Here and not above: --help and errors of use do not need the extra.
     from .demo.run import run_demo
-    from .demo.settings import choose_settings
 
     settings = choose_settings(quick=options.quick, seed=options.seed, steps=options.steps, beta=options.beta, device=options.device)
     return run_demo(settings, options.out)

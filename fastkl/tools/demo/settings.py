@@ -35,7 +35,7 @@ class Settings:
     temperature: float = 0.7
     policy_rate: float = 3e-4
     discount: float = 0.8
-    beta: float = 0.4
+    beta: float = 0.5
     # Evaluation, on prompts from files that training never saw.
     evaluation_samples: int = 64
 
