@@ -16,16 +16,17 @@ from typing import NamedTuple
 
 import torch
 
-SAVED = 8
-# Whole multiples of this leave both logits before they are subtracted, so that a constant shift between them costs no digits.
-CENTRE_GRID = 16.0
+SAVED = 10
+# A centre's high part is a multiple of 1/CENTRE_STEPS in the logits' units: it leaves a logit without rounding, so that a constant shift between
+# the two tensors costs no digits.
+CENTRE_STEPS = 64.0
 _SMALL_D = 0.25
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 8].
+    """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 10].
 
-    saved: largest logit of P, log Σ exp((x - largest)/T), centre_hi, centre_lo, log_ratio, E_p[d], E_q[d], entropy, for a centre
+    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, centre_hi, centre_lo, log_ratio, E_p[d], E_q[d], entropy, for a centre
     c = centre_hi/T + centre_lo at the mean of y - x under P; log_ratio completes lse(y) - lse(x) = c + log_ratio.
     """
 
@@ -67,10 +68,10 @@ def _gather(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _centre(x_max, x_log_sum, y_max, y_log_sum, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """(centre_hi, centre_lo): lse(y) - lse(x) as a multiple of CENTRE_GRID in units of the logits, and the rest in nats."""
+    """(centre_hi, centre_lo): lse(y) - lse(x) as a multiple of 1/CENTRE_STEPS in units of the logits, and the rest in nats."""
     ratio = y_log_sum - x_log_sum
     shift = (y_max - x_max) + ratio / scale
-    high = (shift / CENTRE_GRID).round_() * CENTRE_GRID
+    high = (shift * CENTRE_STEPS).round_() / CENTRE_STEPS
     high = torch.where(high.isfinite(), high, 0.0)
     return high, ((y_max - high) - x_max) * scale + ratio
 
@@ -105,7 +106,7 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
     row_entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
     logprob = _gather(log_p, tokens) if tokens is not None else None
     if q_logits is None:
-        saved = torch.cat([x_max, x_log_sum, zero, zero, zero, zero, zero, row_entropy], -1)
+        saved = torch.cat([x_max, x_log_sum, *[zero] * 7, row_entropy], -1)
         return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, None, None, None, saved)
 
     y = q_logits.to(dtype)
@@ -125,11 +126,15 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
         backward_terms = torch.where(small, d * rise - h, torch.where(q == 0, 0.0, q * d) - (q - p))
         ref_kl = (backward_terms.sum(-1, keepdim=True) / (1.0 + t) - minus_log1p(-t / (1.0 + t))).clamp(min=0.0)
     # The gradient's brackets are differences of d from its means: a centre at the mean under P keeps their digits on peaked rows.
-    moved = torch.where(kl.isfinite(), low + pd.sum(-1, keepdim=True), low)
-    log_ratio = torch.log1p(t) - (moved - low)
+    mean = torch.where(kl.isfinite(), pd.sum(-1, keepdim=True), 0.0)
+    step = (mean / scale * CENTRE_STEPS).round_() / CENTRE_STEPS
+    moved = low + (mean - step * scale)
+    # What the centre really moved by, rounding included.
+    log_ratio = torch.log1p(t) - (step * scale + (moved - low))
+    high = high + step
     d = _difference(x, y, scale, x_max, high, moved)
     means = [torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True) for weight in (p, q)]
-    saved = torch.cat([x_max, x_log_sum, high, moved, log_ratio, *means, row_entropy], -1)
+    saved = torch.cat([x_max, x_log_sum, y_max, y_log_sum, high, moved, log_ratio, *means, row_entropy], -1)
     ref_logprob = _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
     return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, _column(ref_logprob), _column(kl),
                          _column(ref_kl) if reverse else None, saved)
@@ -152,7 +157,7 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
     dtype = saved.dtype
     x = p_logits.to(dtype)
     scale = 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.to(dtype))[:, None]
-    x_max, x_log_sum, high, low, log_ratio, mean_p_d, mean_q_d, entropy = saved[:, :, None].unbind(1)
+    x_max, x_log_sum, y_max, y_log_sum, high, low, log_ratio, mean_p_d, mean_q_d, entropy = saved[:, :, None].unbind(1)
     g = {name: value.to(dtype)[:, None] for name, value in upstream.items()}
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
@@ -160,8 +165,7 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
     if with_q:
         d = _difference(x, q_logits.to(dtype), scale, x_max, high, low)
         log_q_over_p = d - log_ratio
-        # q from its own logits: p·e^d says nothing where p is 0.
-        q = ((q_logits.to(dtype) - (x_max + high)).mul_(scale) - ((x_log_sum + low) + log_ratio)).exp_()
+        q = ((q_logits.to(dtype) - y_max) * scale).sub_(y_log_sum).exp_()
         rise = torch.where(log_q_over_p.abs() < _SMALL_D, p * torch.expm1(log_q_over_p), q - p)
     grad_p = grad_q = None
     if wrt_p:

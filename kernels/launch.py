@@ -14,6 +14,7 @@ from .row_backward import row_backward
 from .row_exact import row_exact
 from .row_finish import row_finish
 from .row_forward import row_forward
+from .row_math import STATE
 
 # Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler fuses; Triton's own default varies by version.
 OPTIONS = {"enable_fp_fusion": False}
@@ -114,11 +115,11 @@ def _common(problem: Problem) -> dict:
 
 
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
-    """Fill `saved` [N, 8] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each)."""
+    """Fill `saved` [N, 10] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each)."""
     p, q = problem.p, problem.q
     chosen, options = _choose(problem, "forward")
     splits = max(1, math.ceil(problem.vocabulary / chosen.segment))
-    state = torch.empty(problem.rows * splits * 8, dtype=torch.float32, device=p.tensor.device)
+    state = torch.empty(problem.rows * splits * STATE.value, dtype=torch.float32, device=p.tensor.device)
     shared = _common(problem)
     fields = dict(WITH_ENTROPY="entropy" in outputs, WITH_KL=q is not None, WITH_REVERSE="ref_kl" in outputs)
     placing = dict(misaligned=p.misaligned, LANES=p.lanes, REALIGN=not p.aligned(problem.inner, problem.outer),

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from .row_finish import SAVED
 from .row_load import row_offset, row_pad, row_scale
-from .row_math import LN2, LOG2E, SMALL_D, coarse_shifts, expm1_over_square
+from .row_math import LN2, LOG2E, SMALL_D, centred, expm1_over_square, split_sum, subtract
 
 
 @triton.jit
@@ -17,33 +18,18 @@ def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
 
 
 @triton.jit
-def split_sum(a, b):
-    """a + b as a rounded sum and what the rounding lost (Knuth)."""
-    total = a + b
-    b_part = total - a
-    return total, (a - (total - b_part)) + (b - b_part)
-
-
-@triton.jit
-def load_saved(saved_ptr, scale):
+def load_saved(saved_ptr):
     """What row_finish saved, with log-partition functions in base 2 as a rounded part for the exponent and a factor for what it lost."""
     origin = tl.load(saved_ptr)
-    log2_S = tl.load(saved_ptr + 1)
-    centre_hi = tl.load(saved_ptr + 2)
-    centre_lo = tl.load(saved_ptr + 3)
-    log_ratio = tl.load(saved_ptr + 4)
-    shift_x, shift_y = coarse_shifts(centre_hi, origin / (scale * LOG2E))
-    lse_p, lost_p = split_sum(origin, log2_S)
-    # The partition function of Q for logits less shift_y: that of P moved by the centre, less what shift_y already took.
-    shift2 = shift_x * (scale * LOG2E)
-    centre2 = centre_lo * LOG2E
-    moved, lost_shift = split_sum(lse_p, -shift2)
-    lse_q, lost_q = split_sum(moved, centre2)
-    lost_q += lost_p + lost_shift - tl.fma(shift_x, scale * LOG2E, -shift2) + tl.fma(centre_lo, LOG2E, -centre2) + log_ratio * LOG2E
-    mean_p_d = tl.load(saved_ptr + 5)
-    mean_q_d = tl.load(saved_ptr + 6)
-    entropy = tl.load(saved_ptr + 7)
-    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), shift_x, shift_y, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy - lost_p * LN2)
+    lse_p, lost_p = split_sum(origin, tl.load(saved_ptr + 1))
+    lse_q = tl.load(saved_ptr + 2)
+    lost_q = tl.load(saved_ptr + 3)
+    centre = tl.load(saved_ptr + 4)
+    log_ratio = tl.load(saved_ptr + 5)
+    mean_p_d = tl.load(saved_ptr + 6)
+    mean_q_d = tl.load(saved_ptr + 7)
+    entropy = tl.load(saved_ptr + 8) - lost_p * LN2
+    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), centre, log_ratio, mean_p_d, mean_q_d, entropy)
 
 
 @triton.jit
@@ -56,7 +42,7 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
         dy = s·(g_kl·(q - p) + q·(g_ref_kl·(d - E_q[d]) - g_ref_logprob))
     The centre is at the mean under P, so that on a peaked row d - E_p[d] is no difference of two larger numbers.
     """
-    lse_p, factor_p, lse_q, factor_q, shift_x, shift_y, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy = saved
+    lse_p, factor_p, lse_q, factor_q, centre, log_ratio, mean_p_d, mean_q_d, entropy = saved
     g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl = upstream
     # p and q stay without their factors, which join the row's constants: one multiplication less per entry.
     log2_p = tl.fma(x, scale * LOG2E, -lse_p)
@@ -65,12 +51,13 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
     q = x
     rise = x
     if KL or REF_KL:
-        difference = (y - shift_y) - (x - shift_x) if EXACT else y - x
-        d = tl.fma(difference, scale, -centre_lo)
+        difference, lost = subtract(y, x, EXACT)
+        d = centred(difference, lost, scale, centre, EXACT)
     if (WRT_P and REF_KL) or WRT_Q:
-        q = tl.exp2(tl.fma(y - shift_y if EXACT else y, scale * LOG2E, -lse_q))
+        q = tl.exp2(tl.fma(y, scale * LOG2E, -lse_q))
         true_p = p * factor_p
-        rise = tl.fma(q, factor_q, -true_p)
+        # Two rounded products: of equal rows they are equal, and the gradient is exactly 0.
+        rise = q * factor_q - true_p
         if EXACT and (KL or REF_KL):
             # The difference of two rounded probabilities loses the digits of a small log q - log p.
             log_ratio_here = d - log_ratio
@@ -150,7 +137,7 @@ def row_backward(
     p_ptr, q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
     grad_p_ptr, grad_q_ptr,  # [N, V] contiguous, may be the logits themselves; any pointer where not asked for
     tokens_ptr,  # [N] int64; any pointer without upstream gradients of log-probs
-    saved_ptr,  # [N, 8] float32, written by row_finish
+    saved_ptr,  # [N, 10] float32, written by row_finish
     upstream_ptr,  # [fields, N] float32: the upstream gradients that are there
     mask_ptr, temperature_ptr,  # as in row_forward
     temperature, n_rows, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
@@ -165,7 +152,7 @@ def row_backward(
 
     Math:   entry_gradients; reference.row_gradients is the definition.
     Grid:   (N · chunks,), a row's chunks next to each other.
-    Reads:  N·V of p where p takes part, N·V of q where q does; 32 bytes and the upstream gradients per row. Nothing of V in a masked row or in
+    Reads:  N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients per row. Nothing of V in a masked row or in
             one whose upstream gradients are all 0.
     Writes: N·V of each gradient asked for; exact zeros in those rows.
     Saves:  nothing.
@@ -181,7 +168,7 @@ def row_backward(
     if HAS_MASK:
         activity = tl.where(tl.load(mask_ptr + row) != 0, activity, 0.0)
     scale = row_scale(temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
-    saved = load_saved(saved_ptr + row * 8, scale)
+    saved = load_saved(saved_ptr + row * SAVED)
     offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     p_row = p_ptr + offset_p
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .row_finish import FINITE, store_row
+from .row_finish import FINITE, SAVED, store_row
 from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale
-from .row_math import CENTRE_GRID, LN2, LOG2E, SMALL_D, coarse_shifts, expm1_over_square, log1p, minus_log1p
+from .row_math import LN2, LOG2E, SMALL_D, centred, expm1_over_square, log1p, minus_log1p, split_sum, subtract
 
 
 @triton.jit
@@ -28,53 +28,46 @@ def total(z):
 
 
 @triton.jit
-def log_sum_exp2(source, V, scale2, THREADS: tl.constexpr, LANES: tl.constexpr, REALIGN: tl.constexpr, IN_BLOCKS: tl.constexpr):
-    """(origin, log2 Σ 2^(x·scale2 - origin)) with origin the floor of the largest x·scale2; NaN for a row of -inf, with +inf or with NaN."""
+def log_sum_exp(source, V, scale2, THREADS: tl.constexpr, LANES: tl.constexpr, REALIGN: tl.constexpr, IN_BLOCKS: tl.constexpr):
+    """(largest x, log2 Σ 2^((x - largest)·scale2)); NaN for a row of -inf, with +inf or with NaN."""
     peak = tl.full([THREADS, LANES], float("-inf"), tl.float32)
     for group in range(0, tl.cdiv(V, LANES), THREADS):
         peak = tl.maximum(peak, read_groups(source, group, V, THREADS, LANES, REALIGN, IN_BLOCKS))
-    origin = tl.floor(tl.max(tl.max(peak, 1), 0) * scale2)
+    largest = tl.max(tl.max(peak, 1), 0)
     weights = tl.zeros([THREADS, LANES], tl.float32)
     for group in range(0, tl.cdiv(V, LANES), THREADS):
-        x = read_groups(source, group, V, THREADS, LANES, REALIGN, IN_BLOCKS)
-        weights += tl.exp2(tl.fma(x, scale2, -origin))
-    return origin, tl.log2(total(weights))
+        weights += tl.exp2((read_groups(source, group, V, THREADS, LANES, REALIGN, IN_BLOCKS) - largest) * scale2)
+    return largest, tl.log2(total(weights))
 
 
 @triton.jit
-def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.constexpr, WITH_KL: tl.constexpr, SPLIT_CENTRE: tl.constexpr,
-              REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr):
-    """The statistics of any row, infinities included, from probabilities normalised beforehand.
+def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.constexpr, WITH_KL: tl.constexpr, REALIGN: tl.constexpr,
+              Q_IN_BLOCKS: tl.constexpr):
+    """The statistics of any row, infinities included, from log-probabilities counted from each tensor's largest logit.
 
     An entry with p = 0 adds nothing to E_p, whatever log(q/p) is; one with p > 0 = q makes KL(P‖Q) infinite. A NaN makes everything NaN.
-    Returns origin, log2_S, centre_hi, centre_lo, log_ratio, mean_p_d, mean_q_d, entropy as row_finish saves them, kl and ref_kl.
+    Returns origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, entropy as row_finish saves them, kl and ref_kl.
     """
     scale2 = scale * LOG2E
-    origin, log2_S = log_sum_exp2(p_source, V, scale2, THREADS, LANES, REALIGN, True)
-    centre_hi = origin * 0.0
-    centre_lo = centre_hi
-    q_origin = origin
-    q_log2_S = log2_S
+    x_top, p_log2 = log_sum_exp(p_source, V, scale2, THREADS, LANES, REALIGN, True)
+    y_top = x_top
+    q_log2 = p_log2
     if WITH_KL:
-        q_origin, q_log2_S = log_sum_exp2(q_source, V, scale2, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
-        centre = ((q_origin - origin) + (q_log2_S - log2_S)) * LN2
-        if SPLIT_CENTRE:
-            centre_hi = tl.floor(centre / scale / CENTRE_GRID + 0.5) * CENTRE_GRID
-        centre_lo = tl.fma(-centre_hi, scale, centre)
-    shift_x, shift_y = coarse_shifts(centre_hi, origin / scale2)
+        y_top, q_log2 = log_sum_exp(q_source, V, scale2, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
+    ratio = (q_log2 - p_log2) * LN2
     sum_plogp = tl.zeros([THREADS, LANES], tl.float32)
     sum_h = tl.zeros([THREADS, LANES], tl.float32)
     sum_rise = tl.zeros([THREADS, LANES], tl.float32)
     sum_reverse = tl.zeros([THREADS, LANES], tl.float32)
     for group in range(0, tl.cdiv(V, LANES), THREADS):
-        x = read_groups(p_source, group, V, THREADS, LANES, REALIGN, True)
-        log2_p = tl.fma(x, scale2, -origin) - log2_S
+        x = read_groups(p_source, group, V, THREADS, LANES, REALIGN, True) - x_top
+        log2_p = tl.fma(x, scale2, -p_log2)
         p = tl.exp2(log2_p)
         sum_plogp += tl.where(p == 0.0, 0.0, p * log2_p)
         if WITH_KL:
-            y = read_groups(q_source, group, V, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
-            q = tl.exp2(tl.fma(y, scale2, -q_origin) - q_log2_S)
-            d = tl.fma((y - shift_y) - (x - shift_x), scale, -centre_lo)
+            y = read_groups(q_source, group, V, THREADS, LANES, REALIGN, Q_IN_BLOCKS) - y_top
+            q = tl.exp2(tl.fma(y, scale2, -q_log2))
+            d = tl.fma(y - x, scale, -ratio)
             small = tl.abs(d) < SMALL_D
             pd = tl.where(p == 0.0, 0.0, p * d)
             near = pd * (d * expm1_over_square(d))
@@ -82,40 +75,48 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
             sum_h += tl.where(small, near, (q - p) - pd)
             sum_rise += tl.where(small, pd + near, q - p)
             sum_reverse += tl.where(small, tl.fma(d, pd + near, -near), qd - (q - p))
-    kl = centre_hi
-    ref_kl = centre_hi
-    log_ratio = centre_hi
-    mean_p_d = centre_hi
-    mean_q_d = centre_hi
+    # In the form of the other kernels: a partition function counted from 0, in two parts.
+    origin = x_top * scale2
+    log2_S = p_log2 + tl.fma(x_top, scale2, -origin)
+    kl = ratio * 0.0
+    ref_kl = kl
+    centre = kl
+    log_ratio = kl
+    mean_p_d = kl
+    mean_q_d = kl
+    lse_q = kl
+    lost_q = kl
     if WITH_KL:
         t = total(sum_rise)
-        log_ratio = log1p(t)
         kl = total(sum_h) - minus_log1p(t)
         ref_kl = total(sum_reverse) / (1.0 + t) - minus_log1p(-t / (1.0 + t))
         kl = tl.where(kl < 0.0, 0.0, kl)
         ref_kl = tl.where(ref_kl < 0.0, 0.0, ref_kl)
-        # A centre at E_p[d]: the gradient's brackets are differences of d from its means.
-        moved_lo = tl.where(kl < FINITE, centre_lo + (log_ratio - kl), centre_lo)
-        log_ratio = log_ratio - (moved_lo - centre_lo)
-        centre_lo = moved_lo
-        mean_p_d, mean_q_d = means_of_d(p_source, q_source, V, scale, origin, log2_S, q_origin, q_log2_S, centre_hi, centre_lo, THREADS, LANES,
-                                        REALIGN, Q_IN_BLOCKS)
-    return origin, log2_S, centre_hi, centre_lo, log_ratio, mean_p_d, mean_q_d, total(sum_plogp) * (-LN2), kl, ref_kl
+        top = y_top * scale2
+        lse_q, lost_q = split_sum(top, q_log2)
+        lost_q += tl.fma(y_top, scale2, -top)
+        # The centre at E_p[d]: the gradient's brackets are differences of d from its means. Its own rounding goes to log_ratio.
+        apart = (y_top - x_top) * scale
+        rest = tl.fma(y_top - x_top, scale, -apart) + ratio
+        centre, lost = split_sum(apart, tl.where(kl < FINITE, rest - kl, rest))
+        log_ratio = log1p(t) + tl.where(kl < FINITE, kl, 0.0) + lost
+        mean_p_d, mean_q_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
+    return origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, total(sum_plogp) * (-LN2), kl, ref_kl
 
 
 @triton.jit
-def means_of_d(p_source, q_source, V, scale, origin, log2_S, q_origin, q_log2_S, centre_hi, centre_lo, THREADS: tl.constexpr,
-               LANES: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr):
-    """E_p[d] and E_q[d] for a given centre."""
-    shift_x, shift_y = coarse_shifts(centre_hi, origin / (scale * LOG2E))
+def means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS: tl.constexpr, LANES: tl.constexpr,
+               REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr):
+    """E_p[d] and E_q[d] for a given centre, with d as row_backward computes it."""
     sum_pd = tl.zeros([THREADS, LANES], tl.float32)
     sum_qd = tl.zeros([THREADS, LANES], tl.float32)
     for group in range(0, tl.cdiv(V, LANES), THREADS):
         x = read_groups(p_source, group, V, THREADS, LANES, REALIGN, True)
         y = read_groups(q_source, group, V, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
-        p = tl.exp2(tl.fma(x, scale * LOG2E, -origin) - log2_S)
-        q = tl.exp2(tl.fma(y, scale * LOG2E, -q_origin) - q_log2_S)
-        d = tl.fma((y - shift_y) - (x - shift_x), scale, -centre_lo)
+        p = tl.exp2(tl.fma(x - x_top, scale * LOG2E, -p_log2))
+        q = tl.exp2(tl.fma(y - y_top, scale * LOG2E, -q_log2))
+        difference, lost = subtract(y, x, True)
+        d = centred(difference, lost, scale, centre, True)
         sum_pd += tl.where(p == 0.0, 0.0, p * d)
         sum_qd += tl.where(q == 0.0, 0.0, q * d)
     return total(sum_pd), total(sum_qd)
@@ -130,7 +131,7 @@ def row_exact(
     p_ptr, q_ptr,  # the logits, as in row_forward
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     temperature_ptr,  # as in row_forward
-    saved_ptr,  # [N, 8] float32: origin, log2_S, centre_hi, centre_lo, log_ratio, E_p[d], E_q[d], entropy
+    saved_ptr,  # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre, log_ratio, E_p[d], E_q[d], entropy (and one free)
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
     temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
     misaligned,  # elements between a 16-byte boundary and p_ptr
@@ -144,14 +145,14 @@ def row_exact(
     Math:   exact_row; reference.row_statistics is the definition.
     Grid:   (⌈N / ROWS⌉,): most programs find no marked row and end.
     Reads:  one saved value per row; 4·V of each tensor for a marked row.
-    Writes: 8 saved values and the fields asked for, per marked row.
+    Writes: 9 saved values and the fields asked for, per marked row.
     Saves:  as row_finish.
     Special values: as exact_row.
     """
     for index in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + index
         if row < n_rows:
-            mark = tl.load(saved_ptr + row * 8)
+            mark = tl.load(saved_ptr + row * SAVED)
             if mark != mark:
                 scale = row_scale(temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
                 offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
@@ -162,8 +163,7 @@ def row_exact(
                 else:
                     pad = 0
                 order = lane_order(pad, LANES)
-                SPLIT_CENTRE: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32
                 statistics = exact_row((p_row - pad, p_row, pad, order), (q_row - pad, q_row, pad, order), V, scale, THREADS, LANES, WITH_KL,
-                                       SPLIT_CENTRE, REALIGN, Q_IN_BLOCKS)
+                                       REALIGN, Q_IN_BLOCKS)
                 store_row(row, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale,
                           statistics, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)

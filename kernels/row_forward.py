@@ -5,18 +5,19 @@ import triton.language as tl
 
 from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale
 from .row_math import (
-    CENTRE_GRID,
     LARGEST_D,
     LOG2E,
     LOWEST,
     NO_WEIGHT,
     OUTWEIGHS,
     SMALL_D,
-    coarse_shifts,
+    STATE,
+    centred,
     expm1_over_square,
     merge_states,
     move_centre,
     rescale_to,
+    subtract,
 )
 
 
@@ -36,11 +37,12 @@ def kl_terms(e, exponent, d, WITH_REVERSE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shifts, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-              WITH_KL: tl.constexpr, SPLIT_CENTRE: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, EDGE: tl.constexpr):
-    """GROUPS groups per thread: x and y - x less the coarse shifts, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
+def load_tile(p_block, q_block, q_row, first_group, pad, order, V, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+              WITH_KL: tl.constexpr, EXACT: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, EDGE: tl.constexpr):
+    """GROUPS groups per thread: x, y - x and what its rounding lost, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
     xs = ()
     differences = ()
+    losts = ()
     insides = ()
     for g in tl.static_range(GROUPS):
         group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
@@ -49,27 +51,27 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shifts, THREA
         if EDGE:
             x = tl.where(inside, x, LOWEST)
         difference = x
+        lost = x
         if WITH_KL:
             if Q_IN_BLOCKS:
                 y = load_group(q_block, group, pad, V, REALIGN, EDGE, LANES)
             else:
                 y = load_elements(q_row, group, pad, V, EDGE, LANES)
-            if SPLIT_CENTRE:
-                difference = (y - shifts[1]) - (x - shifts[0])
-            else:
-                difference = y - x
+            difference, lost = subtract(y, x, EXACT)
             if EDGE:
                 # Far below every real difference, with weight 0: it adds nothing and is never the largest.
                 difference = tl.where(inside, difference, LOWEST)
+                lost = tl.where(inside, lost, 0.0)
         xs += (x,)
         differences += (difference,)
+        losts += (lost,)
         insides += (inside,)
-    return xs, differences, insides
+    return xs, differences, losts, insides
 
 
 @triton.jit
-def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides, scale, GROUPS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
-                WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, EDGE: tl.constexpr):
+def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+                WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr):
     """The states of all threads, each with its GROUPS groups added: the peak first, then the centre, then the sums."""
     peak = tl.max(xs[0], 1)
     for g in tl.static_range(1, GROUPS):
@@ -111,7 +113,7 @@ def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides
         centre = centre + delta
         for g in tl.static_range(GROUPS):
             largest = tl.maximum(largest, tl.max(differences[g], 1))
-            d = tl.fma(differences[g], scale, -centre[:, None])
+            d = centred(differences[g], losts[g], scale, centre[:, None], EXACT)
             w, u, rise = kl_terms(es[g], exponents[g], d, WITH_REVERSE)
             if g == 0:
                 lane_W = w
@@ -137,7 +139,7 @@ def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides
 def row_forward(
     p_ptr,  # [outer, inner, V] policy logits (P)
     q_ptr,  # [outer, inner, V] reference logits (Q); any pointer without WITH_KL
-    state_ptr,  # [N, splits, 8] float32
+    state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre
     mask_ptr,  # [N] bool; any pointer without HAS_MASK
     temperature_ptr,  # [N] float32; any pointer without TEMPERATURE_PER_ROW
     temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
@@ -152,8 +154,8 @@ def row_forward(
 
     Math:   the sums of row_math.py over the segment, as reference.row_statistics defines them for the row.
     Grid:   (N · splits,), a row's segments next to each other; a segment is SEGMENT elements whatever N is.
-    Reads:  N·V of p, N·V of q (WITH_KL), 2 of each per segment for the coarse centre; nothing of a masked row.
-    Writes: 8 · N · splits float32.
+    Reads:  N·V of p, N·V of q (WITH_KL); nothing of a masked row.
+    Writes: 7 · N · splits float32.
     Saves:  nothing beside them; row_finish makes the row's statistics of them.
     Special values: what the sums cannot hold leaves them not finite, for row_finish to see: an infinity, a NaN, or an entry far more probable
             under Q than under P, of whose e^x too little is left.
@@ -175,16 +177,7 @@ def row_forward(
     order = lane_order(pad, LANES)
 
     first = split * SEGMENT
-    centre_hi = 0.0
-    SPLIT_CENTRE: tl.constexpr = WITH_KL and (p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32)
-    if SPLIT_CENTRE:
-        x_level = tl.load(p_ptr + offset_p + first).to(tl.float32)
-        guess = tl.load(q_row + first).to(tl.float32) - x_level
-        centre_hi = tl.where(tl.abs(guess) < 1.0e6, tl.floor(guess / CENTRE_GRID + 0.5) * CENTRE_GRID, 0.0)
-        shifts = coarse_shifts(centre_hi, x_level)
-    else:
-        shifts = (0.0, 0.0)
-
+    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32
     origin = tl.full([THREADS], LOWEST, tl.float32)
     S = tl.zeros([THREADS], tl.float32)
     A = tl.zeros([THREADS], tl.float32)
@@ -197,19 +190,18 @@ def row_forward(
     n_groups = tl.minimum(SEGMENT, V - first) // LANES
     full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
     for group in range(first // LANES, full_end, TILE_GROUPS):
-        xs, differences, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, shifts, THREADS, LANES, GROUPS,
-                                             WITH_KL, SPLIT_CENTRE, REALIGN, Q_IN_BLOCKS, False)
-        origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides, scale, GROUPS,
-                                                             WITH_ENTROPY, WITH_KL, WITH_REVERSE, False)
+        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, THREADS, LANES, GROUPS,
+                                             WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, False)
+        origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
+                                                             WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, False)
     if full_end * LANES < tl.minimum(first + SEGMENT, V):
-        xs, differences, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, shifts, THREADS, LANES, GROUPS,
-                                             WITH_KL, SPLIT_CENTRE, REALIGN, Q_IN_BLOCKS, True)
-        origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, insides, scale, GROUPS,
-                                                             WITH_ENTROPY, WITH_KL, WITH_REVERSE, True)
+        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, THREADS, LANES, GROUPS,
+                                             WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, True)
+        origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
+                                                             WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, True)
 
-    centre_hi += tl.zeros([THREADS], tl.float32)
-    origin, S, A, W, U, R, centre_hi, centre = merge_states(origin, S, A, W, U, R, centre_hi, centre, scale, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
-    state_ptr += tl.program_id(0).to(tl.int64) * 8
+    origin, S, A, W, U, R, centre = merge_states(origin, S, A, W, U, R, centre, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    state_ptr += tl.program_id(0).to(tl.int64) * STATE
     tl.store(state_ptr, origin)
     tl.store(state_ptr + 1, S)
     if WITH_ENTROPY:
@@ -220,5 +212,4 @@ def row_forward(
         tl.store(state_ptr + 4, tl.where(holds, U, float("inf")))
         if WITH_REVERSE:
             tl.store(state_ptr + 5, R)
-        tl.store(state_ptr + 6, centre_hi)
-        tl.store(state_ptr + 7, centre)
+        tl.store(state_ptr + 6, centre)

@@ -1,7 +1,7 @@
 """The arithmetic of one row: centred KL terms, the running state of a row and its one merge.
 
 Notation, for one row with policy logits x, reference logits y and temperature T:
-    s = 1/T,   d = (y - x)·s - c   for a centre c = centre_hi·s + centre_lo near lse(y·s) - lse(x·s),   e = 2^(x·s·log2(e) - origin)
+    s = 1/T,   d = (y - x)·s - c   for a centre c near lse(y·s) - lse(x·s),   e = 2^(x·s·log2(e) - origin)
     S = Σe   A = Σe·(x·s·log2(e) - origin)   W = Σe·d   U = Σe·(expm1(d) - d)   R = Σe·d·expm1(d)
 `origin` is a whole number near the largest log2-scaled logit, so that rescaling a sum is exact. Then, with t = (U + W)/S,
     KL(P‖Q) = U/S - (t - log1p(t))        lse_q - lse_p = c + log1p(t)
@@ -18,6 +18,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Below this |d| a polynomial replaces e^d - 1 - d, which cancels there.
 SMALL_D = tl.constexpr(0.25)
+# float32 values of a partial state in memory.
+STATE = tl.constexpr(7)
 # Where a running peak starts: finite, so that differences of peaks are never (-inf) - (-inf). A whole number, as every origin.
 LOWEST = tl.constexpr(-1.0e30)
 # An exponent whose power of two is 0: what an infinitely low logit counts as, since 0·(-inf) would be NaN.
@@ -26,18 +28,37 @@ NO_WEIGHT = tl.constexpr(-256.0)
 OUTWEIGHS = tl.constexpr(8.0)
 # The largest d that the sums may hold: e^d·e^x is taken as 2^(d·log2(e) + exponent of e^x), whose rounding grows with the exponent.
 LARGEST_D = tl.constexpr(96.0)
-# Coarse grid of the high part of a centre, in the logits' units: shifting a logit by it is exact in float32 where it matters.
-CENTRE_GRID = tl.constexpr(16.0)
 
 
 @triton.jit
-def coarse_shifts(centre_hi, x_level):
-    """(shift_x, shift_y) with shift_y - shift_x = centre_hi: what leaves each logit before they are subtracted.
+def split_sum(a, b):
+    """a + b as a rounded sum and what the rounding lost (Knuth)."""
+    rounded = a + b
+    b_part = rounded - a
+    return rounded, (a - (rounded - b_part)) + (b - b_part)
 
-    The tensor that lies farther from 0 is shifted: its digits are coarser than the result's, so that nothing is rounded.
+
+@triton.jit
+def subtract(y, x, EXACT: tl.constexpr):
+    """y - x as a rounded difference and what the rounding lost: a constant shift between the two tensors then costs no digits.
+
+    Without EXACT the loss is left out: the difference of two 16-bit logits fits float32.
     """
-    shift_y = tl.where(tl.abs(x_level + centre_hi) >= tl.abs(x_level), centre_hi, 0.0)
-    return shift_y - centre_hi, shift_y
+    if EXACT:
+        difference, lost = split_sum(y, -x)
+    else:
+        difference = y - x
+        lost = difference
+    return difference, lost
+
+
+@triton.jit
+def centred(difference, lost, scale, centre, EXACT: tl.constexpr):
+    """d = (y - x)·scale - centre; the large parts of difference and centre cancel in one fma."""
+    d = tl.fma(difference, scale, -centre)
+    if EXACT:
+        d = tl.fma(lost, scale, d)
+    return d
 
 
 @triton.jit
@@ -120,29 +141,17 @@ def rescale_to(new_origin, origin, S, A, W, U, R, WITH_ENTROPY: tl.constexpr, WI
 
 
 @triton.jit
-def merge_states(origin, S, A, W, U, R, centre_hi, centre_lo, scale, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
+def merge_states(origin, S, A, W, U, R, centre, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
     """One state from a vector of states (axis 0): threads of a program, programs of a row and shards of a vocabulary merge alike.
 
     The centre of all is at the mean of d over all. A state without weight (S = 0) adds nothing, whatever its centre.
     """
     row_origin = tl.max(origin, 0)
     S, A, W, U, R = rescale_to(row_origin, origin, S, A, W, U, R, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
-    row_hi = tl.sum(centre_hi * 0.0, 0)
-    row_lo = row_hi
+    total = tl.sum(S, 0)
+    row_centre = total * 0.0
     if WITH_KL:
-        index = tl.arange(0, S.shape[0])
-        heaviest = tl.min(tl.where(S == tl.max(S, 0), index, S.shape[0]), 0)
-        row_hi = tl.sum(tl.where(index == heaviest, centre_hi, 0.0), 0)
-        centre = tl.fma(centre_hi - row_hi, scale, centre_lo)
-        # The mean of d over all states: a centre off by δ would leave U larger than the KL by δ²/2, and its digits lost.
-        row_lo = tl.sum(tl.where(S > 0.0, tl.fma(S, centre, W), 0.0), 0) / tl.sum(S, 0)
-        delta = tl.where(S > 0.0, row_lo - centre, 0.0)
-        W, U, R = move_centre(S, W, U, R, delta, WITH_REVERSE)
-        W = tl.sum(W, 0)
-        U = tl.sum(U, 0)
-        R = tl.sum(R, 0)
-    else:
-        W = row_hi
-        U = row_hi
-        R = row_hi
-    return row_origin, tl.sum(S, 0), tl.sum(A, 0), W, U, R, row_hi, row_lo
+        # A centre off by δ would leave U larger than the KL by δ²/2, and its digits lost.
+        row_centre = tl.sum(tl.where(S > 0.0, tl.fma(S, centre, W), 0.0), 0) / total
+        W, U, R = move_centre(S, W, U, R, tl.where(S > 0.0, row_centre - centre, 0.0), WITH_REVERSE)
+    return row_origin, total, tl.sum(A, 0), tl.sum(W, 0), tl.sum(U, 0), tl.sum(R, 0), row_centre

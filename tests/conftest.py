@@ -14,6 +14,9 @@ import torch
 
 import fastkl
 
+# The tests' tensors are small: a second thread costs more than it gives, most of all on a busy machine.
+torch.set_num_threads(1)
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
