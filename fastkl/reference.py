@@ -16,18 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-SAVED = 10
-# A centre's high part is a multiple of 1/CENTRE_STEPS in the logits' units: it leaves a logit without rounding, so that a constant shift between
-# the two tensors costs no digits.
-CENTRE_STEPS = 64.0
+SAVED = 9
 _SMALL_D = 0.25
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 10].
+    """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 9].
 
-    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, centre_hi, centre_lo, log_ratio, E_p[d], E_q[d], entropy, for a centre
-    c = centre_hi/T + centre_lo at the mean of y - x under P; log_ratio completes lse(y) - lse(x) = c + log_ratio.
+    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, centre, log_ratio, E_p[d], E_q[d], entropy. The
+    centre, in the logits' units, is at the mean of the difference under P; log_ratio completes lse(y) - lse(x) = centre/T + log_ratio.
     """
 
     logprob: torch.Tensor | None
@@ -67,22 +64,17 @@ def _gather(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.gather(-1, tokens[:, None])
 
 
-def _centre(x_max, x_log_sum, y_max, y_log_sum, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """(centre_hi, centre_lo): lse(y) - lse(x) as a multiple of 1/CENTRE_STEPS in units of the logits, and the rest in nats."""
-    ratio = y_log_sum - x_log_sum
-    shift = (y_max - x_max) + ratio / scale
-    high = (shift * CENTRE_STEPS).round_() / CENTRE_STEPS
-    high = torch.where(high.isfinite(), high, 0.0)
-    return high, ((y_max - high) - x_max) * scale + ratio
+def _subtract(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y - x as a rounded difference and what the rounding lost (Knuth); nothing where the difference is not finite."""
+    difference = y - x
+    x_part = difference - y
+    lost = (y - (difference - x_part)) - (x + x_part)
+    return difference, torch.where(difference.isfinite(), lost, 0.0)
 
 
-def _difference(x, y, scale, x_max, high, low) -> torch.Tensor:
-    """d = (y - x)·scale - centre; an entry that is -inf in both has d = 0, since it takes part in nothing.
-
-    The coarse part of the centre leaves the tensor that lies farther from 0, whose digits are coarser than the result's: nothing is rounded.
-    """
-    shift_y = torch.where((x_max + high).abs() >= x_max.abs(), high, 0.0)
-    d = ((y - shift_y) - (x - (shift_y - high))).mul_(scale).sub_(low)
+def _centred(x, y, difference, lost, centre, centre_lost, scale) -> torch.Tensor:
+    """(y - x - centre)·scale: the large parts cancel before anything is rounded. An entry that is -inf in both gives 0: it takes part in nothing."""
+    d = ((difference - centre) + (lost - centre_lost)) * scale
     return torch.where((x == -math.inf) & (y == -math.inf), 0.0, d)
 
 
@@ -106,13 +98,15 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
     row_entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
     logprob = _gather(log_p, tokens) if tokens is not None else None
     if q_logits is None:
-        saved = torch.cat([x_max, x_log_sum, *[zero] * 7, row_entropy], -1)
+        saved = torch.cat([x_max, x_log_sum, *[zero] * 6, row_entropy], -1)
         return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, None, None, None, saved)
 
     y = q_logits.to(dtype)
     y_max, y_log_sum = _log_partition(y, scale)
-    high, low = _centre(x_max, x_log_sum, y_max, y_log_sum, scale)
-    d = _difference(x, y, scale, x_max, high, low)
+    ratio = y_log_sum - x_log_sum
+    difference, lost = _subtract(y, x)
+    tops, tops_lost = _subtract(y_max, x_max)
+    d = _centred(x, y, difference, lost, tops, tops_lost, scale) - ratio
     q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
     # Beyond |d| = 1/4 the sums use q itself: p·e^d would overflow or vanish where p does.
     small = d.abs() < _SMALL_D
@@ -126,15 +120,11 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
         backward_terms = torch.where(small, d * rise - h, torch.where(q == 0, 0.0, q * d) - (q - p))
         ref_kl = (backward_terms.sum(-1, keepdim=True) / (1.0 + t) - minus_log1p(-t / (1.0 + t))).clamp(min=0.0)
     # The gradient's brackets are differences of d from its means: a centre at the mean under P keeps their digits on peaked rows.
-    mean = torch.where(kl.isfinite(), pd.sum(-1, keepdim=True), 0.0)
-    step = (mean / scale * CENTRE_STEPS).round_() / CENTRE_STEPS
-    moved = low + (mean - step * scale)
-    # What the centre really moved by, rounding included.
-    log_ratio = torch.log1p(t) - (step * scale + (moved - low))
-    high = high + step
-    d = _difference(x, y, scale, x_max, high, moved)
+    centre = tops + torch.where(kl.isfinite(), ratio + pd.sum(-1, keepdim=True), ratio) / scale
+    log_ratio = torch.log1p(t) + ratio - ((centre - tops) - tops_lost) * scale
+    d = _centred(x, y, difference, lost, centre, 0.0, scale)
     means = [torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True) for weight in (p, q)]
-    saved = torch.cat([x_max, x_log_sum, y_max, y_log_sum, high, moved, log_ratio, *means, row_entropy], -1)
+    saved = torch.cat([x_max, x_log_sum, y_max, y_log_sum, centre, log_ratio, *means, row_entropy], -1)
     ref_logprob = _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
     return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, _column(ref_logprob), _column(kl),
                          _column(ref_kl) if reverse else None, saved)
@@ -157,15 +147,16 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
     dtype = saved.dtype
     x = p_logits.to(dtype)
     scale = 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.to(dtype))[:, None]
-    x_max, x_log_sum, y_max, y_log_sum, high, low, log_ratio, mean_p_d, mean_q_d, entropy = saved[:, :, None].unbind(1)
+    x_max, x_log_sum, y_max, y_log_sum, centre, log_ratio, mean_p_d, mean_q_d, entropy = saved[:, :, None].unbind(1)
     g = {name: value.to(dtype)[:, None] for name, value in upstream.items()}
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
     with_q = q_logits is not None and bool({"kl", "ref_kl", "ref_logprob"} & set(g))
     if with_q:
-        d = _difference(x, q_logits.to(dtype), scale, x_max, high, low)
+        y = q_logits.to(dtype)
+        d = _centred(x, y, *_subtract(y, x), centre, 0.0, scale)
         log_q_over_p = d - log_ratio
-        q = ((q_logits.to(dtype) - y_max) * scale).sub_(y_log_sum).exp_()
+        q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
         rise = torch.where(log_q_over_p.abs() < _SMALL_D, p * torch.expm1(log_q_over_p), q - p)
     grad_p = grad_q = None
     if wrt_p:

@@ -115,7 +115,7 @@ def _common(problem: Problem) -> dict:
 
 
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
-    """Fill `saved` [N, 10] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each)."""
+    """Fill `saved` [N, 9] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each)."""
     p, q = problem.p, problem.q
     chosen, options = _choose(problem, "forward")
     splits = max(1, math.ceil(problem.vocabulary / chosen.segment))

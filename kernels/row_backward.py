@@ -137,7 +137,7 @@ def row_backward(
     p_ptr, q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
     grad_p_ptr, grad_q_ptr,  # [N, V] contiguous, may be the logits themselves; any pointer where not asked for
     tokens_ptr,  # [N] int64; any pointer without upstream gradients of log-probs
-    saved_ptr,  # [N, 10] float32, written by row_finish
+    saved_ptr,  # [N, 9] float32, written by row_finish
     upstream_ptr,  # [fields, N] float32: the upstream gradients that are there
     mask_ptr, temperature_ptr,  # as in row_forward
     temperature, n_rows, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
@@ -152,7 +152,7 @@ def row_backward(
 
     Math:   entry_gradients; reference.row_gradients is the definition.
     Grid:   (N · chunks,), a row's chunks next to each other.
-    Reads:  N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients per row. Nothing of V in a masked row or in
+    Reads:  N·V of p where p takes part, N·V of q where q does; 36 bytes and the upstream gradients per row. Nothing of V in a masked row or in
             one whose upstream gradients are all 0.
     Writes: N·V of each gradient asked for; exact zeros in those rows.
     Saves:  nothing.

@@ -96,8 +96,9 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
         lse_q, lost_q = split_sum(top, q_log2)
         lost_q += tl.fma(y_top, scale2, -top)
         # The centre at E_p[d]: the gradient's brackets are differences of d from its means. Its own rounding goes to log_ratio.
-        apart = (y_top - x_top) * scale
-        rest = tl.fma(y_top - x_top, scale, -apart) + ratio
+        tops, tops_lost = subtract(y_top, x_top, True)
+        apart = tops * scale
+        rest = tl.fma(tops, scale, -apart) + tl.fma(tops_lost, scale, ratio)
         centre, lost = split_sum(apart, tl.where(kl < FINITE, rest - kl, rest))
         log_ratio = log1p(t) + tl.where(kl < FINITE, kl, 0.0) + lost
         mean_p_d, mean_q_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
@@ -131,7 +132,7 @@ def row_exact(
     p_ptr, q_ptr,  # the logits, as in row_forward
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     temperature_ptr,  # as in row_forward
-    saved_ptr,  # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre, log_ratio, E_p[d], E_q[d], entropy (and one free)
+    saved_ptr,  # [N, 9] float32: origin, log2_S, lse_q and what it lost (base 2), centre, log_ratio, E_p[d], E_q[d], entropy
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
     temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
     misaligned,  # elements between a 16-byte boundary and p_ptr

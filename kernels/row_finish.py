@@ -9,8 +9,8 @@ from .row_math import LN2, LOG2E, LOWEST, STATE, forward_kl, log1p, merge_states
 # Above this KL, in nats, one pass may lose digits of the other direction; real policies stay far below.
 LARGE_KL = tl.constexpr(32.0)
 FINITE = tl.constexpr(3.0e38)
-# float32 values per row that backward needs; as many as the reference's, which uses one more.
-SAVED = tl.constexpr(10)
+# float32 values per row that backward needs.
+SAVED = tl.constexpr(9)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def row_finish(
     p_ptr, q_ptr,  # the logits, as in row_forward
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     mask_ptr, temperature_ptr,  # as in row_forward
-    saved_ptr,  # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre, log_ratio, E_p[d], E_q[d], entropy (and one free)
+    saved_ptr,  # [N, 9] float32: origin, log2_S, lse_q and what it lost (base 2), centre, log_ratio, E_p[d], E_q[d], entropy
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
     temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, V, splits,
     SPLITS: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
@@ -147,7 +147,7 @@ def row_finish(
     Grid:   (N,).
     Reads:  7·splits per row and one logit of each tensor.
     Writes: 9 saved values and the fields asked for, per row; zeros for a masked row.
-    Saves:  what row_backward needs: 40 bytes per row.
+    Saves:  what row_backward needs: 36 bytes per row.
     Special values: a row whose sums do not hold (infinities, a NaN, KL of 32 nats or more) gets a NaN as saved origin, and no fields: row_exact
             comes next. A token outside 0 … V-1 reads nothing and gives NaN.
     """

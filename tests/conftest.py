@@ -10,6 +10,9 @@ import os
 from typing import NamedTuple
 
 import pytest
+
+# Inductor's cache does not see a change of an op's fake implementation.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 import torch
 
 import fastkl

@@ -33,7 +33,7 @@ class Settings:
     prompt_length: int = 16
     response_length: int = 32
     temperature: float = 0.7
-    policy_rate: float = 3e-4
+    policy_rate: float = 4e-4
     discount: float = 0.8
     beta: float = 0.5
     # Evaluation, on prompts from files that training never saw.
