@@ -23,8 +23,8 @@ _SMALL_D = 0.25
 class RowStatistics(NamedTuple):
     """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 9].
 
-    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, centre, log_ratio, E_p[d], E_q[d], entropy. The
-    centre, in the logits' units, is at the mean of the difference under P; log_ratio completes lse(y) - lse(x) = centre/T + log_ratio.
+    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, centre, log_ratio, E_p[d], E_q[d], entropy. With
+    each logit counted from its row's largest, the centre is at the mean of y - x under P; log_ratio completes lse(y) - lse(x) = centre + log_ratio.
     """
 
     logprob: torch.Tensor | None
@@ -120,9 +120,9 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
         backward_terms = torch.where(small, d * rise - h, torch.where(q == 0, 0.0, q * d) - (q - p))
         ref_kl = (backward_terms.sum(-1, keepdim=True) / (1.0 + t) - minus_log1p(-t / (1.0 + t))).clamp(min=0.0)
     # The gradient's brackets are differences of d from its means: a centre at the mean under P keeps their digits on peaked rows.
-    centre = tops + torch.where(kl.isfinite(), ratio + pd.sum(-1, keepdim=True), ratio) / scale
-    log_ratio = torch.log1p(t) + ratio - ((centre - tops) - tops_lost) * scale
-    d = _centred(x, y, difference, lost, centre, 0.0, scale)
+    centre = torch.where(kl.isfinite(), ratio + pd.sum(-1, keepdim=True), ratio)
+    log_ratio = torch.log1p(t) - (centre - ratio)
+    d = _centred(x, y, difference, lost, tops, tops_lost, scale) - centre
     means = [torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True) for weight in (p, q)]
     saved = torch.cat([x_max, x_log_sum, y_max, y_log_sum, centre, log_ratio, *means, row_entropy], -1)
     ref_logprob = _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
@@ -154,7 +154,7 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
     with_q = q_logits is not None and bool({"kl", "ref_kl", "ref_logprob"} & set(g))
     if with_q:
         y = q_logits.to(dtype)
-        d = _centred(x, y, *_subtract(y, x), centre, 0.0, scale)
+        d = _centred(x, y, *_subtract(y, x), *_subtract(y_max, x_max), scale) - centre
         log_q_over_p = d - log_ratio
         q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
         rise = torch.where(log_q_over_p.abs() < _SMALL_D, p * torch.expm1(log_q_over_p), q - p)

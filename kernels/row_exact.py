@@ -93,8 +93,7 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
         kl = tl.where(kl < 0.0, 0.0, kl)
         ref_kl = tl.where(ref_kl < 0.0, 0.0, ref_kl)
         top = y_top * scale2
-        lse_q, lost_q = split_sum(top, q_log2)
-        lost_q += tl.fma(y_top, scale2, -top)
+        lse_q, lost_q = split_sum(top, q_log2 + tl.fma(y_top, scale2, -top))
         # The centre at E_p[d]: the gradient's brackets are differences of d from its means. Its own rounding goes to log_ratio.
         tops, tops_lost = subtract(y_top, x_top, True)
         apart = tops * scale
