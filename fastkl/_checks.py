@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.autograd import forward_ad
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -21,6 +22,9 @@ def logits(name: str, value: torch.Tensor) -> None:
     if value.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 logits, got {value.dtype}; "
                         f"pass the model's output before softmax or argmax, or convert it with .float()")
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(f"{name}: forward-mode differentiation (torch.func.jvp, jacfwd) is not implemented, it would give zeros; use .backward(), "
+                           f"torch.autograd.grad, or fastkl.reference.row_statistics")
     if value.dim() == 0:
         raise ValueError(f"{name}: expected logits [..., V] with at least one dimension, got a scalar")
     if value.shape[-1] == 0:

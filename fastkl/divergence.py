@@ -32,7 +32,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature
     Args:
         p_logits, q_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference backend), any strides with a unit stride along V.
         temperature: divides both logits: a positive number, or a float tensor [...] (no gradient). Under torch.compile a number that changes
-            compiles anew; a tensor does not.
+            compiles anew; a tensor does not. A value of the tensor that is not positive is an error on the reference backend and NaN on a GPU.
         mask: bool [...], True where the token counts. Other rows are not read, return exactly 0 and have gradient exactly 0.
 
     Returns:

@@ -58,7 +58,8 @@ class KLPenalty(torch.nn.Module):
         """The weight of the next call."""
         value = self._beta if isinstance(self._beta, (int, float)) else getattr(self._beta, "beta", self._beta)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(self._beta).__name__}")
+            raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}; "
+                            f"for a tensor or numpy scalar pass float(beta)")
         if not (0 <= value < math.inf):
             raise ValueError(f"beta: expected a finite number of at least 0, got {value}; a negative beta would reward divergence")
         return float(value)

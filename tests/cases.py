@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-# Gradients of a smaller norm are compared absolutely, as a KL below 1e-8 is: what a row with p_max = 1 - 1e-14 has left. Between rows 50 apart, a
-# float32 centre lies up to 2e-6 from the mean, and the mean of what is left is known to 2^-24 of that: 1e-13 a rounding, 1e-5 of this floor for three.
+# Gradients of a smaller norm are compared absolutely, as a KL below 1e-8 is: what a row with p_max = 1 - 1e-14 has left. Between rows 50 apart,
+# a float32 centre lies up to 2e-6 from the mean, and the mean of what is left is known to 2^-24 of that: 1e-13 a rounding, 1e-5 of this floor
+# for three.
 GRADIENT_FLOOR = 3e-8
 KINDS = ("normal1", "normal3", "normal8", "zipf", "peaked", "very_peaked")
 
@@ -123,7 +124,8 @@ def assert_rounded_gradient(result: torch.Tensor, exact: torch.Tensor, what: str
 
     In a shorter type the rounding of the result dwarfs the arithmetic, which can only move a value across a rounding boundary now and then:
     1.01 of the rounding error of the truth, and 1e-5. The gradient to Q is there the difference q - p of two probabilities rounded in float32,
-    2^-23 of them at the most, times upstream gradients over temperatures of up to 4: 1e-6 in norm, as the README's limits say. Triton's interpreter truncates where a GPU rounds to bfloat16 (`truncated`).
+    2^-23 of them at the most, times upstream gradients over temperatures of up to 4: 1e-6 in norm, as the README's limits say. Triton's
+    interpreter truncates where a GPU rounds to bfloat16 (`truncated`).
     """
     if result.dtype == torch.float32:
         assert_gradient(result, exact, what)

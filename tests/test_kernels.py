@@ -10,7 +10,8 @@ import cases
 import pytest
 import torch
 
-from fastkl import _rows, kl_divergence, token_stats
+import fastkl
+from fastkl import _rows, divergence, kl_divergence, token_stats
 
 pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -253,3 +254,28 @@ def test_no_compilation_for_other_lengths() -> None:
     assert compiled > 0
     for rows, vocabulary, temperature in ((1, 4096, 1.0), (2, 4096, 0.7), (16, 4096, 1.0), (4097, 4096, 2.0), (5, 8192, 1.0), (7, 4112, 3.0)):
         assert run(rows, vocabulary, temperature) == compiled, f"{rows} rows of {vocabulary} at temperature {temperature}"
+
+
+def test_slow_path_rows_are_those_that_row_finish_marks(implementation, monkeypatch) -> None:
+    """fastkl.slow_path_rows against the marks of the kernels themselves, with row_exact left out."""
+    if not implementation.kernels:
+        pytest.skip("about the kernels")
+    from fastkl.kernels import launch, row_finish, row_math
+
+    assert (divergence.ONE_PASS_KL, divergence.ONE_PASS_D) == (row_finish.LARGE_KL.value, row_math.LARGEST_D.value)
+    p, q = cases.pair("normal3", 9, 300, 0.3, device=implementation.device)
+    p[1, 5], q[2, 5], p[3, 7], p[4, 8] = -float("inf"), -float("inf"), float("nan"), -1e9
+    q[5, 9] += 150.0
+    p[6, :16], q[6, :16] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
+    q[7] = q[7] * 60.0
+    expected = fastkl.slow_path_rows(p, q)
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda **arguments: None
+
+    monkeypatch.setattr(launch, "row_exact", Nothing())
+    saved = torch.ops.fastkl.row_statistics(p, q, torch.zeros(9, dtype=torch.long, device=p.device), None, None, 1.0,
+                                            "logprob,entropy,ref_logprob,kl,ref_kl", "triton")[-1]
+    assert torch.equal(saved[:, 0].isnan(), expected)
+    assert expected.tolist() == [False, True, True, True, True, True, False, True, False]

@@ -10,6 +10,7 @@ import cases
 import pytest
 import torch
 
+import fastkl
 from fastkl import TokenStats, selective_log_softmax, token_stats
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -295,3 +296,21 @@ def test_poison_of_one_row(implementation) -> None:
         cases.assert_same_bits(getattr(stats, name)[::2], getattr(expected, name)[::2], name)
     assert bool(stats.kl[1::2].isnan().all()) and bool(stats.ref_kl[1::2].isnan().all())
     assert bool(stats.entropy[1].isnan()) and bool(stats.logprob[1].isnan()) and bool(stats.ref_logprob[3].isnan())
+
+
+def test_vmap_keeps_every_gradient(implementation) -> None:
+    """Under vmap the fields carry the gradients that they carry without it."""
+    p, q = (value.view(2, 3, 11).requires_grad_() for value in cases.pair("normal1", 6, 11, 0.5, device=implementation.device))
+    tokens = torch.arange(6, device=implementation.device).view(2, 3)
+    plain = torch.autograd.grad(sum(field.sum() for field in fastkl.token_stats(p, tokens, q)), (p, q))
+    mapped = torch.vmap(fastkl.token_stats)(p, tokens, q)
+    assert all(field.requires_grad for field in mapped)
+    for expected, result in zip(plain, torch.autograd.grad(sum(field.sum() for field in mapped), (p, q)), strict=True):
+        assert torch.equal(expected, result)
+
+
+def test_forward_mode_is_refused(implementation) -> None:
+    """A forward-mode derivative is an error that says so, not zeros."""
+    p, q = cases.pair("normal1", 2, 11, 0.5, device=implementation.device)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda value: fastkl.kl_divergence(value, q), (p,), (p,))
