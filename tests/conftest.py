@@ -6,6 +6,7 @@ such a process): the Triton kernels on CPU tensors. Without a GPU the gpu tests 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ import pytest
 
 # Inductor's cache does not see a change of an op's fake implementation.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# Inductor's build step wants the distutils of setuptools, which must come before anything imports the standard library's.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 import torch
 
 import fastkl

@@ -101,7 +101,9 @@ def test_hot_loops_load_16_bytes_at_a_time(report):
     reading = [r for r in report["records"] if r["arch"].startswith("sm_") and r["kernel"].split(".")[1].startswith(("forward", "backward"))]
     assert {r["kernel"] for r in reading} >= set(LIMITS)
     narrow = [
-        case_of(r, "widest_load_bytes", "narrow_loads") for r in reading if (r["widest_load_bytes"] or 0) < 16 or r["narrow_loads"] != 0
+        case_of(r, "widest_load_bytes", "narrow_loads") for r in reading
+        # Q that lies elsewhere in its 16 bytes than P is read element by element, P still in blocks.
+        if (r["widest_load_bytes"] or 0) < 16 or (r["narrow_loads"] != 0 and not r["kernel"].endswith("forward_q_elsewhere"))
     ]
     assert not narrow, "\n".join(narrow)
 
