@@ -213,7 +213,7 @@ def test_backward_in_place(implementation, vocabulary, fields, dtype) -> None:
     p, q, tokens, upstream = data(vocabulary, dtype, implementation.device, 3)
     mask = torch.tensor([True, True, False], device=implementation.device)
     (_, problem), = _rows.problems(p, q, tokens, mask, 1.0)
-    saved = p.new_empty(3, 8, dtype=torch.float32)
+    saved = p.new_empty(3, _rows.SAVED, dtype=torch.float32)
     outputs = {name: torch.empty(3, device=implementation.device) for name in fields}
     launch.forward(problem, outputs, saved)
     weights = {name: upstream[i] for i, name in enumerate(fields)}
