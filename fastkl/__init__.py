@@ -2,7 +2,8 @@
 
 from .backend import Explanation, explain, use_backend
 from .divergence import kl_divergence, slow_path_rows
-from .penalty import KLPenalty
+from .linear import linear_kl_divergence, linear_token_stats
+from .penalty import KLPenalty, LinearKLPenalty
 from .tokens import TokenStats, selective_log_softmax, token_stats
 
 __version__ = "0.1.0"
@@ -10,9 +11,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "KLPenalty",
+    "LinearKLPenalty",
     "TokenStats",
     "explain",
     "kl_divergence",
+    "linear_kl_divergence",
+    "linear_token_stats",
     "selective_log_softmax",
     "slow_path_rows",
     "token_stats",

@@ -22,13 +22,113 @@ def logits(name: str, value: torch.Tensor) -> None:
     if value.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 logits, got {value.dtype}; "
                         f"pass the model's output before softmax or argmax, or convert it with .float()")
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        raise RuntimeError(f"{name}: forward-mode differentiation (torch.func.jvp, jacfwd) is not implemented, it would give zeros; use .backward(), "
-                           f"torch.autograd.grad, or fastkl.reference.row_statistics")
+    _not_forward_mode(name, value)
     if value.dim() == 0:
         raise ValueError(f"{name}: expected logits [..., V] with at least one dimension, got a scalar")
     if value.shape[-1] == 0:
         raise ValueError(f"{name}: expected a vocabulary of at least one entry in the last dimension, got shape {tuple(value.shape)}")
+
+
+def _not_forward_mode(name: str, value: torch.Tensor) -> None:
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(f"{name}: forward-mode differentiation (torch.func.jvp, jacfwd) is not implemented, it would give zeros; use .backward(), "
+                           f"torch.autograd.grad, or fastkl.reference.row_statistics")
+
+
+def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
+    """A tensor of one of FLOAT_TYPES that this process holds whole."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, {what}, got {type(value).__name__}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(f"{name}: expected a plain tensor, {what}, got a DTensor of which each process holds a part; compute the loss inside the "
+                        f"forward of the FSDP module that owns it, where it is whole, or pass {name}.full_tensor()")
+    if value.dtype not in FLOAT_TYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got {value.dtype}; convert it with .to()")
+    _not_forward_mode(name, value)
+
+
+def head(prefix: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Hidden states [..., H], weight [V, H] and bias [V] or None of one model, of one type on one device."""
+    name = f"{prefix}hidden"
+    _plain_float_tensor(name, hidden, "hidden states [..., H]")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{name}: expected hidden states [..., H] with H of at least 1, got shape {tuple(hidden.shape)}")
+    _plain_float_tensor(f"{prefix}weight", weight, "the lm_head's weight [V, H]")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{prefix}weight: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, got {tuple(weight.shape)}; "
+                         f"pass lm_head.weight as it is, not transposed")
+    if bias is not None:
+        _plain_float_tensor(f"{prefix}bias", bias, "the lm_head's bias [V]")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{prefix}bias: expected one entry per row of {prefix}weight, ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for other, value in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert one with .to(), or use torch.autocast")
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{other}: expected the device of {name}, {hidden.device}, got {value.device}; move one with .to()")
+
+
+def second_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ref_hidden: torch.Tensor | None,
+                ref_weight: torch.Tensor | None, ref_bias: torch.Tensor | None) -> None:
+    """The reference's head beside the policy's: the same tokens and vocabulary. ref_weight None: weight is that of both."""
+    if ref_hidden is None:
+        for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None without ref_hidden, got a tensor; pass ref_hidden too")
+        return
+    shared = ref_weight is None or ref_weight is weight
+    head("ref_", ref_hidden, weight if shared else ref_weight, ref_bias)
+    if shared and (bias is None) != (ref_bias is None):
+        raise ValueError(f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for bias, where both models share one lm_head, got "
+                         f"{'None' if ref_bias is None else 'a tensor'}; pass ref_bias=bias")
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got {tuple(ref_hidden.shape[:-1])}; "
+                         f"align the batch and time dimensions")
+    if not shared and ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(f"ref_weight: expected the {weight.shape[0]} rows of weight, got {ref_weight.shape[0]}; slice a padded vocabulary to the "
+                         f"shared one: weight[:V]")
+    if ref_hidden.device != hidden.device:
+        raise ValueError(f"ref_hidden: expected the device of hidden, {hidden.device}, got {ref_hidden.device}; move one with .to()")
+    if (ref_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
+        raise TypeError(f"ref_hidden: expected float64 like hidden or neither, got {ref_hidden.dtype} and {hidden.dtype}; convert one with .to()")
+
+
+def reference_given(ref_hidden: torch.Tensor | None) -> None:
+    """Hidden states of a reference, where a KL divergence needs them."""
+    if not isinstance(ref_hidden, torch.Tensor):
+        raise TypeError(f"ref_hidden: expected the reference's hidden states [..., H], got {type(ref_hidden).__name__}")
+
+
+def softcap(value: float | None) -> None:
+    """None or a positive finite number."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"softcap: expected a positive number or None, got {_type_name(value)}")
+    if value is not None and not (0 < value < math.inf):
+        raise ValueError(f"softcap: expected a positive finite number, or None for no soft cap, got {value}")
+
+
+def chunk_size(value: int | None) -> None:
+    """None or a number of tokens."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"chunk_size: expected a whole number of tokens or None, got {_type_name(value)}")
+    if value is not None and value < 1:
+        raise ValueError(f"chunk_size: expected at least 1 token, got {value}; None chooses one")
+
+
+def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
+    """None, the default or float32; float64 inputs have no other."""
+    allowed = {default} if default == torch.float64 else {default, torch.float32}
+    if value is not None and value not in allowed:
+        raise ValueError(f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these inputs, got {value}")
+
+
+def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
+    """None or a float tensor of the leading shape."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise TypeError(f"weights: expected a float tensor, what each token counts, got {_type_name(value)}; convert it with .float()")
+    per_row("weights", value, leading, device)
 
 
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

@@ -12,14 +12,15 @@ from . import _rows
 from ._rows import FIELDS, SAVED
 
 
-def _wanted(fields: str) -> list[str]:
-    return fields.split(",")
+def wanted(names: str) -> list[str]:
+    """The names in a comma-separated string: schemas of ops have no lists of names."""
+    return names.split(",") if names else []
 
 
-def _empty_outputs(p: Tensor, fields: str) -> list[Tensor]:
-    """One tensor per field and the saved values, uninitialised."""
+def empty_outputs(p: Tensor, fields: str) -> list[Tensor]:
+    """One tensor per field and the saved values, uninitialised, for logits or hidden states p."""
     dtype, leading = _rows.result_dtype(p), p.shape[:-1]
-    outputs = [p.new_empty(leading if name in _wanted(fields) else (0,), dtype=dtype) for name in FIELDS]
+    outputs = [p.new_empty(leading if name in wanted(fields) else (0,), dtype=dtype) for name in FIELDS]
     return [*outputs, p.new_empty((*leading, SAVED), dtype=dtype)]
 
 
@@ -27,9 +28,9 @@ def _empty_outputs(p: Tensor, fields: str) -> list[Tensor]:
 def row_statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
                    fields: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, ref_logprob, kl, ref_kl, saved): the fields named in `fields` [...], and what backward needs [..., 9]."""
-    results = _empty_outputs(p, fields)
+    results = empty_outputs(p, fields)
     if results[-1].numel():
-        outputs = {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if name in _wanted(fields)}
+        outputs = {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if name in wanted(fields)}
         _rows.forward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), outputs,
                       results[-1].view(-1, SAVED))
     return tuple(results)
@@ -37,7 +38,7 @@ def row_statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Ten
 
 @row_statistics.register_fake
 def _(p, q, tokens, mask, temperatures, temperature, fields, backend):
-    return tuple(_empty_outputs(p, fields))
+    return tuple(empty_outputs(p, fields))
 
 
 @torch.library.custom_op("fastkl::row_gradients", mutates_args=())
@@ -68,11 +69,13 @@ def _(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logpr
 def _save_for_backward(ctx, inputs, output) -> None:
     p, q, tokens, mask, temperatures, ctx.temperature, fields, ctx.backend = inputs
     ctx.save_for_backward(p, q, tokens, mask, temperatures, output[-1])
-    # A field says that it needs no gradient if nobody asked for it, or if what it depends on needs none.
-    depends = {"logprob": (0,), "entropy": (0,), "ref_logprob": (1,), "kl": (0, 1), "ref_kl": (0, 1)}
-    constant = [value for name, value in zip(FIELDS, output, strict=False)
-                if name not in _wanted(fields) or not any(ctx.needs_input_grad[i] for i in depends[name])]
-    ctx.mark_non_differentiable(output[-1], *constant)
+    mark_constant(ctx, output, wanted(fields), ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+
+
+def mark_constant(ctx, output, fields: list[str], policy: bool, reference: bool) -> None:
+    """A field says that it needs no gradient if nobody asked for it, or if what it depends on, policy or reference, needs none."""
+    depends = {"logprob": policy, "entropy": policy, "ref_logprob": reference, "kl": policy or reference, "ref_kl": policy or reference}
+    ctx.mark_non_differentiable(output[-1], *(value for name, value in zip(FIELDS, output, strict=False) if name not in fields or not depends[name]))
     ctx.set_materialize_grads(False)
 
 
@@ -89,13 +92,14 @@ def _backward(ctx, *upstream):
     return grad_p if wrt_p and on_p else None, grad_q if wrt_q and on_q else None, None, None, None, None, None, None
 
 
-def _no_second_derivative(ctx, *upstream):
+def refuse_second_derivative(ctx, *upstream):
+    """The autograd rule of what computes gradients."""
     raise RuntimeError("fastkl: second derivatives are not implemented: the gradient of a KL divergence was itself differentiated "
                        "(create_graph=True or a double backward); use fastkl.reference.row_statistics with float64 logits and autograd for that")
 
 
 row_statistics.register_autograd(_backward, setup_context=_save_for_backward)
-row_gradients.register_autograd(_no_second_derivative)
+row_gradients.register_autograd(refuse_second_derivative)
 
 
 def _batched(info, in_dims, tensors):
@@ -112,7 +116,7 @@ def _batched(info, in_dims, tensors):
 def _(info, in_dims, p, q, tokens, mask, temperatures, temperature, fields, backend):
     tensors = _batched(info, in_dims, (p, q, tokens, mask, temperatures))
     outputs = row_statistics(*tensors, temperature, fields, backend)
-    return outputs, tuple(0 if name in (*_wanted(fields), "saved") else None for name in (*FIELDS, "saved"))
+    return outputs, tuple(0 if name in (*wanted(fields), "saved") else None for name in (*FIELDS, "saved"))
 
 
 @row_gradients.register_vmap

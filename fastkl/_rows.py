@@ -30,26 +30,30 @@ def flat_temperature(temperatures: torch.Tensor | None, temperature: float) -> f
     return temperature if temperatures is None else temperatures.reshape(-1).contiguous()
 
 
-def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
-    """Fill outputs ([N] per field) and saved [N, 9] from logits of any leading shape; tokens, mask, temperature: [N] or None / float."""
+def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, torch.Tensor], saved: torch.Tensor,
+            softcap: float = 0.0) -> None:
+    """Fill outputs ([N] per field) and saved [N, 9] from logits of any leading shape; tokens, mask, temperature: [N] or None / float.
+
+    softcap: the logits are softcap·tanh(logits/softcap) first, 0 for none.
+    """
     if backend == "reference":
-        reference_forward(p, q, tokens, mask, temperature, outputs, saved)
+        reference_forward(p, q, tokens, mask, temperature, outputs, saved, softcap)
         return
     from .kernels import launch
 
-    for rows, problem in problems(p, q, tokens, mask, temperature):
+    for rows, problem in problems(p, q, tokens, mask, temperature, softcap):
         launch.forward(problem, {name: value[rows] for name, value in outputs.items()}, saved[rows])
 
 
 def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
-             grad_p: torch.Tensor | None, grad_q: torch.Tensor | None) -> None:
-    """Fill the gradients ([N, V] contiguous) from upstream gradients [N] per field."""
+             grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, softcap: float = 0.0) -> None:
+    """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per field. They may be the logits themselves."""
     if backend == "reference":
-        reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q)
+        reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, softcap)
         return
     from .kernels import launch
 
-    for rows, problem in problems(p, q, tokens, mask, temperature):
+    for rows, problem in problems(p, q, tokens, mask, temperature, softcap):
         launch.backward(problem, saved[rows], {name: value[rows] for name, value in upstream.items()},
                         None if grad_p is None else grad_p[rows], None if grad_q is None else grad_q[rows])
 
@@ -77,7 +81,8 @@ def _some(value: torch.Tensor | float | None, rows: torch.Tensor) -> torch.Tenso
 
 
 def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
-                      temperature: float | torch.Tensor, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+                      temperature: float | torch.Tensor, outputs: dict[str, torch.Tensor], saved: torch.Tensor,
+                      softcap: float) -> None:
     """Fill outputs ([N] per field) and saved [N, 9] from reference.row_statistics, a block of rows at a time; masked rows stay 0."""
     for value in (*outputs.values(), saved):
         value.zero_()
@@ -88,7 +93,8 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
         scales = _some(temperature, rows)
         if isinstance(scales, torch.Tensor):
             _checks.temperatures_positive(scales)
-        result = reference.row_statistics(take(p, rows), None if q is None else take(q, rows), chosen, scales,
+        x, y = (None if side is None else reference.soft_cap(take(side, rows), softcap) for side in (p, q))
+        result = reference.row_statistics(x, y, chosen, scales,
                                           entropy="entropy" in outputs, reverse="ref_kl" in outputs)
         for name, value in outputs.items():
             value[rows] = getattr(result, name)
@@ -97,23 +103,28 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
 
 def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
                        temperature: float | torch.Tensor, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
-                       grad_p: torch.Tensor | None, grad_q: torch.Tensor | None) -> None:
-    """Fill the gradients ([N, V] contiguous) from reference.row_gradients, a block of rows at a time; rows without upstream gradient stay 0."""
+                       grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, softcap: float) -> None:
+    """Fill the gradients [N, V] from reference.row_gradients, a block of rows at a time; rows without upstream gradient get 0.
+
+    A block's rows are read before any of its gradients is written: they may be the logits themselves.
+    """
     active = torch.zeros(saved.shape[0], dtype=torch.bool, device=saved.device)
     for value in upstream.values():
         active |= value != 0
     if mask is not None:
         active &= mask
+    inactive = (~active).nonzero()[:, 0]
     for grad in (grad_p, grad_q):
         if grad is not None:
-            grad.zero_()
+            grad[inactive] = 0
     for rows in row_blocks(p, active):
-        results = reference.row_gradients(take(p, rows), None if q is None else take(q, rows), _some(tokens, rows), _some(temperature, rows),
-                                          saved[rows], {name: value[rows] for name, value in upstream.items()},
+        sides = [None if side is None else reference.soft_cap(take(side, rows), softcap) for side in (p, q)]
+        results = reference.row_gradients(*sides, _some(tokens, rows), _some(temperature, rows), saved[rows],
+                                          {name: value[rows] for name, value in upstream.items()},
                                           wrt_p=grad_p is not None, wrt_q=grad_q is not None)
-        for grad, value in zip((grad_p, grad_q), results, strict=True):
+        for grad, value, side in zip((grad_p, grad_q), results, sides, strict=True):
             if grad is not None:
-                grad[rows] = value.to(grad.dtype)
+                grad[rows] = (value * reference.soft_cap_slope(side, softcap) if softcap else value).to(grad.dtype)
 
 
 def _merged_dims(p: torch.Tensor, q: torch.Tensor | None) -> list[tuple[int, int, int]]:
@@ -131,7 +142,7 @@ def _merged_dims(p: torch.Tensor, q: torch.Tensor | None) -> list[tuple[int, int
 
 
 def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
-             temperature: float | torch.Tensor) -> Iterator[tuple[slice, object]]:
+             temperature: float | torch.Tensor, softcap: float = 0.0) -> Iterator[tuple[slice, object]]:
     """(rows, kernels.launch.Problem): one for all rows of up to two independent strides; more are taken apart along the outer dimensions."""
     from .kernels import launch
 
@@ -146,7 +157,7 @@ def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | Non
         yield part, launch.Problem(sides[0], sides[1], outer[0], inner[0], p.shape[-1],
                                    None if tokens is None else tokens[part], None if mask is None else mask[part],
                                    1.0 if isinstance(temperature, torch.Tensor) else temperature,
-                                   temperature[part] if isinstance(temperature, torch.Tensor) else None)
+                                   temperature[part] if isinstance(temperature, torch.Tensor) else None, softcap)
 
 
 def _starting_at(logits: torch.Tensor, offset: int) -> torch.Tensor:

@@ -60,8 +60,8 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def triton_problems(*logits: torch.Tensor) -> tuple[str, ...]:
-    """Every reason why the Triton kernels cannot take these logits."""
+def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str, ...]:
+    """Every reason why the Triton kernels cannot take these logits; `read_rows`: as they lie in memory."""
     problems = []
     if importlib.util.find_spec("triton") is None:
         problems.append("triton is not installed: pip install triton")
@@ -70,7 +70,7 @@ def triton_problems(*logits: torch.Tensor) -> tuple[str, ...]:
                         f"interpret the kernels on CPU")
     for dtype in sorted({str(value.dtype) for value in logits if value.dtype not in _TRITON_TYPES}):
         problems.append(f"{dtype} logits: the kernels take float32, bfloat16 and float16; use_backend('reference') takes float64")
-    for value in logits:
+    for value in logits if read_rows else ():
         if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
             problems.append(f"logits with stride {value.stride(-1)} along the vocabulary: the kernels need 1; call .contiguous()")
             break
@@ -93,11 +93,14 @@ def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Exp
     return Explanation(backend, why, triton_problems(*both) if backend == "triton" else ())
 
 
-def select(*logits: torch.Tensor) -> str:
-    """The backend for these logits; RuntimeError with every reason if it cannot take them."""
+def select(*logits: torch.Tensor, read_rows: bool = True) -> str:
+    """The backend for these logits; RuntimeError with every reason if it cannot take them.
+
+    read_rows: whether the kernels read these tensors; False for hidden states, which only say where the logits will be.
+    """
     backend = _forced or ("triton" if logits[0].device.type == "cuda" else "reference")
     if backend == "triton":
-        problems = triton_problems(*logits)
+        problems = triton_problems(*logits, read_rows=read_rows)
         if problems:
             raise RuntimeError("fastkl: the triton backend cannot take this input: " + "; ".join(problems))
     return backend

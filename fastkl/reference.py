@@ -54,6 +54,20 @@ def minus_log1p(t: torch.Tensor) -> torch.Tensor:
     return torch.where(t.abs() < 0.125, t * t * series, t - torch.log1p(t))
 
 
+def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap·tanh(logits/cap) in float32, or float64 for float64 logits; the logits themselves for cap = 0."""
+    if cap == 0:
+        return logits
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return cap * torch.tanh(wide / cap)
+
+
+def soft_cap_slope(capped: torch.Tensor, cap: float) -> torch.Tensor:
+    """The derivative of soft_cap where it has the value `capped`: 1 - tanh²."""
+    t = capped / cap
+    return (1.0 - t) * (1.0 + t)
+
+
 def _log_partition(logits: torch.Tensor, scale: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
     """(largest logit, log Σ exp((logits - largest)·scale)), [N, 1] each."""
     largest = logits.amax(-1, keepdim=True)

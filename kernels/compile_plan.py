@@ -71,7 +71,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     warp = 64 if arch.startswith("gfx") else 32
     forward = config.select("forward", arch, itemsize, VOCABULARY)
     backward = config.select("backward", arch, itemsize, VOCABULARY)
-    plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False)
+    plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0)
     placing = dict(LANES=lanes, REALIGN=not aligned, Q_IN_BLOCKS=True)
     shape = dict(SEGMENT=forward.segment, THREADS=forward.threads, GROUPS=forward.groups, **placing)
     specializations = []
@@ -80,6 +80,10 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         fields = dict(WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
         specializations.append(_specialization(f"{name}.forward", row_forward, {**shape, **plain, **fields}, dtype, forward.threads // warp,
                                                forward.groups * lanes, forward.options(arch)))
+        if aligned and name != "token_stats_policy_only":
+            with_cap = {**shape, **plain, **fields, "SOFTCAP": 30.0}
+            specializations.append(_specialization(f"{name}.forward_softcap", row_forward, with_cap, dtype, forward.threads // warp,
+                                                   forward.groups * lanes, forward.options(arch, capped=True)))
         if not aligned:
             elsewhere = {**shape, **plain, **fields, "Q_IN_BLOCKS": False}
             specializations.append(_specialization(f"{name}.forward_q_elsewhere", row_forward, elsewhere, dtype, forward.threads // warp,
@@ -100,4 +104,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
                           **plain)
         specializations.append(_specialization(name, row_backward, constexprs, dtype, backward.threads // warp, backward.groups * lanes,
                                                backward.options(arch)))
+        if aligned and name != "token_stats_policy_only.backward":
+            specializations.append(_specialization(f"{name}_softcap", row_backward, {**constexprs, "SOFTCAP": 30.0}, dtype,
+                                                   backward.threads // warp, backward.groups * lanes, backward.options(arch, capped=True)))
     return specializations

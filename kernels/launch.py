@@ -43,9 +43,11 @@ class Rows(NamedTuple):
         return 16 // self.tensor.element_size()
 
     def same_blocks(self, other: Rows, inner: int, outer: int) -> bool:
-        """Whether every row of both starts at the same distance from a 16-byte boundary."""
-        return (self.tensor.element_size() == other.tensor.element_size()
-                and self.misaligned == other.misaligned
+        """Whether every row of both starts at the same distance, in elements, from a boundary of this tensor's 16-byte blocks.
+
+        The other's blocks have as many elements, and are 8 bytes for a 16-bit tensor beside a 32-bit one.
+        """
+        return (self.misaligned == other.tensor.data_ptr() // other.tensor.element_size() % self.lanes
                 and (inner == 1 or (self.stride_inner - other.stride_inner) % self.lanes == 0)
                 and (outer == 1 or (self.stride_outer - other.stride_outer) % self.lanes == 0))
 
@@ -56,7 +58,7 @@ class Rows(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """N = outer · inner rows of length V; what is None does not take part. Vectors are [N] and contiguous."""
+    """N = outer · inner rows of length V; what is None does not take part. Vectors are [N] and contiguous. softcap: 0 for none."""
 
     p: Rows
     q: Rows | None
@@ -67,10 +69,16 @@ class Problem(NamedTuple):
     mask: torch.Tensor | None
     temperature: float
     temperatures: torch.Tensor | None
+    softcap: float = 0.0
 
     @property
     def rows(self) -> int:
         return self.outer * self.inner
+
+    @property
+    def q_in_blocks(self) -> bool:
+        """Whether Q can be read in the blocks that P is read in."""
+        return self.q is None or (self.p.lanes == self.q.lanes and self.p.same_blocks(self.q, self.inner, self.outer))
 
 
 def architecture(device: torch.device) -> tuple[str, int]:
@@ -88,7 +96,7 @@ def _choose(problem: Problem, direction: str) -> tuple[config.RowConfig, dict[st
     """The configuration, and the compiler options that come with it."""
     arch, warp = architecture(problem.p.tensor.device)
     chosen = config.select(direction, arch, problem.p.tensor.element_size(), problem.vocabulary)
-    return chosen, {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch), **OPTIONS}
+    return chosen, {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch, problem.softcap > 0.0), **OPTIONS}
 
 
 def exact_options(arch: str, warp: int) -> dict[str, object]:
@@ -111,6 +119,7 @@ def _common(problem: Problem) -> dict:
         temperature=float(problem.temperature), n_inner=problem.inner,
         stride_p_outer=p.stride_outer, stride_p_inner=p.stride_inner, stride_q_outer=q.stride_outer, stride_q_inner=q.stride_inner,
         V=problem.vocabulary, HAS_MASK=problem.mask is not None, TEMPERATURE_PER_ROW=problem.temperatures is not None,
+        SOFTCAP=float(problem.softcap),
     )
 
 
@@ -123,7 +132,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
     shared = _common(problem)
     fields = dict(WITH_ENTROPY="entropy" in outputs, WITH_KL=q is not None, WITH_REVERSE="ref_kl" in outputs)
     placing = dict(misaligned=p.misaligned, LANES=p.lanes, REALIGN=not p.aligned(problem.inner, problem.outer),
-                   Q_IN_BLOCKS=q is None or p.same_blocks(q, problem.inner, problem.outer))
+                   Q_IN_BLOCKS=problem.q_in_blocks)
     with _on(p.tensor.device):
         row_forward[(problem.rows * splits,)](
             **shared, **fields, **placing, state_ptr=state, splits=splits, SEGMENT=chosen.segment, THREADS=chosen.threads, GROUPS=chosen.groups,
@@ -140,22 +149,23 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
 
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
              grad_q: torch.Tensor | None) -> None:
-    """Fill the gradients ([N, V] contiguous, in the logits' types) from upstream gradients [N] per field. They may be the logits themselves."""
-    p, q = problem.p, problem.q
+    """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per field. They may be the logits themselves."""
+    p = problem.p
     names = [name for name in FIELDS if name in upstream]
     stacked = torch.stack([upstream[name].to(torch.float32) for name in names]) if len(names) > 1 else upstream[names[0]].float().contiguous()
     chosen, options = _choose(problem, "backward")
-    grads = [Rows(grad, problem.inner * problem.vocabulary, problem.vocabulary) for grad in (grad_p, grad_q) if grad is not None]
+    stride_grad = (grad_q if grad_p is None else grad_p).stride(0)
+    grads = [Rows(grad, problem.inner * stride_grad, stride_grad) for grad in (grad_p, grad_q) if grad is not None]
     # A row that starts in the middle of a block covers one more.
     chunks = math.ceil((problem.vocabulary + p.lanes - 1) / chosen.segment)
     with _on(p.tensor.device):
         row_backward[(problem.rows * chunks,)](
             **_common(problem), saved_ptr=saved, upstream_ptr=stacked, n_rows=problem.rows, chunks=chunks, misaligned=p.misaligned,
-            grad_p_ptr=p.tensor if grad_p is None else grad_p, grad_q_ptr=p.tensor if grad_q is None else grad_q,
+            stride_grad=stride_grad, grad_p_ptr=p.tensor if grad_p is None else grad_p, grad_q_ptr=p.tensor if grad_q is None else grad_q,
             tokens_ptr=saved if problem.tokens is None else problem.tokens,
             CHUNK=chosen.segment, THREADS=chosen.threads, LANES=p.lanes, GROUPS=chosen.groups,
             **{name.upper(): names.index(name) if name in names else -1 for name in FIELDS},
             WRT_P=grad_p is not None, WRT_Q=grad_q is not None,
-            Q_IN_BLOCKS=q is None or p.same_blocks(q, problem.inner, problem.outer),
+            Q_IN_BLOCKS=problem.q_in_blocks,
             GRAD_IN_BLOCKS=all(p.same_blocks(grad, problem.inner, problem.outer) for grad in grads),
             **options)

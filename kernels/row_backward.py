@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .row_finish import SAVED
 from .row_load import row_offset, row_pad, row_scale
-from .row_math import LN2, LOG2E, SMALL_D, centred, expm1_over_square, split_sum, subtract
+from .row_math import LN2, LOG2E, SMALL_D, centred, expm1_over_square, soft_cap, soft_cap_slope, split_sum, subtract
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def load_saved(saved_ptr):
 @triton.jit
 def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr,
                     REF_KL: tl.constexpr, WRT_P: tl.constexpr, WRT_Q: tl.constexpr, EXACT: tl.constexpr):
-    """Gradients of the weighted statistics with respect to one logit of each tensor, without the sampled token's own 1.
+    """Gradients of the weighted statistics with respect to one (capped) logit of each tensor, without the sampled token's own 1.
 
     With g the upstream gradients, s = 1/T and d = (y - x)·s - centre:
         dx = s·(p·(-g_kl·(d - E_p[d]) - g_entropy·(log p + entropy) - g_logprob) - g_ref_kl·(q - p))
@@ -95,7 +95,7 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
 @triton.jit
 def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V, scale, saved, upstream, read_end, THREADS: tl.constexpr,
                LANES: tl.constexpr, GROUPS: tl.constexpr, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr,
-               REF_KL: tl.constexpr, WRT_P: tl.constexpr, WRT_Q: tl.constexpr, EDGE: tl.constexpr):
+               REF_KL: tl.constexpr, WRT_P: tl.constexpr, WRT_Q: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr):
     """The gradients of GROUPS aligned blocks per thread; all loads come first, so that no store delays them. Offsets from read_end on are not read:
     their gradient is 0."""
     EXACT: tl.constexpr = p_block.dtype.element_ty == tl.float32 or q_block.dtype.element_ty == tl.float32
@@ -114,7 +114,12 @@ def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V
             ys += (tl.load(q_block + offs).to(tl.float32),)
     for g in tl.static_range(GROUPS):
         offs = (first_group + g * THREADS + thread) * LANES + lane
-        grad_x, grad_y = entry_gradients(xs[g], ys[g], scale, saved, upstream, ENTROPY, REF_LOGPROB, KL, REF_KL, WRT_P, WRT_Q, EXACT)
+        x = soft_cap(xs[g], SOFTCAP, p_block.dtype.element_ty)
+        y = soft_cap(ys[g], SOFTCAP, q_block.dtype.element_ty)
+        grad_x, grad_y = entry_gradients(x, y, scale, saved, upstream, ENTROPY, REF_LOGPROB, KL, REF_KL, WRT_P, WRT_Q, EXACT)
+        if SOFTCAP > 0.0:
+            grad_x = grad_x * soft_cap_slope(x, SOFTCAP)
+            grad_y = grad_y * soft_cap_slope(y, SOFTCAP)
         if EDGE:
             inside = (offs >= pad) & (offs < V + pad)
             if WRT_P:
@@ -131,22 +136,22 @@ def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
     "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "misaligned", "V", "chunks", "n_rows"], do_not_specialize_on_alignment=[
+    "stride_grad", "misaligned", "V", "chunks", "n_rows"], do_not_specialize_on_alignment=[
     "p_ptr", "q_ptr", "grad_p_ptr", "grad_q_ptr", "tokens_ptr", "saved_ptr", "upstream_ptr", "mask_ptr", "temperature_ptr"])
 def row_backward(
     p_ptr, q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
-    grad_p_ptr, grad_q_ptr,  # [N, V] contiguous, may be the logits themselves; any pointer where not asked for
+    grad_p_ptr, grad_q_ptr,  # [N, V] rows stride_grad apart, may be the logits themselves; any pointer where not asked for
     tokens_ptr,  # [N] int64; any pointer without upstream gradients of log-probs
     saved_ptr,  # [N, 9] float32, written by row_finish
     upstream_ptr,  # [fields, N] float32: the upstream gradients that are there
     mask_ptr, temperature_ptr,  # as in row_forward
-    temperature, n_rows, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
+    temperature, n_rows, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, stride_grad,
     misaligned,  # elements between a 16-byte boundary and p_ptr
     V, chunks,
     CHUNK: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
     LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr, REF_KL: tl.constexpr,  # upstream row; -1: none
     WRT_P: tl.constexpr, WRT_Q: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
-    Q_IN_BLOCKS: tl.constexpr, GRAD_IN_BLOCKS: tl.constexpr,
+    Q_IN_BLOCKS: tl.constexpr, GRAD_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):
     """Gradients of one chunk of one row with respect to either or both logits.
 
@@ -172,8 +177,8 @@ def row_backward(
     offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     p_row = p_ptr + offset_p
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
-    grad_p_row = grad_p_ptr + row * V
-    grad_q_row = grad_q_ptr + row * V
+    grad_p_row = grad_p_ptr + row * stride_grad
+    grad_q_row = grad_q_ptr + row * stride_grad
     pad = row_pad(offset_p, misaligned, LANES)
     # An inactive row is read up to here: not at all.
     read_end = tl.where(activity != 0.0, V + pad, 0)
@@ -185,8 +190,8 @@ def row_backward(
     grad_p_block = grad_p_row - pad
     grad_q_block = grad_q_row - pad
     if GRAD_IN_BLOCKS:
-        grad_p_block = tl.multiple_of(grad_p_block, 16)
-        grad_q_block = tl.multiple_of(grad_q_block, 16)
+        grad_p_block = tl.multiple_of(grad_p_block, LANES * grad_p_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        grad_q_block = tl.multiple_of(grad_q_block, LANES * grad_q_ptr.dtype.element_ty.primitive_bitwidth // 8)
 
     # The sampled token's entry has a 1 of its own. Its logits are read before anything is written, its gradient is written last.
     HAS_TOKEN: tl.constexpr = (WRT_P and LOGPROB >= 0) or (WRT_Q and REF_LOGPROB >= 0)
@@ -194,8 +199,8 @@ def row_backward(
     if HAS_TOKEN:
         token = tl.load(tokens_ptr + row)
         token_here = (token >= 0) & (token + pad >= first) & (token + pad < tl.minimum(first + CHUNK, read_end))
-        token_x = tl.load(p_row + token, mask=token_here, other=0.0).to(tl.float32)
-        token_y = tl.load(q_row + token, mask=token_here, other=0.0).to(tl.float32)
+        token_x = soft_cap(tl.load(p_row + token, mask=token_here, other=0.0).to(tl.float32), SOFTCAP, p_ptr.dtype.element_ty)
+        token_y = soft_cap(tl.load(q_row + token, mask=token_here, other=0.0).to(tl.float32), SOFTCAP, q_ptr.dtype.element_ty)
         # The gradients may be written over the logits: every warp must have read the token's before any writes.
         tl.debug_barrier()
 
@@ -208,19 +213,19 @@ def row_backward(
     full_begin = tl.where(read_end > 0, full_begin, full_end)
     for group in range(begin, full_begin, TILE_GROUPS):
         write_tile(p_block, q_block, grad_p_block, grad_q_block, group, pad, V, scale, saved, upstream, read_end, THREADS, LANES,
-                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, True)
+                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, SOFTCAP, True)
     for group in range(full_begin, full_end, TILE_GROUPS):
         write_tile(p_block, q_block, grad_p_block, grad_q_block, group, pad, V, scale, saved, upstream, read_end, THREADS, LANES,
-                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, False)
+                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, SOFTCAP, False)
     if full_end * LANES < end:
         write_tile(p_block, q_block, grad_p_block, grad_q_block, full_end, pad, V, scale, saved, upstream, read_end, THREADS, LANES,
-                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, True)
+                   GROUPS, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, SOFTCAP, True)
 
     if HAS_TOKEN:
         tl.debug_barrier()
         grad_x, grad_y = entry_gradients(token_x, token_y, scale, saved, upstream, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0,
                                          WRT_P, WRT_Q, EXACT)
         if WRT_P:
-            tl.store(grad_p_row + token, grad_x + scale * g_logprob, mask=token_here)
+            tl.store(grad_p_row + token, (grad_x + scale * g_logprob) * soft_cap_slope(token_x, SOFTCAP), mask=token_here)
         if WRT_Q:
-            tl.store(grad_q_row + token, grad_y + scale * g_ref_logprob, mask=token_here)
+            tl.store(grad_q_row + token, (grad_y + scale * g_ref_logprob) * soft_cap_slope(token_y, SOFTCAP), mask=token_here)

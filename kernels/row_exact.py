@@ -5,11 +5,12 @@ import triton.language as tl
 
 from .row_finish import FINITE, SAVED, store_row
 from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale
-from .row_math import LN2, LOG2E, SMALL_D, centred, expm1_over_square, log1p, minus_log1p, split_sum, subtract
+from .row_math import LN2, LOG2E, SMALL_D, centred, expm1_over_square, log1p, minus_log1p, soft_cap, split_sum, subtract
 
 
 @triton.jit
-def read_groups(source, first_group, V, THREADS: tl.constexpr, LANES: tl.constexpr, REALIGN: tl.constexpr, IN_BLOCKS: tl.constexpr):
+def read_groups(source, first_group, V, THREADS: tl.constexpr, LANES: tl.constexpr, REALIGN: tl.constexpr, IN_BLOCKS: tl.constexpr,
+                SOFTCAP: tl.constexpr):
     """float32 [THREADS, LANES]: the next groups of one row, -inf beyond its end. source: (aligned-down start, start, pad, lane order)."""
     block_ptr, row_ptr, pad, order = source
     group = first_group + tl.arange(0, THREADS)[:, None]
@@ -18,7 +19,7 @@ def read_groups(source, first_group, V, THREADS: tl.constexpr, LANES: tl.constex
         values = load_group(block_ptr, group, pad, V, REALIGN, True, LANES)
     else:
         values = load_elements(row_ptr, group, pad, V, True, LANES)
-    return tl.where(offs_v < V, values, float("-inf"))
+    return tl.where(offs_v < V, soft_cap(values, SOFTCAP, block_ptr.dtype.element_ty), float("-inf"))
 
 
 @triton.jit
@@ -28,44 +29,45 @@ def total(z):
 
 
 @triton.jit
-def log_sum_exp(source, V, scale2, THREADS: tl.constexpr, LANES: tl.constexpr, REALIGN: tl.constexpr, IN_BLOCKS: tl.constexpr):
+def log_sum_exp(source, V, scale2, THREADS: tl.constexpr, LANES: tl.constexpr, REALIGN: tl.constexpr, IN_BLOCKS: tl.constexpr,
+                SOFTCAP: tl.constexpr):
     """(largest x, log2 Σ 2^((x - largest)·scale2)); NaN for a row of -inf, with +inf or with NaN."""
     peak = tl.full([THREADS, LANES], float("-inf"), tl.float32)
     for group in range(0, tl.cdiv(V, LANES), THREADS):
-        peak = tl.maximum(peak, read_groups(source, group, V, THREADS, LANES, REALIGN, IN_BLOCKS))
+        peak = tl.maximum(peak, read_groups(source, group, V, THREADS, LANES, REALIGN, IN_BLOCKS, SOFTCAP))
     largest = tl.max(tl.max(peak, 1), 0)
     weights = tl.zeros([THREADS, LANES], tl.float32)
     for group in range(0, tl.cdiv(V, LANES), THREADS):
-        weights += tl.exp2((read_groups(source, group, V, THREADS, LANES, REALIGN, IN_BLOCKS) - largest) * scale2)
+        weights += tl.exp2((read_groups(source, group, V, THREADS, LANES, REALIGN, IN_BLOCKS, SOFTCAP) - largest) * scale2)
     return largest, tl.log2(total(weights))
 
 
 @triton.jit
 def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.constexpr, WITH_KL: tl.constexpr, REALIGN: tl.constexpr,
-              Q_IN_BLOCKS: tl.constexpr):
+              Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr):
     """The statistics of any row, infinities included, from log-probabilities counted from each tensor's largest logit.
 
     An entry with p = 0 adds nothing to E_p, whatever log(q/p) is; one with p > 0 = q makes KL(P‖Q) infinite. A NaN makes everything NaN.
     Returns origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, entropy as row_finish saves them, kl and ref_kl.
     """
     scale2 = scale * LOG2E
-    x_top, p_log2 = log_sum_exp(p_source, V, scale2, THREADS, LANES, REALIGN, True)
+    x_top, p_log2 = log_sum_exp(p_source, V, scale2, THREADS, LANES, REALIGN, True, SOFTCAP)
     y_top = x_top
     q_log2 = p_log2
     if WITH_KL:
-        y_top, q_log2 = log_sum_exp(q_source, V, scale2, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
+        y_top, q_log2 = log_sum_exp(q_source, V, scale2, THREADS, LANES, REALIGN, Q_IN_BLOCKS, SOFTCAP)
     ratio = (q_log2 - p_log2) * LN2
     sum_plogp = tl.zeros([THREADS, LANES], tl.float32)
     sum_h = tl.zeros([THREADS, LANES], tl.float32)
     sum_rise = tl.zeros([THREADS, LANES], tl.float32)
     sum_reverse = tl.zeros([THREADS, LANES], tl.float32)
     for group in range(0, tl.cdiv(V, LANES), THREADS):
-        x = read_groups(p_source, group, V, THREADS, LANES, REALIGN, True) - x_top
+        x = read_groups(p_source, group, V, THREADS, LANES, REALIGN, True, SOFTCAP) - x_top
         log2_p = tl.fma(x, scale2, -p_log2)
         p = tl.exp2(log2_p)
         sum_plogp += tl.where(p == 0.0, 0.0, p * log2_p)
         if WITH_KL:
-            y = read_groups(q_source, group, V, THREADS, LANES, REALIGN, Q_IN_BLOCKS) - y_top
+            y = read_groups(q_source, group, V, THREADS, LANES, REALIGN, Q_IN_BLOCKS, SOFTCAP) - y_top
             q = tl.exp2(tl.fma(y, scale2, -q_log2))
             d = tl.fma(y - x, scale, -ratio)
             small = tl.abs(d) < SMALL_D
@@ -100,19 +102,19 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
         rest = tl.fma(tops, scale, -apart) + tl.fma(tops_lost, scale, ratio)
         centre, lost = split_sum(apart, tl.where(kl < FINITE, rest - kl, rest))
         log_ratio = log1p(t) + tl.where(kl < FINITE, kl, 0.0) + lost
-        mean_p_d, mean_q_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
+        mean_p_d, mean_q_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS, LANES, REALIGN, Q_IN_BLOCKS, SOFTCAP)
     return origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, total(sum_plogp) * (-LN2), kl, ref_kl
 
 
 @triton.jit
 def means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS: tl.constexpr, LANES: tl.constexpr,
-               REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr):
+               REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr):
     """E_p[d] and E_q[d] for a given centre, with d as row_backward computes it."""
     sum_pd = tl.zeros([THREADS, LANES], tl.float32)
     sum_qd = tl.zeros([THREADS, LANES], tl.float32)
     for group in range(0, tl.cdiv(V, LANES), THREADS):
-        x = read_groups(p_source, group, V, THREADS, LANES, REALIGN, True)
-        y = read_groups(q_source, group, V, THREADS, LANES, REALIGN, Q_IN_BLOCKS)
+        x = read_groups(p_source, group, V, THREADS, LANES, REALIGN, True, SOFTCAP)
+        y = read_groups(q_source, group, V, THREADS, LANES, REALIGN, Q_IN_BLOCKS, SOFTCAP)
         p = tl.exp2(tl.fma(x - x_top, scale * LOG2E, -p_log2))
         q = tl.exp2(tl.fma(y - y_top, scale * LOG2E, -q_log2))
         difference, lost = subtract(y, x, True)
@@ -139,6 +141,7 @@ def row_exact(
     ROWS: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr,
     HAS_TOKENS: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Per-row results of the rows that row_finish marked by a NaN origin.
 
@@ -164,6 +167,6 @@ def row_exact(
                     pad = 0
                 order = lane_order(pad, LANES)
                 statistics = exact_row((p_row - pad, p_row, pad, order), (q_row - pad, q_row, pad, order), V, scale, THREADS, LANES, WITH_KL,
-                                       REALIGN, Q_IN_BLOCKS)
+                                       REALIGN, Q_IN_BLOCKS, SOFTCAP)
                 store_row(row, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale,
-                          statistics, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+                          statistics, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .row_load import row_offset, row_scale
-from .row_math import LN2, LOG2E, LOWEST, STATE, forward_kl, log1p, merge_states, reverse_kl, split_sum
+from .row_math import LN2, LOG2E, LOWEST, STATE, forward_kl, log1p, merge_states, reverse_kl, soft_cap, split_sum
 
 # Above this KL, in nats, one pass may lose digits of the other direction; real policies stay far below.
 LARGE_KL = tl.constexpr(32.0)
@@ -77,7 +77,7 @@ def merged_row(state_ptr, row, splits, SPLITS: tl.constexpr, WITH_ENTROPY: tl.co
 
 @triton.jit
 def store_row(row, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, statistics,
-              HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
+              HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Write a row's saved values and its fields; `statistics` as merged_row and exact_row return them."""
     origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, entropy, kl, ref_kl = statistics
     saved_ptr += row * SAVED
@@ -99,10 +99,10 @@ def store_row(row, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr
     if HAS_TOKENS:
         token = tl.load(tokens_ptr + row)
         inside = (token >= 0) & (token < V)
-        x = tl.load(p_row + token, mask=inside, other=float("nan")).to(tl.float32)
+        x = soft_cap(tl.load(p_row + token, mask=inside, other=float("nan")).to(tl.float32), SOFTCAP, p_row.dtype.element_ty)
         tl.store(logprob_ptr + row, (tl.fma(x, scale * LOG2E, -origin) - log2_S) * LN2)
         if WITH_KL:
-            y = tl.load(q_row + token, mask=inside, other=float("nan")).to(tl.float32)
+            y = soft_cap(tl.load(q_row + token, mask=inside, other=float("nan")).to(tl.float32), SOFTCAP, q_row.dtype.element_ty)
             tl.store(ref_logprob_ptr + row, (tl.fma(y, scale * LOG2E, -lse_q) - lost_q) * LN2)
 
 
@@ -139,7 +139,7 @@ def row_finish(
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
     temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, V, splits,
     SPLITS: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):
     """Per-row results from the partial states.
 
@@ -163,6 +163,6 @@ def row_finish(
     statistics, holds = merged_row(state_ptr, row, splits, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     if holds:
         store_row(row, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, statistics,
-                  HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+                  HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP)
     else:
         tl.store(saved_ptr + row * SAVED, float("nan"))

@@ -17,6 +17,7 @@ from .row_math import (
     merge_states,
     move_centre,
     rescale_to,
+    soft_cap,
     subtract,
 )
 
@@ -38,7 +39,8 @@ def kl_terms(e, exponent, d, WITH_REVERSE: tl.constexpr):
 
 @triton.jit
 def load_tile(p_block, q_block, q_row, first_group, pad, order, V, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-              WITH_KL: tl.constexpr, EXACT: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, EDGE: tl.constexpr):
+              WITH_KL: tl.constexpr, EXACT: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr,
+              EDGE: tl.constexpr):
     """GROUPS groups per thread: x, y - x and what its rounding lost, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
     xs = ()
     differences = ()
@@ -46,7 +48,7 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, THREADS: tl.c
     insides = ()
     for g in tl.static_range(GROUPS):
         group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
-        x = load_group(p_block, group, pad, V, REALIGN, EDGE, LANES)
+        x = soft_cap(load_group(p_block, group, pad, V, REALIGN, EDGE, LANES), SOFTCAP, p_block.dtype.element_ty)
         inside = group * LANES + order < V
         if EDGE:
             x = tl.where(inside, x, LOWEST)
@@ -57,6 +59,7 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, THREADS: tl.c
                 y = load_group(q_block, group, pad, V, REALIGN, EDGE, LANES)
             else:
                 y = load_elements(q_row, group, pad, V, EDGE, LANES)
+            y = soft_cap(y, SOFTCAP, q_block.dtype.element_ty)
             difference, lost = subtract(y, x, EXACT)
             if EDGE:
                 # Far below every real difference, with weight 0: it adds nothing and is never the largest.
@@ -149,6 +152,7 @@ def row_forward(
     HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
     REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
+    SOFTCAP: tl.constexpr,  # logits are SOFTCAP·tanh(logits/SOFTCAP), 0 for none; a constant of the model
 ):
     """Partial statistics of one segment of one row.
 
@@ -191,12 +195,12 @@ def row_forward(
     full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
     for group in range(first // LANES, full_end, TILE_GROUPS):
         xs, differences, losts, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, THREADS, LANES, GROUPS,
-                                             WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, False)
+                                             WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, False)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, False)
     if full_end * LANES < tl.minimum(first + SEGMENT, V):
         xs, differences, losts, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, THREADS, LANES, GROUPS,
-                                             WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, True)
+                                             WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, True)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, True)
 

@@ -26,6 +26,8 @@ LOWEST = tl.constexpr(-1.0e30)
 NO_WEIGHT = tl.constexpr(-256.0)
 # How much heavier than all before it a tile must be to bring its own centre.
 OUTWEIGHS = tl.constexpr(8.0)
+# Below this |x/cap| a polynomial replaces tanh, whose usual form cancels there.
+SMALL_TANH = tl.constexpr(0.5)
 # The largest d that the sums may hold: e^d·e^x is taken as 2^(d·log2(e) + exponent of e^x), whose rounding grows with the exponent.
 LARGEST_D = tl.constexpr(96.0)
 
@@ -110,6 +112,39 @@ def reverse_kl(mean_r, mean_h, mean_d):
     u = -t / (1.0 + t)
     kl = (mean_r - mean_h) / (1.0 + t) - tl.where(t < 1.0, minus_log1p(u), u + tl.log(1.0 + t))
     return tl.where(kl < 0.0, 0.0, kl)
+
+
+@triton.jit
+def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
+    """SOFTCAP·tanh(x/SOFTCAP); x itself where SOFTCAP is 0. DTYPE is the logits' type in memory.
+
+    The error is 2e-7·SOFTCAP, far below a 16-bit logit's own rounding; for float32 logits it is below 4e-7 of the result.
+    """
+    if SOFTCAP > 0.0:
+        # tanh z = 1 - 2/(e^2z + 1), the reciprocal as a reciprocal square root: a division costs three times as much. An infinite power gives 1.
+        power = tl.exp2(x * (2.0 * LOG2E / SOFTCAP)) + 1.0
+        capped = tl.fma(tl.rsqrt(power * power), -2.0 * SOFTCAP, SOFTCAP)
+        if DTYPE == tl.float32:
+            # Minimax polynomial of (tanh(z)/z - 1)/z², relative error of the whole 1.6e-8.
+            z = x * (1.0 / SOFTCAP)
+            square = z * z
+            series = tl.fma(square, 0.01721995882689953, -0.053034693002700806)
+            series = tl.fma(square, series, 0.13325712084770203)
+            series = tl.fma(square, series, -0.3333313763141632)
+            capped = tl.where(tl.abs(z) < SMALL_TANH, tl.fma(x * square, series, x), capped)
+        x = capped
+    return x
+
+
+@triton.jit
+def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
+    """The derivative of soft_cap where it has the value `capped`: 1 - tanh²; 1 where SOFTCAP is 0."""
+    if SOFTCAP > 0.0:
+        t = capped * (1.0 / SOFTCAP)
+        slope = (1.0 - t) * (1.0 + t)
+    else:
+        slope = 1.0
+    return slope
 
 
 @triton.jit

@@ -1,0 +1,291 @@
+"""Chunks of tokens: their logits by a matrix product into a reused buffer, the row functions on them in place, and the products back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from . import _products, _rows
+
+# Tokens of one product: enough for a GPU's tiles to come out even, few enough that two buffers are small beside a weight.
+LARGEST_CHUNK = 1024
+# What the buffers of logits may take without a word from the user, in bytes: never from free memory, which would make results depend on it.
+WORKSPACE = {"cpu": 1 << 27}
+WORKSPACE_ON_A_GPU = 1 << 30
+# Row strides are whole 128-byte lines, whatever V is: matrix units and row kernels read aligned rows.
+ROW_ELEMENTS = 64
+# Chunks are cut in whole tiles of a matrix product.
+TILE = 128
+POLICY_FIELDS = ("logprob", "entropy", "kl", "ref_kl")
+REFERENCE_FIELDS = ("ref_logprob", "kl", "ref_kl")
+
+
+class PerToken(NamedTuple):
+    """What belongs to each token, [N] contiguous vectors or None, and the soft cap of all (0: none)."""
+
+    tokens: torch.Tensor | None
+    mask: torch.Tensor | None
+    temperature: float | torch.Tensor
+    softcap: float
+
+    def part(self, rows: slice) -> tuple:
+        """(tokens, mask, temperature) of some tokens."""
+        return _some(self.tokens, rows), _some(self.mask, rows), _some(self.temperature, rows)
+
+    def counted(self, index: torch.Tensor) -> PerToken:
+        """The same for the tokens that count, all of which do."""
+        return PerToken(_some(self.tokens, index), None, _some(self.temperature, index), self.softcap)
+
+
+def _some(value: torch.Tensor | float | None, rows: slice | torch.Tensor) -> torch.Tensor | float | None:
+    return value[rows] if isinstance(value, torch.Tensor) else value
+
+
+class Sum:
+    """A gradient that is summed over chunks, in float32 (float64 for float64), and needs no zeros to start from."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.total = torch.empty(like.shape, dtype=_rows.result_dtype(like), device=like.device)
+        # Bytes that are not returned: a sum in a wider type than the gradient.
+        self.extra_bytes = 0 if self.total.dtype == like.dtype else self.total.nbytes
+        self._empty = True
+
+    def starts(self) -> bool:
+        """Whether nothing was added yet; True only once."""
+        empty, self._empty = self._empty, False
+        return empty
+
+    def result(self) -> torch.Tensor:
+        """The sum; zeros if there was nothing to add."""
+        return self.total.zero_() if self.starts() else self.total
+
+
+class Head:
+    """One model's lm_head over the tokens, and the gradients that it gathers: None where nobody asked.
+
+    hidden [..., H], weight [V, H], bias [V] or None; index: which tokens take part, None for all. grad_hidden is [all tokens, H] in hidden's type;
+    the sums for weight and bias may be those of another Head too.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, logits_dtype: torch.dtype,
+                 index: torch.Tensor | None) -> None:
+        self.hidden, self.weight, self.bias, self.logits_dtype, self.index = hidden, weight, bias, logits_dtype, index
+        self.grad_hidden: torch.Tensor | None = None
+        self.grad_weight: Sum | None = None
+        self.grad_bias: Sum | None = None
+        self._flat = hidden.reshape(-1, hidden.shape[-1]) if _mergeable(hidden) else None
+
+    def want_grad_hidden(self) -> torch.Tensor:
+        """Make room for hidden's gradient. Tokens that take no part have gradient 0."""
+        new = torch.empty if self.index is None else torch.zeros
+        self.grad_hidden = new(self.hidden.shape[:-1].numel(), self.hidden.shape[-1], dtype=self.hidden.dtype, device=self.hidden.device)
+        return self.grad_hidden
+
+    @property
+    def learns(self) -> bool:
+        """Whether any gradient is asked for."""
+        return not (self.grad_hidden is None and self.grad_weight is None and self.grad_bias is None)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether gradients of logits can take the place of the logits."""
+        return self.logits_dtype == self.hidden.dtype
+
+    def inputs(self, rows: slice, mask: torch.Tensor | None) -> torch.Tensor:
+        """The hidden states [n, H] of some tokens; zeros where masked, since 0·NaN in a product would spread."""
+        if self.index is None and self._flat is not None:
+            hidden = self._flat[rows]
+        else:
+            chosen = torch.arange(rows.start, rows.stop, device=self.hidden.device) if self.index is None else self.index[rows]
+            hidden = self.hidden[_indices(chosen, self.hidden.shape[:-1])]
+        return hidden if mask is None else torch.where(mask[rows, None], hidden, 0)
+
+    def buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        """Room for [tokens, V] in rows of whole lines."""
+        vocabulary = self.weight.shape[0]
+        width = -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
+        return torch.empty(tokens, width, dtype=dtype, device=self.hidden.device)[:, :vocabulary]
+
+    def logits(self, inputs: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """The logits of some tokens, in the buffer's first rows."""
+        logits = buffer[:inputs.shape[0]]
+        _products.logits_into(logits, inputs, self.weight, self.bias)
+        return logits
+
+    def gather(self, grad_logits: torch.Tensor, inputs: torch.Tensor, rows: slice) -> None:
+        """The products back, from the gradients of some tokens' logits."""
+        if self.grad_hidden is not None and self.index is None:
+            torch.mm(grad_logits, self.weight, out=self.grad_hidden[rows])
+        elif self.grad_hidden is not None:
+            self.grad_hidden[self.index[rows]] = grad_logits @ self.weight
+        if self.grad_weight is not None:
+            _products.add_weight_gradient(self.grad_weight.total, grad_logits, inputs, first=self.grad_weight.starts())
+        if self.grad_bias is not None:
+            _products.add_bias_gradient(self.grad_bias.total, grad_logits, first=self.grad_bias.starts())
+
+
+def _mergeable(hidden: torch.Tensor) -> bool:
+    """Whether the leading dimensions are one dimension in memory too."""
+    kept = [(size, stride) for size, stride in zip(hidden.shape[:-1], hidden.stride()[:-1], strict=True) if size != 1]
+    return hidden.numel() == 0 or all(outer[1] == inner[0] * inner[1] for outer, inner in zip(kept, kept[1:], strict=False))
+
+
+def _indices(index: torch.Tensor, sizes: torch.Size) -> tuple[torch.Tensor, ...]:
+    """Indices in each leading dimension of the tokens at `index`; no data goes between host and device."""
+    indices = []
+    for size in reversed(sizes):
+        indices.append(index % size)
+        index = index // size
+    # Of no leading dimension a new one is made: one token.
+    return tuple(reversed(indices)) if sizes else (None,)
+
+
+class Plan(NamedTuple):
+    """chunk: tokens of one product that gives logits; window: tokens whose gradients of logits wait for one product back."""
+
+    chunk: int
+    window: int
+
+
+def plan(tokens: int, heads: list[Head], chunk_size: int | None) -> Plan:
+    """How many tokens at a time: from the shapes, the types and a fixed bound on memory.
+
+    The chunk is the same in forward and in backward, which computes the same logits again.
+    """
+    vocabulary = heads[0].weight.shape[0]
+    if chunk_size is not None:
+        chunk = max(1, min(chunk_size, LARGEST_CHUNK, tokens))
+        return Plan(chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk))
+    workspace = WORKSPACE.get(heads[0].hidden.device.type, WORKSPACE_ON_A_GPU)
+    chunk = min(workspace // vocabulary // (2 * sum(head.logits_dtype.itemsize for head in heads)), LARGEST_CHUNK)
+    chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
+    # Every product into a weight's sum reads and writes the whole sum: few and large ones, in the room that the chunks leave.
+    sums = {id(head.grad_weight): head.grad_weight.extra_bytes for head in heads if head.grad_weight is not None}
+    if not sums:
+        return Plan(chunk, chunk)
+    left = max(workspace, sum(sums.values()) // 2) // vocabulary
+    left -= chunk * sum(head.logits_dtype.itemsize for head in heads if not (head.learns and head.in_place))
+    window = left // sum(head.hidden.dtype.itemsize for head in heads if head.learns)
+    return Plan(chunk, _cut(tokens, max(chunk, window // chunk * chunk), chunk))
+
+
+def _cut(tokens: int, largest: int, unit: int) -> int:
+    """The length of the fewest pieces of at most `largest` tokens, nearly equal in whole units: no small piece is left at the end."""
+    if tokens <= largest:
+        return max(1, tokens)
+    even = -(-tokens // -(-tokens // largest))
+    return min(largest, -(-even // unit) * unit)
+
+
+def parts(start: int, stop: int, step: int) -> Iterator[slice]:
+    """start … stop in steps."""
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
+
+
+class Problem:
+    """One or two heads over the same tokens, from the six tensors hidden, weight, bias, ref_hidden, ref_weight, ref_bias.
+
+    The reference backend leaves masked tokens out; elsewhere they take part as zeros, because counting them would wait for the device.
+    """
+
+    def __init__(self, six: tuple, logits_dtype: torch.dtype, backend: str, chunk_size: int | None, per_token: PerToken) -> None:
+        self.backend, self.chunk_size, self.per_token = backend, chunk_size, per_token
+        self.index = per_token.mask.nonzero()[:, 0] if backend == "reference" and per_token.mask is not None else None
+        if self.index is not None:
+            self.per_token = per_token.counted(self.index)
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias = six
+        self.policy = Head(hidden, weight, bias, logits_dtype, self.index)
+        self.reference, self.shared = None, ref_weight is None
+        if ref_hidden is not None:
+            self.reference = Head(ref_hidden, weight if ref_weight is None else ref_weight, ref_bias, logits_dtype, self.index)
+
+    def forward(self, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+        """Fill outputs ([N] per field) and saved [N, 9]: one product for each head."""
+        with _Counted(self.index, outputs, saved) as (outputs, saved):
+            heads = [head for head in (self.policy, self.reference) if head is not None]
+            chunk = plan(len(saved), heads, self.chunk_size).chunk
+            buffers = [head.buffer(chunk, head.logits_dtype) for head in heads]
+            for rows in parts(0, len(saved), chunk):
+                logits = [head.logits(head.inputs(rows, self.per_token.mask), buffer) for head, buffer in zip(heads, buffers, strict=True)]
+                self._row_forward(_both(logits), rows, outputs, saved)
+
+    def backward(self, saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: list[str],
+                 outputs: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """{name: gradient} of the six named in `wrt`, for upstream gradients [N] per field: one product for each logits and each gradient.
+
+        With `outputs` this is forward and backward at once: outputs and saved are filled too. Otherwise saved is forward's.
+        """
+        sums = self._want(wrt, upstream)
+        with _Counted(self.index, outputs or {}, saved, read=outputs is None) as (outputs_here, saved):
+            upstream = {name: _some(value, self.index) if self.index is not None else value for name, value in upstream.items()}
+            heads = [self.policy]
+            if self.reference is not None and (outputs is not None or set(upstream) & set(REFERENCE_FIELDS)):
+                heads.append(self.reference)
+            self._backward_chunks(heads, saved, upstream, outputs_here)
+        return {name: value.result() if isinstance(value, Sum) else value for name, value in sums.items()}
+
+    def _want(self, wrt: list[str], upstream: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Sum]:
+        """Prepare the heads to gather the gradients named in `wrt`: {name: where it is gathered}."""
+        gathered: dict[str, torch.Tensor | Sum] = {}
+        for prefix, head, fields in (("", self.policy, POLICY_FIELDS), ("ref_", self.reference, REFERENCE_FIELDS)):
+            if head is None or not set(upstream) & set(fields):
+                continue
+            if f"{prefix}hidden" in wrt:
+                gathered[f"{prefix}hidden"] = head.want_grad_hidden()
+            weight = "weight" if self.shared else f"{prefix}weight"
+            if weight in wrt:
+                gathered[weight] = head.grad_weight = gathered.get(weight) or Sum(head.weight)
+            if f"{prefix}bias" in wrt:
+                gathered[f"{prefix}bias"] = head.grad_bias = Sum(head.bias)
+        return gathered
+
+    def _backward_chunks(self, heads: list[Head], saved: torch.Tensor, upstream: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        chosen = plan(len(saved), heads, self.chunk_size)
+        waiting = [head.buffer(chosen.window, head.hidden.dtype) if head.learns else None for head in heads]
+        buffers = [None if head.learns and head.in_place else head.buffer(chosen.chunk, head.logits_dtype) for head in heads]
+        for window in parts(0, len(saved), chosen.window):
+            inputs = [head.inputs(window, self.per_token.mask) for head in heads]
+            for rows in parts(window.start, window.stop, chosen.chunk):
+                here = slice(rows.start - window.start, rows.stop - window.start)
+                grads = [None if side is None else side[here] for side in waiting]
+                logits = [head.logits(states[here], grad if buffer is None else buffer)
+                          for head, states, buffer, grad in zip(heads, inputs, buffers, grads, strict=True)]
+                if outputs:
+                    self._row_forward(_both(logits), rows, outputs, saved)
+                _rows.backward(self.backend, *_both(logits), *self.per_token.part(rows), saved[rows],
+                               {name: value[rows] for name, value in upstream.items()}, *_both(grads), self.per_token.softcap)
+            for head, states, side in zip(heads, inputs, waiting, strict=True):
+                if side is not None:
+                    head.gather(side[:window.stop - window.start], states, window)
+
+    def _row_forward(self, logits: list, rows: slice, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+        _rows.forward(self.backend, *logits, *self.per_token.part(rows), {name: value[rows] for name, value in outputs.items()}, saved[rows],
+                      self.per_token.softcap)
+
+
+class _Counted:
+    """Outputs and saved values of the tokens that count, in place of those of all; on leaving they go to their places, zeros elsewhere."""
+
+    def __init__(self, index: torch.Tensor | None, outputs: dict[str, torch.Tensor], saved: torch.Tensor, read: bool = False) -> None:
+        self.index, self.outputs, self.saved, self.read = index, outputs, saved, read
+
+    def __enter__(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        if self.index is None:
+            return self.outputs, self.saved
+        self._outputs = {name: value[self.index] for name, value in self.outputs.items()}
+        self._saved = self.saved[self.index]
+        return self._outputs, self._saved
+
+    def __exit__(self, *exc: object) -> None:
+        if self.index is None or self.read:
+            return
+        for full, part in ((self.saved, self._saved), *((self.outputs[name], self._outputs[name]) for name in self.outputs)):
+            full.zero_()[self.index] = part
+
+
+def _both(values: list) -> list:
+    """The policy's and the reference's, which may be missing."""
+    return [*values, None] if len(values) == 1 else values

@@ -1,0 +1,193 @@
+"""The custom ops under every function on hidden states, with fake and autograd rules: statistics, their gradients, and the weighted KL with both.
+
+Six tensors describe the two heads: hidden, weight, bias, ref_hidden, ref_weight, ref_bias. ref_weight is None beside ref_hidden where the heads
+share weight. `wrt` names those of the six whose gradients are asked for, comma-separated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _chunks, _rows
+from ._ops import FIELDS, SAVED, empty_outputs, mark_constant, refuse_second_derivative, wanted
+
+SIX = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
+# Elements that `scaled` multiplies at once on a CPU.
+SCALED_AT_ONCE = 1 << 20
+
+
+@torch.library.custom_op("fastkl::linear_statistics", mutates_args=())
+def linear_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+                      ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
+                      fields: str, softcap: float, backend: str, logits_dtype: torch.dtype,
+                      chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, ref_logprob, kl, ref_kl, saved) as row_statistics gives them for the heads' logits."""
+    results = empty_outputs(hidden, fields)
+    problem = _chunks.Problem((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), logits_dtype, backend, chunk_size,
+                              _per_token(tokens, mask, temperatures, temperature, softcap))
+    problem.forward(_flat_outputs(results, fields), results[-1].view(-1, SAVED))
+    return tuple(results)
+
+
+@linear_statistics.register_fake
+def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, temperature, fields, softcap, backend, logits_dtype,
+      chunk_size):
+    return tuple(empty_outputs(hidden, fields))
+
+
+@torch.library.custom_op("fastkl::linear_gradients", mutates_args=())
+def linear_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+                     ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, saved: Tensor,
+                     g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
+                     g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float, backend: str, logits_dtype: torch.dtype,
+                     chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the upstream-weighted statistics with respect to the six, in their types; empty where not asked for."""
+    six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    problem = _chunks.Problem(six, logits_dtype, backend, chunk_size, _per_token(tokens, mask, temperatures, temperature, softcap))
+    upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
+                if value is not None}
+    return _in_their_types(six, problem.backward(saved.reshape(-1, SAVED), upstream, wanted(wrt)), wrt, wide=())
+
+
+@linear_gradients.register_fake
+def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl,
+      g_ref_kl, temperature, wrt, softcap, backend, logits_dtype, chunk_size):
+    return _empty_gradients((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), wrt, wide=())
+
+
+@torch.library.custom_op("fastkl::linear_weighted_kl", mutates_args=())
+def linear_weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor | None,
+                       ref_bias: Tensor | None, weights: Tensor, mask: Tensor | None, temperatures: Tensor | None, temperature: float, wrt: str,
+                       softcap: float, backend: str, logits_dtype: torch.dtype, chunk_size: int | None
+                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(Σ weights·kl, kl, unit, gradients of the sum over `unit` with respect to the six; empty where not asked for).
+
+    unit is 1, or for float16 inputs the power of two at the largest weight: a gradient of 1/N per token would vanish in float16. Their
+    weight and bias gradients stay in float32.
+    """
+    six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    problem = _chunks.Problem(six, logits_dtype, backend, chunk_size, _per_token(None, mask, temperatures, temperature, softcap))
+    kl = torch.empty_like(weights)
+    saved = weights.new_empty(weights.numel(), SAVED)
+    unit = _unit(weights) if torch.float16 in _types(six) else weights.new_ones(())
+    gradients = {}
+    if wrt:
+        gradients = problem.backward(saved, {"kl": _rows.flat(weights / unit)}, wanted(wrt), {"kl": kl.view(-1)})
+    else:
+        problem.forward({"kl": kl.view(-1)}, saved)
+    return ((weights * kl).sum(), kl, unit, *_in_their_types(six, gradients, wrt, wide=(torch.float16,)))
+
+
+@linear_weighted_kl.register_fake
+def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, weights, mask, temperatures, temperature, wrt, softcap, backend, logits_dtype,
+      chunk_size):
+    six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    return (weights.new_empty(()), torch.empty_like(weights), weights.new_empty(()), *_empty_gradients(six, wrt, wide=(torch.float16,)))
+
+
+@torch.library.custom_op("fastkl::scaled", mutates_args=())
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · factor (a scalar tensor) in `dtype`, rounded once: torch would round the factor to a 16-bit gradient's type first."""
+    result = torch.empty_like(gradient, dtype=dtype)
+    # On a CPU torch.mul keeps a copy in the common type: a part at a time.
+    step = SCALED_AT_ONCE if gradient.device.type == "cpu" else max(1, gradient.numel())
+    for part, out in zip(gradient.view(-1).split(step), result.view(-1).split(step), strict=True):
+        torch.mul(part, factor.reshape(1), out=out)
+    return result
+
+
+@scaled.register_fake
+def _(gradient, factor, dtype):
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _per_token(tokens, mask, temperatures, temperature, softcap) -> _chunks.PerToken:
+    return _chunks.PerToken(_rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), softcap)
+
+
+def _flat_outputs(results: list[Tensor], fields: str) -> dict[str, Tensor]:
+    return {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if name in wanted(fields)}
+
+
+def _types(six) -> set[torch.dtype]:
+    return {value.dtype for value in six if value is not None}
+
+
+def _unit(weights: Tensor) -> Tensor:
+    """The power of two at or above the largest |weight|; 1 if that is 0 or not finite."""
+    largest = weights.abs().max() if weights.numel() else weights.new_zeros(())
+    return torch.where((largest > 0) & largest.isfinite(), torch.exp2(torch.ceil(torch.log2(largest))), 1.0)
+
+
+def _gradient_type(name: str, value: Tensor, wide: tuple[torch.dtype, ...]) -> torch.dtype:
+    """The type that a gradient leaves the op in; sums over tokens stay float32 for the types in `wide`."""
+    return torch.float32 if value.dtype in wide and not name.endswith("hidden") else value.dtype
+
+
+def _in_their_types(six, gradients: dict[str, Tensor], wrt: str, wide) -> tuple[Tensor, ...]:
+    """The gradients in the order of SIX, each wide sum freed as soon as it is rounded; zeros where there was no upstream gradient."""
+    results = []
+    for name, value in zip(SIX, six, strict=True):
+        if name in gradients:
+            results.append(gradients.pop(name).view(value.shape).to(_gradient_type(name, value, wide)))
+        elif name in wanted(wrt):
+            results.append(torch.zeros(value.shape, dtype=_gradient_type(name, value, wide), device=value.device))
+        else:
+            results.append(six[0].new_empty(0))
+    return tuple(results)
+
+
+def _empty_gradients(six, wrt: str, wide) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(value.shape, dtype=_gradient_type(name, value, wide), device=value.device) if name in wanted(wrt)
+                 else six[0].new_empty(0) for name, value in zip(SIX, six, strict=True))
+
+
+# ---- autograd
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.temperature, fields, ctx.softcap, ctx.backend, ctx.logits_dtype, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors, output[-1])
+    ctx.shared = tensors[3] is not None and tensors[4] is None
+    policy = any(ctx.needs_input_grad[:3])
+    mark_constant(ctx, output, wanted(fields), policy, any(ctx.needs_input_grad[3:6]) or (ctx.shared and ctx.needs_input_grad[1]))
+
+
+def _backward(ctx, *upstream):
+    # Log-probs of the reference say nothing about the policy, nor its own about the reference: such a gradient is not computed.
+    on_policy = any(upstream[i] is not None for i in (0, 1, 3, 4))
+    on_reference = any(upstream[i] is not None for i in (2, 3, 4))
+    depends = (on_policy, on_policy or (ctx.shared and on_reference), on_policy, on_reference, on_reference, on_reference)
+    names = [name for name, asked, there in zip(SIX, ctx.needs_input_grad, depends, strict=False) if asked and there]
+    if not names:
+        return (None,) * 15
+    gradients = linear_gradients(*ctx.saved_tensors, *upstream[:5], ctx.temperature, ",".join(names), ctx.softcap, ctx.backend, ctx.logits_dtype,
+                                 ctx.chunk_size)
+    return *(gradient if name in names else None for name, gradient in zip(SIX, gradients, strict=True)), *(None,) * 9
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    ctx.types = [None if value is None else value.dtype for value in inputs[:6]]
+    ctx.names = wanted(inputs[10])
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_sum(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 15
+    if torch.is_grad_enabled():
+        refuse_second_derivative(ctx)
+    kl, unit, *gradients = ctx.saved_tensors
+    factor = upstream * unit
+    results = [scaled(gradient, factor, dtype) if name in ctx.names and asked else None
+               for name, gradient, dtype, asked in zip(SIX, gradients, ctx.types, ctx.needs_input_grad, strict=False)]
+    return *results, upstream * kl if ctx.needs_input_grad[6] else None, *(None,) * 8
+
+
+linear_statistics.register_autograd(_backward, setup_context=_save_for_backward)
+linear_gradients.register_autograd(refuse_second_derivative)
+linear_weighted_kl.register_autograd(_backward_of_sum, setup_context=_save_gradients)
+scaled.register_autograd(refuse_second_derivative)

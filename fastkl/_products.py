@@ -1,0 +1,62 @@
+"""The matrix products of an lm_head: which torch call each one is, so that sums stay in float32 and nothing is copied to a wider type.
+
+On a GPU every product is one cuBLAS call on operands as they lie, with results straight into their place. A CPU has no product of 16-bit
+operands with a float32 result: there the few blocks of it that are needed are widened or added up one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+# Elements of a block that a CPU holds in another type at a time.
+BLOCK_ELEMENTS = 1 << 20
+
+
+def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """out [n, V] = hidden [n, H] @ weight [V, H]ᵀ + bias [V]; out may be float32 for 16-bit operands."""
+    if out.dtype == hidden.dtype:
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=out)
+    elif hidden.device.type == "cpu":
+        wide = hidden.to(out.dtype)
+        for rows in _blocks(weight):
+            out[:, rows] = wide @ weight[rows].to(out.dtype).t()
+            if bias is not None:
+                out[:, rows] += bias[rows]
+    elif bias is None:
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(bias)
+        torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, out=out)
+
+
+def add_weight_gradient(total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, *, first: bool) -> None:
+    """total [V, H] += grad_logits [n, V]ᵀ @ hidden [n, H], with total float32 for 16-bit operands; `first`: = instead of +=, total holds nothing."""
+    operand = grad_logits.t()
+    if total.dtype == hidden.dtype:
+        torch.mm(operand, hidden, out=total) if first else total.addmm_(operand, hidden)
+    elif hidden.device.type == "cpu":
+        for rows in _blocks(total):
+            product = operand[rows] @ hidden
+            total[rows] = product if first else total[rows] + product
+    elif first:
+        torch.mm(operand, hidden, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, operand, hidden, out_dtype=total.dtype, out=total)
+
+
+def add_bias_gradient(total: torch.Tensor, grad_logits: torch.Tensor, *, first: bool) -> None:
+    """total [V] += Σ over tokens of grad_logits [n, V], summed in total's type."""
+    summed = grad_logits.sum(0, dtype=total.dtype)
+    total.copy_(summed) if first else total.add_(summed)
+
+
+def _blocks(matrix: torch.Tensor) -> Iterator[slice]:
+    """The rows of a matrix, a block at a time."""
+    step = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, start + step)
