@@ -42,7 +42,7 @@ def add_weight_gradient(total: torch.Tensor, grad_logits: torch.Tensor, hidden: 
     elif hidden.device.type == "cpu":
         for rows in _blocks(total):
             product = operand[rows] @ hidden
-            total[rows] = product if first else total[rows] + product
+            total[rows].copy_(product) if first else total[rows].add_(product)
     elif first:
         torch.mm(operand, hidden, out_dtype=total.dtype, out=total)
     else:

@@ -186,6 +186,7 @@ def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature,
 
 def _autocast(value: torch.Tensor | None) -> torch.Tensor | None:
     """As F.linear under autocast: float32 and 16-bit tensors in the autocast type."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == torch.float64 or not torch.is_autocast_enabled(value.device.type):
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
         return value
-    return value.to(torch.get_autocast_dtype(value.device.type))
+    device = value.device.type
+    return value.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else value

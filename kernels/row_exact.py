@@ -102,7 +102,8 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
         rest = tl.fma(tops, scale, -apart) + tl.fma(tops_lost, scale, ratio)
         centre, lost = split_sum(apart, tl.where(kl < FINITE, rest - kl, rest))
         log_ratio = log1p(t) + tl.where(kl < FINITE, kl, 0.0) + lost
-        mean_p_d, mean_q_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS, LANES, REALIGN, Q_IN_BLOCKS, SOFTCAP)
+        mean_p_d, mean_q_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS, LANES, REALIGN,
+                                            Q_IN_BLOCKS, SOFTCAP)
     return origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, total(sum_plogp) * (-LN2), kl, ref_kl
 
 

@@ -41,6 +41,8 @@ LAYERS = {
     "reference": Layer(REFERENCE, ()),
     "command line": Layer(("fastkl.__main__",), ("fastkl.tools.cli",)),
     "shared": Layer(SHARED, SHARED + REFERENCE + KERNELS, ("torch", "triton")),
+    # It returns what the functions on logits return.
+    "linear": Layer(("fastkl.linear",), SHARED + ("fastkl.tokens",)),
     "ops": Layer(OPS, SHARED + REFERENCE + KERNELS),
     "parallel": Layer(("fastkl.parallel",), SHARED + REFERENCE + KERNELS + OPS),
     "penalty": Layer(PENALTY, SHARED + OPS),

@@ -152,7 +152,7 @@ def test_use_backend_and_compile(implementation, monkeypatch) -> None:
             value.zero_()
 
     monkeypatch.setattr(_rows, "forward", record)
-    monkeypatch.setattr(backend, "triton_problems", lambda *logits: ())
+    monkeypatch.setattr(backend, "triton_problems", lambda *logits, **reading: ())
     data = inputs(implementation.device, (3,), grad=False)
     outside = torch.compile(fastkl.kl_divergence, fullgraph=True, backend="eager")
     for name in ("reference", "triton", "reference"):

@@ -1,0 +1,254 @@
+"""What the functions on hidden states cost, counted: matrix products and their sizes, and bytes allocated and held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import fastkl
+from fastkl import _chunks, _linear_ops, _products, _rows
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+N, H, V, CHUNK = 24, 16, 40, 8
+
+
+class Product(NamedTuple):
+    """One matrix product: multiply-adds, and the types of its operands."""
+
+    size: int
+    types: frozenset
+
+
+def profiled(call: Callable) -> list:
+    """The profiler's events of a call, those inside the ops included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as profile:
+        kept = call()
+    del kept
+    return profile.profiler.kineto_results.events()
+
+
+def products(call: Callable) -> list[Product]:
+    """Every matrix product that a call makes, in order."""
+    found = []
+    for event in profiled(call):
+        if event.name() in PRODUCTS:
+            matrices = [(shape, kind) for shape, kind in zip(event.shapes(), event.dtypes(), strict=True) if len(shape) >= 2]
+            (left, _), (right, _) = matrices[-2:] if event.name() != "aten::mm" else matrices[:2]
+            found.append(Product(left[-2] * left[-1] * right[-1] if event.name() == "aten::mm" else _addmm_size(event),
+                                 frozenset(kind for _, kind in matrices)))
+    return found
+
+
+def _addmm_size(event) -> int:
+    """addmm's first argument is what is added; out=, if any, comes last."""
+    left, right = [shape for shape in event.shapes() if len(shape) == 2][-2:]
+    if left[1] != right[0]:
+        left, right = [shape for shape in event.shapes() if len(shape) == 2][-3:-1]
+    return left[0] * left[1] * right[1]
+
+
+def tensors(device: str, *, shared: bool = False, learned: str = "hidden,weight", dtype: torch.dtype = torch.bfloat16, n: int = N, h: int = H,
+            v: int = V) -> dict[str, torch.Tensor]:
+    """The arguments that both functions share; those in `learned` require gradient."""
+    generator = torch.Generator().manual_seed(0)
+    made = {name: torch.randn(shape, generator=generator).to(device, dtype)
+            for name, shape in (("hidden", (n, h)), ("weight", (v, h)), ("ref_hidden", (n, h)), ("ref_weight", (v, h)))}
+    if shared:
+        made["ref_weight"] = made["weight"]
+    for name in learned.split(",") if learned else ():
+        made[name].requires_grad_()
+    return made
+
+
+def gradients_of(value: torch.Tensor, made: dict[str, torch.Tensor]) -> tuple:
+    """Gradients of the sum of a result."""
+    learned = list({id(tensor): tensor for tensor in made.values() if tensor.requires_grad}.values())
+    return torch.autograd.grad(value.sum(), learned)
+
+
+MODES = {
+    # learned, shared weight: products of "sum"
+    ("", False): 2, ("hidden", False): 3, ("hidden,weight", False): 4, ("weight", False): 3, ("hidden", True): 3,
+    ("hidden,weight,ref_hidden", False): 5, ("hidden,weight,ref_hidden,ref_weight", False): 6, ("ref_hidden,ref_weight", False): 4,
+    # A shared weight that learns does so through both models.
+    ("hidden,weight", True): 5, ("hidden,weight,ref_hidden", True): 6,
+}
+
+
+def assert_products(call: Callable, expected: int, dtype: torch.dtype) -> None:
+    """The products of a call add up to `expected` of N·H·V each; all have 16-bit operands, and none is for more than a chunk of tokens."""
+    found = products(call)
+    assert sum(product.size for product in found) == expected * N * H * V, [product.size / (H * V) for product in found]
+    assert max((product.size for product in found), default=0) <= CHUNK * H * V
+    assert not any({"float", "double"} & product.types for product in found), found
+    assert dtype == torch.bfloat16 and all({"c10::BFloat16"} == product.types for product in found), found
+
+
+@pytest.mark.parametrize("learned, shared", MODES, ids=lambda value: str(value))
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_products_of_a_loss(implementation, learned, shared, reduction) -> None:
+    """Two products for the logits and one for each gradient; backward adds none."""
+    made = tensors(implementation.device, learned=learned, shared=shared)
+    results = []
+    assert_products(lambda: results.append(fastkl.linear_kl_divergence(**made, reduction=reduction, chunk_size=CHUNK)),
+                    MODES[learned, shared], torch.bfloat16)
+    if learned:
+        assert not products(lambda: gradients_of(results[0], made))
+
+
+@pytest.mark.parametrize("learned, shared", MODES, ids=lambda value: str(value))
+def test_products_per_token(implementation, learned, shared) -> None:
+    """Two in forward, in backward two again and one for each gradient: six for a trainable lm_head, five for a frozen one."""
+    made = tensors(implementation.device, learned=learned, shared=shared)
+    results = []
+    assert_products(lambda: results.append(fastkl.linear_kl_divergence(**made, chunk_size=CHUNK)), 2, torch.bfloat16)
+    if learned:
+        assert_products(lambda: gradients_of(results[0], made), MODES[learned, shared], torch.bfloat16)
+
+
+def test_products_without_gradient(implementation) -> None:
+    """Under no_grad a loss makes two products, whatever requires gradient."""
+    made = tensors(implementation.device)
+    with torch.no_grad():
+        assert_products(lambda: fastkl.linear_kl_divergence(**made, reduction="mean", chunk_size=CHUNK), 2, torch.bfloat16)
+
+
+@pytest.mark.parametrize("learned, expected", [("hidden,weight", 3), ("hidden", 2)])
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_products_of_policy_fields(implementation, learned, expected, with_reference) -> None:
+    """Where only log-prob and entropy have a gradient, the reference's logits are not computed again."""
+    made = tensors(implementation.device, learned=learned)
+    tokens = torch.zeros(N, dtype=torch.long, device=implementation.device)
+    if not with_reference:
+        made = {name: made[name] for name in ("hidden", "weight")}
+    results = []
+    assert_products(lambda: results.append(fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=CHUNK)), 1 + with_reference, torch.bfloat16)
+    assert_products(lambda: gradients_of(results[0].logprob + results[0].entropy, made), expected, torch.bfloat16)
+
+
+def test_no_gradient_of_the_policy_from_reference_fields(implementation) -> None:
+    """The reference's log-probs move nothing of the policy, even where both share the weight's sum."""
+    made = tensors(implementation.device, learned="hidden,weight,ref_hidden", shared=True)
+    tokens = torch.zeros(N, dtype=torch.long, device=implementation.device)
+    stats = fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=CHUNK)
+    gradients = {}
+    assert_products(lambda: gradients.update(zip(("weight", "ref_hidden"), torch.autograd.grad(
+        stats.ref_logprob.sum(), (made["weight"], made["ref_hidden"]), retain_graph=True), strict=True)), 4, torch.bfloat16)
+    alone = fastkl.linear_token_stats(made["ref_hidden"], made["weight"], tokens, chunk_size=CHUNK)
+    for name, expected in zip(gradients, torch.autograd.grad(alone.logprob.sum(), (made["weight"], made["ref_hidden"])), strict=True):
+        torch.testing.assert_close(gradients[name].float(), expected.float(), rtol=1e-2, atol=1e-2)
+    assert torch.autograd.grad(stats.ref_logprob.sum(), made["hidden"], allow_unused=True)[0] is None
+
+
+def test_masked_tokens_take_no_part_on_the_reference() -> None:
+    """Their products are not made where looking at the mask costs nothing."""
+    made = tensors("cpu")
+    mask = torch.arange(N) % 3 == 0
+    found = products(lambda: fastkl.linear_kl_divergence(**made, mask=mask, reduction="mean", chunk_size=CHUNK))
+    assert sum(product.size for product in found) == 4 * int(mask.sum()) * H * V
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_calls_of_a_gpu(dtype) -> None:
+    """What a GPU would be asked for has the right shapes and types: on the meta device, where torch checks both and computes nothing."""
+    with torch.device("meta"):
+        hidden, weight, bias = torch.empty(6, H, dtype=dtype), torch.empty(V, H, dtype=dtype), torch.empty(V, dtype=dtype)
+        for out in (torch.empty(6, 64, dtype=dtype)[:, :V], torch.empty(6, 64)[:, :V]):
+            for with_bias in (bias, None):
+                _products.logits_into(out, hidden, weight, with_bias)
+        grads, total, total_bias = torch.empty(6, 64, dtype=dtype)[:, :V], torch.empty(V, H), torch.empty(V)
+        for first in (True, False):
+            _products.add_weight_gradient(total, grads, hidden, first=first)
+            _products.add_bias_gradient(total_bias, grads, first=first)
+
+
+# ---- memory
+
+
+def head_on_meta(n: int, h: int, v: int, *, trainable: bool) -> _chunks.Head:
+    """A bfloat16 head of any size, which takes no memory."""
+    head = _chunks.Head(torch.empty(n, h, dtype=torch.bfloat16, device="meta"), torch.empty(v, h, dtype=torch.bfloat16, device="meta"), None,
+                        torch.bfloat16, None)
+    if trainable:
+        head.want_grad_hidden()
+        head.grad_weight = _chunks.Sum(head.weight)
+    return head
+
+
+def workspace(policy: _chunks.Head, ref: _chunks.Head, chunk_size: int | None = None) -> int:
+    """The docstring's formula: 2·C·V·b forward, (C + G)·V·b + 4·V·H with a trainable weight. Rows are padded to whole lines."""
+    chosen = _chunks.plan(policy.hidden.shape[0], [policy, ref], chunk_size)
+    vocabulary = -(-policy.weight.shape[0] // 64) * 64
+    sums = 4 * policy.weight.numel() if policy.grad_weight is not None else 0
+    return (chosen.chunk + (chosen.window if policy.learns else chosen.chunk)) * vocabulary * policy.logits_dtype.itemsize + sums
+
+
+def test_workspace_at_the_main_shape() -> None:
+    """N=8192, H=4096, V=128256 in bfloat16: within 1.2 GB forward and 3.4 GB with a trainable weight, beyond inputs and returned gradients."""
+    shape = (8192, 4096, 128256)
+    assert workspace(head_on_meta(*shape, trainable=False), head_on_meta(*shape, trainable=False)) <= 1.2e9
+    assert workspace(head_on_meta(*shape, trainable=True), head_on_meta(*shape, trainable=False)) <= 3.4e9
+
+
+@pytest.mark.parametrize("n, h, v", [(1, 64, 7), (300, 256, 32000), (5000, 2048, 50257), (8192, 4096, 262144), (65536, 8192, 151936)])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_workspace_stays_within_its_bound(n, h, v, trainable) -> None:
+    """The buffers of logits stay under 1 GiB or half of the weight's float32 sum, and chunk_size bounds them by 2·chunk_size rows."""
+    policy, ref = head_on_meta(n, h, v, trainable=trainable), head_on_meta(n, h, v, trainable=False)
+    sums = 4 * v * h if trainable else 0
+    assert workspace(policy, ref) - sums <= 1.01 * max(1 << 30, sums // 2)
+    for chunk_size in (1, 100, 3000):
+        assert workspace(policy, ref, chunk_size) - sums <= 2 * chunk_size * -(-v // 64) * 64 * 2
+    chosen = _chunks.plan(n, [policy, ref], None)
+    assert 1 <= chosen.chunk <= min(n, _chunks.LARGEST_CHUNK) and chosen.chunk <= chosen.window <= max(n, chosen.chunk)
+    pieces = list(_chunks.parts(0, n, chosen.window))
+    assert pieces[0].start == 0 and pieces[-1].stop == n and all(a.stop == b.start for a, b in zip(pieces, pieces[1:], strict=False))
+
+
+# Scaled down by 16 and 32 from the main shape: what is measured is the formula.
+SMALL = {"n": 256, "h": 256, "v": 4000}
+
+
+def peak(call: Callable) -> tuple[int, int]:
+    """Bytes that a call allocates: the most at any time, and the largest at once."""
+    events = sorted((event for event in profiled(call) if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    changes = torch.tensor([event.nbytes() for event in events])
+    return int(changes.cumsum(0).max()), int(changes.max())
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["sum", "none"])
+def test_peak_workspace(monkeypatch, per_token) -> None:
+    """What forward and backward really allocate is the formula, and no tensor has a row for every token and an entry for every word.
+
+    On top come what the CPU holds in another type at a time and 64 bytes per token.
+    """
+    monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(_products, "BLOCK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(_linear_ops, "SCALED_AT_ONCE", 1 << 14)
+    monkeypatch.setitem(_chunks.WORKSPACE, "cpu", 1 << 20)
+    made = tensors("cpu", **SMALL)
+    n, h, v = SMALL.values()
+    reduction = "none" if per_token else "sum"
+    # Of a row on the reference: some thirty float32 temporaries. A block of a weight's gradient: one.
+    slack = 30 * 4 * v + 2 * (1 << 14) + 64 * n
+    with torch.no_grad():
+        most, largest = peak(lambda: fastkl.linear_kl_divergence(**made, reduction=reduction))
+    head, ref = head_on_meta(n, h, v, trainable=False), head_on_meta(n, h, v, trainable=False)
+    assert workspace(head, ref, chunk_of(n, v)) <= most <= workspace(head, ref, chunk_of(n, v)) + slack + 4 * n
+    assert largest < n * v * 2 / 4
+
+    returned = 2 * (n * h + v * h)
+    most, largest = peak(lambda: gradients_of(fastkl.linear_kl_divergence(**made, reduction=reduction), made))
+    policy = head_on_meta(n, h, v, trainable=True)
+    monkeypatch.setattr(_chunks, "WORKSPACE_ON_A_GPU", 1 << 20)
+    expected = workspace(policy, ref)
+    assert expected + 2 * n * h <= most <= expected + returned + slack
+    assert largest <= max(4 * v * h, n * v * 2 / 4)
+
+
+def chunk_of(n: int, v: int) -> int:
+    """Tokens of a chunk under the small bound of test_peak_workspace."""
+    return (1 << 20) // v // 8 // 128 * 128 or (1 << 20) // v // 8

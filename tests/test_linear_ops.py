@@ -1,0 +1,105 @@
+"""The custom ops under the functions on hidden states: opcheck, and what only they know."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastkl
+from fastkl import _linear_ops
+
+FIELDS = "logprob,entropy,ref_logprob,kl,ref_kl"
+V, H, H_REF = 11, 4, 3
+# What takes part: with bias, reference ("none", "own", "shared"), mask, temperatures, softcap, chunk_size, leading shape.
+MIXES = [
+    (False, "own", False, False, 0.0, None, (3,)), (True, "own", True, True, 2.0, 2, (2, 2)), (True, "shared", True, False, 0.0, 1, (3,)),
+    (False, "shared", False, True, 5.0, None, (2, 1)), (False, "own", True, False, 0.0, None, (0, 2)), (False, "own", False, False, 0.0, None, ()),
+]
+POLICY_ALONE = [(False, "none", False, False, 0.0, None, (3,)), (True, "none", True, True, 3.0, 2, (2, 2))]
+
+
+def arguments(device: str, mix: tuple, dtype: torch.dtype = torch.float32, grad: bool = False) -> SimpleNamespace:
+    """The six tensors in the ops' order, and the rest by name."""
+    bias, reference, mask, temperatures, softcap, chunk_size, leading = mix
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(grad)
+
+    width = H if reference == "shared" else H_REF
+    six = (random(*leading, H), random(V, H), random(V) if bias else None, random(*leading, width) if reference != "none" else None,
+           random(V, H_REF) if reference == "own" else None, random(V) if bias and reference != "none" else None)
+    per_row = {
+        "tokens": torch.randint(V, leading, generator=generator), "mask": torch.rand(leading, generator=generator) < 0.7 if mask else None,
+        "temperatures": 0.5 + torch.rand(leading, generator=generator) if temperatures else None,
+        "weights": torch.randn(leading, generator=generator), "upstream": torch.randn(5, *leading, generator=generator),
+    }
+    per_row = {name: value if value is None else value.to(device) for name, value in per_row.items()}
+    return SimpleNamespace(six=six, temperature=1.0 if temperatures else 0.7, softcap=softcap, chunk_size=chunk_size, **per_row)
+
+
+def wrt_of(six: tuple) -> str:
+    """Every tensor that is there."""
+    return ",".join(name for name, value in zip(_linear_ops.SIX, six, strict=True) if value is not None)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("mix", MIXES + POLICY_ALONE, ids=str)
+def test_opcheck_statistics(implementation, mix, grad) -> None:
+    """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right for every mix of arguments."""
+    a = arguments(implementation.device, mix, grad=grad)
+    fields = "logprob,entropy" if mix[1] == "none" else FIELDS
+    torch.library.opcheck(torch.ops.fastkl.linear_statistics.default, (
+        *a.six, a.tokens, a.mask, a.temperatures, a.temperature, fields, a.softcap, implementation.backend, torch.float32, a.chunk_size))
+
+
+@pytest.mark.parametrize("fields", [FIELDS, "kl", "logprob,entropy", "ref_logprob"])
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_opcheck_gradients(implementation, mix, fields) -> None:
+    """The same for its backward, for upstream gradients of some fields."""
+    a = arguments(implementation.device, mix)
+    settings = (a.softcap, implementation.backend, torch.float32, a.chunk_size)
+    saved = _linear_ops.linear_statistics(*a.six, a.tokens, a.mask, a.temperatures, a.temperature, FIELDS, *settings)[-1]
+    upstream = [value if name in fields.split(",") else None for name, value in zip(FIELDS.split(","), a.upstream, strict=True)]
+    torch.library.opcheck(torch.ops.fastkl.linear_gradients.default, (
+        *a.six, a.tokens, a.mask, a.temperatures, saved, *upstream, a.temperature, wrt_of(a.six), *settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_opcheck_weighted_kl(implementation, mix, dtype) -> None:
+    """The same for value and gradients at once, and under autograd."""
+    for grad in (False, True):
+        a = arguments(implementation.device, mix, dtype, grad)
+        torch.library.opcheck(torch.ops.fastkl.linear_weighted_kl.default, (
+            *a.six, a.weights, a.mask, a.temperatures, a.temperature, wrt_of(a.six) if grad else "", a.softcap, implementation.backend, dtype,
+            a.chunk_size))
+
+
+@pytest.mark.parametrize("dtype, result", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, torch.float32)])
+def test_scaled(implementation, dtype, result) -> None:
+    """The product is rounded once: the factor keeps its digits beside a 16-bit gradient. opcheck holds."""
+    gradient = torch.randn(7, 5).to(implementation.device, dtype)
+    factor = torch.tensor(0.1234567, device=implementation.device)
+    torch.library.opcheck(torch.ops.fastkl.scaled.default, (gradient, factor, result))
+    assert torch.equal(_linear_ops.scaled(gradient, factor, result), (gradient.double() * factor.double()).float().to(result))
+
+
+def test_float16_gradients_do_not_vanish(implementation) -> None:
+    """A mean over many tokens has gradients per token below float16's smallest number: they come back with their digits after loss scaling."""
+    if implementation.interpreted:
+        pytest.skip("4096 rows in the interpreter")
+    n = 4096
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref_hidden = (torch.randn(n, 8, generator=generator).to(implementation.device, torch.float16) for _ in range(2))
+    weight = torch.randn(300, 8, generator=generator).to(implementation.device, torch.float16).requires_grad_()
+    hidden.requires_grad_()
+    loss = 65536 * fastkl.linear_kl_divergence(hidden, weight, ref_hidden, reduction="mean")
+    wide = [value.detach().double().requires_grad_() for value in (hidden, weight)]
+    with fastkl.use_backend("reference"):
+        exact = 65536 * fastkl.linear_kl_divergence(wide[0], wide[1], ref_hidden.double(), reduction="mean")
+    for got, expected in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(exact, wide), strict=True):
+        # float16 rounds logits of size 10 by up to 2^-9 each, which moves probabilities, and with them gradients, by as much.
+        assert float((got.double() - expected).norm() / expected.norm()) < 4e-3
