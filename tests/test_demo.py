@@ -1,5 +1,6 @@
-"""`fastkl demo`: every stage in the quick size, once, and what it reports."""
+"""`fastkl demo`: every stage in the quick size, once, and what it reports; in a tiny size from hidden states."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -8,18 +9,29 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("tqdm")
 image = pytest.importorskip("matplotlib.image")
 
-from fastkl.tools.demo.settings import Settings, choose_settings  # noqa: E402  (after the skips: the demo needs its extra)
+# After the skips: the demo needs its extra.
+from fastkl.tools.demo.corpus import build_corpus  # noqa: E402
+from fastkl.tools.demo.finetuning import fine_tune  # noqa: E402
+from fastkl.tools.demo.memory import allocations  # noqa: E402
+from fastkl.tools.demo.model import LanguageModel  # noqa: E402
+from fastkl.tools.demo.pretraining import start_from_bigrams  # noqa: E402
+from fastkl.tools.demo.run import run_demo  # noqa: E402
+from fastkl.tools.demo.settings import Settings, choose_settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICIES = ["reference", "no penalty", "with KLPenalty"]
 FIGURES = ["reward", "kl", "perplexity", "entropy", "distinct", "slow_path"]
 # The budget is 40 s; a machine that others use at the same time may take longer.
 LIMIT_S = 90.0
+# 128 tokens a step, so that the logits of one are larger than any other tensor of the run; the chunks do not divide them.
+TINY = Settings(corpus_characters=200_000, vocabulary=800, width=16, layers=1, heads=2, reference_steps=2, reference_batch=2, steps=4, samples=8,
+                prompt_length=8, response_length=16, evaluation_samples=8, chunk_size=24)
 
 
 def run_cli(*arguments, before=""):
@@ -161,14 +173,24 @@ def test_missing_extra_says_what_to_install(missing, tmp_path):
 def test_help_needs_no_extra():
     result = run_cli("demo", "--help", before="import sys; sys.modules.update(dict.fromkeys(['tokenizers', 'matplotlib', 'tqdm']))")
     assert result.returncode == 0
-    assert "--quick" in result.stdout
+    assert "--quick" in result.stdout and "--linear" in result.stdout
 
 
 def test_settings_take_what_the_command_line_says():
     assert choose_settings(quick=False, seed=0, device="cpu") == Settings()
     assert Settings().vocabulary >= 16_384
-    chosen = choose_settings(quick=True, seed=3, device="cpu", steps=7, beta=0.5)
-    assert (chosen.quick, chosen.seed, chosen.steps, chosen.beta) == (True, 3, 7, 0.5)
+    chosen = choose_settings(quick=True, seed=3, device="cpu", steps=7, beta=0.5, linear=True)
+    assert (chosen.quick, chosen.seed, chosen.steps, chosen.beta, chosen.linear) == (True, 3, 7, 0.5, True)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_command_line_chooses_the_way(linear, tmp_path, monkeypatch):
+    from fastkl.tools.cli import main
+
+    chosen = []
+    monkeypatch.setattr("fastkl.tools.demo.run.run_demo", lambda settings, out: chosen.append(settings) or 0)
+    assert main(["demo", "--device", "cpu", "--out", str(tmp_path / "run"), *["--linear"] * linear]) == 0
+    assert chosen == [Settings(linear=linear)]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -186,3 +208,71 @@ def test_a_number_that_is_not_finite_becomes_null():
     from fastkl.tools.demo.report import to_json
 
     assert json.loads(to_json({"a": [math.inf, 1.0], "b": math.nan})) == {"a": [None, 1.0], "b": None}
+
+
+# ---- from hidden states
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(reference, corpus) of TINY. The model is in float64, so that any difference between the two ways is one of formulas."""
+    corpus = build_corpus(TINY)
+    torch.manual_seed(0)
+    reference = LanguageModel(corpus.vocabulary, TINY.width, TINY.layers, TINY.heads, TINY.context)
+    start_from_bigrams(reference, corpus.train)
+    return reference.double().requires_grad_(False), corpus
+
+
+def tuned(tiny, linear):
+    """One penalised run of TINY."""
+    reference, corpus = tiny
+    return fine_tune(reference, corpus, TINY.beta, dataclasses.replace(TINY, linear=linear), "policy")
+
+
+def test_both_ways_give_the_same_curves(tiny):
+    """Rounding is 1e-16 of a value here, and four steps cannot make it 1e-9; a gradient that lacks a term changes KL by more than 1e-4 of it."""
+    direct, linear = (tuned(tiny, way).series for way in (False, True))
+    assert direct["kl"][0] == linear["kl"][0] == 0.0 and min(direct["kl"][1:]) > 0.0
+    assert max(direct["reward"]) > 0.0
+    for name, curve in direct.items():
+        assert linear[name] == pytest.approx(curve, rel=1e-9), name
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_from_hidden_states_no_step_makes_logits(tiny, linear):
+    """The largest tensor of the whole run: smaller than the logits of one step; through logits it is not, so the measurement would see them."""
+    logits = TINY.samples * TINY.response_length * tiny[1].vocabulary * 8
+    assert (allocations(lambda: tuned(tiny, linear))["largest"] < logits) == linear
+
+
+def test_allocations_are_counted():
+    """Two tensors of 4000 bytes at once, then one of 8000 alone."""
+    def call():
+        pair = torch.zeros(1000), torch.zeros(1000)
+        del pair
+        return torch.zeros(2000), torch.zeros(25)
+
+    assert allocations(call) == {"peak": 8100, "largest": 8000}
+
+
+def test_report_from_hidden_states(tmp_path, capsys):
+    assert run_demo(dataclasses.replace(TINY, linear=True), tmp_path) == 0
+    printed = capsys.readouterr().out
+    header, = [line for line in printed.splitlines() if line.startswith("fastkl:")]
+    assert header.endswith("; computed from hidden states, 24 tokens at a time")
+    line, = [line for line in printed.splitlines() if line.startswith("memory")]
+    assert "counted by torch.profiler" in line and "never made" in line
+    numbers = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert numbers["configuration"]["linear"] is True
+    assert all(math.isfinite(value) for value in all_numbers(numbers))
+    memory = numbers["memory"]
+    logits = TINY.samples * TINY.response_length * numbers["corpus"]["vocabulary"] * 4
+    assert memory["logits"] == 3 * logits
+    assert memory["from_hidden_states"]["largest"] < logits <= memory["through_logits"]["largest"]
+    assert memory["from_hidden_states"]["peak"] < memory["logits"] <= memory["through_logits"]["peak"]
+    assert numbers["fused_vs_naive"]["rows"] == 128
+
+
+def test_through_logits_the_report_says_nothing_of_hidden_states(demo, numbers):
+    assert numbers["configuration"]["linear"] is False
+    assert "memory" not in numbers and "hidden states" not in demo[0]

@@ -46,6 +46,8 @@ def _add_demo(commands) -> None:
                         help=f"policy-gradient steps of each run (default: {Settings().steps}, quick {QUICK['steps']})")
     parser.add_argument("--beta", type=_positive_float, metavar="X",
                         help=f"weight of the KL penalty, in reward per nat (default: {Settings().beta})")
+    parser.add_argument("--linear", action="store_true",
+                        help="fine-tune from hidden states and lm_head weights: no logits in the training step; the same curves, up to rounding")
     parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE",
                         help="cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)")
     parser.set_defaults(run=_run_demo, parser=parser)
@@ -64,7 +66,8 @@ def _run_demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     # Here and not above: --help and errors of use do not need the extra.
     from .demo.run import run_demo
 
-    settings = choose_settings(quick=options.quick, seed=options.seed, steps=options.steps, beta=options.beta, device=options.device)
+    settings = choose_settings(quick=options.quick, seed=options.seed, steps=options.steps, beta=options.beta, linear=options.linear,
+                               device=options.device)
     return run_demo(settings, options.out)
 
 

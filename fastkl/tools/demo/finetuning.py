@@ -7,30 +7,27 @@ import dataclasses
 
 import torch
 
-import fastkl
-
 from .corpus import Corpus, line_starts, windows
 from .model import LanguageModel
+from .objective import Batch, choose_objective
 from .progress import progress
 from .sampling import sample
 from .settings import Settings
 
 REWARDED_WORD = "self"
-# Rows of logits kept after the first update, where the KL is still tiny, for the comparison with the naive code.
-ROWS_KEPT = 128
 
 
 @dataclasses.dataclass
 class FineTuned:
     """A policy and how it got there.
 
-    series: "reward", "kl" and "entropy", one number per step, measured before the step's update; early_logits: rows of policy and reference
-    logits after the first update.
+    series: "reward", "kl" and "entropy", one number per step, measured before the step's update; early: the batch after the first update, where
+    the KL is still tiny.
     """
 
     policy: LanguageModel
     series: dict[str, list[float]]
-    early_logits: tuple[torch.Tensor, torch.Tensor]
+    early: Batch
 
 
 def rewarded_tokens(corpus: Corpus) -> torch.Tensor:
@@ -41,11 +38,11 @@ def rewarded_tokens(corpus: Corpus) -> torch.Tensor:
 def fine_tune(reference: LanguageModel, corpus: Corpus, beta: float, settings: Settings, title: str) -> FineTuned:
     """REINFORCE from the reference: maximise the discounted reward minus beta times KL(policy‖reference) per token.
 
-    beta = 0 is the run without a penalty: KLPenalty then only measures.
+    beta = 0 is the run without a penalty, which then only measures.
     """
     policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    penalty = fastkl.KLPenalty(beta, temperature=settings.temperature)
+    objective = choose_objective(beta, settings)
     rewarded = rewarded_tokens(corpus).to(settings.device)
     starts = line_starts(corpus, corpus.train)
     choose = torch.Generator().manual_seed(settings.seed)
@@ -58,20 +55,20 @@ def fine_tune(reference: LanguageModel, corpus: Corpus, beta: float, settings: S
         response = tokens[:, settings.prompt_length:]
         rewards = rewarded[response].float()
 
-        logits = policy.response_logits(tokens, settings.response_length)
         with torch.no_grad():
-            ref_logits = reference.response_logits(tokens, settings.response_length)
-        stats = fastkl.token_stats(logits, response, temperature=settings.temperature)
-        loss = -(advantages(rewards, settings.discount) * stats.logprob).mean() + penalty(logits, ref_logits)
+            ref_hidden = reference.response_hidden(tokens, settings.response_length)
+        batch = Batch(response, policy.response_hidden(tokens, settings.response_length), policy.head, ref_hidden, reference.head)
+        if step == 1:
+            early = batch.kept()
+        stats, penalty = objective(batch)
+        loss = -(advantages(rewards, settings.discount) * stats.logprob).mean() + penalty
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
 
-        if step == 1:
-            early = tuple(side.detach().flatten(0, 1)[:ROWS_KEPT].clone() for side in (logits, ref_logits))
         # One transfer from the device for all figures of the step.
-        figures = torch.stack([rewards.mean(), penalty.last["kl"], stats.entropy.detach().mean()]).tolist()
+        figures = torch.stack([rewards.mean(), objective.penalty.last["kl"], stats.entropy.detach().mean()]).tolist()
         for name, figure in zip(series, figures, strict=True):
             series[name].append(figure)
         steps.set_postfix_str(f"reward {figures[0]:.3f}, KL {figures[1]:.3f} nats", refresh=False)

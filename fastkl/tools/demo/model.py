@@ -33,9 +33,13 @@ class LanguageModel(nn.Module):
         """A cache before the first position."""
         return [None] * len(self.blocks)
 
+    def response_hidden(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
+        """Hidden states [B, length, H] that predict the last `length` tokens of tokens [B, T]."""
+        return self.hidden(tokens[:, :-1])[:, -length:]
+
     def response_logits(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
         """Logits [B, length, V] that predict the last `length` tokens of tokens [B, T]."""
-        return self.head(self.hidden(tokens[:, :-1])[:, -length:])
+        return self.head(self.response_hidden(tokens, length))
 
 
 class Block(nn.Module):

@@ -71,6 +71,18 @@ def comparison_line(comparison: dict) -> str:
             f"held for backward {fused['bytes_per_row']:,.0f} vs {naive['bytes_per_row']:,.0f} bytes per row")
 
 
+def memory_line(memory: dict) -> str:
+    """What the training step needs without logits, and what it would need with them, in one line."""
+    linear, direct = memory["from_hidden_states"], memory["through_logits"]
+    return (f"memory for loss and gradient of {memory['tokens']} tokens, every allocation counted by torch.profiler: "
+            f"{_megabytes(linear['peak'])} at the peak, largest tensor {_megabytes(linear['largest'])}; the logits of policy and reference and "
+            f"their gradient, {_megabytes(memory['logits'])}, were never made in training (through them: {_megabytes(direct['peak'])} at the peak)")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
 def conclusion(evaluations: dict[str, Evaluation]) -> str:
     """What the table says, in words; the verdict only where the figures bear it out."""
     before, without, penalised = evaluations.values()

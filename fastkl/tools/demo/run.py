@@ -17,12 +17,15 @@ from . import plot, report
 from .corpus import Corpus, build_corpus
 from .evaluation import Evaluation, evaluate
 from .finetuning import FineTuned, fine_tune
+from .memory import compare_memory
 from .naive import compare_with_naive
 from .pretraining import held_out_loss, train_reference
 from .progress import progress
 from .settings import Settings
 
 NO_PENALTY, WITH_PENALTY = "no penalty", "with KLPenalty"
+# Rows of the early batch whose logits the comparison with the naive code makes again: few, for training may have done without.
+ROWS_COMPARED = 128
 
 
 def run_demo(settings: Settings, out: Path) -> int:
@@ -40,16 +43,20 @@ def run_demo(settings: Settings, out: Path) -> int:
         clock.stage(name)
     policies = {"reference": reference, **{name: run.policy for name, run in runs.items()}}
     evaluations = {name: evaluate(policy, reference, corpus, settings) for name, policy in progress(policies.items(), "samples of each policy")}
-    comparison = compare_with_naive(*runs[WITH_PENALTY].early_logits)
+    early = runs[WITH_PENALTY].early
+    early_logits = early.logits(ROWS_COMPARED)
+    comparison = compare_with_naive(*early_logits)
+    numbers = collect(settings, corpus, losses, reference_loss, runs, evaluations, comparison)
+    remarks = [report.comparison_line(comparison), report.slow_path_line(evaluations)]
+    if settings.linear:
+        numbers["memory"] = compare_memory(early, settings)
+        remarks.append(report.memory_line(numbers["memory"]))
     clock.stage("evaluation")
 
-    header = describe(corpus, reference, reference_loss, runs[WITH_PENALTY].early_logits[0], settings)
     text = "\n\n".join([
-        header, report.table(evaluations), report.conclusion(evaluations),
-        *(report.sample_text(name, evaluation) for name, evaluation in evaluations.items()),
-        report.comparison_line(comparison) + "\n" + report.slow_path_line(evaluations),
+        describe(corpus, reference, reference_loss, early_logits[0], settings), report.table(evaluations), report.conclusion(evaluations),
+        *(report.sample_text(name, evaluation) for name, evaluation in evaluations.items()), "\n".join(remarks),
     ])
-    numbers = collect(settings, corpus, losses, reference_loss, runs, evaluations, comparison)
     picture = plot.curves({name: run.series for name, run in runs.items()}, evaluations["reference"].reward)
     numbers["seconds"] = clock.seconds()
     for name, content in (("curves.png", picture), ("report.txt", (text + "\n").encode()), ("report.json", report.to_json(numbers))):
@@ -61,12 +68,13 @@ def run_demo(settings: Settings, out: Path) -> int:
 def describe(corpus: Corpus, reference: torch.nn.Module, loss: float, logits: torch.Tensor, settings: Settings) -> str:
     """The first lines of the report: what ran on what."""
     parameters = sum(parameter.numel() for parameter in reference.parameters())
+    way = f"; computed from hidden states, {settings.chunk_size} tokens at a time" if settings.linear else ""
     return "\n".join([
         f"corpus:    {corpus.files} files of Python {platform.python_version()}'s standard library, {corpus.characters / 1e6:.1f} M characters, "
         f"{(corpus.train.numel() + corpus.held_out.numel()) / 1e6:.2f} M tokens of a vocabulary of {corpus.vocabulary}",
         f"reference: {settings.layers} layers, {settings.width} wide, {parameters / 1e6:.1f} M parameters, "
         f"perplexity {math.exp(loss):.0f} on held-out files",
-        f"fastkl:    {fastkl.explain(logits)}",
+        f"fastkl:    {fastkl.explain(logits)}{way}",
     ])
 
 

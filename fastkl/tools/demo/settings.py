@@ -36,6 +36,10 @@ class Settings:
     policy_rate: float = 4e-4
     discount: float = 0.8
     beta: float = 0.5
+    # linear: the training step from hidden states, chunk_size tokens at a time, instead of through the logits of all. The tokens of one step are so
+    # few here that they would fit into one chunk of the default size.
+    linear: bool = False
+    chunk_size: int = 128
     # Evaluation, on prompts from files that training never saw.
     evaluation_samples: int = 64
 
@@ -44,7 +48,8 @@ QUICK = dict(quick=True, corpus_characters=2_000_000, vocabulary=4_096, referenc
              evaluation_samples=32)
 
 
-def choose_settings(*, quick: bool, seed: int, device: str, steps: int | None = None, beta: float | None = None) -> Settings:
+def choose_settings(*, quick: bool, seed: int, device: str, steps: int | None = None, beta: float | None = None,
+                    linear: bool = False) -> Settings:
     """The settings of the full or the quick size, with what the command line overrides."""
     chosen = {name: value for name, value in (("steps", steps), ("beta", beta)) if value is not None}
-    return Settings(**{**(QUICK if quick else {}), "seed": seed, "device": device, **chosen})
+    return Settings(**{**(QUICK if quick else {}), "seed": seed, "device": device, "linear": linear, **chosen})
