@@ -3,8 +3,9 @@
     python3 -m benchmarks.gpu_suite --out DIR
 
 runs sections one after the other, each in a process of its own with a time limit, so that a crash or a hang costs one section: timings with memory
-and bandwidth ("main", then more shapes in "sweep"), accuracy against float64, and the GPU tests. DIR/<date>.json is rewritten after each; a table of
-the bars, met or not, ends the output. Exit code 0: all sections ran and their bars are met; 1: not so; 2: no CUDA here.
+and bandwidth ("main", then more shapes in "sweep"), accuracy against float64, the same work from hidden states beside the bare matrix products
+("linear", "linear_sweep"), and the GPU tests. DIR/<date>.json is rewritten after each; a table of the bars, met or not, ends the output. Exit code 0:
+all sections ran and their bars are met; 1: not so; 2: no CUDA here.
 """
 import argparse
 import json
@@ -20,13 +21,16 @@ from pathlib import Path
 import torch
 
 from benchmarks import accuracy, harness
+from benchmarks.linear_providers import LINEAR_LOADERS
+from benchmarks.linear_workloads import LinearWorkload
 from benchmarks.providers import load_providers
 from benchmarks.record import ROOT, provenance, write_json
 from benchmarks.workloads import Workload
 
 SECONDS = 460  # for the whole run
 # Seconds that a section may take; the tests get what is left. Fresh processes need about 10 to start and to compile.
-SECTIONS = {"main": 150, "accuracy": 75, "sweep": 150, "tests": 300}
+SECTIONS = {"main": 120, "accuracy": 75, "linear": 120, "sweep": 80, "linear_sweep": 90, "tests": 300}
+TESTS_AT_LEAST = 90  # seconds that the sections before them leave to the tests
 SLACK = 30  # a section stops starting new measurements so long before it would be killed
 
 MAIN = (Workload("kl_divergence", wrt="p"), Workload("kl_divergence", wrt="q"), Workload("token_stats"))
@@ -36,6 +40,17 @@ SWEEP = (
     *(Workload(rows=n) for n in (8, 64, 512)),
     Workload(layout="sliced"),
 )
+LINEAR = tuple(LinearWorkload(mode) for mode in ("loss", "forward", "frozen", "stats"))
+LINEAR_SWEEP = tuple(
+    LinearWorkload(mode, **shape)
+    for shape in (
+        *({"rows": n} for n in (64, 512, 2048)), *({"vocabulary": v} for v in (32000, 50257, 151936)), *({"hidden": h} for h in (1024, 2048)),
+        {"rows": 16384}, {"hidden": 8192}, {"vocabulary": 262144},  # the longest last: time may run out
+    )
+    for mode in ("loss", "forward")
+)
+# Of fastkl at the main shape: (mode, times the floor, GB of workspace beside inputs and returned gradients).
+LINEAR_BARS = (("loss", 1.12, 3.4), ("forward", 1.12, 1.2))
 
 
 # Sections, inside their own process -----------------------------------------------------------------------------
@@ -50,13 +65,41 @@ def timings(workloads, providers, device, deadline, **options):
         case = None
         for provider in providers:
             if time.monotonic() > deadline:
-                yield {"workload": workload.as_dict(), "provider": provider.name, "status": "missing", "reason": "no time left in this run"}
+                yield no_figures(workload, provider.name, "missing", "no time left in this run")
                 continue
             case = case or harness.make_case(workload, device, copy and copy["gb_per_s"])
             yield harness.measure(provider, case, **options)
             harness.release()
         del case
         harness.release()
+
+
+def linear_timings(workloads, providers, device, deadline):
+    """Yields the floor's row and a row per provider for each LinearWorkload; past the deadline, and where the inputs do not fit, rows that say so."""
+    for workload in workloads:
+        if time.monotonic() > deadline:
+            yield no_figures(workload, "all", "missing", "no time left in this run")
+            continue
+        try:
+            case = harness.make_linear_case(workload, device)
+            floor = harness.measure_floor(case) if device.type == "cuda" else None
+        except torch.OutOfMemoryError as error:
+            yield no_figures(workload, "all", "failed", f"{type(error).__name__}: {error}"[:2000])
+        else:
+            yield from ([floor] if floor else [])
+            for provider in providers:
+                if time.monotonic() > deadline:
+                    yield no_figures(workload, provider.name, "missing", "no time left in this run")
+                else:
+                    yield harness.measure_linear(provider, case, floor)
+                harness.release()
+        case = floor = None
+        harness.release()
+
+
+def no_figures(workload, provider, status, reason):
+    """A row that only says why there are no figures."""
+    return {"workload": workload.as_dict(), "provider": provider, "status": status, "reason": reason}
 
 
 def main_section(device, deadline):
@@ -68,6 +111,18 @@ def sweep_section(device, deadline):
     """Other shapes. torch.compile comes last: it compiles for seconds at each shape, and the time may run out."""
     yield from timings(SWEEP, load_providers(device, ["fastkl", "torch"]), device, deadline)
     yield from timings(SWEEP, load_providers(device, ["torch.compile"]), device, deadline, phases=("forward", "both"))
+
+
+def linear_section(device, deadline):
+    """From hidden states, at the shape that the bars are about. torch.compile comes last, as in the sweep."""
+    names = [name for name in LINEAR_LOADERS if name != "torch.compile"]
+    yield from linear_timings(LINEAR, load_providers(device, names, LINEAR_LOADERS), device, deadline)
+    yield from linear_timings(LINEAR, load_providers(device, ["torch.compile"], LINEAR_LOADERS), device, deadline)
+
+
+def linear_sweep_section(device, deadline):
+    """From hidden states, other shapes: this package beside the floor."""
+    yield from linear_timings(LINEAR_SWEEP, load_providers(device, ["fastkl"], LINEAR_LOADERS), device, deadline)
 
 
 def accuracy_section(device, deadline):
@@ -93,7 +148,9 @@ def gpu_facts():
     }
 
 
-RUNNERS = {"main": main_section, "accuracy": accuracy_section, "sweep": sweep_section}
+RUNNERS = {
+    "main": main_section, "accuracy": accuracy_section, "linear": linear_section, "sweep": sweep_section, "linear_sweep": linear_sweep_section,
+}
 
 
 def run_here(name, file, seconds):
@@ -109,7 +166,14 @@ def line_of(row):
     """One line of text for any row."""
     if "copy" in row:
         return f"copy {row['copy']['gb_per_s']:.0f} GB/s"
+    if is_linear(row):
+        return harness.linear_summary(row)
     return accuracy.summary(row) if "distribution" in row else harness.summary(row)
+
+
+def is_linear(row):
+    """Whether the row is one of a LinearWorkload."""
+    return "mode" in row.get("workload", {})
 
 
 # The suite, outside ---------------------------------------------------------------------------------------------
@@ -168,6 +232,8 @@ def bars(sections):
         records = [record for record in sections["accuracy"].get("rows", []) if "distribution" in record]
         worse = len(accuracy.not_worse(records)) if records else None
         result.append({"bar": "accuracy: cases worse than plain torch + 1e-4, or negative", "limit": "== 0", "value": worse, "met": worse == 0})
+    if "linear" in sections:
+        result += _bars_of_linear(sections["linear"].get("rows", []))
     return result
 
 
@@ -175,13 +241,17 @@ def _is_kl(workload, wrt):
     return workload["operation"] == "kl_divergence" and workload["wrt"] == wrt
 
 
+def _figure(row, *path):
+    """What stands at the path in a row of the results; None where it was not measured."""
+    for part in path:
+        row = row.get(part) or {}
+    return row or None
+
+
 def _bars_of_gradient(wrt, rows):
     """The bars of kl_divergence with the gradient to one of its arguments, from one row per provider."""
     def figure(provider, *path):
-        value = rows.get(provider, {})
-        for part in path:
-            value = value.get(part) or {}
-        return value or None
+        return _figure(rows.get(provider, {}), *path)
 
     result = []
     for phase in ("forward", "backward"):
@@ -193,9 +263,25 @@ def _bars_of_gradient(wrt, rows):
         value = theirs / ours if theirs and ours else None
         bar = f"kl_divergence d{wrt} forward + backward, times faster than {other}"
         result.append({"bar": bar, "limit": f">= {limit}", "value": value, "met": (value or 0) >= limit})
-    ratio = figure("fastkl", "memory", "limit_ratio")
-    met = ratio is not None and ratio <= 1.01
-    result.append({"bar": f"kl_divergence d{wrt} peak / (inputs + one gradient)", "limit": "<= 1.01", "value": ratio, "met": met})
+    result.append(_at_most(f"kl_divergence d{wrt} peak / (inputs + one gradient)", 1.01, figure("fastkl", "memory", "limit_ratio")))
+    return result
+
+
+def _at_most(bar, limit, value):
+    """A bar from above."""
+    return {"bar": bar, "limit": f"<= {limit}", "value": value, "met": value is not None and value <= limit}
+
+
+def _bars_of_linear(rows):
+    """The bars of fastkl from hidden states, from the rows of the linear section."""
+    result = []
+    ours = {row["workload"]["mode"]: row for row in rows if row["provider"] == "fastkl"}
+    for mode, times_floor, gigabytes in LINEAR_BARS:
+        row = ours.get(mode, {})
+        ratio = _figure(row, "times", LinearWorkload(mode).phase, "ratio_to_floor")
+        workspace = _figure(row, "memory", "workspace_bytes")
+        result.append(_at_most(f"linear {mode}, times the bare matrix products", times_floor, ratio))
+        result.append(_at_most(f"linear {mode}, workspace in GB", gigabytes, None if workspace is None else workspace / 1e9))
     return result
 
 
@@ -204,7 +290,9 @@ def report(results):
     lines = []
     for name, section in results["sections"].items():
         lines.append(f"\n{name}: {section['status']}, {section['seconds']} s {section.get('summary', '')}")
-        lines += ["  " + line_of(row) for row in section.get("rows", [])]
+        rows = section.get("rows", [])
+        table = harness.linear_table(rows) if rows and all(map(is_linear, rows)) else map(line_of, rows)
+        lines += ["  " + line for line in table]
     lines.append(f"\n{'bar':<72} {'limit':>8} {'measured':>10}")
     for bar in results["bars"]:
         value = "-" if bar["value"] is None else f"{bar['value']:.4g}"
@@ -217,8 +305,9 @@ def run_suite(folder, names, seconds, command):
     started = time.monotonic()
     results = {**provenance(command), "gpu": None, "sections": {}, "bars": []}
     stamp = re.sub(r"[-:]", "", results["date"])
-    for name in names:
-        limit = min(SECTIONS[name], seconds - (time.monotonic() - started))
+    for i, name in enumerate(names):
+        kept = TESTS_AT_LEAST if "tests" in names[i + 1 :] else 0
+        limit = min(SECTIONS[name], seconds - (time.monotonic() - started) - kept)
         print(f"\n== {name} (at most {limit:.0f} s)", flush=True)
         try:
             if limit <= SLACK:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.linear_providers import bare_products, floor_chunks
+from benchmarks.linear_workloads import expected, linear_fault, make_linear_inputs
 from benchmarks.workloads import differentiated, fault, make_inputs
 
 PHASES = ("forward", "backward", "both")
@@ -23,19 +25,24 @@ COPY_BYTES = 2**32  # of the copied tensor: far larger than any L2
 ROTATE_OVER = 3  # the inputs together are at least so many times the L2
 SECONDS_PER_PHASE = 0.3
 REPETITIONS = (7, 60)
+FLOOR = "cuBLAS products"
 
 
 @dataclass
 class Case:
-    """A workload with its inputs (one set, or several that take turns) and, once measured, the copy bandwidth of this process."""
+    """A workload with its inputs (one set, or several that take turns) and, once measured, the copy bandwidth of this process.
+
+    expected: what the gate compares with, where it is computed once for all providers.
+    """
 
     workload: object
     device: torch.device
     sets: list
     copy_gb_per_s: float | None = None
+    expected: object = None
 
 
-def make_case(workload, device, copy_gb_per_s=None):
+def make_case(workload, device, copy_gb_per_s=None, make=make_inputs):
     """Random inputs for a workload, in as many sets as it takes to exceed the L2 cache."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # it allows 8 shapes per function and then gives up; each case is a shape of its own
@@ -43,7 +50,7 @@ def make_case(workload, device, copy_gb_per_s=None):
     if device.type == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
         count = min(max(math.ceil(ROTATE_OVER * cache / (2 * workload.tensor_bytes)), 1), 64)
-    return Case(workload, device, [make_inputs(workload, device, seed) for seed in range(count)], copy_gb_per_s)
+    return Case(workload, device, [make(workload, device, seed) for seed in range(count)], copy_gb_per_s)
 
 
 def forward(provider, case, inputs):
@@ -70,62 +77,73 @@ def _hold_queue(seconds):
         torch.cuda._sleep(int(min(seconds, 0.5) * 2e9))  # cycles, at about 2 GHz
 
 
-def _queue_round(provider, case, phase, events):
+def _queue_round(sets, run, prepare, events):
     """Queues one timed repetition per set of inputs, and adds its pair of events."""
-    prepared = [forward(provider, case, inputs) if phase == "backward" else None for inputs in case.sets]
-    for inputs, outputs in zip(case.sets, prepared, strict=True):
+    prepared = [prepare(inputs) for inputs in sets]
+    for inputs, before in zip(sets, prepared, strict=True):
         pair = (_event(), _event())
         pair[0].record()
-        if phase != "backward":
-            outputs = forward(provider, case, inputs)
-        if phase != "forward":
-            backward(case, inputs, outputs)
+        run(inputs, before)
         pair[1].record()
         events.append(pair)
-        del outputs  # a graph kept into the next repetition would double the memory in use
 
 
-def time_phase(provider, case, phase):
-    """Median, fastest and slowest device time in milliseconds of one phase."""
+def _nothing(inputs):
+    """What is prepared where all is timed."""
+
+
+def device_time(sets, run, prepare=_nothing):
+    """Median, fastest and slowest device time in milliseconds of run(inputs, prepare(inputs)), the preparation not counted."""
     events = []
     torch.cuda.synchronize()
     started = time.perf_counter()
-    _queue_round(provider, case, phase, events)  # warms up, and tells how long a round takes to queue and to run
+    _queue_round(sets, run, prepare, events)  # warms up, and tells how long a round takes to queue and to run
     queued = time.perf_counter() - started
     torch.cuda.synchronize()
     estimate = max(statistics.median(a.elapsed_time(b) for a, b in events), 1e-3) / 1e3
     count = min(max(int(SECONDS_PER_PHASE / estimate), REPETITIONS[0]), REPETITIONS[1])
-    rounds = math.ceil(count / len(case.sets))
+    rounds = math.ceil(count / len(sets))
     events = []
     _hold_queue(1.5 * queued * rounds + 2e-3)
     for _ in range(rounds):
-        _queue_round(provider, case, phase, events)
+        _queue_round(sets, run, prepare, events)
     torch.cuda.synchronize()
     times = [a.elapsed_time(b) for a, b in events]
-    result = {"median_ms": statistics.median(times), "fastest_ms": min(times), "slowest_ms": max(times), "repetitions": len(times)}
-    result["wall_ms"] = wall_time(provider, case, phase)
+    return {"median_ms": statistics.median(times), "fastest_ms": min(times), "slowest_ms": max(times), "repetitions": len(times)}
+
+
+def wall_time(sets, run, prepare=_nothing, repetitions=7):
+    """Median milliseconds on the clock of one call alone, from an idle GPU to its end."""
+    times = []
+    for i in range(repetitions):
+        inputs = sets[i % len(sets)]
+        before = prepare(inputs)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run(inputs, before)
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - started))
+        del before  # a graph kept into the next repetition would double the memory in use
+    return statistics.median(times)
+
+
+def time_phase(provider, case, phase):
+    """The figures of one phase: device time, time on the clock, bytes and bandwidth."""
+    def prepare(inputs):
+        return forward(provider, case, inputs) if phase == "backward" else None
+
+    def run(inputs, outputs):
+        if phase != "backward":
+            outputs = forward(provider, case, inputs)
+        if phase != "forward":
+            backward(case, inputs, outputs)
+
+    result = {**device_time(case.sets, run, prepare), "wall_ms": wall_time(case.sets, run, prepare)}
     result["bytes"] = case.workload.moved_bytes(phase)
     result["gb_per_s"] = result["bytes"] / result["median_ms"] / 1e6
     if case.copy_gb_per_s:
         result["percent_of_copy"] = 100 * result["gb_per_s"] / case.copy_gb_per_s
     return result
-
-
-def wall_time(provider, case, phase, repetitions=7):
-    """Median milliseconds on the clock of one call alone, from an idle GPU to its end."""
-    times = []
-    for i in range(repetitions):
-        inputs = case.sets[i % len(case.sets)]
-        outputs = forward(provider, case, inputs) if phase == "backward" else None
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        if phase != "backward":
-            outputs = forward(provider, case, inputs)
-        if phase != "forward":
-            backward(case, inputs, outputs)
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times)
 
 
 def copy_bandwidth(device, size=COPY_BYTES, repetitions=20):
@@ -180,7 +198,25 @@ def release():
 
 
 def measure(provider, case, phases=PHASES, with_memory=True):
-    """One row of the results, {"workload", "provider", "status", "reason", "error", "times", "memory"}.
+    """One row of the results (row_of) for an operation on logits."""
+    def fill(row):
+        outputs = forward(provider, case, case.sets[0])
+        gradient = backward(case, case.sets[0], outputs)
+        row["error"], wrong = fault(case.workload, case.sets[0], outputs, gradient)
+        del outputs, gradient
+        if wrong:
+            row.update(status="wrong", reason=wrong)
+        elif case.device.type == "cuda":
+            if with_memory:
+                row["memory"] = memory(provider, case)
+            for phase in phases:
+                row["times"][phase] = time_phase(provider, case, phase)
+
+    return row_of(provider, case, fill)
+
+
+def row_of(provider, case, fill):
+    """One row of the results, {"workload", "provider", "status", "reason", "error", "times", "memory"}, filled in by fill(row).
 
     status is "ok", or without figures "missing" (not here), "wrong" (failed the gate) or "failed" (raised), with the reason.
     """
@@ -189,17 +225,7 @@ def measure(provider, case, phases=PHASES, with_memory=True):
     if missing:
         return {**row, "status": "missing", "reason": missing}
     try:
-        outputs = forward(provider, case, case.sets[0])
-        gradient = backward(case, case.sets[0], outputs)
-        row["error"], wrong = fault(case.workload, case.sets[0], outputs, gradient)
-        del outputs, gradient
-        if wrong:
-            return {**row, "status": "wrong", "reason": wrong}
-        if case.device.type == "cuda":
-            if with_memory:
-                row["memory"] = memory(provider, case)
-            for phase in phases:
-                row["times"][phase] = time_phase(provider, case, phase)
+        fill(row)
     except Exception as error:  # a provider may fail in any way; the others still have to be measured
         reason = f"{type(error).__name__}: {error}"
         row.update(status="failed", reason=reason[:2000], times={}, memory={})
@@ -209,12 +235,112 @@ def measure(provider, case, phases=PHASES, with_memory=True):
 def summary(row):
     """One line of text for a row of the results."""
     head = f"{row['workload']['name']:<52} {row['provider']:<14}"
-    if row["status"] != "ok":
-        return f"{head} {row['status']}: {row['reason'].splitlines()[0][:120]}"
-    if not row["times"]:
-        return f"{head} correct, no times without a GPU"
+    if row["status"] != "ok" or not row["times"]:
+        return f"{head} {_why_no_times(row)}"
     cells = []
     for phase, result in row["times"].items():
         percent = f" {result['percent_of_copy']:5.1f}%" if "percent_of_copy" in result else ""
         cells.append(f"{phase} {result['median_ms']:9.4f} ms{percent}")
     return f"{head} " + "  ".join(cells)
+
+
+def _why_no_times(row):
+    """What stands in the place of figures."""
+    return "correct, no times without a GPU" if row["status"] == "ok" else f"{row['status']}: {row['reason'].splitlines()[0][:120]}"
+
+
+# From hidden states ---------------------------------------------------------------------------------------------
+
+
+def make_linear_case(workload, device):
+    """Random inputs for a LinearWorkload and what the gate compares with."""
+    case = make_case(workload, device, make=make_linear_inputs)
+    case.expected = expected(workload, case.sets[0])
+    release()
+    return case
+
+
+def linear_step(provider, case, inputs):
+    """(outputs, gradients) of one call: forward without gradient, or forward and backward."""
+    with torch.set_grad_enabled(bool(inputs.leaves)):
+        outputs = forward(provider, case, inputs)
+    return outputs, inputs.gradients(outputs)
+
+
+def measure_linear(provider, case, floor=None):
+    """One row of the results (row_of) for a LinearWorkload; `floor` is the row of measure_floor, without which there are no ratios."""
+    def fill(row):
+        outputs, gradients = linear_step(provider, case, case.sets[0])
+        row["error"], wrong = linear_fault(case.workload, case.sets[0], case.expected, outputs, gradients)
+        del outputs, gradients
+        if wrong:
+            row.update(status="wrong", reason=wrong)
+        elif case.device.type == "cuda":
+            row["memory"] = linear_memory(provider, case)
+            times = device_time(case.sets, lambda inputs, _: linear_step(provider, case, inputs))
+            times["wall_ms"] = wall_time(case.sets, lambda inputs, _: linear_step(provider, case, inputs))
+            row["times"][case.workload.phase] = with_rates(times, case.workload, floor)
+
+    return row_of(provider, case, fill)
+
+
+def measure_floor(case):
+    """The row of the bare cuBLAS products of a LinearWorkload: the fastest of several chunk sizes; "tried" holds the median of each."""
+    tried, best = {}, None
+    for chunk in floor_chunks(case.workload.rows):
+        try:
+            times = device_time(case.sets, bare_products(case.workload, case.sets[0], chunk))
+        except torch.OutOfMemoryError as error:
+            tried[str(chunk)] = f"out of memory: {error}"[:200]
+        else:
+            tried[str(chunk)] = times["median_ms"]
+            if best is None or times["median_ms"] < best["median_ms"]:
+                best = {**times, "chunk": chunk}
+        release()
+    row = {"workload": case.workload.as_dict(), "provider": FLOOR, "status": "ok", "reason": None, "error": {}, "times": {}, "memory": {}}
+    if best is None:
+        return {**row, "status": "failed", "reason": "; ".join(tried.values())}
+    return {**row, "times": {case.workload.phase: {**with_rates(best, case.workload), "tried": tried}}}
+
+
+def with_rates(times, workload, floor=None):
+    """The times with what they mean: floating-point operations of the products that have to be done, per second, and the ratio to the floor."""
+    times = {**times, "flop": workload.flop, "tflop_per_s": workload.flop / times["median_ms"] / 1e9}
+    if floor and floor["times"]:
+        times["ratio_to_floor"] = times["median_ms"] / floor["times"][workload.phase]["median_ms"]
+    return times
+
+
+def linear_memory(provider, case):
+    """What one call allocates beside its inputs, in bytes; a call before this one has filled the caches.
+
+    peak_bytes: the most that was allocated at once, inputs excluded. returned_bytes: outputs and gradients. workspace_bytes: peak without returned.
+    """
+    release()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    outputs, gradients = linear_step(provider, case, case.sets[0])
+    peak = torch.cuda.max_memory_allocated() - before
+    returned = sum(tensor.nbytes for tensor in (*outputs, *gradients))
+    return {"peak_bytes": peak, "returned_bytes": returned, "workspace_bytes": peak - returned}
+
+
+LINEAR_HEAD = f"{'mode and shape':<40} {'provider':<15} {'median ms':>10} {'x floor':>8} {'TFLOP/s':>8} {'workspace':>12}  error"
+
+
+def linear_summary(row):
+    """One line of text for a row of a LinearWorkload, under LINEAR_HEAD."""
+    head = f"{row['workload']['name']:<40} {row['provider']:<15}"
+    if row["status"] != "ok" or not row["times"]:
+        return f"{head} {_why_no_times(row)}"
+    (times,) = row["times"].values()
+    ratio = f"{times['ratio_to_floor']:8.3f}" if "ratio_to_floor" in times else f"{'-':>8}"
+    workspace = f"{row['memory']['workspace_bytes'] / 1e9:9.3f} GB" if row["memory"] else f"{'-':>12}"
+    error = "  ".join(f"{name} {value:.0e}" for name, value in row["error"].items() if "worst" not in name)
+    return f"{head} {times['median_ms']:10.3f} {ratio} {times['tflop_per_s']:8.1f} {workspace}  {error}"
+
+
+def linear_table(rows):
+    """The lines of a table: providers side by side for each workload, in the order in which the workloads came."""
+    names = list(dict.fromkeys(row["workload"]["name"] for row in rows))
+    return [LINEAR_HEAD, *(linear_summary(row) for row in sorted(rows, key=lambda row: names.index(row["workload"]["name"])))]

@@ -86,10 +86,10 @@ def load_fastkl(device):
 LOADERS = {"fastkl": load_fastkl, "torch": load_torch, "torch.compile": load_torch_compile}
 
 
-def load_providers(device, names=None):
-    """The providers by name, in the order of LOADERS; one that cannot be used carries the reason."""
+def load_providers(device, names=None, loaders=LOADERS):
+    """The providers by name, in the order of the loaders; one that cannot be used carries the reason."""
     providers = []
-    for name, load in LOADERS.items():
+    for name, load in loaders.items():
         if names is not None and name not in names:
             continue
         try:

@@ -1,0 +1,166 @@
+"""Who computes from hidden states, and the floor: the bare matrix products.
+
+Every operation takes a LinearInputs (benchmarks/linear_workloads.py) and returns a tuple of tensors: "per_token_kl" the KL of each token,
+"mean_kl" its mean, "token_stats" the fields of TokenStats. Each loader says which work it does: products are matrix products of N x H x V. A peer
+that is not installed, cannot run here or runs out of memory becomes a row with the reason.
+"""
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.linear_workloads import PRODUCTS
+from benchmarks.providers import plain_kl_divergence, plain_token_stats
+
+CHUNK = 2048  # tokens of a chunk in the chunked plain torch: larger is faster, since each chunk adds to the whole gradient of the weight
+FLOOR_CHUNKS = (4096, 2048)  # beside all tokens at once
+
+
+# Plain torch: functions of (hidden, weight, ref_hidden, ref_weight, tokens) -------------------------------------
+
+
+def per_token_kl(hidden, weight, ref_hidden, ref_weight, tokens):
+    """KL per token from logits in the inputs' type, softmaxes in float32."""
+    return plain_kl_divergence(F.linear(hidden, weight), F.linear(ref_hidden, ref_weight))
+
+
+def mean_kl(hidden, weight, ref_hidden, ref_weight, tokens):
+    """The mean of the same."""
+    (kl,) = per_token_kl(hidden, weight, ref_hidden, ref_weight, tokens)
+    return (kl.mean(),)
+
+
+def token_stats(hidden, weight, ref_hidden, ref_weight, tokens):
+    """The fields of TokenStats from the same logits."""
+    return plain_token_stats(F.linear(hidden, weight), tokens, F.linear(ref_hidden, ref_weight))
+
+
+FUNCTIONS = {"per_token_kl": per_token_kl, "mean_kl": mean_kl, "token_stats": token_stats}
+
+
+def _whole(function):
+    return lambda i: function(i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens)
+
+
+def _checkpointed(function, inputs):
+    """The outputs of a function of tokens, chunk by chunk, each computed again in backward."""
+    chunks = zip(*(tensor.split(CHUNK) for tensor in (inputs.hidden, inputs.ref_hidden, inputs.tokens)), strict=True)
+    results = [
+        checkpoint(function, hidden, inputs.weight, ref_hidden, inputs.ref_weight, tokens, use_reentrant=False, preserve_rng_state=False)
+        for hidden, ref_hidden, tokens in chunks
+    ]
+    return tuple(torch.cat(fields) for fields in zip(*results, strict=True))
+
+
+# Loaders --------------------------------------------------------------------------------------------------------
+
+
+def load_fastkl(device):
+    """This package. All modes: the work of this benchmark. Products: 2 forward, 4 loss, 3 frozen; 6 for stats (logits again in backward)."""
+    import fastkl
+
+    def kl(i, reduction):
+        return (fastkl.linear_kl_divergence(i.hidden, i.weight, i.ref_hidden, i.ref_weight, reduction=reduction),)
+
+    return {
+        "per_token_kl": lambda i: kl(i, "none"),
+        "mean_kl": lambda i: kl(i, "mean"),
+        "token_stats": lambda i: tuple(fastkl.linear_token_stats(i.hidden, i.weight, i.tokens, i.ref_hidden, i.ref_weight)),
+    }
+
+
+def load_torch(device):
+    """Eager PyTorch with all logits in memory. All modes: the same work. Products: 2 forward, 4 loss and stats, 3 frozen: the fewest possible."""
+    return {name: _whole(function) for name, function in FUNCTIONS.items()}
+
+
+def load_torch_compile(device):
+    """The same functions compiled for each shape. All modes: the same work, the same products, all logits in memory."""
+    if device.type != "cuda":
+        raise RuntimeError("compiled on a GPU only: compiling for a CPU takes long and its speed says nothing here")
+    return {name: _whole(torch.compile(function, dynamic=False, fullgraph=True)) for name, function in FUNCTIONS.items()}
+
+
+def load_torch_chunked(device):
+    """The same functions under torch.utils.checkpoint, 2048 tokens at a time, as trainers chunk a loss. All modes: the same work.
+
+    Products: 2 forward, 6 loss and stats, 5 frozen: the logits are computed again in backward. The gradient of the weight is summed over the
+    chunks in the weight's own type. TRL chunks its cross-entropy like this (fewer tokens at a time, operands upcast to float32, which is slower). It
+    has no chunked KL of its own: its distillation trainers use plain logits, or what load_liger_chunked loads.
+    """
+    return {
+        "per_token_kl": lambda i: _checkpointed(per_token_kl, i),
+        "mean_kl": lambda i: (_checkpointed(per_token_kl, i)[0].mean(),),
+        "token_stats": lambda i: _checkpointed(token_stats, i),
+    }
+
+
+def load_liger(device):
+    """Liger-Kernel's LigerFusedLinearJSD at jsd_beta = 1, which is the mean of KL(student‖teacher). Modes loss and frozen: the same work.
+
+    Products: 4, or 3 with a frozen weight. It has no KL per token, no other statistics and no forward without gradient. The gradient of the weight is
+    summed in float32, as ours, where the release can (accum_dtype), else in the weight's type. It also keeps a float32 [N, V] of losses.
+    """
+    if device.type != "cuda":
+        raise RuntimeError("its Triton kernels need a GPU")
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    known = inspect.signature(LigerFusedLinearJSD).parameters
+    loss = LigerFusedLinearJSD(jsd_beta=1.0, **({"accum_dtype": torch.float32} if "accum_dtype" in known else {}))
+    return {"mean_kl": lambda i: (loss(i.hidden, i.weight, i.ref_hidden, i.ref_weight, None),)}
+
+
+def load_liger_chunked(device):
+    """Liger-Kernel's chunked_loss.LigerFusedLinearJSDLoss at beta = 1 with the settings of TRL's distillation trainers (compiled=False).
+
+    Modes loss and frozen, with more work than ours: a cross-entropy weighted by 0, and the gradient of the weight even if it is frozen. Products:
+    4 in both. It takes the softmaxes in the type of the logits, so in bf16 it may fail the gate: then its error is shown and no time.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
+    return {"mean_kl": lambda i: (loss(i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens),)}
+
+
+# In the order in which they are measured: what compiles longest comes last, since time may run out.
+LINEAR_LOADERS = {
+    "fastkl": load_fastkl, "torch": load_torch, "torch chunked": load_torch_chunked, "liger": load_liger, "liger chunked": load_liger_chunked,
+    "torch.compile": load_torch_compile,
+}
+
+
+# The floor ------------------------------------------------------------------------------------------------------
+
+
+def floor_chunks(rows):
+    """How many tokens at a time the floor is tried with: all, and fewer."""
+    return (rows, *(chunk for chunk in FLOOR_CHUNKS if chunk < rows))
+
+
+def bare_products(workload, inputs, chunk):
+    """A function of LinearInputs that does nothing but the workload's products with cuBLAS, `chunk` tokens at a time, into buffers allocated here.
+
+    Every doubt goes to the floor: the products of the gradients take the policy's logits for their operand, so nothing else is read or written; the
+    gradient of the weight is overwritten by each chunk instead of added to, in the 16-bit type.
+    """
+    products = PRODUCTS[workload.mode]
+    logits, ref_logits = (inputs.hidden.new_empty(chunk, workload.vocabulary) for _ in range(2))
+    grad_hidden = torch.empty_like(inputs.hidden, requires_grad=False) if products > 2 else None
+    grad_weight = torch.empty_like(inputs.weight, requires_grad=False) if products > 3 else None
+
+    @torch.no_grad()
+    def run(inputs, _=None):
+        hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+        for first in range(0, workload.rows, chunk):
+            rows = slice(first, first + chunk)
+            some = hidden[rows]
+            policy, reference = logits[: len(some)], ref_logits[: len(some)]
+            torch.mm(some, weight.t(), out=policy)
+            torch.mm(inputs.ref_hidden[rows], inputs.ref_weight.t(), out=reference)
+            if grad_hidden is not None:
+                torch.mm(policy, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                torch.mm(policy.t(), some, out=grad_weight)
+
+    return run

@@ -1,0 +1,219 @@
+"""What is computed from hidden states: shapes and random data, the matrix products that have to be done, and the gate against float64."""
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.providers import plain_token_stats
+from benchmarks.workloads import DTYPES, row_blocks
+
+FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
+# What a mode asks of a provider, and the products of N x H x V that it takes at least: two for the logits, one for each gradient. For "stats" that
+# is what keeping all logits takes; a provider that computes them again in backward does six, and its ratio to the floor says so.
+OPERATIONS = {"forward": "per_token_kl", "loss": "mean_kl", "frozen": "mean_kl", "stats": "token_stats"}
+PRODUCTS = {"forward": 2, "loss": 4, "frozen": 3, "stats": 4}
+
+# Rows of the weight's gradient that are compared: the first, the last, and others spread evenly between them.
+CHECKED_WEIGHT_ROWS = 64
+# A provider may be off by so many times the error of plain torch in the same type on the same inputs: over all tokens, and in the worst one. The
+# second is there to find a row that is wrong, not to compare digits: among 64 rows, roundings as good as torch's but independent of them were up to
+# 3.2 times as far off in their worst. It never admits a row that is missing, which is off by 1. `LEAST` is added for float32, where the order of a
+# sum alone can double an error of 1e-6; bf16 is far above it.
+TOLERANCE = 1.5
+WORST_TOLERANCE, WORST = 5, 0.7
+LEAST = 1e-5
+
+
+@dataclass(frozen=True)
+class LinearWorkload:
+    """KL(policy‖reference) of `rows` tokens from hidden states of `hidden` numbers and two weights [vocabulary, hidden].
+
+    mode: "forward" is the KL per token without gradient; "loss" its mean and the gradient to hidden and weight; "frozen" the same with the
+    gradient to hidden only; "stats" all fields of token_stats, an upstream gradient on each, and the gradient to hidden and weight.
+    """
+
+    mode: str = "loss"
+    rows: int = 8192
+    hidden: int = 4096
+    vocabulary: int = 128256
+    dtype: str = "bf16"
+
+    @property
+    def name(self):
+        """The workload in one word, for tables and test ids."""
+        return f"linear-{self.mode}-{self.rows}x{self.hidden}x{self.vocabulary}-{self.dtype}"
+
+    def as_dict(self):
+        """The workload as it stands in the results."""
+        return {"name": self.name, **asdict(self)}
+
+    @property
+    def operation(self):
+        """What a provider has to offer for it."""
+        return OPERATIONS[self.mode]
+
+    @property
+    def phase(self):
+        """What is timed: forward alone where there is no gradient, else forward and backward."""
+        return "forward" if self.mode == "forward" else "both"
+
+    @property
+    def tensor_bytes(self):
+        """Bytes of one weight, the smallest of what is read from one end to the other."""
+        return self.vocabulary * self.hidden * DTYPES[self.dtype].itemsize
+
+    @property
+    def flop(self):
+        """Floating-point operations of the products that have to be done."""
+        return PRODUCTS[self.mode] * 2 * self.rows * self.hidden * self.vocabulary
+
+
+@dataclass
+class LinearInputs:
+    """The tensors of one workload; `upstream` belongs to the outputs of its operation, in their order."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    ref_hidden: torch.Tensor
+    ref_weight: torch.Tensor
+    tokens: torch.Tensor
+    upstream: tuple[torch.Tensor, ...]
+
+    @property
+    def leaves(self):
+        """The tensors that the gradient is taken with respect to: hidden, or hidden and weight, or none."""
+        return tuple(tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad)
+
+    def gradients(self, outputs):
+        """The gradients of the leaves. An output without a gradient (ref_logprob) takes no upstream; one that lost it makes the others wrong."""
+        if not self.leaves:
+            return ()
+        pairs = [(output, upstream) for output, upstream in zip(outputs, self.upstream, strict=True) if output.requires_grad]
+        return torch.autograd.grad([output for output, _ in pairs], self.leaves, [upstream for _, upstream in pairs])
+
+
+def make_linear_inputs(workload, device, seed=0):
+    """Random policy logits near N(0, 3²), and a reference whose hidden states and weight both differ a little: a KL of a few tenths of a nat."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = DTYPES[workload.dtype]
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    hidden = noise(workload.rows, workload.hidden)
+    weight = noise(workload.vocabulary, workload.hidden).mul_(3 / workload.hidden**0.5)
+    ref_hidden = noise(workload.rows, workload.hidden).mul_(0.25).add_(hidden)
+    ref_weight = noise(workload.vocabulary, workload.hidden).mul_(0.6 / workload.hidden**0.5).add_(weight)
+    tokens = torch.randint(workload.vocabulary, (workload.rows,), generator=generator, device=device)
+    if workload.mode == "stats":
+        upstream = tuple(torch.randn(workload.rows, generator=generator, device=device) for _ in FIELDS)
+    else:
+        upstream = (torch.ones((), device=device),)
+    hidden.requires_grad_(workload.mode != "forward")
+    weight.requires_grad_(workload.mode in ("loss", "stats"))
+    return LinearInputs(hidden, weight, ref_hidden, ref_weight, tokens, upstream)
+
+
+# The gate -------------------------------------------------------------------------------------------------------
+
+
+def output_fields(workload):
+    """The names of the operation's outputs."""
+    return FIELDS if workload.mode == "stats" else ("kl",)
+
+
+def checked_rows(workload, device):
+    """Which rows of the weight's gradient are compared."""
+    return torch.linspace(0, workload.vocabulary - 1, CHECKED_WEIGHT_ROWS, dtype=torch.float64).long().unique().to(device)
+
+
+def answer(workload, inputs, dtype):
+    """{name: tensor}: every field [N] and, where the mode has them, dhidden [N, H] and dweight [checked rows, H], by plain torch in one type.
+
+    A block of tokens at a time, so that the float64 copies stay small; the weight's gradient is one product over all tokens.
+    """
+    leaves = len(inputs.leaves)
+    hidden, weight, ref_hidden, ref_weight = (
+        tensor.detach().to(dtype) for tensor in (inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
+    )
+    columns = checked_rows(workload, hidden.device)
+    upstream = dict(zip(output_fields(workload), inputs.upstream, strict=True))
+    if workload.operation == "mean_kl":
+        upstream["kl"] = (upstream["kl"] / workload.rows).expand(workload.rows)
+    parts = {}
+    for (block,) in row_blocks((workload.rows,), workload.vocabulary):
+        logits = F.linear(hidden[block], weight).requires_grad_(leaves > 0)
+        values = dict(zip(FIELDS, plain_token_stats(logits, inputs.tokens[block], F.linear(ref_hidden[block], ref_weight)), strict=True))
+        if leaves:
+            taken = [name for name in upstream if values[name].requires_grad]
+            grads = [upstream[name][block].to(values[name].dtype) for name in taken]
+            (grad_logits,) = torch.autograd.grad([values[name] for name in taken], logits, grads)
+            values.update(dhidden=grad_logits @ weight, columns=grad_logits[:, columns])
+        for name, value in values.items():
+            parts.setdefault(name, []).append(value.detach())
+        del logits, values
+    result = {name: torch.cat(blocks) for name, blocks in parts.items()}
+    if leaves > 1:
+        result["dweight"] = result["columns"].t() @ hidden
+    return result
+
+
+@dataclass
+class Expected:
+    """The answer in float64, and what a provider's errors may be."""
+
+    answer: dict[str, torch.Tensor]
+    limits: dict[str, float]
+
+
+def expected(workload, inputs):
+    """What the gate compares with: computed once for all providers, since it takes three products in float64."""
+    exact = answer(workload, inputs, torch.float64)
+    plain = answer(workload, inputs, DTYPES[workload.dtype])
+    names = compared(workload, inputs)
+    limits = {}
+    for name in names:
+        for what, value in errors(name, plain[name], exact[name]).items():
+            limits[what] = (min(WORST_TOLERANCE * value, WORST) if "worst" in what else TOLERANCE * value) + LEAST
+    return Expected({name: exact[name] for name in names}, limits)
+
+
+def compared(workload, inputs):
+    """The names of all that the gate compares: the outputs, then the gradients."""
+    return (*output_fields(workload), *("dhidden", "dweight")[: len(inputs.leaves)])
+
+
+def errors(name, value, true):
+    """{what: error}: relative in the L2 norm, over all, and of the worst token or row. A NaN stays NaN, which no limit admits.
+
+    A gradient's row is compared with its own norm; a token's field with the root mean square of all, since a KL near 0 has no digits in bf16.
+    """
+    difference = value.detach().double() - true
+    found = {name: difference.norm() / true.norm()}
+    if true.dim() == 2:
+        found[f"{name}, worst row"] = (difference.norm(dim=-1) / true.norm(dim=-1)).max()
+    elif true.dim() == 1:
+        found[f"{name}, worst token"] = difference.abs().max() / true.square().mean().sqrt()
+    return {what: error.item() for what, error in found.items()}
+
+
+def linear_fault(workload, inputs, known, outputs, gradients):
+    """(errors, what is wrong or None): the gate that a provider passes before it is timed.
+
+    The mean is held to the limit of the KL per token: plain torch's own mean may be right by luck.
+    """
+    leading = () if workload.operation == "mean_kl" else (workload.rows,)
+    results = (*outputs, *gradients)
+    shapes = [tuple(result.shape) for result in results]
+    right = [leading] * len(output_fields(workload)) + [tuple(leaf.shape) for leaf in inputs.leaves]
+    if shapes != right:
+        return {}, f"outputs and gradients have the shapes {shapes}, expected {right}"
+    found = {}
+    for name, result in zip(compared(workload, inputs), results, strict=True):
+        true = known.answer[name]
+        if name == "dweight":
+            result = result[checked_rows(workload, result.device)]
+        found.update(errors(name, result, true.mean() if result.dim() == 0 else true))
+    # "not <=" instead of ">": a NaN has to fail.
+    over = [f"{name} off by {found[name]:.1e}, limit {known.limits[name]:.1e}" for name in found if not found[name] <= known.limits[name]]
+    return found, "; ".join(over) or None

@@ -1,0 +1,368 @@
+"""The benchmark of the linear level: wrong providers get no time, the floor is what it says, and the sections survive what fails in them."""
+import json
+import math
+import time
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import gpu_suite, harness
+from benchmarks.linear_providers import LINEAR_LOADERS, bare_products, floor_chunks, mean_kl, per_token_kl
+from benchmarks.linear_workloads import FIELDS, OPERATIONS, PRODUCTS, LinearWorkload, answer, checked_rows, make_linear_inputs
+from benchmarks.providers import Provider, load_providers, plain_kl_divergence
+from benchmarks.workloads import Workload
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_to_release(monkeypatch):
+    """The tensors are tiny: collecting garbage after each would take most of the time."""
+    monkeypatch.setattr(harness.gc, "collect", lambda: 0)
+
+
+def tiny(mode, **shape):
+    """A workload that the gate checks in milliseconds."""
+    return LinearWorkload(mode, **{"rows": 12, "hidden": 16, "vocabulary": 131, **shape})
+
+
+def row_of(operation, function, mode, **shape):
+    """The row of a provider with one operation."""
+    return harness.measure_linear(Provider("theirs", {operation: function}), harness.make_linear_case(tiny(mode, **shape), CPU))
+
+
+def kl_of(hidden, weight, ref_hidden, ref_weight):
+    """KL per token, right."""
+    return per_token_kl(hidden, weight, ref_hidden, ref_weight, None)[0]
+
+
+# The gate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", OPERATIONS)
+@pytest.mark.parametrize("name", ["fastkl", "torch", "torch chunked"])
+def test_right_providers_pass_the_gate(mode, name):
+    for shape in ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "bf16", "rows": 7, "vocabulary": 300, "hidden": 24}):
+        row = harness.measure_linear(*load_providers(CPU, [name], LINEAR_LOADERS), harness.make_linear_case(tiny(mode, **shape), CPU))
+        assert row["status"] == "ok", row
+        assert row["times"] == {} and row["memory"] == {}, "no speed is reported without a GPU"
+
+
+@pytest.mark.parametrize(("function", "reason"), [
+    (lambda h, w, r, v: kl_of(r, v, h, w), "kl off by"),  # the other direction
+    (lambda h, w, r, v: kl_of(h, w, r, w), "kl off by"),  # the policy's weight for both
+    (lambda h, w, r, v: kl_of(h, w, r, v) * 1.05, "kl off by"),
+    (lambda h, w, r, v: kl_of(h, w, r, v) * math.nan, "kl off by nan"),
+    (lambda h, w, r, v: kl_of(h, w[:-1], r, v[:-1]), "off by"),  # forgets the last entry
+    (lambda h, w, r, v: kl_of(h, w.detach(), r, v) + 0 * w.sum(), "dweight off by"),  # values and dhidden right
+    (lambda h, w, r, v: kl_of(h.detach(), w, r, v) + 0 * h.sum(), "dhidden off by"),
+    (lambda h, w, r, v: kl_of(h, w, r, v) + 0.05 * h.sum(-1) - 0.05 * h.sum(-1).detach(), "dhidden off by"),
+    (lambda h, w, r, v: torch.cat([kl_of(h[:6], w, r[:6], v), kl_of(h[6:], w.detach(), r[6:], v)]), "dweight off by"),  # one chunk's is lost
+], ids=["direction", "one weight", "scaled", "nan", "last entry", "no dweight", "no dhidden", "dhidden shifted", "chunk lost"])
+def test_gate_catches_a_wrong_loss(function, reason):
+    row = row_of("mean_kl", lambda i: (function(i.hidden, i.weight, i.ref_hidden, i.ref_weight).mean(),), "loss")
+    assert row["status"] == "wrong" and reason in row["reason"], row
+    assert row["times"] == {} and row["memory"] == {}
+
+
+@pytest.mark.parametrize("index", range(len(FIELDS)), ids=FIELDS)
+def test_gate_catches_each_field(index):
+    """One field off by 5 % of itself, or without its gradient, among four that are right."""
+    def changed(change):
+        def function(i):
+            fields = list(stats(i))
+            fields[index] = change(fields[index])
+            return tuple(fields)
+        return function
+
+    stats = load_providers(CPU, ["torch"], LINEAR_LOADERS)[0].operations["token_stats"]
+    row = row_of("token_stats", changed(lambda field: 1.05 * field), "stats")
+    assert row["status"] == "wrong" and f"{FIELDS[index]} off by" in row["reason"], row
+    if FIELDS[index] != "ref_logprob":  # which has none: nothing of the reference learns
+        row = row_of("token_stats", changed(torch.Tensor.detach), "stats")
+        assert row["status"] == "wrong" and "dhidden off by" in row["reason"] and "dweight off by" in row["reason"], row
+
+
+def test_gate_catches_one_wrong_token():
+    def one_off(i):
+        kl = kl_of(i.hidden, i.weight, i.ref_hidden, i.ref_weight)
+        return (kl.index_fill(0, torch.tensor(4), 0.0),)
+
+    row = row_of("per_token_kl", one_off, "forward", rows=2048)
+    assert row["status"] == "wrong" and row["error"]["kl"] < 0.05 and row["error"]["kl, worst token"] > 0.5, row
+
+
+def test_gate_wants_the_shapes():
+    row = row_of("mean_kl", lambda i: (kl_of(i.hidden, i.weight, i.ref_hidden, i.ref_weight).mean()[None],), "loss")
+    assert row["status"] in ("wrong", "failed") and "shape" in row["reason"], row
+    row = row_of("per_token_kl", lambda i: mean_kl(i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens), "forward")
+    assert row["status"] == "wrong" and "shapes [()], expected [(12,)]" in row["reason"], row
+
+
+def test_the_answer_is_autograd_through_all_logits():
+    """The block-wise float64 answer against the shortest way to write it, for the mean and for all fields."""
+    workload = tiny("loss", vocabulary=200)
+    inputs = make_linear_inputs(workload, CPU)
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (inputs.hidden, inputs.weight))
+    log_p = F.linear(hidden, weight).log_softmax(-1)
+    log_q = F.linear(inputs.ref_hidden.double(), inputs.ref_weight.double()).log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    kl.mean().backward()
+    found = answer(workload, inputs, torch.float64)
+    rows = checked_rows(workload, CPU)
+    assert rows[0] == 0 and rows[-1] == 199 and len(rows) == 64
+    for name, true in {"kl": kl.detach(), "dhidden": hidden.grad, "dweight": weight.grad[rows]}.items():
+        torch.testing.assert_close(found[name], true, rtol=1e-7, atol=1e-12)
+
+
+def test_the_answer_does_not_depend_on_its_blocks(monkeypatch):
+    workload = tiny("stats")
+    inputs = make_linear_inputs(workload, CPU)
+    whole = answer(workload, inputs, torch.float64)
+    cut = lambda leading, vocabulary: ((slice(first, first + 5),) for first in range(0, *leading, 5))  # noqa: E731
+    monkeypatch.setattr("benchmarks.linear_workloads.row_blocks", cut)
+    for name, value in answer(workload, inputs, torch.float64).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-10, atol=1e-14)
+
+
+def test_inputs_are_those_of_the_mode():
+    learning = {mode: len(make_linear_inputs(tiny(mode), CPU).leaves) for mode in OPERATIONS}
+    assert learning == {"forward": 0, "loss": 2, "frozen": 1, "stats": 2}
+    inputs = make_linear_inputs(LinearWorkload("loss", 256, 64, 1000), CPU)
+    logits = F.linear(inputs.hidden.float(), inputs.weight.float())
+    assert logits.std().item() == pytest.approx(3, rel=0.1)
+    kl = kl_of(inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
+    assert 0.1 < kl.mean().item() < 1
+
+
+# Products -------------------------------------------------------------------------------------------------------
+
+
+def products_of(workload, run):
+    """How many products of N x H x V a call does."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / (2 * workload.rows * workload.hidden * workload.vocabulary)
+
+
+@pytest.mark.parametrize("mode", OPERATIONS)
+def test_providers_do_the_work_that_they_declare(mode):
+    recomputed = {"forward": 2, "loss": 6, "frozen": 5, "stats": 6}
+    workload = tiny(mode)
+    case = harness.Case(workload, CPU, [make_linear_inputs(workload, CPU)])
+    for provider in load_providers(CPU, ["torch", "torch chunked"], LINEAR_LOADERS):
+        declared = PRODUCTS[mode] if provider.name == "torch" else recomputed[mode]
+        assert products_of(workload, lambda p=provider: harness.linear_step(p, case, case.sets[0])) == declared
+
+
+@pytest.mark.parametrize("mode", OPERATIONS)
+@pytest.mark.parametrize("chunk", [12, 8, 5])
+def test_the_floor_is_the_products(mode, chunk):
+    workload = tiny(mode)
+    inputs = make_linear_inputs(workload, CPU)
+    assert products_of(workload, lambda: bare_products(workload, inputs, chunk)(inputs)) == PRODUCTS[mode]
+    assert workload.flop == PRODUCTS[mode] * 2 * 12 * 16 * 131
+
+
+def test_chunks_of_the_floor():
+    assert floor_chunks(8192) == (8192, 4096, 2048) and floor_chunks(4096) == (4096, 2048) and floor_chunks(64) == (64,)
+
+
+def test_the_floor_goes_on_without_the_chunks_that_do_not_fit(monkeypatch):
+    def times(sets, run):
+        if run == 8192:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"median_ms": {4096: 3.0, 2048: 2.0}[run]}
+
+    monkeypatch.setattr(harness, "bare_products", lambda workload, inputs, chunk: chunk)
+    monkeypatch.setattr(harness, "device_time", times)
+    case = types.SimpleNamespace(workload=LinearWorkload("forward"), sets=[None])
+    row = harness.measure_floor(case)
+    figures = row["times"]["forward"]
+    assert row["status"] == "ok" and (figures["chunk"], figures["median_ms"]) == (2048, 2.0)
+    assert figures["tried"]["8192"].startswith("out of memory") and figures["tried"]["4096"] == 3.0
+    assert figures["tflop_per_s"] == pytest.approx(2 * 2 * 8192 * 4096 * 128256 / 2e-3 / 1e12)
+    rated = harness.with_rates({"median_ms": 2.1}, case.workload, row)
+    assert rated["ratio_to_floor"] == pytest.approx(1.05)
+
+
+# Rows and sections ----------------------------------------------------------------------------------------------
+
+
+def test_peers_that_cannot_run_say_why():
+    for provider in load_providers(CPU, ["liger", "torch.compile"], LINEAR_LOADERS):
+        row = harness.measure_linear(provider, harness.make_linear_case(tiny("loss"), CPU))
+        assert row["status"] == "missing" and "GPU" in row["reason"]
+    row = row_of("mean_kl", None, "forward")
+    assert (row["status"], row["reason"]) == ("missing", "theirs has no per_token_kl")
+
+
+def test_a_section_goes_on_after_an_out_of_memory(monkeypatch):
+    """A provider that does not fit costs its own row, a workload that does not fit its own rows."""
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.83 GiB")
+
+    made = harness.make_linear_case
+    monkeypatch.setattr(harness, "make_linear_case", lambda workload, device: no_memory() if workload.rows > 20 else made(workload, device))
+    providers = [Provider("large", {"mean_kl": no_memory}), *load_providers(CPU, ["torch"], LINEAR_LOADERS)]
+    workloads = (tiny("loss"), tiny("loss", rows=21), tiny("frozen"))
+    rows = list(gpu_suite.linear_timings(workloads, providers, CPU, time.monotonic() + 60))
+    assert [(row["provider"], row["status"]) for row in rows] == [
+        ("large", "failed"), ("torch", "ok"), ("all", "failed"), ("large", "failed"), ("torch", "ok")]
+    assert all("OutOfMemoryError: CUDA out of memory" in row["reason"] for row in rows if row["status"] == "failed")
+    assert len(harness.linear_table(rows)) == 6 and json.dumps(rows)
+
+
+def test_past_the_deadline_rows_say_so():
+    rows = list(gpu_suite.linear_timings((tiny("loss"), tiny("forward")), load_providers(CPU, ["torch"], LINEAR_LOADERS), CPU, 0))
+    assert [row["reason"] for row in rows] == ["no time left in this run"] * 2
+    assert all("no time left" in gpu_suite.line_of(row) for row in rows)
+
+
+def timed_row(mode, provider="fastkl", milliseconds=11.0, floor=10.0, workspace=1e9):
+    """A row as the linear section gives it on a GPU."""
+    workload = LinearWorkload(mode)
+    times = harness.with_rates({"median_ms": milliseconds}, workload, {"times": {workload.phase: {"median_ms": floor}}})
+    return {"workload": workload.as_dict(), "provider": provider, "status": "ok", "reason": None, "error": {"kl": 4e-4, "dhidden": 5e-3},
+            "times": {workload.phase: times}, "memory": {"workspace_bytes": workspace}}
+
+
+def test_bars_met():
+    slow = [timed_row(mode, "torch", 99.0, workspace=9e10) for mode in OPERATIONS]
+    found = gpu_suite.bars({"linear": {"rows": slow + [timed_row(mode, milliseconds=11.2, workspace=1.2e9) for mode in OPERATIONS]}})
+    assert len(found) == 4 and all(bar["met"] for bar in found), found
+
+
+@pytest.mark.parametrize(("changes", "missed"), [
+    ({"milliseconds": 11.21}, ["linear loss, times the bare matrix products", "linear forward, times the bare matrix products"]),
+    ({"workspace": 1.21e9}, ["linear forward, workspace in GB"]),
+    ({"workspace": 3.41e9}, ["linear loss, workspace in GB", "linear forward, workspace in GB"]),
+])
+def test_bars_not_met(changes, missed):
+    found = gpu_suite.bars({"linear": {"rows": [timed_row(mode, **changes) for mode in OPERATIONS]}})
+    assert [bar["bar"] for bar in found if not bar["met"]] == missed
+
+
+def test_bars_without_figures_are_not_met():
+    rows = [{**timed_row("loss"), "status": "wrong", "reason": "kl off by 1", "times": {}, "memory": {}}]
+    for sections in ({"linear": {"rows": rows}}, {"linear": {"status": "exit code 1"}}):
+        found = gpu_suite.bars(sections)
+        assert len(found) == 4 and not any(bar["met"] for bar in found)
+
+
+def test_the_report_has_the_table_and_the_bars():
+    rows = [timed_row("loss"), timed_row("forward"), timed_row("loss", "torch.compile", 19.0)]
+    section = {"status": "ok", "seconds": 3, "rows": rows}
+    text = gpu_suite.report({"sections": {"linear": section}, "bars": gpu_suite.bars({"linear": section})})
+    head, *lines = [line.split() for line in text.splitlines() if "linear-" in line or "TFLOP/s" in line]
+    assert head[-2:] == ["workspace", "error"]
+    assert [(line[0].split("-")[1], line[1]) for line in lines] == [("loss", "fastkl"), ("loss", "torch.compile"), ("forward", "fastkl")]
+    assert lines[0][2:4] == ["11.000", "1.100"] and lines[0][5:] == ["1.000", "GB", "kl", "4e-04", "dhidden", "5e-03"]
+    assert "linear loss, times the bare matrix products" in text and "met" in text
+
+
+def test_the_whole_run_ends_in_time_and_leaves_some_to_the_tests(tmp_path, monkeypatch):
+    """Sections that all take their limit: the run keeps to its seconds, and the tests still get their share."""
+    clock, limits = [0.0], {}
+
+    def takes_all(name, seconds):
+        clock[0] += seconds
+        limits[name] = seconds
+        return {"status": "ok", "seconds": seconds, "rows": []}
+
+    monkeypatch.setattr(gpu_suite, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(gpu_suite, "run_section", takes_all)
+    monkeypatch.setattr(gpu_suite, "run_tests", lambda seconds, log: takes_all("tests", seconds))
+    gpu_suite.run_suite(tmp_path, list(gpu_suite.SECTIONS), gpu_suite.SECONDS, "the command")
+    assert clock[0] <= gpu_suite.SECONDS < 8 * 60 and limits["tests"] >= gpu_suite.TESTS_AT_LEAST
+    assert limits["linear"] == gpu_suite.SECTIONS["linear"], "the bars' sections come first"
+    assert list(gpu_suite.SECTIONS).index("linear") < list(gpu_suite.SECTIONS).index("sweep")
+    assert set(gpu_suite.RUNNERS) | {"tests"} == set(gpu_suite.SECTIONS)
+
+
+# On a GPU, and as if on one -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """CPU tensors taken for a GPU's: events read the clock, and every call allocates 3 MB."""
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    for name, value in {"Event": Event, "synchronize": lambda: None, "_sleep": lambda cycles: None, "reset_peak_memory_stats": lambda: None,
+                        "memory_allocated": lambda: 5_000_000, "max_memory_allocated": lambda: 8_000_000}.items():
+        monkeypatch.setattr(torch.cuda, name, value, raising=False)
+    monkeypatch.setattr(harness, "SECONDS_PER_PHASE", 0)
+    made, pretended = harness.make_linear_case, types.SimpleNamespace(type="cuda")
+
+    def make_linear_case(workload, device):
+        case = made(workload, CPU)
+        case.device = device
+        return case
+
+    monkeypatch.setattr(harness, "make_linear_case", make_linear_case)
+    return pretended
+
+
+def test_a_section_as_if_on_a_gpu(pretended_gpu, monkeypatch):
+    """The path that a GPU takes, from the inputs to the bars: the floor, times, memory, ratios and the table."""
+    monkeypatch.setattr(gpu_suite, "LINEAR", tuple(tiny(mode) for mode in OPERATIONS))
+    loaders = {"fastkl": LINEAR_LOADERS["torch"], "torch chunked": LINEAR_LOADERS["torch chunked"], "torch.compile": None}
+    monkeypatch.setattr(gpu_suite, "LINEAR_LOADERS", loaders)
+    rows = list(gpu_suite.linear_section(pretended_gpu, time.monotonic() + 60))
+    per_mode = [harness.FLOOR, "fastkl", "torch chunked"]
+    assert [row["provider"] for row in rows] == 4 * per_mode + 4 * [harness.FLOOR, "torch.compile"]
+    assert {row["status"] for row in rows if row["provider"] in per_mode} == {"ok"} and rows[-1]["status"] == "missing"
+    for floor, ours in (rows[i : i + 2] for i in range(0, 12, 3)):
+        phase = "forward" if ours["workload"]["mode"] == "forward" else "both"
+        times, bare = ours["times"][phase], floor["times"][phase]
+        assert times["repetitions"] >= 7 and times["wall_ms"] > 0
+        assert times["ratio_to_floor"] == pytest.approx(times["median_ms"] / bare["median_ms"])
+        assert bare["chunk"] == 12 and bare["tried"] == {"12": bare["median_ms"]}
+        returned = {"forward": 4 * 12, "loss": 4 + 2 * 16 * (12 + 131), "frozen": 4 + 2 * 16 * 12, "stats": 5 * 4 * 12 + 2 * 16 * (12 + 131)}
+        memory = {"peak_bytes": 3_000_000, "returned_bytes": returned[ours["workload"]["mode"]]}
+        assert ours["memory"] == {**memory, "workspace_bytes": 3_000_000 - memory["returned_bytes"]}
+    section = {"status": "ok", "seconds": 1, "rows": json.loads(json.dumps(rows))}
+    found = gpu_suite.bars({"linear": section})
+    assert [bar["value"] is not None for bar in found] == [True] * 4
+    assert len(gpu_suite.report({"sections": {"linear": section}, "bars": found}).splitlines()) >= len(rows) + 6
+
+
+def test_logits_as_if_on_a_gpu(pretended_gpu):
+    """The same timing code for two logits tensors: every phase has its figures, and backward is timed without its forward."""
+    case = harness.make_case(Workload(rows=4, vocabulary=50), CPU, 1000.0)
+    case.device = pretended_gpu
+    calls = []
+    count = lambda inputs: calls.append("forward") or plain_kl_divergence(inputs.p, inputs.q)  # noqa: E731
+    row = harness.measure(Provider("torch", {"kl_divergence": count}), case)
+    assert row["status"] == "ok" and set(row["times"]) == set(harness.PHASES) and row["memory"]["peak_bytes"] == 3_000_000, row
+    for phase, figures in row["times"].items():
+        assert figures["repetitions"] >= 7 and figures["bytes"] == case.workload.moved_bytes(phase)
+        assert figures["percent_of_copy"] == pytest.approx(figures["bytes"] / figures["median_ms"] / 1e6 / 10)
+    # the gate, two for the memory, and per phase a first round, 7 repetitions and 7 calls by the clock
+    assert len(calls) == 1 + 2 + 3 * (1 + 7 + 7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_measure_on_a_gpu():
+    for mode in OPERATIONS:
+        case = harness.make_linear_case(LinearWorkload(mode, 64, 128, 1024), torch.device("cuda"))
+        floor = harness.measure_floor(case)
+        row = harness.measure_linear(*load_providers(CPU, ["torch"], LINEAR_LOADERS), case, floor)
+        assert row["status"] == "ok", row
+        figures = row["times"][case.workload.phase]
+        assert figures["ratio_to_floor"] == pytest.approx(figures["median_ms"] / floor["times"][case.workload.phase]["median_ms"])
+        logits = 64 * 1024 * 2
+        assert row["memory"]["workspace_bytes"] >= 2 * logits, "plain torch keeps the logits of both models"
+        json.dumps([floor, row])
