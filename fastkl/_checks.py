@@ -40,8 +40,8 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, {what}, got {type(value).__name__}")
     if hasattr(value, "full_tensor"):
-        raise TypeError(f"{name}: expected a plain tensor, {what}, got a DTensor of which each process holds a part; compute the loss inside the "
-                        f"forward of the FSDP module that owns it, where it is whole, or pass {name}.full_tensor()")
+        raise TypeError(f"{name}: expected a plain tensor, {what}, got a DTensor, of which each process holds a part; compute the loss inside the "
+                        f"forward of the FSDP module that owns it, or after its unshard(), where it is whole and its gradient is reduced")
     if value.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got {value.dtype}; convert it with .to()")
     _not_forward_mode(name, value)

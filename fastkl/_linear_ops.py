@@ -170,7 +170,7 @@ def _backward(ctx, *upstream):
 def _save_gradients(ctx, inputs, output) -> None:
     ctx.types = [None if value is None else value.dtype for value in inputs[:6]]
     ctx.names = wanted(inputs[10])
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(output[1] if ctx.needs_input_grad[6] else None, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

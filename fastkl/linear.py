@@ -99,7 +99,7 @@ def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor, ref_hidden:
     "sum" and "mean" compute the gradients together with the value, while the logits of a chunk are at hand: four matrix products with a
     trainable lm_head, three with a frozen one, two where nothing requires gradient (or under torch.no_grad); one more for the other
     model's hidden states and one for its weight where those learn. What backward needs is then the finished gradients themselves, one
-    tensor like each input that requires it (float32 for float16 weights): call it under torch.no_grad() where no backward will follow.
+    tensor like each input that requires it (float32 for a float16 weight or bias): call it under torch.no_grad() where no backward will follow.
     "none" allows any upstream gradient per token and computes the logits again in backward: six products, and five.
 
     Args:
