@@ -144,6 +144,11 @@ class LinearKLPenalty(_Penalty):
         self.logits_dtype = logits_dtype
         self.chunk_size = chunk_size
 
+    def extra_repr(self) -> str:
+        """The arguments, for print(model)."""
+        options = {"softcap": self.softcap, "logits_dtype": self.logits_dtype, "chunk_size": self.chunk_size}
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in options.items() if value is not None)])
+
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor, ref_hidden: torch.Tensor, ref_weight: torch.Tensor | None = None,
                 mask: torch.Tensor | None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None) -> torch.Tensor:
         """The penalty of a batch; see the class."""

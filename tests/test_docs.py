@@ -24,7 +24,11 @@ def names() -> dict[str, object]:
     """What the README's lines find in a training step."""
     generator = torch.Generator().manual_seed(0)
     policy = torch.randn(2, 5, 64, generator=generator)
+    hidden, ref_hidden = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
     return {
+        "hidden": hidden.requires_grad_(), "ref_hidden": ref_hidden, "lm_head": torch.nn.Linear(8, 64, bias=False),
+        "ref_lm_head": torch.nn.Linear(8, 64, bias=False), "teacher_hidden": torch.randn(2, 5, 16, generator=generator),
+        "teacher_weight": torch.randn(64, 16, generator=generator), "weights": torch.rand(2, 5, generator=generator),
         "policy_logits": policy.requires_grad_(), "ref_logits": policy.detach() + 0.1 * torch.randn(2, 5, 64, generator=generator),
         "tokens": torch.randint(64, (2, 5), generator=generator), "beta": 0.1,
         "mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2]),
@@ -40,11 +44,13 @@ def test_python_blocks_run_in_order() -> None:
     before, loss = scope["kl"], scope["loss"]
     for block in found[1:]:
         exec(block, scope)
-        if "KLPenalty(beta)" in block:
+        if "import KLPenalty" in block:
             mask = scope["mask"]
             torch.testing.assert_close(scope["kl"], torch.where(mask, before, 0.0), rtol=1e-3, atol=1e-6)
             torch.testing.assert_close(scope["loss"], loss, rtol=1e-3, atol=1e-6)
     assert scope["policy_logits"].grad is not None
+    linear = scope["linear_kl_divergence"](scope["hidden"], scope["lm_head"].weight, scope["ref_hidden"], reduction="mean")
+    torch.testing.assert_close(scope["loss"], scope["beta"] * linear)
 
 
 def test_shell_commands_exist() -> None:
@@ -96,3 +102,18 @@ def test_bytes_held_are_those_of_the_readme(dtype: torch.dtype) -> None:
     assert held_bytes(fastkl.kl_divergence, p, q) == 36 * p.shape[0]
     assert "12 bytes per logit pair: 12.6 GB" in README and round(12 * 8192 * 128256 / 1e9, 1) == 12.6
     assert "36 bytes per token" in README
+
+
+def test_memory_and_products_of_the_linear_level() -> None:
+    """The README's figures at the main shape follow from the plan of chunks, which test_linear_costs.py holds against what is allocated."""
+    import test_linear_costs as costs
+
+    logits = 2 * 8192 * 128256
+    assert "2.1 GB each" in README and round(logits / 1e9, 1) == 2.1 and "6.3 GB" in README and round(3 * logits / 1e9, 1) == 6.3
+    frozen, trained = (costs.head_on_meta(8192, 4096, 128256, trainable=trainable) for trainable in (False, True))
+    assert "3.15 GB" in README and round(costs.workspace(trained, frozen) / 1e9, 2) == 3.15
+    assert "0.53 GB" in README and round(costs.workspace(frozen, frozen) / 1e9, 2) == 0.53
+    only_hidden = costs.head_on_meta(8192, 4096, 128256, trainable=False)
+    only_hidden.want_grad_hidden()
+    assert round(costs.workspace(only_hidden, frozen) / 1e9, 2) == 0.53
+    assert "31 times smaller" in README and round(128256 / 4096) == 31
