@@ -63,7 +63,7 @@ def linear_weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(Σ weights·kl, kl, unit, gradients of the sum over `unit` with respect to the six; empty where not asked for).
 
-    unit is 1, or for float16 inputs the power of two at the largest weight: a gradient of 1/N per token would vanish in float16. Their
+    unit is 1, or for float16 inputs a power of two below the largest weight: a gradient of 1/N per token would vanish in float16. Their
     weight and bias gradients stay in float32.
     """
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
@@ -115,9 +115,12 @@ def _types(six) -> set[torch.dtype]:
 
 
 def _unit(weights: Tensor) -> Tensor:
-    """The power of two at or above the largest |weight|; 1 if that is 0 or not finite."""
+    """The power of two by which the largest |weight| counts 32 … 64; 1 if that is 0 or not finite.
+
+    With 1 instead the gradients of a flat row's logits would lose digits to float16's smallest numbers; its largest, 65504, is far from both.
+    """
     largest = weights.abs().max() if weights.numel() else weights.new_zeros(())
-    return torch.where((largest > 0) & largest.isfinite(), torch.exp2(torch.ceil(torch.log2(largest))), 1.0)
+    return torch.where((largest > 0) & largest.isfinite(), torch.exp2(torch.ceil(torch.log2(largest)) - 6), 1.0)
 
 
 def _gradient_type(name: str, value: Tensor, wide: tuple[torch.dtype, ...]) -> torch.dtype:

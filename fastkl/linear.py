@@ -104,7 +104,7 @@ def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor, ref_hidden:
 
     Args:
         weights: [...] float, what each token's KL counts (a sequence's advantage, beta over a length, …): "sum" and "mean" only. It may require
-            gradient.
+            gradient; of a masked token it may hold anything.
         reduction: "none", "sum" or "mean": over the tokens that count, however they are weighted.
         The others: as linear_token_stats, with hidden, weight, bias for the first argument of KL(·‖·).
 

@@ -23,6 +23,8 @@ LIMITS = {
     "kl_divergence.backward_q": (14, 2),
     "token_stats.forward": (33, 2.5),
 }
+# With a soft cap: a tanh per logit takes two of each and a reciprocal square root, beside matrix products that take twenty times as long.
+LIMITS_WITH_SOFTCAP = {"kl_divergence.forward_softcap": (40, 4.5), "kl_divergence.backward_p_softcap": (31, 4)}
 
 
 # The limits -----------------------------------------------------------------------------------------------------
@@ -81,12 +83,12 @@ def test_every_kernel_is_measured_everywhere(report):
     assert set(records[0]) == {field.name for field in dataclasses.fields(static_costs.StaticCost)}
 
 
-@pytest.mark.parametrize("kernel", LIMITS)
+@pytest.mark.parametrize("kernel", [*LIMITS, *LIMITS_WITH_SOFTCAP])
 def test_instructions_and_exponentials_per_pair(report, kernel):
     records = [r for r in report["records"] if (r["kernel"], r["arch"], r["dtype"], r["aligned"]) == (kernel, "sm_90", "bf16", True)]
     assert records
     for record in records:
-        instructions, ex2 = LIMITS[kernel]
+        instructions, ex2 = {**LIMITS, **LIMITS_WITH_SOFTCAP}[kernel]
         assert record["instructions_per_pair"] <= instructions, record
         assert record["ex2_per_pair"] <= ex2, record
 
