@@ -37,7 +37,7 @@ setup(
     packages=["fastkl", "fastkl.kernels", *(f"fastkl.{name}" for name in find_packages("fastkl"))],
     package_dir={"fastkl.kernels": "kernels"},
     package_data={"fastkl": ["py.typed"], "fastkl.kernels": ["README.md"]},
-    install_requires=["torch>=2.9", 'triton>=3.5; platform_system == "Linux"'],
+    install_requires=["torch>=2.10", 'triton>=3.5; platform_system == "Linux"'],
     extras_require={"test": TEST, "bench": BENCH, "demo": DEMO},
     entry_points={"console_scripts": ["fastkl = fastkl.tools.cli:main"]},
     classifiers=[

@@ -119,7 +119,8 @@ def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
     """None, the default or float32; float64 inputs have no other."""
     allowed = {default} if default == torch.float64 else {default, torch.float32}
     if value is not None and value not in allowed:
-        raise ValueError(f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these inputs, got {value}")
+        raise ValueError(f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these inputs, got {value}; convert the inputs "
+                         f"with .to() for logits of another type")
 
 
 def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
@@ -143,12 +144,12 @@ def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
 
 
 def per_row(name: str, value: torch.Tensor, leading: torch.Size, device: torch.device) -> None:
-    """A tensor with one entry per row of the logits."""
+    """A tensor with one entry per token: per row of the logits or of the hidden states."""
     if value.shape != leading:
-        raise ValueError(f"{name}: expected the logits' leading shape {tuple(leading)}, got {tuple(value.shape)}; "
-                         f"one entry per token, without the vocabulary dimension")
+        raise ValueError(f"{name}: expected the leading shape {tuple(leading)}, one entry per token without the vocabulary or hidden "
+                         f"dimension, got {tuple(value.shape)}")
     if value.device != device:
-        raise ValueError(f"{name}: expected the logits' device, {device}, got {value.device}; move it with .to()")
+        raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {value.device}; move it with .to()")
 
 
 def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:

@@ -63,25 +63,16 @@ class Sum:
 
 
 class Head:
-    """One model's lm_head over the tokens, and the gradients that it gathers: None where nobody asked.
+    """One model's lm_head over the tokens that take part, and the gradients that it gathers: None where nobody asked.
 
-    hidden [..., H], weight [V, H], bias [V] or None; index: which tokens take part, None for all. grad_hidden is [all tokens, H] in hidden's type;
-    the sums for weight and bias may be those of another Head too.
+    hidden [N, H], weight [V, H], bias [V] or None; grad_hidden is [N, H] in hidden's type; the sum for weight may be that of another Head too.
     """
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, logits_dtype: torch.dtype,
-                 index: torch.Tensor | None) -> None:
-        self.hidden, self.weight, self.bias, self.logits_dtype, self.index = hidden, weight, bias, logits_dtype, index
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, logits_dtype: torch.dtype) -> None:
+        self.hidden, self.weight, self.bias, self.logits_dtype = hidden, weight, bias, logits_dtype
         self.grad_hidden: torch.Tensor | None = None
         self.grad_weight: Sum | None = None
         self.grad_bias: Sum | None = None
-        self._flat = hidden.reshape(-1, hidden.shape[-1]) if _mergeable(hidden) else None
-
-    def want_grad_hidden(self) -> torch.Tensor:
-        """Make room for hidden's gradient. Tokens that take no part have gradient 0."""
-        new = torch.empty if self.index is None else torch.zeros
-        self.grad_hidden = new(self.hidden.shape[:-1].numel(), self.hidden.shape[-1], dtype=self.hidden.dtype, device=self.hidden.device)
-        return self.grad_hidden
 
     @property
     def learns(self) -> bool:
@@ -95,11 +86,7 @@ class Head:
 
     def inputs(self, rows: slice, mask: torch.Tensor | None) -> torch.Tensor:
         """The hidden states [n, H] of some tokens; zeros where masked, since 0·NaN in a product would spread."""
-        if self.index is None and self._flat is not None:
-            hidden = self._flat[rows]
-        else:
-            chosen = torch.arange(rows.start, rows.stop, device=self.hidden.device) if self.index is None else self.index[rows]
-            hidden = self.hidden[_indices(chosen, self.hidden.shape[:-1])]
+        hidden = self.hidden[rows]
         return hidden if mask is None else torch.where(mask[rows, None], hidden, 0)
 
     def buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
@@ -116,30 +103,12 @@ class Head:
 
     def gather(self, grad_logits: torch.Tensor, inputs: torch.Tensor, rows: slice) -> None:
         """The products back, from the gradients of some tokens' logits."""
-        if self.grad_hidden is not None and self.index is None:
+        if self.grad_hidden is not None:
             torch.mm(grad_logits, self.weight, out=self.grad_hidden[rows])
-        elif self.grad_hidden is not None:
-            self.grad_hidden[self.index[rows]] = grad_logits @ self.weight
         if self.grad_weight is not None:
             _products.add_weight_gradient(self.grad_weight.total, grad_logits, inputs, first=self.grad_weight.starts())
         if self.grad_bias is not None:
             _products.add_bias_gradient(self.grad_bias.total, grad_logits, first=self.grad_bias.starts())
-
-
-def _mergeable(hidden: torch.Tensor) -> bool:
-    """Whether the leading dimensions are one dimension in memory too."""
-    kept = [(size, stride) for size, stride in zip(hidden.shape[:-1], hidden.stride()[:-1], strict=True) if size != 1]
-    return hidden.numel() == 0 or all(outer[1] == inner[0] * inner[1] for outer, inner in zip(kept, kept[1:], strict=False))
-
-
-def _indices(index: torch.Tensor, sizes: torch.Size) -> tuple[torch.Tensor, ...]:
-    """Indices in each leading dimension of the tokens at `index`; no data goes between host and device."""
-    indices = []
-    for size in reversed(sizes):
-        indices.append(index % size)
-        index = index // size
-    # Of no leading dimension a new one is made: one token.
-    return tuple(reversed(indices)) if sizes else (None,)
 
 
 class Plan(NamedTuple):
@@ -149,25 +118,28 @@ class Plan(NamedTuple):
     window: int
 
 
-def plan(tokens: int, heads: list[Head], chunk_size: int | None) -> Plan:
+def plan(tokens: int, heads: list[Head], chunk_size: int | None, taking_part: list[Head] | None = None) -> Plan:
     """How many tokens at a time: from the shapes, the types and a fixed bound on memory.
 
-    The chunk is the same in forward and in backward, which computes the same logits again.
+    The chunk depends on all heads, also where some of them take no part in backward: it computes the logits of forward again, with the same products.
     """
     vocabulary = heads[0].weight.shape[0]
+    per_token = sum(head.logits_dtype.itemsize for head in heads)
+    workspace = WORKSPACE.get(heads[0].hidden.device.type, WORKSPACE_ON_A_GPU)
+    taking_part = heads if taking_part is None else taking_part
+    # Every product into a weight's sum reads and writes the whole sum: few and large ones.
+    sums = {id(head.grad_weight): head.grad_weight.extra_bytes for head in taking_part if head.grad_weight is not None}
     if chunk_size is not None:
         chunk = max(1, min(chunk_size, LARGEST_CHUNK, tokens))
-        return Plan(chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk))
-    workspace = WORKSPACE.get(heads[0].hidden.device.type, WORKSPACE_ON_A_GPU)
-    chunk = min(workspace // vocabulary // (2 * sum(head.logits_dtype.itemsize for head in heads)), LARGEST_CHUNK)
+        return Plan(chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk) if sums else chunk)
+    # Half of the room for chunks of logits; with a weight's sum, all that they leave for the window.
+    chunk = min(workspace // 2 // (vocabulary * per_token), LARGEST_CHUNK)
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
-    # Every product into a weight's sum reads and writes the whole sum: few and large ones, in the room that the chunks leave.
-    sums = {id(head.grad_weight): head.grad_weight.extra_bytes for head in heads if head.grad_weight is not None}
     if not sums:
         return Plan(chunk, chunk)
     left = max(workspace, sum(sums.values()) // 2) // vocabulary
-    left -= chunk * sum(head.logits_dtype.itemsize for head in heads if not (head.learns and head.in_place))
-    window = left // sum(head.hidden.dtype.itemsize for head in heads if head.learns)
+    left -= chunk * sum(head.logits_dtype.itemsize for head in taking_part if not (head.learns and head.in_place))
+    window = left // sum(head.hidden.dtype.itemsize for head in taking_part if head.learns)
     return Plan(chunk, _cut(tokens, max(chunk, window // chunk * chunk), chunk))
 
 
@@ -185,47 +157,88 @@ def parts(start: int, stop: int, step: int) -> Iterator[slice]:
         yield slice(first, min(first + step, stop))
 
 
-class Problem:
-    """One or two heads over the same tokens, from the six tensors hidden, weight, bias, ref_hidden, ref_weight, ref_bias.
+class Heads:
+    """One or two lm_heads over the same tokens, from the six tensors hidden, weight, bias, ref_hidden, ref_weight, ref_bias.
 
     The reference backend leaves masked tokens out; elsewhere they take part as zeros, because counting them would wait for the device.
     """
 
     def __init__(self, six: tuple, logits_dtype: torch.dtype, backend: str, chunk_size: int | None, per_token: PerToken) -> None:
-        self.backend, self.chunk_size, self.per_token = backend, chunk_size, per_token
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias = six
+        self.tokens = hidden.shape[:-1].numel()
+        self.backend, self.chunk_size, self.per_token, self.shared = backend, chunk_size, per_token, ref_weight is None
+        # The tokens that take part; None: all.
         self.index = per_token.mask.nonzero()[:, 0] if backend == "reference" and per_token.mask is not None else None
         if self.index is not None:
             self.per_token = per_token.counted(self.index)
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias = six
-        self.policy = Head(hidden, weight, bias, logits_dtype, self.index)
-        self.reference, self.shared = None, ref_weight is None
+        self.policy, self.reference = Head(self._counted(hidden), weight, bias, logits_dtype), None
         if ref_hidden is not None:
-            self.reference = Head(ref_hidden, weight if ref_weight is None else ref_weight, ref_bias, logits_dtype, self.index)
+            self.reference = Head(self._counted(ref_hidden), weight if self.shared else ref_weight, ref_bias, logits_dtype)
+        self.all = [self.policy] if self.reference is None else [self.policy, self.reference]
+        # The caller's autocast is for the caller's products: the types of these are settled.
+        self.own_types = torch.autocast(hidden.device.type, enabled=False)
 
     def forward(self, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
         """Fill outputs ([N] per field) and saved [N, 9]: one product for each head."""
-        with _Counted(self.index, outputs, saved) as (outputs, saved):
-            heads = [head for head in (self.policy, self.reference) if head is not None]
-            chunk = plan(len(saved), heads, self.chunk_size).chunk
-            buffers = [head.buffer(chunk, head.logits_dtype) for head in heads]
-            for rows in parts(0, len(saved), chunk):
-                logits = [head.logits(head.inputs(rows, self.per_token.mask), buffer) for head, buffer in zip(heads, buffers, strict=True)]
-                self._row_forward(_both(logits), rows, outputs, saved)
+        here, saved_here = self._room(outputs), self._room({"": saved})[""]
+        chunk = plan(len(saved_here), self.all, self.chunk_size).chunk
+        with self.own_types:
+            buffers = [head.buffer(chunk, head.logits_dtype) for head in self.all]
+            for rows in parts(0, len(saved_here), chunk):
+                logits = [head.logits(head.inputs(rows, self.per_token.mask), buffer) for head, buffer in zip(self.all, buffers, strict=True)]
+                self._row_forward(_both(logits), rows, here, saved_here)
+        self._put_back({**outputs, "": saved}, {**here, "": saved_here})
 
-    def backward(self, saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: list[str],
-                 outputs: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """{name: gradient} of the six named in `wrt`, for upstream gradients [N] per field: one product for each logits and each gradient.
+    def backward(self, saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: list[str]) -> dict[str, torch.Tensor]:
+        """{name: gradient} of the six named in `wrt`, for upstream gradients [N] per field and forward's saved values.
 
-        With `outputs` this is forward and backward at once: outputs and saved are filled too. Otherwise saved is forward's.
+        One product for each logits and each gradient; the reference's logits only if an upstream gradient needs them.
         """
-        sums = self._want(wrt, upstream)
-        with _Counted(self.index, outputs or {}, saved, read=outputs is None) as (outputs_here, saved):
-            upstream = {name: _some(value, self.index) if self.index is not None else value for name, value in upstream.items()}
-            heads = [self.policy]
-            if self.reference is not None and (outputs is not None or set(upstream) & set(REFERENCE_FIELDS)):
-                heads.append(self.reference)
-            self._backward_chunks(heads, saved, upstream, outputs_here)
-        return {name: value.result() if isinstance(value, Sum) else value for name, value in sums.items()}
+        taking_part = [head for head in self.all if head is self.policy or set(upstream) & set(REFERENCE_FIELDS)]
+        return self._backward(taking_part, self._take(saved), upstream, wrt, {})
+
+    def forward_and_backward(self, outputs: dict[str, torch.Tensor], upstream: dict[str, torch.Tensor],
+                             wrt: list[str]) -> dict[str, torch.Tensor]:
+        """Both at once, while a chunk's logits are there: fill outputs and return the gradients."""
+        here = self._room(outputs)
+        saved = torch.empty(self.policy.hidden.shape[0], _rows.SAVED, dtype=_rows.result_dtype(self.policy.hidden), device=self.policy.hidden.device)
+        gradients = self._backward(self.all, saved, upstream, wrt, here)
+        self._put_back(outputs, here)
+        return gradients
+
+    def _counted(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._take(hidden.reshape(-1, hidden.shape[-1]))
+
+    def _take(self, value: torch.Tensor) -> torch.Tensor:
+        """What belongs to the tokens that take part."""
+        return value if self.index is None else value[self.index]
+
+    def _room(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Room for results of the tokens that take part: the results' own, if those are all."""
+        return values if self.index is None else {name: value.new_empty(len(self.index), *value.shape[1:]) for name, value in values.items()}
+
+    def _put_back(self, values: dict[str, torch.Tensor], here: dict[str, torch.Tensor]) -> None:
+        """The results of the tokens that take part in their places, and zeros elsewhere."""
+        if self.index is not None:
+            for name, value in values.items():
+                value.zero_()[self.index] = here[name]
+
+    def _backward(self, taking_part: list[Head], saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: list[str],
+                  outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        gathered = self._want(wrt, upstream)
+        with self.own_types:
+            self._backward_chunks(taking_part, saved, {name: self._take(value) for name, value in upstream.items()}, outputs)
+        for head in self.all:
+            head.grad_hidden = head.grad_weight = head.grad_bias = None
+        return {name: self._all_tokens(value) if name.endswith("hidden") else value.result() for name, value in gathered.items()}
+
+    def _all_tokens(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of all tokens' hidden states: zeros for those that took no part."""
+        if self.index is None:
+            return gradient
+        full = gradient.new_zeros(self.tokens, gradient.shape[1])
+        full[self.index] = gradient
+        return full
 
     def _want(self, wrt: list[str], upstream: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Sum]:
         """Prepare the heads to gather the gradients named in `wrt`: {name: where it is gathered}."""
@@ -234,7 +247,7 @@ class Problem:
             if head is None or not set(upstream) & set(fields):
                 continue
             if f"{prefix}hidden" in wrt:
-                gathered[f"{prefix}hidden"] = head.want_grad_hidden()
+                gathered[f"{prefix}hidden"] = head.grad_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format)
             weight = "weight" if self.shared else f"{prefix}weight"
             if weight in wrt:
                 gathered[weight] = head.grad_weight = gathered.get(weight) or Sum(head.weight)
@@ -243,7 +256,7 @@ class Problem:
         return gathered
 
     def _backward_chunks(self, heads: list[Head], saved: torch.Tensor, upstream: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
-        chosen = plan(len(saved), heads, self.chunk_size)
+        chosen = plan(len(saved), self.all, self.chunk_size, heads)
         waiting = [head.buffer(chosen.window, head.hidden.dtype) if head.learns else None for head in heads]
         buffers = [None if head.learns and head.in_place else head.buffer(chosen.chunk, head.logits_dtype) for head in heads]
         for window in parts(0, len(saved), chosen.window):
@@ -264,26 +277,6 @@ class Problem:
     def _row_forward(self, logits: list, rows: slice, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
         _rows.forward(self.backend, *logits, *self.per_token.part(rows), {name: value[rows] for name, value in outputs.items()}, saved[rows],
                       self.per_token.softcap)
-
-
-class _Counted:
-    """Outputs and saved values of the tokens that count, in place of those of all; on leaving they go to their places, zeros elsewhere."""
-
-    def __init__(self, index: torch.Tensor | None, outputs: dict[str, torch.Tensor], saved: torch.Tensor, read: bool = False) -> None:
-        self.index, self.outputs, self.saved, self.read = index, outputs, saved, read
-
-    def __enter__(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        if self.index is None:
-            return self.outputs, self.saved
-        self._outputs = {name: value[self.index] for name, value in self.outputs.items()}
-        self._saved = self.saved[self.index]
-        return self._outputs, self._saved
-
-    def __exit__(self, *exc: object) -> None:
-        if self.index is None or self.read:
-            return
-        for full, part in ((self.saved, self._saved), *((self.outputs[name], self._outputs[name]) for name in self.outputs)):
-            full.zero_()[self.index] = part
 
 
 def _both(values: list) -> list:

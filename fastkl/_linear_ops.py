@@ -24,9 +24,9 @@ def linear_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_h
                       chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, ref_logprob, kl, ref_kl, saved) as row_statistics gives them for the heads' logits."""
     results = empty_outputs(hidden, fields)
-    problem = _chunks.Problem((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), logits_dtype, backend, chunk_size,
-                              _per_token(tokens, mask, temperatures, temperature, softcap))
-    problem.forward(_flat_outputs(results, fields), results[-1].view(-1, SAVED))
+    heads = _chunks.Heads((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), logits_dtype, backend, chunk_size,
+                          _per_token(tokens, mask, temperatures, temperature, softcap))
+    heads.forward(_flat_outputs(results, fields), results[-1].view(-1, SAVED))
     return tuple(results)
 
 
@@ -44,10 +44,10 @@ def linear_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hi
                      chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the upstream-weighted statistics with respect to the six, in their types; empty where not asked for."""
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    problem = _chunks.Problem(six, logits_dtype, backend, chunk_size, _per_token(tokens, mask, temperatures, temperature, softcap))
+    heads = _chunks.Heads(six, logits_dtype, backend, chunk_size, _per_token(tokens, mask, temperatures, temperature, softcap))
     upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
                 if value is not None}
-    return _in_their_types(six, problem.backward(saved.reshape(-1, SAVED), upstream, wanted(wrt)), wrt, wide=())
+    return _in_their_types(six, heads.backward(saved.reshape(-1, SAVED), upstream, wanted(wrt)), wrt, wide=())
 
 
 @linear_gradients.register_fake
@@ -67,15 +67,16 @@ def linear_weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_
     weight and bias gradients stay in float32.
     """
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    problem = _chunks.Problem(six, logits_dtype, backend, chunk_size, _per_token(None, mask, temperatures, temperature, softcap))
+    heads = _chunks.Heads(six, logits_dtype, backend, chunk_size, _per_token(None, mask, temperatures, temperature, softcap))
+    weights = weights.contiguous()
     kl = torch.empty_like(weights)
-    saved = weights.new_empty(weights.numel(), SAVED)
-    unit = _unit(weights) if torch.float16 in _types(six) else weights.new_ones(())
-    gradients = {}
+    unit, gradients = weights.new_ones(()), {}
     if wrt:
-        gradients = problem.backward(saved, {"kl": _rows.flat(weights / unit)}, wanted(wrt), {"kl": kl.view(-1)})
+        if torch.float16 in {value.dtype for value in six if value is not None}:
+            unit = _unit(torch.where(weights == 0, 0.0, weights / (temperature if temperatures is None else temperatures)))
+        gradients = heads.forward_and_backward({"kl": kl.view(-1)}, {"kl": _rows.flat(weights / unit)}, wanted(wrt))
     else:
-        problem.forward({"kl": kl.view(-1)}, saved)
+        heads.forward({"kl": kl.view(-1)}, weights.new_empty(weights.numel(), SAVED))
     return ((weights * kl).sum(), kl, unit, *_in_their_types(six, gradients, wrt, wide=(torch.float16,)))
 
 
@@ -83,7 +84,7 @@ def linear_weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_
 def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, weights, mask, temperatures, temperature, wrt, softcap, backend, logits_dtype,
       chunk_size):
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    return (weights.new_empty(()), torch.empty_like(weights), weights.new_empty(()), *_empty_gradients(six, wrt, wide=(torch.float16,)))
+    return (weights.new_empty(()), weights.new_empty(weights.shape), weights.new_empty(()), *_empty_gradients(six, wrt, wide=(torch.float16,)))
 
 
 @torch.library.custom_op("fastkl::scaled", mutates_args=())
@@ -110,17 +111,14 @@ def _flat_outputs(results: list[Tensor], fields: str) -> dict[str, Tensor]:
     return {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if name in wanted(fields)}
 
 
-def _types(six) -> set[torch.dtype]:
-    return {value.dtype for value in six if value is not None}
-
-
 def _unit(weights: Tensor) -> Tensor:
-    """The power of two by which the largest |weight| counts 32 … 64; 1 if that is 0 or not finite.
+    """The power of two by which the largest of |weights|, of tokens over their temperatures, counts 4 … 8; 1 if that is 0 or not finite.
 
-    With 1 instead the gradients of a flat row's logits would lose digits to float16's smallest numbers; its largest, 65504, is far from both.
+    Counting 1, a flat row's gradients lose digits to float16's smallest numbers. What is left to its largest, 65504, is for the differences of logits
+    that gradients are proportional to: thousands.
     """
     largest = weights.abs().max() if weights.numel() else weights.new_zeros(())
-    return torch.where((largest > 0) & largest.isfinite(), torch.exp2(torch.ceil(torch.log2(largest)) - 6), 1.0)
+    return torch.where((largest > 0) & largest.isfinite(), torch.exp2(torch.ceil(torch.log2(largest)) - 3), 1.0)
 
 
 def _gradient_type(name: str, value: Tensor, wide: tuple[torch.dtype, ...]) -> torch.dtype:
@@ -129,7 +127,7 @@ def _gradient_type(name: str, value: Tensor, wide: tuple[torch.dtype, ...]) -> t
 
 
 def _in_their_types(six, gradients: dict[str, Tensor], wrt: str, wide) -> tuple[Tensor, ...]:
-    """The gradients in the order of SIX, each wide sum freed as soon as it is rounded; zeros where there was no upstream gradient."""
+    """The gradients in the order of SIX, each wide sum freed once it is rounded; zeros where there was no upstream gradient."""
     results = []
     for name, value in zip(SIX, six, strict=True):
         if name in gradients:

@@ -1,7 +1,7 @@
 """The matrix products of an lm_head: which torch call each one is, so that sums stay in float32 and nothing is copied to a wider type.
 
 On a GPU every product is one cuBLAS call on operands as they lie, with results straight into their place. A CPU has no product of 16-bit
-operands with a float32 result: there the few blocks of it that are needed are widened or added up one at a time.
+operands with a float32 result: there a block at a time of the weight is widened, or of its gradient rounded to 16 bits before it joins the sum.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 
 # Elements of a block that a CPU holds in another type at a time.
 BLOCK_ELEMENTS = 1 << 20
+# Where torch multiplies 16-bit operands into a float32 result (torch ≥ 2.10 for addmm: pull request 167931); "meta" checks the call without data.
+WIDE_PRODUCTS = ("cuda", "meta")
 
 
 def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -21,7 +23,7 @@ def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, b
             torch.mm(hidden, weight.t(), out=out)
         else:
             torch.addmm(bias, hidden, weight.t(), out=out)
-    elif hidden.device.type == "cpu":
+    elif hidden.device.type not in WIDE_PRODUCTS:
         wide = hidden.to(out.dtype)
         for rows in _blocks(weight):
             out[:, rows] = wide @ weight[rows].to(out.dtype).t()
@@ -39,7 +41,7 @@ def add_weight_gradient(total: torch.Tensor, grad_logits: torch.Tensor, hidden: 
     operand = grad_logits.t()
     if total.dtype == hidden.dtype:
         torch.mm(operand, hidden, out=total) if first else total.addmm_(operand, hidden)
-    elif hidden.device.type == "cpu":
+    elif hidden.device.type not in WIDE_PRODUCTS:
         for rows in _blocks(total):
             product = operand[rows] @ hidden
             total[rows].copy_(product) if first else total[rows].add_(product)

@@ -66,10 +66,10 @@ def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str,
     if importlib.util.find_spec("triton") is None:
         problems.append("triton is not installed: pip install triton")
     if logits[0].device.type != "cuda" and not (logits[0].device.type == "cpu" and _interpreting()):
-        problems.append(f"the logits are on {logits[0].device}: move them to a GPU, or set TRITON_INTERPRET=1 before importing fastkl to "
+        problems.append(f"the tensors are on {logits[0].device}: move them to a GPU, or set TRITON_INTERPRET=1 before importing fastkl to "
                         f"interpret the kernels on CPU")
     for dtype in sorted({str(value.dtype) for value in logits if value.dtype not in _TRITON_TYPES}):
-        problems.append(f"{dtype} logits: the kernels take float32, bfloat16 and float16; use_backend('reference') takes float64")
+        problems.append(f"{dtype} tensors: the kernels take float32, bfloat16 and float16; use_backend('reference') takes float64")
     for value in logits if read_rows else ():
         if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
             problems.append(f"logits with stride {value.stride(-1)} along the vocabulary: the kernels need 1; call .contiguous()")

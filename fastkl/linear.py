@@ -42,26 +42,30 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch
             hold. The reference backend leaves them out of the products; on a GPU, where that would cost a synchronisation, they take part as zeros.
         logits_dtype: the type of the logits in a chunk. Default: that of hidden, float32 where policy and reference differ. torch.float32 keeps the
             products' float32 sums for 16-bit inputs; see Accuracy.
-        chunk_size: tokens of a chunk. Default: from N, H, V and a fixed bound on memory, never from what happens to be free. See Memory.
+        chunk_size: C and G are at most this many tokens (C at most 1024). Default: from N, H, V and a fixed bound on memory, never from what happens
+            to be free. See Memory.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 inputs) tensors, nats. The last three fields are None without ref_hidden.
 
     Gradient:
-        Of every field to hidden, weight, bias, ref_hidden, ref_weight and ref_bias where they require it, in their types; weight gradients
-        are summed in float32. To keep a shared lm_head from learning through the reference, pass ref_weight=weight.detach(). Backward costs two
-        products (one where only logprob and entropy have a gradient) and one for each hidden and each weight that requires it. No second derivative.
+        Of every field to hidden, weight, bias, ref_hidden, ref_weight and ref_bias where they require it, in their types; weight gradients are summed
+        in float32 (on a CPU what is added to the sum was rounded to 16-bit inputs' type). To keep a shared lm_head from learning through the
+        reference, pass ref_weight=weight.detach(). Backward costs two products (one where only logprob and entropy have a gradient) and one for each
+        hidden and each weight that requires it. No second derivative.
 
     Memory:
-        Beyond inputs, results and returned gradients, with b bytes per logit, C tokens of a chunk and G ≤ chunk_size tokens whose gradients of
-        logits wait for the next product:
+        Beyond inputs, results and returned gradients, with b bytes per input element, l per logit, C ≤ 1024 tokens of a chunk and G ≥ C tokens
+        whose gradients of logits wait for one product:
 
-            forward:  2·C·V·b                        C ≤ 1024
-            backward: (C + G)·V·b + 4·V·H            2·G instead of C + G where both models learn; 4·V·H only for 16-bit weights that require gradient
+            forward:  2·C·V·l                                          for both models
+            backward: C·V·l for a model that learns nothing;  G·V·b for one that learns, and C·V·l where l differs from b;
+                      4·V·H for each 16-bit weight that requires gradient (its sum in float32)
 
-        Without chunk_size the first term stays under 1 GiB on a GPU (128 MiB on a CPU) or half of 4·V·H, whichever is more: 1.05 GB and 2.10 GB
-        at H = 4096, V = 128256 in bfloat16. chunk_size bounds it by 2·chunk_size·V·b. Results depend on the chunk only as a matrix
-        product's rounding depends on its shape.
+        and copies of the hidden states, of a chunk's where there is a mask, of all where their leading dimensions are not one in memory. At N = 8192,
+        H = 4096, V = 128256 in bfloat16: 0.53 GB forward, 1.05 + 2.10 GB with a trainable weight. Without chunk_size all terms but the sums stay
+        under 1 GiB on a GPU (128 MiB on a CPU) or half of the sums, whichever is more. Results depend on the chunk only as a product's rounding
+        depends on its shape.
 
     Accuracy:
         float32: that of the products. bfloat16, float16: each logit is rounded once, which dominates everything else, exactly as for logits that

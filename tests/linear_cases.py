@@ -279,7 +279,7 @@ def rounding(case: Case, exact: dict[str, torch.Tensor], draws: int = 6) -> dict
         kind = case.tensors[name.removeprefix("gradient to ")].dtype if name.startswith("gradient to ") else torch.float32
         result = (2 * UNIT_ROUNDOFF[kind] if kind != torch.float32 else 0.0) + 1e-5
         near_zero = NEAR_ZERO.get(name, 0.0) * tokens + SUBNORMAL.get(kind, 0.0) * math.sqrt(value.numel())
-        allowed[name] = result * float(value.norm()) + near_zero + 4 * math.sqrt(squares[name])
+        allowed[name] = result * float(value.norm()) + near_zero + 1.5 * math.sqrt(squares[name])
     return allowed
 
 
@@ -295,7 +295,7 @@ def moving_head(case: Case, generator: torch.Generator) -> Callable:
             wide = UNIT_ROUNDOFF[torch.float64 if kind == torch.float64 else torch.float32]
             # A sum of H terms; then the subtraction of the row's largest logit and its like, each rounded to the size of these.
             terms = F.linear(hidden.abs(), weight.abs(), None if bias is None else bias.abs())
-            shift = wide * (hidden.shape[-1] * terms + 4 * logits.abs().amax(-1, keepdim=True)) * up
+            shift = wide * (math.sqrt(hidden.shape[-1]) * terms + 4 * logits.abs().amax(-1, keepdim=True)) * up
             # Rounded to the logits' type: the product, and with its bias again.
             if logits_dtype(case) not in (torch.float32, torch.float64):
                 shift = shift + UNIT_ROUNDOFF[logits_dtype(case)] * (logits.abs() + (0 if bias is None else (logits - bias).abs())) * right

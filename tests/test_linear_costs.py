@@ -160,22 +160,28 @@ def test_the_calls_of_a_gpu(dtype) -> None:
 # ---- memory
 
 
-def head_on_meta(n: int, h: int, v: int, *, trainable: bool) -> _chunks.Head:
+def head_on_meta(n: int, h: int, v: int, *, trainable: bool, logits_dtype: torch.dtype = torch.bfloat16) -> _chunks.Head:
     """A bfloat16 head of any size, which takes no memory."""
     head = _chunks.Head(torch.empty(n, h, dtype=torch.bfloat16, device="meta"), torch.empty(v, h, dtype=torch.bfloat16, device="meta"), None,
-                        torch.bfloat16, None)
+                        logits_dtype)
     if trainable:
-        head.want_grad_hidden()
+        head.grad_hidden = torch.empty_like(head.hidden)
         head.grad_weight = _chunks.Sum(head.weight)
     return head
 
 
 def workspace(policy: _chunks.Head, ref: _chunks.Head, chunk_size: int | None = None) -> int:
-    """The docstring's formula: 2·C·V·b forward, (C + G)·V·b + 4·V·H with a trainable weight. Rows are padded to whole lines."""
+    """The docstring's formula. Rows are padded to whole lines."""
     chosen = _chunks.plan(policy.hidden.shape[0], [policy, ref], chunk_size)
-    vocabulary = -(-policy.weight.shape[0] // 64) * 64
-    sums = 4 * policy.weight.numel() if policy.grad_weight is not None else 0
-    return (chosen.chunk + (chosen.window if policy.learns else chosen.chunk)) * vocabulary * policy.logits_dtype.itemsize + sums
+    vocabulary, total = -(-policy.weight.shape[0] // 64) * 64, 0
+    for head in (policy, ref):
+        if head.learns:
+            total += chosen.window * vocabulary * head.hidden.dtype.itemsize
+        if not head.learns or head.logits_dtype != head.hidden.dtype:
+            total += chosen.chunk * vocabulary * head.logits_dtype.itemsize
+        if head.grad_weight is not None:
+            total += 4 * head.weight.numel()
+    return total
 
 
 def test_workspace_at_the_main_shape() -> None:
@@ -186,16 +192,20 @@ def test_workspace_at_the_main_shape() -> None:
 
 
 @pytest.mark.parametrize("n, h, v", [(1, 64, 7), (300, 256, 32000), (5000, 2048, 50257), (8192, 4096, 262144), (65536, 8192, 151936)])
-@pytest.mark.parametrize("trainable", [False, True])
-def test_workspace_stays_within_its_bound(n, h, v, trainable) -> None:
-    """The buffers of logits stay under 1 GiB or half of the weight's float32 sum, and chunk_size bounds them by 2·chunk_size rows."""
-    policy, ref = head_on_meta(n, h, v, trainable=trainable), head_on_meta(n, h, v, trainable=False)
-    sums = 4 * v * h if trainable else 0
+@pytest.mark.parametrize("trainable", [(False, False), (True, False), (False, True), (True, True)], ids=["none", "policy", "reference", "both"])
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+def test_workspace_stays_within_its_bound(n, h, v, trainable, logits_dtype) -> None:
+    """The buffers of logits stay under 1 GiB or half of the sums, chunk_size bounds the tokens, and forward has the chunk of backward."""
+    policy, ref = (head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype) for learns in trainable)
+    sums = 4 * v * h * sum(trainable)
     assert workspace(policy, ref) - sums <= 1.01 * max(1 << 30, sums // 2)
     for chunk_size in (1, 100, 3000):
-        assert workspace(policy, ref, chunk_size) - sums <= 2 * chunk_size * -(-v // 64) * 64 * 2
+        chosen = _chunks.plan(n, [policy, ref], chunk_size)
+        assert chosen.chunk <= chosen.window <= min(chunk_size, n)
     chosen = _chunks.plan(n, [policy, ref], None)
     assert 1 <= chosen.chunk <= min(n, _chunks.LARGEST_CHUNK) and chosen.chunk <= chosen.window <= max(n, chosen.chunk)
+    frozen = [head_on_meta(n, h, v, trainable=False, logits_dtype=logits_dtype) for _ in range(2)]
+    assert _chunks.plan(n, frozen, None).chunk == chosen.chunk == _chunks.plan(n, [policy, ref], None, [policy]).chunk
     pieces = list(_chunks.parts(0, n, chosen.window))
     assert pieces[0].start == 0 and pieces[-1].stop == n and all(a.stop == b.start for a, b in zip(pieces, pieces[1:], strict=False))
 
@@ -211,8 +221,8 @@ def peak(call: Callable) -> tuple[int, int]:
     return int(changes.cumsum(0).max()), int(changes.max())
 
 
-@pytest.mark.parametrize("per_token", [False, True], ids=["sum", "none"])
-def test_peak_workspace(monkeypatch, per_token) -> None:
+@pytest.mark.parametrize("reduction, logits_dtype", [("sum", torch.bfloat16), ("none", torch.bfloat16), ("sum", torch.float32)], ids=str)
+def test_peak_workspace(monkeypatch, reduction, logits_dtype) -> None:
     """What forward and backward really allocate is the formula, and no tensor has a row for every token and an entry for every word.
 
     On top come what the CPU holds in another type at a time and 64 bytes per token.
@@ -221,26 +231,22 @@ def test_peak_workspace(monkeypatch, per_token) -> None:
     monkeypatch.setattr(_products, "BLOCK_ELEMENTS", 1 << 14)
     monkeypatch.setattr(_linear_ops, "SCALED_AT_ONCE", 1 << 14)
     monkeypatch.setitem(_chunks.WORKSPACE, "cpu", 1 << 20)
+    monkeypatch.setattr(_chunks, "WORKSPACE_ON_A_GPU", 1 << 20)
     made = tensors("cpu", **SMALL)
     n, h, v = SMALL.values()
-    reduction = "none" if per_token else "sum"
-    # Of a row on the reference: some thirty float32 temporaries. A block of a weight's gradient: one.
-    slack = 30 * 4 * v + 2 * (1 << 14) + 64 * n
+    policy, frozen, ref = (head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype) for learns in (True, False, False))
+    # Of a row on the reference: some thirty float32 temporaries. A block of a weight, and of its gradient. 64 bytes per token.
+    slack = 30 * 4 * v + 3 * 4 * (1 << 14) + 64 * n
+
+    def loss() -> torch.Tensor:
+        return fastkl.linear_kl_divergence(**made, reduction=reduction, logits_dtype=logits_dtype)
+
     with torch.no_grad():
-        most, largest = peak(lambda: fastkl.linear_kl_divergence(**made, reduction=reduction))
-    head, ref = head_on_meta(n, h, v, trainable=False), head_on_meta(n, h, v, trainable=False)
-    assert workspace(head, ref, chunk_of(n, v)) <= most <= workspace(head, ref, chunk_of(n, v)) + slack + 4 * n
+        most, largest = peak(loss)
+    assert workspace(frozen, ref) <= most <= workspace(frozen, ref) + slack
     assert largest < n * v * 2 / 4
 
     returned = 2 * (n * h + v * h)
-    most, largest = peak(lambda: gradients_of(fastkl.linear_kl_divergence(**made, reduction=reduction), made))
-    policy = head_on_meta(n, h, v, trainable=True)
-    monkeypatch.setattr(_chunks, "WORKSPACE_ON_A_GPU", 1 << 20)
-    expected = workspace(policy, ref)
-    assert expected + 2 * n * h <= most <= expected + returned + slack
+    most, largest = peak(lambda: gradients_of(loss(), made))
+    assert workspace(policy, ref) + 2 * n * h <= most <= workspace(policy, ref) + returned + slack
     assert largest <= max(4 * v * h, n * v * 2 / 4)
-
-
-def chunk_of(n: int, v: int) -> int:
-    """Tokens of a chunk under the small bound of test_peak_workspace."""
-    return (1 << 20) // v // 8 // 128 * 128 or (1 << 20) // v // 8

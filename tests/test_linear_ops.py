@@ -103,3 +103,53 @@ def test_float16_gradients_do_not_vanish(implementation) -> None:
     for got, expected in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(exact, wide), strict=True):
         # float16 rounds logits of size 10 by up to 2^-9 each, which moves probabilities, and with them gradients, by as much.
         assert float((got.double() - expected).norm() / expected.norm()) < 4e-3
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1])
+def test_float16_gradients_do_not_overflow(implementation, temperature) -> None:
+    """A KL of many nats at a low temperature: gradients stay finite and have the size of the truth's."""
+    n = 64
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref_hidden = (torch.randn(n, 16, generator=generator).to(implementation.device, torch.float16) for _ in range(2))
+    weight = (6 / 4 * torch.randn(500, 16, generator=generator)).to(implementation.device, torch.float16)
+    for reduction in ("sum", "mean"):
+        leaves = [value.clone().requires_grad_() for value in (hidden, weight)]
+        loss = fastkl.linear_kl_divergence(*leaves, ref_hidden, reduction=reduction, temperature=temperature)
+        wide = [value.double().requires_grad_() for value in (hidden, weight)]
+        with fastkl.use_backend("reference"):
+            exact = fastkl.linear_kl_divergence(*wide, ref_hidden.double(), reduction=reduction, temperature=temperature)
+        for got, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(exact, wide), strict=True):
+            # Rounded logits over a temperature of 0.05 are off by 0.1 and more: the size is what is looked at.
+            assert bool(got.isfinite().all()) and float((got.double() - expected).norm() / expected.norm()) < 0.5
+
+
+@pytest.mark.parametrize("name", ["weights", "mask"])
+def test_vectors_of_any_strides(implementation, name) -> None:
+    """Weights and masks may be transposed: the result is that of contiguous ones."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref_hidden = (torch.randn(3, 4, H, generator=generator).to(implementation.device).requires_grad_() for _ in range(2))
+    weight = torch.randn(V, H, generator=generator).to(implementation.device)
+    transposed = torch.rand(4, 3, generator=generator).to(implementation.device).t()
+    transposed = transposed > 0.3 if name == "mask" else transposed
+    results = []
+    for value in (transposed, transposed.contiguous()):
+        loss = fastkl.linear_kl_divergence(hidden, weight, ref_hidden, reduction="sum", **{name: value})
+        results.append([loss, *torch.autograd.grad(loss, (hidden, ref_hidden))])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_autocast_of_the_caller_does_not_reach_the_products(implementation, reduction) -> None:
+    """float32 logits stay float32 inside autocast, and a backward inside autocast of a forward outside it has the forward's types."""
+    device = implementation.device
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref_hidden = (torch.randn(5, 32, generator=generator).to(device) for _ in range(2))
+    weight, mask = torch.randn(V, 32, generator=generator).to(device), (torch.arange(5) != 2).to(device)
+    narrow = [value.bfloat16() for value in (hidden, weight, ref_hidden)]
+    expected = fastkl.linear_kl_divergence(*narrow, logits_dtype=torch.float32, reduction=reduction)
+    leaf = hidden.clone().requires_grad_()
+    outside = fastkl.linear_kl_divergence(leaf, weight, ref_hidden, mask=mask, reduction=reduction).sum()
+    gradient, = torch.autograd.grad(outside, leaf, retain_graph=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(fastkl.linear_kl_divergence(*narrow, logits_dtype=torch.float32, reduction=reduction), expected)
+        assert torch.equal(torch.autograd.grad(outside, leaf)[0], gradient)
