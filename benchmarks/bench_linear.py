@@ -3,8 +3,8 @@
     python -m pytest benchmarks/bench_linear.py
 
 One group per workload, one row per provider. The statistics of pytest-benchmark are wall time with a synchronisation; extra_info holds the device
-time, its ratio to the bare cuBLAS products, TFLOP/s and the workspace. Every provider passes the gate against float64 first. Without CUDA the same
-file checks tiny shapes and reports no speed.
+time, its ratio to the bare cuBLAS products, TFLOP/s and the peak of memory. Every provider passes the gate against float64 first. Without CUDA the
+same file checks tiny shapes and reports no speed.
 """
 import pytest
 import torch

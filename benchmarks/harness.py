@@ -314,7 +314,7 @@ def with_rates(times, workload, floor=None):
 def linear_memory(provider, case):
     """What one call allocates beside its inputs, in bytes; a call before this one has filled the caches.
 
-    peak_bytes: the most that was allocated at once, inputs excluded. returned_bytes: outputs and gradients. workspace_bytes: peak without returned.
+    peak_bytes: the most that was allocated at once, inputs excluded. returned_bytes: outputs and gradients, some of them in the peak.
     """
     release()
     before = torch.cuda.memory_allocated()
@@ -322,10 +322,10 @@ def linear_memory(provider, case):
     outputs, gradients = linear_step(provider, case, case.sets[0])
     peak = torch.cuda.max_memory_allocated() - before
     returned = sum(tensor.nbytes for tensor in (*outputs, *gradients))
-    return {"peak_bytes": peak, "returned_bytes": returned, "workspace_bytes": peak - returned}
+    return {"peak_bytes": peak, "returned_bytes": returned}
 
 
-LINEAR_HEAD = f"{'mode and shape':<40} {'provider':<15} {'median ms':>10} {'x floor':>8} {'TFLOP/s':>8} {'workspace':>12}  error"
+LINEAR_HEAD = f"{'mode and shape':<40} {'provider':<15} {'median ms':>10} {'x floor':>8} {'TFLOP/s':>8} {'peak':>12}  error"
 
 
 def linear_summary(row):
@@ -335,9 +335,9 @@ def linear_summary(row):
         return f"{head} {_why_no_times(row)}"
     (times,) = row["times"].values()
     ratio = f"{times['ratio_to_floor']:8.3f}" if "ratio_to_floor" in times else f"{'-':>8}"
-    workspace = f"{row['memory']['workspace_bytes'] / 1e9:9.3f} GB" if row["memory"] else f"{'-':>12}"
+    peak = f"{row['memory']['peak_bytes'] / 1e9:9.3f} GB" if row["memory"] else f"{'-':>12}"
     error = "  ".join(f"{name} {value:.0e}" for name, value in row["error"].items() if "worst" not in name)
-    return f"{head} {times['median_ms']:10.3f} {ratio} {times['tflop_per_s']:8.1f} {workspace}  {error}"
+    return f"{head} {times['median_ms']:10.3f} {ratio} {times['tflop_per_s']:8.1f} {peak}  {error}"
 
 
 def linear_table(rows):

@@ -39,9 +39,11 @@ class Specialization:
     options: dict[str, Any]
 
 
-def _type_of(name: str, dtype: str) -> str:
-    if name in ("p_ptr", "q_ptr", "grad_p_ptr", "grad_q_ptr"):
+def _type_of(name: str, dtype: str, grad_dtype: str) -> str:
+    if name in ("p_ptr", "q_ptr"):
         return f"*{dtype}"
+    if name in ("grad_p_ptr", "grad_q_ptr"):
+        return f"*{grad_dtype}"
     if name.endswith("_ptr"):
         return {"tokens_ptr": "*i64", "mask_ptr": "*i1"}.get(name, "*fp32")
     if name.startswith("stride_"):
@@ -50,9 +52,9 @@ def _type_of(name: str, dtype: str) -> str:
 
 
 def _specialization(name: str, kernel: Any, constexprs: dict[str, Any], dtype: str, num_warps: int, pairs: int,
-                    extra: dict[str, Any] | None = None) -> Specialization:
+                    extra: dict[str, Any] | None = None, grad_dtype: str | None = None) -> Specialization:
     names = list(inspect.signature(kernel.fn).parameters)
-    signature = {argument: "constexpr" if argument in constexprs else _type_of(argument, dtype) for argument in names}
+    signature = {argument: "constexpr" if argument in constexprs else _type_of(argument, dtype, grad_dtype or dtype) for argument in names}
     # What the launcher passes comes from torch's allocator, 16-byte aligned; logits themselves may be views that start anywhere.
     attrs = {(index,): [["tt.divisibility", 16]] for index, argument in enumerate(names)
              if argument in ("state_ptr", "saved_ptr", "grad_p_ptr", "grad_q_ptr")}
@@ -104,6 +106,9 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
                           **plain)
         specializations.append(_specialization(name, row_backward, constexprs, dtype, backward.threads // warp, backward.groups * lanes,
                                                backward.options(arch)))
+        if dtype == "fp32":  # of logits that are float32 sums of 16-bit products
+            specializations.append(_specialization(f"{name}_to_16_bit", row_backward, constexprs, dtype, backward.threads // warp,
+                                                   backward.groups * lanes, backward.options(arch), "bf16"))
         if aligned and name != "token_stats_policy_only.backward":
             specializations.append(_specialization(f"{name}_softcap", row_backward, {**constexprs, "SOFTCAP": 30.0}, dtype,
                                                    backward.threads // warp, backward.groups * lanes, backward.options(arch, capped=True)))
