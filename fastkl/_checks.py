@@ -54,7 +54,9 @@ def head(prefix: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{name}: expected hidden states [..., H] with H of at least 1, got shape {tuple(hidden.shape)}")
     _plain_float_tensor(f"{prefix}weight", weight, "the lm_head's weight [V, H]")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+    if weight.dim() == 2 and weight.shape[0] == 0:
+        raise ValueError(f"{prefix}weight: expected a vocabulary of at least one entry, got {tuple(weight.shape)}; pass the whole weight")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"{prefix}weight: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, got {tuple(weight.shape)}; "
                          f"pass lm_head.weight as it is, not transposed")
     if bias is not None:
@@ -128,7 +130,8 @@ def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch
     if value is None:
         return
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise TypeError(f"weights: expected a float tensor, what each token counts, got {_type_name(value)}; convert it with .float()")
+        raise TypeError(f"weights: expected a float tensor, what each token counts, got {_type_name(value)}; pass a float tensor of the "
+                        f"leading shape {tuple(leading)}")
     per_row("weights", value, leading, device)
 
 
@@ -187,7 +190,7 @@ def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
     """Token ids within 0 … V-1, where looking at them costs no synchronisation."""
     if value.numel() and (int(value.min()) < 0 or int(value.max()) >= vocabulary):
         bad = value[(value < 0) | (value >= vocabulary)][0]
-        raise ValueError(f"tokens (index): expected ids in 0 … {vocabulary - 1}, got {int(bad)}; ignored positions belong under a mask (token_stats)")
+        raise ValueError(f"tokens (index): expected ids in 0 … {vocabulary - 1}, got {int(bad)}; ignored positions belong under a mask")
 
 
 def temperatures_positive(value: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _chunks, _rows
-from ._ops import FIELDS, SAVED, empty_outputs, mark_constant, refuse_second_derivative, wanted
+from ._ops import FIELDS, SAVED, empty_outputs, mark_constant, refuse_second_derivative, refuse_temperature_gradient, wanted
 
 SIX = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
 # Elements that `scaled` multiplies at once on a CPU.
@@ -149,6 +149,7 @@ def _empty_gradients(six, wrt: str, wide) -> tuple[Tensor, ...]:
 
 def _save_for_backward(ctx, inputs, output) -> None:
     *tensors, ctx.temperature, fields, ctx.softcap, ctx.backend, ctx.logits_dtype, ctx.chunk_size = inputs
+    refuse_temperature_gradient(ctx.needs_input_grad[8])
     ctx.save_for_backward(*tensors, output[-1])
     ctx.shared = tensors[3] is not None and tensors[4] is None
     policy = any(ctx.needs_input_grad[:3])
@@ -171,6 +172,12 @@ def _backward(ctx, *upstream):
 def _save_gradients(ctx, inputs, output) -> None:
     ctx.types = [None if value is None else value.dtype for value in inputs[:6]]
     ctx.names = wanted(inputs[10])
+    refuse_temperature_gradient(ctx.needs_input_grad[8])
+    missing = [name for name, asked in zip(SIX, ctx.needs_input_grad, strict=False) if asked and name not in ctx.names]
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)}: expected to be known to require gradient when the value is computed, since the gradient is "
+                           f"computed with it; torch.vmap hides that, and torch.export, make_fx and torch.jit.trace keep what the example inputs "
+                           f"required: use reduction='none' there, or trace with inputs that require gradient")
     ctx.save_for_backward(output[1] if ctx.needs_input_grad[6] else None, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)

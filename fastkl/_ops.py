@@ -68,6 +68,7 @@ def _(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logpr
 
 def _save_for_backward(ctx, inputs, output) -> None:
     p, q, tokens, mask, temperatures, ctx.temperature, fields, ctx.backend = inputs
+    refuse_temperature_gradient(ctx.needs_input_grad[4])
     ctx.save_for_backward(p, q, tokens, mask, temperatures, output[-1])
     mark_constant(ctx, output, wanted(fields), ctx.needs_input_grad[0], ctx.needs_input_grad[1])
 
@@ -90,6 +91,13 @@ def _backward(ctx, *upstream):
     grad_p, grad_q = row_gradients(p, q, tokens, mask, temperatures, saved, *upstream[:5], ctx.temperature, wrt_p and on_p, wrt_q and on_q,
                                    ctx.backend)
     return grad_p if wrt_p and on_p else None, grad_q if wrt_q and on_q else None, None, None, None, None, None, None
+
+
+def refuse_temperature_gradient(asked: bool) -> None:
+    """What _checks.temperature cannot see under vmap."""
+    if asked:
+        raise RuntimeError("temperature: expected a tensor without gradient, got one that requires it; fastkl does not differentiate with respect to "
+                           "the temperature: pass temperature.detach()")
 
 
 def refuse_second_derivative(ctx, *upstream):

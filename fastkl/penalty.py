@@ -38,7 +38,8 @@ class _Penalty(torch.nn.Module):
             raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}; "
                             f"for a tensor or numpy scalar pass float(beta)")
         if not (0 <= value < math.inf):
-            raise ValueError(f"beta: expected a finite number of at least 0, got {value}; a negative beta would reward divergence")
+            remedy = "a negative beta would reward divergence" if value < 0 else "look at what computed it"
+            raise ValueError(f"beta: expected a finite number of at least 0, got {value}; {remedy}")
         return float(value)
 
     def extra_repr(self) -> str:

@@ -153,3 +153,60 @@ def test_autocast_of_the_caller_does_not_reach_the_products(implementation, redu
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(fastkl.linear_kl_divergence(*narrow, logits_dtype=torch.float32, reduction=reduction), expected)
         assert torch.equal(torch.autograd.grad(outside, leaf)[0], gradient)
+
+
+def small(device: str) -> tuple[torch.Tensor, ...]:
+    """Hidden states, weight and the reference's hidden states."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=generator).to(device) for shape in ((3, 2, H), (V, H), (3, 2, H)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(implementation) -> None:
+    """Per token as a loop gives it; a sum refuses to leave out a gradient that vmap hides from it, and a gradient to the temperature."""
+    hidden, weight, ref_hidden = small(implementation.device)
+    hidden.requires_grad_(), weight.requires_grad_()
+    kl = torch.vmap(lambda h, r: fastkl.linear_kl_divergence(h, weight, r))(hidden, ref_hidden)
+    expected = fastkl.linear_kl_divergence(hidden, weight, ref_hidden)
+    torch.testing.assert_close(kl, expected)
+    for got, exact in zip(torch.autograd.grad(kl.sum(), (hidden, weight)), torch.autograd.grad(expected.sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(got, exact)
+    with pytest.raises(RuntimeError, match="^hidden: expected to be known.*reduction='none'"):
+        torch.vmap(lambda h, r: fastkl.linear_kl_divergence(h, weight, r, reduction="sum"))(hidden, ref_hidden)
+    temperature = torch.ones(3, 2, device=implementation.device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="^temperature: expected a tensor without gradient"):
+        torch.vmap(lambda h, r, t: fastkl.linear_kl_divergence(h, weight, r, temperature=t))(hidden.detach(), ref_hidden, temperature)
+    logits = torch.randn(3, 2, V, device=implementation.device)
+    with pytest.raises(RuntimeError, match="^temperature: expected a tensor without gradient"):
+        torch.vmap(lambda p, t: fastkl.kl_divergence(p, p, temperature=t))(logits, temperature)
+
+
+def test_export_without_gradients_refuses_them(implementation) -> None:
+    """An exported sum keeps what its example inputs required: asked for more it raises; exported per token it gives all gradients."""
+    class Loss(torch.nn.Module):
+        def __init__(self, reduction: str) -> None:
+            super().__init__()
+            self.reduction = reduction
+
+        def forward(self, h, w, r):
+            return fastkl.linear_kl_divergence(h, w, r, reduction=self.reduction).sum()
+
+    arguments = small(implementation.device)
+    learned = [value.clone().requires_grad_() for value in arguments]
+    exported = {reduction: torch.export.export(Loss(reduction), arguments).module() for reduction in ("sum", "none")}
+    torch.testing.assert_close(exported["sum"](*arguments), exported["none"](*arguments))
+    expected = torch.autograd.grad(Loss("sum")(*learned), learned)
+    for got, exact in zip(torch.autograd.grad(exported["none"](*learned), learned), expected, strict=True):
+        torch.testing.assert_close(got, exact)
+    with pytest.raises(RuntimeError, match="hidden, weight, ref_hidden: expected to be known"):
+        exported["sum"](*learned)
+
+
+def test_meta_tensors() -> None:
+    """A dry run without data gives shapes and types."""
+    with torch.device("meta"):
+        hidden, weight = torch.empty(2, 3, H, dtype=torch.bfloat16, requires_grad=True), torch.empty(V, H, dtype=torch.bfloat16)
+    loss = fastkl.linear_kl_divergence(hidden, weight, hidden.detach(), reduction="mean")
+    loss.backward()
+    assert loss.shape == () and hidden.grad.shape == hidden.shape and hidden.grad.dtype == torch.bfloat16
+    assert fastkl.linear_kl_divergence(hidden, weight, hidden).shape == (2, 3)
