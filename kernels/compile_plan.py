@@ -86,7 +86,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
             with_cap = {**shape, **plain, **fields, "SOFTCAP": 30.0}
             specializations.append(_specialization(f"{name}.forward_softcap", row_forward, with_cap, dtype, forward.threads // warp,
                                                    forward.groups * lanes, forward.options(arch, capped=True)))
-        if not aligned:
+        if not aligned and kl:
             elsewhere = {**shape, **plain, **fields, "Q_IN_BLOCKS": False}
             specializations.append(_specialization(f"{name}.forward_q_elsewhere", row_forward, elsewhere, dtype, forward.threads // warp,
                                                    forward.groups * lanes, forward.options(arch)))
@@ -106,10 +106,11 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
                           **plain)
         specializations.append(_specialization(name, row_backward, constexprs, dtype, backward.threads // warp, backward.groups * lanes,
                                                backward.options(arch)))
+        if not aligned or name not in ("kl_divergence.backward_p", "kl_divergence.backward_both", "token_stats.backward_both"):
+            continue
         if dtype == "fp32":  # of logits that are float32 sums of 16-bit products
             specializations.append(_specialization(f"{name}_to_16_bit", row_backward, constexprs, dtype, backward.threads // warp,
                                                    backward.groups * lanes, backward.options(arch), "bf16"))
-        if aligned and name != "token_stats_policy_only.backward":
-            specializations.append(_specialization(f"{name}_softcap", row_backward, {**constexprs, "SOFTCAP": 30.0}, dtype,
-                                                   backward.threads // warp, backward.groups * lanes, backward.options(arch, capped=True)))
+        specializations.append(_specialization(f"{name}_softcap", row_backward, {**constexprs, "SOFTCAP": 30.0}, dtype,
+                                               backward.threads // warp, backward.groups * lanes, backward.options(arch, capped=True)))
     return specializations

@@ -10,6 +10,7 @@ import contextlib
 import os
 from typing import NamedTuple
 
+import background
 import pytest
 
 # Inductor's cache does not see a change of an op's fake implementation.
@@ -56,6 +57,24 @@ def implementation(request: pytest.FixtureRequest) -> Implementation:
     """The implementation under test, chosen with fastkl.use_backend."""
     with fastkl.use_backend(request.param.backend):
         yield request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits for processes in the background comes last."""
+    items.sort(key=lambda item: hasattr(getattr(item, "module", None), "start_in_background"))
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Start those processes first, the longest before the others."""
+    if not session.config.option.collectonly:
+        modules = {item.module.__name__: item.module for item in session.items if hasattr(getattr(item, "module", None), "start_in_background")}
+        for name in sorted(modules, reverse=True):
+            modules[name].start_in_background()
+
+
+def pytest_sessionfinish() -> None:
+    """Leave none behind."""
+    background.stop()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,9 +9,9 @@ import concurrent.futures
 import os
 import pathlib
 import re
-import subprocess
 import sys
 
+import background
 import pytest
 import torch
 
@@ -27,24 +27,24 @@ pytestmark = [
 ]
 
 
-def run(stem: str) -> subprocess.CompletedProcess:
-    """One file's tests with the kernels interpreted."""
+def run(stem: str) -> tuple[int, str]:
+    """(exit code, output) of one file's tests with the kernels interpreted."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / f"{stem}.py")]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    return background.run(command, ROOT, environment)
 
 
-@pytest.fixture(scope="module")
-def runs() -> dict[str, concurrent.futures.Future]:
+def start_in_background() -> dict[str, concurrent.futures.Future]:
     """All processes, as many at a time as there are cores."""
-    with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        yield {stem: pool.submit(run, stem) for stem in STEMS}
+    if any(mark.args[0] for mark in pytestmark):
+        return {}
+    return {stem: background.submit(f"interpreter {stem}", run, stem) for stem in STEMS}
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_kernels_in_the_interpreter(stem: str, runs: dict[str, concurrent.futures.Future]) -> None:
+def test_kernels_in_the_interpreter(stem: str) -> None:
     """The tests of one file pass with the kernels interpreted, and some of them did run."""
-    result = runs[stem].result()
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
+    code, output = start_in_background()[stem].result()
+    assert code == 0, output[-8000:]
+    passed = re.search(r"(\d+) passed", output)
     assert passed and int(passed.group(1)) > 0
