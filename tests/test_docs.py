@@ -53,6 +53,30 @@ def test_python_blocks_run_in_order() -> None:
     torch.testing.assert_close(scope["loss"], scope["beta"] * linear)
 
 
+def training_names() -> dict[str, object]:
+    """What the rows of the table of fastkl.rl find in a training step."""
+    generator = torch.Generator().manual_seed(0)
+    scope = names() | {name: -torch.rand(2, 5, generator=generator) for name in ("logprob", "ref_logprob", "old_logprob", "kl")}
+    scope |= {name: -torch.rand(2, generator=generator) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected", "scores", "advantages")}
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    scope["logprob"].requires_grad_()
+    scope["kl"] = scope["logprob"] * scope["ref_logprob"]
+    scope |= {"optimizer": torch.optim.SGD([parameter], lr=0.1), "mean_kl": lambda: (parameter.detach() - 1).square().mean(), "fastkl": fastkl}
+    exec("from fastkl import *; from fastkl.rl import *", scope)
+    return scope
+
+
+def test_every_row_of_the_training_table_runs() -> None:
+    """"You use X, fastkl gives Y in one line": each line in the right column runs as it stands."""
+    table = README.split("| you use | fastkl gives |")[1].split("\n\n")[0]
+    lines = [line for row in table.splitlines()[2:] for line in re.findall(r"`([^`]*\(.*?)`", row.split(" | ")[1])]
+    assert len(lines) >= 13
+    scope = training_names()
+    for line in lines:
+        assert eval(line, scope) is not None, line
+
+
 def test_shell_commands_exist() -> None:
     """Every make target of the README is one, and `fastkl demo` and both modules named are there (test_demo and test_benchmarks run them)."""
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.M)

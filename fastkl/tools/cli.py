@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastkl", description="Exact KL divergence for LLM training.")
     commands = parser.add_subparsers(title="sub-commands", metavar="<sub-command>", required=True)
     _add_demo(commands)
+    _add_plot(commands)
     return parser
 
 
@@ -71,6 +72,32 @@ def _run_demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     return run_demo(settings, options.out)
 
 
+def _add_plot(commands) -> None:
+    text = "Draws reward, KL (mean and quantiles), beta and spikes of a run, as far as the file has them, over its steps."
+    parser = commands.add_parser("plot", help="draw a run that fastkl.rl.KLMonitor(jsonl=...) wrote", description=text)
+    parser.add_argument("source", type=Path, metavar="RUN.jsonl", help="the file that the monitor wrote, also of a run that still goes on")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: beside the file, with its name)")
+    parser.set_defaults(run=_run_plot, parser=parser)
+
+
+def _run_plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if missing_modules(["matplotlib"]):
+        parser.exit(2, f"{parser.prog}: error: not installed: matplotlib; remedy: pip install 'fastkl[plots]'\n")
+    out = options.source.with_suffix(".png") if options.out is None else options.out
+    if out.suffix.lower() != ".png" or out.is_dir():
+        parser.error(f"argument --out: expected the name of a PNG file, got {str(out)!r}; end it in .png")
+    # Here and not above: --help and errors of use do not need the extra.
+    from .plot import NothingToPlotError, plot_run
+
+    try:
+        print(f"{out}: {plot_run(options.source, out)}")
+    except NothingToPlotError as error:
+        parser.error(f"argument RUN.jsonl: expected a file that KLMonitor(jsonl=...) wrote, {error}")
+    except OSError as error:
+        parser.error(f"argument --out: expected a file that can be written, got {str(out)!r} ({error.strerror}); choose another")
+    return 0
+
+
 def missing_modules(names: Sequence[str]) -> list[str]:
     """Those of the named modules that cannot be imported."""
     missing = []
@@ -80,6 +107,10 @@ def missing_modules(names: Sequence[str]) -> list[str]:
         except ImportError:
             missing.append(name)
     return missing
+
+
+def _at_least(least: int):
+    return lambda text: _number(text, int, f"a whole number of at least {least}", lambda value: value >= least)
 
 
 def _steps(text: str) -> int:

@@ -1,0 +1,171 @@
+"""KL from the log-probabilities of sampled tokens alone: the estimators k1, k2, k3 and abs, and a loss whose gradient is right as well.
+
+The exact KL of fastkl.kl_divergence has neither their noise nor their pitfalls; these serve where only log-probabilities were kept. An estimator
+with the right value may have the wrong gradient: tests/test_estimators.py enumerates which loss has which.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import _checks
+
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+DIRECTIONS = ("policy||reference", "reference||policy")
+# What log-probabilities of -inf, and those that masks with a type's smallest number leave, count as: every difference is finite.
+_FLOOR = -1e4
+# e^|d| up to here, times a slope's excess of 1e4 and the largest ratio, is a finite float32 (float64).
+_LIMIT = {torch.float32: 50.0, torch.float64: 600.0}
+_LARGEST_LOG_RATIO = 20.0
+
+
+def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: str = "k1", clamp: float | None = None) -> torch.Tensor:
+    """Estimates of KL(policy‖reference) from tokens sampled from the policy, one per token.
+
+    Equivalent, with the digits of a small d kept, to
+
+        d = logprob.float() - ref_logprob.float()
+        k1 = d                          # unbiased, of either sign, the noisiest near the reference
+        k2 = d ** 2 / 2                 # biased by terms of third order in d, never negative
+        k3 = torch.expm1(-d) + d        # unbiased, never negative, little noise near the reference
+        abs = d.abs()                   # not an estimate of KL but a distance
+
+    These are values. As a loss on tokens sampled from the policy as it is now, only k2 has the gradient of KL(policy‖reference) as its
+    expectation; k1 has 0, k3 that of KL(reference‖policy), abs that of twice the total variation, and off-policy none is right. Train on
+    sampled_kl_loss, or with k1 (detached) inside the reward.
+
+    Args:
+        logprob, ref_logprob: [...], log-probabilities of the sampled tokens under policy and reference, floats of any type.
+        estimator: "k1", "k2", "k3" or "abs".
+        clamp: beyond |d| = clamp an estimator goes on along its tangent there: its gradient keeps the sign and the size it has at the clamp. A
+            number in (0, 50]; k1 and abs are their own tangents. None: no clamp, but k3 goes on along its tangent beyond |d| = 50 (600 for
+            float64), where e^|d| nears the largest number.
+
+    Returns:
+        [...] float32 (float64 for float64 log-probabilities), nats. Mask tokens that do not count with torch.where.
+
+    Gradient:
+        That of the code above, or of the tangent, to logprob and ref_logprob where they require it.
+
+    Special values:
+        A log-probability below -1e4, -inf included, counts as -1e4 and gets gradient 0 (its token has no probability to move); the other one
+        keeps its own. So both -inf: d = 0. Values and gradients are finite for whatever log-probabilities ≤ 0 (a gradient that comes in float16
+        ends at 65504: e^11). NaN stays NaN in its own token.
+
+    Raises:
+        TypeError for what is not a float tensor, ValueError for shapes or devices that differ, an unknown estimator, a clamp outside (0, 50].
+
+    Source: Schulman, Approximating KL Divergence (2020), joschu.net/blog/kl-approx.html.
+    """
+    _checks.choice("estimator", estimator, ESTIMATORS)
+    _check(logprob, clamp, ref_logprob=ref_logprob)
+    return _estimate(_finite(logprob) - _finite(ref_logprob), estimator, clamp)
+
+
+def sampled_kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, old_logprob: torch.Tensor | None = None,
+                    direction: str = "policy||reference", clamp: float | None = None) -> torch.Tensor:
+    """A loss per sampled token whose expected value is a KL and whose expected gradient is that KL's gradient with respect to the policy.
+
+    Equivalent, with d = logprob - ref_logprob, w = exp(-d) and the digits of a small d kept, to
+
+        ratio = 1 if old_logprob is None else (logprob - old_logprob).exp().detach()
+        value, form = {"policy||reference": (w - 1 + d, d ** 2 / 2),              # k3 and k2
+                       "reference||policy": (1 - w * (1 + d), w - 1 + d)}[direction]
+        loss = ratio * (value.detach() + form - form.detach())
+
+    in which `value` is never negative and `form` is what has the gradient. Off-policy, the first is the ratio with gradient times k3, token by
+    token: both have the gradient ratio·d·∇logprob.
+
+    Args:
+        logprob: [...], log-probabilities of the sampled tokens under the policy that is trained.
+        ref_logprob: [...], under the reference; gets no gradient.
+        old_logprob: [...], under the policy that sampled the tokens, without gradient. None: they come from the policy as it is now.
+        direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or "reference||policy", whose noise grows with e^(-d).
+        clamp: as estimate_kl, for `value` and for `form`: the gradient stays right inside and of the right sign beyond. It leaves the ratio
+            alone, which counts as e^20 where it is more.
+
+    Returns:
+        [...] float32 (float64 for float64 log-probabilities), nats. Reduce it over the tokens that count; mask the others with torch.where.
+
+    Gradient:
+        To logprob. Unbiased, as the value is, for the KL between the two next-token distributions after each prefix of the batch. That a token
+        also changes which prefixes follow is not in it: for the gradient of a whole sequence's KL put k1 inside the reward. First derivatives only.
+
+    Special values: as estimate_kl.
+
+    Raises:
+        As estimate_kl; ValueError for an unknown direction and for an old_logprob that requires grad.
+
+    Source: Schulman (2020) as estimate_kl, for the values; the gradients are the score-function identity Σ π·∇log π = 0 applied to each form.
+    """
+    _checks.choice("direction", direction, DIRECTIONS)
+    _check(logprob, clamp, ref_logprob=ref_logprob, old_logprob=old_logprob)
+    now = _finite(logprob)
+    d = now - _finite(ref_logprob.detach())
+    value_of, form_of = ("k3", "k2") if direction == DIRECTIONS[0] else ("reverse", "k3")
+    form = _estimate(d, form_of, clamp)
+    loss = _estimate(d.detach(), value_of, clamp) + (form - form.detach())
+    if old_logprob is None:
+        return loss
+    return loss * (now.detach() - _finite(old_logprob)).clamp(max=_LARGEST_LOG_RATIO).exp()
+
+
+def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
+    """One of ESTIMATORS of d, or "reverse", 1 - e^(-d)·(1 + d) = e^(-d)·(e^d - 1 - d); beyond |d| = clamp its tangent there."""
+    if form == "k1":
+        return d
+    if form == "abs":
+        return d.abs()
+    limit = clamp if clamp is not None else math.inf if form == "k2" else _LIMIT[d.dtype]
+    near = d.clamp(-limit, limit)
+    if form == "k2":
+        value, slope = near.square() / 2, near
+    elif form == "k3":
+        value, slope = _expm1_minus(-near), -torch.expm1(-near)
+    else:
+        value, slope = torch.exp(-near) * _expm1_minus(near), torch.exp(-near) * near
+    return value + slope * (d - near)
+
+
+def _expm1_minus(x: torch.Tensor) -> torch.Tensor:
+    """e^x - 1 - x, accurate relative to itself, with its derivative: expm1(x) - x alone loses the digits of a small x."""
+    small = x.clamp(-0.5, 0.5)
+    series = torch.ones_like(x)
+    for k in range(15, 2, -1):  # 1 + x/3·(1 + x/4·(… (1 + x/15))): what follows is below 1e-17
+        series = 1 + small / k * series
+    return torch.where(x.abs() < 0.5, small * small / 2 * series, torch.expm1(x) - x)
+
+
+def _finite(logprob: torch.Tensor) -> torch.Tensor:
+    """In float32 or float64, not below _FLOOR."""
+    return (logprob if logprob.dtype == torch.float64 else logprob.float()).clamp(min=_FLOOR)
+
+
+def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | None) -> None:
+    """Float tensors of one shape, on one device, all float64 or none; clamp None or in (0, 50]; no gradient to old_logprob."""
+    for name, value in {"logprob": logprob, **others}.items():
+        if value is None and name == "old_logprob":
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: expected a float tensor of log-probabilities [...], got {type(value).__name__}; "
+                            f"token_stats returns them")
+        if value.dtype not in _checks.FLOAT_TYPES:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 log-probabilities, got {value.dtype}; "
+                            f"pass the log-probabilities of the tokens, not the tokens")
+        if value.shape != logprob.shape:
+            raise ValueError(f"{name}: expected the shape of logprob, {tuple(logprob.shape)}, one entry per token, got {tuple(value.shape)}; "
+                             f"align the batch and time dimensions")
+        if value.device != logprob.device:
+            raise ValueError(f"{name}: expected the device of logprob, {logprob.device}, got {value.device}; move one with .to()")
+        if (value.dtype == torch.float64) != (logprob.dtype == torch.float64):
+            raise TypeError(f"{name}: expected float64 like logprob or neither, got {value.dtype} and {logprob.dtype}; convert one with .to()")
+        if name == "old_logprob" and value.requires_grad:
+            raise ValueError("old_logprob: expected log-probabilities without gradient, of the policy as it was when it sampled, got a tensor that "
+                             "requires grad; pass old_logprob.detach(), or None for tokens sampled from the policy as it is now")
+    if clamp is not None and (isinstance(clamp, bool) or not isinstance(clamp, (int, float))):
+        raise TypeError(f"clamp: expected a number or None, got {type(clamp).__name__}; for a tensor pass float(clamp)")
+    if clamp is not None and not (0 < clamp <= _LIMIT[torch.float32]):
+        raise ValueError(f"clamp: expected a number above 0 and up to {_LIMIT[torch.float32]:g}, since e^clamp must stay finite, got {clamp}; "
+                         f"None for no clamp")

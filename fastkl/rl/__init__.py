@@ -1,0 +1,30 @@
+"""The training side of the KL penalty: beta controllers, rewards, losses, trust region and monitor, in plain torch over per-token KLs and log-probs."""
+
+from .beta import AdaptiveBeta, FixedBeta, PIDBeta, PPOAdaptiveBeta
+from .losses import DPOLoss, dpo_loss, grpo_loss, ppo_loss
+from .monitor import KLMonitor, read_jsonl
+from .natural_gradient import conjugate_gradient, fisher_vector_product, natural_gradient
+from .rewards import shape_rewards
+from .spikes import SpikeDetector
+from .trust_region import EarlyStop, StepResult, TrustRegion
+
+__all__ = [
+    "AdaptiveBeta",
+    "DPOLoss",
+    "EarlyStop",
+    "FixedBeta",
+    "KLMonitor",
+    "PIDBeta",
+    "PPOAdaptiveBeta",
+    "SpikeDetector",
+    "StepResult",
+    "TrustRegion",
+    "conjugate_gradient",
+    "dpo_loss",
+    "fisher_vector_product",
+    "grpo_loss",
+    "natural_gradient",
+    "ppo_loss",
+    "read_jsonl",
+    "shape_rewards",
+]

@@ -1,0 +1,275 @@
+"""Losses of preference and policy-gradient training over log-probabilities, with the KL where it belongs: PPO, GRPO and GSPO, DPO."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..estimators import estimate_kl, sampled_kl_loss
+from . import _checks
+
+PPO_REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+GRPO_REDUCTIONS = ("grpo", "bnpo", "dr_grpo", "sum")
+LEVELS = ("token", "sequence")
+# A ratio beyond e^20 = 4.9e8 is no importance weight, and e^89 is infinite in float32, where its gradient would be NaN.
+_LARGEST_LOG_RATIO = 20.0
+
+
+def ppo_loss(logprob: torch.Tensor, old_logprob: torch.Tensor | None, advantages: torch.Tensor, mask: torch.Tensor | None = None, *,
+             clip: float | tuple[float, float] = 0.2, dual_clip: float | None = None, reduction: str = "token_mean") -> torch.Tensor:
+    """PPO's clipped surrogate objective as a loss to minimise.
+
+    Equivalent to
+
+        ratio = (logprob - old_logprob).exp()
+        gain = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)        # with dual_clip
+        loss = -(gain * mask).sum() / mask.sum()                                                     # reduction "token_mean"
+
+    with its value and gradient finite for every ratio: one above e^20 = 4.9e8 counts as e^20 and, like a clipped one, has no gradient.
+
+    Args:
+        logprob: log π(token) in nats, [B, T] (any leading shape, also packed [total]), with gradient.
+        old_logprob: the same under the policy that chose the tokens, without gradient; None: that is the policy as it is now, ratio 1.
+        advantages: one per token, shaped as logprob, or per sequence, [B].
+        mask: bool, shaped as logprob, True where the token counts.
+        clip: how far the ratio may move from 1 before its gradient stops: one number, or (low, high) for 1 - low and 1 + high.
+        dual_clip: for a negative advantage, the ratio above which its gradient stops, larger than 1; None: no such bound.
+        reduction: "token_mean": mean over the tokens that count; "sequence_mean": mean over sequences of the sum over each one's tokens,
+            sequences without a token that counts left out; "sum".
+
+    Returns:
+        The loss, a float32 scalar (float64 for a float64 logprob). 0 where no token counts.
+
+    Gradient:
+        To logprob: -ratio·A times the reduction's weight, 0 where clipped. None to old_logprob and advantages. Tokens that do not count have
+        no part in value or gradient, whatever they hold, NaN included; a NaN in one that counts makes the loss NaN.
+
+    Raises:
+        TypeError: a tensor not of a float type, mask not bool, a setting that is no number.
+        ValueError: shapes or devices that do not fit, old_logprob with gradient, clip or dual_clip out of range, another reduction.
+
+    Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 7; Ye et al., Mastering Complex Control in MOBA Games with Deep
+    Reinforcement Learning (2020), for the dual clip; Yu et al., DAPO (2025), for a higher upper bound.
+    """
+    _checks.choice("reduction", reduction, PPO_REDUCTIONS)
+    if dual_clip is not None:
+        _checks.number("dual_clip", dual_clip, "None or a finite number above 1", lambda x: 1 < x < math.inf)
+    bounds = _checks.clip(clip)
+    logprob, old_logprob, advantages, mask = _prepare(logprob, old_logprob, advantages, mask)
+    ratio = _clipped_ratio(logprob - old_logprob, advantages, bounds, dual_clip)
+    return _reduce(-advantages * ratio, mask, reduction)
+
+
+def grpo_loss(logprob: torch.Tensor, old_logprob: torch.Tensor | None, advantages: torch.Tensor, mask: torch.Tensor | None = None, *,
+              ref_logprob: torch.Tensor | None = None, kl: torch.Tensor | None = None, beta: float | torch.Tensor | object = 0.0,
+              clip: float | tuple[float, float] = 0.2, level: str = "token", reduction: str = "grpo", max_length: int | None = None,
+              correct_kl: bool = False) -> torch.Tensor:
+    """GRPO's loss: the clipped surrogate of PPO plus beta times a KL to the reference, token by token.
+
+    Equivalent to
+
+        ratio = (logprob - old_logprob).exp()                                                        # level "token"
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+        d = logprob - ref_logprob
+        loss = loss + beta * ((-d).exp() - 1 + d)                                                    # ref_logprob; times ratio: correct_kl
+        loss = loss + beta * kl                                                                      # kl
+        loss = ((loss * mask).sum(-1) / mask.sum(-1)).mean()                                         # reduction "grpo"
+
+    with value and gradient finite for every ratio, as ppo_loss, and for every d, as estimate_kl and sampled_kl_loss, which give the KL.
+
+    Which KL: pass `kl`. Its gradient is that of KL(policy‖reference) of each token given its prefix, over the whole vocabulary, without noise, on-
+    and off-policy. ref_logprob is the published form, an estimate from the sampled tokens: its value is an unbiased one of KL(policy‖reference)
+    on-policy only, and its gradient on-policy is that of KL(reference‖policy), the other direction. correct_kl mends both, on- and off-policy;
+    the noise stays.
+
+    Args:
+        logprob, old_logprob, advantages, mask, clip: as ppo_loss. The advantages of a group are its rewards less their mean (over their spread).
+        ref_logprob: log π_ref(token), shaped as logprob, no gradient.
+        kl: exact KL(policy‖reference) of each token in nats, shaped as logprob, with gradient: kl_divergence(policy_logits, ref_logits).
+        beta: the KL's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute `beta`. A number 0 leaves the KL out.
+        level: "token": a ratio per token; "sequence": the geometric mean of a sequence's ratios for all its tokens (GSPO). Its gradient takes
+            each token with its own advantage (GSPO-token; for one advantage per sequence the same). The KL stays per token, and so does the
+            ratio of correct_kl, since the geometric mean is no importance weight.
+        reduction: "grpo": mean over the B sequences of the mean over each one's tokens, a sequence without a token that counts as 0;
+            "bnpo": mean over the batch's tokens that count, also that of DAPO if the batch is whole; "dr_grpo": sum / (B·max_length);
+            "sum", for instance to divide by what a batch split over steps or processes holds.
+        max_length: with "dr_grpo", the largest number of tokens that a completion may have, the same in every step.
+        correct_kl: multiply the estimate from ref_logprob by the ratio, with gradient.
+
+    Returns:
+        The loss, a float32 scalar (float64 for a float64 logprob). 0 where no token counts.
+
+    Gradient:
+        To logprob and kl. As ppo_loss else.
+
+    Raises:
+        As ppo_loss. ValueError also: beta above 0 without ref_logprob or kl, both of them, a kl without gradient beside a logprob with one,
+        correct_kl with kl, max_length missing or without its reduction.
+
+    Source: Shao et al., DeepSeekMath (2024), eqs. 3 and 4; Zheng et al., Group Sequence Policy Optimization (2025), for level "sequence"; Liu et
+    al., Understanding R1-Zero-Like Training (2025), for "dr_grpo"; DeepSeek-AI, DeepSeek-V3.2 (2025), for correct_kl.
+    """
+    _checks.choice("level", level, LEVELS)
+    _checks.choice("reduction", reduction, GRPO_REDUCTIONS)
+    _check_max_length(max_length, reduction)
+    bounds = _checks.clip(clip)
+    _checks.float_tensor("logprob", logprob, "log-probabilities [..., T]")
+    beta = _checks.beta(beta, "logprob", logprob)
+    _check_kl(logprob, ref_logprob, kl, beta, correct_kl)
+    logprob, old_logprob, advantages, mask = _prepare(logprob, old_logprob, advantages, mask)
+    log_ratio = logprob - old_logprob if level == "token" else _sequence_log_ratio(logprob, old_logprob, mask)
+    loss = -advantages * _clipped_ratio(log_ratio, advantages, bounds)
+    if isinstance(beta, torch.Tensor) or beta > 0:
+        if kl is not None:
+            kl = _counted(kl, mask, logprob.dtype)
+        else:
+            reference = _counted(ref_logprob.detach(), mask, logprob.dtype)
+            kl = sampled_kl_loss(logprob, reference, old_logprob=old_logprob) if correct_kl else estimate_kl(logprob, reference, estimator="k3")
+        loss = loss + beta * kl
+    return _reduce(loss, mask, reduction, max_length)
+
+
+class DPOLoss(NamedTuple):
+    """Result of dpo_loss. loss: scalar, with gradient. chosen_reward, rejected_reward: implicit rewards, and margin: their difference; detached."""
+
+    loss: torch.Tensor
+    chosen_reward: torch.Tensor
+    rejected_reward: torch.Tensor
+    margin: torch.Tensor
+
+
+def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, *, beta: float = 0.1,
+             label_smoothing: float = 0.0) -> DPOLoss:
+    """Direct preference optimisation over the log-probabilities of whole responses.
+
+    Equivalent to
+
+        chosen_reward = beta * (chosen - ref_chosen)
+        rejected_reward = beta * (rejected - ref_rejected)
+        margin = chosen_reward - rejected_reward
+        loss = -((1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)).mean()
+
+    The policy that maximises reward - beta·KL(policy‖reference) is ∝ reference·exp(reward / beta), so beta·(log π - log π_ref) is a reward that π
+    is the optimum of, up to a constant per prompt: no reward model, and the KL penalty is in the loss already.
+
+    Args:
+        chosen, rejected: log π of each response in nats, the sum over its tokens, [B], with gradient.
+        ref_chosen, ref_rejected: the same under the reference, [B]; no gradient.
+        beta: the weight of the KL penalty whose optimum is sought, above 0.
+        label_smoothing: the probability that a preference is labelled the wrong way round, 0 … 0.5 (0.5 left out).
+
+    Returns:
+        DPOLoss, float32 (float64 for a float64 chosen): loss, a scalar, 0 without a pair; chosen_reward, rejected_reward and margin, [B].
+        The share of pairs ranked right is (margin > 0).float().mean().
+
+    Gradient:
+        Of loss to chosen: -beta·(sigmoid(-margin) - label_smoothing) / B, and the opposite to rejected. The other fields are detached.
+
+    Raises:
+        TypeError: a tensor not of a float type, a setting that is no number.
+        ValueError: shapes or devices that differ, beta or label_smoothing out of range.
+
+    Source: Rafailov et al., Direct Preference Optimization (2023), eqs. 4 to 7; Mitchell, A note on DPO with noisy preferences (2023), for
+    label_smoothing.
+    """
+    _checks.number("beta", beta, "a finite number above 0", lambda x: 0 < x < math.inf)
+    _checks.number("label_smoothing", label_smoothing, "a number from 0 to less than 0.5", lambda x: 0 <= x < 0.5)
+    for name, value in (("chosen", chosen), ("rejected", rejected), ("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
+        _checks.float_tensor(name, value, "log-probabilities of responses [B]")
+        _checks.like(name, value, "chosen", chosen)
+    dtype = _checks.working_dtype(chosen)
+    chosen_reward = beta * (chosen.to(dtype) - ref_chosen.detach().to(dtype))
+    rejected_reward = beta * (rejected.to(dtype) - ref_rejected.detach().to(dtype))
+    margin = chosen_reward - rejected_reward
+    log_sigmoid = torch.nn.functional.logsigmoid
+    losses = -log_sigmoid(margin) if label_smoothing == 0 else \
+        -(1 - label_smoothing) * log_sigmoid(margin) - label_smoothing * log_sigmoid(-margin)
+    return DPOLoss(losses.sum() / max(losses.numel(), 1), chosen_reward.detach(), rejected_reward.detach(), margin.detach())
+
+
+def _check_max_length(max_length: int | None, reduction: str) -> None:
+    if reduction == "dr_grpo":
+        _checks.whole_number("max_length", max_length, "the largest number of tokens that a completion may have, with reduction='dr_grpo'")
+    elif max_length is not None:
+        raise ValueError(f"max_length: expected None with reduction={reduction!r}, got {max_length}; only 'dr_grpo' divides by it")
+
+
+def _check_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor | None, kl: torch.Tensor | None, beta: float | torch.Tensor,
+              correct_kl: bool) -> None:
+    """Exactly one source of the KL, where beta asks for one."""
+    if ref_logprob is not None and kl is not None:
+        raise ValueError("kl: expected either kl or ref_logprob, got both; kl is the exact one")
+    if ref_logprob is None and kl is None and (isinstance(beta, torch.Tensor) or beta > 0):
+        raise ValueError("kl: expected the exact KL of each token, or ref_logprob for an estimate, with beta above 0, got neither; "
+                         "pass kl=kl_divergence(policy_logits, ref_logits)")
+    for name, value in (("ref_logprob", ref_logprob), ("kl", kl)):
+        if value is not None:
+            _checks.float_tensor(name, value, "per token, shaped as logprob")
+            _checks.like(name, value, "logprob", logprob)
+    if kl is not None and correct_kl:
+        raise ValueError("correct_kl: expected False with an exact kl, got True; it is no estimate over sampled tokens, so no ratio belongs to it")
+    if kl is not None and torch.is_grad_enabled() and logprob.requires_grad and not kl.requires_grad:
+        raise ValueError("kl: expected a KL with gradient, as kl_divergence gives it from the policy's logits, got one without; a constant in the "
+                         "loss would penalise nothing (shape_rewards takes a KL without gradient)")
+
+
+def _prepare(logprob: torch.Tensor, old_logprob: torch.Tensor | None, advantages: torch.Tensor, mask: torch.Tensor | None) -> tuple:
+    """(logprob, old_logprob, advantages per token, mask), checked, in the type to compute in, 0 where the token does not count."""
+    _checks.float_tensor("logprob", logprob, "log-probabilities [..., T]")
+    if logprob.dim() == 0:
+        raise ValueError("logprob: expected log-probabilities [..., T] with at least one dimension, got a scalar")
+    if old_logprob is not None:
+        _checks.float_tensor("old_logprob", old_logprob, "log-probabilities shaped as logprob, or None")
+        _checks.like("old_logprob", old_logprob, "logprob", logprob)
+        _checks.no_gradient("old_logprob", old_logprob, "the ratio is differentiated with respect to logprob alone")
+    _checks.float_tensor("advantages", advantages, "one per sequence or per token")
+    _checks.per_token_or_sequence("advantages", advantages, "logprob", logprob, "squeeze or index it to one of them")
+    _checks.mask(mask, logprob.shape, logprob.device)
+    advantages = advantages.detach()
+    advantages = advantages if advantages.shape == logprob.shape else advantages[..., None].expand(logprob.shape)
+    mask = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
+    old_logprob = logprob.detach() if old_logprob is None else old_logprob
+    dtype = _checks.working_dtype(logprob)
+    return *(_counted(value, mask, dtype) for value in (logprob, old_logprob, advantages)), mask
+
+
+def _counted(value: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The value where the token counts, else 0: a product with the mask would keep a NaN, in the value or in the gradient."""
+    return torch.where(mask, value.to(dtype), 0.0)
+
+
+def _clipped_ratio(log_ratio: torch.Tensor, advantages: torch.Tensor, bounds: tuple[float, float], dual_clip: float | None = None) -> torch.Tensor:
+    """The ratio r' with r'·A = min(ratio·A, clip(ratio)·A): bounded above for A ≥ 0, and below (with a dual clip above too) for A < 0.
+
+    Bounded before the exponential, since a minimum of products gives 0·inf = NaN as the gradient of a branch that it did not take.
+    """
+    low, high = bounds
+    lowest = math.log1p(-low) if low < 1 else -math.inf
+    highest = _LARGEST_LOG_RATIO if dual_clip is None else min(math.log(dual_clip), _LARGEST_LOG_RATIO)
+    gaining = log_ratio.clamp(max=min(math.log1p(high), _LARGEST_LOG_RATIO))
+    losing = log_ratio.clamp(min=lowest, max=highest)
+    return torch.where(advantages >= 0, gaining, losing).exp()
+
+
+def _sequence_log_ratio(logprob: torch.Tensor, old_logprob: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of each sequence's log-ratios over the tokens that count, for each of its tokens, with the gradient of the token's own logprob."""
+    mean = (logprob.detach() - old_logprob).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return mean + (logprob - logprob.detach()).nan_to_num(0.0)  # 0 with a gradient; (-inf) - (-inf) too
+
+
+def _reduce(per_token: torch.Tensor, mask: torch.Tensor, reduction: str, max_length: int | None = None) -> torch.Tensor:
+    """The scalar loss of per-token ones that are 0 where the token does not count."""
+    total, tokens = per_token.sum(), mask.sum(-1)
+    batch = max(tokens.numel(), 1)
+    if reduction == "sum":
+        return total
+    if reduction in ("token_mean", "bnpo"):
+        return total / tokens.sum().clamp(min=1)
+    if reduction == "sequence_mean":
+        return total / (tokens > 0).sum().clamp(min=1)
+    if reduction == "dr_grpo":
+        return total / (batch * max_length)
+    return (per_token.sum(-1) / tokens.clamp(min=1)).sum() / batch

@@ -1,0 +1,98 @@
+"""Rewards of a policy-gradient step: the score of a sequence, and the KL penalty of each of its tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import _checks
+
+
+def shape_rewards(scores: torch.Tensor, kl: torch.Tensor, beta: float | torch.Tensor | object, mask: torch.Tensor | None = None, *,
+                  cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+    """Per-token rewards: score - beta·KL on each token that counts, 0 elsewhere.
+
+    Equivalent, for one score per sequence, to
+
+        rewards = -beta * kl.detach()
+        for b in range(B):                                   # each sequence that has a token that counts
+            rewards[b, mask[b].nonzero().max()] += scores[b]
+        rewards = torch.where(mask, rewards, 0.0)
+
+    without waiting for the device.
+
+    Which KL: k1 of estimate_kl, log π - log π_ref of the chosen token. Then the policy gradient on these rewards is the gradient of E[score] -
+    beta·KL(policy‖reference) of whole sequences. An exact KL has the same expectation without the noise, but does not depend on the token chosen
+    there: as a reward it teaches nothing about that token, only which tokens lead to later KLs, and with one token nothing at all. Together with
+    the same beta·KL in the loss, with gradient and reduced as the policy's loss (KLPenalty, or kl of grpo_loss), the gradient is right again.
+    Policy gradients on k2, k3 and abs are those of something else.
+
+    Args:
+        scores: one per sequence, [B] for kl [B, T] and [S] for a packed one: given on the last token that counts. Or per token, shaped as kl.
+            With as many packed sequences as tokens they count as one per sequence.
+        kl: KL of each token in nats: [B, T] (any leading shape), or with cu_seqlens [total], sequences packed one behind the other; which, see
+            above.
+        beta: the penalty's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute `beta`. A number 0 leaves the KL out, also an
+            infinite one.
+        mask: bool, shaped as kl, True where the token counts: the policy chose it. Padding may be on either side, tool outputs may leave holes.
+        cu_seqlens: integers [S+1] from 0 to total: sequence s is kl[cu_seqlens[s] : cu_seqlens[s + 1]]; empty ones are allowed.
+
+    Returns:
+        rewards shaped as kl, float32 (float64 for a float64 kl), detached. A token that does not count gets exactly 0, whatever kl and scores hold
+        there, NaN included; a sequence without a token that counts gets nothing. Boundaries that do not run from 0 to total are an error on the
+        CPU; on a GPU, where looking would cost a synchronisation, and under torch.compile, every token that counts gets NaN.
+
+    Gradient:
+        None: rewards are data. For a KL that the policy is to be differentiated through see KLPenalty and sampled_kl_loss.
+
+    Raises:
+        TypeError: scores or kl not of a float type, mask not bool, cu_seqlens not integers, beta none of the three.
+        ValueError: shapes or devices that do not fit; wrong boundaries; a beta that is negative or not finite.
+
+    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2; Ouyang et al., Training language models to follow
+    instructions with human feedback (2022), eq. 2.
+    """
+    _checks.float_tensor("kl", kl, "per token, [B, T] or [total]")
+    _checks.float_tensor("scores", scores, "one per sequence or per token")
+    if kl.dim() == 0:
+        raise ValueError("kl: expected per-token values with at least one dimension, got a scalar")
+    _checks.mask(mask, kl.shape, kl.device)
+    beta = _checks.beta(beta, "kl", kl)
+    dtype = _checks.working_dtype(kl)
+    kl, scores = kl.detach().to(dtype), scores.detach().to(dtype)
+    counts = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
+    if cu_seqlens is None:
+        _checks.per_token_or_sequence("scores", scores, "kl", kl, "pass cu_seqlens for packed sequences")
+        given = scores if scores.shape == kl.shape else torch.where(_last_of_padded(counts), scores[..., None], 0.0)
+    else:
+        given = _packed_scores(scores, kl, counts, cu_seqlens)
+    penalty = beta * kl if isinstance(beta, torch.Tensor) or beta > 0 else 0.0
+    return torch.where(counts, given - penalty, 0.0)
+
+
+def _last_of_padded(counts: torch.Tensor) -> torch.Tensor:
+    """True at the last True of each row, if there is one: where one is left, counted from there to the end."""
+    return counts & (counts.flip(-1).cumsum(-1).flip(-1) == 1)
+
+
+def _packed_scores(scores: torch.Tensor, kl: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """The score that each packed token is given; NaN for all where the boundaries are wrong and could not be looked at."""
+    _checks.cu_seqlens(cu_seqlens, "kl", kl)
+    sequences, total = len(cu_seqlens) - 1, len(kl)
+    if scores.shape not in ((sequences,), kl.shape):
+        raise ValueError(f"scores: expected one per sequence, ({sequences},), or one per token, ({total},) as kl, got {tuple(scores.shape)}; "
+                         f"cu_seqlens holds one entry more than there are sequences")
+    _checks.same_device("scores", scores, "kl", kl)
+    if sequences == 0:
+        return torch.full_like(kl, math.nan)
+    bounds = cu_seqlens.long()
+    right = (bounds[0] == 0) & (bounds[-1] == total) & (bounds.diff() >= 0).all()
+    given = scores
+    if scores.shape == (sequences,):
+        bounds = bounds.clamp(0, total)  # wrong ones must not read out of range
+        owner = (torch.searchsorted(bounds, torch.arange(total, device=kl.device), right=True) - 1).clamp(0, sequences - 1)
+        counted = torch.nn.functional.pad(counts.cumsum(0), (1, 0))  # how many count before each position
+        last = counts & (counted[1:] == counted[bounds[owner + 1]])
+        given = torch.where(last, scores[owner], 0.0)
+    return torch.where(right, given, math.nan)

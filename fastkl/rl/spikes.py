@@ -1,0 +1,118 @@
+"""An alarm for jumps of the KL: a sequential test of its logarithm against its own recent past."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+
+from . import _checks
+
+# Residuals before the first judgement: a median absolute deviation of fewer is too often far too small.
+WARM_UP = 16
+# MAD of normal noise times this is its standard deviation.
+MAD_TO_DEVIATION = 1.4826
+# In the logarithm: runs without noise are judged as if the KL varied by 5 %.
+LEAST_DEVIATION = 0.05
+
+
+class SpikeDetector:
+    """Rings when the mean KL of a step jumps above what its recent past makes likely.
+
+    Equivalent to, for one step,
+
+        x = log(max(kl, 0) + floor)
+        residual = x - median(of the last `recent` x)
+        centre, deviation = median and 1.4826 · MAD of the last `window` residuals              # deviation at least 0.05
+        rise = residual - centre
+        jump = max(log(ratio), rise)
+        evidence = max(0, evidence + jump · (rise - jump / 2) / deviation²)
+        ring = evidence ≥ limit                                                                 # then evidence = 0
+
+    the log-likelihood ratio (nats) of "the KL is at least `ratio` times what it was" against "it is as it was", for normal noise. A strong step
+    rings at once, weaker ones add up. Two medians, because the residuals' own centre takes out a steady growth and both ignore outliers.
+
+    Measured by tests/test_rl_spikes.py with the default settings, for noise of log KL with a standard deviation of 0.1 | 0.2 | 0.3 | 0.4:
+
+        false alarms per 1000 steps, at most, normal noise: 0.1 | 0.1 | 0.1 | 0.2
+        the same, correlated by 0.5 from step to step: 0.1 | 0.1 | 0.6 | 1.1
+        the same, heavy tails (Student's t, 5 degrees of freedom): 0.5 | 1.5 | 2.0 | 2.5
+        lasting jumps to 3 times the KL that ring within 5 steps, at least, normal noise: 100 % | 100 % | 90 % | 55 %
+
+    A KL that grows as in training, with the step, its square or its fourth power, or exponentially, twice in 10 steps or slower, hardly rings:
+    less than once per 1000 steps.
+
+    After a lasting jump it rings for `recent` // 2 + 1 steps, or fewer: then that is the new level. The first `recent` + 16 steps are silent.
+
+    Args:
+        ratio: the jump to look for, above 1. Smaller ones ring too, from about √ratio on, if they last or stand out of the noise.
+        limit: evidence at which it rings, nats. Larger: fewer false alarms, later alarms.
+        recent: steps whose median is the present level. window: steps whose residuals are the noise.
+        floor: KL, in the unit of kl, that does not matter: only from about there on do ratios count. The default is for nats per token.
+
+    Raises ValueError or TypeError for wrong arguments.
+    Source: Page, Continuous Inspection Schemes (1954), for the test; Hampel, The Influence Curve and Its Role in Robust Estimation (1974), for
+    the median absolute deviation (MAD).
+    """
+
+    def __init__(self, ratio: float = 3.0, *, limit: float = 12.0, recent: int = 15, window: int = 64, floor: float = 1e-4) -> None:
+        _checks.number("ratio", ratio, "a finite number above 1, the jump to look for", lambda x: 1 < x < math.inf)
+        _checks.number("limit", limit, "a positive finite number of nats", lambda x: 0 < x < math.inf)
+        _checks.number("floor", floor, "a positive finite KL", lambda x: 0 < x < math.inf)
+        _checks.whole_number("recent", recent, "a number of steps")
+        _checks.whole_number("window", window, "a number of steps")
+        if window < WARM_UP:
+            raise ValueError(f"window: expected a number of steps, at least {WARM_UP}, got {window}; the noise of fewer is not known")
+        self.ratio, self.limit, self.floor = float(ratio), float(limit), float(floor)
+        self._levels: deque[float] = deque(maxlen=recent)
+        self._residuals: deque[float] = deque(maxlen=window)
+        self._evidence = 0.0
+
+    def __repr__(self) -> str:
+        return (f"SpikeDetector(ratio={self.ratio:g}, limit={self.limit:g}, recent={self._levels.maxlen}, window={self._residuals.maxlen}, "
+                f"floor={self.floor:g})")
+
+    def update(self, kl: float) -> bool:
+        """Take the mean KL of one step; True if it rings. A KL that is not finite rings always, and is not remembered."""
+        _checks.number("kl", kl, "the mean KL of a step, a number", lambda x: True)
+        if not math.isfinite(kl):
+            return True
+        x, ring = math.log(max(float(kl), 0.0) + self.floor), False
+        if len(self._levels) == self._levels.maxlen:
+            residual = x - statistics.median(self._levels)
+            ring = len(self._residuals) >= WARM_UP and self._judge(residual)
+            self._residuals.append(residual)
+        self._levels.append(x)
+        return ring
+
+    def _judge(self, residual: float) -> bool:
+        centre = statistics.median(self._residuals)
+        deviation = max(LEAST_DEVIATION, MAD_TO_DEVIATION * statistics.median(abs(value - centre) for value in self._residuals))
+        rise = residual - centre
+        jump = max(math.log(self.ratio), rise)
+        self._evidence = max(0.0, self._evidence + jump * (rise - jump / 2) / deviation**2)
+        if self._evidence < self.limit:
+            return False
+        self._evidence = 0.0
+        return True
+
+    def state_dict(self) -> dict[str, object]:
+        """What it remembers, as a plain dict for JSON or torch.save; the settings are not in it."""
+        return {"class": "SpikeDetector", "levels": list(self._levels), "residuals": list(self._residuals), "evidence": self._evidence}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another class or an incomplete one."""
+        check_state(state, self.state_dict())
+        levels, residuals = (deque(map(float, state[name]), maxlen=own.maxlen)
+                             for name, own in (("levels", self._levels), ("residuals", self._residuals)))
+        self._evidence = float(state["evidence"])
+        self._levels, self._residuals = levels, residuals
+
+
+def check_state(state: dict[str, object], mine: dict[str, object]) -> None:
+    """A dict with the entries and the class of mine."""
+    if not isinstance(state, dict) or state.keys() != mine.keys():
+        got = ", ".join(sorted(map(str, state))) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"state: expected a dict with the entries {', '.join(sorted(mine))}, got {got}; pass what state_dict() returned")
+    if state["class"] != mine["class"]:
+        raise ValueError(f"state: expected class {mine['class']!r}, got {state['class']!r}; load it into an object of the class it was saved from")

@@ -1,0 +1,185 @@
+"""`fastkl plot`: the picture of a run from the file that KLMonitor wrote: reward, KL with its quantiles, beta, spikes."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from fastkl.rl import read_jsonl
+
+REWARD, KL, BETA, SPIKE = "#3d5a80", "#00798c", "#7d5ba6", "#d1495b"
+# The logarithmic axis of the KL reaches at most this far down from its largest figure.
+DECADES = 5.0
+# A reward of as many steps gets a moving mean over a fortieth of them. The KL does not: it would blur what a monitor is for.
+SMOOTHED_FROM = 120
+# Curves of fewer show each step as a dot.
+DOTTED_BELOW = 40
+
+
+class NothingToPlotError(ValueError):
+    """A file that has no run in it; the message completes "expected a file that KLMonitor(jsonl=...) wrote, "."""
+
+
+def plot_run(source: Path, out: Path) -> str:
+    """Draw the run of a file and write the PNG, whole or not at all; returns a sentence on the run.
+
+    Raises NothingToPlotError for a file that cannot be read or has no run in it, OSError for an `out` that cannot be written.
+    """
+    run = read_run(source)
+    content = picture(run, source.name)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return describe(run)
+
+
+def read_run(source: Path) -> dict[str, list[float]]:
+    """Figures by name, a list over the steps each, NaN where a step has none. A step that comes twice, as where a run went on from a checkpoint,
+    is as it was the last time."""
+    try:
+        lines = read_jsonl(source)
+    except OSError as error:
+        raise NothingToPlotError(f"got {str(source)!r} ({error.strerror}); name one that exists") from None
+    except ValueError as error:
+        raise NothingToPlotError(f"got another: {error}") from None
+    if not lines:
+        raise NothingToPlotError(f"got {str(source)!r}, which is empty; the first line comes with the first update")
+    steps = {_number(line, "step", default=index): line for index, line in enumerate(lines)}
+    ordered = [steps[step] for step in sorted(steps)]
+    names = dict.fromkeys(name for line in ordered for name in line)
+    run = {name: [_number(line, name) for line in ordered] for name in names} | {"step": sorted(steps)}
+    if not _has(run, "kl/mean"):
+        raise NothingToPlotError(f"got {str(source)!r} without a finite 'kl/mean' in it, only {', '.join(map(repr, names))}")
+    return run
+
+
+def _number(line: dict[str, object], name: str, default: float = math.nan) -> float:
+    value = line.get(name, default)
+    return float(value) if isinstance(value, (int, float)) else default
+
+
+def _has(run: dict[str, list[float]], name: str) -> bool:
+    return any(map(math.isfinite, run.get(name, ())))
+
+
+def _spikes(run: dict[str, list[float]]) -> list[float]:
+    """The steps that rang."""
+    return [step for step, spike in zip(run["step"], run.get("kl/spike", ()), strict=False) if spike == 1.0]
+
+
+def describe(run: dict[str, list[float]]) -> str:
+    """The run in one sentence."""
+    finite = [value for value in run["kl/mean"] if math.isfinite(value)]
+    parts = [_plural(len(run["step"]), "step"), f"KL {finite[-1]:.3g} at the end, {max(finite):.3g} at most"]
+    if len(finite) < len(run["step"]):
+        parts.append(f"none or not finite in {_plural(len(run['step']) - len(finite), 'step')}")
+    if "kl/spike" in run:
+        spikes = [f"{step:.0f}" for step in _spikes(run)]
+        where = f" at {', '.join(spikes[:5])}{', …' if len(spikes) > 5 else ''}" if spikes else ""
+        parts.append(f"{_plural(len(spikes), 'spike')}{where}")
+    return "; ".join(parts)
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+# ---- the picture
+
+
+def picture(run: dict[str, list[float]], title: str) -> bytes:
+    """PNG of the figures that the run has, one above the other."""
+    panels = [("reward", 2.2, _draw_reward), ("kl/mean", 3.8, _draw_kl), ("beta", 1.6, _draw_beta)]
+    panels = [panel for panel in panels if _has(run, panel[0])]
+    heights = [height for _, height, _ in panels]
+    figure = Figure(figsize=(9.0, 1.5 + sum(heights)), dpi=130, layout="constrained")
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.012, ha="left")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (_, _, draw) in zip(axes, panels, strict=True):
+        draw(panel, run)
+        for step in _spikes(run):
+            panel.axvline(step, color=SPIKE, linewidth=0.8, alpha=0.4, zorder=0.5)
+        panel.grid(alpha=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.01)
+        if panel.get_legend_handles_labels()[0]:
+            # Above the axes: inside, it would cover one run or the other.
+            panel.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), borderaxespad=0.0, frameon=False, fontsize=9, ncols=4)
+    axes[0].set_title(describe(run), loc="left", fontsize=9, color="#555555", pad=24)
+    axes[-1].set_xlabel("step")
+    if len(run["step"]) == 1:
+        axes[-1].set_xlim(run["step"][0] - 1, run["step"][0] + 1)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10], integer=True))
+    figure.align_ylabels(axes)
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    return content.getvalue()
+
+
+def _draw_reward(axes: Axes, run: dict[str, list[float]]) -> None:
+    width = len(run["step"]) // 40
+    if len(run["step"]) < SMOOTHED_FROM:
+        _curve(axes, run["step"], run["reward"], REWARD)
+    else:
+        axes.plot(run["step"], run["reward"], color=REWARD, linewidth=0.7, alpha=0.4, label="each step")
+        _curve(axes, run["step"], moving_mean(run["reward"], width), REWARD, f"mean of {2 * (width // 2) + 1} steps")
+    axes.set_ylabel("reward")
+
+
+def _draw_beta(axes: Axes, run: dict[str, list[float]]) -> None:
+    _curve(axes, run["step"], run["beta"], BETA)
+    axes.set_ylabel("beta")
+
+
+def _draw_kl(axes: Axes, run: dict[str, list[float]]) -> None:
+    """Mean, median to 95 % as a band, 99 % as a thin line, spikes at the upper edge; logarithmic where there is a KL above 0."""
+    steps, spikes = run["step"], _spikes(run)
+    _curve(axes, steps, run["kl/mean"], KL, "mean")
+    drawn = sorted(value for name in ("kl/mean", "kl/p50", "kl/p95", "kl/p99") for value in run.get(name, ()) if 0 < value < math.inf)
+    # The first steps, on their way up from 0, may leave the axis.
+    low, high = (max(drawn[len(drawn) // 50], drawn[-1] * 10**-DECADES) / 1.5, 1.5 * drawn[-1]) if drawn else (-math.inf, math.inf)
+    if _has(run, "kl/p50") and _has(run, "kl/p95"):
+        # From the axis's lower edge where most tokens have a KL of 0, which has no logarithm.
+        lower, upper = ([max(value, low) if math.isfinite(value) else math.nan for value in run[name]] for name in ("kl/p50", "kl/p95"))
+        axes.fill_between(steps, lower, upper, color=KL, alpha=0.18, linewidth=0, label="p50 to p95 of the tokens")
+    if _has(run, "kl/p99"):
+        axes.plot(steps, run["kl/p99"], color=KL, linewidth=0.6, alpha=0.7, label="p99")
+    if spikes:
+        axes.plot(spikes, [1.0] * len(spikes), linestyle="", marker="v", markersize=5, color=SPIKE, transform=axes.get_xaxis_transform(),
+                  clip_on=False, label=_plural(len(spikes), "spike"))
+    axes.set_ylabel("KL (nats per token)")
+    if drawn:
+        axes.set_yscale("log", nonpositive="mask")
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=10))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _curve(axes: Axes, steps: list[float], values: list[float], colour: str, label: str | None = None) -> None:
+    """A figure over the steps, its last value beside its end."""
+    axes.plot(steps, values, color=colour, linewidth=1.8 if len(steps) < 2 * SMOOTHED_FROM else 1.2, label=label,
+              marker="o" if len(steps) < DOTTED_BELOW else None, markersize=3)
+    last = max(index for index, value in enumerate(values) if math.isfinite(value))
+    axes.annotate(f"{values[last]:.3g}", (steps[last], values[last]), xytext=(6, 0), textcoords="offset points", va="center", color=colour,
+                  fontsize=9)
+
+
+def moving_mean(values: Sequence[float], width: int) -> list[float]:
+    """The mean over `width` (made odd) steps around each one, as many as there are at the ends; values that are not finite are left out."""
+    finite = [(value, 1) if math.isfinite(value) else (0.0, 0) for value in values]
+    sums, counts = ([0, *itertools.accumulate(column)] for column in zip(*finite, strict=True))
+    windows = [(max(0, index - width // 2), min(len(values), index + width // 2 + 1)) for index in range(len(values))]
+    return [(sums[end] - sums[start]) / (counts[end] - counts[start]) if counts[end] > counts[start] else math.nan for start, end in windows]

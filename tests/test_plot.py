@@ -1,0 +1,232 @@
+"""`fastkl plot`: the picture shows what the file holds, and every wrong file says what is wrong with it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+
+import pytest
+import torch
+
+image = pytest.importorskip("matplotlib.image")
+
+# After the skip: the picture needs matplotlib.
+from matplotlib import colors  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from fastkl.rl import KLMonitor  # noqa: E402
+from fastkl.tools import cli, plot  # noqa: E402
+
+
+def write_run(path, steps: int = 60, jump: int = 40, **figures) -> None:
+    """A run as KLMonitor writes it, whose KL jumps once; figures: functions of the step."""
+    monitor = KLMonitor(jsonl=path)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        kl = torch.randn(4, 50, generator=generator).sub(4).exp() * (10 if step == jump else 1)
+        monitor.update(kl, **{name: figure(step) for name, figure in figures.items()})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The file of a whole run."""
+    write_run(tmp_path / "run.jsonl", reward=lambda step: step / 10, beta=lambda step: 0.1 + step / 1e3)
+    return tmp_path / "run.jsonl"
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """Every figure that is drawn."""
+    drawn = []
+    monkeypatch.setattr(plot, "Figure", lambda *args, **options: drawn.append(Figure(*args, **options)) or drawn[-1])
+    return drawn
+
+
+def share(picture, colour: str) -> float:
+    """How much of a picture is of about that colour."""
+    return float((abs(picture[..., :3] - colors.to_rgb(colour)).max(-1) < 0.05).mean())
+
+
+def fails(capsys, *arguments) -> str:
+    """The error line of a command that is to exit with 2."""
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["plot", *map(str, arguments)])
+    assert raised.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "Traceback" not in printed.err
+    return printed.err.splitlines()[-1]
+
+
+# ---- the picture
+
+
+def test_command(run, capsys) -> None:
+    """The command writes a PNG beside the file, or where --out says, and nothing else; it prints where, and the run in a sentence."""
+    assert cli.main(["plot", str(run)]) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(f"{run.with_suffix('.png')}: 60 steps; KL 0.0") and line.endswith("; 1 spike at 40")
+    other = run.parent / "other.PNG"
+    assert cli.main(["plot", str(run), "--out", str(other)]) == 0
+    assert other.read_bytes() == run.with_suffix(".png").read_bytes()
+    assert sorted(path.name for path in run.parent.iterdir()) == ["other.PNG", "run.jsonl", "run.png"]
+    picture = image.imread(other, format="png")
+    assert picture.shape[1] >= 1000 and picture.shape[0] >= 1000
+    for colour in (plot.REWARD, plot.KL, plot.BETA, plot.SPIKE):
+        assert share(picture, colour) > 2e-5
+
+
+def test_curves_are_the_figures(run, figures) -> None:
+    """What is drawn is what the file says: reward, mean, band, 99 %, beta and spikes, over its steps."""
+    plot.plot_run(run, run.with_suffix(".png"))
+    reward, kl, beta = figures[0].axes
+    held = [json.loads(line) for line in run.read_text().splitlines()]
+
+    def column(name):
+        return [line[name] for line in held]
+
+    for axes, curve, name in ((reward, 0, "reward"), (kl, 0, "kl/mean"), (kl, 1, "kl/p99"), (beta, 0, "beta")):
+        assert list(axes.lines[curve].get_xdata()) == column("step") and list(axes.lines[curve].get_ydata()) == column(name)
+    assert kl.get_yscale() == "log" and [axes.get_ylabel() for axes in (reward, kl, beta)] == ["reward", "KL (nats per token)", "beta"]
+    band = kl.collections[0].get_paths()[0].vertices
+    low, _ = kl.get_ylim()
+    for values in (column("kl/p50"), column("kl/p95")):
+        points = {(round(float(x), 3), round(math.log(y), 6)) for x, y in band}
+        assert {(round(step, 3), round(math.log(max(value, low)), 6)) for step, value in zip(column("step"), values, strict=True)} <= points
+    spikes = [step for step, spike in zip(column("step"), column("kl/spike"), strict=True) if spike]
+    assert spikes == [40] and list(kl.lines[2].get_xdata()) == spikes
+    assert all(axes.lines[-1].get_color() == plot.SPIKE and list(axes.lines[-1].get_xdata()) == [40, 40] for axes in (reward, kl, beta))
+
+
+def test_only_what_the_file_holds(tmp_path, figures, capsys) -> None:
+    """A figure that is not in the file has no panel; one without quantiles or spikes has no band and no mark, and the sentence no spikes."""
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "kl/mean": 0.1 * (step + 1)}) + "\n" for step in range(3)))
+    assert cli.main(["plot", str(path)]) == 0
+    axes, = figures[0].axes
+    assert len(axes.lines) == 1 and not axes.collections and axes.get_ylabel() == "KL (nats per token)"
+    assert capsys.readouterr().out.strip().endswith("run.png: 3 steps; KL 0.3 at the end, 0.3 at most")
+    path.write_text('{"step": 0, "kl/mean": 0.1, "beta": null, "reward": 1.0}\n')
+    plot.plot_run(path, tmp_path / "run.png")
+    assert [axes.get_ylabel() for axes in figures[1].axes] == ["reward", "KL (nats per token)"]
+
+
+def test_steps_that_come_twice(tmp_path) -> None:
+    """Where a run went on from a checkpoint the later line of a step counts, steps are in order, and lines without a step go by their place."""
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "kl/mean": kl}) + "\n" for step, kl in ((0, 1), (1, 2), (2, 3), (3, 4), (2, 5), (3, 6))))
+    assert plot.read_run(path) == {"step": [0.0, 1.0, 2.0, 3.0], "kl/mean": [1.0, 2.0, 5.0, 6.0]}
+    path.write_text('{"kl/mean": 1}\n{"kl/mean": 2, "note": "x"}\n')
+    got = plot.read_run(path)
+    assert got["step"] == [0.0, 1.0] and got["kl/mean"] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("lines", [
+    [{"step": 7, "kl/mean": 0.1, "kl/p50": 0.0, "kl/p95": 0.2}], [{"step": 0, "kl/mean": 0.0, "kl/p50": 0.0, "kl/p95": 0.0, "kl/spike": 0.0}] * 2,
+    [{"step": 0, "kl/mean": -0.1}, {"step": 1, "kl/mean": -0.2}], [{"step": 0, "kl/mean": None, "kl/spike": 1.0}, {"step": 1, "kl/mean": 0.1}],
+    [{"step": 0, "kl/mean": 0.1, "reward": 1.0}, {"step": 1, "kl/mean": 1e30, "reward": -1e30}, {"step": 2, "kl/mean": 1e-30}],
+    [{"step": 0, "kl/mean": 0.1, "kl/p50": 0.1}, {"step": 1, "kl/p50": 0.1, "kl/p95": 0.3}], [{"step": 0, "kl/mean": 0.1, "kl/spike": 1.0}],
+], ids=["one-step", "zero", "negative", "null", "huge", "gaps", "spike"])
+def test_odd_runs(lines, tmp_path, recwarn) -> None:
+    """One step, a KL of 0, negative estimates, gaps and extremes give a picture, without a warning."""
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot.plot_run(path, tmp_path / "run.png")
+    picture = image.imread(tmp_path / "run.png")
+    assert share(picture, plot.KL) > 1e-6 and not [str(warning.message) for warning in recwarn]
+
+
+def test_a_band_from_0_reaches_down(tmp_path, figures) -> None:
+    """Where the median token has a KL of 0 the band is not lost to the logarithm: it begins at the lower edge."""
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "kl/mean": 0.1, "kl/p50": 0.0, "kl/p95": 0.3}) + "\n" for step in range(5)))
+    plot.plot_run(path, tmp_path / "run.png")
+    axes, = figures[0].axes
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(axes.get_ylim()[0]) and heights.max() == 0.3 and axes.get_ylim()[0] > 0
+
+
+def test_what_a_monitor_saw_go_wrong_is_said(tmp_path) -> None:
+    """A KL that is not finite is a gap and a spike, and counted in the sentence."""
+    monitor = KLMonitor(jsonl=tmp_path / "run.jsonl")
+    for value in (0.1, math.nan, 0.2, math.inf):
+        monitor.update(torch.tensor([value]))
+    said = plot.describe(plot.read_run(tmp_path / "run.jsonl"))
+    assert said == "4 steps; KL 0.2 at the end, 0.2 at most; none or not finite in 2 steps; 2 spikes at 1, 3"
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 100])
+def test_moving_mean(width) -> None:
+    """The mean of the finite values within width // 2 on either side."""
+    values = [1.0, 4.0, math.nan, 2.0, math.inf, 8.0, 0.0]
+    reach, expected = width // 2, []
+    for index in range(len(values)):
+        near = [value for other, value in enumerate(values) if abs(other - index) <= reach and math.isfinite(value)]
+        expected.append(sum(near) / len(near) if near else math.nan)
+    assert plot.moving_mean(values, width) == pytest.approx(expected, nan_ok=True)
+
+
+def test_long_runs(tmp_path, figures) -> None:
+    """20 000 steps take seconds; the reward gets a moving mean over its steps, the KL does not."""
+    path = tmp_path / "run.jsonl"
+    with open(path, "w") as file:
+        file.writelines(f'{{"step": {step}, "kl/mean": {0.1 + step % 7}, "reward": {step % 5}}}\n' for step in range(20_000))
+    start = time.perf_counter()
+    plot.plot_run(path, tmp_path / "run.png")
+    assert time.perf_counter() - start < 20
+    reward, kl = figures[0].axes
+    assert len(kl.lines) == 1 and [line.get_label() for line in reward.lines] == ["each step", "mean of 501 steps"]
+    assert set(reward.lines[0].get_ydata()) == {0.0, 1.0, 2.0, 3.0, 4.0} and abs(reward.lines[1].get_ydata()[10_000] - 2) < 0.01
+
+
+# ---- wrong use
+
+
+def test_wrong_files(tmp_path, capsys) -> None:
+    """A missing file, a folder, an empty file, other text, and JSON without KL: exit code 2, one line that says so, and no picture."""
+    path = tmp_path / "run.jsonl"
+    start = "fastkl plot: error: argument RUN.jsonl: expected a file that KLMonitor(jsonl=...) wrote, got "
+    assert fails(capsys, path) == f"{start}{str(path)!r} (No such file or directory); name one that exists"
+    assert fails(capsys, tmp_path).startswith(f"{start}{str(tmp_path)!r} (")
+    path.write_text("")
+    assert fails(capsys, path) == f"{start}{str(path)!r}, which is empty; the first line comes with the first update"
+    path.write_text("step,kl\n1,2\n")
+    assert "got 'step,kl' in line 1" in fails(capsys, path)
+    path.write_text('{"step": 1, "loss": 0.5}\n')
+    assert fails(capsys, path) == f"{start}{str(path)!r} without a finite 'kl/mean' in it, only 'step', 'loss'"
+    path.write_text('{"step": 1, "kl/mean": null}\n')
+    assert "without a finite 'kl/mean'" in fails(capsys, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.jsonl"]
+
+
+def test_wrong_out(run, capsys) -> None:
+    """The picture's name must be that of a PNG file that can be written; the run is never written over."""
+    before = run.read_bytes()
+    assert "argument --out: expected the name of a PNG file" in fails(capsys, run, "--out", run)
+    assert "argument --out: expected the name of a PNG file" in fails(capsys, run, "--out", run.parent / "run.pdf")
+    (run.parent / "folder.png").mkdir()
+    assert "argument --out: expected the name of a PNG file" in fails(capsys, run, "--out", run.parent / "folder.png")
+    assert "argument --out: expected a file that can be written" in fails(capsys, run, "--out", run.parent / "none" / "run.png")
+    assert run.read_bytes() == before and sorted(path.name for path in run.parent.iterdir()) == ["folder.png", "run.jsonl"]
+
+
+def test_written_whole_or_not_at_all(run, monkeypatch) -> None:
+    """A write that fails leaves the picture of before, and no part of a new one."""
+    out = run.with_suffix(".png")
+    out.write_bytes(b"before")
+
+    def half(path, content):
+        io.FileIO(path, "w").write(content[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(out), "write_bytes", half)
+    with pytest.raises(OSError):
+        plot.plot_run(run, out)
+    assert out.read_bytes() == b"before" and sorted(path.name for path in run.parent.iterdir()) == ["run.jsonl", "run.png"]
+
+
+def test_without_matplotlib(run, monkeypatch, capsys) -> None:
+    """Without the extra the command says how to get it."""
+    monkeypatch.setattr(cli, "missing_modules", lambda names: list(names))
+    assert fails(capsys, run) == "fastkl plot: error: not installed: matplotlib; remedy: pip install 'fastkl[plots]'"

@@ -1,0 +1,397 @@
+"""KLMonitor: figures of a step against plain torch on the tokens that count, figures of the run, state, errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import pickle
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastkl.rl.monitor import KLMonitor
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# What both compute, float64 sums of the same float32 values, may differ in the order of adding up to 2^17 of them.
+CLOSE = {"rel": 1e-10, "abs": 0.0}
+
+
+def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """KLs as of a trained policy: most tokens near 0, some of several nats."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(3).sub(5).exp().to(dtype)
+
+
+def masks(rows: int, length: int) -> dict[str, torch.Tensor | None]:
+    """Every layout: all tokens, padding on the right and on the left, holes, rows and batches of nothing."""
+    lengths = torch.arange(rows)[:, None] * length // rows
+    place = torch.arange(length)
+    holes = torch.rand(rows, length, generator=torch.Generator().manual_seed(1)) < 0.6
+    one = (place == 2).expand(rows, length) & (lengths == 0)
+    return {"none": None, "right": place < lengths, "left": place >= lengths, "holes": holes, "one": one}
+
+
+def counted(kl: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The tokens that count, [n] float64."""
+    return (kl if mask is None else kl[mask]).double().reshape(-1)
+
+
+def by_definition(x: torch.Tensor, threshold: float) -> dict[str, float]:
+    """The docstring's lines."""
+    figures = {"kl/mean": x.mean(), "kl/max": x.max(), "kl/p50": x.quantile(0.5), "kl/p95": x.quantile(0.95), "kl/p99": x.quantile(0.99),
+               "kl/tokens": x.numel(), "kl/not_finite": (~x.isfinite()).sum(), "kl/above_threshold": (x > threshold).double().mean()}
+    return {name: float(value) for name, value in figures.items()}
+
+
+# ---- a step
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["none", "right", "left", "holes", "one"])
+def test_figures_of_a_step(layout, dtype, device) -> None:
+    """Every figure is that of plain torch on kl[mask], for every layout and type; all are Python floats."""
+    kl, mask = tokens(6, 50, dtype=dtype), masks(6, 50)[layout]
+    got = KLMonitor(threshold=0.1).update(kl.to(device), None if mask is None else mask.to(device))
+    expected = by_definition(counted(kl, mask), 0.1)
+    assert got == pytest.approx({"step": 0.0, **expected, "kl/spike": 0.0}, **CLOSE)
+    assert all(type(value) is float for value in got.values())
+    assert expected["kl/tokens"] >= 1 and got["kl/max"] == expected["kl/max"]
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 3, 4), (257, 512)], ids=str)
+def test_shapes(shape) -> None:
+    """One token, one sequence, more dimensions, a large batch; inputs stay as they were and no graph is kept."""
+    kl = tokens(*shape).requires_grad_()
+    before = kl.detach().clone()
+    got = KLMonitor(threshold=0.1, spike=False).update(kl)
+    assert got == pytest.approx({"step": 0.0, **by_definition(before.double().reshape(-1), 0.1)}, **CLOSE)
+    assert torch.equal(kl, before) and kl.grad is None
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_quantiles_of_few_tokens(count) -> None:
+    """The quantiles interpolate as torch.quantile does, down to one token, and through an infinite one where torch gives NaN."""
+    kl = tokens(count, seed=count)
+    got = KLMonitor().update(kl)
+    for name, q in (("kl/p50", 0.5), ("kl/p95", 0.95), ("kl/p99", 0.99)):
+        assert got[name] == pytest.approx(float(kl.double().quantile(q)), **CLOSE)
+    kl[0] = math.inf
+    got = KLMonitor().update(kl)
+    ordered = kl.sort().values
+    for name, q in (("kl/p50", 0.5), ("kl/p95", 0.95), ("kl/p99", 0.99)):
+        finite = math.ceil(q * (count - 1)) < count - 1
+        assert got[name] == (pytest.approx(float(ordered[:-1].double().quantile(q * (count - 1) / (count - 2))), **CLOSE) if finite else math.inf)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+def test_masked_tokens_change_nothing(garbage) -> None:
+    """Figures of the step and of the run are the same to the bit, whatever the tokens hold that do not count; also those of the entropy."""
+    kl, mask = tokens(6, 50), masks(6, 50)["holes"]
+    clean, dirty = KLMonitor(threshold=0.1), KLMonitor(threshold=0.1)
+    for step in range(3):
+        first = clean.update(kl.masked_fill(~mask, 0.0), mask, entropy=kl.masked_fill(~mask, 0.0))
+        assert dirty.update(kl.masked_fill(~mask, garbage), mask, entropy=kl.masked_fill(~mask, garbage)) == first and first["step"] == step
+    assert dirty.summary() == clean.summary() and dirty.profile() == clean.profile() and dirty.state_dict() == clean.state_dict()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_not_finite_tokens_are_reported_and_forgotten(bad) -> None:
+    """A token that counts and is not finite shows in mean and maximum, rings, and is left out of the run's figures; NaN out of the quantiles."""
+    kl, monitor = tokens(4, 25), KLMonitor(threshold=0.1)
+    kl[1, 3] = bad
+    got = monitor.update(kl)
+    rest = kl[kl.isfinite()].double()
+    assert got["kl/spike"] == got["kl/not_finite"] == 1.0 and got["kl/tokens"] == 100.0
+    assert str(got["kl/mean"]) == str(got["kl/max"]) == str(bad)
+    assert got["kl/above_threshold"] == pytest.approx(float((kl > 0.1).double().mean()), **CLOSE)
+    median = rest.quantile(0.5) if math.isnan(bad) else kl.double().reshape(-1).sort().values[49:51].mean()
+    assert got["kl/p50"] == pytest.approx(float(median), **CLOSE)
+    run = monitor.summary()
+    assert run["kl/mean"] == pytest.approx(float(rest.mean()), **CLOSE) and run["kl/max"] == float(rest.max())
+    assert run["kl/not_finite"] == 1.0 and run["kl/tokens"] == 100.0 and run["kl/spikes"] == 1.0
+    assert sum(monitor.profile()["tokens"]) == 99.0 and all(map(math.isfinite, monitor.profile()["kl"]))
+
+
+@pytest.mark.parametrize("shape, masked", [((2, 3), True), ((0,), False), ((2, 0), False), ((0, 3), False)], ids=str)
+def test_no_token_that_counts(shape, masked) -> None:
+    """Without a token that counts the figures are NaN, nothing rings, and the run does not change but in its steps."""
+    monitor = KLMonitor(threshold=0.1)
+    empty = monitor.summary()
+    got = monitor.update(torch.full(shape, math.nan), torch.zeros(shape, dtype=torch.bool) if masked else None, entropy=torch.zeros(shape))
+    assert got["kl/tokens"] == got["kl/not_finite"] == got["kl/spike"] == 0.0
+    assert all(math.isnan(got[name]) for name in ("kl/mean", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/above_threshold", "entropy"))
+    after = monitor.summary()
+    assert after.pop("steps") == 1.0 and empty.pop("steps") == 0.0 and str(after) == str(empty)
+    assert math.isnan(after["kl/mean"]) and monitor.profile() == {"position": [], "kl": [], "tokens": []}
+    monitor.update(tokens(2, 3))
+    assert math.isfinite(monitor.summary()["kl/mean"]) and sum(monitor.profile()["tokens"]) == 6.0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_further_figures(device) -> None:
+    """Per-token tensors are averaged over the tokens that count, other tensors over all; numbers and controllers are taken as they are."""
+    kl, mask, entropy, reward = tokens(6, 50), masks(6, 50)["right"], tokens(6, 50, seed=1), tokens(6, seed=2)
+    got = KLMonitor(spike=False).update(kl.to(device), mask.to(device), entropy=entropy.to(device), reward=reward, beta=SimpleNamespace(beta=0.25),
+                                        learning_rate=1e-5, **{"policy/loss": torch.tensor(-1.5, device=device, requires_grad=True),
+                                                               "length": mask.sum(-1).to(device), "absent": None, "clipped": mask.to(device)})
+    expected = {"entropy": entropy[mask].double().mean(), "reward": reward.double().mean(), "beta": 0.25, "learning_rate": 1e-5, "policy/loss": -1.5,
+                "length": mask.sum() / 6, "clipped": 1.0}
+    further = dict(list(got.items())[8:])
+    assert further == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-6) and list(further) == list(expected)
+    assert all(type(value) is float for value in got.values())
+    assert further["entropy"] == pytest.approx(float(expected["entropy"]), **CLOSE)
+
+
+def test_what_is_not_asked_for_is_not_there() -> None:
+    """Without a threshold, a detector and further figures the dict holds the others alone."""
+    names = ["step", "kl/mean", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/tokens", "kl/not_finite"]
+    monitor = KLMonitor(spike=False)
+    assert list(monitor.update(tokens(3))) == names
+    assert list(monitor.summary()) == ["steps", "kl/tokens", "kl/mean", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/not_finite"]
+    assert list(KLMonitor(threshold=1.0).update(tokens(3))) == [*names, "kl/above_threshold", "kl/spike"]
+
+
+def test_steps_are_counted_on() -> None:
+    """The step is one more than the last, from 0, unless it is given."""
+    monitor = KLMonitor()
+    assert [monitor.update(tokens(3), step=step)["step"] for step in (None, None, 10, None, 5, None)] == [0.0, 1.0, 10.0, 11.0, 5.0, 6.0]
+
+
+def step_of(device: str, packed: bool) -> tuple[tuple, dict]:
+    """Arguments of update on a device, with figures of every kind."""
+    kl, mask, bounds = tokens(6, 50).to(device), masks(6, 50)["holes"].to(device), torch.arange(0, 301, 50).to(device)
+    further = {"entropy": kl, "reward": kl[:, 0], "beta": 0.1}
+    return ((kl.reshape(-1), mask.reshape(-1)), {**further, "cu_seqlens": bounds}) if packed else ((kl, mask), further)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_one_copy_and_nothing_else_is_read(packed, monkeypatch) -> None:
+    """On the meta device, where looking at a value is an error, a step gets as far as its one copy, and from there on needs the device no more."""
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.device.type) or torch.ones(tensor.shape, dtype=tensor.dtype))
+    arguments, further = step_of("meta", packed)
+    monitor = KLMonitor(threshold=0.1)
+    for step in range(3):
+        monitor.update(*arguments, **further)
+        assert copies == ["meta"] * (step + 1)
+    monitor.summary(), monitor.profile(), monitor.state_dict()
+    assert len(copies) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_one_wait_for_the_gpu(packed) -> None:
+    """A step synchronises once, and its figures are those of the CPU."""
+    arguments, further = step_of("cuda", packed)
+    monitor, alone = KLMonitor(threshold=0.1), KLMonitor(threshold=0.1)
+    monitor.update(*arguments, **further)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            got = monitor.update(*arguments, **further)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) == 1
+    arguments, further = step_of("cpu", packed)
+    assert alone.update(*arguments, step=1, **further) == pytest.approx(got, **CLOSE)
+
+
+# ---- the run
+
+
+def test_summary() -> None:
+    """Mean, maximum, counts and share are those of all tokens so far; the quantiles are right to 1 % of the token of their rank."""
+    monitor, seen = KLMonitor(threshold=0.1), []
+    for step in range(7):
+        kl, mask = tokens(step + 1, 40, seed=step), masks(step + 1, 40)["left"]
+        monitor.update(kl, mask)
+        seen.append(counted(kl, mask))
+    x = torch.cat(seen)
+    got, expected = monitor.summary(), by_definition(x, 0.1)
+    assert {name: got[name] for name in ("kl/mean", "kl/max", "kl/tokens", "kl/above_threshold")} == pytest.approx(
+        {name: expected[name] for name in ("kl/mean", "kl/max", "kl/tokens", "kl/above_threshold")}, **CLOSE)
+    assert got["steps"] == 7.0 and got["kl/not_finite"] == 0.0
+    for name, q in (("kl/p50", 0.5), ("kl/p95", 0.95), ("kl/p99", 0.99)):
+        assert got[name] == pytest.approx(float(x.quantile(q, interpolation="lower")), rel=0.0101)  # 1 %, and the rounding of the logarithm
+
+
+@pytest.mark.parametrize("value", [1.01e-8, 3e-6, 1e-3, 0.1, 1.0, 31.0, 9.9e2])
+def test_run_quantiles_over_eleven_decades(value) -> None:
+    """Between 1e-8 and 1e3 nats a quantile is right to 1 % everywhere: the maximum of the run does not set it."""
+    monitor = KLMonitor()
+    monitor.update(torch.tensor([value] * 99 + [999.0]))
+    assert monitor.summary()["kl/p50"] == pytest.approx(value, rel=0.0101)
+    assert monitor.summary()["kl/p95"] == pytest.approx(value, rel=0.0101)
+
+
+def test_run_quantiles_outside() -> None:
+    """Below 1e-8, also below 0 as a sampled estimate, a quantile reads 0; above 1e3 it reads about 1e3; never more than the maximum."""
+    monitor = KLMonitor()
+    monitor.update(torch.tensor([0.0, -0.5, 9e-9, 1e-30]))
+    assert [monitor.summary()[name] for name in ("kl/p50", "kl/p95", "kl/p99")] == [0.0] * 3
+    monitor = KLMonitor()
+    monitor.update(torch.tensor([1e10]))
+    assert 1e3 <= monitor.summary()["kl/p50"] <= 1.05e3
+    monitor = KLMonitor()
+    monitor.update(torch.tensor([0.3]))
+    assert monitor.summary()["kl/p99"] <= monitor.summary()["kl/max"]
+
+
+def sequences(seed: int, longest: int, count: int = 5) -> list[torch.Tensor]:
+    """KLs of responses of several lengths, 0 and `longest` among them."""
+    lengths = [longest, 0, 1, *(longest * (index + 1) // (count + 1) for index in range(count - 3))]
+    return [tokens(length, seed=seed + index) for index, length in enumerate(lengths)]
+
+
+def padded(values: list[torch.Tensor], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(kl, mask), [S, T + 2] with NaN where nothing counts."""
+    length = max(map(len, values)) + 2
+    kl, mask = torch.full((len(values), length), math.nan), torch.zeros(len(values), length, dtype=torch.bool)
+    for row, value in enumerate(values):
+        where = slice(length - len(value), length) if left else slice(0, len(value))
+        kl[row, where], mask[row, where] = value, True
+    return kl, mask
+
+
+def packed(values: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(kl, cu_seqlens)."""
+    return torch.cat(values), torch.tensor([0, *map(len, values)]).cumsum(0).int()
+
+
+def profile_of(values: list[torch.Tensor], positions: int) -> dict[str, list[float]]:
+    """profile() by its definition, sequence by sequence."""
+    longest, width = max(map(len, values)), 1
+    while width * positions < longest:
+        width *= 2
+    starts = range(0, longest, width)
+    parts = [torch.cat([value[start:start + width] for value in values]).double() for start in starts]
+    return {"position": list(starts), "kl": [float(part.mean()) for part in parts], "tokens": [float(len(part)) for part in parts]}
+
+
+@pytest.mark.parametrize("layout", ["left", "right", "packed"])
+@pytest.mark.parametrize("lengths", [(5, 8), (8, 9), (3, 40, 7), (100, 3), (16, 17, 33, 64, 65)], ids=str)
+def test_profile(lengths, layout) -> None:
+    """Mean KL by position, whatever the layout; entries are doubled in width as longer responses come, and never narrow again."""
+    monitor, seen = KLMonitor(positions=8), []
+    for seed, longest in enumerate(lengths):
+        values = sequences(10 * seed, longest)
+        seen += values
+        if layout == "packed":
+            kl, bounds = packed(values)
+            monitor.update(kl, cu_seqlens=bounds)
+        else:
+            monitor.update(*padded(values, layout == "left"))
+        got, expected = monitor.profile(), profile_of(seen, 8)
+        assert got["position"] == expected["position"] and got["tokens"] == expected["tokens"]
+        assert got["kl"] == pytest.approx(expected["kl"], **CLOSE)
+    assert len(got["kl"]) <= 8
+
+
+def test_profile_counts_only_tokens_that_count() -> None:
+    """Holes do not take up positions: the profile is that of the sequences without them, padded or packed."""
+    kl, mask = tokens(6, 50), masks(6, 50)["holes"]
+    first, second = KLMonitor(positions=50), KLMonitor(positions=50)
+    first.update(kl, mask)
+    second.update(kl.reshape(-1), mask.reshape(-1), cu_seqlens=torch.arange(0, 301, 50))
+    expected = profile_of([row[keep] for row, keep in zip(kl, mask, strict=True)], 50)
+    for monitor in (first, second):
+        assert monitor.profile()["tokens"] == expected["tokens"] and monitor.profile()["kl"] == pytest.approx(expected["kl"], **CLOSE)
+
+
+def test_profile_keeps_its_place_where_nothing_is_finite() -> None:
+    """A position of which no token was finite reads NaN, and those behind it stay where they are."""
+    monitor = KLMonitor()
+    monitor.update(torch.tensor([[0.5, math.inf, 0.25, math.nan]]))
+    assert str(monitor.profile()) == "{'position': [0, 1, 2], 'kl': [0.5, nan, 0.25], 'tokens': [1.0, 0.0, 1.0]}"
+
+
+# ---- state
+
+
+@pytest.mark.parametrize("copied", [
+    copy.deepcopy, lambda monitor: pickle.loads(pickle.dumps(monitor)),
+    lambda monitor: loaded(KLMonitor(threshold=0.1, positions=4), json.loads(json.dumps(monitor.state_dict(), allow_nan=False))),
+], ids=["deepcopy", "pickle", "state_dict"])
+@pytest.mark.parametrize("at", [0, 1, 45])
+def test_goes_on_from_a_copy(at, copied) -> None:
+    """A copy made in the middle of a run, also before its first step, gives the same figures from there on."""
+    batches = [tokens(3, 4 + step // 4, seed=step) * (1000 if step == 50 else 1) for step in range(60)]
+    monitor = KLMonitor(threshold=0.1, positions=4)
+    for batch in batches[:at]:
+        monitor.update(batch)
+    other, saved = copied(monitor), monitor.state_dict()
+    kept = json.dumps(saved)
+    loaded(KLMonitor(threshold=0.1, positions=4), saved).update(batches[0])
+    original = [monitor.update(batch) for batch in batches[at:]]
+    assert [other.update(batch) for batch in batches[at:]] == original and original[-1]["step"] == 59.0
+    assert other.summary() == monitor.summary() and other.profile() == monitor.profile() and other.state_dict() == monitor.state_dict()
+    assert monitor.summary()["kl/spikes"] >= 1.0 and json.dumps(saved) == kept
+
+
+def loaded(monitor: KLMonitor, state: dict) -> KLMonitor:
+    """The monitor after load_state_dict."""
+    monitor.load_state_dict(state)
+    return monitor
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: [], "got list"), (lambda state: {**state, "class": "SpikeDetector"}, "'KLMonitor', got 'SpikeDetector'"),
+    (lambda state: {name: value for name, value in state.items() if name != "width"}, "with the entries"),
+    (lambda state: KLMonitor(threshold=0.1).state_dict(), "threshold None, got 0.1"),
+    (lambda state: KLMonitor(positions=3).state_dict(), "positions 64, got 3"),
+    (lambda state: KLMonitor(spike=False).state_dict(), "with a spike detector, got one without"),
+    (lambda state: {**state, "histogram": [0.0]}, "of this version"), (lambda state: {**state, "run": {}}, "of this version"),
+    (lambda state: {**state, "spike": {"class": "SpikeDetector"}}, "evidence"),
+], ids=["no-dict", "class", "missing", "threshold", "positions", "spike", "histogram", "run", "detector"])
+def test_wrong_state(change, words) -> None:
+    """Another class's, an incomplete or a differently set monitor's state is an error and changes nothing."""
+    monitor = KLMonitor()
+    monitor.update(tokens(3, 4))
+    before = monitor.state_dict()
+    with pytest.raises(ValueError, match="state: expected") as raised:
+        monitor.load_state_dict(change(KLMonitor().state_dict()))
+    assert words in str(raised.value) and monitor.state_dict() == before
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("settings, error", [
+    ({"threshold": -0.1}, ValueError), ({"threshold": math.nan}, ValueError), ({"threshold": torch.tensor(0.1)}, TypeError),
+    ({"spike": 3.0}, TypeError), ({"spike": None}, TypeError), ({"positions": 0}, ValueError), ({"positions": 2.0}, TypeError),
+    ({"jsonl": 3}, TypeError), ({"jsonl": "/nowhere/to/be/found.jsonl"}, ValueError), ({"jsonl": "/"}, ValueError),
+    ({"loggers": print}, TypeError), ({"loggers": [3]}, TypeError), ({"loggers": [logging.getLogger()]}, TypeError),
+], ids=str)
+def test_wrong_settings(settings, error) -> None:
+    """Every setting is checked where the monitor is made."""
+    (name, value), = settings.items()
+    with pytest.raises(error, match=f"{name}: expected"):
+        KLMonitor(**settings)
+
+
+@pytest.mark.parametrize("name, arguments, error, words", [
+    ("kl", {"kl": [0.1]}, TypeError, "got list"), ("kl", {"kl": torch.ones(3).long()}, TypeError, "int64"),
+    ("kl", {"kl": torch.tensor(0.1)}, ValueError, "before its mean"), ("mask", {"mask": torch.ones(3)}, TypeError, "float32"),
+    ("mask", {"mask": torch.ones(2, dtype=torch.bool)}, ValueError, r"\(3,\), .*got \(2,\)"),
+    ("cu_seqlens", {"cu_seqlens": [0, 3]}, TypeError, "got list"), ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 2])}, ValueError, "from 0 to 3"),
+    ("kl", {"kl": torch.ones(1, 3), "cu_seqlens": torch.tensor([0, 3])}, ValueError, r"\[total\]"),
+    ("step", {"step": 1.0}, TypeError, "float"), ("step", {"step": True}, TypeError, "bool"), ("reward", {"reward": "1"}, TypeError, "got str"),
+    ("beta", {"beta": [0.1]}, TypeError, "got list"), ("entropy", {"entropy": torch.ones(3, dtype=torch.complex64)}, TypeError, "complex64"),
+    ("kl/mean", {"kl/mean": 1.0}, ValueError, "choose another"), ("kl/p95", {"kl/p95": 1.0}, ValueError, "choose another"),
+    ("loss", {"loss": torch.ones(3, device="meta")}, ValueError, "got meta"),
+], ids=str)
+def test_wrong_arguments(name, arguments, error, words, tmp_path) -> None:
+    """Every argument of update is checked before anything changes: neither the run nor the file sees the step."""
+    monitor = KLMonitor(jsonl=tmp_path / "run.jsonl")
+    before = monitor.state_dict()
+    arguments = {"kl": tokens(3), **arguments}
+    with pytest.raises(error, match=f"{name}: expected") as raised:
+        monitor.update(**arguments)
+    raised.match(words)
+    assert monitor.state_dict() == before and not (tmp_path / "run.jsonl").exists()
