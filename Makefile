@@ -38,7 +38,7 @@ clean:
 
 # Order-only: the folder's time changes whenever something is installed into it.
 $(INSTALLED): setup.py constraints.txt | $(VENV)/bin/pip
-	$(PIP_INSTALL) -c constraints.txt -e '.[test,demo]'
+	$(PIP_INSTALL) -c constraints.txt -e '.[test,demo,compare]'
 	@touch $@
 
 $(LINTER): constraints.txt | $(VENV)/bin/pip

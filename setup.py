@@ -18,6 +18,8 @@ def read_version() -> str:
 
 
 DEMO = ["tokenizers>=0.20", "matplotlib>=3.8", "tqdm>=4.66"]
+# `fastkl compare` reads Hugging Face checkpoints.
+COMPARE = ["transformers>=5", "tokenizers>=0.20", "numpy>=1.26", "tqdm>=4.66"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]
 # The tests run the demo and build the package; Triton's interpreter computes with numpy.
 TEST = [*BENCH, *DEMO, "hypothesis>=6.100", "numpy>=1.26", "setuptools>=77", "wheel>=0.43"]
@@ -38,7 +40,7 @@ setup(
     package_dir={"fastkl.kernels": "kernels"},
     package_data={"fastkl": ["py.typed"], "fastkl.kernels": ["README.md"]},
     install_requires=["torch>=2.10", 'triton>=3.5; platform_system == "Linux"'],
-    extras_require={"test": TEST, "bench": BENCH, "demo": DEMO, "plots": ["matplotlib"]},
+    extras_require={"test": TEST, "bench": BENCH, "demo": DEMO, "plots": ["matplotlib"], "compare": COMPARE},
     entry_points={"console_scripts": ["fastkl = fastkl.tools.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

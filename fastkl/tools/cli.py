@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a failure while running, 2 wrong use (a bad option, som
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from .demo.settings import QUICK, Settings, choose_settings
 
 DEMO_EXTRA = ("tokenizers", "matplotlib", "tqdm")
+COMPARE_EXTRA = ("transformers", "tokenizers", "numpy", "tqdm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastkl", description="Exact KL divergence for LLM training.")
     commands = parser.add_subparsers(title="sub-commands", metavar="<sub-command>", required=True)
     _add_demo(commands)
+    _add_compare(commands)
     _add_plot(commands)
     return parser
 
@@ -70,6 +73,66 @@ def _run_demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     settings = choose_settings(quick=options.quick, seed=options.seed, steps=options.steps, beta=options.beta, linear=options.linear,
                                device=options.device)
     return run_demo(settings, options.out)
+
+
+COMPARE_HELP = """\
+Compares two causal language models token by token on your text: at each place, the next-token distributions of A and of B, given all before it.
+
+  fastkl compare ./my-model-v1 ./my-model-v2 --text notes.txt
+  fastkl compare meta-llama/Llama-3.2-1B ./my-finetune --text a.txt b.txt --html diff.html --json diff.json
+  fastkl compare ./base ./quantized --text prompts.txt --by line --device cuda --dtype bfloat16 --sequential
+"""
+COMPARE_NOTES = """\
+what is reported, in nats: KL(A||B) and KL(B||A), exact over the vocabulary; JSD, the Jensen-Shannon divergence (0 to 0.693); entropies; the
+log-probability of the text; how often both expect the same next token; exact quantiles; the documents or lines, and the tokens, that differ most.
+A mean KL below 0.001 reads "hardly", below 0.03 "slightly", below 0.3 "clearly", else "strongly".
+
+needs: pip install 'fastkl[compare]', and models that share a tokenizer; an lm_head may be padded. Exit codes: 0 done, 1 failed while running
+(no memory, no disk space), 2 wrong use, with one line on stderr that says what to change.
+"""
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser("compare", help="how two model versions differ on a text, and where",
+                                 usage="fastkl compare MODEL_A MODEL_B --text FILE [FILE ...] [options]", description=COMPARE_HELP,
+                                 epilog=COMPARE_NOTES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_a", metavar="MODEL_A",
+                        help="a folder that save_pretrained wrote, with its tokenizer, or a name on the Hugging Face hub")
+    parser.add_argument("model_b", metavar="MODEL_B", help="the other version of it")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="what to compare on: UTF-8 files, each a document")
+    parser.add_argument("--by", choices=("document", "line"), default="document",
+                        help="what the table lists, worst first; a line is still read in its document's context (default: %(default)s)")
+    parser.add_argument("--top", type=_at_least(1), default=10, metavar="N", help="tokens, and units of the table, to show (default: %(default)s)")
+    parser.add_argument("--html", type=Path, metavar="FILE",
+                        help="write a page with the whole text, each token coloured by its KL, numbers on hover (about 160 bytes per token)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers of the report")
+    parser.add_argument("--context", type=_at_least(8), metavar="N",
+                        help="tokens the models read at a time (default: 1024, or what the models can take)")
+    parser.add_argument("--stride", type=_at_least(0), metavar="N",
+                        help="tokens by which these windows overlap, so that every token is scored once, with at least this much context where "
+                             "there is as much (default: a quarter of --context)")
+    parser.add_argument("--sequential", action="store_true",
+                        help="load one model after the other, where both do not fit; hidden states wait in a temporary file (see TMPDIR)")
+    parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE",
+                        help="cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                        help="type the models compute in; the logits are float32 in any case (default: auto, that of each checkpoint)")
+    parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=None, help="colour the tokens (default: on a terminal)")
+    parser.set_defaults(run=_run_compare, parser=parser)
+
+
+def _run_compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    missing = missing_modules(COMPARE_EXTRA)
+    if missing:
+        parser.exit(2, f"{parser.prog}: error: not installed: {', '.join(missing)}; remedy: pip install 'fastkl[compare]'\n")
+    # Here and not above: --help and errors of use do not need the extra.
+    from .compare import run, settings
+
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(settings.Settings)}
+    try:
+        return run.run_compare(settings.Settings(**given), options.color)
+    except settings.CompareError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def _add_plot(commands) -> None:

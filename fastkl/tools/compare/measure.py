@@ -1,0 +1,117 @@
+"""From windows of tokens to the values of each token, in blocks of logits: nothing of size [tokens, vocabulary] for more than a block."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import fastkl
+
+from .loading import Head, Model
+from .settings import CompareError
+from .store import VALUES, HiddenFile, Store
+from .text import Window, windows
+
+# Logits of one model in a block: about five tensors of this many float32 are alive at a time.
+BLOCK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
+
+
+def token_values(head_a: Head, hidden_a: torch.Tensor, head_b: Head, hidden_b: torch.Tensor, tokens: torch.Tensor, vocabulary: int) -> np.ndarray:
+    """Rows of VALUES for hidden states [n, H] of both models and the tokens [n] that follow them.
+
+    The logits are float32 for 16-bit models, too (what linear_token_stats calls logits_dtype=torch.float32), and are made once: the statistics
+    and the divergence to the mixture read the same block.
+    """
+    device = hidden_a.device.type
+    step = max(1, BLOCK_LOGITS.get(device, BLOCK_LOGITS["cuda"]) // vocabulary)
+    blocks = [block_values(head_a.logits(hidden_a[low:low + step], vocabulary), head_b.logits(hidden_b[low:low + step], vocabulary),
+                           tokens[low:low + step]) for low in range(0, len(tokens), step)]
+    values = np.concatenate(blocks)
+    for letter in "ab":
+        if np.isnan(values[f"logprob_{letter}"]).any():
+            raise CompareError(f"MODEL_{letter.upper()}", "finite logits", "NaN on this text", "--dtype float32 or bfloat16")
+    return values
+
+
+def block_values(logits_a: torch.Tensor, logits_b: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
+    """The same from logits [n, V]."""
+    stats = fastkl.token_stats(logits_a, tokens, logits_b)
+    columns = {"kl_ab": stats.kl, "kl_ba": stats.ref_kl, "entropy_a": stats.entropy, "logprob_a": stats.logprob, "logprob_b": stats.ref_logprob}
+    columns["entropy_b"] = fastkl.token_stats(logits_b, tokens).entropy
+    log_a, log_b = logits_a.log_softmax(-1), logits_b.log_softmax(-1)
+    for letter, log in (("a", log_a), ("b", log_b)):
+        columns[f"top_logprob_{letter}"], columns[f"top_{letter}"] = log.max(-1)
+    # log of the mean of p and q, in the form that is exact where they are equal; what neither model allows stays at -inf.
+    gap = (log_a - log_b).abs_().nan_to_num_(0.0, posinf=math.inf)
+    mixture = gap.neg_().expm1_().div_(2).log1p_().add_(torch.maximum(log_a, log_b))
+    columns["jsd"] = (fastkl.kl_divergence(log_a, mixture) + fastkl.kl_divergence(log_b, mixture)) / 2
+    values = np.ones(len(tokens), VALUES)
+    for name, column in columns.items():
+        values[name] = column.cpu().numpy()
+    return values
+
+
+@dataclass(frozen=True)
+class Pass:
+    """All windows of the store, in their order, under a progress bar."""
+
+    store: Store
+    context: int
+    stride: int
+    progress: Callable
+
+    def windows(self, title: str) -> Iterator[Window]:
+        """Every window; the bar counts its tokens when the next is asked for."""
+        with self.progress(title, self.store.scored) as bar:
+            for document in self.store.documents:
+                for window in windows(document, self.context, self.stride):
+                    yield window
+                    bar.update(window.last - window.first)
+
+    def ids(self, start: int, end: int) -> torch.Tensor:
+        """Token ids start … end - 1."""
+        return torch.from_numpy(self.store.tokens(start, end)["id"].astype(np.int64))
+
+    def hidden(self, model: Model, window: Window) -> torch.Tensor:
+        """The hidden states that predict the window's tokens."""
+        return model.hidden(self.ids(window.start, window.last - 1))[window.first - 1 - window.start:]
+
+    def loaded(self, load: Callable[[], Model], needed: int) -> Model:
+        """A loaded model, checked on the first window; needed: the token ids that its head must know."""
+        model, document = load(), self.store.documents[0]
+        if model.vocabulary < needed:
+            raise CompareError(model.argument, f"an lm_head of at least {needed} rows, for the tokenizer's ids",
+                               f"{model.vocabulary} in {model.name!r}", "pass the checkpoint that belongs to this tokenizer")
+        model.check(self.ids(document.start, min(document.start + self.context, document.end)))
+        return model
+
+
+@torch.inference_mode()
+def measure(work: Pass, load_a: Callable[[], Model], load_b: Callable[[], Model], needed: int, *, sequential: bool) -> list[dict]:
+    """Write the values of every token into the store. Returns what was loaded, A and B.
+
+    sequential: one model at a time. A's hidden states wait in a file of the store's folder, and only its head stays in memory.
+    """
+    a = work.loaded(load_a, needed)
+    head, about, device, waiting = a.head, a.about(), a.device, None
+    if sequential:
+        waiting = HiddenFile(work.store.folder, work.store.scored)
+        for window in work.windows("model A"):
+            waiting.append(work.hidden(a, window))
+        del a
+        gc.collect()
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    b = work.loaded(load_b, needed)
+    # A vocabulary that is padded in one model, or more so, is cut to the shared one.
+    vocabulary = min(head.weight.shape[0], b.vocabulary)
+    for window in work.windows("model B" if sequential else "models A and B"):
+        hidden = waiting.next(window.last - window.first).to(device) if waiting else work.hidden(a, window)
+        tokens = work.ids(window.first, window.last).to(device)
+        work.store.write(window.first, token_values(head, hidden, b.head, work.hidden(b, window), tokens, vocabulary))
+    return [about, b.about()]

@@ -1,0 +1,34 @@
+"""What a comparison is asked to do, and the error that says what it cannot take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# At most this many tokens of context where --context is left out.
+DEFAULT_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the command line; context and stride None: chosen from the models."""
+
+    model_a: str
+    model_b: str
+    text: tuple[Path, ...]
+    by: str = "document"
+    top: int = 10
+    context: int | None = None
+    stride: int | None = None
+    sequential: bool = False
+    device: str = "cpu"
+    dtype: str = "auto"
+    html: Path | None = None
+    json: Path | None = None
+
+
+class CompareError(Exception):
+    """One line: which argument, what was expected, what came, what to do."""
+
+    def __init__(self, argument: str, expected: str, got: str, remedy: str) -> None:
+        super().__init__(" ".join(f"{argument}: expected {expected}, got {got}; remedy: {remedy}".split()))
