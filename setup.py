@@ -40,7 +40,7 @@ setup(
     package_dir={"fastkl.kernels": "kernels"},
     package_data={"fastkl": ["py.typed"], "fastkl.kernels": ["README.md"]},
     install_requires=["torch>=2.10", 'triton>=3.5; platform_system == "Linux"'],
-    extras_require={"test": TEST, "bench": BENCH, "demo": DEMO, "plots": ["matplotlib"], "compare": COMPARE},
+    extras_require={"test": TEST, "bench": BENCH, "demo": DEMO, "plots": ["matplotlib"], "compare": COMPARE, "trl": ["trl==1.16.*"]},
     entry_points={"console_scripts": ["fastkl = fastkl.tools.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -1,0 +1,206 @@
+"""A callback for transformers' Trainer, and every trainer made from it: the controller of beta and the monitor, once per optimizer step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+except ModuleNotFoundError as missing:
+    raise ImportError(f"not installed: {missing.name}; remedy: pip install 'fastkl[compare]'") from missing
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# Of the steps between two logs: the largest of these, the last of these, the mean of all others.
+LARGEST = ("kl/max", "kl/spike")
+LAST = ("kl/beta",)
+
+
+class KLCallback(TrainerCallback, ExportableState):
+    """Runs a controller and a monitor once per optimizer step, on the KL of all its micro-batches, and adds their figures to the Trainer's logs.
+
+    Equivalent, at the end of every optimizer step, to
+
+        kl, mask = ...                                              # of the step's micro-batches, one behind the other
+        figures = monitor.update(kl, mask, beta=controller.beta)    # on the first process
+        controller.update(kl[mask].mean(), unit=controller.unit)    # over all processes; per sequence if the controller's target is
+        trainer.log(figures)                                        # with the trainer's own, whenever it logs
+
+    Where the KL comes from:
+
+        KLCallback(controller, monitor)                      # compute_loss calls callback.record(kl, mask) for each micro-batch
+        KLCallback(controller, penalty=KLPenalty(controller))        # compute_loss calls the penalty: nothing else to do
+        KLCallback(controller, monitor)                      # beside fastkl.integrations.trl's trainers, which record theirs
+
+    and how it gets to the trainer: `callbacks=[callback]`, or after the trainer is made `callback.attach(trainer)`, which puts it before the
+    reporters (report_to="wandb", "tensorboard", …) so that the figures reach those too, not only log_history, the progress bar and JSON.
+
+    Args:
+        controller: an object with `beta` and `update(kl, unit=)`, as fastkl.rl's. It is updated with n = 1, so a horizon counts optimizer steps.
+            A step whose KL is not finite leaves it as it was, with a warning.
+        monitor: an object with `update(kl, mask, cu_seqlens=, entropy=, beta=, step=)`, as fastkl.rl.KLMonitor. Only the first process's runs,
+            on that process's tokens.
+        penalty: a KLPenalty or LinearKLPenalty, whose statistics are taken after each of its calls. They are means: a monitor and a
+            controller per sequence need record().
+
+    Logged: the monitor's figures, without a monitor "kl/mean" (nats per token over all processes), and with a controller "kl/beta", the weight
+    that the steps had. Between two logs "kl/max" and "kl/spike" are the largest, "kl/beta" is the last, the others are means.
+
+    Calls under torch.no_grad() are not counted, so evaluation changes nothing. The states of controller and monitor are part of the Trainer's
+    checkpoints and are loaded on resume_from_checkpoint. Per optimizer step it waits for the device once, and once more with a monitor.
+
+    Raises TypeError or ValueError for wrong arguments; RuntimeError at the end of the first optimizer step if no KL came.
+    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), section 2.2, for a controller in the loop.
+    """
+
+    def __init__(self, controller: object | None = None, monitor: object | None = None, *, penalty: torch.nn.Module | None = None) -> None:
+        for name, value, needed in (("controller", controller, ("beta", "update")), ("monitor", monitor, ("update",))):
+            lacking = [attribute for attribute in needed if value is not None and not hasattr(value, attribute)]
+            if lacking:
+                raise TypeError(f"{name}: expected an object with {' and '.join(needed)}, got {type(value).__name__} without {lacking[0]}; "
+                                f"fastkl.rl has some")
+        self.controller, self.monitor = controller, monitor
+        self.unit = getattr(controller, "unit", "token")
+        self._micro_batches: list[tuple] = []
+        self._means: list[dict[str, torch.Tensor]] = []
+        self._steps: list[dict[str, float]] = []
+        self._heard = False
+        if penalty is not None:
+            self._listen(penalty)
+
+    def _listen(self, penalty: torch.nn.Module) -> None:
+        if not isinstance(penalty, torch.nn.Module) or not hasattr(penalty, "last"):
+            raise TypeError(f"penalty: expected a fastkl.KLPenalty or LinearKLPenalty, got {type(penalty).__name__}")
+        if self.monitor is not None:
+            raise ValueError("monitor: expected None with penalty=, got a monitor; a penalty keeps means and no KL per token: "
+                             "call callback.record(kl, mask) from compute_loss instead")
+        if self.unit != "token":
+            raise ValueError(f"controller: expected a KL per token as its target with penalty=, got one per {self.unit}; "
+                             f"call callback.record(kl, mask) from compute_loss instead, or make the controller with unit='token'")
+        penalty.register_forward_hook(self._after_penalty)
+
+    def _after_penalty(self, penalty: torch.nn.Module, args: tuple, loss: torch.Tensor) -> None:
+        if torch.is_grad_enabled():
+            self._means.append(penalty.last)
+
+    def record(self, kl: torch.Tensor, mask: torch.Tensor | None = None, *, entropy: torch.Tensor | None = None) -> None:
+        """Take in a micro-batch: KL per token [..., T] in nats, a bool mask [...] (True where the token counts) and the entropy [...], both optional.
+
+        Detached, nothing copied, nothing waited for: the tensors are kept until the optimizer steps. Raises TypeError or ValueError for others.
+        """
+        if not isinstance(kl, torch.Tensor) or not kl.is_floating_point() or kl.dim() == 0:
+            raise TypeError(f"kl: expected a float tensor of KL per token, [..., T], got {_describe(kl)}; pass it before its mean is taken")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
+            raise TypeError(f"mask: expected a bool tensor, True where the token counts, got {_describe(mask)}; convert it with .bool()")
+        for name, value in (("mask", mask), ("entropy", entropy)):
+            if value is not None and value.shape != kl.shape:
+                raise ValueError(f"{name}: expected the shape of kl, {tuple(kl.shape)}, got {_describe(value)}")
+        if torch.is_grad_enabled():
+            mask = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
+            self._micro_batches.append((kl.detach(), mask, None if entropy is None else entropy.detach()))
+
+    def attach(self, trainer: Trainer) -> KLCallback:
+        """Make this the trainer's first callback, wherever it was, and return it."""
+        others = trainer.callback_handler.callbacks
+        trainer.callback_handler.callbacks = [self, *(callback for callback in others if callback is not self)]
+        return self
+
+    # ---- what Trainer calls
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Load the states that a checkpoint brought."""
+        if args.restore_callback_states_from_checkpoint:
+            raise ValueError("restore_callback_states_from_checkpoint: expected False with a KLCallback, got True, which would replace it by one "
+                             "without controller and monitor; it restores their states by itself")
+        self._micro_batches, self._means, self._steps, self._heard = [], [], [], False
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if isinstance(saved, list):
+            raise ValueError(f"callbacks: expected one KLCallback, got {len(saved)}; one takes both a controller and a monitor")
+        if state.global_step > 0:
+            for part, values in saved["attributes"].items():
+                if values is not None and getattr(self, part) is not None:
+                    getattr(self, part).load_state_dict(values)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Update monitor and controller with what the optimizer step's micro-batches left."""
+        if not self._micro_batches and not self._means:
+            if not self._heard:
+                raise RuntimeError("KLCallback: expected a KL in the first optimizer step, got none; call callback.record(kl, mask) from "
+                                   "compute_loss, pass penalty=, or use a trainer of fastkl.integrations.trl")
+            return
+        self._heard = True
+        totals = self._totals()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(totals)
+        kl, tokens, sequences = totals.tolist()
+        beta = None if self.controller is None else self.controller.beta
+        if self.monitor is None:
+            figures = {"kl/mean": kl / tokens if tokens else math.nan}
+        else:
+            figures = self._monitored(beta, state.global_step) if state.is_world_process_zero else {}
+        if beta is not None:
+            figures["kl/beta"] = beta
+            count = tokens if self.unit == "token" else sequences
+            if count and math.isfinite(kl):
+                self.controller.update(kl / count, unit=self.unit)
+            elif count:
+                warnings.warn(f"KLCallback: expected a finite KL in optimizer step {state.global_step}, got {kl}; beta stays {beta:g}", stacklevel=2)
+        self._steps.append(figures)
+        self._micro_batches, self._means = [], []
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
+        """Add the figures since the last log to the entry that Trainer has just made, and to what the callbacks after this one get."""
+        # The summary at the end is training's, even after an evaluation.
+        of_evaluation = model is not None and not model.training and "train_runtime" not in (logs or {})
+        if logs is None or not self._steps or of_evaluation:
+            return
+        figures = _summarise(self._steps)
+        logs.update(figures)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(figures)
+        self._steps = []
+
+    def state(self) -> dict[str, dict]:
+        """What Trainer writes to a checkpoint's trainer_state.json."""
+        parts = {"controller": self.controller, "monitor": self.monitor}
+        return {"args": {}, "attributes": {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in parts.items()}}
+
+    # ---- the figures of a step
+
+    def _totals(self) -> torch.Tensor:
+        """[sum of KL, tokens, sequences] of the step in this process."""
+        rows = [torch.stack([torch.where(mask, kl, 0.0).sum(dtype=torch.float32), mask.sum(dtype=torch.float32),
+                             mask.any(-1).sum(dtype=torch.float32)]) for kl, mask, _ in self._micro_batches]
+        rows += [torch.stack([last["kl"].float() * last["tokens"], last["tokens"].float(), torch.zeros_like(last["tokens"]).float()])
+                 for last in self._means]
+        return torch.stack(rows).sum(0)
+
+    def _monitored(self, beta: float | None, step: int) -> dict[str, float]:
+        """The monitor's figures of the micro-batches as one varlen batch, named for the Trainer's logs."""
+        kls, masks, entropies = zip(*self._micro_batches, strict=True)
+        ends = [length for kl in kls for length in [kl.shape[-1]] * kl[..., 0].numel()]
+        cu_seqlens = torch.tensor([0, *ends]).cumsum(0).to(kls[0].device)
+        entropy = None if None in entropies else torch.cat([value.reshape(-1) for value in entropies])
+        figures = self.monitor.update(torch.cat([kl.reshape(-1) for kl in kls]), torch.cat([mask.reshape(-1) for mask in masks]),
+                                      cu_seqlens=cu_seqlens, entropy=entropy, beta=beta, step=step)
+        return {name if name.startswith("kl/") else f"kl/{name}": value for name, value in figures.items() if name != "step"}
+
+
+def _summarise(steps: list[dict[str, float]]) -> dict[str, float]:
+    """One figure per name; those that were NaN left out."""
+    figures = {}
+    for name in dict.fromkeys(name for step in steps for name in step):
+        values = [step[name] for step in steps if name in step and not math.isnan(step[name])]
+        if values:
+            figures[name] = max(values) if name in LARGEST else values[-1] if name in LAST else sum(values) / len(values)
+    return figures
+
+
+def _describe(value: object) -> str:
+    return f"a {value.dtype} tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -1,0 +1,331 @@
+"""TRL's trainers with the exact KL, from hidden states and lm_head weights: GRPO's penalty, and distillation. No logits tensor, no sampled KL."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from fastkl import TokenStats, linear_kl_divergence, linear_token_stats
+
+try:
+    import trl
+except ModuleNotFoundError as missing:
+    raise ImportError(f"not installed: {missing.name}; remedy: pip install 'trl==1.16.*'") from missing
+# What is overridden below is underscored in TRL and may change with any version, in ways that a signature does not show.
+if trl.__version__.split(".")[:2] != ["1", "16"]:
+    raise ImportError(f"trl: expected version 1.16, whose internals fastkl.integrations.trl was tested with, got {trl.__version__}; "
+                      f"remedy: pip install 'trl==1.16.*', or a fastkl for that version")
+from trl import DistillationTrainer, GRPOTrainer
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import use_adapter
+
+from .transformers import KLCallback
+
+
+class ExactGRPOTrainer(GRPOTrainer):
+    """trl.GRPOTrainer whose KL penalty is the exact KL(policy‖reference) of each token, from hidden states, together with log-probs and entropy.
+
+    Equivalent to GRPOTrainer with, in place of the estimate exp(ref - logp) - (ref - logp) - 1 times a ratio,
+
+        log_p = (policy_logits / temperature).log_softmax(-1)
+        log_q = (ref_logits / temperature).log_softmax(-1)
+        per_token_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        per_token_loss = per_token_loss + beta * per_token_kl          # reduced over tokens as `loss_type` says
+
+    which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` has nothing to correct.
+
+        trainer = ExactGRPOTrainer(model, reward_funcs, args=GRPOConfig(beta=0.04, …), …)
+        trainer = ExactGRPOTrainer(…, callbacks=[KLCallback(AdaptiveBeta(0.04, 0.05, horizon=50), KLMonitor())])
+
+    Args:
+        all of GRPOTrainer's. With args.beta = 0 there is no reference and no KL: the loss is GRPOTrainer's own. A KLCallback among the callbacks
+            gets the KL of every micro-batch; the `beta` of its controller replaces args.beta, which then only says that there is a
+            reference. Without one the trainer makes one, which logs "kl/mean".
+        logits_dtype: as fastkl.linear_token_stats: torch.float32 keeps what 16-bit logits lose of a KL below about 1e-2 nats.
+
+    `trainer.kl_weight` is the weight of the next step, `trainer.kl_callback` the callback or None. `trainer.beta` is 0, which turns TRL's own
+    estimate off. The metrics "kl" and "eval_kl" have their names from TRL and are the exact KL. The reference runs in each loss rather than
+    beside the generation, and its hidden states are kept only where num_iterations > 1 uses them again. With PEFT the reference is what TRL takes:
+    the model without its adapter, or the copy "ref" of an adapter that came with the model; here always in eval mode.
+
+    Raises:
+        ImportError on import: another TRL than the one tested. ValueError when made: an option that is not supported (FSDP, DeepSpeed, torch.compile,
+        a router's auxiliary loss, multimodal models, prompt learning), a controller with args.beta = 0, a model whose logits are not
+        softcap(F.linear(last hidden state, lm_head.weight, lm_head.bias)). RuntimeError: TRL did not ask for log-probs as it does in 1.16.
+
+    Source: Shao et al., DeepSeekMath (2024), eq. 3, with the KL taken exactly instead of by eq. 4.
+    """
+
+    def __init__(self, *args, logits_dtype: torch.dtype | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._refuse_what_is_not_supported()
+        self._redirect = _ForwardRedirection()
+        self._logits_dtype = logits_dtype
+        self.beta = 0.0
+        self._reference: tuple | None = None
+        self._kl: torch.Tensor | None = None
+        self.kl_callback = _kl_callback(self)
+        if self.args.beta == 0:
+            if self.kl_callback is not None:
+                raise ValueError("args.beta: expected above 0 with a KLCallback, got 0, with which TRL loads no reference; "
+                                 "pass the controller's initial beta")
+        elif self.kl_callback is None:
+            self.kl_callback = KLCallback()
+        if self.kl_callback is not None:
+            self.kl_callback.attach(self)
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                _check_head(_causal_lm(self.accelerator.unwrap_model(model)), self.args.cast_lm_head_to_fp32)
+
+    def _refuse_what_is_not_supported(self) -> None:
+        refused = {"fsdp": self.is_fsdp_enabled, "deepspeed": self.is_deepspeed_enabled, "torch_compile": self.args.torch_compile,
+                   "router_aux_loss_coef above 0": self.aux_loss_enabled, "a processor, for a multimodal model": self._is_vlm,
+                   "prompt learning": _is_prompt_learning(self.model), "beta below 0": self.args.beta < 0}
+        named = [name for name, used in refused.items() if used]
+        if named:
+            raise ValueError(f"args: expected options that ExactGRPOTrainer supports, got {', '.join(named)}; leave that out, or use trl.GRPOTrainer")
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight of the KL in the next step: the controller's beta, or args.beta."""
+        controller = None if self.kl_callback is None else self.kl_callback.controller
+        return self.args.beta if controller is None else controller.beta
+
+    # ---- the two methods of GRPOTrainer that are overridden
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
+                                           compute_aux_loss=False, **inputs):
+        """Log-probs and entropies of the last tokens; within the loss their KL too, kept in self._kl."""
+        original = self.accelerator.unwrap_model(model)
+        parts = []
+        for rows in zip(*(value.split(batch_size or len(value)) for value in (input_ids, attention_mask)), strict=True):
+            # Inside the forward of DDP, so that it gathers the gradients; a batch of the loss is never split, so the reference fits it.
+            run = self._statistics if model is original else functools.partial(self._redirect, model, original, self._statistics)
+            parts.append(run(original, *rows, logits_to_keep, self._reference))
+        logprob, entropy, _, self._kl, _ = (None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
+        return logprob, entropy if compute_entropy else None, None
+
+    def _compute_loss(self, model, inputs):
+        """TRL's loss without its KL, plus beta times the exact one."""
+        if self.args.beta == 0:
+            return super()._compute_loss(model, inputs)
+        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        self._reference, self._kl = self._reference_head(model, inputs), None
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self._reference = None
+        if self._kl is None:
+            raise RuntimeError(f"trl: expected GRPOTrainer._compute_loss to call _get_per_token_logps_and_entropies as in 1.16, got a "
+                               f"{trl.__version__} that does not; install the TRL that fastkl.integrations.trl was tested with")
+        kl, self._kl = torch.where(mask, self._kl, 0.0), None
+        self.kl_callback.record(kl, mask)
+        sums = self.accelerator.reduce(torch.stack([kl.detach().sum(), mask.sum().float()]), reduction="sum")
+        self._metrics["train" if self.model.training else "eval"]["kl"].append((sums[0] / sums[1].clamp(min=1)).item())
+        return loss + self.kl_weight * self._reduced(kl, mask, inputs)
+
+    def _reduced(self, kl: torch.Tensor, mask: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """Per-token values, 0 where the token does not count, to a scalar: as GRPOTrainer reduces its loss, which is linear in what it reduces."""
+        training, kind = self.model.training, self.loss_type
+        accumulated = self.current_gradient_accumulation_steps if training else 1.0
+        if kind in ("cispo", "dapo", "vespo"):
+            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            return kl.sum() / (tokens * accumulated / self.args.steps_per_generation if training else tokens)
+        if kind in ("grpo", "sapo"):
+            loss = (kl.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+        elif kind == "bnpo":
+            loss = kl.sum() / mask.sum().clamp(min=1)
+        elif kind == "dr_grpo":
+            loss = kl.sum() / (len(kl) * self.max_completion_length)
+        elif kind == "luspo":
+            loss = kl.sum(-1).mean()
+        else:
+            raise ValueError(f"args.loss_type: expected one of TRL 1.16, got {kind!r}")
+        return loss / accumulated
+
+    # ---- what is computed
+
+    def _hidden(self, model, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int) -> torch.Tensor:
+        """The hidden states [B, keep, H] that the last `keep` tokens are predicted from."""
+        with self.accelerator.autocast():
+            hidden = _causal_lm(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return hidden[:, -keep - 1:-1]
+
+    def _statistics(self, model, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int, reference: tuple | None) -> TokenStats:
+        """TokenStats of the last `keep` tokens; runs inside the forward of what wraps the model."""
+        weight, bias = _head(_causal_lm(model))
+        ref_hidden, ref_weight, ref_bias = reference or (None, None, None)
+        hidden = self._hidden(model, input_ids, attention_mask, keep)
+        context = self.accelerator.autocast()
+        if self.args.cast_lm_head_to_fp32:
+            hidden, context = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+            ref_hidden = None if reference is None else ref_hidden.float()
+        with context:
+            return linear_token_stats(hidden, weight, input_ids[:, -keep:], ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias,
+                                      temperature=self.temperature, softcap=_softcap(_causal_lm(model)), logits_dtype=self._logits_dtype,
+                                      mask=attention_mask[:, -keep:].bool())
+
+    @torch.no_grad()
+    def _reference_head(self, model, inputs: dict) -> tuple:
+        """(hidden states, lm_head weight, bias) of the reference for a micro-batch, without gradient."""
+        sequence = (torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask"))
+        arguments = *sequence, inputs["completion_ids"].shape[1]
+        kept = inputs.get("fastkl_ref_hidden")
+        with self._as_reference(model) as reference:
+            hidden = self._hidden(reference, *arguments) if kept is None else kept
+            weight, bias = _head(_causal_lm(reference))
+        if self.num_iterations > 1 and self.model.training:
+            inputs["fastkl_ref_hidden"] = hidden
+        return hidden, weight.detach(), None if bias is None else bias.detach()
+
+    @contextlib.contextmanager
+    def _as_reference(self, model):
+        """The reference model, unwrapped, in eval mode; with PEFT the policy while its adapter is off."""
+        if self.ref_model is not None:
+            yield self.accelerator.unwrap_model(self.ref_model).eval()
+            return
+        policy = self.accelerator.unwrap_model(model)
+        training = policy.training
+        policy.eval()
+        try:
+            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                yield policy
+        finally:
+            policy.train(training)
+
+
+class ExactDistillationTrainer(DistillationTrainer):
+    """trl.DistillationTrainer whose divergence is fastkl's: exact down to the smallest values, its gradients computed together with the loss.
+
+    Equivalent, with both models' logits over the completion tokens that count, to
+
+        kl = kl_divergence(teacher_logits, student_logits, temperature=args.temperature)        # args.beta = 0: forward KL
+        kl = kl_divergence(student_logits, teacher_logits, temperature=args.temperature)        # args.beta = 1: reverse KL, TRL's default
+        loss = kl.sum() / (tokens in the batch of all processes and accumulation steps)
+
+    in four matrix products with a trainable lm_head, and the memory of one chunk of logits: linear_kl_divergence, reduction "sum". With a
+    KLCallback among the callbacks, which needs the KL of each token, in six: reduction "none".
+
+    Args:
+        all of DistillationTrainer's. logits_dtype: as fastkl.linear_kl_divergence.
+
+    The metric "entropy" is left out: it would cost a further product.
+
+    Raises:
+        ImportError on import: another TRL than the one tested. ValueError when made: args.beta between 0 and 1 (the generalised Jensen-Shannon
+        divergence), FSDP, DeepSpeed, torch.compile, multimodal models, no teacher_model, a KLCallback with a controller, models of different
+        soft caps, a model whose logits are not softcap(F.linear(last hidden state, lm_head.weight, lm_head.bias)).
+
+    Source: Agarwal et al., On-Policy Distillation of Language Models (2023), eq. 1 at its two ends.
+    """
+
+    def __init__(self, *args, logits_dtype: torch.dtype | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._logits_dtype = logits_dtype
+        refused = {"fsdp": self.is_fsdp_enabled, "deepspeed": self.is_deepspeed_enabled, "torch_compile": self.args.torch_compile,
+                   "a processor, for a multimodal model": self._is_vlm, "no teacher_model": self.teacher_model is None}
+        named = [name for name, used in refused.items() if used]
+        if named:
+            raise ValueError(f"args: expected options that ExactDistillationTrainer supports, got {', '.join(named)}; "
+                             f"change that, or use trl.DistillationTrainer")
+        if self.beta not in (0, 1):
+            raise ValueError(f"args.beta: expected 0 (forward KL) or 1 (reverse KL), got {self.beta}; "
+                             f"use trl.DistillationTrainer for the Jensen-Shannon divergences between")
+        self.kl_callback = _kl_callback(self)
+        if self.kl_callback is not None:
+            if self.kl_callback.controller is not None:
+                raise ValueError("callbacks: expected a KLCallback without controller, got one with; distillation has no weight to control")
+            self.kl_callback.attach(self)
+        student, teacher = (_causal_lm(self.accelerator.unwrap_model(model)) for model in (self.model, self.teacher_model))
+        for model in (student, teacher):
+            _check_head(model, False)
+        if _softcap(student) != _softcap(teacher):
+            raise ValueError(f"teacher_model: expected the student's soft cap, {_softcap(student)}, got {_softcap(teacher)}; "
+                             f"use trl.DistillationTrainer for this pair")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's, which calls _compute_loss inside the forward of what wraps the student."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._metrics["train" if self.model.training else "eval"].pop("entropy", None)
+        if self.kl_callback is not None:
+            self.kl_callback.record(*self._kl)
+        return loss
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        """(loss, a placeholder for the entropy, tokens that count), as TRL's compute_loss expects them."""
+        sequence = [torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask")]
+        arguments = *sequence, inputs["completion_ids"].shape[1]
+        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        student_hidden = self._get_last_hidden_state(unwrapped_student, *arguments)
+        self.teacher_model.eval()
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        with torch.no_grad():
+            teacher_hidden = self._forward_redirection(self.teacher_model, teacher, self._get_last_hidden_state, teacher, *arguments)
+        weight, bias = _head(_causal_lm(unwrapped_student))
+        teacher_weight, teacher_bias = (None if value is None else value.detach() for value in _head(_causal_lm(teacher)))
+        student_side, teacher_side = (student_hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias)
+        (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = \
+            (student_side, teacher_side) if self.beta == 1 else (teacher_side, student_side)
+        per_token = self.kl_callback is not None
+        kl = linear_kl_divergence(hidden, weight, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, reduction="none" if per_token else "sum",
+                                  temperature=self.temperature, softcap=_softcap(_causal_lm(teacher)), logits_dtype=self._logits_dtype, mask=mask)
+        self._kl = kl, mask
+        tokens = mask.sum()
+        return kl.sum() / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), torch.zeros_like(tokens), tokens
+
+
+# ---- models
+
+
+def _kl_callback(trainer) -> KLCallback | None:
+    """The KLCallback among the trainer's callbacks."""
+    found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, KLCallback)]
+    if len(found) > 1:
+        raise ValueError(f"callbacks: expected one KLCallback, got {len(found)}; one takes both a controller and a monitor")
+    return found[0] if found else None
+
+
+def _causal_lm(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with the lm_head, inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _is_prompt_learning(model: torch.nn.Module) -> bool:
+    configs = getattr(model, "peft_config", None)
+    return isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values())
+
+
+def _head(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias) of the lm_head."""
+    head = model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)
+
+
+def _softcap(model: torch.nn.Module) -> float | None:
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def _check_head(model: torch.nn.Module, in_float32: bool) -> None:
+    """Raise unless a model's logits are what fastkl makes of its last hidden states: families scale, pad or adapt theirs in ways of their own."""
+    kept = []
+    hook = model.base_model.register_forward_hook(lambda module, args, output: kept.append(getattr(output, "last_hidden_state", None)))
+    try:
+        weight, bias = _head(model)
+        logits = model(input_ids=torch.arange(min(4, len(weight)), device=weight.device)[None], use_cache=False).logits
+    finally:
+        hook.remove()
+    faithful = bool(kept) and kept[-1] is not None and weight.is_floating_point() and weight.shape[-1] == kept[-1].shape[-1]
+    if faithful:
+        hidden = kept[-1].float() if in_float32 else kept[-1]
+        expected = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+        if _softcap(model) is not None:
+            expected = _softcap(model) * torch.tanh(expected / _softcap(model))
+        # 16-bit logits are right to 4e-3, and autocast may be at work in one of the two alone.
+        faithful = expected.shape == logits.shape and bool((expected - logits).abs().max() < 2e-2 * logits.abs().max())
+    if not faithful:
+        raise ValueError(f"model: expected one whose logits are F.linear(last hidden state, lm_head.weight, lm_head.bias), with a soft cap where "
+                         f"its config has final_logit_softcapping, got {type(model).__name__}, whose logits are not; use TRL's own trainer")

@@ -1,0 +1,161 @@
+"""Functions for verl's registration points: a policy loss held to the policy that sampled by its KL, and kl_penalty with the right gradient.
+
+verl computes its losses from log-probabilities alone, so these are estimates with gradients that are right; the exact KL needs the logits of both
+models, which no registration point has. Every worker process has to run the registration: put it into a module of yours,
+
+    # my_losses.py
+    from fastkl.integrations import verl
+
+    verl.register("vanilla_kl", beta=0.05)          # then actor_rollout_ref.actor.policy_loss.loss_mode=vanilla_kl
+    verl.install_kl_penalty()                       # for actor.use_kl_loss=True and algorithm.use_kl_in_reward=True
+
+and start verl with VERL_USE_EXTERNAL_MODULES=my_losses. verl is imported when something is registered, not before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from fastkl import estimate_kl
+
+TESTED = "0.9"
+POLICY_LOSS = ("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights")
+KL_PENALTY = ("logprob", "ref_logprob", "kl_penalty")
+# verl's names, those with a "+" too, which ask for the gradient that is always given here.
+ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+
+
+def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str) -> torch.Tensor:
+    """verl's kl_penalty: an estimate of KL(policy‖reference) per sampled token, whose gradient is that KL's, whatever the estimator.
+
+    Equivalent to
+
+        value = estimate_kl(logprob, ref_logprob, estimator={"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(kl_penalty, kl_penalty))
+        form = estimate_kl(logprob, ref_logprob, estimator="k2")
+        return value.detach() + form - form.detach()
+
+    verl's own gives k1 a gradient of 0 on average and k3 that of the other direction, unless the name ends in "+"; and clamps k3 so that the worst
+    tokens have none.
+
+    Args:
+        logprob, ref_logprob: [...], log-probabilities of the tokens, sampled from the policy as it is now.
+        kl_penalty: "kl", "k1", "abs", "mse", "k2", "low_var_kl" or "k3", with or without a "+".
+    Returns:
+        [...] float32 (float64 for float64 log-probabilities), nats.
+    Gradient:
+        To logprob, unbiased on-policy. verl passes no log-probabilities of the policy that sampled, so in later mini-batches of a rollout it is
+        off by the ratio, as verl's own is.
+    Raises:
+        TypeError, ValueError: as fastkl.estimate_kl; "full", which needs logits: fastkl.kl_divergence.
+    Source: Schulman, Approximating KL Divergence (2020), for the values.
+    """
+    if kl_penalty == "full":
+        raise ValueError("kl_penalty: expected an estimator, got 'full', which needs the logits of both models; call fastkl.kl_divergence with them")
+    name = kl_penalty.removesuffix("+")
+    if name not in ESTIMATORS:
+        raise ValueError(f"kl_penalty: expected one of {', '.join(map(repr, ESTIMATORS))}, with or without '+', got {kl_penalty!r}")
+    value = estimate_kl(logprob.detach(), ref_logprob.detach(), estimator=ESTIMATORS[name])
+    if not (logprob.requires_grad and torch.is_grad_enabled()):
+        return value
+    form = estimate_kl(logprob, ref_logprob.detach(), estimator="k2")
+    return value + (form - form.detach())
+
+
+def policy_loss(base: str = "vanilla", *, beta: float | object) -> Callable:
+    """A policy loss of verl's plus beta times KL(old‖policy), old being the policy that sampled: PPO's penalty form, beside its clip.
+
+    Equivalent, in the function that is returned, to
+
+        loss, metrics = verl.trainer.ppo.core_algos.get_policy_loss_fn(base)(...)
+        kl = estimate_kl(old_log_prob, log_prob, estimator="k3")                    # times rollout_is_weights, where verl gives them
+        return loss + beta * agg_loss(kl, response_mask, loss_agg_mode, **config.global_batch_info), metrics
+
+    The tokens come from the old policy, which does not move, so value and gradient of the estimate are unbiased in every mini-batch.
+
+    Args:
+        base: the name of a loss registered in verl.
+        beta: a number ≥ 0, or a controller: an object with an attribute `beta`, read at every call.
+    Returns:
+        A function with the arguments and results of verl's policy losses; it adds the metrics "actor/kl_old", the mean KL per token (nats), and
+        "actor/kl_old_coef".
+    Raises:
+        TypeError, ValueError: beta is no number or controller, or negative. When called: what verl raises for its arguments.
+    Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 8.
+    """
+    _weight_of(beta)
+
+    def with_kl(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None, rollout_is_weights=None):
+        core = _core_algos()
+        loss, metrics = core.get_policy_loss_fn(base)(
+            old_log_prob=old_log_prob, log_prob=log_prob, advantages=advantages, response_mask=response_mask, loss_agg_mode=loss_agg_mode,
+            config=config, rollout_is_weights=rollout_is_weights)
+        mask, weight = response_mask.bool(), _weight_of(beta)
+        # A token that does not count is left out before the estimate: a product with the mask would keep its NaN.
+        kl = estimate_kl(*(torch.where(mask, value, 0.0) for value in (old_log_prob.detach(), log_prob)), estimator="k3")
+        measured = kl.detach().sum() / mask.sum().clamp(min=1)
+        if rollout_is_weights is not None:
+            kl = kl * torch.where(mask, rollout_is_weights, 0.0)
+        total = core.agg_loss(loss_mat=kl, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
+        return loss + weight * total, {**metrics, "actor/kl_old": measured.item(), "actor/kl_old_coef": weight}
+
+    return with_kl
+
+
+def register(name: str = "vanilla_kl", base: str = "vanilla", *, beta: float | object) -> Callable:
+    """Register policy_loss(base, beta=beta) in verl under a name, for policy_loss.loss_mode, and return it.
+
+    Raises ImportError without verl, or with one whose policy losses take other arguments; ValueError for a base that verl does not have and a
+    name that it has already.
+    """
+    core = _core_algos()
+    _same_arguments(core.get_policy_loss_fn(base), POLICY_LOSS)
+    if name in core.POLICY_LOSS_REGISTRY:
+        raise ValueError(f"name: expected one that verl does not have yet, got {name!r}; choose another")
+    return core.register_policy_loss(name)(policy_loss(base, beta=beta))
+
+
+def install_kl_penalty() -> None:
+    """Put kl_penalty in the place of verl's in this process, for which verl has no registry: in core_algos and in every module that imported it.
+
+    Raises ImportError without verl, or with one whose kl_penalty takes other arguments.
+    """
+    core = _core_algos()
+    verls = core.kl_penalty
+    if verls is kl_penalty:
+        return
+    _same_arguments(verls, KL_PENALTY)
+    for module in [module for name, module in list(sys.modules.items()) if name.startswith("verl.")]:
+        if getattr(module, "kl_penalty", None) is verls:
+            module.kl_penalty = kl_penalty
+
+
+def _weight_of(beta: float | object) -> float:
+    """The number, or the controller's beta as it is now."""
+    value = getattr(beta, "beta", beta)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"beta: expected a finite number of at least 0, got {value}; a negative beta would reward divergence")
+    return float(value)
+
+
+def _core_algos() -> ModuleType:
+    try:
+        import verl.trainer.ppo.core_algos as core
+    except ModuleNotFoundError as missing:
+        raise ImportError(f"not installed: {missing.name}; remedy: pip install 'verl=={TESTED}.*'") from missing
+    return core
+
+
+def _same_arguments(function: Callable, expected: tuple[str, ...]) -> None:
+    got = tuple(inspect.signature(function).parameters)
+    if got != expected:
+        import verl
+        raise ImportError(f"verl: expected {function.__name__}({', '.join(expected)}) as in version {TESTED}, which fastkl.integrations.verl "
+                          f"was tested with, got {function.__name__}({', '.join(got)}) in {getattr(verl, '__version__', 'an unknown version')}; "
+                          f"remedy: pip install 'verl=={TESTED}.*'")

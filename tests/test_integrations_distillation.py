@@ -1,0 +1,76 @@
+"""The exact KL in TRL's distillation trainer, with tiny random models: losses and gradients against plain torch on full logits, and TRL's own."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from trl_cases import SIZES, adapter_config, assert_same, batch, distillation, exact_kl, full_logits, gradients, loss_mask, tiny, transformers, trl
+
+from fastkl.integrations.transformers import KLCallback
+from fastkl.rl import FixedBeta, KLMonitor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A random Llama, the student."""
+    return tiny(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    """A wider random Llama."""
+    return tiny(tmp_path_factory.mktemp("teacher"), transformers.LlamaConfig(**{**SIZES, "hidden_size": 24, "initializer_range": 0.1}), seed=1)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["sum", "with a callback"])
+@pytest.mark.parametrize("beta", [0.0, 1.0], ids=["forward", "reverse"])
+def test_distillation_equals_plain_torch_and_trl(folder, teacher, beta, per_token) -> None:
+    """Loss and gradients, in both directions; under no_grad the mean over the batch's own tokens."""
+    trainer = distillation(folder, teacher, beta=beta, callbacks=[KLCallback(None, KLMonitor())] if per_token else [])
+    plain = distillation(folder, teacher, trl.DistillationTrainer, beta=beta)
+    inputs = batch()
+    for each in (trainer, plain):
+        each.model.train()
+    losses = [each.compute_loss(each.model, dict(inputs)) for each in (trainer, plain)]
+    student_logits = full_logits(trainer.model, inputs)
+    teacher_logits = full_logits(trainer.teacher_model, inputs).detach()
+    kl = exact_kl(student_logits, teacher_logits) if beta == 1 else exact_kl(teacher_logits, student_logits)
+    expected = kl[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
+    for loss, name in zip(losses, ("loss", "TRL's loss"), strict=True):
+        cases.assert_near(loss, expected, 1e-5, 0.0, name)
+    to_teacher = torch.autograd.grad(losses[0], list(trainer.teacher_model.parameters()), retain_graph=True, allow_unused=True)
+    assert all(gradient is None for gradient in to_teacher)
+    got = gradients(losses[0], trainer.model)
+    assert_same(got, gradients(expected, trainer.model))
+    assert_same(got, gradients(losses[1], plain.model))
+    trainer.model.eval()
+    with torch.no_grad():
+        cases.assert_near(trainer.compute_loss(trainer.model, dict(inputs)), kl[loss_mask(inputs)].mean(), 1e-5, 0.0, "evaluation")
+
+
+def test_distillation_training(folder, teacher) -> None:
+    """A few steps with a monitor, whose mean is the loss, and without; LoRA students too."""
+    trainer = distillation(folder, teacher, callbacks=[KLCallback(None, KLMonitor())], max_steps=3)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "kl/mean" in entry]
+    assert len(steps) == 3 and all("entropy" not in step for step in steps)
+    assert [step["kl/mean"] for step in steps] == pytest.approx([step["loss"] for step in steps], rel=1e-4)
+    distilled = distillation(folder, teacher, extra=dict(peft_config=adapter_config(), logits_dtype=torch.float32))
+    distilled.train()
+    assert [entry["loss"] for entry in distilled.state.log_history if "loss" in entry][0] > 0.1
+
+
+def test_distillation_settings_that_are_not_supported(folder, teacher, tmp_path) -> None:
+    """They fail when the trainer is made."""
+    with pytest.raises(ValueError, match=r"args.beta: expected 0 \(forward KL\) or 1 \(reverse KL\), got 0.5; use trl.DistillationTrainer"):
+        distillation(folder, teacher, beta=0.5)
+    with pytest.raises(ValueError, match="got torch_compile"):
+        distillation(folder, teacher, torch_compile=True)
+    with pytest.raises(ValueError, match="got no teacher_model"):
+        distillation(folder, None)
+    with pytest.raises(ValueError, match="expected a KLCallback without controller"):
+        distillation(folder, teacher, callbacks=[KLCallback(FixedBeta(0.1))])
+    capped = transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")
+    with pytest.raises(ValueError, match="teacher_model: expected the student's soft cap, None, got 2.0"):
+        distillation(folder, tiny(tmp_path / "gemma", capped))
