@@ -49,7 +49,8 @@ def _add_demo(commands) -> None:
     parser.add_argument("--steps", type=_steps, metavar="N",
                         help=f"policy-gradient steps of each run (default: {Settings().steps}, quick {QUICK['steps']})")
     parser.add_argument("--beta", type=_positive_float, metavar="X",
-                        help=f"weight of the KL penalty, in reward per nat (default: {Settings().beta})")
+                        help=f"fixed weight of the KL penalty, in reward per nat (default: a controller moves it so that the KL is "
+                             f"{Settings().target_kl:g} nats per token)")
     parser.add_argument("--linear", action="store_true",
                         help="fine-tune from hidden states and lm_head weights: no logits in the training step; the same curves, up to rounding")
     parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE",
@@ -104,7 +105,7 @@ def _add_compare(commands) -> None:
                         help="what the table lists, worst first; a line is still read in its document's context (default: %(default)s)")
     parser.add_argument("--top", type=_at_least(1), default=10, metavar="N", help="tokens, and units of the table, to show (default: %(default)s)")
     parser.add_argument("--html", type=Path, metavar="FILE",
-                        help="write a page with the whole text, each token coloured by its KL, numbers on hover (about 160 bytes per token)")
+                        help="write a page with the whole text, each token coloured by its KL, numbers on hover (about 150 bytes per token)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers of the report")
     parser.add_argument("--context", type=_at_least(8), metavar="N",
                         help="tokens the models read at a time (default: 1024, or what the models can take)")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import torch
+
+from fastkl.rl import FixedBeta, KLMonitor, PIDBeta, SpikeDetector
 
 from .corpus import Corpus, line_starts, windows
 from .model import LanguageModel
@@ -15,18 +18,22 @@ from .sampling import sample
 from .settings import Settings
 
 REWARDED_WORD = "self"
+# What is kept of each step: its name in the report, and in the monitor.
+SERIES = {"reward": "reward", "kl": "kl/mean", "entropy": "entropy", "kl_p50": "kl/p50", "kl_p95": "kl/p95", "kl_p99": "kl/p99", "kl_max": "kl/max",
+          "beta": "beta", "alarm": "kl/spike"}
 
 
 @dataclasses.dataclass
 class FineTuned:
     """A policy and how it got there.
 
-    series: "reward", "kl" and "entropy", one number per step, measured before the step's update; early: the batch after the first update, where
-    the KL is still tiny.
+    series: the figures of SERIES, one number per step, measured before the step's update; alarm: 1 where it rang. summary: of all tokens of the
+    run, as KLMonitor's. early: the batch after the first update, where the KL is still tiny.
     """
 
     policy: LanguageModel
     series: dict[str, list[float]]
+    summary: dict[str, float]
     early: Batch
 
 
@@ -35,10 +42,11 @@ def rewarded_tokens(corpus: Corpus) -> torch.Tensor:
     return corpus.tokens_that(lambda text: text.strip() == REWARDED_WORD)
 
 
-def fine_tune(reference: LanguageModel, corpus: Corpus, beta: float, settings: Settings, title: str) -> FineTuned:
+def fine_tune(reference: LanguageModel, corpus: Corpus, beta: FixedBeta | PIDBeta, settings: Settings, title: str,
+              jsonl: Path | None = None) -> FineTuned:
     """REINFORCE from the reference: maximise the discounted reward minus beta times KL(policy‖reference) per token.
 
-    beta = 0 is the run without a penalty, which then only measures.
+    FixedBeta(0) is the run without a penalty, which then only measures. jsonl: a file for the monitor's figures, a line per step.
     """
     policy = copy.deepcopy(reference).requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.policy_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -47,7 +55,9 @@ def fine_tune(reference: LanguageModel, corpus: Corpus, beta: float, settings: S
     starts = line_starts(corpus, corpus.train)
     choose = torch.Generator().manual_seed(settings.seed)
     draw = torch.Generator(settings.device).manual_seed(settings.seed)
-    series, early = {"reward": [], "kl": [], "entropy": []}, None
+    detector = SpikeDetector(settings.alarm_ratio, recent=settings.alarm_recent, floor=settings.alarm_floor)
+    monitor = KLMonitor(spike=detector, jsonl=jsonl)
+    series, early = {name: [] for name in SERIES}, None
     steps = progress(range(settings.steps), title)
     for step in steps:
         prompts = windows(corpus.train, settings.prompt_length, settings.samples, choose, starts).to(settings.device)
@@ -68,11 +78,12 @@ def fine_tune(reference: LanguageModel, corpus: Corpus, beta: float, settings: S
         optimizer.step()
 
         # One transfer from the device for all figures of the step.
-        figures = torch.stack([rewards.mean(), objective.penalty.last["kl"], stats.entropy.detach().mean()]).tolist()
-        for name, figure in zip(series, figures, strict=True):
-            series[name].append(figure)
-        steps.set_postfix_str(f"reward {figures[0]:.3f}, KL {figures[1]:.3f} nats", refresh=False)
-    return FineTuned(policy.eval().requires_grad_(False), series, early)
+        figures = monitor.update(stats.kl, entropy=stats.entropy, reward=rewards, beta=beta, step=step + 1)
+        beta.update(figures["kl/mean"], unit="token")
+        for name, key in SERIES.items():
+            series[name].append(figures[key])
+        steps.set_postfix_str(f"reward {figures['reward']:.3f}, KL {figures['kl/mean']:.3f} nats", refresh=False)
+    return FineTuned(policy.eval().requires_grad_(False), series, monitor.summary(), early)
 
 
 def advantages(rewards: torch.Tensor, discount: float) -> torch.Tensor:

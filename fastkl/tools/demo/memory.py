@@ -21,7 +21,7 @@ def compare_memory(batch: Batch, settings: Settings) -> dict:
     learned = (batch.hidden, *batch.head.parameters())
 
     def loss_and_gradient(way: type) -> tuple[torch.Tensor, ...]:
-        stats, penalty = way(settings.beta, settings)(batch)
+        stats, penalty = way(settings.initial_beta, settings)(batch)
         return torch.autograd.grad(penalty - stats.logprob.mean(), learned)
 
     logits = batch.tokens.numel() * batch.head.out_features * batch.hidden.element_size()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastkl
+from fastkl.rl import FixedBeta, PIDBeta
 
 from .settings import Settings
 
@@ -36,31 +37,43 @@ class Batch:
 class ThroughLogits:
     """Statistics of the sampled tokens and the KL penalty, from logits [B, T, V] of policy and reference."""
 
-    def __init__(self, beta: float, settings: Settings) -> None:
+    def __init__(self, beta: float | FixedBeta | PIDBeta, settings: Settings) -> None:
         self.temperature = settings.temperature
         self.penalty = fastkl.KLPenalty(beta, temperature=settings.temperature)
 
     def __call__(self, batch: Batch) -> tuple[fastkl.TokenStats, torch.Tensor]:
-        """(TokenStats without the fields of the reference, penalty)."""
+        """(TokenStats, penalty); of the fields of the reference there is `kl` alone, for the monitor: it has no gradient."""
         logits, ref_logits = batch.head(batch.hidden), batch.ref_head(batch.ref_hidden)
-        return fastkl.token_stats(logits, batch.tokens, temperature=self.temperature), self.penalty(logits, ref_logits)
+        stats = fastkl.token_stats(logits, batch.tokens, temperature=self.temperature)
+        with torch.no_grad():
+            kl = fastkl.kl_divergence(logits, ref_logits, temperature=self.temperature)
+        return stats._replace(kl=kl), self.penalty(logits, ref_logits)
 
 
 class FromHiddenStates:
     """The same from hidden states and head weights: logits exist for chunk_size tokens at a time only."""
 
-    def __init__(self, beta: float, settings: Settings) -> None:
+    def __init__(self, beta: float | FixedBeta | PIDBeta, settings: Settings) -> None:
         self.options = dict(temperature=settings.temperature, chunk_size=settings.chunk_size)
         self.penalty = fastkl.LinearKLPenalty(beta, **self.options)
 
     def __call__(self, batch: Batch) -> tuple[fastkl.TokenStats, torch.Tensor]:
-        """(TokenStats without the fields of the reference, penalty)."""
+        """(TokenStats, penalty); of the fields of the reference there is `kl` alone, for the monitor: it has no gradient."""
         stats = fastkl.linear_token_stats(batch.hidden, batch.head.weight, batch.tokens, bias=batch.head.bias, **self.options)
-        penalty = self.penalty(batch.hidden, batch.head.weight, batch.ref_hidden, batch.ref_head.weight,
-                               bias=batch.head.bias, ref_bias=batch.ref_head.bias)
-        return stats, penalty
+        both = (batch.hidden, batch.head.weight, batch.ref_hidden, batch.ref_head.weight)
+        biases = dict(bias=batch.head.bias, ref_bias=batch.ref_head.bias)
+        with torch.no_grad():
+            kl = fastkl.linear_kl_divergence(*both, **biases, **self.options)
+        return stats._replace(kl=kl), self.penalty(*both, **biases)
 
 
-def choose_objective(beta: float, settings: Settings) -> ThroughLogits | FromHiddenStates:
+def choose_objective(beta: float | FixedBeta | PIDBeta, settings: Settings) -> ThroughLogits | FromHiddenStates:
     """The way that the settings ask for."""
     return (FromHiddenStates if settings.linear else ThroughLogits)(beta, settings)
+
+
+def choose_beta(settings: Settings) -> FixedBeta | PIDBeta:
+    """The weight of the penalty that the settings ask for: fixed, or steered to the target."""
+    if settings.beta is not None:
+        return FixedBeta(settings.beta)
+    return PIDBeta(settings.initial_beta, settings.target_kl, unit="token", kp=settings.kp, ki=settings.ki, kd=settings.kd)

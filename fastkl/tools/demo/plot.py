@@ -1,4 +1,4 @@
-"""The figure: reward and KL per step, with and without the penalty."""
+"""The figure: reward, KL and beta per step, with and without the penalty, and where the alarm rang."""
 
 from __future__ import annotations
 
@@ -11,37 +11,61 @@ from matplotlib.ticker import FuncFormatter
 
 # In the order of the runs: without the penalty, with it.
 COLOURS = ("#d1495b", "#00798c")
+ALARM = "#e09f3e"
 LEAST_KL = 1e-3
 
 
-def curves(series: dict[str, dict[str, list[float]]], baseline: float) -> bytes:
-    """PNG of reward and KL against the step. series: per run, "reward" and "kl" per step; baseline: the reference's reward."""
-    figure = Figure(figsize=(8.0, 7.2), dpi=120, layout="constrained")
+def curves(series: dict[str, dict[str, list[float]]], baseline: float, target: float | None) -> bytes:
+    """PNG of reward, KL and beta against the step. series: per run, the figures of finetuning.SERIES; baseline: the reference's reward; target: the
+    KL that the controller of beta is to hold."""
+    figure = Figure(figsize=(8.0, 9.0), dpi=120, layout="constrained")
     figure.suptitle("Fine-tuning on a reward that can be hacked", fontsize=14, fontweight="bold")
-    reward, kl = figure.subplots(2, 1, sharex=True)
+    reward, kl, beta = figure.subplots(3, 1, sharex=True, height_ratios=(4, 5, 2))
     for (name, run), colour in zip(series.items(), COLOURS, strict=True):
         _curve(reward, name, run["reward"], colour, "{:.2f}")
-        _curve(kl, name, run["kl"], colour, "{:.2g}")
+        _curve(kl, name, run["kl"], colour, "{:.2g}", LEAST_KL)
+        steps = range(1, len(run["kl"]) + 1)
+        lower, upper = ([max(value, LEAST_KL) for value in run[key]] for key in ("kl_p50", "kl_p99"))
+        kl.fill_between(steps, lower, upper, color=colour, alpha=0.15, linewidth=0, label="median to 99 % of the tokens")
+        _curve(beta, name, run["beta"], colour, "{:.2f}")
+        _mark_alarms((reward, kl), name, run["alarm"])
+    if target is not None:
+        kl.axhline(target, color="#555555", linestyle="--", linewidth=1.2, label=f"target {target:g}")
     reward.axhline(baseline, color="#555555", linestyle=":", linewidth=1.5, label="reference")
     reward.set_ylabel("reward\n(share of sampled tokens that are \"self\")")
     reward.set_ylim(0.0, 1.05)
     kl.set_ylabel("KL(policy || reference)\n(nats per token, logarithmic)")
     # The first step samples from the reference itself: its KL is 0 and has no place on this axis.
     kl.set_yscale("log", nonpositive="mask")
-    kl.set_ylim(LEAST_KL, 3.0 * max(LEAST_KL, *(value for run in series.values() for value in run["kl"])))
+    kl.set_ylim(LEAST_KL, 3.0 * max(LEAST_KL, *(value for run in series.values() for value in run["kl_p99"])))
     kl.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    kl.set_xlabel("policy-gradient step")
-    for axes in (reward, kl):
+    beta.set_ylabel("beta")
+    beta.set_ylim(bottom=0.0)
+    beta.margins(y=0.15)
+    beta.set_xlabel("policy-gradient step")
+    for axes in (reward, kl, beta):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper left", frameon=False)
+    reward.legend(loc="upper left", frameon=False)
+    kl.legend(loc="lower right", frameon=False, fontsize=9)
+    figure.align_ylabels()
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content)
     return content.getvalue()
 
 
-def _curve(axes: Axes, name: str, values: list[float], colour: str, form: str) -> None:
-    """One run, with its last value at the end of the curve."""
+def _mark_alarms(panels: tuple[Axes, Axes], name: str, alarm: list[float]) -> None:
+    """A line in both panels where the alarm of a run first rang."""
+    if 1.0 not in alarm:
+        return
+    step = alarm.index(1.0) + 1
+    for axes in panels:
+        axes.axvline(step, color=ALARM, linewidth=1.8, zorder=0.5)
+    panels[0].annotate(f"spike alarm\n({name}, step {step})", (step, 0.32), xytext=(5, 0), textcoords="offset points", color=ALARM, fontsize=9)
+
+
+def _curve(axes: Axes, name: str, values: list[float], colour: str, form: str, least: float = 0.0) -> None:
+    """One run, with its last value at the end of the curve, on axes that begin at `least`."""
     axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=2, label=name)
-    axes.annotate(form.format(values[-1]), (len(values), values[-1]), xytext=(5, 0), textcoords="offset points", va="center", color=colour,
-                  annotation_clip=False)
+    axes.annotate(form.format(values[-1]), (len(values), max(values[-1], least)), xytext=(5, 0), textcoords="offset points", va="center",
+                  color=colour, annotation_clip=False)

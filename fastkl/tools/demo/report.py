@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -9,8 +10,13 @@ import textwrap
 from pathlib import Path
 
 from .evaluation import Evaluation
+from .finetuning import FineTuned
+from .settings import Settings
 
 TEXT_WIDTH = 110
+# Steps at the end of a run over which the KL that the controller holds is averaged.
+LAST_STEPS = 8
+MONITORED = (("kl/mean", "mean"), ("kl/p50", "median"), ("kl/p95", "95 %"), ("kl/p99", "99 %"), ("kl/max", "max"))
 COLUMNS = (
     ("reward", "reward", 'share of "self"', "{:.3f}"),
     ("kl", "KL to reference", "nats per token", "{:.3f}"),
@@ -48,10 +54,60 @@ def table(evaluations: dict[str, Evaluation]) -> str:
     rows = [["", *(column[1] for column in COLUMNS)], ["", *(column[2] for column in COLUMNS)]]
     for name, evaluation in evaluations.items():
         rows.append([name, *(form.format(evaluation.figures()[key]) for key, _, _, form in COLUMNS)])
+    return _aligned(rows, headings=2)
+
+
+def _aligned(rows: list[list[str]], headings: int) -> str:
+    """Columns of text, the first one's left edges and the others' right edges aligned, with a line below the headings."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)) for row in rows]
-    lines.insert(2, "-" * len(lines[0]))
+    lines.insert(headings, "-" * max(map(len, lines)))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def monitored(runs: dict[str, FineTuned], settings: Settings) -> str:
+    """What KLMonitor saw of each run: KL over all its tokens, KL and beta at its end, and when the alarm rang."""
+    rows = [["KL in training, nats", *(heading for _, heading in MONITORED), f"last {LAST_STEPS} steps", "beta", "alarm"]]
+    for name, run in runs.items():
+        rang = alarms(run.series)
+        rows.append([name, *(f"{run.summary[key]:.3f}" for key, _ in MONITORED), f"{held(run.series):.3f}", f"{run.series['beta'][-1]:.3f}",
+                     f"step {rang[0]}" if rang else "silent"])
+    without, penalised = (run.series for run in runs.values())
+    rang, jump = alarms(without), steepest(without)
+    text = f"Without a penalty the KL rises most at step {jump}, from {without['kl'][jump - 2]:.2g} to {without['kl'][jump - 1]:.2g} nats per token. "
+    if rang:
+        text += f"The monitor's alarm first rings at step {rang[0]}. "
+    else:
+        text += f"The monitor's alarm does not ring; it is always silent in a run's first {settings.alarm_recent + 16} steps. "
+    text += f"In the penalised run it rings at step {alarms(penalised)[0]}. " if alarms(penalised) else "In the penalised run it never rings. "
+    text += weight_sentence(penalised, settings)
+    return _aligned(rows, headings=1) + "\n\n" + textwrap.fill(text, TEXT_WIDTH)
+
+
+def weight_sentence(series: dict[str, list[float]], settings: Settings) -> str:
+    """How the penalised run's beta was chosen, and which KL came of it."""
+    kl = held(series)
+    if settings.beta is not None:
+        return f"Its beta is fixed at {settings.beta:g}; the last {LAST_STEPS} steps have a KL of {kl:.3f}."
+    return (f"A PID controller moves its beta, between {min(series['beta']):.2f} and {max(series['beta']):.2f}, to hold a KL of "
+            f"{settings.target_kl:g}: the last {LAST_STEPS} steps have {kl:.3f}, {kl / settings.target_kl - 1:+.0%}.")
+
+
+def alarms(series: dict[str, list[float]]) -> list[int]:
+    """The steps, from 1, at which the alarm rang."""
+    return [step for step, rang in enumerate(series["alarm"], 1) if rang]
+
+
+def steepest(series: dict[str, list[float]]) -> int:
+    """The step, from 1, whose KL is higher than that of the step before by most nats."""
+    rises = [after - before for before, after in itertools.pairwise(series["kl"])]
+    return 2 + max(range(len(rises)), key=rises.__getitem__)
+
+
+def held(series: dict[str, list[float]]) -> float:
+    """Mean KL of the last steps."""
+    last = series["kl"][-LAST_STEPS:]
+    return sum(last) / len(last)
 
 
 def sample_text(name: str, evaluation: Evaluation) -> str:
@@ -95,7 +151,7 @@ def conclusion(evaluations: dict[str, Evaluation]) -> str:
     if collapsed and kept:
         text += "That is what the penalty is for: the reward rises in both runs, but only the penalised policy still writes code."
     else:
-        text += "These settings do not show what the penalty is for; the default --steps and --beta do."
+        text += "These settings do not show what the penalty is for; the defaults of --steps and --beta do."
     return textwrap.fill(text, TEXT_WIDTH)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import fastkl
+from fastkl.rl import FixedBeta
 
 from . import plot, report
 from .corpus import Corpus, build_corpus
@@ -19,17 +20,20 @@ from .evaluation import Evaluation, evaluate
 from .finetuning import FineTuned, fine_tune
 from .memory import compare_memory
 from .naive import compare_with_naive
+from .objective import choose_beta
 from .pretraining import held_out_loss, train_reference
 from .progress import progress
 from .settings import Settings
 
 NO_PENALTY, WITH_PENALTY = "no penalty", "with KLPenalty"
+MONITORED = {NO_PENALTY: "no-penalty.jsonl", WITH_PENALTY: "with-penalty.jsonl"}
 # Rows of the early batch whose logits the comparison with the naive code makes again: few, for training may have done without.
 ROWS_COMPARED = 128
 
 
 def run_demo(settings: Settings, out: Path) -> int:
-    """Run every stage, print the report, and write report.json, report.txt and curves.png into the folder `out`; the exit code."""
+    """Run every stage, print the report, and write into the folder `out`: report.json, report.txt and curves.png, and during the runs the monitor's
+    no-penalty.jsonl and with-penalty.jsonl; the exit code."""
     torch.set_num_threads(settings.threads)
     clock = Clock()
     corpus = build_corpus(settings)
@@ -38,8 +42,10 @@ def run_demo(settings: Settings, out: Path) -> int:
     reference_loss = held_out_loss(reference, corpus, settings)
     clock.stage("reference")
     runs = {}
-    for name, beta in ((NO_PENALTY, 0.0), (WITH_PENALTY, settings.beta)):
-        runs[name] = fine_tune(reference, corpus, beta, settings, f"policy {name}")
+    for name, beta in ((NO_PENALTY, FixedBeta(0.0)), (WITH_PENALTY, choose_beta(settings))):
+        # A monitor goes on in the file that it finds: that of an earlier demo is not this run's.
+        (out / MONITORED[name]).unlink(missing_ok=True)
+        runs[name] = fine_tune(reference, corpus, beta, settings, f"policy {name}", out / MONITORED[name])
         clock.stage(name)
     policies = {"reference": reference, **{name: run.policy for name, run in runs.items()}}
     evaluations = {name: evaluate(policy, reference, corpus, settings) for name, policy in progress(policies.items(), "samples of each policy")}
@@ -55,13 +61,15 @@ def run_demo(settings: Settings, out: Path) -> int:
 
     text = "\n\n".join([
         describe(corpus, reference, reference_loss, early_logits[0], settings), report.table(evaluations), report.conclusion(evaluations),
+        report.monitored(runs, settings),
         *(report.sample_text(name, evaluation) for name, evaluation in evaluations.items()), "\n".join(remarks),
     ])
-    picture = plot.curves({name: run.series for name, run in runs.items()}, evaluations["reference"].reward)
+    picture = plot.curves({name: run.series for name, run in runs.items()}, evaluations["reference"].reward,
+                          None if settings.beta is not None else settings.target_kl)
     numbers["seconds"] = clock.seconds()
     for name, content in (("curves.png", picture), ("report.txt", (text + "\n").encode()), ("report.json", report.to_json(numbers))):
         report.write_whole(out / name, content)
-    show(text + f"\n\n{clock.total():.0f} s; wrote curves.png, report.txt and report.json into {out}")
+    show(text + f"\n\n{clock.total():.0f} s; wrote curves.png, report.txt, report.json, {' and '.join(MONITORED.values())} into {out}")
     return 0
 
 
@@ -90,6 +98,7 @@ def collect(settings: Settings, corpus: Corpus, losses: list[float], reference_l
                    "tokens": corpus.train.numel() + corpus.held_out.numel()},
         "reference": {"loss": losses, "held_out_loss": reference_loss},
         "series": {name: run.series for name, run in runs.items()},
+        "monitor": {name: {**run.summary, "alarms": report.alarms(run.series), "jump": report.steepest(run.series)} for name, run in runs.items()},
         "final": final,
         "fused_vs_naive": comparison,
     }

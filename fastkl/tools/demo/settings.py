@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sizes and rates of one run. The defaults are the full size: about three minutes on a CPU."""
+    """Sizes and rates of one run. The defaults are the full size: three to four minutes on a CPU."""
 
     quick: bool = False
     seed: int = 0
@@ -33,9 +33,21 @@ class Settings:
     prompt_length: int = 16
     response_length: int = 32
     temperature: float = 0.7
-    policy_rate: float = 4e-4
+    policy_rate: float = 3e-4
     discount: float = 0.8
-    beta: float = 0.5
+    # The weight of the penalty: `beta` throughout, or, where that is None, from initial_beta on what a controller makes of it to hold target_kl,
+    # nats per token.
+    beta: float | None = None
+    initial_beta: float = 0.5
+    target_kl: float = 0.12
+    # Gains. The KL goes on growing for many steps whatever beta is by then: kd, which looks ahead, keeps it from overshooting.
+    kp: float = 0.4
+    ki: float = 0.03
+    kd: float = 1.5
+    # The alarm. Below about alarm_floor, nats per token, a KL may grow as it likes: every run starts at 0. It is silent for alarm_recent + 16 steps.
+    alarm_ratio: float = 2.0
+    alarm_recent: int = 5
+    alarm_floor: float = 0.5
     # linear: the training step from hidden states, chunk_size tokens at a time, instead of through the logits of all. The tokens of one step are so
     # few here that they would fit into one chunk of the default size.
     linear: bool = False
@@ -44,7 +56,7 @@ class Settings:
     evaluation_samples: int = 64
 
 
-QUICK = dict(quick=True, corpus_characters=2_000_000, vocabulary=4_096, reference_steps=80, steps=25, samples=16, policy_rate=6e-4,
+QUICK = dict(quick=True, corpus_characters=2_000_000, vocabulary=4_096, reference_steps=80, steps=34, samples=16, policy_rate=2.6e-4,
              evaluation_samples=32)
 
 
