@@ -306,8 +306,11 @@ def spoil(files, folder, how):
         tokenizer = make_tokenizer()
         tokenizer.add_tokens(["<|new|>"])
         tokenizer.save_pretrained(target)
-    elif how == "normalizer":
+    elif how in ("normalizer", "moved"):
         tokenizer = json.loads((target / "tokenizer.json").read_text(encoding="utf-8"))
+        ids = tokenizer["model"]["vocab"]
+        if how == "moved":
+            ids["!"], ids["%"] = ids["%"], ids["!"]
         tokenizer["normalizer"] = {"type": "NFD"}
         (target / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     elif how == "tokenless":
@@ -337,6 +340,7 @@ def spoil(files, folder, how):
 
 @pytest.mark.parametrize("how, expected", {
     "token": "MODEL_B: expected the tokenizer of MODEL_A, got another; tokens: 1 only in B ('<|new|>': 300);",
+    "moved": "MODEL_B: expected the tokenizer of MODEL_A, got another; tokens: 2 with another id (",
     "normalizer": "MODEL_B: expected the tokenizer of MODEL_A, got other tokens for the same text: number ",
     "begin": "MODEL_B: expected the tokenizer of MODEL_A, got other tokens for the same text: number 1 of ",
     "tokenless": "MODEL_B: expected a folder with a tokenizer, got ",

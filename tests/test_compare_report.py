@@ -39,7 +39,7 @@ def filled(tmp_path, monkeypatch):
         made.documents.append(store.Document(name, start, start + 1, made.count))
         values = np.zeros(len(content) - 1, store.VALUES)
         for column in FLOATS:
-            values[column] = generator.exponential(size=len(values)) * (-1 if column.startswith(("logprob", "top")) else 1)
+            values[column] = generator.exponential(size=len(values)).round(1) * (-1 if column.startswith(("logprob", "top")) else 1)
         values["scored"], values["top_a"], values["top_b"] = 1, generator.integers(3, size=len(values)), generator.integers(3, size=len(values))
         made.write(start + 1, values)
     yield made
@@ -367,12 +367,12 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     def parts():
         yield "half"
         raise RuntimeError
-
     with pytest.raises(RuntimeError):
         run.write_whole(target, parts())
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
+    before = target.stat().st_ino
     run.write_whole(target, ["after", "wards"])
-    assert target.read_text() == "afterwards" and list(tmp_path.iterdir()) == [target]
+    assert target.read_text() == "afterwards" and target.stat().st_ino != before and list(tmp_path.iterdir()) == [target]
 
 
 # ---- the command line

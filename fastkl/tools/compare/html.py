@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from html import escape
 
@@ -15,7 +16,8 @@ CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | 
 STYLE = """
 :root{color-scheme:light}body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.15rem}h2{font-size:1rem;margin:2rem 0 .5rem}.lead{font-size:1.25rem;line-height:1.4}
-table{border-collapse:collapse;margin:.5rem 0}td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #ddd;font-weight:normal}
+table{border-collapse:collapse;margin:.5rem 0}
+td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #ddd;font-weight:normal;white-space:nowrap}
 th{color:#666}td:first-child,td:has(span){text-align:left}.text,#tip{font-family:ui-monospace,monospace;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
 div.text{line-height:1.7;border:1px solid #ddd;padding:.7rem}b{font-weight:normal;border-radius:2px}b:target,b:hover{outline:2px solid #225}
 b.n::before{content:"\\21B5"}b.e::before{content:"\\00B7"}.k7,.k8{color:#fff}.u{color:#999}
@@ -65,8 +67,8 @@ def _tables(report: dict) -> Iterator[str]:
     yield "<h2>Tokens by KL(A‖B)</h2>\n"
     yield _table([["", "KL", "A expects", "B expects", ""]],
                  [[_link(entry), f"{entry['kl_ab']:.3g}", *(clean(expected(entry, letter)) for letter in "ab"),
-                   f'<span class="text">{clean(visible(entry["before"])[-60:])}<b class="k{scale.level(entry["kl_ab"])}">'
-                   f'{clean(visible(entry["token"]))}</b>{clean(visible(entry["after"])[:40])}</span>'] for entry in report["top"]])
+                   f'<span class="text">{clean(visible(entry["before"])[-50:])}<b class="k{scale.level(entry["kl_ab"])}">'
+                   f'{clean(visible(entry["token"]))}</b>{clean(visible(entry["after"])[:30])}</span>'] for entry in report["top"]])
 
 
 def _table(head: list[list[str]], rows: list[list[str]]) -> str:
@@ -94,6 +96,6 @@ def _tokens(store: Store, document: Document, scale: Scale, anchors: set[int], l
                 continue
             mark = " n" if "\n" in text else "" if text else " e"
             numbers = " ".join(f"{float(value[name]):.3g}" for name in SHOWN)
-            a, b = (clean(f"{quoted(label(int(value[f'top_{letter}'])))} {float(value[f'top_logprob_{letter}']):.2f}") for letter in "ab")
+            a, b = (clean(f"{quoted(label(int(value[f'top_{letter}'])))} {math.exp(value[f'top_logprob_{letter}']):.0%}") for letter in "ab")
             yield (f'<b class="k{scale.level(float(value["kl_ab"]))}{mark}"{anchor} data-v="{numbers}" data-a="{a}" data-b="{b}">'
                    f"{clean(text)}</b>")
