@@ -66,8 +66,8 @@ def head(prefix: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     for other, value in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert one with .to(), or use torch.autocast")
-        if value is not None and value.device != hidden.device:
-            raise ValueError(f"{other}: expected the device of {name}, {hidden.device}, got {value.device}; move one with .to()")
+        if value is not None:
+            same_device(other, value, name, hidden)
 
 
 def second_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ref_hidden: torch.Tensor | None,
@@ -89,10 +89,7 @@ def second_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     if not shared and ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"ref_weight: expected the {weight.shape[0]} rows of weight, got {ref_weight.shape[0]}; slice a padded vocabulary to the "
                          f"shared one: weight[:V]")
-    if ref_hidden.device != hidden.device:
-        raise ValueError(f"ref_hidden: expected the device of hidden, {hidden.device}, got {ref_hidden.device}; move one with .to()")
-    if (ref_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
-        raise TypeError(f"ref_hidden: expected float64 like hidden or neither, got {ref_hidden.dtype} and {hidden.dtype}; convert one with .to()")
+    same_device_and_precision("ref_hidden", ref_hidden, "hidden", hidden)
 
 
 def reference_given(ref_hidden: torch.Tensor | None) -> None:
@@ -140,8 +137,18 @@ def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
     if value.shape != other.shape:
         hint = "slice the padded vocabulary to the shared one" if value.shape[:-1] == other.shape[:-1] else "align the batch and time dimensions"
         raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}; {hint}")
+    same_device_and_precision(name, value, other_name, other)
+
+
+def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """A tensor on the device of another."""
     if value.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}; move one with .to()")
+
+
+def same_device_and_precision(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Two tensors on the same device, both float64 or neither."""
+    same_device(name, value, other_name, other)
     if (value.dtype == torch.float64) != (other.dtype == torch.float64):
         raise TypeError(f"{name}: expected float64 like {other_name} or neither, got {value.dtype} and {other.dtype}; convert one with .to()")
 

@@ -157,10 +157,7 @@ def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | 
         if value.shape != logprob.shape:
             raise ValueError(f"{name}: expected the shape of logprob, {tuple(logprob.shape)}, one entry per token, got {tuple(value.shape)}; "
                              f"align the batch and time dimensions")
-        if value.device != logprob.device:
-            raise ValueError(f"{name}: expected the device of logprob, {logprob.device}, got {value.device}; move one with .to()")
-        if (value.dtype == torch.float64) != (logprob.dtype == torch.float64):
-            raise TypeError(f"{name}: expected float64 like logprob or neither, got {value.dtype} and {logprob.dtype}; convert one with .to()")
+        _checks.same_device_and_precision(name, value, "logprob", logprob)
         if name == "old_logprob" and value.requires_grad:
             raise ValueError("old_logprob: expected log-probabilities without gradient, of the policy as it was when it sampled, got a tensor that "
                              "requires grad; pass old_logprob.detach(), or None for tokens sampled from the policy as it is now")

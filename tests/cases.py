@@ -203,3 +203,16 @@ def fuse_multiply_adds() -> None:
         return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_fma = create_fma
+
+
+def captured(call) -> tuple:
+    """(CUDA graph of call(), its results): once outside, so that everything is compiled and allocated, then captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results

@@ -1,7 +1,6 @@
 """`fastkl compare` without transformers: from hidden states to values, what lies on disk, how a text is cut, the terminal and the page."""
 
 import html.parser
-import json
 import math
 import random
 import re
@@ -15,7 +14,7 @@ np = pytest.importorskip("numpy")
 import fastkl  # noqa: E402
 from fastkl.tools import cli  # noqa: E402
 from fastkl.tools.compare import html as page  # noqa: E402
-from fastkl.tools.compare import loading, measure, report, run, store, summary, text  # noqa: E402
+from fastkl.tools.compare import loading, measure, report, store, summary, text  # noqa: E402
 from fastkl.tools.compare.settings import CompareError  # noqa: E402
 
 NASTY = 'naïve 日本語 <script>alert("1")</script> & \x1b[31m\x07 \u202e\'x\'\n\nline\ttwo </div>\n  end'
@@ -307,10 +306,6 @@ def test_colours_rise_with_kl():
     assert levels == sorted(levels) and levels[:2] == [0, 0] and levels[2] == 1 and levels[-1] == len(report.TERMINAL) == len(page.COLOURS)
 
 
-def test_json_has_no_nan():
-    assert json.loads(json.dumps(report.finite({"a": [math.inf, (math.nan, 1.5)]}), allow_nan=False)) == {"a": [None, [None, 1.5]]}
-
-
 # ---- the page
 
 
@@ -358,21 +353,6 @@ def test_page_is_well_formed_and_escaped_and_holds_the_text(filled, by):
     assert [int(attrs["class"].split()[0][1:]) for attrs in coloured] == levels
     assert len(parser.links) >= 5 and {link[1:] for link in parser.links} <= parser.ids
     assert "http:" not in written and "https:" not in written and " src=" not in written  # nothing beside itself
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "x.html"
-    target.write_text("before")
-
-    def parts():
-        yield "half"
-        raise RuntimeError
-    with pytest.raises(RuntimeError):
-        run.write_whole(target, parts())
-    assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
-    before = target.stat().st_ino
-    run.write_whole(target, ["after", "wards"])
-    assert target.read_text() == "afterwards" and target.stat().st_ino != before and list(tmp_path.iterdir()) == [target]
 
 
 # ---- the command line

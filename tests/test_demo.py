@@ -249,23 +249,6 @@ def test_beta_is_fixed_where_the_command_line_says_so():
     assert (steered.beta, steered.target) == (Settings().initial_beta, Settings().target_kl)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    from fastkl.tools.demo.report import write_whole
-
-    path = tmp_path / "report.txt"
-    write_whole(path, b"old")
-    with pytest.raises(TypeError):
-        write_whole(path, "text where bytes are expected")
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["report.txt"]
-
-
-def test_a_number_that_is_not_finite_becomes_null():
-    from fastkl.tools.demo.report import to_json
-
-    assert json.loads(to_json({"a": [math.inf, 1.0], "b": math.nan})) == {"a": [None, 1.0], "b": None}
-
-
 # ---- from hidden states
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
+import cases
 import pytest
 import test_linear_costs as costs
 import torch
@@ -66,14 +67,7 @@ def test_no_synchronisation(kind, dtype) -> None:
 def test_cuda_graph(kind) -> None:
     """Captured once and replayed on other data, with eager's bits."""
     made, other = inputs("cuda", seed=0), inputs("cuda", seed=1)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(made, kind)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step(made, kind)
+    graph, results = cases.captured(lambda: step(made, kind))
     expected = [value.detach().clone() for value in step(other, kind)]
     with torch.no_grad():
         for name, value in made.items():

@@ -118,9 +118,12 @@ def test_float16_gradients_do_not_overflow(implementation, temperature) -> None:
         wide = [value.double().requires_grad_() for value in (hidden, weight)]
         with fastkl.use_backend("reference"):
             exact = fastkl.linear_kl_divergence(*wide, ref_hidden.double(), reduction=reduction, temperature=temperature)
-        for got, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(exact, wide), strict=True):
-            # Rounded logits over a temperature of 0.05 are off by 0.1 and more: the size is what is looked at.
-            assert bool(got.isfinite().all()) and float((got.double() - expected).norm() / expected.norm()) < 0.5
+        plain = [value.clone().requires_grad_() for value in (hidden, weight)]
+        log_p, log_q = ((states @ plain[1].t()).float().div(temperature).log_softmax(-1) for states in (plain[0], ref_hidden))
+        usual = (log_p.exp() * (log_p - log_q)).sum() / (len(hidden) if reduction == "mean" else 1)
+        for got, same, expected in zip(*(torch.autograd.grad(*pair) for pair in ((loss, leaves), (usual, plain), (exact, wide))), strict=True):
+            # Beside plain torch in float16, whose logits are rounded as these are.
+            assert float((got.double() - expected).norm()) <= 1.5 * float((same.double() - expected).norm())
 
 
 @pytest.mark.parametrize("name", ["weights", "mask"])

@@ -292,14 +292,7 @@ def test_no_grad(implementation) -> None:
 def test_cuda_graph(vocabulary) -> None:
     """Forward and backward are captured once and replayed on other data, with eager's bits."""
     data, other = (inputs("cuda", (2, 5), vocabulary, seed=seed) for seed in (0, 1))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        outcome(stats, data)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = outcome(stats, data)
+    graph, results = cases.captured(lambda: outcome(stats, data))
     expected = [value.clone() for value in outcome(stats, other)]
     with torch.no_grad():
         for name in vars(data):

@@ -10,11 +10,7 @@ import torch
 from .._checks import FLOAT_TYPES, INTEGER_TYPES, _type_name
 from .._checks import choice as choice
 from .._checks import mask as mask
-
-
-def working_dtype(value: torch.Tensor) -> torch.dtype:
-    """float64 for float64 inputs, else float32."""
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
+from .._checks import same_device as same_device
 
 
 def float_tensor(name: str, value: torch.Tensor, what: str) -> None:
@@ -30,12 +26,6 @@ def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -
     if value.shape != other.shape:
         raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}; align the two")
     same_device(name, value, other_name, other)
-
-
-def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """A tensor on the device of another."""
-    if value.device != other.device:
-        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}; move one with .to()")
 
 
 def per_token_or_sequence(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, remedy: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 import numbers
 
@@ -13,7 +14,7 @@ UNITS = ("token", "sequence")
 BOUNDS = (1e-6, 1e3)
 
 
-class _Controller:
+class _Controller(abc.ABC):
     """What all controllers share: beta, the checks of an update, and the state."""
 
     _STATE = ("beta",)  # what state_dict holds beside the class and the unit: the attributes of these names with an underscore before
@@ -73,8 +74,9 @@ class _Controller:
         """An entry of a state, if it may be one."""
         return _number(f"state[{name!r}]", value, least=0.0, remedy="pass what state_dict() returned")
 
+    @abc.abstractmethod
     def _advance(self, kl: float, n: float) -> None:
-        raise NotImplementedError
+        """Set _beta from a checked KL."""
 
 
 class FixedBeta(_Controller):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._rows import result_dtype
 from ..estimators import estimate_kl, sampled_kl_loss
 from . import _checks
 
@@ -180,7 +181,7 @@ def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Ten
     for name, value in (("chosen", chosen), ("rejected", rejected), ("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
         _checks.float_tensor(name, value, "log-probabilities of responses [B]")
         _checks.like(name, value, "chosen", chosen)
-    dtype = _checks.working_dtype(chosen)
+    dtype = result_dtype(chosen)
     chosen_reward = beta * (chosen.to(dtype) - ref_chosen.detach().to(dtype))
     rejected_reward = beta * (rejected.to(dtype) - ref_rejected.detach().to(dtype))
     margin = chosen_reward - rejected_reward
@@ -232,7 +233,7 @@ def _prepare(logprob: torch.Tensor, old_logprob: torch.Tensor | None, advantages
     advantages = advantages if advantages.shape == logprob.shape else advantages[..., None].expand(logprob.shape)
     mask = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
     old_logprob = logprob.detach() if old_logprob is None else old_logprob
-    dtype = _checks.working_dtype(logprob)
+    dtype = result_dtype(logprob)
     return *(_counted(value, mask, dtype) for value in (logprob, old_logprob, advantages)), mask
 
 

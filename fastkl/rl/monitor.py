@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._rows import result_dtype
 from . import _checks
 from .spikes import SpikeDetector, check_state
 
@@ -246,7 +247,7 @@ def _measure(kl: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor | 
     averages = [(value.masked_fill(~counts, 0).sum(dtype=torch.float64) / tokens if value.shape == kl.shape else value.double().mean())
                 for value in tensors.values()]
     # One more token, which does not count: then there is always one to look at.
-    kl = torch.cat([kl.reshape(-1).to(_checks.working_dtype(kl)), kl.new_zeros(1, dtype=_checks.working_dtype(kl))])
+    kl = torch.cat([kl.reshape(-1).to(result_dtype(kl)), kl.new_zeros(1, dtype=result_dtype(kl))])
     counts, place = (torch.cat([value.reshape(-1), value.new_zeros(1)]) for value in (counts, place))
     finite = counts & kl.isfinite()
     numbers = counts & ~kl.isnan()

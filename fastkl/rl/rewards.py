@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from .._rows import result_dtype
 from . import _checks
 
 
@@ -59,7 +60,7 @@ def shape_rewards(scores: torch.Tensor, kl: torch.Tensor, beta: float | torch.Te
         raise ValueError("kl: expected per-token values with at least one dimension, got a scalar")
     _checks.mask(mask, kl.shape, kl.device)
     beta = _checks.beta(beta, "kl", kl)
-    dtype = _checks.working_dtype(kl)
+    dtype = result_dtype(kl)
     kl, scores = kl.detach().to(dtype), scores.detach().to(dtype)
     counts = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
     if cu_seqlens is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fastkl.rl import read_jsonl
+
+from .files import write_whole
 
 REWARD, KL, BETA, SPIKE = "#3d5a80", "#00798c", "#7d5ba6", "#d1495b"
 # The logarithmic axis of the KL reaches at most this far down from its largest figure.
@@ -36,12 +37,7 @@ def plot_run(source: Path, out: Path) -> str:
     """
     run = read_run(source)
     content = picture(run, source.name)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(out, content)
     return describe(run)
 
 

@@ -134,15 +134,6 @@ def table(rows: list[list[str]], left: int = 0, width: int = 0) -> list[str]:
     return [line if not width or len(line) <= width else line[:width - 1] + "…" for line in lines]
 
 
-def finite(value):
-    """The same with null for every number that is not finite, which every reader of JSON takes."""
-    if isinstance(value, dict):
-        return {name: finite(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def quoted(token: str) -> str:
     """A token between quotes, so that its spaces can be seen."""
     return f"'{visible(token)[:24]}'"

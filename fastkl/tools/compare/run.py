@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ import torch
 
 import fastkl
 
+from ..files import json_text, write_whole
 from . import html, loading, report, summary
 from .measure import Pass, measure
 from .settings import DEFAULT_CONTEXT, CompareError, Settings
@@ -37,7 +37,7 @@ def run_compare(settings: Settings, color: bool | None = None) -> int:
             tokenizer, result = compare(settings, store)
             result["seconds"] = time.perf_counter() - start
             if settings.json:
-                write_whole(settings.json, [json.dumps(report.finite(result), indent=1, allow_nan=False, ensure_ascii=False), "\n"])
+                write_whole(settings.json, [json_text(result)])
             if settings.html:
                 write_whole(settings.html, html.page(result, store, functools.lru_cache(1 << 16)(tokenizer.label)))
     except OSError as error:
@@ -114,17 +114,6 @@ def check_files(settings: Settings) -> None:
     for option, path in (("--html", settings.html), ("--json", settings.json)):
         if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
             raise CompareError(option, "a file in a folder that can be written to", repr(str(path)), "choose another name")
-
-
-def write_whole(path: Path, parts: Iterable[str]) -> None:
-    """Write a file so that it is either there in full or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            file.writelines(parts)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def progress(title: str, total: int):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
-import os
 import textwrap
-from pathlib import Path
 
 from .evaluation import Evaluation
 from .finetuning import FineTuned
@@ -24,29 +20,6 @@ COLUMNS = (
     ("entropy", "entropy", "nats", "{:.2f}"),
     ("distinct", "distinct tokens", "share per sample", "{:.2f}"),
 )
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either there in full or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def to_json(numbers: dict) -> bytes:
-    """JSON text, sorted as given; a number that is not finite becomes null, which every reader of JSON takes."""
-    return (json.dumps(_finite(numbers), indent=1, allow_nan=False) + "\n").encode()
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(evaluations: dict[str, Evaluation]) -> str:

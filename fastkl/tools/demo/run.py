@@ -14,6 +14,7 @@ import torch
 import fastkl
 from fastkl.rl import FixedBeta
 
+from ..files import json_text, write_whole
 from . import plot, report
 from .corpus import Corpus, build_corpus
 from .evaluation import Evaluation, evaluate
@@ -67,8 +68,8 @@ def run_demo(settings: Settings, out: Path) -> int:
     picture = plot.curves({name: run.series for name, run in runs.items()}, evaluations["reference"].reward,
                           None if settings.beta is not None else settings.target_kl)
     numbers["seconds"] = clock.seconds()
-    for name, content in (("curves.png", picture), ("report.txt", (text + "\n").encode()), ("report.json", report.to_json(numbers))):
-        report.write_whole(out / name, content)
+    for name, content in (("curves.png", picture), ("report.txt", (text + "\n").encode()), ("report.json", json_text(numbers).encode())):
+        write_whole(out / name, content)
     show(text + f"\n\n{clock.total():.0f} s; wrote curves.png, report.txt, report.json, {' and '.join(MONITORED.values())} into {out}")
     return 0
 
