@@ -17,7 +17,7 @@ def read_version() -> str:
     return found.group(1)
 
 
-DEMO = ["tokenizers>=0.20", "matplotlib>=3.8", "tqdm>=4.66"]
+DEMO = ["tokenizers>=0.20", "safetensors>=0.4", "matplotlib>=3.8", "tqdm>=4.66"]
 # `fastkl compare` reads Hugging Face checkpoints.
 COMPARE = ["transformers>=5", "tokenizers>=0.20", "numpy>=1.26", "tqdm>=4.66"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]

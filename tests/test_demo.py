@@ -17,25 +17,19 @@ pytest.importorskip("tqdm")
 image = pytest.importorskip("matplotlib.image")
 
 # After the skips: the demo needs its extra.
+from demo_cases import TINY  # noqa: E402
+
 from fastkl.rl import AdaptiveBeta, FixedBeta, PIDBeta, read_jsonl  # noqa: E402
-from fastkl.tools.demo.corpus import build_corpus  # noqa: E402
-from fastkl.tools.demo.finetuning import fine_tune  # noqa: E402
-from fastkl.tools.demo.memory import allocations  # noqa: E402
-from fastkl.tools.demo.model import LanguageModel  # noqa: E402
 from fastkl.tools.demo.objective import choose_beta  # noqa: E402
-from fastkl.tools.demo.pretraining import start_from_bigrams  # noqa: E402
 from fastkl.tools.demo.run import run_demo  # noqa: E402
-from fastkl.tools.demo.settings import Settings, choose_settings  # noqa: E402
+from fastkl.tools.demo.settings import QUICK_RATE, TUNED, Settings, choose_settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-POLICIES = ["reference", "no penalty", "with KLPenalty"]
+POLICIES = ["reference", "no penalty", "with KL penalty"]
 SERIES = ["reward", "kl", "entropy", "kl_p50", "kl_p95", "kl_p99", "kl_max", "beta", "alarm"]
 FIGURES = ["reward", "kl", "perplexity", "entropy", "distinct", "slow_path"]
 # The budget is 40 s. Of processor time, for what others do on the machine does not count; a slower one takes longer.
 LIMIT_S = 90.0
-# 128 tokens a step, so that the logits of one are larger than any other tensor of the run; the chunks do not divide them.
-TINY = Settings(corpus_characters=200_000, vocabulary=800, width=16, layers=1, heads=2, reference_steps=2, reference_batch=2, steps=4, samples=8,
-                prompt_length=8, response_length=16, evaluation_samples=8, chunk_size=24)
 
 
 def run_cli(*arguments, before=""):
@@ -56,7 +50,7 @@ def demo(tmp_path_factory):
     """(stdout, stderr, folder, seconds) of one quick run."""
     out = tmp_path_factory.mktemp("demo") / "nested" / "run"
     start = processor_seconds()
-    result = run_cli("demo", "--quick", "--device", "cpu", "--out", str(out))
+    result = run_cli("demo", "--quick", "--save-models", "--device", "cpu", "--out", str(out))
     seconds = processor_seconds() - start
     assert result.returncode == 0, result.stderr[-3000:]
     print(f"fastkl demo --quick: {seconds:.0f} s of a budget of 40 s")
@@ -75,7 +69,9 @@ def test_quick_is_quick(demo):
 
 def test_leaves_whole_files_and_nothing_else(demo):
     stdout, _, out, _ = demo
-    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "no-penalty.jsonl", "report.json", "report.txt", "with-penalty.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "models", "no-penalty.jsonl", "report.json", "report.txt",
+                                                           "with-penalty.jsonl"]
+    assert sorted(path.name for path in (out / "models").iterdir()) == ["held-out.txt", "no-penalty", "reference", "with-penalty"]
     assert (out / "report.txt").read_text(encoding="utf-8").splitlines()[0] in stdout
 
 
@@ -96,7 +92,7 @@ def test_json_has_every_number_and_all_are_finite(numbers):
     steps = numbers["configuration"]["steps"]
     for series in numbers["series"].values():
         assert {name: len(values) for name, values in series.items()} == dict.fromkeys(SERIES, steps)
-    assert numbers["configuration"].pop("beta") is None
+    assert numbers["configuration"].pop("beta") is None and numbers["configuration"].pop("max_kl") is None
     found = list(all_numbers(numbers))
     assert len(found) > 100
     assert all(math.isfinite(value) for value in found)
@@ -132,26 +128,26 @@ def test_alarm_rings_at_the_jump_of_the_unpenalised_run_alone(demo, numbers):
     rang = alarm.index(1.0)
     assert jump <= rang <= jump + 5
     assert min(kl[rang:]) > 1.5 * max(kl[:jump])
-    assert sum(numbers["series"]["with KLPenalty"]["alarm"]) == 0
+    assert sum(numbers["series"]["with KL penalty"]["alarm"]) == 0
     assert f"alarm first rings at step {rang + 1}." in " ".join(demo[0].split())
     assert numbers["monitor"]["no penalty"]["alarms"][0] == rang + 1
     assert numbers["monitor"]["no penalty"]["kl/spikes"] == sum(alarm)
-    assert numbers["monitor"]["with KLPenalty"]["alarms"] == []
+    assert numbers["monitor"]["with KL penalty"]["alarms"] == []
     assert abs(numbers["monitor"]["no penalty"]["jump"] - 1 - jump) <= 5
 
 
 def test_penalised_run_ends_at_its_target(demo, numbers):
-    target, series = numbers["configuration"]["target_kl"], numbers["series"]["with KLPenalty"]
+    target, series = numbers["configuration"]["target_kl"], numbers["series"]["with KL penalty"]
     last = sum(series["kl"][-8:]) / 8
     assert 0.8 * target < last < 1.2 * target
-    assert 0.5 * target < numbers["final"]["with KLPenalty"]["kl"] < 2.0 * target
+    assert 0.5 * target < numbers["final"]["with KL penalty"]["kl"] < 2.0 * target
     assert series["beta"][0] == numbers["configuration"]["initial_beta"] and len(set(series["beta"])) > 20
     assert set(numbers["series"]["no penalty"]["beta"]) == {0.0}
     assert f"hold a KL of {target:g}: the last 8 steps have {last:.3f}, " in " ".join(demo[0].split())
 
 
 def test_monitor_leaves_a_line_per_step(demo, numbers):
-    for file, name in (("no-penalty.jsonl", "no penalty"), ("with-penalty.jsonl", "with KLPenalty")):
+    for file, name in (("no-penalty.jsonl", "no penalty"), ("with-penalty.jsonl", "with KL penalty")):
         lines, series = read_jsonl(demo[2] / file), numbers["series"][name]
         assert [line["step"] for line in lines] == list(range(1, numbers["configuration"]["steps"] + 1))
         for key, figure in (("kl", "kl/mean"), ("kl_p50", "kl/p50"), ("kl_p99", "kl/p99"), ("beta", "beta"), ("reward", "reward")):
@@ -182,13 +178,14 @@ def test_prints_a_table_a_sample_of_each_policy_and_progress(demo):
         assert sum(line.startswith(name) for line in stdout.splitlines()) >= 2
     for heading in ("nats per token", "perplexity", "entropy", "distinct tokens"):
         assert heading in stdout
-    for stage in ("BPE tokenizer", "reference", "policy no penalty", "policy with KLPenalty"):
+    for stage in ("BPE tokenizer", "reference", "policy no penalty", "policy with KL penalty"):
         assert stage in stderr
 
 
 @pytest.mark.parametrize("arguments", [
     ["demo", "--nonsense"], ["demo", "--steps", "1"], ["demo", "--steps", "many"], ["demo", "--beta", "-1"], ["demo", "--beta", "nan"],
-    ["demo", "--seed", "-1"], ["demo", "--device", "abacus"], [], ["nonsense"],
+    ["demo", "--seed", "-1"], ["demo", "--device", "abacus"], ["demo", "--algorithm", "reinforce"], ["demo", "--max-kl", "0"],
+    ["demo", "--epochs", "0"], [], ["nonsense"],
 ])
 def test_bad_option_exits_2(arguments, capsys):
     from fastkl.tools.cli import main
@@ -209,7 +206,7 @@ def test_out_that_is_a_file_exits_2(tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", [["tokenizers"], ["matplotlib"], ["tqdm"], ["tokenizers", "tqdm"]])
+@pytest.mark.parametrize("missing", [["tokenizers"], ["safetensors"], ["matplotlib"], ["tqdm"], ["tokenizers", "tqdm"]])
 def test_missing_extra_says_what_to_install(missing, tmp_path):
     result = run_cli("demo", "--quick", "--out", str(tmp_path / "run"), before=f"import sys; sys.modules.update(dict.fromkeys({missing}))")
     assert result.returncode == 2
@@ -219,7 +216,7 @@ def test_missing_extra_says_what_to_install(missing, tmp_path):
 
 
 def test_help_needs_no_extra():
-    result = run_cli("demo", "--help", before="import sys; sys.modules.update(dict.fromkeys(['tokenizers', 'matplotlib', 'tqdm']))")
+    result = run_cli("demo", "--help", before="import sys; sys.modules.update(dict.fromkeys(['tokenizers', 'safetensors', 'matplotlib', 'tqdm']))")
     assert result.returncode == 0
     assert "--quick" in result.stdout and "--linear" in result.stdout
 
@@ -227,18 +224,22 @@ def test_help_needs_no_extra():
 def test_settings_take_what_the_command_line_says():
     assert choose_settings(quick=False, seed=0, device="cpu") == Settings()
     assert Settings().vocabulary >= 16_384
-    chosen = choose_settings(quick=True, seed=3, device="cpu", steps=7, beta=0.5, linear=True)
-    assert (chosen.quick, chosen.seed, chosen.steps, chosen.beta, chosen.linear) == (True, 3, 7, 0.5, True)
+    chosen = choose_settings(quick=True, seed=3, device="cpu", steps=7, beta=0.5, linear=True, algorithm="grpo", epochs=None)
+    assert (chosen.quick, chosen.seed, chosen.steps, chosen.beta, chosen.linear, chosen.algorithm) == (True, 3, 7, 0.5, True, "grpo")
+    assert chosen.policy_rate == QUICK_RATE * TUNED["grpo"]["policy_rate"] and chosen.epochs == 1
 
 
-@pytest.mark.parametrize("linear", [False, True])
-def test_command_line_chooses_the_way(linear, tmp_path, monkeypatch):
+@pytest.mark.parametrize("arguments, settings", [
+    ([], {}), (["--linear"], dict(linear=True)), (["--algorithm", "grpo"], TUNED["grpo"] | dict(algorithm="grpo")),
+    (["--max-kl", "0.05", "--epochs", "2", "--save-models"], dict(max_kl=0.05, epochs=2, save_models=True)),
+])
+def test_command_line_chooses_the_settings(arguments, settings, tmp_path, monkeypatch):
     from fastkl.tools.cli import main
 
     chosen = []
     monkeypatch.setattr("fastkl.tools.demo.run.run_demo", lambda settings, out: chosen.append(settings) or 0)
-    assert main(["demo", "--device", "cpu", "--out", str(tmp_path / "run"), *["--linear"] * linear]) == 0
-    assert chosen == [Settings(linear=linear)]
+    assert main(["demo", "--device", "cpu", "--out", str(tmp_path / "run"), *arguments]) == 0
+    assert chosen == [Settings(**settings)]
 
 
 def test_beta_is_fixed_where_the_command_line_says_so():
@@ -249,49 +250,40 @@ def test_beta_is_fixed_where_the_command_line_says_so():
     assert (steered.beta, steered.target) == (Settings().initial_beta, Settings().target_kl)
 
 
-# ---- from hidden states
+# ---- the models, as checkpoints
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """(reference, corpus) of TINY. The model is in float64, so that any difference between the two ways is one of formulas."""
-    corpus = build_corpus(TINY)
-    torch.manual_seed(0)
-    reference = LanguageModel(corpus.vocabulary, TINY.width, TINY.layers, TINY.heads, TINY.context)
-    start_from_bigrams(reference, corpus.train)
-    return reference.double().requires_grad_(False), corpus
+@torch.no_grad()
+def mean_kls(models: Path, ids: list[int], context: int) -> tuple[float, float]:
+    """KL(reference‖policy) and KL(policy‖reference), the mean over the tokens, in float64 by transformers and torch alone."""
+    from transformers import AutoModelForCausalLM
+
+    inputs = torch.tensor(ids[:-1]).split(context)
+    p, q = (torch.cat([model(window[None]).logits[0].log_softmax(-1) for window in inputs])
+            for model in (AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float64).eval() for name in ("reference", "with-penalty")))
+    return (p.exp() * (p - q)).sum(-1).mean().item(), (q.exp() * (q - p)).sum(-1).mean().item()
 
 
-def tuned(tiny, linear):
-    """One penalised run of TINY."""
-    reference, corpus = tiny
-    return fine_tune(reference, corpus, choose_beta(TINY), dataclasses.replace(TINY, linear=linear), "policy")
+def test_fastkl_compare_reads_the_models(demo, numbers, tmp_path, capsys):
+    """As the last line of the report says, on a shorter text."""
+    transformers = pytest.importorskip("transformers")
+    from fastkl.tools.cli import main
+
+    stdout, models = demo[0], demo[2] / "models"
+    command = stdout.splitlines()[-1].partition("fastkl compare ")[2].split()
+    assert command == [str(models / "reference"), str(models / "with-penalty"), "--text", str(models / "held-out.txt")]
+    text, report, context = tmp_path / "text.txt", tmp_path / "report.json", numbers["configuration"]["context"]
+    text.write_text((models / "held-out.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    assert main(["compare", *command[:3], str(text), "--stride", "0", "--json", str(report), "--device", "cpu"]) == 0
+    found = json.loads(report.read_text(encoding="utf-8"))["summary"]
+    ids = transformers.AutoTokenizer.from_pretrained(models / "reference")(text.read_text(encoding="utf-8")).input_ids
+    expected = mean_kls(models, ids, context)
+    assert found["tokens"] == len(ids) - 1 > 1000
+    assert (found["kl_ab"]["mean"], found["kl_ba"]["mean"]) == pytest.approx(expected, abs=1e-5)
+    assert min(expected) > 1e-3
 
 
-def test_both_ways_give_the_same_curves(tiny):
-    """Rounding is 1e-16 of a value here, and four steps cannot make it 1e-9; a gradient that lacks a term changes KL by more than 1e-4 of it."""
-    direct, linear = (tuned(tiny, way).series for way in (False, True))
-    assert direct["kl"][0] == linear["kl"][0] == 0.0 and min(direct["kl"][1:]) > 0.0
-    assert max(direct["reward"]) > 0.0
-    for name, curve in direct.items():
-        assert linear[name] == pytest.approx(curve, rel=1e-9), name
-
-
-@pytest.mark.parametrize("linear", [False, True])
-def test_from_hidden_states_no_step_makes_logits(tiny, linear):
-    """The largest tensor of the whole run: smaller than the logits of one step; through logits it is not, so the measurement would see them."""
-    logits = TINY.samples * TINY.response_length * tiny[1].vocabulary * 8
-    assert (allocations(lambda: tuned(tiny, linear))["largest"] < logits) == linear
-
-
-def test_allocations_are_counted():
-    """Two tensors of 4000 bytes at once, then one of 8000 alone."""
-    def call():
-        pair = torch.zeros(1000), torch.zeros(1000)
-        del pair
-        return torch.zeros(2000), torch.zeros(25)
-
-    assert allocations(call) == {"peak": 8100, "largest": 8000}
+# ---- small runs
 
 
 def test_report_from_hidden_states(tmp_path, capsys):
@@ -306,9 +298,10 @@ def test_report_from_hidden_states(tmp_path, capsys):
     numbers = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert numbers["configuration"]["linear"] is True
     assert len(read_jsonl(tmp_path / "no-penalty.jsonl")) == TINY.steps
-    assert set(numbers["series"]["with KLPenalty"]["beta"]) == {0.25}
+    assert set(numbers["series"]["with KL penalty"]["beta"]) == {0.25}
     words = " ".join(printed.split())
     assert "beta is fixed at 0.25" in words and "PID controller" not in words
+    assert numbers["configuration"].pop("max_kl") is None
     assert all(math.isfinite(value) for value in all_numbers(numbers))
     memory = numbers["memory"]
     logits = TINY.samples * TINY.response_length * numbers["corpus"]["vocabulary"] * 4

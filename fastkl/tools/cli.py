@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .demo.settings import QUICK, Settings, choose_settings
+from .demo.settings import QUICK, TUNED, Settings, choose_settings
 
-DEMO_EXTRA = ("tokenizers", "matplotlib", "tqdm")
+DEMO_EXTRA = ("tokenizers", "safetensors", "matplotlib", "tqdm")
 COMPARE_EXTRA = ("transformers", "tokenizers", "numpy", "tqdm")
 
 
@@ -41,18 +41,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_demo(commands) -> None:
-    text = "RLHF in small, on real text: what a policy does to a reward that can be hacked, without and with fastkl.KLPenalty."
+    text = "RLHF in small, on real text: what a policy does to a reward that can be hacked, without and with the KL penalty."
     parser = commands.add_parser("demo", help="fine-tune a small language model without and with the KL penalty", description=text)
     parser.add_argument("--quick", action="store_true", help="all stages in smaller sizes: seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=Path("demo-run"), metavar="DIR", help="folder for the results (default: %(default)s)")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything that is random (default: %(default)s)")
     parser.add_argument("--steps", type=_steps, metavar="N",
-                        help=f"policy-gradient steps of each run (default: {Settings().steps}, quick {QUICK['steps']})")
+                        help=f"training steps of each run (default: {Settings().steps}, quick {QUICK['steps']})")
+    parser.add_argument("--algorithm", choices=tuple(TUNED), default="ppo",
+                        help="ppo: advantages per token; grpo: per response, relative to its group; dpo: preferences between two responses, sampled "
+                             "anew at every step (default: %(default)s)")
+    parser.add_argument("--epochs", type=_at_least(1), metavar="N",
+                        help=f"updates on each batch of samples; ppo and grpo clip their ratios from the second on (default: {Settings().epochs})")
     parser.add_argument("--beta", type=_positive_float, metavar="X",
                         help=f"fixed weight of the KL penalty, in reward per nat (default: a controller moves it so that the KL is "
-                             f"{Settings().target_kl:g} nats per token)")
+                             f"{Settings().target_kl:g} nats per token, {TUNED['dpo']['target_kl']:g} for dpo)")
+    parser.add_argument("--max-kl", type=_positive_float, metavar="X",
+                        help="trust region: shorten every update until the policy after it is within X nats per token of the one before it")
     parser.add_argument("--linear", action="store_true",
                         help="fine-tune from hidden states and lm_head weights: no logits in the training step; the same curves, up to rounding")
+    parser.add_argument("--save-models", action="store_true",
+                        help="write reference and policies into DIR/models as Hugging Face checkpoints, to compare them with fastkl compare")
     parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE",
                         help="cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)")
     parser.set_defaults(run=_run_demo, parser=parser)
@@ -71,9 +80,8 @@ def _run_demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     # Here and not above: --help and errors of use do not need the extra.
     from .demo.run import run_demo
 
-    settings = choose_settings(quick=options.quick, seed=options.seed, steps=options.steps, beta=options.beta, linear=options.linear,
-                               device=options.device)
-    return run_demo(settings, options.out)
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings) if hasattr(options, field.name)}
+    return run_demo(choose_settings(**given), options.out)
 
 
 COMPARE_HELP = """\

@@ -18,13 +18,13 @@ def compare_memory(batch: Batch, settings: Settings) -> dict:
 
     The gradient is that to the policy's hidden states and head, so that both ways return the same tensors.
     """
-    learned = (batch.hidden, *batch.head.parameters())
+    learned = (batch.policy.hidden, *batch.policy.head.parameters())
 
     def loss_and_gradient(way: type) -> tuple[torch.Tensor, ...]:
-        stats, penalty = way(settings.initial_beta, settings)(batch)
+        stats, penalty = way(settings.initial_beta, settings).penalised(batch)
         return torch.autograd.grad(penalty - stats.logprob.mean(), learned)
 
-    logits = batch.tokens.numel() * batch.head.out_features * batch.hidden.element_size()
+    logits = batch.tokens.numel() * batch.policy.head.out_features * batch.policy.hidden.element_size()
     return {
         "tokens": batch.tokens.numel(), "chunk_size": settings.chunk_size, "logits": 3 * logits,
         "through_logits": allocations(lambda: loss_and_gradient(ThroughLogits)),

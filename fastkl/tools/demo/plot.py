@@ -9,17 +9,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from .settings import Settings
+
 # In the order of the runs: without the penalty, with it.
 COLOURS = ("#d1495b", "#00798c")
 ALARM = "#e09f3e"
 LEAST_KL = 1e-3
 
 
-def curves(series: dict[str, dict[str, list[float]]], baseline: float, target: float | None) -> bytes:
-    """PNG of reward, KL and beta against the step. series: per run, the figures of finetuning.SERIES; baseline: the reference's reward; target: the
-    KL that the controller of beta is to hold."""
+def curves(series: dict[str, dict[str, list[float]]], baseline: float, settings: Settings) -> bytes:
+    """PNG of reward, KL and beta against the step. series: per run, the figures of finetuning.SERIES; baseline: the reference's reward."""
     figure = Figure(figsize=(8.0, 9.0), dpi=120, layout="constrained")
-    figure.suptitle("Fine-tuning on a reward that can be hacked", fontsize=14, fontweight="bold")
+    figure.suptitle(f"{settings.algorithm.upper()} on a reward that can be hacked", fontsize=14, fontweight="bold")
     reward, kl, beta = figure.subplots(3, 1, sharex=True, height_ratios=(4, 5, 2))
     for (name, run), colour in zip(series.items(), COLOURS, strict=True):
         _curve(reward, name, run["reward"], colour, "{:.2f}")
@@ -29,8 +30,8 @@ def curves(series: dict[str, dict[str, list[float]]], baseline: float, target: f
         kl.fill_between(steps, lower, upper, color=colour, alpha=0.15, linewidth=0, label="median to 99 % of the tokens")
         _curve(beta, name, run["beta"], colour, "{:.2f}")
         _mark_alarms((reward, kl), name, run["alarm"])
-    if target is not None:
-        kl.axhline(target, color="#555555", linestyle="--", linewidth=1.2, label=f"target {target:g}")
+    if settings.beta is None:
+        kl.axhline(settings.target_kl, color="#555555", linestyle="--", linewidth=1.2, label=f"target {settings.target_kl:g}")
     reward.axhline(baseline, color="#555555", linestyle=":", linewidth=1.5, label="reference")
     reward.set_ylabel("reward\n(share of sampled tokens that are \"self\")")
     reward.set_ylim(0.0, 1.05)
@@ -42,7 +43,7 @@ def curves(series: dict[str, dict[str, list[float]]], baseline: float, target: f
     beta.set_ylabel("beta")
     beta.set_ylim(bottom=0.0)
     beta.margins(y=0.15)
-    beta.set_xlabel("policy-gradient step")
+    beta.set_xlabel("step")
     for axes in (reward, kl, beta):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -26,7 +26,7 @@ def train_reference(corpus: Corpus, settings: Settings) -> tuple[LanguageModel, 
     start_from_bigrams(model, corpus.train)
     model.to(settings.device)
     tables = [*model.embedding.parameters(), *model.head.parameters()]
-    blocks = [*model.blocks.parameters(), *model.norm.parameters(), model.position]
+    blocks = [*model.blocks.parameters(), *model.norm.parameters()]
     optimizer = torch.optim.AdamW([dict(params=tables, scale=1.0), dict(params=blocks, scale=BLOCK_RATE)],
                                   lr=settings.reference_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     losses = []

@@ -53,7 +53,7 @@ def monitored(runs: dict[str, FineTuned], settings: Settings) -> str:
     else:
         text += f"The monitor's alarm does not ring; it is always silent in a run's first {settings.alarm_recent + 16} steps. "
     text += f"In the penalised run it rings at step {alarms(penalised)[0]}. " if alarms(penalised) else "In the penalised run it never rings. "
-    text += weight_sentence(penalised, settings)
+    text += weight_sentence(penalised, settings) + region_sentence(runs, settings)
     return _aligned(rows, headings=1) + "\n\n" + textwrap.fill(text, TEXT_WIDTH)
 
 
@@ -64,6 +64,20 @@ def weight_sentence(series: dict[str, list[float]], settings: Settings) -> str:
         return f"Its beta is fixed at {settings.beta:g}; the last {LAST_STEPS} steps have a KL of {kl:.3f}."
     return (f"A PID controller moves its beta, between {min(series['beta']):.2f} and {max(series['beta']):.2f}, to hold a KL of "
             f"{settings.target_kl:g}: the last {LAST_STEPS} steps have {kl:.3f}, {kl / settings.target_kl - 1:+.0%}.")
+
+
+def region_sentence(runs: dict[str, FineTuned], settings: Settings) -> str:
+    """What the trust region did, if there is one."""
+    if settings.max_kl is None:
+        return ""
+    parts = []
+    for name, run in runs.items():
+        taken = run.series["step_fraction"]
+        undone = taken.count(0.0)
+        parts.append(f"{name} it shortened {sum(0.0 < part < 1.0 for part in taken)} of {len(taken)} and undid {undone}")
+    largest = max(kl for run in runs.values() for kl, part in zip(run.series["step_kl"], run.series["step_fraction"], strict=True) if part > 0)
+    return (f" The trust region ends an update where it is {settings.max_kl:g} nats per token from the policy before it: {', '.join(parts)}; "
+            f"the longest that was taken has {largest:.2g}.")
 
 
 def alarms(series: dict[str, list[float]]) -> list[int]:
@@ -117,7 +131,7 @@ def conclusion(evaluations: dict[str, Evaluation]) -> str:
     before, without, penalised = evaluations.values()
     text = (f"The reward counts the word \"self\" and can be hacked. Without a penalty it goes from {before.reward:.3f} to {without.reward:.3f}: "
             f"{without.kl:.2f} nats per token from the reference, perplexity {without.perplexity:,.0f}, {without.distinct:.0%} distinct tokens. "
-            f"With KLPenalty it goes to {penalised.reward:.3f}: {penalised.kl:.2f} nats per token, perplexity {penalised.perplexity:,.0f}, "
+            f"With the KL penalty it goes to {penalised.reward:.3f}: {penalised.kl:.2f} nats per token, perplexity {penalised.perplexity:,.0f}, "
             f"{penalised.distinct:.0%} distinct tokens. ")
     collapsed = without.perplexity > 10 * before.perplexity and without.distinct < 0.5 * before.distinct
     kept = penalised.perplexity < 2 * before.perplexity and penalised.distinct > 0.5 * before.distinct and penalised.reward > before.reward

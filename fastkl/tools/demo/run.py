@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,25 +17,30 @@ from fastkl.rl import FixedBeta
 
 from ..files import json_text, write_whole
 from . import plot, report
-from .corpus import Corpus, build_corpus
+from .checkpoints import save_checkpoint
+from .corpus import END_OF_FILE, Corpus, build_corpus
 from .evaluation import Evaluation, evaluate
 from .finetuning import FineTuned, fine_tune
 from .memory import compare_memory
+from .model import LanguageModel
 from .naive import compare_with_naive
 from .objective import choose_beta
 from .pretraining import held_out_loss, train_reference
 from .progress import progress
 from .settings import Settings
 
-NO_PENALTY, WITH_PENALTY = "no penalty", "with KLPenalty"
-MONITORED = {NO_PENALTY: "no-penalty.jsonl", WITH_PENALTY: "with-penalty.jsonl"}
+NO_PENALTY, WITH_PENALTY = "no penalty", "with KL penalty"
+# What a policy's files are called.
+STEMS = {"reference": "reference", NO_PENALTY: "no-penalty", WITH_PENALTY: "with-penalty"}
 # Rows of the early batch whose logits the comparison with the naive code makes again: few, for training may have done without.
 ROWS_COMPARED = 128
+# Tokens of the text beside the saved models.
+HELD_OUT_TOKENS = 20_000
 
 
 def run_demo(settings: Settings, out: Path) -> int:
-    """Run every stage, print the report, and write into the folder `out`: report.json, report.txt and curves.png, and during the runs the monitor's
-    no-penalty.jsonl and with-penalty.jsonl; the exit code."""
+    """Run every stage, print the report, and write into the folder `out`: report.json, report.txt and curves.png, during the runs the monitor's
+    no-penalty.jsonl and with-penalty.jsonl, and where the settings ask for them the models; the exit code."""
     torch.set_num_threads(settings.threads)
     clock = Clock()
     corpus = build_corpus(settings)
@@ -45,13 +51,14 @@ def run_demo(settings: Settings, out: Path) -> int:
     runs = {}
     for name, beta in ((NO_PENALTY, FixedBeta(0.0)), (WITH_PENALTY, choose_beta(settings))):
         # A monitor goes on in the file that it finds: that of an earlier demo is not this run's.
-        (out / MONITORED[name]).unlink(missing_ok=True)
-        runs[name] = fine_tune(reference, corpus, beta, settings, f"policy {name}", out / MONITORED[name])
+        monitored = out / f"{STEMS[name]}.jsonl"
+        monitored.unlink(missing_ok=True)
+        runs[name] = fine_tune(reference, corpus, beta, settings, f"policy {name}", monitored)
         clock.stage(name)
     policies = {"reference": reference, **{name: run.policy for name, run in runs.items()}}
     evaluations = {name: evaluate(policy, reference, corpus, settings) for name, policy in progress(policies.items(), "samples of each policy")}
     early = runs[WITH_PENALTY].early
-    early_logits = early.logits(ROWS_COMPARED)
+    early_logits = early.policy.logits(ROWS_COMPARED), early.reference.logits(ROWS_COMPARED)
     comparison = compare_with_naive(*early_logits)
     numbers = collect(settings, corpus, losses, reference_loss, runs, evaluations, comparison)
     remarks = [report.comparison_line(comparison), report.slow_path_line(evaluations)]
@@ -65,24 +72,39 @@ def run_demo(settings: Settings, out: Path) -> int:
         report.monitored(runs, settings),
         *(report.sample_text(name, evaluation) for name, evaluation in evaluations.items()), "\n".join(remarks),
     ])
-    picture = plot.curves({name: run.series for name, run in runs.items()}, evaluations["reference"].reward,
-                          None if settings.beta is not None else settings.target_kl)
+    picture = plot.curves({name: run.series for name, run in runs.items()}, evaluations["reference"].reward, settings)
     numbers["seconds"] = clock.seconds()
     for name, content in (("curves.png", picture), ("report.txt", (text + "\n").encode()), ("report.json", json_text(numbers).encode())):
         write_whole(out / name, content)
-    show(text + f"\n\n{clock.total():.0f} s; wrote curves.png, report.txt, report.json, {' and '.join(MONITORED.values())} into {out}")
+    jsonl = " and ".join(f"{STEMS[name]}.jsonl" for name in runs)
+    text += f"\n\n{clock.total():.0f} s; wrote curves.png, report.txt, report.json, {jsonl} into {out}"
+    if settings.save_models:
+        text += "\n" + save_models(policies, corpus, settings, out / "models")
+    show(text)
     return 0
+
+
+def save_models(policies: dict[str, LanguageModel], corpus: Corpus, settings: Settings, folder: Path) -> str:
+    """Write reference and policies as checkpoints, and a text that none of them was trained on; what to do with them."""
+    for name, policy in policies.items():
+        save_checkpoint(policy, corpus, settings, folder / STEMS[name])
+    write_whole(folder / "held-out.txt", corpus.text(corpus.held_out[:HELD_OUT_TOKENS]).replace(END_OF_FILE, "\n").encode())
+    paths = [shlex.quote(str(folder / name)) for name in (STEMS["reference"], STEMS[WITH_PENALTY], "held-out.txt")]
+    return f"wrote the models into {folder}; how two of them differ: fastkl compare {paths[0]} {paths[1]} --text {paths[2]}"
 
 
 def describe(corpus: Corpus, reference: torch.nn.Module, loss: float, logits: torch.Tensor, settings: Settings) -> str:
     """The first lines of the report: what ran on what."""
     parameters = sum(parameter.numel() for parameter in reference.parameters())
     way = f"; computed from hidden states, {settings.chunk_size} tokens at a time" if settings.linear else ""
+    updates = f"{settings.steps} steps of {settings.samples} samples" + (f", {settings.epochs} updates each" if settings.epochs > 1 else "")
+    region = "" if settings.max_kl is None else f", none further than {settings.max_kl:g} nats per token from the policy before it"
     return "\n".join([
         f"corpus:    {corpus.files} files of Python {platform.python_version()}'s standard library, {corpus.characters / 1e6:.1f} M characters, "
         f"{(corpus.train.numel() + corpus.held_out.numel()) / 1e6:.2f} M tokens of a vocabulary of {corpus.vocabulary}",
         f"reference: {settings.layers} layers, {settings.width} wide, {parameters / 1e6:.1f} M parameters, "
         f"perplexity {math.exp(loss):.0f} on held-out files",
+        f"policy:    {settings.algorithm.upper()}, {updates}{region}",
         f"fastkl:    {fastkl.explain(logits)}{way}",
     ])
 
