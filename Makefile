@@ -7,6 +7,8 @@ VENV := .venv
 # The compile checks run on a second Triton too: kernels must stay good on the oldest release still in wide use, not only on the pinned one.
 OLD_TRITON := 3.6.0
 INSTALLED := $(VENV)/.installed
+# Integrations are tested against the real packages.
+PEERS := $(VENV)/.installed-peers
 LINTER := $(VENV)/.installed-lint
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check
 # Triton is published for Linux only; elsewhere the tests skip what needs it.
@@ -20,7 +22,7 @@ endif
 demo: $(INSTALLED)
 	$(VENV)/bin/fastkl demo $(ARGS)
 
-test: $(INSTALLED) $(OLD_TRITON_INSTALLED)
+test: $(INSTALLED) $(PEERS) $(OLD_TRITON_INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 bench: $(INSTALLED)
@@ -39,6 +41,10 @@ clean:
 # Order-only: the folder's time changes whenever something is installed into it.
 $(INSTALLED): setup.py constraints.txt | $(VENV)/bin/pip
 	$(PIP_INSTALL) -c constraints.txt -e '.[test,demo,compare]'
+	@touch $@
+
+$(PEERS): setup.py constraints.txt | $(INSTALLED)
+	$(PIP_INSTALL) -c constraints.txt -e '.[trl]' peft
 	@touch $@
 
 $(LINTER): constraints.txt | $(VENV)/bin/pip

@@ -9,9 +9,12 @@ from torch.autograd import forward_ad
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+# e^|d| up to here, times a slope's excess of 1e4 and the largest ratio, is a finite float32.
+LARGEST_CLAMP = 50.0
 
 
-def _type_name(value: object) -> str:
+def type_name(value: object) -> str:
+    """What a message says that it got."""
     return f"{value.dtype} tensor" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
@@ -101,7 +104,7 @@ def reference_given(ref_hidden: torch.Tensor | None) -> None:
 def softcap(value: float | None) -> None:
     """None or a positive finite number."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"softcap: expected a positive number or None, got {_type_name(value)}")
+        raise TypeError(f"softcap: expected a positive number or None, got {type_name(value)}")
     if value is not None and not (0 < value < math.inf):
         raise ValueError(f"softcap: expected a positive finite number, or None for no soft cap, got {value}")
 
@@ -109,7 +112,7 @@ def softcap(value: float | None) -> None:
 def chunk_size(value: int | None) -> None:
     """None or a number of tokens."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"chunk_size: expected a whole number of tokens or None, got {_type_name(value)}")
+        raise TypeError(f"chunk_size: expected a whole number of tokens or None, got {type_name(value)}")
     if value is not None and value < 1:
         raise ValueError(f"chunk_size: expected at least 1 token, got {value}; None chooses one")
 
@@ -127,7 +130,7 @@ def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch
     if value is None:
         return
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise TypeError(f"weights: expected a float tensor, what each token counts, got {_type_name(value)}; pass a float tensor of the "
+        raise TypeError(f"weights: expected a float tensor, what each token counts, got {type_name(value)}; pass a float tensor of the "
                         f"leading shape {tuple(leading)}")
     per_row("weights", value, leading, device)
 
@@ -167,14 +170,14 @@ def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) 
     if value is None:
         return
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        raise TypeError(f"mask: expected a bool tensor, True where the token counts, got {_type_name(value)}; convert it with .bool()")
+        raise TypeError(f"mask: expected a bool tensor, True where the token counts, got {type_name(value)}; convert it with .bool()")
     per_row("mask", value, leading, device)
 
 
 def tokens(value: torch.Tensor, leading: torch.Size, device: torch.device, name: str = "tokens") -> None:
     """An integer tensor of the leading shape."""
     if not isinstance(value, torch.Tensor) or value.dtype not in INTEGER_TYPES:
-        raise TypeError(f"{name}: expected an integer tensor of token ids, got {_type_name(value)}; convert it with .long()")
+        raise TypeError(f"{name}: expected an integer tensor of token ids, got {type_name(value)}; convert it with .long()")
     per_row(name, value, leading, device)
 
 
@@ -182,7 +185,7 @@ def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.
     """A positive finite number, or a float tensor of the leading shape whose values are the caller's care on a GPU (not positive: NaN)."""
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
-            raise TypeError(f"temperature: expected a number or a float tensor, got {_type_name(value)}; convert it with .float()")
+            raise TypeError(f"temperature: expected a number or a float tensor, got {type_name(value)}; convert it with .float()")
         if value.requires_grad:
             raise ValueError("temperature: expected a tensor without gradient, got one that requires it; fastkl does not differentiate "
                              "with respect to the temperature: pass temperature.detach()")
@@ -211,3 +214,12 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """One of a few strings."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def clamp(name: str, value: float | None) -> None:
+    """None, or how far from 0 a difference of log-probabilities counts in full."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}; for a tensor pass float({name})")
+    if value is not None and not (0 < value <= LARGEST_CLAMP):
+        raise ValueError(f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite, got {value}; "
+                         f"None for no clamp")

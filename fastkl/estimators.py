@@ -16,9 +16,10 @@ ESTIMATORS = ("k1", "k2", "k3", "abs")
 DIRECTIONS = ("policy||reference", "reference||policy")
 # What log-probabilities of -inf, and those that masks with a type's smallest number leave, count as: every difference is finite.
 _FLOOR = -1e4
-# e^|d| up to here, times a slope's excess of 1e4 and the largest ratio, is a finite float32 (float64).
-_LIMIT = {torch.float32: 50.0, torch.float64: 600.0}
-_LARGEST_LOG_RATIO = 20.0
+# Where k3 goes on along its tangent without a clamp.
+_LIMIT = {torch.float32: _checks.LARGEST_CLAMP, torch.float64: 600.0}
+# A ratio beyond e^20 = 4.9e8 is no importance weight, and e^89 is infinite in float32, where its gradient would be NaN.
+LARGEST_LOG_RATIO = 20.0
 
 
 def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: str = "k1", clamp: float | None = None) -> torch.Tensor:
@@ -31,6 +32,9 @@ def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: 
         k2 = d ** 2 / 2                 # biased by terms of third order in d, never negative
         k3 = torch.expm1(-d) + d        # unbiased, never negative, little noise near the reference
         abs = d.abs()                   # not an estimate of KL but a distance
+
+    Unbiased: k3 where the policy covers the reference; else, where top-k, top-p or a mask of actions leaves the policy without tokens that the
+    reference may choose, it is low by the reference's probability of these. k1 is not affected.
 
     These are values. As a loss on tokens sampled from the policy as it is now, only k2 has the gradient of KL(policy‖reference) as its
     expectation; k1 has 0, k3 that of KL(reference‖policy), abs that of twice the total variation, and off-policy none is right. Train on
@@ -51,17 +55,18 @@ def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: 
 
     Special values:
         A log-probability below -1e4, -inf included, counts as -1e4 and gets gradient 0 (its token has no probability to move); the other one
-        keeps its own. So both -inf: d = 0. Values and gradients are finite for whatever log-probabilities ≤ 0 (a gradient that comes in float16
-        ends at 65504: e^11). NaN stays NaN in its own token.
+        keeps its own. So both -inf: d = 0. Values and gradients are finite for whatever log-probabilities ≤ 0, but a gradient that comes in
+        float16 is ±inf beyond 65504, from |d| = 11.09 on: set a clamp there. NaN stays NaN in its own token.
 
     Raises:
-        TypeError for what is not a float tensor, ValueError for shapes or devices that differ, an unknown estimator, a clamp outside (0, 50].
+        TypeError for what is not a float tensor, and for float64 beside another type. ValueError for shapes or devices that differ, an unknown
+        estimator, a clamp outside (0, 50].
 
     Source: Schulman, Approximating KL Divergence (2020), joschu.net/blog/kl-approx.html.
     """
     _checks.choice("estimator", estimator, ESTIMATORS)
     _check(logprob, clamp, ref_logprob=ref_logprob)
-    return _estimate(_finite(logprob) - _finite(ref_logprob), estimator, clamp)
+    return _estimate(finite(logprob) - finite(ref_logprob), estimator, clamp)
 
 
 def sampled_kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, old_logprob: torch.Tensor | None = None,
@@ -93,6 +98,10 @@ def sampled_kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, old_log
         To logprob. Unbiased, as the value is, for the KL between the two next-token distributions after each prefix of the batch. That a token
         also changes which prefixes follow is not in it: for the gradient of a whole sequence's KL put k1 inside the reward. First derivatives only.
 
+        Where the policy does not cover the reference (top-k, top-p, masked actions), the value for "policy||reference" is low by the reference's
+        probability of the tokens left out, and its gradient is still right; KL(reference‖policy) is infinite, and neither says so. Off-policy the
+        policy that sampled must cover the one that is trained.
+
     Special values: as estimate_kl.
 
     Raises:
@@ -102,14 +111,14 @@ def sampled_kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, old_log
     """
     _checks.choice("direction", direction, DIRECTIONS)
     _check(logprob, clamp, ref_logprob=ref_logprob, old_logprob=old_logprob)
-    now = _finite(logprob)
-    d = now - _finite(ref_logprob.detach())
+    now = finite(logprob)
+    d = now - finite(ref_logprob.detach())
     value_of, form_of = ("k3", "k2") if direction == DIRECTIONS[0] else ("reverse", "k3")
     form = _estimate(d, form_of, clamp)
     loss = _estimate(d.detach(), value_of, clamp) + (form - form.detach())
     if old_logprob is None:
         return loss
-    return loss * (now.detach() - _finite(old_logprob)).clamp(max=_LARGEST_LOG_RATIO).exp()
+    return loss * (now.detach() - finite(old_logprob)).clamp(max=LARGEST_LOG_RATIO).exp()
 
 
 def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
@@ -138,8 +147,8 @@ def _expm1_minus(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.abs() < 0.5, small * small / 2 * series, torch.expm1(x) - x)
 
 
-def _finite(logprob: torch.Tensor) -> torch.Tensor:
-    """In float32 or float64, not below _FLOOR."""
+def finite(logprob: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities in float32, or float64 as they came, with those below -1e4 as -1e4, without gradient."""
     return (logprob if logprob.dtype == torch.float64 else logprob.float()).clamp(min=_FLOOR)
 
 
@@ -161,8 +170,4 @@ def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | 
         if name == "old_logprob" and value.requires_grad:
             raise ValueError("old_logprob: expected log-probabilities without gradient, of the policy as it was when it sampled, got a tensor that "
                              "requires grad; pass old_logprob.detach(), or None for tokens sampled from the policy as it is now")
-    if clamp is not None and (isinstance(clamp, bool) or not isinstance(clamp, (int, float))):
-        raise TypeError(f"clamp: expected a number or None, got {type(clamp).__name__}; for a tensor pass float(clamp)")
-    if clamp is not None and not (0 < clamp <= _LIMIT[torch.float32]):
-        raise ValueError(f"clamp: expected a number above 0 and up to {_LIMIT[torch.float32]:g}, since e^clamp must stay finite, got {clamp}; "
-                         f"None for no clamp")
+    _checks.clamp("clamp", clamp)

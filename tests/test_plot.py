@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,12 +123,30 @@ def test_steps_that_come_twice(tmp_path) -> None:
     assert got["step"] == [0.0, 1.0] and got["kl/mean"] == [1.0, 2.0]
 
 
+def test_what_a_resumed_run_gave_up_is_not_shown(tmp_path) -> None:
+    """A run of 100 steps that went on from its step 50 and got to 59 has 60 steps, and ends where it ended; twice, and from its first step, too."""
+    path = tmp_path / "run.jsonl"
+
+    def written(*parts) -> dict[str, list[float]]:
+        path.write_text("".join(json.dumps({"step": step, "kl/mean": 1 + part}) + "\n" for part, steps in enumerate(parts) for step in steps))
+        return plot.read_run(path)
+
+    got = written(range(100), range(50, 60))
+    assert got["step"] == list(range(60)) and got["kl/mean"] == [1.0] * 50 + [2.0] * 10
+    assert plot.describe(got) == "60 steps; KL 2 at the end, 2 at most"
+    assert written(range(100), range(50, 60), range(55, 58))["kl/mean"] == [1.0] * 50 + [2.0] * 5 + [3.0] * 3
+    assert written(range(5), [0])["kl/mean"] == [2.0] and written(range(5), [3, 5])["step"] == [0.0, 1.0, 2.0, 3.0, 5.0]
+
+
 @pytest.mark.parametrize("lines", [
     [{"step": 7, "kl/mean": 0.1, "kl/p50": 0.0, "kl/p95": 0.2}], [{"step": 0, "kl/mean": 0.0, "kl/p50": 0.0, "kl/p95": 0.0, "kl/spike": 0.0}] * 2,
     [{"step": 0, "kl/mean": -0.1}, {"step": 1, "kl/mean": -0.2}], [{"step": 0, "kl/mean": None, "kl/spike": 1.0}, {"step": 1, "kl/mean": 0.1}],
     [{"step": 0, "kl/mean": 0.1, "reward": 1.0}, {"step": 1, "kl/mean": 1e30, "reward": -1e30}, {"step": 2, "kl/mean": 1e-30}],
     [{"step": 0, "kl/mean": 0.1, "kl/p50": 0.1}, {"step": 1, "kl/p50": 0.1, "kl/p95": 0.3}], [{"step": 0, "kl/mean": 0.1, "kl/spike": 1.0}],
-], ids=["one-step", "zero", "negative", "null", "huge", "gaps", "spike"])
+    [{"step": step, "kl/mean": kl, "kl/p50": kl, "kl/p95": kl, "kl/p99": kl, "reward": kl, "beta": kl}
+     for step, kl in enumerate((0.1, 1.7e308, -1.7e308, math.inf, 10**400, 5e-324, "text", [1.0], True))], [{"step": 2**53 - 1, "kl/mean": 0.1}],
+    [{"step": step, "kl/mean": 1.0, "reward": 1.7e308} for step in range(200)],
+], ids=["one-step", "zero", "negative", "null", "huge", "gaps", "spike", "beyond", "far", "no-reward"])
 def test_odd_runs(lines, tmp_path, recwarn) -> None:
     """One step, a KL of 0, negative estimates, gaps and extremes give a picture, without a warning."""
     path = tmp_path / "run.jsonl"
@@ -134,6 +154,15 @@ def test_odd_runs(lines, tmp_path, recwarn) -> None:
     plot.plot_run(path, tmp_path / "run.png")
     picture = image.imread(tmp_path / "run.png")
     assert share(picture, plot.KL) > 1e-6 and not [str(warning.message) for warning in recwarn]
+
+
+@pytest.mark.parametrize("name", ["a$^$b.jsonl", "a_$\\frac$.jsonl", os.fsdecode(b"\xff.jsonl"), "kl.seed1", "run.png"], ids=ascii)
+def test_any_name_of_a_file(name, run, figures) -> None:
+    """The title is the file's name as it stands: no mathtext, and no error for bytes that are no text."""
+    source = run.rename(run.with_name(name))
+    plot.plot_run(source, plot.default_picture(source))
+    assert figures[0].get_suptitle() == name.encode(errors="replace").decode()
+    assert plot.default_picture(source).stat().st_size > 1000 and plot.default_picture(source) != source
 
 
 def test_a_band_from_0_reaches_down(tmp_path, figures) -> None:
@@ -182,6 +211,29 @@ def test_long_runs(tmp_path, figures) -> None:
 # ---- wrong use
 
 
+@pytest.mark.parametrize("source, expected", [
+    ("a/run.jsonl", "a/run.png"), ("run.JSON", "run.png"), ("kl.seed1", "kl.seed1.png"), ("kl.seed2", "kl.seed2.png"), ("run", "run.png"),
+    ("run.png", "run.png.png"), ("a.b/run", "a.b/run.png"), (".", "..png"), ("/", "/.png"),
+])
+def test_default_picture(source, expected) -> None:
+    """Beside the file, another for each and never the file itself; a name for what is no file, of which the reader complains."""
+    assert plot.default_picture(Path(source)) == Path(expected) != Path(source)
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"step": 1e400, "kl/mean": 1}', "with the step inf"), ('{"step": null, "kl/mean": 1}', "with the step nan"),
+    ('{"step": "x", "kl/mean": 1}', "with the step x"), ('{"step": 1e300, "kl/mean": 1}', "with the step 1e+300"),
+    ('{"step": ' + "1" * 5000 + ', "kl/mean": 1}', "with the step inf"), ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "in line 3"),
+    ('{"step": 1, "kl/mean": 1, x}', "in line 3"),
+], ids=["infinite", "null", "text", "huge", "digits", "deep", "broken"])
+def test_wrong_lines(tmp_path, capsys, text, words) -> None:
+    """A step that is no number, or one that no float holds, and a line that is not JSON: exit code 2 and one line."""
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"step": 0, "kl/mean": 1}\n\n' + text + '\n{"step": 2, "kl/mean": 1}\n')
+    assert words in fails(capsys, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.jsonl"]
+
+
 def test_wrong_files(tmp_path, capsys) -> None:
     """A missing file, a folder, an empty file, other text, and JSON without KL: exit code 2, one line that says so, and no picture."""
     path = tmp_path / "run.jsonl"
@@ -208,6 +260,10 @@ def test_wrong_out(run, capsys) -> None:
     assert "argument --out: expected the name of a PNG file" in fails(capsys, run, "--out", run.parent / "folder.png")
     assert "argument --out: expected a file that can be written" in fails(capsys, run, "--out", run.parent / "none" / "run.png")
     assert run.read_bytes() == before and sorted(path.name for path in run.parent.iterdir()) == ["folder.png", "run.jsonl"]
+    source = run.rename(run.with_suffix(".png"))
+    for out in (source, run.parent / "folder.png" / ".." / "run.png"):
+        assert fails(capsys, source, "--out", out).endswith(f"that can be written, got {str(out)!r} (it holds the run); choose another")
+    assert source.read_bytes() == before and sorted(path.name for path in run.parent.iterdir()) == ["folder.png", "run.png"]
 
 
 def test_written_whole_or_not_at_all(run, monkeypatch) -> None:

@@ -170,9 +170,9 @@ def test_the_identity_of_dpo(beta) -> None:
     log_ref, reward = torch.randn(3, V, generator=generator).double().log_softmax(-1), torch.randn(3, V, generator=generator).double()
     log_best = (log_ref + reward / beta).log_softmax(-1)
     first, second = torch.tensor(list(itertools.permutations(range(V), 2))).unbind(-1)
-    result = dpo_loss(log_best[:, first], log_best[:, second], log_ref[:, first], log_ref[:, second], beta=beta)
-    torch.testing.assert_close(result.margin, reward[:, first] - reward[:, second], rtol=1e-12, atol=1e-12)
-    constant = result.chosen_reward - reward[:, first]
+    result = dpo_loss(*(log[:, of].flatten() for log in (log_best, log_ref) for of in (first, second)), beta=beta)
+    torch.testing.assert_close(result.margin.view(3, -1), reward[:, first] - reward[:, second], rtol=1e-12, atol=1e-12)
+    constant = result.chosen_reward.view(3, -1) - reward[:, first]
     torch.testing.assert_close(constant, constant[:, :1].expand_as(constant), rtol=1e-12, atol=1e-12)
 
     def objective(log_policy: torch.Tensor) -> torch.Tensor:
@@ -182,6 +182,6 @@ def test_the_identity_of_dpo(beta) -> None:
     logits = log_best.clone().requires_grad_()
     log_policy = logits.log_softmax(-1)
     preferred = torch.sigmoid(reward[:, first] - reward[:, second])  # Bradley and Terry
-    loss = sum(preferred[i, j] * dpo_loss(log_policy[i, first[j]], log_policy[i, second[j]], log_ref[i, first[j]], log_ref[i, second[j]],
-                                          beta=beta).loss for i in range(3) for j in range(len(first)))
+    loss = sum(preferred[i, j] * dpo_loss(*(log[i, of[j : j + 1]] for log in (log_policy, log_ref) for of in (first, second)), beta=beta).loss
+               for i in range(3) for j in range(len(first)))
     assert float(torch.autograd.grad(loss, logits)[0].abs().max()) < 1e-13

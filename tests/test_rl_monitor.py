@@ -1,12 +1,8 @@
-"""KLMonitor: figures of a step against plain torch on the tokens that count, figures of the run, state, errors."""
+"""KLMonitor: figures of a step against plain torch on the tokens that count, figures of the run."""
 
 from __future__ import annotations
 
-import copy
-import json
-import logging
 import math
-import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -14,6 +10,7 @@ import pytest
 import torch
 
 from fastkl.rl.monitor import KLMonitor
+from fastkl.rl.rewards import shape_rewards
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # What both compute, float64 sums of the same float32 values, may differ in the order of adding up to 2^17 of them.
@@ -146,6 +143,34 @@ def test_further_figures(device) -> None:
     assert further["entropy"] == pytest.approx(float(expected["entropy"]), **CLOSE)
 
 
+@pytest.mark.parametrize("device", [*DEVICES, "meta"])
+def test_a_figure_of_each_token_may_be_on_the_cpu(device, monkeypatch) -> None:
+    """A CPU tensor shaped as kl is averaged over the tokens that count, as one on kl's device is."""
+    kl, mask, entropy = tokens(6, 50), masks(6, 50)["right"], tokens(6, 50, seed=1).masked_fill(~masks(6, 50)["right"], math.nan)
+    monitor, seen = KLMonitor(spike=False), []
+    if device == "meta":
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.ones(tensor.shape, dtype=tensor.dtype))
+        monkeypatch.setattr(torch.Tensor, "item", lambda tensor: seen.append(tensor))
+        assert monitor.update(kl.to(device), mask.to(device), entropy=entropy)["entropy"] == 1.0 and not seen
+    else:
+        got = monitor.update(kl.to(device), mask.to(device), entropy=entropy)["entropy"]
+        assert got == pytest.approx(float(entropy[mask].double().mean()), **CLOSE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_reward_of_each_packed_sequence(device) -> None:
+    """With as many packed sequences as tokens a reward is one per sequence, as shape_rewards takes it; other figures are per token all the same."""
+    kl, mask = torch.ones(3, device=device), torch.tensor([True, False, True], device=device)
+    reward = torch.tensor([1.0, 10.0, 1.0], device=device)
+    for bounds, expected in (([0, 1, 2, 3], 4.0), ([0, 2, 2, 3], 4.0), ([0, 2, 3], 1.0), (None, 1.0)):
+        bounds = None if bounds is None else torch.tensor(bounds, device=device)
+        for given in (reward, reward.cpu()):
+            got = KLMonitor(spike=False).update(kl, mask, cu_seqlens=bounds, reward=given, entropy=given, score=given)
+            assert (got["reward"], got["entropy"], got["score"]) == (expected, 1.0, 1.0)
+    # Per sequence there too: the empty one's 10 goes to no token.
+    assert shape_rewards(reward, kl, 0.0, cu_seqlens=torch.tensor([0, 2, 2, 3], device=device)).tolist() == [0.0, 1.0, 1.0]
+
+
 def test_what_is_not_asked_for_is_not_there() -> None:
     """Without a threshold, a detector and further figures the dict holds the others alone."""
     names = ["step", "kl/mean", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/tokens", "kl/not_finite"]
@@ -243,6 +268,21 @@ def test_run_quantiles_outside() -> None:
     assert monitor.summary()["kl/p99"] <= monitor.summary()["kl/max"]
 
 
+def test_run_of_negative_estimates() -> None:
+    """A maximum may be below 0, of the first step's tokens and of all."""
+    monitor = KLMonitor(spike=False)
+    for value, largest in ((-0.5, -0.5), (math.nan, -0.5), (-0.25, -0.25), (-1.0, -0.25)):
+        monitor.update(torch.tensor([value]))
+        assert monitor.summary()["kl/max"] == largest
+
+
+def test_what_is_infinite_is_above_the_threshold() -> None:
+    """In the step's share and in the run's, as (kl > threshold) has it: +inf counts there, NaN does not."""
+    monitor = KLMonitor(threshold=0.1)
+    got = monitor.update(torch.tensor([0.0, 0.2, math.inf, math.nan]))
+    assert got["kl/above_threshold"] == monitor.summary()["kl/above_threshold"] == 0.5
+
+
 def sequences(seed: int, longest: int, count: int = 5) -> list[torch.Tensor]:
     """KLs of responses of several lengths, 0 and `longest` among them."""
     lengths = [longest, 0, 1, *(longest * (index + 1) // (count + 1) for index in range(count - 3))]
@@ -309,89 +349,3 @@ def test_profile_keeps_its_place_where_nothing_is_finite() -> None:
     monitor = KLMonitor()
     monitor.update(torch.tensor([[0.5, math.inf, 0.25, math.nan]]))
     assert str(monitor.profile()) == "{'position': [0, 1, 2], 'kl': [0.5, nan, 0.25], 'tokens': [1.0, 0.0, 1.0]}"
-
-
-# ---- state
-
-
-@pytest.mark.parametrize("copied", [
-    copy.deepcopy, lambda monitor: pickle.loads(pickle.dumps(monitor)),
-    lambda monitor: loaded(KLMonitor(threshold=0.1, positions=4), json.loads(json.dumps(monitor.state_dict(), allow_nan=False))),
-], ids=["deepcopy", "pickle", "state_dict"])
-@pytest.mark.parametrize("at", [0, 1, 45])
-def test_goes_on_from_a_copy(at, copied) -> None:
-    """A copy made in the middle of a run, also before its first step, gives the same figures from there on."""
-    batches = [tokens(3, 4 + step // 4, seed=step) * (1000 if step == 50 else 1) for step in range(60)]
-    monitor = KLMonitor(threshold=0.1, positions=4)
-    for batch in batches[:at]:
-        monitor.update(batch)
-    other, saved = copied(monitor), monitor.state_dict()
-    kept = json.dumps(saved)
-    loaded(KLMonitor(threshold=0.1, positions=4), saved).update(batches[0])
-    original = [monitor.update(batch) for batch in batches[at:]]
-    assert [other.update(batch) for batch in batches[at:]] == original and original[-1]["step"] == 59.0
-    assert other.summary() == monitor.summary() and other.profile() == monitor.profile() and other.state_dict() == monitor.state_dict()
-    assert monitor.summary()["kl/spikes"] >= 1.0 and json.dumps(saved) == kept
-
-
-def loaded(monitor: KLMonitor, state: dict) -> KLMonitor:
-    """The monitor after load_state_dict."""
-    monitor.load_state_dict(state)
-    return monitor
-
-
-@pytest.mark.parametrize("change, words", [
-    (lambda state: [], "got list"), (lambda state: {**state, "class": "SpikeDetector"}, "'KLMonitor', got 'SpikeDetector'"),
-    (lambda state: {name: value for name, value in state.items() if name != "width"}, "with the entries"),
-    (lambda state: KLMonitor(threshold=0.1).state_dict(), "threshold None, got 0.1"),
-    (lambda state: KLMonitor(positions=3).state_dict(), "positions 64, got 3"),
-    (lambda state: KLMonitor(spike=False).state_dict(), "with a spike detector, got one without"),
-    (lambda state: {**state, "histogram": [0.0]}, "of this version"), (lambda state: {**state, "run": {}}, "of this version"),
-    (lambda state: {**state, "spike": {"class": "SpikeDetector"}}, "evidence"),
-], ids=["no-dict", "class", "missing", "threshold", "positions", "spike", "histogram", "run", "detector"])
-def test_wrong_state(change, words) -> None:
-    """Another class's, an incomplete or a differently set monitor's state is an error and changes nothing."""
-    monitor = KLMonitor()
-    monitor.update(tokens(3, 4))
-    before = monitor.state_dict()
-    with pytest.raises(ValueError, match="state: expected") as raised:
-        monitor.load_state_dict(change(KLMonitor().state_dict()))
-    assert words in str(raised.value) and monitor.state_dict() == before
-
-
-# ---- errors
-
-
-@pytest.mark.parametrize("settings, error", [
-    ({"threshold": -0.1}, ValueError), ({"threshold": math.nan}, ValueError), ({"threshold": torch.tensor(0.1)}, TypeError),
-    ({"spike": 3.0}, TypeError), ({"spike": None}, TypeError), ({"positions": 0}, ValueError), ({"positions": 2.0}, TypeError),
-    ({"jsonl": 3}, TypeError), ({"jsonl": "/nowhere/to/be/found.jsonl"}, ValueError), ({"jsonl": "/"}, ValueError),
-    ({"loggers": print}, TypeError), ({"loggers": [3]}, TypeError), ({"loggers": [logging.getLogger()]}, TypeError),
-], ids=str)
-def test_wrong_settings(settings, error) -> None:
-    """Every setting is checked where the monitor is made."""
-    (name, value), = settings.items()
-    with pytest.raises(error, match=f"{name}: expected"):
-        KLMonitor(**settings)
-
-
-@pytest.mark.parametrize("name, arguments, error, words", [
-    ("kl", {"kl": [0.1]}, TypeError, "got list"), ("kl", {"kl": torch.ones(3).long()}, TypeError, "int64"),
-    ("kl", {"kl": torch.tensor(0.1)}, ValueError, "before its mean"), ("mask", {"mask": torch.ones(3)}, TypeError, "float32"),
-    ("mask", {"mask": torch.ones(2, dtype=torch.bool)}, ValueError, r"\(3,\), .*got \(2,\)"),
-    ("cu_seqlens", {"cu_seqlens": [0, 3]}, TypeError, "got list"), ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 2])}, ValueError, "from 0 to 3"),
-    ("kl", {"kl": torch.ones(1, 3), "cu_seqlens": torch.tensor([0, 3])}, ValueError, r"\[total\]"),
-    ("step", {"step": 1.0}, TypeError, "float"), ("step", {"step": True}, TypeError, "bool"), ("reward", {"reward": "1"}, TypeError, "got str"),
-    ("beta", {"beta": [0.1]}, TypeError, "got list"), ("entropy", {"entropy": torch.ones(3, dtype=torch.complex64)}, TypeError, "complex64"),
-    ("kl/mean", {"kl/mean": 1.0}, ValueError, "choose another"), ("kl/p95", {"kl/p95": 1.0}, ValueError, "choose another"),
-    ("loss", {"loss": torch.ones(3, device="meta")}, ValueError, "got meta"),
-], ids=str)
-def test_wrong_arguments(name, arguments, error, words, tmp_path) -> None:
-    """Every argument of update is checked before anything changes: neither the run nor the file sees the step."""
-    monitor = KLMonitor(jsonl=tmp_path / "run.jsonl")
-    before = monitor.state_dict()
-    arguments = {"kl": tokens(3), **arguments}
-    with pytest.raises(error, match=f"{name}: expected") as raised:
-        monitor.update(**arguments)
-    raised.match(words)
-    assert monitor.state_dict() == before and not (tmp_path / "run.jsonl").exists()

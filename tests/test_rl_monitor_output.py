@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -91,8 +92,9 @@ def test_a_line_cut_off_costs_only_itself(tmp_path, cut) -> None:
 
 @pytest.mark.parametrize("text, words", [
     ("step,kl\n1,0.1\n", "got 'step,kl' in line 1"), ('{"step": 1}\n[1, 2]\n', "got '[1, 2]' in line 2"), ('{"step": 1} {"step": 2}\n', "in line 1"),
-    ("\x89PNG\n", "in line 1"), ("17\n", "got '17'"),
-], ids=["csv", "list", "two", "binary", "number"])
+    ("\x89PNG\n", "in line 1"), ("17\n", "got '17'"), ("step,kl", "got 'step,kl'"),
+    ('{"step": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "in line 1"), ('{"step": 1, x}\n', "in line 1"),
+], ids=["csv", "list", "two", "binary", "number", "no-run", "deep", "broken"])
 def test_other_files_are_refused(tmp_path, text, words) -> None:
     """A file of other lines than JSON objects is an error with the line; a missing one is FileNotFoundError."""
     path = tmp_path / "run.jsonl"
@@ -110,6 +112,60 @@ def test_reads_what_others_write(tmp_path) -> None:
     path.write_text('\n{"step": 3, "kl": null, "note": "warm-up"}\n\n')
     step, = read_jsonl(path)
     assert step["step"] == 3.0 and type(step["step"]) is float and math.isnan(step["kl"]) and step["note"] == "warm-up"
+
+
+@pytest.mark.parametrize("text, kept", [
+    ('\0\0{"step": 0}\n\0\0\0{"st\0ep": 1}\n\0\0', [0, 1]), ('{"step": 0}\n{"step": 1, "a}', [0]),
+    ('{"step": 0}\n{"step": 1, "a}\n{"step": 2}\n', [0, 2]),
+    ('{"step": 0}\n{"step": 1, "a": {"b": 1}\n{"step": 2}\n', [0, 2]), ('{"step": 0}\n\x1a\x07}', [0]), ('{"step": 0}\n{"a": ' + "[" * 100_000, [0]),
+], ids=["nul", "name-last", "name", "inner", "garbage-last", "deep-last"])
+def test_what_a_crash_leaves(tmp_path, text, kept) -> None:
+    """NUL bytes are no part of a line; a line that was cut off is left out, also where it seems to end, and a last one that is nothing."""
+    path = tmp_path / "run.jsonl"
+    path.write_text(text)
+    assert [step["step"] for step in read_jsonl(path)] == kept
+
+
+@pytest.mark.parametrize("digits", [1, 308, 400, 5000])
+def test_numbers_of_any_length(tmp_path, digits) -> None:
+    """A whole number is a float, +inf where it is too large for one."""
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"reward": ' + "1" * digits + ', "flag": true}\n')
+    step, = read_jsonl(path)
+    assert step == {"reward": float("1" * digits), "flag": 1.0} and all(type(value) is float for value in step.values())
+
+
+def test_a_file_that_cannot_be_appended_to(tmp_path) -> None:
+    """Where the monitor is made it says so, and leaves no file where another argument is wrong."""
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "none" / "run.jsonl", tmp_path / "file" / "run.jsonl", tmp_path / ("n" * 300), tmp_path / "a\0b"):
+        with pytest.raises(ValueError, match="jsonl: expected a file that can be appended to"):
+            KLMonitor(jsonl=path)
+    with pytest.raises(TypeError, match="loggers"):
+        KLMonitor(jsonl=tmp_path / "run.jsonl", loggers=[3])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_costs_a_warning(tmp_path, monkeypatch) -> None:
+    """A line that cannot be written, or only in part, is told of once; figures, state and loggers have every step, the file the others."""
+    path, called, room = tmp_path / "run.jsonl", [], []
+
+    class Disk(io.FileIO):
+        def write(self, data) -> int:
+            if room:
+                return super().write(data)
+            super().write(data[:7])
+            raise OSError(28, "No space left on device")
+
+    monitor, plain = KLMonitor(jsonl=path, loggers=[called.append]), KLMonitor()
+    monkeypatch.setattr(module, "open", lambda path, mode, buffering: Disk(path, mode.replace("b", "")), raising=False)
+    with pytest.warns(RuntimeWarning, match=r"jsonl, .*run.jsonl'.* failed at step 0 \(OSError: .*No space left") as caught:
+        returned = [monitor.update(tokens(3, seed=step)) for step in range(2)]
+        room.append(True)
+        returned.append(monitor.update(tokens(3, seed=2)))
+    monkeypatch.undo()
+    assert len(caught) == 1 and returned == [plain.update(tokens(3, seed=step)) for step in range(3)] == called
+    assert monitor.state_dict() == plain.state_dict() and read_jsonl(path) == returned[2:]
 
 
 # ---- loggers
@@ -132,9 +188,28 @@ def test_loggers() -> None:
     assert scalars == expected and all(type(step) is int for _, _, step in scalars)
 
 
-def test_a_logger_that_fails_loses_no_line(tmp_path) -> None:
-    """The file and the state have the step before the loggers are called."""
-    monitor = KLMonitor(jsonl=tmp_path / "run.jsonl", loggers=[lambda metrics: 1 / 0])
-    with pytest.raises(ZeroDivisionError):
-        monitor.update(tokens(3))
-    assert len(read_jsonl(tmp_path / "run.jsonl")) == 1 and monitor.state_dict()["step"] == 1
+def test_a_logger_that_fails_costs_a_warning(tmp_path) -> None:
+    """A logger that raises is told of once; file, state, figures and the other loggers have every step, that one what it took."""
+    called, flaky = [], []
+
+    def fail(metrics):
+        if metrics["step"] in (1.0, 2.0):
+            raise ZeroDivisionError("no network")
+        flaky.append(metrics["step"])
+
+    monitor, plain = KLMonitor(jsonl=tmp_path / "run.jsonl", loggers=[fail, called.append]), KLMonitor()
+    with pytest.warns(RuntimeWarning) as caught:
+        returned = [monitor.update(tokens(3, seed=step)) for step in range(4)]
+    assert returned == [plain.update(tokens(3, seed=step)) for step in range(4)] == called == read_jsonl(tmp_path / "run.jsonl")
+    warned, = caught
+    assert re.search(r"loggers\[0\].* failed at step 1 \(ZeroDivisionError: no network\); the run goes on, .*may be missing", str(warned.message))
+    assert flaky == [0.0, 3.0] and monitor.state_dict() == plain.state_dict() and warned.filename == __file__
+
+
+def test_an_interrupt_goes_through() -> None:
+    """What is meant to end the run does."""
+    def interrupt(metrics):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        KLMonitor(loggers=[interrupt]).update(tokens(3))

@@ -7,6 +7,7 @@ import math
 import cases
 import pytest
 import torch
+from test_rl_trust_region import Calls
 
 import fastkl
 from fastkl.rl.natural_gradient import conjugate_gradient, fisher_vector_product, natural_gradient
@@ -222,6 +223,17 @@ def test_tensors_by_name(device) -> None:
     assert torch.equal(named["a"], b[:2]) and torch.equal(named["b"].flatten(), b[2:])
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e-23, 1e20, 1e35])
+def test_sizes_whose_squares_leave_float32(size) -> None:
+    """x, and the direction of a natural gradient, scale with b where b·b is 0 or infinite; two waits per product and one before."""
+    matrix, b = spd(6).float(), b_for(6).float()
+    with Calls() as calls:
+        x = conjugate_gradient(lambda v: matrix @ v, b * size, iterations=6, tolerance=0.0)
+    assert calls.counts["aten._local_scalar_dense.default"] == 13
+    cases.assert_gradient(x.double() / size, torch.linalg.solve(matrix.double(), b.double()), "x", tolerance=1e-5)
+    cases.assert_gradient(*(natural_gradient(lambda z: z, b, (b - b.mean()) * by, 0.01) for by in (size, 1.0)), "step", tolerance=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
 def test_tolerance_is_relative(scale) -> None:
     """It stops at the first residual within the tolerance of b's norm, whatever that is, and x scales with b."""
@@ -347,9 +359,8 @@ def test_no_gradient_no_step() -> None:
 ONES = torch.ones(3)
 
 
-def vector_case(vector, parameters=None):
-    parameters = {"a": torch.ones(3), "b": torch.ones(2)} if parameters is None else parameters
-    return fisher_vector_product(lambda named: named["a"], parameters, vector)
+def vector_case(vector):
+    return fisher_vector_product(lambda named: named["a"], {"a": torch.ones(3), "b": torch.ones(2)}, vector)
 
 
 @pytest.mark.parametrize("make, error, words", [
@@ -373,7 +384,8 @@ def vector_case(vector, parameters=None):
     (lambda: conjugate_gradient(lambda v: v, ONES * math.inf), ValueError, "b: expected finite values"),
     (lambda: conjugate_gradient(lambda v: v, ONES, iterations=0), ValueError, "iterations: expected how many products to take, at least 1, got 0"),
     (lambda: conjugate_gradient(lambda v: v, ONES, iterations=2.0), TypeError, "iterations"),
-    (lambda: conjugate_gradient(lambda v: v, ONES, tolerance=-1.0), ValueError, "tolerance: expected a finite number of at least 0, got -1.0"),
+    (lambda: conjugate_gradient(lambda v: v, ONES, tolerance=-1.0), ValueError, "tolerance: expected a number from 0 to less than 1, got -1.0; it"),
+    (lambda: conjugate_gradient(lambda v: v, ONES, tolerance=1.0), ValueError, "tolerance: expected a number from 0 to less than 1, got 1.0"),
     (lambda: conjugate_gradient(lambda v: v, ONES, damping=math.nan), ValueError, "damping: expected a finite number of at least 0, got nan"),
     (lambda: conjugate_gradient(lambda v: v, ONES, damping="0"), TypeError, "damping"),
     (lambda: natural_gradient(lambda z: z, ONES, ONES, 0.0), ValueError, "max_kl: expected a positive finite number of nats, got 0.0"),

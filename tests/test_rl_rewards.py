@@ -160,6 +160,7 @@ def test_beta() -> None:
     controller.beta = 2
     cases.assert_same_bits(shape_rewards(scores, kl, controller), shape_rewards(scores, kl, 2.0), "beta of the next call")
     assert torch.equal(shape_rewards(scores, kl.fill_(math.inf), 0), torch.nn.functional.pad(scores[:, None], (4, 0)))
+    assert shape_rewards(scores, kl, torch.tensor(0.0)).isnan().all(), "a tensor is not looked at"
 
 
 def test_the_policy_gradient_on_the_rewards() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import abc
 import math
-import numbers
 
 import torch
 
-from .. import _checks
+from . import _checks
 
 UNITS = ("token", "sequence")
 BOUNDS = (1e-6, 1e3)
@@ -32,8 +31,8 @@ class _Controller(abc.ABC):
         """Take in a measured KL and return the new beta.
 
         Args:
-            kl: the mean KL in nats, per token or per sequence as the controller's target: a number ≥ 0, or a tensor of one, for which this
-                waits for the device, as float(kl) does.
+            kl: the mean KL in nats, per token or per sequence as the controller's target: a number ≥ 0, or a tensor of one entry, for which
+                this waits for the device.
             n: how many samples the KL is the mean of, in the unit of `horizon`. AdaptiveBeta uses it; the others check it.
             unit: "token" or "sequence", what kl is a mean over, if it is to be checked against the controller's.
 
@@ -41,8 +40,9 @@ class _Controller(abc.ABC):
             TypeError for what is not a number. ValueError for a KL that is negative or not finite, n ≤ 0, and another unit than the
             controller's. beta and the state then stay as they were.
         """
-        kl = _number("kl", kl, least=0.0, remedy="an exact KL is never negative, nor is the 'k3' of estimate_kl; leave out a batch without one")
-        n = _number("n", n, above=0.0, remedy="n is how many samples the KL is the mean of")
+        kl = _checks.number("kl", kl, "a finite number of at least 0", _checks.not_negative,
+                            "an exact KL is never negative, nor is the 'k3' of estimate_kl; pass the mean, leave out a batch without", tensor=True)
+        n = _checks.number("n", n, "a finite number above 0", _checks.positive, "n is how many samples the KL is the mean of", tensor=True)
         if unit is not None:
             _checks.choice("unit", unit, UNITS)
         if unit is not None and self._unit is not None and unit != self._unit:
@@ -56,23 +56,25 @@ class _Controller(abc.ABC):
         return {"class": type(self).__name__, "unit": self._unit, **{name: getattr(self, f"_{name}") for name in self._STATE}}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from a state_dict of the same class and unit; raises ValueError or TypeError, and changes nothing, for any other."""
-        if not isinstance(state, dict):
-            raise TypeError(f"state: expected a dict, got {type(state).__name__}; pass what state_dict() returned")
-        mine = self.state_dict()
-        for name in ("class", "unit"):
-            if name in state and state[name] != mine[name]:
-                raise ValueError(f"state: expected {name} {mine[name]!r}, got {state[name]!r}; load it into one like that it came from")
-        if state.keys() != mine.keys():
-            raise ValueError(f"state: expected the entries {', '.join(sorted(mine))}, got {', '.join(sorted(map(str, state))) or 'none'}; "
-                             f"pass what state_dict() returned")
+        """Go on from a state_dict of the same class and unit; raises ValueError or TypeError, and changes nothing, for any other.
+
+        beta is part of the state: it takes the place of the constructor's, that of FixedBeta too.
+        """
+        _checks.state(state, self.state_dict())
+        if state["unit"] != self._unit:
+            raise ValueError(f"state: expected unit {self._unit!r}, got {state['unit']!r}; load it into a controller of the unit it was saved from")
         values = {name: self._checked(name, state[name]) for name in self._STATE}
         for name, value in values.items():
             setattr(self, f"_{name}", value)
 
     def _checked(self, name: str, value: object) -> float | None:
         """An entry of a state, if it may be one."""
-        return _number(f"state[{name!r}]", value, least=0.0, remedy="pass what state_dict() returned")
+        return _checks.number(f"state[{name!r}]", value, "a finite number of at least 0", _checks.not_negative, "pass what state_dict() returned")
+
+    def __repr__(self) -> str:
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        settings |= {"unit": self._unit} if self._unit is not None else {}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in {'beta': self._beta, **settings}.items())})"
 
     @abc.abstractmethod
     def _advance(self, kl: float, n: float) -> None:
@@ -80,7 +82,7 @@ class _Controller(abc.ABC):
 
 
 class FixedBeta(_Controller):
-    """A beta that stays: `update` checks its arguments and returns it.
+    """A beta that stays: `update` checks its arguments and returns it. To change it in a run that is resumed, leave load_state_dict out.
 
     Args:
         beta: a finite number ≥ 0.
@@ -89,7 +91,8 @@ class FixedBeta(_Controller):
     """
 
     def __init__(self, beta: float) -> None:
-        super().__init__(_number("beta", beta, least=0.0, remedy="a negative beta would reward divergence"), None)
+        super().__init__(_checks.number("beta", beta, "a finite number of at least 0", _checks.not_negative,
+                                        "a negative beta would reward divergence; pass 0.05, for instance"), None)
 
     def _advance(self, kl: float, n: float) -> None:
         pass
@@ -101,13 +104,13 @@ class _TargetedBeta(_Controller):
     def __init__(self, initial: float, target: float, unit: str, bounds: tuple[float, float]) -> None:
         _checks.choice("unit", unit, UNITS)
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-            raise TypeError(f"bounds: expected a pair (lowest beta, highest beta), got {bounds!r}")
-        low, high = (_number("bounds", value, above=0.0, remedy="beta moves by factors, which never leave 0") for value in bounds)
+            raise TypeError(f"bounds: expected a pair (lowest beta, highest beta), got {bounds!r}; pass bounds=(1e-3, 10.0), for instance")
+        low, high = (_positive("bounds", value, "beta moves by factors, which never leave 0") for value in bounds)
         if low > high:
-            raise ValueError(f"bounds: expected the lower one first, got ({low:g}, {high:g})")
+            raise ValueError(f"bounds: expected the lower one first, got ({low:g}, {high:g}); swap them")
+        self.target = _positive("target", target, "a KL in nats; for no penalty at all use FixedBeta(0)")
         self.bounds = (low, high)
-        self.target = _number("target", target, above=0.0, remedy="a KL in nats; for no penalty at all use FixedBeta(0)")
-        super().__init__(self._within("initial", _number("initial", initial, above=0.0, remedy="beta moves by factors, which never leave 0")), unit)
+        super().__init__(self._within("initial", _positive("initial", initial, "beta moves by factors, which never leave 0")), unit)
 
     @property
     def unit(self) -> str:
@@ -145,12 +148,13 @@ class AdaptiveBeta(_TargetedBeta):
         bounds: the lowest and the highest beta.
 
     Raises TypeError and ValueError for other numbers; update also for n ≥ 5·horizon, where the rule would make beta 0 or negative.
-    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), section 2.2.
+    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), section 2.2, with a constant gain of 0.1 in place of
+    n / horizon; that one, with the batch's samples as n, is in their released code: openai/lm-human-preferences, AdaptiveKLController.
     """
 
     def __init__(self, initial: float, target: float, horizon: float, unit: str = "token", *, bounds: tuple[float, float] = BOUNDS) -> None:
         super().__init__(initial, target, unit, bounds)
-        self.horizon = _number("horizon", horizon, above=0.0, remedy="how many samples it takes beta to change by 20 %")
+        self.horizon = _positive("horizon", horizon, "pass how many samples it takes beta to change by 20 %")
 
     def _advance(self, kl: float, n: float) -> None:
         if n >= 5 * self.horizon:
@@ -181,8 +185,10 @@ class PPOAdaptiveBeta(_TargetedBeta):
     def __init__(self, initial: float, target: float, unit: str = "token", *, tolerance: float = 1.5, factor: float = 2.0,
                  bounds: tuple[float, float] = BOUNDS) -> None:
         super().__init__(initial, target, unit, bounds)
-        self.tolerance = _number("tolerance", tolerance, least=1.0, remedy="the band is target / tolerance … target · tolerance")
-        self.factor = _number("factor", factor, above=1.0, remedy="beta is multiplied by it where the KL is too large")
+        self.tolerance = _checks.number("tolerance", tolerance, "a finite number of at least 1", lambda x: 1 <= x < math.inf,
+                                        "the band is target / tolerance … target · tolerance")
+        self.factor = _checks.number("factor", factor, "a finite number above 1", lambda x: 1 < x < math.inf,
+                                     "beta is multiplied by it where the KL is too large")
 
     def _advance(self, kl: float, n: float) -> None:
         if kl > self.tolerance * self.target:
@@ -210,7 +216,7 @@ class PIDBeta(_TargetedBeta):
             kp + ki/2 + 2·kd < 1. kd amplifies the noise of the KL.
 
     Raises TypeError and ValueError for other numbers.
-    Source: Åström and Murray, Feedback Systems (2008), chapter 10, for the controller and its windup.
+    Source: Åström and Murray, Feedback Systems, first edition (2008), chapter 10, for the controller and its windup.
     """
 
     _STATE = ("beta", "settled", "previous")
@@ -218,16 +224,18 @@ class PIDBeta(_TargetedBeta):
     def __init__(self, initial: float, target: float, unit: str = "token", *, kp: float = 0.3, ki: float = 0.03, kd: float = 0.0,
                  bounds: tuple[float, float] = BOUNDS) -> None:
         super().__init__(initial, target, unit, bounds)
-        self.kp = _number("kp", kp, least=0.0, most=100.0, remedy="how much log(beta) moves with the error")
-        self.ki = _number("ki", ki, above=0.0, most=100.0, remedy="how much log(beta) goes on moving while the error lasts")
-        self.kd = _number("kd", kd, least=0.0, most=100.0, remedy="how much log(beta) moves with the error's change")
+        gain = "a finite number of at least 0, up to 100"
+        self.kp = _checks.number("kp", kp, gain, lambda x: 0 <= x <= 100, "it is how much log(beta) moves with the error")
+        self.ki = _checks.number("ki", ki, "a finite number above 0, up to 100", lambda x: 0 < x <= 100, "without it the target is not reached")
+        self.kd = _checks.number("kd", kd, gain, lambda x: 0 <= x <= 100, "it is how much log(beta) moves with the error's change")
         self._settled = self._beta
         self._previous: float | None = None
 
     def _checked(self, name: str, value: object) -> float | None:
         if name != "previous":
             return super()._checked(name, value)
-        return None if value is None else _number("state['previous']", value, remedy="pass what state_dict() returned")
+        return None if value is None else _checks.number("state['previous']", value, "a finite number or None", math.isfinite,
+                                                              "pass what state_dict() returned")
 
     def _advance(self, kl: float, n: float) -> None:
         error = math.log(min(max(kl / self.target, 1 / math.e), math.e))
@@ -237,16 +245,5 @@ class PIDBeta(_TargetedBeta):
         self._previous = error
 
 
-def _number(name: str, value: object, *, remedy: str, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> float:
-    """A finite number, or a tensor of one, as a float: at least `least`, above `above` and at most `most`."""
-    if isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype != torch.bool and not value.is_complex():
-        value = value.detach()
-    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-        got = f"a tensor of shape {tuple(value.shape)} and {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected a number, got {got}; {remedy}")
-    result = float(value)
-    if not (math.isfinite(result) and result >= least and result > above and result <= most):
-        limits = ((" of at least", least), (" above", above), (" up to", most))
-        bounds = ",".join(f"{word} {limit:g}" for word, limit in limits if math.isfinite(limit))
-        raise ValueError(f"{name}: expected a finite number{bounds}, got {result:g}; {remedy}")
-    return result
+def _positive(name: str, value: float, remedy: str) -> float:
+    return _checks.number(name, value, "a finite number above 0", _checks.positive, remedy)

@@ -6,14 +6,15 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from .._rows import result_dtype
 from . import _checks
-from .spikes import SpikeDetector, check_state
+from .spikes import SpikeDetector
 
 QUANTILES = {"kl/p50": 0.50, "kl/p95": 0.95, "kl/p99": 0.99}
 # The run's quantiles come from a histogram of the logarithm (DDSketch): each bin reaches from x to GROWTH·x, so its centre is right to ACCURACY.
@@ -40,38 +41,45 @@ class KLMonitor:
         threshold: KL of a token, nats; with it "kl/above_threshold" is the share of tokens above.
         spike: True: a SpikeDetector() watches "kl/mean" and "kl/spike" is 1.0 where it rings, else 0.0; a SpikeDetector of your own; or False.
         positions: how many entries profile() has at most.
-        jsonl: a file that gets a line of JSON per update, in a folder that exists. It is never shortened: a resumed run goes on in it.
+        jsonl: a file that gets a line of JSON per update, in a folder that exists; made at once. It is never shortened: a resumed run goes on in it.
         loggers: what each step's dict goes to: objects with a method log(dict), as a wandb run; with add_scalar(name, value, step), as
             TensorBoard's SummaryWriter; or callables of the dict. They are called after the line of JSON is written.
 
     The state of the run is on the CPU: state_dict() costs no copy.
+    A file that cannot be written any more (OSError) and a logger that raises do not end the run: the first time, for each of them, a RuntimeWarning
+    says what failed and at which step, from where on steps may be missing there; the figures are returned as ever.
     In distributed training each process sees its own tokens; gather them, or monitor one process.
 
-    Raises ValueError or TypeError for wrong arguments.
+    Raises ValueError or TypeError for wrong arguments, ValueError for a jsonl that cannot be appended to.
     Source: Masson, Rim and Lee, DDSketch (2019), for the quantiles of the run; SpikeDetector for the alarm.
     """
 
     def __init__(self, *, threshold: float | None = None, spike: SpikeDetector | bool = True, positions: int = 64,
                  jsonl: str | os.PathLike | None = None, loggers: Sequence[object] = ()) -> None:
         if threshold is not None:
-            _checks.number("threshold", threshold, "a KL in nats of at least 0, or None", lambda x: 0 <= x < math.inf)
+            _checks.number("threshold", threshold, "a KL in nats of at least 0, or None", lambda x: 0 <= x < math.inf, "None counts none")
         if not isinstance(spike, (bool, SpikeDetector)):
             raise TypeError(f"spike: expected True, False or a SpikeDetector, got {type(spike).__name__}")
-        _checks.whole_number("positions", positions, "a number of entries of the profile")
+        _checks.whole_number("positions", positions, "a number of entries of the profile", "64 is the default")
         if not isinstance(loggers, (list, tuple)):
             raise TypeError(f"loggers: expected a list, got {type(loggers).__name__}; pass [logger]")
         self.threshold = threshold
         self.detector = SpikeDetector() if spike is True else spike or None
         self.positions = positions
-        self.jsonl = None if jsonl is None else _appendable(jsonl)
         for logger in loggers:
             _check_logger(logger)
         self.loggers = list(loggers)
+        self.jsonl = None if jsonl is None else _appendable(jsonl)
+        self._failed: set[str] = set()
         self._step = 0
-        self._run = {"steps": 0.0, "tokens": 0.0, "finite": 0.0, "sum": 0.0, "max": None, "above": 0.0, "spikes": 0.0}
-        self._histogram = torch.zeros(BINS, dtype=torch.float64)
-        self._profile = torch.zeros(2, positions, dtype=torch.float64)  # sums, tokens
+        self._run = {"steps": 0.0, "tokens": 0.0, "finite": 0.0, "sum": 0.0, "max": 0.0, "above": 0.0, "spikes": 0.0}
+        self._histogram = torch.zeros(BINS, dtype=torch.float64, device="cpu")
+        self._profile = torch.zeros(2, positions, dtype=torch.float64, device="cpu")  # sums, tokens
         self._width = 1  # positions per entry of the profile
+
+    def __repr__(self) -> str:
+        return (f"KLMonitor(threshold={self.threshold}, spike={self.detector or False}, positions={self.positions}, jsonl={self.jsonl!r}, "
+                f"loggers={self.loggers})")
 
     def update(self, kl: torch.Tensor, mask: torch.Tensor | None = None, *, cu_seqlens: torch.Tensor | None = None,
                entropy: float | torch.Tensor | None = None, reward: float | torch.Tensor | None = None,
@@ -84,8 +92,9 @@ class KLMonitor:
             mask: bool, shaped as kl, True where the token counts. Whatever the others hold, NaN included, changes no figure.
             cu_seqlens: integers [S+1] from 0 to total, where the packed sequences begin and end; the profile alone needs them.
             entropy, reward, beta, more: figures to report beside, None: not reported. A tensor shaped as kl is averaged over the tokens that
-                count, any other tensor over all its entries; a number, or the `beta` of a controller, is taken as it is. Tensors on kl's device
-                go through the same copy; ones on the CPU need none.
+                count, any other tensor over all its entries; a number, or the `beta` of a controller, is taken as it is. With as many packed
+                sequences as tokens a reward [S] counts as one per sequence, as in shape_rewards, any other [S] as per token. Tensors on kl's
+                device go through the same copy, those shaped as kl are moved there from the CPU; other ones on the CPU need none.
             step: number of the step; default one more than the last, from 0.
 
         Returns:
@@ -104,6 +113,8 @@ class KLMonitor:
         _checks.mask(mask, kl.shape, kl.device)
         if cu_seqlens is not None:
             _checks.cu_seqlens(cu_seqlens, "kl", kl)
+            if isinstance(reward, torch.Tensor) and reward.shape == kl.shape == (len(cu_seqlens) - 1,):
+                reward = reward[None]  # one per sequence, not per token
         numbers, tensors = _sorted_figures({"entropy": entropy, "reward": reward, "beta": getattr(beta, "beta", beta), **more}, kl)
         if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
             raise TypeError(f"step: expected a whole number or None, got {type(step).__name__}; for a tensor pass int(step)")
@@ -120,34 +131,45 @@ class KLMonitor:
         self._remember(metrics, got)
         self._step = step + 1
         if self.jsonl is not None:
-            _append_line(self.jsonl, metrics)
-        for logger in self.loggers:
-            _send(logger, dict(metrics))
+            self._tell(_append_line, self.jsonl, metrics, "jsonl", OSError)
+        for index, logger in enumerate(self.loggers):
+            self._tell(_send, logger, dict(metrics), f"loggers[{index}]", Exception)
         return metrics
+
+    def _tell(self, write: Callable, target: object, metrics: dict[str, float], name: str, failure: type[Exception]) -> None:
+        """write(target, metrics), whose failure costs a warning, once, and not the run."""
+        try:
+            write(target, metrics)
+        except failure as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                warnings.warn(f"KLMonitor: {name}, {target!r}, failed at step {metrics['step']:.0f} ({type(error).__name__}: {error}); the run goes "
+                              f"on, this step and later ones may be missing there, and no more is said of it", RuntimeWarning, stacklevel=3)
 
     def _remember(self, metrics: dict[str, float], got: _Measured) -> None:
         run, tokens = self._run, metrics["kl/tokens"]
         run["steps"] += 1
         run["tokens"] += tokens
-        run["finite"] += got.finite
         run["sum"] += got.finite_sum
         if got.finite:
-            run["max"] = got.finite_max if run["max"] is None else max(run["max"], got.finite_max)
+            run["max"] = max(run["max"], got.finite_max) if run["finite"] else got.finite_max
+        run["finite"] += got.finite
         if tokens:
             run["above"] += got.figures["kl/above_threshold"] * tokens
         run["spikes"] += metrics.get("kl/spike", 0.0)
-        self._histogram += got.histogram
-        entries = torch.arange(self.positions) * self._width // got.width
+        self._histogram = self._histogram + got.histogram  # not in place, which one made in inference mode would not allow outside
+        entries = torch.arange(self.positions, device="cpu") * self._width // got.width
         self._profile = torch.zeros_like(self._profile).index_add_(1, entries, self._profile) + got.profile
         self._width = got.width
 
     def summary(self) -> dict[str, float]:
         """Figures over all tokens of the run so far: "steps", "kl/tokens", "kl/mean", "kl/max", "kl/p50", "kl/p95", "kl/p99" (right to 1 %
         between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and with a threshold or a detector "kl/above_threshold" and "kl/spikes" (how many
-        steps rang). Tokens whose KL is not finite are counted and otherwise left out. NaN where there is nothing to take a figure of."""
+        steps rang). Tokens whose KL is not finite are counted, +inf as above the threshold too, and otherwise left out. NaN where there is nothing
+        to take a figure of."""
         run = self._run
-        mean = run["sum"] / run["finite"] if run["finite"] else math.nan
-        figures = {"steps": run["steps"], "kl/tokens": run["tokens"], "kl/mean": mean, "kl/max": math.nan if run["max"] is None else run["max"]}
+        mean, largest = (run["sum"] / run["finite"], run["max"]) if run["finite"] else (math.nan, math.nan)
+        figures = {"steps": run["steps"], "kl/tokens": run["tokens"], "kl/mean": mean, "kl/max": largest}
         figures.update((name, self._quantile(q)) for name, q in QUANTILES.items())
         figures["kl/not_finite"] = run["tokens"] - run["finite"]
         if self.threshold is not None:
@@ -181,23 +203,30 @@ class KLMonitor:
                 "spike": None if self.detector is None else self.detector.state_dict()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another class, an incomplete one, or one of a monitor
-        with another threshold, other positions, or with a detector where this one has none, or the other way round."""
+        """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another class, an incomplete or damaged one, or one of a
+        monitor with another threshold, other positions, or with a detector where this one has none, or the other way round."""
         mine = self.state_dict()
-        check_state(state, mine)
+        _checks.state(state, mine)
         for name in ("threshold", "positions"):
             if state[name] != mine[name]:
                 raise ValueError(f"state: expected {name} {mine[name]}, got {state[name]}; make the monitor with {name}={state[name]}")
         if (state["spike"] is None) != (mine["spike"] is None):
             raise ValueError(f"state: expected one {'with' if self.detector else 'without'} a spike detector, got one "
                              f"{'without' if self.detector else 'with'}; make the monitor with spike={state['spike'] is not None}")
-        histogram, profile = (torch.tensor(state[name], dtype=torch.float64) for name in ("histogram", "profile"))
-        if state["run"].keys() != mine["run"].keys() or histogram.shape != self._histogram.shape or profile.shape != self._profile.shape:
-            raise ValueError("state: expected the run, histogram and profile of this version of KLMonitor, got others; begin with a new monitor")
+        for name in ("step", "width", "run", "histogram", "profile"):
+            if _form(state[name]) != _form(mine[name]) or (name == "width" and not 0 < state[name] < 2**31):
+                raise ValueError(f"state: expected {name} as this version of KLMonitor saves it, got {str(state[name])[:40]}; begin anew")
         if self.detector is not None:
             self.detector.load_state_dict(state["spike"])
         self._step, self._width, self._run = state["step"], state["width"], dict(state["run"])
-        self._histogram, self._profile = histogram, profile
+        self._histogram, self._profile = (torch.tensor(state[name], dtype=torch.float64, device="cpu") for name in ("histogram", "profile"))
+
+
+def _form(value: object) -> object:
+    """What a state is made of: types in place of its values."""
+    if isinstance(value, dict):
+        return {name: _form(entry) for name, entry in value.items()}
+    return [_form(entry) for entry in value] if isinstance(value, list) else type(value)
 
 
 def _sorted_figures(named: dict[str, object], kl: torch.Tensor) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -209,8 +238,8 @@ def _sorted_figures(named: dict[str, object], kl: torch.Tensor) -> tuple[dict[st
         if isinstance(value, torch.Tensor):
             if value.is_complex():
                 raise TypeError(f"{name}: expected a real number or tensor, got a {value.dtype} tensor")
-            if value.device == kl.device:
-                tensors[name] = value.detach()
+            if value.device == kl.device or (value.device.type == "cpu" and value.shape == kl.shape):
+                tensors[name] = value.detach().to(kl.device, non_blocking=True)  # the copy of the figures waits for it too
             elif value.device.type == "cpu":
                 known[name] = value.detach().double().mean().item()
             else:
@@ -303,25 +332,28 @@ def _quantile_of(ordered: torch.Tensor, count: torch.Tensor, q: float) -> torch.
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, float]]:
     """The steps that KLMonitor(jsonl=path) wrote, each as update returned it; a figure that was not finite reads as NaN.
 
-    A line that was cut off in writing, as the last one of a run that was killed, is left out.
+    A line that was cut off in writing, as the last one of a run that was killed, is left out, and so are NUL bytes, which a loss of power leaves.
 
     Raises OSError for a file that cannot be read, ValueError for one that has another line than JSON objects.
     """
     steps = []
     with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            line = line.strip()
-            if not line or (line.startswith("{") and not line.endswith("}")):
+        for number, raw in enumerate(file, 1):
+            line = raw.replace("\0", "").strip()
+            if not line:
                 continue
             try:
-                entry = json.loads(line)
-            except ValueError:
+                entry = json.loads(line, parse_int=float)  # of any length
+            except (ValueError, RecursionError) as error:
+                # One cut off within a string may end as an object does.
+                within = getattr(error, "pos", 0) == len(line) or "Unterminated" in str(error)
+                if (line.startswith("{") and (within or not line.endswith("}"))) or (steps and not raw.endswith("\n")):
+                    continue
                 entry = None
             if not isinstance(entry, dict):
                 raise ValueError(f"path: expected one JSON object per line, got {line[:40]!r} in line {number} of {os.fspath(path)}; "
                                  f"pass a file that KLMonitor(jsonl=...) wrote")
-            steps.append({name: math.nan if value is None else float(value) if isinstance(value, (int, float)) else value
-                          for name, value in entry.items()})
+            steps.append({name: math.nan if value is None else float(value) if isinstance(value, bool) else value for name, value in entry.items()})
     return steps
 
 
@@ -341,8 +373,10 @@ def _appendable(path: str | os.PathLike) -> str:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"jsonl: expected a path, got {type(path).__name__}")
     path = os.path.abspath(os.fspath(path))  # a later change of folder must not split the file
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
-        raise ValueError(f"jsonl: expected a file in a folder that exists, got {path!r}; create the folder, name a file in it")
+    try:
+        open(path, "ab+", buffering=0).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"jsonl: expected a file that can be appended to, got {path!r} ({error}); create its folder, or name another") from None
     return path
 
 

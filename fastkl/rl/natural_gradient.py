@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 
-from .. import _checks as general_checks
 from . import _checks
 
 # What is differentiated, and every vector beside it: one tensor, or tensors by name as in dict(model.named_parameters()).
@@ -38,8 +37,8 @@ def fisher_vector_product(function: Callable[[Tensors], torch.Tensor], parameter
             forward-mode derivative.
         parameters: a float32 or float64 tensor, or a dict of such tensors by name.
         vector: shaped as parameters.
-        weights: float [...], what each row counts, at least 0; None counts all alike. A row of weight 0 adds exactly 0 whatever logits it has,
-            and all 0 gives 0. For a mask pass mask.float().
+        weights: float [...], what each row counts, at least 0 (not looked at); None counts all alike. A row of weight 0 adds exactly 0 whatever
+            logits it has, if their derivatives are finite: replace the inputs of padding that is not. All 0 gives 0. For a mask pass mask.float().
 
     Returns:
         As parameters, detached; nothing is written to .grad. Several tensors the size of the logits are held meanwhile.
@@ -47,7 +46,8 @@ def fisher_vector_product(function: Callable[[Tensors], torch.Tensor], parameter
     Raises:
         TypeError, ValueError: wrong type, structure, shape or device.
 
-    Source: Schulman et al., Trust Region Policy Optimization (2015), appendix C.1; Schraudolph, Fast Curvature Matrix-Vector Products (2002).
+    Source: Schulman et al., Trust Region Policy Optimization (2015), appendix C.1; Schraudolph, Fast Curvature Matrix-Vector
+    Products for Second-Order Gradient Descent (2002).
     """
     if not callable(function):
         raise TypeError(f"function: expected a function from parameters to logits, got {type(function).__name__}; "
@@ -56,8 +56,8 @@ def fisher_vector_product(function: Callable[[Tensors], torch.Tensor], parameter
     tangents = _like("vector", vector, "parameters", point)
     primal = _packed(point, parameters)
     logits, tangent = torch.func.jvp(function, (primal,), (_packed(tangents, parameters),))
-    general_checks.logits("function's result", logits)
-    general_checks.token_weights(weights, logits.shape[:-1], logits.device)
+    _checks.logits("function's result", logits)
+    _checks.token_weights(weights, logits.shape[:-1], logits.device)
     _, pull_back = torch.func.vjp(function, primal)
     return pull_back(_softmax_fisher(logits, tangent, weights).to(logits.dtype))[0]
 
@@ -91,45 +91,45 @@ def conjugate_gradient(product: Callable[[Tensors], Tensors], b: Tensors, *, ite
         product: v → A v, both shaped as b.
         b: a float32 or float64 tensor of any shape, or a dict of such tensors by name; not changed.
         iterations: how many products at the most; at least 1.
-        tolerance: stop once the norm of the residual is at most this part of the norm of b; at least 0.
+        tolerance: stop once the norm of the residual is at most this part of the norm of b; from 0 to less than 1.
         damping: added to the diagonal; at least 0. Where A is singular and b not in its range there is no solution, and without damping x grows
             without bound. It also stops, without an error, where rounding leaves no positive curvature along the next direction.
 
     Returns:
-        x, shaped as b, detached. b = 0 gives 0 without a product. Waits for the device two times per iteration, for the two inner products.
+        x, shaped as b, detached; no size of b is too small or too large for its type. b = 0 gives 0 without a product. Waits for the device once,
+        and twice per iteration, for the inner products.
 
     Raises:
         TypeError, ValueError: wrong arguments; a product that is not finite or not shaped as b.
 
-    Source: Hestenes & Stiefel, Methods of Conjugate Gradients for Solving Linear Systems (1952), section 3.
+    Source: Hestenes & Stiefel, Methods of Conjugate Gradients for Solving Linear Systems (1952).
     """
     if not callable(product):
         raise TypeError(f"product: expected a function from v to A v, got {type(product).__name__}; for a matrix: lambda v: A @ v")
-    _checks.whole_number("iterations", iterations, "how many products to take")
-    for name, value in (("tolerance", tolerance), ("damping", damping)):
-        _checks.number(name, value, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
-    right = _named("b", b)
-    solution = {name: torch.zeros_like(value) for name, value in right.items()}
-    residual = {name: value.clone() for name, value in right.items()}
-    direction = {name: value.clone() for name, value in right.items()}
+    _checks.whole_number("iterations", iterations, "how many products to take", "10 are common")
+    _checks.number("tolerance", tolerance, "a number from 0 to less than 1", lambda x: 0 <= x < 1, "it is a part of the norm of b")
+    _checks.number("damping", damping, "a finite number of at least 0", _checks.not_negative, "1e-3 is common")
+    residual, scale = _scaled(_named("b", b))
+    solution = {name: torch.zeros_like(value) for name, value in residual.items()}
+    direction = {name: value.clone() for name, value in residual.items()}
     square = _dot("b", residual, residual)
     enough = tolerance**2 * square
     for _ in range(iterations):
         if square <= enough:
             break
-        image = _like("product's result", product(_packed(direction, b)), "b", right)
+        image = _like("product's result", product(_packed(direction, b)), "b", residual)
         image = {name: value.add(direction[name], alpha=damping) for name, value in image.items()}
         curvature = _dot("product's result", direction, image)
         if curvature <= 0:
             break
         length = square / curvature
-        for name in right:
+        for name in residual:
             solution[name].add_(direction[name], alpha=length)
             residual[name].sub_(image[name], alpha=length)
         square, before = _dot("product's result", residual, residual), square
-        for name in right:
+        for name in residual:
             direction[name].mul_(square / before).add_(residual[name])
-    return _packed(solution, b)
+    return _packed({name: value.mul_(scale.to(value.device)) for name, value in solution.items()}, b)
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def natural_gradient(function: Callable[[Tensors], torch.Tensor], parameters: Te
             and could do without; one that other rows contributed to cannot.
 
     Returns:
-        The step, as parameters, detached; 0 for a gradient of 0. Waits as conjugate_gradient does, and once more.
+        The step, as parameters, detached; 0 for a gradient of 0. Waits as conjugate_gradient does, and once more, or twice where the curvature is 0.
 
     Raises:
         TypeError, ValueError: wrong arguments; a gradient or Fisher product that is not finite; a direction along which the policy does not change,
@@ -170,15 +170,15 @@ def natural_gradient(function: Callable[[Tensors], torch.Tensor], parameters: Te
 
     Source: Schulman et al., Trust Region Policy Optimization (2015), appendix C; Amari, Natural Gradient Works Efficiently in Learning (1998).
     """
-    _checks.number("max_kl", max_kl, "a positive finite number of nats", lambda x: 0 < x < math.inf)
+    _checks.number("max_kl", max_kl, "a positive finite number of nats", _checks.positive, "0.01 is common")
     _like("gradient", gradient, "parameters", _named("parameters", parameters))
     product = partial(fisher_vector_product, function, parameters, weights=weights)
     direction = conjugate_gradient(product, gradient, iterations=iterations, tolerance=tolerance, damping=damping)
-    named = _named("direction", direction)
-    curvature = _dot("Fisher product", named, _like("Fisher product", product(direction), "parameters", named))
-    if curvature <= 0 and not any(bool(value.any()) for value in named.values()):
-        return direction
+    named, _ = _scaled(_named("direction", direction))
+    curvature = _dot("Fisher product", named, _like("Fisher product", product(_packed(named, parameters)), "parameters", named))
     if curvature <= 0:
+        if _dot("direction", named, named) == 0:
+            return direction
         raise ValueError(f"gradient: expected a direction along which the policy's KL grows, got one of curvature {curvature:g}; "
                          f"take the gradient from the same function and rows, or skip the step")
     length = math.sqrt(2 * max_kl / curvature)
@@ -205,18 +205,28 @@ def _like(name: str, value: Tensors, other_name: str, other: dict[str, torch.Ten
     """The tensors of `value` in the order of `other`, after a check that names, shapes, types and devices are its own."""
     named = _named(name, value)
     if named.keys() != other.keys():
-        raise ValueError(f"{name}: expected the names of {other_name}, got others: {sorted(named.keys() ^ other.keys())} are in one of them only")
+        raise ValueError(f"{name}: expected the names of {other_name}, got others: {sorted(named.keys() ^ other.keys())} are in one of them only; "
+                         f"take both from the same parameters")
     for key, expected in other.items():
         got = named[key]
         if (got.shape, got.dtype, got.device) != (expected.shape, expected.dtype, expected.device):
             where = f"{name}[{key!r}]" if key else name
             raise ValueError(f"{where}: expected as in {other_name} {tuple(expected.shape)}, {expected.dtype}, {expected.device}, got "
-                             f"{tuple(got.shape)}, {got.dtype}, {got.device}")
+                             f"{tuple(got.shape)}, {got.dtype}, {got.device}; take both from the same parameters")
     return {key: named[key] for key in other}
 
 
 def _packed(named: dict[str, torch.Tensor], like: Tensors) -> Tensors:
     return named[""] if isinstance(like, torch.Tensor) else named
+
+
+def _scaled(named: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """(the tensors over their largest entry, that entry): the squares of float32 below 1e-23 or above 1e19 are 0 or infinite."""
+    device = next(iter(named.values())).device
+    norms = [torch.linalg.vector_norm(value, math.inf).to(device, torch.float64) for value in named.values() if value.numel()]
+    scale = torch.stack([torch.zeros((), dtype=torch.float64, device=device), *norms]).max()
+    scale = torch.where(scale == 0, 1.0, scale)
+    return {name: value / scale.to(value.device) for name, value in named.items()}, scale
 
 
 def _dot(name: str, first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:

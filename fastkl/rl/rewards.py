@@ -35,7 +35,7 @@ def shape_rewards(scores: torch.Tensor, kl: torch.Tensor, beta: float | torch.Te
         kl: KL of each token in nats: [B, T] (any leading shape), or with cu_seqlens [total], sequences packed one behind the other; which, see
             above.
         beta: the penalty's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute `beta`. A number 0 leaves the KL out, also an
-            infinite one.
+            infinite one. A tensor is not looked at: a negative one is no error, and 0 times an infinite KL is NaN.
         mask: bool, shaped as kl, True where the token counts: the policy chose it. Padding may be on either side, tool outputs may leave holes.
         cu_seqlens: integers [S+1] from 0 to total: sequence s is kl[cu_seqlens[s] : cu_seqlens[s + 1]]; empty ones are allowed.
 
@@ -49,7 +49,7 @@ def shape_rewards(scores: torch.Tensor, kl: torch.Tensor, beta: float | torch.Te
 
     Raises:
         TypeError: scores or kl not of a float type, mask not bool, cu_seqlens not integers, beta none of the three.
-        ValueError: shapes or devices that do not fit; wrong boundaries; a beta that is negative or not finite.
+        ValueError: shapes or devices that do not fit; wrong boundaries; a number beta that is negative or not finite.
 
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2; Ouyang et al., Training language models to follow
     instructions with human feedback (2022), eq. 2.
@@ -57,19 +57,29 @@ def shape_rewards(scores: torch.Tensor, kl: torch.Tensor, beta: float | torch.Te
     _checks.float_tensor("kl", kl, "per token, [B, T] or [total]")
     _checks.float_tensor("scores", scores, "one per sequence or per token")
     if kl.dim() == 0:
-        raise ValueError("kl: expected per-token values with at least one dimension, got a scalar")
+        raise ValueError("kl: expected per-token values with at least one dimension, got a scalar; pass it before its mean is taken")
     _checks.mask(mask, kl.shape, kl.device)
     beta = _checks.beta(beta, "kl", kl)
+    if cu_seqlens is not None:
+        _checks.cu_seqlens(cu_seqlens, "kl", kl)
+    _checks.per_token_or_sequence("scores", scores, "kl", kl, cu_seqlens)
     dtype = result_dtype(kl)
     kl, scores = kl.detach().to(dtype), scores.detach().to(dtype)
     counts = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
-    if cu_seqlens is None:
-        _checks.per_token_or_sequence("scores", scores, "kl", kl, "pass cu_seqlens for packed sequences")
-        given = scores if scores.shape == kl.shape else torch.where(_last_of_padded(counts), scores[..., None], 0.0)
+    if cu_seqlens is not None:
+        given = _packed_scores(scores, counts, cu_seqlens)
     else:
-        given = _packed_scores(scores, kl, counts, cu_seqlens)
+        given = scores if scores.shape == kl.shape else torch.where(_last_of_padded(counts), scores[..., None], 0.0)
     penalty = beta * kl if isinstance(beta, torch.Tensor) or beta > 0 else 0.0
     return torch.where(counts, given - penalty, 0.0)
+
+
+def owners(cu_seqlens: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(which of the S sequences each of `total` packed tokens is in, S for one behind them all; whether the boundaries run from 0 to total)."""
+    bounds = cu_seqlens.long()
+    right = (bounds[0] == 0) & (bounds[-1] == total) & (bounds.diff() >= 0).all()
+    owner = torch.searchsorted(bounds, torch.arange(total, device=bounds.device), right=True) - 1
+    return owner.clamp(0, len(bounds) - 1), right
 
 
 def _last_of_padded(counts: torch.Tensor) -> torch.Tensor:
@@ -77,23 +87,13 @@ def _last_of_padded(counts: torch.Tensor) -> torch.Tensor:
     return counts & (counts.flip(-1).cumsum(-1).flip(-1) == 1)
 
 
-def _packed_scores(scores: torch.Tensor, kl: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def _packed_scores(scores: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """The score that each packed token is given; NaN for all where the boundaries are wrong and could not be looked at."""
-    _checks.cu_seqlens(cu_seqlens, "kl", kl)
-    sequences, total = len(cu_seqlens) - 1, len(kl)
-    if scores.shape not in ((sequences,), kl.shape):
-        raise ValueError(f"scores: expected one per sequence, ({sequences},), or one per token, ({total},) as kl, got {tuple(scores.shape)}; "
-                         f"cu_seqlens holds one entry more than there are sequences")
-    _checks.same_device("scores", scores, "kl", kl)
-    if sequences == 0:
-        return torch.full_like(kl, math.nan)
-    bounds = cu_seqlens.long()
-    right = (bounds[0] == 0) & (bounds[-1] == total) & (bounds.diff() >= 0).all()
-    given = scores
-    if scores.shape == (sequences,):
-        bounds = bounds.clamp(0, total)  # wrong ones must not read out of range
-        owner = (torch.searchsorted(bounds, torch.arange(total, device=kl.device), right=True) - 1).clamp(0, sequences - 1)
-        counted = torch.nn.functional.pad(counts.cumsum(0), (1, 0))  # how many count before each position
-        last = counts & (counted[1:] == counted[bounds[owner + 1]])
-        given = torch.where(last, scores[owner], 0.0)
-    return torch.where(right, given, math.nan)
+    total, pad = len(counts), torch.nn.functional.pad
+    owner, right = owners(cu_seqlens, total)
+    if len(scores) == len(cu_seqlens) - 1:
+        end = pad(cu_seqlens[1:].long().clamp(0, total), (0, 1))  # of each sequence, and of what is behind; never out of range
+        counted = pad(counts.cumsum(0), (1, 0))  # how many count before each position
+        last = counts & (counted[1:] == counted[end[owner]])
+        scores = torch.where(last, pad(scores, (0, 1))[owner], 0.0)
+    return torch.where(right, scores, math.nan)

@@ -8,8 +8,10 @@ from collections import deque
 
 from . import _checks
 
-# Residuals before the first judgement: a median absolute deviation of fewer is too often far too small.
+# A median absolute deviation of fewer residuals is too often far too small.
 WARM_UP = 16
+# Until then it is mixed with a deviation of 1 in the logarithm, which weighs as much as so many residuals.
+ASSUMED = 0.25
 # MAD of normal noise times this is its standard deviation.
 MAD_TO_DEVIATION = 1.4826
 # In the logarithm: runs without noise are judged as if the KL varied by 5 %.
@@ -22,15 +24,21 @@ class SpikeDetector:
     Equivalent to, for one step,
 
         x = log(max(kl, 0) + floor)
-        residual = x - median(of the last `recent` x)
-        centre, deviation = median and 1.4826 · MAD of the last `window` residuals              # deviation at least 0.05
+        level = median(of the last `recent` x)
+        residual = x - level
+        known = those of the last `window` residuals whose level was above log(2 · floor), a KL of `floor`
+        centre, deviation = median and 1.4826 · MAD of the known residuals, 0 if there are none
+        if len(known) < 16:
+            deviation = √((1/4 + len(known) · deviation²) / (1/4 + len(known)))                  # 1 if there are none
+        deviation = max(0.05, deviation)
         rise = residual - centre
         jump = max(log(ratio), rise)
         evidence = max(0, evidence + jump · (rise - jump / 2) / deviation²)
         ring = evidence ≥ limit                                                                 # then evidence = 0
 
     the log-likelihood ratio (nats) of "the KL is at least `ratio` times what it was" against "it is as it was", for normal noise. A strong step
-    rings at once, weaker ones add up. Two medians, because the residuals' own centre takes out a steady growth and both ignore outliers.
+    rings at once, weaker ones add up. Two medians, because the residuals' own centre takes out a steady growth and both ignore outliers. Below the
+    floor x hardly moves, which says nothing of the noise above it: there the noise counts as unknown.
 
     Measured by tests/test_rl_spikes.py with the default settings, for noise of log KL with a standard deviation of 0.1 | 0.2 | 0.3 | 0.4:
 
@@ -39,16 +47,19 @@ class SpikeDetector:
         the same, heavy tails (Student's t, 5 degrees of freedom): 0.5 | 1.5 | 2.0 | 2.5
         lasting jumps to 3 times the KL that ring within 5 steps, at least, normal noise: 100 % | 100 % | 90 % | 55 %
 
-    A KL that grows as in training, with the step, its square or its fourth power, or exponentially, twice in 10 steps or slower, hardly rings:
-    less than once per 1000 steps.
+    A KL that grows as in training, with the step, its square or its fourth power, or exponentially, twice in 10 steps or slower, hardly rings, also
+    where it begins far below the floor: less than once per 1000 steps in noise of up to 0.4. Nor does one that is flat below the floor and then
+    grows by up to half of it per step; one that sets off by a whole floor per step is a jump and rings once.
 
-    After a lasting jump it rings for `recent` // 2 + 1 steps, or fewer: then that is the new level. The first `recent` + 16 steps are silent.
+    After a lasting jump it rings for `recent` // 2 + 1 steps, or fewer: then that is the new level. The first `recent` + 16 steps are silent. After
+    steps that were all far below the floor only a jump to 10 times the floor or more rings within 5 steps, until 16 above it have shown the noise.
 
     Args:
         ratio: the jump to look for, above 1. Smaller ones ring too, from about √ratio on, if they last or stand out of the noise.
         limit: evidence at which it rings, nats. Larger: fewer false alarms, later alarms.
         recent: steps whose median is the present level. window: steps whose residuals are the noise.
-        floor: KL, in the unit of kl, that does not matter: only from about there on do ratios count. The default is for nats per token.
+        floor: KL, in the unit of kl, that does not matter: only from about there on do ratios count and is the noise learnt. The default is for
+            nats per token.
 
     Raises ValueError or TypeError for wrong arguments.
     Source: Page, Continuous Inspection Schemes (1954), for the test; Hampel, The Influence Curve and Its Role in Robust Estimation (1974), for
@@ -56,16 +67,16 @@ class SpikeDetector:
     """
 
     def __init__(self, ratio: float = 3.0, *, limit: float = 12.0, recent: int = 15, window: int = 64, floor: float = 1e-4) -> None:
-        _checks.number("ratio", ratio, "a finite number above 1, the jump to look for", lambda x: 1 < x < math.inf)
-        _checks.number("limit", limit, "a positive finite number of nats", lambda x: 0 < x < math.inf)
-        _checks.number("floor", floor, "a positive finite KL", lambda x: 0 < x < math.inf)
-        _checks.whole_number("recent", recent, "a number of steps")
-        _checks.whole_number("window", window, "a number of steps")
+        _checks.number("ratio", ratio, "a finite number above 1, the jump to look for", lambda x: 1 < x < math.inf, "3 is the default")
+        _checks.number("limit", limit, "a positive finite number of nats", lambda x: 0 < x < math.inf, "12 is the default")
+        _checks.number("floor", floor, "a positive finite KL", lambda x: 0 < x < math.inf, "1e-4 suits nats per token")
+        _checks.whole_number("recent", recent, "a number of steps", "15 is the default")
+        _checks.whole_number("window", window, "a number of steps", "64 is the default")
         if window < WARM_UP:
             raise ValueError(f"window: expected a number of steps, at least {WARM_UP}, got {window}; the noise of fewer is not known")
         self.ratio, self.limit, self.floor = float(ratio), float(limit), float(floor)
         self._levels: deque[float] = deque(maxlen=recent)
-        self._residuals: deque[float] = deque(maxlen=window)
+        self._residuals: deque[float | None] = deque(maxlen=window)  # None where the level was not above the floor
         self._evidence = 0.0
 
     def __repr__(self) -> str:
@@ -74,20 +85,24 @@ class SpikeDetector:
 
     def update(self, kl: float) -> bool:
         """Take the mean KL of one step; True if it rings. A KL that is not finite rings always, and is not remembered."""
-        _checks.number("kl", kl, "the mean KL of a step, a number", lambda x: True)
+        _checks.number("kl", kl, "the mean KL of a step, a number", lambda x: True, "it is kl.mean().item()")
         if not math.isfinite(kl):
             return True
         x, ring = math.log(max(float(kl), 0.0) + self.floor), False
         if len(self._levels) == self._levels.maxlen:
-            residual = x - statistics.median(self._levels)
-            ring = len(self._residuals) >= WARM_UP and self._judge(residual)
-            self._residuals.append(residual)
+            level = statistics.median(self._levels)
+            ring = len(self._residuals) >= WARM_UP and self._judge(x - level)
+            self._residuals.append(x - level if level > math.log(2 * self.floor) else None)
         self._levels.append(x)
         return ring
 
     def _judge(self, residual: float) -> bool:
-        centre = statistics.median(self._residuals)
-        deviation = max(LEAST_DEVIATION, MAD_TO_DEVIATION * statistics.median(abs(value - centre) for value in self._residuals))
+        known = [value for value in self._residuals if value is not None]
+        centre = statistics.median(known or [0.0])
+        deviation = MAD_TO_DEVIATION * statistics.median([abs(value - centre) for value in known] or [0.0])
+        if len(known) < WARM_UP:
+            deviation = math.sqrt((ASSUMED + len(known) * deviation**2) / (ASSUMED + len(known)))
+        deviation = max(LEAST_DEVIATION, deviation)
         rise = residual - centre
         jump = max(math.log(self.ratio), rise)
         self._evidence = max(0.0, self._evidence + jump * (rise - jump / 2) / deviation**2)
@@ -97,22 +112,22 @@ class SpikeDetector:
         return True
 
     def state_dict(self) -> dict[str, object]:
-        """What it remembers, as a plain dict for JSON or torch.save; the settings are not in it."""
-        return {"class": "SpikeDetector", "levels": list(self._levels), "residuals": list(self._residuals), "evidence": self._evidence}
+        """What it remembers, as a plain dict for JSON or torch.save, with the settings that shape it: recent, window and floor."""
+        return {"class": "SpikeDetector", "recent": self._levels.maxlen, "window": self._residuals.maxlen, "floor": self.floor,
+                "levels": list(self._levels), "residuals": list(self._residuals), "evidence": self._evidence}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another class or an incomplete one."""
-        check_state(state, self.state_dict())
-        levels, residuals = (deque(map(float, state[name]), maxlen=own.maxlen)
-                             for name, own in (("levels", self._levels), ("residuals", self._residuals)))
-        self._evidence = float(state["evidence"])
-        self._levels, self._residuals = levels, residuals
-
-
-def check_state(state: dict[str, object], mine: dict[str, object]) -> None:
-    """A dict with the entries and the class of mine."""
-    if not isinstance(state, dict) or state.keys() != mine.keys():
-        got = ", ".join(sorted(map(str, state))) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"state: expected a dict with the entries {', '.join(sorted(mine))}, got {got}; pass what state_dict() returned")
-    if state["class"] != mine["class"]:
-        raise ValueError(f"state: expected class {mine['class']!r}, got {state['class']!r}; load it into an object of the class it was saved from")
+        """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another class, an incomplete or damaged one, or one of a
+        detector with another recent, window or floor."""
+        mine = self.state_dict()
+        _checks.state(state, mine)
+        for name in ("recent", "window", "floor"):
+            if state[name] != mine[name]:
+                raise ValueError(f"state: expected {name} {mine[name]:g}, got {state[name]}; make the detector with {name}={state[name]}")
+        for name, longest, kind in (("levels", mine["recent"], float), ("residuals", mine["window"], float | None), ("evidence", 1, float)):
+            values = [state[name]] if name == "evidence" else state[name]
+            right = isinstance(values, list) and len(values) <= longest and all(isinstance(value, kind) for value in values)
+            if not right or not all(map(math.isfinite, filter(None, values))):
+                raise ValueError(f"state: expected {name} as SpikeDetector saves it, got {str(state[name])[:40]}; begin with a new detector")
+        self._levels, self._residuals = deque(state["levels"], maxlen=mine["recent"]), deque(state["residuals"], maxlen=mine["window"])
+        self._evidence = state["evidence"]

@@ -77,9 +77,9 @@ class TrustRegion:
     """
 
     def __init__(self, max_kl: float, *, shrink: float = 0.5, tries: int = 10) -> None:
-        _checks.number("max_kl", max_kl, "a positive finite number of nats", lambda x: 0 < x < math.inf)
-        _checks.number("shrink", shrink, "a number between 0 and 1, as 0.5, which halves the step at each try", lambda x: 0 < x < 1)
-        _checks.number("tries", tries, "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0)
+        _checks.number("max_kl", max_kl, "a positive finite number of nats", _checks.positive, "0.01 is common")
+        _checks.number("shrink", shrink, "a number between 0 and 1", lambda x: 0 < x < 1, "0.5 halves the step at each try")
+        _checks.number("tries", tries, "a whole number of at least 0", lambda x: isinstance(x, int) and x >= 0, "0 undoes a step that is too long")
         self.max_kl = max_kl
         self.shrink = shrink
         self.tries = tries
@@ -96,7 +96,7 @@ class TrustRegion:
             raise TypeError(f"mean_kl: expected a function without arguments, called after the step, got {type(mean_kl).__name__}; "
                             f"wrap the measurement: lambda: kl_divergence(old_logits, model(batch).logits).mean()")
         if closure is not None and not callable(closure):
-            raise TypeError(f"closure: expected a function or None, got {type(closure).__name__}")
+            raise TypeError(f"closure: expected a function or None, got {type(closure).__name__}; pass what evaluates the loss again")
         parameters = _can_change(optimizer)
         old = _copies(parameters)
         try:
@@ -141,8 +141,8 @@ class EarlyStop:
     """
 
     def __init__(self, target_kl: float, factor: float = 1.5) -> None:
-        _checks.number("target_kl", target_kl, "a positive finite number of nats", lambda x: 0 < x < math.inf)
-        _checks.number("factor", factor, "a positive finite number", lambda x: 0 < x < math.inf)
+        _checks.number("target_kl", target_kl, "a positive finite number of nats", _checks.positive, "0.01 to 0.05 are common")
+        _checks.number("factor", factor, "a positive finite number", _checks.positive, "it multiplies target_kl")
         self.target_kl = target_kl
         self.factor = factor
 
@@ -151,21 +151,17 @@ class EarlyStop:
 
     def should_stop(self, kl: float | torch.Tensor) -> bool:
         """Whether to leave the batch; see the class."""
-        return not _float("kl", kl) <= self.factor * self.target_kl
+        return not _mean_kl("kl", kl) <= self.factor * self.target_kl
 
 
-def _float(name: str, value: float | torch.Tensor) -> float:
-    """The Python number of a number or of a one-element tensor, which it waits for."""
-    if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise ValueError(f"{name}: expected one number, got a tensor of shape {tuple(value.shape)}; reduce it over the batch: .mean()")
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: expected a number or a one-element tensor, got {type(value).__name__}")
-    return float(value.detach() if isinstance(value, torch.Tensor) else value)
+def _mean_kl(name: str, value: float | torch.Tensor) -> float:
+    """What was measured, also if it is no number; waits for a tensor."""
+    return _checks.number(name, value, "one number or a one-element tensor", lambda x: True, "reduce it over the batch: .mean()", tensor=True)
 
 
 @torch.no_grad()
 def _measured(mean_kl: Callable[[], float | torch.Tensor]) -> float:
-    return _float("mean_kl", mean_kl())
+    return _mean_kl("mean_kl", mean_kl())
 
 
 def _can_change(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import math
@@ -24,26 +25,35 @@ DECADES = 5.0
 SMOOTHED_FROM = 120
 # Curves of fewer show each step as a dot.
 DOTTED_BELOW = 40
+# Beyond it a float no longer tells a step from the next; figures beyond theirs have no room on an axis and count as not finite.
+LARGEST_STEP, LARGEST_FIGURE = 2.0**53, 1e100
 
 
 class NothingToPlotError(ValueError):
     """A file that has no run in it; the message completes "expected a file that KLMonitor(jsonl=...) wrote, "."""
 
 
+def default_picture(source: Path) -> Path:
+    """Beside the file: run.png for run.jsonl and run.json, and every other name with ".png" behind it, so that run.seed1 and run.seed2 get two."""
+    return source.with_suffix(".png") if source.suffix.lower() in (".jsonl", ".json") else Path(f"{source}.png")
+
+
 def plot_run(source: Path, out: Path) -> str:
     """Draw the run of a file and write the PNG, whole or not at all; returns a sentence on the run.
 
-    Raises NothingToPlotError for a file that cannot be read or has no run in it, OSError for an `out` that cannot be written.
+    Raises NothingToPlotError for a file that cannot be read or has no run in it, OSError for an `out` that is this file or cannot be written.
     """
     run = read_run(source)
+    if out.exists() and out.samefile(source):
+        raise FileExistsError(errno.EEXIST, "it holds the run", str(out))
     content = picture(run, source.name)
     write_whole(out, content)
     return describe(run)
 
 
 def read_run(source: Path) -> dict[str, list[float]]:
-    """Figures by name, a list over the steps each, NaN where a step has none. A step that comes twice, as where a run went on from a checkpoint,
-    is as it was the last time."""
+    """Figures by name, a list over the steps each, NaN where a step has none. Where the file goes back to an earlier step, as where a run went on
+    from a checkpoint, the steps from there on are those that follow."""
     try:
         lines = read_jsonl(source)
     except OSError as error:
@@ -52,18 +62,25 @@ def read_run(source: Path) -> dict[str, list[float]]:
         raise NothingToPlotError(f"got another: {error}") from None
     if not lines:
         raise NothingToPlotError(f"got {str(source)!r}, which is empty; the first line comes with the first update")
-    steps = {_number(line, "step", default=index): line for index, line in enumerate(lines)}
-    ordered = [steps[step] for step in sorted(steps)]
-    names = dict.fromkeys(name for line in ordered for name in line)
-    run = {name: [_number(line, name) for line in ordered] for name in names} | {"step": sorted(steps)}
+    steps: dict[float, dict[str, float]] = {}
+    for line in lines:
+        step = line.get("step", next(reversed(steps), -1.0) + 1)
+        if not isinstance(step, float) or not abs(step) < LARGEST_STEP:
+            raise NothingToPlotError(f"got {str(source)!r} with the step {step} in it; number the steps from 0")
+        while steps and next(reversed(steps)) >= step:
+            steps.popitem()
+        steps[step] = line
+    names = dict.fromkeys(name for line in steps.values() for name in line)
+    run = {name: [_figure(line, name) for line in steps.values()] for name in names} | {"step": list(steps)}
     if not _has(run, "kl/mean"):
         raise NothingToPlotError(f"got {str(source)!r} without a finite 'kl/mean' in it, only {', '.join(map(repr, names))}")
     return run
 
 
-def _number(line: dict[str, object], name: str, default: float = math.nan) -> float:
-    value = line.get(name, default)
-    return float(value) if isinstance(value, (int, float)) else default
+def _figure(line: dict[str, object], name: str) -> float:
+    """NaN for what an axis has no place for: text and lists, which read_jsonl leaves as they are, and what is not there or too large."""
+    value = line.get(name)
+    return value if isinstance(value, float) and abs(value) < LARGEST_FIGURE else math.nan
 
 
 def _has(run: dict[str, list[float]], name: str) -> bool:
@@ -101,7 +118,8 @@ def picture(run: dict[str, list[float]], title: str) -> bytes:
     panels = [panel for panel in panels if _has(run, panel[0])]
     heights = [height for _, height, _ in panels]
     figure = Figure(figsize=(9.0, 1.5 + sum(heights)), dpi=130, layout="constrained")
-    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.012, ha="left")
+    # A file's name is not mathtext, and may have bytes that are no text.
+    figure.suptitle(title.encode(errors="replace").decode(), fontsize=13, fontweight="bold", x=0.012, ha="left", parse_math=False)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for panel, (_, _, draw) in zip(axes, panels, strict=True):
         draw(panel, run)
