@@ -77,6 +77,40 @@ def test_every_row_of_the_training_table_runs() -> None:
         assert eval(line, scope) is not None, line
 
 
+def trainer_rows() -> list[tuple[str, str]]:
+    """(module of fastkl.integrations, line) of every row of the table of trainers."""
+    table = README.split("| you train with | fastkl gives |")[1].split("\n\n")[0]
+    return [re.search(r"\| `(\w+)\.([^`]*\))`", row).groups() for row in table.splitlines()[2:]]
+
+
+def test_table_of_trainers() -> None:
+    """Six rows, of four modules; test_integrations_*.py train with what they name."""
+    rows = trainer_rows()
+    assert [module for module, _ in rows] == ["trl", "trl", "gkd", "transformers", "verl", "verl"]
+    for module, line in rows:
+        source = (ROOT / "fastkl" / "integrations" / f"{module}.py").read_text()
+        assert re.search(rf"^(class|def) {line.partition('(')[0]}\b", source, flags=re.M), line
+
+
+@pytest.mark.parametrize("module, line", [row for row in trainer_rows() if row[0] != "verl"])
+def test_every_row_of_the_table_of_trainers_runs(module: str, line: str, tmp_path) -> None:
+    """As it stands, with tiny random models; two steps where it makes a trainer. Rows for verl run in test_integrations_verl.py."""
+    if module != "transformers":
+        pytest.importorskip("trl")
+    pytest.importorskip("transformers")
+    from importlib import import_module
+
+    scope = {"AdaptiveBeta": fastkl.rl.AdaptiveBeta, "KLMonitor": fastkl.rl.KLMonitor}
+    if module != "transformers":
+        import trl_cases
+
+        scope |= trl_cases.readme_names(tmp_path)
+    result = eval(line, scope | vars(import_module(f"fastkl.integrations.{module}")))
+    if hasattr(result, "train"):
+        result.train()
+        assert result.state.global_step == 2
+
+
 def test_shell_commands_exist() -> None:
     """Every make target of the README is one, and `fastkl demo` and both modules named are there (test_demo and test_benchmarks run them)."""
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.M)

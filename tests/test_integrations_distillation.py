@@ -5,7 +5,22 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
-from trl_cases import SIZES, adapter_config, assert_same, batch, distillation, exact_kl, full_logits, gradients, loss_mask, tiny, transformers, trl
+from trl_cases import (
+    ROUNDING,
+    SIZES,
+    adapter_config,
+    assert_same,
+    batch,
+    distillation,
+    exact_kl,
+    full_logits,
+    gradients,
+    loss_mask,
+    made_with,
+    tiny,
+    transformers,
+    trl,
+)
 
 from fastkl.integrations.transformers import KLCallback
 from fastkl.rl import FixedBeta, KLMonitor
@@ -38,7 +53,7 @@ def test_distillation_equals_plain_torch_and_trl(folder, teacher, beta, per_toke
     kl = exact_kl(student_logits, teacher_logits) if beta == 1 else exact_kl(teacher_logits, student_logits)
     expected = kl[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
     for loss, name in zip(losses, ("loss", "TRL's loss"), strict=True):
-        cases.assert_near(loss, expected, 1e-5, 0.0, name)
+        cases.assert_near(loss, expected, ROUNDING, 0.0, name)
     to_teacher = torch.autograd.grad(losses[0], list(trainer.teacher_model.parameters()), retain_graph=True, allow_unused=True)
     assert all(gradient is None for gradient in to_teacher)
     got = gradients(losses[0], trainer.model)
@@ -46,7 +61,7 @@ def test_distillation_equals_plain_torch_and_trl(folder, teacher, beta, per_toke
     assert_same(got, gradients(losses[1], plain.model))
     trainer.model.eval()
     with torch.no_grad():
-        cases.assert_near(trainer.compute_loss(trainer.model, dict(inputs)), kl[loss_mask(inputs)].mean(), 1e-5, 0.0, "evaluation")
+        cases.assert_near(trainer.compute_loss(trainer.model, dict(inputs)), kl[loss_mask(inputs)].mean(), ROUNDING, 0.0, "evaluation")
 
 
 def test_distillation_training(folder, teacher) -> None:
@@ -59,6 +74,14 @@ def test_distillation_training(folder, teacher) -> None:
     distilled = distillation(folder, teacher, extra=dict(peft_config=adapter_config(), logits_dtype=torch.float32))
     distilled.train()
     assert [entry["loss"] for entry in distilled.state.log_history if "loss" in entry][0] > 0.1
+
+
+@pytest.mark.parametrize("attribute, words", [("is_fsdp_enabled", "fsdp"), ("is_deepspeed_enabled", "deepspeed"), ("_is_vlm", "multimodal")])
+def test_distillation_options_that_are_not_supported(folder, teacher, monkeypatch, attribute, words) -> None:
+    """Named in the error."""
+    made_with(monkeypatch, trl.DistillationTrainer, attribute)
+    with pytest.raises(ValueError, match=f"expected options that ExactDistillationTrainer supports, got .*{words}.*trl.DistillationTrainer"):
+        distillation(folder, teacher)
 
 
 def test_distillation_settings_that_are_not_supported(folder, teacher, tmp_path) -> None:

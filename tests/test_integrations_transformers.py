@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkl
 
@@ -20,6 +23,8 @@ from fastkl.integrations.transformers import KLCallback  # noqa: E402
 from fastkl.rl import AdaptiveBeta, FixedBeta, KLMonitor, PPOAdaptiveBeta  # noqa: E402
 
 V, LENGTH = 61, 7
+# A mean over an optimizer step's tokens is a sum of 4·LENGTH float32 values, each addition rounded by eps/2 at most, on both sides: 3.3e-6.
+ROUNDING = 4 * LENGTH * torch.finfo(torch.float32).eps
 
 
 class Tokens(torch.utils.data.Dataset):
@@ -45,9 +50,9 @@ def tiny(seed: int) -> torch.nn.Module:
 class Penalised(transformers.Trainer):
     """A Trainer with a KL penalty in its loss, as a user would write it; `kept` is what each micro-batch had."""
 
-    def __init__(self, *args, penalty=None, callback=None, **kwargs) -> None:
+    def __init__(self, *args, penalty=None, callback=None, mean=False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.penalty, self.callback, self.kept, self.reference = penalty, callback, [], tiny(1)
+        self.penalty, self.callback, self.mean, self.kept, self.reference = penalty, callback, mean, [], tiny(1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean log-prob of the tokens, plus the penalty."""
@@ -55,9 +60,11 @@ class Penalised(transformers.Trainer):
         with torch.no_grad():
             ref_logits = self.reference(**inputs).logits
         kl = fastkl.kl_divergence(logits, ref_logits, mask=mask)
-        if self.callback is not None:
+        if self.callback is not None and not self.mean:
             self.callback.record(kl, mask)
         loss = -logits.float().log_softmax(-1).mean() + (self.penalty(logits, ref_logits, mask) if self.penalty is not None else 0.01 * kl.mean())
+        if self.mean:
+            self.callback.record(self.penalty.last["kl"].expand(mask.shape), mask)
         if torch.is_grad_enabled():
             self.kept.append((kl.detach(), mask, None if self.penalty is None else self.penalty.beta))
         return loss
@@ -68,13 +75,13 @@ class Penalised(transformers.Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
 
-def trainer_of(folder, *, callbacks=(), penalty=None, callback=None, **options) -> Penalised:
+def trainer_of(folder, *, callbacks=(), penalty=None, callback=None, mean=False, **options) -> Penalised:
     """Two micro-batches of two sequences per optimizer step, four steps an epoch."""
     defaults = dict(output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, logging_steps=1, use_cpu=True,
                     report_to="none", disable_tqdm=True, save_strategy="no", learning_rate=1e-2, remove_unused_columns=False, seed=3)
     arguments = transformers.TrainingArguments(**{**defaults, **options})
     trainer = Penalised(tiny(0), arguments, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=list(callbacks), penalty=penalty,
-                        callback=callback)
+                        callback=callback, mean=mean)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -103,13 +110,13 @@ def test_monitor_and_controller_once_per_optimizer_step(tmp_path) -> None:
     trainer.train()
     means = step_means(trainer)
     assert len(means) == 4
-    assert logged(trainer, "kl/mean") == pytest.approx([mean for mean, _, _ in means], rel=1e-5)
-    assert logged(trainer, "kl/max") == pytest.approx([largest for _, _, largest in means], rel=1e-5)
+    assert logged(trainer, "kl/mean") == pytest.approx([mean for mean, _, _ in means], rel=ROUNDING)
+    assert logged(trainer, "kl/max") == pytest.approx([largest for _, _, largest in means], rel=ROUNDING)
     betas = [alone.beta] + [alone.update(mean) for mean, _, _ in means]
     assert len(set(betas)) == 5
-    assert logged(trainer, "kl/beta") == pytest.approx(betas[:-1], rel=1e-5)
-    assert [beta for _, _, beta in trainer.kept[::2]] == pytest.approx(betas[:-1], rel=1e-5) == [beta for _, _, beta in trainer.kept[1::2]]
-    assert controller.beta == pytest.approx(betas[-1], rel=1e-5)
+    assert logged(trainer, "kl/beta") == pytest.approx(betas[:-1], rel=ROUNDING)
+    assert [beta for _, _, beta in trainer.kept[::2]] == pytest.approx(betas[:-1], rel=ROUNDING) == [beta for _, _, beta in trainer.kept[1::2]]
+    assert controller.beta == pytest.approx(betas[-1], rel=ROUNDING)
     lines = [json.loads(line) for line in (tmp_path / "kl.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["kl/mean"] for line in lines] == logged(trainer, "kl/mean")
@@ -118,18 +125,18 @@ def test_monitor_and_controller_once_per_optimizer_step(tmp_path) -> None:
     assert len(monitor.profile()["kl"]) == LENGTH
 
 
-def test_a_penalty_is_enough(tmp_path) -> None:
-    """Nothing but penalty=: the mean over the micro-batches' tokens, which are not equally many, moves the beta that the penalty reads next.
+def test_the_mean_that_a_penalty_keeps_is_enough(tmp_path) -> None:
+    """Recorded for each token: the mean over the micro-batches' tokens, which are not equally many, moves the beta that the penalty reads next.
 
     Evaluation calls the penalty too, and adds nothing.
     """
     controller, alone = (PPOAdaptiveBeta(0.1, target=1e-4) for _ in range(2))
-    penalty = fastkl.KLPenalty(controller)
-    trainer = trainer_of(tmp_path, callbacks=[KLCallback(controller, penalty=penalty)], penalty=penalty, eval_strategy="steps",
+    callback = KLCallback(controller)
+    trainer = trainer_of(tmp_path, callbacks=[callback], callback=callback, penalty=fastkl.KLPenalty(controller), mean=True, eval_strategy="steps",
                          eval_steps=1)
     trainer.train()
     means = step_means(trainer)
-    assert logged(trainer, "kl/mean") == pytest.approx([mean for mean, _, _ in means], rel=1e-5)
+    assert logged(trainer, "kl/mean") == pytest.approx([mean for mean, _, _ in means], rel=ROUNDING)
     assert len({int(mask.sum()) for _, mask, _ in trainer.kept}) > 1
     betas = [alone.beta] + [alone.update(mean) for mean, _, _ in means]
     assert [beta for _, _, beta in trainer.kept[::2]] == pytest.approx(betas[:-1]) and betas[1] == pytest.approx(0.2)
@@ -142,8 +149,8 @@ def test_a_controller_per_sequence(tmp_path) -> None:
     trainer = trainer_of(tmp_path, callbacks=[callback], callback=callback, max_steps=2)
     trainer.train()
     means = step_means(trainer)
-    assert controller.beta == pytest.approx([alone.update(sequence) for _, sequence, _ in means][-1], rel=1e-5)
-    assert logged(trainer, "kl/mean") == pytest.approx([mean for mean, _, _ in means], rel=1e-5)
+    assert controller.beta == pytest.approx([alone.update(sequence) for _, sequence, _ in means][-1], rel=ROUNDING)
+    assert logged(trainer, "kl/mean") == pytest.approx([mean for mean, _, _ in means], rel=ROUNDING)
 
 
 def test_figures_between_two_logs(tmp_path) -> None:
@@ -155,8 +162,8 @@ def test_figures_between_two_logs(tmp_path) -> None:
     means = step_means(trainer)
     assert len(means) == 5
     pairs = [means[0:2], means[2:4], means[4:]]
-    assert logged(trainer, "kl/mean") == pytest.approx([sum(mean for mean, _, _ in pair) / len(pair) for pair in pairs], rel=1e-5)
-    assert logged(trainer, "kl/max") == pytest.approx([max(largest for _, _, largest in pair) for pair in pairs], rel=1e-5)
+    assert logged(trainer, "kl/mean") == pytest.approx([sum(mean for mean, _, _ in pair) / len(pair) for pair in pairs], rel=ROUNDING)
+    assert logged(trainer, "kl/max") == pytest.approx([max(largest for _, _, largest in pair) for pair in pairs], rel=ROUNDING)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluations) == 5 and not any(name.startswith("kl/") for entry in evaluations for name in entry)
     assert "train_runtime" in trainer.state.log_history[-1] and "kl/mean" in trainer.state.log_history[-1]
@@ -201,8 +208,21 @@ def test_a_resumed_run_goes_on_the_same(tmp_path) -> None:
     assert [beta for _, _, beta in whole.kept[4:]] == pytest.approx([beta for _, _, beta in second.kept], rel=1e-6)
     assert resumed.state_dict()["beta"] == pytest.approx(controller.state_dict()["beta"], rel=1e-6) != 0.1
     assert resumed_monitor.summary()["steps"] == 4.0
-    assert resumed_monitor.summary()["kl/mean"] == pytest.approx(monitor.summary()["kl/mean"], rel=1e-5)
+    assert resumed_monitor.summary()["kl/mean"] == pytest.approx(monitor.summary()["kl/mean"], rel=ROUNDING)
     assert logged(second, "kl/beta") == pytest.approx(logged(whole, "kl/beta"), rel=1e-6)
+
+
+def test_a_checkpoint_of_another_controller(tmp_path) -> None:
+    """An error that says whose state does not fit, or a warning where nothing takes it."""
+    def trainer(controller, **options):
+        callback = KLCallback(controller, None)
+        return trainer_of(tmp_path, callbacks=[callback], callback=callback, save_strategy="steps", save_steps=2, **options)
+
+    trainer(AdaptiveBeta(0.1, target=0.05, horizon=1.0), max_steps=2).train()
+    with pytest.raises(ValueError, match=r"KLCallback\(controller=...\): the checkpoint's controller was another: .*AdaptiveBeta.*; resume with"):
+        trainer(FixedBeta(0.1)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.warns(UserWarning, match="the state of a controller, this callback has none"):
+        trainer(None).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_checkpoint_without_it(tmp_path) -> None:
@@ -250,6 +270,86 @@ def test_masked_tokens_do_not_count() -> None:
     assert logs == pytest.approx({"kl/mean": 0.2, "kl/beta": 0.12})
 
 
+def test_nothing_grows_where_nothing_logs() -> None:
+    """A thousand steps without a log hold as much as one; the log that comes at last is of all of them."""
+    callback = KLCallback(FixedBeta(0.1), KLMonitor())
+    state, control = transformers.TrainerState(), transformers.TrainerControl()
+    sizes = []
+    for step in range(1000):
+        callback.record(torch.full((1, 2), step / 1000))
+        callback.on_step_end(None, state, control)
+        sizes.append(len(pickle.dumps({name: value for name, value in vars(callback).items() if name != "monitor"})))
+    assert max(sizes) <= sizes[0] + 100
+    logs = {}
+    callback.on_log(None, state, control, logs)
+    assert logs["kl/mean"] == pytest.approx(0.4995) and logs["kl/max"] == pytest.approx(0.999) and logs["kl/beta"] == 0.1
+
+
+def test_the_sequences_of_micro_batches_of_different_lengths() -> None:
+    """The monitor's profile counts from each sequence's first token that counts, whatever it was padded to; empty micro-batches add nothing."""
+    monitor = KLMonitor()
+    callback = KLCallback(None, monitor)
+    callback.record(torch.tensor([[9.0, 1.0, 2.0], [1.0, 2.0, 9.0]]), torch.tensor([[False, True, True], [True, True, False]]))
+    callback.record(torch.zeros(2, 0))
+    callback.record(torch.tensor([[1.0, 2.0]] * 3))
+    callback.on_step_end(None, transformers.TrainerState(), transformers.TrainerControl())
+    assert monitor.profile() == {"position": [0, 1], "kl": [1.0, 2.0], "tokens": [5.0, 5.0]}
+
+
+class FromTheHost(TorchDispatchMode):
+    """Counts tensors made of Python's numbers: to get one to a GPU waits for all that it has still to do."""
+
+    made = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run it."""
+        self.made += function is torch.ops.aten.lift_fresh.default
+        return function(*args, **(kwargs or {}))
+
+
+class Boundaries:
+    """A monitor that keeps what it got."""
+
+    def update(self, kl, mask, *, cu_seqlens, **keywords) -> dict[str, float]:
+        """No figures."""
+        self.got = cu_seqlens
+        return {}
+
+
+def step_with(monitor, device: str) -> None:
+    """An optimizer step of two micro-batches."""
+    callback = KLCallback(None, monitor)
+    for kl in (torch.ones(2, 3, device=device), torch.ones(1, 4, device=device)):
+        callback.record(kl)
+    callback.on_step_end(None, transformers.TrainerState(), transformers.TrainerControl())
+
+
+def test_the_boundaries_are_made_on_the_device() -> None:
+    """Not of numbers on the host."""
+    monitor, mode = Boundaries(), FromTheHost()
+    with mode:
+        step_with(monitor, "cpu")
+        assert mode.made == 0
+        torch.tensor([1])
+        assert mode.made == 1
+    assert monitor.got.tolist() == [0, 3, 6, 10]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("monitor, waits", [(None, 1), (Boundaries(), 1), (KLMonitor(), 2)], ids=["none", "one that reads nothing", "KLMonitor"])
+def test_waits_per_optimizer_step(monitor, waits) -> None:
+    """For the totals, and for the monitor's figures."""
+    step_with(monitor, "cuda")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step_with(monitor, "cuda")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) == waits
+
+
 def test_a_callback_that_hears_nothing(tmp_path) -> None:
     """Fails in the first step rather than logging nothing for a day."""
     with pytest.raises(RuntimeError, match="expected a KL in the first optimizer step"):
@@ -266,24 +366,20 @@ def test_settings_that_would_lose_it(tmp_path) -> None:
         trainer_of(tmp_path, callbacks=[callback], callback=callback, restore_callback_states_from_checkpoint=True).train()
 
 
-@pytest.mark.parametrize("arguments, keywords, error, words", [
-    ((0.1,), {}, TypeError, "controller: expected an object with beta and update, got float without beta"),
-    ((None, object()), {}, TypeError, "monitor: expected an object with update"),
-    ((), dict(penalty=0.1), TypeError, "penalty: expected a fastkl.KLPenalty"),
-    ((), dict(penalty=torch.nn.Linear(2, 2)), TypeError, "penalty: expected a fastkl.KLPenalty"),
-    ((None, KLMonitor()), dict(penalty=fastkl.KLPenalty(0.1)), ValueError, r"monitor: expected None with penalty=.*record\(kl, mask\)"),
-    ((AdaptiveBeta(0.1, 6.0, 10.0, unit="sequence"),), dict(penalty=fastkl.KLPenalty(0.1)), ValueError, "controller: expected a KL per token"),
+@pytest.mark.parametrize("arguments, words", [
+    ((0.1,), "controller: expected an object with beta and update, got float without beta; pass one of fastkl.rl's, such as FixedBeta"),
+    ((None, object()), "monitor: expected an object with update, got object without update; pass one of fastkl.rl's, such as KLMonitor"),
 ])
-def test_wrong_settings(arguments, keywords, error, words) -> None:
+def test_wrong_settings(arguments, words) -> None:
     """They fail when the callback is made."""
-    with pytest.raises(error, match=words):
-        KLCallback(*arguments, **keywords)
+    with pytest.raises(TypeError, match=words):
+        KLCallback(*arguments)
 
 
 @pytest.mark.parametrize("arguments, keywords, error, words", [
     ((0.1,), {}, TypeError, "kl: expected a float tensor"), ((torch.tensor(0.1),), {}, TypeError, r"kl: .*\[\.\.\., T\]"),
     ((torch.ones(2, 3), torch.ones(2, 3)), {}, TypeError, "mask: expected a bool tensor"),
-    ((torch.ones(2, 3), torch.ones(2, 2, dtype=torch.bool)), {}, ValueError, "mask: expected the shape of kl"),
+    ((torch.ones(2, 3), torch.ones(2, 2, dtype=torch.bool)), {}, ValueError, r"mask: expected the shape of kl, \(2, 3\), .*; align"),
     ((torch.ones(2, 3),), dict(entropy=torch.ones(3)), ValueError, "entropy: expected the shape of kl"),
 ])
 def test_wrong_records(arguments, keywords, error, words) -> None:

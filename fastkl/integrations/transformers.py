@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import TYPE_CHECKING
@@ -35,8 +36,8 @@ class KLCallback(TrainerCallback, ExportableState):
     Where the KL comes from:
 
         KLCallback(controller, monitor)                      # compute_loss calls callback.record(kl, mask) for each micro-batch
-        KLCallback(controller, penalty=KLPenalty(controller))        # compute_loss calls the penalty: nothing else to do
-        KLCallback(controller, monitor)                      # beside fastkl.integrations.trl's trainers, which record theirs
+        KLCallback(controller, monitor)                      # beside the trainers of fastkl.integrations.trl and gkd, which record theirs
+        callback.record(penalty.last["kl"].expand(mask.shape), mask)      # after a KLPenalty, which keeps the mean: for a controller
 
     and how it gets to the trainer: `callbacks=[callback]`, or after the trainer is made `callback.attach(trainer)`, which puts it before the
     reporters (report_to="wandb", "tensorboard", …) so that the figures reach those too, not only log_history, the progress bar and JSON.
@@ -46,8 +47,6 @@ class KLCallback(TrainerCallback, ExportableState):
             A step whose KL is not finite leaves it as it was, with a warning.
         monitor: an object with `update(kl, mask, cu_seqlens=, entropy=, beta=, step=)`, as fastkl.rl.KLMonitor. Only the first process's runs,
             on that process's tokens.
-        penalty: a KLPenalty or LinearKLPenalty, whose statistics are taken after each of its calls. They are means: a monitor and a
-            controller per sequence need record().
 
     Logged: the monitor's figures, without a monitor "kl/mean" (nats per token over all processes), and with a controller "kl/beta", the weight
     that the steps had. Between two logs "kl/max" and "kl/spike" are the largest, "kl/beta" is the last, the others are means.
@@ -59,35 +58,18 @@ class KLCallback(TrainerCallback, ExportableState):
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), section 2.2, for a controller in the loop.
     """
 
-    def __init__(self, controller: object | None = None, monitor: object | None = None, *, penalty: torch.nn.Module | None = None) -> None:
-        for name, value, needed in (("controller", controller, ("beta", "update")), ("monitor", monitor, ("update",))):
+    def __init__(self, controller: object | None = None, monitor: object | None = None) -> None:
+        for name, value, needed, example in (("controller", controller, ("beta", "update"), "FixedBeta(0.05)"),
+                                             ("monitor", monitor, ("update",), "KLMonitor()")):
             lacking = [attribute for attribute in needed if value is not None and not hasattr(value, attribute)]
             if lacking:
                 raise TypeError(f"{name}: expected an object with {' and '.join(needed)}, got {type(value).__name__} without {lacking[0]}; "
-                                f"fastkl.rl has some")
+                                f"pass one of fastkl.rl's, such as {example}")
         self.controller, self.monitor = controller, monitor
         self.unit = getattr(controller, "unit", "token")
         self._micro_batches: list[tuple] = []
-        self._means: list[dict[str, torch.Tensor]] = []
-        self._steps: list[dict[str, float]] = []
+        self._figures: dict[str, tuple[float, int]] = {}
         self._heard = False
-        if penalty is not None:
-            self._listen(penalty)
-
-    def _listen(self, penalty: torch.nn.Module) -> None:
-        if not isinstance(penalty, torch.nn.Module) or not hasattr(penalty, "last"):
-            raise TypeError(f"penalty: expected a fastkl.KLPenalty or LinearKLPenalty, got {type(penalty).__name__}")
-        if self.monitor is not None:
-            raise ValueError("monitor: expected None with penalty=, got a monitor; a penalty keeps means and no KL per token: "
-                             "call callback.record(kl, mask) from compute_loss instead")
-        if self.unit != "token":
-            raise ValueError(f"controller: expected a KL per token as its target with penalty=, got one per {self.unit}; "
-                             f"call callback.record(kl, mask) from compute_loss instead, or make the controller with unit='token'")
-        penalty.register_forward_hook(self._after_penalty)
-
-    def _after_penalty(self, penalty: torch.nn.Module, args: tuple, loss: torch.Tensor) -> None:
-        if torch.is_grad_enabled():
-            self._means.append(penalty.last)
 
     def record(self, kl: torch.Tensor, mask: torch.Tensor | None = None, *, entropy: torch.Tensor | None = None) -> None:
         """Take in a micro-batch: KL per token [..., T] in nats, a bool mask [...] (True where the token counts) and the entropy [...], both optional.
@@ -100,13 +82,16 @@ class KLCallback(TrainerCallback, ExportableState):
             raise TypeError(f"mask: expected a bool tensor, True where the token counts, got {_describe(mask)}; convert it with .bool()")
         for name, value in (("mask", mask), ("entropy", entropy)):
             if value is not None and value.shape != kl.shape:
-                raise ValueError(f"{name}: expected the shape of kl, {tuple(kl.shape)}, got {_describe(value)}")
+                raise ValueError(f"{name}: expected the shape of kl, {tuple(kl.shape)}, got {_describe(value)}; align the two")
         if torch.is_grad_enabled():
             mask = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
             self._micro_batches.append((kl.detach(), mask, None if entropy is None else entropy.detach()))
 
     def attach(self, trainer: Trainer) -> KLCallback:
-        """Make this the trainer's first callback, wherever it was, and return it."""
+        """Make this the trainer's first callback, wherever it was, and return it; the trainers of this package must know it when they are made."""
+        if getattr(trainer, "kl_callback", self) is not self:
+            raise ValueError(f"trainer: expected one that takes its KLCallback later, got a {type(trainer).__name__}; "
+                             f"pass callbacks=[callback] when it is made")
         others = trainer.callback_handler.callbacks
         trainer.callback_handler.callbacks = [self, *(callback for callback in others if callback is not self)]
         return self
@@ -118,21 +103,33 @@ class KLCallback(TrainerCallback, ExportableState):
         if args.restore_callback_states_from_checkpoint:
             raise ValueError("restore_callback_states_from_checkpoint: expected False with a KLCallback, got True, which would replace it by one "
                              "without controller and monitor; it restores their states by itself")
-        self._micro_batches, self._means, self._steps, self._heard = [], [], [], False
+        self._micro_batches, self._figures, self._heard = [], {}, False
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if isinstance(saved, list):
             raise ValueError(f"callbacks: expected one KLCallback, got {len(saved)}; one takes both a controller and a monitor")
         if state.global_step > 0:
             for part, values in saved["attributes"].items():
-                if values is not None and getattr(self, part) is not None:
-                    getattr(self, part).load_state_dict(values)
+                self._restore(part, values)
+
+    def _restore(self, part: str, values: dict | None) -> None:
+        """Load the state of the controller or the monitor from a checkpoint."""
+        if values is None:
+            return
+        if getattr(self, part) is None:
+            warnings.warn(f"KLCallback: the checkpoint holds the state of a {part}, this callback has none: the state is dropped", stacklevel=2)
+            return
+        try:
+            getattr(self, part).load_state_dict(values)
+        except ValueError as error:
+            raise ValueError(f"KLCallback({part}=...): the checkpoint's {part} was another: {error}; resume with that one, or start anew without "
+                             f"resume_from_checkpoint") from error
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Update monitor and controller with what the optimizer step's micro-batches left."""
-        if not self._micro_batches and not self._means:
+        if not self._micro_batches:
             if not self._heard:
                 raise RuntimeError("KLCallback: expected a KL in the first optimizer step, got none; call callback.record(kl, mask) from "
-                                   "compute_loss, pass penalty=, or use a trainer of fastkl.integrations.trl")
+                                   "compute_loss, or use a trainer of fastkl.integrations.trl or gkd")
             return
         self._heard = True
         totals = self._totals()
@@ -151,20 +148,20 @@ class KLCallback(TrainerCallback, ExportableState):
                 self.controller.update(kl / count, unit=self.unit)
             elif count:
                 warnings.warn(f"KLCallback: expected a finite KL in optimizer step {state.global_step}, got {kl}; beta stays {beta:g}", stacklevel=2)
-        self._steps.append(figures)
-        self._micro_batches, self._means = [], []
+        self._remember(figures)
+        self._micro_batches = []
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
         """Add the figures since the last log to the entry that Trainer has just made, and to what the callbacks after this one get."""
         # The summary at the end is training's, even after an evaluation.
         of_evaluation = model is not None and not model.training and "train_runtime" not in (logs or {})
-        if logs is None or not self._steps or of_evaluation:
+        if logs is None or of_evaluation:
             return
-        figures = _summarise(self._steps)
+        figures = {name: value if name in LARGEST + LAST else value / steps for name, (value, steps) in self._figures.items()}
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)
-        self._steps = []
+        self._figures = {}
 
     def state(self) -> dict[str, dict]:
         """What Trainer writes to a checkpoint's trainer_state.json."""
@@ -173,33 +170,30 @@ class KLCallback(TrainerCallback, ExportableState):
 
     # ---- the figures of a step
 
+    def _remember(self, figures: dict[str, float]) -> None:
+        """Take the figures of a step into those since the last log, unless they are NaN."""
+        for name, value in figures.items():
+            if not math.isnan(value):
+                before, steps = self._figures.get(name, (value if name in LARGEST else 0.0, 0))
+                self._figures[name] = max(before, value) if name in LARGEST else value if name in LAST else before + value, steps + 1
+
     def _totals(self) -> torch.Tensor:
         """[sum of KL, tokens, sequences] of the step in this process."""
-        rows = [torch.stack([torch.where(mask, kl, 0.0).sum(dtype=torch.float32), mask.sum(dtype=torch.float32),
-                             mask.any(-1).sum(dtype=torch.float32)]) for kl, mask, _ in self._micro_batches]
-        rows += [torch.stack([last["kl"].float() * last["tokens"], last["tokens"].float(), torch.zeros_like(last["tokens"]).float()])
-                 for last in self._means]
-        return torch.stack(rows).sum(0)
+        return torch.stack([torch.stack([torch.where(mask, kl, 0.0).sum(dtype=torch.float32), mask.sum(dtype=torch.float32),
+                                         mask.any(-1).sum(dtype=torch.float32)]) for kl, mask, _ in self._micro_batches]).sum(0)
 
     def _monitored(self, beta: float | None, step: int) -> dict[str, float]:
         """The monitor's figures of the micro-batches as one varlen batch, named for the Trainer's logs."""
         kls, masks, entropies = zip(*self._micro_batches, strict=True)
-        ends = [length for kl in kls for length in [kl.shape[-1]] * kl[..., 0].numel()]
-        cu_seqlens = torch.tensor([0, *ends]).cumsum(0).to(kls[0].device)
+        ends = itertools.accumulate(kl.numel() for kl in kls)
+        # Made where the KL is: a copy from here would wait for all that the device still has to do.
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64, device=kls[0].device),
+                                *(torch.arange(end - kl.numel() + kl.shape[-1], end + 1, kl.shape[-1], device=kl.device)
+                                  for kl, end in zip(kls, ends, strict=True) if kl.numel())])
         entropy = None if None in entropies else torch.cat([value.reshape(-1) for value in entropies])
         figures = self.monitor.update(torch.cat([kl.reshape(-1) for kl in kls]), torch.cat([mask.reshape(-1) for mask in masks]),
                                       cu_seqlens=cu_seqlens, entropy=entropy, beta=beta, step=step)
         return {name if name.startswith("kl/") else f"kl/{name}": value for name, value in figures.items() if name != "step"}
-
-
-def _summarise(steps: list[dict[str, float]]) -> dict[str, float]:
-    """One figure per name; those that were NaN left out."""
-    figures = {}
-    for name in dict.fromkeys(name for step in steps for name in step):
-        values = [step[name] for step in steps if name in step and not math.isnan(step[name])]
-        if values:
-            figures[name] = max(values) if name in LARGEST else values[-1] if name in LAST else sum(values) / len(values)
-    return figures
 
 
 def _describe(value: object) -> str:

@@ -6,23 +6,18 @@ import contextlib
 import functools
 
 import torch
-import torch.nn.functional as F
 
-from fastkl import TokenStats, linear_kl_divergence, linear_token_stats
+from fastkl import TokenStats, linear_token_stats
 
-try:
-    import trl
-except ModuleNotFoundError as missing:
-    raise ImportError(f"not installed: {missing.name}; remedy: pip install 'trl==1.16.*'") from missing
-# What is overridden below is underscored in TRL and may change with any version, in ways that a signature does not show.
-if trl.__version__.split(".")[:2] != ["1", "16"]:
-    raise ImportError(f"trl: expected version 1.16, whose internals fastkl.integrations.trl was tested with, got {trl.__version__}; "
-                      f"remedy: pip install 'trl==1.16.*', or a fastkl for that version")
+from . import _trl
+from .transformers import KLCallback
+
+# isort: split
+# After _trl, which checks the version.
+import trl
 from trl import DistillationTrainer, GRPOTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import use_adapter
-
-from .transformers import KLCallback
 
 
 class ExactGRPOTrainer(GRPOTrainer):
@@ -35,7 +30,8 @@ class ExactGRPOTrainer(GRPOTrainer):
         per_token_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         per_token_loss = per_token_loss + beta * per_token_kl          # reduced over tokens as `loss_type` says
 
-    which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` has nothing to correct.
+    which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` has nothing to correct. What noise there is comes from
+    dropout: a policy in training mode differs from its reference by it, so set args.disable_dropout=True for a model that has any.
 
         trainer = ExactGRPOTrainer(model, reward_funcs, args=GRPOConfig(beta=0.04, …), …)
         trainer = ExactGRPOTrainer(…, callbacks=[KLCallback(AdaptiveBeta(0.04, 0.05, horizon=50), KLMonitor())])
@@ -49,7 +45,8 @@ class ExactGRPOTrainer(GRPOTrainer):
     `trainer.kl_weight` is the weight of the next step, `trainer.kl_callback` the callback or None. `trainer.beta` is 0, which turns TRL's own
     estimate off. The metrics "kl" and "eval_kl" have their names from TRL and are the exact KL. The reference runs in each loss rather than
     beside the generation, and its hidden states are kept only where num_iterations > 1 uses them again. With PEFT the reference is what TRL takes:
-    the model without its adapter, or the copy "ref" of an adapter that came with the model; here always in eval mode.
+    the model without its adapter, or the copy "ref" of an adapter that came with the model; here always in eval mode. The metric of each micro-batch
+    is a sum over the processes and waits for the device, as those of TRL's own loss do.
 
     Raises:
         ImportError on import: another TRL than the one tested. ValueError when made: an option that is not supported (FSDP, DeepSpeed, torch.compile,
@@ -61,13 +58,13 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args, logits_dtype: torch.dtype | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._refuse_what_is_not_supported()
+        _trl.refuse(self, "trl.GRPOTrainer", {"router_aux_loss_coef above 0": self.aux_loss_enabled, "beta below 0": self.args.beta < 0})
         self._redirect = _ForwardRedirection()
         self._logits_dtype = logits_dtype
         self.beta = 0.0
         self._reference: tuple | None = None
         self._kl: torch.Tensor | None = None
-        self.kl_callback = _kl_callback(self)
+        self.kl_callback = _trl.callback_of(self)
         if self.args.beta == 0:
             if self.kl_callback is not None:
                 raise ValueError("args.beta: expected above 0 with a KLCallback, got 0, with which TRL loads no reference; "
@@ -78,15 +75,8 @@ class ExactGRPOTrainer(GRPOTrainer):
             self.kl_callback.attach(self)
         for model in (self.model, self.ref_model):
             if model is not None:
-                _check_head(_causal_lm(self.accelerator.unwrap_model(model)), self.args.cast_lm_head_to_fp32)
-
-    def _refuse_what_is_not_supported(self) -> None:
-        refused = {"fsdp": self.is_fsdp_enabled, "deepspeed": self.is_deepspeed_enabled, "torch_compile": self.args.torch_compile,
-                   "router_aux_loss_coef above 0": self.aux_loss_enabled, "a processor, for a multimodal model": self._is_vlm,
-                   "prompt learning": _is_prompt_learning(self.model), "beta below 0": self.args.beta < 0}
-        named = [name for name, used in refused.items() if used]
-        if named:
-            raise ValueError(f"args: expected options that ExactGRPOTrainer supports, got {', '.join(named)}; leave that out, or use trl.GRPOTrainer")
+                _trl.check_head(_trl.causal_lm(self.accelerator.unwrap_model(model)), self.accelerator.mixed_precision,
+                                self.args.cast_lm_head_to_fp32)
 
     @property
     def kl_weight(self) -> float:
@@ -112,7 +102,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         """TRL's loss without its KL, plus beta times the exact one."""
         if self.args.beta == 0:
             return super()._compute_loss(model, inputs)
-        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        mask = _trl.loss_mask(inputs)
         self._reference, self._kl = self._reference_head(model, inputs), None
         try:
             loss = super()._compute_loss(model, inputs)
@@ -143,7 +133,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         elif kind == "luspo":
             loss = kl.sum(-1).mean()
         else:
-            raise ValueError(f"args.loss_type: expected one of TRL 1.16, got {kind!r}")
+            raise ValueError(f"args.loss_type: expected one of TRL 1.16, got {kind!r}; use trl.GRPOTrainer for it")
         return loss / accumulated
 
     # ---- what is computed
@@ -151,12 +141,11 @@ class ExactGRPOTrainer(GRPOTrainer):
     def _hidden(self, model, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int) -> torch.Tensor:
         """The hidden states [B, keep, H] that the last `keep` tokens are predicted from."""
         with self.accelerator.autocast():
-            hidden = _causal_lm(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return hidden[:, -keep - 1:-1]
+            return _trl.hidden_states(model, input_ids, attention_mask)[:, -keep:]
 
     def _statistics(self, model, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int, reference: tuple | None) -> TokenStats:
         """TokenStats of the last `keep` tokens; runs inside the forward of what wraps the model."""
-        weight, bias = _head(_causal_lm(model))
+        weight, bias = _trl.head(_trl.causal_lm(model))
         ref_hidden, ref_weight, ref_bias = reference or (None, None, None)
         hidden = self._hidden(model, input_ids, attention_mask, keep)
         context = self.accelerator.autocast()
@@ -165,18 +154,16 @@ class ExactGRPOTrainer(GRPOTrainer):
             ref_hidden = None if reference is None else ref_hidden.float()
         with context:
             return linear_token_stats(hidden, weight, input_ids[:, -keep:], ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias,
-                                      temperature=self.temperature, softcap=_softcap(_causal_lm(model)), logits_dtype=self._logits_dtype,
+                                      temperature=self.temperature, softcap=_trl.softcap(_trl.causal_lm(model)), logits_dtype=self._logits_dtype,
                                       mask=attention_mask[:, -keep:].bool())
 
     @torch.no_grad()
     def _reference_head(self, model, inputs: dict) -> tuple:
         """(hidden states, lm_head weight, bias) of the reference for a micro-batch, without gradient."""
-        sequence = (torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask"))
-        arguments = *sequence, inputs["completion_ids"].shape[1]
         kept = inputs.get("fastkl_ref_hidden")
         with self._as_reference(model) as reference:
-            hidden = self._hidden(reference, *arguments) if kept is None else kept
-            weight, bias = _head(_causal_lm(reference))
+            hidden = self._hidden(reference, *_trl.sequence(inputs)) if kept is None else kept
+            weight, bias = _trl.head(_trl.causal_lm(reference))
         if self.num_iterations > 1 and self.model.training:
             inputs["fastkl_ref_hidden"] = hidden
         return hidden, weight.detach(), None if bias is None else bias.detach()
@@ -197,7 +184,7 @@ class ExactGRPOTrainer(GRPOTrainer):
             policy.train(training)
 
 
-class ExactDistillationTrainer(DistillationTrainer):
+class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
     """trl.DistillationTrainer whose divergence is fastkl's: exact down to the smallest values, its gradients computed together with the loss.
 
     Equivalent, with both models' logits over the completion tokens that count, to
@@ -212,120 +199,37 @@ class ExactDistillationTrainer(DistillationTrainer):
     Args:
         all of DistillationTrainer's. logits_dtype: as fastkl.linear_kl_divergence.
 
-    The metric "entropy" is left out: it would cost a further product.
+    The metric "entropy" is left out: it would cost a further product. TRL's compute_loss waits for the device in each micro-batch all the same.
 
     Raises:
         ImportError on import: another TRL than the one tested. ValueError when made: args.beta between 0 and 1 (the generalised Jensen-Shannon
-        divergence), FSDP, DeepSpeed, torch.compile, multimodal models, no teacher_model, a KLCallback with a controller, models of different
-        soft caps, a model whose logits are not softcap(F.linear(last hidden state, lm_head.weight, lm_head.bias)).
+        divergence), FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, no teacher_model, a KLCallback with a controller, models
+        of different soft caps, a model whose logits are not softcap(F.linear(last hidden state, lm_head.weight, lm_head.bias)).
 
-    Source: Agarwal et al., On-Policy Distillation of Language Models (2023), eq. 1 at its two ends.
+    Source: Agarwal et al., On-Policy Distillation of Language Models (2023), section 2, forward and reverse KL. That beta = 0 and 1 stand for these
+    is TRL's convention: the generalised Jensen-Shannon divergence of the paper's eq. 1 goes to 0 at both ends.
     """
 
     def __init__(self, *args, logits_dtype: torch.dtype | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._logits_dtype = logits_dtype
-        refused = {"fsdp": self.is_fsdp_enabled, "deepspeed": self.is_deepspeed_enabled, "torch_compile": self.args.torch_compile,
-                   "a processor, for a multimodal model": self._is_vlm, "no teacher_model": self.teacher_model is None}
-        named = [name for name, used in refused.items() if used]
-        if named:
-            raise ValueError(f"args: expected options that ExactDistillationTrainer supports, got {', '.join(named)}; "
-                             f"change that, or use trl.DistillationTrainer")
-        if self.beta not in (0, 1):
-            raise ValueError(f"args.beta: expected 0 (forward KL) or 1 (reverse KL), got {self.beta}; "
-                             f"use trl.DistillationTrainer for the Jensen-Shannon divergences between")
-        self.kl_callback = _kl_callback(self)
-        if self.kl_callback is not None:
-            if self.kl_callback.controller is not None:
-                raise ValueError("callbacks: expected a KLCallback without controller, got one with; distillation has no weight to control")
-            self.kl_callback.attach(self)
-        student, teacher = (_causal_lm(self.accelerator.unwrap_model(model)) for model in (self.model, self.teacher_model))
-        for model in (student, teacher):
-            _check_head(model, False)
-        if _softcap(student) != _softcap(teacher):
-            raise ValueError(f"teacher_model: expected the student's soft cap, {_softcap(student)}, got {_softcap(teacher)}; "
-                             f"use trl.DistillationTrainer for this pair")
+        self._set_up(logits_dtype, "trl.DistillationTrainer", {"no teacher_model": self.teacher_model is None})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's, which calls _compute_loss inside the forward of what wraps the student."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._metrics["train" if self.model.training else "eval"].pop("entropy", None)
         if self.kl_callback is not None:
-            self.kl_callback.record(*self._kl)
+            self.kl_callback.record(*self._recorded)
         return loss
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         """(loss, a placeholder for the entropy, tokens that count), as TRL's compute_loss expects them."""
-        sequence = [torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask")]
-        arguments = *sequence, inputs["completion_ids"].shape[1]
-        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        arguments, mask = _trl.sequence(inputs), _trl.loss_mask(inputs)
         student_hidden = self._get_last_hidden_state(unwrapped_student, *arguments)
         self.teacher_model.eval()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with torch.no_grad():
             teacher_hidden = self._forward_redirection(self.teacher_model, teacher, self._get_last_hidden_state, teacher, *arguments)
-        weight, bias = _head(_causal_lm(unwrapped_student))
-        teacher_weight, teacher_bias = (None if value is None else value.detach() for value in _head(_causal_lm(teacher)))
-        student_side, teacher_side = (student_hidden, weight, bias), (teacher_hidden, teacher_weight, teacher_bias)
-        (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = \
-            (student_side, teacher_side) if self.beta == 1 else (teacher_side, student_side)
-        per_token = self.kl_callback is not None
-        kl = linear_kl_divergence(hidden, weight, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, reduction="none" if per_token else "sum",
-                                  temperature=self.temperature, softcap=_softcap(_causal_lm(teacher)), logits_dtype=self._logits_dtype, mask=mask)
-        self._kl = kl, mask
-        tokens = mask.sum()
-        return kl.sum() / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), torch.zeros_like(tokens), tokens
-
-
-# ---- models
-
-
-def _kl_callback(trainer) -> KLCallback | None:
-    """The KLCallback among the trainer's callbacks."""
-    found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, KLCallback)]
-    if len(found) > 1:
-        raise ValueError(f"callbacks: expected one KLCallback, got {len(found)}; one takes both a controller and a monitor")
-    return found[0] if found else None
-
-
-def _causal_lm(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with the lm_head, inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
-def _is_prompt_learning(model: torch.nn.Module) -> bool:
-    configs = getattr(model, "peft_config", None)
-    return isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values())
-
-
-def _head(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight, bias) of the lm_head."""
-    head = model.get_output_embeddings()
-    return head.weight, getattr(head, "bias", None)
-
-
-def _softcap(model: torch.nn.Module) -> float | None:
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-
-
-@torch.no_grad()
-def _check_head(model: torch.nn.Module, in_float32: bool) -> None:
-    """Raise unless a model's logits are what fastkl makes of its last hidden states: families scale, pad or adapt theirs in ways of their own."""
-    kept = []
-    hook = model.base_model.register_forward_hook(lambda module, args, output: kept.append(getattr(output, "last_hidden_state", None)))
-    try:
-        weight, bias = _head(model)
-        logits = model(input_ids=torch.arange(min(4, len(weight)), device=weight.device)[None], use_cache=False).logits
-    finally:
-        hook.remove()
-    faithful = bool(kept) and kept[-1] is not None and weight.is_floating_point() and weight.shape[-1] == kept[-1].shape[-1]
-    if faithful:
-        hidden = kept[-1].float() if in_float32 else kept[-1]
-        expected = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-        if _softcap(model) is not None:
-            expected = _softcap(model) * torch.tanh(expected / _softcap(model))
-        # 16-bit logits are right to 4e-3, and autocast may be at work in one of the two alone.
-        faithful = expected.shape == logits.shape and bool((expected - logits).abs().max() < 2e-2 * logits.abs().max())
-    if not faithful:
-        raise ValueError(f"model: expected one whose logits are F.linear(last hidden state, lm_head.weight, lm_head.bias), with a soft cap where "
-                         f"its config has final_logit_softcapping, got {type(model).__name__}, whose logits are not; use TRL's own trainer")
+        kl = self._kl(unwrapped_student, teacher, student_hidden, teacher_hidden, mask, self.temperature)
+        self._recorded, tokens = (kl.detach(), mask), mask.sum()
+        return _trl.per_item(kl, tokens, num_items_in_batch), torch.zeros_like(tokens), tokens

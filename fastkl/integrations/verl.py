@@ -29,6 +29,9 @@ KL_PENALTY = ("logprob", "ref_logprob", "kl_penalty")
 # verl's names, those with a "+" too, which ask for the gradient that is always given here.
 ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 
+# verl's bound on the value of k3. It also bounds d at ±20 before, beyond which k3 is above this anyway.
+LARGEST_K3 = 10.0
+
 
 def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str) -> torch.Tensor:
     """verl's kl_penalty: an estimate of KL(policy‖reference) per sampled token, whose gradient is that KL's, whatever the estimator.
@@ -36,11 +39,12 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
     Equivalent to
 
         value = estimate_kl(logprob, ref_logprob, estimator={"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(kl_penalty, kl_penalty))
+        value = value.clamp(max=10.0)                                              # k3 alone, as verl
         form = estimate_kl(logprob, ref_logprob, estimator="k2")
         return value.detach() + form - form.detach()
 
-    verl's own gives k1 a gradient of 0 on average and k3 that of the other direction, unless the name ends in "+"; and clamps k3 so that the worst
-    tokens have none.
+    The values are verl's. Its gradients are these where the name ends in "+"; otherwise k1 has one of 0 on average, k3 that of the other direction,
+    and none for the tokens whose value is clamped.
 
     Args:
         logprob, ref_logprob: [...], log-probabilities of the tokens, sampled from the policy as it is now.
@@ -58,8 +62,11 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
         raise ValueError("kl_penalty: expected an estimator, got 'full', which needs the logits of both models; call fastkl.kl_divergence with them")
     name = kl_penalty.removesuffix("+")
     if name not in ESTIMATORS:
-        raise ValueError(f"kl_penalty: expected one of {', '.join(map(repr, ESTIMATORS))}, with or without '+', got {kl_penalty!r}")
+        raise ValueError(f"kl_penalty: expected one of {', '.join(map(repr, ESTIMATORS))}, with or without '+', got {kl_penalty!r}; "
+                         f"pass 'k3', for instance")
     value = estimate_kl(logprob.detach(), ref_logprob.detach(), estimator=ESTIMATORS[name])
+    if ESTIMATORS[name] == "k3":
+        value = value.clamp(max=LARGEST_K3)
     if not (logprob.requires_grad and torch.is_grad_enabled()):
         return value
     form = estimate_kl(logprob, ref_logprob.detach(), estimator="k2")
@@ -82,7 +89,7 @@ def policy_loss(base: str = "vanilla", *, beta: float | object) -> Callable:
         beta: a number ≥ 0, or a controller: an object with an attribute `beta`, read at every call.
     Returns:
         A function with the arguments and results of verl's policy losses; it adds the metrics "actor/kl_old", the mean KL per token (nats), and
-        "actor/kl_old_coef".
+        "actor/kl_old_coef". As verl's losses for their metrics, it waits for the device in every micro-batch.
     Raises:
         TypeError, ValueError: beta is no number or controller, or negative. When called: what verl raises for its arguments.
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 8.
@@ -122,6 +129,9 @@ def register(name: str = "vanilla_kl", base: str = "vanilla", *, beta: float | o
 def install_kl_penalty() -> None:
     """Put kl_penalty in the place of verl's in this process, for which verl has no registry: in core_algos and in every module that imported it.
 
+    That is the penalty in the reward (values, which stay the same), the actor's KL loss (gradients), and with loss_mode "k1", "k2", "k3", … of
+    verl's distillation the loss of a student on tokens that it sampled (gradients, unless use_policy_gradient takes the values alone).
+
     Raises ImportError without verl, or with one whose kl_penalty takes other arguments.
     """
     core = _core_algos()
@@ -138,7 +148,7 @@ def _weight_of(beta: float | object) -> float:
     """The number, or the controller's beta as it is now."""
     value = getattr(beta, "beta", beta)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}")
+        raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}; pass 0.05, for instance")
     if not 0 <= value < float("inf"):
         raise ValueError(f"beta: expected a finite number of at least 0, got {value}; a negative beta would reward divergence")
     return float(value)
