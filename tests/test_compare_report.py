@@ -4,17 +4,16 @@ import html.parser
 import math
 import random
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 np = pytest.importorskip("numpy")
+pytest.importorskip("tqdm")
 
-import fastkl  # noqa: E402
 from fastkl.tools import cli  # noqa: E402
 from fastkl.tools.compare import html as page  # noqa: E402
-from fastkl.tools.compare import loading, measure, report, store, summary, text  # noqa: E402
+from fastkl.tools.compare import report, store, summary, text  # noqa: E402
 from fastkl.tools.compare.settings import CompareError  # noqa: E402
 
 NASTY = 'naïve 日本語 <script>alert("1")</script> & \x1b[31m\x07 \u202e\'x\'\n\nline\ttwo </div>\n  end'
@@ -27,14 +26,14 @@ def characters(index):
 
 
 @pytest.fixture
-def filled(tmp_path, monkeypatch):
+def filled(monkeypatch):
     """Two documents, a character a token, with random values; their first tokens have none. In blocks of 7 tokens."""
     monkeypatch.setattr(store, "BLOCK", 7)
-    made, generator = store.Store(tmp_path), np.random.default_rng(0)
+    made, generator = store.Store(), np.random.default_rng(0)
     for name, content in (("a & <b>.txt", NASTY), ("b.txt", "second file\n" * 4)):
         start = made.count
         lines = 1 + np.cumsum([0] + [character == "\n" for character in content[:-1]])
-        made.append(range(len(content)), lines, list(content))
+        made.append(range(len(content)), lines, [character.encode() for character in content])
         made.documents.append(store.Document(name, start, start + 1, made.count))
         values = np.zeros(len(content) - 1, store.VALUES)
         for column in FLOATS:
@@ -55,7 +54,7 @@ def make_report(made, by="document", shown=5):
     units = [unit.entry(made) for unit in summary.worst_units(made, by, shown)]
     about = {"name": "mo<d>el", "class": "Llama", "dtype": "float32", "vocabulary": 64}
     return {"sentence": report.sentence(figures, units, top, by), "models": [about, {**about, "vocabulary": 70}], "by": by, "shown": shown,
-            "text": {"files": ["a & <b>.txt", "b.txt"], "not_scored": 2, "vocabulary": 64, "context": 32, "stride": 8},
+            "text": {"files": ["a & <b>.txt", "b.txt"], "skipped": [], "not_scored": 2, "vocabulary": 64, "context": 32, "overlap": 8},
             "summary": figures, "units": units, "top": top}
 
 
@@ -63,17 +62,17 @@ def make_report(made, by="document", shown=5):
 
 
 @pytest.mark.parametrize("count", [1, 2, 6, 7, 8, 100, 1000])
-def test_quantiles_are_exact(tmp_path, monkeypatch, count):
+def test_quantiles_are_exact(monkeypatch, count):
     monkeypatch.setattr(store, "BLOCK", 64)
     generator = np.random.default_rng(count)
     column = np.concatenate([generator.exponential(size=count) ** 8, [0.0, 0.0, 1e-45, 1e-38, math.inf]])[-count:].astype(np.float32)
     column[5::5] = -0.0  # a zero with a sign is a zero
-    made, values = store.Store(tmp_path), np.zeros(count, store.VALUES)
-    made.append([0] * count, [1] * count, ["x"] * count)
+    made, values = store.Store(), np.zeros(count, store.VALUES)
+    made.append([0] * count, [1] * count, [b"x"] * count)
     values["kl_ab"], values["scored"] = column, 1
     made.write(0, values)
     fractions = [0.0, 0.01, 0.5, 0.95, 0.99, 1.0]
-    assert made.quantiles("kl_ab", fractions) == np.quantile(np.abs(column), fractions, method="inverted_cdf").tolist()
+    assert repr(made.quantiles("kl_ab", fractions)) == repr(np.quantile(np.abs(column), fractions, method="inverted_cdf").tolist())
     made.close()
 
 
@@ -82,17 +81,18 @@ def test_texts_come_back(filled):
     assert filled.texts(6, 9) == list(NASTY[6:9])
 
 
-def test_hidden_states_come_back_to_the_bit(tmp_path):
+def test_hidden_states_come_back_to_the_bit():
     hidden = torch.randn(10, 3).bfloat16()
-    file = store.HiddenFile(tmp_path, 10)
+    file = store.HiddenFile(10)
     file.append(hidden[:4])
     file.append(hidden.t().contiguous().t()[4:])
+    file.rewind()
     assert torch.equal(torch.cat([file.next(3), file.next(7)]), hidden)
 
 
-def test_hidden_states_without_room_say_so_before_they_are_written(tmp_path):
+def test_hidden_states_without_room_say_so_before_they_are_written():
     with pytest.raises(OSError, match="GB of hidden states"):
-        store.HiddenFile(tmp_path, 1 << 50).append(torch.zeros(1, 8))
+        store.HiddenFile(1 << 50).append(torch.zeros(1, 8))
 
 
 # ---- text
@@ -117,13 +117,13 @@ def test_pieces_end_where_a_line_begins_with_a_word(tmp_path, monkeypatch):
 def test_every_token_is_scored_once_with_its_context(seed):
     generator = random.Random(seed)
     start, context = generator.randrange(50), generator.randrange(8, 40)
-    stride = generator.randrange(context)
+    overlap = generator.randrange(context)
     document = store.Document("x", start, start + generator.choice([1, 2]), start + generator.randrange(3, 200))
-    found = list(text.windows(document, context, stride))
+    found = list(text.windows(document, context, overlap))
     assert [at for window in found for at in range(window.first, window.last)] == list(range(document.first, document.end))
     for window in found:
         assert 0 < window.last - 1 - window.start <= context  # what the models read
-        assert window.first - window.start >= min(stride + 1, window.first - document.start)
+        assert window.first - window.start >= min(overlap + 1, window.first - document.start)
         assert window.start >= document.start
 
 
@@ -175,104 +175,6 @@ def test_worst_tokens_are_the_largest(filled):
     assert entry["expected_a"] == {"token": f"<{values['top_a'][expected[0]]}>", "probability": math.exp(values["top_logprob_a"][expected[0]])}
 
 
-# ---- hidden states and heads
-
-
-def test_16_bit_models_have_float32_logits():
-    """As linear_token_stats(logits_dtype=torch.float32): each logit of 16-bit hidden states is not rounded to 16 bits."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = [torch.randn(50, 24, generator=generator).bfloat16() for _ in range(2)]
-    heads = [loading.Head(torch.randn(400, 24, generator=generator).bfloat16(), torch.randn(400, generator=generator).bfloat16()) for _ in range(2)]
-    tokens = torch.randint(390, (50,), generator=generator)
-    values = measure.token_values(heads[0], hidden[0], heads[1], hidden[1], tokens, 390)
-    stats = fastkl.linear_token_stats(hidden[0], heads[0].weight[:390], tokens, hidden[1], heads[1].weight[:390], bias=heads[0].bias[:390],
-                                      ref_bias=heads[1].bias[:390], logits_dtype=torch.float32)
-    for name, expected in zip(("logprob_a", "entropy_a", "logprob_b", "kl_ab", "kl_ba"), stats, strict=True):
-        np.testing.assert_allclose(values[name], expected, rtol=1e-5, atol=1e-5)
-    p, q = (torch.nn.functional.linear(each.double(), head.weight.double(), head.bias.double())[:, :390].log_softmax(-1)
-            for each, head in zip(hidden, heads, strict=True))
-    np.testing.assert_allclose(values["kl_ab"], (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-5)
-
-
-def test_blocks_change_nothing_but_rounding(monkeypatch):
-    hidden, head = torch.randn(30, 16), loading.Head(torch.randn(100, 16), None)
-    tokens = torch.randint(100, (30,))
-    whole = measure.token_values(head, hidden, head, hidden * 1.1, tokens, 100)
-    monkeypatch.setattr(measure, "BLOCK_LOGITS", {"cpu": 700, "cuda": 700})
-    monkeypatch.setattr(loading, "WIDENED", 16 * 7)
-    parts = measure.token_values(head, hidden, head, hidden * 1.1, tokens, 100)
-    for name in COLUMNS:
-        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5, atol=1e-6)
-
-
-def test_entries_that_a_model_forbids():
-    """-inf in both logits adds nothing; in B's alone, the KL is infinite and the JSD is not."""
-    p, q = torch.randn(2, 9, 12).unbind(0)
-    p[:, :2] = q[:, :2] = -math.inf
-    q[4:, 3] = -math.inf
-    values = measure.block_values(p, q, torch.full((9,), 5))
-    assert np.isfinite(values["kl_ab"][:4]).all() and np.isinf(values["kl_ab"][4:]).all() and np.isfinite(values["jsd"]).all()
-    log_p, log_q = (logits.double().log_softmax(-1)[:, 2:] for logits in (p, q))
-    mixture = torch.log((log_p.exp() + log_q.exp()) / 2)
-    jsd = sum((log.exp() * (log - mixture)).nan_to_num(0.0).sum(-1) for log in (log_p, log_q)) / 2
-    np.testing.assert_allclose(values["jsd"], jsd, atol=1e-6)
-
-
-def test_jsd_keeps_its_digits_where_it_is_small():
-    p = torch.randn(20, 50)
-    q = p + 1e-3 * torch.randn(20, 50)
-    log_p, log_q = (logits.double().log_softmax(-1) for logits in (p, q))
-    mixture = torch.log((log_p.exp() + log_q.exp()) / 2)
-    jsd = sum((log.exp() * (log - mixture)).sum(-1) for log in (log_p, log_q)) / 2
-    assert jsd.max() < 1e-6
-    np.testing.assert_allclose(measure.block_values(p, q, torch.zeros(20, dtype=torch.long))["jsd"], jsd, rtol=2e-3)
-
-
-class Odd(torch.nn.Module):
-    """Looks like a model of transformers; its logits are the head's with what `change` does to them, its hidden states what `mix` makes."""
-
-    def __init__(self, change=None, mix=None):
-        super().__init__()
-        self.embed, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20)
-        self.change, self.mix = change or (lambda logits: logits), mix or (lambda hidden: hidden)
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def base_model(self, input_ids, use_cache):
-        return SimpleNamespace(last_hidden_state=self.mix(self.embed(input_ids)))
-
-    def forward(self, input_ids, use_cache):
-        return SimpleNamespace(logits=self.change(self.head(self.base_model(input_ids, use_cache).last_hidden_state)))
-
-
-@pytest.mark.parametrize("change, mix, expected", [
-    (None, None, None),
-    (lambda logits: logits * 1.01, None, "got logits off by"),
-    (lambda logits: logits + torch.arange(20) / 20, None, "got logits off by"),
-    (lambda logits: logits[..., :15], None, "got 15 logits beside an lm_head of 20 rows"),
-    (lambda logits: logits * math.nan, None, "expected finite logits"),
-    (None, lambda hidden: hidden + hidden.mean(1, keepdim=True), "logits depend on tokens that follow"),
-])
-@torch.no_grad()
-def test_a_head_that_is_not_the_models_own_is_refused(change, mix, expected):
-    torch.manual_seed(0)
-    model = loading.Model("MODEL_A", "odd", Odd(change, mix), "cpu")
-    if expected is None:
-        model.check(torch.arange(10))
-    else:
-        with pytest.raises(CompareError, match=expected):
-            model.check(torch.arange(10))
-
-
-def test_a_model_without_a_head_is_refused():
-    odd = Odd()
-    odd.head = None
-    with pytest.raises(CompareError, match="without an lm_head"):
-        loading.Model("MODEL_B", "odd", odd, "cpu")
-
-
 # ---- terminal
 
 
@@ -294,9 +196,32 @@ def test_nothing_of_the_text_reaches_the_terminal_as_a_command(filled, color):
     assert all(character.isprintable() or character == "\n" for character in rest)
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("by", ["document", "line"])
+def test_it_fits_the_terminal_and_loses_no_figure(filled, by, width):
+    content, wide = make_report(filled, by), report.text_report(make_report(filled, by), False, 400)
+    shown = report.text_report(content, False, width)
+    assert max(map(len, shown.splitlines())) <= width and not re.search("\n\n\n", shown)
+    figures = re.findall(r"(?<![\w.])\d[\d.]*%?(?![\w.])", wide.split("\n\n", 2)[2].split("tokens by")[0])
+    assert len(figures) > 20 and not [figure for figure in figures if figure not in shown]
+    painted = report.text_report(content, True, width)
+    assert re.sub(r"\x1b\[[\d;]*m", "", painted) == shown
+
+
+def test_a_single_token_has_no_quantiles_and_is_counted_as_one(filled):
+    content = make_report(filled)
+    content["summary"] |= {"tokens": 1, "same_top1": 0.0}
+    first = report.sentence(content["summary"], content["units"][:1], content["top"][:1], "document")
+    shown = report.text_report({**content, "sentence": first}, False, 200)
+    assert "nats at the only token, before '" in first and "%, " not in first and "p50" not in shown and ", 1 token;" in shown
+    assert "1 tokens" not in shown and "100.0%" not in first
+
+
 def test_same_models_are_called_the_same(filled):
     figures = {"tokens": 7, "kl_ab": {"max": 0.0}, "kl_ba": {"max": 0.0}}
     assert report.sentence(figures, [], [], "document") == "A and B are the same on this text: the divergence of all 7 tokens is exactly 0."
+    figures["tokens"] = 1
+    assert report.sentence(figures, [], [], "document") == "A and B are the same on this text: the divergence of its only token is exactly 0."
     assert report.Scale({"kl_ab": {"max": 0.0, "p50": 0.0}}).level(0.0) == 0
 
 
@@ -363,9 +288,20 @@ def test_help_is_enough_to_begin(capsys):
         cli.main(["compare", "--help"])
     shown = capsys.readouterr().out
     assert exit_.value.code == 0 and shown.isascii()
-    for needed in ("fastkl compare ./my-model-v1 ./my-model-v2 --text notes.txt", "--html", "--json", "--by", "--top", "--context", "--stride",
-                   "--sequential", "--device", "--dtype", "--no-color", "nats", "pip install 'fastkl[compare]'"):
+    for needed in ("fastkl compare ./my-model-v1 ./my-model-v2 --text notes.txt", "--html", "--json", "--by", "--top", "--context", "--overlap",
+                   "--sequential", "--device", "--dtype", "--no-color", "nats", "pip install 'fastkl[compare]'",
+                   "130 interrupted", "--top ones only"):
         assert needed in shown
+
+
+@pytest.mark.parametrize("where", ["_device", "missing_modules"])
+def test_an_interrupt_is_one_word(monkeypatch, capsys, where):
+    """While the options are read, for which torch is loaded, and after."""
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, where, interrupt)
+    assert cli.main(["compare", "a", "b", "--text", "x"]) == 130 and capsys.readouterr() == ("", "interrupted\n")
 
 
 def test_without_its_extra_it_says_what_to_install(capsys, monkeypatch):

@@ -274,7 +274,7 @@ def test_fastkl_compare_reads_the_models(demo, numbers, tmp_path, capsys):
     assert command == [str(models / "reference"), str(models / "with-penalty"), "--text", str(models / "held-out.txt")]
     text, report, context = tmp_path / "text.txt", tmp_path / "report.json", numbers["configuration"]["context"]
     text.write_text((models / "held-out.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
-    assert main(["compare", *command[:3], str(text), "--stride", "0", "--json", str(report), "--device", "cpu"]) == 0
+    assert main(["compare", *command[:3], str(text), "--overlap", "0", "--json", str(report), "--device", "cpu"]) == 0
     found = json.loads(report.read_text(encoding="utf-8"))["summary"]
     ids = transformers.AutoTokenizer.from_pretrained(models / "reference")(text.read_text(encoding="utf-8")).input_ids
     expected = mean_kls(models, ids, context)

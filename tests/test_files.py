@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
+import threading
 
 import pytest
 
-from fastkl.tools.files import json_text, write_whole
+from fastkl.tools.files import check_writable, json_text, write_whole
 
 
 def test_whole_or_not_at_all(tmp_path):
@@ -28,3 +30,46 @@ def test_whole_or_not_at_all(tmp_path):
 def test_json_without_nan():
     """Numbers that are not finite become null at any depth."""
     assert json.loads(json_text({"a": [math.inf, (math.nan, 1.5)], "b": "ü"})) == {"a": [None, [None, 1.5]], "b": "ü"}
+
+
+def test_a_link_stays_one(tmp_path):
+    """The file that it leads to is written, one that is not there yet included."""
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "link", tmp_path / "there" / "x.html"
+    link.symlink_to(target)
+    for content in ("first", "second"):
+        write_whole(link, [content])
+        assert link.is_symlink() and target.read_text() == content and list(target.parent.iterdir()) == [target]
+    check_writable(link)
+    assert target.read_text() == "second" and sorted(tmp_path.rglob("*")) == [link, target.parent, target]
+
+
+def test_what_is_no_regular_file_is_written_to(tmp_path):
+    """A pipe gets the text, and stays a pipe."""
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    check_writable(pipe)  # without a reader: it does not wait for one
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    write_whole(pipe, ["one ", b"two"])
+    reader.join(10)
+    assert found == [b"one two"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.parametrize("name", ["folder", "missing/x", "file/x", "x" * 300])
+def test_what_cannot_be_written_is_known_before(tmp_path, name):
+    """The check raises what writing would."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for attempt in (check_writable, lambda path: write_whole(path, b"")):
+        with pytest.raises(OSError):
+            attempt(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_the_check_leaves_no_trace(tmp_path):
+    """Neither of a new file nor of one that is there."""
+    (tmp_path / "old").write_text("before")
+    for name in ("old", "new"):
+        check_writable(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_text() == "before"

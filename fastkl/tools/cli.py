@@ -22,11 +22,11 @@ COMPARE_EXTRA = ("transformers", "tokenizers", "numpy", "tqdm")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return the exit code."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
     try:
+        options = build_parser().parse_args(argv)
         return options.run(options, options.parser)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
 
 
@@ -96,8 +96,8 @@ what is reported, in nats: KL(A||B) and KL(B||A), exact over the vocabulary; JSD
 log-probability of the text; how often both expect the same next token; exact quantiles; the documents or lines, and the tokens, that differ most.
 A mean KL below 0.001 reads "hardly", below 0.03 "slightly", below 0.3 "clearly", else "strongly".
 
-needs: pip install 'fastkl[compare]', and models that share a tokenizer; an lm_head may be padded. Exit codes: 0 done, 1 failed while running
-(no memory, no disk space), 2 wrong use, with one line on stderr that says what to change.
+needs: pip install 'fastkl[compare]', and models that share a (fast) tokenizer; rows of an lm_head beyond its tokens are padding, and cut off.
+Exit codes: 0 done, 1 failed while running (no memory, no disk space), 2 wrong use, with one line on stderr that says what to change, 130 interrupted.
 """
 
 
@@ -108,20 +108,24 @@ def _add_compare(commands) -> None:
     parser.add_argument("model_a", metavar="MODEL_A",
                         help="a folder that save_pretrained wrote, with its tokenizer, or a name on the Hugging Face hub")
     parser.add_argument("model_b", metavar="MODEL_B", help="the other version of it")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="what to compare on: UTF-8 files, each a document")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE",
+                        help="what to compare on: UTF-8 files or pipes, a document each")
     parser.add_argument("--by", choices=("document", "line"), default="document",
                         help="what the table lists, worst first; a line is still read in its document's context (default: %(default)s)")
     parser.add_argument("--top", type=_at_least(1), default=10, metavar="N", help="tokens, and units of the table, to show (default: %(default)s)")
-    parser.add_argument("--html", type=Path, metavar="FILE",
-                        help="write a page with the whole text, each token coloured by its KL, numbers on hover (about 150 bytes per token)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers of the report")
+    parser.add_argument("--html", type=_output, metavar="FILE",
+                        help="write a page with the whole text, each token coloured by its KL, numbers on hover (about 150 bytes per token); "
+                             "- for stdout, the report then goes to stderr")
+    parser.add_argument("--json", type=_output, metavar="FILE",
+                        help="write the numbers of the report, those of single tokens for the --top ones only; - for stdout, as for --html")
     parser.add_argument("--context", type=_at_least(8), metavar="N",
-                        help="tokens the models read at a time (default: 1024, or what the models can take)")
-    parser.add_argument("--stride", type=_at_least(0), metavar="N",
-                        help="tokens by which these windows overlap, so that every token is scored once, with at least this much context where "
-                             "there is as much (default: a quarter of --context)")
+                        help="tokens the models read at a time, the last of them to score the token after it (default: 1024, or what the models "
+                             "can take)")
+    parser.add_argument("--overlap", type=_at_least(0), metavar="N",
+                        help="tokens that each of these windows shares with the one before; every token is scored once, with at least this much "
+                             "context where there is as much (default: a quarter of --context)")
     parser.add_argument("--sequential", action="store_true",
-                        help="load one model after the other, where both do not fit; hidden states wait in a temporary file (see TMPDIR)")
+                        help="load one model after the other, where both do not fit; hidden states wait in a temporary file (in TMPDIR)")
     parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE",
                         help="cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
@@ -155,12 +159,12 @@ def _add_plot(commands) -> None:
 def _run_plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if missing_modules(["matplotlib"]):
         parser.exit(2, f"{parser.prog}: error: not installed: matplotlib; remedy: pip install 'fastkl[plots]'\n")
-    out = options.source.with_suffix(".png") if options.out is None else options.out
+    # Here and not above: --help and errors of use do not need the extra.
+    from .plot import NothingToPlotError, default_picture, plot_run
+
+    out = default_picture(options.source) if options.out is None else options.out
     if out.suffix.lower() != ".png" or out.is_dir():
         parser.error(f"argument --out: expected the name of a PNG file, got {str(out)!r}; end it in .png")
-    # Here and not above: --help and errors of use do not need the extra.
-    from .plot import NothingToPlotError, plot_run
-
     try:
         print(f"{out}: {plot_run(options.source, out)}")
     except NothingToPlotError as error:
@@ -183,6 +187,10 @@ def missing_modules(names: Sequence[str]) -> list[str]:
 
 def _at_least(least: int):
     return lambda text: _number(text, int, f"a whole number of at least {least}", lambda value: value >= least)
+
+
+def _output(text: str) -> Path:
+    return Path("-" if text == "/dev/stdout" else text)
 
 
 def _steps(text: str) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from html import escape
 
-from .report import UNIT_HEAD, Scale, expected, figures, place, quoted, text_line, unit_cells, visible
+from .report import Excerpt, Place, Scale, Table, quoted, tables, text_line
 from .store import Document, Store
 
 # Levels 1 … 8, as report.TERMINAL.
@@ -18,7 +18,7 @@ STYLE = """
 h1{font-size:1.15rem}h2{font-size:1rem;margin:2rem 0 .5rem}.lead{font-size:1.25rem;line-height:1.4}
 table{border-collapse:collapse;margin:.5rem 0}
 td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #ddd;font-weight:normal;white-space:nowrap}
-th{color:#666}td:first-child,td:has(span){text-align:left}.text,#tip{font-family:ui-monospace,monospace;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
+th{color:#666}.l{text-align:left}.text,#tip{font-family:ui-monospace,monospace;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
 div.text{line-height:1.7;border:1px solid #ddd;padding:.7rem}b{font-weight:normal;border-radius:2px}b:target,b:hover{outline:2px solid #225}
 b.n::before{content:"\\21B5"}b.e::before{content:"\\00B7"}.k7,.k8{color:#fff}.u{color:#999}
 #tip{position:fixed;background:#222;color:#fff;padding:.5rem .7rem;border-radius:4px;pointer-events:none;max-width:28rem;z-index:9}
@@ -43,7 +43,7 @@ def page(report: dict, store: Store, label: Callable[[int], str]) -> Iterator[st
     for letter, about in zip("AB", report["models"], strict=True):
         yield f"{letter}: {clean(about['name'])} ({clean(about['class'])}, {about['dtype']})<br>"
     yield f"text: {clean(text_line(report))}</p>\n"
-    yield from _tables(report)
+    yield from map(_table, tables(report, scale))
     yield f"<h2>The text, coloured by KL(A‖B)</h2>\n<p>{_legend(scale)} Point at a token for its numbers.</p>\n"
     anchors = {entry["index"] for entry in [*report["top"], *report["units"]]}
     for document in store.documents:
@@ -58,27 +58,22 @@ def clean(text: str) -> str:
     return escape(text.translate(CONTROLS))
 
 
-def _tables(report: dict) -> Iterator[str]:
-    scale = Scale(report["summary"])
-    for rows in figures(report["summary"]):
-        yield _table(*([[clean(cell) for cell in row] for row in part] for part in (rows[:1], rows[1:])))
-    yield f"<h2>{report['by'].capitalize()}s by mean KL(A‖B)</h2>\n"
-    yield _table([["", *UNIT_HEAD]], [[_link(unit), *cells] for unit, cells in zip(report["units"], unit_cells(report["units"]), strict=True)])
-    yield "<h2>Tokens by KL(A‖B)</h2>\n"
-    yield _table([["", "KL", "A expects", "B expects", ""]],
-                 [[_link(entry), f"{entry['kl_ab']:.3g}", *(clean(expected(entry, letter)) for letter in "ab"),
-                   f'<span class="text">{clean(visible(entry["before"])[-50:])}<b class="k{scale.level(entry["kl_ab"])}">'
-                   f'{clean(visible(entry["token"]))}</b>{clean(visible(entry["after"])[:30])}</span>'] for entry in report["top"]])
+def _table(table: Table) -> str:
+    lines = []
+    for kind, row in zip(("th", *["td"] * len(table.rows)), table.rows, strict=False):
+        sides = (" class=l" if side == "<" else "" for side in table.align)
+        lines.append("".join(f"<{kind}{side}>{_cell(cell)}</{kind}>" for cell, side in zip(row, sides, strict=True)))
+    title = f"<h2>{clean(table.title[:1].upper() + table.title[1:])}</h2>\n" if table.title else ""
+    return title + "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>\n"
 
 
-def _table(head: list[list[str]], rows: list[list[str]]) -> str:
-    """Cells are HTML."""
-    lines = ["".join(f"<{kind}>{cell}</{kind}>" for cell in row) for kind, part in (("th", head), ("td", rows)) for row in part]
-    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>\n"
-
-
-def _link(entry: dict) -> str:
-    return f'<a href="#t{entry["index"]}">{clean(place(entry))}</a>'
+def _cell(cell: str | Place | Excerpt) -> str:
+    if isinstance(cell, Place):
+        return f'<a href="#t{cell.index}">{clean(cell.text)}</a>'
+    if isinstance(cell, Excerpt):
+        token = f'<b class="k{cell.level}">{clean(cell.token)}</b>' if cell.token else ""
+        return f'<span class="text">{clean(cell.before[-50:])}{token}{clean(cell.after[:80 if not token else 30])}</span>'
+    return clean(cell)
 
 
 def _legend(scale: Scale) -> str:

@@ -43,15 +43,25 @@ class Head:
         for low in range(0, vocabulary, step):
             rows = slice(low, min(low + step, vocabulary))
             out[:, rows] = F.linear(hidden, self.weight[rows].float(), None if self.bias is None else self.bias[rows].float())
-        out *= self.scale
-        return out if self.cap is None else out.div_(self.cap).tanh_().mul_(self.cap)
+        return _scaled(out, self.scale, self.cap)
+
+
+def _scaled(products: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+    """In place: what a head makes of its products."""
+    products *= scale
+    return products if cap is None else products.div_(cap).tanh_().mul_(cap)
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """|a - b|, 0 where both are the same infinity."""
+    return torch.where(a == b, 0.0, a - b).abs()
 
 
 class Model:
     """A loaded causal LM."""
 
     def __init__(self, argument: str, name: str, model, device: str) -> None:
-        self.argument, self.name, self.device, self._model = argument, name, device, model
+        self.argument, self.name, self.kind, self.device, self._model = argument, name, type(model).__name__, device, model
         self.config = model.config.get_text_config()
         output = model.get_output_embeddings()
         if not isinstance(getattr(output, "weight", None), torch.Tensor) or model.base_model is model:
@@ -65,7 +75,7 @@ class Model:
 
     def about(self) -> dict:
         """What a report says of it."""
-        return {"name": self.name, "class": type(self._model).__name__, "dtype": str(self.head.weight.dtype).removeprefix("torch."),
+        return {"name": self.name, "class": self.kind, "dtype": str(self.head.weight.dtype).removeprefix("torch."),
                 "vocabulary": self.vocabulary, "logit_scale": self.head.scale, "logit_softcap": self.head.cap}
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
@@ -74,42 +84,42 @@ class Model:
 
     def check(self, ids: torch.Tensor) -> None:
         """Settle the head's scale and cap by the model's own logits of the first tokens; an error where none fit, or the model looks ahead."""
-        ids, head = ids[:CHECKED_TOKENS], self.head
-        own = self._model(input_ids=ids[None].to(self.device), use_cache=False).logits[0].float()
+        ids = ids[:CHECKED_TOKENS]
+        own = self._logits(ids)
         if own.isnan().any():
             raise CompareError(self.argument, "finite logits", f"NaN from {self.name!r}", "another --dtype")
         if own.shape[1] != self.vocabulary:
             raise self.unsupported(f"{own.shape[1]} logits beside an lm_head of {self.vocabulary} rows")
-        allowed = TOLERANCE.get(head.weight.dtype, 1 / 32) * float(own[own.isfinite()].abs().max())
+        allowed = TOLERANCE.get(self.head.weight.dtype, 1 / 32) * float(own[own.isfinite()].abs().max())
+        half = self._logits(ids[:(len(ids) + 1) // 2])
+        if _distance(half, own[:len(half)]).max() > 4 * allowed:
+            raise CompareError(self.argument, "a causal LM", f"{self.name!r} ({self.kind}), whose logits depend on tokens that follow",
+                               "choose a model that reads from left to right")
+        products = self.head.logits(self.hidden(ids), self.vocabulary)  # as they are, before scale and cap
+        scales = [1.0, *(power for value in self._declared(SCALES) for power in (value, 1 / value))]
+        errors = {}
+        for scale, cap in itertools.product(scales, [None, *self._declared(CAPS)]):
+            distance = _distance(_scaled(products.clone(), scale, cap), own)
+            # The best is that of the smallest mean: the largest is rounding, which a scale near 1 does not exceed.
+            errors[scale, cap] = float(distance.mean()), float(distance.max())
+        self.head.scale, self.head.cap = min(errors, key=errors.__getitem__)
+        largest = errors[self.head.scale, self.head.cap][1]
+        if not largest <= allowed:
+            raise self.unsupported(f"logits off by {largest:.1e} where rounding allows {allowed:.1e}")
 
-        def error(hidden: torch.Tensor) -> float:
-            made, true = head.logits(hidden, self.vocabulary), own[:len(hidden)]
-            return float(torch.where(made == true, 0.0, made - true).abs().max())
-
-        hidden, errors = self.hidden(ids), []
-        scales = [power for value in self._declared(SCALES) for power in (value, 1 / value)]
-        for head.scale, head.cap in itertools.product([*scales, 1.0], [*self._declared(CAPS), None]):
-            errors.append(error(hidden))
-            if errors[-1] <= allowed:
-                break
-        else:
-            raise self.unsupported(f"logits off by {min(errors):.1e} where rounding allows {allowed:.1e}")
-        if error(self.hidden(ids[:(len(ids) + 1) // 2])) > 4 * allowed:
-            raise CompareError(self.argument, "a causal LM", f"{self.name!r}, whose logits depend on tokens that follow", "choose another model")
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """The model's own."""
+        return self._model(input_ids=ids[None].to(self.device), use_cache=False).logits[0].float()
 
     def _declared(self, names: tuple[str, ...]) -> list[float]:
         """The positive numbers of these names that model and configuration have."""
-        found = [getattr(place, name, None) for name in names for place in (self._model, self.config, self._model.base_model)]
-        return [float(value) for value in found if isinstance(value, (int, float)) and value > 0]
+        values = [getattr(owner, name, None) for name in names for owner in (self._model, self.config, self._model.base_model)]
+        return [float(value) for value in values if isinstance(value, (int, float)) and value > 0]
 
     def unsupported(self, got: str) -> CompareError:
         """The error of a model whose logits are not a head's, as `Head` says, of its last hidden states."""
         return CompareError(self.argument, "a model whose logits are lm_head (weight, bias, scale, soft cap) of its last hidden states",
-                            f"{got} from {self.name!r} ({type(self._model).__name__})", "choose another model; this architecture is not supported")
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+                            f"{got} from {self.name!r} ({self.kind})", "choose another model; this architecture is not supported")
 
 
 def quiet() -> None:
@@ -125,17 +135,15 @@ def load_config(argument: str, name: str):
     """The model's configuration, before anything large is read."""
     from transformers import AutoConfig
 
-    if Path(name).is_dir():
-        if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise CompareError(argument, "a model folder", f"{name!r}, a folder without config.json", "pass one that save_pretrained wrote")
-    elif Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        got = f"{name!r}, {'a file' if Path(name).exists() else 'which does not exist'}"
-        raise CompareError(argument, "a model folder or a hub name", got, "pass a folder that save_pretrained wrote")
-    with _loading(argument, "a model folder or a hub name", name, "pass a folder that save_pretrained wrote, or a name that can be downloaded"):
+    expected, remedy = "a model folder or a hub name", "pass a folder that save_pretrained wrote, or a name that can be downloaded"
+    _check_folder(argument, name, "a model folder", ("config.json", "adapter_config.json"), "pass one that save_pretrained wrote")
+    if not Path(name).is_dir() and (Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)):
+        raise CompareError(argument, expected, f"{name!r}, {'a file' if Path(name).exists() else 'which does not exist'}", remedy)
+    with _loading(argument, expected, name, remedy):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    made_for = (config.architectures or ["CausalLM"])[0]
-    if not made_for.endswith(("CausalLM", "LMHeadModel", "ForConditionalGeneration")):
-        raise CompareError(argument, "a causal LM", f"{name!r}, a {made_for}", "choose a checkpoint of a ...ForCausalLM")
+    architecture = (config.architectures or ["CausalLM"])[0]
+    if not architecture.endswith(("CausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        raise CompareError(argument, "a causal LM", f"{name!r}, a {architecture}", "choose a checkpoint of a ...ForCausalLM")
     return config
 
 
@@ -144,26 +152,19 @@ def load_tokenizer(argument: str, name: str):
     from transformers import AutoTokenizer
 
     remedy = "save it there with tokenizer.save_pretrained"
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
-        raise CompareError(argument, "a folder with a tokenizer", f"{name!r} without {TOKENIZER_FILES[0]}", remedy)
+    _check_folder(argument, name, "a folder with a tokenizer", TOKENIZER_FILES, remedy)
     with _loading(argument, "a tokenizer that can be loaded", name, remedy):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise CompareError(argument, "a fast tokenizer, which says where in the text its tokens are", f"{type(tokenizer).__name__} of {name!r}",
+                           "convert it to a tokenizer.json")
+    return tokenizer
 
 
-def check_tokenizers(a, b) -> int:
-    """One more than the largest token id; an error where the two map tokens to other ids."""
-    first, second = a.get_vocab(), b.get_vocab()
-    if first == second:
-        return max(first.values()) + 1
-    found = []
-    moved = sorted((first[token], token) for token in first.keys() & second.keys() if first[token] != second[token])
-    if moved:
-        found.append(f"{len(moved):,} with another id ({moved[0][1]!r}: {moved[0][0]} in A, {second[moved[0][1]]} in B)")
-    for here, there, name in ((first, second, "A"), (second, first, "B")):
-        only = sorted((here[token], token) for token in here.keys() - there.keys())
-        if only:
-            found.append(f"{len(only):,} only in {name} ({', '.join(f'{token!r}: {at}' for at, token in only[:2])})")
-    raise CompareError("MODEL_B", "the tokenizer of MODEL_A", f"another; tokens: {', '.join(found)}", "compare models of one vocabulary")
+def _check_folder(argument: str, name: str, expected: str, files: tuple[str, ...], remedy: str) -> None:
+    """An error for a folder that has none of these files."""
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
+        raise CompareError(argument, expected, f"{name!r}, a folder without {files[0]}", remedy)
 
 
 def load_model(argument: str, name: str, dtype: str, device: str) -> Model:
@@ -187,5 +188,5 @@ def _loading(argument: str, expected: str, name: str, remedy: str) -> Iterator[N
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".:")
-        raise CompareError(argument, expected, f"{name!r}: {said}", remedy) from None
+        message = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".:")
+        raise CompareError(argument, expected, f"{name!r}: {message}", remedy) from None

@@ -12,6 +12,7 @@ import torch
 
 import fastkl
 
+from ..progress import progress
 from .loading import Head, Model
 from .settings import CompareError
 from .store import VALUES, HiddenFile, Store
@@ -40,20 +41,25 @@ def token_values(head_a: Head, hidden_a: torch.Tensor, head_b: Head, hidden_b: t
 
 def block_values(logits_a: torch.Tensor, logits_b: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
     """The same from logits [n, V]."""
-    stats = fastkl.token_stats(logits_a, tokens, logits_b)
-    columns = {"kl_ab": stats.kl, "kl_ba": stats.ref_kl, "entropy_a": stats.entropy, "logprob_a": stats.logprob, "logprob_b": stats.ref_logprob}
-    columns["entropy_b"] = fastkl.token_stats(logits_b, tokens).entropy
+    top_a, top_b = logits_a.argmax(-1), logits_b.argmax(-1)
+    stats, of_b = fastkl.token_stats(logits_a, tokens, logits_b), fastkl.token_stats(logits_b, top_b)
+    columns = {"kl_ab": stats.kl, "kl_ba": stats.ref_kl, "jsd": _jsd(logits_a, logits_b), "entropy_a": stats.entropy, "entropy_b": of_b.entropy,
+               "logprob_a": stats.logprob, "logprob_b": stats.ref_logprob, "top_a": top_a, "top_b": top_b,
+               "top_logprob_a": fastkl.selective_log_softmax(logits_a, top_a), "top_logprob_b": of_b.logprob}
+    # One copy from the device; float64 holds a token's id as well.
+    stacked, values = torch.stack([column.double() for column in columns.values()]).cpu().numpy(), np.ones(len(tokens), VALUES)
+    for name, column in zip(columns, stacked, strict=True):
+        values[name] = column
+    return values
+
+
+def _jsd(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
+    """The Jensen-Shannon divergence [n]."""
     log_a, log_b = logits_a.log_softmax(-1), logits_b.log_softmax(-1)
-    for letter, log in (("a", log_a), ("b", log_b)):
-        columns[f"top_logprob_{letter}"], columns[f"top_{letter}"] = log.max(-1)
     # log of the mean of p and q, in the form that is exact where they are equal; what neither model allows stays at -inf.
     gap = (log_a - log_b).abs_().nan_to_num_(0.0, posinf=math.inf)
     mixture = gap.neg_().expm1_().div_(2).log1p_().add_(torch.maximum(log_a, log_b))
-    columns["jsd"] = (fastkl.kl_divergence(log_a, mixture) + fastkl.kl_divergence(log_b, mixture)) / 2
-    values = np.ones(len(tokens), VALUES)
-    for name, column in columns.items():
-        values[name] = column.cpu().numpy()
-    return values
+    return (fastkl.kl_divergence(log_a, mixture) + fastkl.kl_divergence(log_b, mixture)) / 2
 
 
 @dataclass(frozen=True)
@@ -62,14 +68,13 @@ class Pass:
 
     store: Store
     context: int
-    stride: int
-    progress: Callable
+    overlap: int
 
     def windows(self, title: str) -> Iterator[Window]:
         """Every window; the bar counts its tokens when the next is asked for."""
-        with self.progress(title, self.store.scored) as bar:
+        with progress(None, title, total=self.store.scored, unit=" tokens", unit_scale=True) as bar:
             for document in self.store.documents:
-                for window in windows(document, self.context, self.stride):
+                for window in windows(document, self.context, self.overlap):
                     yield window
                     bar.update(window.last - window.first)
 
@@ -95,23 +100,24 @@ class Pass:
 def measure(work: Pass, load_a: Callable[[], Model], load_b: Callable[[], Model], needed: int, *, sequential: bool) -> list[dict]:
     """Write the values of every token into the store. Returns what was loaded, A and B.
 
-    sequential: one model at a time. A's hidden states wait in a file of the store's folder, and only its head stays in memory.
+    The vocabulary is that of the tokenizer: the first `needed` rows of each head. Padding has no token, whatever its logits.
+
+    sequential: one model at a time. A's hidden states wait in a temporary file, and only its head stays in memory.
     """
     a = work.loaded(load_a, needed)
     head, about, device, waiting = a.head, a.about(), a.device, None
     if sequential:
-        waiting = HiddenFile(work.store.folder, work.store.scored)
+        waiting = HiddenFile(work.store.scored)
         for window in work.windows("model A"):
             waiting.append(work.hidden(a, window))
+        waiting.rewind()
         del a
         gc.collect()
         if device != "cpu":
             torch.cuda.empty_cache()
     b = work.loaded(load_b, needed)
-    # A vocabulary that is padded in one model, or more so, is cut to the shared one.
-    vocabulary = min(head.weight.shape[0], b.vocabulary)
     for window in work.windows("model B" if sequential else "models A and B"):
         hidden = waiting.next(window.last - window.first).to(device) if waiting else work.hidden(a, window)
         tokens = work.ids(window.first, window.last).to(device)
-        work.store.write(window.first, token_values(head, hidden, b.head, work.hidden(b, window), tokens, vocabulary))
+        work.store.write(window.first, token_values(head, hidden, b.head, work.hidden(b, window), tokens, needed))
     return [about, b.about()]

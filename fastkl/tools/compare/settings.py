@@ -7,11 +7,13 @@ from pathlib import Path
 
 # At most this many tokens of context where --context is left out.
 DEFAULT_CONTEXT = 1024
+# An output file of this name is no file.
+STDOUT = Path("-")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of the command line; context and stride None: chosen from the models."""
+    """The options of the command line; context and overlap None: chosen from the models. html, json: a file, or "-" for stdout."""
 
     model_a: str
     model_b: str
@@ -19,7 +21,7 @@ class Settings:
     by: str = "document"
     top: int = 10
     context: int | None = None
-    stride: int | None = None
+    overlap: int | None = None
     sequential: bool = False
     device: str = "cpu"
     dtype: str = "auto"

@@ -1,13 +1,14 @@
-"""Tokens, their text and their values on disk, in a folder of its own: what is in memory at a time is one block, however long the text."""
+"""Tokens, their text and their values on disk, in files without a name, which end with the process: in memory is one block, however long the text."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ TOKEN = np.dtype([("id", "<i4"), ("line", "<i4"), ("text_at", "<i8")])
 VALUES = np.dtype([("scored", "<i4"), *((name, "<f4") for name in ("kl_ab", "kl_ba", "jsd", "entropy_a", "entropy_b", "logprob_a", "logprob_b",
                                                                  "top_logprob_a", "top_logprob_b")), ("top_a", "<i4"), ("top_b", "<i4")])
 BLOCK = 1 << 14
-HALF = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,15 @@ class Document:
 
 
 class Store:
-    """Three files that grow together: tokens, their text, their values."""
+    """Three temporary files that grow together: tokens, their text, their values."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self.documents: list[Document] = []
         self.count = self._text_bytes = 0
-        self._tokens, self._text, self._values = (open(folder / name, "w+b") for name in ("tokens", "text", "values"))
+        self._tokens, self._text, self._values = (tempfile.TemporaryFile() for _ in range(3))
 
     def close(self) -> None:
-        """Close the files; whoever made the folder removes it."""
+        """Close the files, and so remove them."""
         for file in (self._tokens, self._text, self._values):
             file.close()
 
@@ -49,17 +48,14 @@ class Store:
         """How many tokens have values once all windows are through."""
         return sum(document.end - document.first for document in self.documents)
 
-    def append(self, ids: Sequence[int], lines: Sequence[int], texts: Sequence[str]) -> None:
-        """Add tokens; texts put together are the document."""
-        encoded = [text.encode() for text in texts]
-        rows = np.empty(len(encoded), TOKEN)
-        rows["id"], rows["line"] = ids, lines
-        ends = self._text_bytes + np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        rows["text_at"][:1], rows["text_at"][1:] = self._text_bytes, ends[:-1]
+    def append(self, ids: Sequence[int], lines: Sequence[int], texts: Sequence[bytes]) -> None:
+        """Add tokens; their texts, in UTF-8, put together are the document."""
+        rows = np.empty(len(texts), TOKEN)
+        ends = self._text_bytes + np.cumsum([len(text) for text in texts], dtype=np.int64)
+        rows["id"], rows["line"], rows["text_at"] = ids, lines, [self._text_bytes, *ends[:-1]][:len(texts)]
         self._tokens.write(rows.tobytes())
-        self._text.write(b"".join(encoded))
-        self.count += len(rows)
-        self._text_bytes = int(ends[-1]) if len(rows) else self._text_bytes
+        self._text.write(b"".join(texts))
+        self.count, self._text_bytes = self.count + len(rows), int(ends[-1]) if len(rows) else self._text_bytes
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Rows of TOKEN."""
@@ -67,11 +63,18 @@ class Store:
 
     def texts(self, start: int, end: int) -> list[str]:
         """The text of each token."""
-        at = self.tokens(start, min(end + 1, self.count))["text_at"].tolist()
+        at, content = self._content(start, end)
+        return [shown(content[low - at[0]:high - at[0]]) for low, high in zip(at, at[1:], strict=False)]
+
+    def text(self, start: int, end: int) -> str:
+        """The text of the tokens together: only at its ends it can have parts of characters."""
+        return shown(self._content(start, end)[1])
+
+    def _content(self, start: int, end: int) -> tuple[list[int], bytes]:
+        at = self.tokens(start, end + 1)["text_at"].tolist()
         at += [self._text_bytes] * (end - start + 1 - len(at))
         self._text.seek(at[0])
-        content = self._text.read(at[-1] - at[0])
-        return [content[low - at[0]:high - at[0]].decode() for low, high in zip(at, at[1:], strict=False)]
+        return at, self._text.read(at[-1] - at[0])
 
     def write(self, first: int, values: np.ndarray) -> None:
         """The values of the tokens from `first` on; of tokens that are never written, scored stays 0."""
@@ -90,57 +93,47 @@ class Store:
             yield low, self.values(low, min(low + BLOCK, end))
 
     def quantiles(self, name: str, fractions: Sequence[float]) -> list[float]:
-        """Exact quantiles of a non-negative column: the smallest value that is not below the given share of the values.
+        """Exact quantiles of a non-negative column: the smallest value that is not below the given share of the values, numpy's "inverted_cdf".
 
-        The bits of non-negative float32 numbers are ordered as the numbers are: one pass counts their upper halves, a second the lower halves within
-        the buckets that hold a quantile. numpy calls these quantiles "inverted_cdf".
+        The column is sorted in a file that is mapped, not read: the memory is the system's cache, and given back when others need it.
         """
-        upper = np.zeros(HALF, np.int64)
-        for bits in self._bits(name):
-            upper += np.bincount(bits >> 16, minlength=HALF)
-        below = np.cumsum(upper)
-        ranks = [max(0, math.ceil(fraction * int(below[-1])) - 1) for fraction in fractions]
-        buckets = np.searchsorted(below, ranks, side="right")
-        lower = {int(bucket): np.zeros(HALF, np.int64) for bucket in buckets}
-        for bits in self._bits(name):
-            for bucket, counts in lower.items():
-                counts += np.bincount(bits[bits >> 16 == bucket] & (HALF - 1), minlength=HALF)
-        found = []
-        for rank, bucket in zip(ranks, buckets.tolist(), strict=True):
-            within = rank - int(below[bucket] - upper[bucket])
-            low = int(np.searchsorted(np.cumsum(lower[bucket]), within, side="right"))
-            found.append(float(np.array([bucket << 16 | low], np.uint32).view(np.float32)[0]))
-        return found
-
-    def _bits(self, name: str) -> Iterator[np.ndarray]:
-        for _, values in self.blocks():
-            # abs: a zero that carries a sign would be ordered as the largest number.
-            yield np.abs(values[name][values["scored"] > 0]).view(np.uint32)
+        with tempfile.TemporaryFile() as file:
+            for _, values in self.blocks():
+                file.write(np.abs(values[name][values["scored"] > 0]).tobytes())  # abs: a zero with a sign is a zero
+            file.flush()
+            column = np.memmap(file, np.float32, "r+")
+            column.sort()
+            return [float(column[max(0, math.ceil(fraction * len(column)) - 1)]) for fraction in fractions]
 
 
 class HiddenFile:
-    """Hidden states of one model in a file of the folder: all are written, then read memory-mapped in the same order, in the model's own type."""
+    """Hidden states of one model in a temporary file: all are written, then, after rewind(), read in the same order, in the model's own type."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self._path, self._count = folder / "hidden", count
-        self._file = open(self._path, "wb")
-        self._rows, self._dtype, self._mapped, self._read = 0, torch.float32, None, 0
+    def __init__(self, count: int) -> None:
+        self._count, self._file, self._row, self._dtype = count, tempfile.TemporaryFile(), 0, torch.float32
 
     def append(self, hidden: torch.Tensor) -> None:
         """Add rows [n, H] of `count` in all; OSError before the first if the disk has no room for them."""
-        needed = self._count * hidden.shape[1] * hidden.element_size()
-        if not self._rows and needed > shutil.disk_usage(self._path.parent).free:
-            raise OSError(errno.ENOSPC, f"no room for {needed / 1e9:.1f} GB of hidden states")
-        self._rows, self._dtype = self._rows + hidden.shape[0], hidden.dtype
+        first, self._row, self._dtype = not self._row, hidden[0].nbytes, hidden.dtype
+        if first and self._count * self._row > shutil.disk_usage(tempfile.gettempdir()).free:
+            raise OSError(errno.ENOSPC, f"no room for {self._count * self._row / 1e9:.1f} GB of hidden states")
         self._file.write(hidden.contiguous().cpu().view(torch.uint8).numpy().tobytes())
 
+    def rewind(self) -> None:
+        """From here on it is read."""
+        self._file.seek(0)
+
     def next(self, count: int) -> torch.Tensor:
-        """The next rows; the first call ends the writing."""
-        if self._mapped is None:
-            self._file.close()
-            self._mapped = np.memmap(self._path, np.uint8, "r").reshape(self._rows, -1)
-        self._read += count
-        return torch.from_numpy(np.array(self._mapped[self._read - count:self._read])).view(self._dtype)
+        """The next rows."""
+        return torch.frombuffer(bytearray(self._file.read(count * self._row)), dtype=self._dtype).view(count, -1)
+
+
+def shown(content: bytes) -> str:
+    """UTF-8 as text; bytes that are part of a character appear as <0xE7>."""
+    return content.decode(errors="fastkl_bytes")
+
+
+codecs.register_error("fastkl_bytes", lambda error: ("".join(f"<0x{byte:02X}>" for byte in error.object[error.start:error.end]), error.end))
 
 
 def _read(file, dtype: np.dtype, start: int, end: int) -> np.ndarray:

@@ -54,8 +54,9 @@ class Unit:
         return float(self.sums[0]) / self.tokens
 
     def entry(self, store: Store) -> dict:
-        """Its figures, and how its text begins."""
-        text = "".join(store.texts(self.first, self.first + min(self.tokens, 30)))
+        """Its figures, and how its text begins; the document's first token has no figures, but is the beginning of the text."""
+        start = next((document.start for document in store.documents if document.first == self.first), self.first)
+        text = store.text(start, self.first + min(self.tokens, 30))
         means = dict(zip((*DIVERGENCES, "same_top1"), (self.sums / self.tokens).tolist(), strict=True))
         return {"document": self.document, "line": self.line, "index": self.first, "tokens": self.tokens, **means, "max_kl_ab": self.largest,
                 "text": (text.strip() or text)[:80]}
@@ -63,8 +64,8 @@ class Unit:
 
 def worst_units(store: Store, by: str, limit: int) -> list[Unit]:
     """Units by falling mean KL(A‖B): every document, or the `limit` worst lines."""
-    found = (unit for document in store.documents for unit in _units(store, document, by))
-    return heapq.nlargest(limit if by == "line" else len(store.documents), found, key=lambda unit: unit.mean)
+    units = (unit for document in store.documents for unit in _units(store, document, by))
+    return heapq.nlargest(limit if by == "line" else len(store.documents), units, key=lambda unit: unit.mean)
 
 
 def _units(store: Store, document: Document, by: str) -> Iterator[Unit]:
@@ -101,9 +102,8 @@ def token_entry(store: Store, at: int, label: Callable[[int], str], around: int 
     document = next(document for document in store.documents if document.start <= at < document.end)
     row, value = store.tokens(at, at + 1)[0], store.values(at, at + 1)[0]
     low, high = max(document.start, at - around), min(document.end, at + 1 + around)
-    texts = store.texts(low, high)
     expected = {f"expected_{letter}": {"token": label(int(value[f"top_{letter}"])), "probability": math.exp(value[f"top_logprob_{letter}"])}
                 for letter in "ab"}
     figures = {name: float(value[name]) for name in VALUES.names if name not in ("scored", "top_a", "top_b", "top_logprob_a", "top_logprob_b")}
-    return {"index": at, "document": document.name, "line": int(row["line"]), "token": texts[at - low] or label(int(row["id"])),
-            "before": "".join(texts[:at - low]), "after": "".join(texts[at - low + 1:]), **figures, **expected}
+    return {"index": at, "document": document.name, "line": int(row["line"]), "token": store.text(at, at + 1) or label(int(row["id"])),
+            "before": store.text(low, at), "after": store.text(at + 1, high), **figures, **expected}

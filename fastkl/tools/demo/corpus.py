@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .progress import progress
+from ..progress import progress
 from .settings import Settings
 
 # Tests, other people's packages and generated tables are not the prose of the library.

@@ -11,11 +11,11 @@ import torch
 from fastkl import TokenStats
 from fastkl.rl import FixedBeta, KLMonitor, PIDBeta, SpikeDetector, TrustRegion
 
+from ..progress import progress
 from .algorithms import ALGORITHMS, DPO, GRPO, PPO
 from .corpus import Corpus, line_starts, windows
 from .model import LanguageModel
 from .objective import Batch, Side
-from .progress import progress
 from .sampling import sample
 from .settings import Settings
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..progress import progress
 from .corpus import Corpus, windows
 from .model import LanguageModel
-from .progress import progress
 from .settings import Settings
 
 # Logits of so many rows at a time: larger tensors cost the CPU more in fresh pages than in arithmetic.

@@ -16,6 +16,7 @@ import fastkl
 from fastkl.rl import FixedBeta
 
 from ..files import json_text, write_whole
+from ..progress import progress
 from . import plot, report
 from .checkpoints import save_checkpoint
 from .corpus import END_OF_FILE, Corpus, build_corpus
@@ -26,7 +27,6 @@ from .model import LanguageModel
 from .naive import compare_with_naive
 from .objective import choose_beta
 from .pretraining import held_out_loss, train_reference
-from .progress import progress
 from .settings import Settings
 
 NO_PENALTY, WITH_PENALTY = "no penalty", "with KL penalty"
