@@ -1,16 +1,17 @@
 """Who computes from hidden states, and the floor: the bare matrix products.
 
 Every operation takes a LinearInputs (benchmarks/linear_workloads.py) and returns a tuple of tensors: "per_token_kl" the KL of each token,
-"mean_kl" its mean, "token_stats" the fields of TokenStats. Each loader says which work it does: products are matrix products of N x H x V. A peer
-that is not installed, cannot run here or runs out of memory becomes a row with the reason.
+"mean_kl" its mean, "token_stats" the fields of TokenStats, "grpo_loss" and "distillation_loss" a whole loss. Each loader says which work it does:
+products are matrix products of N x H x V. A peer that is not installed, cannot run here or runs out of memory becomes a row with the reason.
 """
+import dataclasses
 import inspect
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.linear_workloads import PRODUCTS
+from benchmarks.linear_workloads import BETA, CLIP, PRODUCTS, grpo_terms
 from benchmarks.providers import plain_kl_divergence, plain_token_stats
 
 CHUNK = 2048  # tokens of a chunk in the chunked plain torch: larger is faster, since each chunk adds to the whole gradient of the weight
@@ -43,6 +44,25 @@ def _whole(function):
     return lambda i: function(i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens)
 
 
+def _losses(stats, kl):
+    """The two whole losses from operations that give the statistics and the KL per token of their (policy, reference)."""
+    def grpo(i):
+        logprob, _, _, exact, _ = stats(i)
+        return (grpo_terms(logprob, exact, i.old_logprob, i.advantages).mean(),)
+
+    def distillation(i):
+        turned = dataclasses.replace(i, hidden=i.ref_hidden, weight=i.ref_weight, ref_hidden=i.hidden, ref_weight=i.weight)
+        return (kl(turned)[0].mean(),)
+
+    return {"grpo_loss": grpo, "distillation_loss": distillation}
+
+
+def _operations(functions):
+    """All operations from FUNCTIONS, or from what a compiler made of them."""
+    found = {name: _whole(function) for name, function in functions.items()}
+    return {**found, **_losses(found["token_stats"], found["per_token_kl"])}
+
+
 def _checkpointed(function, inputs):
     """The outputs of a function of tokens, chunk by chunk, each computed again in backward."""
     chunks = zip(*(tensor.split(CHUNK) for tensor in (inputs.hidden, inputs.ref_hidden, inputs.tokens)), strict=True)
@@ -57,35 +77,46 @@ def _checkpointed(function, inputs):
 
 
 def load_fastkl(device):
-    """This package. All modes: the work of this benchmark. Products: 2 forward, 4 loss, 3 frozen; 6 for stats (logits again in backward)."""
+    """This package. All modes: the work of this benchmark. Products: 2 forward, 4 loss and distillation, 3 frozen; 6 for stats and grpo (logits again
+    in backward)."""
     import fastkl
+    from fastkl.rl import grpo_loss
 
     def kl(i, reduction):
         return (fastkl.linear_kl_divergence(i.hidden, i.weight, i.ref_hidden, i.ref_weight, reduction=reduction),)
 
+    def stats(i):
+        return fastkl.linear_token_stats(i.hidden, i.weight, i.tokens, i.ref_hidden, i.ref_weight)
+
+    def grpo(i):
+        found = stats(i)
+        return (grpo_loss(found.logprob, i.old_logprob, i.advantages, kl=found.kl, beta=BETA, clip=CLIP, reduction="bnpo"),)
+
     return {
         "per_token_kl": lambda i: kl(i, "none"),
         "mean_kl": lambda i: kl(i, "mean"),
-        "token_stats": lambda i: tuple(fastkl.linear_token_stats(i.hidden, i.weight, i.tokens, i.ref_hidden, i.ref_weight)),
+        "token_stats": lambda i: tuple(stats(i)),
+        "grpo_loss": grpo,
+        "distillation_loss": lambda i: (fastkl.linear_kl_divergence(i.ref_hidden, i.ref_weight, i.hidden, i.weight, reduction="mean"),),
     }
 
 
 def load_torch(device):
-    """Eager PyTorch with all logits in memory. All modes: the same work. Products: 2 forward, 4 loss and stats, 3 frozen: the fewest possible."""
-    return {name: _whole(function) for name, function in FUNCTIONS.items()}
+    """Eager PyTorch with all logits in memory. All modes: the same work. Products: 3 frozen, 2 forward, 4 else: the fewest possible."""
+    return _operations(FUNCTIONS)
 
 
 def load_torch_compile(device):
     """The same functions compiled for each shape. All modes: the same work, the same products, all logits in memory."""
     if device.type != "cuda":
         raise RuntimeError("compiled on a GPU only: compiling for a CPU takes long and its speed says nothing here")
-    return {name: _whole(torch.compile(function, dynamic=False, fullgraph=True)) for name, function in FUNCTIONS.items()}
+    return _operations({name: torch.compile(function, dynamic=False, fullgraph=True) for name, function in FUNCTIONS.items()})
 
 
 def load_torch_chunked(device):
     """The same functions under torch.utils.checkpoint, 2048 tokens at a time, as trainers chunk a loss. All modes: the same work.
 
-    Products: 2 forward, 6 loss and stats, 5 frozen: the logits are computed again in backward. The gradient of the weight is summed over the
+    Products: 2 forward, 5 frozen, 6 else: the logits are computed again in backward. The gradient of the weight is summed over the
     chunks in the weight's own type. TRL chunks its cross-entropy like this (fewer tokens at a time, operands upcast to float32, which is slower). It
     has no chunked KL of its own: its distillation trainers use plain logits, or what load_liger_chunked loads.
     """
@@ -93,11 +124,13 @@ def load_torch_chunked(device):
         "per_token_kl": lambda i: _checkpointed(per_token_kl, i),
         "mean_kl": lambda i: (_checkpointed(per_token_kl, i)[0].mean(),),
         "token_stats": lambda i: _checkpointed(token_stats, i),
+        **_losses(lambda i: _checkpointed(token_stats, i), lambda i: _checkpointed(per_token_kl, i)),
     }
 
 
 def load_liger(device):
-    """Liger-Kernel's LigerFusedLinearJSD at jsd_beta = 1, which is the mean of KL(student‖teacher). Modes loss and frozen: the same work.
+    """Liger-Kernel's LigerFusedLinearJSD at jsd_beta = 1, the mean of KL(student‖teacher), and 0, KL(teacher‖student). Modes loss, frozen and
+    distillation: the same work. Its fused GRPO loss takes k3 of the sampled tokens, not the exact KL, so it has no part in mode grpo.
 
     Products: 4, or 3 with a frozen weight. It has no KL per token, no other statistics and no forward without gradient. The gradient of the weight is
     summed in float32, as ours, where the release can (accum_dtype), else in the weight's type. It also keeps a float32 [N, V] of losses.
@@ -107,8 +140,12 @@ def load_liger(device):
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     known = inspect.signature(LigerFusedLinearJSD).parameters
-    loss = LigerFusedLinearJSD(jsd_beta=1.0, **({"accum_dtype": torch.float32} if "accum_dtype" in known else {}))
-    return {"mean_kl": lambda i: (loss(i.hidden, i.weight, i.ref_hidden, i.ref_weight, None),)}
+    options = {"accum_dtype": torch.float32} if "accum_dtype" in known else {}
+    reverse, forward = (LigerFusedLinearJSD(jsd_beta=beta, **options) for beta in (1.0, 0.0))
+    return {
+        "mean_kl": lambda i: (reverse(i.hidden, i.weight, i.ref_hidden, i.ref_weight, None),),
+        "distillation_loss": lambda i: (forward(i.hidden, i.weight, i.ref_hidden, i.ref_weight, None),),
+    }
 
 
 def load_liger_chunked(device):

@@ -10,8 +10,13 @@ from benchmarks.workloads import DTYPES, row_blocks
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 # What a mode asks of a provider, and the products of N x H x V that it takes at least: two for the logits, one for each gradient. For "stats" that
 # is what keeping all logits takes; a provider that computes them again in backward does six, and its ratio to the floor says so.
-OPERATIONS = {"forward": "per_token_kl", "loss": "mean_kl", "frozen": "mean_kl", "stats": "token_stats"}
-PRODUCTS = {"forward": 2, "loss": 4, "frozen": 3, "stats": 4}
+OPERATIONS = {"forward": "per_token_kl", "loss": "mean_kl", "frozen": "mean_kl", "stats": "token_stats", "grpo": "grpo_loss",
+              "distillation": "distillation_loss"}
+PRODUCTS = {"forward": 2, "loss": 4, "frozen": 3, "stats": 4, "grpo": 4, "distillation": 4}
+# Operations whose one output is a scalar, a mean over the tokens.
+MEANS = ("mean_kl", "grpo_loss", "distillation_loss")
+# Of the GRPO step: how far a ratio may move before its gradient stops, and the weight of the KL.
+CLIP, BETA = 0.2, 0.04
 
 # Rows of the weight's gradient that are compared: the first, the last, and others spread evenly between them.
 CHECKED_WEIGHT_ROWS = 64
@@ -29,7 +34,9 @@ class LinearWorkload:
     """KL(policy‖reference) of `rows` tokens from hidden states of `hidden` numbers and two weights [vocabulary, hidden].
 
     mode: "forward" is the KL per token without gradient; "loss" its mean and the gradient to hidden and weight; "frozen" the same with the
-    gradient to hidden only; "stats" all fields of token_stats, an upstream gradient on each, and the gradient to hidden and weight.
+    gradient to hidden only; "stats" all fields of token_stats, an upstream gradient on each, and the gradient to hidden and weight. Two whole losses,
+    with the gradient to hidden and weight: "grpo" is the clipped policy loss of the tokens plus BETA times the exact KL, "distillation" the mean of
+    KL(teacher‖student), where the reference is the teacher.
     """
 
     mode: str = "loss"
@@ -70,7 +77,10 @@ class LinearWorkload:
 
 @dataclass
 class LinearInputs:
-    """The tensors of one workload; `upstream` belongs to the outputs of its operation, in their order."""
+    """The tensors of one workload; `upstream` belongs to the outputs of its operation, in their order.
+
+    old_logprob, advantages: [rows] float32, for the GRPO step; the log-probabilities of a policy near this one.
+    """
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -78,6 +88,8 @@ class LinearInputs:
     ref_weight: torch.Tensor
     tokens: torch.Tensor
     upstream: tuple[torch.Tensor, ...]
+    old_logprob: torch.Tensor
+    advantages: torch.Tensor
 
     @property
     def leaves(self):
@@ -109,9 +121,24 @@ def make_linear_inputs(workload, device, seed=0):
         upstream = tuple(torch.randn(workload.rows, generator=generator, device=device) for _ in FIELDS)
     else:
         upstream = (torch.ones((), device=device),)
+    jitter, advantages = (torch.randn(workload.rows, generator=generator, device=device) for _ in range(2))
+    old_logprob = logprobs(workload, hidden, weight, tokens) + 0.2 * jitter if workload.mode == "grpo" else jitter
     hidden.requires_grad_(workload.mode != "forward")
-    weight.requires_grad_(workload.mode in ("loss", "stats"))
-    return LinearInputs(hidden, weight, ref_hidden, ref_weight, tokens, upstream)
+    weight.requires_grad_(workload.mode not in ("forward", "frozen"))
+    return LinearInputs(hidden, weight, ref_hidden, ref_weight, tokens, upstream, old_logprob, advantages)
+
+
+def logprobs(workload, hidden, weight, tokens):
+    """log π of the tokens in float32, a block at a time."""
+    blocks = [F.linear(hidden[block], weight).float().log_softmax(-1).gather(-1, tokens[block][:, None])[:, 0]
+              for (block,) in row_blocks((workload.rows,), workload.vocabulary)]
+    return torch.cat(blocks)
+
+
+def grpo_terms(logprob, kl, old_logprob, advantages):
+    """The GRPO loss of each token in plain torch."""
+    ratio = (logprob - old_logprob).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages) + BETA * kl
 
 
 # The gate -------------------------------------------------------------------------------------------------------
@@ -119,7 +146,7 @@ def make_linear_inputs(workload, device, seed=0):
 
 def output_fields(workload):
     """The names of the operation's outputs."""
-    return FIELDS if workload.mode == "stats" else ("kl",)
+    return FIELDS if workload.mode == "stats" else ("loss",) if workload.mode in ("grpo", "distillation") else ("kl",)
 
 
 def checked_rows(workload, device):
@@ -138,12 +165,16 @@ def answer(workload, inputs, dtype):
     )
     columns = checked_rows(workload, hidden.device)
     upstream = dict(zip(output_fields(workload), inputs.upstream, strict=True))
-    if workload.operation == "mean_kl":
-        upstream["kl"] = (upstream["kl"] / workload.rows).expand(workload.rows)
+    if workload.operation in MEANS:
+        upstream = {name: (value / workload.rows).expand(workload.rows) for name, value in upstream.items()}
     parts = {}
     for (block,) in row_blocks((workload.rows,), workload.vocabulary):
         logits = F.linear(hidden[block], weight).requires_grad_(leaves > 0)
         values = dict(zip(FIELDS, plain_token_stats(logits, inputs.tokens[block], F.linear(ref_hidden[block], ref_weight)), strict=True))
+        if workload.mode == "distillation":
+            values["loss"] = values["ref_kl"]
+        elif workload.mode == "grpo":
+            values["loss"] = grpo_terms(values["logprob"], values["kl"], inputs.old_logprob[block], inputs.advantages[block])
         if leaves:
             taken = [name for name in upstream if values[name].requires_grad]
             grads = [upstream[name][block].to(values[name].dtype) for name in taken]
@@ -192,7 +223,7 @@ def errors(name, value, true):
     found = {name: difference.norm() / true.norm()}
     if true.dim() == 2:
         found[f"{name}, worst row"] = (difference.norm(dim=-1) / true.norm(dim=-1)).max()
-    elif true.dim() == 1:
+    else:
         found[f"{name}, worst token"] = difference.abs().max() / true.square().mean().sqrt()
     return {what: error.item() for what, error in found.items()}
 
@@ -200,9 +231,9 @@ def errors(name, value, true):
 def linear_fault(workload, inputs, known, outputs, gradients):
     """(errors, what is wrong or None): the gate that a provider passes before it is timed.
 
-    The mean is held to the limit of the KL per token: plain torch's own mean may be right by luck.
+    A mean is held to the limit of its tokens: plain torch's own mean may be right by luck.
     """
-    leading = () if workload.operation == "mean_kl" else (workload.rows,)
+    leading = () if workload.operation in MEANS else (workload.rows,)
     results = (*outputs, *gradients)
     shapes = [tuple(result.shape) for result in results]
     right = [leading] * len(output_fields(workload)) + [tuple(leaf.shape) for leaf in inputs.leaves]
@@ -213,7 +244,11 @@ def linear_fault(workload, inputs, known, outputs, gradients):
         true = known.answer[name]
         if name == "dweight":
             result = result[checked_rows(workload, result.device)]
-        found.update(errors(name, result, true.mean() if result.dim() == 0 else true))
+        if result.dim() == 0:
+            # Relative to the size of the tokens' losses: those of either sign cancel in their mean.
+            found[name] = ((result.detach().double() - true.mean()).abs() / true.abs().mean()).item()
+        else:
+            found.update(errors(name, result, true))
     # "not <=" instead of ">": a NaN has to fail.
     over = [f"{name} off by {found[name]:.1e}, limit {known.limits[name]:.1e}" for name in found if not found[name] <= known.limits[name]]
     return found, "; ".join(over) or None

@@ -1,31 +1,27 @@
 """Where figures are written and what every file of figures says about its origin."""
 import json
 import math
-import os
 import platform
 import subprocess
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+
+from fastkl.tools.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_json(path, data):
-    """Writes `data` to `path` whole or not at all: into a file beside it, which then takes its place."""
+    """Writes `data` to `path` whole or not at all."""
+    write_bytes(path, (json.dumps(_finite(data), indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path, content):
+    """Writes bytes to `path` whole or not at all; its folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, content)
 
 
 def _finite(data):

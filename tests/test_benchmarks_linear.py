@@ -118,8 +118,29 @@ def test_the_answer_is_autograd_through_all_logits():
         torch.testing.assert_close(found[name], true, rtol=1e-7, atol=1e-12)
 
 
-def test_the_answer_does_not_depend_on_its_blocks(monkeypatch):
-    workload = tiny("stats")
+@pytest.mark.parametrize("mode", ["grpo", "distillation"])
+def test_the_answer_of_a_whole_loss_is_autograd_through_all_logits(mode):
+    workload = tiny(mode, vocabulary=200)
+    inputs = make_linear_inputs(workload, CPU)
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (inputs.hidden, inputs.weight))
+    log_p = F.linear(hidden, weight).log_softmax(-1)
+    log_q = F.linear(inputs.ref_hidden.double(), inputs.ref_weight.double()).log_softmax(-1)
+    if mode == "grpo":
+        ratio = (log_p.gather(-1, inputs.tokens[:, None])[:, 0] - inputs.old_logprob).exp()
+        gain = torch.minimum(ratio * inputs.advantages, ratio.clamp(0.8, 1.2) * inputs.advantages)
+        loss = -gain + 0.04 * (log_p.exp() * (log_p - log_q)).sum(-1)
+        assert 0 < int((ratio.clamp(0.8, 1.2) != ratio).sum()) < len(ratio), "some are clipped, some not"
+    else:
+        loss = (log_q.exp() * (log_q - log_p)).sum(-1)
+    loss.mean().backward()
+    found = answer(workload, inputs, torch.float64)
+    for name, true in {"loss": loss.detach(), "dhidden": hidden.grad, "dweight": weight.grad[checked_rows(workload, CPU)]}.items():
+        torch.testing.assert_close(found[name], true, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["stats", "grpo"])
+def test_the_answer_does_not_depend_on_its_blocks(monkeypatch, mode):
+    workload = tiny(mode)
     inputs = make_linear_inputs(workload, CPU)
     whole = answer(workload, inputs, torch.float64)
     cut = lambda leading, vocabulary: ((slice(first, first + 5),) for first in range(0, *leading, 5))  # noqa: E731
@@ -130,7 +151,7 @@ def test_the_answer_does_not_depend_on_its_blocks(monkeypatch):
 
 def test_inputs_are_those_of_the_mode():
     learning = {mode: len(make_linear_inputs(tiny(mode), CPU).leaves) for mode in OPERATIONS}
-    assert learning == {"forward": 0, "loss": 2, "frozen": 1, "stats": 2}
+    assert learning == {"forward": 0, "loss": 2, "frozen": 1, "stats": 2, "grpo": 2, "distillation": 2}
     inputs = make_linear_inputs(LinearWorkload("loss", 256, 64, 1000), CPU)
     logits = F.linear(inputs.hidden.float(), inputs.weight.float())
     assert logits.std().item() == pytest.approx(3, rel=0.1)
@@ -150,7 +171,7 @@ def products_of(workload, run):
 
 @pytest.mark.parametrize("mode", OPERATIONS)
 def test_providers_do_the_work_that_they_declare(mode):
-    recomputed = {"forward": 2, "loss": 6, "frozen": 5, "stats": 6}
+    recomputed = {"forward": 2, "loss": 6, "frozen": 5, "stats": 6, "grpo": 6, "distillation": 6}
     workload = tiny(mode)
     case = harness.Case(workload, CPU, [make_linear_inputs(workload, CPU)])
     for provider in load_providers(CPU, ["torch", "torch chunked"], LINEAR_LOADERS):
@@ -321,15 +342,16 @@ def test_a_section_as_if_on_a_gpu(pretended_gpu, monkeypatch):
     monkeypatch.setattr(gpu_suite, "LINEAR_LOADERS", loaders)
     rows = list(gpu_suite.linear_section(pretended_gpu, time.monotonic() + 60))
     per_mode = [harness.FLOOR, "fastkl", "torch chunked"]
-    assert [row["provider"] for row in rows] == 4 * per_mode + 4 * [harness.FLOOR, "torch.compile"]
+    assert [row["provider"] for row in rows] == 6 * per_mode + 6 * [harness.FLOOR, "torch.compile"]
     assert {row["status"] for row in rows if row["provider"] in per_mode} == {"ok"} and rows[-1]["status"] == "missing"
-    for floor, ours in (rows[i : i + 2] for i in range(0, 12, 3)):
+    for floor, ours in (rows[i : i + 2] for i in range(0, 18, 3)):
         phase = "forward" if ours["workload"]["mode"] == "forward" else "both"
         times, bare = ours["times"][phase], floor["times"][phase]
         assert times["repetitions"] >= 7 and times["wall_ms"] > 0
         assert times["ratio_to_floor"] == pytest.approx(times["median_ms"] / bare["median_ms"])
         assert bare["chunk"] == 12 and bare["tried"] == {"12": bare["median_ms"]}
         returned = {"forward": 4 * 12, "loss": 4 + 2 * 16 * (12 + 131), "frozen": 4 + 2 * 16 * 12, "stats": 5 * 4 * 12 + 2 * 16 * (12 + 131)}
+        returned["grpo"] = returned["distillation"] = returned["loss"]
         assert ours["memory"] == {"peak_bytes": 3_000_000, "returned_bytes": returned[ours["workload"]["mode"]]}
     section = {"status": "ok", "seconds": 1, "rows": json.loads(json.dumps(rows))}
     found = gpu_suite.bars({"linear": section})

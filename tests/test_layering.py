@@ -48,6 +48,8 @@ LAYERS = {
     "penalty": Layer(PENALTY, SHARED + OPS),
     "rl": Layer(RL, SHARED + OPS + PENALTY + RL),
     "facade": Layer(("fastkl",), SHARED + REFERENCE + OPS + PENALTY + ("fastkl.parallel", "fastkl.rl"), ()),
+    # Compiles the kernels without a GPU.
+    "doctor": Layer(("fastkl.tools.doctor.compiling",), PUBLIC + ("fastkl.tools.doctor.*", "fastkl.kernels.compile_plan"), ANY),
     "tools": Layer(("fastkl.tools", "fastkl.tools.*"), PUBLIC + ("fastkl.tools", "fastkl.tools.*"), ANY),
     "integrations": Layer(("fastkl.integrations", "fastkl.integrations.*"), PUBLIC + ("fastkl.integrations", "fastkl.integrations.*"), ANY),
 }

@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_compare(commands)
     _add_plot(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -172,6 +173,33 @@ def _run_plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     except OSError as error:
         parser.error(f"argument --out: expected a file that can be written, got {str(out)!r} ({error.strerror}); choose another")
     return 0
+
+
+DOCTOR_NOTES = """\
+exit codes: 0 nothing is wrong (a warning or a skipped check is not wrong), 1 a
+check failed: the report ends with what to paste into an issue, 2 wrong use.
+"""
+
+
+def _add_doctor(commands) -> None:
+    text = "Checks in about a minute what this machine has, whether the kernels compile,\nrun and agree with float64 on it, and how fast they are."
+    parser = commands.add_parser("doctor", help="check that fastkl is right and fast on this machine", description=text, epilog=DOCTOR_NOTES,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
+                        help="write all checks to FILE; without FILE or with -, to standard output, and the report to standard error")
+    parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE",
+                        help="cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)")
+    parser.set_defaults(run=_run_doctor, parser=parser)
+
+
+def _run_doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if options.json not in (None, "-"):
+        file = Path(options.json)
+        if file.is_dir() or not os.access(file.parent, os.W_OK):
+            parser.error(f"argument --json: expected a file that can be written, or -, got {options.json!r}; choose another")
+    from .doctor.run import run_doctor
+
+    return run_doctor(options.device, options.json)
 
 
 def missing_modules(names: Sequence[str]) -> list[str]:
