@@ -21,6 +21,8 @@ DEMO = ["tokenizers>=0.20", "safetensors>=0.4", "matplotlib>=3.8", "tqdm>=4.66"]
 # `fastkl compare` reads Hugging Face checkpoints.
 COMPARE = ["transformers>=5", "tokenizers>=0.20", "numpy>=1.26", "tqdm>=4.66"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+# Beside whom the benchmarks measure.
+PEERS = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl==1.16.*", "matplotlib>=3.8"]
 # The tests run the demo and build the package; Triton's interpreter computes with numpy.
 TEST = [*BENCH, *DEMO, "hypothesis>=6.100", "numpy>=1.26", "setuptools>=77", "wheel>=0.43"]
 
@@ -40,7 +42,8 @@ setup(
     package_dir={"fastkl.kernels": "kernels"},
     package_data={"fastkl": ["py.typed"], "fastkl.kernels": ["README.md"]},
     install_requires=["torch>=2.10", 'triton>=3.5; platform_system == "Linux"'],
-    extras_require={"test": TEST, "bench": BENCH, "demo": DEMO, "plots": ["matplotlib"], "compare": COMPARE, "trl": ["trl==1.16.*"]},
+    extras_require={"test": TEST, "bench": BENCH, "demo": DEMO, "plots": ["matplotlib"], "compare": COMPARE, "trl": ["trl==1.16.*"],
+                    "bench-peers": PEERS},
     entry_points={"console_scripts": ["fastkl = fastkl.tools.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

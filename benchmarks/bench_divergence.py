@@ -24,12 +24,16 @@ if CUDA:
         Workload("kl_divergence", vocabulary=50257),  # odd: every row starts at another alignment
         Workload("kl_divergence", rows=64),
         Workload("token_stats"),
+        Workload("logprob"),
+        Workload("logprob_entropy"),
     ]
 else:
     WORKLOADS = [
         Workload("kl_divergence", rows=3, vocabulary=1000, wrt="p"),
         Workload("kl_divergence", rows=16, vocabulary=257, wrt="q", dtype="fp32", layout="sliced"),
         Workload("token_stats", rows=3, vocabulary=1000),
+        Workload("logprob", rows=3, vocabulary=1000),
+        Workload("logprob_entropy", rows=3, vocabulary=1000),
     ]
 
 
@@ -54,7 +58,10 @@ def provider(request, case):
     if missing:
         pytest.skip(missing)
     inputs = case.sets[0]
-    outputs = harness.forward(loaded, case, inputs)
+    try:
+        outputs = harness.forward(loaded, case, inputs)
+    except NotImplementedError as error:  # a peer says which sizes or gradients it does not have
+        pytest.skip(str(error))
     _, wrong = fault(case.workload, inputs, outputs, harness.backward(case, inputs, outputs))
     assert not wrong, wrong
     return loaded

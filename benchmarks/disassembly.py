@@ -39,11 +39,13 @@ class Program:
 
 @dataclass(frozen=True)
 class LoopCosts:
-    """What one iteration of a loop holds: instructions, base-2 exponentials, and global loads by their width in bytes."""
+    """What one iteration of a loop holds: instructions, base-2 exponentials, global loads by their width in bytes, and float32 additions and
+    multiplications (a fused one is one, a packed instruction does two)."""
 
     instructions: int
     ex2: int
     loads: dict[int, int]
+    fp32: int = 0
 
     @property
     def widest_load(self):
@@ -229,7 +231,24 @@ def loop_costs(program, body):
         instructions=sum(not o.startswith(NOT_COUNTED) for o in opcodes),
         ex2=sum(o.startswith(("MUFU.EX2", "v_exp_")) for o in opcodes),
         loads=dict(loads),
+        fp32=sum(fp32_results(o) for o in opcodes),
     )
+
+
+def whole_costs(program):
+    """The LoopCosts of everything that a program without a loop may run."""
+    return loop_costs(program, _reach([program.entry], lambda i: _successors(program, i)))
+
+
+FP32 = re.compile(r"F(?:ADD|MUL|FMA)(2?)(?:\.|$)|v_(pk_)?(?:add|sub|subrev|mul|fma|fmac|fmaak|fmamk|mac|madak|madmk)_f32")
+
+
+def fp32_results(opcode):
+    """Float32 additions, multiplications or fused ones that an instruction does per thread: 2 if it is packed, 0 if it does something else."""
+    match = FP32.match(opcode)
+    if not match:
+        return 0
+    return 2 if match[1] or match[2] else 1
 
 
 def hot_loop(program):

@@ -3,9 +3,9 @@
     python3 -m benchmarks.gpu_suite --out DIR
 
 runs sections one after the other, each in a process of its own with a time limit, so that a crash or a hang costs one section: timings with memory
-and bandwidth ("main", then more shapes in "sweep"), accuracy against float64, the same work from hidden states beside the bare matrix products
-("linear", "linear_sweep"), and the GPU tests. DIR/<date>.json is rewritten after each; a table of the bars, met or not, ends the output. Exit code 0:
-all sections ran and their bars are met; 1: not so; 2: no CUDA here.
+and bandwidth ("main", the peers in "peers", more shapes in "sweep"), accuracy against float64, the same work from hidden states beside the bare
+matrix products ("linear", "linear_sweep"), and the GPU tests. DIR/<date>.json is rewritten after each; a table of the bars, met or not, ends the
+output. Exit code 0: all sections ran and their bars are met; 1: not so; 2: no CUDA here.
 """
 import argparse
 import json
@@ -23,17 +23,20 @@ import torch
 from benchmarks import accuracy, harness
 from benchmarks.linear_providers import LINEAR_LOADERS
 from benchmarks.linear_workloads import LinearWorkload
-from benchmarks.providers import load_providers
+from benchmarks.providers import LOADERS, load_providers
 from benchmarks.record import ROOT, provenance, write_json
 from benchmarks.workloads import Workload
 
 SECONDS = 460  # for the whole run
 # Seconds that a section may take; the tests get what is left. Fresh processes need about 10 to start and to compile.
-SECTIONS = {"main": 100, "accuracy": 60, "linear": 100, "sweep": 60, "linear_sweep": 50, "tests": 300}
+SECTIONS = {"main": 90, "accuracy": 50, "linear": 100, "peers": 40, "sweep": 50, "linear_sweep": 40, "tests": 300}
 TESTS_AT_LEAST = 90  # seconds that the sections before them leave to the tests
 SLACK = 30  # a section stops starting new measurements so long before it would be killed
 
 MAIN = (Workload("kl_divergence", wrt="p"), Workload("kl_divergence", wrt="q"), Workload("token_stats"))
+MAIN_PROVIDERS = ("fastkl", "torch", "torch.compile")
+# Beside every other provider; the log-probability alone and with the entropy is what most of the peers have.
+PEERS = (Workload("kl_divergence"), Workload("kl_divergence", wrt="q"), Workload("logprob"), Workload("logprob_entropy"))
 SWEEP = (
     *(Workload(vocabulary=v) for v in (32000, 50257, 151936, 262144)),
     Workload(dtype="fp32"),
@@ -104,7 +107,13 @@ def no_figures(workload, provider, status, reason):
 
 def main_section(device, deadline):
     """The shape that the bars are about, all providers and phases."""
-    yield from timings(MAIN, load_providers(device), device, deadline)
+    yield from timings(MAIN, load_providers(device, MAIN_PROVIDERS), device, deadline)
+
+
+def peers_section(device, deadline):
+    """The same shape beside all other providers, without memory."""
+    names = [name for name in LOADERS if name not in MAIN_PROVIDERS[1:]]
+    yield from timings(PEERS, load_providers(device, names), device, deadline, with_memory=False)
 
 
 def sweep_section(device, deadline):
@@ -149,7 +158,8 @@ def gpu_facts():
 
 
 RUNNERS = {
-    "main": main_section, "accuracy": accuracy_section, "linear": linear_section, "sweep": sweep_section, "linear_sweep": linear_sweep_section,
+    "main": main_section, "accuracy": accuracy_section, "linear": linear_section, "peers": peers_section, "sweep": sweep_section,
+    "linear_sweep": linear_sweep_section,
 }
 
 

@@ -49,8 +49,13 @@ def make_case(workload, device, copy_gb_per_s=None, make=make_inputs):
     count = 1
     if device.type == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
-        count = min(max(math.ceil(ROTATE_OVER * cache / (2 * workload.tensor_bytes)), 1), 64)
+        count = min(max(math.ceil(ROTATE_OVER * cache / read_bytes(workload)), 1), 64)
     return Case(workload, device, [make(workload, device, seed) for seed in range(count)], copy_gb_per_s)
+
+
+def read_bytes(workload):
+    """What one call reads at least."""
+    return workload.moved_bytes("forward") if hasattr(workload, "moved_bytes") else 2 * workload.tensor_bytes
 
 
 def forward(provider, case, inputs):

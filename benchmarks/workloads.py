@@ -3,16 +3,17 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.providers import plain_kl_divergence, plain_token_stats
+from benchmarks.providers import plain_kl_divergence, plain_logprob, plain_logprob_entropy, plain_token_stats
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 # Of the outputs of an operation, those that get an upstream gradient.
-DIFFERENTIATED = {"kl_divergence": (0,), "token_stats": (0, 1, 3)}  # token_stats: logprob, entropy, kl
+DIFFERENTIATED = {"kl_divergence": (0,), "token_stats": (0, 1, 3), "logprob": (0,), "logprob_entropy": (0, 1)}  # token_stats: logprob, entropy, kl
+ONE_TENSOR = {"logprob", "logprob_entropy"}  # operations that read no second logits tensor
 
 
 @dataclass(frozen=True)
 class Workload:
-    """An operation on `rows` tokens of two logits tensors; the gradient is with respect to the one named by `wrt`.
+    """An operation on `rows` tokens of two logits tensors, or of `p` alone; the gradient is with respect to the one named by `wrt`.
 
     layout: "rows" is a contiguous [rows, vocabulary]; "sliced" is logits[:, :-1] of [8, rows / 8 + 1, vocabulary], as trainers shift by one token.
     """
@@ -23,6 +24,10 @@ class Workload:
     dtype: str = "bf16"
     wrt: str = "p"
     layout: str = "rows"
+
+    def __post_init__(self):
+        if self.operation in ONE_TENSOR and self.wrt != "p":
+            raise ValueError(f"wrt: expected 'p', the only logits of {self.operation}, got {self.wrt!r}")
 
     @property
     def name(self):
@@ -40,13 +45,14 @@ class Workload:
         return self.rows * self.vocabulary * DTYPES[self.dtype].itemsize
 
     def moved_bytes(self, phase):
-        """The least that has to move: forward reads each logits tensor once, backward reads both and writes one gradient."""
-        return {"forward": 2, "backward": 3, "both": 5}[phase] * self.tensor_bytes
+        """The least that has to move: forward reads each logits tensor once, backward reads them again and writes one gradient."""
+        read = 1 if self.operation in ONE_TENSOR else 2
+        return {"forward": read, "backward": read + 1, "both": 2 * read + 1}[phase] * self.tensor_bytes
 
 
 @dataclass
 class Inputs:
-    """The tensors of one workload; `p` or `q` requires a gradient."""
+    """The tensors of one workload; `p` or `q` requires a gradient. Where the operation reads one logits tensor, `q` is empty."""
 
     p: torch.Tensor
     q: torch.Tensor
@@ -71,7 +77,7 @@ def make_inputs(workload, device, seed=0):
     p, q = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
     p *= 3
     q += p
-    p, q = p[view], q[view]
+    p, q = p[view], q.new_empty(0) if workload.operation in ONE_TENSOR else q[view]
     leading = p.shape[:-1]
     tokens = torch.randint(workload.vocabulary, leading, generator=generator, device=device)
     upstream = tuple(torch.randn(leading, generator=generator, device=device) for _ in DIFFERENTIATED[workload.operation])
@@ -97,14 +103,20 @@ def row_blocks(leading, vocabulary, limit=2**25):
             yield from ((i, block) for i in range(leading[0]))
 
 
+PLAIN = {
+    "kl_divergence": lambda p, q, tokens: plain_kl_divergence(p, q),
+    "token_stats": lambda p, q, tokens: plain_token_stats(p, tokens, q),
+    "logprob": lambda p, q, tokens: plain_logprob(p, tokens),
+    "logprob_entropy": lambda p, q, tokens: plain_logprob_entropy(p, tokens),
+}
+
+
 def _truth(workload, inputs, block):
     """(outputs, gradient) of a block of rows in float64, by autograd through plain torch."""
-    p, q = inputs.p[block].detach().double(), inputs.q[block].detach().double()
+    p = inputs.p[block].detach().double()
+    q = None if workload.operation in ONE_TENSOR else inputs.q[block].detach().double()
     leaf = (p if inputs.wrt == "p" else q).requires_grad_()
-    if workload.operation == "kl_divergence":
-        outputs = plain_kl_divergence(p, q)
-    else:
-        outputs = plain_token_stats(p, inputs.tokens[block], q)
+    outputs = PLAIN[workload.operation](p, q, inputs.tokens[block])
     upstream = [u[block].double() for u in inputs.upstream]
     (gradient,) = torch.autograd.grad(differentiated(workload, outputs), leaf, upstream)
     return [o.detach() for o in outputs], gradient

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import accuracy, gpu_suite, harness, record
-from benchmarks.providers import LOADERS, Provider, load_providers, plain_kl_divergence
+from benchmarks.providers import LOADERS, Provider, load_providers, plain_kl_divergence, plain_logprob, plain_logprob_entropy
 from benchmarks.workloads import Workload, errors, make_inputs, row_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,18 +30,33 @@ def exact(p, q):
 # The gate -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", ["kl_divergence", "token_stats"])
+@pytest.mark.parametrize("operation", ["kl_divergence", "token_stats", "logprob", "logprob_entropy"])
 @pytest.mark.parametrize("name", ["torch", "fastkl"])
 @pytest.mark.parametrize("layout", ["rows", "sliced"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_right_providers_pass_the_gate(operation, name, layout, dtype):
     for wrt in "pq":
-        workload = Workload(operation, rows=16, vocabulary=131, dtype=dtype, wrt=wrt, layout=layout)
-        if (operation, wrt) == ("token_stats", "q"):
+        if operation != "kl_divergence" and wrt == "q":
             continue
+        workload = Workload(operation, rows=16, vocabulary=131, dtype=dtype, wrt=wrt, layout=layout)
         row = harness.measure(*load_providers(CPU, [name]), harness.make_case(workload, CPU))
         assert row["status"] == "ok", row
         assert row["times"] == {}, "no speed is reported without a GPU"
+
+
+@pytest.mark.parametrize("name", ["F.kl_div", "F.kl_div on probabilities", "Categorical", "TRL"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_peers_pass_the_gate_or_say_why_not(name, dtype):
+    (peer,) = load_providers(CPU, [name])
+    if peer.missing:
+        pytest.skip(peer.missing)
+    for operation in ("kl_divergence", "logprob", "logprob_entropy"):
+        for layout in ("rows", "sliced"):
+            for wrt in "pq" if operation == "kl_divergence" else "p":
+                workload = Workload(operation, rows=16, vocabulary=131, dtype=dtype, wrt=wrt, layout=layout)
+                row = harness.measure(peer, harness.make_case(workload, CPU))
+                assert row["status"] == ("ok" if operation in peer.operations else "missing"), row
+    assert peer.why_not("token_stats") == f"{name} has no token_stats"
 
 
 @pytest.mark.parametrize(("function", "reason"), [
@@ -111,6 +126,25 @@ def test_errors_are_those_of_the_worst_row():
 def test_bytes_that_have_to_move():
     workload = Workload(rows=3, vocabulary=5, dtype="bf16")
     assert [workload.moved_bytes(phase) for phase in harness.PHASES] == [60, 90, 150]
+
+
+def test_one_tensor_operations():
+    workload = Workload("logprob_entropy", rows=3, vocabulary=5, dtype="bf16")
+    assert [workload.moved_bytes(phase) for phase in harness.PHASES] == [30, 60, 90]
+    assert make_inputs(workload, CPU).q.numel() == 0 and len(make_inputs(workload, CPU).upstream) == 2
+    with pytest.raises(ValueError, match="wrt: expected 'p'"):
+        Workload("logprob", wrt="q")
+
+
+@pytest.mark.parametrize(("operation", "function"), [
+    ("logprob", lambda i: (i.p.log_softmax(-1).gather(-1, (i.tokens + 1)[:, None] % 97)[:, 0],)),  # another token
+    ("logprob_entropy", lambda i: plain_logprob_entropy(i.p, i.tokens)[::-1]),
+    ("logprob_entropy", lambda i: (*plain_logprob(i.p, i.tokens), plain_logprob_entropy(i.p, i.tokens)[1].detach() + 0 * i.p.sum(-1))),
+], ids=["token", "order", "no gradient"])
+def test_gate_of_one_tensor_operations(operation, function):
+    workload = Workload(operation, rows=6, vocabulary=97, dtype="fp32")
+    row = harness.measure(Provider("theirs", {operation: function}), harness.make_case(workload, CPU))
+    assert row["status"] == "wrong" and "off by" in row["reason"]
 
 
 def test_inputs_are_random_and_repeatable():

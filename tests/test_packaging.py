@@ -131,7 +131,7 @@ def test_metadata(build):
     run_time = {need.name: need for need in needs if "extra" not in str(need.marker)}
     assert set(run_time) == {"torch", "triton"}
     assert run_time["torch"].marker is None and str(run_time["triton"].marker) == 'platform_system == "Linux"'
-    assert set(metadata.metadata.get_all("Provides-Extra")) == {"test", "bench", "demo", "plots", "compare", "trl"}
+    assert set(metadata.metadata.get_all("Provides-Extra")) == {"test", "bench", "bench-peers", "demo", "plots", "compare", "trl"}
     assert metadata.metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata.metadata["License-Expression"], metadata.metadata["License"])
     assert {(script.name, script.value) for script in metadata.entry_points} == {("fastkl", "fastkl.tools.cli:main")}

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def run(name, folder):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if folder:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "benchmarks.static_costs", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks.static_costs", "--baseline", "--json", str(file)]
     command += [word for arch in architectures_of(name) for word in ("--arch", arch)]
     return *background.run(command, ROOT, environment), file
 
@@ -61,11 +62,12 @@ def start_in_background():
 
 @pytest.fixture(scope="module", params=[name for name, _ in triton_versions()])
 def report(request):
-    """The JSON of one Triton's run."""
+    """The JSON of one Triton's run, with its exit code and output."""
     code, output, file = start_in_background()[request.param].result()
-    assert code == 0, output[-4000:]
-    data = json.loads(file.read_text())
+    assert file.exists(), output[-4000:]
+    data = {**json.loads(file.read_text()), "code": code, "output": output}
     shutil.rmtree(file.parent)
+    assert not data["errors"], output[-4000:]
     if request.param != "installed":
         assert data["versions"]["triton"].startswith(request.param)
     return {**data, "architectures": architectures_of(request.param)}
@@ -77,6 +79,26 @@ def case_of(record, *keys):
     return f"{record['kernel']} {record['arch']} {record['dtype']} {alignment}: " + ", ".join(f"{key} {record[key]}" for key in keys)
 
 
+def test_nothing_is_worse_than_the_baseline(report):
+    baseline = report["baseline"]
+    assert not baseline["regressions"], "\n".join(baseline["regressions"])
+    assert report["code"] == 0, report["output"][-4000:]
+    assert baseline["compared"] == (report["versions"]["triton"] == baseline["triton"])
+
+
+def test_the_baseline_is_that_of_the_pinned_triton_and_of_every_kernel():
+    from fastkl.kernels.compile_plan import plan
+
+    baseline = static_costs.read_baseline(static_costs.BASELINE)
+    pinned = re.search(r"^triton==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert baseline["versions"]["triton"] == pinned[1]
+    assert baseline["command"] == "python -m benchmarks.static_costs --write-baseline"
+    assert {static_costs.case_of(record) for record in baseline["records"]} == {
+        static_costs.case_of({"kernel": item.name, "arch": arch, "dtype": dtype, "aligned": aligned})
+        for arch in static_costs.ARCHITECTURES for dtype in static_costs.DTYPES for aligned in (True, False) for item in plan(dtype, aligned, arch)
+    }
+
+
 def test_every_kernel_is_measured_everywhere(report):
     records = report["records"]
     cases = {(r["arch"], r["dtype"], r["aligned"]) for r in records}
@@ -84,7 +106,7 @@ def test_every_kernel_is_measured_everywhere(report):
     for case in cases:
         names = {r["kernel"] for r in records if (r["arch"], r["dtype"], r["aligned"]) == case}
         assert set(LIMITS) <= names, (case, set(LIMITS) - names)
-    assert set(records[0]) == {field.name for field in dataclasses.fields(static_costs.StaticCost)}
+    assert set(records[0]) == {field.name for field in dataclasses.fields(static_costs.StaticCost)} | {"upper_bound_of_peak_bandwidth"}
 
 
 @pytest.mark.parametrize("kernel", [*LIMITS, *LIMITS_WITH_SOFTCAP])
@@ -112,6 +134,59 @@ def test_hot_loops_load_16_bytes_at_a_time(report):
         if (r["widest_load_bytes"] or 0) < 16 or (r["narrow_loads"] != 0 and not r["kernel"].endswith("forward_q_elsewhere"))
     ]
     assert not narrow, "\n".join(narrow)
+
+
+# The gate -------------------------------------------------------------------------------------------------------
+
+COST = static_costs.StaticCost("kl_divergence.forward", "sm_90", "bf16", True, 25.0, 2.0, 128, 0, 16, 0, 1, 17.0)
+BASELINE = {"versions": {"triton": static_costs.triton.__version__}, "records": [dataclasses.asdict(COST)]}
+
+
+@pytest.mark.parametrize(("field", "value", "worse"), [
+    ("instructions_per_pair", 26.2, False), ("instructions_per_pair", 26.3, True), ("instructions_per_pair", None, True),
+    ("instructions_per_pair", 20.0, False), ("ex2_per_pair", 2.1, False), ("ex2_per_pair", 2.11, True), ("spill_bytes", 4, True),
+    ("narrow_loads", 1, True), ("widest_load_bytes", 8, True), ("registers", 255, False),
+])
+def test_each_figure_has_its_slack(field, value, worse):
+    regressions, changes = static_costs.compare([dataclasses.replace(COST, **{field: value})], BASELINE)
+    assert (len(regressions), len(changes)) == ((1, 0) if worse else (0, 1))
+    assert f"kl_divergence.forward sm_90 bf16 aligned: {field}" in (regressions + changes)[0]
+    assert static_costs.compare([COST], BASELINE) == ([], [])
+
+
+def test_kernels_that_come_and_go():
+    other = dataclasses.replace(COST, kernel="novelty.forward")
+    assert static_costs.compare([COST, other], BASELINE) == (["novelty.forward sm_90 bf16 aligned: not in the baseline"], [])
+    regressions, changes = static_costs.compare([dataclasses.replace(COST, aligned=False)], BASELINE)
+    assert len(regressions) == 1 and changes == ["kl_divergence.forward sm_90 bf16 aligned: in the baseline only"]
+    # What was not asked for is not missed: another element type, another kernel.
+    assert static_costs.compare([dataclasses.replace(COST, dtype="fp32")], BASELINE)[1] == []
+    assert static_costs.compare([other], BASELINE, kernels=["novelty.forward"])[1] == []
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_the_command_gates(worse, tmp_path, monkeypatch, capsys):
+    file, written = tmp_path / "baseline.json", tmp_path / "costs.json"
+    monkeypatch.setattr(static_costs, "collect", lambda plan, **choice: ([COST], []))
+    assert static_costs.main(["--write-baseline", str(file)]) == 0
+    monkeypatch.setattr(static_costs, "collect", lambda plan, **choice: ([dataclasses.replace(COST, spill_bytes=8 * worse)], []))
+    assert static_costs.main(["--baseline", str(file), "--json", str(written)]) == worse
+    assert json.loads(written.read_text())["baseline"]["regressions"] == ["kl_divergence.forward sm_90 bf16 aligned: spill_bytes 0 -> 8"] * worse
+    assert ("update the baseline" if worse else "1 compared, nothing changed") in capsys.readouterr().out
+    monkeypatch.setattr(static_costs.triton, "__version__", "0.1")
+    assert static_costs.main(["--baseline", str(file)]) == 0
+    assert "this is 0.1: nothing compared" in capsys.readouterr().out
+
+
+def test_a_baseline_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "baseline.json"
+    monkeypatch.setattr(static_costs, "collect", lambda plan, **choice: ([COST], ["x: does not compile"]))
+    assert static_costs.main(["--write-baseline", str(file)]) == 1
+    assert not file.exists()
+    for words in (["--write-baseline", str(file), "--arch", "sm_90"], ["--baseline", str(file)], ["--peers", "--dtype", "bf16"]):
+        with pytest.raises(SystemExit) as stop:
+            static_costs.main(words)
+        assert stop.value.code == 2 and "remedy" in capsys.readouterr().err
 
 
 # Reading machine code -------------------------------------------------------------------------------------------
@@ -160,7 +235,7 @@ $row$slow:
 def test_sass_hot_loop():
     costs = disassembly.hot_loop(disassembly.parse_sass(SASS, "row"))
     # LDG, LDG, MUFU, BRA, FFMA, BRA; the rare branch CALL, MUFU, BRA; the subroutine FMUL, RET. Not the NOP, not the loop over rows, not the edge.
-    assert costs == disassembly.LoopCosts(instructions=11, ex2=2, loads={16: 2})
+    assert costs == disassembly.LoopCosts(instructions=11, ex2=2, loads={16: 2}, fp32=2)
 
 
 def test_sass_loops_are_natural_ones():
@@ -241,7 +316,7 @@ row:                                    ; @row
 def test_amdgcn_hot_loop():
     costs = disassembly.hot_loop(disassembly.parse_amdgcn(GCN, "row"))
     # Two loads, v_exp, v_pk_fma, s_cmp, s_cbranch; waits and NOPs do not count.
-    assert costs == disassembly.LoopCosts(instructions=6, ex2=1, loads={16: 2})
+    assert costs == disassembly.LoopCosts(instructions=6, ex2=1, loads={16: 2}, fp32=2)
 
 
 def test_amdgcn_resources():
