@@ -9,6 +9,7 @@ OLD_TRITON := 3.6.0
 INSTALLED := $(VENV)/.installed
 # Integrations are tested against the real packages.
 PEERS := $(VENV)/.installed-peers
+BENCH_PEERS := $(VENV)/.installed-bench-peers
 LINTER := $(VENV)/.installed-lint
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check
 # Triton is published for Linux only; elsewhere the tests skip what needs it.
@@ -25,10 +26,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED) $(PEERS) $(OLD_TRITON_INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-bench: $(INSTALLED)
+# Results go to build/; without a GPU nothing is timed, and everything else runs in 10 minutes.
+bench: $(INSTALLED) $(BENCH_PEERS)
 	mkdir -p build
-	$(VENV)/bin/python -m benchmarks.static_costs --json build/static_costs.json
-	$(VENV)/bin/python -m pytest benchmarks $(ARGS)
+	$(VENV)/bin/python -m benchmarks.static_costs --arch sm_90 --baseline --json build/static_costs.json
+	$(VENV)/bin/python -m benchmarks.static_costs --peers --json build/peers.json
+	$(VENV)/bin/python -m benchmarks.accuracy --json build/accuracy.json --plot build/accuracy.png
+	$(VENV)/bin/python -m benchmarks.linear_accuracy --json build/linear_accuracy.json
+	$(VENV)/bin/python -m pytest benchmarks tests/test_scaling.py $(ARGS)
 
 lint: $(LINTER)
 	$(VENV)/bin/ruff check . $(ARGS)
@@ -45,6 +50,10 @@ $(INSTALLED): setup.py constraints.txt | $(VENV)/bin/pip
 
 $(PEERS): setup.py constraints.txt | $(INSTALLED)
 	$(PIP_INSTALL) -c constraints.txt -e '.[trl]' peft
+	@touch $@
+
+$(BENCH_PEERS): setup.py constraints.txt | $(INSTALLED)
+	$(PIP_INSTALL) -c constraints.txt -e '.[bench-peers]'
 	@touch $@
 
 $(LINTER): constraints.txt | $(VENV)/bin/pip

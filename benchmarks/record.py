@@ -61,5 +61,5 @@ def now():
 
 def provenance(command):
     """What a reader needs to repeat a measurement: command, commit, date and versions."""
-    versions = {name: version(name) for name in ("torch", "triton", "liger-kernel")}
+    versions = {name: version(name) for name in ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy")}
     return {"command": command, "commit": commit(), "date": now(), "python": platform.python_version(), "versions": versions}

@@ -9,11 +9,13 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import subprocess
+import threading
 from collections.abc import Callable
 
 _pool: concurrent.futures.ThreadPoolExecutor | None = None
 _futures: dict[str, concurrent.futures.Future] = {}
 _running: set[subprocess.Popen] = set()
+_stopped = threading.Event()
 
 
 def submit(name: str, function: Callable, *arguments: object) -> concurrent.futures.Future:
@@ -30,6 +32,9 @@ def run(command: list[str], cwd: os.PathLike, environment: dict[str, str]) -> tu
     process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                preexec_fn=lambda: os.nice(5))
     _running.add(process)
+    # stop() sets this and then ends what is in the set: one of the two finds a process that starts meanwhile.
+    if _stopped.is_set():
+        process.kill()
     try:
         output, _ = process.communicate(timeout=1800)
     finally:
@@ -40,6 +45,7 @@ def run(command: list[str], cwd: os.PathLike, environment: dict[str, str]) -> tu
 
 def stop() -> None:
     """Start nothing more and end what runs: the session is over."""
+    _stopped.set()
     if _pool is not None:
         _pool.shutdown(wait=False, cancel_futures=True)
     for process in list(_running):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 import subprocess
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 import fastkl
-from benchmarks import accuracy
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -111,15 +109,6 @@ def test_every_row_of_the_table_of_trainers_runs(module: str, line: str, tmp_pat
     if hasattr(result, "train"):
         result.train()
         assert result.state.global_step == 2
-
-
-ACCURACY_COLUMNS = ("fastkl", "fastkl (Triton, interpreted)", "torch", "torch.compile", "Categorical", "TRL", "Liger JSD (interpreted)")
-
-
-def test_accuracy_table_is_the_measured_one() -> None:
-    data = json.loads((ROOT / "benchmarks/results/cpu/accuracy.json").read_text())
-    table = README.split("<!-- accuracy -->\n")[1].split("\n<!-- /accuracy -->")[0].strip()
-    assert table == accuracy.markdown(data, providers=list(ACCURACY_COLUMNS), targets=accuracy.SHOWN[::2])
 
 
 def test_shell_commands_exist() -> None:
