@@ -59,8 +59,8 @@ def static_section():
     ways = []
     for name in PIPELINES:
         row = pipelines[name]
-        sides = [row[side] for side in GPU_PHASES]
-        ways.append([name.replace("_", r"\_"), *(_range(side["bytes_bf16_log_probs"], side["bytes_fp32_log_probs"]) for side in sides), row["gives"].replace("||", "‖")])
+        sides = [_range(row[side]["bytes_bf16_log_probs"], row[side]["bytes_fp32_log_probs"]) for side in GPU_PHASES]
+        ways.append([name.replace("_", r"\_"), *sides, row["gives"].replace("||", "‖")])
     return markdown(head, rows) + "\n\n" + markdown(["from bf16 logits, bytes per pair", "forward", "backward", "gives"], ways)
 
 
