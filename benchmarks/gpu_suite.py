@@ -43,7 +43,7 @@ SWEEP = (
     *(Workload(rows=n) for n in (8, 64, 512)),
     Workload(layout="sliced"),
 )
-LINEAR = tuple(LinearWorkload(mode) for mode in ("loss", "forward", "frozen", "stats", "grpo", "distillation"))
+LINEAR = tuple(LinearWorkload(mode) for mode in ("loss", "forward", "frozen", "stats", "grpo", "distillation", "logprob"))
 LINEAR_SWEEP = tuple(
     LinearWorkload(mode, **shape)
     for shape in (

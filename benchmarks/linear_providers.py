@@ -37,7 +37,12 @@ def token_stats(hidden, weight, ref_hidden, ref_weight, tokens):
     return plain_token_stats(F.linear(hidden, weight), tokens, F.linear(ref_hidden, ref_weight))
 
 
-FUNCTIONS = {"per_token_kl": per_token_kl, "mean_kl": mean_kl, "token_stats": token_stats}
+def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
+    """log π of each token from the same policy logits."""
+    return (-F.cross_entropy(F.linear(hidden, weight).float(), tokens, reduction="none"),)
+
+
+FUNCTIONS = {"per_token_kl": per_token_kl, "mean_kl": mean_kl, "token_stats": token_stats, "logprob": logprob}
 
 
 def _whole(function):
@@ -77,8 +82,8 @@ def _checkpointed(function, inputs):
 
 
 def load_fastkl(device):
-    """This package. All modes: the work of this benchmark. Products: 2 forward, 4 loss and distillation, 3 frozen; 6 for stats and grpo (logits again
-    in backward)."""
+    """This package. All modes: the work of this benchmark. Products: 2 forward, 4 loss and distillation, 3 frozen; 6 for stats and grpo, 4 for
+    logprob (logits again in backward)."""
     import fastkl
     from fastkl.rl import grpo_loss
 
@@ -97,12 +102,13 @@ def load_fastkl(device):
         "mean_kl": lambda i: kl(i, "mean"),
         "token_stats": lambda i: tuple(stats(i)),
         "grpo_loss": grpo,
+        "logprob": lambda i: (fastkl.linear_token_stats(i.hidden, i.weight, i.tokens).logprob,),
         "distillation_loss": lambda i: (fastkl.linear_kl_divergence(i.ref_hidden, i.ref_weight, i.hidden, i.weight, reduction="mean"),),
     }
 
 
 def load_torch(device):
-    """Eager PyTorch with all logits in memory. All modes: the same work. Products: 3 frozen, 2 forward, 4 else: the fewest possible."""
+    """Eager PyTorch with all logits in memory. All modes: the same work. Products: 2 forward, 3 frozen and logprob, 4 else: the fewest possible."""
     return _operations(FUNCTIONS)
 
 
@@ -116,7 +122,7 @@ def load_torch_compile(device):
 def load_torch_chunked(device):
     """The same functions under torch.utils.checkpoint, 2048 tokens at a time, as trainers chunk a loss. All modes: the same work.
 
-    Products: 2 forward, 5 frozen, 6 else: the logits are computed again in backward. The gradient of the weight is summed over the
+    Products: 2 forward, 5 frozen, 4 logprob, 6 else: the logits are computed again in backward. The gradient of the weight is summed over the
     chunks in the weight's own type. TRL chunks its cross-entropy like this (fewer tokens at a time, operands upcast to float32, which is slower). It
     has no chunked KL of its own: its distillation trainers use plain logits, or what load_liger_chunked loads.
     """
@@ -124,6 +130,7 @@ def load_torch_chunked(device):
         "per_token_kl": lambda i: _checkpointed(per_token_kl, i),
         "mean_kl": lambda i: (_checkpointed(per_token_kl, i)[0].mean(),),
         "token_stats": lambda i: _checkpointed(token_stats, i),
+        "logprob": lambda i: _checkpointed(logprob, i),
         **_losses(lambda i: _checkpointed(token_stats, i), lambda i: _checkpointed(per_token_kl, i)),
     }
 
@@ -160,9 +167,27 @@ def load_liger_chunked(device):
     return {"mean_kl": lambda i: (loss(i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens),)}
 
 
+def load_torch_linear_cross_entropy(device):
+    """torch.nn.functional.linear_cross_entropy, chunked by its own choice of options. Mode logprob: the same work. Products: 3: it computes gradients
+    in forward. torch 2.13 has it, earlier releases may not."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return {"logprob": lambda i: (-F.linear_cross_entropy(i.hidden, i.weight, i.tokens, reduction="none", options=options),)}
+
+
+def load_cut_cross_entropy(device):
+    """Apple's cut-cross-entropy without its filter of small gradients (filter_eps=None), which would be less work and another gradient. Mode logprob:
+    the same work. Products: 4, inside its kernels: logits never reach memory."""
+    if device.type != "cuda":
+        raise RuntimeError("its Triton kernels need a GPU")
+    from cut_cross_entropy import linear_cross_entropy
+
+    return {"logprob": lambda i: (-linear_cross_entropy(i.hidden, i.weight, i.tokens, reduction="none", filter_eps=None),)}
+
+
 # In the order in which they are measured: what compiles longest comes last, since time may run out.
 LINEAR_LOADERS = {
     "fastkl": load_fastkl, "torch": load_torch, "torch chunked": load_torch_chunked, "liger": load_liger, "liger chunked": load_liger_chunked,
+    "torch linear_cross_entropy": load_torch_linear_cross_entropy, "cut-cross-entropy": load_cut_cross_entropy,
     "torch.compile": load_torch_compile,
 }
 
@@ -181,10 +206,11 @@ def bare_products(workload, inputs, chunk):
     Every doubt goes to the floor: the products of the gradients take the policy's logits for their operand, so nothing else is read or written; the
     gradient of the weight is overwritten by each chunk instead of added to, in the 16-bit type.
     """
-    products = PRODUCTS[workload.mode]
+    with_reference = workload.mode != "logprob"
+    gradients = PRODUCTS[workload.mode] - 1 - with_reference
     logits, ref_logits = (inputs.hidden.new_empty(chunk, workload.vocabulary) for _ in range(2))
-    grad_hidden = torch.empty_like(inputs.hidden, requires_grad=False) if products > 2 else None
-    grad_weight = torch.empty_like(inputs.weight, requires_grad=False) if products > 3 else None
+    grad_hidden = torch.empty_like(inputs.hidden, requires_grad=False) if gradients > 0 else None
+    grad_weight = torch.empty_like(inputs.weight, requires_grad=False) if gradients > 1 else None
 
     @torch.no_grad()
     def run(inputs, _=None):
@@ -194,7 +220,8 @@ def bare_products(workload, inputs, chunk):
             some = hidden[rows]
             policy, reference = logits[: len(some)], ref_logits[: len(some)]
             torch.mm(some, weight.t(), out=policy)
-            torch.mm(inputs.ref_hidden[rows], inputs.ref_weight.t(), out=reference)
+            if with_reference:
+                torch.mm(inputs.ref_hidden[rows], inputs.ref_weight.t(), out=reference)
             if grad_hidden is not None:
                 torch.mm(policy, weight, out=grad_hidden[rows])
             if grad_weight is not None:

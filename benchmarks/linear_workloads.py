@@ -8,11 +8,12 @@ from benchmarks.providers import plain_token_stats
 from benchmarks.workloads import DTYPES, row_blocks
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
-# What a mode asks of a provider, and the products of N x H x V that it takes at least: two for the logits, one for each gradient. For "stats" that
-# is what keeping all logits takes; a provider that computes them again in backward does six, and its ratio to the floor says so.
+# What a mode asks of a provider, and the products of N x H x V that it takes at least: two for the logits (one for "logprob"), one for each gradient.
+# For "stats" and "grpo" that is what keeping all logits takes; a provider that computes them again in backward does six, and its ratio to the floor
+# says so.
 OPERATIONS = {"forward": "per_token_kl", "loss": "mean_kl", "frozen": "mean_kl", "stats": "token_stats", "grpo": "grpo_loss",
-              "distillation": "distillation_loss"}
-PRODUCTS = {"forward": 2, "loss": 4, "frozen": 3, "stats": 4, "grpo": 4, "distillation": 4}
+              "distillation": "distillation_loss", "logprob": "logprob"}
+PRODUCTS = {"forward": 2, "loss": 4, "frozen": 3, "stats": 4, "grpo": 4, "distillation": 4, "logprob": 3}
 # Operations whose one output is a scalar, a mean over the tokens.
 MEANS = ("mean_kl", "grpo_loss", "distillation_loss")
 # Of the GRPO step: how far a ratio may move before its gradient stops, and the weight of the KL.
@@ -36,7 +37,8 @@ class LinearWorkload:
     mode: "forward" is the KL per token without gradient; "loss" its mean and the gradient to hidden and weight; "frozen" the same with the
     gradient to hidden only; "stats" all fields of token_stats, an upstream gradient on each, and the gradient to hidden and weight. Two whole losses,
     with the gradient to hidden and weight: "grpo" is the clipped policy loss of the tokens plus BETA times the exact KL, "distillation" the mean of
-    KL(teacher‖student), where the reference is the teacher.
+    KL(teacher‖student), where the reference is the teacher. "logprob" is the log-probability of the tokens alone, without a reference: what fused
+    cross-entropies compute.
     """
 
     mode: str = "loss"
@@ -119,6 +121,8 @@ def make_linear_inputs(workload, device, seed=0):
     tokens = torch.randint(workload.vocabulary, (workload.rows,), generator=generator, device=device)
     if workload.mode == "stats":
         upstream = tuple(torch.randn(workload.rows, generator=generator, device=device) for _ in FIELDS)
+    elif workload.mode == "logprob":
+        upstream = (torch.randn(workload.rows, generator=generator, device=device),)
     else:
         upstream = (torch.ones((), device=device),)
     jitter, advantages = (torch.randn(workload.rows, generator=generator, device=device) for _ in range(2))
@@ -146,7 +150,7 @@ def grpo_terms(logprob, kl, old_logprob, advantages):
 
 def output_fields(workload):
     """The names of the operation's outputs."""
-    return FIELDS if workload.mode == "stats" else ("loss",) if workload.mode in ("grpo", "distillation") else ("kl",)
+    return {"stats": FIELDS, "grpo": ("loss",), "distillation": ("loss",), "logprob": ("logprob",)}.get(workload.mode, ("kl",))
 
 
 def checked_rows(workload, device):

@@ -1,8 +1,9 @@
-"""The figures in README.md, generated from the newest results that are committed.
+"""The figures in README.md and the page benchmarks/results/README.md, generated from the newest results that are committed.
 
     python3 -m benchmarks.readme_tables
 
-rewrites what stands between <!-- NAME --> and <!-- /NAME --> for each NAME in SECTIONS; tests/test_readme_tables.py holds the README to it.
+rewrites the page, and in the README what stands between <!-- NAME --> and <!-- /NAME --> for each NAME in SECTIONS; tests/test_readme_tables.py
+holds both to the results.
 """
 import json
 import re
@@ -13,14 +14,16 @@ from benchmarks.record import ROOT, write_bytes
 
 RESULTS = ROOT / "benchmarks" / "results"
 ACCURACY_COLUMNS = ["fastkl", "fastkl (Triton, interpreted)", "torch", "torch.compile", "Categorical", "TRL", "Liger JSD (interpreted)"]
-# Kernels that take a KL, or what estimates of it are made of, from logits or log-probabilities: (name in the results, what it computes).
-KERNELS = (
-    ("fastkl kl_divergence.forward", "KL from logits"), ("fastkl token_stats.forward", "both KLs, entropy and log-probs from logits"),
-    ("fastkl kl_divergence.backward_p", "its gradient to the logits"),
-    ("liger _kldiv_kernel_forward", "KL from log-probabilities"), ("liger _jsd_kernel beta=1", "KL and its gradient, from log-probabilities"),
-    ("trl logprob_entropy._forward_kernel", "log-prob and entropy from logits"),
-    ("trl chunked_divergence._stats_kernel", "both KLs from float32 logits"),
-)
+# The README's kernels, by their names in the results, and what each computes.
+KERNELS = {
+    "fastkl kl_divergence.forward": "KL from logits",
+    "fastkl token_stats.forward": "both KLs, entropy and log-probs from logits",
+    "fastkl kl_divergence.backward_p": "its gradient to the logits",
+    "liger _kldiv_kernel_forward": "KL from log-probabilities",
+    "liger _jsd_kernel beta=1": "KL and its gradient, from log-probabilities",
+    "trl logprob_entropy._forward_kernel": "log-prob and entropy from logits",
+    "trl chunked_divergence._stats_kernel": "both KLs from float32 logits",
+}
 PIPELINES = ("fastkl kl_divergence, token_stats", "liger kl_div", "liger jsd, beta 0 and 1")
 GPU_PHASES = ("forward", "backward")
 
@@ -44,24 +47,33 @@ def accuracy_section():
 def static_section():
     """What the hot loops of ours and of peers' kernels issue, and the bytes of each way from logits to a KL."""
     data = read("static/peers.json")
-    # Ours are there in both types, bf16 first.
-    kernels, pipelines = ({row[key]: row for row in reversed(data[part])} for part, key in (("kernels", "kernel"), ("pipelines", "pipeline")))
-    rows = []
-    for name, work in KERNELS:
-        row = kernels[name]
+    return kernels_table(data, KERNELS) + "\n\n" + ways_table(data, PIPELINES)
+
+
+def kernels_table(data, names):
+    """The kernels of these names, or all; one that has no figures says why. Of ours, which are there in both types, a name means the first, bf16."""
+    first = {row["kernel"]: row for row in reversed(data["kernels"])}
+    lines = []
+    for row in data["kernels"] if names is None else [first[name] for name in names]:
+        name, work = row["kernel"].replace("_", r"\_"), KERNELS.get(row["kernel"], "")
         if "reason" in row:
+            lines.append([name, row["reason"].replace("|", "/"), *[""] * 5])
             continue
         bound = row["upper_bound_of_peak_bandwidth"]
         share = f"{bound['percent']:g} %" + ("" if bound["limited_by"] == "bandwidth" else f" ({bound['limited_by']})")
-        unit = {"pair": f"{row['dtype']} pair", "logit": f"{row['dtype']} logit"}[row["unit"]]
-        rows.append([name.replace("_", r"\_"), work, unit, row["instructions_per_pair"], row["ex2_per_pair"], row["kernel_bytes"], share])
-    head = ["kernel", "computes", "per", "instructions", "exponentials", "bytes", "H200, at most"]
-    ways = []
-    for name in PIPELINES:
-        row = pipelines[name]
+        lines.append([name, work, f"{row['dtype']} {row['unit']}", row["instructions_per_pair"], row["ex2_per_pair"], row["kernel_bytes"], share])
+    return markdown(["kernel", "computes", "per", "instructions", "exponentials", "bytes", "H200, at most"], lines)
+
+
+def ways_table(data, names):
+    """Bytes of memory traffic of the ways of these names, from logits to a KL."""
+    ways = {row["pipeline"]: row for row in data["pipelines"]}
+    lines = []
+    for name in names:
+        row = ways[name]
         sides = [_range(row[side]["bytes_bf16_log_probs"], row[side]["bytes_fp32_log_probs"]) for side in GPU_PHASES]
-        ways.append([name.replace("_", r"\_"), *sides, row["gives"].replace("||", "‖")])
-    return markdown(head, rows) + "\n\n" + markdown(["from bf16 logits, bytes per pair", "forward", "backward", "gives"], ways)
+        lines.append([name.replace("_", r"\_"), *sides, row["gives"].replace("||", "‖")])
+    return markdown(["from bf16 logits, bytes per pair", "forward", "backward", "gives"], lines)
 
 
 def _range(low, high):
@@ -108,10 +120,36 @@ def render(text):
     return text
 
 
+def results_page():
+    """All tables of all committed results, as a page."""
+    errors, costs = read("cpu/accuracy.json"), read("static/peers.json")
+    parts = [
+        "# Results", "Generated by `python3 -m benchmarks.readme_tables` from the JSON files beside this page; [how each was made](../README.md).",
+        "## Accuracy",
+        f"Worst relative error against float64 by size of the KL; V = {errors['vocabulary']}, {errors['rows']} rows of each kind. {_origin(errors)}",
+        "![Relative error against the size of the KL](cpu/accuracy.png)",
+    ]
+    for dtype in ("fp32", "bf16"):
+        for measure, words in (("kl", "the KL"), ("gradient", "its gradient to the first logits")):
+            parts += [f"### {words}, {dtype}", accuracy.markdown(errors, dtype, measure)]
+    parts += [
+        "## Static costs", f"{costs['model'].capitalize()}. {_origin(costs)}", kernels_table(costs, None),
+        ways_table(costs, [row["pipeline"] for row in costs["pipelines"]]),
+        "## GPU", gpu_section(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _origin(data):
+    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items() if number)
+    return f"`{data['command'].strip()}`, {data['date'][:10]}, {versions}, commit {data['commit'][:10]}."
+
+
 def main():
-    """Rewrites README.md; returns the exit code."""
+    """Rewrites both; returns the exit code."""
     path = ROOT / "README.md"
     write_bytes(path, render(path.read_text(encoding="utf-8")).encode())
+    write_bytes(RESULTS / "README.md", results_page().encode())
     return 0
 
 

@@ -151,7 +151,7 @@ def test_the_answer_does_not_depend_on_its_blocks(monkeypatch, mode):
 
 def test_inputs_are_those_of_the_mode():
     learning = {mode: len(make_linear_inputs(tiny(mode), CPU).leaves) for mode in OPERATIONS}
-    assert learning == {"forward": 0, "loss": 2, "frozen": 1, "stats": 2, "grpo": 2, "distillation": 2}
+    assert learning == {"forward": 0, "loss": 2, "frozen": 1, "stats": 2, "grpo": 2, "distillation": 2, "logprob": 2}
     inputs = make_linear_inputs(LinearWorkload("loss", 256, 64, 1000), CPU)
     logits = F.linear(inputs.hidden.float(), inputs.weight.float())
     assert logits.std().item() == pytest.approx(3, rel=0.1)
@@ -171,7 +171,7 @@ def products_of(workload, run):
 
 @pytest.mark.parametrize("mode", OPERATIONS)
 def test_providers_do_the_work_that_they_declare(mode):
-    recomputed = {"forward": 2, "loss": 6, "frozen": 5, "stats": 6, "grpo": 6, "distillation": 6}
+    recomputed = {"forward": 2, "loss": 6, "frozen": 5, "stats": 6, "grpo": 6, "distillation": 6, "logprob": 4}
     workload = tiny(mode)
     case = harness.Case(workload, CPU, [make_linear_inputs(workload, CPU)])
     for provider in load_providers(CPU, ["torch", "torch chunked"], LINEAR_LOADERS):
@@ -342,16 +342,16 @@ def test_a_section_as_if_on_a_gpu(pretended_gpu, monkeypatch):
     monkeypatch.setattr(gpu_suite, "LINEAR_LOADERS", loaders)
     rows = list(gpu_suite.linear_section(pretended_gpu, time.monotonic() + 60))
     per_mode = [harness.FLOOR, "fastkl", "torch chunked"]
-    assert [row["provider"] for row in rows] == 6 * per_mode + 6 * [harness.FLOOR, "torch.compile"]
+    assert [row["provider"] for row in rows] == 7 * per_mode + 7 * [harness.FLOOR, "torch.compile"]
     assert {row["status"] for row in rows if row["provider"] in per_mode} == {"ok"} and rows[-1]["status"] == "missing"
-    for floor, ours in (rows[i : i + 2] for i in range(0, 18, 3)):
+    for floor, ours in (rows[i : i + 2] for i in range(0, 21, 3)):
         phase = "forward" if ours["workload"]["mode"] == "forward" else "both"
         times, bare = ours["times"][phase], floor["times"][phase]
         assert times["repetitions"] >= 7 and times["wall_ms"] > 0
         assert times["ratio_to_floor"] == pytest.approx(times["median_ms"] / bare["median_ms"])
         assert bare["chunk"] == 12 and bare["tried"] == {"12": bare["median_ms"]}
         returned = {"forward": 4 * 12, "loss": 4 + 2 * 16 * (12 + 131), "frozen": 4 + 2 * 16 * 12, "stats": 5 * 4 * 12 + 2 * 16 * (12 + 131)}
-        returned["grpo"] = returned["distillation"] = returned["loss"]
+        returned |= {"grpo": returned["loss"], "distillation": returned["loss"], "logprob": 4 * 12 + 2 * 16 * (12 + 131)}
         assert ours["memory"] == {"peak_bytes": 3_000_000, "returned_bytes": returned[ours["workload"]["mode"]]}
     section = {"status": "ok", "seconds": 1, "rows": json.loads(json.dumps(rows))}
     found = gpu_suite.bars({"linear": section})

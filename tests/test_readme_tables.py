@@ -15,6 +15,12 @@ def test_readme_is_up_to_date():
     assert readme_tables.render(README) == README, "run python3 -m benchmarks.readme_tables"
 
 
+def test_the_page_of_results_is_up_to_date():
+    page = (ROOT / "benchmarks" / "results" / "README.md").read_text(encoding="utf-8")
+    assert readme_tables.results_page() == page, "run python3 -m benchmarks.readme_tables"
+    assert "cut-cross-entropy" in page and page.count("| 1e-8 |") == 4
+
+
 @pytest.mark.parametrize("name", readme_tables.SECTIONS)
 def test_a_section_that_is_not_there_is_an_error(name):
     with pytest.raises(ValueError, match=f"expected one section <!-- {name} -->"):
