@@ -31,7 +31,7 @@ SECONDS = 460  # for the whole run
 # Seconds that a section may take; the tests get what is left. Fresh processes need about 10 to start and to compile.
 SECTIONS = {"main": 90, "accuracy": 50, "linear": 100, "peers": 40, "sweep": 50, "linear_sweep": 40, "tests": 300}
 TESTS_AT_LEAST = 90  # seconds that the sections before them leave to the tests
-SLACK = 30  # a section stops starting new measurements so long before it would be killed
+SLACK = 30  # a section stops starting new measurements so long, or a quarter of its time, before it would be killed
 
 MAIN = (Workload("kl_divergence", wrt="p"), Workload("kl_divergence", wrt="q"), Workload("token_stats"))
 MAIN_PROVIDERS = ("fastkl", "torch", "torch.compile")
@@ -210,7 +210,8 @@ def run_section(name, seconds):
     """{"status", "seconds", "rows", "gpu"} of a section run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "section.json"
-        command = [sys.executable, "-m", "benchmarks.gpu_suite", "--section", name, "--section-file", str(file), "--seconds", str(seconds - SLACK)]
+        command = [sys.executable, "-m", "benchmarks.gpu_suite", "--section", name, "--section-file", str(file),
+                   "--seconds", str(seconds - min(SLACK, seconds / 4))]
         code, taken = run_limited(command, seconds)
         data = json.loads(file.read_text()) if file.exists() else {"rows": []}
     status = "ok" if code == 0 else "stopped at its time limit" if code is None else f"exit code {code}"

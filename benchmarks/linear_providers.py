@@ -42,18 +42,24 @@ def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
     return (-F.cross_entropy(F.linear(hidden, weight).float(), tokens, reduction="none"),)
 
 
-FUNCTIONS = {"per_token_kl": per_token_kl, "mean_kl": mean_kl, "token_stats": token_stats, "logprob": logprob}
+def logprob_and_kl(hidden, weight, ref_hidden, ref_weight, tokens):
+    """What the GRPO loss is made of, and nothing more."""
+    log_p, log_q = (F.linear(states, head).float().log_softmax(-1) for states, head in ((hidden, weight), (ref_hidden, ref_weight)))
+    return log_p.gather(-1, tokens[:, None])[:, 0], (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+FUNCTIONS = {"per_token_kl": per_token_kl, "mean_kl": mean_kl, "token_stats": token_stats, "logprob": logprob, "logprob_and_kl": logprob_and_kl}
 
 
 def _whole(function):
     return lambda i: function(i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens)
 
 
-def _losses(stats, kl):
-    """The two whole losses from operations that give the statistics and the KL per token of their (policy, reference)."""
+def _losses(logprob_and_kl, kl):
+    """The two whole losses from what gives (log-probability, KL) and (KL,) per token of the (policy, reference) of its inputs."""
     def grpo(i):
-        logprob, _, _, exact, _ = stats(i)
-        return (grpo_terms(logprob, exact, i.old_logprob, i.advantages).mean(),)
+        chosen, exact = logprob_and_kl(i)
+        return (grpo_terms(chosen, exact, i.old_logprob, i.advantages).mean(),)
 
     def distillation(i):
         turned = dataclasses.replace(i, hidden=i.ref_hidden, weight=i.ref_weight, ref_hidden=i.hidden, ref_weight=i.weight)
@@ -65,7 +71,7 @@ def _losses(stats, kl):
 def _operations(functions):
     """All operations from FUNCTIONS, or from what a compiler made of them."""
     found = {name: _whole(function) for name, function in functions.items()}
-    return {**found, **_losses(found["token_stats"], found["per_token_kl"])}
+    return {**found, **_losses(found.pop("logprob_and_kl"), found["per_token_kl"])}
 
 
 def _checkpointed(function, inputs):
@@ -123,15 +129,34 @@ def load_torch_chunked(device):
     """The same functions under torch.utils.checkpoint, 2048 tokens at a time, as trainers chunk a loss. All modes: the same work.
 
     Products: 2 forward, 5 frozen, 4 logprob, 6 else: the logits are computed again in backward. The gradient of the weight is summed over the
-    chunks in the weight's own type. TRL chunks its cross-entropy like this (fewer tokens at a time, operands upcast to float32, which is slower). It
-    has no chunked KL of its own: its distillation trainers use plain logits, or what load_liger_chunked loads.
+    chunks in the weight's own type.
     """
     return {
         "per_token_kl": lambda i: _checkpointed(per_token_kl, i),
         "mean_kl": lambda i: (_checkpointed(per_token_kl, i)[0].mean(),),
         "token_stats": lambda i: _checkpointed(token_stats, i),
         "logprob": lambda i: _checkpointed(logprob, i),
-        **_losses(lambda i: _checkpointed(token_stats, i), lambda i: _checkpointed(per_token_kl, i)),
+        **_losses(lambda i: _checkpointed(logprob_and_kl, i), lambda i: _checkpointed(per_token_kl, i)),
+    }
+
+
+def load_trl(device):
+    """TRL's fused functions from hidden states: ChunkedDivergenceFunction, as its distillation trainer calls it (beta 1: KL(student‖teacher), 0:
+    KL(teacher‖student), each beside the student's entropy, which cannot be left out), and ChunkedLogProbFunction. Modes forward, loss, frozen,
+    distillation and logprob: the same work. It computes logits in tiles, again in backward, and sums the weight's gradient in float32.
+    """
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE  # what its trainers pass
+
+    def kl(i, beta):
+        return ChunkedDivergenceFunction.apply(i.hidden, i.weight, None, i.ref_hidden, i.ref_weight, None, beta)[0]
+
+    return {
+        "per_token_kl": lambda i: (kl(i, 1.0),),
+        "mean_kl": lambda i: (kl(i, 1.0).mean(),),
+        "distillation_loss": lambda i: (kl(i, 0.0).mean(),),
+        "logprob": lambda i: (ChunkedLogProbFunction.apply(i.hidden, i.weight, None, i.tokens, 1.0, TILE, None, 1.0, ())[0],),
     }
 
 
@@ -140,7 +165,7 @@ def load_liger(device):
     distillation: the same work. Its fused GRPO loss takes k3 of the sampled tokens, not the exact KL, so it has no part in mode grpo.
 
     Products: 4, or 3 with a frozen weight. It has no KL per token, no other statistics and no forward without gradient. The gradient of the weight is
-    summed in float32, as ours, where the release can (accum_dtype), else in the weight's type. It also keeps a float32 [N, V] of losses.
+    summed in float32, as ours, where the release can (accum_dtype), else in the weight's type.
     """
     if device.type != "cuda":
         raise RuntimeError("its Triton kernels need a GPU")
@@ -168,27 +193,37 @@ def load_liger_chunked(device):
 
 
 def load_torch_linear_cross_entropy(device):
-    """torch.nn.functional.linear_cross_entropy, chunked by its own choice of options. Mode logprob: the same work. Products: 3: it computes gradients
-    in forward. torch 2.13 has it, earlier releases may not."""
+    """torch.nn.functional.linear_cross_entropy, chunked by its own choice of options. Mode logprob: the same work. Products: 4: with reduction "none",
+    as here, it computes the logits again in backward. torch 2.13 has it, earlier releases may not.
+    """
     options = torch.nn.LinearCrossEntropyOptions()
     return {"logprob": lambda i: (-F.linear_cross_entropy(i.hidden, i.weight, i.tokens, reduction="none", options=options),)}
 
 
 def load_cut_cross_entropy(device):
-    """Apple's cut-cross-entropy without its filter of small gradients (filter_eps=None), which would be less work and another gradient. Mode logprob:
-    the same work. Products: 4, inside its kernels: logits never reach memory."""
+    """Apple's cut-cross-entropy as it comes: it leaves out gradients that it takes for small, which is less work; the gate says how far off they are.
+    Mode logprob. Products: 4 at most, inside its kernels: logits never reach memory."""
+    return _cut_cross_entropy(device)
+
+
+def load_cut_cross_entropy_unfiltered(device):
+    """The same with filter_eps=None: no gradient left out. Mode logprob: the same work. Products: 4."""
+    return _cut_cross_entropy(device, filter_eps=None)
+
+
+def _cut_cross_entropy(device, **options):
     if device.type != "cuda":
         raise RuntimeError("its Triton kernels need a GPU")
     from cut_cross_entropy import linear_cross_entropy
 
-    return {"logprob": lambda i: (-linear_cross_entropy(i.hidden, i.weight, i.tokens, reduction="none", filter_eps=None),)}
+    return {"logprob": lambda i: (-linear_cross_entropy(i.hidden, i.weight, i.tokens, reduction="none", **options),)}
 
 
 # In the order in which they are measured: what compiles longest comes last, since time may run out.
 LINEAR_LOADERS = {
-    "fastkl": load_fastkl, "torch": load_torch, "torch chunked": load_torch_chunked, "liger": load_liger, "liger chunked": load_liger_chunked,
-    "torch linear_cross_entropy": load_torch_linear_cross_entropy, "cut-cross-entropy": load_cut_cross_entropy,
-    "torch.compile": load_torch_compile,
+    "fastkl": load_fastkl, "torch": load_torch, "torch chunked": load_torch_chunked, "TRL fused": load_trl, "liger": load_liger,
+    "liger chunked": load_liger_chunked, "torch linear_cross_entropy": load_torch_linear_cross_entropy, "cut-cross-entropy": load_cut_cross_entropy,
+    "cut-cross-entropy, unfiltered": load_cut_cross_entropy_unfiltered, "torch.compile": load_torch_compile,
 }
 
 

@@ -41,7 +41,26 @@ def markdown(head, rows):
 
 def accuracy_section():
     """Worst relative error of the KL by size, a column per provider."""
-    return accuracy.markdown(read("cpu/accuracy.json"), providers=ACCURACY_COLUMNS, targets=accuracy.SHOWN[::2])
+    table = accuracy.markdown(read("cpu/accuracy.json"), providers=ACCURACY_COLUMNS, targets=accuracy.SHOWN[::2])
+    # On a CPU our name alone stands for the reference; the kernels have the column beside it.
+    return table.replace("| fastkl |", "| fastkl, reference on a CPU |", 1)
+
+
+def linear_section():
+    """Errors from hidden states by size of the KL, for bfloat16 inputs."""
+    data = read("cpu/linear_accuracy.json")
+    records = [record for record in data["records"] if record["dtype"] == "bf16"]
+    ways = [("KL, bfloat16 logits (as every model returns them)", "fastkl", "kl"), ("the same in plain torch", "torch", "kl"),
+            ("its gradient to the weight", "fastkl", "weight"), ("the same in plain torch", "torch", "weight"),
+            ("KL, `logits_dtype=torch.float32`", "fastkl, logits_dtype=float32", "kl"),
+            ("its gradient to the weight, itself bfloat16", "fastkl, logits_dtype=float32", "weight")]
+    head = ["bfloat16 inputs, mean KL of", *(_short(record["kl"]) for record in records)]
+    return markdown(head, [[words, *(_short(record["ways"][way][figure]) for record in records)] for words, way, figure in ways])
+
+
+def _short(value):
+    digits, exponent = f"{value:.0e}".split("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def static_section():
@@ -80,17 +99,22 @@ def _range(low, high):
     return str(low) if low == high else f"{low} to {high}"
 
 
-def gpu_files():
-    """The results of gpu_suite, oldest first."""
-    return sorted(path for path in RESULTS.glob("*/*.json") if path.parent.name not in ("cpu", "static"))
+def newest_gpu_results():
+    """The results of gpu_suite whose main shape was measured last, None without any. Other files lie there too: of scaling, of tune."""
+    found = []
+    for path in RESULTS.glob("*/*.json"):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows = data.get("sections", {}).get("main", {}).get("rows", []) if isinstance(data, dict) else []
+        if any(row.get("times") for row in rows):
+            found.append(data)
+    return max(found, key=lambda data: data["date"], default=None)
 
 
 def gpu_section():
     """The main shape on the GPU that was measured last; without one a sentence that says so."""
-    files = gpu_files()
-    if not files:
+    data = newest_gpu_results()
+    if data is None:
         return "No time has been measured on a GPU yet, so none is given: `python3 -m benchmarks.gpu_suite --out DIR` measures it in 8 minutes."
-    data = json.loads(files[-1].read_text(encoding="utf-8"))
     rows = []
     for row in data["sections"].get("main", {}).get("rows", []):
         if "workload" not in row:
@@ -102,11 +126,10 @@ def gpu_section():
             cells += [f"{row['memory']['peak_bytes'] / 1e9:.2f} GB", f"{row['error']['values']:.0e}"]
         rows.append([row["workload"]["name"], row["provider"], *cells])
     head = ["workload", "provider", "forward, of a copy's bandwidth", "backward", "peak beside the inputs", "worst error"]
-    origin = f"{data['gpu']['name']}, {data['date'][:10]}, torch {data['versions']['torch']}, Triton {data['versions']['triton']}"
-    return f"Measured on one {origin}:\n\n{markdown(head, rows)}"
+    return f"Measured on one {data['gpu']['name']}. {_origin(data)}\n\n{markdown(head, rows)}"
 
 
-SECTIONS = {"accuracy": accuracy_section, "static": static_section, "gpu": gpu_section}
+SECTIONS = {"accuracy": accuracy_section, "static": static_section, "gpu": gpu_section, "linear": linear_section}
 
 
 def render(text):
@@ -132,6 +155,8 @@ def results_page():
     for dtype in ("fp32", "bf16"):
         for measure, words in (("kl", "the KL"), ("gradient", "its gradient to the first logits")):
             parts += [f"### {words}, {dtype}", accuracy.markdown(errors, dtype, measure)]
+    reasons = {error["reason"].splitlines()[0]: name for record in errors["records"] for name, error in record["errors"].items() if "reason" in error}
+    parts += ["Without figures: " + "; ".join(f"{name}: {reason}" for reason, name in reasons.items()) + "."] if reasons else []
     parts += [
         "## Static costs", f"{costs['model'].capitalize()}. {_origin(costs)}", kernels_table(costs, None),
         ways_table(costs, [row["pipeline"] for row in costs["pipelines"]]),
@@ -141,7 +166,7 @@ def results_page():
 
 
 def _origin(data):
-    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items() if number)
+    versions = ", ".join(f"{name} {number}" for name, number in {**data["versions"], **data.get("peers", {})}.items() if isinstance(number, str))
     return f"`{data['command'].strip()}`, {data['date'][:10]}, {versions}, commit {data['commit'][:10]}."
 
 

@@ -2,12 +2,13 @@
 
     python3 -m benchmarks.scaling --json FILE --plots DIR [--axis tokens|vocabulary] [--seconds 300]
 
-Forward and backward of kl_divergence in bf16, every provider on the same inputs. Per provider the exponent of growth is fitted over the upper half of
-the sizes (1: in proportion), and per peer the crossover is named: the size from which on fastkl is faster at every size measured. --plots writes a
-log-log picture per axis: time with the roofline (the bytes that have to move at this machine's measured copy bandwidth, and the time of an empty
-launch) and peak memory. Exit code 2 without CUDA: nothing is estimated.
+Forward and backward of kl_divergence in bf16, fastkl beside plain torch and torch.compile on the same inputs. Per provider the exponent of growth is
+fitted over the upper half of the sizes (1: in proportion), and per peer the crossover is named: the size from which on fastkl is faster, by more than
+1 %, at every size measured. --plots writes a log-log picture per axis: time with the roofline (the bytes that have to move at this machine's measured
+copy bandwidth) and peak memory. Exit code 2 without CUDA: nothing is estimated.
 """
 import argparse
+import importlib.util
 import io
 import math
 import sys
@@ -30,6 +31,8 @@ AXES = {
 SIZE = {"tokens": "rows", "vocabulary": "vocabulary"}
 PHASE = "both"
 OURS = "fastkl"
+# Two measurements of the same may differ by so much.
+NOISE = 0.01
 
 
 def fits(workload):
@@ -46,10 +49,15 @@ def sweep(workloads, providers, device, deadline=math.inf):
             if time.monotonic() > deadline:
                 yield {"workload": workload.as_dict(), "provider": provider.name, "status": "missing", "reason": "no time left in this run"}
                 continue
-            case = case or harness.make_case(workload, device, copy)
+            try:
+                case = case or harness.make_case(workload, device, copy)
+            except torch.OutOfMemoryError as error:
+                reason = f"{type(error).__name__}: {error}"[:300]
+                yield {"workload": workload.as_dict(), "provider": provider.name, "status": "failed", "reason": reason}
+                continue
             yield harness.measure(provider, case, phases=(PHASE,)) | {"copy_gb_per_s": copy}
             harness.release()
-        del case
+        case = None
         harness.release()
 
 
@@ -74,22 +82,26 @@ def exponent(points):
 
 
 def crossover(ours, theirs):
-    """The smallest common size from which on `ours` takes less at every larger one too; None where it does not at the largest."""
-    known, found = dict(theirs), None
-    for size, figure in reversed([point for point in ours if point[0] in known]):
-        if not figure < known[size]:
+    """{"from", "first", "last"}: the smallest common size from which on `ours` takes less at every larger one too (None: not at the largest), and the
+    first and last size that both have; None where they have none in common."""
+    known = dict(theirs)
+    common, found = [point for point in ours if point[0] in known], None
+    if not common:
+        return None
+    for size, figure in reversed(common):
+        if not figure < known[size] * (1 - NOISE):
             break
         found = size
-    return found
+    return {"from": found, "first": common[0][0], "last": common[-1][0]}
 
 
 def findings(rows, axis):
-    """{"exponents": {provider: {figure: slope}}, "faster_from": {peer: {"time", "wall": size or None}}} of one axis."""
+    """{"exponents": {provider: {figure: slope}}, "faster": {peer: {"time", "wall": crossover}}} of one axis."""
     names = list(dict.fromkeys(row["provider"] for row in rows))
     exponents = {name: {figure: exponent(curve(rows, name, axis, figure)) for figure in ("time", "memory")} for name in names}
     peers = [name for name in names if name != OURS]
-    return {"exponents": exponents, "faster_from": {peer: {figure: crossover(curve(rows, OURS, axis, figure), curve(rows, peer, axis, figure))
-                                                           for figure in ("time", "wall")} for peer in peers}}
+    return {"exponents": exponents, "faster": {peer: {figure: crossover(curve(rows, OURS, axis, figure), curve(rows, peer, axis, figure))
+                                                      for figure in ("time", "wall")} for peer in peers}}
 
 
 def sentences(found, axis):
@@ -99,11 +111,20 @@ def sentences(found, axis):
         shown = ", ".join(f"{figure} ~ {axis}^{slope:.2f}" for figure, slope in slopes.items() if slope is not None)
         if shown:
             lines.append(f"{name}: {shown}")
-    for peer, sizes in found["faster_from"].items():
+    for peer, figures in found["faster"].items():
         for figure, what in (("time", "on the device"), ("wall", "on the clock, launches included")):
-            size = sizes[figure]
-            lines.append(f"{OURS} is faster than {peer} {what} " + (f"from {size} {axis} on" if size is not None else "at no size to the end"))
+            lines.append(f"{OURS} beside {peer} {what}: {_faster(figures[figure], axis)}")
     return "\n".join(lines)
+
+
+def _faster(found, axis):
+    if found is None:
+        return "no size was measured with both"
+    if found["from"] is None:
+        return f"not faster at the largest size measured, {found['last']} {axis}"
+    if found["from"] == found["first"]:
+        return f"faster at every size measured, {found['first']} to {found['last']} {axis}"
+    return f"faster from {found['from']} to {found['last']} {axis}, the largest measured"
 
 
 def picture(rows, axis, title):
@@ -147,20 +168,28 @@ def main(argv=None):
     if not torch.cuda.is_available():
         print("no CUDA here: nothing can be timed, and nothing is estimated", file=sys.stderr)
         return 2
-    device, deadline = torch.device("cuda"), time.monotonic() + arguments.seconds
-    name, results = torch.cuda.get_device_name(device), {}
-    for axis in arguments.axis or AXES:
+    if arguments.plots and not can_draw():
+        parser.error("--plots: needs matplotlib, which is not installed; pip install matplotlib, or leave --plots out")
+    device, axes = torch.device("cuda"), arguments.axis or list(AXES)
+    started, name, results = time.monotonic(), torch.cuda.get_device_name(device), {}
+    command = "python3 -m benchmarks.scaling " + " ".join(sys.argv[1:] if argv is None else argv)
+    for number, axis in enumerate(axes, 1):
         rows = []
-        for row in sweep(AXES[axis], load_providers(device, PROVIDERS), device, deadline):
+        for row in sweep(AXES[axis], load_providers(device, PROVIDERS), device, started + arguments.seconds * number / len(axes)):
             rows.append(row)
             print(harness.summary({"times": {}, "memory": {}, **row}), flush=True)
-        results[axis] = {"rows": rows, **findings(rows, axis)}
+            # After each row: what was measured outlives a crash.
+            results[axis] = {"rows": rows, **findings(rows, axis)}
+            write_json(arguments.json, {**provenance(command), "gpu": name, "axes": results})
         print(sentences(results[axis], axis), flush=True)
         if arguments.plots:
             write_bytes(arguments.plots / f"scaling-{axis}.png", picture(rows, axis, f"kl_divergence, bf16, {name}"))
-    command = "python3 -m benchmarks.scaling " + " ".join(sys.argv[1:] if argv is None else argv)
-    write_json(arguments.json, {**provenance(command), "gpu": name, "axes": results})
     return 0
+
+
+def can_draw():
+    """Whether matplotlib is here."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 if __name__ == "__main__":

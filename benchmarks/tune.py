@@ -10,7 +10,9 @@ entry; --write puts it into kernels/config.py, before the defaults. Exit code 0:
 """
 import argparse
 import itertools
+import json
 import math
+import random
 import re
 import sys
 import time
@@ -21,13 +23,13 @@ import torch
 
 from benchmarks import harness
 from benchmarks.providers import load_providers
-from benchmarks.record import ROOT, provenance, write_json
+from benchmarks.record import ROOT, provenance, write_bytes, write_json
 from benchmarks.workloads import DTYPES, Workload, fault
 
 TABLE_FILE = ROOT / "kernels" / "config.py"
 ROWS = (64, 8192)
 CHECKED_ROWS = 24
-THREADS, GROUPS, SEGMENTS = (128, 256, 512), (1, 2, 4), tuple(2**k for k in range(12, 18))
+THREADS, GROUPS, SEGMENTS = (128, 256, 512), (1, 2, 4), tuple(2**k for k in range(9, 18))
 REGISTERS = (None, 96, 128, 168)
 # A difference that two measurements of the same configuration may have; a change for less is none.
 NOISE = 0.01
@@ -49,8 +51,17 @@ class Trial:
 
 
 def candidates(present, itemsize, vocabulary):
-    """The present configuration first, then all others whose threads divide a segment that is not longer than a row needs."""
+    """The present configuration first, then all others whose threads divide a segment that is not longer than a row needs.
+
+    In an order without a pattern, the same every time: where the time ends the search, every part of the space has been looked at.
+    """
     yield present
+    others = list(_others(present, itemsize, vocabulary))
+    random.Random(0).shuffle(others)
+    yield from others
+
+
+def _others(present, itemsize, vocabulary):
     lanes, longest = 16 // itemsize, 2 ** math.ceil(math.log2(max(vocabulary, SEGMENTS[0])))
     for threads, groups, segment in itertools.product(THREADS, GROUPS, SEGMENTS):
         if segment % (threads * groups * lanes) or segment > longest:
@@ -136,31 +147,40 @@ def timing(direction, vocabulary, dtype, device):
 # The entry ------------------------------------------------------------------------------------------------------
 
 
-def sentence(chosen, present, vocabulary, machine):
-    """What a configuration's `measured` says."""
+def sentence(chosen, present, vocabulary, machine, tried):
+    """What a configuration's `measured` says; tried: how many candidates of how many."""
     times = ", ".join(f"{ms:.4f} ms at {rows} × {vocabulary}" for rows, ms in chosen.times.items())
     if chosen is present:
-        return f"{machine}: {times}; nothing tried was faster"
-    return f"{machine}: {times}, {present.score / chosen.score - 1:.0%} faster than the default" if not present.refused else f"{machine}: {times}"
+        return f"{machine}: {times}; none of {tried} was faster"
+    gain = "" if present.refused else f", {present.score / chosen.score - 1:.0%} faster than the one before"
+    return f"{machine}: {times}{gain}; best of {tried}"
 
 
 def entry_line(arch, itemsize, max_v, configs):
-    """The entry as a line of the table; configs: {"forward": RowConfig, "backward": RowConfig}."""
+    """The entry as lines of the table; configs: {"forward": RowConfig, "backward": RowConfig}."""
     parts = []
     for config in (configs["forward"], configs["backward"]):
         registers = "" if config.max_registers is None else f", {config.max_registers}"
-        parts.append(f"RowConfig({config.threads}, {config.groups}, {config.segment}, {config.measured!r}{registers})")
-    return f"    Entry({arch!r}, {itemsize}, {max_v}, {parts[0]},\n          {parts[1]}),\n".replace("'", '"')
+        parts.append(f"RowConfig({config.threads}, {config.groups}, {config.segment},\n{' ' * 20}{_quoted(config.measured)}{registers})")
+    return f'    Entry("{arch}", {itemsize}, {max_v},\n{" " * 10}{parts[0]},\n{" " * 10}{parts[1]}),\n'
+
+
+def _quoted(text):
+    """A string literal, over several lines where one would be too long."""
+    return f"\n{' ' * 20}".join(json.dumps(part, ensure_ascii=False) for part in re.findall(r".{1,110}(?: |$)", text))
 
 
 def with_entry(source, arch, itemsize, max_v, line):
-    """The source of kernels/config.py with the entry, in place of an older one of the same key or before the defaults."""
-    key = re.escape(f'    Entry("{arch}", {itemsize}, {max_v}, ')
+    """The source of kernels/config.py with the entry, in place of an older one of the same key, else where `select` finds it: before the entries of
+    this architecture for larger vocabularies, and before the defaults."""
+    key = re.escape(f'    Entry("{arch}", {itemsize}, {max_v},')
     source = re.sub(rf"^{key}.*\n(?:^ {{10}}.*\n)*", "", source, flags=re.MULTILINE)
-    first = re.search(r'^    Entry\("\*"', source, flags=re.MULTILINE)
-    if first is None:
-        raise ValueError(f'{TABLE_FILE}: expected a TABLE with defaults, Entry("*", ...), got none; add the entry by hand:\n{line}')
-    return source[:first.start()] + line + source[first.start():]
+    limit = math.inf if max_v is None else max_v
+    for found in re.finditer(r'^    Entry\("([^"]+)", (\d+), (\w+),', source, flags=re.MULTILINE):
+        theirs = math.inf if found[3] == "None" else int(found[3])
+        if found[1] == "*" or (found[1], int(found[2])) == (arch, itemsize) and theirs > limit:
+            return source[:found.start()] + line + source[found.start():]
+    raise ValueError(f'{TABLE_FILE}: expected a TABLE with defaults, Entry("*", ...), got none; add the entry by hand:\n{line}')
 
 
 def tune(vocabulary, dtype, device, seconds):
@@ -222,13 +242,15 @@ def main(argv=None):
         if best is None:
             print(f"{direction}: no candidate passed; the first was refused for: {found[0].refused}", file=sys.stderr)
             return 1
+        everything = sum(1 for _ in candidates(found[0].config, DTYPES[arguments.dtype].itemsize, arguments.vocabulary))
+        tried = f"{len(found)} of {everything} candidates"
         machine = f"{origin['gpu']}, Triton {origin['versions']['triton']}, {origin['date'][:10]}"
-        chosen[direction] = replace(best.config, measured=sentence(best, found[0], arguments.vocabulary, machine))
+        chosen[direction] = replace(best.config, measured=sentence(best, found[0], arguments.vocabulary, machine, tried))
     arch, itemsize = architecture(device)[0], DTYPES[arguments.dtype].itemsize
     line = entry_line(arch, itemsize, arguments.max_v, chosen)
     print(line, end="")
     if arguments.write:
-        TABLE_FILE.write_text(with_entry(TABLE_FILE.read_text(), arch, itemsize, arguments.max_v, line))
+        write_bytes(TABLE_FILE, with_entry(TABLE_FILE.read_text(encoding="utf-8"), arch, itemsize, arguments.max_v, line).encode())
         print(f"written to {TABLE_FILE}; run the tests before it is committed")
     return 0
 

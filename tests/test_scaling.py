@@ -33,21 +33,31 @@ def test_exponents_are_those_of_the_upper_half():
 
 def test_crossover_is_where_it_stays_faster():
     theirs = [(1, 1.0), (2, 2.0), (4, 4.0), (8, 8.0)]
-    assert scaling.crossover([(1, 2.0), (2, 2.0), (4, 3.0), (8, 7.0)], theirs) == 4
-    assert scaling.crossover([(1, 0.5), (2, 3.0), (4, 3.0), (8, 7.0)], theirs) == 4
-    assert scaling.crossover([(1, 0.5), (2, 1.0), (4, 3.0), (8, 9.0)], theirs) is None
-    assert scaling.crossover([(1, 0.5), (2, 1.0)], theirs) == 1
+    assert scaling.crossover([(1, 2.0), (2, 2.0), (4, 3.0), (8, 7.0)], theirs) == {"from": 4, "first": 1, "last": 8}
+    assert scaling.crossover([(1, 0.5), (2, 3.0), (4, 3.0), (8, 7.0)], theirs)["from"] == 4
+    assert scaling.crossover([(1, 0.5), (2, 1.0), (4, 3.0), (8, 9.0)], theirs)["from"] is None
+    assert scaling.crossover([(1, 0.5), (2, 1.995), (4, 3.0), (8, 7.0)], theirs)["from"] == 4, "a difference within the noise is none"
+    assert scaling.crossover([(1, 0.5), (2, 1.0)], theirs) == {"from": 1, "first": 1, "last": 2}
+    assert scaling.crossover([(1, 0.5)], []) is None
 
 
 def test_findings():
     found = scaling.findings(ROWS, "tokens")
-    assert found["faster_from"] == {"torch": {"time": 128, "wall": 512}}
+    assert found["faster"] == {"torch": {"time": {"from": 128, "first": 64, "last": 4096}, "wall": {"from": 512, "first": 64, "last": 4096}}}
     assert found["exponents"]["fastkl"]["memory"] == pytest.approx(1.0)
     assert 0.8 < found["exponents"]["fastkl"]["time"] < 1.0
     text = scaling.sentences(found, "tokens")
-    assert "fastkl is faster than torch on the device from 128 tokens on" in text and "on the clock, launches included from 512 tokens on" in text
-    never = scaling.findings([*ROWS, row("fastkl", 8192, 99.0, 1), row("torch", 8192, 1.0, 1)], "tokens")
-    assert "at no size to the end" in scaling.sentences(never, "tokens")
+    assert "fastkl beside torch on the device: faster from 128 to 4096 tokens" in text
+    assert "on the clock, launches included: faster from 512 to 4096 tokens" in text
+
+
+@pytest.mark.parametrize("more, words", [
+    ([row("fastkl", 8192, 99.0, 1), row("torch", 8192, 1.0, 1)], "not faster at the largest size measured, 8192 tokens"),
+    ([row("peer", 64, 1.0, 1, status="failed")], "fastkl beside peer on the device: no size was measured with both"),
+    ([row("peer", 64, 9.0, 1), row("peer", 128, 9.0, 1)], "fastkl beside peer on the device: faster at every size measured, 64 to 128 tokens"),
+])
+def test_words_claim_what_was_measured(more, words):
+    assert words in scaling.sentences(scaling.findings([*ROWS, *more], "tokens"), "tokens")
 
 
 def test_rows_without_times_have_no_part():
