@@ -52,6 +52,7 @@ LINEAR_SWEEP = tuple(
     )
     for mode in ("loss", "forward")
 )
+NO_TIME = "no time left in this run"
 # Of fastkl at the main shape: (mode, times the floor, GB allocated at once beside the inputs, returned gradients among them).
 LINEAR_BARS = (("loss", 1.12, 3.4), ("forward", 1.12, 1.2))
 
@@ -68,7 +69,7 @@ def timings(workloads, providers, device, deadline, **options):
         case = None
         for provider in providers:
             if time.monotonic() > deadline:
-                yield no_figures(workload, provider.name, "missing", "no time left in this run")
+                yield no_figures(workload, provider.name, "missing", NO_TIME)
                 continue
             case = case or harness.make_case(workload, device, copy and copy["gb_per_s"])
             yield harness.measure(provider, case, **options)
@@ -81,7 +82,7 @@ def linear_timings(workloads, providers, device, deadline):
     """Yields the floor's row and a row per provider for each LinearWorkload; past the deadline, and where the inputs do not fit, rows that say so."""
     for workload in workloads:
         if time.monotonic() > deadline:
-            yield no_figures(workload, "all", "missing", "no time left in this run")
+            yield no_figures(workload, "all", "missing", NO_TIME)
             continue
         try:
             case = harness.make_linear_case(workload, device)
@@ -92,7 +93,7 @@ def linear_timings(workloads, providers, device, deadline):
             yield from ([floor] if floor else [])
             for provider in providers:
                 if time.monotonic() > deadline:
-                    yield no_figures(workload, provider.name, "missing", "no time left in this run")
+                    yield no_figures(workload, provider.name, "missing", NO_TIME)
                 else:
                     yield harness.measure_linear(provider, case, floor)
                 harness.release()
@@ -215,6 +216,9 @@ def run_section(name, seconds):
         code, taken = run_limited(command, seconds)
         data = json.loads(file.read_text()) if file.exists() else {"rows": []}
     status = "ok" if code == 0 else "stopped at its time limit" if code is None else f"exit code {code}"
+    late = sum(row.get("reason") == NO_TIME for row in data["rows"])
+    if code == 0 and late:
+        status = f"{late} of {len(data['rows'])} rows not measured: {NO_TIME}"
     return {**data, "status": status, "seconds": taken}
 
 
@@ -322,7 +326,7 @@ def run_suite(folder, names, seconds, command):
         print(f"\n== {name} (at most {limit:.0f} s)", flush=True)
         try:
             if limit <= SLACK:
-                raise TimeoutError("no time left in this run")
+                raise TimeoutError(NO_TIME)
             section = run_tests(limit, folder / f"{stamp}-tests.log") if name == "tests" else run_section(name, limit)
         except Exception as error:  # one section's failure must not lose the others
             section = {"status": f"{type(error).__name__}: {error}", "seconds": 0}

@@ -193,8 +193,8 @@ def load_liger_chunked(device):
 
 
 def load_torch_linear_cross_entropy(device):
-    """torch.nn.functional.linear_cross_entropy, chunked by its own choice of options. Mode logprob: the same work. Products: 4: with reduction "none",
-    as here, it computes the logits again in backward. torch 2.13 has it, earlier releases may not.
+    """torch.nn.functional.linear_cross_entropy, chunked by its own choice of options. Mode logprob: the same work. Products: 4, since with reduction
+    "none", as here, it computes the logits again in backward. torch 2.13 has it, earlier releases may not.
     """
     options = torch.nn.LinearCrossEntropyOptions()
     return {"logprob": lambda i: (-F.linear_cross_entropy(i.hidden, i.weight, i.tokens, reduction="none", options=options),)}

@@ -155,8 +155,8 @@ def results_page():
     for dtype in ("fp32", "bf16"):
         for measure, words in (("kl", "the KL"), ("gradient", "its gradient to the first logits")):
             parts += [f"### {words}, {dtype}", accuracy.markdown(errors, dtype, measure)]
-    reasons = {error["reason"].splitlines()[0]: name for record in errors["records"] for name, error in record["errors"].items() if "reason" in error}
-    parts += ["Without figures: " + "; ".join(f"{name}: {reason}" for reason, name in reasons.items()) + "."] if reasons else []
+    reasons = {name: error["reason"].splitlines()[0] for record in errors["records"] for name, error in record["errors"].items() if "reason" in error}
+    parts += ["Without figures: " + "; ".join(f"{name}: `{reason}`" for name, reason in reasons.items()) + "."] if reasons else []
     parts += [
         "## Static costs", f"{costs['model'].capitalize()}. {_origin(costs)}", kernels_table(costs, None),
         ways_table(costs, [row["pipeline"] for row in costs["pipelines"]]),

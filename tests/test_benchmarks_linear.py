@@ -243,6 +243,22 @@ def test_past_the_deadline_rows_say_so():
     assert all("no time left" in gpu_suite.line_of(row) for row in rows)
 
 
+def test_a_section_that_ran_out_of_time_is_not_ok(monkeypatch):
+    """Its exit code is 0, and its rows say what is missing."""
+    rows = [timed_row("loss"), gpu_suite.no_figures(tiny("loss"), "peer", "missing", gpu_suite.NO_TIME)]
+
+    def run_limited(command, seconds, *arguments, **environment):
+        file = command[command.index("--section-file") + 1]
+        with open(file, "w", encoding="utf-8") as target:
+            json.dump({"rows": rows}, target)
+        return 0, 1.0
+
+    monkeypatch.setattr(gpu_suite, "run_limited", run_limited)
+    assert gpu_suite.run_section("linear", 60)["status"] == "1 of 2 rows not measured: no time left in this run"
+    rows.pop()
+    assert gpu_suite.run_section("linear", 60)["status"] == "ok"
+
+
 def timed_row(mode, provider="fastkl", milliseconds=11.0, floor=10.0, peak=1e9):
     """A row as the linear section gives it on a GPU."""
     workload = LinearWorkload(mode)
@@ -370,8 +386,8 @@ def test_logits_as_if_on_a_gpu(pretended_gpu):
     for phase, figures in row["times"].items():
         assert figures["repetitions"] >= 7 and figures["bytes"] == case.workload.moved_bytes(phase)
         assert figures["percent_of_copy"] == pytest.approx(figures["bytes"] / figures["median_ms"] / 1e6 / 10)
-    # the gate, two for the memory, and per phase a first round, 7 repetitions and 7 calls by the clock
-    assert len(calls) == 1 + 2 + 3 * (1 + 7 + 7)
+    # the gate, two for the memory, and per phase one call before, a first round, 7 repetitions and 7 calls by the clock
+    assert len(calls) == 1 + 2 + 3 * (1 + 1 + 7 + 7)
 
 
 @pytest.mark.gpu

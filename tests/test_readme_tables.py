@@ -42,21 +42,25 @@ def test_static_table_has_two_peers_and_every_way():
 
 
 def test_gpu_table(tmp_path, monkeypatch):
-    """Of the newest file; a provider that failed says why."""
+    """Of the run that measured last, whichever GPU it was on and whatever lies beside it; a provider that failed says why."""
     workload = Workload()
     times = {phase: {"median_ms": 1.25, "percent_of_copy": 91.6} for phase in harness.PHASES}
     rows = [{"copy": {}}, *({"workload": workload.as_dict(), "provider": provider, "status": "ok", "reason": None, "times": times,
                              "memory": {"peak_bytes": 2.1e9}, "error": {"values": 1e-6}} for provider in ("fastkl", "torch"))]
     rows.append({"workload": workload.as_dict(), "provider": "peer", "status": "failed", "reason": "RuntimeError: no\nmore", "times": {}})
-    folder = tmp_path / "NVIDIA H200"
-    folder.mkdir()
-    for date in ("2026-01-01", "2026-02-01"):
-        data = {"date": f"{date}T00:00:00Z", "gpu": {"name": "NVIDIA H200"}, "versions": {"torch": "2.11", "triton": "3.6"},
-                "sections": {"main": {"rows": rows}}}
-        (folder / f"{date}.json").write_text(json.dumps(data), encoding="utf-8")
+    runs = {"NVIDIA H200/a": ("2026-02-01", rows), "NVIDIA A100/b": ("2026-01-01", rows), "ZZ/c": ("2026-03-01", [])}
+    for file, (date, measured) in runs.items():
+        path = tmp_path / f"{file}.json"
+        path.parent.mkdir()
+        data = {"date": f"{date}T00:00:00Z", "gpu": {"name": path.parent.name}, "versions": {"torch": "2.11", "trl": None}, "command": "suite",
+                "commit": "0123456789abc", "sections": {"main": {"rows": measured}}}
+        path.write_text(json.dumps(data), encoding="utf-8")
+    (tmp_path / "NVIDIA H200" / "scaling.json").write_text('{"gpu": "NVIDIA H200", "axes": {}}', encoding="utf-8")
+    (tmp_path / "NVIDIA H200" / "tune.json").write_text("[]", encoding="utf-8")
     monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
     text = readme_tables.gpu_section()
-    assert "2026-02-01" in text and "| fastkl | 1.25 ms, 92 % | 1.25 ms, 92 % | 2.10 GB | 1e-06 |" in text
+    assert "Measured on one NVIDIA H200. `suite`, 2026-02-01, torch 2.11, commit 0123456789." in text
+    assert "| fastkl | 1.25 ms, 92 % | 1.25 ms, 92 % | 2.10 GB | 1e-06 |" in text
     assert "| peer | failed: RuntimeError: no |" in text
 
 

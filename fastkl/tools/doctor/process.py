@@ -23,7 +23,8 @@ START_SECONDS = 120.0
 # Processes that are started one after the other before the rest of the checks is given up.
 STARTS = 4
 # After these nothing more works in the same process.
-GPU_ERRORS = ("CUDA error", "HIP error", "illegal memory access", "device-side assert")
+GPU_ERRORS = ("CUDA error", "Triton Error [CUDA]", "HIP error", "illegal memory access", "misaligned address", "unspecified launch failure",
+              "device-side assert")
 
 
 def here(device: str, keys: Sequence[str], seconds: float = SECONDS) -> Iterator[Outcome]:
