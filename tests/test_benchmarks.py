@@ -311,3 +311,17 @@ def test_measure_on_a_gpu():
     assert set(row["times"]) == set(harness.PHASES) and row["times"]["forward"]["median_ms"] > 0
     assert row["memory"]["peak_bytes"] >= row["memory"]["gradient_bytes"]
     json.dumps(row)
+
+
+def test_a_section_that_ran_out_of_time_is_not_ok(monkeypatch):
+    """Its exit code is 0, and its rows say what is missing."""
+    rows = [{"copy": {}}, gpu_suite.no_figures(TINY, "peer", "missing", gpu_suite.NO_TIME)]
+
+    def run_limited(command, seconds, *arguments, **environment):
+        Path(command[command.index("--section-file") + 1]).write_text(json.dumps({"rows": rows}))
+        return 0, 1.0
+
+    monkeypatch.setattr(gpu_suite, "run_limited", run_limited)
+    assert gpu_suite.run_section("main", 60)["status"] == "1 of 2 rows not measured: no time left in this run"
+    rows.pop()
+    assert gpu_suite.run_section("main", 60)["status"] == "ok"
