@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.interpreted import NAMES as INTERPRETED
 from benchmarks.interpreted import interpreted_providers
+from benchmarks.peers import NotOfferedError
 from benchmarks.providers import LOADERS, load_providers
 from benchmarks.record import provenance, version, write_json
 from benchmarks.workloads import DTYPES, Inputs
@@ -133,7 +134,7 @@ def _run(provider, p, q, wrt):
         try:
             (kl,) = provider.operations["kl_divergence"](inputs)
             return kl, inputs.leaf, name
-        except NotImplementedError as error:
+        except NotOfferedError as error:
             refused = error
     raise refused
 

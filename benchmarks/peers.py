@@ -12,6 +12,10 @@ import torch.nn.functional as F
 ROWS_BY_CALLS = 64  # a loss that knows only a scalar is called per row up to here: right for errors, no measure of its speed
 
 
+class NotOfferedError(RuntimeError):
+    """A provider does not do this size or gradient; the text says why, and stands in its row."""
+
+
 def _log_probs(logits):
     return F.log_softmax(logits, -1, dtype=torch.float32)
 
@@ -60,7 +64,7 @@ def load_liger_kldiv(device):
 
     def kl_divergence(i):
         if i.wrt == "p":
-            raise NotImplementedError("LigerKLDIVLoss has no gradient to its target, P of KL(P‖Q)")
+            raise NotOfferedError("LigerKLDIVLoss has no gradient to its target, P of KL(P‖Q)")
         log_p, log_q = (_log_probs(x).flatten(0, -2) for x in (i.p, i.q))
         return (loss(log_q, log_p).sum(-1).view(i.p.shape[:-1]),)
 
@@ -81,7 +85,7 @@ def load_liger_jsd(device):
     def kl_divergence(i):
         rows = i.p.shape[:-1].numel()
         if rows > ROWS_BY_CALLS:
-            raise NotImplementedError(f"LigerJSD gives one scalar for all tokens; KL per token would be {rows} calls")
+            raise NotOfferedError(f"LigerJSD gives one scalar for all tokens; KL per token would be {rows} calls")
         log_p, log_q = (_log_probs(x).flatten(0, -2) for x in (i.p, i.q))
         student, teacher = (log_p, log_q) if i.wrt == "p" else (log_q, log_p)
         return (torch.stack([losses[i.wrt](s[None], t[None]) for s, t in zip(student, teacher, strict=True)]).view(i.p.shape[:-1]),)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import accuracy, interpreted
+from benchmarks.peers import NotOfferedError
 from benchmarks.providers import LOADERS, Provider, load_providers, plain_kl_divergence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +109,7 @@ def refuse(error):
 
 def test_failures_are_reasons():
     assert errors_of(refuse(RuntimeError("no kernel"))) == {"reason": "RuntimeError: no kernel"}
-    assert errors_of(refuse(NotImplementedError("neither"))) == {"reason": "NotImplementedError: neither"}
+    assert errors_of(refuse(NotOfferedError("neither"))) == {"reason": "NotOfferedError: neither"}
     found = errors_of(lambda p, q: exact(p, q).detach())
     assert found["worst_relative"] < 1e-12 and "RuntimeError" in found["gradient_reason"] and "gradient_worst" not in found
 
@@ -116,7 +117,7 @@ def test_failures_are_reasons():
 def test_a_provider_without_that_gradient_is_asked_for_the_other():
     def only_q(p, q):
         if p.requires_grad:
-            raise NotImplementedError("no gradient to p")
+            raise NotOfferedError("no gradient to p")
         return exact(p, q)
 
     found = errors_of(only_q)

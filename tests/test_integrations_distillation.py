@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import cases
 import pytest
 import torch
@@ -14,6 +16,7 @@ from trl_cases import (
     distillation,
     exact_kl,
     full_logits,
+    gkd,
     gradients,
     loss_mask,
     made_with,
@@ -76,24 +79,38 @@ def test_distillation_training(folder, teacher) -> None:
     assert [entry["loss"] for entry in distilled.state.log_history if "loss" in entry][0] > 0.1
 
 
+# ---- what both distillation trainers refuse
+
+
+BOTH = pytest.mark.parametrize("make, name", [(distillation, "DistillationTrainer"), (gkd, "experimental.gkd.GKDTrainer")],
+                               ids=["distillation", "gkd"])
+
+
+@BOTH
 @pytest.mark.parametrize("attribute, words", [("is_fsdp_enabled", "fsdp"), ("is_deepspeed_enabled", "deepspeed"), ("_is_vlm", "multimodal")])
-def test_distillation_options_that_are_not_supported(folder, teacher, monkeypatch, attribute, words) -> None:
-    """Named in the error."""
-    made_with(monkeypatch, trl.DistillationTrainer, attribute)
-    with pytest.raises(ValueError, match=f"expected options that ExactDistillationTrainer supports, got .*{words}.*trl.DistillationTrainer"):
-        distillation(folder, teacher)
+def test_options_that_are_not_supported(folder, teacher, monkeypatch, make, name, attribute, words) -> None:
+    """Named in the error, with the trainer to use instead."""
+    made_with(monkeypatch, operator.attrgetter(name)(trl), attribute)
+    with pytest.raises(ValueError, match=f"expected options that Exact{name.rpartition('.')[2]} supports, got .*{words}.*trl.{name}"):
+        make(folder, teacher)
 
 
-def test_distillation_settings_that_are_not_supported(folder, teacher, tmp_path) -> None:
+@BOTH
+def test_settings_that_are_not_supported(folder, teacher, tmp_path, make, name) -> None:
     """They fail when the trainer is made."""
-    with pytest.raises(ValueError, match=r"args.beta: expected 0 \(forward KL\) or 1 \(reverse KL\), got 0.5; use trl.DistillationTrainer"):
-        distillation(folder, teacher, beta=0.5)
+    with pytest.raises(ValueError, match=rf"args.beta: expected 0 \(forward KL\) or 1 \(reverse KL\), got 0.5; use trl.{name}"):
+        make(folder, teacher, beta=0.5)
     with pytest.raises(ValueError, match="got torch_compile"):
-        distillation(folder, teacher, torch_compile=True)
-    with pytest.raises(ValueError, match="got no teacher_model"):
-        distillation(folder, None)
+        make(folder, teacher, torch_compile=True)
     with pytest.raises(ValueError, match="expected a KLCallback without controller"):
-        distillation(folder, teacher, callbacks=[KLCallback(FixedBeta(0.1))])
+        make(folder, teacher, callbacks=[KLCallback(FixedBeta(0.1))])
+    with pytest.raises(ValueError, match="expected one KLCallback, got 2"):
+        make(folder, teacher, callbacks=[KLCallback(), KLCallback()])
     capped = transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")
     with pytest.raises(ValueError, match="teacher_model: expected the student's soft cap, None, got 2.0"):
-        distillation(folder, tiny(tmp_path / "gemma", capped))
+        make(folder, tiny(tmp_path / "gemma", capped))
+
+
+def test_distillation_without_a_teacher(folder) -> None:
+    with pytest.raises(ValueError, match="got no teacher_model"):
+        distillation(folder, None)

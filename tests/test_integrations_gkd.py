@@ -6,11 +6,11 @@ import cases
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from trl_cases import ROUNDING, SIZES, V, adapter_config, assert_same, exact_kl, gkd, gradients, made_with, tiny, transformers, trl
+from trl_cases import ROUNDING, SIZES, V, adapter_config, assert_same, exact_kl, gkd, gradients, tiny, transformers, trl
 
 from fastkl.integrations.gkd import ExactGKDTrainer
 from fastkl.integrations.transformers import KLCallback
-from fastkl.rl import FixedBeta, KLMonitor
+from fastkl.rl import KLMonitor
 
 GKDTrainer = trl.experimental.gkd.GKDTrainer
 EPS = torch.finfo(torch.float32).eps
@@ -152,27 +152,8 @@ def test_inside_ddps_forward(folder, teacher, tmp_path) -> None:
 # ---- what is refused
 
 
-@pytest.mark.parametrize("attribute, words", [("is_fsdp_enabled", "fsdp"), ("is_deepspeed_enabled", "deepspeed"), ("_is_vlm", "multimodal")])
-def test_options_that_are_not_supported(folder, teacher, monkeypatch, attribute, words) -> None:
-    """Named in the error."""
-    made_with(monkeypatch, GKDTrainer, attribute)
-    with pytest.raises(ValueError, match=f"expected options that ExactGKDTrainer supports, got .*{words}.*trl.experimental.gkd.GKDTrainer"):
-        gkd(folder, teacher)
-
-
-def test_settings_that_are_not_supported(folder, teacher, tmp_path) -> None:
-    """They fail when the trainer is made."""
-    with pytest.raises(ValueError, match=r"args.beta: expected 0 \(forward KL\) or 1 \(reverse KL\), got 0.5; use trl.experimental.gkd.GKDTrainer"):
-        gkd(folder, teacher, beta=0.5)
-    with pytest.raises(ValueError, match="got torch_compile"):
-        gkd(folder, teacher, torch_compile=True)
-    with pytest.raises(ValueError, match="expected a KLCallback without controller"):
-        gkd(folder, teacher, callbacks=[KLCallback(FixedBeta(0.1))])
-    with pytest.raises(ValueError, match="expected one KLCallback, got 2"):
-        gkd(folder, teacher, callbacks=[KLCallback(), KLCallback()])
-    capped = transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")
-    with pytest.raises(ValueError, match="teacher_model: expected the student's soft cap, None, got 2.0"):
-        gkd(folder, tiny(tmp_path / "gemma", capped))
+def test_models_that_are_not_supported(folder, teacher, tmp_path) -> None:
+    """They fail when the trainer is made; what it refuses as the other trainer does is in test_integrations_distillation.py."""
     with pytest.raises(ValueError, match="got GraniteForCausalLM"):
         gkd(folder, tiny(tmp_path / "granite", transformers.GraniteConfig(**SIZES, logits_scaling=8.0)))
     peft = pytest.importorskip("peft")
