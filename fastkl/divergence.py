@@ -9,7 +9,7 @@ from ._ops import row_statistics
 
 # What one pass of the kernels holds: kernels.row_finish.LARGE_KL and kernels.row_math.LARGEST_D.
 ONE_PASS_KL = 32.0
-ONE_PASS_D = 96.0
+ONE_PASS_D = 60.0
 
 
 def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
@@ -61,7 +61,7 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
                    mask: torch.Tensor | None = None) -> torch.Tensor:
     """Which rows the Triton kernels read again, because one pass cannot hold them: a diagnostic, not for the training loop.
 
-    A row is read again if it holds an infinity or a NaN, if its KL in either direction is 32 nats or more, or if some entry is more than e^96
+    A row is read again if it holds an infinity or a NaN, if its KL in either direction is 32 nats or more, or if some entry is more than e^60
     times as probable under Q as under P (relative to the row's mean log-ratio). Such a row costs about five reads instead of one.
     kl_divergence alone does not look at the other direction: there these rows are an upper bound.
 

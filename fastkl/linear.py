@@ -10,6 +10,8 @@ from . import _checks, _linear_ops, _rows, backend
 from .tokens import TokenStats
 
 REDUCTIONS = ("none", "sum", "mean")
+# Asked for once: torch.compile cannot trace the question in every release.
+_AUTOCAST_DEVICES = frozenset(name for name in ("cpu", "cuda") if torch.amp.is_autocast_available(name))
 
 
 def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, ref_hidden: torch.Tensor | None = None,
@@ -198,6 +200,6 @@ def _autocast(value: torch.Tensor | None) -> torch.Tensor | None:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
         return value
     device = value.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return value
     return value.to(torch.get_autocast_dtype(device))

@@ -10,9 +10,8 @@ from typing import Any
 import triton
 
 from . import config
-from .launch import EXACT_ROWS, EXACT_THREADS, OPTIONS, exact_options
+from .launch import FINISH_ROWS, FINISH_THREADS, OPTIONS, finish_options
 from .row_backward import row_backward
-from .row_exact import row_exact
 from .row_finish import row_finish
 from .row_forward import row_forward
 
@@ -75,7 +74,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     backward = config.select("backward", arch, itemsize, VOCABULARY)
     plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0)
     placing = dict(LANES=lanes, REALIGN=not aligned, Q_IN_BLOCKS=True)
-    shape = dict(SEGMENT=forward.segment, THREADS=forward.threads, GROUPS=forward.groups, **placing)
+    shape = dict(SEGMENT=forward.segment, THREADS=forward.threads, GROUPS=forward.groups, PREFETCH=forward.prefetch, **placing)
     specializations = []
     for name, entropy, kl, reverse in (("kl_divergence", False, True, False), ("token_stats", True, True, True),
                                        ("token_stats_policy_only", True, False, False)):
@@ -90,12 +89,10 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
             elsewhere = {**shape, **plain, **fields, "Q_IN_BLOCKS": False}
             specializations.append(_specialization(f"{name}.forward_q_elsewhere", row_forward, elsewhere, dtype, forward.threads // warp,
                                                    forward.groups * lanes, forward.options(arch)))
-        results = dict(HAS_TOKENS=name != "kl_divergence", **plain, **fields)
-        without_mask = {key: value for key, value in results.items() if key != "HAS_MASK"}
-        splits = triton.next_power_of_2(math.ceil(VOCABULARY / forward.segment))
-        specializations.append(_specialization(f"{name}.finish", row_finish, dict(SPLITS=splits, **results), dtype, 1, 1))
-        specializations.append(_specialization(f"{name}.exact", row_exact, dict(ROWS=EXACT_ROWS, THREADS=EXACT_THREADS, **placing, **without_mask),
-                                               dtype, EXACT_THREADS // warp, lanes, exact_options(arch, warp)))
+        finish = dict(SPLITS=triton.next_power_of_2(math.ceil(VOCABULARY / forward.segment)), ROWS=FINISH_ROWS, THREADS=FINISH_THREADS,
+                      READ_AGAIN=True, HAS_TOKENS=name != "kl_divergence", **placing, **plain, **fields)
+        specializations.append(_specialization(f"{name}.finish", row_finish, finish, dtype, FINISH_THREADS // warp, lanes,
+                                               finish_options(arch, warp)))
     for name, fields, wrt_p, wrt_q in (
         ("kl_divergence.backward_p", ("KL",), True, False), ("kl_divergence.backward_q", ("KL",), False, True),
         ("kl_divergence.backward_both", ("KL",), True, True), ("token_stats.backward_p", _FIELDS, True, False),

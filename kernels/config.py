@@ -19,7 +19,7 @@ class RowConfig:
 
     threads: threads of a program; groups: 16-byte blocks of each tensor that a thread holds at once; segment: elements of the row that one
     program reads (threads · groups · elements per block must divide it); measured: what chose the entry; max_registers: the limit given to
-    ptxas (None: its own choice), NVIDIA only.
+    ptxas (None: its own choice), NVIDIA only; prefetch: whether the forward kernel loads a tile while it sums the one before (backward ignores it).
     """
 
     threads: int
@@ -27,6 +27,7 @@ class RowConfig:
     segment: int
     measured: str
     max_registers: int | None = None
+    prefetch: bool = True
 
     def options(self, arch: str, capped: bool = False) -> dict[str, int]:
         """Compiler options of this entry, for logits with or without a soft cap: its temporaries need room too."""

@@ -145,9 +145,10 @@ def row_backward(
     saved_ptr,  # [N, 9] float32, written by row_finish
     upstream_ptr,  # [fields, N] float32: the upstream gradients that are there
     mask_ptr, temperature_ptr,  # as in row_forward
-    temperature, n_rows, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, stride_grad,
-    misaligned,  # elements between a 16-byte boundary and p_ptr
-    V, chunks,
+    temperature: tl.float32, n_rows: tl.int32, n_inner: tl.int32,
+    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64, stride_grad: tl.int64,
+    misaligned: tl.int32,  # elements between a 16-byte boundary and p_ptr
+    V: tl.int32, chunks: tl.int32,
     CHUNK: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
     LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr, REF_KL: tl.constexpr,  # upstream row; -1: none
     WRT_P: tl.constexpr, WRT_Q: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
@@ -172,7 +173,7 @@ def row_backward(
     activity = tl.abs(g_logprob) + tl.abs(g_entropy) + tl.abs(g_ref_logprob) + tl.abs(g_kl) + tl.abs(g_ref_kl)
     if HAS_MASK:
         activity = tl.where(tl.load(mask_ptr + row) != 0, activity, 0.0)
-    scale = row_scale(temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
+    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
     saved = load_saved(saved_ptr + row * SAVED)
     offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     p_row = p_ptr + offset_p

@@ -1,11 +1,10 @@
-"""Exact: rows that one pass cannot hold are read again, from probabilities normalised beforehand."""
+"""Exact: what row_finish does with a row that one pass cannot hold: it is read again, from probabilities normalised beforehand."""
 
 import triton
 import triton.language as tl
 
-from .row_finish import FINITE, SAVED, store_row
-from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale
-from .row_math import LN2, LOG2E, SMALL_D, centred, expm1_over_square, log1p, minus_log1p, soft_cap, split_sum, subtract
+from .row_load import lane_sum, load_elements, load_group
+from .row_math import FINITE, LN2, LOG2E, SMALL_D, centred, expm1_over_square, log1p, minus_log1p, soft_cap, split_sum, subtract
 
 
 @triton.jit
@@ -111,6 +110,8 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
 def means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS: tl.constexpr, LANES: tl.constexpr,
                REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr):
     """E_p[d] and E_q[d] for a given centre, with d as row_backward computes it."""
+    sum_p = tl.zeros([THREADS, LANES], tl.float32)
+    sum_q = tl.zeros([THREADS, LANES], tl.float32)
     sum_pd = tl.zeros([THREADS, LANES], tl.float32)
     sum_qd = tl.zeros([THREADS, LANES], tl.float32)
     for group in range(0, tl.cdiv(V, LANES), THREADS):
@@ -122,52 +123,7 @@ def means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centr
         d = centred(difference, lost, scale, centre, True)
         sum_pd += tl.where(p == 0.0, 0.0, p * d)
         sum_qd += tl.where(q == 0.0, 0.0, q * d)
-    return total(sum_pd), total(sum_qd)
-
-
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
-@triton.jit(do_not_specialize=[
-    "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "misaligned", "V", "n_rows"], do_not_specialize_on_alignment=[
-    "p_ptr", "q_ptr", "tokens_ptr", "temperature_ptr", "saved_ptr", "logprob_ptr", "entropy_ptr", "ref_logprob_ptr", "kl_ptr", "ref_kl_ptr"])
-def row_exact(
-    p_ptr, q_ptr,  # the logits, as in row_forward
-    tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
-    temperature_ptr,  # as in row_forward
-    saved_ptr,  # [N, 9] float32: origin, log2_S, lse_q and what it lost (base 2), centre, log_ratio, E_p[d], E_q[d], entropy
-    logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
-    temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
-    misaligned,  # elements between a 16-byte boundary and p_ptr
-    V, n_rows,
-    ROWS: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr,
-    HAS_TOKENS: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """Per-row results of the rows that row_finish marked by a NaN origin.
-
-    Math:   exact_row; reference.row_statistics is the definition.
-    Grid:   (⌈N / ROWS⌉,): most programs find no marked row and end.
-    Reads:  one saved value per row; 4·V of each tensor for a marked row.
-    Writes: 9 saved values and the fields asked for, per marked row.
-    Saves:  as row_finish.
-    Special values: as exact_row.
-    """
-    for index in range(ROWS):
-        row = tl.program_id(0).to(tl.int64) * ROWS + index
-        if row < n_rows:
-            mark = tl.load(saved_ptr + row * SAVED)
-            if mark != mark:
-                scale = row_scale(temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
-                offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-                p_row = p_ptr + offset_p
-                q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
-                if REALIGN:
-                    pad = row_pad(offset_p, misaligned, LANES)
-                else:
-                    pad = 0
-                order = lane_order(pad, LANES)
-                statistics = exact_row((p_row - pad, p_row, pad, order), (q_row - pad, q_row, pad, order), V, scale, THREADS, LANES, WITH_KL,
-                                       REALIGN, Q_IN_BLOCKS, SOFTCAP)
-                store_row(row, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale,
-                          statistics, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP)
+        sum_p += p
+        sum_q += q
+    # Over the sums of the very same p and q: a GPU's exponentials and logarithms leave these off 1 by more than a rounding.
+    return tl.div_rn(total(sum_pd), total(sum_p)), tl.div_rn(total(sum_qd), total(sum_q))

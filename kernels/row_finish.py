@@ -1,23 +1,23 @@
-"""Finish: the row's statistics from its partial states. Rows that one pass could not hold are left to row_exact."""
+"""Finish: the statistics of rows from their partial states. Rows that one pass could not hold are read again here (row_exact.py)."""
 
 import triton
 import triton.language as tl
 
-from .row_load import row_offset, row_scale
-from .row_math import LN2, LOG2E, LOWEST, STATE, forward_kl, log1p, merge_states, reverse_kl, soft_cap, split_sum
+from .row_exact import exact_row
+from .row_load import lane_order, row_offset, row_pad, row_scale
+from .row_math import FINITE, LN2, LOG2E, LOWEST, STATE, forward_kl, log1p, merge_states, reverse_kl, soft_cap, split_sum
 
 # Above this KL, in nats, one pass may lose digits of the other direction; real policies stay far below.
 LARGE_KL = tl.constexpr(32.0)
-FINITE = tl.constexpr(3.0e38)
 # float32 values per row that backward needs.
 SAVED = tl.constexpr(9)
 
 
 @triton.jit
-def load_state(state_ptr, first, splits, SPLITS: tl.constexpr, FIELD: tl.constexpr, OTHER: tl.constexpr):
-    """One field of a row's partial states, [SPLITS] (a power of two; those beyond `splits` are empty states)."""
-    index = tl.arange(0, SPLITS)
-    return tl.load(state_ptr + (first + index) * STATE + FIELD, mask=index < splits, other=OTHER)
+def load_state(state_ptr, rows, there, splits, SPLITS: tl.constexpr, FIELD: tl.constexpr, OTHER: tl.constexpr):
+    """One field of the partial states of rows [ROWS], [SPLITS, ROWS]; SPLITS is a power of two, those beyond `splits` are empty states."""
+    index = tl.arange(0, SPLITS)[:, None]
+    return tl.load(state_ptr + (rows[None, :] * splits + index) * STATE + FIELD, mask=(index < splits) & there[None, :], other=OTHER)
 
 
 @triton.jit
@@ -30,42 +30,42 @@ def q_partition(origin, log2_S, centre, log_ratio):
 
 
 @triton.jit
-def merged_row(state_ptr, row, splits, SPLITS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
-    """The row's statistics from its partial states, as exact_row returns them, and whether they hold."""
-    first = row * splits
-    origin = load_state(state_ptr, first, splits, SPLITS, 0, LOWEST)
-    S = load_state(state_ptr, first, splits, SPLITS, 1, 0.0)
+def merged_rows(state_ptr, rows, there, splits, SPLITS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
+    """The statistics of rows [ROWS] from their partial states, as exact_row returns them, and whether they hold."""
+    origin = load_state(state_ptr, rows, there, splits, SPLITS, 0, LOWEST)
+    S = load_state(state_ptr, rows, there, splits, SPLITS, 1, 0.0)
     A = S * 0.0
     W = A
     U = A
     R = A
     centre = A
     if WITH_ENTROPY:
-        A = load_state(state_ptr, first, splits, SPLITS, 2, 0.0)
+        A = load_state(state_ptr, rows, there, splits, SPLITS, 2, 0.0)
     if WITH_KL:
-        W = load_state(state_ptr, first, splits, SPLITS, 3, 0.0)
-        U = load_state(state_ptr, first, splits, SPLITS, 4, 0.0)
+        W = load_state(state_ptr, rows, there, splits, SPLITS, 3, 0.0)
+        U = load_state(state_ptr, rows, there, splits, SPLITS, 4, 0.0)
         if WITH_REVERSE:
-            R = load_state(state_ptr, first, splits, SPLITS, 5, 0.0)
-        centre = load_state(state_ptr, first, splits, SPLITS, 6, 0.0)
+            R = load_state(state_ptr, rows, there, splits, SPLITS, 5, 0.0)
+        centre = load_state(state_ptr, rows, there, splits, SPLITS, 6, 0.0)
     origin, S, A, W, U, R, centre = merge_states(origin, S, A, W, U, R, centre, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     holds = (S > 0.0) & (S + tl.abs(A) + tl.abs(W) + tl.abs(U) + tl.abs(R) < FINITE)
     log2_S = tl.log2(S)
-    entropy = (log2_S - A / S) * LN2
+    entropy = (log2_S - tl.div_rn(A, S)) * LN2
     kl = entropy * 0.0
     ref_kl = kl
     log_ratio = kl
     mean_d = kl
     mean_q_d = kl
     if WITH_KL:
-        mean_h = tl.maximum(U / S, 0.0)
-        mean_d = W / S
+        # Rounded once: on a peaked row the gradient is what is left of d - E_p[d], and a GPU's plain division may be off by two units.
+        mean_h = tl.maximum(tl.div_rn(U, S), 0.0)
+        mean_d = tl.div_rn(W, S)
         log_ratio = log1p(mean_h + mean_d)
         kl = forward_kl(mean_h, mean_d)
         holds = holds & (kl < LARGE_KL)
         if WITH_REVERSE:
-            ref_kl = reverse_kl(R / S, mean_h, mean_d)
-            mean_q_d = (R + W) / (S + U + W)
+            ref_kl = reverse_kl(tl.div_rn(R, S), mean_h, mean_d)
+            mean_q_d = tl.div_rn(R + W, S + U + W)
             holds = holds & (ref_kl < LARGE_KL)
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     lse_q = log2_S
@@ -76,93 +76,120 @@ def merged_row(state_ptr, row, splits, SPLITS: tl.constexpr, WITH_ENTROPY: tl.co
 
 
 @triton.jit
-def store_row(row, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, statistics,
-              HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Write a row's saved values and its fields; `statistics` as merged_row and exact_row return them."""
+def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, statistics,
+               HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Write the saved values and the fields of one row or of several, where `stored`; `statistics` as merged_rows and exact_row return them."""
     origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, entropy, kl, ref_kl = statistics
-    saved_ptr += row * SAVED
-    tl.store(saved_ptr, origin)
-    tl.store(saved_ptr + 1, log2_S)
-    tl.store(saved_ptr + 2, lse_q)
-    tl.store(saved_ptr + 3, lost_q)
-    tl.store(saved_ptr + 4, centre)
-    tl.store(saved_ptr + 5, log_ratio)
-    tl.store(saved_ptr + 6, mean_p_d)
-    tl.store(saved_ptr + 7, mean_q_d)
-    tl.store(saved_ptr + 8, entropy)
+    saved_ptr += rows * SAVED
+    tl.store(saved_ptr, origin, mask=stored)
+    tl.store(saved_ptr + 1, log2_S, mask=stored)
+    tl.store(saved_ptr + 2, lse_q, mask=stored)
+    tl.store(saved_ptr + 3, lost_q, mask=stored)
+    tl.store(saved_ptr + 4, centre, mask=stored)
+    tl.store(saved_ptr + 5, log_ratio, mask=stored)
+    tl.store(saved_ptr + 6, mean_p_d, mask=stored)
+    tl.store(saved_ptr + 7, mean_q_d, mask=stored)
+    tl.store(saved_ptr + 8, entropy, mask=stored)
     if WITH_ENTROPY:
-        tl.store(entropy_ptr + row, entropy)
+        tl.store(entropy_ptr + rows, entropy, mask=stored)
     if WITH_KL:
-        tl.store(kl_ptr + row, kl)
+        tl.store(kl_ptr + rows, kl, mask=stored)
     if WITH_REVERSE:
-        tl.store(ref_kl_ptr + row, ref_kl)
+        tl.store(ref_kl_ptr + rows, ref_kl, mask=stored)
     if HAS_TOKENS:
-        token = tl.load(tokens_ptr + row)
+        token = tl.load(tokens_ptr + rows, mask=stored, other=-1)
         inside = (token >= 0) & (token < V)
         x = soft_cap(tl.load(p_row + token, mask=inside, other=float("nan")).to(tl.float32), SOFTCAP, p_row.dtype.element_ty)
-        tl.store(logprob_ptr + row, (tl.fma(x, scale * LOG2E, -origin) - log2_S) * LN2)
+        tl.store(logprob_ptr + rows, (tl.fma(x, scale * LOG2E, -origin) - log2_S) * LN2, mask=stored)
         if WITH_KL:
             y = soft_cap(tl.load(q_row + token, mask=inside, other=float("nan")).to(tl.float32), SOFTCAP, q_row.dtype.element_ty)
-            tl.store(ref_logprob_ptr + row, (tl.fma(y, scale * LOG2E, -lse_q) - lost_q) * LN2)
+            tl.store(ref_logprob_ptr + rows, (tl.fma(y, scale * LOG2E, -lse_q) - lost_q) * LN2, mask=stored)
 
 
 @triton.jit
-def store_zeros(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, HAS_TOKENS: tl.constexpr,
+def store_zeros(rows, stored, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, HAS_TOKENS: tl.constexpr,
                 WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
-    """Write the zeros of a masked row."""
-    index = tl.arange(0, 16)
-    tl.store(saved_ptr + row * SAVED + index, tl.zeros([16], tl.float32), mask=index < SAVED)
+    """Write the zeros of masked rows."""
+    zeros = tl.zeros([rows.shape[0]], tl.float32)
+    for value in tl.static_range(SAVED):
+        tl.store(saved_ptr + rows * SAVED + value, zeros, mask=stored)
     if HAS_TOKENS:
-        tl.store(logprob_ptr + row, 0.0)
+        tl.store(logprob_ptr + rows, zeros, mask=stored)
         if WITH_KL:
-            tl.store(ref_logprob_ptr + row, 0.0)
+            tl.store(ref_logprob_ptr + rows, zeros, mask=stored)
     if WITH_ENTROPY:
-        tl.store(entropy_ptr + row, 0.0)
+        tl.store(entropy_ptr + rows, zeros, mask=stored)
     if WITH_KL:
-        tl.store(kl_ptr + row, 0.0)
+        tl.store(kl_ptr + rows, zeros, mask=stored)
     if WITH_REVERSE:
-        tl.store(ref_kl_ptr + row, 0.0)
+        tl.store(ref_kl_ptr + rows, zeros, mask=stored)
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
-    "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "V", "splits"], do_not_specialize_on_alignment=[
+    "temperature", "n_rows", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
+    "misaligned", "V", "splits"], do_not_specialize_on_alignment=[
     "state_ptr", "p_ptr", "q_ptr", "tokens_ptr", "mask_ptr", "temperature_ptr", "saved_ptr", "logprob_ptr", "entropy_ptr", "ref_logprob_ptr",
     "kl_ptr", "ref_kl_ptr"])
 def row_finish(
-    state_ptr,  # [N, splits, 8] float32, written by row_forward
+    state_ptr,  # [N, splits, 7] float32, written by row_forward
     p_ptr, q_ptr,  # the logits, as in row_forward
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     mask_ptr, temperature_ptr,  # as in row_forward
     saved_ptr,  # [N, 9] float32: origin, log2_S, lse_q and what it lost (base 2), centre, log_ratio, E_p[d], E_q[d], entropy
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
-    temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner, V, splits,
+    temperature: tl.float32, n_rows: tl.int32, n_inner: tl.int32,
+    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
+    misaligned: tl.int32,  # elements between a 16-byte boundary and p_ptr
+    V: tl.int32, splits: tl.int32,
+    ROWS: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr,
     SPLITS: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    READ_AGAIN: tl.constexpr,  # False leaves a row whose sums do not hold with a NaN as its saved origin and no fields
 ):
     """Per-row results from the partial states.
 
-    Math:   row_math.py's formulas; reference.row_statistics is the definition.
-    Grid:   (N,).
-    Reads:  7·splits per row and one logit of each tensor.
+    Math:   row_math.py's formulas, exact_row for a row whose sums do not hold; reference.row_statistics is the definition.
+    Grid:   (⌈N / ROWS⌉,): ROWS rows at once in the threads of a program.
+    Reads:  7·splits per row and one logit of each tensor; 4·V of each for a row that is read again, nothing of a masked row.
     Writes: 9 saved values and the fields asked for, per row; zeros for a masked row.
     Saves:  what row_backward needs: 36 bytes per row.
-    Special values: a row whose sums do not hold (infinities, a NaN, KL of 32 nats or more) gets a NaN as saved origin, and no fields: row_exact
-            comes next. A token outside 0 … V-1 reads nothing and gives NaN.
+    Special values: a row whose sums do not hold (infinities, a NaN, KL of 32 nats or more) is read again. A token outside 0 … V-1 reads nothing
+            and gives NaN.
     """
-    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    there = rows < n_rows
     if HAS_MASK:
-        if tl.load(mask_ptr + row) == 0:
-            store_zeros(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, HAS_TOKENS, WITH_ENTROPY, WITH_KL,
-                        WITH_REVERSE)
-            return
-    scale = row_scale(temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
-    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-    q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
-    statistics, holds = merged_row(state_ptr, row, splits, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
-    if holds:
-        store_row(row, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, statistics,
-                  HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP)
-    else:
-        tl.store(saved_ptr + row * SAVED, float("nan"))
+        counts = tl.load(mask_ptr + rows, mask=there, other=0) != 0
+        store_zeros(rows, there & (counts == 0), saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, HAS_TOKENS,
+                    WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+        there = there & counts
+    scale = row_scale(temperature_ptr, temperature, rows, there, TEMPERATURE_PER_ROW)
+    p_rows = p_ptr + row_offset(rows, n_inner, stride_p_outer, stride_p_inner)
+    q_rows = q_ptr + row_offset(rows, n_inner, stride_q_outer, stride_q_inner)
+    statistics, holds = merged_rows(state_ptr, rows, there, splits, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    store_rows(rows, there & holds, p_rows, q_rows, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale,
+               statistics, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP)
+    again = there & (holds == 0)
+    if not READ_AGAIN:
+        tl.store(saved_ptr + rows * SAVED, tl.full([ROWS], float("nan"), tl.float32), mask=again)
+    elif tl.max(again.to(tl.int32), 0) > 0:
+        for index in range(ROWS):
+            if tl.max(tl.where(tl.arange(0, ROWS) == index, again.to(tl.int32), 0), 0) > 0:
+                row = first + index
+                row_there = row < n_rows
+                row_scale_here = row_scale(temperature_ptr, temperature, row, row_there, TEMPERATURE_PER_ROW)
+                offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
+                p_row = p_ptr + offset_p
+                q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
+                if REALIGN:
+                    pad = row_pad(offset_p, misaligned, LANES)
+                else:
+                    pad = 0
+                order = lane_order(pad, LANES)
+                exact = exact_row((p_row - pad, p_row, pad, order), (q_row - pad, q_row, pad, order), V, row_scale_here, THREADS, LANES, WITH_KL,
+                                  REALIGN, Q_IN_BLOCKS, SOFTCAP)
+                store_rows(row, row_there, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V,
+                           row_scale_here, exact, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP)

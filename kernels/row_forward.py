@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale
+from .row_load import fetch_group, lane_order, lane_sum, load_elements, read_group, row_offset, row_pad, row_scale
 from .row_math import (
     LARGEST_D,
     LOG2E,
@@ -23,46 +23,56 @@ from .row_math import (
 
 
 @triton.jit
-def kl_terms(e, exponent, d, WITH_REVERSE: tl.constexpr):
-    """e·d, e·(expm1(d) - d) and e·expm1(d). e·e^d is one exponential of its own: it stays right where e underflows or e^d overflows."""
-    ed = e * d
-    small = tl.abs(d) < SMALL_D
-    near = ed * (d * expm1_over_square(d))
-    f = tl.exp2(tl.fma(d, LOG2E, exponent))
-    u = tl.where(small, near, (f - e) - ed)
-    if WITH_REVERSE:
-        rise = tl.where(small, ed + near, f - e)
-    else:
-        rise = u
-    return ed, u, rise
+def expm1_minus_any(d):
+    """expm1(d) - d and d², for d up to LARGEST_D; relative to itself right to 3e-6, from the polynomial where it is small."""
+    square = d * d
+    beyond = (tl.exp2(d * LOG2E) - 1.0) - d
+    return tl.where(tl.abs(d) < SMALL_D, square * expm1_over_square(d), beyond), square
 
 
 @triton.jit
-def load_tile(p_block, q_block, q_row, first_group, pad, order, V, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-              WITH_KL: tl.constexpr, EXACT: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr,
-              EDGE: tl.constexpr):
-    """GROUPS groups per thread: x, y - x and what its rounding lost, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
+def fetch_tile(p_block, q_block, q_row, first_group, pad, V, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+               WITH_KL: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, EDGE: tl.constexpr):
+    """The loads of GROUPS groups per thread and nothing that waits for them: ((P's, Q's), ...), as read_tile takes them."""
+    tile = ()
+    for g in tl.static_range(GROUPS):
+        group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
+        p = fetch_group(p_block, group, pad, V, REALIGN, EDGE, LANES)
+        if not WITH_KL:
+            q = p
+        elif Q_IN_BLOCKS:
+            q = fetch_group(q_block, group, pad, V, REALIGN, EDGE, LANES)
+        else:
+            q = load_elements(q_row, group, pad, V, EDGE, LANES)
+        tile += ((p, q),)
+    return tile
+
+
+@triton.jit
+def read_tile(tile, first_group, pad, order, V, P_TYPE: tl.constexpr, Q_TYPE: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr,
+              GROUPS: tl.constexpr, WITH_KL: tl.constexpr, EXACT: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
+              SOFTCAP: tl.constexpr, EDGE: tl.constexpr):
+    """Of each group: x, y - x and what its rounding lost, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
     xs = ()
     differences = ()
     losts = ()
     insides = ()
     for g in tl.static_range(GROUPS):
-        group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
-        x = soft_cap(load_group(p_block, group, pad, V, REALIGN, EDGE, LANES), SOFTCAP, p_block.dtype.element_ty)
-        inside = group * LANES + order < V
+        p, q = tile[g]
+        x = soft_cap(read_group(p, pad, P_TYPE, REALIGN, LANES), SOFTCAP, P_TYPE)
+        inside = (first_group + g * THREADS + tl.arange(0, THREADS)[:, None]) * LANES + order < V
         if EDGE:
             x = tl.where(inside, x, LOWEST)
         difference = x
         lost = x
         if WITH_KL:
             if Q_IN_BLOCKS:
-                y = load_group(q_block, group, pad, V, REALIGN, EDGE, LANES)
+                y = read_group(q, pad, Q_TYPE, REALIGN, LANES)
             else:
-                y = load_elements(q_row, group, pad, V, EDGE, LANES)
-            y = soft_cap(y, SOFTCAP, q_block.dtype.element_ty)
-            difference, lost = subtract(y, x, EXACT)
+                y = q
+            difference, lost = subtract(soft_cap(y, SOFTCAP, Q_TYPE), x, EXACT)
             if EDGE:
-                # Far below every real difference, with weight 0: it adds nothing and is never the largest.
+                # Far below every real difference: never the largest.
                 difference = tl.where(inside, difference, LOWEST)
                 lost = tl.where(inside, lost, 0.0)
         xs += (x,)
@@ -83,15 +93,12 @@ def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, 
     new_origin = tl.maximum(origin, tl.floor(peak * scale2))
     S, A, W, U, R = rescale_to(new_origin, origin, S, A, W, U, R, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
 
-    exponents = ()
     es = ()
     for g in tl.static_range(GROUPS):
         exponent = tl.fma(xs[g], scale2, -new_origin[:, None])
         e = tl.exp2(exponent)
         if EDGE:
             e = tl.where(insides[g], e, 0.0)
-            exponent = tl.where(insides[g], exponent, NO_WEIGHT)
-        exponents += (exponent,)
         es += (e,)
         if g == 0:
             lane_S = e
@@ -109,23 +116,32 @@ def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, 
     if WITH_ENTROPY:
         A = A + lane_sum(lane_A)
     if WITH_KL:
-        # A tile that outweighs all before it brings its own centre: its mean difference.
-        own_centre = lane_sum(lane_D) / tile_S * scale
+        # A tile that outweighs all before it brings its own centre: its mean difference, as well rounded as may be, since on a peaked row what is
+        # left of d at the peak is all that its gradient is made of. Such a tile holds the thread's peak, so that its sum is 1/2 or more: a reciprocal
+        # square root and a correction make the quotient, at half of what a division costs.
+        tile_D = lane_sum(lane_D)
+        reciprocal = tl.rsqrt(tile_S * tile_S)
+        mean = tile_D * reciprocal
+        own_centre = tl.fma(tl.fma(-mean, tile_S, tile_D), reciprocal, mean) * scale
         delta = tl.where((tile_S > S * OUTWEIGHS), own_centre - centre, 0.0)
         W, U, R = move_centre(S, W, U, R, tl.where(S > 0.0, delta, 0.0), WITH_REVERSE)
         centre = centre + delta
         for g in tl.static_range(GROUPS):
             largest = tl.maximum(largest, tl.max(differences[g], 1))
             d = centred(differences[g], losts[g], scale, centre[:, None], EXACT)
-            w, u, rise = kl_terms(es[g], exponents[g], d, WITH_REVERSE)
+            if EDGE:
+                d = tl.where(insides[g], d, 0.0)
+            h, square = expm1_minus_any(d)
+            # d·expm1(d) = d·h + d²
+            r = tl.fma(d, h, square)
             if g == 0:
-                lane_W = w
-                lane_U = u
-                lane_R = d * rise
+                lane_W = es[g] * d
+                lane_U = es[g] * h
+                lane_R = es[g] * r
             else:
-                lane_W = lane_W + w
-                lane_U = lane_U + u
-                lane_R = tl.fma(d, rise, lane_R)
+                lane_W = tl.fma(es[g], d, lane_W)
+                lane_U = tl.fma(es[g], h, lane_U)
+                lane_R = tl.fma(es[g], r, lane_R)
         W = W + lane_sum(lane_W)
         U = U + lane_sum(lane_U)
         if WITH_REVERSE:
@@ -145,13 +161,14 @@ def row_forward(
     state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre
     mask_ptr,  # [N] bool; any pointer without HAS_MASK
     temperature_ptr,  # [N] float32; any pointer without TEMPERATURE_PER_ROW
-    temperature, n_inner, stride_p_outer, stride_p_inner, stride_q_outer, stride_q_inner,
-    misaligned,  # elements between a 16-byte boundary and p_ptr
-    V, splits,
+    temperature: tl.float32, n_inner: tl.int32,
+    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
+    misaligned: tl.int32,  # elements between a 16-byte boundary and p_ptr
+    V: tl.int32, splits: tl.int32,
     SEGMENT: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
     HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
-    REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
+    REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, PREFETCH: tl.constexpr,
     SOFTCAP: tl.constexpr,  # logits are SOFTCAP·tanh(logits/SOFTCAP), 0 for none; a constant of the model
 ):
     """Partial statistics of one segment of one row.
@@ -169,7 +186,7 @@ def row_forward(
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
             return
-    scale = row_scale(temperature_ptr, temperature, row, TEMPERATURE_PER_ROW)
+    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
     offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
     if REALIGN:
@@ -193,14 +210,29 @@ def row_forward(
     TILE_GROUPS: tl.constexpr = THREADS * GROUPS
     n_groups = tl.minimum(SEGMENT, V - first) // LANES
     full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
+    P_TYPE: tl.constexpr = p_ptr.dtype.element_ty
+    Q_TYPE: tl.constexpr = q_ptr.dtype.element_ty
+    if PREFETCH:
+        # The next tile's loads are on their way while this one is summed; after the last full tile it is read once more, from a cache.
+        begin = first // LANES
+        last = tl.maximum(full_end - TILE_GROUPS, begin)
+        ahead = fetch_tile(p_block, q_block, q_row, begin, pad, tl.where(full_end > begin, V, 0), THREADS, LANES, GROUPS, WITH_KL, REALIGN,
+                           Q_IN_BLOCKS, True)
     for group in range(first // LANES, full_end, TILE_GROUPS):
-        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, THREADS, LANES, GROUPS,
-                                             WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, False)
+        if PREFETCH:
+            tile = ahead
+            ahead = fetch_tile(p_block, q_block, q_row, tl.minimum(group + TILE_GROUPS, last), pad, V, THREADS, LANES, GROUPS, WITH_KL, REALIGN,
+                               Q_IN_BLOCKS, False)
+        else:
+            tile = fetch_tile(p_block, q_block, q_row, group, pad, V, THREADS, LANES, GROUPS, WITH_KL, REALIGN, Q_IN_BLOCKS, False)
+        xs, differences, losts, insides = read_tile(tile, group, pad, order, V, P_TYPE, Q_TYPE, THREADS, LANES, GROUPS, WITH_KL, EXACT, REALIGN,
+                                                    Q_IN_BLOCKS, SOFTCAP, False)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, False)
     if full_end * LANES < tl.minimum(first + SEGMENT, V):
-        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, THREADS, LANES, GROUPS,
-                                             WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, True)
+        tile = fetch_tile(p_block, q_block, q_row, full_end, pad, V, THREADS, LANES, GROUPS, WITH_KL, REALIGN, Q_IN_BLOCKS, True)
+        xs, differences, losts, insides = read_tile(tile, full_end, pad, order, V, P_TYPE, Q_TYPE, THREADS, LANES, GROUPS, WITH_KL, EXACT, REALIGN,
+                                                    Q_IN_BLOCKS, SOFTCAP, True)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, True)
 

@@ -18,6 +18,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Below this |d| a polynomial replaces e^d - 1 - d, which cancels there.
 SMALL_D = tl.constexpr(0.25)
+# What every finite sum stays below.
+FINITE = tl.constexpr(3.0e38)
 # float32 values of a partial state in memory.
 STATE = tl.constexpr(7)
 # Where a running peak starts: finite, so that differences of peaks are never (-inf) - (-inf). A whole number, as every origin.
@@ -28,8 +30,8 @@ NO_WEIGHT = tl.constexpr(-256.0)
 OUTWEIGHS = tl.constexpr(8.0)
 # Below this |x/cap| a polynomial replaces tanh, whose usual form cancels there.
 SMALL_TANH = tl.constexpr(0.5)
-# The largest d that the sums may hold: e^d·e^x is taken as 2^(d·log2(e) + exponent of e^x), whose rounding grows with the exponent.
-LARGEST_D = tl.constexpr(96.0)
+# The largest d that the sums may hold: e^x is 0 from 87 below the peak on, and e^x·e^d would be missed if it still counted there.
+LARGEST_D = tl.constexpr(60.0)
 
 
 @triton.jit
@@ -187,6 +189,6 @@ def merge_states(origin, S, A, W, U, R, centre, WITH_ENTROPY: tl.constexpr, WITH
     row_centre = total * 0.0
     if WITH_KL:
         # A centre off by δ would leave U larger than the KL by δ²/2, and its digits lost.
-        row_centre = tl.sum(tl.where(S > 0.0, tl.fma(S, centre, W), 0.0), 0) / total
+        row_centre = tl.div_rn(tl.sum(tl.where(S > 0.0, tl.fma(S, centre, W), 0.0), 0), total)
         W, U, R = move_centre(S, W, U, R, tl.where(S > 0.0, row_centre - centre, 0.0), WITH_REVERSE)
     return row_origin, total, tl.sum(A, 0), tl.sum(W, 0), tl.sum(U, 0), tl.sum(R, 0), row_centre

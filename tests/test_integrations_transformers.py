@@ -347,7 +347,8 @@ def test_waits_per_optimizer_step(monitor, waits) -> None:
             step_with(monitor, "cuda")
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchroniz" in str(warning.message) for warning in caught) == waits
+    found = [f"{warning.filename}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(found) == waits, found
 
 
 def test_a_callback_that_hears_nothing(tmp_path) -> None:

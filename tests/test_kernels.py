@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import random
@@ -230,7 +231,7 @@ def test_backward_in_place(implementation, vocabulary, fields, dtype) -> None:
 
 def kernels() -> dict:
     """The kernels that a call launches."""
-    return {name: getattr(launch, name) for name in ("row_forward", "row_finish", "row_exact", "row_backward")}
+    return {name: getattr(launch, name) for name in ("row_forward", "row_finish", "row_backward")}
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter does not specialize")
@@ -239,6 +240,40 @@ def test_numbers_are_not_specialized(name) -> None:
     """No number that changes from call to call takes part in a kernel's key: only pointers and compile-time values do."""
     for parameter in kernels()[name].params:
         assert parameter.is_constexpr or parameter.name.endswith("_ptr") or parameter.do_not_specialize, parameter.name
+
+
+def test_arguments_come_in_the_order_of_the_signatures(implementation, monkeypatch) -> None:
+    """A compiled kernel takes its arguments by position."""
+    start, seen = launch._start, set()
+
+    def checked(kernel, programs, arguments, constants, options):
+        assert [*arguments, *constants] == list(inspect.signature(kernel.fn).parameters)
+        seen.add(kernel)
+        start(kernel, programs, arguments, constants, options)
+
+    monkeypatch.setattr(launch, "_start", checked)
+    outcome(*data(300, torch.float32, implementation.device))
+    assert seen == {launch.row_forward, launch.row_finish, launch.row_backward}
+
+
+@pytest.mark.gpu
+def test_a_compiled_kernel_is_started_again() -> None:
+    """With other tensors, numbers, masks and types in between: the second call of each has the bits of the first."""
+    def run(dtype: torch.dtype, rows: int, temperature: float, masked: bool) -> list[torch.Tensor]:
+        p, q = (cases.leaf(value.cuda()) for value in cases.pair("normal1", rows, 515, 0.3, dtype=dtype))
+        mask = torch.arange(rows, device="cuda") % 3 != 1 if masked else None
+        stats = token_stats(p, torch.zeros(rows, dtype=torch.int64, device="cuda"), q, temperature=temperature, mask=mask)
+        return [*stats, *torch.autograd.grad(stats, (p, q), [torch.ones(rows, device="cuda")] * 5)]
+
+    calls = [(dtype, rows, temperature, masked) for dtype in (torch.float32, torch.bfloat16) for rows, temperature in ((5, 1.0), (40, 0.5))
+             for masked in (False, True)]
+    launch._compiled.clear()
+    first = [run(*call) for call in calls]
+    compiled = len(launch._compiled)
+    for call, results in zip(reversed(calls), reversed(first), strict=True):
+        for name, again, before in zip(NAMES[3:], run(*call), results, strict=True):
+            cases.assert_same_bits(again, before, f"{name} of {call}")
+    assert len(launch._compiled) == compiled
 
 
 @pytest.mark.gpu
@@ -257,7 +292,7 @@ def test_no_compilation_for_other_lengths() -> None:
 
 
 def test_slow_path_rows_are_those_that_row_finish_marks(implementation, monkeypatch) -> None:
-    """fastkl.slow_path_rows against the marks of the kernels themselves, with row_exact left out."""
+    """fastkl.slow_path_rows against the marks of the kernels themselves, where they do not read rows again."""
     if not implementation.kernels:
         pytest.skip("about the kernels")
     from fastkl.kernels import launch, row_finish, row_math
@@ -270,11 +305,7 @@ def test_slow_path_rows_are_those_that_row_finish_marks(implementation, monkeypa
     q[7] = q[7] * 60.0
     expected = fastkl.slow_path_rows(p, q)
 
-    class Nothing:
-        def __getitem__(self, grid):
-            return lambda **arguments: None
-
-    monkeypatch.setattr(launch, "row_exact", Nothing())
+    monkeypatch.setattr(launch, "READ_AGAIN", False)
     saved = torch.ops.fastkl.row_statistics(p, q, torch.zeros(9, dtype=torch.long, device=p.device), None, None, 1.0,
                                             "logprob,entropy,ref_logprob,kl,ref_kl", "triton")[-1]
     assert torch.equal(saved[:, 0].isnan(), expected)
