@@ -5,6 +5,8 @@ An op that returns a field nobody asked for returns an empty tensor in its place
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,10 @@ from . import _rows
 from ._rows import FIELDS, SAVED
 
 
-def wanted(names: str) -> list[str]:
+@functools.cache
+def wanted(names: str) -> tuple[str, ...]:
     """The names in a comma-separated string: schemas of ops have no lists of names."""
-    return names.split(",") if names else []
+    return tuple(names.split(",")) if names else ()
 
 
 def empty_outputs(p: Tensor, fields: str) -> list[Tensor]:

@@ -62,7 +62,7 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
     """Which rows the Triton kernels read again, because one pass cannot hold them: a diagnostic, not for the training loop.
 
     A row is read again if it holds an infinity or a NaN, if its KL in either direction is 32 nats or more, or if some entry is more than e^60
-    times as probable under Q as under P (relative to the row's mean log-ratio). Such a row costs about five reads instead of one.
+    times as probable under Q as under P (relative to the row's mean log-ratio). Such a row costs about six reads instead of one.
     kl_divergence alone does not look at the other direction: there these rows are an upper bound.
 
     Args: as kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time. No gradient. Raises: as kl_divergence.

@@ -23,7 +23,7 @@ FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 # of such rows is spread over a GPU, enough that the programs of 8192 rows are all there at once.
 FINISH_ROWS = 16
 FINISH_THREADS = 128
-FINISH_REGISTERS = 128
+FINISH_REGISTERS = 168
 # False leaves the rows that one pass does not hold unfinished, with a NaN as their first saved value: how a test sees which these are.
 READ_AGAIN = True
 

@@ -101,15 +101,26 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
         rest = tl.fma(tops, scale, -apart) + tl.fma(tops_lost, scale, ratio)
         centre, lost = split_sum(apart, tl.where(kl < FINITE, rest - kl, rest))
         log_ratio = log1p(t) + tl.where(kl < FINITE, kl, 0.0) + lost
-        mean_p_d, mean_q_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS, LANES, REALIGN,
-                                            Q_IN_BLOCKS, SOFTCAP)
+        mean_p_d, mean_q_d, peak_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, 0.0, THREADS, LANES, REALIGN,
+                                                Q_IN_BLOCKS, SOFTCAP)
+        # The KL is known to 1e-7 of itself only, and the centre with it: once more, from the mean that is left, and counted from P's peak.
+        moved = tl.where(kl < FINITE, centre + mean_p_d, centre)
+        log_ratio -= moved - centre
+        peak_d = tl.where(tl.abs(peak_d) < FINITE, peak_d - (moved - centre), 0.0)
+        centre = moved
+        mean_p_d, mean_q_d, peak_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, peak_d, THREADS, LANES, REALIGN,
+                                                Q_IN_BLOCKS, SOFTCAP)
     return origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, total(sum_plogp) * (-LN2), kl, ref_kl
 
 
 @triton.jit
-def means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, THREADS: tl.constexpr, LANES: tl.constexpr,
+def means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, anchor, THREADS: tl.constexpr, LANES: tl.constexpr,
                REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """E_p[d] and E_q[d] for a given centre, with d as row_backward computes it."""
+    """E_p[d] and E_q[d] for a given centre, with d as row_backward computes it, and d at P's peak.
+
+    The sums count d from `anchor`: from d at the peak, what the peak of a peaked row adds to them is no rounding of d itself.
+    """
+    peak_d = tl.full([THREADS, LANES], float("-inf"), tl.float32)
     sum_p = tl.zeros([THREADS, LANES], tl.float32)
     sum_q = tl.zeros([THREADS, LANES], tl.float32)
     sum_pd = tl.zeros([THREADS, LANES], tl.float32)
@@ -121,9 +132,12 @@ def means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centr
         q = tl.exp2(tl.fma(y - y_top, scale * LOG2E, -q_log2))
         difference, lost = subtract(y, x, True)
         d = centred(difference, lost, scale, centre, True)
-        sum_pd += tl.where(p == 0.0, 0.0, p * d)
-        sum_qd += tl.where(q == 0.0, 0.0, q * d)
+        peak_d = tl.where(x == x_top, tl.maximum(peak_d, d), peak_d)
+        sum_pd += tl.where(p == 0.0, 0.0, p * (d - anchor))
+        sum_qd += tl.where(q == 0.0, 0.0, q * (d - anchor))
         sum_p += p
         sum_q += q
     # Over the sums of the very same p and q: a GPU's exponentials and logarithms leave these off 1 by more than a rounding.
-    return tl.div_rn(total(sum_pd), total(sum_p)), tl.div_rn(total(sum_qd), total(sum_q))
+    mean_p_d = anchor + tl.div_rn(total(sum_pd), total(sum_p))
+    mean_q_d = anchor + tl.div_rn(total(sum_qd), total(sum_q))
+    return mean_p_d, mean_q_d, tl.max(tl.max(peak_d, 1), 0)

@@ -152,7 +152,7 @@ def row_finish(
 
     Math:   row_math.py's formulas, exact_row for a row whose sums do not hold; reference.row_statistics is the definition.
     Grid:   (⌈N / ROWS⌉,): ROWS rows at once in the threads of a program.
-    Reads:  7·splits per row and one logit of each tensor; 4·V of each for a row that is read again, nothing of a masked row.
+    Reads:  7·splits per row and one logit of each tensor; 5·V of each for a row that is read again, nothing of a masked row.
     Writes: 9 saved values and the fields asked for, per row; zeros for a masked row.
     Saves:  what row_backward needs: 36 bytes per row.
     Special values: a row whose sums do not hold (infinities, a NaN, KL of 32 nats or more) is read again. A token outside 0 … V-1 reads nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 # Gradients of a smaller norm are compared absolutely, as a KL below 1e-8 is: what a row with p_max = 1 - 1e-14 has left. Between rows 50 apart,
@@ -194,15 +195,44 @@ LAYOUTS = {
 }
 
 
-def fuse_multiply_adds() -> None:
-    """Make Triton's interpreter round a multiply-add once, as a GPU does: unfused, x·log2(e) - origin alone costs 1e-5 of an e^x for |x| = 200."""
+def compute_as_a_gpu() -> None:
+    """Make Triton's interpreter as exact as a GPU is, and no more.
+
+    A multiply-add rounds once: unfused, x·log2(e) - origin alone costs 1e-5 of an e^x for |x| = 200. Division, 2^x, logarithms and reciprocal square
+    roots are off by up to about two units in the last place, as the approximate instructions are that Triton compiles them to (PTX ISA: ex2.approx
+    and rsqrt.approx 2^-22, div.full 2 ulp, lg2.approx 2^-22 absolute near 1): by a part that looks random and depends on the result alone.
+    """
     from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
     def create_fma(self, x, y, z):
         wide = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
-        return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+        return handle(wide.astype(z.data.dtype), z.dtype.scalar)
 
-    interpreter.InterpreterBuilder.create_fma = create_fma
+    def noise(values):
+        """In [-1, 1], from the bits of float32 values."""
+        return (values.view("uint32").astype("uint64") * 2654435761 >> 7) % 2001 / 1000.0 - 1
+
+    def approximate(create, relative, absolute=0.0):
+        def created(self, *arguments):
+            result = create(self, *arguments)
+            values = np.asarray(result.data)
+            if values.dtype != np.float32:
+                return result
+            wide = values.astype("float64")
+            with np.errstate(invalid="ignore"):
+                wide = wide + noise(values) * (relative * np.abs(wide) + absolute)
+            return handle(np.where(np.isfinite(values), wide, values).astype("float32"), result.dtype)
+
+        return created
+
+    if builder.create_fma.__name__ == "create_fma" and builder.create_fma.__module__ == __name__:
+        return
+    builder.create_fma = create_fma
+    for name, errors in {"create_fdiv": (2.0**-23,), "create_exp2": (2.0**-22.5,), "create_rsqrt": (2.0**-22.5,), "create_log2": (2.0**-23, 2.0**-22),
+                         "create_log": (2.0**-23, 2.0**-22)}.items():
+        setattr(builder, name, approximate(getattr(builder, name), *errors))
 
 
 def captured(call) -> tuple:

@@ -15,7 +15,7 @@ from linear_cases import Case
 import fastkl
 
 if INTERPRETING:
-    cases.fuse_multiply_adds()
+    cases.compute_as_a_gpu()
 
 REDUCTIONS = ("none", "sum", "mean")
 CALLS = ("stats", *REDUCTIONS)

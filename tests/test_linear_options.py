@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from linear_cases import Case
 
 if INTERPRETING:
-    cases.fuse_multiply_adds()
+    cases.compute_as_a_gpu()
 
 CALLS = ("stats", "none", "sum", "mean")
 LEADING = ((5,), (2, 3), (3, 4), (7,), (2, 1, 3), (1,), (12,), ())

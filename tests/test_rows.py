@@ -18,7 +18,7 @@ ROWS = 6
 def multiply_adds(implementation) -> None:
     """As a GPU rounds them."""
     if implementation.interpreted:
-        cases.fuse_multiply_adds()
+        cases.compute_as_a_gpu()
 
 
 def padded(values: torch.Tensor, width: int) -> torch.Tensor:
