@@ -18,7 +18,7 @@ from .row_forward import row_forward
 # A vocabulary of today's models: the plan describes the launches for it.
 VOCABULARY = 128256
 _FIELDS = ("LOGPROB", "ENTROPY", "REF_LOGPROB", "KL", "REF_KL")
-_INTEGERS = ("n_inner", "n_rows", "misaligned", "V", "splits", "chunks")
+_INTEGERS = ("n_inner", "n_rows", "V", "splits", "chunks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,8 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
             elsewhere = {**shape, **plain, **fields, "Q_IN_BLOCKS": False}
             specializations.append(_specialization(f"{name}.forward_q_elsewhere", row_forward, elsewhere, dtype, forward.threads // warp,
                                                    forward.groups * lanes, forward.options(arch)))
-        finish = dict(SPLITS=triton.next_power_of_2(math.ceil(VOCABULARY / forward.segment)), ROWS=FINISH_ROWS, THREADS=FINISH_THREADS,
+        splits = triton.next_power_of_2(math.ceil(VOCABULARY / forward.segment))
+        finish = dict(SEGMENT=forward.segment, SPLITS=splits, ROWS=FINISH_ROWS, THREADS=FINISH_THREADS,
                       READ_AGAIN=True, HAS_TOKENS=name != "kl_divergence", **placing, **plain, **fields)
         specializations.append(_specialization(f"{name}.finish", row_finish, finish, dtype, FINISH_THREADS // warp, lanes,
                                                finish_options(arch, warp)))

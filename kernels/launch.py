@@ -148,7 +148,7 @@ def _tensors(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill `saved` [N, 9] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each)."""
-    device, misaligned = problem.p.tensor.device, problem.p.misaligned
+    device = problem.p.tensor.device
     p, q, tokens, mask, temperatures = _tensors(problem)
     chosen, options = _choose(problem, "forward")
     splits = max(1, math.ceil(problem.vocabulary / chosen.segment))
@@ -161,7 +161,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
         _start(
             row_forward, problem.rows * splits,
             dict(p_ptr=p, q_ptr=q, state_ptr=state, mask_ptr=mask, temperature_ptr=temperatures, temperature=temperature, **_places(problem),
-                 misaligned=misaligned, V=problem.vocabulary, splits=splits),
+                 V=problem.vocabulary, splits=splits),
             dict(SEGMENT=chosen.segment, THREADS=chosen.threads, LANES=lanes, GROUPS=chosen.groups, **per_row, **fields, **placing,
                  PREFETCH=chosen.prefetch, SOFTCAP=softcap),
             options)
@@ -169,8 +169,8 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
             row_finish, -(-problem.rows // FINISH_ROWS),
             dict(state_ptr=state, p_ptr=p, q_ptr=q, tokens_ptr=tokens, mask_ptr=mask, temperature_ptr=temperatures, saved_ptr=saved,
                  **{f"{name}_ptr": outputs.get(name, saved) for name in FIELDS}, temperature=temperature, n_rows=problem.rows, **_places(problem),
-                 misaligned=misaligned, V=problem.vocabulary, splits=splits),
-            dict(ROWS=FINISH_ROWS, THREADS=FINISH_THREADS, LANES=lanes, SPLITS=triton.next_power_of_2(splits),
+                 V=problem.vocabulary),
+            dict(SEGMENT=chosen.segment, ROWS=FINISH_ROWS, THREADS=FINISH_THREADS, LANES=lanes, SPLITS=triton.next_power_of_2(splits),
                  HAS_TOKENS=problem.tokens is not None, **per_row, **fields, **placing, SOFTCAP=softcap, READ_AGAIN=READ_AGAIN),
             finish_options(*architecture(device)))
 
@@ -191,8 +191,7 @@ def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Te
             row_backward, problem.rows * chunks,
             dict(p_ptr=p, q_ptr=q, grad_p_ptr=p if grad_p is None else grad_p, grad_q_ptr=p if grad_q is None else grad_q, tokens_ptr=tokens,
                  saved_ptr=saved, upstream_ptr=stacked, mask_ptr=mask, temperature_ptr=temperatures, temperature=float(problem.temperature),
-                 n_rows=problem.rows, **_places(problem), stride_grad=stride_grad, misaligned=problem.p.misaligned, V=problem.vocabulary,
-                 chunks=chunks),
+                 n_rows=problem.rows, **_places(problem), stride_grad=stride_grad, V=problem.vocabulary, chunks=chunks),
             dict(CHUNK=chosen.segment, THREADS=chosen.threads, LANES=problem.p.lanes, GROUPS=chosen.groups,
                  **{name.upper(): names.index(name) if name in names else -1 for name in FIELDS},
                  WRT_P=grad_p is not None, WRT_Q=grad_q is not None, HAS_MASK=problem.mask is not None,

@@ -136,7 +136,7 @@ def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
     "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "stride_grad", "misaligned", "V", "chunks", "n_rows"], do_not_specialize_on_alignment=[
+    "stride_grad", "V", "chunks", "n_rows"], do_not_specialize_on_alignment=[
     "p_ptr", "q_ptr", "grad_p_ptr", "grad_q_ptr", "tokens_ptr", "saved_ptr", "upstream_ptr", "mask_ptr", "temperature_ptr"])
 def row_backward(
     p_ptr, q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
@@ -147,7 +147,6 @@ def row_backward(
     mask_ptr, temperature_ptr,  # as in row_forward
     temperature: tl.float32, n_rows: tl.int32, n_inner: tl.int32,
     stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64, stride_grad: tl.int64,
-    misaligned: tl.int32,  # elements between a 16-byte boundary and p_ptr
     V: tl.int32, chunks: tl.int32,
     CHUNK: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
     LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr, REF_KL: tl.constexpr,  # upstream row; -1: none
@@ -175,12 +174,11 @@ def row_backward(
         activity = tl.where(tl.load(mask_ptr + row) != 0, activity, 0.0)
     scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
     saved = load_saved(saved_ptr + row * SAVED)
-    offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-    p_row = p_ptr + offset_p
+    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
     grad_p_row = grad_p_ptr + row * stride_grad
     grad_q_row = grad_q_ptr + row * stride_grad
-    pad = row_pad(offset_p, misaligned, LANES)
+    pad = row_pad(p_row)
     # An inactive row is read up to here: not at all.
     read_end = tl.where(activity != 0.0, V + pad, 0)
     # Hints stand where the pointers are made: a hint on a function's argument is lost when it is inlined.

@@ -128,7 +128,7 @@ def store_zeros(rows, stored, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_p
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
     "temperature", "n_rows", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "misaligned", "V", "splits"], do_not_specialize_on_alignment=[
+    "V"], do_not_specialize_on_alignment=[
     "state_ptr", "p_ptr", "q_ptr", "tokens_ptr", "mask_ptr", "temperature_ptr", "saved_ptr", "logprob_ptr", "entropy_ptr", "ref_logprob_ptr",
     "kl_ptr", "ref_kl_ptr"])
 def row_finish(
@@ -140,8 +140,8 @@ def row_finish(
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
     temperature: tl.float32, n_rows: tl.int32, n_inner: tl.int32,
     stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
-    misaligned: tl.int32,  # elements between a 16-byte boundary and p_ptr
-    V: tl.int32, splits: tl.int32,
+    V: tl.int32,
+    SEGMENT: tl.constexpr,  # of row_forward
     ROWS: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr,
     SPLITS: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
@@ -169,7 +169,7 @@ def row_finish(
     scale = row_scale(temperature_ptr, temperature, rows, there, TEMPERATURE_PER_ROW)
     p_rows = p_ptr + row_offset(rows, n_inner, stride_p_outer, stride_p_inner)
     q_rows = q_ptr + row_offset(rows, n_inner, stride_q_outer, stride_q_inner)
-    statistics, holds = merged_rows(state_ptr, rows, there, splits, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    statistics, holds = merged_rows(state_ptr, rows, there, tl.maximum(tl.cdiv(V, SEGMENT), 1), SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     store_rows(rows, there & holds, p_rows, q_rows, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale,
                statistics, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP)
     again = there & (holds == 0)
@@ -181,11 +181,10 @@ def row_finish(
                 row = first + index
                 row_there = row < n_rows
                 row_scale_here = row_scale(temperature_ptr, temperature, row, row_there, TEMPERATURE_PER_ROW)
-                offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
-                p_row = p_ptr + offset_p
+                p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
                 q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
                 if REALIGN:
-                    pad = row_pad(offset_p, misaligned, LANES)
+                    pad = row_pad(p_row)
                 else:
                     pad = 0
                 order = lane_order(pad, LANES)

@@ -153,7 +153,7 @@ def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
     "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "misaligned", "V", "splits"], do_not_specialize_on_alignment=[
+    "V", "splits"], do_not_specialize_on_alignment=[
     "p_ptr", "q_ptr", "state_ptr", "mask_ptr", "temperature_ptr"])
 def row_forward(
     p_ptr,  # [outer, inner, V] policy logits (P)
@@ -163,7 +163,6 @@ def row_forward(
     temperature_ptr,  # [N] float32; any pointer without TEMPERATURE_PER_ROW
     temperature: tl.float32, n_inner: tl.int32,
     stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
-    misaligned: tl.int32,  # elements between a 16-byte boundary and p_ptr
     V: tl.int32, splits: tl.int32,
     SEGMENT: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
     HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
@@ -187,13 +186,13 @@ def row_forward(
         if tl.load(mask_ptr + row) == 0:
             return
     scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
-    offset_p = row_offset(row, n_inner, stride_p_outer, stride_p_inner)
+    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
     if REALIGN:
-        pad = row_pad(offset_p, misaligned, LANES)
+        pad = row_pad(p_row)
     else:
         pad = 0
-    p_block = p_ptr + offset_p - pad
+    p_block = p_row - pad
     q_block = q_row - pad
     order = lane_order(pad, LANES)
 

@@ -26,9 +26,9 @@ def row_scale(temperature_ptr, temperature, row, there, TEMPERATURE_PER_ROW: tl.
 
 
 @triton.jit
-def row_pad(offset, misaligned, LANES: tl.constexpr):
+def row_pad(row_ptr):
     """How many elements lie between the last 16-byte boundary and the row's first element."""
-    return ((offset + misaligned) % LANES).to(tl.int32)
+    return (row_ptr.to(tl.int64) % 16).to(tl.int32) // (row_ptr.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
