@@ -11,6 +11,8 @@ import torch
 from . import _checks
 
 BACKENDS = ("triton", "reference")
+# Asked for once: torch.compile cannot trace the question in every release.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _forced: str | None = None
 
@@ -63,7 +65,7 @@ def _interpreting() -> bool:
 def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str, ...]:
     """Every reason why the Triton kernels cannot take these logits; `read_rows`: as they lie in memory."""
     problems = []
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         problems.append("triton is not installed: pip install triton")
     if logits[0].device.type != "cuda" and not (logits[0].device.type == "cpu" and _interpreting()):
         problems.append(f"the tensors are on {logits[0].device}: move them to a GPU, or set TRITON_INTERPRET=1 before importing fastkl to "
