@@ -2,12 +2,15 @@
 
     python3 -m benchmarks.gpu_suite --out DIR
 
-runs sections one after the other, each in a process of its own with a time limit, so that a crash or a hang costs one section: timings with memory
-and bandwidth ("main", the peers in "peers", more shapes in "sweep"), accuracy against float64, the same work from hidden states beside the bare
-matrix products ("linear", "linear_sweep"), and the GPU tests. DIR/<date>.json is rewritten after each; a table of the bars, met or not, ends the
-output. Exit code 0: all sections ran and their bars are met; 1: not so; 2: no CUDA here.
+runs sections one after the other, each in a process of its own with a time limit: timings with memory and bandwidth at the main shape ("main"), from
+hidden states beside the bare matrix products ("linear"), every peer ("peers"), accuracy against float64, more shapes ("sweep", "linear_sweep"), and
+the GPU tests. A crash costs one row: a section whose process dies, or whose CUDA context a provider broke, goes on in a new process with the rows
+that are left. A hang costs the rest of its section, each row of which says so. Rows come in the order of their importance. DIR/<date>.json is
+rewritten after each section; a table of the bars, met or not, ends the output. Exit code 0: all sections ran and their bars are met; 1: not so; 2: no
+CUDA here.
 """
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -16,34 +19,51 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from benchmarks import accuracy, harness
-from benchmarks.linear_providers import LINEAR_LOADERS
+from benchmarks.gpu_bars import bars
+from benchmarks.gpu_sections import (
+    EVERYBODY,
+    NO_TIME,
+    AccuracyCase,
+    accuracy_rows,
+    culprit,
+    linear_rows,
+    logits_rows,
+    no_figures,
+    steps,
+)
+from benchmarks.graphs import context_fault
 from benchmarks.linear_workloads import LinearWorkload
-from benchmarks.providers import LOADERS, load_providers
 from benchmarks.record import ROOT, provenance, write_json
 from benchmarks.workloads import Workload
 
 SECONDS = 460  # for the whole run
-# Seconds that a section may take; the tests get what is left. Fresh processes need about 10 to start and to compile.
-SECTIONS = {"main": 90, "accuracy": 50, "linear": 100, "peers": 40, "sweep": 50, "linear_sweep": 40, "tests": 300}
-TESTS_AT_LEAST = 90  # seconds that the sections before them leave to the tests
-SLACK = 30  # a section stops starting new measurements so long, or a quarter of its time, before it would be killed
+# Seconds that a section may take, and what the ones before it have left over. A process needs 10 until it measures.
+SECTIONS = {"main": 60, "linear": 95, "peers": 65, "accuracy": 40, "sweep": 50, "linear_sweep": 30, "tests": 120}
+TEST_WORKERS = 10
+SLACK = 8  # seconds before the end of a section's process in which it starts no new row
+LEAST_SECONDS = 15  # less is not worth the start of a process
+BROKEN = 3  # exit code of a section's process whose CUDA context broke
+STOPPED = "stopped at the section's time limit"
+BREAKS = 2  # a provider that ended so many processes of a section is left out of the rest of it; in "accuracy" the first time
+IDLE = 3  # so many processes one after the other that end without a row: it is not the providers
 
+# The workloads of each section, the most important first.
 MAIN = (Workload("kl_divergence", wrt="p"), Workload("kl_divergence", wrt="q"), Workload("token_stats"))
-MAIN_PROVIDERS = ("fastkl", "torch", "torch.compile")
-# Beside every other provider; the log-probability alone and with the entropy is what most of the peers have.
-PEERS = (Workload("kl_divergence"), Workload("kl_divergence", wrt="q"), Workload("logprob"), Workload("logprob_entropy"))
+MEANS = (Workload("mean_kl", wrt="p"), Workload("mean_kl", wrt="q"))
+LOGPROBS = (Workload("logprob"), Workload("logprob", layout="sliced"), Workload("logprob_entropy"), Workload("entropy"))
+PEERS = (*MEANS, *LOGPROBS)
 SWEEP = (
-    *(Workload(vocabulary=v) for v in (32000, 50257, 151936, 262144)),
-    Workload(dtype="fp32"),
-    *(Workload(rows=n) for n in (8, 64, 512)),
-    Workload(layout="sliced"),
+    *(Workload(rows=n) for n in (8, 64, 512, 2048)),
+    *(Workload(vocabulary=v) for v in (32000, 50257, 151936)),
+    Workload(dtype="fp32"), Workload(layout="sliced"), Workload(vocabulary=262144),
 )
-LINEAR = tuple(LinearWorkload(mode) for mode in ("loss", "forward", "frozen", "stats", "grpo", "distillation", "logprob"))
+LINEAR = tuple(LinearWorkload(mode) for mode in ("loss", "forward", "grpo", "distillation", "logprob", "stats", "frozen"))
 LINEAR_SWEEP = tuple(
     LinearWorkload(mode, **shape)
     for shape in (
@@ -52,95 +72,35 @@ LINEAR_SWEEP = tuple(
     )
     for mode in ("loss", "forward")
 )
-NO_TIME = "no time left in this run"
-# Of fastkl at the main shape: (mode, times the floor, GB allocated at once beside the inputs, returned gradients among them).
-LINEAR_BARS = (("loss", 1.12, 3.4), ("forward", 1.12, 1.2))
+SMOKE = (Workload("kl_divergence", rows=16, vocabulary=1000), Workload("mean_kl", rows=16, vocabulary=1000, wrt="q"))  # of the tests only
+
+# The peers by what they offer. One that has no gradient to the argument in question stands there with that reason.
+OF_KL = ("Liger JSD", "Liger KLDIVLoss", "F.kl_div", "TRL", "Categorical", "F.kl_div on probabilities")
+OF_LINEAR = ("torch chunked", "TRL fused", "liger", "liger chunked")
+OF_LINEAR_LOGPROB = ("torch chunked", "TRL fused", "cut-cross-entropy", "cut-cross-entropy, unfiltered", "torch linear_cross_entropy")
 
 
-# Sections, inside their own process -----------------------------------------------------------------------------
+def _linear_peers():
+    """The steps of those that have each mode: losses for some, the log-probability for others, plain torch in chunks for all."""
+    names = {"logprob": OF_LINEAR_LOGPROB, "forward": OF_LINEAR[:2], "grpo": OF_LINEAR[:1], "stats": OF_LINEAR[:1], "distillation": OF_LINEAR[:3]}
+    return [step for workload in LINEAR for step in steps([workload], names.get(workload.mode, OF_LINEAR))]
 
 
-def timings(workloads, providers, device, deadline, **options):
-    """Yields a row of the results per workload and provider; past the deadline rows that only say so."""
-    copy = harness.copy_bandwidth(device) if device.type == "cuda" else None
-    if copy:
-        yield {"copy": copy}
-    for workload in workloads:
-        case = None
-        for provider in providers:
-            if time.monotonic() > deadline:
-                yield no_figures(workload, provider.name, "missing", NO_TIME)
-                continue
-            case = case or harness.make_case(workload, device, copy and copy["gb_per_s"])
-            yield harness.measure(provider, case, **options)
-            harness.release()
-        del case
-        harness.release()
+# {section: (its runner, its steps)}. torch.compile comes last everywhere: it compiles for seconds at each shape, and the time may run out.
+PLANS = {
+    "main": (logits_rows, steps(MAIN, ("fastkl", "torch")) + steps(MAIN, ("torch.compile",))),
+    "linear": (linear_rows, steps(LINEAR, ("fastkl", "torch")) + _linear_peers() + steps(LINEAR, ("torch.compile",))),
+    "peers": (logits_rows, steps(MEANS, ("fastkl", *OF_KL)) + steps(LOGPROBS[:2], ("fastkl", "TRL", "Liger GRPO"))
+              + steps(LOGPROBS[2:], ("fastkl", "TRL")) + steps(PEERS, ("torch",)) + steps(PEERS, ("torch.compile",))),
+    "accuracy": (accuracy_rows, [step for dtype in ("fp32", "bf16") for target in accuracy.TARGETS
+                                 for step in steps([AccuracyCase(dtype, target)], (EVERYBODY,))]),
+    "sweep": (logits_rows, steps(SWEEP, ("fastkl", "torch")) + steps(SWEEP, ("torch.compile",), phases=("forward", "both"))),
+    "linear_sweep": (linear_rows, steps(LINEAR_SWEEP, ("fastkl",))),
+    "smoke": (logits_rows, steps(SMOKE, ("fastkl", "torch"))),
+}
 
 
-def linear_timings(workloads, providers, device, deadline):
-    """Yields the floor's row and a row per provider for each LinearWorkload; past the deadline, and where the inputs do not fit, rows that say so."""
-    for workload in workloads:
-        if time.monotonic() > deadline:
-            yield no_figures(workload, "all", "missing", NO_TIME)
-            continue
-        try:
-            case = harness.make_linear_case(workload, device)
-            floor = harness.measure_floor(case) if device.type == "cuda" else None
-        except torch.OutOfMemoryError as error:
-            yield no_figures(workload, "all", "failed", f"{type(error).__name__}: {error}"[:2000])
-        else:
-            yield from ([floor] if floor else [])
-            for provider in providers:
-                if time.monotonic() > deadline:
-                    yield no_figures(workload, provider.name, "missing", NO_TIME)
-                else:
-                    yield harness.measure_linear(provider, case, floor)
-                harness.release()
-        case = floor = None
-        harness.release()
-
-
-def no_figures(workload, provider, status, reason):
-    """A row that only says why there are no figures."""
-    return {"workload": workload.as_dict(), "provider": provider, "status": status, "reason": reason}
-
-
-def main_section(device, deadline):
-    """The shape that the bars are about, all providers and phases."""
-    yield from timings(MAIN, load_providers(device, MAIN_PROVIDERS), device, deadline)
-
-
-def peers_section(device, deadline):
-    """The same shape beside all other providers, without memory."""
-    names = [name for name in LOADERS if name not in MAIN_PROVIDERS[1:]]
-    yield from timings(PEERS, load_providers(device, names), device, deadline, with_memory=False)
-
-
-def sweep_section(device, deadline):
-    """Other shapes. torch.compile comes last: it compiles for seconds at each shape, and the time may run out."""
-    yield from timings(SWEEP, load_providers(device, ["fastkl", "torch"]), device, deadline)
-    yield from timings(SWEEP, load_providers(device, ["torch.compile"]), device, deadline, phases=("forward", "both"))
-
-
-def linear_section(device, deadline):
-    """From hidden states, at the shape that the bars are about. torch.compile comes last, as in the sweep."""
-    names = [name for name in LINEAR_LOADERS if name != "torch.compile"]
-    yield from linear_timings(LINEAR, load_providers(device, names, LINEAR_LOADERS), device, deadline)
-    yield from linear_timings(LINEAR, load_providers(device, ["torch.compile"], LINEAR_LOADERS), device, deadline)
-
-
-def linear_sweep_section(device, deadline):
-    """From hidden states, other shapes: this package beside the floor."""
-    yield from linear_timings(LINEAR_SWEEP, load_providers(device, ["fastkl"], LINEAR_LOADERS), device, deadline)
-
-
-def accuracy_section(device, deadline):
-    """Error against float64 by size of the KL."""
-    for record in accuracy.accuracy(load_providers(device), device):
-        yield record
-        if time.monotonic() > deadline:
-            raise TimeoutError("no time left for the other sizes")
+# A section inside its own process -------------------------------------------------------------------------------
 
 
 def gpu_facts():
@@ -158,19 +118,30 @@ def gpu_facts():
     }
 
 
-RUNNERS = {
-    "main": main_section, "accuracy": accuracy_section, "linear": linear_section, "peers": peers_section, "sweep": sweep_section,
-    "linear_sweep": linear_sweep_section,
-}
+def run_here(name, file, deadline, start=0, without=()):
+    """Runs the steps of a section from number `start` on in this process; returns the exit code, BROKEN where the CUDA context did not survive one.
 
-
-def run_here(name, file, seconds):
-    """Runs a section in this process; `file` is rewritten after each row, so that what was measured outlives a crash."""
-    data = {"gpu": gpu_facts(), "rows": []}
-    for row in RUNNERS[name](torch.device("cuda"), time.monotonic() + seconds):
-        data["rows"].append(row)
+    deadline: of time.monotonic(), which all processes share. `file` is rewritten after each step, so that what was measured outlives a crash: {"gpu",
+    "rows", "done": number of steps, "broken": who broke the context}.
+    """
+    data = {"gpu": gpu_facts(), "rows": [], "done": start, "broken": None}
+    runner, plan = PLANS[name]
+    for rows in runner(plan[start:], torch.device("cuda"), deadline, without):
+        fault = context_fault()
+        data["broken"] = fault and (culprit(rows) if name == "accuracy" else rows[-1]["provider"])
+        # A step of all providers is measured again without the one that broke the context: those behind it have no figures there.
+        if not (name == "accuracy" and data["broken"]):
+            if fault:
+                rows[-1]["context"] = f"broken, the section went on in a new process: {fault}"
+            data["rows"] += rows
+            data["done"] += 1
+            for row in rows:
+                print(line_of(row), flush=True)
         write_json(file, data)
-        print(line_of(row), flush=True)
+        if fault:
+            print(f"{data['broken']} broke the CUDA context: {fault}", flush=True)
+            return BROKEN
+    return 0
 
 
 def line_of(row):
@@ -207,97 +178,56 @@ def run_limited(command, seconds, log=None, **environment):
     return code, round(time.monotonic() - started, 1)
 
 
-def run_section(name, seconds):
-    """{"status", "seconds", "rows", "gpu"} of a section run in a process of its own."""
+def run_part(name, seconds, start, without):
+    """(exit code or None, what run_here wrote) of a section's process that begins with step number `start`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "section.json"
-        command = [sys.executable, "-m", "benchmarks.gpu_suite", "--section", name, "--section-file", str(file),
-                   "--seconds", str(seconds - min(SLACK, seconds / 4))]
-        code, taken = run_limited(command, seconds)
-        data = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    status = "ok" if code == 0 else "stopped at its time limit" if code is None else f"exit code {code}"
-    late = sum(row.get("reason") == NO_TIME for row in data["rows"])
-    if code == 0 and late:
-        status = f"{late} of {len(data['rows'])} rows not measured: {NO_TIME}"
-    return {**data, "status": status, "seconds": taken}
+        command = [sys.executable, "-m", "benchmarks.gpu_suite", "--section", name, "--section-file", str(file), "--until",
+                   str(time.monotonic() + seconds - SLACK), "--start", str(start), *(f"--without={provider}" for provider in without)]
+        code, _ = run_limited(command, seconds)
+        data = json.loads(file.read_text()) if file.exists() else {}
+    return code, {"rows": [], "done": start, "broken": None, **data}
+
+
+def run_section(name, seconds):
+    """{"status", "seconds", "rows", "gpu", "processes"} of a section, in as many processes one after the other as it takes."""
+    started, plan, found = time.monotonic(), PLANS[name][1], {"rows": [], "processes": 0}
+    done, idle, breaks, reason = 0, 0, Counter(), NO_TIME
+    while done < len(plan) and (left := seconds - (time.monotonic() - started)) >= LEAST_SECONDS:
+        without = [provider for provider, count in breaks.items() if provider and count >= (1 if name == "accuracy" else BREAKS)]
+        code, part = run_part(name, left, done, without)
+        found["processes"] += 1
+        found["rows"] += part["rows"]
+        found["gpu"] = part.get("gpu") or found.get("gpu")
+        idle, done = idle + 1 if part["done"] == done else 0, part["done"]
+        if code == 0 or done == len(plan):
+            break
+        if code == BROKEN:
+            breaks[part["broken"]] += 1
+            continue
+        step, why = plan[done], STOPPED if code is None else f"the process ended with exit code {code}"
+        if code is not None and idle == IDLE:
+            reason = why
+            break
+        breaks[step.provider] += code is not None
+        found["rows"].append(no_figures(step.workload, step.provider, "failed", why))
+        done += 1
+    found["rows"] += [no_figures(step.workload, step.provider, "missing", reason) for step in plan[done:]]
+    late = sum(row.get("reason") in (NO_TIME, STOPPED, reason) for row in found["rows"])
+    status = f"{late} of {len(found['rows'])} rows not measured: {reason}" if late else "ok"
+    return {**found, "status": status, "seconds": round(time.monotonic() - started, 1)}
 
 
 def run_tests(seconds, log_file):
     """{"status", "seconds", "summary"} of the GPU tests; a skip for want of a GPU counts as a failure. The output goes to `log_file`."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command += ["-n", str(TEST_WORKERS)] if importlib.util.find_spec("xdist") else []
     with open(log_file, "w") as log:
         code, taken = run_limited(command, seconds, log, FASTKL_REQUIRE_GPU="1", PYTHONUNBUFFERED="1")
     lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
     print("\n".join(lines[-25:]))
     status = "ok" if code == 0 else "stopped at its time limit" if code is None else f"exit code {code}"
     return {"status": status, "seconds": taken, "summary": lines[-1] if lines else "", "log": log_file.name}
-
-
-# Bars -----------------------------------------------------------------------------------------------------------
-
-
-def bars(sections):
-    """The bars of the sections that ran: [{"bar", "limit", "value", "met"}]; what was not measured is None and not met."""
-    result = []
-    if "main" in sections:
-        rows = [row for row in sections["main"].get("rows", []) if "workload" in row]
-        for wrt in "pq":
-            result += _bars_of_gradient(wrt, {r["provider"]: r for r in rows if _is_kl(r["workload"], wrt)})
-    if "accuracy" in sections:
-        records = [record for record in sections["accuracy"].get("rows", []) if "distribution" in record]
-        worse = len(accuracy.not_worse(records)) if records else None
-        result.append({"bar": "accuracy: cases worse than plain torch + 1e-4, or negative", "limit": "== 0", "value": worse, "met": worse == 0})
-    if "linear" in sections:
-        result += _bars_of_linear(sections["linear"].get("rows", []))
-    return result
-
-
-def _is_kl(workload, wrt):
-    return workload["operation"] == "kl_divergence" and workload["wrt"] == wrt
-
-
-def _figure(row, *path):
-    """What stands at the path in a row of the results; None where it was not measured."""
-    for part in path:
-        row = row.get(part) or {}
-    return row or None
-
-
-def _bars_of_gradient(wrt, rows):
-    """The bars of kl_divergence with the gradient to one of its arguments, from one row per provider."""
-    def figure(provider, *path):
-        return _figure(rows.get(provider, {}), *path)
-
-    result = []
-    for phase in ("forward", "backward"):
-        value = figure("fastkl", "times", phase, "percent_of_copy")
-        result.append({"bar": f"kl_divergence d{wrt} {phase}, % of copy", "limit": ">= 90", "value": value, "met": (value or 0) >= 90})
-    ours = figure("fastkl", "times", "both", "median_ms")
-    for other, limit in (("torch", 6), ("torch.compile", 2)):
-        theirs = figure(other, "times", "both", "median_ms")
-        value = theirs / ours if theirs and ours else None
-        bar = f"kl_divergence d{wrt} forward + backward, times faster than {other}"
-        result.append({"bar": bar, "limit": f">= {limit}", "value": value, "met": (value or 0) >= limit})
-    result.append(_at_most(f"kl_divergence d{wrt} peak / (inputs + one gradient)", 1.01, figure("fastkl", "memory", "limit_ratio")))
-    return result
-
-
-def _at_most(bar, limit, value):
-    """A bar from above."""
-    return {"bar": bar, "limit": f"<= {limit}", "value": value, "met": value is not None and value <= limit}
-
-
-def _bars_of_linear(rows):
-    """The bars of fastkl from hidden states, from the rows of the linear section."""
-    result = []
-    ours = {row["workload"]["mode"]: row for row in rows if row["provider"] == "fastkl"}
-    for mode, times_floor, gigabytes in LINEAR_BARS:
-        row = ours.get(mode, {})
-        ratio = _figure(row, "times", LinearWorkload(mode).phase, "ratio_to_floor")
-        peak = _figure(row, "memory", "peak_bytes")
-        result.append(_at_most(f"linear {mode}, times the bare matrix products", times_floor, ratio))
-        result.append(_at_most(f"linear {mode}, peak memory in GB", gigabytes, None if peak is None else peak / 1e9))
-    return result
 
 
 def report(results):
@@ -315,17 +245,18 @@ def report(results):
     return "\n".join(lines)
 
 
-def run_suite(folder, names, seconds, command):
-    """Runs the named sections and writes their results; returns the results."""
+def run_suite(folder, names, seconds, command, budgets=SECTIONS):
+    """Runs the named sections and writes their results; returns the results. budgets: seconds by section."""
     started = time.monotonic()
     results = {**provenance(command), "gpu": None, "sections": {}, "bars": []}
     stamp = re.sub(r"[-:]", "", results["date"])
+    spare = max(seconds - sum(budgets[name] for name in names), 0)
     for i, name in enumerate(names):
-        kept = TESTS_AT_LEAST if "tests" in names[i + 1 :] else 0
-        limit = min(SECTIONS[name], seconds - (time.monotonic() - started) - kept)
+        kept = budgets["tests"] if "tests" in names[i + 1 :] else 0
+        limit = min(sum(budgets[earlier] for earlier in names[: i + 1]) + spare, seconds - kept) - (time.monotonic() - started)
         print(f"\n== {name} (at most {limit:.0f} s)", flush=True)
         try:
-            if limit <= SLACK:
+            if limit <= LEAST_SECONDS:
                 raise TimeoutError(NO_TIME)
             section = run_tests(limit, folder / f"{stamp}-tests.log") if name == "tests" else run_section(name, limit)
         except Exception as error:  # one section's failure must not lose the others
@@ -343,25 +274,36 @@ def main(argv=None):
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu_suite", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: benchmarks/results/<gpu>)")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="which sections, in which order (default: %(default)s)")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="which sections, in which order; name:seconds for another limit than its own "
+                        "(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time for the whole run (default: %(default)s)")
-    parser.add_argument("--section", choices=RUNNERS, help=argparse.SUPPRESS)  # inside a section's own process
+    parser.add_argument("--section", choices=PLANS, help=argparse.SUPPRESS)  # inside a section's own process
     parser.add_argument("--section-file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    names = arguments.sections.split(",")
+    chosen = [part.partition(":") for part in arguments.sections.split(",")]
+    names = [name for name, _, _ in chosen]
     if unknown := set(names) - set(SECTIONS):
         parser.error(f"--sections: expected names out of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+    if wrong := [own for _, colon, own in chosen if colon and not own.isdecimal()]:
+        parser.error(f"--sections: expected a number of seconds after a colon, as in main:60, got {', '.join(map(repr, wrong))}")
+    budgets = {**SECTIONS, **{name: int(own) for name, colon, own in chosen if colon}}
     if not torch.cuda.is_available():
         print("gpu_suite: needs a CUDA GPU, found none; nothing was measured", file=sys.stderr)
         return 2
     if arguments.section:
-        run_here(arguments.section, arguments.section_file, arguments.seconds)
-        return 0
+        code = run_here(arguments.section, arguments.section_file, arguments.until, arguments.start, arguments.without)
+        if code == BROKEN:
+            sys.stdout.flush()
+            os._exit(code)  # what would be cleaned up is on a GPU that no longer answers
+        return code
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower())
     folder = arguments.out or ROOT / "benchmarks" / "results" / gpu
     folder.mkdir(parents=True, exist_ok=True)
     command = "python3 -m benchmarks.gpu_suite " + " ".join(sys.argv[1:] if argv is None else argv)
-    results = run_suite(folder, names, arguments.seconds, command.strip())
+    results = run_suite(folder, names, arguments.seconds, command.strip(), budgets)
     done = all(section["status"] == "ok" for section in results["sections"].values())
     return 0 if done and all(bar["met"] for bar in results["bars"]) else 1
 

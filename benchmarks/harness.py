@@ -1,8 +1,9 @@
 """Measures providers side by side on one workload: correctness first, then time, bandwidth and memory.
 
-- A provider that fails the gate against float64 (benchmarks/workloads.py) shows its error instead of a time.
+- A provider that fails the gate against float64 (benchmarks/workloads.py) shows its error instead of a time. The answer is computed once per case.
 - Data is random and rotates among copies until it is several times larger than the L2 cache.
 - Times are medians over repetitions between CUDA events, taken while the queue of the GPU is kept full: device time without gaps between launches.
+  Runs of less than 50 microseconds are replayed as a CUDA graph where they can be captured (benchmarks/graphs.py); "timed_by" says which it was.
   `wall_ms` is what one call alone takes on the clock, launches and a synchronisation included.
 - Bandwidth counts the bytes that have to move (Workload.moved_bytes), the same for every provider, against a copy measured in the same process.
 - Without CUDA the gate runs and no figure is reported.
@@ -16,15 +17,18 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.graphs import event, hold_queue, nothing, replayed_time
 from benchmarks.linear_providers import bare_products, floor_chunks
-from benchmarks.linear_workloads import expected, linear_fault, make_linear_inputs
-from benchmarks.workloads import differentiated, fault, make_inputs
+from benchmarks.linear_workloads import PRODUCTS, expected, linear_fault, make_linear_inputs
+from benchmarks.peers import NotOfferedError
+from benchmarks.workloads import differentiated, fault, make_inputs, truth
 
 PHASES = ("forward", "backward", "both")
 COPY_BYTES = 2**32  # of the copied tensor: far larger than any L2
 ROTATE_OVER = 3  # the inputs together are at least so many times the L2
-SECONDS_PER_PHASE = 0.3
-REPETITIONS = (7, 60)
+SECONDS_PER_PHASE = 0.2
+REPETITIONS = (7, 40)  # of up to 20 launches each: the queue holds about 1024
+GRAPH_BELOW_MS = 0.05
 FLOOR = "cuBLAS products"
 
 
@@ -32,7 +36,7 @@ FLOOR = "cuBLAS products"
 class Case:
     """A workload with its inputs (one set, or several that take turns) and, once measured, the copy bandwidth of this process.
 
-    expected: what the gate compares with, where it is computed once for all providers.
+    expected: what the gate compares with, computed once for all providers.
     """
 
     workload: object
@@ -72,32 +76,18 @@ def backward(case, inputs, outputs):
 # Time -----------------------------------------------------------------------------------------------------------
 
 
-def _event():
-    return torch.cuda.Event(enable_timing=True)
-
-
-def _hold_queue(seconds):
-    """Keeps the GPU waiting while the CPU fills its queue, so that the events see no launch overhead."""
-    if hasattr(torch.cuda, "_sleep"):
-        torch.cuda._sleep(int(min(seconds, 0.5) * 2e9))  # cycles, at about 2 GHz
-
-
 def _queue_round(sets, run, prepare, events):
     """Queues one timed repetition per set of inputs, and adds its pair of events."""
     prepared = [prepare(inputs) for inputs in sets]
     for inputs, before in zip(sets, prepared, strict=True):
-        pair = (_event(), _event())
+        pair = (event(), event())
         pair[0].record()
         run(inputs, before)
         pair[1].record()
         events.append(pair)
 
 
-def _nothing(inputs):
-    """What is prepared where all is timed."""
-
-
-def device_time(sets, run, prepare=_nothing):
+def device_time(sets, run, prepare=nothing):
     """Median, fastest and slowest device time in milliseconds of run(inputs, prepare(inputs)), the preparation not counted."""
     run(sets[0], prepare(sets[0]))  # compiles, and fills the caches: no part of the estimate
     events = []
@@ -108,17 +98,31 @@ def device_time(sets, run, prepare=_nothing):
     torch.cuda.synchronize()
     estimate = max(statistics.median(a.elapsed_time(b) for a, b in events), 1e-3) / 1e3
     count = min(max(int(SECONDS_PER_PHASE / estimate), REPETITIONS[0]), REPETITIONS[1])
-    rounds = math.ceil(count / len(sets))
+    rounds = max(min(math.ceil(count / len(sets)), REPETITIONS[1] // len(sets)), 1)
     events = []
-    _hold_queue(1.5 * queued * rounds + 2e-3)
+    hold_queue(1.5 * queued * rounds + 2e-3)
     for _ in range(rounds):
         _queue_round(sets, run, prepare, events)
     torch.cuda.synchronize()
     times = [a.elapsed_time(b) for a, b in events]
-    return {"median_ms": statistics.median(times), "fastest_ms": min(times), "slowest_ms": max(times), "repetitions": len(times)}
+    return {"median_ms": statistics.median(times), "fastest_ms": min(times), "slowest_ms": max(times), "repetitions": len(times),
+            "timed_by": "events"}
 
 
-def wall_time(sets, run, prepare=_nothing, repetitions=7):
+def short_time(figures, sets, run, prepare=nothing):
+    """The figures of device_time; those of a run shorter than GRAPH_BELOW_MS by a graph instead, or with the reason why there is none.
+
+    "by_events_ms" keeps the median of the events. Never raises: what was measured must not be lost.
+    """
+    if figures["median_ms"] >= GRAPH_BELOW_MS:
+        return figures
+    try:
+        return {**replayed_time(sets, run, prepare, SECONDS_PER_PHASE, REPETITIONS), "by_events_ms": figures["median_ms"]}
+    except Exception as error:
+        return {**figures, "no_graph": f"{type(error).__name__}: {error}"[:300]}
+
+
+def wall_time(sets, run, prepare=nothing, repetitions=7):
     """Median milliseconds on the clock of one call alone, from an idle GPU to its end."""
     times = []
     for i in range(repetitions):
@@ -133,23 +137,46 @@ def wall_time(sets, run, prepare=_nothing, repetitions=7):
     return statistics.median(times)
 
 
-def time_phase(provider, case, phase):
-    """The figures of one phase: device time, time on the clock, bytes and bandwidth."""
-    def prepare(inputs):
-        return forward(provider, case, inputs) if phase == "backward" else None
-
+def phase_steps(provider, case, phase):
+    """(run, prepare) of a phase, as device_time takes them."""
     def run(inputs, outputs):
         if phase != "backward":
             outputs = forward(provider, case, inputs)
         if phase != "forward":
             backward(case, inputs, outputs)
 
-    result = {**device_time(case.sets, run, prepare), "wall_ms": wall_time(case.sets, run, prepare)}
-    result["bytes"] = case.workload.moved_bytes(phase)
-    result["gb_per_s"] = result["bytes"] / result["median_ms"] / 1e6
+    return run, (lambda inputs: forward(provider, case, inputs)) if phase == "backward" else nothing
+
+
+def time_phase(provider, case, phase):
+    """The figures of one phase: device time, time on the clock, bytes and bandwidth."""
+    return with_graphs(provider, case, {phase: _by_events(provider, case, phase)})[phase]
+
+
+def _by_events(provider, case, phase):
+    run, prepare = phase_steps(provider, case, phase)
+    figures = device_time(case.sets, run, prepare)
+    return with_bandwidth({**figures, "wall_ms": wall_time(case.sets, run, prepare, wall_repetitions(figures))}, case, phase)
+
+
+def with_graphs(provider, case, times):
+    """The figures of the phases, with those of short runs by graphs. After all phases: a capture that fails may be the last thing a process does."""
+    return {phase: with_bandwidth(figures | short_time(figures, case.sets, *phase_steps(provider, case, phase)), case, phase)
+            for phase, figures in times.items()}
+
+
+def wall_repetitions(figures):
+    """How often one call alone is timed: launches matter to short ones."""
+    return 7 if figures["median_ms"] < 5 else 3
+
+
+def with_bandwidth(figures, case, phase):
+    """The figures with the bytes that have to move, per second and against a copy."""
+    figures = {**figures, "bytes": case.workload.moved_bytes(phase)}
+    figures["gb_per_s"] = figures["bytes"] / figures["median_ms"] / 1e6
     if case.copy_gb_per_s:
-        result["percent_of_copy"] = 100 * result["gb_per_s"] / case.copy_gb_per_s
-    return result
+        figures["percent_of_copy"] = 100 * figures["gb_per_s"] / case.copy_gb_per_s
+    return figures
 
 
 def copy_bandwidth(device, size=COPY_BYTES, repetitions=20):
@@ -157,7 +184,7 @@ def copy_bandwidth(device, size=COPY_BYTES, repetitions=20):
     source = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     warm_up = 10
-    events = [(_event(), _event()) for _ in range(warm_up + repetitions)]
+    events = [(event(), event()) for _ in range(warm_up + repetitions)]
     for start, end in events:
         start.record()
         target.copy_(source)
@@ -203,39 +230,55 @@ def release():
 # One row of the results -----------------------------------------------------------------------------------------
 
 
+def gate(provider, case):
+    """(errors, what is wrong or None) of one call against float64."""
+    inputs = case.sets[0]
+    if case.expected is None:
+        case.expected = truth(case.workload, inputs)
+        release()  # the blocks in float64
+    outputs = forward(provider, case, inputs)
+    return fault(case.workload, inputs, outputs, backward(case, inputs, outputs), case.expected)
+
+
 def measure(provider, case, phases=PHASES, with_memory=True):
     """One row of the results (row_of) for an operation on logits."""
     def fill(row):
-        outputs = forward(provider, case, case.sets[0])
-        gradient = backward(case, case.sets[0], outputs)
-        row["error"], wrong = fault(case.workload, case.sets[0], outputs, gradient)
-        del outputs, gradient
+        row["error"], wrong = gate(provider, case)
         if wrong:
             row.update(status="wrong", reason=wrong)
         elif case.device.type == "cuda":
             if with_memory:
                 row["memory"] = memory(provider, case)
             for phase in phases:
-                row["times"][phase] = time_phase(provider, case, phase)
+                row["times"][phase] = _by_events(provider, case, phase)
+            row["times"] = with_graphs(provider, case, row["times"])
 
     return row_of(provider, case, fill)
 
 
 def row_of(provider, case, fill):
-    """One row of the results, {"workload", "provider", "status", "reason", "error", "times", "memory"}, filled in by fill(row).
+    """One row of the results, empty_row filled in by fill(row).
 
-    status is "ok", or without figures "missing" (not here), "wrong" (failed the gate) or "failed" (raised), with the reason.
+    status is "ok", or without figures "missing" (not here, or not offered), "wrong" (failed the gate) or "failed" (raised), with the reason.
     """
-    row = {"workload": case.workload.as_dict(), "provider": provider.name, "status": "ok", "reason": None, "error": {}, "times": {}, "memory": {}}
+    row = empty_row(case.workload, provider.name, note=provider.note(case.workload.operation))
     missing = provider.why_not(case.workload.operation)
     if missing:
         return {**row, "status": "missing", "reason": missing}
     try:
         fill(row)
+    except NotOfferedError as error:
+        row.update(status="missing", reason=str(error))
     except Exception as error:  # a provider may fail in any way; the others still have to be measured
         reason = f"{type(error).__name__}: {error}"
         row.update(status="failed", reason=reason[:2000], times={}, memory={})
     return row
+
+
+def empty_row(workload, provider, status="ok", reason=None, note=None):
+    """A row without figures. note: in one line which work the provider does."""
+    return {"workload": workload.as_dict(), "provider": provider, "note": note, "status": status, "reason": reason,
+            "error": {}, "times": {}, "memory": {}}
 
 
 def summary(row):
@@ -246,7 +289,8 @@ def summary(row):
     cells = []
     for phase, result in row["times"].items():
         percent = f" {result['percent_of_copy']:5.1f}%" if "percent_of_copy" in result else ""
-        cells.append(f"{phase} {result['median_ms']:9.4f} ms{percent}")
+        by_graph = " (graph)" if result.get("timed_by") == "graph" else ""
+        cells.append(f"{phase} {result['median_ms']:9.4f} ms{percent}{by_graph}")
     return f"{head} " + "  ".join(cells)
 
 
@@ -258,10 +302,10 @@ def _why_no_times(row):
 # From hidden states ---------------------------------------------------------------------------------------------
 
 
-def make_linear_case(workload, device):
-    """Random inputs for a LinearWorkload and what the gate compares with."""
+def make_linear_case(workload, device, known=None):
+    """Random inputs for a LinearWorkload and what the gate compares with; known: that, where an earlier case of this workload has it."""
     case = make_case(workload, device, make=make_linear_inputs)
-    case.expected = expected(workload, case.sets[0])
+    case.expected = known or expected(workload, case.sets[0])
     release()
     return case
 
@@ -284,7 +328,7 @@ def measure_linear(provider, case, floor=None):
         elif case.device.type == "cuda":
             row["memory"] = linear_memory(provider, case)
             times = device_time(case.sets, lambda inputs, _: linear_step(provider, case, inputs))
-            times["wall_ms"] = wall_time(case.sets, lambda inputs, _: linear_step(provider, case, inputs))
+            times["wall_ms"] = wall_time(case.sets, lambda inputs, _: linear_step(provider, case, inputs), repetitions=wall_repetitions(times))
             row["times"][case.workload.phase] = with_rates(times, case.workload, floor)
 
     return row_of(provider, case, fill)
@@ -303,7 +347,8 @@ def measure_floor(case):
             if best is None or times["median_ms"] < best["median_ms"]:
                 best = {**times, "chunk": chunk}
         release()
-    row = {"workload": case.workload.as_dict(), "provider": FLOOR, "status": "ok", "reason": None, "error": {}, "times": {}, "memory": {}}
+    note = f"{PRODUCTS[case.workload.mode]} products into 16-bit buffers, and nothing else"
+    row = empty_row(case.workload, FLOOR, note=note)
     if best is None:
         return {**row, "status": "failed", "reason": "; ".join(tried.values())}
     return {**row, "times": {case.workload.phase: {**with_rates(best, case.workload), "tried": tried}}}
@@ -342,7 +387,7 @@ def linear_summary(row):
     (times,) = row["times"].values()
     ratio = f"{times['ratio_to_floor']:8.3f}" if "ratio_to_floor" in times else f"{'-':>8}"
     peak = f"{row['memory']['peak_bytes'] / 1e9:9.3f} GB" if row["memory"] else f"{'-':>12}"
-    error = "  ".join(f"{name} {value:.0e}" for name, value in row["error"].items() if "worst" not in name)
+    error = "  ".join(f"{name} {value:.0e}" for name, value in row["error"].items() if "," not in name)
     return f"{head} {times['median_ms']:10.3f} {ratio} {times['tflop_per_s']:8.1f} {peak}  {error}"
 
 

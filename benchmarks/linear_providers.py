@@ -1,8 +1,9 @@
 """Who computes from hidden states, and the floor: the bare matrix products.
 
 Every operation takes a LinearInputs (benchmarks/linear_workloads.py) and returns a tuple of tensors: "per_token_kl" the KL of each token,
-"mean_kl" its mean, "token_stats" the fields of TokenStats, "grpo_loss" and "distillation_loss" a whole loss. Each loader says which work it does:
-products are matrix products of N x H x V. A peer that is not installed, cannot run here or runs out of memory becomes a row with the reason.
+"mean_kl" its mean, "token_stats" the fields of TokenStats, "grpo_loss" and "distillation_loss" a whole loss. Each loader says which work it does, and
+in the `note` of each operation in one line: products are matrix products of N x H x V. A peer that is not installed, cannot run here or runs out of
+memory becomes a row with the reason.
 """
 import dataclasses
 import inspect
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.linear_workloads import BETA, CLIP, PRODUCTS, grpo_terms
+from benchmarks.peers import Work
 from benchmarks.providers import plain_kl_divergence, plain_token_stats
 
 CHUNK = 2048  # tokens of a chunk in the chunked plain torch: larger is faster, since each chunk adds to the whole gradient of the weight
@@ -68,10 +70,21 @@ def _losses(logprob_and_kl, kl):
     return {"grpo_loss": grpo, "distillation_loss": distillation}
 
 
-def _operations(functions):
+def _works(functions, products, note):
+    """{operation: Work} of the operations in `products`: how many, two numbers where a frozen weight saves one, and what else there is to say."""
+    def count(operation):
+        number = products[operation]
+        return f"{number} products" if isinstance(number, int) else f"{number[0]} products, {number[1]} with a frozen weight"
+
+    return {operation: Work(functions[operation], f"{count(operation)}; {note}") for operation in products}
+
+
+def _operations(functions, note):
     """All operations from FUNCTIONS, or from what a compiler made of them."""
     found = {name: _whole(function) for name, function in functions.items()}
-    return {**found, **_losses(found.pop("logprob_and_kl"), found["per_token_kl"])}
+    found |= _losses(found.pop("logprob_and_kl"), found["per_token_kl"])
+    products = {"per_token_kl": 2, "mean_kl": (4, 3), "token_stats": 4, "logprob": 3, "grpo_loss": 4, "distillation_loss": 4}
+    return _works(found, products, note)
 
 
 def _checkpointed(function, inputs):
@@ -103,7 +116,7 @@ def load_fastkl(device):
         found = stats(i)
         return (grpo_loss(found.logprob, i.old_logprob, i.advantages, kl=found.kl, beta=BETA, clip=CLIP, reduction="bnpo"),)
 
-    return {
+    functions = {
         "per_token_kl": lambda i: kl(i, "none"),
         "mean_kl": lambda i: kl(i, "mean"),
         "token_stats": lambda i: tuple(stats(i)),
@@ -111,18 +124,25 @@ def load_fastkl(device):
         "logprob": lambda i: (fastkl.linear_token_stats(i.hidden, i.weight, i.tokens).logprob,),
         "distillation_loss": lambda i: (fastkl.linear_kl_divergence(i.ref_hidden, i.ref_weight, i.hidden, i.weight, reduction="mean"),),
     }
+    chunks = "the same work; logits of a chunk at a time"
+    again, summed = f"{chunks}, again in backward", "the weight's gradient summed in float32"
+    return {
+        **_works(functions, {"per_token_kl": 2, "mean_kl": (4, 3), "distillation_loss": 4}, f"{chunks}, gradient with the value; {summed}"),
+        **_works(functions, {"token_stats": 6, "grpo_loss": 6, "logprob": 4}, f"{again}; {summed}"),
+    }
 
 
 def load_torch(device):
     """Eager PyTorch with all logits in memory. All modes: the same work. Products: 2 forward, 3 frozen and logprob, 4 else: the fewest possible."""
-    return _operations(FUNCTIONS)
+    return _operations(FUNCTIONS, "the same work, the fewest products; all logits and float32 log_softmax in memory")
 
 
 def load_torch_compile(device):
     """The same functions compiled for each shape. All modes: the same work, the same products, all logits in memory."""
     if device.type != "cuda":
         raise RuntimeError("compiled on a GPU only: compiling for a CPU takes long and its speed says nothing here")
-    return _operations({name: torch.compile(function, dynamic=False, fullgraph=True) for name, function in FUNCTIONS.items()})
+    compiled = {name: torch.compile(function, dynamic=False, fullgraph=True) for name, function in FUNCTIONS.items()}
+    return _operations(compiled, "the same work, the fewest products; all logits in memory, what follows them compiled for this shape")
 
 
 def load_torch_chunked(device):
@@ -131,13 +151,16 @@ def load_torch_chunked(device):
     Products: 2 forward, 5 frozen, 4 logprob, 6 else: the logits are computed again in backward. The gradient of the weight is summed over the
     chunks in the weight's own type.
     """
-    return {
+    functions = {
         "per_token_kl": lambda i: _checkpointed(per_token_kl, i),
         "mean_kl": lambda i: (_checkpointed(per_token_kl, i)[0].mean(),),
         "token_stats": lambda i: _checkpointed(token_stats, i),
         "logprob": lambda i: _checkpointed(logprob, i),
         **_losses(lambda i: _checkpointed(logprob_and_kl, i), lambda i: _checkpointed(per_token_kl, i)),
     }
+    products = {"per_token_kl": 2, "mean_kl": (6, 5), "token_stats": 6, "logprob": 4, "grpo_loss": 6, "distillation_loss": 6}
+    chunks = f"the same work; logits of {CHUNK} tokens at a time, again in backward"
+    return _works(functions, products, f"{chunks}; the weight's gradient summed in its type")
 
 
 def load_trl(device):
@@ -152,11 +175,16 @@ def load_trl(device):
     def kl(i, beta):
         return ChunkedDivergenceFunction.apply(i.hidden, i.weight, None, i.ref_hidden, i.ref_weight, None, beta)[0]
 
+    def logprob(i):
+        return (ChunkedLogProbFunction.apply(i.hidden, i.weight, None, i.tokens, 1.0, TILE, None, 1.0, ())[0],)
+
+    tiles = "logits in tiles, again in backward; gradients summed in float32"
+    divergence = f"more work: float32 {tiles}; the student's entropy comes with it"
     return {
-        "per_token_kl": lambda i: (kl(i, 1.0),),
-        "mean_kl": lambda i: (kl(i, 1.0).mean(),),
-        "distillation_loss": lambda i: (kl(i, 0.0).mean(),),
-        "logprob": lambda i: (ChunkedLogProbFunction.apply(i.hidden, i.weight, None, i.tokens, 1.0, TILE, None, 1.0, ())[0],),
+        "per_token_kl": Work(lambda i: (kl(i, 1.0),), divergence),
+        "mean_kl": Work(lambda i: (kl(i, 1.0).mean(),), divergence),
+        "distillation_loss": Work(lambda i: (kl(i, 0.0).mean(),), divergence),
+        "logprob": Work(logprob, f"the same work: {tiles}"),
     }
 
 
@@ -174,10 +202,12 @@ def load_liger(device):
     known = inspect.signature(LigerFusedLinearJSD).parameters
     options = {"accum_dtype": torch.float32} if "accum_dtype" in known else {}
     reverse, forward = (LigerFusedLinearJSD(jsd_beta=beta, **options) for beta in (1.0, 0.0))
-    return {
+    functions = {
         "mean_kl": lambda i: (reverse(i.hidden, i.weight, i.ref_hidden, i.ref_weight, None),),
         "distillation_loss": lambda i: (forward(i.hidden, i.weight, i.ref_hidden, i.ref_weight, None),),
     }
+    note = f"the same work, gradient with the value; the weight's gradient summed in {'float32' if options else 'its type'}"
+    return _works(functions, {"mean_kl": (4, 3), "distillation_loss": 4}, note)
 
 
 def load_liger_chunked(device):
@@ -189,7 +219,8 @@ def load_liger_chunked(device):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
-    return {"mean_kl": lambda i: (loss(i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens),)}
+    note = "4 products, also with a frozen weight; more work: a cross-entropy weighted by 0; softmaxes in the type of the logits"
+    return {"mean_kl": Work(lambda i: (loss(i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens),), note)}
 
 
 def load_torch_linear_cross_entropy(device):
@@ -197,26 +228,28 @@ def load_torch_linear_cross_entropy(device):
     "none", as here, it computes the logits again in backward. torch 2.13 has it, earlier releases may not.
     """
     options = torch.nn.LinearCrossEntropyOptions()
-    return {"logprob": lambda i: (-F.linear_cross_entropy(i.hidden, i.weight, i.tokens, reduction="none", options=options),)}
+    functions = {"logprob": lambda i: (-F.linear_cross_entropy(i.hidden, i.weight, i.tokens, reduction="none", options=options),)}
+    return _works(functions, {"logprob": 4}, "the same work; logits in chunks, again in backward")
 
 
 def load_cut_cross_entropy(device):
     """Apple's cut-cross-entropy as it comes: it leaves out gradients that it takes for small, which is less work; the gate says how far off they are.
     Mode logprob. Products: 4 at most, inside its kernels: logits never reach memory."""
-    return _cut_cross_entropy(device)
+    return _cut_cross_entropy(device, "less work: leaves out gradients that it takes for small")
 
 
 def load_cut_cross_entropy_unfiltered(device):
     """The same with filter_eps=None: no gradient left out. Mode logprob: the same work. Products: 4."""
-    return _cut_cross_entropy(device, filter_eps=None)
+    return _cut_cross_entropy(device, "the same work: no gradient left out", filter_eps=None)
 
 
-def _cut_cross_entropy(device, **options):
+def _cut_cross_entropy(device, note, **options):
     if device.type != "cuda":
         raise RuntimeError("its Triton kernels need a GPU")
     from cut_cross_entropy import linear_cross_entropy
 
-    return {"logprob": lambda i: (-linear_cross_entropy(i.hidden, i.weight, i.tokens, reduction="none", **options),)}
+    functions = {"logprob": lambda i: (-linear_cross_entropy(i.hidden, i.weight, i.tokens, reduction="none", **options),)}
+    return _works(functions, {"logprob": 4}, f"{note}; logits never reach memory")
 
 
 # In the order in which they are measured: what compiles longest comes last, since time may run out.

@@ -1,4 +1,5 @@
 """What is computed from hidden states: shapes and random data, the matrix products that have to be done, and the gate against float64."""
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,15 +19,23 @@ PRODUCTS = {"forward": 2, "loss": 4, "frozen": 3, "stats": 4, "grpo": 4, "distil
 MEANS = ("mean_kl", "grpo_loss", "distillation_loss")
 # Of the GRPO step: how far a ratio may move before its gradient stops, and the weight of the KL.
 CLIP, BETA = 0.2, 0.04
+# No log-ratio of the data is so near to one where the clip begins: there the gradient jumps, and the rounding of a 16-bit logit, up to 0.03, would
+# decide on which side a token falls.
+CLIP_MARGIN = 0.05
 
 # Rows of the weight's gradient that are compared: the first, the last, and others spread evenly between them.
 CHECKED_WEIGHT_ROWS = 64
-# A provider may be off by so many times the error of plain torch in the same type on the same inputs: over all tokens, and in the worst one. The
-# second is there to find a row that is wrong, not to compare digits: among 64 rows, roundings as good as torch's but independent of them were up to
-# 3.2 times as far off in their worst. It never admits a row that is missing, which is off by 1. `LEAST` is added for float32, where the order of a
-# sum alone can double an error of 1e-6; bf16 is far above it.
+# A provider may be off by so many times the error of plain torch in the same type on the same inputs: over all tokens, and in nine of ten rows.
 TOLERANCE = 1.5
-WORST_TOLERANCE, WORST = 5, 0.7
+# In the worst token or row, by so many times plain torch's worst, and never by so much of its size or more: this is there to find a row that is
+# wrong, not to compare digits (among 64 rows, roundings as good as torch's but independent of them were up to 3.2 times as far off in their worst).
+# A row that is missing is off by 1, one that is half too large by 0.5. A row in which plain torch is off as much is let pass: where two tokens share
+# a row's probability, the rounding of their 16-bit logits may be two thirds of its gradient, for everybody; that is one row in some thousands.
+WORST_TOLERANCE, WORST = 5, 0.4
+# A row's error is relative to its own norm, or to this part of the root mean square norm of all rows if that is more: where one token has all the
+# probability the gradient is nearly 0, and its rounding is as large. A row so small is less than a hundredth of the average of the squared norms.
+SMALL_ROW = 0.1
+# Added for float32, where the order of a sum alone can double an error of 1e-6; bf16 is far above it.
 LEAST = 1e-5
 
 
@@ -126,7 +135,7 @@ def make_linear_inputs(workload, device, seed=0):
     else:
         upstream = (torch.ones((), device=device),)
     jitter, advantages = (torch.randn(workload.rows, generator=generator, device=device) for _ in range(2))
-    old_logprob = logprobs(workload, hidden, weight, tokens) + 0.2 * jitter if workload.mode == "grpo" else jitter
+    old_logprob = logprobs(workload, hidden, weight, tokens) - off_the_clip(0.2 * jitter) if workload.mode == "grpo" else jitter
     hidden.requires_grad_(workload.mode != "forward")
     weight.requires_grad_(workload.mode not in ("forward", "frozen"))
     return LinearInputs(hidden, weight, ref_hidden, ref_weight, tokens, upstream, old_logprob, advantages)
@@ -137,6 +146,14 @@ def logprobs(workload, hidden, weight, tokens):
     blocks = [F.linear(hidden[block], weight).float().log_softmax(-1).gather(-1, tokens[block][:, None])[:, 0]
               for (block,) in row_blocks((workload.rows,), workload.vocabulary)]
     return torch.cat(blocks)
+
+
+def off_the_clip(log_ratio):
+    """The log-ratios, those within CLIP_MARGIN of where the clip begins moved that far away from it."""
+    for edge in (math.log(1 - CLIP), math.log(1 + CLIP)):
+        side = torch.where(log_ratio < edge, -CLIP_MARGIN, CLIP_MARGIN)
+        log_ratio = torch.where((log_ratio - edge).abs() < CLIP_MARGIN, edge + side, log_ratio)
+    return log_ratio
 
 
 def grpo_terms(logprob, kl, old_logprob, advantages):
@@ -195,10 +212,11 @@ def answer(workload, inputs, dtype):
 
 @dataclass
 class Expected:
-    """The answer in float64, and what a provider's errors may be."""
+    """The answer in float64, what a provider's errors may be, and by how much each row of a gradient may be off whatever its size is."""
 
     answer: dict[str, torch.Tensor]
     limits: dict[str, float]
+    granted: dict[str, torch.Tensor]
 
 
 def expected(workload, inputs):
@@ -206,11 +224,13 @@ def expected(workload, inputs):
     exact = answer(workload, inputs, torch.float64)
     plain = answer(workload, inputs, DTYPES[workload.dtype])
     names = compared(workload, inputs)
-    limits = {}
+    limits, granted = {}, {}
     for name in names:
         for what, value in errors(name, plain[name], exact[name]).items():
             limits[what] = (min(WORST_TOLERANCE * value, WORST) if "worst" in what else TOLERANCE * value) + LEAST
-    return Expected({name: exact[name] for name in names}, limits)
+        if exact[name].dim() == 2:
+            granted[name] = TOLERANCE * (plain[name].double() - exact[name]).norm(dim=-1)
+    return Expected({name: exact[name] for name in names}, limits, granted)
 
 
 def compared(workload, inputs):
@@ -218,15 +238,21 @@ def compared(workload, inputs):
     return (*output_fields(workload), *("dhidden", "dweight")[: len(inputs.leaves)])
 
 
-def errors(name, value, true):
+def errors(name, value, true, granted=None):
     """{what: error}: relative in the L2 norm, over all, and of the worst token or row. A NaN stays NaN, which no limit admits.
 
-    A gradient's row is compared with its own norm; a token's field with the root mean square of all, since a KL near 0 has no digits in bf16.
+    A row of a gradient is compared with its own norm, but see SMALL_ROW; the worst of those that are off by more than `granted` counts. Nine of ten
+    rows of dhidden are within the third error, each of its own norm: the sum over all hides a part of the gradient that only small rows have. A
+    token's field is compared with the root mean square of all, since a KL near 0 has no digits in bf16.
     """
     difference = value.detach().double() - true
     found = {name: difference.norm() / true.norm()}
     if true.dim() == 2:
-        found[f"{name}, worst row"] = (difference.norm(dim=-1) / true.norm(dim=-1)).max()
+        off, size = difference.norm(dim=-1), true.norm(dim=-1)
+        counted = off if granted is None else torch.where(off <= granted, 0.0, off)
+        found[f"{name}, worst row"] = (counted / size.clamp_min(SMALL_ROW * size.square().mean().sqrt())).max()
+        if name == "dhidden":
+            found[f"{name}, nine of ten rows"] = (off / size).quantile(0.9)
     else:
         found[f"{name}, worst token"] = difference.abs().max() / true.square().mean().sqrt()
     return {what: error.item() for what, error in found.items()}
@@ -252,7 +278,7 @@ def linear_fault(workload, inputs, known, outputs, gradients):
             # Relative to the size of the tokens' losses: those of either sign cancel in their mean.
             found[name] = ((result.detach().double() - true.mean()).abs() / true.abs().mean()).item()
         else:
-            found.update(errors(name, result, true))
+            found.update(errors(name, result, true, known.granted.get(name)))
     # "not <=" instead of ">": a NaN has to fail.
     over = [f"{name} off by {found[name]:.1e}, limit {known.limits[name]:.1e}" for name in found if not found[name] <= known.limits[name]]
     return found, "; ".join(over) or None

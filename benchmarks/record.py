@@ -1,6 +1,7 @@
 """Where figures are written and what every file of figures says about its origin."""
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -34,12 +35,15 @@ def _finite(data):
 
 
 def commit():
-    """The commit of the working tree, with "+changes" where it differs from it; "unknown" outside a repository."""
+    """The commit of the working tree, with "+changes" where it differs from it.
+
+    Outside a repository, as in a copy on another machine, what FASTKL_COMMIT says, else "unknown".
+    """
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("FASTKL_COMMIT", "unknown")
 
 
 def _git(*arguments):

@@ -1,20 +1,24 @@
 """What is computed: shapes and random data, the bytes that have to move, and the answer in float64."""
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.providers import plain_kl_divergence, plain_logprob, plain_logprob_entropy, plain_token_stats
+from benchmarks.providers import PLAIN, arguments, plain_kl_divergence
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-# Of the outputs of an operation, those that get an upstream gradient.
-DIFFERENTIATED = {"kl_divergence": (0,), "token_stats": (0, 1, 3), "logprob": (0,), "logprob_entropy": (0, 1)}  # token_stats: logprob, entropy, kl
-ONE_TENSOR = {"logprob", "logprob_entropy"}  # operations that read no second logits tensor
+# Of the outputs of an operation, those that get an upstream gradient; of token_stats: logprob, entropy, kl.
+DIFFERENTIATED = {"kl_divergence": (0,), "mean_kl": (0,), "token_stats": (0, 1, 3), "logprob": (0,), "logprob_entropy": (0, 1), "entropy": (0,)}
+ONE_TENSOR = {"logprob", "logprob_entropy", "entropy"}  # operations that read no second logits tensor
+SCALARS = {"mean_kl"}  # operations whose output is one number for all tokens
+CHECKED_ROWS = 512  # at most so many are compared with float64, which is slower than what is measured
 
 
 @dataclass(frozen=True)
 class Workload:
     """An operation on `rows` tokens of two logits tensors, or of `p` alone; the gradient is with respect to the one named by `wrt`.
 
+    operation: a key of DIFFERENTIATED; "mean_kl" is the mean over the tokens of KL(P‖Q), a loss with an upstream gradient of 1.
     layout: "rows" is a contiguous [rows, vocabulary]; "sliced" is logits[:, :-1] of [8, rows / 8 + 1, vocabulary], as trainers shift by one token.
     """
 
@@ -80,7 +84,10 @@ def make_inputs(workload, device, seed=0):
     p, q = p[view], q.new_empty(0) if workload.operation in ONE_TENSOR else q[view]
     leading = p.shape[:-1]
     tokens = torch.randint(workload.vocabulary, leading, generator=generator, device=device)
-    upstream = tuple(torch.randn(leading, generator=generator, device=device) for _ in DIFFERENTIATED[workload.operation])
+    if workload.operation in SCALARS:
+        upstream = (torch.ones((), device=device),)
+    else:
+        upstream = tuple(torch.randn(leading, generator=generator, device=device) for _ in DIFFERENTIATED[workload.operation])
     return Inputs(p.requires_grad_(workload.wrt == "p"), q.requires_grad_(workload.wrt == "q"), tokens, upstream, workload.wrt)
 
 
@@ -103,40 +110,73 @@ def row_blocks(leading, vocabulary, limit=2**25):
             yield from ((i, block) for i in range(leading[0]))
 
 
-PLAIN = {
-    "kl_divergence": lambda p, q, tokens: plain_kl_divergence(p, q),
-    "token_stats": lambda p, q, tokens: plain_token_stats(p, tokens, q),
-    "logprob": lambda p, q, tokens: plain_logprob(p, tokens),
-    "logprob_entropy": lambda p, q, tokens: plain_logprob_entropy(p, tokens),
-}
+@dataclass
+class Truth:
+    """The answer in float64 for the rows that are compared.
+
+    rows: their indices, a tensor [K] per leading dimension. outputs: [K] each, or of a scalar operation its one number, over ALL tokens.
+    gradient: [K, V], in float32 where the logits have no more: large enough to be kept small.
+    """
+
+    rows: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+    gradient: torch.Tensor
 
 
-def _truth(workload, inputs, block):
-    """(outputs, gradient) of a block of rows in float64, by autograd through plain torch."""
-    p = inputs.p[block].detach().double()
-    q = None if workload.operation in ONE_TENSOR else inputs.q[block].detach().double()
-    leaf = (p if inputs.wrt == "p" else q).requires_grad_()
-    outputs = PLAIN[workload.operation](p, q, inputs.tokens[block])
-    upstream = [u[block].double() for u in inputs.upstream]
-    (gradient,) = torch.autograd.grad(differentiated(workload, outputs), leaf, upstream)
-    return [o.detach() for o in outputs], gradient
+def checked_rows(leading, device):
+    """The indices of at most CHECKED_ROWS rows, the first, the last and others evenly between them, as an index of the leading dimensions."""
+    count = leading.numel()
+    flat = torch.linspace(0, count - 1, min(CHECKED_ROWS, count), dtype=torch.float64).round().long().to(device)
+    return torch.unravel_index(flat, leading)
 
 
-def errors(workload, inputs, outputs, gradient):
-    """{"values", "gradient"}: the worst error of a row against float64, values relative to 1e-3 nats or more, gradients by their norm.
+def truth(workload, inputs):
+    """The Truth of a workload. Its temporaries, a block of rows in float64, are gone when it returns."""
+    leading = inputs.p.shape[:-1]
+    rows = checked_rows(leading, inputs.p.device)
+    parts = [_block_truth(workload, inputs, tuple(index[block] for index in rows))
+             for (block,) in row_blocks((len(rows[0]),), workload.vocabulary)]
+    outputs = tuple(torch.cat(values) for values in zip(*(values for values, _ in parts), strict=True))
+    if workload.operation in SCALARS:
+        outputs = (_mean_kl(inputs, workload.vocabulary),)
+    return Truth(rows, outputs, torch.cat([gradient for _, gradient in parts]))
+
+
+def _block_truth(workload, inputs, index):
+    """(outputs, gradient) of some rows in float64, by autograd through plain torch."""
+    some = Inputs(inputs.p.detach()[index].double(), inputs.q.detach(), inputs.tokens[index], (), inputs.wrt)
+    if workload.operation not in ONE_TENSOR:
+        some.q = some.q[index].double()
+    some.leaf.requires_grad_()
+    operation = "kl_divergence" if workload.operation in SCALARS else workload.operation
+    outputs = PLAIN[operation](*arguments(operation, some))
+    upstream = [(u / inputs.tokens.numel()).expand(index[0].shape) if u.dim() == 0 else u[index] for u in inputs.upstream]
+    (gradient,) = torch.autograd.grad(differentiated(workload, outputs), some.leaf, [u.double() for u in upstream])
+    return [o.detach() for o in outputs], gradient.to(torch.promote_types(inputs.p.dtype, torch.float32))
+
+
+@torch.no_grad()
+def _mean_kl(inputs, vocabulary):
+    """The mean over all tokens in float64."""
+    leading = inputs.p.shape[:-1]
+    sums = [plain_kl_divergence(inputs.p[block].double(), inputs.q[block].double())[0].sum() for block in row_blocks(leading, vocabulary)]
+    return torch.stack(sums).sum() / leading.numel()
+
+
+def errors(workload, outputs, gradient, known):
+    """{"values", "gradient"}: the worst error of a checked row against the Truth, values relative to 1e-3 nats or more, gradients by their norm.
 
     A NaN gives NaN, which no limit admits.
     """
-    worst = {"values": torch.zeros((), dtype=torch.float64), "gradient": torch.zeros((), dtype=torch.float64)}
-    worst = {key: value.to(inputs.p.device) for key, value in worst.items()}
-    for block in row_blocks(inputs.p.shape[:-1], workload.vocabulary):
-        true_outputs, true_gradient = _truth(workload, inputs, block)
-        for output, true in zip(outputs, true_outputs, strict=True):
-            relative = (output[block].detach().double() - true).abs() / true.abs().clamp_min(1e-3)
-            worst["values"] = torch.maximum(worst["values"], relative.max())
-        difference = (gradient[block].double() - true_gradient).norm(dim=-1) / true_gradient.norm(dim=-1)
-        worst["gradient"] = torch.maximum(worst["gradient"], difference.max())
-    return {key: value.item() for key, value in worst.items()}
+    worst = {"values": [], "gradient": []}
+    for output, true in zip(outputs, known.outputs, strict=True):
+        found = output if workload.operation in SCALARS else output[known.rows]
+        worst["values"].append(((found.detach().double() - true).abs() / true.abs().clamp_min(1e-3)).max())
+    for (block,) in row_blocks((len(known.gradient),), workload.vocabulary):
+        true = known.gradient[block].double()
+        difference = gradient[tuple(index[block] for index in known.rows)].double() - true
+        worst["gradient"].append((difference.norm(dim=-1) / true.norm(dim=-1)).max())
+    return {key: torch.stack(values).max().item() for key, values in worst.items()}
 
 
 # The element type of the gradient alone rounds by 2^-9 (bf16) and 2^-12 (fp16).
@@ -146,15 +186,24 @@ LIMITS = {
 }
 
 
-def fault(workload, inputs, outputs, gradient):
-    """(errors, what is wrong or None): the gate that a provider passes before it is timed."""
-    expected = inputs.p.shape[:-1]
+def fault(workload, inputs, outputs, gradient, known=None):
+    """(errors, what is wrong or None): the gate that a provider passes before it is timed.
+
+    known: the Truth of these inputs, computed here where it is not given. Rows that are not compared with it have to be finite, as all others.
+    """
+    expected = torch.Size() if workload.operation in SCALARS else inputs.p.shape[:-1]
     shapes = [tuple(o.shape) for o in outputs]
     if any(shape != tuple(expected) for shape in shapes):
         return {}, f"outputs have the shapes {shapes}, expected {tuple(expected)} each"
     if gradient.shape != inputs.leaf.shape:
         return {}, f"the gradient has the shape {tuple(gradient.shape)}, expected {tuple(inputs.leaf.shape)}"
-    found = errors(workload, inputs, outputs, gradient)
+    found = errors(workload, outputs, gradient, known or truth(workload, inputs))
     # "not <=" instead of ">": a NaN has to fail.
     over = [f"{key} off by {found[key]:.1e}, limit {limit:.0e}" for key, limit in LIMITS[workload.dtype].items() if not found[key] <= limit]
+    over += [f"{name} not finite everywhere" for name, tensors in (("values", outputs), ("gradient", (gradient,))) if not all(map(finite, tensors))]
     return found, "; ".join(over) or None
+
+
+def finite(tensor):
+    """Whether all of a tensor is finite: its largest magnitude is, which takes one read and no copy; a NaN is the largest of all."""
+    return bool(torch.linalg.vector_norm(tensor.detach(), math.inf).isfinite())

@@ -74,7 +74,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     backward = config.select("backward", arch, itemsize, VOCABULARY)
     plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0)
     placing = dict(LANES=lanes, REALIGN=not aligned, Q_IN_BLOCKS=True)
-    shape = dict(SEGMENT=forward.segment, THREADS=forward.threads, GROUPS=forward.groups, PREFETCH=forward.prefetch, **placing)
+    shape = dict(SEGMENT=forward.segment, THREADS=forward.threads, GROUPS=forward.groups, **placing)
     specializations = []
     for name, entropy, kl, reverse in (("kl_divergence", False, True, False), ("token_stats", True, True, True),
                                        ("token_stats_policy_only", True, False, False)):

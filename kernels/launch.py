@@ -163,7 +163,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
             dict(p_ptr=p, q_ptr=q, state_ptr=state, mask_ptr=mask, temperature_ptr=temperatures, temperature=temperature, **_places(problem),
                  V=problem.vocabulary, splits=splits),
             dict(SEGMENT=chosen.segment, THREADS=chosen.threads, LANES=lanes, GROUPS=chosen.groups, **per_row, **fields, **placing,
-                 PREFETCH=chosen.prefetch, SOFTCAP=softcap),
+                 SOFTCAP=softcap),
             options)
         _start(
             row_finish, -(-problem.rows // FINISH_ROWS),

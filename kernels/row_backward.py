@@ -25,11 +25,11 @@ def load_saved(saved_ptr):
     lse_q = tl.load(saved_ptr + 2)
     lost_q = tl.load(saved_ptr + 3)
     centre = tl.load(saved_ptr + 4)
-    log_ratio = tl.load(saved_ptr + 5)
+    kl = tl.load(saved_ptr + 5)
     mean_p_d = tl.load(saved_ptr + 6)
     mean_q_d = tl.load(saved_ptr + 7)
     entropy = tl.load(saved_ptr + 8) - lost_p * LN2
-    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), centre, log_ratio, mean_p_d, mean_q_d, entropy)
+    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), centre, kl, mean_p_d, mean_q_d, entropy)
 
 
 @triton.jit
@@ -40,9 +40,10 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
     With g the upstream gradients, s = 1/T and d = (y - x)·s - centre:
         dx = s·(p·(-g_kl·(d - E_p[d]) - g_entropy·(log p + entropy) - g_logprob) - g_ref_kl·(q - p))
         dy = s·(g_kl·(q - p) + q·(g_ref_kl·(d - E_q[d]) - g_ref_logprob))
-    The centre is at the mean under P, so that on a peaked row d - E_p[d] is no difference of two larger numbers.
+    The centre is at the mean under P up to its own rounding, and d - E_p[d] is subtracted before anything is multiplied: on a peaked row the
+    gradient is what is left of it. log q - log p is that difference less the KL.
     """
-    lse_p, factor_p, lse_q, factor_q, centre, log_ratio, mean_p_d, mean_q_d, entropy = saved
+    lse_p, factor_p, lse_q, factor_q, centre, kl, mean_p_d, mean_q_d, entropy = saved
     g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl = upstream
     # p and q stay without their factors, which join the row's constants: one multiplication less per entry.
     log2_p = tl.fma(x, scale * LOG2E, -lse_p)
@@ -60,18 +61,18 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
         rise = q * factor_q - true_p
         if EXACT and (KL or REF_KL):
             # The difference of two rounded probabilities loses the digits of a small log q - log p.
-            log_ratio_here = d - log_ratio
-            near = true_p * tl.fma(log_ratio_here * log_ratio_here, expm1_over_square(log_ratio_here), log_ratio_here)
-            rise = tl.where(tl.abs(log_ratio_here) < SMALL_D, near, rise)
+            log_ratio = (d - mean_p_d) - kl
+            near = true_p * tl.fma(log_ratio * log_ratio, expm1_over_square(log_ratio), log_ratio)
+            rise = tl.where(tl.abs(log_ratio) < SMALL_D, near, rise)
     grad_x = x
     grad_y = x
     if WRT_P:
         weight = scale * factor_p
-        bracket = -weight * (g_logprob - g_kl * mean_p_d + g_entropy * entropy)
+        bracket = -weight * (g_logprob + g_entropy * entropy)
         if ENTROPY:
             bracket = tl.fma(log2_p, weight * (-LN2) * g_entropy, bracket)
         if KL:
-            bracket = tl.fma(d, -weight * g_kl, bracket)
+            bracket = tl.fma(d - mean_p_d, -weight * g_kl, bracket)
         grad_x = p * bracket
         if ENTROPY or KL:
             # An entry without probability has no gradient, also where its logarithm is infinite.
@@ -81,9 +82,9 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
     if WRT_Q:
         if REF_LOGPROB or REF_KL:
             weight = scale * factor_q
-            bracket = -weight * (g_ref_logprob + g_ref_kl * mean_q_d)
+            bracket = -weight * g_ref_logprob
             if REF_KL:
-                bracket = tl.fma(d, weight * g_ref_kl, bracket)
+                bracket = tl.fma(d - mean_q_d, weight * g_ref_kl, bracket)
             grad_y = tl.where(q == 0.0, 0.0, q * bracket)
             if KL:
                 grad_y = tl.fma(rise, scale * g_kl, grad_y)

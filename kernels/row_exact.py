@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .row_load import lane_sum, load_elements, load_group
-from .row_math import FINITE, LN2, LOG2E, SMALL_D, centred, expm1_over_square, log1p, minus_log1p, soft_cap, split_sum, subtract
+from .row_math import FINITE, LN2, LOG2E, SMALL_D, centred, expm1_over_square, minus_log1p, soft_cap, split_sum, subtract
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
     """The statistics of any row, infinities included, from log-probabilities counted from each tensor's largest logit.
 
     An entry with p = 0 adds nothing to E_p, whatever log(q/p) is; one with p > 0 = q makes KL(P‖Q) infinite. A NaN makes everything NaN.
-    Returns origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, entropy as row_finish saves them, kl and ref_kl.
+    Returns origin, log2_S, lse_q, lost_q, centre, mean_p_d, mean_q_d, entropy as row_finish saves them, kl and ref_kl.
     """
     scale2 = scale * LOG2E
     x_top, p_log2 = log_sum_exp(p_source, V, scale2, THREADS, LANES, REALIGN, True, SOFTCAP)
@@ -82,7 +82,6 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
     kl = ratio * 0.0
     ref_kl = kl
     centre = kl
-    log_ratio = kl
     mean_p_d = kl
     mean_q_d = kl
     lse_q = kl
@@ -95,22 +94,20 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
         ref_kl = tl.where(ref_kl < 0.0, 0.0, ref_kl)
         top = y_top * scale2
         lse_q, lost_q = split_sum(top, q_log2 + tl.fma(y_top, scale2, -top))
-        # The centre at E_p[d]: the gradient's brackets are differences of d from its means. Its own rounding goes to log_ratio.
+        # The centre at E_p[d]: the gradient's brackets are differences of d from its means.
         tops, tops_lost = subtract(y_top, x_top, True)
         apart = tops * scale
         rest = tl.fma(tops, scale, -apart) + tl.fma(tops_lost, scale, ratio)
-        centre, lost = split_sum(apart, tl.where(kl < FINITE, rest - kl, rest))
-        log_ratio = log1p(t) + tl.where(kl < FINITE, kl, 0.0) + lost
+        centre = apart + tl.where(kl < FINITE, rest - kl, rest)
         mean_p_d, mean_q_d, peak_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, 0.0, THREADS, LANES, REALIGN,
                                                 Q_IN_BLOCKS, SOFTCAP)
         # The KL is known to 1e-7 of itself only, and the centre with it: once more, from the mean that is left, and counted from P's peak.
         moved = tl.where(kl < FINITE, centre + mean_p_d, centre)
-        log_ratio -= moved - centre
         peak_d = tl.where(tl.abs(peak_d) < FINITE, peak_d - (moved - centre), 0.0)
         centre = moved
         mean_p_d, mean_q_d, peak_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, peak_d, THREADS, LANES, REALIGN,
                                                 Q_IN_BLOCKS, SOFTCAP)
-    return origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, total(sum_plogp) * (-LN2), kl, ref_kl
+    return origin, log2_S, lse_q, lost_q, centre, mean_p_d, mean_q_d, total(sum_plogp) * (-LN2), kl, ref_kl
 
 
 @triton.jit

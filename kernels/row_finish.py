@@ -53,14 +53,12 @@ def merged_rows(state_ptr, rows, there, splits, SPLITS: tl.constexpr, WITH_ENTRO
     entropy = (log2_S - tl.div_rn(A, S)) * LN2
     kl = entropy * 0.0
     ref_kl = kl
-    log_ratio = kl
     mean_d = kl
     mean_q_d = kl
     if WITH_KL:
         # Rounded once: on a peaked row the gradient is what is left of d - E_p[d], and a GPU's plain division may be off by two units.
         mean_h = tl.maximum(tl.div_rn(U, S), 0.0)
         mean_d = tl.div_rn(W, S)
-        log_ratio = log1p(mean_h + mean_d)
         kl = forward_kl(mean_h, mean_d)
         holds = holds & (kl < LARGE_KL)
         if WITH_REVERSE:
@@ -71,22 +69,22 @@ def merged_rows(state_ptr, rows, there, splits, SPLITS: tl.constexpr, WITH_ENTRO
     lse_q = log2_S
     lost_q = kl * 0.0
     if WITH_KL:
-        lse_q, lost_q = q_partition(origin, log2_S, centre, log_ratio)
-    return (origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_d, mean_q_d, entropy, kl, ref_kl), holds
+        lse_q, lost_q = q_partition(origin, log2_S, centre, log1p(mean_h + mean_d))
+    return (origin, log2_S, lse_q, lost_q, centre, mean_d, mean_q_d, entropy, kl, ref_kl), holds
 
 
 @triton.jit
 def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, statistics,
                HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Write the saved values and the fields of one row or of several, where `stored`; `statistics` as merged_rows and exact_row return them."""
-    origin, log2_S, lse_q, lost_q, centre, log_ratio, mean_p_d, mean_q_d, entropy, kl, ref_kl = statistics
+    origin, log2_S, lse_q, lost_q, centre, mean_p_d, mean_q_d, entropy, kl, ref_kl = statistics
     saved_ptr += rows * SAVED
     tl.store(saved_ptr, origin, mask=stored)
     tl.store(saved_ptr + 1, log2_S, mask=stored)
     tl.store(saved_ptr + 2, lse_q, mask=stored)
     tl.store(saved_ptr + 3, lost_q, mask=stored)
     tl.store(saved_ptr + 4, centre, mask=stored)
-    tl.store(saved_ptr + 5, log_ratio, mask=stored)
+    tl.store(saved_ptr + 5, kl, mask=stored)
     tl.store(saved_ptr + 6, mean_p_d, mask=stored)
     tl.store(saved_ptr + 7, mean_q_d, mask=stored)
     tl.store(saved_ptr + 8, entropy, mask=stored)
@@ -136,7 +134,7 @@ def row_finish(
     p_ptr, q_ptr,  # the logits, as in row_forward
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     mask_ptr, temperature_ptr,  # as in row_forward
-    saved_ptr,  # [N, 9] float32: origin, log2_S, lse_q and what it lost (base 2), centre, log_ratio, E_p[d], E_q[d], entropy
+    saved_ptr,  # [N, 9] float32: origin, log2_S, lse_q and what it lost (base 2), centre, KL, E_p[d], E_q[d], entropy
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
     temperature: tl.float32, n_rows: tl.int32, n_inner: tl.int32,
     stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .row_load import fetch_group, lane_order, lane_sum, load_elements, read_group, row_offset, row_pad, row_scale
+from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale
 from .row_math import (
     LARGEST_D,
     LOG2E,
@@ -31,46 +31,29 @@ def expm1_minus_any(d):
 
 
 @triton.jit
-def fetch_tile(p_block, q_block, q_row, first_group, pad, V, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-               WITH_KL: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, EDGE: tl.constexpr):
-    """The loads of GROUPS groups per thread and nothing that waits for them: ((P's, Q's), ...), as read_tile takes them."""
-    tile = ()
-    for g in tl.static_range(GROUPS):
-        group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
-        p = fetch_group(p_block, group, pad, V, REALIGN, EDGE, LANES)
-        if not WITH_KL:
-            q = p
-        elif Q_IN_BLOCKS:
-            q = fetch_group(q_block, group, pad, V, REALIGN, EDGE, LANES)
-        else:
-            q = load_elements(q_row, group, pad, V, EDGE, LANES)
-        tile += ((p, q),)
-    return tile
-
-
-@triton.jit
-def read_tile(tile, first_group, pad, order, V, P_TYPE: tl.constexpr, Q_TYPE: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr,
-              GROUPS: tl.constexpr, WITH_KL: tl.constexpr, EXACT: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
-              SOFTCAP: tl.constexpr, EDGE: tl.constexpr):
-    """Of each group: x, y - x and what its rounding lost, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
+def load_tile(p_block, q_block, q_row, first_group, pad, order, V, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+              WITH_KL: tl.constexpr, EXACT: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr,
+              EDGE: tl.constexpr):
+    """GROUPS groups per thread: x, y - x and what its rounding lost, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
     xs = ()
     differences = ()
     losts = ()
     insides = ()
     for g in tl.static_range(GROUPS):
-        p, q = tile[g]
-        x = soft_cap(read_group(p, pad, P_TYPE, REALIGN, LANES), SOFTCAP, P_TYPE)
-        inside = (first_group + g * THREADS + tl.arange(0, THREADS)[:, None]) * LANES + order < V
+        group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
+        x = soft_cap(load_group(p_block, group, pad, V, REALIGN, EDGE, LANES), SOFTCAP, p_block.dtype.element_ty)
+        inside = group * LANES + order < V
         if EDGE:
             x = tl.where(inside, x, LOWEST)
         difference = x
         lost = x
         if WITH_KL:
             if Q_IN_BLOCKS:
-                y = read_group(q, pad, Q_TYPE, REALIGN, LANES)
+                y = load_group(q_block, group, pad, V, REALIGN, EDGE, LANES)
             else:
-                y = q
-            difference, lost = subtract(soft_cap(y, SOFTCAP, Q_TYPE), x, EXACT)
+                y = load_elements(q_row, group, pad, V, EDGE, LANES)
+            y = soft_cap(y, SOFTCAP, q_block.dtype.element_ty)
+            difference, lost = subtract(y, x, EXACT)
             if EDGE:
                 # Far below every real difference: never the largest.
                 difference = tl.where(inside, difference, LOWEST)
@@ -167,7 +150,7 @@ def row_forward(
     SEGMENT: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
     HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
-    REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, PREFETCH: tl.constexpr,
+    REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
     SOFTCAP: tl.constexpr,  # logits are SOFTCAP·tanh(logits/SOFTCAP), 0 for none; a constant of the model
 ):
     """Partial statistics of one segment of one row.
@@ -209,29 +192,14 @@ def row_forward(
     TILE_GROUPS: tl.constexpr = THREADS * GROUPS
     n_groups = tl.minimum(SEGMENT, V - first) // LANES
     full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
-    P_TYPE: tl.constexpr = p_ptr.dtype.element_ty
-    Q_TYPE: tl.constexpr = q_ptr.dtype.element_ty
-    if PREFETCH:
-        # The next tile's loads are on their way while this one is summed; after the last full tile it is read once more, from a cache.
-        begin = first // LANES
-        last = tl.maximum(full_end - TILE_GROUPS, begin)
-        ahead = fetch_tile(p_block, q_block, q_row, begin, pad, tl.where(full_end > begin, V, 0), THREADS, LANES, GROUPS, WITH_KL, REALIGN,
-                           Q_IN_BLOCKS, True)
     for group in range(first // LANES, full_end, TILE_GROUPS):
-        if PREFETCH:
-            tile = ahead
-            ahead = fetch_tile(p_block, q_block, q_row, tl.minimum(group + TILE_GROUPS, last), pad, V, THREADS, LANES, GROUPS, WITH_KL, REALIGN,
-                               Q_IN_BLOCKS, False)
-        else:
-            tile = fetch_tile(p_block, q_block, q_row, group, pad, V, THREADS, LANES, GROUPS, WITH_KL, REALIGN, Q_IN_BLOCKS, False)
-        xs, differences, losts, insides = read_tile(tile, group, pad, order, V, P_TYPE, Q_TYPE, THREADS, LANES, GROUPS, WITH_KL, EXACT, REALIGN,
-                                                    Q_IN_BLOCKS, SOFTCAP, False)
+        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, THREADS, LANES, GROUPS,
+                                                    WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, False)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, False)
     if full_end * LANES < tl.minimum(first + SEGMENT, V):
-        tile = fetch_tile(p_block, q_block, q_row, full_end, pad, V, THREADS, LANES, GROUPS, WITH_KL, REALIGN, Q_IN_BLOCKS, True)
-        xs, differences, losts, insides = read_tile(tile, full_end, pad, order, V, P_TYPE, Q_TYPE, THREADS, LANES, GROUPS, WITH_KL, EXACT, REALIGN,
-                                                    Q_IN_BLOCKS, SOFTCAP, True)
+        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, THREADS, LANES, GROUPS,
+                                                    WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, True)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, True)
 

@@ -78,43 +78,28 @@ def widen(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def fetch_group(block_ptr, group, pad, V, REALIGN: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr):
-    """The 32-bit words [THREADS, 4] of the row's groups `group` [THREADS, 1], as read_group takes them: of each group's own block, and with REALIGN
-    of the one after it. block_ptr is the 16-byte boundary at or before the row's start.
+def load_group(block_ptr, group, pad, V, REALIGN: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr):
+    """float32 [THREADS, LANES]: the row's groups `group` [THREADS, 1]; block_ptr is the 16-byte boundary at or before the row's start.
 
     EDGE groups may reach past the row: lanes beyond V hold anything. A block is read only if it holds an element of the row.
     """
+    DTYPE: tl.constexpr = block_ptr.dtype.element_ty
     words_ptr = tl.multiple_of(block_ptr.to(tl.pointer_type(tl.int32)), 16)
     offs_w = group * 4 + tl.arange(0, 4)[None, :]
     if EDGE:
         words = tl.load(words_ptr + offs_w, mask=group * LANES - pad < V, other=0)
     else:
         words = tl.load(words_ptr + offs_w)
-    following = words
     if REALIGN:
         # Without a pad there is no next block to read: the same one again, all of it deselected.
         next_ptr = tl.multiple_of(words_ptr + tl.where(pad > 0, 4, 0), 16)
+        own = select_mask(pad, LANES)
         if EDGE:
             following = tl.load(next_ptr + offs_w, mask=(group + 1) * LANES - pad < V, other=0)
         else:
             following = tl.load(next_ptr + offs_w)
-    return words, following
-
-
-@triton.jit
-def read_group(fetched, pad, DTYPE: tl.constexpr, REALIGN: tl.constexpr, LANES: tl.constexpr):
-    """float32 [THREADS, LANES] of what fetch_group loaded."""
-    words, following = fetched
-    if REALIGN:
-        own = select_mask(pad, LANES)
         words = (words & own) | (following & ~own)
     return widen(words, DTYPE)
-
-
-@triton.jit
-def load_group(block_ptr, group, pad, V, REALIGN: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr):
-    """float32 [THREADS, LANES]: both at once."""
-    return read_group(fetch_group(block_ptr, group, pad, V, REALIGN, EDGE, LANES), pad, block_ptr.dtype.element_ty, REALIGN, LANES)
 
 
 @triton.jit

@@ -1,19 +1,18 @@
-"""The benchmarks' own promises: a wrong provider gets no time, figures are written whole or not at all, no GPU means one clear line."""
+"""The benchmarks' own promises: a wrong provider gets no time, figures are written whole or not at all."""
 import json
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu_suite, harness, record
+from benchmarks import accuracy, harness, record, workloads
+from benchmarks.peers import NotOfferedError
 from benchmarks.providers import LOADERS, Provider, load_providers, plain_kl_divergence, plain_logprob, plain_logprob_entropy
-from benchmarks.workloads import Workload, errors, make_inputs, row_blocks
+from benchmarks.workloads import DIFFERENTIATED, ONE_TENSOR, Workload, errors, finite, make_inputs, row_blocks, truth
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 TINY = Workload("kl_divergence", rows=6, vocabulary=97, dtype="fp32")
 
@@ -30,18 +29,22 @@ def exact(p, q):
 # The gate -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", ["kl_divergence", "token_stats", "logprob", "logprob_entropy"])
+def sides(operation):
+    """The arguments that the gradient of an operation is measured to."""
+    return "p" if operation in ONE_TENSOR or operation == "token_stats" else "pq"
+
+
+@pytest.mark.parametrize("operation", DIFFERENTIATED)
 @pytest.mark.parametrize("name", ["torch", "fastkl"])
 @pytest.mark.parametrize("layout", ["rows", "sliced"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_right_providers_pass_the_gate(operation, name, layout, dtype):
-    for wrt in "pq":
-        if operation != "kl_divergence" and wrt == "q":
-            continue
+    for wrt in sides(operation):
         workload = Workload(operation, rows=16, vocabulary=131, dtype=dtype, wrt=wrt, layout=layout)
         row = harness.measure(*load_providers(CPU, [name]), harness.make_case(workload, CPU))
         assert row["status"] == "ok", row
         assert row["times"] == {}, "no speed is reported without a GPU"
+        assert row["note"] and "\n" not in row["note"]
 
 
 @pytest.mark.parametrize("name", ["F.kl_div", "F.kl_div on probabilities", "Categorical", "TRL"])
@@ -50,12 +53,13 @@ def test_peers_pass_the_gate_or_say_why_not(name, dtype):
     (peer,) = load_providers(CPU, [name])
     if peer.missing:
         pytest.skip(peer.missing)
-    for operation in ("kl_divergence", "logprob", "logprob_entropy"):
+    for operation in ("kl_divergence", "mean_kl", "logprob", "logprob_entropy", "entropy"):
         for layout in ("rows", "sliced"):
-            for wrt in "pq" if operation == "kl_divergence" else "p":
+            for wrt in sides(operation):
                 workload = Workload(operation, rows=16, vocabulary=131, dtype=dtype, wrt=wrt, layout=layout)
                 row = harness.measure(peer, harness.make_case(workload, CPU))
                 assert row["status"] == ("ok" if operation in peer.operations else "missing"), row
+                assert row["note"] == peer.note(operation) and bool(row["note"]) == (row["status"] == "ok")
     assert peer.why_not("token_stats") == f"{name} has no token_stats"
 
 
@@ -75,6 +79,50 @@ def test_gate_catches_a_wrong_provider(function, reason):
     assert row["times"] == {} and row["memory"] == {}
 
 
+def interpreted(code):
+    """The output of code with the kernels in Triton's interpreter, in a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(record.ROOT)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=record.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_liger_computes_what_it_is_measured_at():
+    """Its mean over the tokens in both directions, and the log-probability out of its GRPO loss with the gradient of a slice."""
+    pytest.importorskip("liger_kernel")
+    out = interpreted("""
+import json, torch
+from benchmarks import harness
+from benchmarks.providers import ALL_LOADERS, load_providers
+from benchmarks.workloads import Workload
+cpu = torch.device("cpu")
+jsd, grpo = load_providers(cpu, ["Liger JSD", "Liger GRPO"], ALL_LOADERS)
+workloads = [(jsd, Workload("mean_kl", 16, 131, dtype, wrt, layout)) for wrt in "pq" for dtype in ("bf16", "fp32") for layout in ("rows", "sliced")]
+workloads += [(grpo, Workload("logprob", 16, 131, dtype, layout=layout)) for dtype in ("bf16", "fp32") for layout in ("sliced", "rows")]
+rows = [harness.measure(provider, harness.make_case(workload, cpu)) for provider, workload in workloads]
+print(json.dumps([[row["workload"]["layout"], row["provider"], row["status"], row["reason"]] for row in rows]))
+""")
+    for layout, name, status, reason in json.loads(out.splitlines()[-1]):
+        if (name, layout) == ("Liger GRPO", "rows"):
+            assert status == "missing" and "[B, L + 1, V]" in reason
+        else:
+            assert status == "ok", (layout, name, reason)
+
+
+@pytest.mark.parametrize("change", [lambda kl: kl * 1.01, lambda kl: kl.detach() + 0 * kl, lambda kl: kl * kl.numel(), lambda kl: kl * math.nan],
+                         ids=["scaled", "no gradient", "sum", "nan"])
+def test_gate_of_a_mean(change):
+    workload = Workload("mean_kl", rows=6, vocabulary=97, dtype="fp32")
+    right = Provider("theirs", {"mean_kl": lambda i: (exact(i.p, i.q).mean(),)})
+    wrong = Provider("theirs", {"mean_kl": lambda i: (change(exact(i.p, i.q)).mean(),)})
+    case = harness.make_case(workload, CPU)
+    assert harness.measure(right, case)["status"] == "ok"
+    row = harness.measure(wrong, case)
+    assert row["status"] == "wrong" and "off by" in row["reason"], row
+    each = Provider("theirs", {"mean_kl": lambda i: (exact(i.p, i.q),)})
+    assert "shape" in harness.measure(each, case)["reason"], "a KL of each token is no mean"
+
+
 def test_gate_catches_one_wrong_row():
     def one_row_off(p, q):
         kl = exact(p, q)
@@ -84,6 +132,54 @@ def test_gate_catches_one_wrong_row():
     assert row["status"] == "wrong" and row["error"]["values"] > 1e-2 and row["error"]["gradient"] < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["rows", "sliced"])
+def test_gate_of_many_rows(layout, monkeypatch):
+    """Some rows are compared, the first and the last among them; all the others have to be finite; the answer is computed once."""
+    monkeypatch.setattr(workloads, "CHECKED_ROWS", 5)
+    workload = Workload(rows=64, vocabulary=31, dtype="fp32", layout=layout)
+    case = harness.make_case(workload, CPU)
+    inputs, computed = case.sets[0], []
+    monkeypatch.setattr(harness, "truth", lambda *given: computed.append(1) or truth(*given))
+    known = truth(workload, inputs)
+    flat = [int(row) for row in torch.arange(64).view(inputs.p.shape[:-1])[known.rows]]
+    assert flat == [0, 16, 32, 47, 63] and known.gradient.shape == (5, 31) and known.gradient.dtype == torch.float32
+
+    def spoiled(row, value):
+        def function(p, q):
+            kl = exact(p, q)
+            return kl * torch.ones(64).index_fill(0, torch.tensor(row), value).view(kl.shape)
+        return harness.measure(provider(function), case)
+
+    for row in flat:
+        assert "values off by" in spoiled(row, 1.1)["reason"]
+    unchecked = next(row for row in range(64) if row not in flat)
+    assert spoiled(unchecked, 1.1)["status"] == "ok", "what is not compared is not seen, unless"
+    assert spoiled(unchecked, math.nan)["reason"] == "values not finite everywhere; gradient not finite everywhere"
+    assert spoiled(unchecked, math.inf)["status"] == "wrong" and len(computed) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_finite(dtype):
+    values = torch.zeros(3, 50, dtype=dtype)
+    values[0, 0] = torch.finfo(dtype).max
+    assert finite(values) and finite(values[:, ::2]) and finite(values[0, 0])
+    for bad in (math.nan, math.inf, -math.inf):
+        values[2, 40] = bad
+        assert not finite(values) and finite(values[:2])
+
+
+def test_the_truth_of_a_mean_is_that_of_all_rows(monkeypatch):
+    monkeypatch.setattr(workloads, "CHECKED_ROWS", 3)
+    workload = Workload("mean_kl", rows=16, vocabulary=53, dtype="fp32", wrt="q", layout="sliced")
+    inputs = make_inputs(workload, CPU)
+    q = inputs.q.detach().double().requires_grad_()
+    mean = exact(inputs.p.double(), q).mean()
+    (gradient,) = torch.autograd.grad(mean, q)
+    known = truth(workload, inputs)
+    torch.testing.assert_close(known.outputs[0], mean.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(known.gradient.double(), gradient[known.rows], rtol=1e-6, atol=1e-12)
+
+
 def test_a_provider_that_raises_is_a_row():
     def broken(p, q):
         raise RuntimeError("no such kernel")
@@ -91,6 +187,12 @@ def test_a_provider_that_raises_is_a_row():
     row = harness.measure(provider(broken), harness.make_case(TINY, CPU))
     assert (row["status"], row["reason"]) == ("failed", "RuntimeError: no such kernel")
     assert "failed: RuntimeError: no such kernel" in harness.summary(row)
+
+    def refuses(p, q):
+        raise NotOfferedError("no gradient to p")
+
+    row = harness.measure(provider(refuses), harness.make_case(TINY, CPU))
+    assert (row["status"], row["reason"]) == ("missing", "no gradient to p")
 
 
 def test_missing_providers_say_why(monkeypatch):
@@ -118,20 +220,23 @@ def test_errors_are_those_of_the_worst_row():
     inputs = make_inputs(TINY, CPU)
     true = exact(inputs.p.detach().double().requires_grad_(), inputs.q.double())
     outputs = (true.detach() * torch.tensor([1, 1, 1, 1.25, 1, 1]),)
-    found = errors(TINY, inputs, outputs, torch.zeros_like(inputs.p))
+    found = errors(TINY, outputs, torch.zeros_like(inputs.p), truth(TINY, inputs))
     assert found["values"] == pytest.approx(0.25, rel=1e-6)
     assert found["gradient"] == pytest.approx(1)
 
 
 def test_bytes_that_have_to_move():
-    workload = Workload(rows=3, vocabulary=5, dtype="bf16")
-    assert [workload.moved_bytes(phase) for phase in harness.PHASES] == [60, 90, 150]
+    for operation in ("kl_divergence", "mean_kl", "token_stats"):
+        workload = Workload(operation, rows=3, vocabulary=5, dtype="bf16")
+        assert [workload.moved_bytes(phase) for phase in harness.PHASES] == [60, 90, 150]
 
 
 def test_one_tensor_operations():
     workload = Workload("logprob_entropy", rows=3, vocabulary=5, dtype="bf16")
     assert [workload.moved_bytes(phase) for phase in harness.PHASES] == [30, 60, 90]
     assert make_inputs(workload, CPU).q.numel() == 0 and len(make_inputs(workload, CPU).upstream) == 2
+    workload = Workload("entropy", rows=3, vocabulary=5, dtype="bf16")
+    assert workload.moved_bytes("both") == 90 and len(make_inputs(workload, CPU).upstream) == 1
     with pytest.raises(ValueError, match="wrt: expected 'p'"):
         Workload("logprob", wrt="q")
 
@@ -216,83 +321,17 @@ def test_provenance():
 def test_commit_outside_a_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("FASTKL_COMMIT", raising=False)
     assert record.commit() == "unknown"
+    monkeypatch.setenv("FASTKL_COMMIT", "0123abc")
+    assert record.commit() == "0123abc"
 
 
 def test_row_schema():
     row = harness.measure(provider(exact), harness.make_case(TINY, CPU))
-    assert set(row) == {"workload", "provider", "status", "reason", "error", "times", "memory"}
+    assert set(row) == {"workload", "provider", "status", "reason", "note", "error", "times", "memory"}
     assert row["workload"]["name"] == TINY.name and set(row["error"]) == {"values", "gradient"}
     json.dumps(row)
-
-
-# The suite ------------------------------------------------------------------------------------------------------
-
-
-def timed_row(wrt, name, milliseconds, percent=95.0, ratio=1.0):
-    """A row as the main section gives it on a GPU."""
-    times = {phase: {"median_ms": milliseconds, "percent_of_copy": percent} for phase in harness.PHASES}
-    memory = {"limit_ratio": ratio}
-    return {"workload": Workload(wrt=wrt).as_dict(), "provider": name, "status": "ok", "reason": None, "times": times, "memory": memory}
-
-
-def main_rows(**changes):
-    """The rows of a main section that meets all its bars, but for the changes to fastkl's."""
-    others = [timed_row(wrt, name, milliseconds) for wrt in "pq" for name, milliseconds in (("torch", 12.0), ("torch.compile", 4.0))]
-    return others + [timed_row(wrt, "fastkl", **{"milliseconds": 2.0, **changes}) for wrt in "pq"]
-
-
-def test_bars_met():
-    found = gpu_suite.bars({"main": {"rows": [{"copy": {"gb_per_s": 4000}}, *main_rows()]}})
-    assert len(found) == 10 and all(bar["met"] for bar in found), found
-
-
-@pytest.mark.parametrize(("changes", "bar"), [
-    ({"milliseconds": 2.1}, "faster than torch"), ({"percent": 89.9}, "% of copy"), ({"ratio": 1.02}, "peak"),
-])
-def test_bars_not_met(changes, bar):
-    missed = [b["bar"] for b in gpu_suite.bars({"main": {"rows": main_rows(**changes)}}) if not b["met"]]
-    assert missed and all(bar in name for name in missed)
-
-
-def test_bars_without_figures_are_not_met():
-    found = gpu_suite.bars({"main": {"rows": []}, "accuracy": {"rows": []}})
-    assert len(found) == 11 and not any(bar["met"] for bar in found)
-    assert gpu_suite.bars({"tests": {}}) == []
-    results = {"sections": {"main": {"status": "exit code 1", "seconds": 3, "rows": main_rows()}}, "bars": found}
-    assert "NOT MET" in gpu_suite.report(results)
-
-
-def test_a_failing_section_does_not_lose_the_others(tmp_path, monkeypatch):
-    def run_section(name, seconds):
-        if name == "main":
-            raise RuntimeError("crashed")
-        return {"gpu": {"name": "some GPU"}, "status": "ok", "seconds": 1, "rows": []}
-
-    monkeypatch.setattr(gpu_suite, "run_section", run_section)
-    gpu_suite.run_suite(tmp_path, ["main", "sweep"], 300, "the command")
-    (file,) = tmp_path.glob("*.json")
-    data = json.loads(file.read_text())
-    assert data["sections"]["main"]["status"] == "RuntimeError: crashed"
-    assert data["sections"]["sweep"]["status"] == "ok"
-    assert data["gpu"] == {"name": "some GPU"} and data["command"] == "the command"
-
-
-def test_limited_commands_end_in_time(tmp_path):
-    code, seconds = gpu_suite.run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
-    assert code is None and seconds < 30
-    with open(tmp_path / "log", "w") as log:
-        assert gpu_suite.run_limited([sys.executable, "-c", "import os, sys; print('said', os.environ['X']); sys.exit(3)"], 60, log, X="y")[0] == 3
-    assert (tmp_path / "log").read_text() == "said y\n"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_suite_refuses_without_cuda(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--out", str(tmp_path / "results")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.strip() == "gpu_suite: needs a CUDA GPU, found none; nothing was measured"
-    assert not (tmp_path / "results").exists()
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------
@@ -300,28 +339,19 @@ def test_suite_refuses_without_cuda(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_measure_on_a_gpu():
+@pytest.mark.parametrize("operation", DIFFERENTIATED)
+def test_measure_on_a_gpu(operation, monkeypatch):
+    monkeypatch.setattr(harness, "GRAPH_BELOW_MS", 0)  # tests/test_graphs.py captures graphs in a process of its own
     device = torch.device("cuda")
     copy = harness.copy_bandwidth(device, size=2**26, repetitions=3)
     assert copy["gb_per_s"] > 0
-    case = harness.make_case(Workload(rows=32, vocabulary=1024), device, copy["gb_per_s"])
-    assert len(case.sets) > 1, "inputs rotate until they exceed the L2 cache"
-    row = harness.measure(provider(exact), case)
-    assert row["status"] == "ok", row
-    assert set(row["times"]) == set(harness.PHASES) and row["times"]["forward"]["median_ms"] > 0
-    assert row["memory"]["peak_bytes"] >= row["memory"]["gradient_bytes"]
-    json.dumps(row)
-
-
-def test_a_section_that_ran_out_of_time_is_not_ok(monkeypatch):
-    """Its exit code is 0, and its rows say what is missing."""
-    rows = [{"copy": {}}, gpu_suite.no_figures(TINY, "peer", "missing", gpu_suite.NO_TIME)]
-
-    def run_limited(command, seconds, *arguments, **environment):
-        Path(command[command.index("--section-file") + 1]).write_text(json.dumps({"rows": rows}))
-        return 0, 1.0
-
-    monkeypatch.setattr(gpu_suite, "run_limited", run_limited)
-    assert gpu_suite.run_section("main", 60)["status"] == "1 of 2 rows not measured: no time left in this run"
-    rows.pop()
-    assert gpu_suite.run_section("main", 60)["status"] == "ok"
+    for wrt in sides(operation):
+        case = harness.make_case(Workload(operation, rows=32, vocabulary=1024, wrt=wrt, layout="sliced"), device, copy["gb_per_s"])
+        assert len(case.sets) > 1, "inputs rotate until they exceed the L2 cache"
+        for measured in load_providers(device, ["fastkl", "torch"]):
+            row = harness.measure(measured, case)
+            assert row["status"] == "ok", row
+            assert set(row["times"]) == set(harness.PHASES)
+            assert all(figures["timed_by"] == "events" and figures["median_ms"] > 0 for figures in row["times"].values())
+            assert row["memory"]["peak_bytes"] >= row["memory"]["gradient_bytes"]
+            json.dumps(row)
