@@ -200,7 +200,8 @@ def compute_as_a_gpu() -> None:
 
     A multiply-add rounds once: unfused, x·log2(e) - origin alone costs 1e-5 of an e^x for |x| = 200. Division, 2^x, logarithms and reciprocal square
     roots are off by up to about two units in the last place, as the approximate instructions are that Triton compiles them to (PTX ISA: ex2.approx
-    and rsqrt.approx 2^-22, div.full 2 ulp, lg2.approx 2^-22 absolute near 1): by a part that looks random and depends on the result alone.
+    and rsqrt.approx 2^-22, div.full 2 ulp, lg2.approx 2^-22 absolute near 1): by a part that looks random and depends on the result alone. Results of few
+    digits, as 2^0, are exact.
     """
     from triton.runtime import interpreter
 
@@ -211,8 +212,9 @@ def compute_as_a_gpu() -> None:
         return handle(wide.astype(z.data.dtype), z.dtype.scalar)
 
     def noise(values):
-        """In [-1, 1], from the bits of float32 values."""
-        return (values.view("uint32").astype("uint64") * 2654435761 >> 7) % 2001 / 1000.0 - 1
+        """In [-1, 1], from the bits of float32 values; 0 where the last 12 of them are 0."""
+        bits = values.view("uint32").astype("uint64")
+        return np.where(bits & 0xFFF == 0, 0.0, (bits * 2654435761 >> 7) % 2001 / 1000.0 - 1)
 
     def approximate(create, relative, absolute=0.0):
         def created(self, *arguments):
