@@ -35,15 +35,17 @@ def _finite(data):
 
 
 def commit():
-    """The commit of the working tree, with "+changes" where it differs from it.
+    """The commit of the working tree, with "+changes" where it differs from it; "unknown" outside a repository.
 
-    Outside a repository, as in a copy on another machine, what FASTKL_COMMIT says, else "unknown".
+    FASTKL_COMMIT says it where git cannot: in a copy of the tree on another machine.
     """
+    if said := os.environ.get("FASTKL_COMMIT"):
+        return said
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("FASTKL_COMMIT", "unknown")
+        return "unknown"
 
 
 def _git(*arguments):

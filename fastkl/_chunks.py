@@ -179,7 +179,7 @@ class Heads:
         self.own_types = torch.autocast(hidden.device.type, enabled=False)
 
     def forward(self, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
-        """Fill outputs ([N] per field) and saved [N, 9]: one product for each head."""
+        """Fill outputs ([N] per field) and saved [N, 10]: one product for each head."""
         here, saved_here = self._room(outputs), self._room({"": saved})[""]
         chunk = plan(len(saved_here), self.all, self.chunk_size).chunk
         with self.own_types:

@@ -30,7 +30,7 @@ def empty_outputs(p: Tensor, fields: str) -> list[Tensor]:
 @torch.library.custom_op("fastkl::row_statistics", mutates_args=())
 def row_statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
                    fields: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, ref_logprob, kl, ref_kl, saved): the fields named in `fields` [...], and what backward needs [..., 9]."""
+    """(logprob, entropy, ref_logprob, kl, ref_kl, saved): the fields named in `fields` [...], and what backward needs [..., 10]."""
     results = empty_outputs(p, fields)
     if results[-1].numel():
         outputs = {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if name in wanted(fields)}

@@ -32,7 +32,7 @@ def flat_temperature(temperatures: torch.Tensor | None, temperature: float) -> f
 
 def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, torch.Tensor], saved: torch.Tensor,
             softcap: float = 0.0) -> None:
-    """Fill outputs ([N] per field) and saved [N, 9] from logits of any leading shape; tokens, mask, temperature: [N] or None / float.
+    """Fill outputs ([N] per field) and saved [N, 10] from logits of any leading shape; tokens, mask, temperature: [N] or None / float.
 
     softcap: the logits are softcap·tanh(logits/softcap) first, 0 for none.
     """
@@ -83,7 +83,7 @@ def _some(value: torch.Tensor | float | None, rows: torch.Tensor) -> torch.Tenso
 def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
                       temperature: float | torch.Tensor, outputs: dict[str, torch.Tensor], saved: torch.Tensor,
                       softcap: float) -> None:
-    """Fill outputs ([N] per field) and saved [N, 9] from reference.row_statistics, a block of rows at a time; masked rows stay 0."""
+    """Fill outputs ([N] per field) and saved [N, 10] from reference.row_statistics, a block of rows at a time; masked rows stay 0."""
     for value in (*outputs.values(), saved):
         value.zero_()
     for rows in row_blocks(p, mask):

@@ -23,7 +23,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         kl = torch.where(mask, kl, 0)
 
-    but in one read of each tensor, without a tensor of probabilities, holding 36 bytes per row for backward, and with its digits kept where
+    but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for backward, and with its digits kept where
     P and Q are close (the lines above return noise, or a negative number, for a KL below about 1e-5).
 
     The order of the arguments is the direction: `kl_divergence(policy, reference)` is the RLHF penalty (reverse KL),

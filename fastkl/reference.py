@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import torch
 
-SAVED = 9
+SAVED = 10
 _SMALL_D = 0.25
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 9].
+    """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 10].
 
-    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, centre, log_ratio, E_p[d], E_q[d], entropy. With
+    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, centre, log_ratio, E_p[d], E_q[d], entropy, 0. With
     each logit counted from its row's largest, the centre is at the mean of y - x under P; log_ratio completes lse(y) - lse(x) = centre + log_ratio.
     """
 
@@ -112,7 +112,7 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
     row_entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
     logprob = _gather(log_p, tokens) if tokens is not None else None
     if q_logits is None:
-        saved = torch.cat([x_max, x_log_sum, *[zero] * 6, row_entropy], -1)
+        saved = torch.cat([x_max, x_log_sum, *[zero] * 6, row_entropy, zero], -1)
         return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, None, None, None, saved)
 
     y = q_logits.to(dtype)
@@ -138,7 +138,7 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
     log_ratio = torch.log1p(t) - (centre - ratio)
     d = _centred(x, y, difference, lost, tops, tops_lost, scale) - centre
     means = [torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True) for weight in (p, q)]
-    saved = torch.cat([x_max, x_log_sum, y_max, y_log_sum, centre, log_ratio, *means, row_entropy], -1)
+    saved = torch.cat([x_max, x_log_sum, y_max, y_log_sum, centre, log_ratio, *means, row_entropy, torch.zeros_like(row_entropy)], -1)
     ref_logprob = _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
     return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, _column(ref_logprob), _column(kl),
                          _column(ref_kl) if reverse else None, saved)
@@ -161,7 +161,7 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
     dtype = saved.dtype
     x = p_logits.to(dtype)
     scale = 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.to(dtype))[:, None]
-    x_max, x_log_sum, y_max, y_log_sum, centre, log_ratio, mean_p_d, mean_q_d, entropy = saved[:, :, None].unbind(1)
+    x_max, x_log_sum, y_max, y_log_sum, centre, log_ratio, mean_p_d, mean_q_d, entropy, _ = saved[:, :, None].unbind(1)
     g = {name: value.to(dtype)[:, None] for name, value in upstream.items()}
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()

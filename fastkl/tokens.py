@@ -38,7 +38,7 @@ def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Te
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
 
-    each 0 where the mask is False, with the digits of a small KL kept, and 36 bytes per row held for backward.
+    each 0 where the mask is False, with the digits of a small KL kept, and 40 bytes per row held for backward.
 
     Args:
         logits, ref_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference backend), any strides with a unit stride along V.

@@ -147,7 +147,7 @@ def _tensors(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
-    """Fill `saved` [N, 9] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each)."""
+    """Fill `saved` [N, 10] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each)."""
     device = problem.p.tensor.device
     p, q, tokens, mask, temperatures = _tensors(problem)
     chosen, options = _choose(problem, "forward")

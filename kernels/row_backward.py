@@ -25,11 +25,12 @@ def load_saved(saved_ptr):
     lse_q = tl.load(saved_ptr + 2)
     lost_q = tl.load(saved_ptr + 3)
     centre = tl.load(saved_ptr + 4)
-    kl = tl.load(saved_ptr + 5)
-    mean_p_d = tl.load(saved_ptr + 6)
-    mean_q_d = tl.load(saved_ptr + 7)
-    entropy = tl.load(saved_ptr + 8) - lost_p * LN2
-    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), centre, kl, mean_p_d, mean_q_d, entropy)
+    lost_centre = tl.load(saved_ptr + 5)
+    kl = tl.load(saved_ptr + 6)
+    mean_p_d = tl.load(saved_ptr + 7)
+    mean_q_d = tl.load(saved_ptr + 8)
+    entropy = tl.load(saved_ptr + 9) - lost_p * LN2
+    return (lse_p, tl.exp2(-lost_p), lse_q, tl.exp2(-lost_q), centre, lost_centre, kl, mean_p_d, mean_q_d, entropy)
 
 
 @triton.jit
@@ -40,10 +41,10 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
     With g the upstream gradients, s = 1/T and d = (y - x)·s - centre:
         dx = s·(p·(-g_kl·(d - E_p[d]) - g_entropy·(log p + entropy) - g_logprob) - g_ref_kl·(q - p))
         dy = s·(g_kl·(q - p) + q·(g_ref_kl·(d - E_q[d]) - g_ref_logprob))
-    The centre is at the mean under P up to its own rounding, and d - E_p[d] is subtracted before anything is multiplied: on a peaked row the
+    The centre is at the mean under P, and d - E_p[d] is subtracted before anything is multiplied: on a peaked row the
     gradient is what is left of it. log q - log p is that difference less the KL.
     """
-    lse_p, factor_p, lse_q, factor_q, centre, kl, mean_p_d, mean_q_d, entropy = saved
+    lse_p, factor_p, lse_q, factor_q, centre, lost_centre, kl, mean_p_d, mean_q_d, entropy = saved
     g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl = upstream
     # p and q stay without their factors, which join the row's constants: one multiplication less per entry.
     log2_p = tl.fma(x, scale * LOG2E, -lse_p)
@@ -54,6 +55,8 @@ def entry_gradients(x, y, scale, saved, upstream, ENTROPY: tl.constexpr, REF_LOG
     if KL or REF_KL:
         difference, lost = subtract(y, x, EXACT)
         d = centred(difference, lost, scale, centre, EXACT)
+        if EXACT:
+            d = d - lost_centre
     if (WRT_P and REF_KL) or WRT_Q:
         q = tl.exp2(tl.fma(y, scale * LOG2E, -lse_q))
         true_p = p * factor_p
@@ -143,7 +146,7 @@ def row_backward(
     p_ptr, q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
     grad_p_ptr, grad_q_ptr,  # [N, V] rows stride_grad apart, may be the logits themselves; any pointer where not asked for
     tokens_ptr,  # [N] int64; any pointer without upstream gradients of log-probs
-    saved_ptr,  # [N, 9] float32, written by row_finish
+    saved_ptr,  # [N, 10] float32, written by row_finish
     upstream_ptr,  # [fields, N] float32: the upstream gradients that are there
     mask_ptr, temperature_ptr,  # as in row_forward
     temperature: tl.float32, n_rows: tl.int32, n_inner: tl.int32,
@@ -158,7 +161,7 @@ def row_backward(
 
     Math:   entry_gradients; reference.row_gradients is the definition.
     Grid:   (N · chunks,), a row's chunks next to each other.
-    Reads:  N·V of p where p takes part, N·V of q where q does; 36 bytes and the upstream gradients per row. Nothing of V in a masked row or in
+    Reads:  N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients per row. Nothing of V in a masked row or in
             one whose upstream gradients are all 0.
     Writes: N·V of each gradient asked for; exact zeros in those rows.
     Saves:  nothing.

@@ -47,7 +47,7 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
     """The statistics of any row, infinities included, from log-probabilities counted from each tensor's largest logit.
 
     An entry with p = 0 adds nothing to E_p, whatever log(q/p) is; one with p > 0 = q makes KL(P‖Q) infinite. A NaN makes everything NaN.
-    Returns origin, log2_S, lse_q, lost_q, centre, mean_p_d, mean_q_d, entropy as row_finish saves them, kl and ref_kl.
+    Returns origin, log2_S, lse_q, lost_q, centre, lost_centre, mean_p_d, mean_q_d, entropy as row_finish saves them, kl and ref_kl.
     """
     scale2 = scale * LOG2E
     x_top, p_log2 = log_sum_exp(p_source, V, scale2, THREADS, LANES, REALIGN, True, SOFTCAP)
@@ -82,6 +82,7 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
     kl = ratio * 0.0
     ref_kl = kl
     centre = kl
+    lost_centre = kl
     mean_p_d = kl
     mean_q_d = kl
     lse_q = kl
@@ -103,20 +104,17 @@ def exact_row(p_source, q_source, V, scale, THREADS: tl.constexpr, LANES: tl.con
                                                 Q_IN_BLOCKS, SOFTCAP)
         # The KL is known to 1e-7 of itself only, and the centre with it: once more, from the mean that is left, and counted from P's peak.
         moved = tl.where(kl < FINITE, centre + mean_p_d, centre)
-        peak_d = tl.where(tl.abs(peak_d) < FINITE, peak_d - (moved - centre), 0.0)
+        lost_centre = tl.where(tl.abs(peak_d) < FINITE, peak_d - (moved - centre), 0.0)
         centre = moved
-        mean_p_d, mean_q_d, peak_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, peak_d, THREADS, LANES, REALIGN,
-                                                Q_IN_BLOCKS, SOFTCAP)
-    return origin, log2_S, lse_q, lost_q, centre, mean_p_d, mean_q_d, total(sum_plogp) * (-LN2), kl, ref_kl
+        mean_p_d, mean_q_d, peak_d = means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, lost_centre, THREADS, LANES,
+                                                REALIGN, Q_IN_BLOCKS, SOFTCAP)
+    return origin, log2_S, lse_q, lost_q, centre, lost_centre, mean_p_d, mean_q_d, total(sum_plogp) * (-LN2), kl, ref_kl
 
 
 @triton.jit
-def means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, anchor, THREADS: tl.constexpr, LANES: tl.constexpr,
+def means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centre, lost_centre, THREADS: tl.constexpr, LANES: tl.constexpr,
                REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """E_p[d] and E_q[d] for a given centre, with d as row_backward computes it, and d at P's peak.
-
-    The sums count d from `anchor`: from d at the peak, what the peak of a peaked row adds to them is no rounding of d itself.
-    """
+    """E_p[d] and E_q[d] for a centre and what its rounding lost, with d as row_backward computes it, and d at P's peak."""
     peak_d = tl.full([THREADS, LANES], float("-inf"), tl.float32)
     sum_p = tl.zeros([THREADS, LANES], tl.float32)
     sum_q = tl.zeros([THREADS, LANES], tl.float32)
@@ -128,13 +126,11 @@ def means_of_d(p_source, q_source, V, scale, x_top, p_log2, y_top, q_log2, centr
         p = tl.exp2(tl.fma(x - x_top, scale * LOG2E, -p_log2))
         q = tl.exp2(tl.fma(y - y_top, scale * LOG2E, -q_log2))
         difference, lost = subtract(y, x, True)
-        d = centred(difference, lost, scale, centre, True)
+        d = centred(difference, lost, scale, centre, True) - lost_centre
         peak_d = tl.where(x == x_top, tl.maximum(peak_d, d), peak_d)
-        sum_pd += tl.where(p == 0.0, 0.0, p * (d - anchor))
-        sum_qd += tl.where(q == 0.0, 0.0, q * (d - anchor))
+        sum_pd += tl.where(p == 0.0, 0.0, p * d)
+        sum_qd += tl.where(q == 0.0, 0.0, q * d)
         sum_p += p
         sum_q += q
     # Over the sums of the very same p and q: a GPU's exponentials and logarithms leave these off 1 by more than a rounding.
-    mean_p_d = anchor + tl.div_rn(total(sum_pd), total(sum_p))
-    mean_q_d = anchor + tl.div_rn(total(sum_qd), total(sum_q))
-    return mean_p_d, mean_q_d, tl.max(tl.max(peak_d, 1), 0)
+    return tl.div_rn(total(sum_pd), total(sum_p)), tl.div_rn(total(sum_qd), total(sum_q)), tl.max(tl.max(peak_d, 1), 0)

@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 
 from .row_exact import exact_row
-from .row_load import lane_order, row_offset, row_pad, row_scale
+from .row_load import lane_order, row_offset, row_pad, row_scale, row_shift
 from .row_math import FINITE, LN2, LOG2E, LOWEST, STATE, forward_kl, log1p, merge_states, reverse_kl, soft_cap, split_sum
 
 # Above this KL, in nats, one pass may lose digits of the other direction; real policies stay far below.
 LARGE_KL = tl.constexpr(32.0)
 # float32 values per row that backward needs.
-SAVED = tl.constexpr(9)
+SAVED = tl.constexpr(10)
 
 
 @triton.jit
@@ -30,8 +30,12 @@ def q_partition(origin, log2_S, centre, log_ratio):
 
 
 @triton.jit
-def merged_rows(state_ptr, rows, there, splits, SPLITS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
-    """The statistics of rows [ROWS] from their partial states, as exact_row returns them, and whether they hold."""
+def merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr,
+                WITH_REVERSE: tl.constexpr):
+    """The statistics of rows [ROWS] from their partial states, as exact_row returns them, and whether they hold.
+
+    Their centres count from shift·scale (row_forward), those returned from 0, rounded and what that lost.
+    """
     origin = load_state(state_ptr, rows, there, splits, SPLITS, 0, LOWEST)
     S = load_state(state_ptr, rows, there, splits, SPLITS, 1, 0.0)
     A = S * 0.0
@@ -53,6 +57,7 @@ def merged_rows(state_ptr, rows, there, splits, SPLITS: tl.constexpr, WITH_ENTRO
     entropy = (log2_S - tl.div_rn(A, S)) * LN2
     kl = entropy * 0.0
     ref_kl = kl
+    lost_centre = kl
     mean_d = kl
     mean_q_d = kl
     if WITH_KL:
@@ -69,25 +74,33 @@ def merged_rows(state_ptr, rows, there, splits, SPLITS: tl.constexpr, WITH_ENTRO
     lse_q = log2_S
     lost_q = kl * 0.0
     if WITH_KL:
-        lse_q, lost_q = q_partition(origin, log2_S, centre, log1p(mean_h + mean_d))
-    return (origin, log2_S, lse_q, lost_q, centre, mean_d, mean_q_d, entropy, kl, ref_kl), holds
+        product = shift * scale
+        centre, lost_centre = split_sum(product, centre)
+        lost_centre += tl.fma(shift, scale, -product)
+        lse_q, lost_q = q_partition(origin, log2_S, centre, log1p(mean_h + mean_d) + lost_centre)
+    return (origin, log2_S, lse_q, lost_q, centre, lost_centre, mean_d, mean_q_d, entropy, kl, ref_kl), holds
 
 
 @triton.jit
 def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, statistics,
                HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Write the saved values and the fields of one row or of several, where `stored`; `statistics` as merged_rows and exact_row return them."""
-    origin, log2_S, lse_q, lost_q, centre, mean_p_d, mean_q_d, entropy, kl, ref_kl = statistics
+    origin, log2_S, lse_q, lost_q, centre, lost_centre, mean_p_d, mean_q_d, entropy, kl, ref_kl = statistics
+    if p_row.dtype.element_ty != tl.float32 and q_row.dtype.element_ty != tl.float32:
+        # What row_backward does with 16-bit logits has no room for another subtraction, and their gradients round more than this does.
+        mean_p_d += lost_centre
+        mean_q_d += lost_centre
     saved_ptr += rows * SAVED
     tl.store(saved_ptr, origin, mask=stored)
     tl.store(saved_ptr + 1, log2_S, mask=stored)
     tl.store(saved_ptr + 2, lse_q, mask=stored)
     tl.store(saved_ptr + 3, lost_q, mask=stored)
     tl.store(saved_ptr + 4, centre, mask=stored)
-    tl.store(saved_ptr + 5, kl, mask=stored)
-    tl.store(saved_ptr + 6, mean_p_d, mask=stored)
-    tl.store(saved_ptr + 7, mean_q_d, mask=stored)
-    tl.store(saved_ptr + 8, entropy, mask=stored)
+    tl.store(saved_ptr + 5, lost_centre, mask=stored)
+    tl.store(saved_ptr + 6, kl, mask=stored)
+    tl.store(saved_ptr + 7, mean_p_d, mask=stored)
+    tl.store(saved_ptr + 8, mean_q_d, mask=stored)
+    tl.store(saved_ptr + 9, entropy, mask=stored)
     if WITH_ENTROPY:
         tl.store(entropy_ptr + rows, entropy, mask=stored)
     if WITH_KL:
@@ -134,7 +147,7 @@ def row_finish(
     p_ptr, q_ptr,  # the logits, as in row_forward
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     mask_ptr, temperature_ptr,  # as in row_forward
-    saved_ptr,  # [N, 9] float32: origin, log2_S, lse_q and what it lost (base 2), centre, KL, E_p[d], E_q[d], entropy
+    saved_ptr,  # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, KL, E_p[d], E_q[d], entropy
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
     temperature: tl.float32, n_rows: tl.int32, n_inner: tl.int32,
     stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
@@ -151,8 +164,8 @@ def row_finish(
     Math:   row_math.py's formulas, exact_row for a row whose sums do not hold; reference.row_statistics is the definition.
     Grid:   (⌈N / ROWS⌉,): ROWS rows at once in the threads of a program.
     Reads:  7·splits per row and one logit of each tensor; 5·V of each for a row that is read again, nothing of a masked row.
-    Writes: 9 saved values and the fields asked for, per row; zeros for a masked row.
-    Saves:  what row_backward needs: 36 bytes per row.
+    Writes: 10 saved values and the fields asked for, per row; zeros for a masked row.
+    Saves:  what row_backward needs: 40 bytes per row.
     Special values: a row whose sums do not hold (infinities, a NaN, KL of 32 nats or more) is read again. A token outside 0 … V-1 reads nothing
             and gives NaN.
     """
@@ -167,7 +180,11 @@ def row_finish(
     scale = row_scale(temperature_ptr, temperature, rows, there, TEMPERATURE_PER_ROW)
     p_rows = p_ptr + row_offset(rows, n_inner, stride_p_outer, stride_p_inner)
     q_rows = q_ptr + row_offset(rows, n_inner, stride_q_outer, stride_q_inner)
-    statistics, holds = merged_rows(state_ptr, rows, there, tl.maximum(tl.cdiv(V, SEGMENT), 1), SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    shift = scale * 0.0
+    if WITH_KL and (p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32):
+        shift = row_shift(p_rows, q_rows, there, SOFTCAP)
+    splits = tl.maximum(tl.cdiv(V, SEGMENT), 1)
+    statistics, holds = merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     store_rows(rows, there & holds, p_rows, q_rows, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale,
                statistics, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP)
     again = there & (holds == 0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale
+from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale, row_shift
 from .row_math import (
     LARGEST_D,
     LOG2E,
@@ -31,10 +31,11 @@ def expm1_minus_any(d):
 
 
 @triton.jit
-def load_tile(p_block, q_block, q_row, first_group, pad, order, V, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shift, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
               WITH_KL: tl.constexpr, EXACT: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr,
               EDGE: tl.constexpr):
-    """GROUPS groups per thread: x, y - x and what its rounding lost, each a tuple of [THREADS, LANES], and which lanes lie inside the row."""
+    """GROUPS groups per thread: x, y - x (less `shift`, with EXACT) and what its rounding lost, each a tuple of [THREADS, LANES], and which lanes lie
+    inside the row."""
     xs = ()
     differences = ()
     losts = ()
@@ -54,6 +55,9 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, THREADS: tl.c
                 y = load_elements(q_row, group, pad, V, EDGE, LANES)
             y = soft_cap(y, SOFTCAP, q_block.dtype.element_ty)
             difference, lost = subtract(y, x, EXACT)
+            if EXACT:
+                # Exact near the shift; farther away the difference is large itself.
+                difference = difference - shift
             if EDGE:
                 # Far below every real difference: never the largest.
                 difference = tl.where(inside, difference, LOWEST)
@@ -181,6 +185,9 @@ def row_forward(
 
     first = split * SEGMENT
     EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32
+    shift = 0.0
+    if WITH_KL and EXACT:
+        shift = row_shift(p_row, q_row, row >= 0, SOFTCAP)
     origin = tl.full([THREADS], LOWEST, tl.float32)
     S = tl.zeros([THREADS], tl.float32)
     A = tl.zeros([THREADS], tl.float32)
@@ -193,12 +200,12 @@ def row_forward(
     n_groups = tl.minimum(SEGMENT, V - first) // LANES
     full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
     for group in range(first // LANES, full_end, TILE_GROUPS):
-        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, THREADS, LANES, GROUPS,
+        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, shift, THREADS, LANES, GROUPS,
                                                     WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, False)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, False)
     if full_end * LANES < tl.minimum(first + SEGMENT, V):
-        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, THREADS, LANES, GROUPS,
+        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, shift, THREADS, LANES, GROUPS,
                                                     WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, True)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, True)

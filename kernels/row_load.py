@@ -9,6 +9,11 @@ rotation leaves unchanged to the bit: a row gives the same result at any alignme
 import triton
 import triton.language as tl
 
+from .row_math import soft_cap
+
+# Of a constant between two logits tensors, see row_shift.
+LARGEST_SHIFT = tl.constexpr(4096.0)
+
 
 @triton.jit
 def row_offset(row, n_inner, stride_outer, stride_inner):
@@ -23,6 +28,19 @@ def row_scale(temperature_ptr, temperature, row, there, TEMPERATURE_PER_ROW: tl.
         temperature = tl.load(temperature_ptr + row, mask=there, other=1.0)
     scale = tl.div_rn(1.0, tl.cast(temperature, tl.float32))
     return tl.where(scale > 0.0, scale, float("nan"))
+
+
+@triton.jit
+def row_shift(p_row, q_row, there, SOFTCAP: tl.constexpr):
+    """A whole number near the difference of the first logits of a row, or of several: near the constant between the tensors, if there is one.
+
+    Sums count differences from it: those of a float32 row that is 50 apart would else be rounded as 50 is, and the digits of a peaked row lost.
+    0 where the first logits are far apart: they do not stand for the others then.
+    """
+    x = soft_cap(tl.load(p_row, mask=there, other=0.0).to(tl.float32), SOFTCAP, p_row.dtype.element_ty)
+    y = soft_cap(tl.load(q_row, mask=there, other=0.0).to(tl.float32), SOFTCAP, q_row.dtype.element_ty)
+    shift = tl.floor((y - x) + 0.5)
+    return tl.where(tl.abs(shift) < LARGEST_SHIFT, shift, 0.0)
 
 
 @triton.jit

@@ -198,10 +198,10 @@ LAYOUTS = {
 def compute_as_a_gpu() -> None:
     """Make Triton's interpreter as exact as a GPU is, and no more.
 
-    A multiply-add rounds once: unfused, x·log2(e) - origin alone costs 1e-5 of an e^x for |x| = 200. Division, 2^x, logarithms and reciprocal square
-    roots are off by up to about two units in the last place, as the approximate instructions are that Triton compiles them to (PTX ISA: ex2.approx
-    and rsqrt.approx 2^-22, div.full 2 ulp, lg2.approx 2^-22 absolute near 1): by a part that looks random and depends on the result alone. Results of few
-    digits, as 2^0, are exact.
+    A multiply-add rounds once: unfused, x·log2(e) - origin alone costs 1e-5 of an e^x for |x| = 200. Division, 2^x, logarithms and reciprocal
+    square roots are off by up to about two units in the last place, as the approximate instructions are that Triton compiles them to (PTX ISA:
+    ex2.approx and rsqrt.approx 2^-22, div.full 2 ulp, lg2.approx 2^-22 absolute near 1): by a part that looks random and depends on the result
+    alone. Results of few digits, as 2^0, are exact.
     """
     from triton.runtime import interpreter
 

@@ -340,7 +340,7 @@ def test_lora(implementation, make) -> None:
 
 # ---- what is held between forward and backward
 
-PER_TOKEN = 36  # bytes
+PER_TOKEN = 40  # bytes
 
 
 def saved_bytes(function: Callable, data: SimpleNamespace) -> dict[int, int]:
@@ -366,7 +366,7 @@ def sized(implementation, learns: tuple[str, ...], dtype: torch.dtype = torch.fl
 @pytest.mark.parametrize("learns", [LEAVES, ("hidden",)], ids=["all", "frozen"])
 @pytest.mark.parametrize("name", ["none", "stats"])
 def test_bytes_saved_for_any_upstream_gradient(implementation, name, learns) -> None:
-    """Beside the inputs, 36 bytes per token, and nothing of the vocabulary's size."""
+    """Beside the inputs, 40 bytes per token, and nothing of the vocabulary's size."""
     data, addresses = sized(implementation, learns)
     saved = sum(size for address, size in saved_bytes(FUNCTIONS[name], data).items() if address not in addresses)
     assert 0 < saved <= PER_TOKEN * data.mask.numel()
