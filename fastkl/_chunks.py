@@ -189,7 +189,7 @@ class Heads:
                 self._row_forward(_both(logits), rows, here, saved_here)
         self._put_back({**outputs, "": saved}, {**here, "": saved_here})
 
-    def backward(self, saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: list[str]) -> dict[str, torch.Tensor]:
+    def backward(self, saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """{name: gradient} of the six named in `wrt`, for upstream gradients [N] per field and forward's saved values.
 
         One product for each logits and each gradient; the reference's logits only if an upstream gradient needs them.
@@ -198,7 +198,7 @@ class Heads:
         return self._backward(taking_part, self._take(saved), upstream, wrt, {})
 
     def forward_and_backward(self, outputs: dict[str, torch.Tensor], upstream: dict[str, torch.Tensor],
-                             wrt: list[str]) -> dict[str, torch.Tensor]:
+                             wrt: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Both at once, while a chunk's logits are there: fill outputs and return the gradients."""
         here = self._room(outputs)
         saved = torch.empty(self.policy.hidden.shape[0], _rows.SAVED, dtype=_rows.result_dtype(self.policy.hidden), device=self.policy.hidden.device)
@@ -223,7 +223,7 @@ class Heads:
             for name, value in values.items():
                 value.zero_()[self.index] = here[name]
 
-    def _backward(self, taking_part: list[Head], saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: list[str],
+    def _backward(self, taking_part: list[Head], saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: tuple[str, ...],
                   outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         gathered = self._want(wrt, upstream)
         with self.own_types:
@@ -240,7 +240,7 @@ class Heads:
         full[self.index] = gradient
         return full
 
-    def _want(self, wrt: list[str], upstream: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Sum]:
+    def _want(self, wrt: tuple[str, ...], upstream: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Sum]:
         """Prepare the heads to gather the gradients named in `wrt`: {name: where it is gathered}."""
         gathered: dict[str, torch.Tensor | Sum] = {}
         for prefix, head, fields in (("", self.policy, POLICY_FIELDS), ("ref_", self.reference, REFERENCE_FIELDS)):

@@ -76,7 +76,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     mark_constant(ctx, output, wanted(fields), ctx.needs_input_grad[0], ctx.needs_input_grad[1])
 
 
-def mark_constant(ctx, output, fields: list[str], policy: bool, reference: bool) -> None:
+def mark_constant(ctx, output, fields: tuple[str, ...], policy: bool, reference: bool) -> None:
     """A field says that it needs no gradient if nobody asked for it, or if what it depends on, policy or reference, needs none."""
     depends = {"logprob": policy, "entropy": policy, "ref_logprob": reference, "kl": policy or reference, "ref_kl": policy or reference}
     ctx.mark_non_differentiable(output[-1], *(value for name, value in zip(FIELDS, output, strict=False) if name not in fields or not depends[name]))

@@ -54,10 +54,8 @@ def _specialization(name: str, kernel: Any, constexprs: dict[str, Any], dtype: s
                     extra: dict[str, Any] | None = None, grad_dtype: str | None = None) -> Specialization:
     names = list(inspect.signature(kernel.fn).parameters)
     signature = {argument: "constexpr" if argument in constexprs else _type_of(argument, dtype, grad_dtype or dtype) for argument in names}
-    # What the launcher passes comes from torch's allocator, 16-byte aligned; logits themselves may be views that start anywhere.
-    attrs = {(index,): [["tt.divisibility", 16]] for index, argument in enumerate(names)
-             if argument in ("state_ptr", "saved_ptr", "grad_p_ptr", "grad_q_ptr")}
-    return Specialization(name, kernel, signature, constexprs, attrs, num_warps, pairs,
+    # No launch says where a tensor starts: logits may be views, gradients may lie over them, and a row's saved values begin anywhere.
+    return Specialization(name, kernel, signature, constexprs, {}, num_warps, pairs,
                           {key: value for key, value in {**OPTIONS, **(extra or {})}.items() if key != "num_warps"})
 
 

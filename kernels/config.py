@@ -48,7 +48,7 @@ class Entry:
 _EMULATED = "the interpreter pays per operation, not per element: wide tiles"
 _H200 = "NVIDIA H200, Triton 3.6.0, 2026-11-26"
 _AS_H200 = "as measured on an H200; not timed on this architecture"
-_SMALL = "a vocabulary that fits one tile: the tile is kept near its size"
+_SMALL = "a short row: few threads, so that none idles"
 
 TABLE = (
     Entry("interpreter", 2, None, RowConfig(1024, 4, 32768, _EMULATED), RowConfig(1024, 4, 32768, _EMULATED)),

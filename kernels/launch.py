@@ -114,7 +114,9 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" and device.index != torch.cuda.current_device() else contextlib.nullcontext()
 
 
-# Compiled kernels by all that they were compiled for. Triton's own way to one takes tens of microseconds a launch, most of a call with few rows.
+# Compiled kernels by all that they were compiled for. Triton's own way to one takes tens of microseconds a launch, most of a call with few rows; its
+# hooks before a launch and its check for changed globals are part of it, and are left out from the second launch on. The first one compiles, also
+# inside a capture: call once before.
 _compiled: dict[tuple, object] = {}
 
 
@@ -122,7 +124,7 @@ def _start(kernel: object, programs: int, arguments: dict[str, object], constant
     """Launch `programs` programs. Both dicts are in the order of the kernel's signature, compile-time values last; numbers have fixed types there, so
     that only tensors' types and compile-time values tell one compilation from another."""
     types = tuple(value.dtype for value in arguments.values() if isinstance(value, torch.Tensor))
-    key = (kernel, arguments["p_ptr"].device, types, tuple(constants.values()), tuple(options.values()))
+    key = (id(kernel), arguments["p_ptr"].device, types, tuple(constants.values()), tuple(options.items()))
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[programs, 1, 1](*arguments.values(), *constants.values())
@@ -147,7 +149,10 @@ def _tensors(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
-    """Fill `saved` [N, 10] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each)."""
+    """Fill `saved` [N, 10] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each).
+
+    With q there is always kl; with tokens logprob, and ref_logprob beside q.
+    """
     device = problem.p.tensor.device
     p, q, tokens, mask, temperatures = _tensors(problem)
     chosen, options = _choose(problem, "forward")

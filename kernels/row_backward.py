@@ -12,7 +12,7 @@ from .row_math import LN2, LOG2E, SMALL_D, centred, expm1_over_square, soft_cap,
 def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
     """The upstream gradient of one field; 0 for a field without one."""
     if FIELD >= 0:
-        return tl.load(upstream_ptr + FIELD * n_rows + row)
+        return tl.load(upstream_ptr + n_rows.to(tl.int64) * FIELD + row)
     else:
         return tl.full([], 0.0, tl.float32)
 

@@ -148,7 +148,8 @@ def row_finish(
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     mask_ptr, temperature_ptr,  # as in row_forward
     saved_ptr,  # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, KL, E_p[d], E_q[d], entropy
-    logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # [N] float32; any pointer where not asked for
+    # [N] float32; any pointer for logprob without HAS_TOKENS, ref_logprob without it or WITH_KL, kl without WITH_KL, the others without their WITH_
+    logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,
     temperature: tl.float32, n_rows: tl.int32, n_inner: tl.int32,
     stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
     V: tl.int32,
@@ -163,7 +164,8 @@ def row_finish(
 
     Math:   row_math.py's formulas, exact_row for a row whose sums do not hold; reference.row_statistics is the definition.
     Grid:   (⌈N / ROWS⌉,): ROWS rows at once in the threads of a program.
-    Reads:  7·splits per row and one logit of each tensor; 5·V of each for a row that is read again, nothing of a masked row.
+    Reads:  7·splits per row and up to four logits of each tensor; 5·V of each (3·V of p without q) for a row that is read again; nothing of a
+            masked row.
     Writes: 10 saved values and the fields asked for, per row; zeros for a masked row.
     Saves:  what row_backward needs: 40 bytes per row.
     Special values: a row whose sums do not hold (infinities, a NaN, KL of 32 nats or more) is read again. A token outside 0 … V-1 reads nothing
@@ -182,7 +184,7 @@ def row_finish(
     q_rows = q_ptr + row_offset(rows, n_inner, stride_q_outer, stride_q_inner)
     shift = scale * 0.0
     if WITH_KL and (p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32):
-        shift = row_shift(p_rows, q_rows, there, SOFTCAP)
+        shift = row_shift(p_rows, q_rows, V, there, SOFTCAP)
     splits = tl.maximum(tl.cdiv(V, SEGMENT), 1)
     statistics, holds = merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     store_rows(rows, there & holds, p_rows, q_rows, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale,

@@ -18,6 +18,7 @@ from .row_math import (
     move_centre,
     rescale_to,
     soft_cap,
+    split_sum,
     subtract,
 )
 
@@ -56,8 +57,8 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shift, THREAD
             y = soft_cap(y, SOFTCAP, q_block.dtype.element_ty)
             difference, lost = subtract(y, x, EXACT)
             if EXACT:
-                # Exact near the shift; farther away the difference is large itself.
-                difference = difference - shift
+                difference, more = split_sum(difference, -shift)
+                lost = lost + more
             if EDGE:
                 # Far below every real difference: never the largest.
                 difference = tl.where(inside, difference, LOWEST)
@@ -145,7 +146,7 @@ def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, 
 def row_forward(
     p_ptr,  # [outer, inner, V] policy logits (P)
     q_ptr,  # [outer, inner, V] reference logits (Q); any pointer without WITH_KL
-    state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre
+    state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre (counted from row_shift·scale if a tensor is float32)
     mask_ptr,  # [N] bool; any pointer without HAS_MASK
     temperature_ptr,  # [N] float32; any pointer without TEMPERATURE_PER_ROW
     temperature: tl.float32, n_inner: tl.int32,
@@ -161,8 +162,8 @@ def row_forward(
 
     Math:   the sums of row_math.py over the segment, as reference.row_statistics defines them for the row.
     Grid:   (N · splits,), a row's segments next to each other; a segment is SEGMENT elements whatever N is.
-    Reads:  N·V of p, N·V of q (WITH_KL); nothing of a masked row.
-    Writes: 7 · N · splits float32.
+    Reads:  N·V of p, N·V of q (WITH_KL), and three entries of each again if one is float32; nothing of a masked row.
+    Writes: 2 to 7 of the 7 · N · splits float32, those of the fields asked for.
     Saves:  nothing beside them; row_finish makes the row's statistics of them.
     Special values: what the sums cannot hold leaves them not finite, for row_finish to see: an infinity, a NaN, or an entry far more probable
             under Q than under P, of whose e^x too little is left.
@@ -187,7 +188,7 @@ def row_forward(
     EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32
     shift = 0.0
     if WITH_KL and EXACT:
-        shift = row_shift(p_row, q_row, row >= 0, SOFTCAP)
+        shift = row_shift(p_row, q_row, V, row >= 0, SOFTCAP)
     origin = tl.full([THREADS], LOWEST, tl.float32)
     S = tl.zeros([THREADS], tl.float32)
     A = tl.zeros([THREADS], tl.float32)

@@ -31,15 +31,24 @@ def row_scale(temperature_ptr, temperature, row, there, TEMPERATURE_PER_ROW: tl.
 
 
 @triton.jit
-def row_shift(p_row, q_row, there, SOFTCAP: tl.constexpr):
-    """A whole number near the difference of the first logits of a row, or of several: near the constant between the tensors, if there is one.
+def entry_difference(p_row, q_row, index, there, SOFTCAP: tl.constexpr):
+    """y - x of one entry of a row, or of several rows."""
+    x = soft_cap(tl.load(p_row + index, mask=there, other=0.0).to(tl.float32), SOFTCAP, p_row.dtype.element_ty)
+    y = soft_cap(tl.load(q_row + index, mask=there, other=0.0).to(tl.float32), SOFTCAP, q_row.dtype.element_ty)
+    return y - x
+
+
+@triton.jit
+def row_shift(p_row, q_row, V, there, SOFTCAP: tl.constexpr):
+    """A whole number near the median difference of three entries of a row, or of several: near the constant between the tensors, if there is one.
 
     Sums count differences from it: those of a float32 row that is 50 apart would else be rounded as 50 is, and the digits of a peaked row lost.
-    0 where the first logits are far apart: they do not stand for the others then.
+    Any number would do, a near one does best; 0 where they are very far apart or not finite.
     """
-    x = soft_cap(tl.load(p_row, mask=there, other=0.0).to(tl.float32), SOFTCAP, p_row.dtype.element_ty)
-    y = soft_cap(tl.load(q_row, mask=there, other=0.0).to(tl.float32), SOFTCAP, q_row.dtype.element_ty)
-    shift = tl.floor((y - x) + 0.5)
+    a = entry_difference(p_row, q_row, V // 4, there, SOFTCAP)
+    b = entry_difference(p_row, q_row, V // 2, there, SOFTCAP)
+    c = entry_difference(p_row, q_row, V - 1 - V // 4, there, SOFTCAP)
+    shift = tl.floor(tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c)) + 0.5)
     return tl.where(tl.abs(shift) < LARGEST_SHIFT, shift, 0.0)
 
 
