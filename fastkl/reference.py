@@ -23,8 +23,9 @@ _SMALL_D = 0.25
 class RowStatistics(NamedTuple):
     """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 10].
 
-    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, centre, log_ratio, E_p[d], E_q[d], entropy, 0 in a place
-    of the kernels'. With each logit counted from its row's largest, the centre is at the mean of y - x under P; log_ratio completes lse(y) - lse(x) = centre + log_ratio.
+    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, centre, log_ratio, E_p[d], E_q[d], entropy, 0 in a place of the
+    kernels'. With each logit counted from its row's largest, the centre is at the mean of y - x under P; log_ratio completes
+    lse(y) - lse(x) = centre + log_ratio.
     """
 
     logprob: torch.Tensor | None
