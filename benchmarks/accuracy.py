@@ -21,7 +21,7 @@ from benchmarks.interpreted import NAMES as INTERPRETED
 from benchmarks.interpreted import interpreted_providers
 from benchmarks.peers import NotOfferedError
 from benchmarks.providers import LOADERS, load_providers
-from benchmarks.record import provenance, version, write_json
+from benchmarks.record import output_file, provenance, version, write_json
 from benchmarks.workloads import DTYPES, Inputs
 
 TARGETS = tuple(10.0**exponent for exponent in range(-8, 3))
@@ -316,17 +316,17 @@ def _parser():
             raise argparse.ArgumentTypeError(f"expected names out of {', '.join((*LOADERS, *INTERPRETED))}, got {', '.join(sorted(unknown))}")
         return found
 
-    def count(text):
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    def count(text, least=1):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {text!r}")
         return int(text)
 
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.accuracy", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them into FILE.png")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the records to FILE")
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw them into FILE.png")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="measure nothing: table and plot of a FILE that --json wrote")
     parser.add_argument("--rows", type=count, default=8, metavar="N", help="of each pair (default: %(default)s)")
-    parser.add_argument("--vocabulary", type=count, default=128256, metavar="V", help="(default: %(default)s)")
+    parser.add_argument("--vocabulary", type=partial(count, least=2), default=128256, metavar="V", help="(default: %(default)s)")
     parser.add_argument("--wrt", choices="pq", default="p", help="which logits of KL(P‖Q) the gradient is with respect to (default: %(default)s)")
     parser.add_argument("--providers", type=names, metavar="NAME,...", help="(default: all)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")

@@ -7,13 +7,12 @@ Errors are relative, in L2 norm over all tokens, against float64 of the very sam
 """
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import fastkl
-from benchmarks.record import provenance, write_json
+from benchmarks.record import output_file, provenance, write_json
 from benchmarks.workloads import DTYPES
 
 SIZES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the noise between the hidden states of policy and reference
@@ -74,9 +73,11 @@ def summary(record):
 def main(argv=None):
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.linear_accuracy", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the records to FILE")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (default: %(default)s)")
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected cpu where there is no CUDA GPU, got cuda")
     records = []
     # float64 is the truth here, and runs on the reference everywhere.
     with fastkl.use_backend(None):

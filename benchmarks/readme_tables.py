@@ -5,6 +5,7 @@
 rewrites the page, and in the README what stands between <!-- NAME --> and <!-- /NAME --> for each NAME in SECTIONS; tests/test_readme_tables.py
 holds both to the results.
 """
+import argparse
 import json
 import re
 import sys
@@ -135,11 +136,15 @@ def results_page():
     return "\n\n".join(parts) + "\n"
 
 
-def main():
-    """Rewrites both; returns the exit code."""
-    path = ROOT / "README.md"
-    write_bytes(path, render(path.read_text(encoding="utf-8")).encode())
-    write_bytes(RESULTS / "README.md", results_page().encode())
+def main(argv=None):
+    """Rewrites both where they differ, and says so; returns the exit code."""
+    argparse.ArgumentParser(prog="python3 -m benchmarks.readme_tables", description=__doc__.splitlines()[0]).parse_args(argv)
+    readme, page = ROOT / "README.md", RESULTS / "README.md"
+    for path, text in ((readme, render(readme.read_text(encoding="utf-8"))), (page, results_page())):
+        same = path.exists() and path.read_text(encoding="utf-8") == text
+        if not same:
+            write_bytes(path, text.encode())
+        print(f"{path.relative_to(ROOT)}: {'as it was' if same else 'written'}")
     return 0
 
 

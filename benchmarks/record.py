@@ -1,4 +1,6 @@
 """Where figures are written and what every file of figures says about its origin."""
+import argparse
+import errno
 import json
 import math
 import os
@@ -8,7 +10,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from fastkl.tools.files import write_whole
+from fastkl.tools.files import check_writable, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,6 +18,24 @@ ROOT = Path(__file__).resolve().parent.parent
 def write_json(path, data):
     """Writes `data` to `path` whole or not at all."""
     write_bytes(path, (json.dumps(_finite(data), indent=1, allow_nan=False) + "\n").encode())
+
+
+def output_file(text):
+    """A path for argparse: one that write_bytes can write, found out before there is something to write."""
+    path = Path(text)
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if folder == path.parent:
+            check_writable(path)
+        elif not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, got {text!r} ({error.strerror}); choose another one") from None
+    return path
 
 
 def write_bytes(path, content):

@@ -26,7 +26,7 @@ import torch
 from benchmarks import harness
 from benchmarks.peers import PEERS
 from benchmarks.providers import load_providers
-from benchmarks.record import provenance, write_bytes, write_json
+from benchmarks.record import output_file, provenance, write_bytes, write_json
 from benchmarks.workloads import Workload
 
 LARGEST_TENSOR = 8 * 2**30
@@ -312,7 +312,7 @@ def run(arguments, command, started):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.scaling", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row and the findings to FILE")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write every row and the findings to FILE")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="measure nothing: findings and pictures of a FILE that --json wrote")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write scaling-<workload>-<axis>.png into DIR")
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help="may be given again (default: kl_divergence)")
@@ -330,9 +330,13 @@ def main(argv=None):
     if arguments.plots and not can_draw():
         parser.error("--plots: needs matplotlib, which is not installed; pip install matplotlib, or leave --plots out and draw with --from elsewhere")
     if arguments.source:
-        data = json.loads(arguments.source.read_text(encoding="utf-8"))
-        for operation in data["workloads"]:
-            print(told(data, operation))
+        try:
+            data = json.loads(arguments.source.read_text(encoding="utf-8"))
+            lines = [told(data, operation) for operation in data["workloads"]]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            parser.error(f"--from: expected a file that --json wrote, got {str(arguments.source)!r} ({type(error).__name__}: {error}); measure one")
+        for operation, text in zip(data["workloads"], lines, strict=True):
+            print(text)
             if arguments.plots:
                 draw(data, arguments.plots, operation)
         return 0

@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import roofline
 from benchmarks.disassembly import hot_loop, parse_amdgcn, parse_amdgcn_resources, parse_resources, parse_sass, whole_costs
-from benchmarks.record import provenance, write_json
+from benchmarks.record import output_file, provenance, write_json
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("bf16", "fp32")
@@ -301,7 +301,7 @@ def judge(costs, path, kernels):
 def parse(argv):
     """The arguments, checked: exits with 2 where they do not go together."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_costs", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the records to FILE")
     parser.add_argument("--kernel", action="append", help="only this kernel (may be given again)")
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this architecture (may be given again)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this element type (may be given again)")

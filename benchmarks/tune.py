@@ -32,11 +32,10 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 
 import torch
 
-from benchmarks.record import provenance, write_json
+from benchmarks.record import output_file, provenance, write_json
 from benchmarks.tune_entry import DIRECTIONS, entry_line, hidden_by, sentence, write_entries
 from benchmarks.tune_trials import WORKER_BYTES, Job, Timer, all_variants, begin, check, failed, timed_variants
 from benchmarks.workers import Workers
@@ -307,7 +306,7 @@ def _parsed(argv):
     parser.add_argument("--vocabulary", type=int, default=128256, metavar="V", help="length of a row to tune for (default: %(default)s)")
     parser.add_argument("--max-v", type=int, metavar="V", help="the entry is for vocabularies up to this one (default: any)")
     parser.add_argument("--seconds", type=float, default=400.0, help="time for the search, from here on (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every trial to FILE, after each part of the search")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write every trial to FILE, after each part of the search")
     parser.add_argument("--write", action="store_true", help="put the entries into kernels/config.py")
     arguments = parser.parse_args(argv)
     if arguments.vocabulary < 2 or (arguments.max_v is not None and arguments.max_v < arguments.vocabulary):

@@ -24,10 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return the exit code."""
     try:
         options = build_parser().parse_args(argv)
-        return options.run(options, options.parser)
+        if sys.stdout is None:
+            options.parser.error("standard output: expected it to be open, got a closed one; send it to /dev/null instead")
+        code = options.run(options, options.parser)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what Python still holds of it must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def build_parser() -> argparse.ArgumentParser:
