@@ -337,7 +337,9 @@ def test_exit_codes(pretended, capsys):
     pretended.pool.function = lambda job: Verdict()
     pretended.table.write_text("TABLE = ()\n")
     assert pretended.main("--write") == 1 and "add the entry by hand" in capsys.readouterr().err
-    assert tune.main(["--json", str(pretended.table / "under a file" / "x.json")]) == 2
+    with pytest.raises(SystemExit) as exit_:
+        tune.main(["--json", str(pretended.table / "under a file" / "x.json")])
+    assert exit_.value.code == 2
     assert "--json" in capsys.readouterr().err
     del pretended.pool  # cannot be had
     assert pretended.main() == 1 and pretended.record()["stopped"].startswith("AttributeError")
