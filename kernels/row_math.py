@@ -181,7 +181,8 @@ def rescale_to(new_origin, origin, S, A, W, U, R, WITH_ENTROPY: tl.constexpr, WI
 def merge_states(origin, S, A, W, U, R, centre, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
     """One state from a vector of states (axis 0): threads of a program, programs of a row and shards of a vocabulary merge alike.
 
-    The centre of all is at the mean of d over all. A state without weight (S = 0) adds nothing, whatever its centre.
+    The centre of all is at the mean of d over all. A state without weight (S = 0) adds nothing, whatever its centre. All of them must count their
+    differences from one shift (row_load.row_shift): the shards of a vocabulary too.
     """
     row_origin = tl.max(origin, 0)
     S, A, W, U, R = rescale_to(row_origin, origin, S, A, W, U, R, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
