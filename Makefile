@@ -33,6 +33,7 @@ bench: $(INSTALLED) $(BENCH_PEERS)
 	$(VENV)/bin/python -m benchmarks.static_costs --peers --json build/peers.json
 	$(VENV)/bin/python -m benchmarks.accuracy --json build/accuracy.json --plot build/accuracy.png
 	$(VENV)/bin/python -m benchmarks.linear_accuracy --json build/linear_accuracy.json
+	$(VENV)/bin/python -m benchmarks.overhead --json build/overhead.json
 	$(VENV)/bin/python -m pytest benchmarks tests/test_scaling.py $(ARGS)
 
 lint: $(LINTER)

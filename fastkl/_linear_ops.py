@@ -1,4 +1,4 @@
-"""The custom ops under every function on hidden states, with fake and autograd rules: statistics, their gradients, and the weighted KL with both.
+"""The ops under every function on hidden states, with fake and autograd rules: statistics, their gradients, and the weighted KL with both.
 
 Six tensors describe the two heads: hidden, weight, bias, ref_hidden, ref_weight, ref_bias. ref_weight is None beside ref_hidden where the heads
 share weight. `wrt` names those of the six whose gradients are asked for, comma-separated.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _chunks, _rows
+from ._dispatch import Dispatched
 from ._ops import FIELDS, SAVED, empty_outputs, mark_constant, refuse_second_derivative, refuse_temperature_gradient, wanted
 
 SIX = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
@@ -17,11 +18,10 @@ SIX = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
 SCALED_AT_ONCE = 1 << 20
 
 
-@torch.library.custom_op("fastkl::linear_statistics", mutates_args=())
-def linear_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-                      ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
-                      fields: str, softcap: float, backend: str, logits_dtype: torch.dtype,
-                      chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+                ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
+                fields: str, softcap: float, backend: str, logits_dtype: torch.dtype,
+                chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, ref_logprob, kl, ref_kl, saved) as row_statistics gives them for the heads' logits."""
     results = empty_outputs(hidden, fields)
     heads = _chunks.Heads((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), logits_dtype, backend, chunk_size,
@@ -30,18 +30,16 @@ def linear_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_h
     return tuple(results)
 
 
-@linear_statistics.register_fake
-def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, temperature, fields, softcap, backend, logits_dtype,
-      chunk_size):
+def _fake_statistics(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, temperature, fields, softcap, backend,
+                     logits_dtype, chunk_size):
     return tuple(empty_outputs(hidden, fields))
 
 
-@torch.library.custom_op("fastkl::linear_gradients", mutates_args=())
-def linear_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-                     ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, saved: Tensor,
-                     g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
-                     g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float, backend: str, logits_dtype: torch.dtype,
-                     chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+               ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, saved: Tensor,
+               g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
+               g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float, backend: str, logits_dtype: torch.dtype,
+               chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the upstream-weighted statistics with respect to the six, in their types; empty where not asked for."""
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     heads = _chunks.Heads(six, logits_dtype, backend, chunk_size, _per_token(tokens, mask, temperatures, temperature, softcap))
@@ -50,17 +48,15 @@ def linear_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hi
     return _in_their_types(six, heads.backward(saved.reshape(-1, SAVED), upstream, wanted(wrt)), wrt, wide=())
 
 
-@linear_gradients.register_fake
-def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl,
-      g_ref_kl, temperature, wrt, softcap, backend, logits_dtype, chunk_size):
+def _fake_gradients(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob,
+                    g_kl, g_ref_kl, temperature, wrt, softcap, backend, logits_dtype, chunk_size):
     return _empty_gradients((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), wrt, wide=())
 
 
-@torch.library.custom_op("fastkl::linear_weighted_kl", mutates_args=())
-def linear_weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor | None,
-                       ref_bias: Tensor | None, weights: Tensor, mask: Tensor | None, temperatures: Tensor | None, temperature: float, wrt: str,
-                       softcap: float, backend: str, logits_dtype: torch.dtype, chunk_size: int | None
-                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor | None,
+                 ref_bias: Tensor | None, weights: Tensor, mask: Tensor | None, temperatures: Tensor | None, temperature: float, wrt: str,
+                 softcap: float, backend: str, logits_dtype: torch.dtype, chunk_size: int | None
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(Σ weights·kl, kl, unit, gradients of the sum over `unit` with respect to the six; empty where not asked for).
 
     unit is 1, or for float16 inputs a power of two below the largest weight: a gradient of 1/N per token would vanish in float16. Their
@@ -80,15 +76,13 @@ def linear_weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_
     return ((weights * kl).sum(), kl, unit, *_in_their_types(six, gradients, wrt, wide=(torch.float16,)))
 
 
-@linear_weighted_kl.register_fake
-def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, weights, mask, temperatures, temperature, wrt, softcap, backend, logits_dtype,
-      chunk_size):
+def _fake_weighted_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, weights, mask, temperatures, temperature, wrt, softcap, backend,
+                      logits_dtype, chunk_size):
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     return (weights.new_empty(()), weights.new_empty(weights.shape), weights.new_empty(()), *_empty_gradients(six, wrt, wide=(torch.float16,)))
 
 
-@torch.library.custom_op("fastkl::scaled", mutates_args=())
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · factor (a scalar tensor) in `dtype`, rounded once: torch would round the factor to a 16-bit gradient's type first."""
     result = torch.empty_like(gradient, dtype=dtype)
     # On a CPU torch.mul keeps a copy in the common type: a part at a time.
@@ -98,8 +92,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-@scaled.register_fake
-def _(gradient, factor, dtype):
+def _fake_scaled(gradient, factor, dtype):
     return torch.empty_like(gradient, dtype=dtype)
 
 
@@ -186,6 +179,9 @@ def _save_gradients(ctx, inputs, output) -> None:
 def _backward_of_sum(ctx, upstream, *_):
     if upstream is None:
         return (None,) * 15
+    if torch._C._are_functorch_transforms_active() and torch.is_grad_enabled():
+        raise RuntimeError("fastkl: torch.func.grad asks for a gradient that can be differentiated again, and this one was computed with the value; "
+                           "use reduction='none' and sum or average its result, or torch.autograd.grad")
     if torch.is_grad_enabled():
         refuse_second_derivative(ctx)
     kl, unit, *gradients = ctx.saved_tensors
@@ -195,7 +191,8 @@ def _backward_of_sum(ctx, upstream, *_):
     return *results, upstream * kl if ctx.needs_input_grad[6] else None, *(None,) * 8
 
 
-linear_statistics.register_autograd(_backward, setup_context=_save_for_backward)
-linear_gradients.register_autograd(refuse_second_derivative)
-linear_weighted_kl.register_autograd(_backward_of_sum, setup_context=_save_gradients)
-scaled.register_autograd(refuse_second_derivative)
+linear_statistics = Dispatched("fastkl::linear_statistics", _statistics, _fake_statistics, setup_context=_save_for_backward, backward=_backward)
+linear_gradients = Dispatched("fastkl::linear_gradients", _gradients, _fake_gradients, backward=refuse_second_derivative)
+linear_weighted_kl = Dispatched("fastkl::linear_weighted_kl", _weighted_kl, _fake_weighted_kl, setup_context=_save_gradients,
+                                backward=_backward_of_sum)
+scaled = Dispatched("fastkl::scaled", _scaled, _fake_scaled, backward=refuse_second_derivative)

@@ -1,4 +1,4 @@
-"""The two custom ops under every function on logits: row statistics and their gradients, with fake, autograd and vmap rules.
+"""The two ops under every function on logits: row statistics and their gradients, with fake, autograd and vmap rules.
 
 An op that returns a field nobody asked for returns an empty tensor in its place: the schema is one for all mixes of fields.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from . import _rows
+from ._dispatch import Dispatched
 from ._rows import FIELDS, SAVED
 
 
@@ -22,32 +22,30 @@ def wanted(names: str) -> tuple[str, ...]:
 
 def empty_outputs(p: Tensor, fields: str) -> list[Tensor]:
     """One tensor per field and the saved values, uninitialised, for logits or hidden states p."""
-    dtype, leading = _rows.result_dtype(p), p.shape[:-1]
-    outputs = [p.new_empty(leading if name in wanted(fields) else (0,), dtype=dtype) for name in FIELDS]
+    dtype, leading, names = _rows.result_dtype(p), p.shape[:-1], wanted(fields)
+    outputs = [p.new_empty(leading if name in names else (0,), dtype=dtype) for name in FIELDS]
     return [*outputs, p.new_empty((*leading, SAVED), dtype=dtype)]
 
 
-@torch.library.custom_op("fastkl::row_statistics", mutates_args=())
-def row_statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
-                   fields: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
+                fields: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, ref_logprob, kl, ref_kl, saved): the fields named in `fields` [...], and what backward needs [..., 10]."""
     results = empty_outputs(p, fields)
     if results[-1].numel():
-        outputs = {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if name in wanted(fields)}
+        names = wanted(fields)
+        outputs = {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if name in names}
         _rows.forward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), outputs,
                       results[-1].view(-1, SAVED))
     return tuple(results)
 
 
-@row_statistics.register_fake
-def _(p, q, tokens, mask, temperatures, temperature, fields, backend):
+def _fake_statistics(p, q, tokens, mask, temperatures, temperature, fields, backend):
     return tuple(empty_outputs(p, fields))
 
 
-@torch.library.custom_op("fastkl::row_gradients", mutates_args=())
-def row_gradients(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, saved: Tensor,
-                  g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
-                  g_ref_kl: Tensor | None, temperature: float, wrt_p: bool, wrt_q: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _gradients(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, saved: Tensor,
+               g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
+               g_ref_kl: Tensor | None, temperature: float, wrt_p: bool, wrt_q: bool, backend: str) -> tuple[Tensor, Tensor]:
     """(dP, dQ): gradients of the upstream-weighted statistics, contiguous, in the logits' types; empty where not asked for."""
     grads = _empty_gradients(p, q, wrt_p, wrt_q)
     if p.numel():
@@ -64,8 +62,7 @@ def _empty_gradients(p: Tensor, q: Tensor | None, wrt_p: bool, wrt_q: bool) -> t
     return p.new_empty(p.shape if wrt_p else (0,)), other.new_empty(other.shape if wrt_q else (0,))
 
 
-@row_gradients.register_fake
-def _(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt_p, wrt_q, backend):
+def _fake_gradients(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt_p, wrt_q, backend):
     return _empty_gradients(p, q, wrt_p, wrt_q)
 
 
@@ -109,10 +106,6 @@ def refuse_second_derivative(ctx, *upstream):
                        "(create_graph=True or a double backward); use fastkl.reference.row_statistics with float64 logits and autograd for that")
 
 
-row_statistics.register_autograd(_backward, setup_context=_save_for_backward)
-row_gradients.register_autograd(refuse_second_derivative)
-
-
 def _batched(info, in_dims, tensors):
     """Every tensor with the mapped dimension first; one that is not mapped is repeated without a copy."""
     moved = []
@@ -123,15 +116,17 @@ def _batched(info, in_dims, tensors):
     return moved
 
 
-@row_statistics.register_vmap
-def _(info, in_dims, p, q, tokens, mask, temperatures, temperature, fields, backend):
-    tensors = _batched(info, in_dims, (p, q, tokens, mask, temperatures))
-    outputs = row_statistics(*tensors, temperature, fields, backend)
-    return outputs, tuple(0 if name in (*wanted(fields), "saved") else None for name in (*FIELDS, "saved"))
+def _batched_statistics(info, in_dims, p, q, tokens, mask, temperatures, temperature, fields, backend):
+    inputs = *_batched(info, in_dims, (p, q, tokens, mask, temperatures)), temperature, fields, backend
+    return inputs, tuple(0 if name in (*wanted(fields), "saved") else None for name in (*FIELDS, "saved"))
 
 
-@row_gradients.register_vmap
-def _(info, in_dims, p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt_p, wrt_q,
-      backend):
+def _batched_gradients(info, in_dims, p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature,
+                       wrt_p, wrt_q, backend):
     tensors = _batched(info, in_dims, (p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl))
-    return row_gradients(*tensors, temperature, wrt_p, wrt_q, backend), (0 if wrt_p else None, 0 if wrt_q else None)
+    return (*tensors, temperature, wrt_p, wrt_q, backend), (0 if wrt_p else None, 0 if wrt_q else None)
+
+
+row_statistics = Dispatched("fastkl::row_statistics", _statistics, _fake_statistics, setup_context=_save_for_backward, backward=_backward,
+                            batch=_batched_statistics)
+row_gradients = Dispatched("fastkl::row_gradients", _gradients, _fake_gradients, backward=refuse_second_derivative, batch=_batched_gradients)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 
@@ -22,12 +24,12 @@ def result_dtype(logits: torch.Tensor) -> torch.dtype:
 
 def flat(value: torch.Tensor | None) -> torch.Tensor | None:
     """A per-row tensor as a contiguous vector."""
-    return None if value is None else value.reshape(-1).contiguous()
+    return value if value is None or (value.dim() == 1 and value.is_contiguous()) else value.reshape(-1).contiguous()
 
 
 def flat_temperature(temperatures: torch.Tensor | None, temperature: float) -> float | torch.Tensor:
     """The one temperature, or one per row as a contiguous vector."""
-    return temperature if temperatures is None else temperatures.reshape(-1).contiguous()
+    return temperature if temperatures is None else flat(temperatures)
 
 
 def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, torch.Tensor], saved: torch.Tensor,
@@ -39,10 +41,8 @@ def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, to
     if backend == "reference":
         reference_forward(p, q, tokens, mask, temperature, outputs, saved, softcap)
         return
-    from .kernels import launch
-
     for rows, problem in problems(p, q, tokens, mask, temperature, softcap):
-        launch.forward(problem, {name: value[rows] for name, value in outputs.items()}, saved[rows])
+        _launchers().forward(problem, _some_of_each(outputs, rows), _some(saved, rows))
 
 
 def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
@@ -51,11 +51,8 @@ def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor,
     if backend == "reference":
         reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, softcap)
         return
-    from .kernels import launch
-
     for rows, problem in problems(p, q, tokens, mask, temperature, softcap):
-        launch.backward(problem, saved[rows], {name: value[rows] for name, value in upstream.items()},
-                        None if grad_p is None else grad_p[rows], None if grad_q is None else grad_q[rows])
+        _launchers().backward(problem, _some(saved, rows), _some_of_each(upstream, rows), _some(grad_p, rows), _some(grad_q, rows))
 
 
 def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
@@ -76,8 +73,13 @@ def take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return logits[torch.unravel_index(rows, logits.shape[:-1])]
 
 
-def _some(value: torch.Tensor | float | None, rows: torch.Tensor) -> torch.Tensor | float | None:
-    return value[rows] if isinstance(value, torch.Tensor) else value
+def _some(value: torch.Tensor | float | None, rows: torch.Tensor | slice | None) -> torch.Tensor | float | None:
+    """Some rows of a per-row tensor; all of them where rows is None."""
+    return value[rows] if rows is not None and isinstance(value, torch.Tensor) else value
+
+
+def _some_of_each(values: dict[str, torch.Tensor], rows: slice | None) -> dict[str, torch.Tensor]:
+    return values if rows is None else {name: value[rows] for name, value in values.items()}
 
 
 def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
@@ -142,24 +144,30 @@ def _merged_dims(p: torch.Tensor, q: torch.Tensor | None) -> list[tuple[int, int
 
 
 def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
-             temperature: float | torch.Tensor, softcap: float = 0.0) -> Iterator[tuple[slice, object]]:
-    """(rows, kernels.launch.Problem): one for all rows of up to two independent strides; more are taken apart along the outer dimensions."""
+             temperature: float | torch.Tensor, softcap: float = 0.0) -> Iterator[tuple[slice | None, object]]:
+    """(rows, kernels.launch.Problem): one for all rows (None) of up to two independent strides; more are taken apart along the outer dimensions."""
+    launch, merged = _launchers(), _merged_dims(p, q)
+    outermost, (outer, inner) = merged[:-2], [(1, 0, 0), (1, 0, 0), *merged][-2:]
+    count, per_row = outer[0] * inner[0], isinstance(temperature, torch.Tensor)
+    for number, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
+        part = slice(number * count, (number + 1) * count) if index else None
+        sides = [None if side is None else launch.Rows(_starting_at(side, index, outermost, which), outer[which], inner[which])
+                 for side, which in ((p, 1), (q, 2))]
+        yield part, launch.Problem(*sides, outer[0], inner[0], p.shape[-1], _some(tokens, part), _some(mask, part), 1.0 if per_row else temperature,
+                                   _some(temperature, part) if per_row else None, softcap)
+
+
+@functools.cache
+def _launchers() -> ModuleType:
+    """kernels.launch, imported at its first use: it needs Triton."""
     from .kernels import launch
 
-    dims = [(1, 0, 0), (1, 0, 0), *_merged_dims(p, q)]
-    outermost, (outer, inner) = dims[:-2], dims[-2:]
-    rows = outer[0] * inner[0]
-    for number, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
-        part = slice(number * rows, (number + 1) * rows)
-        offsets = [sum(i * dim[which] for i, dim in zip(index, outermost, strict=True)) for which in (1, 2)]
-        sides = [None if side is None else launch.Rows(_starting_at(side, offset), outer[which], inner[which])
-                 for side, offset, which in ((p, offsets[0], 1), (q, offsets[1], 2))]
-        yield part, launch.Problem(sides[0], sides[1], outer[0], inner[0], p.shape[-1],
-                                   None if tokens is None else tokens[part], None if mask is None else mask[part],
-                                   1.0 if isinstance(temperature, torch.Tensor) else temperature,
-                                   temperature[part] if isinstance(temperature, torch.Tensor) else None, softcap)
+    return launch
 
 
-def _starting_at(logits: torch.Tensor, offset: int) -> torch.Tensor:
-    """The same storage from `offset` elements on: the kernels take a pointer and strides."""
-    return logits if offset == 0 else logits.as_strided((1,), (1,), logits.storage_offset() + offset)
+def _starting_at(logits: torch.Tensor, index: tuple[int, ...], dims: list[tuple[int, int, int]], which: int) -> torch.Tensor:
+    """The same storage from an index of the outermost dimensions on: the kernels take a pointer and strides."""
+    if not any(index):
+        return logits
+    offset = sum(i * dim[which] for i, dim in zip(index, dims, strict=True))
+    return logits.as_strided((1,), (1,), logits.storage_offset() + offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 from typing import NamedTuple
 
@@ -28,22 +29,17 @@ FINISH_REGISTERS = 168
 READ_AGAIN = True
 
 
-class Rows(NamedTuple):
-    """A logits tensor as rows: [outer, inner, V] by two strides (in elements), whatever its leading shape was."""
+class Rows:
+    """A logits tensor as rows: [outer, inner, V] by two strides (in elements), whatever its leading shape was.
 
-    tensor: torch.Tensor
-    stride_outer: int
-    stride_inner: int
+    lanes: elements of a 16-byte block; misaligned: elements between a 16-byte boundary and the first element.
+    """
 
-    @property
-    def misaligned(self) -> int:
-        """Elements between a 16-byte boundary and the first element."""
-        return self.tensor.data_ptr() // self.tensor.element_size() % self.lanes
-
-    @property
-    def lanes(self) -> int:
-        """Elements of a 16-byte block."""
-        return 16 // self.tensor.element_size()
+    def __init__(self, tensor: torch.Tensor, stride_outer: int, stride_inner: int) -> None:
+        itemsize = tensor.element_size()
+        self.tensor, self.stride_outer, self.stride_inner = tensor, stride_outer, stride_inner
+        self.lanes = 16 // itemsize
+        self.misaligned = tensor.data_ptr() // itemsize % self.lanes
 
     def same_blocks(self, other: Rows, inner: int, outer: int) -> bool:
         """Whether every row of both starts at the same distance, in elements, from a boundary of this tensor's 16-byte blocks.
@@ -96,11 +92,10 @@ def architecture(device: torch.device) -> tuple[str, int]:
     return f"sm_{major}{minor}", 32
 
 
-def _choose(problem: Problem, direction: str) -> tuple[config.RowConfig, dict[str, object]]:
-    """The configuration, and the compiler options that come with it."""
-    arch, warp = architecture(problem.p.tensor.device)
-    chosen = config.select(direction, arch, problem.p.tensor.element_size(), problem.vocabulary)
-    return chosen, {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch, problem.softcap > 0.0), **OPTIONS}
+def _options(chosen: config.RowConfig, device: torch.device, softcap: float) -> dict[str, object]:
+    """The compiler options that come with a configuration."""
+    arch, warp = architecture(device)
+    return {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch, softcap > 0.0), **OPTIONS}
 
 
 def finish_options(arch: str, warp: int) -> dict[str, object]:
@@ -114,24 +109,76 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" and device.index != torch.cuda.current_device() else contextlib.nullcontext()
 
 
-# Compiled kernels by all that they were compiled for. Triton's own way to one takes tens of microseconds a launch, most of a call with few rows; its
-# hooks before a launch and its check for changed globals are part of it, and are left out from the second launch on. The first one compiles, also
-# inside a capture: call once before.
-_compiled: dict[tuple, object] = {}
+class Variant:
+    """A kernel with compile-time values and compiler options, for one device and types of tensors: compiled at its first start, also inside a
+    capture (call once before).
+
+    From the second start on the compiled kernel is started directly. Triton's own way to it takes tens of microseconds, most of a call with few
+    rows; its hooks before a launch and its check for changed globals are part of it, and are left out.
+    """
+
+    def __init__(self, kernel: object, constants: dict[str, object], options: dict[str, object]) -> None:
+        self.kernel, self.constants, self.options, self.compiled = kernel, constants, options, None
+
+    def start(self, programs: int, arguments: dict[str, object]) -> None:
+        """Launch `programs` programs. Arguments in the order of the kernel's signature, compile-time values last; numbers have fixed types there, so
+        that only tensors' types and compile-time values tell one compilation from another."""
+        if self.compiled is None:  # in the interpreter always: it compiles nothing
+            self.compiled = self.kernel[programs, 1, 1](**arguments, **self.constants, **self.options)
+        else:
+            self.compiled[programs, 1, 1](*arguments.values(), *self.constants.values())
 
 
-def _start(kernel: object, programs: int, arguments: dict[str, object], constants: dict[str, object], options: dict[str, object]) -> None:
-    """Launch `programs` programs. Both dicts are in the order of the kernel's signature, compile-time values last; numbers have fixed types there, so
-    that only tensors' types and compile-time values tell one compilation from another."""
-    types = tuple(value.dtype for value in arguments.values() if isinstance(value, torch.Tensor))
-    key = (id(kernel), arguments["p_ptr"].device, types, tuple(constants.values()), tuple(options.items()))
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[programs, 1, 1](*arguments.values(), *constants.values())
-        return
-    compiled = kernel[programs, 1, 1](**arguments, **constants, **options)
-    if compiled is not None:  # the interpreter compiles nothing
-        _compiled[key] = compiled
+class Case(NamedTuple):
+    """What the launches of a problem are compiled for, beside their configuration and what is asked for."""
+
+    device: torch.device
+    types: tuple[torch.dtype | None, ...]  # of p, q, tokens and temperatures
+    with_kl: bool
+    has_mask: bool
+    realign: bool
+    q_in_blocks: bool
+    softcap: float
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """The compile-time values that every kernel takes."""
+        return dict(LANES=16 // self.types[0].itemsize, HAS_MASK=self.has_mask, TEMPERATURE_PER_ROW=self.types[3] is not None,
+                    Q_IN_BLOCKS=self.q_in_blocks, SOFTCAP=self.softcap)
+
+
+def _case(problem: Problem) -> Case:
+    tensors = (problem.p.tensor, None if problem.q is None else problem.q.tensor, problem.tokens, problem.temperatures)
+    return Case(tensors[0].device, tuple([None if value is None else value.dtype for value in tensors]), problem.q is not None,
+                problem.mask is not None, not problem.p.aligned(problem.inner, problem.outer), problem.q_in_blocks, float(problem.softcap))
+
+
+@functools.cache
+def forward_variants(case: Case, chosen: config.RowConfig, splits: int, with_entropy: bool, with_reverse: bool,
+                     read_again: bool) -> tuple[Variant, Variant]:
+    """row_forward and row_finish."""
+    shared = dict(**case.constants, REALIGN=case.realign, SEGMENT=chosen.segment, WITH_ENTROPY=with_entropy, WITH_KL=case.with_kl,
+                  WITH_REVERSE=with_reverse)
+    finish = dict(ROWS=FINISH_ROWS, THREADS=FINISH_THREADS, SPLITS=triton.next_power_of_2(splits), HAS_TOKENS=case.types[2] is not None,
+                  READ_AGAIN=read_again)
+    return (Variant(row_forward, _in_order(row_forward, **shared, THREADS=chosen.threads, GROUPS=chosen.groups),
+                    _options(chosen, case.device, case.softcap)),
+            Variant(row_finish, _in_order(row_finish, **shared, **finish), finish_options(*architecture(case.device))))
+
+
+@functools.cache
+def backward_variant(case: Case, chosen: config.RowConfig, fields: tuple[str, ...], grad_types: tuple[torch.dtype | None, torch.dtype | None],
+                     grad_in_blocks: bool) -> Variant:
+    """row_backward, for upstream gradients of these fields."""
+    constants = dict(**case.constants, CHUNK=chosen.segment, THREADS=chosen.threads, GROUPS=chosen.groups, WRT_P=grad_types[0] is not None,
+                     WRT_Q=grad_types[1] is not None, GRAD_IN_BLOCKS=grad_in_blocks,
+                     **{name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS})
+    return Variant(row_backward, _in_order(row_backward, **constants), _options(chosen, case.device, case.softcap))
+
+
+def _in_order(kernel: object, **constants: object) -> dict[str, object]:
+    """Compile-time values in the order of the kernel's signature."""
+    return {name: constants[name] for name in inspect.signature(kernel.fn).parameters if name in constants}
 
 
 def _places(problem: Problem) -> dict[str, object]:
@@ -153,53 +200,43 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
 
     With q there is always kl; with tokens logprob, and ref_logprob beside q.
     """
-    device = problem.p.tensor.device
     p, q, tokens, mask, temperatures = _tensors(problem)
-    chosen, options = _choose(problem, "forward")
+    case = _case(problem)
+    chosen = config.select("forward", architecture(p.device)[0], p.element_size(), problem.vocabulary)
     splits = max(1, math.ceil(problem.vocabulary / chosen.segment))
-    state = torch.empty(problem.rows * splits * STATE.value, dtype=torch.float32, device=device)
-    per_row = dict(HAS_MASK=problem.mask is not None, TEMPERATURE_PER_ROW=problem.temperatures is not None)
-    fields = dict(WITH_ENTROPY="entropy" in outputs, WITH_KL=problem.q is not None, WITH_REVERSE="ref_kl" in outputs)
-    placing = dict(REALIGN=not problem.p.aligned(problem.inner, problem.outer), Q_IN_BLOCKS=problem.q_in_blocks)
-    lanes, temperature, softcap = problem.p.lanes, float(problem.temperature), float(problem.softcap)
-    with _on(device):
-        _start(
-            row_forward, problem.rows * splits,
-            dict(p_ptr=p, q_ptr=q, state_ptr=state, mask_ptr=mask, temperature_ptr=temperatures, temperature=temperature, **_places(problem),
-                 V=problem.vocabulary, splits=splits),
-            dict(SEGMENT=chosen.segment, THREADS=chosen.threads, LANES=lanes, GROUPS=chosen.groups, **per_row, **fields, **placing,
-                 SOFTCAP=softcap),
-            options)
-        _start(
-            row_finish, -(-problem.rows // FINISH_ROWS),
+    forward_variant, finish_variant = forward_variants(case, chosen, splits, "entropy" in outputs, "ref_kl" in outputs, READ_AGAIN)
+    state = torch.empty(problem.rows * splits * STATE.value, dtype=torch.float32, device=p.device)
+    places, temperature = _places(problem), float(problem.temperature)
+    with _on(p.device):
+        forward_variant.start(
+            problem.rows * splits,
+            dict(p_ptr=p, q_ptr=q, state_ptr=state, mask_ptr=mask, temperature_ptr=temperatures, temperature=temperature, **places,
+                 V=problem.vocabulary, splits=splits))
+        finish_variant.start(
+            -(-problem.rows // FINISH_ROWS),
             dict(state_ptr=state, p_ptr=p, q_ptr=q, tokens_ptr=tokens, mask_ptr=mask, temperature_ptr=temperatures, saved_ptr=saved,
-                 **{f"{name}_ptr": outputs.get(name, saved) for name in FIELDS}, temperature=temperature, n_rows=problem.rows, **_places(problem),
-                 V=problem.vocabulary),
-            dict(SEGMENT=chosen.segment, ROWS=FINISH_ROWS, THREADS=FINISH_THREADS, LANES=lanes, SPLITS=triton.next_power_of_2(splits),
-                 HAS_TOKENS=problem.tokens is not None, **per_row, **fields, **placing, SOFTCAP=softcap, READ_AGAIN=READ_AGAIN),
-            finish_options(*architecture(device)))
+                 logprob_ptr=outputs.get("logprob", saved), entropy_ptr=outputs.get("entropy", saved),
+                 ref_logprob_ptr=outputs.get("ref_logprob", saved), kl_ptr=outputs.get("kl", saved), ref_kl_ptr=outputs.get("ref_kl", saved),
+                 temperature=temperature, n_rows=problem.rows, **places, V=problem.vocabulary))
 
 
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
              grad_q: torch.Tensor | None) -> None:
     """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per field. They may be the logits themselves."""
     p, q, tokens, mask, temperatures = _tensors(problem)
-    names = [name for name in FIELDS if name in upstream]
-    stacked = torch.stack([upstream[name].to(torch.float32) for name in names]) if len(names) > 1 else upstream[names[0]].float().contiguous()
-    chosen, options = _choose(problem, "backward")
+    fields = tuple([name for name in FIELDS if name in upstream])
+    stacked = (torch.stack([upstream[name].to(torch.float32) for name in fields]) if len(fields) > 1
+               else upstream[fields[0]].to(torch.float32).contiguous())
+    chosen = config.select("backward", architecture(p.device)[0], p.element_size(), problem.vocabulary)
     stride_grad = (grad_q if grad_p is None else grad_p).stride(0)
-    grads = [Rows(grad, problem.inner * stride_grad, stride_grad) for grad in (grad_p, grad_q) if grad is not None]
+    grads = [None if grad is None else Rows(grad, problem.inner * stride_grad, stride_grad) for grad in (grad_p, grad_q)]
+    in_blocks = all(grad is None or problem.p.same_blocks(grad, problem.inner, problem.outer) for grad in grads)
+    variant = backward_variant(_case(problem), chosen, fields, tuple([None if grad is None else grad.tensor.dtype for grad in grads]), in_blocks)
     # A row that starts in the middle of a block covers one more.
     chunks = -(-(problem.vocabulary + problem.p.lanes - 1) // chosen.segment)
     with _on(p.device):
-        _start(
-            row_backward, problem.rows * chunks,
+        variant.start(
+            problem.rows * chunks,
             dict(p_ptr=p, q_ptr=q, grad_p_ptr=p if grad_p is None else grad_p, grad_q_ptr=p if grad_q is None else grad_q, tokens_ptr=tokens,
                  saved_ptr=saved, upstream_ptr=stacked, mask_ptr=mask, temperature_ptr=temperatures, temperature=float(problem.temperature),
-                 n_rows=problem.rows, **_places(problem), stride_grad=stride_grad, V=problem.vocabulary, chunks=chunks),
-            dict(CHUNK=chosen.segment, THREADS=chosen.threads, LANES=problem.p.lanes, GROUPS=chosen.groups,
-                 **{name.upper(): names.index(name) if name in names else -1 for name in FIELDS},
-                 WRT_P=grad_p is not None, WRT_Q=grad_q is not None, HAS_MASK=problem.mask is not None,
-                 TEMPERATURE_PER_ROW=problem.temperatures is not None, Q_IN_BLOCKS=problem.q_in_blocks,
-                 GRAD_IN_BLOCKS=all(problem.p.same_blocks(grad, problem.inner, problem.outer) for grad in grads), SOFTCAP=float(problem.softcap)),
-            options)
+                 n_rows=problem.rows, **_places(problem), stride_grad=stride_grad, V=problem.vocabulary, chunks=chunks))

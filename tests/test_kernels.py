@@ -244,14 +244,14 @@ def test_numbers_are_not_specialized(name) -> None:
 
 def test_arguments_come_in_the_order_of_the_signatures(implementation, monkeypatch) -> None:
     """A compiled kernel takes its arguments by position."""
-    start, seen = launch._start, set()
+    start, seen = launch.Variant.start, set()
 
-    def checked(kernel, programs, arguments, constants, options):
-        assert [*arguments, *constants] == list(inspect.signature(kernel.fn).parameters)
-        seen.add(kernel)
-        start(kernel, programs, arguments, constants, options)
+    def checked(variant, programs, arguments):
+        assert [*arguments, *variant.constants] == list(inspect.signature(variant.kernel.fn).parameters)
+        seen.add(variant.kernel)
+        start(variant, programs, arguments)
 
-    monkeypatch.setattr(launch, "_start", checked)
+    monkeypatch.setattr(launch.Variant, "start", checked)
     outcome(*data(300, torch.float32, implementation.device))
     assert seen == {launch.row_forward, launch.row_finish, launch.row_backward}
 
@@ -267,13 +267,15 @@ def test_a_compiled_kernel_is_started_again() -> None:
 
     calls = [(dtype, rows, temperature, masked) for dtype in (torch.float32, torch.bfloat16) for rows, temperature in ((5, 1.0), (40, 0.5))
              for masked in (False, True)]
-    launch._compiled.clear()
+    variants = (launch.forward_variants, launch.backward_variant)
+    for cache in variants:
+        cache.cache_clear()
     first = [run(*call) for call in calls]
-    compiled = len(launch._compiled)
+    compiled = [cache.cache_info().currsize for cache in variants]
     for call, results in zip(reversed(calls), reversed(first), strict=True):
         for name, again, before in zip(NAMES[3:], run(*call), results, strict=True):
             cases.assert_same_bits(again, before, f"{name} of {call}")
-    assert len(launch._compiled) == compiled
+    assert [cache.cache_info().currsize for cache in variants] == compiled
 
 
 @pytest.mark.gpu

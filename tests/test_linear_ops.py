@@ -20,6 +20,12 @@ MIXES = [
 POLICY_ALONE = [(False, "none", False, False, 0.0, None, (3,)), (True, "none", True, True, 3.0, 2, (2, 2))]
 
 
+def skip_if_interpreted(implementation, mix: tuple) -> None:
+    """What opcheck looks at does not depend on the kernels: every mix on the reference, and in the interpreter the one in which most takes part."""
+    if implementation.interpreted and mix != MIXES[1]:
+        pytest.skip("the ops' rules for this mix are checked on the reference")
+
+
 def arguments(device: str, mix: tuple, dtype: torch.dtype = torch.float32, grad: bool = False) -> SimpleNamespace:
     """The six tensors in the ops' order, and the rest by name."""
     bias, reference, mask, temperatures, softcap, chunk_size, leading = mix
@@ -49,6 +55,7 @@ def wrt_of(six: tuple) -> str:
 @pytest.mark.parametrize("mix", MIXES + POLICY_ALONE, ids=str)
 def test_opcheck_statistics(implementation, mix, grad) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right for every mix of arguments."""
+    skip_if_interpreted(implementation, mix)
     a = arguments(implementation.device, mix, grad=grad)
     fields = "logprob,entropy" if mix[1] == "none" else FIELDS
     torch.library.opcheck(torch.ops.fastkl.linear_statistics.default, (
@@ -59,6 +66,7 @@ def test_opcheck_statistics(implementation, mix, grad) -> None:
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_opcheck_gradients(implementation, mix, fields) -> None:
     """The same for its backward, for upstream gradients of some fields."""
+    skip_if_interpreted(implementation, mix)
     a = arguments(implementation.device, mix)
     settings = (a.softcap, implementation.backend, torch.float32, a.chunk_size)
     saved = _linear_ops.linear_statistics(*a.six, a.tokens, a.mask, a.temperatures, a.temperature, FIELDS, *settings)[-1]
@@ -71,6 +79,7 @@ def test_opcheck_gradients(implementation, mix, fields) -> None:
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_opcheck_weighted_kl(implementation, mix, dtype) -> None:
     """The same for value and gradients at once, and under autograd."""
+    skip_if_interpreted(implementation, mix)
     for grad in (False, True):
         a = arguments(implementation.device, mix, dtype, grad)
         torch.library.opcheck(torch.ops.fastkl.linear_weighted_kl.default, (
@@ -108,7 +117,7 @@ def test_float16_gradients_do_not_vanish(implementation) -> None:
 @pytest.mark.parametrize("temperature", [0.05, 0.1])
 def test_float16_gradients_do_not_overflow(implementation, temperature) -> None:
     """A KL of many nats at a low temperature: gradients stay finite and have the size of the truth's."""
-    n = 64
+    n = 8 if implementation.interpreted else 64
     generator = torch.Generator().manual_seed(0)
     hidden, ref_hidden = (torch.randn(n, 16, generator=generator).to(implementation.device, torch.float16) for _ in range(2))
     weight = (6 / 4 * torch.randn(500, 16, generator=generator)).to(implementation.device, torch.float16)

@@ -78,6 +78,12 @@ MIXES = [
 ]
 
 
+def skip_if_interpreted(implementation, mix: tuple) -> None:
+    """What opcheck looks at does not depend on the kernels: every mix on the reference, and in the interpreter the one in which most takes part."""
+    if implementation.interpreted and mix != MIXES[-1]:
+        pytest.skip("the ops' rules for this mix are checked on the reference")
+
+
 def op_arguments(data: SimpleNamespace, mix: tuple, chosen: str) -> tuple:
     """The arguments of fastkl::row_statistics for one of MIXES."""
     fields, with_q, tokens, mask, temperatures, _ = mix
@@ -89,6 +95,7 @@ def op_arguments(data: SimpleNamespace, mix: tuple, chosen: str) -> tuple:
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_opcheck_row_statistics(implementation, mix, grad) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right for every mix of arguments."""
+    skip_if_interpreted(implementation, mix)
     data = inputs(implementation.device, mix[-1], grad=grad)
     torch.library.opcheck(torch.ops.fastkl.row_statistics.default, op_arguments(data, mix, implementation.backend))
 
@@ -96,6 +103,7 @@ def test_opcheck_row_statistics(implementation, mix, grad) -> None:
 @pytest.mark.parametrize("mix, wrt", [*((mix, (True, mix[1])) for mix in MIXES), (MIXES[-1], (True, False)), (MIXES[-1], (False, True))], ids=str)
 def test_opcheck_row_gradients(implementation, mix, wrt) -> None:
     """The same for the backward op, with the upstream gradients that the mix of fields can have."""
+    skip_if_interpreted(implementation, mix)
     data = inputs(implementation.device, mix[-1], grad=False)
     p, q, tokens, mask, temperatures, temperature, fields, chosen = op_arguments(data, mix, implementation.backend)
     saved = _ops.row_statistics(p, q, tokens, mask, temperatures, temperature, fields, chosen)[-1]
@@ -116,6 +124,8 @@ def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
     """
     if compiler == "inductor" and implementation.device == "cpu" and not HAS_CPP:
         pytest.skip("inductor needs a C++ compiler on CPU")
+    if implementation.interpreted and compiler == "inductor":
+        pytest.skip("what inductor does around the ops is checked on the reference")
     penalty = fastkl.KLPenalty(0.3)
     function = {"kl": kl, "stats": stats, "penalty": lambda p, q, data: (penalty(p, q, data.mask),)}[name]
     compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=dynamic)
@@ -227,14 +237,6 @@ def test_batched_upstream_gradients(implementation) -> None:
     batched = torch.autograd.grad(result, (data.p, data.q), upstream, is_grads_batched=True, retain_graph=True)
     looped = [torch.autograd.grad(result, (data.p, data.q), one, retain_graph=True) for one in upstream]
     assert_same_bits(list(batched), [torch.stack(grads) for grads in zip(*looped, strict=True)])
-
-
-@pytest.mark.xfail(raises=RuntimeError, reason="torch.library.register_autograd makes an autograd.Function that functorch's grad does not take")
-def test_func_grad(implementation) -> None:
-    """torch.func.grad gives autograd's gradient."""
-    data = inputs(implementation.device, (3,))
-    result = torch.func.grad(lambda p: fastkl.kl_divergence(p, data.q.detach()).sum())(data.p.detach())
-    assert torch.equal(result, torch.autograd.grad(fastkl.kl_divergence(data.p, data.q).sum(), data.p)[0])
 
 
 # ---- autograd

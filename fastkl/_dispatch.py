@@ -1,0 +1,92 @@
+"""How a call reaches a computation: as a custom op where something looks at ops, as a torch.autograd.Function where only autograd does.
+
+The way through torch.library is right everywhere and takes longer than all else that a call with few rows does. Eager mode with plain tensors,
+which is nearly every call, goes through a Function over the same code, and so do torch.func's transforms, whose grad does not take such an op.
+torch.compile, torch.export, torch.jit.trace, dispatch modes (selective checkpointing, fake tensors), tensor subclasses and meta tensors get the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._C._functorch import is_legacy_batchedtensor
+from torch._functorch.utils import unwrap_dead_wrappers
+
+# Any other argument has something of its own to say about how it is computed with.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.dtype, type(None), float, int, bool, str})
+
+
+class Dispatched:
+    """A computation with gradient rule; calling it takes the shortest way that is right for the caller. `.op`: its custom op.
+
+    compute: the computation, annotated as torch.library.custom_op wants it; its first argument is a tensor. fake: its outputs without their values.
+    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing.
+    batch: (info, in_dims, *inputs) -> (inputs of one call for all samples of a vmap, out_dims); None computes sample by sample.
+    """
+
+    def __init__(self, name: str, compute: Callable, fake: Callable, *, backward: Callable, setup_context: Callable | None = None,
+                 batch: Callable | None = None) -> None:
+        self._compute, self._setup_context = compute, setup_context
+        self.op = torch.library.custom_op(name, compute, mutates_args=())
+        self.op.register_fake(fake)
+        self.op.register_autograd(backward, setup_context=setup_context)
+
+        def vmap(info, in_dims, *inputs):
+            if batch is None:
+                return _sample_by_sample(self, info.batch_size, in_dims, inputs)
+            batched, out_dims = batch(info, in_dims, *inputs)
+            return self(*batched), out_dims
+
+        def forward(ctx, *inputs):
+            outputs = compute(*inputs)
+            if setup_context is not None:
+                setup_context(ctx, inputs, outputs)
+            return outputs
+
+        self.op.register_vmap(vmap)
+        # One with a setup_context of its own, which transforms need, looks its signature up at every call.
+        self._eager = _function(name, forward=forward, backward=backward)
+        # What is left of the inputs once the transforms are done may still be traced.
+        self._transformed = _function(name, forward=lambda *inputs: self(*inputs), setup_context=setup_context or _save_nothing, backward=backward,
+                                      vmap=vmap)
+
+    def __call__(self, *inputs: object) -> object:
+        if torch.compiler.is_compiling():
+            return self.op(*inputs)
+        if torch._C._are_functorch_transforms_active():
+            return self._transformed.apply(*inputs)
+        if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing() or not _plain(inputs):
+            return self.op(*inputs)
+        if torch.is_grad_enabled():
+            return self._eager.apply(*inputs)
+        # As a Function does: what a transform left behind is a wrapper, whose memory nobody can ask for. Gradients are computed of what was saved.
+        return self._compute(*(inputs if self._setup_context is None else unwrap_dead_wrappers(inputs)))
+
+
+def _plain(inputs: tuple) -> bool:
+    """Whether all tensors among the arguments are tensors and no more: not subclasses, with data, not batched (is_grads_batched=True)."""
+    for value in inputs:
+        kind = type(value)
+        if kind not in _PLAIN or (kind is torch.Tensor and is_legacy_batchedtensor(value)):
+            return False
+    return not inputs[0].is_meta
+
+
+def _sample_by_sample(call: Callable, count: int, in_dims: tuple, inputs: tuple) -> tuple:
+    """(outputs, out_dims) of a vmap: a call per sample, and what they return put together."""
+    if count == 0:
+        raise RuntimeError("fastkl: vmap over no samples: expected at least one, since each is a call of its own; leave the call out")
+    samples = [call(*(value if dim is None else value.select(dim, i) for value, dim in zip(inputs, in_dims, strict=True))) for i in range(count)]
+    if isinstance(samples[0], torch.Tensor):
+        return torch.stack(samples), 0
+    return tuple(torch.stack(values) for values in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+
+def _save_nothing(ctx, inputs, outputs) -> None:
+    pass
+
+
+def _function(name: str, **methods: Callable) -> type[torch.autograd.Function]:
+    """A torch.autograd.Function that profilers and grad_fn show under the op's name."""
+    return type(name.replace("::", "_"), (torch.autograd.Function,), {method: staticmethod(function) for method, function in methods.items()})

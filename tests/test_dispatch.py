@@ -1,0 +1,235 @@
+"""The ways to a computation: who gets the custom op and who does without, that all give the same bits, and torch.func's transforms."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import cases
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastkl
+from fastkl import _linear_ops, _ops
+
+DISPATCHED = (_ops.row_statistics, _ops.row_gradients, _linear_ops.linear_statistics, _linear_ops.linear_gradients, _linear_ops.linear_weighted_kl,
+              _linear_ops.scaled)
+
+
+def data(device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Logits and hidden states that require grad, a reference of each that does not, and tokens."""
+    generator = torch.Generator().manual_seed(0)
+    made = {name: torch.randn(*shape, generator=generator).to(device, dtype)
+            for name, shape in (("p", (3, 7)), ("q", (3, 7)), ("hidden", (3, 5)), ("weight", (7, 5)), ("ref_hidden", (3, 5)))}
+    return {"tokens": torch.tensor([1, 0, 6], device=device), **made} | {name: made[name].requires_grad_() for name in ("p", "hidden", "weight")}
+
+
+def kl(d):
+    return (fastkl.kl_divergence(d["p"], d["q"]),)
+
+
+def stats(d):
+    return tuple(fastkl.token_stats(d["p"], d["tokens"], d["q"], temperature=0.7))
+
+
+def linear_none(d):
+    return (fastkl.linear_kl_divergence(d["hidden"], d["weight"], d["ref_hidden"]),)
+
+
+def linear_mean(d):
+    return (fastkl.linear_kl_divergence(d["hidden"], d["weight"], d["ref_hidden"], reduction="mean"),)
+
+
+FUNCTIONS = {function.__name__: function for function in (kl, stats, linear_none, linear_mean)}
+
+
+def outcome(function: Callable, d: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs, and the gradients for upstream gradients that differ."""
+    outputs = [value for value in function(d) if value.requires_grad]
+    leaves = [d["p"]] if function in (kl, stats) else [d["hidden"], d["weight"]]
+    upstream = [torch.linspace(1.0, 2.0, value.numel(), device=value.device, dtype=value.dtype).view(value.shape) for value in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+class Seen(TorchDispatchMode):
+    """Collects the names of fastkl's ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastkl":
+            self.names.add(func.name().removeprefix("fastkl::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_plain_tensors_in_eager_mode_do_without_the_op(implementation, name, monkeypatch) -> None:
+    """Forward and backward, with gradient and without, none of the ops is called."""
+    def called(*inputs):
+        raise AssertionError("the op was called")
+
+    for each in DISPATCHED:
+        monkeypatch.setattr(each, "op", called)
+    d = data(implementation.device)
+    outcome(FUNCTIONS[name], d)
+    with torch.no_grad():
+        FUNCTIONS[name](d)
+
+
+@pytest.mark.parametrize("name, expected", [("kl", {"row_statistics", "row_gradients"}), ("stats", {"row_statistics", "row_gradients"}),
+                                            ("linear_none", {"linear_statistics", "linear_gradients"}),
+                                            ("linear_mean", {"linear_weighted_kl", "scaled"})])
+def test_a_dispatch_mode_sees_the_ops_and_the_bits_are_the_same(implementation, name, expected) -> None:
+    """What wants to see ops does, and either way computes the same."""
+    d = data(implementation.device)
+    plain = outcome(FUNCTIONS[name], d)
+    with Seen() as seen:
+        by_op = outcome(FUNCTIONS[name], d)
+    assert seen.names == expected
+    for result, value in zip(by_op, plain, strict=True):
+        cases.assert_same_bits(result, value, name)
+        assert bool((value != 0).any())
+
+
+class Wrapped(torch.Tensor):
+    """A subclass around a tensor, that notes the ops it meets."""
+
+    met: list[str] = []
+
+    @staticmethod
+    def __new__(cls, plain):
+        return torch.Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype, device=plain.device, strides=plain.stride())
+
+    def __init__(self, plain):
+        self.plain = plain
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.met.append(func.name())
+        return func(*torch.utils._pytree.tree_map_only(cls, lambda value: value.plain, args), **(kwargs or {}))
+
+
+def test_a_subclass_meets_the_op(implementation) -> None:
+    """A tensor with rules of its own is asked."""
+    d = data(implementation.device)
+    Wrapped.met.clear()
+    result = fastkl.kl_divergence(Wrapped(d["p"].detach()), d["q"])
+    assert Wrapped.met == ["fastkl::row_statistics"]
+    cases.assert_same_bits(result, kl(d)[0].detach(), "kl")
+
+
+def test_tracers_see_the_op() -> None:
+    """torch.jit.trace and make_fx keep the op, and a meta tensor gives shapes."""
+    p, q = (value.detach() for value in cases.pair("normal1", 3, 7, 0.3))
+    with pytest.warns(torch.jit.TracerWarning), fastkl.use_backend("reference"):
+        traced = torch.jit.trace(lambda p, q: fastkl.kl_divergence(p, q), (p, q), check_trace=False)
+    assert "fastkl::row_statistics" in str(traced.graph)
+    assert "fastkl.row_statistics" in make_fx(lambda p, q: fastkl.kl_divergence(p, q))(p, q).code
+    result = fastkl.kl_divergence(p.to("meta"), q.to("meta"))
+    assert result.is_meta and result.shape == (3,)
+
+
+def test_the_graph_names_the_op(implementation) -> None:
+    """Profilers and grad_fn show one name, whichever way was taken."""
+    d = data(implementation.device)
+    assert kl(d)[0].grad_fn.name() == "fastkl_row_statisticsBackward"
+
+
+def test_a_tensor_that_outlived_its_transform(implementation) -> None:
+    """What torch.func.grad leaves behind is a tensor like any other."""
+    d, left = data(implementation.device), []
+
+    def leak(p):
+        left.append(p * 1.0)
+        return p.sum()
+
+    torch.func.grad(leak)(d["p"].detach())
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode:
+            cases.assert_same_bits(fastkl.kl_divergence(left[0], d["q"]), kl(d)[0].detach(), "kl")
+
+
+# ---- torch.func
+
+
+@pytest.mark.parametrize("name", ["kl", "linear_none"])
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "grad of vmap", "jacrev"])
+def test_transforms(implementation, transform, name) -> None:
+    """torch.func's transforms, alone and nested, give autograd's gradients."""
+    d = {key: value.detach() for key, value in data(implementation.device).items()}
+    argument = "p" if name == "kl" else "weight"
+
+    def function(value, **others):
+        return FUNCTIONS[name]({**d, argument: value, **others})[0]
+
+    leaf = d[argument].clone().requires_grad_()
+    if transform == "vmap of grad":
+        stacked = torch.stack([leaf, 2 * leaf]).detach().requires_grad_()
+        result = torch.func.vmap(torch.func.grad(lambda value: function(value).sum()))(stacked.detach())
+        expected = torch.stack([torch.autograd.grad(function(value).sum(), stacked, retain_graph=True)[0][i] for i, value in enumerate(stacked)])
+    elif transform == "grad of vmap":
+        stacked = torch.stack([leaf, 2 * leaf]).detach().requires_grad_()
+        result = torch.func.grad(lambda value: torch.func.vmap(function)(value).sum())(stacked.detach())
+        expected = torch.stack([torch.autograd.grad(function(value).sum(), stacked, retain_graph=True)[0][i] for i, value in enumerate(stacked)])
+    elif transform == "jacrev":
+        result = torch.func.jacrev(function)(leaf.detach())
+        expected = torch.stack([torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in function(leaf)])
+    else:
+        result = torch.func.grad(lambda value: function(value).sum())(leaf.detach())
+        expected = torch.autograd.grad(function(leaf).sum(), leaf)[0]
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)
+    assert bool((expected != 0).any())
+
+
+def test_transforms_that_are_not_there_say_so(implementation) -> None:
+    """A second derivative, a forward-mode one, and the gradient of a sum that is computed with its value."""
+    d = {key: value.detach() for key, value in data(implementation.device).items()}
+
+    def total(p):
+        return fastkl.kl_divergence(p, d["q"]).sum()
+
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        torch.func.grad(lambda p: torch.func.grad(total)(p).square().sum())(d["p"])
+    with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+        torch.func.jvp(total, (d["p"],), (d["p"],))
+    with pytest.raises(RuntimeError, match="use reduction='none'"):
+        torch.func.grad(lambda weight: linear_mean({**d, "weight": weight})[0])(d["weight"])
+
+
+# ---- what a call takes
+
+
+def python_calls(call: Callable) -> int:
+    """Calls of functions, in Python and in C, that call() makes: what its time is proportional to, without a clock."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    call()
+    call()
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def test_calls_of_a_step_with_few_rows(monkeypatch) -> None:
+    """With a few rows a step takes as long as its Python does, 310 calls when this was written: no more than 330."""
+    pytest.importorskip("triton")
+    from fastkl import backend
+    from fastkl.kernels import launch
+
+    monkeypatch.setattr(launch.Variant, "start", lambda *arguments: None)
+    monkeypatch.setattr(backend, "triton_problems", lambda *logits, **reading: ())
+    d, upstream = data("cpu"), torch.ones(3)
+    with fastkl.use_backend("triton"):
+        assert python_calls(lambda: torch.autograd.grad(fastkl.kl_divergence(d["p"], d["q"]), d["p"], upstream)) <= 330
