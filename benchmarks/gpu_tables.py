@@ -8,6 +8,7 @@ from benchmarks.linear_workloads import LinearWorkload
 from benchmarks.workloads import Workload
 
 OURS, PLAIN = "fastkl", "torch"
+THROUGH_LOGITS = "fastkl, through logits"  # from hidden states, where there is memory for all logits
 TIMED = ("main", "peers", "sweep", "linear", "linear_sweep")
 EVERYBODY = "all"  # the provider of a row that says why a workload was not measured at all
 MAIN, LINEAR_MAIN = Workload().as_dict(), LinearWorkload().as_dict()
@@ -85,6 +86,11 @@ def timed(row):
     return {phase: milliseconds for phase, milliseconds in found.items() if milliseconds}
 
 
+def others_of(rows):
+    """The rows of a workload that are other packages'."""
+    return {provider: row for provider, row in rows.items() if provider not in (OURS, THROUGH_LOGITS)}
+
+
 # Who is ahead ---------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +100,7 @@ def ahead(data):
     for name, rows in by_workload(data).items():
         ours = timed(rows.get(OURS))
         for phase in (phase for phase in PHASES if phase in ours):
-            others = {other: timed(row).get(phase) for other, row in rows.items() if other != OURS}
+            others = {other: timed(row).get(phase) for other, row in others_of(rows).items()}
             found += [(name, phase, other, ours[phase] / theirs) for other, theirs in others.items() if theirs and ours[phase] / theirs > 1 + NOISE]
     return found
 
@@ -108,15 +114,14 @@ def unnamed(data, readme):
 def standing(data):
     """In words: at which workloads another provider is ahead of fastkl, or that none is; and where fastkl has no time."""
     found, words = by_workload(data), []
-    compared = [name for name, rows in found.items() if timed(rows.get(OURS)) and any(timed(row) for other, row in rows.items() if other != OURS)]
+    compared = [name for name, rows in found.items() if timed(rows.get(OURS)) and any(map(timed, others_of(rows).values()))]
     count = f"{len(compared)} workload{'' if len(compared) == 1 else 's'}"
     best = {}
     for name, phase, other, ratio in ahead(data):
         if ratio > best.setdefault(name, {}).get(phase, ("", 0.0))[1]:
             best[name][phase] = other, ratio
     if best:
-        where = [f"`{name}` ({', '.join(f'{phase}: {other} is {times(ratio)} as fast' for phase, (other, ratio) in phases.items())})"
-                 for name, phases in best.items()]
+        where = [f"`{name}` ({', '.join(_behind(found[name], phase, *by) for phase, by in phases.items())})" for name, phases in best.items()]
         words.append(f"By device time fastkl is not ahead at {len(best)} of {count} measured beside others: {'; '.join(where)}.")
     elif compared:
         words.append(f"Nowhere in {count} measured beside others is another provider faster than fastkl by more than 1 % of device time, neither "
@@ -125,6 +130,13 @@ def standing(data):
         words.append("No other provider was timed beside fastkl.")
     without = [f"`{name}` ({why(rows.get(OURS))})" for name, rows in found.items() if not timed(rows.get(OURS))]
     return " ".join([*words, *([f"Without a time of fastkl: {', '.join(without)}."] if without else [])])
+
+
+def _behind(rows, phase, other, ratio):
+    """By how much another provider is ahead at a workload, and whether going through logits is ahead of it."""
+    through = timed(rows.get(THROUGH_LOGITS)).get(phase)
+    ours = timed(rows[OURS])[phase] / ratio / through if through else 0.0
+    return f"{phase}: {other} is {times(ratio)} as fast" + (f", going through logits {times(ours)} as fast as that" if ours > 1 + NOISE else "")
 
 
 # Cells ----------------------------------------------------------------------------------------------------------
@@ -228,7 +240,7 @@ def summary(data, sections, what, ours_title, share):
         if "," in name:
             continue
         phase = "forward" if name == "linear forward" else "both"
-        ours, others = rows.get(OURS), {other: row for other, row in rows.items() if other != OURS and timed(row).get(phase)}
+        ours, others = rows.get(OURS), {other: row for other, row in others_of(rows).items() if timed(row).get(phase)}
         best = min(others, key=lambda other: timed(others[other])[phase], default=None)
         mine = timed(ours).get(phase)
         cell = f"{digits(mine)} ms{share(ours['times'][phase])}" if mine else why(ours)

@@ -132,6 +132,36 @@ def load_fastkl(device):
     }
 
 
+def load_fastkl_through_logits(device):
+    """This package's functions on logits, behind torch's F.linear. All modes: the same work. Products: 2 forward, 3 frozen and logprob, 4 else, the
+    fewest possible; held are all logits in the inputs' type, and in backward their gradient.
+    """
+    import fastkl
+    from fastkl.rl import grpo_loss
+
+    def logits(i):
+        return F.linear(i.hidden, i.weight), F.linear(i.ref_hidden, i.ref_weight)
+
+    def stats(i):
+        policy, reference = logits(i)
+        return fastkl.token_stats(policy, i.tokens, reference)
+
+    def grpo(i):
+        found = stats(i)
+        return (grpo_loss(found.logprob, i.old_logprob, i.advantages, kl=found.kl, beta=BETA, clip=CLIP, reduction="bnpo"),)
+
+    functions = {
+        "per_token_kl": lambda i: (fastkl.kl_divergence(*logits(i)),),
+        "mean_kl": lambda i: (fastkl.kl_divergence(*logits(i)).mean(),),
+        "token_stats": lambda i: tuple(stats(i)),
+        "grpo_loss": grpo,
+        "logprob": lambda i: (fastkl.selective_log_softmax(F.linear(i.hidden, i.weight), i.tokens),),
+        "distillation_loss": lambda i: (fastkl.kl_divergence(*reversed(logits(i))).mean(),),
+    }
+    products = {"per_token_kl": 2, "mean_kl": (4, 3), "token_stats": 4, "logprob": 3, "grpo_loss": 4, "distillation_loss": 4}
+    return _works(functions, products, "the same work, the fewest products; all logits in memory, in the inputs' type")
+
+
 def load_torch(device):
     """Eager PyTorch with all logits in memory. All modes: the same work. Products: 2 forward, 3 frozen and logprob, 4 else: the fewest possible."""
     return _operations(FUNCTIONS, "the same work, the fewest products; all logits and float32 log_softmax in memory")
@@ -254,9 +284,10 @@ def _cut_cross_entropy(device, note, **options):
 
 # In the order in which they are measured: what compiles longest comes last, since time may run out.
 LINEAR_LOADERS = {
-    "fastkl": load_fastkl, "torch": load_torch, "torch chunked": load_torch_chunked, "TRL fused": load_trl, "liger": load_liger,
-    "liger chunked": load_liger_chunked, "torch linear_cross_entropy": load_torch_linear_cross_entropy, "cut-cross-entropy": load_cut_cross_entropy,
-    "cut-cross-entropy, unfiltered": load_cut_cross_entropy_unfiltered, "torch.compile": load_torch_compile,
+    "fastkl": load_fastkl, "torch": load_torch, "fastkl, through logits": load_fastkl_through_logits, "torch chunked": load_torch_chunked,
+    "TRL fused": load_trl, "liger": load_liger, "liger chunked": load_liger_chunked, "torch linear_cross_entropy": load_torch_linear_cross_entropy,
+    "cut-cross-entropy": load_cut_cross_entropy, "cut-cross-entropy, unfiltered": load_cut_cross_entropy_unfiltered,
+    "torch.compile": load_torch_compile,
 }
 
 

@@ -58,7 +58,7 @@ def kl_of(hidden, weight, ref_hidden, ref_weight):
 
 
 @pytest.mark.parametrize("mode", OPERATIONS)
-@pytest.mark.parametrize("name", ["fastkl", "torch", "torch chunked"])
+@pytest.mark.parametrize("name", ["fastkl", "torch", "fastkl, through logits", "torch chunked"])
 def test_right_providers_pass_the_gate(mode, name):
     for shape in ({"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "bf16", "rows": 7, "vocabulary": 300, "hidden": 24}):
         row = harness.measure_linear(*load_providers(CPU, [name], LINEAR_LOADERS), harness.make_linear_case(tiny(mode, **shape), CPU))
@@ -388,7 +388,7 @@ def test_logits_as_if_on_a_gpu(pretended_gpu, monkeypatch):
 def test_measure_on_a_gpu(mode):
     case = harness.make_linear_case(LinearWorkload(mode, 64, 128, 1024), torch.device("cuda"))
     floor = harness.measure_floor(case)
-    for provider in load_providers(torch.device("cuda"), ["fastkl", "torch", "torch chunked"], LINEAR_LOADERS):
+    for provider in load_providers(torch.device("cuda"), ["fastkl", "torch", "fastkl, through logits", "torch chunked"], LINEAR_LOADERS):
         row = harness.measure_linear(provider, case, floor)
         assert row["status"] == "ok", row
         figures = row["times"][case.workload.phase]

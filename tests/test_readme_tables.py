@@ -219,6 +219,20 @@ def test_standing_in_words(data, words):
     assert words in gpu_tables.standing(data)
 
 
+def test_going_through_logits_is_ours_too(tmp_path):
+    """It is nobody's rival; where it is ahead of who is ahead of fastkl, that is said, and the limit still has to be named."""
+    data = results([row("fastkl", 2.0)], linear=[linear("loss", "fastkl", 54.4), linear("loss", gpu_tables.THROUGH_LOGITS, 50.0),
+                                                 linear("loss", "torch", 52.0)])
+    assert gpu_tables.standing(data).endswith("`linear loss` (both: torch is 1.05 × as fast, going through logits 1.04 × as fast as that).")
+    assert [entry[:3] for entry in gpu_tables.unnamed(data, "")] == [("linear loss", "both", "torch")]
+    assert "| `linear loss` | 54.4 ms, 1.06 × | torch 52.0 ms, 0.96 × |" in section_of(data, tmp_path)
+    assert f"| {gpu_tables.THROUGH_LOGITS} | 50.00 |" in page_of(data, tmp_path)
+    slower = results(linear=[linear("loss", "fastkl", 54.4), linear("loss", gpu_tables.THROUGH_LOGITS, 53.0), linear("loss", "torch", 52.0)])
+    assert "logits" not in gpu_tables.standing(slower)
+    alone = results(linear=[linear("loss", "fastkl", 54.4), linear("loss", gpu_tables.THROUGH_LOGITS, 50.0)])
+    assert gpu_tables.standing(alone) == "No other provider was timed beside fastkl."
+
+
 def test_every_workload_of_the_suite_has_a_name_of_its_own():
     workloads = {workload.name: workload for name in ("MAIN", "PEERS", "SWEEP", "LINEAR", "LINEAR_SWEEP") for workload in getattr(gpu_suite, name)}
     names = {gpu_tables.label(workload.as_dict()) for workload in workloads.values()}
