@@ -21,6 +21,7 @@ class Dispatched:
     """A computation with gradient rule; calling it takes the shortest way that is right for the caller. `.op`: its custom op.
 
     compute: the computation, annotated as torch.library.custom_op wants it; its first argument is a tensor. fake: its outputs without their values.
+    Both return None for an output that nobody asked for; where an op cannot, an empty tensor stands for it.
     setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing.
     batch: (info, in_dims, *inputs) -> (inputs of one call for all samples of a vmap, out_dims); None computes sample by sample.
     """
@@ -28,15 +29,18 @@ class Dispatched:
     def __init__(self, name: str, compute: Callable, fake: Callable, *, backward: Callable, setup_context: Callable | None = None,
                  batch: Callable | None = None) -> None:
         self._compute, self._setup_context = compute, setup_context
-        self.op = torch.library.custom_op(name, compute, mutates_args=())
-        self.op.register_fake(fake)
+        self.op = torch.library.custom_op(name, _with_tensors(compute), mutates_args=(), schema=torch.library.infer_schema(compute, mutates_args=()))
+        self.op.register_fake(_with_tensors(fake))
         self.op.register_autograd(backward, setup_context=setup_context)
+
+        # What is left of the inputs once a transform is done may be transformed again, or traced.
+        again = _with_tensors(self)
 
         def vmap(info, in_dims, *inputs):
             if batch is None:
-                return _sample_by_sample(self, info.batch_size, in_dims, inputs)
+                return _sample_by_sample(again, info.batch_size, in_dims, inputs)
             batched, out_dims = batch(info, in_dims, *inputs)
-            return self(*batched), out_dims
+            return again(*batched), out_dims
 
         def forward(ctx, *inputs):
             outputs = compute(*inputs)
@@ -45,11 +49,9 @@ class Dispatched:
             return outputs
 
         self.op.register_vmap(vmap)
-        # One with a setup_context of its own, which transforms need, looks its signature up at every call.
+        # A Function with a setup_context of its own, which transforms need, looks its signature up at every call.
         self._eager = _function(name, forward=forward, backward=backward)
-        # What is left of the inputs once the transforms are done may still be traced.
-        self._transformed = _function(name, forward=lambda *inputs: self(*inputs), setup_context=setup_context or _save_nothing, backward=backward,
-                                      vmap=vmap)
+        self._transformed = _function(name, forward=again, setup_context=setup_context or _save_nothing, backward=backward, vmap=vmap)
 
     def __call__(self, *inputs: object) -> object:
         if torch.compiler.is_compiling():
@@ -71,6 +73,15 @@ def _plain(inputs: tuple) -> bool:
         if kind not in _PLAIN or (kind is torch.Tensor and is_legacy_batchedtensor(value)):
             return False
     return not inputs[0].is_meta
+
+
+def _with_tensors(compute: Callable) -> Callable:
+    """The computation with an empty tensor in place of None."""
+    def filled(*inputs):
+        outputs = compute(*inputs)
+        return outputs if isinstance(outputs, torch.Tensor) else tuple(inputs[0].new_empty(0) if value is None else value for value in outputs)
+
+    return filled
 
 
 def _sample_by_sample(call: Callable, count: int, in_dims: tuple, inputs: tuple) -> tuple:

@@ -26,13 +26,13 @@ def _statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden:
     results = empty_outputs(hidden, fields)
     heads = _chunks.Heads((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), logits_dtype, backend, chunk_size,
                           _per_token(tokens, mask, temperatures, temperature, softcap))
-    heads.forward(_flat_outputs(results, fields), results[-1].view(-1, SAVED))
-    return tuple(results)
+    heads.forward(_flat_outputs(results), results[-1].view(-1, SAVED))
+    return results
 
 
 def _fake_statistics(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, temperature, fields, softcap, backend,
                      logits_dtype, chunk_size):
-    return tuple(empty_outputs(hidden, fields))
+    return empty_outputs(hidden, fields)
 
 
 def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
@@ -40,7 +40,7 @@ def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: 
                g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
                g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float, backend: str, logits_dtype: torch.dtype,
                chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the upstream-weighted statistics with respect to the six, in their types; empty where not asked for."""
+    """Gradients of the upstream-weighted statistics with respect to the six, in their types; None where not asked for."""
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     heads = _chunks.Heads(six, logits_dtype, backend, chunk_size, _per_token(tokens, mask, temperatures, temperature, softcap))
     upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
@@ -57,7 +57,7 @@ def _weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden
                  ref_bias: Tensor | None, weights: Tensor, mask: Tensor | None, temperatures: Tensor | None, temperature: float, wrt: str,
                  softcap: float, backend: str, logits_dtype: torch.dtype, chunk_size: int | None
                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(Σ weights·kl, kl, unit, gradients of the sum over `unit` with respect to the six; empty where not asked for).
+    """(Σ weights·kl, kl, unit, gradients of the sum over `unit` with respect to the six; None where not asked for).
 
     unit is 1, or for float16 inputs a power of two below the largest weight: a gradient of 1/N per token would vanish in float16. Their
     weight and bias gradients stay in float32.
@@ -100,8 +100,8 @@ def _per_token(tokens, mask, temperatures, temperature, softcap) -> _chunks.PerT
     return _chunks.PerToken(_rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), softcap)
 
 
-def _flat_outputs(results: list[Tensor], fields: str) -> dict[str, Tensor]:
-    return {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if name in wanted(fields)}
+def _flat_outputs(results: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    return {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if value is not None}
 
 
 def _unit(weights: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _gradient_type(name: str, value: Tensor, wide: tuple[torch.dtype, ...]) -> t
     return torch.float32 if value.dtype in wide and not name.endswith("hidden") else value.dtype
 
 
-def _in_their_types(six, gradients: dict[str, Tensor], wrt: str, wide) -> tuple[Tensor, ...]:
+def _in_their_types(six, gradients: dict[str, Tensor], wrt: str, wide) -> tuple[Tensor | None, ...]:
     """The gradients in the order of SIX, each wide sum freed once it is rounded; zeros where there was no upstream gradient."""
     results = []
     for name, value in zip(SIX, six, strict=True):
@@ -128,13 +128,13 @@ def _in_their_types(six, gradients: dict[str, Tensor], wrt: str, wide) -> tuple[
         elif name in wanted(wrt):
             results.append(torch.zeros(value.shape, dtype=_gradient_type(name, value, wide), device=value.device))
         else:
-            results.append(six[0].new_empty(0))
+            results.append(None)
     return tuple(results)
 
 
-def _empty_gradients(six, wrt: str, wide) -> tuple[Tensor, ...]:
+def _empty_gradients(six, wrt: str, wide) -> tuple[Tensor | None, ...]:
     return tuple(torch.empty(value.shape, dtype=_gradient_type(name, value, wide), device=value.device) if name in wanted(wrt)
-                 else six[0].new_empty(0) for name, value in zip(SIX, six, strict=True))
+                 else None for name, value in zip(SIX, six, strict=True))
 
 
 # ---- autograd
@@ -172,7 +172,7 @@ def _save_gradients(ctx, inputs, output) -> None:
                            f"computed with it; torch.vmap hides that, and torch.export, make_fx and torch.jit.trace keep what the example inputs "
                            f"required: use reduction='none' there, or trace with inputs that require gradient")
     ctx.save_for_backward(output[1] if ctx.needs_input_grad[6] else None, *output[2:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*[value for value in output[1:] if value is not None])
     ctx.set_materialize_grads(False)
 
 

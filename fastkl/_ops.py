@@ -1,6 +1,6 @@
 """The two ops under every function on logits: row statistics and their gradients, with fake, autograd and vmap rules.
 
-An op that returns a field nobody asked for returns an empty tensor in its place: the schema is one for all mixes of fields.
+A field nobody asked for is None, or an empty tensor: an op's schema is one for all mixes of fields.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def wanted(names: str) -> tuple[str, ...]:
     return tuple(names.split(",")) if names else ()
 
 
-def empty_outputs(p: Tensor, fields: str) -> list[Tensor]:
-    """One tensor per field and the saved values, uninitialised, for logits or hidden states p."""
+def empty_outputs(p: Tensor, fields: str) -> tuple[Tensor | None, ...]:
+    """One tensor per field and the saved values, uninitialised, for logits or hidden states p; None for a field that nobody asked for."""
     dtype, leading, names = _rows.result_dtype(p), p.shape[:-1], wanted(fields)
-    outputs = [p.new_empty(leading if name in names else (0,), dtype=dtype) for name in FIELDS]
-    return [*outputs, p.new_empty((*leading, SAVED), dtype=dtype)]
+    outputs = [p.new_empty(leading, dtype=dtype) if name in names else None for name in FIELDS]
+    return *outputs, p.new_empty((*leading, SAVED), dtype=dtype)
 
 
 def _statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
@@ -32,34 +32,32 @@ def _statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor
     """(logprob, entropy, ref_logprob, kl, ref_kl, saved): the fields named in `fields` [...], and what backward needs [..., 10]."""
     results = empty_outputs(p, fields)
     if results[-1].numel():
-        names = wanted(fields)
-        outputs = {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if name in names}
+        outputs = {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if value is not None}
         _rows.forward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), outputs,
                       results[-1].view(-1, SAVED))
-    return tuple(results)
+    return results
 
 
 def _fake_statistics(p, q, tokens, mask, temperatures, temperature, fields, backend):
-    return tuple(empty_outputs(p, fields))
+    return empty_outputs(p, fields)
 
 
 def _gradients(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, saved: Tensor,
                g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
                g_ref_kl: Tensor | None, temperature: float, wrt_p: bool, wrt_q: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """(dP, dQ): gradients of the upstream-weighted statistics, contiguous, in the logits' types; empty where not asked for."""
+    """(dP, dQ): gradients of the upstream-weighted statistics, contiguous, in the logits' types; None where not asked for."""
     grads = _empty_gradients(p, q, wrt_p, wrt_q)
     if p.numel():
         upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
                     if value is not None}
-        targets = [grad.view(-1, p.shape[-1]) if asked else None for grad, asked in zip(grads, (wrt_p, wrt_q), strict=True)]
+        targets = [None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads]
         _rows.backward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature),
                        saved.reshape(-1, SAVED), upstream, *targets)
     return grads
 
 
-def _empty_gradients(p: Tensor, q: Tensor | None, wrt_p: bool, wrt_q: bool) -> tuple[Tensor, Tensor]:
-    other = p if q is None else q
-    return p.new_empty(p.shape if wrt_p else (0,)), other.new_empty(other.shape if wrt_q else (0,))
+def _empty_gradients(p: Tensor, q: Tensor | None, wrt_p: bool, wrt_q: bool) -> tuple[Tensor | None, Tensor | None]:
+    return p.new_empty(p.shape) if wrt_p else None, q.new_empty(q.shape) if wrt_q else None
 
 
 def _fake_gradients(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt_p, wrt_q, backend):
@@ -76,7 +74,8 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def mark_constant(ctx, output, fields: tuple[str, ...], policy: bool, reference: bool) -> None:
     """A field says that it needs no gradient if nobody asked for it, or if what it depends on, policy or reference, needs none."""
     depends = {"logprob": policy, "entropy": policy, "ref_logprob": reference, "kl": policy or reference, "ref_kl": policy or reference}
-    ctx.mark_non_differentiable(output[-1], *(value for name, value in zip(FIELDS, output, strict=False) if name not in fields or not depends[name]))
+    ctx.mark_non_differentiable(output[-1], *[value for name, value in zip(FIELDS, output, strict=False)
+                                              if value is not None and (name not in fields or not depends[name])])
     ctx.set_materialize_grads(False)
 
 

@@ -201,7 +201,7 @@ def compute_as_a_gpu() -> None:
     A multiply-add rounds once: unfused, x·log2(e) - origin alone costs 1e-5 of an e^x for |x| = 200. Division, 2^x, logarithms and reciprocal
     square roots are off by up to about two units in the last place, as the approximate instructions are that Triton compiles them to (PTX ISA:
     ex2.approx and rsqrt.approx 2^-22, div.full 2 ulp, lg2.approx 2^-22 absolute near 1): by a part that looks random and depends on the result
-    alone. Results of few digits, as 2^0, are exact.
+    alone. Powers of two, as 2^0, are exact, and whole logarithms.
     """
     from triton.runtime import interpreter
 
@@ -211,10 +211,11 @@ def compute_as_a_gpu() -> None:
         wide = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
         return handle(wide.astype(z.data.dtype), z.dtype.scalar)
 
-    def noise(values):
-        """In [-1, 1], from the bits of float32 values; 0 where the last 12 of them are 0."""
+    def noise(values, whole):
+        """In [-1, 1], from the bits of float32 values; 0 for powers of two, and for whole numbers too if asked."""
         bits = values.view("uint32").astype("uint64")
-        return np.where(bits & 0xFFF == 0, 0.0, (bits * 2654435761 >> 7) % 2001 / 1000.0 - 1)
+        exact = (bits & 0x7FFFFF == 0) | (whole & (values == np.rint(values)))
+        return np.where(exact, 0.0, (bits * 2654435761 >> 7) % 2001 / 1000.0 - 1)
 
     def approximate(create, relative, absolute=0.0):
         def created(self, *arguments):
@@ -224,7 +225,7 @@ def compute_as_a_gpu() -> None:
                 return result
             wide = values.astype("float64")
             with np.errstate(invalid="ignore"):
-                wide = wide + noise(values) * (relative * np.abs(wide) + absolute)
+                wide = wide + noise(values, absolute > 0) * (relative * np.abs(wide) + absolute)
             return handle(np.where(np.isfinite(values), wide, values).astype("float32"), result.dtype)
 
         return created
