@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ WORKSPACE = {"cpu": 1 << 27}
 WORKSPACE_ON_A_GPU = 1 << 30
 # Row strides are whole 128-byte lines, whatever V is: matrix units and row kernels read aligned rows.
 ROW_ELEMENTS = 64
+# A sum of fewer bytes stays in float32: cuBLAS may cut a product with so small a result along the tokens, and add the parts up in 16 bits.
+SMALL_SUM = 1 << 26
 # Chunks are cut in whole tiles of a matrix product.
 TILE = 128
 POLICY_FIELDS = ("logprob", "entropy", "kl", "ref_kl")
@@ -44,22 +47,40 @@ def _some(value: torch.Tensor | float | None, rows: slice | torch.Tensor) -> tor
 
 
 class Sum:
-    """A gradient that is summed over chunks, in float32 (float64 for float64), and needs no zeros to start from."""
+    """A gradient that is summed over tokens, in float32 (float64 for float64), and needs no zeros to start from."""
 
     def __init__(self, like: torch.Tensor) -> None:
-        self.total = torch.empty(like.shape, dtype=_rows.result_dtype(like), device=like.device)
-        # Bytes that are not returned: a sum in a wider type than the gradient.
-        self.extra_bytes = 0 if self.total.dtype == like.dtype else self.total.nbytes
-        self._empty = True
+        self._like, self._total = like, None
+        self.dtype = _rows.result_dtype(like)
 
-    def starts(self) -> bool:
-        """Whether nothing was added yet; True only once."""
-        empty, self._empty = self._empty, False
-        return empty
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that are not returned: a sum in a wider type than the gradient."""
+        return 0 if self.dtype == self._like.dtype else self._like.numel() * self.dtype.itemsize
+
+    @property
+    def spared_bytes(self) -> int:
+        """Those that one product for all tokens would do without, because it can round its result to the gradient's type itself.
+
+        float16 gradients leave in float32, to be scaled first; a small sum is not worth it.
+        """
+        return self.extra_bytes if self._like.dtype == torch.bfloat16 and self.extra_bytes >= SMALL_SUM else 0
+
+    def take_one_product(self) -> None:
+        """There will be only one product: it rounds to the gradient's type, if that spares anything."""
+        if self.spared_bytes:
+            self.dtype = self._like.dtype
+
+    def add(self, product: Callable[..., None], *operands: torch.Tensor) -> None:
+        """Add what product(total, *operands, first=whether total holds nothing yet) adds."""
+        first = self._total is None
+        if first:
+            self._total = torch.empty(self._like.shape, dtype=self.dtype, device=self._like.device)
+        product(self._total, *operands, first=first)
 
     def result(self) -> torch.Tensor:
         """The sum; zeros if there was nothing to add."""
-        return self.total.zero_() if self.starts() else self.total
+        return torch.zeros(self._like.shape, dtype=self.dtype, device=self._like.device) if self._total is None else self._total
 
 
 class Head:
@@ -106,9 +127,9 @@ class Head:
         if self.grad_hidden is not None:
             torch.mm(grad_logits, self.weight, out=self.grad_hidden[rows])
         if self.grad_weight is not None:
-            _products.add_weight_gradient(self.grad_weight.total, grad_logits, inputs, first=self.grad_weight.starts())
+            self.grad_weight.add(_products.add_weight_gradient, grad_logits, inputs)
         if self.grad_bias is not None:
-            _products.add_bias_gradient(self.grad_bias.total, grad_logits, first=self.grad_bias.starts())
+            self.grad_bias.add(_products.add_bias_gradient, grad_logits)
 
 
 class Plan(NamedTuple):
@@ -122,13 +143,14 @@ def plan(tokens: int, heads: list[Head], chunk_size: int | None, taking_part: li
     """How many tokens at a time: from the shapes, the types and a fixed bound on memory.
 
     The chunk depends on all heads, also where some of them take no part in backward: it computes the logits of forward again, with the same products.
+    All tokens are one window where their gradients of logits take no more than a part of them and the sums that one product does without.
     """
     vocabulary = heads[0].weight.shape[0]
     per_token = sum(head.logits_dtype.itemsize for head in heads)
     workspace = WORKSPACE.get(heads[0].hidden.device.type, WORKSPACE_ON_A_GPU)
     taking_part = heads if taking_part is None else taking_part
     # Every product into a weight's sum reads and writes the whole sum: few and large ones.
-    sums = {id(head.grad_weight): head.grad_weight.extra_bytes for head in taking_part if head.grad_weight is not None}
+    sums = _weight_sums(taking_part)
     if chunk_size is not None:
         chunk = max(1, min(chunk_size, LARGEST_CHUNK, tokens))
         return Plan(chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk) if sums else chunk)
@@ -137,10 +159,17 @@ def plan(tokens: int, heads: list[Head], chunk_size: int | None, taking_part: li
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
     if not sums:
         return Plan(chunk, chunk)
-    left = max(workspace, sum(sums.values()) // 2) // vocabulary
+    left = max(workspace, sum(weight.extra_bytes for weight in sums) // 2) // vocabulary
     left -= chunk * sum(head.logits_dtype.itemsize for head in taking_part if not (head.learns and head.in_place))
-    window = left // sum(head.hidden.dtype.itemsize for head in taking_part if head.learns)
-    return Plan(chunk, _cut(tokens, max(chunk, window // chunk * chunk), chunk))
+    gradients = sum(head.hidden.dtype.itemsize for head in taking_part if head.learns)
+    window = _cut(tokens, max(chunk, left // gradients // chunk * chunk), chunk)
+    spared = sum(weight.spared_bytes for weight, heads_of in sums.items() if heads_of == 1)
+    return Plan(chunk, max(tokens, window) if (tokens - window) * gradients * vocabulary <= spared else window)
+
+
+def _weight_sums(heads: list[Head]) -> Counter[Sum]:
+    """The sums for weights, and how many of the heads add to each."""
+    return Counter(head.grad_weight for head in heads if head.grad_weight is not None)
 
 
 def _cut(tokens: int, largest: int, unit: int) -> int:
@@ -257,6 +286,9 @@ class Heads:
 
     def _backward_chunks(self, heads: list[Head], saved: torch.Tensor, upstream: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
         chosen = plan(len(saved), self.all, self.chunk_size, heads)
+        for weight, heads_of in _weight_sums(heads).items():
+            if heads_of == 1 and chosen.window >= len(saved):
+                weight.take_one_product()
         waiting = [head.buffer(chosen.window, head.hidden.dtype) if head.learns else None for head in heads]
         buffers = [None if head.learns and head.in_place else head.buffer(chosen.chunk, head.logits_dtype) for head in heads]
         for window in parts(0, len(saved), chosen.window):
@@ -270,6 +302,9 @@ class Heads:
                     self._row_forward(_both(logits), rows, outputs, saved)
                 _rows.backward(self.backend, *_both(logits), *self.per_token.part(rows), saved[rows],
                                {name: value[rows] for name, value in upstream.items()}, *_both(grads), self.per_token.softcap)
+            if window.stop == len(saved):
+                # Nothing more is put into them, and a product's result may take their place.
+                buffers, logits = [], []
             for head, states, side in zip(heads, inputs, waiting, strict=True):
                 if side is not None:
                     head.gather(side[:window.stop - window.start], states, window)

@@ -1,4 +1,4 @@
-"""The same statistics from hidden states and lm_head weights: no [tokens, vocabulary] tensor, in forward or in backward."""
+"""The same statistics from hidden states and lm_head weights: never the logits of all tokens at once, in forward or in backward."""
 
 from __future__ import annotations
 
@@ -66,10 +66,11 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch
             backward: C·V·l for a model that learns nothing;  G·V·b for one that learns, and C·V·l where l differs from b;
                       4·V·H for each 16-bit weight that requires gradient (its sum in float32)
 
-        and copies of the hidden states, of a chunk's where there is a mask, of all where their leading dimensions are not one in memory; on a CPU
-        15 MB more for rows in float32. At N = 8192,
-        H = 4096, V = 128256 in bfloat16: 0.53 GB forward, 1.05 + 2.10 GB with a trainable weight. Without chunk_size all terms but the sums stay
-        under 1 GiB on a GPU (128 MiB on a CPU) or half of the sums, whichever is more. Results depend on the chunk only as a product's rounding
+        G = N where that takes no more than G·V·b and the sum would: then one product gives a bfloat16 weight's gradient, without a sum. On top come
+        copies of the hidden states, of a chunk's where there is a mask, of all where their leading dimensions are not one in memory; on a CPU
+        15 MB more for rows in float32. At H = 4096, V = 128256 in bfloat16: 0.53 GB forward; with a trainable weight 1.31 GB at N = 4096, 2.36 GB at
+        8192, and 1.05 + 2.10 GB from 11265 on. Without chunk_size all terms but the sums, or what takes their place, stay under 1 GiB on a GPU
+        (128 MiB on a CPU) or half of the sums, whichever is more. Results depend on the chunk only as a product's rounding
         depends on its shape.
 
     Accuracy:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastkl
+from fastkl import _chunks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -169,7 +170,14 @@ def test_memory_and_products_of_the_linear_level() -> None:
     logits = 2 * 8192 * 128256
     assert "2.1 GB each" in README and round(logits / 1e9, 1) == 2.1 and "6.3 GB" in README and round(3 * logits / 1e9, 1) == 6.3
     frozen, trained = (costs.head_on_meta(8192, 4096, 128256, trainable=trainable) for trainable in (False, True))
-    assert "3.15 GB" in README and round(costs.workspace(trained, frozen) / 1e9, 2) == 3.15
+
+    def gigabytes(tokens: int) -> float:
+        return round(costs.workspace(*(costs.head_on_meta(tokens, 4096, 128256, trainable=trainable) for trainable in (True, False))) / 1e9, 2)
+
+    assert "2.36 GB, 1.31 at 4096 tokens, never above 3.15" in README and [gigabytes(n) for n in (8192, 4096, 1 << 20)] == [2.36, 1.31, 3.15]
+    assert max(map(gigabytes, range(256, 16384, 256))) == 3.15
+    plans = {n: _chunks.plan(n, [trained, frozen], None).window for n in (11264, 11265)}
+    assert "(up to 11264 tokens at these sizes), else of 3072" in README and plans == {11264: 11264, 11265: 3072}
     assert "0.53 GB" in README and round(costs.workspace(frozen, frozen) / 1e9, 2) == 0.53
     only_hidden = costs.head_on_meta(8192, 4096, 128256, trainable=False)
     only_hidden.grad_hidden = torch.empty_like(only_hidden.hidden)

@@ -13,7 +13,7 @@ from trl.models.utils import _ForwardRedirection
 
 
 class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
-    """trl.experimental.gkd.GKDTrainer whose divergence is fastkl's, from hidden states: no logits tensor, exact down to the smallest values.
+    """trl.experimental.gkd.GKDTrainer whose divergence is fastkl's, from hidden states: never all logits at once, exact down to the smallest values.
 
     Equivalent to GKDTrainer, whose loss is
 

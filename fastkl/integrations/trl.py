@@ -1,4 +1,7 @@
-"""TRL's trainers with the exact KL, from hidden states and lm_head weights: GRPO's penalty, and distillation. No logits tensor, no sampled KL."""
+"""TRL's trainers with the exact KL, from hidden states and lm_head weights: GRPO's penalty, and distillation.
+
+Never all logits at once, and no sampled KL.
+"""
 
 from __future__ import annotations
 
