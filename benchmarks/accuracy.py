@@ -321,9 +321,14 @@ def _parser():
             raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {text!r}")
         return int(text)
 
+    def picture(text):
+        if Path(text).suffix.lower() != ".png":
+            raise argparse.ArgumentTypeError(f"expected the name of a PNG file, got {text!r}; end it in .png")
+        return output_file(text)
+
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the records to FILE")
-    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw them into FILE.png")
+    parser.add_argument("--plot", type=picture, metavar="FILE.png", help="draw them into FILE.png")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="measure nothing: table and plot of a FILE that --json wrote")
     parser.add_argument("--rows", type=count, default=8, metavar="N", help="of each pair (default: %(default)s)")
     parser.add_argument("--vocabulary", type=partial(count, least=2), default=128256, metavar="V", help="(default: %(default)s)")

@@ -7,7 +7,7 @@ hidden states beside the bare matrix products ("linear"), every peer ("peers"), 
 the GPU tests. A crash costs one row: a section whose process dies, or whose CUDA context a provider broke, goes on in a new process with the rows
 that are left. A hang costs the rest of its section, each row of which says so. Rows come in the order of their importance. DIR/<date>.json is
 rewritten after each section; a table of the bars, met or not, ends the output. Exit code 0: all sections ran and their bars are met; 1: not so; 2: no
-CUDA here.
+CUDA GPU here, or wrong use.
 """
 import argparse
 import importlib.util
@@ -39,7 +39,7 @@ from benchmarks.gpu_sections import (
 )
 from benchmarks.graphs import context_fault
 from benchmarks.linear_workloads import LinearWorkload
-from benchmarks.record import ROOT, provenance, write_json
+from benchmarks.record import ROOT, duration, has_gpu, output_folder, provenance, write_json
 from benchmarks.workloads import Workload
 
 SECONDS = 460  # for the whole run
@@ -81,6 +81,10 @@ OF_LINEAR = ("torch chunked", "TRL fused", "liger", "liger chunked")
 OF_LINEAR_LOGPROB = ("torch chunked", "TRL fused", "cut-cross-entropy", "cut-cross-entropy, unfiltered", "torch linear_cross_entropy")
 
 
+# Going through logits makes a product or two less where the functions on hidden states compute logits again.
+THROUGH_LOGITS = steps([workload for workload in LINEAR if workload.mode in ("grpo", "logprob", "stats")], ("fastkl, through logits",))
+
+
 def _linear_peers():
     """The steps of those that have each mode: losses for some, the log-probability for others, plain torch in chunks for all."""
     names = {"logprob": OF_LINEAR_LOGPROB, "forward": OF_LINEAR[:2], "grpo": OF_LINEAR[:1], "stats": OF_LINEAR[:1], "distillation": OF_LINEAR[:3]}
@@ -90,7 +94,7 @@ def _linear_peers():
 # {section: (its runner, its steps)}. torch.compile comes last everywhere: it compiles for seconds at each shape, and the time may run out.
 PLANS = {
     "main": (logits_rows, steps(MAIN, ("fastkl", "torch")) + steps(MAIN, ("torch.compile",))),
-    "linear": (linear_rows, steps(LINEAR, ("fastkl", "torch")) + _linear_peers() + steps(LINEAR, ("torch.compile",))),
+    "linear": (linear_rows, steps(LINEAR, ("fastkl", "torch")) + THROUGH_LOGITS + _linear_peers() + steps(LINEAR, ("torch.compile",))),
     "peers": (logits_rows, steps(MEANS, ("fastkl", *OF_KL)) + steps(LOGPROBS[:2], ("fastkl", "TRL", "Liger GRPO"))
               + steps(LOGPROBS[2:], ("fastkl", "TRL")) + steps(PEERS, ("torch",)) + steps(PEERS, ("torch.compile",))),
     "accuracy": (accuracy_rows, [step for dtype in ("fp32", "bf16") for target in accuracy.TARGETS
@@ -274,10 +278,10 @@ def run_suite(folder, names, seconds, command, budgets=SECTIONS):
 def main(argv=None):
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu_suite", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: benchmarks/results/<gpu>)")
+    parser.add_argument("--out", type=output_folder, metavar="DIR", help="where the results go (default: benchmarks/results/<gpu>)")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which sections, in which order; name:seconds for another limit than its own "
                         "(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time for the whole run (default: %(default)s)")
+    parser.add_argument("--seconds", type=duration, default=SECONDS, help="time for the whole run (default: %(default)s)")
     parser.add_argument("--section", choices=PLANS, help=argparse.SUPPRESS)  # inside a section's own process
     parser.add_argument("--section-file", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -287,12 +291,11 @@ def main(argv=None):
     chosen = [part.partition(":") for part in arguments.sections.split(",")]
     names = [name for name, _, _ in chosen]
     if unknown := set(names) - set(SECTIONS):
-        parser.error(f"--sections: expected names out of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+        parser.error(f"--sections: expected names out of {', '.join(SECTIONS)}, got {', '.join(map(repr, sorted(unknown)))}")
     if wrong := [own for _, colon, own in chosen if colon and not own.isdecimal()]:
         parser.error(f"--sections: expected a number of seconds after a colon, as in main:60, got {', '.join(map(repr, wrong))}")
     budgets = {**SECTIONS, **{name: int(own) for name, colon, own in chosen if colon}}
-    if not torch.cuda.is_available():
-        print("gpu_suite: needs a CUDA GPU, found none; nothing was measured", file=sys.stderr)
+    if not has_gpu("gpu_suite"):
         return 2
     if arguments.section:
         code = run_here(arguments.section, arguments.section_file, arguments.until, arguments.start, arguments.without)

@@ -3,7 +3,7 @@
     python3 -m benchmarks.readme_tables
 
 rewrites the page, and in the README what stands between <!-- NAME --> and <!-- /NAME --> for each NAME in SECTIONS; tests/test_readme_tables.py
-holds both to the results.
+holds both to the results. Exit code 0: done; 1: a file is not as it should be, nothing was written; 2: wrong use.
 """
 import argparse
 import json
@@ -30,9 +30,18 @@ PIPELINES = ("fastkl kl_divergence, token_stats", "liger kl_div", "liger jsd, be
 SIDES = ("forward", "backward")
 
 
+class BrokenFileError(ValueError):
+    """A file that is not as the tables need it; the message has its name and the remedy."""
+
+
 def read(path):
-    """The results in a file under benchmarks/results."""
-    return json.loads((RESULTS / path).read_text(encoding="utf-8"))
+    """The results in a file under benchmarks/results; BrokenFileError where they cannot be read."""
+    file = RESULTS / path
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BrokenFileError(f"{file}: expected results in JSON, got {type(error).__name__}: {error}; measure them again (benchmarks/README.md says "
+                              "how), or take the file from git") from None
 
 
 def accuracy_section():
@@ -108,7 +117,7 @@ def render(text):
     for name, make in SECTIONS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if len(pattern.findall(text)) != 1:
-            raise ValueError(f"README.md: expected one section <!-- {name} --> to <!-- /{name} -->, got {len(pattern.findall(text))}; put it in")
+            raise BrokenFileError(f"README.md: expected one section <!-- {name} --> to <!-- /{name} -->, got {len(pattern.findall(text))}; put it in")
         content = make()
         text = pattern.sub(lambda found, content=content: found[1] + content + found[2], text)
     return text
@@ -137,10 +146,17 @@ def results_page():
 
 
 def main(argv=None):
-    """Rewrites both where they differ, and says so; returns the exit code."""
+    """Rewrites both where they differ, and says so, or neither; returns the exit code."""
     argparse.ArgumentParser(prog="python3 -m benchmarks.readme_tables", description=__doc__.splitlines()[0]).parse_args(argv)
     readme, page = ROOT / "README.md", RESULTS / "README.md"
-    for path, text in ((readme, render(readme.read_text(encoding="utf-8"))), (page, results_page())):
+    try:
+        for path in sorted(RESULTS.glob("*/*.json")):
+            read(path)  # gpu_tables, which reads those of GPUs, does not say which one is broken
+        made = {readme: render(readme.read_text(encoding="utf-8")), page: results_page()}
+    except BrokenFileError as error:
+        print(f"readme_tables: error: {error}", file=sys.stderr)
+        return 1
+    for path, text in made.items():
         same = path.exists() and path.read_text(encoding="utf-8") == text
         if not same:
             write_bytes(path, text.encode())

@@ -1,14 +1,18 @@
-"""Where figures are written and what every file of figures says about its origin."""
+"""What the commands here share: arguments found wrong before anything is measured, files of figures, and what each says about its origin."""
 import argparse
-import errno
+import contextlib
 import json
 import math
 import os
 import platform
 import subprocess
+import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+
+import torch
 
 from fastkl.tools.files import check_writable, write_whole
 
@@ -23,19 +27,53 @@ def write_json(path, data):
 def output_file(text):
     """A path for argparse: one that write_bytes can write, found out before there is something to write."""
     path = Path(text)
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if folder == path.parent:
-            check_writable(path)
-        elif not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"expected a file that can be written, got {text!r} ({error.strerror}); choose another one") from None
+    with _attempt("a file that can be written", text, path.parent):
+        check_writable(path)
     return path
+
+
+def output_folder(text):
+    """The same for a folder in which write_bytes can write files."""
+    path = Path(text)
+    with _attempt("a folder that can be written to", text, path), tempfile.TemporaryFile(dir=path):
+        return path
+
+
+@contextlib.contextmanager
+def _attempt(expected, text, folder):
+    """Within it the folder is there, and is gone afterwards where it was not; what fails there is an error of argparse."""
+    made = []
+    try:
+        # Made in earnest: to root every folder looks writable, those of /proc too.
+        for one in (*reversed(folder.parents), folder):
+            if not one.exists():
+                one.mkdir()
+                made.append(one)
+        yield
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r} ({error.strerror}); choose another one") from None
+    finally:
+        with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
+            for one in reversed(made):
+                one.rmdir()
+
+
+def duration(text):
+    """A number of seconds for argparse."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number of seconds above 0, got {text!r}; give one, such as 60")
+    return seconds
+
+
+def has_gpu(tool):
+    """Whether there is a CUDA GPU; says so where there is none, after which a tool ends with exit code 2."""
+    if not torch.cuda.is_available():
+        print(f"{tool}: expected a CUDA GPU, got none; nothing was measured, run it on a machine that has one", file=sys.stderr)
+    return torch.cuda.is_available()
 
 
 def write_bytes(path, content):

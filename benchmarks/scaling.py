@@ -6,8 +6,8 @@ Forward and backward in bf16 of fastkl beside plain torch, the peers that have t
 takes seconds per shape, so it gets a few sizes and comes last. Per provider the exponent of growth is fitted over the upper half of the sizes (1: in
 proportion), and per peer the crossover is named: the size from which on fastkl is faster, by more than 1 %, at every size measured. --plots writes a
 log-log picture per workload and axis: device time with the roofline (the bytes that have to move at this machine's measured copy bandwidth), the time
-of one call alone on the clock, and peak memory. --from FILE measures nothing and draws what --json wrote. Exit code 2 without CUDA: nothing is
-estimated.
+of one call alone on the clock, and peak memory. --from FILE measures nothing and draws what --json wrote. Exit code 2: no CUDA GPU here (nothing
+is estimated), or wrong use.
 """
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ import torch
 from benchmarks import harness
 from benchmarks.peers import PEERS
 from benchmarks.providers import load_providers
-from benchmarks.record import output_file, provenance, write_bytes, write_json
+from benchmarks.record import duration, has_gpu, output_file, output_folder, provenance, write_bytes, write_json
 from benchmarks.workloads import Workload
 
 LARGEST_TENSOR = 8 * 2**30
@@ -314,10 +314,10 @@ def _parser():
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every row and the findings to FILE")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="measure nothing: findings and pictures of a FILE that --json wrote")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write scaling-<workload>-<axis>.png into DIR")
+    parser.add_argument("--plots", type=output_folder, metavar="DIR", help="write scaling-<workload>-<axis>.png into DIR")
     parser.add_argument("--workload", action="append", choices=WORKLOADS, help="may be given again (default: kl_divergence)")
     parser.add_argument("--axis", action="append", choices=tuple(SIZES), help="only this axis (may be given again)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time per workload (default: %(default)s)")
+    parser.add_argument("--seconds", type=duration, default=SECONDS, help="time per workload (default: %(default)s)")
     return parser
 
 
@@ -340,8 +340,7 @@ def main(argv=None):
             if arguments.plots:
                 draw(data, arguments.plots, operation)
         return 0
-    if not torch.cuda.is_available():
-        print("no CUDA here: nothing can be timed, and nothing is estimated", file=sys.stderr)
+    if not has_gpu("scaling"):
         return 2
     run(arguments, "python3 -m benchmarks.scaling " + " ".join(sys.argv[1:] if argv is None else argv), started)
     return 0

@@ -298,6 +298,14 @@ def judge(costs, path, kernels):
 # The command line ---------------------------------------------------------------------------------------
 
 
+def kernels_of(architectures, dtypes):
+    """The names of the compile plan's kernels for these, in its order."""
+    from fastkl.kernels.compile_plan import plan
+
+    plans = (plan(dtype, aligned, arch) for arch in architectures for dtype in dtypes for aligned in (True, False))
+    return list(dict.fromkeys(specialization.name for specializations in plans for specialization in specializations))
+
+
 def parse(argv):
     """The arguments, checked: exits with 2 where they do not go together."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_costs", description=__doc__.splitlines()[0])
@@ -315,6 +323,11 @@ def parse(argv):
     if chosen and (arguments.write_baseline or arguments.peers):
         mode = "--write-baseline" if arguments.write_baseline else "--peers"
         parser.error(f"{mode}: expected no choice, since it is whole or not at all, got --{chosen[0]}; remedy: leave --{chosen[0]} out")
+    if arguments.kernel:
+        known = kernels_of(arguments.arch or ARCHITECTURES, arguments.dtype or DTYPES)
+        if unknown := [name for name in arguments.kernel if name not in known]:
+            where = f" of --dtype {' and '.join(arguments.dtype)}" if arguments.dtype else ""
+            parser.error(f"--kernel: expected one of the kernels{where}, got {', '.join(map(repr, unknown))}; choose out of {', '.join(known)}")
     if arguments.baseline:
         try:
             read_baseline(arguments.baseline)  # before minutes of compiling
@@ -336,8 +349,6 @@ def main(argv=None):
     costs, errors = collect(
         plan, architectures=arguments.arch or ARCHITECTURES, dtypes=arguments.dtype or DTYPES, kernels=arguments.kernel
     )
-    if not costs and not errors:
-        errors = [f"no kernel of the compile plan is called {arguments.kernel}"]
     print(table(costs))
     data = {**provenance(command), "model": roofline.MODEL, "records": [record_of(cost) for cost in costs], "errors": errors}
     if arguments.baseline:

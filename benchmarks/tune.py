@@ -19,7 +19,7 @@ An entry for this architecture is found before the defaults for any ("*"), so on
 which are made for rows that fit one tile. Each of those that would no longer be found is therefore written too, for this architecture, with its own
 `measured`: what small vocabularies get does not change until they are tuned (--vocabulary 1000 --max-v 2048).
 
-Prints the entries; --write puts them into kernels/config.py. Exit code 0: done; 1: no candidate passed; 2: no CUDA here, or wrong use.
+Prints the entries; --write puts them into kernels/config.py. Exit code 0: done; 1: no candidate passed; 2: no CUDA GPU here, or wrong use.
 """
 import argparse
 import functools
@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 
-from benchmarks.record import output_file, provenance, write_json
+from benchmarks.record import duration, has_gpu, output_file, provenance, write_json
 from benchmarks.tune_entry import DIRECTIONS, entry_line, hidden_by, sentence, write_entries
 from benchmarks.tune_trials import WORKER_BYTES, Job, Timer, all_variants, begin, check, failed, timed_variants
 from benchmarks.workers import Workers
@@ -305,14 +305,12 @@ def _parsed(argv):
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="element type; an entry is for its size (default: bf16)")
     parser.add_argument("--vocabulary", type=int, default=128256, metavar="V", help="length of a row to tune for (default: %(default)s)")
     parser.add_argument("--max-v", type=int, metavar="V", help="the entry is for vocabularies up to this one (default: any)")
-    parser.add_argument("--seconds", type=float, default=400.0, help="time for the search, from here on (default: %(default)s)")
+    parser.add_argument("--seconds", type=duration, default=400.0, help="time for the search, from here on (default: %(default)s)")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every trial to FILE, after each part of the search")
     parser.add_argument("--write", action="store_true", help="put the entries into kernels/config.py")
     arguments = parser.parse_args(argv)
     if arguments.vocabulary < 2 or (arguments.max_v is not None and arguments.max_v < arguments.vocabulary):
         parser.error(f"--vocabulary: expected at least 2, and at most --max-v, got {arguments.vocabulary}; an entry is tuned inside its range")
-    if not arguments.seconds > 0:
-        parser.error(f"--seconds: expected more than 0, got {arguments.seconds}")
     return arguments
 
 
@@ -330,8 +328,7 @@ def _saved(path, record):
 def main(argv=None):
     """The command line; returns the exit code."""
     arguments = _parsed(argv)
-    if not torch.cuda.is_available():
-        print("no CUDA here: launch configurations are measured, not guessed; the defaults in kernels/config.py stay", file=sys.stderr)
+    if not has_gpu("tune"):
         return 2
     from fastkl.kernels.launch import architecture
 

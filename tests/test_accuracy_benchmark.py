@@ -254,6 +254,8 @@ def test_exit_code_tells_when_ours_is_worse(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--rows", "0"], "expected a whole number of 1 or more, got '0'"), (["--vocabulary", "x"], "expected a whole number"),
     (["--providers", "fastkl,nobody"], "got nobody"), (["--wrt", "r"], "invalid choice"),
+    *((["--plot", name], f"--plot: expected the name of a PNG file, got '{name}'; end it in .png") for name in ("a.xyz", "a.pdf", "picture", "png")),
+    (["--plot", "/proc/x.png"], "--plot: expected a file that can be written, got '/proc/x.png'"),
     (["--from", "/nowhere.json"], "expected a file that --json wrote"), (["--from", str(ROOT / "setup.py")], "expected a file that --json wrote"),
 ])
 def test_wrong_use(arguments, message, capsys):

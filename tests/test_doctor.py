@@ -74,13 +74,18 @@ def test_json_that_cannot_be_written(in_this_process, capsys, tmp_path):
     assert "cannot be written" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [["--device", "tpu"], ["--json", "."], ["--json", "missing/report.json"], ["--seconds", "5"], ["now"]])
+@pytest.mark.parametrize("options", [["--device", "tpu"], ["--json", "."], ["--json", "missing/report.json"], ["--json", "/proc/x"],
+                                     ["--json", "/proc/x/y"], ["--json", "file/x"], ["--json", "x" * 300], ["--seconds", "5"], ["now"]])
 def test_wrong_options(doctor, options, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     monkeypatch.setattr(run, "isolated", lambda *_: pytest.fail("nothing may run"))
     with pytest.raises(SystemExit) as stopped:
         doctor(*options)
-    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "error:" in error and [path.name for path in tmp_path.iterdir()] == ["file"]
+    if options[0] == "--json":
+        assert f"--json: expected a file that can be written, or -, got {options[1]!r} (" in error and "; choose another" in error
 
 
 @pytest.mark.gpu

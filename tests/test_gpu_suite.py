@@ -14,7 +14,7 @@ from benchmarks.gpu_sections import LEFT_OUT, NO_TIME, AccuracyCase, Step, accur
 from benchmarks.linear_providers import LINEAR_LOADERS
 from benchmarks.peers import Work
 from benchmarks.providers import ALL_LOADERS, load_providers, plain_kl_divergence
-from benchmarks.record import ROOT
+from benchmarks.record import ROOT, output_file, output_folder
 from benchmarks.workloads import Workload
 
 CPU = torch.device("cpu")
@@ -268,11 +268,27 @@ def test_a_section_may_have_its_own_seconds(tmp_path, limits, monkeypatch):
     assert limits.found == {"main": 30, "peers": 70, "linear": 90}
 
 
-@pytest.mark.parametrize("sections", ["main:", "main:x", "main:-1", "nothing", "nothing:5"])
-def test_sections_that_are_wrong(sections, capsys):
-    with pytest.raises(SystemExit):
-        gpu_suite.main(["--sections", sections])
-    assert "--sections: expected" in capsys.readouterr().err
+@pytest.mark.parametrize(("option", "value", "got"), [
+    ("--sections", "main:", "''"), ("--sections", "main:x", "'x'"), ("--sections", "main:-1", "'-1'"), ("--sections", "nothing", "'nothing'"),
+    ("--sections", "nothing:5", "'nothing'"), ("--sections", "", "''"),
+    *(("--seconds", seconds, repr(seconds)) for seconds in ("-5", "0", "nan", "inf", "soon")),
+    *(("--out", folder, repr(folder)) for folder in ("/proc/x", "/proc/x/y", "/dev/null", __file__, f"{__file__}/x", "x" * 300)),
+])
+def test_wrong_use_is_found_before_the_gpu_is_looked_for(option, value, got, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("the arguments come first"))
+    with pytest.raises(SystemExit) as ended:
+        gpu_suite.main([option, value])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{option}: expected" in error and f"got {got}" in error
+
+
+def test_the_check_of_a_folder_leaves_no_trace(tmp_path):
+    """Neither of folders that would be made, nor in one that is there."""
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new", "new/newer", "missing/../new"):
+        assert output_folder(str(tmp_path / name)) == tmp_path / name
+    output_file(str(tmp_path / "new" / "x.json"))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
 
 
 def test_the_tests_run_side_by_side_where_they_can(tmp_path, monkeypatch):
@@ -298,7 +314,7 @@ def test_suite_refuses_without_cuda(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--out", str(tmp_path / "results")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.strip() == "gpu_suite: needs a CUDA GPU, found none; nothing was measured"
+    assert done.stderr.strip() == "gpu_suite: expected a CUDA GPU, got none; nothing was measured, run it on a machine that has one"
     assert not (tmp_path / "results").exists()
 
 

@@ -201,6 +201,14 @@ def test_version_is_said_once(build):
     assert not literal.search((ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()), "the version is written out a second time"
 
 
+def test_the_command_says_its_version(capsys):
+    from fastkl.tools import cli
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"fastkl {version_in_source()}\n"
+
+
 def test_python_version_is_the_same_everywhere(build):
     oldest = build.metadata.metadata["Requires-Python"].removeprefix(">=")
     major, minor = oldest.split(".")

@@ -1,6 +1,7 @@
 """The README's tables are those of the newest committed results; those of a GPU say what was measured, and what was not."""
 
 import math
+import shutil
 
 import pytest
 
@@ -179,6 +180,26 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
     assert readme_tables.gpu_section().startswith("No time has been measured on a GPU yet")
     assert gpu_tables.page(gpu_tables.gpu_results(tmp_path)) == [readme_tables.gpu_section()]
+
+
+@pytest.mark.parametrize("content", ['{"gpu": {"name": "NVID', "", "\xff", None])
+@pytest.mark.parametrize("name", ["cpu/accuracy.json", "NVIDIA H200/broken.json"])
+def test_a_broken_file_of_results_is_named(name, content, tmp_path, monkeypatch, capsys):
+    """Truncated, empty, no text or not there; nothing is written."""
+    folder = shutil.copytree(readme_tables.RESULTS, tmp_path / "results")
+    before = (folder / "README.md").read_bytes()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        (folder / name).write_text(content, encoding="latin-1")
+    else:
+        (folder / name).symlink_to("nowhere")
+    monkeypatch.setattr(readme_tables, "RESULTS", folder)
+    monkeypatch.setattr(readme_tables, "write_bytes", lambda *_: pytest.fail("nothing may be written"))
+    assert readme_tables.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"readme_tables: error: {folder / name}: expected results in JSON, got ") and "; measure them again" in error
+    assert (folder / "README.md").read_bytes() == before
 
 
 # Who is ahead ---------------------------------------------------------------------------------------------------

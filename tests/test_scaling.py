@@ -203,7 +203,7 @@ def test_on_a_cpu_it_checks_and_reports_no_time(tmp_path, capsys):
     assert [row["reason"] for row in late] == ["no time left in this run"]
     json.dumps(rows)
     assert scaling.main(["--json", str(tmp_path / "scaling.json")]) == 2
-    assert "no CUDA here" in capsys.readouterr().err and not (tmp_path / "scaling.json").exists()
+    assert "scaling: expected a CUDA GPU, got none" in capsys.readouterr().err and not (tmp_path / "scaling.json").exists()
 
 
 # As if on a GPU -------------------------------------------------------------------------------------------------
@@ -276,13 +276,19 @@ def test_a_whole_run_as_if_on_a_gpu(pretended_gpu, tmp_path, capsys):
 
 
 def test_a_run_without_time_says_so(pretended_gpu, tmp_path):
-    assert scaling.main(["--json", str(tmp_path / "late.json"), "--seconds", "0", "--axis", "tokens"]) == 0
+    assert scaling.main(["--json", str(tmp_path / "late.json"), "--seconds", "1e-9", "--axis", "tokens"]) == 0
     rows = json.loads((tmp_path / "late.json").read_text())["workloads"]["kl_divergence"]["axes"]["tokens"]["rows"]
     assert len(rows) == 7 + 5 and {row["reason"] for row in rows} == {scaling.NO_TIME}
 
 
-@pytest.mark.parametrize("arguments", [[], ["--json", "a", "--from", "b"], ["--json", "a", "--workload", "kl"]])
-def test_wrong_use(arguments, capsys):
-    with pytest.raises(SystemExit):
-        scaling.main(arguments)
-    assert "scaling: error:" in capsys.readouterr().err
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "expected --json FILE"), (["--from", "b"], "expected --json FILE"), (["--workload", "kl"], "--workload: invalid choice: 'kl'"),
+    (["--axis", "hidden"], "--axis: invalid choice: 'hidden'"), (["--json", "/proc/x"], "--json: expected a file that can be written, got '/proc/x'"),
+    (["--plots", "/proc/x"], "--plots: expected a folder that can be written to, got '/proc/x'"),
+    *((["--seconds", text], f"--seconds: expected a finite number of seconds above 0, got '{text}'") for text in ("-5", "0", "nan", "inf", "x")),
+])
+def test_wrong_use_is_found_before_the_gpu_is_looked_for(arguments, words, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("the arguments come first"))
+    with pytest.raises(SystemExit) as ended:
+        scaling.main([*(["--json", str(tmp_path / "a")] if arguments else []), *arguments])
+    assert ended.value.code == 2 and words in capsys.readouterr().err

@@ -189,6 +189,15 @@ def test_a_baseline_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys
         assert stop.value.code == 2 and "remedy" in capsys.readouterr().err
 
 
+def test_a_kernel_that_is_not_there_is_found_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(static_costs, "collect", lambda plan, **choice: pytest.fail("nothing may be compiled"))
+    for words in (["bogus"], ["kl_divergence.finish", "--kernel", "bogus"], ["kl_divergence.backward_p_to_16_bit", "--dtype", "bf16"]):
+        with pytest.raises(SystemExit) as stop:
+            static_costs.main(["--json", str(tmp_path / "costs.json"), "--kernel", *words])
+        assert stop.value.code == 2 and re.search(r"--kernel: expected .* choose out of kl_divergence\.forward, ", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
 # Reading machine code -------------------------------------------------------------------------------------------
 
 SASS = """
@@ -387,6 +396,4 @@ def test_a_kernel_that_does_not_compile_is_named():
     costs, errors = static_costs.collect(
         lambda dtype, aligned, arch: [broken_specialization()], architectures=["sm_90"], dtypes=["bf16"], alignments=[True]
     )
-    assert costs == []
-    assert len(errors) == 1
-    assert errors[0].startswith("broken.forward for sm_90, bf16, aligned: does not compile")
+    assert costs == [] and len(errors) == 1 and errors[0].startswith("broken.forward for sm_90, bf16, aligned: does not compile")

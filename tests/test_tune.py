@@ -359,14 +359,17 @@ def test_the_number_of_processes(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     assert tune.main([]) == 2
-    assert "no CUDA here" in capsys.readouterr().err
+    assert "tune: expected a CUDA GPU, got none" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--vocabulary", "1"], ["--max-v", "100"], ["--dtype", "int8"], ["--seconds", "0"]])
-def test_wrong_use(arguments):
+@pytest.mark.parametrize("arguments", [["--vocabulary", "1"], ["--max-v", "100"], ["--dtype", "int8"], ["--json", "/proc/x"],
+                                       *(["--seconds", text] for text in ("0", "-5", "nan", "inf"))])
+def test_wrong_use(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("the arguments come first"))
     with pytest.raises(SystemExit) as exit_:
         tune.main(arguments)
-    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and (": expected" in error or "invalid choice: 'int8'" in error)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import __version__
 from .demo.settings import QUICK, TUNED, Settings, choose_settings
+from .files import check_writable
 
 DEMO_EXTRA = ("tokenizers", "safetensors", "matplotlib", "tqdm")
 COMPARE_EXTRA = ("transformers", "tokenizers", "numpy", "tqdm")
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every sub-command; each one sets `run`, a function of the options and its own parser."""
     parser = argparse.ArgumentParser(prog="fastkl", description="Exact KL divergence for LLM training.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="sub-commands", metavar="<sub-command>", required=True)
     _add_demo(commands)
     _add_compare(commands)
@@ -202,9 +205,10 @@ def _add_doctor(commands) -> None:
 
 def _run_doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.json not in (None, "-"):
-        file = Path(options.json)
-        if file.is_dir() or not os.access(file.parent, os.W_OK):
-            parser.error(f"argument --json: expected a file that can be written, or -, got {options.json!r}; choose another")
+        try:
+            check_writable(Path(options.json))  # before a minute of checks
+        except OSError as error:
+            parser.error(f"argument --json: expected a file that can be written, or -, got {options.json!r} ({error.strerror}); choose another")
     from .doctor.run import run_doctor
 
     return run_doctor(options.device, options.json)
