@@ -73,11 +73,12 @@ def main(argv=None):
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the records to FILE")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    print(f"{'µs of Python a call, launches left out':<38} {'way':<14}" + "".join(f"{step:>22}" for step in STEPS))
+    print("Microseconds of Python in a call, launches left out:")
+    print(f"{'function':<24}{'way':<16}" + "".join(f"{step:>22}" for step in STEPS))
     records = []
     for record in measure():
         records.append(record)
-        print(f"{record['function']:<38} {record['way']:<14}" + "".join(f"{record[step]:>22.1f}" for step in STEPS), flush=True)
+        print(f"{record['function']:<24}{record['way']:<16}" + "".join(f"{record[step]:>22.1f}" for step in STEPS), flush=True)
     if arguments.json:
         command = " ".join(["python3 -m benchmarks.overhead", *(sys.argv[1:] if argv is None else argv)])
         write_json(arguments.json, {**provenance(command), "rows": ROWS, "vocabulary": VOCABULARY, "records": records})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch.autograd import forward_ad
@@ -21,33 +22,40 @@ def type_name(value: object) -> str:
 def logits(name: str, value: torch.Tensor) -> None:
     """A floating-point tensor [..., V] with V ≥ 1."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor of logits [..., V], got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a tensor of logits [..., V], got {type(value).__name__}; pass the model's output.logits as a torch.Tensor")
     if value.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 logits, got {value.dtype}; "
                         f"pass the model's output before softmax or argmax, or convert it with .float()")
-    _not_forward_mode(name, value)
+    not_sharded(name, value, "logits [..., V]", "pass the whole ones: logits.full_tensor()")
+    not_forward_mode(name, value)
     if value.dim() == 0:
         raise ValueError(f"{name}: expected logits [..., V] with at least one dimension, got a scalar")
     if value.shape[-1] == 0:
         raise ValueError(f"{name}: expected a vocabulary of at least one entry in the last dimension, got shape {tuple(value.shape)}")
 
 
-def _not_forward_mode(name: str, value: torch.Tensor) -> None:
+def not_forward_mode(name: str, value: torch.Tensor) -> None:
+    """A tensor without a tangent."""
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise RuntimeError(f"{name}: forward-mode differentiation (torch.func.jvp, jacfwd) is not implemented, it would give zeros; use .backward(), "
                            f"torch.autograd.grad, or fastkl.reference.row_statistics")
+
+
+def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
+    """A tensor that this process holds whole."""
+    if type(value) is not torch.Tensor and hasattr(value, "full_tensor"):
+        raise TypeError(f"{name}: expected a plain tensor, {what}, got a DTensor, of which each process holds a part; {remedy}")
 
 
 def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     """A tensor of one of FLOAT_TYPES that this process holds whole."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, {what}, got {type(value).__name__}")
-    if hasattr(value, "full_tensor"):
-        raise TypeError(f"{name}: expected a plain tensor, {what}, got a DTensor, of which each process holds a part; compute the loss inside the "
-                        f"forward of the FSDP module that owns it, or after its unshard(), where it is whole and its gradient is reduced")
+    not_sharded(name, value, what, "compute the loss inside the forward of the FSDP module that owns it, or after its unshard(), where it is whole "
+                                   "and its gradient is reduced")
     if value.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got {value.dtype}; convert it with .to()")
-    _not_forward_mode(name, value)
+    not_forward_mode(name, value)
 
 
 def head(prefix: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -189,10 +197,15 @@ def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.
         if value.requires_grad:
             raise ValueError("temperature: expected a tensor without gradient, got one that requires it; fastkl does not differentiate "
                              "with respect to the temperature: pass temperature.detach()")
+        if value.dim() == 0 and leading:
+            raise ValueError(f"temperature: expected a number or the leading shape {tuple(leading)}, one entry per token, got a tensor of shape (); "
+                             f"pass float(temperature), or temperature.expand({tuple(leading)}) to stay on the device")
         per_row("temperature", value, leading, device)
+        not_forward_mode("temperature", value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"temperature: expected a positive number or a float tensor of the leading shape, got {type(value).__name__}")
-    elif not (0 < value < math.inf):
+        raise TypeError(f"temperature: expected a positive number or a float tensor of the leading shape, got {type(value).__name__}; pass "
+                        f"float(temperature)")
+    elif not (0 < value <= sys.float_info.max):
         raise ValueError(f"temperature: expected a positive finite number, got {value}; the logits are divided by it")
 
 

@@ -7,14 +7,17 @@ torch.compile, torch.export, torch.jit.trace, dispatch modes (selective checkpoi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd.profiler import record_function
 
 # Any other argument has something of its own to say about how it is computed with.
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.dtype, type(None), float, int, bool, str})
+_NOTHING = contextlib.nullcontext()
 
 
 class Dispatched:
@@ -28,19 +31,19 @@ class Dispatched:
 
     def __init__(self, name: str, compute: Callable, fake: Callable, *, backward: Callable, setup_context: Callable | None = None,
                  batch: Callable | None = None) -> None:
-        self._compute, self._setup_context = compute, setup_context
+        self._name, self._compute, self._setup_context = name, compute, setup_context
         self.op = torch.library.custom_op(name, _with_tensors(compute), mutates_args=(), schema=torch.library.infer_schema(compute, mutates_args=()))
         self.op.register_fake(_with_tensors(fake))
         self.op.register_autograd(backward, setup_context=setup_context)
 
-        # What is left of the inputs once a transform is done may be transformed again, or traced.
-        again = _with_tensors(self)
+        def vmap_by(call: Callable) -> Callable:
+            def vmap(info, in_dims, *inputs):
+                if batch is None:
+                    return _sample_by_sample(call, info.batch_size, in_dims, inputs)
+                batched, out_dims = batch(info, in_dims, *inputs)
+                return call(*batched), out_dims
 
-        def vmap(info, in_dims, *inputs):
-            if batch is None:
-                return _sample_by_sample(again, info.batch_size, in_dims, inputs)
-            batched, out_dims = batch(info, in_dims, *inputs)
-            return again(*batched), out_dims
+            return vmap
 
         def forward(ctx, *inputs):
             outputs = compute(*inputs)
@@ -48,31 +51,55 @@ class Dispatched:
                 setup_context(ctx, inputs, outputs)
             return outputs
 
-        self.op.register_vmap(vmap)
+        self.op.register_vmap(vmap_by(self.op))
         # A Function with a setup_context of its own, which transforms need, looks its signature up at every call.
         self._eager = _function(name, forward=forward, backward=backward)
-        self._transformed = _function(name, forward=again, setup_context=setup_context or _save_nothing, backward=backward, vmap=vmap)
+        # What is left of the inputs once a transform is done may be transformed again, or traced.
+        again = _with_tensors(self)
+        self._transformed = _function(name, forward=again, setup_context=setup_context or _save_nothing, backward=backward, vmap=vmap_by(again))
 
     def __call__(self, *inputs: object) -> object:
         if torch.compiler.is_compiling():
             return self.op(*inputs)
         if torch._C._are_functorch_transforms_active():
-            return self._transformed.apply(*inputs)
-        if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing() or not _plain(inputs):
+            functionalizing = peek_interpreter_stack().key() == TransformType.Functionalize
+            return (self.op if functionalizing else self._transformed.apply)(*inputs)
+        if (torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch() or torch.jit.is_tracing()
+                or not _plain(inputs)):
             return self.op(*inputs)
         if torch.is_grad_enabled():
             return self._eager.apply(*inputs)
         # As a Function does: what a transform left behind is a wrapper, whose memory nobody can ask for. Gradients are computed of what was saved.
-        return self._compute(*(inputs if self._setup_context is None else unwrap_dead_wrappers(inputs)))
+        inputs = inputs if self._setup_context is None else unwrap_dead_wrappers(inputs)
+        with record_function(self._name) if torch.autograd._profiler_enabled() else _NOTHING:
+            return self._compute(*inputs)
 
 
 def _plain(inputs: tuple) -> bool:
-    """Whether all tensors among the arguments are tensors and no more: not subclasses, with data, not batched (is_grads_batched=True)."""
+    """Whether all tensors among the arguments are what lies in their memory: not subclasses or meta tensors, not batched (is_grads_batched=True), not
+    the negative of their memory (x.conj().imag)."""
     for value in inputs:
         kind = type(value)
-        if kind not in _PLAIN or (kind is torch.Tensor and is_legacy_batchedtensor(value)):
+        if kind not in _PLAIN or (kind is torch.Tensor and (value.is_neg() or is_legacy_batchedtensor(value))):
             return False
     return not inputs[0].is_meta
+
+
+def save_tensors(ctx, *tensors: torch.Tensor | None) -> None:
+    """ctx.save_for_backward, that takes tensors made in inference mode too, as the logits of a reference are: torch has no version of them to look
+    at, so nobody sees if they are changed in place before backward."""
+    ctx.of_inference = None
+    if any([value is not None and value.is_inference() for value in tensors]):
+        ctx.of_inference = [value if value is not None and value.is_inference() else None for value in tensors]
+        tensors = tuple(value if unsaved is None else None for value, unsaved in zip(tensors, ctx.of_inference, strict=True))
+    ctx.save_for_backward(*tensors)
+
+
+def saved_tensors(ctx) -> tuple[torch.Tensor | None, ...]:
+    """What save_tensors saved."""
+    if ctx.of_inference is None:
+        return ctx.saved_tensors
+    return tuple(value if unsaved is None else unsaved for value, unsaved in zip(ctx.saved_tensors, ctx.of_inference, strict=True))
 
 
 def _with_tensors(compute: Callable) -> Callable:
@@ -100,4 +127,4 @@ def _save_nothing(ctx, inputs, outputs) -> None:
 
 def _function(name: str, **methods: Callable) -> type[torch.autograd.Function]:
     """A torch.autograd.Function that profilers and grad_fn show under the op's name."""
-    return type(name.replace("::", "_"), (torch.autograd.Function,), {method: staticmethod(function) for method, function in methods.items()})
+    return type(name, (torch.autograd.Function,), {method: staticmethod(function) for method, function in methods.items()})

@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 
 from . import _chunks, _rows
-from ._dispatch import Dispatched
-from ._ops import FIELDS, SAVED, empty_outputs, mark_constant, refuse_second_derivative, refuse_temperature_gradient, wanted
+from ._dispatch import Dispatched, save_tensors, saved_tensors
+from ._ops import (
+    FIELDS,
+    SAVED,
+    empty_outputs,
+    mark_constant,
+    refuse_forward_mode,
+    refuse_second_derivative,
+    refuse_temperature_gradient,
+    wanted,
+)
 
 SIX = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
 # Elements that `scaled` multiplies at once on a CPU.
@@ -45,7 +54,7 @@ def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: 
     heads = _chunks.Heads(six, logits_dtype, backend, chunk_size, _per_token(tokens, mask, temperatures, temperature, softcap))
     upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
                 if value is not None}
-    return _in_their_types(six, heads.backward(saved.reshape(-1, SAVED), upstream, wanted(wrt)), wrt, wide=())
+    return _in_their_types(six, heads.backward(saved.reshape(-1, SAVED).contiguous(), upstream, wanted(wrt)), wrt, wide=())
 
 
 def _fake_gradients(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob,
@@ -84,6 +93,7 @@ def _fake_weighted_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, we
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · factor (a scalar tensor) in `dtype`, rounded once: torch would round the factor to a 16-bit gradient's type first."""
+    gradient = gradient.contiguous()  # a hook on saved tensors may give it back in another layout
     result = torch.empty_like(gradient, dtype=dtype)
     # On a CPU torch.mul keeps a copy in the common type: a part at a time.
     step = SCALED_AT_ONCE if gradient.device.type == "cpu" else max(1, gradient.numel())
@@ -143,13 +153,14 @@ def _empty_gradients(six, wrt: str, wide) -> tuple[Tensor | None, ...]:
 def _save_for_backward(ctx, inputs, output) -> None:
     *tensors, ctx.temperature, fields, ctx.softcap, ctx.backend, ctx.logits_dtype, ctx.chunk_size = inputs
     refuse_temperature_gradient(ctx.needs_input_grad[8])
-    ctx.save_for_backward(*tensors, output[-1])
+    save_tensors(ctx, *tensors, output[-1])
     ctx.shared = tensors[3] is not None and tensors[4] is None
     policy = any(ctx.needs_input_grad[:3])
     mark_constant(ctx, output, wanted(fields), policy, any(ctx.needs_input_grad[3:6]) or (ctx.shared and ctx.needs_input_grad[1]))
 
 
 def _backward(ctx, *upstream):
+    refuse_forward_mode(upstream)
     # Log-probs of the reference say nothing about the policy, nor its own about the reference: such a gradient is not computed.
     on_policy = any(upstream[i] is not None for i in (0, 1, 3, 4))
     on_reference = any(upstream[i] is not None for i in (2, 3, 4))
@@ -157,7 +168,7 @@ def _backward(ctx, *upstream):
     names = [name for name, asked, there in zip(SIX, ctx.needs_input_grad, depends, strict=False) if asked and there]
     if not names:
         return (None,) * 15
-    gradients = linear_gradients(*ctx.saved_tensors, *upstream[:5], ctx.temperature, ",".join(names), ctx.softcap, ctx.backend, ctx.logits_dtype,
+    gradients = linear_gradients(*saved_tensors(ctx), *upstream[:5], ctx.temperature, ",".join(names), ctx.softcap, ctx.backend, ctx.logits_dtype,
                                  ctx.chunk_size)
     return *(gradient if name in names else None for name, gradient in zip(SIX, gradients, strict=True)), *(None,) * 9
 
@@ -179,11 +190,10 @@ def _save_gradients(ctx, inputs, output) -> None:
 def _backward_of_sum(ctx, upstream, *_):
     if upstream is None:
         return (None,) * 15
-    if torch._C._are_functorch_transforms_active() and torch.is_grad_enabled():
-        raise RuntimeError("fastkl: torch.func.grad asks for a gradient that can be differentiated again, and this one was computed with the value; "
-                           "use reduction='none' and sum or average its result, or torch.autograd.grad")
+    refuse_forward_mode((upstream,))
     if torch.is_grad_enabled():
-        refuse_second_derivative(ctx)
+        raise RuntimeError("fastkl: create_graph=True and torch.func.grad ask for a gradient that can be differentiated again, but the gradient of a "
+                           "sum or mean was computed with its value; use reduction='none' and sum or average its result")
     kl, unit, *gradients = ctx.saved_tensors
     factor = upstream * unit
     results = [scaled(gradient, factor, dtype) if name in ctx.names and asked else None

@@ -5,16 +5,14 @@ A field nobody asked for is None, or an empty tensor: an op's schema is one for 
 
 from __future__ import annotations
 
-import functools
-
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import _rows
-from ._dispatch import Dispatched
+from . import _checks, _rows
+from ._dispatch import Dispatched, save_tensors, saved_tensors
 from ._rows import FIELDS, SAVED
 
 
-@functools.cache
 def wanted(names: str) -> tuple[str, ...]:
     """The names in a comma-separated string: schemas of ops have no lists of names."""
     return tuple(names.split(",")) if names else ()
@@ -52,7 +50,7 @@ def _gradients(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor 
                     if value is not None}
         targets = [None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads]
         _rows.backward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature),
-                       saved.reshape(-1, SAVED), upstream, *targets)
+                       saved.reshape(-1, SAVED).contiguous(), upstream, *targets)
     return grads
 
 
@@ -67,7 +65,7 @@ def _fake_gradients(p, q, tokens, mask, temperatures, saved, g_logprob, g_entrop
 def _save_for_backward(ctx, inputs, output) -> None:
     p, q, tokens, mask, temperatures, ctx.temperature, fields, ctx.backend = inputs
     refuse_temperature_gradient(ctx.needs_input_grad[4])
-    ctx.save_for_backward(p, q, tokens, mask, temperatures, output[-1])
+    save_tensors(ctx, p, q, tokens, mask, temperatures, output[-1])
     mark_constant(ctx, output, wanted(fields), ctx.needs_input_grad[0], ctx.needs_input_grad[1])
 
 
@@ -80,7 +78,8 @@ def mark_constant(ctx, output, fields: tuple[str, ...], policy: bool, reference:
 
 
 def _backward(ctx, *upstream):
-    p, q, tokens, mask, temperatures, saved = ctx.saved_tensors
+    p, q, tokens, mask, temperatures, saved = saved_tensors(ctx)
+    refuse_forward_mode(upstream)
     wrt_p, wrt_q = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     # What does not depend on an argument must not make its gradient be computed: log-probs of Q say nothing about P.
     on_p = any(upstream[i] is not None for i in (0, 1, 3, 4))
@@ -97,6 +96,13 @@ def refuse_temperature_gradient(asked: bool) -> None:
     if asked:
         raise RuntimeError("temperature: expected a tensor without gradient, got one that requires it; fastkl does not differentiate with respect to "
                            "the temperature: pass temperature.detach()")
+
+
+def refuse_forward_mode(upstream: tuple[Tensor | None, ...]) -> None:
+    """A tangent of an upstream gradient would be lost in kernels."""
+    if forward_ad._current_level >= 0:
+        for value in (value for value in upstream if value is not None):
+            _checks.not_forward_mode("upstream gradient", value)
 
 
 def refuse_second_derivative(ctx, *upstream):

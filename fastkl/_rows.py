@@ -51,6 +51,8 @@ def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor,
     if backend == "reference":
         reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, softcap)
         return
+    # What forward refused may come back from a hook on saved tensors.
+    p, q = (side if side is None or side.stride(-1) == 1 else side.contiguous() for side in (p, q))
     for rows, problem in problems(p, q, tokens, mask, temperature, softcap):
         _launchers().backward(problem, _some(saved, rows), _some_of_each(upstream, rows), _some(grad_p, rows), _some(grad_q, rows))
 
@@ -151,7 +153,8 @@ def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | Non
     count, per_row = outer[0] * inner[0], isinstance(temperature, torch.Tensor)
     for number, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
         part = slice(number * count, (number + 1) * count) if index else None
-        sides = [None if side is None else launch.Rows(_starting_at(side, index, outermost, which), outer[which], inner[which])
+        sides = [None if side is None else launch.Rows(_starting_at(side, index, outermost, which) if index else side, outer[which],
+                                                       inner[which])
                  for side, which in ((p, 1), (q, 2))]
         yield part, launch.Problem(*sides, outer[0], inner[0], p.shape[-1], _some(tokens, part), _some(mask, part), 1.0 if per_row else temperature,
                                    _some(temperature, part) if per_row else None, softcap)
@@ -167,7 +170,5 @@ def _launchers() -> ModuleType:
 
 def _starting_at(logits: torch.Tensor, index: tuple[int, ...], dims: list[tuple[int, int, int]], which: int) -> torch.Tensor:
     """The same storage from an index of the outermost dimensions on: the kernels take a pointer and strides."""
-    if not any(index):
-        return logits
     offset = sum(i * dim[which] for i, dim in zip(index, dims, strict=True))
     return logits.as_strided((1,), (1,), logits.storage_offset() + offset)

@@ -36,8 +36,8 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch
         hidden: [..., H], the last hidden states after the final norm; float32, bfloat16 or float16 (float64 on the reference backend).
         weight: [V, H], the lm_head's weight, in the type of hidden. A vocabulary that is padded in one model: pass weight[:V].
         tokens: integer ids [...], as for token_stats.
-        ref_hidden: [..., H_ref], the reference's hidden states: they may be cached from an earlier pass (under torch.no_grad; torch lets no backward
-            use tensors made under inference_mode), and their H and type may differ.
+        ref_hidden: [..., H_ref], the reference's hidden states: they may be cached from an earlier pass, also one in inference mode, and their H and
+            type may differ.
         ref_weight: [V, H_ref]. Left out, or the same tensor as weight: both share one lm_head.
         bias, ref_bias: [V] or None, in the type of their weight. A shared lm_head with a bias needs it as both.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).

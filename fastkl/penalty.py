@@ -58,6 +58,8 @@ class _Penalty(torch.nn.Module):
 
     @torch.no_grad()
     def _remember(self, kl: torch.Tensor, count: torch.Tensor, beta: float, loss: torch.Tensor) -> None:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return  # these tensors are worth nothing outside the transform
         kl = kl.detach()
         self.last = {
             "kl": kl.sum() / count.clamp(min=1),
@@ -87,7 +89,8 @@ class KLPenalty(_Penalty):
     whichever logits require it. With no token that counts it returns 0.
 
     `last` holds the last call's statistics as detached tensors on the logits' device, nothing synchronised: "kl" (mean KL per token that
-    counts, nats), "max_kl", "tokens" (how many counted), "beta", "loss". Empty before the first call.
+    counts, nats), "max_kl", "tokens" (how many counted), "beta", "loss". Empty before the first call; a call inside a transform
+    of torch.func leaves them as they were.
 
     Raises ValueError or TypeError for wrong arguments, as kl_divergence does.
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2, with the KL taken exactly instead of sampled.
@@ -112,7 +115,7 @@ class KLPenalty(_Penalty):
 
 
 class LinearKLPenalty(_Penalty):
-    """KLPenalty from hidden states and lm_head weights: no [tokens, vocabulary] tensor, its gradients computed together with its value.
+    """KLPenalty from hidden states and lm_head weights: never all logits at once, its gradients computed together with its value.
 
     Equivalent to
 

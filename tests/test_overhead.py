@@ -24,7 +24,7 @@ def test_every_function_by_either_way(monkeypatch, tmp_path, capsys) -> None:
         (name, way) for name in ("kl_divergence", "token_stats", "selective_log_softmax") for way in overhead.WAYS]
     assert all(record[step] > 0 for record in data["records"] for step in overhead.STEPS)
     assert ops == [fields for fields in ("kl", "logprob,entropy,ref_logprob,kl,ref_kl", "logprob") for _ in overhead.STEPS]
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(data["records"])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(data["records"])
     assert fastkl.explain(overhead.functions()[0]).backend == "reference"
 
 
