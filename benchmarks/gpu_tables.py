@@ -135,8 +135,8 @@ def standing(data):
 def _behind(rows, phase, other, ratio):
     """By how much another provider is ahead at a workload, and whether going through logits is ahead of it."""
     through = timed(rows.get(THROUGH_LOGITS)).get(phase)
-    ours = timed(rows[OURS])[phase] / ratio / through if through else 0.0
-    return f"{phase}: {other} is {times(ratio)} as fast" + (f", going through logits {times(ours)} as fast as that" if ours > 1 + NOISE else "")
+    gained = timed(rows[OURS])[phase] / ratio / through if through else 0.0
+    return f"{phase}: {other} is {times(ratio)} as fast" + (f", going through logits {times(gained)} as fast as that" if gained > 1 + NOISE else "")
 
 
 # Cells ----------------------------------------------------------------------------------------------------------

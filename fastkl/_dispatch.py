@@ -2,7 +2,8 @@
 
 The way through torch.library is right everywhere and takes longer than all else that a call with few rows does. Eager mode with plain tensors,
 which is nearly every call, goes through a Function over the same code, and so do torch.func's transforms, whose grad does not take such an op.
-torch.compile, torch.export, torch.jit.trace, dispatch modes (selective checkpointing, fake tensors), tensor subclasses and meta tensors get the op.
+torch.compile, torch.export, tracers, dispatch modes (selective checkpointing, fake tensors), functionalize, tensor subclasses and meta tensors get
+the op. A TorchFunctionMode, which torch.set_default_device is too, sees neither.
 """
 
 from __future__ import annotations
@@ -11,12 +12,22 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.profiler import record_function
 
+try:
+    from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+    from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
+    from torch._functorch.utils import unwrap_dead_wrappers
+    from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+    from torch.autograd import _profiler_enabled
+except ImportError:  # torch's own names: a release without one of them gets the op everywhere
+    SHORT_WAYS = False
+else:
+    SHORT_WAYS = True
+
 # Any other argument has something of its own to say about how it is computed with.
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.dtype, type(None), float, int, bool, str})
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset({*_TENSORS, torch.dtype, type(None), float, int, bool, str})
 _NOTHING = contextlib.nullcontext()
 
 
@@ -59,20 +70,25 @@ class Dispatched:
         self._transformed = _function(name, forward=again, setup_context=setup_context or _save_nothing, backward=backward, vmap=vmap_by(again))
 
     def __call__(self, *inputs: object) -> object:
-        if torch.compiler.is_compiling():
+        # Dynamo and tracers first: what follows asks questions that they cannot trace. Then transforms, inside which tensors are wrappers.
+        if torch.compiler.is_compiling() or not SHORT_WAYS:
             return self.op(*inputs)
-        if torch._C._are_functorch_transforms_active():
+        if _are_functorch_transforms_active():
             functionalizing = peek_interpreter_stack().key() == TransformType.Functionalize
             return (self.op if functionalizing else self._transformed.apply)(*inputs)
-        if (torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch() or torch.jit.is_tracing()
-                or not _plain(inputs)):
+        if _len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch() or torch.jit.is_tracing() or not _plain(inputs):
             return self.op(*inputs)
         if torch.is_grad_enabled():
             return self._eager.apply(*inputs)
         # As a Function does: what a transform left behind is a wrapper, whose memory nobody can ask for. Gradients are computed of what was saved.
         inputs = inputs if self._setup_context is None else unwrap_dead_wrappers(inputs)
-        with record_function(self._name) if torch.autograd._profiler_enabled() else _NOTHING:
+        with record_function(self._name) if _profiler_enabled() else _NOTHING:
             return self._compute(*inputs)
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return SHORT_WAYS and not torch.compiler.is_compiling() and _are_functorch_transforms_active()
 
 
 def _plain(inputs: tuple) -> bool:
@@ -80,26 +96,15 @@ def _plain(inputs: tuple) -> bool:
     the negative of their memory (x.conj().imag)."""
     for value in inputs:
         kind = type(value)
-        if kind not in _PLAIN or (kind is torch.Tensor and (value.is_neg() or is_legacy_batchedtensor(value))):
+        if kind not in _PLAIN or (kind in _TENSORS and (value.is_neg() or is_legacy_batchedtensor(value))):
             return False
     return not inputs[0].is_meta
 
 
 def save_tensors(ctx, *tensors: torch.Tensor | None) -> None:
-    """ctx.save_for_backward, that takes tensors made in inference mode too, as the logits of a reference are: torch has no version of them to look
-    at, so nobody sees if they are changed in place before backward."""
-    ctx.of_inference = None
-    if any([value is not None and value.is_inference() for value in tensors]):
-        ctx.of_inference = [value if value is not None and value.is_inference() else None for value in tensors]
-        tensors = tuple(value if unsaved is None else None for value, unsaved in zip(tensors, ctx.of_inference, strict=True))
-    ctx.save_for_backward(*tensors)
-
-
-def saved_tensors(ctx) -> tuple[torch.Tensor | None, ...]:
-    """What save_tensors saved."""
-    if ctx.of_inference is None:
-        return ctx.saved_tensors
-    return tuple(value if unsaved is None else unsaved for value, unsaved in zip(ctx.saved_tensors, ctx.of_inference, strict=True))
+    """ctx.save_for_backward, that takes tensors made in inference mode too, as a reference's logits may be: by another tensor of their memory, since
+    torch has no version of their own to look at. Nobody sees if they are changed in place before backward."""
+    ctx.save_for_backward(*[value.new_empty(0).set_(value) if value is not None and value.is_inference() else value for value in tensors])
 
 
 def _with_tensors(compute: Callable) -> Callable:

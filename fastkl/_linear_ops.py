@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _chunks, _rows
-from ._dispatch import Dispatched, save_tensors, saved_tensors
+from ._dispatch import Dispatched, save_tensors
 from ._ops import (
     FIELDS,
     SAVED,
@@ -168,7 +168,7 @@ def _backward(ctx, *upstream):
     names = [name for name, asked, there in zip(SIX, ctx.needs_input_grad, depends, strict=False) if asked and there]
     if not names:
         return (None,) * 15
-    gradients = linear_gradients(*saved_tensors(ctx), *upstream[:5], ctx.temperature, ",".join(names), ctx.softcap, ctx.backend, ctx.logits_dtype,
+    gradients = linear_gradients(*ctx.saved_tensors, *upstream[:5], ctx.temperature, ",".join(names), ctx.softcap, ctx.backend, ctx.logits_dtype,
                                  ctx.chunk_size)
     return *(gradient if name in names else None for name, gradient in zip(SIX, gradients, strict=True)), *(None,) * 9
 
@@ -182,7 +182,9 @@ def _save_gradients(ctx, inputs, output) -> None:
         raise RuntimeError(f"{', '.join(missing)}: expected to be known to require gradient when the value is computed, since the gradient is "
                            f"computed with it; torch.vmap hides that, and torch.export, make_fx and torch.jit.trace keep what the example inputs "
                            f"required: use reduction='none' there, or trace with inputs that require gradient")
-    ctx.save_for_backward(output[1] if ctx.needs_input_grad[6] else None, *output[2:])
+    # Only what is asked for: checkpoints count what is saved, and where an op returns an empty tensor another way has None.
+    kept = [value if name in ctx.names else None for name, value in zip(SIX, output[3:], strict=True)]
+    ctx.save_for_backward(output[1] if ctx.needs_input_grad[6] else None, output[2], *kept)
     ctx.mark_non_differentiable(*[value for value in output[1:] if value is not None])
     ctx.set_materialize_grads(False)
 

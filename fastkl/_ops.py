@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _checks, _rows
-from ._dispatch import Dispatched, save_tensors, saved_tensors
+from ._dispatch import Dispatched, save_tensors
 from ._rows import FIELDS, SAVED
 
 
@@ -78,7 +78,7 @@ def mark_constant(ctx, output, fields: tuple[str, ...], policy: bool, reference:
 
 
 def _backward(ctx, *upstream):
-    p, q, tokens, mask, temperatures, saved = saved_tensors(ctx)
+    p, q, tokens, mask, temperatures, saved = ctx.saved_tensors
     refuse_forward_mode(upstream)
     wrt_p, wrt_q = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     # What does not depend on an argument must not make its gradient be computed: log-probs of Q say nothing about P.

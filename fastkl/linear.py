@@ -30,7 +30,7 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch
 
     in two matrix products (one without a reference), with buffers for one chunk of logits as the only large memory. Backward computes the
     logits again, so that every field and token may have its own upstream gradient, and holds 40 bytes per token for it beside the inputs.
-    Where there is memory for all logits, token_stats of F.linear's results spares these products.
+    Where there is memory for all logits, token_stats of F.linear's results does without computing them again.
 
     Args:
         hidden: [..., H], the last hidden states after the final norm; float32, bfloat16 or float16 (float64 on the reference backend).

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from . import _checks, _rows, linear
+from . import _checks, _dispatch, _rows, linear
 from .divergence import kl_divergence
 
 DIRECTIONS = ("policy||reference", "reference||policy")
@@ -58,7 +58,7 @@ class _Penalty(torch.nn.Module):
 
     @torch.no_grad()
     def _remember(self, kl: torch.Tensor, count: torch.Tensor, beta: float, loss: torch.Tensor) -> None:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if _dispatch.transforming():
             return  # these tensors are worth nothing outside the transform
         kl = kl.detach()
         self.last = {

@@ -114,7 +114,7 @@ class Variant:
     capture (call once before).
 
     From the second start on the compiled kernel is started directly. Triton's own way to it takes tens of microseconds, most of a call with few
-    rows; its hooks before a launch and its check for changed globals are part of it, and are left out.
+    rows; its check for changed globals and its pre-run hooks are part of it, and are left out.
     """
 
     def __init__(self, kernel: object, constants: dict[str, object], options: dict[str, object]) -> None:
@@ -133,8 +133,7 @@ class Case(NamedTuple):
     """What the launches of a problem are compiled for, beside their configuration and what is asked for."""
 
     device: torch.device
-    types: tuple[torch.dtype | None, ...]  # of p, q, tokens and temperatures
-    with_kl: bool
+    types: tuple[torch.dtype | None, ...]  # of p, q, tokens and temperatures; None for what does not take part
     has_mask: bool
     realign: bool
     q_in_blocks: bool
@@ -149,17 +148,17 @@ class Case(NamedTuple):
 
 def _case(problem: Problem) -> Case:
     tensors = (problem.p.tensor, None if problem.q is None else problem.q.tensor, problem.tokens, problem.temperatures)
-    return Case(tensors[0].device, tuple([None if value is None else value.dtype for value in tensors]), problem.q is not None,
+    return Case(tensors[0].device, tuple([None if value is None else value.dtype for value in tensors]),
                 problem.mask is not None, not problem.p.aligned(problem.inner, problem.outer), problem.q_in_blocks, float(problem.softcap))
 
 
 @functools.cache
-def forward_variants(case: Case, chosen: config.RowConfig, splits: int, with_entropy: bool, with_reverse: bool,
+def forward_variants(case: Case, chosen: config.RowConfig, most_splits: int, with_entropy: bool, with_reverse: bool,
                      read_again: bool) -> tuple[Variant, Variant]:
     """row_forward and row_finish."""
-    shared = dict(**case.constants, REALIGN=case.realign, SEGMENT=chosen.segment, WITH_ENTROPY=with_entropy, WITH_KL=case.with_kl,
+    shared = dict(**case.constants, REALIGN=case.realign, SEGMENT=chosen.segment, WITH_ENTROPY=with_entropy, WITH_KL=case.types[1] is not None,
                   WITH_REVERSE=with_reverse)
-    finish = dict(ROWS=FINISH_ROWS, THREADS=FINISH_THREADS, SPLITS=triton.next_power_of_2(splits), HAS_TOKENS=case.types[2] is not None,
+    finish = dict(ROWS=FINISH_ROWS, THREADS=FINISH_THREADS, SPLITS=most_splits, HAS_TOKENS=case.types[2] is not None,
                   READ_AGAIN=read_again)
     return (Variant(row_forward, _in_order(row_forward, **shared, THREADS=chosen.threads, GROUPS=chosen.groups),
                     _options(chosen, case.device, case.softcap)),
@@ -204,7 +203,8 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
     case = _case(problem)
     chosen = config.select("forward", architecture(p.device)[0], p.element_size(), problem.vocabulary)
     splits = max(1, math.ceil(problem.vocabulary / chosen.segment))
-    forward_variant, finish_variant = forward_variants(case, chosen, splits, "entropy" in outputs, "ref_kl" in outputs, READ_AGAIN)
+    forward_variant, finish_variant = forward_variants(case, chosen, triton.next_power_of_2(splits), "entropy" in outputs, "ref_kl" in outputs,
+                                                       READ_AGAIN)
     state = torch.empty(problem.rows * splits * STATE.value, dtype=torch.float32, device=p.device)
     places, temperature = _places(problem), float(problem.temperature)
     with _on(p.device):
@@ -213,7 +213,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
             dict(p_ptr=p, q_ptr=q, state_ptr=state, mask_ptr=mask, temperature_ptr=temperatures, temperature=temperature, **places,
                  V=problem.vocabulary, splits=splits))
         finish_variant.start(
-            -(-problem.rows // FINISH_ROWS),
+            -(-problem.rows // finish_variant.constants["ROWS"]),
             dict(state_ptr=state, p_ptr=p, q_ptr=q, tokens_ptr=tokens, mask_ptr=mask, temperature_ptr=temperatures, saved_ptr=saved,
                  logprob_ptr=outputs.get("logprob", saved), entropy_ptr=outputs.get("entropy", saved),
                  ref_logprob_ptr=outputs.get("ref_logprob", saved), kl_ptr=outputs.get("kl", saved), ref_kl_ptr=outputs.get("ref_kl", saved),

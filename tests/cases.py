@@ -217,7 +217,7 @@ def compute_as_a_gpu() -> None:
         exact = (bits & 0x7FFFFF == 0) | (whole & (values == np.rint(values)))
         return np.where(exact, 0.0, (bits * 2654435761 >> 7) % 2001 / 1000.0 - 1)
 
-    def approximate(create, relative, absolute=0.0):
+    def approximate(create, relative, absolute=0.0, whole=False):
         def created(self, *arguments):
             result = create(self, *arguments)
             values = np.asarray(result.data)
@@ -225,7 +225,7 @@ def compute_as_a_gpu() -> None:
                 return result
             wide = values.astype("float64")
             with np.errstate(invalid="ignore"):
-                wide = wide + noise(values, absolute > 0) * (relative * np.abs(wide) + absolute)
+                wide = wide + noise(values, whole) * (relative * np.abs(wide) + absolute)
             return handle(np.where(np.isfinite(values), wide, values).astype("float32"), result.dtype)
 
         return created
@@ -233,8 +233,9 @@ def compute_as_a_gpu() -> None:
     if builder.create_fma.__name__ == "create_fma" and builder.create_fma.__module__ == __name__:
         return
     builder.create_fma = create_fma
-    for name, errors in {"create_fdiv": (2.0**-23,), "create_exp2": (2.0**-22.5,), "create_rsqrt": (2.0**-22.5,), "create_log2": (2.0**-23, 2.0**-22),
-                         "create_log": (2.0**-23, 2.0**-22)}.items():
+    about_logarithms = (2.0**-23, 2.0**-22, True)
+    for name, errors in {"create_fdiv": (2.0**-23,), "create_exp2": (2.0**-22.5,), "create_rsqrt": (2.0**-22.5,),
+                         "create_log2": about_logarithms, "create_log": about_logarithms}.items():
         setattr(builder, name, approximate(getattr(builder, name), *errors))
 
 

@@ -11,9 +11,10 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fastkl
-from fastkl import _linear_ops, _ops
+from fastkl import _dispatch, _linear_ops, _ops
 
 DISPATCHED = (_ops.row_statistics, _ops.row_gradients, _linear_ops.linear_statistics, _linear_ops.linear_gradients, _linear_ops.linear_weighted_kl,
               _linear_ops.scaled)
@@ -24,7 +25,8 @@ def data(device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Ten
     generator = torch.Generator().manual_seed(0)
     made = {name: torch.randn(*shape, generator=generator).to(device, dtype)
             for name, shape in (("p", (3, 7)), ("q", (3, 7)), ("hidden", (3, 5)), ("weight", (7, 5)), ("ref_hidden", (3, 5)))}
-    return {"tokens": torch.tensor([1, 0, 6], device=device), **made} | {name: made[name].requires_grad_() for name in ("p", "hidden", "weight")}
+    return {"tokens": torch.tensor([1, 0, 6], device=device), **made} | {
+        "p": made["p"].requires_grad_(), "hidden": made["hidden"].requires_grad_(), "weight": torch.nn.Parameter(made["weight"])}
 
 
 def kl(d):
@@ -94,6 +96,30 @@ def test_a_dispatch_mode_sees_the_ops_and_the_bits_are_the_same(implementation, 
     for result, value in zip(by_op, plain, strict=True):
         cases.assert_same_bits(result, value, name)
         assert bool((value != 0).any())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_without_the_short_ways(implementation, name, monkeypatch) -> None:
+    """A torch that lacks one of the names that they need gets the op everywhere, and the same bits."""
+    d = data(implementation.device)
+    expected = outcome(FUNCTIONS[name], d)
+    monkeypatch.setattr(_dispatch, "SHORT_WAYS", False)
+    for each in DISPATCHED:
+        monkeypatch.setattr(each, "_eager", None)
+    for result, value in zip(outcome(FUNCTIONS[name], d), expected, strict=True):
+        cases.assert_same_bits(result, value, name)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_checkpoint_with_a_mode_around_forward_only(implementation, name) -> None:
+    """What is computed again outside the mode goes another way, which has to save as many tensors."""
+    d = data(implementation.device)
+    leaf = "p" if name in ("kl", "stats") else "hidden"
+    with Seen():
+        result = checkpoint(lambda value: FUNCTIONS[name]({**d, leaf: value})[0].sum(), d[leaf], use_reentrant=False)
+    grad, = torch.autograd.grad(result, d[leaf])
+    expected, = torch.autograd.grad(FUNCTIONS[name](d)[0].sum(), d[leaf])
+    cases.assert_same_bits(grad, expected, name)
 
 
 class Wrapped(torch.Tensor):
@@ -245,6 +271,39 @@ def test_transforms(implementation, transform, name) -> None:
         expected = torch.autograd.grad(function(leaf).sum(), leaf)[0]
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)
     assert bool((expected != 0).any())
+
+
+def test_the_ops_under_vmap(implementation) -> None:
+    """The ops themselves, not through the functions: each has a rule of its own."""
+    d = data(implementation.device)
+    p, q = d["p"].detach(), d["q"]
+    rest = (None, None, None, 1.0, "kl", implementation.backend)
+    mapped = torch.vmap(lambda p, q: torch.ops.fastkl.row_statistics(p, q, *rest)[3])(p, q)
+    cases.assert_same_bits(mapped, kl(d)[0].detach(), "kl")
+    heads, settings = (d["hidden"].detach(), d["weight"].detach(), d["ref_hidden"]), (0.0, implementation.backend, torch.float32, None)
+    linear_statistics = torch.ops.fastkl.linear_statistics
+    mapped = torch.vmap(lambda h, r: linear_statistics(h, heads[1], None, r, None, None, *rest[:5], *settings)[3])(heads[0], heads[2])
+    torch.testing.assert_close(mapped, linear_none(d)[0].detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["kl", "linear_none"])
+def test_vmap_compiled_and_exported(implementation, name) -> None:
+    """torch.compile and torch.export take a vmap with the op inside it."""
+    d = {key: value.detach() for key, value in data(implementation.device).items()}
+    leaf = "p" if name == "kl" else "hidden"
+    stacked = torch.stack([d[leaf], 2 * d[leaf]])
+
+    def function(value):
+        return torch.vmap(lambda one: FUNCTIONS[name]({**d, leaf: one})[0])(value)
+
+    class Module(torch.nn.Module):
+        def forward(self, value):
+            return function(value)
+
+    expected = torch.stack([FUNCTIONS[name]({**d, leaf: one})[0] for one in stacked])
+    torch._dynamo.reset()
+    for run in (torch.compile(function, backend="eager", fullgraph=True), torch.export.export(Module(), (stacked,)).module()):
+        torch.testing.assert_close(run(stacked), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_transforms_that_are_not_there_say_so(implementation) -> None:

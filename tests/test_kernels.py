@@ -256,9 +256,35 @@ def test_arguments_come_in_the_order_of_the_signatures(implementation, monkeypat
     assert seen == {launch.row_forward, launch.row_finish, launch.row_backward}
 
 
+class Kernel:
+    """Stands for a Triton kernel: [grid](**arguments) compiles and launches, and returns what [grid](*arguments) launches."""
+
+    def __init__(self) -> None:
+        self.calls, self.grid = [], None
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Kernel:
+        self.grid = grid
+        return self
+
+    def __call__(self, *arguments, **named) -> Kernel:
+        self.calls.append((self.grid, arguments, named))
+        self.compiled = getattr(self, "compiled", None) or Kernel()
+        return self.compiled
+
+
+def test_a_variant_is_compiled_once() -> None:
+    """The first start goes through Triton, by name and with the compiler's options; the others start what it compiled, by position."""
+    kernel = Kernel()
+    variant = launch.Variant(kernel, {"SEGMENT": 8, "THREADS": 4}, {"num_warps": 2})
+    for programs, value in ((5, 1.0), (6, 2.0), (7, 3.0)):
+        variant.start(programs, {"p_ptr": "p", "temperature": value})
+    assert kernel.calls == [((5, 1, 1), (), {"p_ptr": "p", "temperature": 1.0, "SEGMENT": 8, "THREADS": 4, "num_warps": 2})]
+    assert kernel.compiled.calls == [((6, 1, 1), ("p", 2.0, 8, 4), {}), ((7, 1, 1), ("p", 3.0, 8, 4), {})]
+
+
 @pytest.mark.gpu
-def test_a_compiled_kernel_is_started_again() -> None:
-    """With other tensors, numbers, masks and types in between: the second call of each has the bits of the first."""
+def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
+    """With other tensors, numbers, masks and types in between: the second call of each compiles nothing and has the bits of the first."""
     def run(dtype: torch.dtype, rows: int, temperature: float, masked: bool) -> list[torch.Tensor]:
         p, q = (cases.leaf(value.cuda()) for value in cases.pair("normal1", rows, 515, 0.3, dtype=dtype))
         mask = torch.arange(rows, device="cuda") % 3 != 1 if masked else None
@@ -267,15 +293,19 @@ def test_a_compiled_kernel_is_started_again() -> None:
 
     calls = [(dtype, rows, temperature, masked) for dtype in (torch.float32, torch.bfloat16) for rows, temperature in ((5, 1.0), (40, 0.5))
              for masked in (False, True)]
-    variants = (launch.forward_variants, launch.backward_variant)
-    for cache in variants:
-        cache.cache_clear()
     first = [run(*call) for call in calls]
-    compiled = [cache.cache_info().currsize for cache in variants]
+    start, started = launch.Variant.start, []
+
+    def compiled_before(variant, programs, arguments):
+        assert variant.compiled is not None
+        started.append(variant)
+        start(variant, programs, arguments)
+
+    monkeypatch.setattr(launch.Variant, "start", compiled_before)
     for call, results in zip(reversed(calls), reversed(first), strict=True):
         for name, again, before in zip(NAMES[3:], run(*call), results, strict=True):
             cases.assert_same_bits(again, before, f"{name} of {call}")
-    assert [cache.cache_info().currsize for cache in variants] == compiled
+    assert len(started) == 3 * len(calls)
 
 
 @pytest.mark.gpu
