@@ -316,7 +316,7 @@ def parse(argv):
     mode = parser.add_mutually_exclusive_group()
     here = "benchmarks/static_baseline.json"
     mode.add_argument("--baseline", type=Path, nargs="?", const=BASELINE, metavar="FILE", help=f"compare with FILE ({here})")
-    mode.add_argument("--write-baseline", type=Path, nargs="?", const=BASELINE, metavar="FILE", help=f"write FILE ({here})")
+    mode.add_argument("--write-baseline", type=output_file, nargs="?", const=BASELINE, metavar="FILE", help=f"write FILE ({here})")
     mode.add_argument("--peers", action="store_true", help="kernels of other packages beside ours, sm_90, aligned")
     arguments = parser.parse_args(argv)
     chosen = [name for name in ("kernel", "arch", "dtype") if getattr(arguments, name)]

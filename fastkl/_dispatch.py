@@ -9,6 +9,7 @@ the op. A TorchFunctionMode, which torch.set_default_device is too, sees neither
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ try:
     from torch._functorch.utils import unwrap_dead_wrappers
     from torch._ops import _len_torch_dispatch_stack_pre_dispatch
     from torch.autograd import _profiler_enabled
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 except ImportError:  # torch's own names: a release without one of them gets the op everywhere
     SHORT_WAYS = False
 else:
@@ -38,10 +40,12 @@ class Dispatched:
     Both return None for an output that nobody asked for; where an op cannot, an empty tensor stands for it.
     setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing.
     batch: (info, in_dims, *inputs) -> (inputs of one call for all samples of a vmap, out_dims); None computes sample by sample.
+    flops: (*inputs, shapes in place of tensors) -> floating-point operations of the matrix products, for torch.utils.flop_counter; None for none.
     """
 
     def __init__(self, name: str, compute: Callable, fake: Callable, *, backward: Callable, setup_context: Callable | None = None,
-                 batch: Callable | None = None) -> None:
+                 batch: Callable | None = None, flops: Callable | None = None) -> None:
+        self._flops = flops
         self._name, self._compute, self._setup_context = name, compute, setup_context
         self.op = torch.library.custom_op(name, _with_tensors(compute), mutates_args=(), schema=torch.library.infer_schema(compute, mutates_args=()))
         self.op.register_fake(_with_tensors(fake))
@@ -77,6 +81,7 @@ class Dispatched:
             functionalizing = peek_interpreter_stack().key() == TransformType.Functionalize
             return (self.op if functionalizing else self._transformed.apply)(*inputs)
         if _len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch() or torch.jit.is_tracing() or not _plain(inputs):
+            self._tell_flop_counter()
             return self.op(*inputs)
         if torch.is_grad_enabled():
             return self._eager.apply(*inputs)
@@ -84,6 +89,23 @@ class Dispatched:
         inputs = inputs if self._setup_context is None else unwrap_dead_wrappers(inputs)
         with record_function(self._name) if _profiler_enabled() else _NOTHING:
             return self._compute(*inputs)
+
+
+    def _tell_flop_counter(self) -> None:
+        """Give the formula to torch's registry, and to the counters at work, which copied that when they were made.
+
+        Not when this is imported: torch.utils.flop_counter imports Triton.
+        """
+        counting = sys.modules.get("torch.utils.flop_counter")
+        if self._flops is None or counting is None:
+            return
+        packet = getattr(torch.ops.fastkl, self._name.removeprefix("fastkl::"))
+        if packet not in counting.flop_registry:
+            counting.register_flop_formula(packet)(lambda *inputs, out_shape=None, **_: self._flops(*inputs))
+        for mode in _get_current_dispatch_mode_stack():
+            counter = getattr(mode, "counter", mode)
+            if isinstance(counter, counting.FlopCounterMode):
+                counter.flop_registry.setdefault(packet, counting.flop_registry[packet])
 
 
 def transforming() -> bool:

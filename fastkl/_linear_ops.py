@@ -6,6 +6,8 @@ share weight. `wrt` names those of the six whose gradients are asked for, comma-
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -203,8 +205,36 @@ def _backward_of_sum(ctx, upstream, *_):
     return *results, upstream * kl if ctx.needs_input_grad[6] else None, *(None,) * 8
 
 
-linear_statistics = Dispatched("fastkl::linear_statistics", _statistics, _fake_statistics, setup_context=_save_for_backward, backward=_backward)
-linear_gradients = Dispatched("fastkl::linear_gradients", _gradients, _fake_gradients, backward=refuse_second_derivative)
+# ---- what a counter of floating-point operations is told, from shapes in place of tensors
+
+
+def _flops(six: tuple, wrt: str, on_policy: bool, on_reference: bool) -> int:
+    """Of the logits of the policy and, if it takes part, of the reference, and of the gradients named in wrt: 2·N·H·V for each product."""
+    hidden, weight, _, ref_hidden, ref_weight, _ = six
+    policy, reference = (0 if states is None else 2 * math.prod(states) * weight[0] for states in (hidden, ref_hidden))
+    names = wanted(wrt)
+    products = 1 + on_policy * (("hidden" in names) + ("weight" in names))
+    ref_products = on_reference * (1 + ("ref_hidden" in names) + (("weight" if ref_weight is None else "ref_weight") in names))
+    return policy * products + reference * ref_products
+
+
+def _flops_of_statistics(*inputs) -> int:
+    return _flops(inputs[:6], "", False, True)
+
+
+def _flops_of_gradients(*inputs) -> int:
+    given = {name: value is not None for name, value in zip(FIELDS, inputs[10:15], strict=True)}
+    return _flops(inputs[:6], inputs[16], given["logprob"] or given["entropy"] or given["kl"] or given["ref_kl"],
+                  given["ref_logprob"] or given["kl"] or given["ref_kl"])
+
+
+def _flops_of_weighted_kl(*inputs) -> int:
+    return _flops(inputs[:6], inputs[10], True, True)
+
+
+linear_statistics = Dispatched("fastkl::linear_statistics", _statistics, _fake_statistics, setup_context=_save_for_backward, backward=_backward,
+                               flops=_flops_of_statistics)
+linear_gradients = Dispatched("fastkl::linear_gradients", _gradients, _fake_gradients, backward=refuse_second_derivative, flops=_flops_of_gradients)
 linear_weighted_kl = Dispatched("fastkl::linear_weighted_kl", _weighted_kl, _fake_weighted_kl, setup_context=_save_gradients,
-                                backward=_backward_of_sum)
+                                backward=_backward_of_sum, flops=_flops_of_weighted_kl)
 scaled = Dispatched("fastkl::scaled", _scaled, _fake_scaled, backward=refuse_second_derivative)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastkl
 from fastkl import _chunks, _linear_ops, _products, _rows
@@ -99,6 +100,30 @@ def test_products_per_token(implementation, learned, shared) -> None:
     assert_products(lambda: results.append(fastkl.linear_kl_divergence(**made, chunk_size=CHUNK)), 2)
     if learned:
         assert_products(lambda: gradients_of(results[0], made), MODES[learned, shared])
+
+
+@pytest.mark.parametrize("learned, shared", MODES, ids=lambda value: str(value))
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_flop_counter_counts_them(learned, shared, reduction) -> None:
+    """torch's FlopCounterMode says what is done: 2·N·H·V for each product, in forward and in backward."""
+    made = tensors("cpu", learned=learned, shared=shared)
+    with FlopCounterMode(display=False) as forward:
+        value = fastkl.linear_kl_divergence(**made, reduction=reduction)
+    expected = 2 if reduction == "none" else MODES[learned, shared]
+    assert forward.get_total_flops() == expected * 2 * N * H * V
+    if learned:
+        with FlopCounterMode(display=False) as backward:
+            gradients_of(value, made)
+        assert backward.get_total_flops() == (MODES[learned, shared] if reduction == "none" else 0) * 2 * N * H * V
+
+
+def test_a_flop_counter_and_policy_fields() -> None:
+    """Where only log-prob and entropy have a gradient, the reference's logits are not counted again."""
+    made = tensors("cpu")
+    stats = fastkl.linear_token_stats(tokens=torch.zeros(N, dtype=torch.long), **made)
+    with FlopCounterMode(display=False) as counter:
+        gradients_of(stats.logprob + stats.entropy, made)
+    assert counter.get_total_flops() == 3 * 2 * N * H * V
 
 
 def test_products_without_gradient(implementation) -> None:
