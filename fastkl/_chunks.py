@@ -59,6 +59,11 @@ class Sum:
         return 0 if self.dtype == self._like.dtype else self._like.numel() * self.dtype.itemsize
 
     @property
+    def returned_bytes(self) -> int:
+        """Bytes of the gradient in its own type."""
+        return self._like.numel() * self._like.dtype.itemsize
+
+    @property
     def spared_bytes(self) -> int:
         """Those that one product for all tokens would do without, because it can round its result to the gradient's type itself.
 
@@ -143,7 +148,7 @@ def plan(tokens: int, heads: list[Head], chunk_size: int | None, taking_part: li
     """How many tokens at a time: from the shapes, the types and a fixed bound on memory.
 
     The chunk depends on all heads, also where some of them take no part in backward: it computes the logits of forward again, with the same products.
-    All tokens are one window where their gradients of logits take no more than a part of them and the sums that one product does without.
+    All tokens are one window where that takes no more at its peak than a part of them and the sums that one product does without.
     """
     vocabulary = heads[0].weight.shape[0]
     per_token = sum(head.logits_dtype.itemsize for head in heads)
@@ -159,12 +164,16 @@ def plan(tokens: int, heads: list[Head], chunk_size: int | None, taking_part: li
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
     if not sums:
         return Plan(chunk, chunk)
-    left = max(workspace, sum(weight.extra_bytes for weight in sums) // 2) // vocabulary
-    left -= chunk * sum(head.logits_dtype.itemsize for head in taking_part if not (head.learns and head.in_place))
-    gradients = sum(head.hidden.dtype.itemsize for head in taking_part if head.learns)
-    window = _cut(tokens, max(chunk, left // gradients // chunk * chunk), chunk)
-    spared = sum(weight.spared_bytes for weight, heads_of in sums.items() if heads_of == 1)
-    return Plan(chunk, max(tokens, window) if (tokens - window) * gradients * vocabulary <= spared else window)
+    extra, returned = (sum(getattr(weight, name) for weight in sums) for name in ("extra_bytes", "returned_bytes"))
+    chunks = chunk * vocabulary * sum(head.logits_dtype.itemsize for head in taking_part if not (head.learns and head.in_place))
+    gradients = vocabulary * sum(head.hidden.dtype.itemsize for head in taking_part if head.learns)
+    window = (max(workspace, extra // 2) - chunks) // gradients
+    window = _cut(tokens, max(chunk, window // chunk * chunk), chunk)
+    # Sums are rounded after the last window, one after the other; the results of one product come beside its window.
+    several = extra + max(window * gradients + chunks, max(weight.returned_bytes for weight in sums))
+    one = tokens * gradients + max(chunks, returned)
+    spared = all(heads_of == 1 and weight.spared_bytes for weight, heads_of in sums.items())
+    return Plan(chunk, max(tokens, window) if spared and one <= several else window)
 
 
 def _weight_sums(heads: list[Head]) -> Counter[Sum]:
@@ -308,6 +317,7 @@ class Heads:
             for head, states, side in zip(heads, inputs, waiting, strict=True):
                 if side is not None:
                     head.gather(side[:window.stop - window.start], states, window)
+            inputs = states = None  # copies under a mask: not beside those of the next window
 
     def _row_forward(self, logits: list, rows: slice, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
         _rows.forward(self.backend, *logits, *self.per_token.part(rows), {name: value[rows] for name, value in outputs.items()}, saved[rows],

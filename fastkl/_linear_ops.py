@@ -205,7 +205,7 @@ def _backward_of_sum(ctx, upstream, *_):
     return *results, upstream * kl if ctx.needs_input_grad[6] else None, *(None,) * 8
 
 
-# ---- what a counter of floating-point operations is told, from shapes in place of tensors
+# ---- what a counter of floating-point operations is told, from shapes in place of tensors: as if every token counted
 
 
 def _flops(six: tuple, wrt: str, on_policy: bool, on_reference: bool) -> int:

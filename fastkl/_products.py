@@ -53,8 +53,11 @@ def add_weight_gradient(total: torch.Tensor, grad_logits: torch.Tensor, hidden: 
 
 def add_bias_gradient(total: torch.Tensor, grad_logits: torch.Tensor, *, first: bool) -> None:
     """total [V] += Σ over tokens of grad_logits [n, V], summed in total's type."""
-    summed = grad_logits.sum(0, dtype=total.dtype)
-    total.copy_(summed) if first else total.add_(summed)
+    # A CPU widens all that it sums.
+    step = total.shape[0] if grad_logits.device.type in WIDE_PRODUCTS else max(1, BLOCK_ELEMENTS // max(1, grad_logits.shape[0]))
+    for part, columns in zip(total.split(step), grad_logits.split(step, dim=1), strict=True):
+        summed = columns.sum(0, dtype=total.dtype)
+        part.copy_(summed) if first else part.add_(summed)
 
 
 def _blocks(matrix: torch.Tensor) -> Iterator[slice]:

@@ -66,12 +66,12 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch
             backward: C·V·l for a model that learns nothing;  G·V·b for one that learns, and C·V·l where l differs from b;
                       4·V·H for each 16-bit weight that requires gradient (its sum in float32)
 
-        G = N where that takes no more than G·V·b and the sum would: then one product gives a bfloat16 weight's gradient, without a sum. On top come
-        copies of the hidden states, of G tokens' where there is a mask, of all where their leading dimensions are not one in memory; on a CPU
-        15 MB more for rows in float32. At H = 4096, V = 128256 in bfloat16: 0.53 GB forward; with a trainable weight 1.31 GB at N = 4096, 2.36 GB at
-        8192, and 1.05 + 2.10 GB from 11265 on. Without chunk_size all terms but the sums, or what takes their place, stay under 1 GiB on a GPU
-        (128 MiB on a CPU) or half of the sums, whichever is more. Results depend on the chunk only as a product's rounding
-        depends on its shape.
+        G = N where that takes no more at its peak, the returned gradient included: then one product gives a bfloat16 weight's gradient, without a
+        sum. On top come copies of the hidden states, of G tokens' where there is a mask, of all where their leading dimensions are not one in
+        memory; on a CPU 15 MB more for rows in float32. At H = 4096, V = 128256 in bfloat16: 0.53 GB forward; with a trainable weight 1.31 GB at
+        N = 4096, 2.36 GB at 8192, and 1.05 + 2.10 GB from there on. Without chunk_size all terms but the sums, or what takes their place, stay under
+        1 GiB on a GPU (128 MiB on a CPU) or half of the sums, whichever is more. Results depend on the chunk only as a product's rounding depends
+        on its shape.
 
     Accuracy:
         float32: that of the products. bfloat16, float16: each logit is rounded once, which dominates everything else, exactly as for logits that

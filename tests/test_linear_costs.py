@@ -221,14 +221,15 @@ def test_workspace_at_the_main_shape() -> None:
 
 
 def test_one_product_where_it_takes_no_more_than_a_sum() -> None:
-    """All tokens wait for one product up to where their gradients of logits would take more than a part of them and the float32 sum."""
+    """All tokens wait for one product up to where their gradients of logits, and the weight's beside them, would take more than a part of them, the
+    float32 sum and at last the weight's gradient beside that."""
     def planned(n: int) -> tuple[int, int]:
         policy, ref = head_on_meta(n, 4096, 128256, trainable=True), head_on_meta(n, 4096, 128256, trainable=False)
         return _chunks.plan(n, [policy, ref], None).window, workspace(policy, ref)
 
     window, several = planned(65536)
     assert window == 3072
-    for n, one in ((1, True), (3072, True), (8192, True), (window + 2 * 4096, True), (window + 2 * 4096 + 1, False)):
+    for n, one in ((1, True), (3072, True), (8192, True), (8193, False)):
         found, bytes_ = planned(n)
         assert (found == n) == one and bytes_ <= several
     shared = head_on_meta(8192, 4096, 128256, trainable=True), head_on_meta(8192, 4096, 128256, trainable=True)
@@ -286,6 +287,44 @@ def test_workspace_stays_within_its_bound(n, h, v, trainable, logits_dtype) -> N
     assert _chunks.plan(n, frozen, None).chunk == chosen.chunk == _chunks.plan(n, [policy, ref], None, [policy]).chunk
     pieces = list(_chunks.parts(0, n, chosen.window))
     assert pieces[0].start == 0 and pieces[-1].stop == n and all(a.stop == b.start for a, b in zip(pieces, pieces[1:], strict=False))
+
+
+@pytest.mark.parametrize("n", [256, 512, 513, 640])
+def test_one_product_takes_no_more_at_its_peak(monkeypatch, n) -> None:
+    """All that is allocated at once, returned gradients included, beside what the sum takes; the main shape's sizes, scaled down. 2 % for what
+    a CPU's product packs."""
+    h, v = 256, 16000
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(_rows, name, lambda *arguments: None)  # in place, whatever it is
+    monkeypatch.setattr(_products, "BLOCK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(_chunks, "LARGEST_CHUNK", 64)
+    monkeypatch.setattr(_chunks, "TILE", 64)
+    monkeypatch.setitem(_chunks.WORKSPACE, "cpu", 2 * v * h)
+    found = {}
+    for small_sum in (0, 1 << 40):
+        monkeypatch.setattr(_chunks, "SMALL_SUM", small_sum)
+        made = tensors("cpu", n=n, h=h, v=v)
+        found[small_sum] = peak(lambda made=made: gradients_of(fastkl.linear_kl_divergence(**made), made))[0]
+        policy, ref = head_on_meta(n, h, v, trainable=True), head_on_meta(n, h, v, trainable=False)
+        policy.grad_weight = _chunks.Sum(policy.weight)
+        monkeypatch.setattr(_chunks, "WORKSPACE_ON_A_GPU", 2 * v * h)
+        assert (_chunks.plan(n, [policy, ref], None).window == n) == (small_sum == 0 and n <= 2 * h)
+    one, several = found.values()
+    assert one <= 1.02 * several
+    assert (one < 0.8 * several) == (n == 256)
+
+
+def test_a_bias_takes_no_copy_of_its_gradients(monkeypatch) -> None:
+    """A CPU sums 16-bit gradients a block of columns at a time, as exactly as at once."""
+    monkeypatch.setattr(_products, "BLOCK_ELEMENTS", 96)
+    grads, total = torch.randn(12, 50).bfloat16(), torch.ones(50)
+    _products.add_bias_gradient(total, grads, first=False)
+    torch.testing.assert_close(total, 1 + grads.float().sum(0))
+    _products.add_bias_gradient(total, grads, first=True)
+    torch.testing.assert_close(total, grads.float().sum(0))
+    grads, total = torch.randn(256, 4096).bfloat16(), torch.empty(4096)
+    monkeypatch.setattr(_products, "BLOCK_ELEMENTS", 1 << 14)
+    assert peak(lambda: _products.add_bias_gradient(total, grads, first=True))[0] < 2 * 4 * (1 << 14)
 
 
 # Scaled down by 16 and 32 from the main shape: what is measured is the formula.
