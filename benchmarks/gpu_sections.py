@@ -50,6 +50,12 @@ def _late(step):
     return no_figures(step.workload, step.provider, "missing", NO_TIME)
 
 
+def _missing(step, provider):
+    """The row of a provider that is not there or does not have the operation; None for one that has."""
+    why = provider.why_not(step.workload.operation)
+    return why and harness.empty_row(step.workload, step.provider, "missing", why)
+
+
 def _loader(device, loaders, without):
     """A function from a name to its provider, each loaded when it is first asked for: some take seconds to import."""
     @functools.cache
@@ -75,8 +81,8 @@ def logits_rows(steps, device, deadline, without=()):
             yield [*rows, _late(step)]
         else:
             provider = get(step.provider)
-            if missing := provider.why_not(step.workload.operation):
-                rows.append(harness.empty_row(step.workload, step.provider, "missing", missing))
+            if missing := _missing(step, provider):
+                rows.append(missing)
             else:
                 try:
                     if case is None or case.workload != step.workload:
@@ -99,8 +105,8 @@ def linear_rows(steps, device, deadline, without=()):
             yield [_late(step)]
             continue
         rows, provider = [], get(step.provider)
-        if missing := provider.why_not(step.workload.operation):
-            rows.append(harness.empty_row(step.workload, step.provider, "missing", missing))
+        if missing := _missing(step, provider):
+            rows.append(missing)
         else:
             try:
                 if case is None or case.workload != step.workload:

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_cases import Event
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu_suite, harness
@@ -310,16 +311,6 @@ def test_peers_that_cannot_run_say_why():
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """CPU tensors taken for a GPU's: events read the clock, and every call allocates 3 MB."""
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = time.perf_counter()
-
-        def elapsed_time(self, end):
-            return 1e3 * (end.at - self.at)
-
     for name, value in {"Event": Event, "synchronize": lambda: None, "_sleep": lambda cycles: None, "reset_peak_memory_stats": lambda: None,
                         "memory_allocated": lambda: 5_000_000, "max_memory_allocated": lambda: 8_000_000}.items():
         monkeypatch.setattr(torch.cuda, name, value, raising=False)

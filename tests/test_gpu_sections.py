@@ -2,27 +2,14 @@
 import json
 import time
 
-import pytest
 import torch
+from gpu_cases import CPU, OTHER, TINY, WORK, nothing_to_release  # noqa: F401  (a fixture)
 
 from benchmarks import gpu_sections, gpu_suite, harness
 from benchmarks.gpu_sections import LEFT_OUT, NO_TIME, AccuracyCase, accuracy_rows, culprit, linear_rows, logits_rows, steps
 from benchmarks.linear_providers import LINEAR_LOADERS
 from benchmarks.linear_workloads import LinearWorkload
-from benchmarks.peers import Work
-from benchmarks.providers import ALL_LOADERS, LOADERS, plain_kl_divergence
-from benchmarks.workloads import Workload
-
-CPU = torch.device("cpu")
-TINY = Workload(rows=6, vocabulary=97, dtype="fp32")
-OTHER = Workload(rows=4, vocabulary=97, dtype="fp32")
-WORK = Work(lambda i: plain_kl_divergence(i.p, i.q), "the same work")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_to_release(monkeypatch):
-    """The tensors are tiny: collecting garbage after each would take most of the time."""
-    monkeypatch.setattr(harness.gc, "collect", lambda: 0)
+from benchmarks.providers import ALL_LOADERS, LOADERS
 
 
 def soon():

@@ -8,26 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_cases import CPU, OTHER, TINY, WORK, nothing_to_release  # noqa: F401  (a fixture)
 
 from benchmarks import gpu_sections, gpu_suite, harness
 from benchmarks.gpu_sections import LEFT_OUT, NO_TIME, AccuracyCase, Step, accuracy_rows, linear_rows, logits_rows, steps
 from benchmarks.linear_providers import LINEAR_LOADERS
-from benchmarks.peers import Work
-from benchmarks.providers import ALL_LOADERS, load_providers, plain_kl_divergence
+from benchmarks.providers import ALL_LOADERS, load_providers
 from benchmarks.record import ROOT, output_file, output_folder
 from benchmarks.workloads import Workload
-
-CPU = torch.device("cpu")
-TINY = Workload(rows=6, vocabulary=97, dtype="fp32")
-OTHER = Workload(rows=4, vocabulary=97, dtype="fp32")
-WORK = Work(lambda i: plain_kl_divergence(i.p, i.q), "the same work")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_to_release(monkeypatch):
-    """The tensors are tiny: collecting garbage after each would take most of the time."""
-    monkeypatch.setattr(harness.gc, "collect", lambda: 0)
-
 
 # The plan -------------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,10 @@ import gc
 import io
 import json
 import math
-import time
 
 import pytest
 import torch
+from gpu_cases import Event
 
 from benchmarks import harness, scaling
 from benchmarks.peers import NotOfferedError
@@ -207,21 +207,6 @@ def test_on_a_cpu_it_checks_and_reports_no_time(tmp_path, capsys):
 
 
 # As if on a GPU -------------------------------------------------------------------------------------------------
-
-
-class Event:
-    """A CUDA event that reads the clock."""
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        """The time now."""
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end):
-        """Milliseconds to another one; a clock may stand still, a GPU does not."""
-        return max(1e3 * (end.at - self.at), 1e-4)
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_registers_and_spills_are_those_of_what_was_compiled(monkeypatch):
 
 def interpreted(code):
     """Run code with the kernels in Triton's interpreter, in a process of its own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -181,16 +181,10 @@ print(run("backward"))
 def test_times_as_if_on_a_gpu():
     """The path that a GPU takes, in the interpreter with events that read the clock: every operation and number of rows, with the candidate."""
     figures, sets, used = map(json.loads, interpreted("""
-import json, time, types, torch
+import json, types, torch
 from benchmarks import tune_trials
 from fastkl.kernels import config, launch
-class Event:
-    def __init__(self, enable_timing):
-        assert enable_timing
-    def record(self):
-        self.at = time.perf_counter()
-    def elapsed_time(self, end):
-        return 1e3 * (end.at - self.at)
+from gpu_cases import Event
 held = []
 torch.cuda.Event, torch.cuda.synchronize, torch.cuda._sleep = Event, lambda: None, held.append
 tune_trials.Timer.MOST_SETS = 3
