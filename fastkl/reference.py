@@ -104,10 +104,9 @@ def _log_ratio(x, y, x_max, y_max, ratio, scale) -> torch.Tensor:
 
 
 def _about_mean(weight: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """d - E[d] under the probabilities `weight`, in two steps: on a peaked row it is far smaller than d itself."""
-    for _ in range(2):
-        d = d - torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True)
-    return d
+    """d - E[d] under the probabilities `weight`, counted from d at the peak: on a peaked row it is far smaller than d."""
+    d = d - d.gather(-1, weight.argmax(-1, keepdim=True))
+    return d - torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True)
 
 
 def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None, tokens: torch.Tensor | None = None,
@@ -174,7 +173,7 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
     dtype = saved.dtype
     x = p_logits.to(dtype)
     scale = 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.to(dtype))[:, None]
-    x_max, x_log_sum, y_max, y_log_sum, log1p_t, entropy = saved[:, :6, None].unbind(1)
+    x_max, x_log_sum, y_max, y_log_sum, log1p_t = saved[:, :5, None].unbind(1)
     g = {name: value.to(dtype)[:, None] for name, value in upstream.items()}
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
@@ -190,7 +189,7 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
         if "logprob" in g:
             bracket -= g["logprob"]
         if "entropy" in g:
-            bracket -= g["entropy"] * (log_p + entropy)
+            bracket -= g["entropy"] * _about_mean(p, log_p)
         if "kl" in g:
             bracket -= g["kl"] * _about_mean(p, d)
         grad_p = torch.where(p == 0, 0.0, p * bracket)

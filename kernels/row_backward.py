@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .row_fallback import fallback_statistics, is_fallback, load_double, load_statistics, log_ratio
+from .row_fallback import fallback_row, is_fallback, load_double, load_row, log_probability_p, log_probability_q, log_ratio, peak_ratios
 from .row_finish import SAVED
 from .row_load import row_offset, row_pad, row_ratio, row_scale
 from .row_math import (
@@ -166,48 +166,49 @@ def write_fallback(p_row, q_row, grad_p_row, grad_q_row, token, start, end, V, s
                    HAS_TOKEN: tl.constexpr, HAS_Q: tl.constexpr, KL: tl.constexpr, REF_KL: tl.constexpr, WRT_P: tl.constexpr,
                    WRT_Q: tl.constexpr, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr):
     """Write the gradients of entries `start` … `end - 1` of a row that float32 does not hold, in float64."""
+    scale = scale.to(tl.float64)
+    q_scale = scale * ratio.to(tl.float64)
     if REF_KL and WRT_Q:
         # Its sums held in forward, but its E_q[d] is not known to enough digits: the row is read again.
         if is_fallback(saved_ptr):
-            statistics = load_statistics(saved_ptr)
+            row = load_row(saved_ptr)
         else:
-            statistics = fallback_statistics(p_row, q_row, V, scale, ratio, BLOCK, True, SOFTCAP, REF_SOFTCAP)
+            row = fallback_row(p_row, q_row, V, scale, q_scale, BLOCK, True, SOFTCAP, REF_SOFTCAP)
     else:
-        statistics = load_statistics(saved_ptr)
-    x_top, log_S, y_top, D, kl, ref_kl, entropy = statistics
+        row = load_row(saved_ptr)
+    at_p, at_q = peak_ratios(row, scale, q_scale)
     g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl = upstream
-    scale = scale.to(tl.float64)
     for first in range(start, end, BLOCK):
         offs_v = first + tl.arange(0, BLOCK)
         inside = offs_v < end
-        capped_x = load_double(p_row, first, end, 1.0, BLOCK, SOFTCAP)
-        log_p = (capped_x - x_top) * scale - log_S
+        x = load_double(p_row, first, end, BLOCK, SOFTCAP)
+        log_p = log_probability_p(x, row, scale)
         p = tl.exp(log_p)
-        grad_x = p * (-g_logprob - g_entropy * (log_p + entropy))
+        grad_x = p * (-g_logprob - g_entropy * (log_p + row.entropy))
         if HAS_Q:
-            capped_y = load_double(q_row, first, end, 1.0, BLOCK, REF_SOFTCAP)
-            log_q = (capped_y * ratio - y_top) * scale - (log_S + D)
+            y = load_double(q_row, first, end, BLOCK, REF_SOFTCAP)
+            log_q = log_probability_q(y, row, q_scale)
             q = tl.exp(log_q)
             d = log_ratio(log_p, log_q)
             grad_y = q * -g_ref_logprob
             if KL:
-                grad_x -= p * (g_kl * (d + kl))
+                grad_x -= p * (g_kl * ((d - at_p) - row.mean_p))
                 grad_y += g_kl * (q - p)
             if REF_KL:
                 grad_x -= g_ref_kl * (q - p)
-                grad_y += tl.where(q == 0.0, 0.0, q * (g_ref_kl * (d - ref_kl)))
+                grad_y += tl.where(q == 0.0, 0.0, q * (g_ref_kl * ((d - at_q) - row.mean_q)))
         if WRT_P:
             # An entry without probability has no gradient, also where its logarithm is infinite.
             grad_x = tl.where(p == 0.0, -g_ref_kl * q if (HAS_Q and REF_KL) else 0.0, grad_x)
             if HAS_TOKEN:
                 grad_x += tl.where(offs_v == token, g_logprob, 0.0)
-            slope = soft_cap_slope(capped_x, SOFTCAP)
+            slope = soft_cap_slope(x, SOFTCAP)
             tl.store(grad_p_row + offs_v, (grad_x * scale * slope).to(tl.float32), mask=inside)
         if WRT_Q:
             if HAS_TOKEN:
                 grad_y += tl.where(offs_v == token, g_ref_logprob, 0.0)
-            slope = soft_cap_slope(capped_y, REF_SOFTCAP) * ratio
-            tl.store(grad_q_row + offs_v, (grad_y * scale * slope).to(tl.float32), mask=inside)
+            slope = soft_cap_slope(y, REF_SOFTCAP)
+            tl.store(grad_q_row + offs_v, (grad_y * q_scale * slope).to(tl.float32), mask=inside)
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .row_fallback import fallback_statistics, store_statistics
+from .row_fallback import fallback_kl, fallback_row, log_probability_p, log_probability_q, store_row
 from .row_load import row_offset, row_ratio, row_scale, row_shift
 from .row_math import (
     FINITE,
@@ -23,6 +23,9 @@ from .row_math import (
 
 # Above this KL, in nats, one pass may lose digits of the other direction; real policies stay far below.
 LARGE_KL = tl.constexpr(32.0)
+# A mean difference of 16-bit logits from which on float32 may not hold the difference of each entry: 64 and a number
+# with a step of 2^-18, for instance. Float32 logits have what rounding loses counted.
+LARGEST_DIFFERENCE = tl.constexpr(64.0)
 # float32 values per row that backward needs.
 SAVED = tl.constexpr(10)
 
@@ -50,7 +53,7 @@ def q_partition(origin, log2_S, centre, log_ratio, mean_q_d, scale):
 
 @triton.jit
 def merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr,
-                WITH_REVERSE: tl.constexpr):
+                WITH_REVERSE: tl.constexpr, EXACT: tl.constexpr):
     """The statistics of rows [ROWS] from their partial states, and whether they hold.
 
     Returns origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, log1p(t), E_p[d], E_q[d], entropy, KL
@@ -98,6 +101,8 @@ def merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS: tl.constex
         log1p_t = log1p(mean_h + mean_d)
         lse_q, lost_q = q_partition(origin, log2_S, centre, log1p_t, mean_q_d, scale)
         holds = holds & (tl.abs(lse_q) < LARGEST_LSE) & (tl.abs(shift * scale) < LARGEST_LSE)
+        if not EXACT:
+            holds = holds & (tl.abs(centre) < scale * LARGEST_DIFFERENCE)
     return (origin, log2_S, lse_q, lost_q, centre, log1p_t, mean_d, mean_q_d, entropy, kl, ref_kl), holds
 
 
@@ -128,18 +133,17 @@ def store_fields(rows, stored, entropy, kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_
 
 
 @triton.jit
-def token_logits(p_row, q_row, tokens_ptr, rows, stored, ratio, V, WITH_KL: tl.constexpr, SOFTCAP: tl.constexpr,
-                 REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr):
-    """The sampled token's logit of P, and Q's times the ratio with what that lost; NaN for a token outside 0 … V-1."""
+def token_logits(p_row, q_row, tokens_ptr, rows, stored, V, WITH_KL: tl.constexpr, SOFTCAP: tl.constexpr,
+                 REF_SOFTCAP: tl.constexpr):
+    """The sampled token's capped logits of P and of Q; NaN for a token outside 0 … V-1."""
     token = tl.load(tokens_ptr + rows, mask=stored, other=-1)
     inside = (token >= 0) & (token < V)
     x = soft_cap(tl.load(p_row + token, mask=inside, other=float("nan")).to(tl.float32), SOFTCAP, p_row.dtype.element_ty)
     y = x
-    y_lost = x
     if WITH_KL:
         y = tl.load(q_row + token, mask=inside, other=float("nan")).to(tl.float32)
-        y, y_lost = scale_reference(soft_cap(y, REF_SOFTCAP, q_row.dtype.element_ty), ratio, HAS_RATIO)
-    return x, y, y_lost
+        y = soft_cap(y, REF_SOFTCAP, q_row.dtype.element_ty)
+    return x, y
 
 
 @triton.jit
@@ -172,9 +176,10 @@ def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, e
     tl.store(saved_ptr + 9, entropy, mask=stored)
     store_fields(rows, stored, entropy, kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_ptr, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     if HAS_TOKENS:
-        x, y, y_lost = token_logits(p_row, q_row, tokens_ptr, rows, stored, ratio, V, WITH_KL, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+        x, y = token_logits(p_row, q_row, tokens_ptr, rows, stored, V, WITH_KL, SOFTCAP, REF_SOFTCAP)
         tl.store(logprob_ptr + rows, not_above_zero((tl.fma(x, scale2, -origin) - log2_S) * LN2), mask=stored)
         if WITH_KL:
+            y, y_lost = scale_reference(y, ratio, HAS_RATIO)
             y, more = split_sum(y, -shift)
             log2_q = tl.fma(y_lost + more, scale2, tl.fma(y, scale2, -lse_q) - lost_q)
             tl.store(ref_logprob_ptr + rows, not_above_zero(log2_q * LN2), mask=stored)
@@ -183,39 +188,21 @@ def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, e
 @triton.jit
 def store_fallback(row, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, ratio,
                    BLOCK: tl.constexpr, HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr,
-                   WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr):
+                   WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr):
     """Write the saved values and the fields of one row that is read again."""
-    statistics = fallback_statistics(p_row, q_row, V, scale, ratio, BLOCK, WITH_KL, SOFTCAP, REF_SOFTCAP)
-    x_top, log_S, y_top, D, kl, ref_kl, entropy = statistics
-    store_statistics(saved_ptr + row * SAVED, statistics)
-    store_fields(row, stored, entropy, kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_ptr, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    scale = scale.to(tl.float64)
+    q_scale = scale * ratio.to(tl.float64)
+    statistics = fallback_row(p_row, q_row, V, scale, q_scale, BLOCK, WITH_KL, SOFTCAP, REF_SOFTCAP)
+    store_row(saved_ptr + row * SAVED, statistics)
+    kl, ref_kl = fallback_kl(statistics, scale, q_scale)
+    store_fields(row, stored, statistics.entropy, kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_ptr, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     if HAS_TOKENS:
-        x, y, y_lost = token_logits(p_row, q_row, tokens_ptr, row, stored, ratio, V, WITH_KL, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-        wide_scale = scale.to(tl.float64)
-        log_p = (x.to(tl.float64) - x_top) * wide_scale - log_S
+        x, y = token_logits(p_row, q_row, tokens_ptr, row, stored, V, WITH_KL, SOFTCAP, REF_SOFTCAP)
+        log_p = log_probability_p(x.to(tl.float64), statistics, scale)
         tl.store(logprob_ptr + row, not_above_zero(log_p.to(tl.float32)), mask=stored)
         if WITH_KL:
-            log_q = (y.to(tl.float64) + y_lost.to(tl.float64) - y_top) * wide_scale - (log_S + D)
+            log_q = log_probability_q(y.to(tl.float64), statistics, q_scale)
             tl.store(ref_logprob_ptr + row, not_above_zero(log_q.to(tl.float32)), mask=stored)
-
-
-@triton.jit
-def store_zeros(rows, stored, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, HAS_TOKENS: tl.constexpr,
-                WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
-    """Write the zeros of masked rows."""
-    zeros = tl.zeros([rows.shape[0]], tl.float32)
-    for value in tl.static_range(SAVED):
-        tl.store(saved_ptr + rows * SAVED + value, zeros, mask=stored)
-    if HAS_TOKENS:
-        tl.store(logprob_ptr + rows, zeros, mask=stored)
-        if WITH_KL:
-            tl.store(ref_logprob_ptr + rows, zeros, mask=stored)
-    if WITH_ENTROPY:
-        tl.store(entropy_ptr + rows, zeros, mask=stored)
-    if WITH_KL:
-        tl.store(kl_ptr + rows, zeros, mask=stored)
-    if WITH_REVERSE:
-        tl.store(ref_kl_ptr + rows, zeros, mask=stored)
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
@@ -267,10 +254,11 @@ def row_finish(
     q_rows = q_ptr + row_offset(rows, n_inner, stride_q_outer, stride_q_inner)
     ratios = row_ratio(ratio_ptr, rows, there, HAS_RATIO)
     shift = tl.zeros([ROWS], tl.float32)
-    if WITH_KL and (p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO):
+    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    if WITH_KL and EXACT:
         shift = row_shift(p_rows, q_rows, V, there, ratios, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     splits = tl.maximum(tl.cdiv(V, SEGMENT), 1)
-    statistics, holds = merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    statistics, holds = merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT)
     store_rows(rows, there & holds, p_rows, q_rows, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale,
                ratios, shift, statistics, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     again = there & (holds == 0)
@@ -286,4 +274,4 @@ def row_finish(
                 q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
                 ratio = row_ratio(ratio_ptr, row, row_there, HAS_RATIO)
                 store_fallback(row, row_there, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V,
-                               row_scale_here, ratio, BLOCK, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+                               row_scale_here, ratio, BLOCK, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP, REF_SOFTCAP)
