@@ -129,20 +129,21 @@ def fallback_kl(row, scale, q_scale):
 
 @triton.jit
 def store_row(saved_ptr, row):
-    """Write a FallbackRow to the saved values [10] of its row; the sign bit of the last marks it."""
+    """Write a FallbackRow to the saved values [10] of its row; the sign bit of the second marks it."""
     high = row.D.to(tl.float32)
     low = tl.where(tl.abs(high) < float("inf"), (row.D - high.to(tl.float64)).to(tl.float32), 0.0)
     tl.store(saved_ptr, row.x_top.to(tl.float32))
-    tl.store(saved_ptr + 1, row.y_top.to(tl.float32))
-    tl.store(saved_ptr + 2, row.log_S.to(tl.float32))
+    # A sum that counts its largest term as 1 has a logarithm of at least 0.
+    marked = row.log_S.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
+    tl.store(saved_ptr + 1, marked.to(tl.float32, bitcast=True))
+    tl.store(saved_ptr + 2, row.y_top.to(tl.float32))
     tl.store(saved_ptr + 3, high)
     tl.store(saved_ptr + 4, low)
     tl.store(saved_ptr + 5, row.y_at.to(tl.float32))
     tl.store(saved_ptr + 6, row.mean_p.to(tl.float32))
     tl.store(saved_ptr + 7, row.x_at.to(tl.float32))
     tl.store(saved_ptr + 8, row.mean_q.to(tl.float32))
-    marked = row.entropy.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
-    tl.store(saved_ptr + 9, marked.to(tl.float32, bitcast=True))
+    tl.store(saved_ptr + 9, row.entropy.to(tl.float32))
 
 
 @triton.jit
@@ -150,12 +151,12 @@ def load_row(saved_ptr):
     """The FallbackRow that store_row wrote."""
     D = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
     return FallbackRow(
-        tl.load(saved_ptr).to(tl.float64), tl.load(saved_ptr + 1).to(tl.float64), tl.load(saved_ptr + 2).to(tl.float64), D,
+        tl.load(saved_ptr).to(tl.float64), tl.load(saved_ptr + 2).to(tl.float64), -tl.load(saved_ptr + 1).to(tl.float64), D,
         tl.load(saved_ptr + 5).to(tl.float64), tl.load(saved_ptr + 6).to(tl.float64), tl.load(saved_ptr + 7).to(tl.float64),
-        tl.load(saved_ptr + 8).to(tl.float64), -tl.load(saved_ptr + 9).to(tl.float64))
+        tl.load(saved_ptr + 8).to(tl.float64), tl.load(saved_ptr + 9).to(tl.float64))
 
 
 @triton.jit
 def is_fallback(saved_ptr):
     """Whether a row's saved values are those of a FallbackRow."""
-    return tl.load(saved_ptr + 9).to(tl.int32, bitcast=True) < 0
+    return tl.load(saved_ptr + 1).to(tl.int32, bitcast=True) < 0

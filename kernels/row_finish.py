@@ -23,8 +23,8 @@ from .row_math import (
 
 # Above this KL, in nats, one pass may lose digits of the other direction; real policies stay far below.
 LARGE_KL = tl.constexpr(32.0)
-# A mean difference of 16-bit logits from which on float32 may not hold the difference of each entry: 64 and a number
-# with a step of 2^-18, for instance. Float32 logits have what rounding loses counted.
+# Of the mean of d, in nats: two float32 values hold a larger one, and what gradients of a peaked row are made of, to
+# fewer digits than 1e-13 takes. And of the mean difference of 16-bit logits, where each entry's is rounded.
 LARGEST_DIFFERENCE = tl.constexpr(64.0)
 # float32 values per row that backward needs.
 SAVED = tl.constexpr(10)
@@ -91,18 +91,20 @@ def merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS: tl.constex
         kl = forward_kl(mean_h, mean_d)
         holds = holds & (kl < LARGE_KL)
         if WITH_REVERSE:
-            ref_kl = reverse_kl(tl.div_rn(R, S), mean_h, mean_d)
+            mean_r = tl.div_rn(R, S)
+            ref_kl = reverse_kl(mean_r, mean_h, mean_d)
             mean_q_d = tl.div_rn(R + W, S + U + W)
-            holds = holds & (ref_kl < LARGE_KL)
-    entropy = tl.where(entropy <= 0.0, 0.0, entropy)
+            # A KL(Q‖P) far below what it is the difference of, as beside a KL(P‖Q) of 30 that a mask makes, has lost its digits.
+            terms = (tl.abs(mean_r) + mean_h) / (1.0 + mean_h + mean_d)
+            holds = holds & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 64.0, 0.02))
     lse_q = log2_S
     lost_q = kl * 0.0
     if WITH_KL:
         log1p_t = log1p(mean_h + mean_d)
         lse_q, lost_q = q_partition(origin, log2_S, centre, log1p_t, mean_q_d, scale)
-        holds = holds & (tl.abs(lse_q) < LARGEST_LSE) & (tl.abs(shift * scale) < LARGEST_LSE)
-        if not EXACT:
-            holds = holds & (tl.abs(centre) < scale * LARGEST_DIFFERENCE)
+        holds = holds & (tl.abs(lse_q) < LARGEST_LSE)
+        apart = tl.fma(shift, scale, centre)
+        holds = holds & (tl.abs(apart) < LARGEST_DIFFERENCE) & (EXACT | (tl.abs(apart) < scale * LARGEST_DIFFERENCE))
     return (origin, log2_S, lse_q, lost_q, centre, log1p_t, mean_d, mean_q_d, entropy, kl, ref_kl), holds
 
 
@@ -174,7 +176,7 @@ def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, e
     tl.store(saved_ptr + 7, mean_p_d, mask=stored)
     tl.store(saved_ptr + 8, mean_q_d, mask=stored)
     tl.store(saved_ptr + 9, entropy, mask=stored)
-    store_fields(rows, stored, entropy, kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_ptr, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    store_fields(rows, stored, tl.where(entropy <= 0.0, 0.0, entropy), kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_ptr, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     if HAS_TOKENS:
         x, y = token_logits(p_row, q_row, tokens_ptr, rows, stored, V, WITH_KL, SOFTCAP, REF_SOFTCAP)
         tl.store(logprob_ptr + rows, not_above_zero((tl.fma(x, scale2, -origin) - log2_S) * LN2), mask=stored)
@@ -217,7 +219,7 @@ def row_finish(
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     mask_ptr, temperature_ptr, ratio_ptr,  # as in row_forward
     # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, log1p(t), E_p[d], E_q[d], entropy; of a row that is
-    # read again those of row_fallback.py, which a negative last value marks
+    # read again those of row_fallback.py, whose negative second value marks them
     saved_ptr,
     # [N] float32; any pointer for logprob without HAS_TOKENS, ref_logprob without it or WITH_KL, kl without WITH_KL, the others without their WITH_
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,

@@ -12,7 +12,7 @@ import triton.language as tl
 from .row_math import scale_reference, soft_cap
 
 # Of a constant between two logits tensors, see row_shift.
-LARGEST_SHIFT = tl.constexpr(4194304.0)
+LARGEST_SHIFT = tl.constexpr(4096.0)
 # Of a temperature and of its inverse.
 LARGEST_TEMPERATURE = tl.constexpr(2.0**126)
 
