@@ -236,3 +236,24 @@ def clamp(name: str, value: float | None) -> None:
     if value is not None and not (0 < value <= LARGEST_CLAMP):
         raise ValueError(f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite, got {value}; "
                          f"None for no clamp")
+
+
+def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch.device) -> None:
+    """Check the divisor of a mean: None, a positive number, or a tensor of one entry, of which 0 stands for an empty batch."""
+    if value is None:
+        return
+    if not reduction.endswith("mean"):
+        raise ValueError(f"normalizer: expected None with reduction={reduction!r}, got {type_name(value)}; it is for means, use reduction='mean'")
+    remedy = "pass how many tokens (sequences) count over all micro-batches, or that number / world_size"
+    if isinstance(value, torch.Tensor):
+        not_sharded("normalizer", value, "how many tokens count", "pass normalizer.full_tensor()")
+        if value.dtype == torch.bool or value.is_complex() or value.numel() != 1:
+            raise (ValueError if value.numel() != 1 else TypeError)(
+                f"normalizer: expected a number or a tensor of one number, got {type_name(value)} of shape {tuple(value.shape)}; {remedy}")
+        not_forward_mode("normalizer", value)
+        if value.device != device:
+            raise ValueError(f"normalizer: expected the device of the other tensors, {device}, got {value.device}; move it with .to()")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"normalizer: expected a number or a tensor of one number, got {type_name(value)}; {remedy}")
+    elif not torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"normalizer: expected a finite number above 0, got {value}; {remedy}, or a tensor, which may be 0")
