@@ -37,15 +37,15 @@ def sequences(mask: torch.Tensor | None, leading: Sequence[int]) -> torch.Tensor
 
 
 def divisor(reduction: str, normalizer: float | torch.Tensor | None, mask: torch.Tensor | None,
-            leading: Sequence[int]) -> torch.Tensor | float:
-    """Return the number, or scalar tensor, that the sum over tokens is divided by.
+            leading: Sequence[int], dtype: torch.dtype) -> torch.Tensor | float:
+    """Return the number, or scalar tensor, that the sum over tokens, of type dtype, is divided by.
 
     Without tokens (sequences) it is 1. A tensor 0 becomes inf: it makes every finite sum 0, and its gradient.
     """
     if reduction == "sum":
         return 1
     if isinstance(normalizer, torch.Tensor):
-        normalizer = normalizer.reshape(())
+        normalizer = normalizer.reshape(()).to(dtype)
         return torch.where(normalizer == 0, math.inf, normalizer)
     if normalizer is not None:
         return normalizer
@@ -65,7 +65,7 @@ def token_scales(weights: torch.Tensor | None, reduction: str, normalizer: float
     A masked token's entry holds what its weight makes it, NaN included.
     """
     ones = torch.ones((), dtype=dtype, device=device).expand(leading)
-    return (ones if weights is None else weights.to(dtype)) / divisor(reduction, normalizer, mask, leading)
+    return (ones if weights is None else weights.to(dtype)) / divisor(reduction, normalizer, mask, leading, dtype)
 
 
 def reduced(values: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None, reduction: str,
@@ -77,4 +77,4 @@ def reduced(values: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tens
         weights = weights.to(values.dtype)
         values = values * (weights if mask is None else torch.where(mask, weights, 0.0))
     total = values.sum()
-    return total if reduction == "sum" else total / divisor(reduction, normalizer, mask, values.shape)
+    return total if reduction == "sum" else total / divisor(reduction, normalizer, mask, values.shape, values.dtype)
