@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
 from . import _checks
+from ._types import PenaltyReduction, Reduction
 
-REDUCTIONS = ("none", "mean", "token_mean", "sum")  # "token_mean" is another name of "mean"
-PENALTY_REDUCTIONS = ("token_mean", "mean", "sequence_mean", "sum")
+REDUCTIONS = get_args(Reduction)
+PENALTY_REDUCTIONS = get_args(PenaltyReduction)
 
 
 def check(reduction: str, weights: torch.Tensor | None, normalizer: float | torch.Tensor | None, leading: torch.Size,
@@ -24,16 +26,16 @@ def check(reduction: str, weights: torch.Tensor | None, normalizer: float | torc
     _checks.normalizer(normalizer, reduction, device)
 
 
-def tokens(mask: torch.Tensor | None, leading: Sequence[int]) -> torch.Tensor | int:
-    """Count the tokens that count: a tensor where there is a mask, without a synchronisation."""
-    return math.prod(leading) if mask is None else mask.sum()
+def tokens(mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype) -> torch.Tensor | int:
+    """Count the tokens that count: a tensor of type dtype where there is a mask, without a synchronisation."""
+    return math.prod(leading) if mask is None else mask.sum(dtype=dtype)
 
 
-def sequences(mask: torch.Tensor | None, leading: Sequence[int]) -> torch.Tensor | int:
-    """Count the sequences, along the last leading dimension, with a token that counts."""
+def sequences(mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype) -> torch.Tensor | int:
+    """Count the sequences, along the last leading dimension, with a token that counts; as tokens."""
     if mask is None:
         return math.prod(leading[:-1]) if math.prod(leading) else 0
-    return (mask.any(-1) if mask.dim() else mask).sum()
+    return (mask.any(-1) if mask.dim() else mask).sum(dtype=dtype)
 
 
 def divisor(reduction: str, normalizer: float | torch.Tensor | None, mask: torch.Tensor | None,
@@ -49,7 +51,7 @@ def divisor(reduction: str, normalizer: float | torch.Tensor | None, mask: torch
         return torch.where(normalizer == 0, math.inf, normalizer)
     if normalizer is not None:
         return normalizer
-    return at_least_one((sequences if reduction == "sequence_mean" else tokens)(mask, leading))
+    return at_least_one((sequences if reduction == "sequence_mean" else tokens)(mask, leading, dtype))
 
 
 def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:

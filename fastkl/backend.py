@@ -82,9 +82,12 @@ def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str,
 def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Explanation:
     """Which backend would take these logits, why it was chosen, and every reason why it could not run.
 
-    Example: print(fastkl.explain(logits))
+    Raises TypeError or ValueError for what token_stats(logits, …, ref_logits) refuses. Example: print(fastkl.explain(logits))
     """
     _checks.logits("logits", logits)
+    if ref_logits is not None:
+        _checks.logits("ref_logits", ref_logits)
+        _checks.same_shape("ref_logits", ref_logits, "logits", logits)
     both = (logits,) if ref_logits is None else (logits, ref_logits)
     if _forced is not None:
         backend, why = _forced, f"use_backend({_forced!r})"
