@@ -257,3 +257,12 @@ def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch
         raise TypeError(f"normalizer: expected a number or a tensor of one number, got {type_name(value)}; {remedy}")
     elif not torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max:
         raise ValueError(f"normalizer: expected a finite number above 0, got {value}; {remedy}, or a tensor, which may be 0")
+
+
+def float_type(name: str, value: torch.dtype | None) -> None:
+    """Check a type of logits before there are inputs: None or one of FLOAT_TYPES."""
+    what = "expected None, float32, bfloat16, float16 or float64"
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{name}: {what}, got {type_name(value)}; pass torch.float32, for instance")
+    if value is not None and value not in FLOAT_TYPES:
+        raise ValueError(f"{name}: {what}, got {value}; pass torch.float32, for instance")

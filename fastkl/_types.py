@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar
+
+Signature = TypeVar("Signature")
 
 Direction = Literal["policy||reference", "reference||policy"]
 Estimator = Literal["k1", "k2", "k3", "abs"]
@@ -16,3 +19,8 @@ class BetaController(Protocol):
     @property
     def beta(self) -> float:
         """The weight as it is now."""
+
+
+def called_as(forward: Signature) -> Callable[[Any], Signature]:
+    """Give a module's __call__, for type checkers, the signature of its forward; torch's own returns Any."""
+    return lambda _: forward

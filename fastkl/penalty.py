@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from . import _checks, _dispatch, _reduce, _rows, linear
-from ._types import BetaController, Direction, PenaltyReduction
+from ._types import BetaController, Direction, PenaltyReduction, called_as
 from .divergence import kl_divergence
 
 DIRECTIONS = get_args(Direction)
@@ -39,7 +39,7 @@ class _Penalty(torch.nn.Module):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}; "
                             f"for a tensor or numpy scalar pass float(beta)")
-        if not (0 <= value < math.inf):
+        if not (0 <= value <= sys.float_info.max):
             remedy = "a negative beta would reward divergence" if value < 0 else "look at what computed it"
             raise ValueError(f"beta: expected a finite number of at least 0, got {value}; {remedy}")
         return float(value)
@@ -128,7 +128,9 @@ class KLPenalty(_Penalty):
         return loss
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @called_as(forward)
+        def __call__(self) -> None: ...
 
 
 class LinearKLPenalty(_Penalty):
@@ -146,9 +148,10 @@ class LinearKLPenalty(_Penalty):
         beta, direction, temperature, reduction: as KLPenalty.
         softcap, logits_dtype, chunk_size: as linear_kl_divergence.
 
-    forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None, normalizer=None) takes hidden states [..., H], weights
-    [V, H] and a bool mask [...], and returns a float32 scalar with gradient to whatever of them requires it; pass ref_weight=weight.detach() where a trained
-    lm_head is shared and only the policy is to learn through it. The policy comes first in either direction. With no token that counts it returns 0.
+    forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None, normalizer=None) takes hidden states [..., H],
+    weights [V, H] and a bool mask [...], and returns a float32 scalar with gradient to whatever of them requires it; pass
+    ref_weight=weight.detach() where a trained lm_head is shared and only the policy is to learn through it. The policy comes first in either
+    direction. With no token that counts it returns 0.
 
     normalizer, `last`: as KLPenalty.
 
@@ -157,10 +160,12 @@ class LinearKLPenalty(_Penalty):
     """
 
     def __init__(self, beta: float | BetaController, *, direction: Direction = "policy||reference", temperature: float = 1.0,
-                 reduction: PenaltyReduction = "token_mean", softcap: float | None = None, logits_dtype: torch.dtype | None = None, chunk_size: int | None = None) -> None:
+                 reduction: PenaltyReduction = "token_mean", softcap: float | None = None,
+                 logits_dtype: torch.dtype | None = None, chunk_size: int | None = None) -> None:
         super().__init__(beta, direction, temperature, reduction, "linear_kl_divergence")
         _checks.softcap(softcap)
         _checks.chunk_size(chunk_size)
+        _checks.float_type("logits_dtype", logits_dtype)
         self.softcap = softcap
         self.logits_dtype = logits_dtype
         self.chunk_size = chunk_size
@@ -186,4 +191,6 @@ class LinearKLPenalty(_Penalty):
         return loss
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @called_as(forward)
+        def __call__(self) -> None: ...
