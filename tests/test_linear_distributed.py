@@ -79,7 +79,7 @@ def test_ranks_train_as_one_process(results, scenario) -> None:
 @needs_gloo
 @pytest.mark.parametrize("scenario", [name for name in SCENARIOS if "normalizer" in name])
 def test_normalizer_over_micro_batches_and_ranks(results, scenario) -> None:
-    """Accumulated over micro-batches of different lengths and averaged by DDP, gradients are those of the mean over the whole batch in one process."""
+    """Accumulated over micro-batches of different lengths and averaged by DDP, gradients are those of one process on the whole batch."""
     for found in of_each_rank(results, scenario):
         assert len(found["normalizer"]) == 5 and max(found["normalizer"]) <= 1e-6, found
         assert min(found["default"]) > 0.1, "the mean of means is that of the whole batch: nothing was tested"
