@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
@@ -12,6 +12,21 @@ from ._types import BetaController, Direction, PenaltyReduction, called_as
 from .divergence import kl_divergence
 
 DIRECTIONS = get_args(Direction)
+
+
+class _Counts(NamedTuple):
+    """How many tokens and sequences count, and what a mean over them divides by: at least 1."""
+
+    tokens: torch.Tensor | int
+    sequences: torch.Tensor | int
+    token_divisor: torch.Tensor | int
+    sequence_divisor: torch.Tensor | int
+
+    @staticmethod
+    def of(values: torch.Tensor, mask: torch.Tensor | None) -> _Counts:
+        """Count what counts of per-token values, in their type."""
+        tokens, sequences = (count(mask, values.shape, values.dtype) for count in (_reduce.tokens, _reduce.sequences))
+        return _Counts(tokens, sequences, _reduce.at_least_one(tokens), _reduce.at_least_one(sequences))
 
 
 class _Penalty(torch.nn.Module):
@@ -48,32 +63,26 @@ class _Penalty(torch.nn.Module):
         """The arguments, for print(model)."""
         return f"beta={self.beta:g}, direction={self.direction!r}, temperature={self.temperature:g}, reduction={self.reduction!r}"
 
-    def _counts(self, like: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor | int, torch.Tensor | int]:
-        """Count (tokens, sequences) that count, for per-token values shaped as `like`."""
-        return _reduce.tokens(mask, like.shape, like.dtype), _reduce.sequences(mask, like.shape, like.dtype)
-
-    def _divisor(self, like: torch.Tensor, counts: tuple[torch.Tensor | int, torch.Tensor | int],
-                 normalizer: float | torch.Tensor | None) -> torch.Tensor | float:
+    def _divisor(self, counts: _Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | float:
         """Return what the sum over tokens is divided by; the counts are at hand, for `last`."""
         if normalizer is None and self.reduction != "sum":
-            return _reduce.at_least_one(counts[self.reduction == "sequence_mean"])
-        return _reduce.divisor(self.reduction, normalizer, None, like.shape, like.dtype)
+            return counts.sequence_divisor if self.reduction == "sequence_mean" else counts.token_divisor
+        return _reduce.divisor(self.reduction, normalizer, None, (), dtype)
 
-    def _remember(self, kl: torch.Tensor, total: torch.Tensor, counts: tuple[torch.Tensor | int, torch.Tensor | int], beta: float,
-                  loss: torch.Tensor) -> None:
+    def _remember(self, kl: torch.Tensor, total: torch.Tensor, counts: _Counts, beta: float, loss: torch.Tensor) -> None:
         """Keep the statistics of a call in `last`: no gradient, no synchronisation."""
         if _dispatch.transforming():
             return  # these tensors are worth nothing outside the transform
         with torch.no_grad():  # as a decorator it breaks the graph of a compiled step in which the module is made
-            kl, total, one = kl.detach(), total.detach(), kl.new_ones(())
-            tokens, sequences = counts
+            kl, total = kl.detach(), total.detach()
+            tokens, sequences = (count if isinstance(count, torch.Tensor) else kl.new_full((), count) for count in counts[:2])
             self.last = {
-                "kl": total / _reduce.at_least_one(tokens),
+                "kl": total / counts.token_divisor,
                 "max_kl": kl.max() if kl.numel() else kl.new_zeros(()),
-                "kl_per_sequence": total / _reduce.at_least_one(sequences),
-                "tokens": tokens if isinstance(tokens, torch.Tensor) else one * tokens,
-                "sequences": sequences if isinstance(sequences, torch.Tensor) else one * sequences,
-                "beta": one * beta,
+                "kl_per_sequence": total / counts.sequence_divisor,
+                "tokens": tokens,
+                "sequences": sequences,
+                "beta": kl.new_ones(()) * beta,  # new_full would compile a graph for each beta
                 "loss": loss.detach(),
             }
 
@@ -122,8 +131,8 @@ class KLPenalty(_Penalty):
         first, second = (policy_logits, ref_logits) if self.direction == DIRECTIONS[0] else (ref_logits, policy_logits)
         _checks.normalizer(normalizer, self.reduction, policy_logits.device)
         kl = kl_divergence(first, second, mask, temperature=self.temperature)
-        beta, counts, total = self.beta, self._counts(kl, mask), kl.sum()
-        loss = beta * total / self._divisor(kl, counts, normalizer)
+        beta, counts, total = self.beta, _Counts.of(kl, mask), kl.sum()
+        loss = beta * total / self._divisor(counts, normalizer, kl.dtype)
         self._remember(kl, total, counts, beta, loss)
         return loss
 
@@ -185,8 +194,9 @@ class LinearKLPenalty(_Penalty):
             made = made.swapped()
         _checks.normalizer(normalizer, self.reduction, hidden.device)
         like = hidden.new_empty(hidden.shape[:-1], dtype=_rows.result_dtype(hidden))
-        beta, counts = self.beta, self._counts(like, mask)
-        loss, kl = linear.weighted_kl(made, (like.new_ones(()) * beta / self._divisor(like, counts, normalizer)).expand(like.shape))
+        beta, counts = self.beta, _Counts.of(like, mask)
+        scale = like.new_ones(()) * beta / self._divisor(counts, normalizer, like.dtype)
+        loss, kl = linear.weighted_kl(made, scale.expand(like.shape))
         self._remember(kl, kl.sum(), counts, beta, loss)
         return loss
 

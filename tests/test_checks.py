@@ -132,7 +132,7 @@ WRONG_TOKENS = [
     ("None", lambda t: None, TypeError, ("integer tensor", "got NoneType")),
     ("floats", lambda t: t.float(), TypeError, ("integer tensor", "torch.float32 tensor", ".long()")),
     ("bool", lambda t: t > 0, TypeError, ("integer tensor", "torch.bool tensor")),
-    ("with a last dimension", lambda t: t[..., None], ValueError, ("(2, 3)", "(2, 3, 1)", "without the vocabulary")),
+    ("with last dimensions", lambda t: t[..., None, None], ValueError, ("(2, 3)", "(2, 3, 1, 1)", "without the vocabulary")),
     ("shifted", lambda t: t[:, 1:], ValueError, ("(2, 3)", "(2, 2)")),
     ("device", lambda t: t.to("meta"), ValueError, ("got meta", ".to()")),
 ]
