@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from typing import Literal, get_args
 
 import torch
 
 from . import _checks
 
-BACKENDS = ("triton", "reference")
+Backend = Literal["triton", "reference"]
+BACKENDS = get_args(Backend)
 # Asked for once: torch.compile cannot trace the question in every release.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +28,7 @@ class use_backend:  # noqa: N801  (used like a function)
     Raises ValueError for another name.
     """
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: Backend | None) -> None:
         global _forced
         if name is not None:
             _checks.choice("name", name, BACKENDS)

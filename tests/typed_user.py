@@ -3,7 +3,17 @@
 import torch
 from typing_extensions import assert_type
 
-from fastkl import KLPenalty, LinearKLPenalty, TokenStats, estimate_kl, kl_divergence, sampled_kl_loss, selective_log_softmax, token_stats
+from fastkl import (
+    KLPenalty,
+    LinearKLPenalty,
+    TokenStats,
+    estimate_kl,
+    kl_divergence,
+    sampled_kl_loss,
+    selective_log_softmax,
+    token_stats,
+    use_backend,
+)
 from fastkl.rl import AdaptiveBeta, FixedBeta
 
 
@@ -30,7 +40,8 @@ def step(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor, mask: torch.Ten
     kl_divergence(p, q, mask, weights=q, reduction="token_mean", normalizer=3)
     assert_type(kl_divergence(p, q) + selective_log_softmax(p, tokens), torch.Tensor)
     sampled_kl_loss(p, q, direction="reference||policy")
-    return token_stats(p, tokens, ref_logits=q, temperature=0.7)
+    with use_backend("reference"):
+        return token_stats(p, tokens, ref_logits=q, temperature=0.7)
 
 
 def wrong(p: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -44,4 +55,5 @@ def wrong(p: torch.Tensor, tokens: torch.Tensor) -> None:
     kl_divergence(p, p, reduction="sequence_mean")  # refused
     estimate_kl(p, p, estimator="k4")  # refused
     sampled_kl_loss(p, p, direction="forward")  # refused
+    use_backend("cuda")  # refused
     token_stats(p, tokens).kl.mean()  # refused
