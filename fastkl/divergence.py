@@ -86,7 +86,7 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
             x, y = _rows.take(p_logits, rows).float(), _rows.take(q_logits, rows).float()
             result = reference.row_statistics(x, y, None, chosen, entropy=False)
             tops = result.saved[:, 2] - result.saved[:, 0]
-            largest_d = ((y - x).amax(-1) - tops) / chosen - result.saved[:, 4]
+            largest_d = ((y - x).amax(-1) - tops) / chosen - (result.saved[:, 3] - result.saved[:, 1]) + result.kl
             holds = (result.kl < ONE_PASS_KL) & (result.ref_kl < ONE_PASS_KL) & (largest_d < ONE_PASS_D) & x.isfinite().all(-1) & y.isfinite().all(-1)
             slow[rows] = ~holds
     return slow.view(p_logits.shape[:-1])
