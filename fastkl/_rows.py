@@ -214,13 +214,16 @@ def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | Non
     launch, merged = _launchers(), _merged_dims(p, q)
     outermost, (outer, inner) = merged[:-2], [(1, 0, 0), (1, 0, 0), *merged][-2:]
     count, per_row = outer[0] * inner[0], isinstance(temperature, torch.Tensor)
+    ratio = scaling.ratio
+    if not isinstance(ratio, torch.Tensor):
+        ratio = None if ratio == 1 else torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
     for number, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
         part = slice(number * count, (number + 1) * count) if index else None
         sides = [None if side is None else launch.Rows(_starting_at(side, index, outermost, which) if index else side, outer[which],
                                                        inner[which])
                  for side, which in ((p, 1), (q, 2))]
         yield part, launch.Problem(*sides, outer[0], inner[0], p.shape[-1], _some(tokens, part), _some(mask, part), 1.0 if per_row else temperature,
-                                   _some(temperature, part) if per_row else None, scaling.softcap)
+                                   _some(temperature, part) if per_row else None, scaling.softcap, scaling.ref_softcap, _some(ratio, part))
 
 
 @functools.cache
