@@ -32,15 +32,27 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def dtype_remedy(name: str, value: torch.Tensor, otherwise: str) -> str:
-    """Say how to make a tensor of one of FLOAT_TYPES of this one; `otherwise` where it is not packed, quantized or float8."""
+def packed_remedy(name: str, value: torch.Tensor) -> str | None:
+    """Say how to unpack what bitsandbytes packed, or None."""
     if getattr(value, "quant_state", None) is not None:
-        return f"dequantize it: bitsandbytes.functional.dequantize_4bit({name}.data, {name}.quant_state)"
+        return (f"dequantize it: bitsandbytes.functional.dequantize_4bit({name}.data, "
+                f"{name}.quant_state)")
     if getattr(value, "SCB", None) is not None:
-        return f"dequantize it: bitsandbytes.functional.int8_vectorwise_dequant({name}.data, {name}.SCB)"
+        return (f"dequantize it: bitsandbytes.functional.int8_vectorwise_dequant({name}.data, "
+                f"{name}.SCB)")
+    return None
+
+
+def dtype_remedy(name: str, value: torch.Tensor, otherwise: str) -> str:
+    """Say how to make a tensor of one of FLOAT_TYPES of this one."""
+    packed = packed_remedy(name, value)
+    if packed is not None:
+        return packed
     if value.is_quantized:
         return f"dequantize it: {name}.dequantize()"
-    return "convert it with .to(torch.bfloat16), times its scale if it has one" if value.dtype.is_floating_point else otherwise
+    if value.dtype.is_floating_point:
+        return "convert it with .to(torch.bfloat16), times its scale if it has one"
+    return otherwise
 
 
 def logits(name: str, value: torch.Tensor) -> None:
@@ -49,14 +61,16 @@ def logits(name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor of logits [..., V], got {type(value).__name__}; pass the model's output.logits as a torch.Tensor")
     if value.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 logits, got {value.dtype}; "
-                        + dtype_remedy(name, value, "pass the model's output before softmax or argmax, or convert it with .float()"))
+                        + dtype_remedy(name, value, "pass the model's output before softmax or "
+                                                    "argmax, or convert it with .float()"))
     not_sharded(name, value, "logits [..., V]", f"pass the whole ones: {name}.full_tensor()")
     not_forward_mode(name, value)
     if value.dim() == 0:
-        raise ValueError(f"{name}: expected logits [..., V] with at least one dimension, got a scalar; pass one row as [V]")
+        raise ValueError(f"{name}: expected logits [..., V] with at least one dimension, got a "
+                         f"scalar; pass one row as [V]")
     if value.shape[-1] == 0:
-        raise ValueError(f"{name}: expected a vocabulary of at least one entry in the last dimension, got shape {tuple(value.shape)}; "
-                         f"pass the model's output.logits")
+        raise ValueError(f"{name}: expected a vocabulary of at least one entry in the last "
+                         f"dimension, got shape {tuple(value.shape)}; pass output.logits")
 
 
 def not_forward_mode(name: str, value: torch.Tensor) -> None:
@@ -68,34 +82,43 @@ def not_forward_mode(name: str, value: torch.Tensor) -> None:
 def refuse_forward_mode(name: str) -> None:
     """Raise for a tangent, which kernels would lose."""
     raise NotDifferentiableError(
-        f"{name}: expected a tensor without a tangent, got one of forward-mode differentiation (torch.func.jvp, jacfwd, hessian), "
-        f"which is not implemented; use .backward() or torch.autograd.grad, and for second derivatives autograd of "
+        f"{name}: expected a tensor without a tangent, got one of forward-mode differentiation "
+        f"(torch.func.jvp, jacfwd, hessian), which is not implemented; use .backward() or "
+        f"torch.autograd.grad, and for second derivatives autograd of "
         f"fastkl.reference.row_statistics with float64 logits")
 
 
 def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
     """A strided tensor that this process holds whole; `remedy` is for a DTensor."""
+    expected = f"{name}: expected a plain tensor, {what}, got"
     if type(value) is not torch.Tensor and hasattr(value, "full_tensor"):
-        raise TypeError(f"{name}: expected a plain tensor, {what}, got a DTensor, of which each process holds a part; {remedy}")
+        raise TypeError(f"{expected} a DTensor, of which each process holds a part; {remedy}")
     if value.is_nested:
-        raise TypeError(f"{name}: expected a plain tensor, {what}, got a nested tensor; pad it, {name}.to_padded_tensor(0), "
-                        f"beside a mask, or pass the .values() of every jagged argument")
+        raise TypeError(f"{expected} a nested tensor; pad it, {name}.to_padded_tensor(0), beside a "
+                        f"mask, or pass the .values() of every jagged argument")
     if value.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a plain tensor, {what}, got one of layout {value.layout}; pass {name}.to_dense()")
+        raise TypeError(f"{expected} one of layout {value.layout}; pass {name}.to_dense()")
+
+
+def local_or_full(name: str) -> str:
+    """Say what to make of a DTensor with one entry per token."""
+    return f"pass {name}.full_tensor(), or {name}.to_local() where the others are local"
 
 
 def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     """A tensor of one of FLOAT_TYPES that this process holds whole."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, {what}, got {type(value).__name__}; pass a torch.Tensor")
+        raise TypeError(f"{name}: expected a tensor, {what}, got {type(value).__name__}; "
+                        f"pass a torch.Tensor")
     not_sharded(name, value, what, "compute the loss inside the forward of the FSDP module that owns it, or after its unshard(), where it is whole "
                                    "and its gradient is reduced")
     if value.dtype not in FLOAT_TYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got {value.dtype}; "
-                        + dtype_remedy(name, value, "convert it with .to()"))
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got "
+                        f"{value.dtype}; " + dtype_remedy(name, value, "convert it with .to()"))
     if value.shape == (0,) and not name.endswith("hidden"):
-        raise ValueError(f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 keeps in parts; gather it around forward and "
-                         f"backward: with deepspeed.zero.GatheredParameters([{name}])")
+        raise ValueError(f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 "
+                         f"keeps in parts; gather it around forward and backward: with "
+                         f" deepspeed.zero.GatheredParameters([{name}])")
     not_forward_mode(name, value)
 
 
@@ -104,20 +127,20 @@ def head(prefix: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     name = f"{prefix}hidden"
     _plain_float_tensor(name, hidden, "hidden states [..., H]")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"{name}: expected hidden states [..., H] with H of at least 1, got shape {tuple(hidden.shape)}; "
-                         f"pass the model's last hidden states")
+        raise ValueError(f"{name}: expected hidden states [..., H] with H of at least 1, got shape "
+                         f"{tuple(hidden.shape)}; pass the model's last hidden states")
     _plain_float_tensor(f"{prefix}weight", weight, "the lm_head's weight [V, H]")
     if weight.dim() == 2 and weight.shape[0] == 0:
         raise ValueError(f"{prefix}weight: expected a vocabulary of at least one entry, got {tuple(weight.shape)}; pass the whole weight")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"{prefix}weight: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, got {tuple(weight.shape)}; "
-                         + (dtype_remedy(f"{prefix}weight", weight, "") if hasattr(weight, "quant_state") else
-                            "pass lm_head.weight as it is, not transposed"))
+                         + (packed_remedy(f"{prefix}weight", weight)
+                            or "pass lm_head.weight as it is, not transposed"))
     if bias is not None:
         _plain_float_tensor(f"{prefix}bias", bias, "the lm_head's bias [V]")
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{prefix}bias: expected one entry per row of {prefix}weight, ({weight.shape[0]},), got {tuple(bias.shape)}; "
-                             f"pass lm_head.bias as it is")
+            raise ValueError(f"{prefix}bias: expected one entry per row of {prefix}weight, "
+                             f"({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias")
     for other, value in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert one with .to(), or use torch.autocast")
@@ -131,7 +154,8 @@ def second_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     if ref_hidden is None:
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
-                raise ValueError(f"{name}: expected None without ref_hidden, got a tensor; pass ref_hidden too")
+                raise ValueError(f"{name}: expected None without ref_hidden, got "
+                                 f"{type_name(value)}; pass ref_hidden too")
         return
     shared = ref_weight is None or ref_weight is weight
     head("ref_", ref_hidden, weight if shared else ref_weight, ref_bias)
@@ -150,32 +174,36 @@ def second_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 def reference_given(ref_hidden: torch.Tensor | None) -> None:
     """Hidden states of a reference, where a KL divergence needs them."""
     if not isinstance(ref_hidden, torch.Tensor):
-        raise TypeError(f"ref_hidden: expected the reference's hidden states [..., H], got {type_name(ref_hidden)}; pass the last hidden states of "
-                        f"the model to compare with")
+        raise TypeError(f"ref_hidden: expected the reference's hidden states [..., H], got "
+                        f"{type_name(ref_hidden)}; pass the last hidden states of the reference")
 
 
 def softcap(value: float | None) -> None:
     """None or a positive number that float32 holds."""
     what = "expected a positive finite number up to 2^126, or None for no soft cap"
+    remedy = "pass the final_logit_softcapping of the model's config"
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"softcap: {what}, got {type_name(value)}; pass the final_logit_softcapping of the model's config")
+        raise TypeError(f"softcap: {what}, got {type_name(value)}; {remedy}")
     if value is not None and not (0 < value <= HIGHEST_TEMPERATURE):
-        raise ValueError(f"softcap: {what}, got {shown(value)}; pass the final_logit_softcapping of the model's config")
+        raise ValueError(f"softcap: {what}, got {shown(value)}; {remedy}")
 
 
 def chunk_size(value: int | None) -> None:
     """None or a number of tokens."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"chunk_size: expected a whole number of tokens or None, got {type_name(value)}; pass None, which chooses one")
+        raise TypeError(f"chunk_size: expected a whole number of tokens or None, got "
+                        f"{type_name(value)}; pass None, which chooses one")
     if value is not None and not (1 <= value < 2**63):
-        raise ValueError(f"chunk_size: expected at least 1 token, and fewer than 2^63, got {shown(value)}; pass None, which chooses one")
+        raise ValueError(f"chunk_size: expected at least 1 token, and fewer than 2^63, got "
+                         f"{shown(value)}; pass None, which chooses one")
 
 
 def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
     """None, the default or float32; float64 inputs have no other."""
     allowed = {default} if default == torch.float64 else {default, torch.float32}
     if value is not None and not isinstance(value, torch.dtype):
-        raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; pass torch.float32, for instance")
+        raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; "
+                        f"pass torch.float32, for instance")
     if value is not None and value not in allowed:
         raise ValueError(f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these inputs, got {value}; convert the inputs "
                          f"with .to() for logits of another type")
@@ -214,10 +242,10 @@ def same_device_and_precision(name: str, value: torch.Tensor, other_name: str, o
 
 def per_row(name: str, value: torch.Tensor, leading: torch.Size, device: torch.device) -> None:
     """A tensor with one entry per token: per row of the logits or of the hidden states."""
-    not_sharded(name, value, "one entry per token", f"pass {name}.full_tensor(), or {name}.to_local() where the others are this process's part")
+    not_sharded(name, value, "one entry per token", local_or_full(name))
     if value.shape != leading:
         raise ValueError(f"{name}: expected the leading shape {tuple(leading)}, one entry per token without the vocabulary or hidden "
-                         f"dimension, got {tuple(value.shape)}; align the batch and time dimensions")
+                         f"dimension, got {tuple(value.shape)}; align batch and time")
     if value.device != device:
         raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {value.device}; move it with .to()")
 
@@ -239,14 +267,14 @@ def tokens(value: torch.Tensor, leading: torch.Size, device: torch.device, name:
 
 
 def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.device) -> None:
-    """A number within 2^-126 … 2^126, or a float tensor of the leading shape whose values are the caller's care on a GPU (outside: NaN)."""
+    """A number within 2^-126 … 2^126, or a float tensor of the leading shape (not looked at)."""
     if isinstance(value, torch.Tensor):
         if value.dtype not in FLOAT_TYPES:
             raise TypeError(f"temperature: expected a number or a float tensor, got {type_name(value)}; convert it with .float()")
         if value.requires_grad:
             raise ValueError("temperature: expected a tensor without gradient, got one that requires it; fastkl does not differentiate "
                              "with respect to the temperature: pass temperature.detach()")
-        not_sharded("temperature", value, "one entry per token", "pass temperature.full_tensor(), or temperature.to_local() beside local logits")
+        not_sharded("temperature", value, "one entry per token", local_or_full("temperature"))
         if value.dim() == 0 and leading:
             raise ValueError(f"temperature: expected a number or the leading shape {tuple(leading)}, one entry per token, got a tensor of shape (); "
                              f"pass float(temperature), or temperature.expand({tuple(leading)}) to stay on the device")
@@ -256,8 +284,8 @@ def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.
         raise TypeError(f"temperature: expected a positive number or a float tensor of the leading shape, got {type(value).__name__}; pass "
                         f"float(temperature)")
     elif not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
-        raise ValueError(f"temperature: expected a positive finite number within 2^-126 … 2^126, got {shown(value)}; pass 1.0, which leaves "
-                         f"the logits as they are")
+        raise ValueError(f"temperature: expected a positive finite number within 2^-126 … 2^126, "
+                         f"got {shown(value)}; pass 1.0, which leaves the logits as they are")
 
 
 def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
@@ -272,8 +300,8 @@ def temperatures_positive(value: torch.Tensor) -> None:
     wide = value.double()
     good = (wide >= LOWEST_TEMPERATURE) & (wide <= HIGHEST_TEMPERATURE)
     if not bool(good.all()):
-        raise ValueError(f"temperature: expected positive finite values within 2^-126 … 2^126, got {float(wide[~good][0])}; pass 1.0 for rows "
-                         f"whose logits are to stay as they are")
+        raise ValueError(f"temperature: expected positive finite values within 2^-126 … 2^126, "
+                         f"got {float(wide[~good][0])}; pass 1.0 for rows to leave as they are")
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -290,5 +318,5 @@ def clamp(name: str, value: float | None) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}; for a tensor pass float({name})")
     if value is not None and not (0 < value <= LARGEST_CLAMP):
-        raise ValueError(f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite, got "
-                         f"{shown(value)}; pass None for no clamp")
+        raise ValueError(f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since "
+                         f"e^{name} must stay finite, got {shown(value)}; pass None for no clamp")

@@ -73,8 +73,9 @@ class Dispatched:
         self._eager = _function(name, forward=forward, backward=backward)
         # What is left of the inputs once a transform is done may be transformed again, or traced.
         again = _with_tensors(self)
-        self._transformed = _function(name, forward=again, setup_context=setup_context or _save_nothing, backward=backward, vmap=vmap_by(again),
-                                      jvp=_refuse_tangents)
+        self._transformed = _function(name, forward=again, backward=backward,
+                                      setup_context=setup_context or _save_nothing,
+                                      vmap=vmap_by(again), jvp=_refuse_tangents)
 
     def __call__(self, *inputs: object) -> object:
         # Dynamo and tracers first: what follows asks questions that they cannot trace. Then transforms, inside which tensors are wrappers.
@@ -156,7 +157,7 @@ def _save_nothing(ctx, inputs, outputs) -> None:
 
 
 def _refuse_tangents(ctx, *tangents) -> None:
-    """Raise for a tangent that is inside a transform's wrapper, as torch.func.hessian's are, where the checks of arguments do not see it."""
+    """Raise for a tangent inside a transform's wrapper, as hessian makes: checks do not see it."""
     _checks.refuse_forward_mode("inputs")
 
 

@@ -180,8 +180,10 @@ def test_what_is_no_number(value, error, got) -> None:
 def test_whole_numbers() -> None:
     """Every message has all four parts."""
     _checks.whole_number("x", 1, "a count", "pass 1")
-    for value, error, got in ((1.0, TypeError, "float"), (True, TypeError, "bool"), (None, TypeError, "NoneType"), (0, ValueError, "0"),
-                              (2**31, ValueError, "2147483648"), (10**400, ValueError, "an integer of 1329 bits")):
+    for value, error, got in ((1.0, TypeError, "float"), (True, TypeError, "bool"),
+                              (None, TypeError, "NoneType"), (0, ValueError, "0"),
+                              (2**31, ValueError, "2147483648"),
+                              (10**400, ValueError, "an integer of 1329 bits")):
         with pytest.raises(error, match=rf"^x: expected a count.*, got {got}; pass 1$"):
             _checks.whole_number("x", value, "a count", "pass 1")
 

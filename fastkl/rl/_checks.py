@@ -9,7 +9,16 @@ from collections.abc import Callable
 
 import torch
 
-from .._checks import FLOAT_TYPES, INTEGER_TYPES, LARGEST_COUNT, dtype_remedy, same_device_and_precision, shown, type_name
+from .._checks import (
+    FLOAT_TYPES,
+    INTEGER_TYPES,
+    LARGEST_COUNT,
+    dtype_remedy,
+    local_or_full,
+    same_device_and_precision,
+    shown,
+    type_name,
+)
 from .._checks import choice as choice
 from .._checks import clamp as clamp
 from .._checks import logits as logits
@@ -18,15 +27,17 @@ from .._checks import not_sharded as not_sharded
 from .._checks import same_device as same_device
 from .._checks import token_weights as token_weights
 
+_LARGEST = sys.float_info.max
+
 
 def float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     """A tensor of one of FLOAT_TYPES; `what` says of what, with its shape."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a float tensor, {what}, got {type(value).__name__}; pass a tensor")
     if value.dtype not in FLOAT_TYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got {value.dtype}; "
-                        + dtype_remedy(name, value, "convert it with .float()"))
-    not_sharded(name, value, what, f"pass {name}.full_tensor(), or {name}.to_local() where the others are this process's part")
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got "
+                        f"{value.dtype}; " + dtype_remedy(name, value, "convert it with .float()"))
+    not_sharded(name, value, what, local_or_full(name))
 
 
 def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -69,7 +80,8 @@ def number(name: str, value: float | torch.Tensor, what: str, inside: Callable[[
     if tensor and isinstance(value, torch.Tensor) and value.dtype in FLOAT_TYPES + INTEGER_TYPES:
         not_sharded(name, value, "of one entry", f"pass {name}.full_tensor()")
         if value.is_meta:
-            raise ValueError(f"{name}: expected {what}, got a tensor on the meta device, which has no values; {remedy}")
+            raise ValueError(f"{name}: expected {what}, got a tensor on the meta device, which has "
+                             f"no values; {remedy}")
         if value.numel() != 1:
             raise ValueError(f"{name}: expected {what}, got a tensor of shape {tuple(value.shape)}; {remedy}")
         value = value.item()
@@ -79,7 +91,8 @@ def number(name: str, value: float | torch.Tensor, what: str, inside: Callable[[
         raise TypeError(f"{name}: expected {what}, got {type_name(value)}; {remedy}")
     if not isinstance(value, (int, float)):
         value = _as_float(value)
-    if not inside(value) or isinstance(value, int) and not -sys.float_info.max <= value <= sys.float_info.max:
+    too_large = isinstance(value, int) and not -_LARGEST <= value <= _LARGEST
+    if too_large or not inside(value):
         raise ValueError(f"{name}: expected {what}, got {shown(value)}; {remedy}")
     return float(value)
 
@@ -97,7 +110,8 @@ def whole_number(name: str, value: int, what: str, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected {what}, got {type_name(value)}; {remedy}")
     if not 1 <= value <= LARGEST_COUNT:
-        raise ValueError(f"{name}: expected {what}, {'at least 1' if value < 1 else 'below 2^31'}, got {shown(value)}; {remedy}")
+        limit = "at least 1" if value < 1 else "below 2^31"
+        raise ValueError(f"{name}: expected {what}, {limit}, got {shown(value)}; {remedy}")
 
 
 def beta(value: float | torch.Tensor | object, other_name: str, other: torch.Tensor) -> float | torch.Tensor:
