@@ -56,7 +56,7 @@ class _Penalty(torch.nn.Module):
                             f"for a tensor or numpy scalar pass float(beta)")
         if not (0 <= value <= sys.float_info.max):
             remedy = "a negative beta would reward divergence" if value < 0 else "look at what computed it"
-            raise ValueError(f"beta: expected a finite number of at least 0, got {value}; {remedy}")
+            raise ValueError(f"beta: expected a finite number of at least 0, got {_checks.shown(value)}; {remedy}")
         return float(value)
 
     def extra_repr(self) -> str:

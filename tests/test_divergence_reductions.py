@@ -145,7 +145,8 @@ WRONG = [
 WRONG_NORMALIZERS = [
     (0, ValueError), (0.0, ValueError), (-3, ValueError), (math.nan, ValueError), (math.inf, ValueError), (10**400, ValueError), (1e-300, ValueError),
     (True, TypeError), ("3", TypeError), ([3], TypeError), (torch.tensor(True), TypeError), (torch.tensor(1j), TypeError),
-    (torch.ones(2), ValueError), (torch.ones(0), ValueError), (torch.ones((), device="meta"), ValueError),
+    (torch.ones(1).to(torch.float8_e4m3fn), TypeError), (torch.ones(1).to_sparse(), TypeError), (torch.ones(2), ValueError),
+    (torch.ones(0), ValueError), (torch.ones((), device="meta"), ValueError),
 ]
 
 

@@ -128,8 +128,9 @@ def test_a_controller_is_read_at_each_call(implementation) -> None:
 @pytest.mark.parametrize("beta, error, words", [
     (-0.1, ValueError, "at least 0, got -0.1"), (math.nan, ValueError, "got nan"), (math.inf, ValueError, "got inf"),
     ("0.1", TypeError, "number or a controller"), (None, TypeError, "number or a controller"), (True, TypeError, "number or a controller"),
-    (10**400, ValueError, "a finite number"), (torch.tensor(0.1), TypeError, "number or a controller"), ([0.1], TypeError, "number or a controller"),
-], ids=str)
+    (10**400, ValueError, "got an integer of 1329 bits"),
+    (torch.tensor(0.1), TypeError, "number or a controller"), ([0.1], TypeError, "number or a controller"),
+], ids=lambda value: str(value)[:20])
 def test_wrong_beta(beta, error, words, wrap) -> None:
     """A beta that is no finite number of at least 0 is an error where the module is made."""
     with pytest.raises(error) as raised:
