@@ -64,7 +64,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
     per_row = isinstance(temperature, torch.Tensor)
     kl = row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl",
                         backend.select(p_logits, q_logits))[3]
-    return _reduce.reduced(kl, mask, weights, reduction, normalizer)
+    return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
 
 
 def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
