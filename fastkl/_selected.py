@@ -12,7 +12,7 @@ from ._rows import SAVED
 
 
 def _logprobs(logits: Tensor, index: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """(log-probabilities [..., K], what backward needs [..., 10]) of int64 ids [..., K] within the vocabulary, K ≥ 1.
+    """(log-probabilities [..., K], what backward needs [..., SAVED]) of int64 ids [..., K] within the vocabulary, K ≥ 1.
 
     The kernel gives that of the likeliest id, from which differences of logits lead to the others: a sum of two numbers of one sign, so that no
     digit cancels and none rises above 0.
@@ -80,7 +80,7 @@ def _backward(ctx, upstream, _):
     if upstream is None:
         return None, None, None
     refuse_forward_mode((upstream,))
-    return row_gradients(*ctx.saved_tensors, upstream, ctx.backend), None, None
+    return selected_gradients(*ctx.saved_tensors, upstream, ctx.backend), None, None
 
 
 def _batched_logprobs(info, in_dims, logits, index, backend):
@@ -93,4 +93,5 @@ def _batched_gradients(info, in_dims, *inputs):
 
 selected_logprobs = Dispatched("fastkl::selected_logprobs", _logprobs, _fake_logprobs, setup_context=_save_for_backward, backward=_backward,
                                batch=_batched_logprobs)
-row_gradients = Dispatched("fastkl::selected_gradients", _gradients, _fake_gradients, backward=refuse_second_derivative, batch=_batched_gradients)
+selected_gradients = Dispatched("fastkl::selected_gradients", _gradients, _fake_gradients, backward=refuse_second_derivative,
+                                batch=_batched_gradients)
