@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from . import _checks, _rows, backend, reference
+from . import _checks, _reduce, _rows, backend, reference
 from ._ops import row_statistics
+from ._types import Reduction
 
 # What one pass of the kernels holds: kernels.row_finish.LARGE_KL and kernels.row_math.LARGEST_D.
 ONE_PASS_KL = 32.0
 ONE_PASS_D = 60.0
 
 
-def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
-                  mask: torch.Tensor | None = None) -> torch.Tensor:
+def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Tensor | None = None, *,
+                  temperature: float | torch.Tensor = 1.0, weights: torch.Tensor | None = None, reduction: Reduction = "none",
+                  normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
     """KL(P‖Q) of every row, exact over the vocabulary: the expectation is under the FIRST argument.
 
     Equivalent to
@@ -22,6 +24,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature
         log_q = (q_logits.float() / temperature).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         kl = torch.where(mask, kl, 0)
+        "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / normalizer
 
     but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for backward, and with its digits kept where
     P and Q are close (the lines above return noise, or a negative number, for a KL below about 1e-5).
@@ -34,9 +37,14 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature
         temperature: divides both logits: a positive number, or a float tensor [...] (no gradient). Under torch.compile a number that changes
             compiles anew; a tensor does not. A value of the tensor that is not positive is an error on the reference backend and NaN on a GPU.
         mask: bool [...], True where the token counts. Other rows are not read, return exactly 0 and have gradient exactly 0.
+        weights: [...] float, the factor of each token's KL: "sum" and "mean" only. It may require gradient; of a masked token it may hold anything.
+        reduction: "none", "sum" or "mean" (also spelt "token_mean").
+        normalizer: the divisor of the mean: a number above 0, or a tensor of one number, where 0 makes the mean 0. Default: how many tokens count
+            in this call, however they are weighted (1 if none). Over several micro-batches it is how many count in all of them; under DDP and
+            FSDP, which average gradients, that number of all processes / world_size.
 
     Returns:
-        [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical rows.
+        [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical rows. A scalar for "sum" and "mean".
 
     Gradient:
         To each argument that requires it, in that argument's type. A row whose upstream gradient is 0 costs no reads. No second derivative.
@@ -52,9 +60,11 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature
     reference.py's docstring.
     """
     _check(p_logits, q_logits, temperature, mask)
+    _reduce.check(reduction, weights, normalizer, p_logits.shape[:-1], p_logits.device)
     per_row = isinstance(temperature, torch.Tensor)
-    return row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl",
-                          backend.select(p_logits, q_logits))[3]
+    kl = row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl",
+                        backend.select(p_logits, q_logits))[3]
+    return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
 
 
 def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
