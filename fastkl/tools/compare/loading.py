@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from . import adapters
+from .errors import told
 from .settings import CompareError
+from .store import readable
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+MODEL, MODEL_REMEDY = "a model folder or a hub name", "pass a folder that save_pretrained wrote, or a name that can be downloaded"
 # What models call the constants between head and logits. Whether one multiplies or divides is seen from the model's own logits.
 CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -60,13 +62,28 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 class Model:
     """A loaded causal LM."""
 
-    def __init__(self, argument: str, name: str, model, device: str) -> None:
+    def __init__(self, argument: str, name: str, model, device: str, adapter: adapters.Adapter | None = None) -> None:
         self.argument, self.name, self.kind, self.device, self._model = argument, name, type(model).__name__, device, model
-        self.config = model.config.get_text_config()
+        self.adapter, self.config, self._body = adapter, model.config.get_text_config(), model.base_model
+        if self._body is model and hasattr(model, "get_decoder"):  # Llama 4 with its vision part has a whole causal LM in it
+            self._body = model.get_decoder().base_model
+        # PaliGemma sees its prompt from both sides, and what it writes, told by 1, from left to right.
+        self._written = getattr(model.config, "model_type", None) == "paligemma"
         output = model.get_output_embeddings()
-        if not isinstance(getattr(output, "weight", None), torch.Tensor) or model.base_model is model:
+        if not isinstance(getattr(output, "weight", None), torch.Tensor) or self._body is model:
             raise self.unsupported("one without an lm_head behind its last hidden states")
-        self.head = Head(output.weight.detach(), None if getattr(output, "bias", None) is None else output.bias.detach())
+        self.dtype = output.weight.dtype
+        if any(type(module).__module__.startswith("peft.") for module in output.modules()):
+            self.head = Head(*adapters.widened(output, self._saved(output)))
+        else:
+            self.head = Head(output.weight.detach(), None if getattr(output, "bias", None) is None else output.bias.detach())
+
+    def _saved(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The adapter file's tensors of a layer, by their names in it."""
+        place = next(name for name, module in self._model.named_modules() if module is layer)
+        start = f"base_model.model.{place}."
+        weights = {} if self.adapter is None else self.adapter.weights()
+        return {key.removeprefix(start): tensor for key, tensor in weights.items() if key.startswith(start)}
 
     @property
     def vocabulary(self) -> int:
@@ -75,12 +92,17 @@ class Model:
 
     def about(self) -> dict:
         """What a report says of it."""
-        return {"name": self.name, "class": self.kind, "dtype": str(self.head.weight.dtype).removeprefix("torch."),
+        adapter = None if self.adapter is None else {"kind": self.adapter.kind, "base": readable(self.adapter.base)}
+        return {"name": readable(self.name), "class": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "adapter": adapter,
                 "vocabulary": self.vocabulary, "logit_scale": self.head.scale, "logit_softcap": self.head.cap}
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """[n, H], the last hidden states of tokens [n]."""
-        return self._model.base_model(input_ids=ids[None].to(self.device), use_cache=False).last_hidden_state[0]
+        return self._body(**self._inputs(ids)).last_hidden_state[0]
+
+    def _inputs(self, ids: torch.Tensor) -> dict:
+        ids = ids[None].to(self.device)
+        return {"input_ids": ids, "use_cache": False, **({"token_type_ids": torch.ones_like(ids)} if self._written else {})}
 
     def check(self, ids: torch.Tensor) -> None:
         """Settle the head's scale and cap by the model's own logits of the first tokens; an error where none fit, or the model looks ahead."""
@@ -90,7 +112,7 @@ class Model:
             raise CompareError(self.argument, "finite logits", f"NaN from {self.name!r}", "another --dtype")
         if own.shape[1] != self.vocabulary:
             raise self.unsupported(f"{own.shape[1]} logits beside an lm_head of {self.vocabulary} rows")
-        allowed = TOLERANCE.get(self.head.weight.dtype, 1 / 32) * float(own[own.isfinite()].abs().max())
+        allowed = TOLERANCE.get(self.dtype, 1 / 32) * float(own[own.isfinite()].abs().max())
         half = self._logits(ids[:(len(ids) + 1) // 2])
         if _distance(half, own[:len(half)]).max() > 4 * allowed:
             raise CompareError(self.argument, "a causal LM", f"{self.name!r} ({self.kind}), whose logits depend on tokens that follow",
@@ -109,11 +131,11 @@ class Model:
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         """The model's own."""
-        return self._model(input_ids=ids[None].to(self.device), use_cache=False).logits[0].float()
+        return self._model(**self._inputs(ids)).logits[0].float()
 
     def _declared(self, names: tuple[str, ...]) -> list[float]:
         """The positive numbers of these names that model and configuration have."""
-        values = [getattr(owner, name, None) for name in names for owner in (self._model, self.config, self._model.base_model)]
+        values = [getattr(owner, name, None) for name in names for owner in (self._model, self.config, self._body)]
         return [float(value) for value in values if isinstance(value, (int, float)) and value > 0]
 
     def unsupported(self, got: str) -> CompareError:
@@ -132,28 +154,60 @@ def quiet() -> None:
 
 
 def load_config(argument: str, name: str):
-    """The model's configuration, before anything large is read."""
+    """The model's configuration, before anything large is read; an adapter's is that of its base, with its own vocabulary."""
     from transformers import AutoConfig
 
-    expected, remedy = "a model folder or a hub name", "pass a folder that save_pretrained wrote, or a name that can be downloaded"
-    _check_folder(argument, name, "a model folder", ("config.json", "adapter_config.json"), "pass one that save_pretrained wrote")
-    if not Path(name).is_dir() and (Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)):
-        raise CompareError(argument, expected, f"{name!r}, {'a file' if Path(name).exists() else 'which does not exist'}", remedy)
-    with _loading(argument, expected, name, remedy):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    architecture = (config.architectures or ["CausalLM"])[0]
-    if not architecture.endswith(("CausalLM", "LMHeadModel", "ForConditionalGeneration")):
-        raise CompareError(argument, "a causal LM", f"{name!r}, a {architecture}", "choose a checkpoint of a ...ForCausalLM")
+    _check_name(argument, name)
+    with told(argument, MODEL, name, MODEL_REMEDY):
+        adapter = adapters.find_adapter(argument, name)
+    if adapter:
+        try:
+            _check_name(argument, adapter.base)
+        except CompareError as error:
+            raise CompareError(argument, f"an adapter whose base model is there, in {name!r}", f"the base {adapter.base!r}: {error.got}",
+                               "correct base_model_name_or_path in its adapter_config.json") from None
+    with told(argument, MODEL, name, MODEL_REMEDY):
+        config = AutoConfig.from_pretrained(adapter.base if adapter else name, trust_remote_code=False)
+    _auto_class(argument, name, config)
+    if adapter and (rows := adapters.rows(adapter)):
+        config.get_text_config().vocab_size = rows
     return config
 
 
+def _check_name(argument: str, name: str) -> None:
+    """Refuse a folder without a model, and a name that is neither a folder nor one of the hub."""
+    _check_folder(argument, name, "a model folder", ("config.json", "adapter_config.json"), "pass one that save_pretrained wrote")
+    if not Path(name).is_dir() and (Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)):
+        raise CompareError(argument, MODEL, f"{name!r}, {'a file' if Path(name).exists() else 'which does not exist'}", MODEL_REMEDY)
+
+
+def _auto_class(argument: str, name: str, config):
+    """The Auto class that loads the checkpoint's own class; a model that reads images as well has one of its own."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    architecture = (config.architectures or ["CausalLM"])[0]
+    known = ((AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+             (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
+    for auto, names in known:
+        own = names.get(config.model_type, ())
+        if architecture.endswith(("CausalLM", "LMHeadModel")) and own or architecture in ((own,) if isinstance(own, str) else own):
+            return auto
+    raise CompareError(argument, "a causal LM", f"{name!r}, a {architecture}", "choose a checkpoint of a ...ForCausalLM")
+
+
 def load_tokenizer(argument: str, name: str):
-    """The model's tokenizer, as transformers loads it."""
+    """The model's tokenizer, as transformers loads it; an adapter without one has that of its base."""
     from transformers import AutoTokenizer
+    from transformers.utils import has_file
 
     remedy = "save it there with tokenizer.save_pretrained"
+    with told(argument, "a tokenizer that can be loaded", name, remedy):
+        adapter = adapters.find_adapter(argument, name)
+        if adapter and not any(has_file(name, file) for file in TOKENIZER_FILES):
+            name = adapter.base
     _check_folder(argument, name, "a folder with a tokenizer", TOKENIZER_FILES, remedy)
-    with _loading(argument, "a tokenizer that can be loaded", name, remedy):
+    with told(argument, "a tokenizer that can be loaded", name, remedy):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise CompareError(argument, "a fast tokenizer, which says where in the text its tokens are", f"{type(tokenizer).__name__} of {name!r}",
@@ -168,25 +222,24 @@ def _check_folder(argument: str, name: str, expected: str, files: tuple[str, ...
 
 
 def load_model(argument: str, name: str, dtype: str, device: str) -> Model:
-    """The model on the device, in `dtype` or that of its checkpoint."""
-    from transformers import AutoModelForCausalLM
+    """The model on the device, in `dtype` or that of its checkpoint; an adapter in its base's layers."""
+    from transformers import AutoConfig
 
-    with _loading(argument, "a causal LM that can be loaded", name, "check its files"):
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    with told(argument, "a causal LM that can be loaded", name, "check its files"):
+        adapter = adapters.find_adapter(argument, name)
+        source = adapter.base if adapter else name
+        auto = _auto_class(argument, name, AutoConfig.from_pretrained(source, trust_remote_code=False))
+        model, info = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise CompareError(argument, "a causal LM with all its weights", f"{name!r} without {lacking[0]}{more}", "save it as a ...ForCausalLM")
-    return Model(argument, name, model.eval().to(device), device)
+        raise CompareError(argument, "a causal LM with all its weights", f"{source!r} without {lacking[0]}{more}", "save it as a ...ForCausalLM")
+    if adapter:
+        model = adapters.applied(model, adapter)
+    return Model(argument, name, model.eval().to(device), device, adapter)
 
 
-@contextlib.contextmanager
-def _loading(argument: str, expected: str, name: str, remedy: str) -> Iterator[None]:
-    """Whatever a broken file, a missing network or an unknown architecture raises, in one line."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".:")
-        raise CompareError(argument, expected, f"{name!r}: {message}", remedy) from None
+def too_few_rows(argument: str, name: str, needed: int, rows: int) -> CompareError:
+    """The error of an lm_head that has not all tokens."""
+    return CompareError(argument, f"an lm_head of at least {needed} rows, for the tokenizer's ids", f"{rows} in {name!r}",
+                        "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer")

@@ -1,0 +1,151 @@
+"""What --text names: files, folders, patterns, standard input; and the documents in them, one a line of a .jsonl file."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from .settings import STDIN, CompareError
+
+# Characters tokenized at once. Tokenizers see no further: a longer document is cut where a line begins with a word, where theirs cut, too.
+PIECE = 1 << 18
+_CUTS = (re.compile(r"\n(?=\S)"), re.compile(r"\S(?=\s)"))
+SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
+
+
+class Source(NamedTuple):
+    """A document before it is tokenized: its number in a .jsonl file, or None; its text in pieces; whether a chat template made it."""
+
+    line: int | None
+    texts: Iterable[str]
+    chat: bool
+
+
+def files(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """The files that paths, folders (those directly in it, without hidden ones) and patterns stand for, each group sorted by name."""
+    found: list[Path] = []
+    for path in paths:
+        # os.path says no where pathlib raises, as for a name that is too long.
+        if path == STDIN or os.path.exists(path) and not os.path.isdir(path):
+            group = [path]
+        elif os.path.isdir(path):
+            group = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+        else:
+            group = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+        if not group:
+            what = "a folder without files in it" if os.path.isdir(path) else "which does not exist"
+            what = "a pattern that no file matches" if not os.path.exists(path) and glob.has_magic(str(path)) else what
+            remedy = f"check the name, or pass a pattern such as {os.path.join('folder', '**', '*.txt')!r}"
+            raise CompareError("--text", "files with text", f"{str(path)!r}, {what}", remedy)
+        found += group
+    return tuple(found)
+
+
+def sources(path: Path, tokenizer, argument: str) -> Iterator[Source]:
+    """The documents of a file: the whole file, or each line of a .jsonl file; argument: whose tokenizer has the chat template."""
+    if path.suffix.lower() != ".jsonl":
+        yield Source(None, pieces(path), False)
+        return
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                text, chat = _entry(f"line {number} of {str(path)!r}", line, tokenizer, argument)
+                yield Source(number, cut([text]), chat)
+
+
+def _entry(where: str, line: str, tokenizer, argument: str) -> tuple[str, bool]:
+    """The text of a line, and whether it is a chat's."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise CompareError("--text", "a JSON object a line in a .jsonl file", f"{error} in {where}", "correct it, or rename the file to .txt") from None
+    entry = entry if isinstance(entry, dict) else {}
+    text, messages = entry.get("text"), entry.get("messages")
+    prompt, completion = entry.get("prompt"), entry.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        text = prompt + completion
+    elif _is_chat(prompt) and _is_chat(completion):
+        messages = prompt + completion
+    if isinstance(text, str) == _is_chat(messages):
+        got = f"the fields {', '.join(map(repr, entry))[:200]}" if entry else "no such object"
+        raise CompareError("--text", f"lines of the form {SHAPES}, with text or messages", f"{got} in {where}",
+                           "bring the lines into such a form, or rename the file to .txt to compare its characters")
+    if isinstance(messages, list):
+        text = _rendered(where, messages, entry.get("tools"), tokenizer, argument)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CompareError("--text", "characters in UTF-8", f"a lone {ascii(error.object[error.start])} in {where}", "correct it") from None
+    return text, isinstance(messages, list)
+
+
+def _is_chat(messages: object) -> bool:
+    """Whether it is a list of messages, each with a role."""
+    return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) and isinstance(message.get("role"), str)
+                                                                 for message in messages)
+
+
+def _rendered(where: str, messages: list, tools: object, tokenizer, argument: str) -> str:
+    if not tokenizer.chat_template:
+        raise CompareError(argument, f"a tokenizer with a chat template, for the messages in {where}", "one without",
+                           'add a chat_template.jinja to it, or pass lines of the form {"text": ...}')
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    except Exception as error:  # whatever a template raises
+        raise CompareError("--text", f"messages that the chat template of {argument} takes", f"{error or type(error).__name__} in {where}",
+                           "correct the messages") from None
+
+
+def pieces(path: Path) -> Iterator[str]:
+    """The text of a file, read once, in pieces of at most about PIECE characters; line ends stay as they are, a byte-order mark goes."""
+    with _opened(path) as file:
+        yield from cut(iter(lambda: file.read(PIECE), ""))
+
+
+def cut(texts: Iterable[str]) -> Iterator[str]:
+    """Texts that follow each other, cut anew into pieces of at most about PIECE characters."""
+    rest = ""
+    for text in texts:
+        rest += text
+        while len(rest) > PIECE:
+            end = _last_cut(rest[:PIECE + 1])
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def _last_cut(text: str) -> int:
+    """The last good place for a cut, before the last character."""
+    for pattern in _CUTS:
+        if ends := [match.end() for match in pattern.finditer(text)]:
+            return ends[-1]
+    return len(text) - 1
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    """The file, or standard input, as UTF-8 text."""
+    options = {"encoding": "utf-8-sig", "newline": ""}
+    try:
+        if path == STDIN:
+            file = io.TextIOWrapper(sys.stdin.buffer, **options)
+            try:
+                yield file
+            finally:
+                file.detach()
+        else:
+            with open(path, **options) as file:
+                yield file
+    except UnicodeDecodeError as error:
+        raise CompareError("--text", "UTF-8 text", f"byte 0x{error.object[error.start]:02x} in {str(path)!r}", "convert the file") from None
+    except OSError as error:
+        raise CompareError("--text", "a file that can be read", f"{str(path)!r} ({error.strerror})", "check the name") from None
