@@ -65,8 +65,8 @@ class Model:
     def __init__(self, argument: str, name: str, model, device: str, adapter: adapters.Adapter | None = None) -> None:
         self.argument, self.name, self.kind, self.device, self._model = argument, name, type(model).__name__, device, model
         self.adapter, self.config, self._body = adapter, model.config.get_text_config(), model.base_model
-        if self._body is model and hasattr(model, "get_decoder"):  # Llama 4 with its vision part has a whole causal LM in it
-            self._body = model.get_decoder().base_model
+        if self._body is model and hasattr(model, "get_decoder"):  # Llama 4: its causal LM, which a vision part may be beside, and then its layers
+            self._body = getattr(model.get_decoder(), "model", model)
         # PaliGemma sees its prompt from both sides, and what it writes, told by 1, from left to right.
         self._written = getattr(model.config, "model_type", None) == "paligemma"
         output = model.get_output_embeddings()
