@@ -248,8 +248,8 @@ def test_json_on_stdout(files, tmp_path, monkeypatch, capsys, name):
     assert code == 0 and json.loads(shown)["sentence"] in " ".join(report_.split()) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("where", ["model", "page"])
-def test_sigterm_leaves_nothing(files, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("number, where", [(signal.SIGTERM, "model"), (signal.SIGTERM, "page"), (signal.SIGHUP, "page")])
+def test_signals_leave_nothing(files, tmp_path, monkeypatch, number, where):
     """Temporary files have no names at all, which even SIGKILL cannot leave; half a page is removed."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -260,7 +260,7 @@ def test_sigterm_leaves_nothing(files, tmp_path, monkeypatch, where):
 
     def terminate(*arguments):
         seen.append(sorted(path.name[-5:] for path in tmp_path.rglob("*")))
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(10)
 
     load = loading.load_model
@@ -268,14 +268,14 @@ def test_sigterm_leaves_nothing(files, tmp_path, monkeypatch, where):
         monkeypatch.setattr(page, "_legend", terminate)
     else:
         monkeypatch.setattr(loading, "load_model", lambda argument, *rest: load(argument, *rest) if argument == "MODEL_A" else terminate())
-    own = signal.signal(signal.SIGTERM, before)
+    own = signal.signal(number, before)
     try:
         with pytest.raises(SystemExit) as exit_:
             run.run_compare(Settings(files.a, files.b, files.text, html=out, sequential=True))
-        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(number) is before
     finally:
-        signal.signal(signal.SIGTERM, own)
-    assert exit_.value.code == 143 and seen == [["orary"] if where == "model" else [".part", "orary"]]
+        signal.signal(number, own)
+    assert exit_.value.code == 128 + number and seen == [["orary"] if where == "model" else [".part", "orary"]]
     assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 
 

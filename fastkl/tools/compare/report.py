@@ -41,7 +41,7 @@ def visible(text: str) -> str:
 
 def percent(share: float, digits: int = 0) -> str:
     """A share of 1 in percent; one that would read 0% has two digits instead."""
-    return f"{100 * share:.2g}%" if 0 < share < 0.5 * 10**-(digits + 2) else f"{share:.{digits}%}"
+    return f"{100 * share:.2g}%" if 0 < share <= 0.5 * 10**-(digits + 2) else f"{share:.{digits}%}"
 
 
 def about(model: dict) -> str:
