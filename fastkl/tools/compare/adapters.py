@@ -1,7 +1,8 @@
 """Adapters of PEFT: which model they change, and the head that a model has with one.
 
-Nothing is merged into 16-bit weights, where a small change would be rounded away: the layers compute with the adapter beside
-them, as PEFT trains them, and the head is widened to float32 before the adapter is added to it.
+An adapter is not merged into 16-bit weights, where a small change would be rounded away: the layers
+compute with the adapter beside them, as PEFT trains them, and the head is widened to float32 before
+the adapter is added to it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from .errors import told
 from .settings import CompareError
 
+
 class Adapter(NamedTuple):
-    """A folder or hub name with an adapter, the model that it changes, and its kind in PEFT's word."""
+    """An adapter by its folder or hub name, the model that it changes, and PEFT's word for it."""
 
     argument: str
     name: str
@@ -29,63 +31,115 @@ class Adapter(NamedTuple):
         """Every tensor of its file, by the name that it has in the file."""
         import peft
 
-        with told(self.argument, "an adapter that can be loaded", self.name, "save it again with save_pretrained"):
+        with told(
+            self.argument,
+            "an adapter that can be loaded",
+            self.name,
+            "save it again with save_pretrained",
+        ):
             return peft.load_peft_weights(self.name, device="cpu")
 
 
 def find_adapter(argument: str, name: str) -> Adapter | None:
-    """The adapter of this name; None for a whole model, to which also belongs a folder with weights of its own."""
+    """The adapter of this name; None for a whole model, also one with an adapter beside its weights."""
+    from huggingface_hub import try_to_load_from_cache
     from transformers.utils.peft_utils import find_adapter_config_file
 
     folder = Path(name)
-    if folder.is_dir() and [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+    if folder.is_dir():
+        whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    else:  # a hub name whose config.json was loaded; the hub need not be asked again
+        whole = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if whole:
         return None
     if find_adapter_config_file(name) is None:
         return None
     if importlib.util.find_spec("peft") is None:
-        raise CompareError(argument, "peft to be installed, for an adapter", f"{name!r} without it", "pip install peft")
+        raise CompareError(
+            argument,
+            "peft to be installed, for an adapter",
+            f"{name!r} without it",
+            "pip install peft",
+        )
     import peft
 
-    with told(argument, "an adapter with an adapter_config.json that peft reads", name, "save it again with save_pretrained"):
+    with told(
+        argument,
+        "an adapter with an adapter_config.json that peft reads",
+        name,
+        "save it again with save_pretrained",
+    ):
         config = peft.PeftConfig.from_pretrained(name)
-    kind, base = getattr(config.peft_type, "value", str(config.peft_type)), config.base_model_name_or_path
+    kind, base = (
+        getattr(config.peft_type, "value", str(config.peft_type)),
+        config.base_model_name_or_path,
+    )
     if config.is_prompt_learning:
-        raise CompareError(argument, "an adapter of a model's weights, such as LORA", f"{name!r}, a {kind}",
-                           "choose one that adds nothing to the input")
+        raise CompareError(
+            argument,
+            "an adapter of a model's weights, such as LORA",
+            f"{name!r}, a {kind}",
+            "choose one that adds nothing to the input",
+        )
     if not isinstance(base, str) or not base:
-        raise CompareError(argument, "an adapter that names its base model", f"{base!r} in {name!r}",
-                           "set base_model_name_or_path in its adapter_config.json")
+        raise CompareError(
+            argument,
+            "an adapter that names its base model",
+            f"{base!r} in {name!r}",
+            "set base_model_name_or_path in its adapter_config.json",
+        )
     return Adapter(argument, name, base, kind)
 
 
 def rows(adapter: Adapter) -> int | None:
-    """Rows of the vocabulary that the adapter's embedding or head has; None where it holds neither in full."""
-    ends = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight", "lm_head.lora_B.weight",
-            "embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
-    return max((len(tensor) for key, tensor in adapter.weights().items() if key.endswith(ends)), default=None)
+    """Count the rows of the embedding or head in the adapter's file; None where it has neither."""
+    ends = (
+        "embed_tokens.weight",
+        "lm_head.weight",
+        "wte.weight",
+        "embed_in.weight",
+        "embed_out.weight",
+        "lm_head.lora_B.weight",
+        "embed_tokens.base_layer.weight",
+        "lm_head.base_layer.weight",
+    )
+    return max(
+        (len(tensor) for key, tensor in adapter.weights().items() if key.endswith(ends)),
+        default=None,
+    )
 
 
 def applied(model, adapter: Adapter):
-    """The base model with the adapter in its layers, unmerged. Raises CompareError where its file does not fit the base."""
+    """Put the adapter into the base's layers, unmerged; an error where its file does not fit."""
     import peft
 
-    with told(adapter.argument, f"an adapter that fits its base model {adapter.base!r}", adapter.name, "pass the base that it was trained on"):
+    with told(
+        adapter.argument,
+        f"an adapter that fits its base model {adapter.base!r}",
+        adapter.name,
+        "pass the base that it was trained on",
+    ):
         wanted = rows(adapter)
         if wanted and wanted != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(wanted, mean_resizing=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return peft.PeftModel.from_pretrained(model, adapter.name, torch_device="cpu").get_base_model()
+            return peft.PeftModel.from_pretrained(
+                model, adapter.name, torch_device="cpu"
+            ).get_base_model()
 
 
-def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight [V, H], bias [V] or None) in float32 of a head with an adapter; saved: what the adapter's file has of the layer.
+def widened(
+    layer: torch.nn.Module, saved: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (weight [V, H], bias [V] or None) in float32 of a head with an adapter.
 
-    A linear layer is what it makes of unit vectors, whatever the adapter: its product is exact, and the adapter's float32.
+    A linear layer is determined by its outputs for unit vectors, whichever adapter it has.
+    saved: the layer's tensors in the adapter's file, which may be wider than the base's type.
     """
     layer = copy.deepcopy(layer).float().eval()
-    for own in getattr(layer, "modules_to_save", {}).values():  # the file may be wider than the base's type
+    for own in getattr(layer, "modules_to_save", {}).values():
         own.load_state_dict(saved, strict=False)
     weight = layer.weight
     unit = torch.eye(weight.shape[1], device=weight.device)

@@ -12,23 +12,31 @@ import torch
 
 from .settings import CompareError
 
-# Characters of another library's message that a line has room for; its first sentence is shown in full up to twice as many.
+# Characters shown of another library's message; its first sentence may have twice as many.
 ROOM = 240
 
 
 @contextlib.contextmanager
 def told(argument: str, expected: str, name: str, remedy: str) -> Iterator[None]:
-    """Turn whatever a broken file, a missing network or an unknown architecture raises into a CompareError."""
+    """Turn an exception of a broken file, missing network or new architecture into a CompareError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, CompareError):
         raise
     except pickle.UnpicklingError as error:
         why = sentences(str(error.__context__ or error))
-        got = f"{name!r} with a pickle that torch refuses to load, because it may hold code and not tensors alone ({why})"
-        raise CompareError(argument, expected, got, "where its source is trusted, load it there and save it with save_pretrained, as safetensors") from None
+        got = (
+            f"{name!r} with a pickle that torch refuses to load, because it may hold code and not "
+            f"tensors alone ({why})"
+        )
+        safe = (
+            "load it where its source is trusted, and save it as safetensors with save_pretrained"
+        )
+        raise CompareError(argument, expected, got, safe) from None
     except Exception as error:
-        raise CompareError(argument, expected, f"{name!r}: {sentences(str(error)) or type(error).__name__}", remedy) from None
+        raise CompareError(
+            argument, expected, f"{name!r}: {sentences(str(error)) or type(error).__name__}", remedy
+        ) from None
 
 
 def sentences(message: str) -> str:

@@ -1,4 +1,4 @@
-"""What --text names: files, folders, patterns, standard input; and the documents in them, one a line of a .jsonl file."""
+"""Reads what --text names: files, folders, patterns, standard input, and the lines of .jsonl files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from typing import IO, NamedTuple
 
 from .settings import STDIN, CompareError
 
-# Characters tokenized at once. Tokenizers see no further: a longer document is cut where a line begins with a word, where theirs cut, too.
+# Characters tokenized at once. Tokenizers see no further: a longer document is cut where a line
+# begins with a word, where theirs cut, too.
 PIECE = 1 << 18
 _CUTS = (re.compile(r"\n(?=\S)"), re.compile(r"\S(?=\s)"))
 SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
 
 class Source(NamedTuple):
-    """A document before it is tokenized: its number in a .jsonl file, or None; its text in pieces; whether a chat template made it."""
+    """A document before it is tokenized.
+
+    line: its number in a .jsonl file, or None. texts: its text in pieces. chat: a template made it.
+    """
 
     line: int | None
     texts: Iterable[str]
@@ -30,27 +34,43 @@ class Source(NamedTuple):
 
 
 def files(paths: Iterable[Path]) -> tuple[Path, ...]:
-    """The files that paths, folders (those directly in it, without hidden ones) and patterns stand for, each group sorted by name."""
+    """List the files that paths, folders and patterns stand for, each group sorted by name.
+
+    A folder stands for the files directly in it that are not hidden.
+    """
     found: list[Path] = []
     for path in paths:
         # os.path says no where pathlib raises, as for a name that is too long.
         if path == STDIN or os.path.exists(path) and not os.path.isdir(path):
             group = [path]
         elif os.path.isdir(path):
-            group = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+            group = sorted(
+                entry
+                for entry in path.iterdir()
+                if entry.is_file() and not entry.name.startswith(".")
+            )
         else:
-            group = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+            group = sorted(
+                Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)
+            )
         if not group:
             what = "a folder without files in it" if os.path.isdir(path) else "which does not exist"
-            what = "a pattern that no file matches" if not os.path.exists(path) and glob.has_magic(str(path)) else what
-            remedy = f"check the name, or pass a pattern such as {os.path.join('folder', '**', '*.txt')!r}"
+            what = (
+                "a pattern that no file matches"
+                if not os.path.exists(path) and glob.has_magic(str(path))
+                else what
+            )
+            remedy = "check the name, or pass a pattern such as 'folder/**/*.txt'"
             raise CompareError("--text", "files with text", f"{str(path)!r}, {what}", remedy)
         found += group
     return tuple(found)
 
 
 def sources(path: Path, tokenizer, argument: str) -> Iterator[Source]:
-    """The documents of a file: the whole file, or each line of a .jsonl file; argument: whose tokenizer has the chat template."""
+    """Yield the documents of a file: the whole file, or each line of a .jsonl file.
+
+    argument: the model whose tokenizer has the chat template, as messages name it.
+    """
     if path.suffix.lower() != ".jsonl":
         yield Source(None, pieces(path), False)
         return
@@ -66,7 +86,12 @@ def _entry(where: str, line: str, tokenizer, argument: str) -> tuple[str, bool]:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise CompareError("--text", "a JSON object a line in a .jsonl file", f"{error} in {where}", "correct it, or rename the file to .txt") from None
+        raise CompareError(
+            "--text",
+            "a JSON object a line in a .jsonl file",
+            f"{error} in {where}",
+            "correct it, or rename the file to .txt",
+        ) from None
     entry = entry if isinstance(entry, dict) else {}
     text, messages = entry.get("text"), entry.get("messages")
     prompt, completion = entry.get("prompt"), entry.get("completion")
@@ -76,36 +101,62 @@ def _entry(where: str, line: str, tokenizer, argument: str) -> tuple[str, bool]:
         messages = prompt + completion
     if isinstance(text, str) == _is_chat(messages):
         got = f"the fields {', '.join(map(repr, entry))[:200]}" if entry else "no such object"
-        raise CompareError("--text", f"lines of the form {SHAPES}, with text or messages", f"{got} in {where}",
-                           "bring the lines into such a form, or rename the file to .txt to compare its characters")
+        raise CompareError(
+            "--text",
+            f"lines of the form {SHAPES}, with text or messages",
+            f"{got} in {where}",
+            "convert the lines, or rename the file to .txt to compare its characters",
+        )
     if isinstance(messages, list):
         text = _rendered(where, messages, entry.get("tools"), tokenizer, argument)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise CompareError("--text", "characters in UTF-8", f"a lone {ascii(error.object[error.start])} in {where}", "correct it") from None
+        raise CompareError(
+            "--text",
+            "characters in UTF-8",
+            f"a lone {ascii(error.object[error.start])} in {where}",
+            "correct it",
+        ) from None
     return text, isinstance(messages, list)
 
 
 def _is_chat(messages: object) -> bool:
     """Whether it is a list of messages, each with a role."""
-    return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) and isinstance(message.get("role"), str)
-                                                                 for message in messages)
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(message, dict) and isinstance(message.get("role"), str)
+            for message in messages
+        )
+    )
 
 
 def _rendered(where: str, messages: list, tools: object, tokenizer, argument: str) -> str:
     if not tokenizer.chat_template:
-        raise CompareError(argument, f"a tokenizer with a chat template, for the messages in {where}", "one without",
-                           'add a chat_template.jinja to it, or pass lines of the form {"text": ...}')
+        raise CompareError(
+            argument,
+            f"a tokenizer with a chat template, for the messages in {where}",
+            "one without",
+            'add a chat_template.jinja to it, or pass lines of the form {"text": ...}',
+        )
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     except Exception as error:  # whatever a template raises
-        raise CompareError("--text", f"messages that the chat template of {argument} takes", f"{error or type(error).__name__} in {where}",
-                           "correct the messages") from None
+        raise CompareError(
+            "--text",
+            f"messages that the chat template of {argument} takes",
+            f"{error or type(error).__name__} in {where}",
+            "correct the messages",
+        ) from None
 
 
 def pieces(path: Path) -> Iterator[str]:
-    """The text of a file, read once, in pieces of at most about PIECE characters; line ends stay as they are, a byte-order mark goes."""
+    """Yield the text of a file, read once, in pieces of at most about PIECE characters.
+
+    Line ends stay as they are, a byte-order mark goes.
+    """
     with _opened(path) as file:
         yield from cut(iter(lambda: file.read(PIECE), ""))
 
@@ -116,7 +167,7 @@ def cut(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         rest += text
         while len(rest) > PIECE:
-            end = _last_cut(rest[:PIECE + 1])
+            end = _last_cut(rest[: PIECE + 1])
             yield rest[:end]
             rest = rest[end:]
     if rest:
@@ -146,6 +197,16 @@ def _opened(path: Path) -> Iterator[IO[str]]:
             with open(path, **options) as file:
                 yield file
     except UnicodeDecodeError as error:
-        raise CompareError("--text", "UTF-8 text", f"byte 0x{error.object[error.start]:02x} in {str(path)!r}", "convert the file") from None
+        raise CompareError(
+            "--text",
+            "UTF-8 text",
+            f"byte 0x{error.object[error.start]:02x} in {str(path)!r}",
+            "convert the file",
+        ) from None
     except OSError as error:
-        raise CompareError("--text", "a file that can be read", f"{str(path)!r} ({error.strerror})", "check the name") from None
+        raise CompareError(
+            "--text",
+            "a file that can be read",
+            f"{str(path)!r} ({error.strerror})",
+            "check the name",
+        ) from None

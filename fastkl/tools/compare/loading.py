@@ -155,23 +155,39 @@ def quiet() -> None:
 
 def load_config(argument: str, name: str):
     """The model's configuration, before anything large is read; an adapter's is that of its base, with its own vocabulary."""
-    from transformers import AutoConfig
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     _check_name(argument, name)
+    adapter = adapters.find_adapter(argument, name) if Path(name).is_dir() else None
     with told(argument, MODEL, name, MODEL_REMEDY):
-        adapter = adapters.find_adapter(argument, name)
-    if adapter:
         try:
-            _check_name(argument, adapter.base)
-        except CompareError as error:
-            raise CompareError(argument, f"an adapter whose base model is there, in {name!r}", f"the base {adapter.base!r}: {error.got}",
-                               "correct base_model_name_or_path in its adapter_config.json") from None
-    with told(argument, MODEL, name, MODEL_REMEDY):
-        config = AutoConfig.from_pretrained(adapter.base if adapter else name, trust_remote_code=False)
+            config = _config(argument, adapter, name)
+        except OSError as error:
+            # An adapter on the hub has no config.json; without a connection there is no more to find out.
+            if Path(name).is_dir() or isinstance(error.__cause__, LocalEntryNotFoundError):
+                raise
+            adapter = adapters.find_adapter(argument, name)
+            if adapter is None:
+                raise
+            config = _config(argument, adapter, name)
     _auto_class(argument, name, config)
     if adapter and (rows := adapters.rows(adapter)):
         config.get_text_config().vocab_size = rows
     return config
+
+
+def _config(argument: str, adapter: adapters.Adapter | None, name: str):
+    """The configuration of this name, or of the adapter's base."""
+    from transformers import AutoConfig
+
+    if adapter:
+        try:
+            _check_name(argument, adapter.base)
+        except CompareError as error:
+            raise CompareError(argument, f"an adapter whose base model is there, in {name!r}",
+                               f"the base {adapter.base!r}: {error.got}",
+                               "correct base_model_name_or_path in its adapter_config.json") from None
+    return AutoConfig.from_pretrained(adapter.base if adapter else name, trust_remote_code=False)
 
 
 def _check_name(argument: str, name: str) -> None:
