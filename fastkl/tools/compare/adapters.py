@@ -41,7 +41,7 @@ class Adapter(NamedTuple):
 
 
 def find_adapter(argument: str, name: str) -> Adapter | None:
-    """The adapter of this name; None for a whole model, also one with an adapter beside its weights."""
+    """Find the adapter of this name; None for a whole model, even with an adapter beside it."""
     from huggingface_hub import try_to_load_from_cache
     from transformers.utils.peft_utils import find_adapter_config_file
 

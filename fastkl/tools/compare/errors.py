@@ -18,7 +18,7 @@ ROOM = 240
 
 @contextlib.contextmanager
 def told(argument: str, expected: str, name: str, remedy: str) -> Iterator[None]:
-    """Turn an exception of a broken file, missing network or new architecture into a CompareError."""
+    """Turn an exception of a broken file or missing network into a CompareError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, CompareError):

@@ -1,4 +1,4 @@
-"""Reads what --text names: files, folders, patterns, standard input, and the lines of .jsonl files."""
+"""Reads what --text names: files, folders, patterns, standard input, lines of .jsonl files."""
 
 from __future__ import annotations
 

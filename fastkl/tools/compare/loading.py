@@ -65,9 +65,10 @@ class Model:
     def __init__(self, argument: str, name: str, model, device: str, adapter: adapters.Adapter | None = None) -> None:
         self.argument, self.name, self.kind, self.device, self._model = argument, name, type(model).__name__, device, model
         self.adapter, self.config, self._body = adapter, model.config.get_text_config(), model.base_model
-        if self._body is model and hasattr(model, "get_decoder"):  # Llama 4: its causal LM, which a vision part may be beside, and then its layers
+        if self._body is model and hasattr(model, "get_decoder"):
+            # Llama 4 has its layers in a causal LM, with a vision part beside it or without.
             self._body = getattr(model.get_decoder(), "model", model)
-        # PaliGemma sees its prompt from both sides, and what it writes, told by 1, from left to right.
+        # PaliGemma reads a prompt from both sides and, marked by 1, its own text from left to right.
         self._written = getattr(model.config, "model_type", None) == "paligemma"
         output = model.get_output_embeddings()
         if not isinstance(getattr(output, "weight", None), torch.Tensor) or self._body is model:
@@ -154,7 +155,7 @@ def quiet() -> None:
 
 
 def load_config(argument: str, name: str):
-    """The model's configuration, before anything large is read; an adapter's is that of its base, with its own vocabulary."""
+    """Load the model's configuration, before anything large; an adapter's is its base's, with its own rows."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     _check_name(argument, name)
@@ -198,7 +199,7 @@ def _check_name(argument: str, name: str) -> None:
 
 
 def _auto_class(argument: str, name: str, config):
-    """The Auto class that loads the checkpoint's own class; a model that reads images as well has one of its own."""
+    """Choose the Auto class that loads the checkpoint's own class; models that read images have another."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
@@ -207,7 +208,8 @@ def _auto_class(argument: str, name: str, config):
              (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
     for auto, names in known:
         own = names.get(config.model_type, ())
-        if architecture.endswith(("CausalLM", "LMHeadModel")) and own or architecture in ((own,) if isinstance(own, str) else own):
+        named = architecture in ((own,) if isinstance(own, str) else own)
+        if named or own and architecture.endswith(("CausalLM", "LMHeadModel")):
             return auto
     raise CompareError(argument, "a causal LM", f"{name!r}, a {architecture}", "choose a checkpoint of a ...ForCausalLM")
 
@@ -256,6 +258,6 @@ def load_model(argument: str, name: str, dtype: str, device: str) -> Model:
 
 
 def too_few_rows(argument: str, name: str, needed: int, rows: int) -> CompareError:
-    """The error of an lm_head that has not all tokens."""
+    """Make the error of an lm_head that lacks tokens."""
     return CompareError(argument, f"an lm_head of at least {needed} rows, for the tokenizer's ids", f"{rows} in {name!r}",
                         "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer")

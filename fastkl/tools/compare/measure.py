@@ -24,8 +24,9 @@ BLOCK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 def token_values(head_a: Head, hidden_a: torch.Tensor, head_b: Head, hidden_b: torch.Tensor, tokens: torch.Tensor, vocabulary: int,
                  unshared: Sequence[int] = ()) -> np.ndarray:
-    """Rows of VALUES for hidden states [n, H] of both models and the tokens [n] that follow them, over the first ids of the vocabulary, with
-    probability 0 for unshared ones.
+    """Rows of VALUES for hidden states [n, H] of both models and the tokens [n] that follow them.
+
+    vocabulary, unshared: the first ids are compared, without these, which get probability 0.
 
     The logits are float32 for 16-bit models, too (what linear_token_stats calls logits_dtype=torch.float32), and are made once: the statistics
     and the divergence to the mixture read the same block.

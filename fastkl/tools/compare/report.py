@@ -40,24 +40,26 @@ def visible(text: str) -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share of 1 in percent; one that would read 0% has two digits instead."""
+    """Format a share in percent; one that would read 0% has two digits instead."""
     return f"{100 * share:.2g}%" if 0 < share <= 0.5 * 10**-(digits + 2) else f"{share:.{digits}%}"
 
 
 def about(model: dict) -> str:
-    """A model's class, type and, of an adapter, what it changes."""
+    """Format a model's class and type, and for an adapter its kind and base."""
     adapter = model["adapter"]
     changed = f"{adapter['kind']} adapter on {visible(adapter['base'])}, " if adapter else ""
     return f"{changed}{model['class']}, {model['dtype']}"
 
 
 def sentence(summary: dict, units: list[dict], top: list[dict], by: str, models: Sequence[dict] = ()) -> str:
-    """How different the two are, and where, in one sentence; a second one where rounding may hide a small adapter."""
+    """How different the two are, and where, in a sentence; in a second, that rounding may hide an adapter."""
     kl, count = summary["kl_ab"], summary["tokens"]
     if kl["max"] == 0 and summary["kl_ba"]["max"] == 0:
-        narrow = next((model["dtype"] for model in models if model["adapter"] and model["dtype"] in ("bfloat16", "float16")), None)
+        narrow = next((model["dtype"] for model in models
+                       if model["adapter"] and model["dtype"] in ("bfloat16", "float16")), None)
         more = f" A change that {narrow} rounds away shows with --dtype float32." if narrow else ""
-        return f"A and B are the same on this text: the divergence of {f'all {count:,} tokens' if count > 1 else 'its only token'} is exactly 0.{more}"
+        of = f"all {count:,} tokens" if count > 1 else "its only token"
+        return f"A and B are the same on this text: the divergence of {of} is exactly 0.{more}"
     word = next((word for bound, word in WORDS if kl["mean"] < bound), "strongly")
     worst = top[0]
     where = f"before {quoted(worst['token'])} in {place(worst)}, where A expects {expected(worst, 'a')} and B {expected(worst, 'b')}"
@@ -178,14 +180,17 @@ def text_line(report: dict) -> str:
     skipped = f"; skipped, with fewer than 2 tokens: {visible(', '.join(text['skipped']))}" if text["skipped"] else ""
     files = f"{len(text['files'])} files" if len(text["files"]) > 1 else visible(text["files"][0])
     documents = f", {text['documents']:,} documents" if text["documents"] > len(text["files"]) else ""
-    return (f"{files}{documents}, {count:,} token{'s' if count > 1 else ''}{left_out}{skipped}; vocabulary {text['vocabulary']}{cut}{_alone(text)}; "
-            f"windows of {text['context']} tokens, overlap {text['overlap']}")
+    return (f"{files}{documents}, {count:,} token{'s' if count > 1 else ''}{left_out}{skipped}; "
+            f"vocabulary {text['vocabulary']}{cut}{_alone(text)}; windows of {text['context']} tokens, overlap {text['overlap']}")
 
 
 def _alone(text: dict) -> str:
-    """The tokens that are not compared, because one model alone has them."""
-    parts = [f"{letter} alone has {len(tokens):,} ({', '.join(quoted(entry['token']) for entry in tokens[:NAMED])}{', …' if len(tokens) > NAMED else ''})"
-             for letter, tokens in text["left_out"].items() if tokens]
+    """Name the tokens that are not compared, because one model alone has them."""
+    parts = []
+    for letter, tokens in text["left_out"].items():
+        if tokens:
+            named = [*(quoted(entry["token"]) for entry in tokens[:NAMED]), *["…"][:len(tokens) - NAMED > 0]]
+            parts.append(f"{letter} alone has {len(tokens):,} ({', '.join(named)})")
     whose = f", read with {text['tokenizer']}'s tokenizer" if text["tokenizer"] else ""
     return whose + (f"; tokens left out: {' and '.join(parts)}" if parts else "")
 

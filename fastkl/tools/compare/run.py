@@ -66,7 +66,7 @@ def _show(settings: Settings, result: dict, color: bool | None) -> None:
 
 
 def _flushed(out: IO, parts: Iterable) -> None:
-    """Write all parts and flush; where that fails, Python must not try once more at exit."""
+    """Write all parts and flush; where that fails, Python is kept from a second try at exit."""
     try:
         for part in parts:
             out.write(part)
@@ -83,7 +83,8 @@ def compare(settings: Settings, store: Store) -> tuple[text.TextTokenizer, dict]
     named = {"A": ("MODEL_A", settings.model_a), "B": ("MODEL_B", settings.model_b)}
     configs = [loading.load_config(*model) for model in named.values()]
     context, overlap = choose_windows(settings, configs)
-    tokenizers = {letter: text.TextTokenizer(loading.load_tokenizer(*named[letter])) for letter in settings.tokenizer or named}
+    tokenizers = {letter: text.TextTokenizer(loading.load_tokenizer(*named[letter]))
+                  for letter in settings.tokenizer or named}
     vocabulary = _vocabulary(named, configs, tokenizers)
     skipped = _read(settings.text, store, tokenizers, vocabulary)
     loads = [functools.partial(loading.load_model, *model, settings.dtype, settings.device) for model in named.values()]
@@ -92,20 +93,24 @@ def compare(settings: Settings, store: Store) -> tuple[text.TextTokenizer, dict]
     label = tokenizer.label
     figures, top = summary.summarise(store), [summary.token_entry(store, at, label) for at in summary.worst_tokens(store, settings.top)]
     units = [unit.entry(store) for unit in summary.worst_units(store, settings.by, settings.top)]
-    without = sum(store.tokens(document.start, document.first)["id"].tolist() != tokenizer.prefix for document in store.documents)
+    without = sum(store.tokens(document.start, document.first)["id"].tolist() != tokenizer.prefix
+                  for document in store.documents)
+    left_out = {letter: [{"id": number, "token": token} for number, token in tokens]
+                for letter, tokens in vocabulary.alone.items()}
     return tokenizer, {
         "sentence": report.sentence(figures, units, top, settings.by, models), "models": models, "by": settings.by, "shown": settings.top,
         "text": {"files": [_name(path) for path in settings.text if path not in skipped], "skipped": [_name(path) for path in skipped],
                  "documents": len(store.documents), "not_scored": without, "tokenizer": settings.tokenizer, "vocabulary": vocabulary.size,
-                 "left_out": {letter: [{"id": number, "token": token} for number, token in tokens] for letter, tokens in vocabulary.alone.items()},
-                 "context": context, "overlap": overlap},
+                 "left_out": left_out, "context": context, "overlap": overlap},
         "summary": figures, "units": units, "top": top, "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__},
     }
 
 
-def _vocabulary(named: dict[str, tuple[str, str]], configs: list, tokenizers: dict[str, text.TextTokenizer]) -> text.Vocabulary:
-    """The tokens to compare; an error, before the models load, where an lm_head has not all of them."""
-    rows = {letter: getattr(config.get_text_config(), "vocab_size", None) for letter, config in zip(named, configs, strict=True)}
+def _vocabulary(named: dict[str, tuple[str, str]], configs: list,
+                tokenizers: dict[str, text.TextTokenizer]) -> text.Vocabulary:
+    """Choose the tokens to compare; an error, before the models load, where an lm_head lacks some."""
+    rows = {letter: getattr(config.get_text_config(), "vocab_size", None)
+            for letter, config in zip(named, configs, strict=True)}
     letter, tokenizer = next(iter(tokenizers.items()))
     if len(tokenizers) > 1:
         vocabulary = text.shared_vocabulary(*tokenizers.values())
@@ -117,18 +122,21 @@ def _vocabulary(named: dict[str, tuple[str, str]], configs: list, tokenizers: di
     return vocabulary
 
 
-def _read(paths: tuple[Path, ...], store: Store, tokenizers: dict[str, text.TextTokenizer], vocabulary: text.Vocabulary) -> list[Path]:
-    """Fill the store with tokens; the files that hold no document."""
+def _read(paths: tuple[Path, ...], store: Store, tokenizers: dict[str, text.TextTokenizer],
+          vocabulary: text.Vocabulary) -> list[Path]:
+    """Fill the store with tokens; return the files that hold no document."""
     letter, tokenizer = next(iter(tokenizers.items()))
     base = os.path.commonpath([path.absolute().parent for path in paths if path != STDIN] or ["."])
     skipped = []
     for path in paths:
         name, held = _name(path) if path == STDIN else readable(os.path.relpath(path, base)), False
         for source in inputs.sources(path, tokenizer.own, f"MODEL_{letter}"):
-            held |= text.add_document(store, source, name if source.line is None else f"{name}#{source.line}", tokenizers, vocabulary)
+            numbered = name if source.line is None else f"{name}#{source.line}"
+            held |= text.add_document(store, source, numbered, tokenizers, vocabulary)
         skipped += [] if held else [path]
     if not store.documents:
-        raise CompareError("--text", "files with text", f"fewer than 2 tokens in {' and in '.join(repr(str(path)) for path in skipped)}", "check the names")
+        got = f"fewer than 2 tokens in {' and in '.join(repr(str(path)) for path in skipped)}"
+        raise CompareError("--text", "files with text", got, "check the names")
     return skipped
 
 
@@ -164,7 +172,8 @@ def check_files(settings: Settings) -> None:
         if path != STDIN:
             claim("--text", path)
     if settings.text.count(STDIN) > 1 or STDIN in settings.text and sys.stdin is None:
-        raise CompareError("--text", "standard input to be open, and read once", "- twice" if sys.stdin else "a closed one", "pass - once, or name files")
+        got = "- twice" if sys.stdin else "a closed one"
+        raise CompareError("--text", "standard input to be open, and read once", got, "pass - once, or name files")
     for folder in filter(os.path.isdir, (settings.model_a, settings.model_b)):
         uses |= {_identity(path): "a model's" for path in Path(folder).iterdir()}
     for option, path in (("--html", settings.html), ("--json", settings.json)):
@@ -192,7 +201,10 @@ def _write(path: Path | None, parts: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _signals_are_exits() -> Iterator[None]:
-    """SIGTERM and SIGHUP as an exception, so that half a file is removed; Python allows that to the main thread. nohup stays in force."""
+    """Turn SIGTERM and SIGHUP into SystemExit, so that half a file is removed.
+
+    Python allows handlers to the main thread alone. A signal that is ignored, as under nohup, stays so.
+    """
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):

@@ -93,7 +93,7 @@ class Store:
             yield low, self.values(low, min(low + BLOCK, end))
 
     def quantiles(self, name: str, fractions: Sequence[float]) -> list[float]:
-        """Exact quantiles of a non-negative column: torch.quantile's, linear between two values, and +inf between +inf and a number.
+        """Exact quantiles of a non-negative column, those of torch.quantile; +inf between +inf and a number.
 
         The column is sorted in a file that is mapped, not read: the memory is the system's cache, and given back when others need it.
         """
@@ -107,7 +107,7 @@ class Store:
 
 
 def _between(ordered: np.ndarray, rank: float) -> float:
-    """The value at a rank from 0 on, which may lie between two."""
+    """Interpolate linearly at a rank from 0 on."""
     low, share = int(rank), rank % 1
     return float(ordered[low]) if share == 0 else (1 - share) * float(ordered[low]) + share * float(ordered[low + 1])
 
@@ -135,7 +135,7 @@ class HiddenFile:
 
 
 def readable(name: str | os.PathLike) -> str:
-    """A file's name as text that can be printed and written: it may have bytes that are no UTF-8."""
+    """Make text of a file's name, whose bytes need not be UTF-8, to print and to write."""
     return shown(os.fsencode(name))
 
 

@@ -57,9 +57,9 @@ class TextTokenizer:
 
 
 class Vocabulary(NamedTuple):
-    """The tokens that are compared: the first `size` ids without `unshared`, in the order of the ids.
+    """The tokens that are compared: the first `size` ids without `unshared`.
 
-    alone: for each letter the ids and names of tokens that the other model has not, or has under another id.
+    alone: for each letter the ids and names of tokens that the other model lacks or has elsewhere.
     """
 
     size: int
@@ -68,7 +68,7 @@ class Vocabulary(NamedTuple):
 
 
 def whole_vocabulary(letter: str, tokenizer: TextTokenizer, rows: int | None) -> Vocabulary:
-    """The tokens of one tokenizer that stands for both, as far as the other model's lm_head has rows for them."""
+    """Take one tokenizer's tokens for both models, as far as the other lm_head has rows for them."""
     size = max(tokenizer.ids.values()) + 1
     size = size if rows is None else min(size, rows)
     alone = sorted((number, token) for token, number in tokenizer.ids.items() if number >= size)
@@ -76,38 +76,43 @@ def whole_vocabulary(letter: str, tokenizer: TextTokenizer, rows: int | None) ->
 
 
 def shared_vocabulary(a: TextTokenizer, b: TextTokenizer) -> Vocabulary:
-    """Tokens with the same id in both; an error where tokens that were not added to a vocabulary have different ids."""
+    """Take the tokens with the same id in both; an error where ids differ of tokens that nobody added."""
     added = [tokenizer.own.get_added_vocab().keys() for tokenizer in (a, b)]
     moved = {token for token in a.ids.keys() & b.ids.keys() if a.ids[token] != b.ids[token]}
     different = sorted(moved - (added[0] & added[1]))
     both = a.ids.items() & b.ids.items()
     if different or not both:
-        at = " and ".join(f"{tokenizer.ids.get(token, 'missing')} in {letter}" for token in different[:1] for tokenizer, letter in ((a, "A"), (b, "B")))
-        raise _other_tokenizer(f"another; ids that differ: {len(different):,}; {different[0]!r} is {at}" if different else "one without a common token")
-    alone = {letter: sorted((number, token) for token, number in tokenizer.ids.items() - both) for letter, tokenizer in (("A", a), ("B", b))}
+        raise _other_tokenizer("one without a common token" if not different else
+                               f"another; ids that differ: {len(different):,}; {different[0]!r} is "
+                               f"{a.ids[different[0]]} in A and {b.ids[different[0]]} in B")
+    alone = {letter: sorted((number, token) for token, number in tokenizer.ids.items() - both)
+             for letter, tokenizer in (("A", a), ("B", b))}
     size = max(number for _, number in both) + 1
     return Vocabulary(size, sorted({number for tokens in alone.values() for number, _ in tokens if number < size}), alone)
 
 
 def _other_tokenizer(got: str) -> CompareError:
-    return CompareError("MODEL_B", "the tokenizer of MODEL_A", got, "compare models whose tokenizer.json and tokenizer_config.json agree, or, where B was "
-                        "trained on A's tokens, choose --tokenizer A")
+    return CompareError("MODEL_B", "the tokenizer of MODEL_A", got, "compare models whose tokenizer.json and "
+                        "tokenizer_config.json agree, or, where B was trained on A's tokens, choose --tokenizer A")
 
 
-def add_document(store: Store, source: Source, name: str, tokenizers: dict[str, TextTokenizer], vocabulary: Vocabulary) -> bool:
-    """Tokenize a document into the store, as one of this name; an error where the tokenizers differ on it or a model has not all its tokens.
+def add_document(store: Store, source: Source, name: str, tokenizers: dict[str, TextTokenizer],
+                 vocabulary: Vocabulary) -> bool:
+    """Tokenize a document into the store; False: it is none, with fewer than 2 tokens.
 
-    False: no document, with fewer than 2 tokens.
+    An error where the tokenizers differ on it, or a model lacks one of its tokens.
     """
     start, line, context = store.count, 1, 0
     first = next(iter(tokenizers.values()))
     for text in source.texts:
         ids, texts, starts = first.encode(text)
-        read = {letter: ids if tokenizer is first else tokenizer.encode(text)[0] for letter, tokenizer in tokenizers.items()}
+        read = {letter: ids if tokenizer is first else tokenizer.encode(text)[0]
+                for letter, tokenizer in tokenizers.items()}
         if store.count == start and source.chat:  # the template has written the special tokens
             context = len(first.prefix) if ids[:len(first.prefix)] == first.prefix else 0
         elif store.count == start:
-            read, context = {letter: tokenizers[letter].prefix + found for letter, found in read.items()}, len(first.prefix)
+            read = {letter: tokenizers[letter].prefix + found for letter, found in read.items()}
+            context = len(first.prefix)
             store.append(first.prefix, [1] * context, [b""] * context)
         _check_tokens(read, tokenizers, vocabulary, name)
         ends = np.array([at for at, character in enumerate(text) if character == "\n"], np.int64)
@@ -119,19 +124,22 @@ def add_document(store: Store, source: Source, name: str, tokenizers: dict[str, 
     return store.count > scored
 
 
-def _check_tokens(read: dict[str, list[int]], tokenizers: dict[str, TextTokenizer], vocabulary: Vocabulary, name: str) -> None:
+def _check_tokens(read: dict[str, list[int]], tokenizers: dict[str, TextTokenizer],
+                  vocabulary: Vocabulary, name: str) -> None:
     """Refuse tokens that one model alone has, and those on which the tokenizers differ."""
     for letter, ids in read.items():
         found = np.array(ids, np.int64)
         alone = found[(found >= vocabulary.size) | np.isin(found, vocabulary.unshared)]
         if len(alone):
             token, other = int(alone[0]), "AB"[letter == "A"]
-            raise CompareError("--text", "text in tokens that both models have", f"{tokenizers[letter].label(token)!r} in {name!r}, the token {token} of "
-                               f"{letter} alone", f"leave it out of the text, or read it with --tokenizer {other}")
+            got = f"{tokenizers[letter].label(token)!r} in {name!r}, the token {token} of {letter} alone"
+            raise CompareError("--text", "text in tokens that both models have", got,
+                               f"leave it out of the text, or read it with --tokenizer {other}")
     first, *others = read.values()
     for second in others:
         if first != second:
-            at = next((at for at, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), min(len(first), len(second)))
+            at = next((at for at, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
+                      min(len(first), len(second)))
             label = next(iter(tokenizers.values())).label
             in_a, in_b = (repr(label(tokens[at])) if at < len(tokens) else "nothing" for tokens in (first, second))
             raise _other_tokenizer(f"other tokens for the same text: {in_a} of {name!r} is {in_b} in B")
