@@ -289,3 +289,10 @@ def test_a_whole_model_beside_an_adapter_config_is_the_model(files, tmp_path):
         expected["kl_ab"],
         atol=1e-6,
     )
+
+
+def test_no_file_of_the_base_is_overwritten(files, tmp_path, capsys):
+    folder = trained(files.a, tmp_path / "adapter")
+    capsys.readouterr()
+    code, shown, said = cli_run(capsys, files.b, folder, "--text", files.text[1], "--json", f"{files.a}/config.json")
+    assert (code, shown) == (2, "") and "error: --json: expected a file that has no other use, got '" in said

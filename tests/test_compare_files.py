@@ -184,10 +184,13 @@ def test_checkpoints_that_cannot_be_compared(files, tmp_path, capsys, how, expec
     assert line[0].startswith(f"fastkl compare: error: {expected}") and "; remedy: " in line[0]
 
 
-def test_arguments_that_cannot_be_used(files, tmp_path, capsys):
+def test_arguments_that_cannot_be_used(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_model", lambda *arguments: 1 / 0)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "one.txt").write_text("a")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    bare = shutil.copytree(files.b, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
     text = ("--text", files.text[0])
     cases = {
         "--text: expected files with text, got fewer than 2 tokens in '": (files.a, files.b, "--text", tmp_path / "empty.txt", tmp_path / "one.txt"),
@@ -197,6 +200,7 @@ def test_arguments_that_cannot_be_used(files, tmp_path, capsys):
         "MODEL_A: expected a model folder or a hub name, got './none', which": ("./none", files.b, *text),
         "MODEL_A: expected a model folder, got": (tmp_path, files.b, *text),
         "MODEL_B: expected a model folder or a hub name, got": (files.a, files.text[0], *text),
+        "MODEL_B: expected a model folder with weights, got": (files.a, bare, *text),
         "--context: expected at most 256 (max_position_embeddings), got 257": (files.a, files.b, *text, "--context", "257"),
         "--overlap: expected fewer tokens than --context (8), got 8": (files.a, files.b, *text, "--context", "8", "--overlap", "8"),
         "--html: expected a file in a folder that can be written to": (files.a, files.b, *text, "--html", tmp_path),

@@ -171,6 +171,8 @@ def load_config(argument: str, name: str):
             if adapter is None:
                 raise
             config = _config(argument, adapter, name)
+    source = adapter.base if adapter else name
+    _check_folder(argument, source, "a model folder with weights", ("model.safetensors", "*.safetensors", "*.bin"), "copy them there, too")
     _auto_class(argument, name, config)
     if adapter and (rows := adapters.rows(adapter)):
         config.get_text_config().vocab_size = rows
@@ -234,8 +236,8 @@ def load_tokenizer(argument: str, name: str):
 
 
 def _check_folder(argument: str, name: str, expected: str, files: tuple[str, ...], remedy: str) -> None:
-    """An error for a folder that has none of these files."""
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
+    """An error for a folder that has none of these files, or of a pattern's."""
+    if Path(name).is_dir() and not any(any(Path(name).glob(file)) for file in files):
         raise CompareError(argument, expected, f"{name!r}, a folder without {files[0]}", remedy)
 
 

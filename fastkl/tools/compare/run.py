@@ -21,7 +21,7 @@ import torch
 import fastkl
 
 from ..files import check_writable, json_text, write_whole
-from . import html, inputs, loading, report, summary, text
+from . import adapters, html, inputs, loading, report, summary, text
 from .measure import Pass, measure
 from .settings import DEFAULT_CONTEXT, STDIN, STDOUT, CompareError, Settings
 from .store import Store, readable
@@ -174,7 +174,9 @@ def check_files(settings: Settings) -> None:
     if settings.text.count(STDIN) > 1 or STDIN in settings.text and sys.stdin is None:
         got = "- twice" if sys.stdin else "a closed one"
         raise CompareError("--text", "standard input to be open, and read once", got, "pass - once, or name files")
-    for folder in filter(os.path.isdir, (settings.model_a, settings.model_b)):
+    named = (("MODEL_A", settings.model_a), ("MODEL_B", settings.model_b))
+    found = [adapters.find_adapter(*model) for model in named if os.path.isdir(model[1])]
+    for folder in filter(os.path.isdir, (settings.model_a, settings.model_b, *(adapter.base for adapter in found if adapter))):
         uses |= {_identity(path): "a model's" for path in Path(folder).iterdir()}
     for option, path in (("--html", settings.html), ("--json", settings.json)):
         if path is not None:
