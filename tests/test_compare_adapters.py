@@ -190,6 +190,8 @@ def spoil(files, folder, how):
         return path
     elif how == "unknown":
         config["peft_type"] = "NEW"
+    elif how == "kindless":
+        del config["peft_type"]
     elif how == "weightless":
         (folder / "adapter_model.safetensors").unlink()
     elif how == "incomplete":
@@ -226,6 +228,11 @@ def spoil(files, folder, how):
         ),
         (
             "unknown",
+            "expected an adapter with an adapter_config.json that peft reads, got '{}': ",
+            0,
+        ),
+        (
+            "kindless",
             "expected an adapter with an adapter_config.json that peft reads, got '{}': ",
             0,
         ),

@@ -53,6 +53,7 @@ def lines(path, *entries):
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, RENDERED),
         ({"prompt": "the cat sat", "completion": " on a mat"}, "the cat sat on a mat"),
         ({"text": "a mat 日本", "source": "x"}, "a mat 日本"),
+        ({"text": "a mat", "messages": []}, "a mat"),
     ],
 )
 def test_a_line_is_a_document_and_not_json(files, chats, tmp_path, entry, expected):

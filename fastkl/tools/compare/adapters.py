@@ -28,7 +28,7 @@ class Adapter(NamedTuple):
     kind: str
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Every tensor of its file, by the name that it has in the file."""
+        """Load every tensor of its file, by the name that it has there."""
         import peft
 
         with told(
@@ -70,10 +70,7 @@ def find_adapter(argument: str, name: str) -> Adapter | None:
         "save it again with save_pretrained",
     ):
         config = peft.PeftConfig.from_pretrained(name)
-    kind, base = (
-        getattr(config.peft_type, "value", str(config.peft_type)),
-        config.base_model_name_or_path,
-    )
+        kind, base = str(config.peft_type.value), config.base_model_name_or_path
     if config.is_prompt_learning:
         raise CompareError(
             argument,
@@ -139,7 +136,7 @@ def widened(
     saved: the layer's tensors in the adapter's file, which may be wider than the base's type.
     """
     layer = copy.deepcopy(layer).float().eval()
-    for own in getattr(layer, "modules_to_save", {}).values():
+    for own in (layer, *getattr(layer, "modules_to_save", {}).values()):
         own.load_state_dict(saved, strict=False)
     weight = layer.weight
     unit = torch.eye(weight.shape[1], device=weight.device)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from .errors import sentences
 from .settings import STDIN, CompareError
 
 # Characters tokenized at once. Tokenizers see no further: a longer document is cut where a line
@@ -54,12 +55,11 @@ def files(paths: Iterable[Path]) -> tuple[Path, ...]:
                 Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)
             )
         if not group:
-            what = "a folder without files in it" if os.path.isdir(path) else "which does not exist"
-            what = (
-                "a pattern that no file matches"
-                if not os.path.exists(path) and glob.has_magic(str(path))
-                else what
-            )
+            what = "which does not exist"
+            if os.path.isdir(path):
+                what = "a folder without files in it"
+            elif glob.has_magic(str(path)):
+                what = "a pattern that no file matches"
             remedy = "check the name, or pass a pattern such as 'folder/**/*.txt'"
             raise CompareError("--text", "files with text", f"{str(path)!r}, {what}", remedy)
         found += group
@@ -82,10 +82,10 @@ def sources(path: Path, tokenizer, argument: str) -> Iterator[Source]:
 
 
 def _entry(where: str, line: str, tokenizer, argument: str) -> tuple[str, bool]:
-    """The text of a line, and whether it is a chat's."""
+    """Return the text of a line, and whether it is a chat's."""
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CompareError(
             "--text",
             "a JSON object a line in a .jsonl file",
@@ -99,7 +99,8 @@ def _entry(where: str, line: str, tokenizer, argument: str) -> tuple[str, bool]:
         text = prompt + completion
     elif _is_chat(prompt) and _is_chat(completion):
         messages = prompt + completion
-    if isinstance(text, str) == _is_chat(messages):
+    chat = _is_chat(messages)
+    if isinstance(text, str) == chat:
         got = f"the fields {', '.join(map(repr, entry))[:200]}" if entry else "no such object"
         raise CompareError(
             "--text",
@@ -107,7 +108,7 @@ def _entry(where: str, line: str, tokenizer, argument: str) -> tuple[str, bool]:
             f"{got} in {where}",
             "convert the lines, or rename the file to .txt to compare its characters",
         )
-    if isinstance(messages, list):
+    if chat:
         text = _rendered(where, messages, entry.get("tools"), tokenizer, argument)
     try:
         text.encode()
@@ -118,11 +119,11 @@ def _entry(where: str, line: str, tokenizer, argument: str) -> tuple[str, bool]:
             f"a lone {ascii(error.object[error.start])} in {where}",
             "correct it",
         ) from None
-    return text, isinstance(messages, list)
+    return text, chat
 
 
 def _is_chat(messages: object) -> bool:
-    """Whether it is a list of messages, each with a role."""
+    """Tell whether it is a list of messages, each with a role."""
     return (
         isinstance(messages, list)
         and bool(messages)
@@ -134,6 +135,7 @@ def _is_chat(messages: object) -> bool:
 
 
 def _rendered(where: str, messages: list, tools: object, tokenizer, argument: str) -> str:
+    """Write messages as one text, as the tokenizer's chat template does."""
     if not tokenizer.chat_template:
         raise CompareError(
             argument,
@@ -147,7 +149,7 @@ def _rendered(where: str, messages: list, tools: object, tokenizer, argument: st
         raise CompareError(
             "--text",
             f"messages that the chat template of {argument} takes",
-            f"{error or type(error).__name__} in {where}",
+            f"{sentences(str(error)) or type(error).__name__} in {where}",
             "correct the messages",
         ) from None
 
@@ -162,7 +164,7 @@ def pieces(path: Path) -> Iterator[str]:
 
 
 def cut(texts: Iterable[str]) -> Iterator[str]:
-    """Texts that follow each other, cut anew into pieces of at most about PIECE characters."""
+    """Cut texts that follow each other anew, into pieces of at most about PIECE characters."""
     rest = ""
     for text in texts:
         rest += text
@@ -175,7 +177,7 @@ def cut(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _last_cut(text: str) -> int:
-    """The last good place for a cut, before the last character."""
+    """Find the last good place for a cut, before the last character."""
     for pattern in _CUTS:
         if ends := [match.end() for match in pattern.finditer(text)]:
             return ends[-1]
@@ -184,7 +186,7 @@ def _last_cut(text: str) -> int:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[str]]:
-    """The file, or standard input, as UTF-8 text."""
+    """Open the file, or standard input, as UTF-8 text."""
     options = {"encoding": "utf-8-sig", "newline": ""}
     try:
         if path == STDIN:
