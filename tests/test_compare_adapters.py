@@ -301,5 +301,34 @@ def test_a_whole_model_beside_an_adapter_config_is_the_model(files, tmp_path):
 def test_no_file_of_the_base_is_overwritten(files, tmp_path, capsys):
     folder = trained(files.a, tmp_path / "adapter")
     capsys.readouterr()
-    code, shown, said = cli_run(capsys, files.b, folder, "--text", files.text[1], "--json", f"{files.a}/config.json")
-    assert (code, shown) == (2, "") and "error: --json: expected a file that has no other use, got '" in said
+    code, shown, said = cli_run(
+        capsys, files.b, folder, "--text", files.text[1], "--json", f"{files.a}/config.json"
+    )
+    assert (code, shown) == (
+        2,
+        "",
+    ) and "error: --json: expected a file that has no other use, got '" in said
+
+
+def test_an_adapter_on_the_hub_by_its_name(files, tmp_path, monkeypatch):
+    """Base and adapter are in the cache, without a connection; neither is asked for again."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folders = {}
+    for name in ("base", "adapter"):
+        repository = tmp_path / f"models--org--{name}"
+        folders[name] = repository / "snapshots" / ("a" * 40)
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(files.a, folders["base"])
+    trained(files.a, folders["adapter"])
+    expected = compare(files, files.a, str(folders["adapter"]), tmp_path / "out")
+    path = folders["adapter"] / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
+    values, result, _ = compare(files, "org/base", "org/adapter", tmp_path / "out")
+    assert values.tobytes() == expected[0].tobytes()
+    assert result["models"][1]["adapter"] == {"kind": "LORA", "base": "org/base"}
+    with pytest.raises(CompareError, match="^MODEL_B: expected a model folder or a hub name, got "):
+        loading.load_config("MODEL_B", "org/none")

@@ -76,8 +76,12 @@ def test_a_refused_pickle_is_a_whole_sentence(files, tmp_path, capsys, protocol)
     line = said.splitlines()[-1]
     assert (code, shown) == (2, "") and "Traceback" not in said
     got = f"got '{folder}' with a pickle that torch refuses to load, because it may hold code and not tensors alone ("
-    assert line.startswith(f"fastkl compare: error: MODEL_B: expected a causal LM that can be loaded, {got}")
-    assert line.endswith("); remedy: load it where its source is trusted, and save it as safetensors with save_pretrained")
+    assert line.startswith(
+        f"fastkl compare: error: MODEL_B: expected a causal LM that can be loaded, {got}"
+    )
+    assert line.endswith(
+        "); remedy: load it where its source is trusted, and save it as safetensors with save_pretrained"
+    )
 
 
 @pytest.mark.parametrize(

@@ -40,16 +40,22 @@ class Adapter(NamedTuple):
             return peft.load_peft_weights(self.name, device="cpu")
 
 
+def cached(name: str, file: str = "adapter_config.json") -> bool:
+    """Tell whether the cache of the hub has this file of a repository."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, file), str)
+
+
 def find_adapter(argument: str, name: str) -> Adapter | None:
     """Find the adapter of this name; None for a whole model, even with an adapter beside it."""
-    from huggingface_hub import try_to_load_from_cache
     from transformers.utils.peft_utils import find_adapter_config_file
 
     folder = Path(name)
     if folder.is_dir():
         whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
     else:  # a hub name whose config.json was loaded; the hub need not be asked again
-        whole = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        whole = cached(name, "config.json")
     if whole:
         return None
     if find_adapter_config_file(name) is None:

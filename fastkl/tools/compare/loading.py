@@ -164,8 +164,9 @@ def load_config(argument: str, name: str):
         try:
             config = _config(argument, adapter, name)
         except OSError as error:
-            # An adapter on the hub has no config.json; without a connection there is no more to find out.
-            if Path(name).is_dir() or isinstance(error.__cause__, LocalEntryNotFoundError):
+            # An adapter on the hub has no config.json; without a connection, only the cache can tell.
+            offline = isinstance(error.__cause__, LocalEntryNotFoundError)
+            if Path(name).is_dir() or offline and not adapters.cached(name):
                 raise
             adapter = adapters.find_adapter(argument, name)
             if adapter is None:
