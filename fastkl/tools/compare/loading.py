@@ -172,9 +172,9 @@ def load_config(argument: str, name: str):
             if adapter is None:
                 raise
             config = _config(argument, adapter, name)
-    source = adapter.base if adapter else name
-    _check_folder(argument, source, "a model folder with weights", ("model.safetensors", "*.safetensors", "*.bin"), "copy them there, too")
     _auto_class(argument, name, config)
+    _check_folder(argument, adapter.base if adapter else name, "a model folder with weights",
+                  ("model.safetensors", "*.safetensors", "*.bin"), "copy them there, too")
     if adapter and (rows := adapters.rows(adapter)):
         config.get_text_config().vocab_size = rows
     return config
