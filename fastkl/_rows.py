@@ -175,8 +175,8 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
             grad[inactive] = 0
     for rows in row_blocks(p, active):
         x, y = _scaled(p, q, rows, scaling)
-        results = _gradients(x, y, _some(tokens, rows), _some(temperature, rows), saved[rows], {name: value[rows] for name, value in upstream.items()},
-                             grad_p is not None, grad_q is not None)
+        results = _gradients(x, y, _some(tokens, rows), _some(temperature, rows), saved[rows],
+                             {name: value[rows] for name, value in upstream.items()}, grad_p is not None, grad_q is not None)
         slopes = _slopes(x, y, rows, scaling)
         for grad, value, slope in zip((grad_p, grad_q), results, slopes, strict=True):
             if grad is not None:

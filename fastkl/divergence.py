@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import _checks, _reduce, _rows, backend, reference
 from ._ops import row_statistics
 from ._types import Reduction
 
-# What one pass of the kernels holds: kernels.row_finish.LARGE_KL and kernels.row_math.LARGEST_D.
-ONE_PASS_KL = 32.0
+# Limits of one pass of the kernels: kernels.row_finish.LARGE_KL and LARGEST_DIFFERENCE, kernels.row_math.LARGEST_D
+# and LARGEST_LSE.
+ONE_PASS_KL = 8.0
+ONE_PASS_DIFFERENCE = 64.0
 ONE_PASS_D = 60.0
+ONE_PASS_LSE = 4194304.0
 
 
 def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Tensor | None = None, *,
@@ -71,9 +76,11 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
                    mask: torch.Tensor | None = None) -> torch.Tensor:
     """Which rows the Triton kernels read again, because one pass cannot hold them: a diagnostic, not for the training loop.
 
-    A row is read again if it holds an infinity or a NaN, if its KL in either direction is 32 nats or more, or if some entry is more than e^60
-    times as probable under Q as under P (relative to the row's mean log-ratio). Such a row costs about six reads instead of one.
-    kl_divergence alone does not look at the other direction: there these rows are an upper bound.
+    A row is read again, in float64, if it holds an infinity or a NaN, if its KL in either direction is 8 nats or more
+    or KL(Q‖P) far below KL(P‖Q), if some entry is more than e^60 times as probable under Q as under P (relative to the
+    row's mean log-ratio), or if the mean difference of the logits over the temperature is 64 or more (of 16-bit logits:
+    before it too). Such a row costs four reads instead of one. kl_divergence alone does not look at the other direction:
+    there these rows are an upper bound.
 
     Args: as kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time. No gradient. Raises: as kl_divergence.
     """
@@ -85,9 +92,15 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
             chosen = temperatures[rows].float() if isinstance(temperatures, torch.Tensor) else temperatures
             x, y = _rows.take(p_logits, rows).float(), _rows.take(q_logits, rows).float()
             result = reference.row_statistics(x, y, None, chosen, entropy=False)
-            tops = result.saved[:, 2] - result.saved[:, 0]
-            largest_d = ((y - x).amax(-1) - tops) / chosen - (result.saved[:, 3] - result.saved[:, 1]) + result.kl
-            holds = (result.kl < ONE_PASS_KL) & (result.ref_kl < ONE_PASS_KL) & (largest_d < ONE_PASS_D) & x.isfinite().all(-1) & y.isfinite().all(-1)
+            kl, ref_kl = result.kl, result.ref_kl
+            x_top, x_log_sum, y_top, y_log_sum = result.saved[:, :4].unbind(1)
+            apart = (y_top - x_top) / chosen + (y_log_sum - x_log_sum) - kl  # E_p[y - x]/T
+            largest_d = (y - x).amax(-1) / chosen - apart
+            lse = torch.maximum((x_top / chosen + x_log_sum).abs(), (y_top / chosen + y_log_sum).abs())
+            wide = torch.float32 in (p_logits.dtype, q_logits.dtype)
+            holds = (kl < ONE_PASS_KL) & (ref_kl < ONE_PASS_KL) & (largest_d < ONE_PASS_D) & (lse * math.log2(math.e) < ONE_PASS_LSE)
+            holds &= (ref_kl + kl - torch.expm1(-kl) < 64 * ref_kl + 0.02) & x.isfinite().all(-1) & y.isfinite().all(-1)
+            holds &= (apart.abs() < ONE_PASS_DIFFERENCE) & (wide | (apart.abs() * chosen < ONE_PASS_DIFFERENCE))
             slow[rows] = ~holds
     return slow.view(p_logits.shape[:-1])
 

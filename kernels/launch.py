@@ -162,8 +162,8 @@ class Case(NamedTuple):
 def _case(problem: Problem) -> Case:
     tensors = (problem.p.tensor, None if problem.q is None else problem.q.tensor, problem.tokens, problem.temperatures)
     return Case(tensors[0].device, tuple([None if value is None else value.dtype for value in tensors]),
-                problem.mask is not None, not problem.p.aligned(problem.inner, problem.outer), problem.q_in_blocks, float(problem.softcap), float(problem.ref_softcap),
-                problem.ratios is not None)
+                problem.mask is not None, not problem.p.aligned(problem.inner, problem.outer), problem.q_in_blocks,
+                float(problem.softcap), float(problem.ref_softcap), problem.ratios is not None)
 
 
 @functools.cache

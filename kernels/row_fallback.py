@@ -16,15 +16,15 @@ SIGN_BIT = tl.constexpr(-2147483648)
 
 
 class FallbackRow(NamedTuple):
-    """Float64 statistics of a row: log p = (x - x_top)·s - log_S, log q = (y - y_top)·s·ratio - log_S - D.
+    """Float64 statistics of a row: log p = (x - x_top)·s - log_sum, log q = (y - y_top)·s·ratio - log_sum - log_sum_ratio.
 
     y_at: y where x is largest. mean_p: E_p[d] less d there. x_at, mean_q: the same with P and Q in each other's place.
     """
 
     x_top: tl.tensor
     y_top: tl.tensor
-    log_S: tl.tensor
-    D: tl.tensor
+    log_sum: tl.tensor
+    log_sum_ratio: tl.tensor
     y_at: tl.tensor
     mean_p: tl.tensor
     x_at: tl.tensor
@@ -44,13 +44,13 @@ def load_double(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr)
 @triton.jit
 def log_probability_p(x, row, scale):
     """log p of logits x."""
-    return (x - row.x_top) * scale - row.log_S
+    return (x - row.x_top) * scale - row.log_sum
 
 
 @triton.jit
 def log_probability_q(y, row, q_scale):
     """log q of logits y."""
-    return (y - row.y_top) * q_scale - (row.log_S + row.D)
+    return (y - row.y_top) * q_scale - (row.log_sum + row.log_sum_ratio)
 
 
 @triton.jit
@@ -94,11 +94,11 @@ def fallback_row(p_ptr, q_ptr, V, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: 
             y_weights += tl.exp((y - y_top) * q_scale)
             y_at = tl.where(x == x_top, tl.maximum(y_at, y), y_at)
             x_at = tl.where(y == y_top, tl.maximum(x_at, x), x_at)
-    log_S = tl.log(tl.sum(x_weights, 0))
-    D = log_S * 0.0
+    log_sum = tl.log(tl.sum(x_weights, 0))
+    D = log_sum * 0.0
     if WITH_KL:
-        D = tl.log(tl.sum(y_weights, 0)) - log_S
-    row = FallbackRow(x_top, y_top, log_S, D, tl.max(y_at, 0), D, tl.max(x_at, 0), D, D)
+        D = tl.log(tl.sum(y_weights, 0)) - log_sum
+    row = FallbackRow(x_top, y_top, log_sum, D, tl.max(y_at, 0), D, tl.max(x_at, 0), D, D)
     at_p, at_q = peak_ratios(row, scale, q_scale)
     plogp = tl.zeros([BLOCK], tl.float64)
     sum_p = plogp
@@ -114,7 +114,7 @@ def fallback_row(p_ptr, q_ptr, V, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: 
             sum_p += tl.where(p == 0.0, 0.0, p * (d - at_p))
             sum_q += tl.where(q == 0.0, 0.0, q * (d - at_q))
     entropy = -tl.sum(plogp, 0)
-    return FallbackRow(x_top, y_top, log_S, D, row.y_at, tl.sum(sum_p, 0), row.x_at, tl.sum(sum_q, 0),
+    return FallbackRow(x_top, y_top, log_sum, D, row.y_at, tl.sum(sum_p, 0), row.x_at, tl.sum(sum_q, 0),
                        tl.where(entropy <= 0.0, 0.0, entropy))
 
 
@@ -130,11 +130,11 @@ def fallback_kl(row, scale, q_scale):
 @triton.jit
 def store_row(saved_ptr, row):
     """Write a FallbackRow to the saved values [10] of its row; the sign bit of the second marks it."""
-    high = row.D.to(tl.float32)
-    low = tl.where(tl.abs(high) < float("inf"), (row.D - high.to(tl.float64)).to(tl.float32), 0.0)
+    high = row.log_sum_ratio.to(tl.float32)
+    low = tl.where(tl.abs(high) < float("inf"), (row.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0)
     tl.store(saved_ptr, row.x_top.to(tl.float32))
     # A sum that counts its largest term as 1 has a logarithm of at least 0.
-    marked = row.log_S.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
+    marked = row.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
     tl.store(saved_ptr + 1, marked.to(tl.float32, bitcast=True))
     tl.store(saved_ptr + 2, row.y_top.to(tl.float32))
     tl.store(saved_ptr + 3, high)

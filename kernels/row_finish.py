@@ -21,8 +21,8 @@ from .row_math import (
     split_sum,
 )
 
-# Above this KL, in nats, one pass may lose digits of the other direction; real policies stay far below.
-LARGE_KL = tl.constexpr(32.0)
+# Above this KL, in nats, the product e^x·e^d loses digits where |d| is large; real policies stay far below.
+LARGE_KL = tl.constexpr(8.0)
 # Of the mean of d, in nats: two float32 values hold a larger one, and what gradients of a peaked row are made of, to
 # fewer digits than 1e-13 takes. And of the mean difference of 16-bit logits, where each entry's is rounded.
 LARGEST_DIFFERENCE = tl.constexpr(64.0)
@@ -149,8 +149,8 @@ def token_logits(p_row, q_row, tokens_ptr, rows, stored, V, WITH_KL: tl.constexp
 
 
 @triton.jit
-def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, ratio, shift,
-               statistics, HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
+def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, ratio,
+               shift, statistics, HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
                SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr):
     """Write the saved values and the fields of several rows, where `stored`; `statistics` as merged_rows returns them."""
     origin, log2_S, lse_q, lost_q, centre, log1p_t, mean_p_d, mean_q_d, entropy, kl, ref_kl = statistics
@@ -240,7 +240,7 @@ def row_finish(
     Reads:  7·splits per row and up to four logits of each tensor; 3·V of each for a row that is read again; nothing of a masked row.
     Writes: 10 saved values and the fields asked for, per row; zeros for a masked row.
     Saves:  what row_backward needs: 40 bytes per row.
-    Special values: a row whose sums do not hold (infinities, a NaN, KL of 32 nats or more, logits beyond 4e6·T) is read again. A token outside
+    Special values: a row whose sums do not hold (infinities, a NaN, KL of 8 nats or more, tensors 64 nats apart) is read again. A token outside
             0 … V-1 reads nothing and gives NaN. Log-probabilities are never above 0.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
