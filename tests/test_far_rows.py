@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from fastkl import kl_divergence, linear_token_stats, token_stats
+from fastkl import kl_divergence, token_stats
 
 ROWS = 16
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
