@@ -99,6 +99,7 @@ BESIDE = [
     ("Linear*.bias", {"ref_bias": TENSORS["bias"]}),
     ("Linear*.ref_bias", {"bias": TENSORS["bias"]}),
     ("*.weights", {"reduction": "sum"}),
+    ("grpo_loss.normalizer", {"reduction": "bnpo"}),
     ("*.normalizer", {"reduction": "mean"}),
 ]
 
@@ -298,6 +299,8 @@ VALID = [
         "any figure, a tensor's mean; None: not reported",
     ),
     (r"conjugate_gradient\.b", f"scalar, float64, ZeRO-3, {ANY_SHAPE}", "a system of any size"),
+    (r".*Beta\.update\.kl", "-1, -1.5", "a mean of k1"),
+    (r"grpo_loss\.correct_kl", "bool", "a bool"),
     (r"(ppo|grpo)_loss\.old_logprob", "None", "the policy as it is now"),
     (r"shape_rewards\.kl", "longer, shorter, empty, float64", "sequences of any length"),
 ]
