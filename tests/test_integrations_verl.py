@@ -286,7 +286,8 @@ def test_wrong_arguments_of_kl_penalty(arguments, words) -> None:
 
 
 @pytest.mark.parametrize("name, value, words", [
-    ("log_prob", None, r"expected a tensor \[batch, length\], got NoneType; let verl"), ("old_log_prob", [0.0], "expected a tensor .*, got list; let"),
+    ("log_prob", None, r"expected a tensor \[batch, length\], got NoneType; let verl"),
+    ("old_log_prob", [0.0], "expected a tensor .*, got list; let"),
     ("response_mask", None, "expected a tensor .*; let"), ("rollout_is_weights", 1.0, "expected a tensor .*, got float; let"),
     ("config", None, "expected the actor's config of verl, which has global_batch_info, got NoneType; let verl call this"),
 ])

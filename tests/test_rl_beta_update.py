@@ -1,4 +1,4 @@
-"""A controller's update: negative means, units, a penalty in place of a number, and equal betas on several processes."""
+"""A controller's update: negative means, units, a penalty, equal betas on several processes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,10 @@ def test_a_target_per_sequence_asks_for_the_unit(make) -> None:
     penalty = penalty_of(30)
     before = controller.state_dict()
     for kl in (0.8, penalty.last["kl"], torch.tensor(0.8)):
-        with pytest.raises(ValueError, match="^unit: expected 'sequence' beside .*, got None; pass unit='sequence' if"):
+        with pytest.raises(
+            ValueError,
+            match="^unit: expected 'sequence' beside .*, got None; pass unit='sequence' if",
+        ):
             controller.update(kl)
     assert controller.state_dict() == before
     assert controller.update(0.8, unit="sequence") > 0.1
@@ -103,7 +106,9 @@ def test_a_linear_penalty() -> None:
     controller = AdaptiveBeta(0.05, 0.01, 1, "sequence")
     penalty = fastkl.LinearKLPenalty(controller)
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, ref_hidden = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 4), (7, 4), (2, 3, 4)))
+    hidden, weight, ref_hidden = (
+        torch.randn(*shape, generator=generator) for shape in ((2, 3, 4), (7, 4), (2, 3, 4))
+    )
     penalty(hidden, weight, ref_hidden)
     assert controller.update(penalty) == penalty.beta == pytest.approx(0.06)
 
@@ -114,7 +119,10 @@ def test_a_penalty_that_was_not_called(make) -> None:
     stale = fastkl.KLPenalty(0.1)
     stale.last = {"kl": torch.tensor(1.0)}
     for penalty, got in ((fastkl.KLPenalty(0.1), "an empty one"), (stale, "dict without them")):
-        with pytest.raises(ValueError, match=f"^kl: expected a penalty whose `last` holds 'kl.* got {got}; call the"):
+        with pytest.raises(
+            ValueError,
+            match=f"^kl: expected a penalty whose `last` holds 'kl.* got {got}; call the",
+        ):
             controller.update(penalty)
     assert controller.beta == 0.1
 
@@ -149,13 +157,15 @@ def betas() -> dict[str, list[float]]:
         for unit in ("token", "sequence"):
             controller = make(unit=unit)
             found[f"{name}, penalty per {unit}"] = [
-                controller.update(penalty_of(pair[rank]), process_group=group) for pair in PENALTIES]
+                controller.update(penalty_of(pair[rank]), process_group=group) for pair in PENALTIES
+            ]
         controller = make()
         found[f"{name}, refused"] = []
         for kl, n in ((math.nan if rank else 0.1, 1), (0.1, -1 if rank else 1), (0.1, 0), (0.1, 1)):
             try:
                 found[f"{name}, refused"].append(
-                    controller.update(torch.tensor(kl, dtype=torch.float64), n, process_group=group))
+                    controller.update(torch.tensor(kl, dtype=torch.float64), n, process_group=group)
+                )
             except ValueError:
                 found[f"{name}, refused"].append(-1.0)
     return found
@@ -168,20 +178,34 @@ def pooled(name: str, unit: str) -> list[float]:
         both = [penalty_of(tokens).last for tokens in pair]
         mean, count = ("kl", "tokens") if unit == "token" else ("kl_per_sequence", "sequences")
         total = sum(float(last[mean]) * float(last[count]) for last in both)
-        result.append(controller.update(total / sum(float(last[count]) for last in both), 2, unit=unit))
+        result.append(
+            controller.update(total / sum(float(last[count]) for last in both), 2, unit=unit)
+        )
     return result
 
 
-@pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-                    reason="needs torch.distributed with gloo")
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="needs torch.distributed with gloo",
+)
 def test_betas_stay_equal_on_all_processes(tmp_path) -> None:
-    """The same beta on both, to the bit, and that of one process on all samples; one rank's NaN is an error on both."""
+    """The same beta on both, to the bit, and that of one process on all samples.
+
+    One rank's NaN is an error on both.
+    """
     root = pathlib.Path(fastkl.__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    other = subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=environment, stdout=subprocess.PIPE)
+    other = subprocess.Popen(
+        [sys.executable, __file__, str(tmp_path)], env=environment, stdout=subprocess.PIPE
+    )
     try:
-        torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 2), rank=0, world_size=2,
-                                             timeout=datetime.timedelta(seconds=120))
+        torch.distributed.init_process_group(
+            "gloo",
+            store=torch.distributed.FileStore(str(tmp_path / "store"), 2),
+            rank=0,
+            world_size=2,
+            timeout=datetime.timedelta(seconds=120),
+        )
         mine = betas()
         theirs = json.loads(other.communicate(timeout=120)[0])
     finally:
@@ -192,22 +216,34 @@ def test_betas_stay_equal_on_all_processes(tmp_path) -> None:
     for name, make in MAKERS.items():
         controller = make()
         means = [(sum(kl * n for kl, n in pair if n), sum(n for _, n in pair)) for pair in SAMPLES]
-        assert mine[name] == pytest.approx([controller.update(total / n, n) for total, n in means], rel=1e-12)
+        assert mine[name] == pytest.approx(
+            [controller.update(total / n, n) for total, n in means], rel=1e-12
+        )
         for unit in ("token", "sequence"):
-            assert mine[f"{name}, penalty per {unit}"] == pytest.approx(pooled(name, unit), rel=1e-6)
+            assert mine[f"{name}, penalty per {unit}"] == pytest.approx(
+                pooled(name, unit), rel=1e-6
+            )
         assert mine[f"{name}, refused"] == [-1.0, -1.0, -1.0, make().update(0.1, 2)]
 
 
 def test_wrong_process_groups(make) -> None:
     """Whatever is no group of torch.distributed."""
     for wrong in (3, "gloo", True, object()):
-        with pytest.raises(TypeError, match="^process_group: expected a ProcessGroup of torch.distributed or None, got .*; pass torch"):
+        with pytest.raises(
+            TypeError,
+            match="^process_group: expected a ProcessGroup of torch.distributed or None, got .*; pass torch",
+        ):
             make().update(0.1, process_group=wrong)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(pathlib.Path(sys.argv[1]) / "store"), 2), rank=1,
-                                         world_size=2, timeout=datetime.timedelta(seconds=120))
+    torch.distributed.init_process_group(
+        "gloo",
+        store=torch.distributed.FileStore(str(pathlib.Path(sys.argv[1]) / "store"), 2),
+        rank=1,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=120),
+    )
     print(json.dumps(betas()))
     torch.distributed.destroy_process_group()

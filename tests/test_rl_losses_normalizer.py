@@ -1,4 +1,4 @@
-"""The divisor of the losses' means: micro-batches of different lengths add up to the whole batch."""
+"""The divisor of the losses' means: uneven micro-batches add up to the whole batch."""
 
 from __future__ import annotations
 
@@ -31,8 +31,16 @@ def ppo(logprob: torch.Tensor, rows: slice, **more) -> torch.Tensor:
 
 def grpo(logprob: torch.Tensor, rows: slice, **more) -> torch.Tensor:
     """Of some sequences of the batch, with a KL."""
-    return grpo_loss(logprob[rows], OLD[rows], ADVANTAGES[rows, 0], MASK[rows], beta=0.3,
-                     ref_logprob=REF[rows], correct_kl=True, **more)
+    return grpo_loss(
+        logprob[rows],
+        OLD[rows],
+        ADVANTAGES[rows, 0],
+        MASK[rows],
+        beta=0.3,
+        ref_logprob=REF[rows],
+        correct_kl=True,
+        **more,
+    )
 
 
 def packed(logprob: torch.Tensor, rows: slice, **more) -> torch.Tensor:
@@ -41,8 +49,16 @@ def packed(logprob: torch.Tensor, rows: slice, **more) -> torch.Tensor:
     flat = (value[rows][mask] for value in (logprob, OLD, REF))
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     logprob, old, ref = flat
-    return grpo_loss(logprob, old, ADVANTAGES[rows, 0], beta=0.3, ref_logprob=ref, correct_kl=True,
-                     cu_seqlens=bounds, **more)
+    return grpo_loss(
+        logprob,
+        old,
+        ADVANTAGES[rows, 0],
+        beta=0.3,
+        ref_logprob=ref,
+        correct_kl=True,
+        cu_seqlens=bounds,
+        **more,
+    )
 
 
 def dpo(logprob: torch.Tensor, rows: slice, **more) -> torch.Tensor:
@@ -56,18 +72,29 @@ MEANS = [
     (ppo, {"reduction": "token_mean"}, TOKENS),
     (ppo, {"reduction": "mean"}, TOKENS),
     (ppo, {"reduction": "sequence_mean"}, SEQUENCES),
-    *((loss, {"reduction": reduction, "level": level, **more}, count)
-      for loss in (grpo, packed) for level in ("token", "sequence")
-      for reduction, more, count in (("bnpo", {}, TOKENS), ("grpo", {}, SEQUENCES),
-                                     ("dr_grpo", {"max_length": 8}, SEQUENCES))),
+    *(
+        (loss, {"reduction": reduction, "level": level, **more}, count)
+        for loss in (grpo, packed)
+        for level in ("token", "sequence")
+        for reduction, more, count in (
+            ("bnpo", {}, TOKENS),
+            ("grpo", {}, SEQUENCES),
+            ("dr_grpo", {"max_length": 8}, SEQUENCES),
+        )
+    ),
     (dpo, {"label_smoothing": 0.1}, SEQUENCES),
 ]
 
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("loss, settings, count", MEANS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    "loss, settings, count", MEANS, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_micro_batches_add_up_to_the_whole(loss, settings, count, as_tensor) -> None:
-    """Value and gradient of two uneven parts with the whole batch's count are the whole batch's; their own means are not."""
+    """Two uneven parts with the whole batch's count have its value and gradient.
+
+    Their own means do not.
+    """
     logprob = leaf(B, T)
     whole = loss(logprob, slice(0, B), **settings)
     expected = torch.autograd.grad(whole, logprob, retain_graph=True)[0]
@@ -76,10 +103,14 @@ def test_micro_batches_add_up_to_the_whole(loss, settings, count, as_tensor) -> 
     cases.assert_near(sum(parts), whole, 0.0, 1e-14, "loss")
     cases.assert_near(torch.autograd.grad(sum(parts), logprob)[0], expected, 0.0, 1e-15, "gradient")
     alone = sum(loss(logprob, rows, **settings) for rows in PARTS) / len(PARTS)
-    assert float((torch.autograd.grad(alone, logprob)[0] - expected).norm() / expected.norm()) > 0.05
+    assert (
+        float((torch.autograd.grad(alone, logprob)[0] - expected).norm() / expected.norm()) > 0.05
+    )
 
 
-@pytest.mark.parametrize("loss, settings, count", MEANS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    "loss, settings, count", MEANS, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_a_tensor_of_zero_gives_zero(loss, settings, count) -> None:
     """Of whatever type: no token in any micro-batch is no loss and no gradient, not a division by 0."""
     for zero in (torch.tensor(0), torch.zeros(1), torch.zeros((), dtype=torch.float64)):
@@ -92,4 +123,6 @@ def test_a_tensor_of_zero_gives_zero(loss, settings, count) -> None:
 def test_the_names_of_the_mean() -> None:
     """ "mean" is "token_mean"."""
     logprob = leaf(B, T)
-    cases.assert_same_bits(ppo(logprob, slice(0, B), reduction="mean"), ppo(logprob, slice(0, B)), "mean")
+    cases.assert_same_bits(
+        ppo(logprob, slice(0, B), reduction="mean"), ppo(logprob, slice(0, B)), "mean"
+    )

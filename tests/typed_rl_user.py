@@ -1,4 +1,7 @@
-"""A user of fastkl.rl as type checkers see it: read by test_rl_typing.py, never run. A line that ends in `# refused` must be an error, no other may be."""
+"""A user of fastkl.rl as type checkers see it: read by test_rl_typing.py, never run.
+
+A line that ends in `# refused` must be an error, no other may be.
+"""
 
 import torch
 from typing_extensions import assert_type
@@ -35,7 +38,13 @@ class Writer:
     def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None: ...
 
 
-def step(logprob: torch.Tensor, old: torch.Tensor, ref: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def step(
+    logprob: torch.Tensor,
+    old: torch.Tensor,
+    ref: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
     controller = AdaptiveBeta(0.05, 6.0, 1000, "sequence")
     penalty = KLPenalty(controller, reduction="sequence_mean")
     assert_type(controller.update(penalty), float)
@@ -44,21 +53,47 @@ def step(logprob: torch.Tensor, old: torch.Tensor, ref: torch.Tensor, advantages
     assert_type(PPOAdaptiveBeta(0.1, 0.05, unit="token").update(LinearKLPenalty(controller)), float)
     rewards = shape_rewards(advantages, estimate_kl(logprob, ref), controller, mask)
     loss = ppo_loss(logprob, old, rewards, mask, reduction="mean", normalizer=mask.sum())
-    loss = loss + ppo_loss(logprob, None, rewards, mask, reduction="sequence_mean", clip=(0.2, 0.28), normalizer=8)
-    assert_type(grpo_loss(logprob, old, advantages, mask, ref_logprob=ref, beta=FixedBeta(0.1), level="sequence", reduction="dr_grpo",
-                          max_length=8, correct_kl=True, normalizer=16), torch.Tensor)
+    loss = loss + ppo_loss(
+        logprob, None, rewards, mask, reduction="sequence_mean", clip=(0.2, 0.28), normalizer=8
+    )
+    assert_type(
+        grpo_loss(
+            logprob,
+            old,
+            advantages,
+            mask,
+            ref_logprob=ref,
+            beta=FixedBeta(0.1),
+            level="sequence",
+            reduction="dr_grpo",
+            max_length=8,
+            correct_kl=True,
+            normalizer=16,
+        ),
+        torch.Tensor,
+    )
     assert_type(dpo_loss(logprob, old, ref, ref, normalizer=2), DPOLoss)
     monitor = KLMonitor(spike=SpikeDetector(), loggers=[print, Run(), Writer()])
-    assert_type(monitor.update(logprob, mask, beta=controller, entropy=0.5, loss=loss), dict[str, float])
+    assert_type(
+        monitor.update(logprob, mask, beta=controller, entropy=0.5, loss=loss), dict[str, float]
+    )
     assert_type(monitor.summary()["kl/per_sequence"], float)
     assert_type(read_jsonl("run.jsonl"), list[dict[str, float]])
     return loss
 
 
-def natural(model: torch.nn.Module, vector: torch.Tensor, parameters: dict[str, torch.nn.Parameter], gradient: dict[str, torch.Tensor]) -> None:
+def natural(
+    model: torch.nn.Module,
+    vector: torch.Tensor,
+    parameters: dict[str, torch.nn.Parameter],
+    gradient: dict[str, torch.Tensor],
+) -> None:
     assert_type(fisher_vector_product(lambda theta: theta, vector, vector), torch.Tensor)
     assert_type(conjugate_gradient(lambda v: v, vector, damping=1e-3), torch.Tensor)
-    assert_type(natural_gradient(lambda theta: theta["weight"], parameters, gradient, 0.01), dict[str, torch.Tensor])
+    assert_type(
+        natural_gradient(lambda theta: theta["weight"], parameters, gradient, 0.01),
+        dict[str, torch.Tensor],
+    )
 
 
 def wrong(logprob: torch.Tensor, advantages: torch.Tensor) -> None:

@@ -92,8 +92,8 @@ class KLCallback(TrainerCallback, ExportableState):
         self.controller, self.monitor = controller, monitor
         self.unit: Unit = getattr(controller, "unit", "token")
         if not isinstance(self.unit, str) or self.unit not in get_args(Unit):
-            raise ValueError(f"controller: expected one whose unit is 'token' or 'sequence', got {self.unit!r}; "
-                             f"set its unit to what its target is a mean over")
+            raise ValueError(f"controller: expected one whose unit is 'token' or 'sequence', got "
+                             f"{self.unit!r}; set its unit to what its target is a mean over")
         self._micro_batches: list[tuple] = []
         self._figures: dict[str, tuple[float, int]] = {}
         self._heard = False
@@ -109,12 +109,14 @@ class KLCallback(TrainerCallback, ExportableState):
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
             raise TypeError(f"mask: expected a bool tensor, True where the token counts, got {_describe(mask)}; convert it with .bool()")
         if entropy is not None and not isinstance(entropy, torch.Tensor):
-            raise TypeError(f"entropy: expected a float tensor shaped as kl, got {_describe(entropy)}; "
-                            f"pass token_stats(...).entropy, or None")
+            raise TypeError(f"entropy: expected a float tensor shaped as kl, got "
+                            f"{_describe(entropy)}; pass token_stats(...).entropy, or None")
         for name, value in (("kl", kl), ("mask", mask), ("entropy", entropy)):
-            if value is not None and (value.is_nested or value.layout is not torch.strided or hasattr(value, "full_tensor")):
-                raise TypeError(f"{name}: expected a plain tensor, got {type(value).__name__} of layout {value.layout}; pass a "
-                                f"strided tensor that this process holds whole")
+            if value is not None and (value.is_nested or value.layout is not torch.strided
+                                      or hasattr(value, "full_tensor")):
+                raise TypeError(f"{name}: expected a plain tensor, got {type(value).__name__} of "
+                                f"layout {value.layout}; pass a strided one that this process "
+                                f"holds whole")
         for name, value in (("mask", mask), ("entropy", entropy)):
             if value is not None and value.shape != kl.shape:
                 raise ValueError(f"{name}: expected the shape of kl, {tuple(kl.shape)}, got {_describe(value)}; align the two")
@@ -159,8 +161,9 @@ class KLCallback(TrainerCallback, ExportableState):
         try:
             getattr(self, part).load_state_dict(values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{part}: expected the one that the checkpoint was saved with, got another ({error}); resume with that one, or "
-                             f"start anew without resume_from_checkpoint") from error
+            raise ValueError(f"{part}: expected the one that the checkpoint was saved with, got "
+                             f"another ({error}); resume with that one, or start anew without "
+                             f"resume_from_checkpoint") from error
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Update monitor and controller with what the optimizer step's micro-batches left."""
@@ -186,8 +189,9 @@ class KLCallback(TrainerCallback, ExportableState):
                 self.controller.update(kl / count, unit=self.unit)
             elif count:
                 if not self._warned:
-                    warnings.warn(f"KLCallback: expected a finite KL in optimizer step {state.global_step}, got {kl}; beta stays {beta:g}, in "
-                                  f"this and every later step without one", stacklevel=2)
+                    warnings.warn(f"KLCallback: expected a finite KL in optimizer step "
+                                  f"{state.global_step}, got {kl}; beta stays {beta:g}, in this and "
+                                  f"every later step without one", stacklevel=2)
                 self._warned = True
         self._remember(figures)
         self._micro_batches = []

@@ -63,7 +63,8 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
     Source: Schulman, Approximating KL Divergence (2020), for the values.
     """
     if not isinstance(kl_penalty, str):
-        raise TypeError(f"kl_penalty: expected the name of an estimator, got {type(kl_penalty).__name__}; pass 'k3', for instance")
+        raise TypeError(f"kl_penalty: expected the name of an estimator, got "
+                        f"{type(kl_penalty).__name__}; pass 'k3', for instance")
     for argument, value in (("logprob", logprob), ("ref_logprob", ref_logprob)):
         _tensor(argument, value, "of log-probabilities [...]", "token_stats returns them")
     if kl_penalty == "full":
@@ -107,13 +108,14 @@ def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Calla
     _name("base", base)
 
     def with_kl(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None, rollout_is_weights=None):
-        for argument, value in (("old_log_prob", old_log_prob), ("log_prob", log_prob), ("response_mask", response_mask)):
-            _tensor(argument, value, "[batch, length]", "let verl call this")
+        tensors = {"old_log_prob": old_log_prob, "log_prob": log_prob, "response_mask": response_mask}
         if rollout_is_weights is not None:
-            _tensor("rollout_is_weights", rollout_is_weights, "[batch, length], or None", "let verl call this")
+            tensors["rollout_is_weights"] = rollout_is_weights
+        for argument, value in tensors.items():
+            _tensor(argument, value, "[batch, length]", "let verl call this")
         if not hasattr(config, "global_batch_info"):
-            raise TypeError(f"config: expected the actor's config of verl, which has global_batch_info, got {type(config).__name__}; let verl "
-                            f"call this")
+            raise TypeError(f"config: expected the actor's config of verl, which has "
+                            f"global_batch_info, got {type(config).__name__}; let verl call this")
         core = _core_algos()
         loss, metrics = core.get_policy_loss_fn(base)(
             old_log_prob=old_log_prob, log_prob=log_prob, advantages=advantages, response_mask=response_mask, loss_agg_mode=loss_agg_mode,
@@ -169,7 +171,7 @@ def _weight_of(beta: float | BetaController) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}; pass 0.05, for instance")
     if not 0 <= value <= sys.float_info.max:
-        got = value if abs(value) <= sys.float_info.max or isinstance(value, float) else "an integer beyond every float"
+        got = value if isinstance(value, float) or abs(value) < 2**64 else "an integer beyond 2^64"
         raise ValueError(f"beta: expected a finite number of at least 0, got {got}; a negative beta would reward divergence")
     return float(value)
 
@@ -177,7 +179,8 @@ def _weight_of(beta: float | BetaController) -> float:
 def _name(argument: str, value: str) -> None:
     """Check the name of a policy loss."""
     if not isinstance(value, str):
-        raise TypeError(f"{argument}: expected the name of a policy loss of verl, got {type(value).__name__}; pass 'vanilla', for instance")
+        raise TypeError(f"{argument}: expected the name of a policy loss of verl, got "
+                        f"{type(value).__name__}; pass 'vanilla', for instance")
 
 
 def _tensor(argument: str, value: torch.Tensor, what: str, remedy: str) -> None:

@@ -41,7 +41,8 @@ class _Controller(abc.ABC):
         """The weight as it is now; update and load_state_dict change it."""
         return self._beta
 
-    def update(self, kl: float | torch.Tensor | Penalty, n: float | torch.Tensor = 1, *, unit: Unit | None = None,
+    def update(self, kl: float | torch.Tensor | Penalty, n: float | torch.Tensor = 1, *,
+               unit: Unit | None = None,
                process_group: torch.distributed.ProcessGroup | None = None) -> float:
         """Take in a measured KL and return the new beta.
 
@@ -74,9 +75,9 @@ class _Controller(abc.ABC):
         if hasattr(kl, "last"):
             measured = _of_penalty(kl, n, self._unit or unit or "token")
         elif unit is None and self._unit == "sequence":
-            raise ValueError("unit: expected 'sequence' beside the mean KL per sequence that the target is, "
-                             "got None; pass unit='sequence' if kl is that (the mean per token is not), or "
-                             "pass the KLPenalty itself as kl")
+            raise ValueError("unit: expected 'sequence' beside the mean KL per sequence that the "
+                             "target is, got None; pass unit='sequence' if kl is that (the mean "
+                             "per token is not), or pass the KLPenalty itself as kl")
         else:
             measured = _Measured(kl, n, n)
         if process_group is not None:
@@ -100,8 +101,9 @@ class _Controller(abc.ABC):
         """
         _checks.state(state, self.state_dict())
         if not isinstance(state["unit"], (str, type(None))) or state["unit"] != self._unit:
-            raise ValueError(f"state: expected unit {self._unit!r}, got {_checks.shown(repr(state['unit']))}; load it into a controller of the "
-                             f"unit it was saved from")
+            raise ValueError(f"state: expected unit {self._unit!r}, got "
+                             f"{_checks.shown(repr(state['unit']))}; load it into a controller of "
+                             f"the unit it was saved from")
         values = {name: self._checked(name, state[name]) for name in self._STATE}
         for name, value in values.items():
             setattr(self, f"_{name}", value)
@@ -143,7 +145,8 @@ class _TargetedBeta(_Controller):
     def __init__(self, initial: float, target: float, unit: Unit, bounds: tuple[float, float]) -> None:
         _checks.choice("unit", unit, UNITS)
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-            raise TypeError(f"bounds: expected a pair (lowest beta, highest beta), got {_checks.type_name(bounds)}; pass bounds=(1e-3, 10.0), for instance")
+            raise TypeError(f"bounds: expected a pair (lowest beta, highest beta), got "
+                            f"{_checks.type_name(bounds)}; pass bounds=(1e-3, 10.0), for instance")
         low, high = (_positive("bounds", value, "beta moves by factors, which never leave 0") for value in bounds)
         if low > high:
             raise ValueError(f"bounds: expected the lower one first, got ({low:g}, {high:g}); swap them")
@@ -273,8 +276,10 @@ class PIDBeta(_TargetedBeta):
     def _checked(self, name: str, value: object) -> float | None:
         if name != "previous":
             return super()._checked(name, value)
-        return None if value is None else _checks.number("state['previous']", value, "a number from -1 to 1, or None",
-                                                              lambda x: -1 <= x <= 1, "pass what state_dict() returned")
+        if value is None:
+            return None
+        return _checks.number("state['previous']", value, "a number from -1 to 1, or None",
+                              lambda x: -1 <= x <= 1, "pass what state_dict() returned")
 
     def _advance(self, kl: float, n: float) -> None:
         error = math.log(min(max(kl / self.target, 1 / math.e), math.e))
@@ -298,12 +303,13 @@ def _of_penalty(penalty: Penalty, n: float | torch.Tensor, unit: Unit) -> _Measu
     last = penalty.last
     if not isinstance(last, Mapping) or mean not in last or count not in last:
         got = f"{_checks.type_name(last)} without them" if last else "an empty one"
-        raise ValueError(f"kl: expected a penalty whose `last` holds {mean!r} and {count!r}, got {got}; "
-                         f"call the penalty before update, outside torch.func's transforms")
+        raise ValueError(f"kl: expected a penalty whose `last` holds {mean!r} and {count!r}, got "
+                         f"{got}; call the penalty before update, outside torch.func's transforms")
     return _Measured(last[mean], n, last[count])
 
 
-def _over_processes(kl: float | torch.Tensor, n: float | torch.Tensor, weight: float | torch.Tensor,
+def _over_processes(kl: float | torch.Tensor, n: float | torch.Tensor,
+                    weight: float | torch.Tensor,
                     group: torch.distributed.ProcessGroup) -> _Measured:
     """Average kl with its weights, and add up n and the weights, over the processes of a group.
 
@@ -313,8 +319,9 @@ def _over_processes(kl: float | torch.Tensor, n: float | torch.Tensor, weight: f
             or not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"process_group: expected a ProcessGroup of torch.distributed or None, got "
                         f"{_checks.type_name(group)}; pass torch.distributed.group.WORLD")
-    kl, n, weight = (_checks.number(name, value, "a number", lambda x: True, "pass this process's",
-                                    tensor=True) for name, value in (("kl", kl), ("n", n), ("n", weight)))
+    kl, n, weight = (
+        _checks.number(name, value, "a number", lambda x: True, "pass this process's", tensor=True)
+        for name, value in (("kl", kl), ("n", n), ("n", weight)))
     device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
     totals = torch.tensor([kl * weight if weight else 0.0, n if n >= 0 else math.nan, weight],
                           dtype=torch.float64, device=device)

@@ -48,13 +48,26 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
             except (ValueError, RecursionError) as error:
                 # One cut off within a string may end as an object does.
                 within = getattr(error, "pos", 0) == len(line) or "Unterminated" in str(error)
-                if (line.startswith("{") and (within or not line.endswith("}"))) or (steps and not raw.endswith("\n")):
+                if (line.startswith("{") and (within or not line.endswith("}"))) or (
+                    steps and not raw.endswith("\n")
+                ):
                     continue
                 entry = None
             if not isinstance(entry, dict):
-                raise ValueError(f"path: expected one JSON object per line, got {line[:40]!r} in line {number} of {os.fspath(path)}; "
-                                 f"pass a file that KLMonitor(jsonl=...) wrote")
-            steps.append({name: math.nan if value is None else float(value) if isinstance(value, bool) else value for name, value in entry.items()})
+                raise ValueError(
+                    f"path: expected one JSON object per line, got {line[:40]!r} in line {number} of {os.fspath(path)}; "
+                    f"pass a file that KLMonitor(jsonl=...) wrote"
+                )
+            steps.append(
+                {
+                    name: math.nan
+                    if value is None
+                    else float(value)
+                    if isinstance(value, bool)
+                    else value
+                    for name, value in entry.items()
+                }
+            )
     return steps
 
 
@@ -67,13 +80,17 @@ def append_line(path: str, metrics: dict[str, float]) -> None:
         if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
             line = b"\n" + line
         if file.write(line) != len(line):
-            raise OSError(f"{path}: a line of {len(line)} bytes was not written whole; is the disk full?")
+            raise OSError(
+                f"{path}: a line of {len(line)} bytes was not written whole; is the disk full?"
+            )
 
 
 def _check_path(name: str, path: str | os.PathLike[str], remedy: str) -> None:
     """Check that it is a path: open() would take the number of a file descriptor, and close it."""
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{name}: expected a path, str or os.PathLike, got {_checks.type_name(path)}; {remedy}")
+        raise TypeError(
+            f"{name}: expected a path, str or os.PathLike, got {_checks.type_name(path)}; {remedy}"
+        )
 
 
 def appendable(path: str | os.PathLike[str]) -> str:
@@ -83,17 +100,26 @@ def appendable(path: str | os.PathLike[str]) -> str:
     try:
         open(path, "ab+", buffering=0).close()
     except (OSError, ValueError) as error:
-        raise ValueError(f"jsonl: expected a file that can be appended to, got {path!r} ({error}); create its folder, or name another") from None
+        raise ValueError(
+            f"jsonl: expected a file that can be appended to, got {path!r} ({error}); create its folder, or name another"
+        ) from None
     return path
 
 
 def check_logger(logger: Logger) -> None:
     """Check that there is a way to give it figures."""
     if isinstance(logger, logging.Logger):
-        raise TypeError("loggers: expected an object with log(dict), got a logging.Logger, which logs text; pass lambda step: logger.info(step)")
-    if not any(callable(way) for way in (logger, getattr(logger, "log", None), getattr(logger, "add_scalar", None))):
-        raise TypeError(f"loggers: expected objects with log(dict) or add_scalar(name, value, step), or callables, got "
-                        f"{type(logger).__name__}; pass a wandb run, a SummaryWriter or print")
+        raise TypeError(
+            "loggers: expected an object with log(dict), got a logging.Logger, which logs text; pass lambda step: logger.info(step)"
+        )
+    if not any(
+        callable(way)
+        for way in (logger, getattr(logger, "log", None), getattr(logger, "add_scalar", None))
+    ):
+        raise TypeError(
+            f"loggers: expected objects with log(dict) or add_scalar(name, value, step), or callables, got "
+            f"{type(logger).__name__}; pass a wandb run, a SummaryWriter or print"
+        )
 
 
 def send(logger: Logger, metrics: dict[str, float]) -> None:

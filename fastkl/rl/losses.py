@@ -157,8 +157,10 @@ def grpo_loss(logprob: torch.Tensor, old_logprob: torch.Tensor | None, advantage
             kl = _counted(kl.to(logprob.dtype), mask)
         else:
             reference = _counted(finite(ref_logprob.detach()), mask)
-            kl = sampled_kl_loss(logprob, reference, old_logprob=old_logprob, clamp=kl_clamp) if correct_kl and level == "token" else \
-                estimate_kl(logprob, reference, estimator="k3", clamp=kl_clamp)
+            if correct_kl and level == "token":
+                kl = sampled_kl_loss(logprob, reference, old_logprob=old_logprob, clamp=kl_clamp)
+            else:
+                kl = estimate_kl(logprob, reference, estimator="k3", clamp=kl_clamp)
             if correct_kl and level == "sequence":
                 mean = sequences.spread(_mean_log_ratio(logprob, old_logprob, mask, sequences))
                 kl = kl * mean.clamp(max=LARGEST_LOG_RATIO).exp()
@@ -224,8 +226,9 @@ def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Ten
             raise ValueError(f"{name}: expected one log-probability per response, [B], got {tuple(value.shape)}; sum over the response's tokens")
         _checks.like(name, value, "chosen", chosen)
     _check_normalizer(normalizer, "mean", "mean", chosen)
-    chosen, rejected, ref_chosen, ref_rejected = (
-        finite(value, _RESPONSE_FLOOR) for value in (chosen, rejected, ref_chosen.detach(), ref_rejected.detach()))
+    chosen, rejected = (finite(value, _RESPONSE_FLOOR) for value in (chosen, rejected))
+    ref_chosen, ref_rejected = (finite(value.detach(), _RESPONSE_FLOOR)
+                                for value in (ref_chosen, ref_rejected))
     chosen_reward = beta * (chosen - ref_chosen)
     rejected_reward = beta * (rejected - ref_rejected)
     margin = chosen_reward - rejected_reward
@@ -241,8 +244,8 @@ def _check_max_length(max_length: int | None, reduction: str) -> None:
         _checks.whole_number("max_length", max_length, "the largest number of tokens that a completion may have, with reduction='dr_grpo'",
                              "pass the limit that the sampling had")
     elif max_length is not None:
-        raise ValueError(f"max_length: expected None with reduction={reduction!r}, got {_checks.shown(max_length)}; only "
-                         f"'dr_grpo' divides by it")
+        raise ValueError(f"max_length: expected None with reduction={reduction!r}, got "
+                         f"{_checks.shown(max_length)}; only 'dr_grpo' divides by it")
 
 
 def _check_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor | None, kl: torch.Tensor | None, beta: float | torch.Tensor,
@@ -263,7 +266,8 @@ def _check_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor | None, kl: torch
             _checks.like(name, value, "logprob", logprob)
     for name, value, default in (("correct_kl", correct_kl, False), ("kl_clamp", kl_clamp, None)):
         if kl is not None and value != default:
-            raise ValueError(f"{name}: expected {default} with an exact kl, got {_checks.shown(value)}; it is for the estimate from ref_logprob, an exact kl needs "
+            raise ValueError(f"{name}: expected {default} with an exact kl, got {_checks.shown(value)}; "
+                             f"it is for the estimate from ref_logprob, an exact kl needs "
                              f"no such thing")
     if kl is not None and torch.is_grad_enabled() and logprob.requires_grad and not kl.requires_grad:
         raise ValueError("kl: expected a KL with gradient, as kl_divergence gives it from the policy's logits, got one without; a constant in the "
@@ -337,7 +341,8 @@ def _clipped_ratio(log_ratio: torch.Tensor, advantages: torch.Tensor, bounds: tu
     return torch.where(advantages >= 0, ratio.clamp(max=one + high), ratio.clamp(min=one - low, max=None if dual_clip is None else one * dual_clip))
 
 
-def _mean_log_ratio(logprob: torch.Tensor, old_logprob: torch.Tensor, mask: torch.Tensor, sequences: _Sequences) -> torch.Tensor:
+def _mean_log_ratio(logprob: torch.Tensor, old_logprob: torch.Tensor, mask: torch.Tensor,
+                    sequences: _Sequences) -> torch.Tensor:
     """Average each sequence's log-ratios over its tokens that count."""
     return sequences.sums(logprob - old_logprob) / sequences.sums(mask.long()).clamp(min=1)
 
@@ -348,7 +353,8 @@ def _sequence_log_ratio(logprob: torch.Tensor, old_logprob: torch.Tensor, mask: 
     return sequences.spread(mean) + (logprob - logprob.detach())  # 0, with a gradient
 
 
-def _check_normalizer(normalizer: float | torch.Tensor | None, reduction: str, mean: str, like: torch.Tensor) -> None:
+def _check_normalizer(normalizer: float | torch.Tensor | None, reduction: str, mean: str,
+                      like: torch.Tensor) -> None:
     """Check the divisor of a mean; `mean` is the reduction that a message names."""
     if reduction == "sum" and normalizer is not None:
         raise ValueError(f"normalizer: expected None with reduction='sum', got "
@@ -356,13 +362,14 @@ def _check_normalizer(normalizer: float | torch.Tensor | None, reduction: str, m
     _checks.normalizer(normalizer, "mean", like.device)
 
 
-def _divisor(normalizer: float | torch.Tensor | None, count: float | torch.Tensor, dtype: torch.dtype) -> float | torch.Tensor:
+def _divisor(normalizer: float | torch.Tensor | None, count: float | torch.Tensor,
+             dtype: torch.dtype) -> float | torch.Tensor:
     """Return the normalizer, a tensor 0 as inf, or without one the count."""
     return count if normalizer is None else _reduce.divisor("mean", normalizer, None, (), dtype)
 
 
-def _total(per_token: torch.Tensor, mask: torch.Tensor, sequences: _Sequences, reduction: str, normalizer: float | torch.Tensor | None,
-           max_length: int | None = None) -> torch.Tensor:
+def _total(per_token: torch.Tensor, mask: torch.Tensor, sequences: _Sequences, reduction: str,
+           normalizer: float | torch.Tensor | None, max_length: int | None = None) -> torch.Tensor:
     """The scalar loss of per-token ones that are 0 where the token does not count."""
     loss, tokens = per_token.sum(), sequences.sums(mask.long())
     batch = _divisor(normalizer, max(sequences.number, 1), loss.dtype)

@@ -32,7 +32,8 @@ class KLMonitor:
     Equivalent, for `update(kl, mask)`, to
 
         x = kl[mask]
-        {"kl/mean": x.mean(), "kl/per_sequence": kl.where(mask, 0).sum(-1)[mask.any(-1)].mean(), "kl/max": x.max(), "kl/p50": x.quantile(0.5), "kl/p95": x.quantile(0.95), "kl/p99": x.quantile(0.99),
+        {"kl/mean": x.mean(), "kl/per_sequence": kl.where(mask, 0).sum(-1)[mask.any(-1)].mean(),
+         "kl/max": x.max(), "kl/p50": x.quantile(0.5), "kl/p95": x.quantile(0.95), "kl/p99": x.quantile(0.99),
          "kl/tokens": x.numel(), "kl/not_finite": (~x.isfinite()).sum(), "kl/above_threshold": (x > threshold).float().mean(),
          "kl/spike": detector.update(x.mean())}
 
@@ -60,8 +61,8 @@ class KLMonitor:
         if threshold is not None:
             _checks.number("threshold", threshold, "a KL in nats of at least 0, or None", lambda x: 0 <= x < math.inf, "None counts none")
         if not isinstance(spike, (bool, SpikeDetector)):
-            raise TypeError(f"spike: expected True, False or a SpikeDetector, got {type(spike).__name__}; pass True for "
-                            f"SpikeDetector(), its defaults")
+            raise TypeError(f"spike: expected True, False or a SpikeDetector, got {type(spike).__name__}; pass "
+                            f"True for SpikeDetector(), its defaults")
         _checks.whole_number("positions", positions, "a number of entries of the profile", "64 is the default")
         if not isinstance(loggers, (list, tuple)):
             raise TypeError(f"loggers: expected a list, got {type(loggers).__name__}; pass [logger]")
@@ -85,7 +86,8 @@ class KLMonitor:
 
     def update(self, kl: torch.Tensor, mask: torch.Tensor | None = None, *, cu_seqlens: torch.Tensor | None = None,
                entropy: float | torch.Tensor | None = None, reward: float | torch.Tensor | None = None,
-               beta: float | torch.Tensor | BetaController | None = None, step: int | None = None, **more: float | torch.Tensor) -> dict[str, float]:
+               beta: float | torch.Tensor | BetaController | None = None, step: int | None = None,
+               **more: float | torch.Tensor) -> dict[str, float]:
         """Take in a step and return its figures.
 
         Args:
@@ -100,10 +102,11 @@ class KLMonitor:
             step: number of the step, from 0 to 2^53; default one more than the last, from 0.
 
         Returns:
-            {"step", "kl/mean", "kl/per_sequence", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/tokens", "kl/not_finite", with a threshold "kl/above_threshold",
-            with a detector "kl/spike", and what was passed}, Python floats. "kl/per_sequence": the mean, over the sequences with a token that
-            counts, of the sum over each one's tokens. A KL of +inf or NaN makes it, "kl/mean" and "kl/max" so and rings the alarm; the quantiles leave out NaN, the figures of the run both, so that one bad token does not spoil them. With no token that
-            counts they are NaN, and no alarm rings.
+            {"step", "kl/mean", "kl/per_sequence", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/tokens", "kl/not_finite", with a threshold
+            "kl/above_threshold", with a detector "kl/spike", and what was passed}, Python floats. "kl/per_sequence" is the mean, over the
+            sequences with a token that counts, of the sum over each one's tokens. A KL of +inf or NaN makes it, "kl/mean" and "kl/max" so and
+            rings the alarm; the quantiles leave out NaN, the figures of the run both, so that one bad token does not spoil them. With no token
+            that counts they are NaN, and no alarm rings.
 
         Raises:
             TypeError or ValueError for a kl that is not [..., T] of a float type, a mask or cu_seqlens that does not fit, a figure that is not a
@@ -121,7 +124,8 @@ class KLMonitor:
         if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
             raise TypeError(f"step: expected a whole number or None, got {type(step).__name__}; for a tensor pass int(step)")
         if step is not None and not 0 <= step <= 2**53:
-            raise ValueError(f"step: expected a whole number from 0 to 2^53, got {_checks.shown(step)}; count the steps from 0")
+            raise ValueError(f"step: expected a whole number from 0 to 2^53, got "
+                             f"{_checks.shown(step)}; count the steps from 0")
         step = self._step if step is None else step
         counts = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
         got = _measure(kl.detach(), counts, cu_seqlens, tensors, self.threshold, self.positions, self._width)
@@ -168,13 +172,16 @@ class KLMonitor:
         self._width = got.width
 
     def summary(self) -> dict[str, float]:
-        """Figures over all tokens of the run so far: "steps", "kl/tokens", "kl/mean", "kl/per_sequence" (over all sequences), "kl/max", "kl/p50", "kl/p95", "kl/p99" (right to 1 %
-        between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and with a threshold or a detector "kl/above_threshold" and "kl/spikes" (how many
-        steps rang). Tokens whose KL is not finite are counted, +inf as above the threshold too, and otherwise left out. NaN where there is nothing
-        to take a figure of."""
+        """Figures over all tokens of the run so far: "steps", "kl/tokens", "kl/mean", "kl/per_sequence" (over all sequences), "kl/max", "kl/p50",
+        "kl/p95", "kl/p99" (right to 1 % between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and with a threshold or a detector
+        "kl/above_threshold" and "kl/spikes" (how many steps rang). Tokens whose KL is not finite are counted, +inf as above the threshold too,
+        and otherwise left out. NaN where there is nothing to take a figure of."""
         run = self._run
-        mean, per_sequence, largest = (run["sum"] / run["finite"], run["sum"] / run["sequences"], run["max"]) if run["finite"] else [math.nan] * 3
-        figures = {"steps": run["steps"], "kl/tokens": run["tokens"], "kl/mean": mean, "kl/per_sequence": per_sequence, "kl/max": largest}
+        figures = {"steps": run["steps"], "kl/tokens": run["tokens"]}
+        figures |= dict.fromkeys(("kl/mean", "kl/per_sequence", "kl/max"), math.nan)
+        if run["finite"]:
+            figures |= {"kl/mean": run["sum"] / run["finite"], "kl/max": run["max"],
+                        "kl/per_sequence": run["sum"] / run["sequences"]}
         figures.update((name, self._quantile(q)) for name, q in QUANTILES.items())
         figures["kl/not_finite"] = run["tokens"] - run["finite"]
         if self.threshold is not None:
@@ -221,8 +228,9 @@ class KLMonitor:
                              f"{'without' if self.detector else 'with'}; make the monitor with spike={state['spike'] is not None}")
         for name in ("step", "width", "run", "histogram", "profile"):
             if _form(state[name]) != _form(mine[name]) or not _possible(name, state[name]):
-                raise ValueError(f"state: expected {name} as this version of KLMonitor saves it, finite and without negative counts, got "
-                                 f"{_checks.shown(str(state[name])[:40])}; load another checkpoint, or begin anew")
+                raise ValueError(f"state: expected {name} as this version of KLMonitor saves it, finite "
+                                 f"and without negative counts, got {_checks.shown(state[name])}; "
+                                 f"load another checkpoint, or begin anew")
         if self.detector is not None:
             self.detector.load_state_dict(state["spike"])
         self._step, self._width, self._run = state["step"], state["width"], dict(state["run"])
@@ -239,8 +247,10 @@ def _form(value: object) -> object:
 def _possible(name: str, value: Any) -> bool:
     """Whether an entry of a state, of the right form, is finite and has no negative counts."""
     if name == "run":  # a mean of k1, and so the sum and the maximum, may be negative
-        return (all(map(math.isfinite, value.values())) and all(value[key] >= 0 for key in value.keys() - {"sum", "max"})
-                and value["finite"] <= value["tokens"] and min(value["finite"], 1) <= value["sequences"] <= value["tokens"])
+        counts = [count for key, count in value.items() if key not in ("sum", "max")]
+        return (all(map(math.isfinite, value.values())) and min(counts) >= 0
+                and value["finite"] <= value["tokens"]
+                and min(value["finite"], 1) <= value["sequences"] <= value["tokens"])
     if name == "profile":
         sums, tokens = value
         return all(map(math.isfinite, sums)) and all(0 <= entry < math.inf for entry in tokens)
@@ -257,7 +267,8 @@ def _sorted_figures(named: dict[str, object], kl: torch.Tensor) -> tuple[dict[st
             raise ValueError(f"{name}: expected a name that the monitor does not use itself, got it for a further figure; choose another")
         if isinstance(value, torch.Tensor):
             if value.dtype not in (*_checks.FLOAT_TYPES, *_checks.INTEGER_TYPES, torch.bool):
-                raise TypeError(f"{name}: expected a real number or tensor, got {_checks.type_name(value)}; convert it with .float()")
+                raise TypeError(f"{name}: expected a real number or tensor, got "
+                                f"{_checks.type_name(value)}; convert it with .float()")
             _checks.not_sharded(name, value, "a figure", f"pass {name}.full_tensor()")
             if value.device == kl.device or (value.device.type == "cpu" and value.shape == kl.shape):
                 tensors[name] = value.detach().to(kl.device, non_blocking=True)  # the copy of the figures waits for it too
@@ -266,7 +277,8 @@ def _sorted_figures(named: dict[str, object], kl: torch.Tensor) -> tuple[dict[st
             else:
                 raise ValueError(f"{name}: expected a tensor on the device of kl, {kl.device}, or on the CPU, got {value.device}; move it with .to()")
         elif value is not None:
-            known[name] = _checks.number(name, value, "a number or a tensor", lambda x: True, f"pass float({name})")
+            known[name] = _checks.number(name, value, "a number or a tensor", lambda x: True,
+                                         f"pass float({name})")
     return known, tensors
 
 
@@ -327,7 +339,8 @@ def _measure(kl: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor | 
     try:
         copied = torch.cat([torch.stack([value.double() for value in scalars]), histogram, *profile]).cpu()
     except NotImplementedError:
-        raise ValueError("kl: expected values, got a tensor on the meta device, which has none; pass the KL of a step") from None
+        raise ValueError("kl: expected values, got a tensor on the meta device, which has none; "
+                         "pass the KL of a step") from None
     values = copied[:len(scalars)].tolist()
     return _Measured(dict(zip(figures, values, strict=False)), values[len(figures):-5], *values[-5:-1], int(values[-1]),
                      copied[len(scalars):-2 * positions], copied[-2 * positions:].reshape(2, positions))

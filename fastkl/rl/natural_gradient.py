@@ -16,11 +16,13 @@ Tensors = torch.Tensor | dict[str, torch.Tensor]
 
 
 @overload
-def fisher_vector_product(function: Callable[[torch.Tensor], torch.Tensor], parameters: torch.Tensor, vector: torch.Tensor, *,
+def fisher_vector_product(function: Callable[[torch.Tensor], torch.Tensor],
+                          parameters: torch.Tensor, vector: torch.Tensor, *,
                           weights: torch.Tensor | None = None) -> torch.Tensor: ...
 @overload
-def fisher_vector_product(function: Callable[[dict[str, torch.Tensor]], torch.Tensor], parameters: Mapping[str, torch.Tensor],
-                          vector: Mapping[str, torch.Tensor], *, weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]: ...
+def fisher_vector_product(function: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+                          parameters: Mapping[str, torch.Tensor], vector: Mapping[str, torch.Tensor],
+                          *, weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]: ...
 @torch.no_grad()
 def fisher_vector_product(function: Callable[[Tensors], torch.Tensor], parameters: Tensors, vector: Tensors, *,
                           weights: torch.Tensor | None = None) -> Tensors:
@@ -97,11 +99,14 @@ def _softmax_fisher(logits: torch.Tensor, tangent: torch.Tensor, weights: torch.
 
 
 @overload
-def conjugate_gradient(product: Callable[[torch.Tensor], torch.Tensor], b: torch.Tensor, *, iterations: int = 10, tolerance: float = 1e-6,
+def conjugate_gradient(product: Callable[[torch.Tensor], torch.Tensor], b: torch.Tensor, *,
+                       iterations: int = 10, tolerance: float = 1e-6,
                        damping: float = 0.0) -> torch.Tensor: ...
 @overload
-def conjugate_gradient(product: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]], b: Mapping[str, torch.Tensor], *,
-                       iterations: int = 10, tolerance: float = 1e-6, damping: float = 0.0) -> dict[str, torch.Tensor]: ...
+def conjugate_gradient(product: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+                       b: Mapping[str, torch.Tensor], *, iterations: int = 10,
+                       tolerance: float = 1e-6,
+                       damping: float = 0.0) -> dict[str, torch.Tensor]: ...
 @torch.no_grad()
 def conjugate_gradient(product: Callable[[Tensors], Tensors], b: Tensors, *, iterations: int = 10, tolerance: float = 1e-6,
                        damping: float = 0.0) -> Tensors:
@@ -156,13 +161,16 @@ def conjugate_gradient(product: Callable[[Tensors], Tensors], b: Tensors, *, ite
 
 
 @overload
-def natural_gradient(function: Callable[[torch.Tensor], torch.Tensor], parameters: torch.Tensor, gradient: torch.Tensor, max_kl: float, *,
-                     weights: torch.Tensor | None = None, iterations: int = 10, tolerance: float = 1e-6,
+def natural_gradient(function: Callable[[torch.Tensor], torch.Tensor], parameters: torch.Tensor,
+                     gradient: torch.Tensor, max_kl: float, *, weights: torch.Tensor | None = None,
+                     iterations: int = 10, tolerance: float = 1e-6,
                      damping: float = 1e-3) -> torch.Tensor: ...
 @overload
-def natural_gradient(function: Callable[[dict[str, torch.Tensor]], torch.Tensor], parameters: Mapping[str, torch.Tensor],
-                     gradient: Mapping[str, torch.Tensor], max_kl: float, *, weights: torch.Tensor | None = None, iterations: int = 10,
-                     tolerance: float = 1e-6, damping: float = 1e-3) -> dict[str, torch.Tensor]: ...
+def natural_gradient(function: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+                     parameters: Mapping[str, torch.Tensor], gradient: Mapping[str, torch.Tensor],
+                     max_kl: float, *, weights: torch.Tensor | None = None, iterations: int = 10,
+                     tolerance: float = 1e-6,
+                     damping: float = 1e-3) -> dict[str, torch.Tensor]: ...
 @torch.no_grad()
 def natural_gradient(function: Callable[[Tensors], torch.Tensor], parameters: Tensors, gradient: Tensors, max_kl: float, *,
                      weights: torch.Tensor | None = None, iterations: int = 10, tolerance: float = 1e-6, damping: float = 1e-3) -> Tensors:
@@ -228,7 +236,8 @@ def _named(name: str, value: Tensors) -> dict[str, torch.Tensor]:
             raise TypeError(f"{where}: expected a tensor, got {type(tensor).__name__}; leave out what takes no part, in every dict alike")
         _checks.not_sharded(where, tensor, "float32 or float64", f"pass {where}.full_tensor()")
         if tensor.is_meta:
-            raise ValueError(f"{where}: expected values, got a tensor on the meta device, which has none; pass real tensors")
+            raise ValueError(f"{where}: expected values, got a tensor on the meta device, which has "
+                             f"none; pass real tensors")
         if tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{where}: expected float32 or float64, since 16 bits do not hold a Fisher product, got {tensor.dtype}; "
                             f"pass copies: .float()")
