@@ -155,7 +155,7 @@ def targets() -> Iterator[Target]:
             if not isinstance(value, type):
                 yield Target(name, lambda value=value: value, arguments_of(value))
                 continue
-            if issubclass(value, tuple):
+            if issubclass(value, tuple) or getattr(value, "_is_protocol", False):
                 continue  # a result, or checked where it is used
             yield Target(name, lambda value=value: value, arguments_of(value.__init__))
             for method, function in inspect.getmembers(value, inspect.isfunction):

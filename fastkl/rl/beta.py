@@ -186,7 +186,7 @@ class AdaptiveBeta(_TargetedBeta):
         initial: beta to begin with.
         target: the KL to hold, nats per `unit`: trainers commonly hold 6 per sequence, or 0.1 per token.
         horizon: in the unit of update's n, which is 1 per update unless given.
-        unit: "token" or "sequence".
+        unit: "token" or "sequence"; with "sequence" update asks for unit="sequence" beside a number.
         bounds: the lowest and the highest beta.
 
     Raises TypeError and ValueError for other numbers; update also for n ≥ 5·horizon, where the rule would make beta 0 or negative.
