@@ -194,7 +194,8 @@ def test_betas_stay_equal_on_all_processes(tmp_path) -> None:
     One rank's NaN is an error on both.
     """
     root = pathlib.Path(fastkl.__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     other = subprocess.Popen(
         [sys.executable, __file__, str(tmp_path)], env=environment, stdout=subprocess.PIPE
     )
