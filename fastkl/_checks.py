@@ -171,7 +171,7 @@ def second_head(first: tuple, second: tuple, names: tuple[Names, Names], own_bia
                 raise ValueError(f"{name}: expected None without ref_hidden, got "
                                  f"{type_name(value)}; pass ref_hidden too")
         return
-    shared = ref_weight is None or ref_weight is weight
+    shared = ref_weight is weight or (ref_weight is None and not own_bias)
     head(names[1], ref_hidden, weight if shared else ref_weight, ref_bias)
     if shared and not own_bias and (bias is None) != (ref_bias is None):
         raise ValueError(f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, where both models share one "

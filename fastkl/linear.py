@@ -305,7 +305,8 @@ def _scales(heads: tuple[Head, Head], temperature, ref_temperature, hidden, ref_
             value = value if isinstance(value, torch.Tensor) else float(value)
         scale = _Scale(float(head.softcap or 0.0), float(head.logit_scale), made[0].temperature if value is None else value)
         if scale.factor != 1:
-            for what, result in (("softcap / logit_scale", scale.cap if scale.softcap else 1.0), ("temperature / logit_scale", scale.divisor(hidden.dtype))):
+            for what, result in (("softcap / logit_scale", scale.cap if scale.softcap else 1.0),
+                                 ("temperature / logit_scale", scale.divisor(hidden.dtype))):
                 if not isinstance(result, torch.Tensor):
                     _checks.within_float32(f"{name}weight.logit_scale", what, result)
         made.append(scale)

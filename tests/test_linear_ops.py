@@ -84,9 +84,9 @@ def test_opcheck_weighted_kl(implementation, mix, dtype) -> None:
     skip_if_interpreted(implementation, mix)
     for grad in (False, True):
         a = arguments(implementation.device, mix, dtype, grad)
+        wrt = wrt_of(a.six) if grad else ""
         torch.library.opcheck(torch.ops.fastkl.linear_weighted_kl.default, (
-            *a.six, a.weights, a.mask, a.temperatures, a.ratios, a.temperature, wrt_of(a.six) if grad else "", *a.scaling, implementation.backend, dtype,
-            a.chunk_size))
+            *a.six, a.weights, a.mask, a.temperatures, a.ratios, a.temperature, wrt, *a.scaling, implementation.backend, dtype, a.chunk_size))
 
 
 @pytest.mark.parametrize("dtype, result", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, torch.float32)])
