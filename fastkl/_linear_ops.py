@@ -82,8 +82,8 @@ def _weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden
     unit, gradients = weights.new_ones(()), {}
     if wrt:
         if torch.float16 in {value.dtype for value in six if value is not None}:
-            slope = _largest_slope(wanted(wrt), ref_weight is None, ratio if ratios is None else ratios)
-            unit = _unit(torch.where(weights == 0, 0.0, weights / (temperature if temperatures is None else temperatures) * slope))
+            size = _size(wanted(wrt), ratio if ratios is None else ratios)
+            unit = _unit(torch.where(weights == 0, 0.0, weights / (temperature if temperatures is None else temperatures) * size))
         gradients = heads.forward_and_backward({"kl": kl.view(-1)}, {"kl": _rows.flat(weights / unit)}, wanted(wrt))
     else:
         heads.forward({"kl": kl.view(-1)}, weights.new_empty(weights.numel(), SAVED))
@@ -116,13 +116,12 @@ def _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_sof
                             _rows.Scaling(softcap, ref_softcap, _rows.flat_temperature(ratios, ratio)))
 
 
-def _largest_slope(names: tuple[str, ...], shared: bool, ratio: Tensor | float) -> Tensor | float:
-    """Return the largest derivative of a learning model's scaled logits, in units of the first model's: 1 or ratio."""
-    first = bool({"hidden", "weight", "bias"} & set(names))
-    second = bool({"ref_hidden", "ref_weight", "ref_bias"} & set(names)) or (shared and "weight" in names)
-    if not second:
-        return 1.0
-    if not first:
+def _size(names: tuple[str, ...], ratio: Tensor | float) -> Tensor | float:
+    """Return how large gradients of raw logits are, beside those of one temperature for both models.
+
+    Those of the second model have `ratio` as a factor, those of the first one as much in their differences of log-probabilities.
+    """
+    if not {"hidden", "weight", "bias"} & set(names):
         return ratio
     return ratio.clamp(min=1) if isinstance(ratio, Tensor) else max(1.0, ratio)
 

@@ -194,7 +194,8 @@ class LinearKLPenalty(_Penalty):
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor | Head, ref_hidden: torch.Tensor,
                 ref_weight: torch.Tensor | Head | None = None, mask: torch.Tensor | None = None, *,
-                bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None, normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
+                bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
+                normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
         made = linear.prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, self.temperature,
                               self.ref_temperature, self.softcap, mask, self.logits_dtype, self.chunk_size, reference_required=True)

@@ -15,6 +15,7 @@ from fastkl import Head
 
 CALLS = ("stats", "none", "sum", "mean")
 LEADING = (2, 4)
+REF_TEMPERATURE = 2.0**-14
 LEAVES = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "weights")
 MASK = torch.tensor([[True, True, False, True], [True, False, True, True]])
 PER_TOKEN = torch.tensor([[0.5, 1.0, 0.0, 2.0], [1.3, -1.0, 0.8, 1.1]])  # masked tokens' are not looked at
@@ -158,13 +159,12 @@ def test_compiled(implementation, call, models) -> None:
         pytest.skip("one case in the interpreter")
     made = leaves(implementation.device)
 
-    def function(hidden, weight):
-        here = SimpleNamespace(**{**vars(made), "hidden": hidden, "weight": weight})
-        return by_fastkl(here, call, *MODELS[models](here))
+    def function():
+        return by_fastkl(made, call, *MODELS[models](made))
 
     outcomes = []
     for variant in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
-        values = variant(made.hidden, made.weight)
+        values = variant()
         outcomes.append([*values, *(grad for grad in gradients(made, values).values() if grad is not None)])
     for value, expected in zip(*outcomes, strict=True):
         cases.assert_same_bits(value, expected, "result")
@@ -173,18 +173,14 @@ def test_compiled(implementation, call, models) -> None:
 @pytest.mark.parametrize("learns", ["hidden", "ref_hidden"])
 def test_float16_at_a_low_temperature_of_one_model(implementation, learns) -> None:
     """A gradient that is 1/ref_temperature as large, or as small, keeps its digits in float16."""
-    made, exact = leaves(implementation.device, torch.float16), leaves("cpu", torch.float16)
-    for name in LEAVES:
-        setattr(exact, name, getattr(exact, name).detach().double().requires_grad_())
+    made = leaves(implementation.device, torch.float16)
     found = []
-    for here, states in ((made, learns), (exact, learns)):
-        frozen = SimpleNamespace(**{name: getattr(here, name).detach() for name in LEAVES})
-        setattr(frozen, states, getattr(here, states))
-        with fastkl.use_backend("reference" if here is exact else implementation.backend):
-            loss = fastkl.linear_kl_divergence(frozen.hidden, frozen.weight, frozen.ref_hidden, frozen.ref_weight, reduction="mean",
-                                               weights=torch.full_like(frozen.weights, 2**-7), ref_temperature=2.0**-11, logits_dtype=
-                                               torch.float32 if here is made else None)
-        found.append(torch.autograd.grad(2.0**-6 * loss, getattr(here, states))[0].cpu().double())
+    for dtype, logits_dtype in ((torch.float16, torch.float32), (torch.float64, None)):
+        given = {name: getattr(made, name).detach().to(dtype) for name in LEAVES[:-1]}
+        leaf = given[learns].requires_grad_()
+        with fastkl.use_backend(implementation.backend if dtype == torch.float16 else "reference"):
+            loss = fastkl.linear_kl_divergence(**given, reduction="sum", ref_temperature=REF_TEMPERATURE, logits_dtype=logits_dtype)
+        found.append(torch.autograd.grad(loss * REF_TEMPERATURE, leaf)[0].cpu().double())
     assert float((found[0] - found[1]).norm()) <= 2e-3 * float(found[1].norm())
 
 
