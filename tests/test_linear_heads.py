@@ -155,7 +155,7 @@ def test_one_model(implementation) -> None:
 @pytest.mark.parametrize("models", ["everything", "per token"])
 def test_compiled(implementation, call, models) -> None:
     """One graph with a Head and a temperature of the reference's, forward and backward, and eager's bits."""
-    if implementation.interpreted and call != "mean":
+    if implementation.interpreted and (models, call) != ("everything", "mean"):
         pytest.skip("one case in the interpreter")
     made = leaves(implementation.device)
 
@@ -187,7 +187,7 @@ def test_float16_at_a_low_temperature_of_one_model(implementation, learns) -> No
 def test_a_temperature_out_of_range(implementation) -> None:
     """An error on the reference and NaN on the kernels, of that token alone; a masked token's may be anything."""
     made = leaves(implementation.device)
-    for bad in (0.0, -1.0, float("nan"), float("inf"), 2.0**127):
+    for bad in (0.0, float("nan")) if implementation.interpreted else (0.0, -1.0, float("nan"), float("inf"), 2.0**127):
         for name in ("temperature", "ref_temperature"):
             wrong = torch.full(LEADING, 1.0, device=implementation.device)
             wrong[0, 0] = bad
