@@ -298,12 +298,13 @@ def _scales(heads: tuple[Head, Head], temperature, ref_temperature, hidden, ref_
     """Check both temperatures, and that float32 holds what they and the heads' numbers make together."""
     if ref_hidden is None and ref_temperature is not None:
         raise ValueError(f"ref_temperature: expected None without ref_hidden, got {_checks.shown(ref_temperature)}; pass ref_hidden too")
+    for name, value in (("temperature", temperature), ("ref_temperature", temperature if ref_temperature is None else ref_temperature)):
+        _checks.temperature(value, hidden.shape[:-1], hidden.device, name)
+    first = temperature if isinstance(temperature, torch.Tensor) else float(temperature)
+    second = first if ref_temperature is None else ref_temperature if isinstance(ref_temperature, torch.Tensor) else float(ref_temperature)
     made = []
-    for name, head, value in (("", heads[0], temperature), ("ref_", heads[0] if ref_hidden is None else heads[1], ref_temperature)):
-        if value is not None:
-            _checks.temperature(value, hidden.shape[:-1], hidden.device, f"{name}temperature")
-            value = value if isinstance(value, torch.Tensor) else float(value)
-        scale = _Scale(float(head.softcap or 0.0), float(head.logit_scale), made[0].temperature if value is None else value)
+    for name, head, value in (("", heads[0], first), ("ref_", heads[0] if ref_hidden is None else heads[1], second)):
+        scale = _Scale(float(head.softcap or 0.0), float(head.logit_scale), value)
         if scale.factor != 1:
             for what, result in (("softcap / logit_scale", scale.cap if scale.softcap else 1.0),
                                  ("temperature / logit_scale", scale.divisor(hidden.dtype))):
