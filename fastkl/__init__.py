@@ -4,7 +4,7 @@ from . import rl
 from .backend import Explanation, explain, use_backend
 from .divergence import kl_divergence, slow_path_rows
 from .estimators import estimate_kl, sampled_kl_loss
-from .linear import linear_kl_divergence, linear_token_stats
+from .linear import Head, linear_kl_divergence, linear_token_stats
 from .penalty import KLPenalty, LinearKLPenalty
 from .tokens import TokenStats, selective_log_softmax, token_stats
 
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "Head",
     "KLPenalty",
     "LinearKLPenalty",
     "TokenStats",

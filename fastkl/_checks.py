@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.autograd import forward_ad
 
@@ -122,52 +124,64 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     not_forward_mode(name, value)
 
 
-def head(prefix: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+class Names(NamedTuple):
+    """How a message calls the tensors of one model."""
+
+    hidden: str
+    weight: str
+    bias: str
+
+
+def head(names: Names, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Hidden states [..., H], weight [V, H] and bias [V] or None of one model, of one type on one device."""
-    name = f"{prefix}hidden"
+    name = names.hidden
     _plain_float_tensor(name, hidden, "hidden states [..., H]")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{name}: expected hidden states [..., H] with H of at least 1, got shape "
                          f"{tuple(hidden.shape)}; pass the model's last hidden states")
-    _plain_float_tensor(f"{prefix}weight", weight, "the lm_head's weight [V, H]")
+    _plain_float_tensor(names.weight, weight, "the lm_head's weight [V, H]")
     if weight.dim() == 2 and weight.shape[0] == 0:
-        raise ValueError(f"{prefix}weight: expected a vocabulary of at least one entry, got {tuple(weight.shape)}; pass the whole weight")
+        raise ValueError(f"{names.weight}: expected a vocabulary of at least one entry, got {tuple(weight.shape)}; pass the whole weight")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{prefix}weight: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, got {tuple(weight.shape)}; "
-                         + (packed_remedy(f"{prefix}weight", weight)
+        raise ValueError(f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, got {tuple(weight.shape)}; "
+                         + (packed_remedy(names.weight, weight)
                             or "pass lm_head.weight as it is, not transposed"))
     if bias is not None:
-        _plain_float_tensor(f"{prefix}bias", bias, "the lm_head's bias [V]")
+        _plain_float_tensor(names.bias, bias, "the lm_head's bias [V]")
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{prefix}bias: expected one entry per row of {prefix}weight, "
+            raise ValueError(f"{names.bias}: expected one entry per row of {names.weight}, "
                              f"({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias")
-    for other, value in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+    for other, value in ((names.weight, weight), (names.bias, bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert one with .to(), or use torch.autocast")
         if value is not None:
             same_device(other, value, name, hidden)
 
 
-def second_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ref_hidden: torch.Tensor | None,
-                ref_weight: torch.Tensor | None, ref_bias: torch.Tensor | None) -> None:
-    """The reference's head beside the policy's: the same tokens and vocabulary. ref_weight None: weight is that of both."""
+def second_head(first: tuple, second: tuple, names: tuple[Names, Names], own_bias: bool) -> None:
+    """The reference's (hidden, weight, bias) beside the policy's: the same tokens and vocabulary.
+
+    A weight of None is the policy's. own_bias: the second model is a Head, whose bias is its own also where the weight is shared.
+    """
+    hidden, weight, bias = first
+    ref_hidden, ref_weight, ref_bias = second
     if ref_hidden is None:
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
                 raise ValueError(f"{name}: expected None without ref_hidden, got "
                                  f"{type_name(value)}; pass ref_hidden too")
         return
-    shared = ref_weight is None or ref_weight is weight
-    head("ref_", ref_hidden, weight if shared else ref_weight, ref_bias)
-    if shared and (bias is None) != (ref_bias is None):
-        raise ValueError(f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for bias, where both models share one lm_head, got "
-                         f"{'None' if ref_bias is None else 'a tensor'}; pass ref_bias=bias")
+    shared = ref_weight is weight or (ref_weight is None and not own_bias)
+    head(names[1], ref_hidden, weight if shared else ref_weight, ref_bias)
+    if shared and not own_bias and (bias is None) != (ref_bias is None):
+        raise ValueError(f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, where both models share one "
+                         f"lm_head, got {'None' if ref_bias is None else 'a tensor'}; pass ref_bias={names[0].bias}")
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got {tuple(ref_hidden.shape[:-1])}; "
                          f"align the batch and time dimensions")
     if not shared and ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(f"ref_weight: expected the {weight.shape[0]} rows of weight, got {ref_weight.shape[0]}; slice a padded vocabulary to the "
-                         f"shared one: weight[:V]")
+        raise ValueError(f"{names[1].weight}: expected the {weight.shape[0]} rows of {names[0].weight}, got {ref_weight.shape[0]}; slice a padded "
+                         f"vocabulary to the shared one: weight[:V]")
     same_device_and_precision("ref_hidden", ref_hidden, "hidden", hidden)
 
 
@@ -178,14 +192,34 @@ def reference_given(ref_hidden: torch.Tensor | None) -> None:
                         f"{type_name(ref_hidden)}; pass the last hidden states of the reference")
 
 
-def softcap(value: float | None) -> None:
+def softcap(value: float | None, name: str = "softcap") -> None:
     """None or a positive number that float32 holds."""
-    what = "expected a positive finite number up to 2^126, or None for no soft cap"
-    remedy = "pass the final_logit_softcapping of the model's config"
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"softcap: {what}, got {type_name(value)}; {remedy}")
-    if value is not None and not (0 < value <= HIGHEST_TEMPERATURE):
-        raise ValueError(f"softcap: {what}, got {shown(value)}; {remedy}")
+    _positive_number(name, value, " for no soft cap", "pass the final_logit_softcapping of the model's config")
+
+
+def logit_scale(name: str, value: float) -> None:
+    """A positive number that float32 holds, and its inverse."""
+    remedy = "pass the factor of the logits in the model's config, or 1.0"
+    _positive_number(name, value, None, remedy)
+    if value < LOWEST_TEMPERATURE:
+        raise ValueError(f"{name}: expected at least 2^-126, got {shown(value)}; {remedy}")
+
+
+def _positive_number(name: str, value: float | None, for_none: str | None, remedy: str) -> None:
+    """A positive number up to 2^126, or None where `for_none` says what it stands for."""
+    if value is None and for_none is not None:
+        return
+    what = "expected a positive finite number up to 2^126" + ("" if for_none is None else f", or None{for_none}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {what}, got {type_name(value)}; {remedy}")
+    if not (0 < value <= HIGHEST_TEMPERATURE):
+        raise ValueError(f"{name}: {what}, got {shown(value)}; {remedy}")
+
+
+def within_float32(name: str, what: str, value: float) -> None:
+    """A number made of several arguments, within the range of temperatures."""
+    if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
+        raise ValueError(f"{name}: expected {what} within 2^-126 … 2^126, got {shown(value)}; pass numbers nearer to 1")
 
 
 def chunk_size(value: int | None) -> None:
@@ -266,25 +300,26 @@ def tokens(value: torch.Tensor, leading: torch.Size, device: torch.device, name:
     per_row(name, value, leading, device)
 
 
-def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.device) -> None:
+def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.device,
+                name: str = "temperature") -> None:
     """A number within 2^-126 … 2^126, or a float tensor of the leading shape (not looked at)."""
     if isinstance(value, torch.Tensor):
         if value.dtype not in FLOAT_TYPES:
-            raise TypeError(f"temperature: expected a number or a float tensor, got {type_name(value)}; convert it with .float()")
+            raise TypeError(f"{name}: expected a number or a float tensor, got {type_name(value)}; convert it with .float()")
         if value.requires_grad:
-            raise ValueError("temperature: expected a tensor without gradient, got one that requires it; fastkl does not differentiate "
-                             "with respect to the temperature: pass temperature.detach()")
-        not_sharded("temperature", value, "one entry per token", local_or_full("temperature"))
+            raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it; fastkl does not differentiate "
+                             f"with respect to the temperature: pass {name}.detach()")
+        not_sharded(name, value, "one entry per token", local_or_full(name))
         if value.dim() == 0 and leading:
-            raise ValueError(f"temperature: expected a number or the leading shape {tuple(leading)}, one entry per token, got a tensor of shape (); "
-                             f"pass float(temperature), or temperature.expand({tuple(leading)}) to stay on the device")
-        per_row("temperature", value, leading, device)
-        not_forward_mode("temperature", value)
+            raise ValueError(f"{name}: expected a number or the leading shape {tuple(leading)}, one entry per token, got a tensor of shape (); "
+                             f"pass float({name}), or {name}.expand({tuple(leading)}) to stay on the device")
+        per_row(name, value, leading, device)
+        not_forward_mode(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"temperature: expected a positive number or a float tensor of the leading shape, got {type(value).__name__}; pass "
-                        f"float(temperature)")
+        raise TypeError(f"{name}: expected a positive number or a float tensor of the leading shape, got {type(value).__name__}; pass "
+                        f"float({name})")
     elif not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
-        raise ValueError(f"temperature: expected a positive finite number within 2^-126 … 2^126, "
+        raise ValueError(f"{name}: expected a positive finite number within 2^-126 … 2^126, "
                          f"got {shown(value)}; pass 1.0, which leaves the logits as they are")
 
 
@@ -302,6 +337,13 @@ def temperatures_positive(value: torch.Tensor) -> None:
     if not bool(good.all()):
         raise ValueError(f"temperature: expected positive finite values within 2^-126 … 2^126, "
                          f"got {float(wide[~good][0])}; pass 1.0 for rows to leave as they are")
+
+
+def ratios_finite(value: torch.Tensor) -> None:
+    """Ratios of two temperatures; NaN stands for one out of range."""
+    if not bool(value.isfinite().all()):
+        raise ValueError("ref_temperature: expected positive finite values within 2^-126 … 2^126, in relation to temperature too, "
+                         "got one that is not; pass 1.0 for rows to leave as they are")
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ import torch
 from . import _checks, _dispatch, _reduce, _rows, linear
 from ._types import BetaController, Direction, PenaltyReduction, called_as
 from .divergence import kl_divergence
+from .linear import Head
 
 DIRECTIONS = get_args(Direction)
 
@@ -155,10 +156,11 @@ class LinearKLPenalty(_Penalty):
 
     Args:
         beta, direction, temperature, reduction: as KLPenalty.
+        ref_temperature: divides the reference's logits instead; a positive number. Default: temperature.
         softcap, logits_dtype, chunk_size: as linear_kl_divergence.
 
     forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None, normalizer=None) takes hidden states [..., H],
-    weights [V, H] and a bool mask [...], and returns a float32 scalar with gradient to whatever of them requires it; pass
+    weights [V, H] (or a Head for either) and a bool mask [...], and returns a float32 scalar with gradient to whatever of them requires it; pass
     ref_weight=weight.detach() where a trained lm_head is shared and only the policy is to learn through it. The policy comes first in either
     direction. With no token that counts it returns 0.
 
@@ -170,26 +172,33 @@ class LinearKLPenalty(_Penalty):
 
     def __init__(self, beta: float | BetaController, *, direction: Direction = "policy||reference", temperature: float = 1.0,
                  reduction: PenaltyReduction = "token_mean", softcap: float | None = None,
-                 logits_dtype: torch.dtype | None = None, chunk_size: int | None = None) -> None:
+                 logits_dtype: torch.dtype | None = None, chunk_size: int | None = None, ref_temperature: float | None = None) -> None:
         super().__init__(beta, direction, temperature, reduction, "linear_kl_divergence")
+        if isinstance(ref_temperature, torch.Tensor):
+            raise TypeError("ref_temperature: expected a positive number, got a tensor; call linear_kl_divergence for a temperature per token")
+        if ref_temperature is not None:
+            _checks.temperature(ref_temperature, torch.Size(), torch.device("cpu"), "ref_temperature")
         _checks.softcap(softcap)
         _checks.chunk_size(chunk_size)
         _checks.float_type("logits_dtype", logits_dtype)
+        self.ref_temperature = ref_temperature
         self.softcap = softcap
         self.logits_dtype = logits_dtype
         self.chunk_size = chunk_size
 
     def extra_repr(self) -> str:
         """The arguments, for print(model)."""
-        options = {"softcap": self.softcap, "logits_dtype": self.logits_dtype, "chunk_size": self.chunk_size}
+        options = {"softcap": self.softcap, "logits_dtype": self.logits_dtype, "chunk_size": self.chunk_size,
+                   "ref_temperature": self.ref_temperature}
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in options.items() if value is not None)])
 
-    def forward(self, hidden: torch.Tensor, weight: torch.Tensor, ref_hidden: torch.Tensor, ref_weight: torch.Tensor | None = None,
-                mask: torch.Tensor | None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
+    def forward(self, hidden: torch.Tensor, weight: torch.Tensor | Head, ref_hidden: torch.Tensor,
+                ref_weight: torch.Tensor | Head | None = None, mask: torch.Tensor | None = None, *,
+                bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
                 normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
-        made = linear.prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, self.temperature, self.softcap, mask, self.logits_dtype,
-                              self.chunk_size, reference_required=True)
+        made = linear.prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, self.temperature,
+                              self.ref_temperature, self.softcap, mask, self.logits_dtype, self.chunk_size, reference_required=True)
         if self.direction == DIRECTIONS[1]:
             made = made.swapped()
         _checks.normalizer(normalizer, self.reduction, hidden.device)

@@ -213,6 +213,9 @@ LOSSES: dict[str, Callable] = {
     "KLPenalty": lambda *made, normalizer=None: fastkl.KLPenalty(0.5)(*logits(*made), made[2].mask, normalizer=normalizer),
     "KLPenalty, sequences": lambda *made, normalizer=None: fastkl.KLPenalty(0.5, reduction="sequence_mean")(*logits(*made), made[2].mask,
                                                                                                            normalizer=normalizer),
+    "linear_kl_divergence": lambda *made, normalizer=None: fastkl.linear_kl_divergence(
+        made[0], made[1], made[2].ref_hidden, made[2].ref_weight, mask=made[2].mask, weights=made[2].weights,
+        reduction="mean", normalizer=normalizer),
     "LinearKLPenalty": lambda *made, normalizer=None: fastkl.LinearKLPenalty(0.5)(made[0], made[1], made[2].ref_hidden, made[2].ref_weight,
                                                                                    made[2].mask, normalizer=normalizer),
 }

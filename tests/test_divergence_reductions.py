@@ -75,6 +75,8 @@ def losses(device: str) -> dict:
 
     return {
         "kl_divergence": lambda p, mask, n: fastkl.kl_divergence(p, reference(p), mask, reduction="mean", normalizer=n),
+        "linear_kl_divergence": lambda p, mask, n: fastkl.linear_kl_divergence(p, weight, reference(p), mask=mask, reduction="token_mean",
+                                                                               normalizer=n),
         "token_mean": lambda p, mask, n: fastkl.KLPenalty(0.5)(p, reference(p), mask, normalizer=n),
         "reverse": lambda p, mask, n: fastkl.KLPenalty(0.5, direction="reference||policy", reduction="mean")(p, reference(p), mask, normalizer=n),
         "sequence_mean": lambda p, mask, n: fastkl.KLPenalty(0.5, reduction="sequence_mean")(p, reference(p), mask, normalizer=n),
@@ -84,7 +86,7 @@ def losses(device: str) -> dict:
     }
 
 
-LOSSES = ("kl_divergence", "token_mean", "reverse", "sequence_mean", "linear", "linear sequence_mean")
+LOSSES = ("kl_divergence", "linear_kl_divergence", "token_mean", "reverse", "sequence_mean", "linear", "linear sequence_mean")
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -93,6 +93,7 @@ BESIDE = [
     ("shape_rewards.cu_seqlens", {"kl": torch.zeros(6)}),
     ("KLMonitor.update.cu_seqlens", {"kl": torch.zeros(6)}),
     ("*_stats.ref_weight", {"ref_hidden": TENSORS["hidden"]}),
+    ("*_stats.ref_temperature", {"ref_hidden": TENSORS["hidden"]}),
     ("*_stats.ref_bias", {"ref_hidden": TENSORS["hidden"], "bias": TENSORS["bias"]}),
     ("*linear*.bias", {"ref_bias": TENSORS["bias"]}),
     ("*linear*.ref_bias", {"bias": TENSORS["bias"]}),
@@ -270,7 +271,7 @@ VALID = [
         "logits alone may have any shape and device",
     ),
     (r"(token_stats|selective_log_softmax)\.logits", "longer, shorter, float64", "any V"),
-    (r".*\.(temperature|weights|advantages|scores)", "float64", "taken in any float type"),
+    (r".*\.((ref_)?temperature|weights|advantages|scores)", "float64", "taken in any float type"),
     (r".*\.normalizer", "scalar", "a tensor of one number"),
     (r"selective_log_softmax\.index", "last dimension more", "K ids of each row"),
     (

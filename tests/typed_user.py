@@ -4,11 +4,14 @@ import torch
 from typing_extensions import assert_type
 
 from fastkl import (
+    Head,
     KLPenalty,
     LinearKLPenalty,
     TokenStats,
     estimate_kl,
     kl_divergence,
+    linear_kl_divergence,
+    linear_token_stats,
     sampled_kl_loss,
     selective_log_softmax,
     token_stats,
@@ -31,6 +34,10 @@ def step(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor, mask: torch.Ten
     alone = token_stats(p, tokens)
     assert_type(alone.logprob, torch.Tensor)
     assert_type(alone.kl, torch.Tensor | None)
+    assert_type(linear_token_stats(p, Head(q), tokens, p, Head(q, logit_scale=0.5), ref_temperature=mask).kl, torch.Tensor)
+    assert_type(linear_token_stats(p, q, tokens).kl, torch.Tensor | None)
+    linear_kl_divergence(p, Head(q), p, reduction="token_mean", normalizer=3)
+    LinearKLPenalty(0.1, ref_temperature=0.7)(p, Head(q), p)
     either: TokenStats = token_stats(p, tokens, maybe)
     assert_type(either.kl, torch.Tensor | None)
     assert_type(KLPenalty(0.1)(p, q, mask), torch.Tensor)
