@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastkl import linear_kl_divergence
-from fastkl.linear import Head
+from fastkl import Head, linear_kl_divergence
 
 try:
     import trl
@@ -16,7 +15,8 @@ if trl.__version__.split(".")[:2] != ["1", "16"]:
     raise ImportError(f"trl: expected version 1.16, whose internals fastkl.integrations.trl was tested with, got {trl.__version__}; "
                       f"remedy: pip install 'trl==1.16.*', or a fastkl for that version")
 
-from .transformers import KLCallback, causal_lm, cut, head_of
+from ._head import causal_lm, cut, head_of
+from .transformers import KLCallback
 
 
 class ExactDivergence:
@@ -91,11 +91,13 @@ def hidden_states(model: torch.nn.Module, input_ids: torch.Tensor, attention_mas
 
 
 def checked_heads(trainer, second: torch.nn.Module | None, instead: str) -> tuple[Head, Head]:
-    """The heads of a trainer's model and of its reference or teacher (None: the model's own), cut to the rows that both have."""
+    """Check the trainer's model and its reference or teacher (None: itself); heads of shared rows."""
     heads = []
     for model in (trainer.model, second):
         try:
-            heads.append(heads[0] if model is None else head_of(trainer.accelerator.unwrap_model(model))[1])
+            heads.append(
+                heads[0] if model is None else head_of(trainer.accelerator.unwrap_model(model))[1]
+            )
         except ValueError as error:
             raise ValueError(f"{error}; or train with {instead}") from None
     rows = min(len(each.weight) for each in heads)
@@ -103,11 +105,15 @@ def checked_heads(trainer, second: torch.nn.Module | None, instead: str) -> tupl
 
 
 def head(model: torch.nn.Module, made: Head) -> Head:
-    """What was made of a model, with its weights as they are now: with PEFT, those of the adapter that is on."""
+    """Renew a checked head's tensors: with PEFT, those of the adapter that is on."""
     layer, rows = causal_lm(model).get_output_embeddings(), len(made.weight)
-    return made._replace(weight=cut(layer.weight, rows), bias=cut(getattr(layer, "bias", None), rows))
+    return made._replace(
+        weight=cut(layer.weight, rows), bias=cut(getattr(layer, "bias", None), rows)
+    )
 
 
 def detached(made: Head) -> Head:
     """The same numbers without gradient."""
-    return made._replace(weight=made.weight.detach(), bias=None if made.bias is None else made.bias.detach())
+    return made._replace(
+        weight=made.weight.detach(), bias=None if made.bias is None else made.bias.detach()
+    )

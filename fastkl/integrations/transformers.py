@@ -1,4 +1,4 @@
-"""A callback for transformers' Trainer, and every trainer made from it: the controller of beta and the monitor, once per optimizer step; a model's Head."""
+"""For transformers: a callback that runs the controller of beta and the monitor once per optimizer step, and a model's Head."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-
-from fastkl.linear import Head
 
 try:
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
 except ModuleNotFoundError as missing:
     raise ImportError(f"not installed: {missing.name}; remedy: pip install 'fastkl[compare]'") from missing
+
+from ._head import head_of as head_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -201,129 +200,3 @@ class KLCallback(TrainerCallback, ExportableState):
 
 def _describe(value: object) -> str:
     return f"a {value.dtype} tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-# ---- the lm_head of a model
-
-# How configurations name a factor of the logits, and the powers with which model code applies it.
-FACTORS = {
-    "logit_scale": (1,),  # Cohere
-    "lm_head_multiplier": (1,),  # Falcon-H1
-    "output_multiplier": (1,),  # Muse
-    "logits_scaling": (-1, 1),  # divides in Granite and MiniCPM3, multiplies in HyperCLOVA X
-    "logits_mup_width_multiplier": (-1,),  # Inkling
-}
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-
-
-def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
-    """Take a causal language model apart: the backbone that gives hidden states, and the Head that makes logits of them.
-
-    Equivalent to
-
-        backbone, weight, bias = model.base_model, model.lm_head.weight, model.lm_head.bias
-        head = Head(weight, bias, softcap, logit_scale)       # the last two as the model's config and code have them
-
-    so that linear_token_stats(backbone(ids).last_hidden_state, head, tokens) is token_stats(model(ids).logits, tokens). Which soft cap and
-    which factor those are is read off the model's own logits: two to four tokens go through it once, in eval mode and without gradient, and
-    every candidate that its config names (final_logit_softcapping, logit_scale, logits_scaling, lm_head_multiplier, ...) is held against them.
-
-        backbone, head = head_of(model)
-        hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-        kl = linear_kl_divergence(hidden, head, ref_hidden, head_of(reference)[1])
-
-    Args:
-        model: a decoder of transformers with an lm_head, a multimodal one with text alone included, or a PEFT model of one: then its weights
-            are those of the adapter that is active, and modules_to_save may name the lm_head.
-
-    Returns:
-        (backbone, head). The head's tensors are the model's parameters, not copies, in their type. They are cut to the model's logits where
-        those leave out rows of a padded weight. Call it again after the weights were replaced, by a resize or another adapter.
-
-    Raises:
-        TypeError: not a model with an lm_head. ValueError: logits that are not of Head's form, an adapter on the lm_head, prompt learning,
-        an encoder-decoder, a weight that is packed or sharded.
-    """
-    inner = causal_lm(model)
-    if not callable(getattr(inner, "get_output_embeddings", None)) or inner.get_output_embeddings() is None:
-        raise TypeError(f"model: expected a language model of transformers with an lm_head, got {type(inner).__name__}; "
-                        f"load it with AutoModelForCausalLM")
-    layer, text, name = inner.get_output_embeddings(), inner.config.get_text_config(), type(inner).__name__
-    configs = getattr(model, "peft_config", None) or {}
-    if isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values()):
-        raise ValueError("model: expected hidden states of the tokens alone, got a PEFT model with prompt learning; use LoRA")
-    if hasattr(layer, "base_layer"):
-        raise ValueError(f"model: expected an lm_head that is one weight, got {name} with a PEFT adapter on it, which the weight leaves out; "
-                         f"take lm_head out of target_modules, name it in modules_to_save, or merge the adapter with merge_and_unload()")
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise ValueError(f"model: expected a decoder, got the encoder-decoder {name}; pass its decoder's hidden states and lm_head yourself")
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    hidden, logits, dtypes = _own_logits(inner, layer)
-    if hidden is None:
-        raise ValueError(f"model: expected one whose forward runs its base_model for the last hidden states, got {name}, which does not; "
-                         f"pass hidden states and a Head yourself")
-    if not weight.is_floating_point() or weight.shape[1:] != hidden.shape[-1:] or len(weight) < logits.shape[-1]:
-        raise ValueError(f"model: expected an lm_head.weight [V, {hidden.shape[-1]}] of floats, got {weight.dtype} {tuple(weight.shape)} in {name}; "
-                         f"load it unquantized and unsharded, or pass hidden states and a Head yourself")
-    weight, bias = cut(weight, logits.shape[-1]), cut(bias, logits.shape[-1])
-    named = {attribute: value for attribute in (*CAPS, *FACTORS, "dim_model_base")
-             if isinstance(value := getattr(text, attribute, None), (int, float)) and not isinstance(value, bool) and 0 < value < math.inf}
-    # The same product twice differs by a few roundings; 16-bit logits are right to 4e-3, and autocast may be at work in one of the two alone.
-    tolerance = 1e-4 if dtypes <= {torch.float32, torch.float64} else 2e-2
-    with torch.no_grad():
-        raw = F.linear(hidden.to(weight), weight, None if bias is None else bias.to(weight))
-        form = _form(raw, logits, named, text, tolerance)
-    if form is None:
-        seen = ", ".join(f"{attribute}={value}" for attribute, value in named.items()) or "no soft cap or factor"
-        raise ValueError(f"model: expected logits that are softcap(logit_scale * F.linear(last hidden state, lm_head.weight, lm_head.bias)), got "
-                         f"others from {name}, whose config names {seen}; use the model's own logits")
-    return inner.base_model, Head(weight, bias, *form)
-
-
-def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with the lm_head, inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
-def cut(value: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-    """The first rows of a weight or bias; the same tensor where that is all of them, since a shared one is known by identity."""
-    return value if value is None or len(value) == rows else value[:rows]
-
-
-@torch.no_grad()
-def _own_logits(model: torch.nn.Module, layer: torch.nn.Module) -> tuple:
-    """(last hidden states or None, logits, types at work) of a few tokens in eval mode, from one forward."""
-    states, made = [], []
-    hooks = [model.base_model.register_forward_hook(lambda module, args, output: states.append(getattr(output, "last_hidden_state", None))),
-             layer.register_forward_hook(lambda module, args, output: made.append(output.dtype))]
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        ids = torch.arange(min(4, model.get_input_embeddings().weight.shape[0]), device=layer.weight.device)[None]
-        logits = model(input_ids=ids, use_cache=False).logits.to(layer.weight.device)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, was in training.items():
-            module.training = was
-    return states[-1] if states else None, logits, {layer.weight.dtype, logits.dtype, *made}
-
-
-def _form(raw: torch.Tensor, logits: torch.Tensor, named: dict, text, tolerance: float) -> tuple[float | None, float] | None:
-    """(softcap, logit_scale) with which a product gives the logits, those that the config names before others; None if there are none."""
-    caps = [*(named[attribute] for attribute in CAPS if attribute in named), None]
-    scales = {float(named[attribute]) ** power for attribute, powers in FACTORS.items() if attribute in named for power in powers}
-    if "dim_model_base" in named:
-        scales.add(named["dim_model_base"] / text.hidden_size)  # MiniCPM
-    wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    for softcap, group in itertools.product(caps, (sorted(scales), [1.0])):
-        found = []
-        for scale in group:
-            difference = (wide * scale if softcap is None else softcap * torch.tanh(wide * scale / softcap)) - logits
-            if difference.abs().max() <= tolerance * logits.abs().max():
-                found.append((float(difference.norm()), scale))
-        if len(found) > 1 and not logits.any():
-            raise ValueError(f"model: expected logits that show how its config's factor acts on them ({group}), got zeros alone; pass a Head yourself")
-        if found:
-            return softcap, min(found)[1]
-    return None
