@@ -62,15 +62,17 @@ def test_loss_and_gradients_are_trls(folder, teacher, beta, items, per_token) ->
     assert_same(got, expected, 4 * EPS)
 
 
-@pytest.mark.parametrize("student, teacher", [("granite", "cohere"), ("gemma", "granite")])
-def test_models_of_different_scales_and_caps(tmp_path, student, teacher) -> None:
-    """Each model's own: loss and gradients are TRL's in float64, and two steps are made."""
+# Gemma's attention in float64 gives NaN where all is masked.
+@pytest.mark.parametrize("student, teacher, dtype", [("granite", "cohere", torch.float64), ("gemma", "granite", torch.float32)])
+def test_models_of_different_scales_and_caps(tmp_path, student, teacher, dtype) -> None:
+    """Each model's own: loss and gradients are TRL's, and two steps are made."""
     paths = [tiny(tmp_path / name, FAMILIES[name](), seed) for seed, name in enumerate((student, teacher))]
-    exact, plain = (gkd(*paths, kind, dtype=torch.float64) for kind in (ExactGKDTrainer, GKDTrainer))
+    exact, plain = (gkd(*paths, kind, dtype=dtype) for kind in (ExactGKDTrainer, GKDTrainer))
     losses = [trainer.compute_loss(trainer.model, batch()) for trainer in (exact, plain)]
-    cases.assert_near(losses[0], losses[1], 1e-12, 0.0, "loss")
+    exactly = dtype == torch.float64
+    cases.assert_near(losses[0], losses[1], 1e-12 if exactly else 2 * ROUNDING, 0.0, "loss")
     # Norms are in float32, whatever the model's type.
-    assert_same(*(gradients(loss, trainer.model) for loss, trainer in zip(losses, (exact, plain), strict=True)), 4 * EPS)
+    assert_same(*(gradients(loss, trainer.model) for loss, trainer in zip(losses, (exact, plain), strict=True)), 4 * EPS if exactly else 2 * ROUNDING)
     exact.train()
     assert all(entry["loss"] > 1e-2 for entry in exact.state.log_history if "loss" in entry) and exact.state.global_step == 2
 
