@@ -310,7 +310,8 @@ class Heads:
                 if outputs:
                     self._row_forward(_both(logits), rows, outputs, saved)
                 _rows.backward(self.backend, *_both(logits), *self.per_token.part(rows), saved[rows],
-                               {name: value[rows] for name, value in upstream.items()}, *_both(grads), self.per_token.softcap)
+                               {name: value[rows] for name, value in upstream.items()}, *_both(grads),
+                               _rows.Scaling(self.per_token.softcap, self.per_token.softcap))
             if window.stop == len(saved):
                 # Nothing more is put into them, and a product's result may take their place.
                 buffers, logits = [], []
@@ -321,7 +322,7 @@ class Heads:
 
     def _row_forward(self, logits: list, rows: slice, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
         _rows.forward(self.backend, *logits, *self.per_token.part(rows), {name: value[rows] for name, value in outputs.items()}, saved[rows],
-                      self.per_token.softcap)
+                      _rows.Scaling(self.per_token.softcap, self.per_token.softcap))
 
 
 def _both(values: list) -> list:

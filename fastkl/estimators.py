@@ -7,13 +7,15 @@ with the right value may have the wrong gradient: tests/test_estimators.py enume
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 
 from . import _checks
+from ._types import Direction, Estimator
 
-ESTIMATORS = ("k1", "k2", "k3", "abs")
-DIRECTIONS = ("policy||reference", "reference||policy")
+ESTIMATORS = get_args(Estimator)
+DIRECTIONS = get_args(Direction)
 # What log-probabilities of -inf, and those that masks with a type's smallest number leave, count as: every difference is finite.
 _FLOOR = -1e4
 # Where k3 goes on along its tangent without a clamp.
@@ -22,7 +24,7 @@ _LIMIT = {torch.float32: _checks.LARGEST_CLAMP, torch.float64: 600.0}
 LARGEST_LOG_RATIO = 20.0
 
 
-def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: str = "k1", clamp: float | None = None) -> torch.Tensor:
+def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: Estimator = "k1", clamp: float | None = None) -> torch.Tensor:
     """Estimates of KL(policy‖reference) from tokens sampled from the policy, one per token.
 
     Equivalent, with the digits of a small d kept, to
@@ -70,7 +72,7 @@ def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: 
 
 
 def sampled_kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, old_logprob: torch.Tensor | None = None,
-                    direction: str = "policy||reference", clamp: float | None = None) -> torch.Tensor:
+                    direction: Direction = "policy||reference", clamp: float | None = None) -> torch.Tensor:
     """A loss per sampled token whose expected value is a KL and whose expected gradient is that KL's gradient with respect to the policy.
 
     Equivalent, with d = logprob - ref_logprob, w = exp(-d) and the digits of a small d kept, to

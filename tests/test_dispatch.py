@@ -330,10 +330,10 @@ def test_tangents_are_refused_wherever_they_are(implementation, name) -> None:
     d = data(implementation.device)
     with forward_ad.dual_level():
         factor = forward_ad.make_dual(torch.tensor(2.0, device=implementation.device), torch.tensor(1.0, device=implementation.device))
-        with pytest.raises(RuntimeError, match="upstream gradient: forward-mode"):
+        with pytest.raises(RuntimeError, match="upstream gradient: expected .* forward-mode"):
             torch.autograd.grad((factor * FUNCTIONS[name](d)[0]).sum(), d["p"] if name == "kl" else d["hidden"])
         temperature = forward_ad.make_dual(torch.ones(3, device=implementation.device), torch.ones(3, device=implementation.device))
-        with pytest.raises(RuntimeError, match="temperature: forward-mode"):
+        with pytest.raises(RuntimeError, match="temperature: expected .* forward-mode"):
             if name == "kl":
                 fastkl.kl_divergence(d["p"], d["q"], temperature=temperature)
             else:

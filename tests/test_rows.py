@@ -32,8 +32,9 @@ def run(implementation, p, q, tokens, mask, temperature, upstream, grads, softca
     rows = p.shape[0]
     outputs = {name: torch.full((rows,), math.nan, device=p.device) for name in _rows.FIELDS}
     saved = torch.full((rows, _rows.SAVED), math.nan, device=p.device)
-    _rows.forward(implementation.backend, p, q, tokens, mask, temperature, outputs, saved, softcap)
-    _rows.backward(implementation.backend, p, q, tokens, mask, temperature, saved, dict(zip(_rows.FIELDS, upstream, strict=True)), *grads, softcap)
+    scaling, weights = _rows.Scaling(softcap, softcap), dict(zip(_rows.FIELDS, upstream, strict=True))
+    _rows.forward(implementation.backend, p, q, tokens, mask, temperature, outputs, saved, scaling)
+    _rows.backward(implementation.backend, p, q, tokens, mask, temperature, saved, weights, *grads, scaling)
     return outputs
 
 
