@@ -126,6 +126,8 @@ def test_settings_that_are_not_supported(folder, teacher, tmp_path, make, name) 
         make(folder, teacher, beta=0.5)
     with pytest.raises(ValueError, match="got torch_compile"):
         make(folder, teacher, torch_compile=True)
+    with pytest.raises(TypeError, match="logits_dtype: expected None or a torch.dtype, got str; pass torch.float32"):
+        make(folder, teacher, extra=dict(logits_dtype="float32"))
     with pytest.raises(ValueError, match="expected a KLCallback without controller"):
         make(folder, teacher, callbacks=[KLCallback(FixedBeta(0.1))])
     with pytest.raises(ValueError, match="expected one KLCallback, got 2"):

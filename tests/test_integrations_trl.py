@@ -334,6 +334,8 @@ def test_settings_that_contradict(folder) -> None:
     """They fail when the trainer is made."""
     with pytest.raises(ValueError, match="got torch_compile"):
         grpo(folder, torch_compile=True)
+    with pytest.raises(TypeError, match="logits_dtype: expected None or a torch.dtype, got str; pass torch.float32"):
+        grpo(folder, extra=dict(logits_dtype="float32"))
     with pytest.raises(ValueError, match="got beta below 0"):
         grpo(folder, beta=-0.1)
     with pytest.raises(ValueError, match="args.beta: expected above 0 with a KLCallback, got 0"):

@@ -27,7 +27,7 @@ class ExactDivergence:
         if self.beta not in (0, 1):
             raise ValueError(f"args.beta: expected 0 (forward KL) or 1 (reverse KL), got {self.beta}; "
                              f"use {instead} for the Jensen-Shannon divergences between")
-        self._logits_dtype = logits_dtype
+        self._logits_dtype = checked_dtype(logits_dtype)
         self.kl_callback = callback_of(self)
         if self.kl_callback is not None:
             if self.kl_callback.controller is not None:
@@ -66,6 +66,16 @@ def refuse(trainer, instead: str, more: dict[str, bool]) -> None:
     named = [name for name, used in refused.items() if used]
     if named:
         raise ValueError(f"args: expected options that {type(trainer).__name__} supports, got {', '.join(named)}; change that, or use {instead}")
+
+
+def checked_dtype(value: torch.dtype | None) -> torch.dtype | None:
+    """Check a logits_dtype when a trainer is made: the first loss comes after a generation."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(
+            f"logits_dtype: expected None or a torch.dtype, got {type(value).__name__}; "
+            f"pass torch.float32 to keep what 16-bit logits lose"
+        )
+    return value
 
 
 # ---- a micro-batch of GRPOTrainer or DistillationTrainer

@@ -65,7 +65,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         _trl.refuse(self, "trl.GRPOTrainer", {"router_aux_loss_coef above 0": self.aux_loss_enabled, "beta below 0": self.args.beta < 0})
         self._redirect = _ForwardRedirection()
-        self._logits_dtype = logits_dtype
+        self._logits_dtype = _trl.checked_dtype(logits_dtype)
         self.beta = 0.0
         self._reference: tuple | None = None
         self._kl: torch.Tensor | None = None
