@@ -149,9 +149,12 @@ def _expm1_minus(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.abs() < 0.5, small * small / 2 * series, torch.expm1(x) - x)
 
 
-def finite(logprob: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities in float32, or float64 as they came, with those below -1e4 as -1e4, without gradient."""
-    return (logprob if logprob.dtype == torch.float64 else logprob.float()).clamp(min=_FLOOR)
+def finite(logprob: torch.Tensor, floor: float = _FLOOR) -> torch.Tensor:
+    """Return log-probabilities in float32 (float64 as they came); below `floor` they count as it.
+
+    There they have no gradient. The default is a token's floor.
+    """
+    return (logprob if logprob.dtype == torch.float64 else logprob.float()).clamp(min=floor)
 
 
 def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | None) -> None:
@@ -165,6 +168,7 @@ def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | 
         if value.dtype not in _checks.FLOAT_TYPES:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 log-probabilities, got {value.dtype}; "
                             f"pass the log-probabilities of the tokens, not the tokens")
+        _checks.not_sharded(name, value, "log-probabilities [...]", _checks.local_or_full(name))
         if value.shape != logprob.shape:
             raise ValueError(f"{name}: expected the shape of logprob, {tuple(logprob.shape)}, one entry per token, got {tuple(value.shape)}; "
                              f"align the batch and time dimensions")

@@ -176,7 +176,8 @@ def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, e
     tl.store(saved_ptr + 7, mean_p_d, mask=stored)
     tl.store(saved_ptr + 8, mean_q_d, mask=stored)
     tl.store(saved_ptr + 9, entropy, mask=stored)
-    store_fields(rows, stored, tl.where(entropy <= 0.0, 0.0, entropy), kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_ptr, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    store_fields(rows, stored, tl.where(entropy <= 0.0, 0.0, entropy), kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_ptr,
+                 WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     if HAS_TOKENS:
         x, y = token_logits(p_row, q_row, tokens_ptr, rows, stored, V, WITH_KL, SOFTCAP, REF_SOFTCAP)
         tl.store(logprob_ptr + rows, not_above_zero((tl.fma(x, scale2, -origin) - log2_S) * LN2), mask=stored)
@@ -205,6 +206,25 @@ def store_fallback(row, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr
         if WITH_KL:
             log_q = log_probability_q(y.to(tl.float64), statistics, q_scale)
             tl.store(ref_logprob_ptr + row, not_above_zero(log_q.to(tl.float32)), mask=stored)
+
+
+@triton.jit
+def store_zeros(rows, stored, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, HAS_TOKENS: tl.constexpr,
+                WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
+    """Write the zeros of masked rows."""
+    zeros = tl.zeros([rows.shape[0]], tl.float32)
+    for value in tl.static_range(SAVED):
+        tl.store(saved_ptr + rows * SAVED + value, zeros, mask=stored)
+    if HAS_TOKENS:
+        tl.store(logprob_ptr + rows, zeros, mask=stored)
+        if WITH_KL:
+            tl.store(ref_logprob_ptr + rows, zeros, mask=stored)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + rows, zeros, mask=stored)
+    if WITH_KL:
+        tl.store(kl_ptr + rows, zeros, mask=stored)
+    if WITH_REVERSE:
+        tl.store(ref_kl_ptr + rows, zeros, mask=stored)
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.

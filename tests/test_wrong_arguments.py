@@ -99,6 +99,7 @@ BESIDE = [
     ("Linear*.bias", {"ref_bias": TENSORS["bias"]}),
     ("Linear*.ref_bias", {"bias": TENSORS["bias"]}),
     ("*.weights", {"reduction": "sum"}),
+    ("grpo_loss.normalizer", {"reduction": "bnpo"}),
     ("*.normalizer", {"reduction": "mean"}),
 ]
 
@@ -154,7 +155,7 @@ def targets() -> Iterator[Target]:
             if not isinstance(value, type):
                 yield Target(name, lambda value=value: value, arguments_of(value))
                 continue
-            if issubclass(value, tuple):
+            if issubclass(value, tuple) or getattr(value, "_is_protocol", False):
                 continue  # a result, or checked where it is used
             yield Target(name, lambda value=value: value, arguments_of(value.__init__))
             for method, function in inspect.getmembers(value, inspect.isfunction):
@@ -298,6 +299,8 @@ VALID = [
         "any figure, a tensor's mean; None: not reported",
     ),
     (r"conjugate_gradient\.b", f"scalar, float64, ZeRO-3, {ANY_SHAPE}", "a system of any size"),
+    (r".*Beta\.update\.kl", "-1, -1.5", "a mean of k1"),
+    (r"grpo_loss\.correct_kl", "bool", "a bool"),
     (r"(ppo|grpo)_loss\.old_logprob", "None", "the policy as it is now"),
     (r"shape_rewards\.kl", "longer, shorter, empty, float64", "sequences of any length"),
 ]

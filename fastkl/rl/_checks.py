@@ -23,6 +23,7 @@ from .._checks import choice as choice
 from .._checks import clamp as clamp
 from .._checks import logits as logits
 from .._checks import mask as mask
+from .._checks import normalizer as normalizer
 from .._checks import not_sharded as not_sharded
 from .._checks import same_device as same_device
 from .._checks import token_weights as token_weights
