@@ -49,6 +49,11 @@ def check_readable(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
+def default_picture(source: Path) -> Path:
+    """Beside the file: run.png for run.jsonl and run.json, and every other name with ".png" behind it, so that run.seed1 and run.seed2 get two."""
+    return source.with_suffix(".png") if source.suffix.lower() in (".jsonl", ".json") else Path(f"{source}.png")
+
+
 def _is_replaced(path: Path) -> bool:
     """Tell a regular file, or the place for one, from what is written to as it is."""
     return os.path.isfile(path) or not os.path.exists(path)
