@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import importlib
 import importlib.util
 import math
@@ -22,11 +23,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 from .. import __version__
 from .demo.settings import QUICK, TUNED, Settings, choose_settings
 from .files import check_readable, check_writable, default_picture
 
+# Errors of a write that has no room.
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EIO)
 # What `pip install 'fastkl[<extra>]'` brings.
 EXTRAS = {
     "demo": ("tokenizers", "safetensors", "matplotlib", "tqdm"),
@@ -52,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whatever an import or a library made of the exception that a signal raised.
         if received or isinstance(error, KeyboardInterrupt):
             return _end(128 + (received or [signal.SIGINT])[0])
-        if isinstance(error, OSError):
-            return _end(141 if isinstance(error, BrokenPipeError) else 1, error)
+        if isinstance(error, BrokenPipeError):
+            return _end(141)
+        if isinstance(error, OSError) and error.errno in FULL:
+            name = f" ({error.filename})" if error.filename else ""
+            return _end(1, f"fastkl: error: {error.strerror}{name}; remedy: make room for the output, or send it elsewhere")
         raise
 
 
@@ -83,30 +90,33 @@ def _signals_raise(received: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(code: int, error: OSError | None = None) -> int:
-    """Say in one line why a command ends with this code, where its user does not know, and return the code."""
-    message = "interrupted" if code == 128 + signal.SIGINT else None
-    if code == 1:
-        name = f" ({error.filename})" if error.filename else ""
-        message = f"fastkl: error: {error.strerror or error}{name}; remedy: room on the disk, or another place for the output"
+def _end(code: int, message: str | None = None) -> int:
+    """Say in one line why a command ends, where its user does not know, and return its exit code."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError as full:
-        if code == 1:
-            message = f"fastkl: error: standard output: expected room for all of it, got {full.strerror!r}; remedy: send it elsewhere"
-        # What Python still holds must not be tried again at exit.
-        with contextlib.suppress(OSError):
+    except OSError:
+        with contextlib.suppress(OSError):  # what Python still holds must not be tried again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code == 128 + signal.SIGINT:
+        message = "interrupted"
     if message and sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr)
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        if file is not None and file is sys.stdout:
+            file.write(message)  # argparse passes in silence over an output that is full
+        else:
+            super()._print_message(message, file)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every sub-command; each one sets `run`, a function of the options and its own parser."""
-    parser = argparse.ArgumentParser(prog="fastkl", description="Exact KL divergence for LLM training.")
+    parser = _Parser(prog="fastkl", description="Exact KL divergence for LLM training.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="sub-commands", metavar="<sub-command>", required=True)
     _add_demo(commands)
@@ -258,6 +268,8 @@ def _run_plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
 DOCTOR_NOTES = """\
 exit codes: 0 nothing is wrong (a warning or a skipped check is not wrong), 1 a
 check failed: the report ends with what to paste into an issue, 2 wrong use.
+In CI on a machine with a GPU pass --device cuda: a GPU that is not seen is an
+error then (2); with auto the CPU is checked in its place.
 """
 
 
