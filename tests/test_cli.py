@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkl.tools import cli
+from fastkl.tools import cli, signals
 from fastkl.tools.words import percent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,14 +76,17 @@ def test_a_device_that_this_machine_lacks(tmp_path, capsys):
 
 # ---- the end
 
-
-def doing(monkeypatch, action):
-    """Make `fastkl doctor` do something else."""
-    monkeypatch.setattr(cli, "_run_doctor", lambda options, parser: action() or 0)
+needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 
 
+def doing(monkeypatch, action, command="doctor"):
+    """Make a command do something else."""
+    monkeypatch.setattr(cli, f"_run_{command}", lambda options, parser: action() or 0)
+
+
+@pytest.mark.parametrize("command", [["demo"], ["compare", "a", "b", "--text", "x"], ["plot", "x"], ["doctor"]], ids=lambda words: words[0])
 @pytest.mark.parametrize("name, code, said", [("SIGINT", 130, "interrupted\n"), ("SIGTERM", 143, ""), ("SIGHUP", 129, "")])
-def test_a_signal_tidies_up_and_ends_in_one_line(name, code, said, monkeypatch, capsys):
+def test_a_signal_tidies_up_and_ends_in_one_line(name, code, said, command, monkeypatch, capsys):
     """Also where a library makes another error of the exception, as extension modules do of an interrupted import; the handlers are put back."""
     number, tidied = getattr(signal, name), []
 
@@ -104,10 +107,50 @@ def test_a_signal_tidies_up_and_ends_in_one_line(name, code, said, monkeypatch, 
 
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     for action in (waiting, importing):
-        doing(monkeypatch, action)
-        assert cli.main(["doctor"]) == code and capsys.readouterr() == ("", said)
+        doing(monkeypatch, action, command[0])
+        assert cli.main(command) == code and capsys.readouterr() == ("", said)
     assert tidied == [True, True]
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_a_signal_that_a_library_swallows_ends_the_command(monkeypatch, capfd):
+    """As torch does where its import of numpy is interrupted: the exception is raised again, but not into the tidying, however long that takes."""
+    class Swallows:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    tidied = []
+
+    def steps():
+        try:
+            yield
+        finally:
+            time.sleep(2.5 * signals.PATIENCE)
+            tidied.append("inner")
+
+    def swallowing():
+        with contextlib.closing(steps()) as inner:
+            next(inner)
+            Swallows()
+            try:
+                time.sleep(10)
+            finally:
+                time.sleep(2.5 * signals.PATIENCE)
+                tidied.append("outer")
+
+    doing(monkeypatch, swallowing)
+    started = time.monotonic()
+    assert cli.main(["doctor"]) == 143 and tidied == ["outer", "inner"] and time.monotonic() - started < 8
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_interrupt_of_exec_does_not_end_python_by_a_signal():
+    """As of a dataclass that is being made: the exit code is 130 and not a death by SIGINT."""
+    code = ("import os, signal, sys, time\nfrom fastkl.tools import cli\n"
+            "cli._run_doctor = lambda *_: exec('os.kill(os.getpid(), signal.SIGINT); time.sleep(10)')\nsys.exit(cli.main(['doctor']))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_an_ignored_signal_stays_ignored(monkeypatch):
@@ -133,7 +176,8 @@ def ends(*command, out, err=subprocess.PIPE, buffered=""):
     return done.returncode, done.stderr
 
 
-def test_a_full_output_is_one_line(tmp_path):
+@needs_dev_full
+def test_a_full_output_is_one_line():
     """With a real one: of --help, of --version, and of nothing at all where the errors have no room either."""
     with open("/dev/full", "w") as full:
         for command in (["--help"], ["--version"], ["plot", "--help"]):
@@ -144,6 +188,7 @@ def test_a_full_output_is_one_line(tmp_path):
         assert ends("nonsense", out=full)[0] == 2
 
 
+@needs_dev_full
 @pytest.mark.parametrize("size", [10, 1_000_000])
 @pytest.mark.parametrize("command", [["demo", "--out"], ["compare", "a", "b", "--text"], ["plot"], ["doctor", "--json"]], ids=lambda words: words[0])
 def test_every_command_tells_a_full_output(command, size, monkeypatch, capsys, tmp_path):

@@ -19,13 +19,13 @@ import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
 
 from .. import __version__
+from . import signals
 from .demo.settings import QUICK, TUNED, Settings, choose_settings
 from .files import check_readable, check_writable, default_picture
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return the exit code."""
     received: list[int] = []
     try:
-        with _signals_raise(received):
+        with signals.as_exceptions(received):
             try:
                 options = build_parser().parse_args(argv)
                 if sys.stdout is None:
@@ -62,32 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = f" ({error.filename})" if error.filename else ""
             return _end(1, f"fastkl: error: {error.strerror}{name}; remedy: make room for the output, or send it elsewhere")
         raise
-
-
-@contextlib.contextmanager
-def _signals_raise(received: list[int]) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into exceptions, so that part files, temporary folders and child processes are removed.
-
-    Python allows handlers to the main thread alone. A signal that is ignored, as under nohup, or has a handler already, keeps it.
-    """
-    def end(number: int, frame: object) -> None:
-        if number == signal.SIGINT:
-            received.append(number)
-            raise KeyboardInterrupt
-        if number not in received:  # a second one must not disturb the tidying
-            received.append(number)
-            raise SystemExit(128 + number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
-            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                before[number] = signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _end(code: int, message: str | None = None) -> int:
