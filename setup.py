@@ -18,7 +18,8 @@ def read_version() -> str:
 
 
 def read_description() -> str:
-    """Read the README without its links to files of the repository: on the page of an index they lead nowhere, and a picture is a blank."""
+    """Read the README without its links to files of the repository: on the page of an index they
+    lead nowhere, and a picture is a blank."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)
     return re.sub(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)

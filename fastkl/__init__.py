@@ -40,7 +40,8 @@ __all__ = [
     "use_backend",
 ]
 
-# Public name -> its module, imported at the name's first use: `import fastkl` alone costs no import of torch.
+# Public name -> its module, imported at the name's first use: `import fastkl` alone costs no import
+# of torch.
 _HOMES = {
     "Explanation": "backend",
     "KLPenalty": "penalty",
@@ -63,7 +64,8 @@ _MODULES = ("backend", "divergence", "estimators", "linear", "penalty", "referen
 if not typing.TYPE_CHECKING:  # a checker would take every misspelt name from it
 
     def __getattr__(name: str) -> object:
-        """Import a public name's module, and keep the name here: from then on it is a plain attribute."""
+        """Import a public name's module, and keep the name here: from then on it is a plain
+        attribute."""
         if name in _MODULES:
             return importlib.import_module(f".{name}", __name__)
         if name not in _HOMES:

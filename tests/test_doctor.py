@@ -273,7 +273,8 @@ def test_a_hang_ends_with_the_time(monkeypatch):
 
 
 def ignoring(connection, log, device, keys):
-    """A check that hangs, with a compiler beside it and a temporary file; neither ends by itself."""
+    """A check that hangs, with a compiler beside it and a temporary file; neither ends by
+    itself."""
     process.here = lambda *_: iter(compilers())
     process.work(connection, log, device, keys)
 
@@ -297,7 +298,8 @@ def in_session(session):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at /proc")
 def test_a_signal_leaves_nothing_behind(tmp_path):
-    """Ended while a check runs, it takes its child, what that started, and its folders with it. Ctrl-C is sent to all, as a terminal does."""
+    """Ended while a check runs, it takes its child, what that started, and its folders with it.
+    Ctrl-C is sent to all, as a terminal does."""
     start = ("import functools, sys, test_doctor\nfrom fastkl.tools import cli\nfrom fastkl.tools.doctor import process, run\n"
              "run.isolated = functools.partial(process.isolated, target=test_doctor.ignoring)\nsys.exit(cli.main(['doctor', '--device', 'cpu']))")
     path = os.pathsep.join(map(str, (Path(__file__).parent, Path(fastkl.__file__).parents[1])))

@@ -1,4 +1,5 @@
-"""`import fastkl` loads a name at its first use: free of torch until then, and a plain attribute after."""
+"""`import fastkl` loads a name at its first use: free of torch until then, and a plain attribute
+after."""
 
 import pickle
 import subprocess
@@ -22,9 +23,15 @@ def python(code: str) -> str:
 
 
 def test_import_alone_loads_nothing_heavy():
-    """The version, the list of names and a wrong name need no import of torch; a name's first use imports it."""
+    """The version, the list of names and a wrong name need no import of torch; a name's first use
+    imports it."""
     heavy = f"print([name for name in {HEAVY} if name in sys.modules])"
-    assert python(f"import sys, fastkl; fastkl.__version__; dir(fastkl); hasattr(fastkl, 'kl'); {heavy}").strip() == "[]"
+    assert (
+        python(
+            f"import sys, fastkl; fastkl.__version__; dir(fastkl); hasattr(fastkl, 'kl'); {heavy}"
+        ).strip()
+        == "[]"
+    )
     assert "'torch'" in python(f"import sys, fastkl; fastkl.kl_divergence; {heavy}")
 
 
@@ -37,8 +44,14 @@ def test_every_way_to_a_name():
         value = getattr(fastkl, name)
         assert value is scope[name] and vars(fastkl)[name] is value
         if name != "rl":
-            assert pickle.loads(pickle.dumps(value)) is value and getattr(sys.modules[value.__module__], name) is value
-    assert fastkl.rl is sys.modules["fastkl.rl"] and fastkl.reference is sys.modules["fastkl.reference"]
+            assert (
+                pickle.loads(pickle.dumps(value)) is value
+                and getattr(sys.modules[value.__module__], name) is value
+            )
+    assert (
+        fastkl.rl is sys.modules["fastkl.rl"]
+        and fastkl.reference is sys.modules["fastkl.reference"]
+    )
 
 
 def test_a_wrong_name_is_an_attribute_error():
@@ -72,7 +85,8 @@ def module(p, q):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("function", [attribute, from_import, whole_import, module])
 def test_a_name_first_used_inside_a_compiled_function(function, backend, monkeypatch):
-    """fullgraph=True finds it: the name is taken out of the facade first, as in a process that has not used it yet."""
+    """fullgraph=True finds it: the name is taken out of the facade first, as in a process that has
+    not used it yet."""
     for name in ("kl_divergence", "token_stats", "rl"):
         getattr(fastkl, name)
         monkeypatch.delitem(vars(fastkl), name)

@@ -84,7 +84,8 @@ def mode_of(path):
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444, 0o777])
 def test_a_file_keeps_its_mode(tmp_path, mode):
-    """Replaced or reached by a link: a private file stays private, from the first byte on, and a shared one shared."""
+    """The mode stays, by a link too: a private file stays private, from the first byte on, and a
+    shared one shared."""
     target, link = tmp_path / "x.json", tmp_path / "link"
     target.write_text("before")
     target.chmod(mode)
@@ -113,7 +114,8 @@ def test_a_new_file_has_the_mode_of_the_umask(tmp_path):
 
 
 def test_the_part_file_is_a_new_one(tmp_path, monkeypatch):
-    """Nobody can put a link at its name: the name cannot be known before, and what is there is not opened."""
+    """The part file is new: its name cannot be known before, and what is there is not
+    opened."""
     victim, folder = tmp_path / "victim", tmp_path / "shared"
     victim.write_text("precious")
     folder.mkdir()
@@ -146,7 +148,8 @@ def test_a_name_may_be_as_long_as_the_disk_allows(tmp_path):
 
 
 def test_what_is_read_has_an_end(tmp_path, monkeypatch):
-    """Regular files and pipes can be read, devices, sockets and folders cannot; a pipe is not waited for."""
+    """Regular files and pipes can be read, devices, sockets and folders cannot; a pipe is not
+    waited for."""
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("file")

@@ -248,7 +248,8 @@ def test_the_import_rules_bite(module, source, fault):
 
 
 def test_facade_has_no_logic():
-    """Imports for checkers, one table, and the two functions that read it; all three name the same things from the same modules."""
+    """Imports for checkers, one table, and the two functions that read it; all three name the same
+    things from the same modules."""
     tree = ast.parse(FILES["fastkl"].read_text())
     plain = (ast.Import, ast.Assign, ast.Expr)
     branches = [node for node in tree.body if not isinstance(node, plain)]

@@ -193,7 +193,8 @@ def test_what_a_monitor_saw_go_wrong_is_said(tmp_path) -> None:
 
 
 def test_what_is_left_out_is_said(tmp_path, figures, capsys) -> None:
-    """Gaps of every figure, what a logarithmic axis has no place for, replaced and cut-off lines: in the command's line and in the picture."""
+    """The command and the picture name gaps of every figure, what a logarithmic axis has no place
+    for, replaced and cut-off lines."""
     path = tmp_path / "run.jsonl"
     lines = [{"step": step, "kl/mean": 0.1, "kl/p99": 0.3, "reward": 1.0, "beta": 0.1} for step in range(8)]
     lines[1] |= {"kl/mean": None, "kl/p99": None}
@@ -218,13 +219,13 @@ def test_what_is_left_out_is_said(tmp_path, figures, capsys) -> None:
 
 @pytest.mark.parametrize("source", ["/dev/zero", "/dev/urandom", "/dev/tty"])
 def test_a_device_is_refused(source, capsys, tmp_path) -> None:
-    """It has no end, or waits for what nobody types."""
+    """A device has no end, or waits for what nobody types."""
     error = fails(capsys, source, "--out", tmp_path / "x.png")
     assert f"got '{source}' (neither a regular file nor a pipe); name one that exists" in error and not list(tmp_path.iterdir())
 
 
 def test_a_pipe_is_read_once(run, tmp_path, capsys) -> None:
-    """As `fastkl plot <(zcat run.jsonl.gz) --out run.png` passes one."""
+    """`fastkl plot <(zcat run.jsonl.gz) --out run.png` passes one."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_bytes(run.read_bytes()))

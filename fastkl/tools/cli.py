@@ -1,9 +1,11 @@
 """The command line: `fastkl <sub-command>`, or `python -m fastkl.tools.cli <sub-command>`.
 
-Exit codes: 0 success, 1 a failure while running, 2 wrong use (a bad option, something missing that an extra installs), 130 interrupted, 143 and 129
-ended by SIGTERM and SIGHUP, 141 a closed pipe.
+Exit codes: 0 success, 1 a failure while running, 2 wrong use (a bad option, something
+missing that an extra installs), 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP, 141 a
+closed pipe.
 
-Starts fast: the standard library alone is imported before a command is known to be right; torch, transformers and matplotlib come after.
+Starts fast: imports the standard library alone before a command is known to be right; torch,
+transformers and matplotlib come after.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 options = build_parser().parse_args(argv)
                 if sys.stdout is None:
-                    options.parser.error("standard output: expected it to be open, got a closed one; send it to /dev/null instead")
+                    options.parser.error("standard output: expected it to be open, got a closed one; "
+                                         "send it to /dev/null instead")
                 return options.run(options, options.parser)
             finally:
                 if sys.stdout is not None:
@@ -60,17 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _end(141)
         if isinstance(error, OSError) and error.errno in FULL:
             name = f" ({error.filename})" if error.filename else ""
-            return _end(1, f"fastkl: error: {error.strerror}{name}; remedy: make room for the output, or send it elsewhere")
+            remedy = "make room for the output, or send it elsewhere"
+            return _end(1, f"fastkl: error: {error.strerror}{name}; remedy: {remedy}")
         raise
 
 
 def _end(code: int, message: str | None = None) -> int:
-    """Say in one line why a command ends, where its user does not know, and return its exit code."""
+    """Say in one line why a command ends, where its user does not know, and return its exit
+    code."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
-        with contextlib.suppress(OSError):  # what Python still holds must not be tried again at exit
+        # Python must not try again at exit.
+        with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code == 128 + signal.SIGINT:
         message = "interrupted"
@@ -129,9 +135,11 @@ def _add_demo(commands) -> None:
 
 def _run_demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     _check_extra("demo", parser)
-    there = next(path for path in (options.out, *options.out.absolute().parents) if os.path.exists(path))
+    parents = options.out.absolute().parents
+    there = next(path for path in (options.out, *parents) if os.path.exists(path))
     if not os.path.isdir(there) or not os.access(there, os.W_OK):
-        parser.error(f"argument --out: expected a folder that can be written to, got {str(options.out)!r}; choose another")
+        parser.error("argument --out: expected a folder that can be written to, "
+                     f"got {str(options.out)!r}; choose another")
     options.device = _choose_device(options.device, parser)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -217,12 +225,14 @@ def _run_plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     try:
         check_readable(source)
     except OSError as error:
-        parser.error(f"argument RUN.jsonl: expected a file that KLMonitor(jsonl=...) wrote, got {str(source)!r} ({error.strerror}); name one that exists")
+        parser.error(f"argument RUN.jsonl: expected a file that KLMonitor(jsonl=...) wrote, "
+                     f"got {str(source)!r} ({error.strerror}); name one that exists")
     if out.suffix.lower() != ".png" or os.path.isdir(out):
         parser.error(f"argument --out: expected the name of a PNG file, got {str(out)!r}; end it in .png")
 
     def not_written(error: OSError) -> None:
-        parser.error(f"argument --out: expected a file that can be written, got {str(out)!r} ({error.strerror}); choose another")
+        parser.error(f"argument --out: expected a file that can be written, got {str(out)!r} "
+                     f"({error.strerror}); choose another")
 
     try:
         check_writable(out)
@@ -271,24 +281,28 @@ def _run_doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
 
 
 def missing_modules(names: Sequence[str]) -> list[str]:
-    """Those of the named modules that are not installed; none is imported, which would take seconds."""
+    """List the named modules that are not installed; none is imported, which would take
+    seconds."""
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def _check_extra(extra: str, parser: argparse.ArgumentParser) -> None:
-    """An error of use where modules are not installed that an extra brings."""
+    """Exit with an error of use where modules are not installed that an extra brings."""
     missing = missing_modules(EXTRAS[extra])
     if missing:
-        parser.exit(2, f"{parser.prog}: error: not installed: {', '.join(missing)}; remedy: pip install 'fastkl[{extra}]'\n")
+        parser.exit(2, f"{parser.prog}: error: not installed: {', '.join(missing)}; "
+                       f"remedy: pip install 'fastkl[{extra}]'\n")
 
 
 def _load(extra: str, name: str, parser: argparse.ArgumentParser) -> ModuleType:
-    """Import a module of these tools, at last; an error of use where something is installed that cannot be imported."""
+    """Import a module of these tools, at last; an error of use where something is installed that
+    cannot be imported."""
     try:
         return importlib.import_module(name, __package__)
     except ImportError as error:
         text = " ".join(str(error).split())
-        parser.exit(2, f"{parser.prog}: error: cannot be imported: {error.name or name} ({text}); remedy: pip install --upgrade 'fastkl[{extra}]'\n")
+        parser.exit(2, f"{parser.prog}: error: cannot be imported: {error.name or name} ({text}); "
+                       f"remedy: pip install --upgrade 'fastkl[{extra}]'\n")
 
 
 def _at_least(least: int):
@@ -323,14 +337,15 @@ def _number(text, convert, expected, holds):
 
 
 def _device(text: str) -> str:
-    """A device's name as far as it can be checked without torch."""
+    """Check a device's name as far as it can be checked without torch."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:N or auto, got {text!r}")
     return text
 
 
 def _choose_device(text: str, parser: argparse.ArgumentParser) -> str:
-    """The device by its name in torch, which is imported for a GPU; "auto" is a GPU where there is one."""
+    """Return the device by its name in torch, which is imported for a GPU; "auto" is a GPU where there is
+    one."""
     if text == "cpu":
         return text
     import torch
@@ -340,7 +355,8 @@ def _choose_device(text: str, parser: argparse.ArgumentParser) -> str:
         return "cuda" if gpus else "cpu"
     known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
     if text not in known:
-        parser.error(f"argument --device: expected one that this machine has ({', '.join(known)}) or auto, got {text!r}")
+        parser.error(f"argument --device: expected one that this machine has ({', '.join(known)}) "
+                     f"or auto, got {text!r}")
     return text
 
 

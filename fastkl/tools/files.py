@@ -1,4 +1,5 @@
-"""Files of tools: read only where there is an end, written whole or not at all, and JSON that every reader takes."""
+"""Files of tools: read only where there is an end, written whole or not at all, and JSON that every
+reader takes."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from pathlib import Path
 def write_whole(path: Path, content: bytes | Iterable[bytes | str]) -> None:
     """Write a file, text in UTF-8, so that it is either there in full or not at all: beside it, then renamed to it.
 
-    A symbolic link stays one: the file that it leads to is written, and keeps its mode. What is there and is no regular file, such as a pipe or a
-    terminal, cannot be replaced and is written to as it is, piece by piece. Raises OSError.
+    A symbolic link stays one: the file that it leads to is written, and keeps its mode. What is
+    there and is no regular file, such as a pipe or a terminal, cannot be replaced and is written to
+    as it is, piece by piece. Raises OSError.
     """
     with _opened(path) as (descriptor, part):
         with open(descriptor, "wb") as file:
@@ -28,7 +30,8 @@ def write_whole(path: Path, content: bytes | Iterable[bytes | str]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """OSError for what write_whole cannot write, found out before there is something to write; what is there stays as it is."""
+    """Raise OSError for what write_whole cannot write, found out before there is something to
+    write; what is there stays as it is."""
     if _is_replaced(path):
         with _opened(path) as (descriptor, _):
             os.close(descriptor)
@@ -39,7 +42,8 @@ def check_writable(path: Path) -> None:
 
 
 def check_readable(path: Path) -> None:
-    """Raise OSError for what cannot be read to an end: no file, a folder, a device such as /dev/zero."""
+    """Raise OSError for what cannot be read to an end: no file, a folder, a device such as
+    /dev/zero."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -50,8 +54,13 @@ def check_readable(path: Path) -> None:
 
 
 def default_picture(source: Path) -> Path:
-    """Beside the file: run.png for run.jsonl and run.json, and every other name with ".png" behind it, so that run.seed1 and run.seed2 get two."""
-    return source.with_suffix(".png") if source.suffix.lower() in (".jsonl", ".json") else Path(f"{source}.png")
+    """Name the picture beside the file: run.png for run.jsonl and run.json, and every other name with ".png" behind
+    it, so that run.seed1 and run.seed2 get two."""
+    return (
+        source.with_suffix(".png")
+        if source.suffix.lower() in (".jsonl", ".json")
+        else Path(f"{source}.png")
+    )
 
 
 def _is_replaced(path: Path) -> bool:
@@ -61,9 +70,10 @@ def _is_replaced(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[int, str | None]]:
-    """(descriptor to write to, name of the part file), which is removed at the end unless it was renamed; None where nothing is replaced.
+    """Yield (descriptor to write to, name of the part file, or None where nothing is replaced).
 
-    O_EXCL makes the part file a new one: a link or file that somebody put at its name is neither followed nor written over.
+    The part file is removed at the end unless it was renamed. O_EXCL makes it a new one: a link or
+    file that somebody put at its name is neither followed nor written over.
     """
     if not _is_replaced(path):
         yield os.open(path, os.O_WRONLY | os.O_CLOEXEC), None
@@ -74,7 +84,11 @@ def _opened(path: Path) -> Iterator[tuple[int, str | None]]:
     except FileNotFoundError:
         mode = None  # the umask's
     part = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else mode & 0o700)
+    descriptor = os.open(
+        part,
+        os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
+        0o666 if mode is None else mode & 0o700,
+    )
     try:
         if mode is not None:
             os.chmod(descriptor if os.chmod in os.supports_fd else part, mode)

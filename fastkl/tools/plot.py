@@ -29,7 +29,8 @@ DOTTED_BELOW = 40
 # Beyond it a float no longer tells a step from the next; figures beyond theirs have no room on an axis and count as not finite.
 LARGEST_STEP, LARGEST_FIGURE = 2.0**53, 1e100
 # Figures that are drawn, by their names in the file, and what they are called.
-DRAWN = {"reward": "reward", "kl/mean": "KL", "kl/p50": "p50", "kl/p95": "p95", "kl/p99": "p99", "beta": "beta"}
+DRAWN = {"reward": "reward", "kl/mean": "KL", "kl/p50": "p50", "kl/p95": "p95", "kl/p99": "p99",
+         "beta": "beta"}
 
 
 class NothingToPlotError(ValueError):
@@ -51,14 +52,18 @@ def plot_run(source: Path, out: Path) -> str:
 
 
 def read_run(source: Path) -> tuple[dict[str, list[float]], list[str]]:
-    """Read figures by name, a list over the steps each, NaN where a step has none; and say which lines of the file are not among them.
+    """Read figures by name, a list over the steps each, NaN where a step has none; and name the
+    lines of the file that are not among them.
 
-    Where the file goes back to an earlier step, as where a run went on from a checkpoint, the steps from there on are those that follow.
+    Where the file goes back to an earlier step, as where a run went on from a checkpoint, the steps
+    from there on are those that follow.
     """
     try:
         check_readable(source)
-        # Before they are read, so that lines which a run adds meanwhile do not count; a pipe is read only once.
-        written = sum(map(bool, map(bytes.strip, source.read_bytes().replace(b"\0", b"").splitlines()))) if source.is_file() else 0
+        # Before they are read, so that lines which a run adds meanwhile do not count; a pipe is
+        # read only once.
+        content = source.read_bytes() if source.is_file() else b""
+        written = sum(map(bool, map(bytes.strip, content.replace(b"\0", b"").splitlines())))
         lines = read_jsonl(source)
     except OSError as error:
         raise NothingToPlotError(f"got {str(source)!r} ({error.strerror}); name one that exists") from None
@@ -78,7 +83,8 @@ def read_run(source: Path) -> tuple[dict[str, list[float]], list[str]]:
     run = {name: [_figure(line, name) for line in steps.values()] for name in names} | {"step": list(steps)}
     if not _has(run, "kl/mean"):
         raise NothingToPlotError(f"got {str(source)!r} without a finite 'kl/mean' in it, only {', '.join(map(repr, names))}")
-    counts = ((len(lines) - len(steps), "replaced by a later start"), (written - len(lines), "cut off"))
+    counts = ((len(lines) - len(steps), "replaced by a later start"),
+              (written - len(lines), "cut off"))
     return run, [f"{_plural(count, 'line')} ({why})" for count, why in counts if count > 0]
 
 
@@ -109,24 +115,31 @@ def describe(run: dict[str, list[float]]) -> str:
 
 
 def left_out(run: dict[str, list[float]]) -> list[str]:
-    """Name the figures that have no place in the picture at some steps: none or not finite there, or below a logarithmic axis."""
+    """Name the figures that have no place in the picture at some steps: none or not finite there,
+    or below a logarithmic axis."""
     low, _ = _kl_limits(run)
     found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, label in DRAWN.items():
         values = run.get(name, ())
         gaps = tuple(index for index, value in enumerate(values) if not math.isfinite(value))
-        below = tuple(index for index, value in enumerate(values) if value < low) if name in ("kl/mean", "kl/p99") else ()
+        below = tuple(index for index, value in enumerate(values)
+                      if value < low and name in ("kl/mean", "kl/p99"))
         for why, steps in (("none or not finite", gaps), ("below the axis", below)):
             if steps:
                 found.setdefault((why, steps), []).append(label)
-    return [f"{'/'.join(labels)} of {_plural(len(steps), 'step')} ({why})" for (why, steps), labels in found.items()]
+    return [f"{'/'.join(labels)} of {_plural(len(steps), 'step')} ({why})"
+            for (why, steps), labels in found.items()]
 
 
 def _kl_limits(run: dict[str, list[float]]) -> tuple[float, float]:
-    """(lowest, highest) figure of the logarithmic axis of the KL; infinite where no KL is above 0 and the axis is linear."""
-    drawn = sorted(value for name in ("kl/mean", "kl/p50", "kl/p95", "kl/p99") for value in run.get(name, ()) if 0 < value < math.inf)
+    """Return (lowest, highest) figure of the logarithmic axis of the KL; infinite where no KL is above 0
+    and the axis is linear."""
+    drawn = sorted(value for name in DRAWN if name.startswith("kl/")
+                   for value in run.get(name, ()) if 0 < value < math.inf)
+    if not drawn:
+        return -math.inf, math.inf
     # The first steps, on their way up from 0, may leave the axis.
-    return (max(drawn[len(drawn) // 50], drawn[-1] * 10**-DECADES) / 1.5, 1.5 * drawn[-1]) if drawn else (-math.inf, math.inf)
+    return max(drawn[len(drawn) // 50], drawn[-1] * 10**-DECADES) / 1.5, 1.5 * drawn[-1]
 
 
 def _plural(count: int, word: str) -> str:
@@ -155,8 +168,8 @@ def picture(run: dict[str, list[float]], title: str, missing: Sequence[str] = ()
         if panel.get_legend_handles_labels()[0]:
             # Above the axes: inside, it would cover one run or the other.
             panel.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), borderaxespad=0.0, frameon=False, fontsize=9, ncols=4)
-    notes = [describe(run), *textwrap.wrap(f"left out: {', '.join(missing)}", 120)] if missing else [describe(run)]
-    axes[0].set_title("\n".join(notes), loc="left", fontsize=9, color="#555555", pad=24)
+    notes = textwrap.wrap(f"left out: {', '.join(missing)}", 120) if missing else []
+    axes[0].set_title("\n".join([describe(run), *notes]), loc="left", fontsize=9, color="#555555", pad=24)
     axes[-1].set_xlabel("step")
     if len(run["step"]) == 1:
         axes[-1].set_xlim(run["step"][0] - 1, run["step"][0] + 1)

@@ -42,8 +42,11 @@ def here(device: str, keys: Sequence[str], seconds: float = SECONDS) -> Iterator
 
 
 def work(connection: Connection, log: str, device: str, keys: Sequence[str]) -> None:
-    """What the other process does: say that it is ready, be told the seconds, send each outcome. What compilers print goes to the file `log`, and
-    their temporary files beside it, where they are removed with it; it leads a group of its own, so that they end with it."""
+    """Say that the other process is ready, be told the seconds, send each outcome.
+
+    What compilers print goes to the file `log`, and their temporary files beside it, where they are
+    removed with it; the process leads a group of its own, so that they end with it.
+    """
     if POSIX:
         os.setpgid(0, 0)
     tempfile.tempdir = os.environ["TMPDIR"] = os.path.dirname(log)
@@ -64,7 +67,8 @@ class Worker:
         self.log = log
         self.connection, other = spawning.Pipe()
         self.process = spawning.Process(target=target, args=(other, str(log), device, list(keys)), daemon=True)
-        # It inherits what is blocked: an interrupt from the terminal, which all processes get, is answered here alone.
+        # It inherits what is blocked: an interrupt from the terminal, which all processes get, is
+        # answered here alone.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if POSIX else ()
         try:
             self.process.start()

@@ -78,18 +78,23 @@ def advice(results: list[tuple[Check, Outcome]], issue: str | None) -> str:
     if not kernels:
         text += " No kernel was run: that needs a GPU."
     if not gpus_seen(results):
-        text += " NO GPU WAS SEEN. Where there must be one, as in CI, use --device cuda: a missing GPU is an error then."
+        text += (" NO GPU WAS SEEN. Where there must be one, as in CI, use --device cuda: "
+                 "a missing GPU is an error then.")
     return textwrap.fill(text, WIDTH)
 
 
 def backend_of(results: list[tuple[Check, Outcome]]) -> object:
     """Name the backend that was compared with float64; None where that check did not run."""
-    return next((outcome.figures.get("backend") for check, outcome in results if check.name == "backend"), None)
+    return _figure(results, "backend", "backend")
 
 
 def gpus_seen(results: list[tuple[Check, Outcome]]) -> int:
     """Count the GPUs that torch saw."""
-    return next((int(outcome.figures.get("count") or 0) for check, outcome in results if check.name == "GPU"), 0)
+    return _figure(results, "GPU", "count") or 0
+
+
+def _figure(results: list[tuple[Check, Outcome]], name: str, figure: str) -> object:
+    return next((outcome.figures.get(figure) for check, outcome in results if check.name == name), None)
 
 
 def for_an_issue(results: list[tuple[Check, Outcome]]) -> str | None:
@@ -105,7 +110,7 @@ def for_an_issue(results: list[tuple[Check, Outcome]]) -> str | None:
 def as_data(device: str, results: list[tuple[Check, Outcome]], seconds: float, issue: str | None) -> dict:
     """The report as JSON has it."""
     return {
-        "device": device, "gpus_seen": gpus_seen(results), "backend": backend_of(results), "ok": issue is None,
-        "seconds": round(seconds, 1),
+        "device": device, "gpus_seen": gpus_seen(results), "backend": backend_of(results),
+        "ok": issue is None, "seconds": round(seconds, 1),
         "checks": [{"group": check.group, "name": check.name, **dataclasses.asdict(outcome)} for check, outcome in results], "issue": issue,
     }
