@@ -184,7 +184,8 @@ def _forward(variant, p, q, tokens):
     """(outputs by field, what is saved for backward), from the kernels."""
     outputs = {name: torch.full_like(tokens, math.nan, dtype=torch.float32) for name in variant.fields}
     saved = torch.full((p.shape[0], _rows.SAVED), math.nan, device=p.device)
-    _rows.forward("triton", p, q, tokens if "logprob" in variant.fields else None, None, 1.0, outputs, saved, variant.softcap)
+    _rows.forward("triton", p, q, tokens if "logprob" in variant.fields else None, None, 1.0, outputs, saved,
+                  _rows.Scaling(variant.softcap, variant.softcap))
     return outputs, saved
 
 
@@ -192,7 +193,7 @@ def _backward(variant, p, q, tokens, saved, upstream, grads):
     """Fill the gradients by side, of which those in variant.wrt are there, from the kernels."""
     named = {name: upstream[name].contiguous() for name in variant.upstream}
     _rows.backward("triton", p, q, tokens if "logprob" in variant.fields else None, None, 1.0, saved, named, grads.get("p"), grads.get("q"),
-                   variant.softcap)
+                   _rows.Scaling(variant.softcap, variant.softcap))
 
 
 def _off(outputs, gradients, truth, dtype):

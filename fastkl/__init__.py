@@ -12,6 +12,7 @@ if typing.TYPE_CHECKING:
     from .divergence import slow_path_rows as slow_path_rows
     from .estimators import estimate_kl as estimate_kl
     from .estimators import sampled_kl_loss as sampled_kl_loss
+    from .linear import Head as Head
     from .linear import linear_kl_divergence as linear_kl_divergence
     from .linear import linear_token_stats as linear_token_stats
     from .penalty import KLPenalty as KLPenalty
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "Head",
     "KLPenalty",
     "LinearKLPenalty",
     "TokenStats",
@@ -44,6 +46,7 @@ __all__ = [
 # of torch.
 _HOMES = {
     "Explanation": "backend",
+    "Head": "linear",
     "KLPenalty": "penalty",
     "LinearKLPenalty": "penalty",
     "TokenStats": "tokens",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import sys
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -12,11 +11,50 @@ FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 # e^|d| up to here, times a slope's excess of 1e4 and the largest ratio, is a finite float32.
 LARGEST_CLAMP = 50.0
+# 1/T and T are normal float32 numbers.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**126
+# Sizes go through int64, with room for a product of two.
+LARGEST_COUNT = 2**31 - 1
+
+
+class NotDifferentiableError(TypeError, RuntimeError):
+    """Raised for a derivative that fastkl does not compute; a RuntimeError too, as torch's own."""
 
 
 def type_name(value: object) -> str:
-    """What a message says that it got."""
+    """Describe the type of a value for a message."""
     return f"{value.dtype} tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def shown(value: object) -> str:
+    """Show a value on one short line of a message."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def packed_remedy(name: str, value: torch.Tensor) -> str | None:
+    """Say how to unpack what bitsandbytes packed, or None."""
+    if getattr(value, "quant_state", None) is not None:
+        return (f"dequantize it: bitsandbytes.functional.dequantize_4bit({name}.data, "
+                f"{name}.quant_state)")
+    if getattr(value, "SCB", None) is not None:
+        return (f"dequantize it: bitsandbytes.functional.int8_vectorwise_dequant({name}.data, "
+                f"{name}.SCB)")
+    return None
+
+
+def dtype_remedy(name: str, value: torch.Tensor, otherwise: str) -> str:
+    """Say how to make a tensor of one of FLOAT_TYPES of this one."""
+    packed = packed_remedy(name, value)
+    if packed is not None:
+        return packed
+    if value.is_quantized:
+        return f"dequantize it: {name}.dequantize()"
+    if value.dtype.is_floating_point:
+        return "convert it with .to(torch.bfloat16), times its scale if it has one"
+    return otherwise
 
 
 def logits(name: str, value: torch.Tensor) -> None:
@@ -25,109 +63,181 @@ def logits(name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor of logits [..., V], got {type(value).__name__}; pass the model's output.logits as a torch.Tensor")
     if value.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 logits, got {value.dtype}; "
-                        f"pass the model's output before softmax or argmax, or convert it with .float()")
-    not_sharded(name, value, "logits [..., V]", "pass the whole ones: logits.full_tensor()")
+                        + dtype_remedy(name, value, "pass the model's output before softmax or "
+                                                    "argmax, or convert it with .float()"))
+    not_sharded(name, value, "logits [..., V]", f"pass the whole ones: {name}.full_tensor()")
     not_forward_mode(name, value)
     if value.dim() == 0:
-        raise ValueError(f"{name}: expected logits [..., V] with at least one dimension, got a scalar")
+        raise ValueError(f"{name}: expected logits [..., V] with at least one dimension, got a "
+                         f"scalar; pass one row as [V]")
     if value.shape[-1] == 0:
-        raise ValueError(f"{name}: expected a vocabulary of at least one entry in the last dimension, got shape {tuple(value.shape)}")
+        raise ValueError(f"{name}: expected a vocabulary of at least one entry in the last "
+                         f"dimension, got shape {tuple(value.shape)}; pass output.logits")
 
 
 def not_forward_mode(name: str, value: torch.Tensor) -> None:
     """A tensor without a tangent."""
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        raise RuntimeError(f"{name}: forward-mode differentiation (torch.func.jvp, jacfwd) is not implemented, it would give zeros; use .backward(), "
-                           f"torch.autograd.grad, or fastkl.reference.row_statistics")
+        refuse_forward_mode(name)
+
+
+def refuse_forward_mode(name: str) -> None:
+    """Raise for a tangent, which kernels would lose."""
+    raise NotDifferentiableError(
+        f"{name}: expected a tensor without a tangent, got one of forward-mode differentiation "
+        f"(torch.func.jvp, jacfwd, hessian), which is not implemented; use .backward() or "
+        f"torch.autograd.grad, and for second derivatives autograd of "
+        f"fastkl.reference.row_statistics with float64 logits")
 
 
 def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
-    """A tensor that this process holds whole."""
+    """A strided tensor that this process holds whole; `remedy` is for a DTensor."""
+    expected = f"{name}: expected a plain tensor, {what}, got"
     if type(value) is not torch.Tensor and hasattr(value, "full_tensor"):
-        raise TypeError(f"{name}: expected a plain tensor, {what}, got a DTensor, of which each process holds a part; {remedy}")
+        raise TypeError(f"{expected} a DTensor, of which each process holds a part; {remedy}")
+    if value.is_nested:
+        raise TypeError(f"{expected} a nested tensor; pad it, {name}.to_padded_tensor(0), beside a "
+                        f"mask, or pass the .values() of every jagged argument")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{expected} one of layout {value.layout}; pass {name}.to_dense()")
+
+
+def local_or_full(name: str) -> str:
+    """Say what to make of a DTensor with one entry per token."""
+    return f"pass {name}.full_tensor(), or {name}.to_local() where the others are local"
 
 
 def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     """A tensor of one of FLOAT_TYPES that this process holds whole."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, {what}, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a tensor, {what}, got {type(value).__name__}; "
+                        f"pass a torch.Tensor")
     not_sharded(name, value, what, "compute the loss inside the forward of the FSDP module that owns it, or after its unshard(), where it is whole "
                                    "and its gradient is reduced")
     if value.dtype not in FLOAT_TYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got {value.dtype}; convert it with .to()")
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got "
+                        f"{value.dtype}; " + dtype_remedy(name, value, "convert it with .to()"))
+    if value.shape == (0,) and not name.endswith("hidden"):
+        raise ValueError(f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 "
+                         f"keeps in parts; gather it around forward and backward: with "
+                         f" deepspeed.zero.GatheredParameters([{name}])")
     not_forward_mode(name, value)
 
 
-def head(prefix: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+class Names(NamedTuple):
+    """How a message calls the tensors of one model."""
+
+    hidden: str
+    weight: str
+    bias: str
+
+
+def head(names: Names, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Hidden states [..., H], weight [V, H] and bias [V] or None of one model, of one type on one device."""
-    name = f"{prefix}hidden"
+    name = names.hidden
     _plain_float_tensor(name, hidden, "hidden states [..., H]")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"{name}: expected hidden states [..., H] with H of at least 1, got shape {tuple(hidden.shape)}")
-    _plain_float_tensor(f"{prefix}weight", weight, "the lm_head's weight [V, H]")
+        raise ValueError(f"{name}: expected hidden states [..., H] with H of at least 1, got shape "
+                         f"{tuple(hidden.shape)}; pass the model's last hidden states")
+    _plain_float_tensor(names.weight, weight, "the lm_head's weight [V, H]")
     if weight.dim() == 2 and weight.shape[0] == 0:
-        raise ValueError(f"{prefix}weight: expected a vocabulary of at least one entry, got {tuple(weight.shape)}; pass the whole weight")
+        raise ValueError(f"{names.weight}: expected a vocabulary of at least one entry, got {tuple(weight.shape)}; pass the whole weight")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{prefix}weight: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, got {tuple(weight.shape)}; "
-                         f"pass lm_head.weight as it is, not transposed")
+        raise ValueError(f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, got {tuple(weight.shape)}; "
+                         + (packed_remedy(names.weight, weight)
+                            or "pass lm_head.weight as it is, not transposed"))
     if bias is not None:
-        _plain_float_tensor(f"{prefix}bias", bias, "the lm_head's bias [V]")
+        _plain_float_tensor(names.bias, bias, "the lm_head's bias [V]")
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{prefix}bias: expected one entry per row of {prefix}weight, ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for other, value in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+            raise ValueError(f"{names.bias}: expected one entry per row of {names.weight}, "
+                             f"({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias")
+    for other, value in ((names.weight, weight), (names.bias, bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert one with .to(), or use torch.autocast")
         if value is not None:
             same_device(other, value, name, hidden)
 
 
-def second_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ref_hidden: torch.Tensor | None,
-                ref_weight: torch.Tensor | None, ref_bias: torch.Tensor | None) -> None:
-    """The reference's head beside the policy's: the same tokens and vocabulary. ref_weight None: weight is that of both."""
+def second_head(first: tuple, second: tuple, names: tuple[Names, Names], own_bias: bool) -> None:
+    """The reference's (hidden, weight, bias) beside the policy's: the same tokens and vocabulary.
+
+    A weight of None is the policy's. own_bias: the second model is a Head, whose bias is its own also where the weight is shared.
+    """
+    hidden, weight, bias = first
+    ref_hidden, ref_weight, ref_bias = second
     if ref_hidden is None:
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
-                raise ValueError(f"{name}: expected None without ref_hidden, got a tensor; pass ref_hidden too")
+                raise ValueError(f"{name}: expected None without ref_hidden, got "
+                                 f"{type_name(value)}; pass ref_hidden too")
         return
-    shared = ref_weight is None or ref_weight is weight
-    head("ref_", ref_hidden, weight if shared else ref_weight, ref_bias)
-    if shared and (bias is None) != (ref_bias is None):
-        raise ValueError(f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for bias, where both models share one lm_head, got "
-                         f"{'None' if ref_bias is None else 'a tensor'}; pass ref_bias=bias")
+    shared = ref_weight is weight or (ref_weight is None and not own_bias)
+    head(names[1], ref_hidden, weight if shared else ref_weight, ref_bias)
+    if shared and not own_bias and (bias is None) != (ref_bias is None):
+        raise ValueError(f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, where both models share one "
+                         f"lm_head, got {'None' if ref_bias is None else 'a tensor'}; pass ref_bias={names[0].bias}")
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got {tuple(ref_hidden.shape[:-1])}; "
                          f"align the batch and time dimensions")
     if not shared and ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(f"ref_weight: expected the {weight.shape[0]} rows of weight, got {ref_weight.shape[0]}; slice a padded vocabulary to the "
-                         f"shared one: weight[:V]")
+        raise ValueError(f"{names[1].weight}: expected the {weight.shape[0]} rows of {names[0].weight}, got {ref_weight.shape[0]}; slice a padded "
+                         f"vocabulary to the shared one: weight[:V]")
     same_device_and_precision("ref_hidden", ref_hidden, "hidden", hidden)
 
 
 def reference_given(ref_hidden: torch.Tensor | None) -> None:
     """Hidden states of a reference, where a KL divergence needs them."""
     if not isinstance(ref_hidden, torch.Tensor):
-        raise TypeError(f"ref_hidden: expected the reference's hidden states [..., H], got {type(ref_hidden).__name__}")
+        raise TypeError(f"ref_hidden: expected the reference's hidden states [..., H], got "
+                        f"{type_name(ref_hidden)}; pass the last hidden states of the reference")
 
 
-def softcap(value: float | None) -> None:
-    """None or a positive finite number."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"softcap: expected a positive number or None, got {type_name(value)}")
-    if value is not None and not (0 < value < math.inf):
-        raise ValueError(f"softcap: expected a positive finite number, or None for no soft cap, got {value}")
+def softcap(value: float | None, name: str = "softcap") -> None:
+    """None or a positive number that float32 holds."""
+    _positive_number(name, value, " for no soft cap", "pass the final_logit_softcapping of the model's config")
+
+
+def logit_scale(name: str, value: float) -> None:
+    """A positive number that float32 holds, and its inverse."""
+    remedy = "pass the factor of the logits in the model's config, or 1.0"
+    _positive_number(name, value, None, remedy)
+    if value < LOWEST_TEMPERATURE:
+        raise ValueError(f"{name}: expected at least 2^-126, got {shown(value)}; {remedy}")
+
+
+def _positive_number(name: str, value: float | None, for_none: str | None, remedy: str) -> None:
+    """A positive number up to 2^126, or None where `for_none` says what it stands for."""
+    if value is None and for_none is not None:
+        return
+    what = "expected a positive finite number up to 2^126" + ("" if for_none is None else f", or None{for_none}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {what}, got {type_name(value)}; {remedy}")
+    if not (0 < value <= HIGHEST_TEMPERATURE):
+        raise ValueError(f"{name}: {what}, got {shown(value)}; {remedy}")
+
+
+def within_float32(name: str, what: str, value: float) -> None:
+    """A number made of several arguments, within the range of temperatures."""
+    if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
+        raise ValueError(f"{name}: expected {what} within 2^-126 … 2^126, got {shown(value)}; pass numbers nearer to 1")
 
 
 def chunk_size(value: int | None) -> None:
     """None or a number of tokens."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"chunk_size: expected a whole number of tokens or None, got {type_name(value)}")
-    if value is not None and value < 1:
-        raise ValueError(f"chunk_size: expected at least 1 token, got {value}; None chooses one")
+        raise TypeError(f"chunk_size: expected a whole number of tokens or None, got "
+                        f"{type_name(value)}; pass None, which chooses one")
+    if value is not None and not (1 <= value < 2**63):
+        raise ValueError(f"chunk_size: expected at least 1 token, and fewer than 2^63, got "
+                         f"{shown(value)}; pass None, which chooses one")
 
 
 def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
     """None, the default or float32; float64 inputs have no other."""
     allowed = {default} if default == torch.float64 else {default, torch.float32}
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; "
+                        f"pass torch.float32, for instance")
     if value is not None and value not in allowed:
         raise ValueError(f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these inputs, got {value}; convert the inputs "
                          f"with .to() for logits of another type")
@@ -137,7 +247,7 @@ def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch
     """None or a float tensor of the leading shape."""
     if value is None:
         return
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_TYPES:
         raise TypeError(f"weights: expected a float tensor, what each token counts, got {type_name(value)}; pass a float tensor of the "
                         f"leading shape {tuple(leading)}")
     per_row("weights", value, leading, device)
@@ -166,9 +276,10 @@ def same_device_and_precision(name: str, value: torch.Tensor, other_name: str, o
 
 def per_row(name: str, value: torch.Tensor, leading: torch.Size, device: torch.device) -> None:
     """A tensor with one entry per token: per row of the logits or of the hidden states."""
+    not_sharded(name, value, "one entry per token", local_or_full(name))
     if value.shape != leading:
         raise ValueError(f"{name}: expected the leading shape {tuple(leading)}, one entry per token without the vocabulary or hidden "
-                         f"dimension, got {tuple(value.shape)}")
+                         f"dimension, got {tuple(value.shape)}; align batch and time")
     if value.device != device:
         raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {value.device}; move it with .to()")
 
@@ -189,24 +300,27 @@ def tokens(value: torch.Tensor, leading: torch.Size, device: torch.device, name:
     per_row(name, value, leading, device)
 
 
-def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.device) -> None:
-    """A positive finite number, or a float tensor of the leading shape whose values are the caller's care on a GPU (not positive: NaN)."""
+def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.device,
+                name: str = "temperature") -> None:
+    """A number within 2^-126 … 2^126, or a float tensor of the leading shape (not looked at)."""
     if isinstance(value, torch.Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"temperature: expected a number or a float tensor, got {type_name(value)}; convert it with .float()")
+        if value.dtype not in FLOAT_TYPES:
+            raise TypeError(f"{name}: expected a number or a float tensor, got {type_name(value)}; convert it with .float()")
         if value.requires_grad:
-            raise ValueError("temperature: expected a tensor without gradient, got one that requires it; fastkl does not differentiate "
-                             "with respect to the temperature: pass temperature.detach()")
+            raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it; fastkl does not differentiate "
+                             f"with respect to the temperature: pass {name}.detach()")
+        not_sharded(name, value, "one entry per token", local_or_full(name))
         if value.dim() == 0 and leading:
-            raise ValueError(f"temperature: expected a number or the leading shape {tuple(leading)}, one entry per token, got a tensor of shape (); "
-                             f"pass float(temperature), or temperature.expand({tuple(leading)}) to stay on the device")
-        per_row("temperature", value, leading, device)
-        not_forward_mode("temperature", value)
+            raise ValueError(f"{name}: expected a number or the leading shape {tuple(leading)}, one entry per token, got a tensor of shape (); "
+                             f"pass float({name}), or {name}.expand({tuple(leading)}) to stay on the device")
+        per_row(name, value, leading, device)
+        not_forward_mode(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"temperature: expected a positive number or a float tensor of the leading shape, got {type(value).__name__}; pass "
-                        f"float(temperature)")
-    elif not (0 < value <= sys.float_info.max):
-        raise ValueError(f"temperature: expected a positive finite number, got {value}; the logits are divided by it")
+        raise TypeError(f"{name}: expected a positive number or a float tensor of the leading shape, got {type(value).__name__}; pass "
+                        f"float({name})")
+    elif not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
+        raise ValueError(f"{name}: expected a positive finite number within 2^-126 … 2^126, "
+                         f"got {shown(value)}; pass 1.0, which leaves the logits as they are")
 
 
 def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
@@ -217,16 +331,28 @@ def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
 
 
 def temperatures_positive(value: torch.Tensor) -> None:
-    """Temperatures above 0 and finite, where looking at them costs no synchronisation."""
-    good = (value > 0) & (value < math.inf)
+    """Temperatures within 2^-126 … 2^126, where looking at them costs no synchronisation."""
+    wide = value.double()
+    good = (wide >= LOWEST_TEMPERATURE) & (wide <= HIGHEST_TEMPERATURE)
     if not bool(good.all()):
-        raise ValueError(f"temperature: expected positive finite values, got {float(value[~good][0])}; the logits are divided by it")
+        raise ValueError(f"temperature: expected positive finite values within 2^-126 … 2^126, "
+                         f"got {float(wide[~good][0])}; pass 1.0 for rows to leave as they are")
+
+
+def ratios_finite(value: torch.Tensor) -> None:
+    """Ratios of two temperatures; NaN stands for one out of range."""
+    if not bool(value.isfinite().all()):
+        raise ValueError("ref_temperature: expected positive finite values within 2^-126 … 2^126, in relation to temperature too, "
+                         "got one that is not; pass 1.0 for rows to leave as they are")
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """One of a few strings."""
+    what = f"{name}: expected one of {', '.join(map(repr, allowed))}"
+    if not isinstance(value, str):
+        raise ValueError(f"{what}, got {type_name(value)}; pass the name as a str")
     if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"{what}, got {shown(repr(value))}; pass {allowed[0]!r}, for instance")
 
 
 def clamp(name: str, value: float | None) -> None:
@@ -234,5 +360,35 @@ def clamp(name: str, value: float | None) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}; for a tensor pass float({name})")
     if value is not None and not (0 < value <= LARGEST_CLAMP):
-        raise ValueError(f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite, got {value}; "
-                         f"None for no clamp")
+        raise ValueError(f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since "
+                         f"e^{name} must stay finite, got {shown(value)}; pass None for no clamp")
+
+
+def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch.device) -> None:
+    """Check the divisor of a mean: None, a positive number, or a tensor of one entry, of which 0 stands for an empty batch."""
+    if value is None:
+        return
+    if not reduction.endswith("mean"):
+        raise ValueError(f"normalizer: expected None with reduction={reduction!r}, got {type_name(value)}; it is for means, use reduction='mean'")
+    remedy = "pass how many tokens (sequences) count over all micro-batches, or that number / world_size"
+    if isinstance(value, torch.Tensor):
+        not_sharded("normalizer", value, "how many tokens count", "pass normalizer.full_tensor()")
+        if value.dtype not in (*FLOAT_TYPES, *INTEGER_TYPES) or value.numel() != 1:
+            raise (ValueError if value.numel() != 1 else TypeError)(
+                f"normalizer: expected a number or a tensor of one number, got {type_name(value)} of shape {tuple(value.shape)}; {remedy}")
+        not_forward_mode("normalizer", value)
+        if value.device != device:
+            raise ValueError(f"normalizer: expected the device of the other tensors, {device}, got {value.device}; move it with .to()")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"normalizer: expected a number or a tensor of one number, got {type_name(value)}; {remedy}")
+    elif not torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"normalizer: expected a finite number above 0, got {shown(value)}; {remedy}, or a tensor, which may be 0")
+
+
+def float_type(name: str, value: torch.dtype | None) -> None:
+    """Check a type of logits before there are inputs: None or one of FLOAT_TYPES."""
+    what = "expected None, float32, bfloat16, float16 or float64"
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{name}: {what}, got {type_name(value)}; pass torch.float32, for instance")
+    if value is not None and value not in FLOAT_TYPES:
+        raise ValueError(f"{name}: {what}, got {value}; pass torch.float32, for instance")

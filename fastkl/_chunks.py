@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _products, _rows
+from . import _checks, _products, _rows
 
 # Tokens of one product: enough for a GPU's tiles to come out even, few enough that two buffers are small beside a weight.
 LARGEST_CHUNK = 1024
@@ -26,20 +26,24 @@ REFERENCE_FIELDS = ("ref_logprob", "kl", "ref_kl")
 
 
 class PerToken(NamedTuple):
-    """What belongs to each token, [N] contiguous vectors or None, and the soft cap of all (0: none)."""
+    """What belongs to each token, [N] contiguous vectors or None, and how its raw logits are scaled."""
 
     tokens: torch.Tensor | None
     mask: torch.Tensor | None
     temperature: float | torch.Tensor
-    softcap: float
+    scaling: _rows.Scaling
 
     def part(self, rows: slice) -> tuple:
         """(tokens, mask, temperature) of some tokens."""
         return _some(self.tokens, rows), _some(self.mask, rows), _some(self.temperature, rows)
 
+    def scaling_of(self, rows: slice | torch.Tensor) -> _rows.Scaling:
+        """The scaling of some tokens."""
+        return self.scaling._replace(ratio=_some(self.scaling.ratio, rows))
+
     def counted(self, index: torch.Tensor) -> PerToken:
         """The same for the tokens that count, all of which do."""
-        return PerToken(_some(self.tokens, index), None, _some(self.temperature, index), self.softcap)
+        return PerToken(_some(self.tokens, index), None, _some(self.temperature, index), self.scaling_of(index))
 
 
 def _some(value: torch.Tensor | float | None, rows: slice | torch.Tensor) -> torch.Tensor | float | None:
@@ -209,6 +213,8 @@ class Heads:
         self.index = per_token.mask.nonzero()[:, 0] if backend == "reference" and per_token.mask is not None else None
         if self.index is not None:
             self.per_token = per_token.counted(self.index)
+        if backend == "reference":
+            self._check_temperatures()
         self.policy, self.reference = Head(self._counted(hidden), weight, bias, logits_dtype), None
         if ref_hidden is not None:
             self.reference = Head(self._counted(ref_hidden), weight if self.shared else ref_weight, ref_bias, logits_dtype)
@@ -243,6 +249,14 @@ class Heads:
         gradients = self._backward(self.all, saved, upstream, wrt, here)
         self._put_back(outputs, here)
         return gradients
+
+    def _check_temperatures(self) -> None:
+        """Refuse temperatures out of range where looking costs no synchronisation; the rows look at one model's alone."""
+        temperature, ratio = self.per_token.temperature, self.per_token.scaling.ratio
+        if isinstance(ratio, torch.Tensor):
+            if isinstance(temperature, torch.Tensor):
+                _checks.temperatures_positive(temperature)
+            _checks.ratios_finite(ratio)
 
     def _counted(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._take(hidden.reshape(-1, hidden.shape[-1]))
@@ -310,7 +324,8 @@ class Heads:
                 if outputs:
                     self._row_forward(_both(logits), rows, outputs, saved)
                 _rows.backward(self.backend, *_both(logits), *self.per_token.part(rows), saved[rows],
-                               {name: value[rows] for name, value in upstream.items()}, *_both(grads), self.per_token.softcap)
+                               {name: value[rows] for name, value in upstream.items()}, *_both(grads),
+                               self.per_token.scaling_of(rows))
             if window.stop == len(saved):
                 # Nothing more is put into them, and a product's result may take their place.
                 buffers, logits = [], []
@@ -321,7 +336,7 @@ class Heads:
 
     def _row_forward(self, logits: list, rows: slice, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
         _rows.forward(self.backend, *logits, *self.per_token.part(rows), {name: value[rows] for name, value in outputs.items()}, saved[rows],
-                      self.per_token.softcap)
+                      self.per_token.scaling_of(rows))
 
 
 def _both(values: list) -> list:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd.profiler import record_function
 
+from . import _checks
+
 try:
     from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
     from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
@@ -71,7 +73,9 @@ class Dispatched:
         self._eager = _function(name, forward=forward, backward=backward)
         # What is left of the inputs once a transform is done may be transformed again, or traced.
         again = _with_tensors(self)
-        self._transformed = _function(name, forward=again, setup_context=setup_context or _save_nothing, backward=backward, vmap=vmap_by(again))
+        self._transformed = _function(name, forward=again, backward=backward,
+                                      setup_context=setup_context or _save_nothing,
+                                      vmap=vmap_by(again), jvp=_refuse_tangents)
 
     def __call__(self, *inputs: object) -> object:
         # Dynamo and tracers first: what follows asks questions that they cannot trace. Then transforms, inside which tensors are wrappers.
@@ -150,6 +154,11 @@ def _sample_by_sample(call: Callable, count: int, in_dims: tuple, inputs: tuple)
 
 def _save_nothing(ctx, inputs, outputs) -> None:
     pass
+
+
+def _refuse_tangents(ctx, *tangents) -> None:
+    """Raise for a tangent inside a transform's wrapper, as hessian makes: checks do not see it."""
+    _checks.refuse_forward_mode("inputs")
 
 
 def _function(name: str, **methods: Callable) -> type[torch.autograd.Function]:

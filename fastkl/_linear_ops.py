@@ -30,65 +30,68 @@ SCALED_AT_ONCE = 1 << 20
 
 
 def _statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-                ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
-                fields: str, softcap: float, backend: str, logits_dtype: torch.dtype,
+                ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
+                temperature: float, fields: str, softcap: float, ref_softcap: float, ratio: float, backend: str, logits_dtype: torch.dtype,
                 chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, ref_logprob, kl, ref_kl, saved) as row_statistics gives them for the heads' logits."""
     results = empty_outputs(hidden, fields)
     heads = _chunks.Heads((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), logits_dtype, backend, chunk_size,
-                          _per_token(tokens, mask, temperatures, temperature, softcap))
+                          _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio))
     heads.forward(_flat_outputs(results), results[-1].view(-1, SAVED))
     return results
 
 
-def _fake_statistics(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, temperature, fields, softcap, backend,
-                     logits_dtype, chunk_size):
+def _fake_statistics(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, ratios, temperature, fields,
+                     softcap, ref_softcap, ratio, backend, logits_dtype, chunk_size):
     return empty_outputs(hidden, fields)
 
 
 def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-               ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, saved: Tensor,
-               g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
-               g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float, backend: str, logits_dtype: torch.dtype,
-               chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+               ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
+               saved: Tensor, g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
+               g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float, ref_softcap: float, ratio: float, backend: str,
+               logits_dtype: torch.dtype, chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the upstream-weighted statistics with respect to the six, in their types; None where not asked for."""
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    heads = _chunks.Heads(six, logits_dtype, backend, chunk_size, _per_token(tokens, mask, temperatures, temperature, softcap))
+    heads = _chunks.Heads(six, logits_dtype, backend, chunk_size,
+                          _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio))
     upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
                 if value is not None}
     return _in_their_types(six, heads.backward(saved.reshape(-1, SAVED).contiguous(), upstream, wanted(wrt)), wrt, wide=())
 
 
-def _fake_gradients(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob,
-                    g_kl, g_ref_kl, temperature, wrt, softcap, backend, logits_dtype, chunk_size):
+def _fake_gradients(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, ratios, saved, g_logprob, g_entropy,
+                    g_ref_logprob, g_kl, g_ref_kl, temperature, wrt, softcap, ref_softcap, ratio, backend, logits_dtype, chunk_size):
     return _empty_gradients((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), wrt, wide=())
 
 
 def _weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor | None,
-                 ref_bias: Tensor | None, weights: Tensor, mask: Tensor | None, temperatures: Tensor | None, temperature: float, wrt: str,
-                 softcap: float, backend: str, logits_dtype: torch.dtype, chunk_size: int | None
-                 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+                 ref_bias: Tensor | None, weights: Tensor, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
+                 temperature: float, wrt: str, softcap: float, ref_softcap: float, ratio: float, backend: str, logits_dtype: torch.dtype,
+                 chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(Σ weights·kl, kl, unit, gradients of the sum over `unit` with respect to the six; None where not asked for).
 
     unit is 1, or for float16 inputs a power of two below the largest weight: a gradient of 1/N per token would vanish in float16. Their
     weight and bias gradients stay in float32.
     """
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    heads = _chunks.Heads(six, logits_dtype, backend, chunk_size, _per_token(None, mask, temperatures, temperature, softcap))
+    heads = _chunks.Heads(six, logits_dtype, backend, chunk_size,
+                          _per_token(None, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio))
     weights = weights.contiguous()
     kl = torch.empty_like(weights)
     unit, gradients = weights.new_ones(()), {}
     if wrt:
         if torch.float16 in {value.dtype for value in six if value is not None}:
-            unit = _unit(torch.where(weights == 0, 0.0, weights / (temperature if temperatures is None else temperatures)))
+            size = _size(wanted(wrt), ratio if ratios is None else ratios)
+            unit = _unit(torch.where(weights == 0, 0.0, weights / (temperature if temperatures is None else temperatures) * size))
         gradients = heads.forward_and_backward({"kl": kl.view(-1)}, {"kl": _rows.flat(weights / unit)}, wanted(wrt))
     else:
         heads.forward({"kl": kl.view(-1)}, weights.new_empty(weights.numel(), SAVED))
     return ((weights * kl).sum(), kl, unit, *_in_their_types(six, gradients, wrt, wide=(torch.float16,)))
 
 
-def _fake_weighted_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, weights, mask, temperatures, temperature, wrt, softcap, backend,
-                      logits_dtype, chunk_size):
+def _fake_weighted_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, weights, mask, temperatures, ratios, temperature, wrt, softcap,
+                      ref_softcap, ratio, backend, logits_dtype, chunk_size):
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     return (weights.new_empty(()), weights.new_empty(weights.shape), weights.new_empty(()), *_empty_gradients(six, wrt, wide=(torch.float16,)))
 
@@ -108,8 +111,19 @@ def _fake_scaled(gradient, factor, dtype):
     return torch.empty_like(gradient, dtype=dtype)
 
 
-def _per_token(tokens, mask, temperatures, temperature, softcap) -> _chunks.PerToken:
-    return _chunks.PerToken(_rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), softcap)
+def _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio) -> _chunks.PerToken:
+    return _chunks.PerToken(_rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature),
+                            _rows.Scaling(softcap, ref_softcap, _rows.flat_temperature(ratios, ratio)))
+
+
+def _size(names: tuple[str, ...], ratio: Tensor | float) -> Tensor | float:
+    """Return how large gradients of raw logits are, beside those of one temperature for both models.
+
+    Those of the second model have `ratio` as a factor, those of the first one as much in their differences of log-probabilities.
+    """
+    if not {"hidden", "weight", "bias"} & set(names):
+        return ratio
+    return ratio.clamp(min=1) if isinstance(ratio, Tensor) else max(1.0, ratio)
 
 
 def _flat_outputs(results: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
@@ -153,8 +167,8 @@ def _empty_gradients(six, wrt: str, wide) -> tuple[Tensor | None, ...]:
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    *tensors, ctx.temperature, fields, ctx.softcap, ctx.backend, ctx.logits_dtype, ctx.chunk_size = inputs
-    refuse_temperature_gradient(ctx.needs_input_grad[8])
+    tensors, (ctx.temperature, fields, *ctx.settings) = inputs[:10], inputs[10:]
+    refuse_temperature_gradient(ctx.needs_input_grad[8] or ctx.needs_input_grad[9])
     save_tensors(ctx, *tensors, output[-1])
     ctx.shared = tensors[3] is not None and tensors[4] is None
     policy = any(ctx.needs_input_grad[:3])
@@ -169,16 +183,15 @@ def _backward(ctx, *upstream):
     depends = (on_policy, on_policy or (ctx.shared and on_reference), on_policy, on_reference, on_reference, on_reference)
     names = [name for name, asked, there in zip(SIX, ctx.needs_input_grad, depends, strict=False) if asked and there]
     if not names:
-        return (None,) * 15
-    gradients = linear_gradients(*ctx.saved_tensors, *upstream[:5], ctx.temperature, ",".join(names), ctx.softcap, ctx.backend, ctx.logits_dtype,
-                                 ctx.chunk_size)
-    return *(gradient if name in names else None for name, gradient in zip(SIX, gradients, strict=True)), *(None,) * 9
+        return (None,) * 18
+    gradients = linear_gradients(*ctx.saved_tensors, *upstream[:5], ctx.temperature, ",".join(names), *ctx.settings)
+    return *(gradient if name in names else None for name, gradient in zip(SIX, gradients, strict=True)), *(None,) * 12
 
 
 def _save_gradients(ctx, inputs, output) -> None:
     ctx.types = [None if value is None else value.dtype for value in inputs[:6]]
-    ctx.names = wanted(inputs[10])
-    refuse_temperature_gradient(ctx.needs_input_grad[8])
+    ctx.names = wanted(inputs[11])
+    refuse_temperature_gradient(ctx.needs_input_grad[8] or ctx.needs_input_grad[9])
     missing = [name for name, asked in zip(SIX, ctx.needs_input_grad, strict=False) if asked and name not in ctx.names]
     if missing:
         raise RuntimeError(f"{', '.join(missing)}: expected to be known to require gradient when the value is computed, since the gradient is "
@@ -193,7 +206,7 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 def _backward_of_sum(ctx, upstream, *_):
     if upstream is None:
-        return (None,) * 15
+        return (None,) * 18
     refuse_forward_mode((upstream,))
     if torch.is_grad_enabled():
         raise RuntimeError("fastkl: create_graph=True and torch.func.grad ask for a gradient that can be differentiated again, but the gradient of a "
@@ -202,7 +215,7 @@ def _backward_of_sum(ctx, upstream, *_):
     factor = upstream * unit
     results = [scaled(gradient, factor, dtype) if name in ctx.names and asked else None
                for name, gradient, dtype, asked in zip(SIX, gradients, ctx.types, ctx.needs_input_grad, strict=False)]
-    return *results, upstream * kl if ctx.needs_input_grad[6] else None, *(None,) * 8
+    return *results, upstream * kl if ctx.needs_input_grad[6] else None, *(None,) * 11
 
 
 # ---- what a counter of floating-point operations is told, from shapes in place of tensors: as if every token counted
@@ -223,13 +236,13 @@ def _flops_of_statistics(*inputs) -> int:
 
 
 def _flops_of_gradients(*inputs) -> int:
-    given = {name: value is not None for name, value in zip(FIELDS, inputs[10:15], strict=True)}
-    return _flops(inputs[:6], inputs[16], given["logprob"] or given["entropy"] or given["kl"] or given["ref_kl"],
+    given = {name: value is not None for name, value in zip(FIELDS, inputs[11:16], strict=True)}
+    return _flops(inputs[:6], inputs[17], given["logprob"] or given["entropy"] or given["kl"] or given["ref_kl"],
                   given["ref_logprob"] or given["kl"] or given["ref_kl"])
 
 
 def _flops_of_weighted_kl(*inputs) -> int:
-    return _flops(inputs[:6], inputs[10], True, True)
+    return _flops(inputs[:6], inputs[11], True, True)
 
 
 linear_statistics = Dispatched("fastkl::linear_statistics", _statistics, _fake_statistics, setup_context=_save_for_backward, backward=_backward,

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,18 @@ FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
 # Elements of a block of rows on the reference: small enough for a processor's cache, large enough to keep torch's overhead down.
 BLOCK_ELEMENTS = 1 << 18
+
+
+class Scaling(NamedTuple):
+    """How raw logits become those that the temperature of P divides.
+
+    softcap, ref_softcap: soft caps of P's and of Q's logits, 0 for none. ratio: the inverse temperature of Q over that
+    of P, a number or one per row [N], contiguous, in the type of the results; it multiplies Q's capped logits.
+    """
+
+    softcap: float = 0.0
+    ref_softcap: float = 0.0
+    ratio: float | torch.Tensor = 1.0
 
 
 def result_dtype(logits: torch.Tensor) -> torch.dtype:
@@ -33,27 +46,28 @@ def flat_temperature(temperatures: torch.Tensor | None, temperature: float) -> f
 
 
 def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, torch.Tensor], saved: torch.Tensor,
-            softcap: float = 0.0) -> None:
-    """Fill outputs ([N] per field) and saved [N, 10] from logits of any leading shape; tokens, mask, temperature: [N] or None / float.
-
-    softcap: the logits are softcap·tanh(logits/softcap) first, 0 for none.
-    """
+            scaling: Scaling = Scaling()) -> None:  # noqa: B008  (a tuple of numbers)
+    """Fill outputs ([N] per field) and saved [N, 10] from logits of any leading shape; tokens, mask, temperature: [N] or None / float."""
     if backend == "reference":
-        reference_forward(p, q, tokens, mask, temperature, outputs, saved, softcap)
+        reference_forward(p, q, tokens, mask, temperature, outputs, saved, scaling)
         return
-    for rows, problem in problems(p, q, tokens, mask, temperature, softcap):
+    for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
         _launchers().forward(problem, _some_of_each(outputs, rows), _some(saved, rows))
 
 
 def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
-             grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, softcap: float = 0.0) -> None:
-    """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per field. They may be the logits themselves."""
+             grad_p: torch.Tensor | None, grad_q: torch.Tensor | None,
+             scaling: Scaling = Scaling()) -> None:  # noqa: B008
+    """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per field. They may be the logits themselves.
+
+    They are gradients with respect to the raw logits, before `scaling`.
+    """
     if backend == "reference":
-        reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, softcap)
+        reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling)
         return
-    # What forward refused may come back from a hook on saved tensors.
+    # A saved-tensor hook may return logits with another stride along the vocabulary.
     p, q = (side if side is None or side.stride(-1) == 1 else side.contiguous() for side in (p, q))
-    for rows, problem in problems(p, q, tokens, mask, temperature, softcap):
+    for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
         _launchers().backward(problem, _some(saved, rows), _some_of_each(upstream, rows), _some(grad_p, rows), _some(grad_q, rows))
 
 
@@ -86,28 +100,66 @@ def _some_of_each(values: dict[str, torch.Tensor], rows: slice | None) -> dict[s
 
 def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
                       temperature: float | torch.Tensor, outputs: dict[str, torch.Tensor], saved: torch.Tensor,
-                      softcap: float) -> None:
+                      scaling: Scaling) -> None:
     """Fill outputs ([N] per field) and saved [N, 10] from reference.row_statistics, a block of rows at a time; masked rows stay 0."""
     for value in (*outputs.values(), saved):
         value.zero_()
     for rows in row_blocks(p, mask):
-        chosen = _some(tokens, rows)
+        chosen, scales = _some(tokens, rows), _some(temperature, rows)
         if chosen is not None:
             _checks.tokens_in_range(chosen, p.shape[-1])
-        scales = _some(temperature, rows)
         if isinstance(scales, torch.Tensor):
             _checks.temperatures_positive(scales)
-        x, y = (None if side is None else reference.soft_cap(take(side, rows), softcap) for side in (p, q))
-        result = reference.row_statistics(x, y, chosen, scales,
-                                          entropy="entropy" in outputs, reverse="ref_kl" in outputs)
+        x, y = _scaled(p, q, rows, scaling)
+        result = _statistics(x, y, chosen, scales, outputs)
+        far = result.saved[:, reference.FAR] != 0
+        if saved.dtype != torch.float64 and bool(far.any()):
+            wide = _statistics(*_double(far, x, y), _some(chosen, far), _some(scales, far), outputs)
+            for value, better in zip(result[:-1], wide[:-1], strict=True):
+                if value is not None:
+                    value[far] = better.to(value.dtype)
         for name, value in outputs.items():
-            value[rows] = getattr(result, name)
-        saved[rows] = result.saved
+            value[rows] = getattr(result, name).to(value.dtype)
+        saved[rows] = result.saved.to(saved.dtype)
+
+
+def _statistics(x, y, tokens, temperature, outputs: dict[str, torch.Tensor]) -> reference.RowStatistics:
+    return reference.row_statistics(x, y, tokens, temperature, entropy="entropy" in outputs, reverse="ref_kl" in outputs)
+
+
+def _double(rows: torch.Tensor, *sides: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Some rows in float64."""
+    return [None if side is None else side[rows].double() for side in sides]
+
+
+def _scaled(p: torch.Tensor, q: torch.Tensor | None, rows: torch.Tensor, scaling: Scaling) -> list[torch.Tensor | None]:
+    """Some rows of both tensors, soft caps and ratio applied: in float64 beside a ratio, whose product would be rounded."""
+    capped = [None if side is None else reference.soft_cap(take(side, rows), cap) for side, cap in ((p, scaling.softcap), (q, scaling.ref_softcap))]
+    if q is None or not isinstance(scaling.ratio, torch.Tensor) and scaling.ratio == 1:
+        return capped
+    ratio = scaling.ratio[rows, None].double() if isinstance(scaling.ratio, torch.Tensor) else scaling.ratio
+    return [capped[0].double(), capped[1].double() * ratio]
+
+
+def _gradients(x, y, tokens, temperature, saved, upstream, wrt_p: bool, wrt_q: bool) -> list[torch.Tensor | None]:
+    """Gradients of some rows; of those that float32 does not hold from their statistics in float64."""
+    if x.dtype == torch.float64 and saved.dtype != torch.float64:
+        # All of them are beside a ratio.
+        saved = reference.row_statistics(x, y, tokens, temperature).saved
+    results = list(reference.row_gradients(x, y, tokens, temperature, saved, upstream, wrt_p=wrt_p, wrt_q=wrt_q))
+    far = saved[:, reference.FAR] != 0
+    if x.dtype != torch.float64 and bool(far.any()):
+        wide = _gradients(*_double(far, x, y), _some(tokens, far), _some(temperature, far), saved[far],
+                          {name: value[far] for name, value in upstream.items()}, wrt_p, wrt_q)
+        for result, better in zip(results, wide, strict=True):
+            if result is not None:
+                result[far] = better.to(result.dtype)
+    return results
 
 
 def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
                        temperature: float | torch.Tensor, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
-                       grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, softcap: float) -> None:
+                       grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, scaling: Scaling) -> None:
     """Fill the gradients [N, V] from reference.row_gradients, a block of rows at a time; rows without upstream gradient get 0.
 
     A block's rows are read before any of its gradients is written: they may be the logits themselves.
@@ -122,13 +174,24 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
         if grad is not None:
             grad[inactive] = 0
     for rows in row_blocks(p, active):
-        sides = [None if side is None else reference.soft_cap(take(side, rows), softcap) for side in (p, q)]
-        results = reference.row_gradients(*sides, _some(tokens, rows), _some(temperature, rows), saved[rows],
-                                          {name: value[rows] for name, value in upstream.items()},
-                                          wrt_p=grad_p is not None, wrt_q=grad_q is not None)
-        for grad, value, side in zip((grad_p, grad_q), results, sides, strict=True):
+        x, y = _scaled(p, q, rows, scaling)
+        results = _gradients(x, y, _some(tokens, rows), _some(temperature, rows), saved[rows],
+                             {name: value[rows] for name, value in upstream.items()}, grad_p is not None, grad_q is not None)
+        slopes = _slopes(x, y, rows, scaling)
+        for grad, value, slope in zip((grad_p, grad_q), results, slopes, strict=True):
             if grad is not None:
-                grad[rows] = (value * reference.soft_cap_slope(side, softcap) if softcap else value).to(grad.dtype)
+                grad[rows] = (value if slope is None else value * slope).to(grad.dtype)
+
+
+def _slopes(x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor, scaling: Scaling) -> list[torch.Tensor | float | None]:
+    """The derivatives of the scaled logits with respect to the raw ones; None for 1."""
+    slopes: list[torch.Tensor | float | None] = [reference.soft_cap_slope(x, scaling.softcap) if scaling.softcap else None, None]
+    ratio = scaling.ratio[rows, None] if isinstance(scaling.ratio, torch.Tensor) else scaling.ratio
+    if y is not None and scaling.ref_softcap:
+        slopes[1] = reference.soft_cap_slope(y / ratio, scaling.ref_softcap)
+    if isinstance(ratio, torch.Tensor) or ratio != 1:
+        slopes[1] = ratio if slopes[1] is None else slopes[1] * ratio
+    return slopes
 
 
 def _merged_dims(p: torch.Tensor, q: torch.Tensor | None) -> list[tuple[int, int, int]]:
@@ -146,18 +209,21 @@ def _merged_dims(p: torch.Tensor, q: torch.Tensor | None) -> list[tuple[int, int
 
 
 def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
-             temperature: float | torch.Tensor, softcap: float = 0.0) -> Iterator[tuple[slice | None, object]]:
+             temperature: float | torch.Tensor, scaling: Scaling = Scaling()) -> Iterator[tuple[slice | None, object]]:  # noqa: B008
     """(rows, kernels.launch.Problem): one for all rows (None) of up to two independent strides; more are taken apart along the outer dimensions."""
     launch, merged = _launchers(), _merged_dims(p, q)
     outermost, (outer, inner) = merged[:-2], [(1, 0, 0), (1, 0, 0), *merged][-2:]
     count, per_row = outer[0] * inner[0], isinstance(temperature, torch.Tensor)
+    ratio = scaling.ratio
+    if not isinstance(ratio, torch.Tensor):
+        ratio = None if ratio == 1 else torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
     for number, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
         part = slice(number * count, (number + 1) * count) if index else None
         sides = [None if side is None else launch.Rows(_starting_at(side, index, outermost, which) if index else side, outer[which],
                                                        inner[which])
                  for side, which in ((p, 1), (q, 2))]
         yield part, launch.Problem(*sides, outer[0], inner[0], p.shape[-1], _some(tokens, part), _some(mask, part), 1.0 if per_row else temperature,
-                                   _some(temperature, part) if per_row else None, softcap)
+                                   _some(temperature, part) if per_row else None, scaling.softcap, scaling.ref_softcap, _some(ratio, part))
 
 
 @functools.cache

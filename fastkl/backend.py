@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from typing import Literal, get_args
 
 import torch
 
 from . import _checks
 
-BACKENDS = ("triton", "reference")
+Backend = Literal["triton", "reference"]
+BACKENDS = get_args(Backend)
 # Asked for once: torch.compile cannot trace the question in every release.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +28,7 @@ class use_backend:  # noqa: N801  (used like a function)
     Raises ValueError for another name.
     """
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: Backend | None) -> None:
         global _forced
         if name is not None:
             _checks.choice("name", name, BACKENDS)
@@ -82,9 +84,12 @@ def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str,
 def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Explanation:
     """Which backend would take these logits, why it was chosen, and every reason why it could not run.
 
-    Example: print(fastkl.explain(logits))
+    Raises TypeError or ValueError for what token_stats(logits, …, ref_logits) refuses. Example: print(fastkl.explain(logits))
     """
     _checks.logits("logits", logits)
+    if ref_logits is not None:
+        _checks.logits("ref_logits", ref_logits)
+        _checks.same_shape("ref_logits", ref_logits, "logits", logits)
     both = (logits,) if ref_logits is None else (logits, ref_logits)
     if _forced is not None:
         backend, why = _forced, f"use_backend({_forced!r})"

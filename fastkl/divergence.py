@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from . import _checks, _rows, backend, reference
+from . import _checks, _reduce, _rows, backend, reference
 from ._ops import row_statistics
+from ._types import Reduction
 
-# What one pass of the kernels holds: kernels.row_finish.LARGE_KL and kernels.row_math.LARGEST_D.
-ONE_PASS_KL = 32.0
+# Limits of one pass of the kernels: kernels.row_finish.LARGE_KL and LARGEST_DIFFERENCE, kernels.row_math.LARGEST_D
+# and LARGEST_LSE.
+ONE_PASS_KL = 8.0
+ONE_PASS_DIFFERENCE = 64.0
 ONE_PASS_D = 60.0
+ONE_PASS_LSE = 4194304.0
 
 
-def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
-                  mask: torch.Tensor | None = None) -> torch.Tensor:
+def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Tensor | None = None, *,
+                  temperature: float | torch.Tensor = 1.0, weights: torch.Tensor | None = None, reduction: Reduction = "none",
+                  normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
     """KL(P‖Q) of every row, exact over the vocabulary: the expectation is under the FIRST argument.
 
     Equivalent to
@@ -22,6 +29,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature
         log_q = (q_logits.float() / temperature).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         kl = torch.where(mask, kl, 0)
+        "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / normalizer
 
     but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for backward, and with its digits kept where
     P and Q are close (the lines above return noise, or a negative number, for a KL below about 1e-5).
@@ -34,9 +42,14 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature
         temperature: divides both logits: a positive number, or a float tensor [...] (no gradient). Under torch.compile a number that changes
             compiles anew; a tensor does not. A value of the tensor that is not positive is an error on the reference backend and NaN on a GPU.
         mask: bool [...], True where the token counts. Other rows are not read, return exactly 0 and have gradient exactly 0.
+        weights: [...] float, the factor of each token's KL: "sum" and "mean" only. It may require gradient; of a masked token it may hold anything.
+        reduction: "none", "sum" or "mean" (also spelt "token_mean").
+        normalizer: the divisor of the mean: a number above 0, or a tensor of one number, where 0 makes the mean 0. Default: how many tokens count
+            in this call, however they are weighted (1 if none). Over several micro-batches it is how many count in all of them; under DDP and
+            FSDP, which average gradients, that number of all processes / world_size.
 
     Returns:
-        [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical rows.
+        [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical rows. A scalar for "sum" and "mean".
 
     Gradient:
         To each argument that requires it, in that argument's type. A row whose upstream gradient is 0 costs no reads. No second derivative.
@@ -52,18 +65,22 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature
     reference.py's docstring.
     """
     _check(p_logits, q_logits, temperature, mask)
+    _reduce.check(reduction, weights, normalizer, p_logits.shape[:-1], p_logits.device)
     per_row = isinstance(temperature, torch.Tensor)
-    return row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl",
-                          backend.select(p_logits, q_logits))[3]
+    kl = row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl",
+                        backend.select(p_logits, q_logits))[3]
+    return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
 
 
 def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
                    mask: torch.Tensor | None = None) -> torch.Tensor:
     """Which rows the Triton kernels read again, because one pass cannot hold them: a diagnostic, not for the training loop.
 
-    A row is read again if it holds an infinity or a NaN, if its KL in either direction is 32 nats or more, or if some entry is more than e^60
-    times as probable under Q as under P (relative to the row's mean log-ratio). Such a row costs about six reads instead of one.
-    kl_divergence alone does not look at the other direction: there these rows are an upper bound.
+    A row is read again, in float64, if it holds an infinity or a NaN, if its KL in either direction is 8 nats or more
+    or KL(Q‖P) far below KL(P‖Q), if some entry is more than e^60 times as probable under Q as under P (relative to the
+    row's mean log-ratio), or if the mean difference of the logits over the temperature is 64 or more (of 16-bit logits:
+    before it too). Such a row costs four reads instead of one. kl_divergence alone does not look at the other direction:
+    there these rows are an upper bound.
 
     Args: as kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time. No gradient. Raises: as kl_divergence.
     """
@@ -75,9 +92,15 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
             chosen = temperatures[rows].float() if isinstance(temperatures, torch.Tensor) else temperatures
             x, y = _rows.take(p_logits, rows).float(), _rows.take(q_logits, rows).float()
             result = reference.row_statistics(x, y, None, chosen, entropy=False)
-            tops = result.saved[:, 2] - result.saved[:, 0]
-            largest_d = ((y - x).amax(-1) - tops) / chosen - result.saved[:, 4]
-            holds = (result.kl < ONE_PASS_KL) & (result.ref_kl < ONE_PASS_KL) & (largest_d < ONE_PASS_D) & x.isfinite().all(-1) & y.isfinite().all(-1)
+            kl, ref_kl = result.kl, result.ref_kl
+            x_top, x_log_sum, y_top, y_log_sum = result.saved[:, :4].unbind(1)
+            apart = (y_top - x_top) / chosen + (y_log_sum - x_log_sum) - kl  # E_p[y - x]/T
+            largest_d = (y - x).amax(-1) / chosen - apart
+            lse = torch.maximum((x_top / chosen + x_log_sum).abs(), (y_top / chosen + y_log_sum).abs())
+            wide = torch.float32 in (p_logits.dtype, q_logits.dtype)
+            holds = (kl < ONE_PASS_KL) & (ref_kl < ONE_PASS_KL) & (largest_d < ONE_PASS_D) & (lse * math.log2(math.e) < ONE_PASS_LSE)
+            holds &= (ref_kl + kl - torch.expm1(-kl) < 64 * ref_kl + 0.02) & x.isfinite().all(-1) & y.isfinite().all(-1)
+            holds &= (apart.abs() < ONE_PASS_DIFFERENCE) & (wide | (apart.abs() * chosen < ONE_PASS_DIFFERENCE))
             slow[rows] = ~holds
     return slow.view(p_logits.shape[:-1])
 

@@ -7,13 +7,15 @@ with the right value may have the wrong gradient: tests/test_estimators.py enume
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 
 from . import _checks
+from ._types import Direction, Estimator
 
-ESTIMATORS = ("k1", "k2", "k3", "abs")
-DIRECTIONS = ("policy||reference", "reference||policy")
+ESTIMATORS = get_args(Estimator)
+DIRECTIONS = get_args(Direction)
 # What log-probabilities of -inf, and those that masks with a type's smallest number leave, count as: every difference is finite.
 _FLOOR = -1e4
 # Where k3 goes on along its tangent without a clamp.
@@ -22,7 +24,7 @@ _LIMIT = {torch.float32: _checks.LARGEST_CLAMP, torch.float64: 600.0}
 LARGEST_LOG_RATIO = 20.0
 
 
-def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: str = "k1", clamp: float | None = None) -> torch.Tensor:
+def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: Estimator = "k1", clamp: float | None = None) -> torch.Tensor:
     """Estimates of KL(policy‖reference) from tokens sampled from the policy, one per token.
 
     Equivalent, with the digits of a small d kept, to
@@ -70,7 +72,7 @@ def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: 
 
 
 def sampled_kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, old_logprob: torch.Tensor | None = None,
-                    direction: str = "policy||reference", clamp: float | None = None) -> torch.Tensor:
+                    direction: Direction = "policy||reference", clamp: float | None = None) -> torch.Tensor:
     """A loss per sampled token whose expected value is a KL and whose expected gradient is that KL's gradient with respect to the policy.
 
     Equivalent, with d = logprob - ref_logprob, w = exp(-d) and the digits of a small d kept, to
@@ -147,9 +149,12 @@ def _expm1_minus(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.abs() < 0.5, small * small / 2 * series, torch.expm1(x) - x)
 
 
-def finite(logprob: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities in float32, or float64 as they came, with those below -1e4 as -1e4, without gradient."""
-    return (logprob if logprob.dtype == torch.float64 else logprob.float()).clamp(min=_FLOOR)
+def finite(logprob: torch.Tensor, floor: float = _FLOOR) -> torch.Tensor:
+    """Return log-probabilities in float32 (float64 as they came); below `floor` they count as it.
+
+    There they have no gradient. The default is a token's floor.
+    """
+    return (logprob if logprob.dtype == torch.float64 else logprob.float()).clamp(min=floor)
 
 
 def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | None) -> None:
@@ -163,6 +168,7 @@ def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | 
         if value.dtype not in _checks.FLOAT_TYPES:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 log-probabilities, got {value.dtype}; "
                             f"pass the log-probabilities of the tokens, not the tokens")
+        _checks.not_sharded(name, value, "log-probabilities [...]", _checks.local_or_full(name))
         if value.shape != logprob.shape:
             raise ValueError(f"{name}: expected the shape of logprob, {tuple(logprob.shape)}, one entry per token, got {tuple(value.shape)}; "
                              f"align the batch and time dimensions")

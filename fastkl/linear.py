@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 
-from . import _checks, _linear_ops, _rows, backend
+from . import _checks, _linear_ops, _reduce, _rows, backend
+from ._types import Reduction
 from .tokens import TokenStats
 
-REDUCTIONS = ("none", "sum", "mean")
+if TYPE_CHECKING:
+    from .tokens import PairedTokenStats
+
 # Asked for once: torch.compile cannot trace the question in every release.
 _AUTOCAST_DEVICES = frozenset(name for name in ("cpu", "cuda") if torch.amp.is_autocast_available(name))
 
 
-def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, ref_hidden: torch.Tensor | None = None,
-                       ref_weight: torch.Tensor | None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
-                       temperature: float | torch.Tensor = 1.0, softcap: float | None = None, mask: torch.Tensor | None = None,
-                       logits_dtype: torch.dtype | None = None, chunk_size: int | None = None) -> TokenStats:
+class Head(NamedTuple):
+    """One model's lm_head, accepted wherever `weight` or `ref_weight` is.
+
+    Equivalent to
+
+        logits = F.linear(hidden, weight, bias).to(logits_dtype).float() * logit_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+
+    before the temperature. weight: [V, H]. bias: [V] or None. softcap: a positive number or None. logit_scale: a positive
+    number. A Head inherits nothing from the arguments beside it or from the other model.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+@overload
+def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor, ref_hidden: None = None,
+                       ref_weight: None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
+                       temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
+                       softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
+                       chunk_size: int | None = None) -> TokenStats: ...
+@overload
+def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor, ref_hidden: torch.Tensor,
+                       ref_weight: torch.Tensor | Head | None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
+                       temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
+                       softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
+                       chunk_size: int | None = None) -> PairedTokenStats: ...
+def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor, ref_hidden: torch.Tensor | None = None,
+                       ref_weight: torch.Tensor | Head | None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
+                       temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
+                       softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
+                       chunk_size: int | None = None) -> TokenStats:
     """token_stats of the logits that an lm_head would give, a chunk of tokens at a time.
 
     Equivalent to
@@ -28,20 +63,24 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch
             logits, ref_logits = (softcap * torch.tanh(x.float() / softcap) for x in (logits, ref_logits))
         stats = token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
 
+    of plain weights; a Head has its own bias, softcap and scale, and ref_temperature may divide ref_logits instead,
     in two matrix products (one without a reference), with buffers for one chunk of logits as the only large memory. Backward computes the
     logits again, so that every field and token may have its own upstream gradient, and holds 40 bytes per token for it beside the inputs.
     Where there is memory for all logits, token_stats of F.linear's results does without computing them again.
 
     Args:
         hidden: [..., H], the last hidden states after the final norm; float32, bfloat16 or float16 (float64 on the reference backend).
-        weight: [V, H], the lm_head's weight, in the type of hidden. A vocabulary that is padded in one model: pass weight[:V].
+        weight: [V, H], the lm_head's weight, in the type of hidden, or a Head. A vocabulary that is padded in one model: pass weight[:V].
         tokens: integer ids [...], as for token_stats.
         ref_hidden: [..., H_ref], the reference's hidden states: they may be cached from an earlier pass, also one in inference mode, and their H and
             type may differ.
-        ref_weight: [V, H_ref]. Left out, or the same tensor as weight: both share one lm_head.
-        bias, ref_bias: [V] or None, in the type of their weight. A shared lm_head with a bias needs it as both.
+        ref_weight: [V, H_ref], or a Head. The same tensor as weight, also inside Heads: both share one weight, of which nothing is kept twice.
+            Left out: the reference has the policy's weight, and all of its Head.
+        bias, ref_bias: [V] or None, in the type of their weight. A shared lm_head with a bias needs it as both. Beside a model's Head an error.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
-        softcap: the logits become softcap·tanh(logits/softcap), before the temperature; a positive number. Of both models.
+        ref_temperature: divides the reference's logits instead, likewise. Default: temperature.
+        softcap: the logits become softcap·tanh(logits/softcap), before the temperature; a positive number. Of both models, hence an error if
+            either is a Head: make Heads of both.
         mask: bool [...], True where the token counts. Other tokens return exactly 0 and have gradient exactly 0, whatever their hidden states
             hold. The reference backend leaves them out of the products; on a GPU, where that would cost a synchronisation, they take part as zeros.
         logits_dtype: the type of the logits in a chunk. Default: that of hidden, float32 where policy and reference differ. torch.float32 keeps the
@@ -85,25 +124,27 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor, tokens: torch
 
     Source: the chunking is that of every fused linear cross-entropy; what is computed per chunk is token_stats.
     """
-    made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, mask, logits_dtype, chunk_size)
+    made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size)
     _checks.tokens(tokens, hidden.shape[:-1], hidden.device)
     fields = "logprob,entropy" if ref_hidden is None else ",".join(_rows.FIELDS)
-    values = _linear_ops.linear_statistics(*made.six, tokens.long(), *made.per_token, fields, *made.settings)
+    per_token, settings = made.rest()
+    values = _linear_ops.linear_statistics(*made.six, tokens.long(), *per_token, fields, *settings)
     return TokenStats(*values[:2], None, None, None) if ref_hidden is None else TokenStats(*values[:5])
 
 
-def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor, ref_hidden: torch.Tensor, ref_weight: torch.Tensor | None = None, *,
-                         weights: torch.Tensor | None = None, reduction: str = "none", bias: torch.Tensor | None = None,
-                         ref_bias: torch.Tensor | None = None, temperature: float | torch.Tensor = 1.0, softcap: float | None = None,
-                         mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
-                         chunk_size: int | None = None) -> torch.Tensor:
+def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor | Head, ref_hidden: torch.Tensor,
+                         ref_weight: torch.Tensor | Head | None = None, *, weights: torch.Tensor | None = None,
+                         reduction: Reduction = "none", bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
+                         temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
+                         softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
+                         chunk_size: int | None = None, normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
     """KL(P‖Q) per token, its sum or its mean, with P's logits from (hidden, weight, bias) and Q's from (ref_hidden, ref_weight, ref_bias).
 
     Equivalent to
 
         p_logits, q_logits = ...                                           # as in linear_token_stats
-        kl = kl_divergence(p_logits, q_logits, temperature=temperature, mask=mask)
-        "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / mask.sum()     # 0 if no token counts
+        kl = kl_divergence(p_logits, q_logits, temperature=temperature, mask=mask)     # ref_temperature: of q_logits
+        "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / normalizer
 
     The order of the arguments is the direction: policy first is the RLHF penalty, teacher first the distillation loss. Whichever of the two
     requires gradient learns.
@@ -117,8 +158,9 @@ def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor, ref_hidden:
     Args:
         weights: [...] float, what each token's KL counts (a sequence's advantage, beta over a length, …): "sum" and "mean" only. It may require
             gradient; of a masked token it may hold anything.
-        reduction: "none", "sum" or "mean": over the tokens that count, however they are weighted.
-        The others: as linear_token_stats, with hidden, weight, bias for the first argument of KL(·‖·).
+        reduction: "none", "sum" or "mean" (also spelt "token_mean").
+        normalizer: the divisor of the mean, as in kl_divergence. Default: how many tokens count in this call, however they are weighted.
+        The others: as linear_token_stats, with hidden, weight, bias, temperature for the first argument of KL(·‖·).
 
     Returns:
         [...] float32 (float64 for float64 inputs) for "none", else a scalar. Nats.
@@ -134,67 +176,145 @@ def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor, ref_hidden:
 
     Source: as kl_divergence.
     """
-    _checks.choice("reduction", reduction, REDUCTIONS)
-    made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, mask, logits_dtype, chunk_size,
+    made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size,
                    reference_required=True)
+    leading, device, dtype = hidden.shape[:-1], hidden.device, _rows.result_dtype(hidden)
+    _reduce.check(reduction, weights, normalizer, leading, device)
     if reduction == "none":
-        if weights is not None:
-            raise ValueError("weights: expected None with reduction='none', got a tensor; multiply the result instead, or use reduction='sum'")
-        return _linear_ops.linear_statistics(*made.six, None, *made.per_token, "kl", *made.settings)[3]
-    leading, device = hidden.shape[:-1], hidden.device
-    _checks.token_weights(weights, leading, device)
-    dtype = _rows.result_dtype(hidden)
-    weights = torch.ones(leading, dtype=dtype, device=device) if weights is None else weights.to(dtype)
-    if reduction == "mean":
-        weights = weights / (max(1, weights.numel()) if mask is None else mask.sum(dtype=dtype).clamp(min=1))
-    return weighted_kl(made, weights)[0]
+        per_token, settings = made.rest()
+        return _linear_ops.linear_statistics(*made.six, None, *per_token, "kl", *settings)[3]
+    return weighted_kl(made, _reduce.token_scales(weights, reduction, normalizer, mask, leading, dtype, device))[0]
+
+
+class _Scale(NamedTuple):
+    """The numbers between one model's raw logits and its log-softmax: softcap (0: none), logit_scale, temperature."""
+
+    softcap: float
+    factor: float
+    temperature: float | torch.Tensor
+
+    @property
+    def cap(self) -> float:
+        """The soft cap of the raw logits: s·x under a cap of c is s·(x under a cap of c/s)."""
+        return self.softcap / self.factor
+
+    def divisor(self, dtype: torch.dtype) -> float | torch.Tensor:
+        """The temperature of the raw logits."""
+        if not isinstance(self.temperature, torch.Tensor):
+            return self.temperature / self.factor
+        return self.temperature if self.factor == 1 else (self.temperature.double() / self.factor).to(dtype)
+
+    def ratio_to(self, first: _Scale, dtype: torch.dtype) -> float | torch.Tensor:
+        """The inverse of divisor over that of the first model; NaN where a tensor leads out of the range of temperatures."""
+        if self.temperature is first.temperature:
+            return self.factor / first.factor
+        over, under = (value.double() if isinstance(value, torch.Tensor) else value for value in (first.temperature, self.temperature))
+        ratio = (over * self.factor) / (under * first.factor)
+        if not isinstance(ratio, torch.Tensor):
+            return ratio
+        valid = _in_range(ratio) & _in_range(under) if isinstance(under, torch.Tensor) else _in_range(ratio)
+        return torch.where(valid, ratio, float("nan")).to(dtype)
+
+
+def _in_range(value: torch.Tensor) -> torch.Tensor:
+    return (value >= _checks.LOWEST_TEMPERATURE) & (value <= _checks.HIGHEST_TEMPERATURE)
 
 
 class Prepared(NamedTuple):
-    """Checked arguments in the order of the ops: the six tensors; mask, temperatures, temperature; softcap, backend, logits_dtype, chunk_size."""
+    """Checked arguments: the six tensors of the ops; mask; the scales of both models; backend, logits_dtype, chunk_size."""
 
     six: tuple
-    per_token: tuple
-    settings: tuple
+    mask: torch.Tensor | None
+    scales: tuple[_Scale, _Scale]
+    engine: tuple
 
     def swapped(self) -> Prepared:
         """The same with policy and reference in each other's place."""
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias = self.six
         first, second = (weight, None) if ref_weight is None else (ref_weight, weight)
-        return self._replace(six=(ref_hidden, first, ref_bias, hidden, second, bias))
+        return self._replace(six=(ref_hidden, first, ref_bias, hidden, second, bias), scales=self.scales[::-1])
+
+    def rest(self) -> tuple[tuple, tuple]:
+        """The ops' other arguments: (mask, temperatures, ratios, temperature) and (softcap, ref_softcap, ratio, *engine)."""
+        first, second = self.scales
+        dtype = _rows.result_dtype(self.six[0])
+        temperature, ratio = first.divisor(dtype), second.ratio_to(first, dtype)
+        temperatures, temperature = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
+        ratios, ratio = (ratio, 1.0) if isinstance(ratio, torch.Tensor) else (None, ratio)
+        return (self.mask, temperatures, ratios, temperature), (first.cap, second.cap, ratio, *self.engine)
 
 
 def weighted_kl(made: Prepared, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ weights·kl with gradient, kl [...] without) for weights [...] in the results' type; a masked token's weight does not matter."""
-    if made.per_token[0] is not None:
-        weights = torch.where(made.per_token[0], weights, 0.0)
+    if made.mask is not None:
+        weights = torch.where(made.mask, weights, 0.0)
     wrt = ",".join(name for name, value in zip(_linear_ops.SIX, made.six, strict=True)
                    if value is not None and value.requires_grad and torch.is_grad_enabled())
-    results = _linear_ops.linear_weighted_kl(*made.six, weights, *made.per_token, wrt, *made.settings)
+    per_token, settings = made.rest()
+    results = _linear_ops.linear_weighted_kl(*made.six, weights, *per_token, wrt, *settings)
     return results[0], results[1]
 
 
-def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, mask, logits_dtype, chunk_size, *,
+def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size, *,
             reference_required: bool = False) -> Prepared:
     """Check the arguments that all functions on hidden states share, and cast what autocast casts."""
     if reference_required:
         _checks.reference_given(ref_hidden)
-    shared = ref_weight is weight
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = (
-        _autocast(value) for value in (hidden, weight, bias, ref_hidden, None if shared else ref_weight, ref_bias))
-    _checks.head("", hidden, weight, bias)
-    _checks.second_head(hidden, weight, bias, ref_hidden, weight if shared else ref_weight, ref_bias)
-    _checks.temperature(temperature, hidden.shape[:-1], hidden.device)
-    _checks.mask(mask, hidden.shape[:-1], hidden.device)
+    inherited = ref_hidden is not None and ref_weight is None and isinstance(weight, Head)
+    heads = _head("weight", weight, "bias", bias, softcap), _head("ref_weight", weight if inherited else ref_weight, "ref_bias", ref_bias, softcap)
     _checks.softcap(softcap)
+    names = tuple(_checks.Names(f"{prefix}hidden", *((f"{prefix}weight.weight", f"{prefix}weight.bias") if isinstance(given, Head)
+                                                     else (f"{prefix}weight", f"{prefix}bias")))
+                  for prefix, given in (("", weight), ("ref_", ref_weight)))
+    shared = heads[1].weight is heads[0].weight
+    hidden, weight, bias, ref_hidden, second_weight, ref_bias = (
+        _autocast(value) for value in (hidden, *heads[0][:2], ref_hidden, None if shared else heads[1].weight, heads[1].bias))
+    _checks.head(names[0], hidden, weight, bias)
+    _checks.second_head((hidden, weight, bias), (ref_hidden, weight if shared else second_weight, ref_bias), names,
+                        own_bias=inherited or isinstance(ref_weight, Head))
+    scales = _scales(heads, temperature, ref_temperature, hidden, ref_hidden)
+    _checks.mask(mask, hidden.shape[:-1], hidden.device)
     _checks.chunk_size(chunk_size)
     default = hidden.dtype if ref_hidden is None or ref_hidden.dtype == hidden.dtype else torch.float32
     _checks.logits_dtype(logits_dtype, default)
     chosen = backend.select(*(value for value in (hidden, ref_hidden) if value is not None), read_rows=False)
-    one = not isinstance(temperature, torch.Tensor)
-    return Prepared((hidden, weight, bias, ref_hidden, ref_weight, ref_bias),
-                    (mask, None if one else temperature, float(temperature) if one else 1.0),
-                    (float(softcap or 0.0), chosen, logits_dtype or default, chunk_size))
+    return Prepared((hidden, weight, bias, ref_hidden, second_weight, ref_bias), mask, scales, (chosen, logits_dtype or default, chunk_size))
+
+
+def _head(name: str, weight: torch.Tensor | Head | None, bias_name: str, bias: torch.Tensor | None, softcap: float | None) -> Head:
+    """Return a model's Head; of a plain weight, with the arguments beside it."""
+    if not isinstance(weight, Head):
+        return Head(weight, bias, softcap)
+    for other, value in ((bias_name, bias), ("softcap", softcap)):
+        if value is not None:
+            raise ValueError(f"{other}: expected None beside a Head as {name}, got "
+                             f"{_checks.type_name(value) if other == bias_name else _checks.shown(value)}; give each model a Head with its own")
+    _checks.softcap(weight.softcap, f"{name}.softcap")
+    _checks.logit_scale(f"{name}.logit_scale", weight.logit_scale)
+    return weight
+
+
+def _scales(heads: tuple[Head, Head], temperature, ref_temperature, hidden, ref_hidden) -> tuple[_Scale, _Scale]:
+    """Check both temperatures, and that float32 holds what they and the heads' numbers make together."""
+    if ref_hidden is None and ref_temperature is not None:
+        raise ValueError(f"ref_temperature: expected None without ref_hidden, got {_checks.shown(ref_temperature)}; pass ref_hidden too")
+    for name, value in (("temperature", temperature), ("ref_temperature", temperature if ref_temperature is None else ref_temperature)):
+        _checks.temperature(value, hidden.shape[:-1], hidden.device, name)
+    first = temperature if isinstance(temperature, torch.Tensor) else float(temperature)
+    second = first if ref_temperature is None else ref_temperature if isinstance(ref_temperature, torch.Tensor) else float(ref_temperature)
+    made = []
+    for name, head, value in (("", heads[0], first), ("ref_", heads[0] if ref_hidden is None else heads[1], second)):
+        scale = _Scale(float(head.softcap or 0.0), float(head.logit_scale), value)
+        if scale.factor != 1:
+            for what, result in (("softcap / logit_scale", scale.cap if scale.softcap else 1.0),
+                                 ("temperature / logit_scale", scale.divisor(hidden.dtype))):
+                if not isinstance(result, torch.Tensor):
+                    _checks.within_float32(f"{name}weight.logit_scale", what, result)
+        made.append(scale)
+    ratio = made[1].ratio_to(made[0], hidden.dtype)
+    if not isinstance(ratio, torch.Tensor):
+        _checks.within_float32("ref_temperature", "the quotient of both models' temperature / logit_scale", ratio)
+    return made[0], made[1]
 
 
 def _autocast(value: torch.Tensor | None) -> torch.Tensor | None:

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
-from . import _checks, _dispatch, _rows, linear
+from . import _checks, _dispatch, _reduce, _rows, linear
+from ._types import BetaController, Direction, PenaltyReduction, called_as
 from .divergence import kl_divergence
+from .linear import Head
 
-DIRECTIONS = ("policy||reference", "reference||policy")
-REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+DIRECTIONS = get_args(Direction)
+
+
+class _Counts(NamedTuple):
+    """How many tokens and sequences count, and what a mean over them divides by: at least 1."""
+
+    tokens: torch.Tensor | int
+    sequences: torch.Tensor | int
+    token_divisor: torch.Tensor | int
+    sequence_divisor: torch.Tensor | int
+
+    @staticmethod
+    def of(values: torch.Tensor, mask: torch.Tensor | None) -> _Counts:
+        """Count what counts of per-token values, in their type."""
+        tokens, sequences = (count(mask, values.shape, values.dtype) for count in (_reduce.tokens, _reduce.sequences))
+        return _Counts(tokens, sequences, _reduce.at_least_one(tokens), _reduce.at_least_one(sequences))
 
 
 class _Penalty(torch.nn.Module):
-    """What both penalties share: beta, the reduction, and the last statistics."""
+    """Holds beta, the reduction and the last call's statistics of both penalties."""
 
-    def __init__(self, beta: float | object, direction: str, temperature: float, reduction: str, elsewhere: str) -> None:
+    def __init__(self, beta: float | BetaController, direction: Direction, temperature: float, reduction: PenaltyReduction,
+                 elsewhere: str) -> None:
         super().__init__()
         _checks.choice("direction", direction, DIRECTIONS)
-        _checks.choice("reduction", reduction, REDUCTIONS)
+        _checks.choice("reduction", reduction, _reduce.PENALTY_REDUCTIONS)
         if isinstance(temperature, torch.Tensor):
             raise TypeError(f"temperature: expected a positive number, got a tensor; call {elsewhere} for a temperature per token")
         _checks.temperature(temperature, torch.Size(), torch.device("cpu"))
@@ -37,37 +55,37 @@ class _Penalty(torch.nn.Module):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}; "
                             f"for a tensor or numpy scalar pass float(beta)")
-        if not (0 <= value < math.inf):
+        if not (0 <= value <= sys.float_info.max):
             remedy = "a negative beta would reward divergence" if value < 0 else "look at what computed it"
-            raise ValueError(f"beta: expected a finite number of at least 0, got {value}; {remedy}")
+            raise ValueError(f"beta: expected a finite number of at least 0, got {_checks.shown(value)}; {remedy}")
         return float(value)
 
     def extra_repr(self) -> str:
         """The arguments, for print(model)."""
         return f"beta={self.beta:g}, direction={self.direction!r}, temperature={self.temperature:g}, reduction={self.reduction!r}"
 
-    def _divisors(self, like: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(how many tokens count, what the sum over tokens is divided by), for per-token values shaped as `like`."""
-        count = like.new_full((), like.numel()) if mask is None else mask.sum(dtype=like.dtype)
-        if self.reduction == "token_mean":
-            return count, count.clamp(min=1)
-        if self.reduction == "sum":
-            return count, like.new_ones(())
-        sequences = like.new_ones(like.shape[:-1], dtype=torch.bool) if mask is None else (mask.any(-1) if mask.dim() else mask)
-        return count, sequences.sum(dtype=like.dtype).clamp(min=1)
+    def _divisor(self, counts: _Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | float:
+        """Return what the sum over tokens is divided by; the counts are at hand, for `last`."""
+        if normalizer is None and self.reduction != "sum":
+            return counts.sequence_divisor if self.reduction == "sequence_mean" else counts.token_divisor
+        return _reduce.divisor(self.reduction, normalizer, None, (), dtype)
 
-    @torch.no_grad()
-    def _remember(self, kl: torch.Tensor, count: torch.Tensor, beta: float, loss: torch.Tensor) -> None:
+    def _remember(self, kl: torch.Tensor, total: torch.Tensor, counts: _Counts, beta: float, loss: torch.Tensor) -> None:
+        """Keep the statistics of a call in `last`: no gradient, no synchronisation."""
         if _dispatch.transforming():
             return  # these tensors are worth nothing outside the transform
-        kl = kl.detach()
-        self.last = {
-            "kl": kl.sum() / count.clamp(min=1),
-            "max_kl": kl.max() if kl.numel() else kl.new_zeros(()),
-            "tokens": count,
-            "beta": kl.new_ones(()) * beta,
-            "loss": loss.detach(),
-        }
+        with torch.no_grad():  # as a decorator it breaks the graph of a compiled step in which the module is made
+            kl, total = kl.detach(), total.detach()
+            tokens, sequences = (count if isinstance(count, torch.Tensor) else kl.new_full((), count) for count in counts[:2])
+            self.last = {
+                "kl": total / counts.token_divisor,
+                "max_kl": kl.max() if kl.numel() else kl.new_zeros(()),
+                "kl_per_sequence": total / counts.sequence_divisor,
+                "tokens": tokens,
+                "sequences": sequences,
+                "beta": kl.new_ones(()) * beta,  # new_full would compile a graph for each beta
+                "loss": loss.detach(),
+            }
 
 
 class KLPenalty(_Penalty):
@@ -82,36 +100,47 @@ class KLPenalty(_Penalty):
         beta: the penalty's weight: a number ≥ 0, or a controller: an object with an attribute `beta`, read at every call.
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or "reference||policy".
         temperature: divides both logits; a positive number.
-        reduction: "token_mean": mean over the tokens that count; "sequence_mean": mean over sequences of the sum over each sequence's tokens
-            (the last dimension), as in a reward per sequence, sequences without a token that counts left out; "sum".
+        reduction: "token_mean" (also spelt "mean"): mean over the tokens that count; "sequence_mean": mean over sequences of the sum over each
+            sequence's tokens (the last dimension), as in a reward per sequence, sequences without a token that counts left out; "sum".
 
-    forward(policy_logits, ref_logits, mask=None) takes [..., V] logits and a bool mask [...], and returns a float32 scalar with gradient to
-    whichever logits require it. With no token that counts it returns 0.
+    forward(policy_logits, ref_logits, mask=None, *, normalizer=None) takes [..., V] logits and a bool mask [...], and returns a float32 scalar with
+    gradient to whichever logits require it. With no token that counts it returns 0.
+
+    normalizer, for both means, takes the place of the number of tokens (sequences) in this call, so that micro-batches and processes of different
+    lengths weigh each token the same: how many count in all micro-batches of a step; under DDP and FSDP, which average gradients, that number of
+    all processes / world_size. A number above 0, or a tensor of one number, where 0 makes the loss 0.
 
     `last` holds the last call's statistics as detached tensors on the logits' device, nothing synchronised: "kl" (mean KL per token that
-    counts, nats), "max_kl", "tokens" (how many counted), "beta", "loss". Empty before the first call; a call inside a transform
-    of torch.func leaves them as they were.
+    counts, nats), "max_kl", "kl_per_sequence" (mean, over the sequences with a token that counts, of the sum of KL over each one's tokens),
+    "tokens" and "sequences" (how many counted), "beta", "loss"; all but "loss" whatever the normalizer. Empty before the first call; a call
+    inside a transform of torch.func leaves them as they were.
 
     Raises ValueError or TypeError for wrong arguments, as kl_divergence does.
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2, with the KL taken exactly instead of sampled.
     """
 
-    def __init__(self, beta: float | object, *, direction: str = "policy||reference", temperature: float = 1.0,
-                 reduction: str = "token_mean") -> None:
+    def __init__(self, beta: float | BetaController, *, direction: Direction = "policy||reference", temperature: float = 1.0,
+                 reduction: PenaltyReduction = "token_mean") -> None:
         super().__init__(beta, direction, temperature, reduction, "kl_divergence")
 
-    def forward(self, policy_logits: torch.Tensor, ref_logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The penalty of a batch; see the class."""
+    def forward(self, policy_logits: torch.Tensor, ref_logits: torch.Tensor, mask: torch.Tensor | None = None, *,
+                normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Return the penalty of a batch; see the class."""
         _checks.logits("policy_logits", policy_logits)
         _checks.logits("ref_logits", ref_logits)
         _checks.same_shape("ref_logits", ref_logits, "policy_logits", policy_logits)
         first, second = (policy_logits, ref_logits) if self.direction == DIRECTIONS[0] else (ref_logits, policy_logits)
-        kl = kl_divergence(first, second, temperature=self.temperature, mask=mask)
-        beta = self.beta
-        count, divisor = self._divisors(kl, mask)
-        loss = beta * kl.sum() / divisor
-        self._remember(kl, count, beta, loss)
+        _checks.normalizer(normalizer, self.reduction, policy_logits.device)
+        kl = kl_divergence(first, second, mask, temperature=self.temperature)
+        beta, counts, total = self.beta, _Counts.of(kl, mask), kl.sum()
+        loss = beta * total / self._divisor(counts, normalizer, kl.dtype)
+        self._remember(kl, total, counts, beta, loss)
         return loss
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> None: ...
 
 
 class LinearKLPenalty(_Penalty):
@@ -127,42 +156,60 @@ class LinearKLPenalty(_Penalty):
 
     Args:
         beta, direction, temperature, reduction: as KLPenalty.
+        ref_temperature: divides the reference's logits instead; a positive number. Default: temperature.
         softcap, logits_dtype, chunk_size: as linear_kl_divergence.
 
-    forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None) takes hidden states [..., H], weights [V, H] and a
-    bool mask [...], and returns a float32 scalar with gradient to whatever of them requires it; pass ref_weight=weight.detach() where a trained
-    lm_head is shared and only the policy is to learn through it. The policy comes first in either direction. With no token that counts it returns 0.
+    forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None, normalizer=None) takes hidden states [..., H],
+    weights [V, H] (or a Head for either) and a bool mask [...], and returns a float32 scalar with gradient to whatever of them requires it; pass
+    ref_weight=weight.detach() where a trained lm_head is shared and only the policy is to learn through it. The policy comes first in either
+    direction. With no token that counts it returns 0.
 
-    `last` as KLPenalty.
+    normalizer, `last`: as KLPenalty.
 
     Raises ValueError or TypeError for wrong arguments, as linear_kl_divergence does.
     Source: as KLPenalty.
     """
 
-    def __init__(self, beta: float | object, *, direction: str = "policy||reference", temperature: float = 1.0, reduction: str = "token_mean",
-                 softcap: float | None = None, logits_dtype: torch.dtype | None = None, chunk_size: int | None = None) -> None:
+    def __init__(self, beta: float | BetaController, *, direction: Direction = "policy||reference", temperature: float = 1.0,
+                 reduction: PenaltyReduction = "token_mean", softcap: float | None = None,
+                 logits_dtype: torch.dtype | None = None, chunk_size: int | None = None, ref_temperature: float | None = None) -> None:
         super().__init__(beta, direction, temperature, reduction, "linear_kl_divergence")
+        if isinstance(ref_temperature, torch.Tensor):
+            raise TypeError("ref_temperature: expected a positive number, got a tensor; call linear_kl_divergence for a temperature per token")
+        if ref_temperature is not None:
+            _checks.temperature(ref_temperature, torch.Size(), torch.device("cpu"), "ref_temperature")
         _checks.softcap(softcap)
         _checks.chunk_size(chunk_size)
+        _checks.float_type("logits_dtype", logits_dtype)
+        self.ref_temperature = ref_temperature
         self.softcap = softcap
         self.logits_dtype = logits_dtype
         self.chunk_size = chunk_size
 
     def extra_repr(self) -> str:
         """The arguments, for print(model)."""
-        options = {"softcap": self.softcap, "logits_dtype": self.logits_dtype, "chunk_size": self.chunk_size}
+        options = {"softcap": self.softcap, "logits_dtype": self.logits_dtype, "chunk_size": self.chunk_size,
+                   "ref_temperature": self.ref_temperature}
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in options.items() if value is not None)])
 
-    def forward(self, hidden: torch.Tensor, weight: torch.Tensor, ref_hidden: torch.Tensor, ref_weight: torch.Tensor | None = None,
-                mask: torch.Tensor | None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The penalty of a batch; see the class."""
-        made = linear.prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, self.temperature, self.softcap, mask, self.logits_dtype,
-                              self.chunk_size, reference_required=True)
+    def forward(self, hidden: torch.Tensor, weight: torch.Tensor | Head, ref_hidden: torch.Tensor,
+                ref_weight: torch.Tensor | Head | None = None, mask: torch.Tensor | None = None, *,
+                bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
+                normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Return the penalty of a batch; see the class."""
+        made = linear.prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, self.temperature,
+                              self.ref_temperature, self.softcap, mask, self.logits_dtype, self.chunk_size, reference_required=True)
         if self.direction == DIRECTIONS[1]:
             made = made.swapped()
-        beta = self.beta
+        _checks.normalizer(normalizer, self.reduction, hidden.device)
         like = hidden.new_empty(hidden.shape[:-1], dtype=_rows.result_dtype(hidden))
-        count, divisor = self._divisors(like, mask)
-        loss, kl = linear.weighted_kl(made, (beta / divisor).expand(hidden.shape[:-1]))
-        self._remember(kl, count, beta, loss)
+        beta, counts = self.beta, _Counts.of(like, mask)
+        scale = like.new_ones(()) * beta / self._divisor(counts, normalizer, like.dtype)
+        loss, kl = linear.weighted_kl(made, scale.expand(like.shape))
+        self._remember(kl, kl.sum(), counts, beta, loss)
         return loss
+
+    if TYPE_CHECKING:
+
+        @called_as(forward)
+        def __call__(self) -> None: ...

@@ -6,7 +6,8 @@ The textbook form Σ p·(log p - log q) is the difference of two large sums wher
 Conventions for infinities: an entry with p = 0 adds nothing to an expectation under P, one with p > 0 = q makes KL(P‖Q) infinite; a NaN
 poisons its own row and no other.
 
-On CPU tensors this is also what users run (fastkl.use_backend tells): `row_statistics` and `row_gradients` take a few rows at a time from above.
+On CPU tensors this is also what users run (fastkl.use_backend tells): `row_statistics` and `row_gradients` take a few rows at a time from above,
+and rows that float32 does not hold once more in float64.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from typing import NamedTuple
 import torch
 
 SAVED = 10
+# The column of `saved` that is 1 where float32 does not hold a row, else 0.
+FAR = 6
 _SMALL_D = 0.25
+# float32 holds rows whose KLs stay below the first, in nats, and whose |log q - log p| stay below the second: an
+# entry masked by a finite number on one side alone is beyond it.
+FAR_KL = 8.0
+FAR_D = 1e4
 
 
 class RowStatistics(NamedTuple):
     """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 10].
 
-    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, centre, log_ratio, E_p[d], E_q[d], entropy, 0 in a place of the
-    kernels'. With each logit counted from its row's largest, the centre is at the mean of y - x under P; log_ratio completes
-    lse(y) - lse(x) = centre + log_ratio.
+    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, log1p(t), entropy, whether the row is far
+    (FAR), and zeros in places of the kernels'. log1p(t) completes the difference of the two partition functions.
     """
 
     logprob: torch.Tensor | None
@@ -87,10 +93,20 @@ def _subtract(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return difference, torch.where(difference.isfinite(), lost, 0.0)
 
 
-def _centred(x, y, difference, lost, centre, centre_lost, scale) -> torch.Tensor:
-    """(y - x - centre)·scale: the large parts cancel before anything is rounded. An entry that is -inf in both gives 0: it takes part in nothing."""
-    d = ((difference - centre) + (lost - centre_lost)) * scale
+def _log_ratio(x, y, x_max, y_max, ratio, scale) -> torch.Tensor:
+    """log q - log p = (y - x)·scale - (lse(y) - lse(x)), with lse(y) - lse(x) = (y_max - x_max)·scale + ratio.
+
+    The large parts cancel before anything is rounded. An entry that is -inf in both gives 0: it takes part in nothing.
+    """
+    (difference, lost), (tops, tops_lost) = _subtract(y, x), _subtract(y_max, x_max)
+    d = ((difference - tops) + (lost - tops_lost)) * scale - ratio
     return torch.where((x == -math.inf) & (y == -math.inf), 0.0, d)
+
+
+def _about_mean(weight: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """d - E[d] under the probabilities `weight`, counted from d at the peak: on a peaked row it is far smaller than d."""
+    d = d - d.gather(-1, weight.argmax(-1, keepdim=True))
+    return d - torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True)
 
 
 def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None, tokens: torch.Tensor | None = None,
@@ -110,21 +126,20 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
     zero = torch.zeros_like(x_max)
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
-    row_entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
+    # 0 - …: the entropy of a one-hot row is 0, not -0.
+    row_entropy = 0.0 - torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
     logprob = _gather(log_p, tokens) if tokens is not None else None
     if q_logits is None:
-        saved = torch.cat([x_max, x_log_sum, *[zero] * 6, row_entropy, zero], -1)
+        saved = torch.cat([x_max, x_log_sum, *[zero] * 3, row_entropy, *[zero] * 4], -1)
         return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, None, None, None, saved)
 
     y = q_logits.to(dtype)
     y_max, y_log_sum = _log_partition(y, scale)
-    ratio = y_log_sum - x_log_sum
-    difference, lost = _subtract(y, x)
-    tops, tops_lost = _subtract(y_max, x_max)
-    d = _centred(x, y, difference, lost, tops, tops_lost, scale) - ratio
+    d = _log_ratio(x, y, x_max, y_max, y_log_sum - x_log_sum, scale)
     q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
     # Beyond |d| = 1/4 the sums use q itself: p·e^d would overflow or vanish where p does.
-    small = d.abs() < _SMALL_D
+    size = d.abs()
+    small = size < _SMALL_D
     pd = torch.where(p == 0, 0.0, p * d)
     h = torch.where(small, p * expm1_minus(d), (q - p) - pd)
     rise = torch.where(small, pd + h, q - p)
@@ -134,12 +149,8 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
     if reverse:
         backward_terms = torch.where(small, d * rise - h, torch.where(q == 0, 0.0, q * d) - (q - p))
         ref_kl = (backward_terms.sum(-1, keepdim=True) / (1.0 + t) - minus_log1p(-t / (1.0 + t))).clamp(min=0.0)
-    # The gradient's brackets are differences of d from its means: a centre at the mean under P keeps their digits on peaked rows.
-    centre = torch.where(kl.isfinite(), ratio + pd.sum(-1, keepdim=True), ratio)
-    log_ratio = torch.log1p(t) - (centre - ratio)
-    d = _centred(x, y, difference, lost, tops, tops_lost, scale) - centre
-    means = [torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True) for weight in (p, q)]
-    saved = torch.cat([x_max, x_log_sum, y_max, y_log_sum, centre, log_ratio, *means, row_entropy, torch.zeros_like(row_entropy)], -1)
+    near = (kl < FAR_KL) & (ref_kl < FAR_KL) & (size.amax(-1, keepdim=True) < FAR_D)
+    saved = torch.cat([x_max, x_log_sum, y_max, y_log_sum, torch.log1p(t), row_entropy, (~near).to(dtype), *[zero] * 3], -1)
     ref_logprob = _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
     return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, _column(ref_logprob), _column(kl),
                          _column(ref_kl) if reverse else None, saved)
@@ -154,7 +165,7 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
                   wrt_q: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of Σ_n Σ_field upstream[field][n] · field[n] with respect to p_logits and q_logits, [N, V] each in float32 or float64.
 
-    With s = 1/T, d = log q - log p up to a constant of the row, and g the upstream gradients (a field without one counts as 0):
+    With s = 1/T, d = log q - log p, and g the upstream gradients (a field without one counts as 0):
         dP = s·(g_logprob·onehot + p·(-g_logprob - g_entropy·(log p + entropy) - g_kl·(d - E_p[d])) - g_ref_kl·(q - p))
         dQ = s·(g_ref_logprob·onehot + q·(-g_ref_logprob + g_ref_kl·(d - E_q[d])) + g_kl·(q - p))
     An entry with probability 0 has gradient exactly 0.
@@ -162,26 +173,25 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
     dtype = saved.dtype
     x = p_logits.to(dtype)
     scale = 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.to(dtype))[:, None]
-    x_max, x_log_sum, y_max, y_log_sum, centre, log_ratio, mean_p_d, mean_q_d, entropy, _ = saved[:, :, None].unbind(1)
+    x_max, x_log_sum, y_max, y_log_sum, log1p_t = saved[:, :5, None].unbind(1)
     g = {name: value.to(dtype)[:, None] for name, value in upstream.items()}
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
     with_q = q_logits is not None and bool({"kl", "ref_kl", "ref_logprob"} & set(g))
     if with_q:
         y = q_logits.to(dtype)
-        d = _centred(x, y, *_subtract(y, x), *_subtract(y_max, x_max), scale) - centre
-        log_q_over_p = d - log_ratio
+        d = _log_ratio(x, y, x_max, y_max, y_log_sum - x_log_sum, scale) - log1p_t
         q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
-        rise = torch.where(log_q_over_p.abs() < _SMALL_D, p * torch.expm1(log_q_over_p), q - p)
+        rise = torch.where(d.abs() < _SMALL_D, p * torch.expm1(d), q - p)
     grad_p = grad_q = None
     if wrt_p:
         bracket = torch.zeros_like(p)
         if "logprob" in g:
             bracket -= g["logprob"]
         if "entropy" in g:
-            bracket -= g["entropy"] * (log_p + entropy)
+            bracket -= g["entropy"] * _about_mean(p, log_p)
         if "kl" in g:
-            bracket -= g["kl"] * (d - mean_p_d)
+            bracket -= g["kl"] * _about_mean(p, d)
         grad_p = torch.where(p == 0, 0.0, p * bracket)
         if "ref_kl" in g:
             grad_p -= g["ref_kl"] * rise
@@ -194,6 +204,6 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
             grad_q -= g["ref_logprob"] * q
             grad_q.scatter_add_(-1, tokens[:, None], g["ref_logprob"])
         if "ref_kl" in g:
-            grad_q += g["ref_kl"] * torch.where(q == 0, 0.0, q * (d - mean_q_d))
+            grad_q += g["ref_kl"] * torch.where(q == 0, 0.0, q * _about_mean(q, d))
         grad_q *= scale
     return grad_p, grad_q

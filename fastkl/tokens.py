@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 
 from . import _checks, backend
 from ._ops import row_statistics
+from ._selected import selected_logprobs
 
 
 class TokenStats(NamedTuple):
@@ -24,6 +25,25 @@ class TokenStats(NamedTuple):
     ref_kl: torch.Tensor | None
 
 
+if TYPE_CHECKING:
+
+    class PairedTokenStats(TokenStats):
+        """TokenStats with a reference, as a type checker sees it: no field is None."""
+
+        @property
+        def ref_logprob(self) -> torch.Tensor: ...
+        @property
+        def kl(self) -> torch.Tensor: ...
+        @property
+        def ref_kl(self) -> torch.Tensor: ...
+
+
+@overload
+def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: None = None, *, temperature: float | torch.Tensor = 1.0,
+                mask: torch.Tensor | None = None) -> TokenStats: ...
+@overload
+def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
+                mask: torch.Tensor | None = None) -> PairedTokenStats: ...
 def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Tensor | None = None, *,
                 temperature: float | torch.Tensor = 1.0, mask: torch.Tensor | None = None) -> TokenStats:
     """All that a policy-gradient step needs of each token, from one read of each logits tensor.
@@ -74,18 +94,30 @@ def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Te
 
 
 def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """log_softmax(logits)[..., index] without the log-softmax tensor: a drop-in for the function of that name in trainers.
+    """log_softmax(logits) at an index without the log-softmax tensor: a drop-in for the function of that name in trainers.
 
-    Equivalent to logits.float().log_softmax(-1).gather(-1, index[..., None])[..., 0].
+    Equivalent to logits.float().log_softmax(-1).gather(-1, index), or, for one id per row, .gather(-1, index[..., None])[..., 0].
+
+    Trainers' own functions return the logits' type. This one returns float32 for 16-bit logits too: a bfloat16 log-probability near -5 is a
+    multiple of 1/32, and a ratio, a KL estimate or an advantage made of two such says little. Convert with .to(logits.dtype) where that is wanted.
 
     Args:
-        logits: [..., V], as in token_stats. index: integer ids [...]; one outside 0 … V-1
+        logits: [..., V], as in token_stats.
+        index: integer ids [...], or [..., K] for K of each row, which takes one read of the logits whatever K is. An id outside 0 … V-1
             (-100 included) is an error on the reference backend and gives NaN on a GPU.
     Returns:
-        [...] float32 (float64 for float64 logits), nats. Gradient to logits.
+        float32 (float64 for float64 logits) in the shape of index, nats. Gradient to logits; ids that occur twice in a row add up there.
     Raises:
         As token_stats.
     """
     _checks.logits("logits", logits)
-    _checks.tokens(index, logits.shape[:-1], logits.device, "index")
-    return row_statistics(logits, None, index.long(), None, None, 1.0, "logprob", backend.select(logits))[0]
+    leading = logits.shape[:-1]
+    several = isinstance(index, torch.Tensor) and index.dim() == logits.dim()
+    _checks.tokens(index, torch.Size((*leading, index.shape[-1])) if several else leading, logits.device, "index")
+    chosen, ids = backend.select(logits), index.long()
+    if not several:
+        return row_statistics(logits, None, ids, None, None, 1.0, "logprob", chosen)[0]
+    if chosen == "reference":
+        return selected_logprobs(logits, ids, chosen)[0]
+    within = ids.clamp(0, logits.shape[-1] - 1)
+    return torch.where(ids == within, selected_logprobs(logits, within, chosen)[0], float("nan"))

@@ -10,7 +10,7 @@ from typing import Any
 import triton
 
 from . import config
-from .launch import FINISH_ROWS, FINISH_THREADS, OPTIONS, finish_options
+from .launch import FINISH_BLOCK, FINISH_ROWS, FINISH_THREADS, OPTIONS, finish_options
 from .row_backward import row_backward
 from .row_finish import row_finish
 from .row_forward import row_forward
@@ -70,7 +70,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     warp = 64 if arch.startswith("gfx") else 32
     forward = config.select("forward", arch, itemsize, VOCABULARY)
     backward = config.select("backward", arch, itemsize, VOCABULARY)
-    plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0)
+    plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0, REF_SOFTCAP=0.0, HAS_RATIO=False)
     placing = dict(LANES=lanes, REALIGN=not aligned, Q_IN_BLOCKS=True)
     shape = dict(SEGMENT=forward.segment, THREADS=forward.threads, GROUPS=forward.groups, **placing)
     specializations = []
@@ -80,7 +80,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         specializations.append(_specialization(f"{name}.forward", row_forward, {**shape, **plain, **fields}, dtype, forward.threads // warp,
                                                forward.groups * lanes, forward.options(arch)))
         if aligned and name != "token_stats_policy_only":
-            with_cap = {**shape, **plain, **fields, "SOFTCAP": 30.0}
+            with_cap = {**shape, **plain, **fields, "SOFTCAP": 30.0, "REF_SOFTCAP": 30.0}
             specializations.append(_specialization(f"{name}.forward_softcap", row_forward, with_cap, dtype, forward.threads // warp,
                                                    forward.groups * lanes, forward.options(arch, capped=True)))
         if not aligned and kl:
@@ -88,9 +88,9 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
             specializations.append(_specialization(f"{name}.forward_q_elsewhere", row_forward, elsewhere, dtype, forward.threads // warp,
                                                    forward.groups * lanes, forward.options(arch)))
         splits = triton.next_power_of_2(math.ceil(VOCABULARY / forward.segment))
-        finish = dict(SEGMENT=forward.segment, SPLITS=splits, ROWS=FINISH_ROWS, THREADS=FINISH_THREADS,
-                      READ_AGAIN=True, HAS_TOKENS=name != "kl_divergence", **placing, **plain, **fields)
-        specializations.append(_specialization(f"{name}.finish", row_finish, finish, dtype, FINISH_THREADS // warp, lanes,
+        finish = dict(SEGMENT=forward.segment, SPLITS=splits, ROWS=FINISH_ROWS, BLOCK=FINISH_BLOCK, READ_AGAIN=True,
+                      HAS_TOKENS=name != "kl_divergence", **plain, **fields)
+        specializations.append(_specialization(f"{name}.finish", row_finish, finish, dtype, FINISH_THREADS // warp, FINISH_BLOCK // FINISH_THREADS,
                                                finish_options(arch, warp)))
     for name, fields, wrt_p, wrt_q in (
         ("kl_divergence.backward_p", ("KL",), True, False), ("kl_divergence.backward_q", ("KL",), False, True),
@@ -107,6 +107,6 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         if dtype == "fp32":  # of logits that are float32 sums of 16-bit products
             specializations.append(_specialization(f"{name}_to_16_bit", row_backward, constexprs, dtype, backward.threads // warp,
                                                    backward.groups * lanes, backward.options(arch), "bf16"))
-        specializations.append(_specialization(f"{name}_softcap", row_backward, {**constexprs, "SOFTCAP": 30.0}, dtype,
+        specializations.append(_specialization(f"{name}_softcap", row_backward, {**constexprs, "SOFTCAP": 30.0, "REF_SOFTCAP": 30.0}, dtype,
                                                backward.threads // warp, backward.groups * lanes, backward.options(arch, capped=True)))
     return specializations

@@ -24,6 +24,7 @@ FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 # of such rows is spread over a GPU, enough that the programs of 8192 rows are all there at once.
 FINISH_ROWS = 16
 FINISH_THREADS = 128
+FINISH_BLOCK = 512
 FINISH_REGISTERS = 168
 # False leaves the rows that one pass does not hold unfinished, with a NaN as their first saved value: how a test sees which these are.
 READ_AGAIN = True
@@ -57,7 +58,10 @@ class Rows:
 
 
 class Problem(NamedTuple):
-    """N = outer · inner rows of length V; what is None does not take part. Vectors are [N] and contiguous. softcap: 0 for none."""
+    """N = outer · inner rows of length V; what is None does not take part. Vectors are [N] and contiguous.
+
+    softcap, ref_softcap: of P and of Q, 0 for none. ratios: inverse temperatures of Q over those of P, None for 1.
+    """
 
     p: Rows
     q: Rows | None
@@ -69,6 +73,8 @@ class Problem(NamedTuple):
     temperature: float
     temperatures: torch.Tensor | None
     softcap: float = 0.0
+    ref_softcap: float = 0.0
+    ratios: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -92,10 +98,10 @@ def architecture(device: torch.device) -> tuple[str, int]:
     return f"sm_{major}{minor}", 32
 
 
-def _options(chosen: config.RowConfig, device: torch.device, softcap: float) -> dict[str, object]:
+def _options(chosen: config.RowConfig, device: torch.device, capped: bool) -> dict[str, object]:
     """The compiler options that come with a configuration."""
     arch, warp = architecture(device)
-    return {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch, softcap > 0.0), **OPTIONS}
+    return {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch, capped), **OPTIONS}
 
 
 def finish_options(arch: str, warp: int) -> dict[str, object]:
@@ -138,18 +144,26 @@ class Case(NamedTuple):
     realign: bool
     q_in_blocks: bool
     softcap: float
+    ref_softcap: float
+    has_ratio: bool
 
     @property
     def constants(self) -> dict[str, object]:
         """The compile-time values that every kernel takes."""
         return dict(LANES=16 // self.types[0].itemsize, HAS_MASK=self.has_mask, TEMPERATURE_PER_ROW=self.types[3] is not None,
-                    Q_IN_BLOCKS=self.q_in_blocks, SOFTCAP=self.softcap)
+                    Q_IN_BLOCKS=self.q_in_blocks, SOFTCAP=self.softcap, REF_SOFTCAP=self.ref_softcap, HAS_RATIO=self.has_ratio)
+
+    @property
+    def capped(self) -> bool:
+        """Whether a soft cap's temporaries need registers."""
+        return self.softcap > 0.0 or self.ref_softcap > 0.0
 
 
 def _case(problem: Problem) -> Case:
     tensors = (problem.p.tensor, None if problem.q is None else problem.q.tensor, problem.tokens, problem.temperatures)
     return Case(tensors[0].device, tuple([None if value is None else value.dtype for value in tensors]),
-                problem.mask is not None, not problem.p.aligned(problem.inner, problem.outer), problem.q_in_blocks, float(problem.softcap))
+                problem.mask is not None, not problem.p.aligned(problem.inner, problem.outer), problem.q_in_blocks,
+                float(problem.softcap), float(problem.ref_softcap), problem.ratios is not None)
 
 
 @functools.cache
@@ -158,10 +172,10 @@ def forward_variants(case: Case, chosen: config.RowConfig, most_splits: int, wit
     """row_forward and row_finish."""
     shared = dict(**case.constants, REALIGN=case.realign, SEGMENT=chosen.segment, WITH_ENTROPY=with_entropy, WITH_KL=case.types[1] is not None,
                   WITH_REVERSE=with_reverse)
-    finish = dict(ROWS=FINISH_ROWS, THREADS=FINISH_THREADS, SPLITS=most_splits, HAS_TOKENS=case.types[2] is not None,
+    finish = dict(ROWS=FINISH_ROWS, BLOCK=FINISH_BLOCK, SPLITS=most_splits, HAS_TOKENS=case.types[2] is not None,
                   READ_AGAIN=read_again)
     return (Variant(row_forward, _in_order(row_forward, **shared, THREADS=chosen.threads, GROUPS=chosen.groups),
-                    _options(chosen, case.device, case.softcap)),
+                    _options(chosen, case.device, case.capped)),
             Variant(row_finish, _in_order(row_finish, **shared, **finish), finish_options(*architecture(case.device))))
 
 
@@ -172,7 +186,7 @@ def backward_variant(case: Case, chosen: config.RowConfig, fields: tuple[str, ..
     constants = dict(**case.constants, CHUNK=chosen.segment, THREADS=chosen.threads, GROUPS=chosen.groups, WRT_P=grad_types[0] is not None,
                      WRT_Q=grad_types[1] is not None, GRAD_IN_BLOCKS=grad_in_blocks,
                      **{name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS})
-    return Variant(row_backward, _in_order(row_backward, **constants), _options(chosen, case.device, case.softcap))
+    return Variant(row_backward, _in_order(row_backward, **constants), _options(chosen, case.device, case.capped))
 
 
 def _in_order(kernel: object, **constants: object) -> dict[str, object]:
@@ -187,11 +201,11 @@ def _places(problem: Problem) -> dict[str, object]:
                 stride_q_inner=q.stride_inner)
 
 
-def _tensors(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """p, q, tokens, mask and temperatures; p itself, as a pointer that nothing reads, for what does not take part."""
+def _tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
+    """p, q, tokens, mask, temperatures and ratios; p itself, as a pointer that nothing reads, for what does not take part."""
     p = problem.p.tensor
     return (p, p if problem.q is None else problem.q.tensor, *(p if value is None else value
-                                                             for value in (problem.tokens, problem.mask, problem.temperatures)))
+                                                             for value in (problem.tokens, problem.mask, problem.temperatures, problem.ratios)))
 
 
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
@@ -199,7 +213,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
 
     With q there is always kl; with tokens logprob, and ref_logprob beside q.
     """
-    p, q, tokens, mask, temperatures = _tensors(problem)
+    p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     case = _case(problem)
     chosen = config.select("forward", architecture(p.device)[0], p.element_size(), problem.vocabulary)
     splits = max(1, math.ceil(problem.vocabulary / chosen.segment))
@@ -210,11 +224,12 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
     with _on(p.device):
         forward_variant.start(
             problem.rows * splits,
-            dict(p_ptr=p, q_ptr=q, state_ptr=state, mask_ptr=mask, temperature_ptr=temperatures, temperature=temperature, **places,
+            dict(p_ptr=p, q_ptr=q, state_ptr=state, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios, temperature=temperature,
+                 **places,
                  V=problem.vocabulary, splits=splits))
         finish_variant.start(
             -(-problem.rows // finish_variant.constants["ROWS"]),
-            dict(state_ptr=state, p_ptr=p, q_ptr=q, tokens_ptr=tokens, mask_ptr=mask, temperature_ptr=temperatures, saved_ptr=saved,
+            dict(state_ptr=state, p_ptr=p, q_ptr=q, tokens_ptr=tokens, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios, saved_ptr=saved,
                  logprob_ptr=outputs.get("logprob", saved), entropy_ptr=outputs.get("entropy", saved),
                  ref_logprob_ptr=outputs.get("ref_logprob", saved), kl_ptr=outputs.get("kl", saved), ref_kl_ptr=outputs.get("ref_kl", saved),
                  temperature=temperature, n_rows=problem.rows, **places, V=problem.vocabulary))
@@ -223,7 +238,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
              grad_q: torch.Tensor | None) -> None:
     """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per field. They may be the logits themselves."""
-    p, q, tokens, mask, temperatures = _tensors(problem)
+    p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     fields = tuple([name for name in FIELDS if name in upstream])
     stacked = (torch.stack([upstream[name].to(torch.float32) for name in fields]) if len(fields) > 1
                else upstream[fields[0]].to(torch.float32).contiguous())
@@ -238,5 +253,6 @@ def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Te
         variant.start(
             problem.rows * chunks,
             dict(p_ptr=p, q_ptr=q, grad_p_ptr=p if grad_p is None else grad_p, grad_q_ptr=p if grad_q is None else grad_q, tokens_ptr=tokens,
-                 saved_ptr=saved, upstream_ptr=stacked, mask_ptr=mask, temperature_ptr=temperatures, temperature=float(problem.temperature),
+                 saved_ptr=saved, upstream_ptr=stacked, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios,
+                 temperature=float(problem.temperature),
                  n_rows=problem.rows, **_places(problem), stride_grad=stride_grad, V=problem.vocabulary, chunks=chunks))

@@ -1,14 +1,31 @@
-"""Finish: the statistics of rows from their partial states. Rows that one pass could not hold are read again here (row_exact.py)."""
+"""Finish: the statistics of rows from their partial states. Rows that one pass could not hold are read again here (row_fallback.py)."""
 
 import triton
 import triton.language as tl
 
-from .row_exact import exact_row
-from .row_load import lane_order, row_offset, row_pad, row_scale, row_shift
-from .row_math import FINITE, LN2, LOG2E, LOWEST, STATE, forward_kl, log1p, merge_states, reverse_kl, soft_cap, split_sum
+from .row_fallback import fallback_kl, fallback_row, log_probability_p, log_probability_q, store_row
+from .row_load import row_offset, row_ratio, row_scale, row_shift
+from .row_math import (
+    FINITE,
+    LARGEST_LSE,
+    LN2,
+    LOG2E,
+    LOWEST,
+    STATE,
+    forward_kl,
+    log1p,
+    merge_states,
+    reverse_kl,
+    scale_reference,
+    soft_cap,
+    split_sum,
+)
 
-# Above this KL, in nats, one pass may lose digits of the other direction; real policies stay far below.
-LARGE_KL = tl.constexpr(32.0)
+# Above this KL, in nats, the product e^x·e^d loses digits where |d| is large; real policies stay far below.
+LARGE_KL = tl.constexpr(8.0)
+# Of the mean of d, in nats: two float32 values hold a larger one, and what gradients of a peaked row are made of, to
+# fewer digits than 1e-13 takes. And of the mean difference of 16-bit logits, where each entry's is rounded.
+LARGEST_DIFFERENCE = tl.constexpr(64.0)
 # float32 values per row that backward needs.
 SAVED = tl.constexpr(10)
 
@@ -21,20 +38,26 @@ def load_state(state_ptr, rows, there, splits, SPLITS: tl.constexpr, FIELD: tl.c
 
 
 @triton.jit
-def q_partition(origin, log2_S, centre, log_ratio):
-    """log2 Σ 2^(y·s·log2(e)) from P's and the centre, as a rounded sum and what was lost."""
+def q_partition(origin, log2_S, centre, log_ratio, mean_q_d, scale):
+    """log2 Σ 2^((y - shift)·scale2) from P's and the centre, scale2 = s·log2(e) rounded: a rounded sum and what it lost.
+
+    The sums count differences in units of s, kernels evaluate 2^(y·scale2): over a large E_q[y - x - shift] the rounding
+    of scale2 would show.
+    """
     centre2 = centre * LOG2E
     lse, lost = split_sum(origin, centre2)
     lse, more = split_sum(lse, log2_S)
-    return split_sum(lse, lost + more + tl.fma(centre, LOG2E, -centre2) + log_ratio * LOG2E)
+    rounding = tl.div_rn(tl.fma(scale, LOG2E, -(scale * LOG2E)), scale)
+    return split_sum(lse, lost + more + tl.fma(centre, LOG2E, -centre2) + log_ratio * LOG2E - (centre + mean_q_d) * rounding)
 
 
 @triton.jit
 def merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr,
-                WITH_REVERSE: tl.constexpr):
-    """The statistics of rows [ROWS] from their partial states, as exact_row returns them, and whether they hold.
+                WITH_REVERSE: tl.constexpr, EXACT: tl.constexpr):
+    """The statistics of rows [ROWS] from their partial states, and whether they hold.
 
-    Their centres count from shift·scale (row_forward), those returned from 0, rounded and what that lost.
+    Returns origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, log1p(t), E_p[d], E_q[d], entropy, KL
+    and KL(Q‖P). The states' centres count from shift·scale (row_forward), and so do the returned lse_q and centre.
     """
     origin = load_state(state_ptr, rows, there, splits, SPLITS, 0, LOWEST)
     S = load_state(state_ptr, rows, there, splits, SPLITS, 1, 0.0)
@@ -57,9 +80,10 @@ def merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS: tl.constex
     entropy = (log2_S - tl.div_rn(A, S)) * LN2
     kl = entropy * 0.0
     ref_kl = kl
-    lost_centre = kl
+    log1p_t = kl
     mean_d = kl
     mean_q_d = kl
+    holds = holds & (tl.abs(origin) < LARGEST_LSE)
     if WITH_KL:
         # Rounded once: on a peaked row the gradient is what is left of d - E_p[d], and a GPU's plain division may be off by two units.
         mean_h = tl.maximum(tl.div_rn(U, S), 0.0)
@@ -67,54 +91,121 @@ def merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS: tl.constex
         kl = forward_kl(mean_h, mean_d)
         holds = holds & (kl < LARGE_KL)
         if WITH_REVERSE:
-            ref_kl = reverse_kl(tl.div_rn(R, S), mean_h, mean_d)
+            mean_r = tl.div_rn(R, S)
+            ref_kl = reverse_kl(mean_r, mean_h, mean_d)
             mean_q_d = tl.div_rn(R + W, S + U + W)
-            holds = holds & (ref_kl < LARGE_KL)
-    entropy = tl.where(entropy < 0.0, 0.0, entropy)
+            # A KL(Q‖P) far below what it is the difference of, as beside a KL(P‖Q) of 30 that a mask makes, has lost its digits.
+            terms = (tl.abs(mean_r) + mean_h) / (1.0 + mean_h + mean_d)
+            holds = holds & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 64.0, 0.02))
     lse_q = log2_S
     lost_q = kl * 0.0
     if WITH_KL:
-        product = shift * scale
-        centre, lost_centre = split_sum(product, centre)
-        lost_centre += tl.fma(shift, scale, -product)
-        lse_q, lost_q = q_partition(origin, log2_S, centre, log1p(mean_h + mean_d) + lost_centre)
-    return (origin, log2_S, lse_q, lost_q, centre, lost_centre, mean_d, mean_q_d, entropy, kl, ref_kl), holds
+        log1p_t = log1p(mean_h + mean_d)
+        lse_q, lost_q = q_partition(origin, log2_S, centre, log1p_t, mean_q_d, scale)
+        holds = holds & (tl.abs(lse_q) < LARGEST_LSE)
+        apart = tl.fma(shift, scale, centre)
+        holds = holds & (tl.abs(apart) < LARGEST_DIFFERENCE) & (EXACT | (tl.abs(apart) < scale * LARGEST_DIFFERENCE))
+    return (origin, log2_S, lse_q, lost_q, centre, log1p_t, mean_d, mean_q_d, entropy, kl, ref_kl), holds
 
 
 @triton.jit
-def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, statistics,
-               HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Write the saved values and the fields of one row or of several, where `stored`; `statistics` as merged_rows and exact_row return them."""
-    origin, log2_S, lse_q, lost_q, centre, lost_centre, mean_p_d, mean_q_d, entropy, kl, ref_kl = statistics
-    if p_row.dtype.element_ty != tl.float32 and q_row.dtype.element_ty != tl.float32:
+def add_product(value, lost, a, b):
+    """value + lost + a·b as a rounded sum and what it lost."""
+    product = a * b
+    total, more = split_sum(product, value)
+    return total, lost + more + tl.fma(a, b, -product)
+
+
+@triton.jit
+def not_above_zero(logprob):
+    """A log-probability, whose rounding may have left it above 0; NaN stays NaN."""
+    return tl.where(logprob > 0.0, 0.0, logprob)
+
+
+@triton.jit
+def store_fields(rows, stored, entropy, kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_ptr, WITH_ENTROPY: tl.constexpr,
+                 WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
+    """Write the fields that depend on no token."""
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + rows, entropy.to(tl.float32), mask=stored)
+    if WITH_KL:
+        tl.store(kl_ptr + rows, kl.to(tl.float32), mask=stored)
+    if WITH_REVERSE:
+        tl.store(ref_kl_ptr + rows, ref_kl.to(tl.float32), mask=stored)
+
+
+@triton.jit
+def token_logits(p_row, q_row, tokens_ptr, rows, stored, V, WITH_KL: tl.constexpr, SOFTCAP: tl.constexpr,
+                 REF_SOFTCAP: tl.constexpr):
+    """The sampled token's capped logits of P and of Q; NaN for a token outside 0 … V-1."""
+    token = tl.load(tokens_ptr + rows, mask=stored, other=-1)
+    inside = (token >= 0) & (token < V)
+    x = soft_cap(tl.load(p_row + token, mask=inside, other=float("nan")).to(tl.float32), SOFTCAP, p_row.dtype.element_ty)
+    y = x
+    if WITH_KL:
+        y = tl.load(q_row + token, mask=inside, other=float("nan")).to(tl.float32)
+        y = soft_cap(y, REF_SOFTCAP, q_row.dtype.element_ty)
+    return x, y
+
+
+@triton.jit
+def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, ratio,
+               shift, statistics, HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
+               SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr):
+    """Write the saved values and the fields of several rows, where `stored`; `statistics` as merged_rows returns them."""
+    origin, log2_S, lse_q, lost_q, centre, log1p_t, mean_p_d, mean_q_d, entropy, kl, ref_kl = statistics
+    scale2 = scale * LOG2E
+    full_lse_q = lse_q
+    full_lost_q = lost_q
+    lost_centre = kl * 0.0
+    if WITH_KL:
+        full_lse_q, full_lost_q = add_product(lse_q, lost_q, shift, scale2)
+        centre, lost_centre = add_product(centre, lost_centre, shift, scale)
+    if p_row.dtype.element_ty != tl.float32 and q_row.dtype.element_ty != tl.float32 and not HAS_RATIO:
         # What row_backward does with 16-bit logits has no room for another subtraction, and their gradients round more than this does.
         mean_p_d += lost_centre
         mean_q_d += lost_centre
     saved_ptr += rows * SAVED
     tl.store(saved_ptr, origin, mask=stored)
     tl.store(saved_ptr + 1, log2_S, mask=stored)
-    tl.store(saved_ptr + 2, lse_q, mask=stored)
-    tl.store(saved_ptr + 3, lost_q, mask=stored)
+    tl.store(saved_ptr + 2, full_lse_q, mask=stored)
+    tl.store(saved_ptr + 3, full_lost_q, mask=stored)
     tl.store(saved_ptr + 4, centre, mask=stored)
     tl.store(saved_ptr + 5, lost_centre, mask=stored)
-    tl.store(saved_ptr + 6, kl, mask=stored)
+    tl.store(saved_ptr + 6, log1p_t, mask=stored)
     tl.store(saved_ptr + 7, mean_p_d, mask=stored)
     tl.store(saved_ptr + 8, mean_q_d, mask=stored)
     tl.store(saved_ptr + 9, entropy, mask=stored)
-    if WITH_ENTROPY:
-        tl.store(entropy_ptr + rows, entropy, mask=stored)
-    if WITH_KL:
-        tl.store(kl_ptr + rows, kl, mask=stored)
-    if WITH_REVERSE:
-        tl.store(ref_kl_ptr + rows, ref_kl, mask=stored)
+    store_fields(rows, stored, tl.where(entropy <= 0.0, 0.0, entropy), kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_ptr,
+                 WITH_ENTROPY, WITH_KL, WITH_REVERSE)
     if HAS_TOKENS:
-        token = tl.load(tokens_ptr + rows, mask=stored, other=-1)
-        inside = (token >= 0) & (token < V)
-        x = soft_cap(tl.load(p_row + token, mask=inside, other=float("nan")).to(tl.float32), SOFTCAP, p_row.dtype.element_ty)
-        tl.store(logprob_ptr + rows, (tl.fma(x, scale * LOG2E, -origin) - log2_S) * LN2, mask=stored)
+        x, y = token_logits(p_row, q_row, tokens_ptr, rows, stored, V, WITH_KL, SOFTCAP, REF_SOFTCAP)
+        tl.store(logprob_ptr + rows, not_above_zero((tl.fma(x, scale2, -origin) - log2_S) * LN2), mask=stored)
         if WITH_KL:
-            y = soft_cap(tl.load(q_row + token, mask=inside, other=float("nan")).to(tl.float32), SOFTCAP, q_row.dtype.element_ty)
-            tl.store(ref_logprob_ptr + rows, (tl.fma(y, scale * LOG2E, -lse_q) - lost_q) * LN2, mask=stored)
+            y, y_lost = scale_reference(y, ratio, HAS_RATIO)
+            y, more = split_sum(y, -shift)
+            log2_q = tl.fma(y_lost + more, scale2, tl.fma(y, scale2, -lse_q) - lost_q)
+            tl.store(ref_logprob_ptr + rows, not_above_zero(log2_q * LN2), mask=stored)
+
+
+@triton.jit
+def store_fallback(row, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale, ratio,
+                   BLOCK: tl.constexpr, HAS_TOKENS: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr,
+                   WITH_REVERSE: tl.constexpr, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr):
+    """Write the saved values and the fields of one row that is read again."""
+    scale = scale.to(tl.float64)
+    q_scale = scale * ratio.to(tl.float64)
+    statistics = fallback_row(p_row, q_row, V, scale, q_scale, BLOCK, WITH_KL, SOFTCAP, REF_SOFTCAP)
+    store_row(saved_ptr + row * SAVED, statistics)
+    kl, ref_kl = fallback_kl(statistics, scale, q_scale)
+    store_fields(row, stored, statistics.entropy, kl, ref_kl, entropy_ptr, kl_ptr, ref_kl_ptr, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    if HAS_TOKENS:
+        x, y = token_logits(p_row, q_row, tokens_ptr, row, stored, V, WITH_KL, SOFTCAP, REF_SOFTCAP)
+        log_p = log_probability_p(x.to(tl.float64), statistics, scale)
+        tl.store(logprob_ptr + row, not_above_zero(log_p.to(tl.float32)), mask=stored)
+        if WITH_KL:
+            log_q = log_probability_q(y.to(tl.float64), statistics, q_scale)
+            tl.store(ref_logprob_ptr + row, not_above_zero(log_q.to(tl.float32)), mask=stored)
 
 
 @triton.jit
@@ -141,35 +232,36 @@ def store_zeros(rows, stored, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_p
     "temperature", "n_rows", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
     "V"], do_not_specialize_on_alignment=[
     "state_ptr", "p_ptr", "q_ptr", "tokens_ptr", "mask_ptr", "temperature_ptr", "saved_ptr", "logprob_ptr", "entropy_ptr", "ref_logprob_ptr",
-    "kl_ptr", "ref_kl_ptr"])
+    "kl_ptr", "ref_kl_ptr", "ratio_ptr"])
 def row_finish(
     state_ptr,  # [N, splits, 7] float32, written by row_forward
     p_ptr, q_ptr,  # the logits, as in row_forward
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
-    mask_ptr, temperature_ptr,  # as in row_forward
-    saved_ptr,  # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, KL, E_p[d], E_q[d], entropy
+    mask_ptr, temperature_ptr, ratio_ptr,  # as in row_forward
+    # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, log1p(t), E_p[d], E_q[d], entropy; of a row that is
+    # read again those of row_fallback.py, whose negative second value marks them
+    saved_ptr,
     # [N] float32; any pointer for logprob without HAS_TOKENS, ref_logprob without it or WITH_KL, kl without WITH_KL, the others without their WITH_
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,
     temperature: tl.float32, n_rows: tl.int32, n_inner: tl.int32,
     stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
     V: tl.int32,
     SEGMENT: tl.constexpr,  # of row_forward
-    ROWS: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,  # elements of a row that is read again at a time
     SPLITS: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
+    SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr,
     READ_AGAIN: tl.constexpr,  # False leaves a row whose sums do not hold with a NaN as its saved origin and no fields
 ):
     """Per-row results from the partial states.
 
-    Math:   row_math.py's formulas, exact_row for a row whose sums do not hold; reference.row_statistics is the definition.
+    Math:   row_math.py's formulas, row_fallback.py's for a row whose sums do not hold; reference.row_statistics is the definition.
     Grid:   (⌈N / ROWS⌉,): ROWS rows at once in the threads of a program.
-    Reads:  7·splits per row and up to four logits of each tensor; 5·V of each (3·V of p without q) for a row that is read again; nothing of a
-            masked row.
+    Reads:  7·splits per row and up to four logits of each tensor; 3·V of each for a row that is read again; nothing of a masked row.
     Writes: 10 saved values and the fields asked for, per row; zeros for a masked row.
     Saves:  what row_backward needs: 40 bytes per row.
-    Special values: a row whose sums do not hold (infinities, a NaN, KL of 32 nats or more) is read again. A token outside 0 … V-1 reads nothing
-            and gives NaN.
+    Special values: a row whose sums do not hold (infinities, a NaN, KL of 8 nats or more, tensors 64 nats apart) is read again. A token outside
+            0 … V-1 reads nothing and gives NaN. Log-probabilities are never above 0.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
@@ -182,13 +274,15 @@ def row_finish(
     scale = row_scale(temperature_ptr, temperature, rows, there, TEMPERATURE_PER_ROW)
     p_rows = p_ptr + row_offset(rows, n_inner, stride_p_outer, stride_p_inner)
     q_rows = q_ptr + row_offset(rows, n_inner, stride_q_outer, stride_q_inner)
-    shift = scale * 0.0
-    if WITH_KL and (p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32):
-        shift = row_shift(p_rows, q_rows, V, there, SOFTCAP)
+    ratios = row_ratio(ratio_ptr, rows, there, HAS_RATIO)
+    shift = tl.zeros([ROWS], tl.float32)
+    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    if WITH_KL and EXACT:
+        shift = row_shift(p_rows, q_rows, V, there, ratios, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     splits = tl.maximum(tl.cdiv(V, SEGMENT), 1)
-    statistics, holds = merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
+    statistics, holds = merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT)
     store_rows(rows, there & holds, p_rows, q_rows, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V, scale,
-               statistics, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP)
+               ratios, shift, statistics, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     again = there & (holds == 0)
     if not READ_AGAIN:
         tl.store(saved_ptr + rows * SAVED, tl.full([ROWS], float("nan"), tl.float32), mask=again)
@@ -200,12 +294,6 @@ def row_finish(
                 row_scale_here = row_scale(temperature_ptr, temperature, row, row_there, TEMPERATURE_PER_ROW)
                 p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
                 q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
-                if REALIGN:
-                    pad = row_pad(p_row)
-                else:
-                    pad = 0
-                order = lane_order(pad, LANES)
-                exact = exact_row((p_row - pad, p_row, pad, order), (q_row - pad, q_row, pad, order), V, row_scale_here, THREADS, LANES, WITH_KL,
-                                  REALIGN, Q_IN_BLOCKS, SOFTCAP)
-                store_rows(row, row_there, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V,
-                           row_scale_here, exact, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP)
+                ratio = row_ratio(ratio_ptr, row, row_there, HAS_RATIO)
+                store_fallback(row, row_there, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr, V,
+                               row_scale_here, ratio, BLOCK, HAS_TOKENS, WITH_ENTROPY, WITH_KL, WITH_REVERSE, SOFTCAP, REF_SOFTCAP)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_scale, row_shift
+from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_ratio, row_scale, row_shift
 from .row_math import (
     LARGEST_D,
     LOG2E,
@@ -17,6 +17,7 @@ from .row_math import (
     merge_states,
     move_centre,
     rescale_to,
+    scale_reference,
     soft_cap,
     split_sum,
     subtract,
@@ -32,9 +33,9 @@ def expm1_minus_any(d):
 
 
 @triton.jit
-def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shift, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shift, ratio, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
               WITH_KL: tl.constexpr, EXACT: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr,
-              EDGE: tl.constexpr):
+              REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr, EDGE: tl.constexpr):
     """GROUPS groups per thread: x, y - x (less `shift`, with EXACT) and what its rounding lost, each a tuple of [THREADS, LANES], and which lanes lie
     inside the row."""
     xs = ()
@@ -54,8 +55,12 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shift, THREAD
                 y = load_group(q_block, group, pad, V, REALIGN, EDGE, LANES)
             else:
                 y = load_elements(q_row, group, pad, V, EDGE, LANES)
-            y = soft_cap(y, SOFTCAP, q_block.dtype.element_ty)
+            y = soft_cap(y, REF_SOFTCAP, q_block.dtype.element_ty)
+            if HAS_RATIO:
+                y, y_lost = scale_reference(y, ratio, HAS_RATIO)
             difference, lost = subtract(y, x, EXACT)
+            if HAS_RATIO:
+                lost = lost + y_lost
             if EXACT:
                 difference, more = split_sum(difference, -shift)
                 lost = lost + more
@@ -142,13 +147,14 @@ def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, 
 @triton.jit(do_not_specialize=[
     "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
     "V", "splits"], do_not_specialize_on_alignment=[
-    "p_ptr", "q_ptr", "state_ptr", "mask_ptr", "temperature_ptr"])
+    "p_ptr", "q_ptr", "state_ptr", "mask_ptr", "temperature_ptr", "ratio_ptr"])
 def row_forward(
     p_ptr,  # [outer, inner, V] policy logits (P)
     q_ptr,  # [outer, inner, V] reference logits (Q); any pointer without WITH_KL
-    state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre (counted from row_shift·scale if a tensor is float32)
+    state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre (counted from row_shift·scale if EXACT)
     mask_ptr,  # [N] bool; any pointer without HAS_MASK
     temperature_ptr,  # [N] float32; any pointer without TEMPERATURE_PER_ROW
+    ratio_ptr,  # [N] float32, the inverse temperature of Q over that of P; any pointer without HAS_RATIO
     temperature: tl.float32, n_inner: tl.int32,
     stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
     V: tl.int32, splits: tl.int32,
@@ -156,7 +162,8 @@ def row_forward(
     HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
     REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
-    SOFTCAP: tl.constexpr,  # logits are SOFTCAP·tanh(logits/SOFTCAP), 0 for none; a constant of the model
+    SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr,  # logits are CAP·tanh(logits/CAP), 0 for none: a constant of each model
+    HAS_RATIO: tl.constexpr,
 ):
     """Partial statistics of one segment of one row.
 
@@ -185,10 +192,11 @@ def row_forward(
     order = lane_order(pad, LANES)
 
     first = split * SEGMENT
-    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32
+    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     shift = 0.0
     if WITH_KL and EXACT:
-        shift = row_shift(p_row, q_row, V, row >= 0, SOFTCAP)
+        shift = row_shift(p_row, q_row, V, row >= 0, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     origin = tl.full([THREADS], LOWEST, tl.float32)
     S = tl.zeros([THREADS], tl.float32)
     A = tl.zeros([THREADS], tl.float32)
@@ -201,13 +209,13 @@ def row_forward(
     n_groups = tl.minimum(SEGMENT, V - first) // LANES
     full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
     for group in range(first // LANES, full_end, TILE_GROUPS):
-        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, shift, THREADS, LANES, GROUPS,
-                                                    WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, False)
+        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, shift, ratio, THREADS, LANES, GROUPS,
+                                                    WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, REF_SOFTCAP, HAS_RATIO, False)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, False)
     if full_end * LANES < tl.minimum(first + SEGMENT, V):
-        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, shift, THREADS, LANES, GROUPS,
-                                                    WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, True)
+        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, shift, ratio, THREADS, LANES, GROUPS,
+                                                    WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, REF_SOFTCAP, HAS_RATIO, True)
         origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
                                                              WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, True)
 

@@ -9,10 +9,12 @@ rotation leaves unchanged to the bit: a row gives the same result at any alignme
 import triton
 import triton.language as tl
 
-from .row_math import soft_cap
+from .row_math import scale_reference, soft_cap
 
 # Of a constant between two logits tensors, see row_shift.
 LARGEST_SHIFT = tl.constexpr(4096.0)
+# Of a temperature and of its inverse.
+LARGEST_TEMPERATURE = tl.constexpr(2.0**126)
 
 
 @triton.jit
@@ -23,31 +25,40 @@ def row_offset(row, n_inner, stride_outer, stride_inner):
 
 @triton.jit
 def row_scale(temperature_ptr, temperature, row, there, TEMPERATURE_PER_ROW: tl.constexpr):
-    """1/T of a row, or of several, where they are there. A temperature that is not positive has no meaning: NaN, not a number that looks right."""
+    """1/T of a row, or of several, where they are there. NaN outside 2^-126 … 2^126: not a number that looks right."""
     if TEMPERATURE_PER_ROW:
         temperature = tl.load(temperature_ptr + row, mask=there, other=1.0)
     scale = tl.div_rn(1.0, tl.cast(temperature, tl.float32))
-    return tl.where(scale > 0.0, scale, float("nan"))
+    return tl.where((scale >= 1 / LARGEST_TEMPERATURE) & (scale <= LARGEST_TEMPERATURE), scale, float("nan"))
 
 
 @triton.jit
-def entry_difference(p_row, q_row, index, there, SOFTCAP: tl.constexpr):
+def row_ratio(ratio_ptr, row, there, HAS_RATIO: tl.constexpr):
+    """The inverse temperature of Q over that of P of a row, or of several, where they are there."""
+    if HAS_RATIO:
+        return tl.load(ratio_ptr + row, mask=there, other=1.0)
+    else:
+        return tl.full([], 1.0, tl.float32)
+
+
+@triton.jit
+def entry_difference(p_row, q_row, index, there, ratio, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr):
     """y - x of one entry of a row, or of several rows."""
     x = soft_cap(tl.load(p_row + index, mask=there, other=0.0).to(tl.float32), SOFTCAP, p_row.dtype.element_ty)
-    y = soft_cap(tl.load(q_row + index, mask=there, other=0.0).to(tl.float32), SOFTCAP, q_row.dtype.element_ty)
-    return y - x
+    y = soft_cap(tl.load(q_row + index, mask=there, other=0.0).to(tl.float32), REF_SOFTCAP, q_row.dtype.element_ty)
+    return scale_reference(y, ratio, HAS_RATIO)[0] - x
 
 
 @triton.jit
-def row_shift(p_row, q_row, V, there, SOFTCAP: tl.constexpr):
+def row_shift(p_row, q_row, V, there, ratio, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr):
     """A whole number near the median difference of three entries of a row, or of several: near the constant between the tensors, if there is one.
 
     Sums count differences from it: those of a float32 row that is 50 apart would else be rounded as 50 is, and the digits of a peaked row lost.
     Any number would do, a near one does best; 0 where they are very far apart or not finite.
     """
-    a = entry_difference(p_row, q_row, V // 4, there, SOFTCAP)
-    b = entry_difference(p_row, q_row, V // 2, there, SOFTCAP)
-    c = entry_difference(p_row, q_row, V - 1 - V // 4, there, SOFTCAP)
+    a = entry_difference(p_row, q_row, V // 4, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    b = entry_difference(p_row, q_row, V // 2, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    c = entry_difference(p_row, q_row, V - 1 - V // 4, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     shift = tl.floor(tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c)) + 0.5)
     return tl.where(tl.abs(shift) < LARGEST_SHIFT, shift, 0.0)
 

@@ -28,6 +28,9 @@ LOWEST = tl.constexpr(-1.0e30)
 NO_WEIGHT = tl.constexpr(-256.0)
 # How much heavier than all before it a tile must be to bring its own centre.
 OUTWEIGHS = tl.constexpr(8.0)
+# Above this power of two a partition function is so large that what its float32 rounding lost is no correction: the
+# fallback counts logits from the row's largest.
+LARGEST_LSE = tl.constexpr(4194304.0)
 # Below this |x/cap| a polynomial replaces tanh, whose usual form cancels there.
 SMALL_TANH = tl.constexpr(0.5)
 # The largest d that the sums may hold: e^x is 0 from 87 below the peak on, and e^x·e^d would be missed if it still counted there.
@@ -54,6 +57,19 @@ def subtract(y, x, EXACT: tl.constexpr):
         difference = y - x
         lost = difference
     return difference, lost
+
+
+@triton.jit
+def scale_reference(y, ratio, HAS_RATIO: tl.constexpr):
+    """Q's (capped) logits times the ratio of inverse temperatures, as a rounded product and what the rounding lost."""
+    if HAS_RATIO:
+        product = y * ratio
+        lost = tl.fma(y, ratio, -product)
+        lost = tl.where(tl.abs(product) < float("inf"), lost, 0.0)
+    else:
+        product = y
+        lost = tl.zeros_like(y)
+    return product, lost
 
 
 @triton.jit

@@ -33,11 +33,11 @@ def make_tokenizer(**options):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", **options)
 
 
-def save(folder, tokenizer, kind="Llama", seed=0, head="LMHeadModel", **options):
-    """A random checkpoint whose logits are a few nats wide."""
+def save(folder, tokenizer, kind="Llama", seed=0, head="LMHeadModel", model=None, **options):
+    """A random checkpoint whose logits are a few nats wide; model: its class without the head, where that is not the configuration's."""
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind}Config")(**options)
-    model = getattr(transformers, f"{kind}{head}")(config)
+    model = getattr(transformers, f"{model or kind}{head}")(config)
     with torch.no_grad():
         for parameter in model.get_output_embeddings().parameters():
             parameter.normal_(std=0.35)

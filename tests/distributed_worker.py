@@ -63,8 +63,10 @@ def batch(masked: tuple[int, ...] = (1, 8)) -> Batch:
 class Head(torch.nn.Linear):
     """An lm_head that can return the loss instead of logits."""
 
-    def loss(self, hidden: torch.Tensor, data: Batch, reduction: str) -> torch.Tensor:
-        """The weighted mean, or sum, of KL(policy‖reference) over this batch."""
+    def loss(self, hidden: torch.Tensor, data: Batch, reduction: str | Callable) -> torch.Tensor:
+        """The weighted mean, or sum, of KL(policy‖reference) over this batch; or what a function makes of (hidden, weight, data)."""
+        if callable(reduction):
+            return reduction(hidden, self.weight, data)
         if reduction == "none":
             kl = fastkl.linear_kl_divergence(hidden, self.weight, data.ref_hidden, data.ref_weight, mask=data.mask)
             return (data.weights * kl).sum() / data.mask.sum()
@@ -197,6 +199,51 @@ def with_fsdp_no_gathered_head(rank: int) -> dict:
     return {"error": ""}
 
 
+# ---- means over micro-batches and ranks of different lengths
+
+
+def logits(hidden: torch.Tensor, weight: torch.Tensor, data: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The policy's and the reference's."""
+    return hidden @ weight.T, data.ref_hidden @ data.ref_weight.T
+
+
+LOSSES: dict[str, Callable] = {
+    "kl_divergence": lambda *made, normalizer=None: fastkl.kl_divergence(*logits(*made), made[2].mask, weights=made[2].weights, reduction="mean",
+                                                                         normalizer=normalizer),
+    "KLPenalty": lambda *made, normalizer=None: fastkl.KLPenalty(0.5)(*logits(*made), made[2].mask, normalizer=normalizer),
+    "KLPenalty, sequences": lambda *made, normalizer=None: fastkl.KLPenalty(0.5, reduction="sequence_mean")(*logits(*made), made[2].mask,
+                                                                                                           normalizer=normalizer),
+    "linear_kl_divergence": lambda *made, normalizer=None: fastkl.linear_kl_divergence(
+        made[0], made[1], made[2].ref_hidden, made[2].ref_weight, mask=made[2].mask, weights=made[2].weights,
+        reduction="mean", normalizer=normalizer),
+    "LinearKLPenalty": lambda *made, normalizer=None: fastkl.LinearKLPenalty(0.5)(made[0], made[1], made[2].ref_hidden, made[2].ref_weight,
+                                                                                   made[2].mask, normalizer=normalizer),
+}
+# (sequences, tokens) of each rank's micro-batches: one rank has a third of the other's tokens. What is cut off does not count.
+MICRO_BATCHES = (((slice(0, 1), slice(2)),), ((slice(1, 2), slice(2)), (slice(2, 4), slice(3))))
+
+
+def accumulate(rank: int, name: str) -> dict:
+    """Relative L2 errors of each parameter's gradient, accumulated over micro-batches and averaged by DDP, with a normalizer and without."""
+    import torch.distributed as dist
+    whole, found = batch((2, 5, 7)), {}
+    plain = seeded(reduction=LOSSES[name])
+    plain(*whole).backward()
+    parts = [whole._replace(**{field: getattr(whole, field)[rows, times] for field in ("x", "ref_hidden", "mask", "weights")})
+             for rows, times in MICRO_BATCHES[rank]]
+    total = torch.tensor(float(sum((part.mask.any(-1) if "sequences" in name else part.mask).sum() for part in parts)))
+    dist.all_reduce(total)
+    for normalizer in (total / WORLD, None):
+        model = seeded(reduction=functools.partial(LOSSES[name], normalizer=normalizer))
+        wrapped = with_ddp(model)
+        for part in parts:
+            with contextlib.nullcontext() if part is parts[-1] else wrapped.no_sync():
+                (wrapped(*part) / (1 if normalizer is not None else len(parts))).backward()
+        found["default" if normalizer is None else "normalizer"] = [
+            relative(value.grad, exact.grad) for value, exact in zip(model.parameters(), plain.parameters(), strict=True)]
+    return found
+
+
 UNEVEN = (0, 1, 2, 7)  # masked tokens: three of the first rank, one of the second
 BF16 = torch.bfloat16
 SCENARIOS: dict[str, Callable[[int], dict]] = {
@@ -215,6 +262,7 @@ SCENARIOS: dict[str, Callable[[int], dict]] = {
     "fsdp: sharded lm_head, none": lambda rank: train(rank, seeded(reduction="none"), functools.partial(with_fsdp, head="method"), batch()),
     "fsdp: sharded lm_head, unshard": lambda rank: train(rank, seeded(unshard=True), functools.partial(with_fsdp, head="own"), batch()),
     "fsdp: sharded lm_head, not gathered": with_fsdp_no_gathered_head,
+    **{f"normalizer: {name}": functools.partial(accumulate, name=name) for name in LOSSES},
 }
 
 

@@ -230,8 +230,12 @@ def test_explanation_reads_as_a_line(monkeypatch) -> None:
 @pytest.mark.parametrize("wrong, error", [([1.0], TypeError), (torch.zeros(2, dtype=torch.long), TypeError), (torch.zeros(()), ValueError)], ids=str)
 def test_explain_checks_its_argument(wrong, error) -> None:
     """explain() words a wrong argument as the functions do."""
-    with pytest.raises(error, match="logits: expected"):
+    with pytest.raises(error, match="^logits: expected"):
         fastkl.explain(wrong)
+    with pytest.raises(error, match="ref_logits: expected"):
+        fastkl.explain(torch.zeros(2, 3), wrong)
+    with pytest.raises(ValueError, match=r"ref_logits: expected the shape of logits, \(2, 3\), got \(2, 4\)"):
+        fastkl.explain(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
 def test_explain_agrees_with_what_happens(implementation, ran) -> None:

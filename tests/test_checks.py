@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,7 +133,7 @@ WRONG_TOKENS = [
     ("None", lambda t: None, TypeError, ("integer tensor", "got NoneType")),
     ("floats", lambda t: t.float(), TypeError, ("integer tensor", "torch.float32 tensor", ".long()")),
     ("bool", lambda t: t > 0, TypeError, ("integer tensor", "torch.bool tensor")),
-    ("with a last dimension", lambda t: t[..., None], ValueError, ("(2, 3)", "(2, 3, 1)", "without the vocabulary")),
+    ("with last dimensions", lambda t: t[..., None, None], ValueError, ("(2, 3)", "(2, 3, 1, 1)", "without the vocabulary")),
     ("shifted", lambda t: t[:, 1:], ValueError, ("(2, 3)", "(2, 2)")),
     ("device", lambda t: t.to("meta"), ValueError, ("got meta", ".to()")),
 ]
@@ -186,6 +187,12 @@ WRONG_TEMPERATURES = [
     ("zero as a float", lambda t: 0.0, ValueError, ("positive", "got 0.0")),
     ("negative", lambda t: -1.5, ValueError, ("positive", "got -1.5")),
     ("inf", lambda t: math.inf, ValueError, ("finite", "got inf")),
+    ("too small", lambda t: 2.0**-127, ValueError, ("2^-126", "got 5.8774")),
+    ("too large", lambda t: 2.0**126 * (1 + 2.0**-52), ValueError, ("2^126", "got 8.507")),
+    ("huge", lambda t: 10**400, ValueError, ("2^126", "got an integer of 1329 bits")),
+    ("beyond str", lambda t: 10**5000, ValueError, ("got an integer of 16610 bits",)),
+    ("numpy", lambda t: np.float32(1), TypeError, ("number", "got float32", "float(temperature)")),
+    ("float8", lambda t: t.to(torch.float8_e4m3fn), TypeError, ("torch.float8_e4m3fn", ".float()")),
     ("nan", lambda t: math.nan, ValueError, ("finite", "got nan")),
     ("bool", lambda t: True, TypeError, ("number", "got bool")),
     ("text", lambda t: "1.0", TypeError, ("number", "got str")),
@@ -209,7 +216,7 @@ def test_wrong_temperature(implementation, name, wrong) -> None:
     check(CALLS[name], arguments, "temperature", wrong[2], wrong[3], temperature=wrong[1](arguments.t))
 
 
-@pytest.mark.parametrize("value", [0.0, -2.0, math.nan])
+@pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf, 2.0**-127, 2.0**127])
 @pytest.mark.parametrize("name", ["kl", "stats", "policy_stats"])
 def test_temperature_of_a_row_that_is_not_positive(implementation, name, value) -> None:
     """An error where looking costs nothing; with the kernels NaN in that row and in no other. Under the mask it does not matter."""
@@ -225,6 +232,58 @@ def test_temperature_of_a_row_that_is_not_positive(implementation, name, value) 
         check(CALLS[name], arguments, "temperature", ValueError, ("positive finite values", f"got {value}"), temperature=arguments.t)
     arguments.mask[1, 2] = False
     assert CALLS[name](arguments, temperature=arguments.t, mask=arguments.mask) is not None
+
+
+@pytest.mark.parametrize("temperature", [2.0**-126, 2.0**126])
+def test_the_ends_of_the_range(temperature) -> None:
+    """Both ends are temperatures, as a number and as a tensor."""
+    p = torch.zeros(2, V)
+    for given in (temperature, torch.full((2,), temperature)):
+        assert torch.equal(fastkl.kl_divergence(p, p, temperature=given), torch.zeros(2))
+
+
+def test_a_float16_temperature_is_within_the_range() -> None:
+    """The ends of the range are no float16 numbers, and are not made ones."""
+    p, small = torch.zeros(2, V), torch.full((2,), 6e-8, dtype=torch.float16)
+    assert torch.equal(fastkl.kl_divergence(p, p, temperature=small), torch.zeros(2))
+
+
+REMEDIES = [
+    (lambda x: x.to_sparse(), "to_dense()"),
+    (lambda x: torch.nested.nested_tensor([x[0], x[1]], layout=torch.jagged), ".values()"),
+    (lambda x: torch.nested.nested_tensor([x[0], x[1]]), ".to_padded_tensor(0)"),
+    (lambda x: x.to(torch.float8_e5m2), ".to(torch.bfloat16)"),
+    (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "dequantize()"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change, remedy", REMEDIES, ids=[remedy for _, remedy in REMEDIES])
+@pytest.mark.parametrize("name", CALLS)
+def test_remedies_for_kinds_of_tensors(name, change, remedy) -> None:
+    """Each kind of tensor that is no plain float one is told what makes it one."""
+    arguments = right("cpu")
+    arguments.p = change(arguments.p)
+    check(CALLS[name], arguments, NAMES[name][0], TypeError, (remedy,))
+
+
+FORWARD_MODE = (r"^\w+: expected .*, got .* forward-mode .*; .*"
+                r"fastkl\.reference\.row_statistics with float64 logits$")
+
+
+@pytest.mark.parametrize("transform", [torch.func.hessian, torch.func.jacfwd])
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_mode_says_what_to_do(implementation, name, transform) -> None:
+    """A TypeError and a RuntimeError, for hessian too, whose tangents are inside a wrapper."""
+    arguments = right(implementation.device)
+
+    def total(p):
+        result = CALLS[name](SimpleNamespace(**{**vars(arguments), "p": p}))
+        return (result if isinstance(result, torch.Tensor) else result.logprob).sum()
+
+    for error in (TypeError, RuntimeError):
+        with pytest.raises(error, match=FORWARD_MODE):
+            transform(total)(arguments.p)
 
 
 def test_empty_batch(implementation) -> None:

@@ -128,11 +128,7 @@ def test_color_is_for_terminals_or_on_demand(files, capsys):
 def spoil(files, folder, how):
     """A checkpoint with something wrong."""
     target = shutil.copytree(files.folder / "b", folder / how)
-    if how == "token":
-        tokenizer = make_tokenizer()
-        tokenizer.add_tokens(["<|new|>"])
-        tokenizer.save_pretrained(target)
-    elif how in ("normalizer", "moved"):
+    if how in ("normalizer", "moved"):
         tokenizer = json.loads((target / "tokenizer.json").read_text(encoding="utf-8"))
         ids = tokenizer["model"]["vocab"]
         if how == "moved":
@@ -169,7 +165,6 @@ def spoil(files, folder, how):
 
 
 @pytest.mark.parametrize("how, expected", {
-    "token": "MODEL_B: expected the tokenizer of MODEL_A, got another; ids that differ: 1; '<|new|>' is missing in A and 300 in B;",
     "moved": "MODEL_B: expected the tokenizer of MODEL_A, got another; ids that differ: 2; '!' is ",
     "normalizer": "MODEL_B: expected the tokenizer of MODEL_A, got other tokens for the same text: '",
     "begin": "MODEL_B: expected the tokenizer of MODEL_A, got other tokens for the same text: '",
@@ -189,19 +184,23 @@ def test_checkpoints_that_cannot_be_compared(files, tmp_path, capsys, how, expec
     assert line[0].startswith(f"fastkl compare: error: {expected}") and "; remedy: " in line[0]
 
 
-def test_arguments_that_cannot_be_used(files, tmp_path, capsys):
+def test_arguments_that_cannot_be_used(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_model", lambda *arguments: 1 / 0)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "one.txt").write_text("a")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    bare = shutil.copytree(files.b, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
     text = ("--text", files.text[0])
     cases = {
         "--text: expected files with text, got fewer than 2 tokens in '": (files.a, files.b, "--text", tmp_path / "empty.txt", tmp_path / "one.txt"),
-        "--text: expected files with text, got '/', a folder": (files.a, files.b, "--text", "/"),
+        "--text: expected files with text, got '/no/*.txt', a pattern that no file matches;": (files.a, files.b, "--text", "/no/*.txt"),
         "--text: expected files with text, got '/no/where', which": (files.a, files.b, "--text", files.text[0], "/no/where"),
         "--text: expected UTF-8 text, got byte 0xe9": (files.a, files.b, "--text", tmp_path / "latin.txt"),
         "MODEL_A: expected a model folder or a hub name, got './none', which": ("./none", files.b, *text),
         "MODEL_A: expected a model folder, got": (tmp_path, files.b, *text),
         "MODEL_B: expected a model folder or a hub name, got": (files.a, files.text[0], *text),
+        "MODEL_B: expected a model folder with weights, got": (files.a, bare, *text),
         "--context: expected at most 256 (max_position_embeddings), got 257": (files.a, files.b, *text, "--context", "257"),
         "--overlap: expected fewer tokens than --context (8), got 8": (files.a, files.b, *text, "--context", "8", "--overlap", "8"),
         "--html: expected a file in a folder that can be written to": (files.a, files.b, *text, "--html", tmp_path),
@@ -253,8 +252,8 @@ def test_json_on_stdout(files, tmp_path, monkeypatch, capsys, name):
     assert code == 0 and json.loads(shown)["sentence"] in " ".join(report_.split()) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("where", ["model", "page"])
-def test_sigterm_leaves_nothing(files, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("number, where", [(signal.SIGTERM, "model"), (signal.SIGTERM, "page"), (signal.SIGHUP, "page")])
+def test_signals_leave_nothing(files, tmp_path, monkeypatch, number, where):
     """Temporary files have no names at all, which even SIGKILL cannot leave; half a page is removed."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -265,7 +264,7 @@ def test_sigterm_leaves_nothing(files, tmp_path, monkeypatch, where):
 
     def terminate(*arguments):
         seen.append(sorted(path.name[-5:] for path in tmp_path.rglob("*")))
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(10)
 
     load = loading.load_model
@@ -273,14 +272,14 @@ def test_sigterm_leaves_nothing(files, tmp_path, monkeypatch, where):
         monkeypatch.setattr(page, "_legend", terminate)
     else:
         monkeypatch.setattr(loading, "load_model", lambda argument, *rest: load(argument, *rest) if argument == "MODEL_A" else terminate())
-    own = signal.signal(signal.SIGTERM, before)
+    own = signal.signal(number, before)
     try:
         with pytest.raises(SystemExit) as exit_:
             run.run_compare(Settings(files.a, files.b, files.text, html=out, sequential=True))
-        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(number) is before
     finally:
-        signal.signal(signal.SIGTERM, own)
-    assert exit_.value.code == 143 and seen == [["orary"] if where == "model" else [".part", "orary"]]
+        signal.signal(number, own)
+    assert exit_.value.code == 128 + number and seen == [["orary"] if where == "model" else [".part", "orary"]]
     assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 
 

@@ -11,9 +11,10 @@ import torch
 np = pytest.importorskip("numpy")
 pytest.importorskip("tqdm")
 
+from fastkl.rl import KLMonitor  # noqa: E402
 from fastkl.tools import cli  # noqa: E402
 from fastkl.tools.compare import html as page  # noqa: E402
-from fastkl.tools.compare import report, store, summary, text  # noqa: E402
+from fastkl.tools.compare import inputs, report, store, summary, text  # noqa: E402
 from fastkl.tools.compare.settings import CompareError  # noqa: E402
 
 NASTY = 'naïve 日本語 <script>alert("1")</script> & \x1b[31m\x07 \u202e\'x\'\n\nline\ttwo </div>\n  end'
@@ -52,9 +53,10 @@ def all_values(made):
 def make_report(made, by="document", shown=5):
     figures, top = summary.summarise(made), [summary.token_entry(made, at, characters) for at in summary.worst_tokens(made, shown)]
     units = [unit.entry(made) for unit in summary.worst_units(made, by, shown)]
-    about = {"name": "mo<d>el", "class": "Llama", "dtype": "float32", "vocabulary": 64}
+    about = {"name": "mo<d>el", "class": "Llama", "dtype": "float32", "vocabulary": 64, "adapter": None}
     return {"sentence": report.sentence(figures, units, top, by), "models": [about, {**about, "vocabulary": 70}], "by": by, "shown": shown,
-            "text": {"files": ["a & <b>.txt", "b.txt"], "skipped": [], "not_scored": 2, "vocabulary": 64, "context": 32, "overlap": 8},
+            "text": {"files": ["a & <b>.txt", "b.txt"], "skipped": [], "documents": 2, "not_scored": 2, "tokenizer": None, "vocabulary": 64,
+                     "left_out": {"A": [], "B": []}, "context": 32, "overlap": 8},
             "summary": figures, "units": units, "top": top}
 
 
@@ -72,7 +74,10 @@ def test_quantiles_are_exact(monkeypatch, count):
     values["kl_ab"], values["scored"] = column, 1
     made.write(0, values)
     fractions = [0.0, 0.01, 0.5, 0.95, 0.99, 1.0]
-    assert repr(made.quantiles("kl_ab", fractions)) == repr(np.quantile(np.abs(column), fractions, method="inverted_cdf").tolist())
+    expected = torch.quantile(torch.from_numpy(column).abs().double(), torch.tensor(fractions, dtype=torch.float64)).nan_to_num(math.inf, math.inf)
+    np.testing.assert_allclose(made.quantiles("kl_ab", fractions), expected, rtol=1e-12, atol=0)
+    monitored = KLMonitor().update(torch.from_numpy(column).abs())  # one definition everywhere
+    assert repr(made.quantiles("kl_ab", [0.5, 0.95, 0.99])) == repr([monitored[f"kl/{name}"] for name in summary.QUANTILES])
     made.close()
 
 
@@ -100,17 +105,17 @@ def test_hidden_states_without_room_say_so_before_they_are_written():
 
 @pytest.mark.parametrize("size", [1, 5, 40, 1000])
 def test_pieces_are_the_file(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(text, "PIECE", size)
+    monkeypatch.setattr(inputs, "PIECE", size)
     content = (NASTY + "\r\n") * 5 + "a" * 100
     (tmp_path / "x").write_bytes(content.encode())
-    found = list(text.pieces(tmp_path / "x"))
+    found = list(inputs.pieces(tmp_path / "x"))
     assert "".join(found) == content and max(map(len, found)) <= size and all(found)
 
 
 def test_pieces_end_where_a_line_begins_with_a_word(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "PIECE", 30)
+    monkeypatch.setattr(inputs, "PIECE", 30)
     (tmp_path / "x").write_text("one two three\n\n  four five\nsix seven eight nine ten eleven twelve thirteen")
-    assert list(text.pieces(tmp_path / "x"))[:3] == ["one two three\n\n  four five\n", "six seven eight nine ten", " eleven twelve thirteen"]
+    assert list(inputs.pieces(tmp_path / "x"))[:3] == ["one two three\n\n  four five\n", "six seven eight nine ten", " eleven twelve thirteen"]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -136,7 +141,7 @@ def test_summary_is_that_of_all_values(filled):
     assert got["same_top1"] == np.mean(values["top_a"] == values["top_b"])
     for name in summary.DIVERGENCES:
         column = values[name].astype(np.float64)
-        expected = [column.mean(), *np.quantile(column, [0.5, 0.95, 0.99], method="inverted_cdf"), column.max()]
+        expected = [column.mean(), *np.quantile(column, [0.5, 0.95, 0.99]), column.max()]
         np.testing.assert_allclose([got[name][key] for key in ("mean", "p50", "p95", "p99", "max")], expected, rtol=1e-12)
     for name in ("entropy_a", "entropy_b", "logprob_a", "logprob_b"):
         assert got[name] == pytest.approx(values[name].mean(dtype=np.float64), rel=1e-12)

@@ -280,9 +280,9 @@ def test_the_ops_under_vmap(implementation) -> None:
     rest = (None, None, None, 1.0, "kl", implementation.backend)
     mapped = torch.vmap(lambda p, q: torch.ops.fastkl.row_statistics(p, q, *rest)[3])(p, q)
     cases.assert_same_bits(mapped, kl(d)[0].detach(), "kl")
-    heads, settings = (d["hidden"].detach(), d["weight"].detach(), d["ref_hidden"]), (0.0, implementation.backend, torch.float32, None)
+    heads, settings = (d["hidden"].detach(), d["weight"].detach(), d["ref_hidden"]), (0.0, 0.0, 1.0, implementation.backend, torch.float32, None)
     linear_statistics = torch.ops.fastkl.linear_statistics
-    mapped = torch.vmap(lambda h, r: linear_statistics(h, heads[1], None, r, None, None, *rest[:5], *settings)[3])(heads[0], heads[2])
+    mapped = torch.vmap(lambda h, r: linear_statistics(h, heads[1], None, r, None, None, None, *rest[:5], *settings)[3])(heads[0], heads[2])
     torch.testing.assert_close(mapped, linear_none(d)[0].detach(), rtol=1e-6, atol=1e-7)
 
 
@@ -330,10 +330,10 @@ def test_tangents_are_refused_wherever_they_are(implementation, name) -> None:
     d = data(implementation.device)
     with forward_ad.dual_level():
         factor = forward_ad.make_dual(torch.tensor(2.0, device=implementation.device), torch.tensor(1.0, device=implementation.device))
-        with pytest.raises(RuntimeError, match="upstream gradient: forward-mode"):
+        with pytest.raises(RuntimeError, match="upstream gradient: expected .* forward-mode"):
             torch.autograd.grad((factor * FUNCTIONS[name](d)[0]).sum(), d["p"] if name == "kl" else d["hidden"])
         temperature = forward_ad.make_dual(torch.ones(3, device=implementation.device), torch.ones(3, device=implementation.device))
-        with pytest.raises(RuntimeError, match="temperature: forward-mode"):
+        with pytest.raises(RuntimeError, match="temperature: expected .* forward-mode"):
             if name == "kl":
                 fastkl.kl_divergence(d["p"], d["q"], temperature=temperature)
             else:

@@ -33,6 +33,7 @@ def names() -> dict[str, object]:
         "policy_logits": policy.requires_grad_(), "ref_logits": policy.detach() + 0.1 * torch.randn(2, 5, 64, generator=generator),
         "tokens": torch.randint(64, (2, 5), generator=generator), "beta": 0.1,
         "mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2]),
+        "micro_batches": [(torch.randn(1, n, 64, requires_grad=True), torch.randn(1, n, 64), torch.ones(1, n, dtype=torch.bool)) for n in (2, 5)],
     }
 
 
@@ -50,6 +51,9 @@ def test_python_blocks_run_in_order() -> None:
             torch.testing.assert_close(scope["kl"], torch.where(mask, before, 0.0), rtol=1e-3, atol=1e-6)
             torch.testing.assert_close(scope["loss"], loss, rtol=1e-3, atol=1e-6)
     assert scope["policy_logits"].grad is not None
+    policies, references = (torch.cat(logits, 1) for logits in list(zip(*scope["micro_batches"], strict=True))[:2])
+    whole = torch.autograd.grad(scope["KLPenalty"](scope["beta"])(policies, references), policies)[0]
+    torch.testing.assert_close(torch.cat([policy.grad for policy, _, _ in scope["micro_batches"]], 1), whole, rtol=1e-5, atol=0)
     linear = scope["linear_kl_divergence"](scope["hidden"], scope["lm_head"].weight, scope["ref_hidden"], reduction="mean")
     torch.testing.assert_close(scope["loss"], scope["beta"] * linear)
 

@@ -184,7 +184,7 @@ def test_register(core) -> None:
 
 
 @pytest.mark.parametrize("beta, error", [(-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("0.1", TypeError), (None, TypeError),
-                                         (torch.tensor(0.1), TypeError), (True, TypeError)])
+                                         (torch.tensor(0.1), TypeError), (True, TypeError), (10**400, ValueError), (-(10**400), ValueError)])
 def test_wrong_beta(core, beta, error) -> None:
     """Fails when the loss is made, not in the workers."""
     with pytest.raises(error, match="beta: expected"):
@@ -270,6 +270,42 @@ def test_wrong_estimators(name, words) -> None:
     """Named in the error."""
     with pytest.raises(ValueError, match=f"kl_penalty: .*{words}"):
         integration.kl_penalty(torch.zeros(2), torch.zeros(2), name)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((torch.zeros(2), torch.zeros(2), 3), "kl_penalty: expected the name of an estimator, got int; pass 'k3'"),
+    ((torch.zeros(2), torch.zeros(2), None), "kl_penalty: expected the name of an estimator, got NoneType; pass"),
+    (([0.0], torch.zeros(2), "k1"), r"logprob: expected a tensor of log-probabilities \[...\], got list; token_stats"),
+    ((torch.zeros(2), 0.0, "k1"), r"ref_logprob: expected a tensor of .*, got float; token_stats"),
+    ((torch.zeros(2), torch.zeros(2).long(), "k1"), "ref_logprob: expected float32.*, got torch.int64; pass"),
+])
+def test_wrong_arguments_of_kl_penalty(arguments, words) -> None:
+    """Named in the error."""
+    with pytest.raises(TypeError, match=f"^{words}"):
+        integration.kl_penalty(*arguments)
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("log_prob", None, r"expected a tensor \[batch, length\], got NoneType; let verl"),
+    ("old_log_prob", [0.0], "expected a tensor .*, got list; let"),
+    ("response_mask", None, "expected a tensor .*; let"), ("rollout_is_weights", 1.0, "expected a tensor .*, got float; let"),
+    ("config", None, "expected the actor's config of verl, which has global_batch_info, got NoneType; let verl call this"),
+])
+def test_wrong_arguments_of_the_policy_loss(core, name, value, words) -> None:
+    """Named in the error, before verl's own loss is called."""
+    arguments = {**batch(), "loss_agg_mode": "token-mean", "config": config_of(), "rollout_is_weights": None, name: value}
+    with pytest.raises(TypeError, match=f"^{name}: {words}"):
+        integration.policy_loss(beta=0.1)(**arguments)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, ["vanilla"]], ids=repr)
+def test_wrong_names(core, wrong) -> None:
+    """Of a loss of verl's, and of the new one."""
+    words = r"expected the name of a policy loss of verl, got \w+; pass 'vanilla', for instance"
+    for argument, call in (("base", lambda: integration.policy_loss(wrong, beta=0.1)), ("base", lambda: integration.register("a", wrong, beta=0.1)),
+                           ("name", lambda: integration.register(wrong, beta=0.1))):
+        with pytest.raises(TypeError, match=f"^{argument}: {words}"):
+            call()
 
 
 # ---- verl itself

@@ -329,16 +329,19 @@ def test_slow_path_rows_are_those_that_row_finish_marks(implementation, monkeypa
         pytest.skip("about the kernels")
     from fastkl.kernels import launch, row_finish, row_math
 
-    assert (divergence.ONE_PASS_KL, divergence.ONE_PASS_D) == (row_finish.LARGE_KL.value, row_math.LARGEST_D.value)
-    p, q = cases.pair("normal3", 9, 300, 0.3, device=implementation.device)
+    assert (divergence.ONE_PASS_KL, divergence.ONE_PASS_DIFFERENCE, divergence.ONE_PASS_D, divergence.ONE_PASS_LSE) == (
+        row_finish.LARGE_KL.value, row_finish.LARGEST_DIFFERENCE.value, row_math.LARGEST_D.value, row_math.LARGEST_LSE.value)
+    p, q = cases.pair("normal3", 12, 300, 0.3, device=implementation.device)
     p[1, 5], q[2, 5], p[3, 7], p[4, 8] = -float("inf"), -float("inf"), float("nan"), -1e9
     q[5, 9] += 150.0
     p[6, :16], q[6, :16] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
     q[7] = q[7] * 60.0
+    q[9], q[10] = q[9] + 70.0, q[10] + 40.0
+    p[11, 0], q[11, 1] = p[11].max() + 3.0, q[11].max() + 12.0
     expected = fastkl.slow_path_rows(p, q)
 
     monkeypatch.setattr(launch, "READ_AGAIN", False)
-    saved = torch.ops.fastkl.row_statistics(p, q, torch.zeros(9, dtype=torch.long, device=p.device), None, None, 1.0,
+    saved = torch.ops.fastkl.row_statistics(p, q, torch.zeros(12, dtype=torch.long, device=p.device), None, None, 1.0,
                                             "logprob,entropy,ref_logprob,kl,ref_kl", "triton")[-1]
     assert torch.equal(saved[:, 0].isnan(), expected)
-    assert expected.tolist() == [False, True, True, True, True, True, False, True, False]
+    assert expected.tolist() == [False, True, True, True, True, True, False, True, False, True, False, True]

@@ -57,7 +57,9 @@ LAYERS = {
 # Sizes that fit on a screen or a reading. A docstring's lines are not counted in a function: explaining more must not cost more.
 LIMITS = {"lines in a file": 400, "lines in a function": 60, "lines in a kernel": 100, "run-time parameters of a kernel": 20}
 # "path" or "path::function" -> why splitting it would hurt the reader.
-TOO_LARGE_FOR_A_REASON: dict[str, str] = {}
+TOO_LARGE_FOR_A_REASON: dict[str, str] = {
+    "kernels/row_finish.py::row_finish": "two logits tensors, four vectors beside them and six outputs, which the host cannot pack",
+}
 
 # "stem" -> "test_x.py": public modules that need no tests/test_<stem>.py of their own, and where they are tested instead.
 TESTED_ELSEWHERE: dict[str, str] = {}
@@ -270,7 +272,8 @@ def test_public_names_have_docstrings():
     for path in FILES.values():
         tree = ast.parse(path.read_text())
         definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        public = [node for node in tree.body if isinstance(node, definitions) and not node.name.startswith("_")]
+        public = [node for node in tree.body if isinstance(node, definitions) and not node.name.startswith("_")
+                  and "overload" not in map(ast.unparse, node.decorator_list)]
         missing += [f"{path.relative_to(ROOT)}: {getattr(node, 'name', 'the module')}" for node in [tree, *public] if not ast.get_docstring(node)]
     assert not missing, "without a docstring:\n" + "\n".join(missing)
 

@@ -156,6 +156,44 @@ def test_types_that_do_not_go_together(implementation) -> None:
     assert bool(CALLS["kl"](mixed).isfinite().all())
 
 
+@pytest.mark.parametrize("name", ["weight", "ref_weight", "bias", "ref_bias"])
+@pytest.mark.parametrize("call", CALLS)
+def test_parameters_that_are_not_whole(call, name) -> None:
+    """Parts of ZeRO-3 are gathered, weights of bitsandbytes unpacked: the message says how."""
+    arguments = right("cpu")
+    part = torch.nn.Parameter(ones(0))
+    fails(ValueError, name, lambda: CALLS[call](arguments, **{name: part}),
+          f"deepspeed.zero.GatheredParameters([{name}])")
+    packed = torch.zeros(14, 1, dtype=torch.uint8)
+    packed.quant_state = object()
+    fails(TypeError, name, lambda: CALLS[call](arguments, **{name: packed}),
+          f"bitsandbytes.functional.dequantize_4bit({name}.data, {name}.quant_state)")
+    rows = torch.zeros(V, H, dtype=torch.int8)
+    rows.SCB = ones(V)
+    fails(TypeError, name, lambda: CALLS[call](arguments, **{name: rows}),
+          f"bitsandbytes.functional.int8_vectorwise_dequant({name}.data, {name}.SCB)")
+    if name.endswith("weight"):
+        stored = torch.zeros(7, 1)  # bnb_4bit_quant_storage=torch.float32
+        stored.quant_state = object()
+        fails(ValueError, name, lambda: CALLS[call](arguments, **{name: stored}),
+              f"dequantize_4bit({name}.data")
+
+
+@pytest.mark.parametrize("transform", [torch.func.hessian, torch.func.jacfwd])
+@pytest.mark.parametrize("call", CALLS)
+def test_second_derivatives_by_forward_mode(call, transform) -> None:
+    """The message says what computes them."""
+    arguments = right("cpu")
+
+    def total(hidden):
+        result = CALLS[call](arguments, hidden=hidden)
+        return (result if isinstance(result, torch.Tensor) else result.entropy).sum()
+
+    form = r"^\w+: expected .*, got .* forward-mode .*; .*fastkl\.reference\.row_statistics"
+    with pytest.raises(TypeError, match=form):
+        transform(total)(arguments["hidden"])
+
+
 def test_forward_mode_is_refused(implementation) -> None:
     """Rather than a derivative of zero."""
     arguments = right(implementation.device)

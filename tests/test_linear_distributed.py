@@ -58,7 +58,7 @@ def of_each_rank(results: list[dict], scenario: str) -> list[dict]:
 
 
 @needs_gloo
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != NOT_GATHERED])
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != NOT_GATHERED and "normalizer" not in name])
 def test_ranks_train_as_one_process(results, scenario) -> None:
     """Loss and gradients of every parameter are those of one process on the whole batch, to 1e-6 in norm, before and after a step of SGD."""
     for found in of_each_rank(results, scenario):
@@ -74,6 +74,15 @@ def test_ranks_train_as_one_process(results, scenario) -> None:
             assert error <= 1e-6, f"{name}: the gradient is {error:.3g} off in relative L2 norm"
         # lm_head.unshard() keeps the weight until the end of backward.
         assert found["sharded"] == STEPS * ["fsdp" in scenario and "unshard" not in scenario]
+
+
+@needs_gloo
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if "normalizer" in name])
+def test_normalizer_over_micro_batches_and_ranks(results, scenario) -> None:
+    """Accumulated over micro-batches of different lengths and averaged by DDP, gradients are those of one process on the whole batch."""
+    for found in of_each_rank(results, scenario):
+        assert len(found["normalizer"]) == 5 and max(found["normalizer"]) <= 1e-6, found
+        assert min(found["default"]) > 0.1, "the mean of means is that of the whole batch: nothing was tested"
 
 
 @needs_gloo

@@ -12,7 +12,7 @@ from fastkl import _linear_ops
 
 FIELDS = "logprob,entropy,ref_logprob,kl,ref_kl"
 V, H, H_REF = 11, 4, 3
-# What takes part: with bias, reference ("none", "own", "shared"), mask, temperatures, softcap, chunk_size, leading shape.
+# What takes part: with bias, reference ("none", "own", "shared"), mask, temperatures (and ratios), softcap, chunk_size, leading shape.
 MIXES = [
     (False, "own", False, False, 0.0, None, (3,)), (True, "own", True, True, 2.0, 2, (2, 2)), (True, "shared", True, False, 0.0, 1, (3,)),
     (False, "shared", False, True, 5.0, None, (2, 1)), (False, "own", True, False, 0.0, None, (0, 2)), (False, "own", False, False, 0.0, None, ()),
@@ -40,10 +40,12 @@ def arguments(device: str, mix: tuple, dtype: torch.dtype = torch.float32, grad:
     per_row = {
         "tokens": torch.randint(V, leading, generator=generator), "mask": torch.rand(leading, generator=generator) < 0.7 if mask else None,
         "temperatures": 0.5 + torch.rand(leading, generator=generator) if temperatures else None,
+        "ratios": 0.5 + torch.rand(leading, generator=generator) if temperatures and reference != "none" else None,
         "weights": torch.randn(leading, generator=generator), "upstream": torch.randn(5, *leading, generator=generator),
     }
     per_row = {name: value if value is None else value.to(device) for name, value in per_row.items()}
-    return SimpleNamespace(six=six, temperature=1.0 if temperatures else 0.7, softcap=softcap, chunk_size=chunk_size, **per_row)
+    return SimpleNamespace(six=six, temperature=1.0 if temperatures else 0.7,
+                           scaling=(softcap, softcap / 2, 1.0 if temperatures or reference == "none" else 1.5), chunk_size=chunk_size, **per_row)
 
 
 def wrt_of(six: tuple) -> str:
@@ -59,7 +61,7 @@ def test_opcheck_statistics(implementation, mix, grad) -> None:
     a = arguments(implementation.device, mix, grad=grad)
     fields = "logprob,entropy" if mix[1] == "none" else FIELDS
     torch.library.opcheck(torch.ops.fastkl.linear_statistics.default, (
-        *a.six, a.tokens, a.mask, a.temperatures, a.temperature, fields, a.softcap, implementation.backend, torch.float32, a.chunk_size))
+        *a.six, a.tokens, a.mask, a.temperatures, a.ratios, a.temperature, fields, *a.scaling, implementation.backend, torch.float32, a.chunk_size))
 
 
 @pytest.mark.parametrize("fields", [FIELDS, "kl", "logprob,entropy", "ref_logprob"])
@@ -68,11 +70,11 @@ def test_opcheck_gradients(implementation, mix, fields) -> None:
     """The same for its backward, for upstream gradients of some fields."""
     skip_if_interpreted(implementation, mix)
     a = arguments(implementation.device, mix)
-    settings = (a.softcap, implementation.backend, torch.float32, a.chunk_size)
-    saved = _linear_ops.linear_statistics(*a.six, a.tokens, a.mask, a.temperatures, a.temperature, FIELDS, *settings)[-1]
+    settings = (*a.scaling, implementation.backend, torch.float32, a.chunk_size)
+    saved = _linear_ops.linear_statistics(*a.six, a.tokens, a.mask, a.temperatures, a.ratios, a.temperature, FIELDS, *settings)[-1]
     upstream = [value if name in fields.split(",") else None for name, value in zip(FIELDS.split(","), a.upstream, strict=True)]
     torch.library.opcheck(torch.ops.fastkl.linear_gradients.default, (
-        *a.six, a.tokens, a.mask, a.temperatures, saved, *upstream, a.temperature, wrt_of(a.six), *settings))
+        *a.six, a.tokens, a.mask, a.temperatures, a.ratios, saved, *upstream, a.temperature, wrt_of(a.six), *settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -82,9 +84,9 @@ def test_opcheck_weighted_kl(implementation, mix, dtype) -> None:
     skip_if_interpreted(implementation, mix)
     for grad in (False, True):
         a = arguments(implementation.device, mix, dtype, grad)
+        wrt = wrt_of(a.six) if grad else ""
         torch.library.opcheck(torch.ops.fastkl.linear_weighted_kl.default, (
-            *a.six, a.weights, a.mask, a.temperatures, a.temperature, wrt_of(a.six) if grad else "", a.softcap, implementation.backend, dtype,
-            a.chunk_size))
+            *a.six, a.weights, a.mask, a.temperatures, a.ratios, a.temperature, wrt, *a.scaling, implementation.backend, dtype, a.chunk_size))
 
 
 @pytest.mark.parametrize("dtype, result", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, torch.float32)])

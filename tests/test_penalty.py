@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkl
 
-REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+REDUCTIONS = ("token_mean", "mean", "sequence_mean", "sum")
 DIRECTIONS = ("policy||reference", "reference||policy")
 
 
@@ -32,7 +32,8 @@ def plain(policy, reference, mask, direction: str, reduction: str, beta: float, 
     log_p, log_q = ((value / temperature).log_softmax(-1) for value in (policy, reference))
     log_p, log_q = (log_p, log_q) if direction == DIRECTIONS[0] else (log_q, log_p)
     kl = torch.where(mask, (log_p.exp() * (log_p - log_q)).sum(-1), 0.0)
-    loss = beta * {"token_mean": kl.sum() / mask.sum(), "sequence_mean": kl.reshape(-1, mask.shape[-1]).sum(-1).mean(), "sum": kl.sum()}[reduction]
+    mean, sequence_mean = kl.sum() / mask.sum(), kl.reshape(-1, mask.shape[-1]).sum(-1).mean()
+    loss = beta * {"token_mean": mean, "mean": mean, "sequence_mean": sequence_mean, "sum": kl.sum()}[reduction]
     return loss.detach(), torch.autograd.grad(loss, (policy, reference)), kl.detach()
 
 
@@ -89,7 +90,7 @@ def test_no_token_that_counts(implementation, reduction, leading) -> None:
     loss = penalty(nan, nan.detach(), torch.zeros(leading, dtype=torch.bool, device=implementation.device))
     loss.backward()
     assert loss.item() == 0.0 and bool((nan.grad == 0).all())
-    assert {name: float(value) for name, value in penalty.last.items() if name != "beta"} == {"kl": 0.0, "max_kl": 0.0, "tokens": 0.0, "loss": 0.0}
+    assert {name for name, value in penalty.last.items() if float(value)} == {"beta"}
     for shape in ((0,), (2, 0), (0, 3)):
         empty = torch.zeros(*shape, 17, device=implementation.device, requires_grad=True)
         loss = penalty(empty, empty.detach())
@@ -127,8 +128,9 @@ def test_a_controller_is_read_at_each_call(implementation) -> None:
 @pytest.mark.parametrize("beta, error, words", [
     (-0.1, ValueError, "at least 0, got -0.1"), (math.nan, ValueError, "got nan"), (math.inf, ValueError, "got inf"),
     ("0.1", TypeError, "number or a controller"), (None, TypeError, "number or a controller"), (True, TypeError, "number or a controller"),
+    (10**400, ValueError, "got an integer of 1329 bits"),
     (torch.tensor(0.1), TypeError, "number or a controller"), ([0.1], TypeError, "number or a controller"),
-], ids=str)
+], ids=lambda value: str(value)[:20])
 def test_wrong_beta(beta, error, words, wrap) -> None:
     """A beta that is no finite number of at least 0 is an error where the module is made."""
     with pytest.raises(error) as raised:
@@ -137,7 +139,7 @@ def test_wrong_beta(beta, error, words, wrap) -> None:
 
 
 @pytest.mark.parametrize("keywords, error", [
-    ({"direction": "forward"}, ValueError), ({"direction": None}, ValueError), ({"reduction": "mean"}, ValueError), ({"reduction": 1}, ValueError),
+    ({"direction": "forward"}, ValueError), ({"direction": None}, ValueError), ({"reduction": "none"}, ValueError), ({"reduction": 1}, ValueError),
     ({"temperature": 0.0}, ValueError), ({"temperature": "1"}, TypeError), ({"temperature": torch.tensor(2.0)}, TypeError),
 ], ids=str)
 def test_wrong_settings(keywords, error) -> None:
@@ -166,12 +168,12 @@ def test_wrong_logits_are_named(implementation) -> None:
 
 
 def test_last_is_detached_and_on_the_device(implementation) -> None:
-    """What is kept of a call: five scalars without a graph, on the logits' device; before the first call nothing."""
+    """What is kept of a call: seven scalars without a graph, on the logits' device; before the first call nothing."""
     policy, reference, mask = case(implementation)
     penalty = fastkl.KLPenalty(0.3)
     assert penalty.last == {}
     penalty(policy, reference, mask)
-    assert set(penalty.last) == {"kl", "max_kl", "tokens", "beta", "loss"}
+    assert set(penalty.last) == {"kl", "max_kl", "kl_per_sequence", "tokens", "sequences", "beta", "loss"}
     for value in penalty.last.values():
         assert value.shape == () and value.dtype == torch.float32 and value.device == policy.device
         assert not value.requires_grad and value.grad_fn is None
@@ -187,10 +189,11 @@ def test_no_synchronisation(reduction) -> None:
     penalty = fastkl.KLPenalty(0.3, reduction=reduction)
     penalty(policy, reference, mask).backward()
     penalty(policy, reference).backward()
+    normalizer = None if reduction == "sum" else mask.sum()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        penalty(policy, reference, mask).backward()
+        penalty(policy, reference, mask, normalizer=normalizer).backward()
         penalty(policy, reference).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

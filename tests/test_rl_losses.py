@@ -165,7 +165,7 @@ def penalties(ref: torch.Tensor, kl: torch.Tensor) -> dict[str, dict]:
 @pytest.mark.parametrize("reduction", ["grpo", "bnpo", "dr_grpo", "sum"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_grpo_is_that_of_trl(level, reduction, name, penalty, dtype) -> None:
-    """Value and gradient. One difference is left out here: TRL corrects the KL by the ratio of `level`, this by the token's own at both."""
+    """Value and gradient, the KL corrected by the ratio of `level` too."""
     made, mask = batch(dtype), mask_of(name)
     kl = (0.1 * made.ref.abs()).requires_grad_()
     max_length = 8 if reduction == "dr_grpo" else None
@@ -173,9 +173,6 @@ def test_grpo_is_that_of_trl(level, reduction, name, penalty, dtype) -> None:
     leaves = (made.logprob, kl) if penalty == "exact" else (made.logprob,)
     logprob, old, ref, wide_kl, per_token, per_sequence = wide(made.logprob, made.old, made.ref, kl, made.per_token, made.per_sequence)
     own = {"none": {}, "sampled": {"ref": ref}, "corrected": {"ref": ref, "correct": True}, "exact": {"kl": wide_kl}}[penalty]
-    if penalty == "corrected" and level == "sequence":
-        estimate = ((ref - logprob).exp() - (ref - logprob) - 1) * (logprob - old).exp()
-        own = {"kl": estimate}
     # At level "sequence" TRL lets a token's gradient have the mean of its sequence's advantages (next test).
     choices = ((made.per_token, per_token), (made.per_sequence, per_sequence))[level == "sequence":]
     for advantages, wide_advantages in choices:
@@ -325,7 +322,10 @@ def everything(made: SimpleNamespace, kl: torch.Tensor, mask: torch.Tensor) -> l
     for level, more in itertools.product(("token", "sequence"), GRPO_REDUCTIONS):
         losses += [grpo_loss(made.logprob, made.old, made.per_token, mask, level=level, **more, **it) for it in penalties(made.ref, kl).values()]
     sums = [value.sum(-1) for value in (made.logprob, made.old, made.ref, made.per_token)]
-    return [*losses, grpo_loss(made.logprob, None, made.per_sequence), dpo_loss(*sums).loss]
+    count = mask.sum()
+    normalized = [ppo_loss(made.logprob, made.old, made.per_sequence, mask, normalizer=count), dpo_loss(*sums, normalizer=count).loss,
+                  grpo_loss(made.logprob, made.old, made.per_sequence, mask, normalizer=count)]
+    return [*losses, *normalized, grpo_loss(made.logprob, None, made.per_sequence), dpo_loss(*sums).loss]
 
 
 def moved(device: str) -> tuple[SimpleNamespace, torch.Tensor, torch.Tensor]:

@@ -66,21 +66,20 @@ def test_corrected_kl_has_the_right_gradient(level, off_policy) -> None:
 
 
 def test_corrected_kl_of_longer_sequences() -> None:
-    """Two tokens at level "sequence": the token's own ratio is right, the geometric mean of both (as TRL corrects) is not."""
+    """Two tokens: the token's own ratio is right; the geometric mean of both, of level "sequence" as in TRL, is not."""
     logits, old, reference = distributions()
-    probability = old.softmax(-1)
-    right, theirs, exact = 0.0, 0.0, exact_kl(logits, reference)
+    probability, zero = old.softmax(-1), torch.zeros(1).double()
+    losses, exact = {"token": 0.0, "sequence": 0.0}, exact_kl(logits, reference)
     for pair in itertools.product(range(V), repeat=2):
         logprob, old_logprob, ref_logprob = (value.log_softmax(-1)[list(pair)].view(1, 2) for value in (logits, old, reference))
         weight = probability[pair[0]] * probability[pair[1]]
-        zero = torch.zeros(1).double()
-        right = right + weight * grpo_loss(logprob, old_logprob, zero, ref_logprob=ref_logprob, beta=1.0, level="sequence", correct_kl=True)
-        ratio = (logprob - old_logprob).mean().exp()
-        theirs = theirs + weight * (ratio * ((ref_logprob - logprob).exp() - 1 + logprob - ref_logprob)).mean()
+        for level in losses:
+            losses[level] += weight * grpo_loss(logprob, old_logprob, zero, ref_logprob=ref_logprob, beta=1.0, level=level, correct_kl=True)
     wanted = torch.autograd.grad(exact, logits)[0]
-    assert right.item() == pytest.approx(exact.item(), rel=1e-13) and abs(float(theirs / exact) - 1) > 0.01
-    torch.testing.assert_close(torch.autograd.grad(right, logits, retain_graph=True)[0], wanted, rtol=1e-12, atol=1e-14)
-    assert float((torch.autograd.grad(theirs, logits)[0] - wanted).norm() / wanted.norm()) > 0.05
+    off = {level: float((torch.autograd.grad(loss, logits, retain_graph=True)[0] - wanted).norm() / wanted.norm())
+           for level, loss in losses.items()}
+    assert losses["token"].item() == pytest.approx(exact.item(), rel=1e-13) and off["token"] < 1e-12
+    assert abs(float(losses["sequence"] / exact) - 1) > 0.01 and off["sequence"] > 0.05
 
 
 @pytest.mark.parametrize("reduction, same", [("bnpo", "token_mean"), ("sum", "sum")])
@@ -153,6 +152,32 @@ def test_dpo_of_extreme_margins(margin, value, slope) -> None:
     loss = dpo_loss(chosen, torch.zeros(1), torch.zeros(1), torch.zeros(1)).loss
     assert loss.item() == pytest.approx(value, rel=1e-6)
     assert float(torch.autograd.grad(loss, chosen)[0]) == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dpo_of_impossible_responses(dtype) -> None:
+    """-inf counts as a number, as in every loss: log 2 where both policies have it; it has no gradient, the others keep theirs."""
+    fine, impossible, masked = (torch.tensor([value], dtype=dtype) for value in (-5.0, -math.inf, -1e30))
+    for low in (impossible, masked):
+        assert dpo_loss(fine, low, fine, low).loss.item() == pytest.approx(math.log(2), rel=1e-6)
+        assert dpo_loss(low, fine, low, fine).loss.item() == pytest.approx(math.log(2), rel=1e-6)
+        chosen, rejected = low.clone().requires_grad_(), fine.clone().requires_grad_()
+        result = dpo_loss(chosen, rejected, fine, fine)
+        assert all(bool(value.isfinite().all()) for value in result) and result.loss > 1e3
+        gradient = torch.autograd.grad(result.loss, (chosen, rejected))
+        assert [grad.item() for grad in gradient] == pytest.approx([0.0, 0.1], rel=1e-6)
+        learns = dpo_loss(rejected, low, fine, low)
+        assert torch.autograd.grad(learns.loss, rejected)[0].item() == pytest.approx(-0.05, rel=1e-6)
+    assert dpo_loss(torch.tensor([math.nan]), *[torch.zeros(1)] * 3).loss.isnan()
+
+
+def test_dpo_of_long_responses() -> None:
+    """A sum over 40,000 tokens is far below a token's -1e4, and counts in full."""
+    chosen = torch.tensor([-40000.0], requires_grad=True)
+    result = dpo_loss(chosen, torch.tensor([-30010.0]), torch.tensor([-40010.0]), torch.tensor([-30000.0]))
+    assert result.margin.item() == pytest.approx(2.0)
+    slope = -0.1 * torch.sigmoid(torch.tensor(-2.0)).item()
+    assert torch.autograd.grad(result.loss, chosen)[0].item() == pytest.approx(slope, rel=1e-6)
 
 
 def test_dpo_without_pairs() -> None:

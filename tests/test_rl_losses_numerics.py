@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -38,8 +39,8 @@ def test_impossible_under_one_policy(form) -> None:
     sizes = torch.tensor([0.0, -1e-6, -3.0, -40.0, -200.0, -1e4, -65504.0, -3e38, -math.inf])
     logprob, old, ref = (value.reshape(-1, 9) for value in torch.meshgrid(sizes, sizes, sizes, indexing="ij"))
     logprob.requires_grad_()
-    for advantage in (1.0, -1.0):
-        more = {} if form == "ppo" else {"ref_logprob": ref, "beta": 0.1}
+    penalties = [{}] if form == "ppo" else [{"ref_logprob": ref, "beta": 0.1, "correct_kl": correct} for correct in (False, True)]
+    for advantage, more in itertools.product((1.0, -1.0), penalties):
         for mask in (None, ref > -50):
             loss = FORMS[form](logprob, old, torch.full((81,), advantage), mask, **more)
             assert loss.isfinite() and bool(torch.autograd.grad(loss, logprob)[0].isfinite().all())

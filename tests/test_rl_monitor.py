@@ -36,10 +36,11 @@ def counted(kl: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return (kl if mask is None else kl[mask]).double().reshape(-1)
 
 
-def by_definition(x: torch.Tensor, threshold: float) -> dict[str, float]:
-    """The docstring's lines."""
-    figures = {"kl/mean": x.mean(), "kl/max": x.max(), "kl/p50": x.quantile(0.5), "kl/p95": x.quantile(0.95), "kl/p99": x.quantile(0.99),
-               "kl/tokens": x.numel(), "kl/not_finite": (~x.isfinite()).sum(), "kl/above_threshold": (x > threshold).double().mean()}
+def by_definition(x: torch.Tensor, threshold: float, sequences: int = 1) -> dict[str, float]:
+    """The docstring's lines, for so many sequences with a token that counts."""
+    figures = {"kl/mean": x.mean(), "kl/per_sequence": x.sum() / sequences, "kl/max": x.max(), "kl/p50": x.quantile(0.5),
+               "kl/p95": x.quantile(0.95), "kl/p99": x.quantile(0.99), "kl/tokens": x.numel(), "kl/not_finite": (~x.isfinite()).sum(),
+               "kl/above_threshold": (x > threshold).double().mean()}
     return {name: float(value) for name, value in figures.items()}
 
 
@@ -53,7 +54,7 @@ def test_figures_of_a_step(layout, dtype, device) -> None:
     """Every figure is that of plain torch on kl[mask], for every layout and type; all are Python floats."""
     kl, mask = tokens(6, 50, dtype=dtype), masks(6, 50)[layout]
     got = KLMonitor(threshold=0.1).update(kl.to(device), None if mask is None else mask.to(device))
-    expected = by_definition(counted(kl, mask), 0.1)
+    expected = by_definition(counted(kl, mask), 0.1, 6 if mask is None else int(mask.any(-1).sum()))
     assert got == pytest.approx({"step": 0.0, **expected, "kl/spike": 0.0}, **CLOSE)
     assert all(type(value) is float for value in got.values())
     assert expected["kl/tokens"] >= 1 and got["kl/max"] == expected["kl/max"]
@@ -65,7 +66,7 @@ def test_shapes(shape) -> None:
     kl = tokens(*shape).requires_grad_()
     before = kl.detach().clone()
     got = KLMonitor(threshold=0.1, spike=False).update(kl)
-    assert got == pytest.approx({"step": 0.0, **by_definition(before.double().reshape(-1), 0.1)}, **CLOSE)
+    assert got == pytest.approx({"step": 0.0, **by_definition(before.double().reshape(-1), 0.1, math.prod(shape[:-1]))}, **CLOSE)
     assert torch.equal(kl, before) and kl.grad is None
 
 
@@ -120,7 +121,8 @@ def test_no_token_that_counts(shape, masked) -> None:
     empty = monitor.summary()
     got = monitor.update(torch.full(shape, math.nan), torch.zeros(shape, dtype=torch.bool) if masked else None, entropy=torch.zeros(shape))
     assert got["kl/tokens"] == got["kl/not_finite"] == got["kl/spike"] == 0.0
-    assert all(math.isnan(got[name]) for name in ("kl/mean", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/above_threshold", "entropy"))
+    assert all(math.isnan(got[name]) for name in ("kl/mean", "kl/per_sequence", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/above_threshold",
+                                                    "entropy"))
     after = monitor.summary()
     assert after.pop("steps") == 1.0 and empty.pop("steps") == 0.0 and str(after) == str(empty)
     assert math.isnan(after["kl/mean"]) and monitor.profile() == {"position": [], "kl": [], "tokens": []}
@@ -137,7 +139,7 @@ def test_further_figures(device) -> None:
                                                                "length": mask.sum(-1).to(device), "absent": None, "clipped": mask.to(device)})
     expected = {"entropy": entropy[mask].double().mean(), "reward": reward.double().mean(), "beta": 0.25, "learning_rate": 1e-5, "policy/loss": -1.5,
                 "length": mask.sum() / 6, "clipped": 1.0}
-    further = dict(list(got.items())[8:])
+    further = dict(list(got.items())[9:])
     assert further == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-6) and list(further) == list(expected)
     assert all(type(value) is float for value in got.values())
     assert further["entropy"] == pytest.approx(float(expected["entropy"]), **CLOSE)
@@ -173,10 +175,10 @@ def test_a_reward_of_each_packed_sequence(device) -> None:
 
 def test_what_is_not_asked_for_is_not_there() -> None:
     """Without a threshold, a detector and further figures the dict holds the others alone."""
-    names = ["step", "kl/mean", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/tokens", "kl/not_finite"]
+    names = ["step", "kl/mean", "kl/per_sequence", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/tokens", "kl/not_finite"]
     monitor = KLMonitor(spike=False)
     assert list(monitor.update(tokens(3))) == names
-    assert list(monitor.summary()) == ["steps", "kl/tokens", "kl/mean", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/not_finite"]
+    assert list(monitor.summary()) == ["steps", "kl/tokens", "kl/mean", "kl/per_sequence", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/not_finite"]
     assert list(KLMonitor(threshold=1.0).update(tokens(3))) == [*names, "kl/above_threshold", "kl/spike"]
 
 
@@ -266,6 +268,23 @@ def test_run_quantiles_outside() -> None:
     monitor = KLMonitor()
     monitor.update(torch.tensor([0.3]))
     assert monitor.summary()["kl/p99"] <= monitor.summary()["kl/max"]
+
+
+@pytest.mark.parametrize("longest", [1, 7])
+def test_mean_per_sequence(longest) -> None:
+    """Sums of the sequences that have a token that counts, padded on either side or packed, of a step and of the run; also of [B, G, T]."""
+    monitors = [KLMonitor() for _ in range(3)]
+    every = []
+    for seed in range(3):
+        values = sequences(seed, longest)
+        sums = [float(value.double().sum()) for value in values if len(value)]
+        every += sums
+        expected = sum(sums) / len(sums)
+        bounds = torch.tensor([0, *(len(value) for value in values)]).cumsum(0)
+        got = [monitors[0].update(*padded(values, left=True)), monitors[1].update(*(value[None] for value in padded(values, left=False))),
+               monitors[2].update(torch.cat(values), cu_seqlens=bounds)]
+        assert [figures["kl/per_sequence"] for figures in got] == pytest.approx([expected] * 3, rel=1e-6)
+    assert [monitor.summary()["kl/per_sequence"] for monitor in monitors] == pytest.approx([sum(every) / len(every)] * 3, rel=1e-6)
 
 
 def test_run_of_negative_estimates() -> None:

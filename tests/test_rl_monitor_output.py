@@ -6,13 +6,14 @@ import copy
 import io
 import json
 import math
+import os
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastkl.rl import monitor as module
+from fastkl.rl import logs as module
 from fastkl.rl.monitor import KLMonitor, read_jsonl
 from fastkl.rl.spikes import SpikeDetector
 
@@ -133,6 +134,17 @@ def test_numbers_of_any_length(tmp_path, digits) -> None:
     path.write_text('{"reward": ' + "1" * digits + ', "flag": true}\n')
     step, = read_jsonl(path)
     assert step == {"reward": float("1" * digits), "flag": 1.0} and all(type(value) is float for value in step.values())
+
+
+@pytest.mark.parametrize("wrong", [1, True, 1.5, None, b"run.jsonl", ["run.jsonl"]], ids=repr)
+def test_only_paths(wrong) -> None:
+    """The number of a file descriptor is none: reading it would close standard output."""
+    with pytest.raises(TypeError, match=r"^path: expected a path, str or os.PathLike, got \w+; pass the file that KLMonitor"):
+        read_jsonl(wrong)
+    os.fstat(1)
+    if wrong is not None:
+        with pytest.raises(TypeError, match="^jsonl: expected a path, .*; pass"):
+            KLMonitor(jsonl=wrong)
 
 
 def test_a_file_that_cannot_be_appended_to(tmp_path) -> None:

@@ -78,11 +78,22 @@ def test_state_is_on_the_cpu_and_may_change(made) -> None:
     (lambda state: {**state, "width": None}, "width as"), (lambda state: {**state, "width": 2**40}, "width as"),
     (lambda state: {**state, "step": None}, "step as"), (lambda state: {**state, "step": 1.0}, "step as"),
     (lambda state: {**state, "run": None}, "run as"), (lambda state: {**state, "run": {**state["run"], "max": None}}, "run as"),
-    (lambda state: {**state, "histogram": None}, "histogram as"),
+    (lambda state: {**state, "histogram": None}, "histogram as"), (lambda state: {**state, "step": -1}, "step as"),
+    *((lambda state, name=name, value=value: {**state, "run": {**state["run"], name: value}}, "run as")
+      for name, value in (("sum", math.nan), ("max", math.inf), ("steps", -1.0), ("tokens", -3.0), ("spikes", math.nan), ("above", -1.0),
+                          ("finite", 5.0), ("sequences", 1.0))),
+    *((lambda state, value=value: {**state, "histogram": [value, *state["histogram"][1:]]}, "histogram as") for value in (math.nan, -1.0)),
+    (lambda state: {**state, "profile": [[math.inf] * 64, [0.0] * 64]}, "profile as"),
+    (lambda state: {**state, "profile": [[0.0] * 64, [-1.0] * 64]}, "profile as"),
+    (lambda state: {**state, "threshold": torch.ones(2)}, "threshold None, got tensor"),
+    (lambda state: {**state, "spike": {**state["spike"], "evidence": -1.0}}, "evidence as"),
+    (lambda state: {**state, "spike": {**state["spike"], "levels": [math.nan]}}, "levels as"),
     (lambda state: {**state, "histogram": ["x"] * len(state["histogram"])}, "histogram as"),
     (lambda state: {**state, "profile": [[0.0] * 64, [0.0] * 63]}, "profile as"), (lambda state: {**state, "profile": [None] * 64}, "profile as"),
 ], ids=["no-dict", "class", "missing", "threshold", "positions", "spike", "histogram", "run", "detector", "spike-int", "detector-set", "width-0",
-        "width-none", "width-huge", "step-none", "step-float", "run-none", "run-max", "histogram-none", "histogram-text", "ragged", "profile-none"])
+        "width-none", "width-huge", "step-none", "step-float", "run-none", "run-max", "histogram-none", "step-negative", "sum-nan", "max-inf",
+        "steps-negative", "tokens-negative", "spikes-nan", "above-negative", "finite-more", "sequences-more", "bin-nan", "bin-negative",
+        "profile-inf", "profile-negative", "threshold-tensor", "evidence-negative", "levels-nan", "histogram-text", "ragged", "profile-none"])
 def test_wrong_state(change, words) -> None:
     """Another class's, an incomplete, a damaged or a differently set monitor's state is an error that names the entry, and changes nothing."""
     monitor = KLMonitor()
@@ -119,6 +130,10 @@ def test_wrong_settings(settings, error) -> None:
     ("beta", {"beta": [0.1]}, TypeError, "got list"), ("entropy", {"entropy": torch.ones(3, dtype=torch.complex64)}, TypeError, "complex64"),
     ("kl/mean", {"kl/mean": 1.0}, ValueError, "choose another"), ("kl/p95", {"kl/p95": 1.0}, ValueError, "choose another"),
     ("loss", {"loss": torch.ones(3, device="meta")}, ValueError, "got meta"),
+    ("kl/per_sequence", {"kl/per_sequence": 1.0}, ValueError, "choose another"), ("kl", {"kl": torch.ones(3, device="meta")}, ValueError, "meta"),
+    ("step", {"step": -1}, ValueError, r"from 0 to 2\^53, got -1"), ("step", {"step": 10**400}, ValueError, "of 1329 bits; count"),
+    ("loss", {"loss": True}, TypeError, "got bool"), ("loss", {"loss": 10**400}, ValueError, "of 1329 bits"),
+    ("loss", {"loss": torch.ones(3).to_sparse()}, TypeError, "to_dense"),
 ], ids=str)
 def test_wrong_arguments(name, arguments, error, words, tmp_path) -> None:
     """Every argument of update is checked before anything changes: neither the run nor the file sees the step."""
@@ -128,6 +143,7 @@ def test_wrong_arguments(name, arguments, error, words, tmp_path) -> None:
     with pytest.raises(error, match=f"{name}: expected") as raised:
         monitor.update(**arguments)
     raised.match(words)
+    assert "; " in str(raised.value)
     assert monitor.state_dict() == before and read_jsonl(tmp_path / "run.jsonl") == []
 
 

@@ -257,9 +257,10 @@ def loaded(detector: SpikeDetector, state: dict) -> SpikeDetector:
     (lambda state: {**state, "levels": None}, "levels as"), (lambda state: {**state, "levels": [0.0] * 16}, "levels as"),
     (lambda state: {**state, "levels": [None]}, "levels as"), (lambda state: {**state, "residuals": ["0.1"]}, "residuals as"),
     (lambda state: {**state, "residuals": [None, math.nan]}, "residuals as"), (lambda state: {**state, "evidence": None}, "evidence as"),
-    (lambda state: {**state, "evidence": math.inf}, "evidence as"),
+    (lambda state: {**state, "evidence": math.inf}, "evidence as"), (lambda state: {**state, "evidence": -0.5}, "evidence as"),
+    (lambda state: {**state, "recent": torch.ones(2)}, "recent 15, got tensor"),
 ], ids=["no-dict", "class", "missing", "unknown", "recent", "window", "floor", "no-floor", "no-levels", "long", "none", "text", "nan", "no-evidence",
-        "inf"])
+        "inf", "negative", "tensor"])
 def test_wrong_state(change, words) -> None:
     """Another class's, an incomplete, a damaged or a differently set detector's state is an error and changes nothing."""
     detector = SpikeDetector()

@@ -27,20 +27,28 @@ def padded(values: torch.Tensor, width: int) -> torch.Tensor:
     return room[:, :values.shape[1]].copy_(values)
 
 
+def scaling_of(softcap: float | _rows.Scaling) -> _rows.Scaling:
+    """A soft cap of both tensors, or any scaling."""
+    return softcap if isinstance(softcap, _rows.Scaling) else _rows.Scaling(softcap, softcap)
+
+
 def run(implementation, p, q, tokens, mask, temperature, upstream, grads, softcap) -> dict[str, torch.Tensor]:
     """All fields of rows, and their gradients written into `grads`."""
     rows = p.shape[0]
     outputs = {name: torch.full((rows,), math.nan, device=p.device) for name in _rows.FIELDS}
     saved = torch.full((rows, _rows.SAVED), math.nan, device=p.device)
-    _rows.forward(implementation.backend, p, q, tokens, mask, temperature, outputs, saved, softcap)
-    _rows.backward(implementation.backend, p, q, tokens, mask, temperature, saved, dict(zip(_rows.FIELDS, upstream, strict=True)), *grads, softcap)
+    scaling, weights = scaling_of(softcap), dict(zip(_rows.FIELDS, upstream, strict=True))
+    _rows.forward(implementation.backend, p, q, tokens, mask, temperature, outputs, saved, scaling)
+    _rows.backward(implementation.backend, p, q, tokens, mask, temperature, saved, weights, *grads, scaling)
     return outputs
 
 
 def truth(p, q, tokens, mask, temperature, upstream, softcap) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Fields and gradients in float64, by autograd through plain torch."""
     p, q = (side.detach().double().cpu().requires_grad_() for side in (p, q))
-    x, y = (softcap * torch.tanh(side / softcap) if softcap else side for side in (p, q))
+    scaling = scaling_of(softcap)
+    x, y = (cap * torch.tanh(side / cap) if cap else side for side, cap in ((p, scaling.softcap), (q, scaling.ref_softcap)))
+    y = y * (scaling.ratio.double().cpu()[:, None] if isinstance(scaling.ratio, torch.Tensor) else scaling.ratio)
     log_p, log_q = ((side / temperature.double().cpu()[:, None]).log_softmax(-1) for side in (x, y))
     index = tokens.cpu()[:, None]
     fields = {
@@ -86,6 +94,32 @@ def test_against_float64(implementation, dtype, vocabulary, in_place, softcap) -
         if vocabulary > 1:
             assert relative(grad, exact) <= 2e-5 + rounding, f"gradient to {name}: {relative(grad, exact)}"
         assert bool((grad[2] == 0).all()), "a masked row has a gradient"
+
+
+@pytest.mark.parametrize("scaling", [_rows.Scaling(0.0, 5.0), _rows.Scaling(3.0, 0.0, 0.625), _rows.Scaling(ratio=torch.linspace(0.3, 2.0, ROWS)),
+                                     _rows.Scaling(20.0, 30.0, 1.0)], ids=["cap of q", "cap of p, ratio", "ratio per row", "two caps"])
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_each_tensor_has_a_scaling(implementation, dtype, far, scaling) -> None:
+    """Two soft caps, and a ratio of inverse temperatures: fields and gradients to the raw logits."""
+    device, vocabulary = implementation.device, 37
+    p, q = cases.pair("normal3", ROWS, vocabulary, 0.7, dtype=dtype)
+    if far:
+        q[:, 5] = q[:, 5] + 60.0
+        q[:, 7] = -3e4
+    tokens, mask = torch.arange(ROWS, device=device), (torch.arange(ROWS) != 2).to(device)
+    temperature = torch.linspace(0.5, 1.5, ROWS).to(device)
+    upstream = torch.randn(5, ROWS, generator=torch.Generator().manual_seed(3)).to(device)
+    expected, *gradients = truth(p, q, tokens, mask, temperature, upstream, scaling)
+    if isinstance(scaling.ratio, torch.Tensor):
+        scaling = scaling._replace(ratio=scaling.ratio.to(device))
+    p, q = p.to(device), q.to(device)
+    grads = torch.empty_like(p), torch.empty_like(q)
+    for name, value in run(implementation, p, q, tokens, mask, temperature, upstream, grads, scaling).items():
+        cases.assert_near(value, expected[name], 2e-5, 5e-6 + 1e-6 * max(scaling.softcap, scaling.ref_softcap), name)
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-7 if implementation.interpreted else 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    for name, grad, exact in zip(("p", "q"), grads, gradients, strict=True):
+        assert relative(grad, exact) <= 2e-5 + rounding, f"gradient to {name}: {relative(grad, exact)}"
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 
@@ -21,6 +21,29 @@ if TYPE_CHECKING:
 # Of the steps between two logs: the largest of these, the last of these, the mean of all others.
 LARGEST = ("kl/max", "kl/spike")
 LAST = ("kl/beta",)
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+Unit = Literal["token", "sequence"]
+
+
+class Controller(Protocol):
+    """What the callback asks of a controller."""
+
+    @property
+    def beta(self) -> float:
+        """The weight as it is now."""
+
+    def update(self, kl: float, *, unit: Unit) -> float:
+        """Take in the mean KL of an optimizer step."""
+
+
+class Monitor(Protocol):
+    """What the callback asks of a monitor."""
+
+    def update(self, kl: torch.Tensor, mask: torch.Tensor, *, cu_seqlens: torch.Tensor, entropy: torch.Tensor | None,
+               beta: float | None, step: int) -> dict[str, float]:
+        """Take in the tokens of an optimizer step."""
 
 
 class KLCallback(TrainerCallback, ExportableState):
@@ -44,7 +67,8 @@ class KLCallback(TrainerCallback, ExportableState):
 
     Args:
         controller: an object with `beta` and `update(kl, unit=)`, as fastkl.rl's. It is updated with n = 1, so a horizon counts optimizer steps.
-            A step whose KL is not finite leaves it as it was, with a warning.
+            A mean below 0, as k1 has in many steps, is handed on. A step whose KL is not finite
+            leaves the controller as it was; the first one warns.
         monitor: an object with `update(kl, mask, cu_seqlens=, entropy=, beta=, step=)`, as fastkl.rl.KLMonitor. Only the first process's runs,
             on that process's tokens.
 
@@ -58,7 +82,7 @@ class KLCallback(TrainerCallback, ExportableState):
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), section 2.2, for a controller in the loop.
     """
 
-    def __init__(self, controller: object | None = None, monitor: object | None = None) -> None:
+    def __init__(self, controller: Controller | None = None, monitor: Monitor | None = None) -> None:
         for name, value, needed, example in (("controller", controller, ("beta", "update"), "FixedBeta(0.05)"),
                                              ("monitor", monitor, ("update",), "KLMonitor()")):
             lacking = [attribute for attribute in needed if value is not None and not hasattr(value, attribute)]
@@ -66,20 +90,33 @@ class KLCallback(TrainerCallback, ExportableState):
                 raise TypeError(f"{name}: expected an object with {' and '.join(needed)}, got {type(value).__name__} without {lacking[0]}; "
                                 f"pass one of fastkl.rl's, such as {example}")
         self.controller, self.monitor = controller, monitor
-        self.unit = getattr(controller, "unit", "token")
+        self.unit: Unit = getattr(controller, "unit", "token")
+        if not isinstance(self.unit, str) or self.unit not in get_args(Unit):
+            raise ValueError(f"controller: expected one whose unit is 'token' or 'sequence', got "
+                             f"{self.unit!r}; set its unit to what its target is a mean over")
         self._micro_batches: list[tuple] = []
         self._figures: dict[str, tuple[float, int]] = {}
         self._heard = False
+        self._warned = False
 
     def record(self, kl: torch.Tensor, mask: torch.Tensor | None = None, *, entropy: torch.Tensor | None = None) -> None:
         """Take in a micro-batch: KL per token [..., T] in nats, a bool mask [...] (True where the token counts) and the entropy [...], both optional.
 
         Detached, nothing copied, nothing waited for: the tensors are kept until the optimizer steps. Raises TypeError or ValueError for others.
         """
-        if not isinstance(kl, torch.Tensor) or not kl.is_floating_point() or kl.dim() == 0:
+        if not isinstance(kl, torch.Tensor) or kl.dtype not in FLOAT_TYPES or kl.dim() == 0:
             raise TypeError(f"kl: expected a float tensor of KL per token, [..., T], got {_describe(kl)}; pass it before its mean is taken")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
             raise TypeError(f"mask: expected a bool tensor, True where the token counts, got {_describe(mask)}; convert it with .bool()")
+        if entropy is not None and not isinstance(entropy, torch.Tensor):
+            raise TypeError(f"entropy: expected a float tensor shaped as kl, got "
+                            f"{_describe(entropy)}; pass token_stats(...).entropy, or None")
+        for name, value in (("kl", kl), ("mask", mask), ("entropy", entropy)):
+            if value is not None and (value.is_nested or value.layout is not torch.strided
+                                      or hasattr(value, "full_tensor")):
+                raise TypeError(f"{name}: expected a plain tensor, got {type(value).__name__} of "
+                                f"layout {value.layout}; pass a strided one that this process "
+                                f"holds whole")
         for name, value in (("mask", mask), ("entropy", entropy)):
             if value is not None and value.shape != kl.shape:
                 raise ValueError(f"{name}: expected the shape of kl, {tuple(kl.shape)}, got {_describe(value)}; align the two")
@@ -89,6 +126,9 @@ class KLCallback(TrainerCallback, ExportableState):
 
     def attach(self, trainer: Trainer) -> KLCallback:
         """Make this the trainer's first callback, wherever it was, and return it; the trainers of this package must know it when they are made."""
+        if not hasattr(getattr(trainer, "callback_handler", None), "callbacks"):
+            raise TypeError(f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}; "
+                            f"pass the trainer after it is made")
         if getattr(trainer, "kl_callback", self) is not self:
             raise ValueError(f"trainer: expected one that takes its KLCallback later, got a {type(trainer).__name__}; "
                              f"pass callbacks=[callback] when it is made")
@@ -120,8 +160,9 @@ class KLCallback(TrainerCallback, ExportableState):
             return
         try:
             getattr(self, part).load_state_dict(values)
-        except ValueError as error:
-            raise ValueError(f"KLCallback({part}=...): the checkpoint's {part} was another: {error}; resume with that one, or start anew without "
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{part}: expected the one that the checkpoint was saved with, got "
+                             f"another ({error}); resume with that one, or start anew without "
                              f"resume_from_checkpoint") from error
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -147,7 +188,11 @@ class KLCallback(TrainerCallback, ExportableState):
             if count and math.isfinite(kl):
                 self.controller.update(kl / count, unit=self.unit)
             elif count:
-                warnings.warn(f"KLCallback: expected a finite KL in optimizer step {state.global_step}, got {kl}; beta stays {beta:g}", stacklevel=2)
+                if not self._warned:
+                    warnings.warn(f"KLCallback: expected a finite KL in optimizer step "
+                                  f"{state.global_step}, got {kl}; beta stays {beta:g}, in this and "
+                                  f"every later step without one", stacklevel=2)
+                self._warned = True
         self._remember(figures)
         self._micro_batches = []
 

@@ -18,10 +18,14 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastkl import estimate_kl
+
+if TYPE_CHECKING:
+    from fastkl.rl import BetaController
 
 TESTED = "0.9"
 POLICY_LOSS = ("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights")
@@ -58,6 +62,11 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
         TypeError, ValueError: as fastkl.estimate_kl; "full", which needs logits: fastkl.kl_divergence.
     Source: Schulman, Approximating KL Divergence (2020), for the values.
     """
+    if not isinstance(kl_penalty, str):
+        raise TypeError(f"kl_penalty: expected the name of an estimator, got "
+                        f"{type(kl_penalty).__name__}; pass 'k3', for instance")
+    for argument, value in (("logprob", logprob), ("ref_logprob", ref_logprob)):
+        _tensor(argument, value, "of log-probabilities [...]", "token_stats returns them")
     if kl_penalty == "full":
         raise ValueError("kl_penalty: expected an estimator, got 'full', which needs the logits of both models; call fastkl.kl_divergence with them")
     name = kl_penalty.removesuffix("+")
@@ -73,7 +82,7 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
     return value + (form - form.detach())
 
 
-def policy_loss(base: str = "vanilla", *, beta: float | object) -> Callable:
+def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Callable[..., Any]:
     """A policy loss of verl's plus beta times KL(old‖policy), old being the policy that sampled: PPO's penalty form, beside its clip.
 
     Equivalent, in the function that is returned, to
@@ -91,12 +100,22 @@ def policy_loss(base: str = "vanilla", *, beta: float | object) -> Callable:
         A function with the arguments and results of verl's policy losses; it adds the metrics "actor/kl_old", the mean KL per token (nats), and
         "actor/kl_old_coef". As verl's losses for their metrics, it waits for the device in every micro-batch.
     Raises:
-        TypeError, ValueError: beta is no number or controller, or negative. When called: what verl raises for its arguments.
+        TypeError, ValueError: beta is no number or controller, or negative; base is no str. When called: no tensors, no config, and what verl
+        raises for its arguments.
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 8.
     """
     _weight_of(beta)
+    _name("base", base)
 
     def with_kl(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None, rollout_is_weights=None):
+        tensors = {"old_log_prob": old_log_prob, "log_prob": log_prob, "response_mask": response_mask}
+        if rollout_is_weights is not None:
+            tensors["rollout_is_weights"] = rollout_is_weights
+        for argument, value in tensors.items():
+            _tensor(argument, value, "[batch, length]", "let verl call this")
+        if not hasattr(config, "global_batch_info"):
+            raise TypeError(f"config: expected the actor's config of verl, which has "
+                            f"global_batch_info, got {type(config).__name__}; let verl call this")
         core = _core_algos()
         loss, metrics = core.get_policy_loss_fn(base)(
             old_log_prob=old_log_prob, log_prob=log_prob, advantages=advantages, response_mask=response_mask, loss_agg_mode=loss_agg_mode,
@@ -113,12 +132,14 @@ def policy_loss(base: str = "vanilla", *, beta: float | object) -> Callable:
     return with_kl
 
 
-def register(name: str = "vanilla_kl", base: str = "vanilla", *, beta: float | object) -> Callable:
+def register(name: str = "vanilla_kl", base: str = "vanilla", *, beta: float | BetaController) -> Callable[..., Any]:
     """Register policy_loss(base, beta=beta) in verl under a name, for policy_loss.loss_mode, and return it.
 
     Raises ImportError without verl, or with one whose policy losses take other arguments; ValueError for a base that verl does not have and a
     name that it has already.
     """
+    _name("name", name)
+    _name("base", base)
     core = _core_algos()
     _same_arguments(core.get_policy_loss_fn(base), POLICY_LOSS)
     if name in core.POLICY_LOSS_REGISTRY:
@@ -144,14 +165,28 @@ def install_kl_penalty() -> None:
             module.kl_penalty = kl_penalty
 
 
-def _weight_of(beta: float | object) -> float:
+def _weight_of(beta: float | BetaController) -> float:
     """The number, or the controller's beta as it is now."""
     value = getattr(beta, "beta", beta)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}; pass 0.05, for instance")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"beta: expected a finite number of at least 0, got {value}; a negative beta would reward divergence")
+    if not 0 <= value <= sys.float_info.max:
+        got = value if isinstance(value, float) or abs(value) < 2**64 else "an integer beyond 2^64"
+        raise ValueError(f"beta: expected a finite number of at least 0, got {got}; a negative beta would reward divergence")
     return float(value)
+
+
+def _name(argument: str, value: str) -> None:
+    """Check the name of a policy loss."""
+    if not isinstance(value, str):
+        raise TypeError(f"{argument}: expected the name of a policy loss of verl, got "
+                        f"{type(value).__name__}; pass 'vanilla', for instance")
+
+
+def _tensor(argument: str, value: torch.Tensor, what: str, remedy: str) -> None:
+    """Check that it is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{argument}: expected a tensor {what}, got {type(value).__name__}; {remedy}")
 
 
 def _core_algos() -> ModuleType:

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Callable
 
 import torch
 
-from .._checks import FLOAT_TYPES, INTEGER_TYPES, same_device_and_precision, type_name
+from .._checks import (
+    FLOAT_TYPES,
+    INTEGER_TYPES,
+    LARGEST_COUNT,
+    dtype_remedy,
+    local_or_full,
+    same_device_and_precision,
+    shown,
+    type_name,
+)
 from .._checks import choice as choice
 from .._checks import clamp as clamp
 from .._checks import logits as logits
 from .._checks import mask as mask
+from .._checks import normalizer as normalizer
+from .._checks import not_sharded as not_sharded
 from .._checks import same_device as same_device
 from .._checks import token_weights as token_weights
+
+_LARGEST = sys.float_info.max
 
 
 def float_tensor(name: str, value: torch.Tensor, what: str) -> None:
@@ -22,7 +36,9 @@ def float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a float tensor, {what}, got {type(value).__name__}; pass a tensor")
     if value.dtype not in FLOAT_TYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got {value.dtype}; convert it with .float()")
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got "
+                        f"{value.dtype}; " + dtype_remedy(name, value, "convert it with .float()"))
+    not_sharded(name, value, what, local_or_full(name))
 
 
 def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -62,7 +78,11 @@ def not_negative(x: float) -> bool:
 def number(name: str, value: float | torch.Tensor, what: str, inside: Callable[[float], bool], remedy: str, *,
            tensor: bool = False) -> float:
     """A number for which `inside` holds, as `what` says, as a float; with `tensor` also a tensor of one entry, for which it waits."""
-    if tensor and isinstance(value, torch.Tensor) and value.dtype != torch.bool and not value.is_complex():
+    if tensor and isinstance(value, torch.Tensor) and value.dtype in FLOAT_TYPES + INTEGER_TYPES:
+        not_sharded(name, value, "of one entry", f"pass {name}.full_tensor()")
+        if value.is_meta:
+            raise ValueError(f"{name}: expected {what}, got a tensor on the meta device, which has "
+                             f"no values; {remedy}")
         if value.numel() != 1:
             raise ValueError(f"{name}: expected {what}, got a tensor of shape {tuple(value.shape)}; {remedy}")
         value = value.item()
@@ -70,17 +90,29 @@ def number(name: str, value: float | torch.Tensor, what: str, inside: Callable[[
         if isinstance(value, torch.Tensor) and not tensor:
             remedy = f"pass float({name})"
         raise TypeError(f"{name}: expected {what}, got {type_name(value)}; {remedy}")
-    if not inside(value):
-        raise ValueError(f"{name}: expected {what}, got {value}; {remedy}")
+    if not isinstance(value, (int, float)):
+        value = _as_float(value)
+    too_large = isinstance(value, int) and not -_LARGEST <= value <= _LARGEST
+    if too_large or not inside(value):
+        raise ValueError(f"{name}: expected {what}, got {shown(value)}; {remedy}")
     return float(value)
 
 
+def _as_float(value: numbers.Real) -> float:
+    """The nearest float, an infinity for a Fraction beyond the largest."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def whole_number(name: str, value: int, what: str, remedy: str) -> None:
-    """A Python int of at least 1."""
+    """A Python int of at least 1 and below 2^31."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected {what}, got {type_name(value)}; {remedy}")
-    if value < 1:
-        raise ValueError(f"{name}: expected {what}, at least 1, got {value}; {remedy}")
+    if not 1 <= value <= LARGEST_COUNT:
+        limit = "at least 1" if value < 1 else "below 2^31"
+        raise ValueError(f"{name}: expected {what}, {limit}, got {shown(value)}; {remedy}")
 
 
 def beta(value: float | torch.Tensor | object, other_name: str, other: torch.Tensor) -> float | torch.Tensor:
@@ -109,6 +141,7 @@ def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:
     """Integer boundaries [S+1] of the sequences packed into a tensor [total], on its device; their values looked at on the CPU only."""
     if not isinstance(value, torch.Tensor) or value.dtype not in INTEGER_TYPES:
         raise TypeError(f"cu_seqlens: expected an integer tensor [S+1] of the sequences' boundaries, got {type_name(value)}; convert it with .int()")
+    not_sharded("cu_seqlens", value, "the sequences' boundaries", "pass cu_seqlens.full_tensor()")
     if packed.dim() != 1:
         raise ValueError(f"{name}: expected [total] beside cu_seqlens, got {tuple(packed.shape)}; pass a padded [B, T] without cu_seqlens")
     if value.dim() != 1 or len(value) == 0:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 
+from .._types import BetaController as BetaController
 from . import _checks
 
-UNITS = ("token", "sequence")
+Unit = Literal["token", "sequence"]
+UNITS = get_args(Unit)
 BOUNDS = (1e-6, 1e3)
+# Of a penalty's `last`: the mean KL per unit, and how many units it is the mean of.
+KEPT = {"token": ("kl", "tokens"), "sequence": ("kl_per_sequence", "sequences")}
+
+
+class Penalty(Protocol):
+    """A module that keeps the statistics of its last call, as KLPenalty and LinearKLPenalty."""
+
+    @property
+    def last(self) -> Mapping[str, torch.Tensor]:
+        """The statistics by name: "kl", "kl_per_sequence", "tokens", "sequences"."""
 
 
 class _Controller(abc.ABC):
@@ -18,7 +32,7 @@ class _Controller(abc.ABC):
 
     _STATE = ("beta",)  # what state_dict holds beside the class and the unit: the attributes of these names with an underscore before
 
-    def __init__(self, beta: float, unit: str | None) -> None:
+    def __init__(self, beta: float, unit: Unit | None) -> None:
         self._beta = beta
         self._unit = unit
 
@@ -27,27 +41,52 @@ class _Controller(abc.ABC):
         """The weight as it is now; update and load_state_dict change it."""
         return self._beta
 
-    def update(self, kl: float | torch.Tensor, n: float = 1, *, unit: str | None = None) -> float:
+    def update(self, kl: float | torch.Tensor | Penalty, n: float | torch.Tensor = 1, *,
+               unit: Unit | None = None,
+               process_group: torch.distributed.ProcessGroup | None = None) -> float:
         """Take in a measured KL and return the new beta.
 
         Args:
-            kl: the mean KL in nats, per token or per sequence as the controller's target: a number ≥ 0, or a tensor of one entry, for which
-                this waits for the device.
-            n: how many samples the KL is the mean of, in the unit of `horizon`. AdaptiveBeta uses it; the others check it.
-            unit: "token" or "sequence", what kl is a mean over, if it is to be checked against the controller's.
+            kl: the mean KL in nats, per token or per sequence as the controller's target: a finite
+                number, or a tensor of one entry, for which this waits for the device. A mean of k1
+                may be negative and counts as far below the target. Or the penalty itself, a
+                KLPenalty or LinearKLPenalty after its call: "kl" or "kl_per_sequence" of its
+                `last`, as the controller's unit asks; one that counted nothing leaves beta alone.
+            n: how many samples the KL is the mean of, in the unit of `horizon`. AdaptiveBeta uses
+                it; the others check it.
+            unit: "token" or "sequence", what kl is a mean over. Required for a number where the
+                target is per sequence: a KL per token would move beta the wrong way.
+            process_group: of torch.distributed, such as torch.distributed.group.WORLD: kl and n are
+                this process's, and all processes update with Σ kl·n / Σ n and Σ n, so that their
+                betas stay equal. A penalty's kl is weighed with how many tokens or sequences it
+                counted instead. A process without a sample passes n=0, and any kl.
 
         Raises:
-            TypeError for what is not a number. ValueError for a KL that is negative or not finite, n ≤ 0, and another unit than the
-            controller's. beta and the state then stay as they were.
+            TypeError for what is not a number. ValueError for a KL that is not finite, n ≤ 0 (with
+            a process group a sum of 0), a unit that is missing or not the controller's, and a
+            penalty that was not called. beta and the state then stay as they were. With a process
+            group a KL that is not finite raises on every process.
         """
-        kl = _checks.number("kl", kl, "a finite number of at least 0", _checks.not_negative,
-                            "an exact KL is never negative, nor is the 'k3' of estimate_kl; pass the mean, leave out a batch without", tensor=True)
-        n = _checks.number("n", n, "a finite number above 0", _checks.positive, "n is how many samples the KL is the mean of", tensor=True)
         if unit is not None:
             _checks.choice("unit", unit, UNITS)
         if unit is not None and self._unit is not None and unit != self._unit:
             raise ValueError(f"kl: expected the mean KL per {self._unit}, got per {unit}; pass what the target is a mean over, or make the "
                              f"controller with unit={unit!r} and a target to match")
+        if hasattr(kl, "last"):
+            measured = _of_penalty(kl, n, self._unit or unit or "token")
+        elif unit is None and self._unit == "sequence":
+            raise ValueError("unit: expected 'sequence' beside the mean KL per sequence that the "
+                             "target is, got None; pass unit='sequence' if kl is that (the mean "
+                             "per token is not), or pass the KLPenalty itself as kl")
+        else:
+            measured = _Measured(kl, n, n)
+        if process_group is not None:
+            measured = _over_processes(*measured, process_group)
+        if hasattr(kl, "last") and not measured.weight:
+            return self._beta
+        kl = _checks.number("kl", measured.kl, "a finite number", math.isfinite, "pass the mean over "
+                            "what counts, and leave out a step whose KL is not finite", tensor=True)
+        n = _checks.number("n", measured.n, "a finite number above 0", _checks.positive, "n is how many samples the KL is the mean of", tensor=True)
         self._advance(kl, n)
         return self._beta
 
@@ -61,8 +100,10 @@ class _Controller(abc.ABC):
         beta is part of the state: it takes the place of the constructor's, that of FixedBeta too.
         """
         _checks.state(state, self.state_dict())
-        if state["unit"] != self._unit:
-            raise ValueError(f"state: expected unit {self._unit!r}, got {state['unit']!r}; load it into a controller of the unit it was saved from")
+        if not isinstance(state["unit"], (str, type(None))) or state["unit"] != self._unit:
+            raise ValueError(f"state: expected unit {self._unit!r}, got "
+                             f"{_checks.shown(repr(state['unit']))}; load it into a controller of "
+                             f"the unit it was saved from")
         values = {name: self._checked(name, state[name]) for name in self._STATE}
         for name, value in values.items():
             setattr(self, f"_{name}", value)
@@ -101,10 +142,11 @@ class FixedBeta(_Controller):
 class _TargetedBeta(_Controller):
     """A controller that steers the KL to a target, with beta within bounds."""
 
-    def __init__(self, initial: float, target: float, unit: str, bounds: tuple[float, float]) -> None:
+    def __init__(self, initial: float, target: float, unit: Unit, bounds: tuple[float, float]) -> None:
         _checks.choice("unit", unit, UNITS)
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-            raise TypeError(f"bounds: expected a pair (lowest beta, highest beta), got {bounds!r}; pass bounds=(1e-3, 10.0), for instance")
+            raise TypeError(f"bounds: expected a pair (lowest beta, highest beta), got "
+                            f"{_checks.type_name(bounds)}; pass bounds=(1e-3, 10.0), for instance")
         low, high = (_positive("bounds", value, "beta moves by factors, which never leave 0") for value in bounds)
         if low > high:
             raise ValueError(f"bounds: expected the lower one first, got ({low:g}, {high:g}); swap them")
@@ -113,7 +155,7 @@ class _TargetedBeta(_Controller):
         super().__init__(self._within("initial", _positive("initial", initial, "beta moves by factors, which never leave 0")), unit)
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:
         """What the target is a mean over: "token" or "sequence"."""
         return self._unit
 
@@ -144,7 +186,7 @@ class AdaptiveBeta(_TargetedBeta):
         initial: beta to begin with.
         target: the KL to hold, nats per `unit`: trainers commonly hold 6 per sequence, or 0.1 per token.
         horizon: in the unit of update's n, which is 1 per update unless given.
-        unit: "token" or "sequence".
+        unit: "token" or "sequence"; with "sequence" update asks for unit="sequence" beside a number.
         bounds: the lowest and the highest beta.
 
     Raises TypeError and ValueError for other numbers; update also for n ≥ 5·horizon, where the rule would make beta 0 or negative.
@@ -152,7 +194,7 @@ class AdaptiveBeta(_TargetedBeta):
     n / horizon; that one, with the batch's samples as n, is in their released code: openai/lm-human-preferences, AdaptiveKLController.
     """
 
-    def __init__(self, initial: float, target: float, horizon: float, unit: str = "token", *, bounds: tuple[float, float] = BOUNDS) -> None:
+    def __init__(self, initial: float, target: float, horizon: float, unit: Unit = "token", *, bounds: tuple[float, float] = BOUNDS) -> None:
         super().__init__(initial, target, unit, bounds)
         self.horizon = _positive("horizon", horizon, "pass how many samples it takes beta to change by 20 %")
 
@@ -182,7 +224,7 @@ class PPOAdaptiveBeta(_TargetedBeta):
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), section 4.
     """
 
-    def __init__(self, initial: float, target: float, unit: str = "token", *, tolerance: float = 1.5, factor: float = 2.0,
+    def __init__(self, initial: float, target: float, unit: Unit = "token", *, tolerance: float = 1.5, factor: float = 2.0,
                  bounds: tuple[float, float] = BOUNDS) -> None:
         super().__init__(initial, target, unit, bounds)
         self.tolerance = _checks.number("tolerance", tolerance, "a finite number of at least 1", lambda x: 1 <= x < math.inf,
@@ -221,7 +263,7 @@ class PIDBeta(_TargetedBeta):
 
     _STATE = ("beta", "settled", "previous")
 
-    def __init__(self, initial: float, target: float, unit: str = "token", *, kp: float = 0.3, ki: float = 0.03, kd: float = 0.0,
+    def __init__(self, initial: float, target: float, unit: Unit = "token", *, kp: float = 0.3, ki: float = 0.03, kd: float = 0.0,
                  bounds: tuple[float, float] = BOUNDS) -> None:
         super().__init__(initial, target, unit, bounds)
         gain = "a finite number of at least 0, up to 100"
@@ -234,8 +276,10 @@ class PIDBeta(_TargetedBeta):
     def _checked(self, name: str, value: object) -> float | None:
         if name != "previous":
             return super()._checked(name, value)
-        return None if value is None else _checks.number("state['previous']", value, "a finite number or None", math.isfinite,
-                                                              "pass what state_dict() returned")
+        if value is None:
+            return None
+        return _checks.number("state['previous']", value, "a number from -1 to 1, or None",
+                              lambda x: -1 <= x <= 1, "pass what state_dict() returned")
 
     def _advance(self, kl: float, n: float) -> None:
         error = math.log(min(max(kl / self.target, 1 / math.e), math.e))
@@ -243,6 +287,47 @@ class PIDBeta(_TargetedBeta):
         self._settled = self._clip(self._settled * math.exp(self.ki * error))
         self._beta = self._clip(self._settled * math.exp(self.kp * error + self.kd * change))
         self._previous = error
+
+
+class _Measured(NamedTuple):
+    """A mean KL, how many samples the rule counts, and the weight of the mean among processes."""
+
+    kl: float | torch.Tensor
+    n: float | torch.Tensor
+    weight: float | torch.Tensor
+
+
+def _of_penalty(penalty: Penalty, n: float | torch.Tensor, unit: Unit) -> _Measured:
+    """Take the mean KL per unit, and how many it is the mean of, from a penalty's last call."""
+    mean, count = KEPT[unit]
+    last = penalty.last
+    if not isinstance(last, Mapping) or mean not in last or count not in last:
+        got = f"{_checks.type_name(last)} without them" if last else "an empty one"
+        raise ValueError(f"kl: expected a penalty whose `last` holds {mean!r} and {count!r}, got "
+                         f"{got}; call the penalty before update, outside torch.func's transforms")
+    return _Measured(last[mean], n, last[count])
+
+
+def _over_processes(kl: float | torch.Tensor, n: float | torch.Tensor,
+                    weight: float | torch.Tensor,
+                    group: torch.distributed.ProcessGroup) -> _Measured:
+    """Average kl with its weights, and add up n and the weights, over the processes of a group.
+
+    Values are judged only afterwards: a process that raised alone would leave the others waiting.
+    """
+    if not torch.distributed.is_available() \
+            or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"process_group: expected a ProcessGroup of torch.distributed or None, got "
+                        f"{_checks.type_name(group)}; pass torch.distributed.group.WORLD")
+    kl, n, weight = (
+        _checks.number(name, value, "a number", lambda x: True, "pass this process's", tensor=True)
+        for name, value in (("kl", kl), ("n", n), ("n", weight)))
+    device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
+    totals = torch.tensor([kl * weight if weight else 0.0, n if n >= 0 else math.nan, weight],
+                          dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(totals, group=group)
+    total, n, weight = totals.tolist()
+    return _Measured(total / weight if weight else 0.0, n, weight)
 
 
 def _positive(name: str, value: float, remedy: str) -> float:

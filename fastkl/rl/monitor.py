@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .._rows import result_dtype
 from . import _checks
+from .beta import BetaController
+from .logs import Logger, append_line, appendable, check_logger, send
+from .logs import read_jsonl as read_jsonl
 from .spikes import SpikeDetector
 
 QUANTILES = {"kl/p50": 0.50, "kl/p95": 0.95, "kl/p99": 0.99}
@@ -31,7 +32,8 @@ class KLMonitor:
     Equivalent, for `update(kl, mask)`, to
 
         x = kl[mask]
-        {"kl/mean": x.mean(), "kl/max": x.max(), "kl/p50": x.quantile(0.5), "kl/p95": x.quantile(0.95), "kl/p99": x.quantile(0.99),
+        {"kl/mean": x.mean(), "kl/per_sequence": kl.where(mask, 0).sum(-1)[mask.any(-1)].mean(),
+         "kl/max": x.max(), "kl/p50": x.quantile(0.5), "kl/p95": x.quantile(0.95), "kl/p99": x.quantile(0.99),
          "kl/tokens": x.numel(), "kl/not_finite": (~x.isfinite()).sum(), "kl/above_threshold": (x > threshold).float().mean(),
          "kl/spike": detector.update(x.mean())}
 
@@ -55,11 +57,12 @@ class KLMonitor:
     """
 
     def __init__(self, *, threshold: float | None = None, spike: SpikeDetector | bool = True, positions: int = 64,
-                 jsonl: str | os.PathLike | None = None, loggers: Sequence[object] = ()) -> None:
+                 jsonl: str | os.PathLike[str] | None = None, loggers: Sequence[Logger] = ()) -> None:
         if threshold is not None:
             _checks.number("threshold", threshold, "a KL in nats of at least 0, or None", lambda x: 0 <= x < math.inf, "None counts none")
         if not isinstance(spike, (bool, SpikeDetector)):
-            raise TypeError(f"spike: expected True, False or a SpikeDetector, got {type(spike).__name__}")
+            raise TypeError(f"spike: expected True, False or a SpikeDetector, got {type(spike).__name__}; pass "
+                            f"True for SpikeDetector(), its defaults")
         _checks.whole_number("positions", positions, "a number of entries of the profile", "64 is the default")
         if not isinstance(loggers, (list, tuple)):
             raise TypeError(f"loggers: expected a list, got {type(loggers).__name__}; pass [logger]")
@@ -67,12 +70,12 @@ class KLMonitor:
         self.detector = SpikeDetector() if spike is True else spike or None
         self.positions = positions
         for logger in loggers:
-            _check_logger(logger)
+            check_logger(logger)
         self.loggers = list(loggers)
-        self.jsonl = None if jsonl is None else _appendable(jsonl)
+        self.jsonl = None if jsonl is None else appendable(jsonl)
         self._failed: set[str] = set()
         self._step = 0
-        self._run = {"steps": 0.0, "tokens": 0.0, "finite": 0.0, "sum": 0.0, "max": 0.0, "above": 0.0, "spikes": 0.0}
+        self._run = {"steps": 0.0, "tokens": 0.0, "sequences": 0.0, "finite": 0.0, "sum": 0.0, "max": 0.0, "above": 0.0, "spikes": 0.0}
         self._histogram = torch.zeros(BINS, dtype=torch.float64, device="cpu")
         self._profile = torch.zeros(2, positions, dtype=torch.float64, device="cpu")  # sums, tokens
         self._width = 1  # positions per entry of the profile
@@ -83,25 +86,27 @@ class KLMonitor:
 
     def update(self, kl: torch.Tensor, mask: torch.Tensor | None = None, *, cu_seqlens: torch.Tensor | None = None,
                entropy: float | torch.Tensor | None = None, reward: float | torch.Tensor | None = None,
-               beta: float | torch.Tensor | object | None = None, step: int | None = None, **more: float | torch.Tensor) -> dict[str, float]:
+               beta: float | torch.Tensor | BetaController | None = None, step: int | None = None,
+               **more: float | torch.Tensor) -> dict[str, float]:
         """Take in a step and return its figures.
 
         Args:
             kl: KL of each token, nats, [..., T] of any float type, T the position in the sequence; or [total], sequences packed one behind the
-                other, with cu_seqlens. No gradient is kept.
+                other, with cu_seqlens; [T] alone is one sequence. No gradient is kept.
             mask: bool, shaped as kl, True where the token counts. Whatever the others hold, NaN included, changes no figure.
-            cu_seqlens: integers [S+1] from 0 to total, where the packed sequences begin and end; the profile alone needs them.
+            cu_seqlens: integers [S+1] from 0 to total, where the packed sequences begin and end; the profile and "kl/per_sequence" need them.
             entropy, reward, beta, more: figures to report beside, None: not reported. A tensor shaped as kl is averaged over the tokens that
                 count, any other tensor over all its entries; a number, or the `beta` of a controller, is taken as it is. With as many packed
                 sequences as tokens a reward [S] counts as one per sequence, as in shape_rewards, any other [S] as per token. Tensors on kl's
                 device go through the same copy, those shaped as kl are moved there from the CPU; other ones on the CPU need none.
-            step: number of the step; default one more than the last, from 0.
+            step: number of the step, from 0 to 2^53; default one more than the last, from 0.
 
         Returns:
-            {"step", "kl/mean", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/tokens", "kl/not_finite", with a threshold "kl/above_threshold",
-            with a detector "kl/spike", and what was passed}, Python floats. A KL of +inf or NaN makes "kl/mean" and "kl/max" so and rings the
-            alarm; the quantiles leave out NaN, the figures of the run both, so that one bad token does not spoil them. With no token that
-            counts they are NaN, and no alarm rings.
+            {"step", "kl/mean", "kl/per_sequence", "kl/max", "kl/p50", "kl/p95", "kl/p99", "kl/tokens", "kl/not_finite", with a threshold
+            "kl/above_threshold", with a detector "kl/spike", and what was passed}, Python floats. "kl/per_sequence" is the mean, over the
+            sequences with a token that counts, of the sum over each one's tokens. A KL of +inf or NaN makes it, "kl/mean" and "kl/max" so and
+            rings the alarm; the quantiles leave out NaN, the figures of the run both, so that one bad token does not spoil them. With no token
+            that counts they are NaN, and no alarm rings.
 
         Raises:
             TypeError or ValueError for a kl that is not [..., T] of a float type, a mask or cu_seqlens that does not fit, a figure that is not a
@@ -118,6 +123,9 @@ class KLMonitor:
         numbers, tensors = _sorted_figures({"entropy": entropy, "reward": reward, "beta": getattr(beta, "beta", beta), **more}, kl)
         if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
             raise TypeError(f"step: expected a whole number or None, got {type(step).__name__}; for a tensor pass int(step)")
+        if step is not None and not 0 <= step <= 2**53:
+            raise ValueError(f"step: expected a whole number from 0 to 2^53, got "
+                             f"{_checks.shown(step)}; count the steps from 0")
         step = self._step if step is None else step
         counts = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
         got = _measure(kl.detach(), counts, cu_seqlens, tensors, self.threshold, self.positions, self._width)
@@ -131,9 +139,9 @@ class KLMonitor:
         self._remember(metrics, got)
         self._step = step + 1
         if self.jsonl is not None:
-            self._tell(_append_line, self.jsonl, metrics, "jsonl", OSError)
+            self._tell(append_line, self.jsonl, metrics, "jsonl", OSError)
         for index, logger in enumerate(self.loggers):
-            self._tell(_send, logger, dict(metrics), f"loggers[{index}]", Exception)
+            self._tell(send, logger, dict(metrics), f"loggers[{index}]", Exception)
         return metrics
 
     def _tell(self, write: Callable, target: object, metrics: dict[str, float], name: str, failure: type[Exception]) -> None:
@@ -150,6 +158,7 @@ class KLMonitor:
         run, tokens = self._run, metrics["kl/tokens"]
         run["steps"] += 1
         run["tokens"] += tokens
+        run["sequences"] += got.sequences
         run["sum"] += got.finite_sum
         if got.finite:
             run["max"] = max(run["max"], got.finite_max) if run["finite"] else got.finite_max
@@ -163,13 +172,16 @@ class KLMonitor:
         self._width = got.width
 
     def summary(self) -> dict[str, float]:
-        """Figures over all tokens of the run so far: "steps", "kl/tokens", "kl/mean", "kl/max", "kl/p50", "kl/p95", "kl/p99" (right to 1 %
-        between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and with a threshold or a detector "kl/above_threshold" and "kl/spikes" (how many
-        steps rang). Tokens whose KL is not finite are counted, +inf as above the threshold too, and otherwise left out. NaN where there is nothing
-        to take a figure of."""
+        """Figures over all tokens of the run so far: "steps", "kl/tokens", "kl/mean", "kl/per_sequence" (over all sequences), "kl/max", "kl/p50",
+        "kl/p95", "kl/p99" (right to 1 % between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and with a threshold or a detector
+        "kl/above_threshold" and "kl/spikes" (how many steps rang). Tokens whose KL is not finite are counted, +inf as above the threshold too,
+        and otherwise left out. NaN where there is nothing to take a figure of."""
         run = self._run
-        mean, largest = (run["sum"] / run["finite"], run["max"]) if run["finite"] else (math.nan, math.nan)
-        figures = {"steps": run["steps"], "kl/tokens": run["tokens"], "kl/mean": mean, "kl/max": largest}
+        figures = {"steps": run["steps"], "kl/tokens": run["tokens"]}
+        figures |= dict.fromkeys(("kl/mean", "kl/per_sequence", "kl/max"), math.nan)
+        if run["finite"]:
+            figures |= {"kl/mean": run["sum"] / run["finite"], "kl/max": run["max"],
+                        "kl/per_sequence": run["sum"] / run["sequences"]}
         figures.update((name, self._quantile(q)) for name, q in QUANTILES.items())
         figures["kl/not_finite"] = run["tokens"] - run["finite"]
         if self.threshold is not None:
@@ -208,14 +220,17 @@ class KLMonitor:
         mine = self.state_dict()
         _checks.state(state, mine)
         for name in ("threshold", "positions"):
-            if state[name] != mine[name]:
-                raise ValueError(f"state: expected {name} {mine[name]}, got {state[name]}; make the monitor with {name}={state[name]}")
+            if not isinstance(state[name], (int, float, type(None))) or state[name] != mine[name]:
+                raise ValueError(f"state: expected {name} {mine[name]}, got {_checks.shown(state[name])}; make the monitor with "
+                                 f"{name}={_checks.shown(state[name])}")
         if (state["spike"] is None) != (mine["spike"] is None):
             raise ValueError(f"state: expected one {'with' if self.detector else 'without'} a spike detector, got one "
                              f"{'without' if self.detector else 'with'}; make the monitor with spike={state['spike'] is not None}")
         for name in ("step", "width", "run", "histogram", "profile"):
-            if _form(state[name]) != _form(mine[name]) or (name == "width" and not 0 < state[name] < 2**31):
-                raise ValueError(f"state: expected {name} as this version of KLMonitor saves it, got {str(state[name])[:40]}; begin anew")
+            if _form(state[name]) != _form(mine[name]) or not _possible(name, state[name]):
+                raise ValueError(f"state: expected {name} as this version of KLMonitor saves it, finite "
+                                 f"and without negative counts, got {_checks.shown(state[name])}; "
+                                 f"load another checkpoint, or begin anew")
         if self.detector is not None:
             self.detector.load_state_dict(state["spike"])
         self._step, self._width, self._run = state["step"], state["width"], dict(state["run"])
@@ -229,25 +244,41 @@ def _form(value: object) -> object:
     return [_form(entry) for entry in value] if isinstance(value, list) else type(value)
 
 
+def _possible(name: str, value: Any) -> bool:
+    """Whether an entry of a state, of the right form, is finite and has no negative counts."""
+    if name == "run":  # a mean of k1, and so the sum and the maximum, may be negative
+        counts = [count for key, count in value.items() if key not in ("sum", "max")]
+        return (all(map(math.isfinite, value.values())) and min(counts) >= 0
+                and value["finite"] <= value["tokens"]
+                and min(value["finite"], 1) <= value["sequences"] <= value["tokens"])
+    if name == "profile":
+        sums, tokens = value
+        return all(map(math.isfinite, sums)) and all(0 <= entry < math.inf for entry in tokens)
+    if name == "histogram":
+        return all(0 <= entry < math.inf for entry in value)
+    return 0 <= value <= 2**53 if name == "step" else 0 < value < 2**31
+
+
 def _sorted_figures(named: dict[str, object], kl: torch.Tensor) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """(figures that are known on the CPU, tensors to be averaged on kl's device), those that are None left out."""
     known, tensors = {}, {}
     for name, value in named.items():
-        if name in ("step", "kl/mean", "kl/max", "kl/tokens", "kl/not_finite", "kl/above_threshold", "kl/spike", *QUANTILES):
+        if name in ("step", "kl/mean", "kl/per_sequence", "kl/max", "kl/tokens", "kl/not_finite", "kl/above_threshold", "kl/spike", *QUANTILES):
             raise ValueError(f"{name}: expected a name that the monitor does not use itself, got it for a further figure; choose another")
         if isinstance(value, torch.Tensor):
-            if value.is_complex():
-                raise TypeError(f"{name}: expected a real number or tensor, got a {value.dtype} tensor")
+            if value.dtype not in (*_checks.FLOAT_TYPES, *_checks.INTEGER_TYPES, torch.bool):
+                raise TypeError(f"{name}: expected a real number or tensor, got "
+                                f"{_checks.type_name(value)}; convert it with .float()")
+            _checks.not_sharded(name, value, "a figure", f"pass {name}.full_tensor()")
             if value.device == kl.device or (value.device.type == "cpu" and value.shape == kl.shape):
                 tensors[name] = value.detach().to(kl.device, non_blocking=True)  # the copy of the figures waits for it too
             elif value.device.type == "cpu":
                 known[name] = value.detach().double().mean().item()
             else:
                 raise ValueError(f"{name}: expected a tensor on the device of kl, {kl.device}, or on the CPU, got {value.device}; move it with .to()")
-        elif isinstance(value, (int, float)):
-            known[name] = float(value)
         elif value is not None:
-            raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}; for a numpy value pass float({name})")
+            known[name] = _checks.number(name, value, "a number or a tensor", lambda x: True,
+                                         f"pass float({name})")
     return known, tensors
 
 
@@ -259,6 +290,7 @@ class _Measured(NamedTuple):
 
     figures: dict[str, float]
     tensors: list[float]
+    sequences: float
     finite: float
     finite_sum: float
     finite_max: float
@@ -278,13 +310,16 @@ def _measure(kl: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor | 
     # One more token, which does not count: then there is always one to look at.
     kl = torch.cat([kl.reshape(-1).to(result_dtype(kl)), kl.new_zeros(1, dtype=result_dtype(kl))])
     counts, place = (torch.cat([value.reshape(-1), value.new_zeros(1)]) for value in (counts, place))
+    sequences = (counts & (place == 0)).sum()  # by the first token of each that counts
+    total = kl.masked_fill(~counts, 0).sum(dtype=torch.float64)
     finite = counts & kl.isfinite()
     numbers = counts & ~kl.isnan()
     known = numbers.sum()
     ordered = kl.masked_fill(~numbers, math.nan).sort().values  # NaN comes last, after +inf
     kept = kl.masked_fill(~finite, 0)
     figures = {
-        "kl/mean": kl.masked_fill(~counts, 0).sum(dtype=torch.float64) / tokens,
+        "kl/mean": total / tokens,
+        "kl/per_sequence": total / sequences,
         "kl/max": ordered.gather(0, (known - 1).clamp(min=0)[None])[0].masked_fill(known != tokens, math.nan),
         **{name: _quantile_of(ordered, known, q) for name, q in QUANTILES.items()},
         "kl/tokens": tokens,
@@ -300,10 +335,14 @@ def _measure(kl: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor | 
     profile = [ones.new_zeros(positions).scatter_add_(0, entries, value) for value in (kept.double(), ones)]
     bins = (kept.clamp(min=LOWEST / 2).div(LOWEST).log() / math.log(GROWTH)).floor().long() + 1
     histogram = ones.new_zeros(BINS).scatter_add_(0, bins.clamp(0, BINS - 1), ones)
-    scalars = [*figures.values(), *averages, finite.sum(), kept.sum(dtype=torch.float64), kl.masked_fill(~finite, -math.inf).amax(), wide]
-    copied = torch.cat([torch.stack([value.double() for value in scalars]), histogram, *profile]).cpu()
+    scalars = [*figures.values(), *averages, sequences, finite.sum(), kept.sum(dtype=torch.float64), kl.masked_fill(~finite, -math.inf).amax(), wide]
+    try:
+        copied = torch.cat([torch.stack([value.double() for value in scalars]), histogram, *profile]).cpu()
+    except NotImplementedError:
+        raise ValueError("kl: expected values, got a tensor on the meta device, which has none; "
+                         "pass the KL of a step") from None
     values = copied[:len(scalars)].tolist()
-    return _Measured(dict(zip(figures, values, strict=False)), values[len(figures):-4], *values[-4:-1], int(values[-1]),
+    return _Measured(dict(zip(figures, values, strict=False)), values[len(figures):-5], *values[-5:-1], int(values[-1]),
                      copied[len(scalars):-2 * positions], copied[-2 * positions:].reshape(2, positions))
 
 
@@ -324,75 +363,3 @@ def _quantile_of(ordered: torch.Tensor, count: torch.Tensor, q: float) -> torch.
     low, high = (ordered.gather(0, index.long()[None])[0].double() for index in (rank.floor(), rank.ceil()))
     share = rank - rank.floor()
     return torch.where(share > 0, (1 - share) * low + share * high, low)
-
-
-# ---- the file and the loggers
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, float]]:
-    """The steps that KLMonitor(jsonl=path) wrote, each as update returned it; a figure that was not finite reads as NaN.
-
-    A line that was cut off in writing, as the last one of a run that was killed, is left out, and so are NUL bytes, which a loss of power leaves.
-
-    Raises OSError for a file that cannot be read, ValueError for one that has another line than JSON objects.
-    """
-    steps = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, raw in enumerate(file, 1):
-            line = raw.replace("\0", "").strip()
-            if not line:
-                continue
-            try:
-                entry = json.loads(line, parse_int=float)  # of any length
-            except (ValueError, RecursionError) as error:
-                # One cut off within a string may end as an object does.
-                within = getattr(error, "pos", 0) == len(line) or "Unterminated" in str(error)
-                if (line.startswith("{") and (within or not line.endswith("}"))) or (steps and not raw.endswith("\n")):
-                    continue
-                entry = None
-            if not isinstance(entry, dict):
-                raise ValueError(f"path: expected one JSON object per line, got {line[:40]!r} in line {number} of {os.fspath(path)}; "
-                                 f"pass a file that KLMonitor(jsonl=...) wrote")
-            steps.append({name: math.nan if value is None else float(value) if isinstance(value, bool) else value for name, value in entry.items()})
-    return steps
-
-
-def _append_line(path: str, metrics: dict[str, float]) -> None:
-    """One write of one whole line; after a line that a killed process cut off, on a line of its own."""
-    # JSON has no NaN: null, which every reader takes.
-    plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    line = json.dumps({**plain, "step": int(metrics["step"])}).encode() + b"\n"
-    with open(path, "ab+", buffering=0) as file:
-        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
-            line = b"\n" + line
-        if file.write(line) != len(line):
-            raise OSError(f"{path}: a line of {len(line)} bytes was not written whole; is the disk full?")
-
-
-def _appendable(path: str | os.PathLike) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"jsonl: expected a path, got {type(path).__name__}")
-    path = os.path.abspath(os.fspath(path))  # a later change of folder must not split the file
-    try:
-        open(path, "ab+", buffering=0).close()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"jsonl: expected a file that can be appended to, got {path!r} ({error}); create its folder, or name another") from None
-    return path
-
-
-def _check_logger(logger: object) -> None:
-    if isinstance(logger, logging.Logger):
-        raise TypeError("loggers: expected an object with log(dict), got a logging.Logger, which logs text; pass lambda step: logger.info(step)")
-    if not any(callable(way) for way in (logger, getattr(logger, "log", None), getattr(logger, "add_scalar", None))):
-        raise TypeError(f"loggers: expected objects with log(dict) or add_scalar(name, value, step), or callables, got {type(logger).__name__}")
-
-
-def _send(logger: object, metrics: dict[str, float]) -> None:
-    if callable(getattr(logger, "add_scalar", None)):
-        for name, value in metrics.items():
-            if name != "step":
-                logger.add_scalar(name, value, int(metrics["step"]))
-    elif callable(getattr(logger, "log", None)):
-        logger.log(metrics)
-    else:
-        logger(metrics)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import overload
 
 import torch
 
@@ -14,6 +15,14 @@ from . import _checks
 Tensors = torch.Tensor | dict[str, torch.Tensor]
 
 
+@overload
+def fisher_vector_product(function: Callable[[torch.Tensor], torch.Tensor],
+                          parameters: torch.Tensor, vector: torch.Tensor, *,
+                          weights: torch.Tensor | None = None) -> torch.Tensor: ...
+@overload
+def fisher_vector_product(function: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+                          parameters: Mapping[str, torch.Tensor], vector: Mapping[str, torch.Tensor],
+                          *, weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]: ...
 @torch.no_grad()
 def fisher_vector_product(function: Callable[[Tensors], torch.Tensor], parameters: Tensors, vector: Tensors, *,
                           weights: torch.Tensor | None = None) -> Tensors:
@@ -55,11 +64,21 @@ def fisher_vector_product(function: Callable[[Tensors], torch.Tensor], parameter
     point = _named("parameters", parameters)
     tangents = _like("vector", vector, "parameters", point)
     primal = _packed(point, parameters)
-    logits, tangent = torch.func.jvp(function, (primal,), (_packed(tangents, parameters),))
+    policy = partial(_logits_of, function)
+    logits, tangent = torch.func.jvp(policy, (primal,), (_packed(tangents, parameters),))
     _checks.logits("function's result", logits)
     _checks.token_weights(weights, logits.shape[:-1], logits.device)
-    _, pull_back = torch.func.vjp(function, primal)
+    _, pull_back = torch.func.vjp(policy, primal)
     return pull_back(_softmax_fisher(logits, tangent, weights).to(logits.dtype))[0]
+
+
+def _logits_of(function: Callable[[Tensors], torch.Tensor], parameters: Tensors) -> torch.Tensor:
+    """Call the function, and check that it returns a tensor."""
+    logits = function(parameters)
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"function: expected one that returns logits [..., V], got one that returns "
+                        f"{type(logits).__name__}; return the logits alone")
+    return logits
 
 
 def _softmax_fisher(logits: torch.Tensor, tangent: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -79,6 +98,15 @@ def _softmax_fisher(logits: torch.Tensor, tangent: torch.Tensor, weights: torch.
     return torch.where(weights[..., None] == 0, 0.0, product * share)
 
 
+@overload
+def conjugate_gradient(product: Callable[[torch.Tensor], torch.Tensor], b: torch.Tensor, *,
+                       iterations: int = 10, tolerance: float = 1e-6,
+                       damping: float = 0.0) -> torch.Tensor: ...
+@overload
+def conjugate_gradient(product: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+                       b: Mapping[str, torch.Tensor], *, iterations: int = 10,
+                       tolerance: float = 1e-6,
+                       damping: float = 0.0) -> dict[str, torch.Tensor]: ...
 @torch.no_grad()
 def conjugate_gradient(product: Callable[[Tensors], Tensors], b: Tensors, *, iterations: int = 10, tolerance: float = 1e-6,
                        damping: float = 0.0) -> Tensors:
@@ -132,6 +160,17 @@ def conjugate_gradient(product: Callable[[Tensors], Tensors], b: Tensors, *, ite
     return _packed({name: value.mul_(scale.to(value.device)) for name, value in solution.items()}, b)
 
 
+@overload
+def natural_gradient(function: Callable[[torch.Tensor], torch.Tensor], parameters: torch.Tensor,
+                     gradient: torch.Tensor, max_kl: float, *, weights: torch.Tensor | None = None,
+                     iterations: int = 10, tolerance: float = 1e-6,
+                     damping: float = 1e-3) -> torch.Tensor: ...
+@overload
+def natural_gradient(function: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+                     parameters: Mapping[str, torch.Tensor], gradient: Mapping[str, torch.Tensor],
+                     max_kl: float, *, weights: torch.Tensor | None = None, iterations: int = 10,
+                     tolerance: float = 1e-6,
+                     damping: float = 1e-3) -> dict[str, torch.Tensor]: ...
 @torch.no_grad()
 def natural_gradient(function: Callable[[Tensors], torch.Tensor], parameters: Tensors, gradient: Tensors, max_kl: float, *,
                      weights: torch.Tensor | None = None, iterations: int = 10, tolerance: float = 1e-6, damping: float = 1e-3) -> Tensors:
@@ -195,6 +234,10 @@ def _named(name: str, value: Tensors) -> dict[str, torch.Tensor]:
         where = f"{name}[{key!r}]" if isinstance(value, dict) else name
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{where}: expected a tensor, got {type(tensor).__name__}; leave out what takes no part, in every dict alike")
+        _checks.not_sharded(where, tensor, "float32 or float64", f"pass {where}.full_tensor()")
+        if tensor.is_meta:
+            raise ValueError(f"{where}: expected values, got a tensor on the meta device, which has "
+                             f"none; pass real tensors")
         if tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{where}: expected float32 or float64, since 16 bits do not hold a Fisher product, got {tensor.dtype}; "
                             f"pass copies: .float()")

@@ -7,10 +7,11 @@ import math
 import torch
 
 from .._rows import result_dtype
+from .._types import BetaController
 from . import _checks
 
 
-def shape_rewards(scores: torch.Tensor, kl: torch.Tensor, beta: float | torch.Tensor | object, mask: torch.Tensor | None = None, *,
+def shape_rewards(scores: torch.Tensor, kl: torch.Tensor, beta: float | torch.Tensor | BetaController, mask: torch.Tensor | None = None, *,
                   cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
     """Per-token rewards: score - beta·KL on each token that counts, 0 elsewhere.
 

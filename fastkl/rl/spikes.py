@@ -122,12 +122,13 @@ class SpikeDetector:
         mine = self.state_dict()
         _checks.state(state, mine)
         for name in ("recent", "window", "floor"):
-            if state[name] != mine[name]:
-                raise ValueError(f"state: expected {name} {mine[name]:g}, got {state[name]}; make the detector with {name}={state[name]}")
+            if not isinstance(state[name], (int, float)) or state[name] != mine[name]:
+                raise ValueError(f"state: expected {name} {mine[name]:g}, got {_checks.shown(state[name])}; make the detector with "
+                                 f"{name}={_checks.shown(state[name])}")
         for name, longest, kind in (("levels", mine["recent"], float), ("residuals", mine["window"], float | None), ("evidence", 1, float)):
             values = [state[name]] if name == "evidence" else state[name]
             right = isinstance(values, list) and len(values) <= longest and all(isinstance(value, kind) for value in values)
-            if not right or not all(map(math.isfinite, filter(None, values))):
-                raise ValueError(f"state: expected {name} as SpikeDetector saves it, got {str(state[name])[:40]}; begin with a new detector")
+            if not right or not all(map(math.isfinite, filter(None, values))) or name == "evidence" and state[name] < 0:
+                raise ValueError(f"state: expected {name} as SpikeDetector saves it, got {_checks.shown(state[name])}; begin with a new detector")
         self._levels, self._residuals = deque(state["levels"], maxlen=mine["recent"]), deque(state["residuals"], maxlen=mine["window"])
         self._evidence = state["evidence"]

@@ -162,7 +162,8 @@ what is reported, in nats: KL(A||B) and KL(B||A), exact over the vocabulary; JSD
 log-probability of the text; how often both expect the same next token; exact quantiles; the documents or lines, and the tokens, that differ most.
 A mean KL below 0.001 reads "hardly", below 0.03 "slightly", below 0.3 "clearly", else "strongly".
 
-needs: pip install 'fastkl[compare]', and models that share a (fast) tokenizer; rows of an lm_head beyond its tokens are padding, and cut off.
+needs: pip install 'fastkl[compare]' (and peft, for a LoRA or other adapter folder as a model), and models that share a (fast) tokenizer, up to tokens
+that one of them added: those are left out, and the probabilities are of the rest. Rows of an lm_head beyond its tokens are padding, and cut off.
 Exit codes: 0 done, 1 failed while running (no memory, no disk space), 2 wrong use, with one line on stderr that says what to change, 130 interrupted.
 """
 
@@ -175,7 +176,10 @@ def _add_compare(commands) -> None:
                         help="a folder that save_pretrained wrote, with its tokenizer, or a name on the Hugging Face hub")
     parser.add_argument("model_b", metavar="MODEL_B", help="the other version of it")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE",
-                        help="what to compare on: UTF-8 files or pipes, a document each")
+                        help="what to compare on, in UTF-8: files, folders, patterns, or - for standard input, a document each; a .jsonl file has a "
+                             "document a line: messages (in A's chat template), prompt and completion, or text")
+    parser.add_argument("--tokenizer", choices=("A", "B"),
+                        help="read the text with this model's tokenizer, for both (default: both must read it alike)")
     parser.add_argument("--by", choices=("document", "line"), default="document",
                         help="what the table lists, worst first; a line is still read in its document's context (default: %(default)s)")
     parser.add_argument("--top", type=_at_least(1), default=10, metavar="N", help="tokens, and units of the table, to show (default: %(default)s)")

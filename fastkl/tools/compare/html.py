@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from html import escape
 
-from .report import Excerpt, Place, Scale, Table, quoted, tables, text_line
+from .report import Excerpt, Place, Scale, Table, about, percent, quoted, tables, text_line
 from .store import Document, Store
 
 # Levels 1 … 8, as report.TERMINAL.
@@ -16,7 +16,7 @@ CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | 
 STYLE = """
 :root{color-scheme:light}body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.15rem}h2{font-size:1rem;margin:2rem 0 .5rem}.lead{font-size:1.25rem;line-height:1.4}
-table{border-collapse:collapse;margin:.5rem 0}
+table{border-collapse:collapse;margin:.5rem 0}.wide{overflow-x:auto}
 td,th{padding:.15rem .7rem;text-align:right;border-bottom:1px solid #ddd;font-weight:normal;white-space:nowrap}
 th{color:#666}.l{text-align:left}.text,#tip{font-family:ui-monospace,monospace;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere}
 div.text{line-height:1.7;border:1px solid #ddd;padding:.7rem}b{font-weight:normal;border-radius:2px}b:target,b:hover{outline:2px solid #225}
@@ -40,8 +40,8 @@ def page(report: dict, store: Store, label: Callable[[int], str]) -> Iterator[st
            'style-src \'unsafe-inline\'; script-src \'unsafe-inline\'"><meta name="viewport" content="width=device-width">'
            f"<title>fastkl compare</title><style>{STYLE}</style></head>\n<body>\n")
     yield f'<h1>fastkl compare</h1>\n<p class="lead">{clean(report["sentence"])}</p>\n<p>'
-    for letter, about in zip("AB", report["models"], strict=True):
-        yield f"{letter}: {clean(about['name'])} ({clean(about['class'])}, {about['dtype']})<br>"
+    for letter, model in zip("AB", report["models"], strict=True):
+        yield f"{letter}: {clean(model['name'])} ({clean(about(model))})<br>"
     yield f"text: {clean(text_line(report))}</p>\n"
     yield from map(_table, tables(report, scale))
     yield f"<h2>The text, coloured by KL(A‖B)</h2>\n<p>{_legend(scale)} Point at a token for its numbers.</p>\n"
@@ -64,7 +64,7 @@ def _table(table: Table) -> str:
         sides = (" class=l" if side == "<" else "" for side in table.align)
         lines.append("".join(f"<{kind}{side}>{_cell(cell)}</{kind}>" for cell, side in zip(row, sides, strict=True)))
     title = f"<h2>{clean(table.title[:1].upper() + table.title[1:])}</h2>\n" if table.title else ""
-    return title + "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>\n"
+    return title + '<div class="wide"><table>' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>\n"
 
 
 def _cell(cell: str | Place | Excerpt) -> str:
@@ -91,6 +91,6 @@ def _tokens(store: Store, document: Document, scale: Scale, anchors: set[int], l
                 continue
             mark = " n" if "\n" in text else "" if text else " e"
             numbers = " ".join(f"{float(value[name]):.3g}" for name in SHOWN)
-            a, b = (clean(f"{quoted(label(int(value[f'top_{letter}'])))} {math.exp(value[f'top_logprob_{letter}']):.0%}") for letter in "ab")
+            a, b = (clean(f"{quoted(label(int(value[f'top_{letter}'])))} {percent(math.exp(value[f'top_logprob_{letter}']))}") for letter in "ab")
             yield (f'<b class="k{scale.level(float(value["kl_ab"]))}{mark}"{anchor} data-v="{numbers}" data-a="{a}" data-b="{b}">'
                    f"{clean(text)}</b>")

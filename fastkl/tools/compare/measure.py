@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,25 +13,32 @@ import torch
 import fastkl
 
 from ..progress import progress
-from .loading import Head, Model
+from .loading import Head, Model, too_few_rows
 from .settings import CompareError
 from .store import VALUES, HiddenFile, Store
-from .text import Window, windows
+from .text import Vocabulary, Window, windows
 
 # Logits of one model in a block: about five tensors of this many float32 are alive at a time.
 BLOCK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
-def token_values(head_a: Head, hidden_a: torch.Tensor, head_b: Head, hidden_b: torch.Tensor, tokens: torch.Tensor, vocabulary: int) -> np.ndarray:
+def token_values(head_a: Head, hidden_a: torch.Tensor, head_b: Head, hidden_b: torch.Tensor, tokens: torch.Tensor, vocabulary: int,
+                 unshared: Sequence[int] = ()) -> np.ndarray:
     """Rows of VALUES for hidden states [n, H] of both models and the tokens [n] that follow them.
+
+    vocabulary, unshared: the first ids are compared, without these, which get probability 0.
 
     The logits are float32 for 16-bit models, too (what linear_token_stats calls logits_dtype=torch.float32), and are made once: the statistics
     and the divergence to the mixture read the same block.
     """
     device = hidden_a.device.type
     step = max(1, BLOCK_LOGITS.get(device, BLOCK_LOGITS["cuda"]) // vocabulary)
-    blocks = [block_values(head_a.logits(hidden_a[low:low + step], vocabulary), head_b.logits(hidden_b[low:low + step], vocabulary),
-                           tokens[low:low + step]) for low in range(0, len(tokens), step)]
+    none = torch.tensor([*unshared], dtype=torch.long, device=hidden_a.device)
+    blocks = []
+    for low in range(0, len(tokens), step):
+        logits = [head.logits(hidden[low:low + step], vocabulary).index_fill_(1, none, -math.inf)
+                  for head, hidden in ((head_a, hidden_a), (head_b, hidden_b))]
+        blocks.append(block_values(*logits, tokens[low:low + step]))
     values = np.concatenate(blocks)
     for letter in "ab":
         if np.isnan(values[f"logprob_{letter}"]).any():
@@ -90,20 +97,20 @@ class Pass:
         """A loaded model, checked on the first window; needed: the token ids that its head must know."""
         model, document = load(), self.store.documents[0]
         if model.vocabulary < needed:
-            raise CompareError(model.argument, f"an lm_head of at least {needed} rows, for the tokenizer's ids",
-                               f"{model.vocabulary} in {model.name!r}", "pass the checkpoint that belongs to this tokenizer")
+            raise too_few_rows(model.argument, model.name, needed, model.vocabulary)
         model.check(self.ids(document.start, min(document.start + self.context, document.end)))
         return model
 
 
 @torch.inference_mode()
-def measure(work: Pass, load_a: Callable[[], Model], load_b: Callable[[], Model], needed: int, *, sequential: bool) -> list[dict]:
+def measure(work: Pass, load_a: Callable[[], Model], load_b: Callable[[], Model], vocabulary: Vocabulary, *, sequential: bool) -> list[dict]:
     """Write the values of every token into the store. Returns what was loaded, A and B.
 
-    The vocabulary is that of the tokenizer: the first `needed` rows of each head. Padding has no token, whatever its logits.
+    The vocabulary is that which the tokenizers share: padding has no token, whatever its logits.
 
     sequential: one model at a time. A's hidden states wait in a temporary file, and only its head stays in memory.
     """
+    needed = vocabulary.size
     a = work.loaded(load_a, needed)
     head, about, device, waiting = a.head, a.about(), a.device, None
     if sequential:
@@ -119,5 +126,6 @@ def measure(work: Pass, load_a: Callable[[], Model], load_b: Callable[[], Model]
     for window in work.windows("model B" if sequential else "models A and B"):
         hidden = waiting.next(window.last - window.first).to(device) if waiting else work.hidden(a, window)
         tokens = work.ids(window.first, window.last).to(device)
-        work.store.write(window.first, token_values(head, hidden, b.head, work.hidden(b, window), tokens, needed))
+        values = token_values(head, hidden, b.head, work.hidden(b, window), tokens, needed, vocabulary.unshared)
+        work.store.write(window.first, values)
     return [about, b.about()]

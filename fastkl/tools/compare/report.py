@@ -6,7 +6,7 @@ import functools
 import math
 import textwrap
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # Mean KL(A‖B) in nats per token below which the word holds; beyond the last: "strongly".
@@ -17,6 +17,8 @@ TERMINAL = (230, 229, 222, 215, 209, 203, 196, 160)
 DARK_FROM = 7
 # Columns that an excerpt needs beside other cells; with fewer it has a line of its own.
 LEAST_EXCERPT = 30
+# Left-out tokens that the text line names, each model's.
+NAMED = 8
 
 
 class Scale:
@@ -37,20 +39,36 @@ def visible(text: str) -> str:
     return "".join(character if character.isprintable() else {"\n": "↵", "\t": "⇥"}.get(character, "·") for character in text)
 
 
-def sentence(summary: dict, units: list[dict], top: list[dict], by: str) -> str:
-    """How different the two are, and where, in one sentence."""
+def percent(share: float, digits: int = 0) -> str:
+    """Format a share in percent; one that would read 0% has two digits instead."""
+    return f"{100 * share:.2g}%" if 0 < share <= 0.5 * 10**-(digits + 2) else f"{share:.{digits}%}"
+
+
+def about(model: dict) -> str:
+    """Format a model's class and type, and for an adapter its kind and base."""
+    adapter = model["adapter"]
+    changed = f"{adapter['kind']} adapter on {visible(adapter['base'])}, " if adapter else ""
+    return f"{changed}{model['class']}, {model['dtype']}"
+
+
+def sentence(summary: dict, units: list[dict], top: list[dict], by: str, models: Sequence[dict] = ()) -> str:
+    """How different the two are, and where, in a sentence; in a second, that rounding may hide an adapter."""
     kl, count = summary["kl_ab"], summary["tokens"]
     if kl["max"] == 0 and summary["kl_ba"]["max"] == 0:
-        return f"A and B are the same on this text: the divergence of {f'all {count:,} tokens' if count > 1 else 'its only token'} is exactly 0."
+        narrow = next((model["dtype"] for model in models
+                       if model["adapter"] and model["dtype"] in ("bfloat16", "float16")), None)
+        more = f" A change that {narrow} rounds away shows with --dtype float32." if narrow else ""
+        of = f"all {count:,} tokens" if count > 1 else "its only token"
+        return f"A and B are the same on this text: the divergence of {of} is exactly 0.{more}"
     word = next((word for bound, word in WORDS if kl["mean"] < bound), "strongly")
     worst = top[0]
     where = f"before {quoted(worst['token'])} in {place(worst)}, where A expects {expected(worst, 'a')} and B {expected(worst, 'b')}"
     if count == 1:
         return f"B differs {word} from A: KL(A‖B) is {kl['mean']:.3g} nats at the only token, {where}."
     parts = [f"B differs {word} from A: KL(A‖B) is {kl['mean']:.3g} nats per token and B expects another next token at "
-             f"{1 - summary['same_top1']:.1%} of the {count:,} tokens"]
+             f"{percent(1 - summary['same_top1'], 1)} of the {count:,} tokens"]
     if summary["share_above_p99"] > 0:
-        parts.append(f"the 1% of tokens that differ most hold {summary['share_above_p99']:.0%} of it")
+        parts.append(f"the 1% of tokens that differ most hold {percent(summary['share_above_p99'])} of it")
     if len(units) > 1:
         first, last = units[0], units[-1]
         parts.append(f"the worst line is {place(first)} ({first['kl_ab']:.3g})" if by == "line" else
@@ -90,7 +108,7 @@ def tables(report: dict, scale: Scale, most: int | None = None) -> list[Table]:
     def pair(title: str, name: str, form: Callable[[float], float] = float) -> list[str]:
         return [title, *(f"{form(summary[f'{name}_{letter}']):.4g}" for letter in "ab")]
 
-    per_unit = [[f"{unit['kl_ab']:.4g}", f"{unit['max_kl_ab']:.4g}", f"{unit['same_top1']:.1%}", f"{unit['tokens']:,}",
+    per_unit = [[f"{unit['kl_ab']:.4g}", f"{unit['max_kl_ab']:.4g}", percent(unit['same_top1'], 1), f"{unit['tokens']:,}",
                  Place(place(unit), unit["index"]), Excerpt("", "", visible(unit["text"]), 0)] for unit in units]
     per_token = [[f"{entry['kl_ab']:.3g}", Place(place(entry), entry["index"]),
                   Excerpt(*(visible(entry[part]) for part in ("before", "token", "after")), scale.level(entry["kl_ab"])),
@@ -100,7 +118,7 @@ def tables(report: dict, scale: Scale, most: int | None = None) -> list[Table]:
               Table("", "<>>", [["the whole text", "A", "B"], pair("entropy, nats per token", "entropy"),
                                 pair("log-prob of the text, nats per token", "logprob"),
                                 pair("perplexity of the text", "logprob", lambda value: math.exp(min(700.0, -value))),
-                                ["same top-1 token", f"{summary['same_top1']:.2%}", ""]])]
+                                ["same top-1 token", percent(summary['same_top1'], 2), ""]])]
     if by == "line" or len(units) > 1:
         of = f" (the {len(units)} worst)" if by == "line" or len(units) < len(report["units"]) else ""
         head = ["mean KL", "max KL", "same top-1", "tokens", by, "text"]
@@ -114,8 +132,8 @@ def tables(report: dict, scale: Scale, most: int | None = None) -> list[Table]:
 def text_report(report: dict, color: bool, width: int) -> str:
     """The whole report for a terminal of this width."""
     fill = functools.partial(textwrap.fill, width=min(width, 110), break_long_words=False, break_on_hyphens=False)
-    about = [f"{letter}     {about['name']} ({about['class']}, {about['dtype']})" for letter, about in zip("AB", report["models"], strict=True)]
-    lines = [fill(report["sentence"]), "", *(fill(line, subsequent_indent=" " * 6) for line in (*about, f"text  {text_line(report)}"))]
+    models = [f"{letter}     {model['name']} ({about(model)})" for letter, model in zip("AB", report["models"], strict=True)]
+    lines = [fill(report["sentence"]), "", *(fill(line, subsequent_indent=" " * 6) for line in (*models, f"text  {text_line(report)}"))]
     for table in tables(report, Scale(report["summary"]), report["shown"]):
         lines += ["", *([fill(table.title + ":")] if table.title else []), *table_lines(table, color, width)]
     return "\n".join(lines)
@@ -161,8 +179,20 @@ def text_line(report: dict) -> str:
     left_out = f"; not scored, without a context: {text['not_scored']}" if text["not_scored"] else ""
     skipped = f"; skipped, with fewer than 2 tokens: {visible(', '.join(text['skipped']))}" if text["skipped"] else ""
     files = f"{len(text['files'])} files" if len(text["files"]) > 1 else visible(text["files"][0])
-    return (f"{files}, {count:,} token{'s' if count > 1 else ''}{left_out}{skipped}; vocabulary {text['vocabulary']}{cut}; windows of "
-            f"{text['context']} tokens, overlap {text['overlap']}")
+    documents = f", {text['documents']:,} documents" if text["documents"] > len(text["files"]) else ""
+    return (f"{files}{documents}, {count:,} token{'s' if count > 1 else ''}{left_out}{skipped}; "
+            f"vocabulary {text['vocabulary']}{cut}{_alone(text)}; windows of {text['context']} tokens, overlap {text['overlap']}")
+
+
+def _alone(text: dict) -> str:
+    """Name the tokens that are not compared, because one model alone has them."""
+    parts = []
+    for letter, tokens in text["left_out"].items():
+        if tokens:
+            named = [*(quoted(entry["token"]) for entry in tokens[:NAMED]), *["…"][:len(tokens) - NAMED > 0]]
+            parts.append(f"{letter} alone has {len(tokens):,} ({', '.join(named)})")
+    whose = f", read with {text['tokenizer']}'s tokenizer" if text["tokenizer"] else ""
+    return whose + (f"; tokens left out: {' and '.join(parts)}" if parts else "")
 
 
 def quoted(token: str) -> str:
@@ -173,7 +203,7 @@ def quoted(token: str) -> str:
 def expected(entry: dict, letter: str) -> str:
     """The most likely token at an entry's place, and its probability."""
     most_likely = entry[f"expected_{letter}"]
-    return f"{quoted(most_likely['token'])} {most_likely['probability']:.0%}"
+    return f"{quoted(most_likely['token'])} {percent(most_likely['probability'])}"
 
 
 def place(entry: dict) -> str:

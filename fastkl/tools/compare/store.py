@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
-import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -93,7 +93,7 @@ class Store:
             yield low, self.values(low, min(low + BLOCK, end))
 
     def quantiles(self, name: str, fractions: Sequence[float]) -> list[float]:
-        """Exact quantiles of a non-negative column: the smallest value that is not below the given share of the values, numpy's "inverted_cdf".
+        """Exact quantiles of a non-negative column, those of torch.quantile; +inf between +inf and a number.
 
         The column is sorted in a file that is mapped, not read: the memory is the system's cache, and given back when others need it.
         """
@@ -103,7 +103,13 @@ class Store:
             file.flush()
             column = np.memmap(file, np.float32, "r+")
             column.sort()
-            return [float(column[max(0, math.ceil(fraction * len(column)) - 1)]) for fraction in fractions]
+            return [_between(column, fraction * (len(column) - 1)) for fraction in fractions]
+
+
+def _between(ordered: np.ndarray, rank: float) -> float:
+    """Interpolate linearly at a rank from 0 on."""
+    low, share = int(rank), rank % 1
+    return float(ordered[low]) if share == 0 else (1 - share) * float(ordered[low]) + share * float(ordered[low + 1])
 
 
 class HiddenFile:
@@ -126,6 +132,11 @@ class HiddenFile:
     def next(self, count: int) -> torch.Tensor:
         """The next rows."""
         return torch.frombuffer(bytearray(self._file.read(count * self._row)), dtype=self._dtype).view(count, -1)
+
+
+def readable(name: str | os.PathLike) -> str:
+    """Make text of a file's name, whose bytes need not be UTF-8, to print and to write."""
+    return shown(os.fsencode(name))
 
 
 def shown(content: bytes) -> str:

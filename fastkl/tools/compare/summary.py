@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -55,7 +56,8 @@ class Unit:
 
     def entry(self, store: Store) -> dict:
         """Its figures, and how its text begins; the document's first token has no figures, but is the beginning of the text."""
-        start = next((document.start for document in store.documents if document.first == self.first), self.first)
+        document = store.documents[bisect_right(store.documents, self.first, key=lambda document: document.start) - 1]
+        start = document.start if document.first == self.first else self.first
         text = store.text(start, self.first + min(self.tokens, 30))
         means = dict(zip((*DIVERGENCES, "same_top1"), (self.sums / self.tokens).tolist(), strict=True))
         return {"document": self.document, "line": self.line, "index": self.first, "tokens": self.tokens, **means, "max_kl_ab": self.largest,
@@ -99,7 +101,7 @@ def worst_tokens(store: Store, limit: int) -> list[int]:
 
 def token_entry(store: Store, at: int, label: Callable[[int], str], around: int = 24) -> dict:
     """Everything about one token: its text with that around it, its values, and what each model expected in its place."""
-    document = next(document for document in store.documents if document.start <= at < document.end)
+    document = store.documents[bisect_right(store.documents, at, key=lambda document: document.start) - 1]
     row, value = store.tokens(at, at + 1)[0], store.values(at, at + 1)[0]
     low, high = max(document.start, at - around), min(document.end, at + 1 + around)
     expected = {f"expected_{letter}": {"token": label(int(value[f"top_{letter}"])), "probability": math.exp(value[f"top_logprob_{letter}"])}

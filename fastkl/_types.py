@@ -1,0 +1,26 @@
+"""Names and protocols in annotations: a type checker refuses a misspelt direction, the checks at run time read the same list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar
+
+Signature = TypeVar("Signature")
+
+Direction = Literal["policy||reference", "reference||policy"]
+Estimator = Literal["k1", "k2", "k3", "abs"]
+Reduction = Literal["none", "mean", "token_mean", "sum"]  # "token_mean" is another name of "mean"
+PenaltyReduction = Literal["token_mean", "mean", "sequence_mean", "sum"]
+
+
+class BetaController(Protocol):
+    """An object with a weight that is read at every call, as those of fastkl.rl."""
+
+    @property
+    def beta(self) -> float:
+        """The weight as it is now."""
+
+
+def called_as(forward: Signature) -> Callable[[Any], Signature]:
+    """Give a module's __call__, for type checkers, the signature of its forward; torch's own returns Any."""
+    return lambda _: forward

@@ -1,0 +1,134 @@
+"""Where a monitor's figures go: a file with a line of JSON per step, and loggers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from . import _checks
+
+
+class Run(Protocol):
+    """A logger that takes a step's figures at once, as a run of wandb."""
+
+    def log(self, data: dict[str, Any], /) -> object:
+        """Take a step."""
+
+
+class Writer(Protocol):
+    """A logger that takes one figure at a time, as TensorBoard's SummaryWriter."""
+
+    def add_scalar(self, name: str, value: float, step: int, /) -> object:
+        """Take a figure."""
+
+
+Logger = Run | Writer | Callable[[dict[str, float]], object]
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The steps that KLMonitor(jsonl=path) wrote, each as update returned it; a figure that was not finite reads as NaN.
+
+    A line that was cut off in writing, as the last one of a run that was killed, is left out, and so are NUL bytes, which a loss of power leaves.
+
+    Raises OSError for a file that cannot be read, TypeError for what is no path, ValueError for a file that has another line than JSON objects.
+    """
+    _check_path("path", path, "pass the file that KLMonitor(jsonl=...) wrote")
+    steps = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, raw in enumerate(file, 1):
+            line = raw.replace("\0", "").strip()
+            if not line:
+                continue
+            try:
+                entry = json.loads(line, parse_int=float)  # of any length
+            except (ValueError, RecursionError) as error:
+                # One cut off within a string may end as an object does.
+                within = getattr(error, "pos", 0) == len(line) or "Unterminated" in str(error)
+                if (line.startswith("{") and (within or not line.endswith("}"))) or (
+                    steps and not raw.endswith("\n")
+                ):
+                    continue
+                entry = None
+            if not isinstance(entry, dict):
+                raise ValueError(
+                    f"path: expected one JSON object per line, got {line[:40]!r} in line {number} of {os.fspath(path)}; "
+                    f"pass a file that KLMonitor(jsonl=...) wrote"
+                )
+            steps.append(
+                {
+                    name: math.nan
+                    if value is None
+                    else float(value)
+                    if isinstance(value, bool)
+                    else value
+                    for name, value in entry.items()
+                }
+            )
+    return steps
+
+
+def append_line(path: str, metrics: dict[str, float]) -> None:
+    """One write of one whole line; after a line that a killed process cut off, on a line of its own."""
+    # JSON has no NaN: null, which every reader takes.
+    plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    line = json.dumps({**plain, "step": int(metrics["step"])}).encode() + b"\n"
+    with open(path, "ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+            line = b"\n" + line
+        if file.write(line) != len(line):
+            raise OSError(
+                f"{path}: a line of {len(line)} bytes was not written whole; is the disk full?"
+            )
+
+
+def _check_path(name: str, path: str | os.PathLike[str], remedy: str) -> None:
+    """Check that it is a path: open() would take the number of a file descriptor, and close it."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"{name}: expected a path, str or os.PathLike, got {_checks.type_name(path)}; {remedy}"
+        )
+
+
+def appendable(path: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a file that can be appended to; it is made."""
+    _check_path("jsonl", path, "pass 'run.jsonl', for instance")
+    path = os.path.abspath(os.fspath(path))  # a later change of folder must not split the file
+    try:
+        open(path, "ab+", buffering=0).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"jsonl: expected a file that can be appended to, got {path!r} ({error}); create its folder, or name another"
+        ) from None
+    return path
+
+
+def check_logger(logger: Logger) -> None:
+    """Check that there is a way to give it figures."""
+    if isinstance(logger, logging.Logger):
+        raise TypeError(
+            "loggers: expected an object with log(dict), got a logging.Logger, which logs text; pass lambda step: logger.info(step)"
+        )
+    if not any(
+        callable(way)
+        for way in (logger, getattr(logger, "log", None), getattr(logger, "add_scalar", None))
+    ):
+        raise TypeError(
+            f"loggers: expected objects with log(dict) or add_scalar(name, value, step), or callables, got "
+            f"{type(logger).__name__}; pass a wandb run, a SummaryWriter or print"
+        )
+
+
+def send(logger: Logger, metrics: dict[str, float]) -> None:
+    """Give a logger the figures of a step, in its own way."""
+    if callable(getattr(logger, "add_scalar", None)):
+        for name, value in metrics.items():
+            if name != "step":
+                logger.add_scalar(name, value, int(metrics["step"]))
+    elif callable(getattr(logger, "log", None)):
+        logger.log(metrics)
+    else:
+        logger(metrics)

@@ -1,0 +1,162 @@
+"""Fallback: rows that the float32 sums of one pass cannot hold, computed in float64.
+
+Infinities, entries masked by a finite number on one side alone, peaks far apart, logits of any size: in float64 the
+textbook formulas hold for all of them. Logits count from their row's largest, and d = log q - log p from its value at
+the peak where a mean is taken of it. Rows are read element by element, so no sum depends on where a row starts.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .row_math import soft_cap
+
+SIGN_BIT = tl.constexpr(-2147483648)
+
+
+class FallbackRow(NamedTuple):
+    """Float64 statistics of a row: log p = (x - x_top)·s - log_sum, log q = (y - y_top)·s·ratio - log_sum - log_sum_ratio.
+
+    y_at: y where x is largest. mean_p: E_p[d] less d there. x_at, mean_q: the same with P and Q in each other's place.
+    """
+
+    x_top: tl.tensor
+    y_top: tl.tensor
+    log_sum: tl.tensor
+    log_sum_ratio: tl.tensor
+    y_at: tl.tensor
+    mean_p: tl.tensor
+    x_at: tl.tensor
+    mean_q: tl.tensor
+    entropy: tl.tensor
+
+
+@triton.jit
+def load_double(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Capped logits `start` … `start + BLOCK - 1` of a row as float64; -inf from `end` on."""
+    offs_v = start + tl.arange(0, BLOCK)
+    logits = tl.load(row_ptr + offs_v, mask=offs_v < end, other=0.0).to(tl.float32)
+    capped = soft_cap(logits, SOFTCAP, row_ptr.dtype.element_ty).to(tl.float64)
+    return tl.where(offs_v < end, capped, float("-inf"))
+
+
+@triton.jit
+def log_probability_p(x, row, scale):
+    """log p of logits x."""
+    return (x - row.x_top) * scale - row.log_sum
+
+
+@triton.jit
+def log_probability_q(y, row, q_scale):
+    """log q of logits y."""
+    return (y - row.y_top) * q_scale - (row.log_sum + row.log_sum_ratio)
+
+
+@triton.jit
+def log_ratio(log_p, log_q):
+    """log q - log p; 0 for an entry without probability on either side."""
+    return tl.where(log_p == log_q, 0.0, log_q - log_p)
+
+
+@triton.jit
+def peak_ratios(row, scale, q_scale):
+    """d where x is largest, and d where y is."""
+    at_p = log_ratio(log_probability_p(row.x_top, row, scale), log_probability_q(row.y_at, row, q_scale))
+    at_q = log_ratio(log_probability_p(row.x_at, row, scale), log_probability_q(row.y_top, row, q_scale))
+    return at_p, at_q
+
+
+@triton.jit
+def fallback_row(p_ptr, q_ptr, V, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: tl.constexpr, SOFTCAP: tl.constexpr,
+                 REF_SOFTCAP: tl.constexpr):
+    """The FallbackRow of the rows at p_ptr and q_ptr, for float64 scales 1/T and ratio/T.
+
+    An entry with p = 0 adds nothing to an expectation under P; p > 0 = q makes E_p[d] infinite. A NaN makes all NaN.
+    """
+    x_peak = tl.full([BLOCK], float("-inf"), tl.float64)
+    y_peak = x_peak
+    for start in range(0, V, BLOCK):
+        x_peak = tl.maximum(x_peak, load_double(p_ptr, start, V, BLOCK, SOFTCAP))
+        if WITH_KL:
+            y_peak = tl.maximum(y_peak, load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP))
+    x_top = tl.max(x_peak, 0)
+    y_top = tl.max(y_peak, 0)
+    x_weights = tl.zeros([BLOCK], tl.float64)
+    y_weights = x_weights
+    y_at = tl.full([BLOCK], float("-inf"), tl.float64)
+    x_at = y_at
+    for start in range(0, V, BLOCK):
+        x = load_double(p_ptr, start, V, BLOCK, SOFTCAP)
+        x_weights += tl.exp((x - x_top) * scale)
+        if WITH_KL:
+            y = load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP)
+            y_weights += tl.exp((y - y_top) * q_scale)
+            y_at = tl.where(x == x_top, tl.maximum(y_at, y), y_at)
+            x_at = tl.where(y == y_top, tl.maximum(x_at, x), x_at)
+    log_sum = tl.log(tl.sum(x_weights, 0))
+    D = log_sum * 0.0
+    if WITH_KL:
+        D = tl.log(tl.sum(y_weights, 0)) - log_sum
+    row = FallbackRow(x_top, y_top, log_sum, D, tl.max(y_at, 0), D, tl.max(x_at, 0), D, D)
+    at_p, at_q = peak_ratios(row, scale, q_scale)
+    plogp = tl.zeros([BLOCK], tl.float64)
+    sum_p = plogp
+    sum_q = plogp
+    for start in range(0, V, BLOCK):
+        log_p = log_probability_p(load_double(p_ptr, start, V, BLOCK, SOFTCAP), row, scale)
+        p = tl.exp(log_p)
+        plogp += tl.where(p == 0.0, 0.0, p * log_p)
+        if WITH_KL:
+            log_q = log_probability_q(load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP), row, q_scale)
+            q = tl.exp(log_q)
+            d = log_ratio(log_p, log_q)
+            sum_p += tl.where(p == 0.0, 0.0, p * (d - at_p))
+            sum_q += tl.where(q == 0.0, 0.0, q * (d - at_q))
+    entropy = -tl.sum(plogp, 0)
+    return FallbackRow(x_top, y_top, log_sum, D, row.y_at, tl.sum(sum_p, 0), row.x_at, tl.sum(sum_q, 0),
+                       tl.where(entropy <= 0.0, 0.0, entropy))
+
+
+@triton.jit
+def fallback_kl(row, scale, q_scale):
+    """KL(P‖Q) and KL(Q‖P), never negative; +inf where the peak of one has no probability under the other."""
+    at_p, at_q = peak_ratios(row, scale, q_scale)
+    kl = tl.where(at_p == float("-inf"), float("inf"), -(at_p + row.mean_p))
+    ref_kl = tl.where(at_q == float("inf"), float("inf"), at_q + row.mean_q)
+    return tl.where(kl <= 0.0, 0.0, kl), tl.where(ref_kl <= 0.0, 0.0, ref_kl)
+
+
+@triton.jit
+def store_row(saved_ptr, row):
+    """Write a FallbackRow to the saved values [10] of its row; the sign bit of the second marks it."""
+    high = row.log_sum_ratio.to(tl.float32)
+    low = tl.where(tl.abs(high) < float("inf"), (row.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0)
+    tl.store(saved_ptr, row.x_top.to(tl.float32))
+    # A sum that counts its largest term as 1 has a logarithm of at least 0.
+    marked = row.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
+    tl.store(saved_ptr + 1, marked.to(tl.float32, bitcast=True))
+    tl.store(saved_ptr + 2, row.y_top.to(tl.float32))
+    tl.store(saved_ptr + 3, high)
+    tl.store(saved_ptr + 4, low)
+    tl.store(saved_ptr + 5, row.y_at.to(tl.float32))
+    tl.store(saved_ptr + 6, row.mean_p.to(tl.float32))
+    tl.store(saved_ptr + 7, row.x_at.to(tl.float32))
+    tl.store(saved_ptr + 8, row.mean_q.to(tl.float32))
+    tl.store(saved_ptr + 9, row.entropy.to(tl.float32))
+
+
+@triton.jit
+def load_row(saved_ptr):
+    """The FallbackRow that store_row wrote."""
+    D = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
+    return FallbackRow(
+        tl.load(saved_ptr).to(tl.float64), tl.load(saved_ptr + 2).to(tl.float64), -tl.load(saved_ptr + 1).to(tl.float64), D,
+        tl.load(saved_ptr + 5).to(tl.float64), tl.load(saved_ptr + 6).to(tl.float64), tl.load(saved_ptr + 7).to(tl.float64),
+        tl.load(saved_ptr + 8).to(tl.float64), tl.load(saved_ptr + 9).to(tl.float64))
+
+
+@triton.jit
+def is_fallback(saved_ptr):
+    """Whether a row's saved values are those of a FallbackRow."""
+    return tl.load(saved_ptr + 1).to(tl.int32, bitcast=True) < 0

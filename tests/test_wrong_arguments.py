@@ -1,0 +1,400 @@
+"""Every argument of every public function against every kind of wrong value: one form of message.
+
+The table follows the signatures. A new function needs right values for its required arguments in
+RIGHT; a combination that is right after all stands in VALID with its reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import fastkl
+import fastkl.rl
+
+V, H = 7, 4
+FORM = re.compile(r"(?P<argument>\w+)[^:]*: expected .+, got .+; .+")
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """Right tensors by argument name: [2, 3] tokens, V entries, H hidden dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, V, generator=generator)
+    hidden = torch.randn(2, 3, H, generator=generator)
+    weight, flat = torch.randn(V, H, generator=generator), torch.randn(2, 3, generator=generator)
+    tokens, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
+    return {
+        **dict.fromkeys(("p_logits", "q_logits", "logits", "policy_logits", "ref_logits"), logits),
+        **dict.fromkeys(("hidden", "ref_hidden"), hidden),
+        **dict.fromkeys(("weight", "ref_weight"), weight),
+        **dict.fromkeys(("bias", "ref_bias"), torch.zeros(V)),
+        **dict.fromkeys(("tokens", "index"), tokens),
+        **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -flat.abs()),
+        **dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), torch.zeros(2)),
+        **dict.fromkeys(("parameters", "vector", "gradient", "b"), torch.ones(H)),
+        **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
+        "mask": mask,
+        "weights": torch.ones(2, 3),
+        "cu_seqlens": torch.tensor([0, 2, 6]),
+    }
+
+
+TENSORS = tensors()
+JACOBIAN = torch.randn(2, 3, V, H, generator=torch.Generator().manual_seed(1))
+RIGHT = {
+    **TENSORS,
+    "beta": 0.1,
+    "initial": 0.1,
+    "target": 0.1,
+    "horizon": 10,
+    "max_kl": 0.01,
+    "target_kl": 0.01,
+    "name": None,
+    "alpha": 0.5,
+    "path": "text",
+    "product": lambda v: v,
+    "function": lambda parameters: JACOBIAN @ parameters,
+    "mean_kl": lambda: 0.001,
+    "closure": lambda: 0.0,
+}
+# Right values of one function's arguments, where they differ from the others' of that name.
+OWN: dict[str, Callable[[], object]] = {
+    "AdaptiveBeta.update.kl": lambda: 0.1,
+    "FixedBeta.update.kl": lambda: 0.1,
+    "PIDBeta.update.kl": lambda: 0.1,
+    "PPOAdaptiveBeta.update.kl": lambda: 0.1,
+    "SpikeDetector.update.kl": lambda: 0.1,
+    "EarlyStop.should_stop.kl": lambda: 0.1,
+    "dpo_loss.beta": lambda: 0.1,
+    "TrustRegion.step.optimizer": lambda: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]),
+}
+# An argument is looked at beside these: function.argument, as patterns, the first that fits.
+BESIDE = [
+    ("grpo_loss.max_length", {"reduction": "dr_grpo"}),
+    ("grpo_loss.kl", {"beta": 0.1, "logprob": TENSORS["kl"].clone()}),
+    ("grpo_loss.beta", {"ref_logprob": TENSORS["logprob"]}),
+    ("grpo_loss.ref_logprob", {"beta": 0.1}),
+    ("grpo_loss.*kl*", {"beta": 0.1, "ref_logprob": TENSORS["logprob"]}),
+    (
+        "ppo_loss.cu_seqlens",
+        {"logprob": torch.zeros(6), "old_logprob": torch.zeros(6), "reduction": "sequence_mean"},
+    ),
+    ("grpo_loss.cu_seqlens", {"logprob": torch.zeros(6), "old_logprob": torch.zeros(6)}),
+    ("shape_rewards.cu_seqlens", {"kl": torch.zeros(6)}),
+    ("KLMonitor.update.cu_seqlens", {"kl": torch.zeros(6)}),
+    ("*_stats.ref_weight", {"ref_hidden": TENSORS["hidden"]}),
+    ("*_stats.ref_temperature", {"ref_hidden": TENSORS["hidden"]}),
+    ("*_stats.ref_bias", {"ref_hidden": TENSORS["hidden"], "bias": TENSORS["bias"]}),
+    ("*linear*.bias", {"ref_bias": TENSORS["bias"]}),
+    ("*linear*.ref_bias", {"bias": TENSORS["bias"]}),
+    ("Linear*.bias", {"ref_bias": TENSORS["bias"]}),
+    ("Linear*.ref_bias", {"bias": TENSORS["bias"]}),
+    ("*.weights", {"reduction": "sum"}),
+    ("grpo_loss.normalizer", {"reduction": "bnpo"}),
+    ("*.normalizer", {"reduction": "mean"}),
+]
+
+
+# ---- what is called
+
+
+class Target(NamedTuple):
+    """A public callable by name, how to get it, and the names of its arguments."""
+
+    name: str
+    get: Callable[[], Callable]
+    arguments: dict[str, inspect.Parameter]
+
+
+def arguments_of(function: Callable) -> dict[str, inspect.Parameter]:
+    """The arguments without self and *args; **more under its own name."""
+    found = inspect.signature(function).parameters
+    return {
+        name: parameter
+        for name, parameter in found.items()
+        if name != "self" and parameter.kind is not parameter.VAR_POSITIONAL
+    }
+
+
+def right(
+    target: str, arguments: dict[str, inspect.Parameter], own: object = None
+) -> dict[str, object]:
+    """Right values of what has no default."""
+    values = {}
+    for name, parameter in arguments.items():
+        key = f"{target}.{name}"
+        if name == "state":
+            values[name] = own.state_dict()
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            assert key in OWN or name in RIGHT, f"{key}: give RIGHT a value for it"
+            values[name] = OWN[key]() if key in OWN else RIGHT[name]
+    return values
+
+
+def made(name: str, kind: type) -> object:
+    """An object of a public class."""
+    return kind(**right(name, arguments_of(kind.__init__)))
+
+
+def targets() -> Iterator[Target]:
+    """Functions, constructors and the public methods of both lists of public names."""
+    for module in (fastkl, fastkl.rl):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if isinstance(value, types.ModuleType) or value is fastkl.Explanation:
+                continue
+            if not isinstance(value, type):
+                yield Target(name, lambda value=value: value, arguments_of(value))
+                continue
+            if issubclass(value, tuple) or getattr(value, "_is_protocol", False):
+                continue  # a result, or checked where it is used
+            yield Target(name, lambda value=value: value, arguments_of(value.__init__))
+            for method, function in inspect.getmembers(value, inspect.isfunction):
+                if method.startswith("_") or not function.__module__.startswith("fastkl"):
+                    continue
+                if arguments_of(function):
+                    yield Target(
+                        f"{name}.{method}",
+                        lambda name=name, value=value, method=method: getattr(
+                            made(name, value), method
+                        ),
+                        arguments_of(function),
+                    )
+
+
+# ---- kinds of wrong values
+
+
+def packed(value: torch.Tensor) -> torch.Tensor:
+    """The codes of a tensor as bitsandbytes.nn.Params4bit holds them, uint8 [n, 1]."""
+    codes = torch.zeros(max(1, value.numel() // 2), 1, dtype=torch.uint8)
+    codes.quant_state = object()
+    return codes
+
+
+def sharded(value: torch.Tensor) -> torch.Tensor:
+    """A DTensor of a mesh of one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    return distribute_tensor(value, init_device_mesh("cpu", (1,)), [Replicate()])
+
+
+def other_type(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor | None]:
+    """A tensor of that type, or None where it has it already."""
+    return lambda value: None if value.dtype == dtype else value.to(dtype)
+
+
+PLAIN: dict[str, object] = {
+    "None": None,
+    "bool": True,
+    "str": "text",
+    "bytes": b"text",
+    "list": [0.0],
+    "tuple": (1, 2, 3),
+    "dict": {"a": 1},
+    "set": {1},
+    "complex": 1j,
+    "object": object(),
+    "function": lambda *_: None,
+    "numpy float32": np.float32(2.5),
+    "numpy int64": np.int64(2),
+    "numpy bool": np.bool_(True),
+    "numpy str": np.str_("text"),
+    "numpy array": np.ones((2, 3), dtype=np.float32),
+    "numpy array of one": np.ones(()),
+    "numpy array of names": np.array(["sum", "mean"]),
+    "numpy complex": np.complex64(1j),
+    "numpy dtype": np.dtype("float32"),
+    "huge": 10**400,
+    "-huge": -(10**400),
+    "huge beyond str": 10**5000,
+    "NaN": math.nan,
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "-1": -1,
+    "-1.5": -1.5,
+    "dtype": torch.int64,
+}
+# Made of the right tensor, or of ones [2, 3] where the argument is none.
+SHAPED: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
+    "meta": lambda x: x.to("meta"),
+    "one dimension more": lambda x: x[None],
+    "last dimension more": lambda x: x[..., None].expand(*x.shape, 2),
+    "one dimension less": lambda x: x[0],
+    "scalar": lambda x: x.flatten()[0],
+    "longer": lambda x: torch.cat([x, x[..., :1]], -1),
+    "shorter": lambda x: x[..., :-1],
+    "empty": lambda x: x[..., :0],
+    "transposed": lambda x: x.T.contiguous() if x.dim() == 2 else None,
+    "int64": other_type(torch.int64),
+    "float32": other_type(torch.float32),
+    "bool tensor": other_type(torch.bool),
+    "complex64": other_type(torch.complex64),
+    "float64": lambda x: x.double() if x.dtype == torch.float32 else None,
+    "float8": lambda x: x.float().to(torch.float8_e4m3fn),
+    "uint16": lambda x: x.to(torch.uint16),
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+    "sparse": lambda x: x.to_sparse(),
+    "csr": lambda x: x.to_sparse_csr() if x.dim() == 2 else None,
+    "nested": lambda x: torch.nested.nested_tensor([x.flatten(), x.flatten()[:1]]),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
+    "DTensor": sharded,
+    "ZeRO-3": lambda x: (
+        torch.nn.Parameter(torch.zeros(0)) if x.is_floating_point() else x.new_zeros(0)
+    ),
+    "bitsandbytes": packed,
+}
+
+KINDS = [*PLAIN, *SHAPED]
+# Two arguments that do not go together: the message may begin with the other one.
+DIMENSIONS = "one dimension more, last dimension more, one dimension less"
+ANY_SHAPE = f"{DIMENSIONS}, longer, shorter, transposed, empty"
+OF_TWO = f"meta, scalar, float64, ZeRO-3, {ANY_SHAPE}".split(", ")
+NUMBERS = "numpy float32, numpy int64"
+# function.argument as a pattern of re, kinds, why they are right.
+VALID = [
+    (r"use_backend\.name", "None", "the default backend"),
+    (
+        r"explain\.logits",
+        f"meta, float64, {ANY_SHAPE}",
+        "logits alone may have any shape and device",
+    ),
+    (r"(token_stats|selective_log_softmax)\.logits", "longer, shorter, float64", "any V"),
+    (r".*\.((ref_)?temperature|weights|advantages|scores)", "float64", "taken in any float type"),
+    (r".*\.normalizer", "scalar", "a tensor of one number"),
+    (r"selective_log_softmax\.index", "last dimension more", "K ids of each row"),
+    (
+        r"(AdaptiveBeta|PPOAdaptiveBeta|PIDBeta|FixedBeta|SpikeDetector|TrustRegion|EarlyStop)\..*|"
+        r"KLMonitor\.threshold|.*\.(beta|damping|dual_clip|max_kl|tolerance|label_smoothing)",
+        NUMBERS,
+        "every real number that float() takes",
+    ),
+    (
+        r".*Beta\.update\.(kl|n)|EarlyStop\.should_stop\.kl|.*\.beta",
+        "scalar",
+        "a tensor of one entry",
+    ),
+    (
+        r"(EarlyStop\.should_stop|SpikeDetector\.update)\.kl",
+        "NaN, inf, -inf, -1, -1.5",
+        "whatever was measured is judged",
+    ),
+    (r"TrustRegion\.step\.closure", "function", "its loss is the optimizer's matter"),
+    (r"KLMonitor\.jsonl|read_jsonl\.path", "str, numpy str", "a path"),
+    (r"KLMonitor\.update\.kl", f"float64, ZeRO-3, {ANY_SHAPE}", "KL of any shape, without a mask"),
+    (
+        r"KLMonitor\.update\.(entropy|reward|beta|more)",
+        f"{NUMBERS}, None, NaN, inf, -inf, -1, -1.5, scalar, int64, bool tensor, float64, ZeRO-3, "
+        f"bitsandbytes, {ANY_SHAPE}",
+        "any figure, a tensor's mean; None: not reported",
+    ),
+    (r"conjugate_gradient\.b", f"scalar, float64, ZeRO-3, {ANY_SHAPE}", "a system of any size"),
+    (r".*Beta\.update\.kl", "-1, -1.5", "a mean of k1"),
+    (r"grpo_loss\.correct_kl", "bool", "a bool"),
+    (r"(ppo|grpo)_loss\.old_logprob", "None", "the policy as it is now"),
+    (r"shape_rewards\.kl", "longer, shorter, empty, float64", "sequences of any length"),
+]
+
+
+def wrong_value(kind: str, target: str, argument: str) -> object:
+    """The wrong value of a kind for an argument; NotImplemented where there is none."""
+    if kind in PLAIN:
+        default = TARGETS[target].arguments[argument].default
+        return NotImplemented if PLAIN[kind] is default else PLAIN[kind]
+    base = TENSORS.get(argument) if f"{target}.{argument}" not in OWN else None
+    value = SHAPED[kind](torch.ones(2, 3) if base is None else base)
+    return NotImplemented if value is None else value
+
+
+def beside(target: str, argument: str, arguments: dict) -> dict[str, object]:
+    """What an argument is looked at beside."""
+    key = f"{target}.{argument}"
+    values = next((values for pattern, values in BESIDE if fnmatch.fnmatchcase(key, pattern)), {})
+    return {name: value for name, value in values.items() if name in arguments}
+
+
+def outcome(target: Target, argument: str, kind: str) -> str | None:
+    """What is wrong with the answer to a wrong value; None: nothing, "": it passed."""
+    value = wrong_value(kind, target.name, argument)
+    if value is NotImplemented:
+        return None
+    call = target.get()
+    own = getattr(call, "__self__", None)
+    arguments = {
+        **right(target.name, target.arguments, own),
+        **beside(target.name, argument, target.arguments),
+        argument: value,
+    }
+    try:
+        call(**arguments)
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        form = FORM.fullmatch(message)
+        if form is None:
+            return f"{type(error).__name__}: {message[:200]}"
+        named = target.arguments if kind in OF_TWO else (argument,)
+        return None if form["argument"] in named else f"another argument: {message[:200]}"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
+TARGETS = {target.name: target for target in targets()}
+
+
+def is_valid(target: str, argument: str, kind: str) -> bool:
+    """Whether VALID lists the combination."""
+    return any(
+        kind in kinds.split(", ") and re.fullmatch(pattern, f"{target}.{argument}")
+        for pattern, kinds, _ in VALID
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory):
+    """A process group of one for DTensors, a folder for files, the backend as it was."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch, fastkl.use_backend(None):
+        patch.chdir(tmp_path_factory.mktemp("wrong"))
+        open("text", "w").close()
+        yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TARGETS)
+def test_wrong_arguments(name) -> None:
+    """Each is an error of the one form, or stands in VALID and passes."""
+    target = TARGETS[name]
+    got = {
+        (argument, kind): outcome(target, argument, kind)
+        for argument in target.arguments
+        for kind in KINDS
+    }
+    failures = [
+        f"{name}.{argument}: {kind}: {answer or 'passes'}"
+        for (argument, kind), answer in got.items()
+        if answer is not None and not (answer == "" and is_valid(name, argument, kind))
+    ]
+    assert not failures, "\n".join(failures)
+
+
+def test_the_table_is_whole() -> None:
+    """The count of combinations, and right arguments that pass by themselves."""
+    count = sum(len(target.arguments) * len(KINDS) for target in TARGETS.values())
+    print(f"{count} wrong arguments of {len(TARGETS)} functions, {len(KINDS)} kinds")
+    assert count >= 7000
+    for target in TARGETS.values():
+        call = target.get()
+        call(**right(target.name, target.arguments, getattr(call, "__self__", None)))

@@ -1,0 +1,66 @@
+"""A user's code as type checkers see it: read by test_typing.py, never run. A line that ends in `# refused` must be an error, no other may be."""
+
+import torch
+from typing_extensions import assert_type
+
+from fastkl import (
+    Head,
+    KLPenalty,
+    LinearKLPenalty,
+    TokenStats,
+    estimate_kl,
+    kl_divergence,
+    linear_kl_divergence,
+    linear_token_stats,
+    sampled_kl_loss,
+    selective_log_softmax,
+    token_stats,
+    use_backend,
+)
+from fastkl.rl import AdaptiveBeta, FixedBeta
+
+
+class Halving:
+    """A controller of the user's own: an attribute is enough."""
+
+    beta: float = 0.5
+
+
+def step(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, maybe: torch.Tensor | None) -> TokenStats:
+    stats = token_stats(p, tokens, q, mask=mask)
+    assert_type(stats.kl, torch.Tensor)
+    assert_type(stats.ref_kl, torch.Tensor)
+    assert_type(stats.ref_logprob, torch.Tensor)
+    alone = token_stats(p, tokens)
+    assert_type(alone.logprob, torch.Tensor)
+    assert_type(alone.kl, torch.Tensor | None)
+    assert_type(linear_token_stats(p, Head(q), tokens, p, Head(q, logit_scale=0.5), ref_temperature=mask).kl, torch.Tensor)
+    assert_type(linear_token_stats(p, q, tokens).kl, torch.Tensor | None)
+    linear_kl_divergence(p, Head(q), p, reduction="token_mean", normalizer=3)
+    LinearKLPenalty(0.1, ref_temperature=0.7)(p, Head(q), p)
+    either: TokenStats = token_stats(p, tokens, maybe)
+    assert_type(either.kl, torch.Tensor | None)
+    assert_type(KLPenalty(0.1)(p, q, mask), torch.Tensor)
+    assert_type(KLPenalty(AdaptiveBeta(0.1, 6.0, 100), reduction="sequence_mean")(p, q, mask, normalizer=8), torch.Tensor)
+    assert_type(LinearKLPenalty(FixedBeta(0.1), direction="reference||policy")(p, q, p, q, mask, normalizer=mask.sum()), torch.Tensor)
+    KLPenalty(Halving(), reduction="mean")
+    kl_divergence(p, q, mask, weights=q, reduction="token_mean", normalizer=3)
+    assert_type(kl_divergence(p, q) + selective_log_softmax(p, tokens), torch.Tensor)
+    sampled_kl_loss(p, q, direction="reference||policy")
+    with use_backend("reference"):
+        return token_stats(p, tokens, ref_logits=q, temperature=0.7)
+
+
+def wrong(p: torch.Tensor, tokens: torch.Tensor) -> None:
+    KLPenalty(0.1, direction="fwd")  # refused
+    KLPenalty(0.1, reduction="none")  # refused
+    LinearKLPenalty(0.1, direction="policy|reference")  # refused
+    KLPenalty(object())  # refused
+    LinearKLPenalty("0.1")  # refused
+    KLPenalty(0.1)(p)  # refused
+    KLPenalty(0.1)(p, p, normaliser=3)  # refused
+    kl_divergence(p, p, reduction="sequence_mean")  # refused
+    estimate_kl(p, p, estimator="k4")  # refused
+    sampled_kl_loss(p, p, direction="forward")  # refused
+    use_backend("cuda")  # refused
+    token_stats(p, tokens).kl.mean()  # refused
