@@ -8,6 +8,7 @@ import cases
 import pytest
 import torch
 from trl_cases import (
+    FAMILIES,
     ROUNDING,
     SIZES,
     adapter_config,
@@ -26,6 +27,7 @@ from trl_cases import (
 )
 
 from fastkl.integrations.transformers import KLCallback
+from fastkl.integrations.trl import ExactDistillationTrainer
 from fastkl.rl import FixedBeta, KLMonitor
 
 
@@ -67,6 +69,28 @@ def test_distillation_equals_plain_torch_and_trl(folder, teacher, beta, per_toke
         cases.assert_near(trainer.compute_loss(trainer.model, dict(inputs)), kl[loss_mask(inputs)].mean(), ROUNDING, 0.0, "evaluation")
 
 
+PAIRS = pytest.mark.parametrize("student, teacher", [("granite", "cohere"), ("cohere", "gemma"), ("gemma", "granite")])
+
+
+@PAIRS
+@pytest.mark.parametrize("beta", [0.0, 1.0], ids=["forward", "reverse"])
+def test_models_of_different_scales_and_caps(tmp_path, student, teacher, beta) -> None:
+    """Each model's own: loss and gradients are TRL's and those of the models' own logits, and two steps are made."""
+    paths = [tiny(tmp_path / name, FAMILIES[name](), seed) for seed, name in enumerate((student, teacher))]
+    trainer, plain = (distillation(*paths, kind, beta=beta) for kind in (ExactDistillationTrainer, trl.DistillationTrainer))
+    inputs = batch()
+    losses = [each.compute_loss(each.model.train(), dict(inputs)) for each in (trainer, plain)]
+    logits = [full_logits(trainer.model, inputs), full_logits(trainer.teacher_model, inputs).detach()]
+    expected = exact_kl(*(logits if beta == 1 else logits[::-1]))[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
+    for loss in losses:
+        cases.assert_near(loss, expected, 2 * ROUNDING, 0.0, "loss")
+    got = gradients(losses[0], trainer.model)
+    assert_same(got, gradients(expected, trainer.model))
+    assert_same(got, gradients(losses[1], plain.model))
+    trainer.train()
+    assert all(entry["loss"] > 1e-2 for entry in trainer.state.log_history if "loss" in entry) and trainer.state.global_step == 2
+
+
 def test_distillation_training(folder, teacher) -> None:
     """A few steps with a monitor, whose mean is the loss, and without; LoRA students too."""
     trainer = distillation(folder, teacher, callbacks=[KLCallback(None, KLMonitor())], max_steps=3)
@@ -102,13 +126,15 @@ def test_settings_that_are_not_supported(folder, teacher, tmp_path, make, name) 
         make(folder, teacher, beta=0.5)
     with pytest.raises(ValueError, match="got torch_compile"):
         make(folder, teacher, torch_compile=True)
+    with pytest.raises(TypeError, match="logits_dtype: expected None or a torch.dtype, got str; pass torch.float32"):
+        make(folder, teacher, extra=dict(logits_dtype="float32"))
     with pytest.raises(ValueError, match="expected a KLCallback without controller"):
         make(folder, teacher, callbacks=[KLCallback(FixedBeta(0.1))])
     with pytest.raises(ValueError, match="expected one KLCallback, got 2"):
         make(folder, teacher, callbacks=[KLCallback(), KLCallback()])
-    capped = transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")
-    with pytest.raises(ValueError, match="teacher_model: expected the student's soft cap, None, got 2.0"):
-        make(folder, tiny(tmp_path / "gemma", capped))
+    wider = tiny(tmp_path / "wider", transformers.LlamaConfig(**{**SIZES, "vocab_size": 64}))
+    with pytest.raises(ValueError, match="vocab_size"):
+        make(folder, wider)
 
 
 def test_distillation_without_a_teacher(folder) -> None:

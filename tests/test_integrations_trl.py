@@ -12,13 +12,14 @@ import torch
 from trl_cases import (
     BETA,
     COMPLETION,
+    FAMILIES,
     ROUNDING,
     SIZES,
     TEMPERATURE,
+    V,
     adapter_config,
     assert_same,
     batch,
-    distillation,
     exact_kl,
     full_logits,
     gradients,
@@ -51,6 +52,19 @@ def k3_of(kl: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def plain_loss(trainer: ExactGRPOTrainer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of type dapo from the models' own logits in float64, of the tokens that both models have."""
+    logits = full_logits(trainer.model, inputs)[..., :V]
+    with torch.no_grad():
+        ref_logits = full_logits(trainer.ref_model, inputs)[..., :V]
+    logp = logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    ratio = (logp - inputs["old_per_token_logps"].double() if "old_per_token_logps" in inputs else logp - logp.detach()).exp()
+    advantages, kl = inputs["advantages"][:, None], exact_kl(logits, ref_logits)
+    per_token = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) + BETA * kl
+    assert float(kl.detach()[loss_mask(inputs)].mean()) > 1e-3
+    return per_token[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A random Llama."""
@@ -71,15 +85,7 @@ def test_loss_and_gradients_equal_plain_torch(pair, old) -> None:
     """Policy term and KL from full logits in float64, loss type dapo; the reference gets no gradient."""
     trainer, inputs = pair[0], batch(old)
     loss = trainer.compute_loss(trainer.model, dict(inputs))
-    logits = full_logits(trainer.model, inputs)
-    with torch.no_grad():
-        ref_logits = full_logits(trainer.ref_model, inputs)
-    logp = logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
-    ratio = (logp - inputs["old_per_token_logps"].double() if old else logp - logp.detach()).exp()
-    advantages, kl = inputs["advantages"][:, None], exact_kl(logits, ref_logits)
-    per_token = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) + BETA * kl
-    expected = per_token[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
-    assert float(kl.detach()[loss_mask(inputs)].mean()) > 1e-2
+    expected = plain_loss(trainer, inputs)
     cases.assert_near(loss, expected, ROUNDING, 0.0, "loss")
     to_reference = torch.autograd.grad(loss, list(trainer.ref_model.parameters()), retain_graph=True, allow_unused=True)
     assert all(gradient is None for gradient in to_reference)
@@ -218,18 +224,68 @@ def test_peft(folder, given) -> None:
     assert [entry for entry in trainer.state.log_history if entry.get("kl", 0) > 1e-4]
 
 
-def test_soft_cap_and_tied_embeddings(tmp_path) -> None:
-    """Gemma 2: its cap is in the log-probs and in the KL; the head that is the embedding learns through both."""
-    config = transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, tie_word_embeddings=True, attn_implementation="eager")
-    trainer, inputs = moved(grpo(tiny(tmp_path / "gemma", config))), batch()
-    loss = trainer.compute_loss(trainer.model, dict(inputs))
-    base = GRPOTrainer._compute_loss(trainer, trainer.model, dict(inputs))
-    logits = full_logits(trainer.model, inputs)
-    assert float(logits.detach().abs().max()) <= 2.0 / TEMPERATURE
-    kl = exact_kl(logits, full_logits(trainer.ref_model, inputs).detach())
-    expected = base + BETA * kl[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_that_are_scaled_or_capped(tmp_path, family) -> None:
+    """Factor and cap are in the log-probs and in the KL, as in TRL's own; the head that is the embedding learns through both; steps are made."""
+    config = FAMILIES[family]()
+    config.tie_word_embeddings = True
+    path = tiny(tmp_path / family, config)
+    trainer, plain = moved(grpo(path, max_steps=2)), moved(grpo(path, GRPOTrainer, max_steps=2))
+    inputs = batch()
+    loss, expected = trainer.compute_loss(trainer.model, dict(inputs)), plain_loss(trainer, inputs)
     cases.assert_near(loss, expected, ROUNDING, 0.0, "loss")
     assert_same(gradients(loss, trainer.model), gradients(expected, trainer.model))
+    sequence = [torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1) for part in ("ids", "mask")]
+    with torch.no_grad():
+        got, own = (each._get_per_token_logps_and_entropies(each.model, *sequence, COMPLETION, compute_entropy=True) for each in (trainer, plain))
+    for value, expected in zip(got[:2], own[:2], strict=True):
+        cases.assert_near(value, expected, 2 * ROUNDING, 1e-12, "log-probs, entropies")
+    trainer.kl_callback._micro_batches.clear()
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "kl/mean" in entry]
+    assert len(steps) == 2 and all(step["kl/mean"] > 1e-3 and step["grad_norm"] > 0 for step in steps)
+
+
+def padded(folder: str) -> torch.nn.Module:
+    """The policy with three rows of padding, which would be sampled often."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(V, pad_to_multiple_of=16, mean_resizing=False)
+    assert len(model.get_output_embeddings().weight) == V + 3
+    return model
+
+
+def test_a_padded_policy(folder) -> None:
+    """Log-probs and KL are of the tokens that both models have, and no other is sampled; the padding's rows get no gradient."""
+    trainer, inputs = moved(grpo(folder, model=padded(folder), max_steps=2, generation_kwargs={"suppress_tokens": [5]})), batch()
+    loss, expected = trainer.compute_loss(trainer.model, dict(inputs)), plain_loss(trainer, inputs)
+    cases.assert_near(loss, expected, ROUNDING, 0.0, "loss")
+    got = gradients(loss, trainer.model)
+    assert_same(got, gradients(expected, trainer.model))
+    assert got["lm_head.weight"].shape[0] == V + 3 and not got["lm_head.weight"][V:].any()
+    trainer.kl_callback._micro_batches.clear()
+    sampled, shared = [], trainer._hidden
+    trainer._hidden = lambda model, ids, *rest: (sampled.append(ids), shared(model, ids, *rest))[1]
+    trainer.model.lm_head.weight.data[V:] = 50 * trainer.model.lm_head.weight.data[:3]
+    trainer.train()
+    ids = torch.cat([value.reshape(-1) for value in sampled])
+    assert trainer.generation_config.suppress_tokens == [5, V, V + 1, V + 2] and int(ids.max()) < V
+    assert len([entry for entry in trainer.state.log_history if "kl/mean" in entry]) == 2
+
+
+def test_a_token_that_the_reference_lacks(folder, pair) -> None:
+    """An error before the reference's embedding meets it; a padded reference has all of a policy's tokens."""
+    trainer, inputs = grpo(folder, model=padded(folder)), batch()
+    inputs["completion_ids"][0, 1] = V + 1
+    with pytest.raises(ValueError, match=rf"input_ids: expected ids below {V}, the tokens that policy and reference share, got {V + 1}; resize"):
+        trainer.compute_loss(trainer.model, inputs)
+    trainer = moved(grpo(folder))
+    trainer.ref_model.resize_token_embeddings(V, pad_to_multiple_of=16, mean_resizing=False)
+    trainer._policy_head, trainer._ref_head = shared.checked_heads(trainer, trainer.ref_model, "")
+    trainer._suppress_padding()
+    assert trainer.generation_config.suppress_tokens is None
+    losses = [each.compute_loss(each.model, batch()) for each in (trainer, pair[0])]
+    pair[0].kl_callback._micro_batches.clear()
+    cases.assert_near(losses[0], losses[1], 2 * ROUNDING, 0.0, "loss")
 
 
 @pytest.mark.parametrize("options, low, high", [({}, 1e-4, 0.1), (dict(cast_lm_head_to_fp32=True), 0.0, 1e-5),
@@ -278,6 +334,8 @@ def test_settings_that_contradict(folder) -> None:
     """They fail when the trainer is made."""
     with pytest.raises(ValueError, match="got torch_compile"):
         grpo(folder, torch_compile=True)
+    with pytest.raises(TypeError, match="logits_dtype: expected None or a torch.dtype, got str; pass torch.float32"):
+        grpo(folder, extra=dict(logits_dtype="float32"))
     with pytest.raises(ValueError, match="got beta below 0"):
         grpo(folder, beta=-0.1)
     with pytest.raises(ValueError, match="args.beta: expected above 0 with a KLCallback, got 0"):
@@ -294,14 +352,14 @@ def test_a_callback_that_comes_too_late(pair) -> None:
         KLCallback(None, KLMonitor()).attach(pair[0])
 
 
-@pytest.mark.parametrize("scaling", [8.0, 1.01])
-def test_a_model_with_logits_of_its_own(tmp_path, scaling) -> None:
-    """Granite divides its logits: they are not what the lm_head gives, and the trainers say so, in float32 also where the difference is small."""
-    path = tiny(tmp_path / "granite", transformers.GraniteConfig(**SIZES, logits_scaling=scaling))
-    with pytest.raises(ValueError, match="model: expected one whose logits are .* got GraniteForCausalLM"):
-        grpo(path)
-    with pytest.raises(ValueError, match="got GraniteForCausalLM"):
-        distillation(path, tiny(tmp_path / "llama"))
+def test_a_model_with_logits_of_its_own(folder) -> None:
+    """They are not what the lm_head gives and the config names, and the trainers say so, in float32 also where the difference is small."""
+    policy = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    policy.lm_head.register_forward_hook(lambda module, args, output: 1.01 * output)
+    with pytest.raises(ValueError, match="model: expected logits that .* got others from LlamaForCausalLM, .*; .* train with trl.GRPOTrainer"):
+        grpo(folder, model=policy)
+    policy.lm_head._forward_hooks.clear()
+    grpo(folder, model=policy)
 
 
 def test_a_head_of_zeros(tmp_path) -> None:

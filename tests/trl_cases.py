@@ -109,6 +109,14 @@ def gkd(folder: str, teacher: str, kind: type = ExactGKDTrainer, callbacks: tupl
     return trainer
 
 
+# Models whose logits are not their lm_head's product alone.
+FAMILIES = {
+    "granite": lambda: transformers.GraniteConfig(**SIZES, logits_scaling=4.0),
+    "cohere": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.5),
+    "gemma": lambda: transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager"),
+}
+
+
 def readme_names(folder: Path) -> dict[str, object]:
     """What the README's lines find in a program: models with their tokenizers, configurations of two steps, data, a reward."""
     wider = transformers.LlamaConfig(**{**SIZES, "hidden_size": 24})

@@ -1,11 +1,10 @@
-"""What the trainers for TRL share: the one version of TRL they are for, what they refuse, the lm_head and its check, and the distillation loss."""
+"""What the trainers for TRL share: the one version of TRL they are for, what they refuse, the lm_heads, and the distillation loss."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from fastkl import linear_kl_divergence
+from fastkl import Head, linear_kl_divergence
 
 try:
     import trl
@@ -16,6 +15,7 @@ if trl.__version__.split(".")[:2] != ["1", "16"]:
     raise ImportError(f"trl: expected version 1.16, whose internals fastkl.integrations.trl was tested with, got {trl.__version__}; "
                       f"remedy: pip install 'trl==1.16.*', or a fastkl for that version")
 
+from ._head import causal_lm, cut, head_of
 from .transformers import KLCallback
 
 
@@ -27,30 +27,21 @@ class ExactDivergence:
         if self.beta not in (0, 1):
             raise ValueError(f"args.beta: expected 0 (forward KL) or 1 (reverse KL), got {self.beta}; "
                              f"use {instead} for the Jensen-Shannon divergences between")
-        self._logits_dtype = logits_dtype
+        self._logits_dtype = checked_dtype(logits_dtype)
         self.kl_callback = callback_of(self)
         if self.kl_callback is not None:
             if self.kl_callback.controller is not None:
                 raise ValueError("callbacks: expected a KLCallback without controller, got one with; distillation has no weight to control: "
                                  "pass KLCallback(None, monitor)")
             self.kl_callback.attach(self)
-        student, teacher = (causal_lm(self.accelerator.unwrap_model(model)) for model in (self.model, self.teacher_model))
-        for model in (student, teacher):
-            check_head(model, self.accelerator.mixed_precision)
-        if softcap(student) != softcap(teacher):
-            raise ValueError(f"teacher_model: expected the student's soft cap, {softcap(student)}, got {softcap(teacher)}; "
-                             f"use {instead} for this pair")
+        self._student_head, self._teacher_head = checked_heads(self, self.teacher_model, instead)
 
     def _kl(self, student, teacher, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, mask: torch.Tensor,
             temperature: float = 1.0) -> torch.Tensor:
         """Of unwrapped models, the sum of the tokens that count, or with a callback the KL of each; only the student learns."""
-        student, teacher = causal_lm(student), causal_lm(teacher)
-        teacher_head = (None if value is None else value.detach() for value in head(teacher))
-        sides = [(student_hidden, *head(student)), (teacher_hidden, *teacher_head)]
-        (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = sides if self.beta == 1 else sides[::-1]
-        return linear_kl_divergence(hidden, weight, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, temperature=temperature, mask=mask,
-                                    softcap=softcap(teacher), logits_dtype=self._logits_dtype,
-                                    reduction="sum" if self.kl_callback is None else "none")
+        sides = [(student_hidden, head(student, self._student_head)), (teacher_hidden, detached(head(teacher, self._teacher_head)))]
+        return linear_kl_divergence(*(sides[0] + sides[1] if self.beta == 1 else sides[1] + sides[0]), temperature=temperature, mask=mask,
+                                    logits_dtype=self._logits_dtype, reduction="sum" if self.kl_callback is None else "none")
 
 
 def per_item(kl: torch.Tensor, tokens: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
@@ -77,6 +68,16 @@ def refuse(trainer, instead: str, more: dict[str, bool]) -> None:
         raise ValueError(f"args: expected options that {type(trainer).__name__} supports, got {', '.join(named)}; change that, or use {instead}")
 
 
+def checked_dtype(value: torch.dtype | None) -> torch.dtype | None:
+    """Check a logits_dtype when a trainer is made: the first loss comes after a generation."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(
+            f"logits_dtype: expected None or a torch.dtype, got {type(value).__name__}; "
+            f"pass torch.float32 to keep what 16-bit logits lose"
+        )
+    return value
+
+
 # ---- a micro-batch of GRPOTrainer or DistillationTrainer
 
 
@@ -94,47 +95,35 @@ def loss_mask(inputs: dict) -> torch.Tensor:
 # ---- models
 
 
-def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with the lm_head, inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
 def hidden_states(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The hidden states [B, T-1, H] that every token but the first is predicted from."""
     return causal_lm(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state[:, :-1]
 
 
-def head(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight, bias) of the lm_head."""
-    layer = model.get_output_embeddings()
-    return layer.weight, getattr(layer, "bias", None)
+def checked_heads(trainer, second: torch.nn.Module | None, instead: str) -> tuple[Head, Head]:
+    """Check the trainer's model and its reference or teacher (None: itself); heads of shared rows."""
+    heads = []
+    for model in (trainer.model, second):
+        try:
+            heads.append(
+                heads[0] if model is None else head_of(trainer.accelerator.unwrap_model(model))[1]
+            )
+        except ValueError as error:
+            raise ValueError(f"{error}; or train with {instead}") from None
+    rows = min(len(each.weight) for each in heads)
+    return tuple(detached(each._replace(weight=each.weight[:rows])) for each in heads)
 
 
-def softcap(model: torch.nn.Module) -> float | None:
-    """The soft cap of its logits, or None."""
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+def head(model: torch.nn.Module, made: Head) -> Head:
+    """Renew a checked head's tensors: with PEFT, those of the adapter that is on."""
+    layer, rows = causal_lm(model).get_output_embeddings(), len(made.weight)
+    return made._replace(
+        weight=cut(layer.weight, rows), bias=cut(getattr(layer, "bias", None), rows)
+    )
 
 
-@torch.no_grad()
-def check_head(model: torch.nn.Module, mixed_precision: str, in_float32: bool = False) -> None:
-    """Raise unless a model's logits are what fastkl makes of its last hidden states: families scale, pad or adapt theirs in ways of their own."""
-    kept = []
-    hook = model.base_model.register_forward_hook(lambda module, args, output: kept.append(getattr(output, "last_hidden_state", None)))
-    try:
-        weight, bias = head(model)
-        logits = model(input_ids=torch.arange(min(4, len(weight)), device=weight.device)[None], use_cache=False).logits
-    finally:
-        hook.remove()
-    faithful = bool(kept) and kept[-1] is not None and weight.is_floating_point() and weight.shape[-1] == kept[-1].shape[-1]
-    if faithful:
-        hidden = kept[-1].float() if in_float32 else kept[-1]
-        expected = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-        if softcap(model) is not None:
-            expected = softcap(model) * torch.tanh(expected / softcap(model))
-        # The same product twice differs by a few roundings, 16-bit logits are right to 4e-3, and autocast may be at work in one of the two alone.
-        exact = mixed_precision == "no" and weight.dtype in (torch.float32, torch.float64)
-        tolerance = 1e-4 if exact else 2e-2
-        faithful = expected.shape == logits.shape and bool((expected - logits).abs().max() <= tolerance * logits.abs().max())
-    if not faithful:
-        raise ValueError(f"model: expected one whose logits are F.linear(last hidden state, lm_head.weight, lm_head.bias), with a soft cap where "
-                         f"its config has final_logit_softcapping, got {type(model).__name__}, whose logits are not; use TRL's own trainer")
+def detached(made: Head) -> Head:
+    """The same numbers without gradient."""
+    return made._replace(
+        weight=made.weight.detach(), bias=None if made.bias is None else made.bias.detach()
+    )

@@ -40,8 +40,8 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
 
     Raises:
         ImportError on import: another TRL than the one tested. ValueError when made: args.beta between 0 and 1 (the generalised Jensen-Shannon
-        divergence), FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, a KLCallback with a controller, models of different soft
-        caps, a model whose logits are not softcap(F.linear(last hidden state, lm_head.weight, lm_head.bias)).
+        divergence), FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, a KLCallback with a controller, a model that head_of
+        refuses.
 
     Source: as ExactDistillationTrainer.
     """

@@ -1,4 +1,4 @@
-"""A callback for transformers' Trainer, and every trainer made from it: the controller of beta and the monitor, once per optimizer step."""
+"""For transformers: a callback that runs the controller of beta and the monitor once per optimizer step, and a model's Head."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ try:
     from transformers.trainer_callback import ExportableState
 except ModuleNotFoundError as missing:
     raise ImportError(f"not installed: {missing.name}; remedy: pip install 'fastkl[compare]'") from missing
+
+from ._head import head_of as head_of
 
 if TYPE_CHECKING:
     from transformers import Trainer

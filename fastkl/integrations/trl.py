@@ -48,13 +48,15 @@ class ExactGRPOTrainer(GRPOTrainer):
     `trainer.kl_weight` is the weight of the next step, `trainer.kl_callback` the callback or None. `trainer.beta` is 0, which turns TRL's own
     estimate off. The metrics "kl" and "eval_kl" have their names from TRL and are the exact KL. The reference runs in each loss rather than
     beside the generation, and its hidden states are kept only where num_iterations > 1 uses them again. With PEFT the reference is what TRL takes:
-    the model without its adapter, or the copy "ref" of an adapter that came with the model; here always in eval mode. The metric of each micro-batch
+    the model without its adapter, or the copy "ref" of an adapter that came with the model; here always in eval mode. Where the vocabulary of policy
+    or reference is padded, log-probs, entropies and KL are those of the tokens that both have: the rest is not sampled (suppress_tokens is set), so
+    the policy that acts is the one renormalised without it, where TRL's own log-softmax runs over the padding too. The metric of each micro-batch
     is a sum over the processes and waits for the device, as those of TRL's own loss do.
 
     Raises:
         ImportError on import: another TRL than the one tested. ValueError when made: an option that is not supported (FSDP, DeepSpeed, torch.compile,
-        a router's auxiliary loss, multimodal models, prompt learning), a controller with args.beta = 0, a model whose logits are not
-        softcap(F.linear(last hidden state, lm_head.weight, lm_head.bias)). RuntimeError: TRL did not ask for log-probs as it does in 1.16.
+        a router's auxiliary loss, multimodal models, prompt learning), a controller with args.beta = 0, a model that head_of refuses. In training: a
+        token that the reference lacks, from a prompt or vLLM. RuntimeError: TRL did not ask for log-probs as it does in 1.16.
 
     Source: Shao et al., DeepSeekMath (2024), eq. 3, with the KL taken exactly instead of by eq. 4.
     """
@@ -63,7 +65,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         _trl.refuse(self, "trl.GRPOTrainer", {"router_aux_loss_coef above 0": self.aux_loss_enabled, "beta below 0": self.args.beta < 0})
         self._redirect = _ForwardRedirection()
-        self._logits_dtype = logits_dtype
+        self._logits_dtype = _trl.checked_dtype(logits_dtype)
         self.beta = 0.0
         self._reference: tuple | None = None
         self._kl: torch.Tensor | None = None
@@ -76,10 +78,8 @@ class ExactGRPOTrainer(GRPOTrainer):
             self.kl_callback = KLCallback()
         if self.kl_callback is not None:
             self.kl_callback.attach(self)
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                _trl.check_head(_trl.causal_lm(self.accelerator.unwrap_model(model)), self.accelerator.mixed_precision,
-                                self.args.cast_lm_head_to_fp32)
+        self._policy_head, self._ref_head = _trl.checked_heads(self, self.ref_model, "trl.GRPOTrainer")
+        self._suppress_padding()
 
     @property
     def kl_weight(self) -> float:
@@ -141,35 +141,46 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     # ---- what is computed
 
+    def _suppress_padding(self) -> None:
+        """Keep the policy's tokens that the reference lacks from being sampled; self._shared is how many both have, None if those are all."""
+        shared = len(self._policy_head.weight)
+        own = len(_trl.causal_lm(self.accelerator.unwrap_model(self.model)).get_output_embeddings().weight)
+        self._shared = None if shared == own else shared
+        if self._shared is not None and not self.use_vllm:
+            tokens = sorted({*range(shared, own), *(self.generation_config.suppress_tokens or ())})
+            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = tokens
+
     def _hidden(self, model, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int) -> torch.Tensor:
         """The hidden states [B, keep, H] that the last `keep` tokens are predicted from."""
+        # Waits for the device; an embedding that lacks a row would stop it for good.
+        if self._shared is not None and int(input_ids.max()) >= self._shared:
+            raise ValueError(f"input_ids: expected ids below {self._shared}, the tokens that policy and reference share, got {int(input_ids.max())}; "
+                             f"resize the reference as the policy was, or keep the token out of prompts, padding and sampling")
         with self.accelerator.autocast():
             return _trl.hidden_states(model, input_ids, attention_mask)[:, -keep:]
 
     def _statistics(self, model, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int, reference: tuple | None) -> TokenStats:
         """TokenStats of the last `keep` tokens; runs inside the forward of what wraps the model."""
-        weight, bias = _trl.head(_trl.causal_lm(model))
-        ref_hidden, ref_weight, ref_bias = reference or (None, None, None)
+        ref_hidden, ref_head = reference or (None, None)
         hidden = self._hidden(model, input_ids, attention_mask, keep)
         context = self.accelerator.autocast()
         if self.args.cast_lm_head_to_fp32:
             hidden, context = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
             ref_hidden = None if reference is None else ref_hidden.float()
         with context:
-            return linear_token_stats(hidden, weight, input_ids[:, -keep:], ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias,
-                                      temperature=self.temperature, softcap=_trl.softcap(_trl.causal_lm(model)), logits_dtype=self._logits_dtype,
-                                      mask=attention_mask[:, -keep:].bool())
+            return linear_token_stats(hidden, _trl.head(model, self._policy_head), input_ids[:, -keep:], ref_hidden, ref_head,
+                                      temperature=self.temperature, logits_dtype=self._logits_dtype, mask=attention_mask[:, -keep:].bool())
 
     @torch.no_grad()
     def _reference_head(self, model, inputs: dict) -> tuple:
-        """(hidden states, lm_head weight, bias) of the reference for a micro-batch, without gradient."""
+        """(hidden states, Head) of the reference for a micro-batch, without gradient."""
         kept = inputs.get("fastkl_ref_hidden")
         with self._as_reference(model) as reference:
             hidden = self._hidden(reference, *_trl.sequence(inputs)) if kept is None else kept
-            weight, bias = _trl.head(_trl.causal_lm(reference))
+            head = _trl.detached(_trl.head(reference, self._ref_head))
         if self.num_iterations > 1 and self.model.training:
             inputs["fastkl_ref_hidden"] = hidden
-        return hidden, weight.detach(), None if bias is None else bias.detach()
+        return hidden, head
 
     @contextlib.contextmanager
     def _as_reference(self, model):
@@ -206,8 +217,8 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
 
     Raises:
         ImportError on import: another TRL than the one tested. ValueError when made: args.beta between 0 and 1 (the generalised Jensen-Shannon
-        divergence), FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, no teacher_model, a KLCallback with a controller, models
-        of different soft caps, a model whose logits are not softcap(F.linear(last hidden state, lm_head.weight, lm_head.bias)).
+        divergence), FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, no teacher_model, a KLCallback with a controller, a model
+        that head_of refuses.
 
     Source: Agarwal et al., On-Policy Distillation of Language Models (2023), section 2, forward and reverse KL. That beta = 0 and 1 stand for these
     is TRL's convention: the generalised Jensen-Shannon divergence of the paper's eq. 1 goes to 0 at both ends.

@@ -1,0 +1,184 @@
+"""The lm_head of a model of transformers, and what the model's code makes of its product."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+
+from fastkl import Head
+
+# Names of a soft cap in configurations: Gemma's and most others', RecurrentGemma's, xLSTM's.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Names of a factor of the logits, and the powers with which model code applies it.
+FACTORS = {
+    "logit_scale": (1,),  # Cohere
+    "lm_head_multiplier": (1,),  # Falcon-H1
+    "output_multiplier": (1,),  # Muse
+    "logits_scaling": (-1, 1),  # divides in Granite and MiniCPM3, multiplies in HyperCLOVA X
+    "logits_mup_width_multiplier": (-1,),  # Inkling
+}
+BASE_WIDTH = "dim_model_base"  # MiniCPM: hidden_size / dim_model_base divides
+
+
+def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
+    """Take a causal language model apart: its backbone, which gives hidden states, and its Head.
+
+    Equivalent to
+
+        backbone = model.base_model
+        head = Head(model.lm_head.weight, model.lm_head.bias, softcap, logit_scale)
+
+    with softcap and logit_scale such that the Head gives the model's logits. Its config names the
+    candidates (final_logit_softcapping, logit_scale, logits_scaling, lm_head_multiplier, ...); up
+    to four tokens go through the model, in eval mode and without gradient, and the candidate that
+    gives its own logits is taken.
+
+        backbone, head = head_of(model)
+        hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        stats = linear_token_stats(hidden[:, :-1], head, ids[:, 1:])
+
+    Args:
+        model: a decoder of transformers with an lm_head; a multimodal one is run on text alone. Of
+            a PEFT model the weights are those of the active adapter, which may replace the lm_head
+            (modules_to_save) but not add to it.
+
+    Returns:
+        (backbone, head). The tensors are the model's parameters, in their type, without a copy;
+        rows that the model leaves out of its logits are cut. Call it again after a resize or a
+        change of adapter.
+
+    Raises:
+        TypeError: not a model with an lm_head. ValueError: logits that no candidate gives, an
+        adapter on the lm_head, prompt learning, an encoder-decoder, a packed or sharded weight.
+    """
+    inner = causal_lm(model)
+    name, layer = type(inner).__name__, getattr(inner, "get_output_embeddings", lambda: None)()
+    if layer is None:
+        raise TypeError(
+            f"model: expected a language model of transformers with an lm_head, got {name}; "
+            f"load it with AutoModelForCausalLM"
+        )
+    _refuse_other_kinds(model, inner, layer)
+    hidden, logits, types = _own_logits(inner, layer)
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    own = "or pass hidden states and a Head of your own"
+    if hidden is None:
+        _refuse("a forward that runs base_model", f"{name}, whose does not", f"use another, {own}")
+    width, rows = hidden.shape[-1], logits.shape[-1]
+    if not weight.is_floating_point() or weight.shape[1:] != (width,) or len(weight) < rows:
+        _refuse(
+            f"an lm_head.weight [V, {width}] of floats",
+            f"{weight.dtype} {tuple(weight.shape)} in {name}",
+            f"load it unquantized and unsharded, {own}",
+        )
+    weight, bias = cut(weight, rows), cut(bias, rows)
+    named = _named(inner.config.get_text_config())
+    # The same product twice differs by a few roundings. 16-bit logits are right to 4e-3, and
+    # autocast may be at work in one of the two alone.
+    tolerance = 1e-4 if types <= {torch.float32, torch.float64} else 2e-2
+    with torch.no_grad():
+        product = F.linear(hidden.to(weight), weight, None if bias is None else bias.to(weight))
+        form = _form(product, logits, named, tolerance)
+    if form is None:
+        seen = ", ".join(f"{attribute}={value}" for attribute, value in named.items())
+        _refuse(
+            "logits that are softcap(logit_scale * F.linear(hidden, lm_head.weight, lm_head.bias))",
+            f"others from {name}, whose config names {seen or 'no soft cap or factor'}",
+            "compute with the model's own logits",
+        )
+    return inner.base_model, Head(weight, bias, *form)
+
+
+def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model with the lm_head, inside a PEFT model."""
+    peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return model.get_base_model() if peft else model
+
+
+def cut(value: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    """Cut a weight or bias; all rows are the same tensor, by which a shared one is known."""
+    return value if value is None or len(value) == rows else value[:rows]
+
+
+def _refuse(expected: str, got: str, remedy: str) -> NoReturn:
+    raise ValueError(f"model: expected {expected}, got {got}; {remedy}")
+
+
+def _refuse_other_kinds(model: torch.nn.Module, inner: torch.nn.Module, layer) -> None:
+    """Raise for models whose lm_head or hidden states are not all that makes their logits."""
+    name, configs = type(inner).__name__, getattr(model, "peft_config", None)
+    adapters = configs.values() if isinstance(configs, dict) else ()
+    if any(config.is_prompt_learning for config in adapters):
+        _refuse("hidden states of the tokens alone", f"{name} with prompt learning", "use LoRA")
+    if hasattr(layer, "base_layer"):
+        _refuse(
+            "an lm_head that is one weight",
+            f"{name} with a PEFT adapter on it",
+            "take lm_head out of target_modules, name it in modules_to_save, or merge_and_unload()",
+        )
+    if getattr(inner.config, "is_encoder_decoder", False):
+        _refuse(
+            "a decoder", f"the encoder-decoder {name}", "pass hidden states and a Head of your own"
+        )
+
+
+@torch.no_grad()
+def _own_logits(model: torch.nn.Module, layer: torch.nn.Module) -> tuple:
+    """Run a few tokens: (last hidden states or None, logits, types at work), all of one forward."""
+    states, types = [], {layer.weight.dtype}
+    hooks = [
+        model.base_model.register_forward_hook(
+            lambda module, args, output: states.append(getattr(output, "last_hidden_state", None))
+        ),
+        layer.register_forward_hook(lambda module, args, output: types.add(output.dtype)),
+    ]
+    training = {module: module.training for module in model.modules()}
+    ids = torch.arange(min(4, len(model.get_input_embeddings().weight)), device=layer.weight.device)
+    try:
+        logits = model.eval()(input_ids=ids[None], use_cache=False).logits.to(layer.weight.device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, was in training.items():
+            module.training = was
+    return states[-1] if states else None, logits, types | {logits.dtype}
+
+
+def _named(config) -> dict[str, float]:
+    """Collect the soft caps and factors that a config names: positive numbers alone."""
+    found = {name: getattr(config, name, None) for name in (*CAPS, *FACTORS)}
+    if isinstance(base := getattr(config, BASE_WIDTH, None), int):
+        found[BASE_WIDTH] = base / config.hidden_size
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    }
+
+
+def _form(
+    product: torch.Tensor, logits: torch.Tensor, named: dict[str, float], tolerance: float
+) -> tuple[float | None, float] | None:
+    """Find (softcap, logit_scale), those that the config names before others; None if none fit."""
+    powers = {**FACTORS, BASE_WIDTH: (1,)}
+    scales = {named[name] ** power for name in powers if name in named for power in powers[name]}
+    caps = [*(named[name] for name in CAPS if name in named), None]
+    product = product.to(torch.promote_types(product.dtype, torch.float32))
+    for softcap, group in itertools.product(caps, (sorted(scales), [1.0])):
+        fitting = []
+        for scale in group:
+            made = product * scale
+            made = made if softcap is None else softcap * torch.tanh(made / softcap)
+            if (made - logits).abs().max() <= tolerance * logits.abs().max():
+                fitting.append((float((made - logits).norm()), scale))
+        if len(fitting) > 1 and not logits.any():
+            _refuse(
+                f"logits that tell the factors {group} apart", "zeros", "pass a Head of your own"
+            )
+        if fitting:
+            return softcap, min(fitting)[1]
+    return None
