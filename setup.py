@@ -17,6 +17,14 @@ def read_version() -> str:
     return found.group(1)
 
 
+def read_description() -> str:
+    """Read the README without its links to files of the repository: on the page of an index they
+    lead nowhere, and a picture is a blank."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+
+
 DEMO = ["tokenizers>=0.20", "safetensors>=0.4", "matplotlib>=3.8", "tqdm>=4.66"]
 # `fastkl compare` reads Hugging Face checkpoints.
 COMPARE = ["transformers>=5", "tokenizers>=0.20", "numpy>=1.26", "tqdm>=4.66"]
@@ -30,9 +38,10 @@ setup(
     name="fastkl",
     version=read_version(),
     description="Exact KL divergence for LLM training: Triton kernels and a plain PyTorch reference",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=read_description(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The fastkl authors",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # Subpackages are discovered; the kernels cannot be, because kernels/ has no __init__.py: with one, it would be an importable top-level package

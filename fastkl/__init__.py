@@ -1,12 +1,25 @@
 """fastkl: exact KL divergence between language models, per token, at the speed of reading the logits once."""
 
-from . import rl
-from .backend import Explanation, explain, use_backend
-from .divergence import kl_divergence, slow_path_rows
-from .estimators import estimate_kl, sampled_kl_loss
-from .linear import Head, linear_kl_divergence, linear_token_stats
-from .penalty import KLPenalty, LinearKLPenalty
-from .tokens import TokenStats, selective_log_softmax, token_stats
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from . import rl as rl
+    from .backend import Explanation as Explanation
+    from .backend import explain as explain
+    from .backend import use_backend as use_backend
+    from .divergence import kl_divergence as kl_divergence
+    from .divergence import slow_path_rows as slow_path_rows
+    from .estimators import estimate_kl as estimate_kl
+    from .estimators import sampled_kl_loss as sampled_kl_loss
+    from .linear import Head as Head
+    from .linear import linear_kl_divergence as linear_kl_divergence
+    from .linear import linear_token_stats as linear_token_stats
+    from .penalty import KLPenalty as KLPenalty
+    from .penalty import LinearKLPenalty as LinearKLPenalty
+    from .tokens import TokenStats as TokenStats
+    from .tokens import selective_log_softmax as selective_log_softmax
+    from .tokens import token_stats as token_stats
 
 __version__ = "0.1.0"
 
@@ -28,3 +41,41 @@ __all__ = [
     "token_stats",
     "use_backend",
 ]
+
+# Public name -> its module, imported at the name's first use: `import fastkl` alone costs no import
+# of torch.
+_HOMES = {
+    "Explanation": "backend",
+    "Head": "linear",
+    "KLPenalty": "penalty",
+    "LinearKLPenalty": "penalty",
+    "TokenStats": "tokens",
+    "estimate_kl": "estimators",
+    "explain": "backend",
+    "kl_divergence": "divergence",
+    "linear_kl_divergence": "linear",
+    "linear_token_stats": "linear",
+    "sampled_kl_loss": "estimators",
+    "selective_log_softmax": "tokens",
+    "slow_path_rows": "divergence",
+    "token_stats": "tokens",
+    "use_backend": "backend",
+}
+# Submodules that are attributes of fastkl without an import of their own.
+_MODULES = ("backend", "divergence", "estimators", "linear", "penalty", "reference", "rl", "tokens")
+
+if not typing.TYPE_CHECKING:  # a checker would take every misspelt name from it
+
+    def __getattr__(name: str) -> object:
+        """Import a public name's module, and keep the name here: from then on it is a plain
+        attribute."""
+        if name in _MODULES:
+            return importlib.import_module(f".{name}", __name__)
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_MODULES})

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,8 +61,11 @@ def test_everything_is_right_here(doctor, in_this_process, capsys, tmp_path):
     for dtype in ("float32", "bfloat16", "float16"):
         assert f"\n{dtype} beside float64" in text
     assert "no GPU: nothing was timed" in text and "No kernel was run" in text and "issue" not in text
+    seen = torch.cuda.device_count()
+    assert ("NO GPU WAS SEEN. Where there must be one, as in CI, use --device cuda" in " ".join(text.split())) == (not seen)
     data = json.loads(file.read_text())
     assert [f"{check['group']}: {check['name']}" for check in data["checks"]] == KEYS and len(set(KEYS)) == len(KEYS)
+    assert data["gpus_seen"] == seen and data["backend"] in ("reference", "triton")
     assert data["ok"] is True and data["issue"] is None and {check["status"] for check in data["checks"]} <= {"ok", "skipped", "warning"}
     figures = {check["name"]: check["figures"] for check in data["checks"] if check["group"].startswith("float32")}
     assert 1e-7 < figures["KL near 1e-6"]["mean_kl"] < 1e-5 < 0.1 < figures["kl_divergence"]["mean_kl"]
@@ -261,6 +270,56 @@ def test_a_hang_ends_with_the_time(monkeypatch):
     outcomes = list(process.isolated("cpu", list("0123"), target=functools.partial(crash_at, 1, forever)))
     assert [outcome.status for outcome in outcomes] == ["ok", "FAIL", "skipped", "skipped"] and "stopped" in outcomes[1].text
     assert time.monotonic() - started < 30
+
+
+def ignoring(connection, log, device, keys):
+    """A check that hangs, with a compiler beside it and a temporary file; neither ends by
+    itself."""
+    process.here = lambda *_: iter(compilers())
+    process.work(connection, log, device, keys)
+
+
+def compilers():
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    tempfile.mkstemp()
+    yield Outcome("ok", "started")
+    forever()
+
+
+def in_session(session):
+    """Processes of a session that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
+            found += [path.parent.name] if int(its) == session and state not in "ZX" else []
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at /proc")
+def test_a_signal_leaves_nothing_behind(tmp_path):
+    """Ended while a check runs, it takes its child, what that started, and its folders with it.
+    Ctrl-C is sent to all, as a terminal does."""
+    start = ("import functools, sys, test_doctor\nfrom fastkl.tools import cli\nfrom fastkl.tools.doctor import process, run\n"
+             "run.isolated = functools.partial(process.isolated, target=test_doctor.ignoring)\nsys.exit(cli.main(['doctor', '--device', 'cpu']))")
+    path = os.pathsep.join(map(str, (Path(__file__).parent, Path(fastkl.__file__).parents[1])))
+    cases, doctors = {"SIGTERM": (143, ""), "SIGHUP": (129, ""), "SIGINT": (130, "interrupted\n")}, {}
+    for name in cases:
+        (tmp_path / name).mkdir()
+        environment = os.environ | {"TMPDIR": str(tmp_path / name), "PYTHONPATH": path}
+        doctors[name] = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                                         start_new_session=True)
+    for name, doctor in doctors.items():
+        while "started" not in doctor.stdout.readline():
+            assert doctor.poll() is None, doctor.stderr.read()
+        assert len(in_session(doctor.pid)) >= 3 and list(tmp_path.glob(f"{name}/fastkl-doctor-*/tmp*"))
+        (os.killpg if name == "SIGINT" else os.kill)(doctor.pid, getattr(signal, name))
+        _, error = doctor.communicate(timeout=60)
+        assert (doctor.returncode, error) == cases[name] and list((tmp_path / name).iterdir()) == []
+        deadline = time.monotonic() + 30  # for the system to end what was killed
+        while in_session(doctor.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not in_session(doctor.pid)
 
 
 def test_a_broken_gpu_ends_the_process_and_the_others_go_on(monkeypatch):

@@ -133,8 +133,24 @@ def test_metadata(build):
     assert run_time["torch"].marker is None and str(run_time["triton"].marker) == 'platform_system == "Linux"'
     assert set(metadata.metadata.get_all("Provides-Extra")) == {"test", "bench", "bench-peers", "demo", "plots", "compare", "trl"}
     assert metadata.metadata["Requires-Python"] == ">=3.10"
-    assert "Apache-2.0" in (metadata.metadata["License-Expression"], metadata.metadata["License"])
+    # An SPDX expression, with its file, and nothing of the older forms beside it, which the
+    # standard forbids.
+    assert metadata.metadata["License-Expression"] == "Apache-2.0" and metadata.metadata["License"] is None
+    assert metadata.metadata.get_all("License-File") == ["LICENSE"] and metadata.read_text("licenses/LICENSE")
+    assert not [line for line in metadata.metadata.get_all("Classifier") if line.startswith("License ::")]
+    assert metadata.metadata["Author"] and metadata.metadata["Summary"]
     assert {(script.name, script.value) for script in metadata.entry_points} == {("fastkl", "fastkl.tools.cli:main")}
+
+
+def test_the_description_stands_alone(build):
+    """An index shows the README without the repository: no picture or link to a file of it, all
+    else as it is."""
+    metadata = build.metadata.metadata
+    text, readme = metadata.get_payload() or metadata["Description"], (ROOT / "README.md").read_text(encoding="utf-8")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert re.findall(r"\]\((?!https?:|#)", readme) and not re.findall(r"\]\((?!https?:|#)", text)
+    assert text.startswith("# fastkl\n") and re.findall(r"```.*?```", readme, re.DOTALL) == re.findall(r"```.*?```", text, re.DOTALL)
+    assert len(text) > 0.97 * len(readme)
 
 
 def test_constraints_pin_every_direct_dependency(build):

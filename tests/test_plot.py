@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from fastkl.rl import KLMonitor  # noqa: E402
 from fastkl.tools import cli, plot  # noqa: E402
+from fastkl.tools.files import default_picture  # noqa: E402
 
 
 def write_run(path, steps: int = 60, jump: int = 40, **figures) -> None:
@@ -28,6 +30,11 @@ def write_run(path, steps: int = 60, jump: int = 40, **figures) -> None:
     for step in range(steps):
         kl = torch.randn(4, 50, generator=generator).sub(4).exp() * (10 if step == jump else 1)
         monitor.update(kl, **{name: figure(step) for name, figure in figures.items()})
+
+
+def read_figures(path) -> dict[str, list[float]]:
+    """The figures of a file, without what is said of its lines."""
+    return plot.read_run(path)[0]
 
 
 @pytest.fixture
@@ -117,9 +124,9 @@ def test_steps_that_come_twice(tmp_path) -> None:
     """Where a run went on from a checkpoint the later line of a step counts, steps are in order, and lines without a step go by their place."""
     path = tmp_path / "run.jsonl"
     path.write_text("".join(json.dumps({"step": step, "kl/mean": kl}) + "\n" for step, kl in ((0, 1), (1, 2), (2, 3), (3, 4), (2, 5), (3, 6))))
-    assert plot.read_run(path) == {"step": [0.0, 1.0, 2.0, 3.0], "kl/mean": [1.0, 2.0, 5.0, 6.0]}
+    assert read_figures(path) == {"step": [0.0, 1.0, 2.0, 3.0], "kl/mean": [1.0, 2.0, 5.0, 6.0]}
     path.write_text('{"kl/mean": 1}\n{"kl/mean": 2, "note": "x"}\n')
-    got = plot.read_run(path)
+    got = read_figures(path)
     assert got["step"] == [0.0, 1.0] and got["kl/mean"] == [1.0, 2.0]
 
 
@@ -129,7 +136,7 @@ def test_what_a_resumed_run_gave_up_is_not_shown(tmp_path) -> None:
 
     def written(*parts) -> dict[str, list[float]]:
         path.write_text("".join(json.dumps({"step": step, "kl/mean": 1 + part}) + "\n" for part, steps in enumerate(parts) for step in steps))
-        return plot.read_run(path)
+        return read_figures(path)
 
     got = written(range(100), range(50, 60))
     assert got["step"] == list(range(60)) and got["kl/mean"] == [1.0] * 50 + [2.0] * 10
@@ -160,9 +167,9 @@ def test_odd_runs(lines, tmp_path, recwarn) -> None:
 def test_any_name_of_a_file(name, run, figures) -> None:
     """The title is the file's name as it stands: no mathtext, and no error for bytes that are no text."""
     source = run.rename(run.with_name(name))
-    plot.plot_run(source, plot.default_picture(source))
+    plot.plot_run(source, default_picture(source))
     assert figures[0].get_suptitle() == name.encode(errors="replace").decode()
-    assert plot.default_picture(source).stat().st_size > 1000 and plot.default_picture(source) != source
+    assert default_picture(source).stat().st_size > 1000 and default_picture(source) != source
 
 
 def test_a_band_from_0_reaches_down(tmp_path, figures) -> None:
@@ -180,8 +187,51 @@ def test_what_a_monitor_saw_go_wrong_is_said(tmp_path) -> None:
     monitor = KLMonitor(jsonl=tmp_path / "run.jsonl")
     for value in (0.1, math.nan, 0.2, math.inf):
         monitor.update(torch.tensor([value]))
-    said = plot.describe(plot.read_run(tmp_path / "run.jsonl"))
-    assert said == "4 steps; KL 0.2 at the end, 0.2 at most; none or not finite in 2 steps; 2 spikes at 1, 3"
+    said = plot.describe(read_figures(tmp_path / "run.jsonl"))
+    assert said == "4 steps; KL 0.2 at the end, 0.2 at most; 2 spikes at 1, 3"
+    assert plot.left_out(read_figures(tmp_path / "run.jsonl"))[0] == "KL/p50/p95/p99 of 2 steps (none or not finite)"
+
+
+def test_what_is_left_out_is_said(tmp_path, figures, capsys) -> None:
+    """The command and the picture name gaps of every figure, what a logarithmic axis has no place
+    for, replaced and cut-off lines."""
+    path = tmp_path / "run.jsonl"
+    lines = [{"step": step, "kl/mean": 0.1, "kl/p99": 0.3, "reward": 1.0, "beta": 0.1} for step in range(8)]
+    lines[1] |= {"kl/mean": None, "kl/p99": None}
+    lines[2]["reward"] = "much"
+    lines[3]["beta"] = 1e200
+    lines[4] |= {"kl/mean": 0.0, "kl/p99": 0.0}
+    lines[5]["kl/mean"] = -0.5
+    lines[6]["kl/mean"] = 1e-9
+    text = [json.dumps(line) for line in [*lines[:5], *lines[3:]]]
+    path.write_text("\n".join([*text, '{"step": 8, "kl/me']))
+    assert cli.main(["plot", str(path)]) == 0
+    said = capsys.readouterr().out.partition("; left out: ")[2].strip()
+    assert said.split(", ") == [
+        "reward of 1 step (none or not finite)", "KL/p99 of 1 step (none or not finite)", "KL of 3 steps (below the axis)",
+        "p99 of 1 step (below the axis)", "beta of 1 step (none or not finite)", "2 lines (replaced by a later start)", "1 line (cut off)",
+    ]
+    title = figures[0].axes[0].get_title(loc="left")
+    assert " ".join(title.split()).endswith(f"left out: {said}") and max(map(len, title.splitlines())) <= 120
+    path.write_text("".join(json.dumps(lines[0] | {"step": step}) + "\n" for step in range(3)))
+    assert plot.plot_run(path, tmp_path / "x.png") == "3 steps; KL 0.1 at the end, 0.1 at most"
+
+
+@pytest.mark.parametrize("source", ["/dev/zero", "/dev/urandom", "/dev/tty"])
+def test_a_device_is_refused(source, capsys, tmp_path) -> None:
+    """A device has no end, or waits for what nobody types."""
+    error = fails(capsys, source, "--out", tmp_path / "x.png")
+    assert f"got '{source}' (neither a regular file nor a pipe); name one that exists" in error and not list(tmp_path.iterdir())
+
+
+def test_a_pipe_is_read_once(run, tmp_path, capsys) -> None:
+    """`fastkl plot <(zcat run.jsonl.gz) --out run.png` passes one."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(run.read_bytes()))
+    writer.start()
+    assert cli.main(["plot", str(pipe), "--out", str(tmp_path / "x.png")]) == 0 and "60 steps" in capsys.readouterr().out
+    writer.join(10)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 100])
@@ -217,7 +267,7 @@ def test_long_runs(tmp_path, figures) -> None:
 ])
 def test_default_picture(source, expected) -> None:
     """Beside the file, another for each and never the file itself; a name for what is no file, of which the reader complains."""
-    assert plot.default_picture(Path(source)) == Path(expected) != Path(source)
+    assert default_picture(Path(source)) == Path(expected) != Path(source)
 
 
 @pytest.mark.parametrize("text, words", [

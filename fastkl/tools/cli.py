@@ -1,48 +1,102 @@
 """The command line: `fastkl <sub-command>`, or `python -m fastkl.tools.cli <sub-command>`.
 
-Exit codes: 0 success, 1 a failure while running, 2 wrong use (a bad option, something missing that an extra installs), 130 interrupted.
+Exit codes: 0 success, 1 a failure while running, 2 wrong use (a bad option, something
+missing that an extra installs), 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP, 141 a
+closed pipe.
+
+Starts fast: imports the standard library alone before a command is known to be right; torch,
+transformers and matplotlib come after.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import importlib
+import importlib.util
 import math
 import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TextIO
 
 from .. import __version__
+from . import signals
 from .demo.settings import QUICK, TUNED, Settings, choose_settings
-from .files import check_writable
+from .files import check_readable, check_writable, default_picture
 
-DEMO_EXTRA = ("tokenizers", "safetensors", "matplotlib", "tqdm")
-COMPARE_EXTRA = ("transformers", "tokenizers", "numpy", "tqdm")
+# Errors of a write that has no room.
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EIO)
+# What `pip install 'fastkl[<extra>]'` brings.
+EXTRAS = {
+    "demo": ("tokenizers", "safetensors", "matplotlib", "tqdm"),
+    "compare": ("transformers", "tokenizers", "numpy", "tqdm"),
+    "plots": ("matplotlib",),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return the exit code."""
+    received: list[int] = []
     try:
-        options = build_parser().parse_args(argv)
-        if sys.stdout is None:
-            options.parser.error("standard output: expected it to be open, got a closed one; send it to /dev/null instead")
-        code = options.run(options, options.parser)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read the output has seen enough; what Python still holds of it must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        with signals.as_exceptions(received):
+            try:
+                options = build_parser().parse_args(argv)
+                if sys.stdout is None:
+                    options.parser.error("standard output: expected it to be open, got a closed one; "
+                                         "send it to /dev/null instead")
+                return options.run(options, options.parser)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where a failure is told, and not at exit
+    except BaseException as error:
+        # Whatever an import or a library made of the exception that a signal raised.
+        if received or isinstance(error, KeyboardInterrupt):
+            return _end(128 + (received or [signal.SIGINT])[0])
+        if isinstance(error, BrokenPipeError):
+            return _end(141)
+        if isinstance(error, OSError) and error.errno in FULL:
+            name = f" ({error.filename})" if error.filename else ""
+            remedy = "make room for the output, or send it elsewhere"
+            return _end(1, f"fastkl: error: {error.strerror}{name}; remedy: {remedy}")
+        raise
+
+
+def _end(code: int, message: str | None = None) -> int:
+    """Say in one line why a command ends, where its user does not know, and return its exit
+    code."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        # Python must not try again at exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code == 128 + signal.SIGINT:
+        message = "interrupted"
+    if message and sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        if file is not None and file is sys.stdout:
+            file.write(message)  # argparse passes in silence over an output that is full
+        else:
+            super()._print_message(message, file)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every sub-command; each one sets `run`, a function of the options and its own parser."""
-    parser = argparse.ArgumentParser(prog="fastkl", description="Exact KL divergence for LLM training.")
+    parser = _Parser(prog="fastkl", description="Exact KL divergence for LLM training.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="sub-commands", metavar="<sub-command>", required=True)
     _add_demo(commands)
@@ -80,20 +134,20 @@ def _add_demo(commands) -> None:
 
 
 def _run_demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    missing = missing_modules(DEMO_EXTRA)
-    if missing:
-        parser.exit(2, f"{parser.prog}: error: not installed: {', '.join(missing)}; remedy: pip install 'fastkl[demo]'\n")
+    _check_extra("demo", parser)
+    parents = options.out.absolute().parents
+    there = next(path for path in (options.out, *parents) if os.path.exists(path))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        parser.error("argument --out: expected a folder that can be written to, "
+                     f"got {str(options.out)!r}; choose another")
+    options.device = _choose_device(options.device, parser)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: expected a folder that can be created, got {str(options.out)!r} ({error.strerror}); choose another")
-    if not os.access(options.out, os.W_OK):
-        parser.error(f"argument --out: expected a folder that can be written to, got {str(options.out)!r}; choose another")
-    # Here and not above: --help and errors of use do not need the extra.
-    from .demo.run import run_demo
-
+    run = _load("demo", ".demo.run", parser)
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings) if hasattr(options, field.name)}
-    return run_demo(choose_settings(**given), options.out)
+    return run.run_demo(choose_settings(**given), options.out)
 
 
 COMPARE_HELP = """\
@@ -151,12 +205,9 @@ def _add_compare(commands) -> None:
 
 
 def _run_compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    missing = missing_modules(COMPARE_EXTRA)
-    if missing:
-        parser.exit(2, f"{parser.prog}: error: not installed: {', '.join(missing)}; remedy: pip install 'fastkl[compare]'\n")
-    # Here and not above: --help and errors of use do not need the extra.
-    from .compare import run, settings
-
+    _check_extra("compare", parser)
+    options.device = _choose_device(options.device, parser)
+    run, settings = (_load("compare", f".compare.{name}", parser) for name in ("run", "settings"))
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(settings.Settings)}
     try:
         return run.run_compare(settings.Settings(**given), options.color)
@@ -173,26 +224,40 @@ def _add_plot(commands) -> None:
 
 
 def _run_plot(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if missing_modules(["matplotlib"]):
-        parser.exit(2, f"{parser.prog}: error: not installed: matplotlib; remedy: pip install 'fastkl[plots]'\n")
-    # Here and not above: --help and errors of use do not need the extra.
-    from .plot import NothingToPlotError, default_picture, plot_run
-
-    out = default_picture(options.source) if options.out is None else options.out
-    if out.suffix.lower() != ".png" or out.is_dir():
-        parser.error(f"argument --out: expected the name of a PNG file, got {str(out)!r}; end it in .png")
+    _check_extra("plots", parser)
+    source, out = options.source, options.out or default_picture(options.source)
     try:
-        print(f"{out}: {plot_run(options.source, out)}")
-    except NothingToPlotError as error:
+        check_readable(source)
+    except OSError as error:
+        parser.error(f"argument RUN.jsonl: expected a file that KLMonitor(jsonl=...) wrote, "
+                     f"got {str(source)!r} ({error.strerror}); name one that exists")
+    if out.suffix.lower() != ".png" or os.path.isdir(out):
+        parser.error(f"argument --out: expected the name of a PNG file, got {str(out)!r}; end it in .png")
+
+    def not_written(error: OSError) -> None:
+        parser.error(f"argument --out: expected a file that can be written, got {str(out)!r} "
+                     f"({error.strerror}); choose another")
+
+    try:
+        check_writable(out)
+    except OSError as error:
+        not_written(error)
+    plot = _load("plots", ".plot", parser)
+    try:
+        sentence = plot.plot_run(source, out)
+    except plot.NothingToPlotError as error:
         parser.error(f"argument RUN.jsonl: expected a file that KLMonitor(jsonl=...) wrote, {error}")
     except OSError as error:
-        parser.error(f"argument --out: expected a file that can be written, got {str(out)!r} ({error.strerror}); choose another")
+        not_written(error)
+    print(f"{out}: {sentence}")
     return 0
 
 
 DOCTOR_NOTES = """\
 exit codes: 0 nothing is wrong (a warning or a skipped check is not wrong), 1 a
 check failed: the report ends with what to paste into an issue, 2 wrong use.
+In CI on a machine with a GPU pass --device cuda: a GPU that is not seen is an
+error then (2); with auto the CPU is checked in its place.
 """
 
 
@@ -213,20 +278,35 @@ def _run_doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
             check_writable(Path(options.json))  # before a minute of checks
         except OSError as error:
             parser.error(f"argument --json: expected a file that can be written, or -, got {options.json!r} ({error.strerror}); choose another")
+    device = _choose_device(options.device, parser)
     from .doctor.run import run_doctor
 
-    return run_doctor(options.device, options.json)
+    return run_doctor(device, options.json)
 
 
 def missing_modules(names: Sequence[str]) -> list[str]:
-    """Those of the named modules that cannot be imported."""
-    missing = []
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            missing.append(name)
-    return missing
+    """List the named modules that are not installed; none is imported, which would take
+    seconds."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def _check_extra(extra: str, parser: argparse.ArgumentParser) -> None:
+    """Exit with an error of use where modules are not installed that an extra brings."""
+    missing = missing_modules(EXTRAS[extra])
+    if missing:
+        parser.exit(2, f"{parser.prog}: error: not installed: {', '.join(missing)}; "
+                       f"remedy: pip install 'fastkl[{extra}]'\n")
+
+
+def _load(extra: str, name: str, parser: argparse.ArgumentParser) -> ModuleType:
+    """Import a module of these tools, at last; an error of use where something is installed that
+    cannot be imported."""
+    try:
+        return importlib.import_module(name, __package__)
+    except ImportError as error:
+        text = " ".join(str(error).split())
+        parser.exit(2, f"{parser.prog}: error: cannot be imported: {error.name or name} ({text}); "
+                       f"remedy: pip install --upgrade 'fastkl[{extra}]'\n")
 
 
 def _at_least(least: int):
@@ -261,7 +341,17 @@ def _number(text, convert, expected, holds):
 
 
 def _device(text: str) -> str:
-    """The device by its name in torch; "auto" is a GPU where there is one."""
+    """Check a device's name as far as it can be checked without torch."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:N or auto, got {text!r}")
+    return text
+
+
+def _choose_device(text: str, parser: argparse.ArgumentParser) -> str:
+    """Return the device by its name in torch, which is imported for a GPU; "auto" is a GPU where there is
+    one."""
+    if text == "cpu":
+        return text
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -269,7 +359,8 @@ def _device(text: str) -> str:
         return "cuda" if gpus else "cpu"
     known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
     if text not in known:
-        raise argparse.ArgumentTypeError(f"expected one that this machine has ({', '.join(known)}) or auto, got {text!r}")
+        parser.error(f"argument --device: expected one that this machine has ({', '.join(known)}) "
+                     f"or auto, got {text!r}")
     return text
 
 

@@ -6,6 +6,7 @@ import errno
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from fastkl.rl import read_jsonl
 
-from .files import write_whole
+from .files import check_readable, write_whole
 
 REWARD, KL, BETA, SPIKE = "#3d5a80", "#00798c", "#7d5ba6", "#d1495b"
 # The logarithmic axis of the KL reaches at most this far down from its largest figure.
@@ -27,15 +28,13 @@ SMOOTHED_FROM = 120
 DOTTED_BELOW = 40
 # Beyond it a float no longer tells a step from the next; figures beyond theirs have no room on an axis and count as not finite.
 LARGEST_STEP, LARGEST_FIGURE = 2.0**53, 1e100
+# Figures that are drawn, by their names in the file, and what they are called.
+DRAWN = {"reward": "reward", "kl/mean": "KL", "kl/p50": "p50", "kl/p95": "p95", "kl/p99": "p99",
+         "beta": "beta"}
 
 
 class NothingToPlotError(ValueError):
     """A file that has no run in it; the message completes "expected a file that KLMonitor(jsonl=...) wrote, "."""
-
-
-def default_picture(source: Path) -> Path:
-    """Beside the file: run.png for run.jsonl and run.json, and every other name with ".png" behind it, so that run.seed1 and run.seed2 get two."""
-    return source.with_suffix(".png") if source.suffix.lower() in (".jsonl", ".json") else Path(f"{source}.png")
 
 
 def plot_run(source: Path, out: Path) -> str:
@@ -43,18 +42,28 @@ def plot_run(source: Path, out: Path) -> str:
 
     Raises NothingToPlotError for a file that cannot be read or has no run in it, OSError for an `out` that is this file or cannot be written.
     """
-    run = read_run(source)
+    run, replaced = read_run(source)
     if out.exists() and out.samefile(source):
         raise FileExistsError(errno.EEXIST, "it holds the run", str(out))
-    content = picture(run, source.name)
+    missing = left_out(run) + replaced
+    content = picture(run, source.name, missing)
     write_whole(out, content)
-    return describe(run)
+    return describe(run) + (f"; left out: {', '.join(missing)}" if missing else "")
 
 
-def read_run(source: Path) -> dict[str, list[float]]:
-    """Figures by name, a list over the steps each, NaN where a step has none. Where the file goes back to an earlier step, as where a run went on
-    from a checkpoint, the steps from there on are those that follow."""
+def read_run(source: Path) -> tuple[dict[str, list[float]], list[str]]:
+    """Read figures by name, a list over the steps each, NaN where a step has none; and name the
+    lines of the file that are not among them.
+
+    Where the file goes back to an earlier step, as where a run went on from a checkpoint, the steps
+    from there on are those that follow.
+    """
     try:
+        check_readable(source)
+        # Before they are read, so that lines which a run adds meanwhile do not count; a pipe is
+        # read only once.
+        content = source.read_bytes() if source.is_file() else b""
+        written = sum(map(bool, map(bytes.strip, content.replace(b"\0", b"").splitlines())))
         lines = read_jsonl(source)
     except OSError as error:
         raise NothingToPlotError(f"got {str(source)!r} ({error.strerror}); name one that exists") from None
@@ -74,7 +83,9 @@ def read_run(source: Path) -> dict[str, list[float]]:
     run = {name: [_figure(line, name) for line in steps.values()] for name in names} | {"step": list(steps)}
     if not _has(run, "kl/mean"):
         raise NothingToPlotError(f"got {str(source)!r} without a finite 'kl/mean' in it, only {', '.join(map(repr, names))}")
-    return run
+    counts = ((len(lines) - len(steps), "replaced by a later start"),
+              (written - len(lines), "cut off"))
+    return run, [f"{_plural(count, 'line')} ({why})" for count, why in counts if count > 0]
 
 
 def _figure(line: dict[str, object], name: str) -> float:
@@ -96,13 +107,39 @@ def describe(run: dict[str, list[float]]) -> str:
     """The run in one sentence."""
     finite = [value for value in run["kl/mean"] if math.isfinite(value)]
     parts = [_plural(len(run["step"]), "step"), f"KL {finite[-1]:.3g} at the end, {max(finite):.3g} at most"]
-    if len(finite) < len(run["step"]):
-        parts.append(f"none or not finite in {_plural(len(run['step']) - len(finite), 'step')}")
     if "kl/spike" in run:
         spikes = [f"{step:.0f}" for step in _spikes(run)]
         where = f" at {', '.join(spikes[:5])}{', …' if len(spikes) > 5 else ''}" if spikes else ""
         parts.append(f"{_plural(len(spikes), 'spike')}{where}")
     return "; ".join(parts)
+
+
+def left_out(run: dict[str, list[float]]) -> list[str]:
+    """Name the figures that have no place in the picture at some steps: none or not finite there,
+    or below a logarithmic axis."""
+    low, _ = _kl_limits(run)
+    found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, label in DRAWN.items():
+        values = run.get(name, ())
+        gaps = tuple(index for index, value in enumerate(values) if not math.isfinite(value))
+        below = tuple(index for index, value in enumerate(values)
+                      if value < low and name in ("kl/mean", "kl/p99"))
+        for why, steps in (("none or not finite", gaps), ("below the axis", below)):
+            if steps:
+                found.setdefault((why, steps), []).append(label)
+    return [f"{'/'.join(labels)} of {_plural(len(steps), 'step')} ({why})"
+            for (why, steps), labels in found.items()]
+
+
+def _kl_limits(run: dict[str, list[float]]) -> tuple[float, float]:
+    """Return (lowest, highest) figure of the logarithmic axis of the KL; infinite where no KL is above 0
+    and the axis is linear."""
+    drawn = sorted(value for name in DRAWN if name.startswith("kl/")
+                   for value in run.get(name, ()) if 0 < value < math.inf)
+    if not drawn:
+        return -math.inf, math.inf
+    # The first steps, on their way up from 0, may leave the axis.
+    return max(drawn[len(drawn) // 50], drawn[-1] * 10**-DECADES) / 1.5, 1.5 * drawn[-1]
 
 
 def _plural(count: int, word: str) -> str:
@@ -112,8 +149,8 @@ def _plural(count: int, word: str) -> str:
 # ---- the picture
 
 
-def picture(run: dict[str, list[float]], title: str) -> bytes:
-    """PNG of the figures that the run has, one above the other."""
+def picture(run: dict[str, list[float]], title: str, missing: Sequence[str] = ()) -> bytes:
+    """Draw the figures that the run has, one above the other, and say what is missing, as PNG."""
     panels = [("reward", 2.2, _draw_reward), ("kl/mean", 3.8, _draw_kl), ("beta", 1.6, _draw_beta)]
     panels = [panel for panel in panels if _has(run, panel[0])]
     heights = [height for _, height, _ in panels]
@@ -131,7 +168,8 @@ def picture(run: dict[str, list[float]], title: str) -> bytes:
         if panel.get_legend_handles_labels()[0]:
             # Above the axes: inside, it would cover one run or the other.
             panel.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), borderaxespad=0.0, frameon=False, fontsize=9, ncols=4)
-    axes[0].set_title(describe(run), loc="left", fontsize=9, color="#555555", pad=24)
+    notes = textwrap.wrap(f"left out: {', '.join(missing)}", 120) if missing else []
+    axes[0].set_title("\n".join([describe(run), *notes]), loc="left", fontsize=9, color="#555555", pad=24)
     axes[-1].set_xlabel("step")
     if len(run["step"]) == 1:
         axes[-1].set_xlim(run["step"][0] - 1, run["step"][0] + 1)
@@ -161,9 +199,7 @@ def _draw_kl(axes: Axes, run: dict[str, list[float]]) -> None:
     """Mean, median to 95 % as a band, 99 % as a thin line, spikes at the upper edge; logarithmic where there is a KL above 0."""
     steps, spikes = run["step"], _spikes(run)
     _curve(axes, steps, run["kl/mean"], KL, "mean")
-    drawn = sorted(value for name in ("kl/mean", "kl/p50", "kl/p95", "kl/p99") for value in run.get(name, ()) if 0 < value < math.inf)
-    # The first steps, on their way up from 0, may leave the axis.
-    low, high = (max(drawn[len(drawn) // 50], drawn[-1] * 10**-DECADES) / 1.5, 1.5 * drawn[-1]) if drawn else (-math.inf, math.inf)
+    low, high = _kl_limits(run)
     if _has(run, "kl/p50") and _has(run, "kl/p95"):
         # From the axis's lower edge where most tokens have a KL of 0, which has no logarithm.
         lower, upper = ([max(value, low) if math.isfinite(value) else math.nan for value in run[name]] for name in ("kl/p50", "kl/p95"))
@@ -174,7 +210,7 @@ def _draw_kl(axes: Axes, run: dict[str, list[float]]) -> None:
         axes.plot(spikes, [1.0] * len(spikes), linestyle="", marker="v", markersize=5, color=SPIKE, transform=axes.get_xaxis_transform(),
                   clip_on=False, label=_plural(len(spikes), "spike"))
     axes.set_ylabel("KL (nats per token)")
-    if drawn:
+    if high < math.inf:
         axes.set_yscale("log", nonpositive="mask")
         axes.set_ylim(low, high)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=10))

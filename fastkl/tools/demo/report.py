@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 
+from ..words import percent
 from .evaluation import Evaluation
 from .finetuning import FineTuned
 from .settings import Settings
@@ -130,9 +131,9 @@ def conclusion(evaluations: dict[str, Evaluation]) -> str:
     """What the table says, in words; the verdict only where the figures bear it out."""
     before, without, penalised = evaluations.values()
     text = (f"The reward counts the word \"self\" and can be hacked. Without a penalty it goes from {before.reward:.3f} to {without.reward:.3f}: "
-            f"{without.kl:.2f} nats per token from the reference, perplexity {without.perplexity:,.0f}, {without.distinct:.0%} distinct tokens. "
+            f"{without.kl:.2f} nats per token from the reference, perplexity {without.perplexity:,.0f}, {percent(without.distinct)} distinct tokens. "
             f"With the KL penalty it goes to {penalised.reward:.3f}: {penalised.kl:.2f} nats per token, perplexity {penalised.perplexity:,.0f}, "
-            f"{penalised.distinct:.0%} distinct tokens. ")
+            f"{percent(penalised.distinct)} distinct tokens. ")
     collapsed = without.perplexity > 10 * before.perplexity and without.distinct < 0.5 * before.distinct
     kept = penalised.perplexity < 2 * before.perplexity and penalised.distinct > 0.5 * before.distinct and penalised.reward > before.reward
     if collapsed and kept:
@@ -144,5 +145,5 @@ def conclusion(evaluations: dict[str, Evaluation]) -> str:
 
 def slow_path_line(evaluations: dict[str, Evaluation]) -> str:
     """How much of the run's logits the kernels would read again."""
-    shares = ", ".join(f"{name} {evaluation.slow_path:.2%}" for name, evaluation in evaluations.items())
+    shares = ", ".join(f"{name} {percent(evaluation.slow_path, 2)}" for name, evaluation in evaluations.items())
     return f"rows that the Triton kernels read again, because one pass cannot hold them: {shares}"

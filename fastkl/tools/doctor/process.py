@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,8 @@ LAST_SECONDS = 56.0
 START_SECONDS = 120.0
 # Processes that are started one after the other before the rest of the checks is given up.
 STARTS = 4
+# Windows has neither groups of processes nor masks of signals.
+POSIX = hasattr(os, "killpg")
 # After these nothing more works in the same process.
 GPU_ERRORS = ("CUDA error", "Triton Error [CUDA]", "HIP error", "illegal memory access", "misaligned address", "unspecified launch failure",
               "device-side assert")
@@ -39,7 +42,14 @@ def here(device: str, keys: Sequence[str], seconds: float = SECONDS) -> Iterator
 
 
 def work(connection: Connection, log: str, device: str, keys: Sequence[str]) -> None:
-    """What the other process does: say that it is ready, be told the seconds, send each outcome. What compilers print goes to the file `log`."""
+    """Say that the other process is ready, be told the seconds, send each outcome.
+
+    What compilers print goes to the file `log`, and their temporary files beside it, where they are
+    removed with it; the process leads a group of its own, so that they end with it.
+    """
+    if POSIX:
+        os.setpgid(0, 0)
+    tempfile.tempdir = os.environ["TMPDIR"] = os.path.dirname(log)
     with open(log, "wb") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -57,7 +67,14 @@ class Worker:
         self.log = log
         self.connection, other = spawning.Pipe()
         self.process = spawning.Process(target=target, args=(other, str(log), device, list(keys)), daemon=True)
-        self.process.start()
+        # It inherits what is blocked: an interrupt from the terminal, which all processes get, is
+        # answered here alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if POSIX else ()
+        try:
+            self.process.start()
+        finally:
+            if POSIX:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         other.close()
 
     def receive(self, seconds: float) -> object:
@@ -82,8 +99,12 @@ class Worker:
         return f"the process crashed: {names.get(code, f'exit code {code}')}" + (f": {lines[-1][:300]}" if lines else "")
 
     def stop(self) -> None:
-        """End it if it still runs."""
-        self.process.kill()
+        """End it if it still runs, and the compilers that it started."""
+        if self.process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):  # as long as it does not lead its group
+                if POSIX:
+                    os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
         self.process.join(10)
         self.connection.close()
 
@@ -91,7 +112,7 @@ class Worker:
 def isolated(device: str, keys: Sequence[str], target: Callable[..., None] = work) -> Iterator[Outcome]:
     """One outcome for each of the named checks, in their order, whatever happens to the processes that run them."""
     remaining, deadline, reason = list(keys), None, f"not run: {STARTS} processes did not last"
-    with tempfile.TemporaryDirectory(prefix="fastkl-doctor-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fastkl-doctor-", ignore_cleanup_errors=True) as folder:
         for start in range(STARTS):
             worker = Worker(target, Path(folder) / f"output-{start}", device, remaining)
             waited = "its process did not start"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import textwrap
@@ -23,14 +24,13 @@ def run_doctor(device: str, json_to: str | None = None) -> int:
     out = sys.stderr if json_to == "-" else sys.stdout
     checks, results, started = checks_for(device), [], time.monotonic()
     print(f"fastkl doctor: {len(checks)} checks on {device}, in about a minute at the most", file=out)
-    outcomes = isolated(device, [check.key for check in checks])
-    for check in checks:
-        if not results or results[-1][0].group != check.group:
-            print(f"\n{check.group}", file=out)
-        _show_running(check, out)
-        results.append((check, next(outcomes)))
-        print((ERASE if out.isatty() else "") + line(*results[-1]), file=out, flush=True)
-    outcomes.close()
+    with contextlib.closing(isolated(device, [check.key for check in checks])) as outcomes:
+        for check in checks:
+            if not results or results[-1][0].group != check.group:
+                print(f"\n{check.group}", file=out)
+            _show_running(check, out)
+            results.append((check, next(outcomes)))
+            print((ERASE if out.isatty() else "") + line(*results[-1]), file=out, flush=True)
     seconds = time.monotonic() - started
     issue = for_an_issue(results)
     print(f"\n{summary(results)} in {seconds:.0f} s", file=out)
@@ -71,13 +71,30 @@ def advice(results: list[tuple[Check, Outcome]], issue: str | None) -> str:
     """What follows from the checks, in words."""
     if issue:
         return f"\nSomething is wrong. Paste this into an issue:\n\n{RULE}\n{issue}\n{RULE}"
-    what_ran = next((outcome.figures.get("backend") for check, outcome in results if check.name == "backend"), None)
-    subject = "the kernels compile, run and agree" if what_ran == "triton" else "the reference backend agrees"
+    kernels = backend_of(results) == "triton"
+    subject = "the kernels compile, run and agree" if kernels else "the reference backend agrees"
     whole = all(outcome.status == "ok" for check, outcome in results if check.group not in (results[0][0].group, "speed"))
     text = f"Nothing is wrong: {subject} with float64." if whole else "Nothing was found to be wrong, but not everything was checked: see skipped."
-    if what_ran != "triton":
+    if not kernels:
         text += " No kernel was run: that needs a GPU."
+    if not gpus_seen(results):
+        text += (" NO GPU WAS SEEN. Where there must be one, as in CI, use --device cuda: "
+                 "a missing GPU is an error then.")
     return textwrap.fill(text, WIDTH)
+
+
+def backend_of(results: list[tuple[Check, Outcome]]) -> object:
+    """Name the backend that was compared with float64; None where that check did not run."""
+    return _figure(results, "backend", "backend")
+
+
+def gpus_seen(results: list[tuple[Check, Outcome]]) -> int:
+    """Count the GPUs that torch saw."""
+    return _figure(results, "GPU", "count") or 0
+
+
+def _figure(results: list[tuple[Check, Outcome]], name: str, figure: str) -> object:
+    return next((outcome.figures.get(figure) for check, outcome in results if check.name == name), None)
 
 
 def for_an_issue(results: list[tuple[Check, Outcome]]) -> str | None:
@@ -93,6 +110,7 @@ def for_an_issue(results: list[tuple[Check, Outcome]]) -> str | None:
 def as_data(device: str, results: list[tuple[Check, Outcome]], seconds: float, issue: str | None) -> dict:
     """The report as JSON has it."""
     return {
-        "device": device, "ok": issue is None, "seconds": round(seconds, 1),
+        "device": device, "gpus_seen": gpus_seen(results), "backend": backend_of(results),
+        "ok": issue is None, "seconds": round(seconds, 1),
         "checks": [{"group": check.group, "name": check.name, **dataclasses.asdict(outcome)} for check, outcome in results], "issue": issue,
     }
