@@ -197,7 +197,7 @@ def write_fallback(p_row, q_row, grad_p_row, grad_q_row, token, start, end, V, s
                 grad_y += g_kl * (q - p)
             if REF_KL:
                 grad_x -= g_ref_kl * (q - p)
-                grad_y += tl.where((q == 0.0) | (g_ref_kl == 0.0), 0.0, q * (g_ref_kl * ((d - at_q) - row.mean_q)))
+                grad_y += tl.where(q == 0.0, 0.0, tl.where(g_ref_kl == 0.0, 0.0, q * (g_ref_kl * ((d - at_q) - row.mean_q))))
         if WRT_P:
             # An entry without probability has no gradient, also where its logarithm is infinite.
             grad_x = tl.where(p == 0.0, -g_ref_kl * q if (HAS_Q and REF_KL) else 0.0, grad_x)
