@@ -1,4 +1,5 @@
-"""How a call reaches a computation: as a custom op where something looks at ops, as a torch.autograd.Function where only autograd does.
+"""Chooses how an op runs: a plain autograd.Function in eager mode, which is fast; a registered custom op when a compiler, tracer,
+dispatch mode or subclass must see it.
 
 The way through torch.library is right everywhere and takes longer than all else that a call with few rows does. Eager mode with plain tensors,
 which is nearly every call, goes through a Function over the same code, and so do torch.func's transforms, whose grad does not take such an op.

@@ -57,7 +57,7 @@ def divisor(reduction: str, normalizer: float | torch.Tensor | None, mask: torch
 
 
 def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
-    """Return the count, or 1 for 0: what a mean divides by."""
+    """Return the count, or 1 for 0, the divisor of a mean."""
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(1, count)
 
 
@@ -66,7 +66,7 @@ def token_scales(weights: torch.Tensor | None, reduction: str, normalizer: float
                  device: torch.device) -> torch.Tensor:
     """Return weights / normalizer [...] in dtype: for a computation that weighs each token before it sums.
 
-    A masked token's entry holds what its weight makes it, NaN included.
+    A masked token's entry may hold anything, NaN included.
     """
     ones = torch.ones((), dtype=dtype, device=device).expand(leading)
     return (ones if weights is None else weights.to(dtype)) / divisor(reduction, normalizer, mask, leading, dtype)

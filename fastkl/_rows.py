@@ -19,7 +19,7 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 class Scaling(NamedTuple):
-    """How raw logits become those that the temperature of P divides.
+    """Soft caps, and the ratio that multiplies Q's capped logits.
 
     softcap, ref_softcap: soft caps of P's and of Q's logits, 0 for none. ratio: the inverse temperature of Q over that
     of P, a number or one per row [N], contiguous, in the type of the results; it multiplies Q's capped logits.
@@ -134,7 +134,7 @@ def _double(rows: torch.Tensor, *sides: torch.Tensor | None) -> list[torch.Tenso
 
 
 def _scaled(p: torch.Tensor, q: torch.Tensor | None, rows: torch.Tensor, scaling: Scaling) -> list[torch.Tensor | None]:
-    """Some rows of both tensors, soft caps and ratio applied: in float64 beside a ratio, whose product would be rounded."""
+    """Some rows of both tensors, soft caps and ratio applied: in float64 with a ratio: float32 would round the product."""
     capped = [None if side is None else reference.soft_cap(take(side, rows), cap) for side, cap in ((p, scaling.softcap), (q, scaling.ref_softcap))]
     if q is None or not isinstance(scaling.ratio, torch.Tensor) and scaling.ratio == 1:
         return capped
@@ -143,9 +143,9 @@ def _scaled(p: torch.Tensor, q: torch.Tensor | None, rows: torch.Tensor, scaling
 
 
 def _gradients(x, y, tokens, temperature, saved, upstream, wrt_p: bool, wrt_q: bool) -> list[torch.Tensor | None]:
-    """Gradients of some rows; of those that float32 does not hold from their statistics in float64."""
+    """Gradients of some rows; of fallback rows from their statistics in float64."""
     if x.dtype == torch.float64 and saved.dtype != torch.float64:
-        # All of them are beside a ratio.
+        # With a ratio every row is computed in float64.
         saved = reference.row_statistics(x, y, tokens, temperature).saved
     results = list(reference.row_gradients(x, y, tokens, temperature, saved, upstream, wrt_p=wrt_p, wrt_q=wrt_q))
     far = saved[:, reference.FAR] != 0

@@ -16,7 +16,7 @@ from ._types import Direction, Estimator
 
 ESTIMATORS = get_args(Estimator)
 DIRECTIONS = get_args(Direction)
-# What log-probabilities of -inf, and those that masks with a type's smallest number leave, count as: every difference is finite.
+# Floor of log-probabilities, for -inf and finfo.min masks: keeps every difference finite.
 _FLOOR = -1e4
 # Where k3 goes on along its tangent without a clamp.
 _LIMIT = {torch.float32: _checks.LARGEST_CLAMP, torch.float64: 600.0}

@@ -21,8 +21,8 @@ SAVED = 10
 # The column of `saved` that is 1 where float32 does not hold a row, else 0.
 FAR = 6
 _SMALL_D = 0.25
-# float32 holds rows whose KLs stay below the first, in nats, and whose |log q - log p| stay below the second: an
-# entry masked by a finite number on one side alone is beyond it.
+# Limits of a row in float32: its KLs in nats, and |log q - log p|, which an entry masked by a finite number on one side
+# exceeds.
 FAR_KL = 8.0
 FAR_D = 1e4
 

@@ -26,7 +26,7 @@ FINISH_ROWS = 16
 FINISH_THREADS = 128
 FINISH_BLOCK = 512
 FINISH_REGISTERS = 168
-# False leaves the rows that one pass does not hold unfinished, with a NaN as their first saved value: how a test sees which these are.
+# Tests set it to False: fallback rows then keep a NaN as their first saved value.
 READ_AGAIN = True
 
 
@@ -136,7 +136,7 @@ class Variant:
 
 
 class Case(NamedTuple):
-    """What the launches of a problem are compiled for, beside their configuration and what is asked for."""
+    """The properties of a problem that select a compilation, beside its configuration and fields."""
 
     device: torch.device
     types: tuple[torch.dtype | None, ...]  # of p, q, tokens and temperatures; None for what does not take part
@@ -202,7 +202,7 @@ def _places(problem: Problem) -> dict[str, object]:
 
 
 def _tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
-    """p, q, tokens, mask, temperatures and ratios; p itself, as a pointer that nothing reads, for what does not take part."""
+    """p, q, tokens, mask, temperatures and ratios; p itself, as an unused pointer, for what does not take part."""
     p = problem.p.tensor
     return (p, p if problem.q is None else problem.q.tensor, *(p if value is None else value
                                                              for value in (problem.tokens, problem.mask, problem.temperatures, problem.ratios)))

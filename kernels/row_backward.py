@@ -19,8 +19,8 @@ from .row_math import (
     subtract,
 )
 
-# Where E_q[d] is further from E_p[d], in nats, float32 sums do not know it well enough for q·(d - E_q[d]).
-LARGEST_MEAN = tl.constexpr(1.0)
+# Limit of |E_q[d]| counted from the centre, near E_p[d]: beyond it float32 sums lose the digits of q·(d - E_q[d]).
+LARGEST_MEAN_GAP = tl.constexpr(1.0)
 
 
 @triton.jit
@@ -34,14 +34,14 @@ def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
 
 @triton.jit
 def load_saved(saved_ptr):
-    """What row_finish saved, with log-partition functions in base 2 as a rounded part for the exponent and a factor for what it lost."""
+    """Load row_finish's saved values; each log-partition function, in base 2, as a rounded exponent and a factor for the rest."""
     origin = tl.load(saved_ptr)
     lse_p, lost_p = split_sum(origin, tl.load(saved_ptr + 1))
     lse_q = tl.load(saved_ptr + 2)
     lost_q = tl.load(saved_ptr + 3)
     centre = tl.load(saved_ptr + 4)
     lost_centre = tl.load(saved_ptr + 5)
-    # log q - log p without its centre: how small it is must not depend on how far away the row's mean lies.
+    # log q - log p without its centre: its digits must not depend on the size of the centre.
     ratio, lost_ratio = split_sum(centre, tl.load(saved_ptr + 6))
     lost_ratio += lost_centre
     mean_p_d = tl.load(saved_ptr + 7)
@@ -165,18 +165,18 @@ def write_tile(p_block, q_block, grad_p_block, grad_q_block, first_group, pad, V
 def write_fallback(p_row, q_row, grad_p_row, grad_q_row, token, start, end, V, scale, ratio, saved_ptr, upstream, BLOCK: tl.constexpr,
                    HAS_TOKEN: tl.constexpr, HAS_Q: tl.constexpr, KL: tl.constexpr, REF_KL: tl.constexpr, WRT_P: tl.constexpr,
                    WRT_Q: tl.constexpr, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr):
-    """Write the gradients of entries `start` … `end - 1` of a row that float32 does not hold, in float64."""
+    """Write the gradients of entries `start` … `end - 1` of a fallback row, computed in float64."""
     scale = scale.to(tl.float64)
     q_scale = scale * ratio.to(tl.float64)
     if REF_KL and WRT_Q:
-        # Its sums held in forward, but its E_q[d] is not known to enough digits: the row is read again.
+        # Recompute E_q[d]: forward's float32 sums held, but give it too few digits here.
         if is_fallback(saved_ptr):
             row = load_row(saved_ptr)
         else:
             row = fallback_row(p_row, q_row, V, scale, q_scale, BLOCK, True, SOFTCAP, REF_SOFTCAP)
     else:
         row = load_row(saved_ptr)
-    at_p, at_q = peak_ratios(row, scale, q_scale)
+    d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
     g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl = upstream
     for first in range(start, end, BLOCK):
         offs_v = first + tl.arange(0, BLOCK)
@@ -193,11 +193,11 @@ def write_fallback(p_row, q_row, grad_p_row, grad_q_row, token, start, end, V, s
             grad_y = q * -g_ref_logprob
             if KL:
                 # An infinite KL without upstream gradient takes no part.
-                grad_x -= tl.where(g_kl == 0.0, 0.0, p * (g_kl * ((d - at_p) - row.mean_p)))
+                grad_x -= tl.where(g_kl == 0.0, 0.0, p * (g_kl * ((d - d_at_x_peak) - row.mean_p_from_peak)))
                 grad_y += g_kl * (q - p)
             if REF_KL:
                 grad_x -= g_ref_kl * (q - p)
-                grad_y += tl.where(q == 0.0, 0.0, tl.where(g_ref_kl == 0.0, 0.0, q * (g_ref_kl * ((d - at_q) - row.mean_q))))
+                grad_y += tl.where(q == 0.0, 0.0, tl.where(g_ref_kl == 0.0, 0.0, q * (g_ref_kl * ((d - d_at_y_peak) - row.mean_q_from_peak))))
         if WRT_P:
             # An entry without probability has no gradient, also where its logarithm is infinite.
             grad_x = tl.where(p == 0.0, -g_ref_kl * q if (HAS_Q and REF_KL) else 0.0, grad_x)
@@ -234,7 +234,7 @@ def row_backward(
 ):
     """Gradients of one chunk of one row with respect to either or both logits.
 
-    Math:   entry_gradients, write_fallback for a row that float32 does not hold; reference.row_gradients is the definition.
+    Math:   entry_gradients, write_fallback for a fallback row; reference.row_gradients is the definition.
     Grid:   (N · chunks,), a row's chunks next to each other.
     Reads:  N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients per row. Nothing of V in a masked row or in
             one whose upstream gradients are all 0. For REF_KL to Q each chunk of a row whose E_q[d] is not known reads 3·V of both.
@@ -259,7 +259,7 @@ def row_backward(
     grad_p_row = grad_p_ptr + row * stride_grad
     grad_q_row = grad_q_ptr + row * stride_grad
     pad = row_pad(p_row)
-    # An inactive row is read up to here: not at all.
+    # Read no entry of an inactive row.
     read_end = tl.where(activity != 0.0, V + pad, 0)
     # Hints stand where the pointers are made: a hint on a function's argument is lost when it is inlined.
     p_block = tl.multiple_of(p_row - pad, 16)
@@ -281,7 +281,7 @@ def row_backward(
         token = tl.load(tokens_ptr + row)
     far = is_fallback(saved_ptr)
     if REF_KL >= 0 and WRT_Q:
-        far = far | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN)
+        far = far | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
     if far & (activity != 0.0):
         write_fallback(p_row, q_row, grad_p_row, grad_q_row, token, tl.maximum(first - pad, 0), tl.minimum(first + CHUNK - pad, V), V, scale,
                        ratio, saved_ptr, upstream, THREADS * 2, HAS_TOKEN, HAS_Q, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, SOFTCAP, REF_SOFTCAP)

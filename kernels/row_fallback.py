@@ -1,8 +1,8 @@
 """Fallback: rows that the float32 sums of one pass cannot hold, computed in float64.
 
-Infinities, entries masked by a finite number on one side alone, peaks far apart, logits of any size: in float64 the
-textbook formulas hold for all of them. Logits count from their row's largest, and d = log q - log p from its value at
-the peak where a mean is taken of it. Rows are read element by element, so no sum depends on where a row starts.
+Infinities, entries masked by a finite number on one side alone, peaks far apart, logits of any size: the textbook
+formulas hold for them in float64. Subtract the row's largest logit first; average d = log q - log p after subtracting
+its value at the peak. Rows are read element by element, so no sum depends on where a row starts.
 """
 
 from typing import NamedTuple
@@ -16,19 +16,20 @@ SIGN_BIT = tl.constexpr(-2147483648)
 
 
 class FallbackRow(NamedTuple):
-    """Float64 statistics of a row: log p = (x - x_top)·s - log_sum, log q = (y - y_top)·s·ratio - log_sum - log_sum_ratio.
+    """Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio - log_sum - log_sum_ratio.
 
-    y_at: y where x is largest. mean_p: E_p[d] less d there. x_at, mean_q: the same with P and Q in each other's place.
+    y_at_x_peak: y where x is largest. mean_p_from_peak: E_p[d] less d there. x_at_y_peak, mean_q_from_peak: the same
+    with P and Q swapped.
     """
 
-    x_top: tl.tensor
-    y_top: tl.tensor
+    x_peak: tl.tensor
+    y_peak: tl.tensor
     log_sum: tl.tensor
     log_sum_ratio: tl.tensor
-    y_at: tl.tensor
-    mean_p: tl.tensor
-    x_at: tl.tensor
-    mean_q: tl.tensor
+    y_at_x_peak: tl.tensor
+    mean_p_from_peak: tl.tensor
+    x_at_y_peak: tl.tensor
+    mean_q_from_peak: tl.tensor
     entropy: tl.tensor
 
 
@@ -43,28 +44,28 @@ def load_double(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr)
 
 @triton.jit
 def log_probability_p(x, row, scale):
-    """log p of logits x."""
-    return (x - row.x_top) * scale - row.log_sum
+    """Return log p of the logits x."""
+    return (x - row.x_peak) * scale - row.log_sum
 
 
 @triton.jit
 def log_probability_q(y, row, q_scale):
-    """log q of logits y."""
-    return (y - row.y_top) * q_scale - (row.log_sum + row.log_sum_ratio)
+    """Return log q of the logits y."""
+    return (y - row.y_peak) * q_scale - (row.log_sum + row.log_sum_ratio)
 
 
 @triton.jit
 def log_ratio(log_p, log_q):
-    """log q - log p; 0 for an entry without probability on either side."""
+    """Return log q - log p; 0 for an entry without probability on either side."""
     return tl.where(log_p == log_q, 0.0, log_q - log_p)
 
 
 @triton.jit
 def peak_ratios(row, scale, q_scale):
-    """d where x is largest, and d where y is."""
-    at_p = log_ratio(log_probability_p(row.x_top, row, scale), log_probability_q(row.y_at, row, q_scale))
-    at_q = log_ratio(log_probability_p(row.x_at, row, scale), log_probability_q(row.y_top, row, q_scale))
-    return at_p, at_q
+    """Return d at P's peak and d at Q's."""
+    d_at_x_peak = log_ratio(log_probability_p(row.x_peak, row, scale), log_probability_q(row.y_at_x_peak, row, q_scale))
+    d_at_y_peak = log_ratio(log_probability_p(row.x_at_y_peak, row, scale), log_probability_q(row.y_peak, row, q_scale))
+    return d_at_x_peak, d_at_y_peak
 
 
 @triton.jit
@@ -74,32 +75,32 @@ def fallback_row(p_ptr, q_ptr, V, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: 
 
     An entry with p = 0 adds nothing to an expectation under P; p > 0 = q makes E_p[d] infinite. A NaN makes all NaN.
     """
-    x_peak = tl.full([BLOCK], float("-inf"), tl.float64)
-    y_peak = x_peak
+    x_largest = tl.full([BLOCK], float("-inf"), tl.float64)
+    y_largest = x_largest
     for start in range(0, V, BLOCK):
-        x_peak = tl.maximum(x_peak, load_double(p_ptr, start, V, BLOCK, SOFTCAP))
+        x_largest = tl.maximum(x_largest, load_double(p_ptr, start, V, BLOCK, SOFTCAP))
         if WITH_KL:
-            y_peak = tl.maximum(y_peak, load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP))
-    x_top = tl.max(x_peak, 0)
-    y_top = tl.max(y_peak, 0)
+            y_largest = tl.maximum(y_largest, load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP))
+    x_peak = tl.max(x_largest, 0)
+    y_peak = tl.max(y_largest, 0)
     x_weights = tl.zeros([BLOCK], tl.float64)
     y_weights = x_weights
-    y_at = tl.full([BLOCK], float("-inf"), tl.float64)
-    x_at = y_at
+    y_at_x_peak = tl.full([BLOCK], float("-inf"), tl.float64)
+    x_at_y_peak = y_at_x_peak
     for start in range(0, V, BLOCK):
         x = load_double(p_ptr, start, V, BLOCK, SOFTCAP)
-        x_weights += tl.exp((x - x_top) * scale)
+        x_weights += tl.exp((x - x_peak) * scale)
         if WITH_KL:
             y = load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP)
-            y_weights += tl.exp((y - y_top) * q_scale)
-            y_at = tl.where(x == x_top, tl.maximum(y_at, y), y_at)
-            x_at = tl.where(y == y_top, tl.maximum(x_at, x), x_at)
+            y_weights += tl.exp((y - y_peak) * q_scale)
+            y_at_x_peak = tl.where(x == x_peak, tl.maximum(y_at_x_peak, y), y_at_x_peak)
+            x_at_y_peak = tl.where(y == y_peak, tl.maximum(x_at_y_peak, x), x_at_y_peak)
     log_sum = tl.log(tl.sum(x_weights, 0))
-    D = log_sum * 0.0
+    log_sum_ratio = log_sum * 0.0
     if WITH_KL:
-        D = tl.log(tl.sum(y_weights, 0)) - log_sum
-    row = FallbackRow(x_top, y_top, log_sum, D, tl.max(y_at, 0), D, tl.max(x_at, 0), D, D)
-    at_p, at_q = peak_ratios(row, scale, q_scale)
+        log_sum_ratio = tl.log(tl.sum(y_weights, 0)) - log_sum
+    row = FallbackRow(x_peak, y_peak, log_sum, log_sum_ratio, tl.max(y_at_x_peak, 0), log_sum_ratio, tl.max(x_at_y_peak, 0), log_sum_ratio, log_sum_ratio)
+    d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
     plogp = tl.zeros([BLOCK], tl.float64)
     sum_p = plogp
     sum_q = plogp
@@ -111,19 +112,19 @@ def fallback_row(p_ptr, q_ptr, V, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: 
             log_q = log_probability_q(load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP), row, q_scale)
             q = tl.exp(log_q)
             d = log_ratio(log_p, log_q)
-            sum_p += tl.where(p == 0.0, 0.0, p * (d - at_p))
-            sum_q += tl.where(q == 0.0, 0.0, q * (d - at_q))
+            sum_p += tl.where(p == 0.0, 0.0, p * (d - d_at_x_peak))
+            sum_q += tl.where(q == 0.0, 0.0, q * (d - d_at_y_peak))
     entropy = -tl.sum(plogp, 0)
-    return FallbackRow(x_top, y_top, log_sum, D, row.y_at, tl.sum(sum_p, 0), row.x_at, tl.sum(sum_q, 0),
+    return FallbackRow(x_peak, y_peak, log_sum, log_sum_ratio, row.y_at_x_peak, tl.sum(sum_p, 0), row.x_at_y_peak, tl.sum(sum_q, 0),
                        tl.where(entropy <= 0.0, 0.0, entropy))
 
 
 @triton.jit
 def fallback_kl(row, scale, q_scale):
     """KL(P‖Q) and KL(Q‖P), never negative; +inf where the peak of one has no probability under the other."""
-    at_p, at_q = peak_ratios(row, scale, q_scale)
-    kl = tl.where(at_p == float("-inf"), float("inf"), -(at_p + row.mean_p))
-    ref_kl = tl.where(at_q == float("inf"), float("inf"), at_q + row.mean_q)
+    d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
+    kl = tl.where(d_at_x_peak == float("-inf"), float("inf"), -(d_at_x_peak + row.mean_p_from_peak))
+    ref_kl = tl.where(d_at_y_peak == float("inf"), float("inf"), d_at_y_peak + row.mean_q_from_peak)
     return tl.where(kl <= 0.0, 0.0, kl), tl.where(ref_kl <= 0.0, 0.0, ref_kl)
 
 
@@ -132,26 +133,26 @@ def store_row(saved_ptr, row):
     """Write a FallbackRow to the saved values [10] of its row; the sign bit of the second marks it."""
     high = row.log_sum_ratio.to(tl.float32)
     low = tl.where(tl.abs(high) < float("inf"), (row.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0)
-    tl.store(saved_ptr, row.x_top.to(tl.float32))
+    tl.store(saved_ptr, row.x_peak.to(tl.float32))
     # A sum that counts its largest term as 1 has a logarithm of at least 0.
     marked = row.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
     tl.store(saved_ptr + 1, marked.to(tl.float32, bitcast=True))
-    tl.store(saved_ptr + 2, row.y_top.to(tl.float32))
+    tl.store(saved_ptr + 2, row.y_peak.to(tl.float32))
     tl.store(saved_ptr + 3, high)
     tl.store(saved_ptr + 4, low)
-    tl.store(saved_ptr + 5, row.y_at.to(tl.float32))
-    tl.store(saved_ptr + 6, row.mean_p.to(tl.float32))
-    tl.store(saved_ptr + 7, row.x_at.to(tl.float32))
-    tl.store(saved_ptr + 8, row.mean_q.to(tl.float32))
+    tl.store(saved_ptr + 5, row.y_at_x_peak.to(tl.float32))
+    tl.store(saved_ptr + 6, row.mean_p_from_peak.to(tl.float32))
+    tl.store(saved_ptr + 7, row.x_at_y_peak.to(tl.float32))
+    tl.store(saved_ptr + 8, row.mean_q_from_peak.to(tl.float32))
     tl.store(saved_ptr + 9, row.entropy.to(tl.float32))
 
 
 @triton.jit
 def load_row(saved_ptr):
     """The FallbackRow that store_row wrote."""
-    D = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
+    log_sum_ratio = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
     return FallbackRow(
-        tl.load(saved_ptr).to(tl.float64), tl.load(saved_ptr + 2).to(tl.float64), -tl.load(saved_ptr + 1).to(tl.float64), D,
+        tl.load(saved_ptr).to(tl.float64), tl.load(saved_ptr + 2).to(tl.float64), -tl.load(saved_ptr + 1).to(tl.float64), log_sum_ratio,
         tl.load(saved_ptr + 5).to(tl.float64), tl.load(saved_ptr + 6).to(tl.float64), tl.load(saved_ptr + 7).to(tl.float64),
         tl.load(saved_ptr + 8).to(tl.float64), tl.load(saved_ptr + 9).to(tl.float64))
 

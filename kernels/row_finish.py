@@ -1,4 +1,4 @@
-"""Finish: the statistics of rows from their partial states. Rows that one pass could not hold are read again here (row_fallback.py)."""
+"""Finish: the statistics of rows from their partial states. Rows whose sums do not hold take the fallback here (row_fallback.py)."""
 
 import triton
 import triton.language as tl
@@ -23,8 +23,8 @@ from .row_math import (
 
 # Above this KL, in nats, the product e^x·e^d loses digits where |d| is large; real policies stay far below.
 LARGE_KL = tl.constexpr(8.0)
-# Of the mean of d, in nats: two float32 values hold a larger one, and what gradients of a peaked row are made of, to
-# fewer digits than 1e-13 takes. And of the mean difference of 16-bit logits, where each entry's is rounded.
+# Limit of |E_p[d]|, in nats: beyond it hi/lo float32 keeps fewer digits than the gradient of a peaked row needs. Also
+# the limit of the mean difference of 16-bit logits, each of which is rounded.
 LARGEST_DIFFERENCE = tl.constexpr(64.0)
 # float32 values per row that backward needs.
 SAVED = tl.constexpr(10)
@@ -41,8 +41,8 @@ def load_state(state_ptr, rows, there, splits, SPLITS: tl.constexpr, FIELD: tl.c
 def q_partition(origin, log2_S, centre, log_ratio, mean_q_d, scale):
     """log2 Σ 2^((y - shift)·scale2) from P's and the centre, scale2 = s·log2(e) rounded: a rounded sum and what it lost.
 
-    The sums count differences in units of s, kernels evaluate 2^(y·scale2): over a large E_q[y - x - shift] the rounding
-    of scale2 would show.
+    The sums count differences in units of s, row_backward evaluates 2^(y·scale2). Correct for the rounding of scale2,
+    which shows where E_q[y - x - shift] is large.
     """
     centre2 = centre * LOG2E
     lse, lost = split_sum(origin, centre2)
@@ -85,7 +85,7 @@ def merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS: tl.constex
     mean_q_d = kl
     holds = holds & (tl.abs(origin) < LARGEST_LSE)
     if WITH_KL:
-        # Rounded once: on a peaked row the gradient is what is left of d - E_p[d], and a GPU's plain division may be off by two units.
+        # Divide with one rounding: on a peaked row the gradient is the remainder d - E_p[d], and plain division may be off by two units.
         mean_h = tl.maximum(tl.div_rn(U, S), 0.0)
         mean_d = tl.div_rn(W, S)
         kl = forward_kl(mean_h, mean_d)
@@ -94,7 +94,7 @@ def merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS: tl.constex
             mean_r = tl.div_rn(R, S)
             ref_kl = reverse_kl(mean_r, mean_h, mean_d)
             mean_q_d = tl.div_rn(R + W, S + U + W)
-            # A KL(Q‖P) far below what it is the difference of, as beside a KL(P‖Q) of 30 that a mask makes, has lost its digits.
+            # Reject a KL(Q‖P) that is a small difference of large terms, as beside a KL(P‖Q) that a mask makes: its digits are lost.
             terms = (tl.abs(mean_r) + mean_h) / (1.0 + mean_h + mean_d)
             holds = holds & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 64.0, 0.02))
     lse_q = log2_S
@@ -162,7 +162,7 @@ def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, e
         full_lse_q, full_lost_q = add_product(lse_q, lost_q, shift, scale2)
         centre, lost_centre = add_product(centre, lost_centre, shift, scale)
     if p_row.dtype.element_ty != tl.float32 and q_row.dtype.element_ty != tl.float32 and not HAS_RATIO:
-        # What row_backward does with 16-bit logits has no room for another subtraction, and their gradients round more than this does.
+        # Fold the lost part into the means: row_backward subtracts no lost_centre from 16-bit logits, whose gradients round more than this.
         mean_p_d += lost_centre
         mean_q_d += lost_centre
     # A peak that rounds up to a whole number leaves a sum below 1. The second saved value is never negative: a negative
@@ -241,8 +241,8 @@ def row_finish(
     p_ptr, q_ptr,  # the logits, as in row_forward
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     mask_ptr, temperature_ptr, ratio_ptr,  # as in row_forward
-    # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, log1p(t), E_p[d], E_q[d], entropy; of a row that is
-    # read again those of row_fallback.py, whose negative second value marks them
+    # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, log1p(t), E_p[d], E_q[d], entropy; for a
+    # fallback row store_row's ten values, marked by the sign of the second
     saved_ptr,
     # [N] float32; any pointer for logprob without HAS_TOKENS, ref_logprob without it or WITH_KL, kl without WITH_KL, the others without their WITH_
     logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,
@@ -254,7 +254,7 @@ def row_finish(
     SPLITS: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
     SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr,
-    READ_AGAIN: tl.constexpr,  # False leaves a row whose sums do not hold with a NaN as its saved origin and no fields
+    READ_AGAIN: tl.constexpr,  # False leaves a fallback row unfinished: NaN as its first saved value (tests only)
 ):
     """Per-row results from the partial states.
 

@@ -172,8 +172,8 @@ def row_forward(
     Reads:  N·V of p, N·V of q (WITH_KL), and three entries of each again if one is float32; nothing of a masked row.
     Writes: 2 to 7 of the 7 · N · splits float32, those of the fields asked for.
     Saves:  nothing beside them; row_finish makes the row's statistics of them.
-    Special values: what the sums cannot hold leaves them not finite, for row_finish to see: an infinity, a NaN, or an entry far more probable
-            under Q than under P, of whose e^x too little is left.
+    Special values: the sums turn non-finite, and row_finish takes the fallback, for an infinity, a NaN, or an entry with
+            d above LARGEST_D.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits

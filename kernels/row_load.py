@@ -11,9 +11,9 @@ import triton.language as tl
 
 from .row_math import scale_reference, soft_cap
 
-# Of a constant between two logits tensors, see row_shift.
+# Largest |row_shift|.
 LARGEST_SHIFT = tl.constexpr(4096.0)
-# Of a temperature and of its inverse.
+# Largest temperature, and largest inverse temperature.
 LARGEST_TEMPERATURE = tl.constexpr(2.0**126)
 
 
@@ -25,7 +25,7 @@ def row_offset(row, n_inner, stride_outer, stride_inner):
 
 @triton.jit
 def row_scale(temperature_ptr, temperature, row, there, TEMPERATURE_PER_ROW: tl.constexpr):
-    """1/T of a row, or of several, where they are there. NaN outside 2^-126 … 2^126: not a number that looks right."""
+    """1/T of a row, or of several, where they are there. Returns NaN outside 2^-126 … 2^126."""
     if TEMPERATURE_PER_ROW:
         temperature = tl.load(temperature_ptr + row, mask=there, other=1.0)
     scale = tl.div_rn(1.0, tl.cast(temperature, tl.float32))
@@ -53,8 +53,8 @@ def entry_difference(p_row, q_row, index, there, ratio, SOFTCAP: tl.constexpr, R
 def row_shift(p_row, q_row, V, there, ratio, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr):
     """A whole number near the median difference of three entries of a row, or of several: near the constant between the tensors, if there is one.
 
-    Sums count differences from it: those of a float32 row that is 50 apart would else be rounded as 50 is, and the digits of a peaked row lost.
-    Any number would do, a near one does best; 0 where they are very far apart or not finite.
+    Subtract it before accumulating: with Q = P + 50, float32 differences would be rounded at the magnitude of 50. A near
+    value keeps most digits; 0 where the rows are far apart or not finite.
     """
     a = entry_difference(p_row, q_row, V // 4, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     b = entry_difference(p_row, q_row, V // 2, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)

@@ -18,18 +18,18 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Below this |d| a polynomial replaces e^d - 1 - d, which cancels there.
 SMALL_D = tl.constexpr(0.25)
-# What every finite sum stays below.
+# Upper limit of every finite sum.
 FINITE = tl.constexpr(3.0e38)
 # float32 values of a partial state in memory.
 STATE = tl.constexpr(7)
-# Where a running peak starts: finite, so that differences of peaks are never (-inf) - (-inf). A whole number, as every origin.
+# Initial running peak: finite, so that no difference of peaks is (-inf) - (-inf); a whole number, as every origin.
 LOWEST = tl.constexpr(-1.0e30)
-# An exponent whose power of two is 0: what an infinitely low logit counts as, since 0·(-inf) would be NaN.
+# An exponent whose power of two is 0: the exponent of a logit of -inf, since 0·(-inf) would be NaN.
 NO_WEIGHT = tl.constexpr(-256.0)
-# How much heavier than all before it a tile must be to bring its own centre.
+# Factor by which a tile must outweigh all before it to set the centre.
 OUTWEIGHS = tl.constexpr(8.0)
-# Above this power of two a partition function is so large that what its float32 rounding lost is no correction: the
-# fallback counts logits from the row's largest.
+# Largest |log2 of a partition function|: beyond it the rounding of the float32 origin is too coarse to correct. The
+# fallback subtracts the row's largest logit instead.
 LARGEST_LSE = tl.constexpr(4194304.0)
 # Below this |x/cap| a polynomial replaces tanh, whose usual form cancels there.
 SMALL_TANH = tl.constexpr(0.5)

@@ -25,13 +25,13 @@ WANTED = int(os.environ.get("FASTKL_FAR_ROWS", "0"))
 
 @pytest.fixture(autouse=True)
 def multiply_adds(implementation) -> None:
-    """As a GPU rounds them."""
+    """Round multiply-adds as a GPU does."""
     if implementation.interpreted:
         cases.compute_as_a_gpu()
 
 
 class Family(NamedTuple):
-    """How ROWS rows are made; every example of a family differs in its random numbers alone."""
+    """Parameters of ROWS rows, drawn with the random numbers of `seed`."""
 
     seed: int
     vocabulary: int
@@ -134,7 +134,7 @@ def same_precision(x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor, tempe
 
 
 def run(x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor, temperature: float, field: str, device: str) -> Answer:
-    """fastkl's answer."""
+    """Run fastkl on a family's rows."""
     x, y = (side.to(device).requires_grad_() for side in (x, y))
     if field == "kl alone":
         fields = {"kl": kl_divergence(x, y, temperature=temperature)}
@@ -217,7 +217,7 @@ def test_far_rows(implementation) -> None:
 
 @pytest.mark.parametrize("value", [-1e9, 1e10, 1e30, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max])
 def test_equal_logits_are_uniform(implementation, value) -> None:
-    """Whatever their size, in P and in Q."""
+    """Equal logits of any size are uniform, in P and in Q."""
     x, y = torch.full((1, 64), value), torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([5], device=implementation.device)
     for pair in ((x, y), (y, x)):
