@@ -120,7 +120,7 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     if value.shape == (0,) and not name.endswith("hidden"):
         raise ValueError(f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 "
                          f"keeps in parts; gather it around forward and backward: with "
-                         f" deepspeed.zero.GatheredParameters([{name}])")
+                         f"deepspeed.zero.GatheredParameters([{name}])")
     not_forward_mode(name, value)
 
 
