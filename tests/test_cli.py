@@ -27,6 +27,8 @@ WRONG = [
     ["demo", "--out", "/dev/null/x"],
     ["demo", "--out", "/dev/null"],
     ["compare", "a"],
+    ["compare", "a", "b", "--text", "missing.txt"],
+    ["compare", "a", "b", "--text", "README.md", "--json", "missing/x"],
     ["compare", "a", "b"],
     ["compare", "a", "b", "--text", "x", "--top", "0"],
     ["compare", "a", "b", "--text", "x", "--device", "gpu"],
@@ -80,7 +82,7 @@ def test_what_is_installed_and_broken_is_said(monkeypatch, capsys):
     monkeypatch.setattr(cli, "missing_modules", lambda names: [])
     monkeypatch.setattr("importlib.import_module", broken)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["compare", "a", "b", "--text", "x", "--device", "cpu"])
+        cli.main(["compare", "a", "b", "--text", str(ROOT / "README.md"), "--device", "cpu"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
         "fastkl compare: error: cannot be imported: tokenizers (libx.so: cannot open shared object); "

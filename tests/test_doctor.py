@@ -296,6 +296,20 @@ def in_session(session):
     return found
 
 
+def check_ended(doctor, name, code, said, folder):
+    """End one that runs by a signal: its exit code and last words, no process and no file left."""
+    while "started" not in doctor.stdout.readline():
+        assert doctor.poll() is None, doctor.stderr.read()
+    assert len(in_session(doctor.pid)) >= 3 and list(folder.glob("fastkl-doctor-*/tmp*"))
+    (os.killpg if name == "SIGINT" else os.kill)(doctor.pid, getattr(signal, name))
+    _, error = doctor.communicate(timeout=60)
+    assert (doctor.returncode, error) == (code, said) and list(folder.iterdir()) == []
+    deadline = time.monotonic() + 30  # for the system to end what was killed
+    while in_session(doctor.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not in_session(doctor.pid)
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at /proc")
 def test_a_signal_leaves_nothing_behind(tmp_path):
     """Ended while a check runs, it takes its child, what that started, and its folders with it.
@@ -309,17 +323,13 @@ def test_a_signal_leaves_nothing_behind(tmp_path):
         environment = os.environ | {"TMPDIR": str(tmp_path / name), "PYTHONPATH": path}
         doctors[name] = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
                                          start_new_session=True)
-    for name, doctor in doctors.items():
-        while "started" not in doctor.stdout.readline():
-            assert doctor.poll() is None, doctor.stderr.read()
-        assert len(in_session(doctor.pid)) >= 3 and list(tmp_path.glob(f"{name}/fastkl-doctor-*/tmp*"))
-        (os.killpg if name == "SIGINT" else os.kill)(doctor.pid, getattr(signal, name))
-        _, error = doctor.communicate(timeout=60)
-        assert (doctor.returncode, error) == cases[name] and list((tmp_path / name).iterdir()) == []
-        deadline = time.monotonic() + 30  # for the system to end what was killed
-        while in_session(doctor.pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not in_session(doctor.pid)
+    try:
+        for name, doctor in doctors.items():
+            check_ended(doctor, name, *cases[name], tmp_path / name)
+    finally:  # where that failed
+        for doctor in doctors.values():
+            for process_id in in_session(doctor.pid):
+                os.kill(int(process_id), signal.SIGKILL)
 
 
 def test_a_broken_gpu_ends_the_process_and_the_others_go_on(monkeypatch):

@@ -206,10 +206,14 @@ def _add_compare(commands) -> None:
 
 def _run_compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     _check_extra("compare", parser)
-    options.device = _choose_device(options.device, parser)
-    run, settings = (_load("compare", f".compare.{name}", parser) for name in ("run", "settings"))
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(settings.Settings)}
+    from .compare import inputs, settings
+
     try:
+        inputs.files(options.text)
+        inputs.check_outputs(options.html, options.json)
+        options.device = _choose_device(options.device, parser)
+        run = _load("compare", ".compare.run", parser)
+        given = {field.name: getattr(options, field.name) for field in dataclasses.fields(settings.Settings)}
         return run.run_compare(settings.Settings(**given), options.color)
     except settings.CompareError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from ..files import check_writable
 from .errors import sentences
-from .settings import STDIN, CompareError
+from .settings import STDIN, STDOUT, CompareError
 
 # Characters tokenized at once. Tokenizers see no further: a longer document is cut where a line
 # begins with a word, where theirs cut, too.
@@ -64,6 +65,18 @@ def files(paths: Iterable[Path]) -> tuple[Path, ...]:
             raise CompareError("--text", "files with text", f"{str(path)!r}, {what}", remedy)
         found += group
     return tuple(found)
+
+
+def check_outputs(html: Path | None, json: Path | None) -> None:
+    """Refuse files that cannot be written."""
+    for option, path in (("--html", html), ("--json", json)):
+        try:
+            if path not in (None, STDOUT):
+                check_writable(path)
+        except OSError as error:
+            got = f"{str(path)!r} ({error.strerror})"
+            expected = "a file in a folder that can be written to"
+            raise CompareError(option, expected, got, "choose another name") from None
 
 
 def sources(path: Path, tokenizer, argument: str) -> Iterator[Source]:

@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..words import percent
+
 # Mean KL(A‖B) in nats per token below which the word holds; beyond the last: "strongly".
 WORDS = ((0.001, "hardly"), (0.03, "slightly"), (0.3, "clearly"))
 NAMES = {"kl_ab": "KL(A‖B)", "kl_ba": "KL(B‖A)", "jsd": "JSD"}
@@ -37,11 +39,6 @@ class Scale:
 def visible(text: str) -> str:
     """On one line, and safe to print: what a terminal would obey is shown instead."""
     return "".join(character if character.isprintable() else {"\n": "↵", "\t": "⇥"}.get(character, "·") for character in text)
-
-
-def percent(share: float, digits: int = 0) -> str:
-    """Format a share in percent; one that would read 0% has two digits instead."""
-    return f"{100 * share:.2g}%" if 0 < share <= 0.5 * 10**-(digits + 2) else f"{share:.{digits}%}"
 
 
 def about(model: dict) -> str:

@@ -20,7 +20,7 @@ import torch
 
 import fastkl
 
-from ..files import check_writable, json_text, write_whole
+from ..files import json_text, write_whole
 from . import adapters, html, inputs, loading, report, summary, text
 from .measure import Pass, measure
 from .settings import DEFAULT_CONTEXT, STDIN, STDOUT, CompareError, Settings
@@ -181,12 +181,7 @@ def check_files(settings: Settings) -> None:
     for option, path in (("--html", settings.html), ("--json", settings.json)):
         if path is not None:
             claim(option, path)
-            try:
-                if path != STDOUT:
-                    check_writable(path)
-            except OSError as error:
-                got = f"{str(path)!r} ({error.strerror})"
-                raise CompareError(option, "a file in a folder that can be written to", got, "choose another name") from None
+    inputs.check_outputs(settings.html, settings.json)
 
 
 def _identity(path: Path) -> object:
