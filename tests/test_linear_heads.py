@@ -206,7 +206,7 @@ def test_a_temperature_out_of_range(implementation) -> None:
         for name in ("temperature", "ref_temperature"):
             wrong = torch.full(LEADING, 1.0, device=implementation.device)
             wrong[0, 0] = bad
-            options = {"temperature": torch.ones_like(wrong), "ref_temperature": 2 * torch.ones_like(wrong), name: wrong}
+            options = {"temperature": 4 * torch.ones_like(wrong), "ref_temperature": 2 * torch.ones_like(wrong), name: wrong}
 
             def call(mask, options=options):
                 return fastkl.linear_kl_divergence(made.hidden, made.weight, made.ref_hidden, made.ref_weight, mask=mask, **options)
