@@ -100,6 +100,8 @@ class Head:
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, logits_dtype: torch.dtype) -> None:
         self.hidden, self.weight, self.bias, self.logits_dtype = hidden, weight, bias, logits_dtype
+        # The row kernels read a far row again for the gradient of KL(Q‖P) to Q, when some of it may be written already.
+        self.reads_again = False
         self.grad_hidden: torch.Tensor | None = None
         self.grad_weight: Sum | None = None
         self.grad_bias: Sum | None = None
@@ -112,7 +114,7 @@ class Head:
     @property
     def in_place(self) -> bool:
         """Whether gradients of logits can take the place of the logits."""
-        return self.logits_dtype == self.hidden.dtype
+        return self.logits_dtype == self.hidden.dtype and not self.reads_again
 
     def inputs(self, rows: slice, mask: torch.Tensor | None) -> torch.Tensor:
         """The hidden states [n, H] of some tokens; zeros where masked, since 0·NaN in a product would spread."""
@@ -278,6 +280,8 @@ class Heads:
     def _backward(self, taking_part: list[Head], saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: tuple[str, ...],
                   outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         gathered = self._want(wrt, upstream)
+        for head in self.all:
+            head.reads_again = "ref_kl" in upstream and self.reference is not None and self.reference.learns
         with self.own_types:
             self._backward_chunks(taking_part, saved, {name: self._take(value) for name, value in upstream.items()}, outputs)
         for head in self.all:

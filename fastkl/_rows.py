@@ -58,9 +58,10 @@ def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, to
 def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
              grad_p: torch.Tensor | None, grad_q: torch.Tensor | None,
              scaling: Scaling = Scaling()) -> None:  # noqa: B008
-    """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per field. They may be the logits themselves.
+    """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per field.
 
-    They are gradients with respect to the raw logits, before `scaling`.
+    They are gradients with respect to the raw logits, before `scaling`, and may be the logits themselves unless the
+    gradient of ref_kl to Q is asked for: a far row is then read again.
     """
     if backend == "reference":
         reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling)
@@ -113,7 +114,7 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
         x, y = _scaled(p, q, rows, scaling)
         result = _statistics(x, y, chosen, scales, outputs)
         far = result.saved[:, reference.FAR] != 0
-        if saved.dtype != torch.float64 and bool(far.any()):
+        if result.saved.dtype != torch.float64 and bool(far.any()):
             wide = _statistics(*_double(far, x, y), _some(chosen, far), _some(scales, far), outputs)
             for value, better in zip(result[:-1], wide[:-1], strict=True):
                 if value is not None:

@@ -191,7 +191,8 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
         if "entropy" in g:
             bracket -= g["entropy"] * _about_mean(p, log_p)
         if "kl" in g:
-            bracket -= g["kl"] * _about_mean(p, d)
+            # An infinite KL without upstream gradient takes no part.
+            bracket -= torch.where(g["kl"] == 0, 0.0, g["kl"] * _about_mean(p, d))
         grad_p = torch.where(p == 0, 0.0, p * bracket)
         if "ref_kl" in g:
             grad_p -= g["ref_kl"] * rise
@@ -204,6 +205,6 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
             grad_q -= g["ref_logprob"] * q
             grad_q.scatter_add_(-1, tokens[:, None], g["ref_logprob"])
         if "ref_kl" in g:
-            grad_q += g["ref_kl"] * torch.where(q == 0, 0.0, q * _about_mean(q, d))
+            grad_q += torch.where((q == 0) | (g["ref_kl"] == 0), 0.0, g["ref_kl"] * q * _about_mean(q, d))
         grad_q *= scale
     return grad_p, grad_q

@@ -237,7 +237,10 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
 
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
              grad_q: torch.Tensor | None) -> None:
-    """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per field. They may be the logits themselves."""
+    """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per field.
+
+    They may be the logits themselves unless the gradient of ref_kl to Q is asked for: a far row is then read again.
+    """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     fields = tuple([name for name in FIELDS if name in upstream])
     stacked = (torch.stack([upstream[name].to(torch.float32) for name in fields]) if len(fields) > 1

@@ -192,11 +192,12 @@ def write_fallback(p_row, q_row, grad_p_row, grad_q_row, token, start, end, V, s
             d = log_ratio(log_p, log_q)
             grad_y = q * -g_ref_logprob
             if KL:
-                grad_x -= p * (g_kl * ((d - at_p) - row.mean_p))
+                # An infinite KL without upstream gradient takes no part.
+                grad_x -= tl.where(g_kl == 0.0, 0.0, p * (g_kl * ((d - at_p) - row.mean_p)))
                 grad_y += g_kl * (q - p)
             if REF_KL:
                 grad_x -= g_ref_kl * (q - p)
-                grad_y += tl.where(q == 0.0, 0.0, q * (g_ref_kl * ((d - at_q) - row.mean_q)))
+                grad_y += tl.where(q == 0.0, 0.0, tl.where(g_ref_kl == 0.0, 0.0, q * (g_ref_kl * ((d - at_q) - row.mean_q))))
         if WRT_P:
             # An entry without probability has no gradient, also where its logarithm is infinite.
             grad_x = tl.where(p == 0.0, -g_ref_kl * q if (HAS_Q and REF_KL) else 0.0, grad_x)
@@ -218,7 +219,7 @@ def write_fallback(p_row, q_row, grad_p_row, grad_q_row, token, start, end, V, s
     "p_ptr", "q_ptr", "grad_p_ptr", "grad_q_ptr", "tokens_ptr", "saved_ptr", "upstream_ptr", "mask_ptr", "temperature_ptr", "ratio_ptr"])
 def row_backward(
     p_ptr, q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
-    grad_p_ptr, grad_q_ptr,  # [N, V] rows stride_grad apart, may be the logits themselves; any pointer where not asked for
+    grad_p_ptr, grad_q_ptr,  # [N, V] rows stride_grad apart, may be the logits themselves but for REF_KL to Q; any pointer where not asked for
     tokens_ptr,  # [N] int64; any pointer without upstream gradients of log-probs
     saved_ptr,  # [N, 10] float32, written by row_finish
     upstream_ptr,  # [fields, N] float32: the upstream gradients that are there
@@ -236,7 +237,7 @@ def row_backward(
     Math:   entry_gradients, write_fallback for a row that float32 does not hold; reference.row_gradients is the definition.
     Grid:   (N · chunks,), a row's chunks next to each other.
     Reads:  N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients per row. Nothing of V in a masked row or in
-            one whose upstream gradients are all 0.
+            one whose upstream gradients are all 0. For REF_KL to Q each chunk of a row whose E_q[d] is not known reads 3·V of both.
     Writes: N·V of each gradient asked for; exact zeros in those rows.
     Saves:  nothing.
     Special values: an entry with probability 0 has gradient exactly 0; a row with a NaN or with an infinite KL has gradients that are not finite.

@@ -165,9 +165,12 @@ def store_rows(rows, stored, p_row, q_row, tokens_ptr, saved_ptr, logprob_ptr, e
         # What row_backward does with 16-bit logits has no room for another subtraction, and their gradients round more than this does.
         mean_p_d += lost_centre
         mean_q_d += lost_centre
+    # A peak that rounds up to a whole number leaves a sum below 1. The second saved value is never negative: a negative
+    # one marks a fallback row.
+    below = log2_S < 0.0
     saved_ptr += rows * SAVED
-    tl.store(saved_ptr, origin, mask=stored)
-    tl.store(saved_ptr + 1, log2_S, mask=stored)
+    tl.store(saved_ptr, tl.where(below, origin - 1.0, origin), mask=stored)
+    tl.store(saved_ptr + 1, tl.where(below, log2_S + 1.0, log2_S), mask=stored)
     tl.store(saved_ptr + 2, full_lse_q, mask=stored)
     tl.store(saved_ptr + 3, full_lost_q, mask=stored)
     tl.store(saved_ptr + 4, centre, mask=stored)

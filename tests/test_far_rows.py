@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from fastkl import KLPenalty, LinearKLPenalty, kl_divergence, token_stats
+from fastkl import KLPenalty, LinearKLPenalty, kl_divergence, linear_token_stats, token_stats
 
 ROWS = 16
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
@@ -304,3 +304,49 @@ def test_penalties_beside_a_mask(implementation, direction, masked, fill) -> Non
         (grad,), (exact,) = torch.autograd.grad(loss, states), torch.autograd.grad(expected, leaf, retain_graph=True)
         error = (grad.double().cpu() - exact).norm() / exact.norm()
         assert error <= 1e-5, f"{direction}, {masked} masked by {fill:g}, linear {linear}: {error:.2g}"
+
+
+def test_no_gradient_takes_the_place_of_logits_to_be_read_again(implementation) -> None:
+    """ref_kl of rows with two peaks, from hidden states and over several programs of a row: gradients to both models."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = 70001
+    weight = torch.randn(vocabulary, 4, generator=generator)
+    ref_weight = weight + 0.01 * torch.randn(vocabulary, 4, generator=generator)
+    hidden = 0.1 * torch.randn(2, 4, generator=generator)
+    hidden[:, 0] = 1.0
+    weight[5, 0], weight[69000, 0], ref_weight[5, 0], ref_weight[69000, 0] = 13.0, 9.0, 9.0, 14.0
+    values = [value.to(implementation.device).requires_grad_() for value in (hidden, weight, hidden.clone(), ref_weight)]
+    stats = linear_token_stats(values[0], values[1], torch.tensor([5, 69000], device=implementation.device), *values[2:])
+    assert bool((stats.kl + stats.ref_kl > 1).all()) and bool((torch.maximum(stats.kl, stats.ref_kl) < 8).all()), stats
+    wide = [value.detach().double().cpu().requires_grad_() for value in values]
+    log_p, log_q = ((states @ head.t()).log_softmax(-1) for states, head in (wide[:2], wide[2:]))
+    exact = torch.autograd.grad((log_q.exp() * (log_q - log_p)).sum(), wide)
+    # Those to the weights: a product over 70001 entries has roundings of its own.
+    for grad, expected in zip(torch.autograd.grad(stats.ref_kl.sum(), values)[1::2], exact[1::2], strict=True):
+        assert (grad.double().cpu() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_peak_that_rounds_up_to_a_whole_number(implementation) -> None:
+    """float32 logits whose x·log2(e) rounds to the next whole number, beside nearly no other probability."""
+    x = torch.full((3, 64), -40.0)
+    x[:, 9] = torch.tensor([14.556090, 15.249238, 13.862943])
+    y = x.clone()
+    y[:, 3] = x[:, 9] - 2.0
+    exact = cases.truth(x, y)
+    p, q = (side.to(implementation.device).requires_grad_() for side in (x, y))
+    grads = torch.autograd.grad(kl_divergence(p, q).sum(), (p, q))
+    for grad, expected in zip(grads, cases.kl_gradients(exact, torch.ones(3)), strict=True):
+        cases.assert_gradient(grad, expected, "gradient")
+
+
+def test_an_infinite_kl_that_is_left_out(implementation) -> None:
+    """A row whose KL is infinite and has an upstream gradient of 0 keeps the gradient of its other fields."""
+    x, y = torch.zeros(1, 8), torch.zeros(1, 8)
+    y[0, 3] = -math.inf
+    p, q = (side.to(implementation.device).requires_grad_() for side in (x, y))
+    stats = token_stats(p, torch.tensor([1], device=p.device), q)
+    one, zero = torch.ones(1).to(p), torch.zeros(1).to(p)
+    grads = torch.autograd.grad((stats.logprob, stats.ref_logprob, stats.kl), (p, q), [one, one, zero])
+    for grad, side in zip(grads, (x, y), strict=True):
+        expected = torch.nn.functional.one_hot(torch.tensor([1]), 8) - side.softmax(-1)
+        cases.assert_near(grad, expected, 1e-6, 1e-6, "gradient")
