@@ -180,8 +180,9 @@ def second_head(first: tuple, second: tuple, names: tuple[Names, Names], own_bia
         raise ValueError(f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got {tuple(ref_hidden.shape[:-1])}; "
                          f"align the batch and time dimensions")
     if not shared and ref_weight.shape[0] != weight.shape[0]:
+        padded, its_bias = (names[0], bias) if weight.shape[0] > ref_weight.shape[0] else (names[1], ref_bias)
         raise ValueError(f"{names[1].weight}: expected the {weight.shape[0]} rows of {names[0].weight}, got {ref_weight.shape[0]}; slice a padded "
-                         f"vocabulary to the shared one: weight[:V]")
+                         f"vocabulary to the shared one: {padded.weight}[:V]" + ("" if its_bias is None else f" and {padded.bias}[:V]"))
     same_device_and_precision("ref_hidden", ref_hidden, "hidden", hidden)
 
 
@@ -193,26 +194,23 @@ def reference_given(ref_hidden: torch.Tensor | None) -> None:
 
 
 def softcap(value: float | None, name: str = "softcap") -> None:
-    """None or a positive number that float32 holds."""
+    """None or a positive number that float32 holds, and its inverse."""
     _positive_number(name, value, " for no soft cap", "pass the final_logit_softcapping of the model's config")
 
 
 def logit_scale(name: str, value: float) -> None:
     """A positive number that float32 holds, and its inverse."""
-    remedy = "pass the factor of the logits in the model's config, or 1.0"
-    _positive_number(name, value, None, remedy)
-    if value < LOWEST_TEMPERATURE:
-        raise ValueError(f"{name}: expected at least 2^-126, got {shown(value)}; {remedy}")
+    _positive_number(name, value, None, "pass the factor of the logits in the model's config, or 1.0")
 
 
 def _positive_number(name: str, value: float | None, for_none: str | None, remedy: str) -> None:
-    """A positive number up to 2^126, or None where `for_none` says what it stands for."""
+    """A number within 2^-126 … 2^126, or None where `for_none` says what it stands for."""
     if value is None and for_none is not None:
         return
-    what = "expected a positive finite number up to 2^126" + ("" if for_none is None else f", or None{for_none}")
+    what = "expected a positive finite number within 2^-126 … 2^126" + ("" if for_none is None else f", or None{for_none}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: {what}, got {type_name(value)}; {remedy}")
-    if not (0 < value <= HIGHEST_TEMPERATURE):
+    if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
         raise ValueError(f"{name}: {what}, got {shown(value)}; {remedy}")
 
 

@@ -70,7 +70,7 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens
 
     Args:
         hidden: [..., H], the last hidden states after the final norm; float32, bfloat16 or float16 (float64 on the reference backend).
-        weight: [V, H], the lm_head's weight, in the type of hidden, or a Head. A vocabulary that is padded in one model: pass weight[:V].
+        weight: [V, H], the lm_head's weight, in the type of hidden, or a Head. A vocabulary padded in one model: pass weight[:V] and bias[:V].
         tokens: integer ids [...], as for token_stats.
         ref_hidden: [..., H_ref], the reference's hidden states: they may be cached from an earlier pass, also one in inference mode, and their H and
             type may differ.

@@ -56,7 +56,8 @@ WRONG = {
     "ref_weight": [(ones(V + 2, H_REF), ValueError, ("ref_bias",)), (ones(V, H), ValueError, ("[V, 3]", "(7, 4)"))],
     "ref_bias": [(ones(V, 1), ValueError, ("(7, 1)",))],
     "temperature": [(0.0, ValueError, ("0.0",)), ("1", TypeError, ("str",)), (ones(2), ValueError, ("(2, 3)", "(2,)"))],
-    "softcap": [(-1.0, ValueError, ("-1.0",)), (math.inf, ValueError, ("inf",)), (True, TypeError, ("bool",)), (ones(1), TypeError, ("tensor",))],
+    "softcap": [(-1.0, ValueError, ("-1.0",)), (1e-46, ValueError, ("2^-126",)),
+                (math.inf, ValueError, ("inf",)), (True, TypeError, ("bool",)), (ones(1), TypeError, ("tensor",))],
     "mask": [(ones(2, 3), TypeError, ("bool",)), (ones(3, 2).bool(), ValueError, ("(3, 2)",))],
     "logits_dtype": [(torch.bfloat16, ValueError, ("torch.float32", "torch.bfloat16")), (torch.float64, ValueError, ("torch.float64",))],
     "chunk_size": [(0, ValueError, ("0",)), (1.5, TypeError, ("float",)), (True, TypeError, ("bool",))],
@@ -94,6 +95,8 @@ def test_vocabularies_that_differ(implementation) -> None:
     padded = torch.ones(V + 2, H_REF, device=implementation.device)
     fails(ValueError, "ref_weight", lambda: CALLS["kl"](arguments, ref_weight=padded), "7", "9", "weight[:V]")
     CALLS["kl"](arguments, ref_weight=padded[:V])
+    padded = torch.ones(V + 2, H, device=implementation.device)
+    fails(ValueError, "ref_weight", lambda: CALLS["kl"](arguments, weight=padded), ": weight[:V]")
 
 
 def test_shared_heads(implementation) -> None:

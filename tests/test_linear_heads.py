@@ -142,6 +142,21 @@ def test_a_head_of_nothing_else_is_its_weight(implementation) -> None:
         cases.assert_same_bits(value, expected, "field")
 
 
+@pytest.mark.parametrize("call", ["stats", "sum"])
+@pytest.mark.parametrize("models", ["inherited", "again", "another Head", "weight beside a Head", "Head beside a weight", "detached"])
+def test_one_weight_is_kept_once(call, models) -> None:
+    """Two models that hold one weight tensor share it, in Heads too: backward keeps it, or its gradient, once."""
+    made = leaves("cpu")
+    head, weight = Head(made.weight, logit_scale=0.5), made.weight
+    first, second = {"inherited": (head, None), "again": (head, head), "another Head": (head, Head(weight, made.ref_bias, 3.0)),
+                     "weight beside a Head": (head, weight), "Head beside a weight": (weight, head),
+                     "detached": (head, Head(weight.detach()))}[models]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value.shape) or value, lambda value: value):
+        by_fastkl(made, call, first, second, {})
+    assert kept.count(weight.shape) == (2 if (call, models) == ("stats", "detached") else 1)
+
+
 def test_one_model(implementation) -> None:
     """Without a reference the Head is that of the policy alone."""
     made, exact = leaves(implementation.device), leaves("cpu", torch.float64)
@@ -191,7 +206,7 @@ def test_a_temperature_out_of_range(implementation) -> None:
         for name in ("temperature", "ref_temperature"):
             wrong = torch.full(LEADING, 1.0, device=implementation.device)
             wrong[0, 0] = bad
-            options = {"temperature": torch.ones_like(wrong), "ref_temperature": 2 * torch.ones_like(wrong), name: wrong}
+            options = {"temperature": 4 * torch.ones_like(wrong), "ref_temperature": 2 * torch.ones_like(wrong), name: wrong}
 
             def call(mask, options=options):
                 return fastkl.linear_kl_divergence(made.hidden, made.weight, made.ref_hidden, made.ref_weight, mask=mask, **options)
@@ -215,6 +230,8 @@ def wrong_calls(made: SimpleNamespace) -> dict[str, tuple]:
         "softcap": (ValueError, "softcap", "beside a Head", dict(weight=head, softcap=3.0)),
         "softcap, one Head": (ValueError, "softcap", "beside a Head as ref_weight", dict(ref_weight=Head(other), softcap=3.0)),
         "softcap of a Head": (ValueError, "weight.softcap", "-1", dict(weight=Head(weight, softcap=-1))),
+        "softcap that float32 rounds to 0": (ValueError, "ref_weight.softcap", "2^-126", dict(ref_weight=Head(other, softcap=1e-46))),
+        "scale below float32": (ValueError, "weight.logit_scale", "2^-126", dict(weight=Head(weight, logit_scale=1e-46))),
         "softcap of the second": (TypeError, "ref_weight.softcap", "str", dict(ref_weight=Head(other, softcap="3"))),
         "scale 0": (ValueError, "weight.logit_scale", "positive", dict(weight=Head(weight, logit_scale=0))),
         "scale inf": (ValueError, "ref_weight.logit_scale", "inf", dict(ref_weight=Head(other, logit_scale=float("inf")))),
@@ -228,7 +245,9 @@ def wrong_calls(made: SimpleNamespace) -> dict[str, tuple]:
         "no second weight": (TypeError, "ref_weight.weight", "NoneType", dict(ref_weight=Head(None))),
         "bias of a Head": (ValueError, "ref_weight.bias", "ref_weight.weight", dict(ref_weight=Head(other, bias[:-1]))),
         "type of a bias": (TypeError, "weight.bias", "float64", dict(weight=Head(weight, bias.double()))),
-        "rows": (ValueError, "ref_weight.weight", "weight[:V]", dict(ref_weight=Head(other[:-1]))),
+        "rows": (ValueError, "ref_weight.weight", ": weight[:V]", dict(ref_weight=Head(other[:-1]))),
+        "rows of Heads": (ValueError, "ref_weight.weight", ": ref_weight.weight[:V] and ref_weight.bias[:V]",
+                          dict(weight=Head(weight[:-1]), ref_weight=Head(other, made.ref_bias))),
         "shared, no bias": (ValueError, "ref_bias", "ref_bias=weight.bias", dict(weight=Head(weight, bias), ref_weight=weight)),
         "ref_temperature 0": (ValueError, "ref_temperature", "0", dict(ref_temperature=0.0)),
         "ref_temperature str": (TypeError, "ref_temperature", "str", dict(ref_temperature="1")),

@@ -103,6 +103,7 @@ def test_beta_is_read_at_each_call(implementation) -> None:
 
 @pytest.mark.parametrize("keywords, error, words", [
     (dict(beta=-1.0), ValueError, "beta: expected"), (dict(softcap=0.0), ValueError, "softcap: expected"),
+    (dict(softcap=1e-46), ValueError, "softcap: expected"),
     (dict(softcap="30"), TypeError, "softcap: expected"), (dict(chunk_size=0), ValueError, "chunk_size: expected"),
     (dict(chunk_size=2.5), TypeError, "chunk_size: expected"), (dict(direction="forward"), ValueError, "direction: expected"),
     (dict(logits_dtype="float32"), TypeError, "logits_dtype: expected"), (dict(logits_dtype=torch.int8), ValueError, "logits_dtype: expected"),
