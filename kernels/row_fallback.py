@@ -99,7 +99,9 @@ def fallback_row(p_ptr, q_ptr, V, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: 
     log_sum_ratio = log_sum * 0.0
     if WITH_KL:
         log_sum_ratio = tl.log(tl.sum(y_weights, 0)) - log_sum
-    row = FallbackRow(x_peak, y_peak, log_sum, log_sum_ratio, tl.max(y_at_x_peak, 0), log_sum_ratio, tl.max(x_at_y_peak, 0), log_sum_ratio, log_sum_ratio)
+    # The means and the entropy follow below; peak_ratios reads none of them.
+    row = FallbackRow(x_peak, y_peak, log_sum, log_sum_ratio, tl.max(y_at_x_peak, 0), log_sum, tl.max(x_at_y_peak, 0),
+                      log_sum, log_sum)
     d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
     plogp = tl.zeros([BLOCK], tl.float64)
     sum_p = plogp
