@@ -80,6 +80,9 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         specializations.append(_specialization(f"{name}.forward", row_forward, {**shape, **plain, **fields}, dtype, forward.threads // warp,
                                                forward.groups * lanes, forward.options(arch)))
         if aligned and name != "token_stats_policy_only":
+            with_ratio = {**shape, **plain, **fields, "HAS_RATIO": True}
+            specializations.append(_specialization(f"{name}.forward_ratio", row_forward, with_ratio, dtype, forward.threads // warp,
+                                                   forward.groups * lanes, forward.options(arch)))
             with_cap = {**shape, **plain, **fields, "SOFTCAP": 30.0, "REF_SOFTCAP": 30.0}
             specializations.append(_specialization(f"{name}.forward_softcap", row_forward, with_cap, dtype, forward.threads // warp,
                                                    forward.groups * lanes, forward.options(arch, capped=True)))
@@ -107,6 +110,8 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         if dtype == "fp32":  # of logits that are float32 sums of 16-bit products
             specializations.append(_specialization(f"{name}_to_16_bit", row_backward, constexprs, dtype, backward.threads // warp,
                                                    backward.groups * lanes, backward.options(arch), "bf16"))
+        specializations.append(_specialization(f"{name}_ratio", row_backward, {**constexprs, "HAS_RATIO": True}, dtype,
+                                               backward.threads // warp, backward.groups * lanes, backward.options(arch)))
         specializations.append(_specialization(f"{name}_softcap", row_backward, {**constexprs, "SOFTCAP": 30.0, "REF_SOFTCAP": 30.0}, dtype,
                                                backward.threads // warp, backward.groups * lanes, backward.options(arch, capped=True)))
     return specializations

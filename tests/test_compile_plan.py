@@ -45,14 +45,15 @@ def launched(monkeypatch, arch: str, dtype: str, aligned: bool) -> set[tuple]:
         values = {field: torch.empty(ROWS) for field in fields}
         reference = None if name.endswith("policy_only") else q
         rest = (tokens if "logprob" in fields else None, mask, 1.0)
-        for softcap in (0.0, 30.0) if aligned and reference is not None else (0.0,):
-            _rows.forward("triton", p, reference, *rest, values, saved, _rows.Scaling(softcap, softcap))
+        scalings = [_rows.Scaling(), _rows.Scaling(30.0, 30.0), _rows.Scaling(ratio=0.5)] if aligned and reference is not None else [_rows.Scaling()]
+        for scaling in scalings:
+            _rows.forward("triton", p, reference, *rest, values, saved, scaling)
         if not aligned and reference is not None:
             _rows.forward("triton", p, elsewhere, *rest, values, saved)
         for wrt in ((True, False), (False, True), (True, True)) if reference is not None else ((True, False),):
             asked = [grad if wanted else None for grad, wanted in zip(grads, wrt, strict=True)]
-            for softcap in (0.0, 30.0) if aligned else (0.0,):
-                _rows.backward("triton", p, reference, *rest, saved, values, *asked, _rows.Scaling(softcap, softcap))
+            for scaling in scalings:
+                _rows.backward("triton", p, reference, *rest, saved, values, *asked, scaling)
             if dtype == "fp32" and aligned:
                 narrow = [None if grad is None else torch.empty(ROWS, V, dtype=torch.bfloat16) for grad in asked]
                 _rows.backward("triton", p, reference, *rest, saved, values, *narrow)
