@@ -87,7 +87,8 @@ def _weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden
         gradients = heads.forward_and_backward({"kl": kl.view(-1)}, {"kl": _rows.flat(weights / unit)}, wanted(wrt))
     else:
         heads.forward({"kl": kl.view(-1)}, weights.new_empty(weights.numel(), SAVED))
-    return ((weights * kl).sum(), kl, unit, *_in_their_types(six, gradients, wrt, wide=(torch.float16,)))
+    # A token without weight takes no part, whatever its KL.
+    return (torch.where(weights == 0, 0.0, weights * kl).sum(), kl, unit, *_in_their_types(six, gradients, wrt, wide=(torch.float16,)))
 
 
 def _fake_weighted_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, weights, mask, temperatures, ratios, temperature, wrt, softcap,

@@ -56,7 +56,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
 
     Special values:
         An entry that is -inf in both adds 0; -inf in q_logits alone, where p > 0, makes the row +inf; in p_logits alone, finite. A NaN or +inf
-        makes its own row NaN.
+        makes its own row NaN (of token_stats: every field that depends on it, on the kernels all of them).
 
     Raises:
         TypeError, ValueError: wrong type, shape, device or temperature. RuntimeError: the chosen backend cannot take the input.

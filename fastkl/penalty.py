@@ -97,7 +97,8 @@ class KLPenalty(_Penalty):
         loss = beta * kl.sum() / mask.sum()                                                 # reduction "token_mean"
 
     Args:
-        beta: the penalty's weight: a number ≥ 0, or a controller: an object with an attribute `beta`, read at every call.
+        beta: the penalty's weight: a number ≥ 0, or a controller: an object with an attribute `beta`, read at every call. 0 leaves the KL
+            out, also an infinite one.
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or "reference||policy".
         temperature: divides both logits; a positive number.
         reduction: "token_mean" (also spelt "mean"): mean over the tokens that count; "sequence_mean": mean over sequences of the sum over each
@@ -133,7 +134,9 @@ class KLPenalty(_Penalty):
         _checks.normalizer(normalizer, self.reduction, policy_logits.device)
         kl = kl_divergence(first, second, mask, temperature=self.temperature)
         beta, counts, total = self.beta, _Counts.of(kl, mask), kl.sum()
-        loss = beta * total / self._divisor(counts, normalizer, kl.dtype)
+        # A penalty without weight leaves out an infinite KL too. A tensor: a number that changes would compile anew.
+        scale = kl.new_ones(()) * beta
+        loss = torch.where(scale == 0, 0.0, scale * total) / self._divisor(counts, normalizer, kl.dtype)
         self._remember(kl, total, counts, beta, loss)
         return loss
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from typing import NamedTuple
 
 import background
@@ -22,6 +23,10 @@ import torch
 
 import fastkl
 
+# A shell that starts the tests in the background ignores these for them, and every command under test would inherit it.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 # The tests' tensors are small: a second thread costs more than it gives, most of all on a busy machine.
 torch.set_num_threads(1)
 

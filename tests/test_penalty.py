@@ -249,3 +249,19 @@ def test_compiled(implementation) -> None:
         assert torch.equal(*(torch.autograd.grad(value, policy)[0] for value in (loss, exact)))
         assert all(torch.equal(value, eager.last[name]) for name, value in penalty.last.items())
     assert counter.frame_count <= 2
+
+
+def test_a_weight_of_0_leaves_an_infinite_kl_out(implementation) -> None:
+    """From logits and from hidden states: a loss of 0 with gradient 0, however beta was annealed."""
+    weight = torch.eye(2, device=implementation.device)
+    states = torch.tensor([[0.0, 0.0], [0.0, 1.0]], device=implementation.device)
+    reference = torch.tensor([[0.0, -math.inf], [0.0, 2.0]], device=implementation.device)
+    policy = states.clone().requires_grad_()
+    loss = fastkl.KLPenalty(0)(policy, reference)
+    (gradient,) = torch.autograd.grad(loss, policy)
+    assert loss == 0 and not bool(gradient.any())
+    policy = states.clone().requires_grad_()
+    bias = torch.tensor([0.0, -math.inf], device=implementation.device)
+    loss = fastkl.LinearKLPenalty(0.0)(policy, weight, states, weight.clone(), bias=torch.zeros_like(bias), ref_bias=bias)
+    (gradient,) = torch.autograd.grad(loss, policy)
+    assert loss == 0 and not bool(gradient.any())
