@@ -15,33 +15,49 @@ REDUCTIONS = get_args(Reduction)
 PENALTY_REDUCTIONS = get_args(PenaltyReduction)
 
 
-def check(reduction: str, weights: torch.Tensor | None, normalizer: float | torch.Tensor | None, leading: torch.Size,
-          device: torch.device) -> None:
+def check(
+    reduction: str,
+    weights: torch.Tensor | None,
+    normalizer: float | torch.Tensor | None,
+    leading: torch.Size,
+    device: torch.device,
+) -> None:
     """Check the arguments of a reduction that may be "none"."""
     if weights is None and normalizer is None and type(reduction) is str and reduction == "none":
         return  # with few rows a call takes as long as its Python does
     _checks.choice("reduction", reduction, REDUCTIONS)
     if reduction == "none" and weights is not None:
-        raise ValueError(f"weights: expected None with reduction='none', got {_checks.type_name(weights)}; "
-                         "multiply the result instead, or use reduction='sum'")
+        raise ValueError(
+            f"weights: expected None with reduction='none', got {_checks.type_name(weights)}; "
+            "multiply the result instead, or use reduction='sum'"
+        )
     _checks.token_weights(weights, leading, device)
     _checks.normalizer(normalizer, reduction, device)
 
 
-def tokens(mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype) -> torch.Tensor | int:
+def tokens(
+    mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor | int:
     """Count the tokens that count: a tensor of type dtype where there is a mask, without a synchronisation."""
     return math.prod(leading) if mask is None else mask.sum(dtype=dtype)
 
 
-def sequences(mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype) -> torch.Tensor | int:
+def sequences(
+    mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor | int:
     """Count the sequences, along the last leading dimension, with a token that counts; as tokens."""
     if mask is None:
         return math.prod(leading[:-1]) if math.prod(leading) else 0
     return (mask.any(-1) if mask.dim() else mask).sum(dtype=dtype)
 
 
-def divisor(reduction: str, normalizer: float | torch.Tensor | None, mask: torch.Tensor | None,
-            leading: Sequence[int], dtype: torch.dtype) -> torch.Tensor | float:
+def divisor(
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+    mask: torch.Tensor | None,
+    leading: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor | float:
     """Return the number, or scalar tensor, that the sum over tokens, of type dtype, is divided by.
 
     Without tokens (sequences) it is 1. A tensor 0 becomes inf: it makes every finite sum 0, and its gradient.
@@ -53,7 +69,9 @@ def divisor(reduction: str, normalizer: float | torch.Tensor | None, mask: torch
         return torch.where(normalizer == 0, math.inf, normalizer)
     if normalizer is not None:
         return normalizer
-    return at_least_one((sequences if reduction == "sequence_mean" else tokens)(mask, leading, dtype))
+    return at_least_one(
+        (sequences if reduction == "sequence_mean" else tokens)(mask, leading, dtype)
+    )
 
 
 def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
@@ -61,22 +79,39 @@ def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(1, count)
 
 
-def token_scales(weights: torch.Tensor | None, reduction: str, normalizer: float | torch.Tensor | None,
-                 mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype,
-                 device: torch.device) -> torch.Tensor:
+def token_scales(
+    weights: torch.Tensor | None,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+    mask: torch.Tensor | None,
+    leading: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
     """Return weights / normalizer [...] in dtype: for a computation that weighs each token before it sums.
 
     A masked token's entry may hold anything, NaN included.
     """
     ones = torch.ones((), dtype=dtype, device=device).expand(leading)
-    return (ones if weights is None else weights.to(dtype)) / divisor(reduction, normalizer, mask, leading, dtype)
+    return (ones if weights is None else weights.to(dtype)) / divisor(
+        reduction, normalizer, mask, leading, dtype
+    )
 
 
-def reduced(values: torch.Tensor, mask: torch.Tensor | None, weights: torch.Tensor | None, reduction: str,
-            normalizer: float | torch.Tensor | None) -> torch.Tensor:
+def reduced(
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+) -> torch.Tensor:
     """Sum or average values [...], exactly 0 where the mask is False; a masked token's weight may hold anything."""
     if weights is not None:
         weights = weights.to(values.dtype)
         values = values * (weights if mask is None else torch.where(mask, weights, 0.0))
     total = values.sum()
-    return total if reduction == "sum" else total / divisor(reduction, normalizer, mask, values.shape, values.dtype)
+    return (
+        total
+        if reduction == "sum"
+        else total / divisor(reduction, normalizer, mask, values.shape, values.dtype)
+    )

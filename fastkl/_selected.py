@@ -26,7 +26,16 @@ def _logprobs(logits: Tensor, index: Tensor, backend: str) -> tuple[Tensor, Tens
     chosen = logits.gather(-1, index).to(logprobs.dtype)
     best = chosen.argmax(-1, keepdim=True)
     top, of_top = chosen.gather(-1, best), logprobs.new_empty(index.shape[:-1])
-    _rows.forward(backend, logits, None, _rows.flat(index.gather(-1, best)[..., 0]), None, 1.0, {"logprob": of_top.view(-1)}, saved.view(-1, SAVED))
+    _rows.forward(
+        backend,
+        logits,
+        None,
+        _rows.flat(index.gather(-1, best)[..., 0]),
+        None,
+        1.0,
+        {"logprob": of_top.view(-1)},
+        saved.view(-1, SAVED),
+    )
     # Equal logits may both be -inf.
     distance = (top - chosen).masked_fill_(chosen == top, 0.0)
     logprobs.copy_(of_top[..., None] - distance)
@@ -35,10 +44,14 @@ def _logprobs(logits: Tensor, index: Tensor, backend: str) -> tuple[Tensor, Tens
 
 def _fake_logprobs(logits, index, backend):
     dtype = _rows.result_dtype(logits)
-    return logits.new_empty(index.shape, dtype=dtype), logits.new_empty((*index.shape[:-1], SAVED), dtype=dtype)
+    return logits.new_empty(index.shape, dtype=dtype), logits.new_empty(
+        (*index.shape[:-1], SAVED), dtype=dtype
+    )
 
 
-def _gradients(logits: Tensor, index: Tensor, logprobs: Tensor, saved: Tensor, upstream: Tensor, backend: str) -> Tensor:
+def _gradients(
+    logits: Tensor, index: Tensor, logprobs: Tensor, saved: Tensor, upstream: Tensor, backend: str
+) -> Tensor:
     """Gradient to the logits, contiguous and in their type.
 
     The kernel writes -Σ upstream · probability everywhere; the chosen entries are then written over, each rounded once: adding to a rounded 16-bit
@@ -48,8 +61,18 @@ def _gradients(logits: Tensor, index: Tensor, logprobs: Tensor, saved: Tensor, u
     if not logprobs.numel():
         return grad.zero_()
     total = upstream.sum(-1, keepdim=True)
-    _rows.backward(backend, logits, None, _rows.flat(index[..., 0]), None, 1.0, saved.reshape(-1, SAVED).contiguous(),
-                   {"logprob": _rows.flat(total[..., 0])}, grad.view(-1, logits.shape[-1]), None)
+    _rows.backward(
+        backend,
+        logits,
+        None,
+        _rows.flat(index[..., 0]),
+        None,
+        1.0,
+        saved.reshape(-1, SAVED).contiguous(),
+        {"logprob": _rows.flat(total[..., 0])},
+        grad.view(-1, logits.shape[-1]),
+        None,
+    )
     own = _sums_of_equal(index, upstream)
     likely = logprobs > -0.5
     # own - total · p, from p - 1 where p is near 1: the digits of what is left.
@@ -91,7 +114,18 @@ def _batched_gradients(info, in_dims, *inputs):
     return (*_batched(info, in_dims, inputs[:-1]), inputs[-1]), 0
 
 
-selected_logprobs = Dispatched("fastkl::selected_logprobs", _logprobs, _fake_logprobs, setup_context=_save_for_backward, backward=_backward,
-                               batch=_batched_logprobs)
-selected_gradients = Dispatched("fastkl::selected_gradients", _gradients, _fake_gradients, backward=refuse_second_derivative,
-                                batch=_batched_gradients)
+selected_logprobs = Dispatched(
+    "fastkl::selected_logprobs",
+    _logprobs,
+    _fake_logprobs,
+    setup_context=_save_for_backward,
+    backward=_backward,
+    batch=_batched_logprobs,
+)
+selected_gradients = Dispatched(
+    "fastkl::selected_gradients",
+    _gradients,
+    _fake_gradients,
+    backward=refuse_second_derivative,
+    batch=_batched_gradients,
+)

@@ -63,14 +63,27 @@ def log_ratio(log_p, log_q):
 @triton.jit
 def peak_ratios(row, scale, q_scale):
     """Return d at P's peak and d at Q's."""
-    d_at_x_peak = log_ratio(log_probability_p(row.x_peak, row, scale), log_probability_q(row.y_at_x_peak, row, q_scale))
-    d_at_y_peak = log_ratio(log_probability_p(row.x_at_y_peak, row, scale), log_probability_q(row.y_peak, row, q_scale))
+    d_at_x_peak = log_ratio(
+        log_probability_p(row.x_peak, row, scale), log_probability_q(row.y_at_x_peak, row, q_scale)
+    )
+    d_at_y_peak = log_ratio(
+        log_probability_p(row.x_at_y_peak, row, scale), log_probability_q(row.y_peak, row, q_scale)
+    )
     return d_at_x_peak, d_at_y_peak
 
 
 @triton.jit
-def fallback_row(p_ptr, q_ptr, V, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: tl.constexpr, SOFTCAP: tl.constexpr,
-                 REF_SOFTCAP: tl.constexpr):
+def fallback_row(
+    p_ptr,
+    q_ptr,
+    V,
+    scale,
+    q_scale,
+    BLOCK: tl.constexpr,
+    WITH_KL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    REF_SOFTCAP: tl.constexpr,
+):
     """The FallbackRow of the rows at p_ptr and q_ptr, for float64 scales 1/T and ratio/T.
 
     An entry with p = 0 adds nothing to an expectation under P; p > 0 = q makes E_p[d] infinite. A NaN makes all NaN.
@@ -100,8 +113,17 @@ def fallback_row(p_ptr, q_ptr, V, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: 
     if WITH_KL:
         log_sum_ratio = tl.log(tl.sum(y_weights, 0)) - log_sum
     # The means and the entropy follow below; peak_ratios reads none of them.
-    row = FallbackRow(x_peak, y_peak, log_sum, log_sum_ratio, tl.max(y_at_x_peak, 0), log_sum, tl.max(x_at_y_peak, 0),
-                      log_sum, log_sum)
+    row = FallbackRow(
+        x_peak,
+        y_peak,
+        log_sum,
+        log_sum_ratio,
+        tl.max(y_at_x_peak, 0),
+        log_sum,
+        tl.max(x_at_y_peak, 0),
+        log_sum,
+        log_sum,
+    )
     d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
     plogp = tl.zeros([BLOCK], tl.float64)
     sum_p = plogp
@@ -111,14 +133,25 @@ def fallback_row(p_ptr, q_ptr, V, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: 
         p = tl.exp(log_p)
         plogp += tl.where(p == 0.0, 0.0, p * log_p)
         if WITH_KL:
-            log_q = log_probability_q(load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP), row, q_scale)
+            log_q = log_probability_q(
+                load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP), row, q_scale
+            )
             q = tl.exp(log_q)
             d = log_ratio(log_p, log_q)
             sum_p += tl.where(p == 0.0, 0.0, p * (d - d_at_x_peak))
             sum_q += tl.where(q == 0.0, 0.0, q * (d - d_at_y_peak))
     entropy = -tl.sum(plogp, 0)
-    return FallbackRow(x_peak, y_peak, log_sum, log_sum_ratio, row.y_at_x_peak, tl.sum(sum_p, 0), row.x_at_y_peak, tl.sum(sum_q, 0),
-                       tl.where(entropy <= 0.0, 0.0, entropy))
+    return FallbackRow(
+        x_peak,
+        y_peak,
+        log_sum,
+        log_sum_ratio,
+        row.y_at_x_peak,
+        tl.sum(sum_p, 0),
+        row.x_at_y_peak,
+        tl.sum(sum_q, 0),
+        tl.where(entropy <= 0.0, 0.0, entropy),
+    )
 
 
 @triton.jit
@@ -134,7 +167,9 @@ def fallback_kl(row, scale, q_scale):
 def store_row(saved_ptr, row):
     """Write a FallbackRow to the saved values [10] of its row; the sign bit of the second marks it."""
     high = row.log_sum_ratio.to(tl.float32)
-    low = tl.where(tl.abs(high) < float("inf"), (row.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0)
+    low = tl.where(
+        tl.abs(high) < float("inf"), (row.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0
+    )
     tl.store(saved_ptr, row.x_peak.to(tl.float32))
     # A sum that counts its largest term as 1 has a logarithm of at least 0.
     marked = row.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
@@ -154,9 +189,16 @@ def load_row(saved_ptr):
     """The FallbackRow that store_row wrote."""
     log_sum_ratio = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
     return FallbackRow(
-        tl.load(saved_ptr).to(tl.float64), tl.load(saved_ptr + 2).to(tl.float64), -tl.load(saved_ptr + 1).to(tl.float64), log_sum_ratio,
-        tl.load(saved_ptr + 5).to(tl.float64), tl.load(saved_ptr + 6).to(tl.float64), tl.load(saved_ptr + 7).to(tl.float64),
-        tl.load(saved_ptr + 8).to(tl.float64), tl.load(saved_ptr + 9).to(tl.float64))
+        tl.load(saved_ptr).to(tl.float64),
+        tl.load(saved_ptr + 2).to(tl.float64),
+        -tl.load(saved_ptr + 1).to(tl.float64),
+        log_sum_ratio,
+        tl.load(saved_ptr + 5).to(tl.float64),
+        tl.load(saved_ptr + 6).to(tl.float64),
+        tl.load(saved_ptr + 7).to(tl.float64),
+        tl.load(saved_ptr + 8).to(tl.float64),
+        tl.load(saved_ptr + 9).to(tl.float64),
+    )
 
 
 @triton.jit
