@@ -26,7 +26,7 @@ REFERENCE_FIELDS = ("ref_logprob", "kl", "ref_kl")
 
 
 class PerToken(NamedTuple):
-    """What belongs to each token, [N] contiguous vectors or None, and how its raw logits are scaled."""
+    """Per-token vectors, [N] contiguous or None, and the scaling of the raw logits."""
 
     tokens: torch.Tensor | None
     mask: torch.Tensor | None

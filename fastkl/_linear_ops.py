@@ -120,7 +120,7 @@ def _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_sof
 def _size(names: tuple[str, ...], ratio: Tensor | float) -> Tensor | float:
     """Return how large gradients of raw logits are, beside those of one temperature for both models.
 
-    Those of the second model have `ratio` as a factor, those of the first one as much in their differences of log-probabilities.
+    The second model's gradients have `ratio` as a factor, the first one's as much in their differences of log-probabilities.
     """
     if not {"hidden", "weight", "bias"} & set(names):
         return ratio

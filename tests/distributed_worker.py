@@ -219,7 +219,7 @@ LOSSES: dict[str, Callable] = {
     "LinearKLPenalty": lambda *made, normalizer=None: fastkl.LinearKLPenalty(0.5)(made[0], made[1], made[2].ref_hidden, made[2].ref_weight,
                                                                                    made[2].mask, normalizer=normalizer),
 }
-# (sequences, tokens) of each rank's micro-batches: one rank has a third of the other's tokens. What is cut off does not count.
+# (sequences, tokens) of each rank's micro-batches: one rank has a third of the other's tokens. The rest does not count.
 MICRO_BATCHES = (((slice(0, 1), slice(2)),), ((slice(1, 2), slice(2)), (slice(2, 4), slice(3))))
 
 

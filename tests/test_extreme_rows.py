@@ -160,7 +160,7 @@ def test_no_gradient_takes_the_place_of_logits_to_be_read_again(implementation) 
     wide = [value.detach().double().cpu().requires_grad_() for value in values]
     log_p, log_q = ((states @ head.t()).log_softmax(-1) for states, head in (wide[:2], wide[2:]))
     exact = torch.autograd.grad((log_q.exp() * (log_q - log_p)).sum(), wide)
-    # Those to the weights: a product over 70001 entries has roundings of its own.
+    # Gradients to the weights alone: a product over 70001 entries has roundings of its own.
     for grad, expected in zip(
         torch.autograd.grad(stats.ref_kl.sum(), values)[1::2], exact[1::2], strict=True
     ):

@@ -12,7 +12,7 @@ from fastkl import _linear_ops
 
 FIELDS = "logprob,entropy,ref_logprob,kl,ref_kl"
 V, H, H_REF = 11, 4, 3
-# What takes part: with bias, reference ("none", "own", "shared"), mask, temperatures (and ratios), softcap, chunk_size, leading shape.
+# Participants: with bias, reference ("none", "own", "shared"), mask, temperatures (and ratios), softcap, chunk_size, leading shape.
 MIXES = [
     (False, "own", False, False, 0.0, None, (3,)), (True, "own", True, True, 2.0, 2, (2, 2)), (True, "shared", True, False, 0.0, 1, (3,)),
     (False, "shared", False, True, 5.0, None, (2, 1)), (False, "own", True, False, 0.0, None, (0, 2)), (False, "own", False, False, 0.0, None, ()),

@@ -168,7 +168,7 @@ def test_wrong_logits_are_named(implementation) -> None:
 
 
 def test_last_is_detached_and_on_the_device(implementation) -> None:
-    """What is kept of a call: seven scalars without a graph, on the logits' device; before the first call nothing."""
+    """`last` keeps seven scalars of a call without a graph, on the logits' device; before the first call nothing."""
     policy, reference, mask = case(implementation)
     penalty = fastkl.KLPenalty(0.3)
     assert penalty.last == {}

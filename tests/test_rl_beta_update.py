@@ -148,7 +148,7 @@ PENALTIES = (4, 31), (0, 10)
 
 
 def betas() -> dict[str, list[float]]:
-    """What the controllers of this process come to in each case; -1 for a ValueError."""
+    """Betas of this process's controllers in each case; -1 for a ValueError."""
     rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
     found = {}
     for name, make in MAKERS.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 USER = ROOT / "tests" / "typed_user.py"
-# What stands in for torch: reading torch itself takes mypy ten seconds.
+# Stand-in for torch: reading torch itself takes mypy ten seconds.
 TORCH = {
     "__init__.pyi": """
 from typing import Any

@@ -318,14 +318,14 @@ def wrong_value(kind: str, target: str, argument: str) -> object:
 
 
 def beside(target: str, argument: str, arguments: dict) -> dict[str, object]:
-    """What an argument is looked at beside."""
+    """Context in which an argument is tried."""
     key = f"{target}.{argument}"
     values = next((values for pattern, values in BESIDE if fnmatch.fnmatchcase(key, pattern)), {})
     return {name: value for name, value in values.items() if name in arguments}
 
 
 def outcome(target: Target, argument: str, kind: str) -> str | None:
-    """What is wrong with the answer to a wrong value; None: nothing, "": it passed."""
+    """Return the fault of the answer to a wrong value; None: no fault, "": it passed."""
     value = wrong_value(kind, target.name, argument)
     if value is NotImplemented:
         return None

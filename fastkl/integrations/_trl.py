@@ -1,4 +1,4 @@
-"""What the trainers for TRL share: the one version of TRL they are for, what they refuse, the lm_heads, and the distillation loss."""
+"""Shared parts of the trainers for TRL: the one version of TRL they are for, what they refuse, the lm_heads, and the distillation loss."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Unit = Literal["token", "sequence"]
 
 
 class Controller(Protocol):
-    """What the callback asks of a controller."""
+    """Requirements of the callback on a controller."""
 
     @property
     def beta(self) -> float:
@@ -41,7 +41,7 @@ class Controller(Protocol):
 
 
 class Monitor(Protocol):
-    """What the callback asks of a monitor."""
+    """Requirements of the callback on a monitor."""
 
     def update(self, kl: torch.Tensor, mask: torch.Tensor, *, cu_seqlens: torch.Tensor, entropy: torch.Tensor | None,
                beta: float | None, step: int) -> dict[str, float]:

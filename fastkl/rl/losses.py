@@ -18,7 +18,7 @@ Level = Literal["token", "sequence"]
 PPO_REDUCTIONS = get_args(PenaltyReduction)
 GRPO_REDUCTIONS = get_args(GRPOReduction)
 LEVELS = get_args(Level)
-# What a response's log-probability counts as at least: of 10,000 tokens at their own floor.
+# Floor of a response's log-probability: 10,000 tokens at their own floor.
 _RESPONSE_FLOOR = -1e8
 
 

@@ -44,7 +44,7 @@ def here(device: str, keys: Sequence[str], seconds: float = SECONDS) -> Iterator
 def work(connection: Connection, log: str, device: str, keys: Sequence[str]) -> None:
     """Say that the other process is ready, be told the seconds, send each outcome.
 
-    What compilers print goes to the file `log`, and their temporary files beside it, where they are
+    The output of compilers goes to the file `log`, and their temporary files beside it, where they are
     removed with it; the process leads a group of its own, so that they end with it.
     """
     if POSIX:
