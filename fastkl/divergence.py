@@ -16,6 +16,8 @@ ONE_PASS_KL = 8.0
 ONE_PASS_DIFFERENCE = 64.0
 ONE_PASS_D = 60.0
 ONE_PASS_LSE = 4194304.0
+# kernels.row_load.LARGEST_SHIFT.
+LARGEST_SHIFT = 4096.0
 
 
 def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Tensor | None = None, *,
@@ -77,8 +79,8 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
     """Which rows the Triton kernels read again, because one pass cannot hold them: a diagnostic, not for the training loop.
 
     A row is read again, in float64, if it holds an infinity or a NaN, if its KL in either direction is 8 nats or more
-    or KL(Q‖P) far below KL(P‖Q), if some entry is more than e^60 times as probable under Q as under P (relative to the
-    row's mean log-ratio), or if the mean difference of the logits over the temperature is 64 or more (of 16-bit logits:
+    or KL(Q‖P) far below KL(P‖Q), if the log-ratio of some entry is 60 nats or more from
+    the row's mean, or if the mean difference of the logits over the temperature is 64 or more (of 16-bit logits:
     before it too). Such a row costs four reads instead of one. kl_divergence alone does not look at the other direction:
     there these rows are an upper bound.
 
@@ -95,14 +97,24 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
             kl, ref_kl = result.kl, result.ref_kl
             x_top, x_log_sum, y_top, y_log_sum = result.saved[:, :4].unbind(1)
             apart = (y_top - x_top) / chosen + (y_log_sum - x_log_sum) - kl  # E_p[y - x]/T
-            largest_d = (y - x).amax(-1) / chosen - apart
-            lse = torch.maximum((x_top / chosen + x_log_sum).abs(), (y_top / chosen + y_log_sum).abs())
+            # Sums of float32 logits count differences from a whole number near their median (kernels.row_load.row_shift).
             wide = torch.float32 in (p_logits.dtype, q_logits.dtype)
+            shift = _shift(y - x) if wide else torch.zeros_like(kl)
+            largest_d = (y - x - shift[:, None]).abs().amax(-1) / chosen + (apart - shift / chosen).abs()
+            lse = torch.maximum((x_top / chosen + x_log_sum).abs(), (y_top / chosen + y_log_sum).abs())
             holds = (kl < ONE_PASS_KL) & (ref_kl < ONE_PASS_KL) & (largest_d < ONE_PASS_D) & (lse * math.log2(math.e) < ONE_PASS_LSE)
-            holds &= (ref_kl + kl - torch.expm1(-kl) < 64 * ref_kl + 0.02) & x.isfinite().all(-1) & y.isfinite().all(-1)
+            holds &= (ref_kl + kl - torch.expm1(-kl) < 8 * ref_kl + 0.001) & x.isfinite().all(-1) & y.isfinite().all(-1)
             holds &= (apart.abs() < ONE_PASS_DIFFERENCE) & (wide | (apart.abs() * chosen < ONE_PASS_DIFFERENCE))
             slow[rows] = ~holds
     return slow.view(p_logits.shape[:-1])
+
+
+def _shift(difference: torch.Tensor) -> torch.Tensor:
+    """Return the whole number that the kernels' sums of each row count its differences from."""
+    vocabulary = difference.shape[-1]
+    chosen = difference[:, [vocabulary // 4, vocabulary // 2, vocabulary - 1 - vocabulary // 4]]
+    shift = torch.floor(chosen.median(-1).values + 0.5)
+    return torch.where(shift.abs() < LARGEST_SHIFT, shift, 0.0)
 
 
 def _check(p_logits, q_logits, temperature, mask) -> None:

@@ -96,7 +96,7 @@ def merged_rows(state_ptr, rows, there, splits, shift, scale, SPLITS: tl.constex
             mean_q_d = tl.div_rn(R + W, S + U + W)
             # Reject a KL(Q‖P) that is a small difference of large terms, as beside a KL(P‖Q) that a mask makes: its digits are lost.
             terms = (tl.abs(mean_r) + mean_h) / (1.0 + mean_h + mean_d)
-            holds = holds & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 64.0, 0.02))
+            holds = holds & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 8.0, 0.001))
     lse_q = log2_S
     lost_q = kl * 0.0
     if WITH_KL:

@@ -65,8 +65,7 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shift, ratio,
                 difference, more = split_sum(difference, -shift)
                 lost = lost + more
             if EDGE:
-                # Far below every real difference: never the largest.
-                difference = tl.where(inside, difference, LOWEST)
+                difference = tl.where(inside, difference, 0.0)
                 lost = tl.where(inside, lost, 0.0)
         xs += (x,)
         differences += (difference,)
@@ -120,7 +119,7 @@ def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, 
         W, U, R = move_centre(S, W, U, R, tl.where(S > 0.0, delta, 0.0), WITH_REVERSE)
         centre = centre + delta
         for g in tl.static_range(GROUPS):
-            largest = tl.maximum(largest, tl.max(differences[g], 1))
+            largest = tl.maximum(largest, tl.max(tl.abs(differences[g]), 1))
             d = centred(differences[g], losts[g], scale, centre[:, None], EXACT)
             if EDGE:
                 d = tl.where(insides[g], d, 0.0)
@@ -204,7 +203,7 @@ def row_forward(
     U = tl.zeros([THREADS], tl.float32)
     R = tl.zeros([THREADS], tl.float32)
     centre = tl.zeros([THREADS], tl.float32)
-    largest = tl.full([THREADS], LOWEST, tl.float32)
+    largest = tl.zeros([THREADS], tl.float32)
     TILE_GROUPS: tl.constexpr = THREADS * GROUPS
     n_groups = tl.minimum(SEGMENT, V - first) // LANES
     full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
@@ -226,7 +225,7 @@ def row_forward(
     if WITH_ENTROPY:
         tl.store(state_ptr + 2, A)
     if WITH_KL:
-        holds = tl.fma(tl.max(largest, 0), scale, -centre) < LARGEST_D
+        holds = tl.fma(tl.max(largest, 0), scale, tl.abs(centre)) < LARGEST_D
         tl.store(state_ptr + 3, W)
         tl.store(state_ptr + 4, tl.where(holds, U, float("inf")))
         if WITH_REVERSE:

@@ -33,7 +33,8 @@ OUTWEIGHS = tl.constexpr(8.0)
 LARGEST_LSE = tl.constexpr(4194304.0)
 # Below this |x/cap| a polynomial replaces tanh, whose usual form cancels there.
 SMALL_TANH = tl.constexpr(0.5)
-# The largest d that the sums may hold: e^x is 0 from 87 below the peak on, and e^x·e^d would be missed if it still counted there.
+# The largest |d| that the sums may hold: e^x is 0 from 87 below the peak on, and e^x·e^d would be missed if it still counted
+# there; far below 0, d·expm1(d) = d·h + d² loses its digits.
 LARGEST_D = tl.constexpr(60.0)
 
 

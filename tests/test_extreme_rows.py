@@ -193,3 +193,16 @@ def test_an_infinite_kl_that_is_left_out(implementation) -> None:
     for grad, side in zip(grads, (x, y), strict=True):
         expected = torch.nn.functional.one_hot(torch.tensor([1]), 8) - side.softmax(-1)
         cases.assert_near(grad, expected, 1e-6, 1e-6, "gradient")
+
+
+@pytest.mark.parametrize("fill", [-50.0, -100.0, -1e4, -1e6])
+def test_ref_kl_beside_a_mask_of_little_probability(implementation, fill) -> None:
+    """KL(P‖Q) is that of the masked entry nearly alone, KL(Q‖P) hundreds of times smaller."""
+    x = torch.tensor([[-0.5375, 5.7692, 0.8638, 2.8104, math.log(1.2 / -fill) + 6.4, 5.5563, 2.6901]])
+    y = x + torch.tensor([[0.3, -0.2, 0.1, -0.3, 0.0, 0.2, -0.1]])
+    y[:, 4] = fill
+    exact = cases.truth(x, y)
+    p, q = x.to(implementation.device), y.to(implementation.device)
+    stats = token_stats(p, torch.zeros(1, dtype=torch.long, device=p.device), q)
+    cases.assert_kl(stats.kl, exact.kl, "kl")
+    cases.assert_kl(stats.ref_kl, exact.ref_kl, "ref_kl")
