@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from typing import Any
 
 import triton
 
 from . import config
-from .launch import FINISH_BLOCK, FINISH_ROWS, FINISH_THREADS, OPTIONS, finish_options
+from .launch import FALLBACK_BLOCK, FALLBACK_ROWS, FALLBACK_THREADS, OPTIONS, fallback_options
 from .row_backward import row_backward
-from .row_finish import row_finish
+from .row_fallback import row_fallback
 from .row_forward import row_forward
 
 # A vocabulary of today's models: the plan describes the launches for it.
 VOCABULARY = 128256
 _FIELDS = ("LOGPROB", "ENTROPY", "REF_LOGPROB", "KL", "REF_KL")
-_INTEGERS = ("n_inner", "n_rows", "V", "splits", "chunks")
+_INTEGERS = ("n_inner", "n_rows", "V", "segment", "splits", "ask_ahead", "chunks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ def _type_of(name: str, dtype: str, grad_dtype: str) -> str:
     if name in ("grad_p_ptr", "grad_q_ptr"):
         return f"*{grad_dtype}"
     if name.endswith("_ptr"):
-        return {"tokens_ptr": "*i64", "mask_ptr": "*i1"}.get(name, "*fp32")
+        return {"tokens_ptr": "*i64", "mask_ptr": "*i1", "counter_ptr": "*i32"}.get(name, "*fp32")
     if name.startswith("stride_"):
         return "i64"
     return "i32" if name in _INTEGERS else "fp32"
@@ -72,11 +71,12 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     backward = config.select("backward", arch, itemsize, VOCABULARY)
     plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0, REF_SOFTCAP=0.0, HAS_RATIO=False)
     placing = dict(LANES=lanes, REALIGN=not aligned, Q_IN_BLOCKS=True)
-    shape = dict(SEGMENT=forward.segment, THREADS=forward.threads, GROUPS=forward.groups, **placing)
+    splits = -(-VOCABULARY // config.segment_length(VOCABULARY, forward.segment))
+    shape = dict(SPLITS=triton.next_power_of_2(splits), THREADS=forward.threads, GROUPS=forward.groups, PREFETCH=config.prefetches(arch), **placing)
     specializations = []
     for name, entropy, kl, reverse in (("kl_divergence", False, True, False), ("token_stats", True, True, True),
                                        ("token_stats_policy_only", True, False, False)):
-        fields = dict(WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
+        fields = dict(HAS_TOKENS=name != "kl_divergence", WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
         specializations.append(_specialization(f"{name}.forward", row_forward, {**shape, **plain, **fields}, dtype, forward.threads // warp,
                                                forward.groups * lanes, forward.options(arch)))
         if aligned and name != "token_stats_policy_only":
@@ -90,11 +90,10 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
             elsewhere = {**shape, **plain, **fields, "Q_IN_BLOCKS": False}
             specializations.append(_specialization(f"{name}.forward_q_elsewhere", row_forward, elsewhere, dtype, forward.threads // warp,
                                                    forward.groups * lanes, forward.options(arch)))
-        splits = triton.next_power_of_2(math.ceil(VOCABULARY / forward.segment))
-        finish = dict(SEGMENT=forward.segment, SPLITS=splits, ROWS=FINISH_ROWS, BLOCK=FINISH_BLOCK, READ_AGAIN=True,
-                      HAS_TOKENS=name != "kl_divergence", **plain, **fields)
-        specializations.append(_specialization(f"{name}.finish", row_finish, finish, dtype, FINISH_THREADS // warp, FINISH_BLOCK // FINISH_THREADS,
-                                               finish_options(arch, warp)))
+        again = {key: value for key, value in {**plain, **fields}.items() if key in row_fallback.arg_names}
+        again.update(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK)
+        specializations.append(_specialization(f"{name}.fallback", row_fallback, again, dtype, FALLBACK_THREADS // warp,
+                                               FALLBACK_BLOCK // FALLBACK_THREADS, fallback_options(arch, warp)))
     for name, fields, wrt_p, wrt_q in (
         ("kl_divergence.backward_p", ("KL",), True, False), ("kl_divergence.backward_q", ("KL",), False, True),
         ("kl_divergence.backward_both", ("KL",), True, True), ("token_stats.backward_p", _FIELDS, True, False),

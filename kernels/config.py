@@ -18,8 +18,8 @@ class RowConfig:
     """How a row is cut up.
 
     threads: threads of a program; groups: 16-byte blocks of each tensor that a thread holds at once; segment: elements of the row that one
-    program reads (threads · groups · elements per block must divide it); measured: what chose the entry; max_registers: the limit given to
-    ptxas (None: its own choice), NVIDIA only.
+    program reads, in forward at most (segment_length), in backward a multiple of threads · groups · elements per block; measured: what chose
+    the entry; max_registers: the limit given to ptxas (None: its own choice), NVIDIA only.
     """
 
     threads: int
@@ -49,28 +49,52 @@ _EMULATED = "the interpreter pays per operation, not per element: wide tiles"
 _H200 = "NVIDIA H200, Triton 3.6.0, 2026-11-26"
 _AS_H200 = "as measured on an H200; not timed on this architecture"
 _SMALL = "a short row: few threads, so that none idles"
+# Forward: one warp, by which origin and centre are uniform.
+_UNTIMED = "instructions and registers of the compiled kernel; not timed"
 
 TABLE = (
-    Entry("interpreter", 2, None, RowConfig(1024, 4, 32768, _EMULATED), RowConfig(1024, 4, 32768, _EMULATED)),
-    Entry("interpreter", 4, None, RowConfig(1024, 4, 32768, _EMULATED), RowConfig(1024, 4, 32768, _EMULATED)),
-    Entry("sm_90", 2, 2048,
-          RowConfig(32, 1, 1024, f"{_H200}: the KL's row_forward 0.204 ms at 131072 rows of 1000; 64 threads 0.260 ms, 128 threads 0.358 ms"),
-          RowConfig(128, 1, 1024, f"{_SMALL}; not timed")),
-    Entry("*", 2, 2048, RowConfig(32, 1, 1024, f"{_SMALL}; {_AS_H200}"), RowConfig(128, 1, 1024, f"{_SMALL}; not timed")),
-    Entry("*", 4, 2048, RowConfig(32, 1, 512, f"{_SMALL}; not timed", _ROOM), RowConfig(128, 1, 512, f"{_SMALL}; not timed")),
-    # Segments of 32768 are 1 % faster with thousands of rows and 60 % slower with 64: too few programs.
+    Entry("interpreter", 2, None, RowConfig(256, 2, 32768, _EMULATED), RowConfig(1024, 4, 32768, _EMULATED)),
+    Entry("interpreter", 4, None, RowConfig(256, 2, 32768, _EMULATED), RowConfig(1024, 4, 32768, _EMULATED)),
+    # A warp of 64 threads.
+    Entry("gfx942", 2, None, RowConfig(64, 2, 16384, _UNTIMED), RowConfig(128, 2, 16384, _AS_H200)),
+    Entry("gfx942", 4, None, RowConfig(64, 2, 8192, _UNTIMED), RowConfig(256, 1, 16384, _AS_H200)),
+    Entry("*", 2, 2048, RowConfig(32, 1, 1024, _UNTIMED), RowConfig(128, 1, 1024, f"{_SMALL}; not timed")),
+    Entry("*", 4, 2048, RowConfig(32, 1, 512, _UNTIMED), RowConfig(128, 1, 512, f"{_SMALL}; not timed")),
     Entry("sm_90", 2, None,
-          RowConfig(64, 2, 16384, f"{_H200}: row_forward of the KL 1.065 ms at 8192 rows of 128256 and 0.0206 ms at 64, of token_stats 1.244 and "
-                                  f"0.0223 ms; the KL of 8192 rows of 50257 in 0.490 ms. 128 threads, 32768: 1.081, 0.0207, 1.248, 0.0227, 0.478 ms"),
+          RowConfig(32, 2, 16384, _UNTIMED),
           RowConfig(128, 2, 16384, f"{_H200}: the KL to P 1.457 ms at 8192 rows of 128256 and 0.0162 ms at 64, to Q 1.464 and 0.0167 ms, token_stats "
                                    f"1.466 and 0.0185 ms; of 30 others none was more than 2 % faster")),
     Entry("sm_90", 4, None,
-          RowConfig(64, 2, 8192, f"{_H200}: row_forward of the KL 0.936 ms at 4096 rows of 128256 and 0.0219 ms at 64; fastest of 24"),
+          RowConfig(32, 2, 8192, _UNTIMED),
           RowConfig(256, 1, 16384, f"{_H200}: the KL to P 1.483 ms at 4096 rows of 128256 and 0.0273 ms at 64; 512 threads take 1.452 and 0.0265 ms "
                                    f"and leave no room for a soft cap")),
-    Entry("*", 2, None, RowConfig(64, 2, 16384, _AS_H200), RowConfig(128, 2, 16384, _AS_H200, _ROOM)),
-    Entry("*", 4, None, RowConfig(64, 2, 8192, _AS_H200), RowConfig(256, 1, 16384, _AS_H200)),
+    Entry("*", 2, None, RowConfig(32, 2, 16384, _UNTIMED), RowConfig(128, 2, 16384, _AS_H200, _ROOM)),
+    Entry("*", 4, None, RowConfig(32, 2, 8192, _UNTIMED), RowConfig(256, 1, 16384, _AS_H200)),
 )
+
+# No segment is longer: 64 KB of 16-bit logits.
+LONGEST_SEGMENT = 32768
+
+
+def segment_length(vocabulary: int, preferred: int) -> int:
+    """Entries of each of a row's segments in forward, near `preferred`; the last may be shorter.
+
+    Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries: an equal shard of it then holds
+    whole segments. Vocabularies above 16 · LONGEST_SEGMENT are cut into 32, 64, … parts instead.
+    """
+    parts = 16
+    while vocabulary > parts * LONGEST_SEGMENT:
+        parts *= 2
+    part = max(8, -(-vocabulary // (8 * parts)) * 8)
+    while parts > 1 and 2 * part <= preferred:
+        part, parts = 2 * part, parts // 2
+    return part
+
+
+def prefetches(arch: str) -> bool:
+    """Whether the architecture can be asked for a whole segment with one instruction (cp.async.bulk.prefetch)."""
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
+
 
 _override: dict[str, RowConfig] = {}
 

@@ -13,20 +13,22 @@ import triton
 
 from . import config
 from .row_backward import row_backward
-from .row_finish import row_finish
+from .row_fallback import row_fallback
 from .row_forward import row_forward
 from .row_math import STATE
 
 # Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler fuses; Triton's own default varies by version.
 OPTIONS = {"enable_fp_fusion": False}
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
-# Rows that one program of row_finish finishes, and its threads, which read a row again where one pass does not hold it: few enough rows that a batch
-# of such rows is spread over a GPU, enough that the programs of 8192 rows are all there at once.
-FINISH_ROWS = 16
-FINISH_THREADS = 128
-FINISH_BLOCK = 512
-FINISH_REGISTERS = 168
-# Tests set it to False: fallback rows then keep a NaN as their first saved value.
+# Rows that one program of row_fallback looks at, its threads, and the entries that they read at a time: few enough rows that
+# a batch of fallback rows is spread over a GPU, enough that the programs of 8192 rows are all there at once.
+FALLBACK_ROWS = 4
+FALLBACK_THREADS = 128
+FALLBACK_BLOCK = 512
+FALLBACK_REGISTERS = 168
+# Ask for whole segments at once while the rows of a call take at most this much, which has room in L2.
+ASK_AHEAD_BYTES = 33_554_432
+# False leaves out row_fallback, for tests: fallback rows then keep a NaN as their first saved value.
 READ_AGAIN = True
 
 
@@ -104,10 +106,10 @@ def _options(chosen: config.RowConfig, device: torch.device, capped: bool) -> di
     return {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch, capped), **OPTIONS}
 
 
-def finish_options(arch: str, warp: int) -> dict[str, object]:
-    """The compiler options of row_finish, which takes no part in the configuration table."""
-    registers = {} if arch.startswith("gfx") else {"maxnreg": FINISH_REGISTERS}
-    return {"num_warps": FINISH_THREADS // warp, **registers, **OPTIONS}
+def fallback_options(arch: str, warp: int) -> dict[str, object]:
+    """The compiler options of row_fallback, which takes no part in the configuration table."""
+    registers = {} if arch.startswith("gfx") else {"maxnreg": FALLBACK_REGISTERS}
+    return {"num_warps": FALLBACK_THREADS // warp, **registers, **OPTIONS}
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -167,16 +169,15 @@ def _case(problem: Problem) -> Case:
 
 
 @functools.cache
-def forward_variants(case: Case, chosen: config.RowConfig, most_splits: int, with_entropy: bool, with_reverse: bool,
-                     read_again: bool) -> tuple[Variant, Variant]:
-    """row_forward and row_finish."""
-    shared = dict(**case.constants, REALIGN=case.realign, SEGMENT=chosen.segment, WITH_ENTROPY=with_entropy, WITH_KL=case.types[1] is not None,
-                  WITH_REVERSE=with_reverse)
-    finish = dict(ROWS=FINISH_ROWS, BLOCK=FINISH_BLOCK, SPLITS=most_splits, HAS_TOKENS=case.types[2] is not None,
-                  READ_AGAIN=read_again)
-    return (Variant(row_forward, _in_order(row_forward, **shared, THREADS=chosen.threads, GROUPS=chosen.groups),
-                    _options(chosen, case.device, case.capped)),
-            Variant(row_finish, _in_order(row_finish, **shared, **finish), finish_options(*architecture(case.device))))
+def forward_variants(case: Case, chosen: config.RowConfig, most_splits: int, with_entropy: bool, with_reverse: bool) -> tuple[Variant, Variant]:
+    """row_forward and row_fallback."""
+    arch, warp = architecture(case.device)
+    constants = dict(**case.constants, HAS_TOKENS=case.types[2] is not None, WITH_ENTROPY=with_entropy, WITH_KL=case.types[1] is not None,
+                     WITH_REVERSE=with_reverse)
+    reading = dict(SPLITS=most_splits, THREADS=chosen.threads, GROUPS=chosen.groups, REALIGN=case.realign, PREFETCH=config.prefetches(arch))
+    rows = dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK)
+    return (Variant(row_forward, _in_order(row_forward, **constants, **reading), _options(chosen, case.device, case.capped)),
+            Variant(row_fallback, _in_order(row_fallback, **constants, **rows), fallback_options(arch, warp)))
 
 
 @functools.cache
@@ -208,31 +209,52 @@ def _tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
                                                              for value in (problem.tokens, problem.mask, problem.temperatures, problem.ratios)))
 
 
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def row_counters(device: torch.device, rows: int) -> torch.Tensor:
+    """Zeros [at least rows] int32 that row_forward leaves as zeros: kept for each stream, whose launches take turns.
+
+    A CUDA graph gets its own: its replays may run beside other streams.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(rows, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters or _counters[key].numel() < rows:
+        _counters[key] = torch.zeros(triton.next_power_of_2(rows), dtype=torch.int32, device=device)
+    return _counters[key]
+
+
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill `saved` [N, 10] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each).
 
     With q there is always kl; with tokens logprob, and ref_logprob beside q.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
+    rows, vocabulary = problem.rows, problem.vocabulary
     case = _case(problem)
-    chosen = config.select("forward", architecture(p.device)[0], p.element_size(), problem.vocabulary)
-    splits = max(1, math.ceil(problem.vocabulary / chosen.segment))
-    forward_variant, finish_variant = forward_variants(case, chosen, triton.next_power_of_2(splits), "entropy" in outputs, "ref_kl" in outputs,
-                                                       READ_AGAIN)
-    state = torch.empty(problem.rows * splits * STATE.value, dtype=torch.float32, device=p.device)
+    chosen = config.select("forward", architecture(p.device)[0], p.element_size(), vocabulary)
+    segment = config.segment_length(vocabulary, chosen.segment)
+    splits = max(1, -(-vocabulary // segment))
+    forward_variant, fallback_variant = forward_variants(case, chosen, triton.next_power_of_2(splits), "entropy" in outputs, "ref_kl" in outputs)
+    state = counters = saved
+    if splits > 1:
+        state = torch.empty(rows * splits * STATE.value, dtype=torch.float32, device=p.device)
+        counters = row_counters(p.device, rows)
+    row_bytes = vocabulary * (p.element_size() + (0 if problem.q is None else q.element_size()))
+    fields = dict(saved_ptr=saved, **{f"{name}_ptr": outputs.get(name, saved) for name in FIELDS})
     places, temperature = _places(problem), float(problem.temperature)
     with _on(p.device):
         forward_variant.start(
-            problem.rows * splits,
-            dict(p_ptr=p, q_ptr=q, state_ptr=state, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios, temperature=temperature,
-                 **places,
-                 V=problem.vocabulary, splits=splits))
-        finish_variant.start(
-            -(-problem.rows // finish_variant.constants["ROWS"]),
-            dict(state_ptr=state, p_ptr=p, q_ptr=q, tokens_ptr=tokens, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios, saved_ptr=saved,
-                 logprob_ptr=outputs.get("logprob", saved), entropy_ptr=outputs.get("entropy", saved),
-                 ref_logprob_ptr=outputs.get("ref_logprob", saved), kl_ptr=outputs.get("kl", saved), ref_kl_ptr=outputs.get("ref_kl", saved),
-                 temperature=temperature, n_rows=problem.rows, **places, V=problem.vocabulary))
+            rows * splits,
+            dict(p_ptr=p, q_ptr=q, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, state_ptr=state,
+                 counter_ptr=counters, **fields, temperature=temperature, **places, V=vocabulary, segment=segment, splits=splits,
+                 ask_ahead=int(rows * row_bytes <= ASK_AHEAD_BYTES)))
+        if READ_AGAIN:
+            fallback_variant.start(
+                -(-rows // FALLBACK_ROWS),
+                dict(p_ptr=p, q_ptr=q, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, **fields, temperature=temperature,
+                     **places, V=vocabulary, n_rows=rows))
 
 
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .row_math import soft_cap
+from .row_finish import SAVED, Reading, not_above_zero, row_outputs, store_fields, token_logits
+from .row_load import row_offset, row_ratio, row_scale
+from .row_math import Want, soft_cap
 
 SIGN_BIT = tl.constexpr(-2147483648)
 
@@ -205,3 +207,68 @@ def load_row(saved_ptr):
 def is_fallback(saved_ptr):
     """Whether a row's saved values are those of a FallbackRow."""
     return tl.load(saved_ptr + 1).to(tl.int32, bitcast=True) < 0
+
+
+@triton.jit
+def store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
+    """Write the saved values and the fields of a row."""
+    scale = scale.to(tl.float64)
+    q_scale = scale * ratio.to(tl.float64)
+    row = fallback_row(p_row, q_row, V, scale, q_scale, BLOCK, want.kl, reading.softcap, reading.ref_softcap)
+    store_row(out.saved, row)
+    kl, ref_kl = fallback_kl(row, scale, q_scale)
+    store_fields(out, row.entropy, kl, ref_kl, want)
+    if reading.tokens:
+        x, y = token_logits(p_row, q_row, token, V, want, reading)
+        log_p = log_probability_p(x.to(tl.float64), row, scale)
+        tl.store(out.logprob, not_above_zero(log_p.to(tl.float32)))
+        if want.kl:
+            log_q = log_probability_q(y.to(tl.float64), row, q_scale)
+            tl.store(out.ref_logprob, not_above_zero(log_q.to(tl.float32)))
+
+
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
+@triton.jit(do_not_specialize=[
+    "temperature", "n_rows", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
+    "V"], do_not_specialize_on_alignment=[
+    "p_ptr", "q_ptr", "tokens_ptr", "temperature_ptr", "ratio_ptr", "saved_ptr", "logprob_ptr", "entropy_ptr", "ref_logprob_ptr",
+    "kl_ptr", "ref_kl_ptr"])
+def row_fallback(
+    p_ptr, q_ptr, temperature_ptr, ratio_ptr, tokens_ptr,  # as in row_forward
+    saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # written by row_forward
+    temperature: tl.float32, n_inner: tl.int32,
+    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
+    V: tl.int32, n_rows: tl.int32,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,  # rows of a program, and entries of a row that it reads at a time
+    HAS_TOKENS: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
+    SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr,
+):
+    """Results of the rows that row_forward left with NaN as their first saved value.
+
+    Math:   FallbackRow, in float64; reference.row_statistics is the definition.
+    Grid:   (⌈N / ROWS⌉,).
+    Reads:  one saved value per row; 3·V of each tensor for a row that is computed again.
+    Writes: 10 saved values and the fields asked for, of those rows.
+    Saves:  store_row's ten values, marked by the sign of the second.
+    Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never above 0.
+    """
+    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REVERSE, False)
+    reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    origins = tl.load(saved_ptr + rows * SAVED, mask=rows < n_rows, other=0.0)
+    marked = (origins != origins).to(tl.int32)
+    if tl.max(marked, 0) > 0:
+        for index in range(ROWS):
+            if tl.max(tl.where(tl.arange(0, ROWS) == index, marked, 0), 0) > 0:
+                row = first + index
+                scale = row_scale(temperature_ptr, temperature, row, row < n_rows, TEMPERATURE_PER_ROW)
+                ratio = row_ratio(ratio_ptr, row, row < n_rows, HAS_RATIO)
+                p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
+                q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
+                token = row
+                if HAS_TOKENS:
+                    token = tl.load(tokens_ptr + row)
+                out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
+                store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK, want, reading)

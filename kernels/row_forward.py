@@ -1,9 +1,28 @@
-"""Forward: one read of a segment of a row, for the statistics of policy logits alone or of policy and reference logits."""
+"""Forward: one read of the logits, for the statistics of policy logits alone or of policy and reference logits.
+
+A program of one warp reads a segment of a row, a tile at a time, and keeps one origin and one centre for all of its
+threads. Each tile takes one of three ways, by its values alone:
+    near:     every |d| < 1 and no new peak, as nearly all tiles of a policy near its reference: a polynomial for expm1(d) - d;
+    general:  no new peak: a second exponential where |d| is large;
+    anchor:   some thread's weight outweighs what came before: origin and centre move there, then the tile is read again.
+The centre also moves to the mean of d after 1, 3 and 7 tiles: a first tile of little weight must not decide about it.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .row_load import lane_order, lane_sum, load_elements, load_group, row_offset, row_pad, row_ratio, row_scale, row_shift
+from .row_finish import (
+    Reading,
+    load_states,
+    row_outputs,
+    row_statistics,
+    store_state,
+    store_statistics,
+    store_zeros,
+)
+from .row_load import lane_order, lane_sum, load_elements, load_group, or_lanes, prefetch, row_offset, row_pad, row_ratio, row_scale, row_shift
 from .row_math import (
     LARGEST_D,
     LOG2E,
@@ -12,58 +31,161 @@ from .row_math import (
     OUTWEIGHS,
     SMALL_D,
     STATE,
+    State,
+    Want,
     centred,
-    expm1_over_square,
-    merge_states,
-    move_centre,
-    rescale_to,
+    recentre,
+    rescale,
     scale_reference,
     soft_cap,
     split_sum,
     subtract,
 )
 
+# The loop holds d times 2: bit 30 of the float32 then says whether |d| is 1 or more, as it does for an infinity and a NaN.
+HELD = tl.constexpr(2.0)
+
+
+class Layout(NamedTuple):
+    """Compile-time: how a program reads a row; rows of REALIGN start anywhere, Q_IN_BLOCKS says that Q's rows start where P's do."""
+
+    threads: int
+    lanes: int
+    groups: int
+    realign: bool
+    q_in_blocks: bool
+
+
+class Row(NamedTuple):
+    """Where a row lies, and what its entries are read with.
+
+    p_block, q_block: the 16-byte boundary at or before its first entry, `pad` entries further. order: the entry of its
+    group that each lane holds. shift: row_load.row_shift.
+    """
+
+    p_block: tl.tensor
+    q_block: tl.tensor
+    q_row: tl.tensor
+    pad: tl.tensor
+    order: tl.tensor
+    V: tl.tensor
+    shift: tl.tensor
+    scale: tl.tensor
+    ratio: tl.tensor
+
+
+class Tile(NamedTuple):
+    """Entries of a row, tuples of a [threads, lanes] tensor per group.
+
+    difference: y - x, rounded, less the row's shift; lost: what its rounding lost. inside: whether an entry is one of the segment.
+    """
+
+    x: tl.tuple
+    difference: tl.tuple
+    lost: tl.tuple
+    inside: tl.tuple
+
+
+class Weights(NamedTuple):
+    """A tile about an origin and a centre: log2 e, e and d (held) as tuples; `share` is each thread's sum of e."""
+
+    exponent: tl.tuple
+    e: tl.tuple
+    d: tl.tuple
+    share: tl.tensor
+
+
+class Running(NamedTuple):
+    """The sums of a segment so far.
+
+    Scalars: origin; centre, held; limit: the share of a thread that re-anchors; farthest: the largest |centre| so far.
+    Vectors [threads]: S, and the sums A, W, U, R up to the last move of origin or centre; largest: of |d|, held.
+    [threads, lanes], since then: A, 2·W, 2·U and 4·R.
+    """
+
+    origin: tl.tensor
+    centre: tl.tensor
+    limit: tl.tensor
+    farthest: tl.tensor
+    S: tl.tensor
+    A: tl.tensor
+    W: tl.tensor
+    U: tl.tensor
+    R: tl.tensor
+    largest: tl.tensor
+    lane_A: tl.tensor
+    lane_W: tl.tensor
+    lane_U: tl.tensor
+    lane_R: tl.tensor
+
 
 @triton.jit
-def expm1_minus_any(d):
-    """expm1(d) - d and d², for d up to LARGEST_D; relative to itself right to 3e-6, from the polynomial where it is small."""
+def empty_sums(layout: tl.constexpr):
+    """The sums of no entry; the first tile with weight is an anchor."""
+    THREADS: tl.constexpr = layout.threads
+    LANES: tl.constexpr = layout.lanes
+    zero = tl.full([], 0.0, tl.float32)
+    zeros = tl.zeros([THREADS], tl.float32)
+    lanes = tl.zeros([THREADS, LANES], tl.float32)
+    return Running(
+        tl.full([], LOWEST, tl.float32), zero, zero, zero,
+        zeros, zeros, zeros, zeros, zeros, zeros,
+        lanes, lanes, lanes, lanes,
+    )  # fmt: skip
+
+
+@triton.jit
+def near_expm1(d):
+    """2·(expm1(d) - d)/(held d)² for |d| < 1, of held d; minimax polynomial, relative error 1.6e-6."""
+    series = tl.fma(d, 0.00019977660849690437 / 64, 0.0014262537006288767 / 32)
+    series = tl.fma(d, series, 0.008335255086421967 / 16)
+    series = tl.fma(d, series, 0.04165279492735863 / 8)
+    series = tl.fma(d, series, 0.16666589677333832 / 4)
+    return tl.fma(d, series, 0.5000007748603821 / 2)
+
+
+@triton.jit
+def general_expm1(d):
+    """2·(expm1(d) - d) and (held d)², of held d; relative error 3e-6, from the polynomial of expm1_over_square where d is small."""
     square = d * d
-    beyond = (tl.exp2(d * LOG2E) - 1.0) - d
-    return tl.where(tl.abs(d) < SMALL_D, square * expm1_over_square(d), beyond), square
+    series = tl.fma(d, 0.008337464183568954 / 16, 0.04175350069999695 / 8)
+    series = tl.fma(d, series, 0.16666695475578308 / 4)
+    series = tl.fma(d, series, 0.4999993145465851 / 2)
+    beyond = tl.fma(tl.exp2(d * (LOG2E / HELD)), 2.0, -2.0) - d
+    return tl.where(tl.abs(d) < SMALL_D * HELD, square * series, beyond), square
 
 
 @triton.jit
-def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shift, ratio, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-              WITH_KL: tl.constexpr, EXACT: tl.constexpr, REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr,
-              REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr, EDGE: tl.constexpr):
-    """GROUPS groups per thread: x, y - x (less `shift`, with EXACT) and what its rounding lost, each a tuple of [THREADS, LANES], and which lanes lie
-    inside the row."""
+def load_tile(row, first_group, end, GROUPS: tl.constexpr, layout: tl.constexpr, want: tl.constexpr, reading: tl.constexpr, EDGE: tl.constexpr):
+    """The Tile of GROUPS groups per thread from `first_group` on; EDGE leaves out entries from `end` on."""
+    THREADS: tl.constexpr = layout.threads
+    LANES: tl.constexpr = layout.lanes
     xs = ()
     differences = ()
     losts = ()
     insides = ()
     for g in tl.static_range(GROUPS):
         group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
-        x = soft_cap(load_group(p_block, group, pad, V, REALIGN, EDGE, LANES), SOFTCAP, p_block.dtype.element_ty)
-        inside = group * LANES + order < V
+        x = load_group(row.p_block, group, row.pad, row.V, layout.realign, EDGE, LANES)
+        x = soft_cap(x, reading.softcap, row.p_block.dtype.element_ty)
+        inside = group * LANES + row.order < end
         if EDGE:
             x = tl.where(inside, x, LOWEST)
         difference = x
         lost = x
-        if WITH_KL:
-            if Q_IN_BLOCKS:
-                y = load_group(q_block, group, pad, V, REALIGN, EDGE, LANES)
+        if want.kl:
+            if layout.q_in_blocks:
+                y = load_group(row.q_block, group, row.pad, row.V, layout.realign, EDGE, LANES)
             else:
-                y = load_elements(q_row, group, pad, V, EDGE, LANES)
-            y = soft_cap(y, REF_SOFTCAP, q_block.dtype.element_ty)
-            if HAS_RATIO:
-                y, y_lost = scale_reference(y, ratio, HAS_RATIO)
-            difference, lost = subtract(y, x, EXACT)
-            if HAS_RATIO:
-                lost = lost + y_lost
-            if EXACT:
-                difference, more = split_sum(difference, -shift)
+                y = load_elements(row.q_row, group, row.pad, row.V, EDGE, LANES)
+            y = soft_cap(y, reading.ref_softcap, row.q_row.dtype.element_ty)
+            y, y_lost = scale_reference(y, row.ratio, reading.ratio)
+            difference, lost = subtract(y, x, want.exact)
+            if want.exact:
+                difference, more = split_sum(difference, -row.shift)
                 lost = lost + more
+            if reading.ratio:
+                lost = lost + y_lost
             if EDGE:
                 difference = tl.where(inside, difference, 0.0)
                 lost = tl.where(inside, lost, 0.0)
@@ -71,163 +193,298 @@ def load_tile(p_block, q_block, q_row, first_group, pad, order, V, shift, ratio,
         differences += (difference,)
         losts += (lost,)
         insides += (inside,)
-    return xs, differences, losts, insides
+    return Tile(xs, differences, losts, insides)
 
 
 @triton.jit
-def absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
-                WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr):
-    """The states of all threads, each with its GROUPS groups added: the peak first, then the centre, then the sums."""
-    peak = tl.max(xs[0], 1)
-    for g in tl.static_range(1, GROUPS):
-        peak = tl.maximum(peak, tl.max(xs[g], 1))
-    scale2 = scale * LOG2E
-    new_origin = tl.maximum(origin, tl.floor(peak * scale2))
-    S, A, W, U, R = rescale_to(new_origin, origin, S, A, W, U, R, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
-
+def weigh(tile, scale, origin, centre, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
+    """The Weights of a tile."""
+    exponents = ()
     es = ()
+    ds = ()
     for g in tl.static_range(GROUPS):
-        exponent = tl.fma(xs[g], scale2, -new_origin[:, None])
+        exponent = tl.fma(tile.x[g], scale * LOG2E, -origin)
         e = tl.exp2(exponent)
+        d = e
+        if want.kl:
+            d = centred(tile.difference[g], tile.lost[g], scale * HELD, centre, want.exact)
         if EDGE:
-            e = tl.where(insides[g], e, 0.0)
+            e = tl.where(tile.inside[g], e, 0.0)
+            if want.kl:
+                d = tl.where(tile.inside[g], d, 0.0)
+        exponents += (exponent,)
         es += (e,)
+        ds += (d,)
         if g == 0:
             lane_S = e
-            if WITH_ENTROPY:
-                lane_A = e * tl.maximum(exponent, NO_WEIGHT)
-            if WITH_KL:
-                lane_D = e * differences[g]
         else:
             lane_S = lane_S + e
-            if WITH_ENTROPY:
-                lane_A = tl.fma(e, tl.maximum(exponent, NO_WEIGHT), lane_A)
-            if WITH_KL:
-                lane_D = tl.fma(e, differences[g], lane_D)
-    tile_S = lane_sum(lane_S)
-    if WITH_ENTROPY:
-        A = A + lane_sum(lane_A)
-    if WITH_KL:
-        # A tile that outweighs all before it brings its own centre: its mean difference, as well rounded as may be, since on a peaked row what is
-        # left of d at the peak is all that its gradient is made of. Such a tile holds the thread's peak, so that its sum is 1/2 or more: a reciprocal
-        # square root and a correction make the quotient, at half of what a division costs.
-        tile_D = lane_sum(lane_D)
-        reciprocal = tl.rsqrt(tile_S * tile_S)
-        mean = tile_D * reciprocal
-        own_centre = tl.fma(tl.fma(-mean, tile_S, tile_D), reciprocal, mean) * scale
-        delta = tl.where((tile_S > S * OUTWEIGHS), own_centre - centre, 0.0)
-        W, U, R = move_centre(S, W, U, R, tl.where(S > 0.0, delta, 0.0), WITH_REVERSE)
-        centre = centre + delta
-        for g in tl.static_range(GROUPS):
-            largest = tl.maximum(largest, tl.max(tl.abs(differences[g]), 1))
-            d = centred(differences[g], losts[g], scale, centre[:, None], EXACT)
-            if EDGE:
-                d = tl.where(insides[g], d, 0.0)
-            h, square = expm1_minus_any(d)
-            # d·expm1(d) = d·h + d²
-            r = tl.fma(d, h, square)
-            if g == 0:
-                lane_W = es[g] * d
-                lane_U = es[g] * h
-                lane_R = es[g] * r
+    return Weights(exponents, es, ds, lane_sum(lane_S))
+
+
+@triton.jit
+def way_of(weights, limit, GROUPS: tl.constexpr, want: tl.constexpr):
+    """The way that a tile takes: 0 near, 1 general, 2 anchor."""
+    way = tl.where(weights.share > limit, 2, 0)
+    if want.kl:
+        bits = weights.d[0].to(tl.int32, bitcast=True)
+        for g in tl.static_range(1, GROUPS):
+            bits = bits | weights.d[g].to(tl.int32, bitcast=True)
+        way = tl.maximum(way, (or_lanes(bits) >> 30) & 1)
+    else:
+        way = tl.maximum(way, 1)
+    return tl.max(way, 0)
+
+
+@triton.jit
+def fold_lanes(s, want: tl.constexpr):
+    """The state of each thread [threads] with what its lanes summed; its centre is not held."""
+    A = s.A
+    W = s.W
+    U = s.U
+    R = s.R
+    if want.entropy:
+        A = A + lane_sum(s.lane_A)
+    if want.kl:
+        W = W + lane_sum(s.lane_W) * (1.0 / HELD)
+        U = U + lane_sum(s.lane_U) * 0.5
+    if want.reverse:
+        R = R + lane_sum(s.lane_R) * 0.25
+    return State(s.origin, s.S, A, W, U, R, s.centre * (1.0 / HELD))
+
+
+@triton.jit
+def sums_from(state, limit, farthest, largest, lanes):
+    """The running sums that continue a state, with lanes of 0."""
+    return Running(
+        state.origin, state.centre * HELD, limit, tl.maximum(farthest, tl.abs(state.centre)),
+        state.S, state.A, state.W, state.U, state.R, largest,
+        lanes, lanes, lanes, lanes,
+    )  # fmt: skip
+
+
+@triton.jit
+def anchor(s, tile, scale, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
+    """Move origin and centre to a tile that is about to be added; if it does not outweigh all before it, only the origin."""
+    state = fold_lanes(s, want)
+    peak = tl.max(tile.x[0], 1)
+    for g in tl.static_range(1, GROUPS):
+        peak = tl.maximum(peak, tl.max(tile.x[g], 1))
+    state = rescale(state, tl.maximum(s.origin, tl.floor(tl.max(peak, 0) * (scale * LOG2E))), want)
+    for g in tl.static_range(GROUPS):
+        e = tl.exp2(tl.fma(tile.x[g], scale * LOG2E, -state.origin))
+        if EDGE:
+            e = tl.where(tile.inside[g], e, 0.0)
+        if g == 0:
+            lane_S = e
+            lane_D = e * tile.difference[g]
+        else:
+            lane_S = lane_S + e
+            lane_D = tl.fma(e, tile.difference[g], lane_D)
+    shares = lane_sum(lane_S)
+    total = tl.sum(shares, 0)
+    before = tl.sum(state.S, 0)
+    if want.kl:
+        # The mean difference, as well rounded as may be: on a peaked row, what is left of d at the peak makes the whole gradient.
+        mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * scale
+        moved = tl.where(total > before * OUTWEIGHS, mean, state.centre)
+        delta = moved - state.centre
+        state = recentre(state, tl.where(state.S > 0.0, delta, 0.0), want)
+        state = State(state.origin, state.S, state.A, state.W, state.U, state.R, moved)
+    # At least twice this tile's own largest share: it takes another way when it is read again.
+    limit = tl.maximum((before + total) * (OUTWEIGHS / s.S.shape[0]), tl.max(shares, 0) * 2.0)
+    return sums_from(state, limit, s.farthest, s.largest, s.lane_W * 0.0)
+
+
+@triton.jit
+def to_mean(s, want: tl.constexpr):
+    """Move the centre to the mean of d over all so far."""
+    state = fold_lanes(s, want)
+    total = tl.sum(state.S, 0)
+    delta = tl.where(total > 0.0, tl.sum(state.W, 0) / total, 0.0)
+    # Move the sums by the difference of the rounded centres.
+    moved = state.centre + delta
+    state = recentre(state, moved - state.centre, want)
+    state = State(state.origin, state.S, state.A, state.W, state.U, state.R, moved)
+    return sums_from(state, s.limit, s.farthest, s.largest, s.lane_W * 0.0)
+
+
+@triton.jit
+def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.constexpr):
+    """Add a tile to the sums; NEAR requires every |d| to be below 1."""
+    lane_A = s.lane_A
+    lane_W = s.lane_W
+    lane_U = s.lane_U
+    lane_R = s.lane_R
+    largest = s.largest
+    for g in tl.static_range(GROUPS):
+        e = weights.e[g]
+        if want.entropy:
+            if NEAR:
+                lane_A = tl.fma(e, weights.exponent[g], lane_A)
             else:
-                lane_W = tl.fma(es[g], d, lane_W)
-                lane_U = tl.fma(es[g], h, lane_U)
-                lane_R = tl.fma(es[g], r, lane_R)
-        W = W + lane_sum(lane_W)
-        U = U + lane_sum(lane_U)
-        if WITH_REVERSE:
-            R = R + lane_sum(lane_R)
-    S = S + tile_S
-    return new_origin, S, A, W, U, R, centre, largest
+                lane_A = tl.fma(e, tl.maximum(weights.exponent[g], NO_WEIGHT), lane_A)
+        if want.kl:
+            d = weights.d[g]
+            lane_W = tl.fma(e, d, lane_W)
+            # 2·h, h = expm1(d) - d, and 4·d·expm1(d) = 4·(d·h + d²)
+            if NEAR:
+                h = near_expm1(d)
+                e_square = e * (d * d)
+                lane_U = tl.fma(e_square, h, lane_U)
+                if want.reverse:
+                    lane_R = tl.fma(e_square, tl.fma(d, h, 1.0), lane_R)
+            else:
+                largest = tl.maximum(largest, tl.max(tl.abs(d), 1))
+                h, square = general_expm1(d)
+                lane_U = tl.fma(e, h, lane_U)
+                if want.reverse:
+                    lane_R = tl.fma(e, tl.fma(d, h, square), lane_R)
+    return Running(
+        s.origin, s.centre, s.limit, s.farthest,
+        s.S + weights.share, s.A, s.W, s.U, s.R, largest,
+        lane_A, lane_W, lane_U, lane_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def segment_sums(row, first, end, layout: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
+    """The scalar State of the entries first … end - 1 of a row; U is infinite where the sums cannot hold them.
+
+    first must be a multiple of lanes.
+    """
+    GROUPS: tl.constexpr = layout.groups
+    TILE: tl.constexpr = layout.threads * layout.groups
+    s = empty_sums(layout)
+    group = first // layout.lanes
+    full_end = group + (end - first) // layout.lanes // TILE * TILE
+    centring = group + TILE
+    centring_step = 2 * TILE
+    while group < full_end:
+        if want.kl:
+            if group == centring:
+                s = to_mean(s, want)
+                centring = tl.where(centring_step > 4 * TILE, full_end, centring + centring_step)
+                centring_step = 2 * centring_step
+        tile = load_tile(row, group, end, GROUPS, layout, want, reading, False)
+        weights = weigh(tile, row.scale, s.origin, s.centre, GROUPS, want, False)
+        way = way_of(weights, s.limit, GROUPS, want)
+        if way > 1:
+            # A NaN does not come here: no limit of NaN is exceeded.
+            tile = load_tile(row, group, end, GROUPS, layout, want, reading, False)
+            s = anchor(s, tile, row.scale, GROUPS, want, False)
+        else:
+            if way > 0:
+                s = absorb(s, weights, GROUPS, want, False)
+            else:
+                s = absorb(s, weights, GROUPS, want, True)
+            group += TILE
+    # What is left is less than a tile: one group of each thread at a time.
+    while group * layout.lanes < end:
+        tile = load_tile(row, group, end, 1, layout, want, reading, True)
+        weights = weigh(tile, row.scale, s.origin, s.centre, 1, want, True)
+        if way_of(weights, s.limit, 1, want) > 1:
+            s = anchor(s, tile, row.scale, 1, want, True)
+        else:
+            s = absorb(s, weights, 1, want, False)
+            group += layout.threads
+    state = fold_lanes(s, want)
+    U = tl.sum(state.U, 0)
+    if want.kl:
+        # |difference·scale| is at most |d| plus the centre then.
+        farthest = tl.fma(tl.maximum(tl.max(s.largest, 0), HELD), 1.0 / HELD, s.farthest)
+        U = tl.where(farthest + tl.abs(state.centre) < LARGEST_D, U, float("inf"))
+    return State(state.origin, tl.sum(state.S, 0), tl.sum(state.A, 0), tl.sum(state.W, 0), U, tl.sum(state.R, 0), state.centre)
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
     "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "V", "splits"], do_not_specialize_on_alignment=[
-    "p_ptr", "q_ptr", "state_ptr", "mask_ptr", "temperature_ptr", "ratio_ptr"])
+    "V", "segment", "splits", "ask_ahead"], do_not_specialize_on_alignment=[
+    "p_ptr", "q_ptr", "mask_ptr", "temperature_ptr", "ratio_ptr", "tokens_ptr", "state_ptr", "counter_ptr", "saved_ptr", "logprob_ptr",
+    "entropy_ptr", "ref_logprob_ptr", "kl_ptr", "ref_kl_ptr"])
 def row_forward(
     p_ptr,  # [outer, inner, V] policy logits (P)
     q_ptr,  # [outer, inner, V] reference logits (Q); any pointer without WITH_KL
-    state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre (counted from row_shift·scale if EXACT)
     mask_ptr,  # [N] bool; any pointer without HAS_MASK
     temperature_ptr,  # [N] float32; any pointer without TEMPERATURE_PER_ROW
     ratio_ptr,  # [N] float32, the inverse temperature of Q over that of P; any pointer without HAS_RATIO
+    tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
+    state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre; any pointer if splits is 1
+    counter_ptr,  # [N] int32, zeros, and zeros again afterwards: how many segments of a row are done; any pointer if splits is 1
+    # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, log1p(t), E_p[d], E_q[d], entropy
+    saved_ptr,
+    # [N] float32; any pointer for logprob without HAS_TOKENS, ref_logprob without it or WITH_KL, kl without WITH_KL, the others without their WITH_
+    logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,
     temperature: tl.float32, n_inner: tl.int32,
     stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
-    V: tl.int32, splits: tl.int32,
-    SEGMENT: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-    HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
+    V: tl.int32, segment: tl.int32, splits: tl.int32,
+    ask_ahead: tl.int32,  # 1 to ask for the segment at once, where programs are too few to hide memory's latency; 0 not to (PREFETCH)
+    SPLITS: tl.constexpr,  # a power of two, at least splits
+    THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
-    REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr,
+    REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, PREFETCH: tl.constexpr,
     SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr,  # logits are CAP·tanh(logits/CAP), 0 for none: a constant of each model
     HAS_RATIO: tl.constexpr,
 ):
-    """Partial statistics of one segment of one row.
+    """The sums of one segment of one row; the program of a row that is last writes the row's results.
 
-    Math:   the sums of row_math.py over the segment, as reference.row_statistics defines them for the row.
-    Grid:   (N · splits,), a row's segments next to each other; a segment is SEGMENT elements whatever N is.
-    Reads:  N·V of p, N·V of q (WITH_KL), and three entries of each again if one is float32; nothing of a masked row.
-    Writes: 2 to 7 of the 7 · N · splits float32, those of the fields asked for.
-    Saves:  nothing beside them; row_finish makes the row's statistics of them.
-    Special values: the sums turn non-finite, and row_finish takes the fallback, for an infinity, a NaN, or an entry with
-            d above LARGEST_D.
+    Math:   the sums of row_math.py over the segment and the formulas there, as reference.row_statistics defines them.
+    Grid:   (N · splits,), a row's segments next to each other. Lengths of segments depend on V alone, and states are merged
+            in order: a row's bits depend neither on N nor on which program is last.
+    Reads:  N·V of p, N·V of q (WITH_KL), up to four logits of each tensor per row; nothing of a masked row.
+    Writes: 7 · N · splits float32, read again by the last program; 10 saved values and the fields asked for, per row.
+    Saves:  what row_backward needs: 40 bytes per row.
+    Special values: the first saved value is NaN for a row whose sums do not hold (infinities, a NaN, an entry with |d| above
+            LARGEST_D, KL of 8 nats or more, tensors 64 nats apart), and row_fallback computes it again. A token outside
+            0 … V-1 reads nothing and gives NaN. Log-probabilities are never above 0. A masked row gets zeros.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
+    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT)
+    layout: tl.constexpr = Layout(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
+    reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
+            if split == 0:
+                store_zeros(out, want, reading)
             return
-    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
-    if REALIGN:
-        pad = row_pad(p_row)
-    else:
-        pad = 0
-    p_block = p_row - pad
-    q_block = q_row - pad
-    order = lane_order(pad, LANES)
-
-    first = split * SEGMENT
-    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    first = split * segment
+    end = tl.minimum(first + segment, V)
+    if PREFETCH:
+        size = (end - first) // LANES * 16 * ask_ahead
+        prefetch(p_row + first, size)
+        if WITH_KL:
+            prefetch(q_row + first, size)
+    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
-    shift = 0.0
+    shift = tl.full([], 0.0, tl.float32)
     if WITH_KL and EXACT:
         shift = row_shift(p_row, q_row, V, row >= 0, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    origin = tl.full([THREADS], LOWEST, tl.float32)
-    S = tl.zeros([THREADS], tl.float32)
-    A = tl.zeros([THREADS], tl.float32)
-    W = tl.zeros([THREADS], tl.float32)
-    U = tl.zeros([THREADS], tl.float32)
-    R = tl.zeros([THREADS], tl.float32)
-    centre = tl.zeros([THREADS], tl.float32)
-    largest = tl.zeros([THREADS], tl.float32)
-    TILE_GROUPS: tl.constexpr = THREADS * GROUPS
-    n_groups = tl.minimum(SEGMENT, V - first) // LANES
-    full_end = first // LANES + n_groups // TILE_GROUPS * TILE_GROUPS
-    for group in range(first // LANES, full_end, TILE_GROUPS):
-        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, group, pad, order, V, shift, ratio, THREADS, LANES, GROUPS,
-                                                    WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, REF_SOFTCAP, HAS_RATIO, False)
-        origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
-                                                             WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, False)
-    if full_end * LANES < tl.minimum(first + SEGMENT, V):
-        xs, differences, losts, insides = load_tile(p_block, q_block, q_row, full_end, pad, order, V, shift, ratio, THREADS, LANES, GROUPS,
-                                                    WITH_KL, EXACT, REALIGN, Q_IN_BLOCKS, SOFTCAP, REF_SOFTCAP, HAS_RATIO, True)
-        origin, S, A, W, U, R, centre, largest = absorb_tile(origin, S, A, W, U, R, centre, largest, xs, differences, losts, insides, scale, GROUPS,
-                                                             WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT, True)
-
-    origin, S, A, W, U, R, centre = merge_states(origin, S, A, W, U, R, centre, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
-    state_ptr += tl.program_id(0).to(tl.int64) * STATE
-    tl.store(state_ptr, origin)
-    tl.store(state_ptr + 1, S)
-    if WITH_ENTROPY:
-        tl.store(state_ptr + 2, A)
-    if WITH_KL:
-        holds = tl.fma(tl.max(largest, 0), scale, tl.abs(centre)) < LARGEST_D
-        tl.store(state_ptr + 3, W)
-        tl.store(state_ptr + 4, tl.where(holds, U, float("inf")))
-        if WITH_REVERSE:
-            tl.store(state_ptr + 5, R)
-        tl.store(state_ptr + 6, centre)
+    pad = 0
+    if REALIGN:
+        pad = row_pad(p_row)
+    place = Row(p_row - pad, q_row - pad, q_row, pad, lane_order(pad, LANES), V, shift, scale, ratio)
+    state = segment_sums(place, first, end, layout, want, reading)
+    if SPLITS > 1:
+        store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
+        tl.debug_barrier()
+        if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != splits - 1:
+            return
+        tl.store(counter_ptr + row, 0)
+    if SPLITS > 1:
+        states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
+    else:
+        zeros = tl.zeros([1], tl.float32)
+        states = State(zeros + state.origin, zeros + state.S, zeros + state.A, zeros + state.W, zeros + state.U, zeros + state.R,
+                       zeros + state.centre)
+    token = row
+    if HAS_TOKENS:
+        token = tl.load(tokens_ptr + row)
+    statistics = row_statistics(states, shift, scale, want)
+    store_statistics(out, statistics, p_row, q_row, token, V, shift, scale, ratio, want, reading)

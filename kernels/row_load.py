@@ -89,6 +89,28 @@ def lane_sum(z):
 
 
 @triton.jit
+def or_lanes(bits):
+    """Bitwise or over axis 1, inside each thread."""
+    THREADS: tl.constexpr = bits.shape[0]
+    if bits.shape[1] == 8:
+        low, high = tl.split(tl.reshape(bits, [THREADS, 4, 2]))
+        bits = low | high
+    low, high = tl.split(tl.reshape(bits, [THREADS, 2, 2]))
+    low, high = tl.split(low | high)
+    return low | high
+
+
+@triton.jit
+def prefetch(ptr, size):
+    """Ask for `size` bytes (a multiple of 16; none for 0) from the 16-byte boundary at or before ptr on to be brought into L2: one instruction, sm_90 and later."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred any; .reg .b64 start; and.b64 start, $1, -16; setp.gt.s32 any, $2, 0;"
+        " @any cp.async.bulk.prefetch.L2.global [start], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [ptr.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def select_mask(pad, LANES: tl.constexpr):
     """[1, 4] int32: the bits of each 32-bit word that come from a group's own block; the others come from the next."""
     word = tl.arange(0, 4)[None, :]

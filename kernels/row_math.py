@@ -11,6 +11,8 @@ for every centre c; a good one keeps all brackets as small as the KL itself, whi
 Every multiply-add is written as tl.fma and compiled with fusion off: the bits do not depend on what a compiler chooses to fuse.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -166,47 +168,78 @@ def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
     return slope
 
 
+class State(NamedTuple):
+    """What a part of a row adds up to: the sums at the top of this file, of a scalar or a vector of parts.
+
+    Fields that were not asked for are zeros.
+    """
+
+    origin: tl.tensor
+    S: tl.tensor
+    A: tl.tensor
+    W: tl.tensor
+    U: tl.tensor
+    R: tl.tensor
+    centre: tl.tensor
+
+
+class Want(NamedTuple):
+    """Compile-time: the statistics asked for.
+
+    exact: keep what the rounding of differences loses, for float32 logits and ratios of temperatures.
+    """
+
+    entropy: bool
+    kl: bool
+    reverse: bool
+    exact: bool
+
+
 @triton.jit
-def move_centre(S, W, U, R, delta, WITH_REVERSE: tl.constexpr):
-    """The sums W, U, R after the centre moved up by `delta`: exact algebra, no element is read again."""
+def recentre(s, delta, want: tl.constexpr):
+    """Move the centre up by `delta`: exact algebra on the sums, no entry is read again."""
     shrink = tl.exp2(-delta * LOG2E)
     h = expm1_minus(-delta)
-    shifted_W = tl.fma(-delta, S, W)
-    if WITH_REVERSE:
-        R = tl.fma(shrink, tl.fma(-delta, U + W, R), (h - delta) * shifted_W)
-    U = tl.fma(U, shrink, tl.fma(S, h, W * (h - delta)))
-    W = shifted_W
-    return W, U, R
+    W = tl.fma(-delta, s.S, s.W)
+    R = s.R
+    if want.reverse:
+        R = tl.fma(shrink, tl.fma(-delta, s.U + s.W, R), (h - delta) * W)
+    U = tl.fma(s.U, shrink, tl.fma(s.S, h, s.W * (h - delta)))
+    return State(s.origin, s.S, s.A, W, U, R, s.centre + delta)
 
 
 @triton.jit
-def rescale_to(new_origin, origin, S, A, W, U, R, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
-    """The sums relative to another origin."""
-    scale = tl.exp2(origin - new_origin)
-    if WITH_ENTROPY:
-        A = tl.fma(S, origin - new_origin, A) * scale
-    S = S * scale
-    if WITH_KL:
-        W = W * scale
-        U = U * scale
-    if WITH_REVERSE:
-        R = R * scale
-    return S, A, W, U, R
+def rescale(s, origin, want: tl.constexpr):
+    """Count the sums from another origin."""
+    shrink = tl.exp2(s.origin - origin)
+    A = s.A
+    W = s.W
+    U = s.U
+    R = s.R
+    if want.entropy:
+        A = tl.fma(s.S, s.origin - origin, A) * shrink
+    if want.kl:
+        W = W * shrink
+        U = U * shrink
+    if want.reverse:
+        R = R * shrink
+    return State(origin, s.S * shrink, A, W, U, R, s.centre)
 
 
 @triton.jit
-def merge_states(origin, S, A, W, U, R, centre, WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr):
-    """One state from a vector of states (axis 0): threads of a program, programs of a row and shards of a vocabulary merge alike.
+def merge(s, want: tl.constexpr):
+    """Merge a vector of states (axis 0) to one: programs of a row and shards of a vocabulary merge alike.
 
-    The centre of all is at the mean of d over all. A state without weight (S = 0) adds nothing, whatever its centre. All of them must count their
-    differences from one shift (row_load.row_shift): the shards of a vocabulary too.
+    Put the centre at the mean of d over all of them. A state without weight (S = 0) adds nothing, whatever its centre.
+    All must count their differences from one shift (row_load.row_shift).
     """
-    row_origin = tl.max(origin, 0)
-    S, A, W, U, R = rescale_to(row_origin, origin, S, A, W, U, R, WITH_ENTROPY, WITH_KL, WITH_REVERSE)
-    total = tl.sum(S, 0)
-    row_centre = total * 0.0
-    if WITH_KL:
+    s = rescale(s, tl.max(s.origin, 0), want)
+    total = tl.sum(s.S, 0)
+    centre = total * 0.0
+    if want.kl:
         # A centre off by δ would leave U larger than the KL by δ²/2, and its digits lost.
-        row_centre = tl.div_rn(tl.sum(tl.where(S > 0.0, tl.fma(S, centre, W), 0.0), 0), total)
-        W, U, R = move_centre(S, W, U, R, tl.where(S > 0.0, row_centre - centre, 0.0), WITH_REVERSE)
-    return row_origin, total, tl.sum(A, 0), tl.sum(W, 0), tl.sum(U, 0), tl.sum(R, 0), row_centre
+        centre = tl.div_rn(tl.sum(tl.where(s.S > 0.0, tl.fma(s.S, s.centre, s.W), 0.0), 0), total)
+        s = recentre(s, tl.where(s.S > 0.0, centre - s.centre, 0.0), want)
+    return State(
+        s.origin, total, tl.sum(s.A, 0), tl.sum(s.W, 0), tl.sum(s.U, 0), tl.sum(s.R, 0), centre
+    )
