@@ -74,22 +74,23 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     splits = -(-VOCABULARY // config.segment_length(VOCABULARY, forward.segment))
     shape = dict(SPLITS=triton.next_power_of_2(splits), THREADS=forward.threads, GROUPS=forward.groups, PREFETCH=config.prefetches(arch), **placing)
     specializations = []
+
+    def add(name: str, kernel: Any, chosen: config.RowConfig, constexprs: dict[str, Any], grad_dtype: str | None = None) -> None:
+        roomy = not aligned or constexprs["SOFTCAP"] > 0.0 or constexprs["HAS_RATIO"]
+        specializations.append(_specialization(name, kernel, constexprs, dtype, chosen.threads // warp, chosen.groups * lanes,
+                                               chosen.options(arch, roomy), grad_dtype))
+
+    with_ratio, with_cap = dict(HAS_RATIO=True), dict(SOFTCAP=30.0, REF_SOFTCAP=30.0)
     for name, entropy, kl, reverse in (("kl_divergence", False, True, False), ("token_stats", True, True, True),
                                        ("token_stats_policy_only", True, False, False)):
         fields = dict(HAS_TOKENS=name != "kl_divergence", WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
-        specializations.append(_specialization(f"{name}.forward", row_forward, {**shape, **plain, **fields}, dtype, forward.threads // warp,
-                                               forward.groups * lanes, forward.options(arch)))
-        if aligned and name != "token_stats_policy_only":
-            with_ratio = {**shape, **plain, **fields, "HAS_RATIO": True}
-            specializations.append(_specialization(f"{name}.forward_ratio", row_forward, with_ratio, dtype, forward.threads // warp,
-                                                   forward.groups * lanes, forward.options(arch)))
-            with_cap = {**shape, **plain, **fields, "SOFTCAP": 30.0, "REF_SOFTCAP": 30.0}
-            specializations.append(_specialization(f"{name}.forward_softcap", row_forward, with_cap, dtype, forward.threads // warp,
-                                                   forward.groups * lanes, forward.options(arch, capped=True)))
+        constexprs = {**shape, **plain, **fields}
+        add(f"{name}.forward", row_forward, forward, constexprs)
+        if aligned and kl:
+            add(f"{name}.forward_ratio", row_forward, forward, {**constexprs, **with_ratio})
+            add(f"{name}.forward_softcap", row_forward, forward, {**constexprs, **with_cap})
         if not aligned and kl:
-            elsewhere = {**shape, **plain, **fields, "Q_IN_BLOCKS": False}
-            specializations.append(_specialization(f"{name}.forward_q_elsewhere", row_forward, elsewhere, dtype, forward.threads // warp,
-                                                   forward.groups * lanes, forward.options(arch)))
+            add(f"{name}.forward_q_elsewhere", row_forward, forward, {**constexprs, "Q_IN_BLOCKS": False})
         again = {key: value for key, value in {**plain, **fields}.items() if key in row_fallback.arg_names}
         again.update(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK)
         specializations.append(_specialization(f"{name}.fallback", row_fallback, again, dtype, FALLBACK_THREADS // warp,
@@ -102,15 +103,11 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         constexprs = dict(CHUNK=backward.segment, THREADS=backward.threads, LANES=lanes, GROUPS=backward.groups, WRT_P=wrt_p, WRT_Q=wrt_q,
                           Q_IN_BLOCKS=True, GRAD_IN_BLOCKS=True, **{field: fields.index(field) if field in fields else -1 for field in _FIELDS},
                           **plain)
-        specializations.append(_specialization(name, row_backward, constexprs, dtype, backward.threads // warp, backward.groups * lanes,
-                                               backward.options(arch)))
+        add(name, row_backward, backward, constexprs)
         if not aligned or name not in ("kl_divergence.backward_p", "kl_divergence.backward_both", "token_stats.backward_both"):
             continue
         if dtype == "fp32":  # of logits that are float32 sums of 16-bit products
-            specializations.append(_specialization(f"{name}_to_16_bit", row_backward, constexprs, dtype, backward.threads // warp,
-                                                   backward.groups * lanes, backward.options(arch), "bf16"))
-        specializations.append(_specialization(f"{name}_ratio", row_backward, {**constexprs, "HAS_RATIO": True}, dtype,
-                                               backward.threads // warp, backward.groups * lanes, backward.options(arch)))
-        specializations.append(_specialization(f"{name}_softcap", row_backward, {**constexprs, "SOFTCAP": 30.0, "REF_SOFTCAP": 30.0}, dtype,
-                                               backward.threads // warp, backward.groups * lanes, backward.options(arch, capped=True)))
+            add(f"{name}_to_16_bit", row_backward, backward, constexprs, "bf16")
+        add(f"{name}_ratio", row_backward, backward, {**constexprs, **with_ratio})
+        add(f"{name}_softcap", row_backward, backward, {**constexprs, **with_cap})
     return specializations

@@ -100,10 +100,10 @@ def architecture(device: torch.device) -> tuple[str, int]:
     return f"sm_{major}{minor}", 32
 
 
-def _options(chosen: config.RowConfig, device: torch.device, capped: bool) -> dict[str, object]:
+def _options(chosen: config.RowConfig, device: torch.device, roomy: bool) -> dict[str, object]:
     """The compiler options that come with a configuration."""
     arch, warp = architecture(device)
-    return {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch, capped), **OPTIONS}
+    return {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch, roomy), **OPTIONS}
 
 
 def fallback_options(arch: str, warp: int) -> dict[str, object]:
@@ -156,9 +156,9 @@ class Case(NamedTuple):
                     Q_IN_BLOCKS=self.q_in_blocks, SOFTCAP=self.softcap, REF_SOFTCAP=self.ref_softcap, HAS_RATIO=self.has_ratio)
 
     @property
-    def capped(self) -> bool:
-        """Whether a soft cap's temporaries need registers."""
-        return self.softcap > 0.0 or self.ref_softcap > 0.0
+    def roomy(self) -> bool:
+        """Whether the temporaries of soft caps, ratios or misaligned rows need registers."""
+        return self.softcap > 0.0 or self.ref_softcap > 0.0 or self.has_ratio or self.realign
 
 
 def _case(problem: Problem) -> Case:
@@ -176,7 +176,7 @@ def forward_variants(case: Case, chosen: config.RowConfig, most_splits: int, wit
                      WITH_REVERSE=with_reverse)
     reading = dict(SPLITS=most_splits, THREADS=chosen.threads, GROUPS=chosen.groups, REALIGN=case.realign, PREFETCH=config.prefetches(arch))
     rows = dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK)
-    return (Variant(row_forward, _in_order(row_forward, **constants, **reading), _options(chosen, case.device, case.capped)),
+    return (Variant(row_forward, _in_order(row_forward, **constants, **reading), _options(chosen, case.device, case.roomy)),
             Variant(row_fallback, _in_order(row_fallback, **constants, **rows), fallback_options(arch, warp)))
 
 
@@ -187,7 +187,7 @@ def backward_variant(case: Case, chosen: config.RowConfig, fields: tuple[str, ..
     constants = dict(**case.constants, CHUNK=chosen.segment, THREADS=chosen.threads, GROUPS=chosen.groups, WRT_P=grad_types[0] is not None,
                      WRT_Q=grad_types[1] is not None, GRAD_IN_BLOCKS=grad_in_blocks,
                      **{name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS})
-    return Variant(row_backward, _in_order(row_backward, **constants), _options(chosen, case.device, case.capped))
+    return Variant(row_backward, _in_order(row_backward, **constants), _options(chosen, case.device, case.roomy))
 
 
 def _in_order(kernel: object, **constants: object) -> dict[str, object]:

@@ -57,10 +57,10 @@ class Layout(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Where a row lies, and what its entries are read with.
+    """Where the V entries from a segment's first on lie, and what they are read with.
 
-    p_block, q_block: the 16-byte boundary at or before its first entry, `pad` entries further. order: the entry of its
-    group that each lane holds. shift: row_load.row_shift.
+    p_block, q_block: the 16-byte boundary at or before the first entry, `pad` entries further. order: the entry of its
+    group that each lane holds. shift: row_load.row_shift. held_scale: HELD/T; scale2: log2(e)/T.
     """
 
     p_block: tl.tensor
@@ -70,7 +70,8 @@ class Row(NamedTuple):
     order: tl.tensor
     V: tl.tensor
     shift: tl.tensor
-    scale: tl.tensor
+    held_scale: tl.tensor
+    scale2: tl.tensor
     ratio: tl.tensor
 
 
@@ -87,31 +88,25 @@ class Tile(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A tile about an origin and a centre: log2 e, e and d (held) as tuples; `share` is each thread's sum of e."""
+    """A tile about the present origin and centre: e and d (held) as tuples, each thread's sum of e, and lane_A with the tile added."""
 
-    exponent: tl.tuple
     e: tl.tuple
     d: tl.tuple
     share: tl.tensor
+    lane_A: tl.tensor
 
 
 class Running(NamedTuple):
     """The sums of a segment so far.
 
-    Scalars: origin; centre, held; limit: the share of a thread that re-anchors; farthest: the largest |centre| so far.
-    Vectors [threads]: S, and the sums A, W, U, R up to the last move of origin or centre; largest: of |d|, held.
-    [threads, lanes], since then: A, 2·W, 2·U and 4·R.
+    Scalars: origin; centre, held; limit: the share of a thread that re-anchors. Vectors [threads]: S; largest: a bound of
+    |y - x|·scale less the row's shift, held. [threads, lanes]: A, 2·W, 2·U and 4·R.
     """
 
     origin: tl.tensor
     centre: tl.tensor
     limit: tl.tensor
-    farthest: tl.tensor
     S: tl.tensor
-    A: tl.tensor
-    W: tl.tensor
-    U: tl.tensor
-    R: tl.tensor
     largest: tl.tensor
     lane_A: tl.tensor
     lane_W: tl.tensor
@@ -127,11 +122,7 @@ def empty_sums(layout: tl.constexpr):
     zero = tl.full([], 0.0, tl.float32)
     zeros = tl.zeros([THREADS], tl.float32)
     lanes = tl.zeros([THREADS, LANES], tl.float32)
-    return Running(
-        tl.full([], LOWEST, tl.float32), zero, zero, zero,
-        zeros, zeros, zeros, zeros, zeros, zeros,
-        lanes, lanes, lanes, lanes,
-    )  # fmt: skip
+    return Running(tl.full([], LOWEST, tl.float32), zero, zero, zeros, zeros + HELD, lanes, lanes, lanes, lanes)
 
 
 @triton.jit
@@ -197,29 +188,32 @@ def load_tile(row, first_group, end, GROUPS: tl.constexpr, layout: tl.constexpr,
 
 
 @triton.jit
-def weigh(tile, scale, origin, centre, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
-    """The Weights of a tile."""
-    exponents = ()
+def weigh(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, CLAMP: tl.constexpr, EDGE: tl.constexpr):
+    """The Weights of a tile. Without CLAMP, a finite logit so low that its exponent overflows makes lane_A NaN."""
     es = ()
     ds = ()
+    lane_A = s.lane_A
     for g in tl.static_range(GROUPS):
-        exponent = tl.fma(tile.x[g], scale * LOG2E, -origin)
+        exponent = tl.fma(tile.x[g], row.scale2, -s.origin)
         e = tl.exp2(exponent)
         d = e
         if want.kl:
-            d = centred(tile.difference[g], tile.lost[g], scale * HELD, centre, want.exact)
+            d = centred(tile.difference[g], tile.lost[g], row.held_scale, s.centre, want.exact)
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
             if want.kl:
                 d = tl.where(tile.inside[g], d, 0.0)
-        exponents += (exponent,)
+        if want.entropy:
+            if CLAMP:
+                exponent = tl.maximum(exponent, NO_WEIGHT)
+            lane_A = tl.fma(e, exponent, lane_A)
         es += (e,)
         ds += (d,)
         if g == 0:
             lane_S = e
         else:
             lane_S = lane_S + e
-    return Weights(exponents, es, ds, lane_sum(lane_S))
+    return Weights(es, ds, lane_sum(lane_S), lane_A)
 
 
 @triton.jit
@@ -237,42 +231,49 @@ def way_of(weights, limit, GROUPS: tl.constexpr, want: tl.constexpr):
 
 
 @triton.jit
-def fold_lanes(s, want: tl.constexpr):
-    """The state of each thread [threads] with what its lanes summed; its centre is not held."""
-    A = s.A
-    W = s.W
-    U = s.U
-    R = s.R
+def state_of(s, want: tl.constexpr):
+    """The state of each thread [threads], summed over its lanes; its centre is not held."""
+    A = s.S * 0.0
+    W = A
+    U = A
+    R = A
     if want.entropy:
-        A = A + lane_sum(s.lane_A)
+        A = lane_sum(s.lane_A)
     if want.kl:
-        W = W + lane_sum(s.lane_W) * (1.0 / HELD)
-        U = U + lane_sum(s.lane_U) * 0.5
+        W = lane_sum(s.lane_W) * (1.0 / HELD)
+        U = lane_sum(s.lane_U) * 0.5
     if want.reverse:
-        R = R + lane_sum(s.lane_R) * 0.25
+        R = lane_sum(s.lane_R) * 0.25
     return State(s.origin, s.S, A, W, U, R, s.centre * (1.0 / HELD))
 
 
 @triton.jit
-def sums_from(state, limit, farthest, largest, lanes):
-    """The running sums that continue a state, with lanes of 0."""
+def spread(z, LANES: tl.constexpr):
+    """An equal part of z [threads] in each lane, exactly: wherever a row starts, its sums are the same."""
+    return tl.broadcast_to((z * (1.0 / LANES))[:, None], [z.shape[0], LANES])
+
+
+@triton.jit
+def sums_from(state, limit, largest, LANES: tl.constexpr):
+    """The running sums that continue a state."""
+    # A near tile has |d| < 1.
+    largest = tl.maximum(largest, tl.fma(tl.abs(state.centre), HELD, HELD))
     return Running(
-        state.origin, state.centre * HELD, limit, tl.maximum(farthest, tl.abs(state.centre)),
-        state.S, state.A, state.W, state.U, state.R, largest,
-        lanes, lanes, lanes, lanes,
+        state.origin, state.centre * HELD, limit, state.S, largest,
+        spread(state.A, LANES), spread(state.W * HELD, LANES), spread(state.U * 2.0, LANES), spread(state.R * 4.0, LANES),
     )  # fmt: skip
 
 
 @triton.jit
-def anchor(s, tile, scale, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
+def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
     """Move origin and centre to a tile that is about to be added; if it does not outweigh all before it, only the origin."""
-    state = fold_lanes(s, want)
+    state = state_of(s, want)
     peak = tl.max(tile.x[0], 1)
     for g in tl.static_range(1, GROUPS):
         peak = tl.maximum(peak, tl.max(tile.x[g], 1))
-    state = rescale(state, tl.maximum(s.origin, tl.floor(tl.max(peak, 0) * (scale * LOG2E))), want)
+    state = rescale(state, tl.maximum(s.origin, tl.floor(tl.max(peak, 0) * row.scale2)), want)
     for g in tl.static_range(GROUPS):
-        e = tl.exp2(tl.fma(tile.x[g], scale * LOG2E, -state.origin))
+        e = tl.exp2(tl.fma(tile.x[g], row.scale2, -state.origin))
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
         if g == 0:
@@ -286,44 +287,38 @@ def anchor(s, tile, scale, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.co
     before = tl.sum(state.S, 0)
     if want.kl:
         # The mean difference, as well rounded as may be: on a peaked row, what is left of d at the peak makes the whole gradient.
-        mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * scale
+        mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.held_scale * (1.0 / HELD)
         moved = tl.where(total > before * OUTWEIGHS, mean, state.centre)
         delta = moved - state.centre
         state = recentre(state, tl.where(state.S > 0.0, delta, 0.0), want)
         state = State(state.origin, state.S, state.A, state.W, state.U, state.R, moved)
     # At least twice this tile's own largest share: it takes another way when it is read again.
     limit = tl.maximum((before + total) * (OUTWEIGHS / s.S.shape[0]), tl.max(shares, 0) * 2.0)
-    return sums_from(state, limit, s.farthest, s.largest, s.lane_W * 0.0)
+    return sums_from(state, limit, s.largest, s.lane_W.shape[1])
 
 
 @triton.jit
 def to_mean(s, want: tl.constexpr):
     """Move the centre to the mean of d over all so far."""
-    state = fold_lanes(s, want)
+    state = state_of(s, want)
     total = tl.sum(state.S, 0)
     delta = tl.where(total > 0.0, tl.sum(state.W, 0) / total, 0.0)
     # Move the sums by the difference of the rounded centres.
     moved = state.centre + delta
     state = recentre(state, moved - state.centre, want)
     state = State(state.origin, state.S, state.A, state.W, state.U, state.R, moved)
-    return sums_from(state, s.limit, s.farthest, s.largest, s.lane_W * 0.0)
+    return sums_from(state, s.limit, s.largest, s.lane_W.shape[1])
 
 
 @triton.jit
 def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.constexpr):
     """Add a tile to the sums; NEAR requires every |d| to be below 1."""
-    lane_A = s.lane_A
     lane_W = s.lane_W
     lane_U = s.lane_U
     lane_R = s.lane_R
     largest = s.largest
     for g in tl.static_range(GROUPS):
         e = weights.e[g]
-        if want.entropy:
-            if NEAR:
-                lane_A = tl.fma(e, weights.exponent[g], lane_A)
-            else:
-                lane_A = tl.fma(e, tl.maximum(weights.exponent[g], NO_WEIGHT), lane_A)
         if want.kl:
             d = weights.d[g]
             lane_W = tl.fma(e, d, lane_W)
@@ -335,65 +330,64 @@ def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.conste
                 if want.reverse:
                     lane_R = tl.fma(e_square, tl.fma(d, h, 1.0), lane_R)
             else:
-                largest = tl.maximum(largest, tl.max(tl.abs(d), 1))
+                largest = tl.maximum(largest, tl.max(tl.abs(d), 1) + tl.abs(s.centre))
                 h, square = general_expm1(d)
                 lane_U = tl.fma(e, h, lane_U)
                 if want.reverse:
                     lane_R = tl.fma(e, tl.fma(d, h, square), lane_R)
-    return Running(
-        s.origin, s.centre, s.limit, s.farthest,
-        s.S + weights.share, s.A, s.W, s.U, s.R, largest,
-        lane_A, lane_W, lane_U, lane_R,
-    )  # fmt: skip
+    return Running(s.origin, s.centre, s.limit, s.S + weights.share, largest, weights.lane_A, lane_W, lane_U, lane_R)
 
 
 @triton.jit
-def segment_sums(row, first, end, layout: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
-    """The scalar State of the entries first … end - 1 of a row; U is infinite where the sums cannot hold them.
-
-    first must be a multiple of lanes.
-    """
+def segment_sums(row, length, layout: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
+    """The scalar State of the first `length` entries; U is infinite where the sums cannot hold them."""
     GROUPS: tl.constexpr = layout.groups
     TILE: tl.constexpr = layout.threads * layout.groups
+    # A row that has entropy alone never takes the near way.
+    CLAMP: tl.constexpr = not want.kl
     s = empty_sums(layout)
-    group = first // layout.lanes
-    full_end = group + (end - first) // layout.lanes // TILE * TILE
-    centring = group + TILE
-    centring_step = 2 * TILE
+    group = 0
+    full_end = length // layout.lanes // TILE * TILE
+    stop = tl.minimum(TILE, full_end)
     while group < full_end:
-        if want.kl:
-            if group == centring:
-                s = to_mean(s, want)
-                centring = tl.where(centring_step > 4 * TILE, full_end, centring + centring_step)
-                centring_step = 2 * centring_step
-        tile = load_tile(row, group, end, GROUPS, layout, want, reading, False)
-        weights = weigh(tile, row.scale, s.origin, s.centre, GROUPS, want, False)
-        way = way_of(weights, s.limit, GROUPS, want)
-        if way > 1:
-            # A NaN does not come here: no limit of NaN is exceeded.
-            tile = load_tile(row, group, end, GROUPS, layout, want, reading, False)
-            s = anchor(s, tile, row.scale, GROUPS, want, False)
-        else:
-            if way > 0:
-                s = absorb(s, weights, GROUPS, want, False)
+        while group < stop:
+            tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
+            weights = weigh(s, tile, row, GROUPS, want, CLAMP, False)
+            way = way_of(weights, s.limit, GROUPS, want)
+            if way > 1:
+                # A NaN does not come here: no limit of NaN is exceeded.
+                tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
+                s = anchor(s, tile, row, GROUPS, want, False)
             else:
-                s = absorb(s, weights, GROUPS, want, True)
-            group += TILE
-    # What is left is less than a tile: one group of each thread at a time.
-    while group * layout.lanes < end:
-        tile = load_tile(row, group, end, 1, layout, want, reading, True)
-        weights = weigh(tile, row.scale, s.origin, s.centre, 1, want, True)
+                if way > 0:
+                    s = absorb(s, weights, GROUPS, want, False)
+                else:
+                    s = absorb(s, weights, GROUPS, want, True)
+                group += TILE
+        if want.kl:
+            if group <= 7 * TILE:
+                s = to_mean(s, want)
+        # After 1, 3 and 7 tiles.
+        stop = tl.where(group < 7 * TILE, tl.minimum(2 * group + TILE, full_end), full_end)
+    if want.entropy and want.kl:
+        A = tl.sum(lane_sum(s.lane_A), 0)
+        if A != A:
+            # Both tensors may be masked by a finite number: begin again, with exponents clamped.
+            s = empty_sums(layout)
+            group = 0
+    # Less than a tile is left, or all of it: one group of each thread at a time.
+    while group * layout.lanes < length:
+        tile = load_tile(row, group, length, 1, layout, want, reading, True)
+        weights = weigh(s, tile, row, 1, want, True, True)
         if way_of(weights, s.limit, 1, want) > 1:
-            s = anchor(s, tile, row.scale, 1, want, True)
+            s = anchor(s, tile, row, 1, want, True)
         else:
             s = absorb(s, weights, 1, want, False)
             group += layout.threads
-    state = fold_lanes(s, want)
+    state = state_of(s, want)
     U = tl.sum(state.U, 0)
     if want.kl:
-        # |difference·scale| is at most |d| plus the centre then.
-        farthest = tl.fma(tl.maximum(tl.max(s.largest, 0), HELD), 1.0 / HELD, s.farthest)
-        U = tl.where(farthest + tl.abs(state.centre) < LARGEST_D, U, float("inf"))
+        U = tl.where(tl.max(s.largest, 0) + tl.abs(s.centre) < LARGEST_D * HELD, U, float("inf"))
     return State(state.origin, tl.sum(state.S, 0), tl.sum(state.A, 0), tl.sum(state.W, 0), U, tl.sum(state.R, 0), state.centre)
 
 
@@ -446,22 +440,23 @@ def row_forward(
     want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT)
     layout: tl.constexpr = Layout(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
             if split == 0:
+                out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
                 store_zeros(out, want, reading)
             return
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
     first = split * segment
-    end = tl.minimum(first + segment, V)
+    length = tl.minimum(segment, V - first)
     if PREFETCH:
-        size = (end - first) // LANES * 16 * ask_ahead
+        size = length // LANES * 16 * ask_ahead
         prefetch(p_row + first, size)
         if WITH_KL:
             prefetch(q_row + first, size)
-    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
+    held_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * HELD
+    scale2 = held_scale * (LOG2E / HELD)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     shift = tl.full([], 0.0, tl.float32)
     if WITH_KL and EXACT:
@@ -469,8 +464,8 @@ def row_forward(
     pad = 0
     if REALIGN:
         pad = row_pad(p_row)
-    place = Row(p_row - pad, q_row - pad, q_row, pad, lane_order(pad, LANES), V, shift, scale, ratio)
-    state = segment_sums(place, first, end, layout, want, reading)
+    place = Row(p_row + first - pad, q_row + first - pad, q_row + first, pad, lane_order(pad, LANES), V - first, shift, held_scale, scale2, ratio)
+    state = segment_sums(place, length, layout, want, reading)
     if SPLITS > 1:
         store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
         tl.debug_barrier()
@@ -486,5 +481,7 @@ def row_forward(
     token = row
     if HAS_TOKENS:
         token = tl.load(tokens_ptr + row)
+    scale = held_scale * (1.0 / HELD)
     statistics = row_statistics(states, shift, scale, want)
+    out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
     store_statistics(out, statistics, p_row, q_row, token, V, shift, scale, ratio, want, reading)
