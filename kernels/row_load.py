@@ -102,7 +102,7 @@ def or_lanes(bits):
 
 @triton.jit
 def prefetch(ptr, size):
-    """Ask for `size` bytes (a multiple of 16; none for 0) from the 16-byte boundary at or before ptr on to be brought into L2: one instruction, sm_90 and later."""
+    """Bring `size` bytes (a multiple of 16, or 0) from the 16-byte boundary at or before ptr on into L2: one instruction of sm_90 and later."""
     tl.inline_asm_elementwise(
         "{ .reg .pred any; .reg .b64 start; and.b64 start, $1, -16; setp.gt.s32 any, $2, 0;"
         " @any cp.async.bulk.prefetch.L2.global [start], $2; mov.u32 $0, 0; }",

@@ -211,10 +211,10 @@ def test_kernels_compile_without_a_gpu(monkeypatch):
     from fastkl.kernels import compile_plan
 
     whole = compile_plan.plan
-    monkeypatch.setattr(compile_plan, "plan", lambda *args: [entry for entry in whole(*args) if entry.name.endswith("only.finish")])
+    monkeypatch.setattr(compile_plan, "plan", lambda *args: [entry for entry in whole(*args) if entry.name.endswith("only.fallback")])
     outcome = compiling.compile_only(context(), "bfloat16", "sm_90")
     assert outcome.status == "ok" and outcome.figures["kernels"] == 1
-    monkeypatch.setattr(compile_plan, "plan", lambda *args: [entry for entry in whole(*args) if entry.name.endswith("only.finish")] * 2)
+    monkeypatch.setattr(compile_plan, "plan", lambda *args: [entry for entry in whole(*args) if entry.name.endswith("only.fallback")] * 2)
     late = compiling.compile_only(context(seconds=0.0), "bfloat16", "sm_90")
     assert (late.status, late.figures["tried"]) == ("skipped", 0) and "0 of 2 kernels" in late.text
     monkeypatch.setattr("fastkl.kernels.compile_plan.config.RowConfig.options", lambda self, arch, capped=False: {"maxnreg": "many"})

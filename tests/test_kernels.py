@@ -231,7 +231,7 @@ def test_backward_in_place(implementation, vocabulary, fields, dtype) -> None:
 
 def kernels() -> dict:
     """The kernels that a call launches."""
-    return {name: getattr(launch, name) for name in ("row_forward", "row_finish", "row_backward")}
+    return {name: getattr(launch, name) for name in ("row_forward", "row_fallback", "row_backward")}
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter does not specialize")
@@ -253,7 +253,7 @@ def test_arguments_come_in_the_order_of_the_signatures(implementation, monkeypat
 
     monkeypatch.setattr(launch.Variant, "start", checked)
     outcome(*data(300, torch.float32, implementation.device))
-    assert seen == {launch.row_forward, launch.row_finish, launch.row_backward}
+    assert seen == {launch.row_forward, launch.row_fallback, launch.row_backward}
 
 
 class Kernel:

@@ -41,7 +41,7 @@ def test_the_slowest_resource_bounds(case, percent, resource):
 def test_bytes_can_be_given_and_nothing_is_bounded_without_a_loop():
     assert roofline.upper_bound(cost(instructions=2 * 27.878), 6).percent == pytest.approx(75, abs=0.06)
     assert roofline.upper_bound(cost(kernel="peer", dtype="bf16", instructions=27.878), 2).percent == pytest.approx(50, abs=0.06)
-    assert roofline.upper_bound(cost(kernel="kl_divergence.finish")) is None
+    assert roofline.upper_bound(cost(kernel="kl_divergence.fallback")) is None
     assert roofline.upper_bound(cost(instructions=None)) is None
 
 
@@ -66,7 +66,7 @@ def test_it_is_called_a_model_wherever_it_is_shown():
     text = static_costs.table([cost(instructions=2 * 27.878)])
     assert roofline.MODEL in text and text.splitlines()[1].endswith("50.0  issue")
     assert static_costs.record_of(cost(instructions=2 * 27.878))["upper_bound_of_peak_bandwidth"] == {"percent": 50.0, "limited_by": "issue"}
-    assert static_costs.record_of(cost(kernel="x.finish"))["upper_bound_of_peak_bandwidth"] == {"percent": None, "limited_by": None}
+    assert static_costs.record_of(cost(kernel="x.fallback"))["upper_bound_of_peak_bandwidth"] == {"percent": None, "limited_by": None}
 
 
 @pytest.mark.parametrize(("opcode", "count"), [

@@ -192,7 +192,7 @@ def test_a_baseline_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys
 
 def test_a_kernel_that_is_not_there_is_found_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(static_costs, "collect", lambda plan, **choice: pytest.fail("nothing may be compiled"))
-    for words in (["bogus"], ["kl_divergence.finish", "--kernel", "bogus"], ["kl_divergence.backward_p_to_16_bit", "--dtype", "bf16"]):
+    for words in (["bogus"], ["kl_divergence.fallback", "--kernel", "bogus"], ["kl_divergence.backward_p_to_16_bit", "--dtype", "bf16"]):
         with pytest.raises(SystemExit) as stop:
             static_costs.main(["--json", str(tmp_path / "costs.json"), "--kernel", *words])
         assert stop.value.code == 2 and re.search(r"--kernel: expected .* choose out of kl_divergence\.forward, ", capsys.readouterr().err)

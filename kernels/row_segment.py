@@ -1,0 +1,379 @@
+"""The sums of a segment of a row: one read of the logits, a tile at a time, by the warp of a program.
+
+Origin and centre are those of all threads. Each tile takes one of three paths, by its values alone:
+    near:     every |d| < 1 and no new peak, as in nearly all tiles of a policy near its reference: a polynomial for expm1(d) - d;
+    general:  no new peak: a second exponential where |d| is large;
+    anchor:   some thread's weight outweighs what came before: origin and centre move there, then the tile is read again.
+The centre also moves to the mean of d after 1, 3 and 7 tiles: a first tile of little weight must not decide about it.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .row_load import lane_sum, load_elements, load_group, or_lanes
+from .row_math import (
+    LARGEST_D,
+    LOG2E,
+    LOWEST,
+    NO_WEIGHT,
+    OUTWEIGHS,
+    SMALL_D,
+    State,
+    centred,
+    recentre,
+    rescale,
+    scale_reference,
+    soft_cap,
+    split_sum,
+    subtract,
+)
+
+# The loop holds d times 2: bit 30 of the float32 then says whether |d| is 1 or more, as it does for an infinity and a NaN.
+HELD = tl.constexpr(2.0)
+
+
+class Layout(NamedTuple):
+    """Compile-time: how a program reads a row; rows of REALIGN start anywhere, Q_IN_BLOCKS says that Q's rows start where P's do."""
+
+    threads: int
+    lanes: int
+    groups: int
+    realign: bool
+    q_in_blocks: bool
+
+
+class Row(NamedTuple):
+    """Where the V entries from a segment's first on lie, and what they are read with.
+
+    p_block, q_block: the 16-byte boundary at or before the first entry, `pad` entries further. order: the entry of its
+    group that each lane holds. shift: row_load.row_shift. held_scale: HELD/T; scale2: log2(e)/T.
+    """
+
+    p_block: tl.tensor
+    q_block: tl.tensor
+    q_row: tl.tensor
+    pad: tl.tensor
+    order: tl.tensor
+    V: tl.tensor
+    shift: tl.tensor
+    held_scale: tl.tensor
+    scale2: tl.tensor
+    ratio: tl.tensor
+
+
+class Tile(NamedTuple):
+    """Entries of a row, tuples of a [threads, lanes] tensor per group.
+
+    difference: y - x, rounded, less the row's shift; lost: what its rounding lost. inside: whether an entry is one of the segment.
+    """
+
+    x: tl.tuple
+    difference: tl.tuple
+    lost: tl.tuple
+    inside: tl.tuple
+
+
+class Weights(NamedTuple):
+    """A tile about the present origin and centre: e and d (held) as tuples, each thread's sum of e, and lane_A with the tile added."""
+
+    e: tl.tuple
+    d: tl.tuple
+    share: tl.tensor
+    lane_A: tl.tensor
+
+
+class Running(NamedTuple):
+    """The sums of a segment so far.
+
+    Scalars: origin; centre, held; limit: the share of a thread that re-anchors. Vectors [threads]: S; largest: a bound of
+    |y - x|·scale less the row's shift, held. [threads, lanes]: A, 2·W, 2·U and 4·R.
+    """
+
+    origin: tl.tensor
+    centre: tl.tensor
+    limit: tl.tensor
+    S: tl.tensor
+    largest: tl.tensor
+    lane_A: tl.tensor
+    lane_W: tl.tensor
+    lane_U: tl.tensor
+    lane_R: tl.tensor
+
+
+@triton.jit
+def empty_sums(layout: tl.constexpr):
+    """The sums of no entry; the first tile with weight is an anchor."""
+    THREADS: tl.constexpr = layout.threads
+    LANES: tl.constexpr = layout.lanes
+    zero = tl.full([], 0.0, tl.float32)
+    zeros = tl.zeros([THREADS], tl.float32)
+    lanes = tl.zeros([THREADS, LANES], tl.float32)
+    return Running(tl.full([], LOWEST, tl.float32), zero, zero, zeros, zeros + HELD, lanes, lanes, lanes, lanes)
+
+
+@triton.jit
+def near_expm1(d):
+    """2·(expm1(d) - d)/(held d)² for |d| < 1, of held d; minimax polynomial, relative error 1.6e-6."""
+    series = tl.fma(d, 0.00019977660849690437 / 64, 0.0014262537006288767 / 32)
+    series = tl.fma(d, series, 0.008335255086421967 / 16)
+    series = tl.fma(d, series, 0.04165279492735863 / 8)
+    series = tl.fma(d, series, 0.16666589677333832 / 4)
+    return tl.fma(d, series, 0.5000007748603821 / 2)
+
+
+@triton.jit
+def general_expm1(d):
+    """2·(expm1(d) - d) and (held d)², of held d; relative error 3e-6, from the polynomial of expm1_over_square where d is small."""
+    square = d * d
+    series = tl.fma(d, 0.008337464183568954 / 16, 0.04175350069999695 / 8)
+    series = tl.fma(d, series, 0.16666695475578308 / 4)
+    series = tl.fma(d, series, 0.4999993145465851 / 2)
+    beyond = tl.fma(tl.exp2(d * (LOG2E / HELD)), 2.0, -2.0) - d
+    return tl.where(tl.abs(d) < SMALL_D * HELD, square * series, beyond), square
+
+
+@triton.jit
+def load_tile(row, first_group, end, GROUPS: tl.constexpr, layout: tl.constexpr, want: tl.constexpr, reading: tl.constexpr, EDGE: tl.constexpr):
+    """The Tile of GROUPS groups per thread from `first_group` on; EDGE leaves out entries from `end` on."""
+    THREADS: tl.constexpr = layout.threads
+    LANES: tl.constexpr = layout.lanes
+    xs = ()
+    differences = ()
+    losts = ()
+    insides = ()
+    for g in tl.static_range(GROUPS):
+        group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
+        x = load_group(row.p_block, group, row.pad, row.V, layout.realign, EDGE, LANES)
+        x = soft_cap(x, reading.softcap, row.p_block.dtype.element_ty)
+        inside = group * LANES + row.order < end
+        if EDGE:
+            x = tl.where(inside, x, LOWEST)
+        difference = x
+        lost = x
+        if want.kl:
+            if layout.q_in_blocks:
+                y = load_group(row.q_block, group, row.pad, row.V, layout.realign, EDGE, LANES)
+            else:
+                y = load_elements(row.q_row, group, row.pad, row.V, EDGE, LANES)
+            y = soft_cap(y, reading.ref_softcap, row.q_row.dtype.element_ty)
+            y, y_lost = scale_reference(y, row.ratio, reading.ratio)
+            difference, lost = subtract(y, x, want.exact)
+            if want.exact:
+                difference, more = split_sum(difference, -row.shift)
+                lost = lost + more
+            if reading.ratio:
+                lost = lost + y_lost
+            if EDGE:
+                difference = tl.where(inside, difference, 0.0)
+                lost = tl.where(inside, lost, 0.0)
+        xs += (x,)
+        differences += (difference,)
+        losts += (lost,)
+        insides += (inside,)
+    return Tile(xs, differences, losts, insides)
+
+
+@triton.jit
+def weigh(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, CLAMP: tl.constexpr, EDGE: tl.constexpr):
+    """The Weights of a tile. Without CLAMP, a finite logit so low that its exponent overflows makes lane_A NaN."""
+    es = ()
+    ds = ()
+    lane_A = s.lane_A
+    for g in tl.static_range(GROUPS):
+        exponent = tl.fma(tile.x[g], row.scale2, -s.origin)
+        e = tl.exp2(exponent)
+        d = e
+        if want.kl:
+            d = centred(tile.difference[g], tile.lost[g], row.held_scale, s.centre, want.exact)
+        if EDGE:
+            e = tl.where(tile.inside[g], e, 0.0)
+            if want.kl:
+                d = tl.where(tile.inside[g], d, 0.0)
+        if want.entropy:
+            if CLAMP:
+                exponent = tl.maximum(exponent, NO_WEIGHT)
+            lane_A = tl.fma(e, exponent, lane_A)
+        es += (e,)
+        ds += (d,)
+        if g == 0:
+            lane_S = e
+        else:
+            lane_S = lane_S + e
+    return Weights(es, ds, lane_sum(lane_S), lane_A)
+
+
+@triton.jit
+def path_of(weights, limit, GROUPS: tl.constexpr, want: tl.constexpr):
+    """The path that a tile takes: 0 near, 1 general, 2 anchor."""
+    path = tl.where(weights.share > limit, 2, 0)
+    if want.kl:
+        bits = weights.d[0].to(tl.int32, bitcast=True)
+        for g in tl.static_range(1, GROUPS):
+            bits = bits | weights.d[g].to(tl.int32, bitcast=True)
+        path = tl.maximum(path, (or_lanes(bits) >> 30) & 1)
+    else:
+        path = tl.maximum(path, 1)
+    return tl.max(path, 0)
+
+
+@triton.jit
+def state_of(s, want: tl.constexpr):
+    """The state of each thread [threads], summed over its lanes; its centre is not held."""
+    A = s.S * 0.0
+    W = A
+    U = A
+    R = A
+    if want.entropy:
+        A = lane_sum(s.lane_A)
+    if want.kl:
+        W = lane_sum(s.lane_W) * (1.0 / HELD)
+        U = lane_sum(s.lane_U) * 0.5
+    if want.reverse:
+        R = lane_sum(s.lane_R) * 0.25
+    return State(s.origin, s.S, A, W, U, R, s.centre * (1.0 / HELD))
+
+
+@triton.jit
+def spread(z, LANES: tl.constexpr):
+    """An equal part of z [threads] in each lane, exactly: wherever a row starts, its sums are the same."""
+    return tl.broadcast_to((z * (1.0 / LANES))[:, None], [z.shape[0], LANES])
+
+
+@triton.jit
+def sums_from(state, limit, largest, LANES: tl.constexpr):
+    """The running sums that continue a state."""
+    # A near tile has |d| < 1.
+    largest = tl.maximum(largest, tl.fma(tl.abs(state.centre), HELD, HELD))
+    return Running(
+        state.origin, state.centre * HELD, limit, state.S, largest,
+        spread(state.A, LANES), spread(state.W * HELD, LANES), spread(state.U * 2.0, LANES), spread(state.R * 4.0, LANES),
+    )  # fmt: skip
+
+
+@triton.jit
+def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
+    """Move origin and centre to a tile that is about to be added; if it does not outweigh all before it, only the origin."""
+    state = state_of(s, want)
+    peak = tl.max(tile.x[0], 1)
+    for g in tl.static_range(1, GROUPS):
+        peak = tl.maximum(peak, tl.max(tile.x[g], 1))
+    state = rescale(state, tl.maximum(s.origin, tl.floor(tl.max(peak, 0) * row.scale2)), want)
+    for g in tl.static_range(GROUPS):
+        e = tl.exp2(tl.fma(tile.x[g], row.scale2, -state.origin))
+        if EDGE:
+            e = tl.where(tile.inside[g], e, 0.0)
+        if g == 0:
+            lane_S = e
+            lane_D = e * tile.difference[g]
+        else:
+            lane_S = lane_S + e
+            lane_D = tl.fma(e, tile.difference[g], lane_D)
+    shares = lane_sum(lane_S)
+    total = tl.sum(shares, 0)
+    before = tl.sum(state.S, 0)
+    if want.kl:
+        # The mean difference, as well rounded as may be: on a peaked row, what is left of d at the peak makes the whole gradient.
+        mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.held_scale * (1.0 / HELD)
+        moved = tl.where(total > before * OUTWEIGHS, mean, state.centre)
+        delta = moved - state.centre
+        state = recentre(state, tl.where(state.S > 0.0, delta, 0.0), want)
+        state = State(state.origin, state.S, state.A, state.W, state.U, state.R, moved)
+    # At least twice this tile's own largest share: it takes another path when it is read again.
+    limit = tl.maximum((before + total) * (OUTWEIGHS / s.S.shape[0]), tl.max(shares, 0) * 2.0)
+    return sums_from(state, limit, s.largest, s.lane_W.shape[1])
+
+
+@triton.jit
+def to_mean(s, want: tl.constexpr):
+    """Move the centre to the mean of d over all so far."""
+    state = state_of(s, want)
+    total = tl.sum(state.S, 0)
+    delta = tl.where(total > 0.0, tl.sum(state.W, 0) / total, 0.0)
+    # Move the sums by the difference of the rounded centres.
+    moved = state.centre + delta
+    state = recentre(state, moved - state.centre, want)
+    state = State(state.origin, state.S, state.A, state.W, state.U, state.R, moved)
+    return sums_from(state, s.limit, s.largest, s.lane_W.shape[1])
+
+
+@triton.jit
+def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.constexpr):
+    """Add a tile to the sums; NEAR requires every |d| to be below 1."""
+    lane_W = s.lane_W
+    lane_U = s.lane_U
+    lane_R = s.lane_R
+    largest = s.largest
+    for g in tl.static_range(GROUPS):
+        e = weights.e[g]
+        if want.kl:
+            d = weights.d[g]
+            lane_W = tl.fma(e, d, lane_W)
+            # 2·h, h = expm1(d) - d, and 4·d·expm1(d) = 4·(d·h + d²)
+            if NEAR:
+                h = near_expm1(d)
+                e_square = e * (d * d)
+                lane_U = tl.fma(e_square, h, lane_U)
+                if want.reverse:
+                    lane_R = tl.fma(e_square, tl.fma(d, h, 1.0), lane_R)
+            else:
+                largest = tl.maximum(largest, tl.max(tl.abs(d), 1) + tl.abs(s.centre))
+                h, square = general_expm1(d)
+                lane_U = tl.fma(e, h, lane_U)
+                if want.reverse:
+                    lane_R = tl.fma(e, tl.fma(d, h, square), lane_R)
+    return Running(s.origin, s.centre, s.limit, s.S + weights.share, largest, weights.lane_A, lane_W, lane_U, lane_R)
+
+
+@triton.jit
+def segment_sums(row, length, layout: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
+    """The scalar State of the first `length` entries; U is infinite where the sums cannot hold them."""
+    GROUPS: tl.constexpr = layout.groups
+    TILE: tl.constexpr = layout.threads * layout.groups
+    # A row that has entropy alone never takes the near path.
+    CLAMP: tl.constexpr = not want.kl
+    s = empty_sums(layout)
+    group = 0
+    full_end = length // layout.lanes // TILE * TILE
+    stop = tl.minimum(TILE, full_end)
+    while group < full_end:
+        while group < stop:
+            tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
+            weights = weigh(s, tile, row, GROUPS, want, CLAMP, False)
+            path = path_of(weights, s.limit, GROUPS, want)
+            if path > 1:
+                # A NaN does not come here: no limit of NaN is exceeded.
+                tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
+                s = anchor(s, tile, row, GROUPS, want, False)
+            else:
+                if path > 0:
+                    s = absorb(s, weights, GROUPS, want, False)
+                else:
+                    s = absorb(s, weights, GROUPS, want, True)
+                group += TILE
+        if want.kl:
+            if group <= 7 * TILE:
+                s = to_mean(s, want)
+        # After 1, 3 and 7 tiles.
+        stop = tl.where(group < 7 * TILE, tl.minimum(2 * group + TILE, full_end), full_end)
+    if want.entropy and want.kl:
+        A = tl.sum(lane_sum(s.lane_A), 0)
+        if A != A:
+            # Both tensors may be masked by a finite number: begin again, with exponents clamped.
+            s = empty_sums(layout)
+            group = 0
+    # Less than a tile is left, or all of it: one group of each thread at a time.
+    while group * layout.lanes < length:
+        tile = load_tile(row, group, length, 1, layout, want, reading, True)
+        weights = weigh(s, tile, row, 1, want, True, True)
+        if path_of(weights, s.limit, 1, want) > 1:
+            s = anchor(s, tile, row, 1, want, True)
+        else:
+            s = absorb(s, weights, 1, want, False)
+            group += layout.threads
+    state = state_of(s, want)
+    U = tl.sum(state.U, 0)
+    if want.kl:
+        U = tl.where(tl.max(s.largest, 0) + tl.abs(s.centre) < LARGEST_D * HELD, U, float("inf"))
+    return State(state.origin, tl.sum(state.S, 0), tl.sum(state.A, 0), tl.sum(state.W, 0), U, tl.sum(state.R, 0), state.centre)
