@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .row_finish import SAVED, Reading, not_above_zero, row_outputs, store_fields, token_logits
 from .row_load import row_offset, row_ratio, row_scale
-from .row_math import Want, soft_cap
+from .row_math import Want, soft_cap, soft_cap_slope
 
 SIGN_BIT = tl.constexpr(-2147483648)
 
@@ -225,6 +225,59 @@ def store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK: tl.constexp
         if want.kl:
             log_q = log_probability_q(y.to(tl.float64), row, q_scale)
             tl.store(out.ref_logprob, not_above_zero(log_q.to(tl.float32)))
+
+
+@triton.jit
+def write_fallback(
+    p_row, q_row, grad_p_row, grad_q_row, token, start, end, V, scale, ratio, saved_ptr, g,
+    BLOCK: tl.constexpr, asked: tl.constexpr, reading: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of entries `start` … `end - 1` of a row, computed in float64, for upstream gradients g."""
+    scale = scale.to(tl.float64)
+    q_scale = scale * ratio.to(tl.float64)
+    HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob
+    HAS_TOKEN: tl.constexpr = (asked.wrt_p and asked.logprob) or (asked.wrt_q and asked.ref_logprob)
+    if asked.ref_kl and asked.wrt_q:
+        # Recompute E_q[d]: forward's float32 sums held, but give it too few digits here.
+        if is_fallback(saved_ptr):
+            row = load_row(saved_ptr)
+        else:
+            row = fallback_row(p_row, q_row, V, scale, q_scale, BLOCK, True, reading.softcap, reading.ref_softcap)
+    else:
+        row = load_row(saved_ptr)
+    d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
+    for first in range(start, end, BLOCK):
+        offs_v = first + tl.arange(0, BLOCK)
+        inside = offs_v < end
+        x = load_double(p_row, first, end, BLOCK, reading.softcap)
+        log_p = log_probability_p(x, row, scale)
+        p = tl.exp(log_p)
+        grad_x = p * (-g.logprob - g.entropy * (log_p + row.entropy))
+        if HAS_Q:
+            y = load_double(q_row, first, end, BLOCK, reading.ref_softcap)
+            log_q = log_probability_q(y, row, q_scale)
+            q = tl.exp(log_q)
+            d = log_ratio(log_p, log_q)
+            grad_y = q * -g.ref_logprob
+            if asked.kl:
+                # An infinite KL without upstream gradient takes no part.
+                grad_x -= tl.where(g.kl == 0.0, 0.0, p * (g.kl * ((d - d_at_x_peak) - row.mean_p_from_peak)))
+                grad_y += g.kl * (q - p)
+            if asked.ref_kl:
+                grad_x -= g.ref_kl * (q - p)
+                grad_y += tl.where(q == 0.0, 0.0, tl.where(g.ref_kl == 0.0, 0.0, q * (g.ref_kl * ((d - d_at_y_peak) - row.mean_q_from_peak))))
+        if asked.wrt_p:
+            # An entry without probability has no gradient, also where its logarithm is infinite.
+            grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
+            if HAS_TOKEN:
+                grad_x += tl.where(offs_v == token, g.logprob, 0.0)
+            slope = soft_cap_slope(x, reading.softcap)
+            tl.store(grad_p_row + offs_v, (grad_x * scale * slope).to(tl.float32), mask=inside)
+        if asked.wrt_q:
+            if HAS_TOKEN:
+                grad_y += tl.where(offs_v == token, g.ref_logprob, 0.0)
+            slope = soft_cap_slope(y, reading.ref_softcap)
+            tl.store(grad_q_row + offs_v, (grad_y * q_scale * slope).to(tl.float32), mask=inside)
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
