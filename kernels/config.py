@@ -36,13 +36,21 @@ class RowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The configurations for one architecture ("*": any), element size in bytes and vocabulary up to max_v (None: any)."""
+    """The configurations for one architecture ("*": any), element size in bytes and vocabulary up to max_v (None: any).
+
+    fused: of row_fused; its segments are cut into equal pieces of at most `segment` elements, which stay in L1 and L2.
+    """
 
     arch: str
     itemsize: int
     max_v: int | None
     forward: RowConfig
     backward: RowConfig
+
+    @property
+    def fused(self) -> RowConfig:
+        """forward's threads and groups, and pieces of 8 KB of each tensor: 16 warps keep 256 KB in an SM's L1."""
+        return dataclasses.replace(self.forward, segment=min(self.forward.segment, 8192 // self.itemsize), measured=_UNTIMED)
 
 
 _EMULATED = "the interpreter pays per operation, not per element: wide tiles"
@@ -100,7 +108,7 @@ _override: dict[str, RowConfig] = {}
 
 
 def select(direction: str, arch: str, itemsize: int, vocabulary: int) -> RowConfig:
-    """The configuration of "forward" or "backward": the first entry of TABLE that fits."""
+    """The configuration of "forward", "backward" or "fused": the first entry of TABLE that fits."""
     if direction in _override:
         return _override[direction]
     for entry in TABLE:

@@ -14,6 +14,7 @@ from . import config
 from .row_backward import row_backward
 from .row_fallback import row_fallback
 from .row_forward import row_forward
+from .row_fused import row_fused
 from .row_math import STATE
 
 # Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler fuses; Triton's own default varies by version.
@@ -174,9 +175,22 @@ def forward_variants(case: Case, chosen: config.RowConfig, most_splits: int, wit
     constants = dict(**case.constants, HAS_TOKENS=case.types[2] is not None, WITH_ENTROPY=with_entropy, WITH_KL=case.types[1] is not None,
                      WITH_REVERSE=with_reverse)
     reading = dict(SPLITS=most_splits, THREADS=chosen.threads, GROUPS=chosen.groups, REALIGN=case.realign, PREFETCH=config.prefetches(arch))
-    rows = dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK)
+    rows = dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=False)
     return (Variant(row_forward, _in_order(row_forward, **constants, **reading), _options(chosen, case.device, case.roomy)),
             Variant(row_fallback, _in_order(row_fallback, **constants, **rows), fallback_options(arch, warp)))
+
+
+@functools.cache
+def fused_variants(case: Case, chosen: config.RowConfig, most_splits: int) -> tuple[tuple[Variant, ...], Variant]:
+    """row_fused, in the interpreter as its two phases, and row_fallback with a gradient."""
+    arch, warp = architecture(case.device)
+    constants = dict(**case.constants, SPLITS=most_splits, THREADS=chosen.threads, GROUPS=chosen.groups, PREFETCH=config.prefetches(arch),
+                     HAS_TOKENS=False, WITH_ENTROPY=False, WITH_KL=True, WITH_REVERSE=False,
+                     ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=True)
+    options = _options(chosen, case.device, case.roomy)
+    phases = (1, 2) if arch == "interpreter" else (0,)
+    return (tuple([Variant(row_fused, _in_order(row_fused, **constants, PHASE=phase), options) for phase in phases]),
+            Variant(row_fallback, _in_order(row_fallback, **constants), fallback_options(arch, warp)))
 
 
 @functools.cache
@@ -252,8 +266,42 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
         if READ_AGAIN:
             fallback_variant.start(
                 -(-rows // FALLBACK_ROWS),
-                dict(p_ptr=p, q_ptr=q, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, **fields, temperature=temperature,
-                     **places, V=vocabulary, n_rows=rows))
+                dict(p_ptr=p, q_ptr=q, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, **fields, grad_ptr=saved,
+                     weight_ptr=saved, temperature=temperature, **places, stride_grad=0, V=vocabulary, n_rows=rows))
+
+
+def fusible(problem: Problem, grad_p: torch.Tensor) -> bool:
+    """Whether `fused` takes the problem: a KL whose logits and gradient start on 16-byte boundaries in every row."""
+    grad = Rows(grad_p, problem.inner * grad_p.stride(0), grad_p.stride(0))
+    return (problem.q is not None and problem.p.aligned(problem.inner, problem.outer) and problem.q_in_blocks
+            and problem.p.same_blocks(grad, problem.inner, problem.outer))
+
+
+def fused(problem: Problem, weights: torch.Tensor, kl: torch.Tensor, saved: torch.Tensor, grad_p: torch.Tensor) -> None:
+    """Fill kl [N], saved [N, 10], and grad_p [N, V] with the gradient of Σ weights·kl to P, which may be P itself; see `fusible`."""
+    p, q, tokens, mask, temperatures, ratios = _tensors(problem)
+    rows, vocabulary = problem.rows, problem.vocabulary
+    chosen = config.select("fused", architecture(p.device)[0], p.element_size(), vocabulary)
+    segment = config.segment_length(vocabulary, chosen.segment)
+    pieces = -(-segment // chosen.segment)
+    piece = -(-segment // (8 * pieces)) * 8
+    splits = -(-vocabulary // segment) * pieces
+    phases, fallback_variant = fused_variants(_case(problem), chosen, triton.next_power_of_2(splits))
+    state = torch.empty(rows * splits * STATE.value, dtype=torch.float32, device=p.device)
+    sync = torch.zeros(1 + rows, dtype=torch.int32, device=p.device)
+    places = dict(temperature=float(problem.temperature), **_places(problem), stride_grad=grad_p.stride(0))
+    with _on(p.device):
+        for variant in phases:
+            variant.start(
+                rows * splits,
+                dict(p_ptr=p, q_ptr=q, grad_ptr=grad_p, weight_ptr=weights, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios,
+                     state_ptr=state, sync_ptr=sync, saved_ptr=saved, kl_ptr=kl, **places, V=vocabulary, segment=segment, piece=piece,
+                     pieces=pieces, splits=splits))
+        fallback_variant.start(
+            -(-rows // FALLBACK_ROWS),
+            dict(p_ptr=p, q_ptr=q, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, saved_ptr=saved, logprob_ptr=kl,
+                 entropy_ptr=kl, ref_logprob_ptr=kl, kl_ptr=kl, ref_kl_ptr=kl, grad_ptr=grad_p, weight_ptr=weights, **places, V=vocabulary,
+                 n_rows=rows))
 
 
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,

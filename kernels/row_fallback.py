@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .row_finish import SAVED, Reading, not_above_zero, row_outputs, store_fields, token_logits
+from .row_gradient import Asked, Upstream
 from .row_load import row_offset, row_ratio, row_scale
 from .row_math import Want, soft_cap, soft_cap_slope
 
@@ -282,27 +283,28 @@ def write_fallback(
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
-    "temperature", "n_rows", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
+    "temperature", "n_rows", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner", "stride_grad",
     "V"], do_not_specialize_on_alignment=[
     "p_ptr", "q_ptr", "tokens_ptr", "temperature_ptr", "ratio_ptr", "saved_ptr", "logprob_ptr", "entropy_ptr", "ref_logprob_ptr",
-    "kl_ptr", "ref_kl_ptr"])
+    "kl_ptr", "ref_kl_ptr", "grad_ptr", "weight_ptr"])
 def row_fallback(
     p_ptr, q_ptr, temperature_ptr, ratio_ptr, tokens_ptr,  # as in row_forward
     saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # written by row_forward
+    grad_ptr, weight_ptr,  # as in row_fused; any pointer without WITH_GRADIENT
     temperature: tl.float32, n_inner: tl.int32,
-    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
+    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64, stride_grad: tl.int64,
     V: tl.int32, n_rows: tl.int32,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,  # rows of a program, and entries of a row that it reads at a time
-    HAS_TOKENS: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
+    HAS_TOKENS: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr, WITH_GRADIENT: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
     SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr,
 ):
-    """Results of the rows that row_forward left with NaN as their first saved value.
+    """Results of the rows that row_forward or row_fused left with NaN as their first saved value.
 
-    Math:   FallbackRow, in float64; reference.row_statistics is the definition.
+    Math:   FallbackRow and write_fallback, in float64; reference.row_statistics and row_gradients define both.
     Grid:   (⌈N / ROWS⌉,).
-    Reads:  one saved value per row; 3·V of each tensor for a row that is computed again.
-    Writes: 10 saved values and the fields asked for, of those rows.
+    Reads:  one saved value per row; 3·V of each tensor for a row that is computed again, 4·V WITH_GRADIENT.
+    Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT V of the gradient of weight·KL to P.
     Saves:  store_row's ten values, marked by the sign of the second.
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never above 0.
     """
@@ -325,3 +327,11 @@ def row_fallback(
                     token = tl.load(tokens_ptr + row)
                 out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
                 store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK, want, reading)
+                if WITH_GRADIENT:
+                    # What one thread has saved, all read.
+                    tl.debug_barrier()
+                    asked: tl.constexpr = Asked(False, False, False, True, False, True, False, False)
+                    zero = tl.full([], 0.0, tl.float32)
+                    g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
+                    grad_row = grad_ptr + row * stride_grad
+                    write_fallback(p_row, q_row, grad_row, grad_row, token, 0, V, V, scale, ratio, out.saved, g, BLOCK, asked, reading)
