@@ -78,7 +78,9 @@ class Dispatched:
                                       setup_context=setup_context or _save_nothing,
                                       vmap=vmap_by(again), jvp=_refuse_tangents)
 
-    def __call__(self, *inputs: object) -> object:
+    def __call__(self, *inputs: object, alone: Callable | None = None) -> object:
+        """Compute. `alone` takes the place of `compute` where nothing looks on: no compiler, mode or
+        transform, no gradient that is differentiated again. It may write over its inputs."""
         # Dynamo and tracers first: what follows asks questions that they cannot trace. Then transforms, inside which tensors are wrappers.
         if torch.compiler.is_compiling() or not SHORT_WAYS:
             return self.op(*inputs)
@@ -93,7 +95,7 @@ class Dispatched:
         # As a Function does: what a transform left behind is a wrapper, whose memory nobody can ask for. Gradients are computed of what was saved.
         inputs = inputs if self._setup_context is None else unwrap_dead_wrappers(inputs)
         with record_function(self._name) if _profiler_enabled() else _NOTHING:
-            return self._compute(*inputs)
+            return (alone or self._compute)(*inputs)
 
 
     def _tell_flop_counter(self) -> None:

@@ -72,7 +72,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def mark_constant(ctx, output, fields: tuple[str, ...], policy: bool, reference: bool) -> None:
     """A field says that it needs no gradient if nobody asked for it, or if what it depends on, policy or reference, needs none."""
     depends = {"logprob": policy, "entropy": policy, "ref_logprob": reference, "kl": policy or reference, "ref_kl": policy or reference}
-    ctx.mark_non_differentiable(output[-1], *[value for name, value in zip(FIELDS, output, strict=False)
+    ctx.mark_non_differentiable(*[value for value in output[len(FIELDS):] if value is not None], *[value for name, value in zip(FIELDS, output, strict=False)
                                               if value is not None and (name not in fields or not depends[name])])
     ctx.set_materialize_grads(False)
 

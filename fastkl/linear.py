@@ -1,4 +1,4 @@
-"""The same statistics from hidden states and lm_head weights: never the logits of all tokens at once, in forward or in backward."""
+"""The same statistics from hidden states and lm_head weights: a chunk of logits at a time, those of all tokens only where they are few or asked for."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 
-from . import _checks, _linear_ops, _reduce, _rows, backend
+from . import _checks, _dispatch, _linear_ops, _reduce, _rows, backend
 from ._types import Reduction
 from .tokens import TokenStats
 
 if TYPE_CHECKING:
     from .tokens import PairedTokenStats
 
+# Bytes of the logits of all models that are kept until backward without a word from the user.
+LARGEST_KEPT = 1 << 31
 # Asked for once: torch.compile cannot trace the question in every release.
 _AUTOCAST_DEVICES = frozenset(name for name in ("cpu", "cuda") if torch.amp.is_autocast_available(name))
 
@@ -41,18 +43,18 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens
                        ref_weight: None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
                        temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
                        softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
-                       chunk_size: int | None = None) -> TokenStats: ...
+                       chunk_size: int | None = None, recompute: bool | None = None) -> TokenStats: ...
 @overload
 def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor, ref_hidden: torch.Tensor,
                        ref_weight: torch.Tensor | Head | None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
                        temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
                        softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
-                       chunk_size: int | None = None) -> PairedTokenStats: ...
+                       chunk_size: int | None = None, recompute: bool | None = None) -> PairedTokenStats: ...
 def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor, ref_hidden: torch.Tensor | None = None,
                        ref_weight: torch.Tensor | Head | None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
                        temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
                        softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
-                       chunk_size: int | None = None) -> TokenStats:
+                       chunk_size: int | None = None, recompute: bool | None = None) -> TokenStats:
     """token_stats of the logits that an lm_head would give, a chunk of tokens at a time.
 
     Equivalent to
@@ -124,11 +126,12 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens
 
     Source: the chunking is that of every fused linear cross-entropy; what is computed per chunk is token_stats.
     """
-    made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size)
+    made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size,
+                   recompute)
     _checks.tokens(tokens, hidden.shape[:-1], hidden.device)
     fields = "logprob,entropy" if ref_hidden is None else ",".join(_rows.FIELDS)
     per_token, settings = made.rest()
-    values = _linear_ops.linear_statistics(*made.six, tokens.long(), *per_token, fields, *settings)
+    values = _linear_ops.linear_statistics(*made.six, tokens.long(), *per_token, fields, *settings, made.keeps_logits())
     return TokenStats(*values[:2], None, None, None) if ref_hidden is None else TokenStats(*values[:5])
 
 
@@ -137,7 +140,8 @@ def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor | Head, ref_
                          reduction: Reduction = "none", bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
                          temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
                          softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
-                         chunk_size: int | None = None, normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
+                         chunk_size: int | None = None, normalizer: float | torch.Tensor | None = None,
+                         recompute: bool | None = None) -> torch.Tensor:
     """KL(P‖Q) per token, its sum or its mean, with P's logits from (hidden, weight, bias) and Q's from (ref_hidden, ref_weight, ref_bias).
 
     Equivalent to
@@ -177,12 +181,12 @@ def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor | Head, ref_
     Source: as kl_divergence.
     """
     made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size,
-                   reference_required=True)
+                   recompute, reference_required=True)
     leading, device, dtype = hidden.shape[:-1], hidden.device, _rows.result_dtype(hidden)
     _reduce.check(reduction, weights, normalizer, leading, device)
     if reduction == "none":
         per_token, settings = made.rest()
-        return _linear_ops.linear_statistics(*made.six, None, *per_token, "kl", *settings)[3]
+        return _linear_ops.linear_statistics(*made.six, None, *per_token, "kl", *settings, made.keeps_logits())[3]
     return weighted_kl(made, _reduce.token_scales(weights, reduction, normalizer, mask, leading, dtype, device))[0]
 
 
@@ -221,12 +225,13 @@ def _in_range(value: torch.Tensor) -> torch.Tensor:
 
 
 class Prepared(NamedTuple):
-    """Checked arguments: the six tensors of the ops; mask; the scales of both models; backend, logits_dtype, chunk_size."""
+    """Checked arguments: the six tensors of the ops; mask; the scales of both models; backend, logits_dtype, chunk_size; recompute."""
 
     six: tuple
     mask: torch.Tensor | None
     scales: tuple[_Scale, _Scale]
     engine: tuple
+    recompute: bool | None
 
     def swapped(self) -> Prepared:
         """The same with policy and reference in each other's place."""
@@ -244,19 +249,37 @@ class Prepared(NamedTuple):
         return (self.mask, temperatures, ratios, temperature), (first.cap, second.cap, ratio, *self.engine)
 
 
+    def keeps_logits(self) -> bool:
+        """Whether forward keeps all logits for backward: never where there is no backward.
+
+        A transform of torch.func calls a sample at a time: nobody knows how many.
+        """
+        hidden, weight, _, ref_hidden, *_ = self.six
+        if self.recompute or _dispatch.transforming() or not self.learning():
+            return False
+        if self.recompute is False:
+            return True
+        models = 1 if ref_hidden is None else 2
+        return models * hidden.shape[:-1].numel() * weight.shape[0] * self.engine[1].itemsize <= LARGEST_KEPT
+
+    def learning(self) -> list[str]:
+        """Return the names of those of the six that require gradient."""
+        return [name for name, value in zip(_linear_ops.SIX, self.six, strict=True)
+                if value is not None and value.requires_grad and torch.is_grad_enabled()]
+
+
 def weighted_kl(made: Prepared, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ weights·kl with gradient, kl [...] without) for weights [...] in the results' type; a masked token's weight does not matter."""
     if made.mask is not None:
         weights = torch.where(made.mask, weights, 0.0)
-    wrt = ",".join(name for name, value in zip(_linear_ops.SIX, made.six, strict=True)
-                   if value is not None and value.requires_grad and torch.is_grad_enabled())
+    wrt = ",".join(made.learning())
     per_token, settings = made.rest()
     results = _linear_ops.linear_weighted_kl(*made.six, weights, *per_token, wrt, *settings)
     return results[0], results[1]
 
 
-def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size, *,
-            reference_required: bool = False) -> Prepared:
+def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size,
+            recompute=None, *, reference_required: bool = False) -> Prepared:
     """Check the arguments that all functions on hidden states share, and cast what autocast casts."""
     if reference_required:
         _checks.reference_given(ref_hidden)
@@ -275,10 +298,11 @@ def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature,
     scales = _scales(heads, temperature, ref_temperature, hidden, ref_hidden)
     _checks.mask(mask, hidden.shape[:-1], hidden.device)
     _checks.chunk_size(chunk_size)
+    _checks.recompute(recompute)
     default = hidden.dtype if ref_hidden is None or ref_hidden.dtype == hidden.dtype else torch.float32
     _checks.logits_dtype(logits_dtype, default)
     chosen = backend.select(*(value for value in (hidden, ref_hidden) if value is not None), read_rows=False)
-    return Prepared((hidden, weight, bias, ref_hidden, second_weight, ref_bias), mask, scales, (chosen, logits_dtype or default, chunk_size))
+    return Prepared((hidden, weight, bias, ref_hidden, second_weight, ref_bias), mask, scales, (chosen, logits_dtype or default, chunk_size), recompute)
 
 
 def _head(name: str, weight: torch.Tensor | Head | None, bias_name: str, bias: torch.Tensor | None, softcap: float | None) -> Head:
