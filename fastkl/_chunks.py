@@ -197,7 +197,7 @@ def plan(tokens: int, heads: list[Head], chunk_size: int | None, taking_part: li
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
     waiting = [head for head in taking_part if head.learns and not head.gives_way]
     if not waiting:
-        return Plan(chunk, tokens)
+        return Plan(chunk, max(chunk, tokens))
     if not sums:
         return Plan(chunk, chunk)
     extra, returned = (sum(getattr(weight, name) for weight in sums) for name in ("extra_bytes", "returned_bytes"))

@@ -41,7 +41,8 @@ class Dispatched:
 
     compute: the computation, annotated as torch.library.custom_op wants it; its first argument is a tensor. fake: its outputs without their values.
     Both return None for an output that nobody asked for; where an op cannot, an empty tensor stands for it.
-    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing.
+    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing. `ctx.eager` is there where eager mode's short way
+    was taken: what `compute` returned has no other holders than the caller and autograd.
     batch: (info, in_dims, *inputs) -> (inputs of one call for all samples of a vmap, out_dims); None computes sample by sample.
     flops: (*inputs, shapes in place of tensors) -> floating-point operations of the matrix products, for torch.utils.flop_counter; None for none.
     """
@@ -65,6 +66,7 @@ class Dispatched:
 
         def forward(ctx, *inputs):
             outputs = compute(*inputs)
+            ctx.eager = True
             if setup_context is not None:
                 setup_context(ctx, inputs, outputs)
             return outputs

@@ -43,6 +43,11 @@ def _statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden:
     results, kept = empty_outputs(hidden, fields), _empty_logits(hidden, weight, ref_hidden, logits_dtype, keep)
     heads = _chunks.Heads((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), logits_dtype, backend, chunk_size,
                           _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio))
+    for value in kept:
+        if value is not None:
+            # The same bits at every call: nothing is left uninitialised.
+            value[..., weight.shape[0]:].zero_()
+            value.view(-1, value.shape[-1])[heads.policy.hidden.shape[0]:].zero_()
     heads.forward(_flat_outputs(results), results[-1].view(-1, SAVED), kept)
     return *results, *kept
 
@@ -190,7 +195,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     refuse_temperature_gradient(ctx.needs_input_grad[8] or ctx.needs_input_grad[9])
     saved, *kept = output[len(FIELDS):]
     save_tensors(ctx, *tensors, saved, *(kept if keep else ()))
-    ctx.overwritten = False
+    ctx.may_overwrite, ctx.overwritten = hasattr(ctx, "eager"), False
     ctx.shared = tensors[3] is not None and tensors[4] is None
     policy = any(ctx.needs_input_grad[:3])
     mark_constant(ctx, output, wanted(fields), policy, any(ctx.needs_input_grad[3:6]) or (ctx.shared and ctx.needs_input_grad[1]))
@@ -214,7 +219,7 @@ def _backward(ctx, *upstream):
         return _gradients(*inputs[:-1], overwrite=True)
 
     gradients = linear_gradients(*tensors, *kept, *upstream[:5], ctx.temperature, ",".join(names), *ctx.settings, False,
-                                 alone=overwriting)
+                                 alone=overwriting if ctx.may_overwrite else None)
     return (*(gradient if name in names else None for name, gradient in zip(SIX, gradients, strict=True)),
             *(None,) * (len(ctx.needs_input_grad) - len(SIX)))
 
