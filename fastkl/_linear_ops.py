@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -63,28 +64,35 @@ def _empty_logits(hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, dty
     return [states.new_empty((*states.shape[:-1], width), dtype=dtype) if keep and states is not None else None for states in (hidden, ref_hidden)]
 
 
-def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-               ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
-               saved: Tensor, logits: Tensor | None, ref_logits: Tensor | None, g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
-               g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float, ref_softcap: float, ratio: float, backend: str,
-               logits_dtype: torch.dtype, chunk_size: int | None, overwrite: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the upstream-weighted statistics with respect to the six, in their types; None where not asked for.
+def _gradients_that(*, overwrite: bool) -> Callable:
+    """Return what computes gradients. overwrite: those of logits may take the place of kept logits, which no op may do to its inputs."""
 
-    logits, ref_logits: as forward kept them, or None. overwrite: gradients of logits may take their place, which the op, whose schema says that it
-    mutates nothing, is never asked for.
-    """
-    six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    heads = _chunks.Heads(six, logits_dtype, backend, chunk_size,
-                          _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio))
-    upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
-                if value is not None}
-    return _in_their_types(six, heads.backward(saved.reshape(-1, SAVED).contiguous(), upstream, wanted(wrt), (logits, ref_logits), overwrite), wrt,
-                           wide=())
+    def gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+                  ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
+                  saved: Tensor, logits: Tensor | None, ref_logits: Tensor | None, g_logprob: Tensor | None, g_entropy: Tensor | None,
+                  g_ref_logprob: Tensor | None, g_kl: Tensor | None, g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float,
+                  ref_softcap: float, ratio: float, backend: str, logits_dtype: torch.dtype,
+                  chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of the upstream-weighted statistics with respect to the six, in their types; None where not asked for.
+
+        logits, ref_logits: as forward kept them, or None.
+        """
+        six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        heads = _chunks.Heads(six, logits_dtype, backend, chunk_size,
+                              _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio))
+        upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
+                    if value is not None}
+        found = heads.backward(saved.reshape(-1, SAVED).contiguous(), upstream, wanted(wrt), (logits, ref_logits), overwrite)
+        return _in_their_types(six, found, wrt, wide=())
+
+    return gradients
+
+
+_gradients, _overwriting_gradients = (_gradients_that(overwrite=overwrite) for overwrite in (False, True))
 
 
 def _fake_gradients(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, ratios, saved, logits, ref_logits, g_logprob,
-                    g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt, softcap, ref_softcap, ratio, backend, logits_dtype, chunk_size,
-                    overwrite):
+                    g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt, softcap, ref_softcap, ratio, backend, logits_dtype, chunk_size):
     return _empty_gradients((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), wrt, wide=())
 
 
@@ -216,9 +224,9 @@ def _backward(ctx, *upstream):
 
     def overwriting(*inputs):
         ctx.overwritten = True
-        return _gradients(*inputs[:-1], overwrite=True)
+        return _overwriting_gradients(*inputs)
 
-    gradients = linear_gradients(*tensors, *kept, *upstream[:5], ctx.temperature, ",".join(names), *ctx.settings, False,
+    gradients = linear_gradients(*tensors, *kept, *upstream[:5], ctx.temperature, ",".join(names), *ctx.settings,
                                  alone=overwriting if ctx.may_overwrite else None)
     return (*(gradient if name in names else None for name, gradient in zip(SIX, gradients, strict=True)),
             *(None,) * (len(ctx.needs_input_grad) - len(SIX)))

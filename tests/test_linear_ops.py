@@ -78,7 +78,7 @@ def test_opcheck_gradients(implementation, mix, fields, keep) -> None:
     upstream = [value if name in fields.split(",") else None for name, value in zip(FIELDS.split(","), a.upstream, strict=True)]
     torch.library.opcheck(torch.ops.fastkl.linear_gradients.default, (
         *a.six, a.tokens, a.mask, a.temperatures, a.ratios, saved, logits, ref_logits, *upstream, a.temperature, wrt_of(a.six),
-        *settings, False))
+        *settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
