@@ -6,6 +6,7 @@ import functools
 from types import SimpleNamespace
 
 import pytest
+import test_linear_torch as linear_torch
 import torch
 from test_linear_costs import H, N, V, tensors
 from test_linear_recompute import FIELDS, assert_same, backward, count, keeping, outcome, stats_of
@@ -180,3 +181,13 @@ def test_the_direct_way_is_taken() -> None:
     before = [value.clone() for value in logits]
     backward(stats, made)
     assert not torch.equal(logits[0], before[0]) and torch.equal(logits[1], before[1])
+
+
+@pytest.mark.parametrize("learns", [linear_torch.LEAVES, ("hidden",)], ids=["all", "frozen"])
+@pytest.mark.parametrize("name", ["none", "stats"])
+def test_bytes_saved_for_any_upstream_gradient(implementation, name, learns) -> None:
+    """Beside the inputs 40 bytes per token, and of the vocabulary's size only kept logits."""
+    data, addresses = linear_torch.sized(implementation, learns)
+    held = linear_torch.saved_bytes(linear_torch.FUNCTIONS[name], data)
+    saved = sum(size for address, size in held.items() if address not in addresses)
+    assert saved == linear_torch.per_token(name, data) * data.mask.numel()
