@@ -1,4 +1,4 @@
-"""recompute= of the functions on hidden states: kept logits give the same numbers, fewer products."""
+"""recompute= of the functions on hidden states: the same numbers with fewer products."""
 
 from __future__ import annotations
 
@@ -120,6 +120,23 @@ def test_one_product_beside_windows(implementation, monkeypatch, masked) -> None
     again, kept = (outcome(made, mask=mask, recompute=value) for value in (True, None))
     for result, value in zip(kept, again, strict=True):
         torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields, in_place", [(("kl",), True), (("ref_kl",), False)])
+def test_in_place(monkeypatch, fields, in_place) -> None:
+    """Gradients take the place of their logits, but where rows are read again."""
+    made, seen = tensors("cpu", learned=LEARNED[2]), []
+    compute = _rows.backward
+
+    def note(backend, p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling):
+        seen.extend(g.data_ptr() == x.data_ptr() for x, g in ((p, grad_p), (q, grad_q)))
+        compute(
+            backend, p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling
+        )
+
+    monkeypatch.setattr(_rows, "backward", note)
+    backward(stats_of(made, recompute=False, chunk_size=CHUNK), made, fields)
+    assert seen == [in_place] * (2 * N // CHUNK)
 
 
 def test_a_far_row_is_read_before_it_is_written(implementation) -> None:
