@@ -41,7 +41,8 @@ class Dispatched:
 
     compute: the computation, annotated as torch.library.custom_op wants it; its first argument is a tensor. fake: its outputs without their values.
     Both return None for an output that nobody asked for; where an op cannot, an empty tensor stands for it.
-    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing.
+    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing. `ctx.eager` is there where eager mode's short way
+    was taken: what `compute` returned has no other holders than the caller and autograd.
     batch: (info, in_dims, *inputs) -> (inputs of one call for all samples of a vmap, out_dims); None computes sample by sample.
     flops: (*inputs, shapes in place of tensors) -> floating-point operations of the matrix products, for torch.utils.flop_counter; None for none.
     """
@@ -65,6 +66,7 @@ class Dispatched:
 
         def forward(ctx, *inputs):
             outputs = compute(*inputs)
+            ctx.eager = True
             if setup_context is not None:
                 setup_context(ctx, inputs, outputs)
             return outputs
@@ -78,7 +80,9 @@ class Dispatched:
                                       setup_context=setup_context or _save_nothing,
                                       vmap=vmap_by(again), jvp=_refuse_tangents)
 
-    def __call__(self, *inputs: object) -> object:
+    def __call__(self, *inputs: object, alone: Callable | None = None) -> object:
+        """Compute. `alone` takes the place of `compute` where nothing looks on: no compiler, mode or
+        transform, no gradient that is differentiated again. It may write over its inputs."""
         # Dynamo and tracers first: what follows asks questions that they cannot trace. Then transforms, inside which tensors are wrappers.
         if torch.compiler.is_compiling() or not SHORT_WAYS:
             return self.op(*inputs)
@@ -93,7 +97,7 @@ class Dispatched:
         # As a Function does: what a transform left behind is a wrapper, whose memory nobody can ask for. Gradients are computed of what was saved.
         inputs = inputs if self._setup_context is None else unwrap_dead_wrappers(inputs)
         with record_function(self._name) if _profiler_enabled() else _NOTHING:
-            return self._compute(*inputs)
+            return (alone or self._compute)(*inputs)
 
 
     def _tell_flop_counter(self) -> None:

@@ -5,6 +5,8 @@ A field nobody asked for is None, or an empty tensor: an op's schema is one for 
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -72,8 +74,9 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def mark_constant(ctx, output, fields: tuple[str, ...], policy: bool, reference: bool) -> None:
     """A field says that it needs no gradient if nobody asked for it, or if what it depends on, policy or reference, needs none."""
     depends = {"logprob": policy, "entropy": policy, "ref_logprob": reference, "kl": policy or reference, "ref_kl": policy or reference}
-    ctx.mark_non_differentiable(output[-1], *[value for name, value in zip(FIELDS, output, strict=False)
-                                              if value is not None and (name not in fields or not depends[name])])
+    # What comes after the fields has no name, and no gradient.
+    ctx.mark_non_differentiable(*[value for name, value in itertools.zip_longest(FIELDS, output)
+                                  if value is not None and (name not in fields or not depends[name])])
     ctx.set_materialize_grads(False)
 
 

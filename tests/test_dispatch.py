@@ -282,7 +282,7 @@ def test_the_ops_under_vmap(implementation) -> None:
     cases.assert_same_bits(mapped, kl(d)[0].detach(), "kl")
     heads, settings = (d["hidden"].detach(), d["weight"].detach(), d["ref_hidden"]), (0.0, 0.0, 1.0, implementation.backend, torch.float32, None)
     linear_statistics = torch.ops.fastkl.linear_statistics
-    mapped = torch.vmap(lambda h, r: linear_statistics(h, heads[1], None, r, None, None, None, *rest[:5], *settings)[3])(heads[0], heads[2])
+    mapped = torch.vmap(lambda h, r: linear_statistics(h, heads[1], None, r, None, None, None, *rest[:5], *settings, False)[3])(heads[0], heads[2])
     torch.testing.assert_close(mapped, linear_none(d)[0].detach(), rtol=1e-6, atol=1e-7)
 
 
