@@ -195,36 +195,45 @@ def _slopes(x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor, scaling
     return slopes
 
 
-def _merged_dims(p: torch.Tensor, q: torch.Tensor | None) -> list[tuple[int, int, int]]:
-    """The leading dimensions as (size, stride of p, stride of q), neighbours merged where both tensors allow it, size-1 ones dropped."""
+@functools.lru_cache(1024)
+def _merged_dims(leading: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...]) -> tuple[tuple, tuple]:
+    """The leading dimensions as (size, stride of p, stride of q), neighbours merged where both tensors allow it: (the outermost, the last two)."""
     merged: list[tuple[int, int, int]] = []
-    other = p if q is None else q
-    for size, step_p, step_q in zip(p.shape[:-1], p.stride()[:-1], other.stride()[:-1], strict=True):
+    for size, step_p, step_q in zip(leading, p_strides, q_strides, strict=True):
         if size == 1:
             continue
         if merged and merged[-1][1] == size * step_p and merged[-1][2] == size * step_q:
             merged[-1] = (merged[-1][0] * size, step_p, step_q)
         else:
             merged.append((size, step_p, step_q))
-    return merged
+    return tuple(merged[:-2]), ((1, 0, 0), (1, 0, 0), *merged)[-2:]
 
 
 def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
-             temperature: float | torch.Tensor, scaling: Scaling = Scaling()) -> Iterator[tuple[slice | None, object]]:  # noqa: B008
+             temperature: float | torch.Tensor, scaling: Scaling = Scaling()) -> list[tuple[slice | None, object]]:  # noqa: B008
     """(rows, kernels.launch.Problem): one for all rows (None) of up to two independent strides; more are taken apart along the outer dimensions."""
-    launch, merged = _launchers(), _merged_dims(p, q)
-    outermost, (outer, inner) = merged[:-2], [(1, 0, 0), (1, 0, 0), *merged][-2:]
-    count, per_row = outer[0] * inner[0], isinstance(temperature, torch.Tensor)
-    ratio = scaling.ratio
+    launch, other = _launchers(), p if q is None else q
+    outermost, dims = _merged_dims(p.shape[:-1], p.stride()[:-1], other.stride()[:-1])
+    temperatures, number = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
+    softcap, ref_softcap, ratio = scaling
     if not isinstance(ratio, torch.Tensor):
         ratio = None if ratio == 1 else torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
-    for number, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
-        part = slice(number * count, (number + 1) * count) if index else None
-        sides = [None if side is None else launch.Rows(_starting_at(side, index, outermost, which) if index else side, outer[which],
-                                                       inner[which])
-                 for side, which in ((p, 1), (q, 2))]
-        yield part, launch.Problem(*sides, outer[0], inner[0], p.shape[-1], _some(tokens, part), _some(mask, part), 1.0 if per_row else temperature,
-                                   _some(temperature, part) if per_row else None, scaling.softcap, scaling.ref_softcap, _some(ratio, part))
+    types = (p.dtype, None if q is None else q.dtype, None if tokens is None else tokens.dtype, None if temperatures is None else temperatures.dtype)
+
+    def problem(p, q, tokens, mask, temperatures, ratio) -> object:
+        addresses = p.data_ptr() % launch.ADDRESSES, 0 if q is None else q.data_ptr() % launch.ADDRESSES
+        layout = launch.layout(vocabulary, dims, addresses, p.device, types, mask is not None, (softcap, ref_softcap), ratio is not None)
+        return launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratio)
+
+    vocabulary = p.shape[-1]
+    if not outermost:
+        return [(None, problem(p, q, tokens, mask, temperatures, ratio))]
+    count, found = dims[0][0] * dims[1][0], []
+    for at, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
+        rows = slice(at * count, (at + 1) * count)
+        sides = [None if side is None else _starting_at(side, index, outermost, which) for side, which in ((p, 1), (q, 2))]
+        found.append((rows, problem(*sides, *(_some(value, rows) for value in (tokens, mask, temperatures, ratio)))))
+    return found
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
@@ -26,64 +27,60 @@ FINISH_ROWS = 16
 FINISH_THREADS = 128
 FINISH_BLOCK = 512
 FINISH_REGISTERS = 168
+# Two tensors' blocks have at most eight elements of four bytes: where one starts matters up to this number of bytes.
+ADDRESSES = 32
+# Layouts, and launches for them, that are kept: shapes, mostly, of which a training run with padding to the longest has many.
+KEPT = 1024
 # Tests set it to False: fallback rows then keep a NaN as their first saved value.
 READ_AGAIN = True
+_HERE = contextlib.nullcontext()
 
 
-class Rows:
-    """A logits tensor as rows: [outer, inner, V] by two strides (in elements), whatever its leading shape was.
+class Rows(NamedTuple):
+    """How a tensor's rows lie: [outer, inner, V] by two strides (in elements), whatever its leading shape was.
 
-    lanes: elements of a 16-byte block; misaligned: elements between a 16-byte boundary and the first element.
+    address: of the first element, in bytes, modulo ADDRESSES.
     """
 
-    def __init__(self, tensor: torch.Tensor, stride_outer: int, stride_inner: int) -> None:
-        itemsize = tensor.element_size()
-        self.tensor, self.stride_outer, self.stride_inner = tensor, stride_outer, stride_inner
-        self.lanes = 16 // itemsize
-        self.misaligned = tensor.data_ptr() // itemsize % self.lanes
+    itemsize: int
+    address: int
+    stride_outer: int
+    stride_inner: int
+
+    @property
+    def lanes(self) -> int:
+        """The elements of a 16-byte block."""
+        return 16 // self.itemsize
 
     def same_blocks(self, other: Rows, inner: int, outer: int) -> bool:
         """Whether every row of both starts at the same distance, in elements, from a boundary of this tensor's 16-byte blocks.
 
         The other's blocks have as many elements, and are 8 bytes for a 16-bit tensor beside a 32-bit one.
         """
-        return (self.misaligned == other.tensor.data_ptr() // other.tensor.element_size() % self.lanes
+        return ((self.address // self.itemsize - other.address // other.itemsize) % self.lanes == 0
                 and (inner == 1 or (self.stride_inner - other.stride_inner) % self.lanes == 0)
                 and (outer == 1 or (self.stride_outer - other.stride_outer) % self.lanes == 0))
 
     def aligned(self, inner: int, outer: int) -> bool:
         """Whether every row starts on a 16-byte boundary."""
-        return (self.misaligned == 0 and (inner == 1 or self.stride_inner % self.lanes == 0)
+        return (self.address % 16 == 0 and (inner == 1 or self.stride_inner % self.lanes == 0)
                 and (outer == 1 or self.stride_outer % self.lanes == 0))
 
 
 class Problem(NamedTuple):
-    """N = outer · inner rows of length V; what is None does not take part. Vectors are [N] and contiguous.
+    """N rows of length V; what is None does not take part. Vectors are [N] and contiguous.
 
-    softcap, ref_softcap: of P and of Q, 0 for none. ratios: inverse temperatures of Q over those of P, None for 1.
+    ratios: inverse temperatures of Q over those of P, None for 1.
     """
 
-    p: Rows
-    q: Rows | None
-    outer: int
-    inner: int
-    vocabulary: int
+    p: torch.Tensor
+    q: torch.Tensor | None
+    layout: Layout
     tokens: torch.Tensor | None
     mask: torch.Tensor | None
     temperature: float
     temperatures: torch.Tensor | None
-    softcap: float = 0.0
-    ref_softcap: float = 0.0
-    ratios: torch.Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.outer * self.inner
-
-    @property
-    def q_in_blocks(self) -> bool:
-        """Whether Q can be read in the blocks that P is read in."""
-        return self.q is None or (self.p.lanes == self.q.lanes and self.p.same_blocks(self.q, self.inner, self.outer))
+    ratios: torch.Tensor | None
 
 
 @functools.cache
@@ -110,9 +107,9 @@ def finish_options(arch: str, warp: int) -> dict[str, object]:
     return {"num_warps": FINISH_THREADS // warp, **registers, **OPTIONS}
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """The device as the current one: kernels start on the current one's stream."""
-    return torch.cuda.device(device) if device.type == "cuda" and device.index != torch.cuda.current_device() else contextlib.nullcontext()
+def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The tensor's device as the current one: kernels start on the current one's stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device() else _HERE
 
 
 class Variant:
@@ -159,11 +156,37 @@ class Case(NamedTuple):
         return self.softcap > 0.0 or self.ref_softcap > 0.0
 
 
-def _case(problem: Problem) -> Case:
-    tensors = (problem.p.tensor, None if problem.q is None else problem.q.tensor, problem.tokens, problem.temperatures)
-    return Case(tensors[0].device, tuple([None if value is None else value.dtype for value in tensors]),
-                problem.mask is not None, not problem.p.aligned(problem.inner, problem.outer), problem.q_in_blocks,
-                float(problem.softcap), float(problem.ref_softcap), problem.ratios is not None)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """N = outer · inner rows of length V, of policy logits or of both, as they lie: one for all calls that agree in it, hashed by identity.
+
+    places: the kernels' arguments for it, in the order of their signatures.
+    """
+
+    p: Rows
+    outer: int
+    inner: int
+    vocabulary: int
+    places: dict[str, int]
+    case: Case
+
+    @functools.cached_property
+    def rows(self) -> int:
+        return self.outer * self.inner
+
+
+@functools.lru_cache(KEPT)
+def layout(vocabulary: int, dims: tuple[tuple[int, int, int], tuple[int, int, int]], addresses: tuple[int, int], device: torch.device,
+           types: tuple[torch.dtype | None, ...], has_mask: bool, softcaps: tuple[float, float], has_ratio: bool) -> Layout:
+    """The Layout for (size, stride of P, stride of Q) of the outer and the inner dimension, and the types of p, q, tokens and temperatures."""
+    (outer, *outer_strides), (inner, *inner_strides) = dims
+    p, q = (Rows((dtype or types[0]).itemsize, address, *strides)
+            for dtype, address, *strides in zip(types, addresses, outer_strides, inner_strides, strict=False))
+    in_blocks = types[1] is None or (p.lanes == q.lanes and p.same_blocks(q, inner, outer))
+    places = dict(n_inner=inner, stride_p_outer=p.stride_outer, stride_p_inner=p.stride_inner, stride_q_outer=q.stride_outer,
+                  stride_q_inner=q.stride_inner)
+    case = Case(device, types, has_mask, not p.aligned(inner, outer), in_blocks, *map(float, softcaps), has_ratio)
+    return Layout(p, outer, inner, vocabulary, places, case)
 
 
 @functools.cache
@@ -194,18 +217,18 @@ def _in_order(kernel: object, **constants: object) -> dict[str, object]:
     return {name: constants[name] for name in inspect.signature(kernel.fn).parameters if name in constants}
 
 
-def _places(problem: Problem) -> dict[str, object]:
-    """Where the rows lie: arguments that the kernels share, in the order of their signatures."""
-    p, q = problem.p, problem.q or problem.p
-    return dict(n_inner=problem.inner, stride_p_outer=p.stride_outer, stride_p_inner=p.stride_inner, stride_q_outer=q.stride_outer,
-                stride_q_inner=q.stride_inner)
-
-
-def _tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
+def _tensors(problem: Problem) -> list[torch.Tensor]:
     """p, q, tokens, mask, temperatures and ratios; p itself, as an unused pointer, for what does not take part."""
-    p = problem.p.tensor
-    return (p, p if problem.q is None else problem.q.tensor, *(p if value is None else value
-                                                             for value in (problem.tokens, problem.mask, problem.temperatures, problem.ratios)))
+    p, q, _, tokens, mask, _, temperatures, ratios = problem
+    return [p if value is None else value for value in (p, q, tokens, mask, temperatures, ratios)]
+
+
+@functools.lru_cache(KEPT)
+def _forward_plan(layout: Layout, with_entropy: bool, with_reverse: bool, read_again: bool, overridden: tuple) -> tuple[int, Variant, Variant]:
+    """(segments of a row, row_forward, row_finish); `overridden` tells one configuration of the tests and the tuner from another."""
+    chosen = config.select("forward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
+    splits = max(1, math.ceil(layout.vocabulary / chosen.segment))
+    return splits, *forward_variants(layout.case, chosen, triton.next_power_of_2(splits), with_entropy, with_reverse, read_again)
 
 
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
@@ -214,25 +237,34 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
     With q there is always kl; with tokens logprob, and ref_logprob beside q.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
-    case = _case(problem)
-    chosen = config.select("forward", architecture(p.device)[0], p.element_size(), problem.vocabulary)
-    splits = max(1, math.ceil(problem.vocabulary / chosen.segment))
-    forward_variant, finish_variant = forward_variants(case, chosen, triton.next_power_of_2(splits), "entropy" in outputs, "ref_kl" in outputs,
-                                                       READ_AGAIN)
-    state = torch.empty(problem.rows * splits * STATE.value, dtype=torch.float32, device=p.device)
-    places, temperature = _places(problem), float(problem.temperature)
-    with _on(p.device):
+    layout = problem.layout
+    splits, forward_variant, finish_variant = _forward_plan(layout, "entropy" in outputs, "ref_kl" in outputs, READ_AGAIN,
+                                                            tuple(config._override.items()))
+    state = torch.empty(layout.rows * splits * STATE.value, dtype=torch.float32, device=p.device)
+    places, temperature = layout.places, float(problem.temperature)
+    with _on(p):
         forward_variant.start(
-            problem.rows * splits,
+            layout.rows * splits,
             dict(p_ptr=p, q_ptr=q, state_ptr=state, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios, temperature=temperature,
                  **places,
-                 V=problem.vocabulary, splits=splits))
+                 V=layout.vocabulary, splits=splits))
         finish_variant.start(
-            -(-problem.rows // finish_variant.constants["ROWS"]),
+            -(-layout.rows // finish_variant.constants["ROWS"]),
             dict(state_ptr=state, p_ptr=p, q_ptr=q, tokens_ptr=tokens, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios, saved_ptr=saved,
                  logprob_ptr=outputs.get("logprob", saved), entropy_ptr=outputs.get("entropy", saved),
                  ref_logprob_ptr=outputs.get("ref_logprob", saved), kl_ptr=outputs.get("kl", saved), ref_kl_ptr=outputs.get("ref_kl", saved),
-                 temperature=temperature, n_rows=problem.rows, **places, V=problem.vocabulary))
+                 temperature=temperature, n_rows=layout.rows, **places, V=layout.vocabulary))
+
+
+@functools.lru_cache(KEPT)
+def _backward_plan(layout: Layout, fields: tuple[str, ...], grads: tuple[tuple | None, tuple | None], overridden: tuple) -> tuple[int, Variant]:
+    """(chunks of a row, row_backward) for upstream gradients of `fields`; grads: (type, address, row stride) of those to P and to Q, None without."""
+    chosen = config.select("backward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
+    in_blocks = all(grad is None or layout.p.same_blocks(Rows(grad[0].itemsize, grad[1], layout.inner * grad[2], grad[2]), layout.inner, layout.outer)
+                    for grad in grads)
+    # A row that starts in the middle of a block covers one more.
+    chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chosen.segment)
+    return chunks, backward_variant(layout.case, chosen, fields, tuple([None if grad is None else grad[0] for grad in grads]), in_blocks)
 
 
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
@@ -242,20 +274,16 @@ def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Te
     They may be the logits themselves unless the gradient of ref_kl to Q is asked for: a far row is then read again.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
-    fields = tuple([name for name in FIELDS if name in upstream])
+    layout, fields = problem.layout, tuple([name for name in FIELDS if name in upstream])
     stacked = (torch.stack([upstream[name].to(torch.float32) for name in fields]) if len(fields) > 1
                else upstream[fields[0]].to(torch.float32).contiguous())
-    chosen = config.select("backward", architecture(p.device)[0], p.element_size(), problem.vocabulary)
     stride_grad = (grad_q if grad_p is None else grad_p).stride(0)
-    grads = [None if grad is None else Rows(grad, problem.inner * stride_grad, stride_grad) for grad in (grad_p, grad_q)]
-    in_blocks = all(grad is None or problem.p.same_blocks(grad, problem.inner, problem.outer) for grad in grads)
-    variant = backward_variant(_case(problem), chosen, fields, tuple([None if grad is None else grad.tensor.dtype for grad in grads]), in_blocks)
-    # A row that starts in the middle of a block covers one more.
-    chunks = -(-(problem.vocabulary + problem.p.lanes - 1) // chosen.segment)
-    with _on(p.device):
+    grads = tuple([None if grad is None else (grad.dtype, grad.data_ptr() % ADDRESSES, stride_grad) for grad in (grad_p, grad_q)])
+    chunks, variant = _backward_plan(layout, fields, grads, tuple(config._override.items()))
+    with _on(p):
         variant.start(
-            problem.rows * chunks,
+            layout.rows * chunks,
             dict(p_ptr=p, q_ptr=q, grad_p_ptr=p if grad_p is None else grad_p, grad_q_ptr=p if grad_q is None else grad_q, tokens_ptr=tokens,
                  saved_ptr=saved, upstream_ptr=stacked, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios,
                  temperature=float(problem.temperature),
-                 n_rows=problem.rows, **_places(problem), stride_grad=stride_grad, V=problem.vocabulary, chunks=chunks))
+                 n_rows=layout.rows, **layout.places, stride_grad=stride_grad, V=layout.vocabulary, chunks=chunks))
