@@ -40,9 +40,9 @@ def _statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor
     return results
 
 
-def _table(value: Tensor) -> Tensor:
+def _table(value: Tensor | None) -> Tensor | None:
     """A contiguous matrix of the last dimension's rows."""
-    return (value if value.dim() == 2 else value.reshape(-1, value.shape[-1])).contiguous()
+    return value if value is None else (value if value.dim() == 2 else value.reshape(-1, value.shape[-1])).contiguous()
 
 
 def _fake_statistics(p, q, tokens, mask, temperatures, temperature, fields, backend):
@@ -57,14 +57,14 @@ def _gradients(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor 
     if p.numel():
         upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
                     if value is not None}
-        targets = [None if grad is None else _table(grad) for grad in grads]
         _rows.backward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), _table(saved),
-                       upstream, *targets)
+                       upstream, *map(_table, grads))
     return grads
 
 
 def _empty_gradients(p: Tensor, q: Tensor | None, wrt_p: bool, wrt_q: bool) -> tuple[Tensor | None, Tensor | None]:
-    return tuple([torch.empty_like(side, memory_format=torch.contiguous_format) if asked else None for side, asked in ((p, wrt_p), (q, wrt_q))])
+    return (torch.empty_like(p, memory_format=torch.contiguous_format) if wrt_p else None,
+            torch.empty_like(q, memory_format=torch.contiguous_format) if wrt_q else None)
 
 
 def _fake_gradients(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt_p, wrt_q, backend):

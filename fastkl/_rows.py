@@ -52,7 +52,8 @@ def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, to
         reference_forward(p, q, tokens, mask, temperature, outputs, saved, scaling)
         return
     for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
-        _launchers().forward(problem, _some_of_each(outputs, rows), _some(saved, rows))
+        part = (outputs, saved) if rows is None else (_some_of_each(outputs, rows), saved[rows])
+        _launchers().forward(problem, *part)
 
 
 def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
@@ -67,9 +68,13 @@ def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor,
         reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling)
         return
     # A saved-tensor hook may return logits with another stride along the vocabulary.
-    p, q = (side if side is None or side.stride(-1) == 1 else side.contiguous() for side in (p, q))
+    p = p if p.stride(-1) == 1 else p.contiguous()
+    q = q if q is None or q.stride(-1) == 1 else q.contiguous()
     for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
-        _launchers().backward(problem, _some(saved, rows), _some_of_each(upstream, rows), _some(grad_p, rows), _some(grad_q, rows))
+        part = (saved, upstream, grad_p, grad_q)
+        if rows is not None:
+            part = (saved[rows], _some_of_each(upstream, rows), _some(grad_p, rows), _some(grad_q, rows))
+        _launchers().backward(problem, *part)
 
 
 def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
@@ -90,13 +95,13 @@ def take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return logits[torch.unravel_index(rows, logits.shape[:-1])]
 
 
-def _some(value: torch.Tensor | float | None, rows: torch.Tensor | slice | None) -> torch.Tensor | float | None:
-    """Some rows of a per-row tensor; all of them where rows is None."""
-    return value[rows] if rows is not None and isinstance(value, torch.Tensor) else value
+def _some(value: torch.Tensor | float | None, rows: torch.Tensor | slice) -> torch.Tensor | float | None:
+    """Some rows of a per-row tensor."""
+    return value[rows] if isinstance(value, torch.Tensor) else value
 
 
-def _some_of_each(values: dict[str, torch.Tensor], rows: slice | None) -> dict[str, torch.Tensor]:
-    return values if rows is None else {name: value[rows] for name, value in values.items()}
+def _some_of_each(values: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    return {name: value[rows] for name, value in values.items()}
 
 
 def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,

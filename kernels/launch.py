@@ -169,10 +169,7 @@ class Layout:
     vocabulary: int
     places: dict[str, int]
     case: Case
-
-    @functools.cached_property
-    def rows(self) -> int:
-        return self.outer * self.inner
+    rows: int
 
 
 @functools.lru_cache(KEPT)
@@ -186,7 +183,7 @@ def layout(vocabulary: int, dims: tuple[tuple[int, int, int], tuple[int, int, in
     places = dict(n_inner=inner, stride_p_outer=p.stride_outer, stride_p_inner=p.stride_inner, stride_q_outer=q.stride_outer,
                   stride_q_inner=q.stride_inner)
     case = Case(device, types, has_mask, not p.aligned(inner, outer), in_blocks, *map(float, softcaps), has_ratio)
-    return Layout(p, outer, inner, vocabulary, places, case)
+    return Layout(p, outer, inner, vocabulary, places, case, outer * inner)
 
 
 @functools.cache
@@ -217,10 +214,11 @@ def _in_order(kernel: object, **constants: object) -> dict[str, object]:
     return {name: constants[name] for name in inspect.signature(kernel.fn).parameters if name in constants}
 
 
-def _tensors(problem: Problem) -> list[torch.Tensor]:
+def _tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
     """p, q, tokens, mask, temperatures and ratios; p itself, as an unused pointer, for what does not take part."""
     p, q, _, tokens, mask, _, temperatures, ratios = problem
-    return [p if value is None else value for value in (p, q, tokens, mask, temperatures, ratios)]
+    return (p, p if q is None else q, p if tokens is None else tokens, p if mask is None else mask, p if temperatures is None else temperatures,
+            p if ratios is None else ratios)
 
 
 @functools.lru_cache(KEPT)
@@ -257,14 +255,15 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
 
 
 @functools.lru_cache(KEPT)
-def _backward_plan(layout: Layout, fields: tuple[str, ...], grads: tuple[tuple | None, tuple | None], overridden: tuple) -> tuple[int, Variant]:
-    """(chunks of a row, row_backward) for upstream gradients of `fields`; grads: (type, address, row stride) of those to P and to Q, None without."""
+def _backward_plan(layout: Layout, fields: tuple[str, ...], stride: int, grad_p: tuple[torch.dtype, int] | None,
+                   grad_q: tuple[torch.dtype, int] | None, overridden: tuple) -> tuple[int, Variant]:
+    """(chunks of a row, row_backward) for upstream gradients of `fields`, and gradients of these types at these addresses with rows `stride` apart."""
     chosen = config.select("backward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
-    in_blocks = all(grad is None or layout.p.same_blocks(Rows(grad[0].itemsize, grad[1], layout.inner * grad[2], grad[2]), layout.inner, layout.outer)
-                    for grad in grads)
+    in_blocks = all(grad is None or layout.p.same_blocks(Rows(grad[0].itemsize, grad[1], layout.inner * stride, stride), layout.inner, layout.outer)
+                    for grad in (grad_p, grad_q))
     # A row that starts in the middle of a block covers one more.
     chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chosen.segment)
-    return chunks, backward_variant(layout.case, chosen, fields, tuple([None if grad is None else grad[0] for grad in grads]), in_blocks)
+    return chunks, backward_variant(layout.case, chosen, fields, (grad_p and grad_p[0], grad_q and grad_q[0]), in_blocks)
 
 
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
@@ -274,12 +273,12 @@ def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Te
     They may be the logits themselves unless the gradient of ref_kl to Q is asked for: a far row is then read again.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
-    layout, fields = problem.layout, tuple([name for name in FIELDS if name in upstream])
-    stacked = (torch.stack([upstream[name].to(torch.float32) for name in fields]) if len(fields) > 1
+    layout, fields = problem.layout, tuple(upstream)
+    stacked = (torch.stack([value.to(torch.float32) for value in upstream.values()]) if len(fields) > 1
                else upstream[fields[0]].to(torch.float32).contiguous())
     stride_grad = (grad_q if grad_p is None else grad_p).stride(0)
-    grads = tuple([None if grad is None else (grad.dtype, grad.data_ptr() % ADDRESSES, stride_grad) for grad in (grad_p, grad_q)])
-    chunks, variant = _backward_plan(layout, fields, grads, tuple(config._override.items()))
+    chunks, variant = _backward_plan(layout, fields, stride_grad, None if grad_p is None else (grad_p.dtype, grad_p.data_ptr() % ADDRESSES),
+                                     None if grad_q is None else (grad_q.dtype, grad_q.data_ptr() % ADDRESSES), tuple(config._override.items()))
     with _on(p):
         variant.start(
             layout.rows * chunks,
