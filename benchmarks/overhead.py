@@ -8,6 +8,7 @@ torch.compile, dispatch modes and tensor subclasses take (fastkl/_dispatch.py). 
 """
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -20,14 +21,14 @@ from benchmarks import overhead_calls
 from benchmarks.overhead_calls import FUNCTIONS, ROWS, STEPS, VOCABULARY, WAYS
 from benchmarks.record import ROOT, output_file, provenance, write_json
 
-ROUNDS = 7
+CALLS, ROUNDS = 300, 7
 # A ratio is the median of so many.
 PAIRS = 25
 
 
 def shortest(call):
     """Microseconds of one call: the shortest mean of several rounds, since whatever else the machine does only adds to it."""
-    return min(overhead_calls.microseconds(call) for _ in range(ROUNDS))
+    return min(overhead_calls.microseconds(call, CALLS) for _ in range(ROUNDS))
 
 
 def measure():
@@ -44,11 +45,11 @@ def measure():
 
 @contextlib.contextmanager
 def checkout(path):
-    """A function that asks a process with the fastkl of a checkout for one figure."""
+    """A function (function, step) -> (microseconds, functions entered), or None, of a process with the fastkl of a checkout."""
     command = [sys.executable, str(Path(overhead_calls.__file__).resolve()), str(path)]
     with subprocess.Popen(command, cwd=path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        def ask(**question):
-            process.stdin.write(json.dumps(question) + "\n")
+        def ask(function, step):
+            process.stdin.write(json.dumps({"function": function, "step": step, "count": CALLS}) + "\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())
 
@@ -57,17 +58,19 @@ def checkout(path):
 
 
 def compare(path):
-    """Yields {"function", "step", "microseconds", "against": [here, there], "ratio", "calls"} on plain tensors; None for what is not there."""
+    """Yields {"function", "step", "microseconds": [here, there], "ratio", "calls": [here, there]} on plain tensors; None for what is not there."""
     with checkout(ROOT) as here, checkout(path) as there:
-        for name in FUNCTIONS:
-            for step in STEPS:
-                question = dict(function=name, way=WAYS[0], step=step)
-                entered = [ask(**question, figure="calls") for ask in (here, there)]
-                pairs = [[ask(**question, figure="microseconds") for ask in (here, there)] for _ in range(PAIRS)]
-                known = None not in entered
-                times = [None if None in each else round(statistics.median(each), 1) for each in zip(*pairs, strict=True)]
-                yield {"function": name, "step": step, "microseconds": times, "calls": entered,
-                       "ratio": round(statistics.median(ours / theirs for ours, theirs in pairs), 3) if known else None}
+        for name, step in itertools.product(FUNCTIONS, STEPS):
+            pairs = [(here(name, step), there(name, step)) for _ in range(PAIRS)]
+            sides = [None if each[0] is None else each for each in zip(*pairs, strict=True)]
+            times = [None if each is None else [time for time, _ in each] for each in sides]
+            ratios = None if None in times else [ours / theirs for ours, theirs in zip(*times, strict=True)]
+            yield {"function": name, "step": step, "microseconds": [_median(each, 1) for each in times], "ratio": _median(ratios, 3),
+                   "calls": [None if each is None else each[-1][1] for each in sides]}
+
+
+def _median(values, digits):
+    return None if values is None else round(statistics.median(values), digits)
 
 
 def directory(text):

@@ -1,7 +1,7 @@
 """Times single calls of fastkl's functions with every launch left out; as a script, for the checkout named in its argument.
 
-The script answers a line of JSON {"function", "way", "step"} with one of a figure, or null where that checkout has no such function. It imports
-nothing else of the benchmarks: the checkout may be older than they are.
+The script answers each line of JSON {"function", "step", "count"} with one: [microseconds of one of so many calls, functions of fastkl entered],
+or null where that checkout does not know an argument. It imports nothing else of the benchmarks: the checkout may be older than they are.
 """
 import contextlib
 import json
@@ -13,7 +13,6 @@ from unittest import mock
 import torch
 
 ROWS, VOCABULARY = 8, 128
-CALLS = 300
 STEPS = ("no gradient", "forward", "forward and backward")
 WAYS = ("plain tensors", "custom op")
 FUNCTIONS = ("kl_divergence", "kl_divergence, mean", "token_stats", "selective_log_softmax")
@@ -60,12 +59,12 @@ def by_way_of(way):
     return contextlib.nullcontext() if way == WAYS[0] else mock.patch.object(_dispatch, "_plain", lambda inputs: False)
 
 
-def microseconds(call):
-    """The mean time of CALLS calls."""
+def microseconds(call, count):
+    """The mean time of `count` calls."""
     begin = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(count):
         call()
-    return (time.perf_counter() - begin) / CALLS * 1e6
+    return (time.perf_counter() - begin) / count * 1e6
 
 
 def python_calls(call):
@@ -94,12 +93,11 @@ def answer(questions, answers):
     with without_launches():
         leaf, named = functions()
         for line in questions:
-            asked = json.loads(line)
-            function, figure = named[asked["function"]], None
-            with by_way_of(asked["way"]), contextlib.suppress(TypeError):  # an argument that this checkout does not know
-                measured = {"microseconds": microseconds, "calls": python_calls}[asked["figure"]]
-                figure = measured(calls(function, leaf)[asked["step"]])
-            print(json.dumps(figure), file=answers, flush=True)
+            asked, figures = json.loads(line), None
+            with contextlib.suppress(TypeError):
+                call = calls(named[asked["function"]], leaf)[asked["step"]]
+                figures = [microseconds(call, asked["count"]), python_calls(call)]
+            print(json.dumps(figures), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
 @functools.lru_cache(KEPT)
 def _backward_plan(layout: Layout, fields: tuple[str, ...], stride: int, grad_p: tuple[torch.dtype, int] | None,
                    grad_q: tuple[torch.dtype, int] | None, overridden: tuple) -> tuple[int, Variant]:
-    """(chunks of a row, row_backward) for upstream gradients of `fields`, and gradients of these types at these addresses with rows `stride` apart."""
+    """(chunks of a row, row_backward) for upstream gradients of `fields`, to gradients of these types and addresses with rows `stride` apart."""
     chosen = config.select("backward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
     in_blocks = all(grad is None or layout.p.same_blocks(Rows(grad[0].itemsize, grad[1], layout.inner * stride, stride), layout.inner, layout.outer)
                     for grad in (grad_p, grad_q))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -9,14 +10,13 @@ import pytest
 pytest.importorskip("triton")
 import fastkl
 from benchmarks import overhead, overhead_calls
-from benchmarks.record import ROOT
 from fastkl import _ops
 
 
 @pytest.fixture
 def once(monkeypatch):
     """One call in a round, one round."""
-    monkeypatch.setattr(overhead_calls, "CALLS", 1)
+    monkeypatch.setattr(overhead, "CALLS", 1)
     monkeypatch.setattr(overhead, "ROUNDS", 1)
     monkeypatch.setattr(overhead, "PAIRS", 1)
 
@@ -35,18 +35,34 @@ def test_every_function_by_either_way(once, monkeypatch, tmp_path, capsys) -> No
     assert fastkl.explain(overhead_calls.functions()[0]).backend == "reference"
 
 
+OTHER = {
+    "__init__.py": """import contextlib, types
+def kl_divergence(p, q): return inner(p)
+def token_stats(p, tokens, q): return types.SimpleNamespace(kl=p.sum(-1))
+def selective_log_softmax(p, tokens): return p.sum(-1)
+def inner(p): return p.sum(-1)
+def use_backend(name): return contextlib.nullcontext()""",
+    "backend.py": "_interpreting = None", "_dispatch.py": "_plain = None",
+    "kernels/__init__.py": "", "kernels/launch.py": "class Variant: start = None",
+}
+
+
 def test_against_another_checkout(once, tmp_path, capsys) -> None:
     """A process for each, with the fastkl of its own; a function that one of them lacks has no ratio."""
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "fastkl").symlink_to(ROOT / "fastkl")
-    assert overhead.main(["--against", str(other), "--json", str(tmp_path / "o.json")]) == 0
+    for name, source in OTHER.items():
+        (tmp_path / "fastkl" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "fastkl" / name).write_text(source)
+    assert overhead.main(["--against", str(tmp_path), "--json", str(tmp_path / "o.json")]) == 0
     records = json.loads((tmp_path / "o.json").read_text())["records"]
-    assert [(record["function"], record["step"]) for record in records] == [(name, step) for name in overhead_calls.FUNCTIONS for step in overhead.STEPS]
-    assert all(record["ratio"] > 0 and min(record["microseconds"]) > 0 and record["calls"][0] == record["calls"][1] for record in records)
+    assert [(record["function"], record["step"]) for record in records] == list(itertools.product(overhead_calls.FUNCTIONS, overhead.STEPS))
+    for record in records:
+        lacking = record["function"] == "kl_divergence, mean"
+        calls = {"kl_divergence": 2, "kl_divergence, mean": None}.get(record["function"], 1)
+        assert record["calls"][0] > 20 and record["calls"][1] == calls
+        assert record["microseconds"][0] > 0 and (record["ratio"] is None) == (record["microseconds"][1] is None) == lacking
+        assert lacking or record["ratio"] == pytest.approx(record["microseconds"][0] / record["microseconds"][1], rel=0.1)
     lines = capsys.readouterr().out.splitlines()
-    overhead.print_against({**records[0], "microseconds": [1.5, None], "ratio": None})
-    assert len(lines) == 2 + len(records) and capsys.readouterr().out.split()[-5:-2] == ["1.5", "-", "-"]
+    assert len(lines) == 2 + len(records) and lines[5].split()[-4:] == ["-", "-", str(records[3]["calls"][0]), "-"]
 
 
 def test_what_is_no_checkout(capsys, tmp_path) -> None:
@@ -58,7 +74,7 @@ def test_what_is_no_checkout(capsys, tmp_path) -> None:
 
 def test_the_shortest_round_counts(monkeypatch) -> None:
     """A mean over the calls of a round, of the rounds the shortest."""
-    monkeypatch.setattr(overhead_calls, "CALLS", 2)
+    monkeypatch.setattr(overhead, "CALLS", 2)
     monkeypatch.setattr(overhead, "ROUNDS", 2)
     clock = iter([0.0, 10e-6, 20e-6, 24e-6])
     monkeypatch.setattr(overhead_calls.time, "perf_counter", lambda: next(clock))
