@@ -374,11 +374,13 @@ class Heads:
                 grads = [None if side is None else side[here] for side in sides]
                 logits = [head.logits_again(states[here], rows, buffer, grad)
                           for head, states, buffer, grad in zip(heads, inputs, buffers, grads, strict=True)]
+                of_both, per_token, scaling = _both(logits), self.per_token.part(rows), self.per_token.scaling_of(rows)
                 if outputs:
-                    self._row_forward(_both(logits), rows, outputs, saved)
-                _rows.backward(self.backend, *_both(logits), *self.per_token.part(rows), saved[rows],
-                               {name: value[rows] for name, value in upstream.items()}, *_both(grads),
-                               self.per_token.scaling_of(rows))
+                    _rows.kl_and_gradients(self.backend, *of_both, *per_token, outputs["kl"][rows], saved[rows], upstream["kl"][rows],
+                                           *_both(grads), scaling)
+                else:
+                    _rows.backward(self.backend, *of_both, *per_token, saved[rows], {name: value[rows] for name, value in upstream.items()},
+                                   *_both(grads), scaling)
             if window.stop == len(saved):
                 # Nothing more is put into them, and a product's result may take their place.
                 buffers, logits = [], []

@@ -52,7 +52,8 @@ def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, to
         reference_forward(p, q, tokens, mask, temperature, outputs, saved, scaling)
         return
     for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
-        _launchers().forward(problem, _some_of_each(outputs, rows), _some(saved, rows))
+        part = (outputs, saved) if rows is None else (_some_of_each(outputs, rows), saved[rows])
+        _launchers().forward(problem, *part)
 
 
 def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
@@ -67,9 +68,34 @@ def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor,
         reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling)
         return
     # A saved-tensor hook may return logits with another stride along the vocabulary.
-    p, q = (side if side is None or side.stride(-1) == 1 else side.contiguous() for side in (p, q))
+    p = p if p.stride(-1) == 1 else p.contiguous()
+    q = q if q is None or q.stride(-1) == 1 else q.contiguous()
     for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
-        _launchers().backward(problem, _some(saved, rows), _some_of_each(upstream, rows), _some(grad_p, rows), _some(grad_q, rows))
+        part = (saved, upstream, grad_p, grad_q)
+        if rows is not None:
+            part = (saved[rows], _some_of_each(upstream, rows), _some(grad_p, rows), _some(grad_q, rows))
+        _launchers().backward(problem, *part)
+
+
+def kl_and_gradients(backend: str, p, q, tokens, mask, temperature, kl: torch.Tensor, saved: torch.Tensor, weights: torch.Tensor,
+                     grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, scaling: Scaling) -> None:
+    """`forward` of kl and `backward` for upstream gradients `weights` [N]; in one launch for a gradient to P alone where kernels.config has it so."""
+    if backend == "reference" or grad_p is None or grad_q is not None:
+        forward(backend, p, q, tokens, mask, temperature, {"kl": kl}, saved, scaling)
+        backward(backend, p, q, tokens, mask, temperature, saved, {"kl": weights}, grad_p, grad_q, scaling)
+        return
+    launch = _launchers()
+    for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
+        part = (kl, saved, weights, grad_p) if rows is None else (kl[rows], saved[rows], weights[rows], grad_p[rows])
+        _kl_and_gradient(launch, problem, *part)
+
+
+def _kl_and_gradient(launch: ModuleType, problem: object, kl: torch.Tensor, saved: torch.Tensor, weights: torch.Tensor, grad_p: torch.Tensor) -> None:
+    if launch.fuses(problem, grad_p):
+        launch.fused(problem, weights.to(torch.float32).contiguous(), kl, saved, grad_p)
+    else:
+        launch.forward(problem, {"kl": kl}, saved)
+        launch.backward(problem, saved, {"kl": weights}, grad_p, None)
 
 
 def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
@@ -90,13 +116,13 @@ def take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return logits[torch.unravel_index(rows, logits.shape[:-1])]
 
 
-def _some(value: torch.Tensor | float | None, rows: torch.Tensor | slice | None) -> torch.Tensor | float | None:
-    """Some rows of a per-row tensor; all of them where rows is None."""
-    return value[rows] if rows is not None and isinstance(value, torch.Tensor) else value
+def _some(value: torch.Tensor | float | None, rows: torch.Tensor | slice) -> torch.Tensor | float | None:
+    """Some rows of a per-row tensor."""
+    return value[rows] if isinstance(value, torch.Tensor) else value
 
 
-def _some_of_each(values: dict[str, torch.Tensor], rows: slice | None) -> dict[str, torch.Tensor]:
-    return values if rows is None else {name: value[rows] for name, value in values.items()}
+def _some_of_each(values: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    return {name: value[rows] for name, value in values.items()}
 
 
 def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
@@ -195,36 +221,45 @@ def _slopes(x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor, scaling
     return slopes
 
 
-def _merged_dims(p: torch.Tensor, q: torch.Tensor | None) -> list[tuple[int, int, int]]:
-    """The leading dimensions as (size, stride of p, stride of q), neighbours merged where both tensors allow it, size-1 ones dropped."""
+@functools.lru_cache(1024)
+def _merged_dims(leading: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...]) -> tuple[tuple, tuple]:
+    """The leading dimensions as (size, stride of p, stride of q), neighbours merged where both tensors allow it: (the outermost, the last two)."""
     merged: list[tuple[int, int, int]] = []
-    other = p if q is None else q
-    for size, step_p, step_q in zip(p.shape[:-1], p.stride()[:-1], other.stride()[:-1], strict=True):
+    for size, step_p, step_q in zip(leading, p_strides, q_strides, strict=True):
         if size == 1:
             continue
         if merged and merged[-1][1] == size * step_p and merged[-1][2] == size * step_q:
             merged[-1] = (merged[-1][0] * size, step_p, step_q)
         else:
             merged.append((size, step_p, step_q))
-    return merged
+    return tuple(merged[:-2]), ((1, 0, 0), (1, 0, 0), *merged)[-2:]
 
 
 def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
-             temperature: float | torch.Tensor, scaling: Scaling = Scaling()) -> Iterator[tuple[slice | None, object]]:  # noqa: B008
+             temperature: float | torch.Tensor, scaling: Scaling = Scaling()) -> list[tuple[slice | None, object]]:  # noqa: B008
     """(rows, kernels.launch.Problem): one for all rows (None) of up to two independent strides; more are taken apart along the outer dimensions."""
-    launch, merged = _launchers(), _merged_dims(p, q)
-    outermost, (outer, inner) = merged[:-2], [(1, 0, 0), (1, 0, 0), *merged][-2:]
-    count, per_row = outer[0] * inner[0], isinstance(temperature, torch.Tensor)
-    ratio = scaling.ratio
+    launch, other = _launchers(), p if q is None else q
+    outermost, dims = _merged_dims(p.shape[:-1], p.stride()[:-1], other.stride()[:-1])
+    temperatures, number = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
+    softcap, ref_softcap, ratio = scaling
     if not isinstance(ratio, torch.Tensor):
         ratio = None if ratio == 1 else torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
-    for number, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
-        part = slice(number * count, (number + 1) * count) if index else None
-        sides = [None if side is None else launch.Rows(_starting_at(side, index, outermost, which) if index else side, outer[which],
-                                                       inner[which])
-                 for side, which in ((p, 1), (q, 2))]
-        yield part, launch.Problem(*sides, outer[0], inner[0], p.shape[-1], _some(tokens, part), _some(mask, part), 1.0 if per_row else temperature,
-                                   _some(temperature, part) if per_row else None, scaling.softcap, scaling.ref_softcap, _some(ratio, part))
+    types = (p.dtype, None if q is None else q.dtype, None if tokens is None else tokens.dtype, None if temperatures is None else temperatures.dtype)
+
+    def problem(p, q, tokens, mask, temperatures, ratio) -> object:
+        addresses = p.data_ptr() % launch.ADDRESSES, 0 if q is None else q.data_ptr() % launch.ADDRESSES
+        layout = launch.layout(vocabulary, dims, addresses, p.device, types, mask is not None, (softcap, ref_softcap), ratio is not None)
+        return launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratio)
+
+    vocabulary = p.shape[-1]
+    if not outermost:
+        return [(None, problem(p, q, tokens, mask, temperatures, ratio))]
+    count, found = dims[0][0] * dims[1][0], []
+    for at, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
+        rows = slice(at * count, (at + 1) * count)
+        sides = [None if side is None else _starting_at(side, index, outermost, which) for side, which in ((p, 1), (q, 2))]
+        found.append((rows, problem(*sides, *(_some(value, rows) for value in (tokens, mask, temperatures, ratio)))))
+    return found
 
 
 @functools.cache

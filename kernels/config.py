@@ -99,6 +99,11 @@ def segment_length(vocabulary: int, preferred: int) -> int:
     return part
 
 
+def fuses(arch: str) -> bool:
+    """Whether row_fused takes the place of two launches: nowhere but in the interpreter until a GPU has shown it right and faster."""
+    return arch == "interpreter"
+
+
 def prefetches(arch: str) -> bool:
     """Whether the architecture can be asked for a whole segment with one instruction (cp.async.bulk.prefetch)."""
     return arch.startswith("sm_") and int(arch[3:]) >= 90

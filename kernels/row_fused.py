@@ -72,7 +72,7 @@ def row_fused(
     # Hints stand where the pointers are made: a hint on a function's argument is lost when it is inlined.
     p_block = tl.multiple_of(p_row + begin, 16)
     q_block = tl.multiple_of(q_row + begin, 16)
-    grad_block = tl.multiple_of(grad_row + begin, 16)
+    grad_block = tl.multiple_of(grad_row + begin, LANES * grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
     held_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * HELD
     scale = held_scale * (1.0 / HELD)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)

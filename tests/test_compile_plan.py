@@ -17,7 +17,7 @@ FIELDS = {"kl_divergence": ("kl",), "token_stats": launch.FIELDS, "token_stats_p
 @pytest.fixture(autouse=True)
 def fresh_variants():
     """None made for another architecture."""
-    caches = (launch.forward_variants, launch.backward_variant)
+    caches = (launch.forward_variants, launch.backward_variant, launch._forward_plan, launch._backward_plan)
     for cache in caches:
         cache.cache_clear()
     yield
