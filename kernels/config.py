@@ -123,10 +123,10 @@ def select(direction: str, arch: str, itemsize: int, vocabulary: int) -> RowConf
 
 
 @contextlib.contextmanager
-def override(forward: RowConfig | None = None, backward: RowConfig | None = None) -> Iterator[None]:
+def override(forward: RowConfig | None = None, backward: RowConfig | None = None, fused: RowConfig | None = None) -> Iterator[None]:
     """Use these configurations instead of the table's, for tests and for the tuner. Not for use from several threads."""
     before = dict(_override)
-    _override.update({name: value for name, value in (("forward", forward), ("backward", backward)) if value is not None})
+    _override.update({name: value for name, value in (("forward", forward), ("backward", backward), ("fused", fused)) if value is not None})
     try:
         yield
     finally:

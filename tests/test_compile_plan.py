@@ -17,7 +17,8 @@ FIELDS = {"kl_divergence": ("kl",), "token_stats": launch.FIELDS, "token_stats_p
 @pytest.fixture(autouse=True)
 def fresh_variants():
     """None made for another architecture."""
-    caches = (launch.forward_variants, launch.backward_variant, launch._forward_plan, launch._backward_plan)
+    caches = (launch.forward_variants, launch.backward_variant, launch._forward_plan, launch._backward_plan, launch.fused_variants,
+              launch._fused_plan)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -57,6 +58,9 @@ def launched(monkeypatch, arch: str, dtype: str, aligned: bool) -> set[tuple]:
             if dtype == "fp32" and aligned:
                 narrow = [None if grad is None else torch.empty(ROWS, V, dtype=torch.bfloat16) for grad in asked]
                 _rows.backward("triton", p, reference, *rest, saved, values, *narrow)
+    if aligned:
+        (_, problem), = _rows.problems(p, q, None, mask, 1.0)
+        launch.fused(problem, torch.ones(ROWS), torch.empty(ROWS), saved, grads[0])
     return seen
 
 
