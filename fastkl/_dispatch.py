@@ -116,6 +116,12 @@ class Dispatched:
                 counter.flop_registry.setdefault(packet, counting.flop_registry[packet])
 
 
+def eager(*inputs: object) -> bool:
+    """Whether a call with these arguments takes eager mode's short way."""
+    return (SHORT_WAYS and not torch.compiler.is_compiling() and not _are_functorch_transforms_active() and not _len_torch_dispatch_stack()
+            and not _len_torch_dispatch_stack_pre_dispatch() and not torch.jit.is_tracing() and _plain(inputs))
+
+
 def transforming() -> bool:
     """Whether a transform of torch.func is at work."""
     return SHORT_WAYS and not torch.compiler.is_compiling() and _are_functorch_transforms_active()

@@ -114,7 +114,7 @@ def _weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden
     if wrt:
         if torch.float16 in {value.dtype for value in six if value is not None}:
             size = _size(wanted(wrt), ratio if ratios is None else ratios)
-            unit = _unit(torch.where(weights == 0, 0.0, weights / (temperature if temperatures is None else temperatures) * size))
+            unit = float16_unit(torch.where(weights == 0, 0.0, weights / (temperature if temperatures is None else temperatures) * size))
         gradients = heads.forward_and_backward({"kl": kl.view(-1)}, {"kl": _rows.flat(weights / unit)}, wanted(wrt))
     else:
         heads.forward({"kl": kl.view(-1)}, weights.new_empty(weights.numel(), SAVED))
@@ -162,7 +162,7 @@ def _flat_outputs(results: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
     return {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if value is not None}
 
 
-def _unit(weights: Tensor) -> Tensor:
+def float16_unit(weights: Tensor) -> Tensor:
     """The power of two by which the largest of |weights|, of tokens over their temperatures, counts 4 … 8; 1 if that is 0 or not finite.
 
     Counting 1, a flat row's gradients lose digits to float16's smallest numbers. What is left to its largest, 65504, is for the differences of logits

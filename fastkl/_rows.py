@@ -84,18 +84,17 @@ def kl_and_gradients(backend: str, p, q, tokens, mask, temperature, kl: torch.Te
         forward(backend, p, q, tokens, mask, temperature, {"kl": kl}, saved, scaling)
         backward(backend, p, q, tokens, mask, temperature, saved, {"kl": weights}, grad_p, grad_q, scaling)
         return
-    launch = _launchers()
     for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
         part = (kl, saved, weights, grad_p) if rows is None else (kl[rows], saved[rows], weights[rows], grad_p[rows])
-        _kl_and_gradient(launch, problem, *part)
+        _kl_and_gradient(problem, *part)
 
 
-def _kl_and_gradient(launch: ModuleType, problem: object, kl: torch.Tensor, saved: torch.Tensor, weights: torch.Tensor, grad_p: torch.Tensor) -> None:
-    if launch.fuses(problem, grad_p):
-        launch.fused(problem, weights.to(torch.float32).contiguous(), kl, saved, grad_p)
+def _kl_and_gradient(problem: object, kl: torch.Tensor, saved: torch.Tensor, weights: torch.Tensor, grad_p: torch.Tensor) -> None:
+    if fused_launchers().fuses(problem, grad_p):
+        fused_launchers().fused(problem, weights.to(torch.float32).contiguous(), kl, saved, grad_p)
     else:
-        launch.forward(problem, {"kl": kl}, saved)
-        launch.backward(problem, saved, {"kl": weights}, grad_p, None)
+        _launchers().forward(problem, {"kl": kl}, saved)
+        _launchers().backward(problem, saved, {"kl": weights}, grad_p, None)
 
 
 def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
@@ -268,6 +267,14 @@ def _launchers() -> ModuleType:
     from .kernels import launch
 
     return launch
+
+
+@functools.cache
+def fused_launchers() -> ModuleType:
+    """kernels.launch_fused, likewise."""
+    from .kernels import launch_fused
+
+    return launch_fused
 
 
 def _starting_at(logits: torch.Tensor, index: tuple[int, ...], dims: list[tuple[int, int, int]], which: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
-from . import _checks, _dispatch, _reduce, _rows, linear
+from . import _checks, _dispatch, _fused, _reduce, _rows, backend, linear
 from ._types import BetaController, Direction, PenaltyReduction, called_as
 from .divergence import kl_divergence
 from .linear import Head
@@ -132,11 +132,21 @@ class KLPenalty(_Penalty):
         _checks.same_shape("ref_logits", ref_logits, "policy_logits", policy_logits)
         first, second = (policy_logits, ref_logits) if self.direction == DIRECTIONS[0] else (ref_logits, policy_logits)
         _checks.normalizer(normalizer, self.reduction, policy_logits.device)
-        kl = kl_divergence(first, second, mask, temperature=self.temperature)
-        beta, counts, total = self.beta, _Counts.of(kl, mask), kl.sum()
-        # A penalty without weight leaves out an infinite KL too. A tensor: a number that changes would compile anew.
-        scale = kl.new_ones(()) * beta
-        loss = torch.where(scale == 0, 0.0, scale * total) / self._divisor(counts, normalizer, kl.dtype)
+        beta = self.beta
+        _checks.mask(mask, first.shape[:-1], first.device)
+        gradient = _fused.gradient_for(first, second, mask, self.temperature, backend.select(first, second))
+        if gradient is None:
+            kl = kl_divergence(first, second, mask, temperature=self.temperature)
+            counts, total = _Counts.of(kl, mask), kl.sum()
+            # A penalty without weight leaves out an infinite KL too. A tensor: a number that changes would compile anew.
+            scale = kl.new_ones(()) * beta
+            loss = torch.where(scale == 0, 0.0, scale * total) / self._divisor(counts, normalizer, kl.dtype)
+        else:
+            like = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
+            counts = _Counts.of(like, mask)
+            loss, kl = _fused.SummedKL.apply(first, second, mask, self.temperature, like.new_ones(()) * beta,
+                                             self._divisor(counts, normalizer, like.dtype), gradient)
+            total = kl.sum()
         self._remember(kl, total, counts, beta, loss)
         return loss
 

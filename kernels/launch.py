@@ -15,7 +15,6 @@ from . import config
 from .row_backward import row_backward
 from .row_fallback import row_fallback
 from .row_forward import row_forward
-from .row_fused import row_fused
 from .row_math import STATE
 
 # Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler fuses; Triton's own default varies by version.
@@ -201,19 +200,6 @@ def forward_variants(case: Case, chosen: config.RowConfig, most_splits: int, wit
 
 
 @functools.cache
-def fused_variants(case: Case, chosen: config.RowConfig, most_splits: int) -> tuple[tuple[Variant, ...], Variant]:
-    """row_fused, in the interpreter as its two phases, and row_fallback with a gradient."""
-    arch, warp = architecture(case.device)
-    constants = dict(**case.constants, SPLITS=most_splits, THREADS=chosen.threads, GROUPS=chosen.groups, PREFETCH=config.prefetches(arch),
-                     HAS_TOKENS=False, WITH_ENTROPY=False, WITH_KL=True, WITH_REVERSE=False,
-                     ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=True)
-    options = _options(chosen, case.device, case.roomy)
-    phases = (1, 2) if arch == "interpreter" else (0,)
-    return (tuple([Variant(row_fused, _in_order(row_fused, **constants, PHASE=phase), options) for phase in phases]),
-            Variant(row_fallback, _in_order(row_fallback, **constants), fallback_options(arch, warp)))
-
-
-@functools.cache
 def backward_variant(case: Case, chosen: config.RowConfig, fields: tuple[str, ...], grad_types: tuple[torch.dtype | None, torch.dtype | None],
                      grad_in_blocks: bool) -> Variant:
     """row_backward, for upstream gradients of these fields."""
@@ -254,27 +240,6 @@ def _forward_plan(layout: Layout, with_entropy: bool, with_reverse: bool, overri
     row_bytes = layout.vocabulary * sum(dtype.itemsize for dtype in layout.case.types[:2] if dtype is not None)
     variants = forward_variants(layout.case, chosen, triton.next_power_of_2(splits), with_entropy, with_reverse)
     return ForwardPlan(segment, splits, int(layout.rows * row_bytes <= ASK_AHEAD_BYTES), *variants)
-
-
-class FusedPlan(NamedTuple):
-    """The launches of row_fused: segments cut into `pieces` of `piece` entries, `splits` pieces a row."""
-
-    segment: int
-    piece: int
-    pieces: int
-    splits: int
-    phases: tuple[Variant, ...]
-    fallback: Variant
-
-
-@functools.lru_cache(KEPT)
-def _fused_plan(layout: Layout, overridden: tuple) -> FusedPlan:
-    """The plan, as _forward_plan."""
-    chosen = config.select("fused", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
-    segment = config.segment_length(layout.vocabulary, chosen.segment)
-    pieces = -(-segment // chosen.segment)
-    splits = -(-layout.vocabulary // segment) * pieces
-    return FusedPlan(segment, -(-segment // (8 * pieces)) * 8, pieces, splits, *fused_variants(layout.case, chosen, triton.next_power_of_2(splits)))
 
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -321,36 +286,6 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
                 -(-layout.rows // FALLBACK_ROWS),
                 dict(p_ptr=p, q_ptr=q, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, **fields, grad_ptr=saved,
                      weight_ptr=saved, temperature=temperature, **places, stride_grad=0, V=layout.vocabulary, n_rows=layout.rows))
-
-
-def fuses(problem: Problem, grad_p: torch.Tensor) -> bool:
-    """Whether `fused` takes the problem: where the configuration says so, and every row of logits and gradient starts on a 16-byte boundary."""
-    layout = problem.layout
-    grad = Rows(grad_p.element_size(), grad_p.data_ptr() % ADDRESSES, layout.inner * grad_p.stride(0), grad_p.stride(0))
-    return (config.fuses(architecture(layout.case.device)[0]) and problem.q is not None and not layout.case.realign and layout.case.q_in_blocks
-            and layout.p.same_blocks(grad, layout.inner, layout.outer))
-
-
-def fused(problem: Problem, weights: torch.Tensor, kl: torch.Tensor, saved: torch.Tensor, grad_p: torch.Tensor) -> None:
-    """Fill kl [N], saved [N, 10], and grad_p [N, V] with the gradient of Σ weights·kl to P, which may be P itself; see `fuses`."""
-    p, q, tokens, mask, temperatures, ratios = _tensors(problem)
-    layout = problem.layout
-    plan = _fused_plan(layout, tuple(config._override.items()))
-    state = torch.empty(layout.rows * plan.splits * STATE.value, dtype=torch.float32, device=p.device)
-    sync = torch.zeros(1 + layout.rows, dtype=torch.int32, device=p.device)
-    shared = dict(temperature=float(problem.temperature), **layout.places, stride_grad=grad_p.stride(0), V=layout.vocabulary)
-    with _on(p):
-        for variant in plan.phases:
-            variant.start(
-                layout.rows * plan.splits,
-                dict(p_ptr=p, q_ptr=q, grad_ptr=grad_p, weight_ptr=weights, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios,
-                     state_ptr=state, sync_ptr=sync, saved_ptr=saved, kl_ptr=kl, **shared, segment=plan.segment, piece=plan.piece,
-                     pieces=plan.pieces, splits=plan.splits))
-        plan.fallback.start(
-            -(-layout.rows // FALLBACK_ROWS),
-            dict(p_ptr=p, q_ptr=q, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, saved_ptr=saved, logprob_ptr=kl,
-                 entropy_ptr=kl, ref_logprob_ptr=kl, kl_ptr=kl, ref_kl_ptr=kl, grad_ptr=grad_p, weight_ptr=weights, **shared,
-                 n_rows=layout.rows))
 
 
 @functools.lru_cache(KEPT)

@@ -125,3 +125,29 @@ def row_fused(
                 write_tile(place, group, terms, g, layout, asked, reading, False)
             if full_end * LANES < length:
                 write_tile(place, full_end, terms, g, layout, asked, reading, True)
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["grad_ptr", "factor_ptr"])
+def scale_gradient(
+    grad_ptr,  # [n], changed in place
+    factor_ptr,  # [1] float32
+    n: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """A gradient times a factor that the host does not know; nothing is read or written where it is 1.
+
+    Math:   grad · factor in float32, rounded once.
+    Grid:   any: programs take blocks in turns.
+    Reads:  1 and, unless factor is 1, n of the gradient.
+    Writes: as many.
+    Saves:  nothing.
+    Special values: none.
+    """
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        while start < n:
+            offs = start + tl.arange(0, BLOCK)
+            grad = tl.load(grad_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+            tl.store(grad_ptr + offs, grad * factor, mask=offs < n)
+            start += tl.num_programs(0).to(tl.int64) * BLOCK

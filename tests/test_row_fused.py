@@ -13,7 +13,7 @@ import fastkl
 from fastkl import _rows
 
 pytest.importorskip("triton")
-from fastkl.kernels import config, launch, row_fused
+from fastkl.kernels import config, launch_fused
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not INTERPRETING and not torch.cuda.is_available(), reason="about a kernel")
@@ -34,12 +34,12 @@ def fused(p, q, weights, *, mask=None, temperature=1.0, scaling=_rows.Scaling(),
     grad = torch.full_like(p, float("nan")) if grad is None else grad
     kl, saved = p.new_full((len(p),), float("nan"), dtype=torch.float32), p.new_full((len(p), 10), float("nan"), dtype=torch.float32)
     (_, problem), = _rows.problems(p, q, None, mask, temperature, scaling)
-    launch.fused(problem, weights, kl, saved, grad)
+    launch_fused.fused(problem, weights, kl, saved, grad)
     return kl, grad
 
 
-def pair(kind, size, dtype, rows=2):
-    p, q = cases.pair(kind, rows, V, size, dtype=dtype, seed=3)
+def pair(kind, size, dtype, rows=2, vocabulary=V):
+    p, q = cases.pair(kind, rows, vocabulary, size, dtype=dtype, seed=3)
     return p.to(DEVICE), q.to(DEVICE), torch.linspace(0.7, -1.3, rows, device=DEVICE)
 
 
@@ -116,8 +116,8 @@ def test_pieces_cover_a_row_whatever_its_length() -> None:
 def test_where_it_is_used(monkeypatch) -> None:
     """The chunks of a linear loss that only P learns from, where the configuration has it so."""
     seen = []
-    whole = launch.fused
-    monkeypatch.setattr(launch, "fused", lambda *arguments: seen.append("fused") or whole(*arguments))
+    whole = launch_fused.fused
+    monkeypatch.setattr(launch_fused, "fused", lambda *arguments: seen.append("fused") or whole(*arguments))
     for on, learns in itertools.product((True, False), (False, True)):
         monkeypatch.setattr(config, "fuses", lambda arch, on=on: on)
         generator = torch.Generator().manual_seed(0)
@@ -130,4 +130,54 @@ def test_where_it_is_used(monkeypatch) -> None:
         expected = fastkl.reference.row_statistics(hidden.double() @ weight.double().T, ref_hidden.double() @ weight.double().T).kl.mean()
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
         assert bool(seen) == (on and not learns), (on, learns)
-    assert row_fused.row_fused is launch.row_fused
+
+
+def summed(how, p, q, mask):
+    """A loss that only P learns from."""
+    if how == "mean":
+        return fastkl.kl_divergence(p, q, mask, temperature=1.5, reduction="mean", normalizer=5.0)
+    return fastkl.KLPenalty(0.05, reduction="sequence_mean", temperature=1.5)(p, q, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["mean", "penalty"])
+def test_losses_are_those_of_two_launches(monkeypatch, how, dtype) -> None:
+    """Value and gradient, for upstream gradients of 1 and another, once more through a retained graph, in a graph, and in a batch of them."""
+    p, q, _ = pair("normal3", 0.3, dtype, rows=4, vocabulary=520)
+    p, q, mask = p.view(2, 2, 520), q.view(2, 2, 520), torch.tensor([[True, True], [False, True]], device=DEVICE)
+    found = {}
+    for on in (False, True):
+        monkeypatch.setattr(config, "fuses", lambda arch, on=on: on)
+        x = p.clone().requires_grad_()
+        with fastkl.use_backend("triton"):
+            loss = summed(how, x, q, mask)
+            assert ("SummedKL" in loss.grad_fn.name()) == on or how == "penalty"
+            first, = torch.autograd.grad(loss, x, retain_graph=True)
+            first = first.clone()
+            half, = torch.autograd.grad(loss, x, loss.new_full((), 0.5), retain_graph=True)
+            batch, = torch.autograd.grad(loss, x, loss.new_tensor([2.0, 0.0]), is_grads_batched=True)
+            loss = summed(how, x, q, mask)
+            scaled, = torch.autograd.grad(loss, x, loss.new_full((), 0.3))
+            loss = summed(how, x, q, mask)
+            graph, = torch.autograd.grad(loss, x, create_graph=True)
+        found[on] = [loss, first, half, batch, scaled, graph]
+    tolerance = {"rtol": 1e-4, "atol": 1e-9} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 1e-7}
+    for one, other in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+    if dtype == torch.float32:
+        with pytest.raises(RuntimeError, match="second derivatives"):
+            torch.autograd.grad(found[True][-1].sum(), x)
+
+
+def test_losses_that_take_two_launches(monkeypatch) -> None:
+    """Weights, a gradient to Q, no gradient, rows that start anywhere, and transforms."""
+    monkeypatch.setattr(launch_fused, "fused", lambda *arguments: pytest.fail("fused"))
+    p, q, _ = pair("normal3", 0.3, torch.float32, vocabulary=520)
+    x = p.clone().requires_grad_()
+    with fastkl.use_backend("triton"):
+        fastkl.kl_divergence(x, q, reduction="mean", weights=torch.ones(2, device=DEVICE)).backward()
+        fastkl.kl_divergence(x, q.clone().requires_grad_(), reduction="sum").backward()
+        fastkl.kl_divergence(p, q, reduction="sum")
+        fastkl.kl_divergence(x[:, 1:], q[:, 1:], reduction="sum").backward()
+        torch.func.grad(lambda value: fastkl.kl_divergence(value, q, reduction="none").sum())(p)
+        fastkl.KLPenalty(0.1, direction="reference||policy")(x, q).backward()
