@@ -5,7 +5,7 @@ Origin and centre are those of all threads. Each tile takes one of three paths, 
     general:  no new peak: a second exponential where |d| is large;
     anchor:   the weight of all before might grow more than eightfold: origin and centre move, then the tile is read again.
 The centre is always the mean of d over at least an eighth of the weight: what was summed about another one would lose its
-digits when the centre moves. It also moves after 1, 3 and 7 tiles.
+digits when the centre moves.
 """
 
 from typing import NamedTuple
@@ -243,27 +243,6 @@ def spread(z, LANES: tl.constexpr):
 
 
 @triton.jit
-def sums_from(state, shares, largest, LANES: tl.constexpr):
-    """The running sums that continue a state, about to have the weights `shares` added: its centre is their mean, too."""
-    # The limits add up to eight times the weight. None is below a thread's own: a tile that was an anchor takes another path.
-    weights = state.S + shares
-    limit = tl.fma(tl.sum(weights, 0), 4.0 / weights.shape[0], weights * 4.0)
-    # A near tile has |d| < 1.
-    largest = tl.maximum(largest, tl.fma(tl.abs(state.centre), HELD, HELD))
-    return Running(
-        state.origin, state.centre * HELD, state.S, limit, largest,
-        spread(state.A, LANES), spread(state.W * HELD, LANES), spread(state.U * 2.0, LANES), spread(state.R * 4.0, LANES),
-    )  # fmt: skip
-
-
-@triton.jit
-def moved_to(state, centre, want: tl.constexpr):
-    """The state about another centre, a rounded number: the sums move by the difference of the two."""
-    state_there = recentre(state, tl.where(state.S > 0.0, centre - state.centre, 0.0), want)
-    return State(state.origin, state.S, state.A, state_there.W, state_there.U, state_there.R, centre)
-
-
-@triton.jit
 def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
     """Move the origin to the peak, if the tile holds it, and the centre to the mean of d over all with the tile."""
     state = state_of(s, want)
@@ -282,23 +261,32 @@ def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.cons
             lane_S = lane_S + e
             lane_D = tl.fma(e, tile.difference[g], lane_D)
     shares = lane_sum(lane_S)
+    total = tl.sum(shares, 0)
+    before = tl.sum(state.S, 0)
+    W = state.W
+    U = state.U
+    R = state.R
+    centre = state.centre
     if want.kl:
-        total = tl.sum(shares, 0)
-        before = tl.sum(state.S, 0)
         # A mean difference as well rounded as may be: on a peaked row, what is left of d at the peak makes the whole gradient.
         mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.held_scale * (1.0 / HELD)
-        delta = tl.fma(mean - state.centre, total, tl.sum(state.W, 0)) / (before + total)
-        state = moved_to(state, tl.where(total > before * OUTWEIGHS, mean, state.centre + delta), want)
-    return sums_from(state, shares, s.largest, s.lane_W.shape[1])
-
-
-@triton.jit
-def to_mean(s, want: tl.constexpr):
-    """Move the centre to the mean of d over all so far."""
-    state = state_of(s, want)
-    total = tl.sum(state.S, 0)
-    delta = tl.where(total > 0.0, tl.sum(state.W, 0) / total, 0.0)
-    return sums_from(moved_to(state, state.centre + delta, want), state.S * 0.0, s.largest, s.lane_W.shape[1])
+        delta = tl.fma(mean - centre, total, tl.sum(W, 0)) / (before + total)
+        centre = tl.where(total > before * OUTWEIGHS, mean, centre + delta)
+        # The sums move by the difference of the two rounded centres.
+        moved = recentre(state, tl.where(state.S > 0.0, centre - state.centre, 0.0), want)
+        W = moved.W
+        U = moved.U
+        R = moved.R
+    # The limits add up to OUTWEIGHS times the weight. None is below what a thread is about to have: the tile takes another path
+    # when it is read again.
+    limit = tl.fma(before + total, OUTWEIGHS / 2.0 / shares.shape[0], (state.S + shares) * (OUTWEIGHS / 2.0))
+    LANES: tl.constexpr = s.lane_W.shape[1]
+    # A near tile has |d| < 1.
+    largest = tl.maximum(s.largest, tl.fma(tl.abs(centre), HELD, HELD))
+    return Running(
+        state.origin, centre * HELD, state.S, limit, largest,
+        spread(state.A, LANES), spread(W * HELD, LANES), spread(U * 2.0, LANES), spread(R * 4.0, LANES),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -339,27 +327,20 @@ def segment_sums(row, length, layout: tl.constexpr, want: tl.constexpr, reading:
     s = empty_sums(layout)
     group = 0
     full_end = length // layout.lanes // TILE * TILE
-    stop = tl.minimum(TILE, full_end)
     while group < full_end:
-        while group < stop:
+        tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
+        weights = weigh(s, tile, row, GROUPS, want, CLAMP, False)
+        path = path_of(s, weights, GROUPS, want)
+        if path > 1:
+            # A NaN does not come here: no limit of NaN is exceeded.
             tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
-            weights = weigh(s, tile, row, GROUPS, want, CLAMP, False)
-            path = path_of(s, weights, GROUPS, want)
-            if path > 1:
-                # A NaN does not come here: no limit of NaN is exceeded.
-                tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
-                s = anchor(s, tile, row, GROUPS, want, False)
+            s = anchor(s, tile, row, GROUPS, want, False)
+        else:
+            if path > 0:
+                s = absorb(s, weights, GROUPS, want, False)
             else:
-                if path > 0:
-                    s = absorb(s, weights, GROUPS, want, False)
-                else:
-                    s = absorb(s, weights, GROUPS, want, True)
-                group += TILE
-        if want.kl:
-            if group <= 7 * TILE:
-                s = to_mean(s, want)
-        # After 1, 3 and 7 tiles.
-        stop = tl.where(group < 7 * TILE, tl.minimum(2 * group + TILE, full_end), full_end)
+                s = absorb(s, weights, GROUPS, want, True)
+            group += TILE
     if want.entropy and want.kl:
         A = tl.sum(lane_sum(s.lane_A), 0)
         if A != A:
