@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 
 import cases
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import fastkl
 from fastkl import _rows
+from fastkl.tools.doctor import checks, fusing
 
 pytest.importorskip("triton")
 from fastkl.kernels import config, launch_fused
@@ -181,3 +183,16 @@ def test_losses_that_take_two_launches(monkeypatch) -> None:
         fastkl.kl_divergence(x[:, 1:], q[:, 1:], reduction="sum").backward()
         torch.func.grad(lambda value: fastkl.kl_divergence(value, q, reduction="none").sum())(p)
         fastkl.KLPenalty(0.1, direction="reference||policy")(x, q).backward()
+
+
+def test_doctor_compares_one_launch_with_two_and_stops_it_if_it_hangs(monkeypatch) -> None:
+    monkeypatch.setattr(config, "fuses", config.fuses)  # the check sets it, in a process of its own
+    fusing.agree(DEVICE, ((3, 512),))
+    context = checks.Context(torch.device(DEVICE), time.monotonic() + 1000)
+    monkeypatch.setattr(fusing, "LIMIT", 0.05)
+    with pytest.raises(checks.DisagreementError, match="did not end"):
+        fusing.check_fused(context)
+    monkeypatch.setattr(fusing, "LIMIT", 90.0)
+    monkeypatch.setattr(fusing, "SHAPES", ((2, 513),))
+    with pytest.raises(checks.DisagreementError, match="did not take the rows"):
+        fusing.check_fused(context)
