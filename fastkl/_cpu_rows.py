@@ -16,10 +16,12 @@ from typing import NamedTuple
 import torch
 
 # Columns of `saved` in a row computed here; reference.FAR, 6, is 0 in them, and LEAN is 0 in any other row.
-TOP, SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, _, LEAN, MEAN, REF_MEAN = range(10)
+TOP, INVERSE, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, _, LEAN, MEAN, REF_MEAN = range(10)
 # |d| of entries from which no e·exp(d) that counts is lost where e underflows, and above which d is no longer known well enough.
 LARGEST_D = 16.0
 LARGEST_SHIFT = 2.0**20
+# A logarithm of a probability that is 0 in float32 takes part as this: 0·(-inf) would be NaN.
+LOWEST = -1e4
 # Nats up to which float32 holds a KL, and the fields of Q: beside a near-certain token of Q, 1 - q comes from d.
 LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 1.0
 # (expm1(d) - d)/d² and (d·expm1(d) - expm1(d) + d)/d², in powers of d: minimax in relative error, 1.6e-6 for |d| ≤ 1 and 4.6e-6 for
@@ -44,10 +46,10 @@ class Room:
     def __init__(self, elements: int, device: torch.device) -> None:
         self._elements, self._device, self._buffers = elements, device, {}
 
-    def __call__(self, name: str, shape: torch.Size) -> torch.Tensor:
+    def __call__(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
         if name not in self._buffers:
             self._buffers[name] = torch.empty(self._elements, device=self._device)
-        return self._buffers[name][: shape.numel()].view(shape)
+        return self._buffers[name][: shape[0] * shape[1]].view(shape)
 
 
 def row_sum(values: torch.Tensor) -> torch.Tensor:
@@ -93,16 +95,16 @@ def statistics(block: Block, fields: set[str], room: Room) -> tuple[dict[str, to
     # e carries a factor that S does away with: exp(0) is its largest.
     weight = row_sum(e)
     largest = e.amax(-1, keepdim=True)
-    total = weight / largest
-    log_sum = total.log()
+    log_sum = (weight / largest).log()
     saved = torch.zeros(shape[0], 10, device=x.device)
-    saved[:, TOP : SUM + 1] = torch.cat([top, total], -1)
-    results, holds = {}, total.isfinite()
+    saved[:, TOP : INVERSE + 1] = torch.cat([top, largest / weight], -1)
+    results, holds = {}, log_sum.isfinite()
     if tokens is not None:
         log_p = (x.gather(-1, tokens[:, None]) - top) * scale - log_sum
         results["logprob"] = log_p
     if "entropy" in fields:
-        mean = _dot(torch.sub(x, top, out=work), e, work) / weight * scale
+        z = torch.sub(x, top, out=work) if _is_one(scale) else work
+        mean = _dot(z.clamp_(min=LOWEST), e, work) / weight
         results["entropy"] = log_sum - mean
         saved[:, LOG_MEAN] = mean[:, 0]
         holds &= mean.isfinite()
@@ -130,16 +132,18 @@ def _pair_statistics(block: Block, x: torch.Tensor, e: torch.Tensor, weight: tor
     size = torch.maximum(d.amax(-1, keepdim=True), -d.amin(-1, keepdim=True))
     near = size < (NEAR_OF_Q if of_q else NEAR)
     # t, and E[d·expm1(d)] - t + E[d].
-    if bool(near.all()):
-        t, rest = _by_moments(e, d, weight, mean, of_q, room)
-    elif not bool(near.any()):
+    wide = (~near)[:, 0].nonzero()[:, 0]
+    if len(wide) == len(near):
         t, rest = _by_expm1(e, d, weight, mean, of_q, work)
     else:
-        t, rest = _by_moments(e.clone(), d, weight, mean, of_q, room)
-        wide = (~near)[:, 0].nonzero()[:, 0]
-        t[wide], some = _by_expm1(e[wide], d[wide], weight[wide], mean[wide], of_q, work[: len(wide)])
-        if of_q:
-            rest[wide] = some
+        if len(wide):
+            some_e, some_d, some = (room(name, (len(wide), x.shape[1])) for name in ("power", "third", "work"))
+            torch.index_select(e, 0, wide, out=some_e)
+            torch.index_select(d, 0, wide, out=some_d)
+            others = _by_expm1(some_e, some_d, weight[wide], mean[wide], of_q, some)
+        t, rest = _by_moments(e, d, weight, mean, room)
+        if len(wide):
+            t[wide], rest[wide] = others
     log1p_t = t.log1p()
     kl = (log1p_t - mean).clamp_(min=0.0)
     holds = (size < LARGEST_D) & (kl < LARGEST_KL) & (shift.abs() < LARGEST_SHIFT)
@@ -157,7 +161,7 @@ def _pair_statistics(block: Block, x: torch.Tensor, e: torch.Tensor, weight: tor
     return holds
 
 
-def _by_moments(e, d, weight, mean, of_q, room) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _by_moments(e, d, weight, mean, room) -> tuple[torch.Tensor, torch.Tensor]:
     """(t, r) where all |d| < NEAR, or NEAR_OF_Q for r; overwrites e."""
     power, third, work = room("power", d.shape), room("third", d.shape), room("work", d.shape)
     torch.mul(d, d, out=power)
@@ -167,14 +171,14 @@ def _by_moments(e, d, weight, mean, of_q, room) -> tuple[torch.Tensor, torch.Ten
     power.mul_(power)
     moments += [_dot(e, power, work), _dot(third, power, work)]
     h, r = (sum(moment * factor for moment, factor in zip(moments, factors, strict=True)) / weight for factors in (H, R))
-    return h + mean, r if of_q else None
+    return h + mean, r
 
 
-def _by_expm1(e, d, weight, mean, of_q, work) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(t, r) of any d."""
+def _by_expm1(e, d, weight, mean, of_q, work) -> tuple[torch.Tensor, torch.Tensor]:
+    """(t, r) of any d; r only if of_q."""
     rise = torch.expm1(d, out=work).mul_(e)
     t = row_sum(rise) / weight
-    return t, row_sum(rise.mul_(d)) / weight - t + mean if of_q else None
+    return t, row_sum(rise.mul_(d)) / weight - t + mean if of_q else t
 
 
 def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grads: tuple[torch.Tensor | None, torch.Tensor | None],
@@ -195,7 +199,7 @@ def _gradients(block: Block, start: int, saved: torch.Tensor, g: dict[str, torch
                grad_q: torch.Tensor | None, room: Room) -> None:
     """Fill the gradients of some columns, the first of which is `start`; all logits are read before any gradient is written."""
     shape, scale = block.x.shape, block.scale
-    top, total, shift, centre, log1p_t, log_mean, _, _, mean, ref_mean = saved[:, :, None].unbind(1)
+    top, inverse, shift, centre, log1p_t, log_mean, _, _, mean, ref_mean = saved[:, :, None].unbind(1)
     x, d, rise = _wide(block.x, room("x", shape)), None, None
     if g.keys() & {"kl", "ref_kl"} or (grad_q is not None and "ref_logprob" in g):
         d = _difference(block.y, x, top, shift, room).sub_(centre)
@@ -207,8 +211,12 @@ def _gradients(block: Block, start: int, saved: torch.Tensor, g: dict[str, torch
     if not _is_one(scale):
         z.mul_(scale)
     e = torch.exp(z, out=room("e", shape)) if "entropy" in g else z.exp_()
-    factor = scale / total
-    if grad_q is not None:
+    # Beside a near-certain token 1 - p has few digits: with a token, the scale comes last.
+    last = scale if g.keys() & {"logprob", "ref_logprob"} and not _is_one(scale) else None
+    factor = inverse * scale if last is None else inverse
+    if grad_q is not None and not g.keys() & {"kl", "ref_kl", "ref_logprob"}:
+        grad_q.zero_()
+    elif grad_q is not None:
         bracket = room("q", shape)
         if g.keys() & {"ref_kl", "ref_logprob"}:
             torch.sub(d, ref_mean, out=bracket).mul_(g.get("ref_kl", 0.0))
@@ -219,15 +227,17 @@ def _gradients(block: Block, start: int, saved: torch.Tensor, g: dict[str, torch
                 bracket.add_(torch.mul(rise, g["kl"], out=room("work", shape)))
         else:
             torch.mul(rise, g["kl"], out=bracket)
-        _finish(bracket.mul_(factor), e, grad_q, block.tokens, start, g.get("ref_logprob"), scale)
-    if grad_p is not None:
+        _finish(bracket.mul_(factor), e, grad_q, block.tokens, start, g.get("ref_logprob"), last)
+    if grad_p is not None and not g.keys() - {"ref_logprob"}:
+        grad_p.zero_()
+    elif grad_p is not None:
         terms = [(values, g[name]) for name, values in (("kl", d), ("entropy", z), ("ref_kl", rise)) if name in g]
         if "kl" in g:
             d.sub_(mean)
         if "entropy" in g:
-            z.sub_(log_mean)
+            z.clamp_(min=LOWEST).sub_(log_mean)
         if not terms:
-            _finish(e.mul_(-factor * g["logprob"]), None, grad_p, block.tokens, start, g["logprob"], scale)
+            _finish(e.mul_(-factor * g["logprob"]), None, grad_p, block.tokens, start, g["logprob"], last)
             return
         bracket = terms[0][0]
         if len(terms) == 1 and "logprob" not in g:
@@ -239,12 +249,12 @@ def _gradients(block: Block, start: int, saved: torch.Tensor, g: dict[str, torch
                 bracket.add_(values.mul_(upstream))
             if "logprob" in g:
                 bracket.add_(g["logprob"])
-        _finish(bracket, e, grad_p, block.tokens, start, g.get("logprob"), scale)
+        _finish(bracket, e, grad_p, block.tokens, start, g.get("logprob"), last)
 
 
 def _finish(values: torch.Tensor, factor: torch.Tensor | None, grad: torch.Tensor, tokens: torch.Tensor | None, start: int,
-            at_token: torch.Tensor | None, scale: torch.Tensor | float) -> None:
-    """Write values·factor into `grad`, with at_token·scale [k, 1] added at each row's token, rounded once."""
+            at_token: torch.Tensor | None, last: torch.Tensor | float | None) -> None:
+    """Write (values·factor, with at_token [k, 1] added at each row's token)·last into `grad`, rounded to its type once."""
     result = grad if grad.dtype == torch.float32 else values
     if factor is not None:
         torch.mul(values, factor, out=result)
@@ -253,6 +263,8 @@ def _finish(values: torch.Tensor, factor: torch.Tensor | None, grad: torch.Tenso
     if at_token is not None:
         width, index = grad.shape[1], tokens[:, None] - start
         inside = (index >= 0) & (index < width)
-        result.scatter_add_(-1, index.clamp(0, width - 1), torch.where(inside, at_token * scale, 0.0))
+        result.scatter_add_(-1, index.clamp(0, width - 1), torch.where(inside, at_token, 0.0))
+    if last is not None:
+        result.mul_(last)
     if result is not grad:
         grad.copy_(result)

@@ -108,14 +108,14 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
     """
     for value in (*outputs.values(), saved):
         value.zero_()
-    if tokens is not None:
-        _checks.tokens_in_range(_some(tokens, mask), p.shape[-1])
-    if isinstance(temperature, torch.Tensor):
-        _checks.temperatures_positive(_some(temperature, mask))
     room = _room(p)
     for rows, x, y in _blocks(p, q, mask):
         x, y = _scaled(x, y, rows, scaling)
         chosen, scales = _some(tokens, rows), _some(temperature, rows)
+        if chosen is not None:
+            _checks.tokens_in_range(chosen, p.shape[-1])
+        if isinstance(scales, torch.Tensor):
+            _checks.temperatures_positive(scales)
         if x.dtype == torch.float64:
             _define(x, y, chosen, scales, outputs, saved, rows)
             continue
