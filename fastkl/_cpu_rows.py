@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 
 # Columns of `saved` in a row computed here; reference.FAR, 6, is 0 in them, and LEAN is 0 in any other row.
-TOP, INVERSE, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, _, LEAN, MEAN, REF_MEAN = range(10)
+TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, _, LEAN, MEAN, REF_MEAN = range(10)
 # |d| of entries from which no e·exp(d) that counts is lost where e underflows, and above which d is no longer known well enough.
 LARGEST_D = 16.0
 LARGEST_SHIFT = 2.0**20
 # A logarithm of a probability that is 0 in float32 takes part as this: 0·(-inf) would be NaN.
 LOWEST = -1e4
 # Nats up to which float32 holds a KL, and the fields of Q: beside a near-certain token of Q, 1 - q comes from d.
-LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 1.0
+LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 2.0
 # (expm1(d) - d)/d² and (d·expm1(d) - expm1(d) + d)/d², in powers of d: minimax in relative error, 1.6e-6 for |d| ≤ 1 and 4.6e-6 for
 # |d| ≤ 1/2.
 NEAR, NEAR_OF_Q = 1.0, 0.5
@@ -39,24 +39,33 @@ class Block(NamedTuple):
     tokens: torch.Tensor | None
     scale: torch.Tensor | float
 
+    def part(self, rows: slice) -> Block:
+        """Some of the rows."""
+        return Block(*(value[rows] if isinstance(value, torch.Tensor) else value for value in self))
+
 
 class Room:
-    """Float32 buffers of up to `elements` entries that block after block is computed in."""
+    """Float32 buffers of up to `elements` entries in which block after block is computed."""
 
     def __init__(self, elements: int, device: torch.device) -> None:
-        self._elements, self._device, self._buffers = elements, device, {}
+        self._elements, self._device = elements, device
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple, torch.Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
-        if name not in self._buffers:
-            self._buffers[name] = torch.empty(self._elements, device=self._device)
-        return self._buffers[name][: shape[0] * shape[1]].view(shape)
+        view = self._views.get((name, shape))
+        if view is None:
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(self._elements, device=self._device)
+            view = self._views[name, shape] = self._buffers[name][: shape[0] * shape[1]].view(shape)
+        return view
 
 
 def row_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum rows [k, V] to [k, 1], each in the same order for any k: with several threads, torch divides a sum that is alone among them."""
-    if values.shape[0] == 1:
-        return values.expand(2, -1).sum(-1, keepdim=True)[:1]
-    return values.sum(-1, keepdim=True)
+    """Sum rows [k, V] to [k], each in the same order for any k: with several threads, torch divides a sum that is alone among them."""
+    if values.shape[0] == 1 and torch.get_num_threads() > 1:
+        return values.expand(2, -1).sum(-1)[:1]
+    return values.sum(-1)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -67,11 +76,11 @@ def _is_one(scale: torch.Tensor | float) -> bool:
     return not isinstance(scale, torch.Tensor) and scale == 1.0
 
 
-def _difference(y: torch.Tensor, x: torch.Tensor, top: torch.Tensor, shift: torch.Tensor, room: Room) -> torch.Tensor:
+def _difference(y: torch.Tensor, x: torch.Tensor, top: torch.Tensor, shift: torch.Tensor | None, room: Room) -> torch.Tensor:
     """y - x - shift in float32, for whole numbers [k, 1], taken from the side farther from 0, which loses no digit by that."""
     out = room("d", x.shape)
     y = _wide(y, out)
-    if not bool(shift.any()):
+    if shift is None:
         return torch.sub(y, x, out=out)
     of_y = torch.where((top + shift).abs() >= top.abs(), shift, 0.0)
     return torch.sub(y, of_y, out=out).sub_(torch.add(x, shift - of_y, out=room("work", x.shape)))
@@ -81,128 +90,176 @@ def _wide(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return values if values.dtype == torch.float32 else out.copy_(values)
 
 
-def statistics(block: Block, fields: set[str], room: Room) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """({field: [k]}, saved [k, 10], whether they hold [k]) of a block, for the fields asked for."""
-    x, y, tokens, scale = block
-    shape = x.shape
-    x = _wide(x, room("x", shape))
-    e, work = room("e", shape), room("work", shape)
-    top = x.amax(-1, keepdim=True)
-    if _is_one(scale):
-        torch.softmax(x, -1, out=e)
-    else:
-        torch.softmax(torch.sub(x, top, out=work).mul_(scale), -1, out=e)
-    # e carries a factor that S does away with: exp(0) is its largest.
-    weight = row_sum(e)
-    largest = e.amax(-1, keepdim=True)
-    log_sum = (weight / largest).log()
-    saved = torch.zeros(shape[0], 10, device=x.device)
-    saved[:, TOP : INVERSE + 1] = torch.cat([top, largest / weight], -1)
+class _Sums(NamedTuple):
+    """Sums and extremes of each row, [k]: of e, with the factor that S = weight/largest does without, and of d. None: not asked for."""
+
+    top: torch.Tensor
+    weight: torch.Tensor
+    largest: torch.Tensor
+    log_mean: torch.Tensor | None = None
+    token: torch.Tensor | None = None  # (x - top)·s at the row's token
+    shift: torch.Tensor | None = None
+    centre: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    smallest_d: torch.Tensor | None = None
+    largest_d: torch.Tensor | None = None
+    token_d: torch.Tensor | None = None
+    second: torch.Tensor | None = None  # Σ e·d², or Σ e·expm1(d) of a row with |d| from `near` on
+    third: torch.Tensor | None = None  # Σ e·d³, or Σ e·expm1(d)·d
+    fourth: torch.Tensor | None = None
+    fifth: torch.Tensor | None = None
+    sixth: torch.Tensor | None = None
+    seventh: torch.Tensor | None = None
+
+
+def statistics(block: Block, fields: set[str], room: Room, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """({field: [k]}, saved [k, 10], whether they hold [k]) of rows, `step` of them in cache at a time, for the fields asked for."""
+    near = NEAR_OF_Q if fields & {"ref_kl", "ref_logprob"} else NEAR
+    parts = [_sums(block.part(slice(first, first + step)), "entropy" in fields, near, room) for first in range(0, block.x.shape[0], step)]
+    sums = _Sums(*(None if column[0] is None else column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True)))
+    saved = torch.zeros(len(sums.top), 10, device=sums.top.device)
+    # Beside a near-certain token S - 1 keeps what S rounds away.
+    log_sum = ((sums.weight - sums.largest) / sums.largest).log1p()
+    saved[:, TOP], saved[:, LOG_SUM], saved[:, LEAN] = sums.top, log_sum, 1.0
     results, holds = {}, log_sum.isfinite()
-    if tokens is not None:
-        log_p = (x.gather(-1, tokens[:, None]) - top) * scale - log_sum
-        results["logprob"] = log_p
-    if "entropy" in fields:
-        z = torch.sub(x, top, out=work) if _is_one(scale) else work
-        mean = _dot(z.clamp_(min=LOWEST), e, work) / weight
+    if sums.token is not None:
+        results["logprob"] = sums.token - log_sum
+    if sums.log_mean is not None:
+        mean = sums.log_mean / sums.weight
         results["entropy"] = log_sum - mean
-        saved[:, LOG_MEAN] = mean[:, 0]
-        holds &= mean.isfinite()
-    if y is not None:
-        holds &= _pair_statistics(block, x, e, weight, fields, room, results, saved)
-    saved[:, LEAN] = 1.0
-    return {name: value[:, 0] for name, value in results.items()}, saved, holds[:, 0]
+        saved[:, LOG_MEAN] = mean
+    if block.y is not None:
+        holds &= _finish_pair(sums, fields, near, results, saved)
+    return results, saved, holds
 
 
-def _pair_statistics(block: Block, x: torch.Tensor, e: torch.Tensor, weight: torch.Tensor, fields: set[str], room: Room,
-                     results: dict[str, torch.Tensor], saved: torch.Tensor) -> torch.Tensor:
-    """Put the fields of both tensors into `results` and `saved`; return whether they hold, [k, 1]."""
-    work, top = room("work", x.shape), saved[:, :1]
-    of_q = bool(fields & {"ref_kl", "ref_logprob"})
-    d = _difference(block.y, x, top, torch.zeros_like(top), room)
-    centre = _dot(e, d, work) / weight
-    shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
-    if bool(shift.any()):
-        _difference(block.y, x, top, shift, room)
-        centre = torch.where(shift == 0, centre, _dot(e, d, work) / weight)
+def _sums(block: Block, entropy: bool, near: float, room: Room) -> _Sums:
+    """The sums of a block that stays in cache."""
+    x, y, tokens, scale = block
+    x = _wide(x, room("x", x.shape))
+    e, work, scaled = room("e", x.shape), room("work", x.shape), not _is_one(scale)
+    top = x.amax(-1, keepdim=True)
+    torch.softmax(torch.sub(x, top, out=work).mul_(scale) if scaled else x, -1, out=e)
+    weight, largest, log_mean, token = row_sum(e), e.amax(-1), None, None
+    if entropy:
+        z = work if scaled else torch.sub(x, top, out=work)
+        log_mean = _dot(z.clamp_(min=LOWEST), e, work)
+    if tokens is not None:
+        tokens = tokens[:, None]
+        token = ((x.gather(-1, tokens) - top) * scale)[:, 0]
+    if y is None:
+        return _Sums(top[:, 0], weight, largest, log_mean, token)
+    d = _difference(y, x, top, None, room)
+    centre = _dot(e, d, work)[:, None]
+    shift = torch.zeros_like(centre)
+    if not float(centre.abs().amax()) < 1.0:
+        shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
+        _difference(y, x, top, shift, room)
+        centre = torch.where(shift == 0, centre, _dot(e, d, work)[:, None])
     d.sub_(centre)
-    if not _is_one(block.scale):
-        d.mul_(block.scale)
-    mean = _dot(e, d, work) / weight
-    size = torch.maximum(d.amax(-1, keepdim=True), -d.amin(-1, keepdim=True))
-    near = size < (NEAR_OF_Q if of_q else NEAR)
-    # t, and E[d·expm1(d)] - t + E[d].
-    wide = (~near)[:, 0].nonzero()[:, 0]
-    if len(wide) == len(near):
-        t, rest = _by_expm1(e, d, weight, mean, of_q, work)
+    if scaled:
+        d.mul_(scale)
+    mean, smallest, largest_d = _dot(e, d, work), d.amin(-1), d.amax(-1)
+    token_d = None if tokens is None else d.gather(-1, tokens)[:, 0]
+    if max(-float(smallest.amin()), float(largest_d.amax())) < near:
+        moments = _moments(e, d, room)
     else:
-        if len(wide):
+        wide = torch.maximum(-smallest, largest_d).lt(near).logical_not_().nonzero()[:, 0]
+        if len(wide) == len(weight):
+            moments = _by_expm1(e, d, work)
+        else:
             some_e, some_d, some = (room(name, (len(wide), x.shape[1])) for name in ("power", "third", "work"))
             torch.index_select(e, 0, wide, out=some_e)
             torch.index_select(d, 0, wide, out=some_d)
-            others = _by_expm1(some_e, some_d, weight[wide], mean[wide], of_q, some)
-        t, rest = _by_moments(e, d, weight, mean, room)
-        if len(wide):
-            t[wide], rest[wide] = others
-    log1p_t = t.log1p()
-    kl = (log1p_t - mean).clamp_(min=0.0)
-    holds = (size < LARGEST_D) & (kl < LARGEST_KL) & (shift.abs() < LARGEST_SHIFT)
-    results["kl"] = kl
-    saved[:, SHIFT : LOG1P_T + 1] = torch.cat([shift, centre, log1p_t], -1)
-    saved[:, MEAN] = mean[:, 0]
-    if of_q:
-        inverse = 1.0 / (1.0 + t)
-        ref_kl = (rest * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
-        results["ref_kl"] = ref_kl
-        saved[:, REF_MEAN] = ((rest + t) * inverse)[:, 0]
-        holds &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
-    if block.tokens is not None:
-        results["ref_logprob"] = (results["logprob"] + d.gather(-1, block.tokens[:, None]) - log1p_t).clamp_(max=0.0)
-    return holds
+            others, moments = _by_expm1(some_e, some_d, some), _moments(e, d, room)
+            for moment, other in zip(moments, others, strict=True):
+                moment[wide] = other
+    return _Sums(top[:, 0], weight, largest, log_mean, token, shift[:, 0], centre[:, 0], mean, smallest, largest_d, token_d, *moments)
 
 
-def _by_moments(e, d, weight, mean, room) -> tuple[torch.Tensor, torch.Tensor]:
-    """(t, r) where all |d| < NEAR, or NEAR_OF_Q for r; overwrites e."""
+def _moments(e: torch.Tensor, d: torch.Tensor, room: Room) -> list[torch.Tensor]:
+    """Σ e·d² … Σ e·d⁷; overwrites e."""
     power, third, work = room("power", d.shape), room("third", d.shape), room("work", d.shape)
     torch.mul(d, d, out=power)
     e.mul_(power)
     torch.mul(e, d, out=third)
     moments = [row_sum(e), row_sum(third), _dot(e, power, work), _dot(third, power, work)]
     power.mul_(power)
-    moments += [_dot(e, power, work), _dot(third, power, work)]
-    h, r = (sum(moment * factor for moment, factor in zip(moments, factors, strict=True)) / weight for factors in (H, R))
-    return h + mean, r
+    return [*moments, _dot(e, power, work), _dot(third, power, work)]
 
 
-def _by_expm1(e, d, weight, mean, of_q, work) -> tuple[torch.Tensor, torch.Tensor]:
-    """(t, r) of any d; r only if of_q."""
+def _by_expm1(e: torch.Tensor, d: torch.Tensor, work: torch.Tensor) -> list[torch.Tensor]:
+    """Σ e·expm1(d) and Σ e·expm1(d)·d, in place of the moments."""
     rise = torch.expm1(d, out=work).mul_(e)
-    t = row_sum(rise) / weight
-    return t, row_sum(rise.mul_(d)) / weight - t + mean if of_q else t
+    total = row_sum(rise)
+    return [total, row_sum(rise.mul_(d)), *[total] * 4]
+
+
+def _finish_pair(sums: _Sums, fields: set[str], near: float, results: dict[str, torch.Tensor], saved: torch.Tensor) -> torch.Tensor:
+    """Put the fields of both tensors into `results` and `saved`; return whether they hold, [k]."""
+    size = torch.maximum(-sums.smallest_d, sums.largest_d)
+    mean, is_near = sums.mean / sums.weight, size < near
+    t = torch.where(is_near, _combine(sums, H) / sums.weight + mean, sums.second / sums.weight)
+    log1p_t = t.log1p()
+    kl = results["kl"] = (log1p_t - mean).clamp_(min=0.0)
+    holds = (size < LARGEST_D) & (kl < LARGEST_KL) & (sums.shift.abs() < LARGEST_SHIFT)
+    for column, value in ((SHIFT, sums.shift), (CENTRE, sums.centre), (LOG1P_T, log1p_t), (MEAN, mean)):
+        saved[:, column] = value
+    if near == NEAR_OF_Q:
+        # E[d·expm1(d)] - t + E[d].
+        rest = torch.where(is_near, _combine(sums, R) / sums.weight, sums.third / sums.weight - t + mean)
+        inverse = 1.0 / (1.0 + t)
+        ref_kl = results["ref_kl"] = (rest * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
+        saved[:, REF_MEAN] = (rest + t) * inverse
+        holds &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
+    if sums.token_d is not None:
+        results["ref_logprob"] = (results["logprob"] + sums.token_d - log1p_t).clamp_(max=0.0)
+    return holds
+
+
+def _combine(sums: _Sums, factors: tuple[float, ...]) -> torch.Tensor:
+    """The moments times their factors."""
+    total = sums.second * factors[0]
+    for moment, factor in zip(sums[-5:], factors[1:], strict=True):
+        total.add_(moment * factor)
+    return total
 
 
 def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grads: tuple[torch.Tensor | None, torch.Tensor | None],
-              room: Room, columns: int) -> None:
-    """Fill grads [k, V] to P and Q of rows that `statistics` holds, `columns` entries of each at a time; they may be the logits themselves.
+              room: Room, elements: int) -> None:
+    """Fill grads [k, V] to P and Q of rows that `statistics` holds, `elements` at a time; they may be the logits themselves.
 
     Computes reference.row_gradients from p = e/S and d:
         dP = s·(g_logprob·onehot - p·(g_logprob + g_entropy·(log p - E[log p]) + g_kl·(d - W) + g_ref_kl·rise)),  rise = q/p - 1
         dQ = s·(g_ref_logprob·onehot + p·(g_kl·rise + (1 + rise)·(g_ref_kl·(d - E_q[d]) - g_ref_logprob)))
     """
     g = {name: value[:, None] for name, value in upstream.items()}
-    for start in range(0, block.x.shape[1], columns):
-        x, y, grad_p, grad_q = (None if side is None else side[:, start : start + columns] for side in (block.x, block.y, *grads))
-        _gradients(block._replace(x=x, y=y), start, saved, g, grad_p, grad_q, room)
+    kept = list(saved[:, :, None].unbind(1))
+    kept[LEAN] = torch.exp(-kept[LOG_SUM]) * block.scale
+    shifted = bool(kept[SHIFT].any())
+    step = max(1, elements // block.x.shape[1])
+    for first in range(0, len(saved), step):
+        rows = slice(first, first + step)
+        here, given = block.part(rows), {name: value[rows] for name, value in g.items()}
+        values = [value[rows] for value in kept]
+        for start in range(0, block.x.shape[1], elements):
+            columns = slice(start, start + elements)
+            x, y, grad_p, grad_q = (None if side is None else side[:, columns] for side in (here.x, here.y, *(
+                None if grad is None else grad[rows] for grad in grads)))
+            _gradients(here._replace(x=x, y=y), start, values, shifted, given, grad_p, grad_q, room)
 
 
-def _gradients(block: Block, start: int, saved: torch.Tensor, g: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
+def _gradients(block: Block, start: int, kept: list[torch.Tensor], shifted: bool, g: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
                grad_q: torch.Tensor | None, room: Room) -> None:
-    """Fill the gradients of some columns, the first of which is `start`; all logits are read before any gradient is written."""
+    """Fill the gradients of some columns, the first of which is `start`; all logits are read before any gradient is written.
+
+    kept: the columns of `saved`, [k, 1] each, with s/S in place of LEAN.
+    """
     shape, scale = block.x.shape, block.scale
-    top, inverse, shift, centre, log1p_t, log_mean, _, _, mean, ref_mean = saved[:, :, None].unbind(1)
+    top, log_sum, shift, centre, log1p_t, log_mean, _, factor, mean, ref_mean = kept
     x, d, rise = _wide(block.x, room("x", shape)), None, None
     if g.keys() & {"kl", "ref_kl"} or (grad_q is not None and "ref_logprob" in g):
-        d = _difference(block.y, x, top, shift, room).sub_(centre)
+        d = _difference(block.y, x, top, shift if shifted else None, room).sub_(centre)
         if not _is_one(scale):
             d.mul_(scale)
         if "ref_kl" in g or grad_q is not None:
@@ -210,24 +267,25 @@ def _gradients(block: Block, start: int, saved: torch.Tensor, g: dict[str, torch
     z = torch.sub(x, top, out=room("x", shape))
     if not _is_one(scale):
         z.mul_(scale)
+    token = _Token(block.tokens - start, shape[1]) if g.keys() & {"logprob", "ref_logprob"} else None
+    log_p = None if token is None else token.of(z) - log_sum
     e = torch.exp(z, out=room("e", shape)) if "entropy" in g else z.exp_()
-    # Beside a near-certain token 1 - p has few digits: with a token, the scale comes last.
-    last = scale if g.keys() & {"logprob", "ref_logprob"} and not _is_one(scale) else None
-    factor = inverse * scale if last is None else inverse
     if grad_q is not None and not g.keys() & {"kl", "ref_kl", "ref_logprob"}:
         grad_q.zero_()
     elif grad_q is not None:
-        bracket = room("q", shape)
+        bracket, own = room("q", shape), None
         if g.keys() & {"ref_kl", "ref_logprob"}:
             torch.sub(d, ref_mean, out=bracket).mul_(g.get("ref_kl", 0.0))
             if "ref_logprob" in g:
+                log_q = log_p + token.of(d) - log1p_t
+                own = scale * (log_q.exp() * token.of(bracket) + log_p.exp() * token.of(rise) * g.get("kl", 0.0) - log_q.expm1() * g["ref_logprob"])
                 bracket.sub_(g["ref_logprob"])
             bracket.mul_(torch.add(rise, 1.0, out=room("work", shape)))
             if "kl" in g:
                 bracket.add_(torch.mul(rise, g["kl"], out=room("work", shape)))
         else:
             torch.mul(rise, g["kl"], out=bracket)
-        _finish(bracket.mul_(factor), e, grad_q, block.tokens, start, g.get("ref_logprob"), last)
+        _write(bracket.mul_(factor), e, grad_q, token, own)
     if grad_p is not None and not g.keys() - {"ref_logprob"}:
         grad_p.zero_()
     elif grad_p is not None:
@@ -236,35 +294,42 @@ def _gradients(block: Block, start: int, saved: torch.Tensor, g: dict[str, torch
             d.sub_(mean)
         if "entropy" in g:
             z.clamp_(min=LOWEST).sub_(log_mean)
-        if not terms:
-            _finish(e.mul_(-factor * g["logprob"]), None, grad_p, block.tokens, start, g["logprob"], last)
+        if "logprob" not in g and len(terms) == 1:
+            values, upstream = terms[0]
+            _write(values, e.mul_(-factor * upstream), grad_p, None, None)
             return
-        bracket = terms[0][0]
-        if len(terms) == 1 and "logprob" not in g:
-            e.mul_(-factor * terms[0][1])
-        else:
-            e.mul_(-factor)
-            bracket.mul_(terms[0][1])
-            for values, upstream in terms[1:]:
-                bracket.add_(values.mul_(upstream))
-            if "logprob" in g:
-                bracket.add_(g["logprob"])
-        _finish(bracket, e, grad_p, block.tokens, start, g.get("logprob"), last)
+        if not terms:
+            _write(e.mul_(-factor * g["logprob"]), None, grad_p, token, -scale * log_p.expm1() * g["logprob"])
+            return
+        bracket = terms[0][0].mul_(terms[0][1])
+        for values, upstream in terms[1:]:
+            bracket.add_(values.mul_(upstream))
+        own = None
+        if "logprob" in g:
+            own = -scale * (log_p.exp() * token.of(bracket) + log_p.expm1() * g["logprob"])
+            bracket.add_(g["logprob"])
+        _write(bracket, e.mul_(-factor), grad_p, token, own)
 
 
-def _finish(values: torch.Tensor, factor: torch.Tensor | None, grad: torch.Tensor, tokens: torch.Tensor | None, start: int,
-            at_token: torch.Tensor | None, last: torch.Tensor | float | None) -> None:
-    """Write (values·factor, with at_token [k, 1] added at each row's token)·last into `grad`, rounded to its type once."""
+class _Token:
+    """Each row's token among some columns: its entry of any values there, and the place to write it to."""
+
+    def __init__(self, index: torch.Tensor, width: int) -> None:
+        self.inside = ((index >= 0) & (index < width))[:, None]
+        self.index = index.clamp(0, width - 1)[:, None]
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        return values.gather(-1, self.index)
+
+
+def _write(values: torch.Tensor, factor: torch.Tensor | None, grad: torch.Tensor, token: _Token | None, own: torch.Tensor | None) -> None:
+    """Write values·factor into `grad`, and at each row's token its own [k, 1], rounded to the gradient's type once."""
     result = grad if grad.dtype == torch.float32 else values
     if factor is not None:
         torch.mul(values, factor, out=result)
     elif result is not values:
         result.copy_(values)
-    if at_token is not None:
-        width, index = grad.shape[1], tokens[:, None] - start
-        inside = (index >= 0) & (index < width)
-        result.scatter_add_(-1, index.clamp(0, width - 1), torch.where(inside, at_token, 0.0))
-    if last is not None:
-        result.mul_(last)
+    if own is not None:
+        result.scatter_(-1, token.index, torch.where(token.inside, own, token.of(result)))
     if result is not grad:
         grad.copy_(result)

@@ -15,7 +15,9 @@ from . import _checks, _cpu_rows, reference
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
 # Elements of a block of rows on the reference: small enough for a processor's cache, large enough to keep torch's overhead down.
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 15
+# Rows whose sums are finished together: what is left to do for each is a few numbers.
+ROWS_AT_ONCE = 256
 
 
 class Scaling(NamedTuple):
@@ -108,24 +110,23 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
     """
     for value in (*outputs.values(), saved):
         value.zero_()
-    room = _room(p)
-    for rows, x, y in _blocks(p, q, mask):
+    room, step = _room(p), _step(p)
+    for rows, x, y in _blocks(p, q, mask, _trivial(scaling)):
         x, y = _scaled(x, y, rows, scaling)
         chosen, scales = _some(tokens, rows), _some(temperature, rows)
         if chosen is not None:
             _checks.tokens_in_range(chosen, p.shape[-1])
         if isinstance(scales, torch.Tensor):
             _checks.temperatures_positive(scales)
-        if x.dtype == torch.float64:
-            _define(x, y, chosen, scales, outputs, saved, rows)
-            continue
-        values, kept, holds = _cpu_rows.statistics(_cpu_rows.Block(x, y, chosen, _inverse(scales)), set(outputs), room)
-        for name, value in outputs.items():
-            value[rows] = values[name]
-        saved[rows] = kept
-        if not bool(holds.all()):
-            other = (~holds).nonzero()[:, 0]
-            _define(x[other], None if y is None else y[other], _some(chosen, other), _some(scales, other), outputs, saved, _numbers(rows, other))
+        others = torch.arange(x.shape[0], device=x.device)
+        if x.dtype != torch.float64:
+            values, kept, holds = _cpu_rows.statistics(_cpu_rows.Block(x, y, chosen, _inverse(scales)), set(outputs), room, step)
+            for name, value in outputs.items():
+                value[rows] = values[name]
+            saved[rows] = kept
+            others = others[:0] if bool(holds.all()) else (~holds).nonzero()[:, 0]
+        for some in others.split(step) if others.numel() else ():
+            _define(x[some], None if y is None else y[some], _some(chosen, some), _some(scales, some), outputs, saved, _numbers(rows, some))
 
 
 def _define(x, y, tokens, temperature, outputs: dict[str, torch.Tensor], saved: torch.Tensor, rows: slice | torch.Tensor) -> None:
@@ -152,28 +153,45 @@ def _inverse(temperature: float | torch.Tensor) -> float | torch.Tensor:
     return 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.float())[:, None]
 
 
-def _block_elements(logits: torch.Tensor) -> int:
+def _elements() -> int:
     """Elements of a block: each thread gets its share of every operation in its own cache."""
     return BLOCK_ELEMENTS * torch.get_num_threads()
 
 
+def _step(logits: torch.Tensor) -> int:
+    """Rows of a block."""
+    return max(1, _elements() // logits.shape[-1])
+
+
 def _room(logits: torch.Tensor) -> _cpu_rows.Room:
-    return _cpu_rows.Room(max(logits.shape[-1], min(_block_elements(logits), logits.numel())), logits.device)
+    return _cpu_rows.Room(max(logits.shape[-1], min(_elements(), logits.numel())), logits.device)
 
 
-def _blocks(p: torch.Tensor, q: torch.Tensor | None, mask: torch.Tensor | None
+def _trivial(scaling: Scaling) -> bool:
+    return not (scaling.softcap or scaling.ref_softcap or isinstance(scaling.ratio, torch.Tensor) or scaling.ratio != 1)
+
+
+def _blocks(p: torch.Tensor, q: torch.Tensor | None, mask: torch.Tensor | None, several: bool
             ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """(row numbers, their logits [k, V] of P and of Q) of the rows that count, a block at a time."""
-    step = max(1, _block_elements(p) // p.shape[-1])
+    """(row numbers, their logits [k, V] of P and of Q) of the rows that count: a block at a time, or several blocks where that needs no copy."""
+    step = _step(p)
+    most = max(step, ROWS_AT_ONCE) if several else step
     for start, x, y in _matrices(p, q, 0):
         counted = None if mask is None else mask[start:start + x.shape[0]]
         if counted is None or bool(counted.all()):
-            parts = [slice(first, min(first + step, x.shape[0])) for first in range(0, x.shape[0], step)]
+            parts = [slice(first, min(first + most, x.shape[0])) for first in range(0, x.shape[0], most)]
         else:
-            parts = [_as_slice(part) for part in counted.nonzero()[:, 0].split(step) if part.numel()]
+            parts = _runs(counted.nonzero()[:, 0], most, step)
         for part in parts:
             rows = slice(part.start + start, part.stop + start) if isinstance(part, slice) else part + start
             yield rows, x[part], None if y is None else y[part]
+
+
+def _runs(rows: torch.Tensor, most: int, step: int) -> Iterator[slice | torch.Tensor]:
+    """Row numbers in order: up to `most` at once as a slice where none is left out, which is a view, else up to `step`."""
+    for some in rows.split(most) if rows.numel() else ():
+        whole = _as_slice(some)
+        yield from (whole,) if isinstance(whole, slice) or most == step else _runs(some, step, step)
 
 
 def _as_slice(rows: torch.Tensor) -> slice | torch.Tensor:
@@ -254,34 +272,43 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
         for grad in (grad_p, grad_q):
             if grad is not None:
                 grad[inactive] = 0
-    room, columns = _room(p), _block_elements(p)
-    for rows, x, y in _blocks(p, q, active):
-        kept, chosen, scales = saved[rows], _some(tokens, rows), _some(temperature, rows)
-        given = {name: value[rows] for name, value in upstream.items()}
-        lean, sides = kept[:, _cpu_rows.LEAN] != 0, (grad_p, grad_q)
-        if isinstance(rows, slice) and not (scaling.softcap or scaling.ref_softcap) and bool(lean.all()):
-            _cpu_rows.gradients(_cpu_rows.Block(x, y, chosen, _inverse(scales)), kept, given,
-                                [None if grad is None else grad[rows] for grad in sides], room, columns)
+    room, step, sides = _room(p), _step(p), (grad_p, grad_q)
+    for rows, x, y in _blocks(p, q, active, _trivial(scaling)):
+        lean = saved[rows, _cpu_rows.LEAN] != 0
+        if isinstance(rows, slice) and _trivial(scaling) and bool(lean.all()):
+            _cpu_rows.gradients(_cpu_rows.Block(x, y, _some(tokens, rows), _inverse(_some(temperature, rows))), saved[rows],
+                                _some_of_each(upstream, rows), [None if grad is None else grad[rows] for grad in sides], room, _elements())
             continue
-        x, y = _scaled(x, y, rows, scaling)
-        results = [None if grad is None else torch.empty_like(x, dtype=result_dtype(x)) for grad in sides]
-        for held in (True, False):
-            some = (lean == held).nonzero()[:, 0]
-            if not some.numel():
-                continue
-            chosen_here, scales_here, given_here = _some(chosen, some), _some(scales, some), {name: value[some] for name, value in given.items()}
-            x_here, y_here = x[some], None if y is None else y[some]
-            if held:
-                here = [None if result is None else torch.empty_like(x_here, dtype=result.dtype) for result in results]
-                _cpu_rows.gradients(_cpu_rows.Block(x_here, y_here, chosen_here, _inverse(scales_here)), kept[some], given_here, here, room, columns)
-            else:
-                here = _gradients(x_here, y_here, chosen_here, scales_here, kept[some], given_here, grad_p is not None, grad_q is not None)
-            for result, value in zip(results, here, strict=True):
-                if result is not None:
-                    result[some] = value.to(result.dtype)
-        for grad, value, slope in zip(sides, results, _slopes(x, y, rows, scaling), strict=True):
-            if grad is not None:
-                grad[rows] = (value if slope is None else value * slope).to(grad.dtype)
+        for first in range(0, x.shape[0], step):
+            part = slice(first, first + step)
+            numbers = rows[part] if isinstance(rows, torch.Tensor) else slice(rows.start + first, min(rows.start + first + step, rows.stop))
+            x_here, y_here = _scaled(x[part], None if y is None else y[part], numbers, scaling)
+            results = _mixed_gradients(x_here, y_here, _some(tokens, numbers), _some(temperature, numbers), saved[numbers],
+                                       _some_of_each(upstream, numbers), sides, room)
+            for grad, value, slope in zip(sides, results, _slopes(x_here, y_here, numbers, scaling), strict=True):
+                if grad is not None:
+                    grad[numbers] = (value if slope is None else value * slope).to(grad.dtype)
+
+
+def _mixed_gradients(x, y, tokens, temperature, saved, upstream, sides, room) -> list[torch.Tensor | None]:
+    """Gradients of a block's rows, each as forward computed it, in float32 or float64; None for a side that is None."""
+    results = [None if grad is None else torch.empty_like(x, dtype=result_dtype(x)) for grad in sides]
+    lean = saved[:, _cpu_rows.LEAN] != 0
+    for held in (True, False):
+        some = (lean == held).nonzero()[:, 0]
+        if not some.numel():
+            continue
+        rows = x[some], None if y is None else y[some], _some(tokens, some)
+        scales, given = _some(temperature, some), {name: value[some] for name, value in upstream.items()}
+        if held:
+            here = [None if result is None else torch.empty_like(rows[0], dtype=result.dtype) for result in results]
+            _cpu_rows.gradients(_cpu_rows.Block(*rows, _inverse(scales)), saved[some], given, here, room, _elements())
+        else:
+            here = _gradients(*rows, scales, saved[some], given, *(grad is not None for grad in sides))
+        for result, value in zip(results, here, strict=True):
+            if result is not None:
+                result[some] = value.to(result.dtype)
+    return results
 
 
 def _slopes(x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor, scaling: Scaling) -> list[torch.Tensor | float | None]:
