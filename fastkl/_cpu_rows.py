@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-# Columns of `saved` in a row computed here; reference.FAR, 6, is 0 in them, and LEAN is 0 in any other row.
-TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, _, LEAN, MEAN, REF_MEAN = range(10)
+# Columns of `saved` in a row computed here; reference.FAR, 6, holds LEAN in it, and 0 or 1 in any other row.
+TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, KIND, REF_LOGPROB, MEAN, REF_MEAN = range(10)
+LEAN = 2.0
 # |d| of entries from which no e·exp(d) that counts is lost where e underflows, and above which d is no longer known well enough.
 LARGEST_D = 16.0
 LARGEST_SHIFT = 2.0**20
@@ -103,7 +104,9 @@ class _Sums(NamedTuple):
     mean: torch.Tensor | None = None
     smallest_d: torch.Tensor | None = None
     largest_d: torch.Tensor | None = None
-    token_d: torch.Tensor | None = None
+    ref_weight: torch.Tensor | None = None
+    ref_largest: torch.Tensor | None = None
+    ref_token: torch.Tensor | None = None
     second: torch.Tensor | None = None  # Σ e·d², or Σ e·expm1(d) of a row with |d| from `near` on
     third: torch.Tensor | None = None  # Σ e·d³, or Σ e·expm1(d)·d
     fourth: torch.Tensor | None = None
@@ -118,9 +121,8 @@ def statistics(block: Block, fields: set[str], room: Room, step: int) -> tuple[d
     parts = [_sums(block.part(slice(first, first + step)), "entropy" in fields, near, room) for first in range(0, block.x.shape[0], step)]
     sums = _Sums(*(None if column[0] is None else column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True)))
     saved = torch.zeros(len(sums.top), 10, device=sums.top.device)
-    # Beside a near-certain token S - 1 keeps what S rounds away.
-    log_sum = ((sums.weight - sums.largest) / sums.largest).log1p()
-    saved[:, TOP], saved[:, LOG_SUM], saved[:, LEAN] = sums.top, log_sum, 1.0
+    log_sum = _log_sum(sums.weight, sums.largest)
+    saved[:, TOP], saved[:, LOG_SUM], saved[:, KIND] = sums.top, log_sum, LEAN
     results, holds = {}, log_sum.isfinite()
     if sums.token is not None:
         results["logprob"] = sums.token - log_sum
@@ -160,7 +162,13 @@ def _sums(block: Block, entropy: bool, near: float, room: Room) -> _Sums:
     if scaled:
         d.mul_(scale)
     mean, smallest, largest_d = _dot(e, d, work), d.amin(-1), d.amax(-1)
-    token_d = None if tokens is None else d.gather(-1, tokens)[:, 0]
+    of_q = None, None, None
+    if tokens is not None:
+        # The digits of 1 - q beside a near-certain token are those of Q's own sum.
+        wide_y, q = _wide(y, room("power", x.shape)), room("third", x.shape)
+        y_top = wide_y.amax(-1, keepdim=True)
+        torch.softmax(torch.sub(wide_y, y_top, out=work).mul_(scale) if scaled else wide_y, -1, out=q)
+        of_q = row_sum(q), q.amax(-1), ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
     if max(-float(smallest.amin()), float(largest_d.amax())) < near:
         moments = _moments(e, d, room)
     else:
@@ -174,7 +182,7 @@ def _sums(block: Block, entropy: bool, near: float, room: Room) -> _Sums:
             others, moments = _by_expm1(some_e, some_d, some), _moments(e, d, room)
             for moment, other in zip(moments, others, strict=True):
                 moment[wide] = other
-    return _Sums(top[:, 0], weight, largest, log_mean, token, shift[:, 0], centre[:, 0], mean, smallest, largest_d, token_d, *moments)
+    return _Sums(top[:, 0], weight, largest, log_mean, token, shift[:, 0], centre[:, 0], mean, smallest, largest_d, *of_q, *moments)
 
 
 def _moments(e: torch.Tensor, d: torch.Tensor, room: Room) -> list[torch.Tensor]:
@@ -212,9 +220,14 @@ def _finish_pair(sums: _Sums, fields: set[str], near: float, results: dict[str, 
         ref_kl = results["ref_kl"] = (rest * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
         saved[:, REF_MEAN] = (rest + t) * inverse
         holds &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
-    if sums.token_d is not None:
-        results["ref_logprob"] = (results["logprob"] + sums.token_d - log1p_t).clamp_(max=0.0)
+    if sums.ref_token is not None:
+        results["ref_logprob"] = saved[:, REF_LOGPROB] = sums.ref_token - _log_sum(sums.ref_weight, sums.ref_largest)
     return holds
+
+
+def _log_sum(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """log S: beside a near-certain token S - 1 keeps what S rounds away."""
+    return ((weight - largest) / largest).log1p()
 
 
 def _combine(sums: _Sums, factors: tuple[float, ...]) -> torch.Tensor:
@@ -235,7 +248,7 @@ def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tenso
     """
     g = {name: value[:, None] for name, value in upstream.items()}
     kept = list(saved[:, :, None].unbind(1))
-    kept[LEAN] = torch.exp(-kept[LOG_SUM]) * block.scale
+    kept[KIND] = torch.exp(-kept[LOG_SUM]) * block.scale
     shifted = bool(kept[SHIFT].any())
     step = max(1, elements // block.x.shape[1])
     for first in range(0, len(saved), step):
@@ -253,10 +266,10 @@ def _gradients(block: Block, start: int, kept: list[torch.Tensor], shifted: bool
                grad_q: torch.Tensor | None, room: Room) -> None:
     """Fill the gradients of some columns, the first of which is `start`; all logits are read before any gradient is written.
 
-    kept: the columns of `saved`, [k, 1] each, with s/S in place of LEAN.
+    kept: the columns of `saved`, [k, 1] each, with s/S in place of KIND.
     """
     shape, scale = block.x.shape, block.scale
-    top, log_sum, shift, centre, log1p_t, log_mean, _, factor, mean, ref_mean = kept
+    top, log_sum, shift, centre, log1p_t, log_mean, factor, log_q, mean, ref_mean = kept
     x, d, rise = _wide(block.x, room("x", shape)), None, None
     if g.keys() & {"kl", "ref_kl"} or (grad_q is not None and "ref_logprob" in g):
         d = _difference(block.y, x, top, shift if shifted else None, room).sub_(centre)
@@ -277,7 +290,6 @@ def _gradients(block: Block, start: int, kept: list[torch.Tensor], shifted: bool
         if g.keys() & {"ref_kl", "ref_logprob"}:
             torch.sub(d, ref_mean, out=bracket).mul_(g.get("ref_kl", 0.0))
             if "ref_logprob" in g:
-                log_q = log_p + token.of(d) - log1p_t
                 own = scale * (log_q.exp() * token.of(bracket) + log_p.exp() * token.of(rise) * g.get("kl", 0.0) - log_q.expm1() * g["ref_logprob"])
                 bracket.sub_(g["ref_logprob"])
             bracket.mul_(torch.add(rise, 1.0, out=room("work", shape)))

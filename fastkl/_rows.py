@@ -15,7 +15,7 @@ from . import _checks, _cpu_rows, reference
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
 # Elements of a block of rows on the reference: small enough for a processor's cache, large enough to keep torch's overhead down.
-BLOCK_ELEMENTS = 1 << 15
+BLOCK_ELEMENTS = 1 << 16
 # Rows whose sums are finished together: what is left to do for each is a few numbers.
 ROWS_AT_ONCE = 256
 
@@ -274,7 +274,7 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
                 grad[inactive] = 0
     room, step, sides = _room(p), _step(p), (grad_p, grad_q)
     for rows, x, y in _blocks(p, q, active, _trivial(scaling)):
-        lean = saved[rows, _cpu_rows.LEAN] != 0
+        lean = saved[rows, _cpu_rows.KIND] == _cpu_rows.LEAN
         if isinstance(rows, slice) and _trivial(scaling) and bool(lean.all()):
             _cpu_rows.gradients(_cpu_rows.Block(x, y, _some(tokens, rows), _inverse(_some(temperature, rows))), saved[rows],
                                 _some_of_each(upstream, rows), [None if grad is None else grad[rows] for grad in sides], room, _elements())
@@ -293,7 +293,7 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
 def _mixed_gradients(x, y, tokens, temperature, saved, upstream, sides, room) -> list[torch.Tensor | None]:
     """Gradients of a block's rows, each as forward computed it, in float32 or float64; None for a side that is None."""
     results = [None if grad is None else torch.empty_like(x, dtype=result_dtype(x)) for grad in sides]
-    lean = saved[:, _cpu_rows.LEAN] != 0
+    lean = saved[:, _cpu_rows.KIND] == _cpu_rows.LEAN
     for held in (True, False):
         some = (lean == held).nonzero()[:, 0]
         if not some.numel():
