@@ -158,6 +158,11 @@ def _elements() -> int:
     return BLOCK_ELEMENTS * torch.get_num_threads()
 
 
+def _columns() -> int:
+    """Elements of a block of gradients, which needs no whole row: less memory beside the gradient itself."""
+    return max(1, _elements() // 2)
+
+
 def _step(logits: torch.Tensor) -> int:
     """Rows of a block."""
     return max(1, _elements() // logits.shape[-1])
@@ -272,12 +277,12 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
         for grad in (grad_p, grad_q):
             if grad is not None:
                 grad[inactive] = 0
-    room, step, sides = _room(p), _step(p), (grad_p, grad_q)
+    room, step, sides = _cpu_rows.Room(_columns(), p.device), _step(p), (grad_p, grad_q)
     for rows, x, y in _blocks(p, q, active, _trivial(scaling)):
         lean = saved[rows, _cpu_rows.KIND] == _cpu_rows.LEAN
         if isinstance(rows, slice) and _trivial(scaling) and bool(lean.all()):
             _cpu_rows.gradients(_cpu_rows.Block(x, y, _some(tokens, rows), _inverse(_some(temperature, rows))), saved[rows],
-                                _some_of_each(upstream, rows), [None if grad is None else grad[rows] for grad in sides], room, _elements())
+                                _some_of_each(upstream, rows), [None if grad is None else grad[rows] for grad in sides], room, _columns())
             continue
         for first in range(0, x.shape[0], step):
             part = slice(first, first + step)
@@ -302,7 +307,7 @@ def _mixed_gradients(x, y, tokens, temperature, saved, upstream, sides, room) ->
         scales, given = _some(temperature, some), {name: value[some] for name, value in upstream.items()}
         if held:
             here = [None if result is None else torch.empty_like(rows[0], dtype=result.dtype) for result in results]
-            _cpu_rows.gradients(_cpu_rows.Block(*rows, _inverse(scales)), saved[some], given, here, room, _elements())
+            _cpu_rows.gradients(_cpu_rows.Block(*rows, _inverse(scales)), saved[some], given, here, room, _columns())
         else:
             here = _gradients(*rows, scales, saved[some], given, *(grad is not None for grad in sides))
         for result, value in zip(results, here, strict=True):
