@@ -160,7 +160,7 @@ def _elements() -> int:
 
 def _columns() -> int:
     """Elements of a block of gradients, which needs no whole row: less memory beside the gradient itself."""
-    return max(1, _elements() // 2)
+    return max(256, _elements() // 2)
 
 
 def _step(logits: torch.Tensor) -> int:
