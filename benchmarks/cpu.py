@@ -111,7 +111,7 @@ def table(data):
 
 def page(data):
     """The section of the page of results."""
-    return ["## CPU", f"KL per token and its gradient, one thread of an {data['processor']}. {origin(data)}", table(data)]
+    return ["## CPU", f"KL per token and its gradient, one thread; processor: {data['processor']}. {origin(data)}", table(data)]
 
 
 def main(argv=None):
