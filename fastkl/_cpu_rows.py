@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
     def part(self, rows: slice) -> Block:
         """Some of the rows."""
-        return Block(*(value[rows] if isinstance(value, torch.Tensor) else value for value in self))
+        return Block(*[value[rows] if isinstance(value, torch.Tensor) else value for value in self])
 
 
 class Room:
@@ -52,14 +52,14 @@ class Room:
     def __init__(self, elements: int, device: torch.device) -> None:
         self._elements, self._device = elements, device
         self._buffers: dict[str, torch.Tensor] = {}
-        self._views: dict[tuple, torch.Tensor] = {}
+        self._views: dict[str, torch.Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
-        view = self._views.get((name, shape))
-        if view is None:
+        view = self._views.get(name)
+        if view is None or view.shape != shape:
             if name not in self._buffers:
                 self._buffers[name] = torch.empty(self._elements, device=self._device)
-            view = self._views[name, shape] = self._buffers[name][: shape[0] * shape[1]].view(shape)
+            view = self._views[name] = self._buffers[name][: shape[0] * shape[1]].view(shape)
         return view
 
 
@@ -251,26 +251,32 @@ def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tenso
         dQ = s·(g_ref_logprob·onehot + p·(g_kl·rise + (1 + rise)·(g_ref_kl·(d - E_q[d]) - g_ref_logprob)))
     """
     g = {name: value[:, None] for name, value in upstream.items()}
-    kept = list(saved[:, :, None].unbind(1))
-    kept[KIND] = torch.exp(-kept[LOG_SUM]) * block.scale
-    shifted = bool(kept[SHIFT].any())
-    step = max(1, elements // block.x.shape[1])
+    kept = saved.clone()[:, :, None]
+    factor = kept[:, KIND] = torch.exp(-kept[:, LOG_SUM]) * block.scale
+    shifted = bool(saved[:, SHIFT].any())
+    # The gradient to P of one field is one product.
+    only = next(iter(g)) if len(g) == 1 and grads[1] is None and not g.keys() & {"logprob", "ref_logprob"} else None
+    if only is not None:
+        kept[:, KIND] = -factor * g[only]
+    vocabulary = block.x.shape[1]
+    step = max(1, elements // vocabulary)
     for first in range(0, len(saved), step):
         rows = slice(first, first + step)
-        here, given = block.part(rows), {name: value[rows] for name, value in g.items()}
-        values = [value[rows] for value in kept]
-        for start in range(0, block.x.shape[1], elements):
-            columns = slice(start, start + elements)
-            x, y, grad_p, grad_q = (None if side is None else side[:, columns] for side in (here.x, here.y, *(
-                None if grad is None else grad[rows] for grad in grads)))
-            _gradients(here._replace(x=x, y=y), start, values, shifted, given, grad_p, grad_q, room)
+        here, given = block.part(rows), {name: value[rows] for name, value in g.items()} if only is None else g
+        values, targets = kept[rows].unbind(1), [None if grad is None else grad[rows] for grad in grads]
+        if vocabulary <= elements:
+            _gradients(here, 0, values, shifted, only, given, *targets, room)
+            continue
+        for start in range(0, vocabulary, elements):
+            x, y, *some = (None if side is None else side[:, start : start + elements] for side in (here.x, here.y, *targets))
+            _gradients(here._replace(x=x, y=y), start, values, shifted, only, given, *some, room)
 
 
-def _gradients(block: Block, start: int, kept: list[torch.Tensor], shifted: bool, g: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
-               grad_q: torch.Tensor | None, room: Room) -> None:
+def _gradients(block: Block, start: int, kept: tuple[torch.Tensor, ...], shifted: bool, only: str | None, g: dict[str, torch.Tensor],
+               grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, room: Room) -> None:
     """Fill the gradients of some columns, the first of which is `start`; all logits are read before any gradient is written.
 
-    kept: the columns of `saved`, [k, 1] each, with s/S in place of KIND.
+    kept: the columns of `saved`, [k, 1] each, with s/S in place of KIND, or -g·s/S for the one field `only`.
     """
     shape, scale = block.x.shape, block.scale
     top, log_sum, shift, centre, log1p_t, log_mean, factor, log_q, mean, ref_mean = kept
@@ -294,7 +300,9 @@ def _gradients(block: Block, start: int, kept: list[torch.Tensor], shifted: bool
         if g.keys() & {"ref_kl", "ref_logprob"}:
             torch.sub(d, ref_mean, out=bracket).mul_(g.get("ref_kl", 0.0))
             if "ref_logprob" in g:
-                own = scale * (log_q.exp() * token.of(bracket) + log_p.exp() * token.of(rise) * g.get("kl", 0.0) - log_q.expm1() * g["ref_logprob"])
+                own = scale * (
+                    log_q.exp() * token.of(bracket) + log_p.exp() * token.of(rise) * g.get("kl", 0.0) - log_q.expm1() * g["ref_logprob"]
+                )
                 bracket.sub_(g["ref_logprob"])
             bracket.mul_(torch.add(rise, 1.0, out=room("work", shape)))
             if "kl" in g:
@@ -310,9 +318,8 @@ def _gradients(block: Block, start: int, kept: list[torch.Tensor], shifted: bool
             d.sub_(mean)
         if "entropy" in g:
             z.clamp_(min=LOWEST).sub_(log_mean)
-        if "logprob" not in g and len(terms) == 1:
-            values, upstream = terms[0]
-            _write(values, e.mul_(-factor * upstream), grad_p, None, None)
+        if only is not None:
+            _write(terms[0][0], e.mul_(factor), grad_p, None, None)
             return
         if not terms:
             _write(e.mul_(-factor * g["logprob"]), None, grad_p, token, -scale * log_p.expm1() * g["logprob"])

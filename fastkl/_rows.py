@@ -14,7 +14,7 @@ from . import _checks, _cpu_rows, reference
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
-# Elements of a block of rows on the reference: small enough for a processor's cache, large enough to keep torch's overhead down.
+# Elements of a block of rows on the reference, for each thread: small enough for its cache, large enough to keep torch's overhead down.
 BLOCK_ELEMENTS = 1 << 16
 # Rows whose sums are finished together: what is left to do for each is a few numbers.
 ROWS_AT_ONCE = 256
