@@ -355,6 +355,7 @@ def test_bytes_allocated(implementation, name, monkeypatch) -> None:
     """
     function, fields = FUNCTIONS[name]
     monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr(_rows, "ROWS_AT_ONCE", 8)
 
     def peaks(data: SimpleNamespace) -> torch.Tensor:
         outputs = function(data.p, data.q, data)
