@@ -11,6 +11,7 @@ import torch
 from . import _dispatch, _rows
 from ._linear_ops import float16_unit
 from ._ops import SAVED, refuse_forward_mode, row_gradients
+from ._problems import fused_launchers, problems
 
 
 def gradient_for(
@@ -23,14 +24,14 @@ def gradient_for(
     """Return room for the gradient where one launch makes it: for P alone, eagerly, where kernels.config has it so; else None."""
     if backend != "triton" or not (p.requires_grad and torch.is_grad_enabled()) or q.requires_grad:
         return None
-    launch = _rows.fused_launchers()
+    launch = fused_launchers()
     if not launch.config.fuses(launch.architecture(p.device)[0]) or not p.numel():
         return None
     if not _dispatch.eager(p, q, mask, temperature):
         return None
     gradient = torch.empty(p.shape, dtype=p.dtype, device=p.device)
-    problems = _rows.problems(p, q, None, _rows.flat(mask), _flat(temperature))
-    fits = len(problems) == 1 and launch.fuses(problems[0][1], gradient.view(-1, p.shape[-1]))
+    found = problems(p, q, None, _rows.flat(mask), _flat(temperature))
+    fits = len(found) == 1 and launch.fuses(found[0][1], gradient.view(-1, p.shape[-1]))
     return gradient if fits else None
 
 
@@ -73,7 +74,7 @@ class SummedKL(torch.autograd.Function):
         ctx.used = True
         # Behind autograd's back, which has no other holder of it that reads it again.
         gradient = gradient.detach()
-        _rows.fused_launchers().scale(gradient.view(-1), (upstream * unit).reshape(1))
+        fused_launchers().scale(gradient.view(-1), (upstream * unit).reshape(1))
         return gradient, *(None,) * 6
 
 

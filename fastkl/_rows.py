@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Iterator
-from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
 from . import _checks, _cpu_rows, reference
+from ._problems import Scaling, fused_launchers, launchers, problems
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
@@ -18,18 +15,6 @@ SAVED = reference.SAVED  # values per row held for backward, the same number on 
 BLOCK_ELEMENTS = 1 << 16
 # Rows whose sums are finished together: what is left to do for each is a few numbers.
 ROWS_AT_ONCE = 256
-
-
-class Scaling(NamedTuple):
-    """Soft caps, and the ratio that multiplies Q's capped logits.
-
-    softcap, ref_softcap: soft caps of P's and of Q's logits, 0 for none. ratio: the inverse temperature of Q over that
-    of P, a number or one per row [N], contiguous, in the type of the results; it multiplies Q's capped logits.
-    """
-
-    softcap: float = 0.0
-    ref_softcap: float = 0.0
-    ratio: float | torch.Tensor = 1.0
 
 
 def result_dtype(logits: torch.Tensor) -> torch.dtype:
@@ -55,7 +40,7 @@ def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, to
         return
     for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
         part = (outputs, saved) if rows is None else (_some_of_each(outputs, rows), saved[rows])
-        _launchers().forward(problem, *part)
+        launchers().forward(problem, *part)
 
 
 def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
@@ -76,7 +61,7 @@ def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor,
         part = (saved, upstream, grad_p, grad_q)
         if rows is not None:
             part = (saved[rows], _some_of_each(upstream, rows), _some(grad_p, rows), _some(grad_q, rows))
-        _launchers().backward(problem, *part)
+        launchers().backward(problem, *part)
 
 
 def kl_and_gradients(backend: str, p, q, tokens, mask, temperature, kl: torch.Tensor, saved: torch.Tensor, weights: torch.Tensor,
@@ -95,8 +80,8 @@ def _kl_and_gradient(problem: object, kl: torch.Tensor, saved: torch.Tensor, wei
     if fused_launchers().fuses(problem, grad_p):
         fused_launchers().fused(problem, weights.to(torch.float32).contiguous(), kl, saved, grad_p)
     else:
-        _launchers().forward(problem, {"kl": kl}, saved)
-        _launchers().backward(problem, saved, {"kl": weights}, grad_p, None)
+        launchers().forward(problem, {"kl": kl}, saved)
+        launchers().backward(problem, saved, {"kl": weights}, grad_p, None)
 
 
 def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
@@ -350,66 +335,3 @@ def _slopes(x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor, scaling
     if isinstance(ratio, torch.Tensor) or ratio != 1:
         slopes[1] = ratio if slopes[1] is None else slopes[1] * ratio
     return slopes
-
-
-@functools.lru_cache(1024)
-def _merged_dims(leading: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...]) -> tuple[tuple, tuple]:
-    """The leading dimensions as (size, stride of p, stride of q), neighbours merged where both tensors allow it: (the outermost, the last two)."""
-    merged: list[tuple[int, int, int]] = []
-    for size, step_p, step_q in zip(leading, p_strides, q_strides, strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * step_p and merged[-1][2] == size * step_q:
-            merged[-1] = (merged[-1][0] * size, step_p, step_q)
-        else:
-            merged.append((size, step_p, step_q))
-    return tuple(merged[:-2]), ((1, 0, 0), (1, 0, 0), *merged)[-2:]
-
-
-def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
-             temperature: float | torch.Tensor, scaling: Scaling = Scaling()) -> list[tuple[slice | None, object]]:  # noqa: B008
-    """(rows, kernels.launch.Problem): one for all rows (None) of up to two independent strides; more are taken apart along the outer dimensions."""
-    launch, other = _launchers(), p if q is None else q
-    outermost, dims = _merged_dims(p.shape[:-1], p.stride()[:-1], other.stride()[:-1])
-    temperatures, number = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
-    softcap, ref_softcap, ratio = scaling
-    if not isinstance(ratio, torch.Tensor):
-        ratio = None if ratio == 1 else torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
-    types = (p.dtype, None if q is None else q.dtype, None if tokens is None else tokens.dtype, None if temperatures is None else temperatures.dtype)
-
-    def problem(p, q, tokens, mask, temperatures, ratio) -> object:
-        addresses = p.data_ptr() % launch.ADDRESSES, 0 if q is None else q.data_ptr() % launch.ADDRESSES
-        layout = launch.layout(vocabulary, dims, addresses, p.device, types, mask is not None, (softcap, ref_softcap), ratio is not None)
-        return launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratio)
-
-    vocabulary = p.shape[-1]
-    if not outermost:
-        return [(None, problem(p, q, tokens, mask, temperatures, ratio))]
-    count, found = dims[0][0] * dims[1][0], []
-    for at, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
-        rows = slice(at * count, (at + 1) * count)
-        sides = [None if side is None else _starting_at(side, index, outermost, which) for side, which in ((p, 1), (q, 2))]
-        found.append((rows, problem(*sides, *(_some(value, rows) for value in (tokens, mask, temperatures, ratio)))))
-    return found
-
-
-@functools.cache
-def _launchers() -> ModuleType:
-    """kernels.launch, imported at its first use: it needs Triton."""
-    from .kernels import launch
-
-    return launch
-
-
-@functools.cache
-def fused_launchers() -> ModuleType:
-    """kernels.launch_fused, likewise."""
-    from .kernels import launch_fused
-
-    return launch_fused
-
-
-def _starting_at(logits: torch.Tensor, index: tuple[int, ...], dims: list[tuple[int, int, int]], which: int) -> torch.Tensor:
-    """The same storage from an index of the outermost dimensions on: the kernels take a pointer and strides."""
-    offset = sum(i * dim[which] for i, dim in zip(index, dims, strict=True))
-    return logits.as_strided((1,), (1,), logits.storage_offset() + offset)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastkl import _rows
+from fastkl import _problems, _rows
 from fastkl.kernels import config, launch
 
-CACHES = (launch.layout, launch._forward_plan, launch._backward_plan, _rows._merged_dims)
+CACHES = (launch.layout, launch._forward_plan, launch._backward_plan, _problems._merged_dims)
 SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
 
 
