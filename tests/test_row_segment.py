@@ -350,7 +350,7 @@ def test_arrival_order_changes_no_bit(implementation, dtype, monkeypatch) -> Non
         monkeypatch.setattr(launch, "row_counters", counted)
         monkeypatch.setattr(builder, "set_grid_dim", shuffled)
         monkeypatch.setattr(builder, "set_grid_idx", lambda x, *rest: set_index(places[x], *rest))
-        for name, reorder in ORDERS.items():
+        for name, reorder in ORDERS.items():  # noqa: B007  (shuffled reads it)
             results = statistics(p, q, tokens, mask)
             for field, value in results.items():
                 cases.assert_same_bits(value, expected[field], f"{field}, {name}")
