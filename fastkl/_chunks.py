@@ -383,7 +383,7 @@ class Heads:
                                    *_both(grads), scaling)
             if window.stop == len(saved):
                 # Nothing more is put into them, and a product's result may take their place.
-                buffers, logits = [], []
+                buffers, logits, of_both = [], [], []
             for head, states, side in zip(heads, inputs, sides, strict=True):
                 if side is not None:
                     head.gather(side[:window.stop - window.start], states, window)
