@@ -189,7 +189,6 @@ def border_rows(tile: int, edge: float):
     x = torch.randn(len(at) // 2, generator=generator).repeat_interleave(2)
     yield x, torch.where(few, edge * sign, noise)
     yield x, edge * sign
-    yield 0 * x, torch.where(whole, edge * sign, 0.0)
     yield 3 * x, torch.where(whole, edge * sign, noise)
 
 
@@ -205,13 +204,13 @@ def test_border_of_near_and_general(implementation, warp) -> None:
         assert_right(implementation, x.to(warp.dtype), y.to(warp.dtype))
 
 
-@pytest.mark.parametrize("spot", [5, -3], ids=["first tile", "edge tile"])
-def test_border_of_the_fallback(implementation, warp, spot) -> None:
+def test_border_of_the_fallback(implementation, warp) -> None:
     """One entry 50, 59 and 61 nats from the mean on either side: right; the fallback takes those beyond 60."""
+    first, last = 5, warp.tile + 80
     sizes = torch.tensor([50.0, 59.0, 61.0])
     x = torch.randn(6, warp.tile + 90, generator=torch.Generator().manual_seed(2))
     y = x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    y[:3, spot], x[3:, spot] = x[:3, spot] - sizes, y[3:, spot] - sizes
+    y[:3, last], x[3:, first] = x[:3, last] - sizes, y[3:, first] - sizes
     p, q = (side.to(warp.dtype) for side in (x, y))
     with warp.use():
         assert_right(implementation, p, q)
@@ -234,10 +233,9 @@ def test_shared_masks(implementation, warp) -> None:
     for row, (fill, mask) in enumerate(masks):
         p[row, mask] = q[row, mask] = fill
     with warp.use():
-        for alone in (False, True):
-            fallback = assert_right(implementation, p, q, hidden, alone)
-            for (fill, _), slow in zip(masks, fallback, strict=True):
-                assert not slow or fill == -math.inf
+        fallback = assert_right(implementation, p, q, hidden)
+        fallback[:2] = assert_right(implementation, p[:2], q[:2], hidden[:2], alone=True)
+    assert all(fill == -math.inf for (fill, _), slow in zip(masks, fallback, strict=True) if slow)
 
 
 def test_late_peaks_and_empty_beginnings(implementation, gpu) -> None:
@@ -256,21 +254,21 @@ def test_late_peaks_and_empty_beginnings(implementation, gpu) -> None:
         assert_right(implementation, p, q, hidden)
 
 
-@pytest.mark.parametrize("vocabulary", ["1", "2", "7", "9", "tile - 1", "tile", "tile + 1"])
+@pytest.mark.parametrize("vocabulary", ["1", "2", "9", "tile", "tile + 1"])
 def test_short_rows(implementation, warp, vocabulary) -> None:
     """Rows shorter than a tile, and about as long; of one entry; and no rows."""
     p, q = cases.pair("normal3", 2, eval(vocabulary, {"tile": warp.tile}), 0.3, dtype=warp.dtype)
-    for rows in (2, 0):
-        with warp.use():
-            assert_right(implementation, p[:rows], q[:rows])
+    with warp.use():
+        assert_right(implementation, p, q)
+        assert_right(implementation, p[:0], q[:0])
 
 
 def test_poison_stays_in_its_row(implementation, warp) -> None:
     """Rows with a NaN or an infinity leave the bits of their neighbours alone."""
-    poison = list(itertools.product((math.nan, math.inf), (0, warp.tile + 1)))
-    pairs = cases.pair("normal3", 9, warp.tile + 21, 0.1, dtype=warp.dtype)
+    poison = ((math.nan, 0), (math.inf, warp.tile + 1))
+    pairs = cases.pair("normal3", 5, warp.tile + 21, 0.1, dtype=warp.dtype)
     p, q = (side.to(implementation.device) for side in pairs)
-    tokens = torch.arange(9, device=p.device)
+    tokens = torch.arange(5, device=p.device)
     with warp.use():
         clean = statistics(p, q, tokens)
         for row, (value, spot) in enumerate(poison):
@@ -284,40 +282,35 @@ def test_poison_stays_in_its_row(implementation, warp) -> None:
 # ---- equal bits
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["all fields", "kl"])
-def test_equal_bits_wherever_a_row_is(implementation, gpu, alone) -> None:
+def test_equal_bits_wherever_a_row_is(implementation, gpu) -> None:
     """Alone, in a batch, at any distance from a 16-byte boundary, with Q elsewhere: near, peaked, equal and far rows."""
-    warp = gpu.chosen.threads == 32
-    p, q, tokens, _ = test_kernels.data(gpu.tile + 331, gpu.dtype, implementation.device, 4)
+    p, q, tokens, _ = test_kernels.data(2 * gpu.tile + 9, gpu.dtype, implementation.device, 4)
     p[1, -200] += 30
     q[2] = p[2]
     q[3, 7] -= 75
     # 5 rows of float32 and 9 of bfloat16, one after the other, see every distance.
-    order = [row % 4 for row in range(5 if gpu.dtype == torch.float32 else 9)]
-    layouts = [(0, 0, 0, 0)] + [(5, 2, 0, 1)] * (warp and not alone)
-    tokens = None if alone else tokens
-    with gpu.use(gpu.tile if warp and not alone else None):
-        single = [
-            statistics(
-                p[row : row + 1].clone(),
-                q[row : row + 1].clone(),
-                None if alone else tokens[row : row + 1],
-            )
-            for row in range(4)
-        ]
-        for layout in layouts:
-            sides = (
-                test_kernels.padded(p[order], *layout[:2]),
-                test_kernels.padded(q[order], *layout[2:]),
-            )
-            for name, value in statistics(*sides, None if alone else tokens[order]).items():
-                expected = torch.cat([single[row][name] for row in order])
-                cases.assert_same_bits(value, expected, f"{name}, paddings and offsets {layout}")
+    every = [row % 4 for row in range(5 if gpu.dtype == torch.float32 else 9)]
+    segment, layouts = None, [(every[:4], False, (5, 2, 0, 1))]
+    if gpu.chosen.threads == 32:
+        segment, layouts = gpu.tile, [(every, False, (0, 0, 0, 0)), ([3, 0], True, (5, 2, 0, 1))]
+    with gpu.use(segment):
+        for rows, alone, (padding_p, offset_p, padding_q, offset_q) in layouts:
+            single = {
+                row: statistics(
+                    *(side[row, None].clone() for side in (p, q)),
+                    None if alone else tokens[row, None],
+                )
+                for row in set(rows)
+            }
+            x = test_kernels.padded(p[rows], padding_p, offset_p)
+            y = test_kernels.padded(q[rows], padding_q, offset_q)
+            for name, value in statistics(x, y, None if alone else tokens[rows]).items():
+                expected = torch.cat([single[row][name] for row in rows])
+                cases.assert_same_bits(value, expected, f"{name}, Q at {offset_q}")
 
 
 ORDERS = {
     "last first": lambda programs: programs[::-1],
-    "odd before even": lambda programs: programs[1::2] + programs[::2],
     "random": lambda programs: random.Random(0).sample(programs, len(programs)),
 }
 
@@ -351,14 +344,14 @@ def test_arrival_order_changes_no_bit(implementation, dtype, monkeypatch) -> Non
         monkeypatch.setattr(launch, "row_counters", counted)
         monkeypatch.setattr(builder, "set_grid_dim", shuffled)
         monkeypatch.setattr(builder, "set_grid_idx", lambda x, *rest: set_index(places[x], *rest))
-        for name, reorder in ORDERS.items():
+        for name, reorder in ORDERS.items():  # noqa: B007  (shuffled reads it)
             results = statistics(p, q, tokens, mask)
             for field, value in results.items():
                 cases.assert_same_bits(value, expected[field], f"{field}, {name}")
                 assert not bool(value[3].any()), "a masked row has zeros"
     splits = -(-601 // config.segment_length(601, 160))
-    assert splits > 2 and sizes == [4 * splits, 1] * 3
-    assert len(counters) == 3 and not bool(torch.cat(counters).any())
+    assert splits > 2 and sizes == [4 * splits, 1] * len(ORDERS)
+    assert len(counters) == len(ORDERS) and not bool(torch.cat(counters).any())
 
 
 # ---- launches
