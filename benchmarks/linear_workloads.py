@@ -10,8 +10,8 @@ from benchmarks.workloads import DTYPES, row_blocks
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 # What a mode asks of a provider, and the products of N x H x V that it takes at least: two for the logits (one for "logprob"), one for each gradient.
-# For "stats" and "grpo" that is what keeping all logits takes; a provider that computes them again in backward does six, and its ratio to the floor
-# says so.
+# For "stats" and "grpo" that is what keeping all logits takes, and three for "logprob"; a provider that computes them again in backward does six, or
+# four, and its ratio to the floor says so.
 OPERATIONS = {"forward": "per_token_kl", "loss": "mean_kl", "frozen": "mean_kl", "stats": "token_stats", "grpo": "grpo_loss",
               "distillation": "distillation_loss", "logprob": "logprob"}
 PRODUCTS = {"forward": 2, "loss": 4, "frozen": 3, "stats": 4, "grpo": 4, "distillation": 4, "logprob": 3}

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 
-from benchmarks import accuracy, gpu_tables
+from benchmarks import accuracy, cpu, gpu_tables
 from benchmarks.gpu_tables import markdown, origin
 from benchmarks.record import ROOT, write_bytes
 
@@ -140,7 +140,7 @@ def results_page():
     parts += [
         "## Static costs", f"{costs['model'].capitalize()}. {origin(costs)}", kernels_table(costs, None),
         ways_table(costs, [row["pipeline"] for row in costs["pipelines"]]),
-        "## GPU", *gpu_tables.page(gpu_tables.gpu_results(RESULTS)),
+        *cpu.page(read("cpu/times.json")), "## GPU", *gpu_tables.page(gpu_tables.gpu_results(RESULTS)),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -230,6 +230,13 @@ def chunk_size(value: int | None) -> None:
                          f"{shown(value)}; pass None, which chooses one")
 
 
+def recompute(value: bool | None) -> None:
+    """Check for None or a bool."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"recompute: expected True, False or None, got {type_name(value)}; pass "
+                        f"None, which keeps logits of up to 2 GiB")
+
+
 def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
     """None, the default or float32; float64 inputs have no other."""
     allowed = {default} if default == torch.float64 else {default, torch.float32}

@@ -1,9 +1,10 @@
-"""Chunks of tokens: their logits by a matrix product into a reused buffer, the row functions on them in place, and the products back."""
+"""Chunks of tokens: their logits by a matrix product into a reused buffer, or one that is kept until backward, the row functions on them in place,
+and the products back."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,9 @@ class Head:
         self.hidden, self.weight, self.bias, self.logits_dtype = hidden, weight, bias, logits_dtype
         # The row kernels read a far row again for the gradient of KL(Q‖P) to Q, when some of it may be written already.
         self.reads_again = False
+        # Logits [N, V] from forward, and whether gradients may be written over them.
+        self.kept: torch.Tensor | None = None
+        self.kept_is_free = False
         self.grad_hidden: torch.Tensor | None = None
         self.grad_weight: Sum | None = None
         self.grad_bias: Sum | None = None
@@ -116,6 +120,18 @@ class Head:
         """Whether gradients of logits can take the place of the logits."""
         return self.logits_dtype == self.hidden.dtype and not self.reads_again
 
+    @property
+    def gives_way(self) -> bool:
+        """Whether gradients of logits end up in place of kept ones."""
+        return self.kept is not None and self.kept_is_free and self.logits_dtype == self.hidden.dtype
+
+    @property
+    def buffered(self) -> bool:
+        """Whether a chunk of logits lies in a buffer that only holds logits."""
+        if self.kept is None:
+            return not (self.learns and self.in_place)
+        return self.learns and self.gives_way and self.reads_again
+
     def inputs(self, rows: slice, mask: torch.Tensor | None) -> torch.Tensor:
         """The hidden states [n, H] of some tokens; zeros where masked, since 0·NaN in a product would spread."""
         hidden = self.hidden[rows]
@@ -124,14 +140,19 @@ class Head:
     def buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
         """Room for [tokens, V] in rows of whole lines."""
         vocabulary = self.weight.shape[0]
-        width = -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
-        return torch.empty(tokens, width, dtype=dtype, device=self.hidden.device)[:, :vocabulary]
+        return torch.empty(tokens, row_width(vocabulary), dtype=dtype, device=self.hidden.device)[:, :vocabulary]
 
-    def logits(self, inputs: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-        """The logits of some tokens, in the buffer's first rows."""
-        logits = buffer[:inputs.shape[0]]
+    def make_logits(self, inputs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Fill [n, V] with the logits of some tokens."""
         _products.logits_into(logits, inputs, self.weight, self.bias)
         return logits
+
+    def logits_again(self, inputs: torch.Tensor, rows: slice, buffer: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor:
+        """Return the logits of some tokens: in the buffer's first rows; without one the kept ones, or made in their gradients' place."""
+        place = grad if buffer is None else buffer[:inputs.shape[0]]
+        if self.kept is None:
+            return self.make_logits(inputs, place)
+        return self.kept[rows] if buffer is None else place.copy_(self.kept[rows])
 
     def gather(self, grad_logits: torch.Tensor, inputs: torch.Tensor, rows: slice) -> None:
         """The products back, from the gradients of some tokens' logits."""
@@ -141,6 +162,11 @@ class Head:
             self.grad_weight.add(_products.add_weight_gradient, grad_logits, inputs)
         if self.grad_bias is not None:
             self.grad_bias.add(_products.add_bias_gradient, grad_logits)
+
+
+def row_width(vocabulary: int) -> int:
+    """Return the entries of a row of whole lines."""
+    return -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
 
 
 class Plan(NamedTuple):
@@ -154,7 +180,8 @@ def plan(tokens: int, heads: list[Head], chunk_size: int | None, taking_part: li
     """How many tokens at a time: from the shapes, the types and a fixed bound on memory.
 
     The chunk depends on all heads, also where some of them take no part in backward: it computes the logits of forward again, with the same products.
-    All tokens are one window where that takes no more at its peak than a part of them and the sums that one product does without.
+    All tokens are one window where that takes no more at its peak than a part of them and the sums that one product does without, and
+    where their gradients take the place of kept logits.
     """
     vocabulary = heads[0].weight.shape[0]
     per_token = sum(head.logits_dtype.itemsize for head in heads)
@@ -168,11 +195,14 @@ def plan(tokens: int, heads: list[Head], chunk_size: int | None, taking_part: li
     # Half of the room for chunks of logits; with a weight's sum, all that they leave for the window.
     chunk = min(workspace // 2 // (vocabulary * per_token), LARGEST_CHUNK)
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
+    waiting = [head for head in taking_part if head.learns and not head.gives_way]
+    if not waiting:
+        return Plan(chunk, max(chunk, tokens))
     if not sums:
         return Plan(chunk, chunk)
     extra, returned = (sum(getattr(weight, name) for weight in sums) for name in ("extra_bytes", "returned_bytes"))
-    chunks = chunk * vocabulary * sum(head.logits_dtype.itemsize for head in taking_part if not (head.learns and head.in_place))
-    gradients = vocabulary * sum(head.hidden.dtype.itemsize for head in taking_part if head.learns)
+    chunks = chunk * vocabulary * sum(head.logits_dtype.itemsize for head in taking_part if head.buffered)
+    gradients = vocabulary * sum(head.hidden.dtype.itemsize for head in waiting)
     window = (max(workspace, extra // 2) - chunks) // gradients
     window = _cut(tokens, max(chunk, window // chunk * chunk), chunk)
     # Sums are rounded after the last window, one after the other; the results of one product come beside its window.
@@ -224,22 +254,31 @@ class Heads:
         # The caller's autocast is for the caller's products: the types of these are settled.
         self.own_types = torch.autocast(hidden.device.type, enabled=False)
 
-    def forward(self, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
-        """Fill outputs ([N] per field) and saved [N, 10]: one product for each head."""
+    def forward(self, outputs: dict[str, torch.Tensor], saved: torch.Tensor, keep: Sequence[torch.Tensor | None] = ()) -> None:
+        """Fill outputs ([N] per field) and saved [N, 10]: one product for each head.
+
+        keep: room for all logits of each head, [..., at least V] in rows of whole lines; none: a chunk of them at a time.
+        """
+        self._keep(keep)
         here, saved_here = self._room(outputs), self._room({"": saved})[""]
         chunk = plan(len(saved_here), self.all, self.chunk_size).chunk
         with self.own_types:
-            buffers = [head.buffer(chunk, head.logits_dtype) for head in self.all]
+            buffers = [head.buffer(chunk, head.logits_dtype) if head.kept is None else None for head in self.all]
             for rows in parts(0, len(saved_here), chunk):
-                logits = [head.logits(head.inputs(rows, self.per_token.mask), buffer) for head, buffer in zip(self.all, buffers, strict=True)]
+                logits = [head.make_logits(head.inputs(rows, self.per_token.mask),
+                                           head.kept[rows] if buffer is None else buffer[:rows.stop - rows.start])
+                          for head, buffer in zip(self.all, buffers, strict=True)]
                 self._row_forward(_both(logits), rows, here, saved_here)
         self._put_back({**outputs, "": saved}, {**here, "": saved_here})
 
-    def backward(self, saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    def backward(self, saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: tuple[str, ...],
+                 kept: Sequence[torch.Tensor | None] = (), overwrite: bool = False) -> dict[str, torch.Tensor]:
         """{name: gradient} of the six named in `wrt`, for upstream gradients [N] per field and forward's saved values.
 
-        One product for each logits and each gradient; the reference's logits only if an upstream gradient needs them.
+        One product for each logits that forward did not keep and each gradient; the reference's logits only if an upstream
+        gradient needs them. overwrite: gradients of logits may take the place of kept ones.
         """
+        self._keep(kept, overwrite)
         taking_part = [head for head in self.all if head is self.policy or set(upstream) & set(REFERENCE_FIELDS)]
         return self._backward(taking_part, self._take(saved), upstream, wrt, {})
 
@@ -251,6 +290,14 @@ class Heads:
         gradients = self._backward(self.all, saved, upstream, wrt, here)
         self._put_back(outputs, here)
         return gradients
+
+    def _keep(self, kept: Sequence[torch.Tensor | None], free: bool = False) -> None:
+        """Give each head the logits of the tokens that take part, which come first, out of [..., at least V]."""
+        for head, value in zip(self.all, kept, strict=False):
+            if value is not None:
+                # A saved-tensor hook may return another layout. Written behind autograd's back: whoever overwrites remembers it.
+                rows = value.data.contiguous().view(-1, value.shape[-1])
+                head.kept, head.kept_is_free = rows[:len(head.hidden), :head.weight.shape[0]], free
 
     def _check_temperatures(self) -> None:
         """Refuse temperatures out of range where looking costs no synchronisation; the rows look at one model's alone."""
@@ -316,24 +363,28 @@ class Heads:
         for weight, heads_of in _weight_sums(heads).items():
             if heads_of == 1 and chosen.window >= len(saved):
                 weight.take_one_product()
-        waiting = [head.buffer(chosen.window, head.hidden.dtype) if head.learns else None for head in heads]
-        buffers = [None if head.learns and head.in_place else head.buffer(chosen.chunk, head.logits_dtype) for head in heads]
+        # Gradients of the logits of a window wait in the first, or in place of kept logits.
+        waiting = [head.buffer(chosen.window, head.hidden.dtype) if head.learns and not head.gives_way else None for head in heads]
+        buffers = [head.buffer(chosen.chunk, head.logits_dtype) if head.buffered else None for head in heads]
         for window in parts(0, len(saved), chosen.window):
             inputs = [head.inputs(window, self.per_token.mask) for head in heads]
+            sides = [head.kept[window] if head.learns and head.gives_way else side for head, side in zip(heads, waiting, strict=True)]
             for rows in parts(window.start, window.stop, chosen.chunk):
                 here = slice(rows.start - window.start, rows.stop - window.start)
-                grads = [None if side is None else side[here] for side in waiting]
-                logits = [head.logits(states[here], grad if buffer is None else buffer)
+                grads = [None if side is None else side[here] for side in sides]
+                logits = [head.logits_again(states[here], rows, buffer, grad)
                           for head, states, buffer, grad in zip(heads, inputs, buffers, grads, strict=True)]
+                of_both, per_token, scaling = _both(logits), self.per_token.part(rows), self.per_token.scaling_of(rows)
                 if outputs:
-                    self._row_forward(_both(logits), rows, outputs, saved)
-                _rows.backward(self.backend, *_both(logits), *self.per_token.part(rows), saved[rows],
-                               {name: value[rows] for name, value in upstream.items()}, *_both(grads),
-                               self.per_token.scaling_of(rows))
+                    _rows.kl_and_gradients(self.backend, *of_both, *per_token, outputs["kl"][rows], saved[rows], upstream["kl"][rows],
+                                           *_both(grads), scaling)
+                else:
+                    _rows.backward(self.backend, *of_both, *per_token, saved[rows], {name: value[rows] for name, value in upstream.items()},
+                                   *_both(grads), scaling)
             if window.stop == len(saved):
                 # Nothing more is put into them, and a product's result may take their place.
                 buffers, logits = [], []
-            for head, states, side in zip(heads, inputs, waiting, strict=True):
+            for head, states, side in zip(heads, inputs, sides, strict=True):
                 if side is not None:
                     head.gather(side[:window.stop - window.start], states, window)
             inputs = states = None  # copies under a mask: not beside those of the next window

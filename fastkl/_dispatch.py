@@ -9,7 +9,6 @@ the op. A TorchFunctionMode, which torch.set_default_device is too, sees neither
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable
 
@@ -20,8 +19,7 @@ from . import _checks
 
 try:
     from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
-    from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
-    from torch._functorch.utils import unwrap_dead_wrappers
+    from torch._C._functorch import TransformType, is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
     from torch._ops import _len_torch_dispatch_stack_pre_dispatch
     from torch.autograd import _profiler_enabled
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -31,9 +29,8 @@ else:
     SHORT_WAYS = True
 
 # Any other argument has something of its own to say about how it is computed with.
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
-_PLAIN = frozenset({*_TENSORS, torch.dtype, type(None), float, int, bool, str})
-_NOTHING = contextlib.nullcontext()
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_VALUES = frozenset({torch.dtype, type(None), float, int, bool, str})
 
 
 class Dispatched:
@@ -41,15 +38,17 @@ class Dispatched:
 
     compute: the computation, annotated as torch.library.custom_op wants it; its first argument is a tensor. fake: its outputs without their values.
     Both return None for an output that nobody asked for; where an op cannot, an empty tensor stands for it.
-    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing.
+    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing. `ctx.eager` is there where eager mode's short way
+    was taken: what `compute` returned has no other holders than the caller and autograd.
     batch: (info, in_dims, *inputs) -> (inputs of one call for all samples of a vmap, out_dims); None computes sample by sample.
     flops: (*inputs, shapes in place of tensors) -> floating-point operations of the matrix products, for torch.utils.flop_counter; None for none.
+    returned: how many of the outputs a caller may count on, None for all; the others are for backward, and an output costs autograd time.
     """
 
     def __init__(self, name: str, compute: Callable, fake: Callable, *, backward: Callable, setup_context: Callable | None = None,
-                 batch: Callable | None = None, flops: Callable | None = None) -> None:
+                 batch: Callable | None = None, flops: Callable | None = None, returned: int | None = None) -> None:
         self._flops = flops
-        self._name, self._compute, self._setup_context = name, compute, setup_context
+        self._name, self._compute = name, compute
         self.op = torch.library.custom_op(name, _with_tensors(compute), mutates_args=(), schema=torch.library.infer_schema(compute, mutates_args=()))
         self.op.register_fake(_with_tensors(fake))
         self.op.register_autograd(backward, setup_context=setup_context)
@@ -65,20 +64,24 @@ class Dispatched:
 
         def forward(ctx, *inputs):
             outputs = compute(*inputs)
+            ctx.eager = True
             if setup_context is not None:
                 setup_context(ctx, inputs, outputs)
-            return outputs
+            return outputs if returned is None else outputs[:returned]
 
         self.op.register_vmap(vmap_by(self.op))
-        # A Function with a setup_context of its own, which transforms need, looks its signature up at every call.
-        self._eager = _function(name, forward=forward, backward=backward)
-        # What is left of the inputs once a transform is done may be transformed again, or traced.
-        again = _with_tensors(self)
+        # A Function with a setup_context of its own, which transforms need, looks its signature up at every call; Function.apply looks for transforms
+        # and for what they left behind, which __call__ has done, so that the method which that one extends does.
+        self._eager = super(torch.autograd.Function, _function(name, forward=forward, backward=backward)).apply
+        # What is left of the inputs once a transform is done may be transformed again, or traced; its rule needs every output.
+        again = _with_tensors(lambda *inputs: (self if returned is None or transforming() else self.op)(*inputs))
         self._transformed = _function(name, forward=again, backward=backward,
                                       setup_context=setup_context or _save_nothing,
                                       vmap=vmap_by(again), jvp=_refuse_tangents)
 
-    def __call__(self, *inputs: object) -> object:
+    def __call__(self, *inputs: object, alone: Callable | None = None) -> object:
+        """Compute. `alone` takes the place of `compute` where nothing looks on: no compiler, mode or
+        transform, no gradient that is differentiated again. It may write over its inputs."""
         # Dynamo and tracers first: what follows asks questions that they cannot trace. Then transforms, inside which tensors are wrappers.
         if torch.compiler.is_compiling() or not SHORT_WAYS:
             return self.op(*inputs)
@@ -89,12 +92,12 @@ class Dispatched:
             self._tell_flop_counter()
             return self.op(*inputs)
         if torch.is_grad_enabled():
-            return self._eager.apply(*inputs)
-        # As a Function does: what a transform left behind is a wrapper, whose memory nobody can ask for. Gradients are computed of what was saved.
-        inputs = inputs if self._setup_context is None else unwrap_dead_wrappers(inputs)
-        with record_function(self._name) if _profiler_enabled() else _NOTHING:
-            return self._compute(*inputs)
-
+            return self._eager(*inputs)
+        compute = alone or self._compute
+        if not _profiler_enabled():
+            return compute(*inputs)
+        with record_function(self._name):
+            return compute(*inputs)
 
     def _tell_flop_counter(self) -> None:
         """Give the formula to torch's registry, and to the counters at work, which copied that when they were made.
@@ -113,6 +116,12 @@ class Dispatched:
                 counter.flop_registry.setdefault(packet, counting.flop_registry[packet])
 
 
+def eager(*inputs: object) -> bool:
+    """Whether a call with these arguments takes eager mode's short way."""
+    return (SHORT_WAYS and not torch.compiler.is_compiling() and not _are_functorch_transforms_active() and not _len_torch_dispatch_stack()
+            and not _len_torch_dispatch_stack_pre_dispatch() and not torch.jit.is_tracing() and _plain(inputs))
+
+
 def transforming() -> bool:
     """Whether a transform of torch.func is at work."""
     return SHORT_WAYS and not torch.compiler.is_compiling() and _are_functorch_transforms_active()
@@ -120,10 +129,10 @@ def transforming() -> bool:
 
 def _plain(inputs: tuple) -> bool:
     """Whether all tensors among the arguments are what lies in their memory: not subclasses or meta tensors, not batched (is_grads_batched=True), not
-    the negative of their memory (x.conj().imag)."""
+    the negative of their memory (x.conj().imag), not the wrapper that a transform left behind."""
     for value in inputs:
         kind = type(value)
-        if kind not in _PLAIN or (kind in _TENSORS and (value.is_neg() or is_legacy_batchedtensor(value))):
+        if kind not in _VALUES and (kind not in _TENSORS or value.is_neg() or is_legacy_batchedtensor(value) or is_functorch_wrapped_tensor(value)):
             return False
     return not inputs[0].is_meta
 

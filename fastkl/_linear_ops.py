@@ -1,12 +1,16 @@
 """The ops under every function on hidden states, with fake and autograd rules: statistics, their gradients, and the weighted KL with both.
 
 Six tensors describe the two heads: hidden, weight, bias, ref_hidden, ref_weight, ref_bias. ref_weight is None beside ref_hidden where the heads
-share weight. `wrt` names those of the six whose gradients are asked for, comma-separated.
+share weight. `wrt` names those of the six whose gradients are asked for, comma-separated. `keep`: the statistics return all logits too, of which
+backward then makes no second product.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -32,36 +36,63 @@ SCALED_AT_ONCE = 1 << 20
 def _statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
                 ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
                 temperature: float, fields: str, softcap: float, ref_softcap: float, ratio: float, backend: str, logits_dtype: torch.dtype,
-                chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, ref_logprob, kl, ref_kl, saved) as row_statistics gives them for the heads' logits."""
-    results = empty_outputs(hidden, fields)
+                chunk_size: int | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, ref_logprob, kl, ref_kl, saved, logits, ref_logits): the first six as row_statistics gives them for the heads' logits.
+
+    logits, ref_logits: with `keep` those of the tokens that take part, which come first, [..., V and what fills a line]; else None.
+    """
+    results, kept = empty_outputs(hidden, fields), _empty_logits(hidden, weight, ref_hidden, logits_dtype, keep)
     heads = _chunks.Heads((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), logits_dtype, backend, chunk_size,
                           _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio))
-    heads.forward(_flat_outputs(results), results[-1].view(-1, SAVED))
-    return results
+    for value in kept:
+        if value is not None:
+            # The same bits at every call: nothing is left uninitialised.
+            value[..., weight.shape[0]:].zero_()
+            value.view(-1, value.shape[-1])[heads.policy.hidden.shape[0]:].zero_()
+    heads.forward(_flat_outputs(results), results[-1].view(-1, SAVED), kept)
+    return *results, *kept
 
 
 def _fake_statistics(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, ratios, temperature, fields,
-                     softcap, ref_softcap, ratio, backend, logits_dtype, chunk_size):
-    return empty_outputs(hidden, fields)
+                     softcap, ref_softcap, ratio, backend, logits_dtype, chunk_size, keep):
+    return *empty_outputs(hidden, fields), *_empty_logits(hidden, weight, ref_hidden, logits_dtype, keep)
 
 
-def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-               ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
-               saved: Tensor, g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
-               g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float, ref_softcap: float, ratio: float, backend: str,
-               logits_dtype: torch.dtype, chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the upstream-weighted statistics with respect to the six, in their types; None where not asked for."""
-    six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    heads = _chunks.Heads(six, logits_dtype, backend, chunk_size,
-                          _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio))
-    upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
-                if value is not None}
-    return _in_their_types(six, heads.backward(saved.reshape(-1, SAVED).contiguous(), upstream, wanted(wrt)), wrt, wide=())
+def _empty_logits(hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, dtype: torch.dtype, keep: bool) -> list[Tensor | None]:
+    """Return room for the logits of both models, in rows of whole lines."""
+    width = _chunks.row_width(weight.shape[0])
+    return [states.new_empty((*states.shape[:-1], width), dtype=dtype) if keep and states is not None else None for states in (hidden, ref_hidden)]
 
 
-def _fake_gradients(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, ratios, saved, g_logprob, g_entropy,
-                    g_ref_logprob, g_kl, g_ref_kl, temperature, wrt, softcap, ref_softcap, ratio, backend, logits_dtype, chunk_size):
+def _gradients_that(*, overwrite: bool) -> Callable:
+    """Return what computes gradients. overwrite: those of logits may take the place of kept logits, which no op may do to its inputs."""
+
+    def gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+                  ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
+                  saved: Tensor, logits: Tensor | None, ref_logits: Tensor | None, g_logprob: Tensor | None, g_entropy: Tensor | None,
+                  g_ref_logprob: Tensor | None, g_kl: Tensor | None, g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float,
+                  ref_softcap: float, ratio: float, backend: str, logits_dtype: torch.dtype,
+                  chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of the upstream-weighted statistics with respect to the six, in their types; None where not asked for.
+
+        logits, ref_logits: as forward kept them, or None.
+        """
+        six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+        heads = _chunks.Heads(six, logits_dtype, backend, chunk_size,
+                              _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio))
+        upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
+                    if value is not None}
+        found = heads.backward(saved.reshape(-1, SAVED).contiguous(), upstream, wanted(wrt), (logits, ref_logits), overwrite)
+        return _in_their_types(six, found, wrt, wide=())
+
+    return gradients
+
+
+_gradients, _overwriting_gradients = (_gradients_that(overwrite=overwrite) for overwrite in (False, True))
+
+
+def _fake_gradients(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, ratios, saved, logits, ref_logits, g_logprob,
+                    g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt, softcap, ref_softcap, ratio, backend, logits_dtype, chunk_size):
     return _empty_gradients((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), wrt, wide=())
 
 
@@ -83,7 +114,7 @@ def _weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden
     if wrt:
         if torch.float16 in {value.dtype for value in six if value is not None}:
             size = _size(wanted(wrt), ratio if ratios is None else ratios)
-            unit = _unit(torch.where(weights == 0, 0.0, weights / (temperature if temperatures is None else temperatures) * size))
+            unit = float16_unit(torch.where(weights == 0, 0.0, weights / (temperature if temperatures is None else temperatures) * size))
         gradients = heads.forward_and_backward({"kl": kl.view(-1)}, {"kl": _rows.flat(weights / unit)}, wanted(wrt))
     else:
         heads.forward({"kl": kl.view(-1)}, weights.new_empty(weights.numel(), SAVED))
@@ -131,7 +162,7 @@ def _flat_outputs(results: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
     return {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if value is not None}
 
 
-def _unit(weights: Tensor) -> Tensor:
+def float16_unit(weights: Tensor) -> Tensor:
     """The power of two by which the largest of |weights|, of tokens over their temperatures, counts 4 … 8; 1 if that is 0 or not finite.
 
     Counting 1, a flat row's gradients lose digits to float16's smallest numbers. What is left to its largest, 65504, is for the differences of logits
@@ -168,9 +199,11 @@ def _empty_gradients(six, wrt: str, wide) -> tuple[Tensor | None, ...]:
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    tensors, (ctx.temperature, fields, *ctx.settings) = inputs[:10], inputs[10:]
+    tensors, (ctx.temperature, fields, *ctx.settings, keep) = inputs[:10], inputs[10:]
     refuse_temperature_gradient(ctx.needs_input_grad[8] or ctx.needs_input_grad[9])
-    save_tensors(ctx, *tensors, output[-1])
+    saved, *kept = output[len(FIELDS):]
+    save_tensors(ctx, *tensors, saved, *(kept if keep else ()))
+    ctx.may_overwrite, ctx.overwritten = hasattr(ctx, "eager"), False
     ctx.shared = tensors[3] is not None and tensors[4] is None
     policy = any(ctx.needs_input_grad[:3])
     mark_constant(ctx, output, wanted(fields), policy, any(ctx.needs_input_grad[3:6]) or (ctx.shared and ctx.needs_input_grad[1]))
@@ -184,9 +217,19 @@ def _backward(ctx, *upstream):
     depends = (on_policy, on_policy or (ctx.shared and on_reference), on_policy, on_reference, on_reference, on_reference)
     names = [name for name, asked, there in zip(SIX, ctx.needs_input_grad, depends, strict=False) if asked and there]
     if not names:
-        return (None,) * 18
-    gradients = linear_gradients(*ctx.saved_tensors, *upstream[:5], ctx.temperature, ",".join(names), *ctx.settings)
-    return *(gradient if name in names else None for name, gradient in zip(SIX, gradients, strict=True)), *(None,) * 12
+        return (None,) * len(ctx.needs_input_grad)
+    *tensors, logits, ref_logits = (*ctx.saved_tensors, None, None)[:13]
+    # What an earlier backward through a retained graph wrote over is computed again.
+    kept = (None, None) if ctx.overwritten else (logits, ref_logits)
+
+    def overwriting(*inputs):
+        ctx.overwritten = True
+        return _overwriting_gradients(*inputs)
+
+    gradients = linear_gradients(*tensors, *kept, *upstream[:5], ctx.temperature, ",".join(names), *ctx.settings,
+                                 alone=overwriting if ctx.may_overwrite else None)
+    return (*(gradient if name in names else None for name, gradient in zip(SIX, gradients, strict=True)),
+            *(None,) * (len(ctx.needs_input_grad) - len(SIX)))
 
 
 def _save_gradients(ctx, inputs, output) -> None:
@@ -222,13 +265,16 @@ def _backward_of_sum(ctx, upstream, *_):
 # ---- what a counter of floating-point operations is told, from shapes in place of tensors: as if every token counted
 
 
-def _flops(six: tuple, wrt: str, on_policy: bool, on_reference: bool) -> int:
-    """Of the logits of the policy and, if it takes part, of the reference, and of the gradients named in wrt: 2·N·H·V for each product."""
+def _flops(six: tuple, wrt: str, on_policy: bool, on_reference: bool, logits: int = 1) -> int:
+    """Of the logits of the policy and, if it takes part, of the reference, and of the gradients named in wrt: 2·N·H·V for each product.
+
+    logits: 0 where they are known.
+    """
     hidden, weight, _, ref_hidden, ref_weight, _ = six
     policy, reference = (0 if states is None else 2 * math.prod(states) * weight[0] for states in (hidden, ref_hidden))
     names = wanted(wrt)
-    products = 1 + on_policy * (("hidden" in names) + ("weight" in names))
-    ref_products = on_reference * (1 + ("ref_hidden" in names) + (("weight" if ref_weight is None else "ref_weight") in names))
+    products = logits + on_policy * (("hidden" in names) + ("weight" in names))
+    ref_products = on_reference * (logits + ("ref_hidden" in names) + (("weight" if ref_weight is None else "ref_weight") in names))
     return policy * products + reference * ref_products
 
 
@@ -237,9 +283,10 @@ def _flops_of_statistics(*inputs) -> int:
 
 
 def _flops_of_gradients(*inputs) -> int:
-    given = {name: value is not None for name, value in zip(FIELDS, inputs[11:16], strict=True)}
-    return _flops(inputs[:6], inputs[17], given["logprob"] or given["entropy"] or given["kl"] or given["ref_kl"],
-                  given["ref_logprob"] or given["kl"] or given["ref_kl"])
+    a = SimpleNamespace(**dict(zip(inspect.signature(_gradients).parameters, inputs, strict=True)))
+    on_both = a.g_kl is not None or a.g_ref_kl is not None
+    return _flops(inputs[:6], a.wrt, on_both or a.g_logprob is not None or a.g_entropy is not None, on_both or a.g_ref_logprob is not None,
+                  logits=int(a.logits is None))
 
 
 def _flops_of_weighted_kl(*inputs) -> int:

@@ -5,6 +5,10 @@ A field nobody asked for is None, or an empty tensor: an op's schema is one for 
 
 from __future__ import annotations
 
+import functools
+import itertools
+
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -13,6 +17,7 @@ from ._dispatch import Dispatched, save_tensors
 from ._rows import FIELDS, SAVED
 
 
+@functools.lru_cache
 def wanted(names: str) -> tuple[str, ...]:
     """The names in a comma-separated string: schemas of ops have no lists of names."""
     return tuple(names.split(",")) if names else ()
@@ -20,9 +25,9 @@ def wanted(names: str) -> tuple[str, ...]:
 
 def empty_outputs(p: Tensor, fields: str) -> tuple[Tensor | None, ...]:
     """One tensor per field and the saved values, uninitialised, for logits or hidden states p; None for a field that nobody asked for."""
-    dtype, leading, names = _rows.result_dtype(p), p.shape[:-1], wanted(fields)
-    outputs = [p.new_empty(leading, dtype=dtype) if name in names else None for name in FIELDS]
-    return *outputs, p.new_empty((*leading, SAVED), dtype=dtype)
+    dtype, device, leading, names = _rows.result_dtype(p), p.device, p.shape[:-1], wanted(fields)
+    outputs = [torch.empty(leading, dtype=dtype, device=device) if name in names else None for name in FIELDS]
+    return *outputs, torch.empty((*leading, SAVED), dtype=dtype, device=device)
 
 
 def _statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
@@ -30,10 +35,15 @@ def _statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor
     """(logprob, entropy, ref_logprob, kl, ref_kl, saved): the fields named in `fields` [...], and what backward needs [..., 10]."""
     results = empty_outputs(p, fields)
     if results[-1].numel():
-        outputs = {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if value is not None}
+        outputs = {name: _rows.flat(value) for name, value in zip(FIELDS, results, strict=False) if value is not None}
         _rows.forward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), outputs,
-                      results[-1].view(-1, SAVED))
+                      _table(results[-1]))
     return results
+
+
+def _table(value: Tensor | None) -> Tensor | None:
+    """A contiguous matrix of the last dimension's rows."""
+    return value if value is None else (value if value.dim() == 2 else value.reshape(-1, value.shape[-1])).contiguous()
 
 
 def _fake_statistics(p, q, tokens, mask, temperatures, temperature, fields, backend):
@@ -48,14 +58,14 @@ def _gradients(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor 
     if p.numel():
         upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
                     if value is not None}
-        targets = [None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads]
-        _rows.backward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature),
-                       saved.reshape(-1, SAVED).contiguous(), upstream, *targets)
+        _rows.backward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), _table(saved),
+                       upstream, *map(_table, grads))
     return grads
 
 
 def _empty_gradients(p: Tensor, q: Tensor | None, wrt_p: bool, wrt_q: bool) -> tuple[Tensor | None, Tensor | None]:
-    return p.new_empty(p.shape) if wrt_p else None, q.new_empty(q.shape) if wrt_q else None
+    return (torch.empty_like(p, memory_format=torch.contiguous_format) if wrt_p else None,
+            torch.empty_like(q, memory_format=torch.contiguous_format) if wrt_q else None)
 
 
 def _fake_gradients(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt_p, wrt_q, backend):
@@ -71,24 +81,33 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 def mark_constant(ctx, output, fields: tuple[str, ...], policy: bool, reference: bool) -> None:
     """A field says that it needs no gradient if nobody asked for it, or if what it depends on, policy or reference, needs none."""
-    depends = {"logprob": policy, "entropy": policy, "ref_logprob": reference, "kl": policy or reference, "ref_kl": policy or reference}
-    ctx.mark_non_differentiable(output[-1], *[value for name, value in zip(FIELDS, output, strict=False)
-                                              if value is not None and (name not in fields or not depends[name])])
+    learns = _learning(fields, policy, reference)
+    # What comes after the fields has no gradient.
+    constant = [value for value, its in itertools.zip_longest(output, learns, fillvalue=False) if value is not None and not its]
+    ctx.mark_non_differentiable(*constant)
     ctx.set_materialize_grads(False)
+
+
+@functools.lru_cache
+def _learning(fields: tuple[str, ...], policy: bool, reference: bool) -> tuple[bool, ...]:
+    """Which of FIELDS were asked for and depend on what needs a gradient."""
+    depends = {"logprob": policy, "entropy": policy, "ref_logprob": reference, "kl": policy or reference, "ref_kl": policy or reference}
+    return tuple(name in fields and depends[name] for name in FIELDS)
 
 
 def _backward(ctx, *upstream):
     p, q, tokens, mask, temperatures, saved = ctx.saved_tensors
     refuse_forward_mode(upstream)
-    wrt_p, wrt_q = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    wrt_p, wrt_q, *_ = ctx.needs_input_grad
     # What does not depend on an argument must not make its gradient be computed: log-probs of Q say nothing about P.
-    on_p = any(upstream[i] is not None for i in (0, 1, 3, 4))
-    on_q = any(upstream[i] is not None for i in (2, 3, 4))
-    if not ((wrt_p and on_p) or (wrt_q and on_q)):
+    logprob, entropy, ref_logprob, kl, ref_kl = given = upstream[:5]
+    both = kl is not None or ref_kl is not None
+    wrt_p = wrt_p and (both or logprob is not None or entropy is not None)
+    wrt_q = wrt_q and (both or ref_logprob is not None)
+    if not (wrt_p or wrt_q):
         return (None,) * 8
-    grad_p, grad_q = row_gradients(p, q, tokens, mask, temperatures, saved, *upstream[:5], ctx.temperature, wrt_p and on_p, wrt_q and on_q,
-                                   ctx.backend)
-    return grad_p if wrt_p and on_p else None, grad_q if wrt_q and on_q else None, None, None, None, None, None, None
+    grad_p, grad_q = row_gradients(p, q, tokens, mask, temperatures, saved, *given, ctx.temperature, wrt_p, wrt_q, ctx.backend)
+    return grad_p if wrt_p else None, grad_q if wrt_q else None, None, None, None, None, None, None
 
 
 def refuse_temperature_gradient(asked: bool) -> None:
@@ -133,5 +152,5 @@ def _batched_gradients(info, in_dims, p, q, tokens, mask, temperatures, saved, g
 
 
 row_statistics = Dispatched("fastkl::row_statistics", _statistics, _fake_statistics, setup_context=_save_for_backward, backward=_backward,
-                            batch=_batched_statistics)
+                            batch=_batched_statistics, returned=len(FIELDS))
 row_gradients = Dispatched("fastkl::row_gradients", _gradients, _fake_gradients, backward=refuse_second_derivative, batch=_batched_gradients)

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Iterator
-from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
-from . import _checks, reference
+from . import _checks, _cpu_rows, reference
+from ._problems import Scaling, fused_launchers, launchers, problems
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
-# Elements of a block of rows on the reference: small enough for a processor's cache, large enough to keep torch's overhead down.
-BLOCK_ELEMENTS = 1 << 18
-
-
-class Scaling(NamedTuple):
-    """Soft caps, and the ratio that multiplies Q's capped logits.
-
-    softcap, ref_softcap: soft caps of P's and of Q's logits, 0 for none. ratio: the inverse temperature of Q over that
-    of P, a number or one per row [N], contiguous, in the type of the results; it multiplies Q's capped logits.
-    """
-
-    softcap: float = 0.0
-    ref_softcap: float = 0.0
-    ratio: float | torch.Tensor = 1.0
+# Elements of a block of rows on the reference, for each thread: small enough for its cache, large enough to keep torch's overhead down.
+BLOCK_ELEMENTS = 1 << 16
+# Rows whose sums are finished together: what is left to do for each is a few numbers.
+ROWS_AT_ONCE = 256
 
 
 def result_dtype(logits: torch.Tensor) -> torch.dtype:
@@ -52,7 +39,8 @@ def forward(backend: str, p, q, tokens, mask, temperature, outputs: dict[str, to
         reference_forward(p, q, tokens, mask, temperature, outputs, saved, scaling)
         return
     for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
-        _launchers().forward(problem, _some_of_each(outputs, rows), _some(saved, rows))
+        part = (outputs, saved) if rows is None else (_some_of_each(outputs, rows), saved[rows])
+        launchers().forward(problem, *part)
 
 
 def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
@@ -67,9 +55,33 @@ def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor,
         reference_backward(p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling)
         return
     # A saved-tensor hook may return logits with another stride along the vocabulary.
-    p, q = (side if side is None or side.stride(-1) == 1 else side.contiguous() for side in (p, q))
+    p = p if p.stride(-1) == 1 else p.contiguous()
+    q = q if q is None or q.stride(-1) == 1 else q.contiguous()
     for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
-        _launchers().backward(problem, _some(saved, rows), _some_of_each(upstream, rows), _some(grad_p, rows), _some(grad_q, rows))
+        part = (saved, upstream, grad_p, grad_q)
+        if rows is not None:
+            part = (saved[rows], _some_of_each(upstream, rows), _some(grad_p, rows), _some(grad_q, rows))
+        launchers().backward(problem, *part)
+
+
+def kl_and_gradients(backend: str, p, q, tokens, mask, temperature, kl: torch.Tensor, saved: torch.Tensor, weights: torch.Tensor,
+                     grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, scaling: Scaling) -> None:
+    """`forward` of kl and `backward` for upstream gradients `weights` [N]; in one launch for a gradient to P alone where kernels.config has it so."""
+    if backend == "reference" or grad_p is None or grad_q is not None:
+        forward(backend, p, q, tokens, mask, temperature, {"kl": kl}, saved, scaling)
+        backward(backend, p, q, tokens, mask, temperature, saved, {"kl": weights}, grad_p, grad_q, scaling)
+        return
+    for rows, problem in problems(p, q, tokens, mask, temperature, scaling):
+        part = (kl, saved, weights, grad_p) if rows is None else (kl[rows], saved[rows], weights[rows], grad_p[rows])
+        _kl_and_gradient(problem, *part)
+
+
+def _kl_and_gradient(problem: object, kl: torch.Tensor, saved: torch.Tensor, weights: torch.Tensor, grad_p: torch.Tensor) -> None:
+    if fused_launchers().fuses(problem, grad_p):
+        fused_launchers().fused(problem, weights.to(torch.float32).contiguous(), kl, saved, grad_p)
+    else:
+        launchers().forward(problem, {"kl": kl}, saved)
+        launchers().backward(problem, saved, {"kl": weights}, grad_p, None)
 
 
 def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
@@ -90,38 +102,138 @@ def take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return logits[torch.unravel_index(rows, logits.shape[:-1])]
 
 
-def _some(value: torch.Tensor | float | None, rows: torch.Tensor | slice | None) -> torch.Tensor | float | None:
-    """Some rows of a per-row tensor; all of them where rows is None."""
-    return value[rows] if rows is not None and isinstance(value, torch.Tensor) else value
+def _some(value: torch.Tensor | float | None, rows: torch.Tensor | slice) -> torch.Tensor | float | None:
+    """Some rows of a per-row tensor."""
+    return value[rows] if isinstance(value, torch.Tensor) else value
 
 
-def _some_of_each(values: dict[str, torch.Tensor], rows: slice | None) -> dict[str, torch.Tensor]:
-    return values if rows is None else {name: value[rows] for name, value in values.items()}
+def _some_of_each(values: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    return {name: value[rows] for name, value in values.items()}
 
 
 def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
                       temperature: float | torch.Tensor, outputs: dict[str, torch.Tensor], saved: torch.Tensor,
                       scaling: Scaling) -> None:
-    """Fill outputs ([N] per field) and saved [N, 10] from reference.row_statistics, a block of rows at a time; masked rows stay 0."""
+    """Fill outputs ([N] per field) and saved [N, 10], a block of rows at a time; masked rows stay 0.
+
+    _cpu_rows holds nearly every row; the others are reference.row_statistics', those far apart in float64.
+    """
     for value in (*outputs.values(), saved):
         value.zero_()
-    for rows in row_blocks(p, mask):
+    room, step = _room(p), _step(p)
+    for rows, x, y in _blocks(p, q, mask, _trivial(scaling)):
+        x, y = _scaled(x, y, rows, scaling)
         chosen, scales = _some(tokens, rows), _some(temperature, rows)
         if chosen is not None:
             _checks.tokens_in_range(chosen, p.shape[-1])
         if isinstance(scales, torch.Tensor):
             _checks.temperatures_positive(scales)
-        x, y = _scaled(p, q, rows, scaling)
-        result = _statistics(x, y, chosen, scales, outputs)
-        far = result.saved[:, reference.FAR] != 0
-        if result.saved.dtype != torch.float64 and bool(far.any()):
-            wide = _statistics(*_double(far, x, y), _some(chosen, far), _some(scales, far), outputs)
-            for value, better in zip(result[:-1], wide[:-1], strict=True):
-                if value is not None:
-                    value[far] = better.to(value.dtype)
-        for name, value in outputs.items():
-            value[rows] = getattr(result, name).to(value.dtype)
-        saved[rows] = result.saved.to(saved.dtype)
+        others = torch.arange(x.shape[0], device=x.device)
+        if x.dtype != torch.float64:
+            values, kept, holds = _cpu_rows.statistics(_cpu_rows.Block(x, y, chosen, _inverse(scales)), set(outputs), room, step)
+            for name, value in outputs.items():
+                value[rows] = values[name]
+            saved[rows] = kept
+            others = others[:0] if bool(holds.all()) else (~holds).nonzero()[:, 0]
+        for some in others.split(step) if others.numel() else ():
+            _define(x[some], None if y is None else y[some], _some(chosen, some), _some(scales, some), outputs, saved, _numbers(rows, some))
+
+
+def _define(x, y, tokens, temperature, outputs: dict[str, torch.Tensor], saved: torch.Tensor, rows: slice | torch.Tensor) -> None:
+    """Fill these rows of outputs and saved as reference.py defines them, rows that float32 does not hold in float64."""
+    result = _statistics(x, y, tokens, temperature, outputs)
+    far = result.saved[:, reference.FAR] != 0
+    if result.saved.dtype != torch.float64 and bool(far.any()):
+        wide = _statistics(*_double(far, x, y), _some(tokens, far), _some(temperature, far), outputs)
+        for value, better in zip(result[:-1], wide[:-1], strict=True):
+            if value is not None:
+                value[far] = better.to(value.dtype)
+    for name, value in outputs.items():
+        value[rows] = getattr(result, name).to(value.dtype)
+    saved[rows] = result.saved.to(saved.dtype)
+
+
+def _numbers(rows: slice | torch.Tensor, some: torch.Tensor) -> torch.Tensor:
+    """The row numbers of some rows of a block."""
+    return rows[some] if isinstance(rows, torch.Tensor) else some + rows.start
+
+
+def _inverse(temperature: float | torch.Tensor) -> float | torch.Tensor:
+    """1/T, [k, 1] of one per row."""
+    return 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.float())[:, None]
+
+
+def _elements() -> int:
+    """Elements of a block: each thread gets its share of every operation in its own cache."""
+    return BLOCK_ELEMENTS * torch.get_num_threads()
+
+
+def _columns() -> int:
+    """Elements of a block of gradients, which needs no whole row: less memory beside the gradient itself."""
+    return max(256, _elements() // 2)
+
+
+def _step(logits: torch.Tensor) -> int:
+    """Rows of a block."""
+    return max(1, _elements() // logits.shape[-1])
+
+
+def _room(logits: torch.Tensor) -> _cpu_rows.Room:
+    return _cpu_rows.Room(max(logits.shape[-1], min(_elements(), logits.numel())), logits.device)
+
+
+def _trivial(scaling: Scaling) -> bool:
+    return not (scaling.softcap or scaling.ref_softcap or isinstance(scaling.ratio, torch.Tensor) or scaling.ratio != 1)
+
+
+def _blocks(p: torch.Tensor, q: torch.Tensor | None, mask: torch.Tensor | None, several: bool
+            ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """(row numbers, their logits [k, V] of P and of Q) of the rows that count: a block at a time, or several blocks where that needs no copy."""
+    step = _step(p)
+    most = max(step, ROWS_AT_ONCE) if several else step
+    for start, x, y in _matrices(p, q, 0):
+        counted = None if mask is None else mask[start:start + x.shape[0]]
+        if counted is None or bool(counted.all()):
+            parts = [slice(first, min(first + most, x.shape[0])) for first in range(0, x.shape[0], most)]
+        else:
+            parts = _runs(counted.nonzero()[:, 0], most, step)
+        for part in parts:
+            rows = slice(part.start + start, part.stop + start) if isinstance(part, slice) else part + start
+            yield rows, x[part], None if y is None else y[part]
+
+
+def _runs(rows: torch.Tensor, most: int, step: int) -> Iterator[slice | torch.Tensor]:
+    """Row numbers in order: up to `most` at once as a slice where none is left out, which is a view, else up to `step`."""
+    for some in rows.split(most) if rows.numel() else ():
+        whole = _as_slice(some)
+        yield from (whole,) if isinstance(whole, slice) or most == step else _runs(some, step, step)
+
+
+def _as_slice(rows: torch.Tensor) -> slice | torch.Tensor:
+    """Row numbers in order, as a slice where none is left out: a view instead of a copy."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first == rows.numel() - 1 else rows
+
+
+def _matrices(p: torch.Tensor, q: torch.Tensor | None, start: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    """(number of the first row, views [n, V] of P and of Q) that together are all rows of logits of any leading shape and strides."""
+    sides = [None if side is None else _matrix(side) for side in (p, q)]
+    if sides[0] is not None and (q is None or sides[1] is not None):
+        yield start, *sides
+        return
+    count = p.shape[1:-1].numel()
+    for i in range(p.shape[0]):
+        yield from _matrices(p[i], None if q is None else q[i], start + i * count)
+
+
+def _matrix(logits: torch.Tensor) -> torch.Tensor | None:
+    """The rows as a view [N, V], None where the strides allow none."""
+    if logits.dim() <= 2:
+        return logits.view(-1, logits.shape[-1]) if logits.dim() == 1 else logits
+    try:
+        return logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        return None
 
 
 def _statistics(x, y, tokens, temperature, outputs: dict[str, torch.Tensor]) -> reference.RowStatistics:
@@ -133,10 +245,10 @@ def _double(rows: torch.Tensor, *sides: torch.Tensor | None) -> list[torch.Tenso
     return [None if side is None else side[rows].double() for side in sides]
 
 
-def _scaled(p: torch.Tensor, q: torch.Tensor | None, rows: torch.Tensor, scaling: Scaling) -> list[torch.Tensor | None]:
+def _scaled(x: torch.Tensor, y: torch.Tensor | None, rows: slice | torch.Tensor, scaling: Scaling) -> list[torch.Tensor | None]:
     """Some rows of both tensors, soft caps and ratio applied: in float64 with a ratio: float32 would round the product."""
-    capped = [None if side is None else reference.soft_cap(take(side, rows), cap) for side, cap in ((p, scaling.softcap), (q, scaling.ref_softcap))]
-    if q is None or not isinstance(scaling.ratio, torch.Tensor) and scaling.ratio == 1:
+    capped = [None if side is None else reference.soft_cap(side, cap) for side, cap in ((x, scaling.softcap), (y, scaling.ref_softcap))]
+    if y is None or not isinstance(scaling.ratio, torch.Tensor) and scaling.ratio == 1:
         return capped
     ratio = scaling.ratio[rows, None].double() if isinstance(scaling.ratio, torch.Tensor) else scaling.ratio
     return [capped[0].double(), capped[1].double() * ratio]
@@ -161,27 +273,57 @@ def _gradients(x, y, tokens, temperature, saved, upstream, wrt_p: bool, wrt_q: b
 def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
                        temperature: float | torch.Tensor, saved: torch.Tensor, upstream: dict[str, torch.Tensor],
                        grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, scaling: Scaling) -> None:
-    """Fill the gradients [N, V] from reference.row_gradients, a block of rows at a time; rows without upstream gradient get 0.
+    """Fill the gradients [N, V], a block of rows at a time, each row as forward computed it; rows without upstream gradient get 0.
 
-    A block's rows are read before any of its gradients is written: they may be the logits themselves.
+    A block's logits are read before its gradients are written: they may be the logits themselves.
     """
     active = torch.zeros(saved.shape[0], dtype=torch.bool, device=saved.device)
     for value in upstream.values():
         active |= value != 0
     if mask is not None:
         active &= mask
-    inactive = (~active).nonzero()[:, 0]
-    for grad in (grad_p, grad_q):
-        if grad is not None:
-            grad[inactive] = 0
-    for rows in row_blocks(p, active):
-        x, y = _scaled(p, q, rows, scaling)
-        results = _gradients(x, y, _some(tokens, rows), _some(temperature, rows), saved[rows],
-                             {name: value[rows] for name, value in upstream.items()}, grad_p is not None, grad_q is not None)
-        slopes = _slopes(x, y, rows, scaling)
-        for grad, value, slope in zip((grad_p, grad_q), results, slopes, strict=True):
+    if not bool(active.all()):
+        inactive = (~active).nonzero()[:, 0]
+        for grad in (grad_p, grad_q):
             if grad is not None:
-                grad[rows] = (value if slope is None else value * slope).to(grad.dtype)
+                grad[inactive] = 0
+    room, step, sides = _cpu_rows.Room(_columns(), p.device), _step(p), (grad_p, grad_q)
+    for rows, x, y in _blocks(p, q, active, _trivial(scaling)):
+        lean = saved[rows, _cpu_rows.KIND] == _cpu_rows.LEAN
+        if isinstance(rows, slice) and _trivial(scaling) and bool(lean.all()):
+            _cpu_rows.gradients(_cpu_rows.Block(x, y, _some(tokens, rows), _inverse(_some(temperature, rows))), saved[rows],
+                                _some_of_each(upstream, rows), [None if grad is None else grad[rows] for grad in sides], room, _columns())
+            continue
+        for first in range(0, x.shape[0], step):
+            part = slice(first, first + step)
+            numbers = rows[part] if isinstance(rows, torch.Tensor) else slice(rows.start + first, min(rows.start + first + step, rows.stop))
+            x_here, y_here = _scaled(x[part], None if y is None else y[part], numbers, scaling)
+            results = _mixed_gradients(x_here, y_here, _some(tokens, numbers), _some(temperature, numbers), saved[numbers],
+                                       _some_of_each(upstream, numbers), sides, room)
+            for grad, value, slope in zip(sides, results, _slopes(x_here, y_here, numbers, scaling), strict=True):
+                if grad is not None:
+                    grad[numbers] = (value if slope is None else value * slope).to(grad.dtype)
+
+
+def _mixed_gradients(x, y, tokens, temperature, saved, upstream, sides, room) -> list[torch.Tensor | None]:
+    """Gradients of a block's rows, each as forward computed it, in float32 or float64; None for a side that is None."""
+    results = [None if grad is None else torch.empty_like(x, dtype=result_dtype(x)) for grad in sides]
+    lean = saved[:, _cpu_rows.KIND] == _cpu_rows.LEAN
+    for held in (True, False):
+        some = (lean == held).nonzero()[:, 0]
+        if not some.numel():
+            continue
+        rows = x[some], None if y is None else y[some], _some(tokens, some)
+        scales, given = _some(temperature, some), {name: value[some] for name, value in upstream.items()}
+        if held:
+            here = [None if result is None else torch.empty_like(rows[0], dtype=result.dtype) for result in results]
+            _cpu_rows.gradients(_cpu_rows.Block(*rows, _inverse(scales)), saved[some], given, here, room, _columns())
+        else:
+            here = _gradients(*rows, scales, saved[some], given, *(grad is not None for grad in sides))
+        for result, value in zip(results, here, strict=True):
+            if result is not None:
+                result[some] = value.to(result.dtype)
+    return results
 
 
 def _slopes(x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor, scaling: Scaling) -> list[torch.Tensor | float | None]:
@@ -193,49 +335,3 @@ def _slopes(x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor, scaling
     if isinstance(ratio, torch.Tensor) or ratio != 1:
         slopes[1] = ratio if slopes[1] is None else slopes[1] * ratio
     return slopes
-
-
-def _merged_dims(p: torch.Tensor, q: torch.Tensor | None) -> list[tuple[int, int, int]]:
-    """The leading dimensions as (size, stride of p, stride of q), neighbours merged where both tensors allow it, size-1 ones dropped."""
-    merged: list[tuple[int, int, int]] = []
-    other = p if q is None else q
-    for size, step_p, step_q in zip(p.shape[:-1], p.stride()[:-1], other.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * step_p and merged[-1][2] == size * step_q:
-            merged[-1] = (merged[-1][0] * size, step_p, step_q)
-        else:
-            merged.append((size, step_p, step_q))
-    return merged
-
-
-def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
-             temperature: float | torch.Tensor, scaling: Scaling = Scaling()) -> Iterator[tuple[slice | None, object]]:  # noqa: B008
-    """(rows, kernels.launch.Problem): one for all rows (None) of up to two independent strides; more are taken apart along the outer dimensions."""
-    launch, merged = _launchers(), _merged_dims(p, q)
-    outermost, (outer, inner) = merged[:-2], [(1, 0, 0), (1, 0, 0), *merged][-2:]
-    count, per_row = outer[0] * inner[0], isinstance(temperature, torch.Tensor)
-    ratio = scaling.ratio
-    if not isinstance(ratio, torch.Tensor):
-        ratio = None if ratio == 1 else torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
-    for number, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
-        part = slice(number * count, (number + 1) * count) if index else None
-        sides = [None if side is None else launch.Rows(_starting_at(side, index, outermost, which) if index else side, outer[which],
-                                                       inner[which])
-                 for side, which in ((p, 1), (q, 2))]
-        yield part, launch.Problem(*sides, outer[0], inner[0], p.shape[-1], _some(tokens, part), _some(mask, part), 1.0 if per_row else temperature,
-                                   _some(temperature, part) if per_row else None, scaling.softcap, scaling.ref_softcap, _some(ratio, part))
-
-
-@functools.cache
-def _launchers() -> ModuleType:
-    """kernels.launch, imported at its first use: it needs Triton."""
-    from .kernels import launch
-
-    return launch
-
-
-def _starting_at(logits: torch.Tensor, index: tuple[int, ...], dims: list[tuple[int, int, int]], which: int) -> torch.Tensor:
-    """The same storage from an index of the outermost dimensions on: the kernels take a pointer and strides."""
-    offset = sum(i * dim[which] for i, dim in zip(index, dims, strict=True))
-    return logits.as_strided((1,), (1,), logits.storage_offset() + offset)

@@ -70,7 +70,7 @@ def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str,
     problems = []
     if not _HAS_TRITON:
         problems.append("triton is not installed: pip install triton")
-    if logits[0].device.type != "cuda" and not (logits[0].device.type == "cpu" and _interpreting()):
+    if not (logits[0].is_cuda or (logits[0].is_cpu and _interpreting())):
         problems.append(f"the tensors are on {logits[0].device}: move them to a GPU, or set TRITON_INTERPRET=1 before importing fastkl to "
                         f"interpret the kernels on CPU")
     for dtype in sorted({str(value.dtype) for value in logits if value.dtype not in _TRITON_TYPES}):
@@ -106,7 +106,7 @@ def select(*logits: torch.Tensor, read_rows: bool = True) -> str:
 
     read_rows: whether the kernels read these tensors; False for hidden states, which only say where the logits will be.
     """
-    backend = _forced or ("triton" if logits[0].device.type == "cuda" else "reference")
+    backend = _forced or ("triton" if logits[0].is_cuda else "reference")
     if backend == "triton":
         problems = triton_problems(*logits, read_rows=read_rows)
         if problems:

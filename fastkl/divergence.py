@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from . import _checks, _reduce, _rows, backend, reference
+from . import _checks, _fused, _reduce, _rows, backend, reference
 from ._ops import row_statistics
 from ._types import Reduction
 
@@ -68,9 +68,14 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
     """
     _check(p_logits, q_logits, temperature, mask)
     _reduce.check(reduction, weights, normalizer, p_logits.shape[:-1], p_logits.device)
+    chosen = backend.select(p_logits, q_logits)
+    if reduction != "none" and weights is None:
+        gradient = _fused.gradient_for(p_logits, q_logits, mask, temperature, chosen)
+        if gradient is not None:
+            divisor = _reduce.divisor(reduction, normalizer, mask, p_logits.shape[:-1], torch.float32)
+            return _fused.SummedKL.apply(p_logits, q_logits, mask, temperature, None, divisor, gradient)[0]
     per_row = isinstance(temperature, torch.Tensor)
-    kl = row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl",
-                        backend.select(p_logits, q_logits))[3]
+    kl = row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl", chosen)[3]
     return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
 
 

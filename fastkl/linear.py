@@ -1,4 +1,4 @@
-"""The same statistics from hidden states and lm_head weights: never the logits of all tokens at once, in forward or in backward."""
+"""The same statistics from hidden states and lm_head weights: a chunk of logits at a time, all of them only where they are few or asked for."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 
-from . import _checks, _linear_ops, _reduce, _rows, backend
+from . import _checks, _dispatch, _linear_ops, _reduce, _rows, backend
 from ._types import Reduction
 from .tokens import TokenStats
 
 if TYPE_CHECKING:
     from .tokens import PairedTokenStats
 
+# Bytes of the logits of all models that are kept until backward without a word from the user.
+LARGEST_KEPT = 1 << 31
 # Asked for once: torch.compile cannot trace the question in every release.
 _AUTOCAST_DEVICES = frozenset(name for name in ("cpu", "cuda") if torch.amp.is_autocast_available(name))
 
@@ -41,18 +43,18 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens
                        ref_weight: None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
                        temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
                        softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
-                       chunk_size: int | None = None) -> TokenStats: ...
+                       chunk_size: int | None = None, recompute: bool | None = None) -> TokenStats: ...
 @overload
 def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor, ref_hidden: torch.Tensor,
                        ref_weight: torch.Tensor | Head | None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
                        temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
                        softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
-                       chunk_size: int | None = None) -> PairedTokenStats: ...
+                       chunk_size: int | None = None, recompute: bool | None = None) -> PairedTokenStats: ...
 def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens: torch.Tensor, ref_hidden: torch.Tensor | None = None,
                        ref_weight: torch.Tensor | Head | None = None, *, bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
                        temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
                        softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
-                       chunk_size: int | None = None) -> TokenStats:
+                       chunk_size: int | None = None, recompute: bool | None = None) -> TokenStats:
     """token_stats of the logits that an lm_head would give, a chunk of tokens at a time.
 
     Equivalent to
@@ -64,9 +66,9 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens
         stats = token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
 
     of plain weights; a Head has its own bias, softcap and scale, and ref_temperature may divide ref_logits instead,
-    in two matrix products (one without a reference), with buffers for one chunk of logits as the only large memory. Backward computes the
-    logits again, so that every field and token may have its own upstream gradient, and holds 40 bytes per token for it beside the inputs.
-    Where there is memory for all logits, token_stats of F.linear's results does without computing them again.
+    in two matrix products (one without a reference). Every field and token may have its own upstream gradient. Where all logits take 2 GiB at the
+    most, or with recompute=False, they are kept for backward, which writes their gradients in their place; else buffers for one chunk of logits are
+    the only large memory, and backward computes the logits again. 40 bytes per token are held for it beside the inputs.
 
     Args:
         hidden: [..., H], the last hidden states after the final norm; float32, bfloat16 or float16 (float64 on the reference backend).
@@ -87,6 +89,9 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens
             products' float32 sums for 16-bit inputs; see Accuracy.
         chunk_size: C and G are at most this many tokens (C at most 1024). Default: from N, H, V and a fixed bound on memory, never from what happens
             to be free. See Memory.
+        recompute: False keeps the logits of all models from forward to backward, for a product less for each; True computes them again; None keeps
+            them where N·V·l of all models together is 2 GiB at the most. Nothing is kept where nothing requires gradient, under torch.no_grad
+            and inside transforms of torch.func, and with None not in graphs of torch.export. See Memory.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 inputs) tensors, nats. The last three fields are None without ref_hidden.
@@ -94,23 +99,29 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens
     Gradient:
         Of every field to hidden, weight, bias, ref_hidden, ref_weight and ref_bias where they require it, in their types; weight gradients are summed
         in float32 (on a CPU what is added to the sum was rounded to 16-bit inputs' type). To keep a shared lm_head from learning through the
-        reference, pass ref_weight=weight.detach(). Backward costs two products (one where only logprob and entropy have a gradient) and one for each
-        hidden and each weight that requires it. No second derivative.
+        reference, pass ref_weight=weight.detach(). Backward costs one product for each hidden and each weight that requires it and, without kept
+        logits, two more (one where only logprob and entropy have a gradient): forward and backward with a trained lm_head and a reference that
+        learns nothing, four instead of six; of logprob and entropy without a reference, three instead of four. A second backward through a
+        retained graph finds gradients in place of the logits and computes them again. No second derivative.
 
     Memory:
         Beyond inputs, results and returned gradients, with b bytes per input element, l per logit, C ≤ 1024 tokens of a chunk and G ≥ C tokens
         whose gradients of logits wait for one product:
 
+            kept:     N·V·l for each model in rows of whole 64 entries, from forward to the end of backward; then forward has no other
+                      logits, and backward C·V·l for each model that learns where ref_kl has a gradient to the reference
             forward:  2·C·V·l                                          for both models
             backward: C·V·l for a model that learns nothing;  G·V·b for one that learns, and C·V·l where l differs from b;
                       4·V·H for each 16-bit weight that requires gradient (its sum in float32)
 
-        G = N where that takes no more at its peak, the returned gradient included: then one product gives a bfloat16 weight's gradient, without a
-        sum. On top come copies of the hidden states, of G tokens' where there is a mask, of all where their leading dimensions are not one in
-        memory; on a CPU 15 MB more for rows in float32. At H = 4096, V = 128256 in bfloat16: 0.53 GB forward; with a trainable weight 1.31 GB at
-        N = 4096, 2.36 GB at 8192, and 1.05 + 2.10 GB from there on. Without chunk_size all terms but the sums, or what takes their place, stay under
-        1 GiB on a GPU (128 MiB on a CPU) or half of the sums, whichever is more. Results depend on the chunk only as a product's rounding depends
-        on its shape.
+        Beside kept logits of l = b there is no G·V·b: their gradients take their place, outside torch.compile, selective checkpointing and other
+        modes that look at ops. G = N there, and where that takes no more at its peak, the returned gradient included: then one product gives a
+        bfloat16 weight's gradient, without a sum. On top come copies of the hidden states, of G tokens' where there is a mask, of all where their
+        leading dimensions are not one in memory; on a CPU 15 MB more for rows in float32. At H = 4096, V = 128256 in bfloat16: kept, 2.10 GB for
+        N = 8192 of one model or 4096 of two, and nothing beside them; not kept, 0.53 GB forward, with a trainable weight 1.31 GB at N = 4096,
+        2.36 GB at 8192, and 1.05 + 2.10 GB from there on. Without chunk_size all terms but kept logits and the sums, or what takes their place,
+        stay under 1 GiB on a GPU (128 MiB on a CPU) or half of the sums, whichever is more. Results depend on the chunk only as a product's
+        rounding depends on its shape.
 
     Accuracy:
         float32: that of the products. bfloat16, float16: each logit is rounded once, which dominates everything else, exactly as for logits that
@@ -124,11 +135,12 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens
 
     Source: the chunking is that of every fused linear cross-entropy; what is computed per chunk is token_stats.
     """
-    made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size)
+    made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size,
+                   recompute)
     _checks.tokens(tokens, hidden.shape[:-1], hidden.device)
     fields = "logprob,entropy" if ref_hidden is None else ",".join(_rows.FIELDS)
     per_token, settings = made.rest()
-    values = _linear_ops.linear_statistics(*made.six, tokens.long(), *per_token, fields, *settings)
+    values = _linear_ops.linear_statistics(*made.six, tokens.long(), *per_token, fields, *settings, made.keeps_logits())
     return TokenStats(*values[:2], None, None, None) if ref_hidden is None else TokenStats(*values[:5])
 
 
@@ -137,7 +149,8 @@ def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor | Head, ref_
                          reduction: Reduction = "none", bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
                          temperature: float | torch.Tensor = 1.0, ref_temperature: float | torch.Tensor | None = None,
                          softcap: float | None = None, mask: torch.Tensor | None = None, logits_dtype: torch.dtype | None = None,
-                         chunk_size: int | None = None, normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
+                         chunk_size: int | None = None, normalizer: float | torch.Tensor | None = None,
+                         recompute: bool | None = None) -> torch.Tensor:
     """KL(P‖Q) per token, its sum or its mean, with P's logits from (hidden, weight, bias) and Q's from (ref_hidden, ref_weight, ref_bias).
 
     Equivalent to
@@ -153,7 +166,8 @@ def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor | Head, ref_
     trainable lm_head, three with a frozen one, two where nothing requires gradient (or under torch.no_grad); one more for the other
     model's hidden states and one for its weight where those learn. What backward needs is then the finished gradients themselves, one
     tensor like each input that requires it (float32 for a float16 weight or bias): call it under torch.no_grad() where no backward will follow.
-    "none" allows any upstream gradient per token and computes the logits again in backward: six products, and five.
+    "sum" and "mean" keep no logits, whatever recompute is. "none" allows any upstream gradient per token: where the logits are kept, see recompute,
+    with the same numbers of products; else they are computed again in backward, in two products more.
 
     Args:
         weights: [...] float, what each token's KL counts (a sequence's advantage, beta over a length, …): "sum" and "mean" only. It may require
@@ -170,19 +184,19 @@ def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor | Head, ref_
         same. No second derivative. "sum" and "mean" have to know when they are called what requires gradient: under torch.vmap, or in a graph
         traced without, they raise instead of leaving a gradient out. They scale a finished gradient by the upstream one, which must be finite.
 
-    Memory, Accuracy, autocast: as linear_token_stats; "sum" and "mean" need what its backward needs, in forward.
+    Memory, Accuracy, autocast: as linear_token_stats; "sum" and "mean" need in forward what its backward needs without kept logits.
 
     Special values: as kl_divergence. Raises: TypeError, ValueError, RuntimeError as kl_divergence.
 
     Source: as kl_divergence.
     """
     made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size,
-                   reference_required=True)
+                   recompute, reference_required=True)
     leading, device, dtype = hidden.shape[:-1], hidden.device, _rows.result_dtype(hidden)
     _reduce.check(reduction, weights, normalizer, leading, device)
     if reduction == "none":
         per_token, settings = made.rest()
-        return _linear_ops.linear_statistics(*made.six, None, *per_token, "kl", *settings)[3]
+        return _linear_ops.linear_statistics(*made.six, None, *per_token, "kl", *settings, made.keeps_logits())[3]
     return weighted_kl(made, _reduce.token_scales(weights, reduction, normalizer, mask, leading, dtype, device))[0]
 
 
@@ -221,12 +235,13 @@ def _in_range(value: torch.Tensor) -> torch.Tensor:
 
 
 class Prepared(NamedTuple):
-    """Checked arguments: the six tensors of the ops; mask; the scales of both models; backend, logits_dtype, chunk_size."""
+    """Checked arguments: the six tensors of the ops; mask; the scales of both models; backend, logits_dtype, chunk_size; recompute."""
 
     six: tuple
     mask: torch.Tensor | None
     scales: tuple[_Scale, _Scale]
     engine: tuple
+    recompute: bool | None
 
     def swapped(self) -> Prepared:
         """The same with policy and reference in each other's place."""
@@ -244,19 +259,36 @@ class Prepared(NamedTuple):
         return (self.mask, temperatures, ratios, temperature), (first.cap, second.cap, ratio, *self.engine)
 
 
+    def keeps_logits(self) -> bool:
+        """Whether forward keeps all logits for backward: never where there is no backward, nor inside a transform of torch.func, which may
+        call it once for each of any number of samples. An exported graph may be for any number of tokens.
+        """
+        hidden, weight, _, ref_hidden, *_ = self.six
+        if self.recompute or _dispatch.transforming() or not self.learning():
+            return False
+        if self.recompute is False or torch.compiler.is_exporting():
+            return self.recompute is False
+        models = 1 if ref_hidden is None else 2
+        return models * hidden.shape[:-1].numel() * weight.shape[0] * self.engine[1].itemsize <= LARGEST_KEPT
+
+    def learning(self) -> list[str]:
+        """Return the names of those of the six that require gradient."""
+        return [name for name, value in zip(_linear_ops.SIX, self.six, strict=True)
+                if value is not None and value.requires_grad and torch.is_grad_enabled()]
+
+
 def weighted_kl(made: Prepared, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ weights·kl with gradient, kl [...] without) for weights [...] in the results' type; a masked token's weight does not matter."""
     if made.mask is not None:
         weights = torch.where(made.mask, weights, 0.0)
-    wrt = ",".join(name for name, value in zip(_linear_ops.SIX, made.six, strict=True)
-                   if value is not None and value.requires_grad and torch.is_grad_enabled())
+    wrt = ",".join(made.learning())
     per_token, settings = made.rest()
     results = _linear_ops.linear_weighted_kl(*made.six, weights, *per_token, wrt, *settings)
     return results[0], results[1]
 
 
-def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size, *,
-            reference_required: bool = False) -> Prepared:
+def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size,
+            recompute=None, *, reference_required: bool = False) -> Prepared:
     """Check the arguments that all functions on hidden states share, and cast what autocast casts."""
     if reference_required:
         _checks.reference_given(ref_hidden)
@@ -275,10 +307,12 @@ def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature,
     scales = _scales(heads, temperature, ref_temperature, hidden, ref_hidden)
     _checks.mask(mask, hidden.shape[:-1], hidden.device)
     _checks.chunk_size(chunk_size)
+    _checks.recompute(recompute)
     default = hidden.dtype if ref_hidden is None or ref_hidden.dtype == hidden.dtype else torch.float32
     _checks.logits_dtype(logits_dtype, default)
     chosen = backend.select(*(value for value in (hidden, ref_hidden) if value is not None), read_rows=False)
-    return Prepared((hidden, weight, bias, ref_hidden, second_weight, ref_bias), mask, scales, (chosen, logits_dtype or default, chunk_size))
+    return Prepared((hidden, weight, bias, ref_hidden, second_weight, ref_bias), mask, scales, (chosen, logits_dtype or default, chunk_size),
+                    recompute)
 
 
 def _head(name: str, weight: torch.Tensor | Head | None, bias_name: str, bias: torch.Tensor | None, softcap: float | None) -> Head:

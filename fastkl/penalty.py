@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
-from . import _checks, _dispatch, _reduce, _rows, linear
+from . import _checks, _dispatch, _fused, _reduce, _rows, backend, linear
 from ._types import BetaController, Direction, PenaltyReduction, called_as
 from .divergence import kl_divergence
 from .linear import Head
@@ -132,11 +132,21 @@ class KLPenalty(_Penalty):
         _checks.same_shape("ref_logits", ref_logits, "policy_logits", policy_logits)
         first, second = (policy_logits, ref_logits) if self.direction == DIRECTIONS[0] else (ref_logits, policy_logits)
         _checks.normalizer(normalizer, self.reduction, policy_logits.device)
-        kl = kl_divergence(first, second, mask, temperature=self.temperature)
-        beta, counts, total = self.beta, _Counts.of(kl, mask), kl.sum()
-        # A penalty without weight leaves out an infinite KL too. A tensor: a number that changes would compile anew.
-        scale = kl.new_ones(()) * beta
-        loss = torch.where(scale == 0, 0.0, scale * total) / self._divisor(counts, normalizer, kl.dtype)
+        beta = self.beta
+        _checks.mask(mask, first.shape[:-1], first.device)
+        gradient = _fused.gradient_for(first, second, mask, self.temperature, backend.select(first, second))
+        if gradient is None:
+            kl = kl_divergence(first, second, mask, temperature=self.temperature)
+            counts, total = _Counts.of(kl, mask), kl.sum()
+            # A penalty without weight leaves out an infinite KL too. A tensor: a number that changes would compile anew.
+            scale = kl.new_ones(()) * beta
+            loss = torch.where(scale == 0, 0.0, scale * total) / self._divisor(counts, normalizer, kl.dtype)
+        else:
+            like = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
+            counts = _Counts.of(like, mask)
+            loss, kl = _fused.SummedKL.apply(first, second, mask, self.temperature, like.new_ones(()) * beta,
+                                             self._divisor(counts, normalizer, like.dtype), gradient)
+            total = kl.sum()
         self._remember(kl, total, counts, beta, loss)
         return loss
 
@@ -155,12 +165,12 @@ class LinearKLPenalty(_Penalty):
         ref_logits = F.linear(ref_hidden, ref_weight, ref_bias)
         loss = KLPenalty(beta, direction=direction, temperature=temperature, reduction=reduction)(policy_logits, ref_logits, mask)
 
-    with softcap, logits_dtype and chunk_size as in linear_kl_divergence, whose costs and memory it has with reduction "sum".
+    with softcap, logits_dtype, chunk_size and recompute as in linear_kl_divergence, whose costs and memory it has with reduction "sum".
 
     Args:
         beta, direction, temperature, reduction: as KLPenalty.
         ref_temperature: divides the reference's logits instead; a positive number. Default: temperature.
-        softcap, logits_dtype, chunk_size: as linear_kl_divergence.
+        softcap, logits_dtype, chunk_size, recompute: as linear_kl_divergence, whose "sum" keeps no logits whatever recompute is.
 
     forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None, normalizer=None) takes hidden states [..., H],
     weights [V, H] (or a Head for either) and a bool mask [...], and returns a float32 scalar with gradient to whatever of them requires it; pass
@@ -175,7 +185,8 @@ class LinearKLPenalty(_Penalty):
 
     def __init__(self, beta: float | BetaController, *, direction: Direction = "policy||reference", temperature: float = 1.0,
                  reduction: PenaltyReduction = "token_mean", softcap: float | None = None,
-                 logits_dtype: torch.dtype | None = None, chunk_size: int | None = None, ref_temperature: float | None = None) -> None:
+                 logits_dtype: torch.dtype | None = None, chunk_size: int | None = None, ref_temperature: float | None = None,
+                 recompute: bool | None = None) -> None:
         super().__init__(beta, direction, temperature, reduction, "linear_kl_divergence")
         if isinstance(ref_temperature, torch.Tensor):
             raise TypeError("ref_temperature: expected a positive number, got a tensor; call linear_kl_divergence for a temperature per token")
@@ -183,16 +194,18 @@ class LinearKLPenalty(_Penalty):
             _checks.temperature(ref_temperature, torch.Size(), torch.device("cpu"), "ref_temperature")
         _checks.softcap(softcap)
         _checks.chunk_size(chunk_size)
+        _checks.recompute(recompute)
         _checks.float_type("logits_dtype", logits_dtype)
         self.ref_temperature = ref_temperature
         self.softcap = softcap
         self.logits_dtype = logits_dtype
         self.chunk_size = chunk_size
+        self.recompute = recompute
 
     def extra_repr(self) -> str:
         """The arguments, for print(model)."""
         options = {"softcap": self.softcap, "logits_dtype": self.logits_dtype, "chunk_size": self.chunk_size,
-                   "ref_temperature": self.ref_temperature}
+                   "ref_temperature": self.ref_temperature, "recompute": self.recompute}
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in options.items() if value is not None)])
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor | Head, ref_hidden: torch.Tensor,
@@ -201,7 +214,8 @@ class LinearKLPenalty(_Penalty):
                 normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
         made = linear.prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, self.temperature,
-                              self.ref_temperature, self.softcap, mask, self.logits_dtype, self.chunk_size, reference_required=True)
+                              self.ref_temperature, self.softcap, mask, self.logits_dtype, self.chunk_size, self.recompute,
+                              reference_required=True)
         if self.direction == DIRECTIONS[1]:
             made = made.swapped()
         _checks.normalizer(normalizer, self.reduction, hidden.device)

@@ -13,11 +13,12 @@ from .launch import FALLBACK_BLOCK, FALLBACK_ROWS, FALLBACK_THREADS, OPTIONS, fa
 from .row_backward import row_backward
 from .row_fallback import row_fallback
 from .row_forward import row_forward
+from .row_fused import row_fused
 
 # A vocabulary of today's models: the plan describes the launches for it.
 VOCABULARY = 128256
 _FIELDS = ("LOGPROB", "ENTROPY", "REF_LOGPROB", "KL", "REF_KL")
-_INTEGERS = ("n_inner", "n_rows", "V", "segment", "splits", "ask_ahead", "chunks")
+_INTEGERS = ("n_inner", "n_rows", "V", "segment", "piece", "pieces", "splits", "ask_ahead", "chunks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Specialization:
 def _type_of(name: str, dtype: str, grad_dtype: str) -> str:
     if name in ("p_ptr", "q_ptr"):
         return f"*{dtype}"
-    if name in ("grad_p_ptr", "grad_q_ptr"):
+    if name in ("grad_p_ptr", "grad_q_ptr", "grad_ptr"):
         return f"*{grad_dtype}"
     if name.endswith("_ptr"):
-        return {"tokens_ptr": "*i64", "mask_ptr": "*i1", "counter_ptr": "*i32"}.get(name, "*fp32")
+        return {"tokens_ptr": "*i64", "mask_ptr": "*i1", "counter_ptr": "*i32", "sync_ptr": "*i32"}.get(name, "*fp32")
     if name.startswith("stride_"):
         return "i64"
     return "i32" if name in _INTEGERS else "fp32"
@@ -92,7 +93,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         if not aligned and kl:
             add(f"{name}.forward_q_elsewhere", row_forward, forward, {**constexprs, "Q_IN_BLOCKS": False})
         again = {key: value for key, value in {**plain, **fields}.items() if key in row_fallback.arg_names}
-        again.update(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK)
+        again.update(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=False)
         specializations.append(_specialization(f"{name}.fallback", row_fallback, again, dtype, FALLBACK_THREADS // warp,
                                                FALLBACK_BLOCK // FALLBACK_THREADS, fallback_options(arch, warp)))
     for name, fields, wrt_p, wrt_q in (
@@ -110,4 +111,11 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
             add(f"{name}_to_16_bit", row_backward, backward, constexprs, "bf16")
         add(f"{name}_ratio", row_backward, backward, {**constexprs, **with_ratio})
         add(f"{name}_softcap", row_backward, backward, {**constexprs, **with_cap})
+    if aligned:
+        fused = config.select("fused", arch, itemsize, VOCABULARY)
+        segment = config.segment_length(VOCABULARY, fused.segment)
+        splits = -(-VOCABULARY // segment) * -(-segment // fused.segment)
+        constexprs = dict(SPLITS=triton.next_power_of_2(splits), THREADS=fused.threads, LANES=lanes, GROUPS=fused.groups,
+                          PREFETCH=config.prefetches(arch), PHASE=0, **plain)
+        add("kl_divergence.fused", row_fused, fused, constexprs)
     return specializations

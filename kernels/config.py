@@ -36,13 +36,21 @@ class RowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The configurations for one architecture ("*": any), element size in bytes and vocabulary up to max_v (None: any)."""
+    """The configurations for one architecture ("*": any), element size in bytes and vocabulary up to max_v (None: any).
+
+    fused: of row_fused; its segments are cut into equal pieces of at most `segment` elements, which stay in L1 and L2.
+    """
 
     arch: str
     itemsize: int
     max_v: int | None
     forward: RowConfig
     backward: RowConfig
+
+    @property
+    def fused(self) -> RowConfig:
+        """forward's threads and groups, and pieces of 8 KB of each tensor: 16 warps keep 256 KB in an SM's L1."""
+        return dataclasses.replace(self.forward, segment=min(self.forward.segment, 8192 // self.itemsize), measured=_UNTIMED)
 
 
 _EMULATED = "the interpreter pays per operation, not per element: wide tiles"
@@ -91,6 +99,11 @@ def segment_length(vocabulary: int, preferred: int) -> int:
     return part
 
 
+def fuses(arch: str) -> bool:
+    """Whether row_fused takes the place of two launches: nowhere but in the interpreter until a GPU has shown it right and faster."""
+    return arch == "interpreter"
+
+
 def prefetches(arch: str) -> bool:
     """Whether the architecture can be asked for a whole segment with one instruction (cp.async.bulk.prefetch)."""
     return arch.startswith("sm_") and int(arch[3:]) >= 90
@@ -100,7 +113,7 @@ _override: dict[str, RowConfig] = {}
 
 
 def select(direction: str, arch: str, itemsize: int, vocabulary: int) -> RowConfig:
-    """The configuration of "forward" or "backward": the first entry of TABLE that fits."""
+    """The configuration of "forward", "backward" or "fused": the first entry of TABLE that fits."""
     if direction in _override:
         return _override[direction]
     for entry in TABLE:
@@ -110,10 +123,10 @@ def select(direction: str, arch: str, itemsize: int, vocabulary: int) -> RowConf
 
 
 @contextlib.contextmanager
-def override(forward: RowConfig | None = None, backward: RowConfig | None = None) -> Iterator[None]:
+def override(forward: RowConfig | None = None, backward: RowConfig | None = None, fused: RowConfig | None = None) -> Iterator[None]:
     """Use these configurations instead of the table's, for tests and for the tuner. Not for use from several threads."""
     before = dict(_override)
-    _override.update({name: value for name, value in (("forward", forward), ("backward", backward)) if value is not None})
+    _override.update({name: value for name, value in (("forward", forward), ("backward", backward), ("fused", fused)) if value is not None})
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from typing import NamedTuple
@@ -27,64 +28,60 @@ FALLBACK_BLOCK = 512
 FALLBACK_REGISTERS = 168
 # Ask for whole segments at once while the rows of a call take at most this much, which has room in L2.
 ASK_AHEAD_BYTES = 33_554_432
+# Two tensors' blocks have at most eight elements of four bytes: where one starts matters up to this number of bytes.
+ADDRESSES = 32
+# Layouts, and launches for them, that are kept: shapes, mostly, of which a training run with padding to the longest has many.
+KEPT = 1024
 # False leaves out row_fallback, for tests: fallback rows then keep a NaN as their first saved value.
 READ_AGAIN = True
+_HERE = contextlib.nullcontext()
 
 
-class Rows:
-    """A logits tensor as rows: [outer, inner, V] by two strides (in elements), whatever its leading shape was.
+class Rows(NamedTuple):
+    """How a tensor's rows lie: [outer, inner, V] by two strides (in elements), whatever its leading shape was.
 
-    lanes: elements of a 16-byte block; misaligned: elements between a 16-byte boundary and the first element.
+    address: of the first element, in bytes, modulo ADDRESSES.
     """
 
-    def __init__(self, tensor: torch.Tensor, stride_outer: int, stride_inner: int) -> None:
-        itemsize = tensor.element_size()
-        self.tensor, self.stride_outer, self.stride_inner = tensor, stride_outer, stride_inner
-        self.lanes = 16 // itemsize
-        self.misaligned = tensor.data_ptr() // itemsize % self.lanes
+    itemsize: int
+    address: int
+    stride_outer: int
+    stride_inner: int
+
+    @property
+    def lanes(self) -> int:
+        """The elements of a 16-byte block."""
+        return 16 // self.itemsize
 
     def same_blocks(self, other: Rows, inner: int, outer: int) -> bool:
         """Whether every row of both starts at the same distance, in elements, from a boundary of this tensor's 16-byte blocks.
 
         The other's blocks have as many elements, and are 8 bytes for a 16-bit tensor beside a 32-bit one.
         """
-        return (self.misaligned == other.tensor.data_ptr() // other.tensor.element_size() % self.lanes
+        return ((self.address // self.itemsize - other.address // other.itemsize) % self.lanes == 0
                 and (inner == 1 or (self.stride_inner - other.stride_inner) % self.lanes == 0)
                 and (outer == 1 or (self.stride_outer - other.stride_outer) % self.lanes == 0))
 
     def aligned(self, inner: int, outer: int) -> bool:
         """Whether every row starts on a 16-byte boundary."""
-        return (self.misaligned == 0 and (inner == 1 or self.stride_inner % self.lanes == 0)
+        return (self.address % 16 == 0 and (inner == 1 or self.stride_inner % self.lanes == 0)
                 and (outer == 1 or self.stride_outer % self.lanes == 0))
 
 
 class Problem(NamedTuple):
-    """N = outer · inner rows of length V; what is None does not take part. Vectors are [N] and contiguous.
+    """N rows of length V; what is None does not take part. Vectors are [N] and contiguous.
 
-    softcap, ref_softcap: of P and of Q, 0 for none. ratios: inverse temperatures of Q over those of P, None for 1.
+    ratios: inverse temperatures of Q over those of P, None for 1.
     """
 
-    p: Rows
-    q: Rows | None
-    outer: int
-    inner: int
-    vocabulary: int
+    p: torch.Tensor
+    q: torch.Tensor | None
+    layout: Layout
     tokens: torch.Tensor | None
     mask: torch.Tensor | None
     temperature: float
     temperatures: torch.Tensor | None
-    softcap: float = 0.0
-    ref_softcap: float = 0.0
-    ratios: torch.Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.outer * self.inner
-
-    @property
-    def q_in_blocks(self) -> bool:
-        """Whether Q can be read in the blocks that P is read in."""
-        return self.q is None or (self.p.lanes == self.q.lanes and self.p.same_blocks(self.q, self.inner, self.outer))
+    ratios: torch.Tensor | None
 
 
 @functools.cache
@@ -111,9 +108,9 @@ def fallback_options(arch: str, warp: int) -> dict[str, object]:
     return {"num_warps": FALLBACK_THREADS // warp, **registers, **OPTIONS}
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """The device as the current one: kernels start on the current one's stream."""
-    return torch.cuda.device(device) if device.type == "cuda" and device.index != torch.cuda.current_device() else contextlib.nullcontext()
+def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The tensor's device as the current one: kernels start on the current one's stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device() else _HERE
 
 
 class Variant:
@@ -160,11 +157,34 @@ class Case(NamedTuple):
         return self.softcap > 0.0 or self.ref_softcap > 0.0 or self.has_ratio or self.realign
 
 
-def _case(problem: Problem) -> Case:
-    tensors = (problem.p.tensor, None if problem.q is None else problem.q.tensor, problem.tokens, problem.temperatures)
-    return Case(tensors[0].device, tuple([None if value is None else value.dtype for value in tensors]),
-                problem.mask is not None, not problem.p.aligned(problem.inner, problem.outer), problem.q_in_blocks,
-                float(problem.softcap), float(problem.ref_softcap), problem.ratios is not None)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """N = outer · inner rows of length V, of policy logits or of both, as they lie: one for all calls that agree in it, hashed by identity.
+
+    places: the kernels' arguments for it, in the order of their signatures.
+    """
+
+    p: Rows
+    outer: int
+    inner: int
+    vocabulary: int
+    places: dict[str, int]
+    case: Case
+    rows: int
+
+
+@functools.lru_cache(KEPT)
+def layout(vocabulary: int, dims: tuple[tuple[int, int, int], tuple[int, int, int]], addresses: tuple[int, int], device: torch.device,
+           types: tuple[torch.dtype | None, ...], has_mask: bool, softcaps: tuple[float, float], has_ratio: bool) -> Layout:
+    """The Layout for (size, stride of P, stride of Q) of the outer and the inner dimension, and the types of p, q, tokens and temperatures."""
+    (outer, *outer_strides), (inner, *inner_strides) = dims
+    p, q = (Rows((dtype or types[0]).itemsize, address, *strides)
+            for dtype, address, *strides in zip(types, addresses, outer_strides, inner_strides, strict=False))
+    in_blocks = types[1] is None or (p.lanes == q.lanes and p.same_blocks(q, inner, outer))
+    places = dict(n_inner=inner, stride_p_outer=p.stride_outer, stride_p_inner=p.stride_inner, stride_q_outer=q.stride_outer,
+                  stride_q_inner=q.stride_inner)
+    case = Case(device, types, has_mask, not p.aligned(inner, outer), in_blocks, *map(float, softcaps), has_ratio)
+    return Layout(p, outer, inner, vocabulary, places, case, outer * inner)
 
 
 @functools.cache
@@ -174,7 +194,7 @@ def forward_variants(case: Case, chosen: config.RowConfig, most_splits: int, wit
     constants = dict(**case.constants, HAS_TOKENS=case.types[2] is not None, WITH_ENTROPY=with_entropy, WITH_KL=case.types[1] is not None,
                      WITH_REVERSE=with_reverse)
     reading = dict(SPLITS=most_splits, THREADS=chosen.threads, GROUPS=chosen.groups, REALIGN=case.realign, PREFETCH=config.prefetches(arch))
-    rows = dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK)
+    rows = dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=False)
     return (Variant(row_forward, _in_order(row_forward, **constants, **reading), _options(chosen, case.device, case.roomy)),
             Variant(row_fallback, _in_order(row_fallback, **constants, **rows), fallback_options(arch, warp)))
 
@@ -194,34 +214,49 @@ def _in_order(kernel: object, **constants: object) -> dict[str, object]:
     return {name: constants[name] for name in inspect.signature(kernel.fn).parameters if name in constants}
 
 
-def _places(problem: Problem) -> dict[str, object]:
-    """Where the rows lie: arguments that the kernels share, in the order of their signatures."""
-    p, q = problem.p, problem.q or problem.p
-    return dict(n_inner=problem.inner, stride_p_outer=p.stride_outer, stride_p_inner=p.stride_inner, stride_q_outer=q.stride_outer,
-                stride_q_inner=q.stride_inner)
-
-
 def _tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
     """p, q, tokens, mask, temperatures and ratios; p itself, as an unused pointer, for what does not take part."""
-    p = problem.p.tensor
-    return (p, p if problem.q is None else problem.q.tensor, *(p if value is None else value
-                                                             for value in (problem.tokens, problem.mask, problem.temperatures, problem.ratios)))
+    p, q, _, tokens, mask, _, temperatures, ratios = problem
+    return (p, p if q is None else q, p if tokens is None else tokens, p if mask is None else mask, p if temperatures is None else temperatures,
+            p if ratios is None else ratios)
+
+
+class ForwardPlan(NamedTuple):
+    """The launches of a forward: `splits` segments of `segment` entries a row."""
+
+    segment: int
+    splits: int
+    ask_ahead: int
+    forward: Variant
+    fallback: Variant
+
+
+@functools.lru_cache(KEPT)
+def _forward_plan(layout: Layout, with_entropy: bool, with_reverse: bool, overridden: tuple) -> ForwardPlan:
+    """The plan; `overridden` tells one configuration of the tests and the tuner from another."""
+    chosen = config.select("forward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
+    segment = config.segment_length(layout.vocabulary, chosen.segment)
+    splits = max(1, -(-layout.vocabulary // segment))
+    row_bytes = layout.vocabulary * sum(dtype.itemsize for dtype in layout.case.types[:2] if dtype is not None)
+    variants = forward_variants(layout.case, chosen, triton.next_power_of_2(splits), with_entropy, with_reverse)
+    return ForwardPlan(segment, splits, int(layout.rows * row_bytes <= ASK_AHEAD_BYTES), *variants)
 
 
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
-def row_counters(device: torch.device, rows: int) -> torch.Tensor:
+def row_counters(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """Zeros [at least rows] int32 that row_forward leaves as zeros: kept for each stream, whose launches take turns.
 
     A CUDA graph gets its own: its replays may run beside other streams.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(rows, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _counters or _counters[key].numel() < rows:
-        _counters[key] = torch.zeros(triton.next_power_of_2(rows), dtype=torch.int32, device=device)
-    return _counters[key]
+    if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(rows, dtype=torch.int32, device=tensor.device)
+    key = tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream
+    counters = _counters.get(key)
+    if counters is None or counters.numel() < rows:
+        counters = _counters[key] = torch.zeros(triton.next_power_of_2(rows), dtype=torch.int32, device=tensor.device)
+    return counters
 
 
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
@@ -230,30 +265,39 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
     With q there is always kl; with tokens logprob, and ref_logprob beside q.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
-    rows, vocabulary = problem.rows, problem.vocabulary
-    case = _case(problem)
-    chosen = config.select("forward", architecture(p.device)[0], p.element_size(), vocabulary)
-    segment = config.segment_length(vocabulary, chosen.segment)
-    splits = max(1, -(-vocabulary // segment))
-    forward_variant, fallback_variant = forward_variants(case, chosen, triton.next_power_of_2(splits), "entropy" in outputs, "ref_kl" in outputs)
+    layout = problem.layout
+    plan = _forward_plan(layout, "entropy" in outputs, "ref_kl" in outputs, tuple(config._override.items()))
     state = counters = saved
-    if splits > 1:
-        state = torch.empty(rows * splits * STATE.value, dtype=torch.float32, device=p.device)
-        counters = row_counters(p.device, rows)
-    row_bytes = vocabulary * (p.element_size() + (0 if problem.q is None else q.element_size()))
-    fields = dict(saved_ptr=saved, **{f"{name}_ptr": outputs.get(name, saved) for name in FIELDS})
-    places, temperature = _places(problem), float(problem.temperature)
-    with _on(p.device):
-        forward_variant.start(
-            rows * splits,
+    if plan.splits > 1:
+        state = torch.empty(layout.rows * plan.splits * STATE.value, dtype=torch.float32, device=p.device)
+        counters = row_counters(p, layout.rows)
+    get = outputs.get
+    fields = dict(saved_ptr=saved, logprob_ptr=get("logprob", saved), entropy_ptr=get("entropy", saved), ref_logprob_ptr=get("ref_logprob", saved),
+                  kl_ptr=get("kl", saved), ref_kl_ptr=get("ref_kl", saved))
+    places, temperature = layout.places, float(problem.temperature)
+    with _on(p):
+        plan.forward.start(
+            layout.rows * plan.splits,
             dict(p_ptr=p, q_ptr=q, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, state_ptr=state,
-                 counter_ptr=counters, **fields, temperature=temperature, **places, V=vocabulary, segment=segment, splits=splits,
-                 ask_ahead=int(rows * row_bytes <= ASK_AHEAD_BYTES)))
+                 counter_ptr=counters, **fields, temperature=temperature, **places, V=layout.vocabulary, segment=plan.segment,
+                 splits=plan.splits, ask_ahead=plan.ask_ahead))
         if READ_AGAIN:
-            fallback_variant.start(
-                -(-rows // FALLBACK_ROWS),
-                dict(p_ptr=p, q_ptr=q, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, **fields, temperature=temperature,
-                     **places, V=vocabulary, n_rows=rows))
+            plan.fallback.start(
+                -(-layout.rows // FALLBACK_ROWS),
+                dict(p_ptr=p, q_ptr=q, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, **fields, grad_ptr=saved,
+                     weight_ptr=saved, temperature=temperature, **places, stride_grad=0, V=layout.vocabulary, n_rows=layout.rows))
+
+
+@functools.lru_cache(KEPT)
+def _backward_plan(layout: Layout, fields: tuple[str, ...], stride: int, grad_p: tuple[torch.dtype, int] | None,
+                   grad_q: tuple[torch.dtype, int] | None, overridden: tuple) -> tuple[int, Variant]:
+    """(chunks of a row, row_backward) for upstream gradients of `fields`, to gradients of these types and addresses with rows `stride` apart."""
+    chosen = config.select("backward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
+    in_blocks = all(grad is None or layout.p.same_blocks(Rows(grad[0].itemsize, grad[1], layout.inner * stride, stride), layout.inner, layout.outer)
+                    for grad in (grad_p, grad_q))
+    # A row that starts in the middle of a block covers one more.
+    chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chosen.segment)
+    return chunks, backward_variant(layout.case, chosen, fields, (grad_p and grad_p[0], grad_q and grad_q[0]), in_blocks)
 
 
 def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grad_p: torch.Tensor | None,
@@ -263,20 +307,16 @@ def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Te
     They may be the logits themselves unless the gradient of ref_kl to Q is asked for: a far row is then read again.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
-    fields = tuple([name for name in FIELDS if name in upstream])
-    stacked = (torch.stack([upstream[name].to(torch.float32) for name in fields]) if len(fields) > 1
+    layout, fields = problem.layout, tuple(upstream)
+    stacked = (torch.stack([value.to(torch.float32) for value in upstream.values()]) if len(fields) > 1
                else upstream[fields[0]].to(torch.float32).contiguous())
-    chosen = config.select("backward", architecture(p.device)[0], p.element_size(), problem.vocabulary)
     stride_grad = (grad_q if grad_p is None else grad_p).stride(0)
-    grads = [None if grad is None else Rows(grad, problem.inner * stride_grad, stride_grad) for grad in (grad_p, grad_q)]
-    in_blocks = all(grad is None or problem.p.same_blocks(grad, problem.inner, problem.outer) for grad in grads)
-    variant = backward_variant(_case(problem), chosen, fields, tuple([None if grad is None else grad.tensor.dtype for grad in grads]), in_blocks)
-    # A row that starts in the middle of a block covers one more.
-    chunks = -(-(problem.vocabulary + problem.p.lanes - 1) // chosen.segment)
-    with _on(p.device):
+    chunks, variant = _backward_plan(layout, fields, stride_grad, None if grad_p is None else (grad_p.dtype, grad_p.data_ptr() % ADDRESSES),
+                                     None if grad_q is None else (grad_q.dtype, grad_q.data_ptr() % ADDRESSES), tuple(config._override.items()))
+    with _on(p):
         variant.start(
-            problem.rows * chunks,
+            layout.rows * chunks,
             dict(p_ptr=p, q_ptr=q, grad_p_ptr=p if grad_p is None else grad_p, grad_q_ptr=p if grad_q is None else grad_q, tokens_ptr=tokens,
                  saved_ptr=saved, upstream_ptr=stacked, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios,
                  temperature=float(problem.temperature),
-                 n_rows=problem.rows, **_places(problem), stride_grad=stride_grad, V=problem.vocabulary, chunks=chunks))
+                 n_rows=layout.rows, **layout.places, stride_grad=stride_grad, V=layout.vocabulary, chunks=chunks))

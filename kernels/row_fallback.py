@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from .row_finish import SAVED, Reading, not_above_zero, row_outputs, store_fields, token_logits
+from .row_gradient import Asked, Upstream
 from .row_load import row_offset, row_ratio, row_scale
-from .row_math import Want, soft_cap
+from .row_math import Want, soft_cap, soft_cap_slope
 
 SIGN_BIT = tl.constexpr(-2147483648)
 
@@ -227,29 +228,83 @@ def store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK: tl.constexp
             tl.store(out.ref_logprob, not_above_zero(log_q.to(tl.float32)))
 
 
+@triton.jit
+def write_fallback(
+    p_row, q_row, grad_p_row, grad_q_row, token, start, end, V, scale, ratio, saved_ptr, g,
+    BLOCK: tl.constexpr, asked: tl.constexpr, reading: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of entries `start` … `end - 1` of a row, computed in float64, for upstream gradients g."""
+    scale = scale.to(tl.float64)
+    q_scale = scale * ratio.to(tl.float64)
+    HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob
+    HAS_TOKEN: tl.constexpr = (asked.wrt_p and asked.logprob) or (asked.wrt_q and asked.ref_logprob)
+    if asked.ref_kl and asked.wrt_q:
+        # Recompute E_q[d]: forward's float32 sums held, but give it too few digits here.
+        if is_fallback(saved_ptr):
+            row = load_row(saved_ptr)
+        else:
+            row = fallback_row(p_row, q_row, V, scale, q_scale, BLOCK, True, reading.softcap, reading.ref_softcap)
+    else:
+        row = load_row(saved_ptr)
+    d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
+    for first in range(start, end, BLOCK):
+        offs_v = first + tl.arange(0, BLOCK)
+        inside = offs_v < end
+        x = load_double(p_row, first, end, BLOCK, reading.softcap)
+        log_p = log_probability_p(x, row, scale)
+        p = tl.exp(log_p)
+        grad_x = p * (-g.logprob - g.entropy * (log_p + row.entropy))
+        if HAS_Q:
+            y = load_double(q_row, first, end, BLOCK, reading.ref_softcap)
+            log_q = log_probability_q(y, row, q_scale)
+            q = tl.exp(log_q)
+            d = log_ratio(log_p, log_q)
+            grad_y = q * -g.ref_logprob
+            if asked.kl:
+                # An infinite KL without upstream gradient takes no part.
+                grad_x -= tl.where(g.kl == 0.0, 0.0, p * (g.kl * ((d - d_at_x_peak) - row.mean_p_from_peak)))
+                grad_y += g.kl * (q - p)
+            if asked.ref_kl:
+                grad_x -= g.ref_kl * (q - p)
+                grad_y += tl.where(q == 0.0, 0.0, tl.where(g.ref_kl == 0.0, 0.0, q * (g.ref_kl * ((d - d_at_y_peak) - row.mean_q_from_peak))))
+        if asked.wrt_p:
+            # An entry without probability has no gradient, also where its logarithm is infinite.
+            grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
+            if HAS_TOKEN:
+                grad_x += tl.where(offs_v == token, g.logprob, 0.0)
+            slope = soft_cap_slope(x, reading.softcap)
+            tl.store(grad_p_row + offs_v, (grad_x * scale * slope).to(tl.float32), mask=inside)
+        if asked.wrt_q:
+            if HAS_TOKEN:
+                grad_y += tl.where(offs_v == token, g.ref_logprob, 0.0)
+            slope = soft_cap_slope(y, reading.ref_softcap)
+            tl.store(grad_q_row + offs_v, (grad_y * q_scale * slope).to(tl.float32), mask=inside)
+
+
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
-    "temperature", "n_rows", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
+    "temperature", "n_rows", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner", "stride_grad",
     "V"], do_not_specialize_on_alignment=[
     "p_ptr", "q_ptr", "tokens_ptr", "temperature_ptr", "ratio_ptr", "saved_ptr", "logprob_ptr", "entropy_ptr", "ref_logprob_ptr",
-    "kl_ptr", "ref_kl_ptr"])
+    "kl_ptr", "ref_kl_ptr", "grad_ptr", "weight_ptr"])
 def row_fallback(
     p_ptr, q_ptr, temperature_ptr, ratio_ptr, tokens_ptr,  # as in row_forward
     saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # written by row_forward
+    grad_ptr, weight_ptr,  # as in row_fused; any pointer without WITH_GRADIENT
     temperature: tl.float32, n_inner: tl.int32,
-    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
+    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64, stride_grad: tl.int64,
     V: tl.int32, n_rows: tl.int32,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,  # rows of a program, and entries of a row that it reads at a time
-    HAS_TOKENS: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
+    HAS_TOKENS: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr, WITH_GRADIENT: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
     SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr,
 ):
-    """Results of the rows that row_forward left with NaN as their first saved value.
+    """Results of the rows that row_forward or row_fused left with NaN as their first saved value.
 
-    Math:   FallbackRow, in float64; reference.row_statistics is the definition.
+    Math:   FallbackRow and write_fallback, in float64; reference.row_statistics and row_gradients define both.
     Grid:   (⌈N / ROWS⌉,).
-    Reads:  one saved value per row; 3·V of each tensor for a row that is computed again.
-    Writes: 10 saved values and the fields asked for, of those rows.
+    Reads:  one saved value per row; 3·V of each tensor for a row that is computed again, 4·V WITH_GRADIENT.
+    Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT V of the gradient of weight·KL to P.
     Saves:  store_row's ten values, marked by the sign of the second.
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never above 0.
     """
@@ -272,3 +327,11 @@ def row_fallback(
                     token = tl.load(tokens_ptr + row)
                 out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
                 store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK, want, reading)
+                if WITH_GRADIENT:
+                    # What one thread has saved, all read.
+                    tl.debug_barrier()
+                    asked: tl.constexpr = Asked(False, False, False, True, False, True, False, False)
+                    zero = tl.full([], 0.0, tl.float32)
+                    g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
+                    grad_row = grad_ptr + row * stride_grad
+                    write_fallback(p_row, q_row, grad_row, grad_row, token, 0, V, V, scale, ratio, out.saved, g, BLOCK, asked, reading)

@@ -62,6 +62,24 @@ class Outputs(NamedTuple):
     ref_kl: tl.tensor
 
 
+class Saved(NamedTuple):
+    """The values of a row that backward needs, as they lie in memory.
+
+    Base 2: origin, log2_S, and lse_q with what it lost. centre with what it lost, log1p_t, the means E_p[d] and E_q[d], entropy.
+    """
+
+    origin: tl.tensor
+    log2_S: tl.tensor
+    lse_q: tl.tensor
+    lost_q: tl.tensor
+    centre: tl.tensor
+    lost_centre: tl.tensor
+    log1p_t: tl.tensor
+    mean_p_d: tl.tensor
+    mean_q_d: tl.tensor
+    entropy: tl.tensor
+
+
 class Reading(NamedTuple):
     """Compile-time: whether a row has a sampled token, and how its logits become the model's: soft caps, 0 for none, and a ratio."""
 
@@ -220,15 +238,14 @@ def token_logits(p_row, q_row, token, V, want: tl.constexpr, reading: tl.constex
 
 
 @triton.jit
-def store_statistics(out, s, p_row, q_row, token, V, shift, scale, ratio, want: tl.constexpr, reading: tl.constexpr):
-    """Write the saved values and the fields of a row; NaN as the first saved value tells row_fallback of a row whose sums do not hold."""
-    scale2 = scale * LOG2E
-    full_lse_q = s.lse_q
-    full_lost_q = s.lost_q
+def saved_values(s, shift, scale, want: tl.constexpr):
+    """The Saved of a row from its Statistics."""
+    lse_q = s.lse_q
+    lost_q = s.lost_q
     centre = s.centre
     lost_centre = s.kl * 0.0
     if want.kl:
-        full_lse_q, full_lost_q = add_product(s.lse_q, s.lost_q, shift, scale2)
+        lse_q, lost_q = add_product(s.lse_q, s.lost_q, shift, scale * LOG2E)
         centre, lost_centre = add_product(s.centre, lost_centre, shift, scale)
     mean_p_d = s.mean_p_d
     mean_q_d = s.mean_q_d
@@ -239,18 +256,37 @@ def store_statistics(out, s, p_row, q_row, token, V, shift, scale, ratio, want: 
     # A peak that rounds up to a whole number leaves a sum below 1. The second saved value is never negative: a negative
     # one marks a fallback row.
     below = s.log2_S < 0.0
-    tl.store(out.saved, tl.where(s.hold, tl.where(below, s.origin - 1.0, s.origin), float("nan")))
-    tl.store(out.saved + 1, tl.where(below, s.log2_S + 1.0, s.log2_S))
-    tl.store(out.saved + 2, full_lse_q)
-    tl.store(out.saved + 3, full_lost_q)
-    tl.store(out.saved + 4, centre)
-    tl.store(out.saved + 5, lost_centre)
-    tl.store(out.saved + 6, s.log1p_t)
-    tl.store(out.saved + 7, mean_p_d)
-    tl.store(out.saved + 8, mean_q_d)
-    tl.store(out.saved + 9, s.entropy)
+    return Saved(
+        tl.where(below, s.origin - 1.0, s.origin),
+        tl.where(below, s.log2_S + 1.0, s.log2_S),
+        lse_q,
+        lost_q,
+        centre,
+        lost_centre,
+        s.log1p_t,
+        mean_p_d,
+        mean_q_d,
+        s.entropy,
+    )
+
+
+@triton.jit
+def store_statistics(out, s, p_row, q_row, token, V, shift, scale, ratio, want: tl.constexpr, reading: tl.constexpr):
+    """Write the saved values and the fields of a row; NaN as the first saved value tells row_fallback of a row whose sums do not hold."""
+    saved = saved_values(s, shift, scale, want)
+    tl.store(out.saved, tl.where(s.hold, saved.origin, float("nan")))
+    tl.store(out.saved + 1, saved.log2_S)
+    tl.store(out.saved + 2, saved.lse_q)
+    tl.store(out.saved + 3, saved.lost_q)
+    tl.store(out.saved + 4, saved.centre)
+    tl.store(out.saved + 5, saved.lost_centre)
+    tl.store(out.saved + 6, saved.log1p_t)
+    tl.store(out.saved + 7, saved.mean_p_d)
+    tl.store(out.saved + 8, saved.mean_q_d)
+    tl.store(out.saved + 9, saved.entropy)
     store_fields(out, tl.where(s.entropy <= 0.0, 0.0, s.entropy), s.kl, s.ref_kl, want)
     if reading.tokens:
+        scale2 = scale * LOG2E
         x, y = token_logits(p_row, q_row, token, V, want, reading)
         tl.store(out.logprob, not_above_zero((tl.fma(x, scale2, -s.origin) - s.log2_S) * LN2))
         if want.kl:

@@ -3,8 +3,9 @@
 Origin and centre are those of all threads. Each tile takes one of three paths, by its values alone:
     near:     every |d| < 1 and no new peak, as in nearly all tiles of a policy near its reference: a polynomial for expm1(d) - d;
     general:  no new peak: a second exponential where |d| is large;
-    anchor:   some thread's weight outweighs what came before: origin and centre move there, then the tile is read again.
-The centre also moves to the mean of d after 1, 3 and 7 tiles: a first tile of little weight must not decide about it.
+    anchor:   the weight of all before might grow more than eightfold: origin and centre move, then the tile is read again.
+The centre is always the mean of d over at least an eighth of the weight: what was summed about another one would lose its
+digits when the centre moves.
 """
 
 from typing import NamedTuple
@@ -87,14 +88,14 @@ class Weights(NamedTuple):
 class Running(NamedTuple):
     """The sums of a segment so far.
 
-    Scalars: origin; centre, held; limit: the share of a thread that re-anchors. Vectors [threads]: S; largest: a bound of
-    |y - x|·scale less the row's shift, held. [threads, lanes]: A, 2·W, 2·U and 4·R.
+    Scalars: origin; centre, held. Vectors [threads]: S; limit: the S that re-anchors; largest: a bound of |y - x|·scale less the
+    row's shift, held. [threads, lanes]: A, 2·W, 2·U and 4·R.
     """
 
     origin: tl.tensor
     centre: tl.tensor
-    limit: tl.tensor
     S: tl.tensor
+    limit: tl.tensor
     largest: tl.tensor
     lane_A: tl.tensor
     lane_W: tl.tensor
@@ -110,7 +111,7 @@ def empty_sums(layout: tl.constexpr):
     zero = tl.full([], 0.0, tl.float32)
     zeros = tl.zeros([THREADS], tl.float32)
     lanes = tl.zeros([THREADS, LANES], tl.float32)
-    return Running(tl.full([], LOWEST, tl.float32), zero, zero, zeros, zeros + HELD, lanes, lanes, lanes, lanes)
+    return Running(tl.full([], LOWEST, tl.float32), zero, zeros, zeros, zeros + HELD, lanes, lanes, lanes, lanes)
 
 
 @triton.jit
@@ -205,9 +206,9 @@ def weigh(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, CLAMP: tl.cons
 
 
 @triton.jit
-def path_of(weights, limit, GROUPS: tl.constexpr, want: tl.constexpr):
+def path_of(s, weights, GROUPS: tl.constexpr, want: tl.constexpr):
     """The path that a tile takes: 0 near, 1 general, 2 anchor."""
-    path = tl.where(weights.share > limit, 2, 0)
+    path = tl.where(s.S + weights.share > s.limit, 2, 0)
     if want.kl:
         bits = weights.d[0].to(tl.int32, bitcast=True)
         for g in tl.static_range(1, GROUPS):
@@ -242,19 +243,8 @@ def spread(z, LANES: tl.constexpr):
 
 
 @triton.jit
-def sums_from(state, limit, largest, LANES: tl.constexpr):
-    """The running sums that continue a state."""
-    # A near tile has |d| < 1.
-    largest = tl.maximum(largest, tl.fma(tl.abs(state.centre), HELD, HELD))
-    return Running(
-        state.origin, state.centre * HELD, limit, state.S, largest,
-        spread(state.A, LANES), spread(state.W * HELD, LANES), spread(state.U * 2.0, LANES), spread(state.R * 4.0, LANES),
-    )  # fmt: skip
-
-
-@triton.jit
 def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
-    """Move origin and centre to a tile that is about to be added; if it does not outweigh all before it, only the origin."""
+    """Move the origin to the peak, if the tile holds it, and the centre to the mean of d over all with the tile."""
     state = state_of(s, want)
     peak = tl.max(tile.x[0], 1)
     for g in tl.static_range(1, GROUPS):
@@ -273,29 +263,30 @@ def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.cons
     shares = lane_sum(lane_S)
     total = tl.sum(shares, 0)
     before = tl.sum(state.S, 0)
+    W = state.W
+    U = state.U
+    R = state.R
+    centre = state.centre
     if want.kl:
-        # The mean difference, as well rounded as may be: on a peaked row, what is left of d at the peak makes the whole gradient.
+        # A mean difference as well rounded as may be: on a peaked row, what is left of d at the peak makes the whole gradient.
         mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.held_scale * (1.0 / HELD)
-        moved = tl.where(total > before * OUTWEIGHS, mean, state.centre)
-        delta = moved - state.centre
-        state = recentre(state, tl.where(state.S > 0.0, delta, 0.0), want)
-        state = State(state.origin, state.S, state.A, state.W, state.U, state.R, moved)
-    # At least twice this tile's own largest share: it takes another path when it is read again.
-    limit = tl.maximum((before + total) * (OUTWEIGHS / s.S.shape[0]), tl.max(shares, 0) * 2.0)
-    return sums_from(state, limit, s.largest, s.lane_W.shape[1])
-
-
-@triton.jit
-def to_mean(s, want: tl.constexpr):
-    """Move the centre to the mean of d over all so far."""
-    state = state_of(s, want)
-    total = tl.sum(state.S, 0)
-    delta = tl.where(total > 0.0, tl.sum(state.W, 0) / total, 0.0)
-    # Move the sums by the difference of the rounded centres.
-    moved = state.centre + delta
-    state = recentre(state, moved - state.centre, want)
-    state = State(state.origin, state.S, state.A, state.W, state.U, state.R, moved)
-    return sums_from(state, s.limit, s.largest, s.lane_W.shape[1])
+        delta = tl.fma(mean - centre, total, tl.sum(W, 0)) / (before + total)
+        centre = tl.where(total > before * OUTWEIGHS, mean, centre + delta)
+        # The sums move by the difference of the two rounded centres.
+        moved = recentre(state, tl.where(state.S > 0.0, centre - state.centre, 0.0), want)
+        W = moved.W
+        U = moved.U
+        R = moved.R
+    # The limits add up to OUTWEIGHS times the weight. None is below what a thread is about to have: the tile takes another path
+    # when it is read again.
+    limit = tl.fma(before + total, OUTWEIGHS / 2.0 / shares.shape[0], (state.S + shares) * (OUTWEIGHS / 2.0))
+    LANES: tl.constexpr = s.lane_W.shape[1]
+    # A near tile has |d| < 1.
+    largest = tl.maximum(s.largest, tl.fma(tl.abs(centre), HELD, HELD))
+    return Running(
+        state.origin, centre * HELD, state.S, limit, largest,
+        spread(state.A, LANES), spread(W * HELD, LANES), spread(U * 2.0, LANES), spread(R * 4.0, LANES),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -323,7 +314,7 @@ def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.conste
                 lane_U = tl.fma(e, h, lane_U)
                 if want.reverse:
                     lane_R = tl.fma(e, tl.fma(d, h, square), lane_R)
-    return Running(s.origin, s.centre, s.limit, s.S + weights.share, largest, weights.lane_A, lane_W, lane_U, lane_R)
+    return Running(s.origin, s.centre, s.S + weights.share, s.limit, largest, weights.lane_A, lane_W, lane_U, lane_R)
 
 
 @triton.jit
@@ -336,27 +327,20 @@ def segment_sums(row, length, layout: tl.constexpr, want: tl.constexpr, reading:
     s = empty_sums(layout)
     group = 0
     full_end = length // layout.lanes // TILE * TILE
-    stop = tl.minimum(TILE, full_end)
     while group < full_end:
-        while group < stop:
+        tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
+        weights = weigh(s, tile, row, GROUPS, want, CLAMP, False)
+        path = path_of(s, weights, GROUPS, want)
+        if path > 1:
+            # A NaN does not come here: no limit of NaN is exceeded.
             tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
-            weights = weigh(s, tile, row, GROUPS, want, CLAMP, False)
-            path = path_of(weights, s.limit, GROUPS, want)
-            if path > 1:
-                # A NaN does not come here: no limit of NaN is exceeded.
-                tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
-                s = anchor(s, tile, row, GROUPS, want, False)
+            s = anchor(s, tile, row, GROUPS, want, False)
+        else:
+            if path > 0:
+                s = absorb(s, weights, GROUPS, want, False)
             else:
-                if path > 0:
-                    s = absorb(s, weights, GROUPS, want, False)
-                else:
-                    s = absorb(s, weights, GROUPS, want, True)
-                group += TILE
-        if want.kl:
-            if group <= 7 * TILE:
-                s = to_mean(s, want)
-        # After 1, 3 and 7 tiles.
-        stop = tl.where(group < 7 * TILE, tl.minimum(2 * group + TILE, full_end), full_end)
+                s = absorb(s, weights, GROUPS, want, True)
+            group += TILE
     if want.entropy and want.kl:
         A = tl.sum(lane_sum(s.lane_A), 0)
         if A != A:
@@ -367,7 +351,7 @@ def segment_sums(row, length, layout: tl.constexpr, want: tl.constexpr, reading:
     while group * layout.lanes < length:
         tile = load_tile(row, group, length, 1, layout, want, reading, True)
         weights = weigh(s, tile, row, 1, want, True, True)
-        if path_of(weights, s.limit, 1, want) > 1:
+        if path_of(s, weights, 1, want) > 1:
             s = anchor(s, tile, row, 1, want, True)
         else:
             s = absorb(s, weights, 1, want, False)

@@ -146,10 +146,11 @@ def upstream_for(case: Case, name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def keywords(case: Case, device: str) -> dict[str, object]:
-    """The options of either function."""
+    """The options of either function. Both ways are tested: "none" computes its logits again, "stats" keeps them."""
     moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in
              (("mask", case.mask), ("temperature", case.temperature))}
-    return {**moved, "softcap": case.softcap, "logits_dtype": case.logits_dtype, "chunk_size": case.chunk_size}
+    return {**moved, "softcap": case.softcap, "logits_dtype": case.logits_dtype, "chunk_size": case.chunk_size,
+            "recompute": case.reduction == "none" or None}
 
 
 def call(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -256,8 +256,8 @@ def test_providers_do_the_work_that_they_declare(mode):
     recomputed = {"forward": 2, "loss": 6, "frozen": 5, "stats": 6, "grpo": 6, "distillation": 6, "logprob": 4}
     workload = tiny(mode)
     case = harness.Case(workload, CPU, [make_linear_inputs(workload, CPU)])
-    for provider in load_providers(CPU, ["torch", "torch chunked"], LINEAR_LOADERS):
-        declared = PRODUCTS[mode] if provider.name == "torch" else recomputed[mode]
+    for provider in load_providers(CPU, ["fastkl", "torch", "torch chunked"], LINEAR_LOADERS):
+        declared = recomputed[mode] if provider.name == "torch chunked" else PRODUCTS[mode]
         said = provider.note(workload.operation)
         assert (f", {declared} with a frozen weight" if mode == "frozen" else f"{declared} products") in said
         assert products_of(workload, lambda p=provider: harness.linear_step(p, case, case.sets[0])) == declared

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from fastkl import _rows
-from fastkl.kernels import compile_plan, launch
+from fastkl.kernels import compile_plan, launch, launch_fused
 
 ROWS, V = 2, compile_plan.VOCABULARY
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -17,7 +17,8 @@ FIELDS = {"kl_divergence": ("kl",), "token_stats": launch.FIELDS, "token_stats_p
 @pytest.fixture(autouse=True)
 def fresh_variants():
     """None made for another architecture."""
-    caches = (launch.forward_variants, launch.backward_variant)
+    caches = (launch.forward_variants, launch.backward_variant, launch._forward_plan, launch._backward_plan, launch_fused.fused_variants,
+              launch_fused._fused_plan)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -37,7 +38,8 @@ def launched(monkeypatch, arch: str, dtype: str, aligned: bool) -> set[tuple]:
     """The keys of what would be launched on `arch` with a mask; nothing is."""
     seen: set[tuple] = set()
     monkeypatch.setattr(launch.Variant, "start", lambda variant, *_: seen.add(key(variant.kernel, variant.constants, variant.options)))
-    monkeypatch.setattr(launch, "architecture", lambda device: (arch, 64 if arch.startswith("gfx") else 32))
+    for module in (launch, launch_fused):
+        monkeypatch.setattr(module, "architecture", lambda device: (arch, 64 if arch.startswith("gfx") else 32))
     tokens, mask, saved = torch.zeros(ROWS, dtype=torch.int64), torch.ones(ROWS, dtype=torch.bool), torch.empty(ROWS, 10)
     p, q, elsewhere = (logits(dtype, start) for start in ((0, 0, 0) if aligned else (1, 1, 2)))
     grads = [torch.empty_like(p, memory_format=torch.preserve_format) if aligned else logits(dtype, 1) for _ in "pq"]
@@ -57,6 +59,9 @@ def launched(monkeypatch, arch: str, dtype: str, aligned: bool) -> set[tuple]:
             if dtype == "fp32" and aligned:
                 narrow = [None if grad is None else torch.empty(ROWS, V, dtype=torch.bfloat16) for grad in asked]
                 _rows.backward("triton", p, reference, *rest, saved, values, *narrow)
+    if aligned:
+        (_, problem), = _rows.problems(p, q, None, mask, 1.0)
+        launch_fused.fused(problem, torch.ones(ROWS), torch.empty(ROWS), saved, grads[0])
     return seen
 
 

@@ -282,7 +282,7 @@ def test_the_ops_under_vmap(implementation) -> None:
     cases.assert_same_bits(mapped, kl(d)[0].detach(), "kl")
     heads, settings = (d["hidden"].detach(), d["weight"].detach(), d["ref_hidden"]), (0.0, 0.0, 1.0, implementation.backend, torch.float32, None)
     linear_statistics = torch.ops.fastkl.linear_statistics
-    mapped = torch.vmap(lambda h, r: linear_statistics(h, heads[1], None, r, None, None, None, *rest[:5], *settings)[3])(heads[0], heads[2])
+    mapped = torch.vmap(lambda h, r: linear_statistics(h, heads[1], None, r, None, None, None, *rest[:5], *settings, False)[3])(heads[0], heads[2])
     torch.testing.assert_close(mapped, linear_none(d)[0].detach(), rtol=1e-6, atol=1e-7)
 
 
@@ -380,7 +380,7 @@ def python_calls(call: Callable) -> int:
 
 
 def test_calls_of_a_step_with_few_rows(monkeypatch) -> None:
-    """With a few rows a step takes as long as its Python does, 335 calls when this was written: no more than 350."""
+    """With a few rows a step takes as long as its Python does, 224 calls when this was written: no more than 240."""
     pytest.importorskip("triton")
     from fastkl import backend
     from fastkl.kernels import launch
@@ -389,4 +389,4 @@ def test_calls_of_a_step_with_few_rows(monkeypatch) -> None:
     monkeypatch.setattr(backend, "triton_problems", lambda *logits, **reading: ())
     d, upstream = data("cpu"), torch.ones(3)
     with fastkl.use_backend("triton"):
-        assert python_calls(lambda: torch.autograd.grad(fastkl.kl_divergence(d["p"], d["q"]), d["p"], upstream)) <= 350
+        assert python_calls(lambda: torch.autograd.grad(fastkl.kl_divergence(d["p"], d["q"]), d["p"], upstream)) <= 240

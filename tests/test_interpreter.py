@@ -20,7 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The longest first, so that the processes end together.
 STEMS = ("test_divergence", "test_kernels", "test_linear", "test_tokens", "test_rows", "test_torch", "test_linear_ops", "test_linear_heads",
          "test_linear_penalty", "test_linear_options", "test_linear_checks", "test_tokens_several", "test_checks", "test_dispatch",
-         "test_divergence_suppressed", "test_penalty", "test_backend", "test_far_rows", "test_extreme_rows", "test_row_segment")
+         "test_divergence_suppressed", "test_penalty", "test_backend", "test_far_rows", "test_extreme_rows", "test_row_fused",
+         "test_row_segment")
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreting process"),

@@ -37,7 +37,7 @@ def test_the_right_arguments_pass(implementation, name) -> None:
     """What the table below changes one thing of is accepted."""
     arguments, device = right(implementation.device), implementation.device
     for more in ({}, {"mask": torch.ones(2, 3, dtype=torch.bool, device=device)}, {"temperature": torch.ones(2, 3, device=device)}, {"softcap": 30},
-                 {"chunk_size": 1}, {"logits_dtype": torch.float32}, {"bias": None}, {"ref_bias": None}):
+                 {"chunk_size": 1}, {"logits_dtype": torch.float32}, {"recompute": False}, {"bias": None}, {"ref_bias": None}):
         CALLS[name](arguments, **more)
     CALLS[name]({key: arguments[key] for key in ("hidden", "weight")}, ref_hidden=torch.ones_like(arguments["hidden"]))
 
@@ -61,6 +61,7 @@ WRONG = {
     "mask": [(ones(2, 3), TypeError, ("bool",)), (ones(3, 2).bool(), ValueError, ("(3, 2)",))],
     "logits_dtype": [(torch.bfloat16, ValueError, ("torch.float32", "torch.bfloat16")), (torch.float64, ValueError, ("torch.float64",))],
     "chunk_size": [(0, ValueError, ("0",)), (1.5, TypeError, ("float",)), (True, TypeError, ("bool",))],
+    "recompute": [(1, TypeError, ("int",)), ("False", TypeError, ("str", "pass None"))],
 }
 
 

@@ -94,36 +94,38 @@ def test_products_of_a_loss(implementation, learned, shared, reduction) -> None:
 
 @pytest.mark.parametrize("learned, shared", MODES, ids=lambda value: str(value))
 def test_products_per_token(implementation, learned, shared) -> None:
-    """Two in forward, in backward two again and one for each gradient: six for a trainable lm_head, five for a frozen one."""
+    """Computed again: two in forward, in backward two again and one for each gradient: six for a trainable lm_head, five for a frozen one."""
     made = tensors(implementation.device, learned=learned, shared=shared)
     results = []
-    assert_products(lambda: results.append(fastkl.linear_kl_divergence(**made, chunk_size=CHUNK)), 2)
+    assert_products(lambda: results.append(fastkl.linear_kl_divergence(**made, chunk_size=CHUNK, recompute=True)), 2)
     if learned:
         assert_products(lambda: gradients_of(results[0], made), MODES[learned, shared])
 
 
 @pytest.mark.parametrize("learned, shared", MODES, ids=lambda value: str(value))
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_flop_counter_counts_them(learned, shared, reduction) -> None:
+@pytest.mark.parametrize("reduction, recompute", [("none", True), ("none", False), ("mean", None)])
+def test_a_flop_counter_counts_them(learned, shared, reduction, recompute) -> None:
     """torch's FlopCounterMode says what is done: 2·N·H·V for each product, in forward and in backward."""
     made = tensors("cpu", learned=learned, shared=shared)
     with FlopCounterMode(display=False) as forward:
-        value = fastkl.linear_kl_divergence(**made, reduction=reduction)
+        value = fastkl.linear_kl_divergence(**made, reduction=reduction, recompute=recompute)
     expected = 2 if reduction == "none" else MODES[learned, shared]
     assert forward.get_total_flops() == expected * 2 * N * H * V
     if learned:
         with FlopCounterMode(display=False) as backward:
             gradients_of(value, made)
-        assert backward.get_total_flops() == (MODES[learned, shared] if reduction == "none" else 0) * 2 * N * H * V
+        products = 0 if reduction == "mean" else MODES[learned, shared] - (0 if recompute else 2)
+        assert backward.get_total_flops() == products * 2 * N * H * V
 
 
-def test_a_flop_counter_and_policy_fields() -> None:
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_flop_counter_and_policy_fields(recompute) -> None:
     """Where only log-prob and entropy have a gradient, the reference's logits are not counted again."""
     made = tensors("cpu")
-    stats = fastkl.linear_token_stats(tokens=torch.zeros(N, dtype=torch.long), **made)
+    stats = fastkl.linear_token_stats(tokens=torch.zeros(N, dtype=torch.long), **made, recompute=recompute)
     with FlopCounterMode(display=False) as counter:
         gradients_of(stats.logprob + stats.entropy, made)
-    assert counter.get_total_flops() == 3 * 2 * N * H * V
+    assert counter.get_total_flops() == (2 + recompute) * 2 * N * H * V
 
 
 def test_products_without_gradient(implementation) -> None:
@@ -142,7 +144,7 @@ def test_products_of_policy_fields(implementation, learned, expected, with_refer
     if not with_reference:
         made = {name: made[name] for name in ("hidden", "weight")}
     results = []
-    assert_products(lambda: results.append(fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=CHUNK)), 1 + with_reference)
+    assert_products(lambda: results.append(fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=CHUNK, recompute=True)), 1 + with_reference)
     assert_products(lambda: gradients_of(results[0].logprob + results[0].entropy, made), expected)
 
 
@@ -150,7 +152,7 @@ def test_no_gradient_of_the_policy_from_reference_fields(implementation) -> None
     """The reference's log-probs move nothing of the policy, even where both share the weight's sum."""
     made = tensors(implementation.device, learned="hidden,weight,ref_hidden", shared=True)
     tokens = torch.zeros(N, dtype=torch.long, device=implementation.device)
-    stats = fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=CHUNK)
+    stats = fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=CHUNK, recompute=True)
     gradients = {}
     assert_products(lambda: gradients.update(zip(("weight", "ref_hidden"), torch.autograd.grad(
         stats.ref_logprob.sum(), (made["weight"], made["ref_hidden"]), retain_graph=True), strict=True)), 4)
@@ -251,7 +253,7 @@ def test_one_product_is_as_exact_as_a_sum(implementation, monkeypatch, mode) -> 
         if mode == "stats":
             value = fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=chunk_size).kl
         else:
-            value = fastkl.linear_kl_divergence(**made, reduction=mode, chunk_size=chunk_size)
+            value = fastkl.linear_kl_divergence(**made, reduction=mode, chunk_size=chunk_size, recompute=True)
         return [value.detach(), *gradients_of(value, made)]
 
     added = []
@@ -304,7 +306,7 @@ def test_one_product_takes_no_more_at_its_peak(monkeypatch, n) -> None:
     for small_sum in (0, 1 << 40):
         monkeypatch.setattr(_chunks, "SMALL_SUM", small_sum)
         made = tensors("cpu", n=n, h=h, v=v)
-        found[small_sum] = peak(lambda made=made: gradients_of(fastkl.linear_kl_divergence(**made), made))[0]
+        found[small_sum] = peak(lambda made=made: gradients_of(fastkl.linear_kl_divergence(**made, recompute=True), made))[0]
         policy, ref = head_on_meta(n, h, v, trainable=True), head_on_meta(n, h, v, trainable=False)
         policy.grad_weight = _chunks.Sum(policy.weight)
         monkeypatch.setattr(_chunks, "WORKSPACE_ON_A_GPU", 2 * v * h)
@@ -360,7 +362,7 @@ def test_peak_workspace(monkeypatch, reduction, logits_dtype, one_product) -> No
     slack = 30 * 4 * v + 3 * 4 * (1 << 14) + 64 * n
 
     def loss() -> torch.Tensor:
-        return fastkl.linear_kl_divergence(**made, reduction=reduction, logits_dtype=logits_dtype)
+        return fastkl.linear_kl_divergence(**made, reduction=reduction, logits_dtype=logits_dtype, recompute=True)
 
     with torch.no_grad():
         most, largest = peak(loss)

@@ -53,28 +53,31 @@ def wrt_of(six: tuple) -> str:
     return ",".join(name for name, value in zip(_linear_ops.SIX, six, strict=True) if value is not None)
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("grad, keep", [(False, False), (True, False), (True, True)], ids=["no_grad", "grad", "kept"])
 @pytest.mark.parametrize("mix", MIXES + POLICY_ALONE, ids=str)
-def test_opcheck_statistics(implementation, mix, grad) -> None:
+def test_opcheck_statistics(implementation, mix, grad, keep) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right for every mix of arguments."""
     skip_if_interpreted(implementation, mix)
     a = arguments(implementation.device, mix, grad=grad)
     fields = "logprob,entropy" if mix[1] == "none" else FIELDS
     torch.library.opcheck(torch.ops.fastkl.linear_statistics.default, (
-        *a.six, a.tokens, a.mask, a.temperatures, a.ratios, a.temperature, fields, *a.scaling, implementation.backend, torch.float32, a.chunk_size))
+        *a.six, a.tokens, a.mask, a.temperatures, a.ratios, a.temperature, fields, *a.scaling, implementation.backend, torch.float32, a.chunk_size,
+        keep))
 
 
-@pytest.mark.parametrize("fields", [FIELDS, "kl", "logprob,entropy", "ref_logprob"])
+@pytest.mark.parametrize("fields, keep", [(FIELDS, False), (FIELDS, True), ("kl", False), ("logprob,entropy", False), ("ref_logprob", True)])
 @pytest.mark.parametrize("mix", MIXES, ids=str)
-def test_opcheck_gradients(implementation, mix, fields) -> None:
+def test_opcheck_gradients(implementation, mix, fields, keep) -> None:
     """The same for its backward, for upstream gradients of some fields."""
     skip_if_interpreted(implementation, mix)
     a = arguments(implementation.device, mix)
     settings = (*a.scaling, implementation.backend, torch.float32, a.chunk_size)
-    saved = _linear_ops.linear_statistics(*a.six, a.tokens, a.mask, a.temperatures, a.ratios, a.temperature, FIELDS, *settings)[-1]
+    *_, saved, logits, ref_logits = _linear_ops.linear_statistics(
+        *a.six, a.tokens, a.mask, a.temperatures, a.ratios, a.temperature, FIELDS, *settings, keep)
     upstream = [value if name in fields.split(",") else None for name, value in zip(FIELDS.split(","), a.upstream, strict=True)]
     torch.library.opcheck(torch.ops.fastkl.linear_gradients.default, (
-        *a.six, a.tokens, a.mask, a.temperatures, a.ratios, saved, *upstream, a.temperature, wrt_of(a.six), *settings))
+        *a.six, a.tokens, a.mask, a.temperatures, a.ratios, saved, logits, ref_logits, *upstream, a.temperature, wrt_of(a.six),
+        *settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -105,7 +105,8 @@ def test_beta_is_read_at_each_call(implementation) -> None:
     (dict(beta=-1.0), ValueError, "beta: expected"), (dict(softcap=0.0), ValueError, "softcap: expected"),
     (dict(softcap=1e-46), ValueError, "softcap: expected"),
     (dict(softcap="30"), TypeError, "softcap: expected"), (dict(chunk_size=0), ValueError, "chunk_size: expected"),
-    (dict(chunk_size=2.5), TypeError, "chunk_size: expected"), (dict(direction="forward"), ValueError, "direction: expected"),
+    (dict(chunk_size=2.5), TypeError, "chunk_size: expected"), (dict(recompute=0), TypeError, "recompute: expected"),
+    (dict(direction="forward"), ValueError, "direction: expected"),
     (dict(logits_dtype="float32"), TypeError, "logits_dtype: expected"), (dict(logits_dtype=torch.int8), ValueError, "logits_dtype: expected"),
     (dict(reduction="none"), ValueError, "reduction: expected"), (dict(temperature=torch.ones(3)), TypeError, "linear_kl_divergence"),
 ])

@@ -166,7 +166,6 @@ def growing_rows(tile: int, generator: torch.Generator):
         yield x - x.max(), d
 
 
-@pytest.mark.xfail(strict=True, reason="the centre stays where the first tiles put it")
 def test_a_centre_that_settles_early(implementation, warp) -> None:
     """Nearly all weight lies far from the mean of the first tiles, though no tile outweighs all before it by much."""
     pairs = list(growing_rows(warp.tile, torch.Generator().manual_seed(0)))

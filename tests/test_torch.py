@@ -106,7 +106,7 @@ def test_opcheck_row_gradients(implementation, mix, wrt) -> None:
     skip_if_interpreted(implementation, mix)
     data = inputs(implementation.device, mix[-1], grad=False)
     p, q, tokens, mask, temperatures, temperature, fields, chosen = op_arguments(data, mix, implementation.backend)
-    saved = _ops.row_statistics(p, q, tokens, mask, temperatures, temperature, fields, chosen)[-1]
+    saved = _ops.row_statistics.op(p, q, tokens, mask, temperatures, temperature, fields, chosen)[-1]
     upstream = [data.upstream[i] if name in fields.split(",") else None for i, name in enumerate(_rows.FIELDS)]
     torch.library.opcheck(torch.ops.fastkl.row_gradients.default, (p, q, tokens, mask, temperatures, saved, *upstream, temperature, *wrt, chosen))
 
@@ -355,6 +355,7 @@ def test_bytes_allocated(implementation, name, monkeypatch) -> None:
     """
     function, fields = FUNCTIONS[name]
     monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr(_rows, "ROWS_AT_ONCE", 8)
 
     def peaks(data: SimpleNamespace) -> torch.Tensor:
         outputs = function(data.p, data.q, data)

@@ -192,7 +192,7 @@ timer = tune_trials.Timer(40, "fp32", torch.device("cpu"), (1, 4))
 used = []
 for name in ("forward", "backward"):
     def changed(*arguments, name=name, function=getattr(launch, name)):
-        used.append([name, config.select(name, "interpreter", 4, 40).threads, arguments[0].rows, arguments[0].p.tensor.data_ptr()])
+        used.append([name, config.select(name, "interpreter", 4, 40).threads, arguments[0].layout.rows, arguments[0].p.data_ptr()])
         function(*arguments)
     setattr(launch, name, changed)
 one = config.RowConfig(32, 1, 512, "")

@@ -301,7 +301,7 @@ VALID = [
     ),
     (r"conjugate_gradient\.b", f"scalar, float64, ZeRO-3, {ANY_SHAPE}", "a system of any size"),
     (r".*Beta\.update\.kl", "-1, -1.5", "a mean of k1"),
-    (r"grpo_loss\.correct_kl", "bool", "a bool"),
+    (r"grpo_loss\.correct_kl|.*\.recompute", "bool", "a bool"),
     (r"(ppo|grpo)_loss\.old_logprob", "None", "the policy as it is now"),
     (r"shape_rewards\.kl", "longer, shorter, empty, float64", "sequences of any length"),
 ]

@@ -1,6 +1,6 @@
 """TRL's trainers with the exact KL, from hidden states and lm_head weights: GRPO's penalty, and distillation.
 
-Never all logits at once, and no sampled KL.
+Logits of more than 2 GiB are never there at once, and no KL is sampled.
 """
 
 from __future__ import annotations

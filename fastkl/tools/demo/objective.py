@@ -74,7 +74,7 @@ class FromHiddenStates:
     """The same from hidden states and head weights: logits exist for chunk_size tokens at a time only."""
 
     def __init__(self, beta: float | FixedBeta | PIDBeta, settings: Settings) -> None:
-        self.options = dict(temperature=settings.temperature, chunk_size=settings.chunk_size)
+        self.options = dict(temperature=settings.temperature, chunk_size=settings.chunk_size, recompute=True)
         self.penalty = fastkl.LinearKLPenalty(beta, **self.options)
 
     def stats(self, batch: Batch) -> fastkl.TokenStats:

@@ -69,7 +69,7 @@ class DisagreementError(Exception):
 def checks_for(device: str) -> list[Check]:
     """All checks for a device, in the order in which they run."""
     # Here and not above: they import this module.
-    from . import agreement, compiling, machine, speed
+    from . import agreement, compiling, fusing, machine, speed
 
     on_gpu = torch.device(device).type == "cuda"
     listed = [Check("this machine", name, run) for name, run in machine.CHECKS]
@@ -81,6 +81,7 @@ def checks_for(device: str) -> list[Check]:
         if on_gpu and dtype == "bfloat16":  # now that its kernels are compiled, and before the time is over
             listed += [Check("speed", name, run, needs_kernels=True) for name, run in speed.CHECKS]
     if on_gpu:
+        listed.append(Check("kernels", "loss and gradient in one launch", fusing.check_fused, needs_kernels=True))
         return listed
     listed += [Check("speed", name, run) for name, run in speed.CHECKS]
     if importlib.util.find_spec("triton"):

@@ -1,0 +1,85 @@
+"""Logits tensors as the kernels' launchers take them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+
+class Scaling(NamedTuple):
+    """Soft caps, and the ratio that multiplies Q's capped logits.
+
+    softcap, ref_softcap: soft caps of P's and of Q's logits, 0 for none. ratio: the inverse temperature of Q over that
+    of P, a number or one per row [N], contiguous, in the type of the results; it multiplies Q's capped logits.
+    """
+
+    softcap: float = 0.0
+    ref_softcap: float = 0.0
+    ratio: float | torch.Tensor = 1.0
+
+
+@functools.lru_cache(1024)
+def _merged_dims(leading: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...]) -> tuple[tuple, tuple]:
+    """The leading dimensions as (size, stride of p, stride of q), neighbours merged where both tensors allow it: (the outermost, the last two)."""
+    merged: list[tuple[int, int, int]] = []
+    for size, step_p, step_q in zip(leading, p_strides, q_strides, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * step_p and merged[-1][2] == size * step_q:
+            merged[-1] = (merged[-1][0] * size, step_p, step_q)
+        else:
+            merged.append((size, step_p, step_q))
+    return tuple(merged[:-2]), ((1, 0, 0), (1, 0, 0), *merged)[-2:]
+
+
+def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
+             temperature: float | torch.Tensor, scaling: Scaling = Scaling()) -> list[tuple[slice | None, object]]:  # noqa: B008
+    """(rows, kernels.launch.Problem): one for all rows (None) of up to two independent strides; more are taken apart along the outer dimensions."""
+    launch, other = launchers(), p if q is None else q
+    outermost, dims = _merged_dims(p.shape[:-1], p.stride()[:-1], other.stride()[:-1])
+    temperatures, number = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
+    softcap, ref_softcap, ratio = scaling
+    if not isinstance(ratio, torch.Tensor):
+        ratio = None if ratio == 1 else torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
+    types = (p.dtype, None if q is None else q.dtype, None if tokens is None else tokens.dtype, None if temperatures is None else temperatures.dtype)
+
+    def problem(p, q, tokens, mask, temperatures, ratio) -> object:
+        addresses = p.data_ptr() % launch.ADDRESSES, 0 if q is None else q.data_ptr() % launch.ADDRESSES
+        layout = launch.layout(vocabulary, dims, addresses, p.device, types, mask is not None, (softcap, ref_softcap), ratio is not None)
+        return launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratio)
+
+    vocabulary = p.shape[-1]
+    if not outermost:
+        return [(None, problem(p, q, tokens, mask, temperatures, ratio))]
+    count, found = dims[0][0] * dims[1][0], []
+    for at, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
+        rows = slice(at * count, (at + 1) * count)
+        sides = [None if side is None else _starting_at(side, index, outermost, which) for side, which in ((p, 1), (q, 2))]
+        found.append((rows, problem(*sides, *(None if value is None else value[rows] for value in (tokens, mask, temperatures, ratio)))))
+    return found
+
+
+@functools.cache
+def launchers() -> ModuleType:
+    """kernels.launch, imported at its first use: it needs Triton."""
+    from .kernels import launch
+
+    return launch
+
+
+@functools.cache
+def fused_launchers() -> ModuleType:
+    """kernels.launch_fused, likewise."""
+    from .kernels import launch_fused
+
+    return launch_fused
+
+
+def _starting_at(logits: torch.Tensor, index: tuple[int, ...], dims: list[tuple[int, int, int]], which: int) -> torch.Tensor:
+    """The same storage from an index of the outermost dimensions on: the kernels take a pointer and strides."""
+    offset = sum(i * dim[which] for i, dim in zip(index, dims, strict=True))
+    return logits.as_strided((1,), (1,), logits.storage_offset() + offset)

@@ -1,0 +1,153 @@
+"""Fused: the KL of rows and the gradient of its weighted sum to P, with each logit read from DRAM once."""
+
+import triton
+import triton.language as tl
+
+from .row_finish import Reading, load_states, row_outputs, row_statistics, saved_values, store_state, store_statistics, store_zeros
+from .row_gradient import Asked, Place, Upstream, gradient_terms, write_tile
+from .row_load import lane_order, prefetch, row_offset, row_ratio, row_scale, row_shift
+from .row_math import LOG2E, STATE, Want
+from .row_segment import HELD, Layout, Row, segment_sums
+
+
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
+@triton.jit(do_not_specialize=[
+    "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner", "stride_grad",
+    "V", "segment", "piece", "pieces", "splits"], do_not_specialize_on_alignment=[
+    "p_ptr", "q_ptr", "grad_ptr", "weight_ptr", "mask_ptr", "temperature_ptr", "ratio_ptr", "state_ptr", "sync_ptr", "saved_ptr", "kl_ptr"])
+def row_fused(
+    p_ptr, q_ptr,  # [outer, inner, V] logits; every row of both starts on a 16-byte boundary
+    grad_ptr,  # [N, V], rows stride_grad apart and on boundaries too; may be the logits of P themselves
+    weight_ptr,  # [N] float32: the weight of each row's KL in the sum
+    mask_ptr, temperature_ptr, ratio_ptr,  # as in row_forward
+    state_ptr,  # [N, splits, 7] float32
+    sync_ptr,  # [1 + N] int32, zeros at the start: the next ticket, and how many pieces of each row have been summed
+    saved_ptr, kl_ptr,  # [N, 10] and [N] float32
+    temperature: tl.float32, n_inner: tl.int32,
+    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64, stride_grad: tl.int64,
+    V: tl.int32, segment: tl.int32, piece: tl.int32, pieces: tl.int32, splits: tl.int32,
+    SPLITS: tl.constexpr,  # a power of two, at least splits
+    THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr, PREFETCH: tl.constexpr,
+    SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr,
+    PHASE: tl.constexpr,  # 0: all of it; 1 and 2: up to the wait and from there on, for an interpreter that runs one program after another
+):
+    """The KL of rows and the gradient of Σ weight·KL with respect to P, in one launch.
+
+    Each program sums a piece of a row, as row_forward does a segment, publishes its state, waits until the row's other
+    pieces are published, merges all of them in order and writes its piece's gradient. The second read of the piece finds
+    it in L1 or L2, where the first left it.
+
+    No wait is for ever while the GPU has room for `splits` programs of one warp. Programs draw tickets in order, and a
+    program waits only for programs of its own row. Take the lowest row that has a waiting program: all tickets before
+    that row's have been drawn by programs that are done. If all tickets of the row are drawn, its programs run and will
+    publish. If not, no later ticket is drawn either, so that fewer than `splits` programs are resident: the next one has
+    room to start and draws a ticket of this row.
+
+    Math:   row_math.py's sums and row_gradient.entry_gradients; reference.row_statistics and row_gradients define both.
+    Grid:   (N · splits,), by tickets; a segment (of row_forward) is cut into `pieces` pieces.
+    Reads:  N·V of p and of q twice, the second time from cache; three entries of each again if one is float32; nothing of a masked row.
+    Writes: N·V of the gradient, zeros in a masked row; 7·N·splits float32; 10 saved values and the KL, per row.
+    Saves:  row_forward's ten values, for row_fallback and for a gradient to Q.
+    Special values: a row whose sums do not hold gets NaN as its first saved value and no gradient: row_fallback writes both.
+    """
+    if PHASE == 0:
+        ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
+    else:
+        ticket = tl.program_id(0)
+    row = (ticket // splits).to(tl.int64)
+    split = ticket % splits
+    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    want: tl.constexpr = Want(False, True, False, EXACT)
+    layout: tl.constexpr = Layout(THREADS, LANES, GROUPS, False, True)
+    reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    asked: tl.constexpr = Asked(False, False, False, True, False, True, False, EXACT)
+    TILE: tl.constexpr = THREADS * GROUPS * LANES
+    begin = split // pieces * segment + split % pieces * piece
+    length = tl.minimum(tl.minimum(piece, segment - split % pieces * piece), V - begin)
+    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
+    q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
+    grad_row = grad_ptr + row * stride_grad
+    out = row_outputs(row, saved_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr)
+    # Hints stand where the pointers are made: a hint on a function's argument is lost when it is inlined.
+    p_block = tl.multiple_of(p_row + begin, 16)
+    q_block = tl.multiple_of(q_row + begin, 16)
+    grad_block = tl.multiple_of(grad_row + begin, LANES * grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    held_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * HELD
+    scale = held_scale * (1.0 / HELD)
+    ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            if PHASE != 1:
+                for start in range(0, length, TILE):
+                    offs_v = start + tl.arange(0, TILE)
+                    tl.store(grad_row + begin + offs_v, tl.zeros([TILE], tl.float32), mask=offs_v < length)
+                if split == 0:
+                    store_zeros(out, want, reading)
+            return
+    if PREFETCH:
+        size = tl.maximum(length, 0) // LANES * 16
+        prefetch(p_block, size)
+        prefetch(q_block, size)
+    state_here = state_ptr + ticket.to(tl.int64) * STATE
+    shift = tl.full([], 0.0, tl.float32)
+    if EXACT:
+        # Its entries of P may be overwritten after the wait: phase 2 takes it from phase 1, in the place of the unused A.
+        if PHASE == 2:
+            shift = tl.load(state_here + 2)
+        else:
+            shift = row_shift(p_row, q_row, V, row >= 0, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+        if PHASE == 1:
+            tl.store(state_here + 2, shift)
+    if PHASE != 2:
+        scale2 = held_scale * (LOG2E / HELD)
+        piece_row = Row(p_block, q_block, q_block, 0, lane_order(0, LANES), V - begin, shift, held_scale, scale2, ratio)
+        state = segment_sums(piece_row, length, layout, want, reading)
+        store_state(state_here, state, want)
+    if PHASE == 0:
+        tl.debug_barrier()
+        arrived = tl.atomic_add(sync_ptr + 1 + row, 1, sem="release") + 1
+        while arrived < splits:
+            # Not an acquire: that would empty this multiprocessor's L1, which holds the piece to be read again. load_states goes past L1.
+            arrived = tl.load(sync_ptr + 1 + row, volatile=True)
+    if PHASE != 1:
+        states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
+        statistics = row_statistics(states, shift, scale, want)
+        if split == 0:
+            store_statistics(out, statistics, p_row, q_row, row, V, shift, scale, ratio, want, reading)
+        if statistics.hold:
+            zero = scale * 0.0
+            g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
+            terms = gradient_terms(saved_values(statistics, shift, scale, want))
+            place = Place(p_block, q_block, grad_block, grad_block, 0, length, length, scale, ratio)
+            full_end = length // TILE * (THREADS * GROUPS)
+            for group in range(0, full_end, THREADS * GROUPS):
+                write_tile(place, group, terms, g, layout, asked, reading, False)
+            if full_end * LANES < length:
+                write_tile(place, full_end, terms, g, layout, asked, reading, True)
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["grad_ptr", "factor_ptr"])
+def scale_gradient(
+    grad_ptr,  # [n], changed in place
+    factor_ptr,  # [1] float32
+    n: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """A gradient times a factor that the host does not know; nothing is read or written where it is 1.
+
+    Math:   grad · factor in float32, rounded once.
+    Grid:   any: programs take blocks in turns.
+    Reads:  1 and, unless factor is 1, n of the gradient.
+    Writes: as many.
+    Saves:  nothing.
+    Special values: none.
+    """
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        while start < n:
+            offs = start + tl.arange(0, BLOCK)
+            grad = tl.load(grad_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+            tl.store(grad_ptr + offs, grad * factor, mask=offs < n)
+            start += tl.num_programs(0).to(tl.int64) * BLOCK
