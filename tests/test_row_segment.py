@@ -23,8 +23,7 @@ import test_kernels  # noqa: E402  (needs triton)
 from fastkl.kernels import config, launch  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Each interprets a part of the adversarial rows.
-CASES = [f"{threads}, {dtype}" for threads in (32, 64) for dtype in DTYPES.values()]
+CASES = list(itertools.product(("sm_90", "gfx942"), DTYPES.values()))
 LOWEST = torch.finfo(torch.bfloat16).min
 
 
@@ -32,7 +31,7 @@ class Gpu:
     """An architecture's forward configuration for long rows of one type; tile: the entries that a program adds at a time."""
 
     def __init__(self, arch: str, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        self.arch, self.dtype = arch, dtype
         self.chosen = config.select("forward", arch, dtype.itemsize, 128256)
         self.tile = self.chosen.threads * self.chosen.groups * 16 // dtype.itemsize
 
@@ -47,23 +46,17 @@ class Gpu:
 @pytest.fixture(autouse=True)
 def only_kernels(request: pytest.FixtureRequest) -> None:
     """The reference has its own tests."""
-    if "implementation" in request.fixturenames:
-        if not request.getfixturevalue("implementation").kernels:
-            pytest.skip("about the kernels")
+    names = request.fixturenames
+    if "implementation" in names and not request.getfixturevalue("implementation").kernels:
+        pytest.skip("about the kernels")
 
 
-@pytest.fixture(params=["sm_90", "gfx942"])
-def arch(request: pytest.FixtureRequest, implementation) -> str:
-    """An architecture whose configuration is used: one of 32 threads a warp, one of 64."""
-    if request.param == "gfx942" and not implementation.interpreted:
+@pytest.fixture(params=CASES, ids=["sm_90 fp32", "sm_90 bf16", "gfx942 fp32", "gfx942 bf16"])
+def gpu(request: pytest.FixtureRequest, implementation) -> Gpu:
+    """A configuration of 32 or of 64 threads a warp and a type of logits."""
+    if request.param[0] == "gfx942" and not implementation.interpreted:
         pytest.skip("a warp of this GPU has 32 threads")
-    return request.param
-
-
-@pytest.fixture(params=DTYPES.values(), ids=DTYPES)
-def gpu(request: pytest.FixtureRequest, arch: str) -> Gpu:
-    """A configuration and a type of logits."""
-    return Gpu(arch, request.param)
+    return Gpu(*request.param)
 
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES)
@@ -88,15 +81,20 @@ def statistics(p, q, tokens, mask=None) -> dict[str, torch.Tensor]:
     return {**outputs, "saved": saved}
 
 
+def logits(pairs, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """P's and Q's logits of rows (x, d)."""
+    x, d = (torch.stack(side) for side in zip(*pairs, strict=True))
+    return x.to(dtype), (x + d).to(dtype)
+
+
 def assert_right(implementation, p, q, hidden=None, alone: bool = False) -> list[bool]:
     """Compare every field (or the KL alone) and both gradients of the KL with float64; return which rows are fallback rows.
 
     hidden: entries [N, V] that neither tensor gives any probability.
     """
-    rows, vocabulary = p.shape
     hidden = torch.zeros(p.shape, dtype=torch.bool) if hidden is None else hidden
     exact = cases.truth(*(side.double().cpu().masked_fill(hidden, -1e4) for side in (p, q)))
-    tokens = None if alone else (torch.rand(rows, vocabulary).masked_fill(hidden, -1.0)).argmax(-1)
+    tokens = None if alone else p.masked_fill(hidden, -math.inf).argmax(-1)
     p, q = (side.to(implementation.device) for side in (p, q))
     results = statistics(p, q, None if alone else tokens.to(p.device))
     saved = results.pop("saved")
@@ -145,13 +143,12 @@ def adversarial_rows(tile: int, generator: torch.Generator, eps: float):
 def test_adversarial_rows(implementation, gpu) -> None:
     """All within the bounds, in one segment as a GPU cuts it."""
     generator = torch.Generator().manual_seed(0)
-    rows = [row for eps in (1e-3, 1e-2) for row in adversarial_rows(gpu.tile, generator, eps)]
+    rows = [row[1:] for eps in (1e-3, 1e-2) for row in adversarial_rows(gpu.tile, generator, eps)]
     if implementation.interpreted:
-        rows = rows[CASES.index(f"{gpu.chosen.threads}, {gpu.dtype}") :: len(CASES)]
-    x = torch.stack([x for _, x, _ in rows])
-    y = x + torch.stack([d for *_, d in rows])
+        # Each case has a part of them.
+        rows = rows[CASES.index((gpu.arch, gpu.dtype)) :: len(CASES)]
     with gpu.use():
-        assert_right(implementation, x.to(gpu.dtype), y.to(gpu.dtype))
+        assert_right(implementation, *logits(rows, gpu.dtype))
 
 
 def growing_rows(tile: int, generator: torch.Generator):
@@ -168,11 +165,21 @@ def growing_rows(tile: int, generator: torch.Generator):
 
 def test_a_centre_that_settles_early(implementation, warp) -> None:
     """Nearly all weight lies far from the mean of the first tiles, though no tile outweighs all before it by much."""
-    pairs = list(growing_rows(warp.tile, torch.Generator().manual_seed(0)))
-    x = torch.stack([x for x, _ in pairs])
-    y = x + torch.stack([d for _, d in pairs])
+    rows = growing_rows(warp.tile, torch.Generator().manual_seed(0))
     with warp.use():
-        assert_right(implementation, x.to(warp.dtype), y.to(warp.dtype))
+        assert_right(implementation, *logits(rows, warp.dtype))
+
+
+@pytest.mark.xfail(strict=True, reason="1.3 times the bound: the polynomial's error and recentre's")
+def test_equal_differences_just_below_a_new_centre(implementation) -> None:
+    """Two values of d alone, so that no rounding averages out, and an eighth of the weight about the centre."""
+    if not implementation.interpreted:
+        pytest.skip("the roundings are those of the interpreter's model")
+    gpu = Gpu("sm_90", torch.float32)
+    later = torch.arange(9 * gpu.tile) >= gpu.tile
+    x = (later * math.log(6.95 / 8)).repeat(3, 1)
+    with gpu.use():
+        assert_right(implementation, x, x + later * torch.tensor([[0.484], [0.512], [0.514]]))
 
 
 # ---- borders of the paths
@@ -188,29 +195,25 @@ def border_rows(tile: int, edge: float):
     x = torch.randn(len(at) // 2, generator=generator).repeat_interleave(2)
     yield x, torch.where(few, edge * sign, noise)
     yield x, edge * sign
-    yield 0 * x, torch.where(whole, edge * sign, 0.0)
     yield 3 * x, torch.where(whole, edge * sign, noise)
 
 
 def test_border_of_near_and_general(implementation, warp) -> None:
     """Right where |d| is just below, at and above 1, in some entries and in whole tiles."""
-    edges = (1.0, 0.999, 1.001)
-    if warp.dtype == torch.float32:
-        edges += (1 - 2.0**-24, 1 + 2.0**-23)
-    pairs = [pair for edge in edges for pair in border_rows(warp.tile, edge)]
-    x = torch.stack([x for x, _ in pairs])
-    y = x + torch.stack([d for _, d in pairs])
+    # The rounding of y = x + 1 lies on both sides of 1.
+    off = 0.001 if warp.dtype == torch.float32 else 0.01
+    rows = [row for edge in (1 - off, 1.0, 1 + off) for row in border_rows(warp.tile, edge)]
     with warp.use():
-        assert_right(implementation, x.to(warp.dtype), y.to(warp.dtype))
+        assert_right(implementation, *logits(rows, warp.dtype))
 
 
-@pytest.mark.parametrize("spot", [5, -3], ids=["first tile", "edge tile"])
-def test_border_of_the_fallback(implementation, warp, spot) -> None:
+def test_border_of_the_fallback(implementation, warp) -> None:
     """One entry 50, 59 and 61 nats from the mean on either side: right; the fallback takes those beyond 60."""
+    first, last = 5, warp.tile + 80
     sizes = torch.tensor([50.0, 59.0, 61.0])
     x = torch.randn(6, warp.tile + 90, generator=torch.Generator().manual_seed(2))
     y = x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    y[:3, spot], x[3:, spot] = x[:3, spot] - sizes, y[3:, spot] - sizes
+    y[:3, last], x[3:, first] = x[:3, last] - sizes, y[3:, first] - sizes
     p, q = (side.to(warp.dtype) for side in (x, y))
     with warp.use():
         assert_right(implementation, p, q)
@@ -226,17 +229,15 @@ def test_shared_masks(implementation, warp) -> None:
     tile = warp.tile
     at = torch.arange(2 * tile + 90)
     columns = [at < tile + 9, at % 7 == 0, at // tile == 1, at >= 2 * tile, at > 0]
-    masks = [*itertools.product((LOWEST,), columns), (-1e9, columns[1]), (-math.inf, columns[0])]
-    masks += [(-1e9, columns[4]), (-math.inf, columns[1])]
+    masks = [(LOWEST, mask) for mask in columns] + [(-1e9, columns[1]), (-math.inf, columns[0])]
     hidden = torch.stack([mask for _, mask in masks])
     p, q = cases.pair("normal3", len(masks), len(at), 0.1, dtype=warp.dtype)
     for row, (fill, mask) in enumerate(masks):
         p[row, mask] = q[row, mask] = fill
     with warp.use():
-        for alone in (False, True):
-            fallback = assert_right(implementation, p, q, hidden, alone)
-            for (fill, _), slow in zip(masks, fallback, strict=True):
-                assert not slow or fill == -math.inf
+        fallback = assert_right(implementation, p, q, hidden)
+        fallback[:2] = assert_right(implementation, p[:2], q[:2], hidden[:2], alone=True)
+    assert all(fill == -math.inf for (fill, _), slow in zip(masks, fallback, strict=True) if slow)
 
 
 def test_late_peaks_and_empty_beginnings(implementation, gpu) -> None:
@@ -255,25 +256,23 @@ def test_late_peaks_and_empty_beginnings(implementation, gpu) -> None:
         assert_right(implementation, p, q, hidden)
 
 
-@pytest.mark.parametrize("vocabulary", ["1", "2", "7", "9", "tile - 1", "tile", "tile + 1"])
+@pytest.mark.parametrize("vocabulary", ["1", "2", "9", "tile", "tile + 1"])
 def test_short_rows(implementation, warp, vocabulary) -> None:
     """Rows shorter than a tile, and about as long; of one entry; and no rows."""
     p, q = cases.pair("normal3", 2, eval(vocabulary, {"tile": warp.tile}), 0.3, dtype=warp.dtype)
-    for rows in (2, 0):
-        with warp.use():
-            assert_right(implementation, p[:rows], q[:rows])
+    with warp.use():
+        assert_right(implementation, p, q)
+        assert_right(implementation, p[:0], q[:0])
 
 
 def test_poison_stays_in_its_row(implementation, warp) -> None:
     """Rows with a NaN or an infinity leave the bits of their neighbours alone."""
-    poison = list(itertools.product((math.nan, math.inf), (0, warp.tile + 1)))
-    pairs = cases.pair("normal3", 9, warp.tile + 21, 0.1, dtype=warp.dtype)
-    p, q = (side.to(implementation.device) for side in pairs)
-    tokens = torch.arange(9, device=p.device)
+    late, device = warp.tile + 1, implementation.device
+    p, q = cases.pair("normal3", 5, late + 20, 0.1, dtype=warp.dtype, device=device)
+    tokens = torch.arange(5, device=p.device)
     with warp.use():
         clean = statistics(p, q, tokens)
-        for row, (value, spot) in enumerate(poison):
-            (q if row % 2 else p)[1 + 2 * row, spot] = value
+        p[1, 0], q[3, late] = math.nan, math.inf
         results = statistics(p, q, tokens)
     for name, result in results.items():
         cases.assert_same_bits(result[::2], clean[name][::2], name)
@@ -283,40 +282,32 @@ def test_poison_stays_in_its_row(implementation, warp) -> None:
 # ---- equal bits
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["all fields", "kl"])
-def test_equal_bits_wherever_a_row_is(implementation, gpu, alone) -> None:
+def test_equal_bits_wherever_a_row_is(implementation, gpu) -> None:
     """Alone, in a batch, at any distance from a 16-byte boundary, with Q elsewhere: near, peaked, equal and far rows."""
-    warp = gpu.chosen.threads == 32
-    p, q, tokens, _ = test_kernels.data(gpu.tile + 331, gpu.dtype, implementation.device, 4)
+    p, q, tokens, _ = test_kernels.data(2 * gpu.tile + 9, gpu.dtype, implementation.device, 4)
     p[1, -200] += 30
     q[2] = p[2]
     q[3, 7] -= 75
     # 5 rows of float32 and 9 of bfloat16, one after the other, see every distance.
-    order = [row % 4 for row in range(5 if gpu.dtype == torch.float32 else 9)]
-    layouts = [(0, 0, 0, 0)] + [(5, 2, 0, 1)] * (warp and not alone)
-    tokens = None if alone else tokens
-    with gpu.use(gpu.tile if warp and not alone else None):
-        single = [
-            statistics(
-                p[row : row + 1].clone(),
-                q[row : row + 1].clone(),
-                None if alone else tokens[row : row + 1],
-            )
-            for row in range(4)
-        ]
-        for layout in layouts:
-            sides = (
-                test_kernels.padded(p[order], *layout[:2]),
-                test_kernels.padded(q[order], *layout[2:]),
-            )
-            for name, value in statistics(*sides, None if alone else tokens[order]).items():
-                expected = torch.cat([single[row][name] for row in order])
-                cases.assert_same_bits(value, expected, f"{name}, paddings and offsets {layout}")
+    every = [row % 4 for row in range(5 if gpu.dtype == torch.float32 else 9)]
+    segment, layouts = None, [(every[:4], False, (5, 2, 0, 1))]
+    if gpu.arch == "sm_90":
+        segment, layouts = gpu.tile, [(every, False, (0, 0, 0, 0)), ([3, 0], True, (5, 2, 0, 1))]
+    with gpu.use(segment):
+        for rows, alone, (padding_p, offset_p, padding_q, offset_q) in layouts:
+            single = {
+                row: statistics(p[[row]], q[[row]], None if alone else tokens[[row]])
+                for row in set(rows)
+            }
+            x = test_kernels.padded(p[rows], padding_p, offset_p)
+            y = test_kernels.padded(q[rows], padding_q, offset_q)
+            for name, value in statistics(x, y, None if alone else tokens[rows]).items():
+                expected = torch.cat([single[row][name] for row in rows])
+                cases.assert_same_bits(value, expected, f"{name}, Q at {offset_q}")
 
 
 ORDERS = {
     "last first": lambda programs: programs[::-1],
-    "odd before even": lambda programs: programs[1::2] + programs[::2],
     "random": lambda programs: random.Random(0).sample(programs, len(programs)),
 }
 
@@ -356,8 +347,8 @@ def test_arrival_order_changes_no_bit(implementation, dtype, monkeypatch) -> Non
                 cases.assert_same_bits(value, expected[field], f"{field}, {name}")
                 assert not bool(value[3].any()), "a masked row has zeros"
     splits = -(-601 // config.segment_length(601, 160))
-    assert splits > 2 and sizes == [4 * splits, 1] * 3
-    assert len(counters) == 3 and not bool(torch.cat(counters).any())
+    assert splits > 2 and sizes == [4 * splits, 1] * len(ORDERS)
+    assert len(counters) == len(ORDERS) and not bool(torch.cat(counters).any())
 
 
 # ---- launches
@@ -365,10 +356,7 @@ def test_arrival_order_changes_no_bit(implementation, dtype, monkeypatch) -> Non
 
 def test_launches_of_a_forward(implementation, warp, monkeypatch) -> None:
     """row_forward and row_fallback once each; the second writes the marked rows alone."""
-    p, q = (
-        side.to(implementation.device)
-        for side in cases.pair("normal3", 7, 300, 0.1, dtype=warp.dtype)
-    )
+    p, q = cases.pair("normal3", 7, 300, 0.1, dtype=warp.dtype, device=implementation.device)
     p[1, 3], q[6, 5] = -math.inf, math.nan
     tokens = torch.arange(7, device=p.device)
     start, started, skipped = launch.Variant.start, [], []
@@ -382,9 +370,8 @@ def test_launches_of_a_forward(implementation, warp, monkeypatch) -> None:
     with warp.use(160):
         expected = statistics(p, q, tokens)
         splits = -(-300 // config.segment_length(300, 160))
-        assert (
-            started == [(launch.row_forward, 7 * splits), (launch.row_fallback, 2)] and splits > 1
-        )
+        assert splits > 1
+        assert started == [(launch.row_forward, 7 * splits), (launch.row_fallback, 2)]
         skipped.append(launch.row_forward)
         results = {name: torch.full((7,), 5.0, device=p.device) for name in _rows.FIELDS}
         saved = torch.full((7, _rows.SAVED), 5.0, device=p.device)
@@ -392,9 +379,7 @@ def test_launches_of_a_forward(implementation, warp, monkeypatch) -> None:
         launch.forward(problem_of(p, q, tokens), results, saved)
     for name, value in {**results, "saved": saved}.items():
         cases.assert_same_bits(value[[1, 6]], expected[name][[1, 6]], name)
-        assert bool((value[[0, 2, 3, 4, 5]] == 5).all()), (
-            f"{name} of a row without a mark was written"
-        )
+        assert bool((value[[0, 2, 3, 4, 5]] == 5).all()), f"{name} without a mark was written"
 
 
 # ---- segments
@@ -414,4 +399,3 @@ def test_segment_lengths(preferred) -> None:
             assert segment % sixteenth == 0 and 16 * sixteenth % segment == 0, what
             assert segment <= max(preferred, sixteenth), what
         assert 2 * segment > min(preferred, vocabulary), what
-        assert (-(-vocabulary // segment)) <= max(16, 2 * vocabulary // preferred + 1), what
