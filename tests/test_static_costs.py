@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import disassembly, static_costs
+from benchmarks import disassembly, static_costs, static_gate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,12 +90,12 @@ def test_nothing_is_worse_than_the_baseline(report):
 def test_the_baseline_is_that_of_the_pinned_triton_and_of_every_kernel():
     from fastkl.kernels.compile_plan import plan
 
-    baseline = static_costs.read_baseline(static_costs.BASELINE)
+    baseline = static_gate.read_baseline(static_gate.BASELINE)
     pinned = re.search(r"^triton==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert baseline["versions"]["triton"] == pinned[1]
     assert baseline["command"] == "python -m benchmarks.static_costs --write-baseline"
-    assert {static_costs.case_of(record) for record in baseline["records"]} == {
-        static_costs.case_of({"kernel": item.name, "arch": arch, "dtype": dtype, "aligned": aligned})
+    assert {static_gate.case_of(record) for record in baseline["records"]} == {
+        static_gate.case_of({"kernel": item.name, "arch": arch, "dtype": dtype, "aligned": aligned})
         for arch in static_costs.ARCHITECTURES for dtype in static_costs.DTYPES for aligned in (True, False) for item in plan(dtype, aligned, arch)
     }
 
@@ -149,20 +149,20 @@ BASELINE = {"versions": {"triton": static_costs.triton.__version__}, "records": 
     ("narrow_loads", 1, True), ("widest_load_bytes", 8, True), ("registers", 255, False),
 ])
 def test_each_figure_has_its_slack(field, value, worse):
-    regressions, changes = static_costs.compare([dataclasses.replace(COST, **{field: value})], BASELINE)
+    regressions, changes = static_gate.compare([dataclasses.replace(COST, **{field: value})], BASELINE)
     assert (len(regressions), len(changes)) == ((1, 0) if worse else (0, 1))
     assert f"kl_divergence.forward sm_90 bf16 aligned: {field}" in (regressions + changes)[0]
-    assert static_costs.compare([COST], BASELINE) == ([], [])
+    assert static_gate.compare([COST], BASELINE) == ([], [])
 
 
 def test_kernels_that_come_and_go():
     other = dataclasses.replace(COST, kernel="novelty.forward")
-    assert static_costs.compare([COST, other], BASELINE) == (["novelty.forward sm_90 bf16 aligned: not in the baseline"], [])
-    regressions, changes = static_costs.compare([dataclasses.replace(COST, aligned=False)], BASELINE)
+    assert static_gate.compare([COST, other], BASELINE) == (["novelty.forward sm_90 bf16 aligned: not in the baseline"], [])
+    regressions, changes = static_gate.compare([dataclasses.replace(COST, aligned=False)], BASELINE)
     assert len(regressions) == 1 and changes == ["kl_divergence.forward sm_90 bf16 aligned: in the baseline only"]
     # What was not asked for is not missed: another element type, another kernel.
-    assert static_costs.compare([dataclasses.replace(COST, dtype="fp32")], BASELINE)[1] == []
-    assert static_costs.compare([other], BASELINE, kernels=["novelty.forward"])[1] == []
+    assert static_gate.compare([dataclasses.replace(COST, dtype="fp32")], BASELINE)[1] == []
+    assert static_gate.compare([other], BASELINE, kernels=["novelty.forward"])[1] == []
 
 
 @pytest.mark.parametrize("worse", [False, True])
@@ -250,7 +250,7 @@ def test_sass_hot_loop():
 
 def test_sass_loops_are_natural_ones():
     loops = disassembly.natural_loops(disassembly.parse_sass(SASS, "row"))
-    assert sorted(len(body) for body in loops) == [8, 10, 12]  # edge, hot with its rare branch, rows; the padding is never reached
+    assert sorted(len(body) for body in loops.values()) == [8, 10, 12]  # edge, hot with its rare branch, rows; the padding is never reached
 
 
 def test_sass_longest_of_equally_wide_loops():
@@ -378,6 +378,7 @@ class Specialization:
     attrs: dict
     num_warps: int = 4
     pairs_per_thread: int = 1
+    segment: int = 0
     options: dict = dataclasses.field(default_factory=dict)
 
 
