@@ -334,12 +334,14 @@ def straight(ways):
 
 
 def segment_costs(program, edges, segments):
-    """The SegmentCosts of a program whose rows are cut into `segments`, of which each ends with `edges` passes of the loop over what is no whole tile.
+    """The SegmentCosts of a program whose rows are cut into `segments`, each with `edges` passes of the loop over what is less than a tile.
 
-    Outside the near and general path a segment executes, and `outside` adds up: everything once that lies in no loop, along the longest path; the
-    first tile's re-anchoring (the dearest path); the loop around the hot one once to its end and RECENTRINGS times with a re-centring; the loop over the edge; and a
-    share of 1 in `segments` of what follows the atomic operation, by which the last program of a row merges and writes. An instruction with a false
-    predicate counts, a subroutine does not. Raises ValueError where the program does not read so.
+    A thread executes and `outside` adds up, beside the near and the general path:
+        once: everything that lies in no loop, along the longest path, and the re-anchoring at the first tile;
+        of the loop around the hot one: its longest path RECENTRINGS times, its shortest once;
+        of the loop over the edge: the dearest path without re-anchoring, `edges` times;
+        one time in `segments`: everything behind the atomic operation, since only the last program of a row merges.
+    An instruction with a false predicate counts, a subroutine does not. Raises ValueError where the program does not read so.
     """
     loops = natural_loops(program)
     hot = hot_header(program, loops)
@@ -348,7 +350,8 @@ def segment_costs(program, edges, segments):
     if not ways or len(around) > 1:
         raise ValueError(f"expected a path through a loop over the vocabulary in at most one other loop, got {len(ways)} in {len(around)}")
     near, *others = straight(ways)
-    inner, added = {hot: loops[hot]}, {hot: max(length for length, _ in ways)}
+    fewest = min(shuffles for _, shuffles in ways)
+    inner, added = {hot: loops[hot]}, {hot: max((length for length, shuffles in ways if shuffles > fewest), default=0)}
     for header in around:
         lengths = sorted(length - LOOP for length, _ in paths(program, loops[header], header, inner) if length >= LOOP)
         inner, added = {header: loops[header]}, {header: added[hot] + RECENTRINGS * lengths[-1] + lengths[0]}

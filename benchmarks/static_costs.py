@@ -24,7 +24,6 @@ the baseline lacks end with exit code 1; registers are reported. It holds for th
 --write-baseline renews it. Exits with 1 too, naming the kernel, where one does not compile.
 """
 import argparse
-import json
 import math
 import os
 import re
@@ -150,8 +149,8 @@ IR_LOAD = re.compile(
 def source_loop_bytes(ttgir, threads):
     """Bytes that one thread loads in one iteration of the loop over the vocabulary as it was written, read from Triton's own representation.
 
-    Of several loops it is the one that loads most outside the loops inside it; None where no loop loads. A load repeated in a loop counts once: what a
-    path reads again lies in registers.
+    Of several loops it is the one that loads most outside the loops inside it; None where no loop loads. What a loop reads again
+    counts once, as it lies in registers.
     """
     open_loops, depth = [], 0  # each loop that is open: [depth, bytes of its own loads, bytes with the loops inside it]
     finished, known = [], set()
