@@ -12,20 +12,23 @@ the last instruction. `hot_loop` takes, of all natural loops of the control-flow
 Natural loops instead of "from the branch back to its target": code that is placed behind the kernel and jumps back into the middle of a loop, as
 compilers do with rare branches, is a part of that loop and does not make another one.
 Every instruction of the loop counts once, also one in a branch that few iterations take: the counts are upper bounds of what an iteration issues.
+`segment_costs` counts the paths through the loop one by one, and the code around it, for a kernel of which a program sums a segment of a row.
 """
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction: its name, the labels it may jump to, whether the next one can follow, and the subroutine it calls."""
+    """One machine instruction: its name, the labels it may jump to, whether the next one can follow, the subroutine it calls, and its operands."""
 
     opcode: str
     targets: tuple[str, ...] = ()
     falls_through: bool = True
     calls: str | None = None
+    operands: str = ""
 
 
 @dataclass
@@ -86,7 +89,7 @@ def _sass_instruction(guard, opcode, operands):
         return Instruction(opcode, calls=named[1] if named else None)
     if name in ("EXIT", "RET", "BRX", "JMP", "JMX"):
         return Instruction(opcode, falls_through=bool(guard))
-    return Instruction(opcode)
+    return Instruction(opcode, operands=operands)
 
 
 SASS_WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
@@ -168,7 +171,7 @@ NOT_COUNTED = ("NOP", "s_nop", "s_waitcnt", "s_delay_alu")
 
 
 def natural_loops(program):
-    """The natural loops of the program's control-flow graph, each a set of instruction indices; back edges to one header make one loop."""
+    """The natural loops of the program's control-flow graph, {header: instruction indices}; back edges to one header make one loop."""
     count = len(program.instructions)
     successors = [_successors(program, i) for i in range(count)]
     reachable = _reach([program.entry], lambda i: successors[i])
@@ -195,7 +198,7 @@ def natural_loops(program):
             if dominators[i] >> header & 1:
                 body = _reach([i], lambda k, header=header: [] if k == header else predecessors[k])
                 loops[header] = loops.get(header, set()) | body | {header}
-    return list(loops.values())
+    return loops
 
 
 def _successors(program, i):
@@ -253,12 +256,135 @@ def fp32_results(opcode):
 
 def hot_loop(program):
     """The LoopCosts of the loop over the vocabulary (see the top of this file for the choice), None where no loop loads from global memory."""
-    loops = [(body, loop_costs(program, body)) for body in natural_loops(program)]
-    loops = [(body, costs) for body, costs in loops if costs.loads]
-    if not loops:
+    loops = natural_loops(program)
+    header = hot_header(program, loops)
+    return None if header is None else loop_costs(program, loops[header])
+
+
+def hot_header(program, loops):
+    """The header of the loop over the vocabulary out of all natural loops."""
+    found = {header: (body, loop_costs(program, body)) for header, body in loops.items()}
+    found = {header: (body, costs) for header, (body, costs) in found.items() if costs.loads}
+    if not found:
         return None
-    widest = max(costs.widest_load for _, costs in loops)
-    loops = [(body, costs) for body, costs in loops if costs.widest_load == widest]
-    loops = [(body, costs) for body, costs in loops if costs.ex2] or loops
-    innermost = [(body, costs) for body, costs in loops if not any(other < body for other, _ in loops)]
-    return max((costs for _, costs in innermost), key=lambda costs: costs.instructions)
+    widest = max(costs.widest_load for _, costs in found.values())
+    found = {header: (body, costs) for header, (body, costs) in found.items() if costs.widest_load == widest}
+    found = {header: (body, costs) for header, (body, costs) in found.items() if costs.ex2} or found
+    innermost = [header for header, (body, _) in found.items() if not any(other < body for other, _ in found.values())]
+    return max(innermost, key=lambda header: found[header][1].instructions)
+
+
+# Paths ---------------------------------------------------------------------------------------------------
+
+# Times that forward moves the centre of a long segment to the mean: after 1, 3 and 7 tiles.
+RECENTRINGS = 3
+# A loop in the length of a path that passes it.
+LOOP = 10_000
+
+
+@dataclass(frozen=True)
+class SegmentCosts:
+    """A segment's costs. near, general: one iteration of the hot loop by its cheapest and its dearest path without re-anchoring.
+
+    outside: instructions of a thread outside these paths. loaded: bytes that it has asked for at once, at most, on the near path.
+    """
+
+    near: LoopCosts
+    general: LoopCosts
+    outside: float
+    loaded: int
+
+
+def paths(program, body, start, inner):
+    """Paths through `body` from `start` until it comes again or the program ends, {(length, shuffles): instruction indices}: one of each.
+
+    A loop of `inner` counts as its header, of length LOOP. Paths that leave the body or call a subroutine are left out:
+    subroutines are the rare cases of divisions. Raises ValueError (CycleError) where another loop is inside.
+    """
+    header_of = {i: header for header, loop in inner.items() for i in loop}
+
+    def after(i):
+        following = {header_of.get(j, j) for k in inner.get(i, {i}) for j in _successors(program, k)} - (inner.keys() & {i})
+        return {j for j in following if j in body}
+
+    nodes = _reach([start], lambda i: after(i) - {start})
+    found = {}
+    for i in TopologicalSorter({i: after(i) - {start} for i in nodes}).static_order():
+        opcode = program.instructions[i].opcode
+        rest = {length: path for j in after(i) - {start} for length, path in found[j].items()}
+        if start in after(i) or not _successors(program, i):
+            rest[0, 0] = None
+        if program.instructions[i].calls:
+            rest = {}
+        length, shuffles = LOOP if i in inner else not opcode.startswith(NOT_COUNTED), opcode.startswith("SHFL")
+        found[i] = {(length + more, shuffles + others): (i, path) for (more, others), path in rest.items()}
+    return {key: list(_unlinked(path)) for key, path in found[start].items()}
+
+
+def _unlinked(path):
+    while path:
+        i, path = path
+        yield i
+
+
+def straight(ways):
+    """Of paths, those with the fewest shuffles, shortest first: a tile that re-anchors sums over all threads of the warp."""
+    fewest = min(shuffles for _, shuffles in ways)
+    return [ways[key] for key in sorted(ways) if key[1] == fewest]
+
+
+def segment_costs(program, edges, segments):
+    """The SegmentCosts of a program whose rows are cut into `segments`, each with `edges` passes of the loop over what is less than a tile.
+
+    A thread executes and `outside` adds up, beside the near and the general path:
+        once: everything that lies in no loop, along the longest path, and the re-anchoring at the first tile;
+        of the loop around the hot one: its longest path RECENTRINGS times, its shortest once;
+        of the loop over the edge: the dearest path without re-anchoring, `edges` times;
+        one time in `segments`: everything behind the atomic operation, since only the last program of a row merges.
+    An instruction with a false predicate counts, a subroutine does not. Raises ValueError where the program does not read so.
+    """
+    loops = natural_loops(program)
+    hot = hot_header(program, loops)
+    around = [header for header in loops if hot is not None and loops[header] > loops[hot]]
+    ways = {} if hot is None else paths(program, loops[hot], hot, {})
+    if not ways or len(around) > 1:
+        raise ValueError(f"expected a path through a loop over the vocabulary in at most one other loop, got {len(ways)} in {len(around)}")
+    near, *others = straight(ways)
+    fewest = min(shuffles for _, shuffles in ways)
+    inner, added = {hot: loops[hot]}, {hot: max((length for length, shuffles in ways if shuffles > fewest), default=0)}
+    for header in around:
+        lengths = sorted(length - LOOP for length, _ in paths(program, loops[header], header, inner) if length >= LOOP)
+        inner, added = {header: loops[header]}, {header: added[hot] + RECENTRINGS * lengths[-1] + lengths[0]}
+    for header, body in loops.items():
+        if header not in inner and not any(body < other for other in loops.values()):
+            inner[header] = body
+            added[header] = (edges if loop_costs(program, body).loads else 1) * _counted(program, straight(paths(program, body, header, {}))[-1])
+    everything = _reach([program.entry], lambda i: _successors(program, i))
+    whole = paths(program, everything, program.entry, inner)
+    outside, share = 0.0, 1.0
+    for i in whole[max(whole)]:
+        outside += share * added.get(i, _counted(program, [i]))
+        if program.instructions[i].opcode.startswith("ATOM"):
+            share = 1.0 / segments
+    return SegmentCosts(loop_costs(program, near), loop_costs(program, (others or [near])[-1]), outside, bytes_in_flight(program, near))
+
+
+def _counted(program, indices):
+    return sum(not program.instructions[i].opcode.startswith(NOT_COUNTED) for i in indices)
+
+
+SASS_REGISTER = re.compile(r"\bR(\d+)\b")
+
+
+def bytes_in_flight(program, path):
+    """The most bytes that a thread has loaded and not yet waited for, on a path through a loop that is taken again and again."""
+    flying, most = {}, 0  # {load: its registers}
+    for time, i in enumerate([*path, *path]):
+        instruction = program.instructions[i]
+        touched = {int(number) for number in SASS_REGISTER.findall(instruction.operands)}
+        flying = {load: registers for load, registers in flying.items() if not registers & touched}
+        if width := sass_load_width(instruction.opcode):
+            first = int(SASS_REGISTER.search(instruction.operands)[1])
+            flying[time, width] = set(range(first, first + max(width // 4, 1)))
+        most = max(most, sum(width for _, width in flying))
+    return most

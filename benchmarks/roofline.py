@@ -9,8 +9,8 @@ Each resource alone gives a floor for the time of a pair of logits on one multip
 
 and the bound is bandwidth / max(all four), at most 1. What the model leaves out only costs more: latency, barriers, occupancy, cache misses, clocks
 below boost, every other pipe, and a memory system that reaches about nine tenths of its peak. A bound of 100 % therefore says "issue, float32 and
-exponentials do not stand in the way", and one below says that no tuning of launches can help, only fewer instructions. (A loop's count takes in
-every branch; where few iterations take one, the bound is that of an iteration that does. Today's hot loops have none.)
+exponentials do not stand in the way", and one below says that no tuning of launches can help, only fewer instructions. Where the costs tell paths
+apart, the bound is that of a row on the near path, with the instructions around the loop; else a loop's count takes in every branch.
 Peak bandwidth is the data sheet's. Figures relative to a copy measured on the same GPU are a different thing: benchmarks/harness.py measures those.
 """
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def upper_bound(cost, bytes_moved=None):
         return None
     gpu = GPUS[cost.arch]
     clocks = {
-        "issue": cost.instructions_per_pair / gpu.issue,
+        "issue": (cost.instructions_per_pair + (cost.overhead_per_pair or 0.0)) / gpu.issue,
         "fp32": cost.fp32_per_pair / gpu.fp32,
         "ex2": cost.ex2_per_pair / gpu.ex2,
         "bandwidth": bytes_moved * gpu.processors * gpu.clock / gpu.bandwidth,

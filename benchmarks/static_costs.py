@@ -8,12 +8,22 @@ compiles, reads the machine code back (benchmarks/disassembly.py) and prints one
 of both logits tensors; facts that the tools of an architecture do not tell are null. The column "bound %" is the model of benchmarks/roofline.py: an
 upper bound, in percent of the peak bandwidth of one GPU of that architecture, not a measurement.
 
+A program of forward sums a segment of a row, and each tile takes one of three paths, by its values. Of these kernels the table says, per pair,
+    instructions_per_pair          the near path once through the hot loop: all |d| < 1; of a kernel with one path, that one
+    instructions_per_pair_general  the general path: some |d| is larger
+    overhead_per_pair              everything else that a thread executes for a segment at V = 128256, over the pairs that it has in one: prologue,
+                                   the first tile's re-anchoring, three re-centrings, the edge tiles, a row's share of the merge by its last program
+                                   (the rule: disassembly.segment_costs); the edge's pairs count in it alone
+    loads_in_flight_kb_per_sm      bytes that a thread asks for before it waits, times the threads of an SM at this many registers (no shared memory
+                                   stands in the way); of misaligned rows every block is asked for twice, and counts twice
+and ex2 beside the first two. A GPU issues the sum of the first or the second and the third. On other kernels, and on AMD, whose paths are not read,
+every instruction of the loop counts, also one in a branch, and the other three are null.
+
 The baseline is the gate against regressions: 5 % more instructions or exponentials per pair, more spills, more or only narrow loads, or a kernel that
 the baseline lacks end with exit code 1; registers are reported. It holds for the Triton that wrote it; under another one nothing is compared.
 --write-baseline renews it. Exits with 1 too, naming the kernel, where one does not compile.
 """
 import argparse
-import json
 import math
 import os
 import re
@@ -28,14 +38,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import roofline
-from benchmarks.disassembly import hot_loop, parse_amdgcn, parse_amdgcn_resources, parse_resources, parse_sass, whole_costs
+from benchmarks.disassembly import (
+    hot_loop,
+    parse_amdgcn,
+    parse_amdgcn_resources,
+    parse_resources,
+    parse_sass,
+    segment_costs,
+    whole_costs,
+)
 from benchmarks.record import output_file, provenance, write_json
+from benchmarks.static_gate import BASELINE, judge, read_baseline, write_baseline
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("bf16", "fp32")
-BASELINE = Path(__file__).with_name("static_baseline.json")
-# Compilers differ by 3 % from one version to the next; what a change of ours costs should be seen.
-SLACK = 0.05
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -59,6 +75,11 @@ class StaticCost:
     narrow_loads: int | None  # loads of the hot loop that are narrower than its widest
     unrolled: int | None  # iterations of the source's loop in one of the compiled loop's
     fp32_per_pair: float | None  # additions, multiplications and fused ones in float32
+    # Of a kernel that sums segments, see the top of this file.
+    instructions_per_pair_general: float | None = None
+    ex2_per_pair_general: float | None = None
+    overhead_per_pair: float | None = None
+    loads_in_flight_kb_per_sm: float | None = None
 
 
 def measure(specialization, arch, dtype, aligned, *, loop_free=False):
@@ -75,6 +96,13 @@ def measure(specialization, arch, dtype, aligned, *, loop_free=False):
     if loop is None and not loop_free:
         return StaticCost(specialization.name, arch, dtype, aligned, None, None, registers, spill_bytes, None, None, None, None)
     loop = loop or whole_costs(program)
+    segment = None
+    if specialization.segment and arch.startswith("sm_"):
+        try:
+            segment = segment_costs(program, *cut(specialization))
+        except ValueError as error:
+            raise StaticCostError(f"{case}: {error}") from error
+        loop = segment.near
     unrolled = 1 if loop_free else unroll_factor(loop, compiled)
     if unrolled is None:
         raise StaticCostError(f"{case}: the loads of the hot loop, {loop.loads} (bytes: count), are not those of the kernel's source")
@@ -85,11 +113,35 @@ def measure(specialization, arch, dtype, aligned, *, loop_free=False):
         registers=registers, spill_bytes=spill_bytes, widest_load_bytes=loop.widest_load,
         narrow_loads=sum(loop.loads.values()) - loop.loads[loop.widest_load], unrolled=unrolled,
         fp32_per_pair=round(loop.fp32 / pairs, 2),
+        **({} if segment is None else {
+            "instructions_per_pair_general": round(segment.general.instructions / pairs, 2),
+            "ex2_per_pair_general": round(segment.general.ex2 / pairs, 2),
+            "overhead_per_pair": round(segment.outside * 32 * specialization.num_warps / specialization.segment, 2),
+            "loads_in_flight_kb_per_sm": segment.loaded * resident_threads(registers, specialization.num_warps) / 1024,
+        }),
     )
 
 
+def cut(specialization):
+    """(passes of the loop over a segment's edge, segments of a row) of a kernel of forward."""
+    from fastkl.kernels.compile_plan import VOCABULARY
+
+    threads, segment = 32 * specialization.num_warps, specialization.segment
+    edge = segment % (threads * specialization.pairs_per_thread)
+    return math.ceil(edge / (threads * specialization.constexprs["LANES"])), math.ceil(VOCABULARY / segment)
+
+
+def resident_threads(registers, warps):
+    """Threads on an SM of compute capability 8.0, 9.0 or 10.0, of programs with this many registers a thread.
+
+    Each of its four quarters has 16384 registers, given to a warp 256 at a time; an SM holds 64 warps and 32 programs.
+    """
+    resident = 4 * (16384 // (math.ceil(32 * registers / 256) * 256))
+    return 32 * warps * min(min(resident, 64) // warps, 32)
+
+
 IR_LOAD = re.compile(
-    r"(?:tt\.load|ttg\.async_copy_global_to_local|amdg(?:pu)?\.buffer_load\w*) .*"
+    r"(?:tt\.load|ttg\.async_copy_global_to_local|amdg(?:pu)?\.buffer_load\w*) (.*)"
     r": (?:tensor<((?:\d+x)+)(?:!tt\.ptr<)?|!tt\.ptr<)[a-z]+(\d+)"
 )
 
@@ -97,16 +149,18 @@ IR_LOAD = re.compile(
 def source_loop_bytes(ttgir, threads):
     """Bytes that one thread loads in one iteration of the loop over the vocabulary as it was written, read from Triton's own representation.
 
-    Of several loops it is the one that loads most outside the loops inside it; None where no loop loads.
+    Of several loops it is the one that loads most outside the loops inside it; None where no loop loads. What a loop reads again
+    counts once, as it lies in registers.
     """
     open_loops, depth = [], 0  # each loop that is open: [depth, bytes of its own loads, bytes with the loops inside it]
-    finished = []
+    finished, known = [], set()
     for line in ttgir.splitlines():
         if "scf.for" in line or "scf.while" in line:
             open_loops.append([depth, 0, 0])
-        if open_loops and (load := IR_LOAD.search(line)):
-            elements = math.prod(int(n) for n in (load[1] or "").split("x") if n)
-            size = math.ceil(elements / threads) * max(int(load[2]) // 8, 1)
+        if open_loops and (load := IR_LOAD.search(line)) and load[1] not in known:
+            known.add(load[1])
+            elements = math.prod(int(n) for n in (load[2] or "").split("x") if n)
+            size = math.ceil(elements / threads) * max(int(load[3]) // 8, 1)
             open_loops[-1][1] += size
             for loop in open_loops:
                 loop[2] += size
@@ -191,8 +245,10 @@ def collect(plan, *, architectures=ARCHITECTURES, dtypes=DTYPES, alignments=(Tru
 
 COLUMNS = (
     ("kernel", "kernel", "<36"), ("arch", "arch", "<8"), ("dtype", "dtype", "<6"), ("aligned", "aligned", "<8"),
-    ("instructions_per_pair", "instr/pair", ">11"), ("fp32_per_pair", "fp32/pair", ">10"), ("ex2_per_pair", "ex2/pair", ">9"),
-    ("registers", "registers", ">10"), ("spill_bytes", "spill B", ">8"), ("widest_load_bytes", "load B", ">7"), ("narrow_loads", "narrow", ">7"),
+    ("instructions_per_pair", "instr/pair", ">11"), ("instructions_per_pair_general", "general", ">8"), ("overhead_per_pair", "around", ">7"),
+    ("fp32_per_pair", "fp32/pair", ">10"), ("ex2_per_pair", "ex2/pair", ">9"),
+    ("registers", "registers", ">10"), ("spill_bytes", "spill B", ">8"),
+    ("loads_in_flight_kb_per_sm", "flight KB", ">10"), ("widest_load_bytes", "load B", ">7"), ("narrow_loads", "narrow", ">7"),
     ("unrolled", "unrolled", ">9"), ("percent", "bound %", ">8"), ("limited_by", "  limited by", "<12"),
 )
 
@@ -213,86 +269,6 @@ def table(costs):
         values["limited_by"] = f"  {values['limited_by'] or '-'}"
         lines.append("".join(format("-" if values[key] is None else str(values[key]), width) for key, _, width in COLUMNS).rstrip())
     return "\n".join([*lines, f"bound %: {roofline.MODEL}; of " + ", ".join(f"{gpu.name} ({arch})" for arch, gpu in roofline.GPUS.items())])
-
-
-# The baseline -------------------------------------------------------------------------------------------
-
-
-# What is compared, and whether a number is worse than the baseline's.
-WORSE = {
-    "instructions_per_pair": lambda now, before: now > before * (1 + SLACK),
-    "ex2_per_pair": lambda now, before: now > before * (1 + SLACK),
-    "spill_bytes": lambda now, before: now > before,
-    "narrow_loads": lambda now, before: now > before,
-    "widest_load_bytes": lambda now, before: now < before,
-    "registers": lambda now, before: False,
-}
-
-
-def case_of(record):
-    """What names a record: kernel, architecture, element type, alignment."""
-    return f"{record['kernel']} {record['arch']} {record['dtype']} {'aligned' if record['aligned'] else 'misaligned'}"
-
-
-def read_baseline(path):
-    """The baseline as write_baseline wrote it; ValueError where it is none."""
-    try:
-        data = json.loads(Path(path).read_text())
-        {case_of(record): [record[key] for key in WORSE] for record in data["records"]}
-        data["versions"]["triton"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--baseline: expected a file that --write-baseline wrote, got {path} ({type(error).__name__}: {error}); remedy: --write-baseline {path}"
-        ) from None
-    return data
-
-
-def write_baseline(path, costs, command):
-    """Writes the baseline: a record per kernel, architecture, element type and alignment, whole or not at all."""
-    records = sorted(({key: asdict(cost)[key] for key in ("kernel", "arch", "dtype", "aligned", *WORSE)} for cost in costs), key=case_of)
-    write_json(path, {**provenance(command), "records": records})
-
-
-def compare(costs, baseline, *, kernels=None):
-    """(regressions, other changes), one sentence each, of what was compiled against the baseline's records.
-
-    Only the architectures and element types in `costs`, and of these only `kernels` if given, are expected to be there.
-    """
-    now = {case_of(asdict(cost)): asdict(cost) for cost in costs}
-    before = {case_of(record): record for record in baseline["records"]}
-    regressions = [f"{case}: not in the baseline" for case in now if case not in before]
-    changes = []
-    for case in (case for case in now if case in before):
-        for key, worse in WORSE.items():
-            new, old = now[case][key], before[case][key]
-            if new == old:
-                continue
-            is_worse = new is None if new is None or old is None else worse(new, old)
-            share = f" ({100 * (new / old - 1):+.1f} %)" if new is not None and old else ""
-            (regressions if is_worse else changes).append(f"{case}: {key} {old} -> {new}{share}")
-    measured = {(cost.arch, cost.dtype) for cost in costs}
-    for case, record in before.items():
-        if case not in now and (record["arch"], record["dtype"]) in measured and (not kernels or record["kernel"] in kernels):
-            changes.append(f"{case}: in the baseline only")
-    return regressions, changes
-
-
-def judge(costs, path, kernels):
-    """Compares with the baseline at `path` and prints every change; the record of it for the JSON."""
-    baseline = read_baseline(path)
-    written_by = baseline["versions"]["triton"]
-    if triton.__version__ != written_by:
-        print(f"baseline: holds for Triton {written_by}, this is {triton.__version__}: nothing compared")
-        return {"triton": written_by, "compared": False, "regressions": [], "changes": []}
-    regressions, changes = compare(costs, baseline, kernels=kernels)
-    for line in changes:
-        print(f"changed: {line}")
-    for line in regressions:
-        print(f"regression: {line}", file=sys.stderr)
-    verdict = f"{len(regressions)} regressions and {len(changes)} other changes" if regressions or changes else "nothing changed"
-    remedy = "; if that is as it should be, update the baseline: python -m benchmarks.static_costs --write-baseline" if regressions or changes else ""
-    print(f"baseline: {len(costs)} compared, {verdict}{remedy}")
-    return {"triton": written_by, "compared": True, "regressions": regressions, "changes": changes}
 
 
 # The command line ---------------------------------------------------------------------------------------

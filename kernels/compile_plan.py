@@ -26,6 +26,7 @@ class Specialization:
     """One compilation: `kernel` with `signature` and `constexprs`, as triton.compile's ASTSource takes them.
 
     pairs_per_thread: vocabulary entries of each logits tensor that one thread handles in one iteration of the hot loop.
+    segment: entries that one program of forward sums up; 0 for other kernels.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Specialization:
     num_warps: int
     pairs_per_thread: int
     options: dict[str, Any]
+    segment: int = 0
 
 
 def _type_of(name: str, dtype: str, grad_dtype: str) -> str:
@@ -51,12 +53,12 @@ def _type_of(name: str, dtype: str, grad_dtype: str) -> str:
 
 
 def _specialization(name: str, kernel: Any, constexprs: dict[str, Any], dtype: str, num_warps: int, pairs: int,
-                    extra: dict[str, Any] | None = None, grad_dtype: str | None = None) -> Specialization:
+                    extra: dict[str, Any] | None = None, grad_dtype: str | None = None, segment: int = 0) -> Specialization:
     names = list(inspect.signature(kernel.fn).parameters)
     signature = {argument: "constexpr" if argument in constexprs else _type_of(argument, dtype, grad_dtype or dtype) for argument in names}
     # No launch says where a tensor starts: logits may be views, gradients may lie over them, and a row's saved values begin anywhere.
     return Specialization(name, kernel, signature, constexprs, {}, num_warps, pairs,
-                          {key: value for key, value in {**OPTIONS, **(extra or {})}.items() if key != "num_warps"})
+                          {key: value for key, value in {**OPTIONS, **(extra or {})}.items() if key != "num_warps"}, segment)
 
 
 def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
@@ -72,14 +74,15 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     backward = config.select("backward", arch, itemsize, VOCABULARY)
     plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0, REF_SOFTCAP=0.0, HAS_RATIO=False)
     placing = dict(LANES=lanes, REALIGN=not aligned, Q_IN_BLOCKS=True)
-    splits = -(-VOCABULARY // config.segment_length(VOCABULARY, forward.segment))
+    segment = config.segment_length(VOCABULARY, forward.segment)
+    splits = -(-VOCABULARY // segment)
     shape = dict(SPLITS=triton.next_power_of_2(splits), THREADS=forward.threads, GROUPS=forward.groups, PREFETCH=config.prefetches(arch), **placing)
     specializations = []
 
     def add(name: str, kernel: Any, chosen: config.RowConfig, constexprs: dict[str, Any], grad_dtype: str | None = None) -> None:
         roomy = not aligned or constexprs["SOFTCAP"] > 0.0 or constexprs["HAS_RATIO"]
         specializations.append(_specialization(name, kernel, constexprs, dtype, chosen.threads // warp, chosen.groups * lanes,
-                                               chosen.options(arch, roomy), grad_dtype))
+                                               chosen.options(arch, roomy), grad_dtype, segment if kernel is row_forward else 0))
 
     with_ratio, with_cap = dict(HAS_RATIO=True), dict(SOFTCAP=30.0, REF_SOFTCAP=30.0)
     for name, entropy, kl, reverse in (("kl_divergence", False, True, False), ("token_stats", True, True, True),

@@ -1,4 +1,6 @@
 """The upper bounds of benchmarks/roofline.py: its rates against published peaks, its arithmetic by hand, its bytes against what the kernels do."""
+import dataclasses
+
 import pytest
 
 pytest.importorskip("triton")
@@ -36,6 +38,11 @@ def test_rates_are_those_of_the_data_sheets(arch):
 def test_the_slowest_resource_bounds(case, percent, resource):
     bound = roofline.upper_bound(cost(**case))
     assert (bound.percent, bound.limited_by) == (pytest.approx(percent, abs=0.06), resource)
+
+
+def test_what_is_around_the_loop_is_issued_too():
+    whole = dataclasses.replace(cost(instructions=27.878), overhead_per_pair=27.878)
+    assert roofline.upper_bound(whole).percent == pytest.approx(50, abs=0.06)
 
 
 def test_bytes_can_be_given_and_nothing_is_bounded_without_a_loop():

@@ -1,0 +1,219 @@
+"""How benchmarks/disassembly.py reads machine code: loops and the paths through them, loads and resources."""
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import disassembly
+
+SASS = """
+    .section .text.row,"ax",@progbits
+.text.row:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 BRA `(.L_x_9) ;
+.L_x_edge:
+        /*0020*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0030*/                   MUFU.EX2 R4, R4 ;
+        /*0040*/                   FADD R6, R6, R4 ;
+        /*0050*/                   FADD R6, R6, R4 ;
+        /*0060*/                   FADD R6, R6, R4 ;
+        /*0070*/                   FADD R6, R6, R4 ;
+        /*0080*/                   FADD R6, R6, R4 ;
+        /*0090*/               @P1 BRA `(.L_x_edge) ;
+.L_x_rows:
+        /*00a0*/                   MOV R7, RZ ;
+.L_x_hot:
+        /*00b0*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*00c0*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;
+        /*00d0*/                   MUFU.EX2 R4, R4 ;
+        /*00e0*/               @P2 BRA `(.L_x_rare) ;
+.L_x_back:
+        /*00f0*/                   FFMA R6, R6, R4, R7 ;
+        /*0100*/                   NOP ;
+        /*0110*/                   BRA.U UP0, `(.L_x_hot) ;
+        /*0120*/               @P3 BRA `(.L_x_rows) ;
+.L_x_9:
+        /*0130*/                   EXIT ;
+.L_x_rare:
+        /*0140*/                   CALL.REL.NOINC `($row$slow) ;
+        /*0150*/                   MUFU.EX2.F16 R9, R9 ;
+        /*0160*/                   BRA `(.L_x_back) ;
+$row$slow:
+        /*0170*/                   FMUL R1, R1, R1 ;
+        /*0180*/                   RET.REL.NODEC R4 `(row) ;
+.L_x_10:
+        /*0190*/                   BRA `(.L_x_10);
+        /*01a0*/                   NOP;
+"""
+
+
+def test_sass_hot_loop():
+    costs = disassembly.hot_loop(disassembly.parse_sass(SASS, "row"))
+    # LDG, LDG, MUFU, BRA, FFMA, BRA; the rare branch CALL, MUFU, BRA; the subroutine FMUL, RET. Not the NOP, not the loop over rows, not the edge.
+    assert costs == disassembly.LoopCosts(instructions=11, ex2=2, loads={16: 2}, fp32=2)
+
+
+def test_sass_loops_are_natural_ones():
+    loops = disassembly.natural_loops(disassembly.parse_sass(SASS, "row"))
+    assert sorted(len(body) for body in loops.values()) == [8, 10, 12]  # edge, hot with its rare branch, rows; the padding is never reached
+
+
+def test_sass_longest_of_equally_wide_loops():
+    program = disassembly.parse_sass(SASS.replace("LDG.E.U16", "LDG.E.128"), "row")
+    assert disassembly.hot_loop(program).instructions == 11
+    program = disassembly.parse_sass(SASS.replace("LDG.E.128", "LDG.E"), "row")
+    assert disassembly.hot_loop(program).widest_load == 4
+
+
+def test_sass_call_out_of_the_loop_is_a_jump():
+    # Seen in ptxas's code for sm_80: the loop is left by a call, and what follows it (here another load) belongs to no loop.
+    text = """
+.L_x_2:
+        /*0000*/                   LDG.E.128 R4, [R4.64] ;
+        /*0010*/               @P0 CALL.REL.NOINC `(.L_x_1) ;
+        /*0020*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/                   LDG.E.128 R4, [R4.64] ;
+        /*0040*/                   EXIT ;
+"""
+    assert disassembly.hot_loop(disassembly.parse_sass(text, "row")) == disassembly.LoopCosts(instructions=3, ex2=0, loads={16: 1})
+
+
+def test_no_loads_no_hot_loop():
+    assert disassembly.hot_loop(disassembly.parse_sass(SASS.replace("LDG", "LDS"), "row")) is None
+
+
+@pytest.mark.parametrize(("opcode", "width"), [
+    ("LDG.E", 4), ("LDG.E.64", 8), ("LDG.E.128", 16), ("LDG.E.ENL2.256", 32), ("LDG.E.U16.CONSTANT", 2), ("LDG.E.S8", 1),
+    ("LDG.E.LTC128B.128", 16), ("LDG.E.LTC128B", 4), ("LDGSTS.E.BYPASS.128", 16), ("LDS.128", 0), ("STG.E.128", 0),
+])
+def test_sass_load_widths(opcode, width):
+    assert disassembly.sass_load_width(opcode) == width
+
+
+def test_cuobjdump_resources():
+    text = " Function row:\n  REG:39 STACK:8 SHARED:16 LOCAL:4 CONSTANT[0]:572 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    assert disassembly.parse_resources(text) == (39, 12)
+    with pytest.raises(ValueError, match="no resource usage"):
+        disassembly.parse_resources("cuobjdump fatal: no such file")
+
+
+# Forward in small: a mask's early end, a hot loop of three paths in a loop that re-centres, an edge loop, and the merge behind an atomic operation.
+SEGMENT = """
+    .section .text.row,"ax",@progbits
+.text.row:
+        /*0000*/               @P0 BRA `(.L_rows) ;
+        /*0010*/                   EXIT ;
+.L_rows:
+        /*0020*/                   IADD3 R1, R1, R2, RZ ;
+        /*0030*/               @P1 BRA `(.L_outer) ;
+        /*0040*/                   CALL.REL.NOINC `($row$slow) ;
+.L_outer:
+        /*0050*/                   MOV R7, RZ ;
+.L_hot:
+        /*0060*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*0070*/                   LDG.E.128 R12, desc[UR4][R4.64] ;
+        /*0080*/                   LDG.E.64 R16, desc[UR4][R4.64+0x200] ;
+        /*0090*/                   MUFU.EX2 R20, R9 ;
+        /*00a0*/               @P2 BRA `(.L_general) ;
+        /*00b0*/                   FFMA R6, R12, R20, R17 ;
+        /*00c0*/                   BRA `(.L_next) ;
+.L_general:
+        /*00d0*/               @P3 BRA `(.L_anchor) ;
+        /*00e0*/                   MUFU.EX2 R21, R12 ;
+        /*00f0*/                   MUFU.EX2 R22, R16 ;
+        /*0100*/                   BRA `(.L_next) ;
+.L_anchor:
+        /*0110*/                   SHFL.BFLY PT, R6, R6, 0x10, 0x1f ;
+.L_next:
+        /*0120*/               @P4 BRA `(.L_hot) ;
+        /*0130*/               @P5 BRA `(.L_last) ;
+        /*0140*/                   SHFL.BFLY PT, R6, R6, 0x10, 0x1f ;
+        /*0150*/                   FMUL R6, R6, R6 ;
+.L_last:
+        /*0160*/               @P6 BRA `(.L_outer) ;
+.L_edge:
+        /*0170*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*0180*/               @P7 BRA `(.L_more) ;
+        /*0190*/                   SHFL.BFLY PT, R6, R6, 0x10, 0x1f ;
+        /*01a0*/                   SHFL.BFLY PT, R6, R6, 0x10, 0x1f ;
+.L_more:
+        /*01b0*/               @P0 BRA `(.L_edge) ;
+        /*01c0*/                   ATOMG.E.ADD R5, desc[UR4][R2.64], R5 ;
+        /*01d0*/               @P1 EXIT ;
+        /*01e0*/                   FADD R6, R6, R6 ;
+        /*01f0*/                   FADD R6, R6, R6 ;
+        /*0200*/                   EXIT ;
+$row$slow:
+        /*0210*/                   RET.REL.NODEC R4 `(row) ;
+"""
+
+
+def test_each_path_and_all_around_them():
+    costs = disassembly.segment_costs(disassembly.parse_sass(SEGMENT, "row"), edges=2, segments=4)
+    assert (costs.near.instructions, costs.near.ex2, costs.near.loads) == (8, 1, {16: 2, 8: 1})
+    assert (costs.general.instructions, costs.general.ex2) == (10, 3)
+    # BRA, IADD3, BRA; a tile that re-anchors; MOV, BRA, SHFL, FMUL, BRA three times and MOV, BRA, BRA once; an edge of LDG, BRA, BRA twice; ATOMG;
+    # one time in four EXIT, FADD, FADD, EXIT.
+    assert costs.outside == 3 + 8 + 3 * 5 + 3 + 2 * 3 + 1 + 4 / 4
+    assert costs.loaded == 40
+
+
+def test_a_load_that_is_waited_for_is_no_longer_in_flight():
+    text = SEGMENT.replace("LDG.E.128 R12, desc[UR4][R4.64]", "LDG.E.128 R12, desc[UR4][R8.64]")
+    assert disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1).loaded == 24
+
+
+@pytest.mark.parametrize("text", [SEGMENT.replace("LDG", "LDS"), SEGMENT.replace("MUFU.EX2 R20, R9", "CALL.REL.NOINC `($row$slow)")])
+def test_code_that_reads_otherwise_is_refused(text):
+    """No loop that loads; a subroutine on every path."""
+    with pytest.raises(ValueError, match="expected a path through a loop"):
+        disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1)
+
+
+GCN = """
+	.globl	row                             ; -- Begin function row
+row:                                    ; @row
+.Lfunc_begin0:
+	s_cbranch_scc1 .LBB0_3
+; %bb.1:
+	v_mov_b32_e32 v1, 0
+.LBB0_2:                                ; =>This Inner Loop Header: Depth=1
+	buffer_load_dwordx4 v[8:11], v51, s[20:23], 0 offen
+	global_load_dwordx4 v[12:15], v51, s[2:3]
+	.loc	1 44 45
+	s_waitcnt vmcnt(1)
+	s_nop 0
+	v_exp_f32_e32 v3, v3
+	v_pk_fma_f32 v[2:3], v[4:5], v[6:7], v[8:9]
+	s_cmp_lt_i32 s24, s27
+	s_cbranch_scc1 .LBB0_2
+.LBB0_3:
+	global_load_ushort v1, v[2:3], off
+	s_endpgm
+.Lfunc_end0:
+	.section	.debug_str,"MS",@progbits,1
+	.amdgpu_metadata
+    .private_segment_fixed_size: 0
+    .sgpr_spill_count: 0
+    .vgpr_count:     64
+    .vgpr_spill_count: 3
+"""
+
+
+def test_amdgcn_hot_loop():
+    costs = disassembly.hot_loop(disassembly.parse_amdgcn(GCN, "row"))
+    # Two loads, v_exp, v_pk_fma, s_cmp, s_cbranch; waits and NOPs do not count.
+    assert costs == disassembly.LoopCosts(instructions=6, ex2=1, loads={16: 2}, fp32=2)
+
+
+def test_amdgcn_resources():
+    assert disassembly.parse_amdgcn_resources(GCN) == (64, 12)
+    assert disassembly.parse_amdgcn_resources("") == (None, None)
+
+
+@pytest.mark.parametrize(("opcode", "width"), [
+    ("buffer_load_dwordx4", 16), ("global_load_dwordx2", 8), ("global_load_dword", 4), ("global_load_ushort", 2), ("global_load_short_d16_hi", 2),
+    ("buffer_load_sbyte", 1), ("global_store_dwordx4", 0), ("s_load_dwordx4", 0), ("ds_read_b128", 0),
+])
+def test_amdgcn_load_widths(opcode, width):
+    assert disassembly.gcn_load_width(opcode) == width
