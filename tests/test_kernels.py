@@ -226,6 +226,25 @@ def test_backward_in_place(implementation, vocabulary, fields, dtype) -> None:
         assert bool((value[2] == 0).all()) and bool((value[:2] != 0).any())
 
 
+# ---- segments
+
+VOCABULARIES = (*range(1, 3001), 32000, 50257, 128256, 151936, 152064, 262144, 524288, 1_000_000)
+
+
+@pytest.mark.parametrize("preferred", [512, 1024, 8192, 16384, 32768])
+def test_segment_lengths(preferred) -> None:
+    """Segments cover a row, end at multiples of a sixteenth of it rounded up to 8, and are near the preferred length."""
+    for vocabulary in VOCABULARIES:
+        segment = config.segment_length(vocabulary, preferred)
+        what = f"V={vocabulary}, preferred {preferred}: {segment}"
+        sixteenth = -(-vocabulary // 128) * 8
+        assert segment % 8 == 0 and 8 <= segment <= config.LONGEST_SEGMENT, what
+        if vocabulary <= 16 * config.LONGEST_SEGMENT:
+            assert segment % sixteenth == 0 and 16 * sixteenth % segment == 0, what
+            assert segment <= max(preferred, sixteenth), what
+        assert 2 * segment > min(preferred, vocabulary), what
+
+
 # ---- compilation
 
 
