@@ -169,7 +169,7 @@ def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
 
 
 class State(NamedTuple):
-    """What a part of a row adds up to: the sums at the top of this file, of a scalar or a vector of parts.
+    """The sums of a part of a row, defined at the top of this file; scalars, or vectors over parts.
 
     Fields that were not asked for are zeros.
     """
