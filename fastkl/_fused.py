@@ -1,7 +1,7 @@
-"""A summed KL whose gradient to P is made with its value: one launch (kernels/row_fused.py), where every row's weight is known in forward.
+"""Computes a summed KL and its gradient to P in one launch (kernels/row_fused.py), where every row's weight is known in forward.
 
-The gradient, N·V, is held until backward, instead of 40 bytes per row. It is right for an upstream gradient of 1; another
-one costs a read and a write of it, decided on the device. So weights belong into the call: beta, the normalizer.
+The gradient, N·V in the logits' type, is kept until backward instead of 40 bytes per row. An upstream gradient other than
+1 costs a read and a write of it, which the device decides: pass beta and the normalizer in the call.
 """
 
 from __future__ import annotations
@@ -14,19 +14,27 @@ from ._ops import SAVED, refuse_forward_mode, row_gradients
 from ._problems import fused_launchers, problems
 
 
-def gradient_for(
+def empty_gradient(
     p: torch.Tensor,
     q: torch.Tensor,
     mask: torch.Tensor | None,
     temperature: float | torch.Tensor,
+    normalizer: float | torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor | None:
-    """Return room for the gradient where one launch makes it: for P alone, eagerly, where kernels.config has it so; else None."""
+    """Allocate the gradient if one launch computes it: to P alone, in eager mode, where kernels.config.fuses; else return None.
+
+    The normalizer, a number or a tensor, must require no gradient.
+    """
     if backend != "triton" or not (p.requires_grad and torch.is_grad_enabled()) or q.requires_grad:
         return None
     launch = fused_launchers()
     if not launch.config.fuses(launch.architecture(p.device)[0]) or not p.numel():
         return None
+    if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
+        return None
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return None  # a captured backward may be replayed more often than its forward, and would scale its gradient each time
     if not _dispatch.eager(p, q, mask, temperature):
         return None
     gradient = torch.empty(p.shape, dtype=p.dtype, device=p.device)
@@ -40,19 +48,20 @@ class SummedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p, q, mask, temperature, beta, divisor, gradient):
-        """`gradient` as gradient_for returned it; temperature: a number or [...]; divisor: a number or a scalar tensor."""
+        """`gradient` as empty_gradient returned it; temperature: a number or [...]; divisor: a number or a scalar tensor."""
         kl = torch.empty(p.shape[:-1], dtype=torch.float32, device=p.device)
         saved = kl.new_empty(kl.numel(), SAVED)
         factor = (kl.new_ones(()) if beta is None else beta) / divisor
         unit = kl.new_ones(())
         if p.dtype == torch.float16:
-            unit = float16_unit((factor / temperature).reshape(-1))
+            scales = factor / temperature
+            unit = float16_unit((scales if mask is None else torch.where(mask, scales, 0.0)).reshape(-1))
         weights = (factor / unit).expand(kl.numel()).contiguous()
         rows = gradient.view(-1, p.shape[-1])
         _rows.kl_and_gradients("triton", p, q, None, _rows.flat(mask), _flat(temperature), kl.view(-1), saved, weights,
                                rows, None, _rows.Scaling())  # fmt: skip
         per_token = isinstance(temperature, torch.Tensor)
-        ctx.save_for_backward(p, q, mask, temperature if per_token else None, saved.view(*kl.shape, SAVED), gradient, factor, unit)
+        _dispatch.save_tensors(ctx, p, q, mask, temperature if per_token else None, saved.view(*kl.shape, SAVED), gradient, factor, unit)
         ctx.temperature, ctx.used = 1.0 if per_token else float(temperature), False
         ctx.mark_non_differentiable(kl)
         ctx.set_materialize_grads(False)
@@ -61,7 +70,8 @@ class SummedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        """The gradient in place, once; again by two launches, as for a graph of the gradient and for a batch of upstream gradients."""
+        """Return the gradient, scaled in place, at the first call; recompute it with row_backward at later calls, for create_graph
+        and for batched upstream gradients."""
         if upstream is None:
             return (None,) * 7
         refuse_forward_mode((upstream,))
@@ -72,8 +82,9 @@ class SummedKL(torch.autograd.Function):
                                       "triton")  # fmt: skip
             return result, *(None,) * 6
         ctx.used = True
-        # Behind autograd's back, which has no other holder of it that reads it again.
-        gradient = gradient.detach()
+        # Scale in place: ctx.used keeps later calls from reading it. `.data` has a version counter of its own, so that changes of
+        # x.grad do not invalidate the saved tensor. A saved-tensor hook may return another layout.
+        gradient = gradient.data.contiguous()
         fused_launchers().scale(gradient.view(-1), (upstream * unit).reshape(1))
         return gradient, *(None,) * 6
 

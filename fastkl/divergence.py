@@ -70,7 +70,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
     _reduce.check(reduction, weights, normalizer, p_logits.shape[:-1], p_logits.device)
     chosen = backend.select(p_logits, q_logits)
     if reduction != "none" and weights is None:
-        gradient = _fused.gradient_for(p_logits, q_logits, mask, temperature, chosen)
+        gradient = _fused.empty_gradient(p_logits, q_logits, mask, temperature, normalizer, chosen)
         if gradient is not None:
             divisor = _reduce.divisor(reduction, normalizer, mask, p_logits.shape[:-1], torch.float32)
             return _fused.SummedKL.apply(p_logits, q_logits, mask, temperature, None, divisor, gradient)[0]

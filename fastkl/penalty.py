@@ -134,7 +134,7 @@ class KLPenalty(_Penalty):
         _checks.normalizer(normalizer, self.reduction, policy_logits.device)
         beta = self.beta
         _checks.mask(mask, first.shape[:-1], first.device)
-        gradient = _fused.gradient_for(first, second, mask, self.temperature, backend.select(first, second))
+        gradient = _fused.empty_gradient(first, second, mask, self.temperature, normalizer, backend.select(first, second))
         if gradient is None:
             kl = kl_divergence(first, second, mask, temperature=self.temperature)
             counts, total = _Counts.of(kl, mask), kl.sum()

@@ -18,7 +18,7 @@ from .row_fused import row_fused
 # A vocabulary of today's models: the plan describes the launches for it.
 VOCABULARY = 128256
 _FIELDS = ("LOGPROB", "ENTROPY", "REF_LOGPROB", "KL", "REF_KL")
-_INTEGERS = ("n_inner", "n_rows", "V", "segment", "piece", "pieces", "splits", "ask_ahead", "chunks")
+_INTEGERS = ("n_inner", "n_rows", "V", "segment", "piece", "pieces", "splits", "prefetching", "chunks")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,7 +100,7 @@ def segment_length(vocabulary: int, preferred: int) -> int:
 
 
 def fuses(arch: str) -> bool:
-    """Whether row_fused takes the place of two launches: nowhere but in the interpreter until a GPU has shown it right and faster."""
+    """Return whether row_fused replaces two launches: in the interpreter only, until it is verified and timed on a GPU."""
     return arch == "interpreter"
 
 

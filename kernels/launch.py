@@ -20,14 +20,14 @@ from .row_math import STATE
 # Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler fuses; Triton's own default varies by version.
 OPTIONS = {"enable_fp_fusion": False}
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
-# Rows that one program of row_fallback looks at, its threads, and the entries that they read at a time: few enough rows that
-# a batch of fallback rows is spread over a GPU, enough that the programs of 8192 rows are all there at once.
+# Rows per program of row_fallback, its threads, and entries per step: few enough rows to spread a batch of fallback rows over
+# a GPU, enough to keep all programs of 8192 rows resident.
 FALLBACK_ROWS = 4
 FALLBACK_THREADS = 128
 FALLBACK_BLOCK = 512
 FALLBACK_REGISTERS = 168
-# Ask for whole segments at once while the rows of a call take at most this much, which has room in L2.
-ASK_AHEAD_BYTES = 33_554_432
+# Prefetch whole segments into L2 if the logits of a call take at most this many bytes.
+PREFETCH_BYTES = 33_554_432
 # Two tensors' blocks have at most eight elements of four bytes: where one starts matters up to this number of bytes.
 ADDRESSES = 32
 # Layouts, and launches for them, that are kept: shapes, mostly, of which a training run with padding to the longest has many.
@@ -226,7 +226,7 @@ class ForwardPlan(NamedTuple):
 
     segment: int
     splits: int
-    ask_ahead: int
+    prefetching: int
     forward: Variant
     fallback: Variant
 
@@ -239,24 +239,7 @@ def _forward_plan(layout: Layout, with_entropy: bool, with_reverse: bool, overri
     splits = max(1, -(-layout.vocabulary // segment))
     row_bytes = layout.vocabulary * sum(dtype.itemsize for dtype in layout.case.types[:2] if dtype is not None)
     variants = forward_variants(layout.case, chosen, triton.next_power_of_2(splits), with_entropy, with_reverse)
-    return ForwardPlan(segment, splits, int(layout.rows * row_bytes <= ASK_AHEAD_BYTES), *variants)
-
-
-_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def row_counters(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """Zeros [at least rows] int32 that row_forward leaves as zeros: kept for each stream, whose launches take turns.
-
-    A CUDA graph gets its own: its replays may run beside other streams.
-    """
-    if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(rows, dtype=torch.int32, device=tensor.device)
-    key = tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream
-    counters = _counters.get(key)
-    if counters is None or counters.numel() < rows:
-        counters = _counters[key] = torch.zeros(triton.next_power_of_2(rows), dtype=torch.int32, device=tensor.device)
-    return counters
+    return ForwardPlan(segment, splits, int(layout.rows * row_bytes <= PREFETCH_BYTES), *variants)
 
 
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
@@ -267,20 +250,21 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout = problem.layout
     plan = _forward_plan(layout, "entropy" in outputs, "ref_kl" in outputs, tuple(config._override.items()))
-    state = counters = saved
-    if plan.splits > 1:
-        state = torch.empty(layout.rows * plan.splits * STATE.value, dtype=torch.float32, device=p.device)
-        counters = row_counters(p, layout.rows)
     get = outputs.get
     fields = dict(saved_ptr=saved, logprob_ptr=get("logprob", saved), entropy_ptr=get("entropy", saved), ref_logprob_ptr=get("ref_logprob", saved),
                   kl_ptr=get("kl", saved), ref_kl_ptr=get("ref_kl", saved))
     places, temperature = layout.places, float(problem.temperature)
     with _on(p):
+        state = counters = saved
+        if plan.splits > 1:
+            state = torch.empty(layout.rows * plan.splits * STATE.value, dtype=torch.float32, device=p.device)
+            # Not kept from call to call: another pool or stream may own what a call allocates, as under CUDA graphs.
+            counters = torch.zeros(layout.rows, dtype=torch.int32, device=p.device)
         plan.forward.start(
             layout.rows * plan.splits,
             dict(p_ptr=p, q_ptr=q, mask_ptr=mask, temperature_ptr=temperatures, ratio_ptr=ratios, tokens_ptr=tokens, state_ptr=state,
                  counter_ptr=counters, **fields, temperature=temperature, **places, V=layout.vocabulary, segment=plan.segment,
-                 splits=plan.splits, ask_ahead=plan.ask_ahead))
+                 splits=plan.splits, prefetching=plan.prefetching))
         if READ_AGAIN:
             plan.fallback.start(
                 -(-layout.rows // FALLBACK_ROWS),

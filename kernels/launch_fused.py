@@ -62,7 +62,7 @@ class FusedPlan(NamedTuple):
 
 @functools.lru_cache(KEPT)
 def _fused_plan(layout: Layout, overridden: tuple) -> FusedPlan:
-    """The plan, as _forward_plan."""
+    """Return the plan of row_fused; `overridden` as in _forward_plan."""
     chosen = config.select("fused", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
     segment = config.segment_length(layout.vocabulary, chosen.segment)
     pieces = -(-segment // chosen.segment)
@@ -83,10 +83,10 @@ def fused(problem: Problem, weights: torch.Tensor, kl: torch.Tensor, saved: torc
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout = problem.layout
     plan = _fused_plan(layout, tuple(config._override.items()))
-    state = torch.empty(layout.rows * plan.splits * STATE.value, dtype=torch.float32, device=p.device)
-    sync = torch.zeros(1 + layout.rows, dtype=torch.int32, device=p.device)
     shared = dict(temperature=float(problem.temperature), **layout.places, stride_grad=grad_p.stride(0), V=layout.vocabulary)
     with _on(p):
+        state = torch.empty(layout.rows * plan.splits * STATE.value, dtype=torch.float32, device=p.device)
+        sync = torch.zeros(1 + layout.rows, dtype=torch.int32, device=p.device)
         for variant in plan.phases:
             variant.start(
                 layout.rows * plan.splits,
@@ -102,7 +102,7 @@ def fused(problem: Problem, weights: torch.Tensor, kl: torch.Tensor, saved: torc
 
 @functools.cache
 def _scaler(device: torch.device, dtype: torch.dtype) -> Variant:
-    """scale_gradient."""
+    """Return the Variant of scale_gradient."""
     return Variant(scale_gradient, {"BLOCK": SCALE_BLOCK}, {"num_warps": SCALE_BLOCK // 512, **OPTIONS})
 
 

@@ -328,7 +328,7 @@ def row_fallback(
                 out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
                 store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK, want, reading)
                 if WITH_GRADIENT:
-                    # What one thread has saved, all read.
+                    # Make the saved values, stored by one thread, visible to all threads before write_fallback loads them.
                     tl.debug_barrier()
                     asked: tl.constexpr = Asked(False, False, False, True, False, True, False, False)
                     zero = tl.full([], 0.0, tl.float32)

@@ -63,7 +63,7 @@ class Outputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """The values of a row that backward needs, as they lie in memory.
+    """The values of a row that backward needs, in memory order.
 
     Base 2: origin, log2_S, and lse_q with what it lost. centre with what it lost, log1p_t, the means E_p[d] and E_q[d], entropy.
     """
@@ -121,7 +121,7 @@ def store_state(state_ptr, s, want: tl.constexpr):
 def load_states(state_ptr, splits, SPLITS: tl.constexpr, want: tl.constexpr):
     """Load the states [splits, 7] of a row as vectors [SPLITS], a power of two; states beyond `splits` are empty.
 
-    Past L1, which may hold what lay there before another program wrote.
+    Bypass L1, which may hold stale values.
     """
     index = tl.arange(0, SPLITS)
     there = index < splits

@@ -20,7 +20,7 @@ from .row_segment import HELD, Layout, Row, segment_sums
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
 @triton.jit(do_not_specialize=[
     "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "V", "segment", "splits", "ask_ahead"], do_not_specialize_on_alignment=[
+    "V", "segment", "splits", "prefetching"], do_not_specialize_on_alignment=[
     "p_ptr", "q_ptr", "mask_ptr", "temperature_ptr", "ratio_ptr", "tokens_ptr", "state_ptr", "counter_ptr", "saved_ptr", "logprob_ptr",
     "entropy_ptr", "ref_logprob_ptr", "kl_ptr", "ref_kl_ptr"])
 def row_forward(
@@ -31,7 +31,7 @@ def row_forward(
     ratio_ptr,  # [N] float32, the inverse temperature of Q over that of P; any pointer without HAS_RATIO
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre; any pointer if splits is 1
-    counter_ptr,  # [N] int32, zeros, and zeros again afterwards: how many segments of a row are done; any pointer if splits is 1
+    counter_ptr,  # [N] int32, zeros at the start: how many segments of a row are done; any pointer if splits is 1
     # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, log1p(t), E_p[d], E_q[d], entropy
     saved_ptr,
     # [N] float32; any pointer for logprob without HAS_TOKENS, ref_logprob without it or WITH_KL, kl without WITH_KL, the others without their WITH_
@@ -39,7 +39,7 @@ def row_forward(
     temperature: tl.float32, n_inner: tl.int32,
     stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
     V: tl.int32, segment: tl.int32, splits: tl.int32,
-    ask_ahead: tl.int32,  # 1 to ask for the segment at once, where programs are too few to hide memory's latency; 0 not to (PREFETCH)
+    prefetching: tl.int32,  # 1: prefetch the segment, where programs are too few to hide memory's latency (PREFETCH)
     SPLITS: tl.constexpr,  # a power of two, at least splits
     THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
     HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
@@ -77,10 +77,9 @@ def row_forward(
     first = split * segment
     length = tl.minimum(segment, V - first)
     if PREFETCH:
-        size = length // LANES * 16 * ask_ahead
-        prefetch(p_row + first, size)
+        prefetch(p_row + first, length, prefetching)
         if WITH_KL:
-            prefetch(q_row + first, size)
+            prefetch(q_row + first, length, prefetching)
     held_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * HELD
     scale2 = held_scale * (LOG2E / HELD)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
@@ -97,8 +96,6 @@ def row_forward(
         tl.debug_barrier()
         if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != splits - 1:
             return
-        tl.store(counter_ptr + row, 0)
-    if SPLITS > 1:
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
     else:
         zeros = tl.zeros([1], tl.float32)

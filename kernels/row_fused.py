@@ -38,11 +38,12 @@ def row_fused(
     pieces are published, merges all of them in order and writes its piece's gradient. The second read of the piece finds
     it in L1 or L2, where the first left it.
 
-    No wait is for ever while the GPU has room for `splits` programs of one warp. Programs draw tickets in order, and a
-    program waits only for programs of its own row. Take the lowest row that has a waiting program: all tickets before
-    that row's have been drawn by programs that are done. If all tickets of the row are drawn, its programs run and will
-    publish. If not, no later ticket is drawn either, so that fewer than `splits` programs are resident: the next one has
-    room to start and draws a ticket of this row.
+    Programs cannot deadlock while the GPU has room for `splits` programs of one warp of each launch that runs at once.
+    They draw tickets in order, and wait only for programs of their own row. Suppose that every resident program of a
+    launch waits, and take the lowest row among theirs: all programs of lower rows are done. If all tickets of the row are
+    drawn, all its states are published and no program of it waits. If not, no later ticket is drawn either: fewer than
+    `splits` programs of the launch are resident, and the next one has room to start and draws a ticket of this row.
+    NVIDIA only: on AMD a .cg load does not bypass the caches that other programs write behind.
 
     Math:   row_math.py's sums and row_gradient.entry_gradients; reference.row_statistics and row_gradients define both.
     Grid:   (N · splits,), by tickets; a segment (of row_forward) is cut into `pieces` pieces.
@@ -86,13 +87,13 @@ def row_fused(
                     store_zeros(out, want, reading)
             return
     if PREFETCH:
-        size = tl.maximum(length, 0) // LANES * 16
-        prefetch(p_block, size)
-        prefetch(q_block, size)
+        prefetch(p_block, tl.maximum(length, 0), 1)
+        prefetch(q_block, tl.maximum(length, 0), 1)
     state_here = state_ptr + ticket.to(tl.int64) * STATE
     shift = tl.full([], 0.0, tl.float32)
     if EXACT:
-        # Its entries of P may be overwritten after the wait: phase 2 takes it from phase 1, in the place of the unused A.
+        # Phase 2 loads the shift from the unused slot of A, where phase 1 stored it: gradients may lie over the entries of P
+        # that row_shift reads.
         if PHASE == 2:
             shift = tl.load(state_here + 2)
         else:
@@ -108,8 +109,10 @@ def row_fused(
         tl.debug_barrier()
         arrived = tl.atomic_add(sync_ptr + 1 + row, 1, sem="release") + 1
         while arrived < splits:
-            # Not an acquire: that would empty this multiprocessor's L1, which holds the piece to be read again. load_states goes past L1.
+            # Not an acquire, which would invalidate this SM's L1 with the piece in it; load_states bypasses L1.
             arrived = tl.load(sync_ptr + 1 + row, volatile=True)
+        # Order the loads of states after the last arrival.
+        tl.debug_barrier()
     if PHASE != 1:
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
         statistics = row_statistics(states, shift, scale, want)
@@ -134,14 +137,14 @@ def scale_gradient(
     n: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """A gradient times a factor that the host does not know; nothing is read or written where it is 1.
+    """Multiply a gradient in place by a scalar on the device; return at once if it is 1.
 
-    Math:   grad · factor in float32, rounded once.
+    Math:   grad · factor in float32, rounded: of a 16-bit gradient a second rounding, exact for powers of two.
     Grid:   any: programs take blocks in turns.
     Reads:  1 and, unless factor is 1, n of the gradient.
-    Writes: as many.
+    Writes: n of the gradient unless factor is 1.
     Saves:  nothing.
-    Special values: none.
+    Special values: a factor of 0 gives 0, also where the gradient is not finite.
     """
     factor = tl.load(factor_ptr)
     if factor != 1.0:
@@ -149,5 +152,5 @@ def scale_gradient(
         while start < n:
             offs = start + tl.arange(0, BLOCK)
             grad = tl.load(grad_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
-            tl.store(grad_ptr + offs, grad * factor, mask=offs < n)
+            tl.store(grad_ptr + offs, tl.where(factor == 0.0, 0.0, grad * factor), mask=offs < n)
             start += tl.num_programs(0).to(tl.int64) * BLOCK

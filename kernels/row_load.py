@@ -101,8 +101,9 @@ def or_lanes(bits):
 
 
 @triton.jit
-def prefetch(ptr, size):
-    """Bring `size` bytes (a multiple of 16, or 0) from the 16-byte boundary at or before ptr on into L2: one instruction of sm_90 and later."""
+def prefetch(ptr, length, on):
+    """Bring `length` elements from the 16-byte boundary at or before ptr on into L2 if `on` is 1: one instruction of sm_90 and later."""
+    size = length * (ptr.dtype.element_ty.primitive_bitwidth // 8) // 16 * 16 * on
     tl.inline_asm_elementwise(
         "{ .reg .pred any; .reg .b64 start; and.b64 start, $1, -16; setp.gt.s32 any, $2, 0;"
         " @any cp.async.bulk.prefetch.L2.global [start], $2; mov.u32 $0, 0; }",

@@ -1,11 +1,11 @@
 """The sums of a segment of a row: one read of the logits, a tile at a time, by the warp of a program.
 
-Origin and centre are those of all threads. Each tile takes one of three paths, by its values alone:
+Origin and centre are uniform over the threads. The values of a tile alone select one of three paths:
     near:     every |d| < 1 and no new peak, as in nearly all tiles of a policy near its reference: a polynomial for expm1(d) - d;
     general:  no new peak: a second exponential where |d| is large;
-    anchor:   the weight of all before might grow more than eightfold: origin and centre move, then the tile is read again.
-The centre is always the mean of d over at least an eighth of the weight: what was summed about another one would lose its
-digits when the centre moves.
+    anchor:   the tile might raise the weight about this centre more than fourfold: move origin and centre, then read it again.
+The centre is always the mean of d over at least a quarter of the weight: sums about a distant centre would lose their digits
+when the centre moves.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from .row_math import (
     subtract,
 )
 
-# The loop holds d times 2: bit 30 of the float32 then says whether |d| is 1 or more, as it does for an infinity and a NaN.
+# The loop keeps HELD·d ("held"): bit 30 of its float32 pattern is set if |d| is 1 or more, also for an infinity and a NaN.
 HELD = tl.constexpr(2.0)
 
 
@@ -105,7 +105,7 @@ class Running(NamedTuple):
 
 @triton.jit
 def empty_sums(layout: tl.constexpr):
-    """The sums of no entry; the first tile with weight is an anchor."""
+    """The sums of an empty segment; the first tile with weight takes the anchor path."""
     THREADS: tl.constexpr = layout.threads
     LANES: tl.constexpr = layout.lanes
     zero = tl.full([], 0.0, tl.float32)
@@ -244,7 +244,7 @@ def spread(z, LANES: tl.constexpr):
 
 @triton.jit
 def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
-    """Move the origin to the peak, if the tile holds it, and the centre to the mean of d over all with the tile."""
+    """Move the origin to the peak, if the tile holds it, and the centre to the mean of d over all entries so far, this tile included."""
     state = state_of(s, want)
     peak = tl.max(tile.x[0], 1)
     for g in tl.static_range(1, GROUPS):
@@ -268,7 +268,7 @@ def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.cons
     R = state.R
     centre = state.centre
     if want.kl:
-        # A mean difference as well rounded as may be: on a peaked row, what is left of d at the peak makes the whole gradient.
+        # Round the mean difference once: on a peaked row the whole gradient is the remainder d - E_p[d] at the peak.
         mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.held_scale * (1.0 / HELD)
         delta = tl.fma(mean - centre, total, tl.sum(W, 0)) / (before + total)
         centre = tl.where(total > before * OUTWEIGHS, mean, centre + delta)
@@ -277,8 +277,8 @@ def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.cons
         W = moved.W
         U = moved.U
         R = moved.R
-    # The limits add up to OUTWEIGHS times the weight. None is below what a thread is about to have: the tile takes another path
-    # when it is read again.
+    # The limits add up to OUTWEIGHS times the weight. Each is at least twice the thread's S with this tile: the second read
+    # never anchors again.
     limit = tl.fma(before + total, OUTWEIGHS / 2.0 / shares.shape[0], (state.S + shares) * (OUTWEIGHS / 2.0))
     LANES: tl.constexpr = s.lane_W.shape[1]
     # A near tile has |d| < 1.
@@ -319,7 +319,7 @@ def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.conste
 
 @triton.jit
 def segment_sums(row, length, layout: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
-    """The scalar State of the first `length` entries; U is infinite where the sums cannot hold them."""
+    """The scalar State of the first `length` entries; U is +inf if some |d| may reach LARGEST_D."""
     GROUPS: tl.constexpr = layout.groups
     TILE: tl.constexpr = layout.threads * layout.groups
     # A row that has entropy alone never takes the near path.
@@ -332,7 +332,7 @@ def segment_sums(row, length, layout: tl.constexpr, want: tl.constexpr, reading:
         weights = weigh(s, tile, row, GROUPS, want, CLAMP, False)
         path = path_of(s, weights, GROUPS, want)
         if path > 1:
-            # A NaN does not come here: no limit of NaN is exceeded.
+            # A NaN never takes this path: comparisons with NaN are false.
             tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
             s = anchor(s, tile, row, GROUPS, want, False)
         else:
@@ -344,7 +344,7 @@ def segment_sums(row, length, layout: tl.constexpr, want: tl.constexpr, reading:
     if want.entropy and want.kl:
         A = tl.sum(lane_sum(s.lane_A), 0)
         if A != A:
-            # Both tensors may be masked by a finite number: begin again, with exponents clamped.
+            # A column that both tensors mask by a large finite number makes A NaN: start over with exponents clamped.
             s = empty_sums(layout)
             group = 0
     # Less than a tile is left, or all of it: one group of each thread at a time.
