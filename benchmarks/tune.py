@@ -2,9 +2,9 @@
 
     python3 -m benchmarks.tune --dtype bf16 [--vocabulary 128256] [--seconds 400] [--json FILE] [--write]
 
-Tries threads, 16-byte blocks per thread, how many entries of a row a program reads (and so into how many programs a row is split), a limit on
-registers and, for forward, what a configuration switches on or off; forward and backward are each shared by kl_divergence and token_stats. The search
-(details in benchmarks/tune_trials.py):
+Tries 16-byte blocks per thread, how many entries of a row a program reads (and so into how many programs a row is split), a limit on registers and,
+for backward, threads (a program of forward is one warp); forward and backward are each shared by kl_divergence and token_stats. The search (details
+in benchmarks/tune_trials.py):
 
 1. Every candidate is compiled and checked as it is timed, in as many processes as there are cores: values or gradients against float64, the same bits
    for a row alone and in a batch, and nothing spilled.
@@ -31,7 +31,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -48,6 +48,9 @@ WEIGHTS = {
     "backward": {"kl_divergence dp": 3, "kl_divergence dq": 1, "token_stats dp": 1},
     "rows": {64: 1, 8192: 3},
 }
+# Of forward: groups, segments, registers; it has the threads that it has now, one warp.
+FORWARD = (1, 2), (8192, 16384, 32768), (None, 128)
+# Of backward.
 THREADS, GROUPS, SEGMENTS = (128, 256, 512), (1, 2, 4), tuple(2**k for k in range(9, 18))
 REGISTERS = (None, 96, 128, 168)
 MOST_SEGMENTS = 64  # of a row: more are all merging and no reading
@@ -90,7 +93,7 @@ def mean(times):
 
 
 def candidates(present, itemsize, vocabulary, direction):
-    """The present configuration first, then all others whose threads divide a segment that is not longer than a row needs.
+    """The present configuration first, then all others; of backward, those whose threads divide a segment that is not longer than a row needs.
 
     In an order without a pattern, the same every time: where the time ends the search, every part of the space has been looked at. Those with another
     limit on registers come last: they differ from the others by a few percent, if the limit binds at all.
@@ -102,20 +105,31 @@ def candidates(present, itemsize, vocabulary, direction):
 
 
 def _others(present, itemsize, vocabulary, direction):
+    if direction == "forward":
+        yield from _others_of_forward(present, vocabulary)
+        return
     lanes, longest = 16 // itemsize, 2 ** math.ceil(math.log2(max(vocabulary, SEGMENTS[0])))
-    # Backward reads none of them.
-    switches = [one.name for one in fields(present) if isinstance(getattr(present, one.name), bool)] if direction == "forward" else []
     for threads, groups, segment, registers in itertools.product(THREADS, GROUPS, SEGMENTS, REGISTERS):
         if segment % (threads * groups * lanes) or segment > longest or segment * MOST_SEGMENTS < vocabulary:
             continue
         # More than this a thread cannot have: the limit would say nothing.
         if registers is not None and registers * threads > 65536:
             continue
-        for states in itertools.product((True, False), repeat=len(switches)):
-            found = replace(present, threads=threads, groups=groups, segment=segment, max_registers=registers, measured="",
-                            **dict(zip(switches, states, strict=True)))
-            if replace(found, measured=present.measured) != present:
-                yield found
+        found = replace(present, threads=threads, groups=groups, segment=segment, max_registers=registers, measured="")
+        if replace(found, measured=present.measured) != present:
+            yield found
+
+
+def _others_of_forward(present, vocabulary):
+    """One for every length that segments of this vocabulary get."""
+    from fastkl.kernels.config import segment_length
+
+    known = {(present.groups, segment_length(vocabulary, present.segment), present.max_registers)}
+    for groups, segment, registers in itertools.product(*FORWARD):
+        key = groups, segment_length(vocabulary, segment), registers
+        if key not in known:
+            known.add(key)
+            yield replace(present, groups=groups, segment=segment, max_registers=registers, measured="")
 
 
 # The search -----------------------------------------------------------------------------------------------------
@@ -293,8 +307,7 @@ def report(trials, limit=8):
         one, times = trial.config, trial.times or trial.short
         figures = "  ".join(f"{operation} {' / '.join(f'{ms:.4f}' for ms in by_rows.values())}" for operation, by_rows in times.items())
         state = f"refused: {trial.refused}" if trial.refused else "" if trial.times else "in short" if times else "not timed"
-        off = "".join(f"no {switch.name}  " for switch in fields(one) if getattr(one, switch.name) is False)
-        lines.append(f"  threads {one.threads:>3}  groups {one.groups}  segment {one.segment:>6}  registers {one.max_registers or '-':>3}  {off}"
+        lines.append(f"  threads {one.threads:>3}  groups {one.groups}  segment {one.segment:>6}  registers {one.max_registers or '-':>3}  "
                      f"{figures}  {state}{'  (present)' if trial is trials[0] else ''}".rstrip())
     reasons = Counter(trial.refused for trial in trials if trial.refused)
     return "\n".join(lines + [f"  refused {count} times: {reason}" for reason, count in reasons.most_common(limit)])

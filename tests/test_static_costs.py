@@ -19,7 +19,7 @@ from benchmarks import static_costs, static_gate
 ROOT = Path(__file__).resolve().parent.parent
 
 # What a pair may cost with aligned bf16 input: instructions on the near and on the general path of forward, alone and with everything around them
-# (None: no limit). At full bandwidth an H200 issues 31 instructions while it reads a pair, a B200 half as many; compilers differ by 3 %.
+# (None: no limit). At full bandwidth an H200 issues 31 instructions while it reads a pair, a B200 half as many.
 FORWARD = {
     ("kl_divergence.forward", "sm_90", "bf16", True): (19, 23, 22.5, 26.5),
     ("kl_divergence.forward", "sm_90", "bf16", False): (21, 25, None, None),
@@ -38,6 +38,8 @@ LIMITS = {
     # A tanh per logit takes two of each and a reciprocal square root, beside matrix products that take twenty times as long.
     "kl_divergence.backward_p_softcap": (31, 4),
 }
+# What another Triton than the pinned one may take more: compilers differ by 3 %.
+OTHER_TRITON = 1.03
 # KB of loads that hide memory's latency on an SM.
 IN_FLIGHT = 32
 
@@ -82,7 +84,7 @@ def report(request):
     assert not data["errors"], output[-4000:]
     if request.param != "installed":
         assert data["versions"]["triton"].startswith(request.param)
-    return {**data, "architectures": architectures_of(request.param)}
+    return {**data, "architectures": architectures_of(request.param), "slack": 1.0 if request.param == "installed" else OTHER_TRITON}
 
 
 def case_of(record, *keys):
@@ -125,7 +127,7 @@ def test_every_kernel_is_measured_everywhere(report):
 @pytest.mark.parametrize("kernel", LIMITS)
 def test_instructions_and_exponentials_per_pair_of_backward(report, kernel):
     (record,) = [r for r in report["records"] if (r["kernel"], r["arch"], r["dtype"], r["aligned"]) == (kernel, "sm_90", "bf16", True)]
-    assert record["instructions_per_pair"] <= LIMITS[kernel][0] and record["ex2_per_pair"] <= LIMITS[kernel][1], record
+    assert record["instructions_per_pair"] <= LIMITS[kernel][0] * report["slack"] and record["ex2_per_pair"] <= LIMITS[kernel][1], record
     assert record["overhead_per_pair"] is None
 
 
@@ -136,7 +138,7 @@ def test_instructions_of_each_path_of_forward(report):
     for case in expected:
         near, general, around = (found[case][key] for key in ("instructions_per_pair", "instructions_per_pair_general", "overhead_per_pair"))
         over = [(value, limit) for value, limit in zip((near, general, near + around, general + around), FORWARD[case], strict=True)
-                if limit is not None and value > limit]
+                if limit is not None and value > limit * report["slack"]]
         assert not over, (case, over)
         assert general >= near and 1 < around < 8, (case, near, general, around)
 

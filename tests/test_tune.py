@@ -58,8 +58,7 @@ def distance_from(threads, segment):
     """Times that grow with the distance from one configuration."""
     def ms(direction, one, operation, rows):
         distance = abs(math.log2(one.threads / threads)) + abs(math.log2(one.segment / segment)) + 0.1 * (one.max_registers is not None)
-        switched_off = sum(getattr(one, name.name) is False for name in dataclasses.fields(one))
-        return rows * (1e-3 if "kl" in operation else 2e-3) * (1 + 0.2 * distance + 0.01 * one.groups + switched_off)
+        return rows * (1e-3 if "kl" in operation else 2e-3) * (1 + 0.2 * distance + 0.01 * one.groups)
 
     return ms
 
@@ -89,16 +88,25 @@ def keys_of(found):
     return [dataclasses.astuple(dataclasses.replace(one, measured="")) for one in found]
 
 
-@pytest.mark.parametrize("direction", tune.DIRECTIONS)
 @pytest.mark.parametrize("itemsize, vocabulary", [(2, 128256), (4, 128256), (2, 1000), (4, 50257)])
-def test_candidates_are_configurations_the_kernels_take(itemsize, vocabulary, direction):
-    found = list(tune.candidates(PRESENT, itemsize, vocabulary, direction))
+def test_candidates_of_backward_are_configurations_the_kernels_take(itemsize, vocabulary):
+    found = list(tune.candidates(PRESENT, itemsize, vocabulary, "backward"))
     assert found[0] is PRESENT and len(found) > (100 if vocabulary > 32768 else 4)
     assert len(set(keys_of(found))) == len(found)
     for one in found[1:]:
         assert one.segment % (one.threads * one.groups * (16 // itemsize)) == 0
         assert one.segment < 2 * max(vocabulary, 512) and vocabulary <= 64 * one.segment
         assert one.max_registers is None or one.max_registers * one.threads <= 65536
+
+
+@pytest.mark.parametrize("vocabulary, lengths", [(128256, {8016, 16032, 32064}), (1000, {1024}), (50257, {6288, 12576, 25152})])
+def test_candidates_of_forward_cut_a_row_differently(vocabulary, lengths):
+    """Programs of as many threads as now; of configurations that cut a row alike one is tried."""
+    present = config.select("forward", "sm_90", 2, vocabulary)
+    found = list(tune.candidates(present, 2, vocabulary, "forward"))
+    cuts = [(one.groups, config.segment_length(vocabulary, one.segment), one.max_registers) for one in found]
+    assert found[0] is present and len(set(cuts)) == len(cuts) and {one.threads for one in found} == {32}
+    assert set(cuts) == {(groups, length, registers) for groups in (1, 2) for length in lengths for registers in (None, 128)}
 
 
 def test_other_limits_on_registers_come_last():
@@ -110,22 +118,16 @@ def test_other_limits_on_registers_come_last():
 
 
 def test_fields_that_the_tuner_does_not_know():
-    """A switch is tried in both states where forward is tuned; what is no switch keeps its value, and stands in the entry."""
+    """They keep their value, and stand in the entry."""
     @dataclasses.dataclass(frozen=True)
     class Longer(config.RowConfig):
         stages: int = 2
-        backwards: bool = False
 
     present = Longer(128, 4, 32768, "measured before", stages=3)
-    forward, backward = (list(tune.candidates(present, 2, 128256, direction)) for direction in tune.DIRECTIONS)
-    assert {one.stages for one in forward + backward} == {3} and not any(one.backwards for one in backward)
-    plain = [len(list(tune.candidates(PRESENT, 2, 128256, direction))) for direction in tune.DIRECTIONS]
-    assert [len(forward), len(backward)] == [2 * plain[0], plain[1]] and sum(one.backwards for one in forward) == plain[0]
-    assert len(set(keys_of(forward))) == len(forward)
-    line = tune.entry_line("sm_90", 2, None, dict.fromkeys(tune.DIRECTIONS, dataclasses.replace(present, backwards=True)))
-    assert line.count(", stages=3, backwards=True)") == 2
+    assert {one.stages for direction in tune.DIRECTIONS for one in tune.candidates(present, 2, 128256, direction)} == {3}
+    line = tune.entry_line("sm_90", 2, None, dict.fromkeys(tune.DIRECTIONS, present))
+    assert line.count(", stages=3)") == 2
     assert "stages" not in tune.entry_line("sm_90", 2, None, dict.fromkeys(tune.DIRECTIONS, Longer(128, 4, 32768, "default")))
-    assert "no backwards  " in tune.report([tune.Trial(present)])
 
 
 # The search -----------------------------------------------------------------------------------------------------
@@ -148,9 +150,10 @@ def test_the_fastest_wins_after_every_check():
     assert in_turn[:14] == in_turn[14:28] and len(set(in_turn)) == 14 and ("forward", PRESENT) in in_turn
     pool.jobs.clear()
     tune.confirm(trials, WHOLE, pool, make_job, math.inf)
-    for found in trials.values():
+    for direction, found in trials.items():
         best = tune.decided(found)
-        assert (best.config.threads, best.config.segment, best.config.max_registers, best.config.groups) == (256, 8192, None, 1)
+        threads = {"forward": PRESENT.threads, "backward": 256}[direction]
+        assert (best.config.threads, best.config.segment, best.config.max_registers, best.config.groups) == (threads, 8192, None, 1)
         assert best.whole_check and best.rounds == tune.FINAL_ROUNDS
     assert [job.variant for job in pool.jobs] == WHOLE["forward"] + WHOLE["backward"], "of the winners alone"
 
@@ -180,9 +183,9 @@ def test_the_present_one_stays_within_the_noise():
 
 def test_what_is_refused_or_raises_does_not_win():
     def answer(job):
-        if job.config.threads == 256 and job.variant == TIMED["forward"][0]:
+        if job.config.segment == 16384 and job.variant == TIMED["forward"][0]:
             return Verdict("kl_divergence: values off by 1", registers=80)
-        return Verdict(spilled=8 * (job.config.threads == 512 and job.variant == TIMED["forward"][1]), registers=64)
+        return Verdict(spilled=8 * (job.config.max_registers == 128 and job.variant == TIMED["forward"][1]), registers=64)
 
     def ms(direction, one, operation, rows):
         if one.groups == 2:
@@ -192,7 +195,7 @@ def test_what_is_refused_or_raises_does_not_win():
     pool, timer = Serial(answer), FakeTimer(ms)
     trials = screened(pool)
     asked = collections.Counter((job.direction, job.config) for job in pool.jobs)
-    assert {asked["forward", one.config] for one in trials["forward"] if one.config.threads == 256} == {1}, "no more is asked of what is refused"
+    assert {asked["forward", one.config] for one in trials["forward"] if one.config.segment == 16384} == {1}, "no more is asked of what is refused"
     tune.time_shortly(trials, timer, math.inf)
     tune.final(trials, timer, math.inf)
     tune.confirm(trials, WHOLE, pool, make_job, math.inf)
@@ -213,7 +216,7 @@ def test_the_present_one_may_spill_but_not_be_wrong():
     timer = FakeTimer(distance_from(512, 2048))
     tune.time_shortly(trials, timer, math.inf)
     tune.final(trials, timer, math.inf)
-    assert tune.winner(trials["forward"]).config.threads == 512 and trials["forward"][0].refused == "wrong"
+    assert tune.winner(trials["forward"]).config.segment == 8192 and trials["forward"][0].refused == "wrong"
 
 
 def test_the_search_ends_in_time():
@@ -296,10 +299,11 @@ def test_the_command(pretended, monkeypatch, capsys):
     exec(pretended.table.read_text(encoding="utf-8"), table.__dict__)
     for direction in tune.DIRECTIONS:
         one = table.select(direction, "sm_77", 2, 50000)
-        assert (one.threads, one.groups, one.segment) == (256, 1, 8192) and one.measured.startswith("Pretended, Triton ")
+        threads, least = {"forward": (32, 11), "backward": (256, 100)}[direction]
+        assert (one.threads, one.groups, one.segment) == (threads, 1, 8192) and one.measured.startswith("Pretended, Triton ")
         assert dataclasses.asdict(table.select(direction, "sm_77", 2, 1000)) == dataclasses.asdict(config.select(direction, "sm_77", 2, 1000))
         trials = record["trials"][direction]
-        assert len(trials) == record["candidates"][direction] > 100 and trials[0]["rounds"] == tune.FINAL_ROUNDS
+        assert len(trials) == record["candidates"][direction] > least and trials[0]["rounds"] == tune.FINAL_ROUNDS
         assert {"config", "refused", "short", "times", "score", "registers", "spilled"} <= set(trials[0])
     assert record["stopped"] is None and all(entry in output for entry in record["entries"])
     assert len(record["entries"]) == 1 + len(tune.hidden_by("sm_77", 2, None))
@@ -307,7 +311,7 @@ def test_the_command(pretended, monkeypatch, capsys):
     for part in tune.ENDS:
         assert f" s  {part}: forward " in output
     total = record["candidates"]["forward"]
-    assert f"forward: {total} of {total} candidates\n  threads 256  groups 1  segment   8192  registers   -  kl_divergence" in output
+    assert f"forward: {total} of {total} candidates\n  threads  32  groups 1  segment   8192  registers   -  kl_divergence" in output
 
 
 @pytest.mark.parametrize("error", [RuntimeError("unspecified launch failure"), KeyboardInterrupt()])

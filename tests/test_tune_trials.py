@@ -171,7 +171,7 @@ print(run("backward"))
 _rows.backward = lambda *arguments: None
 print(run("backward"))
 """)
-    assert right == "None" and used == "{64} None {64, 1024}" and (capped, apart) == ("None", "None")
+    assert right == "None" and used == "{64} None {64, 256}" and (capped, apart) == ("None", "None")
     assert bits == "kl_divergence dp fp32 aligned: aligned: a row's bits depend on the rows beside it"
     assert place == "kl_divergence dp fp32 aligned+misaligned: misaligned: a row's bits depend on where it starts"
     assert "kl off by 1.0e-02, limit 1e-03" in wrong and "gradient to p off by" in saved
