@@ -94,8 +94,12 @@ def expm1_over_square(d):
 
 @triton.jit
 def expm1_minus(d):
-    """expm1(d) - d, accurate relative to itself."""
-    return tl.where(tl.abs(d) < SMALL_D, d * d * expm1_over_square(d), (tl.exp2(d * LOG2E) - 1.0) - d)
+    """expm1(d) - d, accurate relative to itself to the last digits: for few values, such as those that move a centre."""
+    # The Taylor series to d¹², of (expm1(d) - d)·2/d².
+    series = tl.fma(d, 1 / 12, 1.0)
+    for n in tl.static_range(9):
+        series = tl.fma(d * series, 1 / (11 - n), 1.0)
+    return tl.where(tl.abs(d) < 1.0, d * d * 0.5 * series, (tl.exp2(d * LOG2E) - 1.0) - d)
 
 
 @triton.jit

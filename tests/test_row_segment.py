@@ -168,7 +168,6 @@ def test_a_centre_that_settles_early(implementation, warp) -> None:
         assert_right(implementation, *logits(rows, warp.dtype))
 
 
-@pytest.mark.xfail(strict=True, reason="1.02 times the bound: recentre's expm1_minus loses digits")
 def test_equal_differences_just_below_a_new_centre(implementation) -> None:
     """Two values of d alone, so that no rounding averages out, and an eighth of the weight about the centre."""
     if not implementation.interpreted:
