@@ -271,12 +271,17 @@ def hot_header(program, loops):
     found = {header: (body, costs) for header, (body, costs) in found.items() if costs.widest_load == widest}
     found = {header: (body, costs) for header, (body, costs) in found.items() if costs.ex2} or found
     innermost = [header for header, (body, _) in found.items() if not any(other < body for other, _ in found.values())]
-    return max(innermost, key=lambda header: found[header][1].instructions)
+    return max(innermost, key=lambda header: (_loaded(found[header][1]), found[header][1].instructions))
+
+
+def _loaded(costs):
+    """The bytes that one iteration loads."""
+    return sum(width * count for width, count in costs.loads.items())
 
 
 # Paths ---------------------------------------------------------------------------------------------------
 
-# Times that forward moves the centre of a long segment to the mean: after 1, 3 and 7 tiles.
+# Iterations of a loop around the hot one that take its longest path, where there is one.
 RECENTRINGS = 3
 # A loop in the length of a path that passes it.
 LOOP = 10_000
