@@ -281,8 +281,6 @@ def _loaded(costs):
 
 # Paths ---------------------------------------------------------------------------------------------------
 
-# Iterations of a loop around the hot one that take its longest path, where there is one.
-RECENTRINGS = 3
 # A loop in the length of a path that passes it.
 LOOP = 10_000
 
@@ -338,28 +336,25 @@ def straight(ways):
     return [ways[key] for key in sorted(ways) if key[1] == fewest]
 
 
-def segment_costs(program, edges, segments):
+def segment_costs(program, anchors, edges, segments):
     """The SegmentCosts of a program whose rows are cut into `segments`, each with `edges` passes of the loop over what is less than a tile.
 
     A thread executes and `outside` adds up, beside the near and the general path:
-        once: everything that lies in no loop, along the longest path, and the re-anchoring at the first tile;
-        of the loop around the hot one: its longest path RECENTRINGS times, its shortest once;
+        once: everything that lies in no loop, along the longest path;
+        of the hot loop: the dearest path, on which a tile is read twice, `anchors` times;
         of the loop over the edge: the dearest path without re-anchoring, `edges` times;
         one time in `segments`: everything behind the atomic operation, since only the last program of a row merges.
     An instruction with a false predicate counts, a subroutine does not. Raises ValueError where the program does not read so.
     """
     loops = natural_loops(program)
     hot = hot_header(program, loops)
-    around = [header for header in loops if hot is not None and loops[header] > loops[hot]]
     ways = {} if hot is None else paths(program, loops[hot], hot, {})
-    if not ways or len(around) > 1:
-        raise ValueError(f"expected a path through a loop over the vocabulary in at most one other loop, got {len(ways)} in {len(around)}")
+    if not ways or any(body > loops[hot] for body in loops.values()):
+        raise ValueError(f"expected a path through a loop over the vocabulary that is in no other loop, got {len(ways)}")
     near, *others = straight(ways)
     fewest = min(shuffles for _, shuffles in ways)
-    inner, added = {hot: loops[hot]}, {hot: max((length for length, shuffles in ways if shuffles > fewest), default=0)}
-    for header in around:
-        lengths = sorted(length - LOOP for length, _ in paths(program, loops[header], header, inner) if length >= LOOP)
-        inner, added = {header: loops[header]}, {header: added[hot] + RECENTRINGS * lengths[-1] + lengths[0]}
+    inner = {hot: loops[hot]}
+    added = {hot: anchors * max((length for length, shuffles in ways if shuffles > fewest), default=0)}
     for header, body in loops.items():
         if header not in inner and not any(body < other for other in loops.values()):
             inner[header] = body

@@ -12,8 +12,9 @@ A program of forward sums a segment of a row, and each tile takes one of three p
     instructions_per_pair          the near path once through the hot loop: all |d| < 1; of a kernel with one path, that one
     instructions_per_pair_general  the general path: some |d| is larger
     overhead_per_pair              everything else that a thread executes for a segment at V = 128256, over the pairs that it has in one: prologue,
-                                   the first tile's re-anchoring, three re-centrings, the edge tiles, a row's share of the merge by its last program
-                                   (the rule: disassembly.segment_costs); the edge's pairs count in it alone
+                                   the tiles that are read again to re-anchor, the edge tiles, a row's share of the merge by its last program
+                                   (the rule: disassembly.segment_costs); the edge's pairs count in it alone. Of equal tiles the first, the fifth,
+                                   the twenty-first, … anchor, since the weight about one centre grows fourfold
     loads_in_flight_kb_per_sm      bytes that a thread asks for before it waits, times the threads of an SM at this many registers (no shared memory
                                    stands in the way); of misaligned rows every block is asked for twice, and counts twice
 and ex2 beside the first two. A GPU issues the sum of the first or the second and the third. On other kernels, and on AMD, whose paths are not read,
@@ -123,12 +124,16 @@ def measure(specialization, arch, dtype, aligned, *, loop_free=False):
 
 
 def cut(specialization):
-    """(passes of the loop over a segment's edge, segments of a row) of a kernel of forward."""
+    """(tiles of a segment that re-anchor, passes of the loop over its edge, segments of a row) of a kernel of forward."""
     from fastkl.kernels.compile_plan import VOCABULARY
+    from fastkl.kernels.row_math import OUTWEIGHS
 
     threads, segment = 32 * specialization.num_warps, specialization.segment
-    edge = segment % (threads * specialization.pairs_per_thread)
-    return math.ceil(edge / (threads * specialization.constexprs["LANES"])), math.ceil(VOCABULARY / segment)
+    tiles, edge = divmod(segment, threads * specialization.pairs_per_thread)
+    anchors, next_one = 0, 1
+    while next_one <= tiles:
+        anchors, next_one = anchors + 1, int(OUTWEIGHS.value) * next_one + 1
+    return anchors, math.ceil(edge / (threads * specialization.constexprs["LANES"])), math.ceil(VOCABULARY / segment)
 
 
 def resident_threads(registers, warps):

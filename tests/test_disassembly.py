@@ -97,7 +97,7 @@ def test_cuobjdump_resources():
         disassembly.parse_resources("cuobjdump fatal: no such file")
 
 
-# Forward in small: a mask's early end, a hot loop of three paths in a loop that re-centres, an edge loop, and the merge behind an atomic operation.
+# Forward in small: a mask's early end, a hot loop of three paths, an edge loop, and the merge behind an atomic operation.
 SEGMENT = """
     .section .text.row,"ax",@progbits
 .text.row:
@@ -105,9 +105,9 @@ SEGMENT = """
         /*0010*/                   EXIT ;
 .L_rows:
         /*0020*/                   IADD3 R1, R1, R2, RZ ;
-        /*0030*/               @P1 BRA `(.L_outer) ;
+        /*0030*/               @P1 BRA `(.L_begin) ;
         /*0040*/                   CALL.REL.NOINC `($row$slow) ;
-.L_outer:
+.L_begin:
         /*0050*/                   MOV R7, RZ ;
 .L_hot:
         /*0060*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
@@ -126,11 +126,6 @@ SEGMENT = """
         /*0110*/                   SHFL.BFLY PT, R6, R6, 0x10, 0x1f ;
 .L_next:
         /*0120*/               @P4 BRA `(.L_hot) ;
-        /*0130*/               @P5 BRA `(.L_last) ;
-        /*0140*/                   SHFL.BFLY PT, R6, R6, 0x10, 0x1f ;
-        /*0150*/                   FMUL R6, R6, R6 ;
-.L_last:
-        /*0160*/               @P6 BRA `(.L_outer) ;
 .L_edge:
         /*0170*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
         /*0180*/               @P7 BRA `(.L_more) ;
@@ -149,25 +144,24 @@ $row$slow:
 
 
 def test_each_path_and_all_around_them():
-    costs = disassembly.segment_costs(disassembly.parse_sass(SEGMENT, "row"), edges=2, segments=4)
+    costs = disassembly.segment_costs(disassembly.parse_sass(SEGMENT, "row"), anchors=3, edges=2, segments=4)
     assert (costs.near.instructions, costs.near.ex2, costs.near.loads) == (8, 1, {16: 2, 8: 1})
     assert (costs.general.instructions, costs.general.ex2) == (10, 3)
-    # BRA, IADD3, BRA; a tile that re-anchors; MOV, BRA, SHFL, FMUL, BRA three times and MOV, BRA, BRA once; an edge of LDG, BRA, BRA twice; ATOMG;
-    # one time in four EXIT, FADD, FADD, EXIT.
-    assert costs.outside == 3 + 8 + 3 * 5 + 3 + 2 * 3 + 1 + 4 / 4
+    # BRA, IADD3, BRA, MOV; three tiles that re-anchor; an edge of LDG, BRA, BRA twice; ATOMG; one time in four EXIT, FADD, FADD, EXIT.
+    assert costs.outside == 4 + 3 * 8 + 2 * 3 + 1 + 4 / 4
     assert costs.loaded == 40
 
 
 def test_a_load_that_is_waited_for_is_no_longer_in_flight():
     text = SEGMENT.replace("LDG.E.128 R12, desc[UR4][R4.64]", "LDG.E.128 R12, desc[UR4][R8.64]")
-    assert disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1).loaded == 24
+    assert disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1, 1).loaded == 24
 
 
-@pytest.mark.parametrize("text", [SEGMENT.replace("LDG", "LDS"), SEGMENT.replace("MUFU.EX2 R20, R9", "CALL.REL.NOINC `($row$slow)")])
+@pytest.mark.parametrize("text", [SASS, SEGMENT.replace("LDG", "LDS"), SEGMENT.replace("MUFU.EX2 R20, R9", "CALL.REL.NOINC `($row$slow)")])
 def test_code_that_reads_otherwise_is_refused(text):
-    """No loop that loads; a subroutine on every path."""
+    """A loop over rows around the one over the vocabulary; no loop that loads; a subroutine on every path."""
     with pytest.raises(ValueError, match="expected a path through a loop"):
-        disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1)
+        disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1, 1)
 
 
 GCN = """
