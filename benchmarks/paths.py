@@ -70,7 +70,7 @@ def _segment(p, q, scale, chosen, tile):
         new = torch.where(total > before * outweighs, mean, centre + ((mean - centre) * total + W) / (before + total))
         new = torch.where(anchors, new, centre)
         W, centre = W - (new - centre) * before, new
-        limit = torch.where(anchors, (before + total) * outweighs / 2 / chosen.threads + (S + shares) * outweighs / 2, limit)
+        limit = torch.where(anchors, (before + total) * (outweighs - 1) / chosen.threads + S + shares, limit)
         d = difference * scale - centre
         general += int((d.abs() < 1).all(1).logical_not().sum())
         S, W = S + shares, W + (weights * d).sum(1, keepdim=True)

@@ -29,7 +29,7 @@ LOWEST = tl.constexpr(-1.0e30)
 # An exponent whose power of two is 0: the exponent of a logit of -inf, since 0·(-inf) would be NaN.
 NO_WEIGHT = tl.constexpr(-256.0)
 # Factor by which the weight about one centre may grow before the centre moves to the mean.
-OUTWEIGHS = tl.constexpr(4.0)
+OUTWEIGHS = tl.constexpr(8.0)
 # Largest |log2 of a partition function|: beyond it the rounding of the float32 origin is too coarse to correct. The
 # fallback subtracts the row's largest logit instead.
 LARGEST_LSE = tl.constexpr(4194304.0)

@@ -3,8 +3,8 @@
 Origin and centre are uniform over the threads. The values of a tile alone select one of three paths:
     near:     every |d| < 1 and no new peak, as in nearly all tiles of a policy near its reference: a polynomial for expm1(d) - d;
     general:  no new peak: a second exponential where |d| is large;
-    anchor:   the tile might raise the weight about this centre more than fourfold: move origin and centre, then read it again.
-The centre is always the mean of d over at least a quarter of the weight: sums about a distant centre would lose their digits
+    anchor:   the tile might raise the weight about this centre more than eightfold: move origin and centre, then read it again.
+The centre is always the mean of d over at least an eighth of the weight: sums about a distant centre would lose their digits
 when the centre moves.
 """
 
@@ -277,9 +277,9 @@ def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.cons
         W = moved.W
         U = moved.U
         R = moved.R
-    # The limits add up to OUTWEIGHS times the weight. Each is at least twice the thread's S with this tile: the second read
+    # The limits add up to OUTWEIGHS times the weight. Each is above the thread's S with this tile: the second read
     # never anchors again.
-    limit = tl.fma(before + total, OUTWEIGHS / 2.0 / shares.shape[0], (state.S + shares) * (OUTWEIGHS / 2.0))
+    limit = tl.fma(before + total, (OUTWEIGHS - 1.0) / shares.shape[0], state.S + shares)
     LANES: tl.constexpr = s.lane_W.shape[1]
     # A near tile has |d| < 1.
     largest = tl.maximum(s.largest, tl.fma(tl.abs(centre), HELD, HELD))
