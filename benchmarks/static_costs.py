@@ -13,8 +13,8 @@ A program of forward sums a segment of a row, and each tile takes one of three p
     instructions_per_pair_general  the general path: some |d| is larger
     overhead_per_pair              everything else that a thread executes for a segment at V = 128256, over the pairs that it has in one: prologue,
                                    the tiles that are read again to re-anchor, the edge tiles, a row's share of the merge by its last program
-                                   (the rule: disassembly.segment_costs); the edge's pairs count in it alone. Of equal tiles the first, the ninth, … anchor, since the
-                                   weight about one centre grows eightfold
+                                   (the rule: disassembly.segment_costs); the edge's pairs count in it alone. Of equal tiles the first, the
+                                   ninth, … anchor, since the weight about one centre grows eightfold
     loads_in_flight_kb_per_sm      bytes that a thread asks for before it waits, times the threads of an SM at this many registers (no shared memory
                                    stands in the way); of misaligned rows every block is asked for twice, and counts twice
 and ex2 beside the first two. A GPU issues the sum of the first or the second and the third. On other kernels, and on AMD, whose paths are not read,

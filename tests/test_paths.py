@@ -61,4 +61,4 @@ def test_a_policy_near_its_reference_takes_the_near_path():
     p = 3 * torch.randn(2, 128256, generator=generator)
     q = p + 0.2 * torch.randn(2, 128256, generator=generator)
     found = paths.tile_paths(p.bfloat16(), q.bfloat16())
-    assert found.tiles == 2 * 8 * 31 and found.near > 0.99 and found.anchored >= 2 * 8
+    assert found.tiles == 2 * 8 * 31 and found.near > 0.95 and found.anchored >= 2 * 8
