@@ -11,7 +11,7 @@ from benchmarks.record import provenance, write_json
 BASELINE = Path(__file__).with_name("static_baseline.json")
 # Compilers differ by 3 % from one version to the next; what a change of ours costs should be seen.
 SLACK = 0.05
-# What is compared, and whether a number is worse than the baseline's.
+# The figures compared, and whether a number is worse than the baseline's.
 WORSE = {
     "instructions_per_pair": lambda now, before: now > before * (1 + SLACK),
     "instructions_per_pair_general": lambda now, before: now > before * (1 + SLACK),
@@ -25,7 +25,7 @@ WORSE = {
 
 
 def case_of(record):
-    """What names a record: kernel, architecture, element type, alignment."""
+    """Return the names of a record: kernel, architecture, element type, alignment."""
     return f"{record['kernel']} {record['arch']} {record['dtype']} {'aligned' if record['aligned'] else 'misaligned'}"
 
 

@@ -73,7 +73,7 @@ class Dispatched:
         # A Function with a setup_context of its own, which transforms need, looks its signature up at every call; Function.apply looks for transforms
         # and for what they left behind, which __call__ has done, so that the method which that one extends does.
         self._eager = super(torch.autograd.Function, _function(name, forward=forward, backward=backward)).apply
-        # What is left of the inputs once a transform is done may be transformed again, or traced; its rule needs every output.
+        # Inputs left over once a transform is done may be transformed again, or traced; its rule needs every output.
         again = _with_tensors(lambda *inputs: (self if returned is None or transforming() else self.op)(*inputs))
         self._transformed = _function(name, forward=again, backward=backward,
                                       setup_context=setup_context or _save_nothing,

@@ -219,7 +219,7 @@ def _backward(ctx, *upstream):
     if not names:
         return (None,) * len(ctx.needs_input_grad)
     *tensors, logits, ref_logits = (*ctx.saved_tensors, None, None)[:13]
-    # What an earlier backward through a retained graph wrote over is computed again.
+    # Compute again the logits that an earlier backward through a retained graph overwrote.
     kept = (None, None) if ctx.overwritten else (logits, ref_logits)
 
     def overwriting(*inputs):
