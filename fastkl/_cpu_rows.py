@@ -11,6 +11,7 @@ values ask for: the bits of a row do not depend on the rows beside it.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ LEAN = 2.0
 # |d| of entries from which no e·exp(d) that counts is lost where e underflows, and above which d is no longer known well enough.
 LARGEST_D = 16.0
 LARGEST_SHIFT = 2.0**20
+# Entries of the longest 16-bit row whose gradient is made from two float32 rows at once.
+WHOLE = 1 << 15
 # A logarithm of a probability that is 0 in float32 takes part as this: 0·(-inf) would be NaN.
 LOWEST = -1e4
 # Nats up to which float32 holds a KL, and the fields of Q: beside a near-certain token of Q, 1 - q comes from d.
@@ -50,7 +53,7 @@ class Room:
     """Float32 buffers of up to `elements` entries in which block after block is computed."""
 
     def __init__(self, elements: int, device: torch.device) -> None:
-        self._elements, self._device = elements, device
+        self.elements, self._device = elements, device
         self._buffers: dict[str, torch.Tensor] = {}
         self._views: dict[str, torch.Tensor] = {}
 
@@ -58,9 +61,14 @@ class Room:
         view = self._views.get(name)
         if view is None or view.shape != shape:
             if name not in self._buffers:
-                self._buffers[name] = torch.empty(self._elements, device=self._device)
+                self._buffers[name] = torch.empty(self.elements, device=self._device)
             view = self._views[name] = self._buffers[name][: shape[0] * shape[1]].view(shape)
         return view
+
+
+def takes_whole_rows(logits: torch.Tensor) -> bool:
+    """Whether the gradient of a KL alone is made from softmax(x), a whole row at a time; else forward saves what parts of a row need."""
+    return logits.shape[-1] <= WHOLE or logits.dtype == torch.float32
 
 
 def row_sum(values: torch.Tensor) -> torch.Tensor:
@@ -78,7 +86,8 @@ def _is_one(scale: torch.Tensor | float) -> bool:
     return not isinstance(scale, torch.Tensor) and scale == 1.0
 
 
-def _difference(y: torch.Tensor, x: torch.Tensor, top: torch.Tensor, shift: torch.Tensor | None, room: Room) -> torch.Tensor:
+def _difference(y: torch.Tensor, x: torch.Tensor, top: torch.Tensor | None, shift: torch.Tensor | None,
+                room: Room) -> torch.Tensor:
     """y - x - shift in float32, for whole numbers [k, 1], taken from the side farther from 0, which loses no digit by that."""
     out = room("d", x.shape)
     y = _wide(y, out)
@@ -103,25 +112,26 @@ class _Sums(NamedTuple):
     shift: torch.Tensor | None = None
     centre: torch.Tensor | None = None
     mean: torch.Tensor | None = None
-    smallest_d: torch.Tensor | None = None
-    largest_d: torch.Tensor | None = None
+    size: torch.Tensor | None = None  # the largest |d|
     ref_weight: torch.Tensor | None = None
     ref_largest: torch.Tensor | None = None
     ref_token: torch.Tensor | None = None
-    second: torch.Tensor | None = None  # Σ e·d², or Σ e·expm1(d) of a row with |d| from `near` on
-    third: torch.Tensor | None = None  # Σ e·d³, or Σ e·expm1(d)·d
-    fourth: torch.Tensor | None = None
-    fifth: torch.Tensor | None = None
-    sixth: torch.Tensor | None = None
-    seventh: torch.Tensor | None = None
+    h: torch.Tensor | None = None  # Σ e·(expm1(d) - d)
+    r: torch.Tensor | None = None  # Σ e·(d·expm1(d) - expm1(d) + d)
 
 
 def statistics(block: Block, fields: set[str], room: Room, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """({field: [k]}, saved [k, 10], whether they hold [k]) of rows, `step` of them in cache at a time, for the fields asked for."""
-    near = NEAREST if fields & {"ref_kl", "ref_logprob"} else NEAR
-    parts = [_sums(block.part(slice(first, first + step)), "entropy" in fields, near, room) for first in range(0, block.x.shape[0], step)]
-    sums = _Sums(*(None if column[0] is None else column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True)))
-    saved = torch.zeros(len(sums.top), 10, device=sums.top.device)
+    rows, vocabulary = block.x.shape
+    parts = [block.part(slice(first, first + step)) for first in range(0, rows, step)]
+    if fields == {"kl"} and takes_whole_rows(block.x):
+        shift, centre, size, kl = _joined([_kl(part, room) for part in parts])
+        zero = torch.zeros_like(kl)
+        saved = torch.stack([zero, zero, shift, centre, kl, zero, torch.full_like(kl, LEAN), zero, zero, zero], -1)
+        return {"kl": kl}, saved, (size < LARGEST_D) & (kl < LARGEST_KL) & (shift.abs() < LARGEST_SHIFT)
+    both = not fields.isdisjoint(("ref_kl", "ref_logprob"))
+    sums = _Sums(*_joined([_sums(part, "entropy" in fields, both, room) for part in parts]))
+    saved = torch.zeros(rows, 10, device=sums.top.device)
     log_sum = _log_sum(sums.weight, sums.largest)
     saved[:, TOP], saved[:, LOG_SUM], saved[:, KIND] = sums.top, log_sum, LEAN
     results, holds = {}, log_sum.isfinite()
@@ -132,94 +142,136 @@ def statistics(block: Block, fields: set[str], room: Room, step: int) -> tuple[d
         results["entropy"] = log_sum - mean
         saved[:, LOG_MEAN] = mean
     if block.y is not None:
-        holds &= _finish_pair(sums, fields, near, results, saved)
+        holds &= _finish_pair(sums, both, results, saved)
     return results, saved, holds
 
 
-def _sums(block: Block, entropy: bool, near: float, room: Room) -> _Sums:
-    """The sums of a block that stays in cache."""
+def _joined(parts: list[tuple[torch.Tensor | None, ...]]) -> tuple[torch.Tensor | None, ...]:
+    """The results of blocks, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _kl(block: Block, room: Room) -> tuple[torch.Tensor, ...]:
+    """(shift, centre, largest |d|, KL) of each row, [k], of a block that stays in cache."""
+    x, y, _, scale = block
+    x = _wide(x, room("x", x.shape))
+    e = _softmax(x, scale, room("e", x.shape))
+    d, shift, centre = _centred(x, y, e, scale, room)
+    size, h, _ = _powers(e, d, None, False, room)
+    # log1p(t) - W with t = h + W: W is the centre's rounding error, and h·W is all of it that reaches the KL.
+    return shift[:, 0], centre[:, 0], size, h.log1p().clamp_(min=0.0)
+
+
+def _softmax(x: torch.Tensor, scale: torch.Tensor | float, out: torch.Tensor, work: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(x·scale) of float32 logits; `out` may be x. `work` then holds (x - top)·scale, unless scale is 1."""
+    if not _is_one(scale):
+        x = torch.sub(x, x.amax(-1, keepdim=True), out=out if work is None else work).mul_(scale)
+    return torch.softmax(x, -1, out=out)
+
+
+def _centred(x: torch.Tensor, y: torch.Tensor, e: torch.Tensor, scale: torch.Tensor | float, room: Room) -> tuple[torch.Tensor, ...]:
+    """d, and the shift and centre [k, 1] that were taken from y - x."""
+    work = room("work", x.shape)
+    d = _difference(y, x, None, None, room)
+    centre = _dot(e, d, work)[:, None]
+    shift = torch.zeros_like(centre)
+    if not _largest(centre) < 1.0:
+        shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
+        _difference(y, x, x.amax(-1, keepdim=True), shift, room)
+        centre = torch.where(shift == 0, centre, _dot(e, d, work)[:, None])
+    d.sub_(centre)
+    return d if _is_one(scale) else d.mul_(scale), shift, centre
+
+
+def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
+    """The sums of a block that stays in cache; both: r and the log-sum-exp of Q too."""
     x, y, tokens, scale = block
     x = _wide(x, room("x", x.shape))
-    e, work, scaled = room("e", x.shape), room("work", x.shape), not _is_one(scale)
+    work = room("work", x.shape)
+    e = _softmax(x, scale, room("e", x.shape), work)
     top = x.amax(-1, keepdim=True)
-    torch.softmax(torch.sub(x, top, out=work).mul_(scale) if scaled else x, -1, out=e)
     weight, largest, log_mean, token = row_sum(e), e.amax(-1), None, None
     if entropy:
-        z = work if scaled else torch.sub(x, top, out=work)
+        z = work if not _is_one(scale) else torch.sub(x, top, out=work)
         log_mean = _dot(z.clamp_(min=LOWEST), e, work)
     if tokens is not None:
         tokens = tokens[:, None]
         token = ((x.gather(-1, tokens) - top) * scale)[:, 0]
     if y is None:
         return _Sums(top[:, 0], weight, largest, log_mean, token)
-    d = _difference(y, x, top, None, room)
-    centre = _dot(e, d, work)[:, None]
-    shift = torch.zeros_like(centre)
-    if not float(centre.abs().amax()) < 1.0:
-        shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
-        _difference(y, x, top, shift, room)
-        centre = torch.where(shift == 0, centre, _dot(e, d, work)[:, None])
-    d.sub_(centre)
-    if scaled:
-        d.mul_(scale)
-    mean, smallest, largest_d = _dot(e, d, work), d.amin(-1), d.amax(-1)
+    d, shift, centre = _centred(x, y, e, scale, room)
+    mean = _dot(e, d, work)
     of_q = None, None, None
     if tokens is not None:
         # The digits of 1 - q beside a near-certain token are those of Q's own sum.
-        wide_y, q = _wide(y, room("power", x.shape)), room("third", x.shape)
+        wide_y = _wide(y, room("some e", x.shape))
         y_top = wide_y.amax(-1, keepdim=True)
-        torch.softmax(torch.sub(wide_y, y_top, out=work).mul_(scale) if scaled else wide_y, -1, out=q)
+        q = _softmax(wide_y, scale, room("some d", x.shape), work)
         of_q = row_sum(q), q.amax(-1), ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
-    size = max(-float(smallest.amin()), float(largest_d.amax()))
-    if size < near:
-        moments = _moments(e, d, room, size < NEAREST)
-    else:
-        wide = torch.maximum(-smallest, largest_d).lt(near).logical_not_().nonzero()[:, 0]
-        if len(wide) == len(weight):
-            moments = _by_expm1(e, d, work)
-        else:
-            some_e, some_d, some = (room(name, (len(wide), x.shape[1])) for name in ("power", "third", "work"))
-            torch.index_select(e, 0, wide, out=some_e)
-            torch.index_select(d, 0, wide, out=some_d)
-            others, moments = _by_expm1(some_e, some_d, some), _moments(e, d, room, near == NEAREST)
-            for moment, other in zip(moments, others, strict=True):
-                moment[wide] = other
-    return _Sums(top[:, 0], weight, largest, log_mean, token, shift[:, 0], centre[:, 0], mean, smallest, largest_d, *of_q, *moments)
+    size, h, r = _powers(e, d, mean, both, room)
+    return _Sums(top[:, 0], weight, largest, log_mean, token, shift[:, 0], centre[:, 0], mean, size, *of_q, h, r)
 
 
-def _moments(e: torch.Tensor, d: torch.Tensor, room: Room, nearest: bool) -> list[torch.Tensor]:
-    """Σ e·d² … Σ e·d⁷, the last only where a row is not `nearest`; overwrites e."""
-    power, third, work = room("power", d.shape), room("third", d.shape), room("work", d.shape)
-    torch.mul(d, d, out=power)
-    e.mul_(power)
-    torch.mul(e, d, out=third)
-    moments = [row_sum(e), row_sum(third), _dot(e, power, work), _dot(third, power, work)]
-    power.mul_(power)
-    sixth = _dot(e, power, work)
-    return [*moments, sixth, sixth if nearest else _dot(third, power, work)]
+def _powers(e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: bool, room: Room) -> tuple[torch.Tensor, ...]:
+    """(largest |d|, Σ e·h, Σ e·r or None) of each row; mean: Σ e·d, if it was computed."""
+    work = room("work", d.shape)
+    nearest = _largest(d) < NEAREST
+    size = d.new_full(d.shape[:1], 0.0) if nearest else torch.maximum(-d.amin(-1), d.amax(-1))
+    h, r = _series(e, d, H_NEAREST, work), _series(e, d, R, work) if both else None
+    if nearest:
+        return size, h, r
+    near = NEAREST if both else NEAR
+    for some, is_near in (((size >= NEAREST) & (size < near), True), (~(size < near), False)):
+        rows = some.nonzero()[:, 0]
+        if not rows.numel():
+            continue
+        shape = len(rows), d.shape[1]
+        some_e, some_d, some_work = (room(name, shape) for name in ("some e", "some d", "work"))
+        torch.index_select(e, 0, rows, out=some_e)
+        torch.index_select(d, 0, rows, out=some_d)
+        if is_near:
+            h[rows] = _series(some_e, some_d, H, some_work)
+            continue
+        rise = torch.expm1(some_d, out=some_work).mul_(some_e)
+        first = row_sum(rise)
+        h[rows] = first - (_dot(some_e, some_d, room("third", shape)) if mean is None else mean[rows])
+        if both:
+            r[rows] = row_sum(rise.mul_(some_d)) - h[rows]
+    return size, h, r
 
 
-def _by_expm1(e: torch.Tensor, d: torch.Tensor, work: torch.Tensor) -> list[torch.Tensor]:
-    """Σ e·expm1(d) and Σ e·expm1(d)·d, in place of the moments."""
-    rise = torch.expm1(d, out=work).mul_(e)
-    total = row_sum(rise)
-    return [total, row_sum(rise.mul_(d)), *[total] * 4]
+def _largest(values: torch.Tensor) -> float:
+    """The largest |value|; NaN if there is one."""
+    smallest, largest = torch.aminmax(values)
+    return max(-float(smallest), float(largest))
 
 
-def _finish_pair(sums: _Sums, fields: set[str], near: float, results: dict[str, torch.Tensor], saved: torch.Tensor) -> torch.Tensor:
+def _series(e: torch.Tensor, d: torch.Tensor, factors: tuple[float, ...], work: torch.Tensor) -> torch.Tensor:
+    """Σ e·d²·(factors[0] + factors[1]·d + …)."""
+    torch.mul(d, factors[-1], out=work).add_(factors[-2])
+    for factor in factors[-3::-1]:
+        torch.addcmul(_number(factor, d.device), d, work, out=work)
+    return row_sum(work.mul_(d).mul_(d).mul_(e))
+
+
+@functools.cache
+def _number(value: float, device: torch.device) -> torch.Tensor:
+    return torch.tensor(value, device=device)
+
+
+def _finish_pair(sums: _Sums, both: bool, results: dict[str, torch.Tensor], saved: torch.Tensor) -> torch.Tensor:
     """Put the fields of both tensors into `results` and `saved`; return whether they hold, [k]."""
-    size = torch.maximum(-sums.smallest_d, sums.largest_d)
-    mean, is_near = sums.mean / sums.weight, size < near
-    h = torch.where(size < NEAREST, _combine(sums, H_NEAREST), _combine(sums, H)) / sums.weight
-    t = torch.where(is_near, h + mean, sums.second / sums.weight)
+    mean, h = sums.mean / sums.weight, sums.h / sums.weight
+    t = h + mean
     log1p_t = t.log1p()
     kl = results["kl"] = (log1p_t - mean).clamp_(min=0.0)
-    holds = (size < LARGEST_D) & (kl < LARGEST_KL) & (sums.shift.abs() < LARGEST_SHIFT)
+    holds = (sums.size < LARGEST_D) & (kl < LARGEST_KL) & (sums.shift.abs() < LARGEST_SHIFT)
     for column, value in ((SHIFT, sums.shift), (CENTRE, sums.centre), (LOG1P_T, log1p_t), (MEAN, mean)):
         saved[:, column] = value
-    if near == NEAREST:
-        # E[d·expm1(d)] - t + E[d].
-        rest = torch.where(is_near, _combine(sums, R) / sums.weight, sums.third / sums.weight - t + mean)
+    if both:
+        rest = sums.r / sums.weight
         inverse = 1.0 / (1.0 + t)
         ref_kl = results["ref_kl"] = (rest * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
         saved[:, REF_MEAN] = (rest + t) * inverse
@@ -234,22 +286,25 @@ def _log_sum(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return ((weight - largest) / largest).log1p()
 
 
-def _combine(sums: _Sums, factors: tuple[float, ...]) -> torch.Tensor:
-    """The moments times their factors."""
-    total = sums.second * factors[0]
-    for moment, factor in zip(sums[-5:], factors[1:], strict=False):
-        total.add_(moment * factor)
-    return total
-
-
 def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grads: tuple[torch.Tensor | None, torch.Tensor | None],
-              room: Room, elements: int) -> None:
-    """Fill grads [k, V] to P and Q of rows that `statistics` holds, `elements` at a time; they may be the logits themselves.
+              room: Room) -> None:
+    """Fill grads [k, V] to P and Q of rows that `statistics` holds, as many entries at a time as `room` has; they may be the logits themselves.
 
     Computes reference.row_gradients from p = e/S and d:
         dP = s·(g_logprob·onehot - p·(g_logprob + g_entropy·(log p - E[log p]) + g_kl·(d - W) + g_ref_kl·rise)),  rise = q/p - 1
         dQ = s·(g_ref_logprob·onehot + p·(g_kl·rise + (1 + rise)·(g_ref_kl·(d - E_q[d]) - g_ref_logprob)))
     """
+    vocabulary, elements = block.x.shape[1], room.elements
+    step = max(1, elements // vocabulary)
+    if upstream.keys() == {"kl"} and takes_whole_rows(block.x):
+        of_rows = saved[:, :, None]
+        shift = of_rows[:, SHIFT] if bool(saved[:, SHIFT].any()) else None
+        kl = None if grads[1] is None else of_rows[:, LOG1P_T] - of_rows[:, MEAN]
+        columns = (block.x, block.y, shift, of_rows[:, CENTRE], kl, upstream["kl"][:, None] * block.scale, *grads)
+        for first in range(0, len(saved), step):
+            part = columns if step >= len(saved) else [None if column is None else column[first : first + step] for column in columns]
+            _kl_gradients(*part, block.scale if isinstance(block.scale, float) else block.scale[first : first + step], room)
+        return
     g = {name: value[:, None] for name, value in upstream.items()}
     kept = saved.clone()[:, :, None]
     factor = kept[:, KIND] = torch.exp(-kept[:, LOG_SUM]) * block.scale
@@ -258,8 +313,6 @@ def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tenso
     only = next(iter(g)) if len(g) == 1 and grads[1] is None and not g.keys() & {"logprob", "ref_logprob"} else None
     if only is not None:
         kept[:, KIND] = -factor * g[only]
-    vocabulary = block.x.shape[1]
-    step = max(1, elements // vocabulary)
     for first in range(0, len(saved), step):
         rows = slice(first, first + step)
         here, given = block.part(rows), {name: value[rows] for name, value in g.items()} if only is None else g
@@ -270,6 +323,26 @@ def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tenso
         for start in range(0, vocabulary, elements):
             x, y, *some = (None if side is None else side[:, start : start + elements] for side in (here.x, here.y, *targets))
             _gradients(here._replace(x=x, y=y), start, values, shifted, only, given, *some, room)
+
+
+def _kl_gradients(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor | None, centre: torch.Tensor, kl: torch.Tensor | None, factor: torch.Tensor,
+                  grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, scale: torch.Tensor | float, room: Room) -> None:
+    """Fill the gradients of the KL alone of whole rows, times `factor`; all logits are read before any gradient is written."""
+    in_place = grad_p is not None and grad_p.dtype == torch.float32 and grad_p.is_contiguous()
+    e = grad_p if in_place else room("e", x.shape)
+    x = _wide(x, e)
+    d = _difference(y, x, None if shift is None else x.amax(-1, keepdim=True), shift, room).sub_(centre)
+    if not _is_one(scale):
+        d.mul_(scale)
+    _softmax(x, scale, e)
+    if grad_q is not None:
+        rise = room("rise", x.shape)
+        torch.sub(d, _dot(e, d, rise)[:, None] + kl, out=rise).expm1_().mul_(e)
+        _write(rise, factor, grad_q, None, None)
+    if grad_p is not None:
+        # softmax's backward: e·(d - Σ e·d), without a pass for each step.
+        torch.ops.aten._softmax_backward_data.out(d, e, -1, torch.float32, grad_input=e)
+        _write(e, -factor, grad_p, None, None)
 
 
 def _gradients(block: Block, start: int, kept: tuple[torch.Tensor, ...], shifted: bool, only: str | None, g: dict[str, torch.Tensor],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +12,8 @@ from ._problems import Scaling, fused_launchers, launchers, problems
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
-# Elements of a block of rows on the reference, for each thread: small enough for its cache, large enough to keep torch's overhead down.
+# Elements of a block of rows on the reference, for each thread: small enough for its cache, large enough to keep torch's overhead down. Up to
+# four times as many where the block's buffers still are small beside the tensors.
 BLOCK_ELEMENTS = 1 << 16
 # Rows whose sums are finished together: what is left to do for each is a few numbers.
 ROWS_AT_ONCE = 256
@@ -118,9 +120,11 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
 
     _cpu_rows holds nearly every row; the others are reference.row_statistics', those far apart in float64.
     """
-    for value in (*outputs.values(), saved):
-        value.zero_()
-    room, step = _room(p), _step(p)
+    if mask is not None:
+        for value in (*outputs.values(), saved):
+            value.zero_()
+    elements = _elements(p)
+    room, step = _cpu_rows.Room(elements, p.device), max(1, elements // p.shape[-1])
     for rows, x, y in _blocks(p, q, mask, _trivial(scaling)):
         x, y = _scaled(x, y, rows, scaling)
         chosen, scales = _some(tokens, rows), _some(temperature, rows)
@@ -128,14 +132,17 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
             _checks.tokens_in_range(chosen, p.shape[-1])
         if isinstance(scales, torch.Tensor):
             _checks.temperatures_positive(scales)
-        others = torch.arange(x.shape[0], device=x.device)
-        if x.dtype != torch.float64:
+        if x.dtype == torch.float64:
+            others = torch.arange(x.shape[0], device=x.device)
+        else:
             values, kept, holds = _cpu_rows.statistics(_cpu_rows.Block(x, y, chosen, _inverse(scales)), set(outputs), room, step)
             for name, value in outputs.items():
                 value[rows] = values[name]
             saved[rows] = kept
-            others = others[:0] if bool(holds.all()) else (~holds).nonzero()[:, 0]
-        for some in others.split(step) if others.numel() else ():
+            if bool(holds.all()):
+                continue
+            others = (~holds).nonzero()[:, 0]
+        for some in others.split(step):
             _define(x[some], None if y is None else y[some], _some(chosen, some), _some(scales, some), outputs, saved, _numbers(rows, some))
 
 
@@ -163,23 +170,25 @@ def _inverse(temperature: float | torch.Tensor) -> float | torch.Tensor:
     return 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.float())[:, None]
 
 
-def _elements() -> int:
-    """Elements of a block: each thread gets its share of every operation in its own cache."""
-    return BLOCK_ELEMENTS * torch.get_num_threads()
+def _elements(logits: torch.Tensor) -> int:
+    """Elements of a block of statistics, at least a row: up to four buffers in float32, which together take no more than one of the tensors."""
+    return max(logits.shape[-1], min(_block(4, logits.nbytes // 16), logits.numel()))
 
 
-def _columns() -> int:
-    """Elements of a block of gradients, which needs no whole row: less memory beside the gradient itself."""
-    return max(256, _elements() // 2)
+def _columns(logits: torch.Tensor) -> int:
+    """Elements of a block of gradients, which needs no whole row of a long one: two buffers take 5 % of one of the tensors."""
+    whole = logits.shape[-1] if _cpu_rows.takes_whole_rows(logits) else 256
+    return max(whole, _block(4, logits.nbytes // 40) // 2)
+
+
+def _block(most: int, elements: int) -> int:
+    """`elements`, but at least a block and at most `most`: each thread gets its share of every operation in its own cache."""
+    return min(most * BLOCK_ELEMENTS, max(BLOCK_ELEMENTS, elements)) * torch.get_num_threads()
 
 
 def _step(logits: torch.Tensor) -> int:
     """Rows of a block."""
-    return max(1, _elements() // logits.shape[-1])
-
-
-def _room(logits: torch.Tensor) -> _cpu_rows.Room:
-    return _cpu_rows.Room(max(logits.shape[-1], min(_elements(), logits.numel())), logits.device)
+    return max(1, BLOCK_ELEMENTS * torch.get_num_threads() // logits.shape[-1])
 
 
 def _trivial(scaling: Scaling) -> bool:
@@ -277,9 +286,7 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
 
     A block's logits are read before its gradients are written: they may be the logits themselves.
     """
-    active = torch.zeros(saved.shape[0], dtype=torch.bool, device=saved.device)
-    for value in upstream.values():
-        active |= value != 0
+    active = functools.reduce(torch.logical_or, [value != 0 for value in upstream.values()])
     if mask is not None:
         active &= mask
     if not bool(active.all()):
@@ -287,12 +294,12 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
         for grad in (grad_p, grad_q):
             if grad is not None:
                 grad[inactive] = 0
-    room, step, sides = _cpu_rows.Room(_columns(), p.device), _step(p), (grad_p, grad_q)
+    room, step, sides = _cpu_rows.Room(_columns(p), p.device), _step(p), (grad_p, grad_q)
     for rows, x, y in _blocks(p, q, active, _trivial(scaling)):
         lean = saved[rows, _cpu_rows.KIND] == _cpu_rows.LEAN
         if isinstance(rows, slice) and _trivial(scaling) and bool(lean.all()):
             _cpu_rows.gradients(_cpu_rows.Block(x, y, _some(tokens, rows), _inverse(_some(temperature, rows))), saved[rows],
-                                _some_of_each(upstream, rows), [None if grad is None else grad[rows] for grad in sides], room, _columns())
+                                _some_of_each(upstream, rows), [None if grad is None else grad[rows] for grad in sides], room)
             continue
         for first in range(0, x.shape[0], step):
             part = slice(first, first + step)
@@ -317,7 +324,7 @@ def _mixed_gradients(x, y, tokens, temperature, saved, upstream, sides, room) ->
         scales, given = _some(temperature, some), {name: value[some] for name, value in upstream.items()}
         if held:
             here = [None if result is None else torch.empty_like(rows[0], dtype=result.dtype) for result in results]
-            _cpu_rows.gradients(_cpu_rows.Block(*rows, _inverse(scales)), saved[some], given, here, room, _columns())
+            _cpu_rows.gradients(_cpu_rows.Block(*rows, _inverse(scales)), saved[some], given, here, room)
         else:
             here = _gradients(*rows, scales, saved[some], given, *(grad is not None for grad in sides))
         for result, value in zip(results, here, strict=True):

@@ -286,14 +286,17 @@ def store_statistics(out, s, p_row, q_row, token, V, shift, scale, ratio, want: 
     tl.store(out.saved + 9, saved.entropy)
     store_fields(out, tl.where(s.entropy <= 0.0, 0.0, s.entropy), s.kl, s.ref_kl, want)
     if reading.tokens:
-        scale2 = scale * LOG2E
+        # Half the base-2 logarithms, which are exact halves: x·s·log2(e) of a finite log-probability may overflow.
+        half_scale = scale * (LOG2E * 0.5)
         x, y = token_logits(p_row, q_row, token, V, want, reading)
-        tl.store(out.logprob, not_above_zero((tl.fma(x, scale2, -s.origin) - s.log2_S) * LN2))
+        half_p = tl.fma(x, half_scale, s.origin * -0.5) - s.log2_S * 0.5
+        tl.store(out.logprob, not_above_zero(half_p * (LN2 * 2.0)))
         if want.kl:
             y, y_lost = scale_reference(y, ratio, reading.ratio)
             y, more = split_sum(y, -shift)
-            log2_q = tl.fma(y_lost + more, scale2, tl.fma(y, scale2, -s.lse_q) - s.lost_q)
-            tl.store(out.ref_logprob, not_above_zero(log2_q * LN2))
+            half_q = tl.fma(y, half_scale, s.lse_q * -0.5) - s.lost_q * 0.5
+            half_q = tl.fma(y_lost + more, half_scale, half_q)
+            tl.store(out.ref_logprob, not_above_zero(half_q * (LN2 * 2.0)))
 
 
 @triton.jit

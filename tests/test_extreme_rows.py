@@ -55,6 +55,25 @@ def test_extreme_temperatures(implementation, temperature) -> None:
     assert torch.equal(got.isinf(), exact.isinf())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.3, 2.0])
+def test_a_masked_token(implementation, temperature) -> None:
+    """The log-probability of an entry masked by finfo.min in both models is finite wherever float32 can hold it."""
+    x, y = torch.tensor([[0.0, 1.0, 2.0], [0.5, 0.0, -1.0]])
+    x[1] = y[1] = torch.finfo(torch.float32).min
+    pairs, tokens = (x[None], y[None]), torch.tensor([1])
+    exact = cases.truth(*pairs, temperature)
+    stats = token_stats(
+        pairs[0].to(implementation.device),
+        tokens.to(implementation.device),
+        pairs[1].to(implementation.device),
+        temperature=temperature,
+    )
+    for got, log_probs in ((stats.logprob, exact.log_p), (stats.ref_logprob, exact.log_q)):
+        expected = log_probs.gather(-1, tokens[:, None])[:, 0].float()
+        assert bool(expected.isfinite().all())
+        cases.assert_near(got, expected, 2e-6, 2e-6, "log-probability")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("below", [80.0, 120.0, 700.0, 800.0])
 def test_infinite_where_p_is_above_0(implementation, below, dtype) -> None:
