@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from typing import NamedTuple
 
 import background
 import pytest
+from _pytest import python
 
 # Inductor's cache does not see a change of an op's fake implementation.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
@@ -66,6 +68,21 @@ def implementation(request: pytest.FixtureRequest) -> Implementation:
     """The implementation under test, chosen with fastkl.use_backend."""
     with fastkl.use_backend(request.param.backend):
         yield request.param
+
+
+def _with_room_for_frames(function: Callable[[pytest.Item], object], item: pytest.Item) -> object:
+    return function(item)
+
+
+# CPython maps 16 KB for frames at a time and unmaps them when the first of them returns: a test whose calls come and go across that border
+# spends half its time there. The frame of this function needs 4 MB, so that what is mapped for it, 8 MB, holds the frames of a test too.
+_with_room_for_frames.__code__ = _with_room_for_frames.__code__.replace(co_stacksize=(4 << 20) // 8 + 1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
+    """Run a test."""
+    return _with_room_for_frames(python.pytest_pyfunc_call, pyfuncitem)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
