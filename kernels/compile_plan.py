@@ -84,21 +84,27 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         specializations.append(_specialization(name, kernel, constexprs, dtype, chosen.threads // warp, chosen.groups * lanes,
                                                chosen.options(arch, roomy), grad_dtype, segment if kernel is row_forward else 0))
 
+    # Ratios and soft caps are described for 16-bit logits alone: what they add does not depend on the type.
+    short = aligned and itemsize == 2
     with_ratio, with_cap = dict(HAS_RATIO=True), dict(SOFTCAP=30.0, REF_SOFTCAP=30.0)
     for name, entropy, kl, reverse in (("kl_divergence", False, True, False), ("token_stats", True, True, True),
                                        ("token_stats_policy_only", True, False, False)):
         fields = dict(HAS_TOKENS=name != "kl_divergence", WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
         constexprs = {**shape, **plain, **fields}
         add(f"{name}.forward", row_forward, forward, constexprs)
-        if aligned and kl:
+        if short and kl:
             add(f"{name}.forward_ratio", row_forward, forward, {**constexprs, **with_ratio})
             add(f"{name}.forward_softcap", row_forward, forward, {**constexprs, **with_cap})
         if not aligned and kl:
             add(f"{name}.forward_q_elsewhere", row_forward, forward, {**constexprs, "Q_IN_BLOCKS": False})
-        again = {key: value for key, value in {**plain, **fields}.items() if key in row_fallback.arg_names}
-        again.update(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=False)
-        specializations.append(_specialization(f"{name}.fallback", row_fallback, again, dtype, FALLBACK_THREADS // warp,
-                                               FALLBACK_BLOCK // FALLBACK_THREADS, fallback_options(arch, warp)))
+        for suffix, gradient in (("fallback", False), ("fallback_gradient", True)):
+            # Neither reads rows in blocks; row_fused asks for the gradient of a KL.
+            if not aligned or (gradient and not (short and name == "kl_divergence")):
+                continue
+            again = {key: value for key, value in {**plain, **fields}.items() if key in row_fallback.arg_names}
+            again.update(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=gradient)
+            specializations.append(_specialization(f"{name}.{suffix}", row_fallback, again, dtype, FALLBACK_THREADS // warp,
+                                                   FALLBACK_BLOCK // FALLBACK_THREADS, fallback_options(arch, warp)))
     for name, fields, wrt_p, wrt_q in (
         ("kl_divergence.backward_p", ("KL",), True, False), ("kl_divergence.backward_q", ("KL",), False, True),
         ("kl_divergence.backward_both", ("KL",), True, True), ("token_stats.backward_p", _FIELDS, True, False),
@@ -110,8 +116,9 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         add(name, row_backward, backward, constexprs)
         if not aligned or name not in ("kl_divergence.backward_p", "kl_divergence.backward_both", "token_stats.backward_both"):
             continue
-        if dtype == "fp32":  # of logits that are float32 sums of 16-bit products
+        if not short:  # of logits that are float32 sums of 16-bit products
             add(f"{name}_to_16_bit", row_backward, backward, constexprs, "bf16")
+            continue
         add(f"{name}_ratio", row_backward, backward, {**constexprs, **with_ratio})
         add(f"{name}_softcap", row_backward, backward, {**constexprs, **with_cap})
     if aligned:
@@ -121,4 +128,9 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         constexprs = dict(SPLITS=triton.next_power_of_2(splits), THREADS=fused.threads, LANES=lanes, GROUPS=fused.groups,
                           PREFETCH=config.prefetches(arch), PHASE=0, **plain)
         add("kl_divergence.fused", row_fused, fused, constexprs)
+        if short:
+            add("kl_divergence.fused_ratio", row_fused, fused, {**constexprs, **with_ratio})
+            add("kl_divergence.fused_softcap", row_fused, fused, {**constexprs, **with_cap})
+        else:
+            add("kl_divergence.fused_to_16_bit", row_fused, fused, constexprs, "bf16")
     return specializations

@@ -60,8 +60,9 @@ def launched(monkeypatch, arch: str, dtype: str, aligned: bool) -> set[tuple]:
                 narrow = [None if grad is None else torch.empty(ROWS, V, dtype=torch.bfloat16) for grad in asked]
                 _rows.backward("triton", p, reference, *rest, saved, values, *narrow)
     if aligned:
-        (_, problem), = _rows.problems(p, q, None, mask, 1.0)
-        launch_fused.fused(problem, torch.ones(ROWS), torch.empty(ROWS), saved, grads[0])
+        for scaling in (_rows.Scaling(), _rows.Scaling(30.0, 30.0), _rows.Scaling(ratio=0.5)):
+            (_, problem), = _rows.problems(p, q, None, mask, 1.0, scaling)
+            launch_fused.fused(problem, torch.ones(ROWS), torch.empty(ROWS), saved, grads[0])
     return seen
 
 
