@@ -2,8 +2,10 @@
 
 With e = exp((x - top)·s), s = 1/T, S = Σ e, expectations E[·] = Σ e·(·)/S and c near E[(y - x)·s]:
     d = (y - x)·s - c,   W = E[d],   t = E[expm1(d)],   KL(P‖Q) = log1p(t) - W,   KL(Q‖P) = (W + E[d·expm1(d)])/(1 + t) - log1p(t).
-Where all |d| < 1, h = expm1(d) - d and r = d·expm1(d) - h come from the moments E[d²] … E[d⁷]: t = h + W, and every sum is as small
-as the result; six of them, five where all |d| < 1/2. A wider row takes one expm1 per entry.
+Where all |d| < 1, h = expm1(d) - d and r = d·expm1(d) - h are d² times a polynomial, whose sums are as small as the result: t = h + W.
+Its degree is 5, or 4 where all |d| < 1/2. A wider row takes one expm1 per entry.
+
+A KL alone needs neither the largest entry nor log S: softmax gives e/S in forward and again in backward, softmax's backward p·(d - W).
 
 Every step acts on one entry or sums one row in an order that its length alone decides, and each row takes the steps that its own
 values ask for: the bits of a row do not depend on the rows beside it.
@@ -50,7 +52,7 @@ class Block(NamedTuple):
 
 
 class Room:
-    """Float32 buffers of up to `elements` entries in which block after block is computed."""
+    """Float32 buffers in which block after block of up to `elements` entries is computed; each is as large as what was asked of it."""
 
     def __init__(self, elements: int, device: torch.device) -> None:
         self.elements, self._device = elements, device
@@ -60,9 +62,10 @@ class Room:
     def __call__(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
         view = self._views.get(name)
         if view is None or view.shape != shape:
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty(self.elements, device=self._device)
-            view = self._views[name] = self._buffers[name][: shape[0] * shape[1]].view(shape)
+            buffer, size = self._buffers.get(name), shape[0] * shape[1]
+            if buffer is None or buffer.numel() < size:
+                buffer = self._buffers[name] = torch.empty(size, device=self._device)
+            view = self._views[name] = buffer[:size].view(shape)
         return view
 
 
@@ -158,8 +161,11 @@ def _kl(block: Block, room: Room) -> tuple[torch.Tensor, ...]:
     x, y, _, scale = block
     x = _wide(x, room("x", x.shape))
     e = _softmax(x, scale, room("e", x.shape))
-    d, shift, centre = _centred(x, y, e, scale, room)
+    # softmax adds a long row up less accurately than row_sum does.
+    weight = row_sum(e)
+    d, shift, centre = _centred(x, y, e, weight, scale, room)
     size, h, _ = _powers(e, d, None, False, room)
+    h = h / weight
     # log1p(t) - W with t = h + W: W is the centre's rounding error, and h·W is all of it that reaches the KL.
     return shift[:, 0], centre[:, 0], size, h.log1p().clamp_(min=0.0)
 
@@ -171,16 +177,17 @@ def _softmax(x: torch.Tensor, scale: torch.Tensor | float, out: torch.Tensor, wo
     return torch.softmax(x, -1, out=out)
 
 
-def _centred(x: torch.Tensor, y: torch.Tensor, e: torch.Tensor, scale: torch.Tensor | float, room: Room) -> tuple[torch.Tensor, ...]:
+def _centred(x: torch.Tensor, y: torch.Tensor, e: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | float,
+             room: Room) -> tuple[torch.Tensor, ...]:
     """d, and the shift and centre [k, 1] that were taken from y - x."""
     work = room("work", x.shape)
     d = _difference(y, x, None, None, room)
-    centre = _dot(e, d, work)[:, None]
+    centre = (_dot(e, d, work) / weight)[:, None]
     shift = torch.zeros_like(centre)
     if not _largest(centre) < 1.0:
         shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
         _difference(y, x, x.amax(-1, keepdim=True), shift, room)
-        centre = torch.where(shift == 0, centre, _dot(e, d, work)[:, None])
+        centre = torch.where(shift == 0, centre, (_dot(e, d, work) / weight)[:, None])
     d.sub_(centre)
     return d if _is_one(scale) else d.mul_(scale), shift, centre
 
@@ -201,7 +208,7 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
         token = ((x.gather(-1, tokens) - top) * scale)[:, 0]
     if y is None:
         return _Sums(top[:, 0], weight, largest, log_mean, token)
-    d, shift, centre = _centred(x, y, e, scale, room)
+    d, shift, centre = _centred(x, y, e, weight, scale, room)
     mean = _dot(e, d, work)
     of_q = None, None, None
     if tokens is not None:
@@ -334,7 +341,7 @@ def _kl_gradients(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor | None, 
     d = _difference(y, x, None if shift is None else x.amax(-1, keepdim=True), shift, room).sub_(centre)
     if not _is_one(scale):
         d.mul_(scale)
-    _softmax(x, scale, e)
+    factor = factor / row_sum(_softmax(x, scale, e))[:, None]
     if grad_q is not None:
         rise = room("rise", x.shape)
         torch.sub(d, _dot(e, d, rise)[:, None] + kl, out=rise).expm1_().mul_(e)
