@@ -7,8 +7,8 @@ Its degree is 5, or 4 where all |d| < 1/2. A wider row takes one expm1 per entry
 
 A KL alone needs neither the largest entry nor log S: softmax gives e/S in forward and again in backward, softmax's backward p·(d - W).
 
-Every step acts on one entry or sums one row in an order that its length alone decides, and each row takes the steps that its own
-values ask for: the bits of a row do not depend on the rows beside it.
+Every step acts on one entry or sums one row in an order that its length alone decides, and its values alone select
+the steps of a row: the bits of a row do not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 # Columns of `saved` in a row computed here; reference.FAR, 6, holds LEAN in it, and 0 or 1 in any other row.
 TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, KIND, REF_LOGPROB, MEAN, REF_MEAN = range(10)
 LEAN = 2.0
-# |d| of entries from which no e·exp(d) that counts is lost where e underflows, and above which d is no longer known well enough.
+# Largest |d|: beyond it e·exp(d) may count where e underflows, and d has too few digits.
 LARGEST_D = 16.0
 LARGEST_SHIFT = 2.0**20
 # Entries of the longest 16-bit row whose gradient is made from two float32 rows at once.
@@ -81,31 +81,34 @@ def row_sum(values: torch.Tensor) -> torch.Tensor:
     return values.sum(-1)
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Σ a·b of each row, [k]; the products go to `out`."""
     return row_sum(torch.mul(a, b, out=out))
 
 
-def _is_one(scale: torch.Tensor | float) -> bool:
+def is_one(scale: torch.Tensor | float) -> bool:
+    """Whether a scale is the number 1, which takes no pass."""
     return not isinstance(scale, torch.Tensor) and scale == 1.0
 
 
-def _difference(y: torch.Tensor, x: torch.Tensor, top: torch.Tensor | None, shift: torch.Tensor | None,
+def difference(y: torch.Tensor, x: torch.Tensor, top: torch.Tensor | None, shift: torch.Tensor | None,
                 room: Room) -> torch.Tensor:
     """y - x - shift in float32, for whole numbers [k, 1], taken from the side farther from 0, which loses no digit by that."""
     out = room("d", x.shape)
-    y = _wide(y, out)
+    y = wide(y, out)
     if shift is None:
         return torch.sub(y, x, out=out)
     of_y = torch.where((top + shift).abs() >= top.abs(), shift, 0.0)
     return torch.sub(y, of_y, out=out).sub_(torch.add(x, shift - of_y, out=room("work", x.shape)))
 
 
-def _wide(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def wide(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The values in float32: themselves, or a copy in `out`."""
     return values if values.dtype == torch.float32 else out.copy_(values)
 
 
 class _Sums(NamedTuple):
-    """Sums and extremes of each row, [k]: of e, with the factor that S = weight/largest does without, and of d. None: not asked for."""
+    """Sums and extremes of each row, [k]; None if not asked for. e is a softmax: weight = Σ e, largest = max e, S = weight/largest."""
 
     top: torch.Tensor
     weight: torch.Tensor
@@ -159,8 +162,8 @@ def _joined(parts: list[tuple[torch.Tensor | None, ...]]) -> tuple[torch.Tensor 
 def _kl(block: Block, room: Room) -> tuple[torch.Tensor, ...]:
     """(shift, centre, largest |d|, KL) of each row, [k], of a block that stays in cache."""
     x, y, _, scale = block
-    x = _wide(x, room("x", x.shape))
-    e = _softmax(x, scale, room("e", x.shape))
+    x = wide(x, room("x", x.shape))
+    e = softmax(x, scale, room("e", x.shape))
     # softmax adds a long row up less accurately than row_sum does.
     weight = row_sum(e)
     d, shift, centre = _centred(x, y, e, weight, scale, room)
@@ -170,9 +173,9 @@ def _kl(block: Block, room: Room) -> tuple[torch.Tensor, ...]:
     return shift[:, 0], centre[:, 0], size, h.log1p().clamp_(min=0.0)
 
 
-def _softmax(x: torch.Tensor, scale: torch.Tensor | float, out: torch.Tensor, work: torch.Tensor | None = None) -> torch.Tensor:
+def softmax(x: torch.Tensor, scale: torch.Tensor | float, out: torch.Tensor, work: torch.Tensor | None = None) -> torch.Tensor:
     """softmax(x·scale) of float32 logits; `out` may be x. `work` then holds (x - top)·scale, unless scale is 1."""
-    if not _is_one(scale):
+    if not is_one(scale):
         x = torch.sub(x, x.amax(-1, keepdim=True), out=out if work is None else work).mul_(scale)
     return torch.softmax(x, -1, out=out)
 
@@ -181,41 +184,41 @@ def _centred(x: torch.Tensor, y: torch.Tensor, e: torch.Tensor, weight: torch.Te
              room: Room) -> tuple[torch.Tensor, ...]:
     """d, and the shift and centre [k, 1] that were taken from y - x."""
     work = room("work", x.shape)
-    d = _difference(y, x, None, None, room)
-    centre = (_dot(e, d, work) / weight)[:, None]
+    d = difference(y, x, None, None, room)
+    centre = (dot(e, d, work) / weight)[:, None]
     shift = torch.zeros_like(centre)
     if not _largest(centre) < 1.0:
         shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
-        _difference(y, x, x.amax(-1, keepdim=True), shift, room)
-        centre = torch.where(shift == 0, centre, (_dot(e, d, work) / weight)[:, None])
+        difference(y, x, x.amax(-1, keepdim=True), shift, room)
+        centre = torch.where(shift == 0, centre, (dot(e, d, work) / weight)[:, None])
     d.sub_(centre)
-    return d if _is_one(scale) else d.mul_(scale), shift, centre
+    return d if is_one(scale) else d.mul_(scale), shift, centre
 
 
 def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
     """The sums of a block that stays in cache; both: r and the log-sum-exp of Q too."""
     x, y, tokens, scale = block
-    x = _wide(x, room("x", x.shape))
+    x = wide(x, room("x", x.shape))
     work = room("work", x.shape)
-    e = _softmax(x, scale, room("e", x.shape), work)
+    e = softmax(x, scale, room("e", x.shape), work)
     top = x.amax(-1, keepdim=True)
     weight, largest, log_mean, token = row_sum(e), e.amax(-1), None, None
     if entropy:
-        z = work if not _is_one(scale) else torch.sub(x, top, out=work)
-        log_mean = _dot(z.clamp_(min=LOWEST), e, work)
+        z = work if not is_one(scale) else torch.sub(x, top, out=work)
+        log_mean = dot(z.clamp_(min=LOWEST), e, work)
     if tokens is not None:
         tokens = tokens[:, None]
         token = ((x.gather(-1, tokens) - top) * scale)[:, 0]
     if y is None:
         return _Sums(top[:, 0], weight, largest, log_mean, token)
     d, shift, centre = _centred(x, y, e, weight, scale, room)
-    mean = _dot(e, d, work)
+    mean = dot(e, d, work)
     of_q = None, None, None
     if tokens is not None:
         # The digits of 1 - q beside a near-certain token are those of Q's own sum.
-        wide_y = _wide(y, room("some e", x.shape))
+        wide_y = wide(y, room("some e", x.shape))
         y_top = wide_y.amax(-1, keepdim=True)
-        q = _softmax(wide_y, scale, room("some d", x.shape), work)
+        q = softmax(wide_y, scale, room("some d", x.shape), work)
         of_q = row_sum(q), q.amax(-1), ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
     size, h, r = _powers(e, d, mean, both, room)
     return _Sums(top[:, 0], weight, largest, log_mean, token, shift[:, 0], centre[:, 0], mean, size, *of_q, h, r)
@@ -243,7 +246,7 @@ def _powers(e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: b
             continue
         rise = torch.expm1(some_d, out=some_work).mul_(some_e)
         first = row_sum(rise)
-        h[rows] = first - (_dot(some_e, some_d, room("third", shape)) if mean is None else mean[rows])
+        h[rows] = first - (dot(some_e, some_d, room("third", shape)) if mean is None else mean[rows])
         if both:
             r[rows] = row_sum(rise.mul_(some_d)) - h[rows]
     return size, h, r
@@ -291,148 +294,3 @@ def _finish_pair(sums: _Sums, both: bool, results: dict[str, torch.Tensor], save
 def _log_sum(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """log S: beside a near-certain token S - 1 keeps what S rounds away."""
     return ((weight - largest) / largest).log1p()
-
-
-def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grads: tuple[torch.Tensor | None, torch.Tensor | None],
-              room: Room) -> None:
-    """Fill grads [k, V] to P and Q of rows that `statistics` holds, as many entries at a time as `room` has; they may be the logits themselves.
-
-    Computes reference.row_gradients from p = e/S and d:
-        dP = s·(g_logprob·onehot - p·(g_logprob + g_entropy·(log p - E[log p]) + g_kl·(d - W) + g_ref_kl·rise)),  rise = q/p - 1
-        dQ = s·(g_ref_logprob·onehot + p·(g_kl·rise + (1 + rise)·(g_ref_kl·(d - E_q[d]) - g_ref_logprob)))
-    """
-    vocabulary, elements = block.x.shape[1], room.elements
-    step = max(1, elements // vocabulary)
-    if upstream.keys() == {"kl"} and takes_whole_rows(block.x):
-        of_rows = saved[:, :, None]
-        shift = of_rows[:, SHIFT] if bool(saved[:, SHIFT].any()) else None
-        kl = None if grads[1] is None else of_rows[:, LOG1P_T] - of_rows[:, MEAN]
-        columns = (block.x, block.y, shift, of_rows[:, CENTRE], kl, upstream["kl"][:, None] * block.scale, *grads)
-        for first in range(0, len(saved), step):
-            part = columns if step >= len(saved) else [None if column is None else column[first : first + step] for column in columns]
-            _kl_gradients(*part, block.scale if isinstance(block.scale, float) else block.scale[first : first + step], room)
-        return
-    g = {name: value[:, None] for name, value in upstream.items()}
-    kept = saved.clone()[:, :, None]
-    factor = kept[:, KIND] = torch.exp(-kept[:, LOG_SUM]) * block.scale
-    shifted = bool(saved[:, SHIFT].any())
-    # The gradient to P of one field is one product.
-    only = next(iter(g)) if len(g) == 1 and grads[1] is None and not g.keys() & {"logprob", "ref_logprob"} else None
-    if only is not None:
-        kept[:, KIND] = -factor * g[only]
-    for first in range(0, len(saved), step):
-        rows = slice(first, first + step)
-        here, given = block.part(rows), {name: value[rows] for name, value in g.items()} if only is None else g
-        values, targets = kept[rows].unbind(1), [None if grad is None else grad[rows] for grad in grads]
-        if vocabulary <= elements:
-            _gradients(here, 0, values, shifted, only, given, *targets, room)
-            continue
-        for start in range(0, vocabulary, elements):
-            x, y, *some = (None if side is None else side[:, start : start + elements] for side in (here.x, here.y, *targets))
-            _gradients(here._replace(x=x, y=y), start, values, shifted, only, given, *some, room)
-
-
-def _kl_gradients(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor | None, centre: torch.Tensor, kl: torch.Tensor | None, factor: torch.Tensor,
-                  grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, scale: torch.Tensor | float, room: Room) -> None:
-    """Fill the gradients of the KL alone of whole rows, times `factor`; all logits are read before any gradient is written."""
-    in_place = grad_p is not None and grad_p.dtype == torch.float32 and grad_p.is_contiguous()
-    e = grad_p if in_place else room("e", x.shape)
-    x = _wide(x, e)
-    d = _difference(y, x, None if shift is None else x.amax(-1, keepdim=True), shift, room).sub_(centre)
-    if not _is_one(scale):
-        d.mul_(scale)
-    factor = factor / row_sum(_softmax(x, scale, e))[:, None]
-    if grad_q is not None:
-        rise = room("rise", x.shape)
-        torch.sub(d, _dot(e, d, rise)[:, None] + kl, out=rise).expm1_().mul_(e)
-        _write(rise, factor, grad_q, None, None)
-    if grad_p is not None:
-        # softmax's backward: e·(d - Σ e·d), without a pass for each step.
-        torch.ops.aten._softmax_backward_data.out(d, e, -1, torch.float32, grad_input=e)
-        _write(e, -factor, grad_p, None, None)
-
-
-def _gradients(block: Block, start: int, kept: tuple[torch.Tensor, ...], shifted: bool, only: str | None, g: dict[str, torch.Tensor],
-               grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, room: Room) -> None:
-    """Fill the gradients of some columns, the first of which is `start`; all logits are read before any gradient is written.
-
-    kept: the columns of `saved`, [k, 1] each, with s/S in place of KIND, or -g·s/S for the one field `only`.
-    """
-    shape, scale = block.x.shape, block.scale
-    top, log_sum, shift, centre, log1p_t, log_mean, factor, log_q, mean, ref_mean = kept
-    x, d, rise = _wide(block.x, room("x", shape)), None, None
-    if g.keys() & {"kl", "ref_kl"} or (grad_q is not None and "ref_logprob" in g):
-        d = _difference(block.y, x, top, shift if shifted else None, room).sub_(centre)
-        if not _is_one(scale):
-            d.mul_(scale)
-        if "ref_kl" in g or grad_q is not None:
-            rise = torch.sub(d, log1p_t, out=room("rise", shape)).expm1_()
-    z = torch.sub(x, top, out=room("x", shape))
-    if not _is_one(scale):
-        z.mul_(scale)
-    token = _Token(block.tokens - start, shape[1]) if g.keys() & {"logprob", "ref_logprob"} else None
-    log_p = None if token is None else token.of(z) - log_sum
-    e = torch.exp(z, out=room("e", shape)) if "entropy" in g else z.exp_()
-    if grad_q is not None and not g.keys() & {"kl", "ref_kl", "ref_logprob"}:
-        grad_q.zero_()
-    elif grad_q is not None:
-        bracket, own = room("q", shape), None
-        if g.keys() & {"ref_kl", "ref_logprob"}:
-            torch.sub(d, ref_mean, out=bracket).mul_(g.get("ref_kl", 0.0))
-            if "ref_logprob" in g:
-                own = scale * (
-                    log_q.exp() * token.of(bracket) + log_p.exp() * token.of(rise) * g.get("kl", 0.0) - log_q.expm1() * g["ref_logprob"]
-                )
-                bracket.sub_(g["ref_logprob"])
-            bracket.mul_(torch.add(rise, 1.0, out=room("work", shape)))
-            if "kl" in g:
-                bracket.add_(torch.mul(rise, g["kl"], out=room("work", shape)))
-        else:
-            torch.mul(rise, g["kl"], out=bracket)
-        _write(bracket.mul_(factor), e, grad_q, token, own)
-    if grad_p is not None and not g.keys() - {"ref_logprob"}:
-        grad_p.zero_()
-    elif grad_p is not None:
-        terms = [(values, g[name]) for name, values in (("kl", d), ("entropy", z), ("ref_kl", rise)) if name in g]
-        if "kl" in g:
-            d.sub_(mean)
-        if "entropy" in g:
-            z.clamp_(min=LOWEST).sub_(log_mean)
-        if only is not None:
-            _write(terms[0][0], e.mul_(factor), grad_p, None, None)
-            return
-        if not terms:
-            _write(e.mul_(-factor * g["logprob"]), None, grad_p, token, -scale * log_p.expm1() * g["logprob"])
-            return
-        bracket = terms[0][0].mul_(terms[0][1])
-        for values, upstream in terms[1:]:
-            bracket.add_(values.mul_(upstream))
-        own = None
-        if "logprob" in g:
-            own = -scale * (log_p.exp() * token.of(bracket) + log_p.expm1() * g["logprob"])
-            bracket.add_(g["logprob"])
-        _write(bracket, e.mul_(-factor), grad_p, token, own)
-
-
-class _Token:
-    """Each row's token among some columns: its entry of any values there, and the place to write it to."""
-
-    def __init__(self, index: torch.Tensor, width: int) -> None:
-        self.inside = ((index >= 0) & (index < width))[:, None]
-        self.index = index.clamp(0, width - 1)[:, None]
-
-    def of(self, values: torch.Tensor) -> torch.Tensor:
-        return values.gather(-1, self.index)
-
-
-def _write(values: torch.Tensor, factor: torch.Tensor | None, grad: torch.Tensor, token: _Token | None, own: torch.Tensor | None) -> None:
-    """Write values·factor into `grad`, and at each row's token its own [k, 1], rounded to the gradient's type once."""
-    result = grad if grad.dtype == torch.float32 else values
-    if factor is not None:
-        torch.mul(values, factor, out=result)
-    elif result is not values:
-        result.copy_(values)
-    if own is not None:
-        result.scatter_(-1, token.index, torch.where(token.inside, own, token.of(result)))
-    if result is not grad:
-        grad.copy_(result)

@@ -1,6 +1,6 @@
 """The two ops under every function on logits: row statistics and their gradients, with fake, autograd and vmap rules.
 
-A field nobody asked for is None, or an empty tensor: an op's schema is one for all mixes of fields.
+A field that was not requested is None, or an empty tensor: an op's schema is one for all mixes of fields.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _backward(ctx, *upstream):
 
 
 def refuse_temperature_gradient(asked: bool) -> None:
-    """What _checks.temperature cannot see under vmap."""
+    """Refuse a temperature that requires a gradient, which _checks.temperature cannot see under vmap."""
     if asked:
         raise RuntimeError("temperature: expected a tensor without gradient, got one that requires it; fastkl does not differentiate with respect to "
                            "the temperature: pass temperature.detach()")

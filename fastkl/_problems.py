@@ -1,4 +1,4 @@
-"""Logits tensors as the kernels' launchers take them."""
+"""Describes logits of any leading shape and strides as kernels.launch.Problems."""
 
 from __future__ import annotations
 

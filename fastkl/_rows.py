@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import _checks, _cpu_rows, reference
+from . import _checks, _cpu_gradients, _cpu_rows, reference
 from ._problems import Scaling, fused_launchers, launchers, problems
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
@@ -298,7 +298,7 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
     for rows, x, y in _blocks(p, q, active, _trivial(scaling)):
         lean = saved[rows, _cpu_rows.KIND] == _cpu_rows.LEAN
         if isinstance(rows, slice) and _trivial(scaling) and bool(lean.all()):
-            _cpu_rows.gradients(_cpu_rows.Block(x, y, _some(tokens, rows), _inverse(_some(temperature, rows))), saved[rows],
+            _cpu_gradients.gradients(_cpu_rows.Block(x, y, _some(tokens, rows), _inverse(_some(temperature, rows))), saved[rows],
                                 _some_of_each(upstream, rows), [None if grad is None else grad[rows] for grad in sides], room)
             continue
         for first in range(0, x.shape[0], step):
@@ -324,7 +324,7 @@ def _mixed_gradients(x, y, tokens, temperature, saved, upstream, sides, room) ->
         scales, given = _some(temperature, some), {name: value[some] for name, value in upstream.items()}
         if held:
             here = [None if result is None else torch.empty_like(rows[0], dtype=result.dtype) for result in results]
-            _cpu_rows.gradients(_cpu_rows.Block(*rows, _inverse(scales)), saved[some], given, here, room)
+            _cpu_gradients.gradients(_cpu_rows.Block(*rows, _inverse(scales)), saved[some], given, here, room)
         else:
             here = _gradients(*rows, scales, saved[some], given, *(grad is not None for grad in sides))
         for result, value in zip(results, here, strict=True):

@@ -191,7 +191,7 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
         if "entropy" in g:
             bracket -= g["entropy"] * _about_mean(p, log_p)
         if "kl" in g:
-            # An infinite KL without upstream gradient takes no part.
+            # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
             bracket -= torch.where(g["kl"] == 0, 0.0, g["kl"] * _about_mean(p, d))
         grad_p = torch.where(p == 0, 0.0, p * bracket)
         if "ref_kl" in g:

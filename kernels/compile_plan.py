@@ -73,10 +73,9 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     forward = config.select("forward", arch, itemsize, VOCABULARY)
     backward = config.select("backward", arch, itemsize, VOCABULARY)
     plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0, REF_SOFTCAP=0.0, HAS_RATIO=False)
-    placing = dict(LANES=lanes, REALIGN=not aligned, Q_IN_BLOCKS=True)
     segment = config.segment_length(VOCABULARY, forward.segment)
-    splits = -(-VOCABULARY // segment)
-    shape = dict(SPLITS=triton.next_power_of_2(splits), THREADS=forward.threads, GROUPS=forward.groups, PREFETCH=config.prefetches(arch), **placing)
+    shape = dict(SPLITS=triton.next_power_of_2(-(-VOCABULARY // segment)), THREADS=forward.threads, GROUPS=forward.groups, LANES=lanes,
+                 PREFETCH=config.prefetches(arch), REALIGN=not aligned, Q_IN_BLOCKS=True)
     specializations = []
 
     def add(name: str, kernel: Any, chosen: config.RowConfig, constexprs: dict[str, Any], grad_dtype: str | None = None) -> None:
@@ -86,15 +85,13 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
 
     # Ratios and soft caps are described for 16-bit logits alone: what they add does not depend on the type.
     short = aligned and itemsize == 2
-    with_ratio, with_cap = dict(HAS_RATIO=True), dict(SOFTCAP=30.0, REF_SOFTCAP=30.0)
+    scalings = [("", {}), ("_ratio", dict(HAS_RATIO=True)), ("_softcap", dict(SOFTCAP=30.0, REF_SOFTCAP=30.0))] if short else [("", {})]
     for name, entropy, kl, reverse in (("kl_divergence", False, True, False), ("token_stats", True, True, True),
                                        ("token_stats_policy_only", True, False, False)):
         fields = dict(HAS_TOKENS=name != "kl_divergence", WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
         constexprs = {**shape, **plain, **fields}
-        add(f"{name}.forward", row_forward, forward, constexprs)
-        if short and kl:
-            add(f"{name}.forward_ratio", row_forward, forward, {**constexprs, **with_ratio})
-            add(f"{name}.forward_softcap", row_forward, forward, {**constexprs, **with_cap})
+        for suffix, values in scalings if kl else scalings[:1]:
+            add(f"{name}.forward{suffix}", row_forward, forward, {**constexprs, **values})
         if not aligned and kl:
             add(f"{name}.forward_q_elsewhere", row_forward, forward, {**constexprs, "Q_IN_BLOCKS": False})
         for suffix, gradient in (("fallback", False), ("fallback_gradient", True)):
@@ -113,24 +110,19 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         constexprs = dict(CHUNK=backward.segment, THREADS=backward.threads, LANES=lanes, GROUPS=backward.groups, WRT_P=wrt_p, WRT_Q=wrt_q,
                           Q_IN_BLOCKS=True, GRAD_IN_BLOCKS=True, **{field: fields.index(field) if field in fields else -1 for field in _FIELDS},
                           **plain)
-        add(name, row_backward, backward, constexprs)
-        if not aligned or name not in ("kl_divergence.backward_p", "kl_divergence.backward_both", "token_stats.backward_both"):
-            continue
-        if not short:  # of logits that are float32 sums of 16-bit products
+        thorough = name in ("kl_divergence.backward_p", "kl_divergence.backward_both", "token_stats.backward_both")
+        for suffix, values in scalings if thorough else scalings[:1]:
+            add(f"{name}{suffix}", row_backward, backward, {**constexprs, **values})
+        if thorough and aligned and not short:  # of logits that are float32 sums of 16-bit products
             add(f"{name}_to_16_bit", row_backward, backward, constexprs, "bf16")
-            continue
-        add(f"{name}_ratio", row_backward, backward, {**constexprs, **with_ratio})
-        add(f"{name}_softcap", row_backward, backward, {**constexprs, **with_cap})
     if aligned:
         fused = config.select("fused", arch, itemsize, VOCABULARY)
         segment = config.segment_length(VOCABULARY, fused.segment)
         splits = -(-VOCABULARY // segment) * -(-segment // fused.segment)
         constexprs = dict(SPLITS=triton.next_power_of_2(splits), THREADS=fused.threads, LANES=lanes, GROUPS=fused.groups,
                           PREFETCH=config.prefetches(arch), PHASE=0, **plain)
-        add("kl_divergence.fused", row_fused, fused, constexprs)
-        if short:
-            add("kl_divergence.fused_ratio", row_fused, fused, {**constexprs, **with_ratio})
-            add("kl_divergence.fused_softcap", row_fused, fused, {**constexprs, **with_cap})
-        else:
+        for suffix, values in scalings:
+            add(f"kl_divergence.fused{suffix}", row_fused, fused, {**constexprs, **values})
+        if not short:
             add("kl_divergence.fused_to_16_bit", row_fused, fused, constexprs, "bf16")
     return specializations

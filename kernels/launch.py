@@ -38,7 +38,7 @@ _HERE = contextlib.nullcontext()
 
 
 class Rows(NamedTuple):
-    """How a tensor's rows lie: [outer, inner, V] by two strides (in elements), whatever its leading shape was.
+    """The address and strides of a tensor's rows: [outer, inner, V] by two strides (in elements), whatever its leading shape was.
 
     address: of the first element, in bytes, modulo ADDRESSES.
     """
@@ -69,7 +69,7 @@ class Rows(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """N rows of length V; what is None does not take part. Vectors are [N] and contiguous.
+    """N rows of length V; a field that is None is unused. Vectors are [N] and contiguous.
 
     ratios: inverse temperatures of Q over those of P, None for 1.
     """
@@ -114,8 +114,8 @@ def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 class Variant:
-    """A kernel with compile-time values and compiler options, for one device and types of tensors: compiled at its first start, also inside a
-    capture (call once before).
+    """A kernel with compile-time values and compiler options, for one device and types of tensors: compiled at its
+    first start: call it once before capturing a CUDA graph.
 
     From the second start on the compiled kernel is started directly. Triton's own way to it takes tens of microseconds, most of a call with few
     rows; its check for changed globals and its pre-run hooks are part of it, and are left out.
@@ -245,7 +245,7 @@ def _forward_plan(layout: Layout, with_entropy: bool, with_reverse: bool, overri
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill `saved` [N, 10] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl: [N] float32 each).
 
-    With q there is always kl; with tokens logprob, and ref_logprob beside q.
+    `outputs` contains kl if q is given, logprob if tokens are, ref_logprob if both are.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout = problem.layout

@@ -8,7 +8,7 @@ from .row_finish import SAVED, Reading
 from .row_gradient import Asked, Place, Upstream, entry_gradients, gradient_terms, load_saved, write_tile
 from .row_load import row_offset, row_pad, row_ratio, row_scale
 from .row_math import scale_reference, soft_cap, soft_cap_slope
-from .row_segment import Layout
+from .row_segment import Tiling
 
 # Limit of |E_q[d]| counted from the centre, near E_p[d]: beyond it float32 sums lose the digits of q·(d - E_q[d]).
 LARGEST_MEAN_GAP = tl.constexpr(1.0)
@@ -58,7 +58,7 @@ def row_backward(
     EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     asked: tl.constexpr = Asked(LOGPROB >= 0, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, EXACT)
     HAS_TOKEN: tl.constexpr = (WRT_P and LOGPROB >= 0) or (WRT_Q and REF_LOGPROB >= 0)
-    layout: tl.constexpr = Layout(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS)
+    tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(HAS_TOKEN, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     g = Upstream(upstream_of(upstream_ptr, row, n_rows, LOGPROB), upstream_of(upstream_ptr, row, n_rows, ENTROPY),
                  upstream_of(upstream_ptr, row, n_rows, REF_LOGPROB), upstream_of(upstream_ptr, row, n_rows, KL),
@@ -87,7 +87,7 @@ def row_backward(
         grad_p_block = tl.multiple_of(grad_p_block, LANES * grad_p_ptr.dtype.element_ty.primitive_bitwidth // 8)
         grad_q_block = tl.multiple_of(grad_q_block, LANES * grad_q_ptr.dtype.element_ty.primitive_bitwidth // 8)
 
-    # The sampled token's entry has a 1 of its own. Its logits are read before anything is written, its gradient is written last.
+    # Add the one-hot term to the sampled token's gradient: read its logits before any store, write its gradient last.
     token = row * 0
     if HAS_TOKEN:
         token = tl.load(tokens_ptr + row)
@@ -116,11 +116,11 @@ def row_backward(
     full_begin = tl.where((first == 0) & (pad > 0), tl.minimum(begin + TILE_GROUPS, full_end), begin)
     full_begin = tl.where(read_end > 0, full_begin, full_end)
     for group in range(begin, full_begin, TILE_GROUPS):
-        write_tile(place, group, terms, g, layout, asked, reading, True)
+        write_tile(place, group, terms, g, tiling, asked, reading, True)
     for group in range(full_begin, full_end, TILE_GROUPS):
-        write_tile(place, group, terms, g, layout, asked, reading, False)
+        write_tile(place, group, terms, g, tiling, asked, reading, False)
     if full_end * LANES < end:
-        write_tile(place, full_end, terms, g, layout, asked, reading, True)
+        write_tile(place, full_end, terms, g, tiling, asked, reading, True)
 
     if HAS_TOKEN:
         tl.debug_barrier()

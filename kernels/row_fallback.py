@@ -212,7 +212,7 @@ def is_fallback(saved_ptr):
 
 @triton.jit
 def store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
-    """Write the saved values and the fields of a row."""
+    """Compute a row in float64 and write its saved values and fields."""
     scale = scale.to(tl.float64)
     q_scale = scale * ratio.to(tl.float64)
     row = fallback_row(p_row, q_row, V, scale, q_scale, BLOCK, want.kl, reading.softcap, reading.ref_softcap)
@@ -261,7 +261,7 @@ def write_fallback(
             d = log_ratio(log_p, log_q)
             grad_y = q * -g.ref_logprob
             if asked.kl:
-                # An infinite KL without upstream gradient takes no part.
+                # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
                 grad_x -= tl.where(g.kl == 0.0, 0.0, p * (g.kl * ((d - d_at_x_peak) - row.mean_p_from_peak)))
                 grad_y += g.kl * (q - p)
             if asked.ref_kl:

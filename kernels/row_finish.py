@@ -272,7 +272,7 @@ def saved_values(s, shift, scale, want: tl.constexpr):
 
 @triton.jit
 def store_statistics(out, s, p_row, q_row, token, V, shift, scale, ratio, want: tl.constexpr, reading: tl.constexpr):
-    """Write the saved values and the fields of a row; NaN as the first saved value tells row_fallback of a row whose sums do not hold."""
+    """Write the saved values and the fields of a row; a NaN as the first saved value marks a row whose sums do not hold."""
     saved = saved_values(s, shift, scale, want)
     tl.store(out.saved, tl.where(s.hold, saved.origin, float("nan")))
     tl.store(out.saved + 1, saved.log2_S)

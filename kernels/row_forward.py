@@ -14,7 +14,7 @@ from .row_finish import (
 )
 from .row_load import lane_order, prefetch, row_offset, row_pad, row_ratio, row_scale, row_shift
 from .row_math import LOG2E, STATE, State, Want
-from .row_segment import HELD, Layout, Row, segment_sums
+from .row_segment import D_SCALE, Row, Tiling, segment_sums
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
@@ -64,7 +64,7 @@ def row_forward(
     split = tl.program_id(0) % splits
     EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT)
-    layout: tl.constexpr = Layout(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
+    tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
@@ -80,8 +80,8 @@ def row_forward(
         prefetch(p_row + first, length, prefetching)
         if WITH_KL:
             prefetch(q_row + first, length, prefetching)
-    held_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * HELD
-    scale2 = held_scale * (LOG2E / HELD)
+    doubled_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_SCALE
+    scale2 = doubled_scale * (LOG2E / D_SCALE)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     shift = tl.full([], 0.0, tl.float32)
     if WITH_KL and EXACT:
@@ -89,8 +89,8 @@ def row_forward(
     pad = 0
     if REALIGN:
         pad = row_pad(p_row)
-    place = Row(p_row + first - pad, q_row + first - pad, q_row + first, pad, lane_order(pad, LANES), V - first, shift, held_scale, scale2, ratio)
-    state = segment_sums(place, length, layout, want, reading)
+    place = Row(p_row + first - pad, q_row + first - pad, q_row + first, pad, lane_order(pad, LANES), V - first, shift, doubled_scale, scale2, ratio)
+    state = segment_sums(place, length, tiling, want, reading)
     if SPLITS > 1:
         store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
         tl.debug_barrier()
@@ -104,7 +104,7 @@ def row_forward(
     token = row
     if HAS_TOKENS:
         token = tl.load(tokens_ptr + row)
-    scale = held_scale * (1.0 / HELD)
+    scale = doubled_scale * (1.0 / D_SCALE)
     statistics = row_statistics(states, shift, scale, want)
     out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
     store_statistics(out, statistics, p_row, q_row, token, V, shift, scale, ratio, want, reading)

@@ -7,7 +7,7 @@ from .row_finish import Reading, load_states, row_outputs, row_statistics, saved
 from .row_gradient import Asked, Place, Upstream, gradient_terms, write_tile
 from .row_load import lane_order, prefetch, row_offset, row_ratio, row_scale, row_shift
 from .row_math import LOG2E, STATE, Want
-from .row_segment import HELD, Layout, Row, segment_sums
+from .row_segment import D_SCALE, Row, Tiling, segment_sums
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
@@ -60,7 +60,7 @@ def row_fused(
     split = ticket % splits
     EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     want: tl.constexpr = Want(False, True, False, EXACT)
-    layout: tl.constexpr = Layout(THREADS, LANES, GROUPS, False, True)
+    tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, True)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     asked: tl.constexpr = Asked(False, False, False, True, False, True, False, EXACT)
     TILE: tl.constexpr = THREADS * GROUPS * LANES
@@ -74,8 +74,8 @@ def row_fused(
     p_block = tl.multiple_of(p_row + begin, 16)
     q_block = tl.multiple_of(q_row + begin, 16)
     grad_block = tl.multiple_of(grad_row + begin, LANES * grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    held_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * HELD
-    scale = held_scale * (1.0 / HELD)
+    doubled_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_SCALE
+    scale = doubled_scale * (1.0 / D_SCALE)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
@@ -101,9 +101,9 @@ def row_fused(
         if PHASE == 1:
             tl.store(state_here + 2, shift)
     if PHASE != 2:
-        scale2 = held_scale * (LOG2E / HELD)
-        piece_row = Row(p_block, q_block, q_block, 0, lane_order(0, LANES), V - begin, shift, held_scale, scale2, ratio)
-        state = segment_sums(piece_row, length, layout, want, reading)
+        scale2 = doubled_scale * (LOG2E / D_SCALE)
+        piece_row = Row(p_block, q_block, q_block, 0, lane_order(0, LANES), V - begin, shift, doubled_scale, scale2, ratio)
+        state = segment_sums(piece_row, length, tiling, want, reading)
         store_state(state_here, state, want)
     if PHASE == 0:
         tl.debug_barrier()
@@ -125,9 +125,9 @@ def row_fused(
             place = Place(p_block, q_block, grad_block, grad_block, 0, length, length, scale, ratio)
             full_end = length // TILE * (THREADS * GROUPS)
             for group in range(0, full_end, THREADS * GROUPS):
-                write_tile(place, group, terms, g, layout, asked, reading, False)
+                write_tile(place, group, terms, g, tiling, asked, reading, False)
             if full_end * LANES < length:
-                write_tile(place, full_end, terms, g, layout, asked, reading, True)
+                write_tile(place, full_end, terms, g, tiling, asked, reading, True)
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["grad_ptr", "factor_ptr"])

@@ -119,7 +119,7 @@ def gradient_terms(saved):
 
 @triton.jit
 def entry_gradients(x, y, y_lost, scale, terms, g, asked: tl.constexpr, HAS_RATIO: tl.constexpr):
-    """Gradients of the weighted statistics with respect to one (scaled) logit of each tensor, without the sampled token's own 1.
+    """Gradients of the weighted statistics with respect to one (scaled) logit of each tensor, without the one-hot term of the sampled token.
 
     With g the upstream gradients, s = 1/T and d = (y - x)·s - centre:
         dx = s·(p·(-g.kl·(d - E_p[d]) - g.entropy·(log p + entropy) - g.logprob) - g.ref_kl·(q - p))
@@ -180,15 +180,15 @@ def entry_gradients(x, y, y_lost, scale, terms, g, asked: tl.constexpr, HAS_RATI
 
 
 @triton.jit
-def write_tile(place, first_group, terms, g, layout: tl.constexpr, asked: tl.constexpr, reading: tl.constexpr, EDGE: tl.constexpr):
-    """Write the gradients of aligned blocks, layout.groups per thread; all loads come first, so that no store delays them."""
-    THREADS: tl.constexpr = layout.threads
-    LANES: tl.constexpr = layout.lanes
+def write_tile(place, first_group, terms, g, tiling: tl.constexpr, asked: tl.constexpr, reading: tl.constexpr, EDGE: tl.constexpr):
+    """Write the gradients of aligned blocks, tiling.groups per thread; all loads come first, so that no store delays them."""
+    THREADS: tl.constexpr = tiling.threads
+    LANES: tl.constexpr = tiling.lanes
     xs = ()
     ys = ()
     thread = tl.arange(0, THREADS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
-    for i in tl.static_range(layout.groups):
+    for i in tl.static_range(tiling.groups):
         offs = (first_group + i * THREADS + thread) * LANES + lane
         if EDGE:
             inside = (offs >= place.pad) & (offs < place.read_end)
@@ -197,7 +197,7 @@ def write_tile(place, first_group, terms, g, layout: tl.constexpr, asked: tl.con
         else:
             xs += (tl.load(place.p_block + offs).to(tl.float32),)
             ys += (tl.load(place.q_block + offs).to(tl.float32),)
-    for i in tl.static_range(layout.groups):
+    for i in tl.static_range(tiling.groups):
         offs = (first_group + i * THREADS + thread) * LANES + lane
         x = soft_cap(xs[i], reading.softcap, place.p_block.dtype.element_ty)
         capped_y = soft_cap(ys[i], reading.ref_softcap, place.q_block.dtype.element_ty)

@@ -31,11 +31,11 @@ from .row_math import (
     subtract,
 )
 
-# The loop keeps HELD·d ("held"): bit 30 of its float32 pattern is set if |d| is 1 or more, also for an infinity and a NaN.
-HELD = tl.constexpr(2.0)
+# The loop keeps D_SCALE·d: bit 30 of its float32 pattern is set if |d| is 1 or more, also for an infinity and a NaN.
+D_SCALE = tl.constexpr(2.0)
 
 
-class Layout(NamedTuple):
+class Tiling(NamedTuple):
     """Compile-time: how a program reads a row; rows of REALIGN start anywhere, Q_IN_BLOCKS says that Q's rows start where P's do."""
 
     threads: int
@@ -46,10 +46,10 @@ class Layout(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Where the V entries from a segment's first on lie, and what they are read with.
+    """The addresses of a segment and the constants of its row. V: entries from the segment's first to the end of the row.
 
     p_block, q_block: the 16-byte boundary at or before the first entry, `pad` entries further. order: the entry of its
-    group that each lane holds. shift: row_load.row_shift. held_scale: HELD/T; scale2: log2(e)/T.
+    group that each lane holds. shift: row_load.row_shift. doubled_scale: D_SCALE/T; scale2: log2(e)/T.
     """
 
     p_block: tl.tensor
@@ -59,7 +59,7 @@ class Row(NamedTuple):
     order: tl.tensor
     V: tl.tensor
     shift: tl.tensor
-    held_scale: tl.tensor
+    doubled_scale: tl.tensor
     scale2: tl.tensor
     ratio: tl.tensor
 
@@ -77,7 +77,7 @@ class Tile(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A tile about the present origin and centre: e and d (held) as tuples, each thread's sum of e, and lane_A with the tile added."""
+    """A tile about the present origin and centre: e and D_SCALE·d as tuples, each thread's sum of e, and lane_A with the tile added."""
 
     e: tl.tuple
     d: tl.tuple
@@ -88,8 +88,8 @@ class Weights(NamedTuple):
 class Running(NamedTuple):
     """The sums of a segment so far.
 
-    Scalars: origin; centre, held. Vectors [threads]: S; limit: the S that re-anchors; largest: a bound of |y - x|·scale less the
-    row's shift, held. [threads, lanes]: A, 2·W, 2·U and 4·R.
+    Scalars: origin; centre, times D_SCALE. Vectors [threads]: S; limit: the S that re-anchors; largest: a bound of |y - x|·scale less the
+    row's shift, times D_SCALE. [threads, lanes]: A, 2·W, 2·U and 4·R.
     """
 
     origin: tl.tensor
@@ -104,19 +104,19 @@ class Running(NamedTuple):
 
 
 @triton.jit
-def empty_sums(layout: tl.constexpr):
+def empty_sums(tiling: tl.constexpr):
     """The sums of an empty segment; the first tile with weight takes the anchor path."""
-    THREADS: tl.constexpr = layout.threads
-    LANES: tl.constexpr = layout.lanes
+    THREADS: tl.constexpr = tiling.threads
+    LANES: tl.constexpr = tiling.lanes
     zero = tl.full([], 0.0, tl.float32)
     zeros = tl.zeros([THREADS], tl.float32)
     lanes = tl.zeros([THREADS, LANES], tl.float32)
-    return Running(tl.full([], LOWEST, tl.float32), zero, zeros, zeros, zeros + HELD, lanes, lanes, lanes, lanes)
+    return Running(tl.full([], LOWEST, tl.float32), zero, zeros, zeros, zeros + D_SCALE, lanes, lanes, lanes, lanes)
 
 
 @triton.jit
 def near_expm1(d):
-    """2·(expm1(d) - d)/(held d)² for |d| < 1, of held d; minimax polynomial, relative error 1.6e-6."""
+    """2·(expm1(d) - d)/(D_SCALE·d)² for |d| < 1, from D_SCALE·d; minimax polynomial, relative error 1.6e-6."""
     series = tl.fma(d, 0.00019977660849690437 / 64, 0.0014262537006288767 / 32)
     series = tl.fma(d, series, 0.008335255086421967 / 16)
     series = tl.fma(d, series, 0.04165279492735863 / 8)
@@ -126,27 +126,27 @@ def near_expm1(d):
 
 @triton.jit
 def general_expm1(d):
-    """2·(expm1(d) - d) and (held d)², of held d; relative error 3e-6, from the polynomial of expm1_over_square where d is small."""
+    """2·(expm1(d) - d) and (D_SCALE·d)², from D_SCALE·d; relative error 3e-6, from the polynomial of expm1_over_square where d is small."""
     square = d * d
     series = tl.fma(d, 0.008337464183568954 / 16, 0.04175350069999695 / 8)
     series = tl.fma(d, series, 0.16666695475578308 / 4)
     series = tl.fma(d, series, 0.4999993145465851 / 2)
-    beyond = tl.fma(tl.exp2(d * (LOG2E / HELD)), 2.0, -2.0) - d
-    return tl.where(tl.abs(d) < SMALL_D * HELD, square * series, beyond), square
+    beyond = tl.fma(tl.exp2(d * (LOG2E / D_SCALE)), 2.0, -2.0) - d
+    return tl.where(tl.abs(d) < SMALL_D * D_SCALE, square * series, beyond), square
 
 
 @triton.jit
-def load_tile(row, first_group, end, GROUPS: tl.constexpr, layout: tl.constexpr, want: tl.constexpr, reading: tl.constexpr, EDGE: tl.constexpr):
+def load_tile(row, first_group, end, GROUPS: tl.constexpr, tiling: tl.constexpr, want: tl.constexpr, reading: tl.constexpr, EDGE: tl.constexpr):
     """The Tile of GROUPS groups per thread from `first_group` on; EDGE leaves out entries from `end` on."""
-    THREADS: tl.constexpr = layout.threads
-    LANES: tl.constexpr = layout.lanes
+    THREADS: tl.constexpr = tiling.threads
+    LANES: tl.constexpr = tiling.lanes
     xs = ()
     differences = ()
     losts = ()
     insides = ()
     for g in tl.static_range(GROUPS):
         group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
-        x = load_group(row.p_block, group, row.pad, row.V, layout.realign, EDGE, LANES)
+        x = load_group(row.p_block, group, row.pad, row.V, tiling.realign, EDGE, LANES)
         x = soft_cap(x, reading.softcap, row.p_block.dtype.element_ty)
         inside = group * LANES + row.order < end
         if EDGE:
@@ -154,8 +154,8 @@ def load_tile(row, first_group, end, GROUPS: tl.constexpr, layout: tl.constexpr,
         difference = x
         lost = x
         if want.kl:
-            if layout.q_in_blocks:
-                y = load_group(row.q_block, group, row.pad, row.V, layout.realign, EDGE, LANES)
+            if tiling.q_in_blocks:
+                y = load_group(row.q_block, group, row.pad, row.V, tiling.realign, EDGE, LANES)
             else:
                 y = load_elements(row.q_row, group, row.pad, row.V, EDGE, LANES)
             y = soft_cap(y, reading.ref_softcap, row.q_row.dtype.element_ty)
@@ -187,7 +187,7 @@ def weigh(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, CLAMP: tl.cons
         e = tl.exp2(exponent)
         d = e
         if want.kl:
-            d = centred(tile.difference[g], tile.lost[g], row.held_scale, s.centre, want.exact)
+            d = centred(tile.difference[g], tile.lost[g], row.doubled_scale, s.centre, want.exact)
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
             if want.kl:
@@ -221,7 +221,7 @@ def path_of(s, weights, GROUPS: tl.constexpr, want: tl.constexpr):
 
 @triton.jit
 def state_of(s, want: tl.constexpr):
-    """The state of each thread [threads], summed over its lanes; its centre is not held."""
+    """The state of each thread [threads], summed over its lanes; its centre is not scaled."""
     A = s.S * 0.0
     W = A
     U = A
@@ -229,11 +229,11 @@ def state_of(s, want: tl.constexpr):
     if want.entropy:
         A = lane_sum(s.lane_A)
     if want.kl:
-        W = lane_sum(s.lane_W) * (1.0 / HELD)
+        W = lane_sum(s.lane_W) * (1.0 / D_SCALE)
         U = lane_sum(s.lane_U) * 0.5
     if want.reverse:
         R = lane_sum(s.lane_R) * 0.25
-    return State(s.origin, s.S, A, W, U, R, s.centre * (1.0 / HELD))
+    return State(s.origin, s.S, A, W, U, R, s.centre * (1.0 / D_SCALE))
 
 
 @triton.jit
@@ -269,7 +269,7 @@ def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.cons
     centre = state.centre
     if want.kl:
         # Round the mean difference once: on a peaked row the whole gradient is the remainder d - E_p[d] at the peak.
-        mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.held_scale * (1.0 / HELD)
+        mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.doubled_scale * (1.0 / D_SCALE)
         delta = tl.fma(mean - centre, total, tl.sum(W, 0)) / (before + total)
         centre = tl.where(total > before * OUTWEIGHS, mean, centre + delta)
         # The sums move by the difference of the two rounded centres.
@@ -282,10 +282,10 @@ def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.cons
     limit = tl.fma(before + total, (OUTWEIGHS - 1.0) / shares.shape[0], state.S + shares)
     LANES: tl.constexpr = s.lane_W.shape[1]
     # A near tile has |d| < 1.
-    largest = tl.maximum(s.largest, tl.fma(tl.abs(centre), HELD, HELD))
+    largest = tl.maximum(s.largest, tl.fma(tl.abs(centre), D_SCALE, D_SCALE))
     return Running(
-        state.origin, centre * HELD, state.S, limit, largest,
-        spread(state.A, LANES), spread(W * HELD, LANES), spread(U * 2.0, LANES), spread(R * 4.0, LANES),
+        state.origin, centre * D_SCALE, state.S, limit, largest,
+        spread(state.A, LANES), spread(W * D_SCALE, LANES), spread(U * 2.0, LANES), spread(R * 4.0, LANES),
     )  # fmt: skip
 
 
@@ -318,22 +318,22 @@ def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.conste
 
 
 @triton.jit
-def segment_sums(row, length, layout: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
+def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
     """The scalar State of the first `length` entries; U is +inf if some |d| may reach LARGEST_D."""
-    GROUPS: tl.constexpr = layout.groups
-    TILE: tl.constexpr = layout.threads * layout.groups
+    GROUPS: tl.constexpr = tiling.groups
+    TILE: tl.constexpr = tiling.threads * tiling.groups
     # A row that has entropy alone never takes the near path.
     CLAMP: tl.constexpr = not want.kl
-    s = empty_sums(layout)
+    s = empty_sums(tiling)
     group = 0
-    full_end = length // layout.lanes // TILE * TILE
+    full_end = length // tiling.lanes // TILE * TILE
     while group < full_end:
-        tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
+        tile = load_tile(row, group, length, GROUPS, tiling, want, reading, False)
         weights = weigh(s, tile, row, GROUPS, want, CLAMP, False)
         path = path_of(s, weights, GROUPS, want)
         if path > 1:
             # A NaN never takes this path: comparisons with NaN are false.
-            tile = load_tile(row, group, length, GROUPS, layout, want, reading, False)
+            tile = load_tile(row, group, length, GROUPS, tiling, want, reading, False)
             s = anchor(s, tile, row, GROUPS, want, False)
         else:
             if path > 0:
@@ -345,19 +345,19 @@ def segment_sums(row, length, layout: tl.constexpr, want: tl.constexpr, reading:
         A = tl.sum(lane_sum(s.lane_A), 0)
         if A != A:
             # A column that both tensors mask by a large finite number makes A NaN: start over with exponents clamped.
-            s = empty_sums(layout)
+            s = empty_sums(tiling)
             group = 0
     # Less than a tile is left, or all of it: one group of each thread at a time.
-    while group * layout.lanes < length:
-        tile = load_tile(row, group, length, 1, layout, want, reading, True)
+    while group * tiling.lanes < length:
+        tile = load_tile(row, group, length, 1, tiling, want, reading, True)
         weights = weigh(s, tile, row, 1, want, True, True)
         if path_of(s, weights, 1, want) > 1:
             s = anchor(s, tile, row, 1, want, True)
         else:
             s = absorb(s, weights, 1, want, False)
-            group += layout.threads
+            group += tiling.threads
     state = state_of(s, want)
     U = tl.sum(state.U, 0)
     if want.kl:
-        U = tl.where(tl.max(s.largest, 0) + tl.abs(s.centre) < LARGEST_D * HELD, U, float("inf"))
+        U = tl.where(tl.max(s.largest, 0) + tl.abs(s.centre) < LARGEST_D * D_SCALE, U, float("inf"))
     return State(state.origin, tl.sum(state.S, 0), tl.sum(state.A, 0), tl.sum(state.W, 0), U, tl.sum(state.R, 0), state.centre)

@@ -1,4 +1,4 @@
-"""kernels/launch.py: what a call looks up instead of working it out is what it would work out, and keeps no tensor."""
+"""kernels/launch.py: kernels/launch.py: cached plans equal newly computed ones and hold no tensor."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def kinds() -> list[tuple]:
 
 
 def test_a_call_looks_up_what_it_would_work_out(started) -> None:
-    """After calls of every other kind, and the second time."""
+    """Cached launches equal those with empty caches, whatever was called before."""
     expected = []
     for kind in kinds():
         for cache in CACHES:

@@ -73,7 +73,7 @@ def test_bits_alone_in_place_and_under_a_mask(dtype) -> None:
 
 
 def test_temperatures_soft_caps_and_a_ratio() -> None:
-    """As the two launches do it, but for the order of sums."""
+    """Equal to two launches up to the order of sums."""
     p, q, weights = pair("normal3", 0.3, torch.float32)
     temperature = torch.tensor([0.7, 1.4], device=DEVICE)
     scaling = _rows.Scaling(30.0, 20.0, torch.tensor([0.9, 1.1], device=DEVICE))

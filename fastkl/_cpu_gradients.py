@@ -1,0 +1,169 @@
+"""Gradients of rows on a CPU from the sums that _cpu_rows.statistics has saved."""
+
+from __future__ import annotations
+
+import torch
+
+from ._cpu_rows import (
+    CENTRE,
+    KIND,
+    LOG1P_T,
+    LOG_SUM,
+    LOWEST,
+    MEAN,
+    SHIFT,
+    Block,
+    Room,
+    difference,
+    dot,
+    is_one,
+    row_sum,
+    softmax,
+    takes_whole_rows,
+    wide,
+)
+
+
+def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grads: tuple[torch.Tensor | None, torch.Tensor | None],
+              room: Room) -> None:
+    """Fill grads [k, V] to P and Q of rows that `statistics` holds, as many entries at a time as `room` has; they may be the logits themselves.
+
+    Computes reference.row_gradients from p = e/S and d:
+        dP = s·(g_logprob·onehot - p·(g_logprob + g_entropy·(log p - E[log p]) + g_kl·(d - W) + g_ref_kl·rise)),  rise = q/p - 1
+        dQ = s·(g_ref_logprob·onehot + p·(g_kl·rise + (1 + rise)·(g_ref_kl·(d - E_q[d]) - g_ref_logprob)))
+    """
+    vocabulary, elements = block.x.shape[1], room.elements
+    step = max(1, elements // vocabulary)
+    if upstream.keys() == {"kl"} and takes_whole_rows(block.x):
+        of_rows = saved[:, :, None]
+        shift = of_rows[:, SHIFT] if bool(saved[:, SHIFT].any()) else None
+        kl = None if grads[1] is None else of_rows[:, LOG1P_T] - of_rows[:, MEAN]
+        columns = (block.x, block.y, shift, of_rows[:, CENTRE], kl, upstream["kl"][:, None] * block.scale, *grads)
+        for first in range(0, len(saved), step):
+            part = columns if step >= len(saved) else [None if column is None else column[first : first + step] for column in columns]
+            _kl_gradients(*part, block.scale if isinstance(block.scale, float) else block.scale[first : first + step], room)
+        return
+    g = {name: value[:, None] for name, value in upstream.items()}
+    kept = saved.clone()[:, :, None]
+    factor = kept[:, KIND] = torch.exp(-kept[:, LOG_SUM]) * block.scale
+    shifted = bool(saved[:, SHIFT].any())
+    # The gradient to P of one field is one product.
+    only = next(iter(g)) if len(g) == 1 and grads[1] is None and not g.keys() & {"logprob", "ref_logprob"} else None
+    if only is not None:
+        kept[:, KIND] = -factor * g[only]
+    for first in range(0, len(saved), step):
+        rows = slice(first, first + step)
+        here, given = block.part(rows), {name: value[rows] for name, value in g.items()} if only is None else g
+        values, targets = kept[rows].unbind(1), [None if grad is None else grad[rows] for grad in grads]
+        if vocabulary <= elements:
+            _gradients(here, 0, values, shifted, only, given, *targets, room)
+            continue
+        for start in range(0, vocabulary, elements):
+            x, y, *some = (None if side is None else side[:, start : start + elements] for side in (here.x, here.y, *targets))
+            _gradients(here._replace(x=x, y=y), start, values, shifted, only, given, *some, room)
+
+
+def _kl_gradients(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor | None, centre: torch.Tensor, kl: torch.Tensor | None, factor: torch.Tensor,
+                  grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, scale: torch.Tensor | float, room: Room) -> None:
+    """Fill the gradients of the KL alone of whole rows, times `factor`; all logits are read before any gradient is written."""
+    in_place = grad_p is not None and grad_p.dtype == torch.float32 and grad_p.is_contiguous()
+    e = grad_p if in_place else room("e", x.shape)
+    x = wide(x, e)
+    d = difference(y, x, None if shift is None else x.amax(-1, keepdim=True), shift, room).sub_(centre)
+    if not is_one(scale):
+        d.mul_(scale)
+    factor = factor / row_sum(softmax(x, scale, e))[:, None]
+    if grad_q is not None:
+        rise = room("rise", x.shape)
+        torch.sub(d, dot(e, d, rise)[:, None] + kl, out=rise).expm1_().mul_(e)
+        _write(rise, factor, grad_q, None, None)
+    if grad_p is not None:
+        # softmax's backward: e·(d - Σ e·d), without a pass for each step.
+        torch.ops.aten._softmax_backward_data.out(d, e, -1, torch.float32, grad_input=e)
+        _write(e, -factor, grad_p, None, None)
+
+
+def _gradients(block: Block, start: int, kept: tuple[torch.Tensor, ...], shifted: bool, only: str | None, g: dict[str, torch.Tensor],
+               grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, room: Room) -> None:
+    """Fill the gradients of some columns, the first of which is `start`; all logits are read before any gradient is written.
+
+    kept: the columns of `saved`, [k, 1] each, with s/S in place of KIND, or -g·s/S for the one field `only`.
+    """
+    shape, scale = block.x.shape, block.scale
+    top, log_sum, shift, centre, log1p_t, log_mean, factor, log_q, mean, ref_mean = kept
+    x, d, rise = wide(block.x, room("x", shape)), None, None
+    if g.keys() & {"kl", "ref_kl"} or (grad_q is not None and "ref_logprob" in g):
+        d = difference(block.y, x, top, shift if shifted else None, room).sub_(centre)
+        if not is_one(scale):
+            d.mul_(scale)
+        if "ref_kl" in g or grad_q is not None:
+            rise = torch.sub(d, log1p_t, out=room("rise", shape)).expm1_()
+    z = torch.sub(x, top, out=room("x", shape))
+    if not is_one(scale):
+        z.mul_(scale)
+    token = _Token(block.tokens - start, shape[1]) if g.keys() & {"logprob", "ref_logprob"} else None
+    log_p = None if token is None else token.of(z) - log_sum
+    e = torch.exp(z, out=room("e", shape)) if "entropy" in g else z.exp_()
+    if grad_q is not None and not g.keys() & {"kl", "ref_kl", "ref_logprob"}:
+        grad_q.zero_()
+    elif grad_q is not None:
+        bracket, own = room("q", shape), None
+        if g.keys() & {"ref_kl", "ref_logprob"}:
+            torch.sub(d, ref_mean, out=bracket).mul_(g.get("ref_kl", 0.0))
+            if "ref_logprob" in g:
+                own = scale * (
+                    log_q.exp() * token.of(bracket) + log_p.exp() * token.of(rise) * g.get("kl", 0.0) - log_q.expm1() * g["ref_logprob"]
+                )
+                bracket.sub_(g["ref_logprob"])
+            bracket.mul_(torch.add(rise, 1.0, out=room("work", shape)))
+            if "kl" in g:
+                bracket.add_(torch.mul(rise, g["kl"], out=room("work", shape)))
+        else:
+            torch.mul(rise, g["kl"], out=bracket)
+        _write(bracket.mul_(factor), e, grad_q, token, own)
+    if grad_p is not None and not g.keys() - {"ref_logprob"}:
+        grad_p.zero_()
+    elif grad_p is not None:
+        terms = [(values, g[name]) for name, values in (("kl", d), ("entropy", z), ("ref_kl", rise)) if name in g]
+        if "kl" in g:
+            d.sub_(mean)
+        if "entropy" in g:
+            z.clamp_(min=LOWEST).sub_(log_mean)
+        if only is not None:
+            _write(terms[0][0], e.mul_(factor), grad_p, None, None)
+            return
+        if not terms:
+            _write(e.mul_(-factor * g["logprob"]), None, grad_p, token, -scale * log_p.expm1() * g["logprob"])
+            return
+        bracket = terms[0][0].mul_(terms[0][1])
+        for values, upstream in terms[1:]:
+            bracket.add_(values.mul_(upstream))
+        own = None
+        if "logprob" in g:
+            own = -scale * (log_p.exp() * token.of(bracket) + log_p.expm1() * g["logprob"])
+            bracket.add_(g["logprob"])
+        _write(bracket, e.mul_(-factor), grad_p, token, own)
+
+
+class _Token:
+    """Each row's token among some columns: its entry of any values there, and the place to write it to."""
+
+    def __init__(self, index: torch.Tensor, width: int) -> None:
+        self.inside = ((index >= 0) & (index < width))[:, None]
+        self.index = index.clamp(0, width - 1)[:, None]
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        return values.gather(-1, self.index)
+
+
+def _write(values: torch.Tensor, factor: torch.Tensor | None, grad: torch.Tensor, token: _Token | None, own: torch.Tensor | None) -> None:
+    """Write values·factor into `grad`, and at each row's token its own [k, 1], rounded to the gradient's type once."""
+    result = grad if grad.dtype == torch.float32 else values
+    if factor is not None:
+        torch.mul(values, factor, out=result)
+    elif result is not values:
+        result.copy_(values)
+    if own is not None:
+        result.scatter_(-1, token.index, torch.where(token.inside, own, token.of(result)))
+    if result is not grad:
+        grad.copy_(result)
