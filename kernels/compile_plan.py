@@ -70,8 +70,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     itemsize = 4 if dtype == "fp32" else 2
     lanes = 16 // itemsize
     warp = 64 if arch.startswith("gfx") else 32
-    forward = config.select("forward", arch, itemsize, VOCABULARY)
-    backward = config.select("backward", arch, itemsize, VOCABULARY)
+    forward, backward, fused = (config.select(direction, arch, itemsize, VOCABULARY) for direction in ("forward", "backward", "fused"))
     plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0, REF_SOFTCAP=0.0, HAS_RATIO=False)
     segment = config.segment_length(VOCABULARY, forward.segment)
     shape = dict(SPLITS=triton.next_power_of_2(-(-VOCABULARY // segment)), THREADS=forward.threads, GROUPS=forward.groups, LANES=lanes,
@@ -80,8 +79,9 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
 
     def add(name: str, kernel: Any, chosen: config.RowConfig, constexprs: dict[str, Any], grad_dtype: str | None = None) -> None:
         roomy = not aligned or constexprs["SOFTCAP"] > 0.0 or constexprs["HAS_RATIO"]
-        specializations.append(_specialization(name, kernel, constexprs, dtype, chosen.threads // warp, chosen.groups * lanes,
-                                               chosen.options(arch, roomy), grad_dtype, segment if kernel is row_forward else 0))
+        options = chosen.options(arch, roomy, constexprs.get("Q_IN_BLOCKS", True))
+        specializations.append(_specialization(name, kernel, constexprs, dtype, chosen.threads // warp, chosen.groups * lanes, options,
+                                               grad_dtype, segment if kernel is row_forward else 0))
 
     # Ratios and soft caps are described for 16-bit logits alone: what they add does not depend on the type.
     short = aligned and itemsize == 2
@@ -116,7 +116,6 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         if thorough and aligned and not short:  # of logits that are float32 sums of 16-bit products
             add(f"{name}_to_16_bit", row_backward, backward, constexprs, "bf16")
     if aligned:
-        fused = config.select("fused", arch, itemsize, VOCABULARY)
         segment = config.segment_length(VOCABULARY, fused.segment)
         splits = -(-VOCABULARY // segment) * -(-segment // fused.segment)
         constexprs = dict(SPLITS=triton.next_power_of_2(splits), THREADS=fused.threads, LANES=lanes, GROUPS=fused.groups,

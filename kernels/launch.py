@@ -96,10 +96,10 @@ def architecture(device: torch.device) -> tuple[str, int]:
     return f"sm_{major}{minor}", 32
 
 
-def _options(chosen: config.RowConfig, device: torch.device, roomy: bool) -> dict[str, object]:
+def _options(chosen: config.RowConfig, device: torch.device, roomy: bool, limited: bool = True) -> dict[str, object]:
     """The compiler options that come with a configuration."""
     arch, warp = architecture(device)
-    return {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch, roomy), **OPTIONS}
+    return {"num_warps": max(1, chosen.threads // warp), **chosen.options(arch, roomy, limited), **OPTIONS}
 
 
 def fallback_options(arch: str, warp: int) -> dict[str, object]:
@@ -195,7 +195,9 @@ def forward_variants(case: Case, chosen: config.RowConfig, most_splits: int, wit
                      WITH_REVERSE=with_reverse)
     reading = dict(SPLITS=most_splits, THREADS=chosen.threads, GROUPS=chosen.groups, REALIGN=case.realign, PREFETCH=config.prefetches(arch))
     rows = dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=False)
-    return (Variant(row_forward, _in_order(row_forward, **constants, **reading), _options(chosen, case.device, case.roomy)),
+    # With Q read element by element ptxas needs more registers than the limit on some architectures, and finds them.
+    options = _options(chosen, case.device, case.roomy, case.q_in_blocks)
+    return (Variant(row_forward, _in_order(row_forward, **constants, **reading), options),
             Variant(row_fallback, _in_order(row_fallback, **constants, **rows), fallback_options(arch, warp)))
 
 
