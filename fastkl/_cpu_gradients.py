@@ -66,6 +66,7 @@ def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tenso
 def _kl_gradients(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor | None, centre: torch.Tensor, kl: torch.Tensor | None, factor: torch.Tensor,
                   grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, scale: torch.Tensor | float, room: Room) -> None:
     """Fill the gradients of the KL alone of whole rows, times `factor`; all logits are read before any gradient is written."""
+    # A float32 gradient is the buffer of its own e: one row less in memory.
     in_place = grad_p is not None and grad_p.dtype == torch.float32 and grad_p.is_contiguous()
     e = grad_p if in_place else room("e", x.shape)
     x = wide(x, e)

@@ -92,7 +92,7 @@ def is_one(scale: torch.Tensor | float) -> bool:
 
 
 def difference(y: torch.Tensor, x: torch.Tensor, top: torch.Tensor | None, shift: torch.Tensor | None,
-                room: Room) -> torch.Tensor:
+               room: Room) -> torch.Tensor:
     """y - x - shift in float32, for whole numbers [k, 1], taken from the side farther from 0, which loses no digit by that."""
     out = room("d", x.shape)
     y = wide(y, out)

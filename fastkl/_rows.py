@@ -286,7 +286,8 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
 
     A block's logits are read before its gradients are written: they may be the logits themselves.
     """
-    active = functools.reduce(torch.logical_or, [value != 0 for value in upstream.values()])
+    none = torch.zeros(saved.shape[0], dtype=torch.bool, device=saved.device)
+    active = functools.reduce(torch.logical_or, [value != 0 for value in upstream.values()], none)
     if mask is not None:
         active &= mask
     if not bool(active.all()):
