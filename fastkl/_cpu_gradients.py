@@ -13,15 +13,72 @@ from ._cpu_rows import (
     MEAN,
     SHIFT,
     Block,
+    OfKL,
     Room,
     difference,
     dot,
     is_one,
+    kl_alone,
     row_sum,
     softmax,
     takes_whole_rows,
     wide,
 )
+
+# Bytes that the buffers of Space's last rows may take; more where that is a twelfth of the gradient, or a row.
+FEW_BYTES = 1 << 18
+
+
+class Space:
+    """Memory for a KL and its gradient to P, computed together: that of gradients still to be written, a small buffer for the last of them.
+
+    room: the buffers of the rows that rows_from allows. small: of up to `few` rows, wherever they lie. apart: gradients not in the logits' memory.
+    """
+
+    def __init__(self, p: torch.Tensor, q: torch.Tensor, grad: torch.Tensor, step: int) -> None:
+        # A row takes d, the products and, of 16-bit logits, their softmax in float32.
+        row = (8 if grad.dtype == torch.float32 else 12) * grad.shape[1]
+        self._grad, self._lent, self._step = grad, 0, 2 * step
+        self.small = self.room = Room(0, p.device)
+        logits = {side.untyped_storage().data_ptr() for side in (p, q)}
+        self.apart = grad.is_contiguous() and grad.untyped_storage().data_ptr() not in logits
+        # Rows of gradients as large as the buffers of one row.
+        self._each = row // (grad.shape[1] * grad.element_size())
+        self.few = max(1, min(2 * step, max(grad.nbytes // 12, FEW_BYTES) // row))
+
+    def rows_from(self, start: int) -> int:
+        """How many rows to compute from row `start` on."""
+        if not self.apart:
+            return self.few
+        count = min(self._step, (len(self._grad) - start - 1) // (1 + self._each))
+        if count <= self.few:
+            self.room = self.small
+            return self.few
+        if count != self._lent:
+            memory = self._grad.view(-1)
+            memory = memory[(memory.numel() - count * self._each * self._grad.shape[1]) // 2 * 2 :]
+            self.room, self._lent = Room(0, self._grad.device, memory[: memory.numel() // 2 * 2].view(torch.float32)), count
+        return count
+
+
+def kl_and_gradient(block: Block, factor: torch.Tensor, grad: torch.Tensor, room: Room, in_place: bool) -> OfKL | None:
+    """Compute the KL of rows that stay in cache and fill `grad` [k, V] with p·(d - W)·factor, the gradient to P if factor is -s·upstream.
+
+    To the bit what `statistics` and `gradients` compute, with one softmax less. None if float32 does not hold every
+    row: then gradients `in_place` of the logits are not written.
+    """
+    e = room("e", block.x.shape) if in_place or grad.dtype != torch.float32 else grad
+    result = kl_alone(block, e, room)
+    if not result.all_hold():
+        return None
+    _softmax_backward(room("d", e.shape), e)
+    _write(e, (factor / result.weight).unsqueeze(-1), grad, None, None)
+    return result
+
+
+def _softmax_backward(d: torch.Tensor, e: torch.Tensor) -> None:
+    """Put e·(d - Σ e·d) into e, without a pass for each step."""
+    torch._softmax_backward_data(d, e, -1, torch.float32, grad_input=e)
 
 
 def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grads: tuple[torch.Tensor | None, torch.Tensor | None],
@@ -79,8 +136,7 @@ def _kl_gradients(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor | None, 
         torch.sub(d, dot(e, d, rise)[:, None] + kl, out=rise).expm1_().mul_(e)
         _write(rise, factor, grad_q, None, None)
     if grad_p is not None:
-        # softmax's backward: e·(d - Σ e·d), without a pass for each step.
-        torch.ops.aten._softmax_backward_data.out(d, e, -1, torch.float32, grad_input=e)
+        _softmax_backward(d, e)
         _write(e, -factor, grad_p, None, None)
 
 

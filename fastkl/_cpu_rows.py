@@ -52,10 +52,13 @@ class Block(NamedTuple):
 
 
 class Room:
-    """Float32 buffers in which block after block of up to `elements` entries is computed; each is as large as what was asked of it."""
+    """Float32 buffers in which block after block of up to `elements` entries is computed; each is as large as what was asked of it.
 
-    def __init__(self, elements: int, device: torch.device) -> None:
-        self.elements, self._device = elements, device
+    memory: a vector from which they are taken while it lasts.
+    """
+
+    def __init__(self, elements: int, device: torch.device, memory: torch.Tensor | None = None) -> None:
+        self.elements, self._device, self._memory = elements, device, memory
         self._buffers: dict[str, torch.Tensor] = {}
         self._views: dict[str, torch.Tensor] = {}
 
@@ -64,9 +67,15 @@ class Room:
         if view is None or view.shape != shape:
             buffer, size = self._buffers.get(name), shape[0] * shape[1]
             if buffer is None or buffer.numel() < size:
-                buffer = self._buffers[name] = torch.empty(size, device=self._device)
+                buffer = self._buffers[name] = self._take(size)
             view = self._views[name] = buffer[:size].view(shape)
         return view
+
+    def _take(self, size: int) -> torch.Tensor:
+        if self._memory is None or self._memory.numel() < size:
+            return torch.empty(size, device=self._device)
+        taken, self._memory = self._memory[:size], self._memory[size:]
+        return taken
 
 
 def takes_whole_rows(logits: torch.Tensor) -> bool:
@@ -131,10 +140,14 @@ def statistics(block: Block, fields: set[str], room: Room, step: int) -> tuple[d
     rows, vocabulary = block.x.shape
     parts = [block.part(slice(first, first + step)) for first in range(0, rows, step)]
     if fields == {"kl"} and takes_whole_rows(block.x):
-        shift, centre, size, kl = _joined([_kl(part, room) for part in parts])
-        zero = torch.zeros_like(kl)
-        saved = torch.stack([zero, zero, shift, centre, kl, zero, torch.full_like(kl, LEAN), zero, zero, zero], -1)
-        return {"kl": kl}, saved, (size < LARGEST_D) & (kl < LARGEST_KL) & (shift.abs() < LARGEST_SHIFT)
+        saved, kl, holds = torch.zeros(rows, 10, device=block.x.device), [], []
+        saved[:, KIND] = LEAN
+        for first, part in zip(range(0, rows, step), parts, strict=True):
+            result = kl_alone(part, room("e", part.x.shape), room)
+            result.save(saved.unbind(-1), slice(first, first + step))
+            kl.append(result.kl)
+            holds.append(result.holds())
+        return {"kl": torch.cat(kl)}, saved, torch.cat(holds)
     both = not fields.isdisjoint(("ref_kl", "ref_logprob"))
     sums = _Sums(*_joined([_sums(part, "entropy" in fields, both, room) for part in parts]))
     saved = torch.zeros(rows, 10, device=sums.top.device)
@@ -159,18 +172,63 @@ def _joined(parts: list[tuple[torch.Tensor | None, ...]]) -> tuple[torch.Tensor 
     return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _kl(block: Block, room: Room) -> tuple[torch.Tensor, ...]:
-    """(shift, centre, largest |d|, KL) of each row, [k], of a block that stays in cache."""
-    x, y, _, scale = block
-    x = wide(x, room("x", x.shape))
-    e = softmax(x, scale, room("e", x.shape))
+class OfKL(NamedTuple):
+    """The KL of each row, [k], and what belongs to it: e is a softmax, whose sum is weight; size is the largest |d|.
+
+    shift is None where it is 0 in every row, and size where all |d| < NEAREST.
+    """
+
+    kl: torch.Tensor
+    centre: torch.Tensor
+    weight: torch.Tensor
+    shift: torch.Tensor | None
+    size: torch.Tensor | None
+
+    def holds(self) -> torch.Tensor:
+        """Whether float32 holds the row, [k]."""
+        holds = self.kl < LARGEST_KL
+        if self.size is not None:
+            holds &= self.size < LARGEST_D
+        return holds if self.shift is None else holds & (self.shift.abs() < LARGEST_SHIFT)
+
+    def all_hold(self) -> bool:
+        """Whether float32 holds every row: known where all |d| are small."""
+        return (self.size is None and self.shift is None) or bool(self.holds().all())
+
+    def save(self, columns: tuple[torch.Tensor, ...], rows: slice) -> None:
+        """Put what backward needs into some rows of the columns of `saved`, which are 0, and LEAN for KIND."""
+        columns[CENTRE][rows] = self.centre
+        columns[LOG1P_T][rows] = self.kl
+        if self.shift is not None:
+            columns[SHIFT][rows] = self.shift
+
+
+def kl_alone(block: Block, e: torch.Tensor, room: Room) -> OfKL:
+    """Compute the KL of a block that stays in cache; leaves softmax(x) in `e`, which is not x, and d in room("d")."""
+    x = wide(block.x, e)
+    d = difference(block.y, x, None, None, room)
+    softmax(x, block.scale, e)
     # softmax adds a long row up less accurately than row_sum does.
     weight = row_sum(e)
-    d, shift, centre = _centred(x, y, e, weight, scale, room)
+    shift, centre = _centre(block, e, weight, d, room)
     size, h, _ = _powers(e, d, None, False, room)
-    h = h / weight
     # log1p(t) - W with t = h + W: W is the centre's rounding error, and h·W is all of it that reaches the KL.
-    return shift[:, 0], centre[:, 0], size, h.log1p().clamp_(min=0.0)
+    return OfKL(h.div_(weight).log1p_().clamp_(min=0.0), centre, weight, shift, size)
+
+
+def _centre(block: Block, e: torch.Tensor, weight: torch.Tensor, d: torch.Tensor, room: Room) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Take E[y - x] from d = y - x and scale it, in place; return shift and centre [k], the whole and the rest of what was taken."""
+    work, shift = room("work", d.shape), None
+    centre = dot(e, d, work).div_(weight)
+    if not _largest(centre) < 1.0:
+        shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
+        x = wide(block.x, room("x", d.shape))
+        difference(block.y, x, x.amax(-1, keepdim=True), shift[:, None], room)
+        centre = torch.where(shift == 0, centre, dot(e, d, work) / weight)
+    d.sub_(centre.unsqueeze(-1))
+    if not is_one(block.scale):
+        d.mul_(block.scale)
+    return shift, centre
 
 
 def softmax(x: torch.Tensor, scale: torch.Tensor | float, out: torch.Tensor, work: torch.Tensor | None = None) -> torch.Tensor:
@@ -178,21 +236,6 @@ def softmax(x: torch.Tensor, scale: torch.Tensor | float, out: torch.Tensor, wor
     if not is_one(scale):
         x = torch.sub(x, x.amax(-1, keepdim=True), out=out if work is None else work).mul_(scale)
     return torch.softmax(x, -1, out=out)
-
-
-def _centred(x: torch.Tensor, y: torch.Tensor, e: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | float,
-             room: Room) -> tuple[torch.Tensor, ...]:
-    """d, and the shift and centre [k, 1] that were taken from y - x."""
-    work = room("work", x.shape)
-    d = difference(y, x, None, None, room)
-    centre = (dot(e, d, work) / weight)[:, None]
-    shift = torch.zeros_like(centre)
-    if not _largest(centre) < 1.0:
-        shift = torch.where(centre.abs() < 1.0, 0.0, centre.round())
-        difference(y, x, x.amax(-1, keepdim=True), shift, room)
-        centre = torch.where(shift == 0, centre, (dot(e, d, work) / weight)[:, None])
-    d.sub_(centre)
-    return d if is_one(scale) else d.mul_(scale), shift, centre
 
 
 def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
@@ -211,7 +254,8 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
         token = ((x.gather(-1, tokens) - top) * scale)[:, 0]
     if y is None:
         return _Sums(top[:, 0], weight, largest, log_mean, token)
-    d, shift, centre = _centred(x, y, e, weight, scale, room)
+    d = difference(y, x, None, None, room)
+    shift, centre = _centre(block, e, weight, d, room)
     mean = dot(e, d, work)
     of_q = None, None, None
     if tokens is not None:
@@ -221,14 +265,15 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
         q = softmax(wide_y, scale, room("some d", x.shape), work)
         of_q = row_sum(q), q.amax(-1), ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
     size, h, r = _powers(e, d, mean, both, room)
-    return _Sums(top[:, 0], weight, largest, log_mean, token, shift[:, 0], centre[:, 0], mean, size, *of_q, h, r)
+    shift, size = (torch.zeros_like(centre) if value is None else value for value in (shift, size))
+    return _Sums(top[:, 0], weight, largest, log_mean, token, shift, centre, mean, size, *of_q, h, r)
 
 
 def _powers(e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: bool, room: Room) -> tuple[torch.Tensor, ...]:
-    """(largest |d|, Σ e·h, Σ e·r or None) of each row; mean: Σ e·d, if it was computed."""
+    """(largest |d|, Σ e·h, Σ e·r or None) of each row, no largest where all are below NEAREST; mean: Σ e·d, if it was computed."""
     work = room("work", d.shape)
     nearest = _largest(d) < NEAREST
-    size = d.new_full(d.shape[:1], 0.0) if nearest else torch.maximum(-d.amin(-1), d.amax(-1))
+    size = None if nearest else torch.maximum(-d.amin(-1), d.amax(-1))
     h, r = _series(e, d, H_NEAREST, work), _series(e, d, R, work) if both else None
     if nearest:
         return size, h, r
@@ -237,18 +282,21 @@ def _powers(e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: b
         rows = some.nonzero()[:, 0]
         if not rows.numel():
             continue
-        shape = len(rows), d.shape[1]
-        some_e, some_d, some_work = (room(name, shape) for name in ("some e", "some d", "work"))
-        torch.index_select(e, 0, rows, out=some_e)
-        torch.index_select(d, 0, rows, out=some_d)
+        some_e, some_d, some_work = e, d, work
+        if len(rows) < len(d):
+            some_e, some_d, some_work = (room(name, (len(rows), d.shape[1])) for name in ("some e", "some d", "work"))
+            torch.index_select(e, 0, rows, out=some_e)
+            torch.index_select(d, 0, rows, out=some_d)
         if is_near:
             h[rows] = _series(some_e, some_d, H, some_work)
             continue
         rise = torch.expm1(some_d, out=some_work).mul_(some_e)
         first = row_sum(rise)
-        h[rows] = first - (dot(some_e, some_d, room("third", shape)) if mean is None else mean[rows])
         if both:
-            r[rows] = row_sum(rise.mul_(some_d)) - h[rows]
+            of_r = row_sum(rise.mul_(some_d))
+        h[rows] = first - (dot(some_e, some_d, some_work) if mean is None else mean[rows])
+        if both:
+            r[rows] = of_r - h[rows]
     return size, h, r
 
 
@@ -260,7 +308,7 @@ def _largest(values: torch.Tensor) -> float:
 
 def _series(e: torch.Tensor, d: torch.Tensor, factors: tuple[float, ...], work: torch.Tensor) -> torch.Tensor:
     """Σ e·d²·(factors[0] + factors[1]·d + …)."""
-    torch.mul(d, factors[-1], out=work).add_(factors[-2])
+    torch.add(_number(factors[-2], d.device), d, alpha=factors[-1], out=work)
     for factor in factors[-3::-1]:
         torch.addcmul(_number(factor, d.device), d, work, out=work)
     return row_sum(work.mul_(d).mul_(d).mul_(e))

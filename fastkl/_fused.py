@@ -1,6 +1,7 @@
-"""Computes a summed KL and its gradient to P in one launch (kernels/row_fused.py), where every row's weight is known in forward.
+"""Computes a summed KL and its gradient to P together, where every row's weight is known in forward.
 
-The gradient, N·V in the logits' type, is kept until backward instead of 40 bytes per row. An upstream gradient other than
+On a CPU a block of rows at a time; on a GPU in one launch (kernels/row_fused.py) where kernels.config has it so. The
+gradient, N·V in the logits' type, is kept until backward instead of 40 bytes per row. An upstream gradient other than
 1 costs a read and a write of it, which the device decides: pass beta and the normalizer in the call.
 """
 
@@ -22,32 +23,51 @@ def empty_gradient(
     normalizer: float | torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor | None:
-    """Allocate the gradient if one launch computes it: to P alone, in eager mode, where kernels.config.fuses; else return None.
+    """Allocate the gradient if it is computed with the KL: to P alone, in eager mode; else return None.
 
     The normalizer, a number or a tensor, must require no gradient.
     """
-    if backend != "triton" or not (p.requires_grad and torch.is_grad_enabled()) or q.requires_grad:
-        return None
-    launch = fused_launchers()
-    if not launch.config.fuses(launch.architecture(p.device)[0]) or not p.numel():
+    if not (p.requires_grad and torch.is_grad_enabled()) or q.requires_grad or not p.numel():
         return None
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
+        return None
+    together = _on_a_cpu if backend == "reference" else _in_one_launch
+    return together(p, q, mask, temperature)
+
+
+def _on_a_cpu(
+    p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor
+) -> torch.Tensor | None:
+    if p.device.type != "cpu" or not _rows.computes_together(p, _rows.Scaling()) or q.dtype == torch.float64:
+        return None
+    return _empty(p) if _dispatch.eager(p, q, mask, temperature) else None
+
+
+def _in_one_launch(
+    p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor
+) -> torch.Tensor | None:
+    launch = fused_launchers()
+    if not launch.config.fuses(launch.architecture(p.device)[0]):
         return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return None  # a captured backward may be replayed more often than its forward, and would scale its gradient each time
     if not _dispatch.eager(p, q, mask, temperature):
         return None
-    gradient = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+    gradient = _empty(p)
     found = problems(p, q, None, _rows.flat(mask), _flat(temperature))
     fits = len(found) == 1 and launch.fuses(found[0][1], gradient.view(-1, p.shape[-1]))
     return gradient if fits else None
+
+
+def _empty(p: torch.Tensor) -> torch.Tensor:
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
 
 class SummedKL(torch.autograd.Function):
     """(beta·Σ kl / divisor, kl [...]); beta: a scalar tensor, where 0 leaves out an infinite KL, or None for 1."""
 
     @staticmethod
-    def forward(ctx, p, q, mask, temperature, beta, divisor, gradient):
+    def forward(ctx, p, q, mask, temperature, beta, divisor, gradient, backend):
         """`gradient` as empty_gradient returned it; temperature: a number or [...]; divisor: a number or a scalar tensor."""
         kl = torch.empty(p.shape[:-1], dtype=torch.float32, device=p.device)
         saved = kl.new_empty(kl.numel(), SAVED)
@@ -58,11 +78,11 @@ class SummedKL(torch.autograd.Function):
             unit = float16_unit((scales if mask is None else torch.where(mask, scales, 0.0)).reshape(-1))
         weights = (factor / unit).expand(kl.numel()).contiguous()
         rows = gradient.view(-1, p.shape[-1])
-        _rows.kl_and_gradients("triton", p, q, None, _rows.flat(mask), _flat(temperature), kl.view(-1), saved, weights,
+        _rows.kl_and_gradients(backend, p, q, None, _rows.flat(mask), _flat(temperature), kl.view(-1), saved, weights,
                                rows, None, _rows.Scaling())  # fmt: skip
         per_token = isinstance(temperature, torch.Tensor)
         _dispatch.save_tensors(ctx, p, q, mask, temperature if per_token else None, saved.view(*kl.shape, SAVED), gradient, factor, unit)
-        ctx.temperature, ctx.used = 1.0 if per_token else float(temperature), False
+        ctx.temperature, ctx.backend, ctx.used = 1.0 if per_token else float(temperature), backend, False
         ctx.mark_non_differentiable(kl)
         ctx.set_materialize_grads(False)
         total = kl.sum()
@@ -73,20 +93,23 @@ class SummedKL(torch.autograd.Function):
         """Return the gradient, scaled in place, at the first call; recompute it with row_backward at later calls, for create_graph
         and for batched upstream gradients."""
         if upstream is None:
-            return (None,) * 7
+            return (None,) * 8
         refuse_forward_mode((upstream,))
         p, q, mask, temperatures, saved, gradient, factor, unit = ctx.saved_tensors
         if ctx.used or torch.is_grad_enabled() or not _dispatch.eager(upstream):
             per_token = (upstream * factor).expand(p.shape[:-1])
             result, _ = row_gradients(p, q, None, mask, temperatures, saved, None, None, None, per_token, None, ctx.temperature, True, False,
-                                      "triton")  # fmt: skip
-            return result, *(None,) * 6
+                                      ctx.backend)  # fmt: skip
+            return result, *(None,) * 7
         ctx.used = True
         # Scale in place: ctx.used keeps later calls from reading it. `.data` has a version counter of its own, so that changes of
         # x.grad do not invalidate the saved tensor. A saved-tensor hook may return another layout.
         gradient = gradient.data.contiguous()
-        fused_launchers().scale(gradient.view(-1), (upstream * unit).reshape(1))
-        return gradient, *(None,) * 6
+        if ctx.backend == "triton":
+            fused_launchers().scale(gradient.view(-1), (upstream * unit).reshape(1))
+        elif (factor := upstream * unit) != 1:
+            gradient.mul_(factor)
+        return gradient, *(None,) * 7
 
 
 def _flat(temperature: float | torch.Tensor) -> float | torch.Tensor:

@@ -68,8 +68,16 @@ def backward(backend: str, p, q, tokens, mask, temperature, saved: torch.Tensor,
 
 def kl_and_gradients(backend: str, p, q, tokens, mask, temperature, kl: torch.Tensor, saved: torch.Tensor, weights: torch.Tensor,
                      grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, scaling: Scaling) -> None:
-    """`forward` of kl and `backward` for upstream gradients `weights` [N]; in one launch for a gradient to P alone where kernels.config has it so."""
-    if backend == "reference" or grad_p is None or grad_q is not None:
+    """`forward` of kl and `backward` for upstream gradients `weights` [N].
+
+    A gradient to P alone is computed with the KL: by the reference from float32 and 16-bit rows without `scaling`, by the kernels in one launch
+    where kernels.config has it so.
+    """
+    alone = grad_p is not None and grad_q is None
+    if alone and backend == "reference" and computes_together(p, scaling):
+        _reference_kl_and_gradient(p, q, mask, temperature, kl, saved, weights, grad_p)
+        return
+    if backend == "reference" or not alone:
         forward(backend, p, q, tokens, mask, temperature, {"kl": kl}, saved, scaling)
         backward(backend, p, q, tokens, mask, temperature, saved, {"kl": weights}, grad_p, grad_q, scaling)
         return
@@ -144,6 +152,46 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
             others = (~holds).nonzero()[:, 0]
         for some in others.split(step):
             _define(x[some], None if y is None else y[some], _some(chosen, some), _some(scales, some), outputs, saved, _numbers(rows, some))
+
+
+def computes_together(p: torch.Tensor, scaling: Scaling) -> bool:
+    """Whether the reference computes a KL and its gradient to P in one pass over the rows."""
+    return p.dtype != torch.float64 and _trivial(scaling) and _cpu_rows.takes_whole_rows(p)
+
+
+def _reference_kl_and_gradient(p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor,
+                               kl: torch.Tensor, saved: torch.Tensor, weights: torch.Tensor, grad_p: torch.Tensor) -> None:
+    """Fill kl [N], saved [N, 10] and grad_p [N, V], which may be the logits, a block of rows at a time; masked rows are 0."""
+    space, scales = _cpu_gradients.Space(p, q, grad_p, _step(p)), _inverse(temperature)
+    if isinstance(temperature, torch.Tensor):
+        _checks.temperatures_positive(temperature if mask is None else temperature[mask])
+    factors = -weights * (scales[:, 0] if isinstance(scales, torch.Tensor) else scales)
+    saved.zero_()
+    saved[:, _cpu_rows.KIND] = _cpu_rows.LEAN
+    for rows, x, y in _blocks(p, q, mask, True):
+        picked = isinstance(rows, torch.Tensor)
+        # Rows picked one by one are copies, whose place their gradients take.
+        grad, values, kept = x if picked else grad_p[rows], kl[rows], saved[rows]
+        scale, factor, columns = _some(scales, rows), factors[rows], kept.unbind(-1)
+        first = 0
+        while first < x.shape[0]:
+            count, room = (space.few, space.small) if picked else (space.rows_from(rows.start + first), space.room)
+            part = slice(first, first + count)
+            here = _cpu_rows.Block(x[part], y[part], None, _some(scale, part))
+            result = _cpu_gradients.kl_and_gradient(here, factor[part], grad[part], room, picked or not space.apart)
+            if result is None:
+                given = None, None, _some(_some(temperature, rows), part)
+                reference_forward(here.x, here.y, *given, {"kl": values[part]}, kept[part], Scaling())
+                reference_backward(here.x, here.y, *given, kept[part], {"kl": weights[rows][part]}, grad[part], None, Scaling())
+            else:
+                values[part] = result.kl
+                result.save(columns, part)
+            first = part.stop
+        if picked:
+            kl[rows], saved[rows], grad_p[rows] = values, kept, grad
+    if mask is not None:
+        for value in (kl, saved, grad_p):
+            value[~mask] = 0
 
 
 def _define(x, y, tokens, temperature, outputs: dict[str, torch.Tensor], saved: torch.Tensor, rows: slice | torch.Tensor) -> None:

@@ -33,7 +33,8 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
         kl = torch.where(mask, kl, 0)
         "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / normalizer
 
-    but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for backward, and with its digits kept where
+    but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for backward (on a CPU, of "sum" and "mean" whose
+    gradient goes to p_logits alone, that gradient, in the type of p_logits), and with its digits kept where
     P and Q are close (the lines above return noise, or a negative number, for a KL below about 1e-5).
 
     The order of the arguments is the direction: `kl_divergence(policy, reference)` is the RLHF penalty (reverse KL),
@@ -73,7 +74,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
         gradient = _fused.empty_gradient(p_logits, q_logits, mask, temperature, normalizer, chosen)
         if gradient is not None:
             divisor = _reduce.divisor(reduction, normalizer, mask, p_logits.shape[:-1], torch.float32)
-            return _fused.SummedKL.apply(p_logits, q_logits, mask, temperature, None, divisor, gradient)[0]
+            return _fused.SummedKL.apply(p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen)[0]
     per_row = isinstance(temperature, torch.Tensor)
     kl = row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl", chosen)[3]
     return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)

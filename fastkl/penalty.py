@@ -134,7 +134,8 @@ class KLPenalty(_Penalty):
         _checks.normalizer(normalizer, self.reduction, policy_logits.device)
         beta = self.beta
         _checks.mask(mask, first.shape[:-1], first.device)
-        gradient = _fused.empty_gradient(first, second, mask, self.temperature, normalizer, backend.select(first, second))
+        chosen = backend.select(first, second)
+        gradient = _fused.empty_gradient(first, second, mask, self.temperature, normalizer, chosen)
         if gradient is None:
             kl = kl_divergence(first, second, mask, temperature=self.temperature)
             counts, total = _Counts.of(kl, mask), kl.sum()
@@ -145,7 +146,7 @@ class KLPenalty(_Penalty):
             like = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
             counts = _Counts.of(like, mask)
             loss, kl = _fused.SummedKL.apply(first, second, mask, self.temperature, like.new_ones(()) * beta,
-                                             self._divisor(counts, normalizer, like.dtype), gradient)
+                                             self._divisor(counts, normalizer, like.dtype), gradient, chosen)
             total = kl.sum()
         self._remember(kl, total, counts, beta, loss)
         return loss

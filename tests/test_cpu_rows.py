@@ -8,7 +8,9 @@ import cases
 import pytest
 import torch
 
-from fastkl import _cpu_rows, _rows, reference, token_stats
+import fastkl
+from benchmarks import cpu
+from fastkl import _cpu_gradients, _cpu_rows, _rows, reference, token_stats
 
 V = 1003
 
@@ -150,3 +152,102 @@ def test_layouts_and_masks(layout) -> None:
     got = token_stats(p, tokens, q.masked_fill(~mask[..., None], torch.nan), mask=mask)
     for value, expected in zip(got, whole, strict=True):
         cases.assert_same_bits(value, torch.where(mask, expected, 0.0), layout)
+
+
+def together(p, q, mask, temperature, weights, grad):
+    """(KL, saved, gradient to P) computed together, the gradient into `grad`."""
+    rows = p.shape[:-1].numel()
+    kl, saved = torch.full((rows,), torch.nan), torch.full((rows, _rows.SAVED), torch.nan)
+    _rows.kl_and_gradients("reference", p, q, None, mask, temperature, kl, saved, weights, grad, None, _rows.Scaling())
+    return kl, saved, grad
+
+
+def apart(p, q, mask, temperature, weights):
+    """The same by forward and backward."""
+    rows = p.shape[:-1].numel()
+    kl, saved, grad = torch.empty(rows), torch.empty(rows, _rows.SAVED), torch.empty(rows, p.shape[-1], dtype=p.dtype)
+    _rows.forward("reference", p, q, None, mask, temperature, {"kl": kl}, saved)
+    _rows.backward("reference", p, q, None, mask, temperature, saved, {"kl": weights}, grad, None)
+    return kl, saved, grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, "per row"])
+@pytest.mark.parametrize("kind", ["near", "mixed"])
+def test_together_equals_forward_and_backward(kind, dtype, temperature, monkeypatch) -> None:
+    """The same bits of KL, saved values and gradient, in blocks of any size and memory, in place, and under a mask with holes and NaN."""
+    if kind == "near":
+        p, q = cases.pair("normal3", 40, V, 0.01, dtype=dtype, seed=5)
+    else:
+        p, q, _ = mixed(dtype)
+    rows = len(p)
+    temperature = torch.linspace(0.5, 2.0, rows) if temperature == "per row" else temperature
+    weights = torch.linspace(-1.0, 1.5, rows)
+    weights[2] = 0.0
+    holes = torch.arange(rows) % 5 != 3
+    for mask in (None, holes, torch.zeros(rows, dtype=torch.bool)):
+        if mask is not None:
+            p, q = p.masked_fill(~mask[:, None], torch.nan), q.masked_fill(~mask[:, None], torch.inf)
+        expected = apart(p, q, mask, temperature, weights)
+        for elements, few in ((600, 1), (5 * V + 1, 1), (5 * V + 1, 1 << 20), (1 << 20, 1)):
+            monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", elements)
+            monkeypatch.setattr(_cpu_gradients, "FEW_BYTES", few)
+            over = p.clone()
+            strided = torch.full((rows, V + 5), torch.nan, dtype=dtype)[:, 3 : 3 + V]
+            for x, grad in ((p, torch.full_like(p, torch.nan)), (over, over), (p, strided)):
+                for name, value, exact in zip(("kl", "saved", "gradient"), together(x, q, mask, temperature, weights, grad), expected, strict=True):
+                    # Whichever NaN and zero.
+                    value, exact = (torch.where(each.isnan(), 7.0, each + 0.0) for each in (value, exact))
+                    cases.assert_same_bits(value, exact, f"{name}, {elements} elements, {few} bytes")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_a_loss(dtype) -> None:
+    """A loss and its gradient need little more memory than the gradient takes."""
+    for rows, vocabulary in ((2048, 1000), (64, 32000), (80, 40001)):
+        p, q = cases.pair("normal3", rows, vocabulary, 0.01, dtype=dtype)
+        peak = cpu.peak_bytes(lambda p, q: fastkl.kl_divergence(p, q, reduction="sum"), p.requires_grad_(), q)
+        assert peak <= 1.13 * p.nbytes, (rows, vocabulary, peak / p.nbytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", ["mean", "penalty"])
+def test_losses_for_any_upstream_gradient(loss, dtype) -> None:
+    """1, others, once more through a retained graph, in a graph, and in a batch: the gradient of the KL per token, weighed."""
+    p, q = (side.view(2, 3, V) for side in cases.pair("normal3", 6, V, 0.1, dtype=dtype, seed=2))
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    x = p.clone().requires_grad_()
+
+    def made():
+        if loss == "mean":
+            return fastkl.kl_divergence(x, q, mask, temperature=1.5, reduction="mean", normalizer=5.0)
+        return fastkl.KLPenalty(0.05, temperature=1.5, reduction="sequence_mean")(x, q, mask)
+
+    def expected(upstream):
+        per_token = mask * upstream * (0.2 if loss == "mean" else 0.05 / 2)
+        gradient, = torch.autograd.grad(fastkl.kl_divergence(x, q, mask, temperature=1.5), x, per_token)
+        return gradient
+
+    value = made()
+    torch.testing.assert_close(value.detach(), (fastkl.kl_divergence(p, q, mask, temperature=1.5) * mask).sum() * (0.2 if loss == "mean" else 0.025))
+    close = {"rtol": 1e-6, "atol": 1e-12} if dtype == torch.float32 else {"rtol": 2.0**-7, "atol": 2e-7}
+    for upstream in (1.0, 0.3, -2.0):
+        gradient, = torch.autograd.grad(value, x, value.new_full((), upstream), retain_graph=True)
+        torch.testing.assert_close(gradient, expected(upstream), **close)
+    batch, = torch.autograd.grad(value, x, value.new_tensor([2.0, 0.0]), is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(batch[0], expected(2.0), **close)
+    assert not batch[1].any()
+    scaled, = torch.autograd.grad(made(), x, value.new_full((), 0.3))
+    torch.testing.assert_close(scaled, expected(0.3), **close)
+    graph, = torch.autograd.grad(made(), x, create_graph=True)
+    torch.testing.assert_close(graph.detach(), expected(1.0), **close)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        graph.float().sum().backward()
+
+
+def test_no_upstream_gradient_is_a_gradient_of_zeros() -> None:
+    p, q = cases.pair("normal3", 2, V, 0.1)
+    saved = outcome(p, q, torch.zeros(2, dtype=torch.long))[1]
+    grad = torch.full_like(p, torch.nan)
+    _rows.backward("reference", p, q, None, None, 1.0, saved, {}, grad, None)
+    assert not grad.any()
