@@ -3,6 +3,7 @@
     python -m benchmarks.static_costs --json FILE     every kernel of fastkl.kernels.compile_plan: each architecture, element type and alignment
     python -m benchmarks.static_costs --baseline      the same, compared with benchmarks/static_baseline.json
     python -m benchmarks.static_costs --peers         public Triton kernels of other packages beside ours (benchmarks/peer_kernels.py)
+    python -m benchmarks.static_costs --hash          a digest of each kernel's machine code: equal where two checkouts compile to the same
 
 compiles, reads the machine code back (benchmarks/disassembly.py) and prints one line each. It needs Triton and no GPU. "pair" is one vocabulary entry
 of both logits tensors; facts that the tools of an architecture do not tell are null. The column "bound %" is the model of benchmarks/roofline.py: an
@@ -25,6 +26,8 @@ the baseline lacks end with exit code 1; registers are reported. It holds for th
 --write-baseline renews it. Exits with 1 too, naming the kernel, where one does not compile.
 """
 import argparse
+import hashlib
+import itertools
 import math
 import os
 import re
@@ -212,12 +215,28 @@ def read_back(compiled):
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         return parse_amdgcn(text, kernel), *parse_amdgcn_resources(text)
+    return parse_sass(machine_code(compiled), kernel), *parse_resources(_of_cubin(compiled, "cuobjdump", "-res-usage"))
+
+
+def machine_code(compiled):
+    """The text of a compiled kernel's machine code; without an analysis of data flow, which takes half of nvdisasm's time."""
+    return compiled.asm["amdgcn"] if "amdgcn" in compiled.asm else _of_cubin(compiled, "nvdisasm", "-c", "-ndf")
+
+
+def digest(specialization, arch):
+    """A hash of the instructions and labels that a specialization compiles to, whatever its kernel is called."""
+    compiled = compile_kernel(specialization, arch)
+    lines = machine_code(compiled).replace(compiled.metadata.name, "kernel").splitlines()
+    # Directives of the assembler name source lines and files.
+    code = [line.split(";")[0].strip() for line in lines] if "amdgcn" in compiled.asm else lines
+    return hashlib.sha256("\n".join(line for line in code if not line.startswith(".")).encode()).hexdigest()[:16]
+
+
+def _of_cubin(compiled, name, *arguments):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        sass = _tool("nvdisasm", "-c", "-ndf", cubin)  # without an analysis of data flow, which takes half of the time
-        resources = _tool("cuobjdump", "-res-usage", cubin)
-    return parse_sass(sass, kernel), *parse_resources(resources)
+        return _tool(name, *arguments, cubin)
 
 
 def _tool(name, *arguments):
@@ -233,19 +252,22 @@ def collect(plan, *, architectures=ARCHITECTURES, dtypes=DTYPES, alignments=(Tru
     What is the same compilation aligned and misaligned (a kernel that does not care) is measured once.
     """
     costs, errors, known = [], [], {}
-    for arch in architectures:
-        for dtype in dtypes:
-            for aligned in alignments:
-                for specialization in plan(dtype, aligned, arch):
-                    if kernels and specialization.name not in kernels:
-                        continue
-                    key = (arch, dtype, repr(specialization))
-                    try:
-                        known[key] = known.get(key) or measure(specialization, arch, dtype, aligned)
-                        costs.append(replace(known[key], aligned=aligned))
-                    except StaticCostError as error:
-                        errors.append(str(error))
+    for specialization, arch, dtype, aligned in cases(plan, architectures, dtypes, alignments, kernels):
+        key = (arch, dtype, repr(specialization))
+        try:
+            known[key] = known.get(key) or measure(specialization, arch, dtype, aligned)
+            costs.append(replace(known[key], aligned=aligned))
+        except StaticCostError as error:
+            errors.append(str(error))
     return costs, errors
+
+
+def cases(plan, architectures, dtypes, alignments=(True, False), kernels=None):
+    """Yields (specialization, architecture, type, aligned) of everything that `plan` lists, or of `kernels` alone."""
+    for arch, dtype, aligned in itertools.product(architectures, dtypes, alignments):
+        for specialization in plan(dtype, aligned, arch):
+            if not kernels or specialization.name in kernels:
+                yield specialization, arch, dtype, aligned
 
 
 COLUMNS = (
@@ -299,6 +321,7 @@ def parse(argv):
     mode.add_argument("--baseline", type=Path, nargs="?", const=BASELINE, metavar="FILE", help=f"compare with FILE ({here})")
     mode.add_argument("--write-baseline", type=output_file, nargs="?", const=BASELINE, metavar="FILE", help=f"write FILE ({here})")
     mode.add_argument("--peers", action="store_true", help="kernels of other packages beside ours, sm_90, aligned")
+    mode.add_argument("--hash", action="store_true", help="a digest of each kernel's machine code")
     arguments = parser.parse_args(argv)
     chosen = [name for name in ("kernel", "arch", "dtype") if getattr(arguments, name)]
     if chosen and (arguments.write_baseline or arguments.peers):
@@ -327,6 +350,10 @@ def main(argv=None):
         return report(arguments.json, command)
     from fastkl.kernels.compile_plan import plan
 
+    if arguments.hash:
+        for case in cases(plan, arguments.arch or ARCHITECTURES, arguments.dtype or DTYPES, kernels=arguments.kernel):
+            print(digest(*case[:2]), case[0].name, *case[1:], flush=True)
+        return 0
     costs, errors = collect(
         plan, architectures=arguments.arch or ARCHITECTURES, dtypes=arguments.dtype or DTYPES, kernels=arguments.kernel
     )

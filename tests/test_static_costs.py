@@ -226,6 +226,17 @@ def test_a_baseline_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys
         assert stop.value.code == 2 and "remedy" in capsys.readouterr().err
 
 
+def test_hashes_are_of_the_machine_code(capsys):
+    """One line a case, the same again, another one for another architecture."""
+    wanted = ["--hash", "--kernel", "token_stats_policy_only.backward", "--dtype", "fp32"]
+    found = []
+    for arch in ("sm_90", "sm_90", "gfx942"):
+        assert static_costs.main([*wanted, "--arch", arch]) == 0
+        found.append(capsys.readouterr().out.splitlines())
+    assert found[0] == found[1] and found[0][0].split()[1:] == ["token_stats_policy_only.backward", "sm_90", "fp32", "True"]
+    assert found[2] and not {line.split()[0] for line in found[0]} & {line.split()[0] for line in found[2]}
+
+
 def test_a_kernel_that_is_not_there_is_found_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(static_costs, "collect", lambda plan, **choice: pytest.fail("nothing may be compiled"))
     for words in (["bogus"], ["kl_divergence.fallback", "--kernel", "bogus"], ["kl_divergence.backward_p_to_16_bit", "--dtype", "bf16"]):
