@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ._cpu_rows import (
@@ -13,72 +15,82 @@ from ._cpu_rows import (
     MEAN,
     SHIFT,
     Block,
-    OfKL,
+    KLRows,
     Room,
     difference,
     dot,
     is_one,
-    kl_alone,
+    kl_only,
     row_sum,
     softmax,
     takes_whole_rows,
     wide,
 )
 
-# Bytes that the buffers of Space's last rows may take; more where that is a twelfth of the gradient, or a row.
-FEW_BYTES = 1 << 18
+# Entries of a row up to which softmax's backward, one pass instead of four, adds accurately enough: its sums lose 1e-5 of 100,000 products.
+SHORT = 4096
+# Bytes that LentMemory may allocate for the last rows; more where a twelfth of the gradient, or a row, is more.
+OWN_BYTES = 1 << 18
+NONE = torch.empty(0, dtype=torch.long)
 
 
-class Space:
-    """Memory for a KL and its gradient to P, computed together: that of gradients still to be written, a small buffer for the last of them.
+class LentMemory:
+    """Buffers for a KL and its gradient to P, computed together: gradient rows not yet written, memory of their own for the last rows.
 
-    room: the buffers of the rows that rows_from allows. small: of up to `few` rows, wherever they lie. apart: gradients not in the logits' memory.
+    room: buffers for the rows that rows_from allows. own_room: for up to own_rows rows, wherever they lie. separate: whether the gradient
+    does not overlap the logits.
     """
 
     def __init__(self, p: torch.Tensor, q: torch.Tensor, grad: torch.Tensor, step: int) -> None:
         # A row takes d, the products and, of 16-bit logits, their softmax in float32.
         row = (8 if grad.dtype == torch.float32 else 12) * grad.shape[1]
-        self._grad, self._lent, self._step = grad, 0, 2 * step
-        self.small = self.room = Room(0, p.device)
+        self._grad, self._lent_rows, self._step = grad, 0, 2 * step
+        self.room = self.own_room = Room(0, p.device)
         logits = {side.untyped_storage().data_ptr() for side in (p, q)}
-        self.apart = grad.is_contiguous() and grad.untyped_storage().data_ptr() not in logits
-        # Rows of gradients as large as the buffers of one row.
-        self._each = row // (grad.shape[1] * grad.element_size())
-        self.few = max(1, min(2 * step, max(grad.nbytes // 12, FEW_BYTES) // row))
+        self.separate = grad.untyped_storage().data_ptr() not in logits
+        self._lends = self.separate and grad.is_contiguous() and grad.data_ptr() % 4 == 0
+        self._gradient_rows = row // (grad.shape[1] * grad.element_size())
+        self.own_rows = max(1, min(2 * step, max(grad.nbytes // 12, OWN_BYTES) // row))
 
     def rows_from(self, start: int) -> int:
         """How many rows to compute from row `start` on."""
-        if not self.apart:
-            return self.few
-        count = min(self._step, (len(self._grad) - start - 1) // (1 + self._each))
-        if count <= self.few:
-            self.room = self.small
-            return self.few
-        if count != self._lent:
+        count = 0
+        if self._lends:
+            count = min(self._step, (len(self._grad) - start - 1) // (1 + self._gradient_rows))
+        if count <= self.own_rows:
+            self.room = self.own_room
+            return self.own_rows
+        if count != self._lent_rows:
             memory = self._grad.view(-1)
-            memory = memory[(memory.numel() - count * self._each * self._grad.shape[1]) // 2 * 2 :]
-            self.room, self._lent = Room(0, self._grad.device, memory[: memory.numel() // 2 * 2].view(torch.float32)), count
+            memory = memory[(memory.numel() - count * self._gradient_rows * self._grad.shape[1]) // 2 * 2 :]
+            self.room = Room(0, self._grad.device, memory[: memory.numel() // 2 * 2].view(torch.float32))
+            self._lent_rows = count
         return count
 
 
-def kl_and_gradient(block: Block, factor: torch.Tensor, grad: torch.Tensor, room: Room, in_place: bool) -> OfKL | None:
+def kl_and_gradient(block: Block, factor: torch.Tensor, grad: torch.Tensor, room: Room, keep_grad: bool) -> tuple[KLRows, torch.Tensor, Block]:
     """Compute the KL of rows that stay in cache and fill `grad` [k, V] with p·(d - W)·factor, the gradient to P if factor is -s·upstream.
 
-    To the bit what `statistics` and `gradients` compute, with one softmax less. None if float32 does not hold every
-    row: then gradients `in_place` of the logits are not written.
+    To the bit what `statistics` and `gradients` compute, with one softmax less. Returns also the numbers of the rows for
+    which float32 does not suffice, and copies of them. keep_grad: grad is not to be written before the logits are read.
     """
-    e = room("e", block.x.shape) if in_place or grad.dtype != torch.float32 else grad
-    result = kl_alone(block, e, room)
-    if not result.all_hold():
-        return None
-    _softmax_backward(room("d", e.shape), e)
+    e = room("e", block.x.shape) if keep_grad or grad.dtype != torch.float32 or not grad.is_contiguous() else grad
+    result = kl_only(block, e, room)
+    others = NONE if result.all_hold() else (~result.holds()).nonzero()[:, 0]
+    copies = Block(*(value[others] if isinstance(value, torch.Tensor) and len(others) else value for value in block))
+    _about_mean(room("d", e.shape), e, result.weight, room)
     _write(e, (factor / result.weight).unsqueeze(-1), grad, None, None)
-    return result
+    return result, others, copies
 
 
-def _softmax_backward(d: torch.Tensor, e: torch.Tensor) -> None:
-    """Put e·(d - Σ e·d) into e, without a pass for each step."""
-    torch._softmax_backward_data(d, e, -1, torch.float32, grad_input=e)
+def _about_mean(d: torch.Tensor, e: torch.Tensor, weight: torch.Tensor, room: Room) -> None:
+    """Put e·(d - Σ e·d/weight) into e, and anything into d."""
+    if d.shape[1] > SHORT:
+        torch.mul(d.sub_(dot(e, d, room("work", d.shape)).div_(weight).unsqueeze(-1)), e, out=e)
+    elif len(d) > 1 or torch.get_num_threads() == 1:
+        torch._softmax_backward_data(d, e, -1, torch.float32, grad_input=e)
+    else:  # torch splits a lone row's sum across threads
+        e.copy_(torch._softmax_backward_data(d.expand(2, -1), e.expand(2, -1), -1, torch.float32)[:1])
 
 
 def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tensor], grads: tuple[torch.Tensor | None, torch.Tensor | None],
@@ -92,13 +104,13 @@ def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tenso
     vocabulary, elements = block.x.shape[1], room.elements
     step = max(1, elements // vocabulary)
     if upstream.keys() == {"kl"} and takes_whole_rows(block.x):
-        of_rows = saved[:, :, None]
-        shift = of_rows[:, SHIFT] if bool(saved[:, SHIFT].any()) else None
-        kl = None if grads[1] is None else of_rows[:, LOG1P_T] - of_rows[:, MEAN]
-        columns = (block.x, block.y, shift, of_rows[:, CENTRE], kl, upstream["kl"][:, None] * block.scale, *grads)
+        columns = saved[:, :, None].unbind(1)
+        shift = columns[SHIFT] if bool(saved[:, SHIFT].any()) else None
+        of_rows = _OfRows(shift, columns[CENTRE], columns[LOG1P_T] - columns[MEAN], upstream["kl"][:, None] * block.scale)
         for first in range(0, len(saved), step):
-            part = columns if step >= len(saved) else [None if column is None else column[first : first + step] for column in columns]
-            _kl_gradients(*part, block.scale if isinstance(block.scale, float) else block.scale[first : first + step], room)
+            rows = slice(first, first + step)
+            targets = [None if grad is None else grad[rows] for grad in grads]
+            _kl_gradients(block.part(rows), _OfRows(*(None if value is None else value[rows] for value in of_rows)), *targets, room)
         return
     g = {name: value[:, None] for name, value in upstream.items()}
     kept = saved.clone()[:, :, None]
@@ -120,23 +132,34 @@ def gradients(block: Block, saved: torch.Tensor, upstream: dict[str, torch.Tenso
             _gradients(here._replace(x=x, y=y), start, values, shifted, only, given, *some, room)
 
 
-def _kl_gradients(x: torch.Tensor, y: torch.Tensor, shift: torch.Tensor | None, centre: torch.Tensor, kl: torch.Tensor | None, factor: torch.Tensor,
-                  grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, scale: torch.Tensor | float, room: Room) -> None:
+class _OfRows(NamedTuple):
+    """Whole and rest of what is taken from y - x, the KL, and s·upstream of each row, [k, 1]; shift is None where it is 0 in every row."""
+
+    shift: torch.Tensor | None
+    centre: torch.Tensor
+    kl: torch.Tensor
+    factor: torch.Tensor
+
+
+def _kl_gradients(block: Block, of_rows: _OfRows, grad_p: torch.Tensor | None, grad_q: torch.Tensor | None, room: Room) -> None:
     """Fill the gradients of the KL alone of whole rows, times `factor`; all logits are read before any gradient is written."""
+    x, y, _, scale = block
+    shift, centre, kl, factor = of_rows
     # A float32 gradient is the buffer of its own e: one row less in memory.
-    in_place = grad_p is not None and grad_p.dtype == torch.float32 and grad_p.is_contiguous()
-    e = grad_p if in_place else room("e", x.shape)
+    e_is_grad = grad_p is not None and grad_p.dtype == torch.float32 and grad_p.is_contiguous()
+    e = grad_p if e_is_grad else room("e", x.shape)
     x = wide(x, e)
     d = difference(y, x, None if shift is None else x.amax(-1, keepdim=True), shift, room).sub_(centre)
     if not is_one(scale):
         d.mul_(scale)
-    factor = factor / row_sum(softmax(x, scale, e))[:, None]
+    weight = row_sum(softmax(x, scale, e))
+    factor = factor / weight[:, None]
     if grad_q is not None:
         rise = room("rise", x.shape)
         torch.sub(d, dot(e, d, rise)[:, None] + kl, out=rise).expm1_().mul_(e)
         _write(rise, factor, grad_q, None, None)
     if grad_p is not None:
-        _softmax_backward(d, e)
+        _about_mean(d, e, weight, room)
         _write(e, -factor, grad_p, None, None)
 
 

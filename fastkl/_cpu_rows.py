@@ -1,11 +1,11 @@
-"""Row statistics and gradients on a CPU in few passes over blocks that stay in cache; rows they cannot hold are left to reference.py.
+"""Row statistics and gradients on a CPU in few passes over blocks that stay in cache; rows beyond float32's range go to reference.py.
 
-With e = exp((x - top)·s), s = 1/T, S = Σ e, expectations E[·] = Σ e·(·)/S and c near E[(y - x)·s]:
+With e = softmax(x·s), s = 1/T, S = Σ e, near 1, expectations E[·] = Σ e·(·)/S and c near E[(y - x)·s]:
     d = (y - x)·s - c,   W = E[d],   t = E[expm1(d)],   KL(P‖Q) = log1p(t) - W,   KL(Q‖P) = (W + E[d·expm1(d)])/(1 + t) - log1p(t).
 Where all |d| < 1, h = expm1(d) - d and r = d·expm1(d) - h are d² times a polynomial, whose sums are as small as the result: t = h + W.
 Its degree is 5, or 4 where all |d| < 1/2. A wider row takes one expm1 per entry.
 
-A KL alone needs neither the largest entry nor log S: softmax gives e/S in forward and again in backward, softmax's backward p·(d - W).
+KL alone: forward and backward each take one softmax, or both together one; the gradient to P is p·(d - W).
 
 Every step acts on one entry or sums one row in an order that its length alone decides, and its values alone select
 the steps of a row: the bits of a row do not depend on the rows beside it.
@@ -24,9 +24,9 @@ LEAN = 2.0
 # Largest |d|: beyond it e·exp(d) may count where e underflows, and d has too few digits.
 LARGEST_D = 16.0
 LARGEST_SHIFT = 2.0**20
-# Entries of the longest 16-bit row whose gradient is made from two float32 rows at once.
-WHOLE = 1 << 15
-# A logarithm of a probability that is 0 in float32 takes part as this: 0·(-inf) would be NaN.
+# Longest 16-bit row whose gradient uses float32 buffers of a whole row; longer rows go in column blocks.
+LONGEST_16_BIT_ROW = 1 << 15
+# Lower clamp of (x - top)·s: 0·(-inf) would be NaN.
 LOWEST = -1e4
 # Nats up to which float32 holds a KL, and the fields of Q: beside a near-certain token of Q, 1 - q comes from d.
 LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 2.0
@@ -52,9 +52,9 @@ class Block(NamedTuple):
 
 
 class Room:
-    """Float32 buffers in which block after block of up to `elements` entries is computed; each is as large as what was asked of it.
+    """Float32 buffers by name, each as large as the largest shape asked of it. elements: entries of a block, for whoever cuts blocks.
 
-    memory: a vector from which they are taken while it lasts.
+    memory: a vector from which buffers are taken until it is used up.
     """
 
     def __init__(self, elements: int, device: torch.device, memory: torch.Tensor | None = None) -> None:
@@ -73,18 +73,18 @@ class Room:
 
     def _take(self, size: int) -> torch.Tensor:
         if self._memory is None or self._memory.numel() < size:
-            return torch.empty(size, device=self._device)
+            return torch.empty(size, dtype=torch.float32, device=self._device)
         taken, self._memory = self._memory[:size], self._memory[size:]
         return taken
 
 
 def takes_whole_rows(logits: torch.Tensor) -> bool:
     """Whether the gradient of a KL alone is made from softmax(x), a whole row at a time; else forward saves what parts of a row need."""
-    return logits.shape[-1] <= WHOLE or logits.dtype == torch.float32
+    return logits.shape[-1] <= LONGEST_16_BIT_ROW or logits.dtype == torch.float32
 
 
 def row_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum rows [k, V] to [k], each in the same order for any k: with several threads, torch divides a sum that is alone among them."""
+    """Sum rows [k, V] to [k], each in the same order for any k: torch splits a lone row's sum across threads."""
     if values.shape[0] == 1 and torch.get_num_threads() > 1:
         return values.expand(2, -1).sum(-1)[:1]
     return values.sum(-1)
@@ -96,13 +96,13 @@ def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def is_one(scale: torch.Tensor | float) -> bool:
-    """Whether a scale is the number 1, which takes no pass."""
+    """Whether a scale is the number 1, so that no pass is needed."""
     return not isinstance(scale, torch.Tensor) and scale == 1.0
 
 
 def difference(y: torch.Tensor, x: torch.Tensor, top: torch.Tensor | None, shift: torch.Tensor | None,
                room: Room) -> torch.Tensor:
-    """y - x - shift in float32, for whole numbers [k, 1], taken from the side farther from 0, which loses no digit by that."""
+    """y - x - shift in float32, for whole numbers [k, 1], subtracted from the operand farther from 0, where that is lossless."""
     out = room("d", x.shape)
     y = wide(y, out)
     if shift is None:
@@ -137,20 +137,20 @@ class _Sums(NamedTuple):
 
 def statistics(block: Block, fields: set[str], room: Room, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """({field: [k]}, saved [k, 10], whether they hold [k]) of rows, `step` of them in cache at a time, for the fields asked for."""
-    rows, vocabulary = block.x.shape
+    rows = len(block.x)
     parts = [block.part(slice(first, first + step)) for first in range(0, rows, step)]
     if fields == {"kl"} and takes_whole_rows(block.x):
-        saved, kl, holds = torch.zeros(rows, 10, device=block.x.device), [], []
+        saved, kl, holds = torch.zeros(rows, 10, dtype=torch.float32, device=block.x.device), [], []
         saved[:, KIND] = LEAN
         for first, part in zip(range(0, rows, step), parts, strict=True):
-            result = kl_alone(part, room("e", part.x.shape), room)
+            result = kl_only(part, room("e", part.x.shape), room)
             result.save(saved.unbind(-1), slice(first, first + step))
             kl.append(result.kl)
             holds.append(result.holds())
         return {"kl": torch.cat(kl)}, saved, torch.cat(holds)
     both = not fields.isdisjoint(("ref_kl", "ref_logprob"))
     sums = _Sums(*_joined([_sums(part, "entropy" in fields, both, room) for part in parts]))
-    saved = torch.zeros(rows, 10, device=sums.top.device)
+    saved = torch.zeros(rows, 10, dtype=torch.float32, device=sums.top.device)
     log_sum = _log_sum(sums.weight, sums.largest)
     saved[:, TOP], saved[:, LOG_SUM], saved[:, KIND] = sums.top, log_sum, LEAN
     results, holds = {}, log_sum.isfinite()
@@ -172,8 +172,8 @@ def _joined(parts: list[tuple[torch.Tensor | None, ...]]) -> tuple[torch.Tensor 
     return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
 
 
-class OfKL(NamedTuple):
-    """The KL of each row, [k], and what belongs to it: e is a softmax, whose sum is weight; size is the largest |d|.
+class KLRows(NamedTuple):
+    """The KL of each row, [k], what was subtracted from y - x (centre, shift), the sum of its softmax (weight), its largest |d| (size).
 
     shift is None where it is 0 in every row, and size where all |d| < NEAREST.
     """
@@ -185,14 +185,14 @@ class OfKL(NamedTuple):
     size: torch.Tensor | None
 
     def holds(self) -> torch.Tensor:
-        """Whether float32 holds the row, [k]."""
+        """Whether float32 suffices for the row, [k]."""
         holds = self.kl < LARGEST_KL
         if self.size is not None:
             holds &= self.size < LARGEST_D
         return holds if self.shift is None else holds & (self.shift.abs() < LARGEST_SHIFT)
 
     def all_hold(self) -> bool:
-        """Whether float32 holds every row: known where all |d| are small."""
+        """Whether float32 suffices for every row; needs no check where all |d| < NEAREST."""
         return (self.size is None and self.shift is None) or bool(self.holds().all())
 
     def save(self, columns: tuple[torch.Tensor, ...], rows: slice) -> None:
@@ -203,21 +203,21 @@ class OfKL(NamedTuple):
             columns[SHIFT][rows] = self.shift
 
 
-def kl_alone(block: Block, e: torch.Tensor, room: Room) -> OfKL:
-    """Compute the KL of a block that stays in cache; leaves softmax(x) in `e`, which is not x, and d in room("d")."""
+def kl_only(block: Block, e: torch.Tensor, room: Room) -> KLRows:
+    """Compute the KL of a block that stays in cache; leaves softmax(x) in `e`, which must not alias x, and d in room("d")."""
     x = wide(block.x, e)
     d = difference(block.y, x, None, None, room)
     softmax(x, block.scale, e)
     # softmax adds a long row up less accurately than row_sum does.
     weight = row_sum(e)
     shift, centre = _centre(block, e, weight, d, room)
-    size, h, _ = _powers(e, d, None, False, room)
-    # log1p(t) - W with t = h + W: W is the centre's rounding error, and h·W is all of it that reaches the KL.
-    return OfKL(h.div_(weight).log1p_().clamp_(min=0.0), centre, weight, shift, size)
+    size, h, _ = _series_sums(e, d, None, False, room)
+    # KL = log1p(t) - W with t = h + W. W, the rounding error of the centre, is left out: it changes the KL by -h·W only.
+    return KLRows(h.div_(weight).log1p_().clamp_(min=0.0), centre, weight, shift, size)
 
 
 def _centre(block: Block, e: torch.Tensor, weight: torch.Tensor, d: torch.Tensor, room: Room) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Take E[y - x] from d = y - x and scale it, in place; return shift and centre [k], the whole and the rest of what was taken."""
+    """Take E[y - x] from d = y - x and scale it, in place; return integer (shift) and remainder (centre) of it, [k]."""
     work, shift = room("work", d.shape), None
     centre = dot(e, d, work).div_(weight)
     if not _largest(centre) < 1.0:
@@ -264,12 +264,12 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
         y_top = wide_y.amax(-1, keepdim=True)
         q = softmax(wide_y, scale, room("some d", x.shape), work)
         of_q = row_sum(q), q.amax(-1), ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
-    size, h, r = _powers(e, d, mean, both, room)
+    size, h, r = _series_sums(e, d, mean, both, room)
     shift, size = (torch.zeros_like(centre) if value is None else value for value in (shift, size))
     return _Sums(top[:, 0], weight, largest, log_mean, token, shift, centre, mean, size, *of_q, h, r)
 
 
-def _powers(e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: bool, room: Room) -> tuple[torch.Tensor, ...]:
+def _series_sums(e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: bool, room: Room) -> tuple[torch.Tensor, ...]:
     """(largest |d|, Σ e·h, Σ e·r or None) of each row, no largest where all are below NEAREST; mean: Σ e·d, if it was computed."""
     work = room("work", d.shape)
     nearest = _largest(d) < NEAREST
@@ -316,7 +316,7 @@ def _series(e: torch.Tensor, d: torch.Tensor, factors: tuple[float, ...], work: 
 
 @functools.cache
 def _number(value: float, device: torch.device) -> torch.Tensor:
-    return torch.tensor(value, device=device)
+    return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def _finish_pair(sums: _Sums, both: bool, results: dict[str, torch.Tensor], saved: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Computes a summed KL and its gradient to P together, where every row's weight is known in forward.
 
-On a CPU a block of rows at a time; on a GPU in one launch (kernels/row_fused.py) where kernels.config has it so. The
-gradient, N·V in the logits' type, is kept until backward instead of 40 bytes per row. An upstream gradient other than
-1 costs a read and a write of it, which the device decides: pass beta and the normalizer in the call.
+A CPU computes both block by block; a GPU in one launch (kernels/row_fused.py) where kernels.config has it so. The
+gradient, N·V in the logits' type, is kept until backward in addition to 40 bytes per row. An upstream gradient is
+compared with 1 on the device, and costs a read and a write of N·V where it differs: pass beta and the normalizer in
+the call.
 """
 
 from __future__ import annotations
@@ -38,9 +39,8 @@ def empty_gradient(
 def _on_a_cpu(
     p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor
 ) -> torch.Tensor | None:
-    if p.device.type != "cpu" or not _rows.computes_together(p, _rows.Scaling()) or q.dtype == torch.float64:
-        return None
-    return _empty(p) if _dispatch.eager(p, q, mask, temperature) else None
+    together = _rows.computes_together(p, _rows.Scaling()) and _dispatch.eager(p, q, mask, temperature)
+    return _empty(p) if together else None
 
 
 def _in_one_launch(
@@ -90,7 +90,7 @@ class SummedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        """Return the gradient, scaled in place, at the first call; recompute it with row_backward at later calls, for create_graph
+        """Return the gradient, scaled in place, at the first call; recompute it with row_gradients at later calls, for create_graph
         and for batched upstream gradients."""
         if upstream is None:
             return (None,) * 8
@@ -107,9 +107,19 @@ class SummedKL(torch.autograd.Function):
         gradient = gradient.data.contiguous()
         if ctx.backend == "triton":
             fused_launchers().scale(gradient.view(-1), (upstream * unit).reshape(1))
-        elif (factor := upstream * unit) != 1:
-            gradient.mul_(factor)
+        else:
+            _scale(gradient, upstream * unit)
         return gradient, *(None,) * 7
+
+
+def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply in place, as kernels.row_fused.scale_gradient does: 0 times anything is 0."""
+    if factor == 0:
+        gradient.zero_()
+    elif not factor.isfinite():
+        gradient.copy_(torch.where(gradient == 0, 0.0, gradient * factor))
+    elif factor != 1:
+        gradient.mul_(factor)
 
 
 def _flat(temperature: float | torch.Tensor) -> float | torch.Tensor:

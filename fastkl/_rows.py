@@ -133,7 +133,7 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
             value.zero_()
     elements = _elements(p)
     room, step = _cpu_rows.Room(elements, p.device), max(1, elements // p.shape[-1])
-    for rows, x, y in _blocks(p, q, mask, _trivial(scaling)):
+    for rows, x, y in _blocks(p, q, mask, _unscaled(scaling)):
         x, y = _scaled(x, y, rows, scaling)
         chosen, scales = _some(tokens, rows), _some(temperature, rows)
         if chosen is not None:
@@ -156,42 +156,51 @@ def reference_forward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Ten
 
 def computes_together(p: torch.Tensor, scaling: Scaling) -> bool:
     """Whether the reference computes a KL and its gradient to P in one pass over the rows."""
-    return p.dtype != torch.float64 and _trivial(scaling) and _cpu_rows.takes_whole_rows(p)
+    return p.device.type == "cpu" and p.dtype != torch.float64 and _unscaled(scaling) and _cpu_rows.takes_whole_rows(p)
 
 
 def _reference_kl_and_gradient(p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor,
                                kl: torch.Tensor, saved: torch.Tensor, weights: torch.Tensor, grad_p: torch.Tensor) -> None:
     """Fill kl [N], saved [N, 10] and grad_p [N, V], which may be the logits, a block of rows at a time; masked rows are 0."""
-    space, scales = _cpu_gradients.Space(p, q, grad_p, _step(p)), _inverse(temperature)
+    memory, scales = _cpu_gradients.LentMemory(p, q, grad_p, _step(p)), _inverse(temperature)
     if isinstance(temperature, torch.Tensor):
         _checks.temperatures_positive(temperature if mask is None else temperature[mask])
     factors = -weights * (scales[:, 0] if isinstance(scales, torch.Tensor) else scales)
     saved.zero_()
     saved[:, _cpu_rows.KIND] = _cpu_rows.LEAN
     for rows, x, y in _blocks(p, q, mask, True):
-        picked = isinstance(rows, torch.Tensor)
-        # Rows picked one by one are copies, whose place their gradients take.
-        grad, values, kept = x if picked else grad_p[rows], kl[rows], saved[rows]
+        gathered = isinstance(rows, torch.Tensor)
+        # Gathered rows are copies; write their gradients over them.
+        grad, values, kept = x if gathered else grad_p[rows], kl[rows], saved[rows]
         scale, factor, columns = _some(scales, rows), factors[rows], kept.unbind(-1)
         first = 0
         while first < x.shape[0]:
-            count, room = (space.few, space.small) if picked else (space.rows_from(rows.start + first), space.room)
+            count, room = (memory.own_rows, memory.own_room) if gathered else (memory.rows_from(rows.start + first), memory.room)
             part = slice(first, first + count)
-            here = _cpu_rows.Block(x[part], y[part], None, _some(scale, part))
-            result = _cpu_gradients.kl_and_gradient(here, factor[part], grad[part], room, picked or not space.apart)
-            if result is None:
-                given = None, None, _some(_some(temperature, rows), part)
-                reference_forward(here.x, here.y, *given, {"kl": values[part]}, kept[part], Scaling())
-                reference_backward(here.x, here.y, *given, kept[part], {"kl": weights[rows][part]}, grad[part], None, Scaling())
-            else:
-                values[part] = result.kl
-                result.save(columns, part)
+            block = _cpu_rows.Block(x[part], y[part], None, _some(scale, part))
+            keep = gathered or not memory.separate
+            result, others, copies = _cpu_gradients.kl_and_gradient(block, factor[part], grad[part], room, keep)
+            values[part] = result.kl
+            result.save(columns, part)
+            if len(others):
+                others = others + first
+                found = _apart(copies, _some(_some(temperature, rows), others), weights[rows][others], grad.dtype)
+                values[others], kept[others], grad[others] = found
             first = part.stop
-        if picked:
-            kl[rows], saved[rows], grad_p[rows] = values, kept, grad
+        if gathered:
+            kl[rows], saved[rows], grad_p[rows] = values, kept, grad.to(grad_p.dtype)
     if mask is not None:
         for value in (kl, saved, grad_p):
             value[~mask] = 0
+
+
+def _apart(block: _cpu_rows.Block, temperature: float | torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return KL, saved values and gradient of a few rows by forward and backward."""
+    kl, saved = torch.empty_like(weights), weights.new_empty(len(weights), SAVED)
+    grad = torch.empty_like(block.x, dtype=dtype, memory_format=torch.contiguous_format)
+    reference_forward(block.x, block.y, None, None, temperature, {"kl": kl}, saved, Scaling())
+    reference_backward(block.x, block.y, None, None, temperature, saved, {"kl": weights}, grad, None, Scaling())
+    return kl, saved, grad
 
 
 def _define(x, y, tokens, temperature, outputs: dict[str, torch.Tensor], saved: torch.Tensor, rows: slice | torch.Tensor) -> None:
@@ -239,7 +248,7 @@ def _step(logits: torch.Tensor) -> int:
     return max(1, BLOCK_ELEMENTS * torch.get_num_threads() // logits.shape[-1])
 
 
-def _trivial(scaling: Scaling) -> bool:
+def _unscaled(scaling: Scaling) -> bool:
     return not (scaling.softcap or scaling.ref_softcap or isinstance(scaling.ratio, torch.Tensor) or scaling.ratio != 1)
 
 
@@ -344,9 +353,9 @@ def reference_backward(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Te
             if grad is not None:
                 grad[inactive] = 0
     room, step, sides = _cpu_rows.Room(_columns(p), p.device), _step(p), (grad_p, grad_q)
-    for rows, x, y in _blocks(p, q, active, _trivial(scaling)):
+    for rows, x, y in _blocks(p, q, active, _unscaled(scaling)):
         lean = saved[rows, _cpu_rows.KIND] == _cpu_rows.LEAN
-        if isinstance(rows, slice) and _trivial(scaling) and bool(lean.all()):
+        if isinstance(rows, slice) and _unscaled(scaling) and bool(lean.all()):
             _cpu_gradients.gradients(_cpu_rows.Block(x, y, _some(tokens, rows), _inverse(_some(temperature, rows))), saved[rows],
                                 _some_of_each(upstream, rows), [None if grad is None else grad[rows] for grad in sides], room)
             continue

@@ -34,7 +34,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
         "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / normalizer
 
     but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for backward (on a CPU, of "sum" and "mean" whose
-    gradient goes to p_logits alone, that gradient, in the type of p_logits), and with its digits kept where
+    gradient goes to p_logits alone, that gradient too, in the type of p_logits), and with its digits kept where
     P and Q are close (the lines above return noise, or a negative number, for a KL below about 1e-5).
 
     The order of the arguments is the direction: `kl_divergence(policy, reference)` is the RLHF penalty (reverse KL),

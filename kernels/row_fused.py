@@ -144,7 +144,7 @@ def scale_gradient(
     Reads:  1 and, unless factor is 1, n of the gradient.
     Writes: n of the gradient unless factor is 1.
     Saves:  nothing.
-    Special values: a factor of 0 gives 0, also where the gradient is not finite.
+    Special values: a gradient of 0 stays 0, also under a factor that is not finite; a factor of 0 gives 0 everywhere.
     """
     factor = tl.load(factor_ptr)
     if factor != 1.0:
@@ -152,5 +152,5 @@ def scale_gradient(
         while start < n:
             offs = start + tl.arange(0, BLOCK)
             grad = tl.load(grad_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
-            tl.store(grad_ptr + offs, tl.where(factor == 0.0, 0.0, grad * factor), mask=offs < n)
+            tl.store(grad_ptr + offs, tl.where((factor == 0.0) | (grad == 0.0), 0.0, grad * factor), mask=offs < n)
             start += tl.num_programs(0).to(tl.int64) * BLOCK

@@ -79,6 +79,13 @@ def test_bits_of_long_rows_with_two_threads() -> None:
         whole = outcome(p, q, tokens)
         for i in range(3):
             cases.assert_same_bits(outcome(p[i : i + 1], q[i : i + 1], tokens[:1])[0], whole[0][:, i : i + 1], "fields")
+        for vocabulary in (17, 300, 1003, 5003):
+            p, q = cases.pair("normal3", 40, vocabulary, 0.1)
+            ones, whole = torch.ones(40), apart(p, q, None, 1.0, torch.ones(40))[2]
+            cases.assert_same_bits(together(p, q, None, 1.0, ones, torch.empty_like(p))[2], whole, f"V = {vocabulary}, together")
+            for compute in (apart, lambda *row: together(*row, torch.empty_like(row[0]))):
+                alone = [compute(p[i : i + 1], q[i : i + 1], None, 1.0, ones[:1])[2] for i in range(40)]
+                cases.assert_same_bits(torch.cat(alone), whole, f"V = {vocabulary}, alone")
     finally:
         torch.set_num_threads(threads)
 
@@ -154,6 +161,17 @@ def test_layouts_and_masks(layout) -> None:
         cases.assert_same_bits(value, torch.where(mask, expected, 0.0), layout)
 
 
+@pytest.mark.parametrize("kind", ["normal8", "peaked", "very_peaked"])
+def test_gradient_of_long_rows(kind) -> None:
+    """The sums over 128256 entries keep their digits where one token holds nearly all probability, in both ways to compute a gradient."""
+    for seed, size in enumerate((1e-4, 1e-3, 1e-2, 0.1)):
+        p, q = cases.pair(kind, 4, 128256, size, seed=seed)
+        expected = cases.kl_gradients(cases.truth(p, q), torch.ones(4)).p
+        for result in (together(p, q, None, 1.0, torch.ones(4), torch.empty_like(p))[2], apart(p, q, None, 1.0, torch.ones(4))[2]):
+            error = (result.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+            assert error.max() < 4e-6, f"{kind}, {size}: {error.tolist()}"
+
+
 def together(p, q, mask, temperature, weights, grad):
     """(KL, saved, gradient to P) computed together, the gradient into `grad`."""
     rows = p.shape[:-1].numel()
@@ -188,17 +206,17 @@ def test_together_equals_forward_and_backward(kind, dtype, temperature, monkeypa
     for mask in (None, holes, torch.zeros(rows, dtype=torch.bool)):
         if mask is not None:
             p, q = p.masked_fill(~mask[:, None], torch.nan), q.masked_fill(~mask[:, None], torch.inf)
-        expected = apart(p, q, mask, temperature, weights)
+        wanted = apart(p, q, mask, temperature, weights)
         for elements, few in ((600, 1), (5 * V + 1, 1), (5 * V + 1, 1 << 20), (1 << 20, 1)):
             monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", elements)
-            monkeypatch.setattr(_cpu_gradients, "FEW_BYTES", few)
+            monkeypatch.setattr(_cpu_gradients, "OWN_BYTES", few)
             over = p.clone()
             strided = torch.full((rows, V + 5), torch.nan, dtype=dtype)[:, 3 : 3 + V]
             for x, grad in ((p, torch.full_like(p, torch.nan)), (over, over), (p, strided)):
-                for name, value, exact in zip(("kl", "saved", "gradient"), together(x, q, mask, temperature, weights, grad), expected, strict=True):
-                    # Whichever NaN and zero.
-                    value, exact = (torch.where(each.isnan(), 7.0, each + 0.0) for each in (value, exact))
-                    cases.assert_same_bits(value, exact, f"{name}, {elements} elements, {few} bytes")
+                for name, value, other in zip(("kl", "saved", "gradient"), together(x, q, mask, temperature, weights, grad), wanted, strict=True):
+                    # Treat all NaNs as equal, and -0 as 0.
+                    value, other = (torch.where(each.isnan(), 7.0, each + 0.0) for each in (value, other))
+                    cases.assert_same_bits(value, other, f"{name}, {elements} elements, {few} bytes")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -251,3 +269,50 @@ def test_no_upstream_gradient_is_a_gradient_of_zeros() -> None:
     grad = torch.full_like(p, torch.nan)
     _rows.backward("reference", p, q, None, None, 1.0, saved, {}, grad, None)
     assert not grad.any()
+
+
+def test_upstream_gradients_that_hide_infinities() -> None:
+    """0 over an infinite KL gives 0; an infinity leaves masked rows at 0."""
+    p, q = cases.pair("normal3", 4, V, 0.1)
+    q[3, 0] = -torch.inf
+    x = p.requires_grad_()
+    loss = fastkl.kl_divergence(x, q, reduction="sum")
+    gradient, = torch.autograd.grad(torch.where(loss.isfinite(), loss, 0.0), x)
+    assert loss.isinf() and not gradient.any()
+    mask = torch.tensor([True, False, True, False])
+    for upstream in (torch.inf, torch.nan):
+        loss = fastkl.kl_divergence(x, q, mask, reduction="sum")
+        gradient, = torch.autograd.grad(loss, x, torch.tensor(upstream))
+        assert not gradient[~mask].any() and not gradient[mask].isfinite().any()
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_any_default_type(default) -> None:
+    """torch.set_default_dtype changes neither results nor what later calls compute."""
+    p, q = cases.pair("normal3", 3, V, 0.1)
+
+    def found():
+        x = p.clone().requires_grad_()
+        loss = fastkl.kl_divergence(x, q, reduction="sum")
+        return loss, *torch.autograd.grad(loss, x), fastkl.kl_divergence(p, q), *token_stats(p, torch.zeros(3, dtype=torch.long), q)
+
+    _cpu_rows._number.cache_clear()
+    expected = found()
+    _cpu_rows._number.cache_clear()
+    torch.set_default_dtype(default)
+    try:
+        others = found()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for value, other, again in zip(expected, others, found(), strict=True):
+        cases.assert_same_bits(other, value, str(default))
+        cases.assert_same_bits(again, value, "afterwards")
+
+
+def test_gradients_of_another_type_under_a_mask() -> None:
+    """Rows picked one by one give 16-bit gradients of float32 logits as the others do."""
+    p, q = cases.pair("normal3", 12, V, 0.1)
+    mask = torch.arange(12) % 3 != 1
+    grad = torch.empty(12, V, dtype=torch.bfloat16)
+    together(p, q, mask, 1.0, torch.ones(12), grad)
+    cases.assert_same_bits(grad, apart(p, q, mask, 1.0, torch.ones(12))[2].bfloat16(), "gradient")
