@@ -1,14 +1,18 @@
-"""Row statistics and gradients on a CPU in few passes over blocks that stay in cache; rows beyond float32's range go to reference.py.
+"""Row statistics and gradients on a CPU in few passes over blocks that stay in cache; rows beyond
+float32's range go to reference.py.
 
-With e = softmax(x·s), s = 1/T, S = Σ e, near 1, expectations E[·] = Σ e·(·)/S and c near E[(y - x)·s]:
-    d = (y - x)·s - c,   W = E[d],   t = E[expm1(d)],   KL(P‖Q) = log1p(t) - W,   KL(Q‖P) = (W + E[d·expm1(d)])/(1 + t) - log1p(t).
-Where all |d| < 1, h = expm1(d) - d and r = d·expm1(d) - h are d² times a polynomial, whose sums are as small as the result: t = h + W.
-Its degree is 5, or 4 where all |d| < 1/2. A wider row takes one expm1 per entry.
+With e = softmax(x·s), s = 1/T, S = Σ e, near 1, E[·] = Σ e·(·)/S and c near E[(y - x)·s]:
+    d = (y - x)·s - c,   W = E[d],   t = E[expm1(d)]
+    KL(P‖Q) = log1p(t) - W,   KL(Q‖P) = (W + E[d·expm1(d)])/(1 + t) - log1p(t)
+Where all |d| < 1, h = expm1(d) - d and r = d·expm1(d) - h are d² times a polynomial, whose sums are
+as small as the result: t = h + W. Its degree is 5, or 4 where all |d| < 1/2. A wider row takes one
+expm1 per entry.
 
-KL alone: forward and backward each take one softmax, or both together one; the gradient to P is p·(d - W).
+KL alone: forward and backward each take one softmax, or both together one; the gradient to P is
+p·(d - W).
 
-Every step acts on one entry or sums one row in an order that its length alone decides, and its values alone select
-the steps of a row: the bits of a row do not depend on the rows beside it.
+Every step acts on one entry or sums one row in an order that its length alone decides, and its
+values alone select the steps of a row: the bits of a row do not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -18,106 +22,42 @@ from typing import NamedTuple
 
 import torch
 
-# Columns of `saved` in a row computed here; reference.FAR, 6, holds LEAN in it, and 0 or 1 in any other row.
+from ._cpu_passes import Block, Room, difference, dot, is_one, row_sum, softmax, wide
+
+# Columns of `saved` in a row computed here; reference.FAR, 6, holds LEAN in it, and 0 or 1 in any
+# other row.
 TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, KIND, REF_LOGPROB, MEAN, REF_MEAN = range(10)
 LEAN = 2.0
 # Largest |d|: beyond it e·exp(d) may count where e underflows, and d has too few digits.
 LARGEST_D = 16.0
 LARGEST_SHIFT = 2.0**20
-# Longest 16-bit row whose gradient uses float32 buffers of a whole row; longer rows go in column blocks.
+# Longest 16-bit row whose gradient uses float32 buffers of a whole row; longer rows go in column
+# blocks.
 LONGEST_16_BIT_ROW = 1 << 15
 # Lower clamp of (x - top)·s: 0·(-inf) would be NaN.
 LOWEST = -1e4
-# Nats up to which float32 holds a KL, and the fields of Q: beside a near-certain token of Q, 1 - q comes from d.
+# Nats up to which float32 holds a KL, and the fields of Q: beside a near-certain token of Q, 1 - q
+# comes from d.
 LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 2.0
-# (expm1(d) - d)/d² and (d·expm1(d) - expm1(d) + d)/d², in powers of d: minimax in relative error, 0.8e-6 for |d| ≤ 1/2, 1.6e-6 for |d| ≤ 1,
-# and 4.6e-6 for |d| ≤ 1/2.
+# (expm1(d) - d)/d² and (d·expm1(d) - expm1(d) + d)/d², in powers of d: minimax in relative error,
+# 0.8e-6 for |d| ≤ 1/2, 1.6e-6 for |d| ≤ 1, and 4.6e-6 for |d| ≤ 1/2.
 NEAR, NEAREST = 1.0, 0.5
 H_NEAREST = (0.4999999597, 0.1666628011, 0.04166747686, 0.008395411037, 0.001391465294)
 H = (0.5000007505, 0.1666658922, 0.04165279481, 0.00833525517, 0.001426253689, 0.0001997766196)
 R = (0.4999994052, 0.3333105852, 0.1250159127, 0.03370366874, 0.006921233201)
 
 
-class Block(NamedTuple):
-    """Rows that are computed at once: logits [k, V] of P and of Q, of any type but float64, tokens [k] and 1/T, [k, 1] or a number."""
-
-    x: torch.Tensor
-    y: torch.Tensor | None
-    tokens: torch.Tensor | None
-    scale: torch.Tensor | float
-
-    def part(self, rows: slice) -> Block:
-        """Some of the rows."""
-        return Block(*[value[rows] if isinstance(value, torch.Tensor) else value for value in self])
-
-
-class Room:
-    """Float32 buffers by name, each as large as the largest shape asked of it. elements: entries of a block, for whoever cuts blocks.
-
-    memory: a vector from which buffers are taken until it is used up.
-    """
-
-    def __init__(self, elements: int, device: torch.device, memory: torch.Tensor | None = None) -> None:
-        self.elements, self._device, self._memory = elements, device, memory
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._views: dict[str, torch.Tensor] = {}
-
-    def __call__(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
-        view = self._views.get(name)
-        if view is None or view.shape != shape:
-            buffer, size = self._buffers.get(name), shape[0] * shape[1]
-            if buffer is None or buffer.numel() < size:
-                buffer = self._buffers[name] = self._take(size)
-            view = self._views[name] = buffer[:size].view(shape)
-        return view
-
-    def _take(self, size: int) -> torch.Tensor:
-        if self._memory is None or self._memory.numel() < size:
-            return torch.empty(size, dtype=torch.float32, device=self._device)
-        taken, self._memory = self._memory[:size], self._memory[size:]
-        return taken
-
-
 def takes_whole_rows(logits: torch.Tensor) -> bool:
-    """Whether the gradient of a KL alone is made from softmax(x), a whole row at a time; else forward saves what parts of a row need."""
+    """Whether the gradient of a KL alone is made from softmax(x), a whole row at a time; else
+    forward saves what parts of a row need.
+    """
     return logits.shape[-1] <= LONGEST_16_BIT_ROW or logits.dtype == torch.float32
 
 
-def row_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum rows [k, V] to [k], each in the same order for any k: torch splits a lone row's sum across threads."""
-    if values.shape[0] == 1 and torch.get_num_threads() > 1:
-        return values.expand(2, -1).sum(-1)[:1]
-    return values.sum(-1)
-
-
-def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Σ a·b of each row, [k]; the products go to `out`."""
-    return row_sum(torch.mul(a, b, out=out))
-
-
-def is_one(scale: torch.Tensor | float) -> bool:
-    """Whether a scale is the number 1, so that no pass is needed."""
-    return not isinstance(scale, torch.Tensor) and scale == 1.0
-
-
-def difference(y: torch.Tensor, x: torch.Tensor, top: torch.Tensor | None, shift: torch.Tensor | None,
-               room: Room) -> torch.Tensor:
-    """y - x - shift in float32, for whole numbers [k, 1], subtracted from the operand farther from 0, where that is lossless."""
-    out = room("d", x.shape)
-    y = wide(y, out)
-    if shift is None:
-        return torch.sub(y, x, out=out)
-    of_y = torch.where((top + shift).abs() >= top.abs(), shift, 0.0)
-    return torch.sub(y, of_y, out=out).sub_(torch.add(x, shift - of_y, out=room("work", x.shape)))
-
-
-def wide(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The values in float32: themselves, or a copy in `out`."""
-    return values if values.dtype == torch.float32 else out.copy_(values)
-
-
 class _Sums(NamedTuple):
-    """Sums and extremes of each row, [k]; None if not asked for. e is a softmax: weight = Σ e, largest = max e, S = weight/largest."""
+    """Sums and extremes of each row, [k]; None if not asked for. e is a softmax: weight = Σ e,
+    largest = max e, S = weight/largest.
+    """
 
     top: torch.Tensor
     weight: torch.Tensor
@@ -135,8 +75,12 @@ class _Sums(NamedTuple):
     r: torch.Tensor | None = None  # Σ e·(d·expm1(d) - expm1(d) + d)
 
 
-def statistics(block: Block, fields: set[str], room: Room, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """({field: [k]}, saved [k, 10], whether they hold [k]) of rows, `step` of them in cache at a time, for the fields asked for."""
+def statistics(
+    block: Block, fields: set[str], room: Room, step: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """({field: [k]}, saved [k, 10], whether they hold [k]) of rows, `step` of them in cache at a
+    time, for the fields asked for.
+    """
     rows = len(block.x)
     parts = [block.part(slice(first, first + step)) for first in range(0, rows, step)]
     if fields == {"kl"} and takes_whole_rows(block.x):
@@ -169,11 +113,14 @@ def _joined(parts: list[tuple[torch.Tensor | None, ...]]) -> tuple[torch.Tensor 
     """The results of blocks, one after another."""
     if len(parts) == 1:
         return parts[0]
-    return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+    return tuple(
+        None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
+    )
 
 
 class KLRows(NamedTuple):
-    """The KL of each row, [k], what was subtracted from y - x (centre, shift), the sum of its softmax (weight), its largest |d| (size).
+    """The KL of each row, [k], what was subtracted from y - x (centre, shift), the sum of its
+    softmax (weight), its largest |d| (size).
 
     shift is None where it is 0 in every row, and size where all |d| < NEAREST.
     """
@@ -196,7 +143,9 @@ class KLRows(NamedTuple):
         return (self.size is None and self.shift is None) or bool(self.holds().all())
 
     def save(self, columns: tuple[torch.Tensor, ...], rows: slice) -> None:
-        """Put what backward needs into some rows of the columns of `saved`, which are 0, and LEAN for KIND."""
+        """Put what backward needs into some rows of the columns of `saved`, which are 0, and LEAN
+        for KIND.
+        """
         columns[CENTRE][rows] = self.centre
         columns[LOG1P_T][rows] = self.kl
         if self.shift is not None:
@@ -204,7 +153,9 @@ class KLRows(NamedTuple):
 
 
 def kl_only(block: Block, e: torch.Tensor, room: Room) -> KLRows:
-    """Compute the KL of a block that stays in cache; leaves softmax(x) in `e`, which must not alias x, and d in room("d")."""
+    """Compute the KL of a block that stays in cache; leaves softmax(x) in `e`, which must not alias
+    x, and d in room("d").
+    """
     x = wide(block.x, e)
     d = difference(block.y, x, None, None, room)
     softmax(x, block.scale, e)
@@ -212,12 +163,17 @@ def kl_only(block: Block, e: torch.Tensor, room: Room) -> KLRows:
     weight = row_sum(e)
     shift, centre = _centre(block, e, weight, d, room)
     size, h, _ = _series_sums(e, d, None, False, room)
-    # KL = log1p(t) - W with t = h + W. W, the rounding error of the centre, is left out: it changes the KL by -h·W only.
+    # KL = log1p(t) - W with t = h + W. W, the rounding error of the centre, is left out: it changes
+    # the KL by -h·W only.
     return KLRows(h.div_(weight).log1p_().clamp_(min=0.0), centre, weight, shift, size)
 
 
-def _centre(block: Block, e: torch.Tensor, weight: torch.Tensor, d: torch.Tensor, room: Room) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Take E[y - x] from d = y - x and scale it, in place; return integer (shift) and remainder (centre) of it, [k]."""
+def _centre(
+    block: Block, e: torch.Tensor, weight: torch.Tensor, d: torch.Tensor, room: Room
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Take E[y - x] from d = y - x and scale it, in place; return integer (shift) and remainder
+    (centre) of it, [k].
+    """
     work, shift = room("work", d.shape), None
     centre = dot(e, d, work).div_(weight)
     if not _largest(centre) < 1.0:
@@ -229,13 +185,6 @@ def _centre(block: Block, e: torch.Tensor, weight: torch.Tensor, d: torch.Tensor
     if not is_one(block.scale):
         d.mul_(block.scale)
     return shift, centre
-
-
-def softmax(x: torch.Tensor, scale: torch.Tensor | float, out: torch.Tensor, work: torch.Tensor | None = None) -> torch.Tensor:
-    """softmax(x·scale) of float32 logits; `out` may be x. `work` then holds (x - top)·scale, unless scale is 1."""
-    if not is_one(scale):
-        x = torch.sub(x, x.amax(-1, keepdim=True), out=out if work is None else work).mul_(scale)
-    return torch.softmax(x, -1, out=out)
 
 
 def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
@@ -266,11 +215,17 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
         of_q = row_sum(q), q.amax(-1), ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
     size, h, r = _series_sums(e, d, mean, both, room)
     shift, size = (torch.zeros_like(centre) if value is None else value for value in (shift, size))
-    return _Sums(top[:, 0], weight, largest, log_mean, token, shift, centre, mean, size, *of_q, h, r)
+    return _Sums(
+        top[:, 0], weight, largest, log_mean, token, shift, centre, mean, size, *of_q, h, r
+    )
 
 
-def _series_sums(e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: bool, room: Room) -> tuple[torch.Tensor, ...]:
-    """(largest |d|, Σ e·h, Σ e·r or None) of each row, no largest where all are below NEAREST; mean: Σ e·d, if it was computed."""
+def _series_sums(
+    e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: bool, room: Room
+) -> tuple[torch.Tensor, ...]:
+    """(largest |d|, Σ e·h, Σ e·r or None) of each row, no largest where all are below NEAREST;
+    mean: Σ e·d, if it was computed.
+    """
     work = room("work", d.shape)
     nearest = _largest(d) < NEAREST
     size = None if nearest else torch.maximum(-d.amin(-1), d.amax(-1))
@@ -284,7 +239,9 @@ def _series_sums(e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, bo
             continue
         some_e, some_d, some_work = e, d, work
         if len(rows) < len(d):
-            some_e, some_d, some_work = (room(name, (len(rows), d.shape[1])) for name in ("some e", "some d", "work"))
+            some_e, some_d, some_work = (
+                room(name, (len(rows), d.shape[1])) for name in ("some e", "some d", "work")
+            )
             torch.index_select(e, 0, rows, out=some_e)
             torch.index_select(d, 0, rows, out=some_d)
         if is_near:
@@ -306,7 +263,9 @@ def _largest(values: torch.Tensor) -> float:
     return max(-float(smallest), float(largest))
 
 
-def _series(e: torch.Tensor, d: torch.Tensor, factors: tuple[float, ...], work: torch.Tensor) -> torch.Tensor:
+def _series(
+    e: torch.Tensor, d: torch.Tensor, factors: tuple[float, ...], work: torch.Tensor
+) -> torch.Tensor:
     """Σ e·d²·(factors[0] + factors[1]·d + …)."""
     torch.add(_number(factors[-2], d.device), d, alpha=factors[-1], out=work)
     for factor in factors[-3::-1]:
@@ -319,14 +278,21 @@ def _number(value: float, device: torch.device) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float32, device=device)
 
 
-def _finish_pair(sums: _Sums, both: bool, results: dict[str, torch.Tensor], saved: torch.Tensor) -> torch.Tensor:
+def _finish_pair(
+    sums: _Sums, both: bool, results: dict[str, torch.Tensor], saved: torch.Tensor
+) -> torch.Tensor:
     """Put the fields of both tensors into `results` and `saved`; return whether they hold, [k]."""
     mean, h = sums.mean / sums.weight, sums.h / sums.weight
     t = h + mean
     log1p_t = t.log1p()
     kl = results["kl"] = (log1p_t - mean).clamp_(min=0.0)
     holds = (sums.size < LARGEST_D) & (kl < LARGEST_KL) & (sums.shift.abs() < LARGEST_SHIFT)
-    for column, value in ((SHIFT, sums.shift), (CENTRE, sums.centre), (LOG1P_T, log1p_t), (MEAN, mean)):
+    for column, value in (
+        (SHIFT, sums.shift),
+        (CENTRE, sums.centre),
+        (LOG1P_T, log1p_t),
+        (MEAN, mean),
+    ):
         saved[:, column] = value
     if both:
         rest = sums.r / sums.weight
@@ -335,7 +301,9 @@ def _finish_pair(sums: _Sums, both: bool, results: dict[str, torch.Tensor], save
         saved[:, REF_MEAN] = (rest + t) * inverse
         holds &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
     if sums.ref_token is not None:
-        results["ref_logprob"] = saved[:, REF_LOGPROB] = sums.ref_token - _log_sum(sums.ref_weight, sums.ref_largest)
+        results["ref_logprob"] = saved[:, REF_LOGPROB] = sums.ref_token - _log_sum(
+            sums.ref_weight, sums.ref_largest
+        )
     return holds
 
 

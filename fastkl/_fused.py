@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from . import _dispatch, _rows
-from ._linear_ops import float16_unit
+from . import _dispatch, _reduce, _rows
 from ._ops import SAVED, refuse_forward_mode, row_gradients
 from ._problems import fused_launchers, problems
 
@@ -32,6 +31,8 @@ def empty_gradient(
         return None
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         return None
+    if p.dtype == torch.float16:
+        return None  # a stored gradient may be out of its range where the one that an upstream gradient makes of it is not
     together = _on_a_cpu if backend == "reference" else _in_one_launch
     return together(p, q, mask, temperature)
 
@@ -72,21 +73,18 @@ class SummedKL(torch.autograd.Function):
         kl = torch.empty(p.shape[:-1], dtype=torch.float32, device=p.device)
         saved = kl.new_empty(kl.numel(), SAVED)
         factor = (kl.new_ones(()) if beta is None else beta) / divisor
-        unit = kl.new_ones(())
-        if p.dtype == torch.float16:
-            scales = factor / temperature
-            unit = float16_unit((scales if mask is None else torch.where(mask, scales, 0.0)).reshape(-1))
-        weights = (factor / unit).expand(kl.numel()).contiguous()
+        weights = factor.expand(kl.numel()).contiguous()
         rows = gradient.view(-1, p.shape[-1])
         _rows.kl_and_gradients(backend, p, q, None, _rows.flat(mask), _flat(temperature), kl.view(-1), saved, weights,
                                rows, None, _rows.Scaling())  # fmt: skip
         per_token = isinstance(temperature, torch.Tensor)
-        _dispatch.save_tensors(ctx, p, q, mask, temperature if per_token else None, saved.view(*kl.shape, SAVED), gradient, factor, unit)
+        _dispatch.save_tensors(ctx, p, q, mask, temperature if per_token else None, saved.view(*kl.shape, SAVED), gradient, factor)
         ctx.temperature, ctx.backend, ctx.used = 1.0 if per_token else float(temperature), backend, False
         ctx.mark_non_differentiable(kl)
         ctx.set_materialize_grads(False)
         total = kl.sum()
-        return (total if beta is None else torch.where(beta == 0, 0.0, beta * total)) / divisor, kl
+        weighted = total if beta is None else torch.where(beta == 0, 0.0, beta * total)
+        return _reduce.quotient(weighted, divisor, divisor), kl
 
     @staticmethod
     def backward(ctx, upstream, _):
@@ -95,7 +93,7 @@ class SummedKL(torch.autograd.Function):
         if upstream is None:
             return (None,) * 8
         refuse_forward_mode((upstream,))
-        p, q, mask, temperatures, saved, gradient, factor, unit = ctx.saved_tensors
+        p, q, mask, temperatures, saved, gradient, factor = ctx.saved_tensors
         if ctx.used or torch.is_grad_enabled() or not _dispatch.eager(upstream):
             per_token = (upstream * factor).expand(p.shape[:-1])
             result, _ = row_gradients(p, q, None, mask, temperatures, saved, None, None, None, per_token, None, ctx.temperature, True, False,
@@ -106,9 +104,9 @@ class SummedKL(torch.autograd.Function):
         # x.grad do not invalidate the saved tensor. A saved-tensor hook may return another layout.
         gradient = gradient.data.contiguous()
         if ctx.backend == "triton":
-            fused_launchers().scale(gradient.view(-1), (upstream * unit).reshape(1))
+            fused_launchers().scale(gradient.view(-1), upstream.reshape(1))
         else:
-            _scale(gradient, upstream * unit)
+            _scale(gradient, upstream)
         return gradient, *(None,) * 7
 
 

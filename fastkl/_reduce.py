@@ -113,5 +113,18 @@ def reduced(
     return (
         total
         if reduction == "sum"
-        else total / divisor(reduction, normalizer, mask, values.shape, values.dtype)
+        else quotient(
+            total, divisor(reduction, normalizer, mask, values.shape, values.dtype), normalizer
+        )
     )
+
+
+def quotient(
+    total: torch.Tensor,
+    divisor: torch.Tensor | float,
+    normalizer: float | torch.Tensor | None,
+) -> torch.Tensor:
+    """Return total / divisor, and 0 for a normalizer of 0 also where the total is infinite."""
+    if isinstance(normalizer, torch.Tensor) and isinstance(divisor, torch.Tensor):
+        return torch.where(divisor.isinf(), 0.0, total / divisor)
+    return total / divisor

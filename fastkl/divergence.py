@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from . import _checks, _fused, _reduce, _rows, backend, reference
+from . import _checks, _fused, _reduce, _row_blocks, _rows, backend, reference
 from ._ops import row_statistics
 from ._types import Reduction
 
@@ -34,7 +34,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
         "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / normalizer
 
     but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for backward (on a CPU, of "sum" and "mean" whose
-    gradient goes to p_logits alone, that gradient too, in the type of p_logits), and with its digits kept where
+    gradient goes to p_logits alone, that gradient too, but for float16), and with its digits kept where
     P and Q are close (the lines above return noise, or a negative number, for a KL below about 1e-5).
 
     The order of the arguments is the direction: `kl_divergence(policy, reference)` is the RLHF penalty (reverse KL),
@@ -96,9 +96,9 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
     slow = torch.zeros(p_logits.shape[:-1].numel(), dtype=torch.bool, device=p_logits.device)
     temperatures = _rows.flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
     with torch.no_grad():
-        for rows in _rows.row_blocks(p_logits, _rows.flat(mask)):
+        for rows in _row_blocks.row_blocks(p_logits, _rows.flat(mask)):
             chosen = temperatures[rows].float() if isinstance(temperatures, torch.Tensor) else temperatures
-            x, y = _rows.take(p_logits, rows).float(), _rows.take(q_logits, rows).float()
+            x, y = _row_blocks.take(p_logits, rows).float(), _row_blocks.take(q_logits, rows).float()
             result = reference.row_statistics(x, y, None, chosen, entropy=False)
             kl, ref_kl = result.kl, result.ref_kl
             x_top, x_log_sum, y_top, y_log_sum = result.saved[:, :4].unbind(1)

@@ -84,7 +84,7 @@ class _Penalty(torch.nn.Module):
                 "tokens": tokens,
                 "sequences": sequences,
                 "beta": kl.new_ones(()) * beta,  # new_full would compile a graph for each beta
-                "loss": loss.detach(),
+                "loss": loss.detach().clone(),  # `loss += …` must not change it
             }
 
 
@@ -141,7 +141,8 @@ class KLPenalty(_Penalty):
             counts, total = _Counts.of(kl, mask), kl.sum()
             # A penalty without weight leaves out an infinite KL too. A tensor: a number that changes would compile anew.
             scale = kl.new_ones(()) * beta
-            loss = torch.where(scale == 0, 0.0, scale * total) / self._divisor(counts, normalizer, kl.dtype)
+            weighted = torch.where(scale == 0, 0.0, scale * total)
+            loss = _reduce.quotient(weighted, self._divisor(counts, normalizer, kl.dtype), normalizer)
         else:
             like = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
             counts = _Counts.of(like, mask)

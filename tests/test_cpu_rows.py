@@ -10,7 +10,7 @@ import torch
 
 import fastkl
 from benchmarks import cpu
-from fastkl import _cpu_gradients, _cpu_rows, _rows, reference, token_stats
+from fastkl import _cpu_gradients, _cpu_passes, _cpu_rows, _row_blocks, _rows, reference, token_stats
 
 V = 1003
 
@@ -60,8 +60,8 @@ def test_bits_do_not_depend_on_the_batch(dtype, temperature, monkeypatch) -> Non
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
     base = [torch.zeros(rows, V + 5, dtype=dtype)[:, 3 : 3 + V].copy_(side[order]) for side in (p, q)]
     for elements in (600, 5 * V + 1, 1 << 20):
-        monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", elements)
-        monkeypatch.setattr(_rows, "ROWS_AT_ONCE", 4)
+        monkeypatch.setattr(_row_blocks, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(_row_blocks, "ROWS_AT_ONCE", 4)
         for name, value, other in zip(("fields", "saved", "p", "q"), expected, outcome(*base, tokens[order], of(order)), strict=True):
             cases.assert_same_bits(other, value[:, order] if name == "fields" else value[order], f"{name}, {elements} elements")
 
@@ -74,7 +74,7 @@ def test_bits_of_long_rows_with_two_threads() -> None:
     try:
         values = torch.randn(3, 33001)
         for i in range(3):
-            cases.assert_same_bits(_cpu_rows.row_sum(values[i : i + 1]), _cpu_rows.row_sum(values)[i : i + 1], "sum")
+            cases.assert_same_bits(_cpu_passes.row_sum(values[i : i + 1]), _cpu_passes.row_sum(values)[i : i + 1], "sum")
         tokens = torch.zeros(3, dtype=torch.long)
         whole = outcome(p, q, tokens)
         for i in range(3):
@@ -128,7 +128,7 @@ COMBINATIONS = [names for count in (1, 2, 5) for names in itertools.combinations
 @pytest.mark.parametrize("sides", ["p", "q", "pq"])
 def test_any_mix_of_upstream_gradients(sides, monkeypatch) -> None:
     """Each mix of fields and sides agrees with the definition in float64, also in columns and in place."""
-    monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", 600)
+    monkeypatch.setattr(_row_blocks, "BLOCK_ELEMENTS", 600)
     p, q = cases.pair("normal3", 5, V, 0.3, seed=3)
     tokens, temperature = torch.tensor([0, 199, 200, 1002, 500]), torch.linspace(0.7, 1.4, 5)
     outputs, saved = {name: torch.empty(5) for name in _rows.FIELDS}, torch.empty(5, _rows.SAVED)
@@ -208,7 +208,7 @@ def test_together_equals_forward_and_backward(kind, dtype, temperature, monkeypa
             p, q = p.masked_fill(~mask[:, None], torch.nan), q.masked_fill(~mask[:, None], torch.inf)
         wanted = apart(p, q, mask, temperature, weights)
         for elements, few in ((600, 1), (5 * V + 1, 1), (5 * V + 1, 1 << 20), (1 << 20, 1)):
-            monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", elements)
+            monkeypatch.setattr(_row_blocks, "BLOCK_ELEMENTS", elements)
             monkeypatch.setattr(_cpu_gradients, "OWN_BYTES", few)
             over = p.clone()
             strided = torch.full((rows, V + 5), torch.nan, dtype=dtype)[:, 3 : 3 + V]
@@ -316,3 +316,32 @@ def test_gradients_of_another_type_under_a_mask() -> None:
     grad = torch.empty(12, V, dtype=torch.bfloat16)
     together(p, q, mask, 1.0, torch.ones(12), grad)
     cases.assert_same_bits(grad, apart(p, q, mask, 1.0, torch.ones(12))[2].bfloat16(), "gradient")
+
+
+def test_float16_is_right_whatever_comes_after_the_sum() -> None:
+    """Gradients beyond float16's range before a mean shrinks them, and small ones before a loss scale."""
+    p = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
+    q = torch.tensor([[0.0, -65504.0]], dtype=torch.float16)
+    fastkl.kl_divergence(p, q, reduction="mean", normalizer=8192).backward()
+    torch.testing.assert_close(p.grad, torch.tensor([[-1.9990, 1.9990]], dtype=torch.float16))
+    p, q = cases.pair("normal3", 2, 16001, 3e-3, dtype=torch.float16)
+    x = p.clone().requires_grad_()
+    expected = 65536 * cases.kl_gradients(cases.truth(p, q), torch.ones(2)).p
+    fastkl.kl_divergence(x, q, reduction="sum").backward(torch.tensor(65536.0))
+    assert ((x.grad.double() - expected).norm(dim=-1) <= 6e-4 * expected.norm(dim=-1)).all()
+
+
+def test_a_normalizer_of_0_over_an_infinite_sum() -> None:
+    """Value and gradient 0, with and without gradient; what is kept of a loss is not the loss."""
+    p, q = cases.pair("normal3", 2, 9, 0.1)
+    q[0, 0] = -torch.inf
+    penalty = fastkl.KLPenalty(0.1)
+    for x in (p, p.clone().requires_grad_()):
+        for call in (fastkl.kl_divergence, penalty):
+            reduction = {"reduction": "mean"} if call is fastkl.kl_divergence else {}
+            loss = call(x, q, normalizer=torch.tensor(0), **reduction)
+            assert loss == 0 and not (x.requires_grad and torch.autograd.grad(loss, x)[0].any())
+    loss = penalty(p, p + 0.1 * torch.arange(9))
+    kept = float(loss)
+    loss += 10
+    assert float(penalty.last["loss"]) == kept

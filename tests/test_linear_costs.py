@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastkl
-from fastkl import _chunks, _linear_ops, _products, _rows
+from fastkl import _chunks, _linear_ops, _products, _row_blocks, _rows
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 N, H, V, CHUNK = 24, 16, 40, 8
@@ -348,7 +348,7 @@ def test_peak_workspace(monkeypatch, reduction, logits_dtype, one_product) -> No
 
     On top come what the CPU holds in another type at a time and 64 bytes per token.
     """
-    monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(_row_blocks, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(_products, "BLOCK_ELEMENTS", 1 << 14)
     monkeypatch.setattr(_linear_ops, "SCALED_AT_ONCE", 1 << 14)
     monkeypatch.setitem(_chunks.WORKSPACE, "cpu", 1 << 20)

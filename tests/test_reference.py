@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastkl
-from fastkl import _rows, reference
+from fastkl import _row_blocks, reference
 
 V = 23
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
@@ -239,7 +239,7 @@ def test_blocks_change_no_bit(monkeypatch, elements) -> None:
         return [*fields, *torch.autograd.grad(sum(fields).sum(), (p, q))]
 
     expected = outcome()
-    monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(_row_blocks, "BLOCK_ELEMENTS", elements)
     for result, value in zip(outcome(), expected, strict=True):
         assert torch.equal(result, value) and bool(value.any())
 

@@ -153,7 +153,7 @@ def test_losses_are_those_of_two_launches(monkeypatch, how, dtype) -> None:
         x = p.clone().requires_grad_()
         with fastkl.use_backend("triton"):
             loss = summed(how, x, q, mask)
-            assert ("SummedKL" in loss.grad_fn.name()) == on or how == "penalty"
+            assert ("SummedKL" in loss.grad_fn.name()) == (on and dtype != torch.float16) or how == "penalty"
             first, = torch.autograd.grad(loss, x, retain_graph=True)
             first = first.clone()
             half, = torch.autograd.grad(loss, x, loss.new_full((), 0.5), retain_graph=True)

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
-from fastkl import _ops, _rows, backend
+from fastkl import _ops, _row_blocks, _rows, backend
 
 ALL = "logprob,entropy,ref_logprob,kl,ref_kl"
 V = 19
@@ -354,8 +354,8 @@ def test_bytes_allocated(implementation, name, monkeypatch) -> None:
     The reference works on a few rows at a time, whose temporaries do not count: there the bound is on what twice the rows add to the peak.
     """
     function, fields = FUNCTIONS[name]
-    monkeypatch.setattr(_rows, "BLOCK_ELEMENTS", 4096)
-    monkeypatch.setattr(_rows, "ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(_row_blocks, "BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr(_row_blocks, "ROWS_AT_ONCE", 8)
 
     def peaks(data: SimpleNamespace) -> torch.Tensor:
         outputs = function(data.p, data.q, data)

@@ -1,0 +1,108 @@
+"""Passes over a block of rows on a CPU, and the buffers they write to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Block(NamedTuple):
+    """Rows that are computed at once: logits [k, V] of P and of Q, of any type but float64, tokens
+    [k] and 1/T, [k, 1] or a number.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor | None
+    tokens: torch.Tensor | None
+    scale: torch.Tensor | float
+
+    def part(self, rows: slice) -> Block:
+        """Some of the rows."""
+        return Block(*[value[rows] if isinstance(value, torch.Tensor) else value for value in self])
+
+
+class Room:
+    """Float32 buffers by name, each as large as the largest shape asked of it. elements: entries of
+    a block, for whoever cuts blocks.
+
+    memory: a vector from which buffers are taken until it is used up.
+    """
+
+    def __init__(
+        self, elements: int, device: torch.device, memory: torch.Tensor | None = None
+    ) -> None:
+        self.elements, self._device, self._memory = elements, device, memory
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._views: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+        view = self._views.get(name)
+        if view is None or view.shape != shape:
+            buffer, size = self._buffers.get(name), shape[0] * shape[1]
+            if buffer is None or buffer.numel() < size:
+                buffer = self._buffers[name] = self._take(size)
+            view = self._views[name] = buffer[:size].view(shape)
+        return view
+
+    def _take(self, size: int) -> torch.Tensor:
+        if self._memory is None or self._memory.numel() < size:
+            return torch.empty(size, dtype=torch.float32, device=self._device)
+        taken, self._memory = self._memory[:size], self._memory[size:]
+        return taken
+
+
+def row_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum rows [k, V] to [k], each in the same order for any k: torch splits a lone row's sum
+    across threads.
+    """
+    if values.shape[0] == 1 and torch.get_num_threads() > 1:
+        return values.expand(2, -1).sum(-1)[:1]
+    return values.sum(-1)
+
+
+def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Σ a·b of each row, [k]; the products go to `out`."""
+    return row_sum(torch.mul(a, b, out=out))
+
+
+def is_one(scale: torch.Tensor | float) -> bool:
+    """Whether a scale is the number 1, so that no pass is needed."""
+    return not isinstance(scale, torch.Tensor) and scale == 1.0
+
+
+def difference(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    top: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    room: Room,
+) -> torch.Tensor:
+    """y - x - shift in float32, for whole numbers [k, 1], subtracted from the operand farther from
+    0, where that is lossless.
+    """
+    out = room("d", x.shape)
+    y = wide(y, out)
+    if shift is None:
+        return torch.sub(y, x, out=out)
+    of_y = torch.where((top + shift).abs() >= top.abs(), shift, 0.0)
+    return torch.sub(y, of_y, out=out).sub_(torch.add(x, shift - of_y, out=room("work", x.shape)))
+
+
+def wide(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The values in float32: themselves, or a copy in `out`."""
+    return values if values.dtype == torch.float32 else out.copy_(values)
+
+
+def softmax(
+    x: torch.Tensor,
+    scale: torch.Tensor | float,
+    out: torch.Tensor,
+    work: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(x·scale) of float32 logits; `out` may be x. `work` then holds (x - top)·scale, unless
+    scale is 1.
+    """
+    if not is_one(scale):
+        x = torch.sub(x, x.amax(-1, keepdim=True), out=out if work is None else work).mul_(scale)
+    return torch.softmax(x, -1, out=out)
