@@ -295,11 +295,9 @@ def backward(
     active = functools.reduce(torch.logical_or, [value != 0 for value in upstream.values()], none)
     if mask is not None:
         active &= mask
-    if not bool(active.all()):
-        inactive = (~active).nonzero()[:, 0]
-        for grad in (grad_p, grad_q):
-            if grad is not None:
-                grad[inactive] = 0
+    for grad in (grad_p, grad_q):
+        if grad is not None and not bool(active.all()):
+            grad[~active] = 0
     room, step, sides = (
         _cpu_passes.Room(_row_blocks.gradient_elements(p), p.device),
         _row_blocks.rows_per_block(p),

@@ -152,5 +152,6 @@ def scale_gradient(
         while start < n:
             offs = start + tl.arange(0, BLOCK)
             grad = tl.load(grad_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
-            tl.store(grad_ptr + offs, tl.where((factor == 0.0) | (grad == 0.0), 0.0, grad * factor), mask=offs < n)
+            scaled = tl.where(grad == 0.0, 0.0, grad * factor)
+            tl.store(grad_ptr + offs, tl.where(factor == 0.0, 0.0, scaled), mask=offs < n)
             start += tl.num_programs(0).to(tl.int64) * BLOCK
