@@ -41,7 +41,8 @@ class RowConfig:
 class Entry:
     """The configurations for one architecture ("*": any), element size in bytes and vocabulary up to max_v (None: any).
 
-    fused: of row_fused, whose segments are cut into equal pieces of at most `segment` elements; None: not measured.
+    fused: of row_fused, whose segments are cut into equal pieces of at most `segment` elements;
+    None: not measured.
     """
 
     arch: str
@@ -54,10 +55,12 @@ class Entry:
     def choose(self, direction: str) -> RowConfig:
         """Return the configuration of "forward", "backward" or "fused".
 
-        Without a measurement row_fused gets forward's threads and groups, and pieces of 8 KB of each tensor: 16 warps keep 256 KB in an SM's L1.
+        Without a measurement row_fused gets forward's threads and groups, and pieces of 8 KB of each
+        tensor: 16 warps keep 256 KB in an SM's L1.
         """
         if direction == "fused" and self.fused is None:
-            return dataclasses.replace(self.forward, segment=min(self.forward.segment, 8192 // self.itemsize), measured=_UNTIMED)
+            segment = min(self.forward.segment, 8192 // self.itemsize)
+            return dataclasses.replace(self.forward, segment=segment, measured=_UNTIMED)
         chosen: RowConfig = getattr(self, direction)
         return chosen
 
@@ -123,7 +126,7 @@ _override: dict[str, RowConfig] = {}
 
 
 def select(direction: str, arch: str, itemsize: int, vocabulary: int) -> RowConfig:
-    """The configuration of "forward", "backward" or "fused", by `entry_for` outside `override`."""
+    """Return the configuration of "forward", "backward" or "fused": `override`'s, else TABLE's."""
     return _override.get(direction) or entry_for(arch, itemsize, vocabulary).choose(direction)
 
 

@@ -30,7 +30,7 @@ from fastkl.kernels import config, launch_fused
 quick_interpreter.hurry()
 torch.set_num_threads(1)
 tune.has_gpu = lambda tool: True
-triton.testing.do_bench = lambda call, return_mode: len(call()) and float(
+triton.testing.do_bench = lambda call, return_mode: call() and len(call()) and float(
     config.select(direction, "interpreter", 4, 264) == config.RowConfig(256, 1, 512, "", None)
 )
 tune.DEVICE, tune.ROWS, tune.CHECKED_ROWS = "cpu", (2,), 3
