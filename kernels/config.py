@@ -41,7 +41,8 @@ class RowConfig:
 class Entry:
     """The configurations for one architecture ("*": any), element size in bytes and vocabulary up to max_v (None: any).
 
-    fused: of row_fused; its segments are cut into equal pieces of at most `segment` elements, which stay in L1 and L2.
+    fused: of row_fused, whose segments are cut into equal pieces of at most `segment` elements;
+    None: not measured.
     """
 
     arch: str
@@ -49,11 +50,19 @@ class Entry:
     max_v: int | None
     forward: RowConfig
     backward: RowConfig
+    fused: RowConfig | None = None
 
-    @property
-    def fused(self) -> RowConfig:
-        """forward's threads and groups, and pieces of 8 KB of each tensor: 16 warps keep 256 KB in an SM's L1."""
-        return dataclasses.replace(self.forward, segment=min(self.forward.segment, 8192 // self.itemsize), measured=_UNTIMED)
+    def choose(self, direction: str) -> RowConfig:
+        """Return the configuration of "forward", "backward" or "fused".
+
+        Without a measurement row_fused gets forward's threads and groups, and pieces of 8 KB of each
+        tensor: 16 warps keep 256 KB in an SM's L1.
+        """
+        if direction == "fused" and self.fused is None:
+            segment = min(self.forward.segment, 8192 // self.itemsize)
+            return dataclasses.replace(self.forward, segment=segment, measured=_UNTIMED)
+        chosen: RowConfig = getattr(self, direction)
+        return chosen
 
 
 _EMULATED = "the interpreter pays per operation, not per element: wide tiles"
@@ -117,12 +126,15 @@ _override: dict[str, RowConfig] = {}
 
 
 def select(direction: str, arch: str, itemsize: int, vocabulary: int) -> RowConfig:
-    """The configuration of "forward", "backward" or "fused": the first entry of TABLE that fits."""
-    if direction in _override:
-        return _override[direction]
+    """Return the configuration of "forward", "backward" or "fused": `override`'s, else TABLE's."""
+    return _override.get(direction) or entry_for(arch, itemsize, vocabulary).choose(direction)
+
+
+def entry_for(arch: str, itemsize: int, vocabulary: int) -> Entry:
+    """Return the first entry of TABLE that fits."""
     for entry in TABLE:
         if entry.arch in (arch, "*") and entry.itemsize == itemsize and (entry.max_v is None or vocabulary <= entry.max_v):
-            return getattr(entry, direction)
+            return entry
     raise LookupError(f"no launch configuration for {arch}, {itemsize}-byte elements, V={vocabulary}: add an Entry to kernels/config.py")
 
 
