@@ -22,7 +22,7 @@ OPS = tuple(f"fastkl.{stem}" for stem in ("divergence", "tokens", "linear", "top
 PENALTY = ("fastkl.penalty",)
 RL = ("fastkl.rl", "fastkl.rl.*")
 # What tools and integrations use is what users use: a thing they need and cannot reach from here is missing from the interface.
-PUBLIC = ("fastkl", "fastkl.reference", "fastkl.rl")
+PUBLIC = ("fastkl", "fastkl.reference", "fastkl.rl", "fastkl.testing")
 ANY = ("*",)
 
 
@@ -39,6 +39,8 @@ class Layer:
 LAYERS = {
     "kernels": Layer(KERNELS, KERNELS, ("torch", "triton")),
     "reference": Layer(REFERENCE, ()),
+    # Right and wrong must not depend on the code under test.
+    "testing": Layer(("fastkl.testing",), ()),
     "command line": Layer(("fastkl.__main__",), ("fastkl.tools.cli",)),
     "shared": Layer(SHARED, SHARED + REFERENCE + KERNELS, ("torch", "triton")),
     # It returns what the functions on logits return.
