@@ -50,9 +50,8 @@ LAYERS = {
     "penalty": Layer(PENALTY, SHARED + OPS),
     "rl": Layer(RL, SHARED + OPS + PENALTY + RL),
     "facade": Layer(("fastkl",), SHARED + REFERENCE + OPS + PENALTY + ("fastkl.parallel", "fastkl.rl"), ()),
-    # Compiles the kernels without a GPU; switches row_fused on.
-    "doctor": Layer(("fastkl.tools.doctor.compiling", "fastkl.tools.doctor.fusing"),
-                    PUBLIC + ("fastkl.tools.doctor.*", "fastkl.kernels.compile_plan", "fastkl.kernels.config"), ANY),
+    # Switches row_fused on.
+    "doctor": Layer(("fastkl.tools.doctor",), PUBLIC + ("fastkl.tools.files", "fastkl.kernels.config"), ANY),
     "tools": Layer(("fastkl.tools", "fastkl.tools.*"), PUBLIC + ("fastkl.tools", "fastkl.tools.*"), ANY),
     "integrations": Layer(("fastkl.integrations", "fastkl.integrations.*"), PUBLIC + ("fastkl.integrations", "fastkl.integrations.*"), ANY),
 }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 
 import pytest
 import torch
 
 import fastkl
 from fastkl import _rows, testing
-from fastkl.tools.doctor import checks, fusing
+from fastkl.tools import doctor
 
 pytest.importorskip("triton")
 from fastkl.kernels import config, launch_fused
@@ -184,14 +183,8 @@ def test_losses_that_take_two_launches(monkeypatch) -> None:
         fastkl.KLPenalty(0.1, direction="reference||policy")(x, q).backward()
 
 
-def test_doctor_compares_one_launch_with_two_and_stops_it_if_it_hangs(monkeypatch) -> None:
+def test_doctor_compares_one_launch_with_float64(monkeypatch) -> None:
     monkeypatch.setattr(config, "fuses", config.fuses)  # the check sets it, in a process of its own
-    fusing.agree(DEVICE, ((3, 512),))
-    context = checks.Context(torch.device(DEVICE), time.monotonic() + 1000)
-    monkeypatch.setattr(fusing, "LIMIT", 0.05)
-    with pytest.raises(checks.DisagreementError, match="did not end"):
-        fusing.check_fused(context)
-    monkeypatch.setattr(fusing, "LIMIT", 90.0)
-    monkeypatch.setattr(fusing, "SHAPES", ((2, 513),))
-    with pytest.raises(checks.DisagreementError, match="did not take the rows"):
-        fusing.check_fused(context)
+    assert doctor.check_fused((3, 512), torch.device(DEVICE)).status == "ok"
+    with pytest.raises(AssertionError, match="did not take the rows"):
+        doctor.check_fused((2, 513), torch.device(DEVICE))
