@@ -1,4 +1,4 @@
-"""`fastkl doctor`: each fault it looks for makes it fail and name the check; a crash or a hang costs one check."""
+"""`fastkl doctor`: each fault makes it fail and name the check; a crash costs one check."""
 
 from __future__ import annotations
 
@@ -81,8 +81,17 @@ def test_json_that_cannot_be_written(report, capsys, tmp_path):
     assert "missing/report.json" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
-WRONG = ("--device tpu", "--json .", "--json missing/report.json", "--json /proc/x", "--json /proc/x/y",
-         "--json file/x", f"--json {'x' * 300}", "--seconds 5", "now")  # fmt: skip
+WRONG = (
+    "--device tpu",
+    "--json .",
+    "--json missing/report.json",
+    "--json /proc/x",
+    "--json /proc/x/y",
+    "--json file/x",
+    f"--json {'x' * 300}",
+    "--seconds 5",
+    "now",
+)
 
 
 @pytest.mark.parametrize("options", WRONG)
@@ -100,8 +109,7 @@ def test_wrong_options(options, capsys, monkeypatch, tmp_path):
 def test_on_a_gpu(tmp_path):
     file = tmp_path / "report.json"
     assert cli.main(["doctor", "--device", "cuda", "--json", str(file)]) == 0, file.read_text()
-    data = json.loads(file.read_text())
-    assert data["seconds"] < 120 and len(data["checks"]) == len(doctor.checks_for("cuda"))
+    assert len(json.loads(file.read_text())["checks"]) == len(doctor.checks_for("cuda"))
 
 
 # ---- faults
@@ -112,8 +120,6 @@ def times(factor):
 
 
 def spoiled(which, spoil):
-    """kl_divergence with a spoiled gradient to its first (0) or second (1) argument."""
-
     def kl(*logits, **options):
         logits = [value * 1 for value in logits]
         logits[which].register_hook(spoil)
@@ -143,12 +149,32 @@ AGREE = {"kl_divergence", "KL near 1e-6", "strided view", "vocabulary 128256"}
 SABOTAGE = {
     "KL off by 1 %": ("kl_divergence", times(1.01), AGREE, "kl: "),
     "KL is a NaN": ("kl_divergence", times(float("nan")), AGREE, "kl: got nan"),
-    "NaN in the gradient to p": ("kl_divergence", spoiled(0, lambda g: g.fill_(torch.nan)), AGREE, "the first"),
-    "gradient to q off by 2 %": ("kl_divergence", spoiled(1, lambda g: 1.02 * g), AGREE, "the second: row"),
+    "NaN in the gradient to p": (
+        "kl_divergence",
+        spoiled(0, lambda g: g.fill_(torch.nan)),
+        AGREE,
+        "the first",
+    ),
+    "gradient to q off by 2 %": (
+        "kl_divergence",
+        spoiled(1, lambda g: 1.02 * g),
+        AGREE,
+        "the second: row",
+    ),
     "gradient to p is 0": ("kl_divergence", spoiled(0, torch.zeros_like), AGREE, "the first: row"),
     "entropy off": ("token_stats", stats_off("entropy"), {"token_stats"}, "entropy: "),
-    "log-probability off": ("token_stats", stats_off("ref_logprob"), {"token_stats"}, "ref_logprob: "),
-    "linear off": ("linear_kl_divergence", lambda *a, **o: LINEAR(*a, **o) * 1.001, {"linear"}, "kl: "),
+    "log-probability off": (
+        "token_stats",
+        stats_off("ref_logprob"),
+        {"token_stats"},
+        "ref_logprob: ",
+    ),
+    "linear off": (
+        "linear_kl_divergence",
+        lambda *a, **o: LINEAR(*a, **o) * 1.001,
+        {"linear"},
+        "kl: ",
+    ),
     "a masked row that is not 0": ("kl_divergence", no_mask, {"masked rows"}, "beside masked rows"),
     "bits by batch": (
         "kl_divergence",
@@ -156,8 +182,13 @@ SABOTAGE = {
         {"alone and in batch"},
         "alone: ",
     ),
-    "an exception": ("token_stats", raises, {"token_stats"}, "RuntimeError: PassManager::run failed … name 'x' is not defined"),
-}  # fmt: skip
+    "an exception": (
+        "token_stats",
+        raises,
+        {"token_stats"},
+        "RuntimeError: PassManager::run failed … name 'x' is not defined",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", SABOTAGE)
@@ -185,7 +216,7 @@ def test_sabotage_is_found_and_named(report, monkeypatch, capsys, case):
 # ---- the machine and its speed
 
 
-def test_a_gpu_is_described(monkeypatch):
+def test_a_machine_with_faults(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**11))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     found = doctor.check_gpu(torch.device("cuda:1"))
@@ -196,7 +227,10 @@ def test_a_gpu_is_described(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.collect_env, "get_gpu_info", lambda run: "GPU 0: NVIDIA H200")
-    assert doctor.check_gpu(CPU) == Outcome("warning", doctor.check_gpu(CPU).text, {"count": 0})
+    assert doctor.check_gpu(CPU).status == "warning"
+    pins = ["filelock", "triton==3.0.1; linux"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: pins)
+    assert doctor.check_versions(CPU).status == "warning"
 
 
 @pytest.mark.parametrize(
@@ -214,15 +248,7 @@ def test_variables(monkeypatch, name, value, status):
     )
 
 
-def test_versions_that_do_not_go_together(monkeypatch):
-    monkeypatch.setattr(
-        doctor.importlib.metadata, "requires", lambda name: ["filelock", "triton==3.0.1; linux"]
-    )
-    assert doctor.check_versions(CPU).status == "warning"
-
-
 def test_percent_of_a_copy(monkeypatch):
-    """Forward moves the bytes of a copy, backward half as many more."""
     monkeypatch.setattr(doctor, "LARGE_VOCABULARY", 64)
     milliseconds = iter((2.0, 2.5, 5.0))
     figures = doctor.measure(CPU, 10, lambda run: (run(), next(milliseconds))[1])
@@ -268,13 +294,10 @@ def test_a_crash_a_hang_or_a_broken_gpu_costs_one_check(monkeypatch):
     assert not os.path.exists(isolated.folder)
 
 
-def test_nothing_starts_when_the_time_is_over_or_after_four_crashes(monkeypatch):
-    monkeypatch.setattr(doctor, "run_check", replaced)
+def test_nothing_starts_when_the_time_is_over_or_after_four_crashes():
     with Isolated("cpu") as isolated:
-        isolated.deadline = 0.0
-        assert isolated.run("1").status == "skipped"
-        isolated.deadline, isolated.starts = float("inf"), doctor.STARTS
-        assert isolated.run("1").status == "skipped"
+        for isolated.deadline, isolated.starts in ((0.0, 0), (float("inf"), doctor.STARTS)):
+            assert isolated.run(KEYS[0]).status == "skipped"
 
 
 def test_in_a_process_of_its_own(capfd):
@@ -284,7 +307,6 @@ def test_in_a_process_of_its_own(capfd):
 
 
 def in_session(session):
-    """Processes of a session that have not ended."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -298,8 +320,10 @@ def in_session(session):
 def test_a_signal_leaves_nothing_behind(tmp_path, name, code):
     """Ended while a check runs, it takes its child, a compiler and its folder with it."""
     start = (
-        "import sys, test_doctor\nfrom fastkl.tools import cli, doctor\ndoctor.run_check = test_doctor.replaced\n"
-        "doctor.checks_for = lambda device: {'compile': None}\nsys.exit(cli.main(['doctor', '--device', 'cpu']))"
+        "import sys, test_doctor\nfrom fastkl.tools import cli, doctor\n"
+        "doctor.run_check = test_doctor.replaced\n"
+        "doctor.checks_for = lambda device: {'compile': None}\n"
+        "sys.exit(cli.main(['doctor', '--device', 'cpu']))"
     )
     path = os.pathsep.join(map(str, (Path(__file__).parent, Path(fastkl.__file__).parents[1])))
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": path}

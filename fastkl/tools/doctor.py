@@ -1,7 +1,6 @@
 """`fastkl doctor`: checks that fastkl is right and fast on this machine, one line per check.
 
-A check is a function of a device that returns an Outcome or raises. Checks run in a process of
-their own: a crash or a hang costs one check and not the report.
+Checks run in a process of their own: a crash or a hang costs one check and not the report.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ import fastkl
 from .. import testing
 from .files import json_text, write_whole
 
-# Limits in seconds: of all checks, of one, of a process's first with its imports; number of processes.
+# Seconds of all checks, of one, of a process's first with its imports; number of processes.
 SECONDS, HANG, START, STARTS = 55.0, 30.0, 120.0, 4
 # After these a process can no longer use its GPU.
 LOST = r"(CUDA|HIP) error|Triton Error|illegal memory|misaligned|launch failure|device-side"
@@ -66,10 +65,12 @@ class Outcome:
 
 def check_versions(device: torch.device) -> Outcome:
     """Report versions; the figures are all that torch.utils.collect_env finds."""
-    found = collect_env.get_env_info()._asdict()  # type: ignore[no-untyped-call]
-    figures = {name: str(value) for name, value in found.items() if value and name != "cpu_info"}
+    figures: dict[str, str] = {}
+    with contextlib.suppress(Exception):  # it runs programs that may be missing
+        found = collect_env.get_env_info()._asdict()  # type: ignore[no-untyped-call]
+        figures = {name: str(value) for name, value in found.items() if name != "cpu_info"}
     text = f"fastkl {fastkl.__version__} in {os.path.dirname(fastkl.__file__).replace(HOME, '~/')}"
-    text += f", Python {found['python_version'].split()[0]}, {found['os']}"
+    text += f", Python {sys.version.split()[0]}, {figures.get('os', sys.platform)}"
     for name in ("torch", "triton", "transformers", "trl"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             text += f", {name} {importlib.metadata.version(name)}"
@@ -243,11 +244,10 @@ def measure(device: torch.device, rows: int, timer: Callable[..., float]) -> dic
     q += p.mul_(3)
     leaf, copy = testing.leaf(p), torch.empty_like(p)
     kl = fastkl.kl_divergence(leaf, q)
-    weights = torch.rand_like(kl)
     runs: dict[str, tuple[int, Callable[[], object]]] = {
         "copy": (2, lambda: copy.copy_(p)),
         "forward": (2, lambda: fastkl.kl_divergence(p, q)),
-        "backward": (3, lambda: torch.autograd.grad(kl, leaf, weights, retain_graph=True)),
+        "backward": (3, partial(torch.autograd.grad, kl, leaf, torch.rand_like(kl), True)),
     }
     figures: dict[str, float] = {"rows": rows, "vocabulary": LARGE_VOCABULARY}
     for name, (tensors, run) in runs.items():
