@@ -9,11 +9,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import cases
 import torch
 import torch.nn.functional as F
 
 import fastkl
+from fastkl import testing
 
 INPUTS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "weights")
 FIELDS = fastkl.TokenStats._fields
@@ -21,7 +21,7 @@ FIELDS = fastkl.TokenStats._fields
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # Half the distance of float16's subnormal numbers, times 4 for a gradient that is multiplied by its upstream gradient after it was rounded.
 SUBNORMAL = {torch.float16: 2.0**-23}
-# Absolute errors that cases.kl_tolerance and test_tokens.py allow one token, of weight 4 at the most.
+# Absolute errors that testing.kl_tolerance and test_tokens.py allow one token, of weight 4 at the most.
 NEAR_ZERO = {"logprob": 2e-6, "ref_logprob": 2e-6, "entropy": 2e-6, "kl": 4e-8, "ref_kl": 4e-8, "gradient to weights": 4e-8}
 
 
@@ -142,7 +142,7 @@ def differentiate(case: Case, inputs: dict[str, torch.Tensor], values: dict[str,
 
 def upstream_for(case: Case, name: str, value: torch.Tensor) -> torch.Tensor:
     """The upstream gradient of a value, the same numbers in every type."""
-    return (cases.upstream_for(value, case.seed + FIELDS.index(name)) if case.random else torch.ones_like(value)) * case.scale
+    return (testing.upstream_for(value, case.seed + FIELDS.index(name)) if case.random else torch.ones_like(value)) * case.scale
 
 
 def keywords(case: Case, device: str) -> dict[str, object]:
@@ -174,11 +174,11 @@ def fastkl_outcome(case: Case, device: str) -> dict[str, torch.Tensor]:
 # ---- the truth, and plain torch
 
 
-def textbook(p_logits: torch.Tensor, q_logits: torch.Tensor, temperature: float | torch.Tensor) -> cases.Truth:
+def textbook(p_logits: torch.Tensor, q_logits: torch.Tensor, temperature: float | torch.Tensor) -> testing.Truth:
     """Two log-softmaxes and the KLs as everyone writes them, in the logits' type."""
     scale = temperature[..., None] if isinstance(temperature, torch.Tensor) else temperature
     log_p, log_q = (p_logits / scale).log_softmax(-1), (q_logits / scale).log_softmax(-1)
-    return cases.Truth(log_p, log_q, -(log_p.exp() * log_p).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1),
+    return testing.Truth(log_p, log_q, -(log_p.exp() * log_p).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1),
                        (log_q.exp() * (log_q - log_p)).sum(-1))
 
 
@@ -188,7 +188,7 @@ def capped(case: Case, logits: torch.Tensor) -> torch.Tensor:
 
 
 def compute(case: Case, inputs: dict[str, torch.Tensor], head: Callable, statistics: Callable) -> dict[str, torch.Tensor]:
-    """The values by definition: head(hidden, weight, bias) are the logits, statistics(p, q, temperature) a cases.Truth."""
+    """The values by definition: head(hidden, weight, bias) are the logits, statistics(p, q, temperature) a testing.Truth."""
     leading, device = inputs["hidden"].shape[:-1], inputs["hidden"].device
     mask = torch.ones(leading, dtype=torch.bool, device=device) if case.mask is None else case.mask.to(device)
     second = inputs
@@ -213,7 +213,7 @@ def compute(case: Case, inputs: dict[str, torch.Tensor], head: Callable, statist
 def truth(case: Case) -> dict[str, torch.Tensor]:
     """fp64 of the very inputs, gradients by autograd, on the CPU."""
     inputs = leaves(case, torch.float64)
-    return differentiate(case, inputs, compute(case, inputs, F.linear, cases.truth))
+    return differentiate(case, inputs, compute(case, inputs, F.linear, testing.truth))
 
 
 def logits_dtype(case: Case) -> torch.dtype:
@@ -238,7 +238,7 @@ def plain(case: Case, device: str) -> dict[str, torch.Tensor]:
         return wide + (logits.float() - logits.float().detach())
 
     inputs = leaves(case, device=device)
-    return differentiate(case, inputs, compute(case, inputs, head, cases.truth if exact else textbook))
+    return differentiate(case, inputs, compute(case, inputs, head, testing.truth if exact else textbook))
 
 
 # ---- how far a result may be off
@@ -272,7 +272,7 @@ def rounding(case: Case, exact: dict[str, torch.Tensor], draws: int = 6) -> dict
     squares = dict.fromkeys(exact, 0.0)
     for seed in range(draws):
         inputs = leaves(case, torch.float64)
-        moved = differentiate(case, inputs, compute(case, inputs, moving_head(case, torch.Generator().manual_seed(seed)), cases.truth))
+        moved = differentiate(case, inputs, compute(case, inputs, moving_head(case, torch.Generator().manual_seed(seed)), testing.truth))
         for name in exact:
             squares[name] += float((moved[name] - exact[name]).norm() ** 2) / draws
     allowed = {}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-import cases
 import pytest
 import torch
 
 import fastkl
 from benchmarks import cpu
-from fastkl import _cpu_gradients, _cpu_passes, _cpu_rows, _row_blocks, _rows, reference, token_stats
+from fastkl import _cpu_gradients, _cpu_passes, _cpu_rows, _row_blocks, _rows, reference, testing, token_stats
 
 V = 1003
 
@@ -30,7 +29,7 @@ def outcome(p, q, tokens, temperature=1.0, mask=None, wanted=_rows.FIELDS, scali
 def mixed(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows that take every way: equal, nearest, near, wide, shifted both ways, far, masked, infinite, NaN."""
     sizes = (0.0, 1e-4, 0.02, 0.2, 0.3, 0.5, 1.0, 3.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
-    rows = [cases.pair(cases.KINDS[i % len(cases.KINDS)], 1, V, size, dtype=dtype, seed=i) for i, size in enumerate(sizes)]
+    rows = [testing.pair(testing.KINDS[i % len(testing.KINDS)], 1, V, size, dtype=dtype, seed=i) for i, size in enumerate(sizes)]
     p, q = torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
     q[8] += 50
     p[9] += 50
@@ -56,36 +55,36 @@ def test_bits_do_not_depend_on_the_batch(dtype, temperature, monkeypatch) -> Non
     for i in range(rows):
         alone = outcome(p[i : i + 1], q[i : i + 1], tokens[i : i + 1], of(slice(i, i + 1)))
         for name, value, single in zip(("fields", "saved", "gradient to p", "gradient to q"), expected, alone, strict=True):
-            cases.assert_same_bits(single, value[:, i : i + 1] if name == "fields" else value[i : i + 1], f"{name} of row {i}")
+            testing.assert_same_bits(single, value[:, i : i + 1] if name == "fields" else value[i : i + 1], f"{name} of row {i}")
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
     base = [torch.zeros(rows, V + 5, dtype=dtype)[:, 3 : 3 + V].copy_(side[order]) for side in (p, q)]
     for elements in (600, 5 * V + 1, 1 << 20):
         monkeypatch.setattr(_row_blocks, "BLOCK_ELEMENTS", elements)
         monkeypatch.setattr(_row_blocks, "ROWS_AT_ONCE", 4)
         for name, value, other in zip(("fields", "saved", "p", "q"), expected, outcome(*base, tokens[order], of(order)), strict=True):
-            cases.assert_same_bits(other, value[:, order] if name == "fields" else value[order], f"{name}, {elements} elements")
+            testing.assert_same_bits(other, value[:, order] if name == "fields" else value[order], f"{name}, {elements} elements")
 
 
 def test_bits_of_long_rows_with_two_threads() -> None:
     """With several threads torch divides the sum of a row that is alone."""
-    p, q = cases.pair("normal3", 3, 33001, 0.1)
+    p, q = testing.pair("normal3", 3, 33001, 0.1)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         values = torch.randn(3, 33001)
         for i in range(3):
-            cases.assert_same_bits(_cpu_passes.row_sum(values[i : i + 1]), _cpu_passes.row_sum(values)[i : i + 1], "sum")
+            testing.assert_same_bits(_cpu_passes.row_sum(values[i : i + 1]), _cpu_passes.row_sum(values)[i : i + 1], "sum")
         tokens = torch.zeros(3, dtype=torch.long)
         whole = outcome(p, q, tokens)
         for i in range(3):
-            cases.assert_same_bits(outcome(p[i : i + 1], q[i : i + 1], tokens[:1])[0], whole[0][:, i : i + 1], "fields")
+            testing.assert_same_bits(outcome(p[i : i + 1], q[i : i + 1], tokens[:1])[0], whole[0][:, i : i + 1], "fields")
         for vocabulary in (17, 300, 1003, 5003):
-            p, q = cases.pair("normal3", 40, vocabulary, 0.1)
+            p, q = testing.pair("normal3", 40, vocabulary, 0.1)
             ones, whole = torch.ones(40), apart(p, q, None, 1.0, torch.ones(40))[2]
-            cases.assert_same_bits(together(p, q, None, 1.0, ones, torch.empty_like(p))[2], whole, f"V = {vocabulary}, together")
+            testing.assert_same_bits(together(p, q, None, 1.0, ones, torch.empty_like(p))[2], whole, f"V = {vocabulary}, together")
             for compute in (apart, lambda *row: together(*row, torch.empty_like(row[0]))):
                 alone = [compute(p[i : i + 1], q[i : i + 1], None, 1.0, ones[:1])[2] for i in range(40)]
-                cases.assert_same_bits(torch.cat(alone), whole, f"V = {vocabulary}, alone")
+                testing.assert_same_bits(torch.cat(alone), whole, f"V = {vocabulary}, alone")
     finally:
         torch.set_num_threads(threads)
 
@@ -103,23 +102,23 @@ def test_which_rows_are_left_to_the_definition() -> None:
 @pytest.mark.parametrize("wanted", [("kl",), _rows.FIELDS], ids=["kl", "all"])
 def test_both_sides_of_a_border(size, wanted) -> None:
     """The largest |d| just below and at each border: values and gradients within the bounds."""
-    p, _ = cases.pair("normal1", 4, V, 0.0, seed=1)
+    p, _ = testing.pair("normal1", 4, V, 0.0, seed=1)
     q = p + 0.05 * torch.randn(4, V, generator=torch.Generator().manual_seed(2))
     for row, sign in zip(range(4), (1, -1, 1, -1), strict=True):
         where = p[row].argmin()
         q[row, where] = p[row, where] + sign * size
     tokens = torch.arange(4)
     fields, _, grad_p, grad_q = outcome(p, q, tokens, wanted=wanted)
-    exact = cases.truth(p, q)
+    exact = testing.truth(p, q)
     named = dict(zip(wanted, fields, strict=True))
-    cases.assert_kl(named["kl"], exact.kl)
+    testing.assert_kl(named["kl"], exact.kl)
     if "ref_kl" in named:
-        cases.assert_kl(named["ref_kl"], exact.ref_kl, "ref_kl")
-        cases.assert_near(named["ref_logprob"], exact.log_q.gather(-1, tokens[:, None])[:, 0], 2e-6, 2e-6, "ref_logprob")
+        testing.assert_kl(named["ref_kl"], exact.ref_kl, "ref_kl")
+        testing.assert_near(named["ref_logprob"], exact.log_q.gather(-1, tokens[:, None])[:, 0], 2e-6, 2e-6, "ref_logprob")
         return
-    expected = cases.kl_gradients(exact, torch.full((4,), 0.5))
-    cases.assert_gradient(grad_p, expected.p, "gradient to p")
-    cases.assert_gradient(grad_q, expected.q, "gradient to q")
+    expected = testing.kl_gradients(exact, torch.full((4,), 0.5))
+    testing.assert_gradient(grad_p, expected.p, "gradient to p")
+    testing.assert_gradient(grad_q, expected.q, "gradient to q")
 
 
 COMBINATIONS = [names for count in (1, 2, 5) for names in itertools.combinations(_rows.FIELDS, count)]
@@ -129,7 +128,7 @@ COMBINATIONS = [names for count in (1, 2, 5) for names in itertools.combinations
 def test_any_mix_of_upstream_gradients(sides, monkeypatch) -> None:
     """Each mix of fields and sides agrees with the definition in float64, also in columns and in place."""
     monkeypatch.setattr(_row_blocks, "BLOCK_ELEMENTS", 600)
-    p, q = cases.pair("normal3", 5, V, 0.3, seed=3)
+    p, q = testing.pair("normal3", 5, V, 0.3, seed=3)
     tokens, temperature = torch.tensor([0, 199, 200, 1002, 500]), torch.linspace(0.7, 1.4, 5)
     outputs, saved = {name: torch.empty(5) for name in _rows.FIELDS}, torch.empty(5, _rows.SAVED)
     _rows.forward("reference", p, q, tokens, None, temperature, outputs, saved)
@@ -143,14 +142,14 @@ def test_any_mix_of_upstream_gradients(sides, monkeypatch) -> None:
         _rows.backward("reference", *places, tokens, None, temperature, saved, upstream, *grads)
         for name, grad, value in zip("pq", grads, exact, strict=True):
             if grad is not None:
-                cases.assert_gradient(grad, value, f"gradient of {names} to {name}", 2e-5)
+                testing.assert_gradient(grad, value, f"gradient of {names} to {name}", 2e-5)
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts_and_masks(layout) -> None:
     """Rows of any strides under a mask with holes equal the rows alone; masked rows stay 0 over NaN."""
     base = torch.randn(4, 5, 6, V + 3, generator=torch.Generator().manual_seed(0))[..., :V]
-    p = cases.LAYOUTS[layout](base)
+    p = testing.LAYOUTS[layout](base)
     q = p + 0.1
     q = q + 0.1 * torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
     tokens = torch.full(p.shape[:-1], 7)
@@ -158,15 +157,15 @@ def test_layouts_and_masks(layout) -> None:
     whole = token_stats(p.contiguous(), tokens, q)
     got = token_stats(p, tokens, q.masked_fill(~mask[..., None], torch.nan), mask=mask)
     for value, expected in zip(got, whole, strict=True):
-        cases.assert_same_bits(value, torch.where(mask, expected, 0.0), layout)
+        testing.assert_same_bits(value, torch.where(mask, expected, 0.0), layout)
 
 
 @pytest.mark.parametrize("kind", ["normal8", "peaked", "very_peaked"])
 def test_gradient_of_long_rows(kind) -> None:
     """The sums over 128256 entries keep their digits where one token holds nearly all probability, in both ways to compute a gradient."""
     for seed, size in enumerate((1e-4, 1e-3, 1e-2, 0.1)):
-        p, q = cases.pair(kind, 4, 128256, size, seed=seed)
-        expected = cases.kl_gradients(cases.truth(p, q), torch.ones(4)).p
+        p, q = testing.pair(kind, 4, 128256, size, seed=seed)
+        expected = testing.kl_gradients(testing.truth(p, q), torch.ones(4)).p
         for result in (together(p, q, None, 1.0, torch.ones(4), torch.empty_like(p))[2], apart(p, q, None, 1.0, torch.ones(4))[2]):
             error = (result.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
             assert error.max() < 4e-6, f"{kind}, {size}: {error.tolist()}"
@@ -195,7 +194,7 @@ def apart(p, q, mask, temperature, weights):
 def test_together_equals_forward_and_backward(kind, dtype, temperature, monkeypatch) -> None:
     """The same bits of KL, saved values and gradient, in blocks of any size and memory, in place, and under a mask with holes and NaN."""
     if kind == "near":
-        p, q = cases.pair("normal3", 40, V, 0.01, dtype=dtype, seed=5)
+        p, q = testing.pair("normal3", 40, V, 0.01, dtype=dtype, seed=5)
     else:
         p, q, _ = mixed(dtype)
     rows = len(p)
@@ -216,14 +215,14 @@ def test_together_equals_forward_and_backward(kind, dtype, temperature, monkeypa
                 for name, value, other in zip(("kl", "saved", "gradient"), together(x, q, mask, temperature, weights, grad), wanted, strict=True):
                     # Treat all NaNs as equal, and -0 as 0.
                     value, other = (torch.where(each.isnan(), 7.0, each + 0.0) for each in (value, other))
-                    cases.assert_same_bits(value, other, f"{name}, {elements} elements, {few} bytes")
+                    testing.assert_same_bits(value, other, f"{name}, {elements} elements, {few} bytes")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_of_a_loss(dtype) -> None:
     """A loss and its gradient need little more memory than the gradient takes."""
     for rows, vocabulary in ((2048, 1000), (64, 32000), (80, 40001)):
-        p, q = cases.pair("normal3", rows, vocabulary, 0.01, dtype=dtype)
+        p, q = testing.pair("normal3", rows, vocabulary, 0.01, dtype=dtype)
         peak = cpu.peak_bytes(lambda p, q: fastkl.kl_divergence(p, q, reduction="sum"), p.requires_grad_(), q)
         assert peak <= 1.13 * p.nbytes, (rows, vocabulary, peak / p.nbytes)
 
@@ -232,7 +231,7 @@ def test_memory_of_a_loss(dtype) -> None:
 @pytest.mark.parametrize("loss", ["mean", "penalty"])
 def test_losses_for_any_upstream_gradient(loss, dtype) -> None:
     """1, others, once more through a retained graph, in a graph, and in a batch: the gradient of the KL per token, weighed."""
-    p, q = (side.view(2, 3, V) for side in cases.pair("normal3", 6, V, 0.1, dtype=dtype, seed=2))
+    p, q = (side.view(2, 3, V) for side in testing.pair("normal3", 6, V, 0.1, dtype=dtype, seed=2))
     mask = torch.tensor([[True, True, False], [True, False, True]])
     x = p.clone().requires_grad_()
 
@@ -264,7 +263,7 @@ def test_losses_for_any_upstream_gradient(loss, dtype) -> None:
 
 
 def test_no_upstream_gradient_is_a_gradient_of_zeros() -> None:
-    p, q = cases.pair("normal3", 2, V, 0.1)
+    p, q = testing.pair("normal3", 2, V, 0.1)
     saved = outcome(p, q, torch.zeros(2, dtype=torch.long))[1]
     grad = torch.full_like(p, torch.nan)
     _rows.backward("reference", p, q, None, None, 1.0, saved, {}, grad, None)
@@ -273,7 +272,7 @@ def test_no_upstream_gradient_is_a_gradient_of_zeros() -> None:
 
 def test_upstream_gradients_that_hide_infinities() -> None:
     """0 over an infinite KL gives 0; an infinity leaves masked rows at 0."""
-    p, q = cases.pair("normal3", 4, V, 0.1)
+    p, q = testing.pair("normal3", 4, V, 0.1)
     q[3, 0] = -torch.inf
     x = p.requires_grad_()
     loss = fastkl.kl_divergence(x, q, reduction="sum")
@@ -289,7 +288,7 @@ def test_upstream_gradients_that_hide_infinities() -> None:
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_any_default_type(default) -> None:
     """torch.set_default_dtype changes neither results nor what later calls compute."""
-    p, q = cases.pair("normal3", 3, V, 0.1)
+    p, q = testing.pair("normal3", 3, V, 0.1)
 
     def found():
         x = p.clone().requires_grad_()
@@ -305,17 +304,17 @@ def test_any_default_type(default) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     for value, other, again in zip(expected, others, found(), strict=True):
-        cases.assert_same_bits(other, value, str(default))
-        cases.assert_same_bits(again, value, "afterwards")
+        testing.assert_same_bits(other, value, str(default))
+        testing.assert_same_bits(again, value, "afterwards")
 
 
 def test_gradients_of_another_type_under_a_mask() -> None:
     """Rows picked one by one give 16-bit gradients of float32 logits as the others do."""
-    p, q = cases.pair("normal3", 12, V, 0.1)
+    p, q = testing.pair("normal3", 12, V, 0.1)
     mask = torch.arange(12) % 3 != 1
     grad = torch.empty(12, V, dtype=torch.bfloat16)
     together(p, q, mask, 1.0, torch.ones(12), grad)
-    cases.assert_same_bits(grad, apart(p, q, mask, 1.0, torch.ones(12))[2].bfloat16(), "gradient")
+    testing.assert_same_bits(grad, apart(p, q, mask, 1.0, torch.ones(12))[2].bfloat16(), "gradient")
 
 
 def test_float16_is_right_whatever_comes_after_the_sum() -> None:
@@ -324,16 +323,16 @@ def test_float16_is_right_whatever_comes_after_the_sum() -> None:
     q = torch.tensor([[0.0, -65504.0]], dtype=torch.float16)
     fastkl.kl_divergence(p, q, reduction="mean", normalizer=8192).backward()
     torch.testing.assert_close(p.grad, torch.tensor([[-1.9990, 1.9990]], dtype=torch.float16))
-    p, q = cases.pair("normal3", 2, 16001, 3e-3, dtype=torch.float16)
+    p, q = testing.pair("normal3", 2, 16001, 3e-3, dtype=torch.float16)
     x = p.clone().requires_grad_()
-    expected = 65536 * cases.kl_gradients(cases.truth(p, q), torch.ones(2)).p
+    expected = 65536 * testing.kl_gradients(testing.truth(p, q), torch.ones(2)).p
     fastkl.kl_divergence(x, q, reduction="sum").backward(torch.tensor(65536.0))
     assert ((x.grad.double() - expected).norm(dim=-1) <= 6e-4 * expected.norm(dim=-1)).all()
 
 
 def test_a_normalizer_of_0_over_an_infinite_sum() -> None:
     """Value and gradient 0, with and without gradient; what is kept of a loss is not the loss."""
-    p, q = cases.pair("normal3", 2, 9, 0.1)
+    p, q = testing.pair("normal3", 2, 9, 0.1)
     q[0, 0] = -torch.inf
     penalty = fastkl.KLPenalty(0.1)
     for x in (p, p.clone().requires_grad_()):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-import cases
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
-from fastkl import _dispatch, _linear_ops, _ops
+from fastkl import _dispatch, _linear_ops, _ops, testing
 
 DISPATCHED = (_ops.row_statistics, _ops.row_gradients, _linear_ops.linear_statistics, _linear_ops.linear_gradients, _linear_ops.linear_weighted_kl,
               _linear_ops.scaled)
@@ -94,7 +93,7 @@ def test_a_dispatch_mode_sees_the_ops_and_the_bits_are_the_same(implementation, 
         by_op = outcome(FUNCTIONS[name], d)
     assert seen.names == expected
     for result, value in zip(by_op, plain, strict=True):
-        cases.assert_same_bits(result, value, name)
+        testing.assert_same_bits(result, value, name)
         assert bool((value != 0).any())
 
 
@@ -107,7 +106,7 @@ def test_without_the_short_ways(implementation, name, monkeypatch) -> None:
     for each in DISPATCHED:
         monkeypatch.setattr(each, "_eager", None)
     for result, value in zip(outcome(FUNCTIONS[name], d), expected, strict=True):
-        cases.assert_same_bits(result, value, name)
+        testing.assert_same_bits(result, value, name)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -119,7 +118,7 @@ def test_a_checkpoint_with_a_mode_around_forward_only(implementation, name) -> N
         result = checkpoint(lambda value: FUNCTIONS[name]({**d, leaf: value})[0].sum(), d[leaf], use_reentrant=False)
     grad, = torch.autograd.grad(result, d[leaf])
     expected, = torch.autograd.grad(FUNCTIONS[name](d)[0].sum(), d[leaf])
-    cases.assert_same_bits(grad, expected, name)
+    testing.assert_same_bits(grad, expected, name)
 
 
 class Wrapped(torch.Tensor):
@@ -146,12 +145,12 @@ def test_a_subclass_meets_the_op(implementation) -> None:
     Wrapped.met.clear()
     result = fastkl.kl_divergence(Wrapped(d["p"].detach()), d["q"])
     assert Wrapped.met == ["fastkl::row_statistics"]
-    cases.assert_same_bits(result, kl(d)[0].detach(), "kl")
+    testing.assert_same_bits(result, kl(d)[0].detach(), "kl")
 
 
 def test_tracers_see_the_op() -> None:
     """torch.jit.trace and make_fx keep the op, and a meta tensor gives shapes."""
-    p, q = (value.detach() for value in cases.pair("normal1", 3, 7, 0.3))
+    p, q = (value.detach() for value in testing.pair("normal1", 3, 7, 0.3))
     with pytest.warns(torch.jit.TracerWarning), fastkl.use_backend("reference"):
         traced = torch.jit.trace(lambda p, q: fastkl.kl_divergence(p, q), (p, q), check_trace=False)
     assert "fastkl::row_statistics" in str(traced.graph)
@@ -177,7 +176,7 @@ def test_a_tensor_that_outlived_its_transform(implementation) -> None:
     torch.func.grad(leak)(d["p"].detach())
     for mode in (torch.no_grad(), torch.enable_grad()):
         with mode:
-            cases.assert_same_bits(fastkl.kl_divergence(left[0], d["q"]), kl(d)[0].detach(), "kl")
+            testing.assert_same_bits(fastkl.kl_divergence(left[0], d["q"]), kl(d)[0].detach(), "kl")
 
 
 def test_what_lies_in_memory_negated(implementation) -> None:
@@ -185,11 +184,11 @@ def test_what_lies_in_memory_negated(implementation) -> None:
     d = data(implementation.device)
     marked = torch.randn(3, 14, dtype=torch.cfloat, device=implementation.device).conj().imag.as_strided((3, 7), (28, 1))
     assert marked.is_neg() and marked.stride(-1) == 1
-    cases.assert_same_bits(fastkl.kl_divergence(marked, d["q"]), fastkl.kl_divergence(marked.resolve_neg().clone(), d["q"]), "kl")
+    testing.assert_same_bits(fastkl.kl_divergence(marked, d["q"]), fastkl.kl_divergence(marked.resolve_neg().clone(), d["q"]), "kl")
     upstream = torch.linspace(1.0, 2.0, 3, device=implementation.device)
     result = fastkl.kl_divergence(d["p"], d["q"])
     minus, plus = (torch.autograd.grad(result, d["p"], value, retain_graph=True)[0] for value in (torch._neg_view(upstream), upstream))
-    cases.assert_same_bits(minus, -plus, "gradient")
+    testing.assert_same_bits(minus, -plus, "gradient")
 
 
 @pytest.mark.parametrize("name", ["kl", "stats", "linear_none", "linear_mean"])
@@ -219,7 +218,7 @@ def test_a_reference_from_inference_mode(implementation, name, compiled) -> None
     with Seen() if compiled else torch.enable_grad():
         results = outcome(FUNCTIONS[name], {**d, **made})
     for result, value in zip(results, expected, strict=True):
-        cases.assert_same_bits(result, value, name)
+        testing.assert_same_bits(result, value, name)
 
 
 def test_a_penalty_keeps_nothing_of_a_transform(implementation) -> None:
@@ -279,7 +278,7 @@ def test_the_ops_under_vmap(implementation) -> None:
     p, q = d["p"].detach(), d["q"]
     rest = (None, None, None, 1.0, "kl", implementation.backend)
     mapped = torch.vmap(lambda p, q: torch.ops.fastkl.row_statistics(p, q, *rest)[3])(p, q)
-    cases.assert_same_bits(mapped, kl(d)[0].detach(), "kl")
+    testing.assert_same_bits(mapped, kl(d)[0].detach(), "kl")
     heads, settings = (d["hidden"].detach(), d["weight"].detach(), d["ref_hidden"]), (0.0, 0.0, 1.0, implementation.backend, torch.float32, None)
     linear_statistics = torch.ops.fastkl.linear_statistics
     mapped = torch.vmap(lambda h, r: linear_statistics(h, heads[1], None, r, None, None, None, *rest[:5], *settings, False)[3])(heads[0], heads[2])

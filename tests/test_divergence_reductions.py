@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-import cases
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkl
+from fastkl import testing
 
 V, H = 17, 5
 NORMALIZERS = {"default": None, "number": 2.5, "whole number": 7, "tensor": torch.tensor(2.5), "whole tensor": torch.tensor([7]),
@@ -19,7 +19,7 @@ NORMALIZERS = {"default": None, "number": 2.5, "whole number": 7, "tensor": torc
 
 def batch(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """(p, q, mask, weights): two sequences, of three tokens and of one; what is masked holds NaN."""
-    p, q = (value.view(2, 3, V) for value in cases.pair("normal3", 6, V, 0.5, dtype=dtype))
+    p, q = (value.view(2, 3, V) for value in testing.pair("normal3", 6, V, 0.5, dtype=dtype))
     mask = torch.tensor([[True, True, True], [True, False, False]])
     weights = torch.tensor([[0.5, -1.0, 2.0], [0.25, math.nan, math.inf]])
     p = torch.where(mask[..., None], p, math.nan)
@@ -39,20 +39,19 @@ def test_value_and_gradients(implementation, reduction, weighted, normalizer) ->
     if reduction == "sum" and normalizer is not None:
         pytest.skip("a sum has no normalizer")
     p, q, mask, weights = batch(implementation.device)
-    leaves = [cases.leaf(value) for value in (p, q, weights)]
+    leaves = [testing.leaf(value) for value in (p, q, weights)]
     result = fastkl.kl_divergence(*leaves[:2], mask, weights=leaves[2] if weighted else None, reduction=reduction,
                                   normalizer=on(implementation.device, normalizer))
-    exact = [cases.leaf(value[mask].double()) for value in (p, q, weights)]
-    log_p, log_q = (value.log_softmax(-1) for value in exact[:2])
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    exact = [testing.leaf(value[mask].double()) for value in (p, q, weights)]
+    kl = testing.truth(*exact[:2]).kl
     divisor = 1 if reduction == "sum" else float(4 if normalizer is None else normalizer)
     expected = (kl * exact[2] if weighted else kl).sum() / divisor
     assert result.dtype == torch.float32 and result.shape == ()
-    cases.assert_near(result, expected, 2e-5, 0.0, "value")
+    testing.assert_near(result, expected, 2e-5, 0.0, "value")
     for leaf, value in zip(leaves[:2 + weighted], exact, strict=False):
         grad, exact_grad = torch.autograd.grad(result, leaf, retain_graph=True)[0], torch.autograd.grad(expected, value, retain_graph=True)[0]
         assert bool((grad[~mask] == 0).all())
-        cases.assert_near(grad[mask], exact_grad, 1e-4, 1e-7, "gradient")
+        testing.assert_near(grad[mask], exact_grad, 1e-4, 1e-7, "gradient")
 
 
 def test_a_mean_in_float64_and_under_a_float64_default() -> None:
@@ -94,7 +93,7 @@ def test_accumulation(implementation, name) -> None:
     """Micro-batches of different lengths with the whole batch's count add up to its gradient; with their own means they do not."""
     loss = losses(implementation.device)[name]
     p, _, mask, _ = batch(implementation.device)
-    leaf = cases.leaf(p)
+    leaf = testing.leaf(p)
     whole, = torch.autograd.grad(loss(leaf, mask, None), leaf)
     count = (mask.any(-1) if "sequence" in name else mask).sum()
     for normalizer in (count, int(count), None):
@@ -110,7 +109,7 @@ def test_a_normalizer_of_zero(implementation, name) -> None:
     p, _, mask, _ = batch(implementation.device)
     zero = torch.zeros((), dtype=torch.long, device=implementation.device)
     for counted in (mask, torch.zeros_like(mask)):
-        leaf = cases.leaf(p)
+        leaf = testing.leaf(p)
         loss = losses(implementation.device)[name](leaf, counted, zero)
         loss.backward()
         assert loss.item() == 0.0 and bool((leaf.grad == 0).all())
@@ -128,9 +127,9 @@ def test_statistics_of_sequences(implementation) -> None:
         losses = penalty(p, q, mask, normalizer=normalizer), linear(p, eye, q, mask=mask, normalizer=normalizer)
         for last, loss in zip((penalty.last, linear.last), losses, strict=True):
             assert float(last["sequences"]) == 2 and float(last["tokens"]) == 4 and torch.equal(last["loss"], loss.detach())
-            cases.assert_near(last["kl_per_sequence"], kl.sum() / 2, 1e-5, 0.0, "kl_per_sequence")
-            cases.assert_near(last["kl"], kl.sum() / 4, 1e-5, 0.0, "kl")
-            cases.assert_near(loss, 0.5 * kl.sum() / (normalizer or 1), 1e-5, 0.0, "loss")
+            testing.assert_near(last["kl_per_sequence"], kl.sum() / 2, 1e-5, 0.0, "kl_per_sequence")
+            testing.assert_near(last["kl"], kl.sum() / 4, 1e-5, 0.0, "kl")
+            testing.assert_near(loss, 0.5 * kl.sum() / (normalizer or 1), 1e-5, 0.0, "loss")
     for leading, sequences in ((), 1), ((3,), 1), ((2, 3), 2), ((2, 2, 3), 4), ((2, 0), 0):
         penalty = fastkl.KLPenalty(0.5)
         penalty(torch.zeros(*leading, V), torch.zeros(*leading, V))
@@ -195,7 +194,7 @@ def test_made_inside_a_compiled_step(backend) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     for normalizer in (None, torch.tensor(9)):
-        leaves = cases.leaf(p), cases.leaf(p)
+        leaves = testing.leaf(p), testing.leaf(p)
         losses = compiled(leaves[0], normalizer), step(leaves[1], normalizer)
         for loss in losses:
             loss.backward()

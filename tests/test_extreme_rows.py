@@ -8,7 +8,7 @@ import cases
 import pytest
 import torch
 
-from fastkl import KLPenalty, LinearKLPenalty, kl_divergence, linear_token_stats, token_stats
+from fastkl import KLPenalty, LinearKLPenalty, kl_divergence, linear_token_stats, testing, token_stats
 
 ROWS = 16
 
@@ -33,13 +33,13 @@ def test_equal_logits_are_uniform(implementation, value) -> None:
     for pair in ((x, y), (y, x)):
         p, q = (side.to(implementation.device).requires_grad_() for side in pair)
         stats = token_stats(p, tokens, q)
-        exact = cases.truth(p.detach().cpu(), q.detach().cpu())
-        cases.assert_near(stats.logprob, exact.log_p[:, 5], 2e-6, 2e-6, "logprob")
-        cases.assert_near(stats.ref_logprob, exact.log_q[:, 5], 2e-6, 2e-6, "ref_logprob")
-        cases.assert_kl(stats.kl, exact.kl)
+        exact = testing.truth(p.detach().cpu(), q.detach().cpu())
+        testing.assert_near(stats.logprob, exact.log_p[:, 5], 2e-6, 2e-6, "logprob")
+        testing.assert_near(stats.ref_logprob, exact.log_q[:, 5], 2e-6, 2e-6, "ref_logprob")
+        testing.assert_kl(stats.kl, exact.kl)
         grads = torch.autograd.grad(stats.kl.sum(), (p, q))
-        for grad, expected in zip(grads, cases.kl_gradients(exact, torch.ones(1)), strict=True):
-            cases.assert_gradient(grad, expected, "gradient")
+        for grad, expected in zip(grads, testing.kl_gradients(exact, torch.ones(1)), strict=True):
+            testing.assert_gradient(grad, expected, "gradient")
 
 
 @pytest.mark.parametrize("temperature", [2.0**-126, 1e-30, 0.01, 1e30, 2.0**126])
@@ -47,11 +47,11 @@ def test_extreme_temperatures(implementation, temperature) -> None:
     """A mask of finfo.min in Q that P has 1e-15 of, and the ends of the range of temperatures, as float64 has them."""
     x = torch.tensor([[0.0, -35.0, -1.0], [1e-30, 0.0, 2e-30]])
     y = torch.tensor([[0.0, torch.finfo(torch.float32).min, -1.0], [0.0, 1e-30, 0.0]])
-    exact = cases.truth(x, y, temperature).kl.float()
+    exact = testing.truth(x, y, temperature).kl.float()
     got = kl_divergence(
         x.to(implementation.device), y.to(implementation.device), temperature=temperature
     ).cpu()
-    cases.assert_near(got[exact.isfinite()], exact[exact.isfinite()], 2e-5, 1e-8, "kl")
+    testing.assert_near(got[exact.isfinite()], exact[exact.isfinite()], 2e-5, 1e-8, "kl")
     assert torch.equal(got.isinf(), exact.isinf())
 
 
@@ -61,7 +61,7 @@ def test_a_masked_token(implementation, temperature) -> None:
     x, y = torch.tensor([[0.0, 1.0, 2.0], [0.5, 0.0, -1.0]])
     x[1] = y[1] = torch.finfo(torch.float32).min
     pairs, tokens = (x[None], y[None]), torch.tensor([1])
-    exact = cases.truth(*pairs, temperature)
+    exact = testing.truth(*pairs, temperature)
     stats = token_stats(
         pairs[0].to(implementation.device),
         tokens.to(implementation.device),
@@ -71,7 +71,7 @@ def test_a_masked_token(implementation, temperature) -> None:
     for got, log_probs in ((stats.logprob, exact.log_p), (stats.ref_logprob, exact.log_q)):
         expected = log_probs.gather(-1, tokens[:, None])[:, 0].float()
         assert bool(expected.isfinite().all())
-        cases.assert_near(got, expected, 2e-6, 2e-6, "log-probability")
+        testing.assert_near(got, expected, 2e-6, 2e-6, "log-probability")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -146,7 +146,7 @@ def test_penalties_beside_a_mask(implementation, direction, masked, fill) -> Non
         if not bool(expected.isfinite()):
             assert bool(loss.isinf())
             continue
-        cases.assert_near(loss, expected, 2e-5, 1e-8, "loss")
+        testing.assert_near(loss, expected, 2e-5, 1e-8, "loss")
         (grad,), (exact,) = (
             torch.autograd.grad(loss, states),
             torch.autograd.grad(expected, leaf, retain_graph=True),
@@ -192,11 +192,11 @@ def test_a_peak_that_rounds_up_to_a_whole_number(implementation) -> None:
     x[:, 9] = torch.tensor([14.556090, 15.249238, 13.862943])
     y = x.clone()
     y[:, 3] = x[:, 9] - 2.0
-    exact = cases.truth(x, y)
+    exact = testing.truth(x, y)
     p, q = (side.to(implementation.device).requires_grad_() for side in (x, y))
     grads = torch.autograd.grad(kl_divergence(p, q).sum(), (p, q))
-    for grad, expected in zip(grads, cases.kl_gradients(exact, torch.ones(3)), strict=True):
-        cases.assert_gradient(grad, expected, "gradient")
+    for grad, expected in zip(grads, testing.kl_gradients(exact, torch.ones(3)), strict=True):
+        testing.assert_gradient(grad, expected, "gradient")
 
 
 def test_an_infinite_kl_that_is_left_out(implementation) -> None:
@@ -211,7 +211,7 @@ def test_an_infinite_kl_that_is_left_out(implementation) -> None:
     )
     for grad, side in zip(grads, (x, y), strict=True):
         expected = torch.nn.functional.one_hot(torch.tensor([1]), 8) - side.softmax(-1)
-        cases.assert_near(grad, expected, 1e-6, 1e-6, "gradient")
+        testing.assert_near(grad, expected, 1e-6, 1e-6, "gradient")
 
 
 @pytest.mark.parametrize("fill", [-50.0, -100.0, -1e4, -1e6])
@@ -220,8 +220,8 @@ def test_ref_kl_beside_a_mask_of_little_probability(implementation, fill) -> Non
     x = torch.tensor([[-0.5375, 5.7692, 0.8638, 2.8104, math.log(1.2 / -fill) + 6.4, 5.5563, 2.6901]])
     y = x + torch.tensor([[0.3, -0.2, 0.1, -0.3, 0.0, 0.2, -0.1]])
     y[:, 4] = fill
-    exact = cases.truth(x, y)
+    exact = testing.truth(x, y)
     p, q = x.to(implementation.device), y.to(implementation.device)
     stats = token_stats(p, torch.zeros(1, dtype=torch.long, device=p.device), q)
-    cases.assert_kl(stats.kl, exact.kl, "kl")
-    cases.assert_kl(stats.ref_kl, exact.ref_kl, "ref_kl")
+    testing.assert_kl(stats.kl, exact.kl, "kl")
+    testing.assert_kl(stats.ref_kl, exact.ref_kl, "ref_kl")

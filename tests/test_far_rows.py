@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from fastkl import kl_divergence, token_stats
+from fastkl import kl_divergence, testing, token_stats
 
 ROWS = 16
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
@@ -115,39 +115,9 @@ def truth(
     x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor, temperature: float, field: str
 ) -> Answer:
     """Closed forms in float64: p = 0 adds nothing to an expectation under P, whatever log q is."""
-    x, y = x.double(), y.double()
-    exact = cases.truth(x, y, temperature)
-    log_p, log_q = exact.log_p, exact.log_q
-    p, q = log_p.exp(), log_q.exp()
-    d = torch.where(log_p == log_q, 0.0, log_q - log_p)
-    onehot = torch.nn.functional.one_hot(tokens, x.shape[-1])
-
-    def mean(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return torch.where(weight == 0, 0.0, weight * value).sum(-1, keepdim=True)
-
-    def spread(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """weight·(value - E[value]), counted from the value at the peak: on a peaked row it is far smaller than the value itself."""
-        value = value - value.gather(-1, weight.argmax(-1, keepdim=True))
-        return torch.where(weight == 0, 0.0, weight * (value - mean(weight, value)))
-
-    zero = torch.zeros_like(p)
-    near = torch.where(d.abs() < 1, p * torch.expm1(d), q - p)
-    p_gradient, q_gradient = {
-        "logprob": (onehot - p, zero),
-        "entropy": (-spread(p, log_p), zero),
-        "ref_logprob": (zero, onehot - q),
-        "kl": (-spread(p, d), near),
-        "ref_kl": (-near, spread(q, d)),
-    }[field]
-    gathered = [side.gather(-1, tokens[:, None])[:, 0] for side in (log_p, log_q)]
-    fields = {
-        "logprob": gathered[0],
-        "entropy": -mean(p, log_p)[:, 0],
-        "ref_logprob": gathered[1],
-        "kl": exact.kl,
-        "ref_kl": exact.ref_kl,
-    }
-    return Answer(fields, p_gradient / temperature, q_gradient / temperature)
+    exact = testing.truth(x, y, temperature)
+    sides = testing.gradients(exact, {field: torch.ones(ROWS)}, tokens, temperature)
+    return Answer(exact.stats(tokens), *sides)
 
 
 def same_precision(
@@ -222,7 +192,7 @@ def assert_right(family: Family, implementation) -> None:
     for field, value in got.fields.items():
         expected = exact.fields[field].float().double()
         kl = field in ("kl", "ref_kl")
-        allowed = cases.kl_tolerance(expected.abs()) if kl else 2e-6 * expected.abs() + 2e-6
+        allowed = testing.kl_tolerance(expected.abs()) if kl else 2e-6 * expected.abs() + 2e-6
         right = torch.where(
             expected.isfinite(), (value - expected).abs() <= allowed, value == expected
         ) | (value.isnan() & expected.isnan())

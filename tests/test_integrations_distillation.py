@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 
-import cases
 import pytest
 import torch
 from trl_cases import (
@@ -26,6 +25,7 @@ from trl_cases import (
     trl,
 )
 
+from fastkl import testing
 from fastkl.integrations.transformers import KLCallback
 from fastkl.integrations.trl import ExactDistillationTrainer
 from fastkl.rl import FixedBeta, KLMonitor
@@ -58,7 +58,7 @@ def test_distillation_equals_plain_torch_and_trl(folder, teacher, beta, per_toke
     kl = exact_kl(student_logits, teacher_logits) if beta == 1 else exact_kl(teacher_logits, student_logits)
     expected = kl[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
     for loss, name in zip(losses, ("loss", "TRL's loss"), strict=True):
-        cases.assert_near(loss, expected, ROUNDING, 0.0, name)
+        testing.assert_near(loss, expected, ROUNDING, 0.0, name)
     to_teacher = torch.autograd.grad(losses[0], list(trainer.teacher_model.parameters()), retain_graph=True, allow_unused=True)
     assert all(gradient is None for gradient in to_teacher)
     got = gradients(losses[0], trainer.model)
@@ -66,7 +66,7 @@ def test_distillation_equals_plain_torch_and_trl(folder, teacher, beta, per_toke
     assert_same(got, gradients(losses[1], plain.model))
     trainer.model.eval()
     with torch.no_grad():
-        cases.assert_near(trainer.compute_loss(trainer.model, dict(inputs)), kl[loss_mask(inputs)].mean(), ROUNDING, 0.0, "evaluation")
+        testing.assert_near(trainer.compute_loss(trainer.model, dict(inputs)), kl[loss_mask(inputs)].mean(), ROUNDING, 0.0, "evaluation")
 
 
 PAIRS = pytest.mark.parametrize("student, teacher", [("granite", "cohere"), ("cohere", "gemma"), ("gemma", "granite")])
@@ -83,7 +83,7 @@ def test_models_of_different_scales_and_caps(tmp_path, student, teacher, beta) -
     logits = [full_logits(trainer.model, inputs), full_logits(trainer.teacher_model, inputs).detach()]
     expected = exact_kl(*(logits if beta == 1 else logits[::-1]))[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
     for loss in losses:
-        cases.assert_near(loss, expected, 2 * ROUNDING, 0.0, "loss")
+        testing.assert_near(loss, expected, 2 * ROUNDING, 0.0, "loss")
     got = gradients(losses[0], trainer.model)
     assert_same(got, gradients(expected, trainer.model))
     assert_same(got, gradients(losses[1], plain.model))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import cases
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from trl_cases import FAMILIES, ROUNDING, SIZES, V, adapter_config, assert_same, exact_kl, gkd, gradients, tiny, transformers, trl
 
+from fastkl import testing
 from fastkl.integrations.gkd import ExactGKDTrainer
 from fastkl.integrations.transformers import KLCallback
 from fastkl.rl import KLMonitor
@@ -53,11 +53,11 @@ def test_loss_and_gradients_are_trls(folder, teacher, beta, items, per_token) ->
     kl = exact_kl(*((logits, teacher_logits) if beta == 1 else (teacher_logits, logits)))[inputs["labels"][:, 1:] != -100]
     assert len(kl) == 9
     for loss in losses:
-        cases.assert_near(loss, kl.sum() / (9 if items is None else 21), 1e-12, 0.0, "loss")
+        testing.assert_near(loss, kl.sum() / (9 if items is None else 21), 1e-12, 0.0, "loss")
     to_teacher = torch.autograd.grad(losses[0], list(exact.teacher_model.parameters()), retain_graph=True, allow_unused=True)
     assert all(gradient is None for gradient in to_teacher)
     got, expected = (gradients(loss, trainer.model) for loss, trainer in zip(losses, (exact, plain), strict=True))
-    cases.assert_near(got["lm_head.weight"], expected["lm_head.weight"], 1e-11, 1e-15, "gradient of the head")
+    testing.assert_near(got["lm_head.weight"], expected["lm_head.weight"], 1e-11, 1e-15, "gradient of the head")
     # Llama's norms are in float32, whatever the model's type: what is behind them may be rounded to either side, in several places.
     assert_same(got, expected, 4 * EPS)
 
@@ -70,7 +70,7 @@ def test_models_of_different_scales_and_caps(tmp_path, student, teacher, dtype) 
     exact, plain = (gkd(*paths, kind, dtype=dtype) for kind in (ExactGKDTrainer, GKDTrainer))
     losses = [trainer.compute_loss(trainer.model, batch()) for trainer in (exact, plain)]
     exactly = dtype == torch.float64
-    cases.assert_near(losses[0], losses[1], 1e-12 if exactly else 2 * ROUNDING, 0.0, "loss")
+    testing.assert_near(losses[0], losses[1], 1e-12 if exactly else 2 * ROUNDING, 0.0, "loss")
     # Norms are in float32, whatever the model's type.
     assert_same(*(gradients(loss, trainer.model) for loss, trainer in zip(losses, (exact, plain), strict=True)), 4 * EPS if exactly else 2 * ROUNDING)
     exact.train()
@@ -83,7 +83,7 @@ def test_outputs_and_evaluation(folder, teacher) -> None:
     exact, plain = (gkd(folder, teacher, kind) for kind in (ExactGKDTrainer, GKDTrainer))
     inputs = batch()
     results = [trainer.compute_loss(trainer.model, dict(inputs), return_outputs=True) for trainer in (exact, plain)]
-    cases.assert_near(results[0][0], results[1][0], 2 * ROUNDING, 0.0, "loss")
+    testing.assert_near(results[0][0], results[1][0], 2 * ROUNDING, 0.0, "loss")
     assert torch.equal(results[0][1].logits, results[1][1].logits) and not results[0][1].logits.requires_grad
     losses = [trainer.evaluate()["eval_loss"] for trainer in (exact, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=2 * ROUNDING) and losses[0] > 0.1
@@ -125,7 +125,7 @@ def test_peft(folder, teacher, beta) -> None:
     exact, plain = (gkd(folder, teacher, kind, extra=dict(peft_config=adapter_config()), beta=beta) for kind in (ExactGKDTrainer, GKDTrainer))
     plain.model.load_state_dict(exact.model.state_dict())
     losses = [trainer.compute_loss(trainer.model, batch()) for trainer in (exact, plain)]
-    cases.assert_near(losses[0], losses[1], 2 * ROUNDING, 0.0, "loss")
+    testing.assert_near(losses[0], losses[1], 2 * ROUNDING, 0.0, "loss")
     got = gradients(losses[0], exact.model)
     assert got and all("lora" in name for name in got)
     assert_same({name: value for name, value in got.items() if "lora_B" in name},

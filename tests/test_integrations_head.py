@@ -6,12 +6,11 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import cases
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkl import Head
+from fastkl import Head, testing
 
 transformers = pytest.importorskip("transformers")
 
@@ -62,7 +61,7 @@ def assert_its_logits(model: torch.nn.Module, tolerance: float = 1e-5) -> Head:
         logits = model.eval()(input_ids=ids, use_cache=False).logits
         got = made(head, backbone(input_ids=ids, use_cache=False).last_hidden_state)
     assert got.shape == logits.shape
-    cases.assert_near(got, logits, 0.0, tolerance * float(logits.abs().max()), "logits")
+    testing.assert_near(got, logits, 0.0, tolerance * float(logits.abs().max()), "logits")
     return head
 
 

@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import sys
 
-import cases
 import pytest
 import torch
 from trl_cases import (
@@ -33,6 +32,7 @@ from trl_cases import (
     trl,
 )
 
+from fastkl import testing
 from fastkl.integrations import _trl as shared
 from fastkl.integrations.transformers import KLCallback
 from fastkl.integrations.trl import ExactGRPOTrainer
@@ -86,7 +86,7 @@ def test_loss_and_gradients_equal_plain_torch(pair, old) -> None:
     trainer, inputs = pair[0], batch(old)
     loss = trainer.compute_loss(trainer.model, dict(inputs))
     expected = plain_loss(trainer, inputs)
-    cases.assert_near(loss, expected, ROUNDING, 0.0, "loss")
+    testing.assert_near(loss, expected, ROUNDING, 0.0, "loss")
     to_reference = torch.autograd.grad(loss, list(trainer.ref_model.parameters()), retain_graph=True, allow_unused=True)
     assert all(gradient is None for gradient in to_reference)
     assert_same(gradients(loss, trainer.model), gradients(expected, trainer.model))
@@ -111,7 +111,7 @@ def test_every_loss_type_reduces_the_kl_as_trl_does(pair, monkeypatch, loss_type
     for trainer in pair:
         trainer.model.train()
     # Advantages of about 1 and of both signs cancel in some; both sides are rounded.
-    cases.assert_near(losses[0], losses[1], 2 * ROUNDING, 2 * ROUNDING, "loss")
+    testing.assert_near(losses[0], losses[1], 2 * ROUNDING, 2 * ROUNDING, "loss")
     assert float((losses[0] - without).detach()) > 1e-4, "the KL's part is too small to see"
     metrics = [trainer._metrics["train" if training else "eval"]["kl"][-1] for trainer in pair]
     assert metrics[0] == pytest.approx(metrics[1], rel=KL_ROUNDING) and metrics[0] > 1e-3
@@ -122,7 +122,7 @@ def test_beta_zero_is_trls_own_loss(folder) -> None:
     exact, plain = (moved(grpo(folder, kind, beta=0.0, entropy_coef=0.01)) for kind in (ExactGRPOTrainer, GRPOTrainer))
     losses = [trainer.compute_loss(trainer.model, batch()) for trainer in (exact, plain)]
     assert exact.ref_model is None and exact.kl_callback is None and exact.kl_weight == 0
-    cases.assert_near(losses[0], losses[1], 2 * ROUNDING, 0.0, "loss")
+    testing.assert_near(losses[0], losses[1], 2 * ROUNDING, 0.0, "loss")
     assert_same(gradients(losses[0], exact.model), gradients(losses[1], plain.model))
     assert exact._metrics["train"]["entropy"] == pytest.approx(plain._metrics["train"]["entropy"], rel=2 * ROUNDING)
     assert "kl" not in exact._metrics["train"]
@@ -138,7 +138,7 @@ def test_log_probs_equal_trls(pair) -> None:
         for batch_size in (None, 3):
             got = exact._get_per_token_logps_and_entropies(exact.model, *sequence, COMPLETION, batch_size=batch_size, compute_entropy=True)
             for value, exact_value in zip(got[:2], expected[:2], strict=True):
-                cases.assert_near(value, exact_value, 2 * ROUNDING, 1e-12, "log-probs, entropies")
+                testing.assert_near(value, exact_value, 2 * ROUNDING, 1e-12, "log-probs, entropies")
             assert got[2] is None
 
 
@@ -216,7 +216,7 @@ def test_peft(folder, given) -> None:
     kl = exact_kl(full_logits(trainer.model, inputs), full_logits(reference, inputs).detach())
     expected = base + BETA * kl[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
     assert float(kl.detach().mean()) > 1e-3
-    cases.assert_near(loss, expected, ROUNDING, 0.0, "loss")
+    testing.assert_near(loss, expected, ROUNDING, 0.0, "loss")
     got = gradients(loss, trainer.model)
     assert_same(got, gradients(expected, trainer.model))
     assert trainer.model.training and trainer.model.active_adapter == "default" and not any(".ref." in name for name in got)
@@ -233,13 +233,13 @@ def test_logits_that_are_scaled_or_capped(tmp_path, family) -> None:
     trainer, plain = moved(grpo(path, max_steps=2)), moved(grpo(path, GRPOTrainer, max_steps=2))
     inputs = batch()
     loss, expected = trainer.compute_loss(trainer.model, dict(inputs)), plain_loss(trainer, inputs)
-    cases.assert_near(loss, expected, ROUNDING, 0.0, "loss")
+    testing.assert_near(loss, expected, ROUNDING, 0.0, "loss")
     assert_same(gradients(loss, trainer.model), gradients(expected, trainer.model))
     sequence = [torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1) for part in ("ids", "mask")]
     with torch.no_grad():
         got, own = (each._get_per_token_logps_and_entropies(each.model, *sequence, COMPLETION, compute_entropy=True) for each in (trainer, plain))
     for value, expected in zip(got[:2], own[:2], strict=True):
-        cases.assert_near(value, expected, 2 * ROUNDING, 1e-12, "log-probs, entropies")
+        testing.assert_near(value, expected, 2 * ROUNDING, 1e-12, "log-probs, entropies")
     trainer.kl_callback._micro_batches.clear()
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "kl/mean" in entry]
@@ -258,7 +258,7 @@ def test_a_padded_policy(folder) -> None:
     """Log-probs and KL are of the tokens that both models have, and no other is sampled; the padding's rows get no gradient."""
     trainer, inputs = moved(grpo(folder, model=padded(folder), max_steps=2, generation_kwargs={"suppress_tokens": [5]})), batch()
     loss, expected = trainer.compute_loss(trainer.model, dict(inputs)), plain_loss(trainer, inputs)
-    cases.assert_near(loss, expected, ROUNDING, 0.0, "loss")
+    testing.assert_near(loss, expected, ROUNDING, 0.0, "loss")
     got = gradients(loss, trainer.model)
     assert_same(got, gradients(expected, trainer.model))
     assert got["lm_head.weight"].shape[0] == V + 3 and not got["lm_head.weight"][V:].any()
@@ -285,7 +285,7 @@ def test_a_token_that_the_reference_lacks(folder, pair) -> None:
     assert trainer.generation_config.suppress_tokens is None
     losses = [each.compute_loss(each.model, batch()) for each in (trainer, pair[0])]
     pair[0].kl_callback._micro_batches.clear()
-    cases.assert_near(losses[0], losses[1], 2 * ROUNDING, 0.0, "loss")
+    testing.assert_near(losses[0], losses[1], 2 * ROUNDING, 0.0, "loss")
 
 
 @pytest.mark.parametrize("options, low, high", [({}, 1e-4, 0.1), (dict(cast_lm_head_to_fp32=True), 0.0, 1e-5),

@@ -10,10 +10,10 @@ import math
 import sys
 from types import ModuleType, SimpleNamespace
 
-import cases
 import pytest
 import torch
 
+from fastkl import testing
 from fastkl.integrations import verl as integration
 from fastkl.rl import FixedBeta
 
@@ -125,10 +125,10 @@ def test_policy_loss_is_the_base_plus_the_kl(core, mode, weighted) -> None:
     total = {"token-mean": terms.sum() / 11, "seq-mean-token-sum": terms.sum() / 5,
              "seq-mean-token-mean": (terms.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / 5}[mode] * 2
     expected = base + 0.3 * total
-    cases.assert_near(loss, expected, ROUNDING, 0.0, "loss")
+    testing.assert_near(loss, expected, ROUNDING, 0.0, "loss")
     got, exact = (torch.autograd.grad(value, inputs["log_prob"])[0] for value in (loss, expected))
     # The parts of an entry may cancel, those of another are of the size of the largest.
-    cases.assert_near(got, exact, ROUNDING, ROUNDING * float(exact.abs().max()), "gradient")
+    testing.assert_near(got, exact, ROUNDING, ROUNDING * float(exact.abs().max()), "gradient")
     assert metrics.items() >= base_metrics.items() and metrics["actor/kl_old_coef"] == 0.3
     assert metrics["actor/kl_old"] == pytest.approx(float(kl[mask].mean().detach()), rel=ROUNDING)
 
@@ -158,9 +158,9 @@ def test_policy_loss_is_unbiased(core) -> None:
     loss, _ = integration.policy_loss("none", beta=1.0)(log_old[:, None], log_p[:, None], torch.zeros(7, 1), everything, "token-mean", config_of(),
                                                         rollout_is_weights=7 * log_old.exp()[:, None])
     expected = (log_old.exp() * (log_old - log_p)).sum()
-    cases.assert_near(loss, expected, 1e-12, 0.0, "value")
+    testing.assert_near(loss, expected, 1e-12, 0.0, "value")
     got, exact = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, expected))
-    cases.assert_near(got, exact, 1e-10, 1e-14, "gradient")
+    testing.assert_near(got, exact, 1e-10, 1e-14, "gradient")
 
 
 def test_register(core) -> None:
@@ -208,10 +208,10 @@ def test_kl_penalty_values_and_expected_gradient(name) -> None:
     estimate = integration.kl_penalty(logprob, ref, name)
     d = logprob.detach() - ref
     value = {"k1": d, "kl": d, "abs": d.abs(), "k2": d * d / 2, "mse": d * d / 2}.get(name.removesuffix("+"), (torch.expm1(-d) + d).clamp(max=10))
-    cases.assert_near(estimate, value, 1e-12, 1e-14, "value")
+    testing.assert_near(estimate, value, 1e-12, 1e-14, "value")
     got, = torch.autograd.grad((logprob.detach().exp() * estimate).sum(), logits, retain_graph=True)
     exact, = torch.autograd.grad((logprob.exp() * (logprob - ref)).sum(), logits)
-    cases.assert_near(got, exact, 1e-10, 1e-14, "expected gradient")
+    testing.assert_near(got, exact, 1e-10, 1e-14, "expected gradient")
     with torch.no_grad():
         assert torch.equal(integration.kl_penalty(logprob, ref, name), estimate)
 
@@ -223,7 +223,7 @@ def test_kl_penalty_of_a_token_far_off(name) -> None:
     estimate = integration.kl_penalty(logprob, ref, name)
     estimate.sum().backward()
     d = (logprob - ref).detach()
-    cases.assert_near(estimate, {"k1": d, "abs": d.abs(), "k2": d * d / 2}.get(name, torch.full((2,), 10.0)), EPS, 0.0, "value")
+    testing.assert_near(estimate, {"k1": d, "abs": d.abs(), "k2": d * d / 2}.get(name, torch.full((2,), 10.0)), EPS, 0.0, "value")
     assert logprob.grad[0] < -10 and logprob.grad[1] > 10 and ref.grad is None
 
 
@@ -236,7 +236,7 @@ def test_k3_is_bounded_as_verls(name) -> None:
     logprob = torch.where(d < 0, d, 0.0).requires_grad_()
     estimate = integration.kl_penalty(logprob, torch.where(d < 0, 0.0, -d), name)
     assert verls[[0, 1, 2, -1]].tolist() == [10.0] * 4 and bool((verls[3:8] < 10).all())
-    cases.assert_near(estimate, verls, 4 * EPS, 0.0, "value")
+    testing.assert_near(estimate, verls, 4 * EPS, 0.0, "value")
     assert torch.equal(torch.autograd.grad(estimate.sum(), logprob)[0], d)
 
 
@@ -246,12 +246,12 @@ def test_kl_penalty_values_are_verls(name) -> None:
     """And the gradients are those of its straight-through forms."""
     logits, ref = log_probs()
     logprob = logits.log_softmax(-1)
-    cases.assert_near(integration.kl_penalty(logprob, ref, name), real_core.kl_penalty(logprob, ref, name), 1e-12, 1e-14, "value")
+    testing.assert_near(integration.kl_penalty(logprob, ref, name), real_core.kl_penalty(logprob, ref, name), 1e-12, 1e-14, "value")
     straight = real_core.kl_penalty(logprob, ref, name.removesuffix("+") + "+")
     for one, other in ((integration.kl_penalty(logprob, ref, name), straight),):
         got, exact = (torch.autograd.grad(value.sum(), logits, retain_graph=True)[0] for value in (one, other))
         if name != "abs":
-            cases.assert_near(got, exact, 1e-10, 1e-14, "gradient")
+            testing.assert_near(got, exact, 1e-10, 1e-14, "gradient")
 
 
 def test_install_kl_penalty(core) -> None:
@@ -336,10 +336,10 @@ def test_in_verls_ppo_loss(core) -> None:
     base, _ = core.get_policy_loss_fn("vanilla")(**inputs, loss_agg_mode="token-mean", config=config, rollout_is_weights=None)
     d, old = (inputs["log_prob"] - ref)[mask], (inputs["log_prob"] - inputs["old_log_prob"])[mask]
     expected = base + 0.5 * (torch.expm1(old) - old).sum() / 7 + 0.7 * ((d * d / 2).sum() - (d * d / 2).sum().detach() + d.sum().detach()) / 7
-    cases.assert_near(loss, expected, ROUNDING, 0.0, "loss")
+    testing.assert_near(loss, expected, ROUNDING, 0.0, "loss")
     got, exact = (torch.autograd.grad(value, inputs["log_prob"])[0] for value in (loss, expected))
     # The parts of an entry may cancel, those of another are of the size of the largest.
-    cases.assert_near(got, exact, ROUNDING, ROUNDING * float(exact.abs().max()), "gradient")
+    testing.assert_near(got, exact, ROUNDING, ROUNDING * float(exact.abs().max()), "gradient")
     assert {"actor/kl_old", "actor/kl_old_coef", "kl_loss"} <= metrics.keys()
 
 

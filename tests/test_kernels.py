@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastkl
-from fastkl import _rows, divergence, kl_divergence, token_stats
+from fastkl import _rows, divergence, kl_divergence, testing, token_stats
 
 pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,7 +48,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def outcome(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
     """All results and gradients of kl_divergence and token_stats, in the order of NAMES; upstream [5, N]."""
-    p, q = cases.leaf(p), cases.leaf(q)
+    p, q = testing.leaf(p), testing.leaf(q)
     kl = kl_divergence(p, q)
     stats = token_stats(p, tokens, q)
     return [kl, *torch.autograd.grad(kl, (p, q), upstream[3]), *stats, *torch.autograd.grad(stats, (p, q), list(upstream))]
@@ -56,9 +56,9 @@ def outcome(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor, upstream: to
 
 def data(vocabulary: int, dtype: torch.dtype, device: str, rows: int = 2) -> tuple[torch.Tensor, ...]:
     """Contiguous p, q, tokens and upstream gradients of a few rows; the first row starts on a 16-byte boundary."""
-    p, q = cases.sizes_pair("normal3", (0.03, 1.0, 0.3, 0.1)[:rows], (0.0, 50.0), vocabulary, dtype)
+    p, q = testing.sizes_pair("normal3", (0.03, 1.0, 0.3, 0.1)[:rows], (0.0, 50.0), vocabulary, dtype)
     tokens = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1))
-    upstream = cases.upstream_for(torch.empty(5, rows))
+    upstream = testing.upstream_for(torch.empty(5, rows))
     return tuple(value.to(device) for value in (p, q, tokens, upstream))
 
 
@@ -72,7 +72,7 @@ def padded(rows: torch.Tensor, padding: int, offset: int) -> torch.Tensor:
 def assert_rows_equal(results: list[torch.Tensor], alone: list[list[torch.Tensor]], order: list[int], what: str) -> None:
     """Row i of every result has the bits of alone[order[i]]."""
     for name, result, *single in zip(NAMES, results, *alone, strict=True):
-        cases.assert_same_bits(result, torch.cat([single[row] for row in order]), f"{what}: {name}")
+        testing.assert_same_bits(result, torch.cat([single[row] for row in order]), f"{what}: {name}")
 
 
 def singles(p, q, tokens, upstream) -> list[list[torch.Tensor]]:
@@ -118,10 +118,10 @@ def test_each_configuration(implementation, name, dtype) -> None:
         rows, layouts = (2, ((7, 3, 0, 1),)) if implementation.interpreted else (9, ((0, 0, 0, 0), (7, 3, 0, 1)))
         assert_invariant(p, q, tokens, upstream, rows, layouts)
         kl, grad_p, grad_q = outcome(p, q, tokens, upstream)[:3]
-    exact = cases.truth(p.cpu(), q.cpu())
-    cases.assert_kl(kl, exact.kl)
-    for grad, value in zip((grad_p, grad_q), cases.kl_gradients(exact, upstream[3]), strict=True):
-        cases.assert_rounded_gradient(grad, value, "gradient", truncated=implementation.interpreted)
+    exact = testing.truth(p.cpu(), q.cpu())
+    testing.assert_kl(kl, exact.kl)
+    for grad, value in zip((grad_p, grad_q), testing.kl_gradients(exact, upstream[3]), strict=True):
+        testing.assert_rounded_gradient(grad, value, "gradient", truncated=implementation.interpreted)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
@@ -144,9 +144,9 @@ def test_slow_rows_beside_fast_ones(implementation, vocabulary, dtype) -> None:
     order = [0, 1, 2, 3, 1, 0, 3, 3, 2] if not implementation.interpreted else [2, 3, 0, 1]
     results = outcome(padded(p[order], 3, 1), padded(q[order], 3, 1), tokens[order], upstream[:, order])
     assert_rows_equal(results, alone, order, "slow rows")
-    exact = cases.truth(p[3].cpu(), q[3].cpu())
+    exact = testing.truth(p[3].cpu(), q[3].cpu())
     assert float(exact.kl) > 32
-    cases.assert_kl(alone[3][0], exact.kl[None])
+    testing.assert_kl(alone[3][0], exact.kl[None])
     assert all(bool(value.isfinite().all()) for value in alone[1]), "a row with -inf in both is finite"
 
 
@@ -163,15 +163,15 @@ def test_offsets_beyond_two_to_the_31(implementation) -> None:
     for view, value in zip(views, (p, q), strict=True):
         view.copy_(value)
     for name, result, value in zip(NAMES, outcome(*views, tokens, upstream), expected, strict=True):
-        cases.assert_same_bits(result, value, name)
+        testing.assert_same_bits(result, value, name)
     # Two leading dimensions that do not merge, the outer one far apart; and one row behind a large offset.
     pairs = [storage.as_strided((2, 2, vocabulary), (2 * step, 0, 1), offset) for offset in (0, 1001)]
     order = torch.tensor([[0, 0], [2, 2]], device=implementation.device)
     for name, result, value in zip(NAMES, outcome(*pairs, tokens[order], upstream[:, order]), expected, strict=True):
-        cases.assert_same_bits(result, value[order], name)
+        testing.assert_same_bits(result, value[order], name)
     last = [storage.as_strided((1, vocabulary), (vocabulary, 1), 2 * step + offset) for offset in (0, 1001)]
     for name, result, value in zip(NAMES, outcome(*last, tokens[2:], upstream[:, 2:]), expected, strict=True):
-        cases.assert_same_bits(result, value[2:], name)
+        testing.assert_same_bits(result, value[2:], name)
 
 
 def test_gradients_beyond_two_to_the_31(implementation) -> None:
@@ -180,12 +180,12 @@ def test_gradients_beyond_two_to_the_31(implementation) -> None:
         pytest.skip("needs the memory and the speed of a GPU")
     vocabulary, rows = 128257, 17001
     p, q, tokens, upstream = data(vocabulary, torch.bfloat16, implementation.device, 1)
-    p, q = (cases.leaf(value.expand(rows, -1)) for value in (p, q))
+    p, q = (testing.leaf(value.expand(rows, -1)) for value in (p, q))
     stats = token_stats(p, tokens.expand(rows), q)
     for grad in torch.autograd.grad(stats, (p, q), [value.expand(rows) for value in upstream]):
         assert grad.numel() > 2**31
         for row in (1, 8191, rows - 2, rows - 1):
-            cases.assert_same_bits(grad[row], grad[0], f"row {row}")
+            testing.assert_same_bits(grad[row], grad[0], f"row {row}")
 
 
 def test_random_sweep(implementation) -> None:
@@ -194,21 +194,21 @@ def test_random_sweep(implementation) -> None:
     for trial in range(10 if implementation.interpreted else 60):
         vocabulary = numbers.choice([numbers.randint(1, 40), numbers.randint(41, 3000), numbers.randint(3001, 9000)])
         rows = numbers.randint(1, 4)
-        p, q = cases.sizes_pair("normal3", (0.1, 1.0, 0.3, 3.0)[:rows], (0.0, 50.0), vocabulary, torch.float32, seed=trial)
+        p, q = testing.sizes_pair("normal3", (0.1, 1.0, 0.3, 3.0)[:rows], (0.0, 50.0), vocabulary, torch.float32, seed=trial)
         views = [padded(value.to(numbers.choice([*FLOATS.values(), torch.float16])).to(implementation.device), numbers.randint(0, 9),
                         numbers.randint(0, 9)) for value in (p, q)]
-        before = [cases.bits(value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0)).clone() for value in views]
-        leaves = [cases.leaf(value) for value in views]
+        before = [testing.bits(value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0)).clone() for value in views]
+        leaves = [testing.leaf(value) for value in views]
         kl = kl_divergence(*leaves)
-        upstream = cases.upstream_for(kl, trial)
+        upstream = testing.upstream_for(kl, trial)
         grads = torch.autograd.grad(kl, leaves, upstream)
-        exact = cases.truth(*(value.cpu() for value in views))
+        exact = testing.truth(*(value.cpu() for value in views))
         what = f"V={vocabulary}, {[(value.dtype, value.stride(0), value.storage_offset()) for value in views]}"
-        cases.assert_kl(kl, exact.kl, what)
-        for grad, value in zip(grads, cases.kl_gradients(exact, upstream), strict=True):
-            cases.assert_rounded_gradient(grad, value, what, truncated=implementation.interpreted)
+        testing.assert_kl(kl, exact.kl, what)
+        for grad, value in zip(grads, testing.kl_gradients(exact, upstream), strict=True):
+            testing.assert_rounded_gradient(grad, value, what, truncated=implementation.interpreted)
         for value, kept in zip(views, before, strict=True):
-            assert torch.equal(cases.bits(value.as_strided(kept.shape, (1,), 0)), kept), f"{what}: an input was written to"
+            assert torch.equal(testing.bits(value.as_strided(kept.shape, (1,), 0)), kept), f"{what}: an input was written to"
 
 
 @pytest.mark.parametrize("fields", [("kl",), ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")], ids=["kl", "all"])
@@ -226,7 +226,7 @@ def test_backward_in_place(implementation, vocabulary, fields, dtype) -> None:
     launch.backward(problem, saved, weights, *expected)
     launch.backward(problem, saved, weights, p, q)
     for result, value, name in zip((p, q), expected, "pq", strict=True):
-        cases.assert_same_bits(result, value, f"gradient to {name}")
+        testing.assert_same_bits(result, value, f"gradient to {name}")
         assert bool((value[2] == 0).all()) and bool((value[:2] != 0).any())
 
 
@@ -309,7 +309,7 @@ def test_a_variant_is_compiled_once() -> None:
 def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
     """With other tensors, numbers, masks and types in between: the second call of each compiles nothing and has the bits of the first."""
     def run(dtype: torch.dtype, rows: int, temperature: float, masked: bool) -> list[torch.Tensor]:
-        p, q = (cases.leaf(value.cuda()) for value in cases.pair("normal1", rows, 515, 0.3, dtype=dtype))
+        p, q = (testing.leaf(value.cuda()) for value in testing.pair("normal1", rows, 515, 0.3, dtype=dtype))
         mask = torch.arange(rows, device="cuda") % 3 != 1 if masked else None
         stats = token_stats(p, torch.zeros(rows, dtype=torch.int64, device="cuda"), q, temperature=temperature, mask=mask)
         return [*stats, *torch.autograd.grad(stats, (p, q), [torch.ones(rows, device="cuda")] * 5)]
@@ -327,7 +327,7 @@ def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
     monkeypatch.setattr(launch.Variant, "start", compiled_before)
     for call, results in zip(reversed(calls), reversed(first), strict=True):
         for name, again, before in zip(NAMES[3:], run(*call), results, strict=True):
-            cases.assert_same_bits(again, before, f"{name} of {call}")
+            testing.assert_same_bits(again, before, f"{name} of {call}")
     assert len(started) == 3 * len(calls)
 
 
@@ -335,7 +335,7 @@ def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
 def test_no_compilation_for_other_lengths() -> None:
     """Once compiled, other numbers of rows, vocabularies of as many segments, strides and temperatures compile nothing."""
     def run(rows: int, vocabulary: int, temperature: float) -> int:
-        p, q = (cases.leaf(value.cuda()) for value in cases.pair("normal1", rows, vocabulary, 0.3))
+        p, q = (testing.leaf(value.cuda()) for value in testing.pair("normal1", rows, vocabulary, 0.3))
         stats = token_stats(p, torch.zeros(rows, dtype=torch.int64, device="cuda"), q, temperature=temperature)
         torch.autograd.grad(stats, (p, q), [torch.ones(rows, device="cuda")] * 5)
         return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels().values())
@@ -354,7 +354,7 @@ def test_slow_path_rows_are_those_that_row_finish_marks(implementation, monkeypa
 
     assert (divergence.ONE_PASS_KL, divergence.ONE_PASS_DIFFERENCE, divergence.ONE_PASS_D, divergence.ONE_PASS_LSE) == (
         row_finish.LARGE_KL.value, row_finish.LARGEST_DIFFERENCE.value, row_math.LARGEST_D.value, row_math.LARGEST_LSE.value)
-    p, q = cases.pair("normal3", 12, 300, 0.3, device=implementation.device)
+    p, q = testing.pair("normal3", 12, 300, 0.3, device=implementation.device)
     p[1, 5], q[2, 5], p[3, 7], p[4, 8] = -float("inf"), -float("inf"), float("nan"), -1e9
     q[5, 9] += 150.0
     p[6, :16], q[6, :16] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min

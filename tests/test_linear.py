@@ -13,6 +13,7 @@ from conftest import INTERPRETING
 from linear_cases import Case
 
 import fastkl
+from fastkl import testing
 
 if INTERPRETING:
     cases.compute_as_a_gpu()
@@ -51,7 +52,7 @@ def data(kind: str, distance: str, call: str, **changes) -> Case:
 def test_data_is_what_it_says(kind, distance) -> None:
     """The KLs of the accuracy tests are where they should be, and peaked rows are peaked."""
     tensors = linear_cases.models(kind, SIZES[kind][distance])
-    exact = cases.truth(*(F.linear(*(tensors[side + name].double() for name in ("hidden", "weight", "bias"))) for side in ("", "ref_")))
+    exact = testing.truth(*(F.linear(*(tensors[side + name].double() for name in ("hidden", "weight", "bias"))) for side in ("", "ref_")))
     if distance == "all":
         assert float(exact.kl.max()) > 5 and float(exact.kl[:10].mean()) < 5e-3
     else:
@@ -259,7 +260,7 @@ def test_expanded_hidden_states(implementation, call) -> None:
     exact = linear_cases.truth(case)
     inputs = linear_cases.leaves(case, device=implementation.device)
     for name in ("hidden", "ref_hidden"):
-        inputs[name] = cases.leaf(inputs[name].detach()[:, :1].expand(2, 3, -1))
+        inputs[name] = testing.leaf(inputs[name].detach()[:, :1].expand(2, 3, -1))
     result = linear_cases.differentiate(case, inputs, linear_cases.call(case, inputs))
     linear_cases.assert_within(result, exact, linear_cases.share(exact, 1e-5))
 
@@ -279,7 +280,7 @@ def test_second_backward(implementation, call, dtype) -> None:
             assert bool(value.any()), name
             value.fill_(7.0)
     for name, value in linear_cases.differentiate(case, inputs, values).items():
-        cases.assert_same_bits(value, kept[name], name)
+        testing.assert_same_bits(value, kept[name], name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -293,13 +294,13 @@ def test_inputs_are_never_written_to(implementation, call, dtype) -> None:
     inputs = linear_cases.leaves(case, device=implementation.device)
     bases = [value.detach().as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0) for value in inputs.values()]
     extras = [value.to(implementation.device) for value in (mask, temperature, case.tokens)]
-    before = [cases.bits(value.float() if value.dtype == torch.bool else value).clone() for value in (*bases, *extras)]
+    before = [testing.bits(value.float() if value.dtype == torch.bool else value).clone() for value in (*bases, *extras)]
     moved = case.but(mask=extras[0], temperature=extras[1], tokens=extras[2])
     values = linear_cases.call(moved, inputs)
     for retain in (True, False):
         linear_cases.differentiate(moved, inputs, values, retain_graph=retain)
     for number, (value, kept) in enumerate(zip((*bases, *extras), before, strict=True)):
-        assert torch.equal(cases.bits(value.float() if value.dtype == torch.bool else value), kept), f"input {number} was written to"
+        assert torch.equal(testing.bits(value.float() if value.dtype == torch.bool else value), kept), f"input {number} was written to"
 
 
 @pytest.mark.parametrize("call", CALLS)

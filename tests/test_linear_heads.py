@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import cases
 import linear_cases
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastkl
-from fastkl import Head
+from fastkl import Head, testing
 
 CALLS = ("stats", "none", "sum", "mean")
 LEADING = (2, 4)
@@ -79,14 +78,14 @@ def by_fastkl(made: SimpleNamespace, call: str, first, second, options: dict, ch
 
 def gradients(made: SimpleNamespace, values: list[torch.Tensor]) -> dict[str, torch.Tensor | None]:
     """Gradients of every leaf, for fixed upstream gradients."""
-    upstream = [cases.upstream_for(value, number) for number, value in enumerate(values)]
+    upstream = [testing.upstream_for(value, number) for number, value in enumerate(values)]
     return dict(zip(LEAVES, torch.autograd.grad(values, [getattr(made, name) for name in LEAVES], upstream, allow_unused=True), strict=True))
 
 
 def assert_same_as(made: SimpleNamespace, values: list[torch.Tensor], exact: SimpleNamespace, truth: list[torch.Tensor]) -> None:
     """Values and gradients are the truth's."""
     for number, (value, expected) in enumerate(zip(values, truth, strict=True)):
-        cases.assert_near(value, expected, 2e-5, 2e-6, f"value {number}")
+        testing.assert_near(value, expected, 2e-5, 2e-6, f"value {number}")
     expected_gradients = gradients(exact, truth)
     for name, grad in gradients(made, values).items():
         expected = expected_gradients[name]
@@ -139,7 +138,7 @@ def test_a_head_of_nothing_else_is_its_weight(implementation) -> None:
     plain = by_fastkl(made, "stats", made.weight, made.ref_weight, {"bias": made.bias, "ref_bias": made.ref_bias})
     heads = by_fastkl(made, "stats", Head(made.weight, made.bias), Head(made.ref_weight, made.ref_bias), {})
     for value, expected in zip(heads, plain, strict=True):
-        cases.assert_same_bits(value, expected, "field")
+        testing.assert_same_bits(value, expected, "field")
 
 
 @pytest.mark.parametrize("call", ["stats", "sum"])
@@ -182,7 +181,7 @@ def test_compiled(implementation, call, models) -> None:
         values = variant()
         outcomes.append([*values, *(grad for grad in gradients(made, values).values() if grad is not None)])
     for value, expected in zip(*outcomes, strict=True):
-        cases.assert_same_bits(value, expected, "result")
+        testing.assert_same_bits(value, expected, "result")
 
 
 @pytest.mark.parametrize("learns", ["hidden", "ref_hidden"])

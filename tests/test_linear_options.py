@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linear_cases import Case
 
+from fastkl import testing
+
 if INTERPRETING:
     cases.compute_as_a_gpu()
 
@@ -142,6 +144,6 @@ def test_autocast(implementation, call, half) -> None:
     inputs = linear_cases.leaves(case, device=implementation.device)
     converted = {name: value if name == "weights" else value.to(half) for name, value in inputs.items()}
     for name, value in linear_cases.differentiate(case, inputs, linear_cases.call(case, converted)).items():
-        cases.assert_same_bits(result[name], value, name)
+        testing.assert_same_bits(result[name], value, name)
     exact = linear_cases.truth(case)
     assert linear_cases.errors(result, exact)["kl"] > 1e-5 * float(exact["kl"].norm()), "nothing was converted"

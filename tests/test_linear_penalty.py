@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
-import cases
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastkl
+from fastkl import testing
 
 V, H, H_REF = 23, 6, 4
 REDUCTIONS = ("token_mean", "mean", "sequence_mean", "sum")
@@ -48,13 +48,13 @@ def test_equals_klpenalty_on_logits(implementation, direction, reduction, masked
     expected = through_logits(expected_penalty, made, mask, softcap)
     loss = penalty(made["hidden"], made["weight"], made["ref_hidden"], made["ref_weight"], mask, bias=made["bias"], ref_bias=made["ref_bias"])
     assert loss.shape == () and loss.dtype == torch.float32
-    cases.assert_near(loss, expected, 1e-5, 0.0, "loss")
+    testing.assert_near(loss, expected, 1e-5, 0.0, "loss")
     for name, got, exact in zip(NAMES, torch.autograd.grad(loss, made.values()), torch.autograd.grad(expected, made.values()), strict=True):
         assert float((got - exact).norm() / exact.norm()) < 1e-5, name
     assert penalty.last.keys() == expected_penalty.last.keys()
     for name, value in penalty.last.items():
         assert not value.requires_grad and value.device == loss.device
-        cases.assert_near(value, expected_penalty.last[name], 1e-5, 0.0, f"last {name}")
+        testing.assert_near(value, expected_penalty.last[name], 1e-5, 0.0, f"last {name}")
 
 
 def test_a_shared_head(implementation) -> None:
@@ -67,7 +67,7 @@ def test_a_shared_head(implementation) -> None:
         through = [fastkl.KLPenalty(1.0, direction=direction)(F.linear(hidden, weight), F.linear(ref_hidden, side))
                    for side in (weight, weight, weight.detach())]
         for loss, expected in zip(losses, through, strict=True):
-            cases.assert_near(loss, expected, 1e-5, 0.0, "loss")
+            testing.assert_near(loss, expected, 1e-5, 0.0, "loss")
             got, exact = (torch.autograd.grad(value, weight)[0] for value in (loss, expected))
             assert float((got - exact).norm() / exact.norm()) < 1e-5
 

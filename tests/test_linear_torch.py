@@ -11,7 +11,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
 
-import cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
+from fastkl import testing
 
 H, H_REF, V = 8, 6, 19
 PENALTY = fastkl.LinearKLPenalty(0.3)
@@ -98,9 +98,9 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor], units
         assert bool((value != 0).any()), f"result {number} is zero everywhere: nothing was compared"
         assert result.dtype == value.dtype and result.shape == value.shape
         if units:
-            cases.assert_gradient(result.reshape(1, -1), value.reshape(1, -1), f"result {number}", units * 2**-23)
+            testing.assert_gradient(result.reshape(1, -1), value.reshape(1, -1), f"result {number}", units * 2**-23)
         else:
-            cases.assert_same_bits(result, value, f"result {number}")
+            testing.assert_same_bits(result, value, f"result {number}")
 
 
 # ---- torch.compile
@@ -171,7 +171,7 @@ def test_autocast_and_compile(implementation, name, dtype, inside) -> None:
     assert_same(results, expected)
     short = SimpleNamespace(**vars(data) | {key: getattr(data, key).detach().to(dtype) for key in LEAVES})
     for result, cast, wide in zip(results, run(FUNCTIONS[name], short), run(FUNCTIONS[name], data), strict=False):
-        cases.assert_same_bits(result, cast, "beside inputs that are cast")
+        testing.assert_same_bits(result, cast, "beside inputs that are cast")
         assert not torch.equal(result, wide), "autocast changed nothing"
 
 
@@ -251,7 +251,7 @@ def test_gradient_accumulation(implementation, function) -> None:
         part = SimpleNamespace(**vars(whole) | {name: getattr(whole, name)[half] for name in ("hidden", "ref_hidden", "mask")})
         run(function, part)[0].sum().backward()
     for name, leaf, exact in zip(LEAVES, whole.leaves, expected, strict=True):
-        cases.assert_gradient(leaf.grad.reshape(1, -1), exact.reshape(1, -1), f"gradient to {name}", 1e-5)
+        testing.assert_gradient(leaf.grad.reshape(1, -1), exact.reshape(1, -1), f"gradient to {name}", 1e-5)
 
 
 @named
@@ -330,12 +330,12 @@ def test_lora(implementation, make) -> None:
     (hidden := lora.hidden(tokens)).retain_grad()
     (result := loss(hidden)).backward()
     assert lora.lm_head.weight.grad is None and not reference.requires_grad
-    exact_hidden = cases.leaf(hidden.double())
+    exact_hidden = testing.leaf(hidden.double())
     heads = [F.linear(value, lora.lm_head.weight.double()) for value in (exact_hidden, reference.double())]
-    exact = cases.truth(*heads).kl[mask].mean()
+    exact = testing.truth(*heads).kl[mask].mean()
     exact.backward()
-    cases.assert_near(result, exact, 1e-5, 0.0, "loss")
-    cases.assert_gradient(hidden.grad.flatten()[None], exact_hidden.grad.flatten()[None], "gradient to the hidden states")
+    testing.assert_near(result, exact, 1e-5, 0.0, "loss")
+    testing.assert_gradient(hidden.grad.flatten()[None], exact_hidden.grad.flatten()[None], "gradient to the hidden states")
     assert all(bool(value.grad.any()) for value in adapters.values())
 
 

@@ -7,12 +7,12 @@ import math
 import pickle
 from types import SimpleNamespace
 
-import cases
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkl
+from fastkl import testing
 
 REDUCTIONS = ("token_mean", "mean", "sequence_mean", "sum")
 DIRECTIONS = ("policy||reference", "reference||policy")
@@ -21,7 +21,7 @@ DIRECTIONS = ("policy||reference", "reference||policy")
 def case(implementation, leading: tuple[int, ...] = (2, 3), size: float = 0.5, dtype: torch.dtype = torch.float32):
     """Policy and reference logits that require grad, and a mask that leaves out the second token."""
     count = torch.Size(leading).numel()
-    policy, reference = cases.pair("normal3", count, 17, size, dtype=dtype, device=implementation.device)
+    policy, reference = testing.pair("normal3", count, 17, size, dtype=dtype, device=implementation.device)
     mask = (torch.arange(count) != 1).reshape(leading).to(implementation.device)
     return policy.reshape(*leading, 17).requires_grad_(), reference.reshape(*leading, 17).requires_grad_(), mask
 
@@ -48,12 +48,12 @@ def test_value_and_gradient(implementation, direction, reduction, masked) -> Non
     counted = mask if masked else torch.ones_like(mask)
     exact, exact_grads, kl = plain(policy, reference, counted, direction, reduction, 0.3, 1.7)
     assert loss.shape == () and loss.dtype == torch.float32
-    cases.assert_near(loss, exact, 2e-5, 0.0, "loss")
+    testing.assert_near(loss, exact, 2e-5, 0.0, "loss")
     for grad, exact_grad, name in zip(torch.autograd.grad(loss, (policy, reference)), exact_grads, ("policy", "reference"), strict=True):
-        cases.assert_gradient(grad, exact_grad, name)
+        testing.assert_gradient(grad, exact_grad, name)
         assert not bool(grad[~counted].any())
-    cases.assert_near(penalty.last["kl"], kl.sum() / counted.sum(), 2e-5, 0.0, "last kl")
-    cases.assert_near(penalty.last["max_kl"], kl.max(), 2e-5, 0.0, "last max_kl")
+    testing.assert_near(penalty.last["kl"], kl.sum() / counted.sum(), 2e-5, 0.0, "last kl")
+    testing.assert_near(penalty.last["max_kl"], kl.max(), 2e-5, 0.0, "last max_kl")
     assert float(penalty.last["tokens"]) == int(counted.sum()) and torch.equal(penalty.last["loss"], loss.detach())
     assert float(penalty.last["beta"]) == pytest.approx(0.3, rel=1e-7)
 
@@ -66,7 +66,7 @@ def test_leading_shapes(implementation, leading, reduction) -> None:
     mask = torch.ones(leading or (1,), dtype=torch.bool, device=implementation.device)
     flat = policy.reshape(*mask.shape, 17), reference.reshape(*mask.shape, 17)
     exact = plain(*flat, mask, DIRECTIONS[0], reduction, 0.5, 1.0)[0]
-    cases.assert_near(fastkl.KLPenalty(0.5, reduction=reduction)(policy, reference), exact, 2e-5, 0.0, "loss")
+    testing.assert_near(fastkl.KLPenalty(0.5, reduction=reduction)(policy, reference), exact, 2e-5, 0.0, "loss")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -75,10 +75,10 @@ def test_half_precision_logits(implementation, dtype) -> None:
     policy, reference, mask = case(implementation, dtype=dtype)
     loss = fastkl.KLPenalty(1.0)(policy, reference, mask)
     exact, exact_grads, _ = plain(policy, reference, mask, DIRECTIONS[0], "token_mean", 1.0, 1.0)
-    cases.assert_near(loss, exact, 2e-5, 0.0, "loss")
+    testing.assert_near(loss, exact, 2e-5, 0.0, "loss")
     for grad, exact_grad in zip(torch.autograd.grad(loss, (policy, reference)), exact_grads, strict=True):
         assert grad.dtype == dtype
-        cases.assert_gradient(grad, exact_grad, "gradient", tolerance=torch.finfo(dtype).eps)
+        testing.assert_gradient(grad, exact_grad, "gradient", tolerance=torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
@@ -197,7 +197,8 @@ def test_no_synchronisation(reduction) -> None:
         penalty(policy, reference).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    cases.assert_near(penalty.last["loss"], plain(policy, reference, torch.ones_like(mask), DIRECTIONS[0], reduction, 0.3, 1.0)[0], 2e-5, 0.0, "loss")
+    expected = plain(policy, reference, torch.ones_like(mask), DIRECTIONS[0], reduction, 0.3, 1.0)[0]
+    testing.assert_near(penalty.last["loss"], expected, 2e-5, 0.0, "loss")
 
 
 def test_in_a_model(implementation) -> None:
@@ -212,7 +213,7 @@ def test_in_a_model(implementation) -> None:
     logits = model["head"](hidden)
     model["penalty"](logits, reference).backward()
     exact = plain(logits, reference, torch.ones(3, dtype=torch.bool, device=hidden.device), DIRECTIONS[0], "token_mean", 0.3, 1.0)[1][0]
-    cases.assert_near(model["head"].weight.grad, exact.T @ hidden.double(), 1e-4, 1e-6, "weight gradient")
+    testing.assert_near(model["head"].weight.grad, exact.T @ hidden.double(), 1e-4, 1e-6, "weight gradient")
 
 
 def test_repr() -> None:

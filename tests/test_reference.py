@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import cases
 import pytest
 import torch
 
 import fastkl
-from fastkl import _row_blocks, reference
+from fastkl import _row_blocks, reference, testing
 
 V = 23
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
@@ -22,18 +21,9 @@ def on_the_reference():
         yield
 
 
-def textbook(p_logits: torch.Tensor, q_logits: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor | float) -> dict[str, torch.Tensor]:
-    """The five statistics from two log-softmaxes, in the type of the logits."""
-    scale = temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
-    log_p, log_q = (p_logits / scale).log_softmax(-1), (q_logits / scale).log_softmax(-1)
-    return {"logprob": log_p.gather(-1, tokens[:, None])[:, 0], "entropy": -(log_p.exp() * log_p).sum(-1),
-            "ref_logprob": log_q.gather(-1, tokens[:, None])[:, 0], "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
-            "ref_kl": (log_q.exp() * (log_q - log_p)).sum(-1)}
-
-
 def case(rows: int = 4, size: float = 0.7, kind: str = "normal3", dtype: torch.dtype = torch.float64):
     """Logits of P and Q, tokens and a temperature per row."""
-    p, q = cases.pair(kind, rows, V, size, shift=3.0, dtype=dtype)
+    p, q = testing.pair(kind, rows, V, size, shift=3.0, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     return p, q, torch.randint(V, (rows,), generator=generator), 0.5 + 1.5 * torch.rand(rows, generator=generator, dtype=dtype)
 
@@ -42,14 +32,14 @@ def case(rows: int = 4, size: float = 0.7, kind: str = "normal3", dtype: torch.d
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["number", "per_row"])
-@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("kind", testing.KINDS)
 def test_textbook_form(kind, per_row) -> None:
     """In fp64 every statistic is the textbook's to the digits that the textbook's has: 1e-12 of its largest terms."""
     p, q, tokens, temperatures = case(kind=kind)
     temperature = temperatures if per_row else 0.8
     result = reference.row_statistics(p, q, tokens, temperature)
-    for name, exact in textbook(p, q, tokens, temperature).items():
-        cases.assert_near(getattr(result, name), exact, 1e-12, 1e-12, name)
+    for name, exact in testing.truth(p, q, temperature).stats(tokens).items():
+        testing.assert_near(getattr(result, name), exact, 1e-12, 1e-12, name)
         assert getattr(result, name).dtype == torch.float64
 
 
@@ -58,10 +48,10 @@ def test_against_torch_distributions() -> None:
     p, q, tokens, _ = case()
     result = reference.row_statistics(p, q, tokens)
     policy, other = torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
-    cases.assert_near(result.kl, torch.distributions.kl_divergence(policy, other), 1e-12, 1e-13, "kl")
-    cases.assert_near(result.ref_kl, torch.distributions.kl_divergence(other, policy), 1e-12, 1e-13, "ref_kl")
-    cases.assert_near(result.entropy, policy.entropy(), 1e-12, 1e-13, "entropy")
-    cases.assert_near(result.logprob, policy.log_prob(tokens), 1e-12, 1e-13, "logprob")
+    testing.assert_near(result.kl, torch.distributions.kl_divergence(policy, other), 1e-12, 1e-13, "kl")
+    testing.assert_near(result.ref_kl, torch.distributions.kl_divergence(other, policy), 1e-12, 1e-13, "ref_kl")
+    testing.assert_near(result.entropy, policy.entropy(), 1e-12, 1e-13, "entropy")
+    testing.assert_near(result.logprob, policy.log_prob(tokens), 1e-12, 1e-13, "logprob")
 
 
 def test_two_classes() -> None:
@@ -70,8 +60,8 @@ def test_two_classes() -> None:
     a, b = (value.flatten() for value in torch.meshgrid(grid, grid, indexing="ij"))
     result = reference.row_statistics(torch.stack([a, 0 * a], -1), torch.stack([b, 0 * b], -1))
     exact = a.sigmoid() * (a - b) + torch.nn.functional.softplus(b) - torch.nn.functional.softplus(a)
-    cases.assert_near(result.kl, exact, 1e-12, 1e-14, "kl")
-    cases.assert_near(result.entropy, torch.nn.functional.softplus(a) - a * a.sigmoid(), 1e-12, 1e-14, "entropy")
+    testing.assert_near(result.kl, exact, 1e-12, 1e-14, "kl")
+    testing.assert_near(result.entropy, torch.nn.functional.softplus(a) - a * a.sigmoid(), 1e-12, 1e-14, "entropy")
 
 
 @pytest.mark.parametrize("height", [0.5, 3.0, 20.0, 200.0])
@@ -84,9 +74,9 @@ def test_uniform_and_one_hot(height) -> None:
     entropy = math.exp(-excess) * excess + (V - 1) * math.exp(-log_z) * log_z
     result = reference.row_statistics(uniform, peaked)
     for name, exact in (("kl", log_z - height / V - math.log(V)), ("ref_kl", math.log(V) - entropy), ("entropy", math.log(V))):
-        cases.assert_near(getattr(result, name), torch.tensor([exact], dtype=torch.float64), 1e-11, 1e-13, name)
+        testing.assert_near(getattr(result, name), torch.tensor([exact], dtype=torch.float64), 1e-11, 1e-13, name)
     # log Z - height is rounded at 1e-16, whatever is left of the entropy.
-    cases.assert_near(reference.row_statistics(peaked).entropy, torch.tensor([entropy], dtype=torch.float64), 1e-12, 1e-15, "entropy of the peak")
+    testing.assert_near(reference.row_statistics(peaked).entropy, torch.tensor([entropy], dtype=torch.float64), 1e-12, 1e-15, "entropy of the peak")
 
 
 def test_geometric() -> None:
@@ -100,8 +90,8 @@ def test_geometric() -> None:
     for a, b in ((0.1, 0.3), (1.0, 0.2), (0.5, 2.0)):
         result = reference.row_statistics((-a * temperature * k)[None], (-b * temperature * k + 7)[None], None, temperature)
         (log_z_a, mean), (log_z_b, _) = log_z_and_mean(a), log_z_and_mean(b)
-        cases.assert_near(result.kl, torch.tensor([(b - a) * mean + log_z_b - log_z_a], dtype=torch.float64), 1e-11, 1e-14, "kl")
-        cases.assert_near(result.entropy, torch.tensor([a * mean + log_z_a], dtype=torch.float64), 1e-11, 0.0, "entropy")
+        testing.assert_near(result.kl, torch.tensor([(b - a) * mean + log_z_b - log_z_a], dtype=torch.float64), 1e-11, 1e-14, "kl")
+        testing.assert_near(result.entropy, torch.tensor([a * mean + log_z_a], dtype=torch.float64), 1e-11, 0.0, "entropy")
 
 
 @pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-6, 1e-8])
@@ -114,26 +104,26 @@ def test_fisher_limit(step) -> None:
     second, third, fourth = ((weight * d**power).sum(-1) for power in (2, 3, 4))
     exact = second / 2 + third / 6 + (fourth - 3 * second**2) / 24
     # d itself is rounded at 4 digits below 1e-16·|logit|, which is what the smallest step leaves of it.
-    cases.assert_near(reference.row_statistics(p, q).kl, exact, 1e-9 + 20 * step**3 + 1e-14 / step, 0.0, "kl")
+    testing.assert_near(reference.row_statistics(p, q).kl, exact, 1e-9 + 20 * step**3 + 1e-14 / step, 0.0, "kl")
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0, -1000.0])
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.3, 1.0])
-@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("kind", testing.KINDS)
 def test_digits_near_zero(kind, size, shift) -> None:
     """In float32 both KLs keep their digits from KL 1e-9 up, whatever constant lies between the logits."""
-    p, q = cases.pair(kind, 8, 4001, size, shift=shift)
-    exact = cases.truth(p, q)
+    p, q = testing.pair(kind, 8, 4001, size, shift=shift)
+    exact = testing.truth(p, q)
     result = reference.row_statistics(p, q)
     assert result.kl.dtype == torch.float32
-    cases.assert_kl(result.kl, exact.kl, "kl")
-    cases.assert_kl(result.ref_kl, exact.ref_kl, "ref_kl")
-    cases.assert_near(result.entropy, exact.entropy, 1e-5, 1e-6, "entropy")
+    testing.assert_kl(result.kl, exact.kl, "kl")
+    testing.assert_kl(result.ref_kl, exact.ref_kl, "ref_kl")
+    testing.assert_near(result.entropy, exact.entropy, 1e-5, 1e-6, "entropy")
 
 
 def test_identical_rows_give_exactly_zero() -> None:
     """KL(P‖P) is 0 and its gradient is 0, not nearly, also where Q has a constant more (here one that float32 adds exactly)."""
-    p = (64 * cases.pair("normal3", 5, V, 0.0)[0]).round() / 64
+    p = (64 * testing.pair("normal3", 5, V, 0.0)[0]).round() / 64
     for shift in (0.0, 2.0, -512.0):
         q = (p + shift).requires_grad_()
         leaf = p.clone().requires_grad_()
@@ -202,10 +192,10 @@ def test_gradients_of_the_textbook_form(kind, fields) -> None:
     saved = reference.row_statistics(p, q, tokens, temperatures).saved
     results = reference.row_gradients(p, q, tokens, temperatures, saved, upstream, wrt_p=True, wrt_q=True)
     p, q = p.requires_grad_(), q.requires_grad_()
-    exact = textbook(p, q, tokens, temperatures)
+    exact = testing.truth(p, q, temperatures).stats(tokens)
     expected = torch.autograd.grad(sum((exact[name] * value).sum() for name, value in upstream.items()), (p, q), materialize_grads=True)
     for result, value, side in zip(results, expected, "pq", strict=True):
-        cases.assert_gradient(result, value, f"gradient of {side}", 1e-11)
+        testing.assert_gradient(result, value, f"gradient of {side}", 1e-11)
     for wrt_p, wrt_q in ((True, False), (False, True)):
         one = reference.row_gradients(p.detach(), q.detach(), tokens, temperatures, saved, upstream, wrt_p=wrt_p, wrt_q=wrt_q)
         assert (one[0] is None) != wrt_p and (one[1] is None) != wrt_q
@@ -231,7 +221,7 @@ def test_types() -> None:
 @pytest.mark.parametrize("elements", [1, V, 3 * V + 1, 1 << 20])
 def test_blocks_change_no_bit(monkeypatch, elements) -> None:
     """How many rows are worked on at a time changes no result and no gradient, with holes in the mask and more leading dimensions."""
-    p, q = (value.reshape(2, 5, V).requires_grad_() for value in cases.pair("normal3", 10, V, 0.5))
+    p, q = (value.reshape(2, 5, V).requires_grad_() for value in testing.pair("normal3", 10, V, 0.5))
     mask = torch.tensor([[True, True, False, True, False], [False, True, True, True, True]])
 
     def outcome() -> list[torch.Tensor]:
@@ -259,7 +249,7 @@ def test_no_row_to_work_on(leading) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_infinities_and_nan(dtype) -> None:
     """-inf in both: as if the entry were not there; in Q alone: +inf; in P alone: finite; a NaN or +inf: NaN in its own row and in no other."""
-    p, q = cases.pair("normal3", 7, V, 0.5, dtype=dtype)
+    p, q = testing.pair("normal3", 7, V, 0.5, dtype=dtype)
     p[0, 3] = q[0, 3] = -math.inf
     q[1, 3] = -math.inf
     p[2, 3] = -math.inf
@@ -267,15 +257,15 @@ def test_infinities_and_nan(dtype) -> None:
     leaves = p.clone().requires_grad_(), q.clone().requires_grad_()
     result = fastkl.token_stats(leaves[0], torch.zeros(7, dtype=torch.long), leaves[1])
     kept = [i for i in range(V) if i != 3]
-    exact = cases.truth(p, q)
-    short = cases.truth(p[:, kept], q[:, kept])
+    exact = testing.truth(p, q)
+    short = testing.truth(p[:, kept], q[:, kept])
     for field in ("kl", "ref_kl"):
-        cases.assert_kl(getattr(result, field)[0], getattr(short, field)[0], f"{field} without the entry")
-        cases.assert_kl(getattr(result, field)[6], getattr(exact, field)[6], field)
+        testing.assert_kl(getattr(result, field)[0], getattr(short, field)[0], f"{field} without the entry")
+        testing.assert_kl(getattr(result, field)[6], getattr(exact, field)[6], field)
         assert bool(getattr(result, field)[3:6].isnan().all())
     assert result.kl[1].item() == math.inf and result.ref_kl[2].item() == math.inf
-    cases.assert_kl(result.ref_kl[1], exact.ref_kl[1], "ref_kl with -inf in q")
-    cases.assert_kl(result.kl[2], exact.kl[2], "kl with -inf in p")
+    testing.assert_kl(result.ref_kl[1], exact.ref_kl[1], "ref_kl with -inf in q")
+    testing.assert_kl(result.kl[2], exact.kl[2], "kl with -inf in p")
     assert bool(result.entropy[[0, 1, 2, 4, 6]].isfinite().all()) and bool(result.entropy[[3, 5]].isnan().all())
     grads = torch.autograd.grad(result.kl[[0, 2, 3, 4, 5, 6]].sum(), leaves)
     for grad in grads:

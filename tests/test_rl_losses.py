@@ -6,10 +6,10 @@ import itertools
 import math
 from types import SimpleNamespace
 
-import cases
 import pytest
 import torch
 
+from fastkl import testing
 from fastkl.rl.losses import DPOLoss, dpo_loss, grpo_loss, ppo_loss
 
 B, T = 4, 6
@@ -45,11 +45,11 @@ def wide(*values: torch.Tensor) -> list[torch.Tensor]:
 def assert_loss(loss: torch.Tensor, leaves: tuple, exact: torch.Tensor, exact_leaves: tuple, tolerance: float, what: str) -> None:
     """A scalar and its gradients, of the order of 1 here, within an absolute tolerance of fp64 ones."""
     assert loss.shape == () and loss.dtype == leaves[0].dtype
-    cases.assert_near(loss, exact, 0.0, tolerance, what)
+    testing.assert_near(loss, exact, 0.0, tolerance, what)
     grads, exact_grads = torch.autograd.grad(loss, leaves), torch.autograd.grad(exact, exact_leaves)
     assert any(bool(grad.any()) for grad in exact_grads)
     for grad, exact_grad in zip(grads, exact_grads, strict=True):
-        cases.assert_near(grad, exact_grad, 0.0, tolerance, f"gradient of {what}")
+        testing.assert_near(grad, exact_grad, 0.0, tolerance, f"gradient of {what}")
 
 
 # Sums of 24 products of numbers of the order of 1, each of some roundings of 2^-53 or 2^-24.
@@ -205,7 +205,7 @@ def test_grpo_and_ppo_agree() -> None:
     """The same surrogate: bnpo is the mean over tokens."""
     made = batch(torch.float32)
     for name in MASKS:
-        cases.assert_same_bits(grpo_loss(made.logprob, made.old, made.per_token, mask_of(name), reduction="bnpo"),
+        testing.assert_same_bits(grpo_loss(made.logprob, made.old, made.per_token, mask_of(name), reduction="bnpo"),
                                ppo_loss(made.logprob, made.old, made.per_token, mask_of(name)), name)
 
 
@@ -215,10 +215,10 @@ def test_beta() -> None:
     controller = SimpleNamespace(beta=0.3)
     expected = grpo_loss(made.logprob, made.old, made.per_token, ref_logprob=made.ref, beta=0.3)
     for beta in (torch.tensor(0.3), controller):
-        cases.assert_same_bits(grpo_loss(made.logprob, made.old, made.per_token, ref_logprob=made.ref, beta=beta), expected, "beta")
+        testing.assert_same_bits(grpo_loss(made.logprob, made.old, made.per_token, ref_logprob=made.ref, beta=beta), expected, "beta")
     controller.beta = 0.0
     for more in ({}, {"ref_logprob": made.ref}, {"kl": torch.full((B, T), math.inf, requires_grad=True)}):
-        cases.assert_same_bits(grpo_loss(made.logprob, made.old, made.per_token, beta=controller, **more),
+        testing.assert_same_bits(grpo_loss(made.logprob, made.old, made.per_token, beta=controller, **more),
                                grpo_loss(made.logprob, made.old, made.per_token), "beta 0")
     learned = torch.tensor(0.3, requires_grad=True)
     loss = grpo_loss(made.logprob, made.old, made.per_token, ref_logprob=made.ref, beta=learned)
@@ -244,7 +244,7 @@ def test_nothing_leaks_from_masked_tokens(penalty, level, garbage) -> None:
             grpo_loss(logprob, old, advantages, mask, level=level, **penalties(ref, kl)[penalty])
         results.append((loss, *[grad for grad in torch.autograd.grad(loss, leaves, allow_unused=True) if grad is not None]))
     for one, other in zip(*results, strict=True):
-        cases.assert_same_bits(other, one, "result")
+        testing.assert_same_bits(other, one, "result")
         assert one.dim() == 0 or bool(one.any()) and not bool(one[~mask].any())
 
 
@@ -293,12 +293,12 @@ def test_types(dtype) -> None:
     loss = grpo_loss(made.logprob, made.old, made.per_token, ref_logprob=made.ref, beta=0.1)
     single = [value.detach().float() for value in (made.logprob, made.old, made.per_token)]
     assert loss.dtype == torch.float32 and torch.autograd.grad(loss, made.logprob)[0].dtype == dtype
-    cases.assert_same_bits(loss, grpo_loss(*single, ref_logprob=made.ref.float(), beta=0.1), str(dtype))
-    cases.assert_same_bits(loss, grpo_loss(single[0], made.old, single[2].double(), ref_logprob=made.ref, beta=0.1), str(dtype))
+    testing.assert_same_bits(loss, grpo_loss(*single, ref_logprob=made.ref.float(), beta=0.1), str(dtype))
+    testing.assert_same_bits(loss, grpo_loss(single[0], made.old, single[2].double(), ref_logprob=made.ref, beta=0.1), str(dtype))
     sums = [value.sum(-1) for value in (made.logprob, made.old, made.ref, made.per_token)]
     loss, single = dpo_loss(*sums), dpo_loss(*(value.float() for value in sums))
     for name, one, other in zip(DPOLoss._fields, loss, single, strict=True):
-        cases.assert_same_bits(one, other, name)
+        testing.assert_same_bits(one, other, name)
 
 
 def test_what_has_no_gradient() -> None:
@@ -348,7 +348,7 @@ def test_compile() -> None:
     arguments = moved("cpu")
     compiled = torch.compile(everything, backend="eager", fullgraph=True)(*arguments)
     for i, (one, other) in enumerate(zip(compiled, everything(*arguments), strict=True)):
-        cases.assert_same_bits(one, other, f"loss {i}")
+        testing.assert_same_bits(one, other, f"loss {i}")
 
 
 @pytest.mark.gpu

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 
-import cases
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
 import fastkl
+from fastkl import testing
 from fastkl.rl.losses import dpo_loss, grpo_loss
 
 # ---- which KL the loss has: every token of a vocabulary of 5, weighted with its probability under the policy that samples
@@ -85,7 +85,7 @@ def test_corrected_kl_of_longer_sequences() -> None:
 @pytest.mark.parametrize("reduction, same", [("bnpo", "token_mean"), ("sum", "sum")])
 def test_exact_kl_is_the_penalty(implementation, reduction, same) -> None:
     """Without advantages and with an exact kl the loss is KLPenalty, gradient to the logits included, also off-policy."""
-    policy, reference = (value.view(2, 3, 33).requires_grad_() for value in cases.pair("normal3", 6, 33, 0.3, device=implementation.device))
+    policy, reference = (value.view(2, 3, 33).requires_grad_() for value in testing.pair("normal3", 6, 33, 0.3, device=implementation.device))
     mask = torch.tensor([[True, True, False], [False, True, True]], device=implementation.device)
     tokens = torch.arange(6, device=implementation.device).view(2, 3)
     stats = fastkl.token_stats(policy, tokens, reference, mask=mask)
@@ -123,15 +123,15 @@ def test_dpo_is_the_published_one(beta, label_smoothing, dtype) -> None:
     # The loss and its gradient have slopes of at most 1 and beta in it, and roundings of their own of 1e-7.
     tolerance = (2e-13 if dtype == torch.float64 else 2e-5) * beta
     assert result.loss.shape == () and result.loss.dtype == dtype
-    cases.assert_near(result.loss, exact, 3e-7, tolerance, "loss")
+    testing.assert_near(result.loss, exact, 3e-7, tolerance, "loss")
     gradient, exact_gradient = torch.autograd.grad(result.loss, (chosen, rejected)), torch.autograd.grad(exact, (c, r))
     closed = -beta * (torch.sigmoid(-logits) - label_smoothing).detach() / 8
     for grad, exact_grad, sign in zip(gradient, exact_gradient, (1, -1), strict=True):
-        cases.assert_near(exact_grad, sign * closed, 1e-13, 1e-16, "closed form")
-        cases.assert_near(grad, exact_grad, 3e-7, beta * tolerance / 8, "gradient")
+        testing.assert_near(exact_grad, sign * closed, 1e-13, 1e-16, "closed form")
+        testing.assert_near(grad, exact_grad, 3e-7, beta * tolerance / 8, "gradient")
     for value, exact in ((result.chosen_reward, beta * (c - ref_c)), (result.rejected_reward, beta * (r - ref_r)), (result.margin, logits)):
         assert value.shape == (8,) and value.dtype == dtype and not value.requires_grad
-        cases.assert_near(value, exact, 0.0, tolerance, "reward")
+        testing.assert_near(value, exact, 0.0, tolerance, "reward")
 
 
 def test_dpo_at_its_marks() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import cases
 import pytest
 import torch
 
+from fastkl import testing
 from fastkl.rl import dpo_loss, grpo_loss, ppo_loss
 
 B, T = 5, 6
@@ -100,8 +100,8 @@ def test_micro_batches_add_up_to_the_whole(loss, settings, count, as_tensor) -> 
     expected = torch.autograd.grad(whole, logprob, retain_graph=True)[0]
     normalizer = torch.tensor(count) if as_tensor else count
     parts = [loss(logprob, rows, **settings, normalizer=normalizer) for rows in PARTS]
-    cases.assert_near(sum(parts), whole, 0.0, 1e-14, "loss")
-    cases.assert_near(torch.autograd.grad(sum(parts), logprob)[0], expected, 0.0, 1e-15, "gradient")
+    testing.assert_near(sum(parts), whole, 0.0, 1e-14, "loss")
+    testing.assert_near(torch.autograd.grad(sum(parts), logprob)[0], expected, 0.0, 1e-15, "gradient")
     alone = sum(loss(logprob, rows, **settings) for rows in PARTS) / len(PARTS)
     assert (
         float((torch.autograd.grad(alone, logprob)[0] - expected).norm() / expected.norm()) > 0.05
@@ -123,6 +123,6 @@ def test_a_tensor_of_zero_gives_zero(loss, settings, count) -> None:
 def test_the_names_of_the_mean() -> None:
     """ "mean" is "token_mean"."""
     logprob = leaf(B, T)
-    cases.assert_same_bits(
+    testing.assert_same_bits(
         ppo(logprob, slice(0, B), reduction="mean"), ppo(logprob, slice(0, B)), "mean"
     )

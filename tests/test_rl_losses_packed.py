@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import cases
 import pytest
 import torch
 
+from fastkl import testing
 from fastkl.rl.losses import grpo_loss, ppo_loss
 
 # How many tokens each sequence has, empty ones first, in the middle and last; and the row that it is in a padded batch [S, 5].
@@ -73,7 +73,7 @@ def test_without_boundaries() -> None:
     for call, more in FORMS:
         if more["reduction"] in ("token_mean", "bnpo", "sum") and more.get("level") != "sequence":
             tokens = [value[made.real] for value in (made.logprob, made.old, made.per_token)]
-            cases.assert_same_bits(call(*tokens, **more), call(*tokens, **more, cu_seqlens=made.bounds), str(more))
+            testing.assert_same_bits(call(*tokens, **more), call(*tokens, **more, cu_seqlens=made.bounds), str(more))
 
 
 @pytest.mark.parametrize("bounds", [[0], [0, 0, 0]], ids=str)
@@ -121,7 +121,7 @@ def test_compile(call, more) -> None:
     for name in ("uneven", "empty ones"):
         made = batch(name, torch.float32)
         arguments = *(value.detach()[made.real] for value in (made.logprob, made.old)), made.per_sequence, made.mask[made.real], made.bounds
-        cases.assert_same_bits(compiled(*arguments), call(*arguments[:4], **more, cu_seqlens=made.bounds), name)
+        testing.assert_same_bits(compiled(*arguments), call(*arguments[:4], **more, cu_seqlens=made.bounds), name)
 
 
 @pytest.mark.gpu

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import cases
 import pytest
 import torch
 from test_rl_trust_region import Calls
 
 import fastkl
+from fastkl import testing
 from fastkl.rl.natural_gradient import conjugate_gradient, fisher_vector_product, natural_gradient
 from fastkl.rl.trust_region import TrustRegion
 
@@ -91,7 +91,7 @@ def test_fisher_vector_product(weighted, device) -> None:
     matrices = [host.fisher(weights)]
     matrices += [torch.autograd.functional.hessian(lambda s, b=b: host.kl(s, backwards=b, weights=weights), zero) for b in (False, True)]
     for matrix, what in zip(matrices, ("Fisher", "KL(old‖new)", "KL(new‖old)"), strict=True):
-        cases.assert_gradient(case.flat(result), matrix @ vector, what, tolerance=1e-12)
+        testing.assert_gradient(case.flat(result), matrix @ vector, what, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3)], ids=str)
@@ -101,7 +101,7 @@ def test_closed_form_of_logits(shape) -> None:
     p = logits.softmax(-1)
     exact = p * vector - p * (p * vector).sum(-1, keepdim=True)
     result = fisher_vector_product(lambda z: z, logits, vector)
-    cases.assert_gradient(result, exact / max(1, torch.Size(shape).numel()), "F v", tolerance=1e-14)
+    testing.assert_gradient(result, exact / max(1, torch.Size(shape).numel()), "F v", tolerance=1e-14)
 
 
 def test_a_module_and_shared_weights() -> None:
@@ -130,7 +130,7 @@ def test_a_module_and_shared_weights() -> None:
 
     hessian = torch.autograd.functional.hessian(kl, torch.zeros(15, dtype=torch.float64))
     exact = hessian @ vector["embedding.weight"].detach().flatten()
-    cases.assert_gradient(result["embedding.weight"].flatten(), exact, "F v", tolerance=1e-12)
+    testing.assert_gradient(result["embedding.weight"].flatten(), exact, "F v", tolerance=1e-12)
     assert not bool(result["unused"].any()) and list(result) == list(parameters)
     assert all(value.grad is None and not result[name].requires_grad for name, value in parameters.items())
 
@@ -158,17 +158,17 @@ def test_no_rows_and_excluded_tokens() -> None:
     keep = [0, 1, 3]
     exact = fisher_vector_product(lambda z: z, logits[:, keep], vector[:, keep])
     assert result[:, 2].tolist() == [0.0, 0.0]
-    cases.assert_gradient(result[:, keep], exact, "open tokens", tolerance=1e-15)
+    testing.assert_gradient(result[:, keep], exact, "open tokens", tolerance=1e-15)
     # The logit of a probability 0 has an infinite derivative, which must not reach the other tokens.
     p, direction = torch.tensor([0.25, 0.75, 0.0], dtype=torch.float64), torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)
     assert fisher_vector_product(torch.log, p, direction)[:2].tolist() == pytest.approx([16 / 4, -4 / 3])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("kind", testing.KINDS)
 def test_float32_keeps_the_digits_of_peaked_rows(kind, device) -> None:
     """Logits up to 40 apart: exp of a difference rounded to 2^-24 of it is right to 2.4e-6, and so is each of the two sums: 1e-5 in all."""
-    logits = cases.logits(kind, 16, 300, torch.Generator().manual_seed(0)).to(device)
+    logits = testing.logits(kind, 16, 300, torch.Generator().manual_seed(0)).to(device)
     vector = 5 * torch.randn(16, 300, generator=torch.Generator().manual_seed(1)).to(device) + 30
     result = fisher_vector_product(lambda z: z, logits, vector, weights=torch.ones(16, device=device) / 16)
     p, v = logits.double().softmax(-1), vector.double()
@@ -187,7 +187,7 @@ def test_half_precision_logits(dtype) -> None:
     p, v = logits.to(dtype).double().softmax(-1), vector.to(dtype).double()
     exact = p * (v - (p * v).sum(-1, keepdim=True)) / 8
     assert result.dtype == torch.float32
-    cases.assert_gradient(result, exact, "F v", tolerance=0.5 * torch.finfo(dtype).eps)
+    testing.assert_gradient(result, exact, "F v", tolerance=0.5 * torch.finfo(dtype).eps)
 
 
 # ---- conjugate_gradient
@@ -202,9 +202,9 @@ def test_conjugate_gradient_is_the_best_of_its_krylov_space(iterations, damping)
     damped = matrix + damping * torch.eye(6, dtype=torch.float64)
     space = torch.linalg.qr(torch.stack([torch.linalg.matrix_power(matrix, k) @ b for k in range(iterations)], -1)).Q
     best = space @ torch.linalg.solve(space.T @ damped @ space, space.T @ b)
-    cases.assert_gradient(x, best, "x", tolerance=1e-10)
+    testing.assert_gradient(x, best, "x", tolerance=1e-10)
     if iterations == 6:
-        cases.assert_gradient(x, torch.linalg.solve(damped, b), "solution", tolerance=1e-10)
+        testing.assert_gradient(x, torch.linalg.solve(damped, b), "solution", tolerance=1e-10)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -218,7 +218,7 @@ def test_tensors_by_name(device) -> None:
         return {"b": image[2:].reshape(2, 2), "a": image[:2]}
 
     x = conjugate_gradient(product, named, iterations=4)
-    cases.assert_gradient(torch.cat([x["a"], x["b"].flatten()]), conjugate_gradient(lambda v: matrix @ v, b, iterations=4), "x", tolerance=1e-13)
+    testing.assert_gradient(torch.cat([x["a"], x["b"].flatten()]), conjugate_gradient(lambda v: matrix @ v, b, iterations=4), "x", tolerance=1e-13)
     assert list(x) == ["a", "b"] and not x["a"].requires_grad
     assert torch.equal(named["a"], b[:2]) and torch.equal(named["b"].flatten(), b[2:])
 
@@ -230,8 +230,8 @@ def test_sizes_whose_squares_leave_float32(size) -> None:
     with Calls() as calls:
         x = conjugate_gradient(lambda v: matrix @ v, b * size, iterations=6, tolerance=0.0)
     assert calls.counts["aten._local_scalar_dense.default"] == 13
-    cases.assert_gradient(x.double() / size, torch.linalg.solve(matrix.double(), b.double()), "x", tolerance=1e-5)
-    cases.assert_gradient(*(natural_gradient(lambda z: z, b, (b - b.mean()) * by, 0.01) for by in (size, 1.0)), "step", tolerance=1e-5)
+    testing.assert_gradient(x.double() / size, torch.linalg.solve(matrix.double(), b.double()), "x", tolerance=1e-5)
+    testing.assert_gradient(*(natural_gradient(lambda z: z, b, (b - b.mean()) * by, 0.01) for by in (size, 1.0)), "step", tolerance=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
@@ -264,7 +264,7 @@ def test_singular_and_consistent() -> None:
     matrix = spd(6, rank=4)
     b = matrix @ b_for(6)
     x = conjugate_gradient(lambda v: matrix @ v, b, iterations=4, tolerance=0.0)
-    cases.assert_gradient(x, torch.linalg.pinv(matrix, rtol=1e-10) @ b, "x", tolerance=1e-10)
+    testing.assert_gradient(x, torch.linalg.pinv(matrix, rtol=1e-10) @ b, "x", tolerance=1e-10)
 
 
 # ---- natural_gradient
@@ -288,9 +288,9 @@ def test_direction_and_length(damping, weighted, device) -> None:
     inverse = torch.where(values > 1e-10, 1 / (values + damping), 0.0)
     direction = basis @ (inverse * (basis.T @ gradient))
     exact = direction * torch.sqrt(0.04 / (direction @ fisher @ direction))
-    cases.assert_gradient(flat, exact, "step", tolerance=1e-8)
+    testing.assert_gradient(flat, exact, "step", tolerance=1e-8)
     assert float(flat @ fisher @ flat) / 2 == pytest.approx(0.02, rel=1e-12)
-    cases.assert_gradient(case.flat(scaled), flat, "of a shorter gradient", tolerance=1e-8)
+    testing.assert_gradient(case.flat(scaled), flat, "of a shorter gradient", tolerance=1e-8)
 
 
 def test_the_kl_tends_to_max_kl() -> None:
@@ -313,7 +313,7 @@ def test_closed_form_of_a_bandit() -> None:
     mean = (p * reward).sum()
     step = natural_gradient(lambda z: z, logits, p * (reward - mean), 0.01, damping=0.0, tolerance=0.0, iterations=5)
     exact = (reward - reward.mean()) * torch.sqrt(0.02 / (p * (reward - mean) ** 2).sum())
-    cases.assert_gradient(step, exact, "step", tolerance=1e-10)
+    testing.assert_gradient(step, exact, "step", tolerance=1e-10)
     assert float(((logits + step).softmax(-1) * reward).sum()) > float(mean)
 
 
@@ -342,7 +342,7 @@ def test_trpo_with_a_trust_region() -> None:
         kls.append(result.kl)
         rewards.append(float(objective().detach()))
         assert result.accepted != "undone" and rewards[-1] > before
-        assert result.kl == pytest.approx(float(cases.truth(old, case.function(parameters).detach()).kl.mean()), rel=1e-4)
+        assert result.kl == pytest.approx(float(testing.truth(old, case.function(parameters).detach()).kl.mean()), rel=1e-4)
     assert max(kls) <= 0.02 and sorted(kls)[5] > 0.004
     assert rewards[-1] > rewards[0] + 0.3
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
-import cases
 import pytest
 import torch
 
+from fastkl import testing
 from fastkl.estimators import estimate_kl
 from fastkl.rl.rewards import shape_rewards
 
@@ -84,7 +84,7 @@ def test_packed_is_padded(name) -> None:
     scores, kl = numbers()
     mask = mask_of(name)
     packed = shape_rewards(scores, kl.flatten(), 0.7, None if mask is None else mask.flatten(), cu_seqlens=torch.tensor([0, 5, 10, 15]))
-    cases.assert_same_bits(packed.view(3, 5), shape_rewards(scores, kl, 0.7, mask), name)
+    testing.assert_same_bits(packed.view(3, 5), shape_rewards(scores, kl, 0.7, mask), name)
 
 
 def test_as_many_sequences_as_tokens() -> None:
@@ -100,7 +100,7 @@ def test_leading_shapes() -> None:
     scores, kl = numbers(6)
     whole = shape_rewards(scores.view(2, 3), kl.expand(2, 3, 5), 0.3)
     for i, score in enumerate(scores):
-        cases.assert_same_bits(whole.view(6, 5)[i], shape_rewards(score, kl[i % 3], 0.3), f"sequence {i}")
+        testing.assert_same_bits(whole.view(6, 5)[i], shape_rewards(score, kl[i % 3], 0.3), f"sequence {i}")
     assert shape_rewards(scores, torch.zeros(6, 0), 0.3).shape == (6, 0)
     assert shape_rewards(scores[:0], torch.zeros(0, 4), 0.3).shape == (0, 4)
     assert shape_rewards(scores[:0], torch.zeros(0), 0.3, cu_seqlens=torch.tensor([0])).shape == (0,)
@@ -121,7 +121,7 @@ def test_nothing_leaks_from_masked_tokens(name, garbage, packed) -> None:
         scores = scores.view(3, 5) if per_token else scores
         clean, dirty = ((kl.masked_fill(~mask, fill), scores.masked_fill(~mask if per_token else empty, fill)) for fill in (0.0, garbage))
         results = [shape_rewards(arrange(score), arrange(value), 0.3, arrange(mask), **more) for value, score in (clean, dirty)]
-        cases.assert_same_bits(results[1], results[0], name)
+        testing.assert_same_bits(results[1], results[0], name)
         assert torch.equal(results[1][~arrange(mask)], torch.zeros(int((~mask).sum())))
 
 
@@ -146,7 +146,7 @@ def test_types(dtype) -> None:
     """The arithmetic is that of float32 on the values given, of float64 for a float64 KL."""
     scores, kl = (value.to(dtype) for value in numbers())
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    cases.assert_same_bits(shape_rewards(scores, kl, 0.3), shape_rewards(scores.to(wide), kl.to(wide), 0.3), str(dtype))
+    testing.assert_same_bits(shape_rewards(scores, kl, 0.3), shape_rewards(scores.to(wide), kl.to(wide), 0.3), str(dtype))
     assert shape_rewards(scores.double(), kl, 0.3).dtype == wide
 
 
@@ -156,9 +156,9 @@ def test_beta() -> None:
     controller = SimpleNamespace(beta=0.3)
     expected = shape_rewards(scores, kl, 0.3)
     for beta in (torch.tensor(0.3), controller, SimpleNamespace(beta=torch.tensor(0.3))):
-        cases.assert_same_bits(shape_rewards(scores, kl, beta), expected, "beta")
+        testing.assert_same_bits(shape_rewards(scores, kl, beta), expected, "beta")
     controller.beta = 2
-    cases.assert_same_bits(shape_rewards(scores, kl, controller), shape_rewards(scores, kl, 2.0), "beta of the next call")
+    testing.assert_same_bits(shape_rewards(scores, kl, controller), shape_rewards(scores, kl, 2.0), "beta of the next call")
     assert torch.equal(shape_rewards(scores, kl.fill_(math.inf), 0), torch.nn.functional.pad(scores[:, None], (4, 0)))
     assert shape_rewards(scores, kl, torch.tensor(0.0)).isnan().all(), "a tensor is not looked at"
 
@@ -216,7 +216,7 @@ def test_compile(packed) -> None:
     arguments = (scores, kl.flatten(), 0.3, mask.flatten()) if packed else (scores, kl, 0.3, mask)
     more = {"cu_seqlens": torch.tensor([0, 5, 10, 15])} if packed else {}
     compiled = torch.compile(shape_rewards, backend="eager", fullgraph=True)
-    cases.assert_same_bits(compiled(*arguments, **more), shape_rewards(*arguments, **more), "compiled")
+    testing.assert_same_bits(compiled(*arguments, **more), shape_rewards(*arguments, **more), "compiled")
 
 
 @pytest.mark.parametrize("bounds", [[0, 5, 10], [0, 5, 10, 16], [1, 5, 10, 15], [0, 10, 5, 15], [0, 20, 15], [15]], ids=str)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 
-import cases
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkl
+from fastkl import testing
 from fastkl.rl.trust_region import EarlyStop, StepResult, TrustRegion
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -40,7 +40,7 @@ class Policy(torch.nn.Module):
 
     def kl(self) -> torch.Tensor:
         """Mean KL(old‖now) of float64."""
-        return cases.truth(self.old, self()).kl.mean()
+        return testing.truth(self.old, self()).kl.mean()
 
     def loss(self) -> torch.Tensor:
         """Minus the expected reward."""
@@ -97,7 +97,7 @@ def test_a_step_within_the_bound_is_the_optimizers_own(name, device) -> None:
     result = TrustRegion(100.0).step(optimizer, policy.kl)
     assert result == StepResult("full", 1.0, float(policy.kl().detach())) and result.kl > 1e-3
     for value, own in zip(policy.values(), expected, strict=True):
-        cases.assert_same_bits(value, own, name)
+        testing.assert_same_bits(value, own, name)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -154,7 +154,7 @@ def test_undone_to_the_bit(dtype, value) -> None:
         exact = before[1].double() - fraction
         assert bool(((measured[i].double() - exact).abs() <= 2 * torch.finfo(dtype).eps * (exact.abs() + 1)).all()), fraction
     for tensor, expected in zip((parameter, strided), before, strict=True):
-        cases.assert_same_bits(tensor, expected, "parameter")
+        testing.assert_same_bits(tensor, expected, "parameter")
         assert tensor.stride() == expected.stride()
 
 
@@ -286,7 +286,7 @@ def test_an_exception_puts_the_parameters_back(where) -> None:
         TrustRegion(0.1).step(sgd(policy.parameters()), mean_kl, closure if where == "closure" else None)
     assert len(calls) == {"closure": 0, "full": 1, "shortened": 3}[where]
     for value, expected in zip(policy.values(), before, strict=True):
-        cases.assert_same_bits(value, expected, "parameter")
+        testing.assert_same_bits(value, expected, "parameter")
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0, 0.0]], ids=["full", "shrunk"])
@@ -312,9 +312,9 @@ def test_a_run_stays_within_the_bound() -> None:
         twin, twin_optimizer = copy.deepcopy((policy, optimizer))
         twin.loss().backward()
         twin_optimizer.step()
-        free.append(float(cases.truth(old, twin().detach()).kl.mean()))
+        free.append(float(testing.truth(old, twin().detach()).kl.mean()))
         result = TrustRegion(0.01, tries=20).step(optimizer, lambda old=old: fastkl.kl_divergence(old, policy()).mean())
-        true = float(cases.truth(old, policy().detach()).kl.mean())
+        true = float(testing.truth(old, policy().detach()).kl.mean())
         assert result.kl <= 0.01 and result.kl == pytest.approx(true, rel=1e-4, abs=1e-8), step
         accepted.append(result.accepted)
     assert "shrunk" in accepted and max(free) > 1.0

@@ -12,7 +12,7 @@ import cases
 import pytest
 import torch
 
-from fastkl import _rows
+from fastkl import _rows, testing
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -91,25 +91,25 @@ def assert_right(implementation, p, q, hidden=None, alone: bool = False) -> list
     hidden: entries [N, V] that neither tensor gives any probability.
     """
     hidden = torch.zeros(p.shape, dtype=torch.bool) if hidden is None else hidden
-    exact = cases.truth(*(side.double().cpu().masked_fill(hidden, -1e4) for side in (p, q)))
+    exact = testing.truth(*(side.double().cpu().masked_fill(hidden, -1e4) for side in (p, q)))
     tokens = None if alone else p.masked_fill(hidden, -math.inf).argmax(-1)
     p, q = (side.to(implementation.device) for side in (p, q))
     results = statistics(p, q, None if alone else tokens.to(p.device))
     saved = results.pop("saved")
     for name, value in results.items():
         if name in ("kl", "ref_kl"):
-            cases.assert_kl(value, getattr(exact, name), name)
+            testing.assert_kl(value, getattr(exact, name), name)
         elif name == "entropy":
-            cases.assert_near(value, exact.entropy, 2e-6, 2e-6, name)
+            testing.assert_near(value, exact.entropy, 2e-6, 2e-6, name)
         else:
             log = exact.log_p if name == "logprob" else exact.log_q
-            cases.assert_near(value, log.gather(1, tokens[:, None])[:, 0], 2e-6, 2e-6, name)
-    upstream = cases.upstream_for(saved[:, 0])
+            testing.assert_near(value, log.gather(1, tokens[:, None])[:, 0], 2e-6, 2e-6, name)
+    upstream = testing.upstream_for(saved[:, 0])
     grads = [torch.full_like(side, math.nan) for side in (p, q)]
     launch.backward(problem_of(p, q, None), saved, {"kl": upstream}, *grads)
-    for grad, value, side in zip(grads, cases.kl_gradients(exact, upstream), "pq", strict=True):
+    for grad, value, side in zip(grads, testing.kl_gradients(exact, upstream), "pq", strict=True):
         what = f"gradient to {side}"
-        cases.assert_rounded_gradient(grad, value, what, truncated=implementation.interpreted)
+        testing.assert_rounded_gradient(grad, value, what, truncated=implementation.interpreted)
     return saved[:, 1].signbit().tolist()
 
 
@@ -229,7 +229,7 @@ def test_shared_masks(implementation, warp) -> None:
     columns = [at < tile + 9, at % 7 == 0, at // tile == 1, at >= 2 * tile, at > 0]
     masks = [(LOWEST, mask) for mask in columns] + [(-1e9, columns[1]), (-math.inf, columns[0])]
     hidden = torch.stack([mask for _, mask in masks])
-    p, q = cases.pair("normal3", len(masks), len(at), 0.1, dtype=warp.dtype)
+    p, q = testing.pair("normal3", len(masks), len(at), 0.1, dtype=warp.dtype)
     for row, (fill, mask) in enumerate(masks):
         p[row, mask] = q[row, mask] = fill
     with warp.use():
@@ -241,7 +241,7 @@ def test_shared_masks(implementation, warp) -> None:
 def test_late_peaks_and_empty_beginnings(implementation, gpu) -> None:
     """A peak that arrives late or in the edge tile; first tiles of nothing."""
     tile = gpu.tile
-    x, y = cases.pair("normal1", 5, 2 * tile + 50, 0.3)
+    x, y = testing.pair("normal1", 5, 2 * tile + 50, 0.3)
     x[0, tile + 3] += 20
     x[1, -2] += 12
     x[2, -1], y[2, -1] = 60.0, 58.0
@@ -257,7 +257,7 @@ def test_late_peaks_and_empty_beginnings(implementation, gpu) -> None:
 @pytest.mark.parametrize("vocabulary", ["1", "2", "9", "tile", "tile + 1"])
 def test_short_rows(implementation, warp, vocabulary) -> None:
     """Rows shorter than a tile, and about as long; of one entry; and no rows."""
-    p, q = cases.pair("normal3", 2, eval(vocabulary, {"tile": warp.tile}), 0.3, dtype=warp.dtype)
+    p, q = testing.pair("normal3", 2, eval(vocabulary, {"tile": warp.tile}), 0.3, dtype=warp.dtype)
     with warp.use():
         assert_right(implementation, p, q)
         assert_right(implementation, p[:0], q[:0])
@@ -266,14 +266,14 @@ def test_short_rows(implementation, warp, vocabulary) -> None:
 def test_poison_stays_in_its_row(implementation, warp) -> None:
     """Rows with a NaN or an infinity leave the bits of their neighbours alone."""
     late, device = warp.tile + 1, implementation.device
-    p, q = cases.pair("normal3", 5, late + 20, 0.1, dtype=warp.dtype, device=device)
+    p, q = testing.pair("normal3", 5, late + 20, 0.1, dtype=warp.dtype, device=device)
     tokens = torch.arange(5, device=p.device)
     with warp.use():
         clean = statistics(p, q, tokens)
         p[1, 0], q[3, late] = math.nan, math.inf
         results = statistics(p, q, tokens)
     for name, result in results.items():
-        cases.assert_same_bits(result[::2], clean[name][::2], name)
+        testing.assert_same_bits(result[::2], clean[name][::2], name)
     assert bool(results["kl"][1::2].isnan().all())
 
 
@@ -300,7 +300,7 @@ def test_equal_bits_wherever_a_row_is(implementation, gpu) -> None:
             x = test_kernels.padded(p[rows], padding_p, offset_p)
             y = test_kernels.padded(q[rows], padding_q, offset_q)
             for name, value in statistics(x, y, None if alone else tokens[rows]).items():
-                cases.assert_same_bits(value, torch.cat([single[row][name] for row in rows]), name)
+                testing.assert_same_bits(value, torch.cat([single[row][name] for row in rows]), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -329,7 +329,7 @@ def test_arrival_order_changes_no_bit(implementation, dtype, monkeypatch) -> Non
         for _ in range(2):
             results = statistics(p, q, tokens, mask)
             for field, value in results.items():
-                cases.assert_same_bits(value, expected[field], field)
+                testing.assert_same_bits(value, expected[field], field)
                 assert not bool(value[3].any()), "a masked row has zeros"
     splits = -(-601 // config.segment_length(601, 160))
     assert splits > 2 and sizes == [4 * splits, 1] * 2
@@ -340,7 +340,7 @@ def test_arrival_order_changes_no_bit(implementation, dtype, monkeypatch) -> Non
 
 def test_launches_of_a_forward(implementation, warp, monkeypatch) -> None:
     """row_forward and row_fallback once each; the second writes the marked rows alone."""
-    p, q = cases.pair("normal3", 7, 300, 0.1, dtype=warp.dtype, device=implementation.device)
+    p, q = testing.pair("normal3", 7, 300, 0.1, dtype=warp.dtype, device=implementation.device)
     p[1, 3], q[6, 5] = -math.inf, math.nan
     tokens = torch.arange(7, device=p.device)
     start, started, skipped = launch.Variant.start, [], []
@@ -362,7 +362,7 @@ def test_launches_of_a_forward(implementation, warp, monkeypatch) -> None:
         saved[[1, 6], 0] = math.nan
         launch.forward(problem_of(p, q, tokens), results, saved)
     for name, value in {**results, "saved": saved}.items():
-        cases.assert_same_bits(value[[1, 6]], expected[name][[1, 6]], name)
+        testing.assert_same_bits(value[[1, 6]], expected[name][[1, 6]], name)
         assert bool((value[[0, 2, 3, 4, 5]] == 5).all()), f"{name} without a mark was written"
 
 
@@ -379,7 +379,7 @@ def test_prefetches_stay_in_the_row(implementation, p_type, q_type, monkeypatch)
     asked = []
     monkeypatch.setattr(config, "prefetches", lambda arch: True)
     monkeypatch.setattr("triton.language.inline_asm_elementwise", record)
-    p, q = cases.pair("normal1", 1, 601, 0.1)
+    p, q = testing.pair("normal1", 1, 601, 0.1)
     p, q = p.to(p_type), q.to(q_type)
     with Gpu("sm_90", p_type).use(320):
         assert_right(implementation, p, q)

@@ -8,7 +8,7 @@ import cases
 import pytest
 import torch
 
-from fastkl import _rows
+from fastkl import _rows, testing
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = 6
@@ -49,13 +49,8 @@ def truth(p, q, tokens, mask, temperature, upstream, softcap) -> tuple[dict[str,
     scaling = scaling_of(softcap)
     x, y = (cap * torch.tanh(side / cap) if cap else side for side, cap in ((p, scaling.softcap), (q, scaling.ref_softcap)))
     y = y * (scaling.ratio.double().cpu()[:, None] if isinstance(scaling.ratio, torch.Tensor) else scaling.ratio)
-    log_p, log_q = ((side / temperature.double().cpu()[:, None]).log_softmax(-1) for side in (x, y))
-    index = tokens.cpu()[:, None]
-    fields = {
-        "logprob": log_p.gather(-1, index)[:, 0], "entropy": -(log_p.exp() * log_p).sum(-1), "ref_logprob": log_q.gather(-1, index)[:, 0],
-        "kl": (log_p.exp() * (log_p - log_q)).sum(-1), "ref_kl": (log_q.exp() * (log_q - log_p)).sum(-1),
-    }
-    fields = {name: torch.where(mask.cpu(), value, 0.0) for name, value in fields.items()}
+    stats = testing.truth(x, y, temperature.double().cpu()).stats(tokens.cpu())
+    fields = {name: torch.where(mask.cpu(), value, 0.0) for name, value in stats.items()}
     total = sum((value * weight.double().cpu()).sum() for value, weight in zip(fields.values(), upstream, strict=True))
     return {name: value.detach() for name, value in fields.items()}, *torch.autograd.grad(total, (p, q))
 
@@ -74,7 +69,7 @@ def test_against_float64(implementation, dtype, vocabulary, in_place, softcap) -
     if implementation.interpreted and vocabulary == 2050 and not (in_place and softcap == 2.0):
         pytest.skip("one long row in the interpreter is enough")
     device = implementation.device
-    p, q = cases.pair("normal3", ROWS, vocabulary, 0.7, dtype=dtype)
+    p, q = testing.pair("normal3", ROWS, vocabulary, 0.7, dtype=dtype)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(vocabulary, (ROWS,), generator=generator).to(device)
     mask = (torch.arange(ROWS) != 2).to(device)
@@ -88,7 +83,7 @@ def test_against_float64(implementation, dtype, vocabulary, in_place, softcap) -
     results = run(implementation, p, q, tokens, mask, temperature, upstream, grads, softcap)
     for name, value in results.items():
         # tanh is right to 2e-7 of the cap for 16-bit logits.
-        cases.assert_near(value, expected[name], 2e-5, 5e-6 + 1e-6 * softcap, name)
+        testing.assert_near(value, expected[name], 2e-5, 5e-6 + 1e-6 * softcap, name)
     rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-7 if implementation.interpreted else 2.0**-8, torch.float16: 2.0**-11}[dtype]
     for name, grad, exact in zip(("p", "q"), grads, gradients, strict=True):
         if vocabulary > 1:
@@ -103,7 +98,7 @@ def test_against_float64(implementation, dtype, vocabulary, in_place, softcap) -
 def test_each_tensor_has_a_scaling(implementation, dtype, far, scaling) -> None:
     """Two soft caps, and a ratio of inverse temperatures: fields and gradients to the raw logits."""
     device, vocabulary = implementation.device, 37
-    p, q = cases.pair("normal3", ROWS, vocabulary, 0.7, dtype=dtype)
+    p, q = testing.pair("normal3", ROWS, vocabulary, 0.7, dtype=dtype)
     if far:
         q[:, 5] = q[:, 5] + 60.0
         q[:, 7] = -3e4
@@ -116,7 +111,7 @@ def test_each_tensor_has_a_scaling(implementation, dtype, far, scaling) -> None:
     p, q = p.to(device), q.to(device)
     grads = torch.empty_like(p), torch.empty_like(q)
     for name, value in run(implementation, p, q, tokens, mask, temperature, upstream, grads, scaling).items():
-        cases.assert_near(value, expected[name], 2e-5, 5e-6 + 1e-6 * max(scaling.softcap, scaling.ref_softcap), name)
+        testing.assert_near(value, expected[name], 2e-5, 5e-6 + 1e-6 * max(scaling.softcap, scaling.ref_softcap), name)
     rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-7 if implementation.interpreted else 2.0**-8, torch.float16: 2.0**-11}[dtype]
     for name, grad, exact in zip(("p", "q"), grads, gradients, strict=True):
         assert relative(grad, exact) <= 2e-5 + rounding, f"gradient to {name}: {relative(grad, exact)}"
@@ -127,7 +122,7 @@ def test_each_tensor_has_a_scaling(implementation, dtype, far, scaling) -> None:
 def test_16_bit_gradients_of_float32_logits(implementation, vocabulary, grad_dtype) -> None:
     """The float32 gradients, rounded."""
     device = implementation.device
-    p, q = (side.to(device) for side in cases.pair("normal3", ROWS, vocabulary, 0.7))
+    p, q = (side.to(device) for side in testing.pair("normal3", ROWS, vocabulary, 0.7))
     tokens, mask = torch.arange(ROWS, device=device), torch.ones(ROWS, dtype=torch.bool, device=device)
     upstream = torch.randn(5, ROWS, generator=torch.Generator().manual_seed(0)).to(device)
     wide = (torch.empty_like(p), torch.empty_like(q))
@@ -153,7 +148,7 @@ def test_soft_cap_of_any_logit(implementation) -> None:
     expected, grad_p, grad_q = truth(p, q, tokens, mask, temperature, upstream, 30.0)
     results = run(implementation, p, q, tokens, mask, 1.0, upstream, grads, 30.0)
     for name, value in results.items():
-        cases.assert_near(value[:2], expected[name][:2], 2e-6, 1e-6, name)
+        testing.assert_near(value[:2], expected[name][:2], 2e-6, 1e-6, name)
     assert bool(results["kl"][1] == 0) and bool(results["kl"][2].isnan())
     for grad, exact in zip(grads, (grad_p, grad_q), strict=True):
         # The truth's slope at an infinite logit is 1 - 1 = 0, as here.

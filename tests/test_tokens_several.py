@@ -5,34 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import cases
 import pytest
 import torch
 
-from fastkl import _rows, selective_log_softmax
+from fastkl import _rows, selective_log_softmax, testing
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check(implementation, logits: torch.Tensor, index: torch.Tensor, what: str) -> None:
     """Values and gradient are those of log_softmax and gather in float64 of the same logits."""
-    leaf, exact = cases.leaf(logits.to(implementation.device)), cases.leaf(logits.double())
+    leaf, exact = testing.leaf(logits.to(implementation.device)), testing.leaf(logits.double())
     result = selective_log_softmax(leaf, index.to(implementation.device))
     expected = exact.log_softmax(-1).gather(-1, index.long())
     assert result.dtype == torch.float32 and result.shape == index.shape
-    cases.assert_near(result, expected, 2e-6, 2e-6, what)
+    testing.assert_near(result, expected, 2e-6, 2e-6, what)
     assert bool((result <= 0).all())
-    upstream = cases.upstream_for(result)
+    upstream = testing.upstream_for(result)
     grad, = torch.autograd.grad(result, leaf, upstream)
     assert grad.dtype == logits.dtype
-    cases.assert_rounded_gradient(grad, torch.autograd.grad(expected, exact, upstream.double().cpu())[0], what, truncated=implementation.interpreted)
+    truth, = torch.autograd.grad(expected, exact, upstream.double().cpu())
+    testing.assert_rounded_gradient(grad, truth, what, truncated=implementation.interpreted)
 
 
 @pytest.mark.parametrize("vocabulary, count", [(1, 3), (9, 1), (9, 9), (1003, 5), (1003, 100)])
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_against_fp64(implementation, dtype, vocabulary, count) -> None:
     """K ids of each row in two leading dimensions, some twice, K up to V and above."""
-    logits = cases.pair("normal3", 6, vocabulary, 0.0, dtype=dtype)[0].view(2, 3, vocabulary)
+    logits = testing.pair("normal3", 6, vocabulary, 0.0, dtype=dtype)[0].view(2, 3, vocabulary)
     index = torch.randint(vocabulary, (2, 3, count), generator=torch.Generator().manual_seed(2))
     check(implementation, logits, index, f"{count} ids of {vocabulary}")
 
@@ -40,7 +40,7 @@ def test_against_fp64(implementation, dtype, vocabulary, count) -> None:
 @pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8], ids=str)
 def test_index_types_and_layouts(implementation, kind) -> None:
     """Any integer type, an index that is not contiguous, one row, no rows, no ids."""
-    logits = cases.pair("normal3", 6, 203, 0.0)[0].view(2, 3, 203)
+    logits = testing.pair("normal3", 6, 203, 0.0)[0].view(2, 3, 203)
     index = torch.randint(100, (4, 3, 2), generator=torch.Generator().manual_seed(2)).to(kind).transpose(0, 2)
     check(implementation, logits, index, "transposed index")
     check(implementation, logits[0, 0], index[0, 0], "one row")
@@ -59,12 +59,12 @@ def test_digits(implementation) -> None:
     logits[:, :7] = -steps
     logits[1] += 30
     logits[2, :7] = -math.inf  # of no id is there anything
-    leaf = cases.leaf(logits.to(implementation.device))
+    leaf = testing.leaf(logits.to(implementation.device))
     result = selective_log_softmax(leaf, index.to(implementation.device))
     exact = logits.double().log_softmax(-1).gather(-1, index)
     finite = exact.isfinite()
     assert torch.equal(result.cpu().isfinite(), finite) and bool((result.cpu()[~finite] == -math.inf).all())
-    cases.assert_near(result.cpu()[finite], exact[finite], 2e-6, 2e-6, "log-softmax")
+    testing.assert_near(result.cpu()[finite], exact[finite], 2e-6, 2e-6, "log-softmax")
     result[:2, 1:].sum().backward()
     assert bool(leaf.grad.isfinite().all())
 
@@ -75,14 +75,14 @@ def test_huge_differences(implementation) -> None:
     logits[0, :3] = torch.tensor([3e38, -3e38, 3e38])
     index = torch.tensor([[0, 1, 2], [0, 1, 2]])
     result = selective_log_softmax(logits.to(implementation.device), index.to(implementation.device)).cpu()
-    cases.assert_near(result[:, [0, 2]], torch.tensor([[0.5], [1 / 9]]).log().expand(2, 2), 2e-6, 2e-6, "log-softmax")
+    testing.assert_near(result[:, [0, 2]], torch.tensor([[0.5], [1 / 9]]).log().expand(2, 2), 2e-6, 2e-6, "log-softmax")
     assert float(result[0, 1]) == -math.inf
 
 
 @pytest.mark.parametrize("identity", [-1, -100, 203, 1 << 40])
 def test_ids_out_of_range(implementation, identity) -> None:
     """An error on the reference; on the kernels NaN in its own entry, gradient 0 from it, the others as ever."""
-    logits = cases.pair("normal3", 3, 203, 0.0)[0].to(implementation.device)
+    logits = testing.pair("normal3", 3, 203, 0.0)[0].to(implementation.device)
     index = torch.tensor([[5, 0], [202, 0], [7, 7]], device=implementation.device)
     bad = index.clone()
     bad[1, 1] = identity
@@ -90,15 +90,15 @@ def test_ids_out_of_range(implementation, identity) -> None:
         with pytest.raises(ValueError, match="index"):
             selective_log_softmax(logits, bad)
         return
-    good, leaf = cases.leaf(logits), cases.leaf(logits)
+    good, leaf = testing.leaf(logits), testing.leaf(logits)
     expected, result = selective_log_softmax(good, index), selective_log_softmax(leaf, bad)
     assert bool(result[1, 1].isnan())
     others = ~result.isnan()
     assert int(others.sum()) == 5
-    cases.assert_near(result[others], expected[others], 1e-6, 1e-6, "the others")
+    testing.assert_near(result[others], expected[others], 1e-6, 1e-6, "the others")
     for value in (expected, result):
         value[others].sum().backward()
-    cases.assert_near(leaf.grad, good.grad, 1e-5, 1e-6, "gradient")
+    testing.assert_near(leaf.grad, good.grad, 1e-5, 1e-6, "gradient")
 
 
 def test_one_read(implementation, monkeypatch) -> None:
@@ -110,14 +110,14 @@ def test_one_read(implementation, monkeypatch) -> None:
 
     for name in ("forward", "backward"):
         monkeypatch.setattr(_rows, name, counted(name, getattr(_rows, name)))
-    logits = cases.leaf(cases.pair("normal3", 3, 203, 0.0)[0].to(implementation.device))
+    logits = testing.leaf(testing.pair("normal3", 3, 203, 0.0)[0].to(implementation.device))
     selective_log_softmax(logits, torch.arange(3 * 40, device=implementation.device).view(3, 40)).sum().backward()
     assert calls == ["forward", "backward"]
 
 
 def test_agrees_with_one_id(implementation) -> None:
     """[..., 1] is [...] with a dimension more, to the bit."""
-    logits = cases.pair("normal3", 6, 203, 0.0)[0].view(2, 3, 203).to(implementation.device)
+    logits = testing.pair("normal3", 6, 203, 0.0)[0].view(2, 3, 203).to(implementation.device)
     index = torch.arange(6, device=implementation.device).view(2, 3)
     assert torch.equal(selective_log_softmax(logits, index[..., None])[..., 0], selective_log_softmax(logits, index))
 
@@ -136,15 +136,15 @@ def test_gradcheck_in_fp64(implementation) -> None:
 
 def test_ways_to_the_op(implementation) -> None:
     """torch.compile(fullgraph=True), vmap, grad of torch.func and no_grad give eager's bits; opcheck holds for both ops."""
-    logits = cases.pair("normal3", 6, 29, 0.0)[0].view(2, 3, 29).to(implementation.device)
+    logits = testing.pair("normal3", 6, 29, 0.0)[0].view(2, 3, 29).to(implementation.device)
     index = torch.randint(29, (2, 3, 4), generator=torch.Generator().manual_seed(2)).to(implementation.device)
-    leaf = cases.leaf(logits)
+    leaf = testing.leaf(logits)
     expected = selective_log_softmax(leaf, index)
-    upstream = cases.upstream_for(expected)
+    upstream = testing.upstream_for(expected)
     gradient, = torch.autograd.grad(expected, leaf, upstream)
     torch._dynamo.reset()
     for way in (torch.compile(selective_log_softmax, fullgraph=True, backend="aot_eager"), torch.vmap(selective_log_softmax)):
-        again = cases.leaf(logits)
+        again = testing.leaf(logits)
         result = way(again, index)
         assert torch.equal(result, expected) and torch.equal(torch.autograd.grad(result, again, upstream)[0], gradient)
     assert torch.equal(torch.func.grad(lambda value: (selective_log_softmax(value, index) * upstream).sum())(logits), gradient)

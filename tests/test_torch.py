@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
-from fastkl import _ops, _row_blocks, _rows, backend
+from fastkl import _ops, _row_blocks, _rows, backend, testing
 
 ALL = "logprob,entropy,ref_logprob,kl,ref_kl"
 V = 19
@@ -31,7 +31,7 @@ def fresh_compiler():
 def inputs(device: str, leading: tuple[int, ...] = (2, 2), vocabulary: int = V, grad: bool = True, seed: int = 0) -> SimpleNamespace:
     """Logits p, q that require grad, tokens, a mask that leaves out one row, temperatures, and upstream gradients of all five fields."""
     count = torch.Size(leading).numel()
-    p, q = cases.pair("normal3", count, vocabulary, 0.5, seed=seed)
+    p, q = testing.pair("normal3", count, vocabulary, 0.5, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     made = {
         "p": p.reshape(*leading, vocabulary), "q": q.reshape(*leading, vocabulary),
@@ -133,9 +133,9 @@ def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
         data = inputs(implementation.device, leading)
         results, expected = outcome(compiled, data), outcome(function, data)
         if name == "penalty" and compiler == "inductor":
-            cases.assert_near(results[0], expected[0], 8 * 2**-23, 0.0, "loss")
+            testing.assert_near(results[0], expected[0], 8 * 2**-23, 0.0, "loss")
             for result, value in zip(results[1:], expected[1:], strict=True):
-                cases.assert_gradient(result, value, "gradient", 8 * 2**-23)
+                testing.assert_gradient(result, value, "gradient", 8 * 2**-23)
         else:
             assert_same_bits(results, expected)
 

@@ -283,7 +283,7 @@ def _run_doctor(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
         except OSError as error:
             parser.error(f"argument --json: expected a file that can be written, or -, got {options.json!r} ({error.strerror}); choose another")
     device = _choose_device(options.device, parser)
-    from .doctor.run import run_doctor
+    from .doctor import run_doctor
 
     return run_doctor(device, options.json)
 

@@ -1,0 +1,379 @@
+"""Checks KL divergences and their gradients against float64: truth, tolerances, and hard logits.
+
+    from fastkl import testing
+
+    p, q = testing.pair("very_peaked", rows=4, vocabulary=50257, size=1e-3, dtype=torch.bfloat16)
+    exact = testing.truth(p, q)
+    testing.assert_kl(my_kl(p, q), exact.kl)
+
+A comparison raises AssertionError for the worst entry, NaN included, and otherwise returns the
+largest relative error. The tests, `fastkl doctor` and the benchmarks use this module; it needs
+torch alone, and `import fastkl` does not load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+# Fields of fastkl.TokenStats that `Truth.stats` has.
+FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
+# Divergences below SMALL_KL: relative and absolute error; from there on: relative error.
+SMALL_KL, SMALL_KL_LIMITS, KL_LIMIT = 1e-2, (1e-4, 1e-8), 2e-5
+# Log-probabilities, entropies and log-sum-exps: relative and absolute error.
+VALUE_LIMITS = (2e-6, 2e-6)
+# Gradients: a row's L2 error over its norm.
+GRADIENT_LIMIT = 1e-5
+# Compare gradients of a smaller norm absolutely, like a KL below 1e-8: a row with p_max = 1 - 1e-14
+# has no more. Between rows 50 apart, a float32 centre lies up to 2e-6 from the mean, and the mean
+# of the rest is known to 2^-24 of that: 1e-13 a rounding, 1e-5 of this floor for three.
+GRADIENT_FLOOR = 3e-8
+
+
+# ---- the truth
+
+
+class Truth(NamedTuple):
+    """Statistics in float64: log-probabilities [..., V]; entropy of P, KL(P‖Q), KL(Q‖P) [...]."""
+
+    log_p: torch.Tensor
+    log_q: torch.Tensor
+    entropy: torch.Tensor
+    kl: torch.Tensor
+    ref_kl: torch.Tensor
+
+    def stats(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the FIELDS of fastkl.TokenStats for token ids [...]."""
+        index = tokens.long()[..., None]
+        logprob, ref_logprob = (
+            value.gather(-1, index)[..., 0] for value in (self.log_p, self.log_q)
+        )
+        values = (logprob, self.entropy, ref_logprob, self.kl, self.ref_kl)
+        return dict(zip(FIELDS, values, strict=True))
+
+
+class Gradients(NamedTuple):
+    """Gradients in float64 with respect to the logits of P and of Q, [..., V]."""
+
+    p: torch.Tensor
+    q: torch.Tensor
+
+
+def truth(
+    p_logits: torch.Tensor, q_logits: torch.Tensor, temperature: float | torch.Tensor = 1.0
+) -> Truth:
+    """Compute the statistics of logits [..., V] of any type; temperature is a number or [...].
+
+    Equivalent to two log-softmaxes in float64, with KL(P‖Q) = Σ p·(expm1(d) - d) for
+    d = log q - log p, which keeps its digits near 0. Autograd differentiates it; `gradients` has
+    more digits where a row is peaked.
+    """
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.double()[..., None]
+    log_p = (p_logits.double() / temperature).log_softmax(-1)
+    log_q = (q_logits.double() / temperature).log_softmax(-1)
+    p, q, d = log_p.exp(), log_q.exp(), log_q - log_p
+    # Take p·(e^d - 1 - d) as q - p - p·d where e^d may overflow.
+    near, short = d.abs() < 1, d.clamp(-1, 1)
+    kl = torch.where(near, p * (torch.expm1(short) - short), q - p - _weighted(p, d)).sum(-1)
+    ref_kl = torch.where(near, q * (torch.expm1(-short) + short), p - q + _weighted(q, d)).sum(-1)
+    return Truth(log_p, log_q, -_weighted(p, log_p).sum(-1), kl, ref_kl)
+
+
+def gradients(
+    exact: Truth,
+    upstream: Mapping[str, torch.Tensor],
+    tokens: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+) -> Gradients:
+    """Compute the float64 gradients of Σ upstream[field]·field to both logits, in closed form.
+
+    With d = log q - log p, T times the gradient of each field to the logits of P and of Q:
+        logprob: onehot - p, 0                  ref_logprob: 0, onehot - q
+        entropy: -p·(log p - E_p[log p]), 0
+        kl: -p·(d - E_p[d]), q - p              ref_kl: p - q, q·(d - E_q[d])
+    An entry of probability 0 adds nothing to an expectation. `upstream` has a tensor [...] for some
+    of FIELDS; log-probabilities need `tokens` [...].
+    """
+    log_p, log_q = exact.log_p, exact.log_q
+    p, q, zero = log_p.exp(), log_q.exp(), torch.zeros_like(log_p)
+    d = torch.where(log_p == log_q, 0.0, log_q - log_p)
+    rise = torch.where(d.abs() < 1, p * torch.expm1(d), q - p)
+
+    def onehot() -> torch.Tensor:
+        if tokens is None:
+            raise ValueError("tokens: expected ids for a log-probability, got None; pass them")
+        return torch.zeros_like(p).scatter_(-1, tokens.long().to(p.device)[..., None], 1.0)
+
+    def about_mean(weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        # Count first - second from the most probable entry: on a peaked row it is far larger there
+        # than its distance from the mean.
+        peak = weight.argmax(-1, keepdim=True)
+        value = (first - first.gather(-1, peak)) - (second - second.gather(-1, peak))
+        return _weighted(weight, value - _weighted(weight, value).sum(-1, keepdim=True))
+
+    formulas: dict[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]] = {
+        "logprob": lambda: (onehot() - p, zero),
+        "entropy": lambda: (-about_mean(p, log_p, zero), zero),
+        "ref_logprob": lambda: (zero, onehot() - q),
+        "kl": lambda: (-about_mean(p, log_q, log_p), rise),
+        "ref_kl": lambda: (-rise, about_mean(q, log_q, log_p)),
+    }
+    scale = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+    grad_p, grad_q = zero, zero
+    for name, value in upstream.items():
+        weight = (value.detach().double().to(p.device) / scale)[..., None]
+        to_p, to_q = formulas[name]()
+        grad_p = grad_p + _weighted(weight, to_p)
+        grad_q = grad_q + _weighted(weight, to_q)
+    return Gradients(grad_p, grad_q)
+
+
+def kl_gradients(
+    exact: Truth, upstream: torch.Tensor, temperature: float | torch.Tensor = 1.0
+) -> Gradients:
+    """Compute the float64 gradients of Σ upstream·KL(P‖Q)."""
+    return gradients(exact, {"kl": upstream}, temperature=temperature)
+
+
+def _weighted(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Multiply; a weight of 0 makes 0 of infinities and NaN, also in the backward pass."""
+    return weight * value.masked_fill(weight == 0, 0.0)
+
+
+# ---- comparing
+
+
+def kl_tolerance(kl: torch.Tensor) -> torch.Tensor:
+    """Return the error allowed for a KL: 1e-4·KL + 1e-8 below 1e-2, 2e-5·KL from there."""
+    relative, absolute = SMALL_KL_LIMITS
+    return torch.where(kl < SMALL_KL, relative * kl + absolute, KL_LIMIT * kl)
+
+
+def assert_kl(result: torch.Tensor, exact: torch.Tensor, what: str = "kl") -> float:
+    """Compare divergences within kl_tolerance; a negative one fails."""
+    result = _wide(result)
+    return _compare(torch.where(result < 0, torch.nan, result), exact, kl_tolerance, what)
+
+
+def assert_near(
+    result: torch.Tensor, exact: torch.Tensor, relative: float, absolute: float, what: str
+) -> float:
+    """Compare numbers: |result - exact| ≤ relative·|exact| + absolute."""
+    return _compare(result, exact, lambda value: relative * value.abs() + absolute, what)
+
+
+def assert_stats(
+    results: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], what: str = ""
+) -> float:
+    """Compare fields of TokenStats, each within the tolerance of its kind."""
+    errors = [0.0]
+    for name, result in results.items():
+        text = f"{what}, {name}" if what else name
+        if name in ("kl", "ref_kl"):
+            errors.append(assert_kl(result, exact[name], text))
+        else:
+            errors.append(assert_near(result, exact[name], *VALUE_LIMITS, text))
+    return max(errors)
+
+
+def assert_gradient(
+    result: torch.Tensor,
+    exact: torch.Tensor,
+    what: str = "gradient",
+    tolerance: float = GRADIENT_LIMIT,
+) -> float:
+    """Compare rows of gradients: an L2 error of `tolerance` times the norm, or GRADIENT_FLOOR."""
+    exact = _wide(exact)
+    return _compare_rows(result, exact, tolerance * _norm(exact), what)
+
+
+def assert_rounded_gradient(
+    result: torch.Tensor,
+    exact: torch.Tensor,
+    what: str = "gradient",
+    *,
+    absolute: float = 0.0,
+    truncated: bool = False,
+) -> float:
+    """Compare rows of gradients with the truth rounded to their type: 1e-5 in float32, in L2 norm.
+
+    In a shorter type the rounding of the result dwarfs the arithmetic, which can only move a value
+    across a rounding boundary now and then: allowed are 1.01 of the rounding error of the truth,
+    1e-5 of the norm, and `absolute`. The gradient to Q is there the difference q - p of two
+    probabilities rounded in float32, 2^-23 of them at the most, times upstream gradients over
+    temperatures of up to 4: absolute=1e-6. Triton's interpreter truncates where a GPU rounds to
+    bfloat16: `truncated`.
+    """
+    if result.dtype == torch.float32:
+        return assert_gradient(result, exact, what)
+    exact = _wide(exact)
+    rounded = exact.float().to(result.dtype)
+    if truncated and result.dtype == torch.bfloat16:
+        rounded = (exact.float().view(torch.int32) & -65536).view(torch.float32)
+    rounding = (rounded.double() - exact).norm(dim=-1)
+    allowed = 1.01 * rounding + GRADIENT_LIMIT * _norm(exact) + absolute
+    return _compare_rows(result, exact, allowed, what)
+
+
+def assert_same_bits(result: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Raise AssertionError where two tensors differ in type, shape or any bit."""
+    kinds = [f"{value.dtype} {tuple(value.shape)}" for value in (result, expected)]
+    if kinds[0] != kinds[1]:
+        raise AssertionError(f"{what}: got {kinds[0]}, expected {kinds[1]}")
+    different = bits(result) != bits(expected)
+    if bool(different.any()):
+        first = int(different.flatten().int().argmax())
+        got, wanted = (float(value.detach().flatten()[first]) for value in (result, expected))
+        count = f"{int(different.sum())} of {different.numel()} differ"
+        raise AssertionError(
+            f"{what}: {count}, the first at {first}: {got:.9g} is not {wanted:.9g}"
+        )
+
+
+def bits(value: torch.Tensor) -> torch.Tensor:
+    """View a tensor's memory as integers, so that equality is to the bit and NaN equals itself."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return value.detach().contiguous().view(integers[value.element_size()])
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().double().cpu()
+
+
+def _norm(exact: torch.Tensor) -> torch.Tensor:
+    """Norms of rows, GRADIENT_FLOOR at least; 1 for a row of zeros: its tolerance is absolute."""
+    norm = exact.norm(dim=-1)
+    return torch.where(norm == 0, 1.0, norm.clamp(min=GRADIENT_FLOOR))
+
+
+def _compare(
+    result: torch.Tensor,
+    exact: torch.Tensor,
+    tolerance: Callable[[torch.Tensor], torch.Tensor],
+    what: str,
+) -> float:
+    result, exact = _wide(result), _wide(exact)
+    error = torch.where(result == exact, 0.0, (result - exact).abs())
+    allowed = tolerance(exact)
+    row = _worst(error, allowed)
+    if row is not None:
+        values = (
+            value.expand_as(error).flatten()[row] for value in (result, exact, error, allowed)
+        )
+        got, wanted, off, most = map(float, values)
+        raise AssertionError(
+            f"{what}: got {got:.9g}, expected {wanted:.9g} at {row}: off by {off:.2g}, "
+            f"allowed {most:.2g}"
+        )
+    return _largest(error, exact.abs())
+
+
+def _compare_rows(
+    result: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor, what: str
+) -> float:
+    error, norm = (_wide(result) - exact).norm(dim=-1), _norm(exact)
+    row = _worst(error, allowed)
+    if row is not None:
+        off, most = (float((value / norm).flatten()[row]) for value in (error, allowed))
+        raise AssertionError(f"{what}: row {row} off by {off:.3g} of its norm, allowed {most:.3g}")
+    return _largest(error, norm)
+
+
+def _worst(error: torch.Tensor, allowed: torch.Tensor) -> int | None:
+    """Return the index of the entry that exceeds its allowance most, if one does; NaN does."""
+    excess = torch.where(error == 0, 0.0, error / allowed).flatten()
+    if bool((excess <= 1).all()):
+        return None
+    return int(excess.nan_to_num(float("inf")).argmax())
+
+
+def _largest(error: torch.Tensor, scale: torch.Tensor) -> float:
+    if error.numel() == 0:
+        return 0.0
+    return float(torch.where(error == 0, 0.0, error / scale).max())
+
+
+# ---- hard logits
+
+KINDS = ("normal1", "normal3", "normal8", "zipf", "peaked", "very_peaked")
+
+
+def logits(
+    kind: str, rows: int, vocabulary: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Draw float32 logits [rows, vocabulary] of one of KINDS; a peak is anywhere in its row."""
+    noise = torch.randn(rows, vocabulary, generator=generator)
+    if kind.startswith("normal"):
+        return noise * float(kind.removeprefix("normal"))
+    if kind == "zipf":
+        order = torch.rand(rows, vocabulary, generator=generator).argsort(-1) + 1.0
+        return -1.1 * order.log() + 0.3 * noise
+    height = 30.0 if kind == "very_peaked" else 18.0
+    peak = torch.randint(vocabulary, (rows,), generator=generator)
+    return noise * 3.0 + height * torch.nn.functional.one_hot(peak, vocabulary)
+
+
+def pair(
+    kind: str,
+    rows: int,
+    vocabulary: int,
+    size: float,
+    *,
+    shift: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw logits of P and of Q = P + size·noise + shift, the same numbers for every device.
+
+    KL(P‖Q) is near size²/2 on flat rows and far smaller on peaked ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    p = logits(kind, rows, vocabulary, generator)
+    q = p + size * torch.randn(rows, vocabulary, generator=generator) + shift
+    return p.to(dtype).to(device), q.to(dtype).to(device)
+
+
+def sizes_pair(
+    kind: str,
+    sizes: Sequence[float],
+    shifts: Sequence[float],
+    vocabulary: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one row for each size of the difference; the shifts of Q take turns."""
+    rows = [
+        pair(kind, 1, vocabulary, size, shift=shifts[i % len(shifts)], dtype=dtype, seed=seed + i)
+        for i, size in enumerate(sizes)
+    ]
+    return torch.cat([p for p, _ in rows]), torch.cat([q for _, q in rows])
+
+
+def leaf(value: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as a tensor of its own that requires grad, whatever its strides."""
+    return value.detach().requires_grad_()
+
+
+def upstream_for(value: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Draw upstream gradients of a result, of both signs and away from 0."""
+    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed + 1000))
+    return (noise + noise.sign()).to(value)
+
+
+# Views of a base tensor [4, 5, 6, V + 3], by their demands on strides and offsets.
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "no leading dimension": lambda base: base[1, 2, 3],
+    "rows": lambda base: base[1, 2, :5],
+    "batch and time": lambda base: base[1, :2, :3],
+    "a dimension of size 1": lambda base: base[:2, 1:2, :3],
+    "time without the last": lambda base: base[1, :2, :4][:, :-1],
+    "time without the first": lambda base: base[1, :2, :4][:, 1:],
+    "transposed batch and time": lambda base: base[1, :3, :2].transpose(0, 1),
+    "three leading dimensions that do not merge": lambda base: base[::3, ::4, ::5],
+    "expanded rows": lambda base: base[1, 2, :1].expand(3, -1),
+    "expanded batch": lambda base: base[1, 2, :3].expand(2, -1, -1),
+}
