@@ -38,19 +38,15 @@ def files(paths: Iterable[Path]) -> tuple[Path, ...]:
     found: list[Path] = []
     for path in paths:
         # os.path returns False where pathlib raises, as for a name that is too long.
-        what = "a pattern that no file matches"
-        if os.path.isdir(path):
-            visible = (entry for entry in path.iterdir() if not entry.name.startswith("."))
-            group, what = sorted(filter(Path.is_file, visible)), "a folder without files in it"
-        elif path == STDIN or os.path.exists(path):
-            group = [path]
-        else:
-            names = glob.glob(str(path), recursive=True)
+        group = [path]
+        if path != STDIN and (os.path.isdir(path) or not os.path.exists(path)):
+            pattern = f"{glob.escape(str(path))}/*" if os.path.isdir(path) else str(path)
+            names = glob.glob(pattern, recursive=True)
             group = sorted(Path(name) for name in names if os.path.isfile(name))
-            what = what if glob.has_magic(str(path)) else "which does not exist"
         if not group:
+            got = f"{str(path)!r}, which is no file, and no folder or pattern of some"
             remedy = "check the name, or pass a pattern such as 'folder/**/*.txt'"
-            raise CompareError("--text", "files with text", f"{str(path)!r}, {what}", remedy)
+            raise CompareError("--text", "files with text", got, remedy)
         found += group
     return tuple(found)
 
@@ -104,33 +100,28 @@ def _entry(where: str, line: str, tokenizer: Any, argument: str) -> tuple[str, b
     """Return the text of a line, and whether a chat template wrote it."""
     remedy = "correct it, or rename the file to .txt to compare its characters"
     with told("--text", "a JSON object a line in a .jsonl file", where, remedy):
-        entry = json.loads(line)
-    entry = entry if isinstance(entry, dict) else {}
-    text, messages = entry.get("text"), entry.get("messages")
-    prompt, completion = entry.get("prompt"), entry.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        text = prompt + completion
-    elif _is_chat(prompt) and _is_chat(completion):
-        messages = prompt + completion
-    chat = _is_chat(messages)
-    if isinstance(text, str) == chat:
-        got = f"the fields {', '.join(map(repr, entry))[:200]} in {where}"
+        fields = json.loads(line)
+        json.dumps(fields, ensure_ascii=False).encode()  # no half of a character
+    fields = fields if isinstance(fields, dict) else {}
+    prompt, completion = fields.get("prompt"), fields.get("completion")
+    alike = type(prompt) is type(completion) and isinstance(prompt, (str, list))
+    both = prompt + completion if alike else None
+    texts = [each for each in (both, fields.get("text")) if isinstance(each, str)]
+    chats = [each for each in (both, fields.get("messages")) if _is_chat(each)]
+    if bool(texts) == bool(chats):
         expected = f"lines of the form {SHAPES}, with text or messages"
-        raise CompareError("--text", expected, got if entry else f"another {where}", remedy)
-    if chat:
-        expected = f"messages that the chat template of {argument} takes"
-        remedy = "correct them, or add a chat_template.jinja to the model"
-        with told("--text", expected, where, remedy):
-            text = tokenizer.apply_chat_template(
-                messages, tools=entry.get("tools"), tokenize=False
-            )
-    with told("--text", "characters in UTF-8", where, "correct it"):
-        text.encode()
-    return text, chat
+        got = f"the fields {list(fields)} in {where}"
+        raise CompareError("--text", expected, got, remedy)
+    if texts:
+        return texts[0], False
+    expected = f"messages that the chat template of {argument} takes"
+    remedy = "correct them, or add a chat_template.jinja to the model"
+    with told("--text", expected, where, remedy):
+        tools = fields.get("tools")
+        return tokenizer.apply_chat_template(chats[0], tools=tools, tokenize=False), True
 
 
 def _is_chat(messages: object) -> bool:
-    """Tell a list of messages, each with a role."""
     return (
         isinstance(messages, list)
         and bool(messages)
@@ -160,8 +151,8 @@ class TextTokenizer:
     """A tokenizer's ids, the text of each token, and the special tokens that begin a text."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.own = tokenizer
-        self.ids: dict[str, int] = tokenizer.get_vocab()
+        self.own, self.ids = tokenizer, tokenizer.get_vocab()
+        self.encode("a")  # an error here for a slow tokenizer
         alone, full = (
             tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
         )

@@ -7,7 +7,6 @@ compute with the adapter beside them, and the lm_head is widened to float32 with
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 import logging
 import warnings
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 
 from fastkl import Head
 
-from .inputs import readable
+from .inputs import TextTokenizer, readable
 from .settings import CompareError, told
 
 # Names of the constants between head and logits. The model's own logits show whether a scale
@@ -78,11 +77,6 @@ def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
         return Head(layer(unit).t().contiguous(), bias if bias.any() else None)
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Compute |a - b|, 0 where both are the same infinity."""
-    return torch.where(a == b, 0.0, a - b).abs()
-
-
 # ---- models
 
 
@@ -129,15 +123,14 @@ class Model:
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Compute the last hidden states [n, H] of tokens [n]."""
-        states: torch.Tensor = self._body(**self._inputs(ids)).last_hidden_state[0]
-        return states
+        return self._run(self._body, ids).last_hidden_state[0]  # type: ignore[no-any-return]
 
-    def _inputs(self, ids: torch.Tensor) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": ids[None].to(self.device), "use_cache": False}
+    def _run(self, module: Any, ids: torch.Tensor) -> Any:
+        ids, more = ids[None].to(self.device), {}
         if getattr(self._model.config, "model_type", None) == "paligemma":
             # It reads a prompt from both sides and, marked by 1, its own text from left to right.
-            inputs["token_type_ids"] = torch.ones_like(inputs["input_ids"])
-        return inputs
+            more = {"token_type_ids": torch.ones_like(ids)}
+        return module(input_ids=ids, use_cache=False, **more)
 
     def check(self, ids: torch.Tensor) -> None:
         """Settle the head's scale and cap by the model's own logits of the first tokens.
@@ -146,7 +139,7 @@ class Model:
         """
         ids = ids[:CHECKED_TOKENS]
         own, half = (
-            self._model(**self._inputs(part)).logits[0].float()
+            self._run(self._model, part).logits[0].float()
             for part in (ids, ids[: (len(ids) + 1) // 2])
         )
         if own.isnan().any():
@@ -156,7 +149,7 @@ class Model:
         if own.shape[1] != rows:
             raise self._unsupported(f"{own.shape[1]} logits beside an lm_head of {rows} rows")
         allowed = TOLERANCE.get(self.dtype, 1 / 32) * float(own[own.isfinite()].abs().max())
-        if _distance(half, own[: len(half)]).max() > 4 * allowed:
+        if (half - own[: len(half)]).abs().nan_to_num(0.0).max() > 4 * allowed:
             raise CompareError(
                 self.argument,
                 "a causal LM",
@@ -164,10 +157,18 @@ class Model:
                 "choose a model that reads from left to right",
             )
         hidden, errors = self.hidden(ids), {}
-        scales = [1.0, *(each for value in self._declared(SCALES) for each in (value, 1 / value))]
-        for scale, cap in itertools.product(scales, [None, *self._declared(CAPS)]):
+        owners = (self._model, self._model.config.get_text_config(), self._body)
+        scales, caps = (
+            [float(each) for each in values if isinstance(each, (int, float)) and each > 0]
+            for values in (
+                [getattr(owner, name, None) for name in names for owner in owners]
+                for names in (SCALES, CAPS)
+            )
+        )
+        scales = [1.0, *(each for value in scales for each in (value, 1 / value))]
+        for scale, cap in itertools.product(scales, [None, *caps]):
             self.head = self.head._replace(logit_scale=scale, softcap=cap)
-            distance = _distance(head_logits(self.head, hidden, rows), own)
+            distance = (head_logits(self.head, hidden, rows) - own).abs().nan_to_num(0.0)
             # The smallest mean wins: the largest distance is rounding, which a scale near 1 does
             # not exceed.
             errors[scale, cap] = float(distance.mean()), float(distance.max())
@@ -176,12 +177,6 @@ class Model:
         if not (largest := errors[scale, cap][1]) <= allowed:
             got = f"logits off by {largest:.1e} where rounding allows {allowed:.1e}"
             raise self._unsupported(got)
-
-    def _declared(self, names: tuple[str, ...]) -> list[float]:
-        """Collect the positive numbers of these names that model and configuration have."""
-        owners = (self._model, self._model.config.get_text_config(), self._body)
-        values = [getattr(owner, name, None) for name in names for owner in owners]
-        return [float(each) for each in values if isinstance(each, (int, float)) and each > 0]
 
     def _unsupported(self, got: str) -> CompareError:
         expected = "a model whose logits are lm_head (weight, bias, scale, soft cap) of its last"
@@ -233,11 +228,20 @@ class Checkpoint:
         self.saved: dict[str, torch.Tensor] = {}
         expected, remedy = "a model folder or a hub name", "pass one that save_pretrained wrote"
         with told(argument, expected, repr(name), remedy):
-            if _is_adapter(name):
-                self._read_adapter()
-                expected = "an adapter whose base model is there"
-            with told(argument, expected, f"{self.source!r} of {name!r}", remedy):
-                self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
+            adapted = _is_adapter(name)
+        if adapted:
+            expected = "an adapter that peft loads (pip install peft), of a model that is there"
+        with told(argument, expected, repr(name), remedy):
+            if adapted:
+                import peft
+
+                config = peft.PeftConfig.from_pretrained(name)
+                kind, self.source = config.peft_type.value, str(config.base_model_name_or_path)
+                if config.is_prompt_learning:
+                    raise ValueError(f"a {kind} changes the input, not a model's weights")
+                self.adapter = {"kind": str(kind), "base": readable(self.source)}
+                self.saved = peft.load_peft_weights(name, device="cpu")
+            self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
         self.architecture: str = (self.config.architectures or ["CausalLM"])[0]
         known = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
         if self.config.is_encoder_decoder or not self.architecture.endswith(known):
@@ -247,22 +251,6 @@ class Checkpoint:
         rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
         if rows:
             self.config.get_text_config().vocab_size = max(rows)
-
-    def _read_adapter(self) -> None:
-        """Read the adapter's configuration and tensors."""
-        if importlib.util.find_spec("peft") is None:
-            expected, got = "peft to be installed, for an adapter", f"{self.name!r} without it"
-            raise CompareError(self.argument, expected, got, "pip install peft")
-        import peft
-
-        expected, remedy = "an adapter that peft can load", "save it again with save_pretrained"
-        with told(self.argument, expected, repr(self.name), remedy):
-            config = peft.PeftConfig.from_pretrained(self.name)
-            kind, self.source = str(config.peft_type.value), config.base_model_name_or_path
-            if config.is_prompt_learning:
-                raise ValueError(f"{kind} adds to the input and not to a model's weights")
-            self.saved = peft.load_peft_weights(self.name, device="cpu")
-        self.adapter = {"kind": kind, "base": readable(self.source)}
 
     @property
     def rows(self) -> int | None:
@@ -279,21 +267,16 @@ class Checkpoint:
                 "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer",
             )
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> TextTokenizer:
         """Load the model's tokenizer; an adapter without one has that of its base."""
         from transformers import AutoTokenizer
         from transformers.utils import has_file
 
-        remedy = "save it there with tokenizer.save_pretrained"
-        with told(self.argument, "a tokenizer that can be loaded", repr(self.name), remedy):
+        expected = "a fast tokenizer that can be loaded"
+        with told(self.argument, expected, repr(self.name), "save a tokenizer.json there"):
             own = not self.adapter or has_file(self.name, "tokenizer_config.json")
             name = self.name if own else self.source
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if not tokenizer.is_fast:
-            expected = "a fast tokenizer, which says where in the text its tokens are"
-            got = f"{type(tokenizer).__name__} of {name!r}"
-            raise CompareError(self.argument, expected, got, "convert it to a tokenizer.json")
-        return tokenizer
+            return TextTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
 
     def load(self, dtype: str, device: str) -> Model:
         """Load the model, in `dtype` or that of its weights, with an adapter in its layers."""
@@ -312,23 +295,20 @@ class Checkpoint:
             expected = "a causal LM with all its weights"
             got = f"{self.source!r} without {len(lacking)}, such as {lacking[0]}"
             raise CompareError(self.argument, expected, got, "save it as a ...ForCausalLM")
-        if self.adapter:
+        if self.adapter:  # beside the layers, unmerged
             expected = f"an adapter that fits its base model {self.source!r}"
             remedy = "pass the base that it was trained on"
-            with told(self.argument, expected, repr(self.name), remedy):
-                model = self._adapted(model)
+            with (
+                told(self.argument, expected, repr(self.name), remedy),
+                warnings.catch_warnings(),
+            ):
+                import peft
+
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                if self.rows not in (None, len(model.get_input_embeddings().weight)):
+                    model.resize_token_embeddings(self.rows, mean_resizing=False)
+                adapted = peft.PeftModel.from_pretrained(model, self.name, torch_device="cpu")
+                model = adapted.get_base_model()
         model = model.eval().to(device)
         return Model(self.argument, self.name, model, self.adapter, self.saved)
-
-    def _adapted(self, model: Any) -> Any:
-        """Put the adapter into the base's layers, unmerged."""
-        import peft
-
-        rows = self.rows
-        if rows and rows != len(model.get_input_embeddings().weight):
-            model.resize_token_embeddings(rows, mean_resizing=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = peft.PeftModel.from_pretrained(model, self.name, torch_device="cpu")
-        return adapted.get_base_model()

@@ -6,15 +6,14 @@ block, however long the text.
 
 from __future__ import annotations
 
-import errno
 import gc
 import heapq
 import itertools
 import math
-import shutil
+import pickle
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import IO, Any, NamedTuple
 
@@ -30,18 +29,21 @@ from .settings import CompareError
 
 DIVERGENCES = ("kl_ab", "kl_ba", "jsd")
 MEANS = (*DIVERGENCES, "entropy_a", "entropy_b", "logprob_a", "logprob_b")
-QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-TOKEN = np.dtype([("id", "<i4"), ("line", "<i4"), ("text_end", "<i8")])
-# Values of a token, in nats, of the two distributions before it; one without a context has
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+# A token, and the values of the two distributions before it, in nats; one without a context has
 # scored = 0.
-FLOATS = (*MEANS, "top_logprob_a", "top_logprob_b")
-VALUES = np.dtype(
-    [("scored", "<i4"), *((name, "<f4") for name in FLOATS), ("top_a", "<i4"), ("top_b", "<i4")]
+TOKEN = np.dtype(
+    [
+        *[("id", "<i4"), ("line", "<i4"), ("text_end", "<i8"), ("scored", "<i4")],
+        *((name, "<f4") for name in (*MEANS, "top_logprob_a", "top_logprob_b")),
+        *[("top_a", "<i4"), ("top_b", "<i4")],
+    ]
 )
-# Tokens whose values are in memory at a time.
+# Tokens in memory at a time.
 BLOCK = 1 << 14
 # Logits of one model in a block: about five tensors of this many float32 are alive at a time.
 BLOCK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
+Array = np.ndarray[Any, Any]
 
 
 # ---- on disk
@@ -57,58 +59,53 @@ class Document(NamedTuple):
 
 
 class Store:
-    """Tokens of documents, their text and, once sealed, their values."""
+    """Documents, their text and their tokens; once sealed, `tokens` is an array of TOKEN."""
 
     def __init__(self) -> None:
         self.documents: list[Document] = []
-        self.count = self._text_bytes = 0
-        self._files: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(3)]
-
-    @property
-    def scored(self) -> int:
-        """Count the tokens that have values once all windows are through."""
-        return sum(document.end - document.first for document in self.documents)
+        self.count = self.scored = self._text_bytes = 0
+        self._rows, self._content = tempfile.TemporaryFile(), tempfile.TemporaryFile()
 
     def append(self, ids: Sequence[int], lines: Sequence[int], texts: Sequence[str]) -> None:
         """Add tokens; their texts put together are the document."""
-        content, rows = [text.encode() for text in texts], np.zeros(len(ids), TOKEN)
-        rows["id"], rows["line"] = ids, lines
-        rows["text_end"] = self._text_bytes + np.cumsum(list(map(len, content)), dtype=np.int64)
-        self.count, self._text_bytes = self.count + len(ids), self._text_bytes + sum(map(len, content))
-        for file, written in zip(self._files, (rows, b"".join(content), np.zeros(len(ids), VALUES))):
-            file.write(written)
+        rows, content = np.zeros(len(ids), TOKEN), [text.encode() for text in texts]
+        ends = np.cumsum([self._text_bytes, *map(len, content)], dtype=np.int64)
+        rows["id"], rows["line"], rows["text_end"] = ids, lines, ends[1:]
+        self.count, self._text_bytes = self.count + len(ids), int(ends[-1])
+        self._rows.write(rows)
+        self._content.write(b"".join(content))
 
     def end_document(self, name: str, start: int, first: int) -> None:
         """Make the tokens since `start` a document, if one of them has a value."""
         if self.count > first:
             self.documents.append(Document(name, start, first, self.count))
+            self.scored += self.count - first
 
     def seal(self) -> None:
-        """Map the files: `tokens` and `values` are arrays from here on."""
-        self.tokens, self._text, self.values = map(_mapped, self._files, (TOKEN, np.uint8, VALUES))
+        """Map the files, when all tokens are there."""
+        self.tokens = _mapped(self._rows, TOKEN)
+        self._text = _mapped(self._content, np.uint8)
 
     def text(self, start: int, end: int) -> str:
         """Return the text of the tokens together."""
         ends = self.tokens["text_end"]
-        return bytes(self._text[ends[start - 1] if start else 0 : ends[end - 1]]).decode()
+        low, high = (int(ends[at - 1]) if at else 0 for at in (start, end))
+        return bytes(self._text[low:high]).decode()
 
-    def blocks(
-        self, start: int = 0, end: int | None = None
-    ) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
-        """Yield (index of the first token, rows of VALUES), block after block."""
+    def blocks(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, Array]]:
+        """Yield (index of the first, tokens), block after block."""
         end = self.count if end is None else end
         for low in range(start, end, BLOCK):
-            yield low, self.values[low : min(low + BLOCK, end)]
+            yield low, self.tokens[low : min(low + BLOCK, end)]
 
     def document_of(self, index: int) -> Document:
         """Find the document of a token."""
         return self.documents[bisect_right(self.documents, index, key=lambda each: each.start) - 1]
 
 
-def _mapped(file: IO[bytes], dtype: Any) -> np.ndarray[Any, Any]:
-    """Map a file as an array."""
+def _mapped(file: IO[bytes], dtype: Any) -> Array:
     file.flush()
-    return np.memmap(file, dtype, "r+").view(np.ndarray)  # type: ignore[call-overload]
+    return np.memmap(file, dtype, "r+").view(np.ndarray)
 
 
 # ---- from windows to values
@@ -119,8 +116,8 @@ def token_values(
     hidden: Sequence[torch.Tensor],
     tokens: torch.Tensor,
     vocabulary: Vocabulary,
-) -> np.ndarray[Any, Any]:
-    """Compute rows of VALUES from hidden states [n, H] of A and B and the tokens [n] after them.
+) -> dict[str, Array]:
+    """Compute columns of TOKEN from hidden states [n, H] of A and B and the tokens [n] after them.
 
     The logits are float32 for 16-bit models, too (linear_token_stats' logits_dtype=torch.float32),
     and are made once: statistics and mixture read the same block. Tokens that are not compared have
@@ -131,14 +128,13 @@ def token_values(
     none = torch.tensor(sorted(vocabulary.unshared), dtype=torch.long, device=device)
     blocks = []
     for low in range(0, len(tokens), step):
-        logits_a, logits_b = (
-            head_logits(head, states[low : low + step], vocabulary.size).index_fill_(
-                1, none, -math.inf
-            )
+        logits = [
+            head_logits(head, states[low : low + step], vocabulary.size)
             for head, states in zip(heads, hidden, strict=True)
-        )
+        ]
+        logits_a, logits_b = (each.index_fill_(1, none, -math.inf) for each in logits)
         blocks.append(block_values(logits_a, logits_b, tokens[low : low + step]))
-    values = np.concatenate(blocks)
+    values = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     for letter in "ab":
         if np.isnan(values[f"logprob_{letter}"]).any():
             argument, remedy = f"MODEL_{letter.upper()}", "--dtype float32 or bfloat16"
@@ -148,12 +144,13 @@ def token_values(
 
 def block_values(
     logits_a: torch.Tensor, logits_b: torch.Tensor, tokens: torch.Tensor
-) -> np.ndarray[Any, Any]:
-    """Compute rows of VALUES from logits [n, V]."""
+) -> dict[str, Array]:
+    """Compute columns of TOKEN from logits [n, V]."""
     top_a, top_b = logits_a.argmax(-1), logits_b.argmax(-1)
     stats = fastkl.token_stats(logits_a, tokens, logits_b)
     of_b = fastkl.token_stats(logits_b, top_b)
     columns = {
+        "scored": torch.ones_like(top_a),
         "kl_ab": stats.kl,
         "kl_ba": stats.ref_kl,
         "jsd": _jsd(logits_a, logits_b),
@@ -168,10 +165,7 @@ def block_values(
     }
     # One copy from the device; float64 holds a token's id as well.
     stacked = torch.stack([column.double() for column in columns.values()]).cpu().numpy()
-    values = np.ones(len(tokens), VALUES)
-    for name, column in zip(columns, stacked, strict=True):
-        values[name] = column
-    return values
+    return dict(zip(columns, stacked, strict=True))
 
 
 def _jsd(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
@@ -197,6 +191,36 @@ def windows(document: Document, context: int, overlap: int) -> Iterator[tuple[in
         start, first = last - 1 - overlap, last
 
 
+def states_of(
+    model: Model, store: Store, context: int, overlap: int, title: str | None
+) -> Iterator[torch.Tensor]:
+    """Yield a model's hidden states [n, H] of each window, those that predict the next tokens.
+
+    title: of a progress bar, or None. An error at first where the model cannot be compared.
+    """
+
+    def ids(start: int, end: int) -> torch.Tensor:
+        return torch.from_numpy(store.tokens["id"][start:end].astype(np.int64))
+
+    document = store.documents[0]
+    model.check(ids(document.start, min(document.start + context, document.end)))
+    options = {"unit": " tokens", "unit_scale": True, "disable": title is None}
+    with progress(None, str(title), total=store.scored, **options) as bar:
+        for document in store.documents:
+            for start, first, last in windows(document, context, overlap):
+                yield model.hidden(ids(start, last - 1))[first - 1 - start :]
+                bar.update(last - first)
+
+
+def spooled(states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Write tensors to a temporary file, all of them now; return an iterator that reads them."""
+    file = tempfile.TemporaryFile()
+    for each in states:
+        pickle.dump(each.cpu().clone(), file)
+    file.seek(0)
+    return (pickle.load(file) for _ in itertools.count())
+
+
 @torch.inference_mode()
 def measure(
     store: Store,
@@ -209,55 +233,34 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Write the values of every token into the store; return what was loaded, A and B.
 
-    sequential: one model at a time. A's hidden states wait in a temporary file, in its own type,
-    and only its head stays in memory.
+    sequential: one model at a time. A's hidden states wait in a temporary file, and only its head
+    stays in memory.
     """
-
-    def ids(start: int, end: int) -> torch.Tensor:
-        return torch.from_numpy(store.tokens["id"][start:end].astype(np.int64))
-
-    def loaded(load: Callable[[], Model]) -> Model:
-        model, document = load(), store.documents[0]
-        model.check(ids(document.start, min(document.start + context, document.end)))
-        return model
-
-    def hidden(model: Model, start: int, first: int, last: int) -> torch.Tensor:
-        return model.hidden(ids(start, last - 1))[first - 1 - start :]
-
-    def through(title: str) -> Iterator[tuple[int, int, int]]:
-        with progress(None, title, total=store.scored, unit=" tokens", unit_scale=True) as bar:
-            for document in store.documents:
-                for start, first, last in windows(document, context, overlap):
-                    yield start, first, last
-                    bar.update(last - first)
-
-    a: Model | None = loaded(loads[0])
-    assert a is not None
-    head, about, waiting = a.head, a.about(), tempfile.TemporaryFile()
-    if sequential:
-        for window in through("model A"):
-            states = hidden(a, *window).contiguous()
-            size, dtype = states[0].nbytes, states.dtype
-            needed = store.scored * size
-            if not waiting.tell() and needed > shutil.disk_usage(tempfile.gettempdir()).free:
-                raise OSError(errno.ENOSPC, f"no room for {needed / 1e9:.1f} GB of hidden states")
-            waiting.write(states.cpu().view(torch.uint8).numpy())
-        waiting.seek(0)
-        a = None
+    heads, about, states = [], [], []
+    for letter, load in zip("AB", loads, strict=True):
+        model = load()
+        title = f"model {letter}" if sequential else "models A and B"
+        shown = title if sequential or letter == "B" else None
+        read = states_of(model, store, context, overlap, shown)
+        states.append(spooled(read) if sequential and letter == "A" else read)
+        first = next(states[-1])  # checks the model
+        states[-1] = itertools.chain([first], states[-1])
+        heads.append(model.head)
+        about.append(model.about())
+        del model, read
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    b = loaded(loads[1])
-    for start, first, last in through("model B" if sequential else "models A and B"):
-        if a:
-            of_a = hidden(a, start, first, last)
-        else:
-            content = bytearray(waiting.read((last - first) * size))
-            of_a = torch.frombuffer(content, dtype=dtype).view(last - first, -1).to(b.device)
-        tokens = ids(first, last).to(b.device)
-        both = of_a, hidden(b, start, first, last)
-        store.values[first:last] = token_values((head, b.head), both, tokens, vocabulary)
-    return [about, b.about()]
+    spans = (
+        span[1:] for document in store.documents for span in windows(document, context, overlap)
+    )
+    for (first, last), *hidden in zip(spans, *states, strict=False):
+        device = heads[0].weight.device
+        tokens = torch.from_numpy(store.tokens["id"][first:last].astype(np.int64)).to(device)
+        hidden = [each.to(device) for each in hidden]
+        for name, column in token_values(heads, hidden, tokens, vocabulary).items():
+            store.tokens[name][first:last] = column
+    return about
 
 
 # ---- figures
@@ -265,42 +268,39 @@ def measure(
 
 def summarise(store: Store) -> dict[str, Any]:
     """Compute means, exact quantiles and shares over all tokens with values; sums are float64."""
-    total, largest, same = dict.fromkeys(MEANS, 0.0), dict.fromkeys(DIVERGENCES, 0.0), 0
-    for _, values in store.blocks():
-        values = values[values["scored"] > 0]
+    total, same = dict.fromkeys(MEANS, 0.0), 0
+    for _, tokens in store.blocks():
+        tokens = tokens[tokens["scored"] > 0]
+        same += int((tokens["top_a"] == tokens["top_b"]).sum())
         for name in MEANS:
-            total[name] += float(values[name].sum(dtype=np.float64))
-        for name in DIVERGENCES:
-            largest[name] = max(largest[name], float(values[name].max(initial=0.0)))
-        same += int((values["top_a"] == values["top_b"]).sum())
+            total[name] += float(tokens[name].sum(dtype=np.float64))
     summary: dict[str, Any] = {"tokens": store.scored, "same_top1": same / store.scored}
-    for name in DIVERGENCES:
-        found = zip(QUANTILES, quantiles(store, name, list(QUANTILES.values())), strict=True)
-        summary[name] = {"mean": total[name] / store.scored, **dict(found), "max": largest[name]}
-    for name in MEANS[len(DIVERGENCES) :]:
+    for name in MEANS:
         summary[name] = total[name] / store.scored
-    columns = (values["kl_ab"] for _, values in store.blocks())
+    for name in DIVERGENCES:
+        summary[name] = {"mean": summary[name], **quantiles(store, name)}
+    columns = (tokens["kl_ab"] for _, tokens in store.blocks())
     bound, whole = summary["kl_ab"]["p99"], total["kl_ab"]
     above = sum(float(kl[kl > bound].sum(dtype=np.float64)) for kl in columns)
     summary["share_above_p99"] = above / whole if 0 < whole < math.inf else 0.0
     return summary
 
 
-def quantiles(store: Store, name: str, fractions: Sequence[float]) -> list[float]:
+def quantiles(store: Store, name: str) -> dict[str, float]:
     """Compute torch.quantile of a non-negative column; +inf between +inf and a number.
 
     The column is sorted in a mapped file: its memory is the system's cache.
     """
     with tempfile.TemporaryFile() as file:
-        for _, values in store.blocks():
-            file.write(np.abs(values[name][values["scored"] > 0]))  # abs: no zero with a sign
+        for _, tokens in store.blocks():
+            file.write(np.abs(tokens[name][tokens["scored"] > 0]))  # abs: no zero with a sign
         column = _mapped(file, np.float32)
     column.sort()
-    found = []
-    for rank in (fraction * (len(column) - 1) for fraction in fractions):
-        low, share = float(column[int(rank)]), rank % 1
-        high = float(column[int(rank) + 1]) if share else 0.0
-        found.append((1 - share) * low + share * high if share else low)
+    found = {}
+    for title, fraction in QUANTILES.items():
+        rank = fraction * (len(column) - 1)
+        low, high, share = float(column[int(rank)]), float(column[math.ceil(rank)]), rank % 1
+        found[title] = (1 - share) * low + share * high if share else low
     return found
 
 
@@ -329,51 +329,47 @@ def worst_units(store: Store, by: str, limit: int) -> list[dict[str, Any]]:
 def _parts(store: Store, by: str) -> Iterator[tuple[Any, ...]]:
     """Yield (document, line, index, tokens, sums, largest KL) of units, cut where blocks end."""
     for document in store.documents:
-        for low, values in store.blocks(document.first, document.end):
-            lines = store.tokens["line"][low : low + len(values)] * (by == "line")
+        for low, tokens in store.blocks(document.first, document.end):
+            lines = tokens["line"] * (by == "line")
             starts = np.flatnonzero(np.diff(lines, prepend=lines[0] - 1))
-            same = values["top_a"] == values["top_b"]
-            columns = np.stack([*(values[name] for name in DIVERGENCES), same], dtype=np.float64)
+            same = tokens["top_a"] == tokens["top_b"]
+            columns = np.stack([*(tokens[name] for name in DIVERGENCES), same], dtype=np.float64)
             sums = np.add.reduceat(columns, starts, axis=1).T
-            largest = np.maximum.reduceat(values["kl_ab"], starts).tolist()
-            counts = np.diff(starts, append=len(values)).tolist()
+            largest = np.maximum.reduceat(tokens["kl_ab"], starts).tolist()
+            counts = np.diff(starts, append=len(tokens)).tolist()
             for start, *figures in zip(starts.tolist(), counts, sums, largest, strict=True):
                 line = int(lines[start]) if by == "line" else None
                 yield document, line, low + start, *figures
 
 
-def worst_tokens(store: Store, limit: int) -> list[int]:
-    """List the tokens of the largest KL(A‖B), falling; the earlier one of equals."""
-    at, kl = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    for low, values in store.blocks():
-        scored = np.flatnonzero(values["scored"])
-        at, kl = np.append(at, low + scored), np.append(kl, values["kl_ab"][scored])
-        order = np.lexsort((at, -kl))[:limit]
-        at, kl = at[order], kl[order]
-    found: list[int] = at.tolist()
-    return found
+def worst_tokens(
+    store: Store, limit: int, label: Callable[[int], str], around: int = 24
+) -> list[dict[str, Any]]:
+    """Describe the tokens of the largest KL(A‖B), falling; the earlier one of equals.
 
-
-def token_entry(
-    store: Store, at: int, label: Callable[[int], str], around: int = 24
-) -> dict[str, Any]:
-    """Describe a token: its text with that around it, its values, and the models' expectations."""
-    document, row, value = store.document_of(at), store.tokens[at], store.values[at]
-    low, high = max(document.start, at - around), min(document.end, at + 1 + around)
-    expected = {
-        f"expected_{letter}": {
-            "token": label(int(value[f"top_{letter}"])),
-            "probability": math.exp(value[f"top_logprob_{letter}"]),
+    Each with the text around it, its values, and the models' expectations in its place.
+    """
+    indices, kl = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    for low, tokens in store.blocks():
+        scored = np.flatnonzero(tokens["scored"])
+        indices, kl = np.append(indices, low + scored), np.append(kl, tokens["kl_ab"][scored])
+        order = np.lexsort((indices, -kl))[:limit]
+        indices, kl = indices[order], kl[order]
+    entries = []
+    for at in indices.tolist():
+        document, row = store.document_of(at), store.tokens[at]
+        entry = {
+            "index": at,
+            "document": document.name,
+            "line": int(row["line"]),
+            "token": store.text(at, at + 1) or label(int(row["id"])),
+            "before": store.text(max(document.start, at - around), at),
+            "after": store.text(at + 1, min(document.end, at + 1 + around)),
+            **{name: float(row[name]) for name in MEANS},
         }
-        for letter in "ab"
-    }
-    return {
-        "index": at,
-        "document": document.name,
-        "line": int(row["line"]),
-        "token": store.text(at, at + 1) or label(int(row["id"])),
-        "before": store.text(low, at) if low < at else "",
-        "after": store.text(at + 1, high) if at + 1 < high else "",
-        **{name: float(value[name]) for name in MEANS},
-        **expected,
-    }
+        for letter in "ab":
+            chance = math.exp(row[f"top_logprob_{letter}"])
+            likely = {"token": label(int(row[f"top_{letter}"])), "probability": chance}
+            entry[f"expected_{letter}"] = likely
+        entries.append(entry)
+    return entries

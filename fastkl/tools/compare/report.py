@@ -9,7 +9,7 @@ import functools
 import math
 import textwrap
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any, NamedTuple
 
@@ -58,69 +58,56 @@ def place(entry: dict[str, Any]) -> str:
     return f"{visible(entry['document'])}{line}"
 
 
-def sentence(
-    summary: dict[str, Any],
-    units: list[dict[str, Any]],
-    top: list[dict[str, Any]],
-    by: str,
-    models: Sequence[dict[str, Any]] = (),
-) -> str:
+def sentence(report: dict[str, Any]) -> str:
     """Say how different the two are, and where; and where rounding may hide an adapter."""
+    summary, top = report["summary"], report["top"]
     kl, count = summary["kl_ab"], summary["tokens"]
     if kl["max"] == 0 and summary["kl_ba"]["max"] == 0:
-        adapted = [model["dtype"] for model in models if model["adapter"]]
-        more = [
-            f" A change that {narrow} rounds away shows with --dtype float32."
-            for narrow in adapted
-            if narrow in ("bfloat16", "float16")
-        ][:1]
-        of = f"all {count:,} tokens" if count > 1 else "its only token"
-        text = f"A and B are the same on this text: the divergence of {of} is exactly 0."
-        return "".join([text, *more])
+        text = "A and B are the same on this text: the divergence of "
+        text += (
+            f"all {count:,} tokens is exactly 0." if count > 1 else "its only token is exactly 0."
+        )
+        narrow = [each["dtype"] for each in report["models"] if each["adapter"]]
+        if narrow and narrow[-1] != "float32":
+            text += f" A change that {narrow[-1]} rounds away shows with --dtype float32."
+        return text
     word = next((word for bound, word in WORDS if kl["mean"] < bound), "strongly")
-    worst = top[0]
-    where = (
-        f"before {quoted(worst['token'])} in {place(worst)}, where A expects "
-        f"{expected(worst, 'a')} and B {expected(worst, 'b')}"
+    worst, share = top[0], percent(summary["share_above_p99"])
+    return (
+        f"B differs {word} from A: KL(A‖B) is {kl['mean']:.3g} nats per token and B expects "
+        f"another next token at {percent(1 - summary['same_top1'], 1)} of {count:,} "
+        f"token{'s' * (count > 1)}; the 1% of tokens that differ most hold {share} of it; most of "
+        f"all, with {worst['kl_ab']:.3g}, before {quoted(worst['token'])} in {place(worst)}, "
+        f"where A expects {expected(worst, 'a')} and B {expected(worst, 'b')}."
     )
-    start = f"B differs {word} from A: KL(A‖B) is {kl['mean']:.3g} nats"
-    if count == 1:
-        return f"{start} at the only token, {where}."
-    other = percent(1 - summary["same_top1"], 1)
-    parts = [f"{start} per token and B expects another next token at {other} of the {count:,} tokens"]
-    if summary["share_above_p99"] > 0:
-        share = percent(summary["share_above_p99"])
-        parts.append(f"the 1% of tokens that differ most hold {share} of it")
-    if len(units) > 1:
-        first, last = ((place(unit), f"{unit['kl_ab']:.3g}") for unit in (units[0], units[-1]))
-        range_ = f"documents go from {last[1]} ({last[0]}) to {first[1]} ({first[0]})"
-        parts.append(range_ if by != "line" else f"the worst line is {first[0]} ({first[1]})")
-    return "; ".join([*parts, f"most of all, with {worst['kl_ab']:.3g}, {where}"]) + "."
 
 
 def text_line(report: dict[str, Any]) -> str:
     """Say what was read, and how."""
-    text, count = report["text"], report["summary"]["tokens"]
-    rows = [model["vocabulary"] for model in report["models"]]
-    files = f"{len(text['files'])} files" if len(text["files"]) > 1 else visible(text["files"][0])
-    if text["documents"] > len(text["files"]):
-        files += f", {text['documents']:,} documents"
-    parts = [f"{files}, {count:,} token{'s' if count > 1 else ''}"]
-    if text["not_scored"]:
-        parts.append(f"not scored, without a context: {text['not_scored']}")
-    if text["skipped"]:
-        parts.append(f"skipped, with fewer than 2 tokens: {visible(', '.join(text['skipped']))}")
-    vocabulary = f"vocabulary {text['vocabulary']}"
-    if set(rows) != {text["vocabulary"]}:
-        vocabulary += f" (that of the tokenizer; lm_heads of {rows[0]} and {rows[1]} rows are cut to it)"
-    if text["tokenizer"]:
-        vocabulary += f", read with {text['tokenizer']}'s tokenizer"
-    alone = []
+    text = report["text"]
+    named = {}
     for letter, tokens in text["left_out"].items():
-        named = [quoted(entry["token"]) for entry in tokens[:NAMED]] + ["…"] * (len(tokens) > NAMED)
-        alone += [f"{letter} alone has {len(tokens):,} ({', '.join(named)})"] * bool(tokens)
-    parts += [vocabulary, *[f"tokens left out: {' and '.join(alone)}"] * bool(alone)]
-    return "; ".join([*parts, f"windows of {text['context']} tokens, overlap {text['overlap']}"])
+        quotes = [quoted(entry["token"]) for entry in tokens[:NAMED]]
+        more = ", …" if len(tokens) > NAMED else ""
+        named[letter] = f"{len(tokens):,} ({', '.join(quotes)}{more})" if tokens else ""
+    rows = {model["vocabulary"] for model in report["models"]} - {text["vocabulary"]}
+    facts = {
+        "files": visible(", ".join(text["files"]))
+        if len(text["files"]) < 3
+        else len(text["files"]),
+        "documents": text["documents"],
+        "tokens": f"{report['summary']['tokens']:,}",
+        "not scored, without a context": text["not_scored"],
+        "skipped, with fewer than 2 tokens": visible(", ".join(text["skipped"])),
+        "tokenizer": text["tokenizer"],
+        "vocabulary": text["vocabulary"],
+        "cut from lm_heads of rows": " and ".join(map(str, sorted(rows))),
+        "tokens left out of A": named["A"],
+        "tokens left out of B": named["B"],
+        "windows of": text["context"],
+        "overlap": text["overlap"],
+    }
+    return "; ".join(f"{name} {value}" for name, value in facts.items() if value)
 
 
 # ---- tables
@@ -135,16 +122,9 @@ class Cell(NamedTuple):
     level: int = 0
 
 
-class Table(NamedTuple):
-    """Rows of cells, the first of them the head; align: < or > of each column.
-
-    wide: the column that takes the room that the others leave.
-    """
-
-    title: str
-    align: str
-    wide: int | None
-    rows: list[list[Cell]]
+# A title, < or > for each column, the column that takes the room that the others leave or None, and
+# rows, the first of them the head; a cell that is not a Cell is plain text.
+Table = tuple[str, str, int | None, list[list[Any]]]
 
 
 def bounds_of(summary: dict[str, Any]) -> list[float]:
@@ -154,52 +134,37 @@ def bounds_of(summary: dict[str, Any]) -> list[float]:
     return [low * (high / low) ** (step / count) for step in range(count)] if high > low > 0 else []
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
-    """Make the report's tables."""
+def tables(report: dict[str, Any]) -> Iterator[Table]:
+    """Yield the report's tables."""
     summary, by, units = report["summary"], report["by"], report["units"][: report["shown"]]
-    bounds = bounds_of(summary)
-    keys = ("mean", "p50", "p95", "p99", "max") if summary["tokens"] > 1 else ("mean",)
-    figures = [
-        [title, *(f"{summary[name][key]:.4g}" for key in keys)] for name, title in NAMES.items()
-    ]
+    keys = ("mean", "p50", "p95", "p99", "max")
+    rows: list[list[Any]] = [["nats per token", *keys]]
+    for name, title in NAMES.items():
+        rows.append([title, *(f"{summary[name][key]:.4g}" for key in keys)])
+    yield "", "<>>>>>", None, rows
     likely = [summary[f"logprob_{letter}"] for letter in "ab"]
     pairs = {
         "entropy, nats per token": [summary[f"entropy_{letter}"] for letter in "ab"],
         "log-prob of the text, nats per token": likely,
         "perplexity of the text": [math.exp(min(700.0, -value)) for value in likely],
     }
-    whole = [[title, *(f"{value:.4g}" for value in pair)] for title, pair in pairs.items()]
-    whole.append(["same top-1 token", percent(summary["same_top1"], 2), ""])
-    listed = [
-        Table("", "<" + ">" * len(keys), None, _plain(["nats per token", *keys], *figures)),
-        Table("", "<>>", None, _plain(["the whole text", "A", "B"], *whole)),
-    ]
-    if by == "line" or len(units) > 1:
-        some = by == "line" or len(units) < len(report["units"])
-        title = f"{by}s by mean KL(A‖B)" + f" (the {len(units)} worst)" * some
-        rows = _plain(["mean KL", "max KL", "same top-1", "tokens", by, "text"])
-        for unit in units:
-            means = (f"{unit['kl_ab']:.4g}", f"{unit['max_kl_ab']:.4g}")
-            cells = (*means, percent(unit["same_top1"], 1), f"{unit['tokens']:,}")
-            link = Cell(place(unit), unit["index"])
-            rows.append([*map(Cell, cells), link, Cell(visible(unit["text"]))])
-        listed.append(Table(title, ">>>><<", 5, rows))
-    if summary["kl_ab"]["max"] > 0:
-        title = "tokens by KL(A‖B), what each expects at the marked place, given all before it"
-        rows = _plain(["KL", "place", "text", "A expects", "B expects"])
-        for entry in report["top"]:
-            before, token, after = (visible(entry[part]) for part in ("before", "token", "after"))
-            level = bisect_left(bounds, entry["kl_ab"])
-            excerpt = Cell(token, None, (before, after), level)
-            likely_cells = (Cell(expected(entry, letter)) for letter in "ab")
-            link = Cell(place(entry), entry["index"])
-            rows.append([Cell(f"{entry['kl_ab']:.3g}"), link, excerpt, *likely_cells])
-        listed.append(Table(title, "><<<<", 2, rows))
-    return listed
-
-
-def _plain(*rows: list[str]) -> list[list[Cell]]:
-    return [[Cell(text) for text in row] for row in rows]
+    rows = [[title, *(f"{value:.4g}" for value in pair)] for title, pair in pairs.items()]
+    same = ["same top-1 token", percent(summary["same_top1"], 2), ""]
+    yield "", "<>>", None, [["the whole text", "A", "B"], *rows, same]
+    rows = [["mean KL", "max KL", "same top-1", "tokens", by, "text"]]
+    for unit in units:
+        figures = [f"{unit[name]:.4g}" for name in ("kl_ab", "max_kl_ab")]
+        figures += [percent(unit["same_top1"], 1), f"{unit['tokens']:,}"]
+        rows.append([*figures, Cell(place(unit), unit["index"]), visible(unit["text"])])
+    yield f"{by}s by mean KL(A‖B), the {len(units)} worst", ">>>><<", 5, rows
+    rows, bounds = [["KL", "place", "text", "A expects", "B expects"]], bounds_of(summary)
+    for entry in report["top"]:
+        before, token, after = (visible(entry[part]) for part in ("before", "token", "after"))
+        excerpt = Cell(token, None, (before, after), bisect_left(bounds, entry["kl_ab"]))
+        both = (expected(entry, letter) for letter in "ab")
+        rows.append([f"{entry['kl_ab']:.3g}", Cell(place(entry), entry["index"]), excerpt, *both])
+    title = "tokens by KL(A‖B), what each expects at the marked place, given all before it"
+    yield title, "><<<<", 2, rows
 
 
 def text_report(report: dict[str, Any], paint: Paint, width: int) -> str:
@@ -216,23 +181,21 @@ def text_report(report: dict[str, Any], paint: Paint, width: int) -> str:
     lines += fill(f"text  {text_line(report)}", subsequent_indent=" " * 6)
     lines = [paint(line, None, 0) for line in lines]
     for table in tables(report):
-        lines += ["", *(paint(line, None, 0) for line in fill(table.title and table.title + ":"))]
+        lines += ["", *([paint(f"{table[0]}:", None, 0)] if table[0] else [])]
         lines += table_lines(table, paint, width)
     return "\n".join(lines)
 
 
 def table_lines(table: Table, paint: Paint, width: int) -> list[str]:
     """Align columns; an excerpt has the room that the others leave."""
-    columns = zip(*table.rows, strict=True)
+    _, align, wide, rows = table
+    rows = [[Cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    columns = zip(*rows, strict=True)
     sizes = [min(MOST, max(len(cell.text) for cell in column)) for column in columns]
-    if table.wide is not None:
-        room = width - sum(sizes) + sizes[table.wide] - 2 * len(sizes)
-        sizes[table.wide] = max(LEAST, room)
-    lines = []
-    for row in table.rows:
-        cells = zip(row, sizes, table.align, strict=True)
-        lines.append("  ".join(_cell(*cell, paint) for cell in cells).rstrip())
-    return lines
+    if wide is not None:
+        sizes[wide] = max(LEAST, width - sum(sizes) + sizes[wide] - 2 * len(sizes))
+    lines = [map(_cell, row, sizes, align, [paint] * len(row)) for row in rows]
+    return ["  ".join(line).rstrip() for line in lines]
 
 
 def _cell(cell: Cell, size: int, align: str, paint: Paint) -> str:
@@ -245,25 +208,27 @@ def _cell(cell: Cell, size: int, align: str, paint: Paint) -> str:
     before = cell.around[0][max(0, len(cell.around[0]) - 2 * room // 3) :]
     after = cell.around[1][: room - len(before)]
     pad = " " * (room - len(before) - len(after))
-    return paint(f"{before}«", None, 0) + paint(token, None, cell.level) + paint(f"»{after}{pad}", None, 0)
+    return (
+        paint(f"{before}«", None, 0)
+        + paint(token, None, cell.level)
+        + paint(f"»{after}{pad}", None, 0)
+    )
 
 
-def plain(text: str, index: int | None, level: int) -> str:
-    """Paint nothing."""
-    return text
-
-
-def ansi(text: str, index: int | None, level: int) -> str:
-    """Colour for a terminal."""
+def terminal(color: bool, text: str, index: int | None, level: int) -> str:
+    """Paint for a terminal."""
     front = 231 if level >= DARK_FROM else 16
     start = f"\x1b[48;5;{TERMINAL[level - 1]}m\x1b[38;5;{front}m"
-    return f"{start}{text}\x1b[0m" if level else text
+    return f"{start}{text}\x1b[0m" if color and level else text
 
 
 # ---- the page
 
 # Control characters have no place in HTML; each has a picture in Unicode.
-CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421, 13: None}
+CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
+    127: 0x2421,
+    13: None,
+}
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
@@ -345,6 +310,8 @@ def _tokens(
             numbers = " ".join(f"{float(value[name]):.3g}" for name in SHOWN)
             tokens = (quoted(label(int(value[f"top_{letter}"]))) for letter in "ab")
             chances = (percent(math.exp(value[f"top_logprob_{letter}"])) for letter in "ab")
-            a, b = (clean(f"{token} {chance}") for token, chance in zip(tokens, chances, strict=True))
+            a, b = (
+                clean(f"{token} {chance}") for token, chance in zip(tokens, chances, strict=True)
+            )
             yield f'<b class="k{level}{mark}"{anchor} data-v="{numbers}" data-a="{a}" data-b="{b}">'
             yield f"{clean(text)}</b>"

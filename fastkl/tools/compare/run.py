@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import shutil
@@ -11,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -37,11 +36,11 @@ def run_compare(settings: Settings, color: bool | None = None) -> int:
         tokenizer, result = compare(settings, store)
         result["seconds"] = time.perf_counter() - start
         label = functools.lru_cache(1 << 16)(tokenizer.label)
-        _write(settings.json, [json_text(result)])
-        _write(settings.html, report.page(result, store, label))
-        _show(settings, result, color)
-    except BrokenPipeError:
-        raise
+        files = {settings.json: [json_text(result)]}
+        files[settings.html] = report.page(result, store, label)
+        for path, parts in files.items():
+            if path not in (None, STDOUT):
+                write_whole(path, parts)
     except OSError as error:
         file = f" ({readable(error.filename)})" if error.filename else ""
         room = f"room for the output, and for temporary files in {tempfile.gettempdir()}"
@@ -50,6 +49,10 @@ def run_compare(settings: Settings, color: bool | None = None) -> int:
         remedy = "--sequential, a smaller --context, or --dtype bfloat16"
         message = f"out of memory ({str(error).splitlines()[0]}); remedy: {remedy}"
     else:
+        # An output that takes no more is the command line's to tell.
+        for part in files.get(STDOUT, ()):
+            sys.stdout.buffer.write(part.encode())
+        _show(settings, result, color)
         return 0
     print(f"fastkl compare: error: {' '.join(message.split())}", file=sys.stderr)
     return 1
@@ -63,12 +66,11 @@ def compare(
     paths = inputs.files(settings.text)
     named = {"A": ("MODEL_A", settings.model_a), "B": ("MODEL_B", settings.model_b)}
     models = {letter: loading.Checkpoint(*model) for letter, model in named.items()}
-    check_files(settings, paths, [each for model in models.values() for each in (model.name, model.source)])
+    check_files(
+        settings, paths, [each for model in models.values() for each in (model.name, model.source)]
+    )
     context, overlap = choose_windows(settings, [model.config for model in models.values()])
-    tokenizers = {
-        letter: inputs.TextTokenizer(models[letter].tokenizer())
-        for letter in settings.tokenizer or models
-    }
+    tokenizers = {letter: models[letter].tokenizer() for letter in settings.tokenizer or models}
     rows = {letter: model.rows for letter, model in models.items()}
     vocabulary = inputs.shared_vocabulary(tokenizers, rows)
     for letter, model in models.items():
@@ -76,20 +78,23 @@ def compare(
     skipped = _read(paths, store, tokenizers, vocabulary)
     about = measure.measure(
         store,
-        [functools.partial(model.load, settings.dtype, settings.device) for model in models.values()],
+        [
+            functools.partial(model.load, settings.dtype, settings.device)
+            for model in models.values()
+        ],
         vocabulary,
         context,
         overlap,
         sequential=settings.sequential,
     )
     tokenizer = next(iter(tokenizers.values()))
-    figures = measure.summarise(store)
-    units = measure.worst_units(store, settings.by, settings.top)
-    worst = measure.worst_tokens(store, settings.top)
-    top = [measure.token_entry(store, at, tokenizer.label) for at in worst]
     fronts = [store.tokens["id"][each.start : each.first].tolist() for each in store.documents]
-    return tokenizer, {
-        "sentence": report.sentence(figures, units, top, settings.by, about),
+    left_out = {
+        letter: [{"id": number, "token": token} for number, token in tokens]
+        for letter, tokens in vocabulary.alone.items()
+    }
+    result = {
+        "sentence": "",
         "models": about,
         "by": settings.by,
         "shown": settings.top,
@@ -100,18 +105,16 @@ def compare(
             "not_scored": sum(front != tokenizer.prefix for front in fronts),
             "tokenizer": settings.tokenizer,
             "vocabulary": vocabulary.size,
-            "left_out": {
-                letter: [{"id": number, "token": token} for number, token in tokens]
-                for letter, tokens in vocabulary.alone.items()
-            },
+            "left_out": left_out,
             "context": context,
             "overlap": overlap,
         },
-        "summary": figures,
-        "units": units,
-        "top": top,
+        "summary": measure.summarise(store),
+        "units": measure.worst_units(store, settings.by, settings.top),
+        "top": measure.worst_tokens(store, settings.top, tokenizer.label),
         "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__},
     }
+    return tokenizer, {**result, "sentence": report.sentence(result)}
 
 
 def _read(
@@ -157,64 +160,33 @@ def choose_windows(settings: Settings, configs: Iterable[Any]) -> tuple[int, int
 
 def check_files(settings: Settings, texts: Iterable[Path], folders: Iterable[str]) -> None:
     """Refuse, before the work and not after it, a file with two uses; folders: the models'."""
-    uses: dict[object, str] = {}
+    uses: dict[str, str] = {}
     for folder in filter(os.path.isdir, folders):
-        uses |= {_identity(path): "a model's" for path in Path(folder).iterdir()}
+        uses |= {os.path.realpath(path): "a model's" for path in Path(folder).iterdir()}
     named = [*(("--text", path) for path in texts), ("--html", settings.html)]
     for option, path in [*named, ("--json", settings.json)]:
-        if path == STDIN and option == "--text":
-            path = Path("/dev/stdin")
-            if sys.stdin is None:
-                path = None
-                raise CompareError(option, "standard input to be open", "a closed one", "name files")
         # A pipe may have many uses. os.path returns False where pathlib raises.
-        elif path is None or os.path.exists(path) and not os.path.isfile(path):
+        if path is None or os.path.exists(path) and not os.path.isfile(path):
             continue
-        if _identity(path) in uses:
-            got = f"{str(path)!r}, {uses[_identity(path)]} too"
+        place = os.path.realpath(path) if path != STDIN else f"{option == '--text'}"
+        if place in uses:
+            got = f"{str(path)!r}, {uses[place]} too"
             raise CompareError(option, "a file that has no other use", got, "choose another name")
-        uses[_identity(path)] = option
+        uses[place] = option
     inputs.check_outputs(settings.html, settings.json)
 
 
-def _identity(path: Path) -> object:
-    """Return the same for all names of a file."""
-    if not os.path.exists(path):
-        return os.path.realpath(path)
-    return os.stat(path).st_dev, os.stat(path).st_ino
-
-
-def _write(path: Path | None, parts: Iterable[str]) -> None:
-    """Write a file whole, or to standard output."""
-    if path == STDOUT:
-        _flushed(sys.stdout.buffer, (part.encode() for part in parts))
-    elif path:
-        write_whole(path, parts)
-
-
 def _show(settings: Settings, result: dict[str, Any], color: bool | None) -> None:
-    """Print the report; OSError where standard output takes no more of it."""
+    """Print the report."""
     outputs = [path for path in (settings.html, settings.json) if path]
     out = sys.stderr if STDOUT in outputs else sys.stdout
     if color is None:
-        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-        color = out.isatty() and not plain
+        dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        color = out.isatty() and not dumb
     width = max(20, min(160, shutil.get_terminal_size((120, 24)).columns))
-    shown = report.text_report(result, report.ansi if color else report.plain, width)
+    shown = report.text_report(result, functools.partial(report.terminal, color), width)
     if outputs:
         names = ("stdout" if path == STDOUT else readable(path) for path in outputs)
         shown += f"\n\nwrote {' and '.join(names)}"
     encoding = out.encoding or "ascii"
-    _flushed(out, [f"{shown}\n".encode(encoding, errors="replace").decode(encoding)])
-
-
-def _flushed(out: IO[Any], parts: Iterable[Any]) -> None:
-    """Write all parts and flush; where that fails, keep Python from a second try at exit."""
-    try:
-        for part in parts:
-            out.write(part)
-        out.flush()
-    except OSError:
-        with contextlib.suppress(OSError):  # one that has no number, as in tests
-            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-        raise
+    print(shown.encode(encoding, errors="replace").decode(encoding), file=out, flush=True)
