@@ -71,15 +71,21 @@ def documents(
     A document is a whole file, or a line of a .jsonl file. argument: the model whose tokenizer has
     the chat template, as messages name it.
     """
+    if path.suffix.lower() != ".jsonl":
+        yield "", cut(_read(path)), False
+        return
     with _opened(path) as file:
-        if path.suffix.lower() != ".jsonl":
-            yield "", cut(iter(lambda: file.read(PIECE), "")), False
-            return
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"line {number} of {str(path)!r}"
                 text, chat = _entry(where, line, tokenizer, argument)
                 yield f"#{number}", cut([text]), chat
+
+
+def _read(path: Path) -> Iterator[str]:
+    with _opened(path) as file:
+        while text := file.read(PIECE):
+            yield text
 
 
 @contextlib.contextmanager
