@@ -109,7 +109,8 @@ def _entry(where: str, line: str, tokenizer: Any, argument: str) -> tuple[str, b
         fields = json.loads(line)
         json.dumps(fields, ensure_ascii=False).encode()  # no half of a character
     fields = fields if isinstance(fields, dict) else {}
-    prompt, completion = fields.get("prompt"), fields.get("completion")
+    prompt: Any = fields.get("prompt")
+    completion: Any = fields.get("completion")
     alike = type(prompt) is type(completion) and isinstance(prompt, (str, list))
     both = prompt + completion if alike else None
     texts = [each for each in (both, fields.get("text")) if isinstance(each, str)]
@@ -188,7 +189,8 @@ class TextTokenizer:
         if text and "�" not in text:
             return text
         name = str(self.own.convert_ids_to_tokens(token))
-        known = {character: byte for byte, character in bytes_to_unicode().items()}
+        spelling = bytes_to_unicode()  # type: ignore[no-untyped-call]
+        known = {character: byte for byte, character in spelling.items()}
         spelt = known.keys() >= set(name) and not re.fullmatch("<0x[0-9A-F]{2}>", name)
         return shown(bytes(known[character] for character in name)) if spelt else name
 

@@ -195,14 +195,15 @@ def quiet() -> None:
     """Turn off warnings and bars of transformers; this tool says itself what matters."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    library: Any = transformers.utils.logging
+    library.set_verbosity_error()
+    library.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _is_adapter(name: str) -> bool:
     """Tell an adapter's folder or hub name from a whole model's, which may have one beside it."""
-    from transformers.utils import has_file
+    from transformers.utils.hub import has_file
     from transformers.utils.peft_utils import find_adapter_config_file
 
     folder = Path(name)
@@ -216,8 +217,9 @@ def _is_adapter(name: str) -> bool:
 class Checkpoint:
     """A checkpoint by its folder or hub name, before anything large is loaded.
 
-    source: where the model's weights are, for an adapter its base's. config: the model's. adapter:
-    its kind and base, or None. saved: the tensors of the adapter's file.
+    source: where the model's weights are, for an adapter its base's. config: the model's. rows: of
+    its lm_head, where the files say so. adapter: its kind and base, or None. saved: the tensors of
+    the adapter's file.
     """
 
     def __init__(self, argument: str, name: str) -> None:
@@ -249,28 +251,13 @@ class Checkpoint:
             remedy = "choose a checkpoint of a ...ForCausalLM"
             raise CompareError(argument, "a causal LM", got, remedy)
         rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
-        if rows:
-            self.config.get_text_config().vocab_size = max(rows)
-
-    @property
-    def rows(self) -> int | None:
-        """Return the number of rows of the lm_head, where the files say so."""
-        return getattr(self.config.get_text_config(), "vocab_size", None)
-
-    def check_rows(self, needed: int, rows: int | None) -> None:
-        """Refuse an lm_head that lacks tokens."""
-        if rows is not None and rows < needed:
-            raise CompareError(
-                self.argument,
-                f"an lm_head of at least {needed} rows, for the tokenizer's ids",
-                f"{rows} in {self.name!r}",
-                "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer",
-            )
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        self.rows: int | None = max(rows, default=size)
 
     def tokenizer(self) -> TextTokenizer:
         """Load the model's tokenizer; an adapter without one has that of its base."""
         from transformers import AutoTokenizer
-        from transformers.utils import has_file
+        from transformers.utils.hub import has_file
 
         expected = "a fast tokenizer that can be loaded"
         with told(self.argument, expected, repr(self.name), "save a tokenizer.json there"):

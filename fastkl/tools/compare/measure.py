@@ -12,7 +12,6 @@ import itertools
 import math
 import pickle
 import tempfile
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import IO, Any, NamedTuple
@@ -34,7 +33,13 @@ QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 # scored = 0.
 TOKEN = np.dtype(
     [
-        *[("id", "<i4"), ("line", "<i4"), ("text_end", "<i8"), ("scored", "<i4")],
+        *[
+            ("id", "<i4"),
+            ("document", "<i4"),
+            ("line", "<i4"),
+            ("text_end", "<i8"),
+            ("scored", "<i4"),
+        ],
         *((name, "<f4") for name in (*MEANS, "top_logprob_a", "top_logprob_b")),
         *[("top_a", "<i4"), ("top_b", "<i4")],
     ]
@@ -70,9 +75,10 @@ class Store:
         """Add tokens; their texts put together are the document."""
         rows, content = np.zeros(len(ids), TOKEN), [text.encode() for text in texts]
         ends = np.cumsum([self._text_bytes, *map(len, content)], dtype=np.int64)
+        rows["document"] = len(self.documents)
         rows["id"], rows["line"], rows["text_end"] = ids, lines, ends[1:]
         self.count, self._text_bytes = self.count + len(ids), int(ends[-1])
-        self._rows.write(rows)
+        self._rows.write(rows.tobytes())
         self._content.write(b"".join(content))
 
     def end_document(self, name: str, start: int, first: int) -> None:
@@ -97,10 +103,6 @@ class Store:
         end = self.count if end is None else end
         for low in range(start, end, BLOCK):
             yield low, self.tokens[low : min(low + BLOCK, end)]
-
-    def document_of(self, index: int) -> Document:
-        """Find the document of a token."""
-        return self.documents[bisect_right(self.documents, index, key=lambda each: each.start) - 1]
 
 
 def _mapped(file: IO[bytes], dtype: Any) -> Array:
@@ -318,7 +320,8 @@ def worst_units(store: Store, by: str, limit: int) -> list[dict[str, Any]]:
 
     limit = limit if by == "line" else len(store.documents)
     for unit in heapq.nlargest(limit, entries(), key=itemgetter("kl_ab")):
-        document, first = store.document_of(unit["index"]), unit["index"]
+        first = unit["index"]
+        document = store.documents[store.tokens["document"][first]]
         # A document's first token has no figures, but is the beginning of the text.
         start = document.start if document.first == first else first
         text = store.text(start, first + min(unit["tokens"], 30))
@@ -357,7 +360,8 @@ def worst_tokens(
         indices, kl = indices[order], kl[order]
     entries = []
     for at in indices.tolist():
-        document, row = store.document_of(at), store.tokens[at]
+        row = store.tokens[at]
+        document = store.documents[row["document"]]
         entry = {
             "index": at,
             "document": document.name,

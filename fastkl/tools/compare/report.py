@@ -117,7 +117,7 @@ class Cell(NamedTuple):
     """A cell; it may lead to a token, and be a token between the text around it, in a colour."""
 
     text: str
-    index: int | None = None
+    link: int | None = None
     around: tuple[str, str] | None = None
     level: int = 0
 
@@ -202,7 +202,7 @@ def _cell(cell: Cell, size: int, align: str, paint: Paint) -> str:
     text = cell.text if len(cell.text) <= size else cell.text[: size - 1] + "…"
     if cell.around is None:
         pad = " " * (size - len(text))
-        return pad * (align == ">") + paint(text, cell.index, 0) + pad * (align == "<")
+        return pad * (align == ">") + paint(text, cell.link, 0) + pad * (align == "<")
     token = cell.text[: min(24, size - 2)]
     room = size - len(token) - 2
     before = cell.around[0][max(0, len(cell.around[0]) - 2 * room // 3) :]

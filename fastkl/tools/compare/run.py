@@ -36,7 +36,7 @@ def run_compare(settings: Settings, color: bool | None = None) -> int:
         tokenizer, result = compare(settings, store)
         result["seconds"] = time.perf_counter() - start
         label = functools.lru_cache(1 << 16)(tokenizer.label)
-        files = {settings.json: [json_text(result)]}
+        files: dict[Path | None, Iterable[str]] = {settings.json: [json_text(result)]}
         files[settings.html] = report.page(result, store, label)
         for path, parts in files.items():
             if path not in (None, STDOUT):
@@ -74,7 +74,10 @@ def compare(
     rows = {letter: model.rows for letter, model in models.items()}
     vocabulary = inputs.shared_vocabulary(tokenizers, rows)
     for letter, model in models.items():
-        model.check_rows(vocabulary.size, rows[letter])
+        if (lm_head := rows[letter]) is not None and lm_head < vocabulary.size:
+            expected = f"an lm_head of at least {vocabulary.size} rows, for the tokenizer's ids"
+            remedy = "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer"
+            raise CompareError(model.argument, expected, f"{lm_head} in {model.name!r}", remedy)
     skipped = _read(paths, store, tokenizers, vocabulary)
     about = measure.measure(
         store,
@@ -125,7 +128,9 @@ def _read(
 ) -> list[Path]:
     """Fill the store with tokens; return the files that hold no document."""
     letter, tokenizer = next(iter(tokenizers.items()))
-    base = os.path.commonpath([path.absolute().parent for path in paths if path != STDIN] or ["."])
+    base = os.path.commonpath(
+        [path.absolute().parent for path in paths if path != STDIN] or [Path()]
+    )
     skipped = []
     for path in paths:
         name = readable(path if path == STDIN else os.path.relpath(path, base))
@@ -145,9 +150,9 @@ def choose_windows(settings: Settings, configs: Iterable[Any]) -> tuple[int, int
     limits = [
         getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs
     ]
-    limit = min([each for each in limits if isinstance(each, int) and each > 0], default=None)
-    context = settings.context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
-    if limit and context > limit:
+    limit = min([each for each in limits if isinstance(each, int) and each > 0], default=1 << 60)
+    context = settings.context or min(DEFAULT_CONTEXT, limit)
+    if context > limit:
         expected = f"at most {limit} (max_position_embeddings)"
         raise CompareError("--context", expected, str(context), f"--context {limit} or less")
     overlap = context // 4 if settings.overlap is None else settings.overlap
@@ -163,8 +168,12 @@ def check_files(settings: Settings, texts: Iterable[Path], folders: Iterable[str
     uses: dict[str, str] = {}
     for folder in filter(os.path.isdir, folders):
         uses |= {os.path.realpath(path): "a model's" for path in Path(folder).iterdir()}
-    named = [*(("--text", path) for path in texts), ("--html", settings.html)]
-    for option, path in [*named, ("--json", settings.json)]:
+    named: dict[str, list[Path | None]] = {
+        "--text": [*texts],
+        "--html": [settings.html],
+        "--json": [settings.json],
+    }
+    for option, path in ((option, path) for option, paths in named.items() for path in paths):
         # A pipe may have many uses. os.path returns False where pathlib raises.
         if path is None or os.path.exists(path) and not os.path.isfile(path):
             continue
