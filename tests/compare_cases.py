@@ -1,10 +1,14 @@
 """Tiny random checkpoints and texts for the tests of `fastkl compare`."""
 
+import json
+import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+np = pytest.importorskip("numpy")
 pytest.importorskip("tqdm")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -96,3 +100,59 @@ def cli_run(capsys, *arguments):
     except SystemExit as exit_:
         code = exit_.code
     return code, *capsys.readouterr()
+
+
+# ---- the truth
+
+COLUMNS = measure.TOKEN.names[5:]
+# A logit of up to 20, in float32. Where it is off by this much, so is its log-probability, and by
+# as much again through the sum; an entropy and a KL by this times the log-probabilities and
+# log-ratios that weigh it, of 2 and 4 nats in the mean; the JSD's log-ratios stay below ln 2.
+LOGIT = 20 * float(np.finfo(np.float32).eps)
+TOLERANCE = {"kl_ab": 4 * LOGIT, "kl_ba": 4 * LOGIT, "jsd": LOGIT, "top_a": 0, "top_b": 0}
+
+
+@torch.no_grad()
+def log_probs(name, ids, context, overlap, columns):
+    """[n - 1, V] in float64: each token from the inputs of its window, by arithmetic of its own."""
+    source, adapter = name, Path(name, "adapter_config.json")
+    if adapter.exists():
+        source = json.loads(adapter.read_text())["base_model_name_or_path"]
+    config, rows = transformers.AutoConfig.from_pretrained(source), []
+    model = getattr(transformers, config.architectures[0])
+    model = model.from_pretrained(source, dtype=torch.float64).eval()
+    if adapter.exists():
+        peft = pytest.importorskip("peft").PeftModel
+        model = peft.from_pretrained(model, name, autocast_adapter_dtype=False).double().eval()
+    for target in range(1, len(ids)):
+        number = max(0, math.ceil((target - context) / (context - overlap)))
+        window = torch.tensor([ids[number * (context - overlap) : target]])
+        marked = config.model_type == "paligemma"
+        more = {"token_type_ids": torch.ones_like(window)} if marked else {}
+        logits = model(input_ids=window, use_cache=False, **more).logits[0, -1]
+        rows.append(logits[list(columns)].log_softmax(-1))
+    return torch.stack(rows)
+
+
+def truth(a, b, ids, context=256, overlap=0, columns=range(VOCABULARY)):
+    """The columns in plain float64."""
+    p, q = (log_probs(name, ids, context, overlap, columns) for name in (a, b))
+    tokens, mixture = torch.tensor(ids[1:])[:, None] - columns[0], ((p.exp() + q.exp()) / 2).log()
+    pairs = ((p, q), (q, p), (p, mixture), (q, mixture))
+    kl = [(first.exp() * (first - second)).sum(-1) for first, second in pairs]
+    values = {"kl_ab": kl[0], "kl_ba": kl[1], "jsd": (kl[2] + kl[3]) / 2}
+    for letter, log in (("a", p), ("b", q)):
+        values[f"entropy_{letter}"] = -(log.exp() * log).sum(-1)
+        values[f"logprob_{letter}"] = log.gather(-1, tokens)[:, 0]
+        values[f"top_{letter}"], values[f"top_logprob_{letter}"] = (
+            log.argmax(-1) + columns[0],
+            log.amax(-1),
+        )
+    return {name: value.numpy() for name, value in values.items()}
+
+
+def assert_true(tokens, expected, slack=1):
+    scored = tokens[tokens["scored"] > 0]
+    for name in COLUMNS:
+        bound = slack * TOLERANCE.get(name, 2 * LOGIT)
+        np.testing.assert_allclose(scored[name], expected[name], rtol=0, atol=bound, err_msg=name)

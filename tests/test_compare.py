@@ -12,66 +12,24 @@ import torch
 np = pytest.importorskip("numpy")
 transformers = pytest.importorskip("transformers")
 from compare_cases import (  # noqa: E402
+    COLUMNS,
+    LOGIT,
     SIZES,
+    TOLERANCE,
     VOCABULARY,
     WORDS,
+    assert_true,
     compare,
     make_files,  # noqa: F401
     make_tokenizer,
     save,
+    truth,
 )
 
 import fastkl  # noqa: E402
 from fastkl.tools.compare import inputs, loading, measure, report, run  # noqa: E402
 from fastkl.tools.compare.settings import CompareError, Settings  # noqa: E402
 from fastkl.tools.demo.memory import allocations  # noqa: E402
-
-COLUMNS = measure.TOKEN.names[4:]
-# A logit of up to 20, in float32. Where it is off by this much, so is its log-probability, and by
-# as much again through the sum; an entropy and a KL by this times the log-probabilities and
-# log-ratios that weigh it, of 2 and 4 nats in the mean; the JSD's log-ratios stay below ln 2.
-LOGIT = 20 * float(np.finfo(np.float32).eps)
-TOLERANCE = {"kl_ab": 4 * LOGIT, "kl_ba": 4 * LOGIT, "jsd": LOGIT, "top_a": 0, "top_b": 0}
-
-
-@torch.no_grad()
-def log_probs(name, ids, context, overlap, columns):
-    """[n - 1, V] in float64: each token from the inputs of its window, by arithmetic of its own."""
-    config = transformers.AutoConfig.from_pretrained(name)
-    model = getattr(transformers, config.architectures[0])
-    model, rows = model.from_pretrained(name, dtype=torch.float64).eval(), []
-    for target in range(1, len(ids)):
-        number = max(0, math.ceil((target - context) / (context - overlap)))
-        window = torch.tensor([ids[number * (context - overlap) : target]])
-        marked = config.model_type == "paligemma"
-        more = {"token_type_ids": torch.ones_like(window)} if marked else {}
-        logits = model(input_ids=window, use_cache=False, **more).logits[0, -1]
-        rows.append(logits[list(columns)].log_softmax(-1))
-    return torch.stack(rows)
-
-
-def truth(a, b, ids, context=256, overlap=0, columns=range(VOCABULARY)):
-    """The columns in plain float64."""
-    p, q = (log_probs(name, ids, context, overlap, columns) for name in (a, b))
-    tokens, mixture = torch.tensor(ids[1:])[:, None] - columns[0], ((p.exp() + q.exp()) / 2).log()
-    pairs = ((p, q), (q, p), (p, mixture), (q, mixture))
-    kl = [(first.exp() * (first - second)).sum(-1) for first, second in pairs]
-    values = {"kl_ab": kl[0], "kl_ba": kl[1], "jsd": (kl[2] + kl[3]) / 2}
-    for letter, log in (("a", p), ("b", q)):
-        values[f"entropy_{letter}"] = -(log.exp() * log).sum(-1)
-        values[f"logprob_{letter}"] = log.gather(-1, tokens)[:, 0]
-        values[f"top_{letter}"], values[f"top_logprob_{letter}"] = (
-            log.argmax(-1) + columns[0],
-            log.amax(-1),
-        )
-    return {name: value.numpy() for name, value in values.items()}
-
-
-def assert_true(tokens, expected, slack=1):
-    scored = tokens[tokens["scored"] > 0]
-    for name in COLUMNS:
-        bound = slack * TOLERANCE.get(name, 2 * LOGIT)
-        np.testing.assert_allclose(scored[name], expected[name], rtol=0, atol=bound, err_msg=name)
 
 
 @pytest.mark.parametrize("context, overlap", [(256, 0), (16, 4), (9, 8), (40, 0)])
@@ -294,7 +252,9 @@ def test_16_bit_models_have_float32_logits(monkeypatch):
         monkeypatch.setattr(measure, "BLOCK_LOGITS", {"cpu": blocks, "cuda": 1})
         monkeypatch.setattr(loading, "WIDENED", widened)
         values = measure.token_values(heads, hidden, tokens, vocabulary)
-        for name, expected in zip(("logprob_a", "entropy_a", "logprob_b", "kl_ab", "kl_ba"), stats):
+        for name, expected in zip(
+            ("logprob_a", "entropy_a", "logprob_b", "kl_ab", "kl_ba"), stats, strict=True
+        ):
             np.testing.assert_allclose(values[name], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -18,7 +18,6 @@ np = pytest.importorskip("numpy")
 transformers = pytest.importorskip("transformers")
 from compare_cases import (  # noqa: E402
     SIZES,
-    VOCABULARY,
     cli_run,
     compare,
     make_files,  # noqa: F401

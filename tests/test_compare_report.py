@@ -34,7 +34,7 @@ def filled(monkeypatch):
     made.seal()
     made.tokens["scored"] = 1
     made.tokens["scored"][[0, len(NASTY)]] = 0
-    for name in measure.TOKEN.names[4:]:
+    for name in measure.TOKEN.names[5:]:
         sign = -1 if "logprob" in name else 1
         whole = generator.integers(3, size=made.count)
         column = sign * generator.exponential(size=made.count).round(1)
