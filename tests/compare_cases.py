@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from fastkl.tools import cli  # noqa: E402
-from fastkl.tools.compare import measure, run  # noqa: E402
+from fastkl.tools.compare import loading, measure, run  # noqa: E402
 from fastkl.tools.compare.settings import Settings  # noqa: E402
 
 WORDS = (
@@ -100,6 +101,24 @@ def cli_run(capsys, *arguments):
     except SystemExit as exit_:
         code = exit_.code
     return code, *capsys.readouterr()
+
+
+def refused(capsys, expected, *arguments):
+    """One line on stderr, exit code 2, and nothing on stdout."""
+    code, shown, said = cli_run(capsys, *arguments)
+    line = re.split(r"[\r\n]", said.strip())[-1]
+    assert (code, shown) == (2, "") and "Traceback" not in said, said
+    assert line.startswith("fastkl compare: error: ") and "; remedy: " in line
+    assert re.match(expected, line.partition("error: ")[2]), line
+
+
+@pytest.fixture(name="loads")
+def make_loads(monkeypatch):
+    """The checkpoints that were loaded."""
+    names, load = [], loading.Checkpoint.load
+    note = lambda self, *rest: names.append(self.name) or load(self, *rest)  # noqa: E731
+    monkeypatch.setattr(loading.Checkpoint, "load", note)
+    return names
 
 
 # ---- the truth

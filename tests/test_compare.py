@@ -252,9 +252,8 @@ def test_16_bit_models_have_float32_logits(monkeypatch):
         monkeypatch.setattr(measure, "BLOCK_LOGITS", {"cpu": blocks, "cuda": 1})
         monkeypatch.setattr(loading, "WIDENED", widened)
         values = measure.token_values(heads, hidden, tokens, vocabulary)
-        for name, expected in zip(
-            ("logprob_a", "entropy_a", "logprob_b", "kl_ab", "kl_ba"), stats, strict=True
-        ):
+        names = ("logprob_a", "entropy_a", "logprob_b", "kl_ab", "kl_ba")
+        for name, expected in zip(names, stats, strict=True):
             np.testing.assert_allclose(values[name], expected, rtol=1e-5, atol=1e-5)
 
 

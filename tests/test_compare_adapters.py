@@ -149,12 +149,8 @@ def test_adapters_are_refused_before_a_model_loads(files, tmp_path, capsys, monk
     folder = unusable(files, tmp_path / "adapter", how)
     monkeypatch.setattr(loading.Checkpoint, "load", lambda *arguments: 1 / 0)
     code, shown, said = cli_run(capsys, files.a, folder, "--text", files.text[1])
-    expected = (
-        f"error: MODEL_B: expected an adapter that peft loads .*, got '{folder}': .*; remedy: "
-    )
-    assert (code, shown) == (2, "")
-    pytest.raises(CompareError, loading.Checkpoint, "MODEL_B", folder).match(expected[7:])
-    assert "fastkl compare: error: MODEL_B: expected an adapter" in said and "Trace" not in said
+    assert (code, shown) == (2, "") and "Traceback" not in said
+    assert "error: MODEL_B: expected an adapter that peft loads" in said and folder in said
 
 
 @pytest.mark.parametrize("how", ["incomplete", "narrower"])

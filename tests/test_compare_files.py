@@ -17,16 +17,16 @@ import torch
 np = pytest.importorskip("numpy")
 transformers = pytest.importorskip("transformers")
 from compare_cases import (  # noqa: E402
-    SIZES,
     cli_run,
     compare,
     make_files,  # noqa: F401
+    make_loads,  # noqa: F401
     make_tokenizer,
-    save,
+    refused,
 )
 
 from fastkl.tools import cli  # noqa: E402
-from fastkl.tools.compare import inputs, loading, report  # noqa: E402
+from fastkl.tools.compare import inputs, report  # noqa: E402
 
 TEMPLATE = "{% for each in messages %}<s>{{ each['role'] + ': ' + each['content'] }}\n{% endfor %}"
 CHAT = [{"role": "user", "content": "the cat sat"}, {"role": "assistant", "content": "on a mat"}]
@@ -40,24 +40,6 @@ def temporary(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield
     assert not list(folder.iterdir())
-
-
-def refused(capsys, expected, *arguments):
-    """One line on stderr, exit code 2, and nothing on stdout."""
-    code, shown, said = cli_run(capsys, *arguments)
-    line = re.split(r"[\r\n]", said.strip())[-1]
-    assert (code, shown) == (2, "") and "Traceback" not in said, said
-    assert line.startswith("fastkl compare: error: ") and "; remedy: " in line
-    assert re.match(expected, line.partition("error: ")[2]), line
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """The checkpoints that were loaded."""
-    names, load = [], loading.Checkpoint.load
-    note = lambda self, *rest: names.append(self.name) or load(self, *rest)  # noqa: E731
-    monkeypatch.setattr(loading.Checkpoint, "load", note)
-    return names
 
 
 # ---- texts
@@ -166,7 +148,7 @@ def test_pieces_are_the_file(tmp_path, monkeypatch, size):
     assert "".join(found) == content and max(map(len, found)) <= size and all(found)
     assert size != 40 or found[:2] == [
         "one two three\r\n\r\n  four 日本 five\n",
-        "six sevenone two three",
+        "six sevenone two three\r\n\r\n  four 日本 five",
     ]
 
 
@@ -299,117 +281,4 @@ def test_every_file_has_one_use(files, tmp_path, capsys, loads):
         expected = "--(text|html|json): expected a file that has no other use, got '"
         refused(capsys, expected, files.a, files.b, "--text", content, *case)
     assert content.read_text() == "some text" and config.read_bytes() == before and not new.exists()
-    assert not loads
-
-
-# ---- what cannot be compared
-
-
-def spoil(files, folder, how):
-    """A checkpoint with something wrong."""
-    target = shutil.copytree(files.folder / "b", folder / how)
-    if how in ("normalizer", "moved"):
-        tokenizer = json.loads((target / "tokenizer.json").read_text(encoding="utf-8"))
-        ids = tokenizer["model"]["vocab"]
-        if how == "moved":
-            ids["!"], ids["%"] = ids["%"], ids["!"]
-        tokenizer["normalizer"] = {"type": "NFD"}
-        (target / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    elif how == "tokenless":
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (target / name).unlink()
-    elif how == "begin":
-        make_tokenizer(begin=True).save_pretrained(target)
-    elif how == "slow":
-        transformers.ByT5Tokenizer().save_pretrained(target)
-    elif how == "call":
-        made = make_tokenizer()
-        made.add_special_tokens({"additional_special_tokens": [" sat"]})
-        made.save_pretrained(target)
-    elif how == "truncated":
-        os.truncate(target / "model.safetensors", 1000)
-    elif how in ("bare", "pickle"):
-        (target / "model.safetensors").unlink()
-        if how == "pickle":
-            torch.save({"x": print}, target / "pytorch_model.bin")
-    elif how in ("small", "nan"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(target)
-        if how == "small":
-            model.resize_token_embeddings(250)
-        else:
-            model.model.norm.weight.data[0] = torch.nan
-        model.save_pretrained(target)
-    elif how in ("base", "headless"):  # one says that it is a causal LM
-        config = (target / "config.json").read_text()
-        transformers.AutoModel.from_pretrained(target).save_pretrained(target)
-        if how == "headless":
-            (target / "config.json").write_text(config)
-    elif how == "encoder":
-        save(target, "BertLMHeadModel", **SIZES)
-    elif how in ("T5", "Bart"):
-        named = f"{how}ForConditionalGeneration"
-        getattr(transformers, f"{how}Config")(architectures=[named]).save_pretrained(target)
-    return target
-
-
-OTHER = "MODEL_B: expected the tokenizer of MODEL_A, got "
-
-
-@pytest.mark.parametrize(
-    "how, expected, count",
-    [
-        ("moved", OTHER + "another; ids that differ: 2; '!' is ", 0),
-        ("normalizer", OTHER + "other tokens for the same text: '", 0),
-        ("begin", OTHER + "other tokens for the same text: '", 0),
-        ("call", "--text: .* got ' sat' in 'one.txt', the token 300 of B alone;.*--tokenizer A", 0),
-        ("tokenless", "MODEL_B: expected a fast tokenizer that can be loaded, got ", 0),
-        ("slow", "MODEL_B: expected a fast tokenizer that can be loaded, got ", 0),
-        ("small", "MODEL_B: expected an lm_head of at least 300 rows.*, got 250 in ", 0),
-        ("base", "MODEL_B: expected a causal LM, got ", 0),
-        ("T5", "MODEL_B: expected a causal LM, got ", 0),
-        ("Bart", "MODEL_B: expected a causal LM, got ", 0),
-        ("truncated", "MODEL_B: expected a causal LM that can be loaded, got ", 2),
-        ("bare", "MODEL_B: expected a causal LM that can be loaded, got ", 2),
-        ("pickle", "MODEL_B: expected a causal LM that can be loaded, got .*[Ww]eights", 2),
-        ("headless", "MODEL_B: expected a causal LM with all its weights, got ", 2),
-        ("encoder", "MODEL_B: expected a causal LM, got .* on tokens that follow", 2),
-        ("nan", "MODEL_B: expected finite logits, got NaN from ", 2),
-    ],
-)
-def test_checkpoints_that_cannot_be_compared(files, tmp_path, capsys, loads, how, expected, count):
-    """As early as can be seen; count: how many models were loaded before."""
-    refused(capsys, expected, files.a, spoil(files, tmp_path, how), "--text", *files.text)
-    assert len(loads) == count
-    if how == "call":
-        arguments = ("--text", *files.text, "--tokenizer", "A")
-        assert cli_run(capsys, files.a, tmp_path / how, *arguments)[0] == 0
-
-
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        (("A", "B", "--text", "{}/empty", "{}/one"), "--text: .*fewer than 2 tokens in '"),
-        (("A", "B", "--text", "/no/*.txt"), r"--text: expected files with text, got '/no/\*.txt'"),
-        (("A", "B", "--text", "{}/empty", "/no/where"), "--text: .* got '/no/where'"),
-        (("A", "B", "--text", "{}/none"), "--text: expected files with text, got '.*/none'"),
-        (("A", "B", "--text", "{}/latin"), "--text: expected UTF-8 .*0xe9"),
-        (("./none", "B"), "MODEL_A: expected a model folder or a hub name, got './none'"),
-        (("{}", "B"), "MODEL_A: expected a model folder or a hub name, got"),
-        (("A", "{}/one"), "MODEL_B: expected a model folder or a hub name, got"),
-        (("A", "B", "--context", "257"), r"--context: expected at most 256 \(max_position"),
-        (("A", "B", "--context", "8", "--overlap", "8"), "--overlap: expected fewer tokens than"),
-        (("A", "B", "--html", "{}"), "--html: expected a file in a folder that can be written to"),
-        (("A", "B", "--html", "{}/" + "x" * 300), "--html: expected a file in a folder"),
-        (("A", "B", "--json", "{}/no/x.json"), "--json: expected a file in a folder"),
-        (("A", "B", "--text", "{}/x.jsonl"), "--text: .*template of MODEL_A"),
-    ],
-)
-def test_arguments_that_cannot_be_used(files, tmp_path, capsys, loads, arguments, expected):
-    (tmp_path / "none").mkdir()
-    for name, content in (("empty", b""), ("one", b"a"), ("latin", b"caf\xe9 au lait")):
-        (tmp_path / name).write_bytes(content)
-    lines(tmp_path / "x.jsonl", {"messages": CHAT})
-    given = [{"A": files.a, "B": files.b}.get(each, each.format(tmp_path)) for each in arguments]
-    text = () if "--text" in arguments else ("--text", files.text[0])
-    refused(capsys, expected, *given, *text)
     assert not loads
