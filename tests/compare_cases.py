@@ -1,91 +1,97 @@
 """Tiny random checkpoints and texts for the tests of `fastkl compare`."""
 
+import json
+import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-pytest.importorskip("numpy")
+np = pytest.importorskip("numpy")
+pytest.importorskip("tqdm")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("tqdm")
 
 from fastkl.tools import cli  # noqa: E402
-from fastkl.tools.compare import loading, run, store  # noqa: E402
+from fastkl.tools.compare import loading, measure, run  # noqa: E402
 from fastkl.tools.compare.settings import Settings  # noqa: E402
 
-WORDS = "the cat sat on a mat while naïve café 日本 readers of <b>bold</b> & 'quoted' text looked on.\n"
+WORDS = (
+    "the cat sat on a mat while naïve café 日本 readers of <b>bold</b> & 'quoted' text looked on.\n"
+)
 VOCABULARY = 300
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 256}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
 
 
-def make_tokenizer(**options):
-    """Byte-level BPE; options: of PreTrainedTokenizerFast."""
+def make_tokenizer(begin=False, **options):
+    """Byte-level BPE; begin: with <s> in front; options: of PreTrainedTokenizerFast."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     made.train_from_iterator([WORDS * 3], trainer)
-    if options.pop("begin", False):
-        made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    if begin:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", **options)
 
 
-def save(folder, tokenizer, kind="Llama", seed=0, head="LMHeadModel", model=None, **options):
-    """A random checkpoint whose logits are a few nats wide; model: its class without the head, where that is not the configuration's."""
+def save(folder, name="LlamaForCausalLM", seed=0, config=None, **options):
+    """A random checkpoint with the tokenizer, whose logits are a few nats wide."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(**options)
-    model = getattr(transformers, f"{model or kind}{head}")(config)
+    config = config or name.partition("For")[0].removesuffix("LMHeadModel") + "Config"
+    model = getattr(transformers, name)(getattr(transformers, config)(**options))
     with torch.no_grad():
         for parameter in model.get_output_embeddings().parameters():
             parameter.normal_(std=0.35)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def silent():
-    loading.quiet()
-
-
-@pytest.fixture(scope="module", name="files")
+@pytest.fixture(scope="session", name="files")
 def make_files(tmp_path_factory):
-    """Checkpoints a, b (b near a, padded), texts one, two."""
+    """Checkpoints a, b (b near a, padded: b with 13 more rows), texts one, two."""
     folder = tmp_path_factory.mktemp("compare")
-    tokenizer = make_tokenizer()
-    assert len(tokenizer) <= VOCABULARY
-    a = save(folder / "a", tokenizer, head="ForCausalLM", **SIZES)
-    model = transformers.AutoModelForCausalLM.from_pretrained(a)
+    model = transformers.AutoModelForCausalLM.from_pretrained(save(folder / "a", **SIZES))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.3)
     model.save_pretrained(folder / "b")
-    tokenizer.save_pretrained(folder / "b")
     model.resize_token_embeddings(VOCABULARY + 13)
-    with torch.no_grad():
-        model.lm_head.weight[VOCABULARY:] = 3.0
+    model.lm_head.weight.data[VOCABULARY:] = 3.0
     model.save_pretrained(folder / "padded")
-    tokenizer.save_pretrained(folder / "padded")
+    for name in ("b", "padded"):
+        make_tokenizer().save_pretrained(folder / name)
     one, two = folder / "one.txt", folder / "two & <b>.txt"
     one.write_text(WORDS * 3, encoding="utf-8")
-    two.write_text("a mat of text\n\non the readers\r\n  sat" + WORDS[::-1], encoding="utf-8", newline="")
-    return SimpleNamespace(folder=folder, tokenizer=tokenizer, a=a, b=str(folder / "b"), padded=str(folder / "padded"), text=(one, two))
+    two.write_bytes(("a mat of text\n\non the readers\r\n  sat" + WORDS[::-1]).encode())
+    paths = {name: str(folder / name) for name in ("a", "b", "padded")}
+    return SimpleNamespace(folder=folder, text=(one, two), **paths)
 
 
-def compare(files, a, b, folder, **options):
+def compare(files, a, b, **options):
     """(values of all tokens, the report, the tokens' ids per document)."""
-    folder.mkdir(exist_ok=True)
-    made = store.Store()
-    try:
-        _, result = run.compare(Settings(a, b, **{"text": files.text, **options}), made)
-        ids = [made.tokens(document.start, document.end)["id"].tolist() for document in made.documents]
-        return made.values(0, made.count), result, ids
-    finally:
-        made.close()
+    made = measure.Store()
+    _, result = run.compare(Settings(a, b, **{"text": files.text, **options}), made)
+    ids = [made.tokens["id"][each.start : each.end].tolist() for each in made.documents]
+    return made.tokens, result, ids
 
 
 def cli_run(capsys, *arguments):
@@ -95,3 +101,77 @@ def cli_run(capsys, *arguments):
     except SystemExit as exit_:
         code = exit_.code
     return code, *capsys.readouterr()
+
+
+def refused(capsys, expected, *arguments):
+    """One line on stderr, exit code 2, and nothing on stdout."""
+    code, shown, said = cli_run(capsys, *arguments)
+    line = re.split(r"[\r\n]", said.strip())[-1]
+    assert (code, shown) == (2, "") and "Traceback" not in said, said
+    assert line.startswith("fastkl compare: error: ") and "; remedy: " in line
+    assert re.match(expected, line.partition("error: ")[2]), line
+
+
+@pytest.fixture(name="loads")
+def make_loads(monkeypatch):
+    """The checkpoints that were loaded."""
+    names, load = [], loading.Checkpoint.load
+    note = lambda self, *rest: names.append(self.name) or load(self, *rest)  # noqa: E731
+    monkeypatch.setattr(loading.Checkpoint, "load", note)
+    return names
+
+
+# ---- the truth
+
+COLUMNS = measure.TOKEN.names[5:]
+# A logit of up to 20, in float32. Where it is off by this much, so is its log-probability, and by
+# as much again through the sum; an entropy and a KL by this times the log-probabilities and
+# log-ratios that weigh it, of 2 and 4 nats in the mean; the JSD's log-ratios stay below ln 2.
+LOGIT = 20 * float(np.finfo(np.float32).eps)
+TOLERANCE = {"kl_ab": 4 * LOGIT, "kl_ba": 4 * LOGIT, "jsd": LOGIT, "top_a": 0, "top_b": 0}
+
+
+@torch.no_grad()
+def log_probs(name, ids, context, overlap, columns):
+    """[n - 1, V] in float64: each token from the inputs of its window, by arithmetic of its own."""
+    source, adapter = name, Path(name, "adapter_config.json")
+    if adapter.exists():
+        source = json.loads(adapter.read_text())["base_model_name_or_path"]
+    config, rows = transformers.AutoConfig.from_pretrained(source), []
+    model = getattr(transformers, config.architectures[0])
+    model = model.from_pretrained(source, dtype=torch.float64).eval()
+    if adapter.exists():
+        peft = pytest.importorskip("peft").PeftModel
+        model = peft.from_pretrained(model, name, autocast_adapter_dtype=False).double().eval()
+    for target in range(1, len(ids)):
+        number = max(0, math.ceil((target - context) / (context - overlap)))
+        window = torch.tensor([ids[number * (context - overlap) : target]])
+        marked = config.model_type == "paligemma"
+        more = {"token_type_ids": torch.ones_like(window)} if marked else {}
+        logits = model(input_ids=window, use_cache=False, **more).logits[0, -1]
+        rows.append(logits[list(columns)].log_softmax(-1))
+    return torch.stack(rows)
+
+
+def truth(a, b, ids, context=256, overlap=0, columns=range(VOCABULARY)):
+    """The columns in plain float64."""
+    p, q = (log_probs(name, ids, context, overlap, columns) for name in (a, b))
+    tokens, mixture = torch.tensor(ids[1:])[:, None] - columns[0], ((p.exp() + q.exp()) / 2).log()
+    pairs = ((p, q), (q, p), (p, mixture), (q, mixture))
+    kl = [(first.exp() * (first - second)).sum(-1) for first, second in pairs]
+    values = {"kl_ab": kl[0], "kl_ba": kl[1], "jsd": (kl[2] + kl[3]) / 2}
+    for letter, log in (("a", p), ("b", q)):
+        values[f"entropy_{letter}"] = -(log.exp() * log).sum(-1)
+        values[f"logprob_{letter}"] = log.gather(-1, tokens)[:, 0]
+        values[f"top_{letter}"], values[f"top_logprob_{letter}"] = (
+            log.argmax(-1) + columns[0],
+            log.amax(-1),
+        )
+    return {name: value.numpy() for name, value in values.items()}
+
+
+def assert_true(tokens, expected, slack=1):
+    scored = tokens[tokens["scored"] > 0]
+    for name in COLUMNS:
+        bound = slack * TOLERANCE.get(name, 2 * LOGIT)
+        np.testing.assert_allclose(scored[name], expected[name], rtol=0, atol=bound, err_msg=name)

@@ -1,4 +1,4 @@
-"""`fastkl compare` with tiny random checkpoints: its values against plain float64, its two modes, its memory."""
+"""`fastkl compare` with tiny random checkpoints: its values against plain float64."""
 
 import contextlib
 import math
@@ -10,157 +10,318 @@ import pytest
 import torch
 
 np = pytest.importorskip("numpy")
-tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("tqdm")
+from compare_cases import (  # noqa: E402
+    COLUMNS,
+    LOGIT,
+    SIZES,
+    TOLERANCE,
+    VOCABULARY,
+    WORDS,
+    assert_true,
+    compare,
+    make_files,  # noqa: F401
+    make_tokenizer,
+    save,
+    truth,
+)
 
-from compare_cases import SIZES, VOCABULARY, WORDS, cli_run, compare, make_files, make_tokenizer, save, silent  # noqa: E402, F401
-
-from fastkl.tools.compare import html as page  # noqa: E402
-from fastkl.tools.compare import inputs, loading, measure, report, run, store, text  # noqa: E402
-from fastkl.tools.compare.settings import Settings  # noqa: E402
+import fastkl  # noqa: E402
+from fastkl.tools.compare import inputs, loading, measure, report, run  # noqa: E402
+from fastkl.tools.compare.settings import CompareError, Settings  # noqa: E402
 from fastkl.tools.demo.memory import allocations  # noqa: E402
-
-COLUMNS = [name for name in store.VALUES.names if name != "scored"]
-
-
-def double(name):
-    return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64).eval()
-
-
-@torch.no_grad()
-def log_probs(name, ids, context, overlap, vocabulary):
-    """[n - 1, V] in float64: each token from the inputs of its window, by arithmetic of its own."""
-    model, rows = double(name), []
-    for target in range(1, len(ids)):
-        number = max(0, math.ceil((target - context) / (context - overlap)))
-        window = torch.tensor([ids[number * (context - overlap):target]])
-        rows.append(model(input_ids=window, use_cache=False).logits[0, -1, :vocabulary].log_softmax(-1))
-    return torch.stack(rows)
-
-
-def truth(a, b, ids, context, overlap, vocabulary=VOCABULARY):
-    """The columns of VALUES in plain float64."""
-    p, q = (log_probs(name, ids, context, overlap, vocabulary) for name in (a, b))
-    tokens = torch.tensor(ids[1:])[:, None]
-    mixture = torch.log((p.exp() + q.exp()) / 2)
-    kl = [(first.exp() * (first - second)).sum(-1) for first, second in ((p, q), (q, p), (p, mixture), (q, mixture))]
-    return {"kl_ab": kl[0], "kl_ba": kl[1], "jsd": (kl[2] + kl[3]) / 2, "entropy_a": -(p.exp() * p).sum(-1), "entropy_b": -(q.exp() * q).sum(-1),
-            "logprob_a": p.gather(-1, tokens)[:, 0], "logprob_b": q.gather(-1, tokens)[:, 0], "top_a": p.argmax(-1), "top_b": q.argmax(-1),
-            "top_logprob_a": p.amax(-1), "top_logprob_b": q.amax(-1)}
-
-
-# A logit of up to 20, in float32. Where it is off by this much, so is its log-probability, and by as much again through the sum; an entropy and a KL
-# by this times the log-probabilities and log-ratios that weigh it, of 2 and 4 nats in the mean; the JSD's log-ratios stay below ln 2.
-LOGIT = 20 * float(np.finfo(np.float32).eps)
-TOLERANCE = {"kl_ab": 4 * LOGIT, "kl_ba": 4 * LOGIT, "jsd": LOGIT, "top_a": 0, "top_b": 0}
-
-
-def assert_true(values, expected):
-    for name in COLUMNS:
-        np.testing.assert_allclose(values[name], expected[name], rtol=0, atol=TOLERANCE.get(name, 2 * LOGIT), err_msg=name)
-
-
-# ---- values
 
 
 @pytest.mark.parametrize("context, overlap", [(256, 0), (16, 4), (9, 8), (40, 0)])
-def test_values_are_those_of_plain_float64(files, tmp_path, context, overlap):
-    values, result, ids = compare(files, files.a, files.b, tmp_path, context=context, overlap=overlap)
-    expected = [truth(files.a, files.b, document, context, overlap) for document in ids]
-    scored = values[values["scored"] > 0]
-    assert len(scored) == len(values) - 2 == result["summary"]["tokens"]
-    whole = {name: torch.cat([document[name] for document in expected]).numpy() for name in COLUMNS}
-    assert_true(scored, whole)
-    assert whole["kl_ab"].mean() > 0.05 and 0.05 < (whole["top_a"] == whole["top_b"]).mean() < 0.95
-    summary = result["summary"]
-    assert summary["same_top1"] == (whole["top_a"] == whole["top_b"]).mean()
-    for name in ("kl_ab", "kl_ba", "jsd"):
+def test_values_and_figures_are_those_of_plain_float64(files, context, overlap):
+    tokens, result, ids = compare(files, files.a, files.b, context=context, overlap=overlap)
+    parts = [truth(files.a, files.b, document, context, overlap) for document in ids]
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+    assert_true(tokens, whole)
+    summary, same = result["summary"], whole["top_a"] == whole["top_b"]
+    assert summary["tokens"] == len(tokens) - 2 == sum(tokens["scored"])
+    assert summary["same_top1"] == same.mean() and 0.05 < same.mean() < 0.95
+    for name in measure.DIVERGENCES:
         got = [summary[name][key] for key in ("mean", "p50", "p95", "p99", "max")]
-        true = [whole[name].mean(), *np.quantile(whole[name], [0.5, 0.95, 0.99]), whole[name].max()]
+        true = [whole[name].mean(), *np.quantile(whole[name], [0.5, 0.95, 0.99, 1.0])]
         np.testing.assert_allclose(got, true, rtol=0, atol=TOLERANCE[name])
-    for name in ("entropy_a", "entropy_b", "logprob_a", "logprob_b"):
+    for name in measure.MEANS[3:]:
         assert summary[name] == pytest.approx(whole[name].mean(), abs=2 * LOGIT)
-    worst, label = result["top"][0], text.TextTokenizer(files.tokenizer).label
-    assert worst["kl_ab"] == pytest.approx(whole["kl_ab"].max(), abs=TOLERANCE["kl_ab"])
-    assert worst["expected_a"]["token"] == label(int(whole["top_a"][whole["kl_ab"].argmax()]))
+    kl, worst = whole["kl_ab"], result["top"][0]
+    own = tokens["kl_ab"].astype(np.float64)
+    above = own[own > summary["kl_ab"]["p99"]].sum() / own.sum()
+    assert summary["share_above_p99"] == pytest.approx(above, rel=1e-12)
+    assert worst["kl_ab"] == pytest.approx(kl.max(), abs=TOLERANCE["kl_ab"])
+    chance = worst["expected_a"]["probability"]
+    assert chance == pytest.approx(math.exp(whole["top_logprob_a"][kl.argmax()]), abs=1e-4)
 
 
-def test_a_padded_vocabulary_is_cut_to_the_shared_one(files, tmp_path):
-    for number, (a, b) in enumerate([(files.a, files.padded), (files.padded, files.a)]):
-        values, result, ids = compare(files, a, b, tmp_path / str(number), text=files.text[1:])
-        assert_true(values[1:], truth(a, b, ids[0], 256, 0))
-        assert result["text"]["vocabulary"] == VOCABULARY
-    wide = truth(files.padded, files.padded, ids[0], 256, 0, VOCABULARY + 13)  # where the padding matters, it would be seen
-    assert (wide["logprob_a"] - truth(files.padded, files.padded, ids[0], 256, 0)["logprob_a"]).abs().max() > 1e-3
-
-
-def test_a_vocabulary_padded_in_both_is_cut_to_the_tokenizers(files, tmp_path, capsys):
-    model = transformers.AutoModelForCausalLM.from_pretrained(files.a)
-    model.resize_token_embeddings(VOCABULARY + 7)
-    with torch.no_grad():
-        model.lm_head.weight[VOCABULARY:] = -2.0
-    model.save_pretrained(tmp_path / "a")
-    files.tokenizer.save_pretrained(tmp_path / "a")
-    values, result, ids = compare(files, str(tmp_path / "a"), files.padded, tmp_path / "out", text=files.text[1:])
-    assert_true(values[1:], truth(files.a, files.padded, ids[0], 256, 0))
-    assert result["text"]["vocabulary"] == VOCABULARY and [about["vocabulary"] for about in result["models"]] == [VOCABULARY + 7, VOCABULARY + 13]
-    assert f"vocabulary {VOCABULARY} (that of the tokenizer; lm_heads of {VOCABULARY + 7} and {VOCABULARY + 13} rows" in report.text_line(result)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_one_after_the_other_gives_the_same_bits(files, tmp_path, dtype):
-    got = [compare(files, files.a, files.padded, tmp_path / str(way), context=32, overlap=8, dtype=dtype, sequential=way) for way in (False, True)]
-    assert got[0][0].tobytes() == got[1][0].tobytes() and got[0][1] == got[1][1]
-
-
-def test_units_and_totals_do_not_depend_on_by(files, tmp_path):
-    for by in ("document", "line"):
-        _, result, _ = compare(files, files.a, files.b, tmp_path / by, by=by, top=1000)
-        assert sum(unit["tokens"] for unit in result["units"]) == result["summary"]["tokens"]
-        total = sum(unit["tokens"] * unit["kl_ab"] for unit in result["units"])
-        assert total == pytest.approx(result["summary"]["tokens"] * result["summary"]["kl_ab"]["mean"], rel=1e-9)
-        assert {unit["document"] for unit in result["units"]} == {"one.txt", "two & <b>.txt"}
-    places = {(entry["document"], entry["line"]) for entry in result["top"]}
-    assert places == {(unit["document"], unit["line"]) for unit in result["units"]}
-
-
-def test_the_same_model_differs_by_exactly_nothing(files, tmp_path):
-    values, result, _ = compare(files, files.a, files.a, tmp_path)
-    assert not any(values[name].any() for name in ("kl_ab", "kl_ba", "jsd")) and result["sentence"].startswith("A and B are the same")
-
-
-def test_a_token_in_front_gives_the_first_its_context(files, tmp_path):
-    begin = make_tokenizer(begin=True)
-    for name in ("a", "b"):
-        shutil.copytree(files.folder / name, tmp_path / name)
-        begin.save_pretrained(tmp_path / name)
-    a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    values, result, ids = compare(files, a, b, tmp_path / "out", text=files.text[:1])
-    assert ids[0][0] == 0 and result["text"]["not_scored"] == 0 and result["summary"]["tokens"] == len(ids[0]) - 1
-    assert_true(values[1:], truth(a, b, ids[0], 256, 0))
-
-
-# ---- heads
-
-KINDS = {
-    "Gemma2": ("ForCausalLM", {**SIZES, "head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 2.0}, (1.0, 2.0)),
-    "Granite": ("ForCausalLM", {**SIZES, "logits_scaling": 0.5}, (2.0, None)),
-    "Cohere": ("ForCausalLM", {**SIZES, "logit_scale": 0.5}, (0.5, None)),
-    "Phi": ("ForCausalLM", SIZES, (1.0, None)),  # a bias
-    "GPT2": ("LMHeadModel", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}, (1.0, None)),  # tied
+TEXT = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+VISION = {**SIZES, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+SIGLIP = {**VISION, "model_type": "siglip_vision_model"}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+QWEN_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 14}
+QWEN = {"text_config": {**TEXT, "rope_parameters": ROPE}, "image_token_id": 290}
+QWEN |= {"video_token_id": 291, "vision_start_token_id": 292, "vision_end_token_id": 293}
+WIDE = {"intermediate_size": 48, "out_hidden_size": 32}
+LLAMA4 = {**TEXT, "intermediate_size_mlp": 48, "num_local_experts": 2, "no_rope_layers": [1, 0]}
+LLAMA4 |= {"interleave_moe_layer_step": 2, "attention_chunk_size": 64}
+PROJECTED = {
+    name: 32 for name in ("projector_input_dim", "projector_output_dim", "vision_output_dim")
+}
+SEEN = "ForConditionalGeneration"
+# Class -> (options, (scale, cap) of its head).
+MODELS = {
+    "Gemma2ForCausalLM": ({**TEXT, "final_logit_softcapping": 2.0}, (1.0, 2.0)),
+    "GraniteForCausalLM": ({**SIZES, "logits_scaling": 0.5}, (2.0, None)),
+    "CohereForCausalLM": ({**SIZES, "logit_scale": 0.5}, (0.5, None)),
+    "PhiForCausalLM": (SIZES, (1.0, None)),  # a bias
+    "GPT2LMHeadModel": (  # tied
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4},
+        (1.0, None),
+    ),
+    f"Mistral3{SEEN}": (
+        {"text_config": {**TEXT, "model_type": "mistral"}, "image_token_index": 290}
+        | {"vision_config": {**VISION, "model_type": "pixtral"}},
+        (1.0, None),
+    ),
+    f"Llava{SEEN}": (
+        {"text_config": {**TEXT, "model_type": "llama"}, "image_token_index": 290}
+        | {"vision_config": {**VISION, "model_type": "clip_vision_model"}},
+        (1.0, None),
+    ),
+    f"PaliGemma{SEEN}": (
+        {"text_config": {**TEXT, "model_type": "gemma"}, "image_token_index": 290}
+        | {"vision_config": {**SIGLIP, "projection_dim": 32}}
+        | {"projection_dim": 32, "hidden_size": 32},
+        (1.0, None),
+    ),
+    f"Qwen2VL{SEEN}": (
+        {**QWEN, "vision_config": {**QWEN_VISION, "embed_dim": 32, "mlp_ratio": 2}},
+        (1.0, None),
+    ),
+    f"Qwen2_5_VL{SEEN}": (
+        {**QWEN, "vision_config": {**QWEN_VISION, **WIDE, "fullatt_block_indexes": [0]}},
+        (1.0, None),
+    ),
+    f"Qwen3VL{SEEN}": (
+        {**QWEN} | {"vision_config": {**QWEN_VISION, **WIDE, "deepstack_visual_indexes": [0]}},
+        (1.0, None),
+    ),
+    f"Llama4{SEEN}": (
+        {"text_config": LLAMA4, "image_token_index": 290}
+        | {"vision_config": {**VISION, **PROJECTED, "pixel_shuffle_ratio": 1.0}},
+        (1.0, None),
+    ),
+    "Llama4ForCausalLM": ({**LLAMA4, "config": "Llama4TextConfig"}, (1.0, None)),
+    f"Gemma3{SEEN}": (
+        {"text_config": {**TEXT, "sliding_window": 64}, "mm_tokens_per_image": 4}
+        | {"vision_config": SIGLIP},
+        (1.0, None),
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_heads_are_reproduced(files, tmp_path, kind):
-    head, options, constants = KINDS[kind]
-    a, b = (save(tmp_path / str(seed), files.tokenizer, kind, seed, head, **options) for seed in (0, 1))
-    values, result, ids = compare(files, a, b, tmp_path / "out", text=files.text[1:])
-    assert_true(values[1:], truth(a, b, ids[0], 256, 0))
-    assert (result["models"][0]["logit_scale"], result["models"][0]["logit_softcap"]) == constants
-    mixed = compare(files, files.a, b, tmp_path / "mixed", text=files.text[1:])[0]  # two heads that differ in scale and cap
-    assert_true(mixed[1:], truth(files.a, b, ids[0], 256, 0))
+@pytest.mark.parametrize("name", MODELS)
+def test_the_heads_of_families(files, tmp_path, name):
+    """Beside a Llama's, which has another scale and cap."""
+    options, form = MODELS[name]
+    other = save(tmp_path / "model", name, 1, **options)
+    tokens, result, ids = compare(files, files.a, other, text=files.text[1:])
+    assert_true(tokens, truth(files.a, other, ids[0]), slack=2)
+    about = result["models"][1]
+    assert (about["class"], about["logit_scale"], about["logit_softcap"]) == (name, *form)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_one_after_the_other_gives_the_same_bits(files, dtype):
+    options = {"context": 32, "overlap": 8, "dtype": dtype}
+    ways = [compare(files, files.a, files.padded, sequential=way, **options) for way in (0, 1)]
+    assert ways[0][0].tobytes() == ways[1][0].tobytes() and ways[0][1] == ways[1][1]
+    same = compare(files, files.a, files.a, **options)
+    assert not any(same[0][name].any() for name in measure.DIVERGENCES)
+    assert same[1]["sentence"].startswith("A and B are the same")
+
+
+def test_units_and_totals_do_not_depend_on_by(files, monkeypatch):
+    monkeypatch.setattr(measure, "BLOCK", 7)
+    for by in ("document", "line"):
+        _, result, _ = compare(files, files.a, files.b, by=by, top=1000)
+        units, summary = result["units"], result["summary"]
+        means = [unit["kl_ab"] for unit in units]
+        assert means == sorted(means, reverse=True)
+        assert max(unit["max_kl_ab"] for unit in units) == summary["kl_ab"]["max"]
+        counts = [unit["tokens"] for unit in units]
+        for name, mean in (
+            ("kl_ab", summary["kl_ab"]["mean"]),
+            ("same_top1", summary["same_top1"]),
+        ):
+            assert np.average([unit[name] for unit in units], weights=counts) == pytest.approx(mean)
+        assert {unit["document"] for unit in units} == {"one.txt", "two & <b>.txt"}
+    top = [entry["kl_ab"] for entry in result["top"]]
+    assert top == sorted(top, reverse=True) and len(top) == sum(counts) == summary["tokens"]
+    places = {(entry["document"], entry["line"]) for entry in result["top"]}
+    assert places == {(unit["document"], unit["line"]) for unit in units}
+    few = compare(files, files.a, files.b, by="line", top=3)[1]
+    assert few["units"] == units[:3] and few["top"] == result["top"][:3]
+
+
+def test_a_token_in_front_gives_the_first_its_context(files, tmp_path):
+    for name in "ab":
+        shutil.copytree(files.folder / name, tmp_path / name)
+        make_tokenizer(begin=True).save_pretrained(tmp_path / name)
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    tokens, result, ids = compare(files, a, b, text=files.text[:1])
+    assert ids[0][0] == 0 and result["text"]["not_scored"] == 0
+    assert_true(tokens, truth(a, b, ids[0]))
+
+
+# ---- vocabularies
+
+
+def grown(files, folder, *tokens, rows=VOCABULARY + 4, source="b"):
+    """A checkpoint with these tokens behind its vocabulary, and likely."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(files.folder / source)
+    if rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        model.lm_head.weight.data[VOCABULARY:] = 1.5
+    model.save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("rows", [VOCABULARY + 4, None])
+def test_tokens_that_one_model_added_are_left_out_and_named(files, tmp_path, rows):
+    tuned = grown(files, tmp_path / "tuned", "<pad>", "<call>", rows=rows)
+    other = grown(files, tmp_path / "other", "<other>", "<pad>", source="a", rows=rows)
+    for a, b, left, options in (
+        (files.a, tuned, ([], ["<pad>", "<call>"]), {}),
+        (tuned, files.a, (["<pad>", "<call>"], []), {}),
+        (other, tuned, (["<other>", "<pad>"], ["<pad>", "<call>"]), {}),
+        (files.a, files.padded, ([], []), {}),
+        (files.padded, files.a, ([], []), {}),
+        (files.a, tuned, ([], ["<pad>", "<call>"]), {"tokenizer": "B"}),
+        (files.a, tuned, ([], []), {"tokenizer": "A"}),
+    ):
+        tokens, result, ids = compare(files, a, b, text=files.text[1:], **options)
+        assert_true(tokens, truth(a, b, ids[0]))
+        assert result["text"]["vocabulary"] == VOCABULARY
+        names = [[entry["token"] for entry in each] for each in result["text"]["left_out"].values()]
+        assert names == list(left)
+        assert all(repr(name) in report.text_line(result) for name in sum(left, []))
+
+
+def test_a_reserved_token_that_was_renamed_is_left_out_in_the_middle(files, tmp_path):
+    """Its id is within the vocabulary of both, and has probability 0 in both."""
+    renamed = shutil.copytree(files.b, tmp_path / "renamed")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (renamed / name).read_text(encoding="utf-8")
+        (renamed / name).write_text(text.replace('"<s>"', '"<start>"'), encoding="utf-8")
+    tokens, result, ids = compare(files, files.a, str(renamed), text=files.text[1:])
+    left = {"A": [{"id": 0, "token": "<s>"}], "B": [{"id": 0, "token": "<start>"}]}
+    assert result["text"]["left_out"] == left
+    assert_true(tokens, truth(files.a, files.b, ids[0], columns=range(1, VOCABULARY)))
+
+
+# ---- from hidden states to values
+
+
+def test_16_bit_models_have_float32_logits(monkeypatch):
+    """As linear_token_stats(logits_dtype=torch.float32), in blocks of any size."""
+    make = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(50, 24, generator=make).bfloat16() for _ in range(2)]
+    heads = [
+        fastkl.Head(
+            torch.randn(400, 24, generator=make).bfloat16(), torch.randn(400, generator=make)
+        )
+        for _ in range(2)
+    ]
+    tokens = torch.randint(390, (50,), generator=make)
+    vocabulary = inputs.Vocabulary(390, frozenset(), {})
+    cut = [
+        head._replace(weight=head.weight[:390], bias=head.bias[:390].bfloat16()) for head in heads
+    ]
+    heads = [head._replace(bias=head.bias.bfloat16()) for head in heads]
+    stats = fastkl.linear_token_stats(
+        hidden[0], cut[0], tokens, hidden[1], cut[1], logits_dtype=torch.float32
+    )
+    for blocks, widened in ((1 << 23, 1 << 24), (700, 24 * 7)):
+        monkeypatch.setattr(measure, "BLOCK_LOGITS", {"cpu": blocks, "cuda": 1})
+        monkeypatch.setattr(loading, "WIDENED", widened)
+        values = measure.token_values(heads, hidden, tokens, vocabulary)
+        names = ("logprob_a", "entropy_a", "logprob_b", "kl_ab", "kl_ba")
+        for name, expected in zip(names, stats, strict=True):
+            np.testing.assert_allclose(values[name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_forbidden_entries_and_small_divergences():
+    """-inf in both logits adds nothing; in B's alone, the KL is infinite and the JSD is not."""
+    p, q = torch.randn(2, 9, 12).unbind(0)
+    p[:, :2] = q[:, :2] = -math.inf
+    q[4:, 3] = -math.inf
+    near = p + 1e-3 * torch.randn(9, 12)
+    for other, rtol in ((q, 1e-5), (near, 2e-3)):
+        values = measure.block_values(p, other, torch.full((9,), 5))
+        log_p, log_q = (logits.double().log_softmax(-1)[:, 2:] for logits in (p, other))
+        mixture = torch.log((log_p.exp() + log_q.exp()) / 2)
+        logs = ((log.exp() * (log - mixture)).nan_to_num(0.0).sum(-1) for log in (log_p, log_q))
+        np.testing.assert_allclose(values["jsd"], sum(logs) / 2, rtol=rtol, atol=0)
+        assert np.isinf(values["kl_ab"]).tolist() == torch.isinf(other[:, 3]).tolist()
+
+
+class Odd(torch.nn.Module):
+    """Looks like a model of transformers; `change` is done to its logits, `mix` to its states."""
+
+    def __init__(self, change=None, mix=None, **config):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20)
+        self.change, self.mix = change or torch.nn.Identity(), mix or torch.nn.Identity()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def base_model(self, input_ids, use_cache):
+        return SimpleNamespace(last_hidden_state=self.mix(self.embed(input_ids)))
+
+    def forward(self, input_ids, use_cache):
+        states = self.base_model(input_ids, use_cache).last_hidden_state
+        return SimpleNamespace(logits=self.change(self.head(states)))
+
+
+@pytest.mark.parametrize(
+    "change, mix, expected",
+    [
+        (lambda logits: logits * 1.01, None, "got logits off by"),
+        (lambda logits: logits + torch.arange(20) / 20, None, "got logits off by"),
+        (lambda logits: logits[..., :15], None, "got 15 logits beside an lm_head of 20 rows"),
+        (lambda logits: logits * math.nan, None, "expected finite logits"),
+        (None, lambda hidden: hidden + hidden.mean(1, keepdim=True), "on tokens that follow"),
+    ],
+)
+@torch.no_grad()
+def test_a_head_that_is_not_the_models_own_is_refused(change, mix, expected):
+    loading.Model("MODEL_A", "odd", Odd()).check(torch.arange(10))
+    with pytest.raises(CompareError, match=f"^MODEL_A: .*{expected}"):
+        loading.Model("MODEL_A", "odd", Odd(change, mix)).check(torch.arange(10))
+    odd = Odd()
+    odd.head = None
+    with pytest.raises(CompareError, match="^MODEL_A: .*without an lm_head"):
+        loading.Model("MODEL_A", "odd", odd)
+
+
+@pytest.mark.parametrize("power", [1, -1])
+@torch.no_grad()
+def test_the_best_scale_is_taken_and_not_the_first_that_fits(power):
+    """In bfloat16 either reading of a scale near 1 is within rounding of the other."""
+    odd = Odd(lambda logits: logits * 1.01**power, logits_scaling=1.01).bfloat16()
+    model = loading.Model("MODEL_A", "odd", odd)
+    model.check(torch.arange(20))
+    assert model.head.logit_scale == 1.01**power and model.head.softcap is None
 
 
 # ---- memory
@@ -168,41 +329,39 @@ def test_heads_are_reproduced(files, tmp_path, kind):
 
 @pytest.fixture
 def sized(files, tmp_path, monkeypatch):
-    """A function of a number of repetitions: everything from text to page, without loading; the number of tokens."""
-    for module, name, value in ((store, "BLOCK", 128), (inputs, "PIECE", 1024)):
+    """A function of a number of repetitions: everything from text to page, without loading."""
+    for module, name, value in ((measure, "BLOCK", 128), (inputs, "PIECE", 1024)):
         monkeypatch.setattr(module, name, value)
-    models = [loading.load_model("MODEL", name, "auto", "cpu") for name in (files.a, files.b)]
-    monkeypatch.setattr(loading, "load_model", lambda argument, name, *rest: models[name == files.b])
-    monkeypatch.setattr(measure, "progress", lambda *arguments, **options: contextlib.nullcontext(SimpleNamespace(update=lambda count: None)))
+    names = (files.a, files.b)
+    loaded = {name: loading.Checkpoint("MODEL", name).load("auto", "cpu") for name in names}
+    monkeypatch.setattr(loading.Checkpoint, "load", lambda self, *rest: loaded[self.name])
+    bar = SimpleNamespace(update=lambda count: None)
+    monkeypatch.setattr(measure, "progress", lambda *_, **options: contextlib.nullcontext(bar))
 
     def work(repeats):
         path = tmp_path / f"{repeats}.txt"
         path.write_text(WORDS * repeats, encoding="utf-8")
-        made, settings = store.Store(), Settings(files.a, files.b, (path,), by="line", top=3, context=128, sequential=True)
-        with contextlib.closing(made):
-            tokenizer, result = run.compare(settings, made)
-            for _ in page.page(result, made, tokenizer.label):
-                pass
+        options = {"by": "line", "top": 3, "context": 128, "sequential": True}
+        store = measure.Store()
+        tokenizer, result = run.compare(Settings(*names, (path,), **options), store)
+        for _ in report.page(result, store, tokenizer.label):
+            pass
         return result["summary"]["tokens"]
 
     return work
 
 
-def test_memory_of_python_and_numpy_does_not_grow_with_the_text(sized):
+def test_memory_does_not_grow_with_the_text(sized):
     sized(30)  # fills caches
-    got = []
+    found = []
     for repeats in (30, 120):
         tracemalloc.start()
         tokens = sized(repeats)
-        got.append((tokens, tracemalloc.get_traced_memory()[1]))
+        found.append((tokens, tracemalloc.get_traced_memory()[1]))
         tracemalloc.stop()
-    (few, peak), (many, more) = got
-    held = (many - few) * (store.VALUES.itemsize + store.TOKEN.itemsize)
+    (few, peak), (many, more) = found
+    held = (many - few) * measure.TOKEN.itemsize
     # What transformers leaves to the garbage collector comes and goes: some 50 kB.
-    assert held > 250_000 and more - peak < held / 3, (got, held)
-
-
-def test_memory_of_torch_does_not_grow_with_the_text(sized):
-    sized(1)
+    assert held > 250_000 and more - peak < held / 3, (found, held)
     peaks = [allocations(lambda repeats=repeats: sized(repeats))["peak"] for repeats in (5, 20)]
     assert peaks[0] == peaks[1]

@@ -1,5 +1,9 @@
 """`fastkl compare`: how two versions of a causal language model differ on a text, and where.
 
-In reading order: settings, errors, store, inputs, text, adapters, loading, measure, summary, report, html, run. The text goes through in pieces,
-the models in windows, the per-token values onto disk: nothing but the models themselves grows with what is compared.
+Modules in reading order: settings (the request and its errors), inputs (text to tokens), loading
+(checkpoints to hidden states and heads), measure (the values of each token, and their figures),
+report (figures to terminal and page), run (all of it: load, measure, summarise, report).
+
+The text is read in pieces, the models run in windows, and the values of tokens are kept on disk:
+memory holds the models and one block of logits, however long the text.
 """

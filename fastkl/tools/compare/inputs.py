@@ -1,38 +1,33 @@
-"""Reads what --text names: files, folders, patterns, standard input, lines of .jsonl files."""
+"""Texts to tokens: the files that --text names, their documents, and the tokenizers' ids."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
-import io
+import itertools
 import json
+import math
 import os
 import re
 import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ..files import check_writable
-from .errors import sentences
-from .settings import STDIN, STDOUT, CompareError
+from .settings import STDIN, STDOUT, CompareError, told
 
-# Characters tokenized at once. Tokenizers see no further: a longer document is cut where a line
-# begins with a word, where theirs cut, too.
+if TYPE_CHECKING:
+    from .measure import Store
+
+# Characters tokenized at once. A longer document is cut where a line begins with a word: tokenizers
+# cut there too.
 PIECE = 1 << 18
-_CUTS = (re.compile(r"\n(?=\S)"), re.compile(r"\S(?=\s)"))
 SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
 
-class Source(NamedTuple):
-    """A document before it is tokenized.
-
-    line: its number in a .jsonl file, or None. texts: its text in pieces. chat: a template made it.
-    """
-
-    line: int | None
-    texts: Iterable[str]
-    chat: bool
+# ---- files
 
 
 def files(paths: Iterable[Path]) -> tuple[Path, ...]:
@@ -42,27 +37,16 @@ def files(paths: Iterable[Path]) -> tuple[Path, ...]:
     """
     found: list[Path] = []
     for path in paths:
-        # os.path says no where pathlib raises, as for a name that is too long.
-        if path == STDIN or os.path.exists(path) and not os.path.isdir(path):
-            group = [path]
-        elif os.path.isdir(path):
-            group = sorted(
-                entry
-                for entry in path.iterdir()
-                if entry.is_file() and not entry.name.startswith(".")
-            )
-        else:
-            group = sorted(
-                Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)
-            )
+        # os.path returns False where pathlib raises, as for a name that is too long.
+        group = [path]
+        if path != STDIN and (os.path.isdir(path) or not os.path.exists(path)):
+            pattern = f"{glob.escape(str(path))}/*" if os.path.isdir(path) else str(path)
+            names = glob.glob(pattern, recursive=True)
+            group = sorted(Path(name) for name in names if os.path.isfile(name))
         if not group:
-            what = "which does not exist"
-            if os.path.isdir(path):
-                what = "a folder without files in it"
-            elif glob.has_magic(str(path)):
-                what = "a pattern that no file matches"
+            got = f"{str(path)!r}, which is no file, and no folder or pattern of some"
             remedy = "check the name, or pass a pattern such as 'folder/**/*.txt'"
-            raise CompareError("--text", "files with text", f"{str(path)!r}, {what}", remedy)
+            raise CompareError("--text", "files with text", got, remedy)
         found += group
     return tuple(found)
 
@@ -70,110 +54,86 @@ def files(paths: Iterable[Path]) -> tuple[Path, ...]:
 def check_outputs(html: Path | None, json: Path | None) -> None:
     """Refuse files that cannot be written."""
     for option, path in (("--html", html), ("--json", json)):
-        try:
-            if path not in (None, STDOUT):
-                check_writable(path)
-        except OSError as error:
-            got = f"{str(path)!r} ({error.strerror})"
+        if path not in (None, STDOUT):
             expected = "a file in a folder that can be written to"
-            raise CompareError(option, expected, got, "choose another name") from None
+            with told(option, expected, repr(str(path)), "choose another name"):
+                check_writable(path)
 
 
-def sources(path: Path, tokenizer, argument: str) -> Iterator[Source]:
-    """Yield the documents of a file: the whole file, or each line of a .jsonl file.
+# ---- documents
 
-    argument: the model whose tokenizer has the chat template, as messages name it.
+
+def documents(
+    path: Path, tokenizer: Any, argument: str
+) -> Iterator[tuple[str, Iterable[str], bool]]:
+    """Yield (suffix of its name, text in pieces, written by a chat template) of each document.
+
+    A document is a whole file, or a line of a .jsonl file. argument: the model whose tokenizer has
+    the chat template, as messages name it.
     """
     if path.suffix.lower() != ".jsonl":
-        yield Source(None, pieces(path), False)
+        yield "", cut(_read(path)), False
         return
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                text, chat = _entry(f"line {number} of {str(path)!r}", line, tokenizer, argument)
-                yield Source(number, cut([text]), chat)
+                where = f"line {number} of {str(path)!r}"
+                text, chat = _entry(where, line, tokenizer, argument)
+                yield f"#{number}", cut([text]), chat
 
 
-def _entry(where: str, line: str, tokenizer, argument: str) -> tuple[str, bool]:
-    """Return the text of a line, and whether it is a chat's."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CompareError(
-            "--text",
-            "a JSON object a line in a .jsonl file",
-            f"{error} in {where}",
-            "correct it, or rename the file to .txt",
-        ) from None
-    entry = entry if isinstance(entry, dict) else {}
-    text, messages = entry.get("text"), entry.get("messages")
-    prompt, completion = entry.get("prompt"), entry.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        text = prompt + completion
-    elif _is_chat(prompt) and _is_chat(completion):
-        messages = prompt + completion
-    chat = _is_chat(messages)
-    if isinstance(text, str) == chat:
-        got = f"the fields {', '.join(map(repr, entry))[:200]}" if entry else "no such object"
-        raise CompareError(
-            "--text",
-            f"lines of the form {SHAPES}, with text or messages",
-            f"{got} in {where}",
-            "convert the lines, or rename the file to .txt to compare its characters",
-        )
-    if chat:
-        text = _rendered(where, messages, entry.get("tools"), tokenizer, argument)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CompareError(
-            "--text",
-            "characters in UTF-8",
-            f"a lone {ascii(error.object[error.start])} in {where}",
-            "correct it",
-        ) from None
-    return text, chat
+def _read(path: Path) -> Iterator[str]:
+    with _opened(path) as file:
+        while text := file.read(PIECE):
+            yield text
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    """Open the file, or standard input, as UTF-8: line ends stay, a byte-order mark goes."""
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "strict", "newline": ""}
+    remedy = "check the name, or convert the file"
+    with told("--text", "UTF-8 text in a file that can be read", repr(str(path)), remedy):
+        if path == STDIN:
+            sys.stdin.reconfigure(**options)  # type: ignore[union-attr]
+            yield sys.stdin
+        else:
+            with open(path, **options) as file:
+                yield file
+
+
+def _entry(where: str, line: str, tokenizer: Any, argument: str) -> tuple[str, bool]:
+    """Return the text of a line, and whether a chat template wrote it."""
+    remedy = "correct it, or rename the file to .txt to compare its characters"
+    with told("--text", "a JSON object a line in a .jsonl file", where, remedy):
+        fields = json.loads(line)
+        json.dumps(fields, ensure_ascii=False).encode()  # no half of a character
+    fields = fields if isinstance(fields, dict) else {}
+    prompt: Any = fields.get("prompt")
+    completion: Any = fields.get("completion")
+    alike = type(prompt) is type(completion) and isinstance(prompt, (str, list))
+    both = prompt + completion if alike else None
+    texts = [each for each in (both, fields.get("text")) if isinstance(each, str)]
+    chats = [each for each in (both, fields.get("messages")) if _is_chat(each)]
+    if bool(texts) == bool(chats):
+        expected = f"lines of the form {SHAPES}, with text or messages"
+        got = f"the fields {list(fields)} in {where}"
+        raise CompareError("--text", expected, got, remedy)
+    if texts:
+        return texts[0], False
+    expected = f"messages that the chat template of {argument} takes"
+    remedy = "correct them, or add a chat_template.jinja to the model"
+    with told("--text", expected, where, remedy):
+        tools = fields.get("tools")
+        return tokenizer.apply_chat_template(chats[0], tools=tools, tokenize=False), True
 
 
 def _is_chat(messages: object) -> bool:
-    """Tell whether it is a list of messages, each with a role."""
     return (
         isinstance(messages, list)
         and bool(messages)
-        and all(
-            isinstance(message, dict) and isinstance(message.get("role"), str)
-            for message in messages
-        )
+        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages)
     )
-
-
-def _rendered(where: str, messages: list, tools: object, tokenizer, argument: str) -> str:
-    """Write messages as one text, as the tokenizer's chat template does."""
-    if not tokenizer.chat_template:
-        raise CompareError(
-            argument,
-            f"a tokenizer with a chat template, for the messages in {where}",
-            "one without",
-            'add a chat_template.jinja to it, or pass lines of the form {"text": ...}',
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-    except Exception as error:  # whatever a template raises
-        raise CompareError(
-            "--text",
-            f"messages that the chat template of {argument} takes",
-            f"{sentences(str(error)) or type(error).__name__} in {where}",
-            "correct the messages",
-        ) from None
-
-
-def pieces(path: Path) -> Iterator[str]:
-    """Yield the text of a file, read once, in pieces of at most about PIECE characters.
-
-    Line ends stay as they are, a byte-order mark goes.
-    """
-    with _opened(path) as file:
-        yield from cut(iter(lambda: file.read(PIECE), ""))
 
 
 def cut(texts: Iterable[str]) -> Iterator[str]:
@@ -182,46 +142,165 @@ def cut(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         rest += text
         while len(rest) > PIECE:
-            end = _last_cut(rest[: PIECE + 1])
+            piece = rest[: PIECE + 1]
+            place = re.match(r".*\n(?=\S)", piece, re.S) or re.match(r".*\S(?=\s)", piece, re.S)
+            end = place.end() if place else PIECE
             yield rest[:end]
             rest = rest[end:]
     if rest:
         yield rest
 
 
-def _last_cut(text: str) -> int:
-    """Find the last good place for a cut, before the last character."""
-    for pattern in _CUTS:
-        if ends := [match.end() for match in pattern.finditer(text)]:
-            return ends[-1]
-    return len(text) - 1
+# ---- tokens
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    """Open the file, or standard input, as UTF-8 text."""
-    options = {"encoding": "utf-8-sig", "newline": ""}
-    try:
-        if path == STDIN:
-            file = io.TextIOWrapper(sys.stdin.buffer, **options)
-            try:
-                yield file
-            finally:
-                file.detach()
-        else:
-            with open(path, **options) as file:
-                yield file
-    except UnicodeDecodeError as error:
-        raise CompareError(
-            "--text",
-            "UTF-8 text",
-            f"byte 0x{error.object[error.start]:02x} in {str(path)!r}",
-            "convert the file",
-        ) from None
-    except OSError as error:
-        raise CompareError(
-            "--text",
-            "a file that can be read",
-            f"{str(path)!r} ({error.strerror})",
-            "check the name",
-        ) from None
+class TextTokenizer:
+    """A tokenizer's ids, the text of each token, and the special tokens that begin a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.own, self.ids = tokenizer, tokenizer.get_vocab()
+        self.encode("a")  # an error here for a slow tokenizer
+        alone, full = (
+            tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
+        )
+        starts = [at for at in range(len(full)) if full[at : at + len(alone)] == alone]
+        self.prefix: list[int] = full[: starts[0]] if alone and starts else []
+
+    def encode(self, text: str) -> tuple[list[int], list[str], list[int]]:
+        """Return (ids, the text of each, the offset where each begins).
+
+        The texts put together are the whole, whatever the tokenizer drops; of tokens that share a
+        character the first has it.
+        """
+        encoded = self.own(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+        ends = [*itertools.accumulate(ends[:-1], max), len(text)][: len(ids)]
+        texts = [text[low:high] for low, high in itertools.pairwise([0, *ends])]
+        return ids, texts, starts
+
+    def label(self, token: int) -> str:
+        """Return a token as it reads, with <0xE7> for a byte that is part of a character."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        text: str = self.own.decode([token])
+        if text and "�" not in text:
+            return text
+        name = str(self.own.convert_ids_to_tokens(token))
+        spelling = bytes_to_unicode()  # type: ignore[no-untyped-call]
+        known = {character: byte for byte, character in spelling.items()}
+        spelt = known.keys() >= set(name) and not re.fullmatch("<0x[0-9A-F]{2}>", name)
+        return shown(bytes(known[character] for character in name)) if spelt else name
+
+
+class Vocabulary(NamedTuple):
+    """The tokens that are compared: the first `size` ids without `unshared`.
+
+    alone: for each letter the ids and names of tokens that the other model lacks or has elsewhere.
+    """
+
+    size: int
+    unshared: frozenset[int]
+    alone: dict[str, list[tuple[int, str]]]
+
+
+def shared_vocabulary(
+    tokenizers: dict[str, TextTokenizer], rows: dict[str, int | None]
+) -> Vocabulary:
+    """Choose the tokens with the same id in both tokenizers; one alone is taken for both models.
+
+    rows: of each lm_head. Tokens of a lone tokenizer for which the other lm_head has no rows are
+    left out. An error where ids differ of tokens that nobody added.
+    """
+    ids = {letter: tokenizer.ids for letter, tokenizer in tokenizers.items()}
+    for letter in {*"AB"} - {*ids}:
+        (lone,), most = ids.values(), rows[letter] or math.inf
+        ids[letter] = {token: number for token, number in lone.items() if number < most}
+    a, b = ids["A"], ids["B"]
+    added = [set(tokenizer.own.get_added_vocab()) for tokenizer in tokenizers.values()]
+    moved = sorted(token for token in a.keys() & b.keys() if a[token] != b[token])
+    if different := [token for token in moved if token not in set.intersection(*added)]:
+        first = f"{different[0]!r} is {a[different[0]]} in A and {b[different[0]]} in B"
+        raise _another(f"another; ids that differ: {len(different):,}; {first}")
+    both = a.items() & b.items()
+    if not both:
+        raise _another("one without a common token")
+    alone = {each: sorted((at, token) for token, at in ids[each].items() - both) for each in "AB"}
+    size = max(number for _, number in both) + 1
+    unshared = {number for tokens in alone.values() for number, _ in tokens if number < size}
+    return Vocabulary(size, frozenset(unshared), alone)
+
+
+def _another(got: str) -> CompareError:
+    """Make the error of tokenizers that differ."""
+    remedy = (
+        "compare models whose tokenizer.json and tokenizer_config.json agree, or, where B was "
+        "trained on A's tokens, choose --tokenizer A"
+    )
+    return CompareError("MODEL_B", "the tokenizer of MODEL_A", got, remedy)
+
+
+def add_document(
+    store: Store,
+    name: str,
+    pieces: Iterable[str],
+    chat: bool,
+    tokenizers: dict[str, TextTokenizer],
+    vocabulary: Vocabulary,
+) -> None:
+    """Tokenize a document into the store; one of fewer than 2 tokens is left out.
+
+    An error where the tokenizers differ on it, or a model lacks one of its tokens.
+    """
+    first, start, line, context = next(iter(tokenizers.values())), store.count, 1, 0
+    for text in pieces:
+        ids, texts, starts = first.encode(text)
+        read = {
+            letter: ids if tokenizer is first else tokenizer.encode(text)[0]
+            for letter, tokenizer in tokenizers.items()
+        }
+        if store.count == start and chat:  # the template has written the special tokens
+            context = len(first.prefix) if ids[: len(first.prefix)] == first.prefix else 0
+        elif store.count == start:
+            read = {letter: tokenizers[letter].prefix + found for letter, found in read.items()}
+            context = len(first.prefix)
+            store.append(first.prefix, [1] * context, [""] * context)
+        _check_tokens(read, tokenizers, vocabulary, name)
+        newlines = [at for at, character in enumerate(text) if character == "\n"]
+        store.append(ids, [line + bisect_left(newlines, at) for at in starts], texts)
+        line += len(newlines)
+    store.end_document(name, start, start + max(1, context))
+
+
+def _check_tokens(
+    read: dict[str, list[int]],
+    tokenizers: dict[str, TextTokenizer],
+    vocabulary: Vocabulary,
+    name: str,
+) -> None:
+    """Refuse tokens that one model alone has, and those on which the tokenizers differ."""
+    for letter, ids in read.items():
+        alone = (at for at in ids if at >= vocabulary.size or at in vocabulary.unshared)
+        if (token := next(alone, None)) is not None:
+            label, other = tokenizers[letter].label(token), "AB"[letter == "A"]
+            got = f"{label!r} in {name!r}, the token {token} of {letter} alone"
+            remedy = f"leave it out of the text, or read it with --tokenizer {other}"
+            raise CompareError("--text", "text in tokens that both models have", got, remedy)
+    label_of = next(iter(tokenizers.values())).label
+    for pair in itertools.zip_longest(*read.values()):
+        if pair[0] != pair[-1]:
+            in_a, in_b = ("nothing" if token is None else repr(label_of(token)) for token in pair)
+            raise _another(f"other tokens for the same text: {in_a} of {name!r} is {in_b} in B")
+
+
+def shown(content: bytes) -> str:
+    """Decode UTF-8; a byte that is part of a character reads <0xE7>."""
+    text = content.decode(errors="surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", text)
+
+
+def readable(name: str | os.PathLike[str]) -> str:
+    """Make text to print of a file's name, whose bytes need not be UTF-8."""
+    return "standard input" if name == STDIN else shown(os.fsencode(name))

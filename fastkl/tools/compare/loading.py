@@ -1,266 +1,301 @@
-"""Checkpoints to what the comparison needs of a model: last hidden states, and a head that turns them into the model's own logits."""
+"""Checkpoints to last hidden states, and to a head that makes the model's own logits of them.
+
+A PEFT adapter is not merged into 16-bit weights, which would round a small change away: the layers
+compute with the adapter beside them, and the lm_head is widened to float32 with it.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
-import re
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from . import adapters
-from .errors import told
-from .settings import CompareError
-from .store import readable
+from fastkl import Head
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-MODEL, MODEL_REMEDY = "a model folder or a hub name", "pass a folder that save_pretrained wrote, or a name that can be downloaded"
-# What models call the constants between head and logits. Whether one multiplies or divides is seen from the model's own logits.
+from .inputs import TextTokenizer, readable
+from .settings import CompareError, told
+
+# Names of the constants between head and logits. The model's own logits show whether a scale
+# multiplies or divides.
 CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-# Tokens of the first window on which the head is held against the model's own logits, and the largest difference relative to the largest logit:
-# far above the rounding of each type, far below a constant that was left out.
+# Tokens on which the head is compared with the model's own logits, and the largest difference
+# relative to the largest logit: far above each type's rounding, far below a missing constant.
 CHECKED_TOKENS = 64
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1 / 256, torch.bfloat16: 1 / 32}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1 / 256}
 # Elements of a 16-bit weight that are widened to float32 at a time.
 WIDENED = 1 << 24
+# Tensors of an adapter's file with a row for each token.
+ROWS = (
+    *("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight"),
+    *("lm_head.lora_B.weight", "embed_tokens.base_layer.weight", "lm_head.base_layer.weight"),
+)
 
 
-@dataclass
-class Head:
-    """logits = cap·tanh(scale·(hidden @ weightᵀ + bias) / cap), without the tanh where cap is None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float = 1.0
-    cap: float | None = None
-
-    def logits(self, hidden: torch.Tensor, vocabulary: int) -> torch.Tensor:
-        """[n, vocabulary] float32 from hidden [n, H], for the first rows of the weight; 16-bit operands are widened, so each product is exact."""
-        hidden, step = hidden.float(), max(1, WIDENED // self.weight.shape[1])
-        out = torch.empty(hidden.shape[0], vocabulary, device=hidden.device)
-        for low in range(0, vocabulary, step):
-            rows = slice(low, min(low + step, vocabulary))
-            out[:, rows] = F.linear(hidden, self.weight[rows].float(), None if self.bias is None else self.bias[rows].float())
-        return _scaled(out, self.scale, self.cap)
+# ---- heads
 
 
-def _scaled(products: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
-    """In place: what a head makes of its products."""
-    products *= scale
-    return products if cap is None else products.div_(cap).tanh_().mul_(cap)
+def head_logits(head: Head, hidden: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Compute [n, vocabulary] float32 logits of hidden [n, H] for the first rows of the head.
+
+    16-bit operands are widened, so each product is exact.
+    """
+    hidden, step = hidden.float(), max(1, WIDENED // head.weight.shape[1])
+    out = torch.empty(hidden.shape[0], vocabulary, device=hidden.device)
+    for low in range(0, vocabulary, step):
+        rows = slice(low, min(low + step, vocabulary))
+        bias = None if head.bias is None else head.bias[rows].float()
+        out[:, rows] = F.linear(hidden, head.weight[rows].float(), bias)
+    out *= head.logit_scale
+    return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """|a - b|, 0 where both are the same infinity."""
-    return torch.where(a == b, 0.0, a - b).abs()
+def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
+    """Return the float32 head of a layer with an adapter.
+
+    A linear layer is determined by its outputs for unit vectors, whichever adapter it has. saved:
+    the layer's tensors in the adapter's file, which may be wider than the base's type.
+    """
+    layer = copy.deepcopy(layer).float().eval()
+    for own in (layer, *getattr(layer, "modules_to_save", {}).values()):
+        own.load_state_dict(saved, strict=False)
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    unit = torch.eye(weight.shape[1], device=weight.device)
+    with torch.no_grad():
+        bias = layer(unit.new_zeros(1, len(unit)))[0]
+        for name, parameter in layer.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+        return Head(layer(unit).t().contiguous(), bias if bias.any() else None)
+
+
+# ---- models
 
 
 class Model:
-    """A loaded causal LM."""
+    """A loaded causal language model; adapter, saved: what a report says of it, and its tensors."""
 
-    def __init__(self, argument: str, name: str, model, device: str, adapter: adapters.Adapter | None = None) -> None:
-        self.argument, self.name, self.kind, self.device, self._model = argument, name, type(model).__name__, device, model
-        self.adapter, self.config, self._body = adapter, model.config.get_text_config(), model.base_model
+    def __init__(
+        self,
+        argument: str,
+        name: str,
+        model: Any,
+        adapter: dict[str, str] | None = None,
+        saved: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        self.argument, self.name, self.adapter, self._model = argument, name, adapter, model
+        self._body = model.base_model
         if self._body is model and hasattr(model, "get_decoder"):
             # Llama 4 has its layers in a causal LM, with a vision part beside it or without.
             self._body = getattr(model.get_decoder(), "model", model)
-        # PaliGemma reads a prompt from both sides and, marked by 1, its own text from left to right.
-        self._written = getattr(model.config, "model_type", None) == "paligemma"
         output = model.get_output_embeddings()
-        if not isinstance(getattr(output, "weight", None), torch.Tensor) or self._body is model:
-            raise self.unsupported("one without an lm_head behind its last hidden states")
-        self.dtype = output.weight.dtype
+        if getattr(output, "weight", None) is None or self._body is model:
+            raise self._unsupported("one without an lm_head behind its last hidden states")
+        self.dtype, self.device = output.weight.dtype, output.weight.device
         if any(type(module).__module__.startswith("peft.") for module in output.modules()):
-            self.head = Head(*adapters.widened(output, self._saved(output)))
+            place = next(name for name, module in model.named_modules() if module is output)
+            start = f"base_model.model.{place}."
+            own = {key.removeprefix(start): each for key, each in saved.items()}
+            self.head = widened(output, own)
         else:
-            self.head = Head(output.weight.detach(), None if getattr(output, "bias", None) is None else output.bias.detach())
+            bias = getattr(output, "bias", None)
+            self.head = Head(output.weight.detach(), None if bias is None else bias.detach())
 
-    def _saved(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The adapter file's tensors of a layer, by their names in it."""
-        place = next(name for name, module in self._model.named_modules() if module is layer)
-        start = f"base_model.model.{place}."
-        weights = {} if self.adapter is None else self.adapter.weights()
-        return {key.removeprefix(start): tensor for key, tensor in weights.items() if key.startswith(start)}
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows of the head."""
-        return self.head.weight.shape[0]
-
-    def about(self) -> dict:
-        """What a report says of it."""
-        adapter = None if self.adapter is None else {"kind": self.adapter.kind, "base": readable(self.adapter.base)}
-        return {"name": readable(self.name), "class": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "adapter": adapter,
-                "vocabulary": self.vocabulary, "logit_scale": self.head.scale, "logit_softcap": self.head.cap}
+    def about(self) -> dict[str, Any]:
+        """Describe the model for a report."""
+        return {
+            "name": readable(self.name),
+            "class": type(self._model).__name__,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "adapter": self.adapter,
+            "vocabulary": len(self.head.weight),
+            "logit_scale": self.head.logit_scale,
+            "logit_softcap": self.head.softcap,
+        }
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """[n, H], the last hidden states of tokens [n]."""
-        return self._body(**self._inputs(ids)).last_hidden_state[0]
+        """Compute the last hidden states [n, H] of tokens [n]."""
+        return self._run(self._body, ids).last_hidden_state[0]  # type: ignore[no-any-return]
 
-    def _inputs(self, ids: torch.Tensor) -> dict:
-        ids = ids[None].to(self.device)
-        return {"input_ids": ids, "use_cache": False, **({"token_type_ids": torch.ones_like(ids)} if self._written else {})}
+    def _run(self, module: Any, ids: torch.Tensor) -> Any:
+        ids, more = ids[None].to(self.device), {}
+        if getattr(self._model.config, "model_type", None) == "paligemma":
+            # It reads a prompt from both sides and, marked by 1, its own text from left to right.
+            more = {"token_type_ids": torch.ones_like(ids)}
+        return module(input_ids=ids, use_cache=False, **more)
 
     def check(self, ids: torch.Tensor) -> None:
-        """Settle the head's scale and cap by the model's own logits of the first tokens; an error where none fit, or the model looks ahead."""
+        """Settle the head's scale and cap by the model's own logits of the first tokens.
+
+        An error where none fit, or where the model looks ahead.
+        """
         ids = ids[:CHECKED_TOKENS]
-        own = self._logits(ids)
+        own, half = (
+            self._run(self._model, part).logits[0].float()
+            for part in (ids, ids[: (len(ids) + 1) // 2])
+        )
         if own.isnan().any():
-            raise CompareError(self.argument, "finite logits", f"NaN from {self.name!r}", "another --dtype")
-        if own.shape[1] != self.vocabulary:
-            raise self.unsupported(f"{own.shape[1]} logits beside an lm_head of {self.vocabulary} rows")
+            got = f"NaN from {self.name!r}"
+            raise CompareError(self.argument, "finite logits", got, "another --dtype")
+        rows = len(self.head.weight)
+        if own.shape[1] != rows:
+            raise self._unsupported(f"{own.shape[1]} logits beside an lm_head of {rows} rows")
         allowed = TOLERANCE.get(self.dtype, 1 / 32) * float(own[own.isfinite()].abs().max())
-        half = self._logits(ids[:(len(ids) + 1) // 2])
-        if _distance(half, own[:len(half)]).max() > 4 * allowed:
-            raise CompareError(self.argument, "a causal LM", f"{self.name!r} ({self.kind}), whose logits depend on tokens that follow",
-                               "choose a model that reads from left to right")
-        products = self.head.logits(self.hidden(ids), self.vocabulary)  # as they are, before scale and cap
-        scales = [1.0, *(power for value in self._declared(SCALES) for power in (value, 1 / value))]
-        errors = {}
-        for scale, cap in itertools.product(scales, [None, *self._declared(CAPS)]):
-            distance = _distance(_scaled(products.clone(), scale, cap), own)
-            # The best is that of the smallest mean: the largest is rounding, which a scale near 1 does not exceed.
+        if (half - own[: len(half)]).abs().nan_to_num(0.0).max() > 4 * allowed:
+            raise CompareError(
+                self.argument,
+                "a causal LM",
+                f"{self.name!r}, whose logits depend on tokens that follow",
+                "choose a model that reads from left to right",
+            )
+        hidden, errors = self.hidden(ids), {}
+        owners = (self._model, self._model.config.get_text_config(), self._body)
+        scales, caps = (
+            [float(each) for each in values if isinstance(each, (int, float)) and each > 0]
+            for values in (
+                [getattr(owner, name, None) for name in names for owner in owners]
+                for names in (SCALES, CAPS)
+            )
+        )
+        scales = [1.0, *(each for value in scales for each in (value, 1 / value))]
+        for scale, cap in itertools.product(scales, [None, *caps]):
+            self.head = self.head._replace(logit_scale=scale, softcap=cap)
+            distance = (head_logits(self.head, hidden, rows) - own).abs().nan_to_num(0.0)
+            # The smallest mean wins: the largest distance is rounding, which a scale near 1 does
+            # not exceed.
             errors[scale, cap] = float(distance.mean()), float(distance.max())
-        self.head.scale, self.head.cap = min(errors, key=errors.__getitem__)
-        largest = errors[self.head.scale, self.head.cap][1]
-        if not largest <= allowed:
-            raise self.unsupported(f"logits off by {largest:.1e} where rounding allows {allowed:.1e}")
+        scale, cap = min(errors, key=errors.__getitem__)
+        self.head = self.head._replace(logit_scale=scale, softcap=cap)
+        if not (largest := errors[scale, cap][1]) <= allowed:
+            got = f"logits off by {largest:.1e} where rounding allows {allowed:.1e}"
+            raise self._unsupported(got)
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """The model's own."""
-        return self._model(**self._inputs(ids)).logits[0].float()
+    def _unsupported(self, got: str) -> CompareError:
+        expected = "a model whose logits are lm_head (weight, bias, scale, soft cap) of its last"
+        return CompareError(
+            self.argument,
+            f"{expected} hidden states",
+            f"{got} from {self.name!r} ({type(self._model).__name__})",
+            "choose another model; this architecture is not supported",
+        )
 
-    def _declared(self, names: tuple[str, ...]) -> list[float]:
-        """The positive numbers of these names that model and configuration have."""
-        values = [getattr(owner, name, None) for name in names for owner in (self._model, self.config, self._body)]
-        return [float(value) for value in values if isinstance(value, (int, float)) and value > 0]
 
-    def unsupported(self, got: str) -> CompareError:
-        """The error of a model whose logits are not a head's, as `Head` says, of its last hidden states."""
-        return CompareError(self.argument, "a model whose logits are lm_head (weight, bias, scale, soft cap) of its last hidden states",
-                            f"{got} from {self.name!r} ({self.kind})", "choose another model; this architecture is not supported")
+# ---- checkpoints
 
 
 def quiet() -> None:
-    """No warnings and bars of transformers: this tool says itself what matters."""
+    """Turn off warnings and bars of transformers; this tool says itself what matters."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    library: Any = transformers.utils.logging
+    library.set_verbosity_error()
+    library.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def load_config(argument: str, name: str):
-    """Load the model's configuration, before anything large; an adapter's is its base's, with its own rows."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def _is_adapter(name: str) -> bool:
+    """Tell an adapter's folder or hub name from a whole model's, which may have one beside it."""
+    from transformers.utils.hub import has_file
+    from transformers.utils.peft_utils import find_adapter_config_file
 
-    _check_name(argument, name)
-    adapter = adapters.find_adapter(argument, name) if Path(name).is_dir() else None
-    with told(argument, MODEL, name, MODEL_REMEDY):
-        try:
-            config = _config(argument, adapter, name)
-        except OSError as error:
-            # An adapter on the hub has no config.json; without a connection, only the cache can tell.
-            offline = isinstance(error.__cause__, LocalEntryNotFoundError)
-            if Path(name).is_dir() or offline and not adapters.cached(name):
-                raise
-            adapter = adapters.find_adapter(argument, name)
-            if adapter is None:
-                raise
-            config = _config(argument, adapter, name)
-    _auto_class(argument, name, config)
-    _check_folder(argument, adapter.base if adapter else name, "a model folder with weights",
-                  ("model.safetensors", "*.safetensors", "*.bin"), "copy them there, too")
-    if adapter and (rows := adapters.rows(adapter)):
-        config.get_text_config().vocab_size = rows
-    return config
+    folder = Path(name)
+    if folder.is_dir():
+        whole = any([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    else:
+        whole = has_file(name, "config.json")
+    return not whole and find_adapter_config_file(name) is not None
 
 
-def _config(argument: str, adapter: adapters.Adapter | None, name: str):
-    """The configuration of this name, or of the adapter's base."""
-    from transformers import AutoConfig
+class Checkpoint:
+    """A checkpoint by its folder or hub name, before anything large is loaded.
 
-    if adapter:
-        try:
-            _check_name(argument, adapter.base)
-        except CompareError as error:
-            raise CompareError(argument, f"an adapter whose base model is there, in {name!r}",
-                               f"the base {adapter.base!r}: {error.got}",
-                               "correct base_model_name_or_path in its adapter_config.json") from None
-    return AutoConfig.from_pretrained(adapter.base if adapter else name, trust_remote_code=False)
+    source: where the model's weights are, for an adapter its base's. config: the model's. rows: of
+    its lm_head, where the files say so. adapter: its kind and base, or None. saved: the tensors of
+    the adapter's file.
+    """
 
+    def __init__(self, argument: str, name: str) -> None:
+        from transformers import AutoConfig
 
-def _check_name(argument: str, name: str) -> None:
-    """Refuse a folder without a model, and a name that is neither a folder nor one of the hub."""
-    _check_folder(argument, name, "a model folder", ("config.json", "adapter_config.json"), "pass one that save_pretrained wrote")
-    if not Path(name).is_dir() and (Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)):
-        raise CompareError(argument, MODEL, f"{name!r}, {'a file' if Path(name).exists() else 'which does not exist'}", MODEL_REMEDY)
+        self.argument, self.name, self.source = argument, name, name
+        self.adapter: dict[str, str] | None = None
+        self.saved: dict[str, torch.Tensor] = {}
+        expected, remedy = "a model folder or a hub name", "pass one that save_pretrained wrote"
+        with told(argument, expected, repr(name), remedy):
+            adapted = _is_adapter(name)
+        if adapted:
+            expected = "an adapter that peft loads (pip install peft), of a model that is there"
+        with told(argument, expected, repr(name), remedy):
+            if adapted:
+                import peft
 
+                config = peft.PeftConfig.from_pretrained(name)
+                kind, self.source = config.peft_type.value, str(config.base_model_name_or_path)
+                if config.is_prompt_learning:
+                    raise ValueError(f"a {kind} changes the input, not a model's weights")
+                self.adapter = {"kind": str(kind), "base": readable(self.source)}
+                self.saved = peft.load_peft_weights(name, device="cpu")
+            self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
+        self.architecture: str = (self.config.architectures or ["CausalLM"])[0]
+        known = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
+        if self.config.is_encoder_decoder or not self.architecture.endswith(known):
+            got = f"{name!r}, a {self.architecture}"
+            remedy = "choose a checkpoint of a ...ForCausalLM"
+            raise CompareError(argument, "a causal LM", got, remedy)
+        rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        self.rows: int | None = max(rows, default=size)
 
-def _auto_class(argument: str, name: str, config):
-    """Choose the Auto class that loads the checkpoint's own class; models that read images have another."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto
+    def tokenizer(self) -> TextTokenizer:
+        """Load the model's tokenizer; an adapter without one has that of its base."""
+        from transformers import AutoTokenizer
+        from transformers.utils.hub import has_file
 
-    architecture = (config.architectures or ["CausalLM"])[0]
-    known = ((AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-             (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
-    for auto, names in known:
-        own = names.get(config.model_type, ())
-        named = architecture in ((own,) if isinstance(own, str) else own)
-        if named or own and architecture.endswith(("CausalLM", "LMHeadModel")):
-            return auto
-    raise CompareError(argument, "a causal LM", f"{name!r}, a {architecture}", "choose a checkpoint of a ...ForCausalLM")
+        expected = "a fast tokenizer that can be loaded"
+        with told(self.argument, expected, repr(self.name), "save a tokenizer.json there"):
+            own = not self.adapter or has_file(self.name, "tokenizer_config.json")
+            name = self.name if own else self.source
+            return TextTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
 
+    def load(self, dtype: str, device: str) -> Model:
+        """Load the model, in `dtype` or that of its weights, with an adapter in its layers."""
+        import transformers
 
-def load_tokenizer(argument: str, name: str):
-    """The model's tokenizer, as transformers loads it; an adapter without one has that of its base."""
-    from transformers import AutoTokenizer
-    from transformers.utils import has_file
+        images = self.architecture.endswith("ForConditionalGeneration")
+        kind = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
+        auto = getattr(transformers, kind)
+        expected = "a causal LM that can be loaded"
+        with told(self.argument, expected, repr(self.source), "check its files"):
+            model, info = auto.from_pretrained(
+                self.source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
+        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        if lacking:
+            expected = "a causal LM with all its weights"
+            got = f"{self.source!r} without {len(lacking)}, such as {lacking[0]}"
+            raise CompareError(self.argument, expected, got, "save it as a ...ForCausalLM")
+        if self.adapter:  # beside the layers, unmerged
+            expected = f"an adapter that fits its base model {self.source!r}"
+            remedy = "pass the base that it was trained on"
+            with (
+                told(self.argument, expected, repr(self.name), remedy),
+                warnings.catch_warnings(),
+            ):
+                import peft
 
-    remedy = "save it there with tokenizer.save_pretrained"
-    with told(argument, "a tokenizer that can be loaded", name, remedy):
-        adapter = adapters.find_adapter(argument, name)
-        if adapter and not any(has_file(name, file) for file in TOKENIZER_FILES):
-            name = adapter.base
-    _check_folder(argument, name, "a folder with a tokenizer", TOKENIZER_FILES, remedy)
-    with told(argument, "a tokenizer that can be loaded", name, remedy):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if not tokenizer.is_fast:
-        raise CompareError(argument, "a fast tokenizer, which says where in the text its tokens are", f"{type(tokenizer).__name__} of {name!r}",
-                           "convert it to a tokenizer.json")
-    return tokenizer
-
-
-def _check_folder(argument: str, name: str, expected: str, files: tuple[str, ...], remedy: str) -> None:
-    """An error for a folder that has none of these files, or of a pattern's."""
-    if Path(name).is_dir() and not any(any(Path(name).glob(file)) for file in files):
-        raise CompareError(argument, expected, f"{name!r}, a folder without {files[0]}", remedy)
-
-
-def load_model(argument: str, name: str, dtype: str, device: str) -> Model:
-    """The model on the device, in `dtype` or that of its checkpoint; an adapter in its base's layers."""
-    from transformers import AutoConfig
-
-    with told(argument, "a causal LM that can be loaded", name, "check its files"):
-        adapter = adapters.find_adapter(argument, name)
-        source = adapter.base if adapter else name
-        auto = _auto_class(argument, name, AutoConfig.from_pretrained(source, trust_remote_code=False))
-        model, info = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, trust_remote_code=False)
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise CompareError(argument, "a causal LM with all its weights", f"{source!r} without {lacking[0]}{more}", "save it as a ...ForCausalLM")
-    if adapter:
-        model = adapters.applied(model, adapter)
-    return Model(argument, name, model.eval().to(device), device, adapter)
-
-
-def too_few_rows(argument: str, name: str, needed: int, rows: int) -> CompareError:
-    """Make the error of an lm_head that lacks tokens."""
-    return CompareError(argument, f"an lm_head of at least {needed} rows, for the tokenizer's ids", f"{rows} in {name!r}",
-                        "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer")
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                if self.rows not in (None, len(model.get_input_embeddings().weight)):
+                    model.resize_token_embeddings(self.rows, mean_resizing=False)
+                adapted = peft.PeftModel.from_pretrained(model, self.name, torch_device="cpu")
+                model = adapted.get_base_model()
+        model = model.eval().to(device)
+        return Model(self.argument, self.name, model, self.adapter, self.saved)

@@ -1,4 +1,7 @@
-"""What the terminal shows, and the numbers of the JSON file."""
+"""Figures to text: the report of a terminal, and the page with every token coloured by its KL.
+
+Both show the same lines; a painter says what becomes of their text, its links and its colours.
+"""
 
 from __future__ import annotations
 
@@ -6,204 +9,309 @@ import functools
 import math
 import textwrap
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from html import escape
+from typing import Any, NamedTuple
 
 from ..words import percent
+from .measure import Document, Store
 
 # Mean KL(A‖B) in nats per token below which the word holds; beyond the last: "strongly".
 WORDS = ((0.001, "hardly"), (0.03, "slightly"), (0.3, "clearly"))
 NAMES = {"kl_ab": "KL(A‖B)", "kl_ba": "KL(B‖A)", "jsd": "JSD"}
-# Backgrounds of levels 1, 2, …: from pale yellow to dark red, for a terminal (xterm-256) and for HTML; level 0 has none.
+# Backgrounds of levels 1, 2, …: from pale yellow to dark red, for a terminal (xterm-256) and for
+# HTML; level 0 has none.
 TERMINAL = (230, 229, 222, 215, 209, 203, 196, 160)
+COLOURS = ("#fff9d6", "#fff0a8", "#ffdf86", "#ffc066", "#ff9852", "#fb6a4a", "#e0342b", "#a50f15")
 DARK_FROM = 7
-# Columns that an excerpt needs beside other cells; with fewer it has a line of its own.
-LEAST_EXCERPT = 30
-# Left-out tokens that the text line names, each model's.
+# Columns of an excerpt with the least room, and of the longest name.
+LEAST, MOST = 16, 40
+# Left-out tokens that are named, each model's.
 NAMED = 8
+# Painter of a text, an index to link to or None, and a level of colour.
+Paint = Callable[[str, int | None, int], str]
 
 
-class Scale:
-    """KL to a level of colour: 0 up to the median, then steps of equal ratio up to the largest."""
-
-    def __init__(self, summary: dict) -> None:
-        high = min(summary["kl_ab"]["max"], 1e3)
-        low = max(summary["kl_ab"]["p50"], high / 1e3)
-        self.bounds = [low * (high / low) ** (step / len(TERMINAL)) for step in range(len(TERMINAL))] if high > low > 0 else []
-
-    def level(self, kl: float) -> int:
-        """0 … len(TERMINAL)."""
-        return bisect_left(self.bounds, kl)
+# ---- words
 
 
 def visible(text: str) -> str:
-    """On one line, and safe to print: what a terminal would obey is shown instead."""
-    return "".join(character if character.isprintable() else {"\n": "↵", "\t": "⇥"}.get(character, "·") for character in text)
-
-
-def about(model: dict) -> str:
-    """Format a model's class and type, and for an adapter its kind and base."""
-    adapter = model["adapter"]
-    changed = f"{adapter['kind']} adapter on {visible(adapter['base'])}, " if adapter else ""
-    return f"{changed}{model['class']}, {model['dtype']}"
-
-
-def sentence(summary: dict, units: list[dict], top: list[dict], by: str, models: Sequence[dict] = ()) -> str:
-    """How different the two are, and where, in a sentence; in a second, that rounding may hide an adapter."""
-    kl, count = summary["kl_ab"], summary["tokens"]
-    if kl["max"] == 0 and summary["kl_ba"]["max"] == 0:
-        narrow = next((model["dtype"] for model in models
-                       if model["adapter"] and model["dtype"] in ("bfloat16", "float16")), None)
-        more = f" A change that {narrow} rounds away shows with --dtype float32." if narrow else ""
-        of = f"all {count:,} tokens" if count > 1 else "its only token"
-        return f"A and B are the same on this text: the divergence of {of} is exactly 0.{more}"
-    word = next((word for bound, word in WORDS if kl["mean"] < bound), "strongly")
-    worst = top[0]
-    where = f"before {quoted(worst['token'])} in {place(worst)}, where A expects {expected(worst, 'a')} and B {expected(worst, 'b')}"
-    if count == 1:
-        return f"B differs {word} from A: KL(A‖B) is {kl['mean']:.3g} nats at the only token, {where}."
-    parts = [f"B differs {word} from A: KL(A‖B) is {kl['mean']:.3g} nats per token and B expects another next token at "
-             f"{percent(1 - summary['same_top1'], 1)} of the {count:,} tokens"]
-    if summary["share_above_p99"] > 0:
-        parts.append(f"the 1% of tokens that differ most hold {percent(summary['share_above_p99'])} of it")
-    if len(units) > 1:
-        first, last = units[0], units[-1]
-        parts.append(f"the worst line is {place(first)} ({first['kl_ab']:.3g})" if by == "line" else
-                     f"documents go from {last['kl_ab']:.3g} ({place(last)}) to {first['kl_ab']:.3g} ({place(first)})")
-    return "; ".join([*parts, f"most of all, with {worst['kl_ab']:.3g}, {where}"]) + "."
-
-
-class Place(NamedTuple):
-    """A cell that leads to a token."""
-
-    text: str
-    index: int
-
-
-class Excerpt(NamedTuple):
-    """A cell with a token ("" for none), the text around it, and its level of colour: as much of it as there is room for."""
-
-    before: str
-    token: str
-    after: str
-    level: int
-
-
-class Table(NamedTuple):
-    """Cells are text, of which `title` says what it is; columns align as `align` says, < or > each; the first row is the head."""
-
-    title: str
-    align: str
-    rows: list[list[str | Place | Excerpt]]
-
-
-def tables(report: dict, scale: Scale, most: int | None = None) -> list[Table]:
-    """The report's tables, for the terminal and the page; most: units to list, if not all that the report has."""
-    summary, by, units = report["summary"], report["by"], report["units"][:most]
-    keys = ("mean", "p50", "p95", "p99", "max") if summary["tokens"] > 1 else ("mean",)
-
-    def pair(title: str, name: str, form: Callable[[float], float] = float) -> list[str]:
-        return [title, *(f"{form(summary[f'{name}_{letter}']):.4g}" for letter in "ab")]
-
-    per_unit = [[f"{unit['kl_ab']:.4g}", f"{unit['max_kl_ab']:.4g}", percent(unit['same_top1'], 1), f"{unit['tokens']:,}",
-                 Place(place(unit), unit["index"]), Excerpt("", "", visible(unit["text"]), 0)] for unit in units]
-    per_token = [[f"{entry['kl_ab']:.3g}", Place(place(entry), entry["index"]),
-                  Excerpt(*(visible(entry[part]) for part in ("before", "token", "after")), scale.level(entry["kl_ab"])),
-                  expected(entry, "a"), expected(entry, "b")] for entry in report["top"]]
-    listed = [Table("", "<" + ">" * len(keys), [["nats per token", *keys], *(
-                  [title, *(f"{summary[name][key]:.4g}" for key in keys)] for name, title in NAMES.items())]),
-              Table("", "<>>", [["the whole text", "A", "B"], pair("entropy, nats per token", "entropy"),
-                                pair("log-prob of the text, nats per token", "logprob"),
-                                pair("perplexity of the text", "logprob", lambda value: math.exp(min(700.0, -value))),
-                                ["same top-1 token", percent(summary['same_top1'], 2), ""]])]
-    if by == "line" or len(units) > 1:
-        of = f" (the {len(units)} worst)" if by == "line" or len(units) < len(report["units"]) else ""
-        head = ["mean KL", "max KL", "same top-1", "tokens", by, "text"]
-        listed.append(Table(f"{by}s by mean KL(A‖B){of}", ">>>><<", [head, *per_unit]))
-    if summary["kl_ab"]["max"] > 0:
-        head = ["KL", "place", "text", "A expects", "B expects"]
-        listed.append(Table("tokens by KL(A‖B), what each expects at the marked place, given all before it", "><<<<", [head, *per_token]))
-    return listed
-
-
-def text_report(report: dict, color: bool, width: int) -> str:
-    """The whole report for a terminal of this width."""
-    fill = functools.partial(textwrap.fill, width=min(width, 110), break_long_words=False, break_on_hyphens=False)
-    models = [f"{letter}     {model['name']} ({about(model)})" for letter, model in zip("AB", report["models"], strict=True)]
-    lines = [fill(report["sentence"]), "", *(fill(line, subsequent_indent=" " * 6) for line in (*models, f"text  {text_line(report)}"))]
-    for table in tables(report, Scale(report["summary"]), report["shown"]):
-        lines += ["", *([fill(table.title + ":")] if table.title else []), *table_lines(table, color, width)]
-    return "\n".join(lines)
-
-
-def table_lines(table: Table, color: bool, width: int) -> list[str]:
-    """Aligned columns, an excerpt in the room that the others leave; where they do not fit, each row goes on in further lines."""
-    lengths = [[0 if isinstance(cell, Excerpt) else len(cell if isinstance(cell, str) else cell.text) for cell in row] for row in table.rows]
-    sizes = [min(max(column), width - 6) for column in zip(*lengths, strict=True)]
-    for column, cell in enumerate(table.rows[-1]):
-        if isinstance(cell, Excerpt):
-            room = width - sum(sizes) + sizes[column] - 2 * len(sizes)
-            sizes[column] = room if room >= LEAST_EXCERPT else width - 6
-    parts, used = [[]], 0
-    for column, size in enumerate(sizes):
-        if parts[-1] and used + 2 + size > width:
-            parts, used = [*parts, []], 4
-        parts[-1].append(column)
-        used += 2 + size
-    return ["  ".join(["" if part is parts[0] else " " * 4, *(_cell(row[at], sizes[at], table.align[at], color) for at in part)]).rstrip()
-            for row in table.rows for part in parts]
-
-
-def _cell(cell: str | Place | Excerpt, size: int, align: str, color: bool) -> str:
-    if not isinstance(cell, Excerpt):
-        text = cell if isinstance(cell, str) else cell.text
-        return f"{text if len(text) <= size else text[:size - 1] + '…':{align}{size}}"
-    token = cell.token[:min(24, size - 2)]
-    room = size - len(token) - 2 * bool(token)
-    before = cell.before[max(0, len(cell.before) - 2 * room // 3):]
-    after = cell.after[:room - len(before)]
-    pad = " " * (room - len(before) - len(after))
-    if color and cell.level:
-        token = f"\x1b[48;5;{TERMINAL[cell.level - 1]}m\x1b[38;5;{231 if cell.level >= DARK_FROM else 16}m{token}\x1b[0m"
-    return f"{before}«{token}»{after}{pad}" if token else f"{before}{after}{pad}"
-
-
-def text_line(report: dict) -> str:
-    """What was read, and how."""
-    text, models, count = report["text"], report["models"], report["summary"]["tokens"]
-    rows = [about["vocabulary"] for about in models]
-    cut = "" if set(rows) == {text["vocabulary"]} else f" (that of the tokenizer; lm_heads of {rows[0]} and {rows[1]} rows are cut to it)"
-    left_out = f"; not scored, without a context: {text['not_scored']}" if text["not_scored"] else ""
-    skipped = f"; skipped, with fewer than 2 tokens: {visible(', '.join(text['skipped']))}" if text["skipped"] else ""
-    files = f"{len(text['files'])} files" if len(text["files"]) > 1 else visible(text["files"][0])
-    documents = f", {text['documents']:,} documents" if text["documents"] > len(text["files"]) else ""
-    return (f"{files}{documents}, {count:,} token{'s' if count > 1 else ''}{left_out}{skipped}; "
-            f"vocabulary {text['vocabulary']}{cut}{_alone(text)}; windows of {text['context']} tokens, overlap {text['overlap']}")
-
-
-def _alone(text: dict) -> str:
-    """Name the tokens that are not compared, because one model alone has them."""
-    parts = []
-    for letter, tokens in text["left_out"].items():
-        if tokens:
-            named = [*(quoted(entry["token"]) for entry in tokens[:NAMED]), *["…"][:len(tokens) - NAMED > 0]]
-            parts.append(f"{letter} alone has {len(tokens):,} ({', '.join(named)})")
-    whose = f", read with {text['tokenizer']}'s tokenizer" if text["tokenizer"] else ""
-    return whose + (f"; tokens left out: {' and '.join(parts)}" if parts else "")
+    """Put a text on one line, safe to print: characters that a terminal obeys are shown instead."""
+    named = {"\n": "↵", "\t": "⇥"}
+    return "".join(each if each.isprintable() else named.get(each, "·") for each in text)
 
 
 def quoted(token: str) -> str:
-    """A token between quotes, so that its spaces can be seen."""
+    """Put a token between quotes, so that its spaces can be seen."""
     return f"'{visible(token)[:24]}'"
 
 
-def expected(entry: dict, letter: str) -> str:
-    """The most likely token at an entry's place, and its probability."""
-    most_likely = entry[f"expected_{letter}"]
-    return f"{quoted(most_likely['token'])} {percent(most_likely['probability'])}"
+def expected(entry: dict[str, Any], letter: str) -> str:
+    """Format the most likely token at an entry's place, and its probability."""
+    likely = entry[f"expected_{letter}"]
+    return f"{quoted(likely['token'])} {percent(likely['probability'])}"
 
 
-def place(entry: dict) -> str:
-    """File and line."""
-    name = visible(entry["document"])
-    return name if entry["line"] is None else f"{name}:{entry['line']}"
+def place(entry: dict[str, Any]) -> str:
+    """Format file and line."""
+    line = "" if entry["line"] is None else f":{entry['line']}"
+    return f"{visible(entry['document'])}{line}"
+
+
+def sentence(report: dict[str, Any]) -> str:
+    """Say how different the two are, and where; and where rounding may hide an adapter."""
+    summary, top = report["summary"], report["top"]
+    kl, count = summary["kl_ab"], summary["tokens"]
+    if kl["max"] == 0 and summary["kl_ba"]["max"] == 0:
+        text = "A and B are the same on this text: the divergence of "
+        text += (
+            f"all {count:,} tokens is exactly 0." if count > 1 else "its only token is exactly 0."
+        )
+        narrow = [each["dtype"] for each in report["models"] if each["adapter"]]
+        if narrow and narrow[-1] != "float32":
+            text += f" A change that {narrow[-1]} rounds away shows with --dtype float32."
+        return text
+    word = next((word for bound, word in WORDS if kl["mean"] < bound), "strongly")
+    worst, share = top[0], percent(summary["share_above_p99"])
+    return (
+        f"B differs {word} from A: KL(A‖B) is {kl['mean']:.3g} nats per token and B expects "
+        f"another next token at {percent(1 - summary['same_top1'], 1)} of {count:,} "
+        f"token{'s' * (count > 1)}; the 1% of tokens that differ most hold {share} of it; most of "
+        f"all, with {worst['kl_ab']:.3g}, before {quoted(worst['token'])} in {place(worst)}, "
+        f"where A expects {expected(worst, 'a')} and B {expected(worst, 'b')}."
+    )
+
+
+def text_line(report: dict[str, Any]) -> str:
+    """Say what was read, and how."""
+    text = report["text"]
+    named = {}
+    for letter, tokens in text["left_out"].items():
+        quotes = [quoted(entry["token"]) for entry in tokens[:NAMED]]
+        more = ", …" if len(tokens) > NAMED else ""
+        named[letter] = f"{len(tokens):,} ({', '.join(quotes)}{more})" if tokens else ""
+    rows = {model["vocabulary"] for model in report["models"]} - {text["vocabulary"]}
+    facts = {
+        "files": visible(", ".join(text["files"]))
+        if len(text["files"]) < 3
+        else len(text["files"]),
+        "documents": text["documents"],
+        "tokens": f"{report['summary']['tokens']:,}",
+        "not scored, without a context": text["not_scored"],
+        "skipped, with fewer than 2 tokens": visible(", ".join(text["skipped"])),
+        "tokenizer": text["tokenizer"],
+        "vocabulary": text["vocabulary"],
+        "cut from lm_heads of rows": " and ".join(map(str, sorted(rows))),
+        "tokens left out of A": named["A"],
+        "tokens left out of B": named["B"],
+        "windows of": text["context"],
+        "overlap": text["overlap"],
+    }
+    return "; ".join(f"{name} {value}" for name, value in facts.items() if value)
+
+
+# ---- tables
+
+
+class Cell(NamedTuple):
+    """A cell; it may lead to a token, and be a token between the text around it, in a colour."""
+
+    text: str
+    link: int | None = None
+    around: tuple[str, str] | None = None
+    level: int = 0
+
+
+# A title, < or > for each column, the column that takes the room that the others leave or None, and
+# rows, the first of them the head; a cell that is not a Cell is plain text.
+Table = tuple[str, str, int | None, list[list[Any]]]
+
+
+def bounds_of(summary: dict[str, Any]) -> list[float]:
+    """List the KL above which each level begins: from the median in equal ratios to the largest."""
+    high = min(summary["kl_ab"]["max"], 1e3)
+    low, count = max(summary["kl_ab"]["p50"], high / 1e3), len(TERMINAL)
+    return [low * (high / low) ** (step / count) for step in range(count)] if high > low > 0 else []
+
+
+def tables(report: dict[str, Any]) -> Iterator[Table]:
+    """Yield the report's tables."""
+    summary, by, units = report["summary"], report["by"], report["units"][: report["shown"]]
+    keys = ("mean", "p50", "p95", "p99", "max")
+    rows: list[list[Any]] = [["nats per token", *keys]]
+    for name, title in NAMES.items():
+        rows.append([title, *(f"{summary[name][key]:.4g}" for key in keys)])
+    yield "", "<>>>>>", None, rows
+    likely = [summary[f"logprob_{letter}"] for letter in "ab"]
+    pairs = {
+        "entropy, nats per token": [summary[f"entropy_{letter}"] for letter in "ab"],
+        "log-prob of the text, nats per token": likely,
+        "perplexity of the text": [math.exp(min(700.0, -value)) for value in likely],
+    }
+    rows = [[title, *(f"{value:.4g}" for value in pair)] for title, pair in pairs.items()]
+    same = ["same top-1 token", percent(summary["same_top1"], 2), ""]
+    yield "", "<>>", None, [["the whole text", "A", "B"], *rows, same]
+    rows = [["mean KL", "max KL", "same top-1", "tokens", by, "text"]]
+    for unit in units:
+        figures = [f"{unit[name]:.4g}" for name in ("kl_ab", "max_kl_ab")]
+        figures += [percent(unit["same_top1"], 1), f"{unit['tokens']:,}"]
+        rows.append([*figures, Cell(place(unit), unit["index"]), visible(unit["text"])])
+    yield f"{by}s by mean KL(A‖B), the {len(units)} worst", ">>>><<", 5, rows
+    rows, bounds = [["KL", "place", "text", "A expects", "B expects"]], bounds_of(summary)
+    for entry in report["top"]:
+        before, token, after = (visible(entry[part]) for part in ("before", "token", "after"))
+        excerpt = Cell(token, None, (before, after), bisect_left(bounds, entry["kl_ab"]))
+        both = (expected(entry, letter) for letter in "ab")
+        rows.append([f"{entry['kl_ab']:.3g}", Cell(place(entry), entry["index"]), excerpt, *both])
+    title = "tokens by KL(A‖B), what each expects at the marked place, given all before it"
+    yield title, "><<<<", 2, rows
+
+
+def text_report(report: dict[str, Any], paint: Paint, width: int) -> str:
+    """Write the whole report in lines of about this width."""
+    fill = functools.partial(
+        textwrap.wrap, width=min(width, 110), break_long_words=False, break_on_hyphens=False
+    )
+    lines = [*fill(report["sentence"]), ""]
+    for letter, model in zip("AB", report["models"], strict=True):
+        adapter = model["adapter"]
+        on = f"{adapter['kind']} adapter on {visible(adapter['base'])}, " if adapter else ""
+        about = f"{letter}     {visible(model['name'])} ({on}{model['class']}, {model['dtype']})"
+        lines += fill(about, subsequent_indent=" " * 6)
+    lines += fill(f"text  {text_line(report)}", subsequent_indent=" " * 6)
+    lines = [paint(line, None, 0) for line in lines]
+    for table in tables(report):
+        lines += ["", *([paint(f"{table[0]}:", None, 0)] if table[0] else [])]
+        lines += table_lines(table, paint, width)
+    return "\n".join(lines)
+
+
+def table_lines(table: Table, paint: Paint, width: int) -> list[str]:
+    """Align columns; an excerpt has the room that the others leave."""
+    _, align, wide, rows = table
+    rows = [[Cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    columns = zip(*rows, strict=True)
+    sizes = [min(MOST, max(len(cell.text) for cell in column)) for column in columns]
+    if wide is not None:
+        sizes[wide] = max(LEAST, width - sum(sizes) + sizes[wide] - 2 * len(sizes))
+    lines = [map(_cell, row, sizes, align, [paint] * len(row)) for row in rows]
+    return ["  ".join(line).rstrip() for line in lines]
+
+
+def _cell(cell: Cell, size: int, align: str, paint: Paint) -> str:
+    text = cell.text if len(cell.text) <= size else cell.text[: size - 1] + "…"
+    if cell.around is None:
+        pad = " " * (size - len(text))
+        return pad * (align == ">") + paint(text, cell.link, 0) + pad * (align == "<")
+    token = cell.text[: min(24, size - 2)]
+    room = size - len(token) - 2
+    before = cell.around[0][max(0, len(cell.around[0]) - 2 * room // 3) :]
+    after = cell.around[1][: room - len(before)]
+    pad = " " * (room - len(before) - len(after))
+    return (
+        paint(f"{before}«", None, 0)
+        + paint(token, None, cell.level)
+        + paint(f"»{after}{pad}", None, 0)
+    )
+
+
+def terminal(color: bool, text: str, index: int | None, level: int) -> str:
+    """Paint for a terminal."""
+    front = 231 if level >= DARK_FROM else 16
+    start = f"\x1b[48;5;{TERMINAL[level - 1]}m\x1b[38;5;{front}m"
+    return f"{start}{text}\x1b[0m" if color and level else text
+
+
+# ---- the page
+
+# Control characters have no place in HTML; each has a picture in Unicode.
+CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
+    127: 0x2421,
+    13: None,
+}
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><title>fastkl compare</title><style>
+:root{color-scheme:light}body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;
+padding:0 1rem;color:#222}h1,h2{font-size:1.1rem}pre{overflow-x:auto}
+pre,.text,#tip{font-family:ui-monospace,monospace;font-size:.85rem}
+.text,#tip{white-space:pre-wrap;overflow-wrap:anywhere}
+.text{line-height:1.7;border:1px solid #ddd;padding:.7rem}
+b{font-weight:normal;border-radius:2px}b:target,.text b:hover{outline:2px solid #225}
+b.n::before{content:"\\21B5"}b.e::before{content:"\\00B7"}.k7,.k8{color:#fff}.u{color:#999}
+#tip{position:fixed;background:#222;color:#fff;padding:.5rem .7rem;border-radius:4px;
+pointer-events:none;max-width:28rem;z-index:9}
+"""
+STYLE = "".join(f".k{level}{{background:{colour}}}" for level, colour in enumerate(COLOURS, 1))
+TAIL = """<div id="tip" hidden></div>
+<script>
+const tip=document.getElementById("tip"),names=["KL(A\\u2016B)","KL(B\\u2016A)","JSD",
+"log-prob A","log-prob B","entropy A","entropy B"];
+document.addEventListener("mousemove",e=>{const d=e.target.dataset;
+tip.hidden=!(d&&d.v);if(tip.hidden)return;const v=d.v.split(" ");
+tip.textContent=names.map((n,i)=>n.padEnd(12)+v[i]).join("\\n")+
+"\\nA expects   "+d.a+"\\nB expects   "+d.b;
+tip.style.left=Math.min(e.clientX+14,innerWidth-tip.offsetWidth-8)+"px";
+tip.style.top=(e.clientY+tip.offsetHeight+24>innerHeight?
+e.clientY-tip.offsetHeight-10:e.clientY+18)+"px"});
+</script>
+</body></html>
+"""
+SHOWN = ("kl_ab", "kl_ba", "jsd", "logprob_a", "logprob_b", "entropy_a", "entropy_b")
+
+
+def page(report: dict[str, Any], store: Store, label: Callable[[int], str]) -> Iterator[str]:
+    """Yield the page, part after part; label: a token's id as text."""
+    bounds = bounds_of(report["summary"])
+    steps = "".join(html(f" > {bound:.2g} ", None, level) for level, bound in enumerate(bounds, 1))
+    yield f"{HEAD}{STYLE}</style></head>\n<body>\n<h1>fastkl compare</h1>\n"
+    yield f"<pre>{text_report(report, html, 150)}</pre>\n<h2>The text, coloured by KL(A‖B)</h2>\n"
+    yield f"<p>Nats: {steps or 'all tokens are alike'}. Point at a token for its numbers.</p>\n"
+    anchors = {entry["index"] for entry in [*report["top"], *report["units"]]}
+    for document in store.documents:
+        yield f'<h2>{clean(document.name)}</h2>\n<div class="text">'
+        yield from _tokens(store, document, bounds, anchors, label)
+        yield "</div>\n"
+    yield TAIL
+
+
+def clean(text: str) -> str:
+    """Escape text for HTML, attributes included."""
+    return escape(text.translate(CONTROLS))
+
+
+def html(text: str, index: int | None, level: int) -> str:
+    """Paint for the page: escaped, linked, coloured."""
+    text = clean(text)
+    if index is not None:
+        return f'<a href="#t{index}">{text}</a>'
+    return f'<b class="k{level}">{text}</b>' if level else text
+
+
+def _tokens(
+    store: Store,
+    document: Document,
+    bounds: list[float],
+    anchors: set[int],
+    label: Callable[[int], str],
+) -> Iterator[str]:
+    """Yield every token of a document."""
+    for low, values in store.blocks(document.start, document.end):
+        for at, value in enumerate(values, low):
+            text = store.text(at, at + 1)
+            if not value["scored"]:
+                yield f'<b class="u">{clean(text)}</b>' if text else ""
+                continue
+            mark = " n" if "\n" in text else "" if text else " e"
+            level = bisect_left(bounds, float(value["kl_ab"]))
+            anchor = f' id="t{at}"' if at in anchors else ""
+            numbers = " ".join(f"{float(value[name]):.3g}" for name in SHOWN)
+            tokens = (quoted(label(int(value[f"top_{letter}"]))) for letter in "ab")
+            chances = (percent(math.exp(value[f"top_logprob_{letter}"])) for letter in "ab")
+            a, b = (
+                clean(f"{token} {chance}") for token, chance in zip(tokens, chances, strict=True)
+            )
+            yield f'<b class="k{level}{mark}"{anchor} data-v="{numbers}" data-a="{a}" data-b="{b}">'
+            yield f"{clean(text)}</b>"

@@ -1,21 +1,24 @@
-"""What a comparison is asked to do, and the error that says what it cannot take."""
+"""The request of a comparison, and the error of what it cannot take."""
 
 from __future__ import annotations
 
+import contextlib
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# At most this many tokens of context where --context is left out.
-DEFAULT_CONTEXT = 1024
-# A file of this name is none: as an output it is standard output, as a text standard input.
+# A file of this name is none: standard output as an output, standard input as a text.
 STDOUT = STDIN = Path("-")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of the command line; context and overlap None: chosen from the models. html, json: a file, or "-" for stdout.
+    """Options of the command line.
 
-    text: files, folders, patterns, or "-" for stdin; tokenizer: whose is used for both, "A" or "B"; None: both must agree.
+    text: files, folders, patterns, or "-" for standard input. context, overlap: None takes them
+    from the models. tokenizer: "A" or "B" reads the text for both models; None: both must agree.
+    html, json: a file, or "-" for standard output.
     """
 
     model_a: str
@@ -34,8 +37,23 @@ class Settings:
 
 
 class CompareError(Exception):
-    """One line: which argument, what was expected, what came, what to do."""
+    """An error in one line: the argument, what was expected, what came, what to do."""
 
     def __init__(self, argument: str, expected: str, got: str, remedy: str) -> None:
-        self.got = got
-        super().__init__(" ".join(f"{argument}: expected {expected}, got {got}; remedy: {remedy}".split()))
+        message = f"{argument}: expected {expected}, got {got}; remedy: {remedy}"
+        super().__init__(" ".join(message.split()))
+
+
+@contextlib.contextmanager
+def told(argument: str, expected: str, got: str, remedy: str) -> Iterator[None]:
+    """Turn an exception of another library into a CompareError that quotes its message."""
+    try:
+        yield
+    except (MemoryError, CompareError):
+        raise
+    except Exception as error:
+        name = type(error).__name__
+        if name == "OutOfMemoryError":  # torch's; torch is not imported here
+            raise
+        why = textwrap.shorten(str(error) or name, 400, placeholder=" …").rstrip(".")
+        raise CompareError(argument, expected, f"{got}: {why}", remedy) from None
