@@ -19,7 +19,7 @@ from compare_cases import SIZES, VOCABULARY, WORDS, cli_run, compare, make_files
 from fastkl.tools.compare import html as page  # noqa: E402
 from fastkl.tools.compare import inputs, loading, measure, report, run, store, text  # noqa: E402
 from fastkl.tools.compare.settings import Settings  # noqa: E402
-from fastkl.tools.demo.report import allocations  # noqa: E402
+from memory import allocations  # noqa: E402
 
 COLUMNS = [name for name in store.VALUES.names if name != "scored"]
 

@@ -14,6 +14,8 @@ for name in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
     pytest.importorskip(name)
 
 # After the skips: the demo needs its extra.
+from memory import allocations  # noqa: E402
+
 from fastkl.rl import FixedBeta, PIDBeta, read_jsonl  # noqa: E402
 from fastkl.tools import cli  # noqa: E402
 from fastkl.tools.demo import (  # noqa: E402
@@ -182,7 +184,7 @@ def test_both_ways_give_the_same_curves(start, algorithm, changes):
 def test_from_hidden_states_no_step_makes_logits(start, algorithm, linear):
     logits = TINY.samples * TINY.response_length * start[1].vocabulary * 8
     settings = tiny(algorithm, linear=linear, max_kl=1e-3, steps=2)
-    assert (report.allocations(lambda: tuned(start, settings))["largest"] < logits) == linear
+    assert (allocations(lambda: tuned(start, settings))["largest"] < logits) == linear
 
 
 def test_allocations_are_counted():
@@ -193,7 +195,7 @@ def test_allocations_are_counted():
         del pair
         return torch.zeros(2000), torch.zeros(25)
 
-    assert report.allocations(call) == {"peak": 8100, "largest": 8000}
+    assert allocations(call) == {"peak": 8100, "largest": 8000}
 
 
 def test_later_updates_count_their_ratios(start):
@@ -305,12 +307,6 @@ def test_report_from_hidden_states(tmp_path):
     for series in numbers["series"].values():
         assert max(series["step_kl"]) <= 1e-4
     assert set(series["beta"]) == {0.25}
-    memory = numbers["memory"]
-    logits = TINY.samples * TINY.response_length * numbers["corpus"]["vocabulary"] * 4
-    assert memory["logits"] == 3 * logits
-    linear, direct = memory["from_hidden_states"], memory["through_logits"]
-    assert linear["largest"] < logits <= direct["largest"]
-    assert linear["peak"] < memory["logits"] <= direct["peak"]
     assert math.isfinite(numbers["final"]["no penalty"]["kl"])
 
 

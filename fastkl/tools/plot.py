@@ -130,11 +130,12 @@ def picture(
     low, high = _kl_limits(*runs.values())
     names = [name for name in PANELS if any(_has(run, name) for run in runs.values())]
     heights = [PANELS[name][1] for name in names]
+    colours = COLOURS[len(runs) - 1 :: -1]
     figure = Figure(figsize=(9.0, 1.5 + sum(heights)), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.012, ha="left", parse_math=False)
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, name in zip(panels, names, strict=True):
-        for (run_name, run), colour in zip(runs.items(), COLOURS, strict=False):
+        for (run_name, run), colour in zip(runs.items(), colours, strict=True):
             if _has(run, name):
                 _draw(axes, run, name, colour, run_name, low)
         for label, height in (levels or {}).get(name, {}).items():

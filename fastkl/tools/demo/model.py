@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class LanguageModel(nn.Module):
         width, size = settings.width, settings.width // settings.heads
         wte = nn.Embedding(vocabulary, width)
         h = nn.ModuleList(Block(width, settings.heads) for _ in range(settings.layers))
-        self.transformer = nn.ModuleDict(dict(wte=wte, h=h, ln_f=nn.LayerNorm(width)))
+        self.transformer: Any = nn.ModuleDict(dict(wte=wte, h=h, ln_f=nn.LayerNorm(width)))
         self.lm_head = nn.Linear(width, vocabulary)
         # Cosine and sine of each position's angle for each of the size / 2 pairs of neighbours.
         frequency = ROTARY_BASE ** (-torch.arange(0, size, 2).float() / size)
@@ -49,10 +50,11 @@ class LanguageModel(nn.Module):
         """Return hidden states [B, T, H] of tokens [B, T] after those in the cache, which grows."""
         past = cache[0][0].shape[2] if cache else 0
         rotation = self.get_buffer("rotation")[:, past : past + tokens.shape[1]]
-        stream = self.transformer["wte"](tokens)
+        stream: torch.Tensor = self.transformer["wte"](tokens)
         for layer, block in enumerate(self.transformer["h"]):
             stream = block(stream, rotation, cache, layer)
-        return self.transformer["ln_f"](stream)
+        stream = self.transformer["ln_f"](stream)
+        return stream
 
     def response_hidden(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
         """Return hidden states [B, length, H] that predict the last tokens of tokens [B, T]."""
@@ -71,8 +73,8 @@ class Block(nn.Module):
         # Each block starts as the identity: the model starts as its embedding and head alone.
         for zero in (out.weight, down.weight, down.bias):
             nn.init.zeros_(zero)
-        self.attn = nn.ModuleDict(dict(qkv_proj=qkv, out_proj=out))
-        self.mlp = nn.ModuleDict(dict(fc_in=up, fc_out=down))
+        self.attn: Any = nn.ModuleDict(dict(qkv_proj=qkv, out_proj=out))
+        self.mlp: Any = nn.ModuleDict(dict(fc_in=up, fc_out=down))
 
     def forward(
         self, stream: torch.Tensor, rotation: torch.Tensor, cache: Cache | None, layer: int
@@ -89,7 +91,7 @@ class Block(nn.Module):
             cache[layer] = k, v
         # With a cache, every call but the first has one token, which sees all before it.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-        mixed = self.attn["out_proj"](attended.transpose(1, 2).reshape(B, T, H))
+        mixed: torch.Tensor = self.attn["out_proj"](attended.transpose(1, 2).reshape(B, T, H))
         return (
             stream
             + mixed
@@ -158,7 +160,7 @@ def _backward(model: LanguageModel, batch: torch.Tensor) -> float:
         loss = F.cross_entropy(model.lm_head(rows), target, reduction="sum") / len(targets)
         loss.backward()
         total += loss.item()
-    hidden.backward(cut.grad.view_as(hidden))
+    hidden.backward(torch.as_tensor(cut.grad).view_as(hidden))
     return total
 
 

@@ -28,7 +28,7 @@ from ..words import percent
 from . import Settings
 from .corpus import END_OF_FILE, Corpus, build_corpus, windows
 from .model import LanguageModel, held_out_loss, sample, save_checkpoint, train_reference
-from .training import PPO, FineTuned, choose_beta, fine_tune
+from .training import FineTuned, choose_beta, fine_tune
 
 Figures = dict[str, Any]
 # What the files of a run are called.
@@ -88,8 +88,6 @@ def run_demo(settings: Settings, out: Path) -> int:
         "final": {name: evaluate(policy, reference, corpus, settings) for name, policy in stages},
         "fused_vs_naive": compare_with_naive(policy, reference, tokens, settings),
     }
-    if settings.linear:
-        numbers["memory"] = compare_memory(policy, reference, tokens, settings)
     numbers["seconds"] = {"total": time.perf_counter() - start}
     text = report(numbers, settings)
     levels = {"reward": {"reference": numbers["final"]["reference"]["reward"]}}
@@ -225,46 +223,6 @@ def _measured(function: Callable[..., Tensor], p: Tensor, q: Tensor) -> tuple[Te
     return value.detach(), gradient, sum(held.values())
 
 
-def compare_memory(
-    policy: LanguageModel, reference: LanguageModel, tokens: Tensor, settings: Settings
-) -> Figures:
-    """Count the bytes that loss and gradient of a batch allocate through logits and without."""
-    length, head = settings.response_length, policy.lm_head
-    hidden = policy.response_hidden(tokens, length).detach().requires_grad_()
-    ref_hidden = reference.response_hidden(tokens, length).detach()
-    response = tokens[:, -length:]
-
-    def loss_and_gradient(linear: bool) -> tuple[Tensor, ...]:
-        way = PPO(settings.initial_beta, dataclasses.replace(settings, linear=linear))
-        credit = torch.ones(response.shape, device=hidden.device)
-        sides = [way.inputs(hidden, head), way.inputs(ref_hidden, reference.lm_head)]
-        _, loss = way.loss(response, *sides, credit, None)
-        sides.clear()  # logits that backward does not need
-        return torch.autograd.grad(loss, (hidden, *head.parameters()))
-
-    size = response.numel() * head.out_features * hidden.element_size()
-    return {
-        "tokens": response.numel(),
-        "chunk_size": settings.chunk_size,
-        "logits": 3 * size,
-        "through_logits": allocations(lambda: loss_and_gradient(False)),
-        "from_hidden_states": allocations(lambda: loss_and_gradient(True)),
-    }
-
-
-def allocations(call: Callable[[], object]) -> dict[str, int]:
-    """Return the bytes that call() allocates: "peak", its result included, and "largest" tensor.
-
-    torch.profiler reports every allocation of torch, those inside an op included.
-    """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return {"peak": max(itertools.accumulate(changes)), "largest": max(changes)}
-
-
 def save_models(
     policies: dict[str, LanguageModel], corpus: Corpus, settings: Settings, folder: Path
 ) -> str:
@@ -322,13 +280,11 @@ def report(numbers: Figures, settings: Settings) -> str:
         f"rows that the Triton kernels read again, because one pass cannot hold them: {slow}"
     )
     if settings.linear:
-        memory = numbers["memory"]
-        linear, direct = memory["from_hidden_states"], memory["through_logits"]
+        rows_a_step = settings.samples * settings.response_length
         parts[-1] += (
-            f"\nmemory for loss and gradient of {memory['tokens']} tokens: "
-            f"{linear['peak'] / 1e6:.1f} MB, largest tensor {linear['largest'] / 1e6:.1f} MB; the "
-            f"logits of both models and their gradient, {memory['logits'] / 1e6:.1f} MB, were "
-            f"never made in training (through them: {direct['peak'] / 1e6:.1f} MB)"
+            f"\nmemory: logits of {rows_a_step} tokens for both models and their gradient, "
+            f"{12 * rows_a_step * corpus['vocabulary'] / 1e6:.1f} MB, were never made in training, "
+            f"those of {settings.chunk_size} tokens at most"
         )
     return "\n\n".join(parts)
 

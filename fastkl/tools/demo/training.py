@@ -6,7 +6,6 @@ All three maximise the same: reward minus beta times KL(policy‖reference) per 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +59,7 @@ class PPO:
     With settings.linear everything is computed from hidden states and head, else through logits.
     """
 
-    def __init__(self, beta: float | Beta, settings: Settings) -> None:
+    def __init__(self, beta: Beta, settings: Settings) -> None:
         self.beta, self.settings = beta, settings
         self.options: dict[str, Any] = dict(temperature=settings.temperature)
         kind = ""
@@ -149,7 +148,7 @@ class DPO(PPO):
         return stats, dpo_loss(chosen, rejected, *refs, beta=beta).loss / beta
 
 
-def _pairs(values: Tensor) -> Iterator[Tensor]:
+def _pairs(values: Tensor) -> tuple[Tensor, ...]:
     """Sum [B, T] over the tokens; return those of each first and each second response, [B / 2]."""
     return values.sum(-1).view(-1, 2).unbind(-1)
 
@@ -215,7 +214,7 @@ def fine_tune(
         with torch.no_grad():
             hidden = reference.response_hidden(tokens, length)
             ref = algorithm.inputs(hidden, reference.lm_head)
-        first, taken = None, {}
+        first: Any = None
         for _ in range(settings.epochs):
             hidden, old = policy.response_hidden(tokens, length), first and first.logprob
             inputs = algorithm.inputs(hidden, policy.lm_head)
@@ -228,7 +227,7 @@ def fine_tune(
             taken = take_step(optimizer, policy, tokens, algorithm)
         schedule.step()
         # One transfer from the device for all figures of the step.
-        more = dict(entropy=first.entropy, reward=rewards, beta=beta, **taken)
+        more: dict[str, Any] = dict(entropy=first.entropy, reward=rewards, beta=beta, **taken)
         figures = monitor.update(first.kl, step=step + 1, **more)
         history.append(figures)
         beta.update(figures["kl/mean"], unit="token")
