@@ -187,17 +187,6 @@ def test_from_hidden_states_no_step_makes_logits(start, algorithm, linear):
     assert (allocations(lambda: tuned(start, settings))["largest"] < logits) == linear
 
 
-def test_allocations_are_counted():
-    """Two tensors of 4000 bytes at once, then one of 8000 alone."""
-
-    def call():
-        pair = torch.zeros(1000), torch.zeros(1000)
-        del pair
-        return torch.zeros(2000), torch.zeros(25)
-
-    assert allocations(call) == {"peak": 8100, "largest": 8000}
-
-
 def test_later_updates_count_their_ratios(start):
     once, twice = (tuned(start, tiny(epochs=epochs))["kl"] for epochs in (1, 2))
     assert twice[1] > 1.2 * once[1] > 0.0
@@ -229,41 +218,18 @@ def test_dpo_draws_preferences_by_the_rewards():
     assert (error < 4 * (expected * (1 - expected) / 4000).sqrt()).all()
 
 
-def gradient_of(start, algorithm, beta, credit):
-    """(gradient of the loss to a policy near the reference, its hidden states, its stats)"""
-    torch.manual_seed(1)
-    shape = 8, 16, TINY.width
-    ref, step = (torch.randn(*shape, dtype=torch.float64) for _ in range(2))
-    hidden = (ref + 0.1 * step).requires_grad_()
-    tokens = torch.randint(start[1].vocabulary, shape[:2])
-    made = ALGORITHMS[algorithm](FixedBeta(beta), tiny(algorithm))
-
-    def stats(hidden):
-        return made.token_stats(
-            *made.inputs(hidden, start[0].lm_head),
-            tokens,
-            *made.inputs(ref, start[0].lm_head),
-            **made.options,
-        )
-
-    sides = (made.inputs(side, start[0].lm_head) for side in (hidden, ref))
-    _, loss = made.loss(tokens, *sides, credit(stats(hidden)), None)
-    return torch.autograd.grad(loss, hidden)[0], hidden.detach(), stats
-
-
 def test_dpo_without_a_penalty_is_the_limit_of_small_beta(start):
-    credit = torch.rand(4, generator=torch.Generator().manual_seed(0)) < 0.5
-    got, limit = (gradient_of(start, "dpo", beta, lambda _: credit)[0] for beta in (0.0, 1e-7))
-    torch.testing.assert_close(got, limit, rtol=1e-4, atol=1e-9)
-
-
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_beta_pulls_to_the_reference(start, algorithm):
-    """With a large beta and no credit, a step along the gradient lowers the KL."""
-    shape = 8 if algorithm == "grpo" else (8, 16)
-    gradient, hidden, stats = gradient_of(start, algorithm, 100.0, lambda _: torch.zeros(shape))
-    moved = hidden - 1e-3 * gradient / gradient.abs().max()
-    assert stats(moved).kl.mean() < stats(hidden).kl.mean()
+    torch.manual_seed(1)
+    ref, step = (torch.randn(8, 16, TINY.width, dtype=torch.float64) for _ in range(2))
+    hidden = (ref + 0.1 * step).requires_grad_()
+    tokens, credit = torch.randint(start[1].vocabulary, (8, 16)), torch.rand(4) < 0.5
+    gradients = []
+    for beta in (0.0, 1e-7):
+        made = ALGORITHMS["dpo"](FixedBeta(beta), tiny("dpo"))
+        sides = (made.inputs(side, start[0].lm_head) for side in (hidden, ref))
+        _, loss = made.loss(tokens, *sides, credit, None)
+        gradients += torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-9)
 
 
 # ---- the command line, reports and checkpoints

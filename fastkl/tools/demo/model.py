@@ -92,11 +92,9 @@ class Block(nn.Module):
         # With a cache, every call but the first has one token, which sees all before it.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         mixed: torch.Tensor = self.attn["out_proj"](attended.transpose(1, 2).reshape(B, T, H))
-        return (
-            stream
-            + mixed
-            + self.mlp["fc_out"](F.gelu(self.mlp["fc_in"](normal), approximate="tanh"))
-        )
+        up = F.gelu(self.mlp["fc_in"](normal), approximate="tanh")
+        down: torch.Tensor = self.mlp["fc_out"](up)
+        return stream + mixed + down
 
 
 def _rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

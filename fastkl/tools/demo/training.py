@@ -220,7 +220,7 @@ def fine_tune(
             inputs = algorithm.inputs(hidden, policy.lm_head)
             stats, loss = algorithm.loss(response, inputs, ref, credit, old)
             del inputs  # logits that backward does not need
-            first = first or type(stats)(*(x if x is None else x.detach() for x in stats))
+            first = first or stats._replace(logprob=stats.logprob.detach())
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
