@@ -90,7 +90,13 @@ QUICK_RATE = 2.5
 # to decide.
 TUNED: dict[str, dict[str, Any]] = {
     "ppo": {},
-    "grpo": dict(group=8, policy_rate=5.5e-4, initial_beta=1.0, gains=(0.8, 0.08, 2.0)),
+    "grpo": dict(
+        group=8,
+        samples=24,
+        policy_rate=5.5e-4,
+        initial_beta=1.0,
+        gains=(0.8, 0.08, 2.0),
+    ),
     "dpo": dict(
         group=2,
         samples=32,
