@@ -89,10 +89,10 @@ def _shares(weights, chosen):
 def policies(steps):
     """(steps, policy, reference, corpus, settings) of the demo without a penalty, one for each number of steps."""
     from fastkl.rl import FixedBeta
+    from fastkl.tools.demo import Settings, choose_settings
     from fastkl.tools.demo.corpus import build_corpus
-    from fastkl.tools.demo.finetuning import fine_tune
-    from fastkl.tools.demo.pretraining import train_reference
-    from fastkl.tools.demo.settings import Settings, choose_settings
+    from fastkl.tools.demo.model import train_reference
+    from fastkl.tools.demo.training import fine_tune
 
     for count in steps:
         settings = choose_settings(quick=True, vocabulary=Settings.vocabulary, steps=count)
@@ -105,13 +105,14 @@ def policies(steps):
 @torch.no_grad()
 def held_out_logits(policy, reference, corpus, settings):
     """bfloat16 logits [N, V] of policy and reference, of the policy's samples on held-out prompts."""
-    from fastkl.tools.demo.corpus import line_starts, windows
-    from fastkl.tools.demo.sampling import sample
+    from fastkl.tools.demo.corpus import windows
+    from fastkl.tools.demo.model import sample
 
     choose, draw = (torch.Generator().manual_seed(settings.seed + 1) for _ in range(2))
-    prompts = windows(corpus.held_out, settings.prompt_length, settings.evaluation_samples, choose, line_starts(corpus, corpus.held_out))
-    tokens = sample(policy, prompts, settings.response_length, settings.temperature, draw)
-    return [model.response_logits(tokens, settings.response_length).flatten(0, 1).bfloat16() for model in (policy, reference)]
+    prompts = windows(corpus.held_out, settings.prompt_length, settings.evaluation_samples, choose, corpus.new_line)
+    tokens = sample(policy, prompts, settings, draw)
+    hidden = (model.response_hidden(tokens, settings.response_length) for model in (policy, reference))
+    return [model.lm_head(states).flatten(0, 1).bfloat16() for model, states in zip((policy, reference), hidden, strict=True)]
 
 
 def main(argv=None):

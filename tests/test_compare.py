@@ -25,11 +25,11 @@ from compare_cases import (  # noqa: E402
     save,
     truth,
 )
+from memory import allocations  # noqa: E402
 
 import fastkl  # noqa: E402
 from fastkl.tools.compare import inputs, loading, measure, report, run  # noqa: E402
 from fastkl.tools.compare.settings import CompareError, Settings  # noqa: E402
-from fastkl.tools.demo.memory import allocations  # noqa: E402
 
 
 @pytest.mark.parametrize("context, overlap", [(256, 0), (16, 4), (9, 8), (40, 0)])

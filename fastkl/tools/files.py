@@ -1,12 +1,10 @@
-"""Files of tools: read only where there is an end, written whole or not at all, and JSON that every
-reader takes."""
+"""Files of tools: read where there is an end, written whole or not at all, and strict JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
-import math
 import os
 import secrets
 import stat
@@ -15,7 +13,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes | Iterable[bytes | str]) -> None:
-    """Write a file, text in UTF-8, so that it is either there in full or not at all: beside it, then renamed to it.
+    """Write a file, text in UTF-8, in full or not at all: beside it, then renamed to it.
 
     A symbolic link stays one: the file that it leads to is written, and keeps its mode. What is
     there and is no regular file, such as a pipe or a terminal, cannot be replaced and is written to
@@ -30,41 +28,39 @@ def write_whole(path: Path, content: bytes | Iterable[bytes | str]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError for what write_whole cannot write, found out before there is something to
-    write; what is there stays as it is."""
+    """Raise OSError for what write_whole cannot write, before there is something to write.
+
+    What is there stays as it is.
+    """
     if _is_replaced(path):
         with _opened(path) as (descriptor, _):
             os.close(descriptor)
-    elif path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    elif not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    else:
+        _check_access(path, os.W_OK)
 
 
 def check_readable(path: Path) -> None:
-    """Raise OSError for what cannot be read to an end: no file, a folder, a device such as
-    /dev/zero."""
+    """Raise OSError for what cannot be read to an end: no file, a folder, a device."""
     mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _check_access(path, os.R_OK)
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
         raise OSError(errno.EINVAL, "neither a regular file nor a pipe", str(path))
-    if not os.access(path, os.R_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _check_access(path: Path, access: int) -> None:
+    fault = errno.EISDIR if path.is_dir() else 0 if os.access(path, access) else errno.EACCES
+    if fault:
+        raise OSError(fault, os.strerror(fault), str(path))
 
 
 def default_picture(source: Path) -> Path:
-    """Name the picture beside the file: run.png for run.jsonl and run.json, and every other name with ".png" behind
-    it, so that run.seed1 and run.seed2 get two."""
-    return (
-        source.with_suffix(".png")
-        if source.suffix.lower() in (".jsonl", ".json")
-        else Path(f"{source}.png")
-    )
+    """Name the picture beside the file: run.png for run.jsonl, run.seed1.png for run.seed1."""
+    known = source.suffix.lower() in (".jsonl", ".json")
+    return source.with_suffix(".png") if known else Path(f"{source}.png")
 
 
 def _is_replaced(path: Path) -> bool:
-    """Tell a regular file, or the place for one, from what is written to as it is."""
+    # A regular file, or the place for one; other things are written to as they are.
     return os.path.isfile(path) or not os.path.exists(path)
 
 
@@ -84,11 +80,9 @@ def _opened(path: Path) -> Iterator[tuple[int, str | None]]:
     except FileNotFoundError:
         mode = None  # the umask's
     part = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.part")
-    descriptor = os.open(
-        part,
-        os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
-        0o666 if mode is None else mode & 0o700,
-    )
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    # A private file is private from its first byte on.
+    descriptor = os.open(part, flags, 0o666 if mode is None else mode & 0o700)
     try:
         if mode is not None:
             os.chmod(descriptor if os.chmod in os.supports_fd else part, mode)
@@ -99,13 +93,6 @@ def _opened(path: Path) -> Iterator[tuple[int, str | None]]:
 
 
 def json_text(data: object) -> str:
-    """JSON in the order given, one line at the end; a number that is not finite becomes null."""
-    return json.dumps(_finite(data), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return JSON in the order given; a number that is not finite becomes null."""
+    finite = json.loads(json.dumps(data), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=1, ensure_ascii=False) + "\n"

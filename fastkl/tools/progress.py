@@ -12,4 +12,12 @@ def progress(items: Iterable | None, title: str, *, total: int | None = None, **
     """Iterate over items with a bar, or without items `update(count)` it; `set_postfix_str(text, refresh=False)` adds figures. options: of tqdm."""
     # A log file gets a line now and then, a terminal a moving bar.
     interval = 0.1 if sys.stderr.isatty() else 15.0
-    return tqdm(items, desc=f"{title:<26}", total=total, dynamic_ncols=True, mininterval=interval, maxinterval=interval, **options)
+    return tqdm(
+        items,
+        desc=f"{title:<26}",
+        total=total,
+        dynamic_ncols=True,
+        mininterval=interval,
+        maxinterval=interval,
+        **options,
+    )

@@ -1,0 +1,237 @@
+"""The options of the command line: their texts, types and defaults."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .demo import QUICK, TUNED, Settings
+
+# What add_argument takes, by the argument: its help, and the rest.
+Arguments = dict[str, tuple[str, dict[str, Any]]]
+TEXTS: dict[str, dict[str, Any]] = {
+    "demo": dict(
+        help="fine-tune a small language model without and with the KL penalty",
+        description="""\
+RLHF in small, on real text: what a policy does to a reward that can be hacked, without
+and with the KL penalty.""",
+    ),
+    "compare": dict(
+        help="how two model versions differ on a text, and where",
+        usage="fastkl compare MODEL_A MODEL_B --text FILE [FILE ...] [options]",
+        description="""\
+Compares two causal language models token by token on your text: at each place, the
+next-token distributions of A and of B, given all before it.
+
+  fastkl compare ./my-model-v1 ./my-model-v2 --text notes.txt
+  fastkl compare meta-llama/Llama-3.2-1B ./my-finetune --text a.txt b.txt --html diff.html
+  fastkl compare ./base ./quantized --text prompts.txt --by line --device cuda --sequential""",
+        epilog="""\
+what is reported, in nats: KL(A||B) and KL(B||A), exact over the vocabulary; JSD, the
+Jensen-Shannon divergence (0 to 0.693); entropies; the log-probability of the text; how
+often both expect the same next token; exact quantiles; the documents or lines, and the
+tokens, that differ most. A mean KL below 0.001 reads "hardly", below 0.03 "slightly",
+below 0.3 "clearly", else "strongly".
+
+needs: pip install 'fastkl[compare]' (and peft, for a LoRA or other adapter folder as a
+model), and models that share a (fast) tokenizer, up to tokens that one of them added:
+those are left out, and the probabilities are of the rest. Rows of an lm_head beyond its
+tokens are padding, and cut off.
+Exit codes: 0 done, 1 failed while running (no memory, no disk space), 2 wrong use, with
+one line on stderr that says what to change, 130 interrupted.""",
+    ),
+    "plot": dict(
+        help="draw a run that fastkl.rl.KLMonitor(jsonl=...) wrote",
+        description="""\
+Draws reward, KL (mean and quantiles), beta and spikes of a run, as far as the file has
+them, over its steps.""",
+    ),
+    "doctor": dict(
+        help="check that fastkl is right and fast on this machine",
+        description="""\
+Checks in about a minute what this machine has, whether the kernels compile,
+run and agree with float64 on it, and how fast they are.""",
+        epilog="""\
+exit codes: 0 nothing is wrong (a warning or a skipped check is not wrong), 1 a
+check failed: the report ends with what to paste into an issue, 2 wrong use.
+In CI on a machine with a GPU pass --device cuda: a GPU that is not seen is an
+error then (2); with auto the CPU is checked in its place.""",
+    ),
+}
+RAW = argparse.RawDescriptionHelpFormatter
+
+
+def number(
+    convert: Callable[[str], Any], expected: str, holds: Callable[[Any], bool]
+) -> Callable[[str], Any]:
+    """Return a type of argument: convert(text) of which holds(value) is true."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if holds(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return parse
+
+
+def at_least(least: int) -> Callable[[str], Any]:
+    """Return the type of a whole number with a lower limit."""
+    return number(int, f"a whole number of at least {least}", lambda value: value >= least)
+
+
+POSITIVE = number(float, "a finite number above 0", lambda value: 0 < value < math.inf)
+
+
+def output(text: str) -> Path:
+    """Return the path of an output; "-" is standard output."""
+    return Path("-" if text == "/dev/stdout" else text)
+
+
+DEVICE: tuple[str, dict[str, Any]] = (
+    "cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)",
+    dict(default="auto", metavar="DEVICE"),
+)
+ARGUMENTS: dict[str, Arguments] = {
+    "demo": {
+        "--quick": (
+            "all stages in smaller sizes: seconds instead of minutes",
+            dict(action="store_true"),
+        ),
+        "--out": (
+            "folder for the results (default: %(default)s)",
+            dict(type=Path, default=Path("demo-run"), metavar="DIR"),
+        ),
+        "--seed": (
+            "seed of everything that is random (default: %(default)s)",
+            dict(
+                type=number(int, "a whole number from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31),
+                default=0,
+                metavar="N",
+            ),
+        ),
+        "--steps": (
+            f"training steps of each run (default: {Settings.steps}, quick {QUICK['steps']})",
+            dict(type=at_least(2), metavar="N"),
+        ),
+        "--algorithm": (
+            "ppo: advantages per token; grpo: per response, relative to its group; dpo: "
+            "preferences between two responses, sampled anew at every step (default: "
+            "%(default)s)",
+            dict(choices=tuple(TUNED), default="ppo"),
+        ),
+        "--epochs": (
+            "updates on each batch of samples; ppo and grpo clip their ratios from the second"
+            f" on (default: {Settings.epochs})",
+            dict(type=at_least(1), metavar="N"),
+        ),
+        "--beta": (
+            "fixed weight of the KL penalty, in reward per nat (default: a controller moves "
+            f"it so that the KL is {Settings.target_kl:g} nats per token, "
+            f"{TUNED['dpo']['target_kl']:g} for dpo)",
+            dict(type=POSITIVE, metavar="X"),
+        ),
+        "--max-kl": (
+            "trust region: shorten every update until the policy after it is within X nats "
+            "per token of the one before it",
+            dict(type=POSITIVE, metavar="X"),
+        ),
+        "--linear": (
+            "fine-tune from hidden states and lm_head weights: no logits in the training "
+            "step; the same curves, up to rounding",
+            dict(action="store_true"),
+        ),
+        "--save-models": (
+            "write reference and policies into DIR/models as Hugging Face checkpoints, to "
+            "compare them with fastkl compare",
+            dict(action="store_true"),
+        ),
+        "--device": DEVICE,
+    },
+    "compare": {
+        "model_a": (
+            "a folder that save_pretrained wrote, with its tokenizer, or a name on the "
+            "Hugging Face hub",
+            dict(metavar="MODEL_A"),
+        ),
+        "model_b": ("the other version of it", dict(metavar="MODEL_B")),
+        "--text": (
+            "what to compare on, in UTF-8: files, folders, patterns, or - for standard input,"
+            " a document each; a .jsonl file has a document a line: messages (in A's chat "
+            "template), prompt and completion, or text",
+            dict(type=Path, nargs="+", required=True, metavar="FILE"),
+        ),
+        "--tokenizer": (
+            "read the text with this model's tokenizer, for both (default: both must read it "
+            "alike)",
+            dict(choices=("A", "B")),
+        ),
+        "--by": (
+            "what the table lists, worst first; a line is still read in its document's "
+            "context (default: %(default)s)",
+            dict(choices=("document", "line"), default="document"),
+        ),
+        "--top": (
+            "tokens, and units of the table, to show (default: %(default)s)",
+            dict(type=at_least(1), default=10, metavar="N"),
+        ),
+        "--html": (
+            "write a page with the whole text, each token coloured by its KL, numbers on "
+            "hover (about 150 bytes per token); - for stdout, the report then goes to stderr",
+            dict(type=output, metavar="FILE"),
+        ),
+        "--json": (
+            "write the numbers of the report, those of single tokens for the --top ones only;"
+            " - for stdout, as for --html",
+            dict(type=output, metavar="FILE"),
+        ),
+        "--context": (
+            "tokens the models read at a time, the last of them to score the token after it "
+            "(default: 1024, or what the models can take)",
+            dict(type=at_least(8), metavar="N"),
+        ),
+        "--overlap": (
+            "tokens that each of these windows shares with the one before; every token is "
+            "scored once, with at least this much context where there is as much (default: a "
+            "quarter of --context)",
+            dict(type=at_least(0), metavar="N"),
+        ),
+        "--sequential": (
+            "load one model after the other, where both do not fit; hidden states wait in a "
+            "temporary file (in TMPDIR)",
+            dict(action="store_true"),
+        ),
+        "--device": DEVICE,
+        "--dtype": (
+            "type the models compute in; the logits are float32 in any case (default: auto, "
+            "that of each checkpoint)",
+            dict(choices=("auto", "float32", "bfloat16", "float16"), default="auto"),
+        ),
+        "--color": (
+            "colour the tokens (default: on a terminal)",
+            dict(action=argparse.BooleanOptionalAction, default=None),
+        ),
+    },
+    "plot": {
+        "source": (
+            "the file that the monitor wrote, also of a run that still goes on",
+            dict(type=Path, metavar="RUN.jsonl"),
+        ),
+        "--out": (
+            "the picture (default: beside the file, with its name)",
+            dict(type=Path, metavar="FILE.png"),
+        ),
+    },
+    "doctor": {
+        "--json": (
+            "write all checks to FILE; without FILE or with -, to standard output, and the "
+            "report to standard error",
+            dict(nargs="?", const="-", metavar="FILE"),
+        ),
+        "--device": DEVICE,
+    },
+}
