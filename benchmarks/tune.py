@@ -35,11 +35,11 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
+from benchmarks.cases import DTYPES
 from benchmarks.record import duration, has_gpu, output_file, provenance, write_json
 from benchmarks.tune_entry import DIRECTIONS, entry_line, hidden_by, sentence, write_entries
 from benchmarks.tune_trials import WORKER_BYTES, Job, Timer, all_variants, begin, check, failed, timed_variants
 from benchmarks.workers import Workers
-from benchmarks.workloads import DTYPES
 
 # Of the logarithms of the times in a configuration's score, by operation times by number of rows. The KL is what the package is for; training and
 # scoring come with thousands of rows, and with few the launches take most of the time, whatever the configuration.

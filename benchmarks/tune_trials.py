@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.providers import plain_token_stats
-from benchmarks.workloads import DIFFERENTIATED, DTYPES, LIMITS, Workload, make_inputs
+from benchmarks.cases import DIFFERENTIATED, DTYPES, LIMITS, Workload, make_inputs
+from benchmarks.plain import plain_token_stats
 from fastkl import _rows
 
 KL, ALL = ("kl",), _rows.FIELDS
