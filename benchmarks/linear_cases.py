@@ -1,22 +1,31 @@
-"""Defines the cases from hidden states: shapes, random data, the floor, and the gate in float64."""
+"""Defines the cases from hidden states: shapes, random data, the floor, the gate in float64."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cases import DTYPES, over
-from benchmarks.plain import plain_token_stats
-from benchmarks.work import CLIP, PRODUCTS, Work, grpo_terms
+from benchmarks.cases import DTYPES, Case, over
+from benchmarks.plain import plain_logprob, plain_token_stats
+from benchmarks.work import CLIP, PRODUCTS, grpo_terms
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
-MEANS = ("loss", "frozen", "grpo", "distillation")  # modes whose output is a mean over the tokens
-OUTPUTS = {"stats": FIELDS, "grpo": ("loss",), "distillation": ("loss",), "logprob": ("logprob",)}
+# Modes whose output is a mean over the tokens.
+MEANS = ("loss", "frozen", "grpo", "distillation")
+OUTPUTS = {
+    "forward": ("kl",),
+    "loss": ("kl",),
+    "frozen": ("kl",),
+    "stats": FIELDS,
+    "grpo": ("loss",),
+    "distillation": ("loss",),
+    "logprob": ("logprob",),
+}
 # No log-ratio of the data is so near to one where the clip begins: there the gradient jumps, and the
 # rounding of a 16-bit logit, up to 0.03, would decide on which side a token falls.
 CLIP_MARGIN = 0.05
-BLOCK = 2**25  # logits in float64 at once
+BLOCK = 256  # tokens whose logits are in float64 at once
 
 CHECKED_WEIGHT_ROWS = 64  # rows of the weight's gradient that are compared, evenly spread
 # A provider may be off by so many times the error of plain torch in the same type on the same
@@ -40,16 +49,16 @@ FLOOR = "cuBLAS products"
 
 
 @dataclass(frozen=True)
-class LinearWorkload:
-    """KL(policy‖reference) of `rows` tokens from hidden states and two weights [vocabulary, hidden].
+class LinearWorkload(Case):
+    """Defines KL(policy‖reference) of `rows` tokens from hidden states and two weights.
 
     mode: "forward" is the KL per token without gradient; "loss" its mean and the gradient to hidden
     and weight; "frozen" the same with the gradient to hidden only; "stats" all fields of
     token_stats, an upstream gradient on each, and the gradient to hidden and weight. Two whole
     losses, with the gradient to hidden and weight: "grpo" is the clipped policy loss of the tokens
-    plus BETA times the exact KL, "distillation" the mean of KL(teacher‖student), where the reference
-    is the teacher. "logprob" is the log-probability of the tokens alone, without a reference: what
-    fused cross-entropies compute.
+    plus BETA times the exact KL, "distillation" the mean of KL(teacher‖student), where the
+    reference is the teacher. "logprob" is the log-probability of the tokens alone, without a
+    reference: what fused cross-entropies compute.
     """
 
     mode: str = "loss"
@@ -63,34 +72,24 @@ class LinearWorkload:
         """Names the workload in one word, for tables and test ids."""
         return f"linear-{self.mode}-{self.rows}x{self.hidden}x{self.vocabulary}-{self.dtype}"
 
-    def as_dict(self):
-        """Returns the workload as it stands in the results."""
-        return {"name": self.name, **asdict(self)}
-
     @property
     def operation(self):
         """Names the operation that a provider has to offer for it."""
         return f"linear_{self.mode}"
 
     @property
-    def phase(self):
-        """Names what is timed: forward alone where there is no gradient, else forward and backward."""
-        return "forward" if self.mode == "forward" else "both"
+    def phases(self):
+        """Names what is timed: forward where there is no gradient, else forward and backward."""
+        return ("forward",) if self.mode == "forward" else ("both",)
 
-    @property
-    def outputs(self):
-        """Names the operation's outputs."""
-        return OUTPUTS.get(self.mode, ("kl",))
-
-    @property
-    def read_bytes(self):
-        """Counts the bytes of the two weights."""
+    def moved_bytes(self, phase):
+        """Counts the bytes of the two weights, the least that is read."""
         return 2 * self.vocabulary * self.hidden * DTYPES[self.dtype].itemsize
 
-    @property
-    def flop(self):
-        """Counts the floating-point operations of the products that have to be done."""
-        return PRODUCTS[self.mode] * 2 * self.rows * self.hidden * self.vocabulary
+    def rates(self, phase, milliseconds, copy):
+        """Says what a time means: the operations of the products that have to be done, per second."""
+        flop = PRODUCTS[self.mode] * 2 * self.rows * self.hidden * self.vocabulary
+        return {"flop": flop, "tflop_per_s": flop / milliseconds / 1e9}
 
 
 @dataclass
@@ -98,7 +97,7 @@ class LinearInputs:
     """Holds the tensors of one workload; `upstream` belongs to the outputs, in their order.
 
     old_logprob, advantages: [rows] float32, for the GRPO step; the log-probabilities of a policy
-    near this one.
+    near this one. leaves: the tensors of the gradient: hidden, or hidden and weight, or none.
     """
 
     hidden: torch.Tensor
@@ -109,25 +108,13 @@ class LinearInputs:
     upstream: tuple[torch.Tensor, ...]
     old_logprob: torch.Tensor
     advantages: torch.Tensor
-
-    @property
-    def leaves(self):
-        """Returns the tensors that the gradient is taken to: hidden, or hidden and weight, or none."""
-        return tuple(tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad)
-
-    def gradients(self, outputs):
-        """Returns the gradients of the leaves; an output without one (ref_logprob) takes no upstream."""
-        if not self.leaves:
-            return ()
-        pairs = [p for p in zip(outputs, self.upstream, strict=True) if p[0].requires_grad]
-        return torch.autograd.grad([o for o, _ in pairs], self.leaves, [u for _, u in pairs])
+    leaves: tuple[torch.Tensor, ...]
 
 
 def make_linear_inputs(workload, device, seed=0):
-    """Makes policy logits near N(0, 3²), and a reference that differs a little: a KL of a few tenths of a nat."""
-    generator = torch.Generator(device).manual_seed(seed)
-    options = {"generator": generator, "device": device}
-    rows, size = workload.rows, workload.hidden
+    """Makes policy logits near N(0, 3²), and a reference that gives a KL of a few tenths of a nat."""
+    options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    rows, size, mode = workload.rows, workload.hidden, workload.mode
 
     def noise(*shape):
         return torch.randn(shape, dtype=DTYPES[workload.dtype], **options)
@@ -137,28 +124,19 @@ def make_linear_inputs(workload, device, seed=0):
     ref_hidden = noise(rows, size).mul_(0.25).add_(hidden)
     ref_weight = noise(workload.vocabulary, size).mul_(0.6 / size**0.5).add_(weight)
     tokens = torch.randint(workload.vocabulary, (rows,), **options)
-    if workload.mode in MEANS:
+    upstream = tuple(torch.randn(rows, **options) for _ in OUTPUTS[mode])
+    if mode in MEANS:
         upstream = (torch.ones((), device=device),)
-    else:
-        upstream = tuple(torch.randn(rows, **options) for _ in workload.outputs)
     old_logprob, advantages = (torch.randn(rows, **options) for _ in range(2))
-    if workload.mode == "grpo":
-        chosen = [
-            F.linear(hidden[some], weight).float().log_softmax(-1).gather(-1, tokens[some, None])
-            for some in blocks(workload)
-        ]
-        old_logprob = torch.cat(chosen)[:, 0] - off_the_clip(0.2 * old_logprob)
-    hidden.requires_grad_(workload.mode != "forward")
-    weight.requires_grad_(workload.mode not in ("forward", "frozen"))
-    return LinearInputs(
-        hidden, weight, ref_hidden, ref_weight, tokens, upstream, old_logprob, advantages
-    )
-
-
-def blocks(workload):
-    """Cuts the tokens into slices of at most BLOCK logits: float64 copies stay small."""
-    step = max(BLOCK // workload.vocabulary, 1)
-    return [slice(first, first + step) for first in range(0, workload.rows, step)]
+    if mode == "grpo":
+        pairs = zip(hidden.split(BLOCK), tokens.split(BLOCK), strict=True)
+        near = [plain_logprob(F.linear(some, weight), chosen)[0] for some, chosen in pairs]
+        old_logprob = torch.cat(near) - off_the_clip(0.2 * old_logprob)
+    leaves = {"forward": (), "frozen": (hidden,)}.get(mode, (hidden, weight))
+    for leaf in leaves:
+        leaf.requires_grad_()
+    tensors = (hidden, weight, ref_hidden, ref_weight, tokens)
+    return LinearInputs(*tensors, upstream, old_logprob, advantages, leaves)
 
 
 def off_the_clip(log_ratio):
@@ -172,62 +150,52 @@ def off_the_clip(log_ratio):
 # The gate
 
 
-def checked_rows(workload, device):
+def checked_rows(workload):
     """Chooses the rows of the weight's gradient that are compared."""
-    rows = torch.linspace(0, workload.vocabulary - 1, CHECKED_WEIGHT_ROWS, dtype=torch.float64)
-    return rows.long().unique().to(device)
+    last = workload.vocabulary - 1
+    return [round(i * last / (CHECKED_WEIGHT_ROWS - 1)) for i in range(CHECKED_WEIGHT_ROWS)]
 
 
 def answer(workload, inputs, dtype):
-    """Computes {name: tensor} by plain torch in one type: every field [N] and, where the mode has them, dhidden [N, H] and dweight [checked rows, H].
+    """Computes {name: tensor} by plain torch in one type, for all that the gate compares.
 
-    A block of tokens at a time, so that the float64 copies stay small; the weight's gradient is one
+    Every output [N] and, where the mode has them, dhidden [N, H] and dweight [checked rows, H]. A
+    block of tokens at a time, so that the float64 copies stay small; the weight's gradient is one
     product over all tokens.
     """
-    hidden, weight, ref_hidden, ref_weight = (
-        tensor.detach().to(dtype)
-        for tensor in (inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
-    )
-    columns = checked_rows(workload, hidden.device)
-    upstream = dict(zip(workload.outputs, inputs.upstream, strict=True))
+    models = (inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
+    hidden, weight, ref_hidden, ref_weight = (tensor.detach().to(dtype) for tensor in models)
+    upstream = dict(zip(OUTPUTS[workload.mode], inputs.upstream, strict=True))
     if workload.mode in MEANS:
         upstream = {name: (u / workload.rows).expand(workload.rows) for name, u in upstream.items()}
-    parts = {}
-    for some in blocks(workload):
+    parts = {name: [] for name in (*upstream, "dhidden", "columns")}
+    for some in torch.arange(workload.rows, device=hidden.device).split(BLOCK):
         logits = F.linear(hidden[some], weight).requires_grad_(bool(inputs.leaves))
         ref_logits = F.linear(ref_hidden[some], ref_weight)
         stats = plain_token_stats(logits, inputs.tokens[some], ref_logits)
         values = dict(zip(FIELDS, stats, strict=True))
-        if workload.mode == "distillation":
-            values["loss"] = values["ref_kl"]
-        elif workload.mode == "grpo":
+        values["loss"] = values["ref_kl"]
+        if workload.mode == "grpo":
             step = inputs.old_logprob[some], inputs.advantages[some]
             values["loss"] = grpo_terms(values["logprob"], values["kl"], *step)
         if inputs.leaves:
             taken = [name for name in upstream if values[name].requires_grad]
             grads = [upstream[name][some].to(values[name].dtype) for name in taken]
             (grad,) = torch.autograd.grad([values[name] for name in taken], logits, grads)
-            values.update(dhidden=grad @ weight, columns=grad[:, columns])
-        for name, value in values.items():
-            parts.setdefault(name, []).append(value.detach())
-        del logits, ref_logits, stats, values
-    found = {name: torch.cat(values) for name, values in parts.items()}
-    if len(inputs.leaves) > 1:
-        found["dweight"] = found["columns"].t() @ hidden
-    return {name: found[name] for name in compared(workload, inputs)}
-
-
-@dataclass
-class Expected:
-    """Holds the answer in float64, the limits of a provider's errors, and by how much each row of a gradient may be off whatever its size is."""
-
-    answer: dict[str, torch.Tensor]
-    limits: dict[str, float]
-    granted: dict[str, torch.Tensor]
+            values |= {"dhidden": grad @ weight, "columns": grad[:, checked_rows(workload)]}
+        for name in parts.keys() & values.keys():
+            parts[name].append(values[name].detach())
+    found = {name: torch.cat(values) for name, values in parts.items() if values}
+    columns = found.pop("columns", None)
+    return found if len(inputs.leaves) < 2 else {**found, "dweight": columns.t() @ hidden}
 
 
 def expected(workload, inputs):
-    """Computes what the gate compares with; it takes three products in float64."""
+    """Computes what the gate compares with: (answer in float64, limits, granted).
+
+    limits: of a provider's errors. granted: by how much each row of a gradient may be off, whatever
+    its size is.
+    """
     exact = answer(workload, inputs, torch.float64)
     plain = answer(workload, inputs, DTYPES[workload.dtype])
     limits, granted = {}, {}
@@ -235,17 +203,11 @@ def expected(workload, inputs):
         for what, value in errors(name, plain[name], true).items():
             worst = min(WORST_TOLERANCE * value, WORST)
             limits[what] = (worst if "worst" in what else TOLERANCE * value) + LEAST
-        if true.dim() == 2:
-            granted[name] = TOLERANCE * (plain[name].double() - true).norm(dim=-1)
-    return Expected(exact, limits, granted)
+        granted[name] = TOLERANCE * (plain[name].double() - true).norm(dim=-1)
+    return exact, limits, granted
 
 
-def compared(workload, inputs):
-    """Names all that the gate compares: the outputs, then the gradients."""
-    return (*workload.outputs, *("dhidden", "dweight")[: len(inputs.leaves)])
-
-
-def errors(name, value, true, granted=None):
+def errors(name, value, true, granted=0.0):
     """Computes {what: error}: relative in the L2 norm, over all, and of the worst token or row.
 
     A row of a gradient is compared with its own norm, but see SMALL_ROW; the worst of the rows that
@@ -258,8 +220,8 @@ def errors(name, value, true, granted=None):
     found = {name: difference.norm() / true.norm()}
     if true.dim() == 2:
         off, size = difference.norm(dim=-1), true.norm(dim=-1)
-        counted = off if granted is None else torch.where(off <= granted, 0.0, off)
         least = SMALL_ROW * size.square().mean().sqrt()
+        counted = torch.where(off <= granted, 0.0, off)
         found[f"{name}, worst row"] = (counted / size.clamp_min(least)).max()
         if name == "dhidden":
             found[f"{name}, nine of ten rows"] = (off / size).quantile(0.9)
@@ -268,60 +230,58 @@ def errors(name, value, true, granted=None):
     return {what: error.item() for what, error in found.items()}
 
 
-def linear_fault(workload, inputs, known, outputs, gradients):
+def linear_fault(workload, inputs, known, outputs, grads):
     """Returns (errors, what is wrong or None): the gate that a provider passes before it is timed.
 
     A mean is held to the limit of its tokens: plain torch's own mean may be right by luck.
     """
+    exact, limits, granted = known
     leading = () if workload.mode in MEANS else (workload.rows,)
-    shapes = [tuple(result.shape) for result in (*outputs, *gradients)]
-    right = [leading] * len(workload.outputs) + [tuple(leaf.shape) for leaf in inputs.leaves]
+    shapes = [tuple(result.shape) for result in (*outputs, *grads)]
+    right = [leading] * len(OUTPUTS[workload.mode]) + [tuple(leaf.shape) for leaf in inputs.leaves]
     if shapes != right:
         return {}, f"outputs and gradients have the shapes {shapes}, expected {right}"
     found = {}
-    for name, result in zip(known.answer, (*outputs, *gradients), strict=True):
-        true = known.answer[name]
-        if name == "dweight":
-            result = result[checked_rows(workload, result.device)]
-        if result.dim() == 0:
-            # Relative to the size of the tokens' losses: losses of either sign cancel in their mean.
+    for (name, true), result in zip(exact.items(), (*outputs, *grads), strict=True):
+        if result.dim():
+            result = result[checked_rows(workload)] if name == "dweight" else result
+            found |= errors(name, result, true, granted[name])
+        else:
+            # Relative to the size of the tokens' losses: in their mean losses of either sign cancel.
             off = (result.detach().double() - true.mean()).abs()
             found[name] = (off / true.abs().mean()).item()
-        else:
-            found.update(errors(name, result, true, known.granted.get(name)))
-    return found, "; ".join(over(found, known.limits)) or None
+    return found, "; ".join(over(found, limits)) or None
 
 
 # The floor
 
 
 def bare_products(workload, inputs, chunk):
-    """Makes a function that does nothing but the workload's products with cuBLAS, `chunk` tokens at a time, into buffers allocated here.
+    """Makes a function that does the workload's products with cuBLAS, and nothing else.
 
-    Every doubt goes to the floor: the products of the gradients take the policy's logits for their
-    operand, so nothing else is read or written; the gradient of the weight is overwritten by each
-    chunk instead of added to, in the 16-bit type.
+    `chunk` tokens at a time, into buffers allocated here. Every doubt goes to the floor: the
+    products of the gradients take the policy's logits for their operand, so nothing else is read or
+    written; the gradient of the weight is overwritten by each chunk instead of added to, in the
+    16-bit type.
     """
     with_reference = workload.mode != "logprob"
     gradients = PRODUCTS[workload.mode] - 1 - with_reference
     logits, ref_logits = (inputs.hidden.new_empty(chunk, workload.vocabulary) for _ in range(2))
-    grad_hidden = torch.empty_like(inputs.hidden, requires_grad=False)
-    grad_weight = torch.empty_like(inputs.weight, requires_grad=False)
+    grad_hidden, grad_weight = (
+        torch.empty_like(x.detach()) for x in (inputs.hidden, inputs.weight)
+    )
 
     @torch.no_grad()
     def run(inputs):
-        hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
-        chunks = zip(
-            *(x.split(chunk) for x in (hidden, inputs.ref_hidden, grad_hidden)), strict=True
-        )
-        for some, ref_some, grad_some in chunks:
-            policy, reference = logits[: len(some)], ref_logits[: len(some)]
-            torch.mm(some, weight.t(), out=policy)
+        whole = (inputs.hidden, inputs.ref_hidden, grad_hidden)
+        for some, ref_some, grad in zip(*(x.split(chunk) for x in whole), strict=True):
+            policy = torch.mm(some, inputs.weight.t(), out=logits[: len(some)])
             if with_reference:
-                torch.mm(ref_some, inputs.ref_weight.t(), out=reference)
+                torch.mm(ref_some, inputs.ref_weight.t(), out=ref_logits[: len(some)])
             if gradients > 0:
-                torch.mm(policy, weight, out=grad_some)
+                torch.mm(policy, inputs.weight, out=grad)
             if gradients > 1:
                 torch.mm(policy.t(), some, out=grad_weight)
+        return ()
 
-    return Work(run, f"{PRODUCTS[workload.mode]} products into 16-bit buffers, and nothing else")
+    return run

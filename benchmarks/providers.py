@@ -22,6 +22,7 @@ from benchmarks.peers import LINEAR_PEERS, PEERS, PEERS_WITHOUT_KL
 from benchmarks.plain import PLAIN, log_softmax
 from benchmarks.work import PRODUCTS, Work, linear_works, logits_works, on_hidden
 
+LOSSES = ("forward", "loss", "frozen", "distillation")
 CHUNK = 2048  # tokens: each chunk adds to the whole gradient of the weight, so larger is faster
 
 
@@ -71,14 +72,10 @@ def load_torch(device):
 
 def load_torch_compile(device):
     """Loads the same functions compiled for each shape: what a user gets with one more line."""
-    from torch._functorch import config
-
     if device.type != "cuda" and not any(
         map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
     ):
         raise RuntimeError("needs a C++ compiler on a CPU, found none")
-    # Backward alone is timed by repeating it, which a compiled one refuses when it reuses what forward saved.
-    config.donated_buffer = False
 
     def compiled(functions):
         return {
@@ -112,46 +109,47 @@ def load_fastkl(device):
         "logprob": lambda p, tokens: (fastkl.selective_log_softmax(p, tokens),),
         "logprob_entropy": lambda p, tokens: fastkl.token_stats(p, tokens)[:2],
     }
+    works = logits_works(functions, "the same work")
+    works["entropy"] = Work(
+        lambda i: (fastkl.token_stats(i.p, i.tokens).entropy,),
+        "token_stats without a reference: a log-probability comes with it",
+    )
 
     def kl(reduction):
-        return lambda h, w, rh, rw, tokens: (
-            fastkl.linear_kl_divergence(h, w, rh, rw, reduction=reduction),
-        )
+        options = {"reduction": reduction}
+        return lambda h, w, rh, rw, tokens: (fastkl.linear_kl_divergence(h, w, rh, rw, **options),)
+
+    summed = "the same work; {}; the weight's gradient summed in float32"
+    once = summed.format("logits of a chunk at a time, gradient with the value")
+    linear = {"kl_divergence": kl("none"), "mean_kl": kl("mean")}
+    works |= linear_works(linear, {mode: PRODUCTS[mode] for mode in LOSSES}, once)
+    return works | _from_stats(
+        summed.format("computed again where they exceed 2 GiB: 2 more, or 1")
+    )
+
+
+def load_kept(device):
+    """Loads this package's token_stats from hidden states with the logits of all models kept."""
+    return _from_stats("the same work, the fewest products; all logits in memory", recompute=False)
+
+
+def _from_stats(note, **options):
+    """Makes the modes that need more than a KL; options: of fastkl.linear_token_stats."""
+    import fastkl
 
     def stats(h, w, rh, rw, tokens):
-        return fastkl.linear_token_stats(h, w, tokens, rh, rw)
+        return tuple(fastkl.linear_token_stats(h, w, tokens, rh, rw, **options))
 
-    def logprob_kl(*inputs):
-        found = stats(*inputs)
-        return found.logprob, found.kl
+    def logprob(h, w, rh, rw, tokens):
+        return (fastkl.linear_token_stats(h, w, tokens, **options).logprob,)
 
-    linear = {
-        "kl_divergence": kl("none"),
-        "mean_kl": kl("mean"),
-        "token_stats": lambda *inputs: tuple(stats(*inputs)),
-        "logprob": lambda h, w, rh, rw, tokens: (fastkl.linear_token_stats(h, w, tokens).logprob,),
-        "logprob_kl": logprob_kl,
+    functions = {
+        "token_stats": stats,
+        "logprob": logprob,
+        "logprob_kl": lambda *inputs: stats(*inputs)[:4:3],
     }
-    summed = "the weight's gradient summed in float32"
-    more = {"stats": 6, "grpo": 6, "logprob": 4}
-    again = "where logits of more than 2 GiB are computed again in backward; the same work"
-    return {
-        **logits_works(
-            functions,
-            "the same work",
-            mean_kl="the same work: KL of each token, then its mean",
-        ),
-        "entropy": Work(
-            lambda i: (fastkl.token_stats(i.p, i.tokens).entropy,),
-            "token_stats without a reference: a log-probability comes with it",
-        ),
-        **linear_works(
-            linear,
-            PRODUCTS,
-            f"the same work; logits of a chunk at a time, gradient with the value; {summed}",
-            **{mode: f"{many} {again}; {summed}" for mode, many in more.items()},
-        ),
-    }
+    products = {mode: PRODUCTS[mode] for mode in ("stats", "grpo", "logprob")}
+    return linear_works(functions, products, note)
 
 
 def load_one_launch(device):
@@ -170,25 +168,6 @@ def load_one_launch(device):
     return logits_works(
         run, "value and gradient in one launch; backward alone repeats the gradient"
     )
-
-
-def load_through_logits(device):
-    """Loads this package's functions on logits, behind torch's F.linear, from hidden states."""
-    import fastkl
-
-    def logprob_kl(p, tokens, q):
-        stats = fastkl.token_stats(p, tokens, q)
-        return stats.logprob, stats.kl
-
-    functions = {
-        "kl_divergence": lambda p, q: (fastkl.kl_divergence(p, q),),
-        "mean_kl": lambda p, q: (fastkl.kl_divergence(p, q).mean(),),
-        "token_stats": lambda p, tokens, q: tuple(fastkl.token_stats(p, tokens, q)),
-        "logprob": lambda p, tokens: (fastkl.selective_log_softmax(p, tokens),),
-        "logprob_kl": logprob_kl,
-    }
-    note = "the same work, the fewest products; all logits in memory, in the inputs' type"
-    return linear_works(on_hidden(functions), PRODUCTS, note)
 
 
 def load_torch_chunked(device):
@@ -230,34 +209,30 @@ def load_torch_chunked(device):
 
 def load_kl_div(device):
     """Loads torch's F.kl_div(log_q, log_p, log_target=True) on two float32 log_softmax."""
-
-    def losses(i, reduction):
-        log_p, log_q = (log_softmax(x).flatten(0, -2) for x in (i.p, i.q))
-        return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)
-
-    return _kl_works(
-        losses, "the same work: two float32 log_softmax by torch first, writes [N, V] of losses"
-    )
+    note = "the same work: two float32 log_softmax by torch first, writes [N, V] of losses"
+    return _kl_div(log_softmax, note, log_target=True)
 
 
 def load_kl_div_probabilities(device):
     """Loads F.kl_div(log_q, p) as it is often written: on a float32 log_softmax and a softmax."""
-
-    def losses(i, reduction):
-        log_q = log_softmax(i.q).flatten(0, -2)
-        p = F.softmax(i.p, -1, dtype=log_q.dtype).flatten(0, -2)
-        return F.kl_div(log_q, p, reduction=reduction)
-
     note = "more work: the logarithm of a float32 softmax is taken again; writes [N, V] of losses"
-    return _kl_works(losses, note)
+    return _kl_div(
+        lambda p: F.softmax(p, -1, dtype=torch.promote_types(p.dtype, torch.float32)), note
+    )
 
 
-def _kl_works(losses, note):
-    """Makes the two KLs of a function of (inputs, "none" or "batchmean")."""
-    return {
-        "kl_divergence": Work(lambda i: (losses(i, "none").sum(-1).view(i.p.shape[:-1]),), note),
-        "mean_kl": Work(lambda i: (losses(i, "batchmean"),), note),
+def _kl_div(target, note, **options):
+    """Makes the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it."""
+
+    def losses(p, q, reduction):
+        pair = (log_softmax(q).flatten(0, -2), target(p).flatten(0, -2))
+        return F.kl_div(*pair, reduction=reduction, **options)
+
+    functions = {
+        "kl_divergence": lambda p, q: (losses(p, q, "none").sum(-1).view(p.shape[:-1]),),
+        "mean_kl": lambda p, q: (losses(p, q, "batchmean"),),
     }
+    return logits_works(functions, note)
 
 
 def load_categorical(device):
@@ -293,7 +268,7 @@ ALL_LOADERS = {
     **LOADERS,
     **PEERS_WITHOUT_KL,
     "fastkl, one launch": load_one_launch,
-    "fastkl, through logits": load_through_logits,
+    "fastkl, logits kept": load_kept,
     "torch chunked": load_torch_chunked,
     **LINEAR_PEERS,
 }

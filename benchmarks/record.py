@@ -1,7 +1,6 @@
 """Shares what the commands of this folder need: checked arguments, files of figures, the origin of figures, tables."""
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -42,39 +41,25 @@ def finite(data):
 
 
 def output_file(text):
-    """Checks a path for argparse: write_bytes can write it, which is found out before there is something to write."""
-    path = Path(text)
-    with _attempt("a file that can be written", text, path.parent):
-        check_writable(path)
-    return path
+    """Checks a path for argparse: write_bytes can write it, found out before it is needed."""
+    return _checked(text, "a file that can be written", Path(text).parent, check_writable)
 
 
 def output_folder(text):
-    """Checks a folder in which write_bytes can write files."""
-    path = Path(text)
-    with _attempt("a folder that can be written to", text, path), tempfile.TemporaryFile(dir=path):
-        return path
+    """Checks a folder for argparse: write_bytes can write files in it."""
+    return _checked(text, "a folder that can be written to", Path(text))
 
 
-@contextlib.contextmanager
-def _attempt(expected, text, folder):
-    """Makes the folder for the time of the check; a failure is an error of argparse."""
-    made = []
+def _checked(text, expected, folder, check=str):
+    """Makes the folder in earnest: to root every folder looks writable, those of /proc too."""
     try:
-        # Made in earnest: to root every folder looks writable, those of /proc too.
-        for one in (*reversed(folder.parents), folder):
-            if not one.exists():
-                one.mkdir()
-                made.append(one)
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            check(Path(text))
     except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected {expected}, got {text!r} ({error.strerror}); choose another one"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):  # another process has put something there meanwhile
-            for one in reversed(made):
-                one.rmdir()
+        why = f"expected {expected}, got {text!r} ({error.strerror}); choose another one"
+        raise argparse.ArgumentTypeError(why) from None
+    return Path(text)
 
 
 def duration(text):

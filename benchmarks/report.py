@@ -9,12 +9,11 @@ file is not as it should be, and nothing was written; 2: wrong use.
 
 import argparse
 import json
-import re
 import sys
 
 from benchmarks import accuracy, cpu, tables
 from benchmarks.record import ROOT, markdown, origin, write_bytes
-from benchmarks.tables import LINEAR_MAIN, MAIN, RED, TIMED, digits, gpu_name, number, text
+from benchmarks.tables import LINEAR_MAIN, MAIN, RED, TIMED, digits, gpu_name, text
 
 RESULTS = ROOT / "benchmarks" / "results"
 ACCURACY_COLUMNS = [
@@ -43,17 +42,13 @@ NO_RESULTS = (
 )
 
 
-class BrokenFileError(ValueError):
-    """Says that a file is not as the tables need it, with its name and the remedy."""
-
-
 def read(path):
-    """Reads the results in a file under benchmarks/results; raises BrokenFileError."""
+    """Reads the results in a file under benchmarks/results; raises ValueError."""
     file = RESULTS / path
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BrokenFileError(
+        raise ValueError(
             f"{file}: expected results in JSON, got {type(error).__name__}: {error}; measure them"
             " again (benchmarks/README.md says how), or take the file from git"
         ) from None
@@ -169,17 +164,15 @@ SECTIONS = {
 
 
 def render(name, words):
-    """Makes the sections of a file anew; raises BrokenFileError for a mark without its other half."""
+    """Makes the sections of a file anew; raises ValueError for a mark without its other half."""
     for section, make in SECTIONS.items():
-        start, end = f"<!-- {section} -->", f"<!-- /{section} -->"
-        if start not in words and end not in words:
-            continue
-        parts = re.split(f"{start}\n|\n{end}", words)
-        if len(parts) != 3 or words.index(start) > words.index(end):
-            raise BrokenFileError(
-                f"{name}: expected one section {start} to {end}, got another; put it in"
-            )
-        words = parts[0] + f"{start}\n{make()}\n{end}" + parts[2]
+        start, end = f"<!-- {section} -->\n", f"\n<!-- /{section} -->"
+        before, opened, rest = words.partition(start)
+        _, closed, after = rest.partition(end)
+        if bool(opened) != bool(closed) or (not opened and end.strip() in words):
+            raise ValueError(f"{name}: expected {start.strip()} to {end.strip()}; put both in")
+        if opened:
+            words = before + start + make() + end + after
     return words
 
 
@@ -198,18 +191,7 @@ def results_page():
         f"V = {errors['vocabulary']}, {errors['rows']} rows of each kind. {origin(errors)}",
         "![Relative error against the size of the KL](cpu/accuracy.png)",
     ]
-    for dtype in ("fp32", "bf16"):
-        for measure, words in (("kl", "the KL"), ("gradient", "its gradient to the first logits")):
-            parts += [f"### {words}, {dtype}", accuracy.markdown(errors, dtype, measure)]
-    reasons = {
-        name: error["reason"].splitlines()[0]
-        for record in errors["records"]
-        for name, error in record["errors"].items()
-        if "reason" in error
-    }
-    if reasons:
-        without = "; ".join(f"{name}: `{reason}`" for name, reason in reasons.items())
-        parts.append(f"Without figures: {without}.")
+    parts += _accuracy_parts(errors)
     ways = [row["pipeline"] for row in costs["pipelines"]]
     parts += ["## Static costs", f"{costs['model'].capitalize()}. {origin(costs)}"]
     parts += [kernels_table(costs), ways_table(costs, ways), *cpu.page(read("cpu/times.json"))]
@@ -218,7 +200,24 @@ def results_page():
     return "\n\n".join([*parts, *([] if found else [NO_RESULTS])]) + "\n"
 
 
+def _accuracy_parts(data):
+    """Makes a table of errors per quantity and element type, and names who has no figures."""
+    parts = []
+    for dtype in dict.fromkeys(record["dtype"] for record in data["records"]):
+        for measure, words in (("kl", "the KL"), ("gradient", "its gradient to the first logits")):
+            parts += [f"### {words}, {dtype}", accuracy.markdown(data, dtype, measure)]
+    reasons = {
+        name: error["reason"].splitlines()[0]
+        for record in data["records"]
+        for name, error in record["errors"].items()
+        if "reason" in error
+    }
+    without = "; ".join(f"{name}: `{reason}`" for name, reason in reasons.items())
+    return parts + ([f"Without figures: {without}."] if reasons else [])
+
+
 def _gpu_parts(path, data):
+    """Makes the tables of a GPU: every section with every row, growth with size, and accuracy."""
     driver = (data.get("gpu") or {}).get("driver")
     said = origin(data) + (f" Driver {driver}." if driver else "")
     parts = [f"### {gpu_name(data)}", said, tables.standing(data)]
@@ -226,31 +225,22 @@ def _gpu_parts(path, data):
         status, rows = section.get("status", ""), section.get("rows", [])
         state = "ok" if status == "ok" else f"{RED} {text(status)}"
         parts.append(f"#### {name}: {state}, {digits(section.get('seconds'))} s")
-        copies = [number((row.get("copy") or {}).get("gb_per_s")) for row in rows]
-        copies = [*copies, *(number(row.get("copy_gb_per_s")) for row in rows)]
-        if any(copies):
-            parts.append(f"A copy moves {max(filter(None, copies)):.0f} GB/s, read and written.")
+        copies = [
+            (row.get("copy") or row).get("gb_per_s", row.get("copy_gb_per_s")) for row in rows
+        ]
+        if copies := [float(copy) for copy in copies if copy]:
+            parts.append(f"A copy moves {max(copies):.0f} GB/s, read and written.")
         if section.get("summary"):
             parts.append(f"`{section['summary'].strip('= ')}`")
-        parts += tables.errors(rows) + tables.timings(tables.rows_of(data, name))
-    return parts + _growth_parts(path, data)
-
-
-def _growth_parts(path, data):
-    """Shows growth with size where it was measured: from which size on fastkl is faster."""
-    parts = []
+        parts += tables.timings(tables.rows_of(data, name))
     for axis in tables.AXES if tables.rows_of(data, "scaling") else ():
-        lines = [
-            [name, figure, since or f"{RED} not at the largest"]
-            for name, figure, since in tables.crossovers(data, axis)
-        ]
-        if lines:
-            title = f"kl_divergence against {axis}"
-            parts += [
-                f"#### {title}",
-                markdown(["beside", "of", f"fastkl is faster from {axis}"], lines),
-            ]
-            parts.append(f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)")
+        title, head = f"kl_divergence against {axis}", ["beside", "of", f"faster from {axis}"]
+        lines = [[*who, since or f"{RED} nowhere"] for *who, since in tables.crossovers(data, axis)]
+        image = f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"
+        parts += [f"#### {title}", markdown(head, lines), image]
+    for file in sorted(path.parent.glob("*-accuracy.json"))[-1:]:
+        errors = json.loads(file.read_text(encoding="utf-8"))
+        parts += [f"#### accuracy: {origin(errors)}", *_accuracy_parts(errors)]
     return parts
 
 
@@ -268,7 +258,7 @@ def main(argv=None):
         for path, data in tables.gpu_results(RESULTS):
             for axis in tables.AXES if tables.rows_of(data, "scaling") else ():
                 made[path.with_name(f"{path.stem}-{axis}.png")] = tables.picture(data, axis)
-    except BrokenFileError as error:
+    except ValueError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 1
     for path, content in made.items():

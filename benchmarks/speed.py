@@ -26,12 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils import collect_env
 
 from benchmarks import timing
 from benchmarks.linear_cases import FLOOR
 from benchmarks.providers import ALL_LOADERS, load_providers, user_loader
 from benchmarks.record import ROOT, duration, finite, has_gpu, output_folder, provenance, write_json
 from benchmarks.suites import ALL, SUITES, Command
+from benchmarks.tables import line
 
 CHILD = [sys.executable, "-m", "benchmarks.speed"]
 DEVICE = "cuda"
@@ -41,35 +43,31 @@ LEAST_SECONDS = 15.0  # less is not worth the start of a process
 TEST_WORKERS = 10
 BROKEN = 3  # exit code of a process whose CUDA context broke
 CRASHES = 2  # after so many of its processes a provider has no more in the section
-NO_TIME = "no time left in this run"
-STOPPED = "stopped at its time limit"
-
-
-# A provider of a section inside its own process
+NO_TIME, STOPPED = "no time left in this run", "stopped at its time limit"
 
 
 def run_here(arguments):
-    """Measures one provider at the cases of a section, from number `start` on; returns the exit code.
+    """Measures one provider at the cases of a section, from number `start` on, in this process.
 
-    Appends a row to the file of rows after each, so that it outlives a crash.
+    Appends each row to the file of rows, so that it outlives a crash; returns the exit code.
     """
     device = torch.device(DEVICE if torch.cuda.is_available() else "cpu")
-    section, name = SUITES[arguments.suite[0]], arguments.child
-    loaders = {**ALL_LOADERS, **{text: user_loader(text) for text in arguments.provider}}
-    (provider,) = load_providers(device, [name], loaders) if name != FLOOR else [None]
+    (name,) = arguments.suite
+    own = {text: user_loader(text) for text in arguments.provider}
+    loaded = load_providers(device, [arguments.child], {**ALL_LOADERS, **own})
     copy = None if arguments.check else timing.copy_bandwidth(device)
-    for workload in section.workloads[arguments.start :]:
-        if provider is None:
-            row = timing.measure_floor(workload, device)
+    for workload in SUITES[name].workloads[arguments.start :]:
+        if arguments.child == FLOOR:
+            row = timing.measure_floor(workload, device, copy)
         else:
-            row = timing.measure(provider, workload, device, copy)
-        fault = timing.context_fault()
-        if fault:
+            row = timing.measure(*loaded, workload, device, copy)
+        if fault := timing.context_fault():
             row["context"] = f"broken, the section went on in a new process: {fault}"
-        append(arguments.rows, {"section": arguments.suite[0], **row})
-        print(summary(row), flush=True)
+        append(arguments.rows, {"section": name, **row})
+        print(" | ".join(map(str, line(row))), flush=True)
         if fault:
-            return BROKEN
+            sys.stdout.flush()
+            os._exit(BROKEN)  # what would be cleaned up is on a GPU that no longer answers
     return 0
 
 
@@ -79,81 +77,40 @@ def append(file, row):
         lines.write(json.dumps(finite(row)) + "\n")
 
 
-def summary(row):
-    """Says a row in one line of text."""
-    head = f"{row['workload']['name']:<46} {row['provider']:<16}"
-    if row["status"] != "ok":
-        return f"{head} {row['status']}: {row['reason'].splitlines()[0][:120]}"
-    if not row["times"]:
-        return f"{head} correct, not timed"
-    cells = []
-    for phase, figures in row["times"].items():
-        rates = {"percent_of_copy": "% of a copy", "tflop_per_s": " TFLOP/s"}
-        rate = [f" {figures[key]:.1f}{unit}" for key, unit in rates.items() if key in figures]
-        cells.append(f"{phase} {figures['median_ms']:.4f} ms" + "".join(rate))
-    return f"{head} " + "  ".join(cells)
-
-
-# The suite
-
-
 @dataclass
 class Run:
-    """One run of the command: where its rows and results are, and when it has to end."""
+    """One run of the command: its file of rows, its results, and when it has to end."""
 
     arguments: argparse.Namespace
     rows: Path
     results: dict
     deadline: float
 
-    def left(self, most):
-        """Returns the seconds that may be spent, `most` at the most."""
-        return min(most, self.deadline - time.monotonic())
-
     def rows_of(self, section, provider=None):
-        """Reads the rows of a section that are there; a line that was cut short is left out."""
-        found = []
-        for line in (
-            self.rows.read_text(encoding="utf-8").splitlines() if self.rows.exists() else []
-        ):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row.pop("section") == section and provider in (None, row["provider"]):
-                found.append(row)
-        return found
-
-    def add(self, section, workload, provider, status, reason):
-        """Appends a row without figures."""
-        row = timing.no_figures(workload, provider, status, reason)
-        append(self.rows, {"section": section, **row})
+        """Reads the rows of a section that are there."""
+        lines = self.rows.read_text(encoding="utf-8").splitlines() if self.rows.exists() else []
+        rows = [row for row in map(json.loads, lines) if row["section"] == section]
+        return [row for row in rows if provider in (None, row["provider"])]
 
     def write(self, section, **facts):
         """Writes the results whole, with the rows of a section as they are now."""
-        found = self.rows_of(section)
-        rows = with_ratios([row for row in found if row["status"] != "not offered"])
-        self.results["sections"].setdefault(section, {}).update(rows=rows, **facts)
-        if self.arguments.out:
-            write_json(self.rows.with_suffix(".json"), self.results)
-
-
-def with_ratios(rows):
-    """Adds to the rows from hidden states how many times the floor's time theirs is."""
-    floors = {row["workload"]["name"]: row["times"] for row in rows if row["provider"] == FLOOR}
-    for row in rows:
-        for phase, figures in row["times"].items():
-            floor = floors.get(row["workload"]["name"], {}).get(phase)
-            if floor and row["provider"] != FLOOR:
-                figures["ratio_to_floor"] = figures["median_ms"] / floor["median_ms"]
-    return rows
+        rows = [row for row in self.rows_of(section) if row["status"] != "not offered"]
+        floors = {r["workload"]["name"]: r["times"] for r in rows if r["provider"] == FLOOR}
+        for row in rows:
+            for phase, figures in row["times"].items() if row["provider"] != FLOOR else ():
+                if floor := floors.get(row["workload"]["name"], {}).get(phase):
+                    figures["ratio_to_floor"] = figures["median_ms"] / floor["median_ms"]
+        self.results["sections"][section] = {**facts, "rows": rows}
+        write_json(self.rows.with_suffix(".json"), self.results)
 
 
 def run_limited(command, seconds, log=None, **environment):
-    """Runs a command; returns its exit code, or None past the limit, where it and all that it started are ended."""
-    variables = {**os.environ, **environment}
-    output = {"stdout": log, "stderr": subprocess.STDOUT if log else None}
-    process = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True, **output)
+    """Runs a command; returns its exit code, or None past the limit.
+
+    There the command and all that it started are ended.
+    """
+    options = {"env": {**os.environ, **environment}, "cwd": ROOT, "start_new_session": True}
+    process = subprocess.Popen(command, stdout=log, stderr=log and subprocess.STDOUT, **options)
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -164,83 +121,65 @@ def run_limited(command, seconds, log=None, **environment):
             process.wait()
 
 
-def run_provider(run, name, provider):
+def run_provider(run, name, provider, options):
     """Measures a provider of a section, in as many processes one after the other as it takes."""
     workloads, crashes, reason = SUITES[name].workloads, 0, NO_TIME
-    until = time.monotonic() + run.arguments.provider_seconds
-    while (done := len(run.rows_of(name, provider))) < len(workloads):
-        left = run.left(until - time.monotonic())
-        if crashes == CRASHES or left < LEAST_SECONDS:
+    until = min(time.monotonic() + run.arguments.provider_seconds, run.deadline)
+    while (done := len(run.rows_of(name, provider))) < len(workloads) and crashes < CRASHES:
+        if (left := until - time.monotonic()) < LEAST_SECONDS:
             break
-        options = [f"--provider={text}" for text in run.arguments.provider]
-        options += ["--check"] if run.arguments.check else []
-        command = [*CHILD, "--suite", name, "--child", provider, "--start", str(done)]
-        code = run_limited([*command, "--rows", str(run.rows), *options], left)
-        if (at := len(run.rows_of(name, provider))) == len(workloads):
+        command = [*CHILD, "--suite", name, "--child", provider, "--start", str(done), *options]
+        code = run_limited([*command, "--rows", str(run.rows)], left)
+        if (done := len(run.rows_of(name, provider))) == len(workloads):
             return
-        if code == BROKEN:
-            reason = "left out after it had broken the CUDA context in this section"
-        else:
+        reason = "left out after it had broken the CUDA context in this section"
+        if code != BROKEN:
             reason = STOPPED if code is None else f"the process ended with exit code {code}"
-            run.add(name, workloads[at], provider, "failed", reason)
+            failed = timing.row_of(workloads[done], provider, "failed", reason)
+            append(run.rows, {"section": name, **failed})
         crashes += code is not None
     for workload in workloads[len(run.rows_of(name, provider)) :]:
-        run.add(name, workload, provider, "missing", reason)
+        missing = timing.row_of(workload, provider, "missing", reason)
+        append(run.rows, {"section": name, **missing})
 
 
 def run_section(run, name):
-    """Measures a section, provider by provider."""
-    section, started = SUITES[name], time.monotonic()
-    chosen = run.arguments.providers
-    for provider in (*section.providers, *run.arguments.provider):
-        if (chosen and provider not in (*chosen, FLOOR, *run.arguments.provider)) or (
-            run.arguments.check and provider == FLOOR
-        ):
-            continue
-        run_provider(run, name, provider)
-        run.write(name, status="not finished")
-    rows = run.results["sections"].get(name, {}).get("rows", [])
+    """Measures a section, provider by provider; returns its status."""
+    arguments, own = run.arguments, run.arguments.provider
+    options = [f"--provider={text}" for text in own] + ["--check"] * arguments.check
+    wanted = (*(arguments.providers or ALL_LOADERS), *own, *[FLOOR] * (not arguments.check))
+    for provider in (*SUITES[name].providers, *own):
+        if provider in wanted:
+            run_provider(run, name, provider, options)
+            run.write(name, status="not finished")
+    rows = run.rows_of(name)
     late = sum(row["reason"] in (NO_TIME, STOPPED) for row in rows)
-    status = f"{late} of {len(rows)} rows not measured: {NO_TIME}" if late else "ok"
-    run.write(name, status=status, seconds=round(time.monotonic() - started, 1))
+    return {"status": f"{late} of {len(rows)} rows not measured: {NO_TIME}" if late else "ok"}
 
 
 def run_command(run, name):
-    """Runs a command of the suite; its output goes to a log beside the results."""
-    started, what = time.monotonic(), SUITES[name]
+    """Runs a command of the suite, with a log beside the results; returns its status."""
     names = {"folder": str(run.rows.parent), "stamp": run.rows.stem}
-    command = [word.format(**names) for word in what.command]
+    command = [word.format(**names) for word in SUITES[name].command]
     if name == "tests" and importlib.util.find_spec("xdist"):
         command += ["-n", str(TEST_WORKERS)]
-    log, seconds = run.rows.with_suffix(f".{name}.log"), run.left(what.seconds)
+    log = run.rows.with_suffix(f".{name}.log")
+    seconds = min(SUITES[name].seconds, run.deadline - time.monotonic())
     if not shutil.which(command[0]):
-        return run.write(name, status=f"missing: {command[0]} is not installed", seconds=0)
+        return {"status": f"missing: {command[0]} is not installed"}
     if seconds < LEAST_SECONDS:
-        return run.write(name, status=NO_TIME, seconds=0)
+        return {"status": NO_TIME}
     with open(log, "w") as output:
-        code = run_limited(command, seconds, output, FASTKL_REQUIRE_GPU="1", PYTHONUNBUFFERED="1")
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        code = run_limited(command, seconds, output, FASTKL_REQUIRE_GPU="1")
+    lines = log.read_text(errors="replace").strip().splitlines() or [""]
     print("\n".join(lines[-25:]), flush=True)
     status = "ok" if code == 0 else STOPPED if code is None else f"exit code {code}"
-    facts = {"summary": lines[-1] if lines else "", "log": log.name}
-    records = Path((what.records or "").format(**names))
-    if records.is_file():
-        for record in json.loads(records.read_text(encoding="utf-8"))["records"]:
-            append(
-                run.rows, {"section": name, "status": "ok", "provider": "", "times": {}, **record}
-            )
-    run.write(name, status=status, seconds=round(time.monotonic() - started, 1), **facts)
+    return {"status": status, "summary": lines[-1], "log": log.name}
 
 
 def gpu_facts():
     """Describes the GPU: its name, memory and cache, and its driver where nvidia-smi tells."""
     properties = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        asked = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-        driver = asked.stdout.split("\n")[0].strip()
-    except (OSError, subprocess.SubprocessError):
-        driver = None
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -248,23 +187,25 @@ def gpu_facts():
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "cuda": torch.version.cuda,
-        "driver": driver,
+        "driver": collect_env.get_nvidia_driver_version(collect_env.run),
     }
 
 
 def run_suite(arguments, command, folder):
     """Runs the sections and writes their results; returns the results."""
-    results = {**provenance(command), "gpu": None, "sections": {}}
-    if torch.cuda.is_available():
-        results["gpu"] = gpu_facts()
-    rows = Path(folder) / (re.sub(r"[-:]", "", results["date"]) + ".jsonl")
+    gpu = gpu_facts() if torch.cuda.is_available() else None
+    results = {**provenance(command), "gpu": gpu, "sections": {}}
+    rows = folder / (re.sub(r"[-:]", "", results["date"]) + ".jsonl")
     run = Run(arguments, rows, results, time.monotonic() + arguments.seconds)
     for name in arguments.suite:
         print(f"\n== {name}", flush=True)
+        started = time.monotonic()
         try:
-            (run_command if isinstance(SUITES[name], Command) else run_section)(run, name)
+            kind = run_command if isinstance(SUITES[name], Command) else run_section
+            facts = kind(run, name)
         except Exception as error:  # one section's failure must not lose the others
-            run.write(name, status=f"{type(error).__name__}: {error}", seconds=0)
+            facts = {"status": f"{type(error).__name__}: {error}"}
+        run.write(name, **facts, seconds=round(time.monotonic() - started, 1))
     rows.unlink(missing_ok=True)  # the results have them all
     return results
 
@@ -319,26 +260,19 @@ def main(argv=None):
     if not arguments.check and not has_gpu("speed"):
         return 2
     if arguments.child:
-        code = run_here(arguments)
-        if code == BROKEN:
-            sys.stdout.flush()
-            os._exit(code)  # what would be cleaned up is on a GPU that no longer answers
-        return code
-    if not arguments.out and not arguments.check:
-        gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower())
-        arguments.out = ROOT / "benchmarks" / "results" / gpu
+        return run_here(arguments)
     command = " ".join(["python -m benchmarks.speed", *(sys.argv[1:] if argv is None else argv)])
     with tempfile.TemporaryDirectory() as nowhere:
         folder = arguments.out or Path(nowhere)
+        if not arguments.out and not arguments.check:
+            gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower())
+            folder = ROOT / "benchmarks" / "results" / gpu
         folder.mkdir(parents=True, exist_ok=True)
-        results = run_suite(arguments, command, folder)
-    bad = [row for section in results["sections"].values() for row in section["rows"]]
-    bad = [row for row in bad if row["status"] in ("wrong", "failed")]
-    print(
-        "\n" + "\n".join(f"{n}: {section['status']}" for n, section in results["sections"].items())
-    )
-    print("\n".join(map(summary, bad)))
-    return 1 if bad or any(s["status"] != "ok" for s in results["sections"].values()) else 0
+        sections = run_suite(arguments, command, folder)["sections"]
+    bad = [r for s in sections.values() for r in s["rows"] if r["status"] in ("wrong", "failed")]
+    said = [f"{name}: {section['status']}" for name, section in sections.items()]
+    print("\n".join(["", *said, *(" | ".join(map(str, line(row))) for row in bad)]))
+    return 1 if bad or any(section["status"] != "ok" for section in sections.values()) else 0
 
 
 if __name__ == "__main__":

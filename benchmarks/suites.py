@@ -24,7 +24,6 @@ class Command:
 
     command: tuple[str, ...]
     seconds: float
-    records: str | None = None  # a file that it writes, whose records become the section's rows
 
 
 def _module(*arguments):
@@ -84,13 +83,13 @@ SMOKE = (
 # torch.compile comes last everywhere: it compiles for seconds at each shape, and time may run out.
 COMPILED = "torch.compile"
 FROM_LOGITS = tuple(name for name in (*LOADERS, "Liger GRPO") if name != COMPILED)
-FROM_HIDDEN = ("fastkl", "torch", "fastkl, through logits", "torch chunked", *LINEAR_PEERS)
+FROM_HIDDEN = ("fastkl", "torch", "fastkl, logits kept", "torch chunked", *LINEAR_PEERS)
 EVERYBODY = tuple(dict.fromkeys((*FROM_LOGITS, *FROM_HIDDEN, COMPILED)))
 
 SMOKE_CHECK = ("benchmarks.speed", "--check", "--suite", "smoke", "--providers", "fastkl")
 SANITIZER = ("compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9", "--tool")
 TESTS = ("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests")
-TUNE_JSON, ACCURACY_JSON = "{folder}/tune-{stamp}.json", "{folder}/accuracy-{stamp}.json"
+TUNE_JSON, ACCURACY_JSON = "{folder}/{stamp}-tune.json", "{folder}/{stamp}-accuracy.json"
 
 # In the order of their importance with a GPU at hand: right before fast, the main shape before others.
 SUITES = {
@@ -114,9 +113,7 @@ SUITES = {
     ),
     "scaling": Section(SCALING, ("fastkl", "torch")),
     "accuracy": Command(
-        _module("benchmarks.accuracy", "--device", "cuda", "--json", ACCURACY_JSON),
-        120,
-        ACCURACY_JSON,
+        _module("benchmarks.accuracy", "--device", "cuda", "--json", ACCURACY_JSON), 120
     ),
     "doctor": Command(_module("fastkl", "doctor", "--device", "cuda"), 150),
     "memcheck": Command((*SANITIZER, "memcheck", *_module(*SMOKE_CHECK)), 180),

@@ -8,7 +8,8 @@ import io
 import json
 import math
 
-from benchmarks import accuracy
+import pandas as pd
+
 from benchmarks.cases import PHASES, Workload
 from benchmarks.linear_cases import FLOOR, LinearWorkload
 from benchmarks.record import markdown
@@ -57,21 +58,19 @@ def rows_of(data, section):
 
 
 def label(workload):
-    """Names a workload the same in every table: the operation, and what differs from the main shape."""
-    if "mode" in workload:
-        name, main = f"linear {workload['mode']}", LINEAR_MAIN
-        sizes = ("rows", "hidden", "vocabulary")
-    else:
-        one = workload["operation"] in ONE_GRADIENT and workload["wrt"] == "p"
-        name, main = workload["operation"] + ("" if one else f" d{workload['wrt']}"), MAIN
-        sizes = ("rows", "vocabulary")
-    parts = [name]
+    """Names a workload the same in every table: the operation, and how the shape is not the main."""
+    linear = "mode" in workload
+    main = LINEAR_MAIN if linear else MAIN
+    parts = [f"linear {workload['mode']}" if linear else workload["operation"]]
+    if not linear and not (workload["operation"] in ONE_GRADIENT and workload["wrt"] == "p"):
+        parts[0] += f" d{workload['wrt']}"
+    sizes = [size for size in ("rows", "hidden", "vocabulary") if size in workload]
     if any(workload[size] != main[size] for size in sizes):
         parts.append(" × ".join(str(workload[size]) for size in sizes))
-    known = {"name", "mode", "operation", "wrt", *sizes}
-    return ", ".join(
-        parts + [str(v) for k, v in workload.items() if k not in known and v != main.get(k, v)]
-    )
+    kinds = [
+        key for key in ("dtype", "layout") if workload.get(key, main.get(key)) != main.get(key)
+    ]
+    return ", ".join(parts + [workload[key] for key in kinds])
 
 
 def by_workload(data, sections=TIMED):
@@ -99,32 +98,44 @@ def others_of(rows):
     return {name: row for name, row in rows.items() if name not in (OURS, *ALSO_OURS)}
 
 
-def ahead(data):
-    """Lists (label, phase, provider, ratio) of all that are faster than fastkl by more than 1 %.
+def frame(data):
+    """Makes a table of a line per workload, provider and phase that has a time.
 
-    ratio: our device time over theirs.
+    time, wall: in milliseconds, on the device and of one call alone on the clock. memory: in GB.
     """
-    found = []
+    lines = []
     for name, rows in by_workload(data).items():
-        ours = timed(rows.get(OURS))
-        for phase in (phase for phase in PHASES if phase in ours):
-            for other, row in others_of(rows).items():
-                theirs = timed(row).get(phase)
-                if theirs and ours[phase] / theirs > 1 + NOISE:
-                    found.append((name, phase, other, ours[phase] / theirs))
-    return found
+        for provider, row in rows.items():
+            memory = (row.get("memory") or {}).get("peak_bytes", math.nan)
+            for phase, milliseconds in timed(row).items():
+                figures = {"time": milliseconds, "wall": row["times"][phase].get("wall_ms")}
+                named = {"label": name, "provider": provider, "phase": phase}
+                lines.append({**row["workload"], **named, **figures, "memory": memory / 1e9})
+    return pd.DataFrame(lines)
+
+
+def against(data):
+    """Returns our device time over everybody else's, by (label, phase, provider)."""
+    table = frame(data)
+    if OURS not in set(table.get("provider", ())):
+        return pd.Series(dtype=float)
+    table = table.pivot(index=["label", "phase"], columns="provider", values="time")
+    others = table.drop(columns=[OURS, *ALSO_OURS], errors="ignore")
+    return others.rdiv(table[OURS], axis=0).stack().dropna()
 
 
 def standing(data):
     """Says who is faster than fastkl, and where fastkl has no time."""
-    found = by_workload(data)
-    compared = [
-        n for n, r in found.items() if timed(r.get(OURS)) and any(map(timed, others_of(r).values()))
+    ratios = against(data)
+    faster = [
+        f"{other} at `{name}` ({phase}, {times(ratio)})"
+        for (name, phase, other), ratio in ratios[ratios > 1 + NOISE].items()
     ]
-    faster = [f"{other} at `{n}` ({p}, {times(ratio)})" for n, p, other, ratio in ahead(data)]
-    words = f"Faster than fastkl by more than 1 % of device time, at {len(compared)} workloads measured "
+    compared = len({name for name, _, _ in ratios.index})
+    words = f"Faster than fastkl by more than 1 % of device time, at {compared} workloads measured "
     words += f"beside others: {'; '.join(faster) or 'none'}."
-    without = [f"`{n}` ({why(r.get(OURS))})" for n, r in found.items() if not timed(r.get(OURS))]
+    found = {name: rows.get(OURS) for name, rows in by_workload(data).items()}
+    without = [f"`{name}` ({why(row)})" for name, row in found.items() if not timed(row)]
     return words + (f" Without a time of fastkl: {', '.join(without)}." if without else "")
 
 
@@ -249,102 +260,66 @@ LINEAR_HEAD = [
 
 
 def timings(rows):
-    """Makes the tables of all timed rows, a workload's side by side: from logits, from hidden states."""
+    """Makes the tables of all timed rows, a workload's together: from logits, from hidden states."""
     names = list(dict.fromkeys(label(row["workload"]) for row in rows))
     rows = sorted(rows, key=lambda row: names.index(label(row["workload"])))
-    logits = [_logits_line(row) for row in rows if "mode" not in row["workload"]]
-    linear = [_linear_line(row) for row in rows if "mode" in row["workload"]]
+    logits = [line(row) for row in rows if "mode" not in row["workload"]]
+    linear = [line(row) for row in rows if "mode" in row["workload"]]
     tables = ((LOGITS_HEAD, logits), (LINEAR_HEAD, linear))
     return [markdown(head, lines) for head, lines in tables if lines]
 
 
-def _logits_line(row):
-    """Writes a row; what is put together with strokes is forward, backward and both."""
+def line(row):
+    """Writes the cells of a row; figures with strokes between are forward, backward and both."""
     found, figures = timed(row), row.get("times") or {}
-    shown = [phase for phase in PHASES if phase in found]
-    cells = [why(row), NONE, NONE]
-    if found:
-        cells = [digits(found.get(phase), 4) for phase in PHASES]
-    for key in ("percent_of_copy", "wall_ms"):
-        cells.append(" / ".join(digits(figures[phase].get(key)) for phase in shown) or NONE)
-    held = amount((row.get("memory") or {}).get("held_bytes"))
+    memory = [peak(row)]
+    if "mode" in row["workload"]:
+        phase = next(iter(found), None)
+        cells = [digits(found.get(phase), 4) if found else why(row)]
+        keys = ("ratio_to_floor", "tflop_per_s", "wall_ms")
+        cells += [digits(figures.get(phase, {}).get(key)) for key in keys]
+    else:
+        cells = (
+            [digits(found.get(phase), 4) for phase in PHASES] if found else [why(row), NONE, NONE]
+        )
+        for key in ("percent_of_copy", "wall_ms"):
+            shown = [digits(figures[phase].get(key)) for phase in PHASES if phase in found]
+            cells.append(" / ".join(shown) or NONE)
+        memory.append(amount((row.get("memory") or {}).get("held_bytes")))
     name, note = f"`{label(row['workload'])}`", text(row.get("note") or "")
-    return [name, text(row["provider"]), *cells, peak(row), held, error(row), note]
-
-
-def _linear_line(row):
-    found = timed(row)
-    phase = next(iter(found), None)
-    figures = (row.get("times") or {}).get(phase, {})
-    keys = ("ratio_to_floor", "tflop_per_s", "wall_ms")
-    cells = [
-        digits(found[phase], 4) if found else why(row),
-        *(digits(figures.get(k)) for k in keys),
-    ]
-    name, note = f"`{label(row['workload'])}`", text(row.get("note") or "")
-    return [name, text(row["provider"]), *cells, peak(row), error(row), note]
-
-
-def errors(rows):
-    """Makes the tables of accuracy's records, and names who has no figures."""
-    records = [row for row in rows if "distribution" in row]
-    counts = [e.get("rows", 0) for record in records for e in record["errors"].values()]
-    data, parts = {"records": records, "rows": max(counts, default=0)}, []
-    for dtype in dict.fromkeys(record["dtype"] for record in records):
-        for measure, words in (("kl", "the KL"), ("gradient", "its gradient to the first logits")):
-            parts.append(f"Worst relative error of {words}, {dtype}:")
-            parts.append(accuracy.markdown(data, dtype, measure))
-    reasons = [f"{name}: {text(reason)}" for name, reason in accuracy.reasons(data).items()]
-    return parts + (["Without figures: " + "; ".join(reasons) + "."] if reasons else [])
+    return [name, text(row["provider"]), *cells, *memory, error(row), note]
 
 
 # Growth with size
 
-AXES = {"rows": {"vocabulary": 128256}, "vocabulary": {"rows": 4096}}
+
+AXES = {"rows": "vocabulary == 128256", "vocabulary": "rows == 4096"}
 
 
-def curves(data, axis, figure):
-    """Returns {provider: [(size, figure)]} of kl_divergence, bf16, at the other size of AXES.
-
-    figure: "time" in milliseconds of device time, "wall" on the clock, "memory" in GB.
-    """
-    fixed = {**MAIN, **AXES[axis]}
-    found = {}
-    for rows in by_workload(data, ("main", "sweep", "scaling")).values():
-        for provider, row in rows.items():
-            workload = row["workload"]
-            same = all(
-                workload.get(key) == fixed[key] for key in fixed if key not in ("name", axis)
-            )
-            if same and "both" in timed(row):
-                of_phase, memory = row["times"]["both"], row.get("memory") or {}
-                values = {"time": of_phase["median_ms"], "wall": of_phase.get("wall_ms")}
-                values["memory"] = memory.get("peak_bytes", math.nan) / 1e9
-                found.setdefault(provider, {})[workload[axis]] = values[figure]
-    return {provider: sorted(points.items()) for provider, points in found.items()}
+def growth(data, axis):
+    """Makes a table by size of kl_divergence in bf16, columns (figure of frame, provider)."""
+    same = "operation == 'kl_divergence' and wrt == 'p' and dtype == 'bf16' and layout == 'rows'"
+    table = frame(data).query(f"{same} and phase == 'both' and {AXES[axis]}")
+    return table.pivot(index=axis, columns="provider", values=["time", "wall", "memory"])
 
 
 def crossovers(data, axis):
     """Lists [provider, figure, size]: from which size on fastkl is faster at every size measured.
 
-    size is None where it is not even at the largest.
+    size is None where it is not faster even at the largest.
     """
-    lines = []
-    for figure in ("time", "wall"):
-        found = {name: dict(points) for name, points in curves(data, axis, figure).items()}
-        ours = found.pop(OURS, {})
-        for name, theirs in found.items():
-            since = None
-            for size in sorted(ours.keys() & theirs.keys(), reverse=True):
-                if not ours[size] < theirs[size] * (1 - NOISE):
-                    break
-                since = size
-            lines.append([name, figure, since])
+    table, lines = growth(data, axis), []
+    for figure, provider in table[["time", "wall"]].columns:
+        if provider != OURS:
+            pair = table[figure][[OURS, provider]].dropna()
+            slower = pair.index[~(pair[OURS] < pair[provider] * (1 - NOISE))]
+            after = pair.index[pair.index > slower.max()] if len(slower) else pair.index
+            lines.append([provider, figure, after.min() if len(after) else None])
     return lines
 
 
 def picture(data, axis):
-    """Draws device time, time on the clock and peak memory against a size, log-log; returns a PNG."""
+    """Draws device time, time on the clock and peak memory against a size; returns a PNG."""
     from matplotlib.figure import Figure
 
     labels = {
@@ -352,15 +327,10 @@ def picture(data, axis):
         "wall": "one call alone on the clock, ms",
         "memory": "peak beside the inputs, GB",
     }
+    table, content = growth(data, axis), io.BytesIO()
     figure = Figure(figsize=(14, 4.2), dpi=120, layout="constrained")
-    figure.suptitle(f"kl_divergence, bf16, {gpu_name(data)}")
     for axes, (kind, words) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
-        for name, points in curves(data, axis, kind).items():
-            axes.loglog(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        axes.set_xlabel("tokens" if axis == "rows" else axis)
-        axes.set_ylabel(words)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-    content = io.BytesIO()
+        table[kind].plot(ax=axes, loglog=True, marker="o", markersize=3, ylabel=words, grid=True)
+    figure.suptitle(f"kl_divergence, bf16, {gpu_name(data)}")
     figure.savefig(content, format="png")
     return content.getvalue()

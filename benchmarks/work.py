@@ -50,6 +50,21 @@ class Work:
         return self.run(inputs)
 
 
+def gradients(inputs, outputs, **options):
+    """Returns the gradients of inputs.leaves; options: of torch.autograd.grad.
+
+    An output without a gradient (ref_logprob) takes no upstream; one that lost it makes the
+    gradients wrong, which the gate sees.
+    """
+    if not inputs.leaves:
+        return ()
+    pairs = zip(outputs, inputs.upstream, strict=True)
+    pairs = [(out, up) for out, up in pairs if up is not None and out.requires_grad]
+    return torch.autograd.grad(
+        [o for o, _ in pairs], inputs.leaves, [u for _, u in pairs], **options
+    )
+
+
 def arguments(operation, p, q, tokens):
     """Selects what a function of PLAIN takes."""
     if operation in ("kl_divergence", "mean_kl"):
