@@ -42,7 +42,6 @@ class Case:
     """Writes a case as it stands in the results."""
 
     def as_dict(self):
-        """Returns the fields of the case, and its name in one word."""
         return {"name": self.name, **asdict(self)}
 
 
@@ -66,7 +65,6 @@ class Workload(Case):
 
     @property
     def name(self):
-        """Names the workload in one word, for tables and test ids."""
         layout = "" if self.layout == "rows" else f"-{self.layout}"
         shape = f"{self.rows}x{self.vocabulary}-{self.dtype}"
         return f"{self.operation}-{shape}-d{self.wrt}{layout}"
@@ -81,7 +79,6 @@ class Workload(Case):
         return tensors * self.rows * self.vocabulary * DTYPES[self.dtype].itemsize
 
     def rates(self, phase, milliseconds, copy):
-        """Says what a time means: bytes per second, and their share of a copy's."""
         moved = self.moved_bytes(phase)
         rate = moved / milliseconds / 1e6
         return {"bytes": moved, "gb_per_s": rate, "percent_of_copy": 100 * rate / copy}
@@ -103,12 +100,10 @@ class Inputs:
 
     @property
     def leaf(self):
-        """Returns the tensor that the gradient is taken with respect to."""
         return self.p if self.wrt == "p" else self.q
 
     @property
     def leaves(self):
-        """Returns the same in a tuple, as gradients() takes it."""
         return (self.leaf,)
 
 
@@ -164,7 +159,6 @@ def truth(workload, inputs):
 
 
 def _in_float64(inputs, index):
-    """Returns the inputs at some rows, in float64."""
     p, q = inputs.p.detach()[index].double(), inputs.q.detach()
     upstream = tuple(u[index].double() if u is not None and u.dim() else u for u in inputs.upstream)
     q = q[index].double() if q.numel() else q

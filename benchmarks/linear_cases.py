@@ -69,12 +69,10 @@ class LinearWorkload(Case):
 
     @property
     def name(self):
-        """Names the workload in one word, for tables and test ids."""
         return f"linear-{self.mode}-{self.rows}x{self.hidden}x{self.vocabulary}-{self.dtype}"
 
     @property
     def operation(self):
-        """Names the operation that a provider has to offer for it."""
         return f"linear_{self.mode}"
 
     @property
@@ -83,11 +81,9 @@ class LinearWorkload(Case):
         return ("forward",) if self.mode == "forward" else ("both",)
 
     def moved_bytes(self, phase):
-        """Counts the bytes of the two weights, the least that is read."""
         return 2 * self.vocabulary * self.hidden * DTYPES[self.dtype].itemsize
 
     def rates(self, phase, milliseconds, copy):
-        """Says what a time means: the operations of the products that have to be done, per second."""
         flop = PRODUCTS[self.mode] * 2 * self.rows * self.hidden * self.vocabulary
         return {"flop": flop, "tflop_per_s": flop / milliseconds / 1e9}
 

@@ -8,6 +8,7 @@ that is not installed or cannot run here raises, and the reason becomes a row of
 import inspect
 import os
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -128,60 +129,6 @@ def load_liger_jsd(device):
     }
 
 
-class _OnWhole(torch.autograd.Function):
-    """Applies a function of all of [B, L + 1, V] to its slice [:, :-1], without a copy of either the logits or their gradient."""
-
-    @staticmethod
-    def forward(ctx, sliced, function):
-        batch, length, vocabulary = sliced.shape
-        shape, offset = (batch, length + 1, vocabulary), sliced.storage_offset()
-        whole = sliced.detach().as_strided(shape, sliced.stride(), offset).requires_grad_()
-        with torch.enable_grad():
-            ctx.value = function(whole)
-        ctx.whole = whole
-        return ctx.value.detach()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (gradient,) = torch.autograd.grad(ctx.value, ctx.whole, upstream, retain_graph=True)
-        return gradient[:, :-1], None
-
-
-def load_liger_grpo(device):
-    """Loads Liger-Kernel's GRPO kernels for the log-probability.
-
-    Its fused_selective_log_softmax has no gradient; GrpoLossFunction computes the log-probability
-    inside the loss: loss_type "cispo" with advantages of -1 and no old log-probabilities is exactly
-    that. It takes contiguous [B, L + 1, V] logits and leaves the last position out: layout "sliced"
-    only. By default it would write the gradient over the logits, which the others still need
-    (inplace=False): the same bytes move, and a gradient more is allocated.
-    """
-    _needs_gpu(device)
-    from liger_kernel.ops.grpo_loss import GrpoLossFunction
-
-    def logprob(i):
-        length, vocabulary = i.p.shape[-2:]
-        if i.p.dim() != 3 or i.p.stride() != ((length + 1) * vocabulary, vocabulary, 1):
-            raise NotOfferedError(
-                "its kernels take [B, L + 1, V] logits and leave out the last position: "
-                'layout "sliced" only'
-            )
-        minus_one = torch.full((len(i.p),), -1.0, device=i.p.device)
-        # Temperature, beta of the KL, lower and upper clip, inplace, loss, longest completion, reduced.
-        rest = (1.0, 0.0, 0.2, 1.0, False, "cispo", None, False)
-
-        def loss(whole):
-            return GrpoLossFunction.apply(whole, None, None, i.tokens, minus_one, None, *rest)[0]
-
-        return (_OnWhole.apply(i.p, loss),)
-
-    note = (
-        "more work: inside a GRPO loss per token, which also counts what is clipped; "
-        "the logits' gradient not in place"
-    )
-    return {"logprob": Work(logprob, note)}
-
-
 # From hidden states
 
 
@@ -254,45 +201,36 @@ def load_liger_chunked(device):
 
 
 def load_linear_cross_entropy(device):
-    """Loads torch.nn.functional.linear_cross_entropy (torch 2.13 and later), with default options."""
+    """Loads torch.nn.functional.linear_cross_entropy (torch 2.13 and later) with default options."""
     options = torch.nn.LinearCrossEntropyOptions()
-    note = "the same work; logits in chunks, again in backward"
-    return _cross_entropy(F.linear_cross_entropy, note, options=options)
+    return _cross_entropy(F.linear_cross_entropy, "logits in chunks", options=options)
 
 
-def load_cut_cross_entropy(device):
-    """Loads Apple's cut-cross-entropy as it comes: it leaves out gradients that it takes for small."""
-    return _cut(device, "less work: leaves out gradients that it takes for small")
-
-
-def load_cut_cross_entropy_unfiltered(device):
-    """Loads cut-cross-entropy with filter_eps=None: no gradient left out."""
-    return _cut(device, "the same work: no gradient left out", filter_eps=None)
-
-
-def _cut(device, note, **options):
+def load_cut_cross_entropy(device, work="less work: small gradients are left out", **options):
+    """Loads Apple's cut-cross-entropy; by default it leaves out gradients that it takes for small."""
     _needs_gpu(device)
     from cut_cross_entropy import linear_cross_entropy
 
-    return _cross_entropy(linear_cross_entropy, f"{note}; logits never reach memory", **options)
+    return _cross_entropy(linear_cross_entropy, f"{work}, logits never reach memory", **options)
 
 
 def _cross_entropy(function, note, **options):
-    """Makes mode logprob of a fused linear cross-entropy, which computes the logits again in backward."""
+    """Makes mode logprob of a linear cross-entropy that computes the logits again in backward."""
 
     def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
         return (-function(hidden, weight, tokens, reduction="none", **options),)
 
-    return linear_works({"logprob": logprob}, {"logprob": 4}, note)
+    return linear_works({"logprob": logprob}, {"logprob": 4}, f"{note}; logits again in backward")
 
 
 PEERS = {"TRL": load_trl, "Liger KLDIVLoss": load_liger_kldiv, "Liger JSD": load_liger_jsd}
-PEERS_WITHOUT_KL = {"Liger GRPO": load_liger_grpo}
 LINEAR_PEERS = {
     "TRL fused": load_trl_fused,
     "liger": load_liger,
     "liger chunked": load_liger_chunked,
     "torch linear_cross_entropy": load_linear_cross_entropy,
     "cut-cross-entropy": load_cut_cross_entropy,
-    "cut-cross-entropy, unfiltered": load_cut_cross_entropy_unfiltered,
+    "cut-cross-entropy, unfiltered": partial(
+        load_cut_cross_entropy, work="no gradient left out", filter_eps=None
+    ),
 }

@@ -1,4 +1,8 @@
-"""Computes every operation of the benchmarks in plain torch, in float32 or float64."""
+"""Computes every operation of the benchmarks in plain torch, as one writes it.
+
+Softmaxes are in float32 or, for float64 input, in float64. token_stats returns the fields of
+TokenStats; logprob_kl the two terms of a GRPO loss, and nothing more.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -14,35 +18,29 @@ def _chosen(log_p, tokens):
 
 
 def plain_kl_divergence(p_logits, q_logits):
-    """Computes KL(P‖Q) as one writes it: two log_softmax and a sum."""
     log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
     return ((log_p.exp() * (log_p - log_q)).sum(-1),)
 
 
 def plain_mean_kl(p_logits, q_logits):
-    """Computes the mean of KL(P‖Q) over all tokens."""
     return (plain_kl_divergence(p_logits, q_logits)[0].mean(),)
 
 
 def plain_logprob(logits, tokens):
-    """Computes the log-probability of each token: log_softmax and gather."""
     return (_chosen(log_softmax(logits), tokens),)
 
 
 def plain_logprob_entropy(logits, tokens):
-    """Computes the log-probability of each token and the entropy of each row."""
     log_p = log_softmax(logits)
     return _chosen(log_p, tokens), -(log_p.exp() * log_p).sum(-1)
 
 
 def plain_entropy(logits):
-    """Computes the entropy of each row."""
     log_p = log_softmax(logits)
     return (-(log_p.exp() * log_p).sum(-1),)
 
 
 def plain_token_stats(logits, tokens, ref_logits):
-    """Computes the fields of TokenStats as one writes them."""
     log_p, log_q = log_softmax(logits), log_softmax(ref_logits)
     p = log_p.exp()
     return (
@@ -55,7 +53,6 @@ def plain_token_stats(logits, tokens, ref_logits):
 
 
 def plain_logprob_kl(logits, tokens, ref_logits):
-    """Computes the two terms of a GRPO loss, and nothing more."""
     log_p, log_q = log_softmax(logits), log_softmax(ref_logits)
     return _chosen(log_p, tokens), (log_p.exp() * (log_p - log_q)).sum(-1)
 

@@ -8,6 +8,7 @@ likes where it cannot be used; the reason becomes a row of the results. Other pa
 peers.py. A user's own loader is named on the command line: --provider package.module:function.
 """
 
+import argparse
 import importlib
 import os
 import shutil
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.peers import LINEAR_PEERS, PEERS, PEERS_WITHOUT_KL
+from benchmarks.peers import LINEAR_PEERS, PEERS
 from benchmarks.plain import PLAIN, log_softmax
 from benchmarks.work import PRODUCTS, Work, linear_works, logits_works, on_hidden
 
@@ -266,7 +267,6 @@ LOADERS = {
 }
 ALL_LOADERS = {
     **LOADERS,
-    **PEERS_WITHOUT_KL,
     "fastkl, one launch": load_one_launch,
     "fastkl, logits kept": load_kept,
     "torch chunked": load_torch_chunked,
@@ -274,17 +274,16 @@ ALL_LOADERS = {
 }
 
 
-def user_loader(text):
-    """Returns the loader that `package.module:function` names; raises ValueError where it is none."""
-    module, colon, name = text.partition(":")
+def own(text):
+    """Reads a user's own provider for argparse: (`package.module:function`, that function)."""
+    module, _, name = text.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        return text, getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--provider: expected package.module:function, got {text!r} ({error}); name a function"
-            " of the device that returns {operation: function of the inputs}"
+        raise argparse.ArgumentTypeError(
+            f"expected package.module:function, got {text!r} ({error}); name a function of the "
+            "device that returns {operation: function of the inputs}"
         ) from None
-    return found
 
 
 def load_providers(device, names=None, loaders=LOADERS):

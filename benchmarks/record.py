@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_json(path, data):
-    """Writes `data` to `path` whole or not at all."""
     write_bytes(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -86,28 +85,19 @@ def has_gpu(tool):
 
 
 def commit():
-    """Names the commit of the working tree, with "+changes" where it differs; "unknown" outside a repository.
+    """Names the commit of the working tree, with "+changes" where it differs, or "unknown".
 
-    The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree on another machine.
+    The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere.
     """
-    if said := os.environ.get("FASTKL_COMMIT"):
-        return said
+    command = "git describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
     try:
-        changes = _git("status", "--porcelain", "--untracked-files=no")
-        return _git("rev-parse", "HEAD") + ("+changes" if changes else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def _git(*arguments):
-    done = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10
-    )
-    return done.stdout.strip()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git here
+        return os.environ.get("FASTKL_COMMIT", "unknown")
+    return os.environ.get("FASTKL_COMMIT") or done.stdout.strip() or "unknown"
 
 
 def version(package):
-    """Returns the installed version of a package, None where it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -115,7 +105,6 @@ def version(package):
 
 
 def now():
-    """Returns date and time in UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 

@@ -78,21 +78,15 @@ def linear_section():
         ("KL, `logits_dtype=torch.float32`", exact, "kl"),
         ("its gradient to the weight, itself bfloat16", exact, "weight"),
     ]
-    head = ["bfloat16 inputs, mean KL of", *(_short(record["kl"]) for record in records)]
+    head = ["bfloat16 inputs, mean KL of", *(accuracy._power(record["kl"]) for record in records)]
     lines = [
-        [words, *(_short(record["ways"][way][figure]) for record in records)]
+        [words, *(accuracy._power(record["ways"][way][figure]) for record in records)]
         for words, way, figure in ways
     ]
     return markdown(head, lines)
 
 
-def _short(value):
-    mantissa, exponent = f"{value:.0e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
 def static_section():
-    """Makes the tables of what hot loops issue, and of the bytes of each way from logits to a KL."""
     data = read("static/peers.json")
     return kernels_table(data, KERNELS) + "\n\n" + ways_table(data, PIPELINES)
 
@@ -201,7 +195,6 @@ def results_page():
 
 
 def _accuracy_parts(data):
-    """Makes a table of errors per quantity and element type, and names who has no figures."""
     parts = []
     for dtype in dict.fromkeys(record["dtype"] for record in data["records"]):
         for measure, words in (("kl", "the KL"), ("gradient", "its gradient to the first logits")):
@@ -233,7 +226,7 @@ def _gpu_parts(path, data):
         if section.get("summary"):
             parts.append(f"`{section['summary'].strip('= ')}`")
         parts += tables.timings(tables.rows_of(data, name))
-    for axis in tables.AXES if tables.rows_of(data, "scaling") else ():
+    for axis in tables.axes_of(data):
         title, head = f"kl_divergence against {axis}", ["beside", "of", f"faster from {axis}"]
         lines = [[*who, since or f"{RED} nowhere"] for *who, since in tables.crossovers(data, axis)]
         image = f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"
@@ -256,7 +249,7 @@ def main(argv=None):
         for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))):
             made[path] = render(path.name, path.read_text(encoding="utf-8")).encode()
         for path, data in tables.gpu_results(RESULTS):
-            for axis in tables.AXES if tables.rows_of(data, "scaling") else ():
+            for axis in tables.axes_of(data):
                 made[path.with_name(f"{path.stem}-{axis}.png")] = tables.picture(data, axis)
     except ValueError as error:
         print(f"report: error: {error}", file=sys.stderr)

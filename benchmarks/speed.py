@@ -1,6 +1,6 @@
 """Times the operations of this package beside plain torch, torch.compile and every peer, on a GPU.
 
-    python -m benchmarks.speed --out DIR [--suite NAME,...] [--provider package.module:function]
+    python -m benchmarks.speed --out DIR [--suite NAME ...] [--provider package.module:function]
 
 runs the sections of suites.py in their order, with a GPU in one command everything that is to be
 known. Each provider of a section has a process with a time-out: a crash or a broken CUDA context
@@ -30,7 +30,7 @@ from torch.utils import collect_env
 
 from benchmarks import timing
 from benchmarks.linear_cases import FLOOR
-from benchmarks.providers import ALL_LOADERS, load_providers, user_loader
+from benchmarks.providers import ALL_LOADERS, load_providers, own
 from benchmarks.record import ROOT, duration, finite, has_gpu, output_folder, provenance, write_json
 from benchmarks.suites import ALL, SUITES, Command
 from benchmarks.tables import line
@@ -53,8 +53,7 @@ def run_here(arguments):
     """
     device = torch.device(DEVICE if torch.cuda.is_available() else "cpu")
     (name,) = arguments.suite
-    own = {text: user_loader(text) for text in arguments.provider}
-    loaded = load_providers(device, [arguments.child], {**ALL_LOADERS, **own})
+    loaded = load_providers(device, [arguments.child], ALL_LOADERS | dict(arguments.provider))
     copy = None if arguments.check else timing.copy_bandwidth(device)
     for workload in SUITES[name].workloads[arguments.start :]:
         if arguments.child == FLOOR:
@@ -72,7 +71,6 @@ def run_here(arguments):
 
 
 def append(file, row):
-    """Appends a row to the file of rows."""
     with open(file, "a", encoding="utf-8") as lines:
         lines.write(json.dumps(finite(row)) + "\n")
 
@@ -145,10 +143,10 @@ def run_provider(run, name, provider, options):
 
 def run_section(run, name):
     """Measures a section, provider by provider; returns its status."""
-    arguments, own = run.arguments, run.arguments.provider
-    options = [f"--provider={text}" for text in own] + ["--check"] * arguments.check
-    wanted = (*(arguments.providers or ALL_LOADERS), *own, *[FLOOR] * (not arguments.check))
-    for provider in (*SUITES[name].providers, *own):
+    arguments, users = run.arguments, [text for text, _ in run.arguments.provider]
+    options = [f"--provider={text}" for text in users] + ["--check"] * arguments.check
+    wanted = (*(arguments.providers or ALL_LOADERS), *users, *[FLOOR] * (not arguments.check))
+    for provider in (*SUITES[name].providers, *users):
         if provider in wanted:
             run_provider(run, name, provider, options)
             run.write(name, status="not finished")
@@ -210,37 +208,34 @@ def run_suite(arguments, command, folder):
     return results
 
 
-def _names(known):
-    def names(text):
-        found = text.split(",") if text != "all" else ALL
-        if unknown := sorted(set(found) - set(known)):
-            raise argparse.ArgumentTypeError(
-                f"expected names out of {', '.join(known)}, got {', '.join(map(repr, unknown))}"
-            )
-        return list(found)
-
-    return names
-
-
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed", description=__doc__.split("\n")[0]
+        "python -m benchmarks.speed", description=__doc__.split("\n")[0]
     )
     add, hidden = parser.add_argument, {"help": argparse.SUPPRESS}
+    add("--suite", nargs="+", choices=SUITES, default=ALL, metavar="NAME", help="(default: all)")
     add(
-        "--suite",
-        type=_names(SUITES),
-        default=list(ALL),
-        metavar="NAME,...",
-        help="sections (default: all)",
+        "--out",
+        type=output_folder,
+        metavar="DIR",
+        help="where the results go, such as benchmarks/results/nvidia-h200",
     )
-    add("--out", type=output_folder, metavar="DIR", help="(default: benchmarks/results/<gpu>)")
-    add("--providers", type=_names((*ALL_LOADERS, FLOOR)), metavar="NAME,...", help="only these")
-    add("--provider", action="append", default=[], metavar="package.module:function",
-        help="measure your own too; may be given again")  # fmt: skip
+    add("--providers", nargs="+", choices=[*ALL_LOADERS, FLOOR], metavar="NAME", help="only these")
+    add(
+        "--provider",
+        type=own,
+        action="append",
+        default=[],
+        metavar="package.module:function",
+        help="measure your own too; may be given again",
+    )
     add("--seconds", type=duration, default=SECONDS, help="time for all (default: %(default)s)")
-    add("--provider-seconds", type=duration, default=PROVIDER_SECONDS,
-        help="time for a provider in a section (default: %(default)s)")  # fmt: skip
+    add(
+        "--provider-seconds",
+        type=duration,
+        default=PROVIDER_SECONDS,
+        help="time for a provider in a section (default: %(default)s)",
+    )
     add("--check", action="store_true", help="compare with float64 and time nothing, on a CPU too")
     add("--child", **hidden)  # inside the process of this provider
     add("--start", type=int, default=0, **hidden)
@@ -252,23 +247,15 @@ def main(argv=None):
     """Runs the command line; returns the exit code."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    for text in arguments.provider:
-        try:
-            user_loader(text)
-        except ValueError as error:
-            parser.error(str(error))
+    if not (arguments.check or arguments.out or arguments.child):
+        parser.error("--out: expected a folder for the results, got none; give one, or --check")
     if not arguments.check and not has_gpu("speed"):
         return 2
     if arguments.child:
         return run_here(arguments)
     command = " ".join(["python -m benchmarks.speed", *(sys.argv[1:] if argv is None else argv)])
     with tempfile.TemporaryDirectory() as nowhere:
-        folder = arguments.out or Path(nowhere)
-        if not arguments.out and not arguments.check:
-            gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower())
-            folder = ROOT / "benchmarks" / "results" / gpu
-        folder.mkdir(parents=True, exist_ok=True)
-        sections = run_suite(arguments, command, folder)["sections"]
+        sections = run_suite(arguments, command, arguments.out or Path(nowhere))["sections"]
     bad = [r for s in sections.values() for r in s["rows"] if r["status"] in ("wrong", "failed")]
     said = [f"{name}: {section['status']}" for name, section in sections.items()]
     print("\n".join(["", *said, *(" | ".join(map(str, line(row))) for row in bad)]))

@@ -82,7 +82,7 @@ SMOKE = (
 
 # torch.compile comes last everywhere: it compiles for seconds at each shape, and time may run out.
 COMPILED = "torch.compile"
-FROM_LOGITS = tuple(name for name in (*LOADERS, "Liger GRPO") if name != COMPILED)
+FROM_LOGITS = tuple(name for name in LOADERS if name != COMPILED)
 FROM_HIDDEN = ("fastkl", "torch", "fastkl, logits kept", "torch chunked", *LINEAR_PEERS)
 EVERYBODY = tuple(dict.fromkeys((*FROM_LOGITS, *FROM_HIDDEN, COMPILED)))
 

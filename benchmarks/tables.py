@@ -47,7 +47,6 @@ def gpu_results(folder):
 
 
 def gpu_name(data):
-    """Names the GPU of a file of results."""
     return (data.get("gpu") or {}).get("name", "unnamed GPU")
 
 
@@ -143,7 +142,6 @@ def standing(data):
 
 
 def number(value):
-    """Reads a finite number; None for one that was not measured, or stands there as "nan" or "inf"."""
     return float(value) if value is not None and math.isfinite(float(value)) else None
 
 
@@ -157,7 +155,6 @@ def digits(value, count=3):
 
 
 def times(ratio):
-    """Writes how many times faster: two digits after the point where it is close."""
     return f"{ratio:.2f} ×" if ratio < 2 else f"{digits(ratio, 2)} ×"
 
 
@@ -191,13 +188,11 @@ def why(row):
 
 
 def error(row):
-    """Writes the errors against float64: a word and a number for each, the worst rows left out."""
     found = {name: value for name, value in (row.get("error") or {}).items() if "," not in name}
     return ", ".join(f"{name} {float(value):.0e}" for name, value in found.items()) or NONE
 
 
 def peak(row):
-    """Writes the peak memory beside the inputs."""
     return amount(((row or {}).get("memory") or {}).get("peak_bytes"))
 
 
@@ -303,14 +298,20 @@ def growth(data, axis):
     return table.pivot(index=axis, columns="provider", values=["time", "wall", "memory"])
 
 
+def axes_of(data):
+    """Names the axes of AXES along which kl_divergence was measured on purpose."""
+    scaled = rows_of(data, "scaling")
+    return [axis for axis in AXES if scaled and not growth(data, axis).empty]
+
+
 def crossovers(data, axis):
     """Lists [provider, figure, size]: from which size on fastkl is faster at every size measured.
 
     size is None where it is not faster even at the largest.
     """
     table, lines = growth(data, axis), []
-    for figure, provider in table[["time", "wall"]].columns:
-        if provider != OURS:
+    for figure, provider in table.columns:
+        if figure != "memory" and provider != OURS:
             pair = table[figure][[OURS, provider]].dropna()
             slower = pair.index[~(pair[OURS] < pair[provider] * (1 - NOISE))]
             after = pair.index[pair.index > slower.max()] if len(slower) else pair.index

@@ -25,7 +25,6 @@ CLIP, BETA = 0.2, 0.04
 
 
 def grpo_terms(logprob, kl, old_logprob, advantages):
-    """Computes the GRPO loss of each token in plain torch."""
     ratio = (logprob - old_logprob).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
     return -torch.minimum(ratio * advantages, clipped * advantages) + BETA * kl
