@@ -84,7 +84,7 @@ SMOKE = (
 COMPILED = "torch.compile"
 FROM_LOGITS = tuple(name for name in LOADERS if name != COMPILED)
 FROM_HIDDEN = ("fastkl", "torch", "fastkl, logits kept", "torch chunked", *LINEAR_PEERS)
-EVERYBODY = tuple(dict.fromkeys((*FROM_LOGITS, *FROM_HIDDEN, COMPILED)))
+EVERYBODY = tuple(dict.fromkeys((*FROM_LOGITS, *FROM_HIDDEN)))
 
 SMOKE_CHECK = ("benchmarks.speed", "--check", "--suite", "smoke", "--providers", "fastkl")
 SANITIZER = ("compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9", "--tool")

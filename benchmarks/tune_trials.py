@@ -197,7 +197,7 @@ def _backward(variant, p, q, tokens, saved, upstream, grads):
 
 
 def _off(outputs, gradients, truth, dtype):
-    """What is off by more than the limits of benchmarks.workloads; None where nothing is."""
+    """What is off by more than the limits of benchmarks.cases; None where nothing is."""
     for name, value in outputs.items():
         error = ((value.double() - truth[0][name]).abs() / truth[0][name].abs().clamp_min(1e-3)).max().item()
         if not error <= LIMITS[dtype]["values"]:  # a NaN has to fail

@@ -130,7 +130,8 @@ def test_growth_with_size_is_drawn_and_its_crossover_named(folder, monkeypatch):
     results = data(main=[row("fastkl", 2.67), row("torch", 39.9)], scaling=rows)
     assert tables.crossovers(results, "rows") == [["torch", "time", 4], ["torch", "wall", 4]]
     put(folder, results)
-    monkeypatch.setattr(report, "ROOT", folder)
+    monkeypatch.setattr(report, "ROOT", folder / "root")
+    record.write_bytes(folder / "root" / "README.md", b"# without sections")
     assert report.main([]) == 0
     picture = folder / "NVIDIA H200" / "2026-02-01-rows.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
