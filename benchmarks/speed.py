@@ -135,7 +135,8 @@ def run_provider(run, name, provider, options):
             reason = STOPPED if code is None else f"the process ended with exit code {code}"
             failed = timing.row_of(workloads[done], provider, "failed", reason)
             append(run.rows, {"section": name, **failed})
-        crashes += code is not None
+        # Past the limit no time is left either.
+        crashes += CRASHES if code is None else 1
     for workload in workloads[len(run.rows_of(name, provider)) :]:
         missing = timing.row_of(workload, provider, "missing", reason)
         append(run.rows, {"section": name, **missing})

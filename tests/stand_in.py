@@ -22,6 +22,7 @@ SECTIONS = {
     "main": suites.Section(LOGITS, ("torch",)),
     "linear": suites.Section(LINEAR, (FLOOR, "fastkl")),
     "doctor": suites.Command(("no-such-command",), 60),
+    "memcheck": suites.Command(("{unknown}",), 60),
 }
 
 

