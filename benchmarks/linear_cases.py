@@ -22,8 +22,8 @@ OUTPUTS = {
     "distillation": ("loss",),
     "logprob": ("logprob",),
 }
-# No log-ratio of the data is so near to one where the clip begins: there the gradient jumps, and the
-# rounding of a 16-bit logit, up to 0.03, would decide on which side a token falls.
+# No log-ratio of the data is so near to one where the clip begins: there the gradient jumps, and
+# the rounding of a 16-bit logit, up to 0.03, would decide on which side a token falls.
 CLIP_MARGIN = 0.05
 BLOCK = 256  # tokens whose logits are in float64 at once
 
@@ -35,14 +35,14 @@ TOLERANCE = 1.5
 # or more: the limit finds a row that is wrong and does not compare digits (among 64 rows, roundings
 # as good as torch's but independent of them were up to 3.2 times as far off in their worst). A row
 # that is missing is off by 1, one that is half too large by 0.5. A row in which plain torch is off
-# as much passes: where two tokens share a row's probability, the rounding of their 16-bit logits may
-# be two thirds of its gradient, for everybody; that is one row in some thousands.
+# as much passes: where two tokens share a row's probability, the rounding of their 16-bit logits
+# may be two thirds of its gradient, for everybody; that is one row in some thousands.
 WORST_TOLERANCE, WORST = 5, 0.4
-# A row's error is relative to its own norm, or to this part of the root mean square norm of all rows
-# if that is more: where one token has all the probability the gradient is nearly 0, and its rounding
-# is as large.
+# A row's error is relative to its own norm, or to this part of the root mean square norm of all
+# rows if that is more: where one token has all the probability the gradient is nearly 0, and its
+# rounding is as large.
 SMALL_ROW = 0.1
-# Added for float32, where the order of a sum alone can double an error of 1e-6; bf16 is far above it.
+# Added for float32, where the order of a sum alone can double an error of 1e-6.
 LEAST = 1e-5
 
 FLOOR = "cuBLAS products"
@@ -243,7 +243,7 @@ def linear_fault(workload, inputs, known, outputs, grads):
             result = result[checked_rows(workload)] if name == "dweight" else result
             found |= errors(name, result, true, granted[name])
         else:
-            # Relative to the size of the tokens' losses: in their mean losses of either sign cancel.
+            # Relative to the size of the tokens' losses: in their mean either sign cancels.
             off = (result.detach().double() - true.mean()).abs()
             found[name] = (off / true.abs().mean()).item()
     return found, "; ".join(over(found, limits)) or None

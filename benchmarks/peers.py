@@ -23,13 +23,13 @@ def _log_probs(logits):
 
 
 def _needs_gpu(device):
-    """Raises for Triton kernels without a GPU, unless this process interprets them (interpreted.py)."""
+    """Raises for Triton kernels without a GPU, unless interpreted.py has started the process."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("its Triton kernels need a GPU")
 
 
 def load_trl(device):
-    """Loads TRL: GKDTrainer.generalized_jsd_loss for the KL, and its log-prob and entropy functions.
+    """Loads TRL: GKDTrainer.generalized_jsd_loss, and its log-prob and entropy functions.
 
     The KL is the mode that a trainer would take: beta = 1 with the first argument as student,
     beta = 0 with the second. The loss softmaxes in the type of the logits, so they are cast to
@@ -133,7 +133,7 @@ def load_liger_jsd(device):
 
 
 def load_trl_fused(device):
-    """Loads TRL's ChunkedDivergenceFunction, as its distillation trainer calls it, and ChunkedLogProbFunction.
+    """Loads TRL's ChunkedDivergenceFunction, as its trainer calls it, and ChunkedLogProbFunction.
 
     beta 1: KL(student‖teacher), 0: KL(teacher‖student), each beside the student's entropy, which
     cannot be left out. Logits in tiles, again in backward; gradients summed in float32.
@@ -186,7 +186,7 @@ def load_liger(device):
 
 
 def load_liger_chunked(device):
-    """Loads Liger-Kernel's LigerFusedLinearJSDLoss at beta = 1, with the settings of TRL's trainers.
+    """Loads Liger-Kernel's LigerFusedLinearJSDLoss at beta = 1, set as in TRL's trainers.
 
     It takes the softmaxes in the type of the logits, so in bf16 it may fail the gate: then its
     error is shown and no time. The gradient of the weight is computed even if it is frozen.
@@ -201,13 +201,13 @@ def load_liger_chunked(device):
 
 
 def load_linear_cross_entropy(device):
-    """Loads torch.nn.functional.linear_cross_entropy (torch 2.13 and later) with default options."""
+    """Loads torch's F.linear_cross_entropy (torch 2.13 and later) with default options."""
     options = torch.nn.LinearCrossEntropyOptions()
     return _cross_entropy(F.linear_cross_entropy, "logits in chunks", options=options)
 
 
 def load_cut_cross_entropy(device, work="less work: small gradients are left out", **options):
-    """Loads Apple's cut-cross-entropy; by default it leaves out gradients that it takes for small."""
+    """Loads Apple's cut-cross-entropy, which by default leaves out gradients that seem small."""
     _needs_gpu(device)
     from cut_cross_entropy import linear_cross_entropy
 

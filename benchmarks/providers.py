@@ -1,4 +1,4 @@
-"""Lists who computes: every provider offers operations on the same tensors, or says why it does not.
+"""Lists who computes: every provider offers operations on the same tensors, or says why not.
 
 An operation is a function of the case's inputs that returns a tuple of tensors. On logits
 (cases.Inputs): "kl_divergence", "mean_kl", "token_stats", "logprob", "logprob_entropy", "entropy".
@@ -60,7 +60,8 @@ def load_torch(device):
     return {
         **logits_works(
             PLAIN,
-            "the same work: a float32 log_softmax of each tensor, then elementwise in [N, V] and a sum",
+            "the same work: a float32 log_softmax of each tensor, then elementwise in [N, V] and "
+            "a sum",
             logprob="the same work: a float32 log_softmax and a gather",
         ),
         **linear_works(
@@ -89,7 +90,8 @@ def load_torch_compile(device):
         works |= linear_works(
             compiled(on_hidden(PLAIN)),
             PRODUCTS,
-            "the same work, the fewest products; all logits in memory, what follows them compiled for this shape",
+            "the same work, the fewest products; all logits in memory, what follows them compiled "
+            "for this shape",
         )
     return works
 
@@ -125,7 +127,7 @@ def load_fastkl(device):
     linear = {"kl_divergence": kl("none"), "mean_kl": kl("mean")}
     works |= linear_works(linear, {mode: PRODUCTS[mode] for mode in LOSSES}, once)
     return works | _from_stats(
-        summed.format("computed again where they exceed 2 GiB: 2 more, or 1")
+        summed.format("logits above 2 GiB are computed again, for 2 products more, or 1")
     )
 
 
@@ -154,7 +156,7 @@ def _from_stats(note, **options):
 
 
 def load_one_launch(device):
-    """Loads this package with loss and gradient in one launch (kernels/row_fused.py): KL's mean only.
+    """Loads this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
 
     Its backward alone is a scaling at the first call and computes the gradient at later ones, so
     only forward and both are comparable.
@@ -251,7 +253,7 @@ def load_categorical(device):
         "kl_divergence": lambda p, q: (kl(p, q),),
         "mean_kl": lambda p, q: (kl(p, q).mean(),),
     }
-    note = "float32 copies of the logits, normalised, their softmax, and tests for infinities in [N, V]"
+    note = "float32 copies of the logits, normalised, their softmax, tests for infinities in [N, V]"
     return logits_works(functions, f"more work: {note}")
 
 
@@ -287,7 +289,7 @@ def own(text):
 
 
 def load_providers(device, names=None, loaders=LOADERS):
-    """Loads the providers by name, in the order of the loaders; one that cannot be used says why."""
+    """Loads the providers by name, in the order of the loaders; an unusable one says why."""
     providers = []
     for name, load in loaders.items():
         if names is not None and name not in names:

@@ -1,4 +1,4 @@
-"""Shares what the commands of this folder need: checked arguments, files of figures, the origin of figures, tables."""
+"""Shares checked arguments, files of figures, their origin and tables among the commands here."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ def write_bytes(path, content):
 
 
 def finite(data):
-    """Replaces NaN and the infinities, which JSON lacks, by the strings "nan", "inf" and "-inf"; float() reads them."""
+    """Replaces NaN and the infinities, which JSON lacks, by strings that float() reads."""
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -78,7 +78,8 @@ def has_gpu(tool):
     """Returns whether there is a CUDA GPU; a tool that reports its absence ends with exit code 2."""
     if not torch.cuda.is_available():
         print(
-            f"{tool}: expected a CUDA GPU, got none; nothing was measured, run it on a machine that has one",
+            f"{tool}: expected a CUDA GPU, got none; nothing was measured, run it on a machine "
+            "that has one",
             file=sys.stderr,
         )
     return torch.cuda.is_available()

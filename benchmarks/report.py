@@ -92,7 +92,7 @@ def static_section():
 
 
 def kernels_table(data, names=None):
-    """Makes the table of the kernels of these names, or of all; of two types a name means the first."""
+    """Makes the table of these kernels, or of all; of two types a name means the first."""
     first = {row["kernel"]: row for row in reversed(data["kernels"])}
     lines = []
     for row in data["kernels"] if names is None else [first[name] for name in names]:

@@ -4,11 +4,11 @@
 
 runs the sections of suites.py in their order, with a GPU in one command everything that is to be
 known. Each provider of a section has a process with a time-out: a crash or a broken CUDA context
-costs one row, a hang the rest of its provider's. Rows are appended to DIR/<date>.jsonl as they come;
-DIR/<date>.json, with GPU, versions, commit and command, is rewritten whole after each process. A
-provider of your own is a function of the device that returns {operation: function of the inputs}
-(providers.py). --check measures no time: it compares every provider with float64, on a CPU too. Exit
-code 0: all is measured and right; 1: it is not; 2: no CUDA GPU here, or wrong use.
+costs one row, a hang the rest of its provider's. Rows are appended to DIR/<date>.jsonl as they
+come; DIR/<date>.json, with GPU, versions, commit and command, is rewritten whole after each
+process. A provider of your own is a function of the device that returns {operation: function of the
+inputs} (providers.py). --check measures no time: it compares every provider with float64, on a CPU
+too. Exit code 0: all is measured and right; 1: it is not; 2: no CUDA GPU here, or wrong use.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def append(file, row):
 
 @dataclass
 class Run:
-    """One run of the command: its file of rows, its results, and when it has to end."""
+    """Holds one run of the command: its file of rows, its results, and when it has to end."""
 
     arguments: argparse.Namespace
     rows: Path

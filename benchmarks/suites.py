@@ -1,4 +1,4 @@
-"""Lists what speed.py measures: sections of cases and providers, and commands, in their order on a GPU."""
+"""Lists the sections of speed.py, cases with providers or commands, in their order on a GPU."""
 
 import sys
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from benchmarks.work import PRODUCTS
 
 @dataclass(frozen=True)
 class Section:
-    """Cases, the most important first, and the providers that are measured at them, each in a process."""
+    """Holds cases, the most important first, and the providers that are measured at them."""
 
     workloads: tuple
     providers: tuple[str, ...]
@@ -20,7 +20,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of its own with a time limit; {folder} and {stamp} in it name the results."""
+    """Holds a command with a time limit; {folder} and {stamp} in it name the results."""
 
     command: tuple[str, ...]
     seconds: float
@@ -91,7 +91,7 @@ SANITIZER = ("compute-sanitizer", "--target-processes", "all", "--error-exitcode
 TESTS = ("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests")
 TUNE_JSON, ACCURACY_JSON = "{folder}/{stamp}-tune.json", "{folder}/{stamp}-accuracy.json"
 
-# In the order of their importance with a GPU at hand: right before fast, the main shape before others.
+# In the order of importance with a GPU at hand: right before fast, the main shape before others.
 SUITES = {
     "tests": Command(_module(*TESTS), 300),
     "main": Section(MAIN, ("fastkl", "torch", COMPILED)),

@@ -85,7 +85,7 @@ def by_workload(data, sections=TIMED):
 
 
 def timed(row):
-    """Returns {phase: milliseconds} of a row that passed the gate; empty for every other, and for none."""
+    """Returns {phase: milliseconds} of a row that passed the gate; empty for every other."""
     if not row or row.get("status") != "ok":
         return {}
     found = {p: number(figures.get("median_ms")) for p, figures in (row.get("times") or {}).items()}
@@ -177,7 +177,7 @@ def text(words, length=200):
 
 
 def why(row):
-    """Writes what stands in the place of a time: an error of the gate, or the reason for having none."""
+    """Writes the reason for having no time, or an error of the gate, in its place."""
     if not row:
         return NONE
     if row.get("status") == "ok":
@@ -200,7 +200,7 @@ def peak(row):
 
 
 def summary(data, sections, what, title, share):
-    """Makes a table of a line per workload at the main shape: fastkl, the best other, plain torch, memory.
+    """Makes a table of a line per workload at the main shape: fastkl, the best other, plain torch.
 
     share: the key and the format of a figure beside our time.
     """

@@ -169,7 +169,7 @@ def _median(times, **others):
 
 
 def wall_time(run, sets, repetitions=5):
-    """Returns the median milliseconds on the clock of one call alone, from an idle GPU to its end."""
+    """Returns the median milliseconds of one call alone, from an idle GPU to its end."""
     times = []
     for inputs in itertools.islice(itertools.cycle(sets), repetitions):
         torch.cuda.synchronize()

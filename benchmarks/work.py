@@ -89,7 +89,7 @@ def logits_works(functions, note, **notes):
 
 
 def on_hidden(functions):
-    """Makes functions of (hidden, weight, ref_hidden, ref_weight, tokens) of functions of logits."""
+    """Makes functions of hidden states and weights, as linear_works takes them, of logits'."""
 
     def made(operation, function):
         def run(hidden, weight, ref_hidden, ref_weight, tokens):

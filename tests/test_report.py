@@ -1,4 +1,4 @@
-"""Checks the report: tables come from the committed results, and say what was measured and what not."""
+"""Checks the report: tables come from the committed results, and name what was not measured."""
 
 import json
 import math

@@ -224,7 +224,7 @@ ROWWISE = [mode for mode in PRODUCTS if mode != "forward"]
 
 @pytest.fixture(scope="module", params=ROWWISE)
 def rounded(request):
-    """A workload in bfloat16, where roundings matter, its inputs, their truth and plain torch's results."""
+    """A workload in bfloat16, where roundings matter, and plain torch's results beside the truth."""
     workload = LinearWorkload(request.param, rows=256, hidden=128, vocabulary=4096)
     inputs = make_linear_inputs(workload, CPU)
     outputs = load_providers(CPU, ["torch"])[0].operations[workload.operation](inputs)
