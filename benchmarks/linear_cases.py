@@ -108,7 +108,7 @@ class LinearInputs:
 
 
 def make_linear_inputs(workload, device, seed=0):
-    """Makes policy logits near N(0, 3²), and a reference that gives a KL of a few tenths of a nat."""
+    """Makes policy logits near N(0, 3²), and a reference at a KL of some tenths of a nat."""
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     rows, size, mode = workload.rows, workload.hidden, workload.mode
 

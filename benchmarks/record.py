@@ -75,7 +75,7 @@ def duration(text):
 
 
 def has_gpu(tool):
-    """Returns whether there is a CUDA GPU; a tool that reports its absence ends with exit code 2."""
+    """Returns whether there is a CUDA GPU, and reports its absence: the tool ends with code 2."""
     if not torch.cuda.is_available():
         print(
             f"{tool}: expected a CUDA GPU, got none; nothing was measured, run it on a machine "

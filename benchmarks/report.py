@@ -136,8 +136,8 @@ def gpu_section():
     of_copy, of_floor = ("percent_of_copy", ", {:.0f} %"), ("ratio_to_floor", ", {:.2f} ×")
     parts = [
         f"Measured on one {gpu_name(data)}: {MAIN['rows']} tokens, a vocabulary of"
-        f" {MAIN['vocabulary']}, bfloat16; median device time of forward and backward together; n ×:"
-        " fastkl is so many times faster. Every figure is on the"
+        f" {MAIN['vocabulary']}, bfloat16; median device time of forward and backward together;"
+        " n ×: fastkl is so many times faster. Every figure is on the"
         " [page of results](benchmarks/results/README.md).",
         tables.summary(
             data, ("main", "peers"), "from logits", "fastkl, of a copy's bandwidth", of_copy

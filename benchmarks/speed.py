@@ -71,8 +71,9 @@ def run_here(arguments):
 
 
 def append(file, row):
+    # A line that a killed process cut short lacks its tab, and cannot spoil the next one.
     with open(file, "a", encoding="utf-8") as lines:
-        lines.write(json.dumps(finite(row)) + "\n")
+        lines.write("\n" + json.dumps(finite(row)) + "\t")
 
 
 @dataclass
@@ -86,8 +87,9 @@ class Run:
 
     def rows_of(self, section, provider=None):
         """Reads the rows of a section that are there."""
-        lines = self.rows.read_text(encoding="utf-8").splitlines() if self.rows.exists() else []
-        rows = [row for row in map(json.loads, lines) if row["section"] == section]
+        lines = self.rows.read_text(encoding="utf-8").split("\n") if self.rows.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\t")]
+        rows = [row for row in rows if row.pop("section") == section]
         return [row for row in rows if provider in (None, row["provider"])]
 
     def write(self, section, **facts):

@@ -57,7 +57,7 @@ def rows_of(data, section):
 
 
 def label(workload):
-    """Names a workload the same in every table: the operation, and how the shape is not the main."""
+    """Names a workload the same in every table: the operation, and a shape that is not the main."""
     linear = "mode" in workload
     main = LINEAR_MAIN if linear else MAIN
     parts = [f"linear {workload['mode']}" if linear else workload["operation"]]
@@ -90,11 +90,6 @@ def timed(row):
         return {}
     found = {p: number(figures.get("median_ms")) for p, figures in (row.get("times") or {}).items()}
     return {phase: milliseconds for phase, milliseconds in found.items() if milliseconds}
-
-
-def others_of(rows):
-    """Returns the rows of other packages."""
-    return {name: row for name, row in rows.items() if name not in (OURS, *ALSO_OURS)}
 
 
 def frame(data):
@@ -209,7 +204,8 @@ def summary(data, sections, what, title, share):
         if "," in name:
             continue
         phase = "forward" if name == "linear forward" else "both"
-        ours, others = rows.get(OURS), others_of(rows)
+        ours = rows.get(OURS)
+        others = {who: row for who, row in rows.items() if who not in (OURS, *ALSO_OURS)}
         speeds = {other: timed(row)[phase] for other, row in others.items() if phase in timed(row)}
         best, mine = min(speeds, key=speeds.get, default=None), timed(ours).get(phase)
         cell = why(ours)
@@ -255,7 +251,7 @@ LINEAR_HEAD = [
 
 
 def timings(rows):
-    """Makes the tables of all timed rows, a workload's together: from logits, from hidden states."""
+    """Makes the tables of rows, a workload's together: from logits, and from hidden states."""
     names = list(dict.fromkeys(label(row["workload"]) for row in rows))
     rows = sorted(rows, key=lambda row: names.index(label(row["workload"])))
     logits = [line(row) for row in rows if "mode" not in row["workload"]]

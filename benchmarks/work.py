@@ -105,8 +105,8 @@ def linear_works(functions, products, note, **notes):
     """Makes {"linear_" + mode: Work} for the modes in `products`.
 
     functions: of (hidden, weight, ref_hidden, ref_weight, tokens), by "kl_divergence", "mean_kl",
-    "token_stats", "logprob" and "logprob_kl"; "reverse_mean_kl" is the mean of KL(reference‖policy),
-    by default mean_kl with the models exchanged. notes: of modes for which `note` does not hold.
+    "token_stats", "logprob" and "logprob_kl"; "reverse_mean_kl" is the mean of KL(Q‖P) of policy
+    P, by default mean_kl with the models exchanged. notes: of modes that `note` is not true of.
     """
 
     def call(name):

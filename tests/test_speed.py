@@ -25,7 +25,7 @@ OWN = "stand_in:provider"
 
 
 def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path, capfd):
-    """Order, subprocesses, a user's own provider that crashes, the floor's ratio, logs, whole JSON."""
+    """Order, subprocesses, a user's own provider that crashes, the floor, logs, whole JSON."""
     stand_in.install(monkeypatch.setattr)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     suite = ["tests", "main", "linear", "doctor", "memcheck"]
@@ -66,7 +66,7 @@ def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path, capfd):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Makes a Run of a section of three workloads, whose processes are answers: (rows, exit code)."""
+    """A Run of a section of three workloads, whose processes are answers: (rows, exit code)."""
     workloads = tuple(Workload(rows=n, vocabulary=7) for n in (1, 2, 3))
     monkeypatch.setattr(speed, "SUITES", {"section": Section(workloads, ("torch",))})
     arguments = argparse.Namespace(provider=[], providers=None, check=False, provider_seconds=100.0)
@@ -199,7 +199,7 @@ def provider(device):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_context_broken_on_a_gpu(tmp_path):
-    """By an index out of range: rows say so, and the process ends with the code that has it go on."""
+    """By an index out of range: the row says so, and the exit code lets the section go on."""
     (tmp_path / "breaks.py").write_text(BREAKS)
     rows, paths = tmp_path / "rows.jsonl", os.pathsep.join([str(ROOT), str(tmp_path)])
     command = [*speed.CHILD, "--suite", "smoke", "--child", "breaks:provider"]

@@ -40,7 +40,7 @@ def exact(i):
 
 @pytest.mark.parametrize("name", [*OFFERS, *FROM_HIDDEN])
 def test_right_providers_pass_the_gates(name):
-    """At every operation and mode that they offer, in bf16 and fp32; without a GPU no time is given."""
+    """At every operation and mode that they offer; without a GPU no time is given."""
     (provider,) = load_providers(CPU, [name], ALL_LOADERS)
     if provider.missing:
         pytest.skip(provider.missing)
@@ -189,9 +189,14 @@ def kl_of(hidden, weight, ref_hidden, ref_weight):
         (lambda h, w, r, v: kl_of(h, w[1:], r, v[1:]), "off by"),
         (lambda h, w, r, v: kl_of(h, w.detach(), r, v) + 0 * w.sum(), "dweight off by"),
         (lambda h, w, r, v: kl_of(h.detach(), w, r, v) + 0 * h.sum(), "dhidden off by"),
-        (lambda h, w, r, v: torch.cat([kl_of(h[:6], w, r[:6], v), kl_of(h[6:], w.detach(), r[6:], v)]), "dweight off by"),
+        (
+            lambda h, w, r, v: torch.cat(
+                [kl_of(h[:6], w, r[:6], v), kl_of(h[6:], w.detach(), r[6:], v)]
+            ),
+            "dweight off by",
+        ),
     ],
-    ids=["direction", "one weight", "scaled", "nan", "last entry", "no dweight", "no dhidden", "chunk lost"],
+    ids="direction,one weight,scaled,nan,entry,no dweight,no dhidden,chunk lost".split(","),
 )  # fmt: skip
 def test_the_gate_catches_a_wrong_loss(function, reason):
     def mean(i):
@@ -224,7 +229,7 @@ ROWWISE = [mode for mode in PRODUCTS if mode != "forward"]
 
 @pytest.fixture(scope="module", params=ROWWISE)
 def rounded(request):
-    """A workload in bfloat16, where roundings matter, and plain torch's results beside the truth."""
+    """A workload in bfloat16, where roundings matter, with plain torch's results and the truth."""
     workload = LinearWorkload(request.param, rows=256, hidden=128, vocabulary=4096)
     inputs = make_linear_inputs(workload, CPU)
     outputs = load_providers(CPU, ["torch"])[0].operations[workload.operation](inputs)

@@ -184,7 +184,11 @@ def test_times_as_if_on_a_gpu():
 import json, types, torch
 from benchmarks import tune_trials
 from fastkl.kernels import config, launch
-from gpu_cases import Event
+import time
+class Event:
+    def __init__(self, enable_timing): pass
+    def record(self): self.at = time.perf_counter()
+    def elapsed_time(self, end): return max(1e3 * (end.at - self.at), 1e-4)
 held = []
 torch.cuda.Event, torch.cuda.synchronize, torch.cuda._sleep = Event, lambda: None, held.append
 tune_trials.Timer.MOST_SETS = 3
