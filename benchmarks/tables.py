@@ -39,11 +39,8 @@ def gpu_results(folder):
         if name not in newest or data["date"] > newest[name][1]["date"]:
             newest[name] = path, data
 
-    def rank(found):
-        date = found[1]["date"]
-        return date[:10], "H200" in gpu_name(found[1]), date
-
-    return sorted(newest.values(), key=rank, reverse=True)
+    ranks = {path: (data["date"][:10], "H200" in gpu_name(data)) for path, data in newest.values()}
+    return sorted(newest.values(), key=lambda found: ranks[found[0]], reverse=True)
 
 
 def gpu_name(data):
