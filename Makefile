@@ -34,14 +34,14 @@ bench: $(INSTALLED) $(BENCH_PEERS)
 	$(VENV)/bin/python -m benchmarks.accuracy --json build/accuracy.json --plot build/accuracy.png
 	$(VENV)/bin/python -m benchmarks.linear_accuracy --json build/linear_accuracy.json
 	$(VENV)/bin/python -m benchmarks.overhead --json build/overhead.json
-	$(VENV)/bin/python -m pytest benchmarks tests/test_scaling.py $(ARGS)
+	$(VENV)/bin/python -m benchmarks.speed --check --suite smoke --out build $(ARGS)
 
 lint: $(LINTER)
 	$(VENV)/bin/ruff check . $(ARGS)
 
 # Leaves .venv alone: it takes minutes to rebuild. To start over, remove it.
 clean:
-	rm -rf build dist *.egg-info demo-run .pytest_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf build dist *.egg-info demo-run .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Order-only: the folder's time changes whenever something is installed into it.

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cases import DTYPES, Inputs
 from benchmarks.interpreted import NAMES as INTERPRETED
 from benchmarks.interpreted import interpreted_providers
-from benchmarks.peers import NotOfferedError
 from benchmarks.providers import LOADERS, load_providers
 from benchmarks.record import output_file, provenance, version, write_json
-from benchmarks.workloads import DTYPES, Inputs
+from benchmarks.work import NotOfferedError
 
 TARGETS = tuple(10.0**exponent for exponent in range(-8, 3))
 SHOWN = TARGETS[:-1]  # of the command: up to 1e1

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 import fastkl
-from benchmarks.gpu_tables import markdown, origin
-from benchmarks.record import ROOT, output_file, provenance, write_json
+from benchmarks.record import ROOT, markdown, origin, output_file, provenance, write_json
 
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "times.json"
 SHAPES = ((64, 32000), (256, 50257), (32, 128256), (512, 1000))
@@ -134,9 +133,9 @@ def main(argv=None):
         if path:
             write_json(path, data)
     if arguments.write:
-        from benchmarks import readme_tables
+        from benchmarks import report
 
-        return readme_tables.main([])
+        return report.main([])
     return 0
 
 

@@ -12,8 +12,8 @@ from threading import Thread
 
 import torch
 
+from benchmarks.cases import Inputs
 from benchmarks.providers import Provider, load_providers
-from benchmarks.workloads import Inputs
 
 NAMES = {"fastkl (Triton, interpreted)": "fastkl", "Liger KLDIVLoss (interpreted)": "Liger KLDIVLoss", "Liger JSD (interpreted)": "Liger JSD"}
 ROWS = {"fastkl": 2}  # of each pair, where not all: at a vocabulary of 128256 a row of ours takes a second, one of theirs a tenth

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import fastkl
+from benchmarks.cases import DTYPES
 from benchmarks.record import output_file, provenance, write_json
-from benchmarks.workloads import DTYPES
 
 SIZES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the noise between the hidden states of policy and reference
 SHAPE = {"tokens": 64, "hidden": 512, "vocabulary": 32000}

@@ -1,32 +1,21 @@
-"""Other packages as providers (benchmarks/providers.py): each loader says in its docstring which work it does and what it leaves out.
+"""Loads other packages as providers (providers.py); each loader says which work it does.
 
-Every peer gets the same logits as the others, used the way its documentation shows and with float32 softmaxes wherever the caller decides. Nothing of
-a peer is loaded before its loader is called; one that is not installed or cannot run here raises, and the reason becomes a row of the results.
+Every peer gets the same tensors as the others, used the way its documentation shows and with
+float32 softmaxes wherever the caller decides. A peer is imported when its loader is called; one
+that is not installed or cannot run here raises, and the reason becomes a row of the results.
 """
+
+import inspect
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-ROWS_BY_CALLS = 64  # a loss that knows only a scalar is called per row up to here: right for errors, no measure of its speed
+from benchmarks.work import NotOfferedError, Work, linear_works
 
-
-class NotOfferedError(RuntimeError):
-    """A provider does not do this size or gradient; the text says why, and stands in its row."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One operation of a provider: a function of the inputs, and in one line which work it does."""
-
-    run: Callable
-    note: str
-
-    def __call__(self, inputs):
-        return self.run(inputs)
+ROWS_BY_CALLS = 64  # rows at which a loss that is one scalar is called for each, to see its error
 
 
 def _log_probs(logits):
@@ -34,53 +23,58 @@ def _log_probs(logits):
 
 
 def _needs_gpu(device):
-    """Raises for Triton kernels without a GPU, unless this process runs them in Triton's interpreter (benchmarks/interpreted.py)."""
+    """Raises for Triton kernels without a GPU, unless interpreted.py has started the process."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("its Triton kernels need a GPU")
 
 
 def load_trl(device):
-    """TRL. KL: GKDTrainer.generalized_jsd_loss, one F.kl_div on two log_softmax, summed over the vocabulary, or batchmean over the tokens.
-    Log-probability, entropy and both: its functions of those names.
+    """Loads TRL: GKDTrainer.generalized_jsd_loss, and its log-prob and entropy functions.
 
-    The KL is the mode that a trainer would take: beta = 1 with the first argument as student, beta = 0 with the second. The loss softmaxes in the
-    type of the logits, so they are cast to float32 here, as they come out of TRL's mixed precision. Its kernel for log-prob and entropy (GPU only)
-    reads 16-bit logits; on a CPU they are cast as well. It has no token_stats.
+    The KL is the mode that a trainer would take: beta = 1 with the first argument as student,
+    beta = 0 with the second. The loss softmaxes in the type of the logits, so they are cast to
+    float32 here, as they come out of TRL's mixed precision. Its kernel for log-prob and entropy
+    (GPU only) reads 16-bit logits; on a CPU they are cast as well. It has no token_stats.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that trl.experimental may change
         from trl.experimental.gkd import GKDTrainer
-    from trl.trainer.utils import entropy_from_logits, selective_log_softmax, selective_log_softmax_and_entropy
+    from trl.trainer import utils
 
     def loss(i, reduction):
         student, teacher, beta = (i.p, i.q, 1) if i.wrt == "p" else (i.q, i.p, 0)
         # [N, V]: it divides by the first dimension.
-        return GKDTrainer.generalized_jsd_loss(student.float().flatten(0, -2), teacher.float().flatten(0, -2), beta=beta, reduction=reduction)
+        pair = (x.float().flatten(0, -2) for x in (student, teacher))
+        return GKDTrainer.generalized_jsd_loss(*pair, beta=beta, reduction=reduction)
 
     def logits(i):
         return i.p if i.p.is_cuda else i.p.float()
 
-    note = "more work: float32 copies of the logits, divided by a temperature, two log_softmax; writes [N, V] of losses"
+    note = (
+        "more work: float32 copies of the logits, divided by a temperature, two log_softmax; "
+        "writes [N, V] of losses"
+    )
     fused = "one kernel for log-probability and entropy, whichever is asked for"
     return {
         "kl_divergence": Work(lambda i: (loss(i, "none").sum(-1).view(i.p.shape[:-1]),), note),
         "mean_kl": Work(lambda i: (loss(i, "batchmean"),), note),
-        "logprob": Work(lambda i: (selective_log_softmax(logits(i), i.tokens),), fused),
-        "logprob_entropy": Work(lambda i: selective_log_softmax_and_entropy(logits(i), i.tokens), fused),
-        "entropy": Work(lambda i: (entropy_from_logits(logits(i)),), fused),
+        "logprob": Work(lambda i: (utils.selective_log_softmax(logits(i), i.tokens),), fused),
+        "logprob_entropy": Work(
+            lambda i: utils.selective_log_softmax_and_entropy(logits(i), i.tokens), fused
+        ),
+        "entropy": Work(lambda i: (utils.entropy_from_logits(logits(i)),), fused),
     }
 
 
 def load_liger_kldiv(device):
-    """Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by torch: reduction "batchmean" for the mean, "none" summed over
-    the vocabulary for the KL of each token.
+    """Loads Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by torch.
 
     It has no gradient to its target: KL(P‖Q) to Q only.
     """
     _needs_gpu(device)
     from liger_kernel.transformers import LigerKLDIVLoss
 
-    each, mean = (LigerKLDIVLoss(reduction=reduction, log_target=True) for reduction in ("none", "batchmean"))
+    each, mean = (LigerKLDIVLoss(reduction=kind, log_target=True) for kind in ("none", "batchmean"))
 
     def log_probs(i):
         if i.wrt == "p":
@@ -88,17 +82,22 @@ def load_liger_kldiv(device):
         return (_log_probs(x).flatten(0, -2) for x in (i.q, i.p))
 
     note = "the same work: two float32 log_softmax by torch first"
+    asks = "its backward asks the GPU whether the upstream gradient is 1"
     return {
-        "kl_divergence": Work(lambda i: (each(*log_probs(i)).sum(-1).view(i.p.shape[:-1]),), f"{note}, writes [N, V] of losses"),
-        "mean_kl": Work(lambda i: (mean(*log_probs(i)),), f"{note}; its backward asks the GPU whether the upstream gradient is 1"),
+        "kl_divergence": Work(
+            lambda i: (each(*log_probs(i)).sum(-1).view(i.p.shape[:-1]),),
+            f"{note}, writes [N, V] of losses",
+        ),
+        "mean_kl": Work(lambda i: (mean(*log_probs(i)),), f"{note}; {asks}"),
     }
 
 
 def load_liger_jsd(device):
-    """Liger-Kernel's LigerJSD: beta = 1 is KL(P‖Q) with its gradient to P, beta = 0 the same with its gradient to Q; the log_softmax are plain torch.
+    """Loads Liger-Kernel's LigerJSD after two log_softmax by torch.
 
-    It gives one scalar, the mean over all tokens. A KL per token therefore takes a call per row: done for few rows, to see the error; refused for
-    many, where the time would be that of the calls.
+    beta = 1 is KL(P‖Q) with its gradient to P, beta = 0 the same with its gradient to Q. It gives
+    one scalar, the mean over all tokens. A KL per token therefore takes a call per row: done for
+    few rows, to see the error; refused for many, where the time would be that of the calls.
     """
     _needs_gpu(device)
     from liger_kernel.transformers import LigerJSD
@@ -112,59 +111,126 @@ def load_liger_jsd(device):
     def kl_divergence(i):
         rows = i.p.shape[:-1].numel()
         if rows > ROWS_BY_CALLS:
-            raise NotOfferedError(f"LigerJSD gives one scalar for all tokens; KL per token would be {rows} calls")
+            raise NotOfferedError(
+                f"LigerJSD gives one scalar for all tokens; KL per token would be {rows} calls"
+            )
         pairs = zip(*student_and_teacher(i), strict=True)
-        return (torch.stack([losses[i.wrt](student[None], teacher[None]) for student, teacher in pairs]).view(i.p.shape[:-1]),)
+        each = [losses[i.wrt](student[None], teacher[None]) for student, teacher in pairs]
+        return (torch.stack(each).view(i.p.shape[:-1]),)
 
-    note = "the same work: two float32 log_softmax by torch first; value and gradient in one kernel, [N, V] of losses"
+    note = (
+        "the same work: two float32 log_softmax by torch first; value and gradient in one kernel, "
+        "[N, V] of losses"
+    )
+    asks = "its backward asks the GPU whether the upstream gradient is 1"
     return {
         "kl_divergence": Work(kl_divergence, f"{note}, a call per row"),
-        "mean_kl": Work(lambda i: (losses[i.wrt](*student_and_teacher(i)),), f"{note}; its backward asks the GPU whether the upstream gradient is 1"),
+        "mean_kl": Work(lambda i: (losses[i.wrt](*student_and_teacher(i)),), f"{note}; {asks}"),
     }
 
 
-class _OnWhole(torch.autograd.Function):
-    """A function of all of [B, L + 1, V] as one of its slice [:, :-1], without a copy of either the logits or their gradient."""
-
-    @staticmethod
-    def forward(ctx, sliced, function):
-        batch, length, vocabulary = sliced.shape
-        whole = sliced.detach().as_strided((batch, length + 1, vocabulary), sliced.stride(), sliced.storage_offset()).requires_grad_()
-        with torch.enable_grad():
-            ctx.value = function(whole)
-        ctx.whole = whole
-        return ctx.value.detach()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (gradient,) = torch.autograd.grad(ctx.value, ctx.whole, upstream)
-        return gradient[:, :-1], None
+# From hidden states
 
 
-def load_liger_grpo(device):
-    """Liger-Kernel's GRPO kernels for the log-probability. Its fused_selective_log_softmax has no gradient; GrpoLossFunction, forward and backward,
-    computes the log-probability inside the loss: loss_type "cispo" with advantages of -1 and no old log-probabilities is exactly that.
+def load_trl_fused(device):
+    """Loads TRL's ChunkedDivergenceFunction, as its trainer calls it, and ChunkedLogProbFunction.
 
-    It takes contiguous [B, L + 1, V] logits and leaves the last position out, so it is measured on layout "sliced". By default it would write the
-    gradient over the logits, which the others still need (inplace=False): the same bytes move, and a gradient more is allocated.
+    beta 1: KL(student‖teacher), 0: KL(teacher‖student), each beside the student's entropy, which
+    cannot be left out. Logits in tiles, again in backward; gradients summed in float32.
+    """
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE  # its trainers pass it
+
+    def kl(beta, *inputs):
+        hidden, weight, ref_hidden, ref_weight, _ = inputs
+        return ChunkedDivergenceFunction.apply(
+            hidden, weight, None, ref_hidden, ref_weight, None, beta
+        )[0]
+
+    def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
+        rest = (1.0, TILE, None, 1.0, ())
+        return (ChunkedLogProbFunction.apply(hidden, weight, None, tokens, *rest)[0],)
+
+    functions = {
+        "kl_divergence": lambda *inputs: (kl(1.0, *inputs),),
+        "mean_kl": lambda *inputs: (kl(1.0, *inputs).mean(),),
+        "reverse_mean_kl": lambda *inputs: (kl(0.0, *inputs).mean(),),
+        "logprob": logprob,
+    }
+    products = dict.fromkeys(("forward", "loss", "frozen", "distillation", "logprob"))
+    tiles = "float32 logits in tiles, again in backward; gradients summed in float32"
+    entropy = f"more work: {tiles}; the student's entropy comes with it"
+    return linear_works(functions, products, entropy, logprob=f"the same work: {tiles}")
+
+
+def load_liger(device):
+    """Loads Liger-Kernel's LigerFusedLinearJSD at beta 1 and 0: losses only, no KL per token.
+
+    Its fused GRPO loss takes k3 of the sampled tokens, not the exact KL, so it has no part in mode
+    grpo. The weight's gradient is summed in float32, as ours, where the release can (accum_dtype).
     """
     _needs_gpu(device)
-    from liger_kernel.ops.grpo_loss import GrpoLossFunction
+    from liger_kernel.transformers import LigerFusedLinearJSD
 
-    def logprob(i):
-        length, vocabulary = i.p.shape[-2:]
-        if i.p.dim() != 3 or i.p.stride() != ((length + 1) * vocabulary, vocabulary, 1):
-            raise NotOfferedError('its kernels take [B, L + 1, V] logits and leave out the last position: layout "sliced" only')
-        minus_one = torch.full((len(i.p),), -1.0, device=i.p.device)
+    known = inspect.signature(LigerFusedLinearJSD).parameters
+    options = {"accum_dtype": torch.float32} if "accum_dtype" in known else {}
+    reverse, forward = (LigerFusedLinearJSD(jsd_beta=beta, **options) for beta in (1.0, 0.0))
+    functions = {
+        "mean_kl": lambda h, w, rh, rw, tokens: (reverse(h, w, rh, rw, None),),
+        "reverse_mean_kl": lambda h, w, rh, rw, tokens: (forward(h, w, rh, rw, None),),
+    }
+    summed = f"the weight's gradient summed in {'float32' if options else 'its type'}"
+    products = {"loss": 4, "frozen": 3, "distillation": 4}
+    return linear_works(functions, products, f"the same work, gradient with the value; {summed}")
 
-        def loss(whole):
-            # temperature, beta of the KL, lower and upper clip, inplace, type of the loss, longest completion, reduced
-            return GrpoLossFunction.apply(whole, None, None, i.tokens, minus_one, None, 1.0, 0.0, 0.2, 1.0, False, "cispo", None, False)[0]
 
-        return (_OnWhole.apply(i.p, loss),)
+def load_liger_chunked(device):
+    """Loads Liger-Kernel's LigerFusedLinearJSDLoss at beta = 1, set as in TRL's trainers.
 
-    return {"logprob": Work(logprob, "more work: inside a GRPO loss per token, which also counts what is clipped; the logits' gradient not in place")}
+    It takes the softmaxes in the type of the logits, so in bf16 it may fail the gate: then its
+    error is shown and no time. The gradient of the weight is computed even if it is frozen.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    weights = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
+    loss = LigerFusedLinearJSDLoss(beta=1.0, compiled=False, **weights)
+    functions = {"mean_kl": lambda *inputs: (loss(*inputs),)}
+    note = "more work: a cross-entropy weighted by 0; softmaxes in the type of the logits"
+    return linear_works(functions, {"loss": 4, "frozen": 4}, note)
+
+
+def load_linear_cross_entropy(device):
+    """Loads torch's F.linear_cross_entropy (torch 2.13 and later) with default options."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return _cross_entropy(F.linear_cross_entropy, "logits in chunks", options=options)
+
+
+def load_cut_cross_entropy(device, work="less work: small gradients are left out", **options):
+    """Loads Apple's cut-cross-entropy, which by default leaves out gradients that seem small."""
+    _needs_gpu(device)
+    from cut_cross_entropy import linear_cross_entropy
+
+    return _cross_entropy(linear_cross_entropy, f"{work}, logits never reach memory", **options)
+
+
+def _cross_entropy(function, note, **options):
+    """Makes mode logprob of a linear cross-entropy that computes the logits again in backward."""
+
+    def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
+        return (-function(hidden, weight, tokens, reduction="none", **options),)
+
+    return linear_works({"logprob": logprob}, {"logprob": 4}, f"{note}; logits again in backward")
 
 
 PEERS = {"TRL": load_trl, "Liger KLDIVLoss": load_liger_kldiv, "Liger JSD": load_liger_jsd}
-PEERS_WITHOUT_KL = {"Liger GRPO": load_liger_grpo}
+LINEAR_PEERS = {
+    "TRL fused": load_trl_fused,
+    "liger": load_liger,
+    "liger chunked": load_liger_chunked,
+    "torch linear_cross_entropy": load_linear_cross_entropy,
+    "cut-cross-entropy": load_cut_cross_entropy,
+    "cut-cross-entropy, unfiltered": partial(
+        load_cut_cross_entropy, work="no gradient left out", filter_eps=None
+    ),
+}

@@ -1,10 +1,15 @@
-"""Who computes: every provider offers the same operations on the same tensors, or says why it does not.
+"""Lists who computes: every provider offers operations on the same tensors, or says why not.
 
-An operation takes an `Inputs` (benchmarks/workloads.py) and returns a tuple of tensors: ("kl",) for kl_divergence and, as one number, mean_kl, the
-fields of TokenStats for token_stats, ("logprob",) for logprob, ("logprob", "entropy") for logprob_entropy, ("entropy",) for entropy. A new provider
-is one loader function in LOADERS, or in ALL_LOADERS if it has no KL (those of other packages are in benchmarks/peers.py): it returns
-{operation: Work} and raises what it likes when it cannot be used here; the reason becomes a row of the results.
+An operation is a function of the case's inputs that returns a tuple of tensors. On logits
+(cases.Inputs): "kl_divergence", "mean_kl", "token_stats", "logprob", "logprob_entropy", "entropy".
+From hidden states (linear_cases.LinearInputs): "linear_" and a mode of work.PRODUCTS.
+A provider is a loader, a function of the device that returns {operation: Work} and raises what it
+likes where it cannot be used; the reason becomes a row of the results. Other packages are in
+peers.py. A user's own loader is named on the command line: --provider package.module:function.
 """
+
+import argparse
+import importlib
 import os
 import shutil
 from collections.abc import Callable
@@ -12,15 +17,22 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from benchmarks.peers import PEERS, PEERS_WITHOUT_KL, Work
+from benchmarks.peers import LINEAR_PEERS, PEERS
+from benchmarks.plain import PLAIN, log_softmax
+from benchmarks.work import PRODUCTS, Work, linear_works, logits_works, on_hidden
+
+LOSSES = ("forward", "loss", "frozen", "distillation")
+CHUNK = 2048  # tokens: each chunk adds to the whole gradient of the weight, so larger is faster
 
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation under its name.
+    """Holds an implementation under its name.
 
-    missing: why it offers nothing here. rows: how many rows at once are not too slow. apart: it computes in a process of its own, beside the others.
+    missing: why it offers nothing here. rows: the number of rows at once that is not too slow.
+    apart: it computes in a process of its own, beside the others.
     """
 
     name: str
@@ -30,108 +42,67 @@ class Provider:
     apart: bool = False
 
     def why_not(self, operation):
-        """Why the provider does not offer the operation; None if it does."""
+        """Says why the provider does not offer the operation; None if it does."""
         if self.missing or operation in self.operations:
             return self.missing
         return f"{self.name} has no {operation}"
 
     def note(self, operation):
-        """Which work it does for the operation, in one line; None where it says nothing."""
+        """Says in one line which work it does for the operation; None where nothing is known."""
         return getattr(self.operations.get(operation), "note", None)
 
 
-# Plain torch ----------------------------------------------------------------------------------------------------
-
-
-def _log_softmax(logits):
-    """In float32 or, for float64 input, in float64."""
-    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def plain_kl_divergence(p_logits, q_logits):
-    """KL(P‖Q) as one writes it: two log_softmax and a sum."""
-    log_p, log_q = _log_softmax(p_logits), _log_softmax(q_logits)
-    return ((log_p.exp() * (log_p - log_q)).sum(-1),)
-
-
-def plain_mean_kl(p_logits, q_logits):
-    """The mean of the same over all tokens."""
-    return (plain_kl_divergence(p_logits, q_logits)[0].mean(),)
-
-
-def plain_logprob(logits, tokens):
-    """The log-probability of each token: log_softmax and gather."""
-    return (_log_softmax(logits).gather(-1, tokens.unsqueeze(-1)).squeeze(-1),)
-
-
-def plain_logprob_entropy(logits, tokens):
-    """The same, and the entropy of each row."""
-    log_p = _log_softmax(logits)
-    return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
-
-
-def plain_entropy(logits):
-    """The entropy of each row."""
-    log_p = _log_softmax(logits)
-    return (-(log_p.exp() * log_p).sum(-1),)
-
-
-def plain_token_stats(logits, tokens, ref_logits):
-    """The fields of TokenStats as one writes them."""
-    log_p, log_q = _log_softmax(logits), _log_softmax(ref_logits)
-    p = log_p.exp()
-    index = tokens.unsqueeze(-1)
-    return (
-        log_p.gather(-1, index).squeeze(-1),
-        -(p * log_p).sum(-1),
-        log_q.gather(-1, index).squeeze(-1),
-        (p * (log_p - log_q)).sum(-1),
-        (log_q.exp() * (log_q - log_p)).sum(-1),
-    )
-
-
-PLAIN = {
-    "kl_divergence": plain_kl_divergence, "mean_kl": plain_mean_kl, "token_stats": plain_token_stats, "logprob": plain_logprob,
-    "logprob_entropy": plain_logprob_entropy, "entropy": plain_entropy,
-}
-
-
-def arguments(operation, inputs):
-    """What a function of PLAIN takes."""
-    if operation in ("kl_divergence", "mean_kl"):
-        return inputs.p, inputs.q
-    if operation == "token_stats":
-        return inputs.p, inputs.tokens, inputs.q
-    return (inputs.p,) if operation == "entropy" else (inputs.p, inputs.tokens)
-
-
-def _works(functions, note, **notes):
-    """{operation: Work} of functions with the arguments of PLAIN's; notes: of operations that do something else than `note` says."""
-    return {
-        operation: Work(lambda i, operation=operation, function=function: function(*arguments(operation, i)), notes.get(operation, note))
-        for operation, function in functions.items()
-    }
-
-
-# Loaders --------------------------------------------------------------------------------------------------------
+# Loaders
 
 
 def load_torch(device):
-    """Eager PyTorch: log_softmax in float32, and a sum or a gather. All operations: the same work."""
-    return _works(PLAIN, "the same work: a float32 log_softmax of each tensor, then elementwise in [N, V] and a sum",
-                  logprob="the same work: a float32 log_softmax and a gather")
+    """Loads eager PyTorch: float32 log_softmax, then a sum or a gather; all logits in memory."""
+    return {
+        **logits_works(
+            PLAIN,
+            "the same work: a float32 log_softmax of each tensor, then elementwise in [N, V] and "
+            "a sum",
+            logprob="the same work: a float32 log_softmax and a gather",
+        ),
+        **linear_works(
+            on_hidden(PLAIN),
+            PRODUCTS,
+            "the same work, the fewest products; all logits and float32 log_softmax in memory",
+        ),
+    }
 
 
 def load_torch_compile(device):
-    """The same functions compiled for each shape: what a user gets with one more line."""
-    if device.type != "cuda" and not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
+    """Loads the same functions compiled for each shape: what a user gets with one more line."""
+    if device.type != "cuda" and not any(
+        map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
+    ):
         raise RuntimeError("needs a C++ compiler on a CPU, found none")
-    compiled = {operation: torch.compile(function, dynamic=False, fullgraph=True) for operation, function in PLAIN.items()}
-    return _works(compiled, "the same work: plain torch, compiled for this shape")
+
+    def compiled(functions):
+        return {
+            name: torch.compile(function, dynamic=False, fullgraph=True)
+            for name, function in functions.items()
+        }
+
+    works = logits_works(compiled(PLAIN), "the same work: plain torch, compiled for this shape")
+    if device.type == "cuda":  # compiling for a CPU takes long, and its speed says nothing here
+        works |= linear_works(
+            compiled(on_hidden(PLAIN)),
+            PRODUCTS,
+            "the same work, the fewest products; all logits in memory, what follows them compiled "
+            "for this shape",
+        )
+    return works
 
 
 def load_fastkl(device):
-    """This package. All operations: the same work; the entropy comes with a log-probability of each row, which costs one element."""
+    """Loads this package.
+
+    The entropy comes with a log-probability of each row, which costs one element. From hidden
+    states the logits of all models are kept where they take 2 GiB at the most; else "stats", "grpo"
+    and "logprob" compute them again in backward.
+    """
     import fastkl
 
     functions = {
@@ -141,68 +112,190 @@ def load_fastkl(device):
         "logprob": lambda p, tokens: (fastkl.selective_log_softmax(p, tokens),),
         "logprob_entropy": lambda p, tokens: fastkl.token_stats(p, tokens)[:2],
     }
-    return {
-        **_works(functions, "the same work", mean_kl="the same work: KL of each token, then its mean"),
-        "entropy": Work(lambda i: (fastkl.token_stats(i.p, i.tokens).entropy,), "token_stats without a reference: a log-probability comes with it"),
+    works = logits_works(functions, "the same work")
+    works["entropy"] = Work(
+        lambda i: (fastkl.token_stats(i.p, i.tokens).entropy,),
+        "token_stats without a reference: a log-probability comes with it",
+    )
+
+    def kl(reduction):
+        options = {"reduction": reduction}
+        return lambda h, w, rh, rw, tokens: (fastkl.linear_kl_divergence(h, w, rh, rw, **options),)
+
+    summed = "the same work; {}; the weight's gradient summed in float32"
+    once = summed.format("logits of a chunk at a time, gradient with the value")
+    linear = {"kl_divergence": kl("none"), "mean_kl": kl("mean")}
+    works |= linear_works(linear, {mode: PRODUCTS[mode] for mode in LOSSES}, once)
+    return works | _from_stats(
+        summed.format("logits above 2 GiB are computed again, for 2 products more, or 1")
+    )
+
+
+def load_kept(device):
+    """Loads this package's token_stats from hidden states with the logits of all models kept."""
+    return _from_stats("the same work, the fewest products; all logits in memory", recompute=False)
+
+
+def _from_stats(note, **options):
+    """Makes the modes that need more than a KL; options: of fastkl.linear_token_stats."""
+    import fastkl
+
+    def stats(h, w, rh, rw, tokens):
+        return tuple(fastkl.linear_token_stats(h, w, tokens, rh, rw, **options))
+
+    def logprob(h, w, rh, rw, tokens):
+        return (fastkl.linear_token_stats(h, w, tokens, **options).logprob,)
+
+    functions = {
+        "token_stats": stats,
+        "logprob": logprob,
+        "logprob_kl": lambda *inputs: stats(*inputs)[:4:3],
     }
+    products = {mode: PRODUCTS[mode] for mode in ("stats", "grpo", "logprob")}
+    return linear_works(functions, products, note)
+
+
+def load_one_launch(device):
+    """Loads this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
+
+    Its backward alone is a scaling at the first call and computes the gradient at later ones, so
+    only forward and both are comparable.
+    """
+    if device.type != "cuda":
+        raise RuntimeError("row_fused is for a GPU")
+    import fastkl
+    from fastkl.kernels import config
+
+    config.fuses = lambda arch: True
+    run = {"mean_kl": lambda p, q: (fastkl.kl_divergence(p, q, reduction="mean"),)}
+    return logits_works(
+        run, "value and gradient in one launch; backward alone repeats the gradient"
+    )
+
+
+def load_torch_chunked(device):
+    """Loads plain torch under torch.utils.checkpoint, 2048 tokens at a time, as trainers do.
+
+    The logits are computed again in backward, and the gradient of the weight is summed over the
+    chunks in the weight's own type.
+    """
+
+    def chunked(function):
+        def run(hidden, weight, ref_hidden, ref_weight, tokens):
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            chunks = zip(*(x.split(CHUNK) for x in (hidden, ref_hidden, tokens)), strict=True)
+            found = [
+                checkpoint(function, some, weight, ref_some, ref_weight, chosen, **options)
+                for some, ref_some, chosen in chunks
+            ]
+            return tuple(torch.cat(fields) for fields in zip(*found, strict=True))
+
+        return run
+
+    per_token = ("kl_divergence", "token_stats", "logprob", "logprob_kl")
+    functions = {
+        name: chunked(function) for name, function in on_hidden(PLAIN).items() if name in per_token
+    }
+    functions["mean_kl"] = lambda *inputs: (functions["kl_divergence"](*inputs)[0].mean(),)
+    products = {
+        "forward": 2,
+        "loss": 6,
+        "frozen": 5,
+        "stats": 6,
+        "grpo": 6,
+        "distillation": 6,
+        "logprob": 4,
+    }
+    again = f"the same work; logits of {CHUNK} tokens at a time, again in backward"
+    return linear_works(functions, products, f"{again}; the weight's gradient summed in its type")
 
 
 def load_kl_div(device):
-    """torch's F.kl_div(log_q, log_p, log_target=True) on two float32 log_softmax: summed over the vocabulary, or batchmean. KL only."""
-    def kl_divergence(i):
-        return (F.kl_div(_log_softmax(i.q), _log_softmax(i.p), reduction="none", log_target=True).sum(-1),)
-
-    def mean_kl(i):
-        log_p, log_q = (_log_softmax(x).flatten(0, -2) for x in (i.p, i.q))
-        return (F.kl_div(log_q, log_p, reduction="batchmean", log_target=True),)
-
+    """Loads torch's F.kl_div(log_q, log_p, log_target=True) on two float32 log_softmax."""
     note = "the same work: two float32 log_softmax by torch first, writes [N, V] of losses"
-    return {"kl_divergence": Work(kl_divergence, note), "mean_kl": Work(mean_kl, note)}
+    return _kl_div(log_softmax, note, log_target=True)
 
 
 def load_kl_div_probabilities(device):
-    """F.kl_div(log_q, p) as it is often written: a float32 log_softmax, and a float32 softmax whose logarithm F.kl_div takes again. KL only."""
-    def losses(i, reduction):
-        log_q = _log_softmax(i.q).flatten(0, -2)
-        return F.kl_div(log_q, F.softmax(i.p, -1, dtype=log_q.dtype).flatten(0, -2), reduction=reduction)
-
+    """Loads F.kl_div(log_q, p) as it is often written: on a float32 log_softmax and a softmax."""
     note = "more work: the logarithm of a float32 softmax is taken again; writes [N, V] of losses"
-    return {
-        "kl_divergence": Work(lambda i: (losses(i, "none").sum(-1).view(i.p.shape[:-1]),), note),
-        "mean_kl": Work(lambda i: (losses(i, "batchmean"),), note),
+    return _kl_div(
+        lambda p: F.softmax(p, -1, dtype=torch.promote_types(p.dtype, torch.float32)), note
+    )
+
+
+def _kl_div(target, note, **options):
+    """Makes the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it."""
+
+    def losses(p, q, reduction):
+        pair = (log_softmax(q).flatten(0, -2), target(p).flatten(0, -2))
+        return F.kl_div(*pair, reduction=reduction, **options)
+
+    functions = {
+        "kl_divergence": lambda p, q: (losses(p, q, "none").sum(-1).view(p.shape[:-1]),),
+        "mean_kl": lambda p, q: (losses(p, q, "batchmean"),),
     }
+    return logits_works(functions, note)
 
 
 def load_categorical(device):
-    """torch.distributions.kl_divergence of two Categorical(logits=...) in float32, without the checks of their arguments. KL only: the same work."""
+    """Loads torch.distributions.kl_divergence of two Categorical(logits=...) in float32."""
     from torch.distributions import Categorical, kl_divergence
 
     def distribution(logits):
-        return Categorical(logits=logits.to(torch.promote_types(logits.dtype, torch.float32)), validate_args=False)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return Categorical(logits=logits, validate_args=False)
 
-    def kl(i):
-        return kl_divergence(distribution(i.p), distribution(i.q))
+    def kl(p, q):
+        return kl_divergence(distribution(p), distribution(q))
 
-    note = "more work: float32 copies of the logits, normalised, their softmax, and tests for infinities in [N, V]"
-    return {"kl_divergence": Work(lambda i: (kl(i),), note), "mean_kl": Work(lambda i: (kl(i).mean(),), note)}
+    functions = {
+        "kl_divergence": lambda p, q: (kl(p, q),),
+        "mean_kl": lambda p, q: (kl(p, q).mean(),),
+    }
+    note = "float32 copies of the logits, normalised, their softmax, tests for infinities in [N, V]"
+    return logits_works(functions, f"more work: {note}")
 
 
-# Those that have a KL, in the order in which they are measured.
+# The providers that have a KL from logits, in the order in which they are measured.
 LOADERS = {
-    "fastkl": load_fastkl, "torch": load_torch, "torch.compile": load_torch_compile, "F.kl_div": load_kl_div,
-    "F.kl_div on probabilities": load_kl_div_probabilities, "Categorical": load_categorical, **PEERS,
+    "fastkl": load_fastkl,
+    "torch": load_torch,
+    "torch.compile": load_torch_compile,
+    "F.kl_div": load_kl_div,
+    "F.kl_div on probabilities": load_kl_div_probabilities,
+    "Categorical": load_categorical,
+    **PEERS,
 }
-ALL_LOADERS = {**LOADERS, **PEERS_WITHOUT_KL}
+ALL_LOADERS = {
+    **LOADERS,
+    "fastkl, one launch": load_one_launch,
+    "fastkl, logits kept": load_kept,
+    "torch chunked": load_torch_chunked,
+    **LINEAR_PEERS,
+}
+
+
+def own(text):
+    """Reads a user's own provider for argparse: (`package.module:function`, that function)."""
+    module, _, name = text.partition(":")
+    try:
+        return text, getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected package.module:function, got {text!r} ({error}); name a function of the "
+            "device that returns {operation: function of the inputs}"
+        ) from None
 
 
 def load_providers(device, names=None, loaders=LOADERS):
-    """The providers by name, in the order of the loaders; one that cannot be used carries the reason."""
+    """Loads the providers by name, in the order of the loaders; an unusable one says why."""
     providers = []
     for name, load in loaders.items():
         if names is not None and name not in names:
             continue
         try:
             providers.append(Provider(name, load(device)))
-        except Exception as error:  # a peer may fail in any way when imported; that is a row of the results, not the end of them
+        except Exception as error:  # a peer may fail in any way when imported: that is a row
             providers.append(Provider(name, missing=f"{type(error).__name__}: {error}"))
     return providers

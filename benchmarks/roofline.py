@@ -11,7 +11,7 @@ and the bound is bandwidth / max(all four), at most 1. What the model leaves out
 below boost, every other pipe, and a memory system that reaches about nine tenths of its peak. A bound of 100 % therefore says "issue, float32 and
 exponentials do not stand in the way", and one below says that no tuning of launches can help, only fewer instructions. Where the costs tell paths
 apart, the bound is that of a row on the near path, with the instructions around the loop; else a loop's count takes in every branch.
-Peak bandwidth is the data sheet's. Figures relative to a copy measured on the same GPU are a different thing: benchmarks/harness.py measures those.
+Peak bandwidth is the data sheet's. Figures relative to a copy measured on the same GPU are a different thing: benchmarks/timing.py measures those.
 """
 from dataclasses import dataclass
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks import accuracy, interpreted
-from benchmarks.peers import NotOfferedError
-from benchmarks.providers import LOADERS, Provider, load_providers, plain_kl_divergence
+from benchmarks.plain import plain_kl_divergence
+from benchmarks.providers import LOADERS, Provider, load_providers
+from benchmarks.work import NotOfferedError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -1,0 +1,202 @@
+"""Defines the cases on logits: shapes, random data, bytes that have to move, answers in float64.
+
+A case is an operation on `rows` tokens. Cases from hidden states are in linear_cases.py.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from benchmarks.plain import PLAIN
+from benchmarks.work import ONE_TENSOR, arguments, gradients
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+PHASES = ("forward", "backward", "both")
+# Outputs of an operation that get an upstream gradient; of token_stats: logprob, entropy, kl.
+DIFFERENTIATED = {
+    "kl_divergence": (0,),
+    "mean_kl": (0,),
+    "token_stats": (0, 1, 3),
+    "logprob": (0,),
+    "logprob_entropy": (0, 1),
+    "entropy": (0,),
+}
+OUTPUTS = {"token_stats": 5, "logprob_entropy": 2}
+CHECKED_ROWS = 256  # compared with float64, which is slower than any provider
+# Relative errors of a row. The gradient's element type alone rounds by 2^-9 (bf16), 2^-12 (fp16).
+LIMITS = {
+    "bf16": {"values": 1e-3, "gradient": 1e-2},
+    "fp16": {"values": 1e-3, "gradient": 2e-3},
+    "fp32": {"values": 1e-3, "gradient": 1e-3},
+    "fp64": {"values": 1e-9, "gradient": 1e-9},
+}
+
+
+class Case:
+    """Writes a case as it stands in the results."""
+
+    def as_dict(self):
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Workload(Case):
+    """Defines an operation on two logits tensors, or on `p` alone, and its gradient to one of them.
+
+    operation: a key of DIFFERENTIATED; "mean_kl" is the mean over the tokens of KL(P‖Q), a loss
+    with an upstream gradient of 1. wrt: the tensor of the gradient, "p" or "q". layout: "rows" is a
+    contiguous [rows, vocabulary]; "sliced" is logits[:, :-1] of [8, rows / 8 + 1, vocabulary], as
+    trainers shift by one token.
+    """
+
+    operation: str = "kl_divergence"
+    rows: int = 8192
+    vocabulary: int = 128256
+    dtype: str = "bf16"
+    wrt: str = "p"
+    layout: str = "rows"
+    phases = PHASES
+
+    @property
+    def name(self):
+        layout = "" if self.layout == "rows" else f"-{self.layout}"
+        shape = f"{self.rows}x{self.vocabulary}-{self.dtype}"
+        return f"{self.operation}-{shape}-d{self.wrt}{layout}"
+
+    def moved_bytes(self, phase):
+        """Counts the least that has to move.
+
+        Forward reads the logits, backward reads them again and writes one gradient.
+        """
+        read = 1 if self.operation in ONE_TENSOR else 2
+        tensors = {"forward": read, "backward": read + 1, "both": 2 * read + 1}[phase]
+        return tensors * self.rows * self.vocabulary * DTYPES[self.dtype].itemsize
+
+    def rates(self, phase, milliseconds, copy):
+        moved = self.moved_bytes(phase)
+        rate = moved / milliseconds / 1e6
+        return {"bytes": moved, "gb_per_s": rate, "percent_of_copy": 100 * rate / copy}
+
+
+@dataclass
+class Inputs:
+    """Holds the tensors of one workload; `p` or `q` requires a gradient.
+
+    upstream: of each output, None for one without. Where the operation reads one logits tensor, `q`
+    is empty.
+    """
+
+    p: torch.Tensor
+    q: torch.Tensor
+    tokens: torch.Tensor
+    upstream: tuple[torch.Tensor | None, ...]
+    wrt: str
+
+    @property
+    def leaf(self):
+        return self.p if self.wrt == "p" else self.q
+
+    @property
+    def leaves(self):
+        return (self.leaf,)
+
+
+def make_inputs(workload, device, seed=0):
+    """Makes logits N(0, 3²), and Q = P + N(0, 1): a KL of a few tenths of a nat."""
+    options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    shape, view = (workload.rows, workload.vocabulary), slice(None)
+    if workload.layout == "sliced":
+        shape = (8, workload.rows // 8 + 1, workload.vocabulary)
+        view = (slice(None), slice(None, -1))
+    p, q = (torch.randn(shape, dtype=DTYPES[workload.dtype], **options) for _ in range(2))
+    p *= 3
+    q += p
+    p, q = p[view], q.new_empty(0) if workload.operation in ONE_TENSOR else q[view]
+    tokens = torch.randint(workload.vocabulary, p.shape[:-1], **options)
+    upstream = [None] * OUTPUTS.get(workload.operation, 1)
+    for i in DIFFERENTIATED[workload.operation]:
+        upstream[i] = torch.randn(p.shape[:-1], **options)
+    if workload.operation == "mean_kl":
+        upstream = [torch.ones((), device=device)]
+    inputs = Inputs(p, q, tokens, tuple(upstream), workload.wrt)
+    inputs.leaf.requires_grad_()
+    return inputs
+
+
+def truth(workload, inputs):
+    """Computes (rows, outputs, gradient) in float64, by autograd through plain torch.
+
+    rows: the indices of the rows that are compared, the first, the last and some evenly between.
+    outputs: of these rows, or of "mean_kl" its one number, over ALL tokens.
+    """
+    leading = inputs.p.shape[:-1]
+    count, operation = leading.numel(), workload.operation
+    few = torch.linspace(0, count - 1, min(CHECKED_ROWS, count), dtype=torch.float64)
+    rows = torch.unravel_index(few.round().long().to(inputs.p.device), leading)
+    some = _in_float64(inputs, rows)
+    some.leaf.requires_grad_()
+    if operation == "mean_kl":  # its gradient is that of each token's KL, divided by their number
+        operation, share = "kl_divergence", inputs.upstream[0].double() / count
+        some.upstream = (share.expand(len(few)),)
+    outputs = PLAIN[operation](*arguments(operation, some.p, some.q, some.tokens))
+    (gradient,) = gradients(some, outputs)
+    if workload.operation == "mean_kl":
+        blocks = torch.arange(count, device=few.device).split(CHECKED_ROWS)
+        indices = [torch.unravel_index(block.to(inputs.p.device), leading) for block in blocks]
+        with torch.no_grad():
+            pairs = (
+                (inputs.p.detach()[i].double(), inputs.q.detach()[i].double()) for i in indices
+            )
+            kls = [PLAIN[operation](*pair)[0] for pair in pairs]
+        outputs = (torch.cat(kls).mean(),)
+    return rows, [output.detach() for output in outputs], gradient
+
+
+def _in_float64(inputs, index):
+    p, q = inputs.p.detach()[index].double(), inputs.q.detach()
+    upstream = tuple(u[index].double() if u is not None and u.dim() else u for u in inputs.upstream)
+    q = q[index].double() if q.numel() else q
+    return Inputs(p, q, inputs.tokens[index], upstream, inputs.wrt)
+
+
+def fault(workload, inputs, known, outputs, grads):
+    """Returns (errors, what is wrong or None): the gate that a provider passes before it is timed.
+
+    errors: {"values", "gradient"}, the worst of a row that is compared with `known`, what truth
+    returned: values relative to themselves or to 1e-3 nats, gradients by their norm. Every other
+    row has to be finite.
+    """
+    (rows, values, true), (gradient,) = known, grads
+    scalar = workload.operation == "mean_kl"
+    shapes = [tuple(result.shape) for result in (*outputs, gradient)]
+    leading = () if scalar else tuple(inputs.p.shape[:-1])
+    if shapes != (expected := [*[leading] * len(values), tuple(inputs.leaf.shape)]):
+        return {}, f"outputs and gradient have the shapes {shapes}, expected {expected}"
+    found = [output.detach() if scalar else output.detach()[rows] for output in outputs]
+    off = [
+        ((o.double() - v).abs() / v.abs().clamp_min(1e-3)).max()
+        for o, v in zip(found, values, strict=True)
+    ]
+    difference = (gradient[rows].double() - true).norm(dim=-1) / true.norm(dim=-1)
+    errors = {"values": torch.stack(off).max().item(), "gradient": difference.max().item()}
+    wrong = over(errors, LIMITS[workload.dtype])
+    for name, tensors in (("values", outputs), ("gradient", grads)):
+        # The largest magnitude takes one read and no copy; a NaN is the largest of all.
+        if not all(torch.linalg.vector_norm(t.detach(), math.inf).isfinite() for t in tensors):
+            wrong.append(f"{name} not finite everywhere")
+    return errors, "; ".join(wrong) or None
+
+
+def over(errors, limits):
+    """Lists the errors that are not within their limits; a NaN never is."""
+    return [
+        f"{name} off by {error:.1e}, limit {limits[name]:.1e}"
+        for name, error in errors.items()
+        if not error <= limits[name]
+    ]

@@ -1,0 +1,283 @@
+"""Defines the cases from hidden states: shapes, random data, the floor, the gate in float64."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import DTYPES, Case, over
+from benchmarks.plain import plain_logprob, plain_token_stats
+from benchmarks.work import CLIP, PRODUCTS, grpo_terms
+
+FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
+# Modes whose output is a mean over the tokens.
+MEANS = ("loss", "frozen", "grpo", "distillation")
+OUTPUTS = {
+    "forward": ("kl",),
+    "loss": ("kl",),
+    "frozen": ("kl",),
+    "stats": FIELDS,
+    "grpo": ("loss",),
+    "distillation": ("loss",),
+    "logprob": ("logprob",),
+}
+# No log-ratio of the data is so near to one where the clip begins: there the gradient jumps, and
+# the rounding of a 16-bit logit, up to 0.03, would decide on which side a token falls.
+CLIP_MARGIN = 0.05
+BLOCK = 256  # tokens whose logits are in float64 at once
+
+CHECKED_WEIGHT_ROWS = 64  # rows of the weight's gradient that are compared, evenly spread
+# A provider may be off by so many times the error of plain torch in the same type on the same
+# inputs: over all tokens, and in nine of ten rows.
+TOLERANCE = 1.5
+# In the worst token or row, by so many times plain torch's worst, and never by so much of its size
+# or more: the limit finds a row that is wrong and does not compare digits (among 64 rows, roundings
+# as good as torch's but independent of them were up to 3.2 times as far off in their worst). A row
+# that is missing is off by 1, one that is half too large by 0.5. A row in which plain torch is off
+# as much passes: where two tokens share a row's probability, the rounding of their 16-bit logits
+# may be two thirds of its gradient, for everybody; that is one row in some thousands.
+WORST_TOLERANCE, WORST = 5, 0.4
+# A row's error is relative to its own norm, or to this part of the root mean square norm of all
+# rows if that is more: where one token has all the probability the gradient is nearly 0, and its
+# rounding is as large.
+SMALL_ROW = 0.1
+# Added for float32, where the order of a sum alone can double an error of 1e-6.
+LEAST = 1e-5
+
+FLOOR = "cuBLAS products"
+
+
+@dataclass(frozen=True)
+class LinearWorkload(Case):
+    """Defines KL(policy‖reference) of `rows` tokens from hidden states and two weights.
+
+    mode: "forward" is the KL per token without gradient; "loss" its mean and the gradient to hidden
+    and weight; "frozen" the same with the gradient to hidden only; "stats" all fields of
+    token_stats, an upstream gradient on each, and the gradient to hidden and weight. Two whole
+    losses, with the gradient to hidden and weight: "grpo" is the clipped policy loss of the tokens
+    plus BETA times the exact KL, "distillation" the mean of KL(teacher‖student), where the
+    reference is the teacher. "logprob" is the log-probability of the tokens alone, without a
+    reference: what fused cross-entropies compute.
+    """
+
+    mode: str = "loss"
+    rows: int = 8192
+    hidden: int = 4096
+    vocabulary: int = 128256
+    dtype: str = "bf16"
+
+    @property
+    def name(self):
+        return f"linear-{self.mode}-{self.rows}x{self.hidden}x{self.vocabulary}-{self.dtype}"
+
+    @property
+    def operation(self):
+        return f"linear_{self.mode}"
+
+    @property
+    def phases(self):
+        """Names what is timed: forward where there is no gradient, else forward and backward."""
+        return ("forward",) if self.mode == "forward" else ("both",)
+
+    def moved_bytes(self, phase):
+        return 2 * self.vocabulary * self.hidden * DTYPES[self.dtype].itemsize
+
+    def rates(self, phase, milliseconds, copy):
+        flop = PRODUCTS[self.mode] * 2 * self.rows * self.hidden * self.vocabulary
+        return {"flop": flop, "tflop_per_s": flop / milliseconds / 1e9}
+
+
+@dataclass
+class LinearInputs:
+    """Holds the tensors of one workload; `upstream` belongs to the outputs, in their order.
+
+    old_logprob, advantages: [rows] float32, for the GRPO step; the log-probabilities of a policy
+    near this one. leaves: the tensors of the gradient: hidden, or hidden and weight, or none.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    ref_hidden: torch.Tensor
+    ref_weight: torch.Tensor
+    tokens: torch.Tensor
+    upstream: tuple[torch.Tensor, ...]
+    old_logprob: torch.Tensor
+    advantages: torch.Tensor
+    leaves: tuple[torch.Tensor, ...]
+
+
+def make_linear_inputs(workload, device, seed=0):
+    """Makes policy logits near N(0, 3²), and a reference at a KL of some tenths of a nat."""
+    options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    rows, size, mode = workload.rows, workload.hidden, workload.mode
+
+    def noise(*shape):
+        return torch.randn(shape, dtype=DTYPES[workload.dtype], **options)
+
+    hidden = noise(rows, size)
+    weight = noise(workload.vocabulary, size).mul_(3 / size**0.5)
+    ref_hidden = noise(rows, size).mul_(0.25).add_(hidden)
+    ref_weight = noise(workload.vocabulary, size).mul_(0.6 / size**0.5).add_(weight)
+    tokens = torch.randint(workload.vocabulary, (rows,), **options)
+    upstream = tuple(torch.randn(rows, **options) for _ in OUTPUTS[mode])
+    if mode in MEANS:
+        upstream = (torch.ones((), device=device),)
+    old_logprob, advantages = (torch.randn(rows, **options) for _ in range(2))
+    if mode == "grpo":
+        pairs = zip(hidden.split(BLOCK), tokens.split(BLOCK), strict=True)
+        near = [plain_logprob(F.linear(some, weight), chosen)[0] for some, chosen in pairs]
+        old_logprob = torch.cat(near) - off_the_clip(0.2 * old_logprob)
+    leaves = {"forward": (), "frozen": (hidden,)}.get(mode, (hidden, weight))
+    for leaf in leaves:
+        leaf.requires_grad_()
+    tensors = (hidden, weight, ref_hidden, ref_weight, tokens)
+    return LinearInputs(*tensors, upstream, old_logprob, advantages, leaves)
+
+
+def off_the_clip(log_ratio):
+    """Moves the log-ratios that are within CLIP_MARGIN of where the clip begins that far away."""
+    for edge in (math.log(1 - CLIP), math.log(1 + CLIP)):
+        moved = edge + torch.where(log_ratio < edge, -CLIP_MARGIN, CLIP_MARGIN)
+        log_ratio = torch.where((log_ratio - edge).abs() < CLIP_MARGIN, moved, log_ratio)
+    return log_ratio
+
+
+# The gate
+
+
+def checked_rows(workload):
+    """Chooses the rows of the weight's gradient that are compared."""
+    last = workload.vocabulary - 1
+    return [round(i * last / (CHECKED_WEIGHT_ROWS - 1)) for i in range(CHECKED_WEIGHT_ROWS)]
+
+
+def answer(workload, inputs, dtype):
+    """Computes {name: tensor} by plain torch in one type, for all that the gate compares.
+
+    Every output [N] and, where the mode has them, dhidden [N, H] and dweight [checked rows, H]. A
+    block of tokens at a time, so that the float64 copies stay small; the weight's gradient is one
+    product over all tokens.
+    """
+    models = (inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
+    hidden, weight, ref_hidden, ref_weight = (tensor.detach().to(dtype) for tensor in models)
+    upstream = dict(zip(OUTPUTS[workload.mode], inputs.upstream, strict=True))
+    if workload.mode in MEANS:
+        upstream = {name: (u / workload.rows).expand(workload.rows) for name, u in upstream.items()}
+    parts = {name: [] for name in (*upstream, "dhidden", "columns")}
+    for some in torch.arange(workload.rows, device=hidden.device).split(BLOCK):
+        logits = F.linear(hidden[some], weight).requires_grad_(bool(inputs.leaves))
+        ref_logits = F.linear(ref_hidden[some], ref_weight)
+        stats = plain_token_stats(logits, inputs.tokens[some], ref_logits)
+        values = dict(zip(FIELDS, stats, strict=True))
+        values["loss"] = values["ref_kl"]
+        if workload.mode == "grpo":
+            step = inputs.old_logprob[some], inputs.advantages[some]
+            values["loss"] = grpo_terms(values["logprob"], values["kl"], *step)
+        if inputs.leaves:
+            taken = [name for name in upstream if values[name].requires_grad]
+            grads = [upstream[name][some].to(values[name].dtype) for name in taken]
+            (grad,) = torch.autograd.grad([values[name] for name in taken], logits, grads)
+            values |= {"dhidden": grad @ weight, "columns": grad[:, checked_rows(workload)]}
+        for name in parts.keys() & values.keys():
+            parts[name].append(values[name].detach())
+    found = {name: torch.cat(values) for name, values in parts.items() if values}
+    columns = found.pop("columns", None)
+    return found if len(inputs.leaves) < 2 else {**found, "dweight": columns.t() @ hidden}
+
+
+def expected(workload, inputs):
+    """Computes what the gate compares with: (answer in float64, limits, granted).
+
+    limits: of a provider's errors. granted: by how much each row of a gradient may be off, whatever
+    its size is.
+    """
+    exact = answer(workload, inputs, torch.float64)
+    plain = answer(workload, inputs, DTYPES[workload.dtype])
+    limits, granted = {}, {}
+    for name, true in exact.items():
+        for what, value in errors(name, plain[name], true).items():
+            worst = min(WORST_TOLERANCE * value, WORST)
+            limits[what] = (worst if "worst" in what else TOLERANCE * value) + LEAST
+        granted[name] = TOLERANCE * (plain[name].double() - true).norm(dim=-1)
+    return exact, limits, granted
+
+
+def errors(name, value, true, granted=0.0):
+    """Computes {what: error}: relative in the L2 norm, over all, and of the worst token or row.
+
+    A row of a gradient is compared with its own norm, but see SMALL_ROW; the worst of the rows that
+    are off by more than `granted` counts. Nine of ten rows of dhidden are within the third error,
+    each of its own norm: the sum over all hides a part of the gradient that only small rows have. A
+    token's field is compared with the root mean square of all, since a KL near 0 has no digits in
+    bf16. A NaN stays NaN, which no limit admits.
+    """
+    difference = value.detach().double() - true
+    found = {name: difference.norm() / true.norm()}
+    if true.dim() == 2:
+        off, size = difference.norm(dim=-1), true.norm(dim=-1)
+        least = SMALL_ROW * size.square().mean().sqrt()
+        counted = torch.where(off <= granted, 0.0, off)
+        found[f"{name}, worst row"] = (counted / size.clamp_min(least)).max()
+        if name == "dhidden":
+            found[f"{name}, nine of ten rows"] = (off / size).quantile(0.9)
+    else:
+        found[f"{name}, worst token"] = difference.abs().max() / true.square().mean().sqrt()
+    return {what: error.item() for what, error in found.items()}
+
+
+def linear_fault(workload, inputs, known, outputs, grads):
+    """Returns (errors, what is wrong or None): the gate that a provider passes before it is timed.
+
+    A mean is held to the limit of its tokens: plain torch's own mean may be right by luck.
+    """
+    exact, limits, granted = known
+    leading = () if workload.mode in MEANS else (workload.rows,)
+    shapes = [tuple(result.shape) for result in (*outputs, *grads)]
+    right = [leading] * len(OUTPUTS[workload.mode]) + [tuple(leaf.shape) for leaf in inputs.leaves]
+    if shapes != right:
+        return {}, f"outputs and gradients have the shapes {shapes}, expected {right}"
+    found = {}
+    for (name, true), result in zip(exact.items(), (*outputs, *grads), strict=True):
+        if result.dim():
+            result = result[checked_rows(workload)] if name == "dweight" else result
+            found |= errors(name, result, true, granted[name])
+        else:
+            # Relative to the size of the tokens' losses: in their mean either sign cancels.
+            off = (result.detach().double() - true.mean()).abs()
+            found[name] = (off / true.abs().mean()).item()
+    return found, "; ".join(over(found, limits)) or None
+
+
+# The floor
+
+
+def bare_products(workload, inputs, chunk):
+    """Makes a function that does the workload's products with cuBLAS, and nothing else.
+
+    `chunk` tokens at a time, into buffers allocated here. Every doubt goes to the floor: the
+    products of the gradients take the policy's logits for their operand, so nothing else is read or
+    written; the gradient of the weight is overwritten by each chunk instead of added to, in the
+    16-bit type.
+    """
+    with_reference = workload.mode != "logprob"
+    gradients = PRODUCTS[workload.mode] - 1 - with_reference
+    logits, ref_logits = (inputs.hidden.new_empty(chunk, workload.vocabulary) for _ in range(2))
+    grad_hidden, grad_weight = (
+        torch.empty_like(x.detach()) for x in (inputs.hidden, inputs.weight)
+    )
+
+    @torch.no_grad()
+    def run(inputs):
+        whole = (inputs.hidden, inputs.ref_hidden, grad_hidden)
+        for some, ref_some, grad in zip(*(x.split(chunk) for x in whole), strict=True):
+            policy = torch.mm(some, inputs.weight.t(), out=logits[: len(some)])
+            if with_reference:
+                torch.mm(ref_some, inputs.ref_weight.t(), out=ref_logits[: len(some)])
+            if gradients > 0:
+                torch.mm(policy, inputs.weight, out=grad)
+            if gradients > 1:
+                torch.mm(policy.t(), some, out=grad_weight)
+        return ()
+
+    return run

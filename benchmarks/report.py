@@ -1,0 +1,265 @@
+"""Writes the page benchmarks/results/README.md, the figures in README.md and docs, and the plots.
+
+    python -m benchmarks.report
+
+reads the newest results that are committed, rewrites the page, and in README.md and docs/*.md what
+stands between <!-- NAME --> and <!-- /NAME --> for each NAME in SECTIONS. Exit code 0: done; 1: a
+file is not as it should be, and nothing was written; 2: wrong use.
+"""
+
+import argparse
+import json
+import sys
+
+from benchmarks import accuracy, cpu, tables
+from benchmarks.record import ROOT, markdown, origin, write_bytes
+from benchmarks.tables import LINEAR_MAIN, MAIN, RED, TIMED, digits, gpu_name, text
+
+RESULTS = ROOT / "benchmarks" / "results"
+ACCURACY_COLUMNS = [
+    "fastkl",
+    "fastkl (Triton, interpreted)",
+    "torch",
+    "torch.compile",
+    "Categorical",
+    "TRL",
+    "Liger JSD (interpreted)",
+]
+# The README's kernels, by their names in the results, and what each computes.
+KERNELS = {
+    "fastkl kl_divergence.forward": "KL from logits",
+    "fastkl token_stats.forward": "both KLs, entropy and log-probs from logits",
+    "fastkl kl_divergence.backward_p": "its gradient to the logits",
+    "liger _kldiv_kernel_forward": "KL from log-probabilities",
+    "liger _jsd_kernel beta=1": "KL and its gradient, from log-probabilities",
+    "trl logprob_entropy._forward_kernel": "log-prob and entropy from logits",
+    "trl chunked_divergence._stats_kernel": "both KLs from float32 logits",
+}
+PIPELINES = ("fastkl kl_divergence, token_stats", "liger kl_div", "liger jsd, beta 0 and 1")
+NO_RESULTS = (
+    "No time has been measured on a GPU yet, so none is given: "
+    "`python -m benchmarks.speed --out DIR` measures it."
+)
+
+
+def read(path):
+    """Reads the results in a file under benchmarks/results; raises ValueError."""
+    file = RESULTS / path
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected results in JSON, got {type(error).__name__}: {error}; measure them"
+            " again (benchmarks/README.md says how), or take the file from git"
+        ) from None
+
+
+# Sections of the README
+
+
+def accuracy_section():
+    """Makes the table of the worst relative error of the KL by size, a column per provider."""
+    options = {"providers": ACCURACY_COLUMNS, "targets": accuracy.SHOWN[::2]}
+    table = accuracy.markdown(read("cpu/accuracy.json"), **options)
+    # On a CPU our name alone stands for the reference; the kernels have the column beside it.
+    return table.replace("| fastkl |", "| fastkl, reference on a CPU |", 1)
+
+
+def linear_section():
+    """Makes the table of errors from hidden states by size of the KL, for bfloat16 inputs."""
+    data = read("cpu/linear_accuracy.json")
+    records = [record for record in data["records"] if record["dtype"] == "bf16"]
+    exact = "fastkl, logits_dtype=float32"
+    ways = [
+        ("KL, bfloat16 logits (as every model returns them)", "fastkl", "kl"),
+        ("the same in plain torch", "torch", "kl"),
+        ("its gradient to the weight", "fastkl", "weight"),
+        ("the same in plain torch", "torch", "weight"),
+        ("KL, `logits_dtype=torch.float32`", exact, "kl"),
+        ("its gradient to the weight, itself bfloat16", exact, "weight"),
+    ]
+    head = ["bfloat16 inputs, mean KL of", *(accuracy._power(record["kl"]) for record in records)]
+    lines = [
+        [words, *(accuracy._power(record["ways"][way][figure]) for record in records)]
+        for words, way, figure in ways
+    ]
+    return markdown(head, lines)
+
+
+def static_section():
+    data = read("static/peers.json")
+    return kernels_table(data, KERNELS) + "\n\n" + ways_table(data, PIPELINES)
+
+
+def kernels_table(data, names=None):
+    """Makes the table of these kernels, or of all; of two types a name means the first."""
+    first = {row["kernel"]: row for row in reversed(data["kernels"])}
+    lines = []
+    for row in data["kernels"] if names is None else [first[name] for name in names]:
+        name, work = row["kernel"].replace("_", r"\_"), KERNELS.get(row["kernel"], "")
+        if "reason" in row:
+            lines.append([name, row["reason"].replace("|", "/"), *[""] * 5])
+            continue
+        bound = row["upper_bound_of_peak_bandwidth"]
+        limit = "" if bound["limited_by"] == "bandwidth" else f" ({bound['limited_by']})"
+        counts = [row[key] for key in ("instructions_per_pair", "ex2_per_pair", "kernel_bytes")]
+        unit = f"{row['dtype']} {row['unit']}"
+        lines.append([name, work, unit, *counts, f"{bound['percent']:g} %{limit}"])
+    head = ["kernel", "computes", "per", "instructions", "exponentials", "bytes", "H200, at most"]
+    return markdown(head, lines)
+
+
+def ways_table(data, names):
+    """Makes the table of the memory traffic of these ways from logits to a KL."""
+    ways = {row["pipeline"]: row for row in data["pipelines"]}
+    lines = []
+    for name in names:
+        cells = []
+        for side in ("forward", "backward"):
+            low, high = (ways[name][side][f"bytes_{of}_log_probs"] for of in ("bf16", "fp32"))
+            cells.append(str(low) if low == high else f"{low} to {high}")
+        lines.append([name.replace("_", r"\_"), *cells, ways[name]["gives"].replace("||", "‖")])
+    return markdown(["from bf16 logits, bytes per pair", "forward", "backward", "gives"], lines)
+
+
+def gpu_section():
+    """Makes the tables of the newest results of a GPU; without any a sentence that says so."""
+    results = tables.gpu_results(RESULTS)
+    if not results:
+        return NO_RESULTS
+    data = results[0][1]
+    wrong = [
+        row for name in TIMED for row in tables.rows_of(data, name) if row["status"] == "wrong"
+    ]
+    gate = f" Rows without a time, since they failed the gate against float64: {len(wrong)}."
+    hidden = f"from hidden states, H = {LINEAR_MAIN['hidden']}"
+    of_copy, of_floor = ("percent_of_copy", ", {:.0f} %"), ("ratio_to_floor", ", {:.2f} ×")
+    parts = [
+        f"Measured on one {gpu_name(data)}: {MAIN['rows']} tokens, a vocabulary of"
+        f" {MAIN['vocabulary']}, bfloat16; median device time of forward and backward together;"
+        " n ×: fastkl is so many times faster. Every figure is on the"
+        " [page of results](benchmarks/results/README.md).",
+        tables.summary(
+            data, ("main", "peers"), "from logits", "fastkl, of a copy's bandwidth", of_copy
+        ),
+        tables.summary(data, ("linear",), hidden, "fastkl, × the bare matrix products", of_floor),
+        tables.standing(data) + (gate if wrong else ""),
+        origin(data),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+SECTIONS = {
+    "accuracy": accuracy_section,
+    "static": static_section,
+    "gpu": gpu_section,
+    "linear": linear_section,
+}
+
+
+def render(name, words):
+    """Makes the sections of a file anew; raises ValueError for a mark without its other half."""
+    for section, make in SECTIONS.items():
+        start, end = f"<!-- {section} -->\n", f"\n<!-- /{section} -->"
+        before, opened, rest = words.partition(start)
+        _, closed, after = rest.partition(end)
+        if bool(opened) != bool(closed) or (not opened and end.strip() in words):
+            raise ValueError(f"{name}: expected {start.strip()} to {end.strip()}; put both in")
+        if opened:
+            words = before + start + make() + end + after
+    return words
+
+
+# The page of results
+
+
+def results_page():
+    """Makes the page of all tables of all committed results; of each GPU those of its newest."""
+    errors, costs = read("cpu/accuracy.json"), read("static/peers.json")
+    parts = [
+        "# Results",
+        "Generated by `python -m benchmarks.report` from the JSON files beside this page; "
+        "[how each was made](../README.md).",
+        "## Accuracy",
+        "Worst relative error against float64 by size of the KL; "
+        f"V = {errors['vocabulary']}, {errors['rows']} rows of each kind. {origin(errors)}",
+        "![Relative error against the size of the KL](cpu/accuracy.png)",
+    ]
+    parts += _accuracy_parts(errors)
+    ways = [row["pipeline"] for row in costs["pipelines"]]
+    parts += ["## Static costs", f"{costs['model'].capitalize()}. {origin(costs)}"]
+    parts += [kernels_table(costs), ways_table(costs, ways), *cpu.page(read("cpu/times.json"))]
+    found = tables.gpu_results(RESULTS)
+    parts += ["## GPU", *(part for path, data in found for part in _gpu_parts(path, data))]
+    return "\n\n".join([*parts, *([] if found else [NO_RESULTS])]) + "\n"
+
+
+def _accuracy_parts(data):
+    parts = []
+    for dtype in dict.fromkeys(record["dtype"] for record in data["records"]):
+        for measure, words in (("kl", "the KL"), ("gradient", "its gradient to the first logits")):
+            parts += [f"### {words}, {dtype}", accuracy.markdown(data, dtype, measure)]
+    reasons = {
+        name: error["reason"].splitlines()[0]
+        for record in data["records"]
+        for name, error in record["errors"].items()
+        if "reason" in error
+    }
+    without = "; ".join(f"{name}: `{reason}`" for name, reason in reasons.items())
+    return parts + ([f"Without figures: {without}."] if reasons else [])
+
+
+def _gpu_parts(path, data):
+    """Makes the tables of a GPU: every section with every row, growth with size, and accuracy."""
+    driver = (data.get("gpu") or {}).get("driver")
+    said = origin(data) + (f" Driver {driver}." if driver else "")
+    parts = [f"### {gpu_name(data)}", said, tables.standing(data)]
+    for name, section in data.get("sections", {}).items():
+        status, rows = section.get("status", ""), section.get("rows", [])
+        state = "ok" if status == "ok" else f"{RED} {text(status)}"
+        parts.append(f"#### {name}: {state}, {digits(section.get('seconds'))} s")
+        copies = [
+            (row.get("copy") or row).get("gb_per_s", row.get("copy_gb_per_s")) for row in rows
+        ]
+        if copies := [float(copy) for copy in copies if copy]:
+            parts.append(f"A copy moves {max(copies):.0f} GB/s, read and written.")
+        if section.get("summary"):
+            parts.append(f"`{section['summary'].strip('= ')}`")
+        parts += tables.timings(tables.rows_of(data, name))
+    for axis in tables.axes_of(data):
+        title, head = f"kl_divergence against {axis}", ["beside", "of", f"faster from {axis}"]
+        lines = [[*who, since or f"{RED} nowhere"] for *who, since in tables.crossovers(data, axis)]
+        image = f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"
+        parts += [f"#### {title}", markdown(head, lines), image]
+    for file in sorted(path.parent.glob("*-accuracy.json"))[-1:]:
+        errors = json.loads(file.read_text(encoding="utf-8"))
+        parts += [f"#### accuracy: {origin(errors)}", *_accuracy_parts(errors)]
+    return parts
+
+
+def main(argv=None):
+    """Rewrites the files that differ, and says so, or none; returns the exit code."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
+    ).parse_args(argv)
+    try:
+        for path in sorted(RESULTS.glob("*/*.json")):
+            read(path)  # gpu_results, which reads those of GPUs, does not say which one is broken
+        made = {RESULTS / "README.md": results_page().encode()}
+        for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))):
+            made[path] = render(path.name, path.read_text(encoding="utf-8")).encode()
+        for path, data in tables.gpu_results(RESULTS):
+            for axis in tables.axes_of(data):
+                made[path.with_name(f"{path.stem}-{axis}.png")] = tables.picture(data, axis)
+    except ValueError as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 1
+    for path, content in made.items():
+        if not path.exists() or path.read_bytes() != content:
+            write_bytes(path, content)
+            print(f"{path}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

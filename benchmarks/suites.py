@@ -1,0 +1,129 @@
+"""Lists the sections of speed.py, cases with providers or commands, in their order on a GPU."""
+
+import sys
+from dataclasses import dataclass
+
+from benchmarks.cases import DIFFERENTIATED, Workload
+from benchmarks.linear_cases import FLOOR, LinearWorkload
+from benchmarks.peers import LINEAR_PEERS
+from benchmarks.providers import LOADERS
+from benchmarks.work import PRODUCTS
+
+
+@dataclass(frozen=True)
+class Section:
+    """Holds cases, the most important first, and the providers that are measured at them."""
+
+    workloads: tuple
+    providers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Command:
+    """Holds a command with a time limit; {folder} and {stamp} in it name the results."""
+
+    command: tuple[str, ...]
+    seconds: float
+
+
+def _module(*arguments):
+    return (sys.executable, "-m", *arguments)
+
+
+def _sizes(**sizes):
+    """Makes the cases that differ from the main shape by one size each."""
+    return tuple(Workload(**{name: size}) for name, values in sizes.items() for size in values)
+
+
+MAIN = (
+    *(Workload("kl_divergence", wrt=wrt) for wrt in "pq"),
+    Workload("token_stats"),
+    *(Workload("mean_kl", wrt=wrt) for wrt in "pq"),
+)
+LOGPROBS = (
+    Workload("logprob"),
+    Workload("logprob", layout="sliced"),
+    Workload("logprob_entropy"),
+    Workload("entropy"),
+)
+SWEEP = (
+    *_sizes(rows=(8, 64, 512, 2048), vocabulary=(32000, 50257, 151936)),
+    *(Workload(dtype="fp32"), Workload(layout="sliced"), Workload(vocabulary=262144)),
+)
+LINEAR_SHAPES = (
+    *({"rows": n} for n in (64, 512, 2048)),
+    *({"vocabulary": v} for v in (32000, 50257, 151936)),
+    *({"hidden": h} for h in (1024, 2048)),
+    *({"rows": 16384}, {"hidden": 8192}, {"vocabulary": 262144}),  # the longest last
+)
+SCALING = (
+    *_sizes(rows=[2**k for k in range(16) if 2**k != 4096]),
+    *(Workload(rows=4096, vocabulary=v) for v in (1000, 4096, 16384, 32000, 50257, 65536)),
+    *(Workload(rows=4096, vocabulary=v) for v in (128256, 151936, 262144)),
+)
+SMALL = {"rows": 16, "vocabulary": 131}
+SMOKE = (
+    *(
+        Workload(operation, dtype=dtype, **SMALL)
+        for operation in DIFFERENTIATED
+        for dtype in ("bf16", "fp32")
+    ),
+    *(
+        Workload(
+            operation,
+            wrt="q" if operation.endswith(("divergence", "mean_kl")) else "p",
+            layout="sliced",
+            **SMALL,
+        )
+        for operation in DIFFERENTIATED
+    ),
+    *(LinearWorkload(mode, 24, 32, 257, dtype) for mode in PRODUCTS for dtype in ("bf16", "fp32")),
+)
+
+# torch.compile comes last everywhere: it compiles for seconds at each shape, and time may run out.
+COMPILED = "torch.compile"
+FROM_LOGITS = tuple(name for name in LOADERS if name != COMPILED)
+FROM_HIDDEN = ("fastkl", "torch", "fastkl, logits kept", "torch chunked", *LINEAR_PEERS)
+EVERYBODY = tuple(dict.fromkeys((*FROM_LOGITS, *FROM_HIDDEN)))
+
+SMOKE_CHECK = ("benchmarks.speed", "--check", "--suite", "smoke", "--providers", "fastkl")
+SANITIZER = ("compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9", "--tool")
+TESTS = ("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests")
+TUNE_JSON, ACCURACY_JSON = "{folder}/{stamp}-tune.json", "{folder}/{stamp}-accuracy.json"
+
+# In the order of importance with a GPU at hand: right before fast, the main shape before others.
+SUITES = {
+    "tests": Command(_module(*TESTS), 300),
+    "main": Section(MAIN, ("fastkl", "torch", COMPILED)),
+    "tune": Command(
+        _module(
+            "benchmarks.tune", "--direction", "forward", "--dtype", "bf16", "--json", TUNE_JSON
+        ),
+        240,
+    ),
+    "fused": Section(
+        (Workload("mean_kl"), Workload("mean_kl", rows=64), Workload("mean_kl", rows=8)),
+        ("fastkl, one launch", "fastkl"),
+    ),
+    "linear": Section(
+        tuple(LinearWorkload(mode) for mode in PRODUCTS), (FLOOR, *FROM_HIDDEN, COMPILED)
+    ),
+    "peers": Section((*MAIN[3:], *LOGPROBS), (*FROM_LOGITS, COMPILED)),
+    "sweep": Section(SWEEP, ("fastkl", "torch", COMPILED)),
+    "linear_sweep": Section(
+        tuple(
+            LinearWorkload(mode, **shape) for shape in LINEAR_SHAPES for mode in ("loss", "forward")
+        ),
+        (FLOOR, "fastkl"),
+    ),
+    "scaling": Section(SCALING, ("fastkl", "torch")),
+    "accuracy": Command(
+        _module("benchmarks.accuracy", "--device", "cuda", "--json", ACCURACY_JSON), 120
+    ),
+    "doctor": Command(_module("fastkl", "doctor", "--device", "cuda"), 150),
+    "memcheck": Command((*SANITIZER, "memcheck", *_module(*SMOKE_CHECK)), 180),
+    "racecheck": Command((*SANITIZER, "racecheck", *_module(*SMOKE_CHECK)), 180),
+    "smoke": Section(SMOKE, EVERYBODY),
+}
+# Of tests and `make bench`: tiny shapes of everything, to check and not to time.
+ALL = tuple(name for name in SUITES if name != "smoke")

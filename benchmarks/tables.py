@@ -1,0 +1,330 @@
+"""Turns rows of speed.py into tables: the best beside fastkl, every figure, and growth with size.
+
+A file of results is {"gpu", "versions", "commit", "command", "date", "sections": {name: {"status",
+"rows"}}}. Files written before 2026-12 have the bandwidth of a copy as a row of its own.
+"""
+
+import io
+import json
+import math
+
+import pandas as pd
+
+from benchmarks.cases import PHASES, Workload
+from benchmarks.linear_cases import FLOOR, LinearWorkload
+from benchmarks.record import markdown
+
+OURS, PLAIN = "fastkl", "torch"
+# This package too: where there is memory for all logits, and where the GPU was found fit for it.
+ALSO_OURS = ("fastkl, through logits", "fastkl, one launch")
+MAIN, LINEAR_MAIN = Workload().as_dict(), LinearWorkload().as_dict()
+TIMED = ("main", "peers", "fused", "sweep", "scaling", "linear", "linear_sweep")
+# Operations with a gradient to the first logits only: their names go without it.
+ONE_GRADIENT = ("token_stats", "logprob", "logprob_entropy", "entropy")
+NOISE = 0.01  # two measurements of the same may differ by so much
+RED, NONE = "🔴", "–"
+
+
+def gpu_results(folder):
+    """Finds [(path, data)]: of every GPU the newest file in which the main shape was timed.
+
+    The newest of them comes first, of one day an H200's.
+    """
+    newest = {}
+    for path in sorted(folder.glob("*/*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or not any(map(timed, rows_of(data, "main"))):
+            continue  # other files lie there too: of tune, of accuracy
+        name = gpu_name(data)
+        if name not in newest or data["date"] > newest[name][1]["date"]:
+            newest[name] = path, data
+
+    ranks = {path: (data["date"][:10], "H200" in gpu_name(data)) for path, data in newest.values()}
+    return sorted(newest.values(), key=lambda found: ranks[found[0]], reverse=True)
+
+
+def gpu_name(data):
+    return (data.get("gpu") or {}).get("name", "unnamed GPU")
+
+
+def rows_of(data, section):
+    """Returns the rows of a section that are about a workload."""
+    rows = (data.get("sections", {}).get(section) or {}).get("rows", [])
+    return [row for row in rows if "workload" in row]
+
+
+def label(workload):
+    """Names a workload the same in every table: the operation, and a shape that is not the main."""
+    linear = "mode" in workload
+    main = LINEAR_MAIN if linear else MAIN
+    parts = [f"linear {workload['mode']}" if linear else workload["operation"]]
+    if not linear and not (workload["operation"] in ONE_GRADIENT and workload["wrt"] == "p"):
+        parts[0] += f" d{workload['wrt']}"
+    sizes = [size for size in ("rows", "hidden", "vocabulary") if size in workload]
+    if any(workload[size] != main[size] for size in sizes):
+        parts.append(" × ".join(str(workload[size]) for size in sizes))
+    kinds = [
+        key for key in ("dtype", "layout") if workload.get(key, main.get(key)) != main.get(key)
+    ]
+    return ", ".join(parts + [workload[key] for key in kinds])
+
+
+def by_workload(data, sections=TIMED):
+    """Returns {label: {provider: row}}; of two sections the first row that has times."""
+    found = {}
+    for row in (row for section in sections for row in rows_of(data, section)):
+        rows, provider = found.setdefault(label(row["workload"]), {}), row["provider"]
+        if provider != FLOOR and (
+            provider not in rows or (timed(row) and not timed(rows[provider]))
+        ):
+            rows[provider] = row
+    return found
+
+
+def timed(row):
+    """Returns {phase: milliseconds} of a row that passed the gate; empty for every other."""
+    if not row or row.get("status") != "ok":
+        return {}
+    found = {p: number(figures.get("median_ms")) for p, figures in (row.get("times") or {}).items()}
+    return {phase: milliseconds for phase, milliseconds in found.items() if milliseconds}
+
+
+def frame(data):
+    """Makes a table of a line per workload, provider and phase that has a time.
+
+    time, wall: in milliseconds, on the device and of one call alone on the clock. memory: in GB.
+    """
+    lines = []
+    for name, rows in by_workload(data).items():
+        for provider, row in rows.items():
+            memory = (row.get("memory") or {}).get("peak_bytes", math.nan)
+            for phase, milliseconds in timed(row).items():
+                figures = {"time": milliseconds, "wall": row["times"][phase].get("wall_ms")}
+                named = {"label": name, "provider": provider, "phase": phase}
+                lines.append({**row["workload"], **named, **figures, "memory": memory / 1e9})
+    return pd.DataFrame(lines)
+
+
+def against(data):
+    """Returns our device time over everybody else's, by (label, phase, provider)."""
+    table = frame(data)
+    if OURS not in set(table.get("provider", ())):
+        return pd.Series(dtype=float)
+    table = table.pivot(index=["label", "phase"], columns="provider", values="time")
+    others = table.drop(columns=[OURS, *ALSO_OURS], errors="ignore")
+    return others.rdiv(table[OURS], axis=0).stack().dropna()
+
+
+def standing(data):
+    """Says who is faster than fastkl, and where fastkl has no time."""
+    ratios = against(data)
+    faster = [
+        f"{other} at `{name}` ({phase}, {times(ratio)})"
+        for (name, phase, other), ratio in ratios[ratios > 1 + NOISE].items()
+    ]
+    compared = len({name for name, _, _ in ratios.index})
+    words = f"Faster than fastkl by more than 1 % of device time, at {compared} workloads measured "
+    words += f"beside others: {'; '.join(faster) or 'none'}."
+    found = {name: rows.get(OURS) for name, rows in by_workload(data).items()}
+    without = [f"`{name}` ({why(row)})" for name, row in found.items() if not timed(row)]
+    return words + (f" Without a time of fastkl: {', '.join(without)}." if without else "")
+
+
+# Cells
+
+
+def number(value):
+    return float(value) if value is not None and math.isfinite(float(value)) else None
+
+
+def digits(value, count=3):
+    """Writes a number with so many digits, and never in powers of ten; a dash for none."""
+    value = number(value)
+    if value is None:
+        return NONE
+    whole = abs(value) >= 10**count - 0.5
+    return f"{value:.0f}" if whole else f"{value:#.{count}g}".rstrip(".")
+
+
+def times(ratio):
+    return f"{ratio:.2f} ×" if ratio < 2 else f"{digits(ratio, 2)} ×"
+
+
+def amount(value):
+    """Writes bytes in the unit that suits them; a dash for none."""
+    value = number(value)
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value is not None and abs(value) >= 0.9995 * size:
+            return f"{digits(value / size)} {unit}"
+    return NONE if value is None else f"{value:.0f} B"
+
+
+def text(words, length=200):
+    """Writes the first line of somebody else's words as it may stand in a table."""
+    line = (str(words).strip().splitlines() or [""])[0]
+    line = line if len(line) <= length else line[: length - 1] + "…"
+    for special in "\\|*_`":
+        line = line.replace(special, "\\" + special)
+    return line.replace("<", "&lt;")
+
+
+def why(row):
+    """Writes the reason for having no time, or an error of the gate, in its place."""
+    if not row:
+        return NONE
+    if row.get("status") == "ok":
+        return "correct, not timed"
+    if row["status"] == "wrong":
+        return f"{RED} **wrong: {text(row.get('reason'))}**"
+    return f"{row['status']}: {text(row.get('reason'))}"
+
+
+def error(row):
+    found = {name: value for name, value in (row.get("error") or {}).items() if "," not in name}
+    return ", ".join(f"{name} {float(value):.0e}" for name, value in found.items()) or NONE
+
+
+def peak(row):
+    return amount(((row or {}).get("memory") or {}).get("peak_bytes"))
+
+
+# Tables
+
+
+def summary(data, sections, what, title, share):
+    """Makes a table of a line per workload at the main shape: fastkl, the best other, plain torch.
+
+    share: the key and the format of a figure beside our time.
+    """
+    lines = []
+    for name, rows in by_workload(data, sections).items():
+        if "," in name:
+            continue
+        phase = "forward" if name == "linear forward" else "both"
+        ours = rows.get(OURS)
+        others = {who: row for who, row in rows.items() if who not in (OURS, *ALSO_OURS)}
+        speeds = {other: timed(row)[phase] for other, row in others.items() if phase in timed(row)}
+        best, mine = min(speeds, key=speeds.get, default=None), timed(ours).get(phase)
+        cell = why(ours)
+        if mine:
+            rate = number(ours["times"][phase].get(share[0]))
+            cell = f"{digits(mine)} ms" + ("" if rate is None else share[1].format(rate))
+        rival = f"{best} {_beside(others[best], phase, mine)}" if best else NONE
+        memory = " / ".join(peak(row) for row in (ours, others.get(best), rows.get(PLAIN)))
+        lines.append([f"`{name}`", cell, rival, _beside(rows.get(PLAIN), phase, mine), memory])
+    peaks = "peak beside the inputs: fastkl / best other / torch"
+    return markdown([what, title, "best other", "plain torch", peaks], lines) if lines else ""
+
+
+def _beside(row, phase, ours):
+    theirs = timed(row).get(phase)
+    if not theirs:
+        return why(row)
+    return f"{digits(theirs)} ms" + (f", {times(theirs / ours)}" if ours else "")
+
+
+LOGITS_HEAD = [
+    "workload",
+    "provider",
+    *(f"{phase}, ms" for phase in PHASES),
+    "of a copy, %",
+    "one call on the clock, ms",
+    "peak beside the inputs",
+    "held for backward",
+    "error",
+    "note",
+]
+LINEAR_HEAD = [
+    "workload",
+    "provider",
+    "ms",
+    "× the bare products",
+    "TFLOP/s",
+    "one call on the clock, ms",
+    "peak beside the inputs",
+    "error",
+    "note",
+]
+
+
+def timings(rows):
+    """Makes the tables of rows, a workload's together: from logits, and from hidden states."""
+    names = list(dict.fromkeys(label(row["workload"]) for row in rows))
+    rows = sorted(rows, key=lambda row: names.index(label(row["workload"])))
+    logits = [line(row) for row in rows if "mode" not in row["workload"]]
+    linear = [line(row) for row in rows if "mode" in row["workload"]]
+    tables = ((LOGITS_HEAD, logits), (LINEAR_HEAD, linear))
+    return [markdown(head, lines) for head, lines in tables if lines]
+
+
+def line(row):
+    """Writes the cells of a row; figures with strokes between are forward, backward and both."""
+    found, figures = timed(row), row.get("times") or {}
+    memory = [peak(row)]
+    if "mode" in row["workload"]:
+        phase = next(iter(found), None)
+        cells = [digits(found.get(phase), 4) if found else why(row)]
+        keys = ("ratio_to_floor", "tflop_per_s", "wall_ms")
+        cells += [digits(figures.get(phase, {}).get(key)) for key in keys]
+    else:
+        cells = (
+            [digits(found.get(phase), 4) for phase in PHASES] if found else [why(row), NONE, NONE]
+        )
+        for key in ("percent_of_copy", "wall_ms"):
+            shown = [digits(figures[phase].get(key)) for phase in PHASES if phase in found]
+            cells.append(" / ".join(shown) or NONE)
+        memory.append(amount((row.get("memory") or {}).get("held_bytes")))
+    name, note = f"`{label(row['workload'])}`", text(row.get("note") or "")
+    return [name, text(row["provider"]), *cells, *memory, error(row), note]
+
+
+# Growth with size
+
+
+AXES = {"rows": "vocabulary == 128256", "vocabulary": "rows == 4096"}
+
+
+def growth(data, axis):
+    """Makes a table by size of kl_divergence in bf16, columns (figure of frame, provider)."""
+    same = "operation == 'kl_divergence' and wrt == 'p' and dtype == 'bf16' and layout == 'rows'"
+    table = frame(data).query(f"{same} and phase == 'both' and {AXES[axis]}")
+    return table.pivot(index=axis, columns="provider", values=["time", "wall", "memory"])
+
+
+def axes_of(data):
+    """Names the axes of AXES along which kl_divergence was measured on purpose."""
+    scaled = rows_of(data, "scaling")
+    return [axis for axis in AXES if scaled and not growth(data, axis).empty]
+
+
+def crossovers(data, axis):
+    """Lists [provider, figure, size]: from which size on fastkl is faster at every size measured.
+
+    size is None where it is not faster even at the largest.
+    """
+    table, lines = growth(data, axis), []
+    for figure, provider in table.columns:
+        if figure != "memory" and provider != OURS:
+            pair = table[figure][[OURS, provider]].dropna()
+            slower = pair.index[~(pair[OURS] < pair[provider] * (1 - NOISE))]
+            after = pair.index[pair.index > slower.max()] if len(slower) else pair.index
+            lines.append([provider, figure, after.min() if len(after) else None])
+    return lines
+
+
+def picture(data, axis):
+    """Draws device time, time on the clock and peak memory against a size; returns a PNG."""
+    from matplotlib.figure import Figure
+
+    labels = {
+        "time": "device time, forward + backward, ms",
+        "wall": "one call alone on the clock, ms",
+        "memory": "peak beside the inputs, GB",
+    }
+    table, content = growth(data, axis), io.BytesIO()
+    figure = Figure(figsize=(14, 4.2), dpi=120, layout="constrained")
+    for axes, (kind, words) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
+        table[kind].plot(ax=axes, loglog=True, marker="o", markersize=3, ylabel=words, grid=True)
+    figure.suptitle(f"kl_divergence, bf16, {gpu_name(data)}")
+    figure.savefig(content, format="png")
+    return content.getvalue()

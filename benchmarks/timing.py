@@ -1,0 +1,227 @@
+"""Measures one provider at one case: correctness first, then time, rates and memory: a row.
+
+- A provider that fails the gate against float64 (cases.py, linear_cases.py) has no time.
+- Times are medians of triton.testing.do_bench, which flushes the L2 cache before each run. A run
+  shorter than GRAPH_BELOW_MS is repeated in a CUDA graph (do_bench_cudagraph) where it can be
+  captured: events between single launches would time the CPU. There inputs rotate among copies
+  several times larger than the L2. "timed_by" says which it was.
+- `wall_ms` is one call alone on the clock, launches and a synchronisation included.
+- Bandwidth counts the bytes that have to move (moved_bytes), the same for every provider, against
+  a copy measured in the same process. From hidden states it is TFLOP/s of the products that have
+  to be done.
+"""
+
+import gc
+import itertools
+import math
+import statistics
+import sys
+import time
+
+import torch
+
+from benchmarks import cases, linear_cases
+from benchmarks.linear_cases import FLOOR
+from benchmarks.work import NotOfferedError, gradients
+
+COPY_BYTES = 2**32  # of the copied tensor: far larger than any L2
+WARM_UP_MS, TIMED_MS, GRAPH_MS = 50, 250, 20
+GRAPH_BELOW_MS = 0.2
+ROTATE_OVER, MOST_SETS = 3, 64  # the inputs together are at least so many times the L2
+FLOOR_CHUNKS = (2**62, 4096, 2048)  # tokens at a time with which the floor is tried: all, and fewer
+# Inputs, truth and gate of a case.
+KINDS = {
+    cases.Workload: (cases.make_inputs, cases.truth, cases.fault),
+    linear_cases.LinearWorkload: (
+        linear_cases.make_linear_inputs,
+        linear_cases.expected,
+        linear_cases.linear_fault,
+    ),
+}
+
+
+def row_of(workload, provider, status, reason, **figures):
+    """Returns a row of the results.
+
+    status is "ok", or without figures "missing" (not here, or not this size), "not offered" (no
+    such operation), "wrong" (failed the gate) or "failed" (raised), with the reason.
+    """
+    nothing = {"note": None, "error": {}, "times": {}, "memory": {}}
+    said = {"provider": provider, "status": status, "reason": reason}
+    return {"workload": workload.as_dict(), **said, **nothing, **figures}
+
+
+def measure(provider, workload, device, copy=None):
+    """Measures one provider at one workload; copy: GB/s of a copy here, None to check only."""
+    named, note = (workload, provider.name), provider.note(workload.operation)
+    if missing := provider.why_not(workload.operation):
+        return row_of(*named, "missing" if provider.missing else "not offered", missing)
+    try:
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # it allows 8 shapes per function, and each case has its own
+            # Backward alone is timed by repeating it, for which what forward saved has to stay.
+            torch._functorch.config.donated_buffer = "backward" not in workload.phases
+        work = provider.operations[workload.operation]
+        return row_of(*named, **_figures(work, workload, device, copy), note=note)
+    except NotOfferedError as error:
+        return row_of(*named, "missing", str(error))
+    except Exception as error:  # a provider may fail in any way; the others are to be measured
+        return row_of(*named, "failed", f"{type(error).__name__}: {error}"[:2000], note=note)
+
+
+def _figures(work, workload, device, copy):
+    make, truth, fault = KINDS[type(workload)]
+    sets = _inputs(workload, device, make, copy)
+
+    def forward(inputs):
+        with torch.set_grad_enabled(bool(inputs.leaves)):
+            return work(inputs)
+
+    def both(inputs):
+        outputs = forward(inputs)
+        return outputs, gradients(inputs, outputs)
+
+    error, wrong = fault(workload, sets[0], truth(workload, sets[0]), *both(sets[0]))
+    row = {"status": "wrong" if wrong else "ok", "reason": wrong, "error": error}
+    if wrong or not copy:
+        return row
+    row["memory"] = _memory(forward, sets[0])
+    pairs = [(i, forward(i)) for i in sets] if "backward" in workload.phases else []
+    runs = {
+        "forward": (forward, sets),
+        "backward": (lambda pair: gradients(*pair, retain_graph=True), pairs),
+        "both": (both, sets),
+    }
+    times = {p: {**timed(*runs[p]), "wall_ms": wall_time(*runs[p])} for p in workload.phases}
+    for phase, figures in times.items():
+        if phase != "backward":  # whose forward is outside the graph
+            figures |= by_graph(figures, *runs[phase])
+        figures |= workload.rates(phase, figures["median_ms"], copy)
+    return {**row, "times": times, "copy_gb_per_s": copy}
+
+
+def measure_floor(workload, device, copy):
+    """Measures the bare cuBLAS products: the fastest chunk size; "tried" has the median of each."""
+    sets = _inputs(workload, device, linear_cases.make_linear_inputs, copy)
+    tried, (phase,) = {}, workload.phases
+    for chunk in {min(chunk, workload.rows) for chunk in FLOOR_CHUNKS}:
+        try:
+            run = linear_cases.bare_products(workload, sets[0], chunk)
+            tried[chunk] = {**timed(run, sets), "chunk": chunk}
+        except torch.OutOfMemoryError:  # fewer tokens at a time fit
+            continue
+    if not tried:
+        return row_of(workload, FLOOR, "failed", "OutOfMemoryError with every chunk size")
+    best = min(tried.values(), key=lambda figures: figures["median_ms"])
+    best |= workload.rates(phase, best["median_ms"], copy)
+    best["tried"] = {str(chunk): figures["median_ms"] for chunk, figures in tried.items()}
+    note = f"{linear_cases.PRODUCTS[workload.mode]} products into 16-bit buffers, and nothing else"
+    return row_of(workload, FLOOR, "ok", None, note=note, times={phase: best})
+
+
+def _inputs(workload, device, make, copy):
+    """Makes random inputs, for timing in as many sets as it takes to exceed the L2 cache."""
+    cache = 0
+    if copy:
+        cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 2**26)
+    count = math.ceil(ROTATE_OVER * cache / workload.moved_bytes("forward"))
+    return [make(workload, device, seed) for seed in range(min(max(count, 1), MOST_SETS))]
+
+
+# Time
+
+
+def timed(run, sets):
+    """Times run(inputs), each time with the next of the sets; milliseconds of device time."""
+    from triton.testing import do_bench
+
+    turns = itertools.cycle(sets)
+    options = {"warmup": WARM_UP_MS, "rep": TIMED_MS, "return_mode": "all"}
+    return _median(do_bench(lambda: run(next(turns)), **options), timed_by="events")
+
+
+def by_graph(figures, run, sets):
+    """Replaces the figures of a short run by a graph's, or adds the reason why there is none.
+
+    "by_events_ms" keeps the median of the events. Never raises: what was measured is not lost.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    if figures["median_ms"] >= GRAPH_BELOW_MS:
+        return figures
+    turns, outside = itertools.cycle(sets), torch.cuda.current_stream()
+    try:
+        torch.cuda.set_sync_debug_mode("error")  # a run that waits for the GPU cannot be captured
+        run(next(turns))
+        torch.cuda.set_sync_debug_mode("default")
+        times = do_bench_cudagraph(lambda: run(next(turns)), rep=GRAPH_MS, return_mode="all")
+    except Exception as error:
+        return {**figures, "no_graph": f"{type(error).__name__}: {error}"[:300]}
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_stream(outside)  # a capture that failed leaves its own stream behind
+    return _median(times, timed_by="graph", by_events_ms=figures["median_ms"])
+
+
+def _median(times, **others):
+    ends = {"fastest_ms": min(times), "slowest_ms": max(times), "repetitions": len(times)}
+    return {"median_ms": statistics.median(times), **ends, **others}
+
+
+def wall_time(run, sets, repetitions=5):
+    """Returns the median milliseconds of one call alone, from an idle GPU to its end."""
+    times = []
+    for inputs in itertools.islice(itertools.cycle(sets), repetitions):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run(inputs)
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def copy_bandwidth(device):
+    """Returns read plus written GB/s of a device copy of random data."""
+    numbers = {"dtype": torch.int32, "device": device}
+    source = torch.randint(-(2**31), 2**31 - 1, (COPY_BYTES // 4,), **numbers)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timed(target.copy_, [source])["median_ms"] / 1e6
+
+
+# Memory
+
+
+def _memory(forward, inputs):
+    """Returns the most that is allocated at once beside the inputs, gradients included.
+
+    held_bytes: allocated between forward and backward, outputs excluded.
+    """
+    release()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    outputs = forward(inputs)
+    held = torch.cuda.memory_allocated() - before - sum(o.nbytes for o in outputs)
+    grads = gradients(inputs, outputs)
+    peak, returned = torch.cuda.max_memory_allocated() - before, sum(g.nbytes for g in grads)
+    return {"peak_bytes": peak, "held_bytes": held, "gradient_bytes": returned}
+
+
+def release():
+    """Gives back memory without references: the next measurement starts from the same state."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def context_fault():
+    """Says why nothing more can be measured in this process; None while its CUDA context works.
+
+    A kernel's illegal access makes every later call fail, and a capture that broke off keeps the
+    allocator from giving memory back.
+    """
+    try:
+        release()
+    except Exception as error:  # whatever it is: this process is at its end
+        return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return None

@@ -1,0 +1,141 @@
+"""Defines the work of a provider, and makes it of functions on tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# Operations that read no second logits tensor.
+ONE_TENSOR = {"logprob", "logprob_entropy", "entropy"}
+# The modes from hidden states, and the products of N x H x V that each takes at least: two for the
+# logits (one for "logprob"), one for each gradient. For "stats" and "grpo" that is the count where
+# all logits are kept; a provider that computes them again does six, and "logprob" four.
+PRODUCTS = {
+    "loss": 4,
+    "forward": 2,
+    "grpo": 4,
+    "distillation": 4,
+    "logprob": 3,
+    "stats": 4,
+    "frozen": 3,
+}
+# Of the GRPO step: how far a ratio may move before its gradient stops, and the weight of the KL.
+CLIP, BETA = 0.2, 0.04
+
+
+def grpo_terms(logprob, kl, old_logprob, advantages):
+    ratio = (logprob - old_logprob).exp()
+    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+    return -torch.minimum(ratio * advantages, clipped * advantages) + BETA * kl
+
+
+class NotOfferedError(RuntimeError):
+    """Says that a provider does not do this size or gradient; the text stands in its row."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Holds one operation of a provider, and in one line which work it does.
+
+    products: its matrix products of N x H x V from hidden states, None where they are not known.
+    """
+
+    run: Callable
+    note: str
+    products: int | None = None
+
+    def __call__(self, inputs):
+        return self.run(inputs)
+
+
+def gradients(inputs, outputs, **options):
+    """Returns the gradients of inputs.leaves; options: of torch.autograd.grad.
+
+    An output without a gradient (ref_logprob) takes no upstream; one that lost it makes the
+    gradients wrong, which the gate sees.
+    """
+    if not inputs.leaves:
+        return ()
+    pairs = zip(outputs, inputs.upstream, strict=True)
+    pairs = [(out, up) for out, up in pairs if up is not None and out.requires_grad]
+    return torch.autograd.grad(
+        [o for o, _ in pairs], inputs.leaves, [u for _, u in pairs], **options
+    )
+
+
+def arguments(operation, p, q, tokens):
+    """Selects what a function of PLAIN takes."""
+    if operation in ("kl_divergence", "mean_kl"):
+        return p, q
+    if operation in ("token_stats", "logprob_kl"):
+        return p, tokens, q
+    return (p,) if operation == "entropy" else (p, tokens)
+
+
+def logits_works(functions, note, **notes):
+    """Makes {operation: Work} of functions with the arguments of PLAIN's.
+
+    notes: of the operations that do something else than `note` says.
+    """
+
+    def work(operation, function):
+        def run(inputs):
+            return function(*arguments(operation, inputs.p, inputs.q, inputs.tokens))
+
+        return Work(run, notes.get(operation, note))
+
+    return {name: work(name, function) for name, function in functions.items()}
+
+
+def on_hidden(functions):
+    """Makes functions of hidden states and weights, as linear_works takes them, of logits'."""
+
+    def made(operation, function):
+        def run(hidden, weight, ref_hidden, ref_weight, tokens):
+            second = None if operation in ONE_TENSOR else F.linear(ref_hidden, ref_weight)
+            return function(*arguments(operation, F.linear(hidden, weight), second, tokens))
+
+        return run
+
+    return {name: made(name, function) for name, function in functions.items()}
+
+
+def linear_works(functions, products, note, **notes):
+    """Makes {"linear_" + mode: Work} for the modes in `products`.
+
+    functions: of (hidden, weight, ref_hidden, ref_weight, tokens), by "kl_divergence", "mean_kl",
+    "token_stats", "logprob" and "logprob_kl"; "reverse_mean_kl" is the mean of KL(Q‖P) of policy
+    P, by default mean_kl with the models exchanged. notes: of modes that `note` is not true of.
+    """
+
+    def call(name):
+        def run(i):
+            return functions[name](i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens)
+
+        return run
+
+    def grpo(i):
+        logprob, kl = call("logprob_kl")(i)
+        return (grpo_terms(logprob, kl, i.old_logprob, i.advantages).mean(),)
+
+    def distillation(i):
+        if "reverse_mean_kl" in functions:
+            return call("reverse_mean_kl")(i)
+        policy = i.hidden, i.weight
+        return functions["mean_kl"](i.ref_hidden, i.ref_weight, *policy, i.tokens)
+
+    runs = {
+        "forward": call("kl_divergence"),
+        "loss": call("mean_kl"),
+        "frozen": call("mean_kl"),
+        "stats": call("token_stats"),
+        "logprob": call("logprob"),
+        "grpo": grpo,
+        "distillation": distillation,
+    }
+    works = {}
+    for mode, count in products.items():
+        said = f"{count} products; " if count else ""
+        works[f"linear_{mode}"] = Work(runs[mode], said + notes.get(mode, note), count)
+    return works

@@ -1,0 +1,74 @@
+"""Stands in for a GPU: CPU tensors, a clock for CUDA events, a constant for its memory.
+
+Run as a script it is benchmarks.speed on that device, with the sections of SECTIONS.
+"""
+
+import sys
+import time
+import types
+
+import torch
+from triton import testing
+
+from benchmarks import speed, suites, timing
+from benchmarks.cases import Workload
+from benchmarks.linear_cases import FLOOR, LinearWorkload
+from benchmarks.work import Work
+
+LOGITS = (Workload(rows=6, vocabulary=97, dtype="fp32"), Workload(rows=4, vocabulary=97))
+LINEAR = (LinearWorkload("loss", 12, 16, 131), LinearWorkload("forward", 12, 16, 131))
+SECTIONS = {
+    "tests": suites.Command((sys.executable, "-c", "print('3 passed')"), 60),
+    "main": suites.Section(LOGITS, ("torch",)),
+    "linear": suites.Section(LINEAR, (FLOOR, "fastkl")),
+    "doctor": suites.Command(("no-such-command",), 60),
+    "memcheck": suites.Command(("{unknown}",), 60),
+}
+
+
+def install(put=setattr):
+    """Puts the device in the place of CUDA; put: setattr, or monkeypatch's."""
+
+    def bench(run, warmup=0, rep=0, return_mode=""):
+        started = time.perf_counter()
+        run()
+        return [1e3 * (time.perf_counter() - started) + 1e-6] * 3
+
+    properties = types.SimpleNamespace(name="stand-in", major=9, minor=0, total_memory=2**30)
+    properties.multi_processor_count = properties.L2_cache_size = 128
+    cuda = {
+        "is_available": lambda: True,
+        "get_device_properties": lambda index: properties,
+        "get_device_name": lambda index=0: "stand-in",
+        "memory_allocated": lambda: 5_000_000,
+        "max_memory_allocated": lambda: 8_000_000,
+        "current_stream": lambda: None,
+    }
+    nothing = ("synchronize", "empty_cache", "reset_peak_memory_stats")
+    nothing += ("set_sync_debug_mode", "set_stream")
+    for name, value in {**cuda, **dict.fromkeys(nothing, lambda *_: None)}.items():
+        put(torch.cuda, name, value)
+    put(testing, "do_bench", bench)
+    put(testing, "do_bench_cudagraph", bench)
+    put(timing, "COPY_BYTES", 2**16)
+    put(speed, "DEVICE", "cpu")
+    put(speed, "CHILD", [sys.executable, __file__])
+    put(speed, "SUITES", SECTIONS)
+
+
+def provider(device):
+    """Is a user's own: right at the first case, ends its process at the second."""
+
+    def kl_divergence(inputs):
+        if len(inputs.p) == 4:
+            sys.exit(7)
+        return (
+            (inputs.p.softmax(-1) * (inputs.p.log_softmax(-1) - inputs.q.log_softmax(-1))).sum(-1),
+        )
+
+    return {"kl_divergence": Work(kl_divergence, "ours")}
+
+
+if __name__ == "__main__":
+    install()
+    sys.exit(speed.main())

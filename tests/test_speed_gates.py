@@ -1,0 +1,342 @@
+"""Checks the gates of the benchmarks: right providers pass, wrong ones get an error and no time."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import cases, linear_cases, timing
+from benchmarks.cases import Workload, make_inputs, truth
+from benchmarks.linear_cases import FIELDS, LinearWorkload, answer, make_linear_inputs
+from benchmarks.plain import PLAIN, plain_kl_divergence
+from benchmarks.providers import ALL_LOADERS, Provider, load_providers
+from benchmarks.record import ROOT
+from benchmarks.suites import SUITES
+from benchmarks.work import CLIP, ONE_TENSOR, PRODUCTS, gradients, grpo_terms
+
+CPU = torch.device("cpu")
+TINY = Workload(rows=6, vocabulary=97, dtype="fp32")
+OFFERS = ["fastkl", "torch", "F.kl_div", "F.kl_div on probabilities", "Categorical", "TRL"]
+FROM_HIDDEN = ["fastkl, logits kept", "torch chunked", "TRL fused", "torch linear_cross_entropy"]
+
+
+def measured(operation, function, workload):
+    """The row of a provider that has this one operation."""
+    return timing.measure(Provider("theirs", {operation: function}), workload, CPU)
+
+
+def exact(i):
+    return plain_kl_divergence(i.p, i.q)[0]
+
+
+# The gate on logits
+
+
+@pytest.mark.parametrize("name", [*OFFERS, *FROM_HIDDEN])
+def test_right_providers_pass_the_gates(name):
+    """At every operation and mode that they offer; without a GPU no time is given."""
+    (provider,) = load_providers(CPU, [name], ALL_LOADERS)
+    if provider.missing:
+        pytest.skip(provider.missing)
+    for workload in SUITES["smoke"].workloads:
+        row = timing.measure(provider, workload, CPU)
+        offered = workload.operation in provider.operations
+        assert row["status"] == ("ok" if offered else "not offered"), row
+        assert row["times"] == {} and bool(row["note"]) == offered
+        json.dumps(row)
+
+
+def test_liger_computes_what_it_is_measured_at():
+    """In the interpreter, in a process of its own: its mean, either way."""
+    pytest.importorskip("liger_kernel")
+    code = """
+import torch
+from benchmarks import timing
+from benchmarks.providers import ALL_LOADERS, load_providers
+from benchmarks.suites import SUITES
+names = ["Liger JSD", "Liger KLDIVLoss"]
+for provider in load_providers(torch.device("cpu"), names, ALL_LOADERS):
+    for workload in SUITES["smoke"].workloads:
+        row = timing.measure(provider, workload, torch.device("cpu"))
+        assert row["status"] in ("ok", "missing", "not offered"), row
+        print(row["status"])
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split().count("ok") >= 5, done.stderr[-2000:]
+
+
+def spoiled(change):
+    return lambda i: (change(exact(i)),)
+
+
+@pytest.mark.parametrize(
+    ("operation", "function", "reason"),
+    [
+        ("kl_divergence", lambda i: plain_kl_divergence(i.q, i.p), "values off by"),
+        ("kl_divergence", spoiled(lambda kl: 1.01 * kl), "values off by"),
+        ("kl_divergence", spoiled(lambda kl: math.nan * kl), "values off by"),
+        ("kl_divergence", lambda i: (exact(i).detach() + 0 * i.p.sum(-1),), "gradient off by"),
+        ("kl_divergence", lambda i: plain_kl_divergence(i.p[:, 1:], i.q[:, 1:]), "off by"),
+        ("kl_divergence", spoiled(torch.sum), "shape"),
+        ("kl_divergence", spoiled(lambda kl: kl + 0.1 * (torch.arange(6) == 4)), "values off by"),
+        ("mean_kl", spoiled(lambda kl: 1.01 * kl.mean()), "values off by"),
+        ("mean_kl", spoiled(torch.sum), "values off by"),
+        ("mean_kl", spoiled(lambda kl: kl.mean().detach() + 0 * kl.sum()), "gradient off by"),
+        ("mean_kl", spoiled(lambda kl: kl), "shape"),
+        ("logprob", lambda i: PLAIN["logprob"](i.p, (i.tokens + 1) % 97), "off by"),
+        ("logprob_entropy", lambda i: PLAIN["logprob_entropy"](i.p, i.tokens)[::-1], "off by"),
+    ],
+)  # fmt: skip
+def test_the_gate_catches_a_wrong_provider(operation, function, reason):
+    row = measured(operation, function, Workload(operation, 6, 97, "fp32"))
+    # One that sums has no upstream gradient per row: that it raises is as good as being wrong.
+    assert row["status"] in ("wrong", "failed") and reason in row["reason"], row
+    assert row["times"] == {} and row["memory"] == {}
+
+
+@pytest.mark.parametrize("layout", ["rows", "sliced"])
+def test_the_gate_of_many_rows(layout, monkeypatch):
+    """Some rows are compared, the first and the last among them; all others have to be finite."""
+    monkeypatch.setattr(cases, "CHECKED_ROWS", 5)
+    workload = Workload(rows=64, vocabulary=31, dtype="fp32", layout=layout)
+    inputs = make_inputs(workload, CPU)
+    rows, _, gradient = truth(workload, inputs)
+    flat = torch.arange(64).view(inputs.p.shape[:-1])[rows].tolist()
+    assert flat == [0, 16, 32, 47, 63] and gradient.shape == (5, 31)
+
+    def at(row, factor):
+        def function(i):
+            kl = exact(i)
+            return (kl * torch.ones(64).index_fill(0, torch.tensor(row), factor).view(kl.shape),)
+
+        return measured("kl_divergence", function, workload)
+
+    assert all("values off by" in at(row, 1.1)["reason"] for row in flat)
+    assert at(1, 1.1)["status"] == "ok", "what is not compared is not seen, unless"
+    reason = "values not finite everywhere; gradient not finite everywhere"
+    assert at(1, math.nan)["reason"] == reason and at(1, math.inf)["status"] == "wrong"
+
+
+@pytest.mark.parametrize("operation", sorted(set(PLAIN) - {"logprob_kl"}))
+def test_the_truth_is_autograd_in_float64_over_all_rows(operation, monkeypatch):
+    monkeypatch.setattr(cases, "CHECKED_ROWS", 3)
+    wrt = "q" if operation in ("kl_divergence", "mean_kl") else "p"
+    workload = Workload(operation, 16, 53, "fp32", wrt, "sliced")
+    inputs = make_inputs(workload, CPU)
+    whole = cases.Inputs(
+        *(x.detach().double() for x in (inputs.p, inputs.q)), inputs.tokens, inputs.upstream, wrt
+    )
+    whole.leaf.requires_grad_()
+    outputs = PLAIN[operation](*cases.arguments(operation, whole.p, whole.q, whole.tokens))
+    (gradient,) = gradients(whole, outputs)
+    rows, found, found_gradient = truth(workload, inputs)
+    for output, value in zip(outputs, found, strict=True):
+        expected = output.detach() if operation == "mean_kl" else output.detach()[rows]
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found_gradient, gradient[rows], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (RuntimeError("no kernel"), "failed", "RuntimeError: no kernel"),
+        (timing.NotOfferedError("no gradient"), "missing", "no gradient"),
+    ],
+)
+def test_a_provider_that_raises_or_is_not_there_is_a_row(error, status, reason):
+    def raises(anything):
+        raise error
+
+    row = measured("kl_divergence", raises, TINY)
+    assert (row["status"], row["reason"]) == (status, reason)
+    row = timing.measure(*load_providers(CPU, ["peer"], {"peer": raises}), TINY, CPU)
+    assert (row["status"], row["reason"]) == ("missing", f"{type(error).__name__}: {error}")
+
+
+def test_bytes_that_have_to_move():
+    for operation in PLAIN.keys() - {"logprob_kl"}:
+        workload = Workload(operation, rows=3, vocabulary=5, dtype="bf16")
+        counts = [30, 60, 90] if operation in ONE_TENSOR else [60, 90, 150]
+        assert [workload.moved_bytes(phase) for phase in cases.PHASES] == counts
+
+
+# From hidden states
+
+
+def tiny(mode, **shape):
+    return LinearWorkload(mode, **{"rows": 12, "hidden": 16, "vocabulary": 131, **shape})
+
+
+def kl_of(hidden, weight, ref_hidden, ref_weight):
+    return plain_kl_divergence(F.linear(hidden, weight), F.linear(ref_hidden, ref_weight))[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda h, w, r, v: kl_of(r, v, h, w), "kl off by"),
+        (lambda h, w, r, v: kl_of(h, w, r, w), "kl off by"),
+        (lambda h, w, r, v: kl_of(h, w, r, v) * 1.01, "kl off by"),
+        (lambda h, w, r, v: kl_of(h, w, r, v) * math.nan, "kl off by"),
+        (lambda h, w, r, v: kl_of(h, w[1:], r, v[1:]), "off by"),
+        (lambda h, w, r, v: kl_of(h, w.detach(), r, v) + 0 * w.sum(), "dweight off by"),
+        (lambda h, w, r, v: kl_of(h.detach(), w, r, v) + 0 * h.sum(), "dhidden off by"),
+        (
+            lambda h, w, r, v: torch.cat(
+                [kl_of(h[:6], w, r[:6], v), kl_of(h[6:], w.detach(), r[6:], v)]
+            ),
+            "dweight off by",
+        ),
+    ],
+    ids="direction,one weight,scaled,nan,entry,no dweight,no dhidden,chunk lost".split(","),
+)  # fmt: skip
+def test_the_gate_catches_a_wrong_loss(function, reason):
+    def mean(i):
+        return (function(i.hidden, i.weight, i.ref_hidden, i.ref_weight).mean(),)
+
+    row = measured("linear_loss", mean, tiny("loss"))
+    assert row["status"] == "wrong" and reason in row["reason"] and row["times"] == {}, row
+
+
+@pytest.mark.parametrize("index", range(len(FIELDS)), ids=FIELDS)
+def test_the_gate_catches_each_field(index):
+    """A field off by 5 % of itself, or without its gradient, among four that are right."""
+    stats = load_providers(CPU, ["torch"])[0].operations["linear_stats"]
+    for change, what in (
+        (lambda field: 1.05 * field, FIELDS[index]),
+        (torch.Tensor.detach, "dhidden"),
+    ):
+
+        def changed(i, change=change):
+            return [change(f) if n == index else f for n, f in enumerate(stats(i))]
+
+        row = measured("linear_stats", changed, tiny("stats"))
+        # ref_logprob has no gradient: nothing of the reference learns.
+        fine = what == "dhidden" and FIELDS[index] == "ref_logprob"
+        assert fine or f"{what} off by" in row["reason"], row
+
+
+ROWWISE = [mode for mode in PRODUCTS if mode != "forward"]
+
+
+@pytest.fixture(scope="module", params=ROWWISE)
+def rounded(request):
+    """A workload in bfloat16, where roundings matter, with plain torch's results and the truth."""
+    workload = LinearWorkload(request.param, rows=256, hidden=128, vocabulary=4096)
+    inputs = make_linear_inputs(workload, CPU)
+    outputs = load_providers(CPU, ["torch"])[0].operations[workload.operation](inputs)
+    known = linear_cases.expected(workload, inputs)
+    return workload, inputs, known, outputs, gradients(inputs, outputs)
+
+
+@pytest.mark.parametrize("change", ["zeroed", "half too large", "swapped"])
+def test_the_gate_catches_one_wrong_row_of_the_gradient(rounded, change):
+    """Every row that matters, but for a few that are hard to tell from a rounding."""
+    workload, inputs, known, outputs, (dhidden, *others) = rounded
+    size = known[0]["dhidden"].norm(dim=-1)
+    assert not linear_cases.linear_fault(workload, inputs, known, outputs, (dhidden, *others))[1]
+    caught = []
+    for row in range(0, 254, 5):
+        if size[row] > 0.1 * size.square().mean().sqrt():
+            wrong = dhidden.clone()
+            factor = {"zeroed": 0.0, "half too large": 1.5}.get(change)
+            wrong[row] = dhidden[row + 1] if factor is None else factor * dhidden[row]
+            fault = linear_cases.linear_fault(workload, inputs, known, outputs, (wrong, *others))
+            caught.append(bool(fault[1]))
+    assert len(caught) > 30 and sum(caught) >= len(caught) - 1, (sum(caught), len(caught))
+
+
+def test_the_gate_catches_a_part_that_only_small_rows_have():
+    """A GRPO loss whose KL has no gradient: all of the gradient where the ratio is clipped."""
+    (plain,) = load_providers(CPU, ["torch"])
+
+    def loss(i):
+        kl = kl_of(i.hidden, i.weight, i.ref_hidden, i.ref_weight).detach()
+        logprob = plain.operations["linear_logprob"](i)[0]
+        return (grpo_terms(logprob, kl, i.old_logprob, i.advantages).mean(),)
+
+    row = measured("linear_grpo", loss, LinearWorkload("grpo", 256, 128, 4096))
+    assert row["error"]["dhidden"] < 0.02 and "nine of ten rows off by 1.0e+00" in row["reason"], (
+        row
+    )
+
+
+def test_no_token_is_where_the_clip_begins():
+    edges = torch.tensor([math.log(1 - CLIP), math.log(1 + CLIP)])
+    inputs = make_linear_inputs(tiny("grpo", rows=512), CPU)
+    logprob = F.linear(inputs.hidden.double(), inputs.weight.double()).log_softmax(-1)
+    ratio = logprob.gather(-1, inputs.tokens[:, None])[:, 0] - inputs.old_logprob
+    distance = (ratio[:, None] - edges).abs().min()
+    assert distance > linear_cases.CLIP_MARGIN / 3, "nor after the rounding of the logits"
+
+
+@pytest.mark.parametrize("mode", ["loss", "grpo", "distillation"])
+def test_the_answer_is_autograd_through_all_logits(mode, monkeypatch):
+    """The block-wise float64 answer against the shortest way to write it."""
+    monkeypatch.setattr(linear_cases, "BLOCK", 5)
+    workload = tiny(mode, vocabulary=200)
+    i = make_linear_inputs(workload, CPU)
+    hidden, weight = (x.detach().double().requires_grad_() for x in (i.hidden, i.weight))
+    log_p = F.linear(hidden, weight).log_softmax(-1)
+    log_q = F.linear(i.ref_hidden.double(), i.ref_weight.double()).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    ratio = (log_p.gather(-1, i.tokens[:, None])[:, 0] - i.old_logprob).exp()
+    gain = torch.minimum(ratio * i.advantages, ratio.clamp(0.8, 1.2) * i.advantages)
+    other = {"grpo": 0.04 * kl - gain, "distillation": (log_q.exp() * (log_q - log_p)).sum(-1)}
+    loss = other.get(mode, kl)
+    loss.mean().backward()
+    rows = linear_cases.checked_rows(workload)
+    assert rows[0] == 0 and rows[-1] == 199 and len(set(rows)) == 64
+    truths = (loss.detach(), hidden.grad, weight.grad[rows])
+    for value, true in zip(answer(workload, i, torch.float64).values(), truths, strict=True):
+        torch.testing.assert_close(value, true, rtol=1e-7, atol=1e-12)
+
+
+def products_of(workload, run):
+    """How many products of N x H x V a call does."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / (2 * workload.rows * workload.hidden * workload.vocabulary)
+
+
+@pytest.mark.parametrize("mode", PRODUCTS)
+def test_providers_do_the_work_that_they_declare(mode):
+    workload = tiny(mode)
+    inputs = make_linear_inputs(workload, CPU)
+    names = ["fastkl", "fastkl, logits kept", "torch", "torch chunked"]
+    for provider in load_providers(CPU, names, ALL_LOADERS):
+        work = provider.operations.get(workload.operation)
+
+        def step(work=work):
+            with torch.set_grad_enabled(bool(inputs.leaves)):
+                outputs = work(inputs)
+            gradients(inputs, outputs)
+
+        assert work is None or products_of(workload, step) == work.products, provider.name
+    for chunk in (12, 8, 5):
+        run = linear_cases.bare_products(workload, inputs, chunk)
+        assert products_of(workload, lambda run=run: run(inputs)) == PRODUCTS[mode]
+
+
+def test_the_floor_goes_on_without_the_chunks_that_do_not_fit(monkeypatch):
+    def times(run, sets):
+        if run == 8192:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"median_ms": {4096: 3.0, 2048: 2.0}[run]}
+
+    monkeypatch.setattr(linear_cases, "bare_products", lambda workload, inputs, chunk: chunk)
+    monkeypatch.setattr(timing, "timed", times)
+    monkeypatch.setattr(timing, "_inputs", lambda *_: [None])
+    row = timing.measure_floor(LinearWorkload("forward"), CPU, None)
+    figures = row["times"]["forward"]
+    assert (figures["chunk"], figures["median_ms"]) == (2048, 2.0)
+    assert figures["tried"] == {"4096": 3.0, "2048": 2.0}
+    assert figures["tflop_per_s"] == pytest.approx(2 * 2 * 8192 * 4096 * 128256 / 2e-3 / 1e12)
