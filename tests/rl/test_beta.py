@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -256,6 +257,8 @@ def adaptive(*arguments, **more) -> AdaptiveBeta:
     [
         (lambda: FixedBeta(-0.1), ValueError, "beta"),
         (lambda: FixedBeta(math.nan), ValueError, "beta"),
+        (lambda: FixedBeta(Fraction(10**400)), ValueError, "beta"),
+        (lambda: FixedBeta(Fraction(-(10**400))), ValueError, "beta"),
         (lambda: FixedBeta("0.1"), TypeError, "beta"),
         (lambda: adaptive(0.0, 6, 100), ValueError, "initial"),
         (lambda: adaptive(0.1, 0.0, 100), ValueError, "target"),

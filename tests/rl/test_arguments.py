@@ -1,0 +1,178 @@
+"""Wrong arguments of shape_rewards and the losses, alone and beside each other: an error that names the argument and says what to do."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastkl.rl import dpo_loss, grpo_loss, ppo_loss, shape_rewards
+
+S, KL, M, CU = (
+    torch.zeros(3),
+    torch.zeros(3, 5),
+    torch.ones(3, 5, dtype=torch.bool),
+    torch.tensor([0, 5, 10, 15]),
+)
+L, ZEROS, FLAT, PAIRS = (
+    torch.zeros(2, 3, requires_grad=True),
+    torch.zeros(2, 3),
+    torch.zeros(6),
+    torch.zeros(2),
+)
+PPO = {"logprob": L, "old_logprob": ZEROS, "advantages": PAIRS}
+DPO = dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), PAIRS)
+RIGHT = {
+    shape_rewards: {"scores": S, "kl": KL, "beta": 0.1},
+    ppo_loss: PPO,
+    grpo_loss: PPO,
+    dpo_loss: DPO,
+}
+REWARDS, BOTH, ONLY_PPO, GRPO, ONLY_DPO = (
+    (shape_rewards,),
+    (ppo_loss, grpo_loss),
+    (ppo_loss,),
+    (grpo_loss,),
+    (dpo_loss,),
+)
+# A pack of two sequences; PPO then gets a reduction that asks for them, as GRPO's default does.
+PACKED = {
+    "logprob": FLAT,
+    "old_logprob": FLAT,
+    "advantages": PAIRS,
+    "cu_seqlens": torch.tensor([0, 2, 6]),
+}
+LINE = {"kl": KL.flatten(), "cu_seqlens": CU}
+SAMPLED = {"beta": 0.1, "ref_logprob": ZEROS}
+
+
+def meta(value: torch.Tensor) -> torch.Tensor:
+    return value.to("meta")
+
+
+# Who may get it, the error, the argument that it names, its wrong values; or what is changed of the right arguments.
+ALONE = [
+    (REWARDS, TypeError, "scores", [[0.0] * 3, S.long()]),
+    (REWARDS, ValueError, "scores", [torch.zeros(4), torch.zeros(3, 1), meta(S)]),
+    (REWARDS, TypeError, "kl", [[[0.0]], KL.long(), M]),
+    (REWARDS, ValueError, "kl", [torch.zeros(())]),
+    (REWARDS, TypeError, "mask", [M.float()]),
+    (REWARDS, ValueError, "mask", [M[:, :4], meta(M)]),
+    (REWARDS, TypeError, "beta", [None, True, "0.1", torch.tensor(1), SimpleNamespace(weight=1.0)]),
+    (
+        REWARDS,
+        ValueError,
+        "beta",
+        [-0.1, math.inf, math.nan, KL, meta(torch.zeros(())), SimpleNamespace(beta=-1.0)],
+    ),
+    *((BOTH, TypeError, name, [[0.0], ZEROS.long()]) for name in PPO),
+    (BOTH, ValueError, "logprob", [torch.zeros(())]),
+    (BOTH, ValueError, "old_logprob", [FLAT, L, meta(ZEROS)]),
+    (BOTH, TypeError, "old_logprob", [ZEROS.double()]),
+    (BOTH, ValueError, "advantages", [torch.zeros(3), torch.zeros(2, 1), meta(PAIRS)]),
+    (BOTH, TypeError, "mask", [torch.ones(2, 3)]),
+    (BOTH, ValueError, "mask", [torch.ones(2, dtype=torch.bool)]),
+    (BOTH, TypeError, "clip", ["0.2", True, (0.1, 0.2, 0.3), torch.tensor(0.2)]),
+    (BOTH, ValueError, "clip", [-0.1, 1.2, (0.2, -0.1), (0.2, math.nan)]),
+    ((*BOTH, dpo_loss), TypeError, "normalizer", [True, "3", torch.tensor(True)]),
+    (
+        (*BOTH, dpo_loss),
+        ValueError,
+        "normalizer",
+        [0, -1.0, math.inf, torch.ones(2), meta(torch.ones(()))],
+    ),
+    (ONLY_PPO, ValueError, "reduction", ["grpo"]),
+    (ONLY_PPO, ValueError, "dual_clip", [1.0, 0.5, math.inf, math.nan]),
+    (ONLY_PPO, TypeError, "dual_clip", ["3"]),
+    (GRPO, ValueError, "level", ["word"]),
+    (GRPO, ValueError, "reduction", ["mean", "sequence_mean", "token_mean"]),
+    (GRPO, TypeError, "correct_kl", ["no", 0, None, np.True_]),
+    (GRPO, ValueError, "max_length", [9]),
+    (GRPO, ValueError, "kl_clamp", [0.0, 51]),
+    (GRPO, TypeError, "kl_clamp", ["5"]),
+    *((ONLY_DPO, TypeError, name, [[0.0], PAIRS.long()]) for name in DPO),
+    *((ONLY_DPO, ValueError, name, [torch.zeros(3), meta(PAIRS)]) for name in list(DPO)[1:]),
+    *((ONLY_DPO, TypeError, name, [PAIRS.double()]) for name in list(DPO)[1:]),
+    (ONLY_DPO, ValueError, "beta", [0, -0.1, math.inf, math.nan]),
+    (ONLY_DPO, TypeError, "beta", [SimpleNamespace(beta=0.1)]),
+    (ONLY_DPO, ValueError, "label_smoothing", [-0.1, 0.5, math.nan]),
+    (ONLY_DPO, TypeError, "label_smoothing", [None]),
+]
+BESIDE = [
+    (REWARDS, ValueError, "scores", {"kl": torch.zeros(15)}),
+    *(
+        (REWARDS, TypeError, "cu_seqlens", {**LINE, "cu_seqlens": value})
+        for value in ([0, 15], CU.float())
+    ),
+    *(
+        (REWARDS, ValueError, "cu_seqlens", {**LINE, "cu_seqlens": value})
+        for value in (CU[:0], CU[None], meta(CU))
+    ),
+    (REWARDS, ValueError, "kl", {"cu_seqlens": CU}),
+    *(
+        (REWARDS, ValueError, "scores", {**LINE, "scores": value})
+        for value in (torch.zeros(4), meta(S))
+    ),
+    (BOTH, ValueError, "cu_seqlens", {**PACKED, "cu_seqlens": None}),
+    (BOTH, TypeError, "cu_seqlens", {**PACKED, "cu_seqlens": [0, 6]}),
+    *(
+        (BOTH, ValueError, "cu_seqlens", {**PACKED, "cu_seqlens": torch.tensor(ends)})
+        for ends in ([0, 2, 7], [6])
+    ),
+    (BOTH, ValueError, "advantages", {**PACKED, "advantages": torch.zeros(3)}),
+    (BOTH, ValueError, "logprob", {"cu_seqlens": PACKED["cu_seqlens"]}),
+    (BOTH, ValueError, "normalizer", {"reduction": "sum", "normalizer": 3}),
+    *(
+        (GRPO, TypeError, "max_length", {"reduction": "dr_grpo", "max_length": value})
+        for value in (None, 2.5, True)
+    ),
+    *(
+        (GRPO, ValueError, "max_length", {"reduction": "dr_grpo", "max_length": value})
+        for value in (0, 2, 2**31)
+    ),
+    *(
+        (GRPO, ValueError, "cu_seqlens", {**PACKED, "cu_seqlens": None, **more})
+        for more in (
+            {"reduction": "dr_grpo", "max_length": 3},
+            {"level": "sequence", "reduction": "sum"},
+            {"level": "sequence", "reduction": "bnpo"},
+        )
+    ),
+    *((GRPO, ValueError, "kl", {"beta": value}) for value in (0.1, torch.tensor(0.1))),
+    (GRPO, ValueError, "beta", {**SAMPLED, "beta": -0.1}),
+    (GRPO, TypeError, "beta", {**SAMPLED, "beta": "0.1"}),
+    (GRPO, ValueError, "kl", {**SAMPLED, "kl": L}),
+    (GRPO, ValueError, "ref_logprob", {**SAMPLED, "ref_logprob": FLAT}),
+    *(
+        (GRPO, TypeError, "ref_logprob", {**SAMPLED, "ref_logprob": value})
+        for value in (ZEROS.double(), ZEROS.long())
+    ),
+    *((GRPO, TypeError, "kl", {"beta": 0.1, "kl": value}) for value in (L.double(), 0.5)),
+    *((GRPO, ValueError, "kl", {"beta": 0.1, "kl": value}) for value in (FLAT, ZEROS)),
+    (GRPO, ValueError, "kl_clamp", {"beta": 0.1, "kl": L, "kl_clamp": 5.0}),
+    (GRPO, ValueError, "correct_kl", {"beta": 0.1, "kl": L, "correct_kl": True}),
+    *(
+        (ONLY_DPO, ValueError, "chosen", dict.fromkeys(DPO, value))
+        for value in (ZEROS, torch.zeros(()))
+    ),
+]
+WRONG = [
+    (call, error, name, {name: value})
+    for calls, error, name, values in ALONE
+    for value in values
+    for call in calls
+]
+WRONG += [(call, error, name, change) for calls, error, name, change in BESIDE for call in calls]
+
+
+@pytest.mark.parametrize("call, error, name, change", WRONG)
+def test_wrong_arguments(call, error, name, change) -> None:
+    right = dict(RIGHT[call])
+    if call is ppo_loss and change.keys() >= PACKED.keys():
+        right["reduction"] = "sequence_mean"
+    call(**right)
+    with pytest.raises(error, match=f"^{name}: expected (?s:.*), got (?s:.*)[;,] "):
+        call(**{**right, **change})
