@@ -7,7 +7,6 @@ import json
 import math
 import pickle
 import random
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -246,44 +245,6 @@ def test_states_that_are_refused(make) -> None:
 
 
 # ---- wrong arguments
-
-
-def adaptive(*arguments, **more) -> AdaptiveBeta:
-    return AdaptiveBeta(*(arguments or (0.1, 6, 100)), **more)
-
-
-@pytest.mark.parametrize(
-    "call, error, name",
-    [
-        (lambda: FixedBeta(-0.1), ValueError, "beta"),
-        (lambda: FixedBeta(math.nan), ValueError, "beta"),
-        (lambda: FixedBeta(Fraction(10**400)), ValueError, "beta"),
-        (lambda: FixedBeta(Fraction(-(10**400))), ValueError, "beta"),
-        (lambda: FixedBeta("0.1"), TypeError, "beta"),
-        (lambda: adaptive(0.0, 6, 100), ValueError, "initial"),
-        (lambda: adaptive(0.1, 0.0, 100), ValueError, "target"),
-        (lambda: adaptive(0.1, math.inf, 100), ValueError, "target"),
-        (lambda: adaptive(0.1, 6, 0), ValueError, "horizon"),
-        (lambda: adaptive(0.1, 6, None), TypeError, "horizon"),
-        (lambda: adaptive(unit="batch"), ValueError, "unit"),
-        (lambda: adaptive(bounds=(0.2, 1.0)), ValueError, "initial"),
-        (lambda: adaptive(bounds=(1.0, 0.01)), ValueError, "bounds"),
-        (lambda: adaptive(bounds=(0.0, 1.0)), ValueError, "bounds"),
-        (lambda: adaptive(bounds=0.5), TypeError, "bounds"),
-        (lambda: PPOAdaptiveBeta(0.1, -1.0), ValueError, "target"),
-        (lambda: PPOAdaptiveBeta(0.1, 6, tolerance=0.9), ValueError, "tolerance"),
-        (lambda: PPOAdaptiveBeta(0.1, 6, factor=1.0), ValueError, "factor"),
-        (lambda: PIDBeta(0.1, 6, kp=-0.1), ValueError, "kp"),
-        (lambda: PIDBeta(0.1, 6, ki=0.0), ValueError, "ki"),
-        (lambda: PIDBeta(0.1, 6, kd=1e3), ValueError, "kd"),
-        (lambda: adaptive().update(6.0, 500), ValueError, "n"),
-        (lambda: adaptive().update(0.1, process_group="gloo"), TypeError, "process_group"),
-        (lambda: adaptive().update(0.1, process_group=3), TypeError, "process_group"),
-    ],
-)
-def test_wrong_arguments(call, error, name) -> None:
-    with pytest.raises(error, match=f"^{name}: expected .*, got .*; "):
-        call()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -248,64 +247,6 @@ def test_spikes_are_the_detectors() -> None:
         got = [monitor.update(torch.full((3,), value))["kl/spike"] for value in values]
         assert got == [float(alone.update(float(torch.tensor(value)))) for value in values]
         assert got[80] == 1.0 and monitor.summary()["kl/spikes"] == sum(got)
-
-
-def step_of(device: str, packed: bool) -> tuple[tuple, dict]:
-    """Arguments of update on a device, with figures of every kind."""
-    kl, mask, bounds = (
-        tokens(6, 50).to(device),
-        mask_of("holes").to(device),
-        torch.arange(0, 301, 50).to(device),
-    )
-    further = {"entropy": tokens(6, 50), "reward": kl[:, 0], "beta": 0.1}
-    if not packed:
-        return (kl, mask), further
-    return (kl.reshape(-1), mask.reshape(-1)), {
-        **further,
-        "entropy": tokens(300),
-        "cu_seqlens": bounds,
-    }
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_one_copy_and_nothing_else_is_read(packed, monkeypatch) -> None:
-    """On the meta device, where looking at a value is an error, a step gets as far as its one copy; the run needs none."""
-    copies = []
-    monkeypatch.setattr(
-        torch.Tensor,
-        "cpu",
-        lambda tensor: (
-            copies.append(tensor.device.type) or torch.ones(tensor.shape, dtype=tensor.dtype)
-        ),
-    )
-    arguments, further = step_of("meta", packed)
-    monitor = KLMonitor(threshold=0.1)
-    for _ in range(3):
-        assert monitor.update(*arguments, **further)["entropy"] == 1.0
-    monitor.summary(), monitor.profile(), monitor.state_dict()
-    assert copies == ["meta"] * 3
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_one_wait_for_the_gpu(packed) -> None:
-    """A step synchronises once, and its figures are those of the CPU."""
-    arguments, further = step_of("cuda", packed)
-    monitor = KLMonitor(threshold=0.1)
-    monitor.update(*arguments, **further)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            got = monitor.update(*arguments, **further)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchroniz" in str(warning.message) for warning in caught) == 1
-    arguments, further = step_of("cpu", packed)
-    assert KLMonitor(threshold=0.1).update(*arguments, step=1, **further) == pytest.approx(
-        got, **CLOSE
-    )
 
 
 # ---- the run

@@ -1,19 +1,82 @@
-"""KLMonitor's memory and arguments: a run that goes on from a copy, damaged states, wrong settings and arguments."""
+"""KLMonitor's one copy from the device, its memory (runs that go on from a copy, damaged states) and its wrong arguments."""
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
-from test_monitor import tokens
+from test_monitor import CLOSE, mask_of, tokens
 
 from fastkl.rl.logs import read_jsonl
 from fastkl.rl.monitor import KLMonitor
+
+# ---- where it runs
+
+
+def step_of(device: str, packed: bool) -> tuple[tuple, dict]:
+    """Arguments of update on a device, with figures of every kind."""
+    kl, mask, bounds = (
+        tokens(6, 50).to(device),
+        mask_of("holes").to(device),
+        torch.arange(0, 301, 50).to(device),
+    )
+    further = {"entropy": tokens(6, 50), "reward": tokens(6), "loss": kl[:, 0], "beta": 0.1}
+    if not packed:
+        return (kl, mask), further
+    return (kl.reshape(-1), mask.reshape(-1)), {
+        **further,
+        "entropy": tokens(300),
+        "cu_seqlens": bounds,
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_one_copy_and_nothing_else_is_read(packed, monkeypatch) -> None:
+    """On the meta device, where looking at a value is an error, a step gets as far as its one copy; the run needs none."""
+    copies = []
+    monkeypatch.setattr(
+        torch.Tensor,
+        "cpu",
+        lambda tensor: (
+            copies.append(tensor.device.type) or torch.ones(tensor.shape, dtype=tensor.dtype)
+        ),
+    )
+    arguments, further = step_of("meta", packed)
+    monitor = KLMonitor(threshold=0.1)
+    for _ in range(3):
+        assert monitor.update(*arguments, **further)["entropy"] == 1.0
+    monitor.summary(), monitor.profile(), monitor.state_dict()
+    assert copies == ["meta"] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_one_wait_for_the_gpu(packed) -> None:
+    """A step synchronises once, and its figures are those of the CPU."""
+    arguments, further = step_of("cuda", packed)
+    monitor = KLMonitor(threshold=0.1)
+    monitor.update(*arguments, **further)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            got = monitor.update(*arguments, **further)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) == 1
+    arguments, further = step_of("cpu", packed)
+    assert KLMonitor(threshold=0.1).update(*arguments, step=1, **further) == pytest.approx(
+        got, **CLOSE
+    )
+
+
+# ---- state
 
 
 def loaded(state: dict) -> KLMonitor:
@@ -113,25 +176,6 @@ def test_wrong_states(change, name) -> None:
             monitor.load_state_dict(state)
         assert name in str(raised.value) or state != {**GOOD, **change}
         assert monitor.state_dict() == before
-
-
-@pytest.mark.parametrize(
-    "settings, error",
-    [
-        *(({"threshold": value}, ValueError) for value in (-0.1, math.nan)),
-        ({"threshold": torch.tensor(0.1)}, TypeError),
-        *(({"spike": value}, TypeError) for value in (3.0, None)),
-        ({"positions": 0}, ValueError),
-        ({"positions": 2.0}, TypeError),
-        *(({"jsonl": value}, ValueError) for value in ("/nowhere/to/be/found.jsonl", "/")),
-        ({"jsonl": 3}, TypeError),
-        *(({"loggers": value}, TypeError) for value in (print, [3], [logging.getLogger()])),
-    ],
-    ids=str,
-)
-def test_wrong_settings(settings, error) -> None:
-    with pytest.raises(error, match=f"^{next(iter(settings))}: expected .*, got .*; "):
-        KLMonitor(**settings)
 
 
 WRONG_VALUES = {

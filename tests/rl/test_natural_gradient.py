@@ -337,17 +337,6 @@ def test_the_kl_tends_to_max_kl(backwards) -> None:
     assert 0 < errors[0] < 0.3 and 1 / 15 < errors[1] / errors[0] < 1 / 7
 
 
-def test_closed_form_of_a_bandit() -> None:
-    """Along reward minus its mean, of length √(2·max_kl / Var reward), and it goes up."""
-    logits, reward = normal(6, seed=1), normal(6, seed=2)
-    p = logits.softmax(-1)
-    gain = p * (reward - (p * reward).sum())
-    step = natural_gradient(identity, logits, gain, 0.01, damping=0.0, tolerance=0.0, iterations=5)
-    exact = (reward - reward.mean()) * torch.sqrt(0.02 / (gain**2 / p).sum())
-    cases.assert_gradient(step, exact, "step", tolerance=1e-10)
-    assert float(((logits + step).softmax(-1) * reward).sum()) > float((p * reward).sum())
-
-
 def test_trpo_with_a_trust_region() -> None:
     """As in the docstring: each step within the bound by fastkl's exact KL, most of them near it, and the reward goes up."""
     case = Case(rows=16, vocabulary=11, dtype=torch.float32)
@@ -377,75 +366,3 @@ def test_trpo_with_a_trust_region() -> None:
         assert result.accepted != "undone" and result.kl == pytest.approx(true, rel=1e-4)
         kls.append(result.kl)
     assert max(kls) <= 0.02 and sorted(kls)[5] > 0.004 and float(objective().detach()) > first + 0.3
-
-
-# ---- arguments
-
-ONES = torch.ones(3)
-
-
-def fisher(function=identity, parameters=ONES, vector=ONES, **more) -> object:
-    return fisher_vector_product(function, parameters, vector, **more)
-
-
-def of_two(vector: object) -> object:
-    return fisher(lambda named: named["a"], {"a": torch.ones(3), "b": torch.ones(2)}, vector)
-
-
-def solve(product=identity, b=ONES, **more) -> object:
-    return conjugate_gradient(product, b, **more)
-
-
-def natural(function=identity, gradient=ONES, max_kl=0.1) -> object:
-    return natural_gradient(function, ONES, gradient, max_kl)
-
-
-WRONG = [
-    (lambda: fisher(ONES), TypeError, "function"),
-    (lambda: fisher(lambda z: 3), TypeError, "function"),
-    *(
-        (lambda value=value: fisher(parameters=value), TypeError, "parameters")
-        for value in ([ONES], {}, ONES.bfloat16())
-    ),
-    (lambda: fisher(parameters=ONES.to("meta")), ValueError, "parameters"),
-    *(
-        (lambda value=value: fisher(vector=value), ValueError, "vector")
-        for value in (torch.ones(4), ONES.double())
-    ),
-    (lambda: fisher(lambda z: z.sum()), ValueError, "function's result"),
-    (lambda: fisher(weights=ONES), ValueError, "weights"),
-    (lambda: fisher(weights=torch.tensor(True)), TypeError, "weights"),
-    *(
-        (lambda value=value: of_two(value), ValueError, "vector")
-        for value in ({"a": ONES, "c": ONES}, ONES)
-    ),
-    (lambda: of_two({"a": ONES, "b": None}), TypeError, r"vector\['b'\]"),
-    (lambda: of_two({"a": ONES, "b": ONES}), ValueError, r"vector\['b'\]"),
-    (lambda: solve(torch.eye(3)), TypeError, "product"),
-    (lambda: solve(b=ONES.half()), TypeError, "b"),
-    *(
-        (lambda value=value: solve(value), ValueError, "product's result")
-        for value in (lambda v: v[:2], lambda v: v * math.nan)
-    ),
-    (lambda: solve(b=ONES * math.inf), ValueError, "b"),
-    (lambda: solve(iterations=0), ValueError, "iterations"),
-    (lambda: solve(iterations=2.0), TypeError, "iterations"),
-    *(
-        (lambda value=value: solve(tolerance=value), ValueError, "tolerance")
-        for value in (-1.0, 1.0)
-    ),
-    (lambda: solve(damping=math.nan), ValueError, "damping"),
-    (lambda: solve(damping="0"), TypeError, "damping"),
-    (lambda: natural(max_kl=0.0), ValueError, "max_kl"),
-    (lambda: natural(max_kl=torch.ones(())), TypeError, "max_kl"),
-    (lambda: natural(gradient=torch.ones(2)), ValueError, "gradient"),
-    (lambda: natural(gradient=ONES * math.nan), ValueError, "b"),
-    (lambda: natural(lambda z: 0 * z), ValueError, "gradient"),
-    (lambda: natural(lambda z: z * math.nan), ValueError, "product's result"),
-]
-
-
-@pytest.mark.parametrize("call, error, name", WRONG)
-def test_wrong_arguments(call, error, name) -> None:
-    with pytest.raises(error, match=f"^{name}: expected .*, got .*; "):
-        call()

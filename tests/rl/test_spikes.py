@@ -261,7 +261,7 @@ def test_not_finite_rings_and_is_forgotten(bad) -> None:
     assert detector.update(bad) and detector.state_dict() == before
 
 
-# ---- memory and arguments
+# ---- memory
 
 
 @pytest.mark.parametrize("at", [0, 10, 20, 91])
@@ -312,33 +312,3 @@ def test_wrong_states(name, value) -> None:
             with pytest.raises(ValueError, match="^state: expected"):
                 detector.load_state_dict(state)
     assert detector.state_dict() == before
-
-
-@pytest.mark.parametrize(
-    "error, call, name",
-    [
-        *(
-            (ValueError, lambda value=value: SpikeDetector(ratio=value), "ratio")
-            for value in (1.0, math.inf)
-        ),
-        (TypeError, lambda: SpikeDetector(ratio="3"), "ratio"),
-        (ValueError, lambda: SpikeDetector(limit=0.0), "limit"),
-        (TypeError, lambda: SpikeDetector(limit=None), "limit"),
-        (ValueError, lambda: SpikeDetector(recent=0), "recent"),
-        (TypeError, lambda: SpikeDetector(recent=1.5), "recent"),
-        (ValueError, lambda: SpikeDetector(window=15), "window"),
-        (TypeError, lambda: SpikeDetector(window=True), "window"),
-        *(
-            (ValueError, lambda value=value: SpikeDetector(floor=value), "floor")
-            for value in (0.0, math.nan)
-        ),
-        # Reading a tensor would hide a wait for the device.
-        *(
-            (TypeError, lambda value=value: SpikeDetector().update(value), "kl")
-            for value in (None, "0.1", True, torch.tensor(0.1))
-        ),
-    ],
-)
-def test_wrong_arguments(error, call, name) -> None:
-    with pytest.raises(error, match=f"^{name}: expected .*, got .*; "):
-        call()
