@@ -32,7 +32,13 @@ FORMS = [(ppo_loss, {"reduction": name}) for name in ("token_mean", "mean", "seq
 FORMS += [(grpo_loss, {"level": level, **more}) for level in ("token", "sequence") for more in GRPO]
 KLS = ("none", "sampled", "corrected", "exact")
 WITH_KL = [(*form, kl) for form in FORMS for kl in KLS if kl == "none" or form[0] is grpo_loss]
-forms = pytest.mark.parametrize("call, more", FORMS, ids=str)
+
+
+def spelled(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+forms = pytest.mark.parametrize("call, more", FORMS, ids=spelled)
 
 
 def mask_of(name: str) -> torch.Tensor:
@@ -239,7 +245,7 @@ SIZES = [0.0, -1e-6, -3.0, -40.0, -200.0, -1e4, -65504.0, torch.finfo(torch.floa
 
 
 @pytest.mark.parametrize(
-    "call, more, kl", [each for each in WITH_KL if each[2] != "exact"], ids=str
+    "call, more, kl", [each for each in WITH_KL if each[2] != "exact"], ids=spelled
 )
 def test_impossible_tokens(call, more, kl) -> None:
     """Every mix of -inf, huge and ordinary log-probabilities is finite; impossible under both policies is a ratio of 1 without gradient."""
@@ -299,7 +305,7 @@ def test_beta() -> None:
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("call, more, kl", WITH_KL, ids=str)
+@pytest.mark.parametrize("call, more, kl", WITH_KL, ids=spelled)
 def test_masked_tokens_change_nothing(call, more, kl, garbage) -> None:
     """Value and gradient have the bits they have for other numbers there; a NaN that counts makes the loss NaN."""
     mask, results = mask_of("holes, one empty"), []

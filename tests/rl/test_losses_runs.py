@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import cases
 import pytest
 import torch
-from test_losses import FORMS, KLS, B, assert_loss, batch, mask_of, penalty
+from test_losses import FORMS, KLS, B, assert_loss, batch, mask_of, penalty, spelled
 
 from fastkl.estimators import estimate_kl, sampled_kl_loss
 from fastkl.rl import dpo_loss, grpo_loss, ppo_loss, shape_rewards
@@ -159,7 +159,7 @@ MEANS = [
 ]
 
 
-@pytest.mark.parametrize("call, more", MEANS, ids=str)
+@pytest.mark.parametrize("call, more", MEANS, ids=spelled)
 def test_normalizer(call, more) -> None:
     """Uneven micro-batches with the whole batch's count add up to it, their own means do not; a tensor of 0 gives 0."""
     made, mask, parts = batch(), mask_of("padding"), (slice(0, 1), slice(1, 4))
