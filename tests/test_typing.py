@@ -1,4 +1,4 @@
-"""The annotations as a user's type checker reads them: mypy --strict on typed_user.py."""
+"""The annotations as a user's type checker reads them: mypy --strict on typed_user.py and rl/typed_user.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-USER = ROOT / "tests" / "typed_user.py"
 # Stand-in for torch: reading torch itself takes mypy ten seconds.
 TORCH = {
     "__init__.pyi": """
@@ -24,6 +25,8 @@ class Tensor:
 """,
     "nn.pyi": """
 from typing import Any, Callable
+from . import Tensor
+class Parameter(Tensor): ...
 class Module:
     __call__: Callable[..., Any]
     def __getattr__(self, name: str) -> Any: ...
@@ -31,17 +34,18 @@ class Module:
 }
 
 
-def test_a_typed_user(tmp_path) -> None:
+@pytest.mark.parametrize("name", ["typed_user.py", "rl/typed_user.py"])
+def test_a_typed_user(tmp_path, name) -> None:
     """Every line marked `# refused` is an error of its own, and no other line is."""
-    stubs = tmp_path / "torch"
+    user, stubs = ROOT / "tests" / name, tmp_path / "torch"
     stubs.mkdir()
-    for name, text in TORCH.items():
-        (stubs / name).write_text(text)
+    for file, text in TORCH.items():
+        (stubs / file).write_text(text)
     # Of the package only the annotations are read here; what its own bodies say is another check's affair.
     (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = True\nfollow_imports = silent\nignore_missing_imports = True\n"
                                        f"mypy_path = {tmp_path},{ROOT}\n")
-    result = subprocess.run([sys.executable, "-m", "mypy", "--no-site-packages", str(USER)], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "mypy", "--no-site-packages", str(user)], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and "error" in result.stdout, result.stdout + result.stderr
     errors = {int(line) for line in re.findall(r"typed_user\.py:(\d+): error", result.stdout)}
-    refused = {number for number, line in enumerate(USER.read_text().splitlines(), 1) if line.endswith("# refused")}
+    refused = {number for number, line in enumerate(user.read_text().splitlines(), 1) if line.endswith("# refused")}
     assert errors == refused, result.stdout

@@ -1,0 +1,396 @@
+"""PPO and GRPO losses against the published formulas in float64, padded and packed, and at their limits."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastkl import testing
+from fastkl.rl import grpo_loss, ppo_loss
+
+B, T = 4, 6
+MASKS = {
+    "all": [[1] * T] * B,
+    "padding": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]],
+    "holes, one empty": [
+        [1, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 1, 1],
+        [1, 1, 1, 1, 0, 1],
+    ],
+}
+GRPO = [
+    {"reduction": "grpo"},
+    {"reduction": "bnpo"},
+    {"reduction": "dr_grpo", "max_length": 8},
+    {"reduction": "sum"},
+]
+FORMS = [(ppo_loss, {"reduction": name}) for name in ("token_mean", "mean", "sequence_mean", "sum")]
+FORMS += [(grpo_loss, {"level": level, **more}) for level in ("token", "sequence") for more in GRPO]
+KLS = ("none", "sampled", "corrected", "exact")
+WITH_KL = [(*form, kl) for form in FORMS for kl in KLS if kl == "none" or form[0] is grpo_loss]
+
+
+def spelled(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+forms = pytest.mark.parametrize("call, more", FORMS, ids=spelled)
+
+
+def mask_of(name: str) -> torch.Tensor:
+    return torch.tensor(MASKS[name], dtype=torch.bool)
+
+
+def batch(dtype: torch.dtype = torch.float64, device: str = "cpu") -> SimpleNamespace:
+    """Log-probabilities of now, before and the reference, and advantages: ratios on both sides of every clip, both signs of A."""
+    generator = torch.Generator().manual_seed(0)
+    old, step, away, advantages = (
+        torch.randn(B, T, generator=generator).double() for _ in range(4)
+    )
+    made = {
+        "logprob": old - 3 + 0.3 * step,
+        "old": old - 3,
+        "ref": old - 3 + 0.5 * away,
+        "kl": away.abs(),
+    }
+    made |= {"per_token": advantages, "per_sequence": advantages[:, 0].clone()}
+    made = SimpleNamespace(**{name: value.to(device, dtype) for name, value in made.items()})
+    made.logprob.requires_grad_()
+    made.kl.requires_grad_()
+    return made
+
+
+def penalty(made: SimpleNamespace, kind: str) -> dict:
+    """Arguments of grpo_loss for one way to have a KL in the loss."""
+    if kind == "none":
+        return {}
+    return {
+        "beta": 0.3,
+        **(
+            {"kl": made.kl}
+            if kind == "exact"
+            else {"ref_logprob": made.ref, "correct_kl": kind == "corrected"}
+        ),
+    }
+
+
+def packed(made: SimpleNamespace, real: torch.Tensor) -> tuple[SimpleNamespace, torch.Tensor]:
+    """The sequences' real tokens one behind the other, and their boundaries."""
+    flat = {
+        name: value if name == "per_sequence" else value[real] for name, value in vars(made).items()
+    }
+    return SimpleNamespace(**flat), torch.nn.functional.pad(real.sum(-1).cumsum(0), (1, 0)).int()
+
+
+def published(
+    made,
+    advantages,
+    mask,
+    *,
+    reduction,
+    clip=(0.2, 0.2),
+    dual_clip=None,
+    level="token",
+    max_length=1,
+    kl="none",
+):
+    """Schulman et al. eq. 7, Ye et al., and TRL 1.16's GRPOTrainer._compute_loss on float64 tensors; GSPO-token as in verl 0.9."""
+    made = SimpleNamespace(**{name: value.double() for name, value in vars(made).items()})
+    advantages = advantages.double() if advantages.dim() == 2 else advantages.double()[:, None]
+    counts, log_ratio = mask.double(), made.logprob - made.old
+    tokens = counts.sum(-1, keepdim=True).clamp(min=1)
+    mean = (log_ratio * counts).sum(-1, keepdim=True) / tokens
+    if level == "sequence":
+        log_ratio = mean.detach() + made.logprob - made.logprob.detach()
+    ratio = log_ratio.exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages)
+    if dual_clip is not None:
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+    d = made.logprob - made.ref
+    k3 = (-d).exp() + d - 1
+    weight = ratio if level == "token" else mean.exp()
+    kls = {"none": torch.zeros_like(d), "sampled": k3, "corrected": weight * k3, "exact": made.kl}
+    loss = (0.3 * kls[kl] - gain) * counts
+    return {
+        "sequence_mean": loss.sum() / (counts.sum(-1) > 0).sum(),
+        "grpo": (loss.sum(-1, keepdim=True) / tokens).mean(),
+        "dr_grpo": loss.sum() / (B * max_length),
+        "sum": loss.sum(),
+    }.get(reduction, loss.sum() / counts.sum())
+
+
+def assert_loss(
+    loss: torch.Tensor, exact: torch.Tensor, leaves: list[torch.Tensor], tolerance: float
+) -> None:
+    """A scalar and its gradients, of the order of 1 here, within an absolute tolerance of the exact ones."""
+    assert loss.shape == () and loss.dtype == leaves[0].dtype
+    testing.assert_near(loss, exact, 0.0, tolerance, "loss")
+    grads, exact_grads = (
+        torch.autograd.grad(each, leaves, retain_graph=True, materialize_grads=True)
+        for each in (loss, exact)
+    )
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        testing.assert_near(grad, exact_grad, 0.0, tolerance, "gradient")
+
+
+CLIPS = {"0.2": (0.2, 0.2), "DAPO": (0.2, 0.28), "narrow": (0.03, 0.04), "none": (1, math.inf)}
+
+
+# Sums of 24 products of numbers of the order of 1, each of some roundings of 2^-53 or 2^-24.
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str
+)
+@pytest.mark.parametrize(
+    "clip, dual_clip", [("0.2", None), ("DAPO", 1.1), ("narrow", None), ("none", 3.0)]
+)
+@pytest.mark.parametrize("name", MASKS)
+@forms
+def test_published_losses(call, more, name, clip, dual_clip, dtype, tolerance) -> None:
+    """Value and gradient: advantages per token and per sequence, every KL, padded, and packed with holes and without."""
+    made, mask = batch(dtype), mask_of(name)
+    real, bounds = packed(made, mask)
+    everything, ends = packed(made, torch.ones_like(mask))
+    leaves = [made.logprob, made.kl] if call is grpo_loss else [made.logprob]
+    settings = {
+        "clip": CLIPS[clip],
+        **more,
+        **({"dual_clip": dual_clip} if call is ppo_loss else {}),
+    }
+    for kl in KLS if call is grpo_loss else KLS[:1]:
+        for per in ("per_token", "per_sequence"):
+            exact = published(made, getattr(made, per), mask, kl=kl, **settings)
+            given = [
+                (made, None if name == "all" else mask, {}),
+                (real, None, {"cu_seqlens": bounds}),
+            ]
+            given += [(everything, mask.flatten(), {"cu_seqlens": ends})]
+            for values, counts, where in given:
+                arguments = values.logprob, values.old, getattr(values, per), counts
+                loss = call(*arguments, **settings, **where, **penalty(values, kl))
+                assert_loss(
+                    loss, exact, leaves, tolerance * (B * T if more["reduction"] == "sum" else 1)
+                )
+
+
+STOPS = [
+    (1, 0.5, -0.5, -0.5),
+    (1, 1.0, -1.0, -1.0),
+    (1, 1.25, -1.25, -1.25),
+    (1, 1.5, -1.28, 0.0),
+    (1, 40.0, -1.28, 0.0),
+]
+STOPS += [
+    (-1, 0.5, 0.8, 0.0),
+    (-1, 0.85, 0.85, 0.85),
+    (-1, 1.5, 1.5, 1.5),
+    (-1, 2.9, 2.9, 2.9),
+    (-1, 3.1, 3.0, 0.0),
+]
+STOPS += [(-1, 40.0, 3.0, 0.0), (0, 40.0, 0.0, 0.0), (0, 0.01, 0.0, 0.0)]
+
+
+@pytest.mark.parametrize("advantage, ratio, value, slope", STOPS)
+def test_where_the_gradient_stops(advantage, ratio, value, slope) -> None:
+    """Clip (0.2, 0.28), dual clip 3: a gain stops above 1.28, a loss below 0.8 and above 3."""
+    logprob = torch.tensor([math.log(ratio) - 2.0], dtype=torch.float64, requires_grad=True)
+    old, advantages = torch.full((1,), -2.0).double(), torch.tensor(float(advantage)).double()
+    loss = ppo_loss(logprob, old, advantages, clip=(0.2, 0.28), dual_clip=3.0)
+    got = loss.item(), float(torch.autograd.grad(loss, logprob)[0])
+    assert got == pytest.approx((value, slope), abs=1e-14)
+
+
+@forms
+def test_on_policy_it_is_the_policy_gradient(call, more) -> None:
+    """Without old_logprob as with the log-probabilities of now, also within no clip."""
+    made = batch()
+    for clip in (0.2, 0.0):
+        losses = [
+            call(made.logprob, old, made.per_token, clip=clip, **more)
+            for old in (None, made.logprob.detach())
+        ]
+        exact = published(
+            SimpleNamespace(**{**vars(made), "old": made.logprob.detach()}),
+            made.per_token,
+            mask_of("all"),
+            **more,
+        )
+        for loss in losses:
+            assert_loss(loss, exact, [made.logprob], 1e-14)
+
+
+# The step of the log-probability, and the loss for A = 1 and A = -1; a gradient must be 0 there.
+EXTREMES = [(step, -1.2, math.exp(20)) for step in (100.0, 1e4, math.inf)]
+EXTREMES += [(step, 0.0, 0.8) for step in (-200.0, -1e4, -math.inf)]
+
+
+@pytest.mark.parametrize("step, gaining, losing", EXTREMES)
+def test_extreme_ratios(step, gaining, losing) -> None:
+    """A ratio that is infinite or 0 in float32 is clipped like any other; a minimum of products has the gradient 0·inf = NaN."""
+    logprob = torch.tensor([[-2.0, -1.0 if step > 0 else step]], requires_grad=True)
+    old = torch.tensor([[-2.0, -step if step > 0 else -1.0]])
+    for advantage, value in ((1.0, gaining), (-1.0, losing)):
+        for call in (ppo_loss, grpo_loss):
+            loss = call(logprob, old, torch.tensor([[0.0, advantage]]))
+            assert loss.item() == pytest.approx(value / 2, rel=1e-6, abs=1e-30)
+            assert not bool(torch.autograd.grad(loss, logprob)[0].any())
+    dual = ppo_loss(logprob, old, -torch.ones(1, 2), dual_clip=3.0).item()
+    assert dual == pytest.approx((1 + (3 if step > 0 else 0.8)) / 2)
+
+
+SIZES = [0.0, -1e-6, -3.0, -40.0, -200.0, -1e4, -65504.0, torch.finfo(torch.float32).min, -math.inf]
+
+
+@pytest.mark.parametrize(
+    "call, more, kl", [each for each in WITH_KL if each[2] != "exact"], ids=spelled
+)
+def test_impossible_tokens(call, more, kl) -> None:
+    """Every mix of -inf, huge and ordinary log-probabilities is finite; impossible under both policies is a ratio of 1 without gradient."""
+    logprob, old, ref = (
+        value.reshape(-1, 9) for value in torch.meshgrid(*[torch.tensor(SIZES)] * 3, indexing="ij")
+    )
+    logprob = logprob.clone().requires_grad_()
+    more = {**more, "max_length": 9} if "max_length" in more else more
+    for advantage in (1.0, -1.0):
+        for mask in (None, ref > -50):
+            loss = call(
+                logprob,
+                old,
+                torch.full((81,), advantage),
+                mask,
+                **more,
+                **penalty(SimpleNamespace(ref=ref), kl),
+            )
+            assert loss.isfinite() and bool(torch.autograd.grad(loss, logprob)[0].isfinite().all())
+        for impossible in SIZES[-3:]:
+            pair = torch.tensor([[impossible, -2.0]], requires_grad=True)
+            for before in (None, pair.detach()):
+                arguments = pair, before, torch.tensor([advantage])
+                loss, plain = (
+                    call(*arguments, **more, **penalty(SimpleNamespace(ref=pair.detach()), it))
+                    for it in (kl, "none")
+                )
+                gradient = torch.autograd.grad(loss, pair)[0]
+                assert loss.item() == plain.item() and gradient[0, 0] == 0 != gradient[0, 1]
+
+
+def test_beta() -> None:
+    """A number, a tensor and a controller, read at every call; a number 0 leaves the KL out, and no KL is needed then."""
+    made, controller = batch(torch.float32), SimpleNamespace(beta=0.3)
+    arguments, learned = (
+        (made.logprob, made.old, made.per_token),
+        torch.tensor(0.3, requires_grad=True),
+    )
+    losses = [
+        grpo_loss(*arguments, ref_logprob=made.ref, beta=beta)
+        for beta in (0.3, learned, controller)
+    ]
+    controller.beta, plain = 0.0, grpo_loss(*arguments)
+    without = [
+        {},
+        {"ref_logprob": made.ref},
+        {"kl": torch.full((B, T), math.inf, requires_grad=True)},
+    ]
+    for loss in losses:
+        testing.assert_same_bits(loss, losses[0], "beta")
+    for more in without:
+        testing.assert_same_bits(grpo_loss(*arguments, beta=controller, **more), plain, "beta 0")
+    assert torch.autograd.grad(losses[1], learned, allow_unused=True) == (None,)
+
+
+# ---- masks, empty batches, types
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("call, more, kl", WITH_KL, ids=spelled)
+def test_masked_tokens_change_nothing(call, more, kl, garbage) -> None:
+    """Value and gradient have the bits they have for other numbers there; a NaN that counts makes the loss NaN."""
+    mask, results = mask_of("holes, one empty"), []
+    for fill in (-1.0, garbage):
+        made = batch(torch.float32)
+        for name in ("logprob", "old", "ref", "kl", "per_token"):
+            getattr(made, name).data.masked_fill_(~mask, fill)
+        loss = call(made.logprob, made.old, made.per_token, mask, **more, **penalty(made, kl))
+        results.append(
+            (loss, *torch.autograd.grad(loss, (made.logprob, made.kl), materialize_grads=True))
+        )
+        made.old[0, 0] = math.nan
+        assert call(
+            made.logprob, made.old, made.per_token, mask, **more, **penalty(made, kl)
+        ).isnan()
+    for one, other in zip(*results, strict=True):
+        testing.assert_same_bits(other, one, "result")
+        assert one.dim() == 0 or not bool(one[~mask].any())
+
+
+@forms
+def test_no_token_counts(call, more) -> None:
+    """The loss is 0 and so is its gradient: not NaN; of packed sequences too."""
+    given = [(shape, shape[:-1], {}) for shape in ((B, T), (0, T), (B, 0), (0, 0))]
+    given += [
+        ((0,), (len(bounds) - 1,), {"cu_seqlens": torch.tensor(bounds)})
+        for bounds in ([0], [0, 0, 0])
+    ]
+    for shape, sequences, where in given:
+        logprob = torch.zeros(shape, requires_grad=True)
+        kl = {"ref_logprob": logprob.detach(), "beta": 0.1} if call is grpo_loss else {}
+        loss = call(
+            logprob,
+            torch.ones(shape),
+            torch.ones(sequences),
+            torch.zeros(shape, dtype=torch.bool),
+            **more,
+            **kl,
+            **where,
+        )
+        assert loss.item() == 0.0 and not bool(torch.autograd.grad(loss, logprob)[0].any())
+
+
+def test_shapes() -> None:
+    """[2, 2, T] is [4, T]; [S] with S = total is one per sequence; boundaries are not needed where no sequence is asked for."""
+    made, mask = batch(), mask_of("padding")
+    real, bounds = packed(made, mask)
+    whole = grpo_loss(made.logprob, made.old, made.per_sequence, mask)
+    folded = (value.view(2, 2, -1) for value in (made.logprob, made.old, made.per_sequence, mask))
+    logprob, old, advantages, counts = folded
+    torch.testing.assert_close(
+        grpo_loss(logprob, old, advantages.squeeze(-1), counts), whole, rtol=1e-14, atol=0.0
+    )
+    for call, more in FORMS:
+        if (
+            more["reduction"] not in ("grpo", "dr_grpo", "sequence_mean")
+            and more.get("level") != "sequence"
+        ):
+            arguments = real.logprob, real.old, real.per_token
+            testing.assert_same_bits(
+                call(*arguments, **more), call(*arguments, **more, cu_seqlens=bounds), str(more)
+            )
+    logprob, ends = torch.zeros(3, requires_grad=True), torch.tensor([0, 2, 2, 3])
+    loss = ppo_loss(logprob, None, torch.tensor([1.0, 2.0, 4.0]), cu_seqlens=ends, reduction="sum")
+    assert torch.autograd.grad(loss, logprob)[0].tolist() == [-1.0, -1.0, -4.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_types(dtype) -> None:
+    """float32 whatever the input, with the bits of the same numbers in float32; advantages of any type; data gets no gradient."""
+    made = batch(dtype)
+    others = [value.requires_grad_() for value in (made.per_token, made.ref)]
+    loss = grpo_loss(made.logprob, made.old, made.per_token, ref_logprob=made.ref, beta=0.1)
+    logprob, old, advantages, ref = (
+        value.detach().float() for value in (made.logprob, made.old, *others)
+    )
+    for same in ((logprob, old, advantages), (logprob, made.old, advantages.double())):
+        testing.assert_same_bits(loss, grpo_loss(*same, ref_logprob=ref, beta=0.1), str(dtype))
+    assert torch.autograd.grad(loss, others, allow_unused=True, retain_graph=True) == (None, None)
+    assert loss.dtype == torch.float32 and torch.autograd.grad(loss, made.logprob)[0].dtype == dtype
+
+
+def test_a_constant_kl_where_nothing_is_trained() -> None:
+    logprob, more = torch.zeros(2, 3, requires_grad=True), {"kl": torch.ones(2, 3), "beta": 0.1}
+    with torch.no_grad():
+        losses = [grpo_loss(logprob, None, torch.zeros(2), **more)]
+    losses.append(grpo_loss(logprob.detach(), None, torch.zeros(2), **more))
+    assert [loss.item() for loss in losses] == pytest.approx([0.1, 0.1])

@@ -1,0 +1,368 @@
+"""Fisher-vector products, conjugate gradients and the natural gradient, against explicit float64 matrices."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_trust_region import Calls
+
+import fastkl
+from fastkl import testing
+from fastkl.rl.natural_gradient import conjugate_gradient, fisher_vector_product, natural_gradient
+from fastkl.rl.trust_region import TrustRegion
+
+on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+weighted = pytest.mark.parametrize(
+    "weights", [None, torch.tensor([0.5, 2.0, 0.0, 1.25]).double()], ids=["mean", "weights"]
+)
+Named = dict[str, torch.Tensor]
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+class Case:
+    """A policy of two layers on some rows, its parameters by name, and everything about it as explicit float64 matrices."""
+
+    def __init__(
+        self,
+        rows: int = 4,
+        vocabulary: int = 5,
+        dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
+    ) -> None:
+        shapes = {"first": (3, 2), "second": (2, vocabulary), "bias": (vocabulary,)}
+        self.batch = normal(rows, 3).to(device, dtype)
+        self.parameters = {
+            name: normal(*shape, seed=1).to(device, dtype) for name, shape in shapes.items()
+        }
+        self.vector = {
+            name: normal(*shape, seed=2).to(device, dtype) for name, shape in shapes.items()
+        }
+
+    def function(self, parameters: Named) -> torch.Tensor:
+        return (
+            torch.tanh(self.batch @ parameters["first"]) @ parameters["second"] + parameters["bias"]
+        )
+
+    @staticmethod
+    def flat(named: Named) -> torch.Tensor:
+        return torch.cat([value.flatten() for value in named.values()]).double().cpu()
+
+    def named(self, flat: torch.Tensor) -> Named:
+        parts = flat.split([value.numel() for value in self.parameters.values()])
+        shaped = zip(self.parameters.items(), parts, strict=True)
+        return {name: part.reshape(value.shape).to(value) for (name, value), part in shaped}
+
+    def log_p(self, flat: torch.Tensor) -> torch.Tensor:
+        return self.function(self.named(flat)).log_softmax(-1)
+
+    def fisher(self, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """E over tokens of ∇log π ∇log πᵀ, every token enumerated, the weighted mean over rows, [P, P]."""
+        flat = self.flat(self.parameters)
+        scores = torch.autograd.functional.jacobian(self.log_p, flat)
+        weights = torch.ones(len(scores)).double() if weights is None else weights
+        return torch.einsum(
+            "n,nv,nvi,nvj->ij", weights / weights.sum(), self.log_p(flat).exp(), scores, scores
+        )
+
+    def kl(
+        self, step: torch.Tensor, backwards: bool = False, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Weighted mean KL(here‖after a flat step), or of the two swapped."""
+        flat = self.flat(self.parameters)
+        first, second = (
+            self.log_p(flat + step * part) for part in ((1, 0) if backwards else (0, 1))
+        )
+        kl = (first.exp() * (first - second)).sum(-1)
+        return kl.mean() if weights is None else (weights * kl).sum() / weights.sum()
+
+
+def spd(size: int, rank: int | None = None) -> torch.Tensor:
+    """A symmetric positive (semi-)definite matrix with eigenvalues 1 … rank."""
+    basis, values = torch.linalg.qr(normal(size, size)).Q, torch.arange(1, size + 1).double()
+    return (basis * torch.where(values > (rank or size), 0.0, values)) @ basis.T
+
+
+# ---- fisher_vector_product
+
+
+@on_devices
+@weighted
+def test_fisher_vector_product(weights, device) -> None:
+    """F v of the enumerated Fisher matrix, and of the second derivative of the KL in either direction."""
+    case, host = Case(device=device), Case()
+    on_device = None if weights is None else weights.to(device)
+    result = fisher_vector_product(case.function, case.parameters, case.vector, weights=on_device)
+    vector = host.flat(host.vector)
+    matrices = [host.fisher(weights)]
+    for backwards in (False, True):
+        matrices.append(
+            torch.autograd.functional.hessian(
+                lambda s, b=backwards: host.kl(s, b, weights), torch.zeros_like(vector)
+            )
+        )
+    for matrix in matrices:
+        testing.assert_gradient(case.flat(result), matrix @ vector, "F v", tolerance=1e-12)
+
+
+def identity(z: torch.Tensor) -> torch.Tensor:
+    return z
+
+
+LOGITS = [((*shape, 6), torch.float64, 1e-14) for shape in ((), (4,), (2, 3))]
+# A 16-bit model's logits from float32 parameters: right to half of the last bit.
+LOGITS += [
+    ((8, 33), dtype, 0.5 * torch.finfo(dtype).eps) for dtype in (torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize("shape, dtype, tolerance", LOGITS, ids=str)
+def test_closed_form_of_logits(shape, dtype, tolerance) -> None:
+    """With the logits themselves as parameters: (diag(p) - p pᵀ) v over the number of rows."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    logits, vector = normal(*shape, seed=1).to(wide), normal(*shape, seed=2).to(wide)
+    p, v = logits.to(dtype).double().softmax(-1), vector.to(dtype).double()
+    exact = p * (v - (p * v).sum(-1, keepdim=True)) / p.shape[:-1].numel()
+    result = fisher_vector_product(lambda z: z.to(dtype), logits, vector)
+    assert result.dtype == wide
+    testing.assert_gradient(result, exact, "F v", tolerance=tolerance)
+
+
+@on_devices
+@pytest.mark.parametrize("kind", testing.KINDS)
+def test_float32_keeps_the_digits_of_peaked_rows(kind, device) -> None:
+    """Logits up to 40 apart: exp of a difference rounded to 2^-24 of it is right to 2.4e-6, and so is each of the two sums."""
+    logits = testing.logits(kind, 16, 300, torch.Generator().manual_seed(0)).to(device)
+    vector = 5 * normal(16, 300, seed=1, dtype=torch.float32).to(device) + 30
+    result = fisher_vector_product(
+        identity, logits, vector, weights=torch.ones(16, device=device) / 16
+    )
+    p, v = logits.double().softmax(-1), vector.double()
+    v = v - v.gather(-1, p.argmax(-1, keepdim=True))
+    exact = p * (v - (p * v).sum(-1, keepdim=True)) / 16
+    assert float(((result.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max()) <= 1e-5
+
+
+class Tied(torch.nn.Module):
+    """Two layers that share a weight, and a parameter without use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(5, 3, dtype=torch.float64)
+        self.unused = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.embedding(tokens)) @ self.embedding.weight.T
+
+
+def test_a_module_with_shared_weights() -> None:
+    """They are differentiated as one parameter; gradient buffers stay untouched."""
+    model, tokens = Tied(), torch.tensor([[0, 3], [4, 1]])
+    parameters = dict(model.named_parameters())
+    vector = {
+        name: torch.randn_like(value) for name, value in reversed(parameters.items())
+    }  # in another order
+    result = fisher_vector_product(
+        lambda named: torch.func.functional_call(model, named, (tokens,)), parameters, vector
+    )
+    weight = model.embedding.weight.detach()
+
+    def kl(flat: torch.Tensor) -> torch.Tensor:
+        table = weight + flat.reshape(weight.shape)
+        new, old = (
+            (torch.tanh(w[tokens.flatten()]) @ w.T).log_softmax(-1) for w in (table, weight)
+        )
+        return (old.exp() * (old - new)).sum(-1).mean()
+
+    hessian = torch.autograd.functional.hessian(kl, torch.zeros(15).double())
+    exact = hessian @ vector["embedding.weight"].detach().flatten()
+    testing.assert_gradient(result["embedding.weight"].flatten(), exact, "F v", tolerance=1e-12)
+    assert not bool(result["unused"].any()) and list(result) == list(parameters)
+    assert all(
+        value.grad is None and not result[name].requires_grad for name, value in parameters.items()
+    )
+
+
+def test_rows_and_tokens_that_take_no_part() -> None:
+    """Rows of weight 0, whatever logits they have; no rows; tokens at -inf."""
+    logits, vector = normal(3, 4, seed=1), normal(3, 4, seed=2)
+    garbage, weights = torch.zeros(3, 4), torch.tensor([1.0, 0.0, 3.0]).double()
+    garbage[1] = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
+    result = fisher_vector_product(lambda z: z + garbage, logits, vector, weights=weights)
+    kept = fisher_vector_product(identity, logits[::2], vector[::2], weights=weights[::2])
+    assert torch.equal(result[::2], kept) and not bool(result[1].any())
+    assert not bool(
+        fisher_vector_product(lambda z: z + garbage, logits, vector, weights=torch.zeros(3)).any()
+    )
+    assert (
+        fisher_vector_product(lambda v: v.expand(0, 4), torch.ones(4), torch.ones(4)).tolist()
+        == [0.0] * 4
+    )
+    keep = [0, 1, 3]
+    result = fisher_vector_product(
+        lambda z: z + torch.tensor([0.0, 0.0, -math.inf, 0.0]), logits, vector
+    )
+    exact = fisher_vector_product(identity, logits[:, keep], vector[:, keep])
+    assert not bool(result[:, 2].any())
+    testing.assert_gradient(result[:, keep], exact, "open tokens", tolerance=1e-15)
+    # The logit of a probability 0 has an infinite derivative, which must not reach the other tokens.
+    p, direction = torch.tensor([0.25, 0.75, 0.0]).double(), torch.tensor([1.0, -1.0, 1.0]).double()
+    assert fisher_vector_product(torch.log, p, direction)[:2].tolist() == pytest.approx(
+        [16 / 4, -4 / 3]
+    )
+
+
+# ---- conjugate_gradient
+
+
+@on_devices
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5, 6])
+def test_conjugate_gradient_is_the_best_of_its_krylov_space(iterations, damping, device) -> None:
+    """After k products x minimises the error in the A-norm over b, A b, …; a dict is solved as the one vector that it is."""
+    matrix, b = spd(6), normal(6, seed=7)
+    damped, on_device = matrix + damping * torch.eye(6).double(), matrix.to(device)
+    powers = torch.stack([torch.linalg.matrix_power(matrix, k) @ b for k in range(iterations)], -1)
+    space = torch.linalg.qr(powers).Q
+    best = space @ torch.linalg.solve(space.T @ damped @ space, space.T @ b)
+    more = {"iterations": iterations, "tolerance": 0.0, "damping": damping}
+    testing.assert_gradient(
+        conjugate_gradient(lambda v: on_device @ v, b.to(device), **more),
+        best,
+        "x",
+        tolerance=1e-10,
+    )
+    named = {"a": b[:2].to(device).requires_grad_(), "b": b[2:].reshape(2, 2).to(device)}
+
+    def product(v: Named) -> Named:
+        image = on_device @ torch.cat([v["a"], v["b"].flatten()])
+        return {"b": image[2:].reshape(2, 2), "a": image[:2]}
+
+    x = conjugate_gradient(product, named, **more)
+    testing.assert_gradient(Case.flat(x), best, "x", tolerance=1e-10)
+    assert (
+        list(x) == ["a", "b"]
+        and not x["a"].requires_grad
+        and torch.equal(Case.flat(named).detach(), b)
+    )
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-23, 1e20, 1e35])
+def test_sizes_whose_squares_leave_float32(size) -> None:
+    """x, and a natural gradient's direction, scale with b where b·b is 0 or infinite; two waits per product and one before."""
+    matrix, b = spd(6).float(), normal(6, seed=7).float()
+    with Calls() as calls:
+        x = conjugate_gradient(lambda v: matrix @ v, b * size, iterations=6, tolerance=0.0)
+    assert calls.counts["aten._local_scalar_dense.default"] == 13
+    testing.assert_gradient(
+        x.double() / size, torch.linalg.solve(matrix.double(), b.double()), "x", tolerance=1e-5
+    )
+    steps = [natural_gradient(identity, b, (b - b.mean()) * by, 0.01) for by in (size, 1.0)]
+    testing.assert_gradient(*steps, "step", tolerance=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_tolerance_is_relative(scale) -> None:
+    """It stops at the first residual within the tolerance of b's norm, whatever that is."""
+    matrix, b = spd(30), normal(30, seed=7) * scale
+
+    def residual(iterations: int, tolerance: float) -> tuple[float, int]:
+        calls = []
+        x = conjugate_gradient(
+            lambda v: calls.append(0) or matrix @ v, b, iterations=iterations, tolerance=tolerance
+        )
+        return float((b - matrix @ x).norm() / b.norm()), len(calls)
+
+    error, products = residual(30, 1e-2)
+    assert error <= 1e-2 < residual(products - 1, 0.0)[0]
+    assert 3 < products < 30 and residual(5, 0.0)[1] == 5
+
+
+def test_where_it_stops() -> None:
+    """b = 0 needs no product; without curvature it stops at 0, damped it is b / damping; singular, the smallest solution."""
+    flat, singular = torch.tensor([0.0, 0.0, 2.0]), spd(6, rank=4)
+    assert conjugate_gradient(lambda v: 1 / 0, torch.zeros(3)).tolist() == [0.0] * 3
+    assert conjugate_gradient(torch.zeros_like, flat).tolist() == [0.0] * 3
+    assert conjugate_gradient(torch.zeros_like, flat, damping=0.5).tolist() == [0.0, 0.0, 4.0]
+    b = singular @ normal(6, seed=7)
+    x = conjugate_gradient(lambda v: singular @ v, b, iterations=4, tolerance=0.0)
+    testing.assert_gradient(x, torch.linalg.pinv(singular, rtol=1e-10) @ b, "x", tolerance=1e-10)
+
+
+# ---- natural_gradient
+
+
+@on_devices
+@weighted
+@pytest.mark.parametrize("damping", [0.0, 0.05])
+def test_direction_and_length(damping, weights, device) -> None:
+    """Along (F + damping·I)⁻¹ g, and step·F step / 2 = max_kl with the undamped F, for any length of the gradient."""
+    case, host = Case(device=device), Case()
+    fisher, more = host.fisher(weights), {"iterations": 40, "tolerance": 1e-12, "damping": damping}
+    # In the range of F, as the gradient of a function of these rows' probabilities is.
+    gradient, values = fisher @ host.flat(host.vector), torch.linalg.eigh(fisher)
+    inverse = torch.where(values[0] > 1e-10, 1 / (values[0] + damping), 0.0)
+    direction = values[1] @ (inverse * (values[1].T @ gradient))
+    exact = direction * torch.sqrt(0.04 / (direction @ fisher @ direction))
+    on_device = None if weights is None else weights.to(device)
+    for size in (1.0, 1e-4, 0.0):
+        step = case.flat(
+            natural_gradient(
+                case.function,
+                case.parameters,
+                case.named(gradient * size),
+                0.02,
+                weights=on_device,
+                **more,
+            )
+        )
+        testing.assert_gradient(step, exact * (size > 0), "step", tolerance=1e-8)
+        assert float(step @ fisher @ step) / 2 == pytest.approx(0.02 * (size > 0), rel=1e-12)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_kl_tends_to_max_kl(backwards) -> None:
+    """The quadratic model is off by the third order: the relative error of the KL falls as the root of max_kl."""
+    case, errors = Case(), []
+    gradient = case.named(case.fisher() @ case.flat(case.vector))
+    for max_kl in (1e-3, 1e-5):
+        step = case.flat(
+            natural_gradient(case.function, case.parameters, gradient, max_kl, damping=0.0)
+        )
+        errors.append(abs(float(case.kl(step, backwards)) / max_kl - 1))
+    assert 0 < errors[0] < 0.3 and 1 / 15 < errors[1] / errors[0] < 1 / 7
+
+
+def test_trpo_with_a_trust_region() -> None:
+    """As in the docstring: each step within the bound by fastkl's exact KL, most of them near it, and the reward goes up."""
+    case = Case(rows=16, vocabulary=11, dtype=torch.float32)
+    parameters = {name: torch.nn.Parameter(value) for name, value in case.parameters.items()}
+    reward, kls = normal(16, 11, seed=3, dtype=torch.float32), []
+
+    def objective() -> torch.Tensor:
+        return (case.function(parameters).softmax(-1) * reward).sum(-1).mean()
+
+    first = float(objective().detach())
+    for _ in range(10):
+        old, before = case.function(parameters).detach(), float(objective().detach())
+        gradient = dict(
+            zip(
+                parameters, torch.autograd.grad(objective(), list(parameters.values())), strict=True
+            )
+        )
+        for name, step in natural_gradient(case.function, parameters, gradient, 0.02).items():
+            parameters[name].grad = -step
+
+        def mean_kl(old: torch.Tensor = old, before: float = before) -> torch.Tensor | float:
+            kl = fastkl.kl_divergence(old, case.function(parameters)).mean()
+            return kl if float(objective()) > before else math.inf
+
+        result = TrustRegion(0.02).step(torch.optim.SGD(parameters.values(), lr=1.0), mean_kl)
+        true = float(testing.truth(old, case.function(parameters).detach()).kl.mean())
+        assert result.accepted != "undone" and result.kl == pytest.approx(true, rel=1e-4)
+        kls.append(result.kl)
+    assert max(kls) <= 0.02 and sorted(kls)[5] > 0.004 and float(objective().detach()) > first + 0.3

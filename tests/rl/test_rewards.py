@@ -1,0 +1,272 @@
+"""shape_rewards: padded and packed, whatever masked tokens hold, against a loop over sequences in float64."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastkl import testing
+from fastkl.estimators import estimate_kl
+from fastkl.rl.rewards import shape_rewards
+
+MASKS = {
+    "padding after": [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]],
+    "padding before": [[0, 1, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]],
+    "holes": [[1, 0, 0, 1, 0], [0, 1, 0, 1, 1], [1, 1, 1, 0, 0]],
+    "one token": [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 1, 0, 0]],
+    "sequences without a token": [[0, 0, 0, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 0, 0]],
+    "none": None,
+}
+# Boundaries of 15 tokens: empty sequences first, in the middle, last.
+BOUNDARIES = {
+    "even": [0, 5, 10, 15],
+    "uneven": [0, 1, 9, 15],
+    "one": [0, 15],
+    "empty ones": [0, 0, 4, 4, 4, 15, 15],
+}
+EVEN = torch.tensor(BOUNDARIES["even"])
+
+
+def numbers(sequences: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns scores [sequences] and a KL [3, 5] of both signs, as a sampled one has."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(sequences, generator=generator), torch.randn(3, 5, generator=generator)
+
+
+def mask_of(name: str) -> torch.Tensor:
+    return torch.tensor(MASKS[name] or [[1] * 5] * 3, dtype=torch.bool)
+
+
+def by_definition(
+    scores: torch.Tensor, kl: torch.Tensor, beta: float, mask: torch.Tensor, bounds: list[int]
+) -> torch.Tensor:
+    """Computes the rewards of packed tokens, one sequence and one token after the other, in float64."""
+    rewards = torch.where(mask, -beta * kl.double(), 0.0)
+    if len(scores) != len(bounds) - 1:
+        return rewards + torch.where(mask, scores.double(), 0.0)
+    for score, start, end in zip(scores, bounds[:-1], bounds[1:], strict=True):
+        counted = [t for t in range(start, end) if mask[t]]
+        if counted:
+            rewards[counted[-1]] += float(score)
+    return rewards
+
+
+@pytest.mark.parametrize("per", ["sequence", "token"])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("bounds", BOUNDARIES.values(), ids=BOUNDARIES)
+def test_rewards(bounds, name, per) -> None:
+    """Packed, within three roundings of 2^-24: of beta, of the product, of the difference; padded, the same bits."""
+    scores, kl = numbers(len(bounds) - 1 if per == "sequence" else 15)
+    mask = mask_of(name)
+    given = None if MASKS[name] is None else mask
+    flat = None if given is None else given.flatten()
+    rewards = shape_rewards(scores, kl.flatten(), 0.3, flat, cu_seqlens=torch.tensor(bounds))
+    exact = by_definition(scores, kl.flatten(), 0.3, mask.flatten(), bounds)
+    allowed = 2.0**-24 * 1.001 * (0.6 * kl.flatten().double().abs() + exact.abs())
+    assert rewards.dtype == torch.float32 and rewards.shape == (15,)
+    assert bool(((rewards.double() - exact).abs() <= allowed).all()), (rewards, exact)
+    of_int32 = shape_rewards(scores, kl.flatten(), 0.3, flat, cu_seqlens=torch.tensor(bounds).int())
+    testing.assert_same_bits(of_int32, rewards, "int32")
+    if bounds == BOUNDARIES["even"]:
+        padded = shape_rewards(scores if per == "sequence" else scores.view(3, 5), kl, 0.3, given)
+        testing.assert_same_bits(padded, rewards.view(3, 5), "padded")
+
+
+@pytest.mark.parametrize(
+    "bounds, rewards", [([0, 2, 2, 3], [0.0, 1.0, 4.0]), ([0, 1, 2, 3], [1.0, 2.0, 4.0])]
+)
+def test_as_many_sequences_as_tokens(bounds, rewards) -> None:
+    """Scores [S] with S = total are one per sequence: an empty sequence keeps its own."""
+    scores = torch.tensor([1.0, 2.0, 4.0])
+    assert (
+        shape_rewards(scores, torch.zeros(3), 0.1, cu_seqlens=torch.tensor(bounds)).tolist()
+        == rewards
+    )
+
+
+def test_leading_shapes() -> None:
+    """[T] with a scalar score, [2, 3, T] with [2, 3], and sequences of no token or no sequence at all."""
+    scores, kl = numbers(6)
+    whole = shape_rewards(scores.view(2, 3), kl.expand(2, 3, 5), 0.3)
+    for i, score in enumerate(scores):
+        testing.assert_same_bits(
+            whole.view(6, 5)[i], shape_rewards(score, kl[i % 3], 0.3), f"sequence {i}"
+        )
+    for shape, bounds in (((6, 0), None), ((0, 4), None), ((0,), [0]), ((0,), [0, 0, 0])):
+        count = shape[0] if bounds is None else len(bounds) - 1
+        more = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+        assert shape_rewards(scores[:count], torch.zeros(shape), 0.3, **more).shape == shape
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [name for name in MASKS if MASKS[name]])
+def test_masked_tokens_change_nothing(name, garbage, packed) -> None:
+    """Whatever KL and scores hold where nothing counts, the bits are those for zeros there, and 0 there."""
+    mask = mask_of(name)
+    for per_token in (False, True):
+        scores, kl = numbers(15 if per_token else 3)
+        scores, unused = (scores.view(3, 5), ~mask) if per_token else (scores, ~mask.any(-1))
+        results = []
+        for fill in (0.0, garbage):
+            arguments = scores.masked_fill(unused, fill), kl.masked_fill(~mask, fill), mask
+            score, value, counts = (each.flatten() if packed else each for each in arguments)
+            results.append(
+                shape_rewards(
+                    score, value, 0.3, counts, **({"cu_seqlens": EVEN} if packed else {})
+                ).view(3, 5)
+            )
+        testing.assert_same_bits(results[1], results[0], name)
+        assert not bool(results[1][~mask].any())
+
+
+def test_a_bad_value_stays_in_its_token() -> None:
+    scores, kl = numbers()
+    kl[0, 1], scores[2] = math.nan, math.inf
+    rewards = shape_rewards(scores, kl, 0.3, mask_of("holes") | kl.isnan())
+    assert rewards.isnan().nonzero().tolist() == [
+        [0, 1]
+    ] and rewards.isinf().nonzero().tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_types(dtype) -> None:
+    """The arithmetic is that of float32 on the values given, of float64 for a float64 KL; rewards are data."""
+    scores, kl = (value.to(dtype).requires_grad_() for value in numbers())
+    wide, before = torch.float64 if dtype == torch.float64 else torch.float32, kl.detach().clone()
+    rewards = shape_rewards(scores, kl, torch.tensor(0.3, dtype=wide, requires_grad=True))
+    testing.assert_same_bits(rewards, shape_rewards(scores.to(wide), kl.to(wide), 0.3), str(dtype))
+    assert shape_rewards(scores.double(), kl, 0.3).dtype == wide
+    assert not rewards.requires_grad and torch.equal(kl, before)
+
+
+def test_beta() -> None:
+    """A number, a tensor and a controller, read at every call; a number 0 leaves even an infinite KL out, a tensor is not looked at."""
+    scores, kl = numbers()
+    controller = SimpleNamespace(beta=0.3)
+    for beta in (torch.tensor(0.3), controller, SimpleNamespace(beta=torch.tensor(0.3))):
+        testing.assert_same_bits(
+            shape_rewards(scores, kl, beta), shape_rewards(scores, kl, 0.3), "beta"
+        )
+    controller.beta = 2
+    testing.assert_same_bits(
+        shape_rewards(scores, kl, controller), shape_rewards(scores, kl, 2.0), "next"
+    )
+    kl.fill_(math.inf)
+    assert torch.equal(
+        shape_rewards(scores, kl, 0), torch.nn.functional.pad(scores[:, None], (4, 0))
+    )
+    assert shape_rewards(scores, kl, torch.tensor(0.0)).isnan().all()
+
+
+# The KL in the reward, whether the exact KL is in the loss too, whether the value and the gradient are then right.
+POLICY_GRADIENTS = [
+    ("k1", False, True, True),
+    ("exact", True, True, True),
+    ("exact", False, True, False),
+    ("k2", False, False, False),
+    ("k3", False, True, False),
+]
+
+
+@pytest.mark.parametrize("kind, in_loss, value, gradient", POLICY_GRADIENTS)
+def test_the_policy_gradient_on_the_rewards(kind, in_loss, value, gradient) -> None:
+    """Over all sequences of two tokens: whether the expected return is E[score] - beta·KL, and the policy gradient its own."""
+    generator = torch.Generator().manual_seed(1)
+    logits = [
+        torch.randn(*shape, generator=generator).double().requires_grad_()
+        for shape in ((4,), (4, 4))
+    ]
+    first, second = (each.log_softmax(-1) for each in logits)
+    ref_first, ref_second = (
+        torch.randn(*shape, generator=generator).double().log_softmax(-1)
+        for shape in ((4,), (4, 4))
+    )
+    a, b = torch.arange(4).repeat_interleave(4), torch.arange(4).repeat(4)
+    logprob = torch.stack([first[a], second[a, b]], -1)
+    ref_logprob = torch.stack([ref_first[a], ref_second[a, b]], -1)
+    probability, scores = logprob.sum(-1).exp(), torch.randn(16, generator=generator).double()
+    objective = (probability * (scores - 0.3 * (logprob - ref_logprob).sum(-1))).sum()
+    of_second = (second.exp() * (second - ref_second)).sum(-1)
+    exact = torch.stack([(first.exp() * (first - ref_first)).sum().expand(16), of_second[a]], -1)
+    kl = exact if kind == "exact" else estimate_kl(logprob, ref_logprob, estimator=kind)
+    rewards = shape_rewards(scores, kl, 0.3)
+    expected = (probability * rewards.sum(-1)).sum().item()
+    assert (expected == pytest.approx(objective.item(), rel=1e-13)) == value
+    returns = rewards.flip(-1).cumsum(-1).flip(-1)  # of the token and what follows it
+    surrogate = (probability.detach() * (returns * logprob - 0.3 * in_loss * exact).sum(-1)).sum()
+    grads = [
+        torch.autograd.grad(each, logits, retain_graph=True) for each in (surrogate, objective)
+    ]
+    got, wanted = (torch.cat([grad.flatten() for grad in each]) for each in grads)
+    error = float((got - wanted).norm() / wanted.norm())
+    assert error < 1e-13 if gradient else error > 0.05
+
+
+# ---- where it runs
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_values_are_not_looked_at(packed) -> None:
+    """Meta tensors have none; one graph under torch.compile gives the same bits."""
+    scores, kl = numbers()
+    arguments = [scores, kl, mask_of("holes"), EVEN]
+    if packed:
+        arguments[1:3] = (value.flatten() for value in arguments[1:3])
+
+    def run(
+        scores: torch.Tensor,
+        kl: torch.Tensor,
+        mask: torch.Tensor,
+        bounds: torch.Tensor,
+        beta: object = 0.3,
+    ) -> torch.Tensor:
+        return shape_rewards(scores, kl, beta, mask, cu_seqlens=bounds if packed else None)
+
+    meta = [value.to("meta") for value in arguments]
+    for scores in (meta[0], meta[1]):
+        assert run(scores, *meta[1:], beta=torch.empty((), device="meta")).shape == meta[1].shape
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    testing.assert_same_bits(compiled(*arguments), run(*arguments), "compiled")
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [[0, 5, 10], [0, 5, 10, 16], [1, 5, 10, 15], [0, 10, 5, 15], [0, 20, 15], [15]],
+    ids=str,
+)
+def test_wrong_boundaries(bounds) -> None:
+    """An error on the CPU; under torch.compile and on a GPU NaN for each token that counts, and still 0 for the others."""
+    for scores in (torch.zeros(len(bounds) - 1), torch.zeros(15)):
+        arguments = scores, torch.zeros(15), 0.3, mask_of("holes").flatten()
+        with pytest.raises(ValueError, match="^cu_seqlens: expected .*, got .*; "):
+            shape_rewards(*arguments, cu_seqlens=torch.tensor(bounds))
+        torch._dynamo.reset()
+        compiled = torch.compile(shape_rewards, backend="eager", fullgraph=True)
+        rewards = compiled(*arguments, cu_seqlens=torch.tensor(bounds))
+        assert torch.equal(rewards.isnan(), arguments[3]) and not bool(
+            rewards.nan_to_num(0.0).any()
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_no_synchronisation(packed) -> None:
+    """On a GPU nothing waits for the device, and the values are those of the CPU."""
+    arguments = [*numbers(), mask_of("holes"), EVEN]
+    scores, kl, mask, bounds = (value.cuda() for value in arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rewards = (
+            shape_rewards(scores, kl.flatten(), 0.3, mask.flatten(), cu_seqlens=bounds).view(3, 5)
+            if packed
+            else shape_rewards(scores, kl, 0.3, mask)
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = shape_rewards(arguments[0], arguments[1], 0.3, arguments[2])
+    torch.testing.assert_close(rewards.cpu(), exact, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,343 @@
+"""TrustRegion and EarlyStop: the step that is taken, put back to the bit, or shortened, and when the epochs end."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastkl
+from fastkl import testing
+from fastkl.rl.trust_region import EarlyStop, StepResult, TrustRegion
+
+OPTIMIZERS = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.5, momentum=0.9, weight_decay=0.1),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.5, amsgrad=True),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.5, foreach=True),
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.5),
+    "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.5),
+}
+
+
+class Policy(torch.nn.Module):
+    """Two layers over 7 tokens, their logits on one batch of 8 rows, and the exact mean KL from where it was made."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((5, 6), (6, 7), (8, 5), (8, 7))
+        first, second, self.batch, self.reward = (
+            torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes
+        )
+        self.first, self.second = torch.nn.Parameter(first), torch.nn.Parameter(second)
+        self.old = self().detach()
+
+    def forward(self) -> torch.Tensor:
+        return torch.tanh(self.batch @ self.first) @ self.second
+
+    def kl(self) -> torch.Tensor:
+        """Mean KL(old‖now) of float64."""
+        return testing.truth(self.old, self()).kl.mean()
+
+    def loss(self) -> torch.Tensor:
+        """Minus the expected reward."""
+        return -(self().softmax(-1) * self.reward).sum(-1).mean()
+
+    def values(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters()]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of each operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function)] = self.counts.get(str(function), 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+def sgd(parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def with_gradient(value: torch.Tensor, gradient: float = 1.0) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(value)
+    parameter.grad = torch.full_like(value, gradient)
+    return parameter
+
+
+def assert_parameters(policy: Policy, expected: list[torch.Tensor]) -> None:
+    for value, own in zip(policy.values(), expected, strict=True):
+        testing.assert_same_bits(value, own, "parameter")
+
+
+# ---- what becomes of a step
+
+
+BOUNDS = [
+    (100.0, 0.5, "full"),
+    (0.01, 0.5, "shrunk"),
+    (0.01, 0.8, "shrunk"),
+    (1e-300, 0.5, "undone"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("bound, shrink, accepted", BOUNDS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_of_an_optimizer(name, bound, shrink, accepted, device) -> None:
+    """Within the bound its own to the bit, else the first fraction within it, else none; its state is kept in each case."""
+    policy, twin = Policy(device=device), Policy(device=device)
+    optimizer, own = (OPTIMIZERS[name](each.parameters()) for each in (policy, twin))
+    for each in (policy, twin):
+        each.loss().backward()
+    old = policy.values()
+    own.step()
+    tries = 3 if accepted == "undone" else 40
+    result = TrustRegion(bound, shrink=shrink, tries=tries).step(optimizer, policy.kl)
+    assert result.accepted == accepted
+    for index, entries in own.state_dict()["state"].items():
+        kept = optimizer.state_dict()["state"][index]
+        assert all(
+            torch.equal(torch.as_tensor(kept[key]), torch.as_tensor(value))
+            for key, value in entries.items()
+        )
+    if accepted != "shrunk":
+        assert result.fraction == (accepted == "full")
+        assert_parameters(policy, twin.values() if accepted == "full" else old)
+        assert accepted == "undone" or result.kl == float(policy.kl().detach())
+        return
+    attempt = round(math.log(result.fraction, shrink))
+    assert attempt >= 1 and result.fraction == shrink**attempt
+    assert 0 < result.kl <= bound and result.kl == float(policy.kl().detach())
+    for parameter, start, end in zip(policy.parameters(), old, twin.values(), strict=True):
+        # Three roundings: of the difference, of the product, of the sum.
+        allowed = 6 * torch.finfo(start.dtype).eps * torch.maximum(start.abs(), end.abs())
+        taken = start + result.fraction * (end - start)
+        assert bool(((parameter.detach() - taken).abs() <= allowed).all())
+        parameter.data = start + shrink ** (attempt - 1) * (end - start)
+    assert float(policy.kl().detach()) > bound, "the fraction before was short enough"
+
+
+def odd_bits(dtype: torch.dtype) -> torch.Tensor:
+    """Values that arithmetic would not bring back: -0.0, a denormal, a NaN with a payload, both infinities, huge ones."""
+    tiny, huge = torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max
+    values = torch.tensor([-0.0, tiny, math.nan, math.inf, -math.inf, huge, 1 / 3], dtype=dtype)
+    testing.bits(values)[2] += 1
+    return values
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("kl", [0.5, math.nan, math.inf, -math.inf], ids=str)
+def test_undone_to_the_bit(dtype, kl) -> None:
+    """When no fraction will do, the parameters are what they were, whatever they held; every fraction was tried."""
+    noise = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(dtype).t()
+    parameters, measured = [with_gradient(odd_bits(dtype)), with_gradient(noise)], []
+    before = [parameter.detach().clone() for parameter in parameters]
+
+    def mean_kl() -> float:
+        measured.append(parameters[1].detach().clone())
+        return kl
+
+    result = TrustRegion(0.1, tries=3).step(sgd(parameters), mean_kl)
+    assert (result.accepted, result.fraction, str(result.kl)) == ("undone", 0.0, str(kl))
+    for value, fraction in zip(measured, (1.0, 0.5, 0.25, 0.125), strict=True):
+        exact = before[1].double() - fraction
+        assert bool(
+            ((value.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * (exact.abs() + 1)).all()
+        )
+    for parameter, expected in zip(parameters, before, strict=True):
+        testing.assert_same_bits(parameter, expected, "parameter")
+    assert parameters[1].stride() == noise.stride()
+
+
+# Tries, the KLs that are measured, the result, where ones go with a gradient of ones, copies of the parameters.
+MEASURED = [
+    (10, [0.1], ("full", 1.0, 0.1), 0.0, 1),
+    (0, [0.1], ("full", 1.0, 0.1), 0.0, 1),
+    (0, [0.2], ("undone", 0.0, 0.2), 1.0, 1),  # a second copy is not needed: it cannot be shortened
+    (10, [math.nan, math.inf, 0.1], ("shrunk", 0.25, 0.1), 0.75, 2),
+]
+
+
+@pytest.mark.parametrize("tries, kls, result, value, copies", MEASURED)
+def test_measured_kls(tries, kls, result, value, copies) -> None:
+    """A KL of max_kl is accepted, a NaN is not; one wait per measurement; frozen parameters are neither copied nor moved."""
+    frozen, trained = (
+        torch.nn.Parameter(torch.ones(1000), requires_grad=False),
+        with_gradient(torch.ones(3)),
+    )
+    version, measured = frozen._version, iter(torch.tensor(kls, dtype=torch.float64))
+    with Calls() as calls:
+        got = TrustRegion(0.1, tries=tries).step(sgd([frozen, trained]), lambda: next(measured))
+    assert got == result and isinstance(got, StepResult) and trained.tolist() == [value] * 3
+    assert calls.counts["aten._local_scalar_dense.default"] == len(kls)
+    assert calls.counts["aten.clone.default"] == copies and frozen._version == version
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_step_of_the_last_bit_can_be_shortened(dtype) -> None:
+    """Halving 1 + eps in place would stay there or return at random; from both ends, less than half of the last bit is none."""
+    eps, seen = torch.finfo(dtype).eps, []
+    parameter = with_gradient(torch.tensor([1 + eps, 1.0], dtype=dtype), -eps)
+
+    def mean_kl() -> float:
+        seen.append(parameter.tolist())
+        return 1.0 if len(seen) < 3 else 0.0
+
+    assert TrustRegion(0.1).step(sgd([parameter]), mean_kl) == ("shrunk", 0.25, 0.0)
+    assert seen[0] == [1 + 2 * eps, 1 + eps] and seen[2] == [1 + eps, 1.0]
+
+
+def test_groups_and_shared_parameters() -> None:
+    """Every group with its own rate; a parameter listed twice, or two over the same memory, move as one."""
+    first, second = (with_gradient(torch.zeros(3), -1.0) for _ in range(2))
+    alias = torch.nn.Parameter(second.detach())
+    alias.grad = second.grad.clone()
+    groups = [
+        {"params": [each], "lr": rate}
+        for each, rate in ((first, 1.0), (second, 10.0), (alias, 0.5))
+    ]
+    optimizer, values = torch.optim.SGD(groups, lr=0.0), iter([1.0, 1.0, 0.0])
+    optimizer.param_groups[0]["params"].append(
+        first
+    )  # what torch warns of, and code that ties weights still does
+    with Calls() as calls:
+        result = TrustRegion(0.5).step(optimizer, lambda: next(values))
+    # The full step: twice along the first, 10 + 0.5 along the shared memory; a quarter of it.
+    assert (
+        result.fraction == 0.25
+        and first.tolist() == [0.5] * 3
+        and second.tolist() == [2.625] * 3 == alias.tolist()
+    )
+    assert calls.counts["aten.clone.default"] == 6
+
+
+def test_closure() -> None:
+    """It is handed on and runs with gradient; mean_kl runs without; LBFGS calls the first several times."""
+    policy, modes = Policy(), []
+    optimizer = torch.optim.LBFGS(policy.parameters(), lr=1.0, max_iter=5)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = policy.loss()
+        loss.backward()
+        modes.append(loss.requires_grad)
+        return loss
+
+    def mean_kl() -> torch.Tensor:
+        modes.append(not policy.kl().requires_grad)
+        return policy.kl()
+
+    before = float(policy.loss().detach())
+    result = TrustRegion(1e-3, tries=30).step(optimizer, mean_kl, closure)
+    assert len(modes) > 3 and all(modes) and torch.is_grad_enabled()
+    assert (
+        result.accepted == "shrunk" and result.kl <= 1e-3 and float(policy.loss().detach()) < before
+    )
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3], ids=["closure", "full", "shortened"])
+def test_an_exception_puts_the_parameters_back(calls) -> None:
+    policy, left = Policy(), iter([1.0] * (calls - 1))
+    before = policy.values()
+    policy.loss().backward()
+
+    def closure() -> None:
+        policy.first.data.add_(1.0)
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        TrustRegion(0.1).step(
+            sgd(policy.parameters()), lambda: next(left), None if calls else closure
+        )
+    assert_parameters(policy, before)
+
+
+FSDP2 = """
+import sys
+import torch
+from torch.distributed.fsdp import fully_shard
+from fastkl import kl_divergence
+from fastkl.rl.trust_region import TrustRegion
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+
+def run(way):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 5)
+    if way:
+        fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)), reshard_after_forward=way == "resharded")
+    optimizer, old = torch.optim.Adam(module.parameters(), lr=1.0), module(batch).detach()
+    module(batch).square().sum().backward()
+
+    def mean_kl():
+        kl = kl_divergence(old, module(batch)).mean()
+        if way == "by hand":
+            module.reshard()
+        return kl
+
+    results = [TrustRegion(bound, tries=6).step(optimizer, mean_kl) for bound in (0.01, 1e-12)]
+    return results, [value.full_tensor() if way else value for value in module.parameters()]
+
+results, values = run(None)
+assert [result.accepted for result in results] == ["shrunk", "undone"], results
+for way in ("resharded", "by hand"):
+    sharded_results, sharded_values = run(way)
+    assert sharded_results == results, (way, sharded_results, results)
+    assert all(torch.equal(*pair) for pair in zip(sharded_values, values)), way
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_fsdp2(tmp_path) -> None:
+    """Sharded parameters take the step that whole ones take, in both of the ways that the docstring names."""
+    command = [sys.executable, "-c", FSDP2, str(tmp_path / "store")]
+    root, environment = Path(fastkl.__file__).parents[1], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+# ---- EarlyStop, and wrong measurements
+
+
+@pytest.mark.parametrize(
+    "make",
+    [float, torch.tensor, lambda kl: torch.tensor([kl], dtype=torch.float64)],
+    ids=["float", "0-d", "1-d"],
+)
+def test_early_stop(make) -> None:
+    """Beyond factor times the target, the bound itself not included; a NaN stops, a sampled estimate below 0 does not."""
+    kls = [make(kl) for kl in (-1.0, 0.0, 0.5, 0.75, 0.7500001, 2.0, math.nan, math.inf)]
+    assert [EarlyStop(0.5).should_stop(kl) for kl in kls] == [False] * 4 + [True] * 4
+    assert EarlyStop(0.5, factor=1.0).should_stop(make(0.6)) and not EarlyStop(
+        0.5, factor=2.0
+    ).should_stop(make(0.9))
+
+
+@pytest.mark.parametrize(
+    "value, error",
+    [
+        (torch.zeros(2, 3), ValueError),
+        (torch.zeros(0), ValueError),
+        (None, TypeError),
+        (True, TypeError),
+    ],
+)
+def test_a_wrong_measurement_leaves_the_parameters(value, error) -> None:
+    parameter = with_gradient(torch.ones(3))
+    with pytest.raises(error, match="^mean_kl: expected .*, got .*; "):
+        TrustRegion(0.1).step(sgd([parameter]), lambda: value)
+    assert parameter.tolist() == [1, 1, 1]
