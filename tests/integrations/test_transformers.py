@@ -123,57 +123,49 @@ STATE, CONTROL = transformers.TrainerState(), transformers.TrainerControl()
 
 
 @pytest.mark.parametrize(
-    "unit, mean, monitored",
-    [("token", False, True), ("token", True, False), ("sequence", False, False)],
-    ids=["monitor", "the mean that a penalty keeps", "per sequence"],
+    "unit, mean, monitored, every",
+    [
+        ("token", False, True, 1),
+        ("token", False, True, 2),
+        ("token", True, False, 1),
+        ("sequence", False, False, 1),
+    ],
 )
-def test_once_per_optimizer_step(tmp_path, unit, mean, monitored) -> None:
-    controller, alone = (adaptive(unit, 0.05 if unit == "token" else 0.5) for _ in range(2))
-    monitor = KLMonitor(threshold=0.1, jsonl=tmp_path / "kl.jsonl") if monitored else None
-    trainer = trainer_of(tmp_path, KLCallback(controller, monitor), mean)
-    trainer.train()
-    steps = steps_of(trainer)
-    assert len(steps) == 4 and len({len(kl) for kl, _ in steps}) > 1
-    means = [float(kl.mean()) for kl, _ in steps]
-    assert logged(trainer, "kl/mean") == pytest.approx(means, rel=ROUNDING)
-    per = [float(kl.sum()) / (len(kl) if unit == "token" else rows) for kl, rows in steps]
-    betas = [alone.beta, *(alone.update(value, unit=unit) for value in per)]
-    assert len(set(betas)) == 5 and controller.beta == pytest.approx(betas[-1], rel=ROUNDING)
-    assert logged(trainer, "kl/beta") == pytest.approx(betas[:-1], rel=ROUNDING)
-    used = [beta for _, _, beta in trainer.kept]
-    assert used == pytest.approx([beta for beta in betas[:-1] for _ in range(2)], rel=ROUNDING)
-    if monitored:
-        largest = [float(kl.max()) for kl, _ in steps]
-        assert logged(trainer, "kl/max") == pytest.approx(largest, rel=ROUNDING)
-        lines = [json.loads(line) for line in (tmp_path / "kl.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [1, 2, 3, 4]
-        assert [line["kl/mean"] for line in lines] == logged(trainer, "kl/mean")
-        assert [line["kl/tokens"] for line in lines] == [len(kl) for kl, _ in steps]
-        assert sum(monitor.profile()["tokens"]) == sum(len(kl) for kl, _ in steps)
-        assert len(monitor.profile()["kl"]) == LENGTH
-
-
-def test_figures_between_two_logs(tmp_path) -> None:
+def test_once_per_optimizer_step(tmp_path, unit, mean, monitored, every) -> None:
     # Attached after the trainer is made, it comes before a reporter that was there.
-    seen, reporter = [], transformers.TrainerCallback()
+    controller, alone = (adaptive(unit, 0.05 if unit == "token" else 0.5) for _ in range(2))
+    monitor = KLMonitor(jsonl=tmp_path / "kl.jsonl") if monitored else None
+    callback, reporter, seen = KLCallback(controller, monitor), transformers.TrainerCallback(), []
     reporter.on_log = lambda *args, logs, **kwargs: seen.append(dict(logs))
-    callback = KLCallback(adaptive(), KLMonitor())
     given = [reporter, callback]
-    trainer = trainer_of(tmp_path, callback, callbacks=given, max_steps=5, logging_steps=2)
+    trainer = trainer_of(tmp_path, callback, mean, given, logging_steps=every, max_steps=5)
     assert callback.attach(trainer) is callback
     assert trainer.callback_handler.callbacks.count(callback) == 1
     trainer.train()
-    kls = [kl for kl, _ in steps_of(trainer)]
-    groups = [kls[0:2], kls[2:4], kls[4:]]
-    means = [sum(float(kl.mean()) for kl in group) / len(group) for group in groups]
+    steps = steps_of(trainer)
+    assert len(steps) == 5 and len({len(kl) for kl, _ in steps}) > 1
+    per = [float(kl.sum()) / (len(kl) if unit == "token" else rows) for kl, rows in steps]
+    betas = [alone.beta, *(alone.update(value, unit=unit) for value in per)]
+    assert len(set(betas)) == 6 and controller.beta == pytest.approx(betas[-1], rel=ROUNDING)
+    used = [beta for _, _, beta in trainer.kept]
+    assert used == pytest.approx([beta for beta in betas[:-1] for _ in range(2)], rel=ROUNDING)
+    # Between two logs: the mean of the steps' means, the largest, the last beta.
+    groups = [slice(first, first + every) for first in range(0, 5, every)]
+    means = [float(torch.stack([kl.mean() for kl, _ in steps[group]]).mean()) for group in groups]
     assert logged(trainer, "kl/mean") == pytest.approx(means, rel=ROUNDING)
-    largest = [max(float(kl.max()) for kl in group) for group in groups]
-    assert logged(trainer, "kl/max") == pytest.approx(largest, rel=ROUNDING)
     assert [logs["kl/mean"] for logs in seen if "kl/mean" in logs] == logged(trainer, "kl/mean")
+    last = [betas[:5][group][-1] for group in groups]
+    assert logged(trainer, "kl/beta") == pytest.approx(last, rel=ROUNDING)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluations) == 5
     assert not any(name.startswith("kl/") for entry in evaluations for name in entry)
-    assert {"train_runtime", "kl/mean"} <= trainer.state.log_history[-1].keys()
+    if monitored:
+        largest = [max(float(kl.max()) for kl, _ in steps[group]) for group in groups]
+        assert logged(trainer, "kl/max") == pytest.approx(largest, rel=ROUNDING)
+        lines = [json.loads(line) for line in (tmp_path / "kl.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+        assert [line["kl/tokens"] for line in lines] == [len(kl) for kl, _ in steps]
+        assert sum(monitor.profile()["tokens"]) == sum(len(kl) for kl, _ in steps)
 
 
 # ---- checkpoints

@@ -30,11 +30,14 @@ from trl_cases import (
     gkd,
     gradients,
     grpo,
+    k3_of,
     load,
     logged,
+    logprobs,
     loss_mask,
     moved,
     perturb,
+    plain_loss,
     tiny,
     trl,
 )
@@ -47,31 +50,6 @@ GRPOTrainer = trl.GRPOTrainer
 # A KL of about 0.05 is a mean of differences of log-probs of about 4.
 KL_ROUNDING = 4 / 0.05 * ROUNDING
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-
-
-def k3_of(kl: torch.Tensor) -> torch.Tensor:
-    """Solve e^x - x - 1 = kl for x ≥ 0: with it as ref_logp - logp, TRL's own estimate is kl."""
-    x = (2 * kl).sqrt().clamp(max=2.0)
-    for _ in range(50):
-        step = (torch.expm1(x) - x - kl) / torch.expm1(x).clamp(min=1e-12)
-        x = (x - step).clamp(min=0)
-    return x
-
-
-def logprobs(logits: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
-
-
-def plain_loss(trainer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Compute a loss of type dapo from the models' own logits, of the tokens that both have."""
-    logits = full_logits(trainer.model, inputs)[..., :V]
-    logp = logprobs(logits, inputs)
-    ratio = (logp - inputs.get("old_per_token_logps", logp.detach())).exp()
-    advantages = inputs["advantages"][:, None]
-    kl = exact_kl(logits, full_logits(trainer.ref_model, inputs)[..., :V].detach())
-    per_token = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) + BETA * kl
-    assert float(kl.detach()[loss_mask(inputs)].mean()) > 1e-3
-    return per_token[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
 
 
 @pytest.fixture(scope="module")
