@@ -89,7 +89,7 @@ def trainer_rows() -> list[tuple[str, str]]:
 
 
 def test_table_of_trainers() -> None:
-    """Six rows, of four modules; test_integrations_*.py train with what they name."""
+    """Six rows, of four modules; tests/integrations train with what they name."""
     rows = trainer_rows()
     assert [module for module, _ in rows] == ["trl", "trl", "gkd", "transformers", "verl", "verl"]
     for module, line in rows:
@@ -99,7 +99,7 @@ def test_table_of_trainers() -> None:
 
 @pytest.mark.parametrize("module, line", [row for row in trainer_rows() if row[0] != "verl"])
 def test_every_row_of_the_table_of_trainers_runs(module: str, line: str, tmp_path) -> None:
-    """As it stands, with tiny random models; two steps where it makes a trainer. Rows for verl run in test_integrations_verl.py."""
+    """As it stands, with tiny random models; two steps where it makes a trainer. Rows for verl run in tests/integrations/test_verl.py."""
     if module != "transformers":
         pytest.importorskip("trl")
     pytest.importorskip("transformers")

@@ -1,0 +1,165 @@
+"""The exact KL in TRL's GKD trainer: losses and gradients of tiny random models against TRL's own and
+plain torch on full logits. Refused settings are in test_trl.py, with those of the other trainers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from trl_cases import (
+    EPS,
+    FAMILIES,
+    LORA,
+    ROUNDING,
+    V,
+    assert_loss,
+    assert_same,
+    exact_kl,
+    gkd,
+    gradients,
+    logged,
+    perturb,
+    tiny,
+    trl,
+)
+
+from fastkl import testing
+from fastkl.integrations.gkd import ExactGKDTrainer
+from fastkl.integrations.transformers import KLCallback
+from fastkl.rl import KLMonitor
+
+KINDS = (ExactGKDTrainer, trl.experimental.gkd.GKDTrainer)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Make sequences padded on the left: one has a hole in its completion, one has no label."""
+    ids = torch.randint(3, V, (4, 9), generator=torch.Generator().manual_seed(4))
+    mask = (torch.arange(9) >= torch.tensor([[0], [3], [1], [0]])).long()
+    labels = torch.where(torch.arange(9) >= torch.tensor([[3], [5], [9], [8]]), ids, -100)
+    labels[0, 5:7] = -100
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["sum", "with a callback"])
+@pytest.mark.parametrize("items", [None, 21, torch.tensor(21)], ids=["own", "int", "tensor"])
+@pytest.mark.parametrize("beta", [0.0, 1.0], ids=["forward", "reverse"])
+def test_loss_and_gradients_are_trls(folder, teacher, beta, items, per_token) -> None:
+    # In float64; the temperature is that of generation and not the divergence's.
+    options = dict(dtype=torch.float64, beta=beta)
+    callbacks, inputs = [KLCallback(None, KLMonitor())] if per_token else [], batch()
+    exact = gkd(folder, teacher, callbacks=callbacks, **options)
+    plain = gkd(folder, teacher, KINDS[1], **options)
+    logits, theirs = (
+        model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+        for model in (plain.model, plain.teacher_model)
+    )
+    kl = exact_kl(*((logits, theirs) if beta == 1 else (theirs, logits)))
+    expected = kl[inputs["labels"][:, 1:] != -100].sum() / (9 if items is None else 21)
+    own = plain.compute_loss(plain.model, dict(inputs), num_items_in_batch=items)
+    testing.assert_near(own, expected, 1e-12, 0.0, "TRL's loss")
+    # Llama's norms are in float32, whatever the model's type, and round to either side.
+    options = dict(model=plain.model, gradient=4 * EPS, num_items_in_batch=items)
+    head = assert_loss(exact, inputs, own, 1e-12, **options)["lm_head.weight"]
+    own_head = gradients(own, plain.model)["lm_head.weight"]
+    testing.assert_near(head, own_head, 1e-11, 1e-15, "gradient of the head")
+
+
+# Gemma's attention in float64 gives NaN where all is masked.
+@pytest.mark.parametrize(
+    "families, dtype, tolerances",
+    [
+        (("granite", "cohere"), torch.float64, (1e-12, 4 * EPS)),
+        (("gemma", "granite"), torch.float32, (2 * ROUNDING, 2 * ROUNDING)),
+    ],
+)
+def test_models_of_different_scales_and_caps(tmp_path, families, dtype, tolerances) -> None:
+    paths = [tiny(tmp_path / name, FAMILIES[name](), seed) for seed, name in enumerate(families)]
+    exact, plain = (gkd(*paths, kind, dtype=dtype) for kind in KINDS)
+    own = plain.compute_loss(plain.model, batch())
+    assert_loss(exact, batch(), own, tolerances[0], model=plain.model, gradient=tolerances[1])
+    exact.train()
+    assert len(logged(exact, "loss")) == 2 and min(logged(exact, "loss")) > 1e-2
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0], ids=["forward", "reverse"])
+def test_peft(folder, teacher, beta) -> None:
+    exact, plain = (
+        gkd(folder, teacher, kind, extra=dict(peft_config=LORA), beta=beta) for kind in KINDS
+    )
+    perturb(exact.model)
+    plain.model.load_state_dict(exact.model.state_dict())
+    own = plain.compute_loss(plain.model, batch())
+    got = assert_loss(exact, batch(), own, 2 * ROUNDING, model=plain.model)
+    assert all("lora" in name for name in got)
+    exact.train()
+
+
+def test_outputs_and_evaluation(folder, teacher) -> None:
+    exact, plain = (gkd(folder, teacher, kind) for kind in KINDS)
+    loss, outputs = exact.compute_loss(exact.model, batch(), return_outputs=True)
+    own, own_outputs = plain.compute_loss(plain.model, batch(), return_outputs=True)
+    testing.assert_near(loss, own, 2 * ROUNDING, 0.0, "loss")
+    assert torch.equal(outputs.logits, own_outputs.logits) and not outputs.logits.requires_grad
+    losses = [trainer.evaluate()["eval_loss"] for trainer in (exact, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=2 * ROUNDING) and losses[0] > 0.1
+    unlabelled = {**batch(), "labels": torch.full((4, 9), -100)}
+    nothing = exact.compute_loss(exact.model, unlabelled)
+    assert float(nothing.detach()) == 0.0
+    assert not any(bool(value.any()) for value in gradients(nothing, exact.model).values())
+
+
+def test_training_is_trls(folder, teacher) -> None:
+    # Two steps of SGD, with two micro-batches of different numbers of tokens each.
+    exact = gkd(folder, teacher, callbacks=[KLCallback(None, KLMonitor())])
+    plain = gkd(folder, teacher, KINDS[1])
+    before = [value.detach().clone() for value in exact.model.parameters()]
+    exact.train(), plain.train()
+    losses, own, means = logged(exact, "loss"), logged(plain, "loss"), logged(exact, "kl/mean")
+    assert losses == pytest.approx(own, rel=2 * ROUNDING) and len(losses) == 2
+    assert means == pytest.approx(losses, rel=2 * ROUNDING) and means[0] > 0.1
+    weights = (exact.model.parameters(), plain.model.parameters(), before)
+    for got, expected, start in zip(*weights, strict=True):
+        # The weights are rounded themselves, in each of the two steps.
+        step, norm = float((expected - start).norm()), float(expected.norm())
+        assert step > 0 and float((got - expected).norm()) <= 4 * ROUNDING * step + 2 * EPS * norm
+
+
+@pytest.mark.parametrize(
+    "options", [dict(lmbda=1.0), dict(seq_kd=True)], ids=["student", "teacher"]
+)
+def test_training_on_what_is_generated(folder, teacher, options) -> None:
+    trainer = gkd(folder, teacher, callbacks=[KLCallback(None, KLMonitor())], **options)
+    trainer.train()
+    assert len(logged(trainer, "kl/mean")) == 2 and min(logged(trainer, "kl/mean")) > 0.1
+    assert all(0 < tokens <= 24 for tokens in logged(trainer, "kl/tokens"))
+
+
+def test_autocast(folder, teacher) -> None:
+    # Within bfloat16's rounding of the float32 loss; logits_dtype goes through.
+    options = ({}, dict(bf16=True), dict(bf16=True, extra=dict(logits_dtype=torch.float32)))
+    trainers = [gkd(folder, teacher, max_steps=1, **each) for each in options]
+    losses = [float(each.compute_loss(each.model, batch()).detach()) for each in trainers]
+    assert len(set(losses)) == 3 and losses[1:] == pytest.approx(losses[:1] * 2, rel=0.05)
+    trainers[1].train()
+
+
+def test_inside_ddps_forward(folder, teacher, tmp_path) -> None:
+    # DDP prepares its reduction in its own forward: outside, other processes' gradients are lost.
+    trainer, future = gkd(folder, teacher), torch.futures.Future
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+
+    def double(state, bucket):
+        done = future()
+        done.set_result(2 * bucket.buffer())
+        return done
+
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(trainer.model)
+        wrapped.register_comm_hook(None, double)
+        trainer.compute_loss(wrapped, batch()).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    twice = {name: value.grad / 2 for name, value in trainer.model.named_parameters()}
+    loss = trainer.compute_loss(trainer.model, batch())
+    assert_same(twice, gradients(loss, trainer.model))

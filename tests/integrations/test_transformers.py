@@ -1,0 +1,400 @@
+"""KLCallback in transformers' Trainer with a tiny random model: figures, betas and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import runpy
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastkl
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from fastkl.integrations.transformers import KLCallback  # noqa: E402
+from fastkl.rl import AdaptiveBeta, FixedBeta, KLMonitor  # noqa: E402
+
+V, LENGTH = 61, 7
+# A mean over an optimizer step's tokens is a sum of 4·LENGTH float32 values; each addition rounds by
+# eps/2 at most, on both sides: 3.3e-6.
+ROUNDING = 4 * LENGTH * torch.finfo(torch.float32).eps
+# The first LENGTH - i % 3 tokens of sequence i count.
+IDS = torch.randint(V, (16, LENGTH), generator=torch.Generator().manual_seed(1))
+TOKENS = [
+    {"input_ids": ids, "attention_mask": (torch.arange(LENGTH) < LENGTH - i % 3).long()}
+    for i, ids in enumerate(IDS)
+]
+SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+
+
+def tiny(seed: int) -> torch.nn.Module:
+    """Make a random Llama; two seeds differ by a KL of about 0.1."""
+    config = transformers.LlamaConfig(**SIZES, vocab_size=V, initializer_range=0.2)
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(config)
+
+
+class Penalised(transformers.Trainer):
+    """A Trainer with a KL penalty in its loss, as a user would write it.
+
+    `kept` has the KL, mask and beta of each micro-batch. With mean=True the callback gets the mean
+    that the penalty keeps; the penalty's weight is that of the callback's controller.
+    """
+
+    def __init__(self, callback: KLCallback, mean: bool, **keywords) -> None:
+        super().__init__(**keywords)
+        self.callback, self.mean, self.kept, self.reference = callback, mean, [], tiny(1)
+        self.penalty = fastkl.KLPenalty(callback.controller or FixedBeta(0.01))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits, mask = model(**inputs).logits, inputs["attention_mask"].bool()
+        with torch.no_grad():
+            ref_logits = self.reference(**inputs).logits
+        kl, penalty = fastkl.kl_divergence(logits, ref_logits, mask), self.penalty
+        loss = penalty(logits, ref_logits, mask) - logits.log_softmax(-1).mean()
+        self.callback.record(penalty.last["kl"].expand(mask.shape) if self.mean else kl, mask)
+        if torch.is_grad_enabled():
+            self.kept.append((kl.detach()[mask], len(mask), penalty.beta))
+        return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+def trainer_of(folder, callback, mean=False, callbacks=None, **options) -> Penalised:
+    """Make a trainer: two micro-batches of two sequences a step, and an evaluation after each."""
+    defaults = dict(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        save_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        remove_unused_columns=False,
+        seed=3,
+    )
+    trainer = Penalised(
+        callback,
+        mean,
+        model=tiny(0),
+        args=transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **options}),
+        train_dataset=TOKENS,
+        eval_dataset=TOKENS[:2],
+        callbacks=[callback] if callbacks is None else callbacks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def adaptive(unit: str = "token", target: float = 0.05) -> AdaptiveBeta:
+    return AdaptiveBeta(0.1, target=target, horizon=1.0, unit=unit)
+
+
+def logged(trainer: Penalised, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def steps_of(trainer: Penalised) -> list[tuple[torch.Tensor, int]]:
+    """Collect the KL of the tokens that count, and the number of sequences, of each step."""
+    micro = iter(trainer.kept)
+    return [
+        (torch.cat([one[0], two[0]]), one[1] + two[1])
+        for one, two in zip(micro, micro, strict=True)
+    ]
+
+
+STATE, CONTROL = transformers.TrainerState(), transformers.TrainerControl()
+
+
+@pytest.mark.parametrize(
+    "unit, mean, monitored, every",
+    [
+        ("token", False, True, 1),
+        ("token", False, True, 2),
+        ("token", True, False, 1),
+        ("sequence", False, False, 1),
+    ],
+)
+def test_once_per_optimizer_step(tmp_path, unit, mean, monitored, every) -> None:
+    # Attached after the trainer is made, it comes before a reporter that was there.
+    controller, alone = (adaptive(unit, 0.05 if unit == "token" else 0.5) for _ in range(2))
+    monitor = KLMonitor(jsonl=tmp_path / "kl.jsonl") if monitored else None
+    callback, reporter, seen = KLCallback(controller, monitor), transformers.TrainerCallback(), []
+    reporter.on_log = lambda *args, logs, **kwargs: seen.append(dict(logs))
+    given = [reporter, callback]
+    trainer = trainer_of(tmp_path, callback, mean, given, logging_steps=every, max_steps=5)
+    assert callback.attach(trainer) is callback
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+    trainer.train()
+    steps = steps_of(trainer)
+    assert len(steps) == 5 and len({len(kl) for kl, _ in steps}) > 1
+    per = [float(kl.sum()) / (len(kl) if unit == "token" else rows) for kl, rows in steps]
+    betas = [alone.beta, *(alone.update(value, unit=unit) for value in per)]
+    assert len(set(betas)) == 6 and controller.beta == pytest.approx(betas[-1], rel=ROUNDING)
+    used = [beta for _, _, beta in trainer.kept]
+    assert used == pytest.approx([beta for beta in betas[:-1] for _ in range(2)], rel=ROUNDING)
+    # Between two logs: the mean of the steps' means, the largest, the last beta.
+    groups = [slice(first, first + every) for first in range(0, 5, every)]
+    means = [float(torch.stack([kl.mean() for kl, _ in steps[group]]).mean()) for group in groups]
+    assert logged(trainer, "kl/mean") == pytest.approx(means, rel=ROUNDING)
+    assert [logs["kl/mean"] for logs in seen if "kl/mean" in logs] == logged(trainer, "kl/mean")
+    last = [betas[:5][group][-1] for group in groups]
+    assert logged(trainer, "kl/beta") == pytest.approx(last, rel=ROUNDING)
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluations) == 5
+    assert not any(name.startswith("kl/") for entry in evaluations for name in entry)
+    if monitored:
+        largest = [max(float(kl.max()) for kl, _ in steps[group]) for group in groups]
+        assert logged(trainer, "kl/max") == pytest.approx(largest, rel=ROUNDING)
+        lines = [json.loads(line) for line in (tmp_path / "kl.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+        assert [line["kl/tokens"] for line in lines] == [len(kl) for kl, _ in steps]
+        assert sum(monitor.profile()["tokens"]) == sum(len(kl) for kl, _ in steps)
+
+
+# ---- checkpoints
+
+
+def test_a_resumed_run_goes_on_the_same(tmp_path) -> None:
+    def run(max_steps, resume=None, folder=tmp_path / "parts"):
+        callback = KLCallback(adaptive(), KLMonitor())
+        trainer = trainer_of(folder, callback, save_strategy="steps", max_steps=max_steps)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, callback
+
+    whole, callback = run(4, folder=tmp_path / "whole")
+    run(2)
+    second, resumed = run(4, str(tmp_path / "parts" / "checkpoint-2"))
+    used = [[beta for _, _, beta in trainer.kept] for trainer in (whole, second)]
+    assert used[1] == pytest.approx(used[0][4:], rel=1e-6)
+    assert resumed.controller.beta == pytest.approx(callback.controller.beta, rel=1e-6) != 0.1
+    got, expected = (each.monitor.summary() for each in (resumed, callback))
+    assert got["steps"] == 4.0
+    assert got["kl/mean"] == pytest.approx(expected["kl/mean"], rel=ROUNDING)
+    assert logged(second, "kl/beta") == pytest.approx(logged(whole, "kl/beta"), rel=1e-6)
+
+
+def test_checkpoints_of_another_callback_or_none(tmp_path) -> None:
+    def run(callback, resume=True, **options):
+        folder = tmp_path / "without" if options else tmp_path
+        resumed = str(folder / "checkpoint-2") if resume else None
+        trainer = trainer_of(
+            folder, callback, save_strategy="steps", max_steps=4 if resume else 2, **options
+        )
+        trainer.train(resume_from_checkpoint=resumed)
+
+    run(KLCallback(adaptive()), resume=False)
+    with pytest.raises(ValueError, match="^controller: expected the one .*, got another .*'Adapt"):
+        run(KLCallback(FixedBeta(0.1)))
+    with pytest.warns(UserWarning, match="the state of a controller, this callback has none"):
+        run(KLCallback())
+    # A callback that joins at a resumption begins with its own state, and can be saved again.
+    run(KLCallback(), resume=False, callbacks=[])
+    joining = KLCallback(FixedBeta(0.3))
+    run(joining, callbacks=[joining])
+    saved = json.loads((tmp_path / "without" / "checkpoint-4" / "trainer_state.json").read_text())
+    state = saved["stateful_callbacks"]["KLCallback"]["attributes"]["controller"]
+    assert state == joining.controller.state_dict()
+
+
+# ---- steps without a trainer
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_means_that_end_no_run(unit) -> None:
+    # k1 is negative in many steps and lowers beta; NaN and infinities leave it, with one warning.
+    callback, alone = KLCallback(adaptive(unit), KLMonitor()), adaptive(unit)
+    logs = {}
+    with pytest.warns(UserWarning, match="got nan; beta stays") as caught:
+        for mean in (-0.001, math.nan, 0.2, math.inf, -math.inf, math.nan, -3.0):
+            callback.record(torch.full((2, 5), mean))
+            callback.on_step_end(None, STATE, CONTROL)
+            if math.isfinite(mean):
+                alone.update(mean * (1 if unit == "token" else 5), unit=unit)
+            assert callback.controller.beta == pytest.approx(alone.beta, rel=1e-6)
+            if mean == math.inf:
+                callback.on_log(None, STATE, CONTROL, logs)
+    assert logs["kl/mean"] == math.inf
+    assert len([each for each in caught if "KLCallback" in str(each.message)]) == 1
+
+
+def test_masked_tokens_and_empty_steps_do_not_count() -> None:
+    callback, logs = KLCallback(adaptive()), {}
+    callback.record(torch.tensor([[0.2, math.nan]]), torch.tensor([[True, False]]))
+    callback.on_step_end(None, STATE, CONTROL)
+    callback.record(torch.tensor([[math.nan]]), torch.tensor([[False]]))
+    callback.on_step_end(None, STATE, CONTROL)
+    callback.on_step_end(None, STATE, CONTROL)
+    assert callback.controller.beta == pytest.approx(0.12)
+    callback.on_log(None, STATE, CONTROL)
+    callback.on_log(None, STATE, CONTROL, logs)
+    assert logs == pytest.approx({"kl/mean": 0.2, "kl/beta": 0.12})
+
+
+@pytest.mark.parametrize("monitored", [False, True])
+def test_several_processes(monkeypatch, monitored) -> None:
+    # The others have two tokens with a KL of 0.5 each; a monitor is the first process's.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    others = torch.tensor([1.0, 2.0, 1.0])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda totals: totals.add_(others))
+    callback, alone = KLCallback(adaptive(), KLMonitor() if monitored else None), adaptive()
+    callback.record(torch.tensor([[0.2, 0.1]]))
+    second, logs = transformers.TrainerState(is_world_process_zero=False), {}
+    callback.on_step_end(None, second, CONTROL)
+    assert callback.controller.beta == pytest.approx(alone.update(0.325))
+    callback.on_log(None, second, CONTROL, logs)
+    assert logs == pytest.approx({"kl/beta": 0.1} | ({} if monitored else {"kl/mean": 0.325}))
+
+
+def test_nothing_grows_where_nothing_logs() -> None:
+    callback, sizes, logs = KLCallback(FixedBeta(0.1), KLMonitor()), [], {}
+    for step in range(1000):
+        callback.record(torch.full((1, 2), step / 1000))
+        callback.on_step_end(None, STATE, CONTROL)
+        sizes.append(len(pickle.dumps({**vars(callback), "monitor": None})))
+    assert max(sizes) <= sizes[0] + 100
+    callback.on_log(None, STATE, CONTROL, logs)
+    assert logs["kl/mean"] == pytest.approx(0.4995) and logs["kl/max"] == pytest.approx(0.999)
+    assert logs["kl/beta"] == 0.1
+
+
+class FromTheHost(TorchDispatchMode):
+    """Count tensors made of Python's numbers: to get one to a GPU waits for its work so far."""
+
+    made = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.made += function is torch.ops.aten.lift_fresh.default
+        return function(*args, **(kwargs or {}))
+
+
+class Boundaries:
+    """Keep the arguments of a monitor."""
+
+    def update(self, kl, mask, **keywords) -> dict[str, float]:
+        self.got = keywords
+        return {}
+
+
+def step_with(monitor, device: str) -> None:
+    """Make an optimizer step of three micro-batches, one empty, two with an entropy."""
+    callback = KLCallback(None, monitor)
+    for shape in ((2, 3), (2, 0), (1, 4)):
+        kl = torch.ones(shape, device=device)
+        callback.record(kl, entropy=2 * kl)
+    callback.on_step_end(None, STATE, CONTROL)
+
+
+def test_the_boundaries_are_made_on_the_device() -> None:
+    monitor, mode = Boundaries(), FromTheHost()
+    with mode:
+        step_with(monitor, "cpu")
+        assert mode.made == 0
+        torch.tensor([1])
+        assert mode.made == 1
+    assert monitor.got["cu_seqlens"].tolist() == [0, 3, 6, 10]
+    assert monitor.got["entropy"].tolist() == [2.0] * 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("monitor, waits", [(None, 1), (Boundaries(), 1), (KLMonitor(), 2)])
+def test_waits_per_optimizer_step(monitor, waits) -> None:
+    step_with(monitor, "cuda")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step_with(monitor, "cuda")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([each for each in caught if "synchroniz" in str(each.message)]) == waits
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "callbacks, options, words",
+    [
+        ([], {}, "KLCallback: expected a KL in the first optimizer step, got none"),
+        ([KLCallback()], {}, "callbacks: expected one KLCallback, got 2"),
+        (
+            [],
+            dict(restore_callback_states_from_checkpoint=True),
+            "restore_callback_states_from_checkpoint: expected False with a KLCallback, got True",
+        ),
+    ],
+)
+def test_runs_that_would_lose_it(tmp_path, callbacks, options, words) -> None:
+    own = KLCallback()
+    trainer = trainer_of(tmp_path, KLCallback(), callbacks=[own, *callbacks], **options)
+    with pytest.raises((ValueError, RuntimeError), match=f"^{words}"):
+        trainer.train()
+
+
+def controller(unit: object) -> SimpleNamespace:
+    return SimpleNamespace(beta=0.1, update=print, unit=unit)
+
+
+RECORD, ATTACH = KLCallback().record, KLCallback().attach
+KL, NESTED = torch.ones(2, 3), torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
+WRONG = [
+    (
+        KLCallback,
+        (0.1,),
+        "controller: expected an object with beta and update, got float without b",
+    ),
+    (KLCallback, (None, 3), "monitor: expected an object with update, got int without update"),
+    (KLCallback, (controller("batch"),), "controller: expected one whose unit is .*, got 'batch'"),
+    (KLCallback, (controller(None),), "controller: expected one whose unit is .*, got None"),
+    (RECORD, (0.1,), "kl: expected a float tensor .*, got float"),
+    (
+        RECORD,
+        (torch.tensor(0.1),),
+        r"kl: expected a float tensor .*, \[\.\.\., T\], got a torch.fl",
+    ),
+    (RECORD, (KL.to(torch.float8_e4m3fn),), "kl: expected a float tensor .*float8"),
+    (RECORD, (KL.to_sparse(),), "kl: expected a plain tensor, got Tensor of layout torch.sparse"),
+    (RECORD, (NESTED,), "kl: expected a plain tensor, "),
+    (RECORD, (KL, KL), "mask: expected a bool tensor"),
+    (RECORD, (KL, KL.bool().to_sparse()), "mask: expected a plain tensor, "),
+    (RECORD, (KL, KL[:, 1:].bool()), r"mask: expected the shape of kl, \(2, 3\), "),
+    (
+        lambda *args: RECORD(args[0], entropy=args[1]),
+        (KL, KL[0]),
+        "entropy: expected the shape of kl",
+    ),
+    (lambda *args: RECORD(args[0], entropy=args[1]), (KL, 0.5), "entropy: expected a float tensor"),
+    *(
+        (ATTACH, (each,), "trainer: expected a transformers.Trainer, got ")
+        for each in (None, 3, object(), SimpleNamespace(callback_handler=None))
+    ),
+]
+
+
+@pytest.mark.parametrize("call, arguments, words", WRONG)
+def test_wrong_arguments(call, arguments, words) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{words}"):
+        call(*arguments)
+
+
+def test_without_transformers(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="not installed: transformers; remedy: pip install"):
+        runpy.run_module("fastkl.integrations.transformers")

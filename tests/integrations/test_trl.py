@@ -1,0 +1,394 @@
+"""The exact KL in TRL's GRPO and distillation trainers: losses and gradients of tiny random models
+against plain torch on full logits, and against TRL's own."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import operator
+import runpy
+import sys
+import types
+
+import pytest
+import torch
+import trl_cases
+from trl_cases import (
+    BETA,
+    COMPLETION,
+    FAMILIES,
+    ROUNDING,
+    TEMPERATURE,
+    V,
+    assert_loss,
+    batch,
+    distillation,
+    exact_kl,
+    full_logits,
+    gkd,
+    gradients,
+    grpo,
+    k3_of,
+    load,
+    logged,
+    logprobs,
+    loss_mask,
+    moved,
+    perturb,
+    plain_loss,
+    tiny,
+    trl,
+)
+
+from fastkl import testing
+from fastkl.integrations.transformers import KLCallback
+from fastkl.integrations.trl import ExactGRPOTrainer
+from fastkl.rl import AdaptiveBeta, FixedBeta, KLMonitor
+
+GRPOTrainer = trl.GRPOTrainer
+# A KL of about 0.05 is a mean of differences of log-probs of about 4.
+KL_ROUNDING = 4 / 0.05 * ROUNDING
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+@pytest.fixture(scope="module")
+def pair(folder) -> tuple[ExactGRPOTrainer, GRPOTrainer]:
+    """Make both trainers with the same policy, which is no longer the reference."""
+    return moved(grpo(folder)), moved(grpo(folder, GRPOTrainer, use_bias_correction_kl=False))
+
+
+# ---- GRPO
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["off-policy", "on-policy"])
+def test_grpo_equals_plain_torch(pair, old) -> None:
+    assert_loss(pair[0], batch(old), plain_loss(pair[0], batch(old)))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_type_reduces_the_kl_as_trl_does(pair, monkeypatch, loss_type, training) -> None:
+    # TRL's own loss gets reference log-probs with which its estimate is the exact KL.
+    exact, inputs = pair[0], batch()
+    with torch.no_grad():
+        logits, ref_logits = (full_logits(each, inputs) for each in (exact.model, exact.ref_model))
+    estimate = k3_of(exact_kl(logits, ref_logits))
+    inputs["ref_per_token_logps"] = logprobs(logits, inputs) + estimate
+    for trainer in pair:
+        monkeypatch.setattr(trainer, "loss_type", loss_type)
+        monkeypatch.setattr(trainer.args, "steps_per_generation", 5)
+        trainer.model.train(training)
+    losses = [trainer.compute_loss(trainer.model, dict(inputs)) for trainer in pair]
+    without = GRPOTrainer._compute_loss(exact, exact.model, dict(inputs))
+    for trainer in pair:
+        trainer.model.train()
+    # Advantages of about 1 and of both signs cancel in some; both sides are rounded.
+    testing.assert_near(losses[0], losses[1], 2 * ROUNDING, 2 * ROUNDING, "loss")
+    assert float((losses[0] - without).detach()) > 1e-4, "the KL's part is too small to see"
+    mode = "train" if training else "eval"
+    metrics = [trainer._metrics[mode]["kl"][-1] for trainer in pair]
+    assert metrics[0] == pytest.approx(metrics[1], rel=KL_ROUNDING) and metrics[0] > 1e-3
+
+
+def test_beta_zero_is_trls_own_loss(folder) -> None:
+    kinds = (ExactGRPOTrainer, GRPOTrainer)
+    exact, plain = (moved(grpo(folder, kind, beta=0.0, entropy_coef=0.01)) for kind in kinds)
+    expected = plain.compute_loss(plain.model, batch())
+    assert_loss(exact, batch(), expected, 2 * ROUNDING, model=plain.model)
+    assert exact.ref_model is None and exact.kl_callback is None and exact.kl_weight == 0
+    metrics, own = exact._metrics["train"], plain._metrics["train"]
+    assert metrics["entropy"] == pytest.approx(own["entropy"], rel=2 * ROUNDING)
+    assert "kl" not in metrics
+
+
+def test_training_with_a_controller(folder) -> None:
+    controller, alone = (AdaptiveBeta(BETA, target=0.05, horizon=1.0) for _ in range(2))
+    callback = KLCallback(controller, KLMonitor())
+    options = dict(max_steps=4, eval_strategy="steps", eval_steps=4)
+    trainer = grpo(folder, callbacks=[callback], **options)
+    before = copy.deepcopy(trainer.ref_model.state_dict())
+    trainer.train()
+    means = logged(trainer, "kl/mean")
+    assert len(means) == 4 and means[0] == 0.0 and min(means[1:]) > 1e-3
+    betas = [alone.beta, *map(alone.update, means)]
+    assert len(set(betas)) == 5 and trainer.kl_weight == pytest.approx(betas[-1], rel=1e-5)
+    assert logged(trainer, "kl/beta") == pytest.approx(betas[:-1], rel=1e-5)
+    # TRL's metric is a mean of the micro-batches' means.
+    assert logged(trainer, "kl") == pytest.approx(means, rel=0.2)
+    assert logged(trainer, "entropy")[0] > 0
+    evaluation = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert evaluation["eval_kl"] > 1e-3 and "kl/mean" not in evaluation
+    after = trainer.ref_model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_the_weight_is_the_controllers(folder) -> None:
+    controller, losses = FixedBeta(0.0), []
+    trainer = moved(grpo(folder, callbacks=[KLCallback(controller)]))
+    for beta in (0.0, 0.5, 1.0):
+        controller._beta = beta
+        losses.append(float(trainer.compute_loss(trainer.model, batch()).detach()))
+    steps = [losses[1] - losses[0], losses[2] - losses[1]]
+    assert steps[1] == pytest.approx(steps[0], rel=1e-4) and steps[0] > 1e-3
+
+
+def test_a_generation_used_twice_runs_the_reference_once(folder) -> None:
+    trainer, runs = grpo(folder, num_iterations=2, max_steps=2), []
+    trainer.ref_model.base_model.register_forward_hook(lambda *_: runs.append(1))
+    trainer.train()
+    assert len(runs) == 2
+    assert logged(trainer, "kl/mean")[0] == 0.0 and logged(trainer, "kl/mean")[1] > 1e-3
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new adapter", "adapter with the model"])
+def test_grpo_peft(folder, given) -> None:
+    # The reference is the model without its adapter, or with the adapter as it came.
+    model, extra = load(folder), dict(peft_config=trl_cases.LORA)
+    if given:
+        model, extra = trl_cases.peft.get_peft_model(model, trl_cases.LORA), {}
+        perturb(model, 0.3)
+    reference = copy.deepcopy(model)
+    trainer, inputs = grpo(folder, model=model, extra=extra), batch()
+    assert trainer.ref_model is None
+    moved(trainer, seed=6, size=0.3)
+    base = GRPOTrainer._compute_loss(trainer, trainer.model, dict(inputs))
+    kl = exact_kl(full_logits(trainer.model, inputs), full_logits(reference, inputs).detach())
+    assert float(kl.detach().mean()) > 1e-3
+    expected = base + BETA * kl[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
+    got = assert_loss(trainer, inputs, expected)
+    assert not any(".ref." in name for name in got)
+    assert trainer.model.training and trainer.model.active_adapter == "default"
+    trainer.train()
+    assert max(logged(trainer, "kl")) > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grpo_with_scaled_or_capped_logits(tmp_path, family) -> None:
+    config, inputs = FAMILIES[family](), batch()
+    config.tie_word_embeddings = True
+    path = tiny(tmp_path / family, config)
+    kinds = (ExactGRPOTrainer, GRPOTrainer)
+    trainer, plain = (moved(grpo(path, kind, max_steps=2)) for kind in kinds)
+    assert_loss(trainer, inputs, plain_loss(trainer, inputs))
+    # In parts as well, as TRL asks for log-probs and entropies beside the generation.
+    asked = [*trl_cases.sequence(inputs), COMPLETION]
+    with torch.no_grad():
+        got, parts, own = (
+            each._get_per_token_logps_and_entropies(each.model, *asked, size, compute_entropy=True)
+            for each, size in ((trainer, None), (trainer, 3), (plain, None))
+        )
+    for value, part, expected in zip(got[:2], parts[:2], own[:2], strict=True):
+        testing.assert_near(value, expected, 2 * ROUNDING, 1e-12, "log-probs, entropies")
+        testing.assert_near(part, expected, 2 * ROUNDING, 1e-12, "log-probs, entropies in parts")
+    trainer.train()
+    assert len(logged(trainer, "kl/mean")) == 2 and min(logged(trainer, "kl/mean")) > 1e-3
+    assert min(logged(trainer, "grad_norm")) > 0
+
+
+def padded(folder: str) -> torch.nn.Module:
+    """Load the model with three rows of padding, which would be sampled often."""
+    model = load(folder)
+    model.resize_token_embeddings(V, pad_to_multiple_of=16, mean_resizing=False)
+    return model
+
+
+def test_a_padded_policy(folder) -> None:
+    # Log-probs and KL are of the tokens that both models have, and no other is sampled.
+    options = dict(max_steps=2, generation_kwargs={"suppress_tokens": [5]})
+    trainer, inputs, seen = moved(grpo(folder, model=padded(folder), **options)), batch(), []
+    head = assert_loss(trainer, inputs, plain_loss(trainer, inputs))["lm_head.weight"]
+    assert head.shape[0] == V + 3 and not head[V:].any()
+    embedding = trainer.ref_model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, output: seen.append(int(args[0].max())))
+    trainer.model.lm_head.weight.data[V:] = 50 * trainer.model.lm_head.weight.data[:3]
+    trainer.train()
+    assert trainer.generation_config.suppress_tokens == [5, V, V + 1, V + 2] and max(seen) < V
+    inputs["completion_ids"][0, 1] = V + 1
+    with pytest.raises(ValueError, match=f"input_ids: expected ids below {V}, .*, got {V + 1}; "):
+        trainer.compute_loss(trainer.model, inputs)
+
+
+def test_a_padded_reference(folder, tmp_path, pair) -> None:
+    policy = load(folder)
+    padded(folder).save_pretrained(tmp_path)
+    policy.config._name_or_path = str(tmp_path)  # where TRL loads the reference from
+    trainer = moved(grpo(folder, model=policy))
+    assert len(trainer.ref_model.lm_head.weight) == V + 3
+    assert trainer.generation_config.suppress_tokens is None
+    expected = pair[0].compute_loss(pair[0].model, batch())
+    assert_loss(trainer, batch(), expected, 2 * ROUNDING, model=pair[0].model)
+
+
+@pytest.mark.parametrize(
+    "options, low, high",
+    [
+        ({}, 1e-4, 0.1),
+        (dict(cast_lm_head_to_fp32=True), 0.0, 1e-5),
+        (dict(extra=dict(logits_dtype=torch.float32)), 0.0, 1e-5),
+    ],
+    ids=["bfloat16 logits", "head cast to float32", "float32 logits"],
+)
+def test_16_bits(tmp_path, options, low, high) -> None:
+    # Against float64 of the hidden states, the KL's error is that of the logits' type.
+    config = trl_cases.transformers.LlamaConfig(**trl_cases.SIZES, tie_word_embeddings=False)
+    path, inputs = tiny(tmp_path, config, dtype=torch.bfloat16), batch()
+    trainer = moved(grpo(path, model_init_kwargs={"dtype": "bfloat16"}, **options))
+    trainer.compute_loss(trainer.model, dict(inputs)).backward()
+    logits, (ids, mask) = [], trl_cases.sequence(inputs)
+    for model in (trainer.model, trainer.ref_model):
+        hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert hidden.dtype == torch.bfloat16
+        made = hidden[:, -COMPLETION - 1 : -1].double() @ model.lm_head.weight.double().T
+        logits.append(made / TEMPERATURE)
+    expected = float(exact_kl(*logits)[loss_mask(inputs)].mean().detach())
+    assert low <= abs(trainer._metrics["train"]["kl"][-1] / expected - 1) <= high
+
+
+def test_autocast(folder, pair) -> None:
+    trainer = moved(grpo(folder, bf16=True, max_steps=1))
+    losses = [float(each.compute_loss(each.model, batch()).detach()) for each in (trainer, pair[0])]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+    trainer.train()
+
+
+# ---- distillation
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    "families, per_token",
+    [
+        ((), False),
+        ((), True),
+        (("granite", "cohere"), False),
+        (("cohere", "gemma"), False),
+        (("gemma", "granite"), False),
+    ],
+)
+def test_distillation(folder, teacher, tmp_path, families, per_token, beta) -> None:
+    paths = [tiny(tmp_path / name, FAMILIES[name](), seed) for seed, name in enumerate(families)]
+    paths = paths or [folder, teacher]
+    callbacks = [KLCallback(None, KLMonitor())] if per_token else []
+    trainer = distillation(*paths, beta=beta, callbacks=callbacks)
+    plain, inputs = distillation(*paths, trl.DistillationTrainer, beta=beta), batch()
+    trainer.model.train(), plain.model.train()
+    student, theirs = full_logits(trainer.model, inputs), full_logits(plain.teacher_model, inputs)
+    kl = exact_kl(*((student, theirs.detach()) if beta == 1 else (theirs.detach(), student)))
+    kl = kl[loss_mask(inputs)]
+    expected = kl.sum() / inputs["num_items_in_batch"]
+    own = plain.compute_loss(plain.model, dict(inputs))
+    testing.assert_near(own, expected, 2 * ROUNDING, 0.0, "TRL's loss")
+    got = assert_loss(trainer, inputs, expected, 2 * ROUNDING)
+    trl_cases.assert_same(got, gradients(own, plain.model))
+    trainer.model.eval()
+    with torch.no_grad():
+        evaluated = trainer.compute_loss(trainer.model, dict(inputs))
+    testing.assert_near(evaluated, kl.mean(), 2 * ROUNDING, 0.0, "over the batch's own tokens")
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert len(losses) == 2 and min(losses) > 1e-2 and not logged(trainer, "entropy")
+    if per_token:
+        assert logged(trainer, "kl/mean") == pytest.approx(losses, rel=1e-4)
+
+
+def test_distillation_peft(folder, teacher) -> None:
+    extra = dict(peft_config=trl_cases.LORA, logits_dtype=torch.float32)
+    trainer = distillation(folder, teacher, extra=extra)
+    trainer.train()
+    assert logged(trainer, "loss")[0] > 0.1
+
+
+# ---- what is refused when a trainer is made, the GKD trainer among them
+
+
+TRAINERS = {
+    "GRPOTrainer": lambda folder, teacher, **options: grpo(folder, **options),
+    "DistillationTrainer": distillation,
+    "experimental.gkd.GKDTrainer": gkd,
+}
+DISTILLERS = [name for name in TRAINERS if name != "GRPOTrainer"]
+FLAGS = {
+    "is_fsdp_enabled": "fsdp",
+    "is_deepspeed_enabled": "deepspeed",
+    "_is_vlm": "multimodal",
+}
+
+
+@pytest.mark.parametrize(
+    "name, flag",
+    [*itertools.product(TRAINERS, FLAGS), ("GRPOTrainer", "aux_loss_enabled")],
+)
+def test_refused_without_the_hardware_or_model(folder, teacher, monkeypatch, name, flag) -> None:
+    kind = operator.attrgetter(name)(trl)
+    original = kind.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        setattr(self, flag, True)
+
+    monkeypatch.setattr(kind, "__init__", init)
+    words = FLAGS.get(flag, "router_aux_loss_coef")
+    supports = f"args: expected options that Exact{kind.__name__} supports"
+    with pytest.raises(ValueError, match=f"{supports}, got .*{words}.*trl.{name}"):
+        TRAINERS[name](folder, teacher)
+
+
+BETWEEN = r"args.beta: expected 0 \(forward KL\) or 1 \(reverse KL\), got 0.5; use trl."
+WEIGHTED = dict(callbacks=[KLCallback(FixedBeta(0.1))])
+PROMPTED = dict(extra=dict(peft_config=trl_cases.PROMPT_LEARNING))
+REFUSED = [
+    (TRAINERS, dict(torch_compile=True), "args: .* got torch_compile"),
+    (TRAINERS, dict(extra=dict(logits_dtype="float32")), "logits_dtype: .*, got str; "),
+    (TRAINERS, dict(callbacks=[KLCallback(), KLCallback()]), "callbacks: expected one .*, got 2"),
+    # The distillation trainer of TRL refuses it itself.
+    (["GRPOTrainer", "experimental.gkd.GKDTrainer"], PROMPTED, "args: .*, got prompt learning"),
+    (DISTILLERS, dict(beta=0.5), BETWEEN),
+    (DISTILLERS, WEIGHTED, "callbacks: expected a KLCallback without controller"),
+    (["DistillationTrainer"], dict(teacher=None), "args: .*, got no teacher_model"),
+    (["GRPOTrainer"], dict(beta=-0.1), "args: .*, got beta below 0"),
+    (["GRPOTrainer"], dict(beta=0.0, **WEIGHTED), "args.beta: expected above 0 .*, got 0"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [(name, options, words) for names, options, words in REFUSED for name in names],
+)
+def test_refused_settings(folder, teacher, name, options, words) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        TRAINERS[name](**{"folder": folder, "teacher": teacher, **options})
+
+
+def test_refused_models_and_late_callbacks(folder, pair) -> None:
+    policy = load(folder)
+    policy.lm_head.register_forward_hook(lambda module, args, output: 1.01 * output)
+    with pytest.raises(ValueError, match="model: expected logits .*; or train with trl.GRPOTr"):
+        grpo(folder, model=policy)
+    with pytest.raises(ValueError, match="trainer: .* got a ExactGRPOTrainer; pass callbacks="):
+        KLCallback().attach(pair[0])
+
+
+@pytest.mark.parametrize("version", ["1.16.3", "1.15.2", "1.17.0", "2.16.0", "1.160.0", None])
+def test_another_trl(monkeypatch, version) -> None:
+    monkeypatch.setitem(sys.modules, "trl", version and types.SimpleNamespace(__version__=version))
+    words = f"trl: expected version 1.16, .*, got {version}" if version else "not installed: trl"
+    error = pytest.raises(ImportError, match=rf"{words}; remedy: pip install 'trl==1\.16\.\*'")
+    with contextlib.nullcontext() if version == "1.16.3" else error:
+        runpy.run_module("fastkl.integrations._trl")
+
+
+def test_a_trl_that_computes_its_loss_otherwise(pair, monkeypatch) -> None:
+    original, (trainer, _) = GRPOTrainer._compute_loss, pair
+
+    def newer(self, model, inputs):
+        loss = original(self, model, inputs)
+        monkeypatch.setattr(self, "loss_type", "newer")
+        return loss
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", newer)
+    with pytest.raises(ValueError, match="args.loss_type: expected one of TRL 1.16, got 'newer'"):
+        trainer.compute_loss(trainer.model, batch())
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: torch.zeros(()))
+    with pytest.raises(RuntimeError, match="trl: expected GRPOTrainer._compute_loss to call"):
+        trainer.compute_loss(trainer.model, batch())

@@ -1,0 +1,383 @@
+"""The functions for verl: expectations by enumeration, verl's own functions beside them.
+
+verl itself is used where it can be imported, elsewhere a stand-in for its core_algos, written here
+from its interface: without verl, arguments and results are tested.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from fastkl import testing
+from fastkl.integrations import verl as integration
+from fastkl.rl import FixedBeta
+
+CORE, LOSSES = "verl.trainer.ppo.core_algos", "verl.workers.utils.losses"
+EPS = torch.finfo(torch.float32).eps
+# Float32 operations between log-probs and a loss of fifteen tokens: one for each addition, ten for a
+# term, each of which rounds by eps/2: 1.5e-6.
+ROUNDING = (15 + 10) * EPS / 2
+# The arguments that verl passes beside a batch's tensors.
+DEFAULTS = dict(loss_agg_mode="token-mean", rollout_is_weights=None)
+
+
+NAMES = (
+    "verl",
+    "verl.trainer",
+    "verl.trainer.ppo",
+    CORE,
+    "verl.workers",
+    "verl.workers.utils",
+    LOSSES,
+)
+
+
+def stand_in() -> dict[str, ModuleType]:
+    """Make modules with the part of verl 0.9 that is used, and a policy loss without clips."""
+    modules = {name: ModuleType(name) for name in NAMES}
+    core = modules[CORE]
+
+    def agg_loss(
+        loss_mat, loss_mask, loss_agg_mode, dp_size=1, batch_num_tokens=None, global_batch_size=None
+    ):
+        rows, counts = (loss_mat * loss_mask).sum(-1), loss_mask.sum(-1)
+        if loss_agg_mode == "token-mean":
+            return rows.sum() / (batch_num_tokens or counts.sum()) * dp_size
+        rows = rows / (counts + 1e-8) if loss_agg_mode == "seq-mean-token-mean" else rows
+        return rows.sum() / (global_batch_size or (counts > 0).sum()) * dp_size
+
+    def vanilla(
+        old_log_prob,
+        log_prob,
+        advantages,
+        response_mask,
+        loss_agg_mode="token-mean",
+        config=None,
+        rollout_is_weights=None,
+    ):
+        weights = 1.0 if rollout_is_weights is None else rollout_is_weights
+        losses = -weights * advantages * (log_prob - old_log_prob).exp()
+        info = config.global_batch_info
+        return agg_loss(losses, response_mask, loss_agg_mode, **info), {"actor/pg_clipfrac": 0.0}
+
+    registry = core.POLICY_LOSS_REGISTRY = {"vanilla": vanilla}
+    core.agg_loss = agg_loss
+    core.kl_penalty = lambda logprob, ref_logprob, kl_penalty: logprob - ref_logprob
+    core.register_policy_loss = lambda name: lambda function: registry.setdefault(name, function)
+    core.get_policy_loss_fn = registry.__getitem__
+    modules[LOSSES].kl_penalty = core.kl_penalty
+    modules["verl"].__version__ = "0.9.stand-in"
+    return modules
+
+
+try:
+    import verl.workers.utils.losses as real_losses
+    from verl.trainer.ppo import core_algos as real_core
+except ImportError:
+    real_core = real_losses = None
+needs_verl = pytest.mark.skipif(real_core is None, reason="needs verl")
+
+
+@pytest.fixture
+def core(monkeypatch) -> ModuleType:
+    """Take verl's core_algos or the stand-in's, without a trace of other tests."""
+    for name, module in (stand_in() if real_core is None else {}).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    core = sys.modules[CORE]
+    before = dict(core.POLICY_LOSS_REGISTRY)
+    core.POLICY_LOSS_REGISTRY["none"] = lambda **keywords: (torch.zeros(()), {})
+    for module in [module for name, module in sys.modules.items() if name.startswith("verl.")]:
+        if getattr(module, "kl_penalty", None) is core.kl_penalty:
+            monkeypatch.setattr(module, "kl_penalty", core.kl_penalty)
+    yield core
+    core.POLICY_LOSS_REGISTRY.clear()
+    core.POLICY_LOSS_REGISTRY.update(before)
+
+
+def config_of(**options) -> object:
+    """Make an actor's settings."""
+    options = dict(clip_ratio_low=0.2, clip_ratio_high=0.3, global_batch_info={}) | options
+    if real_core is None:
+        return SimpleNamespace(**options)
+    from verl.workers.config import ActorConfig
+
+    sizes = dict(rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    return ActorConfig(strategy="fsdp", **sizes, **options)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Make log-probs of three sequences, one without a token that counts."""
+    generator = torch.Generator().manual_seed(0)
+    old, moves, advantages = torch.randn(3, 3, 5, generator=generator)
+    return {
+        "old_log_prob": old - 2,
+        "log_prob": (old - 2 + 0.4 * moves).requires_grad_(),
+        "advantages": advantages,
+        "response_mask": torch.arange(5) < torch.tensor([[5], [2], [0]]),
+    }
+
+
+def assert_equal(got, expected, by, value=1e-12, gradient=(1e-10, 1e-14)) -> None:
+    """Compare two scalars and their gradients."""
+    testing.assert_near(got, expected, value, 0.0, "value")
+    pair = [torch.autograd.grad(each, by, retain_graph=True)[0] for each in (got, expected)]
+    testing.assert_near(*pair, *gradient, "gradient")
+
+
+def assert_loss(loss, expected, inputs) -> None:
+    # The parts of an entry may cancel, those of another are of the size of the largest.
+    by = inputs["log_prob"]
+    largest = float(torch.autograd.grad(expected, by, retain_graph=True)[0].abs().max())
+    assert_equal(loss, expected, by, ROUNDING, (ROUNDING, ROUNDING * largest))
+
+
+# ---- the policy loss
+
+
+@pytest.mark.parametrize("weights", [None, torch.linspace(0.5, 1.5, 15).reshape(3, 5)])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_policy_loss_is_the_base_plus_the_kl(core, mode, weights) -> None:
+    # verl's sums over a global batch apply to both parts.
+    info = dict(dp_size=2, batch_num_tokens=11, global_batch_size=5)
+    inputs, config = batch(), config_of(global_batch_info=info)
+    arguments = dict(**inputs, loss_agg_mode=mode, config=config, rollout_is_weights=weights)
+    loss, metrics = integration.policy_loss(beta=0.3)(**arguments)
+    base, base_metrics = core.get_policy_loss_fn("vanilla")(**arguments)
+    mask, d = inputs["response_mask"], (inputs["log_prob"] - inputs["old_log_prob"]).double()
+    kl = torch.expm1(d) - d
+    terms = torch.where(mask, kl * (1.0 if weights is None else weights.double()), 0.0)
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    rows = terms / lengths if mode == "seq-mean-token-mean" else terms
+    total = rows.sum() / (11 if mode == "token-mean" else 5)
+    assert_loss(loss, base + 0.3 * 2 * total, inputs)
+    assert metrics.items() >= base_metrics.items() and metrics["actor/kl_old_coef"] == 0.3
+    measured = float(kl[mask].mean().detach())
+    assert metrics["actor/kl_old"] == pytest.approx(measured, rel=ROUNDING)
+
+
+def test_policy_loss_leaves_out_what_does_not_count(core) -> None:
+    function, results, inputs = integration.policy_loss("none", beta=1.0), [], batch()
+    mask = inputs["response_mask"]
+    for fill in (-1.0, math.nan, -math.inf):
+        log_prob = torch.where(mask, inputs["log_prob"].detach(), fill).requires_grad_()
+        old = torch.where(mask, inputs["old_log_prob"], -fill)
+        arguments = (old, log_prob, inputs["advantages"], mask.float())
+        loss, metrics = function(*arguments, config=config_of())
+        (gradient,) = torch.autograd.grad(loss, log_prob)
+        results.append((float(loss.detach()), metrics["actor/kl_old"], gradient.tolist()))
+    assert results[0] == results[1] == results[2] and any(map(any, results[0][2]))
+
+
+def test_policy_loss_is_unbiased(core) -> None:
+    # Enumerated over a vocabulary, weighted by the old policy: KL(old‖policy).
+    logits, log_old = log_probs()
+    log_p, everything = logits.log_softmax(-1), torch.ones(9, 1, dtype=torch.bool)
+    arguments = (log_old[:, None], log_p[:, None], torch.zeros(9, 1), everything, "token-mean")
+    weights = 9 * log_old.exp()[:, None]
+    function = integration.policy_loss("none", beta=1.0)
+    loss, _ = function(*arguments, config_of(), rollout_is_weights=weights)
+    assert_equal(loss, (log_old.exp() * (log_old - log_p)).sum(), logits)
+
+
+def test_register(core) -> None:
+    # A controller's beta is read at each call.
+    controller, losses = FixedBeta(0.2), []
+    function = integration.register("vanilla_kl", beta=controller)
+    assert core.get_policy_loss_fn("vanilla_kl") is function
+    arguments = dict(**batch(), **DEFAULTS, config=config_of())
+    for beta in (0.0, 0.2, 0.4):
+        controller._beta = beta
+        loss, metrics = function(**arguments)
+        losses.append(float(loss.detach()))
+        assert metrics["actor/kl_old_coef"] == beta
+    steps = (losses[1] - losses[0], losses[2] - losses[1])
+    assert steps[1] == pytest.approx(steps[0], rel=1e-4) and steps[0] > 0
+    assert losses[0] == float(core.get_policy_loss_fn("vanilla")(**arguments)[0].detach())
+    with pytest.raises(ValueError, match="name: expected one that verl does not .*'vanilla_kl'"):
+        integration.register("vanilla_kl", beta=0.1)
+    with pytest.raises((ValueError, KeyError), match="no such loss|Unsupported loss mode"):
+        integration.register("another", "no such loss", beta=0.1)
+
+
+# ---- kl_penalty
+
+
+ESTIMATORS = ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "k3+", "low_var_kl+"]
+
+
+def log_probs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Make logits of a policy over a vocabulary, with gradient, and log-probs of a reference."""
+    generator = torch.Generator().manual_seed(3)
+    logits, ref = torch.randn(2, 9, dtype=torch.float64, generator=generator)
+    return logits.clone().requires_grad_(), ref.log_softmax(-1)
+
+
+def value_of(name: str, d: torch.Tensor) -> torch.Tensor:
+    """Compute an estimate as verl does, which bounds d by ±20 and k3 by 10."""
+    x = (-d).clamp(-20, 20)
+    values = {"k1": d, "abs": d.abs(), "k2": d * d / 2, "k3": (torch.expm1(x) - x).clamp(max=10)}
+    name = name.removesuffix("+")
+    return values[{"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(name, name)]
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_kl_penalty(name) -> None:
+    # The expected gradient, enumerated with the policy's weights, is that of KL(policy‖reference).
+    logits, ref = log_probs()
+    logprob = logits.log_softmax(-1)
+    estimate = integration.kl_penalty(logprob, ref, name)
+    testing.assert_near(estimate, value_of(name, logprob.detach() - ref), 1e-12, 1e-14, "value")
+    expected = (logprob.detach().exp() * estimate).sum()
+    exact = (logprob.exp() * (logprob - ref)).sum()
+    by = [torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (expected, exact)]
+    testing.assert_near(*by, 1e-10, 1e-14, "expected gradient")
+    with torch.no_grad():
+        assert torch.equal(integration.kl_penalty(logprob, ref, name), estimate)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_kl_penalty_far_off(name) -> None:
+    # Every token keeps its gradient d towards the reference; the reference gets none.
+    d = torch.tensor([-80.0, -21.0, -4.0, -2.5, -2.0, 0.5, 3.0, 10.5, 12.0, 90.0])
+    logprob = torch.where(d < 0, d, 0.0).requires_grad_()
+    ref = torch.where(d < 0, 0.0, -d).requires_grad_()
+    estimate = integration.kl_penalty(logprob, ref, name)
+    estimate.sum().backward()
+    testing.assert_near(estimate, value_of(name, d), 4 * EPS, 0.0, "value")
+    assert torch.equal(logprob.grad, d) and ref.grad is None
+
+
+@needs_verl
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_kl_penalty_is_verls(name) -> None:
+    # The gradients are those of its straight-through forms.
+    logits, ref = log_probs()
+    logprob = logits.log_softmax(-1)
+    estimate, own = (f(logprob, ref, name) for f in (integration.kl_penalty, real_core.kl_penalty))
+    testing.assert_near(estimate, own, 1e-12, 1e-14, "value")
+    straight = real_core.kl_penalty(logprob, ref, name.removesuffix("+") + "+")
+    if name != "abs":
+        assert_equal(estimate.sum(), straight.sum(), logits)
+
+
+def test_install_kl_penalty(core) -> None:
+    losses = sys.modules[LOSSES]
+    assert losses.kl_penalty is core.kl_penalty is not integration.kl_penalty
+    for _ in range(2):
+        integration.install_kl_penalty()
+        assert losses.kl_penalty is core.kl_penalty is integration.kl_penalty
+    keywords = dict(logprob=torch.tensor([-1.0]), ref_logprob=torch.tensor([-3.0]))
+    assert float(losses.kl_penalty(**keywords, kl_penalty="k1")) == 2.0
+
+
+# ---- what is refused
+
+
+ZEROS = torch.zeros(2)
+ARGUMENTS = ("logprob", "ref_logprob", "kl_penalty")
+BETAS = [-0.1, math.nan, math.inf, "0.1", None, torch.tensor(0.1), True, 10**400, -(10**400)]
+PENALTIES = [
+    ((ZEROS, ZEROS, "full"), "kl_penalty: .* needs the logits of both models; call fastkl.kl_div"),
+    *(((ZEROS, ZEROS, name), "kl_penalty: expected one of 'kl'") for name in ("k4", "+", "k1++")),
+    ((ZEROS, ZEROS, 3), "kl_penalty: expected the name of an estimator, got int"),
+    ((ZEROS, ZEROS, None), "kl_penalty: expected the name of an estimator, got NoneType"),
+    (([0.0], ZEROS, "k1"), "logprob: expected a tensor .*, got list"),
+    ((ZEROS, 0.0, "k1"), "ref_logprob: expected a tensor .*, got float"),
+    ((ZEROS, ZEROS.long(), "k1"), "ref_logprob: expected float32.*, got torch.int64"),
+]
+CALLED = [
+    ("log_prob", None, r"expected a tensor \[batch, length\], got NoneType"),
+    ("old_log_prob", [0.0], "expected a tensor .*, got list"),
+    ("response_mask", None, "expected a tensor .*, got NoneType"),
+    ("rollout_is_weights", 1.0, "expected a tensor .*, got float"),
+    ("config", None, "expected the actor's config of verl, .*, got NoneType"),
+]
+WRONG = [
+    *((integration.policy_loss, dict(beta=beta), "beta: expected ") for beta in BETAS),
+    *(
+        (call, {argument: value, "beta": 0.1}, f"{argument}: expected the name of a policy loss")
+        for value in (None, 5, ["vanilla"])
+        for call, argument in (
+            (integration.policy_loss, "base"),
+            (integration.register, "base"),
+            (integration.register, "name"),
+        )
+    ),
+    *(
+        (integration.kl_penalty, dict(zip(ARGUMENTS, given, strict=True)), words)
+        for given, words in PENALTIES
+    ),
+    *(
+        (
+            integration.policy_loss(beta=0.1),
+            {**batch(), **DEFAULTS, "config": SimpleNamespace(global_batch_info={}), name: value},
+            f"{name}: {words}",
+        )
+        for name, value, words in CALLED
+    ),
+]
+
+
+@pytest.mark.parametrize("call, arguments, words", WRONG)
+def test_wrong_arguments(core, call, arguments, words) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{words}"):
+        call(**arguments)
+
+
+def test_without_verl(monkeypatch) -> None:
+    for name in [name for name in sys.modules if name == "verl" or name.startswith("verl.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "verl", None)
+    for call in (lambda: integration.register(beta=0.1), integration.install_kl_penalty):
+        with pytest.raises(
+            ImportError, match=r"not installed: verl.*; remedy: pip install 'verl=="
+        ):
+            call()
+    integration.kl_penalty(ZEROS, ZEROS, "k3")
+
+
+def test_another_verl(core, monkeypatch) -> None:
+    core.POLICY_LOSS_REGISTRY["newer"] = lambda old_log_prob, log_prob, batch: None
+    with pytest.raises(
+        ImportError, match=r"verl: expected .*old_log_prob, .* got .*batch\) in 0\.9"
+    ):
+        integration.register("vanilla_kl", "newer", beta=0.1)
+    assert "vanilla_kl" not in core.POLICY_LOSS_REGISTRY
+    monkeypatch.setattr(core, "kl_penalty", lambda logprob, ref_logprob, kl_penalty, mask: None)
+    with pytest.raises(
+        ImportError, match=r"verl: expected .*\(logprob, ref_logprob, kl_penalty\) as"
+    ):
+        integration.install_kl_penalty()
+
+
+# ---- verl itself
+
+
+@needs_verl
+def test_in_verls_ppo_loss(core, monkeypatch) -> None:
+    # The policy loss by its mode's name and kl_penalty by use_kl_loss, with both metrics.
+    from tensordict import TensorDict
+    from verl.workers.config import PolicyLossConfig
+
+    integration.register("vanilla_kl", beta=0.5)
+    integration.install_kl_penalty()
+    monkeypatch.setattr(real_losses, "no_padding_2_padding", lambda value, data: value)
+    inputs, kl = batch(), dict(use_kl_loss=True, kl_loss_coef=0.7, kl_loss_type="k1")
+    mask, ref = inputs["response_mask"], inputs["old_log_prob"] - 0.3
+    config = config_of(**kl, policy_loss=PolicyLossConfig(loss_mode="vanilla_kl"))
+    tensors = {"old_log_probs": inputs["old_log_prob"], "ref_log_prob": ref, "response_mask": mask}
+    data = TensorDict({**tensors, "advantages": inputs["advantages"]}, batch_size=3)
+    for name, value in (("dp_size", 1), ("batch_num_tokens", 7), ("global_batch_size", 3)):
+        data.set_non_tensor(name, value)
+    loss, metrics = real_losses.ppo_loss(config, {"log_probs": inputs["log_prob"]}, data)
+    base, _ = core.get_policy_loss_fn("vanilla")(**inputs, **DEFAULTS, config=config)
+    d, old = ((inputs["log_prob"] - other)[mask] for other in (ref, inputs["old_log_prob"]))
+    form = (d * d / 2).sum()
+    penalty = 0.7 * (form - form.detach() + d.sum().detach()) / 7
+    assert_loss(loss, base + 0.5 * (torch.expm1(old) - old).sum() / 7 + penalty, inputs)
+    assert {"actor/kl_old", "actor/kl_old_coef", "kl_loss"} <= metrics.keys()
