@@ -158,7 +158,8 @@ def head(names: Names, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.T
             same_device(other, value, name, hidden)
 
 
-def second_head(first: tuple, second: tuple, names: tuple[Names, Names], own_bias: bool) -> None:
+def second_head(first: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+                second: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None], names: tuple[Names, Names], own_bias: bool) -> None:
     """The reference's (hidden, weight, bias) beside the policy's: the same tokens and vocabulary.
 
     A weight of None is the policy's. own_bias: the second model is a Head, whose bias is its own also where the weight is shared.

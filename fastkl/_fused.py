@@ -8,11 +8,14 @@ the call.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import _dispatch, _reduce, _rows
-from ._ops import SAVED, refuse_forward_mode, row_gradients
+from ._ops import refuse_forward_mode, row_gradients
 from ._problems import fused_launchers, problems
+from ._rows import SAVED
 
 
 def empty_gradient(
@@ -68,7 +71,9 @@ class SummedKL(torch.autograd.Function):
     """(beta·Σ kl / divisor, kl [...]); beta: a scalar tensor, where 0 leaves out an infinite KL, or None for 1."""
 
     @staticmethod
-    def forward(ctx, p, q, mask, temperature, beta, divisor, gradient, backend):
+    def forward(ctx: Any, p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor,
+                beta: torch.Tensor | None, divisor: float | torch.Tensor, gradient: torch.Tensor,
+                backend: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`gradient` as empty_gradient returned it; temperature: a number or [...]; divisor: a number or a scalar tensor."""
         kl = torch.empty(p.shape[:-1], dtype=torch.float32, device=p.device)
         saved = kl.new_empty(kl.numel(), SAVED)
@@ -87,7 +92,7 @@ class SummedKL(torch.autograd.Function):
         return _reduce.quotient(weighted, divisor, divisor), kl
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient, scaled in place, at the first call; recompute it with row_gradients at later calls, for create_graph
         and for batched upstream gradients."""
         if upstream is None:
