@@ -8,6 +8,7 @@ the call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,9 +83,9 @@ class SummedKL(torch.autograd.Function):
         rows = gradient.view(-1, p.shape[-1])
         _rows.kl_and_gradients(backend, p, q, None, _rows.flat(mask), _flat(temperature), kl.view(-1), saved, weights,
                                rows, None, _rows.Scaling())  # fmt: skip
-        per_token = isinstance(temperature, torch.Tensor)
-        _dispatch.save_tensors(ctx, p, q, mask, temperature if per_token else None, saved.view(*kl.shape, SAVED), gradient, factor)
-        ctx.temperature, ctx.backend, ctx.used = 1.0 if per_token else float(temperature), backend, False
+        per_token, number = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, float(temperature))
+        _dispatch.save_tensors(ctx, p, q, mask, per_token, saved.view(*kl.shape, SAVED), gradient, factor)
+        ctx.temperature, ctx.backend, ctx.used = number, backend, False
         ctx.mark_non_differentiable(kl)
         ctx.set_materialize_grads(False)
         total = kl.sum()
@@ -113,6 +114,9 @@ class SummedKL(torch.autograd.Function):
         else:
             _scale(gradient, upstream)
         return gradient, *(None,) * 7
+
+
+summed_kl: Callable[..., tuple[torch.Tensor, torch.Tensor]] = SummedKL.apply
 
 
 def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:

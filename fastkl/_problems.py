@@ -48,9 +48,11 @@ def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | Non
     outermost, dims = _merged_dims(p.shape[:-1], p.stride()[:-1], other.stride()[:-1])
     temperatures, number = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
     softcap, ref_softcap, ratio = scaling
-    ratios = ratio if isinstance(ratio, torch.Tensor) else None
-    if ratios is None and ratio != 1:
-        ratios = p.new_full((p.shape[:-1].numel(),), ratio, dtype=torch.float32)
+    ratios = None
+    if isinstance(ratio, torch.Tensor):
+        ratios = ratio
+    elif ratio != 1:
+        ratios = torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
     types = (p.dtype, None if q is None else q.dtype, None if tokens is None else tokens.dtype, None if temperatures is None else temperatures.dtype)
 
     def problem(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,

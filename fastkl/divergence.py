@@ -74,8 +74,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
         gradient = _fused.empty_gradient(p_logits, q_logits, mask, temperature, normalizer, chosen)
         if gradient is not None:
             divisor = _reduce.divisor(reduction, normalizer, mask, p_logits.shape[:-1], torch.float32)
-            total: torch.Tensor = _fused.SummedKL.apply(p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen)[0]
-            return total
+            return _fused.summed_kl(p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen)[0]
     per_row = isinstance(temperature, torch.Tensor)
     kl = row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl", chosen)[3]
     return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
