@@ -371,7 +371,8 @@ class Heads:
         buffers = [head.buffer(chosen.chunk, head.logits_dtype) if head.buffered else None for head in heads]
         for window in parts(0, len(saved), chosen.window):
             inputs = [head.inputs(window, self.per_token.mask) for head in heads]
-            sides = [head.kept[window] if head.kept is not None and head.learns and head.gives_way else side for head, side in zip(heads, waiting, strict=True)]
+            sides = [head.kept[window] if head.kept is not None and head.learns and head.gives_way else side
+                     for head, side in zip(heads, waiting, strict=True)]
             for rows in parts(window.start, window.stop, chosen.chunk):
                 here = slice(rows.start - window.start, rows.stop - window.start)
                 grads = [None if side is None else side[here] for side in sides]
@@ -386,9 +387,7 @@ class Heads:
                     _rows.backward(self.backend, p, q, *per_token, saved[rows], rows_of_each(upstream, rows), grad_p, grad_q, scaling)
             if window.stop == len(saved):
                 # Nothing more is put into them, and a product's result may take their place.
-                buffers.clear()
-                logits.clear()
-                del p, q
+                del buffers[:], logits[:], p, q
             for head, states, side in zip(heads, inputs, sides, strict=True):
                 if side is not None:
                     head.gather(side[:window.stop - window.start], states, window)

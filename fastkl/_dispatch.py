@@ -19,8 +19,8 @@ from torch.autograd.profiler import record_function
 from . import _checks
 
 try:
-    from torch._C._autograd import _profiler_enabled
     from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+    from torch._C._autograd import _profiler_enabled
     from torch._C._functorch import TransformType, is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
     from torch._ops import _len_torch_dispatch_stack_pre_dispatch
     from torch.jit._trace import is_tracing

@@ -40,6 +40,9 @@ class Specialization:
     segment: int = 0
 
 
+_Values = list[tuple[str, dict[str, Any]]]  # suffixes of names, and compile-time values
+
+
 def _type_of(name: str, dtype: str, grad_dtype: str) -> str:
     if name in ("p_ptr", "q_ptr"):
         return f"*{dtype}"
@@ -75,7 +78,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     segment = config.segment_length(VOCABULARY, forward.segment)
     shape = dict(SPLITS=triton.next_power_of_2(-(-VOCABULARY // segment)), THREADS=forward.threads, GROUPS=forward.groups, LANES=lanes,
                  PREFETCH=config.prefetches(arch), REALIGN=not aligned, Q_IN_BLOCKS=True)
-    specializations = []
+    specializations: list[Specialization] = []
 
     def add(name: str, kernel: Any, chosen: config.RowConfig, constexprs: dict[str, Any], grad_dtype: str | None = None) -> None:
         roomy = not aligned or constexprs["SOFTCAP"] > 0.0 or constexprs["HAS_RATIO"]
@@ -85,9 +88,8 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
 
     # Ratios and soft caps are described for 16-bit logits alone: what they add does not depend on the type.
     short = aligned and itemsize == 2
-    scalings: list[tuple[str, dict[str, Any]]] = [("", {})]
-    if short:
-        scalings += [("_ratio", dict(HAS_RATIO=True)), ("_softcap", dict(SOFTCAP=30.0, REF_SOFTCAP=30.0))]
+    scaled: _Values = [("_ratio", dict(HAS_RATIO=True)), ("_softcap", dict(SOFTCAP=30.0, REF_SOFTCAP=30.0))]
+    scalings: _Values = [("", {}), *(scaled if short else ())]
     for name, entropy, kl, reverse in (("kl_divergence", False, True, False), ("token_stats", True, True, True),
                                        ("token_stats_policy_only", True, False, False)):
         asked = dict(HAS_TOKENS=name != "kl_divergence", WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)

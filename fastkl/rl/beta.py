@@ -30,7 +30,8 @@ class Penalty(Protocol):
 class _Controller(abc.ABC):
     """What all controllers share: beta, the checks of an update, and the state."""
 
-    _STATE: tuple[str, ...] = ("beta",)  # what state_dict holds beside the class and the unit: the attributes of these names with an underscore before
+    # Attributes that state_dict holds beside the class and the unit, by their names without the underscore.
+    _STATE: tuple[str, ...] = ("beta",)
 
     def __init__(self, beta: float, unit: Unit | None) -> None:
         self._beta = beta

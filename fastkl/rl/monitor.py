@@ -144,7 +144,8 @@ class KLMonitor:
             self._tell(send, logger, dict(metrics), f"loggers[{index}]", Exception)
         return metrics
 
-    def _tell(self, write: Callable[[Any, dict[str, float]], None], target: object, metrics: dict[str, float], name: str, failure: type[Exception]) -> None:
+    def _tell(self, write: Callable[[Any, dict[str, float]], None], target: object, metrics: dict[str, float], name: str,
+              failure: type[Exception]) -> None:
         """write(target, metrics), whose failure costs a warning, once, and not the run."""
         try:
             write(target, metrics)
