@@ -177,9 +177,12 @@ class ExactGRPOTrainer(GRPOTrainer):
         with context:
             head, tokens = _trl.head(model, self._policy_head), input_ids[:, -keep:]
             options: dict[str, Any] = {"temperature": self.temperature, "logits_dtype": self._logits_dtype, "mask": attention_mask[:, -keep:].bool()}
+            stats: TokenStats
             if ref_hidden is None:
-                return linear_token_stats(hidden, head, tokens, **options)
-            return linear_token_stats(hidden, head, tokens, ref_hidden, ref_head, **options)
+                stats = linear_token_stats(hidden, head, tokens, **options)
+            else:
+                stats = linear_token_stats(hidden, head, tokens, ref_hidden, ref_head, **options)
+            return stats
 
     @torch.no_grad()
     def _reference_head(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Head]:
