@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -158,7 +158,8 @@ def head(names: Names, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.T
             same_device(other, value, name, hidden)
 
 
-def second_head(first: tuple, second: tuple, names: tuple[Names, Names], own_bias: bool) -> None:
+def second_head(first: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+                second: tuple[torch.Tensor | None, Any, torch.Tensor | None], names: tuple[Names, Names], own_bias: bool) -> None:
     """The reference's (hidden, weight, bias) beside the policy's: the same tokens and vocabulary.
 
     A weight of None is the policy's. own_bias: the second model is a Head, whose bias is its own also where the weight is shared.
@@ -168,8 +169,7 @@ def second_head(first: tuple, second: tuple, names: tuple[Names, Names], own_bia
     if ref_hidden is None:
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
-                raise ValueError(f"{name}: expected None without ref_hidden, got "
-                                 f"{type_name(value)}; pass ref_hidden too")
+                raise ValueError(f"{name}: expected None without ref_hidden, got {type_name(value)}; pass ref_hidden too")
         return
     shared = ref_weight is weight or (ref_weight is None and not own_bias)
     head(names[1], ref_hidden, weight if shared else ref_weight, ref_bias)

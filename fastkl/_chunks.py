@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from . import _checks, _products, _rows
+from ._row_blocks import rows_of, rows_of_each
 
 # Tokens of one product: enough for a GPU's tiles to come out even, few enough that two buffers are small beside a weight.
 LARGEST_CHUNK = 1024
@@ -24,6 +25,8 @@ SMALL_SUM = 1 << 26
 TILE = 128
 POLICY_FIELDS = ("logprob", "entropy", "kl", "ref_kl")
 REFERENCE_FIELDS = ("ref_logprob", "kl", "ref_kl")
+Six = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+T = TypeVar("T")
 
 
 class PerToken(NamedTuple):
@@ -34,29 +37,25 @@ class PerToken(NamedTuple):
     temperature: float | torch.Tensor
     scaling: _rows.Scaling
 
-    def part(self, rows: slice) -> tuple:
+    def part(self, rows: slice) -> tuple[torch.Tensor | None, torch.Tensor | None, float | torch.Tensor]:
         """(tokens, mask, temperature) of some tokens."""
-        return _some(self.tokens, rows), _some(self.mask, rows), _some(self.temperature, rows)
+        return rows_of(self.tokens, rows), rows_of(self.mask, rows), rows_of(self.temperature, rows)
 
     def scaling_of(self, rows: slice | torch.Tensor) -> _rows.Scaling:
         """The scaling of some tokens."""
-        return self.scaling._replace(ratio=_some(self.scaling.ratio, rows))
+        return self.scaling._replace(ratio=rows_of(self.scaling.ratio, rows))
 
     def counted(self, index: torch.Tensor) -> PerToken:
         """The same for the tokens that count, all of which do."""
-        return PerToken(_some(self.tokens, index), None, _some(self.temperature, index), self.scaling_of(index))
-
-
-def _some(value: torch.Tensor | float | None, rows: slice | torch.Tensor) -> torch.Tensor | float | None:
-    return value[rows] if isinstance(value, torch.Tensor) else value
+        return PerToken(rows_of(self.tokens, index), None, rows_of(self.temperature, index), self.scaling_of(index))
 
 
 class Sum:
     """A gradient that is summed over tokens, in float32 (float64 for float64), and needs no zeros to start from."""
 
     def __init__(self, like: torch.Tensor) -> None:
-        self._like, self._total = like, None
-        self.dtype = _rows.result_dtype(like)
+        self._like, self.dtype = like, _rows.result_dtype(like)
+        self._total: torch.Tensor | None = None
 
     @property
     def extra_bytes(self) -> int:
@@ -84,7 +83,7 @@ class Sum:
     def add(self, product: Callable[..., None], *operands: torch.Tensor) -> None:
         """Add what product(total, *operands, first=whether total holds nothing yet) adds."""
         first = self._total is None
-        if first:
+        if self._total is None:
             self._total = torch.empty(self._like.shape, dtype=self.dtype, device=self._like.device)
         product(self._total, *operands, first=first)
 
@@ -151,8 +150,9 @@ class Head:
         """Return the logits of some tokens: in the buffer's first rows; without one the kept ones, or made in their gradients' place."""
         place = grad if buffer is None else buffer[:inputs.shape[0]]
         if self.kept is None:
+            assert place is not None
             return self.make_logits(inputs, place)
-        return self.kept[rows] if buffer is None else place.copy_(self.kept[rows])
+        return self.kept[rows] if buffer is None or place is None else place.copy_(self.kept[rows])
 
     def gather(self, grad_logits: torch.Tensor, inputs: torch.Tensor, rows: slice) -> None:
         """The products back, from the gradients of some tokens' logits."""
@@ -237,7 +237,7 @@ class Heads:
     The reference backend leaves masked tokens out; elsewhere they take part as zeros, because counting them would wait for the device.
     """
 
-    def __init__(self, six: tuple, logits_dtype: torch.dtype, backend: str, chunk_size: int | None, per_token: PerToken) -> None:
+    def __init__(self, six: Six, logits_dtype: torch.dtype, backend: str, chunk_size: int | None, per_token: PerToken) -> None:
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias = six
         self.tokens = hidden.shape[:-1].numel()
         self.backend, self.chunk_size, self.per_token, self.shared = backend, chunk_size, per_token, ref_weight is None
@@ -249,7 +249,7 @@ class Heads:
             self._check_temperatures()
         self.policy, self.reference = Head(self._counted(hidden), weight, bias, logits_dtype), None
         if ref_hidden is not None:
-            self.reference = Head(self._counted(ref_hidden), weight if self.shared else ref_weight, ref_bias, logits_dtype)
+            self.reference = Head(self._counted(ref_hidden), weight if ref_weight is None else ref_weight, ref_bias, logits_dtype)
         self.all = [self.policy] if self.reference is None else [self.policy, self.reference]
         # The caller's autocast is for the caller's products: the types of these are settled.
         self.own_types = torch.autocast(hidden.device.type, enabled=False)
@@ -263,12 +263,14 @@ class Heads:
         here, saved_here = self._room(outputs), self._room({"": saved})[""]
         chunk = plan(len(saved_here), self.all, self.chunk_size).chunk
         with self.own_types:
-            buffers = [head.buffer(chunk, head.logits_dtype) if head.kept is None else None for head in self.all]
+            places = [head.buffer(chunk, head.logits_dtype) if head.kept is None else head.kept for head in self.all]
             for rows in parts(0, len(saved_here), chunk):
                 logits = [head.make_logits(head.inputs(rows, self.per_token.mask),
-                                           head.kept[rows] if buffer is None else buffer[:rows.stop - rows.start])
-                          for head, buffer in zip(self.all, buffers, strict=True)]
-                self._row_forward(_both(logits), rows, here, saved_here)
+                                           place[:rows.stop - rows.start] if head.kept is None else place[rows])
+                          for head, place in zip(self.all, places, strict=True)]
+                p, q = _both(logits)
+                _rows.forward(self.backend, p, q, *self.per_token.part(rows), rows_of_each(here, rows), saved_here[rows],
+                              self.per_token.scaling_of(rows))
         self._put_back({**outputs, "": saved}, {**here, "": saved_here})
 
     def backward(self, saved: torch.Tensor, upstream: dict[str, torch.Tensor], wrt: tuple[str, ...],
@@ -333,7 +335,7 @@ class Heads:
             self._backward_chunks(taking_part, saved, {name: self._take(value) for name, value in upstream.items()}, outputs)
         for head in self.all:
             head.grad_hidden = head.grad_weight = head.grad_bias = None
-        return {name: self._all_tokens(value) if name.endswith("hidden") else value.result() for name, value in gathered.items()}
+        return {name: value.result() if isinstance(value, Sum) else self._all_tokens(value) for name, value in gathered.items()}
 
     def _all_tokens(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of all tokens' hidden states: zeros for those that took no part."""
@@ -353,8 +355,9 @@ class Heads:
                 gathered[f"{prefix}hidden"] = head.grad_hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format)
             weight = "weight" if self.shared else f"{prefix}weight"
             if weight in wrt:
-                gathered[weight] = head.grad_weight = gathered.get(weight) or Sum(head.weight)
-            if f"{prefix}bias" in wrt:
+                found = gathered.get(weight)
+                gathered[weight] = head.grad_weight = found if isinstance(found, Sum) else Sum(head.weight)
+            if head.bias is not None and f"{prefix}bias" in wrt:
                 gathered[f"{prefix}bias"] = head.grad_bias = Sum(head.bias)
         return gathered
 
@@ -368,32 +371,29 @@ class Heads:
         buffers = [head.buffer(chosen.chunk, head.logits_dtype) if head.buffered else None for head in heads]
         for window in parts(0, len(saved), chosen.window):
             inputs = [head.inputs(window, self.per_token.mask) for head in heads]
-            sides = [head.kept[window] if head.learns and head.gives_way else side for head, side in zip(heads, waiting, strict=True)]
+            sides = [head.kept[window] if head.kept is not None and head.learns and head.gives_way else side
+                     for head, side in zip(heads, waiting, strict=True)]
             for rows in parts(window.start, window.stop, chosen.chunk):
                 here = slice(rows.start - window.start, rows.stop - window.start)
                 grads = [None if side is None else side[here] for side in sides]
                 logits = [head.logits_again(states[here], rows, buffer, grad)
                           for head, states, buffer, grad in zip(heads, inputs, buffers, grads, strict=True)]
-                of_both, per_token, scaling = _both(logits), self.per_token.part(rows), self.per_token.scaling_of(rows)
+                (p, q), (grad_p, grad_q) = _both(logits), _both(grads)
+                per_token, scaling = self.per_token.part(rows), self.per_token.scaling_of(rows)
                 if outputs:
-                    _rows.kl_and_gradients(self.backend, *of_both, *per_token, outputs["kl"][rows], saved[rows], upstream["kl"][rows],
-                                           *_both(grads), scaling)
+                    _rows.kl_and_gradients(self.backend, p, q, *per_token, outputs["kl"][rows], saved[rows], upstream["kl"][rows],
+                                           grad_p, grad_q, scaling)
                 else:
-                    _rows.backward(self.backend, *of_both, *per_token, saved[rows], {name: value[rows] for name, value in upstream.items()},
-                                   *_both(grads), scaling)
+                    _rows.backward(self.backend, p, q, *per_token, saved[rows], rows_of_each(upstream, rows), grad_p, grad_q, scaling)
             if window.stop == len(saved):
                 # Nothing more is put into them, and a product's result may take their place.
-                buffers, logits, of_both = [], [], []
+                del buffers[:], logits[:], p, q
             for head, states, side in zip(heads, inputs, sides, strict=True):
                 if side is not None:
                     head.gather(side[:window.stop - window.start], states, window)
-            inputs = states = None  # copies under a mask: not beside those of the next window
-
-    def _row_forward(self, logits: list, rows: slice, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
-        _rows.forward(self.backend, *logits, *self.per_token.part(rows), {name: value[rows] for name, value in outputs.items()}, saved[rows],
-                      self.per_token.scaling_of(rows))
+            del inputs, states  # copies under a mask: not beside those of the next window
 
 
-def _both(values: list) -> list:
+def _both(values: list[T]) -> tuple[T, T | None]:
     """The policy's and the reference's, which may be missing."""
-    return [*values, None] if len(values) == 1 else values
+    return values[0], values[1] if len(values) > 1 else None

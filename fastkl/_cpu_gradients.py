@@ -28,6 +28,15 @@ SHORT = 4096
 OWN_BYTES = 1 << 18
 NONE = torch.empty(0, dtype=torch.long)
 
+# A tensor for P and one for Q, each None where nobody asked for it.
+Sides = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def part_of(sides: Sides, at: slice | torch.Tensor | tuple[slice, slice]) -> Sides:
+    """Some rows, or rows and columns, of each."""
+    of_p, of_q = sides
+    return None if of_p is None else of_p[at], None if of_q is None else of_q[at]
+
 
 class LentMemory:
     """Buffers for a KL and its gradient to P, computed together: gradient rows not yet written,
@@ -85,12 +94,7 @@ def kl_and_gradient(
     )
     result = kl_only(block, e, room)
     others = NONE if result.all_hold() else (~result.holds()).nonzero()[:, 0]
-    copies = Block(
-        *(
-            value[others] if isinstance(value, torch.Tensor) and len(others) else value
-            for value in block
-        )
-    )
+    copies = block.part(others) if len(others) else block
     _about_mean(room("d", e.shape), e, result.weight, room)
     _write(e, (factor / result.weight).unsqueeze(-1), grad, None, None)
     return result, others, copies
@@ -112,7 +116,7 @@ def gradients(
     block: Block,
     saved: torch.Tensor,
     upstream: dict[str, torch.Tensor],
-    grads: tuple[torch.Tensor | None, torch.Tensor | None],
+    grads: Sides,
     room: Room,
 ) -> None:
     """Fill grads [k, V] to P and Q of rows that `statistics` holds, as many entries at a time as
@@ -137,13 +141,7 @@ def gradients(
         )
         for first in range(0, len(saved), step):
             rows = slice(first, first + step)
-            targets = [None if grad is None else grad[rows] for grad in grads]
-            _kl_gradients(
-                block.part(rows),
-                _OfRows(*(None if value is None else value[rows] for value in of_rows)),
-                *targets,
-                room,
-            )
+            _kl_gradients(block.part(rows), of_rows.part(rows), *part_of(grads, rows), room)
         return
     g = {name: value[:, None] for name, value in upstream.items()}
     kept = saved.clone()[:, :, None]
@@ -163,19 +161,15 @@ def gradients(
             block.part(rows),
             {name: value[rows] for name, value in g.items()} if only is None else g,
         )
-        values, targets = (
-            kept[rows].unbind(1),
-            [None if grad is None else grad[rows] for grad in grads],
-        )
+        values, targets = kept[rows].unbind(1), part_of(grads, rows)
         if vocabulary <= elements:
             _gradients(here, 0, values, shifted, only, given, *targets, room)
             continue
         for start in range(0, vocabulary, elements):
-            x, y, *some = (
-                None if side is None else side[:, start : start + elements]
-                for side in (here.x, here.y, *targets)
-            )
-            _gradients(here._replace(x=x, y=y), start, values, shifted, only, given, *some, room)
+            at = slice(None), slice(start, start + elements)
+            columns_here = here._replace(x=here.x[at], y=None if here.y is None else here.y[at])
+            some = part_of(targets, at)
+            _gradients(columns_here, start, values, shifted, only, given, *some, room)
 
 
 class _OfRows(NamedTuple):
@@ -187,6 +181,12 @@ class _OfRows(NamedTuple):
     centre: torch.Tensor
     kl: torch.Tensor
     factor: torch.Tensor
+
+    def part(self, rows: slice) -> _OfRows:
+        """Some of the rows."""
+        shift, centre, kl, factor = self
+        some_shift = None if shift is None else shift[rows]
+        return _OfRows(some_shift, centre[rows], kl[rows], factor[rows])
 
 
 def _kl_gradients(
@@ -200,10 +200,14 @@ def _kl_gradients(
     any gradient is written.
     """
     x, y, _, scale = block
+    assert y is not None
     shift, centre, kl, factor = of_rows
     # A float32 gradient is the buffer of its own e: one row less in memory.
-    e_is_grad = grad_p is not None and grad_p.dtype == torch.float32 and grad_p.is_contiguous()
-    e = grad_p if e_is_grad else room("e", x.shape)
+    e = (
+        grad_p
+        if grad_p is not None and grad_p.dtype == torch.float32 and grad_p.is_contiguous()
+        else room("e", x.shape)
+    )
     x = wide(x, e)
     d = difference(y, x, None if shift is None else x.amax(-1, keepdim=True), shift, room).sub_(
         centre
@@ -242,6 +246,7 @@ def _gradients(
     top, log_sum, shift, centre, log1p_t, *_ = kept
     x, d, rise = wide(block.x, room("x", shape)), None, None
     if g.keys() & {"kl", "ref_kl"} or (grad_q is not None and "ref_logprob" in g):
+        assert block.y is not None
         d = difference(block.y, x, top, shift if shifted else None, room).sub_(centre)
         if not is_one(scale):
             d.mul_(scale)
@@ -250,9 +255,10 @@ def _gradients(
     z = torch.sub(x, top, out=room("x", shape))
     if not is_one(scale):
         z.mul_(scale)
-    token = (
-        _Token(block.tokens - start, shape[1]) if g.keys() & {"logprob", "ref_logprob"} else None
-    )
+    token = None
+    if g.keys() & {"logprob", "ref_logprob"}:
+        assert block.tokens is not None
+        token = _Token(block.tokens - start, shape[1])
     log_p = None if token is None else token.of(z) - log_sum
     e = torch.exp(z, out=room("e", shape)) if "entropy" in g else z.exp_()
     terms = _Terms(z, d, rise, e, token, log_p, scale)
@@ -289,10 +295,13 @@ def _to_q(
     if not g.keys() & {"kl", "ref_kl", "ref_logprob"}:
         grad.zero_()
         return
-    bracket, own = room("q", e.shape), None
+    assert d is not None and rise is not None
+    bracket = room("q", e.shape)
+    own = None
     if g.keys() & {"ref_kl", "ref_logprob"}:
         torch.sub(d, ref_mean, out=bracket).mul_(g.get("ref_kl", 0.0))
         if "ref_logprob" in g:
+            assert token is not None and log_p is not None
             own = scale * (
                 log_q.exp() * token.of(bracket)
                 + log_p.exp() * token.of(rise) * g.get("kl", 0.0)
@@ -321,24 +330,28 @@ def _to_p(
         grad.zero_()
         return
     products = [
-        (v, g[name]) for name, v in (("kl", d), ("entropy", z), ("ref_kl", rise)) if name in g
+        (v, g[name])
+        for name, v in (("kl", d), ("entropy", z), ("ref_kl", rise))
+        if name in g and v is not None
     ]
-    if "kl" in g:
+    if "kl" in g and d is not None:
         d.sub_(mean)
     if "entropy" in g:
         z.clamp_(min=LOWEST).sub_(log_mean)
     if only is not None:
         _write(products[0][0], e.mul_(factor), grad, None, None)
         return
+    own = None
     if not products:
+        assert log_p is not None
         own = -scale * log_p.expm1() * g["logprob"]
         _write(e.mul_(-factor * g["logprob"]), None, grad, token, own)
         return
     bracket = products[0][0].mul_(products[0][1])
     for values, upstream in products[1:]:
         bracket.add_(values.mul_(upstream))
-    own = None
     if "logprob" in g:
+        assert token is not None and log_p is not None
         own = -scale * (log_p.exp() * token.of(bracket) + log_p.expm1() * g["logprob"])
         bracket.add_(g["logprob"])
     _write(bracket, e.mul_(-factor), grad, token, own)
@@ -373,6 +386,7 @@ def _write(
     elif result is not values:
         result.copy_(values)
     if own is not None:
+        assert token is not None
         result.scatter_(-1, token.index, torch.where(token.inside, own, token.of(result)))
     if result is not grad:
         grad.copy_(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,15 @@ class Block(NamedTuple):
     tokens: torch.Tensor | None
     scale: torch.Tensor | float
 
-    def part(self, rows: slice) -> Block:
+    def part(self, rows: slice | torch.Tensor) -> Block:
         """Some of the rows."""
-        return Block(*[value[rows] if isinstance(value, torch.Tensor) else value for value in self])
+        x, y, tokens, scale = self
+        return Block(
+            x[rows],
+            None if y is None else y[rows],
+            None if tokens is None else tokens[rows],
+            scale[rows] if isinstance(scale, torch.Tensor) else scale,
+        )
 
 
 class Room:
@@ -36,7 +43,7 @@ class Room:
         self._buffers: dict[str, torch.Tensor] = {}
         self._views: dict[str, torch.Tensor] = {}
 
-    def __call__(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+    def __call__(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         view = self._views.get(name)
         if view is None or view.shape != shape:
             buffer, size = self._buffers.get(name), shape[0] * shape[1]
@@ -85,6 +92,7 @@ def difference(
     y = wide(y, out)
     if shift is None:
         return torch.sub(y, x, out=out)
+    assert top is not None
     of_y = torch.where((top + shift).abs() >= top.abs(), shift, 0.0)
     return torch.sub(y, of_y, out=out).sub_(torch.add(x, shift - of_y, out=room("work", x.shape)))
 

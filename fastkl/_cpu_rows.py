@@ -84,16 +84,17 @@ def statistics(
     rows = len(block.x)
     parts = [block.part(slice(first, first + step)) for first in range(0, rows, step)]
     if fields == {"kl"} and takes_whole_rows(block.x):
-        saved, kl, holds = torch.zeros(rows, 10, dtype=torch.float32, device=block.x.device), [], []
+        saved = torch.zeros(rows, 10, dtype=torch.float32, device=block.x.device)
         saved[:, KIND] = LEAN
+        kl, held = [], []
         for first, part in zip(range(0, rows, step), parts, strict=True):
             result = kl_only(part, room("e", part.x.shape), room)
             result.save(saved.unbind(-1), slice(first, first + step))
             kl.append(result.kl)
-            holds.append(result.holds())
-        return {"kl": torch.cat(kl)}, saved, torch.cat(holds)
+            held.append(result.holds())
+        return {"kl": torch.cat(kl)}, saved, torch.cat(held)
     both = not fields.isdisjoint(("ref_kl", "ref_logprob"))
-    sums = _Sums(*_joined([_sums(part, "entropy" in fields, both, room) for part in parts]))
+    sums = _joined([_sums(part, "entropy" in fields, both, room) for part in parts])
     saved = torch.zeros(rows, 10, dtype=torch.float32, device=sums.top.device)
     log_sum = _log_sum(sums.weight, sums.largest)
     saved[:, TOP], saved[:, LOG_SUM], saved[:, KIND] = sums.top, log_sum, LEAN
@@ -109,11 +110,11 @@ def statistics(
     return results, saved, holds
 
 
-def _joined(parts: list[tuple[torch.Tensor | None, ...]]) -> tuple[torch.Tensor | None, ...]:
+def _joined(parts: list[_Sums]) -> _Sums:
     """The results of blocks, one after another."""
     if len(parts) == 1:
         return parts[0]
-    return tuple(
+    return _Sums._make(
         None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)
     )
 
@@ -156,6 +157,7 @@ def kl_only(block: Block, e: torch.Tensor, room: Room) -> KLRows:
     """Compute the KL of a block that stays in cache; leaves softmax(x) in `e`, which must not alias
     x, and d in room("d").
     """
+    assert block.y is not None
     x = wide(block.x, e)
     d = difference(block.y, x, None, None, room)
     softmax(x, block.scale, e)
@@ -174,6 +176,7 @@ def _centre(
     """Take E[y - x] from d = y - x and scale it, in place; return integer (shift) and remainder
     (centre) of it, [k].
     """
+    assert block.y is not None
     work, shift = room("work", d.shape), None
     centre = dot(e, d, work).div_(weight)
     if not _largest(centre) < 1.0:
@@ -206,7 +209,7 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
     d = difference(y, x, None, None, room)
     shift, centre = _centre(block, e, weight, d, room)
     mean = dot(e, d, work)
-    of_q = None, None, None
+    of_q: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = None, None, None
     if tokens is not None:
         # The digits of 1 - q beside a near-certain token are those of Q's own sum.
         wide_y = wide(y, room("some e", x.shape))
@@ -222,7 +225,7 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
 
 def _series_sums(
     e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: bool, room: Room
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """(largest |d|, Σ e·h, Σ e·r or None) of each row, no largest where all are below NEAREST;
     mean: Σ e·d, if it was computed.
     """
@@ -230,7 +233,7 @@ def _series_sums(
     nearest = _largest(d) < NEAREST
     size = None if nearest else torch.maximum(-d.amin(-1), d.amax(-1))
     h, r = _series(e, d, H_NEAREST, work), _series(e, d, R, work) if both else None
-    if nearest:
+    if size is None:
         return size, h, r
     near = NEAREST if both else NEAR
     for some, is_near in (((size >= NEAREST) & (size < near), True), (~(size < near), False)):
@@ -252,7 +255,7 @@ def _series_sums(
         if both:
             of_r = row_sum(rise.mul_(some_d))
         h[rows] = first - (dot(some_e, some_d, some_work) if mean is None else mean[rows])
-        if both:
+        if r is not None:
             r[rows] = of_r - h[rows]
     return size, h, r
 
@@ -282,6 +285,8 @@ def _finish_pair(
     sums: _Sums, both: bool, results: dict[str, torch.Tensor], saved: torch.Tensor
 ) -> torch.Tensor:
     """Put the fields of both tensors into `results` and `saved`; return whether they hold, [k]."""
+    assert sums.mean is not None and sums.h is not None and sums.size is not None
+    assert sums.shift is not None and sums.centre is not None
     mean, h = sums.mean / sums.weight, sums.h / sums.weight
     t = h + mean
     log1p_t = t.log1p()
@@ -295,12 +300,14 @@ def _finish_pair(
     ):
         saved[:, column] = value
     if both:
+        assert sums.r is not None
         rest = sums.r / sums.weight
         inverse = 1.0 / (1.0 + t)
         ref_kl = results["ref_kl"] = (rest * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
         saved[:, REF_MEAN] = (rest + t) * inverse
         holds &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
     if sums.ref_token is not None:
+        assert sums.ref_weight is not None and sums.ref_largest is not None
         results["ref_logprob"] = saved[:, REF_LOGPROB] = sums.ref_token - _log_sum(
             sums.ref_weight, sums.ref_largest
         )

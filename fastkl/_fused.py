@@ -8,11 +8,15 @@ the call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from . import _dispatch, _reduce, _rows
-from ._ops import SAVED, refuse_forward_mode, row_gradients
+from ._ops import refuse_forward_mode, row_gradients
 from ._problems import fused_launchers, problems
+from ._rows import SAVED
 
 
 def empty_gradient(
@@ -68,7 +72,9 @@ class SummedKL(torch.autograd.Function):
     """(beta·Σ kl / divisor, kl [...]); beta: a scalar tensor, where 0 leaves out an infinite KL, or None for 1."""
 
     @staticmethod
-    def forward(ctx, p, q, mask, temperature, beta, divisor, gradient, backend):
+    def forward(ctx: Any, p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor,
+                beta: torch.Tensor | None, divisor: float | torch.Tensor, gradient: torch.Tensor,
+                backend: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`gradient` as empty_gradient returned it; temperature: a number or [...]; divisor: a number or a scalar tensor."""
         kl = torch.empty(p.shape[:-1], dtype=torch.float32, device=p.device)
         saved = kl.new_empty(kl.numel(), SAVED)
@@ -77,9 +83,9 @@ class SummedKL(torch.autograd.Function):
         rows = gradient.view(-1, p.shape[-1])
         _rows.kl_and_gradients(backend, p, q, None, _rows.flat(mask), _flat(temperature), kl.view(-1), saved, weights,
                                rows, None, _rows.Scaling())  # fmt: skip
-        per_token = isinstance(temperature, torch.Tensor)
-        _dispatch.save_tensors(ctx, p, q, mask, temperature if per_token else None, saved.view(*kl.shape, SAVED), gradient, factor)
-        ctx.temperature, ctx.backend, ctx.used = 1.0 if per_token else float(temperature), backend, False
+        per_token, number = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, float(temperature))
+        _dispatch.save_tensors(ctx, p, q, mask, per_token, saved.view(*kl.shape, SAVED), gradient, factor)
+        ctx.temperature, ctx.backend, ctx.used = number, backend, False
         ctx.mark_non_differentiable(kl)
         ctx.set_materialize_grads(False)
         total = kl.sum()
@@ -87,7 +93,7 @@ class SummedKL(torch.autograd.Function):
         return _reduce.quotient(weighted, divisor, divisor), kl
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient, scaled in place, at the first call; recompute it with row_gradients at later calls, for create_graph
         and for batched upstream gradients."""
         if upstream is None:
@@ -108,6 +114,9 @@ class SummedKL(torch.autograd.Function):
         else:
             _scale(gradient, upstream)
         return gradient, *(None,) * 7
+
+
+summed_kl: Callable[..., tuple[torch.Tensor, torch.Tensor]] = SummedKL.apply
 
 
 def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:

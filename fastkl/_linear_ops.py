@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from torch import Tensor
 from . import _chunks, _rows
 from ._dispatch import Dispatched, save_tensors
 from ._ops import (
-    FIELDS,
-    SAVED,
+    Given,
+    Outputs,
     empty_outputs,
     mark_constant,
     refuse_forward_mode,
@@ -27,6 +28,7 @@ from ._ops import (
     refuse_temperature_gradient,
     wanted,
 )
+from ._rows import FIELDS, SAVED
 
 SIX = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
 # Elements that `scaled` multiplies at once on a CPU.
@@ -53,8 +55,10 @@ def _statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden:
     return *results, *kept
 
 
-def _fake_statistics(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, ratios, temperature, fields,
-                     softcap, ref_softcap, ratio, backend, logits_dtype, chunk_size, keep):
+def _fake_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+                     ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
+                     temperature: float, fields: str, softcap: float, ref_softcap: float, ratio: float, backend: str,
+                     logits_dtype: torch.dtype, chunk_size: int | None, keep: bool) -> Outputs:
     return *empty_outputs(hidden, fields), *_empty_logits(hidden, weight, ref_hidden, logits_dtype, keep)
 
 
@@ -64,7 +68,7 @@ def _empty_logits(hidden: Tensor, weight: Tensor, ref_hidden: Tensor | None, dty
     return [states.new_empty((*states.shape[:-1], width), dtype=dtype) if keep and states is not None else None for states in (hidden, ref_hidden)]
 
 
-def _gradients_that(*, overwrite: bool) -> Callable:
+def _gradients_that(*, overwrite: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Return what computes gradients. overwrite: those of logits may take the place of kept logits, which no op may do to its inputs."""
 
     def gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
@@ -91,8 +95,11 @@ def _gradients_that(*, overwrite: bool) -> Callable:
 _gradients, _overwriting_gradients = (_gradients_that(overwrite=overwrite) for overwrite in (False, True))
 
 
-def _fake_gradients(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, tokens, mask, temperatures, ratios, saved, logits, ref_logits, g_logprob,
-                    g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt, softcap, ref_softcap, ratio, backend, logits_dtype, chunk_size):
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
+                    ref_bias: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
+                    saved: Tensor, logits: Tensor | None, ref_logits: Tensor | None, g_logprob: Tensor | None, g_entropy: Tensor | None,
+                    g_ref_logprob: Tensor | None, g_kl: Tensor | None, g_ref_kl: Tensor | None, temperature: float, wrt: str, softcap: float,
+                    ref_softcap: float, ratio: float, backend: str, logits_dtype: torch.dtype, chunk_size: int | None) -> Outputs:
     return _empty_gradients((hidden, weight, bias, ref_hidden, ref_weight, ref_bias), wrt, wide=())
 
 
@@ -110,7 +117,8 @@ def _weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden
                           _per_token(None, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio))
     weights = weights.contiguous()
     kl = torch.empty_like(weights)
-    unit, gradients = weights.new_ones(()), {}
+    unit = weights.new_ones(())
+    gradients: dict[str, Tensor] = {}
     if wrt:
         if torch.float16 in {value.dtype for value in six if value is not None}:
             size = _size(wanted(wrt), ratio if ratios is None else ratios)
@@ -119,11 +127,14 @@ def _weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden
     else:
         heads.forward({"kl": kl.view(-1)}, weights.new_empty(weights.numel(), SAVED))
     # A token without weight takes no part, whatever its KL.
-    return (torch.where(weights == 0, 0.0, weights * kl).sum(), kl, unit, *_in_their_types(six, gradients, wrt, wide=(torch.float16,)))
+    total = torch.where(weights == 0, 0.0, weights * kl).sum()
+    return total, kl, unit, *_in_their_types(six, gradients, wrt, wide=(torch.float16,))
 
 
-def _fake_weighted_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, weights, mask, temperatures, ratios, temperature, wrt, softcap,
-                      ref_softcap, ratio, backend, logits_dtype, chunk_size):
+def _fake_weighted_kl(hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor | None,
+                      ref_bias: Tensor | None, weights: Tensor, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None,
+                      temperature: float, wrt: str, softcap: float, ref_softcap: float, ratio: float, backend: str,
+                      logits_dtype: torch.dtype, chunk_size: int | None) -> Outputs:
     six = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     return (weights.new_empty(()), weights.new_empty(weights.shape), weights.new_empty(()), *_empty_gradients(six, wrt, wide=(torch.float16,)))
 
@@ -139,11 +150,12 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _fake_scaled(gradient, factor, dtype):
+def _fake_scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
 
 
-def _per_token(tokens, mask, temperatures, ratios, temperature, softcap, ref_softcap, ratio) -> _chunks.PerToken:
+def _per_token(tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, ratios: Tensor | None, temperature: float,
+               softcap: float, ref_softcap: float, ratio: float) -> _chunks.PerToken:
     return _chunks.PerToken(_rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature),
                             _rows.Scaling(softcap, ref_softcap, _rows.flat_temperature(ratios, ratio)))
 
@@ -158,7 +170,7 @@ def _size(names: tuple[str, ...], ratio: Tensor | float) -> Tensor | float:
     return ratio.clamp(min=1) if isinstance(ratio, Tensor) else max(1.0, ratio)
 
 
-def _flat_outputs(results: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+def _flat_outputs(results: Outputs) -> dict[str, Tensor]:
     return {name: value.view(-1) for name, value in zip(FIELDS, results, strict=False) if value is not None}
 
 
@@ -177,11 +189,13 @@ def _gradient_type(name: str, value: Tensor, wide: tuple[torch.dtype, ...]) -> t
     return torch.float32 if value.dtype in wide and not name.endswith("hidden") else value.dtype
 
 
-def _in_their_types(six, gradients: dict[str, Tensor], wrt: str, wide) -> tuple[Tensor | None, ...]:
+def _in_their_types(six: _chunks.Six, gradients: dict[str, Tensor], wrt: str, wide: tuple[torch.dtype, ...]) -> Outputs:
     """The gradients in the order of SIX, each wide sum freed once it is rounded; zeros where there was no upstream gradient."""
-    results = []
+    results: list[Tensor | None] = []
     for name, value in zip(SIX, six, strict=True):
-        if name in gradients:
+        if value is None:
+            results.append(None)
+        elif name in gradients:
             results.append(gradients.pop(name).view(value.shape).to(_gradient_type(name, value, wide)))
         elif name in wanted(wrt):
             results.append(torch.zeros(value.shape, dtype=_gradient_type(name, value, wide), device=value.device))
@@ -190,15 +204,15 @@ def _in_their_types(six, gradients: dict[str, Tensor], wrt: str, wide) -> tuple[
     return tuple(results)
 
 
-def _empty_gradients(six, wrt: str, wide) -> tuple[Tensor | None, ...]:
-    return tuple(torch.empty(value.shape, dtype=_gradient_type(name, value, wide), device=value.device) if name in wanted(wrt)
-                 else None for name, value in zip(SIX, six, strict=True))
+def _empty_gradients(six: _chunks.Six, wrt: str, wide: tuple[torch.dtype, ...]) -> Outputs:
+    return tuple(torch.empty(value.shape, dtype=_gradient_type(name, value, wide), device=value.device)
+                 if value is not None and name in wanted(wrt) else None for name, value in zip(SIX, six, strict=True))
 
 
 # ---- autograd
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     tensors, (ctx.temperature, fields, *ctx.settings, keep) = inputs[:10], inputs[10:]
     refuse_temperature_gradient(ctx.needs_input_grad[8] or ctx.needs_input_grad[9])
     saved, *kept = output[len(FIELDS):]
@@ -209,7 +223,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     mark_constant(ctx, output, wanted(fields), policy, any(ctx.needs_input_grad[3:6]) or (ctx.shared and ctx.needs_input_grad[1]))
 
 
-def _backward(ctx, *upstream):
+def _backward(ctx: Any, *upstream: Tensor | None) -> Given:
     refuse_forward_mode(upstream)
     # Log-probs of the reference say nothing about the policy, nor its own about the reference: such a gradient is not computed.
     on_policy = any(upstream[i] is not None for i in (0, 1, 3, 4))
@@ -222,7 +236,7 @@ def _backward(ctx, *upstream):
     # Compute again the logits that an earlier backward through a retained graph overwrote.
     kept = (None, None) if ctx.overwritten else (logits, ref_logits)
 
-    def overwriting(*inputs):
+    def overwriting(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         ctx.overwritten = True
         return _overwriting_gradients(*inputs)
 
@@ -232,7 +246,7 @@ def _backward(ctx, *upstream):
             *(None,) * (len(ctx.needs_input_grad) - len(SIX)))
 
 
-def _save_gradients(ctx, inputs, output) -> None:
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.types = [None if value is None else value.dtype for value in inputs[:6]]
     ctx.names = wanted(inputs[11])
     refuse_temperature_gradient(ctx.needs_input_grad[8] or ctx.needs_input_grad[9])
@@ -248,7 +262,7 @@ def _save_gradients(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_sum(ctx, upstream, *_):
+def _backward_of_sum(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Given:
     if upstream is None:
         return (None,) * 18
     refuse_forward_mode((upstream,))
@@ -265,7 +279,7 @@ def _backward_of_sum(ctx, upstream, *_):
 # ---- what a counter of floating-point operations is told, from shapes in place of tensors: as if every token counted
 
 
-def _flops(six: tuple, wrt: str, on_policy: bool, on_reference: bool, logits: int = 1) -> int:
+def _flops(six: tuple[Any, ...], wrt: str, on_policy: bool, on_reference: bool, logits: int = 1) -> int:
     """Of the logits of the policy and, if it takes part, of the reference, and of the gradients named in wrt: 2·N·H·V for each product.
 
     logits: 0 where they are known.
@@ -278,18 +292,18 @@ def _flops(six: tuple, wrt: str, on_policy: bool, on_reference: bool, logits: in
     return policy * products + reference * ref_products
 
 
-def _flops_of_statistics(*inputs) -> int:
+def _flops_of_statistics(*inputs: Any) -> int:
     return _flops(inputs[:6], "", False, True)
 
 
-def _flops_of_gradients(*inputs) -> int:
+def _flops_of_gradients(*inputs: Any) -> int:
     a = SimpleNamespace(**dict(zip(inspect.signature(_gradients).parameters, inputs, strict=True)))
     on_both = a.g_kl is not None or a.g_ref_kl is not None
     return _flops(inputs[:6], a.wrt, on_both or a.g_logprob is not None or a.g_entropy is not None, on_both or a.g_ref_logprob is not None,
                   logits=int(a.logits is None))
 
 
-def _flops_of_weighted_kl(*inputs) -> int:
+def _flops_of_weighted_kl(*inputs: Any) -> int:
     return _flops(inputs[:6], inputs[11], True, True)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +18,10 @@ from . import _checks, _rows
 from ._dispatch import Dispatched, save_tensors
 from ._rows import FIELDS, SAVED
 
+# What an op returns. Its schema has no outputs that may be None; one that nobody asked for is None all the same, see Dispatched.
+Outputs = tuple[Any, ...]
+Given = tuple[Tensor | None, ...]  # upstream gradients
+
 
 @functools.lru_cache
 def wanted(names: str) -> tuple[str, ...]:
@@ -23,7 +29,7 @@ def wanted(names: str) -> tuple[str, ...]:
     return tuple(names.split(",")) if names else ()
 
 
-def empty_outputs(p: Tensor, fields: str) -> tuple[Tensor | None, ...]:
+def empty_outputs(p: Tensor, fields: str) -> Outputs:
     """One tensor per field and the saved values, uninitialised, for logits or hidden states p; None for a field that nobody asked for."""
     dtype, device, leading, names = _rows.result_dtype(p), p.device, p.shape[:-1], wanted(fields)
     outputs = [torch.empty(leading, dtype=dtype, device=device) if name in names else None for name in FIELDS]
@@ -41,12 +47,13 @@ def _statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor
     return results
 
 
-def _table(value: Tensor | None) -> Tensor | None:
+def _table(value: Tensor) -> Tensor:
     """A contiguous matrix of the last dimension's rows."""
-    return value if value is None else (value if value.dim() == 2 else value.reshape(-1, value.shape[-1])).contiguous()
+    return (value if value.dim() == 2 else value.reshape(-1, value.shape[-1])).contiguous()
 
 
-def _fake_statistics(p, q, tokens, mask, temperatures, temperature, fields, backend):
+def _fake_statistics(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, temperature: float,
+                     fields: str, backend: str) -> Outputs:
     return empty_outputs(p, fields)
 
 
@@ -54,32 +61,34 @@ def _gradients(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor 
                g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
                g_ref_kl: Tensor | None, temperature: float, wrt_p: bool, wrt_q: bool, backend: str) -> tuple[Tensor, Tensor]:
     """(dP, dQ): gradients of the upstream-weighted statistics, contiguous, in the logits' types; None where not asked for."""
-    grads = _empty_gradients(p, q, wrt_p, wrt_q)
+    grad_p, grad_q = grads = _empty_gradients(p, q, wrt_p, wrt_q)
     if p.numel():
         upstream = {name: _rows.flat(value) for name, value in zip(FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True)
                     if value is not None}
         _rows.backward(backend, p, q, _rows.flat(tokens), _rows.flat(mask), _rows.flat_temperature(temperatures, temperature), _table(saved),
-                       upstream, *map(_table, grads))
+                       upstream, None if grad_p is None else _table(grad_p), None if grad_q is None else _table(grad_q))
     return grads
 
 
-def _empty_gradients(p: Tensor, q: Tensor | None, wrt_p: bool, wrt_q: bool) -> tuple[Tensor | None, Tensor | None]:
+def _empty_gradients(p: Tensor, q: Tensor | None, wrt_p: bool, wrt_q: bool) -> Outputs:
     return (torch.empty_like(p, memory_format=torch.contiguous_format) if wrt_p else None,
-            torch.empty_like(q, memory_format=torch.contiguous_format) if wrt_q else None)
+            torch.empty_like(q, memory_format=torch.contiguous_format) if wrt_q and q is not None else None)
 
 
-def _fake_gradients(p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature, wrt_p, wrt_q, backend):
+def _fake_gradients(p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None, temperatures: Tensor | None, saved: Tensor,
+                    g_logprob: Tensor | None, g_entropy: Tensor | None, g_ref_logprob: Tensor | None, g_kl: Tensor | None,
+                    g_ref_kl: Tensor | None, temperature: float, wrt_p: bool, wrt_q: bool, backend: str) -> Outputs:
     return _empty_gradients(p, q, wrt_p, wrt_q)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     p, q, tokens, mask, temperatures, ctx.temperature, fields, ctx.backend = inputs
     refuse_temperature_gradient(ctx.needs_input_grad[4])
     save_tensors(ctx, p, q, tokens, mask, temperatures, output[-1])
     mark_constant(ctx, output, wanted(fields), ctx.needs_input_grad[0], ctx.needs_input_grad[1])
 
 
-def mark_constant(ctx, output, fields: tuple[str, ...], policy: bool, reference: bool) -> None:
+def mark_constant(ctx: Any, output: Outputs, fields: tuple[str, ...], policy: bool, reference: bool) -> None:
     """A field says that it needs no gradient if nobody asked for it, or if what it depends on, policy or reference, needs none."""
     learns = _learning(fields, policy, reference)
     # What comes after the fields has no gradient.
@@ -95,7 +104,7 @@ def _learning(fields: tuple[str, ...], policy: bool, reference: bool) -> tuple[b
     return tuple(name in fields and depends[name] for name in FIELDS)
 
 
-def _backward(ctx, *upstream):
+def _backward(ctx: Any, *upstream: Tensor | None) -> Given:
     p, q, tokens, mask, temperatures, saved = ctx.saved_tensors
     refuse_forward_mode(upstream)
     wrt_p, wrt_q, *_ = ctx.needs_input_grad
@@ -124,13 +133,13 @@ def refuse_forward_mode(upstream: tuple[Tensor | None, ...]) -> None:
             _checks.not_forward_mode("upstream gradient", value)
 
 
-def refuse_second_derivative(ctx, *upstream):
+def refuse_second_derivative(ctx: Any, *upstream: Tensor | None) -> NoReturn:
     """The autograd rule of what computes gradients."""
     raise RuntimeError("fastkl: second derivatives are not implemented: the gradient of a KL divergence was itself differentiated "
                        "(create_graph=True or a double backward); use fastkl.reference.row_statistics with float64 logits and autograd for that")
 
 
-def _batched(info, in_dims, tensors):
+def _batched(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Any]) -> list[Any]:
     """Every tensor with the mapped dimension first; one that is not mapped is repeated without a copy."""
     moved = []
     for value, dim in zip(tensors, in_dims, strict=False):
@@ -140,13 +149,16 @@ def _batched(info, in_dims, tensors):
     return moved
 
 
-def _batched_statistics(info, in_dims, p, q, tokens, mask, temperatures, temperature, fields, backend):
+def _batched_statistics(info: Any, in_dims: Sequence[int | None], p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None,
+                        temperatures: Tensor | None, temperature: float, fields: str, backend: str) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
     inputs = *_batched(info, in_dims, (p, q, tokens, mask, temperatures)), temperature, fields, backend
     return inputs, tuple(0 if name in (*wanted(fields), "saved") else None for name in (*FIELDS, "saved"))
 
 
-def _batched_gradients(info, in_dims, p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl, temperature,
-                       wrt_p, wrt_q, backend):
+def _batched_gradients(info: Any, in_dims: Sequence[int | None], p: Tensor, q: Tensor | None, tokens: Tensor | None, mask: Tensor | None,
+                       temperatures: Tensor | None, saved: Tensor, g_logprob: Tensor | None, g_entropy: Tensor | None,
+                       g_ref_logprob: Tensor | None, g_kl: Tensor | None, g_ref_kl: Tensor | None, temperature: float, wrt_p: bool, wrt_q: bool,
+                       backend: str) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
     tensors = _batched(info, in_dims, (p, q, tokens, mask, temperatures, saved, g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl))
     return (*tensors, temperature, wrt_p, wrt_q, backend), (0 if wrt_p else None, 0 if wrt_q else None)
 

@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 import torch
 
+from ._row_blocks import rows_of
+
+Dim = tuple[int, int, int]  # size, stride of P, stride of Q
+
 
 class Scaling(NamedTuple):
     """Soft caps, and the ratio that multiplies Q's capped logits.
@@ -23,9 +27,9 @@ class Scaling(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _merged_dims(leading: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...]) -> tuple[tuple, tuple]:
+def _merged_dims(leading: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...]) -> tuple[tuple[Dim, ...], tuple[Dim, Dim]]:
     """The leading dimensions as (size, stride of p, stride of q), neighbours merged where both tensors allow it: (the outermost, the last two)."""
-    merged: list[tuple[int, int, int]] = []
+    merged: list[Dim] = []
     for size, step_p, step_q in zip(leading, p_strides, q_strides, strict=True):
         if size == 1:
             continue
@@ -33,7 +37,8 @@ def _merged_dims(leading: torch.Size, p_strides: tuple[int, ...], q_strides: tup
             merged[-1] = (merged[-1][0] * size, step_p, step_q)
         else:
             merged.append((size, step_p, step_q))
-    return tuple(merged[:-2]), ((1, 0, 0), (1, 0, 0), *merged)[-2:]
+    *_, outer, inner = (1, 0, 0), (1, 0, 0), *merged
+    return tuple(merged[:-2]), (outer, inner)
 
 
 def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
@@ -43,23 +48,28 @@ def problems(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | Non
     outermost, dims = _merged_dims(p.shape[:-1], p.stride()[:-1], other.stride()[:-1])
     temperatures, number = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
     softcap, ref_softcap, ratio = scaling
-    if not isinstance(ratio, torch.Tensor):
-        ratio = None if ratio == 1 else torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
+    ratios = None
+    if isinstance(ratio, torch.Tensor):
+        ratios = ratio
+    elif ratio != 1:
+        ratios = torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
     types = (p.dtype, None if q is None else q.dtype, None if tokens is None else tokens.dtype, None if temperatures is None else temperatures.dtype)
 
-    def problem(p, q, tokens, mask, temperatures, ratio) -> object:
+    def problem(p: torch.Tensor, q: torch.Tensor | None, tokens: torch.Tensor | None, mask: torch.Tensor | None,
+                temperatures: torch.Tensor | None, ratios: torch.Tensor | None) -> object:
         addresses = p.data_ptr() % launch.ADDRESSES, 0 if q is None else q.data_ptr() % launch.ADDRESSES
-        layout = launch.layout(vocabulary, dims, addresses, p.device, types, mask is not None, (softcap, ref_softcap), ratio is not None)
-        return launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratio)
+        layout = launch.layout(vocabulary, dims, addresses, p.device, types, mask is not None, (softcap, ref_softcap), ratios is not None)
+        return launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratios)
 
     vocabulary = p.shape[-1]
     if not outermost:
-        return [(None, problem(p, q, tokens, mask, temperatures, ratio))]
-    count, found = dims[0][0] * dims[1][0], []
+        return [(None, problem(p, q, tokens, mask, temperatures, ratios))]
+    count = dims[0][0] * dims[1][0]
+    found: list[tuple[slice | None, object]] = []
     for at, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
         rows = slice(at * count, (at + 1) * count)
-        sides = [None if side is None else _starting_at(side, index, outermost, which) for side, which in ((p, 1), (q, 2))]
-        found.append((rows, problem(*sides, *(None if value is None else value[rows] for value in (tokens, mask, temperatures, ratio)))))
+        x, y = _starting_at(p, index, outermost, 1), None if q is None else _starting_at(q, index, outermost, 2)
+        found.append((rows, problem(x, y, rows_of(tokens, rows), rows_of(mask, rows), rows_of(temperatures, rows), rows_of(ratios, rows))))
     return found
 
 
@@ -79,7 +89,7 @@ def fused_launchers() -> ModuleType:
     return launch_fused
 
 
-def _starting_at(logits: torch.Tensor, index: tuple[int, ...], dims: list[tuple[int, int, int]], which: int) -> torch.Tensor:
+def _starting_at(logits: torch.Tensor, index: tuple[int, ...], dims: tuple[Dim, ...], which: int) -> torch.Tensor:
     """The same storage from an index of the outermost dimensions on: the kernels take a pointer and strides."""
     offset = sum(i * dim[which] for i, dim in zip(index, dims, strict=True))
     return logits.as_strided((1,), (1,), logits.storage_offset() + offset)

@@ -9,7 +9,9 @@ import functools
 import torch
 
 from . import _checks, _cpu_gradients, _cpu_passes, _cpu_rows, _row_blocks, reference
+from ._cpu_gradients import Sides, part_of
 from ._problems import Scaling
+from ._row_blocks import rows_of, rows_of_each
 
 SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
 
@@ -17,18 +19,6 @@ SAVED = reference.SAVED  # values per row held for backward, the same number on 
 def result_dtype(logits: torch.Tensor) -> torch.dtype:
     """float64 for float64 logits (reference only), else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def rows_of(
-    value: torch.Tensor | float | None, rows: torch.Tensor | slice
-) -> torch.Tensor | float | None:
-    """Some rows of a per-row tensor."""
-    return value[rows] if isinstance(value, torch.Tensor) else value
-
-
-def rows_of_each(values: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
-    """Return some rows of each per-row tensor."""
-    return {name: value[rows] for name, value in values.items()}
 
 
 def forward(
@@ -124,11 +114,11 @@ def kl_and_gradient(
         while first < x.shape[0]:
             count, room = (
                 (memory.own_rows, memory.own_room)
-                if gathered
+                if isinstance(rows, torch.Tensor)
                 else (memory.rows_from(rows.start + first), memory.room)
             )
             part = slice(first, first + count)
-            block = _cpu_passes.Block(x[part], y[part], None, rows_of(scale, part))
+            block = _cpu_passes.Block(x, y, None, scale).part(part)
             keep = gathered or not memory.separate
             result, others, copies = _cpu_gradients.kl_and_gradient(
                 block, factor[part], grad[part], room, keep
@@ -157,7 +147,7 @@ def _apart(
     temperature: float | torch.Tensor,
     weights: torch.Tensor,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return KL, saved values and gradient of a few rows by forward and backward."""
     kl, saved = torch.empty_like(weights), weights.new_empty(len(weights), SAVED)
     grad = torch.empty_like(block.x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -169,10 +159,10 @@ def _apart(
 
 
 def _define(
-    x,
-    y,
-    tokens,
-    temperature,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    temperature: float | torch.Tensor,
     outputs: dict[str, torch.Tensor],
     saved: torch.Tensor,
     rows: slice | torch.Tensor,
@@ -187,7 +177,7 @@ def _define(
             *_double(far, x, y), rows_of(tokens, far), rows_of(temperature, far), outputs
         )
         for value, better in zip(result[:-1], wide[:-1], strict=True):
-            if value is not None:
+            if value is not None and better is not None:
                 value[far] = better.to(value.dtype)
     for name, value in outputs.items():
         value[rows] = getattr(result, name).to(value.dtype)
@@ -213,49 +203,58 @@ def _unscaled(scaling: Scaling) -> bool:
 
 
 def _statistics(
-    x, y, tokens, temperature, outputs: dict[str, torch.Tensor]
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    outputs: dict[str, torch.Tensor],
 ) -> reference.RowStatistics:
     return reference.row_statistics(
         x, y, tokens, temperature, entropy="entropy" in outputs, reverse="ref_kl" in outputs
     )
 
 
-def _double(rows: torch.Tensor, *sides: torch.Tensor | None) -> list[torch.Tensor | None]:
+def _double(
+    rows: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Some rows in float64."""
-    return [None if side is None else side[rows].double() for side in sides]
+    return x[rows].double(), None if y is None else y[rows].double()
 
 
 def _scaled(
     x: torch.Tensor, y: torch.Tensor | None, rows: slice | torch.Tensor, scaling: Scaling
-) -> list[torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Some rows of both tensors, soft caps and ratio applied: in float64 with a ratio: float32
     would round the product.
     """
-    capped = [
-        None if side is None else reference.soft_cap(side, cap)
-        for side, cap in ((x, scaling.softcap), (y, scaling.ref_softcap))
-    ]
+    x = reference.soft_cap(x, scaling.softcap)
+    y = None if y is None else reference.soft_cap(y, scaling.ref_softcap)
     if y is None or not isinstance(scaling.ratio, torch.Tensor) and scaling.ratio == 1:
-        return capped
+        return x, y
     ratio = (
         scaling.ratio[rows, None].double()
         if isinstance(scaling.ratio, torch.Tensor)
         else scaling.ratio
     )
-    return [capped[0].double(), capped[1].double() * ratio]
+    return x.double(), y.double() * ratio
 
 
 def _gradients(
-    x, y, tokens, temperature, saved, upstream, wrt_p: bool, wrt_q: bool
-) -> list[torch.Tensor | None]:
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    saved: torch.Tensor,
+    upstream: dict[str, torch.Tensor],
+    wrt_p: bool,
+    wrt_q: bool,
+) -> Sides:
     """Gradients of some rows; of fallback rows from their statistics in float64."""
     if x.dtype == torch.float64 and saved.dtype != torch.float64:
         # With a ratio every row is computed in float64.
         saved = reference.row_statistics(x, y, tokens, temperature).saved
-    results = list(
-        reference.row_gradients(
-            x, y, tokens, temperature, saved, upstream, wrt_p=wrt_p, wrt_q=wrt_q
-        )
+    results = reference.row_gradients(
+        x, y, tokens, temperature, saved, upstream, wrt_p=wrt_p, wrt_q=wrt_q
     )
     far = saved[:, reference.FAR] != 0
     if x.dtype != torch.float64 and bool(far.any()):
@@ -269,7 +268,7 @@ def _gradients(
             wrt_q,
         )
         for result, better in zip(results, wide, strict=True):
-            if result is not None:
+            if result is not None and better is not None:
                 result[far] = better.to(result.dtype)
     return results
 
@@ -312,7 +311,7 @@ def backward(
                 ),
                 saved[rows],
                 rows_of_each(upstream, rows),
-                [None if grad is None else grad[rows] for grad in sides],
+                part_of(sides, rows),
                 room,
             )
             continue
@@ -337,49 +336,53 @@ def backward(
             for grad, value, slope in zip(
                 sides, results, _slopes(x_here, y_here, numbers, scaling), strict=True
             ):
-                if grad is not None:
+                if grad is not None and value is not None:
                     grad[numbers] = (value if slope is None else value * slope).to(grad.dtype)
 
 
 def _mixed_gradients(
-    x, y, tokens, temperature, saved, upstream, sides, room
-) -> list[torch.Tensor | None]:
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    saved: torch.Tensor,
+    upstream: dict[str, torch.Tensor],
+    sides: Sides,
+    room: _cpu_passes.Room,
+) -> Sides:
     """Gradients of a block's rows, each as forward computed it, in float32 or float64; None for a
     side that is None.
     """
-    results = [
-        None if grad is None else torch.empty_like(x, dtype=result_dtype(x)) for grad in sides
-    ]
+    results = _empty_like(sides, x)
     lean = saved[:, _cpu_rows.KIND] == _cpu_rows.LEAN
     for held in (True, False):
         some = (lean == held).nonzero()[:, 0]
         if not some.numel():
             continue
         rows = x[some], None if y is None else y[some], rows_of(tokens, some)
-        scales, given = (
-            rows_of(temperature, some),
-            {name: value[some] for name, value in upstream.items()},
-        )
+        scales, given = rows_of(temperature, some), rows_of_each(upstream, some)
         if held:
-            here = [
-                None if result is None else torch.empty_like(rows[0], dtype=result.dtype)
-                for result in results
-            ]
+            here = _empty_like(sides, rows[0])
             _cpu_gradients.gradients(
                 _cpu_passes.Block(*rows, _inverse(scales)), saved[some], given, here, room
             )
         else:
-            here = _gradients(
-                *rows, scales, saved[some], given, *(grad is not None for grad in sides)
-            )
+            wanted = sides[0] is not None, sides[1] is not None
+            here = _gradients(*rows, scales, saved[some], given, *wanted)
         for result, value in zip(results, here, strict=True):
-            if result is not None:
+            if result is not None and value is not None:
                 result[some] = value.to(result.dtype)
     return results
 
 
+def _empty_like(sides: Sides, x: torch.Tensor) -> Sides:
+    """Room for gradients of x's rows, for each side that is there."""
+    empty = [None if side is None else torch.empty_like(x, dtype=result_dtype(x)) for side in sides]
+    return empty[0], empty[1]
+
+
 def _slopes(
-    x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor, scaling: Scaling
+    x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor | slice, scaling: Scaling
 ) -> list[torch.Tensor | float | None]:
     """The derivatives of the scaled logits with respect to the raw ones; None for 1."""
     slopes: list[torch.Tensor | float | None] = [

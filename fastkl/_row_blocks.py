@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import overload
 
 import torch
 
@@ -14,6 +15,26 @@ from . import _cpu_rows
 BLOCK_ELEMENTS = 1 << 16
 # Rows that are finished together: the finishing step costs a few scalars a row.
 ROWS_AT_ONCE = 256
+
+
+@overload
+def rows_of(value: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor: ...
+@overload
+def rows_of(value: float, rows: torch.Tensor | slice) -> float: ...
+@overload
+def rows_of(value: None, rows: torch.Tensor | slice) -> None: ...
+def rows_of(
+    value: torch.Tensor | float | None, rows: torch.Tensor | slice
+) -> torch.Tensor | float | None:
+    """Some rows of a per-row tensor."""
+    return value[rows] if isinstance(value, torch.Tensor) else value
+
+
+def rows_of_each(
+    values: dict[str, torch.Tensor], rows: slice | torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return some rows of each per-row tensor."""
+    return {name: value[rows] for name, value in values.items()}
 
 
 def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
@@ -75,6 +96,7 @@ def blocks(
     most = max(step, ROWS_AT_ONCE) if several else step
     for start, x, y in _matrices(p, q, 0):
         counted = None if mask is None else mask[start : start + x.shape[0]]
+        parts: Iterable[slice | torch.Tensor]
         if counted is None or bool(counted.all()):
             parts = [
                 slice(first, min(first + most, x.shape[0])) for first in range(0, x.shape[0], most)
@@ -111,9 +133,9 @@ def _matrices(
     """(number of the first row, views [n, V] of P and of Q) that together are all rows of logits of
     any leading shape and strides.
     """
-    sides = [None if side is None else _matrix(side) for side in (p, q)]
-    if sides[0] is not None and (q is None or sides[1] is not None):
-        yield start, *sides
+    x, y = _matrix(p), None if q is None else _matrix(q)
+    if x is not None and (q is None or y is not None):
+        yield start, x, y
         return
     count = p.shape[1:-1].numel()
     for i in range(p.shape[0]):

@@ -4,6 +4,8 @@ of _ops.py run.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from . import _reference_rows
@@ -12,11 +14,15 @@ from ._problems import fused_launchers, launchers, problems
 from ._reference_rows import SAVED as SAVED
 from ._reference_rows import computes_together as computes_together
 from ._reference_rows import result_dtype as result_dtype
-from ._reference_rows import rows_of, rows_of_each
+from ._row_blocks import rows_of, rows_of_each
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 
 
+@overload
+def flat(value: torch.Tensor) -> torch.Tensor: ...
+@overload
+def flat(value: None) -> None: ...
 def flat(value: torch.Tensor | None) -> torch.Tensor | None:
     """A per-row tensor as a contiguous vector."""
     return (
@@ -33,11 +39,11 @@ def flat_temperature(temperatures: torch.Tensor | None, temperature: float) -> f
 
 def forward(
     backend: str,
-    p,
-    q,
-    tokens,
-    mask,
-    temperature,
+    p: torch.Tensor,
+    q: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float | torch.Tensor,
     outputs: dict[str, torch.Tensor],
     saved: torch.Tensor,
     scaling: Scaling = Scaling(),  # noqa: B008  (a tuple of numbers)
@@ -55,11 +61,11 @@ def forward(
 
 def backward(
     backend: str,
-    p,
-    q,
-    tokens,
-    mask,
-    temperature,
+    p: torch.Tensor,
+    q: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float | torch.Tensor,
     saved: torch.Tensor,
     upstream: dict[str, torch.Tensor],
     grad_p: torch.Tensor | None,
@@ -94,11 +100,11 @@ def backward(
 
 def kl_and_gradients(
     backend: str,
-    p,
-    q,
-    tokens,
-    mask,
-    temperature,
+    p: torch.Tensor,
+    q: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float | torch.Tensor,
     kl: torch.Tensor,
     saved: torch.Tensor,
     weights: torch.Tensor,
@@ -112,10 +118,11 @@ def kl_and_gradients(
     without `scaling`, by the kernels in one launch where kernels.config has it so.
     """
     alone = grad_p is not None and grad_q is None
-    if alone and backend == "reference" and computes_together(p, scaling):
+    if grad_p is not None and alone and backend == "reference" and computes_together(p, scaling):
+        assert q is not None
         _reference_rows.kl_and_gradient(p, q, mask, temperature, kl, saved, weights, grad_p)
         return
-    if backend == "reference" or not alone:
+    if backend == "reference" or grad_p is None or not alone:
         forward(backend, p, q, tokens, mask, temperature, {"kl": kl}, saved, scaling)
         backward(
             backend,

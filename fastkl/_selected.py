@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +45,7 @@ def _logprobs(logits: Tensor, index: Tensor, backend: str) -> tuple[Tensor, Tens
     return results
 
 
-def _fake_logprobs(logits, index, backend):
+def _fake_logprobs(logits: Tensor, index: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     dtype = _rows.result_dtype(logits)
     return logits.new_empty(index.shape, dtype=dtype), logits.new_empty(
         (*index.shape[:-1], SAVED), dtype=dtype
@@ -80,7 +83,9 @@ def _gradients(
     return grad.scatter_(-1, index, value.to(grad.dtype))
 
 
-def _fake_gradients(logits, index, logprobs, saved, upstream, backend):
+def _fake_gradients(
+    logits: Tensor, index: Tensor, logprobs: Tensor, saved: Tensor, upstream: Tensor, backend: str
+) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -92,25 +97,29 @@ def _sums_of_equal(index: Tensor, values: Tensor) -> Tensor:
     return values.new_zeros(values.shape).scatter_add_(-1, number, values).gather(-1, number)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, index, ctx.backend = inputs
     save_tensors(ctx, logits, index, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, upstream, _):
+def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
     if upstream is None:
         return None, None, None
     refuse_forward_mode((upstream,))
     return selected_gradients(*ctx.saved_tensors, upstream, ctx.backend), None, None
 
 
-def _batched_logprobs(info, in_dims, logits, index, backend):
+def _batched_logprobs(
+    info: Any, in_dims: Sequence[int | None], logits: Tensor, index: Tensor, backend: str
+) -> tuple[tuple[Any, ...], tuple[int, int]]:
     return (*_batched(info, in_dims, (logits, index)), backend), (0, 0)
 
 
-def _batched_gradients(info, in_dims, *inputs):
+def _batched_gradients(
+    info: Any, in_dims: Sequence[int | None], *inputs: Any
+) -> tuple[tuple[Any, ...], int]:
     return (*_batched(info, in_dims, inputs[:-1]), inputs[-1]), 0
 
 

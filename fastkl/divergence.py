@@ -74,7 +74,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
         gradient = _fused.empty_gradient(p_logits, q_logits, mask, temperature, normalizer, chosen)
         if gradient is not None:
             divisor = _reduce.divisor(reduction, normalizer, mask, p_logits.shape[:-1], torch.float32)
-            return _fused.SummedKL.apply(p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen)[0]
+            return _fused.summed_kl(p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen)[0]
     per_row = isinstance(temperature, torch.Tensor)
     kl = row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl", chosen)[3]
     return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
@@ -101,6 +101,7 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
             x, y = _row_blocks.take(p_logits, rows).float(), _row_blocks.take(q_logits, rows).float()
             result = reference.row_statistics(x, y, None, chosen, entropy=False)
             kl, ref_kl = result.kl, result.ref_kl
+            assert kl is not None and ref_kl is not None
             x_top, x_log_sum, y_top, y_log_sum = result.saved[:, :4].unbind(1)
             apart = (y_top - x_top) / chosen + (y_log_sum - x_log_sum) - kl  # E_p[y - x]/T
             # Sums of float32 logits count differences from a whole number near their median (kernels.row_load.row_shift).
@@ -123,7 +124,7 @@ def _shift(difference: torch.Tensor) -> torch.Tensor:
     return torch.where(shift.abs() < LARGEST_SHIFT, shift, 0.0)
 
 
-def _check(p_logits, q_logits, temperature, mask) -> None:
+def _check(p_logits: torch.Tensor, q_logits: torch.Tensor, temperature: float | torch.Tensor, mask: torch.Tensor | None) -> None:
     """The checks of every function of two logits tensors."""
     _checks.logits("p_logits", p_logits)
     _checks.logits("q_logits", q_logits)

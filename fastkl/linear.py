@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 
-from . import _checks, _dispatch, _linear_ops, _reduce, _rows, backend
+from . import _checks, _chunks, _dispatch, _linear_ops, _reduce, _rows, backend
 from ._types import Reduction
 from .tokens import TokenStats
 
@@ -237,19 +237,20 @@ def _in_range(value: torch.Tensor) -> torch.Tensor:
 class Prepared(NamedTuple):
     """Checked arguments: the six tensors of the ops; mask; the scales of both models; backend, logits_dtype, chunk_size; recompute."""
 
-    six: tuple
+    six: _chunks.Six
     mask: torch.Tensor | None
     scales: tuple[_Scale, _Scale]
-    engine: tuple
+    engine: tuple[str, torch.dtype, int | None]
     recompute: bool | None
 
     def swapped(self) -> Prepared:
         """The same with policy and reference in each other's place."""
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias = self.six
+        assert ref_hidden is not None
         first, second = (weight, None) if ref_weight is None else (ref_weight, weight)
-        return self._replace(six=(ref_hidden, first, ref_bias, hidden, second, bias), scales=self.scales[::-1])
+        return self._replace(six=(ref_hidden, first, ref_bias, hidden, second, bias), scales=(self.scales[1], self.scales[0]))
 
-    def rest(self) -> tuple[tuple, tuple]:
+    def rest(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The ops' other arguments: (mask, temperatures, ratios, temperature) and (softcap, ref_softcap, ratio, *engine)."""
         first, second = self.scales
         dtype = _rows.result_dtype(self.six[0])
@@ -287,22 +288,23 @@ def weighted_kl(made: Prepared, weights: torch.Tensor) -> tuple[torch.Tensor, to
     return results[0], results[1]
 
 
-def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size,
-            recompute=None, *, reference_required: bool = False) -> Prepared:
+def prepare(hidden: torch.Tensor, weight: torch.Tensor | Head, bias: torch.Tensor | None, ref_hidden: torch.Tensor | None,
+            ref_weight: torch.Tensor | Head | None, ref_bias: torch.Tensor | None, temperature: float | torch.Tensor,
+            ref_temperature: float | torch.Tensor | None, softcap: float | None, mask: torch.Tensor | None,
+            logits_dtype: torch.dtype | None, chunk_size: int | None, recompute: bool | None = None, *,
+            reference_required: bool = False) -> Prepared:
     """Check the arguments that all functions on hidden states share, and cast what autocast casts."""
     if reference_required:
         _checks.reference_given(ref_hidden)
     inherited = ref_hidden is not None and ref_weight is None and isinstance(weight, Head)
     heads = _head("weight", weight, "bias", bias, softcap), _head("ref_weight", weight if inherited else ref_weight, "ref_bias", ref_bias, softcap)
     _checks.softcap(softcap)
-    names = tuple(_checks.Names(f"{prefix}hidden", *((f"{prefix}weight.weight", f"{prefix}weight.bias") if isinstance(given, Head)
-                                                     else (f"{prefix}weight", f"{prefix}bias")))
-                  for prefix, given in (("", weight), ("ref_", ref_weight)))
+    names = _names("", weight), _names("ref_", ref_weight)
     shared = heads[1].weight is heads[0].weight
-    hidden, weight, bias, ref_hidden, second_weight, ref_bias = (
-        _autocast(value) for value in (hidden, *heads[0][:2], ref_hidden, None if shared else heads[1].weight, heads[1].bias))
-    _checks.head(names[0], hidden, weight, bias)
-    _checks.second_head((hidden, weight, bias), (ref_hidden, weight if shared else second_weight, ref_bias), names,
+    hidden, first_weight, bias = _autocast(hidden), _autocast(heads[0].weight), _autocast(heads[0].bias)
+    ref_hidden, second_weight, ref_bias = _autocast(ref_hidden), None if shared else _autocast(heads[1].weight), _autocast(heads[1].bias)
+    _checks.head(names[0], hidden, first_weight, bias)
+    _checks.second_head((hidden, first_weight, bias), (ref_hidden, first_weight if shared else second_weight, ref_bias), names,
                         own_bias=inherited or isinstance(ref_weight, Head))
     scales = _scales(heads, temperature, ref_temperature, hidden, ref_hidden)
     _checks.mask(mask, hidden.shape[:-1], hidden.device)
@@ -311,14 +313,20 @@ def prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature,
     default = hidden.dtype if ref_hidden is None or ref_hidden.dtype == hidden.dtype else torch.float32
     _checks.logits_dtype(logits_dtype, default)
     chosen = backend.select(*(value for value in (hidden, ref_hidden) if value is not None), read_rows=False)
-    return Prepared((hidden, weight, bias, ref_hidden, second_weight, ref_bias), mask, scales, (chosen, logits_dtype or default, chunk_size),
+    return Prepared((hidden, first_weight, bias, ref_hidden, second_weight, ref_bias), mask, scales, (chosen, logits_dtype or default, chunk_size),
                     recompute)
+
+
+def _names(prefix: str, weight: torch.Tensor | Head | None) -> _checks.Names:
+    """How messages call the tensors of one model."""
+    inside = (f"{prefix}weight.weight", f"{prefix}weight.bias") if isinstance(weight, Head) else (f"{prefix}weight", f"{prefix}bias")
+    return _checks.Names(f"{prefix}hidden", *inside)
 
 
 def _head(name: str, weight: torch.Tensor | Head | None, bias_name: str, bias: torch.Tensor | None, softcap: float | None) -> Head:
     """Return a model's Head; of a plain weight, with the arguments beside it."""
     if not isinstance(weight, Head):
-        return Head(weight, bias, softcap)
+        return Head(weight, bias, softcap)  # type: ignore[arg-type]  # None without ref_hidden; _checks.head refuses it with one
     for other, value in ((bias_name, bias), ("softcap", softcap)):
         if value is not None:
             raise ValueError(f"{other}: expected None beside a Head as {name}, got "
@@ -328,7 +336,8 @@ def _head(name: str, weight: torch.Tensor | Head | None, bias_name: str, bias: t
     return weight
 
 
-def _scales(heads: tuple[Head, Head], temperature, ref_temperature, hidden, ref_hidden) -> tuple[_Scale, _Scale]:
+def _scales(heads: tuple[Head, Head], temperature: float | torch.Tensor, ref_temperature: float | torch.Tensor | None,
+            hidden: torch.Tensor, ref_hidden: torch.Tensor | None) -> tuple[_Scale, _Scale]:
     """Check both temperatures, and that float32 holds what they and the heads' numbers make together."""
     if ref_hidden is None and ref_temperature is not None:
         raise ValueError(f"ref_temperature: expected None without ref_hidden, got {_checks.shown(ref_temperature)}; pass ref_hidden too")
@@ -351,6 +360,10 @@ def _scales(heads: tuple[Head, Head], temperature, ref_temperature, hidden, ref_
     return made[0], made[1]
 
 
+@overload
+def _autocast(value: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _autocast(value: None) -> None: ...
 def _autocast(value: torch.Tensor | None) -> torch.Tensor | None:
     """As F.linear under autocast: float32 and 16-bit tensors in the autocast type."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == torch.float64:

@@ -146,8 +146,8 @@ class KLPenalty(_Penalty):
         else:
             like = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
             counts = _Counts.of(like, mask)
-            loss, kl = _fused.SummedKL.apply(first, second, mask, self.temperature, like.new_ones(()) * beta,
-                                             self._divisor(counts, normalizer, like.dtype), gradient, chosen)
+            loss, kl = _fused.summed_kl(first, second, mask, self.temperature, like.new_ones(()) * beta,
+                                         self._divisor(counts, normalizer, like.dtype), gradient, chosen)
             total = kl.sum()
         self._remember(kl, total, counts, beta, loss)
         return loss

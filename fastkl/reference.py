@@ -93,7 +93,8 @@ def _subtract(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return difference, torch.where(difference.isfinite(), lost, 0.0)
 
 
-def _log_ratio(x, y, x_max, y_max, ratio, scale) -> torch.Tensor:
+def _log_ratio(x: torch.Tensor, y: torch.Tensor, x_max: torch.Tensor, y_max: torch.Tensor, ratio: torch.Tensor,
+               scale: torch.Tensor | float) -> torch.Tensor:
     """log q - log p = (y - x)·scale - (lse(y) - lse(x)), with lse(y) - lse(x) = (y_max - x_max)·scale + ratio.
 
     The large parts cancel before anything is rounded. An entry that is -inf in both gives 0: it takes part in nothing.
@@ -179,6 +180,7 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
     p = log_p.exp()
     with_q = q_logits is not None and bool({"kl", "ref_kl", "ref_logprob"} & set(g))
     if with_q:
+        assert q_logits is not None
         y = q_logits.to(dtype)
         d = _log_ratio(x, y, x_max, y_max, y_log_sum - x_log_sum, scale) - log1p_t
         q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
@@ -197,11 +199,13 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
         if "ref_kl" in g:
             grad_p -= g["ref_kl"] * rise
         if "logprob" in g:
+            assert tokens is not None
             grad_p.scatter_add_(-1, tokens[:, None], g["logprob"])
         grad_p *= scale
     if wrt_q:
         grad_q = g["kl"] * rise if "kl" in g else torch.zeros_like(p)
         if "ref_logprob" in g:
+            assert tokens is not None
             grad_q -= g["ref_logprob"] * q
             grad_q.scatter_add_(-1, tokens[:, None], g["ref_logprob"])
         if "ref_kl" in g:

@@ -33,11 +33,14 @@ class Specialization:
     kernel: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
-    attrs: dict[tuple[int, ...], list]
+    attrs: dict[tuple[int, ...], list[Any]]
     num_warps: int
     pairs_per_thread: int
     options: dict[str, Any]
     segment: int = 0
+
+
+_Values = list[tuple[str, dict[str, Any]]]  # suffixes of names, and compile-time values
 
 
 def _type_of(name: str, dtype: str, grad_dtype: str) -> str:
@@ -71,11 +74,11 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
     lanes = 16 // itemsize
     warp = 64 if arch.startswith("gfx") else 32
     forward, backward, fused = (config.select(direction, arch, itemsize, VOCABULARY) for direction in ("forward", "backward", "fused"))
-    plain = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0, REF_SOFTCAP=0.0, HAS_RATIO=False)
+    plain: dict[str, Any] = dict(HAS_MASK=True, TEMPERATURE_PER_ROW=False, SOFTCAP=0.0, REF_SOFTCAP=0.0, HAS_RATIO=False)
     segment = config.segment_length(VOCABULARY, forward.segment)
     shape = dict(SPLITS=triton.next_power_of_2(-(-VOCABULARY // segment)), THREADS=forward.threads, GROUPS=forward.groups, LANES=lanes,
                  PREFETCH=config.prefetches(arch), REALIGN=not aligned, Q_IN_BLOCKS=True)
-    specializations = []
+    specializations: list[Specialization] = []
 
     def add(name: str, kernel: Any, chosen: config.RowConfig, constexprs: dict[str, Any], grad_dtype: str | None = None) -> None:
         roomy = not aligned or constexprs["SOFTCAP"] > 0.0 or constexprs["HAS_RATIO"]
@@ -85,11 +88,12 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
 
     # Ratios and soft caps are described for 16-bit logits alone: what they add does not depend on the type.
     short = aligned and itemsize == 2
-    scalings = [("", {}), ("_ratio", dict(HAS_RATIO=True)), ("_softcap", dict(SOFTCAP=30.0, REF_SOFTCAP=30.0))] if short else [("", {})]
+    scaled: _Values = [("_ratio", dict(HAS_RATIO=True)), ("_softcap", dict(SOFTCAP=30.0, REF_SOFTCAP=30.0))]
+    scalings: _Values = [("", {}), *(scaled if short else ())]
     for name, entropy, kl, reverse in (("kl_divergence", False, True, False), ("token_stats", True, True, True),
                                        ("token_stats_policy_only", True, False, False)):
-        fields = dict(HAS_TOKENS=name != "kl_divergence", WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
-        constexprs = {**shape, **plain, **fields}
+        asked = dict(HAS_TOKENS=name != "kl_divergence", WITH_ENTROPY=entropy, WITH_KL=kl, WITH_REVERSE=reverse)
+        constexprs = {**shape, **plain, **asked}
         for suffix, values in scalings if kl else scalings[:1]:
             add(f"{name}.forward{suffix}", row_forward, forward, {**constexprs, **values})
         if not aligned and kl:
@@ -98,7 +102,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
             # Neither reads rows in blocks; row_fused asks for the gradient of a KL.
             if not aligned or (gradient and not (short and name == "kl_divergence")):
                 continue
-            again = {key: value for key, value in {**plain, **fields}.items() if key in row_fallback.arg_names}
+            again = {key: value for key, value in {**plain, **asked}.items() if key in row_fallback.arg_names}
             again.update(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=gradient)
             specializations.append(_specialization(f"{name}.{suffix}", row_fallback, again, dtype, FALLBACK_THREADS // warp,
                                                    FALLBACK_BLOCK // FALLBACK_THREADS, fallback_options(arch, warp)))

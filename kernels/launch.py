@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -108,7 +108,7 @@ def fallback_options(arch: str, warp: int) -> dict[str, object]:
     return {"num_warps": FALLBACK_THREADS // warp, **registers, **OPTIONS}
 
 
-def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """The tensor's device as the current one: kernels start on the current one's stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device() else _HERE
 
@@ -121,8 +121,9 @@ class Variant:
     rows; its check for changed globals and its pre-run hooks are part of it, and are left out.
     """
 
-    def __init__(self, kernel: object, constants: dict[str, object], options: dict[str, object]) -> None:
-        self.kernel, self.constants, self.options, self.compiled = kernel, constants, options, None
+    def __init__(self, kernel: Any, constants: dict[str, object], options: dict[str, object]) -> None:
+        self.kernel, self.constants, self.options = kernel, constants, options
+        self.compiled: Any = None
 
     def start(self, programs: int, arguments: dict[str, object]) -> None:
         """Launch `programs` programs. Arguments in the order of the kernel's signature, compile-time values last; numbers have fixed types there, so
@@ -148,7 +149,9 @@ class Case(NamedTuple):
     @property
     def constants(self) -> dict[str, object]:
         """The compile-time values that every kernel takes."""
-        return dict(LANES=16 // self.types[0].itemsize, HAS_MASK=self.has_mask, TEMPERATURE_PER_ROW=self.types[3] is not None,
+        kind = self.types[0]
+        assert kind is not None
+        return dict(LANES=16 // kind.itemsize, HAS_MASK=self.has_mask, TEMPERATURE_PER_ROW=self.types[3] is not None,
                     Q_IN_BLOCKS=self.q_in_blocks, SOFTCAP=self.softcap, REF_SOFTCAP=self.ref_softcap, HAS_RATIO=self.has_ratio)
 
     @property
@@ -178,12 +181,14 @@ def layout(vocabulary: int, dims: tuple[tuple[int, int, int], tuple[int, int, in
            types: tuple[torch.dtype | None, ...], has_mask: bool, softcaps: tuple[float, float], has_ratio: bool) -> Layout:
     """The Layout for (size, stride of P, stride of Q) of the outer and the inner dimension, and the types of p, q, tokens and temperatures."""
     (outer, *outer_strides), (inner, *inner_strides) = dims
-    p, q = (Rows((dtype or types[0]).itemsize, address, *strides)
+    of_p = types[0]
+    assert of_p is not None
+    p, q = (Rows((dtype or of_p).itemsize, address, *strides)
             for dtype, address, *strides in zip(types, addresses, outer_strides, inner_strides, strict=False))
     in_blocks = types[1] is None or (p.lanes == q.lanes and p.same_blocks(q, inner, outer))
     places = dict(n_inner=inner, stride_p_outer=p.stride_outer, stride_p_inner=p.stride_inner, stride_q_outer=q.stride_outer,
                   stride_q_inner=q.stride_inner)
-    case = Case(device, types, has_mask, not p.aligned(inner, outer), in_blocks, *map(float, softcaps), has_ratio)
+    case = Case(device, types, has_mask, not p.aligned(inner, outer), in_blocks, float(softcaps[0]), float(softcaps[1]), has_ratio)
     return Layout(p, outer, inner, vocabulary, places, case, outer * inner)
 
 
@@ -211,7 +216,7 @@ def backward_variant(case: Case, chosen: config.RowConfig, fields: tuple[str, ..
     return Variant(row_backward, _in_order(row_backward, **constants), _options(chosen, case.device, case.roomy))
 
 
-def _in_order(kernel: object, **constants: object) -> dict[str, object]:
+def _in_order(kernel: Any, **constants: object) -> dict[str, object]:
     """Compile-time values in the order of the kernel's signature."""
     return {name: constants[name] for name in inspect.signature(kernel.fn).parameters if name in constants}
 
@@ -234,7 +239,7 @@ class ForwardPlan(NamedTuple):
 
 
 @functools.lru_cache(KEPT)
-def _forward_plan(layout: Layout, with_entropy: bool, with_reverse: bool, overridden: tuple) -> ForwardPlan:
+def _forward_plan(layout: Layout, with_entropy: bool, with_reverse: bool, overridden: tuple[Any, ...]) -> ForwardPlan:
     """The plan; `overridden` tells one configuration of the tests and the tuner from another."""
     chosen = config.select("forward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
     segment = config.segment_length(layout.vocabulary, chosen.segment)
@@ -276,7 +281,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
 
 @functools.lru_cache(KEPT)
 def _backward_plan(layout: Layout, fields: tuple[str, ...], stride: int, grad_p: tuple[torch.dtype, int] | None,
-                   grad_q: tuple[torch.dtype, int] | None, overridden: tuple) -> tuple[int, Variant]:
+                   grad_q: tuple[torch.dtype, int] | None, overridden: tuple[Any, ...]) -> tuple[int, Variant]:
     """(chunks of a row, row_backward) for upstream gradients of `fields`, to gradients of these types and addresses with rows `stride` apart."""
     chosen = config.select("backward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
     in_blocks = all(grad is None or layout.p.same_blocks(Rows(grad[0].itemsize, grad[1], layout.inner * stride, stride), layout.inner, layout.outer)
@@ -296,7 +301,9 @@ def backward(problem: Problem, saved: torch.Tensor, upstream: dict[str, torch.Te
     layout, fields = problem.layout, tuple(upstream)
     stacked = (torch.stack([value.to(torch.float32) for value in upstream.values()]) if len(fields) > 1
                else upstream[fields[0]].to(torch.float32).contiguous())
-    stride_grad = (grad_q if grad_p is None else grad_p).stride(0)
+    grad = grad_q if grad_p is None else grad_p
+    assert grad is not None
+    stride_grad = grad.stride(0)
     chunks, variant = _backward_plan(layout, fields, stride_grad, None if grad_p is None else (grad_p.dtype, grad_p.data_ptr() % ADDRESSES),
                                      None if grad_q is None else (grad_q.dtype, grad_q.data_ptr() % ADDRESSES), tuple(config._override.items()))
     with _on(p):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -61,7 +61,7 @@ class FusedPlan(NamedTuple):
 
 
 @functools.lru_cache(KEPT)
-def _fused_plan(layout: Layout, overridden: tuple) -> FusedPlan:
+def _fused_plan(layout: Layout, overridden: tuple[Any, ...]) -> FusedPlan:
     """Return the plan of row_fused; `overridden` as in _forward_plan."""
     chosen = config.select("fused", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary)
     segment = config.segment_length(layout.vocabulary, chosen.segment)

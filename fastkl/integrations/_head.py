@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NoReturn
+from typing import Any, NoReturn, overload
 
 import torch
 import torch.nn.functional as F
@@ -93,12 +93,16 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
     return inner.base_model, Head(weight, bias, *form)
 
 
-def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
+def causal_lm(model: Any) -> Any:
     """Return the model with the lm_head, inside a PEFT model."""
     peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     return model.get_base_model() if peft else model
 
 
+@overload
+def cut(value: torch.Tensor, rows: int) -> torch.Tensor: ...
+@overload
+def cut(value: None, rows: int) -> None: ...
 def cut(value: torch.Tensor | None, rows: int) -> torch.Tensor | None:
     """Cut a weight or bias; all rows are the same tensor, by which a shared one is known."""
     return value if value is None or len(value) == rows else value[:rows]
@@ -108,7 +112,7 @@ def _refuse(expected: str, got: str, remedy: str) -> NoReturn:
     raise ValueError(f"model: expected {expected}, got {got}; {remedy}")
 
 
-def _refuse_other_kinds(model: torch.nn.Module, inner: torch.nn.Module, layer) -> None:
+def _refuse_other_kinds(model: torch.nn.Module, inner: Any, layer: Any) -> None:
     """Raise for models whose lm_head or hidden states are not all that makes their logits."""
     name, configs = type(inner).__name__, getattr(model, "peft_config", None)
     adapters = configs.values() if isinstance(configs, dict) else ()
@@ -127,9 +131,12 @@ def _refuse_other_kinds(model: torch.nn.Module, inner: torch.nn.Module, layer) -
 
 
 @torch.no_grad()
-def _own_logits(model: torch.nn.Module, layer: torch.nn.Module) -> tuple:
+def _own_logits(
+    model: Any, layer: Any
+) -> tuple[torch.Tensor | None, torch.Tensor, set[torch.dtype]]:
     """Run a few tokens: (last hidden states or None, logits, types at work), all of one forward."""
-    states, types = [], {layer.weight.dtype}
+    states: list[torch.Tensor | None] = []
+    types = {layer.weight.dtype}
     hooks = [
         model.base_model.register_forward_hook(
             lambda module, args, output: states.append(getattr(output, "last_hidden_state", None))
@@ -148,7 +155,7 @@ def _own_logits(model: torch.nn.Module, layer: torch.nn.Module) -> tuple:
     return states[-1] if states else None, logits, types | {logits.dtype}
 
 
-def _named(config) -> dict[str, float]:
+def _named(config: Any) -> dict[str, float]:
     """Collect the soft caps and factors that a config names: positive numbers alone."""
     found = {name: getattr(config, name, None) for name in (*CAPS, *FACTORS)}
     if isinstance(base := getattr(config, BASE_WIDTH, None), int):

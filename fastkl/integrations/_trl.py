@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastkl import Head, linear_kl_divergence
@@ -15,12 +17,17 @@ if trl.__version__.split(".")[:2] != ["1", "16"]:
     raise ImportError(f"trl: expected version 1.16, whose internals fastkl.integrations.trl was tested with, got {trl.__version__}; "
                       f"remedy: pip install 'trl==1.16.*', or a fastkl for that version")
 
-from ._head import causal_lm, cut, head_of
+from ._head import causal_lm as causal_lm
+from ._head import cut, head_of
 from .transformers import KLCallback
 
 
 class ExactDivergence:
     """Beside a distillation trainer of TRL's among the bases: checks when it is made, and the KL in the direction that its `beta` says."""
+
+    # The trainer's.
+    beta: float
+    teacher_model: torch.nn.Module | None
 
     def _set_up(self, logits_dtype: torch.dtype | None, instead: str, refused: dict[str, bool]) -> None:
         refuse(self, instead, refused)
@@ -36,7 +43,7 @@ class ExactDivergence:
             self.kl_callback.attach(self)
         self._student_head, self._teacher_head = checked_heads(self, self.teacher_model, instead)
 
-    def _kl(self, student, teacher, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, mask: torch.Tensor,
+    def _kl(self, student: Any, teacher: Any, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, mask: torch.Tensor,
             temperature: float = 1.0) -> torch.Tensor:
         """Of unwrapped models, the sum of the tokens that count, or with a callback the KL of each; only the student learns."""
         sides = [(student_hidden, head(student, self._student_head)), (teacher_hidden, detached(head(teacher, self._teacher_head)))]
@@ -49,7 +56,7 @@ def per_item(kl: torch.Tensor, tokens: torch.Tensor, num_items_in_batch: torch.T
     return kl.sum() / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
-def callback_of(trainer) -> KLCallback | None:
+def callback_of(trainer: Any) -> KLCallback | None:
     """The KLCallback among the trainer's callbacks."""
     found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, KLCallback)]
     if len(found) > 1:
@@ -57,7 +64,7 @@ def callback_of(trainer) -> KLCallback | None:
     return found[0] if found else None
 
 
-def refuse(trainer, instead: str, more: dict[str, bool]) -> None:
+def refuse(trainer: Any, instead: str, more: dict[str, bool]) -> None:
     """Raise for options that none of the trainers supports, and for those in `more` that are on."""
     configs = getattr(trainer.model, "peft_config", {})
     refused = {"fsdp": trainer.is_fsdp_enabled, "deepspeed": trainer.is_deepspeed_enabled, "torch_compile": trainer.args.torch_compile,
@@ -81,15 +88,16 @@ def checked_dtype(value: torch.dtype | None) -> torch.dtype | None:
 # ---- a micro-batch of GRPOTrainer or DistillationTrainer
 
 
-def sequence(inputs: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
+def sequence(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(ids, attention mask, how many of the last tokens are the completion) of prompts with their completions."""
     ids, mask = (torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask"))
     return ids, mask, inputs["completion_ids"].shape[1]
 
 
-def loss_mask(inputs: dict) -> torch.Tensor:
+def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
     """Completion tokens that count: a tool's do not."""
-    return (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+    mask: torch.Tensor = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    return mask.bool()
 
 
 # ---- models
@@ -97,12 +105,13 @@ def loss_mask(inputs: dict) -> torch.Tensor:
 
 def hidden_states(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The hidden states [B, T-1, H] that every token but the first is predicted from."""
-    return causal_lm(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state[:, :-1]
+    states: torch.Tensor = causal_lm(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return states[:, :-1]
 
 
-def checked_heads(trainer, second: torch.nn.Module | None, instead: str) -> tuple[Head, Head]:
+def checked_heads(trainer: Any, second: torch.nn.Module | None, instead: str) -> tuple[Head, Head]:
     """Check the trainer's model and its reference or teacher (None: itself); heads of shared rows."""
-    heads = []
+    heads: list[Head] = []
     for model in (trainer.model, second):
         try:
             heads.append(
@@ -111,7 +120,8 @@ def checked_heads(trainer, second: torch.nn.Module | None, instead: str) -> tupl
         except ValueError as error:
             raise ValueError(f"{error}; or train with {instead}") from None
     rows = min(len(each.weight) for each in heads)
-    return tuple(detached(each._replace(weight=each.weight[:rows])) for each in heads)
+    first, other = (detached(each._replace(weight=each.weight[:rows])) for each in heads)
+    return first, other
 
 
 def head(model: torch.nn.Module, made: Head) -> Head:

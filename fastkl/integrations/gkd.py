@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import _trl
@@ -46,12 +48,13 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
     Source: as ExactDistillationTrainer.
     """
 
-    def __init__(self, *args, logits_dtype: torch.dtype | None = None, **kwargs) -> None:
+    def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._set_up(logits_dtype, "trl.experimental.gkd.GKDTrainer", {})
         self._redirect = _ForwardRedirection()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The mean KL over the tokens that count; with return_outputs also what the model returns."""
         student, mask = self.accelerator.unwrap_model(model), inputs["labels"][:, 1:] != -100
         sequence = inputs["input_ids"], inputs["attention_mask"]
@@ -65,7 +68,8 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
         with torch.no_grad():
             return loss, model(input_ids=sequence[0], attention_mask=sequence[1])
 
-    def _divergence(self, student, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _divergence(self, student: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        assert self.teacher_model is not None
         self.teacher_model.eval()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with self.accelerator.autocast():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 
@@ -96,7 +96,7 @@ class KLCallback(TrainerCallback, ExportableState):
         if not isinstance(self.unit, str) or self.unit not in get_args(Unit):
             raise ValueError(f"controller: expected one whose unit is 'token' or 'sequence', got "
                              f"{self.unit!r}; set its unit to what its target is a mean over")
-        self._micro_batches: list[tuple] = []
+        self._micro_batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         self._figures: dict[str, tuple[float, int]] = {}
         self._heard = False
         self._warned = False
@@ -140,7 +140,7 @@ class KLCallback(TrainerCallback, ExportableState):
 
     # ---- what Trainer calls
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the states that a checkpoint brought."""
         if args.restore_callback_states_from_checkpoint:
             raise ValueError("restore_callback_states_from_checkpoint: expected False with a KLCallback, got True, which would replace it by one "
@@ -153,7 +153,7 @@ class KLCallback(TrainerCallback, ExportableState):
             for part, values in saved["attributes"].items():
                 self._restore(part, values)
 
-    def _restore(self, part: str, values: dict | None) -> None:
+    def _restore(self, part: str, values: dict[str, Any] | None) -> None:
         """Load the state of the controller or the monitor from a checkpoint."""
         if values is None:
             return
@@ -167,7 +167,7 @@ class KLCallback(TrainerCallback, ExportableState):
                              f"another ({error}); resume with that one, or start anew without "
                              f"resume_from_checkpoint") from error
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Update monitor and controller with what the optimizer step's micro-batches left."""
         if not self._micro_batches:
             if not self._heard:
@@ -184,7 +184,7 @@ class KLCallback(TrainerCallback, ExportableState):
             figures = {"kl/mean": kl / tokens if tokens else math.nan}
         else:
             figures = self._monitored(beta, state.global_step) if state.is_world_process_zero else {}
-        if beta is not None:
+        if self.controller is not None and beta is not None:
             figures["kl/beta"] = beta
             count = tokens if self.unit == "token" else sequences
             if count and math.isfinite(kl):
@@ -198,7 +198,8 @@ class KLCallback(TrainerCallback, ExportableState):
         self._remember(figures)
         self._micro_batches = []
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, model: torch.nn.Module | None = None,
+               **kwargs: Any) -> None:
         """Add the figures since the last log to the entry that Trainer has just made, and to what the callbacks after this one get."""
         # The summary at the end is training's, even after an evaluation.
         of_evaluation = model is not None and not model.training and "train_runtime" not in (logs or {})
@@ -210,9 +211,9 @@ class KLCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(figures)
         self._figures = {}
 
-    def state(self) -> dict[str, dict]:
+    def state(self) -> dict[str, dict[str, Any]]:
         """What Trainer writes to a checkpoint's trainer_state.json."""
-        parts = {"controller": self.controller, "monitor": self.monitor}
+        parts: dict[str, Any] = {"controller": self.controller, "monitor": self.monitor}
         return {"args": {}, "attributes": {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in parts.items()}}
 
     # ---- the figures of a step
@@ -231,6 +232,7 @@ class KLCallback(TrainerCallback, ExportableState):
 
     def _monitored(self, beta: float | None, step: int) -> dict[str, float]:
         """The monitor's figures of the micro-batches as one varlen batch, named for the Trainer's logs."""
+        assert self.monitor is not None
         kls, masks, entropies = zip(*self._micro_batches, strict=True)
         ends = itertools.accumulate(kl.numel() for kl in kls)
         # Made where the KL is: a copy from here would wait for all that the device still has to do.

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from fastkl import TokenStats, linear_token_stats
+from fastkl import Head, TokenStats, linear_token_stats
 
 from . import _trl
 from .transformers import KLCallback
@@ -61,13 +63,13 @@ class ExactGRPOTrainer(GRPOTrainer):
     Source: Shao et al., DeepSeekMath (2024), eq. 3, with the KL taken exactly instead of by eq. 4.
     """
 
-    def __init__(self, *args, logits_dtype: torch.dtype | None = None, **kwargs) -> None:
+    def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _trl.refuse(self, "trl.GRPOTrainer", {"router_aux_loss_coef above 0": self.aux_loss_enabled, "beta below 0": self.args.beta < 0})
         self._redirect = _ForwardRedirection()
         self._logits_dtype = _trl.checked_dtype(logits_dtype)
         self.beta = 0.0
-        self._reference: tuple | None = None
+        self._reference: tuple[torch.Tensor, Head] | None = None
         self._kl: torch.Tensor | None = None
         self.kl_callback = _trl.callback_of(self)
         if self.args.beta == 0:
@@ -89,22 +91,25 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     # ---- the two methods of GRPOTrainer that are overridden
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
-                                           compute_aux_loss=False, **inputs):
+    def _get_per_token_logps_and_entropies(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
+                                           batch_size: int | None = None, compute_entropy: bool = False, compute_aux_loss: bool = False,
+                                           **inputs: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         """Log-probs and entropies of the last tokens; within the loss their KL too, kept in self._kl."""
         original = self.accelerator.unwrap_model(model)
         parts = []
-        for rows in zip(*(value.split(batch_size or len(value)) for value in (input_ids, attention_mask)), strict=True):
+        for ids, attended in zip(*(value.split(batch_size or len(value)) for value in (input_ids, attention_mask)), strict=True):
             # Inside the forward of DDP, so that it gathers the gradients; a batch of the loss is never split, so the reference fits it.
             run = self._statistics if model is original else functools.partial(self._redirect, model, original, self._statistics)
-            parts.append(run(original, *rows, logits_to_keep, self._reference))
+            parts.append(run(original, ids, attended, logits_to_keep, self._reference))
         logprob, entropy, _, self._kl, _ = (None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
         return logprob, entropy if compute_entropy else None, None
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """TRL's loss without its KL, plus beta times the exact one."""
+        loss: torch.Tensor
         if self.args.beta == 0:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
+            return loss
         mask = _trl.loss_mask(inputs)
         self._reference, self._kl = self._reference_head(model, inputs), None
         try:
@@ -115,17 +120,18 @@ class ExactGRPOTrainer(GRPOTrainer):
             raise RuntimeError(f"trl: expected GRPOTrainer._compute_loss to call _get_per_token_logps_and_entropies as in 1.16, got a "
                                f"{trl.__version__} that does not; install the TRL that fastkl.integrations.trl was tested with")
         kl, self._kl = torch.where(mask, self._kl, 0.0), None
+        assert self.kl_callback is not None
         self.kl_callback.record(kl, mask)
         sums = self.accelerator.reduce(torch.stack([kl.detach().sum(), mask.sum().float()]), reduction="sum")
         self._metrics["train" if self.model.training else "eval"]["kl"].append((sums[0] / sums[1].clamp(min=1)).item())
         return loss + self.kl_weight * self._reduced(kl, mask, inputs)
 
-    def _reduced(self, kl: torch.Tensor, mask: torch.Tensor, inputs: dict) -> torch.Tensor:
+    def _reduced(self, kl: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """Per-token values, 0 where the token does not count, to a scalar: as GRPOTrainer reduces its loss, which is linear in what it reduces."""
         training, kind = self.model.training, self.loss_type
         accumulated = self.current_gradient_accumulation_steps if training else 1.0
         if kind in ("cispo", "dapo", "vespo"):
-            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            tokens: torch.Tensor = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             return kl.sum() / (tokens * accumulated / self.args.steps_per_generation if training else tokens)
         if kind in ("grpo", "sapo"):
             loss = (kl.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
@@ -150,7 +156,7 @@ class ExactGRPOTrainer(GRPOTrainer):
             tokens = sorted({*range(shared, own), *(self.generation_config.suppress_tokens or ())})
             self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = tokens
 
-    def _hidden(self, model, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int) -> torch.Tensor:
+    def _hidden(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int) -> torch.Tensor:
         """The hidden states [B, keep, H] that the last `keep` tokens are predicted from."""
         # Waits for the device; an embedding that lacks a row would stop it for good.
         if self._shared is not None and int(input_ids.max()) >= self._shared:
@@ -159,20 +165,27 @@ class ExactGRPOTrainer(GRPOTrainer):
         with self.accelerator.autocast():
             return _trl.hidden_states(model, input_ids, attention_mask)[:, -keep:]
 
-    def _statistics(self, model, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int, reference: tuple | None) -> TokenStats:
+    def _statistics(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int,
+                    reference: tuple[torch.Tensor, Head] | None) -> TokenStats:
         """TokenStats of the last `keep` tokens; runs inside the forward of what wraps the model."""
         ref_hidden, ref_head = reference or (None, None)
         hidden = self._hidden(model, input_ids, attention_mask, keep)
         context = self.accelerator.autocast()
         if self.args.cast_lm_head_to_fp32:
             hidden, context = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-            ref_hidden = None if reference is None else ref_hidden.float()
+            ref_hidden = None if ref_hidden is None else ref_hidden.float()
         with context:
-            return linear_token_stats(hidden, _trl.head(model, self._policy_head), input_ids[:, -keep:], ref_hidden, ref_head,
-                                      temperature=self.temperature, logits_dtype=self._logits_dtype, mask=attention_mask[:, -keep:].bool())
+            head, tokens = _trl.head(model, self._policy_head), input_ids[:, -keep:]
+            options: dict[str, Any] = {"temperature": self.temperature, "logits_dtype": self._logits_dtype, "mask": attention_mask[:, -keep:].bool()}
+            stats: TokenStats
+            if ref_hidden is None:
+                stats = linear_token_stats(hidden, head, tokens, **options)
+            else:
+                stats = linear_token_stats(hidden, head, tokens, ref_hidden, ref_head, **options)
+            return stats
 
     @torch.no_grad()
-    def _reference_head(self, model, inputs: dict) -> tuple:
+    def _reference_head(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Head]:
         """(hidden states, Head) of the reference for a micro-batch, without gradient."""
         kept = inputs.get("fastkl_ref_hidden")
         with self._as_reference(model) as reference:
@@ -183,7 +196,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         return hidden, head
 
     @contextlib.contextmanager
-    def _as_reference(self, model):
+    def _as_reference(self, model: Any) -> Iterator[Any]:
         """The reference model, unwrapped, in eval mode; with PEFT the policy while its adapter is off."""
         if self.ref_model is not None:
             yield self.accelerator.unwrap_model(self.ref_model).eval()
@@ -224,11 +237,12 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
     is TRL's convention: the generalised Jensen-Shannon divergence of the paper's eq. 1 goes to 0 at both ends.
     """
 
-    def __init__(self, *args, logits_dtype: torch.dtype | None = None, **kwargs) -> None:
+    def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._set_up(logits_dtype, "trl.DistillationTrainer", {"no teacher_model": self.teacher_model is None})
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: torch.Tensor | int | None = None) -> Any:
         """TRL's, which calls _compute_loss inside the forward of what wraps the student."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._metrics["train" if self.model.training else "eval"].pop("entropy", None)
@@ -236,10 +250,12 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
             self.kl_callback.record(*self._recorded)
         return loss
 
-    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+    def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any],
+                      num_items_in_batch: torch.Tensor | int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(loss, a placeholder for the entropy, tokens that count), as TRL's compute_loss expects them."""
         arguments, mask = _trl.sequence(inputs), _trl.loss_mask(inputs)
         student_hidden = self._get_last_hidden_state(unwrapped_student, *arguments)
+        assert self.teacher_model is not None
         self.teacher_model.eval()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with torch.no_grad():

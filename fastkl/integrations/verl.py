@@ -18,23 +18,30 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import torch
 
 from fastkl import estimate_kl
 
-if TYPE_CHECKING:
-    from fastkl.rl import BetaController
-
 TESTED = "0.9"
 POLICY_LOSS = ("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights")
 KL_PENALTY = ("logprob", "ref_logprob", "kl_penalty")
 # verl's names, those with a "+" too, which ask for the gradient that is always given here.
-ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+ESTIMATORS: dict[str, Literal["k1", "k2", "k3", "abs"]] = {
+    "kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3",
+}
 
 # verl's bound on the value of k3. It also bounds d at ±20 before, beyond which k3 is above this anyway.
 LARGEST_K3 = 10.0
+
+
+class BetaController(Protocol):
+    """An object with a weight that is read at every call, as those of fastkl.rl."""
+
+    @property
+    def beta(self) -> float:
+        """The weight as it is now."""
 
 
 def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str) -> torch.Tensor:
@@ -107,7 +114,9 @@ def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Calla
     _weight_of(beta)
     _name("base", base)
 
-    def with_kl(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None, rollout_is_weights=None):
+    def with_kl(old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor,
+                loss_agg_mode: str = "token-mean", config: Any = None,
+                rollout_is_weights: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
         tensors = {"old_log_prob": old_log_prob, "log_prob": log_prob, "response_mask": response_mask}
         if rollout_is_weights is not None:
             tensors["rollout_is_weights"] = rollout_is_weights
@@ -144,7 +153,8 @@ def register(name: str = "vanilla_kl", base: str = "vanilla", *, beta: float | B
     _same_arguments(core.get_policy_loss_fn(base), POLICY_LOSS)
     if name in core.POLICY_LOSS_REGISTRY:
         raise ValueError(f"name: expected one that verl does not have yet, got {name!r}; choose another")
-    return core.register_policy_loss(name)(policy_loss(base, beta=beta))
+    registered: Callable[..., Any] = core.register_policy_loss(name)(policy_loss(base, beta=beta))
+    return registered
 
 
 def install_kl_penalty() -> None:
@@ -160,7 +170,8 @@ def install_kl_penalty() -> None:
     if verls is kl_penalty:
         return
     _same_arguments(verls, KL_PENALTY)
-    for module in [module for name, module in list(sys.modules.items()) if name.startswith("verl.")]:
+    modules: list[Any] = [module for name, module in list(sys.modules.items()) if name.startswith("verl.")]
+    for module in modules:
         if getattr(module, "kl_penalty", None) is verls:
             module.kl_penalty = kl_penalty
 
@@ -194,10 +205,11 @@ def _core_algos() -> ModuleType:
         import verl.trainer.ppo.core_algos as core
     except ModuleNotFoundError as missing:
         raise ImportError(f"not installed: {missing.name}; remedy: pip install 'verl=={TESTED}.*'") from missing
-    return core
+    found: ModuleType = core
+    return found
 
 
-def _same_arguments(function: Callable, expected: tuple[str, ...]) -> None:
+def _same_arguments(function: Callable[..., Any], expected: tuple[str, ...]) -> None:
     got = tuple(inspect.signature(function).parameters)
     if got != expected:
         import verl

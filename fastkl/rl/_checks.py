@@ -6,19 +6,13 @@ import math
 import numbers
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from .._checks import (
-    FLOAT_TYPES,
-    INTEGER_TYPES,
-    LARGEST_COUNT,
-    dtype_remedy,
-    local_or_full,
-    same_device_and_precision,
-    shown,
-    type_name,
-)
+from .._checks import FLOAT_TYPES as FLOAT_TYPES
+from .._checks import INTEGER_TYPES as INTEGER_TYPES
+from .._checks import LARGEST_COUNT, dtype_remedy, local_or_full, same_device_and_precision
 from .._checks import choice as choice
 from .._checks import clamp as clamp
 from .._checks import logits as logits
@@ -26,7 +20,9 @@ from .._checks import mask as mask
 from .._checks import normalizer as normalizer
 from .._checks import not_sharded as not_sharded
 from .._checks import same_device as same_device
+from .._checks import shown as shown
 from .._checks import token_weights as token_weights
+from .._checks import type_name as type_name
 
 _LARGEST = sys.float_info.max
 
@@ -75,7 +71,7 @@ def not_negative(x: float) -> bool:
     return 0 <= x < math.inf
 
 
-def number(name: str, value: float | torch.Tensor, what: str, inside: Callable[[float], bool], remedy: str, *,
+def number(name: str, value: Any, what: str, inside: Callable[[float], bool], remedy: str, *,
            tensor: bool = False) -> float:
     """A number for which `inside` holds, as `what` says, as a float; with `tensor` also a tensor of one entry, for which it waits."""
     if tensor and isinstance(value, torch.Tensor) and value.dtype in FLOAT_TYPES + INTEGER_TYPES:
@@ -98,7 +94,7 @@ def number(name: str, value: float | torch.Tensor, what: str, inside: Callable[[
     return float(value)
 
 
-def _as_float(value: numbers.Real) -> float:
+def _as_float(value: Any) -> float:
     """The nearest float, an infinity for a Fraction beyond the largest."""
     try:
         return float(value)
@@ -106,7 +102,7 @@ def _as_float(value: numbers.Real) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def whole_number(name: str, value: int, what: str, remedy: str) -> None:
+def whole_number(name: str, value: object, what: str, remedy: str) -> None:
     """A Python int of at least 1 and below 2^31."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected {what}, got {type_name(value)}; {remedy}")

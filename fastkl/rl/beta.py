@@ -30,7 +30,8 @@ class Penalty(Protocol):
 class _Controller(abc.ABC):
     """What all controllers share: beta, the checks of an update, and the state."""
 
-    _STATE = ("beta",)  # what state_dict holds beside the class and the unit: the attributes of these names with an underscore before
+    # Attributes that state_dict holds beside the class and the unit, by their names without the underscore.
+    _STATE: tuple[str, ...] = ("beta",)
 
     def __init__(self, beta: float, unit: Unit | None) -> None:
         self._beta = beta
@@ -157,6 +158,7 @@ class _TargetedBeta(_Controller):
     @property
     def unit(self) -> Unit:
         """What the target is a mean over: "token" or "sequence"."""
+        assert self._unit is not None
         return self._unit
 
     def _within(self, name: str, value: float) -> float:
@@ -166,7 +168,9 @@ class _TargetedBeta(_Controller):
         return value
 
     def _checked(self, name: str, value: object) -> float | None:
-        return self._within(f"state[{name!r}]", super()._checked(name, value))
+        checked = super()._checked(name, value)
+        assert checked is not None
+        return self._within(f"state[{name!r}]", checked)
 
     def _clip(self, value: float) -> float:
         return min(max(value, self.bounds[0]), self.bounds[1])

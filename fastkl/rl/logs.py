@@ -37,7 +37,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     Raises OSError for a file that cannot be read, TypeError for what is no path, ValueError for a file that has another line than JSON objects.
     """
     _check_path("path", path, "pass the file that KLMonitor(jsonl=...) wrote")
-    steps = []
+    steps: list[dict[str, float]] = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, raw in enumerate(file, 1):
             line = raw.replace("\0", "").strip()
@@ -124,11 +124,12 @@ def check_logger(logger: Logger) -> None:
 
 def send(logger: Logger, metrics: dict[str, float]) -> None:
     """Give a logger the figures of a step, in its own way."""
+    way: Any = logger
     if callable(getattr(logger, "add_scalar", None)):
         for name, value in metrics.items():
             if name != "step":
-                logger.add_scalar(name, value, int(metrics["step"]))
+                way.add_scalar(name, value, int(metrics["step"]))
     elif callable(getattr(logger, "log", None)):
-        logger.log(metrics)
+        way.log(metrics)
     else:
-        logger(metrics)
+        way(metrics)

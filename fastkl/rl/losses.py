@@ -156,6 +156,7 @@ def grpo_loss(logprob: torch.Tensor, old_logprob: torch.Tensor | None, advantage
         if kl is not None:
             kl = _counted(kl.to(logprob.dtype), mask)
         else:
+            assert ref_logprob is not None
             reference = _counted(finite(ref_logprob.detach()), mask)
             if correct_kl and level == "token":
                 kl = sampled_kl_loss(logprob, reference, old_logprob=old_logprob, clamp=kl_clamp)
@@ -264,9 +265,9 @@ def _check_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor | None, kl: torch
         if value is not None:
             _checks.float_tensor(name, value, "per token, shaped as logprob")
             _checks.like(name, value, "logprob", logprob)
-    for name, value, default in (("correct_kl", correct_kl, False), ("kl_clamp", kl_clamp, None)):
-        if kl is not None and value != default:
-            raise ValueError(f"{name}: expected {default} with an exact kl, got {_checks.shown(value)}; "
+    for name, given, default in (("correct_kl", correct_kl, False), ("kl_clamp", kl_clamp, None)):
+        if kl is not None and given != default:
+            raise ValueError(f"{name}: expected {default} with an exact kl, got {_checks.shown(given)}; "
                              f"it is for the estimate from ref_logprob, an exact kl needs "
                              f"no such thing")
     if kl is not None and torch.is_grad_enabled() and logprob.requires_grad and not kl.requires_grad:
@@ -378,6 +379,7 @@ def _total(per_token: torch.Tensor, mask: torch.Tensor, sequences: _Sequences, r
     elif reduction == "sequence_mean":
         loss = loss / _divisor(normalizer, (tokens > 0).sum().clamp(min=1), loss.dtype)
     elif reduction == "dr_grpo":
+        assert max_length is not None
         if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling() and int(tokens.max()) > max_length:
             raise ValueError(f"max_length: expected at least the tokens of each sequence, {int(tokens.max())}, got {max_length}; pass the limit that "
                              f"the sampling had")

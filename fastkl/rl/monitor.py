@@ -144,7 +144,8 @@ class KLMonitor:
             self._tell(send, logger, dict(metrics), f"loggers[{index}]", Exception)
         return metrics
 
-    def _tell(self, write: Callable, target: object, metrics: dict[str, float], name: str, failure: type[Exception]) -> None:
+    def _tell(self, write: Callable[[Any, dict[str, float]], None], target: object, metrics: dict[str, float], name: str,
+              failure: type[Exception]) -> None:
         """write(target, metrics), whose failure costs a warning, once, and not the run."""
         try:
             write(target, metrics)
@@ -208,13 +209,13 @@ class KLMonitor:
         sums, tokens = self._profile[:, :used]
         return {"position": [index * self._width for index in range(used)], "kl": (sums / tokens).tolist(), "tokens": tokens.tolist()}
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """All that it knows of the run, as a plain dict for JSON or torch.save."""
         return {"class": "KLMonitor", "threshold": self.threshold, "positions": self.positions, "step": self._step, "run": dict(self._run),
                 "histogram": self._histogram.tolist(), "width": self._width, "profile": self._profile.tolist(),
                 "spike": None if self.detector is None else self.detector.state_dict()}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another class, an incomplete or damaged one, or one of a
         monitor with another threshold, other positions, or with a detector where this one has none, or the other way round."""
         mine = self.state_dict()
@@ -248,15 +249,15 @@ def _possible(name: str, value: Any) -> bool:
     """Whether an entry of a state, of the right form, is finite and has no negative counts."""
     if name == "run":  # a mean of k1, and so the sum and the maximum, may be negative
         counts = [count for key, count in value.items() if key not in ("sum", "max")]
-        return (all(map(math.isfinite, value.values())) and min(counts) >= 0
-                and value["finite"] <= value["tokens"]
-                and min(value["finite"], 1) <= value["sequences"] <= value["tokens"])
+        return bool(all(map(math.isfinite, value.values())) and min(counts) >= 0
+                    and value["finite"] <= value["tokens"]
+                    and min(value["finite"], 1) <= value["sequences"] <= value["tokens"])
     if name == "profile":
         sums, tokens = value
         return all(map(math.isfinite, sums)) and all(0 <= entry < math.inf for entry in tokens)
     if name == "histogram":
         return all(0 <= entry < math.inf for entry in value)
-    return 0 <= value <= 2**53 if name == "step" else 0 < value < 2**31
+    return bool(0 <= value <= 2**53 if name == "step" else 0 < value < 2**31)
 
 
 def _sorted_figures(named: dict[str, object], kl: torch.Tensor) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -342,7 +343,8 @@ def _measure(kl: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor | 
         raise ValueError("kl: expected values, got a tensor on the meta device, which has none; "
                          "pass the KL of a step") from None
     values = copied[:len(scalars)].tolist()
-    return _Measured(dict(zip(figures, values, strict=False)), values[len(figures):-5], *values[-5:-1], int(values[-1]),
+    held, finites, finite_sum, finite_max, width_now = values[-5:]
+    return _Measured(dict(zip(figures, values, strict=False)), values[len(figures):-5], held, finites, finite_sum, finite_max, int(width_now),
                      copied[len(scalars):-2 * positions], copied[-2 * positions:].reshape(2, positions))
 
 

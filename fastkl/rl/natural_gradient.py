@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -13,6 +13,7 @@ from . import _checks
 
 # What is differentiated, and every vector beside it: one tensor, or tensors by name as in dict(model.named_parameters()).
 Tensors = torch.Tensor | dict[str, torch.Tensor]
+Given = torch.Tensor | Mapping[str, torch.Tensor]
 
 
 @overload
@@ -24,7 +25,7 @@ def fisher_vector_product(function: Callable[[dict[str, torch.Tensor]], torch.Te
                           parameters: Mapping[str, torch.Tensor], vector: Mapping[str, torch.Tensor],
                           *, weights: torch.Tensor | None = None) -> dict[str, torch.Tensor]: ...
 @torch.no_grad()
-def fisher_vector_product(function: Callable[[Tensors], torch.Tensor], parameters: Tensors, vector: Tensors, *,
+def fisher_vector_product(function: Callable[[Any], torch.Tensor], parameters: Given, vector: Given, *,
                           weights: torch.Tensor | None = None) -> Tensors:
     """F v, with F the Fisher matrix of the policy softmax(function(parameters)), averaged over the rows of its logits.
 
@@ -65,14 +66,15 @@ def fisher_vector_product(function: Callable[[Tensors], torch.Tensor], parameter
     tangents = _like("vector", vector, "parameters", point)
     primal = _packed(point, parameters)
     policy = partial(_logits_of, function)
-    logits, tangent = torch.func.jvp(policy, (primal,), (_packed(tangents, parameters),))
+    logits, tangent = torch.func.jvp(policy, (primal,), (_packed(tangents, parameters),))[:2]
     _checks.logits("function's result", logits)
     _checks.token_weights(weights, logits.shape[:-1], logits.device)
-    _, pull_back = torch.func.vjp(policy, primal)
-    return pull_back(_softmax_fisher(logits, tangent, weights).to(logits.dtype))[0]
+    pull_back = torch.func.vjp(policy, primal)[1]
+    result: Tensors = pull_back(_softmax_fisher(logits, tangent, weights).to(logits.dtype))[0]
+    return result
 
 
-def _logits_of(function: Callable[[Tensors], torch.Tensor], parameters: Tensors) -> torch.Tensor:
+def _logits_of(function: Callable[[Any], torch.Tensor], parameters: Tensors) -> torch.Tensor:
     """Call the function, and check that it returns a tensor."""
     logits = function(parameters)
     if not isinstance(logits, torch.Tensor):
@@ -108,7 +110,7 @@ def conjugate_gradient(product: Callable[[dict[str, torch.Tensor]], Mapping[str,
                        tolerance: float = 1e-6,
                        damping: float = 0.0) -> dict[str, torch.Tensor]: ...
 @torch.no_grad()
-def conjugate_gradient(product: Callable[[Tensors], Tensors], b: Tensors, *, iterations: int = 10, tolerance: float = 1e-6,
+def conjugate_gradient(product: Callable[[Any], Given], b: Given, *, iterations: int = 10, tolerance: float = 1e-6,
                        damping: float = 0.0) -> Tensors:
     """x with (A + damping·I) x = b, for a symmetric positive semi-definite A known by its products.
 
@@ -172,7 +174,7 @@ def natural_gradient(function: Callable[[dict[str, torch.Tensor]], torch.Tensor]
                      tolerance: float = 1e-6,
                      damping: float = 1e-3) -> dict[str, torch.Tensor]: ...
 @torch.no_grad()
-def natural_gradient(function: Callable[[Tensors], torch.Tensor], parameters: Tensors, gradient: Tensors, max_kl: float, *,
+def natural_gradient(function: Callable[[Any], torch.Tensor], parameters: Given, gradient: Given, max_kl: float, *,
                      weights: torch.Tensor | None = None, iterations: int = 10, tolerance: float = 1e-6, damping: float = 1e-3) -> Tensors:
     """The step along F⁻¹ gradient that, by the quadratic model of the KL, moves the policy by max_kl.
 
@@ -211,7 +213,7 @@ def natural_gradient(function: Callable[[Tensors], torch.Tensor], parameters: Te
     """
     _checks.number("max_kl", max_kl, "a positive finite number of nats", _checks.positive, "0.01 is common")
     _like("gradient", gradient, "parameters", _named("parameters", parameters))
-    product = partial(fisher_vector_product, function, parameters, weights=weights)
+    product: Callable[[Any], Any] = partial(fisher_vector_product, function, parameters, weights=weights)
     direction = conjugate_gradient(product, gradient, iterations=iterations, tolerance=tolerance, damping=damping)
     named, _ = _scaled(_named("direction", direction))
     curvature = _dot("Fisher product", named, _like("Fisher product", product(_packed(named, parameters)), "parameters", named))
@@ -224,7 +226,7 @@ def natural_gradient(function: Callable[[Tensors], torch.Tensor], parameters: Te
     return _packed({name: value.mul_(length) for name, value in named.items()}, parameters)
 
 
-def _named(name: str, value: Tensors) -> dict[str, torch.Tensor]:
+def _named(name: str, value: Given) -> dict[str, torch.Tensor]:
     """A dict of float32 or float64 tensors by name; a tensor alone is one without a name."""
     if not isinstance(value, (torch.Tensor, dict)) or isinstance(value, dict) and not value:
         got = "an empty dict" if isinstance(value, dict) else type(value).__name__
@@ -244,7 +246,7 @@ def _named(name: str, value: Tensors) -> dict[str, torch.Tensor]:
     return named
 
 
-def _like(name: str, value: Tensors, other_name: str, other: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _like(name: str, value: Given, other_name: str, other: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of `value` in the order of `other`, after a check that names, shapes, types and devices are its own."""
     named = _named(name, value)
     if named.keys() != other.keys():
@@ -259,7 +261,7 @@ def _like(name: str, value: Tensors, other_name: str, other: dict[str, torch.Ten
     return {key: named[key] for key in other}
 
 
-def _packed(named: dict[str, torch.Tensor], like: Tensors) -> Tensors:
+def _packed(named: dict[str, torch.Tensor], like: Given) -> Tensors:
     return named[""] if isinstance(like, torch.Tensor) else named
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from typing import Any
 
 from . import _checks
 
@@ -111,12 +112,12 @@ class SpikeDetector:
         self._evidence = 0.0
         return True
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What it remembers, as a plain dict for JSON or torch.save, with the settings that shape it: recent, window and floor."""
         return {"class": "SpikeDetector", "recent": self._levels.maxlen, "window": self._residuals.maxlen, "floor": self.floor,
                 "levels": list(self._levels), "residuals": list(self._residuals), "evidence": self._evidence}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another class, an incomplete or damaged one, or one of a
         detector with another recent, window or floor."""
         mine = self.state_dict()

@@ -103,7 +103,7 @@ class TrustRegion:
             if closure is None:
                 optimizer.step()
             else:
-                optimizer.step(closure)
+                optimizer.step(closure)  # type: ignore[arg-type]  # torch's annotation leaves out the tensor that its own examples return
             kl = _measured(mean_kl)
             if self._within(kl):
                 return StepResult("full", 1.0, kl)
