@@ -3,7 +3,7 @@
     python3 -m benchmarks.overhead [--against PATH] [--json FILE]
 
 With few rows this is the whole time of a call. Each function is called as users call it, on plain tensors, and by way of its custom op, which
-torch.compile, dispatch modes and tensor subclasses take (fastkl/_dispatch.py). No GPU is needed: tensors are on the CPU, kernels are not run.
+torch.compile, dispatch modes and tensor subclasses take (fastkl/dual_op.py). No GPU is needed: tensors are on the CPU, kernels are not run.
 --against compares with another checkout of the repository: two processes take turns, so that what else the machine does meets both.
 """
 import argparse

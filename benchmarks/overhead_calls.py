@@ -54,9 +54,9 @@ def without_launches():
 
 def by_way_of(way):
     """Within it a call of plain tensors goes this way."""
-    from fastkl import _dispatch
+    from fastkl.ops import dual_op
 
-    return contextlib.nullcontext() if way == WAYS[0] else mock.patch.object(_dispatch, "_plain", lambda inputs: False)
+    return contextlib.nullcontext() if way == WAYS[0] else mock.patch.object(dual_op, "_plain", lambda inputs: False)
 
 
 def microseconds(call, count):

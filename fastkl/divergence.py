@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from . import _checks, _fused, _reduce, _row_blocks, _rows, backend, reference
-from ._ops import row_statistics
+from . import _checks, _reduce, backend, reference
 from ._types import Reduction
+from .ops import engine, row_blocks, summed_op
+from .ops.row_op import row_statistics
 
 # Limits of one pass of the kernels: kernels.row_finish.LARGE_KL and LARGEST_DIFFERENCE, kernels.row_math.LARGEST_D
 # and LARGEST_LSE.
@@ -71,10 +72,10 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
     _reduce.check(reduction, weights, normalizer, p_logits.shape[:-1], p_logits.device)
     chosen = backend.select(p_logits, q_logits)
     if reduction != "none" and weights is None:
-        gradient = _fused.empty_gradient(p_logits, q_logits, mask, temperature, normalizer, chosen)
+        gradient = summed_op.empty_gradient(p_logits, q_logits, mask, temperature, normalizer, chosen)
         if gradient is not None:
             divisor = _reduce.divisor(reduction, normalizer, mask, p_logits.shape[:-1], torch.float32)
-            return _fused.summed_kl(p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen)[0]
+            return summed_op.summed_kl(p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen)[0]
     per_row = isinstance(temperature, torch.Tensor)
     kl = row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl", chosen)[3]
     return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
@@ -94,11 +95,11 @@ def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperatur
     """
     _check(p_logits, q_logits, temperature, mask)
     slow = torch.zeros(p_logits.shape[:-1].numel(), dtype=torch.bool, device=p_logits.device)
-    temperatures = _rows.flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
+    temperatures = engine.flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
     with torch.no_grad():
-        for rows in _row_blocks.row_blocks(p_logits, _rows.flat(mask)):
+        for rows in row_blocks.row_blocks(p_logits, engine.flat(mask)):
             chosen = temperatures[rows].float() if isinstance(temperatures, torch.Tensor) else temperatures
-            x, y = _row_blocks.take(p_logits, rows).float(), _row_blocks.take(q_logits, rows).float()
+            x, y = row_blocks.take(p_logits, rows).float(), row_blocks.take(q_logits, rows).float()
             result = reference.row_statistics(x, y, None, chosen, entropy=False)
             kl, ref_kl = result.kl, result.ref_kl
             assert kl is not None and ref_kl is not None

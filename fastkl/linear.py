@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 
-from . import _checks, _chunks, _dispatch, _linear_ops, _reduce, _rows, backend
+from . import _checks, _reduce, backend
 from ._types import Reduction
+from .ops import dual_op, linear_op, lm_head
+from .ops.fields import FIELDS, result_dtype
 from .tokens import TokenStats
 
 if TYPE_CHECKING:
@@ -138,9 +140,9 @@ def linear_token_stats(hidden: torch.Tensor, weight: torch.Tensor | Head, tokens
     made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size,
                    recompute)
     _checks.tokens(tokens, hidden.shape[:-1], hidden.device)
-    fields = "logprob,entropy" if ref_hidden is None else ",".join(_rows.FIELDS)
+    fields = "logprob,entropy" if ref_hidden is None else ",".join(FIELDS)
     per_token, settings = made.rest()
-    values = _linear_ops.linear_statistics(*made.six, tokens.long(), *per_token, fields, *settings, made.keeps_logits())
+    values = linear_op.linear_statistics(*made.six, tokens.long(), *per_token, fields, *settings, made.keeps_logits())
     return TokenStats(*values[:2], None, None, None) if ref_hidden is None else TokenStats(*values[:5])
 
 
@@ -192,11 +194,11 @@ def linear_kl_divergence(hidden: torch.Tensor, weight: torch.Tensor | Head, ref_
     """
     made = prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, ref_temperature, softcap, mask, logits_dtype, chunk_size,
                    recompute, reference_required=True)
-    leading, device, dtype = hidden.shape[:-1], hidden.device, _rows.result_dtype(hidden)
+    leading, device, dtype = hidden.shape[:-1], hidden.device, result_dtype(hidden)
     _reduce.check(reduction, weights, normalizer, leading, device)
     if reduction == "none":
         per_token, settings = made.rest()
-        return _linear_ops.linear_statistics(*made.six, None, *per_token, "kl", *settings, made.keeps_logits())[3]
+        return linear_op.linear_statistics(*made.six, None, *per_token, "kl", *settings, made.keeps_logits())[3]
     return weighted_kl(made, _reduce.token_scales(weights, reduction, normalizer, mask, leading, dtype, device))[0]
 
 
@@ -237,7 +239,7 @@ def _in_range(value: torch.Tensor) -> torch.Tensor:
 class Prepared(NamedTuple):
     """Checked arguments: the six tensors of the ops; mask; the scales of both models; backend, logits_dtype, chunk_size; recompute."""
 
-    six: _chunks.Six
+    six: lm_head.Six
     mask: torch.Tensor | None
     scales: tuple[_Scale, _Scale]
     engine: tuple[str, torch.dtype, int | None]
@@ -253,7 +255,7 @@ class Prepared(NamedTuple):
     def rest(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The ops' other arguments: (mask, temperatures, ratios, temperature) and (softcap, ref_softcap, ratio, *engine)."""
         first, second = self.scales
-        dtype = _rows.result_dtype(self.six[0])
+        dtype = result_dtype(self.six[0])
         temperature, ratio = first.divisor(dtype), second.ratio_to(first, dtype)
         temperatures, temperature = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
         ratios, ratio = (ratio, 1.0) if isinstance(ratio, torch.Tensor) else (None, ratio)
@@ -265,7 +267,7 @@ class Prepared(NamedTuple):
         call it once for each of any number of samples. An exported graph may be for any number of tokens.
         """
         hidden, weight, _, ref_hidden, *_ = self.six
-        if self.recompute or _dispatch.transforming() or not self.learning():
+        if self.recompute or dual_op.transforming() or not self.learning():
             return False
         if self.recompute is False or torch.compiler.is_exporting():
             return self.recompute is False
@@ -274,7 +276,7 @@ class Prepared(NamedTuple):
 
     def learning(self) -> list[str]:
         """Return the names of those of the six that require gradient."""
-        return [name for name, value in zip(_linear_ops.SIX, self.six, strict=True)
+        return [name for name, value in zip(linear_op.SIX, self.six, strict=True)
                 if value is not None and value.requires_grad and torch.is_grad_enabled()]
 
 
@@ -284,7 +286,7 @@ def weighted_kl(made: Prepared, weights: torch.Tensor) -> tuple[torch.Tensor, to
         weights = torch.where(made.mask, weights, 0.0)
     wrt = ",".join(made.learning())
     per_token, settings = made.rest()
-    results = _linear_ops.linear_weighted_kl(*made.six, weights, *per_token, wrt, *settings)
+    results = linear_op.linear_weighted_kl(*made.six, weights, *per_token, wrt, *settings)
     return results[0], results[1]
 
 

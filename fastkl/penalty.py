@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
-from . import _checks, _dispatch, _fused, _reduce, _rows, backend, linear
+from . import _checks, _reduce, backend, linear
 from ._types import BetaController, Direction, PenaltyReduction, called_as
 from .divergence import kl_divergence
 from .linear import Head
+from .ops import dual_op, summed_op
+from .ops.fields import result_dtype
 
 DIRECTIONS = get_args(Direction)
 
@@ -72,7 +74,7 @@ class _Penalty(torch.nn.Module):
 
     def _remember(self, kl: torch.Tensor, total: torch.Tensor, counts: _Counts, beta: float, loss: torch.Tensor) -> None:
         """Keep the statistics of a call in `last`: no gradient, no synchronisation."""
-        if _dispatch.transforming():
+        if dual_op.transforming():
             return  # these tensors are worth nothing outside the transform
         with torch.no_grad():  # as a decorator it breaks the graph of a compiled step in which the module is made
             kl, total = kl.detach(), total.detach()
@@ -135,7 +137,7 @@ class KLPenalty(_Penalty):
         beta = self.beta
         _checks.mask(mask, first.shape[:-1], first.device)
         chosen = backend.select(first, second)
-        gradient = _fused.empty_gradient(first, second, mask, self.temperature, normalizer, chosen)
+        gradient = summed_op.empty_gradient(first, second, mask, self.temperature, normalizer, chosen)
         if gradient is None:
             kl = kl_divergence(first, second, mask, temperature=self.temperature)
             counts, total = _Counts.of(kl, mask), kl.sum()
@@ -146,7 +148,7 @@ class KLPenalty(_Penalty):
         else:
             like = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
             counts = _Counts.of(like, mask)
-            loss, kl = _fused.summed_kl(first, second, mask, self.temperature, like.new_ones(()) * beta,
+            loss, kl = summed_op.summed_kl(first, second, mask, self.temperature, like.new_ones(()) * beta,
                                          self._divisor(counts, normalizer, like.dtype), gradient, chosen)
             total = kl.sum()
         self._remember(kl, total, counts, beta, loss)
@@ -221,7 +223,7 @@ class LinearKLPenalty(_Penalty):
         if self.direction == DIRECTIONS[1]:
             made = made.swapped()
         _checks.normalizer(normalizer, self.reduction, hidden.device)
-        like = hidden.new_empty(hidden.shape[:-1], dtype=_rows.result_dtype(hidden))
+        like = hidden.new_empty(hidden.shape[:-1], dtype=result_dtype(hidden))
         beta, counts = self.beta, _Counts.of(like, mask)
         scale = like.new_ones(()) * beta / self._divisor(counts, normalizer, like.dtype)
         loss, kl = linear.weighted_kl(made, scale.expand(like.shape))

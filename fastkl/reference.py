@@ -6,7 +6,7 @@ The textbook form Σ p·(log p - log q) is the difference of two large sums wher
 Conventions for infinities: an entry with p = 0 adds nothing to an expectation under P, one with p > 0 = q makes KL(P‖Q) infinite; a NaN
 poisons its own row and no other.
 
-On CPU tensors users run the leaner sums of _cpu_rows.py, and this for the rows that those do not hold: a few at a time, and once more in float64
+On CPU tensors users run the leaner sums of ops/cpu_rows.py, and this for the rows that those do not hold: a few at a time, and once more in float64
 where float32 does not hold them either.
 """
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 
 from . import _checks, backend
-from ._ops import row_statistics
-from ._selected import selected_logprobs
+from .ops.row_op import row_statistics
+from .ops.selected_op import selected_logprobs
 
 
 class TokenStats(NamedTuple):

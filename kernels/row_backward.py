@@ -5,7 +5,15 @@ import triton.language as tl
 
 from .row_fallback import is_fallback, write_fallback
 from .row_finish import SAVED, Reading
-from .row_gradient import Asked, Place, Upstream, entry_gradients, gradient_terms, load_saved, write_tile
+from .row_gradient import (
+    Asked,
+    Place,
+    Upstream,
+    entry_gradients,
+    gradient_terms,
+    load_saved,
+    write_tile,
+)
 from .row_load import row_offset, row_pad, row_ratio, row_scale
 from .row_math import scale_reference, soft_cap, soft_cap_slope
 from .row_segment import Tiling

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from .row_finish import Reading, load_states, row_outputs, row_statistics, saved_values, store_state, store_statistics, store_zeros
+from .row_finish import (
+    Reading,
+    load_states,
+    row_outputs,
+    row_statistics,
+    saved_values,
+    store_state,
+    store_statistics,
+    store_zeros,
+)
 from .row_gradient import Asked, Place, Upstream, gradient_terms, write_tile
 from .row_load import lane_order, prefetch, row_offset, row_ratio, row_scale, row_shift
 from .row_math import LOG2E, STATE, Want

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fastkl
-from fastkl import _reference_rows, backend
+from fastkl import backend
+from fastkl.ops import reference_rows
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -39,7 +40,7 @@ def ran(monkeypatch) -> list[str]:
         monkeypatch.setattr(module, attribute, recorded)
 
     for step in ("forward", "backward"):
-        spy(_reference_rows, step, f"reference {step}")
+        spy(reference_rows, step, f"reference {step}")
         if launch is not None:
             spy(launch, step, f"triton {step}")
     return calls

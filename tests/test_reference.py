@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastkl
-from fastkl import _row_blocks, reference, testing
+from fastkl import reference, testing
+from fastkl.ops import row_blocks
 
 V = 23
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
@@ -229,7 +230,7 @@ def test_blocks_change_no_bit(monkeypatch, elements) -> None:
         return [*fields, *torch.autograd.grad(sum(fields).sum(), (p, q))]
 
     expected = outcome()
-    monkeypatch.setattr(_row_blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
     for result, value in zip(outcome(), expected, strict=True):
         assert torch.equal(result, value) and bool(value.any())
 

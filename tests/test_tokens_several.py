@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastkl import _rows, selective_log_softmax, testing
+from fastkl import selective_log_softmax, testing
+from fastkl.ops import engine
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -109,7 +110,7 @@ def test_one_read(implementation, monkeypatch) -> None:
         return lambda *inputs: (calls.append(name), run(*inputs))
 
     for name in ("forward", "backward"):
-        monkeypatch.setattr(_rows, name, counted(name, getattr(_rows, name)))
+        monkeypatch.setattr(engine, name, counted(name, getattr(engine, name)))
     logits = testing.leaf(testing.pair("normal3", 3, 203, 0.0)[0].to(implementation.device))
     selective_log_softmax(logits, torch.arange(3 * 40, device=implementation.device).view(3, 40)).sum().backward()
     assert calls == ["forward", "backward"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._rows import result_dtype
+from ..ops.fields import result_dtype
 from . import _checks
 from .beta import BetaController
 from .logs import Logger, append_line, appendable, check_logger, send

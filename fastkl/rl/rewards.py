@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from .._rows import result_dtype
 from .._types import BetaController
+from ..ops.fields import result_dtype
 from . import _checks
 
 

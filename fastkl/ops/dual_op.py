@@ -1,0 +1,192 @@
+"""Chooses how an op runs: a plain autograd.Function in eager mode, which is fast; a registered custom op when a compiler, tracer,
+dispatch mode or subclass must see it.
+
+The way through torch.library is right everywhere and takes longer than all else that a call with few rows does. Eager mode with plain tensors,
+which is nearly every call, goes through a Function over the same code, and so do torch.func's transforms, whose grad does not take such an op.
+torch.compile, torch.export, tracers, dispatch modes (selective checkpointing, fake tensors), functionalize, tensor subclasses and meta tensors get
+the op. A TorchFunctionMode, which torch.set_default_device is too, sees neither.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.autograd.profiler import record_function
+
+from .. import _checks
+
+try:
+    from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+    from torch._C._autograd import _profiler_enabled
+    from torch._C._functorch import (
+        TransformType,
+        is_functorch_wrapped_tensor,
+        is_legacy_batchedtensor,
+        peek_interpreter_stack,
+    )
+    from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+    from torch.jit._trace import is_tracing
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+except ImportError:  # torch's own names: a release without one of them gets the op everywhere
+    SHORT_WAYS = False
+else:
+    SHORT_WAYS = True
+
+# Any other argument has something of its own to say about how it is computed with.
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_VALUES = frozenset({torch.dtype, type(None), float, int, bool, str})
+
+Outputs = TypeVar("Outputs")
+
+
+class Dispatched(Generic[Outputs]):
+    """A computation with gradient rule; calling it takes the shortest way that is right for the caller. `.op`: its custom op.
+
+    compute: the computation, annotated as torch.library.custom_op wants it; its first argument is a tensor. fake: its outputs without their values.
+    Both return None for an output that nobody asked for; where an op cannot, an empty tensor stands for it.
+    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing. `ctx.eager` is there where eager mode's short way
+    was taken: what `compute` returned has no other holders than the caller and autograd.
+    batch: (info, in_dims, *inputs) -> (inputs of one call for all samples of a vmap, out_dims); None computes sample by sample.
+    flops: (*inputs, shapes in place of tensors) -> floating-point operations of the matrix products, for torch.utils.flop_counter; None for none.
+    returned: how many of the outputs a caller may count on, None for all; the others are for backward, and an output costs autograd time.
+    """
+
+    def __init__(self, name: str, compute: Callable[..., Outputs], fake: Callable[..., Any], *, backward: Callable[..., Any],
+                 setup_context: Callable[..., None] | None = None, batch: Callable[..., tuple[Any, Any]] | None = None,
+                 flops: Callable[..., int] | None = None, returned: int | None = None) -> None:
+        self._flops = flops
+        self._name, self._compute = name, compute
+        self.op = torch.library.custom_op(name, _with_tensors(compute), mutates_args=(), schema=torch.library.infer_schema(compute, mutates_args=()))
+        self.op.register_fake(_with_tensors(fake))
+        self.op.register_autograd(backward, setup_context=setup_context)
+
+        def vmap_by(call: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+            def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+                if batch is None:
+                    return _sample_by_sample(call, info.batch_size, in_dims, inputs)
+                batched, out_dims = batch(info, in_dims, *inputs)
+                return call(*batched), out_dims
+
+            return vmap
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            outputs: Any = compute(*inputs)
+            ctx.eager = True
+            if setup_context is not None:
+                setup_context(ctx, inputs, outputs)
+            return outputs if returned is None else outputs[:returned]
+
+        self.op.register_vmap(vmap_by(self.op))
+        # A Function with a setup_context of its own, which transforms need, looks its signature up at every call; Function.apply looks for transforms
+        # and for what they left behind, which __call__ has done, so that the method which that one extends does.
+        eager: Any = super(torch.autograd.Function, _function(name, forward=forward, backward=backward))
+        self._eager: Callable[..., Outputs] = eager.apply
+        # Inputs left over once a transform is done may be transformed again, or traced; its rule needs every output.
+        again = _with_tensors(lambda *inputs: (self if returned is None or transforming() else self.op)(*inputs))
+        self._transformed = _function(name, forward=again, backward=backward,
+                                      setup_context=setup_context or _save_nothing,
+                                      vmap=vmap_by(again), jvp=_refuse_tangents)
+
+    def __call__(self, *inputs: Any, alone: Callable[..., Outputs] | None = None) -> Outputs:
+        """Compute. `alone` takes the place of `compute` where nothing looks on: no compiler, mode or
+        transform, no gradient that is differentiated again. It may write over its inputs."""
+        # Dynamo and tracers first: what follows asks questions that they cannot trace. Then transforms, inside which tensors are wrappers.
+        op: Callable[..., Outputs] = self.op
+        if torch.compiler.is_compiling() or not SHORT_WAYS:
+            return op(*inputs)
+        if _are_functorch_transforms_active():
+            functionalizing = peek_interpreter_stack().key() == TransformType.Functionalize
+            transformed: Callable[..., Outputs] = self._transformed.apply
+            return (op if functionalizing else transformed)(*inputs)
+        if _len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch() or is_tracing() or not _plain(inputs):
+            self._tell_flop_counter()
+            return op(*inputs)
+        if torch.is_grad_enabled():
+            return self._eager(*inputs)
+        compute = alone or self._compute
+        if not _profiler_enabled():
+            return compute(*inputs)
+        with record_function(self._name):
+            return compute(*inputs)
+
+    def _tell_flop_counter(self) -> None:
+        """Give the formula to torch's registry, and to the counters at work, which copied that when they were made.
+
+        Not when this is imported: torch.utils.flop_counter imports Triton.
+        """
+        counting = sys.modules.get("torch.utils.flop_counter")
+        flops = self._flops
+        if flops is None or counting is None:
+            return
+        packet = getattr(torch.ops.fastkl, self._name.removeprefix("fastkl::"))
+        if packet not in counting.flop_registry:
+            counting.register_flop_formula(packet)(lambda *inputs, out_shape=None, **_: flops(*inputs))
+        for mode in _get_current_dispatch_mode_stack():
+            counter = getattr(mode, "counter", mode)
+            if isinstance(counter, counting.FlopCounterMode):
+                counter.flop_registry.setdefault(packet, counting.flop_registry[packet])
+
+
+def eager(*inputs: object) -> bool:
+    """Whether a call with these arguments takes eager mode's short way."""
+    return (SHORT_WAYS and not torch.compiler.is_compiling() and not _are_functorch_transforms_active() and not _len_torch_dispatch_stack()
+            and not _len_torch_dispatch_stack_pre_dispatch() and not is_tracing() and _plain(inputs))
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return SHORT_WAYS and not torch.compiler.is_compiling() and _are_functorch_transforms_active()
+
+
+def _plain(inputs: Sequence[Any]) -> bool:
+    """Whether all tensors among the arguments are what lies in their memory: not subclasses or meta tensors, not batched (is_grads_batched=True), not
+    the negative of their memory (x.conj().imag), not the wrapper that a transform left behind."""
+    for value in inputs:
+        kind = type(value)
+        if kind not in _VALUES and (kind not in _TENSORS or value.is_neg() or is_legacy_batchedtensor(value) or is_functorch_wrapped_tensor(value)):
+            return False
+    return not inputs[0].is_meta
+
+
+def save_tensors(ctx: Any, *tensors: torch.Tensor | None) -> None:
+    """ctx.save_for_backward, that takes tensors made in inference mode too, as a reference's logits may be: by another tensor of their memory, since
+    torch has no version of their own to look at. Nobody sees if they are changed in place before backward."""
+    ctx.save_for_backward(*[value.new_empty(0).set_(value)  # type: ignore[call-overload]  # torch's stubs know storages alone
+                            if value is not None and value.is_inference() else value for value in tensors])
+
+
+def _with_tensors(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """The computation with an empty tensor in place of None."""
+
+    def filled(*inputs: Any) -> Any:
+        outputs = compute(*inputs)
+        return outputs if isinstance(outputs, torch.Tensor) else tuple(inputs[0].new_empty(0) if value is None else value for value in outputs)
+
+    return filled
+
+
+def _sample_by_sample(call: Callable[..., Any], count: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """(outputs, out_dims) of a vmap: a call per sample, and what they return put together."""
+    if count == 0:
+        raise RuntimeError("fastkl: vmap over no samples: expected at least one, since each is a call of its own; leave the call out")
+    samples = [call(*(value if dim is None else value.select(dim, i) for value, dim in zip(inputs, in_dims, strict=True))) for i in range(count)]
+    if isinstance(samples[0], torch.Tensor):
+        return torch.stack(samples), 0
+    return tuple(torch.stack(values) for values in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+
+def _save_nothing(ctx: Any, inputs: Any, outputs: Any) -> None:
+    pass
+
+
+def _refuse_tangents(ctx: Any, *tangents: Any) -> None:
+    """Raise for a tangent inside a transform's wrapper, as hessian makes: checks do not see it."""
+    _checks.refuse_forward_mode("inputs")
+
+
+def _function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """A torch.autograd.Function that profilers and grad_fn show under the op's name."""
+    return type(name, (torch.autograd.Function,), {method: staticmethod(function) for method, function in methods.items()})

@@ -1,0 +1,152 @@
+"""Cuts logits of any leading shape and strides into blocks of rows that stay in a CPU's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import overload
+
+import torch
+
+from . import cpu_rows
+
+# Elements of a block of rows, for each thread: small enough for its cache, large enough to keep
+# torch's overhead down. Up to four times as many where the block's buffers still are small beside
+# the tensors.
+BLOCK_ELEMENTS = 1 << 16
+# Rows that are finished together: the finishing step costs a few scalars a row.
+ROWS_AT_ONCE = 256
+
+
+@overload
+def rows_of(value: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor: ...
+@overload
+def rows_of(value: float, rows: torch.Tensor | slice) -> float: ...
+@overload
+def rows_of(value: None, rows: torch.Tensor | slice) -> None: ...
+def rows_of(
+    value: torch.Tensor | float | None, rows: torch.Tensor | slice
+) -> torch.Tensor | float | None:
+    """Some rows of a per-row tensor."""
+    return value[rows] if isinstance(value, torch.Tensor) else value
+
+
+def rows_of_each(
+    values: dict[str, torch.Tensor], rows: slice | torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return some rows of each per-row tensor."""
+    return {name: value[rows] for name, value in values.items()}
+
+
+def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """Indices of the rows that count, a block at a time."""
+    vocabulary = logits.shape[-1]
+    rows = (
+        torch.arange(logits.numel() // vocabulary, device=logits.device)
+        if mask is None
+        else mask.nonzero()[:, 0]
+    )
+    if rows.numel():
+        yield from rows.split(max(1, BLOCK_ELEMENTS // vocabulary))
+
+
+def take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a tensor of any leading shape and strides, without a copy of the whole."""
+    if logits.dim() == 2:
+        contiguous = int(rows[-1]) - int(rows[0]) == rows.numel() - 1
+        return logits[int(rows[0]) : int(rows[-1]) + 1] if contiguous else logits[rows]
+    if logits.dim() == 1:
+        return logits[None]
+    return logits[torch.unravel_index(rows, logits.shape[:-1])]
+
+
+def statistics_elements(logits: torch.Tensor) -> int:
+    """Elements of a block of statistics, at least a row: up to four buffers in float32, which
+    together take no more than one of the tensors.
+    """
+    return max(logits.shape[-1], min(_block(4, logits.nbytes // 16), logits.numel()))
+
+
+def gradient_elements(logits: torch.Tensor) -> int:
+    """Elements of a block of gradients, which needs no whole row of a long one: two buffers take 5
+    % of one of the tensors.
+    """
+    whole = logits.shape[-1] if cpu_rows.takes_whole_rows(logits) else 256
+    return max(whole, _block(4, logits.nbytes // 40) // 2)
+
+
+def _block(most: int, elements: int) -> int:
+    """`elements`, but at least a block and at most `most`: each thread gets its share of every
+    operation in its own cache.
+    """
+    return min(most * BLOCK_ELEMENTS, max(BLOCK_ELEMENTS, elements)) * torch.get_num_threads()
+
+
+def rows_per_block(logits: torch.Tensor) -> int:
+    """Rows of a block."""
+    return max(1, BLOCK_ELEMENTS * torch.get_num_threads() // logits.shape[-1])
+
+
+def blocks(
+    p: torch.Tensor, q: torch.Tensor | None, mask: torch.Tensor | None, several: bool
+) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """(row numbers, their logits [k, V] of P and of Q) of the rows that count: a block at a time,
+    or several blocks where that needs no copy.
+    """
+    step = rows_per_block(p)
+    most = max(step, ROWS_AT_ONCE) if several else step
+    for start, x, y in _matrices(p, q, 0):
+        counted = None if mask is None else mask[start : start + x.shape[0]]
+        parts: Iterable[slice | torch.Tensor]
+        if counted is None or bool(counted.all()):
+            parts = [
+                slice(first, min(first + most, x.shape[0])) for first in range(0, x.shape[0], most)
+            ]
+        else:
+            parts = _runs(counted.nonzero()[:, 0], most, step)
+        for part in parts:
+            rows = (
+                slice(part.start + start, part.stop + start)
+                if isinstance(part, slice)
+                else part + start
+            )
+            yield rows, x[part], None if y is None else y[part]
+
+
+def _runs(rows: torch.Tensor, most: int, step: int) -> Iterator[slice | torch.Tensor]:
+    """Row numbers in order: up to `most` at once as a slice where none is left out, which is a
+    view, else up to `step`.
+    """
+    for some in rows.split(most) if rows.numel() else ():
+        whole = _as_slice(some)
+        yield from (whole,) if isinstance(whole, slice) or most == step else _runs(some, step, step)
+
+
+def _as_slice(rows: torch.Tensor) -> slice | torch.Tensor:
+    """Row numbers in order, as a slice where none is left out: a view instead of a copy."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first == rows.numel() - 1 else rows
+
+
+def _matrices(
+    p: torch.Tensor, q: torch.Tensor | None, start: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    """(number of the first row, views [n, V] of P and of Q) that together are all rows of logits of
+    any leading shape and strides.
+    """
+    x, y = _matrix(p), None if q is None else _matrix(q)
+    if x is not None and (q is None or y is not None):
+        yield start, x, y
+        return
+    count = p.shape[1:-1].numel()
+    for i in range(p.shape[0]):
+        yield from _matrices(p[i], None if q is None else q[i], start + i * count)
+
+
+def _matrix(logits: torch.Tensor) -> torch.Tensor | None:
+    """The rows as a view [N, V], None where the strides allow none."""
+    if logits.dim() <= 2:
+        return logits.view(-1, logits.shape[-1]) if logits.dim() == 1 else logits
+    try:
+        return logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        return None

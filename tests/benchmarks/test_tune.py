@@ -1,0 +1,186 @@
+"""The tuner: its grid, its check of a candidate in the interpreter, its choice from given times."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import tune
+from fastkl.kernels import config, launch
+
+# Runs in a process that interprets kernels: three good candidates, and three with wrong results.
+CHECKS = """
+import json
+import quick_interpreter
+import torch
+import triton.testing
+import fastkl
+from benchmarks import tune
+from fastkl.kernels import config, launch_fused
+
+quick_interpreter.hurry()
+torch.set_num_threads(1)
+tune.has_gpu = lambda tool: True
+triton.testing.do_bench = lambda call, return_mode: call() and len(call()) and float(
+    config.select(direction, "interpreter", 4, 264) == config.RowConfig(256, 1, 512, "", None)
+)
+tune.DEVICE, tune.ROWS, tune.CHECKED_ROWS = "cpu", (2,), 3
+fused, kl_divergence, launched = launch_fused.fused, fastkl.kl_divergence, []
+launch_fused.fused = lambda *arguments: launched.append(fused(*arguments))
+wide = ["--vocabulary=264", "--candidate", "256", "1", "512", "0"]
+for direction, dtype in (("forward", "bf16"), ("backward", "fp32"), ("fused", "fp32")):
+    code = tune.main(["--direction", direction, "--dtype", dtype, *wide])
+    print(json.dumps([code, len(launched)]))
+for factor in (lambda rows: 1.001, lambda rows: 1 + 1e-6 * rows, lambda rows: float("nan")):
+    fastkl.kl_divergence = lambda p, q: kl_divergence(p, q) * (
+        1.0 if p.dtype == torch.float64 else factor(len(p))
+    )
+    try:
+        tune.measure("forward", "fp32", 264, config.RowConfig(256, 1, 512, ""))
+    except AssertionError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_the_check_in_the_interpreter() -> None:
+    root = pathlib.Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "tests")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", CHECKS]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    *measured, off, beside, nan = map(json.loads, run.stdout.splitlines())
+    times, codes = measured[::2], measured[1::2]
+    assert [code for code, _ in codes] == [0, 0, 0]
+    assert [launched for _, launched in codes[:2]] == [0, 0] and codes[2][1] > 2
+    assert [len(one) for one in times] == [2, 3, 1]
+    assert {ms for one in times for ms in one.values()} == {1.0}
+    assert "kl_divergence [0]: error 1.0e-03" in off and "nan" in nan
+    assert "kl_divergence [0]: the bits" in beside
+
+
+@pytest.mark.parametrize("direction", tune.SEGMENTS)
+@pytest.mark.parametrize("itemsize, vocabulary", [(2, 128256), (4, 128256), (2, 1000), (4, 50257)])
+def test_candidates_are_configurations_the_kernels_take(direction, itemsize, vocabulary) -> None:
+    present = config.select(direction, "sm_90", itemsize, vocabulary)
+    found = tune.candidates(direction, present, itemsize, vocabulary)
+    assert found[0] is present and len(set(found)) == len(found) > 1
+    for one in found[1:]:
+        assert one.segment % (one.threads * one.groups * (16 // itemsize)) == 0
+        assert one.segment < 2 * vocabulary and (one.max_registers or 0) * one.threads <= 65536
+        assert direction == "backward" or one.threads == present.threads
+
+
+@pytest.mark.parametrize(
+    "script, outcome",
+    [
+        ("echo noise; echo '{\"a\": 1.5}'", {"times": {"a": 1.5}}),
+        ("exit 3", {"refused": "exit code 3"}),
+        ("echo first >&2; echo Error: last >&2; exit 1", {"refused": "Error: last"}),
+        ("exec sleep 60", {"refused": "no answer in 0.1 s"}),
+    ],
+)
+def test_a_process_costs_its_candidate_only(monkeypatch, tmp_path, script, outcome) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(tune, "SECONDS", 0.1 if "sleep" in script else 60)
+    arguments = tune.parsed(["--direction=forward", "--dtype=bf16"])
+    record, chosen = {"trials": []}, config.RowConfig(32, 1, 512, "")
+    assert tune.attempt(arguments, chosen, record) == {**dataclasses.asdict(chosen), **outcome}
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path, capsys):
+    """Return a function that runs the command as on an H200, with times from a function."""
+    monkeypatch.setenv("FASTKL_COMMIT", "0" * 40)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(launch, "architecture", lambda device: ("sm_90", 32))
+
+    def run(direction, dtype, milliseconds, vocabulary=128256):
+        asked = []
+
+        def answer(command, **options):
+            place = command.index("--candidate")
+            assert f"--direction={direction} --dtype={dtype}" in " ".join(command[:place])
+            asked.append(tuple(map(int, command[place + 1 :])))
+            ms = milliseconds(asked)
+            if ms is None:
+                raise subprocess.CalledProcessError(1, command, stderr="AssertionError: wrong\n")
+            times = {"kl of 64 rows": ms / 100, "kl of 8192 rows": ms}
+            return subprocess.CompletedProcess(command, 0, stdout=json.dumps(times) + "\n")
+
+        monkeypatch.setattr(subprocess, "run", answer)
+        path = tmp_path / "tune.json"
+        options = f"--direction={direction} --dtype={dtype} --vocabulary={vocabulary}"
+        code = tune.main([*options.split(), "--json", str(path)])
+        return code, capsys.readouterr(), json.loads(path.read_text()), asked
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", tune.DTYPES)
+@pytest.mark.parametrize("direction", tune.SEGMENTS)
+def test_the_fastest_correct_candidate_becomes_an_entry(
+    monkeypatch, tuned, direction, dtype
+) -> None:
+    """One candidate is wrong, another is fast the first time only."""
+    itemsize = tune.DTYPES[dtype].itemsize
+    present = config.select(direction, "sm_90", itemsize, 128256)
+    longest = tune.SEGMENTS[direction]
+    cuts = ((2, longest // 2), (1, longest), (1, longest // 4))
+    best, wrong, lucky = ((present.threads, *cut, 0) for cut in cuts)
+    slow = {best: 1.0, wrong: None, lucky: 0.5}
+
+    def milliseconds(asked):
+        again = asked[-1] == lucky and asked.count(lucky) > 1
+        return 2.0 if again else slow.get(asked[-1], 1.5)
+
+    code, shown, record, asked = tuned(direction, dtype, milliseconds)
+    again = asked[-1 - tune.FINALISTS :]
+    assert code == 0 and again[0] == asked[0] != best and len({*again}) == len(again)
+    (entry,) = eval(shown.out.partition("with it:\n")[2], vars(config))
+    before = config.entry_for("sm_90", itemsize, 128256)
+    monkeypatch.setattr(config, "TABLE", (entry, *config.TABLE))
+    chosen = config.select(direction, "sm_90", itemsize, 128256)
+    assert (chosen.threads, chosen.groups, chosen.segment, chosen.max_registers or 0) == best
+    assert "H200" in chosen.measured and "0.01 ms, kl of 8192 rows 1 ms" in chosen.measured
+    assert dataclasses.replace(entry, **{direction: getattr(before, direction)}) == before
+    assert [one["refused"] for one in record["trials"] if "refused" in one] == [
+        "AssertionError: wrong"
+    ]
+    assert len(record["trials"]) == len(asked) and record["gpu"] == "NVIDIA H200"
+
+
+@pytest.mark.parametrize("vocabulary, max_v", [(128256, None), (1000, 2048)])
+def test_the_present_one_stays_within_the_noise(tuned, vocabulary, max_v) -> None:
+    present = config.select("backward", "sm_90", 2, vocabulary)
+    code, shown, *_ = tuned(
+        "backward", "bf16", lambda asked: 0.995 if asked[-1] != asked[0] else 1.0, vocabulary
+    )
+    (entry,) = eval(shown.out.partition("with it:\n")[2], vars(config))
+    assert code == 0 and "H200" in entry.backward.measured
+    assert (entry.arch, entry.itemsize, entry.max_v) == ("sm_90", 2, max_v)
+    assert dataclasses.replace(entry.backward, measured=present.measured) == present
+
+
+def test_without_a_gpu_a_candidate_or_a_length(tuned, monkeypatch, capsys) -> None:
+    code, shown, *_ = tuned("forward", "fp32", lambda asked: None)
+    assert code == 1 and "AssertionError: wrong" in shown.err and "Entry(" not in shown.out
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--direction=fused", "--dtype=bf16", "--vocabulary=50257"])
+    assert "--vocabulary: expected" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main(["--direction=forward", "--dtype=bf16"]) == 2
+    assert "expected a CUDA GPU, got none" in capsys.readouterr().err
