@@ -9,11 +9,18 @@ ROOT = Path(__file__).resolve().parent
 
 
 def read_version() -> str:
-    """The version's only home is fastkl/__init__.py; it is read as text because importing it would need torch at build time."""
+    """The version's only home is fastkl/__init__.py; it is read as text because importing it would
+    need torch at build time.
+    """
     source = ROOT / "fastkl" / "__init__.py"
-    found = re.search(r'^__version__ = "([^"]+)"$', source.read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(
+        r'^__version__ = "([^"]+)"$', source.read_text(encoding="utf-8"), re.MULTILINE
+    )
     if found is None:
-        raise RuntimeError(f'{source}: expected one line of the form __version__ = "1.2.3", got none; remedy: add it')
+        raise RuntimeError(
+            f'{source}: expected one line of the form __version__ = "1.2.3", got none; remedy: '
+            f"add it"
+        )
     return found.group(1)
 
 
@@ -32,28 +39,47 @@ COMPARE = ["transformers>=5", "tokenizers>=0.20", "numpy>=1.26", "tqdm>=4.66"]
 BENCH = ["pandas>=2", "matplotlib>=3.8"]
 # Beside whom the benchmarks measure.
 PEERS = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl==1.16.*", "matplotlib>=3.8"]
-# The tests run the demo, build the package and read its annotations with mypy; Triton's interpreter computes with numpy.
-TEST = ["pytest>=8", *BENCH, *DEMO, "hypothesis>=6.100", "mypy>=1.11", "numpy>=1.26", "setuptools>=77", "wheel>=0.43"]
+# The tests run the demo, build the package and read its annotations with mypy; Triton's interpreter
+# computes with numpy.
+TEST = [
+    "pytest>=8",
+    *BENCH,
+    *DEMO,
+    "hypothesis>=6.100",
+    "mypy>=1.11",
+    "numpy>=1.26",
+    "setuptools>=77",
+    "wheel>=0.43",
+]
 
 setup(
     name="fastkl",
     version=read_version(),
-    description="Exact KL divergence for LLM training: Triton kernels and a plain PyTorch reference",
+    description="Exact KL divergence for LLM training: Triton kernels and a plain PyTorch "
+    "reference",
     long_description=read_description(),
     long_description_content_type="text/markdown",
     author="The fastkl authors",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # Subpackages are discovered; the kernels cannot be, because kernels/ has no __init__.py: with one, it would be an importable top-level package
-    # `kernels` wherever the root is on sys.path, and shadow the published package of that name, which transformers imports. package_dir gives the
-    # folder its real name in wheels; the symlink fastkl/kernels does so in a checkout.
+    # Subpackages are discovered; the kernels cannot be, because kernels/ has no __init__.py: with
+    # one, it would be an importable top-level package `kernels` wherever the root is on sys.path,
+    # and shadow the published package of that name, which transformers imports. package_dir gives
+    # the folder its real name in wheels; the symlink fastkl/kernels does so in a checkout.
     packages=["fastkl", "fastkl.kernels", *(f"fastkl.{name}" for name in find_packages("fastkl"))],
     package_dir={"fastkl.kernels": "kernels"},
     package_data={"fastkl": ["py.typed"], "fastkl.kernels": ["README.md"]},
     install_requires=["torch>=2.10", 'triton>=3.5; platform_system == "Linux"'],
-    extras_require={"test": TEST, "bench": BENCH, "demo": DEMO, "plots": ["matplotlib"], "compare": COMPARE, "trl": ["trl==1.16.*"],
-                    "bench-peers": PEERS},
+    extras_require={
+        "test": TEST,
+        "bench": BENCH,
+        "demo": DEMO,
+        "plots": ["matplotlib"],
+        "compare": COMPARE,
+        "trl": ["trl==1.16.*"],
+        "bench-peers": PEERS,
+    },
     entry_points={"console_scripts": ["fastkl = fastkl.tools.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -1,1 +1,3 @@
-"""Measurements: static costs of the compiled kernels, and timings, accuracy and memory on a GPU. See benchmarks/README.md."""
+"""Measurements: static costs of the compiled kernels, and timings, accuracy and memory on a GPU.
+See benchmarks/README.md.
+"""

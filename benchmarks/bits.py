@@ -1,4 +1,5 @@
-"""Prints a hash of the results and gradients of fixed inputs, a line for each function, type and shape.
+"""Prints a hash of the results and gradients of fixed inputs, a line for each function, type and
+shape.
 
     python -m benchmarks.bits                       the reference on a CPU
     TRITON_INTERPRET=1 python -m benchmarks.bits    the kernels, interpreted
@@ -22,7 +23,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def inputs(vocabulary, dtype):
-    """Logits, hidden states and weights of both models, tokens and a mask: near rows, far rows, shared and one-sided holes."""
+    """Logits, hidden states and weights of both models, tokens and a mask: near rows, far rows,
+    shared and one-sided holes.
+    """
     generator = torch.Generator().manual_seed(vocabulary)
 
     def normal(*shape):
@@ -42,25 +45,39 @@ def functions(leaves, tokens, mask):
     """{name: function that returns tensors}."""
     p, q, hidden, weight, ref_hidden = leaves
     temperature = torch.linspace(0.7, 1.5, ROWS)
-    linear = functools.partial(fastkl.linear_kl_divergence, hidden, weight, ref_hidden, weight.detach(), mask=mask)
+    linear = functools.partial(
+        fastkl.linear_kl_divergence, hidden, weight, ref_hidden, weight.detach(), mask=mask
+    )
     return {
         "kl_divergence": lambda: [fastkl.kl_divergence(p, q, mask)],
         "kl_divergence, both learn": lambda: [fastkl.kl_divergence(p, q, temperature=temperature)],
-        "kl_divergence, mean": lambda: [fastkl.kl_divergence(p, q.detach(), mask, temperature=1.3, reduction="mean")],
+        "kl_divergence, mean": lambda: [
+            fastkl.kl_divergence(p, q.detach(), mask, temperature=1.3, reduction="mean")
+        ],
         "token_stats": lambda: fastkl.token_stats(p, tokens, q, mask=mask),
-        "token_stats, policy alone": lambda: fastkl.token_stats(p, tokens, temperature=temperature)[:2],
+        "token_stats, policy alone": lambda: fastkl.token_stats(p, tokens, temperature=temperature)[
+            :2
+        ],
         "selective_log_softmax": lambda: [fastkl.selective_log_softmax(p, tokens)],
-        "KLPenalty": lambda: [fastkl.KLPenalty(0.1, direction="reference||policy")(p, q.detach(), mask)],
+        "KLPenalty": lambda: [
+            fastkl.KLPenalty(0.1, direction="reference||policy")(p, q.detach(), mask)
+        ],
         "linear_kl_divergence": lambda: [linear()],
         "linear_kl_divergence, sum": lambda: [linear(softcap=5.0, reduction="sum")],
-        "linear_token_stats": lambda: fastkl.linear_token_stats(hidden, weight, tokens, ref_hidden, mask=mask),
+        "linear_token_stats": lambda: fastkl.linear_token_stats(
+            hidden, weight, tokens, ref_hidden, mask=mask
+        ),
     }
 
 
 def digest(function, leaves):
-    """A hash of the bits of a function's results and of its gradients for upstream gradients that differ."""
+    """A hash of the bits of a function's results and of its gradients for upstream gradients that
+    differ.
+    """
     results = [result for result in function() if result is not None]
-    upstream = [torch.linspace(-1.0, 2.0, result.numel()).view(result.shape) + 0.25 for result in results]
+    upstream = [
+        torch.linspace(-1.0, 2.0, result.numel()).view(result.shape) + 0.25 for result in results
+    ]
     gradients = torch.autograd.grad(results, leaves, upstream, allow_unused=True)
     bits = hashlib.sha256()
     for value in (*results, *gradients):

@@ -1,11 +1,14 @@
-"""The sum of KL over the tokens and its gradient on a CPU, in one thread: time beside plain torch's and torch.compile's, and peak memory.
+"""The sum of KL over the tokens and its gradient on a CPU, in one thread: time beside plain torch's
+and torch.compile's, and peak memory.
 
     python3 -m benchmarks.cpu [--json FILE] [--write]
 
---write puts the figures into benchmarks/results/cpu/times.json and makes the page of results anew. Every provider runs in this process,
-in turns; a ratio is the median over rounds of a provider's thread CPU time over plain torch's in the same round, so that other programs
-count little. Memory is the most that torch allocates at once beside the inputs, the gradient among it.
+--write puts the figures into benchmarks/results/cpu/times.json and makes the page of results anew.
+Every provider runs in this process, in turns; a ratio is the median over rounds of a provider's
+thread CPU time over plain torch's in the same round, so that other programs count little. Memory is
+the most that torch allocates at once beside the inputs, the gradient among it.
 """
+
 import argparse
 import platform
 import statistics
@@ -32,9 +35,15 @@ def plain(p, q):
 
 
 def providers():
-    """{name: function of two logits tensors}; plain torch first, which the others are compared with."""
-    return {"torch": plain, "fastkl": lambda p, q: fastkl.kl_divergence(p, q, reduction="sum"),
-            "fastkl, per token": lambda p, q: fastkl.kl_divergence(p, q).sum(), "torch.compile": torch.compile(plain, dynamic=False)}
+    """{name: function of two logits tensors}; plain torch first, which the others are compared
+    with.
+    """
+    return {
+        "torch": plain,
+        "fastkl": lambda p, q: fastkl.kl_divergence(p, q, reduction="sum"),
+        "fastkl, per token": lambda p, q: fastkl.kl_divergence(p, q).sum(),
+        "torch.compile": torch.compile(plain, dynamic=False),
+    }
 
 
 def inputs(rows, vocabulary, dtype):
@@ -56,9 +65,15 @@ def seconds(function, p, q):
 
 def peak_bytes(function, p, q):
     """The most that torch allocates at once in a forward and backward."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         seconds(function, p, q)
-    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
     return int(torch.tensor(changes).cumsum(0).max())
 
 
@@ -68,7 +83,9 @@ def error(function, p, q):
     for i in range(min(8, len(p))):
         log_p, log_q = p[i].detach().double().log_softmax(-1), q[i].double().log_softmax(-1)
         exact = float((log_p.exp() * (log_p - log_q)).sum())
-        worst = max(worst, abs(float(function(p[i : i + 1].detach(), q[i : i + 1])) - exact) / exact)
+        worst = max(
+            worst, abs(float(function(p[i : i + 1].detach(), q[i : i + 1])) - exact) / exact
+        )
     return worst
 
 
@@ -86,42 +103,97 @@ def measure(shapes=SHAPES, rounds=ROUNDS):
                 for provider in list(named)[:: 1 if number % 2 else -1]:
                     times[provider].append(seconds(named[provider], p, q))
             for provider, function in named.items():
-                yield {"rows": rows, "vocabulary": vocabulary, "dtype": name, "provider": provider, **_figures(times[provider], times["torch"]),
-                       "peak_tensors": round(peak_bytes(function, p, q) / (p.numel() * p.element_size()), 2), "error": error(function, p, q)}
+                yield {
+                    "rows": rows,
+                    "vocabulary": vocabulary,
+                    "dtype": name,
+                    "provider": provider,
+                    **_figures(times[provider], times["torch"]),
+                    "peak_tensors": round(
+                        peak_bytes(function, p, q) / (p.numel() * p.element_size()), 2
+                    ),
+                    "error": error(function, p, q),
+                }
 
 
 def _figures(times, plains):
     """{phase: {"median_ms", "ratio": to plain torch in the same round}}."""
-    return {phase: {"median_ms": round(1e3 * statistics.median(one[i] for one in times), 2),
-                    "ratio": round(statistics.median(one[i] / other[i] for one, other in zip(times, plains, strict=True)), 3)}
-            for i, phase in enumerate(PHASES)}
+    return {
+        phase: {
+            "median_ms": round(1e3 * statistics.median(one[i] for one in times), 2),
+            "ratio": round(
+                statistics.median(
+                    one[i] / other[i] for one, other in zip(times, plains, strict=True)
+                ),
+                3,
+            ),
+        }
+        for i, phase in enumerate(PHASES)
+    }
 
 
 def processor():
     """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown processor")
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or "unknown processor",
+    )
 
 
 def table(data):
     """The figures as a table; times in milliseconds."""
-    lines = [[f"{row['rows']} × {row['vocabulary']} {row['dtype']}", row["provider"], f"{row['forward']['median_ms']:g}",
-              f"{row['both']['median_ms']:g}", f"{row['both']['ratio']:.2f}", f"{row['peak_tensors']:g}", f"{row['error']:.0e}"]
-             for row in data["records"]]
-    head = ["logits", "provider", "forward, ms", "forward and backward, ms", "of plain torch's", "peak, logits tensors", "error of the KL"]
+    lines = [
+        [
+            f"{row['rows']} × {row['vocabulary']} {row['dtype']}",
+            row["provider"],
+            f"{row['forward']['median_ms']:g}",
+            f"{row['both']['median_ms']:g}",
+            f"{row['both']['ratio']:.2f}",
+            f"{row['peak_tensors']:g}",
+            f"{row['error']:.0e}",
+        ]
+        for row in data["records"]
+    ]
+    head = [
+        "logits",
+        "provider",
+        "forward, ms",
+        "forward and backward, ms",
+        "of plain torch's",
+        "peak, logits tensors",
+        "error of the KL",
+    ]
     return markdown(head, lines)
 
 
 def page(data):
     """The section of the page of results."""
-    return ["## CPU", f"The sum of KL over the tokens and its gradient, one thread; processor: {data['processor']}. {origin(data)}", table(data)]
+    return [
+        "## CPU",
+        f"The sum of KL over the tokens and its gradient, one thread; processor: "
+        f"{data['processor']}. {origin(data)}",
+        table(data),
+    ]
 
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.cpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the records to FILE")
-    parser.add_argument("--write", action="store_true", help="write them to the committed results and make the page of results anew")
+    parser = argparse.ArgumentParser(
+        prog="python3 -m benchmarks.cpu", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the records to FILE"
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write them to the committed results and make the page of results anew",
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     command = " ".join(["python3 -m benchmarks.cpu", *(sys.argv[1:] if argv is None else argv)])

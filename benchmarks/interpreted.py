@@ -1,8 +1,11 @@
-"""Triton kernels without a GPU, for errors only: providers whose kernels run in Triton's interpreter, in a child process.
+"""Triton kernels without a GPU, for errors only: providers whose kernels run in Triton's
+interpreter, in a child process.
 
-The interpreter executes a kernel's operations with numpy, float32 as float32: its errors are those of the formulas and of the order of the sums, not
-of a GPU's faster exp and fused multiply-adds. Triton decides at import, so the kernels live in a process of their own that has TRITON_INTERPRET=1.
+The interpreter executes a kernel's operations with numpy, float32 as float32: its errors are those
+of the formulas and of the order of the sums, not of a GPU's faster exp and fused multiply-adds.
+Triton decides at import, so the kernels live in a process of their own that has TRITON_INTERPRET=1.
 """
+
 import os
 import pickle
 from concurrent.futures import ProcessPoolExecutor
@@ -15,8 +18,14 @@ import torch
 from benchmarks.cases import Inputs
 from benchmarks.providers import Provider, load_providers
 
-NAMES = {"fastkl (Triton, interpreted)": "fastkl", "Liger KLDIVLoss (interpreted)": "Liger KLDIVLoss", "Liger JSD (interpreted)": "Liger JSD"}
-ROWS = {"fastkl": 2}  # of each pair, where not all: at a vocabulary of 128256 a row of ours takes a second, one of theirs a tenth
+NAMES = {
+    "fastkl (Triton, interpreted)": "fastkl",
+    "Liger KLDIVLoss (interpreted)": "Liger KLDIVLoss",
+    "Liger JSD (interpreted)": "Liger JSD",
+}
+ROWS = {
+    "fastkl": 2
+}  # of each pair, where not all: at a vocabulary of 128256 a row of ours takes a second, one of theirs a tenth
 SECONDS = 120  # after which a call counts as failed
 
 
@@ -30,7 +39,9 @@ def _begin():
 def _child():
     """The process with the interpreter, started once."""
     before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"  # a spawned process starts with the environment of this moment
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # a spawned process starts with the environment of this moment
+    )
     try:
         executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin)
         executor.submit(os.getpid).result(SECONDS)
@@ -43,7 +54,9 @@ def _child():
 
 
 def _in_child(name, pickled):
-    """The pickled (KL, gradient of its sum) of a provider for pickled (p, q, wrt), computed in the process with the interpreter."""
+    """The pickled (KL, gradient of its sum) of a provider for pickled (p, q, wrt), computed in the
+    process with the interpreter.
+    """
     import fastkl
 
     p, q, wrt = pickle.loads(pickled)
@@ -63,7 +76,11 @@ class _Interpreted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, q, name, wrt):
         # As bytes: torch would pass tensors in shared memory, of which a container may have little.
-        reply = _child().submit(_in_child, name, pickle.dumps((p.detach(), q.detach(), wrt))).result(SECONDS)
+        reply = (
+            _child()
+            .submit(_in_child, name, pickle.dumps((p.detach(), q.detach(), wrt)))
+            .result(SECONDS)
+        )
         kl, gradient = pickle.loads(reply)
         ctx.save_for_backward(gradient)
         ctx.wrt = wrt
@@ -81,6 +98,13 @@ def _kl_divergence(name, inputs):
 
 
 def interpreted_providers(names=None):
-    """A provider for each of NAMES, or for those in `names`; the child process starts with the first call."""
+    """A provider for each of NAMES, or for those in `names`; the child process starts with the
+    first call.
+    """
     chosen = {name: peer for name, peer in NAMES.items() if names is None or name in names}
-    return [Provider(name, {"kl_divergence": partial(_kl_divergence, peer)}, rows=ROWS.get(peer), apart=True) for name, peer in chosen.items()]
+    return [
+        Provider(
+            name, {"kl_divergence": partial(_kl_divergence, peer)}, rows=ROWS.get(peer), apart=True
+        )
+        for name, peer in chosen.items()
+    ]

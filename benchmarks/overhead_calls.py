@@ -1,8 +1,11 @@
-"""Times single calls of fastkl's functions with every launch left out; as a script, for the checkout named in its argument.
+"""Times single calls of fastkl's functions with every launch left out; as a script, for the
+checkout named in its argument.
 
-The script answers each line of JSON {"function", "step", "count"} with one: [microseconds of one of so many calls, functions of fastkl entered],
-or null where that checkout does not know an argument. It imports nothing else of the benchmarks: the checkout may be older than they are.
+The script answers each line of JSON {"function", "step", "count"} with one: [microseconds of one of
+so many calls, functions of fastkl entered], or null where that checkout does not know an argument.
+It imports nothing else of the benchmarks: the checkout may be older than they are.
 """
+
 import contextlib
 import json
 import sys
@@ -19,25 +22,43 @@ FUNCTIONS = ("kl_divergence", "kl_divergence, mean", "token_stats", "selective_l
 
 
 def functions():
-    """{name: function of nothing that returns one tensor} on logits P, which require gradient, and P."""
+    """{name: function of nothing that returns one tensor} on logits P, which require gradient, and
+    P.
+    """
     import fastkl
 
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(ROWS, VOCABULARY, generator=generator) for _ in "pq")
     p.requires_grad_()
     tokens = torch.zeros(ROWS, dtype=torch.int64)
-    return p, dict(zip(FUNCTIONS, (
-        lambda: fastkl.kl_divergence(p, q),
-        lambda: fastkl.kl_divergence(p, q, reduction="mean"),
-        lambda: fastkl.token_stats(p, tokens, q).kl,
-        lambda: fastkl.selective_log_softmax(p, tokens),
-    ), strict=True))
+    return p, dict(
+        zip(
+            FUNCTIONS,
+            (
+                lambda: fastkl.kl_divergence(p, q),
+                lambda: fastkl.kl_divergence(p, q, reduction="mean"),
+                lambda: fastkl.token_stats(p, tokens, q).kl,
+                lambda: fastkl.selective_log_softmax(p, tokens),
+            ),
+            strict=True,
+        )
+    )
 
 
 def calls(function, leaf):
     """{step: what is timed} for one function."""
     upstream = torch.ones_like(function().detach())
-    return dict(zip(STEPS, (torch.no_grad()(function), function, lambda: torch.autograd.grad(function(), leaf, upstream)), strict=True))
+    return dict(
+        zip(
+            STEPS,
+            (
+                torch.no_grad()(function),
+                function,
+                lambda: torch.autograd.grad(function(), leaf, upstream),
+            ),
+            strict=True,
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -47,7 +68,10 @@ def without_launches():
     from fastkl import backend
     from fastkl.kernels import launch
 
-    with mock.patch.object(launch.Variant, "start", lambda *arguments: None), mock.patch.object(backend, "_interpreting", lambda: True):
+    with (
+        mock.patch.object(launch.Variant, "start", lambda *arguments: None),
+        mock.patch.object(backend, "_interpreting", lambda: True),
+    ):
         with fastkl.use_backend("triton"):
             yield
 
@@ -56,7 +80,11 @@ def by_way_of(way):
     """Within it a call of plain tensors goes this way."""
     from fastkl.ops import dual_op
 
-    return contextlib.nullcontext() if way == WAYS[0] else mock.patch.object(dual_op, "_plain", lambda inputs: False)
+    return (
+        contextlib.nullcontext()
+        if way == WAYS[0]
+        else mock.patch.object(dual_op, "_plain", lambda inputs: False)
+    )
 
 
 def microseconds(call, count):
@@ -68,7 +96,9 @@ def microseconds(call, count):
 
 
 def python_calls(call):
-    """How many functions of fastkl and of its kernels, comprehensions and generators included, a call of `call` enters."""
+    """How many functions of fastkl and of its kernels, comprehensions and generators included, a
+    call of `call` enters.
+    """
     import fastkl
 
     root, entered = Path(fastkl.__file__).resolve().parents[1], []

@@ -1,4 +1,7 @@
-"""The gate against regressions: static costs compared with those of benchmarks/static_baseline.json, for `benchmarks.static_costs --baseline`."""
+"""The gate against regressions: static costs compared with those of
+benchmarks/static_baseline.json, for `benchmarks.static_costs --baseline`.
+"""
+
 import json
 import sys
 from dataclasses import asdict
@@ -37,21 +40,32 @@ def read_baseline(path):
         data["versions"]["triton"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--baseline: expected a file that --write-baseline wrote, got {path} ({type(error).__name__}: {error}); remedy: --write-baseline {path}"
+            f"--baseline: expected a file that --write-baseline wrote, got {path} "
+            f"({type(error).__name__}: {error}); remedy: --write-baseline {path}"
         ) from None
     return data
 
 
 def write_baseline(path, costs, command):
-    """Writes the baseline: a record per kernel, architecture, element type and alignment, whole or not at all."""
-    records = sorted(({key: asdict(cost)[key] for key in ("kernel", "arch", "dtype", "aligned", *WORSE)} for cost in costs), key=case_of)
+    """Writes the baseline: a record per kernel, architecture, element type and alignment, whole or
+    not at all.
+    """
+    records = sorted(
+        (
+            {key: asdict(cost)[key] for key in ("kernel", "arch", "dtype", "aligned", *WORSE)}
+            for cost in costs
+        ),
+        key=case_of,
+    )
     write_json(path, {**provenance(command), "records": records})
 
 
 def compare(costs, baseline, *, kernels=None):
-    """(regressions, other changes), one sentence each, of what was compiled against the baseline's records.
+    """(regressions, other changes), one sentence each, of what was compiled against the baseline's
+    records.
 
-    Only the architectures and element types in `costs`, and of these only `kernels` if given, are expected to be there.
+    Only the architectures and element types in `costs`, and of these only `kernels` if given, are
+    expected to be there.
     """
     now = {case_of(asdict(cost)): asdict(cost) for cost in costs}
     before = {case_of(record): record for record in baseline["records"]}
@@ -67,7 +81,11 @@ def compare(costs, baseline, *, kernels=None):
             (regressions if is_worse else changes).append(f"{case}: {key} {old} -> {new}{share}")
     measured = {(cost.arch, cost.dtype) for cost in costs}
     for case, record in before.items():
-        if case not in now and (record["arch"], record["dtype"]) in measured and (not kernels or record["kernel"] in kernels):
+        if (
+            case not in now
+            and (record["arch"], record["dtype"]) in measured
+            and (not kernels or record["kernel"] in kernels)
+        ):
             changes.append(f"{case}: in the baseline only")
     return regressions, changes
 
@@ -77,14 +95,26 @@ def judge(costs, path, kernels):
     baseline = read_baseline(path)
     written_by = baseline["versions"]["triton"]
     if triton.__version__ != written_by:
-        print(f"baseline: holds for Triton {written_by}, this is {triton.__version__}: nothing compared")
+        print(
+            f"baseline: holds for Triton {written_by}, this is {triton.__version__}: nothing "
+            f"compared"
+        )
         return {"triton": written_by, "compared": False, "regressions": [], "changes": []}
     regressions, changes = compare(costs, baseline, kernels=kernels)
     for line in changes:
         print(f"changed: {line}")
     for line in regressions:
         print(f"regression: {line}", file=sys.stderr)
-    verdict = f"{len(regressions)} regressions and {len(changes)} other changes" if regressions or changes else "nothing changed"
-    remedy = "; if that is as it should be, update the baseline: python -m benchmarks.static_costs --write-baseline" if regressions or changes else ""
+    verdict = (
+        f"{len(regressions)} regressions and {len(changes)} other changes"
+        if regressions or changes
+        else "nothing changed"
+    )
+    remedy = (
+        "; if that is as it should be, update the baseline: python -m benchmarks.static_costs "
+        "--write-baseline"
+        if regressions or changes
+        else ""
+    )
     print(f"baseline: {len(costs)} compared, {verdict}{remedy}")
     return {"triton": written_by, "compared": True, "regressions": regressions, "changes": changes}

@@ -1,4 +1,6 @@
-"""fastkl: exact KL divergence between language models, per token, at the speed of reading the logits once."""
+"""fastkl: exact KL divergence between language models, per token, at the speed of reading the
+logits once.
+"""
 
 import importlib
 import typing

@@ -1,4 +1,6 @@
-"""The one place that checks arguments and words errors: argument, what was expected, what came, what to do."""
+"""The one place that checks arguments and words errors: argument, what was expected, what came,
+what to do.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,15 @@ def shown(value: object) -> str:
 def packed_remedy(name: str, value: torch.Tensor) -> str | None:
     """Say how to unpack what bitsandbytes packed, or None."""
     if getattr(value, "quant_state", None) is not None:
-        return (f"dequantize it: bitsandbytes.functional.dequantize_4bit({name}.data, "
-                f"{name}.quant_state)")
+        return (
+            f"dequantize it: bitsandbytes.functional.dequantize_4bit({name}.data, "
+            f"{name}.quant_state)"
+        )
     if getattr(value, "SCB", None) is not None:
-        return (f"dequantize it: bitsandbytes.functional.int8_vectorwise_dequant({name}.data, "
-                f"{name}.SCB)")
+        return (
+            f"dequantize it: bitsandbytes.functional.int8_vectorwise_dequant({name}.data, "
+            f"{name}.SCB)"
+        )
     return None
 
 
@@ -60,24 +66,40 @@ def dtype_remedy(name: str, value: torch.Tensor, otherwise: str) -> str:
 def logits(name: str, value: torch.Tensor) -> None:
     """A floating-point tensor [..., V] with V ≥ 1."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor of logits [..., V], got {type(value).__name__}; pass the model's output.logits as a torch.Tensor")
+        raise TypeError(
+            f"{name}: expected a tensor of logits [..., V], got {type(value).__name__}; pass the "
+            f"model's output.logits as a torch.Tensor"
+        )
     if value.dtype not in FLOAT_TYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 logits, got {value.dtype}; "
-                        + dtype_remedy(name, value, "pass the model's output before softmax or "
-                                                    "argmax, or convert it with .float()"))
+        raise TypeError(
+            f"{name}: expected float32, bfloat16, float16 or float64 logits, got {value.dtype}; "
+            + dtype_remedy(
+                name,
+                value,
+                "pass the model's output before softmax or argmax, or convert it with .float()",
+            )
+        )
     not_sharded(name, value, "logits [..., V]", f"pass the whole ones: {name}.full_tensor()")
     not_forward_mode(name, value)
     if value.dim() == 0:
-        raise ValueError(f"{name}: expected logits [..., V] with at least one dimension, got a "
-                         f"scalar; pass one row as [V]")
+        raise ValueError(
+            f"{name}: expected logits [..., V] with at least one dimension, got a "
+            f"scalar; pass one row as [V]"
+        )
     if value.shape[-1] == 0:
-        raise ValueError(f"{name}: expected a vocabulary of at least one entry in the last "
-                         f"dimension, got shape {tuple(value.shape)}; pass output.logits")
+        raise ValueError(
+            f"{name}: expected a vocabulary of at least one entry in the last "
+            f"dimension, got shape {tuple(value.shape)}; pass output.logits"
+        )
 
 
 def not_forward_mode(name: str, value: torch.Tensor) -> None:
     """A tensor without a tangent."""
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+    if (
+        not torch.compiler.is_compiling()
+        and forward_ad._current_level >= 0
+        and forward_ad.unpack_dual(value).tangent is not None
+    ):
         refuse_forward_mode(name)
 
 
@@ -87,7 +109,8 @@ def refuse_forward_mode(name: str) -> None:
         f"{name}: expected a tensor without a tangent, got one of forward-mode differentiation "
         f"(torch.func.jvp, jacfwd, hessian), which is not implemented; use .backward() or "
         f"torch.autograd.grad, and for second derivatives autograd of "
-        f"fastkl.reference.row_statistics with float64 logits")
+        f"fastkl.reference.row_statistics with float64 logits"
+    )
 
 
 def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
@@ -96,8 +119,10 @@ def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
     if type(value) is not torch.Tensor and hasattr(value, "full_tensor"):
         raise TypeError(f"{expected} a DTensor, of which each process holds a part; {remedy}")
     if value.is_nested:
-        raise TypeError(f"{expected} a nested tensor; pad it, {name}.to_padded_tensor(0), beside a "
-                        f"mask, or pass the .values() of every jagged argument")
+        raise TypeError(
+            f"{expected} a nested tensor; pad it, {name}.to_padded_tensor(0), beside a "
+            f"mask, or pass the .values() of every jagged argument"
+        )
     if value.layout is not torch.strided:
         raise TypeError(f"{expected} one of layout {value.layout}; pass {name}.to_dense()")
 
@@ -110,17 +135,28 @@ def local_or_full(name: str) -> str:
 def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     """A tensor of one of FLOAT_TYPES that this process holds whole."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, {what}, got {type(value).__name__}; "
-                        f"pass a torch.Tensor")
-    not_sharded(name, value, what, "compute the loss inside the forward of the FSDP module that owns it, or after its unshard(), where it is whole "
-                                   "and its gradient is reduced")
+        raise TypeError(
+            f"{name}: expected a tensor, {what}, got {type(value).__name__}; pass a torch.Tensor"
+        )
+    not_sharded(
+        name,
+        value,
+        what,
+        "compute the loss inside the forward of the FSDP module that owns it, or after its "
+        "unshard(), where it is whole "
+        "and its gradient is reduced",
+    )
     if value.dtype not in FLOAT_TYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, {what}, got "
-                        f"{value.dtype}; " + dtype_remedy(name, value, "convert it with .to()"))
+        raise TypeError(
+            f"{name}: expected float32, bfloat16, float16 or float64, {what}, got "
+            f"{value.dtype}; " + dtype_remedy(name, value, "convert it with .to()")
+        )
     if value.shape == (0,) and not name.endswith("hidden"):
-        raise ValueError(f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 "
-                         f"keeps in parts; gather it around forward and backward: with "
-                         f"deepspeed.zero.GatheredParameters([{name}])")
+        raise ValueError(
+            f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 "
+            f"keeps in parts; gather it around forward and backward: with "
+            f"deepspeed.zero.GatheredParameters([{name}])"
+        )
     not_forward_mode(name, value)
 
 
@@ -132,82 +168,130 @@ class Names(NamedTuple):
     bias: str
 
 
-def head(names: Names, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Hidden states [..., H], weight [V, H] and bias [V] or None of one model, of one type on one device."""
+def head(
+    names: Names, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Hidden states [..., H], weight [V, H] and bias [V] or None of one model, of one type on one
+    device.
+    """
     name = names.hidden
     _plain_float_tensor(name, hidden, "hidden states [..., H]")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"{name}: expected hidden states [..., H] with H of at least 1, got shape "
-                         f"{tuple(hidden.shape)}; pass the model's last hidden states")
+        raise ValueError(
+            f"{name}: expected hidden states [..., H] with H of at least 1, got shape "
+            f"{tuple(hidden.shape)}; pass the model's last hidden states"
+        )
     _plain_float_tensor(names.weight, weight, "the lm_head's weight [V, H]")
     if weight.dim() == 2 and weight.shape[0] == 0:
-        raise ValueError(f"{names.weight}: expected a vocabulary of at least one entry, got {tuple(weight.shape)}; pass the whole weight")
+        raise ValueError(
+            f"{names.weight}: expected a vocabulary of at least one entry, got "
+            f"{tuple(weight.shape)}; pass the whole weight"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, got {tuple(weight.shape)}; "
-                         + (packed_remedy(names.weight, weight)
-                            or "pass lm_head.weight as it is, not transposed"))
+        raise ValueError(
+            f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of "
+            f"{name}, got {tuple(weight.shape)}; "
+            + (
+                packed_remedy(names.weight, weight)
+                or "pass lm_head.weight as it is, not transposed"
+            )
+        )
     if bias is not None:
         _plain_float_tensor(names.bias, bias, "the lm_head's bias [V]")
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{names.bias}: expected one entry per row of {names.weight}, "
-                             f"({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias")
+            raise ValueError(
+                f"{names.bias}: expected one entry per row of {names.weight}, "
+                f"({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias"
+            )
     for other, value in ((names.weight, weight), (names.bias, bias)):
         if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert one with .to(), or use torch.autocast")
+            raise TypeError(
+                f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; "
+                f"convert one with .to(), or use torch.autocast"
+            )
         if value is not None:
             same_device(other, value, name, hidden)
 
 
-def second_head(first: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-                second: tuple[torch.Tensor | None, Any, torch.Tensor | None], names: tuple[Names, Names], own_bias: bool) -> None:
+def second_head(
+    first: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    second: tuple[torch.Tensor | None, Any, torch.Tensor | None],
+    names: tuple[Names, Names],
+    own_bias: bool,
+) -> None:
     """The reference's (hidden, weight, bias) beside the policy's: the same tokens and vocabulary.
 
-    A weight of None is the policy's. own_bias: the second model is a Head, whose bias is its own also where the weight is shared.
+    A weight of None is the policy's. own_bias: the second model is a Head, whose bias is its own
+    also where the weight is shared.
     """
     hidden, weight, bias = first
     ref_hidden, ref_weight, ref_bias = second
     if ref_hidden is None:
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
-                raise ValueError(f"{name}: expected None without ref_hidden, got {type_name(value)}; pass ref_hidden too")
+                raise ValueError(
+                    f"{name}: expected None without ref_hidden, got {type_name(value)}; pass "
+                    f"ref_hidden too"
+                )
         return
     shared = ref_weight is weight or (ref_weight is None and not own_bias)
     head(names[1], ref_hidden, weight if shared else ref_weight, ref_bias)
     if shared and not own_bias and (bias is None) != (ref_bias is None):
-        raise ValueError(f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, where both models share one "
-                         f"lm_head, got {'None' if ref_bias is None else 'a tensor'}; pass ref_bias={names[0].bias}")
+        raise ValueError(
+            f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, "
+            f"where both models share one "
+            f"lm_head, got {'None' if ref_bias is None else 'a tensor'}; pass "
+            f"ref_bias={names[0].bias}"
+        )
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got {tuple(ref_hidden.shape[:-1])}; "
-                         f"align the batch and time dimensions")
+        raise ValueError(
+            f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got "
+            f"{tuple(ref_hidden.shape[:-1])}; "
+            f"align the batch and time dimensions"
+        )
     if not shared and ref_weight.shape[0] != weight.shape[0]:
-        padded, its_bias = (names[0], bias) if weight.shape[0] > ref_weight.shape[0] else (names[1], ref_bias)
-        raise ValueError(f"{names[1].weight}: expected the {weight.shape[0]} rows of {names[0].weight}, got {ref_weight.shape[0]}; slice a padded "
-                         f"vocabulary to the shared one: {padded.weight}[:V]" + ("" if its_bias is None else f" and {padded.bias}[:V]"))
+        padded, its_bias = (
+            (names[0], bias) if weight.shape[0] > ref_weight.shape[0] else (names[1], ref_bias)
+        )
+        raise ValueError(
+            f"{names[1].weight}: expected the {weight.shape[0]} rows of {names[0].weight}, got "
+            f"{ref_weight.shape[0]}; slice a padded "
+            f"vocabulary to the shared one: {padded.weight}[:V]"
+            + ("" if its_bias is None else f" and {padded.bias}[:V]")
+        )
     same_device_and_precision("ref_hidden", ref_hidden, "hidden", hidden)
 
 
 def reference_given(ref_hidden: torch.Tensor | None) -> None:
     """Hidden states of a reference, where a KL divergence needs them."""
     if not isinstance(ref_hidden, torch.Tensor):
-        raise TypeError(f"ref_hidden: expected the reference's hidden states [..., H], got "
-                        f"{type_name(ref_hidden)}; pass the last hidden states of the reference")
+        raise TypeError(
+            f"ref_hidden: expected the reference's hidden states [..., H], got "
+            f"{type_name(ref_hidden)}; pass the last hidden states of the reference"
+        )
 
 
 def softcap(value: float | None, name: str = "softcap") -> None:
     """None or a positive number that float32 holds, and its inverse."""
-    _positive_number(name, value, " for no soft cap", "pass the final_logit_softcapping of the model's config")
+    _positive_number(
+        name, value, " for no soft cap", "pass the final_logit_softcapping of the model's config"
+    )
 
 
 def logit_scale(name: str, value: float) -> None:
     """A positive number that float32 holds, and its inverse."""
-    _positive_number(name, value, None, "pass the factor of the logits in the model's config, or 1.0")
+    _positive_number(
+        name, value, None, "pass the factor of the logits in the model's config, or 1.0"
+    )
 
 
 def _positive_number(name: str, value: float | None, for_none: str | None, remedy: str) -> None:
     """A number within 2^-126 … 2^126, or None where `for_none` says what it stands for."""
     if value is None and for_none is not None:
         return
-    what = "expected a positive finite number within 2^-126 … 2^126" + ("" if for_none is None else f", or None{for_none}")
+    what = "expected a positive finite number within 2^-126 … 2^126" + (
+        "" if for_none is None else f", or None{for_none}"
+    )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: {what}, got {type_name(value)}; {remedy}")
     if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
@@ -217,35 +301,49 @@ def _positive_number(name: str, value: float | None, for_none: str | None, remed
 def within_float32(name: str, what: str, value: float) -> None:
     """A number made of several arguments, within the range of temperatures."""
     if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
-        raise ValueError(f"{name}: expected {what} within 2^-126 … 2^126, got {shown(value)}; pass numbers nearer to 1")
+        raise ValueError(
+            f"{name}: expected {what} within 2^-126 … 2^126, got {shown(value)}; pass numbers "
+            f"nearer to 1"
+        )
 
 
 def chunk_size(value: int | None) -> None:
     """None or a number of tokens."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"chunk_size: expected a whole number of tokens or None, got "
-                        f"{type_name(value)}; pass None, which chooses one")
+        raise TypeError(
+            f"chunk_size: expected a whole number of tokens or None, got "
+            f"{type_name(value)}; pass None, which chooses one"
+        )
     if value is not None and not (1 <= value < 2**63):
-        raise ValueError(f"chunk_size: expected at least 1 token, and fewer than 2^63, got "
-                         f"{shown(value)}; pass None, which chooses one")
+        raise ValueError(
+            f"chunk_size: expected at least 1 token, and fewer than 2^63, got "
+            f"{shown(value)}; pass None, which chooses one"
+        )
 
 
 def recompute(value: bool | None) -> None:
     """Check for None or a bool."""
     if value is not None and not isinstance(value, bool):
-        raise TypeError(f"recompute: expected True, False or None, got {type_name(value)}; pass "
-                        f"None, which keeps logits of up to 2 GiB")
+        raise TypeError(
+            f"recompute: expected True, False or None, got {type_name(value)}; pass "
+            f"None, which keeps logits of up to 2 GiB"
+        )
 
 
 def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
     """None, the default or float32; float64 inputs have no other."""
     allowed = {default} if default == torch.float64 else {default, torch.float32}
     if value is not None and not isinstance(value, torch.dtype):
-        raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; "
-                        f"pass torch.float32, for instance")
+        raise TypeError(
+            f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; "
+            f"pass torch.float32, for instance"
+        )
     if value is not None and value not in allowed:
-        raise ValueError(f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these inputs, got {value}; convert the inputs "
-                         f"with .to() for logits of another type")
+        raise ValueError(
+            f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these "
+            f"inputs, got {value}; convert the inputs "
+            f"with .to() for logits of another type"
+        )
 
 
 def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
@@ -253,40 +351,64 @@ def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch
     if value is None:
         return
     if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_TYPES:
-        raise TypeError(f"weights: expected a float tensor, what each token counts, got {type_name(value)}; pass a float tensor of the "
-                        f"leading shape {tuple(leading)}")
+        raise TypeError(
+            f"weights: expected a float tensor, what each token counts, got {type_name(value)}; "
+            f"pass a float tensor of the "
+            f"leading shape {tuple(leading)}"
+        )
     per_row("weights", value, leading, device)
 
 
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Two logits tensors of the same shape, on the same device, both float64 or neither."""
     if value.shape != other.shape:
-        hint = "slice the padded vocabulary to the shared one" if value.shape[:-1] == other.shape[:-1] else "align the batch and time dimensions"
-        raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}; {hint}")
+        hint = (
+            "slice the padded vocabulary to the shared one"
+            if value.shape[:-1] == other.shape[:-1]
+            else "align the batch and time dimensions"
+        )
+        raise ValueError(
+            f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got "
+            f"{tuple(value.shape)}; {hint}"
+        )
     same_device_and_precision(name, value, other_name, other)
 
 
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """A tensor on the device of another."""
     if value.device != other.device:
-        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}; move one with .to()")
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {value.device}; "
+            f"move one with .to()"
+        )
 
 
-def same_device_and_precision(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+def same_device_and_precision(
+    name: str, value: torch.Tensor, other_name: str, other: torch.Tensor
+) -> None:
     """Two tensors on the same device, both float64 or neither."""
     same_device(name, value, other_name, other)
     if (value.dtype == torch.float64) != (other.dtype == torch.float64):
-        raise TypeError(f"{name}: expected float64 like {other_name} or neither, got {value.dtype} and {other.dtype}; convert one with .to()")
+        raise TypeError(
+            f"{name}: expected float64 like {other_name} or neither, got {value.dtype} and "
+            f"{other.dtype}; convert one with .to()"
+        )
 
 
 def per_row(name: str, value: torch.Tensor, leading: torch.Size, device: torch.device) -> None:
     """A tensor with one entry per token: per row of the logits or of the hidden states."""
     not_sharded(name, value, "one entry per token", local_or_full(name))
     if value.shape != leading:
-        raise ValueError(f"{name}: expected the leading shape {tuple(leading)}, one entry per token without the vocabulary or hidden "
-                         f"dimension, got {tuple(value.shape)}; align batch and time")
+        raise ValueError(
+            f"{name}: expected the leading shape {tuple(leading)}, one entry per token without "
+            f"the vocabulary or hidden "
+            f"dimension, got {tuple(value.shape)}; align batch and time"
+        )
     if value.device != device:
-        raise ValueError(f"{name}: expected the device of the other tensors, {device}, got {value.device}; move it with .to()")
+        raise ValueError(
+            f"{name}: expected the device of the other tensors, {device}, got {value.device}; "
+            f"move it with .to()"
+        )
 
 
 def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
@@ -294,45 +416,74 @@ def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) 
     if value is None:
         return
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        raise TypeError(f"mask: expected a bool tensor, True where the token counts, got {type_name(value)}; convert it with .bool()")
+        raise TypeError(
+            f"mask: expected a bool tensor, True where the token counts, got {type_name(value)}; "
+            f"convert it with .bool()"
+        )
     per_row("mask", value, leading, device)
 
 
-def tokens(value: torch.Tensor, leading: torch.Size, device: torch.device, name: str = "tokens") -> None:
+def tokens(
+    value: torch.Tensor, leading: torch.Size, device: torch.device, name: str = "tokens"
+) -> None:
     """An integer tensor of the leading shape."""
     if not isinstance(value, torch.Tensor) or value.dtype not in INTEGER_TYPES:
-        raise TypeError(f"{name}: expected an integer tensor of token ids, got {type_name(value)}; convert it with .long()")
+        raise TypeError(
+            f"{name}: expected an integer tensor of token ids, got {type_name(value)}; convert it "
+            f"with .long()"
+        )
     per_row(name, value, leading, device)
 
 
-def temperature(value: float | torch.Tensor, leading: torch.Size, device: torch.device,
-                name: str = "temperature") -> None:
+def temperature(
+    value: float | torch.Tensor,
+    leading: torch.Size,
+    device: torch.device,
+    name: str = "temperature",
+) -> None:
     """A number within 2^-126 … 2^126, or a float tensor of the leading shape (not looked at)."""
     if isinstance(value, torch.Tensor):
         if value.dtype not in FLOAT_TYPES:
-            raise TypeError(f"{name}: expected a number or a float tensor, got {type_name(value)}; convert it with .float()")
+            raise TypeError(
+                f"{name}: expected a number or a float tensor, got {type_name(value)}; convert it "
+                f"with .float()"
+            )
         if value.requires_grad:
-            raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it; fastkl does not differentiate "
-                             f"with respect to the temperature: pass {name}.detach()")
+            raise ValueError(
+                f"{name}: expected a tensor without gradient, got one that requires it; fastkl "
+                f"does not differentiate "
+                f"with respect to the temperature: pass {name}.detach()"
+            )
         not_sharded(name, value, "one entry per token", local_or_full(name))
         if value.dim() == 0 and leading:
-            raise ValueError(f"{name}: expected a number or the leading shape {tuple(leading)}, one entry per token, got a tensor of shape (); "
-                             f"pass float({name}), or {name}.expand({tuple(leading)}) to stay on the device")
+            raise ValueError(
+                f"{name}: expected a number or the leading shape {tuple(leading)}, one entry per "
+                f"token, got a tensor of shape (); "
+                f"pass float({name}), or {name}.expand({tuple(leading)}) to stay on the device"
+            )
         per_row(name, value, leading, device)
         not_forward_mode(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a positive number or a float tensor of the leading shape, got {type(value).__name__}; pass "
-                        f"float({name})")
+        raise TypeError(
+            f"{name}: expected a positive number or a float tensor of the leading shape, got "
+            f"{type(value).__name__}; pass "
+            f"float({name})"
+        )
     elif not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
-        raise ValueError(f"{name}: expected a positive finite number within 2^-126 … 2^126, "
-                         f"got {shown(value)}; pass 1.0, which leaves the logits as they are")
+        raise ValueError(
+            f"{name}: expected a positive finite number within 2^-126 … 2^126, "
+            f"got {shown(value)}; pass 1.0, which leaves the logits as they are"
+        )
 
 
 def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
     """Token ids within 0 … V-1, where looking at them costs no synchronisation."""
     if value.numel() and (int(value.min()) < 0 or int(value.max()) >= vocabulary):
         bad = value[(value < 0) | (value >= vocabulary)][0]
-        raise ValueError(f"tokens (index): expected ids in 0 … {vocabulary - 1}, got {int(bad)}; ignored positions belong under a mask")
+        raise ValueError(
+            f"tokens (index): expected ids in 0 … {vocabulary - 1}, got {int(bad)}; ignored "
+            f"positions belong under a mask"
+        )
 
 
 def temperatures_positive(value: torch.Tensor) -> None:
@@ -340,15 +491,20 @@ def temperatures_positive(value: torch.Tensor) -> None:
     wide = value.double()
     good = (wide >= LOWEST_TEMPERATURE) & (wide <= HIGHEST_TEMPERATURE)
     if not bool(good.all()):
-        raise ValueError(f"temperature: expected positive finite values within 2^-126 … 2^126, "
-                         f"got {float(wide[~good][0])}; pass 1.0 for rows to leave as they are")
+        raise ValueError(
+            f"temperature: expected positive finite values within 2^-126 … 2^126, "
+            f"got {float(wide[~good][0])}; pass 1.0 for rows to leave as they are"
+        )
 
 
 def ratios_finite(value: torch.Tensor) -> None:
     """Ratios of two temperatures; NaN stands for one out of range."""
     if not bool(value.isfinite().all()):
-        raise ValueError("ref_temperature: expected positive finite values within 2^-126 … 2^126, in relation to temperature too, "
-                         "got one that is not; pass 1.0 for rows to leave as they are")
+        raise ValueError(
+            "ref_temperature: expected positive finite values within 2^-126 … 2^126, in relation "
+            "to temperature too, "
+            "got one that is not; pass 1.0 for rows to leave as they are"
+        )
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -363,31 +519,54 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def clamp(name: str, value: float | None) -> None:
     """None, or how far from 0 a difference of log-probabilities counts in full."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"{name}: expected a number or None, got {type(value).__name__}; for a tensor pass float({name})")
+        raise TypeError(
+            f"{name}: expected a number or None, got {type(value).__name__}; for a tensor pass "
+            f"float({name})"
+        )
     if value is not None and not (0 < value <= LARGEST_CLAMP):
-        raise ValueError(f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since "
-                         f"e^{name} must stay finite, got {shown(value)}; pass None for no clamp")
+        raise ValueError(
+            f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since "
+            f"e^{name} must stay finite, got {shown(value)}; pass None for no clamp"
+        )
 
 
 def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch.device) -> None:
-    """Check the divisor of a mean: None, a positive number, or a tensor of one entry, of which 0 stands for an empty batch."""
+    """Check the divisor of a mean: None, a positive number, or a tensor of one entry, of which 0
+    stands for an empty batch.
+    """
     if value is None:
         return
     if not reduction.endswith("mean"):
-        raise ValueError(f"normalizer: expected None with reduction={reduction!r}, got {type_name(value)}; it is for means, use reduction='mean'")
-    remedy = "pass how many tokens (sequences) count over all micro-batches, or that number / world_size"
+        raise ValueError(
+            f"normalizer: expected None with reduction={reduction!r}, got {type_name(value)}; it "
+            f"is for means, use reduction='mean'"
+        )
+    remedy = (
+        "pass how many tokens (sequences) count over all micro-batches, or that number / world_size"
+    )
     if isinstance(value, torch.Tensor):
         not_sharded("normalizer", value, "how many tokens count", "pass normalizer.full_tensor()")
         if value.dtype not in (*FLOAT_TYPES, *INTEGER_TYPES) or value.numel() != 1:
             raise (ValueError if value.numel() != 1 else TypeError)(
-                f"normalizer: expected a number or a tensor of one number, got {type_name(value)} of shape {tuple(value.shape)}; {remedy}")
+                f"normalizer: expected a number or a tensor of one number, got {type_name(value)} "
+                f"of shape {tuple(value.shape)}; {remedy}"
+            )
         not_forward_mode("normalizer", value)
         if value.device != device:
-            raise ValueError(f"normalizer: expected the device of the other tensors, {device}, got {value.device}; move it with .to()")
+            raise ValueError(
+                f"normalizer: expected the device of the other tensors, {device}, got "
+                f"{value.device}; move it with .to()"
+            )
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"normalizer: expected a number or a tensor of one number, got {type_name(value)}; {remedy}")
+        raise TypeError(
+            f"normalizer: expected a number or a tensor of one number, got {type_name(value)}; "
+            f"{remedy}"
+        )
     elif not torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max:
-        raise ValueError(f"normalizer: expected a finite number above 0, got {shown(value)}; {remedy}, or a tensor, which may be 0")
+        raise ValueError(
+            f"normalizer: expected a finite number above 0, got {shown(value)}; {remedy}, or a "
+            f"tensor, which may be 0"
+        )
 
 
 def float_type(name: str, value: torch.dtype | None) -> None:

@@ -38,7 +38,9 @@ def check(
 def tokens(
     mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor | int:
-    """Count the tokens that count: a tensor of type dtype where there is a mask, without a synchronisation."""
+    """Count the tokens that count: a tensor of type dtype where there is a mask, without a
+    synchronisation.
+    """
     return math.prod(leading) if mask is None else mask.sum(dtype=dtype)
 
 
@@ -60,7 +62,8 @@ def divisor(
 ) -> torch.Tensor | float:
     """Return the number, or scalar tensor, that the sum over tokens, of type dtype, is divided by.
 
-    Without tokens (sequences) it is 1. A tensor 0 becomes inf: it makes every finite sum 0, and its gradient.
+    Without tokens (sequences) it is 1. A tensor 0 becomes inf: it makes every finite sum 0, and its
+    gradient.
     """
     if reduction == "sum":
         return 1
@@ -88,7 +91,8 @@ def token_scales(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """Return weights / normalizer [...] in dtype: for a computation that weighs each token before it sums.
+    """Return weights / normalizer [...] in dtype: for a computation that weighs each token before
+    it sums.
 
     A masked token's entry may hold anything, NaN included.
     """
@@ -105,7 +109,9 @@ def reduced(
     reduction: str,
     normalizer: float | torch.Tensor | None,
 ) -> torch.Tensor:
-    """Sum or average values [...], exactly 0 where the mask is False; a masked token's weight may hold anything."""
+    """Sum or average values [...], exactly 0 where the mask is False; a masked token's weight may
+    hold anything.
+    """
     if weights is not None:
         weights = weights.to(values.dtype)
         values = values * (weights if mask is None else torch.where(mask, weights, 0.0))

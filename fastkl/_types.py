@@ -1,4 +1,6 @@
-"""Names and protocols in annotations: a type checker refuses a misspelt direction, the checks at run time read the same list."""
+"""Names and protocols in annotations: a type checker refuses a misspelt direction, the checks at
+run time read the same list.
+"""
 
 from __future__ import annotations
 
@@ -22,5 +24,7 @@ class BetaController(Protocol):
 
 
 def called_as(forward: Signature) -> Callable[[Any], Signature]:
-    """Give a module's __call__, for type checkers, the signature of its forward; torch's own returns Any."""
+    """Give a module's __call__, for type checkers, the signature of its forward; torch's own
+    returns Any.
+    """
     return lambda _: forward

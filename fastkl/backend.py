@@ -1,4 +1,6 @@
-"""Which implementation runs, and why: Triton kernels on a GPU, the plain torch reference on CPU tensors. Never a silent fallback."""
+"""Which implementation runs, and why: Triton kernels on a GPU, the plain torch reference on CPU
+tensors. Never a silent fallback.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,14 @@ _forced: str | None = None
 
 
 class use_backend:  # noqa: N801  (used like a function)
-    """Choose the implementation: `use_backend("triton")` from now on, or `with use_backend("triton"):` for a block.
+    """Choose the implementation: `use_backend("triton")` from now on, or `with
+    use_backend("triton"):` for a block.
 
-    name: "triton", "reference", or None for the default (Triton on a GPU, the reference on CPU tensors). The choice is one for the whole
-    process; a backward pass runs on the backend of its forward pass. With TRITON_INTERPRET=1 set before the first use, "triton" runs the
-    kernels on CPU tensors in Triton's interpreter, for debugging: it rounds a multiply-add twice where a GPU rounds once, so that
-    results of logits at a common level L are off by about 1e-7·L.
+    name: "triton", "reference", or None for the default (Triton on a GPU, the reference on CPU
+    tensors). The choice is one for the whole process; a backward pass runs on the backend of its
+    forward pass. With TRITON_INTERPRET=1 set before the first use, "triton" runs the kernels on CPU
+    tensors in Triton's interpreter, for debugging: it rounds a multiply-add twice where a GPU
+    rounds once, so that results of logits at a common level L are off by about 1e-7·L.
     Raises ValueError for another name.
     """
 
@@ -48,8 +52,8 @@ class use_backend:  # noqa: N801  (used like a function)
 class Explanation:
     """What would run and why. str() is one readable line.
 
-    backend: "triton" or "reference"; why: the reason for the choice; problems: every reason why that backend cannot take the input (empty:
-    it can).
+    backend: "triton" or "reference"; why: the reason for the choice; problems: every reason why
+    that backend cannot take the input (empty: it can).
     """
 
     backend: str
@@ -66,26 +70,39 @@ def _interpreting() -> bool:
 
 
 def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str, ...]:
-    """Every reason why the Triton kernels cannot take these logits; `read_rows`: as they lie in memory."""
+    """Every reason why the Triton kernels cannot take these logits; `read_rows`: as they lie in
+    memory.
+    """
     problems = []
     if not _HAS_TRITON:
         problems.append("triton is not installed: pip install triton")
     if not (logits[0].is_cuda or (logits[0].is_cpu and _interpreting())):
-        problems.append(f"the tensors are on {logits[0].device}: move them to a GPU, or set TRITON_INTERPRET=1 before importing fastkl to "
-                        f"interpret the kernels on CPU")
+        problems.append(
+            f"the tensors are on {logits[0].device}: move them to a GPU, or set "
+            f"TRITON_INTERPRET=1 before importing fastkl to "
+            f"interpret the kernels on CPU"
+        )
     for dtype in sorted({str(value.dtype) for value in logits if value.dtype not in _TRITON_TYPES}):
-        problems.append(f"{dtype} tensors: the kernels take float32, bfloat16 and float16; use_backend('reference') takes float64")
+        problems.append(
+            f"{dtype} tensors: the kernels take float32, bfloat16 and float16; "
+            f"use_backend('reference') takes float64"
+        )
     for value in logits if read_rows else ():
         if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
-            problems.append(f"logits with stride {value.stride(-1)} along the vocabulary: the kernels need 1; call .contiguous()")
+            problems.append(
+                f"logits with stride {value.stride(-1)} along the vocabulary: the kernels need 1; "
+                f"call .contiguous()"
+            )
             break
     return tuple(problems)
 
 
 def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Explanation:
-    """Which backend would take these logits, why it was chosen, and every reason why it could not run.
+    """Which backend would take these logits, why it was chosen, and every reason why it could not
+    run.
 
-    Raises TypeError or ValueError for what token_stats(logits, …, ref_logits) refuses. Example: print(fastkl.explain(logits))
+    Raises TypeError or ValueError for what token_stats(logits, …, ref_logits) refuses. Example:
+    print(fastkl.explain(logits))
     """
     _checks.logits("logits", logits)
     if ref_logits is not None:
@@ -104,11 +121,14 @@ def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Exp
 def select(*logits: torch.Tensor, read_rows: bool = True) -> str:
     """The backend for these logits; RuntimeError with every reason if it cannot take them.
 
-    read_rows: whether the kernels read these tensors; False for hidden states, which only say where the logits will be.
+    read_rows: whether the kernels read these tensors; False for hidden states, which only say where
+    the logits will be.
     """
     backend = _forced or ("triton" if logits[0].is_cuda else "reference")
     if backend == "triton":
         problems = triton_problems(*logits, read_rows=read_rows)
         if problems:
-            raise RuntimeError("fastkl: the triton backend cannot take this input: " + "; ".join(problems))
+            raise RuntimeError(
+                "fastkl: the triton backend cannot take this input: " + "; ".join(problems)
+            )
     return backend

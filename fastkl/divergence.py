@@ -11,8 +11,8 @@ from ._types import Reduction
 from .ops import engine, row_blocks, summed_op
 from .ops.row_op import row_statistics
 
-# Limits of one pass of the kernels: kernels.row_finish.LARGE_KL and LARGEST_DIFFERENCE, kernels.row_math.LARGEST_D
-# and LARGEST_LSE.
+# Limits of one pass of the kernels: kernels.row_finish.LARGE_KL and LARGEST_DIFFERENCE,
+# kernels.row_math.LARGEST_D and LARGEST_LSE.
 ONE_PASS_KL = 8.0
 ONE_PASS_DIFFERENCE = 64.0
 ONE_PASS_D = 60.0
@@ -21,9 +21,16 @@ ONE_PASS_LSE = 4194304.0
 LARGEST_SHIFT = 4096.0
 
 
-def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Tensor | None = None, *,
-                  temperature: float | torch.Tensor = 1.0, weights: torch.Tensor | None = None, reduction: Reduction = "none",
-                  normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
+def kl_divergence(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "none",
+    normalizer: float | torch.Tensor | None = None,
+) -> torch.Tensor:
     """KL(P‖Q) of every row, exact over the vocabulary: the expectation is under the FIRST argument.
 
     Equivalent to
@@ -34,85 +41,141 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor, mask: torch.Te
         kl = torch.where(mask, kl, 0)
         "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / normalizer
 
-    but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for backward (on a CPU, of "sum" and "mean" whose
-    gradient goes to p_logits alone, that gradient too, but for float16), and with its digits kept where
-    P and Q are close (the lines above return noise, or a negative number, for a KL below about 1e-5).
+    but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for
+    backward (on a CPU, of "sum" and "mean" whose gradient goes to p_logits alone, that gradient
+    too, but for float16), and with its digits kept where P and Q are close (the lines above return
+    noise, or a negative number, for a KL below about 1e-5).
 
-    The order of the arguments is the direction: `kl_divergence(policy, reference)` is the RLHF penalty (reverse KL),
-    `kl_divergence(teacher, student)` the distillation loss (forward KL).
+    The order of the arguments is the direction: `kl_divergence(policy, reference)` is the RLHF
+    penalty (reverse KL), `kl_divergence(teacher, student)` the distillation loss (forward KL).
 
     Args:
-        p_logits, q_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference backend), any strides with a unit stride along V.
-        temperature: divides both logits: a positive number, or a float tensor [...] (no gradient). Under torch.compile a number that changes
-            compiles anew; a tensor does not. A value of the tensor that is not positive is an error on the reference backend and NaN on a GPU.
-        mask: bool [...], True where the token counts. Other rows are not read, return exactly 0 and have gradient exactly 0.
-        weights: [...] float, the factor of each token's KL: "sum" and "mean" only. It may require gradient; of a masked token it may hold anything.
+        p_logits, q_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
+        backend), any strides with a unit stride along V.
+        temperature: divides both logits: a positive number, or a float tensor [...] (no gradient).
+        Under torch.compile a number that changes
+            compiles anew; a tensor does not. A value of the tensor that is not positive is an error
+            on the reference backend and NaN on a GPU.
+        mask: bool [...], True where the token counts. Other rows are not read, return exactly 0 and
+        have gradient exactly 0.
+        weights: [...] float, the factor of each token's KL: "sum" and "mean" only. It may require
+        gradient; of a masked token it may hold anything.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
-        normalizer: the divisor of the mean: a number above 0, or a tensor of one number, where 0 makes the mean 0. Default: how many tokens count
-            in this call, however they are weighted (1 if none). Over several micro-batches it is how many count in all of them; under DDP and
-            FSDP, which average gradients, that number of all processes / world_size.
+        normalizer: the divisor of the mean: a number above 0, or a tensor of one number, where 0
+        makes the mean 0. Default: how many tokens count
+            in this call, however they are weighted (1 if none). Over several micro-batches it is
+            how many count in all of them; under DDP and FSDP, which average gradients, that number
+            of all processes / world_size.
 
     Returns:
-        [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical rows. A scalar for "sum" and "mean".
+        [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical
+        rows. A scalar for "sum" and "mean".
 
     Gradient:
-        To each argument that requires it, in that argument's type. A row whose upstream gradient is 0 costs no reads. No second derivative.
+        To each argument that requires it, in that argument's type. A row whose upstream gradient is
+        0 costs no reads. No second derivative.
 
     Special values:
-        An entry that is -inf in both adds 0; -inf in q_logits alone, where p > 0, makes the row +inf; in p_logits alone, finite. A NaN or +inf
-        makes its own row NaN (of token_stats: every field that depends on it, on the kernels all of them).
+        An entry that is -inf in both adds 0; -inf in q_logits alone, where p > 0, makes the row
+        +inf; in p_logits alone, finite. A NaN or +inf makes its own row NaN (of token_stats: every
+        field that depends on it, on the kernels all of them).
 
     Raises:
-        TypeError, ValueError: wrong type, shape, device or temperature. RuntimeError: the chosen backend cannot take the input.
+        TypeError, ValueError: wrong type, shape, device or temperature. RuntimeError: the chosen
+        backend cannot take the input.
 
-    Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq. 2.4. The form that is computed:
-    reference.py's docstring.
+    Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq.
+    2.4. The form that is computed: reference.py's docstring.
     """
     _check(p_logits, q_logits, temperature, mask)
     _reduce.check(reduction, weights, normalizer, p_logits.shape[:-1], p_logits.device)
     chosen = backend.select(p_logits, q_logits)
     if reduction != "none" and weights is None:
-        gradient = summed_op.empty_gradient(p_logits, q_logits, mask, temperature, normalizer, chosen)
+        gradient = summed_op.empty_gradient(
+            p_logits, q_logits, mask, temperature, normalizer, chosen
+        )
         if gradient is not None:
-            divisor = _reduce.divisor(reduction, normalizer, mask, p_logits.shape[:-1], torch.float32)
-            return summed_op.summed_kl(p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen)[0]
+            divisor = _reduce.divisor(
+                reduction, normalizer, mask, p_logits.shape[:-1], torch.float32
+            )
+            return summed_op.summed_kl(
+                p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen
+            )[0]
     per_row = isinstance(temperature, torch.Tensor)
-    kl = row_statistics(p_logits, q_logits, None, mask, temperature if per_row else None, 1.0 if per_row else float(temperature), "kl", chosen)[3]
+    kl = row_statistics(
+        p_logits,
+        q_logits,
+        None,
+        mask,
+        temperature if per_row else None,
+        1.0 if per_row else float(temperature),
+        "kl",
+        chosen,
+    )[3]
     return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
 
 
-def slow_path_rows(p_logits: torch.Tensor, q_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
-                   mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Which rows the Triton kernels read again, because one pass cannot hold them: a diagnostic, not for the training loop.
+def slow_path_rows(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Which rows the Triton kernels read again, because one pass cannot hold them: a diagnostic,
+    not for the training loop.
 
-    A row is read again, in float64, if it holds an infinity or a NaN, if its KL in either direction is 8 nats or more
-    or KL(Q‖P) far below KL(P‖Q), if the log-ratio of some entry is 60 nats or more from
-    the row's mean, or if the mean difference of the logits over the temperature is 64 or more (of 16-bit logits:
-    before it too). Such a row costs four reads instead of one. kl_divergence alone does not look at the other direction:
-    there these rows are an upper bound.
+    A row is read again, in float64, if it holds an infinity or a NaN, if its KL in either direction
+    is 8 nats or more or KL(Q‖P) far below KL(P‖Q), if the log-ratio of some entry is 60 nats or
+    more from the row's mean, or if the mean difference of the logits over the temperature is 64 or
+    more (of 16-bit logits: before it too). Such a row costs four reads instead of one.
+    kl_divergence alone does not look at the other direction: there these rows are an upper bound.
 
-    Args: as kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time. No gradient. Raises: as kl_divergence.
+    Args: as kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time.
+    No gradient. Raises: as kl_divergence.
     """
     _check(p_logits, q_logits, temperature, mask)
     slow = torch.zeros(p_logits.shape[:-1].numel(), dtype=torch.bool, device=p_logits.device)
-    temperatures = engine.flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
+    temperatures = (
+        engine.flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
+    )
     with torch.no_grad():
         for rows in row_blocks.row_blocks(p_logits, engine.flat(mask)):
-            chosen = temperatures[rows].float() if isinstance(temperatures, torch.Tensor) else temperatures
+            chosen = (
+                temperatures[rows].float()
+                if isinstance(temperatures, torch.Tensor)
+                else temperatures
+            )
             x, y = row_blocks.take(p_logits, rows).float(), row_blocks.take(q_logits, rows).float()
             result = reference.row_statistics(x, y, None, chosen, entropy=False)
             kl, ref_kl = result.kl, result.ref_kl
             assert kl is not None and ref_kl is not None
             x_top, x_log_sum, y_top, y_log_sum = result.saved[:, :4].unbind(1)
             apart = (y_top - x_top) / chosen + (y_log_sum - x_log_sum) - kl  # E_p[y - x]/T
-            # Sums of float32 logits count differences from a whole number near their median (kernels.row_load.row_shift).
+            # Sums of float32 logits count differences from a whole number near their median
+            # (kernels.row_load.row_shift).
             wide = torch.float32 in (p_logits.dtype, q_logits.dtype)
             shift = _shift(y - x) if wide else torch.zeros_like(kl)
-            largest_d = (y - x - shift[:, None]).abs().amax(-1) / chosen + (apart - shift / chosen).abs()
-            lse = torch.maximum((x_top / chosen + x_log_sum).abs(), (y_top / chosen + y_log_sum).abs())
-            holds = (kl < ONE_PASS_KL) & (ref_kl < ONE_PASS_KL) & (largest_d < ONE_PASS_D) & (lse * math.log2(math.e) < ONE_PASS_LSE)
-            holds &= (ref_kl + kl - torch.expm1(-kl) < 8 * ref_kl + 0.001) & x.isfinite().all(-1) & y.isfinite().all(-1)
-            holds &= (apart.abs() < ONE_PASS_DIFFERENCE) & (wide | (apart.abs() * chosen < ONE_PASS_DIFFERENCE))
+            largest_d = (y - x - shift[:, None]).abs().amax(-1) / chosen + (
+                apart - shift / chosen
+            ).abs()
+            lse = torch.maximum(
+                (x_top / chosen + x_log_sum).abs(), (y_top / chosen + y_log_sum).abs()
+            )
+            holds = (
+                (kl < ONE_PASS_KL)
+                & (ref_kl < ONE_PASS_KL)
+                & (largest_d < ONE_PASS_D)
+                & (lse * math.log2(math.e) < ONE_PASS_LSE)
+            )
+            holds &= (
+                (ref_kl + kl - torch.expm1(-kl) < 8 * ref_kl + 0.001)
+                & x.isfinite().all(-1)
+                & y.isfinite().all(-1)
+            )
+            holds &= (apart.abs() < ONE_PASS_DIFFERENCE) & (
+                wide | (apart.abs() * chosen < ONE_PASS_DIFFERENCE)
+            )
             slow[rows] = ~holds
     return slow.view(p_logits.shape[:-1])
 
@@ -125,7 +188,12 @@ def _shift(difference: torch.Tensor) -> torch.Tensor:
     return torch.where(shift.abs() < LARGEST_SHIFT, shift, 0.0)
 
 
-def _check(p_logits: torch.Tensor, q_logits: torch.Tensor, temperature: float | torch.Tensor, mask: torch.Tensor | None) -> None:
+def _check(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor,
+    temperature: float | torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
     """The checks of every function of two logits tensors."""
     _checks.logits("p_logits", p_logits)
     _checks.logits("q_logits", q_logits)

@@ -1,7 +1,9 @@
-"""KL from the log-probabilities of sampled tokens alone: the estimators k1, k2, k3 and abs, and a loss whose gradient is right as well.
+"""KL from the log-probabilities of sampled tokens alone: the estimators k1, k2, k3 and abs, and a
+loss whose gradient is right as well.
 
-The exact KL of fastkl.kl_divergence has neither their noise nor their pitfalls; these serve where only log-probabilities were kept. An estimator
-with the right value may have the wrong gradient: tests/test_estimators.py enumerates which loss has which.
+The exact KL of fastkl.kl_divergence has neither their noise nor their pitfalls; these serve where
+only log-probabilities were kept. An estimator with the right value may have the wrong gradient:
+tests/test_estimators.py enumerates which loss has which.
 """
 
 from __future__ import annotations
@@ -20,11 +22,18 @@ DIRECTIONS = get_args(Direction)
 _FLOOR = -1e4
 # Where k3 goes on along its tangent without a clamp.
 _LIMIT = {torch.float32: _checks.LARGEST_CLAMP, torch.float64: 600.0}
-# A ratio beyond e^20 = 4.9e8 is no importance weight, and e^89 is infinite in float32, where its gradient would be NaN.
+# A ratio beyond e^20 = 4.9e8 is no importance weight, and e^89 is infinite in float32, where its
+# gradient would be NaN.
 LARGEST_LOG_RATIO = 20.0
 
 
-def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: Estimator = "k1", clamp: float | None = None) -> torch.Tensor:
+def estimate_kl(
+    logprob: torch.Tensor,
+    ref_logprob: torch.Tensor,
+    *,
+    estimator: Estimator = "k1",
+    clamp: float | None = None,
+) -> torch.Tensor:
     """Estimates of KL(policy‖reference) from tokens sampled from the policy, one per token.
 
     Equivalent, with the digits of a small d kept, to
@@ -35,34 +44,41 @@ def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: 
         k3 = torch.expm1(-d) + d        # unbiased, never negative, little noise near the reference
         abs = d.abs()                   # not an estimate of KL but a distance
 
-    Unbiased: k3 where the policy covers the reference; else, where top-k, top-p or a mask of actions leaves the policy without tokens that the
-    reference may choose, it is low by the reference's probability of these. k1 is not affected.
+    Unbiased: k3 where the policy covers the reference; else, where top-k, top-p or a mask of
+    actions leaves the policy without tokens that the reference may choose, it is low by the
+    reference's probability of these. k1 is not affected.
 
-    These are values. As a loss on tokens sampled from the policy as it is now, only k2 has the gradient of KL(policy‖reference) as its
-    expectation; k1 has 0, k3 that of KL(reference‖policy), abs that of twice the total variation, and off-policy none is right. Train on
-    sampled_kl_loss, or with k1 (detached) inside the reward.
+    These are values. As a loss on tokens sampled from the policy as it is now, only k2 has the
+    gradient of KL(policy‖reference) as its expectation; k1 has 0, k3 that of KL(reference‖policy),
+    abs that of twice the total variation, and off-policy none is right. Train on sampled_kl_loss,
+    or with k1 (detached) inside the reward.
 
     Args:
-        logprob, ref_logprob: [...], log-probabilities of the sampled tokens under policy and reference, floats of any type.
+        logprob, ref_logprob: [...], log-probabilities of the sampled tokens under policy and
+        reference, floats of any type.
         estimator: "k1", "k2", "k3" or "abs".
-        clamp: beyond |d| = clamp an estimator goes on along its tangent there: its gradient keeps the sign and the size it has at the clamp. A
-            number in (0, 50]; k1 and abs are their own tangents. None: no clamp, but k3 goes on along its tangent beyond |d| = 50 (600 for
+        clamp: beyond |d| = clamp an estimator goes on along its tangent there: its gradient keeps
+            the sign and the size it has at the clamp. A number in (0, 50]; k1 and abs are their own
+            tangents. None: no clamp, but k3 goes on along its tangent beyond |d| = 50 (600 for
             float64), where e^|d| nears the largest number.
 
     Returns:
-        [...] float32 (float64 for float64 log-probabilities), nats. Mask tokens that do not count with torch.where.
+        [...] float32 (float64 for float64 log-probabilities), nats. Mask tokens that do not count
+        with torch.where.
 
     Gradient:
         That of the code above, or of the tangent, to logprob and ref_logprob where they require it.
 
     Special values:
-        A log-probability below -1e4, -inf included, counts as -1e4 and gets gradient 0 (its token has no probability to move); the other one
-        keeps its own. So both -inf: d = 0. Values and gradients are finite for whatever log-probabilities ≤ 0, but a gradient that comes in
-        float16 is ±inf beyond 65504, from |d| = 11.09 on: set a clamp there. NaN stays NaN in its own token.
+        A log-probability below -1e4, -inf included, counts as -1e4 and gets gradient 0 (its token
+        has no probability to move); the other one keeps its own. So both -inf: d = 0. Values and
+        gradients are finite for whatever log-probabilities ≤ 0, but a gradient that comes in
+        float16 is ±inf beyond 65504, from |d| = 11.09 on: set a clamp there. NaN stays NaN in its
+        own token.
 
     Raises:
-        TypeError for what is not a float tensor, and for float64 beside another type. ValueError for shapes or devices that differ, an unknown
-        estimator, a clamp outside (0, 50].
+        TypeError for what is not a float tensor, and for float64 beside another type. ValueError
+        for shapes or devices that differ, an unknown estimator, a clamp outside (0, 50].
 
     Source: Schulman, Approximating KL Divergence (2020), joschu.net/blog/kl-approx.html.
     """
@@ -71,9 +87,16 @@ def estimate_kl(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, estimator: 
     return _estimate(finite(logprob) - finite(ref_logprob), estimator, clamp)
 
 
-def sampled_kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, old_logprob: torch.Tensor | None = None,
-                    direction: Direction = "policy||reference", clamp: float | None = None) -> torch.Tensor:
-    """A loss per sampled token whose expected value is a KL and whose expected gradient is that KL's gradient with respect to the policy.
+def sampled_kl_loss(
+    logprob: torch.Tensor,
+    ref_logprob: torch.Tensor,
+    *,
+    old_logprob: torch.Tensor | None = None,
+    direction: Direction = "policy||reference",
+    clamp: float | None = None,
+) -> torch.Tensor:
+    """A loss per sampled token whose expected value is a KL and whose expected gradient is that
+    KL's gradient with respect to the policy.
 
     Equivalent, with d = logprob - ref_logprob, w = exp(-d) and the digits of a small d kept, to
 
@@ -82,34 +105,44 @@ def sampled_kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, old_log
                        "reference||policy": (1 - w * (1 + d), w - 1 + d)}[direction]
         loss = ratio * (value.detach() + form - form.detach())
 
-    in which `value` is never negative and `form` is what has the gradient. Off-policy, the first is the ratio with gradient times k3, token by
+    in which `value` is never negative and `form` is what has the gradient. Off-policy, the first is
+    the ratio with gradient times k3, token by
     token: both have the gradient ratio·d·∇logprob.
 
     Args:
         logprob: [...], log-probabilities of the sampled tokens under the policy that is trained.
         ref_logprob: [...], under the reference; gets no gradient.
-        old_logprob: [...], under the policy that sampled the tokens, without gradient. None: they come from the policy as it is now.
-        direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or "reference||policy", whose noise grows with e^(-d).
-        clamp: as estimate_kl, for `value` and for `form`: the gradient stays right inside and of the right sign beyond. It leaves the ratio
+        old_logprob: [...], under the policy that sampled the tokens, without gradient. None: they
+        come from the policy as it is now.
+        direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or
+            "reference||policy", whose noise grows with e^(-d).
+        clamp: as estimate_kl, for `value` and for `form`: the gradient stays right inside and of
+        the right sign beyond. It leaves the ratio
             alone, which counts as e^20 where it is more.
 
     Returns:
-        [...] float32 (float64 for float64 log-probabilities), nats. Reduce it over the tokens that count; mask the others with torch.where.
+        [...] float32 (float64 for float64 log-probabilities), nats. Reduce it over the tokens that
+        count; mask the others with torch.where.
 
     Gradient:
-        To logprob. Unbiased, as the value is, for the KL between the two next-token distributions after each prefix of the batch. That a token
-        also changes which prefixes follow is not in it: for the gradient of a whole sequence's KL put k1 inside the reward. First derivatives only.
+        To logprob. Unbiased, as the value is, for the KL between the two next-token distributions
+        after each prefix of the batch. That a token also changes which prefixes follow is not in
+        it: for the gradient of a whole sequence's KL put k1 inside the reward. First derivatives
+        only.
 
-        Where the policy does not cover the reference (top-k, top-p, masked actions), the value for "policy||reference" is low by the reference's
-        probability of the tokens left out, and its gradient is still right; KL(reference‖policy) is infinite, and neither says so. Off-policy the
-        policy that sampled must cover the one that is trained.
+        Where the policy does not cover the reference (top-k, top-p, masked actions), the value for
+        "policy||reference" is low by the reference's probability of the tokens left out, and its
+        gradient is still right; KL(reference‖policy) is infinite, and neither says so. Off-policy
+        the policy that sampled must cover the one that is trained.
 
     Special values: as estimate_kl.
 
     Raises:
-        As estimate_kl; ValueError for an unknown direction and for an old_logprob that requires grad.
+        As estimate_kl; ValueError for an unknown direction and for an old_logprob that requires
+        grad.
 
-    Source: Schulman (2020) as estimate_kl, for the values; the gradients are the score-function identity Σ π·∇log π = 0 applied to each form.
+    Source: Schulman (2020) as estimate_kl, for the values; the gradients are the score-function
+    identity Σ π·∇log π = 0 applied to each form.
     """
     _checks.choice("direction", direction, DIRECTIONS)
     _check(logprob, clamp, ref_logprob=ref_logprob, old_logprob=old_logprob)
@@ -124,7 +157,9 @@ def sampled_kl_loss(logprob: torch.Tensor, ref_logprob: torch.Tensor, *, old_log
 
 
 def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
-    """One of ESTIMATORS of d, or "reverse", 1 - e^(-d)·(1 + d) = e^(-d)·(e^d - 1 - d); beyond |d| = clamp its tangent there."""
+    """One of ESTIMATORS of d, or "reverse", 1 - e^(-d)·(1 + d) = e^(-d)·(e^d - 1 - d); beyond |d| =
+    clamp its tangent there.
+    """
     if form == "k1":
         return d
     if form == "abs":
@@ -141,7 +176,9 @@ def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
 
 
 def _expm1_minus(x: torch.Tensor) -> torch.Tensor:
-    """e^x - 1 - x, accurate relative to itself, with its derivative: expm1(x) - x alone loses the digits of a small x."""
+    """e^x - 1 - x, accurate relative to itself, with its derivative: expm1(x) - x alone loses the
+    digits of a small x.
+    """
     small = x.clamp(-0.5, 0.5)
     series = torch.ones_like(x)
     for k in range(15, 2, -1):  # 1 + x/3·(1 + x/4·(… (1 + x/15))): what follows is below 1e-17
@@ -158,22 +195,37 @@ def finite(logprob: torch.Tensor, floor: float = _FLOOR) -> torch.Tensor:
 
 
 def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | None) -> None:
-    """Float tensors of one shape, on one device, all float64 or none; clamp None or in (0, 50]; no gradient to old_logprob."""
+    """Float tensors of one shape, on one device, all float64 or none; clamp None or in (0, 50]; no
+    gradient to old_logprob.
+    """
     for name, value in {"logprob": logprob, **others}.items():
         if value is None and name == "old_logprob":
             continue
         if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: expected a float tensor of log-probabilities [...], got {type(value).__name__}; "
-                            f"token_stats returns them")
+            raise TypeError(
+                f"{name}: expected a float tensor of log-probabilities [...], got "
+                f"{type(value).__name__}; "
+                f"token_stats returns them"
+            )
         if value.dtype not in _checks.FLOAT_TYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 log-probabilities, got {value.dtype}; "
-                            f"pass the log-probabilities of the tokens, not the tokens")
+            raise TypeError(
+                f"{name}: expected float32, bfloat16, float16 or float64 log-probabilities, got "
+                f"{value.dtype}; "
+                f"pass the log-probabilities of the tokens, not the tokens"
+            )
         _checks.not_sharded(name, value, "log-probabilities [...]", _checks.local_or_full(name))
         if value.shape != logprob.shape:
-            raise ValueError(f"{name}: expected the shape of logprob, {tuple(logprob.shape)}, one entry per token, got {tuple(value.shape)}; "
-                             f"align the batch and time dimensions")
+            raise ValueError(
+                f"{name}: expected the shape of logprob, {tuple(logprob.shape)}, one entry per "
+                f"token, got {tuple(value.shape)}; "
+                f"align the batch and time dimensions"
+            )
         _checks.same_device_and_precision(name, value, "logprob", logprob)
         if name == "old_logprob" and value.requires_grad:
-            raise ValueError("old_logprob: expected log-probabilities without gradient, of the policy as it was when it sampled, got a tensor that "
-                             "requires grad; pass old_logprob.detach(), or None for tokens sampled from the policy as it is now")
+            raise ValueError(
+                "old_logprob: expected log-probabilities without gradient, of the policy as it "
+                "was when it sampled, got a tensor that "
+                "requires grad; pass old_logprob.detach(), or None for tokens sampled from the "
+                "policy as it is now"
+            )
     _checks.clamp("clamp", clamp)

@@ -28,20 +28,33 @@ class _Counts(NamedTuple):
     @staticmethod
     def of(values: torch.Tensor, mask: torch.Tensor | None) -> _Counts:
         """Count what counts of per-token values, in their type."""
-        tokens, sequences = (count(mask, values.shape, values.dtype) for count in (_reduce.tokens, _reduce.sequences))
-        return _Counts(tokens, sequences, _reduce.at_least_one(tokens), _reduce.at_least_one(sequences))
+        tokens, sequences = (
+            count(mask, values.shape, values.dtype) for count in (_reduce.tokens, _reduce.sequences)
+        )
+        return _Counts(
+            tokens, sequences, _reduce.at_least_one(tokens), _reduce.at_least_one(sequences)
+        )
 
 
 class _Penalty(torch.nn.Module):
     """Holds beta, the reduction and the last call's statistics of both penalties."""
 
-    def __init__(self, beta: float | BetaController, direction: Direction, temperature: float, reduction: PenaltyReduction,
-                 elsewhere: str) -> None:
+    def __init__(
+        self,
+        beta: float | BetaController,
+        direction: Direction,
+        temperature: float,
+        reduction: PenaltyReduction,
+        elsewhere: str,
+    ) -> None:
         super().__init__()
         _checks.choice("direction", direction, DIRECTIONS)
         _checks.choice("reduction", reduction, _reduce.PENALTY_REDUCTIONS)
         if isinstance(temperature, torch.Tensor):
-            raise TypeError(f"temperature: expected a positive number, got a tensor; call {elsewhere} for a temperature per token")
+            raise TypeError(
+                f"temperature: expected a positive number, got a tensor; call {elsewhere} for a "
+                f"temperature per token"
+            )
         _checks.temperature(temperature, torch.Size(), torch.device("cpu"))
         self.direction = direction
         self.temperature = temperature
@@ -53,32 +66,64 @@ class _Penalty(torch.nn.Module):
     @property
     def beta(self) -> float:
         """The weight of the next call."""
-        value = self._beta if isinstance(self._beta, (int, float)) else getattr(self._beta, "beta", self._beta)
+        value = (
+            self._beta
+            if isinstance(self._beta, (int, float))
+            else getattr(self._beta, "beta", self._beta)
+        )
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}; "
-                            f"for a tensor or numpy scalar pass float(beta)")
+            raise TypeError(
+                f"beta: expected a number or a controller with an attribute `beta`, got "
+                f"{type(value).__name__}; "
+                f"for a tensor or numpy scalar pass float(beta)"
+            )
         if not (0 <= value <= sys.float_info.max):
-            remedy = "a negative beta would reward divergence" if value < 0 else "look at what computed it"
-            raise ValueError(f"beta: expected a finite number of at least 0, got {_checks.shown(value)}; {remedy}")
+            remedy = (
+                "a negative beta would reward divergence"
+                if value < 0
+                else "look at what computed it"
+            )
+            raise ValueError(
+                f"beta: expected a finite number of at least 0, got {_checks.shown(value)}; "
+                f"{remedy}"
+            )
         return float(value)
 
     def extra_repr(self) -> str:
         """The arguments, for print(model)."""
         return f"beta={self.beta:g}, direction={self.direction!r}, temperature={self.temperature:g}, reduction={self.reduction!r}"
 
-    def _divisor(self, counts: _Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | float:
+    def _divisor(
+        self, counts: _Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor | float:
         """Return what the sum over tokens is divided by; the counts are at hand, for `last`."""
         if normalizer is None and self.reduction != "sum":
-            return counts.sequence_divisor if self.reduction == "sequence_mean" else counts.token_divisor
+            return (
+                counts.sequence_divisor
+                if self.reduction == "sequence_mean"
+                else counts.token_divisor
+            )
         return _reduce.divisor(self.reduction, normalizer, None, (), dtype)
 
-    def _remember(self, kl: torch.Tensor, total: torch.Tensor, counts: _Counts, beta: float, loss: torch.Tensor) -> None:
+    def _remember(
+        self,
+        kl: torch.Tensor,
+        total: torch.Tensor,
+        counts: _Counts,
+        beta: float,
+        loss: torch.Tensor,
+    ) -> None:
         """Keep the statistics of a call in `last`: no gradient, no synchronisation."""
         if dual_op.transforming():
             return  # these tensors are worth nothing outside the transform
-        with torch.no_grad():  # as a decorator it breaks the graph of a compiled step in which the module is made
+        with (
+            torch.no_grad()
+        ):  # as a decorator it breaks the graph of a compiled step in which the module is made
             kl, total = kl.detach(), total.detach()
-            tokens, sequences = (count if isinstance(count, torch.Tensor) else kl.new_full((), count) for count in counts[:2])
+            tokens, sequences = (
+                count if isinstance(count, torch.Tensor) else kl.new_full((), count)
+                for count in counts[:2]
+            )
             self.last = {
                 "kl": total / counts.token_divisor,
                 "max_kl": kl.max() if kl.numel() else kl.new_zeros(()),
@@ -99,57 +144,93 @@ class KLPenalty(_Penalty):
         loss = beta * kl.sum() / mask.sum()                                                 # reduction "token_mean"
 
     Args:
-        beta: the penalty's weight: a number ≥ 0, or a controller: an object with an attribute `beta`, read at every call. 0 leaves the KL
+        beta: the penalty's weight: a number ≥ 0, or a controller: an object with an attribute
+        `beta`, read at every call. 0 leaves the KL
             out, also an infinite one.
-        direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or "reference||policy".
+        direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or
+            "reference||policy".
         temperature: divides both logits; a positive number.
-        reduction: "token_mean" (also spelt "mean"): mean over the tokens that count; "sequence_mean": mean over sequences of the sum over each
-            sequence's tokens (the last dimension), as in a reward per sequence, sequences without a token that counts left out; "sum".
+        reduction: "token_mean" (also spelt "mean"): mean over the tokens that count;
+        "sequence_mean": mean over sequences of the sum over each
+            sequence's tokens (the last dimension), as in a reward per sequence, sequences without a
+            token that counts left out; "sum".
 
     forward(policy_logits, ref_logits, mask=None, *, normalizer=None) takes [..., V] logits and a bool mask [...], and returns a float32 scalar with
     gradient to whichever logits require it. With no token that counts it returns 0.
 
-    normalizer, for both means, takes the place of the number of tokens (sequences) in this call, so that micro-batches and processes of different
-    lengths weigh each token the same: how many count in all micro-batches of a step; under DDP and FSDP, which average gradients, that number of
-    all processes / world_size. A number above 0, or a tensor of one number, where 0 makes the loss 0.
+    normalizer, for both means, takes the place of the number of tokens (sequences) in this call, so
+    that micro-batches and processes of different lengths weigh each token the same: how many count
+    in all micro-batches of a step; under DDP and FSDP, which average gradients, that number of all
+    processes / world_size. A number above 0, or a tensor of one number, where 0 makes the loss 0.
 
-    `last` holds the last call's statistics as detached tensors on the logits' device, nothing synchronised: "kl" (mean KL per token that
-    counts, nats), "max_kl", "kl_per_sequence" (mean, over the sequences with a token that counts, of the sum of KL over each one's tokens),
-    "tokens" and "sequences" (how many counted), "beta", "loss"; all but "loss" whatever the normalizer. Empty before the first call; a call
-    inside a transform of torch.func leaves them as they were.
+    `last` holds the last call's statistics as detached tensors on the logits' device, nothing
+    synchronised: "kl" (mean KL per token that counts, nats), "max_kl", "kl_per_sequence" (mean,
+    over the sequences with a token that counts, of the sum of KL over each one's tokens), "tokens"
+    and "sequences" (how many counted), "beta", "loss"; all but "loss" whatever the normalizer.
+    Empty before the first call; a call inside a transform of torch.func leaves them as they were.
 
     Raises ValueError or TypeError for wrong arguments, as kl_divergence does.
-    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2, with the KL taken exactly instead of sampled.
+    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2, with
+    the KL taken exactly instead of sampled.
     """
 
-    def __init__(self, beta: float | BetaController, *, direction: Direction = "policy||reference", temperature: float = 1.0,
-                 reduction: PenaltyReduction = "token_mean") -> None:
+    def __init__(
+        self,
+        beta: float | BetaController,
+        *,
+        direction: Direction = "policy||reference",
+        temperature: float = 1.0,
+        reduction: PenaltyReduction = "token_mean",
+    ) -> None:
         super().__init__(beta, direction, temperature, reduction, "kl_divergence")
 
-    def forward(self, policy_logits: torch.Tensor, ref_logits: torch.Tensor, mask: torch.Tensor | None = None, *,
-                normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        policy_logits: torch.Tensor,
+        ref_logits: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
         _checks.logits("policy_logits", policy_logits)
         _checks.logits("ref_logits", ref_logits)
         _checks.same_shape("ref_logits", ref_logits, "policy_logits", policy_logits)
-        first, second = (policy_logits, ref_logits) if self.direction == DIRECTIONS[0] else (ref_logits, policy_logits)
+        first, second = (
+            (policy_logits, ref_logits)
+            if self.direction == DIRECTIONS[0]
+            else (ref_logits, policy_logits)
+        )
         _checks.normalizer(normalizer, self.reduction, policy_logits.device)
         beta = self.beta
         _checks.mask(mask, first.shape[:-1], first.device)
         chosen = backend.select(first, second)
-        gradient = summed_op.empty_gradient(first, second, mask, self.temperature, normalizer, chosen)
+        gradient = summed_op.empty_gradient(
+            first, second, mask, self.temperature, normalizer, chosen
+        )
         if gradient is None:
             kl = kl_divergence(first, second, mask, temperature=self.temperature)
             counts, total = _Counts.of(kl, mask), kl.sum()
-            # A penalty without weight leaves out an infinite KL too. A tensor: a number that changes would compile anew.
+            # A penalty without weight leaves out an infinite KL too. A tensor: a number that
+            # changes would compile anew.
             scale = kl.new_ones(()) * beta
             weighted = torch.where(scale == 0, 0.0, scale * total)
-            loss = _reduce.quotient(weighted, self._divisor(counts, normalizer, kl.dtype), normalizer)
+            loss = _reduce.quotient(
+                weighted, self._divisor(counts, normalizer, kl.dtype), normalizer
+            )
         else:
             like = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
             counts = _Counts.of(like, mask)
-            loss, kl = summed_op.summed_kl(first, second, mask, self.temperature, like.new_ones(()) * beta,
-                                         self._divisor(counts, normalizer, like.dtype), gradient, chosen)
+            loss, kl = summed_op.summed_kl(
+                first,
+                second,
+                mask,
+                self.temperature,
+                like.new_ones(()) * beta,
+                self._divisor(counts, normalizer, like.dtype),
+                gradient,
+                chosen,
+            )
             total = kl.sum()
         self._remember(kl, total, counts, beta, loss)
         return loss
@@ -161,7 +242,8 @@ class KLPenalty(_Penalty):
 
 
 class LinearKLPenalty(_Penalty):
-    """KLPenalty from hidden states and lm_head weights: never all logits at once, its gradients computed together with its value.
+    """KLPenalty from hidden states and lm_head weights: never all logits at once, its gradients
+    computed together with its value.
 
     Equivalent to
 
@@ -169,16 +251,20 @@ class LinearKLPenalty(_Penalty):
         ref_logits = F.linear(ref_hidden, ref_weight, ref_bias)
         loss = KLPenalty(beta, direction=direction, temperature=temperature, reduction=reduction)(policy_logits, ref_logits, mask)
 
-    with softcap, logits_dtype, chunk_size and recompute as in linear_kl_divergence, whose costs and memory it has with reduction "sum".
+    with softcap, logits_dtype, chunk_size and recompute as in linear_kl_divergence, whose costs and
+    memory it has with reduction "sum".
 
     Args:
         beta, direction, temperature, reduction: as KLPenalty.
-        ref_temperature: divides the reference's logits instead; a positive number. Default: temperature.
-        softcap, logits_dtype, chunk_size, recompute: as linear_kl_divergence, whose "sum" keeps no logits whatever recompute is.
+        ref_temperature: divides the reference's logits instead; a positive number. Default:
+        temperature.
+        softcap, logits_dtype, chunk_size, recompute: as linear_kl_divergence, whose "sum" keeps no
+        logits whatever recompute is.
 
     forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None, normalizer=None) takes hidden states [..., H],
-    weights [V, H] (or a Head for either) and a bool mask [...], and returns a float32 scalar with gradient to whatever of them requires it; pass
-    ref_weight=weight.detach() where a trained lm_head is shared and only the policy is to learn through it. The policy comes first in either
+    weights [V, H] (or a Head for either) and a bool mask [...], and returns a float32 scalar with
+    gradient to whatever of them requires it; pass ref_weight=weight.detach() where a trained
+    lm_head is shared and only the policy is to learn through it. The policy comes first in either
     direction. With no token that counts it returns 0.
 
     normalizer, `last`: as KLPenalty.
@@ -187,15 +273,29 @@ class LinearKLPenalty(_Penalty):
     Source: as KLPenalty.
     """
 
-    def __init__(self, beta: float | BetaController, *, direction: Direction = "policy||reference", temperature: float = 1.0,
-                 reduction: PenaltyReduction = "token_mean", softcap: float | None = None,
-                 logits_dtype: torch.dtype | None = None, chunk_size: int | None = None, ref_temperature: float | None = None,
-                 recompute: bool | None = None) -> None:
+    def __init__(
+        self,
+        beta: float | BetaController,
+        *,
+        direction: Direction = "policy||reference",
+        temperature: float = 1.0,
+        reduction: PenaltyReduction = "token_mean",
+        softcap: float | None = None,
+        logits_dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        ref_temperature: float | None = None,
+        recompute: bool | None = None,
+    ) -> None:
         super().__init__(beta, direction, temperature, reduction, "linear_kl_divergence")
         if isinstance(ref_temperature, torch.Tensor):
-            raise TypeError("ref_temperature: expected a positive number, got a tensor; call linear_kl_divergence for a temperature per token")
+            raise TypeError(
+                "ref_temperature: expected a positive number, got a tensor; call "
+                "linear_kl_divergence for a temperature per token"
+            )
         if ref_temperature is not None:
-            _checks.temperature(ref_temperature, torch.Size(), torch.device("cpu"), "ref_temperature")
+            _checks.temperature(
+                ref_temperature, torch.Size(), torch.device("cpu"), "ref_temperature"
+            )
         _checks.softcap(softcap)
         _checks.chunk_size(chunk_size)
         _checks.recompute(recompute)
@@ -208,18 +308,49 @@ class LinearKLPenalty(_Penalty):
 
     def extra_repr(self) -> str:
         """The arguments, for print(model)."""
-        options = {"softcap": self.softcap, "logits_dtype": self.logits_dtype, "chunk_size": self.chunk_size,
-                   "ref_temperature": self.ref_temperature, "recompute": self.recompute}
-        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in options.items() if value is not None)])
+        options = {
+            "softcap": self.softcap,
+            "logits_dtype": self.logits_dtype,
+            "chunk_size": self.chunk_size,
+            "ref_temperature": self.ref_temperature,
+            "recompute": self.recompute,
+        }
+        return ", ".join(
+            [
+                super().extra_repr(),
+                *(f"{name}={value}" for name, value in options.items() if value is not None),
+            ]
+        )
 
-    def forward(self, hidden: torch.Tensor, weight: torch.Tensor | Head, ref_hidden: torch.Tensor,
-                ref_weight: torch.Tensor | Head | None = None, mask: torch.Tensor | None = None, *,
-                bias: torch.Tensor | None = None, ref_bias: torch.Tensor | None = None,
-                normalizer: float | torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor | Head,
+        ref_hidden: torch.Tensor,
+        ref_weight: torch.Tensor | Head | None = None,
+        mask: torch.Tensor | None = None,
+        *,
+        bias: torch.Tensor | None = None,
+        ref_bias: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
-        made = linear.prepare(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, self.temperature,
-                              self.ref_temperature, self.softcap, mask, self.logits_dtype, self.chunk_size, self.recompute,
-                              reference_required=True)
+        made = linear.prepare(
+            hidden,
+            weight,
+            bias,
+            ref_hidden,
+            ref_weight,
+            ref_bias,
+            self.temperature,
+            self.ref_temperature,
+            self.softcap,
+            mask,
+            self.logits_dtype,
+            self.chunk_size,
+            self.recompute,
+            reference_required=True,
+        )
         if self.direction == DIRECTIONS[1]:
             made = made.swapped()
         _checks.normalizer(normalizer, self.reduction, hidden.device)

@@ -1,13 +1,15 @@
-"""The definition: every statistic of a row and every gradient once, in plain torch, in the form that keeps its digits near KL = 0.
+"""The definition: every statistic of a row and every gradient once, in plain torch, in the form
+that keeps its digits near KL = 0.
 
 With x, y the logits of P and Q divided by the temperature and any centre c,
     d = (y - x) - c,   t = E_p[expm1(d)],   KL(P‖Q) = E_p[expm1(d) - d] - (t - log1p(t)),   lse(y) - lse(x) = c + log1p(t).
-The textbook form Σ p·(log p - log q) is the difference of two large sums where P and Q are close; here every term is as small as the result.
-Conventions for infinities: an entry with p = 0 adds nothing to an expectation under P, one with p > 0 = q makes KL(P‖Q) infinite; a NaN
-poisons its own row and no other.
+The textbook form Σ p·(log p - log q) is the difference of two large sums where P and Q are close;
+here every term is as small as the result. Conventions for infinities: an entry with p = 0 adds
+nothing to an expectation under P, one with p > 0 = q makes KL(P‖Q) infinite; a NaN poisons its own
+row and no other.
 
-On CPU tensors users run the leaner sums of ops/cpu_rows.py, and this for the rows that those do not hold: a few at a time, and once more in float64
-where float32 does not hold them either.
+On CPU tensors users run the leaner sums of ops/cpu_rows.py, and this for the rows that those do not
+hold: a few at a time, and once more in float64 where float32 does not hold them either.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ SAVED = 10
 # The column of `saved` that is 1 where float32 does not hold a row, else 0.
 FAR = 6
 _SMALL_D = 0.25
-# Limits of a row in float32: its KLs in nats, and |log q - log p|, which an entry masked by a finite number on one side
-# exceeds.
+# Limits of a row in float32: its KLs in nats, and |log q - log p|, which an entry masked by a
+# finite number on one side exceeds.
 FAR_KL = 8.0
 FAR_D = 1e4
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of rows: what users read, [N] each (None where not asked for), and what `row_gradients` needs, [N, 10].
+    """Statistics of rows: what users read, [N] each (None where not asked for), and what
+    `row_gradients` needs, [N, 10].
 
-    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, log1p(t), entropy, whether the row is far
-    (FAR), and zeros in places of the kernels'. log1p(t) completes the difference of the two partition functions.
+    saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, log1p(t), entropy,
+    whether the row is far (FAR), and zeros in places of the kernels'. log1p(t) completes the
+    difference of the two partition functions.
     """
 
     logprob: torch.Tensor | None
@@ -62,7 +66,9 @@ def minus_log1p(t: torch.Tensor) -> torch.Tensor:
 
 
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
-    """cap·tanh(logits/cap) in float32, or float64 for float64 logits; the logits themselves for cap = 0."""
+    """cap·tanh(logits/cap) in float32, or float64 for float64 logits; the logits themselves for cap
+    = 0.
+    """
     if cap == 0:
         return logits
     wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -75,7 +81,9 @@ def soft_cap_slope(capped: torch.Tensor, cap: float) -> torch.Tensor:
     return (1.0 - t) * (1.0 + t)
 
 
-def _log_partition(logits: torch.Tensor, scale: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+def _log_partition(
+    logits: torch.Tensor, scale: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(largest logit, log Σ exp((logits - largest)·scale)), [N, 1] each."""
     largest = logits.amax(-1, keepdim=True)
     return largest, ((logits - largest) * scale).exp_().sum(-1, keepdim=True).log_()
@@ -86,18 +94,28 @@ def _gather(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _subtract(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y - x as a rounded difference and what the rounding lost (Knuth); nothing where the difference is not finite."""
+    """y - x as a rounded difference and what the rounding lost (Knuth); nothing where the
+    difference is not finite.
+    """
     difference = y - x
     x_part = difference - y
     lost = (y - (difference - x_part)) - (x + x_part)
     return difference, torch.where(difference.isfinite(), lost, 0.0)
 
 
-def _log_ratio(x: torch.Tensor, y: torch.Tensor, x_max: torch.Tensor, y_max: torch.Tensor, ratio: torch.Tensor,
-               scale: torch.Tensor | float) -> torch.Tensor:
-    """log q - log p = (y - x)·scale - (lse(y) - lse(x)), with lse(y) - lse(x) = (y_max - x_max)·scale + ratio.
+def _log_ratio(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_max: torch.Tensor,
+    y_max: torch.Tensor,
+    ratio: torch.Tensor,
+    scale: torch.Tensor | float,
+) -> torch.Tensor:
+    """log q - log p = (y - x)·scale - (lse(y) - lse(x)), with lse(y) - lse(x) = (y_max -
+    x_max)·scale + ratio.
 
-    The large parts cancel before anything is rounded. An entry that is -inf in both gives 0: it takes part in nothing.
+    The large parts cancel before anything is rounded. An entry that is -inf in both gives 0: it
+    takes part in nothing.
     """
     (difference, lost), (tops, tops_lost) = _subtract(y, x), _subtract(y_max, x_max)
     d = ((difference - tops) + (lost - tops_lost)) * scale - ratio
@@ -105,34 +123,52 @@ def _log_ratio(x: torch.Tensor, y: torch.Tensor, x_max: torch.Tensor, y_max: tor
 
 
 def _about_mean(weight: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """d - E[d] under the probabilities `weight`, counted from d at the peak: on a peaked row it is far smaller than d."""
+    """d - E[d] under the probabilities `weight`, counted from d at the peak: on a peaked row it is
+    far smaller than d.
+    """
     d = d - d.gather(-1, weight.argmax(-1, keepdim=True))
     return d - torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True)
 
 
-def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None, tokens: torch.Tensor | None = None,
-                   temperature: torch.Tensor | float = 1.0, *, entropy: bool = True, reverse: bool = True) -> RowStatistics:
+def row_statistics(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
+    temperature: torch.Tensor | float = 1.0,
+    *,
+    entropy: bool = True,
+    reverse: bool = True,
+) -> RowStatistics:
     """Statistics of each row of p_logits [N, V], and of each pair of rows with q_logits [N, V].
 
     Equivalent, in exact arithmetic, to
         log_p = (p_logits / T).log_softmax(-1);  log_q = (q_logits / T).log_softmax(-1)
         logprob = log_p[n, tokens];  ref_logprob = log_q[n, tokens];  entropy = -(log_p.exp() * log_p).sum(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1);  ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-    with 0·(±inf) = 0. temperature: float or [N]. Computed and returned in float64 for float64 logits, else in float32; nats.
+    with 0·(±inf) = 0. temperature: float or [N]. Computed and returned in float64 for float64
+    logits, else in float32; nats.
     """
     dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
     x = p_logits.to(dtype)
-    scale = 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.to(dtype))[:, None]
+    scale = (
+        1.0 / temperature
+        if isinstance(temperature, float)
+        else (1.0 / temperature.to(dtype))[:, None]
+    )
     x_max, x_log_sum = _log_partition(x, scale)
     zero = torch.zeros_like(x_max)
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
     # 0 - …: the entropy of a one-hot row is 0, not -0.
-    row_entropy = 0.0 - torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
+    row_entropy = (
+        0.0 - torch.where(p == 0, 0.0, p * log_p).sum(-1, keepdim=True) if entropy else zero
+    )
     logprob = _gather(log_p, tokens) if tokens is not None else None
     if q_logits is None:
         saved = torch.cat([x_max, x_log_sum, *[zero] * 3, row_entropy, *[zero] * 4], -1)
-        return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, None, None, None, saved)
+        return RowStatistics(
+            _column(logprob), _column(row_entropy) if entropy else None, None, None, None, saved
+        )
 
     y = q_logits.to(dtype)
     y_max, y_log_sum = _log_partition(y, scale)
@@ -149,22 +185,53 @@ def row_statistics(p_logits: torch.Tensor, q_logits: torch.Tensor | None = None,
     ref_kl = zero
     if reverse:
         backward_terms = torch.where(small, d * rise - h, torch.where(q == 0, 0.0, q * d) - (q - p))
-        ref_kl = (backward_terms.sum(-1, keepdim=True) / (1.0 + t) - minus_log1p(-t / (1.0 + t))).clamp(min=0.0)
+        ref_kl = (
+            backward_terms.sum(-1, keepdim=True) / (1.0 + t) - minus_log1p(-t / (1.0 + t))
+        ).clamp(min=0.0)
     near = (kl < FAR_KL) & (ref_kl < FAR_KL) & (size.amax(-1, keepdim=True) < FAR_D)
-    saved = torch.cat([x_max, x_log_sum, y_max, y_log_sum, torch.log1p(t), row_entropy, (~near).to(dtype), *[zero] * 3], -1)
-    ref_logprob = _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
-    return RowStatistics(_column(logprob), _column(row_entropy) if entropy else None, _column(ref_logprob), _column(kl),
-                         _column(ref_kl) if reverse else None, saved)
+    saved = torch.cat(
+        [
+            x_max,
+            x_log_sum,
+            y_max,
+            y_log_sum,
+            torch.log1p(t),
+            row_entropy,
+            (~near).to(dtype),
+            *[zero] * 3,
+        ],
+        -1,
+    )
+    ref_logprob = (
+        _gather(y, tokens).sub(y_max).mul(scale).sub(y_log_sum) if tokens is not None else None
+    )
+    return RowStatistics(
+        _column(logprob),
+        _column(row_entropy) if entropy else None,
+        _column(ref_logprob),
+        _column(kl),
+        _column(ref_kl) if reverse else None,
+        saved,
+    )
 
 
 def _column(value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value[:, 0]
 
 
-def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens: torch.Tensor | None, temperature: torch.Tensor | float,
-                  saved: torch.Tensor, upstream: dict[str, torch.Tensor], *, wrt_p: bool,
-                  wrt_q: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of Σ_n Σ_field upstream[field][n] · field[n] with respect to p_logits and q_logits, [N, V] each in float32 or float64.
+def row_gradients(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    temperature: torch.Tensor | float,
+    saved: torch.Tensor,
+    upstream: dict[str, torch.Tensor],
+    *,
+    wrt_p: bool,
+    wrt_q: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of Σ_n Σ_field upstream[field][n] · field[n] with respect to p_logits and q_logits,
+    [N, V] each in float32 or float64.
 
     With s = 1/T, d = log q - log p, and g the upstream gradients (a field without one counts as 0):
         dP = s·(g_logprob·onehot + p·(-g_logprob - g_entropy·(log p + entropy) - g_kl·(d - E_p[d])) - g_ref_kl·(q - p))
@@ -173,7 +240,11 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
     """
     dtype = saved.dtype
     x = p_logits.to(dtype)
-    scale = 1.0 / temperature if isinstance(temperature, float) else (1.0 / temperature.to(dtype))[:, None]
+    scale = (
+        1.0 / temperature
+        if isinstance(temperature, float)
+        else (1.0 / temperature.to(dtype))[:, None]
+    )
     x_max, x_log_sum, y_max, y_log_sum, log1p_t = saved[:, :5, None].unbind(1)
     g = {name: value.to(dtype)[:, None] for name, value in upstream.items()}
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
@@ -209,6 +280,8 @@ def row_gradients(p_logits: torch.Tensor, q_logits: torch.Tensor | None, tokens:
             grad_q -= g["ref_logprob"] * q
             grad_q.scatter_add_(-1, tokens[:, None], g["ref_logprob"])
         if "ref_kl" in g:
-            grad_q += torch.where((q == 0) | (g["ref_kl"] == 0), 0.0, g["ref_kl"] * q * _about_mean(q, d))
+            grad_q += torch.where(
+                (q == 0) | (g["ref_kl"] == 0), 0.0, g["ref_kl"] * q * _about_mean(q, d)
+            )
         grad_q *= scale
     return grad_p, grad_q

@@ -1,4 +1,6 @@
-"""Statistics of sampled tokens: log-probabilities, entropy and KL of a policy and its reference from one read of their logits."""
+"""Statistics of sampled tokens: log-probabilities, entropy and KL of a policy and its reference
+from one read of their logits.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from .ops.selected_op import selected_logprobs
 class TokenStats(NamedTuple):
     """Per-token statistics, [...] float32 in nats.
 
-    logprob: log π(token). entropy: H(π). ref_logprob: log π_ref(token). kl: KL(π‖π_ref). ref_kl: KL(π_ref‖π). The last three are None without
-    ref_logits. A field that depends on no argument requiring gradient has requires_grad False.
+    logprob: log π(token). entropy: H(π). ref_logprob: log π_ref(token). kl: KL(π‖π_ref). ref_kl:
+    KL(π_ref‖π). The last three are None without ref_logits. A field that depends on no argument
+    requiring gradient has requires_grad False.
     """
 
     logprob: torch.Tensor
@@ -39,13 +42,31 @@ if TYPE_CHECKING:
 
 
 @overload
-def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: None = None, *, temperature: float | torch.Tensor = 1.0,
-                mask: torch.Tensor | None = None) -> TokenStats: ...
+def token_stats(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    ref_logits: None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    mask: torch.Tensor | None = None,
+) -> TokenStats: ...
 @overload
-def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Tensor, *, temperature: float | torch.Tensor = 1.0,
-                mask: torch.Tensor | None = None) -> PairedTokenStats: ...
-def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Tensor | None = None, *,
-                temperature: float | torch.Tensor = 1.0, mask: torch.Tensor | None = None) -> TokenStats:
+def token_stats(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    ref_logits: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    mask: torch.Tensor | None = None,
+) -> PairedTokenStats: ...
+def token_stats(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    ref_logits: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    mask: torch.Tensor | None = None,
+) -> TokenStats:
     """All that a policy-gradient step needs of each token, from one read of each logits tensor.
 
     Equivalent to
@@ -58,12 +79,16 @@ def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Te
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
 
-    each 0 where the mask is False, with the digits of a small KL kept, and 40 bytes per row held for backward.
+    each 0 where the mask is False, with the digits of a small KL kept, and 40 bytes per row held
+    for backward.
 
     Args:
-        logits, ref_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference backend), any strides with a unit stride along V.
-        tokens: integer ids [...]. Where the mask is False any value is allowed (-100 included). Elsewhere an id outside 0 … V-1 is an error on
-            the reference backend; on a GPU, where looking would cost a synchronisation, it reads nothing and makes logprob and ref_logprob NaN.
+        logits, ref_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
+        backend), any strides with a unit stride along V.
+        tokens: integer ids [...]. Where the mask is False any value is allowed (-100 included).
+        Elsewhere an id outside 0 … V-1 is an error on
+            the reference backend; on a GPU, where looking would cost a synchronisation, it reads
+            nothing and makes logprob and ref_logprob NaN.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
         mask: bool [...], True where the token counts.
 
@@ -71,11 +96,13 @@ def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Te
         TokenStats of [...] float32 (float64 for float64 logits) tensors, nats.
 
     Gradient:
-        Of every field to logits and ref_logits where they require it, all in one backward kernel. No second derivative.
+        Of every field to logits and ref_logits where they require it, all in one backward kernel.
+        No second derivative.
 
     Special values, Raises: as kl_divergence.
 
-    Source: Ouyang et al., Training language models to follow instructions with human feedback (2022), eq. 2, for what a step needs of a token.
+    Source: Ouyang et al., Training language models to follow instructions with human feedback
+    (2022), eq. 2, for what a step needs of a token.
     """
     _checks.logits("logits", logits)
     leading = logits.shape[:-1]
@@ -88,32 +115,52 @@ def token_stats(logits: torch.Tensor, tokens: torch.Tensor, ref_logits: torch.Te
     per_row = isinstance(temperature, torch.Tensor)
     chosen = backend.select(logits) if ref_logits is None else backend.select(logits, ref_logits)
     fields = "logprob,entropy" if ref_logits is None else "logprob,entropy,ref_logprob,kl,ref_kl"
-    values = row_statistics(logits, ref_logits, tokens.long(), mask, temperature if per_row else None,
-                            1.0 if per_row else float(temperature), fields, chosen)
-    return TokenStats(*values[:2], None, None, None) if ref_logits is None else TokenStats(*values[:5])
+    values = row_statistics(
+        logits,
+        ref_logits,
+        tokens.long(),
+        mask,
+        temperature if per_row else None,
+        1.0 if per_row else float(temperature),
+        fields,
+        chosen,
+    )
+    return (
+        TokenStats(*values[:2], None, None, None) if ref_logits is None else TokenStats(*values[:5])
+    )
 
 
 def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """log_softmax(logits) at an index without the log-softmax tensor: a drop-in for the function of that name in trainers.
+    """log_softmax(logits) at an index without the log-softmax tensor: a drop-in for the function of
+    that name in trainers.
 
-    Equivalent to logits.float().log_softmax(-1).gather(-1, index), or, for one id per row, .gather(-1, index[..., None])[..., 0].
+    Equivalent to logits.float().log_softmax(-1).gather(-1, index), or, for one id per row,
+    .gather(-1, index[..., None])[..., 0].
 
-    Trainers' own functions return the logits' type. This one returns float32 for 16-bit logits too: a bfloat16 log-probability near -5 is a
-    multiple of 1/32, and a ratio, a KL estimate or an advantage made of two such says little. Convert with .to(logits.dtype) where that is wanted.
+    Trainers' own functions return the logits' type. This one returns float32 for 16-bit logits too:
+    a bfloat16 log-probability near -5 is a multiple of 1/32, and a ratio, a KL estimate or an
+    advantage made of two such says little. Convert with .to(logits.dtype) where that is wanted.
 
     Args:
         logits: [..., V], as in token_stats.
-        index: integer ids [...], or [..., K] for K of each row, which takes one read of the logits whatever K is. An id outside 0 … V-1
+        index: integer ids [...], or [..., K] for K of each row, which takes one read of the logits
+        whatever K is. An id outside 0 … V-1
             (-100 included) is an error on the reference backend and gives NaN on a GPU.
     Returns:
-        float32 (float64 for float64 logits) in the shape of index, nats. Gradient to logits; ids that occur twice in a row add up there.
+        float32 (float64 for float64 logits) in the shape of index, nats. Gradient to logits; ids
+        that occur twice in a row add up there.
     Raises:
         As token_stats.
     """
     _checks.logits("logits", logits)
     leading = logits.shape[:-1]
     several = isinstance(index, torch.Tensor) and index.dim() == logits.dim()
-    _checks.tokens(index, torch.Size((*leading, index.shape[-1])) if several else leading, logits.device, "index")
+    _checks.tokens(
+        index,
+        torch.Size((*leading, index.shape[-1])) if several else leading,
+        logits.device,
+        "index",
+    )
     chosen, ids = backend.select(logits), index.long()
     if not several:
         return row_statistics(logits, None, ids, None, None, 1.0, "logprob", chosen)[0]

@@ -1,4 +1,5 @@
-"""Launch configurations: one table, keyed by architecture, element size and vocabulary, never by the number of rows.
+"""Launch configurations: one table, keyed by architecture, element size and vocabulary, never by
+the number of rows.
 
 A row therefore gives the same bits alone and in any batch. `measured` says what an entry rests on.
 """
@@ -17,9 +18,10 @@ _ROOM = 168
 class RowConfig:
     """How a row is cut up.
 
-    threads: threads of a program; groups: 16-byte blocks of each tensor that a thread holds at once; segment: elements of the row that one
-    program reads, in forward at most (segment_length), in backward a multiple of threads · groups · elements per block; measured: what chose
-    the entry; max_registers: the limit given to ptxas (None: its own choice), NVIDIA only.
+    threads: threads of a program; groups: 16-byte blocks of each tensor that a thread holds at
+    once; segment: elements of the row that one program reads, in forward at most (segment_length),
+    in backward a multiple of threads · groups · elements per block; measured: what chose the entry;
+    max_registers: the limit given to ptxas (None: its own choice), NVIDIA only.
     """
 
     threads: int
@@ -39,7 +41,8 @@ class RowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The configurations for one architecture ("*": any), element size in bytes and vocabulary up to max_v (None: any).
+    """The configurations for one architecture ("*": any), element size in bytes and vocabulary up
+    to max_v (None: any).
 
     fused: of row_fused, whose segments are cut into equal pieces of at most `segment` elements;
     None: not measured.
@@ -55,7 +58,8 @@ class Entry:
     def choose(self, direction: str) -> RowConfig:
         """Return the configuration of "forward", "backward" or "fused".
 
-        Without a measurement row_fused gets forward's threads and groups, and pieces of 8 KB of each
+        Without a measurement row_fused gets forward's threads and groups, and pieces of 8 KB of
+        each
         tensor: 16 warps keep 256 KB in an SM's L1.
         """
         if direction == "fused" and self.fused is None:
@@ -73,23 +77,75 @@ _SMALL = "a short row: few threads, so that none idles"
 _UNTIMED = "instructions and registers of the compiled kernel; not timed"
 
 TABLE = (
-    Entry("interpreter", 2, None, RowConfig(256, 2, 32768, _EMULATED), RowConfig(1024, 4, 32768, _EMULATED)),
-    Entry("interpreter", 4, None, RowConfig(256, 2, 32768, _EMULATED), RowConfig(1024, 4, 32768, _EMULATED)),
+    Entry(
+        "interpreter",
+        2,
+        None,
+        RowConfig(256, 2, 32768, _EMULATED),
+        RowConfig(1024, 4, 32768, _EMULATED),
+    ),
+    Entry(
+        "interpreter",
+        4,
+        None,
+        RowConfig(256, 2, 32768, _EMULATED),
+        RowConfig(1024, 4, 32768, _EMULATED),
+    ),
     # A warp of 64 threads.
     Entry("gfx942", 2, None, RowConfig(64, 2, 16384, _UNTIMED), RowConfig(128, 2, 16384, _AS_H200)),
     Entry("gfx942", 4, None, RowConfig(64, 2, 8192, _UNTIMED), RowConfig(256, 1, 16384, _AS_H200)),
-    Entry("*", 2, 2048, RowConfig(32, 1, 1024, _UNTIMED), RowConfig(128, 1, 1024, f"{_SMALL}; not timed")),
-    Entry("*", 4, 2048, RowConfig(32, 1, 512, _UNTIMED), RowConfig(128, 1, 512, f"{_SMALL}; not timed")),
-    Entry("sm_90", 2, None,
-          RowConfig(32, 2, 16384, _UNTIMED, 128),
-          RowConfig(128, 2, 16384, f"{_H200}: the KL to P 1.457 ms at 8192 rows of 128256 and 0.0162 ms at 64, to Q 1.464 and 0.0167 ms, token_stats "
-                                   f"1.466 and 0.0185 ms; of 30 others none was more than 2 % faster; without the limit, which Triton 3.9 needs to "
-                                   f"spill nothing: not timed since", 96)),
-    Entry("sm_90", 4, None,
-          RowConfig(32, 2, 8192, _UNTIMED, 128),
-          RowConfig(256, 1, 16384, f"{_H200}: the KL to P 1.483 ms at 4096 rows of 128256 and 0.0273 ms at 64; 512 threads take 1.452 and 0.0265 ms "
-                                   f"and leave no room for a soft cap")),
-    Entry("*", 2, None, RowConfig(32, 2, 16384, _UNTIMED, 128), RowConfig(128, 2, 16384, _AS_H200, _ROOM)),
+    Entry(
+        "*",
+        2,
+        2048,
+        RowConfig(32, 1, 1024, _UNTIMED),
+        RowConfig(128, 1, 1024, f"{_SMALL}; not timed"),
+    ),
+    Entry(
+        "*",
+        4,
+        2048,
+        RowConfig(32, 1, 512, _UNTIMED),
+        RowConfig(128, 1, 512, f"{_SMALL}; not timed"),
+    ),
+    Entry(
+        "sm_90",
+        2,
+        None,
+        RowConfig(32, 2, 16384, _UNTIMED, 128),
+        RowConfig(
+            128,
+            2,
+            16384,
+            f"{_H200}: the KL to P 1.457 ms at 8192 rows of 128256 and 0.0162 ms at 64, to Q "
+            f"1.464 and 0.0167 ms, token_stats "
+            f"1.466 and 0.0185 ms; of 30 others none was more than 2 % faster; without the limit, "
+            f"which Triton 3.9 needs to "
+            f"spill nothing: not timed since",
+            96,
+        ),
+    ),
+    Entry(
+        "sm_90",
+        4,
+        None,
+        RowConfig(32, 2, 8192, _UNTIMED, 128),
+        RowConfig(
+            256,
+            1,
+            16384,
+            f"{_H200}: the KL to P 1.483 ms at 4096 rows of 128256 and 0.0273 ms at 64; 512 "
+            f"threads take 1.452 and 0.0265 ms "
+            f"and leave no room for a soft cap",
+        ),
+    ),
+    Entry(
+        "*",
+        2,
+        None,
+        RowConfig(32, 2, 16384, _UNTIMED, 128),
+        RowConfig(128, 2, 16384, _AS_H200, _ROOM),
+    ),
     Entry("*", 4, None, RowConfig(32, 2, 8192, _UNTIMED, 128), RowConfig(256, 1, 16384, _AS_H200)),
 )
 
@@ -100,8 +156,9 @@ LONGEST_SEGMENT = 32768
 def segment_length(vocabulary: int, preferred: int) -> int:
     """Entries of each of a row's segments in forward, near `preferred`; the last may be shorter.
 
-    Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries: an equal shard of it then holds
-    whole segments. Vocabularies above 16 · LONGEST_SEGMENT are cut into 32, 64, … parts instead.
+    Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries: an equal
+    shard of it then holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are cut into 32,
+    64, … parts instead.
     """
     parts = 16
     while vocabulary > parts * LONGEST_SEGMENT:
@@ -113,12 +170,16 @@ def segment_length(vocabulary: int, preferred: int) -> int:
 
 
 def fuses(arch: str) -> bool:
-    """Return whether row_fused replaces two launches: in the interpreter only, until it is verified and timed on a GPU."""
+    """Return whether row_fused replaces two launches: in the interpreter only, until it is verified
+    and timed on a GPU.
+    """
     return arch == "interpreter"
 
 
 def prefetches(arch: str) -> bool:
-    """Whether the architecture can be asked for a whole segment with one instruction (cp.async.bulk.prefetch)."""
+    """Whether the architecture can be asked for a whole segment with one instruction
+    (cp.async.bulk.prefetch).
+    """
     return arch.startswith("sm_") and int(arch[3:]) >= 90
 
 
@@ -133,16 +194,35 @@ def select(direction: str, arch: str, itemsize: int, vocabulary: int) -> RowConf
 def entry_for(arch: str, itemsize: int, vocabulary: int) -> Entry:
     """Return the first entry of TABLE that fits."""
     for entry in TABLE:
-        if entry.arch in (arch, "*") and entry.itemsize == itemsize and (entry.max_v is None or vocabulary <= entry.max_v):
+        if (
+            entry.arch in (arch, "*")
+            and entry.itemsize == itemsize
+            and (entry.max_v is None or vocabulary <= entry.max_v)
+        ):
             return entry
-    raise LookupError(f"no launch configuration for {arch}, {itemsize}-byte elements, V={vocabulary}: add an Entry to kernels/config.py")
+    raise LookupError(
+        f"no launch configuration for {arch}, {itemsize}-byte elements, V={vocabulary}: add an "
+        f"Entry to kernels/config.py"
+    )
 
 
 @contextlib.contextmanager
-def override(forward: RowConfig | None = None, backward: RowConfig | None = None, fused: RowConfig | None = None) -> Iterator[None]:
-    """Use these configurations instead of the table's, for tests and for the tuner. Not for use from several threads."""
+def override(
+    forward: RowConfig | None = None,
+    backward: RowConfig | None = None,
+    fused: RowConfig | None = None,
+) -> Iterator[None]:
+    """Use these configurations instead of the table's, for tests and for the tuner. Not for use
+    from several threads.
+    """
     before = dict(_override)
-    _override.update({name: value for name, value in (("forward", forward), ("backward", backward), ("fused", fused)) if value is not None})
+    _override.update(
+        {
+            name: value
+            for name, value in (("forward", forward), ("backward", backward), ("fused", fused))
+            if value is not None
+        }
+    )
     try:
         yield
     finally:

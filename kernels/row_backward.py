@@ -18,7 +18,8 @@ from .row_load import row_offset, row_pad, row_ratio, row_scale
 from .row_math import scale_reference, soft_cap, soft_cap_slope
 from .row_segment import Tiling
 
-# Limit of |E_q[d]| counted from the centre, near E_p[d]: beyond it float32 sums lose the digits of q·(d - E_q[d]).
+# Limit of |E_q[d]| counted from the centre, near E_p[d]: beyond it float32 sums lose the digits of
+# q·(d - E_q[d]).
 LARGEST_MEAN_GAP = tl.constexpr(1.0)
 
 
@@ -31,47 +32,112 @@ def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
         return tl.full([], 0.0, tl.float32)
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
-@triton.jit(do_not_specialize=[
-    "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "stride_grad", "V", "chunks", "n_rows"], do_not_specialize_on_alignment=[
-    "p_ptr", "q_ptr", "grad_p_ptr", "grad_q_ptr", "tokens_ptr", "saved_ptr", "upstream_ptr", "mask_ptr", "temperature_ptr", "ratio_ptr"])
-def row_backward(
-    p_ptr, q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
-    grad_p_ptr, grad_q_ptr,  # [N, V] rows stride_grad apart, may be the logits themselves but for REF_KL to Q; any pointer where not asked for
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
+# cause a recompile.
+@triton.jit(
+    do_not_specialize=[
+        "temperature",
+        "n_inner",
+        "stride_p_outer",
+        "stride_p_inner",
+        "stride_q_outer",
+        "stride_q_inner",
+        "stride_grad",
+        "V",
+        "chunks",
+        "n_rows",
+    ],
+    do_not_specialize_on_alignment=[
+        "p_ptr",
+        "q_ptr",
+        "grad_p_ptr",
+        "grad_q_ptr",
+        "tokens_ptr",
+        "saved_ptr",
+        "upstream_ptr",
+        "mask_ptr",
+        "temperature_ptr",
+        "ratio_ptr",
+    ],
+)
+def row_backward(  # noqa: PLR0915 - a kernel packs its arguments
+    p_ptr,
+    q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
+    grad_p_ptr,
+    grad_q_ptr,  # [N, V] rows stride_grad apart, may be the logits themselves but for REF_KL to Q; any pointer where not asked for
     tokens_ptr,  # [N] int64; any pointer without upstream gradients of log-probs
     saved_ptr,  # [N, 10] float32, written by row_forward and row_fallback
     upstream_ptr,  # [fields, N] float32: the upstream gradients that are there
-    mask_ptr, temperature_ptr, ratio_ptr,  # as in row_forward
-    temperature: tl.float32, n_rows: tl.int32, n_inner: tl.int32,
-    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64, stride_grad: tl.int64,
-    V: tl.int32, chunks: tl.int32,
-    CHUNK: tl.constexpr, THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-    LOGPROB: tl.constexpr, ENTROPY: tl.constexpr, REF_LOGPROB: tl.constexpr, KL: tl.constexpr, REF_KL: tl.constexpr,  # upstream row; -1: none
-    WRT_P: tl.constexpr, WRT_Q: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
-    Q_IN_BLOCKS: tl.constexpr, GRAD_IN_BLOCKS: tl.constexpr, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr,
+    mask_ptr,
+    temperature_ptr,
+    ratio_ptr,  # as in row_forward
+    temperature: tl.float32,
+    n_rows: tl.int32,
+    n_inner: tl.int32,
+    stride_p_outer: tl.int64,
+    stride_p_inner: tl.int64,
+    stride_q_outer: tl.int64,
+    stride_q_inner: tl.int64,
+    stride_grad: tl.int64,
+    V: tl.int32,
+    chunks: tl.int32,
+    CHUNK: tl.constexpr,
+    THREADS: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LOGPROB: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    REF_LOGPROB: tl.constexpr,
+    KL: tl.constexpr,
+    REF_KL: tl.constexpr,  # upstream row; -1: none
+    WRT_P: tl.constexpr,
+    WRT_Q: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TEMPERATURE_PER_ROW: tl.constexpr,
+    Q_IN_BLOCKS: tl.constexpr,
+    GRAD_IN_BLOCKS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    REF_SOFTCAP: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
 ):
     """Gradients of one chunk of one row with respect to either or both logits.
 
     Math:   entry_gradients, write_fallback for a fallback row; reference.row_gradients is the definition.
     Grid:   (N · chunks,), a row's chunks next to each other.
-    Reads:  N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients per row. Nothing of V in a masked row or in
-            one whose upstream gradients are all 0. For REF_KL to Q each chunk of a row whose E_q[d] is not known reads 3·V of both.
+    Reads: N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients
+    per row. Nothing of V in a masked row or in
+            one whose upstream gradients are all 0. For REF_KL to Q each chunk of a row whose E_q[d]
+            is not known reads 3·V of both.
     Writes: N·V of each gradient asked for; exact zeros in those rows.
     Saves:  nothing.
-    Special values: an entry with probability 0 has gradient exactly 0; a row with a NaN or with an infinite KL has gradients that are not finite.
+    Special values: an entry with probability 0 has gradient exactly 0; a row with a NaN or with an
+    infinite KL has gradients that are not finite.
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * CHUNK
-    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
-    asked: tl.constexpr = Asked(LOGPROB >= 0, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, EXACT)
+    EXACT: tl.constexpr = (
+        p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    )
+    asked: tl.constexpr = Asked(
+        LOGPROB >= 0, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, EXACT
+    )
     HAS_TOKEN: tl.constexpr = (WRT_P and LOGPROB >= 0) or (WRT_Q and REF_LOGPROB >= 0)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(HAS_TOKEN, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    g = Upstream(upstream_of(upstream_ptr, row, n_rows, LOGPROB), upstream_of(upstream_ptr, row, n_rows, ENTROPY),
-                 upstream_of(upstream_ptr, row, n_rows, REF_LOGPROB), upstream_of(upstream_ptr, row, n_rows, KL),
-                 upstream_of(upstream_ptr, row, n_rows, REF_KL))
-    activity = tl.abs(g.logprob) + tl.abs(g.entropy) + tl.abs(g.ref_logprob) + tl.abs(g.kl) + tl.abs(g.ref_kl)
+    g = Upstream(
+        upstream_of(upstream_ptr, row, n_rows, LOGPROB),
+        upstream_of(upstream_ptr, row, n_rows, ENTROPY),
+        upstream_of(upstream_ptr, row, n_rows, REF_LOGPROB),
+        upstream_of(upstream_ptr, row, n_rows, KL),
+        upstream_of(upstream_ptr, row, n_rows, REF_KL),
+    )
+    activity = (
+        tl.abs(g.logprob)
+        + tl.abs(g.entropy)
+        + tl.abs(g.ref_logprob)
+        + tl.abs(g.kl)
+        + tl.abs(g.ref_kl)
+    )
     if HAS_MASK:
         activity = tl.where(tl.load(mask_ptr + row) != 0, activity, 0.0)
     scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
@@ -84,7 +150,8 @@ def row_backward(
     pad = row_pad(p_row)
     # Read no entry of an inactive row.
     read_end = tl.where(activity != 0.0, V + pad, 0)
-    # Hints stand where the pointers are made: a hint on a function's argument is lost when it is inlined.
+    # Hints stand where the pointers are made: a hint on a function's argument is lost when it is
+    # inlined.
     p_block = tl.multiple_of(p_row - pad, 16)
     q_block = q_row - pad
     if Q_IN_BLOCKS:
@@ -92,10 +159,15 @@ def row_backward(
     grad_p_block = grad_p_row - pad
     grad_q_block = grad_q_row - pad
     if GRAD_IN_BLOCKS:
-        grad_p_block = tl.multiple_of(grad_p_block, LANES * grad_p_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        grad_q_block = tl.multiple_of(grad_q_block, LANES * grad_q_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        grad_p_block = tl.multiple_of(
+            grad_p_block, LANES * grad_p_ptr.dtype.element_ty.primitive_bitwidth // 8
+        )
+        grad_q_block = tl.multiple_of(
+            grad_q_block, LANES * grad_q_ptr.dtype.element_ty.primitive_bitwidth // 8
+        )
 
-    # Add the one-hot term to the sampled token's gradient: read its logits before any store, write its gradient last.
+    # Add the one-hot term to the sampled token's gradient: read its logits before any store, write
+    # its gradient last.
     token = row * 0
     if HAS_TOKEN:
         token = tl.load(tokens_ptr + row)
@@ -103,25 +175,58 @@ def row_backward(
     if REF_KL >= 0 and WRT_Q:
         far = far | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
     if far & (activity != 0.0):
-        write_fallback(p_row, q_row, grad_p_row, grad_q_row, token, tl.maximum(first - pad, 0), tl.minimum(first + CHUNK - pad, V), V, scale,
-                       ratio, saved_ptr, g, THREADS * 2, asked, reading)
+        write_fallback(
+            p_row,
+            q_row,
+            grad_p_row,
+            grad_q_row,
+            token,
+            tl.maximum(first - pad, 0),
+            tl.minimum(first + CHUNK - pad, V),
+            V,
+            scale,
+            ratio,
+            saved_ptr,
+            g,
+            THREADS * 2,
+            asked,
+            reading,
+        )
         return
     terms = gradient_terms(load_saved(saved_ptr))
-    place = Place(p_block, q_block, grad_p_block, grad_q_block, pad, V + pad, read_end, scale, ratio)
+    place = Place(
+        p_block, q_block, grad_p_block, grad_q_block, pad, V + pad, read_end, scale, ratio
+    )
     if HAS_TOKEN:
-        token_here = (token >= 0) & (token + pad >= first) & (token + pad < tl.minimum(first + CHUNK, read_end))
-        token_x = soft_cap(tl.load(p_row + token, mask=token_here, other=0.0).to(tl.float32), SOFTCAP, p_ptr.dtype.element_ty)
-        capped_token_y = soft_cap(tl.load(q_row + token, mask=token_here, other=0.0).to(tl.float32), REF_SOFTCAP, q_ptr.dtype.element_ty)
+        token_here = (
+            (token >= 0)
+            & (token + pad >= first)
+            & (token + pad < tl.minimum(first + CHUNK, read_end))
+        )
+        token_x = soft_cap(
+            tl.load(p_row + token, mask=token_here, other=0.0).to(tl.float32),
+            SOFTCAP,
+            p_ptr.dtype.element_ty,
+        )
+        capped_token_y = soft_cap(
+            tl.load(q_row + token, mask=token_here, other=0.0).to(tl.float32),
+            REF_SOFTCAP,
+            q_ptr.dtype.element_ty,
+        )
         token_y, token_y_lost = scale_reference(capped_token_y, ratio, HAS_RATIO)
-        # The gradients may be written over the logits: every warp must have read the token's before any writes.
+        # The gradients may be written over the logits: every warp must have read the token's before
+        # any writes.
         tl.debug_barrier()
 
     TILE_GROUPS: tl.constexpr = THREADS * GROUPS
     begin = first // LANES
     end = tl.minimum(first + CHUNK, V + pad)
     full_end = begin + tl.maximum(end - first, 0) // (TILE_GROUPS * LANES) * TILE_GROUPS
-    # Tiles that start before the row (its first, behind a pad) or need only zeros take the masked path; the others none.
-    full_begin = tl.where((first == 0) & (pad > 0), tl.minimum(begin + TILE_GROUPS, full_end), begin)
+    # Tiles that start before the row (its first, behind a pad) or need only zeros take the masked
+    # path; the others none.
+    full_begin = tl.where(
+        (first == 0) & (pad > 0), tl.minimum(begin + TILE_GROUPS, full_end), begin
+    )
     full_begin = tl.where(read_end > 0, full_begin, full_end)
     for group in range(begin, full_begin, TILE_GROUPS):
         write_tile(place, group, terms, g, tiling, asked, reading, True)
@@ -132,9 +237,15 @@ def row_backward(
 
     if HAS_TOKEN:
         tl.debug_barrier()
-        grad_x, grad_y = entry_gradients(token_x, token_y, token_y_lost, scale, terms, g, asked, HAS_RATIO)
+        grad_x, grad_y = entry_gradients(
+            token_x, token_y, token_y_lost, scale, terms, g, asked, HAS_RATIO
+        )
         if WRT_P:
-            tl.store(grad_p_row + token, (grad_x + scale * g.logprob) * soft_cap_slope(token_x, SOFTCAP), mask=token_here)
+            tl.store(
+                grad_p_row + token,
+                (grad_x + scale * g.logprob) * soft_cap_slope(token_x, SOFTCAP),
+                mask=token_here,
+            )
         if WRT_Q:
             slope = soft_cap_slope(capped_token_y, REF_SOFTCAP) * ratio
             tl.store(grad_q_row + token, (grad_y + scale * g.ref_logprob) * slope, mask=token_here)

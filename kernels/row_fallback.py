@@ -1,8 +1,9 @@
 """Fallback: rows that the float32 sums of one pass cannot hold, computed in float64.
 
-Infinities, entries masked by a finite number on one side alone, peaks far apart, logits of any size: the textbook
-formulas hold for them in float64. Subtract the row's largest logit first; average d = log q - log p after subtracting
-its value at the peak. Rows are read element by element, so no sum depends on where a row starts.
+Infinities, entries masked by a finite number on one side alone, peaks far apart, logits of any
+size: the textbook formulas hold for them in float64. Subtract the row's largest logit first;
+average d = log q - log p after subtracting its value at the peak. Rows are read element by element,
+so no sum depends on where a row starts.
 """
 
 from typing import NamedTuple
@@ -19,10 +20,11 @@ SIGN_BIT = tl.constexpr(-2147483648)
 
 
 class FallbackRow(NamedTuple):
-    """Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio - log_sum - log_sum_ratio.
+    """Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio -
+    log_sum - log_sum_ratio.
 
-    y_at_x_peak: y where x is largest. mean_p_from_peak: E_p[d] less d there. x_at_y_peak, mean_q_from_peak: the same
-    with P and Q swapped.
+    y_at_x_peak: y where x is largest. mean_p_from_peak: E_p[d] less d there. x_at_y_peak,
+    mean_q_from_peak: the same with P and Q swapped.
     """
 
     x_peak: tl.tensor
@@ -159,7 +161,9 @@ def fallback_row(
 
 @triton.jit
 def fallback_kl(row, scale, q_scale):
-    """KL(P‖Q) and KL(Q‖P), never negative; +inf where the peak of one has no probability under the other."""
+    """KL(P‖Q) and KL(Q‖P), never negative; +inf where the peak of one has no probability under the
+    other.
+    """
     d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
     kl = tl.where(d_at_x_peak == float("-inf"), float("inf"), -(d_at_x_peak + row.mean_p_from_peak))
     ref_kl = tl.where(d_at_y_peak == float("inf"), float("inf"), d_at_y_peak + row.mean_q_from_peak)
@@ -211,11 +215,24 @@ def is_fallback(saved_ptr):
 
 
 @triton.jit
-def store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
+def store_fallback(
+    out,
+    p_row,
+    q_row,
+    token,
+    V,
+    scale,
+    ratio,
+    BLOCK: tl.constexpr,
+    want: tl.constexpr,
+    reading: tl.constexpr,
+):
     """Compute a row in float64 and write its saved values and fields."""
     scale = scale.to(tl.float64)
     q_scale = scale * ratio.to(tl.float64)
-    row = fallback_row(p_row, q_row, V, scale, q_scale, BLOCK, want.kl, reading.softcap, reading.ref_softcap)
+    row = fallback_row(
+        p_row, q_row, V, scale, q_scale, BLOCK, want.kl, reading.softcap, reading.ref_softcap
+    )
     store_row(out.saved, row)
     kl, ref_kl = fallback_kl(row, scale, q_scale)
     store_fields(out, row.entropy, kl, ref_kl, want)
@@ -233,7 +250,9 @@ def write_fallback(
     p_row, q_row, grad_p_row, grad_q_row, token, start, end, V, scale, ratio, saved_ptr, g,
     BLOCK: tl.constexpr, asked: tl.constexpr, reading: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of entries `start` … `end - 1` of a row, computed in float64, for upstream gradients g."""
+    """Write the gradients of entries `start` … `end - 1` of a row, computed in float64, for
+    upstream gradients g.
+    """
     scale = scale.to(tl.float64)
     q_scale = scale * ratio.to(tl.float64)
     HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob
@@ -243,7 +262,9 @@ def write_fallback(
         if is_fallback(saved_ptr):
             row = load_row(saved_ptr)
         else:
-            row = fallback_row(p_row, q_row, V, scale, q_scale, BLOCK, True, reading.softcap, reading.ref_softcap)
+            row = fallback_row(
+                p_row, q_row, V, scale, q_scale, BLOCK, True, reading.softcap, reading.ref_softcap
+            )
     else:
         row = load_row(saved_ptr)
     d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
@@ -262,11 +283,21 @@ def write_fallback(
             grad_y = q * -g.ref_logprob
             if asked.kl:
                 # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
-                grad_x -= tl.where(g.kl == 0.0, 0.0, p * (g.kl * ((d - d_at_x_peak) - row.mean_p_from_peak)))
+                grad_x -= tl.where(
+                    g.kl == 0.0, 0.0, p * (g.kl * ((d - d_at_x_peak) - row.mean_p_from_peak))
+                )
                 grad_y += g.kl * (q - p)
             if asked.ref_kl:
                 grad_x -= g.ref_kl * (q - p)
-                grad_y += tl.where(q == 0.0, 0.0, tl.where(g.ref_kl == 0.0, 0.0, q * (g.ref_kl * ((d - d_at_y_peak) - row.mean_q_from_peak))))
+                grad_y += tl.where(
+                    q == 0.0,
+                    0.0,
+                    tl.where(
+                        g.ref_kl == 0.0,
+                        0.0,
+                        q * (g.ref_kl * ((d - d_at_y_peak) - row.mean_q_from_peak)),
+                    ),
+                )
         if asked.wrt_p:
             # An entry without probability has no gradient, also where its logarithm is infinite.
             grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
@@ -281,32 +312,82 @@ def write_fallback(
             tl.store(grad_q_row + offs_v, (grad_y * q_scale * slope).to(tl.float32), mask=inside)
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
-@triton.jit(do_not_specialize=[
-    "temperature", "n_rows", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner", "stride_grad",
-    "V"], do_not_specialize_on_alignment=[
-    "p_ptr", "q_ptr", "tokens_ptr", "temperature_ptr", "ratio_ptr", "saved_ptr", "logprob_ptr", "entropy_ptr", "ref_logprob_ptr",
-    "kl_ptr", "ref_kl_ptr", "grad_ptr", "weight_ptr"])
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
+# cause a recompile.
+@triton.jit(
+    do_not_specialize=[
+        "temperature",
+        "n_rows",
+        "n_inner",
+        "stride_p_outer",
+        "stride_p_inner",
+        "stride_q_outer",
+        "stride_q_inner",
+        "stride_grad",
+        "V",
+    ],
+    do_not_specialize_on_alignment=[
+        "p_ptr",
+        "q_ptr",
+        "tokens_ptr",
+        "temperature_ptr",
+        "ratio_ptr",
+        "saved_ptr",
+        "logprob_ptr",
+        "entropy_ptr",
+        "ref_logprob_ptr",
+        "kl_ptr",
+        "ref_kl_ptr",
+        "grad_ptr",
+        "weight_ptr",
+    ],
+)
 def row_fallback(
-    p_ptr, q_ptr, temperature_ptr, ratio_ptr, tokens_ptr,  # as in row_forward
-    saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,  # written by row_forward
-    grad_ptr, weight_ptr,  # as in row_fused; any pointer without WITH_GRADIENT
-    temperature: tl.float32, n_inner: tl.int32,
-    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64, stride_grad: tl.int64,
-    V: tl.int32, n_rows: tl.int32,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,  # rows of a program, and entries of a row that it reads at a time
-    HAS_TOKENS: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr, WITH_GRADIENT: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
-    SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr,
+    p_ptr,
+    q_ptr,
+    temperature_ptr,
+    ratio_ptr,
+    tokens_ptr,  # as in row_forward
+    saved_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    ref_logprob_ptr,
+    kl_ptr,
+    ref_kl_ptr,  # written by row_forward
+    grad_ptr,
+    weight_ptr,  # as in row_fused; any pointer without WITH_GRADIENT
+    temperature: tl.float32,
+    n_inner: tl.int32,
+    stride_p_outer: tl.int64,
+    stride_p_inner: tl.int64,
+    stride_q_outer: tl.int64,
+    stride_q_inner: tl.int64,
+    stride_grad: tl.int64,
+    V: tl.int32,
+    n_rows: tl.int32,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # rows of a program, and entries of a row that it reads at a time
+    HAS_TOKENS: tl.constexpr,
+    TEMPERATURE_PER_ROW: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    WITH_KL: tl.constexpr,
+    WITH_REVERSE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    REF_SOFTCAP: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
 ):
     """Results of the rows that row_forward or row_fused left with NaN as their first saved value.
 
     Math:   FallbackRow and write_fallback, in float64; reference.row_statistics and row_gradients define both.
     Grid:   (⌈N / ROWS⌉,).
-    Reads:  one saved value per row; 3·V of each tensor for a row that is computed again, 4·V WITH_GRADIENT.
-    Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT V of the gradient of weight·KL to P.
+    Reads: one saved value per row; 3·V of each tensor for a row that is computed again, 4·V
+    WITH_GRADIENT.
+    Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT V of the gradient
+    of weight·KL to P.
     Saves:  store_row's ten values, marked by the sign of the second.
-    Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never above 0.
+    Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
+    above 0.
     """
     want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REVERSE, False)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
@@ -318,20 +399,43 @@ def row_fallback(
         for index in range(ROWS):
             if tl.max(tl.where(tl.arange(0, ROWS) == index, marked, 0), 0) > 0:
                 row = first + index
-                scale = row_scale(temperature_ptr, temperature, row, row < n_rows, TEMPERATURE_PER_ROW)
+                scale = row_scale(
+                    temperature_ptr, temperature, row, row < n_rows, TEMPERATURE_PER_ROW
+                )
                 ratio = row_ratio(ratio_ptr, row, row < n_rows, HAS_RATIO)
                 p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
                 q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
                 token = row
                 if HAS_TOKENS:
                     token = tl.load(tokens_ptr + row)
-                out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
+                out = row_outputs(
+                    row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr
+                )
                 store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK, want, reading)
                 if WITH_GRADIENT:
-                    # Make the saved values, stored by one thread, visible to all threads before write_fallback loads them.
+                    # Make the saved values, stored by one thread, visible to all threads before
+                    # write_fallback loads them.
                     tl.debug_barrier()
-                    asked: tl.constexpr = Asked(False, False, False, True, False, True, False, False)
+                    asked: tl.constexpr = Asked(
+                        False, False, False, True, False, True, False, False
+                    )
                     zero = tl.full([], 0.0, tl.float32)
                     g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
                     grad_row = grad_ptr + row * stride_grad
-                    write_fallback(p_row, q_row, grad_row, grad_row, token, 0, V, V, scale, ratio, out.saved, g, BLOCK, asked, reading)
+                    write_fallback(
+                        p_row,
+                        q_row,
+                        grad_row,
+                        grad_row,
+                        token,
+                        0,
+                        V,
+                        V,
+                        scale,
+                        ratio,
+                        out.saved,
+                        g,
+                        BLOCK,
+                        asked,
+                        reading,
+                    )

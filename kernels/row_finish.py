@@ -1,4 +1,6 @@
-"""Finish: the statistics of a row from its partial states, for the program of row_forward that arrives last."""
+"""Finish: the statistics of a row from its partial states, for the program of row_forward that
+arrives last.
+"""
 
 from typing import NamedTuple
 
@@ -22,10 +24,12 @@ from .row_math import (
     split_sum,
 )
 
-# Above this KL, in nats, the product e^x·e^d loses digits where |d| is large; real policies stay far below.
+# Above this KL, in nats, the product e^x·e^d loses digits where |d| is large; real policies stay
+# far below.
 LARGE_KL = tl.constexpr(8.0)
-# Limit of |E_p[d]|, in nats: beyond it hi/lo float32 keeps fewer digits than the gradient of a peaked row needs. Also
-# the limit of the mean difference of 16-bit logits, each of which is rounded.
+# Limit of |E_p[d]|, in nats: beyond it hi/lo float32 keeps fewer digits than the gradient of a
+# peaked row needs. Also the limit of the mean difference of 16-bit logits, each of which is
+# rounded.
 LARGEST_DIFFERENCE = tl.constexpr(64.0)
 # float32 values per row that backward needs.
 SAVED = tl.constexpr(10)
@@ -34,7 +38,8 @@ SAVED = tl.constexpr(10)
 class Statistics(NamedTuple):
     """Statistics of a row, and whether its sums hold.
 
-    Base 2: origin, log2_S, lse_q and lost_q, the rounding error of lse_q. lse_q and centre count from shift·scale (row_forward).
+    Base 2: origin, log2_S, lse_q and lost_q, the rounding error of lse_q. lse_q and centre count
+    from shift·scale (row_forward).
     """
 
     origin: tl.tensor
@@ -52,7 +57,9 @@ class Statistics(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Pointers to a row's saved values [10] and fields; any pointer for a field that was not asked for."""
+    """Pointers to a row's saved values [10] and fields; any pointer for a field that was not asked
+    for.
+    """
 
     saved: tl.tensor
     logprob: tl.tensor
@@ -65,7 +72,8 @@ class Outputs(NamedTuple):
 class Saved(NamedTuple):
     """The values of a row that backward needs, in memory order.
 
-    Base 2: origin, log2_S, and lse_q with what it lost. centre with what it lost, log1p_t, the means E_p[d] and E_q[d], entropy.
+    Base 2: origin, log2_S, and lse_q with what it lost. centre with what it lost, log1p_t, the
+    means E_p[d] and E_q[d], entropy.
     """
 
     origin: tl.tensor
@@ -81,7 +89,9 @@ class Saved(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Compile-time: whether a row has a sampled token, and how its logits become the model's: soft caps, 0 for none, and a ratio."""
+    """Compile-time: whether a row has a sampled token, and how its logits become the model's: soft
+    caps, 0 for none, and a ratio.
+    """
 
     tokens: bool
     softcap: float
@@ -119,7 +129,8 @@ def store_state(state_ptr, s, want: tl.constexpr):
 
 @triton.jit
 def load_states(state_ptr, splits, SPLITS: tl.constexpr, want: tl.constexpr):
-    """Load the states [splits, 7] of a row as vectors [SPLITS], a power of two; states beyond `splits` are empty.
+    """Load the states [splits, 7] of a row as vectors [SPLITS], a power of two; states beyond
+    `splits` are empty.
 
     Bypass L1, which may hold stale values.
     """
@@ -146,10 +157,11 @@ def load_states(state_ptr, splits, SPLITS: tl.constexpr, want: tl.constexpr):
 
 @triton.jit
 def q_partition(s, log2_S, log_ratio, mean_q_d, scale):
-    """log2 Σ 2^((y - shift)·scale2) from P's and the centre, scale2 = s·log2(e) rounded: a rounded sum and what it lost.
+    """log2 Σ 2^((y - shift)·scale2) from P's and the centre, scale2 = s·log2(e) rounded: a rounded
+    sum and what it lost.
 
-    The sums count differences in units of s, row_backward evaluates 2^(y·scale2). Correct for the rounding of scale2,
-    which shows where E_q[y - x - shift] is large.
+    The sums count differences in units of s, row_backward evaluates 2^(y·scale2). Correct for the
+    rounding of scale2, which shows where E_q[y - x - shift] is large.
     """
     centre2 = s.centre * LOG2E
     lse, lost = split_sum(s.origin, centre2)
@@ -175,7 +187,8 @@ def row_statistics(states, shift, scale, want: tl.constexpr):
     lse_q = log2_S
     lost_q = kl
     if want.kl:
-        # Divide with one rounding: on a peaked row the gradient is the remainder d - E_p[d], and plain division may be off by two units.
+        # Divide with one rounding: on a peaked row the gradient is the remainder d - E_p[d], and
+        # plain division may be off by two units.
         mean_h = tl.maximum(tl.div_rn(s.U, s.S), 0.0)
         mean_p_d = tl.div_rn(s.W, s.S)
         kl = forward_kl(mean_h, mean_p_d)
@@ -184,7 +197,8 @@ def row_statistics(states, shift, scale, want: tl.constexpr):
             mean_r = tl.div_rn(s.R, s.S)
             ref_kl = reverse_kl(mean_r, mean_h, mean_p_d)
             mean_q_d = tl.div_rn(s.R + s.W, s.S + s.U + s.W)
-            # Reject a KL(Q‖P) that is a small difference of large terms, as beside a KL(P‖Q) that a mask makes: its digits are lost.
+            # Reject a KL(Q‖P) that is a small difference of large terms, as beside a KL(P‖Q) that a
+            # mask makes: its digits are lost.
             terms = (tl.abs(mean_r) + mean_h) / (1.0 + mean_h + mean_p_d)
             hold = hold & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 8.0, 0.001))
         log1p_t = log1p(mean_h + mean_p_d)
@@ -195,7 +209,18 @@ def row_statistics(states, shift, scale, want: tl.constexpr):
         if not want.exact:
             hold = hold & (apart < scale * LARGEST_DIFFERENCE)
     return Statistics(
-        s.origin, log2_S, lse_q, lost_q, s.centre, log1p_t, mean_p_d, mean_q_d, entropy, kl, ref_kl, hold
+        s.origin,
+        log2_S,
+        lse_q,
+        lost_q,
+        s.centre,
+        log1p_t,
+        mean_p_d,
+        mean_q_d,
+        entropy,
+        kl,
+        ref_kl,
+        hold,
     )
 
 
@@ -250,11 +275,12 @@ def saved_values(s, shift, scale, want: tl.constexpr):
     mean_p_d = s.mean_p_d
     mean_q_d = s.mean_q_d
     if not want.exact:
-        # Fold the lost part into the means: row_backward subtracts no lost_centre from 16-bit logits, whose gradients round more than this.
+        # Fold the lost part into the means: row_backward subtracts no lost_centre from 16-bit
+        # logits, whose gradients round more than this.
         mean_p_d += lost_centre
         mean_q_d += lost_centre
-    # A peak that rounds up to a whole number leaves a sum below 1. The second saved value is never negative: a negative
-    # one marks a fallback row.
+    # A peak that rounds up to a whole number leaves a sum below 1. The second saved value is never
+    # negative: a negative one marks a fallback row.
     below = s.log2_S < 0.0
     return Saved(
         tl.where(below, s.origin - 1.0, s.origin),
@@ -271,8 +297,12 @@ def saved_values(s, shift, scale, want: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(out, s, p_row, q_row, token, V, shift, scale, ratio, want: tl.constexpr, reading: tl.constexpr):
-    """Write the saved values and the fields of a row; a NaN as the first saved value marks a row whose sums do not hold."""
+def store_statistics(
+    out, s, p_row, q_row, token, V, shift, scale, ratio, want: tl.constexpr, reading: tl.constexpr
+):
+    """Write the saved values and the fields of a row; a NaN as the first saved value marks a row
+    whose sums do not hold.
+    """
     saved = saved_values(s, shift, scale, want)
     tl.store(out.saved, tl.where(s.hold, saved.origin, float("nan")))
     tl.store(out.saved + 1, saved.log2_S)
@@ -286,7 +316,8 @@ def store_statistics(out, s, p_row, q_row, token, V, shift, scale, ratio, want: 
     tl.store(out.saved + 9, saved.entropy)
     store_fields(out, tl.where(s.entropy <= 0.0, 0.0, s.entropy), s.kl, s.ref_kl, want)
     if reading.tokens:
-        # Half the base-2 logarithms, which are exact halves: x·s·log2(e) of a finite log-probability may overflow.
+        # Half the base-2 logarithms, which are exact halves: x·s·log2(e) of a finite
+        # log-probability may overflow.
         half_scale = scale * (LOG2E * 0.5)
         x, y = token_logits(p_row, q_row, token, V, want, reading)
         half_p = tl.fma(x, half_scale, s.origin * -0.5) - s.log2_S * 0.5

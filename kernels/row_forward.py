@@ -1,4 +1,6 @@
-"""Forward: the statistics of policy logits alone, or of policy and reference logits, from one read of them."""
+"""Forward: the statistics of policy logits alone, or of policy and reference logits, from one read
+of them.
+"""
 
 import triton
 import triton.language as tl
@@ -17,12 +19,38 @@ from .row_math import LOG2E, STATE, State, Want
 from .row_segment import D_SCALE, Row, Tiling, segment_sums
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
-@triton.jit(do_not_specialize=[
-    "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner",
-    "V", "segment", "splits", "prefetching"], do_not_specialize_on_alignment=[
-    "p_ptr", "q_ptr", "mask_ptr", "temperature_ptr", "ratio_ptr", "tokens_ptr", "state_ptr", "counter_ptr", "saved_ptr", "logprob_ptr",
-    "entropy_ptr", "ref_logprob_ptr", "kl_ptr", "ref_kl_ptr"])
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
+# cause a recompile.
+@triton.jit(
+    do_not_specialize=[
+        "temperature",
+        "n_inner",
+        "stride_p_outer",
+        "stride_p_inner",
+        "stride_q_outer",
+        "stride_q_inner",
+        "V",
+        "segment",
+        "splits",
+        "prefetching",
+    ],
+    do_not_specialize_on_alignment=[
+        "p_ptr",
+        "q_ptr",
+        "mask_ptr",
+        "temperature_ptr",
+        "ratio_ptr",
+        "tokens_ptr",
+        "state_ptr",
+        "counter_ptr",
+        "saved_ptr",
+        "logprob_ptr",
+        "entropy_ptr",
+        "ref_logprob_ptr",
+        "kl_ptr",
+        "ref_kl_ptr",
+    ],
+)
 def row_forward(
     p_ptr,  # [outer, inner, V] policy logits (P)
     q_ptr,  # [outer, inner, V] reference logits (Q); any pointer without WITH_KL
@@ -32,44 +60,74 @@ def row_forward(
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre; any pointer if splits is 1
     counter_ptr,  # [N] int32, zeros at the start: how many segments of a row are done; any pointer if splits is 1
-    # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost, log1p(t), E_p[d], E_q[d], entropy
+    # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost,
+    # log1p(t), E_p[d], E_q[d], entropy
     saved_ptr,
-    # [N] float32; any pointer for logprob without HAS_TOKENS, ref_logprob without it or WITH_KL, kl without WITH_KL, the others without their WITH_
-    logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr,
-    temperature: tl.float32, n_inner: tl.int32,
-    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64,
-    V: tl.int32, segment: tl.int32, splits: tl.int32,
+    # [N] float32; any pointer for logprob without HAS_TOKENS, ref_logprob without it or WITH_KL, kl
+    # without WITH_KL, the others without their WITH_
+    logprob_ptr,
+    entropy_ptr,
+    ref_logprob_ptr,
+    kl_ptr,
+    ref_kl_ptr,
+    temperature: tl.float32,
+    n_inner: tl.int32,
+    stride_p_outer: tl.int64,
+    stride_p_inner: tl.int64,
+    stride_q_outer: tl.int64,
+    stride_q_inner: tl.int64,
+    V: tl.int32,
+    segment: tl.int32,
+    splits: tl.int32,
     prefetching: tl.int32,  # 1: prefetch the segment, where programs are too few to hide memory's latency (PREFETCH)
     SPLITS: tl.constexpr,  # a power of two, at least splits
-    THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-    HAS_TOKENS: tl.constexpr, HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr, WITH_KL: tl.constexpr, WITH_REVERSE: tl.constexpr,
-    REALIGN: tl.constexpr, Q_IN_BLOCKS: tl.constexpr, PREFETCH: tl.constexpr,
-    SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr,  # logits are CAP·tanh(logits/CAP), 0 for none: a constant of each model
+    THREADS: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TEMPERATURE_PER_ROW: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    WITH_KL: tl.constexpr,
+    WITH_REVERSE: tl.constexpr,
+    REALIGN: tl.constexpr,
+    Q_IN_BLOCKS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    REF_SOFTCAP: tl.constexpr,  # logits are CAP·tanh(logits/CAP), 0 for none: a constant of each model
     HAS_RATIO: tl.constexpr,
 ):
-    """The sums of one segment of one row; the program of a row that is last writes the row's results.
+    """The sums of one segment of one row; the program of a row that is last writes the row's
+    results.
 
     Math:   the sums of row_math.py over the segment and the formulas there, as reference.row_statistics defines them.
     Grid:   (N · splits,), a row's segments next to each other. Lengths of segments depend on V alone, and states are merged
             in order: a row's bits depend neither on N nor on which program is last.
-    Reads:  N·V of p, N·V of q (WITH_KL), up to four logits of each tensor per row; nothing of a masked row.
-    Writes: 7 · N · splits float32, read again by the last program; 10 saved values and the fields asked for, per row.
+    Reads: N·V of p, N·V of q (WITH_KL), up to four logits of each tensor per row; nothing of a
+    masked row.
+    Writes: 7 · N · splits float32, read again by the last program; 10 saved values and the fields
+    asked for, per row.
     Saves:  what row_backward needs: 40 bytes per row.
-    Special values: the first saved value is NaN for a row whose sums do not hold (infinities, a NaN, an entry with |d| above
-            LARGEST_D, KL of 8 nats or more, tensors 64 nats apart), and row_fallback computes it again. A token outside
-            0 … V-1 reads nothing and gives NaN. Log-probabilities are never above 0. A masked row gets zeros.
+    Special values: the first saved value is NaN for a row whose sums do not hold (infinities, a
+    NaN, an entry with |d| above
+            LARGEST_D, KL of 8 nats or more, tensors 64 nats apart), and row_fallback computes it
+            again. A token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
+            above 0. A masked row gets zeros.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
-    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    EXACT: tl.constexpr = (
+        p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    )
     want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
             if split == 0:
-                out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
+                out = row_outputs(
+                    row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr
+                )
                 store_zeros(out, want, reading)
             return
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
@@ -80,7 +138,9 @@ def row_forward(
         prefetch(p_row + first, length, prefetching)
         if WITH_KL:
             prefetch(q_row + first, length, prefetching)
-    doubled_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_SCALE
+    doubled_scale = (
+        row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_SCALE
+    )
     scale2 = doubled_scale * (LOG2E / D_SCALE)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     shift = tl.full([], 0.0, tl.float32)
@@ -89,7 +149,18 @@ def row_forward(
     pad = 0
     if REALIGN:
         pad = row_pad(p_row)
-    place = Row(p_row + first - pad, q_row + first - pad, q_row + first, pad, lane_order(pad, LANES), V - first, shift, doubled_scale, scale2, ratio)
+    place = Row(
+        p_row + first - pad,
+        q_row + first - pad,
+        q_row + first,
+        pad,
+        lane_order(pad, LANES),
+        V - first,
+        shift,
+        doubled_scale,
+        scale2,
+        ratio,
+    )
     state = segment_sums(place, length, tiling, want, reading)
     if SPLITS > 1:
         store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
@@ -99,8 +170,15 @@ def row_forward(
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
     else:
         zeros = tl.zeros([1], tl.float32)
-        states = State(zeros + state.origin, zeros + state.S, zeros + state.A, zeros + state.W, zeros + state.U, zeros + state.R,
-                       zeros + state.centre)
+        states = State(
+            zeros + state.origin,
+            zeros + state.S,
+            zeros + state.A,
+            zeros + state.W,
+            zeros + state.U,
+            zeros + state.R,
+            zeros + state.centre,
+        )
     token = row
     if HAS_TOKENS:
         token = tl.load(tokens_ptr + row)

@@ -1,4 +1,6 @@
-"""Fused: the KL of rows and the gradient of its weighted sum to P, with each logit read from DRAM once."""
+"""Fused: the KL of rows and the gradient of its weighted sum to P, with each logit read from DRAM
+once.
+"""
 
 import triton
 import triton.language as tl
@@ -19,47 +21,97 @@ from .row_math import LOG2E, STATE, Want
 from .row_segment import D_SCALE, Row, Tiling, segment_sums
 
 
-# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may cause a recompile.
-@triton.jit(do_not_specialize=[
-    "temperature", "n_inner", "stride_p_outer", "stride_p_inner", "stride_q_outer", "stride_q_inner", "stride_grad",
-    "V", "segment", "piece", "pieces", "splits"], do_not_specialize_on_alignment=[
-    "p_ptr", "q_ptr", "grad_ptr", "weight_ptr", "mask_ptr", "temperature_ptr", "ratio_ptr", "state_ptr", "sync_ptr", "saved_ptr", "kl_ptr"])
-def row_fused(
-    p_ptr, q_ptr,  # [outer, inner, V] logits; every row of both starts on a 16-byte boundary
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
+# cause a recompile.
+@triton.jit(
+    do_not_specialize=[
+        "temperature",
+        "n_inner",
+        "stride_p_outer",
+        "stride_p_inner",
+        "stride_q_outer",
+        "stride_q_inner",
+        "stride_grad",
+        "V",
+        "segment",
+        "piece",
+        "pieces",
+        "splits",
+    ],
+    do_not_specialize_on_alignment=[
+        "p_ptr",
+        "q_ptr",
+        "grad_ptr",
+        "weight_ptr",
+        "mask_ptr",
+        "temperature_ptr",
+        "ratio_ptr",
+        "state_ptr",
+        "sync_ptr",
+        "saved_ptr",
+        "kl_ptr",
+    ],
+)
+def row_fused(  # noqa: PLR0915 - a kernel packs its arguments
+    p_ptr,
+    q_ptr,  # [outer, inner, V] logits; every row of both starts on a 16-byte boundary
     grad_ptr,  # [N, V], rows stride_grad apart and on boundaries too; may be the logits of P themselves
     weight_ptr,  # [N] float32: the weight of each row's KL in the sum
-    mask_ptr, temperature_ptr, ratio_ptr,  # as in row_forward
+    mask_ptr,
+    temperature_ptr,
+    ratio_ptr,  # as in row_forward
     state_ptr,  # [N, splits, 7] float32
     sync_ptr,  # [1 + N] int32, zeros at the start: the next ticket, and how many pieces of each row have been summed
-    saved_ptr, kl_ptr,  # [N, 10] and [N] float32
-    temperature: tl.float32, n_inner: tl.int32,
-    stride_p_outer: tl.int64, stride_p_inner: tl.int64, stride_q_outer: tl.int64, stride_q_inner: tl.int64, stride_grad: tl.int64,
-    V: tl.int32, segment: tl.int32, piece: tl.int32, pieces: tl.int32, splits: tl.int32,
+    saved_ptr,
+    kl_ptr,  # [N, 10] and [N] float32
+    temperature: tl.float32,
+    n_inner: tl.int32,
+    stride_p_outer: tl.int64,
+    stride_p_inner: tl.int64,
+    stride_q_outer: tl.int64,
+    stride_q_inner: tl.int64,
+    stride_grad: tl.int64,
+    V: tl.int32,
+    segment: tl.int32,
+    piece: tl.int32,
+    pieces: tl.int32,
+    splits: tl.int32,
     SPLITS: tl.constexpr,  # a power of two, at least splits
-    THREADS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
-    HAS_MASK: tl.constexpr, TEMPERATURE_PER_ROW: tl.constexpr, PREFETCH: tl.constexpr,
-    SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr,
+    THREADS: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TEMPERATURE_PER_ROW: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    REF_SOFTCAP: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
     PHASE: tl.constexpr,  # 0: all of it; 1 and 2: up to the wait and from there on, for an interpreter that runs one program after another
 ):
     """The KL of rows and the gradient of Σ weight·KL with respect to P, in one launch.
 
-    Each program sums a piece of a row, as row_forward does a segment, publishes its state, waits until the row's other
-    pieces are published, merges all of them in order and writes its piece's gradient. The second read of the piece finds
-    it in L1 or L2, where the first left it.
+    Each program sums a piece of a row, as row_forward does a segment, publishes its state, waits
+    until the row's other pieces are published, merges all of them in order and writes its piece's
+    gradient. The second read of the piece finds it in L1 or L2, where the first left it.
 
-    Programs cannot deadlock while the GPU has room for `splits` programs of one warp of each launch that runs at once.
-    They draw tickets in order, and wait only for programs of their own row. Suppose that every resident program of a
-    launch waits, and take the lowest row among theirs: all programs of lower rows are done. If all tickets of the row are
-    drawn, all its states are published and no program of it waits. If not, no later ticket is drawn either: fewer than
-    `splits` programs of the launch are resident, and the next one has room to start and draws a ticket of this row.
-    NVIDIA only: on AMD a .cg load does not bypass the caches that other programs write behind.
+    Programs cannot deadlock while the GPU has room for `splits` programs of one warp of each launch
+    that runs at once. They draw tickets in order, and wait only for programs of their own row.
+    Suppose that every resident program of a launch waits, and take the lowest row among theirs: all
+    programs of lower rows are done. If all tickets of the row are drawn, all its states are
+    published and no program of it waits. If not, no later ticket is drawn either: fewer than
+    `splits` programs of the launch are resident, and the next one has room to start and draws a
+    ticket of this row. NVIDIA only: on AMD a .cg load does not bypass the caches that other
+    programs write behind.
 
     Math:   row_math.py's sums and row_gradient.entry_gradients; reference.row_statistics and row_gradients define both.
     Grid:   (N · splits,), by tickets; a segment (of row_forward) is cut into `pieces` pieces.
-    Reads:  N·V of p and of q twice, the second time from cache; three entries of each again if one is float32; nothing of a masked row.
-    Writes: N·V of the gradient, zeros in a masked row; 7·N·splits float32; 10 saved values and the KL, per row.
+    Reads: N·V of p and of q twice, the second time from cache; three entries of each again if one
+    is float32; nothing of a masked row.
+    Writes: N·V of the gradient, zeros in a masked row; 7·N·splits float32; 10 saved values and the
+    KL, per row.
     Saves:  row_forward's ten values, for row_fallback and for a gradient to Q.
-    Special values: a row whose sums do not hold gets NaN as its first saved value and no gradient: row_fallback writes both.
+    Special values: a row whose sums do not hold gets NaN as its first saved value and no gradient:
+    row_fallback writes both.
     """
     if PHASE == 0:
         ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
@@ -67,7 +119,9 @@ def row_fused(
         ticket = tl.program_id(0)
     row = (ticket // splits).to(tl.int64)
     split = ticket % splits
-    EXACT: tl.constexpr = p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    EXACT: tl.constexpr = (
+        p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
+    )
     want: tl.constexpr = Want(False, True, False, EXACT)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, True)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
@@ -79,11 +133,16 @@ def row_fused(
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
     grad_row = grad_ptr + row * stride_grad
     out = row_outputs(row, saved_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr)
-    # Hints stand where the pointers are made: a hint on a function's argument is lost when it is inlined.
+    # Hints stand where the pointers are made: a hint on a function's argument is lost when it is
+    # inlined.
     p_block = tl.multiple_of(p_row + begin, 16)
     q_block = tl.multiple_of(q_row + begin, 16)
-    grad_block = tl.multiple_of(grad_row + begin, LANES * grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    doubled_scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_SCALE
+    grad_block = tl.multiple_of(
+        grad_row + begin, LANES * grad_ptr.dtype.element_ty.primitive_bitwidth // 8
+    )
+    doubled_scale = (
+        row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_SCALE
+    )
     scale = doubled_scale * (1.0 / D_SCALE)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     if HAS_MASK:
@@ -91,7 +150,11 @@ def row_fused(
             if PHASE != 1:
                 for start in range(0, length, TILE):
                     offs_v = start + tl.arange(0, TILE)
-                    tl.store(grad_row + begin + offs_v, tl.zeros([TILE], tl.float32), mask=offs_v < length)
+                    tl.store(
+                        grad_row + begin + offs_v,
+                        tl.zeros([TILE], tl.float32),
+                        mask=offs_v < length,
+                    )
                 if split == 0:
                     store_zeros(out, want, reading)
             return
@@ -101,8 +164,8 @@ def row_fused(
     state_here = state_ptr + ticket.to(tl.int64) * STATE
     shift = tl.full([], 0.0, tl.float32)
     if EXACT:
-        # Phase 2 loads the shift from the unused slot of A, where phase 1 stored it: gradients may lie over the entries of P
-        # that row_shift reads.
+        # Phase 2 loads the shift from the unused slot of A, where phase 1 stored it: gradients may
+        # lie over the entries of P that row_shift reads.
         if PHASE == 2:
             shift = tl.load(state_here + 2)
         else:
@@ -111,14 +174,26 @@ def row_fused(
             tl.store(state_here + 2, shift)
     if PHASE != 2:
         scale2 = doubled_scale * (LOG2E / D_SCALE)
-        piece_row = Row(p_block, q_block, q_block, 0, lane_order(0, LANES), V - begin, shift, doubled_scale, scale2, ratio)
+        piece_row = Row(
+            p_block,
+            q_block,
+            q_block,
+            0,
+            lane_order(0, LANES),
+            V - begin,
+            shift,
+            doubled_scale,
+            scale2,
+            ratio,
+        )
         state = segment_sums(piece_row, length, tiling, want, reading)
         store_state(state_here, state, want)
     if PHASE == 0:
         tl.debug_barrier()
         arrived = tl.atomic_add(sync_ptr + 1 + row, 1, sem="release") + 1
         while arrived < splits:
-            # Not an acquire, which would invalidate this SM's L1 with the piece in it; load_states bypasses L1.
+            # Not an acquire, which would invalidate this SM's L1 with the piece in it; load_states
+            # bypasses L1.
             arrived = tl.load(sync_ptr + 1 + row, volatile=True)
         # Order the loads of states after the last arrival.
         tl.debug_barrier()
@@ -126,7 +201,9 @@ def row_fused(
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
         statistics = row_statistics(states, shift, scale, want)
         if split == 0:
-            store_statistics(out, statistics, p_row, q_row, row, V, shift, scale, ratio, want, reading)
+            store_statistics(
+                out, statistics, p_row, q_row, row, V, shift, scale, ratio, want, reading
+            )
         if statistics.hold:
             zero = scale * 0.0
             g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
@@ -153,7 +230,8 @@ def scale_gradient(
     Reads:  1 and, unless factor is 1, n of the gradient.
     Writes: n of the gradient unless factor is 1.
     Saves:  nothing.
-    Special values: a gradient of 0 stays 0, also under a factor that is not finite; a factor of 0 gives 0 everywhere.
+    Special values: a gradient of 0 stays 0, also under a factor that is not finite; a factor of 0
+    gives 0 everywhere.
     """
     factor = tl.load(factor_ptr)
     if factor != 1.0:

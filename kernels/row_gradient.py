@@ -31,7 +31,9 @@ class Upstream(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Compile-time: the fields that have an upstream gradient, and the tensors whose gradient is asked for."""
+    """Compile-time: the fields that have an upstream gradient, and the tensors whose gradient is
+    asked for.
+    """
 
     logprob: bool
     entropy: bool
@@ -44,7 +46,8 @@ class Asked(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The constants of a row's gradients: each log-partition function, in base 2, as a rounded exponent and a factor for the rest.
+    """The constants of a row's gradients: each log-partition function, in base 2, as a rounded
+    exponent and a factor for the rest.
 
     ratio, lost_ratio: log q - log p is (y - x)·s less these two.
     """
@@ -65,7 +68,8 @@ class Terms(NamedTuple):
 class Place(NamedTuple):
     """Where a row's 16-byte blocks lie, and what its entries are read with.
 
-    The row is entries pad … end - 1 of its blocks; entries from read_end on are not read and have gradient 0.
+    The row is entries pad … end - 1 of its blocks; entries from read_end on are not read and have
+    gradient 0.
     """
 
     p_block: tl.tensor
@@ -119,15 +123,17 @@ def gradient_terms(saved):
 
 @triton.jit
 def entry_gradients(x, y, y_lost, scale, terms, g, asked: tl.constexpr, HAS_RATIO: tl.constexpr):
-    """Gradients of the weighted statistics with respect to one (scaled) logit of each tensor, without the one-hot term of the sampled token.
+    """Gradients of the weighted statistics with respect to one (scaled) logit of each tensor,
+    without the one-hot term of the sampled token.
 
     With g the upstream gradients, s = 1/T and d = (y - x)·s - centre:
         dx = s·(p·(-g.kl·(d - E_p[d]) - g.entropy·(log p + entropy) - g.logprob) - g.ref_kl·(q - p))
         dy = s·(g.kl·(q - p) + q·(g.ref_kl·(d - E_q[d]) - g.ref_logprob))
-    The centre is at the mean under P, and d - E_p[d] is subtracted before anything is multiplied: on a peaked row the
-    gradient is what is left of it.
+    The centre is at the mean under P, and d - E_p[d] is subtracted before anything is multiplied:
+    on a peaked row the gradient is what is left of it.
     """
-    # p and q stay without their factors, which join the row's constants: one multiplication less per entry.
+    # p and q stay without their factors, which join the row's constants: one multiplication less
+    # per entry.
     log2_p = tl.fma(x, scale * LOG2E, -terms.lse_p)
     p = tl.exp2(log2_p)
     d = x
@@ -147,8 +153,12 @@ def entry_gradients(x, y, y_lost, scale, terms, g, asked: tl.constexpr, HAS_RATI
         rise = q * terms.factor_q - true_p
         if asked.exact and (asked.kl or asked.ref_kl):
             # The difference of two rounded probabilities loses the digits of a small log q - log p.
-            log_q_over_p = tl.fma(difference, scale, -terms.ratio) + tl.fma(lost, scale, -terms.lost_ratio)
-            near = true_p * tl.fma(log_q_over_p * log_q_over_p, expm1_over_square(log_q_over_p), log_q_over_p)
+            log_q_over_p = tl.fma(difference, scale, -terms.ratio) + tl.fma(
+                lost, scale, -terms.lost_ratio
+            )
+            near = true_p * tl.fma(
+                log_q_over_p * log_q_over_p, expm1_over_square(log_q_over_p), log_q_over_p
+            )
             rise = tl.where(tl.abs(log_q_over_p) < SMALL_D, near, rise)
     grad_x = x
     grad_y = x
@@ -180,8 +190,19 @@ def entry_gradients(x, y, y_lost, scale, terms, g, asked: tl.constexpr, HAS_RATI
 
 
 @triton.jit
-def write_tile(place, first_group, terms, g, tiling: tl.constexpr, asked: tl.constexpr, reading: tl.constexpr, EDGE: tl.constexpr):
-    """Write the gradients of aligned blocks, tiling.groups per thread; all loads come first, so that no store delays them."""
+def write_tile(
+    place,
+    first_group,
+    terms,
+    g,
+    tiling: tl.constexpr,
+    asked: tl.constexpr,
+    reading: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Write the gradients of aligned blocks, tiling.groups per thread; all loads come first, so
+    that no store delays them.
+    """
     THREADS: tl.constexpr = tiling.threads
     LANES: tl.constexpr = tiling.lanes
     xs = ()
@@ -212,9 +233,17 @@ def write_tile(place, first_group, terms, g, tiling: tl.constexpr, asked: tl.con
         if EDGE:
             inside = (offs >= place.pad) & (offs < place.end)
             if asked.wrt_p:
-                tl.store(place.grad_p_block + offs, tl.where(offs < place.read_end, grad_x, 0.0), mask=inside)
+                tl.store(
+                    place.grad_p_block + offs,
+                    tl.where(offs < place.read_end, grad_x, 0.0),
+                    mask=inside,
+                )
             if asked.wrt_q:
-                tl.store(place.grad_q_block + offs, tl.where(offs < place.read_end, grad_y, 0.0), mask=inside)
+                tl.store(
+                    place.grad_q_block + offs,
+                    tl.where(offs < place.read_end, grad_y, 0.0),
+                    mask=inside,
+                )
         else:
             if asked.wrt_p:
                 tl.store(place.grad_p_block + offs, grad_x)

@@ -1,9 +1,11 @@
 """Reading a row in 16-byte blocks, wherever it starts, so that the sums over it keep their bits.
 
-A row that does not start on a 16-byte boundary (V or a stride not divisible by 8, a slice) is read in the aligned blocks of the memory around
-it. Group g is the row's logical elements g·LANES … g·LANES + LANES - 1: they lie in block g from lane `pad` on and in block g + 1 before it, so a
-select by lane puts a whole group into one thread, its lanes rotated by `pad`. Sums over lanes (lane_sum) are built as a tree that a
-rotation leaves unchanged to the bit: a row gives the same result at any alignment, hence at any position of a batch.
+A row that does not start on a 16-byte boundary (V or a stride not divisible by 8, a slice) is read
+in the aligned blocks of the memory around it. Group g is the row's logical elements g·LANES …
+g·LANES + LANES - 1: they lie in block g from lane `pad` on and in block g + 1 before it, so a
+select by lane puts a whole group into one thread, its lanes rotated by `pad`. Sums over lanes
+(lane_sum) are built as a tree that a rotation leaves unchanged to the bit: a row gives the same
+result at any alignment, hence at any position of a batch.
 """
 
 import triton
@@ -29,7 +31,9 @@ def row_scale(temperature_ptr, temperature, row, there, TEMPERATURE_PER_ROW: tl.
     if TEMPERATURE_PER_ROW:
         temperature = tl.load(temperature_ptr + row, mask=there, other=1.0)
     scale = tl.div_rn(1.0, tl.cast(temperature, tl.float32))
-    return tl.where((scale >= 1 / LARGEST_TEMPERATURE) & (scale <= LARGEST_TEMPERATURE), scale, float("nan"))
+    return tl.where(
+        (scale >= 1 / LARGEST_TEMPERATURE) & (scale <= LARGEST_TEMPERATURE), scale, float("nan")
+    )
 
 
 @triton.jit
@@ -42,23 +46,52 @@ def row_ratio(ratio_ptr, row, there, HAS_RATIO: tl.constexpr):
 
 
 @triton.jit
-def entry_difference(p_row, q_row, index, there, ratio, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr):
+def entry_difference(
+    p_row,
+    q_row,
+    index,
+    there,
+    ratio,
+    SOFTCAP: tl.constexpr,
+    REF_SOFTCAP: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
+):
     """y - x of one entry of a row, or of several rows."""
-    x = soft_cap(tl.load(p_row + index, mask=there, other=0.0).to(tl.float32), SOFTCAP, p_row.dtype.element_ty)
-    y = soft_cap(tl.load(q_row + index, mask=there, other=0.0).to(tl.float32), REF_SOFTCAP, q_row.dtype.element_ty)
+    x = soft_cap(
+        tl.load(p_row + index, mask=there, other=0.0).to(tl.float32),
+        SOFTCAP,
+        p_row.dtype.element_ty,
+    )
+    y = soft_cap(
+        tl.load(q_row + index, mask=there, other=0.0).to(tl.float32),
+        REF_SOFTCAP,
+        q_row.dtype.element_ty,
+    )
     return scale_reference(y, ratio, HAS_RATIO)[0] - x
 
 
 @triton.jit
-def row_shift(p_row, q_row, V, there, ratio, SOFTCAP: tl.constexpr, REF_SOFTCAP: tl.constexpr, HAS_RATIO: tl.constexpr):
-    """A whole number near the median difference of three entries of a row, or of several: near the constant between the tensors, if there is one.
+def row_shift(
+    p_row,
+    q_row,
+    V,
+    there,
+    ratio,
+    SOFTCAP: tl.constexpr,
+    REF_SOFTCAP: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
+):
+    """A whole number near the median difference of three entries of a row, or of several: near the
+    constant between the tensors, if there is one.
 
-    Subtract it before accumulating: with Q = P + 50, float32 differences would be rounded at the magnitude of 50. A near
-    value keeps most digits; 0 where the rows are far apart or not finite.
+    Subtract it before accumulating: with Q = P + 50, float32 differences would be rounded at the
+    magnitude of 50. A near value keeps most digits; 0 where the rows are far apart or not finite.
     """
     a = entry_difference(p_row, q_row, V // 4, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     b = entry_difference(p_row, q_row, V // 2, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    c = entry_difference(p_row, q_row, V - 1 - V // 4, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    c = entry_difference(
+        p_row, q_row, V - 1 - V // 4, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO
+    )
     shift = tl.floor(tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c)) + 0.5)
     return tl.where(tl.abs(shift) < LARGEST_SHIFT, shift, 0.0)
 
@@ -66,7 +99,9 @@ def row_shift(p_row, q_row, V, there, ratio, SOFTCAP: tl.constexpr, REF_SOFTCAP:
 @triton.jit
 def row_pad(row_ptr):
     """How many elements lie between the last 16-byte boundary and the row's first element."""
-    return (row_ptr.to(tl.int64) % 16).to(tl.int32) // (row_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    return (row_ptr.to(tl.int64) % 16).to(tl.int32) // (
+        row_ptr.dtype.element_ty.primitive_bitwidth // 8
+    )
 
 
 @triton.jit
@@ -77,7 +112,9 @@ def lane_order(pad, LANES: tl.constexpr):
 
 @triton.jit
 def lane_sum(z):
-    """Sum over axis 1 as a tree over lanes l and l + n/2: rotating the lanes changes no bit (addition commutes)."""
+    """Sum over axis 1 as a tree over lanes l and l + n/2: rotating the lanes changes no bit
+    (addition commutes).
+    """
     THREADS: tl.constexpr = z.shape[0]
     n: tl.constexpr = z.shape[1]
     if n > 4:
@@ -102,7 +139,9 @@ def or_lanes(bits):
 
 @triton.jit
 def prefetch(ptr, length, on):
-    """Bring `length` elements from the 16-byte boundary at or before ptr on into L2 if `on` is 1: one instruction of sm_90 and later."""
+    """Bring `length` elements from the 16-byte boundary at or before ptr on into L2 if `on` is 1:
+    one instruction of sm_90 and later.
+    """
     size = length * (ptr.dtype.element_ty.primitive_bitwidth // 8) // 16 * 16 * on
     tl.inline_asm_elementwise(
         "{ .reg .pred any; .reg .b64 start; and.b64 start, $1, -16; setp.gt.s32 any, $2, 0;"
@@ -113,7 +152,9 @@ def prefetch(ptr, length, on):
 
 @triton.jit
 def select_mask(pad, LANES: tl.constexpr):
-    """[1, 4] int32: the bits of each 32-bit word that come from a group's own block; the others come from the next."""
+    """[1, 4] int32: the bits of each 32-bit word that come from a group's own block; the others
+    come from the next.
+    """
     word = tl.arange(0, 4)[None, :]
     if LANES == 4:
         mask = tl.where(word >= pad, -1, 0)
@@ -139,10 +180,14 @@ def widen(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_group(block_ptr, group, pad, V, REALIGN: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr):
-    """float32 [THREADS, LANES]: the row's groups `group` [THREADS, 1]; block_ptr is the 16-byte boundary at or before the row's start.
+def load_group(
+    block_ptr, group, pad, V, REALIGN: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr
+):
+    """float32 [THREADS, LANES]: the row's groups `group` [THREADS, 1]; block_ptr is the 16-byte
+    boundary at or before the row's start.
 
-    EDGE groups may reach past the row: lanes beyond V hold anything. A block is read only if it holds an element of the row.
+    EDGE groups may reach past the row: lanes beyond V hold anything. A block is read only if it
+    holds an element of the row.
     """
     DTYPE: tl.constexpr = block_ptr.dtype.element_ty
     words_ptr = tl.multiple_of(block_ptr.to(tl.pointer_type(tl.int32)), 16)
@@ -175,19 +220,39 @@ def load_lane(row_ptr, group, pad, V, EDGE: tl.constexpr, LANES: tl.constexpr, L
 
 @triton.jit
 def load_elements(row_ptr, group, pad, V, EDGE: tl.constexpr, LANES: tl.constexpr):
-    """float32 [THREADS, LANES]: the groups of a tensor that cannot be read in the other's blocks, element by element.
+    """float32 [THREADS, LANES]: the groups of a tensor that cannot be read in the other's blocks,
+    element by element.
 
-    One load per lane, joined inside each thread: the layout stays that of load_group, and with it the order of every sum.
+    One load per lane, joined inside each thread: the layout stays that of load_group, and with it
+    the order of every sum.
     """
     THREADS: tl.constexpr = group.shape[0]
     if LANES == 4:
-        even = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 0), load_lane(row_ptr, group, pad, V, EDGE, LANES, 2))
-        odd = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 1), load_lane(row_ptr, group, pad, V, EDGE, LANES, 3))
+        even = tl.join(
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 0),
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 2),
+        )
+        odd = tl.join(
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 1),
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 3),
+        )
     else:
-        zero = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 0), load_lane(row_ptr, group, pad, V, EDGE, LANES, 4))
-        one = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 1), load_lane(row_ptr, group, pad, V, EDGE, LANES, 5))
-        two = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 2), load_lane(row_ptr, group, pad, V, EDGE, LANES, 6))
-        three = tl.join(load_lane(row_ptr, group, pad, V, EDGE, LANES, 3), load_lane(row_ptr, group, pad, V, EDGE, LANES, 7))
+        zero = tl.join(
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 0),
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 4),
+        )
+        one = tl.join(
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 1),
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 5),
+        )
+        two = tl.join(
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 2),
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 6),
+        )
+        three = tl.join(
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 3),
+            load_lane(row_ptr, group, pad, V, EDGE, LANES, 7),
+        )
         even = tl.join(zero, two)
         odd = tl.join(one, three)
     return tl.reshape(tl.join(even, odd), [THREADS, LANES])

@@ -3,12 +3,15 @@
 Notation, for one row with policy logits x, reference logits y and temperature T:
     s = 1/T,   d = (y - x)·s - c   for a centre c near lse(y·s) - lse(x·s),   e = 2^(x·s·log2(e) - origin)
     S = Σe   A = Σe·(x·s·log2(e) - origin)   W = Σe·d   U = Σe·(expm1(d) - d)   R = Σe·d·expm1(d)
-`origin` is a whole number near the largest log2-scaled logit, so that rescaling a sum is exact. Then, with t = (U + W)/S,
+`origin` is a whole number near the largest log2-scaled logit, so that rescaling a sum is exact.
+Then, with t = (U + W)/S,
     KL(P‖Q) = U/S - (t - log1p(t))        lse_q - lse_p = c + log1p(t)
     KL(Q‖P) = ((R - U)/S)/(1 + t) - (u - log1p(u)), u = -t/(1 + t)
-for every centre c; a good one keeps all brackets as small as the KL itself, which is what keeps the digits.
+for every centre c; a good one keeps all brackets as small as the KL itself, which is what keeps the
+digits.
 
-Every multiply-add is written as tl.fma and compiled with fusion off: the bits do not depend on what a compiler chooses to fuse.
+Every multiply-add is written as tl.fma and compiled with fusion off: the bits do not depend on what
+a compiler chooses to fuse.
 """
 
 from typing import NamedTuple
@@ -24,18 +27,20 @@ SMALL_D = tl.constexpr(0.25)
 FINITE = tl.constexpr(3.0e38)
 # float32 values of a partial state in memory.
 STATE = tl.constexpr(7)
-# Initial running peak: finite, so that no difference of peaks is (-inf) - (-inf); a whole number, as every origin.
+# Initial running peak: finite, so that no difference of peaks is (-inf) - (-inf); a whole number,
+# as every origin.
 LOWEST = tl.constexpr(-1.0e30)
 # An exponent whose power of two is 0: the exponent of a logit of -inf, since 0·(-inf) would be NaN.
 NO_WEIGHT = tl.constexpr(-256.0)
 # Factor by which the weight about one centre may grow before the centre moves to the mean.
 OUTWEIGHS = tl.constexpr(8.0)
-# Largest |log2 of a partition function|: beyond it the rounding of the float32 origin is too coarse to correct. The
-# fallback subtracts the row's largest logit instead.
+# Largest |log2 of a partition function|: beyond it the rounding of the float32 origin is too coarse
+# to correct. The fallback subtracts the row's largest logit instead.
 LARGEST_LSE = tl.constexpr(4194304.0)
 # Below this |x/cap| a polynomial replaces tanh, whose usual form cancels there.
 SMALL_TANH = tl.constexpr(0.5)
-# The largest |d| that the sums may hold: e^x is 0 from 87 below the peak on, and e^x·e^d would be missed if it still counted
+# The largest |d| that the sums may hold: e^x is 0 from 87 below the peak on, and e^x·e^d would be
+# missed if it still counted
 # there; far below 0, d·expm1(d) = d·h + d² loses its digits.
 LARGEST_D = tl.constexpr(60.0)
 
@@ -50,7 +55,8 @@ def split_sum(a, b):
 
 @triton.jit
 def subtract(y, x, EXACT: tl.constexpr):
-    """y - x as a rounded difference and what the rounding lost: a constant shift between the two tensors then costs no digits.
+    """y - x as a rounded difference and what the rounding lost: a constant shift between the two
+    tensors then costs no digits.
 
     Without EXACT the loss is left out: the difference of two 16-bit logits fits float32.
     """
@@ -64,7 +70,9 @@ def subtract(y, x, EXACT: tl.constexpr):
 
 @triton.jit
 def scale_reference(y, ratio, HAS_RATIO: tl.constexpr):
-    """Q's (capped) logits times the ratio of inverse temperatures, as a rounded product and what the rounding lost."""
+    """Q's (capped) logits times the ratio of inverse temperatures, as a rounded product and what
+    the rounding lost.
+    """
     if HAS_RATIO:
         product = y * ratio
         lost = tl.fma(y, ratio, -product)
@@ -94,7 +102,9 @@ def expm1_over_square(d):
 
 @triton.jit
 def expm1_minus(d):
-    """expm1(d) - d, accurate relative to itself to the last digits: for few values, such as those that move a centre."""
+    """expm1(d) - d, accurate relative to itself to the last digits: for few values, such as those
+    that move a centre.
+    """
     # The Taylor series to d¹², of (expm1(d) - d)·2/d².
     series = tl.fma(d, 1 / 12, 1.0)
     for n in tl.static_range(9):
@@ -143,10 +153,12 @@ def reverse_kl(mean_r, mean_h, mean_d):
 def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
     """SOFTCAP·tanh(x/SOFTCAP); x itself where SOFTCAP is 0. DTYPE is the logits' type in memory.
 
-    The error is 2e-7·SOFTCAP, far below a 16-bit logit's own rounding; for float32 logits it is below 4e-7 of the result.
+    The error is 2e-7·SOFTCAP, far below a 16-bit logit's own rounding; for float32 logits it is
+    below 4e-7 of the result.
     """
     if SOFTCAP > 0.0:
-        # tanh z = 1 - 2/(e^2z + 1), the reciprocal as a reciprocal square root: a division costs three times as much. An infinite power gives 1.
+        # tanh z = 1 - 2/(e^2z + 1), the reciprocal as a reciprocal square root: a division costs
+        # three times as much. An infinite power gives 1.
         power = tl.exp2(x * (2.0 * LOG2E / SOFTCAP)) + 1.0
         capped = tl.fma(tl.rsqrt(power * power), -2.0 * SOFTCAP, SOFTCAP)
         if DTYPE == tl.float32:
@@ -190,7 +202,8 @@ class State(NamedTuple):
 class Want(NamedTuple):
     """Compile-time: the statistics asked for.
 
-    exact: keep what the rounding of differences loses, for float32 logits and ratios of temperatures.
+    exact: keep what the rounding of differences loses, for float32 logits and ratios of
+    temperatures.
     """
 
     entropy: bool
@@ -232,7 +245,8 @@ def rescale(s, origin, want: tl.constexpr):
 
 @triton.jit
 def merge(s, want: tl.constexpr):
-    """Merge a vector of states (axis 0) to one: programs of a row and shards of a vocabulary merge alike.
+    """Merge a vector of states (axis 0) to one: programs of a row and shards of a vocabulary merge
+    alike.
 
     Put the centre at the mean of d over all of them. A state without weight (S = 0) adds nothing, whatever its centre.
     All must count their differences from one shift (row_load.row_shift).

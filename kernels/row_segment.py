@@ -1,11 +1,13 @@
-"""The sums of a segment of a row: one read of the logits, a tile at a time, by the warp of a program.
+"""The sums of a segment of a row: one read of the logits, a tile at a time, by the warp of a
+program.
 
-Origin and centre are uniform over the threads. The values of a tile alone select one of three paths:
+Origin and centre are uniform over the threads. The values of a tile alone select one of three
+paths:
     near:     every |d| < 1 and no new peak, as in nearly all tiles of a policy near its reference: a polynomial for expm1(d) - d;
     general:  no new peak: a second exponential where |d| is large;
     anchor:   the tile might raise the weight about this centre more than eightfold: move origin and centre, then read it again.
-The centre is always the mean of d over at least an eighth of the weight: sums about a distant centre would lose their digits
-when the centre moves.
+The centre is always the mean of d over at least an eighth of the weight: sums about a distant
+centre would lose their digits when the centre moves.
 """
 
 from typing import NamedTuple
@@ -31,12 +33,15 @@ from .row_math import (
     subtract,
 )
 
-# The loop keeps D_SCALE·d: bit 30 of its float32 pattern is set if |d| is 1 or more, also for an infinity and a NaN.
+# The loop keeps D_SCALE·d: bit 30 of its float32 pattern is set if |d| is 1 or more, also for an
+# infinity and a NaN.
 D_SCALE = tl.constexpr(2.0)
 
 
 class Tiling(NamedTuple):
-    """Compile-time: how a program reads a row; rows of REALIGN start anywhere, Q_IN_BLOCKS says that Q's rows start where P's do."""
+    """Compile-time: how a program reads a row; rows of REALIGN start anywhere, Q_IN_BLOCKS says
+    that Q's rows start where P's do.
+    """
 
     threads: int
     lanes: int
@@ -46,10 +51,12 @@ class Tiling(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The addresses of a segment and the constants of its row. V: entries from the segment's first to the end of the row.
+    """The addresses of a segment and the constants of its row. V: entries from the segment's first
+    to the end of the row.
 
-    p_block, q_block: the 16-byte boundary at or before the first entry, `pad` entries further. order: the entry of its
-    group that each lane holds. shift: row_load.row_shift. doubled_scale: D_SCALE/T; scale2: log2(e)/T.
+    p_block, q_block: the 16-byte boundary at or before the first entry, `pad` entries further.
+    order: the entry of its group that each lane holds. shift: row_load.row_shift. doubled_scale:
+    D_SCALE/T; scale2: log2(e)/T.
     """
 
     p_block: tl.tensor
@@ -67,7 +74,8 @@ class Row(NamedTuple):
 class Tile(NamedTuple):
     """Entries of a row, tuples of a [threads, lanes] tensor per group.
 
-    difference: y - x, rounded, less the row's shift; lost: what its rounding lost. inside: whether an entry is one of the segment.
+    difference: y - x, rounded, less the row's shift; lost: what its rounding lost. inside: whether
+    an entry is one of the segment.
     """
 
     x: tl.tuple
@@ -77,7 +85,9 @@ class Tile(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A tile about the present origin and centre: e and D_SCALE·d as tuples, each thread's sum of e, and lane_A with the tile added."""
+    """A tile about the present origin and centre: e and D_SCALE·d as tuples, each thread's sum of
+    e, and lane_A with the tile added.
+    """
 
     e: tl.tuple
     d: tl.tuple
@@ -88,8 +98,9 @@ class Weights(NamedTuple):
 class Running(NamedTuple):
     """The sums of a segment so far.
 
-    Scalars: origin; centre, times D_SCALE. Vectors [threads]: S; limit: the S that re-anchors; largest: a bound of |y - x|·scale less the
-    row's shift, times D_SCALE. [threads, lanes]: A, 2·W, 2·U and 4·R.
+    Scalars: origin; centre, times D_SCALE. Vectors [threads]: S; limit: the S that re-anchors;
+    largest: a bound of |y - x|·scale less the row's shift, times D_SCALE. [threads, lanes]: A, 2·W,
+    2·U and 4·R.
     """
 
     origin: tl.tensor
@@ -111,12 +122,24 @@ def empty_sums(tiling: tl.constexpr):
     zero = tl.full([], 0.0, tl.float32)
     zeros = tl.zeros([THREADS], tl.float32)
     lanes = tl.zeros([THREADS, LANES], tl.float32)
-    return Running(tl.full([], LOWEST, tl.float32), zero, zeros, zeros, zeros + D_SCALE, lanes, lanes, lanes, lanes)
+    return Running(
+        tl.full([], LOWEST, tl.float32),
+        zero,
+        zeros,
+        zeros,
+        zeros + D_SCALE,
+        lanes,
+        lanes,
+        lanes,
+        lanes,
+    )
 
 
 @triton.jit
 def near_expm1(d):
-    """2·(expm1(d) - d)/(D_SCALE·d)² for |d| < 1, from D_SCALE·d; minimax polynomial, relative error 1.6e-6."""
+    """2·(expm1(d) - d)/(D_SCALE·d)² for |d| < 1, from D_SCALE·d; minimax polynomial, relative error
+    1.6e-6.
+    """
     series = tl.fma(d, 0.00019977660849690437 / 64, 0.0014262537006288767 / 32)
     series = tl.fma(d, series, 0.008335255086421967 / 16)
     series = tl.fma(d, series, 0.04165279492735863 / 8)
@@ -126,7 +149,9 @@ def near_expm1(d):
 
 @triton.jit
 def general_expm1(d):
-    """2·(expm1(d) - d) and (D_SCALE·d)², from D_SCALE·d; relative error 3e-6, from the polynomial of expm1_over_square where d is small."""
+    """2·(expm1(d) - d) and (D_SCALE·d)², from D_SCALE·d; relative error 3e-6, from the polynomial
+    of expm1_over_square where d is small.
+    """
     square = d * d
     series = tl.fma(d, 0.008337464183568954 / 16, 0.04175350069999695 / 8)
     series = tl.fma(d, series, 0.16666695475578308 / 4)
@@ -136,8 +161,19 @@ def general_expm1(d):
 
 
 @triton.jit
-def load_tile(row, first_group, end, GROUPS: tl.constexpr, tiling: tl.constexpr, want: tl.constexpr, reading: tl.constexpr, EDGE: tl.constexpr):
-    """The Tile of GROUPS groups per thread from `first_group` on; EDGE leaves out entries from `end` on."""
+def load_tile(
+    row,
+    first_group,
+    end,
+    GROUPS: tl.constexpr,
+    tiling: tl.constexpr,
+    want: tl.constexpr,
+    reading: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """The Tile of GROUPS groups per thread from `first_group` on; EDGE leaves out entries from
+    `end` on.
+    """
     THREADS: tl.constexpr = tiling.threads
     LANES: tl.constexpr = tiling.lanes
     xs = ()
@@ -177,8 +213,12 @@ def load_tile(row, first_group, end, GROUPS: tl.constexpr, tiling: tl.constexpr,
 
 
 @triton.jit
-def weigh(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, CLAMP: tl.constexpr, EDGE: tl.constexpr):
-    """The Weights of a tile. Without CLAMP, a finite logit so low that its exponent overflows makes lane_A NaN."""
+def weigh(
+    s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, CLAMP: tl.constexpr, EDGE: tl.constexpr
+):
+    """The Weights of a tile. Without CLAMP, a finite logit so low that its exponent overflows makes
+    lane_A NaN.
+    """
     es = ()
     ds = ()
     lane_A = s.lane_A
@@ -238,13 +278,17 @@ def state_of(s, want: tl.constexpr):
 
 @triton.jit
 def spread(z, LANES: tl.constexpr):
-    """An equal part of z [threads] in each lane, exactly: wherever a row starts, its sums are the same."""
+    """An equal part of z [threads] in each lane, exactly: wherever a row starts, its sums are the
+    same.
+    """
     return tl.broadcast_to((z * (1.0 / LANES))[:, None], [z.shape[0], LANES])
 
 
 @triton.jit
 def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
-    """Move the origin to the peak, if the tile holds it, and the centre to the mean of d over all entries so far, this tile included."""
+    """Move the origin to the peak, if the tile holds it, and the centre to the mean of d over all
+    entries so far, this tile included.
+    """
     state = state_of(s, want)
     peak = tl.max(tile.x[0], 1)
     for g in tl.static_range(1, GROUPS):
@@ -268,7 +312,8 @@ def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.cons
     R = state.R
     centre = state.centre
     if want.kl:
-        # Round the mean difference once: on a peaked row the whole gradient is the remainder d - E_p[d] at the peak.
+        # Round the mean difference once: on a peaked row the whole gradient is the remainder d -
+        # E_p[d] at the peak.
         mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.doubled_scale * (1.0 / D_SCALE)
         delta = tl.fma(mean - centre, total, tl.sum(W, 0)) / (before + total)
         centre = tl.where(total > before * OUTWEIGHS, mean, centre + delta)
@@ -277,8 +322,8 @@ def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.cons
         W = moved.W
         U = moved.U
         R = moved.R
-    # The limits add up to OUTWEIGHS times the weight. Each is above the thread's S with this tile: the second read
-    # never anchors again.
+    # The limits add up to OUTWEIGHS times the weight. Each is above the thread's S with this tile:
+    # the second read never anchors again.
     limit = tl.fma(before + total, (OUTWEIGHS - 1.0) / shares.shape[0], state.S + shares)
     LANES: tl.constexpr = s.lane_W.shape[1]
     # A near tile has |d| < 1.
@@ -314,7 +359,17 @@ def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.conste
                 lane_U = tl.fma(e, h, lane_U)
                 if want.reverse:
                     lane_R = tl.fma(e, tl.fma(d, h, square), lane_R)
-    return Running(s.origin, s.centre, s.S + weights.share, s.limit, largest, weights.lane_A, lane_W, lane_U, lane_R)
+    return Running(
+        s.origin,
+        s.centre,
+        s.S + weights.share,
+        s.limit,
+        largest,
+        weights.lane_A,
+        lane_W,
+        lane_U,
+        lane_R,
+    )
 
 
 @triton.jit
@@ -344,7 +399,8 @@ def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading:
     if want.entropy and want.kl:
         A = tl.sum(lane_sum(s.lane_A), 0)
         if A != A:
-            # A column that both tensors mask by a large finite number makes A NaN: start over with exponents clamped.
+            # A column that both tensors mask by a large finite number makes A NaN: start over with
+            # exponents clamped.
             s = empty_sums(tiling)
             group = 0
     # Less than a tile is left, or all of it: one group of each thread at a time.
@@ -360,4 +416,12 @@ def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading:
     U = tl.sum(state.U, 0)
     if want.kl:
         U = tl.where(tl.max(s.largest, 0) + tl.abs(s.centre) < LARGEST_D * D_SCALE, U, float("inf"))
-    return State(state.origin, tl.sum(state.S, 0), tl.sum(state.A, 0), tl.sum(state.W, 0), U, tl.sum(state.R, 0), state.centre)
+    return State(
+        state.origin,
+        tl.sum(state.S, 0),
+        tl.sum(state.A, 0),
+        tl.sum(state.W, 0),
+        U,
+        tl.sum(state.R, 0),
+        state.centre,
+    )

@@ -1,7 +1,8 @@
-"""Processes that take minutes, started with the test session, so that every core has work while the other tests run.
+"""Processes that take minutes, started with the test session, so that every core has work while the
+other tests run.
 
-A test file that has such processes defines start_in_background(), which conftest.py calls if any of its tests is to run, and asks for the results
-when its tests come: at the end.
+A test file that has such processes defines start_in_background(), which conftest.py calls if any of
+its tests is to run, and asks for the results when its tests come: at the end.
 """
 
 from __future__ import annotations
@@ -29,10 +30,18 @@ def submit(name: str, function: Callable, *arguments: object) -> concurrent.futu
 
 def run(command: list[str], cwd: os.PathLike, environment: dict[str, str]) -> tuple[int, str]:
     """(exit code, output) of a command, at a lower priority than the tests in front."""
-    process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               preexec_fn=lambda: os.nice(5))
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: os.nice(5),
+    )
     _running.add(process)
-    # stop() sets this and then ends what is in the set: one of the two finds a process that starts meanwhile.
+    # stop() sets this and then ends what is in the set: one of the two finds a process that starts
+    # meanwhile.
     if _stopped.is_set():
         process.kill()
     try:

@@ -9,10 +9,12 @@ import torch
 def compute_as_a_gpu() -> None:
     """Make Triton's interpreter as exact as a GPU is, and no more.
 
-    A multiply-add rounds once: unfused, x·log2(e) - origin alone costs 1e-5 of an e^x for |x| = 200. Division, 2^x, logarithms and reciprocal
-    square roots are off by up to about two units in the last place, as the approximate instructions are that Triton compiles them to (PTX ISA:
-    ex2.approx and rsqrt.approx 2^-22, div.full 2 ulp, lg2.approx 2^-22 absolute near 1): by a part that looks random and depends on the result
-    alone. Powers of two, as 2^0, are exact, and whole logarithms.
+    A multiply-add rounds once: unfused, x·log2(e) - origin alone costs 1e-5 of an e^x for |x| =
+    200. Division, 2^x, logarithms and reciprocal square roots are off by up to about two units in
+    the last place, as the approximate instructions are that Triton compiles them to (PTX ISA:
+    ex2.approx and rsqrt.approx 2^-22, div.full 2 ulp, lg2.approx 2^-22 absolute near 1): by a part
+    that looks random and depends on the result alone. Powers of two, as 2^0, are exact, and whole
+    logarithms.
     """
     from triton.runtime import interpreter
 
@@ -23,7 +25,9 @@ def compute_as_a_gpu() -> None:
         return handle(wide.astype(z.data.dtype), z.dtype.scalar)
 
     def noise(values, whole):
-        """In [-1, 1], from the bits of float32 values; 0 for powers of two, and for whole numbers too if asked."""
+        """In [-1, 1], from the bits of float32 values; 0 for powers of two, and for whole numbers
+        too if asked.
+        """
         bits = values.view("uint32").astype("uint64")
         exact = (bits & 0x7FFFFF == 0) | (whole & (values == np.rint(values)))
         return np.where(exact, 0.0, (bits * 2654435761 >> 7) % 2001 / 1000.0 - 1)
@@ -37,7 +41,9 @@ def compute_as_a_gpu() -> None:
             wide = values.astype("float64")
             with np.errstate(invalid="ignore"):
                 wide = wide + noise(values, whole) * (relative * np.abs(wide) + absolute)
-            return handle(np.where(np.isfinite(values), wide, values).astype("float32"), result.dtype)
+            return handle(
+                np.where(np.isfinite(values), wide, values).astype("float32"), result.dtype
+            )
 
         return created
 
@@ -45,13 +51,20 @@ def compute_as_a_gpu() -> None:
         return
     builder.create_fma = create_fma
     about_logarithms = (2.0**-23, 2.0**-22, True)
-    for name, errors in {"create_fdiv": (2.0**-23,), "create_exp2": (2.0**-22.5,), "create_rsqrt": (2.0**-22.5,),
-                         "create_log2": about_logarithms, "create_log": about_logarithms}.items():
+    for name, errors in {
+        "create_fdiv": (2.0**-23,),
+        "create_exp2": (2.0**-22.5,),
+        "create_rsqrt": (2.0**-22.5,),
+        "create_log2": about_logarithms,
+        "create_log": about_logarithms,
+    }.items():
         setattr(builder, name, approximate(getattr(builder, name), *errors))
 
 
 def captured(call) -> tuple:
-    """(CUDA graph of call(), its results): once outside, so that everything is compiled and allocated, then captured."""
+    """(CUDA graph of call(), its results): once outside, so that everything is compiled and
+    allocated, then captured.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,7 +1,9 @@
-"""Every test of the public functions runs on every implementation that this machine has: the `implementation` fixture.
+"""Every test of the public functions runs on every implementation that this machine has: the
+`implementation` fixture.
 
-Plain run: the reference on CPU tensors, and the Triton kernels on a GPU (marker `gpu`). With TRITON_INTERPRET=1 (test_interpreter.py starts
-such a process): the Triton kernels on CPU tensors. Without a GPU the gpu tests are skipped; FASTKL_REQUIRE_GPU=1 turns that into a failure.
+Plain run: the reference on CPU tensors, and the Triton kernels on a GPU (marker `gpu`). With
+TRITON_INTERPRET=1 (test_interpreter.py starts such a process): the Triton kernels on CPU tensors.
+Without a GPU the gpu tests are skipped; FASTKL_REQUIRE_GPU=1 turns that into a failure.
 """
 
 from __future__ import annotations
@@ -18,18 +20,24 @@ from _pytest import python
 
 # Inductor's cache does not see a change of an op's fake implementation.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-# Inductor's build step wants the distutils of setuptools, which must come before anything imports the standard library's.
+# Inductor's build step wants the distutils of setuptools, which must come before anything imports
+# the standard library's.
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
 import torch
 
 import fastkl
 
-# A shell that starts the tests in the background ignores these for them, and every command under test would inherit it.
-for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+# A shell that starts the tests in the background ignores these for them, and every command under
+# test would inherit it.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
-# The tests' tensors are small: a second thread costs more than it gives, most of all on a busy machine.
+# The tests' tensors are small: a second thread costs more than it gives, most of all on a busy
+# machine.
 torch.set_num_threads(1)
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -59,8 +67,10 @@ class Implementation(NamedTuple):
 def _implementations() -> list:
     if INTERPRETING:
         return [pytest.param(Implementation("triton", "cpu"), id="interpreter")]
-    return [pytest.param(Implementation("reference", "cpu"), id="reference"),
-            pytest.param(Implementation("triton", "cuda"), id="gpu", marks=pytest.mark.gpu)]
+    return [
+        pytest.param(Implementation("reference", "cpu"), id="reference"),
+        pytest.param(Implementation("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
+    ]
 
 
 @pytest.fixture(params=_implementations())
@@ -74,9 +84,12 @@ def _with_room_for_frames(function: Callable[[pytest.Item], object], item: pytes
     return function(item)
 
 
-# CPython maps 16 KB for frames at a time and unmaps them when the first of them returns: a test whose calls come and go across that border
-# spends half its time there. The frame of this function needs 4 MB, so that what is mapped for it, 8 MB, holds the frames of a test too.
-_with_room_for_frames.__code__ = _with_room_for_frames.__code__.replace(co_stacksize=(4 << 20) // 8 + 1)
+# CPython maps 16 KB for frames at a time and unmaps them when the first of them returns: a test
+# whose calls come and go across that border spends half its time there. The frame of this function
+# needs 4 MB, so that what is mapped for it, 8 MB, holds the frames of a test too.
+_with_room_for_frames.__code__ = _with_room_for_frames.__code__.replace(
+    co_stacksize=(4 << 20) // 8 + 1
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -93,7 +106,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Start those processes first, the longest before the others."""
     if not session.config.option.collectonly:
-        modules = {item.module.__name__: item.module for item in session.items if hasattr(getattr(item, "module", None), "start_in_background")}
+        modules = {
+            item.module.__name__: item.module
+            for item in session.items
+            if hasattr(getattr(item, "module", None), "start_in_background")
+        }
         for name in sorted(modules, reverse=True):
             modules[name].start_in_background()
 

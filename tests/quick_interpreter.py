@@ -1,7 +1,9 @@
-"""Triton's interpreter without what takes more than half of its time and changes no result: conftest.py makes it so where kernels are interpreted.
+"""Triton's interpreter without what takes more than half of its time and changes no result:
+conftest.py makes it so where kernels are interpreted.
 
-At every call of a helper it looks through triton.language for functions to replace by its own, though the kernel's launch has replaced them; and it
-computes every sum and product of integers again in 64 bits, for an assertion that it then leaves out.
+At every call of a helper it looks through triton.language for functions to replace by its own,
+though the kernel's launch has replaced them; and it computes every sum and product of integers
+again in 64 bits, for an assertion that it then leaves out.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ def hurry() -> None:
 
     def call(self, *args, **kwargs):
         nonlocal replaced
-        # A launch replaces what its kernel sees, triton.language; Triton's own helpers see its core, whose replacements stay.
+        # A launch replaces what its kernel sees, triton.language; Triton's own helpers see its
+        # core, whose replacements stay.
         if not replaced and any(value is tl.core for value in self.fn.__globals__.values()):
             interpreter._patch_lang(self.fn)
             replaced = True

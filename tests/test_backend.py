@@ -1,4 +1,6 @@
-"""Which implementation runs: the defaults, use_backend, explain, and that there is never a silent fallback."""
+"""Which implementation runs: the defaults, use_backend, explain, and that there is never a silent
+fallback.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,14 @@ def unchanged_choice():
 
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """What really ran, in order: "triton forward", "reference backward", …: both implementations are spied on below the ops."""
-    launch = pytest.importorskip("fastkl.kernels.launch", reason="needs triton") if importlib.util.find_spec("triton") else None
+    """What really ran, in order: "triton forward", "reference backward", …: both implementations
+    are spied on below the ops.
+    """
+    launch = (
+        pytest.importorskip("fastkl.kernels.launch", reason="needs triton")
+        if importlib.util.find_spec("triton")
+        else None
+    )
     calls: list[str] = []
 
     def spy(module, attribute: str, label: str) -> None:
@@ -49,7 +57,9 @@ def ran(monkeypatch) -> list[str]:
 def logits(device: str, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """A pair of logits that require grad."""
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(rows, 11, generator=generator).to(device).requires_grad_() for _ in "pq")
+    return tuple(
+        torch.randn(rows, 11, generator=generator).to(device).requires_grad_() for _ in "pq"
+    )
 
 
 # ---- what runs
@@ -77,8 +87,12 @@ def test_the_chosen_one_runs(implementation, ran) -> None:
     p, q = logits(implementation.device)
     tokens = torch.zeros(2, dtype=torch.long, device=implementation.device)
     with fastkl.use_backend(implementation.backend):
-        for call in (lambda: fastkl.kl_divergence(p, q), lambda: sum(fastkl.token_stats(p, tokens, q)),
-                     lambda: fastkl.selective_log_softmax(p, tokens), lambda: fastkl.KLPenalty(0.1)(p, q)):
+        for call in (
+            lambda: fastkl.kl_divergence(p, q),
+            lambda: sum(fastkl.token_stats(p, tokens, q)),
+            lambda: fastkl.selective_log_softmax(p, tokens),
+            lambda: fastkl.KLPenalty(0.1)(p, q),
+        ):
             call().sum().backward()
     assert ran == [f"{implementation.backend} forward", f"{implementation.backend} backward"] * 4
 
@@ -94,7 +108,9 @@ def test_the_kernels_agree_with_the_reference(implementation) -> None:
 
 
 def test_backward_runs_where_forward_ran(implementation, ran) -> None:
-    """A backward pass after the context, or within another one, stays on its forward pass's backend."""
+    """A backward pass after the context, or within another one, stays on its forward pass's
+    backend.
+    """
     p, q = logits(implementation.device)
     for other in (None, "reference", "triton"):
         ran.clear()
@@ -108,18 +124,30 @@ def test_backward_runs_where_forward_ran(implementation, ran) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_reference_on_a_gpu(ran, dtype) -> None:
-    """use_backend('reference') takes CUDA tensors, float64 too, with mask, tokens and a temperature per row, and gives what it gives on CPU."""
+    """use_backend('reference') takes CUDA tensors, float64 too, with mask, tokens and a temperature
+    per row, and gives what it gives on CPU.
+    """
     found = []
     for device in ("cpu", "cuda"):
         p, q = (value.detach().to(dtype).requires_grad_() for value in logits(device, 4))
         mask = torch.tensor([True, False, True, True], device=device)
-        tokens, temperatures = torch.tensor([0, -100, 3, 10], device=device), torch.tensor([0.5, 1.0, 2.0, 1.0], device=device)
+        tokens, temperatures = (
+            torch.tensor([0, -100, 3, 10], device=device),
+            torch.tensor([0.5, 1.0, 2.0, 1.0], device=device),
+        )
         with fastkl.use_backend("reference"):
             fields = fastkl.token_stats(p, tokens, q, temperature=temperatures, mask=mask)
         assert all(value.device.type == device and value.dtype == dtype for value in fields)
-        found.append([value.cpu() for value in (*fields, *torch.autograd.grad(sum(fields).sum(), (p, q)))])
+        found.append(
+            [value.cpu() for value in (*fields, *torch.autograd.grad(sum(fields).sum(), (p, q)))]
+        )
     assert set(ran) == {"reference forward", "reference backward"}
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=1e-6 if dtype == torch.float32 else 1e-14)
+    torch.testing.assert_close(
+        found[0],
+        found[1],
+        rtol=1e-4 if dtype == torch.float32 else 1e-12,
+        atol=1e-6 if dtype == torch.float32 else 1e-14,
+    )
 
 
 # ---- use_backend
@@ -170,7 +198,9 @@ def test_unknown_backend(name) -> None:
 
 
 def test_every_reason_at_once(monkeypatch) -> None:
-    """float64 and strided logits on CPU without the interpreter: three reasons, each with its remedy, in the error and in explain()."""
+    """float64 and strided logits on CPU without the interpreter: three reasons, each with its
+    remedy, in the error and in explain().
+    """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     p, q = torch.randn(5, 4, dtype=torch.float64).t(), torch.randn(4, 5, dtype=torch.float64)
     with fastkl.use_backend("triton"):
@@ -178,24 +208,43 @@ def test_every_reason_at_once(monkeypatch) -> None:
         with pytest.raises(RuntimeError) as raised:
             fastkl.kl_divergence(p, q)
     assert explained.backend == "triton" and len(explained.problems) == 3
-    for reason, words in zip(explained.problems, (("on cpu", "TRITON_INTERPRET=1"), ("torch.float64", "'reference'"), ("stride 4", ".contiguous()")),
-                             strict=True):
+    for reason, words in zip(
+        explained.problems,
+        (
+            ("on cpu", "TRITON_INTERPRET=1"),
+            ("torch.float64", "'reference'"),
+            ("stride 4", ".contiguous()"),
+        ),
+        strict=True,
+    ):
         assert reason in str(raised.value) and reason in str(explained)
         assert all(word in reason for word in words), reason
 
 
-@pytest.mark.parametrize("wrong, reasons", [
-    (lambda x: x.double(), ("torch.float64",)), (lambda x: x.t(), ("stride",)), (lambda x: x.double().t(), ("torch.float64", "stride")),
-    (lambda x: x[:, ::2], ("stride 2",)), (lambda x: x[:, :1].expand(-1, 3), ("stride 0",)),
-], ids=["float64", "transposed", "both", "stepped", "expanded"])
+@pytest.mark.parametrize(
+    "wrong, reasons",
+    [
+        (lambda x: x.double(), ("torch.float64",)),
+        (lambda x: x.t(), ("stride",)),
+        (lambda x: x.double().t(), ("torch.float64", "stride")),
+        (lambda x: x[:, ::2], ("stride 2",)),
+        (lambda x: x[:, :1].expand(-1, 3), ("stride 0",)),
+    ],
+    ids=["float64", "transposed", "both", "stepped", "expanded"],
+)
 def test_no_silent_fallback(implementation, ran, wrong, reasons) -> None:
-    """What the kernels cannot take, as either argument, is an error where they were chosen, and nothing runs; the reference takes it all."""
+    """What the kernels cannot take, as either argument, is an error where they were chosen, and
+    nothing runs; the reference takes it all.
+    """
     x = wrong(torch.randn(4, 6, device=implementation.device))
     ok = torch.randn(x.shape, device=implementation.device).to(x.dtype)
     with fastkl.use_backend(implementation.backend):
         for p, q in ((x, ok), (ok, x)):
             if not implementation.kernels:
-                assert bool(fastkl.kl_divergence(p, q).isfinite().all()) and ran.pop() == "reference forward"
+                assert (
+                    bool(fastkl.kl_divergence(p, q).isfinite().all())
+                    and ran.pop() == "reference forward"
+                )
                 continue
             if x.dtype != torch.float64 and q is x:
                 assert fastkl.explain(p).problems == ()
@@ -209,7 +258,9 @@ def test_one_column_may_have_any_stride(implementation) -> None:
     """With V = 1 the stride along the vocabulary means nothing."""
     x = torch.randn(4, 6, device=implementation.device)[:, 2:3]
     with fastkl.use_backend(implementation.backend):
-        assert torch.equal(fastkl.kl_divergence(x, x + 1), torch.zeros(4, device=implementation.device))
+        assert torch.equal(
+            fastkl.kl_divergence(x, x + 1), torch.zeros(4, device=implementation.device)
+        )
 
 
 # ---- explain
@@ -228,19 +279,31 @@ def test_explanation_reads_as_a_line(monkeypatch) -> None:
             assert str(fastkl.explain(x)) == "triton (use_backend('triton')): runs"
 
 
-@pytest.mark.parametrize("wrong, error", [([1.0], TypeError), (torch.zeros(2, dtype=torch.long), TypeError), (torch.zeros(()), ValueError)], ids=str)
+@pytest.mark.parametrize(
+    "wrong, error",
+    [
+        ([1.0], TypeError),
+        (torch.zeros(2, dtype=torch.long), TypeError),
+        (torch.zeros(()), ValueError),
+    ],
+    ids=str,
+)
 def test_explain_checks_its_argument(wrong, error) -> None:
     """explain() words a wrong argument as the functions do."""
     with pytest.raises(error, match="^logits: expected"):
         fastkl.explain(wrong)
     with pytest.raises(error, match="ref_logits: expected"):
         fastkl.explain(torch.zeros(2, 3), wrong)
-    with pytest.raises(ValueError, match=r"ref_logits: expected the shape of logits, \(2, 3\), got \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"ref_logits: expected the shape of logits, \(2, 3\), got \(2, 4\)"
+    ):
         fastkl.explain(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
 def test_explain_agrees_with_what_happens(implementation, ran) -> None:
-    """The backend that explain() names is the one that runs, and no problems means that it does run."""
+    """The backend that explain() names is the one that runs, and no problems means that it does
+    run.
+    """
     p, q = logits(implementation.device)
     with fastkl.use_backend(implementation.backend):
         explained = fastkl.explain(p, q)
@@ -252,17 +315,23 @@ def test_explain_agrees_with_what_happens(implementation, ran) -> None:
 
 
 def test_without_triton() -> None:
-    """fastkl imports and computes on CPU where triton is not installed; choosing it says so, first of all reasons."""
-    program = "\n".join([
-        "import sys",
-        "sys.modules['triton'] = None",
-        "import torch, fastkl",
-        "x = torch.randn(2, 5)",
-        "assert bool((fastkl.kl_divergence(x, x + torch.randn(2, 5)) > 0).all())",
-        "fastkl.use_backend('triton')",
-        "try: fastkl.kl_divergence(x, x)",
-        "except RuntimeError as error: print(error)",
-    ])
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    """fastkl imports and computes on CPU where triton is not installed; choosing it says so, first
+    of all reasons.
+    """
+    program = "\n".join(
+        [
+            "import sys",
+            "sys.modules['triton'] = None",
+            "import torch, fastkl",
+            "x = torch.randn(2, 5)",
+            "assert bool((fastkl.kl_divergence(x, x + torch.randn(2, 5)) > 0).all())",
+            "fastkl.use_backend('triton')",
+            "try: fastkl.kl_divergence(x, x)",
+            "except RuntimeError as error: print(error)",
+        ]
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert "triton is not installed: pip install triton" in run.stdout

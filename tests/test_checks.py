@@ -1,4 +1,6 @@
-"""Every wrong argument of the public functions on logits is an error that names the argument, says what came and what to do."""
+"""Every wrong argument of the public functions on logits is an error that names the argument, says
+what came and what to do.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,13 @@ V = 7
 def right(device: str) -> SimpleNamespace:
     """Arguments that every function takes: leading shape [2, 3]."""
     generator = torch.Generator().manual_seed(0)
-    made = {"p": torch.randn(2, 3, V, generator=generator), "q": torch.randn(2, 3, V, generator=generator),
-            "tokens": torch.randint(V, (2, 3), generator=generator), "mask": torch.ones(2, 3, dtype=torch.bool), "t": torch.ones(2, 3)}
+    made = {
+        "p": torch.randn(2, 3, V, generator=generator),
+        "q": torch.randn(2, 3, V, generator=generator),
+        "tokens": torch.randint(V, (2, 3), generator=generator),
+        "mask": torch.ones(2, 3, dtype=torch.bool),
+        "t": torch.ones(2, 3),
+    }
     return SimpleNamespace(**{name: value.to(device) for name, value in made.items()})
 
 
@@ -30,8 +37,13 @@ CALLS = {
     "penalty": lambda a, **more: fastkl.KLPenalty(0.1)(a.p, a.q, **more),
 }
 # The names that each function gives to p, q and tokens.
-NAMES = {"kl": ("p_logits", "q_logits", None), "stats": ("logits", "ref_logits", "tokens"), "policy_stats": ("logits", None, "tokens"),
-         "select": ("logits", None, "index"), "penalty": ("policy_logits", "ref_logits", None)}
+NAMES = {
+    "kl": ("p_logits", "q_logits", None),
+    "stats": ("logits", "ref_logits", "tokens"),
+    "policy_stats": ("logits", None, "tokens"),
+    "select": ("logits", None, "index"),
+    "penalty": ("policy_logits", "ref_logits", None),
+}
 
 
 def test_the_right_arguments_pass(implementation) -> None:
@@ -74,10 +86,16 @@ WRONG_LOGITS = [
 
 
 def wrong_logits() -> list:
-    """Every way to be wrong, of every logits argument there is; that of token_stats' reference may be None."""
-    return [pytest.param(wrong, name, which, id=f"{wrong[0]}-{name}-{('first', 'second')[which]}")
-            for wrong in WRONG_LOGITS for name in CALLS for which in (0, 1)
-            if NAMES[name][which] is not None and (name, which, wrong[0]) != ("stats", 1, "None")]
+    """Every way to be wrong, of every logits argument there is; that of token_stats' reference may
+    be None.
+    """
+    return [
+        pytest.param(wrong, name, which, id=f"{wrong[0]}-{name}-{('first', 'second')[which]}")
+        for wrong in WRONG_LOGITS
+        for name in CALLS
+        for which in (0, 1)
+        if NAMES[name][which] is not None and (name, which, wrong[0]) != ("stats", 1, "None")
+    ]
 
 
 @pytest.mark.parametrize("wrong, name, which", wrong_logits())
@@ -113,7 +131,12 @@ WRONG_MASKS = [
     ("not a tensor", lambda m: m.tolist(), TypeError, ("bool tensor", "got list")),
     ("floats", lambda m: m.float(), TypeError, ("bool tensor", "torch.float32 tensor", ".bool()")),
     ("integers", lambda m: m.long(), TypeError, ("bool tensor", "torch.int64 tensor", ".bool()")),
-    ("with a vocabulary", lambda m: m[..., None].expand(2, 3, V), ValueError, ("(2, 3)", "(2, 3, 7)", "without the vocabulary")),
+    (
+        "with a vocabulary",
+        lambda m: m[..., None].expand(2, 3, V),
+        ValueError,
+        ("(2, 3)", "(2, 3, 7)", "without the vocabulary"),
+    ),
     ("short", lambda m: m[:, :2], ValueError, ("(2, 3)", "(2, 2)")),
     ("one row", lambda m: m[0], ValueError, ("(2, 3)", "(3,)")),
     ("device", lambda m: m.to("meta"), ValueError, ("got meta", ".to()")),
@@ -131,9 +154,19 @@ def test_wrong_mask(implementation, name, wrong) -> None:
 WRONG_TOKENS = [
     ("not a tensor", lambda t: t.tolist(), TypeError, ("integer tensor", "got list")),
     ("None", lambda t: None, TypeError, ("integer tensor", "got NoneType")),
-    ("floats", lambda t: t.float(), TypeError, ("integer tensor", "torch.float32 tensor", ".long()")),
+    (
+        "floats",
+        lambda t: t.float(),
+        TypeError,
+        ("integer tensor", "torch.float32 tensor", ".long()"),
+    ),
     ("bool", lambda t: t > 0, TypeError, ("integer tensor", "torch.bool tensor")),
-    ("with last dimensions", lambda t: t[..., None, None], ValueError, ("(2, 3)", "(2, 3, 1, 1)", "without the vocabulary")),
+    (
+        "with last dimensions",
+        lambda t: t[..., None, None],
+        ValueError,
+        ("(2, 3)", "(2, 3, 1, 1)", "without the vocabulary"),
+    ),
     ("shifted", lambda t: t[:, 1:], ValueError, ("(2, 3)", "(2, 2)")),
     ("device", lambda t: t.to("meta"), ValueError, ("got meta", ".to()")),
 ]
@@ -142,7 +175,9 @@ WRONG_TOKENS = [
 @pytest.mark.parametrize("name", ["stats", "policy_stats", "select"])
 @pytest.mark.parametrize("wrong", WRONG_TOKENS, ids=lambda wrong: wrong[0])
 def test_wrong_tokens(implementation, name, wrong) -> None:
-    """Token ids are integers of the leading shape; the message has the function's own name for them."""
+    """Token ids are integers of the leading shape; the message has the function's own name for
+    them.
+    """
     arguments = right(implementation.device)
     arguments.tokens = wrong[1](arguments.tokens)
     check(CALLS[name], arguments, NAMES[name][2], wrong[2], wrong[3])
@@ -151,17 +186,24 @@ def test_wrong_tokens(implementation, name, wrong) -> None:
 @pytest.mark.parametrize("token", [-1, V, -100, 2**40])
 @pytest.mark.parametrize("name", ["stats", "policy_stats", "select"])
 def test_token_out_of_range(implementation, name, token) -> None:
-    """An error where looking costs nothing; with the kernels NaN in that row's log-probabilities and in no other's, and the KLs unharmed."""
+    """An error where looking costs nothing; with the kernels NaN in that row's log-probabilities
+    and in no other's, and the KLs unharmed.
+    """
     arguments = right(implementation.device)
     expected = CALLS[name](arguments)
     arguments.tokens[1, 2] = token
     if not implementation.kernels:
-        with pytest.raises(ValueError, match=f"{NAMES[name][2]}.*: expected ids in 0 … 6, got {token};"):
+        with pytest.raises(
+            ValueError, match=f"{NAMES[name][2]}.*: expected ids in 0 … 6, got {token};"
+        ):
             CALLS[name](arguments)
         return
     result = CALLS[name](arguments)
     if name == "select":
-        result, expected = fastkl.TokenStats(result, None, None, None, None), fastkl.TokenStats(expected, None, None, None, None)
+        result, expected = (
+            fastkl.TokenStats(result, None, None, None, None),
+            fastkl.TokenStats(expected, None, None, None, None),
+        )
     for field, value in result._asdict().items():
         if value is not None:
             if "logprob" in field:
@@ -198,7 +240,12 @@ WRONG_TEMPERATURES = [
     ("text", lambda t: "1.0", TypeError, ("number", "got str")),
     ("None", lambda t: None, TypeError, ("number", "got NoneType")),
     ("list", lambda t: [1.0], TypeError, ("number", "got list")),
-    ("integer tensor", lambda t: t.long(), TypeError, ("float tensor", "torch.int64 tensor", ".float()")),
+    (
+        "integer tensor",
+        lambda t: t.long(),
+        TypeError,
+        ("float tensor", "torch.int64 tensor", ".float()"),
+    ),
     ("bool tensor", lambda t: t > 0, TypeError, ("float tensor", "torch.bool tensor")),
     ("tensor for a row", lambda t: t[0], ValueError, ("(2, 3)", "(3,)")),
     ("scalar tensor", lambda t: t[0, 0], ValueError, ("(2, 3)", "()")),
@@ -211,25 +258,44 @@ WRONG_TEMPERATURES = [
 @pytest.mark.parametrize("name", ["kl", "stats", "policy_stats"])
 @pytest.mark.parametrize("wrong", WRONG_TEMPERATURES, ids=lambda wrong: wrong[0])
 def test_wrong_temperature(implementation, name, wrong) -> None:
-    """A temperature is a positive finite number or a float tensor of the leading shape without gradient."""
+    """A temperature is a positive finite number or a float tensor of the leading shape without
+    gradient.
+    """
     arguments = right(implementation.device)
-    check(CALLS[name], arguments, "temperature", wrong[2], wrong[3], temperature=wrong[1](arguments.t))
+    check(
+        CALLS[name], arguments, "temperature", wrong[2], wrong[3], temperature=wrong[1](arguments.t)
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf, 2.0**-127, 2.0**127])
 @pytest.mark.parametrize("name", ["kl", "stats", "policy_stats"])
 def test_temperature_of_a_row_that_is_not_positive(implementation, name, value) -> None:
-    """An error where looking costs nothing; with the kernels NaN in that row and in no other. Under the mask it does not matter."""
+    """An error where looking costs nothing; with the kernels NaN in that row and in no other. Under
+    the mask it does not matter.
+    """
     arguments = right(implementation.device)
     expected = CALLS[name](arguments, temperature=arguments.t)
     arguments.t[1, 2] = value
     if implementation.kernels:
         result = CALLS[name](arguments, temperature=arguments.t)
-        for field, exact in zip((result,) if name == "kl" else result, (expected,) if name == "kl" else expected, strict=True):
+        for field, exact in zip(
+            (result,) if name == "kl" else result,
+            (expected,) if name == "kl" else expected,
+            strict=True,
+        ):
             if exact is not None:
-                assert math.isnan(field[1, 2]) and torch.equal(field.flatten()[:-1], exact.flatten()[:-1])
+                assert math.isnan(field[1, 2]) and torch.equal(
+                    field.flatten()[:-1], exact.flatten()[:-1]
+                )
     else:
-        check(CALLS[name], arguments, "temperature", ValueError, ("positive finite values", f"got {value}"), temperature=arguments.t)
+        check(
+            CALLS[name],
+            arguments,
+            "temperature",
+            ValueError,
+            ("positive finite values", f"got {value}"),
+            temperature=arguments.t,
+        )
     arguments.mask[1, 2] = False
     assert CALLS[name](arguments, temperature=arguments.t, mask=arguments.mask) is not None
 
@@ -267,8 +333,10 @@ def test_remedies_for_kinds_of_tensors(name, change, remedy) -> None:
     check(CALLS[name], arguments, NAMES[name][0], TypeError, (remedy,))
 
 
-FORWARD_MODE = (r"^\w+: expected .*, got .* forward-mode .*; .*"
-                r"fastkl\.reference\.row_statistics with float64 logits$")
+FORWARD_MODE = (
+    r"^\w+: expected .*, got .* forward-mode .*; .*"
+    r"fastkl\.reference\.row_statistics with float64 logits$"
+)
 
 
 @pytest.mark.parametrize("transform", [torch.func.hessian, torch.func.jacfwd])
@@ -289,7 +357,9 @@ def test_forward_mode_says_what_to_do(implementation, name, transform) -> None:
 def test_empty_batch(implementation) -> None:
     """N = 0 is no error: empty results and gradients of the logits' shape."""
     for leading in ((0,), (2, 0), (0, 3)):
-        p, q = (torch.zeros(*leading, V, device=implementation.device, requires_grad=True) for _ in "pq")
+        p, q = (
+            torch.zeros(*leading, V, device=implementation.device, requires_grad=True) for _ in "pq"
+        )
         tokens = torch.zeros(leading, dtype=torch.long, device=implementation.device)
         for value in fastkl.token_stats(p, tokens, q):
             assert value.shape == leading and value.dtype == torch.float32

@@ -1,4 +1,6 @@
-"""Σ weights · x / normalizer, of kl_divergence and of the penalties: values, gradients, and what is refused."""
+"""Σ weights · x / normalizer, of kl_divergence and of the penalties: values, gradients, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,14 @@ import fastkl
 from fastkl import testing
 
 V, H = 17, 5
-NORMALIZERS = {"default": None, "number": 2.5, "whole number": 7, "tensor": torch.tensor(2.5), "whole tensor": torch.tensor([7]),
-               "float64 tensor": torch.tensor(2.5, dtype=torch.float64)}
+NORMALIZERS = {
+    "default": None,
+    "number": 2.5,
+    "whole number": 7,
+    "tensor": torch.tensor(2.5),
+    "whole tensor": torch.tensor([7]),
+    "float64 tensor": torch.tensor(2.5, dtype=torch.float64),
+}
 
 
 def batch(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -35,37 +43,56 @@ def on(device: str, normalizer: float | torch.Tensor | None) -> float | torch.Te
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum"])
 def test_value_and_gradients(implementation, reduction, weighted, normalizer) -> None:
-    """Value and gradients, to the weights too, are those of the formula in float64; a masked token's weight may hold anything."""
+    """Value and gradients, to the weights too, are those of the formula in float64; a masked
+    token's weight may hold anything.
+    """
     if reduction == "sum" and normalizer is not None:
         pytest.skip("a sum has no normalizer")
     p, q, mask, weights = batch(implementation.device)
     leaves = [testing.leaf(value) for value in (p, q, weights)]
-    result = fastkl.kl_divergence(*leaves[:2], mask, weights=leaves[2] if weighted else None, reduction=reduction,
-                                  normalizer=on(implementation.device, normalizer))
+    result = fastkl.kl_divergence(
+        *leaves[:2],
+        mask,
+        weights=leaves[2] if weighted else None,
+        reduction=reduction,
+        normalizer=on(implementation.device, normalizer),
+    )
     exact = [testing.leaf(value[mask].double()) for value in (p, q, weights)]
     kl = testing.truth(*exact[:2]).kl
     divisor = 1 if reduction == "sum" else float(4 if normalizer is None else normalizer)
     expected = (kl * exact[2] if weighted else kl).sum() / divisor
     assert result.dtype == torch.float32 and result.shape == ()
     testing.assert_near(result, expected, 2e-5, 0.0, "value")
-    for leaf, value in zip(leaves[:2 + weighted], exact, strict=False):
-        grad, exact_grad = torch.autograd.grad(result, leaf, retain_graph=True)[0], torch.autograd.grad(expected, value, retain_graph=True)[0]
+    for leaf, value in zip(leaves[: 2 + weighted], exact, strict=False):
+        grad, exact_grad = (
+            torch.autograd.grad(result, leaf, retain_graph=True)[0],
+            torch.autograd.grad(expected, value, retain_graph=True)[0],
+        )
         assert bool((grad[~mask] == 0).all())
         testing.assert_near(grad[mask], exact_grad, 1e-4, 1e-7, "gradient")
 
 
 def test_a_mean_in_float64_and_under_a_float64_default() -> None:
-    """A normalizer changes no type: float64 logits give float64, float32 ones float32 beside a float64 normalizer."""
+    """A normalizer changes no type: float64 logits give float64, float32 ones float32 beside a
+    float64 normalizer.
+    """
     p, q, mask, _ = batch("cpu")
-    exact = fastkl.kl_divergence(p.double(), q.double(), mask, reduction="mean", normalizer=torch.tensor(3))
+    exact = fastkl.kl_divergence(
+        p.double(), q.double(), mask, reduction="mean", normalizer=torch.tensor(3)
+    )
     assert exact.dtype == torch.float64
     assert float(exact) == float(fastkl.kl_divergence(p.double(), q.double(), mask).sum() / 3)
     for penalty in (fastkl.KLPenalty(0.1), fastkl.KLPenalty(0.1, reduction="sequence_mean")):
-        assert penalty(p, q, mask, normalizer=torch.tensor(3.0, dtype=torch.float64)).dtype == torch.float32
+        assert (
+            penalty(p, q, mask, normalizer=torch.tensor(3.0, dtype=torch.float64)).dtype
+            == torch.float32
+        )
 
 
 def losses(device: str) -> dict:
-    """Every function with a mean, as (leaf, mask, normalizer) -> scalar, for a leaf [..., V] of logits."""
+    """Every function with a mean, as (leaf, mask, normalizer) -> scalar, for a leaf [..., V] of
+    logits.
+    """
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(V, V, generator=generator).to(device)
 
@@ -73,39 +100,61 @@ def losses(device: str) -> dict:
         return torch.linspace(-1, 1, V, device=device).expand(p.shape)
 
     return {
-        "kl_divergence": lambda p, mask, n: fastkl.kl_divergence(p, reference(p), mask, reduction="mean", normalizer=n),
-        "linear_kl_divergence": lambda p, mask, n: fastkl.linear_kl_divergence(p, weight, reference(p), mask=mask, reduction="token_mean",
-                                                                               normalizer=n),
+        "kl_divergence": lambda p, mask, n: fastkl.kl_divergence(
+            p, reference(p), mask, reduction="mean", normalizer=n
+        ),
+        "linear_kl_divergence": lambda p, mask, n: fastkl.linear_kl_divergence(
+            p, weight, reference(p), mask=mask, reduction="token_mean", normalizer=n
+        ),
         "token_mean": lambda p, mask, n: fastkl.KLPenalty(0.5)(p, reference(p), mask, normalizer=n),
-        "reverse": lambda p, mask, n: fastkl.KLPenalty(0.5, direction="reference||policy", reduction="mean")(p, reference(p), mask, normalizer=n),
-        "sequence_mean": lambda p, mask, n: fastkl.KLPenalty(0.5, reduction="sequence_mean")(p, reference(p), mask, normalizer=n),
-        "linear": lambda p, mask, n: fastkl.LinearKLPenalty(0.5)(p, weight, reference(p), mask=mask, normalizer=n),
-        "linear sequence_mean": lambda p, mask, n: fastkl.LinearKLPenalty(0.5, reduction="sequence_mean")(p, weight, reference(p), mask=mask,
-                                                                                                         normalizer=n),
+        "reverse": lambda p, mask, n: fastkl.KLPenalty(
+            0.5, direction="reference||policy", reduction="mean"
+        )(p, reference(p), mask, normalizer=n),
+        "sequence_mean": lambda p, mask, n: fastkl.KLPenalty(0.5, reduction="sequence_mean")(
+            p, reference(p), mask, normalizer=n
+        ),
+        "linear": lambda p, mask, n: fastkl.LinearKLPenalty(0.5)(
+            p, weight, reference(p), mask=mask, normalizer=n
+        ),
+        "linear sequence_mean": lambda p, mask, n: fastkl.LinearKLPenalty(
+            0.5, reduction="sequence_mean"
+        )(p, weight, reference(p), mask=mask, normalizer=n),
     }
 
 
-LOSSES = ("kl_divergence", "linear_kl_divergence", "token_mean", "reverse", "sequence_mean", "linear", "linear sequence_mean")
+LOSSES = (
+    "kl_divergence",
+    "linear_kl_divergence",
+    "token_mean",
+    "reverse",
+    "sequence_mean",
+    "linear",
+    "linear sequence_mean",
+)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_accumulation(implementation, name) -> None:
-    """Micro-batches of different lengths with the whole batch's count add up to its gradient; with their own means they do not."""
+    """Micro-batches of different lengths with the whole batch's count add up to its gradient; with
+    their own means they do not.
+    """
     loss = losses(implementation.device)[name]
     p, _, mask, _ = batch(implementation.device)
     leaf = testing.leaf(p)
-    whole, = torch.autograd.grad(loss(leaf, mask, None), leaf)
+    (whole,) = torch.autograd.grad(loss(leaf, mask, None), leaf)
     count = (mask.any(-1) if "sequence" in name else mask).sum()
     for normalizer in (count, int(count), None):
         total = sum(loss(leaf[rows], mask[rows], normalizer) for rows in (slice(0, 1), slice(1, 2)))
-        grad, = torch.autograd.grad(total if normalizer is not None else total / 2, leaf)
+        (grad,) = torch.autograd.grad(total if normalizer is not None else total / 2, leaf)
         error = float((grad - whole)[mask].norm() / whole[mask].norm())
         assert (error < 1e-5) == (normalizer is not None or "sequence" in name), error
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_normalizer_of_zero(implementation, name) -> None:
-    """A tensor 0, as of a step in which no token counts, gives 0 with gradient 0, over masked rows of NaN and over rows that count."""
+    """A tensor 0, as of a step in which no token counts, gives 0 with gradient 0, over masked rows
+    of NaN and over rows that count.
+    """
     p, _, mask, _ = batch(implementation.device)
     zero = torch.zeros((), dtype=torch.long, device=implementation.device)
     for counted in (mask, torch.zeros_like(mask)):
@@ -116,17 +165,30 @@ def test_a_normalizer_of_zero(implementation, name) -> None:
 
 
 def test_statistics_of_sequences(implementation) -> None:
-    """`last`: the mean over sequences with a token that counts, from logits and hidden states, whatever the reduction and the normalizer."""
+    """`last`: the mean over sequences with a token that counts, from logits and hidden states,
+    whatever the reduction and the normalizer.
+    """
     p, q, mask, _ = batch(implementation.device)
-    p, q, mask = (F.pad(value, (0,) * (2 * value.dim() - 1) + (1,)) for value in (p, q, mask))  # a third sequence, without a token
+    p, q, mask = (
+        F.pad(value, (0,) * (2 * value.dim() - 1) + (1,)) for value in (p, q, mask)
+    )  # a third sequence, without a token
     kl = fastkl.kl_divergence(p, q, mask)
     eye = torch.eye(V, device=implementation.device)
     for reduction in ("token_mean", "sequence_mean", "sum"):
         normalizer = None if reduction == "sum" else 40
-        penalty, linear = (kind(0.5, reduction=reduction) for kind in (fastkl.KLPenalty, fastkl.LinearKLPenalty))
-        losses = penalty(p, q, mask, normalizer=normalizer), linear(p, eye, q, mask=mask, normalizer=normalizer)
+        penalty, linear = (
+            kind(0.5, reduction=reduction) for kind in (fastkl.KLPenalty, fastkl.LinearKLPenalty)
+        )
+        losses = (
+            penalty(p, q, mask, normalizer=normalizer),
+            linear(p, eye, q, mask=mask, normalizer=normalizer),
+        )
         for last, loss in zip((penalty.last, linear.last), losses, strict=True):
-            assert float(last["sequences"]) == 2 and float(last["tokens"]) == 4 and torch.equal(last["loss"], loss.detach())
+            assert (
+                float(last["sequences"]) == 2
+                and float(last["tokens"]) == 4
+                and torch.equal(last["loss"], loss.detach())
+            )
             testing.assert_near(last["kl_per_sequence"], kl.sum() / 2, 1e-5, 0.0, "kl_per_sequence")
             testing.assert_near(last["kl"], kl.sum() / 4, 1e-5, 0.0, "kl")
             testing.assert_near(loss, 0.5 * kl.sum() / (normalizer or 1), 1e-5, 0.0, "loss")
@@ -138,16 +200,37 @@ def test_statistics_of_sequences(implementation) -> None:
 
 WRONG = [
     (dict(weights=torch.ones(2, 3)), ValueError, "weights: expected None with reduction='none'"),
-    (dict(weights=torch.ones(3, 2), reduction="sum"), ValueError, "weights: expected the leading shape"),
+    (
+        dict(weights=torch.ones(3, 2), reduction="sum"),
+        ValueError,
+        "weights: expected the leading shape",
+    ),
     (dict(weights=[1.0], reduction="sum"), TypeError, "weights: expected a float tensor"),
-    (dict(reduction="sequence_mean"), ValueError, "reduction: expected one of 'none', 'mean', 'token_mean', 'sum'"),
+    (
+        dict(reduction="sequence_mean"),
+        ValueError,
+        "reduction: expected one of 'none', 'mean', 'token_mean', 'sum'",
+    ),
     (dict(reduction="batchmean"), ValueError, "reduction: expected one of"),
 ]
 WRONG_NORMALIZERS = [
-    (0, ValueError), (0.0, ValueError), (-3, ValueError), (math.nan, ValueError), (math.inf, ValueError), (10**400, ValueError), (1e-300, ValueError),
-    (True, TypeError), ("3", TypeError), ([3], TypeError), (torch.tensor(True), TypeError), (torch.tensor(1j), TypeError),
-    (torch.ones(1).to(torch.float8_e4m3fn), TypeError), (torch.ones(1).to_sparse(), TypeError), (torch.ones(2), ValueError),
-    (torch.ones(0), ValueError), (torch.ones((), device="meta"), ValueError),
+    (0, ValueError),
+    (0.0, ValueError),
+    (-3, ValueError),
+    (math.nan, ValueError),
+    (math.inf, ValueError),
+    (10**400, ValueError),
+    (1e-300, ValueError),
+    (True, TypeError),
+    ("3", TypeError),
+    ([3], TypeError),
+    (torch.tensor(True), TypeError),
+    (torch.tensor(1j), TypeError),
+    (torch.ones(1).to(torch.float8_e4m3fn), TypeError),
+    (torch.ones(1).to_sparse(), TypeError),
+    (torch.ones(2), ValueError),
+    (torch.ones(0), ValueError),
+    (torch.ones((), device="meta"), ValueError),
 ]
 
 
@@ -161,20 +244,28 @@ def test_wrong_reductions(keywords, error, words) -> None:
 
 @pytest.mark.parametrize("normalizer, error", WRONG_NORMALIZERS, ids=lambda value: str(value)[:20])
 def test_wrong_normalizers(normalizer, error) -> None:
-    """A normalizer is a number above 0 or a tensor of one number on the device; a sum and "none" have none."""
+    """A normalizer is a number above 0 or a tensor of one number on the device; a sum and "none"
+    have none.
+    """
     for loss in losses("cpu").values():
         with pytest.raises(error, match=r"(?s)^normalizer: expected .*, got .*; "):
             loss(torch.zeros(2, 3, V), None, normalizer)
 
 
-@pytest.mark.parametrize("make", [
-    lambda p: fastkl.kl_divergence(p, p, normalizer=3), lambda p: fastkl.kl_divergence(p, p, reduction="sum", normalizer=3),
-    lambda p: fastkl.KLPenalty(0.1, reduction="sum")(p, p, normalizer=3),
-    lambda p: fastkl.LinearKLPenalty(0.1, reduction="sum")(p, p, p, normalizer=3),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: fastkl.kl_divergence(p, p, normalizer=3),
+        lambda p: fastkl.kl_divergence(p, p, reduction="sum", normalizer=3),
+        lambda p: fastkl.KLPenalty(0.1, reduction="sum")(p, p, normalizer=3),
+        lambda p: fastkl.LinearKLPenalty(0.1, reduction="sum")(p, p, p, normalizer=3),
+    ],
+)
 def test_a_sum_has_no_normalizer(make) -> None:
     """Given all the same, it is refused, not ignored."""
-    with pytest.raises(ValueError, match=r"normalizer: expected None with reduction='(none|sum)', got int; "):
+    with pytest.raises(
+        ValueError, match=r"normalizer: expected None with reduction='(none|sum)', got int; "
+    ):
         make(torch.zeros(3, V))
 
 
@@ -183,13 +274,17 @@ def test_a_sum_has_no_normalizer(make) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_made_inside_a_compiled_step(backend) -> None:
-    """The README's lines in a compiled step with fullgraph=True: the module is made there, and loss and gradient are eager's."""
+    """The README's lines in a compiled step with fullgraph=True: the module is made there, and loss
+    and gradient are eager's.
+    """
     p, q, mask, _ = batch("cpu")
     eye = torch.eye(V)
 
     def step(p: torch.Tensor, normalizer: torch.Tensor | None) -> torch.Tensor:
         linear = fastkl.LinearKLPenalty(0.2, reduction="sequence_mean")
-        return fastkl.KLPenalty(0.1)(p, q, mask, normalizer=normalizer) + linear(p, eye, q, mask=mask)
+        return fastkl.KLPenalty(0.1)(p, q, mask, normalizer=normalizer) + linear(
+            p, eye, q, mask=mask
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend=backend)
@@ -206,8 +301,14 @@ def test_compiled_means_do_not_compile_anew() -> None:
     torch._dynamo.reset()
     p, q, mask, weights = batch("cpu")
     counter = CompileCounterWithBackend("aot_eager")
-    mean = torch.compile(lambda n: fastkl.kl_divergence(p, q, mask, weights=weights, reduction="mean", normalizer=n), fullgraph=True, backend=counter)
+    mean = torch.compile(
+        lambda n: fastkl.kl_divergence(p, q, mask, weights=weights, reduction="mean", normalizer=n),
+        fullgraph=True,
+        backend=counter,
+    )
     for count in (3, 5, 0):
-        exact = fastkl.kl_divergence(p, q, mask, weights=weights, reduction="mean", normalizer=torch.tensor(count))
+        exact = fastkl.kl_divergence(
+            p, q, mask, weights=weights, reduction="mean", normalizer=torch.tensor(count)
+        )
         assert torch.equal(mean(torch.tensor(count)), exact)
     assert counter.frame_count == 1

@@ -1,4 +1,6 @@
-"""estimate_kl and sampled_kl_loss: expected values and gradients by enumerating a small vocabulary, digits near 0, clamps, infinities, errors."""
+"""estimate_kl and sampled_kl_loss: expected values and gradients by enumerating a small vocabulary,
+digits near 0, clamps, infinities, errors.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,14 @@ def assert_equal(result: torch.Tensor, exact: torch.Tensor) -> None:
     )
 
 
-# ---- which loss has which value and gradient in expectation: the table that sampled_kl_loss picks from
+# ---- which loss has which value and gradient in expectation: the table that sampled_kl_loss picks
+# from
 
 
 class World:
-    """A vocabulary of 5 in float64: policy (logits `theta`), reference, and the older policy that sampled."""
+    """A vocabulary of 5 in float64: policy (logits `theta`), reference, and the older policy that
+    sampled.
+    """
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -60,8 +65,9 @@ class World:
         }
 
 
-# Estimator or loss; what multiplies it: nothing, on-policy, or off-policy nothing, the ratio with gradient (live) or without, or
-# old_logprob; whose value and whose gradient it has in expectation; None: neither KL's.
+# Estimator or loss; what multiplies it: nothing, on-policy, or off-policy nothing, the ratio with
+# gradient (live) or without, or old_logprob; whose value and whose gradient it has in expectation;
+# None: neither KL's.
 EXPECTED = [
     ("k1", "on-policy", FORWARD, "zero"),
     ("k2", "on-policy", None, FORWARD),
@@ -112,7 +118,9 @@ def test_expectations(which, way, value, slope) -> None:
 
 
 def test_a_policy_that_leaves_tokens_out() -> None:
-    """As top-p does: k3 and the loss are low by the reference's probability of those tokens, the loss's gradient is right."""
+    """As top-p does: k3 and the loss are low by the reference's probability of those tokens, the
+    loss's gradient is right.
+    """
     world, kept = World(), torch.tensor([0, 2, 3])
     logprob, ref = world.theta[kept].log_softmax(-1), world.ref[kept]
     exact, left_out = (logprob.exp() * (logprob - ref)).sum(), 1 - ref.exp().sum()
@@ -149,7 +157,9 @@ def test_loss_is_the_docstring_token_by_token(direction, off_policy) -> None:
 
 
 def test_variance_near_the_reference() -> None:
-    """With the policy 0.05 from the reference, the loss has less than 1 % of k1's variance, in either direction."""
+    """With the policy 0.05 from the reference, the loss has less than 1 % of k1's variance, in
+    either direction.
+    """
     ref = World().ref
     near = (ref + 0.05 * torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5])).log_softmax(-1)
     values = torch.stack([either(near, ref, which) for which in ("k1", *DIRECTIONS)])
@@ -162,7 +172,9 @@ def test_variance_near_the_reference() -> None:
 
 
 def expm1_minus(x: torch.Tensor) -> torch.Tensor:
-    """e^x - 1 - x in float64: 1e-12 relative; below 1e-2 the Taylor series, of which the next term is 1e-13 of the first."""
+    """e^x - 1 - x in float64: 1e-12 relative; below 1e-2 the Taylor series, of which the next term
+    is 1e-13 of the first.
+    """
     series = x * x * (1 / 2 + x / 6 + x**2 / 24 + x**3 / 120 + x**4 / 720 + x**5 / 5040)
     return torch.where(x.abs() < 1e-2, series, torch.expm1(x) - x)
 
@@ -171,7 +183,8 @@ def k3_slope(d: torch.Tensor) -> torch.Tensor:
     return -torch.expm1(-d)
 
 
-# The value, its own slope and the gradient in float64 at d; a loss's value has a slope that is not its gradient.
+# The value, its own slope and the gradient in float64 at d; a loss's value has a slope that is not
+# its gradient.
 EXACT = {
     "k1": (lambda d: d, torch.ones_like, torch.ones_like),
     "k2": (lambda d: d * d / 2, lambda d: d, lambda d: d),
@@ -184,9 +197,11 @@ EXACT = {
 
 @every
 def test_digits_at_every_size(which) -> None:
-    """8 float32 roundings (2^-21) of themselves, from |d| = 1e-8 to 30; never negative but for k1; exactly 0 at 0.
+    """8 float32 roundings (2^-21) of themselves, from |d| = 1e-8 to 30; never negative but for k1;
+    exactly 0 at 0.
 
-    The worst are the two terms of opposite sign at |d| = 0.5: e^x - 1 = -0.39 to a rounding or two, in a result of 0.11.
+    The worst are the two terms of opposite sign at |d| = 0.5: e^x - 1 = -0.39 to a rounding or two,
+    in a result of 0.11.
     """
     size = torch.logspace(-8, math.log10(30), 400)
     d = torch.cat([size, -size, torch.tensor([0.5, -0.5])]).requires_grad_()
@@ -213,7 +228,9 @@ def test_digits_at_every_size(which) -> None:
 )
 @every
 def test_beyond_the_clamp_is_the_tangent(which, dtype, clamp) -> None:
-    """Inside, the bits are those without one; without one e^|d| goes on to |d| = 50, in float64 600, and k2 without end."""
+    """Inside, the bits are those without one; without one e^|d| goes on to |d| = 50, in float64
+    600, and k2 without end.
+    """
     limit = clamp or {torch.float32: 50.0, torch.float64: 600.0}[dtype]
     inside = torch.linspace(-limit, limit, 41, dtype=dtype, requires_grad=True)
     plain, clamped = loss_at(inside, which), loss_at(inside, which, clamp)
@@ -236,7 +253,9 @@ def test_beyond_the_clamp_is_the_tangent(which, dtype, clamp) -> None:
 @every
 @pytest.mark.parametrize("impossible", [-math.inf, torch.finfo(torch.float32).min, -65504.0])
 def test_impossible_tokens(impossible, which, clamp) -> None:
-    """-inf and the numbers that masks write count as -1e4, without gradient to themselves; both: d = 0."""
+    """-inf and the numbers that masks write count as -1e4, without gradient to themselves; both: d
+    = 0.
+    """
     logprob = torch.tensor([impossible, -2.0, impossible, -2.0], requires_grad=True)
     ref = torch.tensor([-1.0, impossible, impossible, -1.0])
     counted = (logprob.detach().clamp(min=FLOOR) - ref.clamp(min=FLOOR)).requires_grad_()
@@ -257,7 +276,9 @@ def test_impossible_tokens(impossible, which, clamp) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_mix_of_sizes_is_finite(direction, dtype, clamp) -> None:
-    """For policy, reference and sampler; the ratio follows e^x up to e^20 and stays there; a NaN stays in its token."""
+    """For policy, reference and sampler; the ratio follows e^x up to e^20 and stays there; a NaN
+    stays in its token.
+    """
     sizes = torch.tensor(
         [0.0, -1e-6, -3.0, -40.0, -80.0, -200.0, -3e3, -1e4, -3e38, -math.inf], dtype=dtype
     )
@@ -290,7 +311,9 @@ def test_every_mix_of_sizes_is_finite(direction, dtype, clamp) -> None:
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_types(which, dtype) -> None:
-    """16-bit log-probabilities count by their exact values and give float32; gradients come in the input's type."""
+    """16-bit log-probabilities count by their exact values and give float32; gradients come in the
+    input's type.
+    """
     logprob, ref = (
         torch.tensor([-1.25, -3.0], dtype=dtype, requires_grad=True),
         torch.tensor([-2.0, -1.5], dtype=dtype),

@@ -50,9 +50,9 @@ FAMILIES = {
     "gemma": lambda: transformers.Gemma2Config(**SIZES, **GEMMA),
 }
 
-# Float32 additions round by eps/2 at most. A logit (16 products), a log-softmax (V) and a loss (four
-# completions) add one after another, as a random walk: four standard deviations, 2.4e-6 of the sum
-# of magnitudes.
+# Float32 additions round by eps/2 at most. A logit (16 products), a log-softmax (V) and a loss
+# (four completions) add one after another, as a random walk: four standard deviations, 2.4e-6 of
+# the sum of magnitudes.
 EPS = torch.finfo(torch.float32).eps
 ROUNDING = 4 * (16 + V + 4 * COMPLETION) ** 0.5 * EPS / 2
 

@@ -1,4 +1,6 @@
-"""Shared parts of the trainers for TRL: the one version of TRL they are for, what they refuse, the lm_heads, and the distillation loss."""
+"""Shared parts of the trainers for TRL: the one version of TRL they are for, what they refuse, the
+lm_heads, and the distillation loss.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,17 @@ from fastkl import Head, linear_kl_divergence
 try:
     import trl
 except ModuleNotFoundError as missing:
-    raise ImportError(f"not installed: {missing.name}; remedy: pip install 'trl==1.16.*'") from missing
-# What the trainers override is underscored in TRL and may change with any version, in ways that a signature does not show.
+    raise ImportError(
+        f"not installed: {missing.name}; remedy: pip install 'trl==1.16.*'"
+    ) from missing
+# What the trainers override is underscored in TRL and may change with any version, in ways that a
+# signature does not show.
 if trl.__version__.split(".")[:2] != ["1", "16"]:
-    raise ImportError(f"trl: expected version 1.16, whose internals fastkl.integrations.trl was tested with, got {trl.__version__}; "
-                      f"remedy: pip install 'trl==1.16.*', or a fastkl for that version")
+    raise ImportError(
+        f"trl: expected version 1.16, whose internals fastkl.integrations.trl was tested with, "
+        f"got {trl.__version__}; "
+        f"remedy: pip install 'trl==1.16.*', or a fastkl for that version"
+    )
 
 from ._head import causal_lm as causal_lm
 from ._head import cut, head_of
@@ -23,56 +31,102 @@ from .transformers import KLCallback
 
 
 class ExactDivergence:
-    """Beside a distillation trainer of TRL's among the bases: checks when it is made, and the KL in the direction that its `beta` says."""
+    """Beside a distillation trainer of TRL's among the bases: checks when it is made, and the KL in
+    the direction that its `beta` says.
+    """
 
     # The trainer's.
     beta: float
     teacher_model: torch.nn.Module | None
 
-    def _set_up(self, logits_dtype: torch.dtype | None, instead: str, refused: dict[str, bool]) -> None:
+    def _set_up(
+        self, logits_dtype: torch.dtype | None, instead: str, refused: dict[str, bool]
+    ) -> None:
         refuse(self, instead, refused)
         if self.beta not in (0, 1):
-            raise ValueError(f"args.beta: expected 0 (forward KL) or 1 (reverse KL), got {self.beta}; "
-                             f"use {instead} for the Jensen-Shannon divergences between")
+            raise ValueError(
+                f"args.beta: expected 0 (forward KL) or 1 (reverse KL), got {self.beta}; "
+                f"use {instead} for the Jensen-Shannon divergences between"
+            )
         self._logits_dtype = checked_dtype(logits_dtype)
         self.kl_callback = callback_of(self)
         if self.kl_callback is not None:
             if self.kl_callback.controller is not None:
-                raise ValueError("callbacks: expected a KLCallback without controller, got one with; distillation has no weight to control: "
-                                 "pass KLCallback(None, monitor)")
+                raise ValueError(
+                    "callbacks: expected a KLCallback without controller, got one with; "
+                    "distillation has no weight to control: "
+                    "pass KLCallback(None, monitor)"
+                )
             self.kl_callback.attach(self)
         self._student_head, self._teacher_head = checked_heads(self, self.teacher_model, instead)
 
-    def _kl(self, student: Any, teacher: Any, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, mask: torch.Tensor,
-            temperature: float = 1.0) -> torch.Tensor:
-        """Of unwrapped models, the sum of the tokens that count, or with a callback the KL of each; only the student learns."""
-        sides = [(student_hidden, head(student, self._student_head)), (teacher_hidden, detached(head(teacher, self._teacher_head)))]
-        return linear_kl_divergence(*(sides[0] + sides[1] if self.beta == 1 else sides[1] + sides[0]), temperature=temperature, mask=mask,
-                                    logits_dtype=self._logits_dtype, reduction="sum" if self.kl_callback is None else "none")
+    def _kl(
+        self,
+        student: Any,
+        teacher: Any,
+        student_hidden: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        mask: torch.Tensor,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """Of unwrapped models, the sum of the tokens that count, or with a callback the KL of each;
+        only the student learns.
+        """
+        sides = [
+            (student_hidden, head(student, self._student_head)),
+            (teacher_hidden, detached(head(teacher, self._teacher_head))),
+        ]
+        return linear_kl_divergence(
+            *(sides[0] + sides[1] if self.beta == 1 else sides[1] + sides[0]),
+            temperature=temperature,
+            mask=mask,
+            logits_dtype=self._logits_dtype,
+            reduction="sum" if self.kl_callback is None else "none",
+        )
 
 
-def per_item(kl: torch.Tensor, tokens: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-    """The loss of a micro-batch: over the tokens of the whole batch, or over its own where nobody counted those."""
+def per_item(
+    kl: torch.Tensor, tokens: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """The loss of a micro-batch: over the tokens of the whole batch, or over its own where nobody
+    counted those.
+    """
     return kl.sum() / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 def callback_of(trainer: Any) -> KLCallback | None:
     """The KLCallback among the trainer's callbacks."""
-    found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, KLCallback)]
+    found = [
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, KLCallback)
+    ]
     if len(found) > 1:
-        raise ValueError(f"callbacks: expected one KLCallback, got {len(found)}; one takes both a controller and a monitor")
+        raise ValueError(
+            f"callbacks: expected one KLCallback, got {len(found)}; one takes both a controller "
+            f"and a monitor"
+        )
     return found[0] if found else None
 
 
 def refuse(trainer: Any, instead: str, more: dict[str, bool]) -> None:
     """Raise for options that none of the trainers supports, and for those in `more` that are on."""
     configs = getattr(trainer.model, "peft_config", {})
-    refused = {"fsdp": trainer.is_fsdp_enabled, "deepspeed": trainer.is_deepspeed_enabled, "torch_compile": trainer.args.torch_compile,
-               "a processor, for a multimodal model": trainer._is_vlm,
-               "prompt learning": isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values()), **more}
+    refused = {
+        "fsdp": trainer.is_fsdp_enabled,
+        "deepspeed": trainer.is_deepspeed_enabled,
+        "torch_compile": trainer.args.torch_compile,
+        "a processor, for a multimodal model": trainer._is_vlm,
+        "prompt learning": isinstance(configs, dict)
+        and any(config.is_prompt_learning for config in configs.values()),
+        **more,
+    }
     named = [name for name, used in refused.items() if used]
     if named:
-        raise ValueError(f"args: expected options that {type(trainer).__name__} supports, got {', '.join(named)}; change that, or use {instead}")
+        raise ValueError(
+            f"args: expected options that {type(trainer).__name__} supports, got "
+            f"{', '.join(named)}; change that, or use {instead}"
+        )
 
 
 def checked_dtype(value: torch.dtype | None) -> torch.dtype | None:
@@ -89,8 +143,13 @@ def checked_dtype(value: torch.dtype | None) -> torch.dtype | None:
 
 
 def sequence(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(ids, attention mask, how many of the last tokens are the completion) of prompts with their completions."""
-    ids, mask = (torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1) for part in ("ids", "mask"))
+    """(ids, attention mask, how many of the last tokens are the completion) of prompts with their
+    completions.
+    """
+    ids, mask = (
+        torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1)
+        for part in ("ids", "mask")
+    )
     return ids, mask, inputs["completion_ids"].shape[1]
 
 
@@ -103,9 +162,15 @@ def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
 # ---- models
 
 
-def hidden_states(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def hidden_states(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
     """The hidden states [B, T-1, H] that every token but the first is predicted from."""
-    states: torch.Tensor = causal_lm(model).base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    states: torch.Tensor = (
+        causal_lm(model)
+        .base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        .last_hidden_state
+    )
     return states[:, :-1]
 
 

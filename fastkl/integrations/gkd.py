@@ -1,4 +1,6 @@
-"""TRL's experimental trainer for distillation on data and on what student or teacher generate, with the exact KL from hidden states."""
+"""TRL's experimental trainer for distillation on data and on what student or teacher generate, with
+the exact KL from hidden states.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from trl.models.utils import _ForwardRedirection
 
 
 class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
-    """trl.experimental.gkd.GKDTrainer whose divergence is fastkl's, from hidden states: never all logits at once, exact down to the smallest values.
+    """trl.experimental.gkd.GKDTrainer whose divergence is fastkl's, from hidden states: never all
+    logits at once, exact down to the smallest values.
 
     Equivalent to GKDTrainer, whose loss is
 
@@ -25,24 +28,28 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
         kl = kl_divergence(student_logits, teacher_logits, mask=mask)          # args.beta = 1: reverse KL
         loss = kl.sum() / num_items_in_batch                                   # mask.sum().clamp(min=1) without, as in evaluation
 
-    in four matrix products with a trainable lm_head, and the memory of one chunk of logits: linear_kl_divergence, reduction "sum". With a
-    KLCallback among the callbacks, which needs the KL of each token, in six: reduction "none". Nothing in it waits for the device.
+    in four matrix products with a trainable lm_head, and the memory of one chunk of logits:
+    linear_kl_divergence, reduction "sum". With a KLCallback among the callbacks, which needs the KL
+    of each token, in six: reduction "none". Nothing in it waits for the device.
 
         trainer = ExactGKDTrainer(student, teacher, args=GKDConfig(beta=1.0, lmbda=0.5, …), …)
 
-    As in GKDTrainer, args.temperature is that of generation alone: the divergence is of the models as they are. And num_items_in_batch is what
-    transformers.Trainer counts: tokens of the data set, where completions generated in their place may have more or fewer, and those of all
-    processes, over which DDP takes the mean once more: with n of them, loss and gradient are 1/n of those in one. ExactDistillationTrainer has
-    neither, and the temperature in both.
+    As in GKDTrainer, args.temperature is that of generation alone: the divergence is of the models
+    as they are. And num_items_in_batch is what transformers.Trainer counts: tokens of the data set,
+    where completions generated in their place may have more or fewer, and those of all processes,
+    over which DDP takes the mean once more: with n of them, loss and gradient are 1/n of those in
+    one. ExactDistillationTrainer has neither, and the temperature in both.
 
     Args:
-        all of GKDTrainer's. args.beta has to be set, since its default is between. logits_dtype: as fastkl.linear_kl_divergence.
+        all of GKDTrainer's. args.beta has to be set, since its default is between. logits_dtype: as
+        fastkl.linear_kl_divergence.
 
     compute_loss(…, return_outputs=True), which evaluation asks for with compute_metrics, makes the logits in a further forward without gradient.
 
     Raises:
-        ImportError on import: another TRL than the one tested. ValueError when made: args.beta between 0 and 1 (the generalised Jensen-Shannon
-        divergence), FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, a KLCallback with a controller, a model that head_of
+        ImportError on import: another TRL than the one tested. ValueError when made: args.beta
+        between 0 and 1 (the generalised Jensen-Shannon divergence), FSDP, DeepSpeed, torch.compile,
+        multimodal models, prompt learning, a KLCallback with a controller, a model that head_of
         refuses.
 
     Source: as ExactDistillationTrainer.
@@ -53,8 +60,13 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
         self._set_up(logits_dtype, "trl.experimental.gkd.GKDTrainer", {})
         self._redirect = _ForwardRedirection()
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
-                     num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The mean KL over the tokens that count; with return_outputs also what the model returns."""
         student, mask = self.accelerator.unwrap_model(model), inputs["labels"][:, 1:] != -100
         sequence = inputs["input_ids"], inputs["attention_mask"]
@@ -68,11 +80,23 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
         with torch.no_grad():
             return loss, model(input_ids=sequence[0], attention_mask=sequence[1])
 
-    def _divergence(self, student: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _divergence(
+        self,
+        student: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
         assert self.teacher_model is not None
         self.teacher_model.eval()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with self.accelerator.autocast():
             with torch.no_grad():
                 teacher_hidden = _trl.hidden_states(teacher, input_ids, attention_mask)
-            return self._kl(student, teacher, _trl.hidden_states(student, input_ids, attention_mask), teacher_hidden, mask)
+            return self._kl(
+                student,
+                teacher,
+                _trl.hidden_states(student, input_ids, attention_mask),
+                teacher_hidden,
+                mask,
+            )

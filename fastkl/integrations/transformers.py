@@ -1,4 +1,6 @@
-"""For transformers: a callback that runs the controller of beta and the monitor once per optimizer step, and a model's Head."""
+"""For transformers: a callback that runs the controller of beta and the monitor once per optimizer
+step, and a model's Head.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ try:
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
 except ModuleNotFoundError as missing:
-    raise ImportError(f"not installed: {missing.name}; remedy: pip install 'fastkl[compare]'") from missing
+    raise ImportError(
+        f"not installed: {missing.name}; remedy: pip install 'fastkl[compare]'"
+    ) from missing
 
 from ._head import head_of as head_of
 
@@ -43,13 +47,22 @@ class Controller(Protocol):
 class Monitor(Protocol):
     """Requirements of the callback on a monitor."""
 
-    def update(self, kl: torch.Tensor, mask: torch.Tensor, *, cu_seqlens: torch.Tensor, entropy: torch.Tensor | None,
-               beta: float | None, step: int) -> dict[str, float]:
+    def update(
+        self,
+        kl: torch.Tensor,
+        mask: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor,
+        entropy: torch.Tensor | None,
+        beta: float | None,
+        step: int,
+    ) -> dict[str, float]:
         """Take in the tokens of an optimizer step."""
 
 
 class KLCallback(TrainerCallback, ExportableState):
-    """Runs a controller and a monitor once per optimizer step, on the KL of all its micro-batches, and adds their figures to the Trainer's logs.
+    """Runs a controller and a monitor once per optimizer step, on the KL of all its micro-batches,
+    and adds their figures to the Trainer's logs.
 
     Equivalent, at the end of every optimizer step, to
 
@@ -64,78 +77,134 @@ class KLCallback(TrainerCallback, ExportableState):
         KLCallback(controller, monitor)                      # beside the trainers of fastkl.integrations.trl and gkd, which record theirs
         callback.record(penalty.last["kl"].expand(mask.shape), mask)      # after a KLPenalty, which keeps the mean: for a controller
 
-    and how it gets to the trainer: `callbacks=[callback]`, or after the trainer is made `callback.attach(trainer)`, which puts it before the
-    reporters (report_to="wandb", "tensorboard", …) so that the figures reach those too, not only log_history, the progress bar and JSON.
+    and how it gets to the trainer: `callbacks=[callback]`, or after the trainer is made
+    `callback.attach(trainer)`, which puts it before the reporters (report_to="wandb",
+    "tensorboard", …) so that the figures reach those too, not only log_history, the progress bar
+    and JSON.
 
     Args:
-        controller: an object with `beta` and `update(kl, unit=)`, as fastkl.rl's. It is updated with n = 1, so a horizon counts optimizer steps.
-            A mean below 0, as k1 has in many steps, is handed on. A step whose KL is not finite
+        controller: an object with `beta` and `update(kl, unit=)`, as fastkl.rl's. It is updated
+            with n = 1, so a horizon counts optimizer steps. A mean below 0, as k1 has in many steps, is handed on. A step whose KL is not finite
             leaves the controller as it was; the first one warns.
-        monitor: an object with `update(kl, mask, cu_seqlens=, entropy=, beta=, step=)`, as fastkl.rl.KLMonitor. Only the first process's runs,
-            on that process's tokens.
+        monitor: an object with `update(kl, mask, cu_seqlens=, entropy=, beta=, step=)`, as
+            fastkl.rl.KLMonitor. Only the first process's runs, on that process's tokens.
 
-    Logged: the monitor's figures, without a monitor "kl/mean" (nats per token over all processes), and with a controller "kl/beta", the weight
-    that the steps had. Between two logs "kl/max" and "kl/spike" are the largest, "kl/beta" is the last, the others are means.
+    Logged: the monitor's figures, without a monitor "kl/mean" (nats per token over all processes),
+    and with a controller "kl/beta", the weight that the steps had. Between two logs "kl/max" and
+    "kl/spike" are the largest, "kl/beta" is the last, the others are means.
 
-    Calls under torch.no_grad() are not counted, so evaluation changes nothing. The states of controller and monitor are part of the Trainer's
-    checkpoints and are loaded on resume_from_checkpoint. Per optimizer step it waits for the device once, and once more with a monitor.
+    Calls under torch.no_grad() are not counted, so evaluation changes nothing. The states of
+    controller and monitor are part of the Trainer's checkpoints and are loaded on
+    resume_from_checkpoint. Per optimizer step it waits for the device once, and once more with a
+    monitor.
 
-    Raises TypeError or ValueError for wrong arguments; RuntimeError at the end of the first optimizer step if no KL came.
-    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), section 2.2, for a controller in the loop.
+    Raises TypeError or ValueError for wrong arguments; RuntimeError at the end of the first
+    optimizer step if no KL came.
+    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), section 2.2,
+    for a controller in the loop.
     """
 
-    def __init__(self, controller: Controller | None = None, monitor: Monitor | None = None) -> None:
-        for name, value, needed, example in (("controller", controller, ("beta", "update"), "FixedBeta(0.05)"),
-                                             ("monitor", monitor, ("update",), "KLMonitor()")):
-            lacking = [attribute for attribute in needed if value is not None and not hasattr(value, attribute)]
+    def __init__(
+        self, controller: Controller | None = None, monitor: Monitor | None = None
+    ) -> None:
+        for name, value, needed, example in (
+            ("controller", controller, ("beta", "update"), "FixedBeta(0.05)"),
+            ("monitor", monitor, ("update",), "KLMonitor()"),
+        ):
+            lacking = [
+                attribute
+                for attribute in needed
+                if value is not None and not hasattr(value, attribute)
+            ]
             if lacking:
-                raise TypeError(f"{name}: expected an object with {' and '.join(needed)}, got {type(value).__name__} without {lacking[0]}; "
-                                f"pass one of fastkl.rl's, such as {example}")
+                raise TypeError(
+                    f"{name}: expected an object with {' and '.join(needed)}, got "
+                    f"{type(value).__name__} without {lacking[0]}; "
+                    f"pass one of fastkl.rl's, such as {example}"
+                )
         self.controller, self.monitor = controller, monitor
         self.unit: Unit = getattr(controller, "unit", "token")
         if not isinstance(self.unit, str) or self.unit not in get_args(Unit):
-            raise ValueError(f"controller: expected one whose unit is 'token' or 'sequence', got "
-                             f"{self.unit!r}; set its unit to what its target is a mean over")
+            raise ValueError(
+                f"controller: expected one whose unit is 'token' or 'sequence', got "
+                f"{self.unit!r}; set its unit to what its target is a mean over"
+            )
         self._micro_batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         self._figures: dict[str, tuple[float, int]] = {}
         self._heard = False
         self._warned = False
 
-    def record(self, kl: torch.Tensor, mask: torch.Tensor | None = None, *, entropy: torch.Tensor | None = None) -> None:
-        """Take in a micro-batch: KL per token [..., T] in nats, a bool mask [...] (True where the token counts) and the entropy [...], both optional.
+    def record(
+        self,
+        kl: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        entropy: torch.Tensor | None = None,
+    ) -> None:
+        """Take in a micro-batch: KL per token [..., T] in nats, a bool mask [...] (True where the
+        token counts) and the entropy [...], both optional.
 
-        Detached, nothing copied, nothing waited for: the tensors are kept until the optimizer steps. Raises TypeError or ValueError for others.
+        Detached, nothing copied, nothing waited for: the tensors are kept until the optimizer
+        steps. Raises TypeError or ValueError for others.
         """
         if not isinstance(kl, torch.Tensor) or kl.dtype not in FLOAT_TYPES or kl.dim() == 0:
-            raise TypeError(f"kl: expected a float tensor of KL per token, [..., T], got {_describe(kl)}; pass it before its mean is taken")
+            raise TypeError(
+                f"kl: expected a float tensor of KL per token, [..., T], got {_describe(kl)}; "
+                f"pass it before its mean is taken"
+            )
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
-            raise TypeError(f"mask: expected a bool tensor, True where the token counts, got {_describe(mask)}; convert it with .bool()")
+            raise TypeError(
+                f"mask: expected a bool tensor, True where the token counts, got "
+                f"{_describe(mask)}; convert it with .bool()"
+            )
         if entropy is not None and not isinstance(entropy, torch.Tensor):
-            raise TypeError(f"entropy: expected a float tensor shaped as kl, got "
-                            f"{_describe(entropy)}; pass token_stats(...).entropy, or None")
+            raise TypeError(
+                f"entropy: expected a float tensor shaped as kl, got "
+                f"{_describe(entropy)}; pass token_stats(...).entropy, or None"
+            )
         for name, value in (("kl", kl), ("mask", mask), ("entropy", entropy)):
-            if value is not None and (value.is_nested or value.layout is not torch.strided
-                                      or hasattr(value, "full_tensor")):
-                raise TypeError(f"{name}: expected a plain tensor, got {type(value).__name__} of "
-                                f"layout {value.layout}; pass a strided one that this process "
-                                f"holds whole")
+            if value is not None and (
+                value.is_nested
+                or value.layout is not torch.strided
+                or hasattr(value, "full_tensor")
+            ):
+                raise TypeError(
+                    f"{name}: expected a plain tensor, got {type(value).__name__} of "
+                    f"layout {value.layout}; pass a strided one that this process "
+                    f"holds whole"
+                )
         for name, value in (("mask", mask), ("entropy", entropy)):
             if value is not None and value.shape != kl.shape:
-                raise ValueError(f"{name}: expected the shape of kl, {tuple(kl.shape)}, got {_describe(value)}; align the two")
+                raise ValueError(
+                    f"{name}: expected the shape of kl, {tuple(kl.shape)}, got "
+                    f"{_describe(value)}; align the two"
+                )
         if torch.is_grad_enabled():
             mask = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
-            self._micro_batches.append((kl.detach(), mask, None if entropy is None else entropy.detach()))
+            self._micro_batches.append(
+                (kl.detach(), mask, None if entropy is None else entropy.detach())
+            )
 
     def attach(self, trainer: Trainer) -> KLCallback:
-        """Make this the trainer's first callback, wherever it was, and return it; the trainers of this package must know it when they are made."""
+        """Make this the trainer's first callback, wherever it was, and return it; the trainers of
+        this package must know it when they are made.
+        """
         if not hasattr(getattr(trainer, "callback_handler", None), "callbacks"):
-            raise TypeError(f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}; "
-                            f"pass the trainer after it is made")
+            raise TypeError(
+                f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}; "
+                f"pass the trainer after it is made"
+            )
         if getattr(trainer, "kl_callback", self) is not self:
-            raise ValueError(f"trainer: expected one that takes its KLCallback later, got a {type(trainer).__name__}; "
-                             f"pass callbacks=[callback] when it is made")
+            raise ValueError(
+                f"trainer: expected one that takes its KLCallback later, got a "
+                f"{type(trainer).__name__}; "
+                f"pass callbacks=[callback] when it is made"
+            )
         others = trainer.callback_handler.callbacks
-        trainer.callback_handler.callbacks = [self, *(callback for callback in others if callback is not self)]
+        trainer.callback_handler.callbacks = [
+            self,
+            *(callback for callback in others if callback is not self),
+        ]
         return self
 
     # ---- what Trainer calls
@@ -143,12 +212,18 @@ class KLCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the states that a checkpoint brought."""
         if args.restore_callback_states_from_checkpoint:
-            raise ValueError("restore_callback_states_from_checkpoint: expected False with a KLCallback, got True, which would replace it by one "
-                             "without controller and monitor; it restores their states by itself")
+            raise ValueError(
+                "restore_callback_states_from_checkpoint: expected False with a KLCallback, got "
+                "True, which would replace it by one "
+                "without controller and monitor; it restores their states by itself"
+            )
         self._micro_batches, self._figures, self._heard = [], {}, False
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if isinstance(saved, list):
-            raise ValueError(f"callbacks: expected one KLCallback, got {len(saved)}; one takes both a controller and a monitor")
+            raise ValueError(
+                f"callbacks: expected one KLCallback, got {len(saved)}; one takes both a "
+                f"controller and a monitor"
+            )
         if state.global_step > 0:
             for part, values in saved["attributes"].items():
                 self._restore(part, values)
@@ -158,21 +233,30 @@ class KLCallback(TrainerCallback, ExportableState):
         if values is None:
             return
         if getattr(self, part) is None:
-            warnings.warn(f"KLCallback: the checkpoint holds the state of a {part}, this callback has none: the state is dropped", stacklevel=2)
+            warnings.warn(
+                f"KLCallback: the checkpoint holds the state of a {part}, this callback has none: "
+                f"the state is dropped",
+                stacklevel=2,
+            )
             return
         try:
             getattr(self, part).load_state_dict(values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{part}: expected the one that the checkpoint was saved with, got "
-                             f"another ({error}); resume with that one, or start anew without "
-                             f"resume_from_checkpoint") from error
+            raise ValueError(
+                f"{part}: expected the one that the checkpoint was saved with, got "
+                f"another ({error}); resume with that one, or start anew without "
+                f"resume_from_checkpoint"
+            ) from error
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Update monitor and controller with what the optimizer step's micro-batches left."""
         if not self._micro_batches:
             if not self._heard:
-                raise RuntimeError("KLCallback: expected a KL in the first optimizer step, got none; call callback.record(kl, mask) from "
-                                   "compute_loss, or use a trainer of fastkl.integrations.trl or gkd")
+                raise RuntimeError(
+                    "KLCallback: expected a KL in the first optimizer step, got none; call "
+                    "callback.record(kl, mask) from "
+                    "compute_loss, or use a trainer of fastkl.integrations.trl or gkd"
+                )
             return
         self._heard = True
         totals = self._totals()
@@ -183,7 +267,9 @@ class KLCallback(TrainerCallback, ExportableState):
         if self.monitor is None:
             figures = {"kl/mean": kl / tokens if tokens else math.nan}
         else:
-            figures = self._monitored(beta, state.global_step) if state.is_world_process_zero else {}
+            figures = (
+                self._monitored(beta, state.global_step) if state.is_world_process_zero else {}
+            )
         if self.controller is not None and beta is not None:
             figures["kl/beta"] = beta
             count = tokens if self.unit == "token" else sequences
@@ -191,21 +277,38 @@ class KLCallback(TrainerCallback, ExportableState):
                 self.controller.update(kl / count, unit=self.unit)
             elif count:
                 if not self._warned:
-                    warnings.warn(f"KLCallback: expected a finite KL in optimizer step "
-                                  f"{state.global_step}, got {kl}; beta stays {beta:g}, in this and "
-                                  f"every later step without one", stacklevel=2)
+                    warnings.warn(
+                        f"KLCallback: expected a finite KL in optimizer step "
+                        f"{state.global_step}, got {kl}; beta stays {beta:g}, in this and "
+                        f"every later step without one",
+                        stacklevel=2,
+                    )
                 self._warned = True
         self._remember(figures)
         self._micro_batches = []
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, model: torch.nn.Module | None = None,
-               **kwargs: Any) -> None:
-        """Add the figures since the last log to the entry that Trainer has just made, and to what the callbacks after this one get."""
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures since the last log to the entry that Trainer has just made, and to what
+        the callbacks after this one get.
+        """
         # The summary at the end is training's, even after an evaluation.
-        of_evaluation = model is not None and not model.training and "train_runtime" not in (logs or {})
+        of_evaluation = (
+            model is not None and not model.training and "train_runtime" not in (logs or {})
+        )
         if logs is None or of_evaluation:
             return
-        figures = {name: value if name in LARGEST + LAST else value / steps for name, (value, steps) in self._figures.items()}
+        figures = {
+            name: value if name in LARGEST + LAST else value / steps
+            for name, (value, steps) in self._figures.items()
+        }
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)
@@ -214,7 +317,13 @@ class KLCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, dict[str, Any]]:
         """What Trainer writes to a checkpoint's trainer_state.json."""
         parts: dict[str, Any] = {"controller": self.controller, "monitor": self.monitor}
-        return {"args": {}, "attributes": {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in parts.items()}}
+        return {
+            "args": {},
+            "attributes": {
+                name: part.state_dict() if hasattr(part, "state_dict") else None
+                for name, part in parts.items()
+            },
+        }
 
     # ---- the figures of a step
 
@@ -223,27 +332,71 @@ class KLCallback(TrainerCallback, ExportableState):
         for name, value in figures.items():
             if not math.isnan(value):
                 before, steps = self._figures.get(name, (value if name in LARGEST else 0.0, 0))
-                self._figures[name] = max(before, value) if name in LARGEST else value if name in LAST else before + value, steps + 1
+                self._figures[name] = (
+                    max(before, value)
+                    if name in LARGEST
+                    else value
+                    if name in LAST
+                    else before + value,
+                    steps + 1,
+                )
 
     def _totals(self) -> torch.Tensor:
         """[sum of KL, tokens, sequences] of the step in this process."""
-        return torch.stack([torch.stack([torch.where(mask, kl, 0.0).sum(dtype=torch.float32), mask.sum(dtype=torch.float32),
-                                         mask.any(-1).sum(dtype=torch.float32)]) for kl, mask, _ in self._micro_batches]).sum(0)
+        return torch.stack(
+            [
+                torch.stack(
+                    [
+                        torch.where(mask, kl, 0.0).sum(dtype=torch.float32),
+                        mask.sum(dtype=torch.float32),
+                        mask.any(-1).sum(dtype=torch.float32),
+                    ]
+                )
+                for kl, mask, _ in self._micro_batches
+            ]
+        ).sum(0)
 
     def _monitored(self, beta: float | None, step: int) -> dict[str, float]:
-        """The monitor's figures of the micro-batches as one varlen batch, named for the Trainer's logs."""
+        """The monitor's figures of the micro-batches as one varlen batch, named for the Trainer's
+        logs.
+        """
         assert self.monitor is not None
         kls, masks, entropies = zip(*self._micro_batches, strict=True)
         ends = itertools.accumulate(kl.numel() for kl in kls)
         # Made where the KL is: a copy from here would wait for all that the device still has to do.
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64, device=kls[0].device),
-                                *(torch.arange(end - kl.numel() + kl.shape[-1], end + 1, kl.shape[-1], device=kl.device)
-                                  for kl, end in zip(kls, ends, strict=True) if kl.numel())])
-        entropy = None if None in entropies else torch.cat([value.reshape(-1) for value in entropies])
-        figures = self.monitor.update(torch.cat([kl.reshape(-1) for kl in kls]), torch.cat([mask.reshape(-1) for mask in masks]),
-                                      cu_seqlens=cu_seqlens, entropy=entropy, beta=beta, step=step)
-        return {name if name.startswith("kl/") else f"kl/{name}": value for name, value in figures.items() if name != "step"}
+        cu_seqlens = torch.cat(
+            [
+                torch.zeros(1, dtype=torch.int64, device=kls[0].device),
+                *(
+                    torch.arange(
+                        end - kl.numel() + kl.shape[-1], end + 1, kl.shape[-1], device=kl.device
+                    )
+                    for kl, end in zip(kls, ends, strict=True)
+                    if kl.numel()
+                ),
+            ]
+        )
+        entropy = (
+            None if None in entropies else torch.cat([value.reshape(-1) for value in entropies])
+        )
+        figures = self.monitor.update(
+            torch.cat([kl.reshape(-1) for kl in kls]),
+            torch.cat([mask.reshape(-1) for mask in masks]),
+            cu_seqlens=cu_seqlens,
+            entropy=entropy,
+            beta=beta,
+            step=step,
+        )
+        return {
+            name if name.startswith("kl/") else f"kl/{name}": value
+            for name, value in figures.items()
+            if name != "step"
+        }
 
 
 def _describe(value: object) -> str:
-    return f"a {value.dtype} tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    return (
+        f"a {value.dtype} tensor {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else type(value).__name__
+    )

@@ -1,4 +1,5 @@
-"""TRL's trainers with the exact KL, from hidden states and lm_head weights: GRPO's penalty, and distillation.
+"""TRL's trainers with the exact KL, from hidden states and lm_head weights: GRPO's penalty, and
+distillation.
 
 Logits of more than 2 GiB are never there at once, and no KL is sampled.
 """
@@ -26,46 +27,64 @@ from trl.trainer.utils import use_adapter
 
 
 class ExactGRPOTrainer(GRPOTrainer):
-    """trl.GRPOTrainer whose KL penalty is the exact KL(policy‖reference) of each token, from hidden states, together with log-probs and entropy.
+    """trl.GRPOTrainer whose KL penalty is the exact KL(policy‖reference) of each token, from hidden
+    states, together with log-probs and entropy.
 
-    Equivalent to GRPOTrainer with, in place of the estimate exp(ref - logp) - (ref - logp) - 1 times a ratio,
+    Equivalent to GRPOTrainer with, in place of the estimate exp(ref - logp) - (ref - logp) - 1
+    times a ratio,
 
         log_p = (policy_logits / temperature).log_softmax(-1)
         log_q = (ref_logits / temperature).log_softmax(-1)
         per_token_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         per_token_loss = per_token_loss + beta * per_token_kl          # reduced over tokens as `loss_type` says
 
-    which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` has nothing to correct. What noise there is comes from
-    dropout: a policy in training mode differs from its reference by it, so set args.disable_dropout=True for a model that has any.
+    which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` has nothing
+    to correct. What noise there is comes from
+    dropout: a policy in training mode differs from its reference by it, so set
+    args.disable_dropout=True for a model that has any.
 
         trainer = ExactGRPOTrainer(model, reward_funcs, args=GRPOConfig(beta=0.04, …), …)
         trainer = ExactGRPOTrainer(…, callbacks=[KLCallback(AdaptiveBeta(0.04, 0.05, horizon=50), KLMonitor())])
 
     Args:
-        all of GRPOTrainer's. With args.beta = 0 there is no reference and no KL: the loss is GRPOTrainer's own. A KLCallback among the callbacks
-            gets the KL of every micro-batch; the `beta` of its controller replaces args.beta, which then only says that there is a
+        all of GRPOTrainer's. With args.beta = 0 there is no reference and no KL: the loss is
+            GRPOTrainer's own. A KLCallback among the callbacks gets the KL of every micro-batch;
+            the `beta` of its controller replaces args.beta, which then only says that there is a
             reference. Without one the trainer makes one, which logs "kl/mean".
-        logits_dtype: as fastkl.linear_token_stats: torch.float32 keeps what 16-bit logits lose of a KL below about 1e-2 nats.
+        logits_dtype: as fastkl.linear_token_stats: torch.float32 keeps what 16-bit logits lose of a
+        KL below about 1e-2 nats.
 
-    `trainer.kl_weight` is the weight of the next step, `trainer.kl_callback` the callback or None. `trainer.beta` is 0, which turns TRL's own
-    estimate off. The metrics "kl" and "eval_kl" have their names from TRL and are the exact KL. The reference runs in each loss rather than
-    beside the generation, and its hidden states are kept only where num_iterations > 1 uses them again. With PEFT the reference is what TRL takes:
-    the model without its adapter, or the copy "ref" of an adapter that came with the model; here always in eval mode. Where the vocabulary of policy
-    or reference is padded, log-probs, entropies and KL are those of the tokens that both have: the rest is not sampled (suppress_tokens is set), so
-    the policy that acts is the one renormalised without it, where TRL's own log-softmax runs over the padding too. The metric of each micro-batch
-    is a sum over the processes and waits for the device, as those of TRL's own loss do.
+    `trainer.kl_weight` is the weight of the next step, `trainer.kl_callback` the callback or None.
+    `trainer.beta` is 0, which turns TRL's own estimate off. The metrics "kl" and "eval_kl" have
+    their names from TRL and are the exact KL. The reference runs in each loss rather than beside
+    the generation, and its hidden states are kept only where num_iterations > 1 uses them again.
+    With PEFT the reference is what TRL takes: the model without its adapter, or the copy "ref" of
+    an adapter that came with the model; here always in eval mode. Where the vocabulary of policy or
+    reference is padded, log-probs, entropies and KL are those of the tokens that both have: the
+    rest is not sampled (suppress_tokens is set), so the policy that acts is the one renormalised
+    without it, where TRL's own log-softmax runs over the padding too. The metric of each
+    micro-batch is a sum over the processes and waits for the device, as those of TRL's own loss do.
 
     Raises:
-        ImportError on import: another TRL than the one tested. ValueError when made: an option that is not supported (FSDP, DeepSpeed, torch.compile,
-        a router's auxiliary loss, multimodal models, prompt learning), a controller with args.beta = 0, a model that head_of refuses. In training: a
-        token that the reference lacks, from a prompt or vLLM. RuntimeError: TRL did not ask for log-probs as it does in 1.16.
+        ImportError on import: another TRL than the one tested. ValueError when made: an option that
+        is not supported (FSDP, DeepSpeed, torch.compile, a router's auxiliary loss, multimodal
+        models, prompt learning), a controller with args.beta = 0, a model that head_of refuses. In
+        training: a token that the reference lacks, from a prompt or vLLM. RuntimeError: TRL did not
+        ask for log-probs as it does in 1.16.
 
     Source: Shao et al., DeepSeekMath (2024), eq. 3, with the KL taken exactly instead of by eq. 4.
     """
 
     def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _trl.refuse(self, "trl.GRPOTrainer", {"router_aux_loss_coef above 0": self.aux_loss_enabled, "beta below 0": self.args.beta < 0})
+        _trl.refuse(
+            self,
+            "trl.GRPOTrainer",
+            {
+                "router_aux_loss_coef above 0": self.aux_loss_enabled,
+                "beta below 0": self.args.beta < 0,
+            },
+        )
         self._redirect = _ForwardRedirection()
         self._logits_dtype = _trl.checked_dtype(logits_dtype)
         self.beta = 0.0
@@ -74,13 +93,18 @@ class ExactGRPOTrainer(GRPOTrainer):
         self.kl_callback = _trl.callback_of(self)
         if self.args.beta == 0:
             if self.kl_callback is not None:
-                raise ValueError("args.beta: expected above 0 with a KLCallback, got 0, with which TRL loads no reference; "
-                                 "pass the controller's initial beta")
+                raise ValueError(
+                    "args.beta: expected above 0 with a KLCallback, got 0, with which TRL loads "
+                    "no reference; "
+                    "pass the controller's initial beta"
+                )
         elif self.kl_callback is None:
             self.kl_callback = KLCallback()
         if self.kl_callback is not None:
             self.kl_callback.attach(self)
-        self._policy_head, self._ref_head = _trl.checked_heads(self, self.ref_model, "trl.GRPOTrainer")
+        self._policy_head, self._ref_head = _trl.checked_heads(
+            self, self.ref_model, "trl.GRPOTrainer"
+        )
         self._suppress_padding()
 
     @property
@@ -91,17 +115,37 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     # ---- the two methods of GRPOTrainer that are overridden
 
-    def _get_per_token_logps_and_entropies(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
-                                           batch_size: int | None = None, compute_entropy: bool = False, compute_aux_loss: bool = False,
-                                           **inputs: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        """Log-probs and entropies of the last tokens; within the loss their KL too, kept in self._kl."""
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **inputs: Any,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        """Log-probs and entropies of the last tokens; within the loss their KL too, kept in
+        self._kl.
+        """
         original = self.accelerator.unwrap_model(model)
         parts = []
-        for ids, attended in zip(*(value.split(batch_size or len(value)) for value in (input_ids, attention_mask)), strict=True):
-            # Inside the forward of DDP, so that it gathers the gradients; a batch of the loss is never split, so the reference fits it.
-            run = self._statistics if model is original else functools.partial(self._redirect, model, original, self._statistics)
+        for ids, attended in zip(
+            *(value.split(batch_size or len(value)) for value in (input_ids, attention_mask)),
+            strict=True,
+        ):
+            # Inside the forward of DDP, so that it gathers the gradients; a batch of the loss is
+            # never split, so the reference fits it.
+            run = (
+                self._statistics
+                if model is original
+                else functools.partial(self._redirect, model, original, self._statistics)
+            )
             parts.append(run(original, ids, attended, logits_to_keep, self._reference))
-        logprob, entropy, _, self._kl, _ = (None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
+        logprob, entropy, _, self._kl, _ = (
+            None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)
+        )
         return logprob, entropy if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -117,22 +161,38 @@ class ExactGRPOTrainer(GRPOTrainer):
         finally:
             self._reference = None
         if self._kl is None:
-            raise RuntimeError(f"trl: expected GRPOTrainer._compute_loss to call _get_per_token_logps_and_entropies as in 1.16, got a "
-                               f"{trl.__version__} that does not; install the TRL that fastkl.integrations.trl was tested with")
+            raise RuntimeError(
+                f"trl: expected GRPOTrainer._compute_loss to call "
+                f"_get_per_token_logps_and_entropies as in 1.16, got a "
+                f"{trl.__version__} that does not; install the TRL that fastkl.integrations.trl "
+                f"was tested with"
+            )
         kl, self._kl = torch.where(mask, self._kl, 0.0), None
         assert self.kl_callback is not None
         self.kl_callback.record(kl, mask)
-        sums = self.accelerator.reduce(torch.stack([kl.detach().sum(), mask.sum().float()]), reduction="sum")
-        self._metrics["train" if self.model.training else "eval"]["kl"].append((sums[0] / sums[1].clamp(min=1)).item())
+        sums = self.accelerator.reduce(
+            torch.stack([kl.detach().sum(), mask.sum().float()]), reduction="sum"
+        )
+        self._metrics["train" if self.model.training else "eval"]["kl"].append(
+            (sums[0] / sums[1].clamp(min=1)).item()
+        )
         return loss + self.kl_weight * self._reduced(kl, mask, inputs)
 
-    def _reduced(self, kl: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """Per-token values, 0 where the token does not count, to a scalar: as GRPOTrainer reduces its loss, which is linear in what it reduces."""
+    def _reduced(
+        self, kl: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Per-token values, 0 where the token does not count, to a scalar: as GRPOTrainer reduces
+        its loss, which is linear in what it reduces.
+        """
         training, kind = self.model.training, self.loss_type
         accumulated = self.current_gradient_accumulation_steps if training else 1.0
         if kind in ("cispo", "dapo", "vespo"):
-            tokens: torch.Tensor = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            return kl.sum() / (tokens * accumulated / self.args.steps_per_generation if training else tokens)
+            tokens: torch.Tensor = (
+                inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            )
+            return kl.sum() / (
+                tokens * accumulated / self.args.steps_per_generation if training else tokens
+            )
         if kind in ("grpo", "sapo"):
             loss = (kl.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
         elif kind == "bnpo":
@@ -142,31 +202,52 @@ class ExactGRPOTrainer(GRPOTrainer):
         elif kind == "luspo":
             loss = kl.sum(-1).mean()
         else:
-            raise ValueError(f"args.loss_type: expected one of TRL 1.16, got {kind!r}; use trl.GRPOTrainer for it")
+            raise ValueError(
+                f"args.loss_type: expected one of TRL 1.16, got {kind!r}; use trl.GRPOTrainer for "
+                f"it"
+            )
         return loss / accumulated
 
     # ---- what is computed
 
     def _suppress_padding(self) -> None:
-        """Keep the policy's tokens that the reference lacks from being sampled; self._shared is how many both have, None if those are all."""
+        """Keep the policy's tokens that the reference lacks from being sampled; self._shared is how
+        many both have, None if those are all.
+        """
         shared = len(self._policy_head.weight)
-        own = len(_trl.causal_lm(self.accelerator.unwrap_model(self.model)).get_output_embeddings().weight)
+        own = len(
+            _trl.causal_lm(self.accelerator.unwrap_model(self.model)).get_output_embeddings().weight
+        )
         self._shared = None if shared == own else shared
         if self._shared is not None and not self.use_vllm:
             tokens = sorted({*range(shared, own), *(self.generation_config.suppress_tokens or ())})
-            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = tokens
+            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = (
+                tokens
+            )
 
-    def _hidden(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int) -> torch.Tensor:
+    def _hidden(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int
+    ) -> torch.Tensor:
         """The hidden states [B, keep, H] that the last `keep` tokens are predicted from."""
         # Waits for the device; an embedding that lacks a row would stop it for good.
         if self._shared is not None and int(input_ids.max()) >= self._shared:
-            raise ValueError(f"input_ids: expected ids below {self._shared}, the tokens that policy and reference share, got {int(input_ids.max())}; "
-                             f"resize the reference as the policy was, or keep the token out of prompts, padding and sampling")
+            raise ValueError(
+                f"input_ids: expected ids below {self._shared}, the tokens that policy and "
+                f"reference share, got {int(input_ids.max())}; "
+                f"resize the reference as the policy was, or keep the token out of prompts, "
+                f"padding and sampling"
+            )
         with self.accelerator.autocast():
             return _trl.hidden_states(model, input_ids, attention_mask)[:, -keep:]
 
-    def _statistics(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int,
-                    reference: tuple[torch.Tensor, Head] | None) -> TokenStats:
+    def _statistics(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        keep: int,
+        reference: tuple[torch.Tensor, Head] | None,
+    ) -> TokenStats:
         """TokenStats of the last `keep` tokens; runs inside the forward of what wraps the model."""
         ref_hidden, ref_head = reference or (None, None)
         hidden = self._hidden(model, input_ids, attention_mask, keep)
@@ -176,7 +257,11 @@ class ExactGRPOTrainer(GRPOTrainer):
             ref_hidden = None if ref_hidden is None else ref_hidden.float()
         with context:
             head, tokens = _trl.head(model, self._policy_head), input_ids[:, -keep:]
-            options: dict[str, Any] = {"temperature": self.temperature, "logits_dtype": self._logits_dtype, "mask": attention_mask[:, -keep:].bool()}
+            options: dict[str, Any] = {
+                "temperature": self.temperature,
+                "logits_dtype": self._logits_dtype,
+                "mask": attention_mask[:, -keep:].bool(),
+            }
             stats: TokenStats
             if ref_hidden is None:
                 stats = linear_token_stats(hidden, head, tokens, **options)
@@ -197,7 +282,9 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     @contextlib.contextmanager
     def _as_reference(self, model: Any) -> Iterator[Any]:
-        """The reference model, unwrapped, in eval mode; with PEFT the policy while its adapter is off."""
+        """The reference model, unwrapped, in eval mode; with PEFT the policy while its adapter is
+        off.
+        """
         if self.ref_model is not None:
             yield self.accelerator.unwrap_model(self.ref_model).eval()
             return
@@ -212,7 +299,8 @@ class ExactGRPOTrainer(GRPOTrainer):
 
 
 class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
-    """trl.DistillationTrainer whose divergence is fastkl's: exact down to the smallest values, its gradients computed together with the loss.
+    """trl.DistillationTrainer whose divergence is fastkl's: exact down to the smallest values, its
+    gradients computed together with the loss.
 
     Equivalent, with both models' logits over the completion tokens that count, to
 
@@ -220,29 +308,42 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
         kl = kl_divergence(student_logits, teacher_logits, temperature=args.temperature)        # args.beta = 1: reverse KL, TRL's default
         loss = kl.sum() / (tokens in the batch of all processes and accumulation steps)
 
-    in four matrix products with a trainable lm_head, and the memory of one chunk of logits: linear_kl_divergence, reduction "sum". With a
-    KLCallback among the callbacks, which needs the KL of each token, in six: reduction "none".
+    in four matrix products with a trainable lm_head, and the memory of one chunk of logits:
+    linear_kl_divergence, reduction "sum". With a KLCallback among the callbacks, which needs the KL
+    of each token, in six: reduction "none".
 
     Args:
         all of DistillationTrainer's. logits_dtype: as fastkl.linear_kl_divergence.
 
-    The metric "entropy" is left out: it would cost a further product. TRL's compute_loss waits for the device in each micro-batch all the same.
+    The metric "entropy" is left out: it would cost a further product. TRL's compute_loss waits for
+    the device in each micro-batch all the same.
 
     Raises:
-        ImportError on import: another TRL than the one tested. ValueError when made: args.beta between 0 and 1 (the generalised Jensen-Shannon
-        divergence), FSDP, DeepSpeed, torch.compile, multimodal models, prompt learning, no teacher_model, a KLCallback with a controller, a model
-        that head_of refuses.
+        ImportError on import: another TRL than the one tested. ValueError when made: args.beta
+        between 0 and 1 (the generalised Jensen-Shannon divergence), FSDP, DeepSpeed, torch.compile,
+        multimodal models, prompt learning, no teacher_model, a KLCallback with a controller, a
+        model that head_of refuses.
 
-    Source: Agarwal et al., On-Policy Distillation of Language Models (2023), section 2, forward and reverse KL. That beta = 0 and 1 stand for these
-    is TRL's convention: the generalised Jensen-Shannon divergence of the paper's eq. 1 goes to 0 at both ends.
+    Source: Agarwal et al., On-Policy Distillation of Language Models (2023), section 2, forward and
+    reverse KL. That beta = 0 and 1 stand for these is TRL's convention: the generalised
+    Jensen-Shannon divergence of the paper's eq. 1 goes to 0 at both ends.
     """
 
     def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._set_up(logits_dtype, "trl.DistillationTrainer", {"no teacher_model": self.teacher_model is None})
+        self._set_up(
+            logits_dtype,
+            "trl.DistillationTrainer",
+            {"no teacher_model": self.teacher_model is None},
+        )
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
-                     num_items_in_batch: torch.Tensor | int | None = None) -> Any:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         """TRL's, which calls _compute_loss inside the forward of what wraps the student."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._metrics["train" if self.model.training else "eval"].pop("entropy", None)
@@ -250,16 +351,26 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
             self.kl_callback.record(*self._recorded)
         return loss
 
-    def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any],
-                      num_items_in_batch: torch.Tensor | int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(loss, a placeholder for the entropy, tokens that count), as TRL's compute_loss expects them."""
+    def _compute_loss(
+        self,
+        unwrapped_student: Any,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(loss, a placeholder for the entropy, tokens that count), as TRL's compute_loss expects
+        them.
+        """
         arguments, mask = _trl.sequence(inputs), _trl.loss_mask(inputs)
         student_hidden = self._get_last_hidden_state(unwrapped_student, *arguments)
         assert self.teacher_model is not None
         self.teacher_model.eval()
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with torch.no_grad():
-            teacher_hidden = self._forward_redirection(self.teacher_model, teacher, self._get_last_hidden_state, teacher, *arguments)
-        kl = self._kl(unwrapped_student, teacher, student_hidden, teacher_hidden, mask, self.temperature)
+            teacher_hidden = self._forward_redirection(
+                self.teacher_model, teacher, self._get_last_hidden_state, teacher, *arguments
+            )
+        kl = self._kl(
+            unwrapped_student, teacher, student_hidden, teacher_hidden, mask, self.temperature
+        )
         self._recorded, tokens = (kl.detach(), mask), mask.sum()
         return _trl.per_item(kl, tokens, num_items_in_batch), torch.zeros_like(tokens), tokens

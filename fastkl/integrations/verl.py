@@ -1,7 +1,9 @@
-"""Functions for verl's registration points: a policy loss held to the policy that sampled by its KL, and kl_penalty with the right gradient.
+"""Functions for verl's registration points: a policy loss held to the policy that sampled by its
+KL, and kl_penalty with the right gradient.
 
-verl computes its losses from log-probabilities alone, so these are estimates with gradients that are right; the exact KL needs the logits of both
-models, which no registration point has. Every worker process has to run the registration: put it into a module of yours,
+verl computes its losses from log-probabilities alone, so these are estimates with gradients that
+are right; the exact KL needs the logits of both models, which no registration point has. Every
+worker process has to run the registration: put it into a module of yours,
 
     # my_losses.py
     from fastkl.integrations import verl
@@ -9,7 +11,8 @@ models, which no registration point has. Every worker process has to run the reg
     verl.register("vanilla_kl", beta=0.05)          # then actor_rollout_ref.actor.policy_loss.loss_mode=vanilla_kl
     verl.install_kl_penalty()                       # for actor.use_kl_loss=True and algorithm.use_kl_in_reward=True
 
-and start verl with VERL_USE_EXTERNAL_MODULES=my_losses. verl is imported when something is registered, not before.
+and start verl with VERL_USE_EXTERNAL_MODULES=my_losses. verl is imported when something is
+registered, not before.
 """
 
 from __future__ import annotations
@@ -25,14 +28,29 @@ import torch
 from fastkl import estimate_kl
 
 TESTED = "0.9"
-POLICY_LOSS = ("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights")
+POLICY_LOSS = (
+    "old_log_prob",
+    "log_prob",
+    "advantages",
+    "response_mask",
+    "loss_agg_mode",
+    "config",
+    "rollout_is_weights",
+)
 KL_PENALTY = ("logprob", "ref_logprob", "kl_penalty")
 # verl's names, those with a "+" too, which ask for the gradient that is always given here.
 ESTIMATORS: dict[str, Literal["k1", "k2", "k3", "abs"]] = {
-    "kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3",
+    "kl": "k1",
+    "k1": "k1",
+    "abs": "abs",
+    "mse": "k2",
+    "k2": "k2",
+    "low_var_kl": "k3",
+    "k3": "k3",
 }
 
-# verl's bound on the value of k3. It also bounds d at ±20 before, beyond which k3 is above this anyway.
+# verl's bound on the value of k3. It also bounds d at ±20 before, beyond which k3 is above this
+# anyway.
 LARGEST_K3 = 10.0
 
 
@@ -45,7 +63,8 @@ class BetaController(Protocol):
 
 
 def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str) -> torch.Tensor:
-    """verl's kl_penalty: an estimate of KL(policy‖reference) per sampled token, whose gradient is that KL's, whatever the estimator.
+    """verl's kl_penalty: an estimate of KL(policy‖reference) per sampled token, whose gradient is
+    that KL's, whatever the estimator.
 
     Equivalent to
 
@@ -54,32 +73,42 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
         form = estimate_kl(logprob, ref_logprob, estimator="k2")
         return value.detach() + form - form.detach()
 
-    The values are verl's. Its gradients are these where the name ends in "+"; otherwise k1 has one of 0 on average, k3 that of the other direction,
-    and none for the tokens whose value is clamped.
+    The values are verl's. Its gradients are these where the name ends in "+"; otherwise k1 has one
+    of 0 on average, k3 that of the other direction, and none for the tokens whose value is clamped.
 
     Args:
-        logprob, ref_logprob: [...], log-probabilities of the tokens, sampled from the policy as it is now.
+        logprob, ref_logprob: [...], log-probabilities of the tokens, sampled from the policy as it
+        is now.
         kl_penalty: "kl", "k1", "abs", "mse", "k2", "low_var_kl" or "k3", with or without a "+".
     Returns:
         [...] float32 (float64 for float64 log-probabilities), nats.
     Gradient:
-        To logprob, unbiased on-policy. verl passes no log-probabilities of the policy that sampled, so in later mini-batches of a rollout it is
-        off by the ratio, as verl's own is.
+        To logprob, unbiased on-policy. verl passes no log-probabilities of the policy that sampled,
+        so in later mini-batches of a rollout it is off by the ratio, as verl's own is.
     Raises:
-        TypeError, ValueError: as fastkl.estimate_kl; "full", which needs logits: fastkl.kl_divergence.
+        TypeError, ValueError: as fastkl.estimate_kl; "full", which needs logits:
+        fastkl.kl_divergence.
     Source: Schulman, Approximating KL Divergence (2020), for the values.
     """
     if not isinstance(kl_penalty, str):
-        raise TypeError(f"kl_penalty: expected the name of an estimator, got "
-                        f"{type(kl_penalty).__name__}; pass 'k3', for instance")
+        raise TypeError(
+            f"kl_penalty: expected the name of an estimator, got "
+            f"{type(kl_penalty).__name__}; pass 'k3', for instance"
+        )
     for argument, value in (("logprob", logprob), ("ref_logprob", ref_logprob)):
         _tensor(argument, value, "of log-probabilities [...]", "token_stats returns them")
     if kl_penalty == "full":
-        raise ValueError("kl_penalty: expected an estimator, got 'full', which needs the logits of both models; call fastkl.kl_divergence with them")
+        raise ValueError(
+            "kl_penalty: expected an estimator, got 'full', which needs the logits of both "
+            "models; call fastkl.kl_divergence with them"
+        )
     name = kl_penalty.removesuffix("+")
     if name not in ESTIMATORS:
-        raise ValueError(f"kl_penalty: expected one of {', '.join(map(repr, ESTIMATORS))}, with or without '+', got {kl_penalty!r}; "
-                         f"pass 'k3', for instance")
+        raise ValueError(
+            f"kl_penalty: expected one of {', '.join(map(repr, ESTIMATORS))}, with or without "
+            f"'+', got {kl_penalty!r}; "
+            f"pass 'k3', for instance"
+        )
     value = estimate_kl(logprob.detach(), ref_logprob.detach(), estimator=ESTIMATORS[name])
     if ESTIMATORS[name] == "k3":
         value = value.clamp(max=LARGEST_K3)
@@ -90,78 +119,120 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
 
 
 def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Callable[..., Any]:
-    """A policy loss of verl's plus beta times KL(old‖policy), old being the policy that sampled: PPO's penalty form, beside its clip.
+    """A policy loss of verl's plus beta times KL(old‖policy), old being the policy that sampled:
+    PPO's penalty form, beside its clip.
 
     Equivalent, in the function that is returned, to
 
         loss, metrics = verl.trainer.ppo.core_algos.get_policy_loss_fn(base)(...)
         kl = estimate_kl(old_log_prob, log_prob, estimator="k3")                    # times rollout_is_weights, where verl gives them
-        return loss + beta * agg_loss(kl, response_mask, loss_agg_mode, **config.global_batch_info), metrics
+        return loss + beta * agg_loss(kl, response_mask, loss_agg_mode, **config.global_batch_info),
+        metrics
 
-    The tokens come from the old policy, which does not move, so value and gradient of the estimate are unbiased in every mini-batch.
+    The tokens come from the old policy, which does not move, so value and gradient of the estimate
+    are unbiased in every mini-batch.
 
     Args:
         base: the name of a loss registered in verl.
         beta: a number ≥ 0, or a controller: an object with an attribute `beta`, read at every call.
     Returns:
-        A function with the arguments and results of verl's policy losses; it adds the metrics "actor/kl_old", the mean KL per token (nats), and
-        "actor/kl_old_coef". As verl's losses for their metrics, it waits for the device in every micro-batch.
+        A function with the arguments and results of verl's policy losses; it adds the metrics
+        "actor/kl_old", the mean KL per token (nats), and "actor/kl_old_coef". As verl's losses for
+        their metrics, it waits for the device in every micro-batch.
     Raises:
-        TypeError, ValueError: beta is no number or controller, or negative; base is no str. When called: no tensors, no config, and what verl
-        raises for its arguments.
+        TypeError, ValueError: beta is no number or controller, or negative; base is no str. When
+        called: no tensors, no config, and what verl raises for its arguments.
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 8.
     """
     _weight_of(beta)
     _name("base", base)
 
-    def with_kl(old_log_prob: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, response_mask: torch.Tensor,
-                loss_agg_mode: str = "token-mean", config: Any = None,
-                rollout_is_weights: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
-        tensors = {"old_log_prob": old_log_prob, "log_prob": log_prob, "response_mask": response_mask}
+    def with_kl(
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        tensors = {
+            "old_log_prob": old_log_prob,
+            "log_prob": log_prob,
+            "response_mask": response_mask,
+        }
         if rollout_is_weights is not None:
             tensors["rollout_is_weights"] = rollout_is_weights
         for argument, value in tensors.items():
             _tensor(argument, value, "[batch, length]", "let verl call this")
         if not hasattr(config, "global_batch_info"):
-            raise TypeError(f"config: expected the actor's config of verl, which has "
-                            f"global_batch_info, got {type(config).__name__}; let verl call this")
+            raise TypeError(
+                f"config: expected the actor's config of verl, which has "
+                f"global_batch_info, got {type(config).__name__}; let verl call this"
+            )
         core = _core_algos()
         loss, metrics = core.get_policy_loss_fn(base)(
-            old_log_prob=old_log_prob, log_prob=log_prob, advantages=advantages, response_mask=response_mask, loss_agg_mode=loss_agg_mode,
-            config=config, rollout_is_weights=rollout_is_weights)
+            old_log_prob=old_log_prob,
+            log_prob=log_prob,
+            advantages=advantages,
+            response_mask=response_mask,
+            loss_agg_mode=loss_agg_mode,
+            config=config,
+            rollout_is_weights=rollout_is_weights,
+        )
         mask, weight = response_mask.bool(), _weight_of(beta)
-        # A token that does not count is left out before the estimate: a product with the mask would keep its NaN.
-        kl = estimate_kl(*(torch.where(mask, value, 0.0) for value in (old_log_prob.detach(), log_prob)), estimator="k3")
+        # A token that does not count is left out before the estimate: a product with the mask would
+        # keep its NaN.
+        kl = estimate_kl(
+            *(torch.where(mask, value, 0.0) for value in (old_log_prob.detach(), log_prob)),
+            estimator="k3",
+        )
         measured = kl.detach().sum() / mask.sum().clamp(min=1)
         if rollout_is_weights is not None:
             kl = kl * torch.where(mask, rollout_is_weights, 0.0)
-        total = core.agg_loss(loss_mat=kl, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
-        return loss + weight * total, {**metrics, "actor/kl_old": measured.item(), "actor/kl_old_coef": weight}
+        total = core.agg_loss(
+            loss_mat=kl,
+            loss_mask=response_mask,
+            loss_agg_mode=loss_agg_mode,
+            **config.global_batch_info,
+        )
+        return loss + weight * total, {
+            **metrics,
+            "actor/kl_old": measured.item(),
+            "actor/kl_old_coef": weight,
+        }
 
     return with_kl
 
 
-def register(name: str = "vanilla_kl", base: str = "vanilla", *, beta: float | BetaController) -> Callable[..., Any]:
-    """Register policy_loss(base, beta=beta) in verl under a name, for policy_loss.loss_mode, and return it.
+def register(
+    name: str = "vanilla_kl", base: str = "vanilla", *, beta: float | BetaController
+) -> Callable[..., Any]:
+    """Register policy_loss(base, beta=beta) in verl under a name, for policy_loss.loss_mode, and
+    return it.
 
-    Raises ImportError without verl, or with one whose policy losses take other arguments; ValueError for a base that verl does not have and a
-    name that it has already.
+    Raises ImportError without verl, or with one whose policy losses take other arguments;
+    ValueError for a base that verl does not have and a name that it has already.
     """
     _name("name", name)
     _name("base", base)
     core = _core_algos()
     _same_arguments(core.get_policy_loss_fn(base), POLICY_LOSS)
     if name in core.POLICY_LOSS_REGISTRY:
-        raise ValueError(f"name: expected one that verl does not have yet, got {name!r}; choose another")
+        raise ValueError(
+            f"name: expected one that verl does not have yet, got {name!r}; choose another"
+        )
     registered: Callable[..., Any] = core.register_policy_loss(name)(policy_loss(base, beta=beta))
     return registered
 
 
 def install_kl_penalty() -> None:
-    """Put kl_penalty in the place of verl's in this process, for which verl has no registry: in core_algos and in every module that imported it.
+    """Put kl_penalty in the place of verl's in this process, for which verl has no registry: in
+    core_algos and in every module that imported it.
 
-    That is the penalty in the reward (values, which stay the same), the actor's KL loss (gradients), and with loss_mode "k1", "k2", "k3", … of
-    verl's distillation the loss of a student on tokens that it sampled (gradients, unless use_policy_gradient takes the values alone).
+    That is the penalty in the reward (values, which stay the same), the actor's KL loss
+    (gradients), and with loss_mode "k1", "k2", "k3", … of verl's distillation the loss of a student
+    on tokens that it sampled (gradients, unless use_policy_gradient takes the values alone).
 
     Raises ImportError without verl, or with one whose kl_penalty takes other arguments.
     """
@@ -170,7 +241,9 @@ def install_kl_penalty() -> None:
     if verls is kl_penalty:
         return
     _same_arguments(verls, KL_PENALTY)
-    modules: list[Any] = [module for name, module in list(sys.modules.items()) if name.startswith("verl.")]
+    modules: list[Any] = [
+        module for name, module in list(sys.modules.items()) if name.startswith("verl.")
+    ]
     for module in modules:
         if getattr(module, "kl_penalty", None) is verls:
             module.kl_penalty = kl_penalty
@@ -180,31 +253,43 @@ def _weight_of(beta: float | BetaController) -> float:
     """The number, or the controller's beta as it is now."""
     value = getattr(beta, "beta", beta)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"beta: expected a number or a controller with an attribute `beta`, got {type(value).__name__}; pass 0.05, for instance")
+        raise TypeError(
+            f"beta: expected a number or a controller with an attribute `beta`, got "
+            f"{type(value).__name__}; pass 0.05, for instance"
+        )
     if not 0 <= value <= sys.float_info.max:
         got = value if isinstance(value, float) or abs(value) < 2**64 else "an integer beyond 2^64"
-        raise ValueError(f"beta: expected a finite number of at least 0, got {got}; a negative beta would reward divergence")
+        raise ValueError(
+            f"beta: expected a finite number of at least 0, got {got}; a negative beta would "
+            f"reward divergence"
+        )
     return float(value)
 
 
 def _name(argument: str, value: str) -> None:
     """Check the name of a policy loss."""
     if not isinstance(value, str):
-        raise TypeError(f"{argument}: expected the name of a policy loss of verl, got "
-                        f"{type(value).__name__}; pass 'vanilla', for instance")
+        raise TypeError(
+            f"{argument}: expected the name of a policy loss of verl, got "
+            f"{type(value).__name__}; pass 'vanilla', for instance"
+        )
 
 
 def _tensor(argument: str, value: torch.Tensor, what: str, remedy: str) -> None:
     """Check that it is a tensor."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{argument}: expected a tensor {what}, got {type(value).__name__}; {remedy}")
+        raise TypeError(
+            f"{argument}: expected a tensor {what}, got {type(value).__name__}; {remedy}"
+        )
 
 
 def _core_algos() -> ModuleType:
     try:
         import verl.trainer.ppo.core_algos as core
     except ModuleNotFoundError as missing:
-        raise ImportError(f"not installed: {missing.name}; remedy: pip install 'verl=={TESTED}.*'") from missing
+        raise ImportError(
+            f"not installed: {missing.name}; remedy: pip install 'verl=={TESTED}.*'"
+        ) from missing
     found: ModuleType = core
     return found
 
@@ -213,6 +298,11 @@ def _same_arguments(function: Callable[..., Any], expected: tuple[str, ...]) -> 
     got = tuple(inspect.signature(function).parameters)
     if got != expected:
         import verl
-        raise ImportError(f"verl: expected {function.__name__}({', '.join(expected)}) as in version {TESTED}, which fastkl.integrations.verl "
-                          f"was tested with, got {function.__name__}({', '.join(got)}) in {getattr(verl, '__version__', 'an unknown version')}; "
-                          f"remedy: pip install 'verl=={TESTED}.*'")
+
+        raise ImportError(
+            f"verl: expected {function.__name__}({', '.join(expected)}) as in version {TESTED}, "
+            f"which fastkl.integrations.verl "
+            f"was tested with, got {function.__name__}({', '.join(got)}) in "
+            f"{getattr(verl, '__version__', 'an unknown version')}; "
+            f"remedy: pip install 'verl=={TESTED}.*'"
+        )

@@ -1,10 +1,13 @@
-"""Chooses how an op runs: a plain autograd.Function in eager mode, which is fast; a registered custom op when a compiler, tracer,
+"""Chooses how an op runs: a plain autograd.Function in eager mode, which is fast; a registered
+custom op when a compiler, tracer,
 dispatch mode or subclass must see it.
 
-The way through torch.library is right everywhere and takes longer than all else that a call with few rows does. Eager mode with plain tensors,
-which is nearly every call, goes through a Function over the same code, and so do torch.func's transforms, whose grad does not take such an op.
-torch.compile, torch.export, tracers, dispatch modes (selective checkpointing, fake tensors), functionalize, tensor subclasses and meta tensors get
-the op. A TorchFunctionMode, which torch.set_default_device is too, sees neither.
+The way through torch.library is right everywhere and takes longer than all else that a call with
+few rows does. Eager mode with plain tensors, which is nearly every call, goes through a Function
+over the same code, and so do torch.func's transforms, whose grad does not take such an op.
+torch.compile, torch.export, tracers, dispatch modes (selective checkpointing, fake tensors),
+functionalize, tensor subclasses and meta tensors get the op. A TorchFunctionMode, which
+torch.set_default_device is too, sees neither.
 """
 
 from __future__ import annotations
@@ -43,23 +46,43 @@ Outputs = TypeVar("Outputs")
 
 
 class Dispatched(Generic[Outputs]):
-    """A computation with gradient rule; calling it takes the shortest way that is right for the caller. `.op`: its custom op.
+    """A computation with gradient rule; calling it takes the shortest way that is right for the
+    caller. `.op`: its custom op.
 
-    compute: the computation, annotated as torch.library.custom_op wants it; its first argument is a tensor. fake: its outputs without their values.
-    Both return None for an output that nobody asked for; where an op cannot, an empty tensor stands for it.
-    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing. `ctx.eager` is there where eager mode's short way
-    was taken: what `compute` returned has no other holders than the caller and autograd.
-    batch: (info, in_dims, *inputs) -> (inputs of one call for all samples of a vmap, out_dims); None computes sample by sample.
-    flops: (*inputs, shapes in place of tensors) -> floating-point operations of the matrix products, for torch.utils.flop_counter; None for none.
-    returned: how many of the outputs a caller may count on, None for all; the others are for backward, and an output costs autograd time.
+    compute: the computation, annotated as torch.library.custom_op wants it; its first argument is a
+    tensor. fake: its outputs without their values. Both return None for an output that nobody asked
+    for; where an op cannot, an empty tensor stands for it.
+    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing.
+    `ctx.eager` is there where eager mode's short way was taken: what `compute` returned has no
+    other holders than the caller and autograd.
+    batch: (info, in_dims, *inputs) -> (inputs of one call for all samples of a vmap, out_dims);
+    None computes sample by sample.
+    flops: (*inputs, shapes in place of tensors) -> floating-point operations of the matrix
+    products, for torch.utils.flop_counter; None for none.
+    returned: how many of the outputs a caller may count on, None for all; the others are for
+    backward, and an output costs autograd time.
     """
 
-    def __init__(self, name: str, compute: Callable[..., Outputs], fake: Callable[..., Any], *, backward: Callable[..., Any],
-                 setup_context: Callable[..., None] | None = None, batch: Callable[..., tuple[Any, Any]] | None = None,
-                 flops: Callable[..., int] | None = None, returned: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        compute: Callable[..., Outputs],
+        fake: Callable[..., Any],
+        *,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        batch: Callable[..., tuple[Any, Any]] | None = None,
+        flops: Callable[..., int] | None = None,
+        returned: int | None = None,
+    ) -> None:
         self._flops = flops
         self._name, self._compute = name, compute
-        self.op = torch.library.custom_op(name, _with_tensors(compute), mutates_args=(), schema=torch.library.infer_schema(compute, mutates_args=()))
+        self.op = torch.library.custom_op(
+            name,
+            _with_tensors(compute),
+            mutates_args=(),
+            schema=torch.library.infer_schema(compute, mutates_args=()),
+        )
         self.op.register_fake(_with_tensors(fake))
         self.op.register_autograd(backward, setup_context=setup_context)
 
@@ -80,20 +103,33 @@ class Dispatched(Generic[Outputs]):
             return outputs if returned is None else outputs[:returned]
 
         self.op.register_vmap(vmap_by(self.op))
-        # A Function with a setup_context of its own, which transforms need, looks its signature up at every call; Function.apply looks for transforms
-        # and for what they left behind, which __call__ has done, so that the method which that one extends does.
-        eager: Any = super(torch.autograd.Function, _function(name, forward=forward, backward=backward))
+        # A Function with a setup_context of its own, which transforms need, looks its signature up
+        # at every call; Function.apply looks for transforms and for what they left behind, which
+        # __call__ has done, so that the method which that one extends does.
+        eager: Any = super(
+            torch.autograd.Function, _function(name, forward=forward, backward=backward)
+        )
         self._eager: Callable[..., Outputs] = eager.apply
-        # Inputs left over once a transform is done may be transformed again, or traced; its rule needs every output.
-        again = _with_tensors(lambda *inputs: (self if returned is None or transforming() else self.op)(*inputs))
-        self._transformed = _function(name, forward=again, backward=backward,
-                                      setup_context=setup_context or _save_nothing,
-                                      vmap=vmap_by(again), jvp=_refuse_tangents)
+        # Inputs left over once a transform is done may be transformed again, or traced; its rule
+        # needs every output.
+        again = _with_tensors(
+            lambda *inputs: (self if returned is None or transforming() else self.op)(*inputs)
+        )
+        self._transformed = _function(
+            name,
+            forward=again,
+            backward=backward,
+            setup_context=setup_context or _save_nothing,
+            vmap=vmap_by(again),
+            jvp=_refuse_tangents,
+        )
 
     def __call__(self, *inputs: Any, alone: Callable[..., Outputs] | None = None) -> Outputs:
-        """Compute. `alone` takes the place of `compute` where nothing looks on: no compiler, mode or
+        """Compute. `alone` takes the place of `compute` where nothing looks on: no compiler, mode
+        or
         transform, no gradient that is differentiated again. It may write over its inputs."""
-        # Dynamo and tracers first: what follows asks questions that they cannot trace. Then transforms, inside which tensors are wrappers.
+        # Dynamo and tracers first: what follows asks questions that they cannot trace. Then
+        # transforms, inside which tensors are wrappers.
         op: Callable[..., Outputs] = self.op
         if torch.compiler.is_compiling() or not SHORT_WAYS:
             return op(*inputs)
@@ -101,7 +137,12 @@ class Dispatched(Generic[Outputs]):
             functionalizing = peek_interpreter_stack().key() == TransformType.Functionalize
             transformed: Callable[..., Outputs] = self._transformed.apply
             return (op if functionalizing else transformed)(*inputs)
-        if _len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch() or is_tracing() or not _plain(inputs):
+        if (
+            _len_torch_dispatch_stack()
+            or _len_torch_dispatch_stack_pre_dispatch()
+            or is_tracing()
+            or not _plain(inputs)
+        ):
             self._tell_flop_counter()
             return op(*inputs)
         if torch.is_grad_enabled():
@@ -113,7 +154,8 @@ class Dispatched(Generic[Outputs]):
             return compute(*inputs)
 
     def _tell_flop_counter(self) -> None:
-        """Give the formula to torch's registry, and to the counters at work, which copied that when they were made.
+        """Give the formula to torch's registry, and to the counters at work, which copied that when
+        they were made.
 
         Not when this is imported: torch.utils.flop_counter imports Triton.
         """
@@ -123,7 +165,9 @@ class Dispatched(Generic[Outputs]):
             return
         packet = getattr(torch.ops.fastkl, self._name.removeprefix("fastkl::"))
         if packet not in counting.flop_registry:
-            counting.register_flop_formula(packet)(lambda *inputs, out_shape=None, **_: flops(*inputs))
+            counting.register_flop_formula(packet)(
+                lambda *inputs, out_shape=None, **_: flops(*inputs)
+            )
         for mode in _get_current_dispatch_mode_stack():
             counter = getattr(mode, "counter", mode)
             if isinstance(counter, counting.FlopCounterMode):
@@ -132,8 +176,15 @@ class Dispatched(Generic[Outputs]):
 
 def eager(*inputs: object) -> bool:
     """Whether a call with these arguments takes eager mode's short way."""
-    return (SHORT_WAYS and not torch.compiler.is_compiling() and not _are_functorch_transforms_active() and not _len_torch_dispatch_stack()
-            and not _len_torch_dispatch_stack_pre_dispatch() and not is_tracing() and _plain(inputs))
+    return (
+        SHORT_WAYS
+        and not torch.compiler.is_compiling()
+        and not _are_functorch_transforms_active()
+        and not _len_torch_dispatch_stack()
+        and not _len_torch_dispatch_stack_pre_dispatch()
+        and not is_tracing()
+        and _plain(inputs)
+    )
 
 
 def transforming() -> bool:
@@ -142,20 +193,34 @@ def transforming() -> bool:
 
 
 def _plain(inputs: Sequence[Any]) -> bool:
-    """Whether all tensors among the arguments are what lies in their memory: not subclasses or meta tensors, not batched (is_grads_batched=True), not
+    """Whether all tensors among the arguments are what lies in their memory: not subclasses or meta
+    tensors, not batched (is_grads_batched=True), not
     the negative of their memory (x.conj().imag), not the wrapper that a transform left behind."""
     for value in inputs:
         kind = type(value)
-        if kind not in _VALUES and (kind not in _TENSORS or value.is_neg() or is_legacy_batchedtensor(value) or is_functorch_wrapped_tensor(value)):
+        if kind not in _VALUES and (
+            kind not in _TENSORS
+            or value.is_neg()
+            or is_legacy_batchedtensor(value)
+            or is_functorch_wrapped_tensor(value)
+        ):
             return False
     return not inputs[0].is_meta
 
 
 def save_tensors(ctx: Any, *tensors: torch.Tensor | None) -> None:
-    """ctx.save_for_backward, that takes tensors made in inference mode too, as a reference's logits may be: by another tensor of their memory, since
-    torch has no version of their own to look at. Nobody sees if they are changed in place before backward."""
-    ctx.save_for_backward(*[value.new_empty(0).set_(value)  # type: ignore[call-overload]  # torch's stubs know storages alone
-                            if value is not None and value.is_inference() else value for value in tensors])
+    """ctx.save_for_backward, that takes tensors made in inference mode too, as a reference's logits
+    may be: by another tensor of their memory, since
+    torch has no version of their own to look at. Nobody sees if they are changed in place before
+    backward."""
+    ctx.save_for_backward(
+        *[
+            value.new_empty(0).set_(value)  # type: ignore[call-overload]  # torch's stubs know storages alone
+            if value is not None and value.is_inference()
+            else value
+            for value in tensors
+        ]
+    )
 
 
 def _with_tensors(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,19 +228,38 @@ def _with_tensors(compute: Callable[..., Any]) -> Callable[..., Any]:
 
     def filled(*inputs: Any) -> Any:
         outputs = compute(*inputs)
-        return outputs if isinstance(outputs, torch.Tensor) else tuple(inputs[0].new_empty(0) if value is None else value for value in outputs)
+        return (
+            outputs
+            if isinstance(outputs, torch.Tensor)
+            else tuple(inputs[0].new_empty(0) if value is None else value for value in outputs)
+        )
 
     return filled
 
 
-def _sample_by_sample(call: Callable[..., Any], count: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+def _sample_by_sample(
+    call: Callable[..., Any], count: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
+) -> tuple[Any, Any]:
     """(outputs, out_dims) of a vmap: a call per sample, and what they return put together."""
     if count == 0:
-        raise RuntimeError("fastkl: vmap over no samples: expected at least one, since each is a call of its own; leave the call out")
-    samples = [call(*(value if dim is None else value.select(dim, i) for value, dim in zip(inputs, in_dims, strict=True))) for i in range(count)]
+        raise RuntimeError(
+            "fastkl: vmap over no samples: expected at least one, since each is a call of its "
+            "own; leave the call out"
+        )
+    samples = [
+        call(
+            *(
+                value if dim is None else value.select(dim, i)
+                for value, dim in zip(inputs, in_dims, strict=True)
+            )
+        )
+        for i in range(count)
+    ]
     if isinstance(samples[0], torch.Tensor):
         return torch.stack(samples), 0
-    return tuple(torch.stack(values) for values in zip(*samples, strict=True)), (0,) * len(samples[0])
+    return tuple(torch.stack(values) for values in zip(*samples, strict=True)), (0,) * len(
+        samples[0]
+    )
 
 
 def _save_nothing(ctx: Any, inputs: Any, outputs: Any) -> None:
@@ -189,4 +273,8 @@ def _refuse_tangents(ctx: Any, *tangents: Any) -> None:
 
 def _function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
     """A torch.autograd.Function that profilers and grad_fn show under the op's name."""
-    return type(name, (torch.autograd.Function,), {method: staticmethod(function) for method, function in methods.items()})
+    return type(
+        name,
+        (torch.autograd.Function,),
+        {method: staticmethod(function) for method, function in methods.items()},
+    )

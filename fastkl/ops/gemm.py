@@ -1,7 +1,9 @@
-"""The matrix products of an lm_head: which torch call each one is, so that sums stay in float32 and nothing is copied to a wider type.
+"""The matrix products of an lm_head: which torch call each one is, so that sums stay in float32 and
+nothing is copied to a wider type.
 
-On a GPU every product is one cuBLAS call on operands as they lie, with results straight into their place. A CPU has no product of 16-bit
-operands with a float32 result: there a block at a time of the weight is widened, or of its gradient rounded to 16 bits before it joins the sum.
+On a GPU every product is one cuBLAS call on operands as they lie, with results straight into their
+place. A CPU has no product of 16-bit operands with a float32 result: there a block at a time of the
+weight is widened, or of its gradient rounded to 16 bits before it joins the sum.
 """
 
 from __future__ import annotations
@@ -12,12 +14,17 @@ import torch
 
 # Elements of a block that a CPU holds in another type at a time.
 BLOCK_ELEMENTS = 1 << 20
-# Where torch multiplies 16-bit operands into a float32 result (torch ≥ 2.10 for addmm: pull request 167931); "meta" checks the call without data.
+# Where torch multiplies 16-bit operands into a float32 result (torch ≥ 2.10 for addmm: pull request
+# 167931); "meta" checks the call without data.
 WIDE_PRODUCTS = ("cuda", "meta")
 
 
-def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """out [n, V] = hidden [n, H] @ weight [V, H]ᵀ + bias [V]; out may be float32 for 16-bit operands."""
+def logits_into(
+    out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """out [n, V] = hidden [n, H] @ weight [V, H]ᵀ + bias [V]; out may be float32 for 16-bit
+    operands.
+    """
     if out.dtype == hidden.dtype:
         if bias is None:
             torch.mm(hidden, weight.t(), out=out)
@@ -36,8 +43,12 @@ def logits_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, b
         torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, out=out)
 
 
-def add_weight_gradient(total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, *, first: bool) -> None:
-    """total [V, H] += grad_logits [n, V]ᵀ @ hidden [n, H], with total float32 for 16-bit operands; `first`: = instead of +=, total holds nothing."""
+def add_weight_gradient(
+    total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, *, first: bool
+) -> None:
+    """total [V, H] += grad_logits [n, V]ᵀ @ hidden [n, H], with total float32 for 16-bit operands;
+    `first`: = instead of +=, total holds nothing.
+    """
     operand = grad_logits.t()
     if total.dtype == hidden.dtype:
         torch.mm(operand, hidden, out=total) if first else total.addmm_(operand, hidden)
@@ -54,7 +65,11 @@ def add_weight_gradient(total: torch.Tensor, grad_logits: torch.Tensor, hidden: 
 def add_bias_gradient(total: torch.Tensor, grad_logits: torch.Tensor, *, first: bool) -> None:
     """total [V] += Σ over tokens of grad_logits [n, V], summed in total's type."""
     # A CPU widens all that it sums.
-    step = total.shape[0] if grad_logits.device.type in WIDE_PRODUCTS else max(1, BLOCK_ELEMENTS // max(1, grad_logits.shape[0]))
+    step = (
+        total.shape[0]
+        if grad_logits.device.type in WIDE_PRODUCTS
+        else max(1, BLOCK_ELEMENTS // max(1, grad_logits.shape[0]))
+    )
     for part, columns in zip(total.split(step), grad_logits.split(step, dim=1), strict=True):
         summed = columns.sum(0, dtype=total.dtype)
         part.copy_(summed) if first else part.add_(summed)

@@ -300,9 +300,7 @@ def backward(
         lean = saved[rows, cpu_rows.KIND] == cpu_rows.LEAN
         if isinstance(rows, slice) and _unscaled(scaling) and bool(lean.all()):
             cpu_gradients.gradients(
-                cpu_passes.Block(
-                    x, y, rows_of(tokens, rows), _inverse(rows_of(temperature, rows))
-                ),
+                cpu_passes.Block(x, y, rows_of(tokens, rows), _inverse(rows_of(temperature, rows))),
                 saved[rows],
                 rows_of_each(upstream, rows),
                 part_of(sides, rows),

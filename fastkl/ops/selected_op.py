@@ -16,10 +16,11 @@ from .row_op import _batched, refuse_forward_mode, refuse_second_derivative
 
 
 def _logprobs(logits: Tensor, index: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """(log-probabilities [..., K], what backward needs [..., SAVED]) of int64 ids [..., K] within the vocabulary, K ≥ 1.
+    """(log-probabilities [..., K], what backward needs [..., SAVED]) of int64 ids [..., K] within
+    the vocabulary, K ≥ 1.
 
-    The kernel gives that of the likeliest id, from which differences of logits lead to the others: a sum of two numbers of one sign, so that no
-    digit cancels and none rises above 0.
+    The kernel gives that of the likeliest id, from which differences of logits lead to the others:
+    a sum of two numbers of one sign, so that no digit cancels and none rises above 0.
     """
     results = _fake_logprobs(logits, index, backend)
     if not results[0].numel():
@@ -58,8 +59,8 @@ def _gradients(
 ) -> Tensor:
     """Gradient to the logits, contiguous and in their type.
 
-    The kernel writes -Σ upstream · probability everywhere; the chosen entries are then written over, each rounded once: adding to a rounded 16-bit
-    gradient would round twice.
+    The kernel writes -Σ upstream · probability everywhere; the chosen entries are then written
+    over, each rounded once: adding to a rounded 16-bit gradient would round twice.
     """
     grad = logits.new_empty(logits.shape)
     if not logprobs.numel():
@@ -105,7 +106,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
+def _backward(
+    ctx: Any, upstream: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, None, None]:
     if upstream is None:
         return None, None, None
     refuse_forward_mode((upstream,))

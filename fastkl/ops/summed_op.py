@@ -1,9 +1,10 @@
-"""Computes a summed KL and its gradient to P together, where every row's weight is known in forward.
+"""Computes a summed KL and its gradient to P together, where every row's weight is known in
+forward.
 
-A CPU computes both block by block; a GPU in one launch (kernels/row_fused.py) where kernels.config has it so. The
-gradient, N·V in the logits' type, is kept until backward in addition to 40 bytes per row. An upstream gradient is
-compared with 1 on the device, and costs a read and a write of N·V where it differs: pass beta and the normalizer in
-the call.
+A CPU computes both block by block; a GPU in one launch (kernels/row_fused.py) where kernels.config
+has it so. The gradient, N·V in the logits' type, is kept until backward in addition to 40 bytes per
+row. An upstream gradient is compared with 1 on the device, and costs a read and a write of N·V
+where it differs: pass beta and the normalizer in the call.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def empty_gradient(
     normalizer: float | torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor | None:
-    """Allocate the gradient if it is computed with the KL: to P alone, in eager mode; else return None.
+    """Allocate the gradient if it is computed with the KL: to P alone, in eager mode; else return
+    None.
 
     The normalizer, a number or a tensor, must require no gradient.
     """
@@ -70,13 +72,25 @@ def _empty(p: torch.Tensor) -> torch.Tensor:
 
 
 class SummedKL(torch.autograd.Function):
-    """(beta·Σ kl / divisor, kl [...]); beta: a scalar tensor, where 0 leaves out an infinite KL, or None for 1."""
+    """(beta·Σ kl / divisor, kl [...]); beta: a scalar tensor, where 0 leaves out an infinite KL, or
+    None for 1.
+    """
 
     @staticmethod
-    def forward(ctx: Any, p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor,
-                beta: torch.Tensor | None, divisor: float | torch.Tensor, gradient: torch.Tensor,
-                backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """`gradient` as empty_gradient returned it; temperature: a number or [...]; divisor: a number or a scalar tensor."""
+    def forward(
+        ctx: Any,
+        p: torch.Tensor,
+        q: torch.Tensor,
+        mask: torch.Tensor | None,
+        temperature: float | torch.Tensor,
+        beta: torch.Tensor | None,
+        divisor: float | torch.Tensor,
+        gradient: torch.Tensor,
+        backend: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`gradient` as empty_gradient returned it; temperature: a number or [...]; divisor: a
+        number or a scalar tensor.
+        """
         kl = torch.empty(p.shape[:-1], dtype=torch.float32, device=p.device)
         saved = kl.new_empty(kl.numel(), SAVED)
         factor = (kl.new_ones(()) if beta is None else beta) / divisor
@@ -84,8 +98,14 @@ class SummedKL(torch.autograd.Function):
         rows = gradient.view(-1, p.shape[-1])
         engine.kl_and_gradients(backend, p, q, None, engine.flat(mask), _flat(temperature), kl.view(-1), saved, weights,
                                rows, None, Scaling())  # fmt: skip
-        per_token, number = (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, float(temperature))
-        dual_op.save_tensors(ctx, p, q, mask, per_token, saved.view(*kl.shape, SAVED), gradient, factor)
+        per_token, number = (
+            (temperature, 1.0)
+            if isinstance(temperature, torch.Tensor)
+            else (None, float(temperature))
+        )
+        dual_op.save_tensors(
+            ctx, p, q, mask, per_token, saved.view(*kl.shape, SAVED), gradient, factor
+        )
         ctx.temperature, ctx.backend, ctx.used = number, backend, False
         ctx.mark_non_differentiable(kl)
         ctx.set_materialize_grads(False)
@@ -94,8 +114,11 @@ class SummedKL(torch.autograd.Function):
         return _reduce.quotient(weighted, divisor, divisor), kl
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient, scaled in place, at the first call; recompute it with row_gradients at later calls, for create_graph
+    def backward(
+        ctx: Any, upstream: torch.Tensor | None, _: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient, scaled in place, at the first call; recompute it with row_gradients
+        at later calls, for create_graph
         and for batched upstream gradients."""
         if upstream is None:
             return (None,) * 8
@@ -107,8 +130,9 @@ class SummedKL(torch.autograd.Function):
                                       ctx.backend)  # fmt: skip
             return result, *(None,) * 7
         ctx.used = True
-        # Scale in place: ctx.used keeps later calls from reading it. `.data` has a version counter of its own, so that changes of
-        # x.grad do not invalidate the saved tensor. A saved-tensor hook may return another layout.
+        # Scale in place: ctx.used keeps later calls from reading it. `.data` has a version counter
+        # of its own, so that changes of x.grad do not invalidate the saved tensor. A saved-tensor
+        # hook may return another layout.
         gradient = gradient.data.contiguous()
         if ctx.backend == "triton":
             fused_launchers().scale(gradient.view(-1), upstream.reshape(1))

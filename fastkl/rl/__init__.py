@@ -1,4 +1,6 @@
-"""The training side of the KL penalty: beta controllers, rewards, losses, trust region and monitor, over per-token KLs and log-probabilities."""
+"""The training side of the KL penalty: beta controllers, rewards, losses, trust region and monitor,
+over per-token KLs and log-probabilities.
+"""
 
 from .beta import AdaptiveBeta, FixedBeta, PIDBeta, PPOAdaptiveBeta
 from .losses import DPOLoss, dpo_loss, grpo_loss, ppo_loss

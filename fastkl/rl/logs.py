@@ -30,11 +30,14 @@ Logger = Run | Writer | Callable[[dict[str, float]], object]
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The steps that KLMonitor(jsonl=path) wrote, each as update returned it; a figure that was not finite reads as NaN.
+    """The steps that KLMonitor(jsonl=path) wrote, each as update returned it; a figure that was not
+    finite reads as NaN.
 
-    A line that was cut off in writing, as the last one of a run that was killed, is left out, and so are NUL bytes, which a loss of power leaves.
+    A line that was cut off in writing, as the last one of a run that was killed, is left out, and
+    so are NUL bytes, which a loss of power leaves.
 
-    Raises OSError for a file that cannot be read, TypeError for what is no path, ValueError for a file that has another line than JSON objects.
+    Raises OSError for a file that cannot be read, TypeError for what is no path, ValueError for a
+    file that has another line than JSON objects.
     """
     _check_path("path", path, "pass the file that KLMonitor(jsonl=...) wrote")
     steps: list[dict[str, float]] = []
@@ -55,7 +58,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
                 entry = None
             if not isinstance(entry, dict):
                 raise ValueError(
-                    f"path: expected one JSON object per line, got {line[:40]!r} in line {number} of {os.fspath(path)}; "
+                    f"path: expected one JSON object per line, got {line[:40]!r} in line {number} "
+                    f"of {os.fspath(path)}; "
                     f"pass a file that KLMonitor(jsonl=...) wrote"
                 )
             steps.append(
@@ -72,7 +76,9 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 
 def append_line(path: str, metrics: dict[str, float]) -> None:
-    """One write of one whole line; after a line that a killed process cut off, on a line of its own."""
+    """One write of one whole line; after a line that a killed process cut off, on a line of its
+    own.
+    """
     # JSON has no NaN: null, which every reader takes.
     plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     line = json.dumps({**plain, "step": int(metrics["step"])}).encode() + b"\n"
@@ -101,7 +107,8 @@ def appendable(path: str | os.PathLike[str]) -> str:
         open(path, "ab+", buffering=0).close()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"jsonl: expected a file that can be appended to, got {path!r} ({error}); create its folder, or name another"
+            f"jsonl: expected a file that can be appended to, got {path!r} ({error}); create its "
+            f"folder, or name another"
         ) from None
     return path
 
@@ -110,14 +117,16 @@ def check_logger(logger: Logger) -> None:
     """Check that there is a way to give it figures."""
     if isinstance(logger, logging.Logger):
         raise TypeError(
-            "loggers: expected an object with log(dict), got a logging.Logger, which logs text; pass lambda step: logger.info(step)"
+            "loggers: expected an object with log(dict), got a logging.Logger, which logs text; "
+            "pass lambda step: logger.info(step)"
         )
     if not any(
         callable(way)
         for way in (logger, getattr(logger, "log", None), getattr(logger, "add_scalar", None))
     ):
         raise TypeError(
-            f"loggers: expected objects with log(dict) or add_scalar(name, value, step), or callables, got "
+            f"loggers: expected objects with log(dict) or add_scalar(name, value, step), or "
+            f"callables, got "
             f"{type(logger).__name__}; pass a wandb run, a SummaryWriter or print"
         )
 

@@ -1,4 +1,6 @@
-"""Rewards of a policy-gradient step: the score of a sequence, and the KL penalty of each of its tokens."""
+"""Rewards of a policy-gradient step: the score of a sequence, and the KL penalty of each of its
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,14 @@ from ..ops.fields import result_dtype
 from . import _checks
 
 
-def shape_rewards(scores: torch.Tensor, kl: torch.Tensor, beta: float | torch.Tensor | BetaController, mask: torch.Tensor | None = None, *,
-                  cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+def shape_rewards(
+    scores: torch.Tensor,
+    kl: torch.Tensor,
+    beta: float | torch.Tensor | BetaController,
+    mask: torch.Tensor | None = None,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Per-token rewards: score - beta·KL on each token that counts, 0 elsewhere.
 
     Equivalent, for one score per sequence, to
@@ -24,41 +32,57 @@ def shape_rewards(scores: torch.Tensor, kl: torch.Tensor, beta: float | torch.Te
 
     without waiting for the device.
 
-    Which KL: k1 of estimate_kl, log π - log π_ref of the chosen token. Then the policy gradient on these rewards is the gradient of E[score] -
-    beta·KL(policy‖reference) of whole sequences. An exact KL has the same expectation without the noise, but does not depend on the token chosen
-    there: as a reward it teaches nothing about that token, only which tokens lead to later KLs, and with one token nothing at all. Together with
-    the same beta·KL in the loss, with gradient and reduced as the policy's loss (KLPenalty, or kl of grpo_loss), the gradient is right again.
+    Which KL: k1 of estimate_kl, log π - log π_ref of the chosen token. Then the policy gradient on
+    these rewards is the gradient of E[score] - beta·KL(policy‖reference) of whole sequences. An
+    exact KL has the same expectation without the noise, but does not depend on the token chosen
+    there: as a reward it teaches nothing about that token, only which tokens lead to later KLs, and
+    with one token nothing at all. Together with the same beta·KL in the loss, with gradient and
+    reduced as the policy's loss (KLPenalty, or kl of grpo_loss), the gradient is right again.
     Policy gradients on k2, k3 and abs are those of something else.
 
     Args:
-        scores: one per sequence, [B] for kl [B, T] and [S] for a packed one: given on the last token that counts. Or per token, shaped as kl.
+        scores: one per sequence, [B] for kl [B, T] and [S] for a packed one: given on the last
+        token that counts. Or per token, shaped as kl.
             With as many packed sequences as tokens they count as one per sequence.
-        kl: KL of each token in nats: [B, T] (any leading shape), or with cu_seqlens [total], sequences packed one behind the other; which, see
+        kl: KL of each token in nats: [B, T] (any leading shape), or with cu_seqlens [total],
+        sequences packed one behind the other; which, see
             above.
-        beta: the penalty's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute `beta`. A number 0 leaves the KL out, also an
-            infinite one. A tensor is not looked at: a negative one is no error, and 0 times an infinite KL is NaN.
-        mask: bool, shaped as kl, True where the token counts: the policy chose it. Padding may be on either side, tool outputs may leave holes.
-        cu_seqlens: integers [S+1] from 0 to total: sequence s is kl[cu_seqlens[s] : cu_seqlens[s + 1]]; empty ones are allowed.
+        beta: the penalty's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute
+        `beta`. A number 0 leaves the KL out, also an
+            infinite one. A tensor is not looked at: a negative one is no error, and 0 times an
+            infinite KL is NaN.
+        mask: bool, shaped as kl, True where the token counts: the policy chose it. Padding may be
+        on either side, tool outputs may leave holes.
+        cu_seqlens: integers [S+1] from 0 to total: sequence s is kl[cu_seqlens[s] : cu_seqlens[s +
+        1]]; empty ones are allowed.
 
     Returns:
-        rewards shaped as kl, float32 (float64 for a float64 kl), detached. A token that does not count gets exactly 0, whatever kl and scores hold
-        there, NaN included; a sequence without a token that counts gets nothing. Boundaries that do not run from 0 to total are an error on the
-        CPU; on a GPU, where looking would cost a synchronisation, and under torch.compile, every token that counts gets NaN.
+        rewards shaped as kl, float32 (float64 for a float64 kl), detached. A token that does not
+        count gets exactly 0, whatever kl and scores hold there, NaN included; a sequence without a
+        token that counts gets nothing. Boundaries that do not run from 0 to total are an error on
+        the CPU; on a GPU, where looking would cost a synchronisation, and under torch.compile,
+        every token that counts gets NaN.
 
     Gradient:
-        None: rewards are data. For a KL that the policy is to be differentiated through see KLPenalty and sampled_kl_loss.
+        None: rewards are data. For a KL that the policy is to be differentiated through see
+        KLPenalty and sampled_kl_loss.
 
     Raises:
-        TypeError: scores or kl not of a float type, mask not bool, cu_seqlens not integers, beta none of the three.
-        ValueError: shapes or devices that do not fit; wrong boundaries; a number beta that is negative or not finite.
+        TypeError: scores or kl not of a float type, mask not bool, cu_seqlens not integers, beta
+        none of the three.
+        ValueError: shapes or devices that do not fit; wrong boundaries; a number beta that is
+        negative or not finite.
 
-    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2; Ouyang et al., Training language models to follow
-    instructions with human feedback (2022), eq. 2.
+    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2; Ouyang
+    et al., Training language models to follow instructions with human feedback (2022), eq. 2.
     """
     _checks.float_tensor("kl", kl, "per token, [B, T] or [total]")
     _checks.float_tensor("scores", scores, "one per sequence or per token")
     if kl.dim() == 0:
-        raise ValueError("kl: expected per-token values with at least one dimension, got a scalar; pass it before its mean is taken")
+        raise ValueError(
+            "kl: expected per-token values with at least one dimension, got a scalar; pass it "
+            "before its mean is taken"
+        )
     _checks.mask(mask, kl.shape, kl.device)
     beta = _checks.beta(beta, "kl", kl)
     if cu_seqlens is not None:
@@ -70,13 +94,19 @@ def shape_rewards(scores: torch.Tensor, kl: torch.Tensor, beta: float | torch.Te
     if cu_seqlens is not None:
         given = _packed_scores(scores, counts, cu_seqlens)
     else:
-        given = scores if scores.shape == kl.shape else torch.where(_last_of_padded(counts), scores[..., None], 0.0)
+        given = (
+            scores
+            if scores.shape == kl.shape
+            else torch.where(_last_of_padded(counts), scores[..., None], 0.0)
+        )
     penalty = beta * kl if isinstance(beta, torch.Tensor) or beta > 0 else 0.0
     return torch.where(counts, given - penalty, 0.0)
 
 
 def owners(cu_seqlens: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(which of the S sequences each of `total` packed tokens is in, S for one behind them all; whether the boundaries run from 0 to total)."""
+    """(which of the S sequences each of `total` packed tokens is in, S for one behind them all;
+    whether the boundaries run from 0 to total).
+    """
     bounds = cu_seqlens.long()
     right = (bounds[0] == 0) & (bounds[-1] == total) & (bounds.diff() >= 0).all()
     owner = torch.searchsorted(bounds, torch.arange(total, device=bounds.device), right=True) - 1
@@ -84,16 +114,24 @@ def owners(cu_seqlens: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _last_of_padded(counts: torch.Tensor) -> torch.Tensor:
-    """True at the last True of each row, if there is one: where one is left, counted from there to the end."""
+    """True at the last True of each row, if there is one: where one is left, counted from there to
+    the end.
+    """
     return counts & (counts.flip(-1).cumsum(-1).flip(-1) == 1)
 
 
-def _packed_scores(scores: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """The score that each packed token is given; NaN for all where the boundaries are wrong and could not be looked at."""
+def _packed_scores(
+    scores: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """The score that each packed token is given; NaN for all where the boundaries are wrong and
+    could not be looked at.
+    """
     total, pad = len(counts), torch.nn.functional.pad
     owner, right = owners(cu_seqlens, total)
     if len(scores) == len(cu_seqlens) - 1:
-        end = pad(cu_seqlens[1:].long().clamp(0, total), (0, 1))  # of each sequence, and of what is behind; never out of range
+        end = pad(
+            cu_seqlens[1:].long().clamp(0, total), (0, 1)
+        )  # of each sequence, and of what is behind; never out of range
         counted = pad(counts.cumsum(0), (1, 0))  # how many count before each position
         last = counts & (counted[1:] == counted[end[owner]])
         scores = torch.where(last, pad(scores, (0, 1))[owner], 0.0)

@@ -11,7 +11,8 @@ from . import _checks
 
 # A median absolute deviation of fewer residuals is too often far too small.
 WARM_UP = 16
-# Until then it is mixed with a deviation of 1 in the logarithm, which weighs as much as so many residuals.
+# Until then it is mixed with a deviation of 1 in the logarithm, which weighs as much as so many
+# residuals.
 ASSUMED = 0.25
 # MAD of normal noise times this is its standard deviation.
 MAD_TO_DEVIATION = 1.4826
@@ -37,56 +38,104 @@ class SpikeDetector:
         evidence = max(0, evidence + jump · (rise - jump / 2) / deviation²)
         ring = evidence ≥ limit                                                                 # then evidence = 0
 
-    the log-likelihood ratio (nats) of "the KL is at least `ratio` times what it was" against "it is as it was", for normal noise. A strong step
-    rings at once, weaker ones add up. Two medians, because the residuals' own centre takes out a steady growth and both ignore outliers. Below the
-    floor x hardly moves, which says nothing of the noise above it: there the noise counts as unknown.
+    the log-likelihood ratio (nats) of "the KL is at least `ratio` times what it was" against "it is
+    as it was", for normal noise. A strong step rings at once, weaker ones add up. Two medians,
+    because the residuals' own centre takes out a steady growth and both ignore outliers. Below the
+    floor x hardly moves, which says nothing of the noise above it: there the noise counts as
+    unknown.
 
-    Measured by tests/test_rl_spikes.py with the default settings, for noise of log KL with a standard deviation of 0.1 | 0.2 | 0.3 | 0.4:
+    Measured by tests/test_rl_spikes.py with the default settings, for noise of log KL with a
+    standard deviation of 0.1 | 0.2 | 0.3 | 0.4:
 
         false alarms per 1000 steps, at most, normal noise: 0.1 | 0.1 | 0.1 | 0.2
         the same, correlated by 0.5 from step to step: 0.1 | 0.1 | 0.6 | 1.1
         the same, heavy tails (Student's t, 5 degrees of freedom): 0.5 | 1.5 | 2.0 | 2.5
-        lasting jumps to 3 times the KL that ring within 5 steps, at least, normal noise: 100 % | 100 % | 90 % | 55 %
+        lasting jumps to 3 times the KL that ring within 5 steps, at least, normal noise: 100 % |
+        100 % | 90 % | 55 %
 
-    A KL that grows as in training, with the step, its square or its fourth power, or exponentially, twice in 10 steps or slower, hardly rings, also
-    where it begins far below the floor: less than once per 1000 steps in noise of up to 0.4. Nor does one that is flat below the floor and then
-    grows by up to half of it per step; one that sets off by a whole floor per step is a jump and rings once.
+    A KL that grows as in training, with the step, its square or its fourth power, or exponentially,
+    twice in 10 steps or slower, hardly rings, also where it begins far below the floor: less than
+    once per 1000 steps in noise of up to 0.4. Nor does one that is flat below the floor and then
+    grows by up to half of it per step; one that sets off by a whole floor per step is a jump and
+    rings once.
 
-    After a lasting jump it rings for `recent` // 2 + 1 steps, or fewer: then that is the new level. The first `recent` + 16 steps are silent. After
-    steps that were all far below the floor only a jump to 10 times the floor or more rings within 5 steps, until 16 above it have shown the noise.
+    After a lasting jump it rings for `recent` // 2 + 1 steps, or fewer: then that is the new level.
+    The first `recent` + 16 steps are silent. After steps that were all far below the floor only a
+    jump to 10 times the floor or more rings within 5 steps, until 16 above it have shown the noise.
 
     Args:
-        ratio: the jump to look for, above 1. Smaller ones ring too, from about √ratio on, if they last or stand out of the noise.
+        ratio: the jump to look for, above 1. Smaller ones ring too, from about √ratio on, if they
+        last or stand out of the noise.
         limit: evidence at which it rings, nats. Larger: fewer false alarms, later alarms.
-        recent: steps whose median is the present level. window: steps whose residuals are the noise.
-        floor: KL, in the unit of kl, that does not matter: only from about there on do ratios count and is the noise learnt. The default is for
+        recent: steps whose median is the present level. window: steps whose residuals are the
+        noise.
+        floor: KL, in the unit of kl, that does not matter: only from about there on do ratios count
+        and is the noise learnt. The default is for
             nats per token.
 
     Raises ValueError or TypeError for wrong arguments.
-    Source: Page, Continuous Inspection Schemes (1954), for the test; Hampel, The Influence Curve and Its Role in Robust Estimation (1974), for
-    the median absolute deviation (MAD).
+    Source: Page, Continuous Inspection Schemes (1954), for the test; Hampel, The Influence Curve
+    and Its Role in Robust Estimation (1974), for the median absolute deviation (MAD).
     """
 
-    def __init__(self, ratio: float = 3.0, *, limit: float = 12.0, recent: int = 15, window: int = 64, floor: float = 1e-4) -> None:
-        _checks.number("ratio", ratio, "a finite number above 1, the jump to look for", lambda x: 1 < x < math.inf, "3 is the default")
-        _checks.number("limit", limit, "a positive finite number of nats", lambda x: 0 < x < math.inf, "12 is the default")
-        _checks.number("floor", floor, "a positive finite KL", lambda x: 0 < x < math.inf, "1e-4 suits nats per token")
+    def __init__(
+        self,
+        ratio: float = 3.0,
+        *,
+        limit: float = 12.0,
+        recent: int = 15,
+        window: int = 64,
+        floor: float = 1e-4,
+    ) -> None:
+        _checks.number(
+            "ratio",
+            ratio,
+            "a finite number above 1, the jump to look for",
+            lambda x: 1 < x < math.inf,
+            "3 is the default",
+        )
+        _checks.number(
+            "limit",
+            limit,
+            "a positive finite number of nats",
+            lambda x: 0 < x < math.inf,
+            "12 is the default",
+        )
+        _checks.number(
+            "floor",
+            floor,
+            "a positive finite KL",
+            lambda x: 0 < x < math.inf,
+            "1e-4 suits nats per token",
+        )
         _checks.whole_number("recent", recent, "a number of steps", "15 is the default")
         _checks.whole_number("window", window, "a number of steps", "64 is the default")
         if window < WARM_UP:
-            raise ValueError(f"window: expected a number of steps, at least {WARM_UP}, got {window}; the noise of fewer is not known")
+            raise ValueError(
+                f"window: expected a number of steps, at least {WARM_UP}, got {window}; the noise "
+                f"of fewer is not known"
+            )
         self.ratio, self.limit, self.floor = float(ratio), float(limit), float(floor)
         self._levels: deque[float] = deque(maxlen=recent)
-        self._residuals: deque[float | None] = deque(maxlen=window)  # None where the level was not above the floor
+        self._residuals: deque[float | None] = deque(
+            maxlen=window
+        )  # None where the level was not above the floor
         self._evidence = 0.0
 
     def __repr__(self) -> str:
-        return (f"SpikeDetector(ratio={self.ratio:g}, limit={self.limit:g}, recent={self._levels.maxlen}, window={self._residuals.maxlen}, "
-                f"floor={self.floor:g})")
+        return (
+            f"SpikeDetector(ratio={self.ratio:g}, limit={self.limit:g}, "
+            f"recent={self._levels.maxlen}, window={self._residuals.maxlen}, "
+            f"floor={self.floor:g})"
+        )
 
     def update(self, kl: float) -> bool:
-        """Take the mean KL of one step; True if it rings. A KL that is not finite rings always, and is not remembered."""
-        _checks.number("kl", kl, "the mean KL of a step, a number", lambda x: True, "it is kl.mean().item()")
+        """Take the mean KL of one step; True if it rings. A KL that is not finite rings always, and
+        is not remembered.
+        """
+        _checks.number(
+            "kl", kl, "the mean KL of a step, a number", lambda x: True, "it is kl.mean().item()"
+        )
         if not math.isfinite(kl):
             return True
         x, ring = math.log(max(float(kl), 0.0) + self.floor), False
@@ -100,7 +149,9 @@ class SpikeDetector:
     def _judge(self, residual: float) -> bool:
         known = [value for value in self._residuals if value is not None]
         centre = statistics.median(known or [0.0])
-        deviation = MAD_TO_DEVIATION * statistics.median([abs(value - centre) for value in known] or [0.0])
+        deviation = MAD_TO_DEVIATION * statistics.median(
+            [abs(value - centre) for value in known] or [0.0]
+        )
         if len(known) < WARM_UP:
             deviation = math.sqrt((ASSUMED + len(known) * deviation**2) / (ASSUMED + len(known)))
         deviation = max(LEAST_DEVIATION, deviation)
@@ -113,23 +164,55 @@ class SpikeDetector:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, as a plain dict for JSON or torch.save, with the settings that shape it: recent, window and floor."""
-        return {"class": "SpikeDetector", "recent": self._levels.maxlen, "window": self._residuals.maxlen, "floor": self.floor,
-                "levels": list(self._levels), "residuals": list(self._residuals), "evidence": self._evidence}
+        """What it remembers, as a plain dict for JSON or torch.save, with the settings that shape
+        it: recent, window and floor.
+        """
+        return {
+            "class": "SpikeDetector",
+            "recent": self._levels.maxlen,
+            "window": self._residuals.maxlen,
+            "floor": self.floor,
+            "levels": list(self._levels),
+            "residuals": list(self._residuals),
+            "evidence": self._evidence,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another class, an incomplete or damaged one, or one of a
+        """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another
+        class, an incomplete or damaged one, or one of a
         detector with another recent, window or floor."""
         mine = self.state_dict()
         _checks.state(state, mine)
         for name in ("recent", "window", "floor"):
             if not isinstance(state[name], (int, float)) or state[name] != mine[name]:
-                raise ValueError(f"state: expected {name} {mine[name]:g}, got {_checks.shown(state[name])}; make the detector with "
-                                 f"{name}={_checks.shown(state[name])}")
-        for name, longest, kind in (("levels", mine["recent"], float), ("residuals", mine["window"], float | None), ("evidence", 1, float)):
+                raise ValueError(
+                    f"state: expected {name} {mine[name]:g}, got {_checks.shown(state[name])}; "
+                    f"make the detector with "
+                    f"{name}={_checks.shown(state[name])}"
+                )
+        for name, longest, kind in (
+            ("levels", mine["recent"], float),
+            ("residuals", mine["window"], float | None),
+            ("evidence", 1, float),
+        ):
             values = [state[name]] if name == "evidence" else state[name]
-            right = isinstance(values, list) and len(values) <= longest and all(isinstance(value, kind) for value in values)
-            if not right or not all(map(math.isfinite, filter(None, values))) or name == "evidence" and state[name] < 0:
-                raise ValueError(f"state: expected {name} as SpikeDetector saves it, got {_checks.shown(state[name])}; begin with a new detector")
-        self._levels, self._residuals = deque(state["levels"], maxlen=mine["recent"]), deque(state["residuals"], maxlen=mine["window"])
+            right = (
+                isinstance(values, list)
+                and len(values) <= longest
+                and all(isinstance(value, kind) for value in values)
+            )
+            if (
+                not right
+                or not all(map(math.isfinite, filter(None, values)))
+                or name == "evidence"
+                and state[name] < 0
+            ):
+                raise ValueError(
+                    f"state: expected {name} as SpikeDetector saves it, got "
+                    f"{_checks.shown(state[name])}; begin with a new detector"
+                )
+        self._levels, self._residuals = (
+            deque(state["levels"], maxlen=mine["recent"]),
+            deque(state["residuals"], maxlen=mine["window"]),
+        )
         self._evidence = state["evidence"]

@@ -9,7 +9,9 @@ from tqdm import tqdm
 
 
 def progress(items: Iterable | None, title: str, *, total: int | None = None, **options) -> tqdm:
-    """Iterate over items with a bar, or without items `update(count)` it; `set_postfix_str(text, refresh=False)` adds figures. options: of tqdm."""
+    """Iterate over items with a bar, or without items `update(count)` it; `set_postfix_str(text,
+    refresh=False)` adds figures. options: of tqdm.
+    """
     # A log file gets a line now and then, a terminal a moving bar.
     interval = 0.1 if sys.stderr.isatty() else 15.0
     return tqdm(

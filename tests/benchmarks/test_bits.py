@@ -14,7 +14,9 @@ def test_a_line_for_each_case_and_a_hash_that_sees_one_bit(monkeypatch, capsys) 
     bits.main()
     first = capsys.readouterr().out.splitlines()
     bits.main()
-    assert capsys.readouterr().out.splitlines() == first and len(first) == 30 and len(set(first)) == 30
+    assert (
+        capsys.readouterr().out.splitlines() == first and len(first) == 30 and len(set(first)) == 30
+    )
     p, q = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5)
     off = torch.nextafter(torch.ones(2), torch.tensor(2.0))
 

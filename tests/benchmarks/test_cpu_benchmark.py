@@ -8,15 +8,23 @@ from benchmarks import cpu
 
 
 def test_records_and_page(monkeypatch, tmp_path, capsys) -> None:
-    """A small shape gives each provider's times, ratio, memory and error, and the page a row for each."""
-    named = {name: function for name, function in cpu.providers().items() if name != "torch.compile"}
+    """A small shape gives each provider's times, ratio, memory and error, and the page a row for
+    each.
+    """
+    named = {
+        name: function for name, function in cpu.providers().items() if name != "torch.compile"
+    }
     monkeypatch.setattr(cpu, "providers", lambda: named)
     monkeypatch.setattr(cpu.measure, "__defaults__", (((4, 500),), 3))
     assert cpu.main(["--json", str(tmp_path / "cpu.json")]) == 0
     data = json.loads((tmp_path / "cpu.json").read_text())
-    assert [(row["dtype"], row["provider"]) for row in data["records"]] == [(d, p) for d in cpu.DTYPES for p in named]
+    assert [(row["dtype"], row["provider"]) for row in data["records"]] == [
+        (d, p) for d in cpu.DTYPES for p in named
+    ]
     for row in data["records"]:
-        assert row["both"]["median_ms"] >= row["forward"]["median_ms"] > 0 and row["peak_tensors"] >= 1
+        assert (
+            row["both"]["median_ms"] >= row["forward"]["median_ms"] > 0 and row["peak_tensors"] >= 1
+        )
         assert row["provider"] != "torch" or row["both"]["ratio"] == 1
         assert not row["provider"].startswith("fastkl") or row["error"] < 1e-5
     title, origin, table = cpu.page(data)

@@ -1,4 +1,7 @@
-"""How benchmarks/disassembly.py reads machine code: loops and the paths through them, loads and resources."""
+"""How benchmarks/disassembly.py reads machine code: loops and the paths through them, loads and
+resources.
+"""
+
 import pytest
 
 pytest.importorskip("triton")
@@ -48,13 +51,18 @@ $row$slow:
 
 def test_sass_hot_loop():
     costs = disassembly.hot_loop(disassembly.parse_sass(SASS, "row"))
-    # LDG, LDG, MUFU, BRA, FFMA, BRA; the rare branch CALL, MUFU, BRA; the subroutine FMUL, RET. Not the NOP, not the loop over rows, not the edge.
+    # LDG, LDG, MUFU, BRA, FFMA, BRA; the rare branch CALL, MUFU, BRA; the subroutine FMUL, RET. Not
+    # the NOP, not the loop over rows, not the edge.
     assert costs == disassembly.LoopCosts(instructions=11, ex2=2, loads={16: 2}, fp32=2)
 
 
 def test_sass_loops_are_natural_ones():
     loops = disassembly.natural_loops(disassembly.parse_sass(SASS, "row"))
-    assert sorted(len(body) for body in loops.values()) == [8, 10, 12]  # edge, hot with its rare branch, rows; the padding is never reached
+    assert sorted(len(body) for body in loops.values()) == [
+        8,
+        10,
+        12,
+    ]  # edge, hot with its rare branch, rows; the padding is never reached
 
 
 def test_sass_longest_of_equally_wide_loops():
@@ -65,7 +73,8 @@ def test_sass_longest_of_equally_wide_loops():
 
 
 def test_sass_call_out_of_the_loop_is_a_jump():
-    # Seen in ptxas's code for sm_80: the loop is left by a call, and what follows it (here another load) belongs to no loop.
+    # Seen in ptxas's code for sm_80: the loop is left by a call, and what follows it (here another
+    # load) belongs to no loop.
     text = """
 .L_x_2:
         /*0000*/                   LDG.E.128 R4, [R4.64] ;
@@ -75,17 +84,31 @@ def test_sass_call_out_of_the_loop_is_a_jump():
         /*0030*/                   LDG.E.128 R4, [R4.64] ;
         /*0040*/                   EXIT ;
 """
-    assert disassembly.hot_loop(disassembly.parse_sass(text, "row")) == disassembly.LoopCosts(instructions=3, ex2=0, loads={16: 1})
+    assert disassembly.hot_loop(disassembly.parse_sass(text, "row")) == disassembly.LoopCosts(
+        instructions=3, ex2=0, loads={16: 1}
+    )
 
 
 def test_no_loads_no_hot_loop():
     assert disassembly.hot_loop(disassembly.parse_sass(SASS.replace("LDG", "LDS"), "row")) is None
 
 
-@pytest.mark.parametrize(("opcode", "width"), [
-    ("LDG.E", 4), ("LDG.E.64", 8), ("LDG.E.128", 16), ("LDG.E.ENL2.256", 32), ("LDG.E.U16.CONSTANT", 2), ("LDG.E.S8", 1),
-    ("LDG.E.LTC128B.128", 16), ("LDG.E.LTC128B", 4), ("LDGSTS.E.BYPASS.128", 16), ("LDS.128", 0), ("STG.E.128", 0),
-])
+@pytest.mark.parametrize(
+    ("opcode", "width"),
+    [
+        ("LDG.E", 4),
+        ("LDG.E.64", 8),
+        ("LDG.E.128", 16),
+        ("LDG.E.ENL2.256", 32),
+        ("LDG.E.U16.CONSTANT", 2),
+        ("LDG.E.S8", 1),
+        ("LDG.E.LTC128B.128", 16),
+        ("LDG.E.LTC128B", 4),
+        ("LDGSTS.E.BYPASS.128", 16),
+        ("LDS.128", 0),
+        ("STG.E.128", 0),
+    ],
+)
 def test_sass_load_widths(opcode, width):
     assert disassembly.sass_load_width(opcode) == width
 
@@ -97,7 +120,8 @@ def test_cuobjdump_resources():
         disassembly.parse_resources("cuobjdump fatal: no such file")
 
 
-# Forward in small: a mask's early end, a hot loop of three paths, an edge loop, and the merge behind an atomic operation.
+# Forward in small: a mask's early end, a hot loop of three paths, an edge loop, and the merge
+# behind an atomic operation.
 SEGMENT = """
     .section .text.row,"ax",@progbits
 .text.row:
@@ -144,10 +168,13 @@ $row$slow:
 
 
 def test_each_path_and_all_around_them():
-    costs = disassembly.segment_costs(disassembly.parse_sass(SEGMENT, "row"), anchors=3, edges=2, segments=4)
+    costs = disassembly.segment_costs(
+        disassembly.parse_sass(SEGMENT, "row"), anchors=3, edges=2, segments=4
+    )
     assert (costs.near.instructions, costs.near.ex2, costs.near.loads) == (8, 1, {16: 2, 8: 1})
     assert (costs.general.instructions, costs.general.ex2) == (10, 3)
-    # BRA, IADD3, BRA, MOV; three tiles that re-anchor; an edge of LDG, BRA, BRA twice; ATOMG; one time in four EXIT, FADD, FADD, EXIT.
+    # BRA, IADD3, BRA, MOV; three tiles that re-anchor; an edge of LDG, BRA, BRA twice; ATOMG; one
+    # time in four EXIT, FADD, FADD, EXIT.
     assert costs.outside == 4 + 3 * 8 + 2 * 3 + 1 + 4 / 4
     assert costs.loaded == 40
 
@@ -157,9 +184,18 @@ def test_a_load_that_is_waited_for_is_no_longer_in_flight():
     assert disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1, 1).loaded == 24
 
 
-@pytest.mark.parametrize("text", [SASS, SEGMENT.replace("LDG", "LDS"), SEGMENT.replace("MUFU.EX2 R20, R9", "CALL.REL.NOINC `($row$slow)")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        SASS,
+        SEGMENT.replace("LDG", "LDS"),
+        SEGMENT.replace("MUFU.EX2 R20, R9", "CALL.REL.NOINC `($row$slow)"),
+    ],
+)
 def test_code_that_reads_otherwise_is_refused(text):
-    """A loop over rows around the one over the vocabulary; no loop that loads; a subroutine on every path."""
+    """A loop over rows around the one over the vocabulary; no loop that loads; a subroutine on
+    every path.
+    """
     with pytest.raises(ValueError, match="expected a path through a loop"):
         disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1, 1)
 
@@ -205,9 +241,19 @@ def test_amdgcn_resources():
     assert disassembly.parse_amdgcn_resources("") == (None, None)
 
 
-@pytest.mark.parametrize(("opcode", "width"), [
-    ("buffer_load_dwordx4", 16), ("global_load_dwordx2", 8), ("global_load_dword", 4), ("global_load_ushort", 2), ("global_load_short_d16_hi", 2),
-    ("buffer_load_sbyte", 1), ("global_store_dwordx4", 0), ("s_load_dwordx4", 0), ("ds_read_b128", 0),
-])
+@pytest.mark.parametrize(
+    ("opcode", "width"),
+    [
+        ("buffer_load_dwordx4", 16),
+        ("global_load_dwordx2", 8),
+        ("global_load_dword", 4),
+        ("global_load_ushort", 2),
+        ("global_load_short_d16_hi", 2),
+        ("buffer_load_sbyte", 1),
+        ("global_store_dwordx4", 0),
+        ("s_load_dwordx4", 0),
+        ("ds_read_b128", 0),
+    ],
+)
 def test_amdgcn_load_widths(opcode, width):
     assert disassembly.gcn_load_width(opcode) == width

@@ -1,4 +1,5 @@
 """The paths that benchmarks.paths counts are those that the kernel takes."""
+
 import json
 import os
 import subprocess
@@ -47,12 +48,25 @@ print(json.dumps(results))
 
 def test_the_emulation_takes_the_kernel_s_paths():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COUNTED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COUNTED],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout)
     for (tiles, general, anchored), counts in results:
-        assert tiles == 10 and [tiles - general, general, anchored] == [counts.get(name, 0) for name in ("near", "general", "anchor")]
-    assert results[0][0][1] == 0 and results[1][0][1] > 0 and len({anchored for (_, _, anchored), _ in results}) > 1
+        assert tiles == 10 and [tiles - general, general, anchored] == [
+            counts.get(name, 0) for name in ("near", "general", "anchor")
+        ]
+    assert (
+        results[0][0][1] == 0
+        and results[1][0][1] > 0
+        and len({anchored for (_, _, anchored), _ in results}) > 1
+    )
 
 
 def test_a_policy_near_its_reference_takes_the_near_path():

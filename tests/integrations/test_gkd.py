@@ -1,5 +1,7 @@
-"""The exact KL in TRL's GKD trainer: losses and gradients of tiny random models against TRL's own and
-plain torch on full logits. Refused settings are in test_trl.py, with those of the other trainers."""
+"""The exact KL in TRL's GKD trainer: losses and gradients of tiny random models against TRL's own
+and
+plain torch on full logits. Refused settings are in test_trl.py, with those of the other
+trainers."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from fastkl.integrations.transformers import KLCallback  # noqa: E402
 from fastkl.rl import AdaptiveBeta, FixedBeta, KLMonitor  # noqa: E402
 
 V, LENGTH = 61, 7
-# A mean over an optimizer step's tokens is a sum of 4·LENGTH float32 values; each addition rounds by
-# eps/2 at most, on both sides: 3.3e-6.
+# A mean over an optimizer step's tokens is a sum of 4·LENGTH float32 values; each addition rounds
+# by eps/2 at most, on both sides: 3.3e-6.
 ROUNDING = 4 * LENGTH * torch.finfo(torch.float32).eps
 # The first LENGTH - i % 3 tokens of sequence i count.
 IDS = torch.randint(V, (16, LENGTH), generator=torch.Generator().manual_seed(1))

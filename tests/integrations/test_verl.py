@@ -19,8 +19,8 @@ from fastkl.rl import FixedBeta
 
 CORE, LOSSES = "verl.trainer.ppo.core_algos", "verl.workers.utils.losses"
 EPS = torch.finfo(torch.float32).eps
-# Float32 operations between log-probs and a loss of fifteen tokens: one for each addition, ten for a
-# term, each of which rounds by eps/2: 1.5e-6.
+# Float32 operations between log-probs and a loss of fifteen tokens: one for each addition, ten for
+# a term, each of which rounds by eps/2: 1.5e-6.
 ROUNDING = (15 + 10) * EPS / 2
 # The arguments that verl passes beside a batch's tensors.
 DEFAULTS = dict(loss_agg_mode="token-mean", rollout_is_weights=None)

@@ -1,4 +1,6 @@
-"""Single cases of far rows and of rows of huge logits: extremes of values, masks and temperatures, each with its right answer."""
+"""Single cases of far rows and of rows of huge logits: extremes of values, masks and temperatures,
+each with its right answer.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def test_equal_logits_are_uniform(implementation, value) -> None:
 
 @pytest.mark.parametrize("temperature", [2.0**-126, 1e-30, 0.01, 1e30, 2.0**126])
 def test_extreme_temperatures(implementation, temperature) -> None:
-    """A mask of finfo.min in Q that P has 1e-15 of, and the ends of the range of temperatures, as float64 has them."""
+    """A mask of finfo.min in Q that P has 1e-15 of, and the ends of the range of temperatures, as
+    float64 has them.
+    """
     x = torch.tensor([[0.0, -35.0, -1.0], [1e-30, 0.0, 2e-30]])
     y = torch.tensor([[0.0, torch.finfo(torch.float32).min, -1.0], [0.0, 1e-30, 0.0]])
     exact = testing.truth(x, y, temperature).kl.float()
@@ -64,7 +68,9 @@ def test_extreme_temperatures(implementation, temperature) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3, 2.0])
 def test_a_masked_token(implementation, temperature) -> None:
-    """The log-probability of an entry masked by finfo.min in both models is finite wherever float32 can hold it."""
+    """The log-probability of an entry masked by finfo.min in both models is finite wherever float32
+    can hold it.
+    """
     x, y = torch.tensor([[0.0, 1.0, 2.0], [0.5, 0.0, -1.0]])
     x[1] = y[1] = torch.finfo(torch.float32).min
     pairs, tokens = (x[None], y[None]), torch.tensor([1])
@@ -84,7 +90,9 @@ def test_a_masked_token(implementation, temperature) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("below", [80.0, 120.0, 700.0, 800.0])
 def test_infinite_where_p_is_above_0(implementation, below, dtype) -> None:
-    """q = -inf makes KL infinite where float64's p is above 0: up to 745 nats below the log-sum-exp, whatever the logits' type."""
+    """q = -inf makes KL infinite where float64's p is above 0: up to 745 nats below the
+    log-sum-exp, whatever the logits' type.
+    """
     x, y = (
         torch.tensor([[0.0, -below, 0.5]], dtype=dtype),
         torch.tensor([[0.0, -math.inf, 0.5]], dtype=dtype),
@@ -99,7 +107,9 @@ def test_infinite_where_p_is_above_0(implementation, below, dtype) -> None:
 
 
 def test_certain_tokens(implementation) -> None:
-    """log(1 - p) of a log-probability is never NaN: none is above 0, of either model; the entropy of a one-hot row is 0, not -0."""
+    """log(1 - p) of a log-probability is never NaN: none is above 0, of either model; the entropy
+    of a one-hot row is 0, not -0.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 100, generator=generator)
     x[:, 0] += 50 * (1 + torch.rand(256, generator=generator))
@@ -114,7 +124,9 @@ def test_certain_tokens(implementation) -> None:
 @pytest.mark.parametrize("masked", ["policy", "reference"])
 @pytest.mark.parametrize("direction", ["policy||reference", "reference||policy"])
 def test_penalties_beside_a_mask(implementation, direction, masked, fill) -> None:
-    """Masked actions of one model, by its logits or by a bias of its lm_head: both penalties in both directions."""
+    """Masked actions of one model, by its logits or by a bias of its lm_head: both penalties in
+    both directions.
+    """
     if implementation.interpreted and fill != -1e9:
         pytest.skip("one size of mask in the interpreter is enough: the far rows have all")
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +141,8 @@ def test_penalties_beside_a_mask(implementation, direction, masked, fill) -> Non
     )
     first, second = (log_p, log_q) if direction.startswith("policy") else (log_q, log_p)
     kept = torch.arange(40) < 30
-    # An entry that the first model masks has probability 0; one that the second masks by -inf makes the KL infinite.
+    # An entry that the first model masks has probability 0; one that the second masks by -inf makes
+    # the KL infinite.
     first_masked = (first is log_p) == (masked == "policy")
     if first_masked:
         first, second = first[:, kept], second[:, kept]
@@ -165,7 +178,9 @@ def test_penalties_beside_a_mask(implementation, direction, masked, fill) -> Non
 
 
 def test_no_gradient_takes_the_place_of_logits_to_be_read_again(implementation) -> None:
-    """ref_kl of rows with two peaks, from hidden states and over several programs of a row: gradients to both models."""
+    """ref_kl of rows with two peaks, from hidden states and over several programs of a row:
+    gradients to both models.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = 70001
     weight = torch.randn(vocabulary, 4, generator=generator)
@@ -194,7 +209,9 @@ def test_no_gradient_takes_the_place_of_logits_to_be_read_again(implementation) 
 
 
 def test_a_peak_that_rounds_up_to_a_whole_number(implementation) -> None:
-    """float32 logits whose x·log2(e) rounds to the next whole number, beside nearly no other probability."""
+    """float32 logits whose x·log2(e) rounds to the next whole number, beside nearly no other
+    probability.
+    """
     x = torch.full((3, 64), -40.0)
     x[:, 9] = torch.tensor([14.556090, 15.249238, 13.862943])
     y = x.clone()
@@ -207,7 +224,9 @@ def test_a_peak_that_rounds_up_to_a_whole_number(implementation) -> None:
 
 
 def test_an_infinite_kl_that_is_left_out(implementation) -> None:
-    """A row whose KL is infinite and has an upstream gradient of 0 keeps the gradient of its other fields."""
+    """A row whose KL is infinite and has an upstream gradient of 0 keeps the gradient of its other
+    fields.
+    """
     x, y = torch.zeros(1, 8), torch.zeros(1, 8)
     y[0, 3] = -math.inf
     p, q = (side.to(implementation.device).requires_grad_() for side in (x, y))
@@ -224,7 +243,9 @@ def test_an_infinite_kl_that_is_left_out(implementation) -> None:
 @pytest.mark.parametrize("fill", [-50.0, -100.0, -1e4, -1e6])
 def test_ref_kl_beside_a_mask_of_little_probability(implementation, fill) -> None:
     """KL(P‖Q) is that of the masked entry nearly alone, KL(Q‖P) hundreds of times smaller."""
-    x = torch.tensor([[-0.5375, 5.7692, 0.8638, 2.8104, math.log(1.2 / -fill) + 6.4, 5.5563, 2.6901]])
+    x = torch.tensor(
+        [[-0.5375, 5.7692, 0.8638, 2.8104, math.log(1.2 / -fill) + 6.4, 5.5563, 2.6901]]
+    )
     y = x + torch.tensor([[0.3, -0.2, 0.1, -0.3, 0.0, 0.2, -0.1]])
     y[:, 4] = fill
     exact = testing.truth(x, y)

@@ -1,4 +1,5 @@
-"""Rows whose two distributions lie far apart, and rows of huge logits: every field and gradient against float64.
+"""Rows whose two distributions lie far apart, and rows of huge logits: every field and gradient
+against float64.
 
 FASTKL_FAR_ROWS=20000 checks that many rows instead of a few hundred, newly drawn.
 """
@@ -169,9 +170,11 @@ def run(
 
 
 def rounding(exact: torch.Tensor, dtype: torch.dtype, implementation) -> torch.Tensor:
-    """The largest error of each entry in a gradient's type, where float32 has it right to 4e-6 of itself.
+    """The largest error of each entry in a gradient's type, where float32 has it right to 4e-6 of
+    itself.
 
-    Triton's interpreter truncates where a GPU rounds to bfloat16: a unit in the last place on one side of a boundary.
+    Triton's interpreter truncates where a GPU rounds to bfloat16: a unit in the last place on one
+    side of a boundary.
     """
     errors = []
     for value in (exact, exact * (1 - 4e-6)):
@@ -229,10 +232,12 @@ def assert_right(family: Family, implementation) -> None:
         )
         absolute = 3e-13 / family.temperature
         if "kl" not in name and implementation.kernels:
-            # Beside a near-certain token, 1 - p and log p + entropy are no better known than log-probabilities are.
+            # Beside a near-certain token, 1 - p and log p + entropy are no better known than
+            # log-probabilities are.
             absolute += 2e-6 / family.temperature
         if family.dtype != torch.float32:
-            # A gradient's own rounding, and that of the difference of two probabilities rounded in float32.
+            # A gradient's own rounding, and that of the difference of two probabilities rounded in
+            # float32.
             absolute += (
                 rounding(expected, family.dtype, implementation).norm(dim=-1) * 1.01
                 + 1e-6 / family.temperature
@@ -241,13 +246,16 @@ def assert_right(family: Family, implementation) -> None:
         if bool(wrong.any()):
             row = int(wrong.int().argmax())
             raise AssertionError(
-                f"gradient of {name} to {side}: relative error {error[row] / norm[row]:.3g} of {norm[row]:.3g}, plain torch "
+                f"gradient of {name} to {side}: relative error {error[row] / norm[row]:.3g} of "
+                f"{norm[row]:.3g}, plain torch "
                 f"{own[row] / norm[row]:.3g}: {family}"
             )
 
 
 def test_far_rows(implementation) -> None:
-    """Masks, peaks, shifts, scales and temperatures of every size, in each type, all fields and both sides."""
+    """Masks, peaks, shifts, scales and temperatures of every size, in each type, all fields and
+    both sides.
+    """
     rows = WANTED or (160 if implementation.interpreted else 640)
 
     @hypothesis.settings(

@@ -1,6 +1,8 @@
-"""The Triton kernels in Triton's interpreter, through the very tests of the public functions, in processes of their own.
+"""The Triton kernels in Triton's interpreter, through the very tests of the public functions, in
+processes of their own.
 
-TRITON_INTERPRET must be set before the kernels are imported, hence the processes; they run side by side, one thread each.
+TRITON_INTERPRET must be set before the kernels are imported, hence the processes; they run side by
+side, one thread each.
 """
 
 from __future__ import annotations
@@ -17,26 +19,55 @@ import torch
 
 pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# The files that share a process, whose start takes seconds; the longest first. Those of the first lines give every row a GPU's rounding errors.
+# The files that share a process, whose start takes seconds; the longest first. Those of the first
+# lines give every row a GPU's rounding errors.
 GROUPS = (
     ("test_divergence",),
     ("test_kernels", "test_row_segment"),
     ("test_tokens", "test_linear", "test_linear_options"),
     ("test_rows", "test_extreme_rows", "test_far_rows"),
-    ("test_torch", "test_linear_ops", "test_linear_heads", "test_linear_penalty", "test_linear_checks"),
-    ("test_row_fused", "test_dispatch", "test_checks", "test_penalty", "test_tokens_several", "test_backend", "test_divergence_suppressed"),
+    (
+        "test_torch",
+        "test_linear_ops",
+        "test_linear_heads",
+        "test_linear_penalty",
+        "test_linear_checks",
+    ),
+    (
+        "test_row_fused",
+        "test_dispatch",
+        "test_checks",
+        "test_penalty",
+        "test_tokens_several",
+        "test_backend",
+        "test_divergence_suppressed",
+    ),
 )
 
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreting process"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreting process"
+    ),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU"),
 ]
 
 
 def run(stems: tuple[str, ...]) -> tuple[int, str]:
     """(exit code, output) of some files' tests with the kernels interpreted."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(str(ROOT / "tests" / f"{stem}.py") for stem in stems)]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONWARNINGS": "ignore",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        *(str(ROOT / "tests" / f"{stem}.py") for stem in stems),
+    ]
     return background.run(command, ROOT, environment)
 
 

@@ -21,11 +21,15 @@ SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
 
 @pytest.fixture
 def started(monkeypatch) -> list[tuple]:
-    """What would be launched, in order: kernel, compile-time values, options, programs and every argument that is no tensor."""
+    """What would be launched, in order: kernel, compile-time values, options, programs and every
+    argument that is no tensor.
+    """
     starts: list[tuple] = []
 
     def note(variant, programs, arguments):
-        numbers = {name: value for name, value in arguments.items() if not isinstance(value, torch.Tensor)}
+        numbers = {
+            name: value for name, value in arguments.items() if not isinstance(value, torch.Tensor)
+        }
         starts.append((variant.kernel, variant.constants, variant.options, programs, numbers))
 
     monkeypatch.setattr(launch.Variant, "start", note)
@@ -33,29 +37,62 @@ def started(monkeypatch) -> list[tuple]:
 
 
 def placed(shape: tuple[int, ...], dtype: torch.dtype, start: int, turned: bool) -> torch.Tensor:
-    """Uninitialised logits that start so many elements behind a boundary; `turned`: the leading dimensions in the other order in memory."""
+    """Uninitialised logits that start so many elements behind a boundary; `turned`: the leading
+    dimensions in the other order in memory.
+    """
     inner = (*shape[-2::-1], shape[-1]) if turned else shape
-    value = torch.empty(64 + torch.Size(shape).numel(), dtype=dtype)[start:start + torch.Size(shape).numel()].view(inner)
+    value = torch.empty(64 + torch.Size(shape).numel(), dtype=dtype)[
+        start : start + torch.Size(shape).numel()
+    ].view(inner)
     return value.permute(*range(len(shape) - 2, -1, -1), len(shape) - 1) if turned else value
 
 
 def run(shape, dtypes, starts, turned, masked, per_row, scaling) -> None:
     """A forward of every field and a backward to both sides."""
-    p, q = (placed(shape, dtype, start, turned) for dtype, start in zip(dtypes, starts, strict=True))
+    p, q = (
+        placed(shape, dtype, start, turned) for dtype, start in zip(dtypes, starts, strict=True)
+    )
     rows = p.shape[:-1].numel()
-    rest = (torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.bool) if masked else None, torch.ones(rows) if per_row else 0.5)
+    rest = (
+        torch.zeros(rows, dtype=torch.int64),
+        torch.ones(rows, dtype=torch.bool) if masked else None,
+        torch.ones(rows) if per_row else 0.5,
+    )
     values, saved = {name: torch.empty(rows) for name in FIELDS}, torch.empty(rows, SAVED)
     engine.forward("triton", p, q, *rest, values, saved, scaling)
-    engine.backward("triton", p, q, *rest, saved, values, *(torch.empty(rows, shape[-1], dtype=dtype) for dtype in dtypes), scaling)
+    engine.backward(
+        "triton",
+        p,
+        q,
+        *rest,
+        saved,
+        values,
+        *(torch.empty(rows, shape[-1], dtype=dtype) for dtype in dtypes),
+        scaling,
+    )
 
 
 def kinds() -> list[tuple]:
     """Calls that differ in one property each from another."""
     first = ((2, 3, 40), (torch.float32, torch.float32), (0, 0), False, False, False, Scaling())
-    others = (SHAPES, itertools.product((torch.float32, torch.bfloat16), repeat=2), itertools.product((0, 1, 2, 4, 8), repeat=2), (True,), (True,),
-              (True,), (Scaling(30.0), Scaling(0.0, 30.0), Scaling(ratio=0.5)))
-    found = [first[:i] + (value,) + first[i + 1:] for i, values in enumerate(others) for value in values]
-    return [first, *found, *(((3, 2, 4, 40), *one[1:3], True, *one[4:]) for one in found if one[0] == first[0]), *found]
+    others = (
+        SHAPES,
+        itertools.product((torch.float32, torch.bfloat16), repeat=2),
+        itertools.product((0, 1, 2, 4, 8), repeat=2),
+        (True,),
+        (True,),
+        (True,),
+        (Scaling(30.0), Scaling(0.0, 30.0), Scaling(ratio=0.5)),
+    )
+    found = [
+        first[:i] + (value,) + first[i + 1 :] for i, values in enumerate(others) for value in values
+    ]
+    return [
+        first,
+        *found,
+        *(((3, 2, 4, 40), *one[1:3], True, *one[4:]) for one in found if one[0] == first[0]),
+        *found,
+    ]
 
 
 def test_a_call_looks_up_what_it_would_work_out(started) -> None:
@@ -82,17 +119,23 @@ def test_configurations_of_tests_and_of_the_tuner_count(started) -> None:
     with config.override(chosen, chosen):
         run(*kind)
     run(*kind)
-    before, within, after = (started[i * len(started) // 3:(i + 1) * len(started) // 3] for i in range(3))
+    before, within, after = (
+        started[i * len(started) // 3 : (i + 1) * len(started) // 3] for i in range(3)
+    )
     assert before == after and before[0] != within[0] and before[-1] != within[-1]
     assert within[0][1]["THREADS"] == 32 and within[-1][1]["CHUNK"] == 128
 
 
 def test_no_tensor_is_kept_and_the_number_is_bounded(started) -> None:
-    """A plan is about shapes, types and addresses: logits are freed, and the oldest plan goes for a new one."""
+    """A plan is about shapes, types and addresses: logits are freed, and the oldest plan goes for a
+    new one.
+    """
     p, q, saved = torch.empty(3, 40), torch.empty(3, 40), torch.empty(3, SAVED)
     kept = [weakref.ref(value) for value in (p, q, saved)]
     engine.forward("triton", p, q, None, None, 1.0, {"kl": torch.empty(3)}, saved)
-    engine.backward("triton", p, q, None, None, 1.0, saved, {"kl": torch.ones(3)}, torch.empty(3, 40), None)
+    engine.backward(
+        "triton", p, q, None, None, 1.0, saved, {"kl": torch.ones(3)}, torch.empty(3, 40), None
+    )
     started.clear()
     del p, q, saved
     gc.collect()
@@ -111,7 +154,10 @@ def test_from_several_threads(started) -> None:
         cache.cache_clear()
     started.clear()
     order = [kinds(), kinds()[::-1], kinds(), kinds()[::-1]]
-    threads = [threading.Thread(target=lambda mine: [run(*kind) for kind in mine], args=(mine,)) for mine in order]
+    threads = [
+        threading.Thread(target=lambda mine: [run(*kind) for kind in mine], args=(mine,))
+        for mine in order
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,6 @@
-"""The forward's loop over a segment and its merge, as GPUs run them: paths, borders, masks, equal bits, arrival order."""
+"""The forward's loop over a segment and its merge, as GPUs run them: paths, borders, masks, equal
+bits, arrival order.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ LOWEST = torch.finfo(torch.bfloat16).min
 
 
 class Gpu:
-    """An architecture's forward configuration for long rows of one type; tile: the entries that a program adds at a time."""
+    """An architecture's forward configuration for long rows of one type; tile: the entries that a
+    program adds at a time.
+    """
 
     def __init__(self, arch: str, dtype: torch.dtype) -> None:
         self.arch, self.dtype = arch, dtype
@@ -72,7 +76,9 @@ def problem_of(p, q, tokens, mask=None):
 
 
 def statistics(p, q, tokens, mask=None) -> dict[str, torch.Tensor]:
-    """Fields and saved values of one forward, from poisoned memory; KL(P‖Q) alone where tokens is None."""
+    """Fields and saved values of one forward, from poisoned memory; KL(P‖Q) alone where tokens is
+    None.
+    """
     problem = problem_of(p, q, tokens, mask)
     names = ("kl",) if tokens is None else FIELDS
     saved = torch.full((p.shape[0], SAVED), math.nan, device=p.device)
@@ -88,7 +94,8 @@ def logits(pairs, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_right(implementation, p, q, hidden=None, alone: bool = False) -> list[bool]:
-    """Compare every field (or the KL alone) and both gradients of the KL with float64; return which rows are fallback rows.
+    """Compare every field (or the KL alone) and both gradients of the KL with float64; return which
+    rows are fallback rows.
 
     hidden: entries [N, V] that neither tensor gives any probability.
     """
@@ -111,7 +118,9 @@ def assert_right(implementation, p, q, hidden=None, alone: bool = False) -> list
     launch.backward(problem_of(p, q, None), saved, {"kl": upstream}, *grads)
     for grad, value, side in zip(grads, testing.kl_gradients(exact, upstream), "pq", strict=True):
         what = f"gradient to {side}"
-        testing.assert_rounded_gradient(grad, value, what, absolute=1e-6 * (side == "q"), truncated=implementation.interpreted)
+        testing.assert_rounded_gradient(
+            grad, value, what, absolute=1e-6 * (side == "q"), truncated=implementation.interpreted
+        )
     return saved[:, 1].signbit().tolist()
 
 
@@ -152,7 +161,9 @@ def test_adversarial_rows(implementation, gpu) -> None:
 
 
 def growing_rows(tile: int, generator: torch.Generator):
-    """(x, d) of rows whose centre settles early: tiles of a few times the first, or of all before, each with d + delta."""
+    """(x, d) of rows whose centre settles early: tiles of a few times the first, or of all before,
+    each with d + delta.
+    """
     for delta, all_before in ((0.3, False), (3.0, False), (0.3, True), (10.0, True)):
         weights = [1.0] + [1e-5] * 6
         for _ in range(9):
@@ -164,14 +175,18 @@ def growing_rows(tile: int, generator: torch.Generator):
 
 
 def test_a_centre_that_settles_early(implementation, warp) -> None:
-    """Nearly all weight lies far from the mean of the first tiles, though no tile outweighs all before it by much."""
+    """Nearly all weight lies far from the mean of the first tiles, though no tile outweighs all
+    before it by much.
+    """
     rows = growing_rows(warp.tile, torch.Generator().manual_seed(0))
     with warp.use():
         assert_right(implementation, *logits(rows, warp.dtype))
 
 
 def test_equal_differences_just_below_a_new_centre(implementation) -> None:
-    """Two values of d alone, so that no rounding averages out, and an eighth of the weight about the centre."""
+    """Two values of d alone, so that no rounding averages out, and an eighth of the weight about
+    the centre.
+    """
     if not implementation.interpreted:
         pytest.skip("the roundings are those of the interpreter's model")
     gpu = Gpu("sm_90", torch.float32)
@@ -208,7 +223,9 @@ def test_border_of_near_and_general(implementation, warp) -> None:
 
 
 def test_border_of_the_fallback(implementation, warp) -> None:
-    """One entry 50, 59 and 61 nats from the mean on either side: right; the fallback takes those beyond 60."""
+    """One entry 50, 59 and 61 nats from the mean on either side: right; the fallback takes those
+    beyond 60.
+    """
     first, last = 5, warp.tile + 80
     sizes = torch.tensor([50.0, 59.0, 61.0])
     x = torch.randn(6, warp.tile + 90, generator=torch.Generator().manual_seed(2))
@@ -225,7 +242,9 @@ def test_border_of_the_fallback(implementation, warp) -> None:
 
 
 def test_shared_masks(implementation, warp) -> None:
-    """Both tensors masked in the same columns: right, with entropy and without; no fallback row where the mask is finite."""
+    """Both tensors masked in the same columns: right, with entropy and without; no fallback row
+    where the mask is finite.
+    """
     tile = warp.tile
     at = torch.arange(2 * tile + 90)
     columns = [at < tile + 9, at % 7 == 0, at // tile == 1, at >= 2 * tile, at > 0]
@@ -283,7 +302,9 @@ def test_poison_stays_in_its_row(implementation, warp) -> None:
 
 
 def test_equal_bits_wherever_a_row_is(implementation, gpu) -> None:
-    """Alone, in a batch, at any distance from a 16-byte boundary, with Q elsewhere: near, peaked, equal and far rows."""
+    """Alone, in a batch, at any distance from a 16-byte boundary, with Q elsewhere: near, peaked,
+    equal and far rows.
+    """
     p, q, tokens, _ = test_kernels.data(2 * gpu.tile + 9, gpu.dtype, implementation.device, 4)
     p[1, -200] += 30
     q[2] = p[2]
@@ -302,7 +323,9 @@ def test_equal_bits_wherever_a_row_is(implementation, gpu) -> None:
             x = test_kernels.padded(p[rows], padding_p, offset_p)
             y = test_kernels.padded(q[rows], padding_q, offset_q)
             for name, value in statistics(x, y, None if alone else tokens[rows]).items():
-                testing.assert_same_bits(value, torch.cat([single[row][name] for row in rows]), name)
+                testing.assert_same_bits(
+                    value, torch.cat([single[row][name] for row in rows]), name
+                )
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

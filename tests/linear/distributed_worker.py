@@ -1,7 +1,9 @@
-"""One of two gloo processes on CPU tensors, started by test_linear_distributed.py: python distributed_worker.py FOLDER, with RANK and WORLD_SIZE set.
+"""One of two gloo processes on CPU tensors, started by test_linear_distributed.py: python
+distributed_worker.py FOLDER, with RANK and WORLD_SIZE set.
 
-Each scenario trains a model for two steps on this rank's half of a batch, under DDP or FSDP2, and beside it a plain copy on the whole batch.
-What they differ by is written to FOLDER/rank<RANK>.json after every scenario; the test decides what is wrong.
+Each scenario trains a model for two steps on this rank's half of a batch, under DDP or FSDP2, and
+beside it a plain copy on the whole batch. What they differ by is written to FOLDER/rank<RANK>.json
+after every scenario; the test decides what is wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ STEPS, RATE = 2, 0.5
 
 
 class Batch(NamedTuple):
-    """What forward takes. The reference's hidden states and lm_head are data here: nothing learns through them."""
+    """What forward takes. The reference's hidden states and lm_head are data here: nothing learns
+    through them.
+    """
 
     x: torch.Tensor
     ref_hidden: torch.Tensor
@@ -40,7 +44,9 @@ class Batch(NamedTuple):
     def half(self, rank: int) -> Batch:
         """The sequences of one rank."""
         mine = slice(rank * SEQUENCES // WORLD, (rank + 1) * SEQUENCES // WORLD)
-        return self._replace(**{name: getattr(self, name)[mine] for name in ("x", "ref_hidden", "mask", "weights")})
+        return self._replace(
+            **{name: getattr(self, name)[mine] for name in ("x", "ref_hidden", "mask", "weights")}
+        )
 
     def to(self, dtype: torch.dtype) -> Batch:
         """Float tensors in another type, as FSDP's mixed precision casts what forward takes."""
@@ -48,7 +54,9 @@ class Batch(NamedTuple):
 
 
 def batch(masked: tuple[int, ...] = (1, 8)) -> Batch:
-    """A batch in which the tokens at `masked` do not count: by default one of each rank. All values are exact in bfloat16."""
+    """A batch in which the tokens at `masked` do not count: by default one of each rank. All values
+    are exact in bfloat16.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def eighths(*shape: int) -> torch.Tensor:
@@ -56,30 +64,52 @@ def batch(masked: tuple[int, ...] = (1, 8)) -> Batch:
 
     mask = torch.ones(SEQUENCES * TIME, dtype=torch.bool)
     mask[list(masked)] = False
-    return Batch(eighths(SEQUENCES, TIME, X), eighths(SEQUENCES, TIME, H_REF), eighths(V, H_REF), mask.view(SEQUENCES, TIME),
-                 eighths(SEQUENCES, TIME).abs() + 0.25)
+    return Batch(
+        eighths(SEQUENCES, TIME, X),
+        eighths(SEQUENCES, TIME, H_REF),
+        eighths(V, H_REF),
+        mask.view(SEQUENCES, TIME),
+        eighths(SEQUENCES, TIME).abs() + 0.25,
+    )
 
 
 class Head(torch.nn.Linear):
     """An lm_head that can return the loss instead of logits."""
 
     def loss(self, hidden: torch.Tensor, data: Batch, reduction: str | Callable) -> torch.Tensor:
-        """The weighted mean, or sum, of KL(policy‖reference) over this batch; or what a function makes of (hidden, weight, data)."""
+        """The weighted mean, or sum, of KL(policy‖reference) over this batch; or what a function
+        makes of (hidden, weight, data).
+        """
         if callable(reduction):
             return reduction(hidden, self.weight, data)
         if reduction == "none":
-            kl = fastkl.linear_kl_divergence(hidden, self.weight, data.ref_hidden, data.ref_weight, mask=data.mask)
+            kl = fastkl.linear_kl_divergence(
+                hidden, self.weight, data.ref_hidden, data.ref_weight, mask=data.mask
+            )
             return (data.weights * kl).sum() / data.mask.sum()
-        return fastkl.linear_kl_divergence(hidden, self.weight, data.ref_hidden, data.ref_weight, weights=data.weights, mask=data.mask,
-                                           reduction=reduction)
+        return fastkl.linear_kl_divergence(
+            hidden,
+            self.weight,
+            data.ref_hidden,
+            data.ref_weight,
+            weights=data.weights,
+            mask=data.mask,
+            reduction=reduction,
+        )
 
 
 class Policy(torch.nn.Module):
-    """A trunk, an lm_head, and a forward that returns the loss: DDP and FSDP gather and reduce around forward, not around .weight."""
+    """A trunk, an lm_head, and a forward that returns the loss: DDP and FSDP gather and reduce
+    around forward, not around .weight.
+    """
 
-    def __init__(self, reduction: str = "mean", frozen: bool = False, unshard: bool = False) -> None:
+    def __init__(
+        self, reduction: str = "mean", frozen: bool = False, unshard: bool = False
+    ) -> None:
         super().__init__()
-        self.trunk = torch.nn.Sequential(torch.nn.Linear(X, H), torch.nn.Tanh(), torch.nn.Linear(H, H))
+        self.trunk = torch.nn.Sequential(
+            torch.nn.Linear(X, H), torch.nn.Tanh(), torch.nn.Linear(H, H)
+        )
         self.lm_head = Head(H, V, bias=False).requires_grad_(not frozen)
         self.reduction, self.unshard = reduction, unshard
 
@@ -102,7 +132,8 @@ def seeded(**options: bool | str) -> Policy:
 def plain_step(model: Policy, whole: Batch, dtype: torch.dtype | None) -> float:
     """Leaves the gradients of the whole batch in a plain model, and returns its loss.
 
-    In a shorter type, gradients are rounded on each rank before they are averaged: there the halves are run one by one, as the ranks do.
+    In a shorter type, gradients are rounded on each rank before they are averaged: there the halves
+    are run one by one, as the ranks do.
     """
     if dtype is None:
         loss = model(*whole)
@@ -112,8 +143,12 @@ def plain_step(model: Policy, whole: Batch, dtype: torch.dtype | None) -> float:
     for rank, short in enumerate(copies):
         losses.append(short(*whole.half(rank).to(dtype)))
         losses[-1].backward()
-    for value, *shorts in zip(model.parameters(), *(short.parameters() for short in copies), strict=True):
-        value.grad = None if shorts[0].grad is None else sum(short.grad.float() for short in shorts) / WORLD
+    for value, *shorts in zip(
+        model.parameters(), *(short.parameters() for short in copies), strict=True
+    ):
+        value.grad = (
+            None if shorts[0].grad is None else sum(short.grad.float() for short in shorts) / WORLD
+        )
     return sum(loss.item() for loss in losses) / WORLD
 
 
@@ -127,13 +162,24 @@ def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float((value.double() - exact.double()).norm() / exact.double().norm())
 
 
-def train(rank: int, model: Policy, wrap: Callable, whole: Batch, *, scale: float = 1.0, plain_scale: float = 1.0, dtype: torch.dtype | None = None
-          ) -> dict:
-    """Two steps of wrap(model) on this rank's half against two of a plain copy on the whole batch: what either saw.
+def train(
+    rank: int,
+    model: Policy,
+    wrap: Callable,
+    whole: Batch,
+    *,
+    scale: float = 1.0,
+    plain_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> dict:
+    """Two steps of wrap(model) on this rank's half against two of a plain copy on the whole batch:
+    what either saw.
 
-    `scale` and `plain_scale` multiply the losses; "alone" is how far off a rank's gradient is before any reduction.
+    `scale` and `plain_scale` multiply the losses; "alone" is how far off a rank's gradient is
+    before any reduction.
     """
     import torch.distributed as dist
+
     plain, alone = copy.deepcopy(model), copy.deepcopy(model)
     (scale * alone(*whole.half(rank))).backward()
     wrapped = wrap(model)
@@ -143,7 +189,9 @@ def train(rank: int, model: Policy, wrap: Callable, whole: Batch, *, scale: floa
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss = scale * wrapped(*whole.half(rank))
-        found["sharded"].append(hasattr(model.lm_head.weight, "full_tensor"))  # a DTensor again, between forward and backward
+        found["sharded"].append(
+            hasattr(model.lm_head.weight, "full_tensor")
+        )  # a DTensor again, between forward and backward
         loss.backward()
         expected = plain_step(plain, whole, dtype) * plain_scale
         total = loss.detach().clone()
@@ -151,14 +199,21 @@ def train(rank: int, model: Policy, wrap: Callable, whole: Batch, *, scale: floa
         found["losses"].append([total.item() / WORLD, expected])
         for (name, value), exact in zip(model.named_parameters(), plain.parameters(), strict=True):
             if exact.grad is None or value.grad is None:
-                assert value.grad is None and exact.grad is None, f"{name}.grad: {value.grad}, in one process {exact.grad}"
+                assert value.grad is None and exact.grad is None, (
+                    f"{name}.grad: {value.grad}, in one process {exact.grad}"
+                )
                 found["frozen"].append(name)
                 continue
             exact.grad.mul_(plain_scale)
-            found["gradients"].append([name, relative(whole_tensor(value.grad), exact.grad), float(exact.grad.norm())])
+            found["gradients"].append(
+                [name, relative(whole_tensor(value.grad), exact.grad), float(exact.grad.norm())]
+            )
         if len(found["losses"]) == 1:
-            found["alone"] = min(relative(one.grad, exact.grad) for one, exact in zip(alone.parameters(), plain.parameters(), strict=True)
-                                 if exact.grad is not None)
+            found["alone"] = min(
+                relative(one.grad, exact.grad)
+                for one, exact in zip(alone.parameters(), plain.parameters(), strict=True)
+                if exact.grad is not None
+            )
         for optimizer in optimizers:
             optimizer.step()
     return found
@@ -172,8 +227,11 @@ def with_ddp(model: Policy) -> torch.nn.Module:
     return torch.nn.parallel.DistributedDataParallel(model)
 
 
-def with_fsdp(model: Policy, *, layers: bool = False, head: str = "", dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """FSDP2 around the root, and around each layer of the trunk or the lm_head. `head`: "own", or "method" with its `loss` gathering as forward does.
+def with_fsdp(
+    model: Policy, *, layers: bool = False, head: str = "", dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """FSDP2 around the root, and around each layer of the trunk or the lm_head. `head`: "own", or
+    "method" with its `loss` gathering as forward does.
 
     Everything is sharded again after forward, the root too, whose default is not to.
     """
@@ -183,8 +241,18 @@ def with_fsdp(model: Policy, *, layers: bool = False, head: str = "", dtype: tor
         fully_shard,
         register_fsdp_forward_method,
     )
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
-    shard = functools.partial(fully_shard, mesh=init_device_mesh("cpu", (WORLD,)), mp_policy=policy, reshard_after_forward=True)
+
+    policy = (
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        if dtype
+        else MixedPrecisionPolicy()
+    )
+    shard = functools.partial(
+        fully_shard,
+        mesh=init_device_mesh("cpu", (WORLD,)),
+        mp_policy=policy,
+        reshard_after_forward=True,
+    )
     for layer in (model.trunk[0], model.trunk[2]) if layers else ():
         shard(layer)
     if head:
@@ -206,36 +274,74 @@ def with_fsdp_no_gathered_head(rank: int) -> dict:
 # ---- means over micro-batches and ranks of different lengths
 
 
-def logits(hidden: torch.Tensor, weight: torch.Tensor, data: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def logits(
+    hidden: torch.Tensor, weight: torch.Tensor, data: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The policy's and the reference's."""
     return hidden @ weight.T, data.ref_hidden @ data.ref_weight.T
 
 
 LOSSES: dict[str, Callable] = {
-    "kl_divergence": lambda *made, normalizer=None: fastkl.kl_divergence(*logits(*made), made[2].mask, weights=made[2].weights, reduction="mean",
-                                                                         normalizer=normalizer),
-    "KLPenalty": lambda *made, normalizer=None: fastkl.KLPenalty(0.5)(*logits(*made), made[2].mask, normalizer=normalizer),
-    "KLPenalty, sequences": lambda *made, normalizer=None: fastkl.KLPenalty(0.5, reduction="sequence_mean")(*logits(*made), made[2].mask,
-                                                                                                           normalizer=normalizer),
+    "kl_divergence": lambda *made, normalizer=None: fastkl.kl_divergence(
+        *logits(*made),
+        made[2].mask,
+        weights=made[2].weights,
+        reduction="mean",
+        normalizer=normalizer,
+    ),
+    "KLPenalty": lambda *made, normalizer=None: fastkl.KLPenalty(0.5)(
+        *logits(*made), made[2].mask, normalizer=normalizer
+    ),
+    "KLPenalty, sequences": lambda *made, normalizer=None: fastkl.KLPenalty(
+        0.5, reduction="sequence_mean"
+    )(*logits(*made), made[2].mask, normalizer=normalizer),
     "linear_kl_divergence": lambda *made, normalizer=None: fastkl.linear_kl_divergence(
-        made[0], made[1], made[2].ref_hidden, made[2].ref_weight, mask=made[2].mask, weights=made[2].weights,
-        reduction="mean", normalizer=normalizer),
-    "LinearKLPenalty": lambda *made, normalizer=None: fastkl.LinearKLPenalty(0.5)(made[0], made[1], made[2].ref_hidden, made[2].ref_weight,
-                                                                                   made[2].mask, normalizer=normalizer),
+        made[0],
+        made[1],
+        made[2].ref_hidden,
+        made[2].ref_weight,
+        mask=made[2].mask,
+        weights=made[2].weights,
+        reduction="mean",
+        normalizer=normalizer,
+    ),
+    "LinearKLPenalty": lambda *made, normalizer=None: fastkl.LinearKLPenalty(0.5)(
+        made[0],
+        made[1],
+        made[2].ref_hidden,
+        made[2].ref_weight,
+        made[2].mask,
+        normalizer=normalizer,
+    ),
 }
-# (sequences, tokens) of each rank's micro-batches: one rank has a third of the other's tokens. The rest does not count.
+# (sequences, tokens) of each rank's micro-batches: one rank has a third of the other's tokens. The
+# rest does not count.
 MICRO_BATCHES = (((slice(0, 1), slice(2)),), ((slice(1, 2), slice(2)), (slice(2, 4), slice(3))))
 
 
 def accumulate(rank: int, name: str) -> dict:
-    """Relative L2 errors of each parameter's gradient, accumulated over micro-batches and averaged by DDP, with a normalizer and without."""
+    """Relative L2 errors of each parameter's gradient, accumulated over micro-batches and averaged
+    by DDP, with a normalizer and without.
+    """
     import torch.distributed as dist
+
     whole, found = batch((2, 5, 7)), {}
     plain = seeded(reduction=LOSSES[name])
     plain(*whole).backward()
-    parts = [whole._replace(**{field: getattr(whole, field)[rows, times] for field in ("x", "ref_hidden", "mask", "weights")})
-             for rows, times in MICRO_BATCHES[rank]]
-    total = torch.tensor(float(sum((part.mask.any(-1) if "sequences" in name else part.mask).sum() for part in parts)))
+    parts = [
+        whole._replace(
+            **{
+                field: getattr(whole, field)[rows, times]
+                for field in ("x", "ref_hidden", "mask", "weights")
+            }
+        )
+        for rows, times in MICRO_BATCHES[rank]
+    ]
+    total = torch.tensor(
+        float(
+            sum((part.mask.any(-1) if "sequences" in name else part.mask).sum() for part in parts)
+        )
+    )
     dist.all_reduce(total)
     for normalizer in (total / WORLD, None):
         model = seeded(reduction=functools.partial(LOSSES[name], normalizer=normalizer))
@@ -244,7 +350,9 @@ def accumulate(rank: int, name: str) -> dict:
             with contextlib.nullcontext() if part is parts[-1] else wrapped.no_sync():
                 (wrapped(*part) / (1 if normalizer is not None else len(parts))).backward()
         found["default" if normalizer is None else "normalizer"] = [
-            relative(value.grad, exact.grad) for value, exact in zip(model.parameters(), plain.parameters(), strict=True)]
+            relative(value.grad, exact.grad)
+            for value, exact in zip(model.parameters(), plain.parameters(), strict=True)
+        ]
     return found
 
 
@@ -252,31 +360,59 @@ UNEVEN = (0, 1, 2, 7)  # masked tokens: three of the first rank, one of the seco
 BF16 = torch.bfloat16
 SCENARIOS: dict[str, Callable[[int], dict]] = {
     "ddp: mean": lambda rank: train(rank, seeded(), with_ddp, batch()),
-    # A mean over all ranks' tokens where they count differently many: the sum, times ranks (DDP averages), over the number of all.
-    "ddp: sum, uneven ranks": lambda rank: train(rank, seeded(reduction="sum"), with_ddp, batch(UNEVEN), scale=WORLD / 8, plain_scale=1 / 8),
+    # A mean over all ranks' tokens where they count differently many: the sum, times ranks (DDP
+    # averages), over the number of all.
+    "ddp: sum, uneven ranks": lambda rank: train(
+        rank, seeded(reduction="sum"), with_ddp, batch(UNEVEN), scale=WORLD / 8, plain_scale=1 / 8
+    ),
     "ddp: none": lambda rank: train(rank, seeded(reduction="none"), with_ddp, batch()),
     "ddp: frozen lm_head": lambda rank: train(rank, seeded(frozen=True), with_ddp, batch()),
     "fsdp: mean": lambda rank: train(rank, seeded(), with_fsdp, batch()),
-    "fsdp: mean, layers": lambda rank: train(rank, seeded(), functools.partial(with_fsdp, layers=True), batch()),
+    "fsdp: mean, layers": lambda rank: train(
+        rank, seeded(), functools.partial(with_fsdp, layers=True), batch()
+    ),
     "fsdp: none": lambda rank: train(rank, seeded(reduction="none"), with_fsdp, batch()),
-    "fsdp: frozen lm_head": lambda rank: train(rank, seeded(frozen=True), functools.partial(with_fsdp, layers=True), batch()),
-    "fsdp: bfloat16, mean": lambda rank: train(rank, seeded(), functools.partial(with_fsdp, dtype=BF16), batch(), dtype=BF16),
-    "fsdp: bfloat16, none": lambda rank: train(rank, seeded(reduction="none"), functools.partial(with_fsdp, dtype=BF16), batch(), dtype=BF16),
-    "fsdp: sharded lm_head, its own method": lambda rank: train(rank, seeded(), functools.partial(with_fsdp, head="method"), batch()),
-    "fsdp: sharded lm_head, none": lambda rank: train(rank, seeded(reduction="none"), functools.partial(with_fsdp, head="method"), batch()),
-    "fsdp: sharded lm_head, unshard": lambda rank: train(rank, seeded(unshard=True), functools.partial(with_fsdp, head="own"), batch()),
+    "fsdp: frozen lm_head": lambda rank: train(
+        rank, seeded(frozen=True), functools.partial(with_fsdp, layers=True), batch()
+    ),
+    "fsdp: bfloat16, mean": lambda rank: train(
+        rank, seeded(), functools.partial(with_fsdp, dtype=BF16), batch(), dtype=BF16
+    ),
+    "fsdp: bfloat16, none": lambda rank: train(
+        rank,
+        seeded(reduction="none"),
+        functools.partial(with_fsdp, dtype=BF16),
+        batch(),
+        dtype=BF16,
+    ),
+    "fsdp: sharded lm_head, its own method": lambda rank: train(
+        rank, seeded(), functools.partial(with_fsdp, head="method"), batch()
+    ),
+    "fsdp: sharded lm_head, none": lambda rank: train(
+        rank, seeded(reduction="none"), functools.partial(with_fsdp, head="method"), batch()
+    ),
+    "fsdp: sharded lm_head, unshard": lambda rank: train(
+        rank, seeded(unshard=True), functools.partial(with_fsdp, head="own"), batch()
+    ),
     "fsdp: sharded lm_head, not gathered": with_fsdp_no_gathered_head,
     **{f"normalizer: {name}": functools.partial(accumulate, name=name) for name in LOSSES},
 }
 
 
 def main(folder: pathlib.Path) -> None:
-    """Run every scenario; one that raises is recorded, and the next is run if the other rank also comes to it."""
+    """Run every scenario; one that raises is recorded, and the next is run if the other rank also
+    comes to it.
+    """
     import torch.distributed as dist
+
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    store = dist.FileStore(str(folder / "store"), WORLD)  # a file instead of a port: nothing to collide with
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=20))
+    store = dist.FileStore(
+        str(folder / "store"), WORLD
+    )  # a file instead of a port: nothing to collide with
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=20)
+    )
     results = {}
     for name, scenario in SCENARIOS.items():
         try:

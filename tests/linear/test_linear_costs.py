@@ -1,4 +1,6 @@
-"""What the functions on hidden states cost, counted: matrix products and their sizes, and bytes allocated and held."""
+"""What the functions on hidden states cost, counted: matrix products and their sizes, and bytes
+allocated and held.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Product(NamedTuple):
 
 def profiled(call: Callable) -> list:
     """The profiler's events of a call, those inside the ops included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, profile_memory=True
+    ) as profile:
         kept = call()
     del kept
     return profile.profiler.kineto_results.events()
@@ -38,18 +42,35 @@ def products(call: Callable) -> list[Product]:
         if event.name() in PRODUCTS:
             # aten::mm(a, b, ...) and aten::addmm(added, a, b, ...), with out= and scalars behind.
             first = 0 if event.name() in ("aten::mm", "aten::bmm") else 1
-            (rows, inner), (again, columns) = event.shapes()[first:first + 2]
+            (rows, inner), (again, columns) = event.shapes()[first : first + 2]
             assert inner == again, event.shapes()
-            found.append(Product(rows * inner * columns, frozenset(event.dtypes()[first:first + 2])))
+            found.append(
+                Product(rows * inner * columns, frozenset(event.dtypes()[first : first + 2]))
+            )
     return found
 
 
-def tensors(device: str, *, shared: bool = False, learned: str = "hidden,weight", dtype: torch.dtype = torch.bfloat16, n: int = N, h: int = H,
-            v: int = V) -> dict[str, torch.Tensor]:
+def tensors(
+    device: str,
+    *,
+    shared: bool = False,
+    learned: str = "hidden,weight",
+    dtype: torch.dtype = torch.bfloat16,
+    n: int = N,
+    h: int = H,
+    v: int = V,
+) -> dict[str, torch.Tensor]:
     """The arguments that both functions share; those in `learned` require gradient."""
     generator = torch.Generator().manual_seed(0)
-    made = {name: torch.randn(shape, generator=generator).to(device, dtype)
-            for name, shape in (("hidden", (n, h)), ("weight", (v, h)), ("ref_hidden", (n, h)), ("ref_weight", (v, h)))}
+    made = {
+        name: torch.randn(shape, generator=generator).to(device, dtype)
+        for name, shape in (
+            ("hidden", (n, h)),
+            ("weight", (v, h)),
+            ("ref_hidden", (n, h)),
+            ("ref_weight", (v, h)),
+        )
+    }
     if shared:
         made["ref_weight"] = made["weight"]
     for name in learned.split(",") if learned else ():
@@ -59,23 +80,36 @@ def tensors(device: str, *, shared: bool = False, learned: str = "hidden,weight"
 
 def gradients_of(value: torch.Tensor, made: dict[str, torch.Tensor]) -> tuple:
     """Gradients of the sum of a result."""
-    learned = list({id(tensor): tensor for tensor in made.values() if tensor.requires_grad}.values())
+    learned = list(
+        {id(tensor): tensor for tensor in made.values() if tensor.requires_grad}.values()
+    )
     return torch.autograd.grad(value.sum(), learned)
 
 
 MODES = {
     # learned, shared weight: products of "sum"
-    ("", False): 2, ("hidden", False): 3, ("hidden,weight", False): 4, ("weight", False): 3, ("hidden", True): 3,
-    ("hidden,weight,ref_hidden", False): 5, ("hidden,weight,ref_hidden,ref_weight", False): 6, ("ref_hidden,ref_weight", False): 4,
+    ("", False): 2,
+    ("hidden", False): 3,
+    ("hidden,weight", False): 4,
+    ("weight", False): 3,
+    ("hidden", True): 3,
+    ("hidden,weight,ref_hidden", False): 5,
+    ("hidden,weight,ref_hidden,ref_weight", False): 6,
+    ("ref_hidden,ref_weight", False): 4,
     # A shared weight that learns does so through both models.
-    ("hidden,weight", True): 5, ("hidden,weight,ref_hidden", True): 6,
+    ("hidden,weight", True): 5,
+    ("hidden,weight,ref_hidden", True): 6,
 }
 
 
 def assert_products(call: Callable, expected: int) -> None:
-    """The products of a call add up to `expected` of N·H·V each; all have 16-bit operands, and none is for more than a chunk of tokens."""
+    """The products of a call add up to `expected` of N·H·V each; all have 16-bit operands, and none
+    is for more than a chunk of tokens.
+    """
     found = products(call)
-    assert sum(product.size for product in found) == expected * N * H * V, [product.size / (H * V) for product in found]
+    assert sum(product.size for product in found) == expected * N * H * V, [
+        product.size / (H * V) for product in found
+    ]
     assert max((product.size for product in found), default=0) <= CHUNK * H * V
     assert all(product.types == {"c10::BFloat16"} for product in found), found
 
@@ -86,18 +120,29 @@ def test_products_of_a_loss(implementation, learned, shared, reduction) -> None:
     """Two products for the logits and one for each gradient; backward adds none."""
     made = tensors(implementation.device, learned=learned, shared=shared)
     results = []
-    assert_products(lambda: results.append(fastkl.linear_kl_divergence(**made, reduction=reduction, chunk_size=CHUNK)),
-                    MODES[learned, shared])
+    assert_products(
+        lambda: results.append(
+            fastkl.linear_kl_divergence(**made, reduction=reduction, chunk_size=CHUNK)
+        ),
+        MODES[learned, shared],
+    )
     if learned:
         assert not products(lambda: gradients_of(results[0], made))
 
 
 @pytest.mark.parametrize("learned, shared", MODES, ids=lambda value: str(value))
 def test_products_per_token(implementation, learned, shared) -> None:
-    """Computed again: two in forward, in backward two again and one for each gradient: six for a trainable lm_head, five for a frozen one."""
+    """Computed again: two in forward, in backward two again and one for each gradient: six for a
+    trainable lm_head, five for a frozen one.
+    """
     made = tensors(implementation.device, learned=learned, shared=shared)
     results = []
-    assert_products(lambda: results.append(fastkl.linear_kl_divergence(**made, chunk_size=CHUNK, recompute=True)), 2)
+    assert_products(
+        lambda: results.append(
+            fastkl.linear_kl_divergence(**made, chunk_size=CHUNK, recompute=True)
+        ),
+        2,
+    )
     if learned:
         assert_products(lambda: gradients_of(results[0], made), MODES[learned, shared])
 
@@ -105,7 +150,9 @@ def test_products_per_token(implementation, learned, shared) -> None:
 @pytest.mark.parametrize("learned, shared", MODES, ids=lambda value: str(value))
 @pytest.mark.parametrize("reduction, recompute", [("none", True), ("none", False), ("mean", None)])
 def test_a_flop_counter_counts_them(learned, shared, reduction, recompute) -> None:
-    """torch's FlopCounterMode says what is done: 2·N·H·V for each product, in forward and in backward."""
+    """torch's FlopCounterMode says what is done: 2·N·H·V for each product, in forward and in
+    backward.
+    """
     made = tensors("cpu", learned=learned, shared=shared)
     with FlopCounterMode(display=False) as forward:
         value = fastkl.linear_kl_divergence(**made, reduction=reduction, recompute=recompute)
@@ -120,9 +167,13 @@ def test_a_flop_counter_counts_them(learned, shared, reduction, recompute) -> No
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_a_flop_counter_and_policy_fields(recompute) -> None:
-    """Where only log-prob and entropy have a gradient, the reference's logits are not counted again."""
+    """Where only log-prob and entropy have a gradient, the reference's logits are not counted
+    again.
+    """
     made = tensors("cpu")
-    stats = fastkl.linear_token_stats(tokens=torch.zeros(N, dtype=torch.long), **made, recompute=recompute)
+    stats = fastkl.linear_token_stats(
+        tokens=torch.zeros(N, dtype=torch.long), **made, recompute=recompute
+    )
     with FlopCounterMode(display=False) as counter:
         gradients_of(stats.logprob + stats.entropy, made)
     assert counter.get_total_flops() == (2 + recompute) * 2 * N * H * V
@@ -132,19 +183,28 @@ def test_products_without_gradient(implementation) -> None:
     """Under no_grad a loss makes two products, whatever requires gradient."""
     made = tensors(implementation.device)
     with torch.no_grad():
-        assert_products(lambda: fastkl.linear_kl_divergence(**made, reduction="mean", chunk_size=CHUNK), 2)
+        assert_products(
+            lambda: fastkl.linear_kl_divergence(**made, reduction="mean", chunk_size=CHUNK), 2
+        )
 
 
 @pytest.mark.parametrize("learned, expected", [("hidden,weight", 3), ("hidden", 2)])
 @pytest.mark.parametrize("with_reference", [True, False])
 def test_products_of_policy_fields(implementation, learned, expected, with_reference) -> None:
-    """Where only log-prob and entropy have a gradient, the reference's logits are not computed again."""
+    """Where only log-prob and entropy have a gradient, the reference's logits are not computed
+    again.
+    """
     made = tensors(implementation.device, learned=learned)
     tokens = torch.zeros(N, dtype=torch.long, device=implementation.device)
     if not with_reference:
         made = {name: made[name] for name in ("hidden", "weight")}
     results = []
-    assert_products(lambda: results.append(fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=CHUNK, recompute=True)), 1 + with_reference)
+    assert_products(
+        lambda: results.append(
+            fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=CHUNK, recompute=True)
+        ),
+        1 + with_reference,
+    )
     assert_products(lambda: gradients_of(results[0].logprob + results[0].entropy, made), expected)
 
 
@@ -154,31 +214,59 @@ def test_no_gradient_of_the_policy_from_reference_fields(implementation) -> None
     tokens = torch.zeros(N, dtype=torch.long, device=implementation.device)
     stats = fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=CHUNK, recompute=True)
     gradients = {}
-    assert_products(lambda: gradients.update(zip(("weight", "ref_hidden"), torch.autograd.grad(
-        stats.ref_logprob.sum(), (made["weight"], made["ref_hidden"]), retain_graph=True), strict=True)), 4)
+    assert_products(
+        lambda: gradients.update(
+            zip(
+                ("weight", "ref_hidden"),
+                torch.autograd.grad(
+                    stats.ref_logprob.sum(), (made["weight"], made["ref_hidden"]), retain_graph=True
+                ),
+                strict=True,
+            )
+        ),
+        4,
+    )
     alone = fastkl.linear_token_stats(made["ref_hidden"], made["weight"], tokens, chunk_size=CHUNK)
-    for name, expected in zip(gradients, torch.autograd.grad(alone.logprob.sum(), (made["weight"], made["ref_hidden"])), strict=True):
+    for name, expected in zip(
+        gradients,
+        torch.autograd.grad(alone.logprob.sum(), (made["weight"], made["ref_hidden"])),
+        strict=True,
+    ):
         torch.testing.assert_close(gradients[name].float(), expected.float(), rtol=1e-2, atol=1e-2)
-    assert torch.autograd.grad(stats.ref_logprob.sum(), made["hidden"], allow_unused=True)[0] is None
+    assert (
+        torch.autograd.grad(stats.ref_logprob.sum(), made["hidden"], allow_unused=True)[0] is None
+    )
 
 
 def test_masked_tokens_take_no_part_on_the_reference() -> None:
     """Their products are not made where looking at the mask costs nothing."""
     made = tensors("cpu")
     mask = torch.arange(N) % 3 == 0
-    found = products(lambda: fastkl.linear_kl_divergence(**made, mask=mask, reduction="mean", chunk_size=CHUNK))
+    found = products(
+        lambda: fastkl.linear_kl_divergence(**made, mask=mask, reduction="mean", chunk_size=CHUNK)
+    )
     assert sum(product.size for product in found) == 4 * int(mask.sum()) * H * V
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_calls_of_a_gpu(dtype) -> None:
-    """What a GPU would be asked for has the right shapes and types: on the meta device, where torch checks both and computes nothing."""
+    """What a GPU would be asked for has the right shapes and types: on the meta device, where torch
+    checks both and computes nothing.
+    """
     with torch.device("meta"):
-        hidden, weight, bias = torch.empty(6, H, dtype=dtype), torch.empty(V, H, dtype=dtype), torch.empty(V, dtype=dtype)
+        hidden, weight, bias = (
+            torch.empty(6, H, dtype=dtype),
+            torch.empty(V, H, dtype=dtype),
+            torch.empty(V, dtype=dtype),
+        )
         for out in (torch.empty(6, 64, dtype=dtype)[:, :V], torch.empty(6, 64)[:, :V]):
             for with_bias in (bias, None):
                 gemm.logits_into(out, hidden, weight, with_bias)
-        grads, total, total_bias = torch.empty(6, 64, dtype=dtype)[:, :V], torch.empty(V, H), torch.empty(V)
+        grads, total, total_bias = (
+            torch.empty(6, 64, dtype=dtype)[:, :V],
+            torch.empty(V, H),
+            torch.empty(V),
+        )
         for first in (True, False):
             gemm.add_weight_gradient(total, grads, hidden, first=first)
             gemm.add_bias_gradient(total_bias, grads, first=first)
@@ -187,10 +275,16 @@ def test_the_calls_of_a_gpu(dtype) -> None:
 # ---- memory
 
 
-def head_on_meta(n: int, h: int, v: int, *, trainable: bool, logits_dtype: torch.dtype = torch.bfloat16) -> lm_head.Head:
+def head_on_meta(
+    n: int, h: int, v: int, *, trainable: bool, logits_dtype: torch.dtype = torch.bfloat16
+) -> lm_head.Head:
     """A bfloat16 head of any size, which takes no memory."""
-    head = lm_head.Head(torch.empty(n, h, dtype=torch.bfloat16, device="meta"), torch.empty(v, h, dtype=torch.bfloat16, device="meta"), None,
-                        logits_dtype)
+    head = lm_head.Head(
+        torch.empty(n, h, dtype=torch.bfloat16, device="meta"),
+        torch.empty(v, h, dtype=torch.bfloat16, device="meta"),
+        None,
+        logits_dtype,
+    )
     if trainable:
         head.grad_hidden = torch.empty_like(head.hidden)
         head.grad_weight = lm_head.Sum(head.weight)
@@ -208,25 +302,39 @@ def workspace(policy: lm_head.Head, ref: lm_head.Head, chunk_size: int | None = 
             total += chosen.chunk * vocabulary * head.logits_dtype.itemsize
         if head.grad_weight is not None:
             weight = head.grad_weight
-            total += weight.extra_bytes - (weight.spared_bytes if chosen.window >= head.hidden.shape[0] else 0)
+            total += weight.extra_bytes - (
+                weight.spared_bytes if chosen.window >= head.hidden.shape[0] else 0
+            )
     return total
 
 
 def test_workspace_at_the_main_shape() -> None:
-    """N=8192, H=4096, V=128256 in bfloat16: 0.53 GB forward and 2.36 GB with a trainable weight, beyond inputs and returned gradients, as the
+    """N=8192, H=4096, V=128256 in bfloat16: 0.53 GB forward and 2.36 GB with a trainable weight,
+    beyond inputs and returned gradients, as the
     docstring says; 3.15 GB for twice the tokens, where the weight's gradient is a sum."""
     shape = (8192, 4096, 128256)
-    assert workspace(head_on_meta(*shape, trainable=False), head_on_meta(*shape, trainable=False)) == pytest.approx(0.53e9, rel=0.01)
-    assert workspace(head_on_meta(*shape, trainable=True), head_on_meta(*shape, trainable=False)) == pytest.approx(2.36e9, rel=0.01)
+    assert workspace(
+        head_on_meta(*shape, trainable=False), head_on_meta(*shape, trainable=False)
+    ) == pytest.approx(0.53e9, rel=0.01)
+    assert workspace(
+        head_on_meta(*shape, trainable=True), head_on_meta(*shape, trainable=False)
+    ) == pytest.approx(2.36e9, rel=0.01)
     longer = (16384, *shape[1:])
-    assert workspace(head_on_meta(*longer, trainable=True), head_on_meta(*longer, trainable=False)) == pytest.approx(3.15e9, rel=0.01)
+    assert workspace(
+        head_on_meta(*longer, trainable=True), head_on_meta(*longer, trainable=False)
+    ) == pytest.approx(3.15e9, rel=0.01)
 
 
 def test_one_product_where_it_takes_no_more_than_a_sum() -> None:
-    """All tokens wait for one product up to where their gradients of logits, and the weight's beside them, would take more than a part of them, the
+    """All tokens wait for one product up to where their gradients of logits, and the weight's
+    beside them, would take more than a part of them, the
     float32 sum and at last the weight's gradient beside that."""
+
     def planned(n: int) -> tuple[int, int]:
-        policy, ref = head_on_meta(n, 4096, 128256, trainable=True), head_on_meta(n, 4096, 128256, trainable=False)
+        policy, ref = (
+            head_on_meta(n, 4096, 128256, trainable=True),
+            head_on_meta(n, 4096, 128256, trainable=False),
+        )
         return lm_head.plan(n, [policy, ref], None).window, workspace(policy, ref)
 
     window, several = planned(65536)
@@ -234,10 +342,19 @@ def test_one_product_where_it_takes_no_more_than_a_sum() -> None:
     for n, one in ((1, True), (3072, True), (8192, True), (8193, False)):
         found, bytes_ = planned(n)
         assert (found == n) == one and bytes_ <= several
-    shared = head_on_meta(8192, 4096, 128256, trainable=True), head_on_meta(8192, 4096, 128256, trainable=True)
+    shared = (
+        head_on_meta(8192, 4096, 128256, trainable=True),
+        head_on_meta(8192, 4096, 128256, trainable=True),
+    )
     shared[1].grad_weight = shared[0].grad_weight
-    assert lm_head.plan(8192, list(shared), None).window < 8192, "two heads add to it: it stays a sum"
-    for dtype, elements in ((torch.float16, 1 << 25), (torch.bfloat16, 1 << 20), (torch.float32, 1 << 25)):
+    assert lm_head.plan(8192, list(shared), None).window < 8192, (
+        "two heads add to it: it stays a sum"
+    )
+    for dtype, elements in (
+        (torch.float16, 1 << 25),
+        (torch.bfloat16, 1 << 20),
+        (torch.float32, 1 << 25),
+    ):
         kept = lm_head.Sum(torch.empty(elements, dtype=dtype, device="meta"))
         kept.take_one_product()
         assert kept.spared_bytes == 0 and kept.dtype == torch.float32
@@ -245,7 +362,9 @@ def test_one_product_where_it_takes_no_more_than_a_sum() -> None:
 
 @pytest.mark.parametrize("mode", ["mean", "none", "stats"])
 def test_one_product_is_as_exact_as_a_sum(implementation, monkeypatch, mode) -> None:
-    """The weight's gradient from one product, rounded once, beside the sum over windows: no further from float64, and nothing else changes."""
+    """The weight's gradient from one product, rounded once, beside the sum over windows: no further
+    from float64, and nothing else changes.
+    """
     made = tensors(implementation.device, n=96)
     tokens = torch.zeros(96, dtype=torch.long, device=implementation.device)
 
@@ -253,12 +372,16 @@ def test_one_product_is_as_exact_as_a_sum(implementation, monkeypatch, mode) -> 
         if mode == "stats":
             value = fastkl.linear_token_stats(tokens=tokens, **made, chunk_size=chunk_size).kl
         else:
-            value = fastkl.linear_kl_divergence(**made, reduction=mode, chunk_size=chunk_size, recompute=True)
+            value = fastkl.linear_kl_divergence(
+                **made, reduction=mode, chunk_size=chunk_size, recompute=True
+            )
         return [value.detach(), *gradients_of(value, made)]
 
     added = []
     add = lm_head.Sum.add
-    monkeypatch.setattr(lm_head.Sum, "add", lambda self, *rest: added.append(self.dtype) or add(self, *rest))
+    monkeypatch.setattr(
+        lm_head.Sum, "add", lambda self, *rest: added.append(self.dtype) or add(self, *rest)
+    )
     sums = outcome(made, CHUNK)
     assert added == [torch.float32] * (96 // CHUNK)
     added.clear()
@@ -266,34 +389,73 @@ def test_one_product_is_as_exact_as_a_sum(implementation, monkeypatch, mode) -> 
     once = outcome(made)
     assert added == [torch.bfloat16]
     with fastkl.use_backend("reference"):
-        exact = outcome({name: value.detach().double().requires_grad_(value.requires_grad) for name, value in made.items()})
+        exact = outcome(
+            {
+                name: value.detach().double().requires_grad_(value.requires_grad)
+                for name, value in made.items()
+            }
+        )
     assert [value.dtype for value in once] == [value.dtype for value in sums]
-    errors = [[float((value.double() - true).norm() / true.norm()) for value, true in zip(found, exact, strict=True)] for found in (once, sums)]
+    errors = [
+        [
+            float((value.double() - true).norm() / true.norm())
+            for value, true in zip(found, exact, strict=True)
+        ]
+        for found in (once, sums)
+    ]
     assert all(one <= 1.05 * many for one, many in zip(*errors, strict=True)), errors
 
 
-@pytest.mark.parametrize("n, h, v", [(1, 64, 7), (300, 256, 32000), (5000, 2048, 50257), (8192, 4096, 262144), (65536, 8192, 151936)])
-@pytest.mark.parametrize("trainable", [(False, False), (True, False), (False, True), (True, True)], ids=["none", "policy", "reference", "both"])
+@pytest.mark.parametrize(
+    "n, h, v",
+    [
+        (1, 64, 7),
+        (300, 256, 32000),
+        (5000, 2048, 50257),
+        (8192, 4096, 262144),
+        (65536, 8192, 151936),
+    ],
+)
+@pytest.mark.parametrize(
+    "trainable",
+    [(False, False), (True, False), (False, True), (True, True)],
+    ids=["none", "policy", "reference", "both"],
+)
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
 def test_workspace_stays_within_its_bound(n, h, v, trainable, logits_dtype) -> None:
-    """The buffers of logits stay under 1 GiB or half of the sums, chunk_size bounds the tokens, and forward has the chunk of backward."""
-    policy, ref = (head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype) for learns in trainable)
+    """The buffers of logits stay under 1 GiB or half of the sums, chunk_size bounds the tokens, and
+    forward has the chunk of backward.
+    """
+    policy, ref = (
+        head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype) for learns in trainable
+    )
     sums = 4 * v * h * sum(trainable)
     assert workspace(policy, ref) - sums <= 1.01 * max(1 << 30, sums // 2)
     for chunk_size in (1, 100, 3000):
         chosen = lm_head.plan(n, [policy, ref], chunk_size)
         assert chosen.chunk <= chosen.window <= min(chunk_size, n)
     chosen = lm_head.plan(n, [policy, ref], None)
-    assert 1 <= chosen.chunk <= min(n, lm_head.LARGEST_CHUNK) and chosen.chunk <= chosen.window <= max(n, chosen.chunk)
+    assert 1 <= chosen.chunk <= min(
+        n, lm_head.LARGEST_CHUNK
+    ) and chosen.chunk <= chosen.window <= max(n, chosen.chunk)
     frozen = [head_on_meta(n, h, v, trainable=False, logits_dtype=logits_dtype) for _ in range(2)]
-    assert lm_head.plan(n, frozen, None).chunk == chosen.chunk == lm_head.plan(n, [policy, ref], None, [policy]).chunk
+    assert (
+        lm_head.plan(n, frozen, None).chunk
+        == chosen.chunk
+        == lm_head.plan(n, [policy, ref], None, [policy]).chunk
+    )
     pieces = list(lm_head.parts(0, n, chosen.window))
-    assert pieces[0].start == 0 and pieces[-1].stop == n and all(a.stop == b.start for a, b in zip(pieces, pieces[1:], strict=False))
+    assert (
+        pieces[0].start == 0
+        and pieces[-1].stop == n
+        and all(a.stop == b.start for a, b in zip(pieces, pieces[1:], strict=False))
+    )
 
 
 @pytest.mark.parametrize("n", [256, 512, 513, 640])
 def test_one_product_takes_no_more_at_its_peak(monkeypatch, n) -> None:
-    """All that is allocated at once, returned gradients included, beside what the sum takes; the main shape's sizes, scaled down. 2 % for what
+    """All that is allocated at once, returned gradients included, beside what the sum takes; the
+    main shape's sizes, scaled down. 2 % for what
     a CPU's product packs."""
     h, v = 256, 16000
     for name in ("forward", "backward"):
@@ -306,7 +468,11 @@ def test_one_product_takes_no_more_at_its_peak(monkeypatch, n) -> None:
     for small_sum in (0, 1 << 40):
         monkeypatch.setattr(lm_head, "SMALL_SUM", small_sum)
         made = tensors("cpu", n=n, h=h, v=v)
-        found[small_sum] = peak(lambda made=made: gradients_of(fastkl.linear_kl_divergence(**made, recompute=True), made))[0]
+        found[small_sum] = peak(
+            lambda made=made: gradients_of(
+                fastkl.linear_kl_divergence(**made, recompute=True), made
+            )
+        )[0]
         policy, ref = head_on_meta(n, h, v, trainable=True), head_on_meta(n, h, v, trainable=False)
         policy.grad_weight = lm_head.Sum(policy.weight)
         monkeypatch.setattr(lm_head, "WORKSPACE_ON_A_GPU", 2 * v * h)
@@ -335,15 +501,23 @@ SMALL = {"n": 256, "h": 256, "v": 4000}
 
 def peak(call: Callable) -> tuple[int, int]:
     """Bytes that a call allocates: the most at any time, and the largest at once."""
-    events = sorted((event for event in profiled(call) if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    events = sorted(
+        (event for event in profiled(call) if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    )
     changes = torch.tensor([event.nbytes() for event in events])
     return int(changes.cumsum(0).max()), int(changes.max())
 
 
 @pytest.mark.parametrize("one_product", [False, True], ids=["sums", "one product"])
-@pytest.mark.parametrize("reduction, logits_dtype", [("sum", torch.bfloat16), ("none", torch.bfloat16), ("sum", torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "reduction, logits_dtype",
+    [("sum", torch.bfloat16), ("none", torch.bfloat16), ("sum", torch.float32)],
+    ids=str,
+)
 def test_peak_workspace(monkeypatch, reduction, logits_dtype, one_product) -> None:
-    """What forward and backward really allocate is the formula; no tensor has a row for every token and an entry for every word, but where the sum
+    """What forward and backward really allocate is the formula; no tensor has a row for every token
+    and an entry for every word, but where the sum
     of the weight's gradient would be larger.
 
     On top come what the CPU holds in another type at a time and 64 bytes per token.
@@ -357,17 +531,24 @@ def test_peak_workspace(monkeypatch, reduction, logits_dtype, one_product) -> No
         monkeypatch.setattr(lm_head, "SMALL_SUM", 0)
     made = tensors("cpu", **SMALL)
     if (reduction, logits_dtype, one_product) != ("sum", torch.bfloat16, False):
-        # Small logits: rows far apart are computed a second time, in float64, which one case in six shows to fit too.
+        # Small logits: rows far apart are computed a second time, in float64, which one case in six
+        # shows to fit too.
         with torch.no_grad():
             made["hidden"].mul_(0.1)
             made["ref_hidden"].mul_(0.1)
     n, h, v = SMALL.values()
-    policy, frozen, ref = (head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype) for learns in (True, False, False))
-    # Of a row on the reference: some thirty float32 temporaries. A block of a weight, and of its gradient. 64 bytes per token.
+    policy, frozen, ref = (
+        head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype)
+        for learns in (True, False, False)
+    )
+    # Of a row on the reference: some thirty float32 temporaries. A block of a weight, and of its
+    # gradient. 64 bytes per token.
     slack = 30 * 4 * v + 3 * 4 * (1 << 14) + 64 * n
 
     def loss() -> torch.Tensor:
-        return fastkl.linear_kl_divergence(**made, reduction=reduction, logits_dtype=logits_dtype, recompute=True)
+        return fastkl.linear_kl_divergence(
+            **made, reduction=reduction, logits_dtype=logits_dtype, recompute=True
+        )
 
     with torch.no_grad():
         most, largest = peak(loss)

@@ -28,9 +28,7 @@ def stats_of(made: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor
     return {name: value for name, value in stats._asdict().items() if value is not None}
 
 
-def backward(
-    stats: dict[str, torch.Tensor], made: dict, fields: tuple = FIELDS, **options
-) -> list:
+def backward(stats: dict[str, torch.Tensor], made: dict, fields: tuple = FIELDS, **options) -> list:
     """Gradients for an upstream gradient of its own for each field and token; None for none."""
     asked = [
         (value, number + torch.linspace(0.5, 1, value.numel(), device=value.device))
@@ -131,9 +129,7 @@ def test_in_place(monkeypatch, fields, in_place) -> None:
 
     def note(backend, p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling):
         seen.extend(g.data_ptr() == x.data_ptr() for x, g in ((p, grad_p), (q, grad_q)))
-        compute(
-            backend, p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling
-        )
+        compute(backend, p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling)
 
     monkeypatch.setattr(engine, "backward", note)
     backward(stats_of(made, recompute=False, chunk_size=CHUNK), made, fields)
@@ -230,9 +226,7 @@ def test_two_gibibytes() -> None:
     def keeps(tokens: int, reference: bool, dtype=None, recompute=None) -> bool:
         states = hidden.view(-1, 4096)[:tokens]
         first = (states, weight, None, states if reference else None, None, None)
-        return linear.prepare(
-            *first, 1.0, None, None, None, dtype, None, recompute
-        ).keeps_logits()
+        return linear.prepare(*first, 1.0, None, None, None, dtype, None, recompute).keeps_logits()
 
     assert keeps(8371, False) and not keeps(8372, False)
     assert keeps(4185, True) and not keeps(4186, True)

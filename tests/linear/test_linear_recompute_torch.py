@@ -173,7 +173,7 @@ def test_the_direct_way_is_taken() -> None:
     made = tensors("cpu")
     seen = SimpleNamespace(kept=[])
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda value: (seen.kept.append(value) or value), lambda value: value
+        lambda value: seen.kept.append(value) or value, lambda value: value
     ):
         stats = stats_of(made, recompute=False)
     logits = [value for value in seen.kept if value.shape[-1] == lm_head.row_width(V)]

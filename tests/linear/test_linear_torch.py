@@ -1,6 +1,8 @@
-"""The linear functions inside PyTorch: torch.compile, checkpointing, accumulation, frozen heads, LoRA, autocast, and the bytes held for backward.
+"""The linear functions inside PyTorch: torch.compile, checkpointing, accumulation, frozen heads,
+LoRA, autocast, and the bytes held for backward.
 
-Hidden states and weights are multiples of 1/8 unless a model makes them, so that logits are exact in whatever order a product adds them up.
+Hidden states and weights are multiples of 1/8 unless a model makes them, so that logits are exact
+in whatever order a product adds them up.
 """
 
 from __future__ import annotations
@@ -26,52 +28,118 @@ PENALTY = fastkl.LinearKLPenalty(0.3)
 LEAVES = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
 
 
-def inputs(device: str, leading: tuple[int, ...] = (2, 2), learns: tuple[str, ...] = LEAVES, dtype: torch.dtype = torch.float32,
-           vocabulary: int = V) -> SimpleNamespace:
-    """Two models' hidden states and heads, of which `learns` require grad, tokens, a mask that leaves out the second token, and weights per token."""
+def inputs(
+    device: str,
+    leading: tuple[int, ...] = (2, 2),
+    learns: tuple[str, ...] = LEAVES,
+    dtype: torch.dtype = torch.float32,
+    vocabulary: int = V,
+) -> SimpleNamespace:
+    """Two models' hidden states and heads, of which `learns` require grad, tokens, a mask that
+    leaves out the second token, and weights per token.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def eighths(*shape: int) -> torch.Tensor:
         return torch.randint(-8, 9, shape, generator=generator) / 8
 
     made = {
-        "hidden": eighths(*leading, H), "weight": 2 * eighths(vocabulary, H), "bias": eighths(vocabulary),
-        "ref_hidden": eighths(*leading, H_REF), "ref_weight": 2 * eighths(vocabulary, H_REF), "ref_bias": eighths(vocabulary),
-        "weights": 0.25 + eighths(*leading).abs(), "upstream": 0.5 + torch.rand(5, *leading, generator=generator),
+        "hidden": eighths(*leading, H),
+        "weight": 2 * eighths(vocabulary, H),
+        "bias": eighths(vocabulary),
+        "ref_hidden": eighths(*leading, H_REF),
+        "ref_weight": 2 * eighths(vocabulary, H_REF),
+        "ref_bias": eighths(vocabulary),
+        "weights": 0.25 + eighths(*leading).abs(),
+        "upstream": 0.5 + torch.rand(5, *leading, generator=generator),
     }
     count = torch.Size(leading).numel()
-    other = {"mask": torch.arange(count).reshape(leading) != 1, "tokens": torch.randint(vocabulary, leading, generator=generator)}
-    made = {name: value.to(device, torch.float32 if name in ("weights", "upstream") else dtype).requires_grad_(name in learns)
-            for name, value in made.items()}
-    return SimpleNamespace(**made, **{name: value.to(device) for name, value in other.items()}, leaves=tuple(made[name] for name in learns))
+    other = {
+        "mask": torch.arange(count).reshape(leading) != 1,
+        "tokens": torch.randint(vocabulary, leading, generator=generator),
+    }
+    made = {
+        name: value.to(
+            device, torch.float32 if name in ("weights", "upstream") else dtype
+        ).requires_grad_(name in learns)
+        for name, value in made.items()
+    }
+    return SimpleNamespace(
+        **made,
+        **{name: value.to(device) for name, value in other.items()},
+        leaves=tuple(made[name] for name in learns),
+    )
 
 
 def mean(hidden, weight, data):
     """The loss with everything that it takes."""
-    return (fastkl.linear_kl_divergence(hidden, weight, data.ref_hidden, data.ref_weight, weights=data.weights, reduction="mean",
-                                        bias=data.bias, ref_bias=data.ref_bias, mask=data.mask),)
+    return (
+        fastkl.linear_kl_divergence(
+            hidden,
+            weight,
+            data.ref_hidden,
+            data.ref_weight,
+            weights=data.weights,
+            reduction="mean",
+            bias=data.bias,
+            ref_bias=data.ref_bias,
+            mask=data.mask,
+        ),
+    )
 
 
 def total(hidden, weight, data):
     """The sum over all tokens, without weights."""
-    return (fastkl.linear_kl_divergence(hidden, weight, data.ref_hidden, data.ref_weight, reduction="sum", bias=data.bias, ref_bias=data.ref_bias),)
+    return (
+        fastkl.linear_kl_divergence(
+            hidden,
+            weight,
+            data.ref_hidden,
+            data.ref_weight,
+            reduction="sum",
+            bias=data.bias,
+            ref_bias=data.ref_bias,
+        ),
+    )
 
 
 def none(hidden, weight, data):
     """KL per token, its logits computed again in backward."""
     options = {"bias": data.bias, "ref_bias": data.ref_bias, "mask": data.mask, "recompute": True}
-    return (fastkl.linear_kl_divergence(hidden, weight, data.ref_hidden, data.ref_weight, **options),)
+    return (
+        fastkl.linear_kl_divergence(hidden, weight, data.ref_hidden, data.ref_weight, **options),
+    )
 
 
 def stats(hidden, weight, data):
     """All five fields, their logits kept."""
-    return tuple(fastkl.linear_token_stats(hidden, weight, data.tokens, data.ref_hidden, data.ref_weight, bias=data.bias, ref_bias=data.ref_bias,
-                                           mask=data.mask))
+    return tuple(
+        fastkl.linear_token_stats(
+            hidden,
+            weight,
+            data.tokens,
+            data.ref_hidden,
+            data.ref_weight,
+            bias=data.bias,
+            ref_bias=data.ref_bias,
+            mask=data.mask,
+        )
+    )
 
 
 def penalty(hidden, weight, data):
     """A module of a user's, made once."""
-    return (PENALTY(hidden, weight, data.ref_hidden, data.ref_weight, data.mask, bias=data.bias, ref_bias=data.ref_bias),)
+    return (
+        PENALTY(
+            hidden,
+            weight,
+            data.ref_hidden,
+            data.ref_weight,
+            data.mask,
+            bias=data.bias,
+            ref_bias=data.ref_bias,
+        ),
+    )
 
 
 FUNCTIONS = {"mean": mean, "none": none, "stats": stats, "penalty": penalty}
@@ -87,7 +155,10 @@ def run(function: Callable, data: SimpleNamespace) -> tuple[torch.Tensor, ...]:
 def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
     """Outputs and the gradients of every leaf, for fixed upstream gradients."""
     outputs = run(function, data)
-    upstream = [data.upstream[i] if value.dim() else torch.full_like(value, 0.7) for i, value in enumerate(outputs)]
+    upstream = [
+        data.upstream[i] if value.dim() else torch.full_like(value, 0.7)
+        for i, value in enumerate(outputs)
+    ]
     return [*outputs, *torch.autograd.grad(outputs, data.leaves, upstream)]
 
 
@@ -98,7 +169,9 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor], units
         assert bool((value != 0).any()), f"result {number} is zero everywhere: nothing was compared"
         assert result.dtype == value.dtype and result.shape == value.shape
         if units:
-            testing.assert_gradient(result.reshape(1, -1), value.reshape(1, -1), f"result {number}", units * 2**-23)
+            testing.assert_gradient(
+                result.reshape(1, -1), value.reshape(1, -1), f"result {number}", units * 2**-23
+            )
         else:
             testing.assert_same_bits(result, value, f"result {number}")
 
@@ -110,9 +183,11 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor], units
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @named
 def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
-    """fullgraph=True works, forward and backward, and gives eager's bits, at two sizes where they are dynamic.
+    """fullgraph=True works, forward and backward, and gives eager's bits, at two sizes where they
+    are dynamic.
 
-    Except a scalar under inductor, which may add the tokens up in another order, and divide by an approximation on a GPU: 8 units of float32.
+    Except a scalar under inductor, which may add the tokens up in another order, and divide by an
+    approximation on a GPU: 8 units of float32.
     """
     if compiler == "inductor" and implementation.device == "cpu" and not HAS_CPP:
         pytest.skip("inductor needs a C++ compiler on CPU")
@@ -125,7 +200,9 @@ def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
 
 @named
 def test_no_recompilation_for_each_length(implementation, name) -> None:
-    """One graph for every number of tokens under dynamic=True, whether they fit into one chunk or not."""
+    """One graph for every number of tokens under dynamic=True, whether they fit into one chunk or
+    not.
+    """
     counter = CompileCounter()
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend=counter, dynamic=True)
     for tokens in (2, 3, 5) if implementation.interpreted else (2, 3, 1100):
@@ -134,7 +211,9 @@ def test_no_recompilation_for_each_length(implementation, name) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("learns", [("hidden",), ("ref_weight", "bias"), ("weight", "ref_hidden")], ids="-".join)
+@pytest.mark.parametrize(
+    "learns", [("hidden",), ("ref_weight", "bias"), ("weight", "ref_hidden")], ids="-".join
+)
 @named
 def test_compile_with_frozen_inputs(implementation, name, learns) -> None:
     """A graph whose gradients are those of what requires grad, and none under no_grad."""
@@ -148,20 +227,40 @@ def test_compile_with_frozen_inputs(implementation, name, learns) -> None:
     for result, value in zip(run(compiled, data), expected, strict=True):
         assert result.requires_grad == value.requires_grad
         if value.requires_grad:  # a compiled graph gives zeros where eager gives None
-            assert_same(*([grad for grad in torch.autograd.grad(some.sum(), data.leaves, retain_graph=True, materialize_grads=True) if grad.any()]
-                          for some in (result, value)))
+            assert_same(
+                *(
+                    [
+                        grad
+                        for grad in torch.autograd.grad(
+                            some.sum(), data.leaves, retain_graph=True, materialize_grads=True
+                        )
+                        if grad.any()
+                    ]
+                    for some in (result, value)
+                )
+            )
 
 
-@pytest.mark.parametrize("dtype, inside", [(torch.bfloat16, True), (torch.float16, False)], ids=["bf16 inside", "fp16 around"])
+@pytest.mark.parametrize(
+    "dtype, inside",
+    [(torch.bfloat16, True), (torch.float16, False)],
+    ids=["bf16 inside", "fp16 around"],
+)
 @named
 def test_autocast_and_compile(implementation, name, dtype, inside) -> None:
-    """Autocast in the compiled function or around it is autocast in eager: products of 16-bit values, float32 results, gradients as the inputs."""
+    """Autocast in the compiled function or around it is autocast in eager: products of 16-bit
+    values, float32 results, gradients as the inputs.
+    """
     data = inputs(implementation.device, (1, 2), LEARN.get(name, LEAVES))
     for value in (data.hidden, data.ref_hidden):
         value.data.mul_(1 + 2**-11)  # no longer exact in 16 bits, so that a cast left out shows
 
     def function(*arguments):
-        with torch.autocast(implementation.device, dtype=dtype) if inside else contextlib.nullcontext():
+        with (
+            torch.autocast(implementation.device, dtype=dtype)
+            if inside
+            else contextlib.nullcontext()
+        ):
             return FUNCTIONS[name](*arguments)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -169,8 +268,12 @@ def test_autocast_and_compile(implementation, name, dtype, inside) -> None:
         results, expected = outcome(compiled, data), outcome(function, data)
     assert all(value.dtype == torch.float32 for value in results)
     assert_same(results, expected)
-    short = SimpleNamespace(**vars(data) | {key: getattr(data, key).detach().to(dtype) for key in LEAVES})
-    for result, cast, wide in zip(results, run(FUNCTIONS[name], short), run(FUNCTIONS[name], data), strict=False):
+    short = SimpleNamespace(
+        **vars(data) | {key: getattr(data, key).detach().to(dtype) for key in LEAVES}
+    )
+    for result, cast, wide in zip(
+        results, run(FUNCTIONS[name], short), run(FUNCTIONS[name], data), strict=False
+    ):
         testing.assert_same_bits(result, cast, "beside inputs that are cast")
         assert not torch.equal(result, wide), "autocast changed nothing"
 
@@ -187,21 +290,30 @@ def test_without_gradient(implementation, name) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             results = run(FUNCTIONS[name], data)
-            made_here = run(FUNCTIONS[name], SimpleNamespace(**{key: value.clone() for key, value in vars(data).items() if key != "leaves"}))
+            made_here = run(
+                FUNCTIONS[name],
+                SimpleNamespace(
+                    **{key: value.clone() for key, value in vars(data).items() if key != "leaves"}
+                ),
+            )
         assert not any(value.requires_grad for value in (*results, *made_here))
         assert_same(results, expected)
         assert_same(made_here, expected)
 
 
 class Body(torch.nn.Module):
-    """A layer that makes hidden states, a head and the function under test: what is checkpointed or wrapped as a whole."""
+    """A layer that makes hidden states, a head and the function under test: what is checkpointed or
+    wrapped as a whole.
+    """
 
     def __init__(self, name: str, data: SimpleNamespace, frozen: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.name, self.data = name, data
         self.layer = torch.nn.Linear(H, H, device=data.hidden.device)
-        self.lm_head = torch.nn.Linear(H, V, bias=False, device=data.hidden.device).requires_grad_(not frozen)
+        self.lm_head = torch.nn.Linear(H, V, bias=False, device=data.hidden.device).requires_grad_(
+            not frozen
+        )
 
     def forward(self, x: torch.Tensor):
         """The outputs of the function, from hidden states made of x."""
@@ -212,7 +324,11 @@ WAYS = {
     "checkpoint": lambda body: functools.partial(checkpoint, body, use_reentrant=False),
     "reentrant checkpoint": lambda body: functools.partial(checkpoint, body, use_reentrant=True),
     "compiled": lambda body: torch.compile(body, fullgraph=True, backend="aot_eager"),
-    "compiled checkpoint": lambda body: torch.compile(functools.partial(checkpoint, body, use_reentrant=False), fullgraph=True, backend="aot_eager"),
+    "compiled checkpoint": lambda body: torch.compile(
+        functools.partial(checkpoint, body, use_reentrant=False),
+        fullgraph=True,
+        backend="aot_eager",
+    ),
 }
 
 
@@ -220,7 +336,9 @@ WAYS = {
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @named
 def test_module_with_an_lm_head(implementation, name, frozen, way) -> None:
-    """Checkpointed or compiled from its input to its loss, a module gives the same bits; a frozen lm_head gets no gradient."""
+    """Checkpointed or compiled from its input to its loss, a module gives the same bits; a frozen
+    lm_head gets no gradient.
+    """
     if (name, way) == ("penalty", "compiled checkpoint"):
         pytest.skip("torch.compile takes no side effect, which .last is, under a checkpoint")
     body = Body(name, inputs(implementation.device, (1, 2), learns=()), frozen)
@@ -231,16 +349,20 @@ def test_module_with_an_lm_head(implementation, name, frozen, way) -> None:
         outputs = call(x)
         sum((value * (1 + i)).sum() for i, value in enumerate(outputs)).backward()
         assert (body.lm_head.weight.grad is None) == frozen
-        found.append([*outputs, x.grad, *(value.grad for value in body.parameters() if value.requires_grad)])
+        found.append(
+            [*outputs, x.grad, *(value.grad for value in body.parameters() if value.requires_grad)]
+        )
     assert_same(found[1], found[0])
 
 
 @pytest.mark.parametrize("function", [total, none], ids=["sum", "none"])
 def test_gradient_accumulation(implementation, function) -> None:
-    """Two half batches add up to the whole one in .grad, and gradients to a half's own tokens are the whole batch's.
+    """Two half batches add up to the whole one in .grad, and gradients to a half's own tokens are
+    the whole batch's.
 
-    Logits are the same whatever the batch. A weight's gradient adds up 8 terms of both signs in another order, a hidden state's adds 19, each
-    rounding being 2^-24 of terms that are up to 8 times the sum: 19·8·2^-24 = 1e-5.
+    Logits are the same whatever the batch. A weight's gradient adds up 8 terms of both signs in
+    another order, a hidden state's adds 19, each rounding being 2^-24 of terms that are up to 8
+    times the sum: 19·8·2^-24 = 1e-5.
     """
     whole = inputs(implementation.device, (4, 2))
     run(function, whole)[0].sum().backward()
@@ -248,15 +370,22 @@ def test_gradient_accumulation(implementation, function) -> None:
     for value in whole.leaves:
         value.grad = None
     for half in (slice(0, 2), slice(2, 4)):
-        part = SimpleNamespace(**vars(whole) | {name: getattr(whole, name)[half] for name in ("hidden", "ref_hidden", "mask")})
+        part = SimpleNamespace(
+            **vars(whole)
+            | {name: getattr(whole, name)[half] for name in ("hidden", "ref_hidden", "mask")}
+        )
         run(function, part)[0].sum().backward()
     for name, leaf, exact in zip(LEAVES, whole.leaves, expected, strict=True):
-        testing.assert_gradient(leaf.grad.reshape(1, -1), exact.reshape(1, -1), f"gradient to {name}", 1e-5)
+        testing.assert_gradient(
+            leaf.grad.reshape(1, -1), exact.reshape(1, -1), f"gradient to {name}", 1e-5
+        )
 
 
 @named
 def test_second_backward_over_a_retained_graph(implementation, name) -> None:
-    """The second gradient is the first, .grad adds up, and what a caller does in place to a gradient changes no later one."""
+    """The second gradient is the first, .grad adds up, and what a caller does in place to a
+    gradient changes no later one.
+    """
     data = inputs(implementation.device, learns=LEARN.get(name, LEAVES))
     loss = sum(value.sum() for value in run(FUNCTIONS[name], data))
     first = torch.autograd.grad(loss, data.leaves, retain_graph=True)
@@ -281,7 +410,10 @@ class LoRALinear(torch.nn.Linear):
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__(inner, outer)
         self.requires_grad_(False)
-        self.lora_A, self.lora_B = torch.nn.Parameter(torch.randn(2, inner)), torch.nn.Parameter(torch.zeros(outer, 2))
+        self.lora_A, self.lora_B = (
+            torch.nn.Parameter(torch.randn(2, inner)),
+            torch.nn.Parameter(torch.zeros(outer, 2)),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, with the adapter's where it is enabled."""
@@ -290,26 +422,52 @@ class LoRALinear(torch.nn.Linear):
 
 def hand_made_lora() -> SimpleNamespace:
     """Two LoRA layers and a head in plain torch."""
-    layers = torch.nn.Sequential(torch.nn.Embedding(V, H).requires_grad_(False), LoRALinear(H, H), torch.nn.Tanh(), LoRALinear(H, H))
+    layers = torch.nn.Sequential(
+        torch.nn.Embedding(V, H).requires_grad_(False),
+        LoRALinear(H, H),
+        torch.nn.Tanh(),
+        LoRALinear(H, H),
+    )
 
     disabled = functools.partial(mock.patch.object, LoRALinear, "enabled", False)
-    return SimpleNamespace(model=layers, hidden=layers, disabled=disabled, lm_head=torch.nn.Linear(H, V, bias=False).requires_grad_(False))
+    return SimpleNamespace(
+        model=layers,
+        hidden=layers,
+        disabled=disabled,
+        lm_head=torch.nn.Linear(H, V, bias=False).requires_grad_(False),
+    )
 
 
 def peft_lora() -> SimpleNamespace:
     """A Llama of one layer under peft's LoRA."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    sizes = {"vocab_size": V, "hidden_size": H, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=16))
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    sizes = {
+        "vocab_size": V,
+        "hidden_size": H,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=16)
+    )
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
     base = model.get_base_model()
-    return SimpleNamespace(model=model, hidden=lambda tokens: base.model(input_ids=tokens).last_hidden_state, disabled=model.disable_adapter,
-                           lm_head=base.lm_head)
+    return SimpleNamespace(
+        model=model,
+        hidden=lambda tokens: base.model(input_ids=tokens).last_hidden_state,
+        disabled=model.disable_adapter,
+        lm_head=base.lm_head,
+    )
 
 
 @pytest.mark.parametrize("make", [hand_made_lora, peft_lora], ids=["hand_made", "peft"])
 def test_lora(implementation, make) -> None:
-    """A fresh adapter has a loss and gradients of exactly 0; a trained one the definition's, to 1e-5; the frozen head has none."""
+    """A fresh adapter has a loss and gradients of exactly 0; a trained one the definition's, to
+    1e-5; the frozen head has none.
+    """
     torch.manual_seed(0)
     with torch.device(implementation.device):
         lora = make()
@@ -321,9 +479,17 @@ def test_lora(implementation, make) -> None:
     adapters = {name: value for name, value in lora.model.named_parameters() if value.requires_grad}
     assert len(adapters) == 4 and all("lora_" in name for name in adapters)
 
-    loss = functools.partial(fastkl.linear_kl_divergence, weight=lora.lm_head.weight, ref_hidden=reference, reduction="mean", mask=mask)
+    loss = functools.partial(
+        fastkl.linear_kl_divergence,
+        weight=lora.lm_head.weight,
+        ref_hidden=reference,
+        reduction="mean",
+        mask=mask,
+    )
     fresh = loss(lora.hidden(tokens))
-    assert fresh.item() == 0 and all(not bool(grad.any()) for grad in torch.autograd.grad(fresh, list(adapters.values())))
+    assert fresh.item() == 0 and all(
+        not bool(grad.any()) for grad in torch.autograd.grad(fresh, list(adapters.values()))
+    )
 
     for value in adapters.values():
         torch.nn.init.normal_(value, std=0.5)
@@ -331,11 +497,18 @@ def test_lora(implementation, make) -> None:
     (result := loss(hidden)).backward()
     assert lora.lm_head.weight.grad is None and not reference.requires_grad
     exact_hidden = testing.leaf(hidden.double())
-    heads = [F.linear(value, lora.lm_head.weight.double()) for value in (exact_hidden, reference.double())]
+    heads = [
+        F.linear(value, lora.lm_head.weight.double())
+        for value in (exact_hidden, reference.double())
+    ]
     exact = testing.truth(*heads).kl[mask].mean()
     exact.backward()
     testing.assert_near(result, exact, 1e-5, 0.0, "loss")
-    testing.assert_gradient(hidden.grad.flatten()[None], exact_hidden.grad.flatten()[None], "gradient to the hidden states")
+    testing.assert_gradient(
+        hidden.grad.flatten()[None],
+        exact_hidden.grad.flatten()[None],
+        "gradient to the hidden states",
+    )
     assert all(bool(value.grad.any()) for value in adapters.values())
 
 
@@ -360,36 +533,80 @@ def saved_bytes(function: Callable, data: SimpleNamespace) -> dict[int, int]:
     return held
 
 
-def sized(implementation, learns: tuple[str, ...], dtype: torch.dtype = torch.float32) -> tuple[SimpleNamespace, list[int]]:
+def sized(
+    implementation, learns: tuple[str, ...], dtype: torch.dtype = torch.float32
+) -> tuple[SimpleNamespace, list[int]]:
     """Inputs of which a token's share and a head's can be told apart, and their addresses."""
     leading, vocabulary = ((4,), 64) if implementation.interpreted else ((32,), 512)
     data = inputs(implementation.device, leading, learns, dtype, vocabulary)
-    return data, [value.untyped_storage().data_ptr() for value in vars(data).values() if isinstance(value, torch.Tensor)]
+    return data, [
+        value.untyped_storage().data_ptr()
+        for value in vars(data).values()
+        if isinstance(value, torch.Tensor)
+    ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("learns", [("hidden",), ("hidden", "weight"), ("ref_hidden",), (*LEAVES, "weights")], ids=["frozen", "head", "other", "all"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+@pytest.mark.parametrize(
+    "learns",
+    [("hidden",), ("hidden", "weight"), ("ref_hidden",), (*LEAVES, "weights")],
+    ids=["frozen", "head", "other", "all"],
+)
 @pytest.mark.parametrize("name", ["mean", "sum", "penalty"])
 def test_bytes_saved_for_a_scalar(implementation, name, learns, dtype) -> None:
-    """One tensor like each input that requires grad, in float32 for a float16 head, and none of the hidden states and weights themselves."""
-    learns, function = tuple(key for key in learns if key != "weights" or name == "mean"), FUNCTIONS.get(name, total)
+    """One tensor like each input that requires grad, in float32 for a float16 head, and none of the
+    hidden states and weights themselves.
+    """
+    learns, function = (
+        tuple(key for key in learns if key != "weights" or name == "mean"),
+        FUNCTIONS.get(name, total),
+    )
     data, addresses = sized(implementation, learns, dtype)
-    gradients = sum(getattr(data, key).numel() * (4 if dtype == torch.float16 and not key.endswith("hidden") else getattr(data, key).element_size())
-                    for key in learns)
+    gradients = sum(
+        getattr(data, key).numel()
+        * (
+            4
+            if dtype == torch.float16 and not key.endswith("hidden")
+            else getattr(data, key).element_size()
+        )
+        for key in learns
+    )
     saved = saved_bytes(function, data)
     assert not set(saved) & {getattr(data, key).untyped_storage().data_ptr() for key in LEAVES}
-    assert gradients <= sum(size for address, size in saved.items() if address not in addresses) <= gradients + 16  # and a count of tokens
+    assert (
+        gradients
+        <= sum(size for address, size in saved.items() if address not in addresses)
+        <= gradients + 16
+    )  # and a count of tokens
 
 
 @named
 def test_bytes_left(implementation, name) -> None:
-    """While the results live, nothing is left allocated but they and what is saved; under activation checkpointing, nothing but they."""
+    """While the results live, nothing is left allocated but they and what is saved; under
+    activation checkpointing, nothing but they.
+    """
     data, _ = sized(implementation, LEAVES)
-    tokens, slack = data.mask.numel(), 512 * 16 if implementation.device == "cuda" else 0  # the GPU allocator's rounding
-    results = {"none": 4 * tokens, "stats": 20 * tokens}.get(name, 64) + slack  # 64: a loss, and a penalty's statistics
-    held = per_token(name, data) * tokens if name in ("none", "stats") else sum(value.nbytes for value in data.leaves)
+    tokens, slack = (
+        data.mask.numel(),
+        512 * 16 if implementation.device == "cuda" else 0,
+    )  # the GPU allocator's rounding
+    results = {"none": 4 * tokens, "stats": 20 * tokens}.get(
+        name, 64
+    ) + slack  # 64: a loss, and a penalty's statistics
+    held = (
+        per_token(name, data) * tokens
+        if name in ("none", "stats")
+        else sum(value.nbytes for value in data.leaves)
+    )
     assert allocated(implementation.device, lambda: run(FUNCTIONS[name], data))[1] <= results + held
     for again in (False, True):
-        checkpointed = functools.partial(checkpoint, lambda *leaves: run(FUNCTIONS[name], data), *data.leaves, use_reentrant=again,
-                                         preserve_rng_state=False)
+        checkpointed = functools.partial(
+            checkpoint,
+            lambda *leaves: run(FUNCTIONS[name], data),
+            *data.leaves,
+            use_reentrant=again,
+            preserve_rng_state=False,
+        )
         assert allocated(implementation.device, checkpointed)[1] <= results

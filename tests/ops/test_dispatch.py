@@ -1,4 +1,6 @@
-"""The ways to a computation: who gets the custom op and who does without, that all give the same bits, and torch.func's transforms."""
+"""The ways to a computation: who gets the custom op and who does without, that all give the same
+bits, and torch.func's transforms.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,34 @@ import fastkl
 from fastkl import testing
 from fastkl.ops import dual_op, linear_op, row_op
 
-DISPATCHED = (row_op.row_statistics, row_op.row_gradients, linear_op.linear_statistics, linear_op.linear_gradients, linear_op.linear_weighted_kl,
-              linear_op.scaled)
+DISPATCHED = (
+    row_op.row_statistics,
+    row_op.row_gradients,
+    linear_op.linear_statistics,
+    linear_op.linear_gradients,
+    linear_op.linear_weighted_kl,
+    linear_op.scaled,
+)
 
 
 def data(device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Logits and hidden states that require grad, a reference of each that does not, and tokens."""
     generator = torch.Generator().manual_seed(0)
-    made = {name: torch.randn(*shape, generator=generator).to(device, dtype)
-            for name, shape in (("p", (3, 7)), ("q", (3, 7)), ("hidden", (3, 5)), ("weight", (7, 5)), ("ref_hidden", (3, 5)))}
+    made = {
+        name: torch.randn(*shape, generator=generator).to(device, dtype)
+        for name, shape in (
+            ("p", (3, 7)),
+            ("q", (3, 7)),
+            ("hidden", (3, 5)),
+            ("weight", (7, 5)),
+            ("ref_hidden", (3, 5)),
+        )
+    }
     return {"tokens": torch.tensor([1, 0, 6], device=device), **made} | {
-        "p": made["p"].requires_grad_(), "hidden": made["hidden"].requires_grad_(), "weight": torch.nn.Parameter(made["weight"])}
+        "p": made["p"].requires_grad_(),
+        "hidden": made["hidden"].requires_grad_(),
+        "weight": torch.nn.Parameter(made["weight"]),
+    }
 
 
 def kl(d):
@@ -42,7 +61,9 @@ def linear_none(d):
 
 
 def linear_mean(d):
-    return (fastkl.linear_kl_divergence(d["hidden"], d["weight"], d["ref_hidden"], reduction="mean"),)
+    return (
+        fastkl.linear_kl_divergence(d["hidden"], d["weight"], d["ref_hidden"], reduction="mean"),
+    )
 
 
 FUNCTIONS = {function.__name__: function for function in (kl, stats, linear_none, linear_mean)}
@@ -52,7 +73,12 @@ def outcome(function: Callable, d: dict[str, torch.Tensor]) -> list[torch.Tensor
     """Outputs, and the gradients for upstream gradients that differ."""
     outputs = [value for value in function(d) if value.requires_grad]
     leaves = [d["p"]] if function in (kl, stats) else [d["hidden"], d["weight"]]
-    upstream = [torch.linspace(1.0, 2.0, value.numel(), device=value.device, dtype=value.dtype).view(value.shape) for value in outputs]
+    upstream = [
+        torch.linspace(1.0, 2.0, value.numel(), device=value.device, dtype=value.dtype).view(
+            value.shape
+        )
+        for value in outputs
+    ]
     return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
 
 
@@ -72,6 +98,7 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_plain_tensors_in_eager_mode_do_without_the_op(implementation, name, monkeypatch) -> None:
     """Forward and backward, with gradient and without, none of the ops is called."""
+
     def called(*inputs):
         raise AssertionError("the op was called")
 
@@ -83,10 +110,18 @@ def test_plain_tensors_in_eager_mode_do_without_the_op(implementation, name, mon
         FUNCTIONS[name](d)
 
 
-@pytest.mark.parametrize("name, expected", [("kl", {"row_statistics", "row_gradients"}), ("stats", {"row_statistics", "row_gradients"}),
-                                            ("linear_none", {"linear_statistics", "linear_gradients"}),
-                                            ("linear_mean", {"linear_weighted_kl", "scaled"})])
-def test_a_dispatch_mode_sees_the_ops_and_the_bits_are_the_same(implementation, name, expected) -> None:
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("kl", {"row_statistics", "row_gradients"}),
+        ("stats", {"row_statistics", "row_gradients"}),
+        ("linear_none", {"linear_statistics", "linear_gradients"}),
+        ("linear_mean", {"linear_weighted_kl", "scaled"}),
+    ],
+)
+def test_a_dispatch_mode_sees_the_ops_and_the_bits_are_the_same(
+    implementation, name, expected
+) -> None:
     """What wants to see ops does, and either way computes the same."""
     d = data(implementation.device)
     plain = outcome(FUNCTIONS[name], d)
@@ -116,9 +151,11 @@ def test_a_checkpoint_with_a_mode_around_forward_only(implementation, name) -> N
     d = data(implementation.device)
     leaf = "p" if name in ("kl", "stats") else "hidden"
     with Seen():
-        result = checkpoint(lambda value: FUNCTIONS[name]({**d, leaf: value})[0].sum(), d[leaf], use_reentrant=False)
-    grad, = torch.autograd.grad(result, d[leaf])
-    expected, = torch.autograd.grad(FUNCTIONS[name](d)[0].sum(), d[leaf])
+        result = checkpoint(
+            lambda value: FUNCTIONS[name]({**d, leaf: value})[0].sum(), d[leaf], use_reentrant=False
+        )
+    (grad,) = torch.autograd.grad(result, d[leaf])
+    (expected,) = torch.autograd.grad(FUNCTIONS[name](d)[0].sum(), d[leaf])
     testing.assert_same_bits(grad, expected, name)
 
 
@@ -129,7 +166,9 @@ class Wrapped(torch.Tensor):
 
     @staticmethod
     def __new__(cls, plain):
-        return torch.Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype, device=plain.device, strides=plain.stride())
+        return torch.Tensor._make_wrapper_subclass(
+            cls, plain.shape, dtype=plain.dtype, device=plain.device, strides=plain.stride()
+        )
 
     def __init__(self, plain):
         self.plain = plain
@@ -137,7 +176,10 @@ class Wrapped(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         cls.met.append(func.name())
-        return func(*torch.utils._pytree.tree_map_only(cls, lambda value: value.plain, args), **(kwargs or {}))
+        return func(
+            *torch.utils._pytree.tree_map_only(cls, lambda value: value.plain, args),
+            **(kwargs or {}),
+        )
 
 
 def test_a_subclass_meets_the_op(implementation) -> None:
@@ -183,12 +225,23 @@ def test_a_tensor_that_outlived_its_transform(implementation) -> None:
 def test_what_lies_in_memory_negated(implementation) -> None:
     """torch keeps some negatives as a mark on a view: kernels read memory."""
     d = data(implementation.device)
-    marked = torch.randn(3, 14, dtype=torch.cfloat, device=implementation.device).conj().imag.as_strided((3, 7), (28, 1))
+    marked = (
+        torch.randn(3, 14, dtype=torch.cfloat, device=implementation.device)
+        .conj()
+        .imag.as_strided((3, 7), (28, 1))
+    )
     assert marked.is_neg() and marked.stride(-1) == 1
-    testing.assert_same_bits(fastkl.kl_divergence(marked, d["q"]), fastkl.kl_divergence(marked.resolve_neg().clone(), d["q"]), "kl")
+    testing.assert_same_bits(
+        fastkl.kl_divergence(marked, d["q"]),
+        fastkl.kl_divergence(marked.resolve_neg().clone(), d["q"]),
+        "kl",
+    )
     upstream = torch.linspace(1.0, 2.0, 3, device=implementation.device)
     result = fastkl.kl_divergence(d["p"], d["q"])
-    minus, plus = (torch.autograd.grad(result, d["p"], value, retain_graph=True)[0] for value in (torch._neg_view(upstream), upstream))
+    minus, plus = (
+        torch.autograd.grad(result, d["p"], value, retain_graph=True)[0]
+        for value in (torch._neg_view(upstream), upstream)
+    )
     testing.assert_same_bits(minus, -plus, "gradient")
 
 
@@ -201,7 +254,9 @@ def test_saved_tensors_may_come_back_in_another_layout(implementation, name) -> 
         return value.mT.contiguous() if value.dim() == 2 else value
 
     expected = outcome(FUNCTIONS[name], d)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value.mT if value.dim() == 2 else value):
+    with torch.autograd.graph.saved_tensors_hooks(
+        pack, lambda value: value.mT if value.dim() == 2 else value
+    ):
         results = outcome(FUNCTIONS[name], d)
     for result, value in zip(results, expected, strict=True):
         torch.testing.assert_close(result, value, rtol=1e-6, atol=1e-7)  # products round by layout
@@ -223,7 +278,9 @@ def test_a_reference_from_inference_mode(implementation, name, compiled) -> None
 
 
 def test_a_penalty_keeps_nothing_of_a_transform(implementation) -> None:
-    """.last is for the monitor, after the call: what a transform's call would leave there is of no use then."""
+    """.last is for the monitor, after the call: what a transform's call would leave there is of no
+    use then.
+    """
     d = data(implementation.device)
     penalty = fastkl.KLPenalty(0.1)
     penalty(d["p"], d["q"])
@@ -236,7 +293,10 @@ def test_a_penalty_keeps_nothing_of_a_transform(implementation) -> None:
 def test_profilers_show_the_op_by_its_name(implementation, gradient) -> None:
     """Whichever way was taken."""
     d = data(implementation.device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.set_grad_enabled(gradient):
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        torch.set_grad_enabled(gradient),
+    ):
         fastkl.kl_divergence(d["p"], d["q"])
     assert "fastkl::row_statistics" in {event.key for event in profile.key_averages()}
 
@@ -257,15 +317,31 @@ def test_transforms(implementation, transform, name) -> None:
     leaf = d[argument].clone().requires_grad_()
     if transform == "vmap of grad":
         stacked = torch.stack([leaf, 2 * leaf]).detach().requires_grad_()
-        result = torch.func.vmap(torch.func.grad(lambda value: function(value).sum()))(stacked.detach())
-        expected = torch.stack([torch.autograd.grad(function(value).sum(), stacked, retain_graph=True)[0][i] for i, value in enumerate(stacked)])
+        result = torch.func.vmap(torch.func.grad(lambda value: function(value).sum()))(
+            stacked.detach()
+        )
+        expected = torch.stack(
+            [
+                torch.autograd.grad(function(value).sum(), stacked, retain_graph=True)[0][i]
+                for i, value in enumerate(stacked)
+            ]
+        )
     elif transform == "grad of vmap":
         stacked = torch.stack([leaf, 2 * leaf]).detach().requires_grad_()
-        result = torch.func.grad(lambda value: torch.func.vmap(function)(value).sum())(stacked.detach())
-        expected = torch.stack([torch.autograd.grad(function(value).sum(), stacked, retain_graph=True)[0][i] for i, value in enumerate(stacked)])
+        result = torch.func.grad(lambda value: torch.func.vmap(function)(value).sum())(
+            stacked.detach()
+        )
+        expected = torch.stack(
+            [
+                torch.autograd.grad(function(value).sum(), stacked, retain_graph=True)[0][i]
+                for i, value in enumerate(stacked)
+            ]
+        )
     elif transform == "jacrev":
         result = torch.func.jacrev(function)(leaf.detach())
-        expected = torch.stack([torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in function(leaf)])
+        expected = torch.stack(
+            [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in function(leaf)]
+        )
     else:
         result = torch.func.grad(lambda value: function(value).sum())(leaf.detach())
         expected = torch.autograd.grad(function(leaf).sum(), leaf)[0]
@@ -280,9 +356,16 @@ def test_the_ops_under_vmap(implementation) -> None:
     rest = (None, None, None, 1.0, "kl", implementation.backend)
     mapped = torch.vmap(lambda p, q: torch.ops.fastkl.row_statistics(p, q, *rest)[3])(p, q)
     testing.assert_same_bits(mapped, kl(d)[0].detach(), "kl")
-    heads, settings = (d["hidden"].detach(), d["weight"].detach(), d["ref_hidden"]), (0.0, 0.0, 1.0, implementation.backend, torch.float32, None)
+    heads, settings = (
+        (d["hidden"].detach(), d["weight"].detach(), d["ref_hidden"]),
+        (0.0, 0.0, 1.0, implementation.backend, torch.float32, None),
+    )
     linear_statistics = torch.ops.fastkl.linear_statistics
-    mapped = torch.vmap(lambda h, r: linear_statistics(h, heads[1], None, r, None, None, None, *rest[:5], *settings, False)[3])(heads[0], heads[2])
+    mapped = torch.vmap(
+        lambda h, r: linear_statistics(
+            h, heads[1], None, r, None, None, None, *rest[:5], *settings, False
+        )[3]
+    )(heads[0], heads[2])
     torch.testing.assert_close(mapped, linear_none(d)[0].detach(), rtol=1e-6, atol=1e-7)
 
 
@@ -302,12 +385,17 @@ def test_vmap_compiled_and_exported(implementation, name) -> None:
 
     expected = torch.stack([FUNCTIONS[name]({**d, leaf: one})[0] for one in stacked])
     torch._dynamo.reset()
-    for run in (torch.compile(function, backend="eager", fullgraph=True), torch.export.export(Module(), (stacked,)).module()):
+    for run in (
+        torch.compile(function, backend="eager", fullgraph=True),
+        torch.export.export(Module(), (stacked,)).module(),
+    ):
         torch.testing.assert_close(run(stacked), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_transforms_that_are_not_there_say_so(implementation) -> None:
-    """A second derivative, a forward-mode one, and the gradient of a sum that is computed with its value."""
+    """A second derivative, a forward-mode one, and the gradient of a sum that is computed with its
+    value.
+    """
     d = {key: value.detach() for key, value in data(implementation.device).items()}
 
     def total(p):
@@ -329,16 +417,25 @@ def test_tangents_are_refused_wherever_they_are(implementation, name) -> None:
     """Kernels would drop that of a temperature or of an upstream gradient: an error, not a zero."""
     d = data(implementation.device)
     with forward_ad.dual_level():
-        factor = forward_ad.make_dual(torch.tensor(2.0, device=implementation.device), torch.tensor(1.0, device=implementation.device))
+        factor = forward_ad.make_dual(
+            torch.tensor(2.0, device=implementation.device),
+            torch.tensor(1.0, device=implementation.device),
+        )
         with pytest.raises(RuntimeError, match="upstream gradient: expected .* forward-mode"):
-            torch.autograd.grad((factor * FUNCTIONS[name](d)[0]).sum(), d["p"] if name == "kl" else d["hidden"])
-        temperature = forward_ad.make_dual(torch.ones(3, device=implementation.device), torch.ones(3, device=implementation.device))
+            torch.autograd.grad(
+                (factor * FUNCTIONS[name](d)[0]).sum(), d["p"] if name == "kl" else d["hidden"]
+            )
+        temperature = forward_ad.make_dual(
+            torch.ones(3, device=implementation.device), torch.ones(3, device=implementation.device)
+        )
         with pytest.raises(RuntimeError, match="temperature: expected .* forward-mode"):
             if name == "kl":
                 fastkl.kl_divergence(d["p"], d["q"], temperature=temperature)
             else:
                 heads = d["hidden"], d["weight"], d["ref_hidden"]
-                fastkl.linear_kl_divergence(*heads, temperature=temperature, reduction=name.removeprefix("linear_"))
+                fastkl.linear_kl_divergence(
+                    *heads, temperature=temperature, reduction=name.removeprefix("linear_")
+                )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -349,8 +446,12 @@ def test_functionalize_and_tracing_before_dispatch_see_the_op(name) -> None:
     leaf = "p" if name in ("kl", "stats") else "hidden"
     with fastkl.use_backend("reference"):
         expected = [value for value in function(d) if value is not None]
-        for result in (torch.func.functionalize(lambda value: function({**d, leaf: value}))(d[leaf]),
-                       torch.func.vmap(torch.func.functionalize(lambda value: function({**d, leaf: value})))(d[leaf][None])):
+        for result in (
+            torch.func.functionalize(lambda value: function({**d, leaf: value}))(d[leaf]),
+            torch.func.vmap(torch.func.functionalize(lambda value: function({**d, leaf: value})))(
+                d[leaf][None]
+            ),
+        ):
             for got, value in zip(result, expected, strict=True):
                 torch.testing.assert_close(got.view(value.shape), value, rtol=1e-6, atol=1e-7)
         traced = make_fx(lambda value: function({**d, leaf: value}), pre_dispatch=True)(d[leaf])
@@ -361,7 +462,9 @@ def test_functionalize_and_tracing_before_dispatch_see_the_op(name) -> None:
 
 
 def python_calls(call: Callable) -> int:
-    """Calls of functions, in Python and in C, that call() makes: what its time is proportional to, without a clock."""
+    """Calls of functions, in Python and in C, that call() makes: what its time is proportional to,
+    without a clock.
+    """
     count = 0
 
     def note(frame, event, argument):
@@ -380,7 +483,9 @@ def python_calls(call: Callable) -> int:
 
 
 def test_calls_of_a_step_with_few_rows(monkeypatch) -> None:
-    """With a few rows a step takes as long as its Python does, 224 calls when this was written: no more than 240."""
+    """With a few rows a step takes as long as its Python does, 224 calls when this was written: no
+    more than 240.
+    """
     pytest.importorskip("triton")
     from fastkl import backend
     from fastkl.kernels import launch
@@ -389,4 +494,9 @@ def test_calls_of_a_step_with_few_rows(monkeypatch) -> None:
     monkeypatch.setattr(backend, "triton_problems", lambda *logits, **reading: ())
     d, upstream = data("cpu"), torch.ones(3)
     with fastkl.use_backend("triton"):
-        assert python_calls(lambda: torch.autograd.grad(fastkl.kl_divergence(d["p"], d["q"]), d["p"], upstream)) <= 240
+        assert (
+            python_calls(
+                lambda: torch.autograd.grad(fastkl.kl_divergence(d["p"], d["q"]), d["p"], upstream)
+            )
+            <= 240
+        )

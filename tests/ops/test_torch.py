@@ -1,4 +1,6 @@
-"""The ops inside PyTorch: opcheck, torch.compile, export, vmap, checkpointing, autocast, CUDA graphs, and the bytes that they allocate and hold."""
+"""The ops inside PyTorch: opcheck, torch.compile, export, vmap, checkpointing, autocast, CUDA
+graphs, and the bytes that they allocate and hold.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from fastkl.ops.fields import FIELDS
 
 ALL = "logprob,entropy,ref_logprob,kl,ref_kl"
 V = 19
-HAS_CPP = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))
+HAS_CPP = any(
+    shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,15 +34,26 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def inputs(device: str, leading: tuple[int, ...] = (2, 2), vocabulary: int = V, grad: bool = True, seed: int = 0) -> SimpleNamespace:
-    """Logits p, q that require grad, tokens, a mask that leaves out one row, temperatures, and upstream gradients of all five fields."""
+def inputs(
+    device: str,
+    leading: tuple[int, ...] = (2, 2),
+    vocabulary: int = V,
+    grad: bool = True,
+    seed: int = 0,
+) -> SimpleNamespace:
+    """Logits p, q that require grad, tokens, a mask that leaves out one row, temperatures, and
+    upstream gradients of all five fields.
+    """
     count = torch.Size(leading).numel()
     p, q = testing.pair("normal3", count, vocabulary, 0.5, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     made = {
-        "p": p.reshape(*leading, vocabulary), "q": q.reshape(*leading, vocabulary),
-        "tokens": torch.randint(vocabulary, leading, generator=generator), "mask": torch.arange(count).reshape(leading) != 1,
-        "temperatures": 0.5 + torch.rand(leading, generator=generator), "upstream": torch.randn(5, *leading, generator=generator),
+        "p": p.reshape(*leading, vocabulary),
+        "q": q.reshape(*leading, vocabulary),
+        "tokens": torch.randint(vocabulary, leading, generator=generator),
+        "mask": torch.arange(count).reshape(leading) != 1,
+        "temperatures": 0.5 + torch.rand(leading, generator=generator),
+        "upstream": torch.randn(5, *leading, generator=generator),
     }
     made = {name: value.to(device) for name, value in made.items()}
     return SimpleNamespace(**made | {name: made[name].requires_grad_(grad) for name in "pq"})
@@ -51,13 +66,20 @@ def kl(p, q, data):
 
 def stats(p, q, data):
     """All five fields with a temperature per row."""
-    return tuple(fastkl.token_stats(p, data.tokens, q, temperature=data.temperatures, mask=data.mask))
+    return tuple(
+        fastkl.token_stats(p, data.tokens, q, temperature=data.temperatures, mask=data.mask)
+    )
 
 
 def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
-    """Outputs of function(p, q, data) and the gradients of both logits for fixed upstream gradients."""
+    """Outputs of function(p, q, data) and the gradients of both logits for fixed upstream
+    gradients.
+    """
     outputs = function(data.p, data.q, data)
-    upstream = [data.upstream[i] if value.dim() else torch.ones_like(value) for i, value in enumerate(outputs)]
+    upstream = [
+        data.upstream[i] if value.dim() else torch.ones_like(value)
+        for i, value in enumerate(outputs)
+    ]
     return [*outputs, *torch.autograd.grad(outputs, (data.p, data.q), upstream)]
 
 
@@ -65,7 +87,9 @@ def assert_same_bits(results: list[torch.Tensor], expected: list[torch.Tensor]) 
     """The same tensors to the bit, of which none is trivial."""
     assert len(results) == len(expected)
     for number, (result, value) in enumerate(zip(results, expected, strict=True)):
-        assert result.dtype == value.dtype and torch.equal(result, value), f"result {number}: {result} is not {value}"
+        assert result.dtype == value.dtype and torch.equal(result, value), (
+            f"result {number}: {result} is not {value}"
+        )
         assert bool((value != 0).any()), f"result {number} is zero everywhere: nothing was compared"
 
 
@@ -73,15 +97,23 @@ def assert_same_bits(results: list[torch.Tensor], expected: list[torch.Tensor]) 
 
 # fields, with q, with tokens, with mask, with a temperature per row, leading shape
 MIXES = [
-    ("kl", True, False, False, False, (2,)), ("kl", True, False, True, True, (2, 1)), ("kl", True, False, False, False, ()),
-    ("kl", True, False, False, False, (0,)), ("logprob", False, True, False, False, (2,)), ("logprob", True, True, False, True, (2,)),
-    ("logprob,entropy", False, True, True, False, (2, 1)), ("logprob,entropy", False, True, False, True, (0, 2)),
-    (ALL, True, True, False, False, (2,)), (ALL, True, True, True, True, (1, 2)),
+    ("kl", True, False, False, False, (2,)),
+    ("kl", True, False, True, True, (2, 1)),
+    ("kl", True, False, False, False, ()),
+    ("kl", True, False, False, False, (0,)),
+    ("logprob", False, True, False, False, (2,)),
+    ("logprob", True, True, False, True, (2,)),
+    ("logprob,entropy", False, True, True, False, (2, 1)),
+    ("logprob,entropy", False, True, False, True, (0, 2)),
+    (ALL, True, True, False, False, (2,)),
+    (ALL, True, True, True, True, (1, 2)),
 ]
 
 
 def skip_if_interpreted(implementation, mix: tuple) -> None:
-    """What opcheck looks at does not depend on the kernels: every mix on the reference, and in the interpreter the one in which most takes part."""
+    """What opcheck looks at does not depend on the kernels: every mix on the reference, and in the
+    interpreter the one in which most takes part.
+    """
     if implementation.interpreted and mix != MIXES[-1]:
         pytest.skip("the ops' rules for this mix are checked on the reference")
 
@@ -89,28 +121,57 @@ def skip_if_interpreted(implementation, mix: tuple) -> None:
 def op_arguments(data: SimpleNamespace, mix: tuple, chosen: str) -> tuple:
     """The arguments of fastkl::row_statistics for one of MIXES."""
     fields, with_q, tokens, mask, temperatures, _ = mix
-    return (data.p, data.q if with_q else None, data.tokens if tokens else None, data.mask if mask else None,
-            data.temperatures if temperatures else None, 1.0 if temperatures else 0.7, fields, chosen)
+    return (
+        data.p,
+        data.q if with_q else None,
+        data.tokens if tokens else None,
+        data.mask if mask else None,
+        data.temperatures if temperatures else None,
+        1.0 if temperatures else 0.7,
+        fields,
+        chosen,
+    )
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_opcheck_row_statistics(implementation, mix, grad) -> None:
-    """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right for every mix of arguments."""
+    """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right
+    for every mix of arguments.
+    """
     skip_if_interpreted(implementation, mix)
     data = inputs(implementation.device, mix[-1], grad=grad)
-    torch.library.opcheck(torch.ops.fastkl.row_statistics.default, op_arguments(data, mix, implementation.backend))
+    torch.library.opcheck(
+        torch.ops.fastkl.row_statistics.default, op_arguments(data, mix, implementation.backend)
+    )
 
 
-@pytest.mark.parametrize("mix, wrt", [*((mix, (True, mix[1])) for mix in MIXES), (MIXES[-1], (True, False)), (MIXES[-1], (False, True))], ids=str)
+@pytest.mark.parametrize(
+    "mix, wrt",
+    [
+        *((mix, (True, mix[1])) for mix in MIXES),
+        (MIXES[-1], (True, False)),
+        (MIXES[-1], (False, True)),
+    ],
+    ids=str,
+)
 def test_opcheck_row_gradients(implementation, mix, wrt) -> None:
     """The same for the backward op, with the upstream gradients that the mix of fields can have."""
     skip_if_interpreted(implementation, mix)
     data = inputs(implementation.device, mix[-1], grad=False)
-    p, q, tokens, mask, temperatures, temperature, fields, chosen = op_arguments(data, mix, implementation.backend)
-    saved = row_op.row_statistics.op(p, q, tokens, mask, temperatures, temperature, fields, chosen)[-1]
-    upstream = [data.upstream[i] if name in fields.split(",") else None for i, name in enumerate(FIELDS)]
-    torch.library.opcheck(torch.ops.fastkl.row_gradients.default, (p, q, tokens, mask, temperatures, saved, *upstream, temperature, *wrt, chosen))
+    p, q, tokens, mask, temperatures, temperature, fields, chosen = op_arguments(
+        data, mix, implementation.backend
+    )
+    saved = row_op.row_statistics.op(p, q, tokens, mask, temperatures, temperature, fields, chosen)[
+        -1
+    ]
+    upstream = [
+        data.upstream[i] if name in fields.split(",") else None for i, name in enumerate(FIELDS)
+    ]
+    torch.library.opcheck(
+        torch.ops.fastkl.row_gradients.default,
+        (p, q, tokens, mask, temperatures, saved, *upstream, temperature, *wrt, chosen),
+    )
 
 
 # ---- torch.compile and export
@@ -120,16 +181,22 @@ def test_opcheck_row_gradients(implementation, mix, wrt) -> None:
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("name", ["kl", "stats", "penalty"])
 def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
-    """fullgraph=True works, forward and backward, and gives eager's bits, at two sizes where they are dynamic.
+    """fullgraph=True works, forward and backward, and gives eager's bits, at two sizes where they
+    are dynamic.
 
-    Except KLPenalty under inductor, which adds the tokens up in another order and on a GPU divides by an approximation: 8 units of float32 there.
+    Except KLPenalty under inductor, which adds the tokens up in another order and on a GPU divides
+    by an approximation: 8 units of float32 there.
     """
     if compiler == "inductor" and implementation.device == "cpu" and not HAS_CPP:
         pytest.skip("inductor needs a C++ compiler on CPU")
     if implementation.interpreted and compiler == "inductor":
         pytest.skip("what inductor does around the ops is checked on the reference")
     penalty = fastkl.KLPenalty(0.3)
-    function = {"kl": kl, "stats": stats, "penalty": lambda p, q, data: (penalty(p, q, data.mask),)}[name]
+    function = {
+        "kl": kl,
+        "stats": stats,
+        "penalty": lambda p, q, data: (penalty(p, q, data.mask),),
+    }[name]
     compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=dynamic)
     for leading in ((1, 2), (1, 3)) if dynamic else ((1, 2),):
         data = inputs(implementation.device, leading)
@@ -144,18 +211,25 @@ def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
 
 @pytest.mark.parametrize("dynamic, graphs", [(True, 1), (None, 2)], ids=["dynamic", "automatic"])
 def test_no_recompilation_for_each_length(implementation, dynamic, graphs) -> None:
-    """One graph for every number of rows and every temperature per row: with dynamic=True at once, by default from the second length on."""
+    """One graph for every number of rows and every temperature per row: with dynamic=True at once,
+    by default from the second length on.
+    """
     counter = CompileCounter()
     compiled = torch.compile(fastkl.kl_divergence, fullgraph=True, backend=counter, dynamic=dynamic)
     for rows in (2, 3, 4):
         data = inputs(implementation.device, (rows,), grad=False)
         temperature = data.temperatures * rows
-        assert torch.equal(compiled(data.p, data.q, temperature=temperature), fastkl.kl_divergence(data.p, data.q, temperature=temperature))
+        assert torch.equal(
+            compiled(data.p, data.q, temperature=temperature),
+            fastkl.kl_divergence(data.p, data.q, temperature=temperature),
+        )
     assert counter.frame_count == graphs
 
 
 def test_use_backend_and_compile(implementation, monkeypatch) -> None:
-    """A compiled function follows use_backend around the call and inside it, and leaves the choice as it was."""
+    """A compiled function follows use_backend around the call and inside it, and leaves the choice
+    as it was.
+    """
     ran = []
 
     def record(chosen, p, q, tokens, mask, temperature, outputs, saved):
@@ -188,15 +262,25 @@ class Model(torch.nn.Module):
 
     def forward(self, p, q, tokens, mask):
         """Two statistics from different calls."""
-        return fastkl.kl_divergence(p, q, mask=mask), fastkl.token_stats(p, tokens, q, mask=mask).logprob
+        return fastkl.kl_divergence(p, q, mask=mask), fastkl.token_stats(
+            p, tokens, q, mask=mask
+        ).logprob
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 def test_export(implementation, strict) -> None:
     """torch.export with a dynamic number of rows runs at another number, with eager's bits."""
-    first, other = inputs(implementation.device, (4,), grad=False), inputs(implementation.device, (5,), grad=False, seed=1)
+    first, other = (
+        inputs(implementation.device, (4,), grad=False),
+        inputs(implementation.device, (5,), grad=False, seed=1),
+    )
     rows = torch.export.Dim("rows", min=2, max=4096)
-    exported = torch.export.export(Model(), (first.p, first.q, first.tokens, first.mask), dynamic_shapes=({0: rows},) * 4, strict=strict)
+    exported = torch.export.export(
+        Model(),
+        (first.p, first.q, first.tokens, first.mask),
+        dynamic_shapes=({0: rows},) * 4,
+        strict=strict,
+    )
     arguments = (other.p, other.q, other.tokens, other.mask)
     assert_same_bits(list(exported.module()(*arguments)), list(Model()(*arguments)))
 
@@ -206,18 +290,37 @@ def test_export(implementation, strict) -> None:
 
 @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0), (1, 0), (-2, 1)], ids=str)
 def test_vmap(implementation, in_dims) -> None:
-    """vmap over either or both arguments is the loop, to the bit, with a gradient that is the loop's."""
+    """vmap over either or both arguments is the loop, to the bit, with a gradient that is the
+    loop's.
+    """
     data = inputs(implementation.device, (3, 2))
     turned = data.q.transpose(0, 1).contiguous() if in_dims == (1, 0) else data.q
-    p, q = ((value if dim is not None else value[0]).detach().requires_grad_() for value, dim in zip((data.p, turned), in_dims, strict=True))
-    count = next(value.shape[dim] for value, dim in zip((p, q), in_dims, strict=True) if dim is not None)
+    p, q = (
+        (value if dim is not None else value[0]).detach().requires_grad_()
+        for value, dim in zip((data.p, turned), in_dims, strict=True)
+    )
+    count = next(
+        value.shape[dim] for value, dim in zip((p, q), in_dims, strict=True) if dim is not None
+    )
     result = torch.func.vmap(fastkl.kl_divergence, in_dims=in_dims)(p, q)
-    picked = [[value if dim is None else value.select(dim, i) for value, dim in zip((p, q), in_dims, strict=True)] for i in range(count)]
+    picked = [
+        [
+            value if dim is None else value.select(dim, i)
+            for value, dim in zip((p, q), in_dims, strict=True)
+        ]
+        for i in range(count)
+    ]
     expected = torch.stack([fastkl.kl_divergence(*both) for both in picked])
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3)).to(expected)
     assert torch.equal(result, expected)
-    for grad, exact in zip(torch.autograd.grad(result, (p, q), upstream), torch.autograd.grad(expected, (p, q), upstream), strict=True):
-        torch.testing.assert_close(grad, exact, rtol=1e-6, atol=1e-6)  # one that is not mapped is added up in another order
+    for grad, exact in zip(
+        torch.autograd.grad(result, (p, q), upstream),
+        torch.autograd.grad(expected, (p, q), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            grad, exact, rtol=1e-6, atol=1e-6
+        )  # one that is not mapped is added up in another order
 
 
 def test_vmap_nested_with_every_argument(implementation) -> None:
@@ -227,7 +330,9 @@ def test_vmap_nested_with_every_argument(implementation) -> None:
     def one(p, tokens, q, mask, temperature):
         return tuple(fastkl.token_stats(p, tokens, q, mask=mask, temperature=temperature))
 
-    result = torch.func.vmap(torch.func.vmap(one))(data.p, data.tokens, data.q, data.mask, data.temperatures)
+    result = torch.func.vmap(torch.func.vmap(one))(
+        data.p, data.tokens, data.q, data.mask, data.temperatures
+    )
     assert_same_bits(list(result), list(stats(data.p, data.q, data)))
 
 
@@ -236,8 +341,12 @@ def test_batched_upstream_gradients(implementation) -> None:
     data = inputs(implementation.device, (3,))
     result = kl(data.p, data.q, SimpleNamespace(mask=None))[0]
     upstream = torch.eye(3, device=implementation.device)
-    batched = torch.autograd.grad(result, (data.p, data.q), upstream, is_grads_batched=True, retain_graph=True)
-    looped = [torch.autograd.grad(result, (data.p, data.q), one, retain_graph=True) for one in upstream]
+    batched = torch.autograd.grad(
+        result, (data.p, data.q), upstream, is_grads_batched=True, retain_graph=True
+    )
+    looped = [
+        torch.autograd.grad(result, (data.p, data.q), one, retain_graph=True) for one in upstream
+    ]
     assert_same_bits(list(batched), [torch.stack(grads) for grads in zip(*looped, strict=True)])
 
 
@@ -264,7 +373,9 @@ def test_autocast(implementation, dtype) -> None:
 
 
 def test_second_backward_over_a_retained_graph(implementation) -> None:
-    """Nothing that backward needs is overwritten: the second gradient is the first, and .grad adds up."""
+    """Nothing that backward needs is overwritten: the second gradient is the first, and .grad adds
+    up.
+    """
     data = inputs(implementation.device)
     (result,) = kl(data.p, data.q, data)
     result.backward(data.upstream[0], retain_graph=True)
@@ -274,7 +385,9 @@ def test_second_backward_over_a_retained_graph(implementation) -> None:
 
 
 def test_double_backward_says_that_it_is_not_there(implementation) -> None:
-    """create_graph=True alone works; differentiating the gradient is an error that says so, never a silent zero."""
+    """create_graph=True alone works; differentiating the gradient is an error that says so, never a
+    silent zero.
+    """
     data = inputs(implementation.device)
     (grad,) = torch.autograd.grad(kl(data.p, data.q, data)[0].sum(), data.p, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
@@ -287,7 +400,9 @@ def test_no_grad(implementation) -> None:
     expected = stats(data.p, data.q, data)
     with torch.no_grad():
         results = stats(data.p, data.q, data)
-    assert not any(value.requires_grad for value in results) and all(value.requires_grad for value in expected)
+    assert not any(value.requires_grad for value in results) and all(
+        value.requires_grad for value in expected
+    )
     assert_same_bits(list(results), list(expected))
 
 
@@ -314,12 +429,33 @@ PER_ROW = 64  # bytes
 
 
 def sized(implementation, times: int = 1) -> SimpleNamespace:
-    """Inputs of the size to measure at, with `times` as many rows; bfloat16 on a GPU. No mask and no temperatures, which are inputs."""
-    rows, vocabulary = SIZES["reference" if not implementation.kernels else "interpreter" if implementation.interpreted else "gpu"]
+    """Inputs of the size to measure at, with `times` as many rows; bfloat16 on a GPU. No mask and
+    no temperatures, which are inputs.
+    """
+    rows, vocabulary = SIZES[
+        "reference"
+        if not implementation.kernels
+        else "interpreter"
+        if implementation.interpreted
+        else "gpu"
+    ]
     dtype = torch.bfloat16 if implementation.device == "cuda" else torch.float32
-    p, q = (torch.randn(times * rows, vocabulary, device=implementation.device).to(dtype).requires_grad_() for _ in "pq")
+    p, q = (
+        torch.randn(times * rows, vocabulary, device=implementation.device)
+        .to(dtype)
+        .requires_grad_()
+        for _ in "pq"
+    )
     tokens = torch.arange(times * rows, device=implementation.device) % vocabulary
-    return SimpleNamespace(p=p, q=q, rows=times * rows, vocabulary=vocabulary, tokens=tokens, mask=None, temperatures=1.0)
+    return SimpleNamespace(
+        p=p,
+        q=q,
+        rows=times * rows,
+        vocabulary=vocabulary,
+        tokens=tokens,
+        mask=None,
+        temperatures=1.0,
+    )
 
 
 def allocated(device: str, call: Callable) -> tuple[int, int]:
@@ -336,10 +472,16 @@ def allocated(device: str, call: Callable) -> tuple[int, int]:
         gc.collect()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         result = call()
         gc.collect()  # the interpreter leaves cycles behind
-    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
     assert changes, "the profiler saw no allocation"
     del result
     levels = torch.tensor(changes).cumsum(0)
@@ -351,9 +493,11 @@ FUNCTIONS = {"kl": (kl, 1), "stats": (stats, 5)}  # and how many float32 results
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_bytes_allocated(implementation, name, monkeypatch) -> None:
-    """Forward allocates its results, at most 64 bytes per row and 32 per segment of 32768 entries; backward the gradients and at most 64 per row.
+    """Forward allocates its results, at most 64 bytes per row and 32 per segment of 32768 entries;
+    backward the gradients and at most 64 per row.
 
-    The reference works on a few rows at a time, whose temporaries do not count: there the bound is on what twice the rows add to the peak.
+    The reference works on a few rows at a time, whose temporaries do not count: there the bound is
+    on what twice the rows add to the peak.
     """
     function, fields = FUNCTIONS[name]
     monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 4096)
@@ -362,12 +506,16 @@ def test_bytes_allocated(implementation, name, monkeypatch) -> None:
     def peaks(data: SimpleNamespace) -> torch.Tensor:
         outputs = function(data.p, data.q, data)
         upstream = [torch.randn_like(value) for value in outputs]
-        calls = (lambda: function(data.p, data.q, data),
-                 lambda: torch.autograd.grad(outputs, (data.p, data.q), upstream, retain_graph=True))
+        calls = (
+            lambda: function(data.p, data.q, data),
+            lambda: torch.autograd.grad(outputs, (data.p, data.q), upstream, retain_graph=True),
+        )
         return torch.tensor([allocated(implementation.device, call)[0] for call in calls])
 
     data = sized(implementation)
-    forward, backward = (peaks(data) if implementation.kernels else peaks(sized(implementation, 2)) - peaks(data)).tolist()
+    forward, backward = (
+        peaks(data) if implementation.kernels else peaks(sized(implementation, 2)) - peaks(data)
+    ).tolist()
     slack = 512 * 16 if implementation.device == "cuda" else 64  # the GPU allocator's rounding
     assert forward <= data.rows * (4 * fields + PER_ROW + 32 * -(-data.vocabulary // 32768)) + slack
     gradients = 2 * data.rows * data.vocabulary * data.p.element_size()
@@ -376,7 +524,9 @@ def test_bytes_allocated(implementation, name, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_bytes_held_for_backward(implementation, name) -> None:
-    """Beyond the inputs, at most 64 bytes per row are held; under activation checkpointing, nothing beyond the results."""
+    """Beyond the inputs, at most 64 bytes per row are held; under activation checkpointing, nothing
+    beyond the results.
+    """
     function, fields = FUNCTIONS[name]
     data, held = sized(implementation), {}
 
@@ -392,6 +542,10 @@ def test_bytes_held_for_backward(implementation, name) -> None:
     assert 0 < sum(held.values()) <= PER_ROW * data.rows
     slack = 512 * 8 if implementation.device == "cuda" else 0
     for use_reentrant in (False, True):
-        left = allocated(implementation.device, lambda again=use_reentrant: checkpoint(
-            function, data.p, data.q, data, use_reentrant=again, preserve_rng_state=False))[1]
+        left = allocated(
+            implementation.device,
+            lambda again=use_reentrant: checkpoint(
+                function, data.p, data.q, data, use_reentrant=again, preserve_rng_state=False
+            ),
+        )[1]
         assert left <= 4 * fields * data.rows + slack

@@ -1,4 +1,6 @@
-"""The README is true: its code blocks run in order, its commands exist, its figures about memory hold."""
+"""The README is true: its code blocks run in order, its commands exist, its figures about memory
+hold.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,26 @@ def names() -> dict[str, object]:
     policy = torch.randn(2, 5, 64, generator=generator)
     hidden, ref_hidden = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
     return {
-        "hidden": hidden.requires_grad_(), "ref_hidden": ref_hidden, "lm_head": torch.nn.Linear(8, 64, bias=False),
-        "ref_lm_head": torch.nn.Linear(8, 64, bias=False), "teacher_hidden": torch.randn(2, 5, 16, generator=generator),
-        "teacher_weight": torch.randn(64, 16, generator=generator), "weights": torch.rand(2, 5, generator=generator),
-        "policy_logits": policy.requires_grad_(), "ref_logits": policy.detach() + 0.1 * torch.randn(2, 5, 64, generator=generator),
-        "tokens": torch.randint(64, (2, 5), generator=generator), "beta": 0.1,
+        "hidden": hidden.requires_grad_(),
+        "ref_hidden": ref_hidden,
+        "lm_head": torch.nn.Linear(8, 64, bias=False),
+        "ref_lm_head": torch.nn.Linear(8, 64, bias=False),
+        "teacher_hidden": torch.randn(2, 5, 16, generator=generator),
+        "teacher_weight": torch.randn(64, 16, generator=generator),
+        "weights": torch.rand(2, 5, generator=generator),
+        "policy_logits": policy.requires_grad_(),
+        "ref_logits": policy.detach() + 0.1 * torch.randn(2, 5, 64, generator=generator),
+        "tokens": torch.randint(64, (2, 5), generator=generator),
+        "beta": 0.1,
         "mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2]),
-        "micro_batches": [(torch.randn(1, n, 64, requires_grad=True), torch.randn(1, n, 64), torch.ones(1, n, dtype=torch.bool)) for n in (2, 5)],
+        "micro_batches": [
+            (
+                torch.randn(1, n, 64, requires_grad=True),
+                torch.randn(1, n, 64),
+                torch.ones(1, n, dtype=torch.bool),
+            )
+            for n in (2, 5)
+        ],
     }
 
 
@@ -48,34 +63,61 @@ def test_python_blocks_run_in_order() -> None:
         exec(block, scope)
         if "import KLPenalty" in block:
             mask = scope["mask"]
-            torch.testing.assert_close(scope["kl"], torch.where(mask, before, 0.0), rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(
+                scope["kl"], torch.where(mask, before, 0.0), rtol=1e-3, atol=1e-6
+            )
             torch.testing.assert_close(scope["loss"], loss, rtol=1e-3, atol=1e-6)
     assert scope["policy_logits"].grad is not None
-    policies, references = (torch.cat(logits, 1) for logits in list(zip(*scope["micro_batches"], strict=True))[:2])
-    whole = torch.autograd.grad(scope["KLPenalty"](scope["beta"])(policies, references), policies)[0]
-    torch.testing.assert_close(torch.cat([policy.grad for policy, _, _ in scope["micro_batches"]], 1), whole, rtol=1e-5, atol=0)
-    linear = scope["linear_kl_divergence"](scope["hidden"], scope["lm_head"].weight, scope["ref_hidden"], reduction="mean")
+    policies, references = (
+        torch.cat(logits, 1) for logits in list(zip(*scope["micro_batches"], strict=True))[:2]
+    )
+    whole = torch.autograd.grad(scope["KLPenalty"](scope["beta"])(policies, references), policies)[
+        0
+    ]
+    torch.testing.assert_close(
+        torch.cat([policy.grad for policy, _, _ in scope["micro_batches"]], 1),
+        whole,
+        rtol=1e-5,
+        atol=0,
+    )
+    linear = scope["linear_kl_divergence"](
+        scope["hidden"], scope["lm_head"].weight, scope["ref_hidden"], reduction="mean"
+    )
     torch.testing.assert_close(scope["loss"], scope["beta"] * linear)
 
 
 def training_names() -> dict[str, object]:
     """What the rows of the table of fastkl.rl find in a training step."""
     generator = torch.Generator().manual_seed(0)
-    scope = names() | {name: -torch.rand(2, 5, generator=generator) for name in ("logprob", "ref_logprob", "old_logprob", "kl")}
-    scope |= {name: -torch.rand(2, generator=generator) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected", "scores", "advantages")}
+    scope = names() | {
+        name: -torch.rand(2, 5, generator=generator)
+        for name in ("logprob", "ref_logprob", "old_logprob", "kl")
+    }
+    scope |= {
+        name: -torch.rand(2, generator=generator)
+        for name in ("chosen", "rejected", "ref_chosen", "ref_rejected", "scores", "advantages")
+    }
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)
     scope["logprob"].requires_grad_()
     scope["kl"] = scope["logprob"] * scope["ref_logprob"]
-    scope |= {"optimizer": torch.optim.SGD([parameter], lr=0.1), "mean_kl": lambda: (parameter.detach() - 1).square().mean(), "fastkl": fastkl}
+    scope |= {
+        "optimizer": torch.optim.SGD([parameter], lr=0.1),
+        "mean_kl": lambda: (parameter.detach() - 1).square().mean(),
+        "fastkl": fastkl,
+    }
     exec("from fastkl import *; from fastkl.rl import *", scope)
     return scope
 
 
 def test_every_row_of_the_training_table_runs() -> None:
-    """"You use X, fastkl gives Y in one line": each line in the right column runs as it stands."""
+    """ "You use X, fastkl gives Y in one line": each line in the right column runs as it stands."""
     table = README.split("| you use | fastkl gives |")[1].split("\n\n")[0]
-    lines = [line for row in table.splitlines()[2:] for line in re.findall(r"`([^`]*\(.*?)`", row.split(" | ")[1])]
+    lines = [
+        line
+        for row in table.splitlines()[2:]
+        for line in re.findall(r"`([^`]*\(.*?)`", row.split(" | ")[1])
+    ]
     assert len(lines) >= 13
     scope = training_names()
     for line in lines:
@@ -99,7 +141,9 @@ def test_table_of_trainers() -> None:
 
 @pytest.mark.parametrize("module, line", [row for row in trainer_rows() if row[0] != "verl"])
 def test_every_row_of_the_table_of_trainers_runs(module: str, line: str, tmp_path) -> None:
-    """As it stands, with tiny random models; two steps where it makes a trainer. Rows for verl run in tests/integrations/test_verl.py."""
+    """As it stands, with tiny random models; two steps where it makes a trainer. Rows for verl run
+    in tests/integrations/test_verl.py.
+    """
     if module != "transformers":
         pytest.importorskip("trl")
     pytest.importorskip("transformers")
@@ -117,7 +161,9 @@ def test_every_row_of_the_table_of_trainers_runs(module: str, line: str, tmp_pat
 
 
 def test_shell_commands_exist() -> None:
-    """Every make target of the README is one, and `fastkl demo` and both modules named are there (test_demo and test_benchmarks run them)."""
+    """Every make target of the README is one, and `fastkl demo` and both modules named are there
+    (test_demo and test_benchmarks run them).
+    """
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.M)
     assert set(targets) >= {"demo", "test"}
     for target in targets:
@@ -165,25 +211,50 @@ def test_bytes_held_are_those_of_the_readme(dtype: torch.dtype) -> None:
 
     assert held_bytes(lines, p, q) == 12 * p.numel()
     assert held_bytes(fastkl.kl_divergence, p, q) == 40 * p.shape[0]
-    assert "12 bytes per logit pair: 12.6 GB" in README and round(12 * 8192 * 128256 / 1e9, 1) == 12.6
+    assert (
+        "12 bytes per logit pair: 12.6 GB" in README and round(12 * 8192 * 128256 / 1e9, 1) == 12.6
+    )
     assert "40 bytes per token" in README
 
 
 def test_memory_and_products_of_the_linear_level() -> None:
-    """The README's figures at the main shape follow from the plan of chunks, which test_linear_costs.py holds against what is allocated."""
+    """The README's figures at the main shape follow from the plan of chunks, which
+    test_linear_costs.py holds against what is allocated.
+    """
     import test_linear_costs as costs
 
     logits = 2 * 8192 * 128256
-    assert "2.1 GB each" in README and round(logits / 1e9, 1) == 2.1 and "6.3 GB" in README and round(3 * logits / 1e9, 1) == 6.3
-    frozen, trained = (costs.head_on_meta(8192, 4096, 128256, trainable=trainable) for trainable in (False, True))
+    assert (
+        "2.1 GB each" in README
+        and round(logits / 1e9, 1) == 2.1
+        and "6.3 GB" in README
+        and round(3 * logits / 1e9, 1) == 6.3
+    )
+    frozen, trained = (
+        costs.head_on_meta(8192, 4096, 128256, trainable=trainable) for trainable in (False, True)
+    )
 
     def gigabytes(tokens: int) -> float:
-        return round(costs.workspace(*(costs.head_on_meta(tokens, 4096, 128256, trainable=trainable) for trainable in (True, False))) / 1e9, 2)
+        return round(
+            costs.workspace(
+                *(
+                    costs.head_on_meta(tokens, 4096, 128256, trainable=trainable)
+                    for trainable in (True, False)
+                )
+            )
+            / 1e9,
+            2,
+        )
 
-    assert "2.36 GB, 1.31 at 4096 tokens, never above 3.15" in README and [gigabytes(n) for n in (8192, 4096, 1 << 20)] == [2.36, 1.31, 3.15]
+    assert "2.36 GB, 1.31 at 4096 tokens, never above 3.15" in README and [
+        gigabytes(n) for n in (8192, 4096, 1 << 20)
+    ] == [2.36, 1.31, 3.15]
     assert max(map(gigabytes, range(256, 16384, 256))) == 3.15
     plans = {n: lm_head.plan(n, [trained, frozen], None).window for n in (8192, 8193)}
-    assert "(up to 8192 tokens at these sizes), else of 3072" in README and plans == {8192: 8192, 8193: 3072}
+    assert "(up to 8192 tokens at these sizes), else of 3072" in README and plans == {
+        8192: 8192,
+        8193: 3072,
+    }
     assert "0.53 GB" in README and round(costs.workspace(frozen, frozen) / 1e9, 2) == 0.53
     only_hidden = costs.head_on_meta(8192, 4096, 128256, trainable=False)
     only_hidden.grad_hidden = torch.empty_like(only_hidden.hidden)

@@ -1,4 +1,6 @@
-"""The annotations as a user's type checker reads them: mypy --strict on typed_user.py and rl/typed_user.py."""
+"""The annotations as a user's type checker reads them: mypy --strict on typed_user.py and
+rl/typed_user.py.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,23 @@ def test_a_typed_user(tmp_path, name) -> None:
     stubs.mkdir()
     for file, text in TORCH.items():
         (stubs / file).write_text(text)
-    # Of the package only the annotations are read here; what its own bodies say is another check's affair.
-    (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = True\nfollow_imports = silent\nignore_missing_imports = True\n"
-                                       f"mypy_path = {tmp_path},{ROOT}\n")
-    result = subprocess.run([sys.executable, "-m", "mypy", "--no-site-packages", str(user)], cwd=tmp_path, capture_output=True, text=True)
+    # Of the package only the annotations are read here; what its own bodies say is another check's
+    # affair.
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nstrict = True\nfollow_imports = silent\nignore_missing_imports = True\n"
+        f"mypy_path = {tmp_path},{ROOT}\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-site-packages", str(user)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 1 and "error" in result.stdout, result.stdout + result.stderr
     errors = {int(line) for line in re.findall(r"typed_user\.py:(\d+): error", result.stdout)}
-    refused = {number for number, line in enumerate(user.read_text().splitlines(), 1) if line.endswith("# refused")}
+    refused = {
+        number
+        for number, line in enumerate(user.read_text().splitlines(), 1)
+        if line.endswith("# refused")
+    }
     assert errors == refused, result.stdout

@@ -1,4 +1,6 @@
-"""A user's code as type checkers see it: read by test_typing.py, never run. A line that ends in `# refused` must be an error, no other may be."""
+"""A user's code as type checkers see it: read by test_typing.py, never run. A line that ends in `#
+refused` must be an error, no other may be.
+"""
 
 import torch
 from typing_extensions import assert_type
@@ -26,7 +28,13 @@ class Halving:
     beta: float = 0.5
 
 
-def step(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, maybe: torch.Tensor | None) -> TokenStats:
+def step(
+    p: torch.Tensor,
+    q: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    maybe: torch.Tensor | None,
+) -> TokenStats:
     stats = token_stats(p, tokens, q, mask=mask)
     assert_type(stats.kl, torch.Tensor)
     assert_type(stats.ref_kl, torch.Tensor)
@@ -34,15 +42,28 @@ def step(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor, mask: torch.Ten
     alone = token_stats(p, tokens)
     assert_type(alone.logprob, torch.Tensor)
     assert_type(alone.kl, torch.Tensor | None)
-    assert_type(linear_token_stats(p, Head(q), tokens, p, Head(q, logit_scale=0.5), ref_temperature=mask).kl, torch.Tensor)
+    assert_type(
+        linear_token_stats(
+            p, Head(q), tokens, p, Head(q, logit_scale=0.5), ref_temperature=mask
+        ).kl,
+        torch.Tensor,
+    )
     assert_type(linear_token_stats(p, q, tokens).kl, torch.Tensor | None)
     linear_kl_divergence(p, Head(q), p, reduction="token_mean", normalizer=3)
     LinearKLPenalty(0.1, ref_temperature=0.7)(p, Head(q), p)
     either: TokenStats = token_stats(p, tokens, maybe)
     assert_type(either.kl, torch.Tensor | None)
     assert_type(KLPenalty(0.1)(p, q, mask), torch.Tensor)
-    assert_type(KLPenalty(AdaptiveBeta(0.1, 6.0, 100), reduction="sequence_mean")(p, q, mask, normalizer=8), torch.Tensor)
-    assert_type(LinearKLPenalty(FixedBeta(0.1), direction="reference||policy")(p, q, p, q, mask, normalizer=mask.sum()), torch.Tensor)
+    assert_type(
+        KLPenalty(AdaptiveBeta(0.1, 6.0, 100), reduction="sequence_mean")(p, q, mask, normalizer=8),
+        torch.Tensor,
+    )
+    assert_type(
+        LinearKLPenalty(FixedBeta(0.1), direction="reference||policy")(
+            p, q, p, q, mask, normalizer=mask.sum()
+        ),
+        torch.Tensor,
+    )
     KLPenalty(Halving(), reduction="mean")
     kl_divergence(p, q, mask, weights=q, reduction="token_mean", normalizer=3)
     assert_type(kl_divergence(p, q) + selective_log_softmax(p, tokens), torch.Tensor)

@@ -1,4 +1,6 @@
-"""Wrong arguments of fastkl.rl, alone and beside each other: an error that names the argument and says what to do."""
+"""Wrong arguments of fastkl.rl, alone and beside each other: an error that names the argument and
+says what to do.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,8 @@ def meta(value: torch.Tensor) -> torch.Tensor:
     return value.to("meta")
 
 
-# Who may get it, the error, the argument that it names, its wrong values; or what is changed of the right arguments.
+# Who may get it, the error, the argument that it names, its wrong values; or what is changed of the
+# right arguments.
 ALONE = [
     (REWARDS, TypeError, "scores", [[0.0] * 3, S.long()]),
     (REWARDS, ValueError, "scores", [torch.zeros(4), torch.zeros(3, 1), meta(S)]),

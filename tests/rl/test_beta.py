@@ -16,7 +16,8 @@ from fastkl.rl import AdaptiveBeta, FixedBeta, PIDBeta, PPOAdaptiveBeta
 from fastkl.rl.beta import BOUNDS
 
 TARGET = 0.05
-# Settings under which a closed loop reaches the target itself: PPO's rule stops anywhere in its band, so the band is narrow here.
+# Settings under which a closed loop reaches the target itself: PPO's rule stops anywhere in its
+# band, so the band is narrow here.
 TARGETED = {
     "adaptive": lambda **more: AdaptiveBeta(0.1, TARGET, 20, **more),
     "ppo": lambda **more: PPOAdaptiveBeta(0.1, TARGET, tolerance=1.05, factor=1.02, **more),
@@ -82,7 +83,9 @@ def test_rules(make, kl, n, factor) -> None:
 
 
 def test_pid_is_the_textbooks_rule() -> None:
-    """log(beta) = log(initial) + kp·e + ki·Σe + kd·Δe with e = log(kl/target) within ±1, away from the bounds."""
+    """log(beta) = log(initial) + kp·e + ki·Σe + kd·Δe with e = log(kl/target) within ±1, away from
+    the bounds.
+    """
     controller = PIDBeta(0.1, 2.0, "sequence", kp=0.4, ki=0.05, kd=0.2)
     total, previous = 0.0, 0.0
     for kl in (2.0, 3.0, 1.5, 0.0, 100.0, 2.2, 2.0, 0.74, 5.43):
@@ -95,7 +98,9 @@ def test_pid_is_the_textbooks_rule() -> None:
 
 @every
 def test_no_drift_at_the_target(make) -> None:
-    """Beta stays to the bit, from a fresh controller and, but for kd's one echo, after other updates."""
+    """Beta stays to the bit, from a fresh controller and, but for kd's one echo, after other
+    updates.
+    """
     controller = make()
     assert {controller.update(TARGET, 7) for _ in range(1000)} == {0.1}
     for kl in (0.3, 0.01, 0.06, TARGET):
@@ -109,7 +114,9 @@ def test_no_drift_at_the_target(make) -> None:
 def closed_loop(
     controller, start: float, lag: float, noise: float = 0.0, seed: int = 0
 ) -> list[float]:
-    """Returns the true KL of 1500 updates, start·target at first: it follows c/beta with a lag, and is measured with noise."""
+    """Returns the true KL of 1500 updates, start·target at first: it follows c/beta with a lag, and
+    is measured with noise.
+    """
     generator = random.Random(seed)
     kl, seen = start * controller.target, []
     c = kl * controller.beta
@@ -139,7 +146,9 @@ def test_settles_at_the_target(make, start, lag, noise, seed) -> None:
 
 @from_both_sides
 def test_defaults_in_a_loop(start) -> None:
-    """PPO's band holds a KL that follows at once; PID's defaults do not overshoot, and are there in 200 updates."""
+    """PPO's band holds a KL that follows at once; PID's defaults do not overshoot, and are there in
+    200 updates.
+    """
     seen = closed_loop(PPOAdaptiveBeta(0.1, TARGET), start, 1)[-300:]
     assert 1 / 1.5 <= seen[0] / TARGET <= 1.5 and len(set(seen)) == 1
     for lag in (1, 10):
@@ -164,7 +173,9 @@ def test_gains_that_a_kl_without_lag_allows(gains, scale, settles) -> None:
 @pytest.mark.parametrize("bounds", [(0.05, 0.2), BOUNDS], ids=str)
 @targeted
 def test_bounds_hold(make, bounds, kl, end) -> None:
-    """Beta stops at a bound, and leaves it with the first KL of the other side, as far as from a bound just reached."""
+    """Beta stops at a bound, and leaves it with the first KL of the other side, as far as from a
+    bound just reached.
+    """
     controller, left = make(bounds=bounds), []
     for updates in (4000, 1000):
         for _ in range(updates):
@@ -203,7 +214,9 @@ def loaded(controller, make):
 @pytest.mark.parametrize("stop", [0, 1, 30])
 @every
 def test_resume(make, stop) -> None:
-    """A copy, a pickle and a state of the middle of a run go on alone, with the run's betas to the bit."""
+    """A copy, a pickle and a state of the middle of a run go on alone, with the run's betas to the
+    bit.
+    """
     generator = random.Random(1)
     measured = [TARGET * math.exp(generator.gauss(0.5, 1)) for _ in range(60)]
     whole = make()
@@ -219,7 +232,9 @@ def test_resume(make, stop) -> None:
 
 @every
 def test_states_that_are_refused(make) -> None:
-    """Those of another class or unit, incomplete, with more in it, with impossible numbers; the controller stays as it was."""
+    """Those of another class or unit, incomplete, with more in it, with impossible numbers; the
+    controller stays as it was.
+    """
     controller = make()
     controller.update(0.2)
     good = controller.state_dict()

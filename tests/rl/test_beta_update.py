@@ -32,7 +32,9 @@ def penalty_of(tokens: int, scale: float = 1.0) -> fastkl.KLPenalty:
 
 @targeted
 def test_units(make) -> None:
-    """A target per sequence asks for the unit beside a number; a unit that is given must be the controller's."""
+    """A target per sequence asks for the unit beside a number; a unit that is given must be the
+    controller's.
+    """
     controller, per_sequence = make(), make(unit="sequence")
     assert (controller.unit, per_sequence.unit) == ("token", "sequence")
     for wrong, arguments, name in (
@@ -57,7 +59,9 @@ def test_units(make) -> None:
 
 @targeted
 def test_a_penalty_is_read_in_the_unit_of_the_controller(make) -> None:
-    """One that counted nothing is no measurement; one that was not called is an error, as one whose KL is not finite."""
+    """One that counted nothing is no measurement; one that was not called is an error, as one whose
+    KL is not finite.
+    """
     penalty = penalty_of(30)
     last = penalty.last
     assert last["kl_per_sequence"] == pytest.approx(float(15 * last["kl"]), rel=1e-5)
@@ -112,7 +116,9 @@ def join(rank: int, folder: str | pathlib.Path) -> None:
 
 
 def betas(make) -> list[float]:
-    """Returns this process's betas, -1 for a ValueError: samples, penalties per token and per sequence, refused ones."""
+    """Returns this process's betas, -1 for a ValueError: samples, penalties per token and per
+    sequence, refused ones.
+    """
     rank, group = distributed.get_rank(), distributed.group.WORLD
     controller = make()
     found = [controller.update(*pair[rank], process_group=group) for pair in SAMPLES]
@@ -160,7 +166,9 @@ def pooled(make) -> list[float]:
     reason="needs torch.distributed with gloo",
 )
 def test_betas_stay_equal_on_all_processes(tmp_path) -> None:
-    """The same beta on both, to the bit, and that of one process on all samples; one rank's NaN is an error on both."""
+    """The same beta on both, to the bit, and that of one process on all samples; one rank's NaN is
+    an error on both.
+    """
     path = os.pathsep.join(
         [str(pathlib.Path(fastkl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     )

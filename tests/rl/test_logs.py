@@ -17,7 +17,9 @@ from fastkl.rl.monitor import KLMonitor, read_jsonl
 
 
 def test_jsonl_reads_back(tmp_path) -> None:
-    """One line per update, which reads back as the dict that update returned; what is not finite is null there and NaN here."""
+    """One line per update, which reads back as the dict that update returned; what is not finite is
+    null there and NaN here.
+    """
     path = tmp_path / "run.jsonl"
     monitor = KLMonitor(threshold=0.1, jsonl=path)
     returned = [
@@ -60,7 +62,9 @@ def test_each_line_is_one_write(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("cut", [1, 2, 10, -2, -1])
 def test_a_line_cut_off_costs_only_itself(tmp_path, cut) -> None:
-    """The half line of a killed run is left out, at the end of the file and, once the run goes on, in its middle."""
+    """The half line of a killed run is left out, at the end of the file and, once the run goes on,
+    in its middle.
+    """
     path = tmp_path / "run.jsonl"
     monitor = KLMonitor(jsonl=path)
     steps = [monitor.update(tokens(3, seed=step)) for step in range(3)]
@@ -149,7 +153,9 @@ def test_a_file_that_cannot_be_appended_to(tmp_path) -> None:
 
 
 def test_loggers() -> None:
-    """log(dict), callables and add_scalar(name, value, step) all get the step's figures, each its own copy."""
+    """log(dict), callables and add_scalar(name, value, step) all get the step's figures, each its
+    own copy.
+    """
     logged, called, scalars = [], [], []
 
     def spoil(metrics):
@@ -176,7 +182,9 @@ def test_loggers() -> None:
 
 @pytest.mark.parametrize("part", [7, -1], ids=["error", "short write"])
 def test_what_fails_costs_a_warning(tmp_path, monkeypatch, part) -> None:
-    """A full disk and a logger that raises are told of once; figures, state and the other loggers have every step."""
+    """A full disk and a logger that raises are told of once; figures, state and the other loggers
+    have every step.
+    """
     path, called, flaky, full = tmp_path / "run.jsonl", [], [], [True]
 
     class Disk(io.FileIO):

@@ -1,4 +1,6 @@
-"""PPO and GRPO losses against the published formulas in float64, padded and packed, and at their limits."""
+"""PPO and GRPO losses against the published formulas in float64, padded and packed, and at their
+limits.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def mask_of(name: str) -> torch.Tensor:
 
 
 def batch(dtype: torch.dtype = torch.float64, device: str = "cpu") -> SimpleNamespace:
-    """Log-probabilities of now, before and the reference, and advantages: ratios on both sides of every clip, both signs of A."""
+    """Log-probabilities of now, before and the reference, and advantages: ratios on both sides of
+    every clip, both signs of A.
+    """
     generator = torch.Generator().manual_seed(0)
     old, step, away, advantages = (
         torch.randn(B, T, generator=generator).double() for _ in range(4)
@@ -98,7 +102,9 @@ def published(
     max_length=1,
     kl="none",
 ):
-    """Schulman et al. eq. 7, Ye et al., and TRL 1.16's GRPOTrainer._compute_loss on float64 tensors; GSPO-token as in verl 0.9."""
+    """Schulman et al. eq. 7, Ye et al., and TRL 1.16's GRPOTrainer._compute_loss on float64
+    tensors; GSPO-token as in verl 0.9.
+    """
     made = SimpleNamespace(**{name: value.double() for name, value in vars(made).items()})
     advantages = advantages.double() if advantages.dim() == 2 else advantages.double()[:, None]
     counts, log_ratio = mask.double(), made.logprob - made.old
@@ -126,7 +132,9 @@ def published(
 def assert_loss(
     loss: torch.Tensor, exact: torch.Tensor, leaves: list[torch.Tensor], tolerance: float
 ) -> None:
-    """A scalar and its gradients, of the order of 1 here, within an absolute tolerance of the exact ones."""
+    """A scalar and its gradients, of the order of 1 here, within an absolute tolerance of the exact
+    ones.
+    """
     assert loss.shape == () and loss.dtype == leaves[0].dtype
     testing.assert_near(loss, exact, 0.0, tolerance, "loss")
     grads, exact_grads = (
@@ -150,7 +158,9 @@ CLIPS = {"0.2": (0.2, 0.2), "DAPO": (0.2, 0.28), "narrow": (0.03, 0.04), "none":
 @pytest.mark.parametrize("name", MASKS)
 @forms
 def test_published_losses(call, more, name, clip, dual_clip, dtype, tolerance) -> None:
-    """Value and gradient: advantages per token and per sequence, every KL, padded, and packed with holes and without."""
+    """Value and gradient: advantages per token and per sequence, every KL, padded, and packed with
+    holes and without.
+    """
     made, mask = batch(dtype), mask_of(name)
     real, bounds = packed(made, mask)
     everything, ends = packed(made, torch.ones_like(mask))
@@ -229,7 +239,9 @@ EXTREMES += [(step, 0.0, 0.8) for step in (-200.0, -1e4, -math.inf)]
 
 @pytest.mark.parametrize("step, gaining, losing", EXTREMES)
 def test_extreme_ratios(step, gaining, losing) -> None:
-    """A ratio that is infinite or 0 in float32 is clipped like any other; a minimum of products has the gradient 0·inf = NaN."""
+    """A ratio that is infinite or 0 in float32 is clipped like any other; a minimum of products has
+    the gradient 0·inf = NaN.
+    """
     logprob = torch.tensor([[-2.0, -1.0 if step > 0 else step]], requires_grad=True)
     old = torch.tensor([[-2.0, -step if step > 0 else -1.0]])
     for advantage, value in ((1.0, gaining), (-1.0, losing)):
@@ -248,7 +260,9 @@ SIZES = [0.0, -1e-6, -3.0, -40.0, -200.0, -1e4, -65504.0, torch.finfo(torch.floa
     "call, more, kl", [each for each in WITH_KL if each[2] != "exact"], ids=spelled
 )
 def test_impossible_tokens(call, more, kl) -> None:
-    """Every mix of -inf, huge and ordinary log-probabilities is finite; impossible under both policies is a ratio of 1 without gradient."""
+    """Every mix of -inf, huge and ordinary log-probabilities is finite; impossible under both
+    policies is a ratio of 1 without gradient.
+    """
     logprob, old, ref = (
         value.reshape(-1, 9) for value in torch.meshgrid(*[torch.tensor(SIZES)] * 3, indexing="ij")
     )
@@ -278,7 +292,9 @@ def test_impossible_tokens(call, more, kl) -> None:
 
 
 def test_beta() -> None:
-    """A number, a tensor and a controller, read at every call; a number 0 leaves the KL out, and no KL is needed then."""
+    """A number, a tensor and a controller, read at every call; a number 0 leaves the KL out, and no
+    KL is needed then.
+    """
     made, controller = batch(torch.float32), SimpleNamespace(beta=0.3)
     arguments, learned = (
         (made.logprob, made.old, made.per_token),
@@ -307,7 +323,9 @@ def test_beta() -> None:
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("call, more, kl", WITH_KL, ids=spelled)
 def test_masked_tokens_change_nothing(call, more, kl, garbage) -> None:
-    """Value and gradient have the bits they have for other numbers there; a NaN that counts makes the loss NaN."""
+    """Value and gradient have the bits they have for other numbers there; a NaN that counts makes
+    the loss NaN.
+    """
     mask, results = mask_of("holes, one empty"), []
     for fill in (-1.0, garbage):
         made = batch(torch.float32)
@@ -350,7 +368,9 @@ def test_no_token_counts(call, more) -> None:
 
 
 def test_shapes() -> None:
-    """[2, 2, T] is [4, T]; [S] with S = total is one per sequence; boundaries are not needed where no sequence is asked for."""
+    """[2, 2, T] is [4, T]; [S] with S = total is one per sequence; boundaries are not needed where
+    no sequence is asked for.
+    """
     made, mask = batch(), mask_of("padding")
     real, bounds = packed(made, mask)
     whole = grpo_loss(made.logprob, made.old, made.per_sequence, mask)
@@ -375,7 +395,9 @@ def test_shapes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_types(dtype) -> None:
-    """float32 whatever the input, with the bits of the same numbers in float32; advantages of any type; data gets no gradient."""
+    """float32 whatever the input, with the bits of the same numbers in float32; advantages of any
+    type; data gets no gradient.
+    """
     made = batch(dtype)
     others = [value.requires_grad_() for value in (made.per_token, made.ref)]
     loss = grpo_loss(made.logprob, made.old, made.per_token, ref_logprob=made.ref, beta=0.1)

@@ -1,4 +1,6 @@
-"""The KL inside the losses: which KL's gradient each form of grpo_loss has, by enumeration; DPO's formula and the identity behind it."""
+"""The KL inside the losses: which KL's gradient each form of grpo_loss has, by enumeration; DPO's
+formula and the identity behind it.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ def exact_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum()
 
 
-# Level, correct_kl, tokens of a sequence, off-policy; the value is KL(policy‖reference); the gradient is that of KL(policy‖reference)
-# or of the other direction. TRL's ratio of level "sequence" is no importance weight of more than one token.
+# Level, correct_kl, tokens of a sequence, off-policy; the value is KL(policy‖reference); the
+# gradient is that of KL(policy‖reference) or of the other direction. TRL's ratio of level
+# "sequence" is no importance weight of more than one token.
 ENUMERATED = [
     *((level, False, 1, False, True, "reverse") for level in ("token", "sequence")),
     *((level, False, 1, True, False, None) for level in ("token", "sequence")),
@@ -38,7 +41,9 @@ ENUMERATED = [
 
 @pytest.mark.parametrize("level, correct_kl, length, off_policy, right, direction", ENUMERATED)
 def test_which_kl_the_loss_has(level, correct_kl, length, off_policy, right, direction) -> None:
-    """Every sequence of a vocabulary of 5, weighted with its probability under the policy that samples."""
+    """Every sequence of a vocabulary of 5, weighted with its probability under the policy that
+    samples.
+    """
     generator = torch.Generator().manual_seed(3)
     logits, step, reference = torch.randn(3, V, generator=generator).double()
     logits.requires_grad_()
@@ -64,7 +69,9 @@ def test_which_kl_the_loss_has(level, correct_kl, length, off_policy, right, dir
 
 @pytest.mark.parametrize("reduction, same", [("bnpo", "token_mean"), ("sum", "sum")])
 def test_exact_kl_is_the_penalty(implementation, reduction, same) -> None:
-    """Without advantages and with an exact kl the loss is KLPenalty, gradient to the logits included, also off-policy."""
+    """Without advantages and with an exact kl the loss is KLPenalty, gradient to the logits
+    included, also off-policy.
+    """
     device = implementation.device
     policy, reference = (
         value.view(2, 3, 33).requires_grad_()
@@ -90,7 +97,9 @@ def test_exact_kl_is_the_penalty(implementation, reduction, same) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.49])
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1])
 def test_dpo_is_the_published_one(beta, smoothing, dtype) -> None:
-    """TRL 1.16's "sigmoid", with smoothing Mitchell's mixture of both labels; the gradient in closed form, none to the reference."""
+    """TRL 1.16's "sigmoid", with smoothing Mitchell's mixture of both labels; the gradient in
+    closed form, none to the reference.
+    """
     generator = torch.Generator().manual_seed(2)
     given = [
         value.to(dtype).requires_grad_()
@@ -101,8 +110,9 @@ def test_dpo_is_the_published_one(beta, smoothing, dtype) -> None:
     margin = beta * ((c - ref_c) - (r - ref_r))
     exact = (-(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)).mean()
     slope = -beta * (torch.sigmoid(-margin) - smoothing) / 8
-    # A margin is a difference of four log-probabilities of up to 70 nats, known to 3 roundings of 2^-24 (2^-53) of them: 1.3e-5 times
-    # beta. The loss and its gradient have slopes of at most 1 and beta in it, and roundings of their own of 1e-7.
+    # A margin is a difference of four log-probabilities of up to 70 nats, known to 3 roundings of
+    # 2^-24 (2^-53) of them: 1.3e-5 times beta. The loss and its gradient have slopes of at most 1
+    # and beta in it, and roundings of their own of 1e-7.
     tolerance = (2e-13 if dtype == torch.float64 else 2e-5) * beta
     testing.assert_near(result.loss, exact, 3e-7, tolerance, "loss")
     gradients = torch.autograd.grad(result.loss, given, allow_unused=True)
@@ -122,7 +132,8 @@ def test_dpo_is_the_published_one(beta, smoothing, dtype) -> None:
 
 
 LOG2, LONG = math.log(2), -0.1 / (1 + math.exp(2))
-# chosen, rejected, ref_chosen, ref_rejected, the loss at beta 0.1, its gradient to chosen and to rejected.
+# chosen, rejected, ref_chosen, ref_rejected, the loss at beta 0.1, its gradient to chosen and to
+# rejected.
 CLOSED = [
     ((-7.0, -3.0, -7.0, -3.0), LOG2, (-0.05, 0.05)),
     ((1e4, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
@@ -154,7 +165,9 @@ def test_dpo_in_closed_form(values, loss, slopes, dtype) -> None:
 
 
 def test_dpo_at_its_marks() -> None:
-    """With smoothing ε the best margin is log((1-ε)/ε); NaN is not hidden; without a pair the loss is 0."""
+    """With smoothing ε the best margin is log((1-ε)/ε); NaN is not hidden; without a pair the loss
+    is 0.
+    """
     best = torch.full((1,), math.log(0.9 / 0.1) / 0.5, dtype=torch.float64, requires_grad=True)
     loss = dpo_loss(best, *[torch.zeros(1).double()] * 3, beta=0.5, label_smoothing=0.1).loss
     assert loss.item() == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1), rel=1e-14)
@@ -168,7 +181,9 @@ def test_dpo_at_its_marks() -> None:
 
 @pytest.mark.parametrize("beta", [0.05, 1.0])
 def test_the_identity_of_dpo(beta) -> None:
-    """For π* ∝ π_ref·exp(r/beta) margins are those of r; a policy trained on all pairs, labelled as exp(r) says, ends at π*."""
+    """For π* ∝ π_ref·exp(r/beta) margins are those of r; a policy trained on all pairs, labelled as
+    exp(r) says, ends at π*.
+    """
     generator = torch.Generator().manual_seed(4)
     log_ref, reward = (
         torch.randn(3, V, generator=generator).double().log_softmax(-1),

@@ -1,4 +1,6 @@
-"""Where the losses run (meta tensors, one graph, no synchronisation), the clamp of their KL and the divisor of their means."""
+"""Where the losses run (meta tensors, one graph, no synchronisation), the clamp of their KL and the
+divisor of their means.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_no_synchronisation() -> None:
     ids=str,
 )
 def test_wrong_boundaries(bounds) -> None:
-    """An error on the CPU; under torch.compile and on a GPU a NaN, without a gradient and without a wrong address."""
+    """An error on the CPU; under torch.compile and on a GPU a NaN, without a gradient and without a
+    wrong address.
+    """
     torch._dynamo.reset()
     logprob, cu_seqlens = torch.zeros(15, requires_grad=True), torch.tensor(bounds)
     for call in (ppo_loss, grpo_loss):
@@ -108,7 +112,9 @@ CHANGING = {
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", CHANGING)
 def test_a_schedule_does_not_recompile(name, backend) -> None:
-    """With a graph per value the last ones would be errors; "aot_eager" takes more numbers as constants, as inductor does."""
+    """With a graph per value the last ones would be errors; "aot_eager" takes more numbers as
+    constants, as inductor does.
+    """
     torch._dynamo.reset()
     compiled = torch.compile(CHANGING[name], backend=backend, fullgraph=True)
     for i in range(1, 3 + torch._dynamo.config.recompile_limit):
@@ -161,7 +167,9 @@ MEANS = [
 
 @pytest.mark.parametrize("call, more", MEANS, ids=spelled)
 def test_normalizer(call, more) -> None:
-    """Uneven micro-batches with the whole batch's count add up to it, their own means do not; a tensor of 0 gives 0."""
+    """Uneven micro-batches with the whole batch's count add up to it, their own means do not; a
+    tensor of 0 gives 0.
+    """
     made, mask, parts = batch(), mask_of("padding"), (slice(0, 1), slice(1, 4))
     count = int(mask.sum()) if more.get("reduction") in ("token_mean", "mean", "bnpo") else B
 

@@ -13,7 +13,8 @@ from fastkl.rl.spikes import SpikeDetector
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_devices = pytest.mark.parametrize("device", DEVICES)
-# What both compute, float64 sums of the same float32 values, may differ in the order of adding up to 2^17 of them.
+# What both compute, float64 sums of the same float32 values, may differ in the order of adding up
+# to 2^17 of them.
 CLOSE = {"rel": 1e-10, "abs": 0.0}
 QUANTILES = {"kl/p50": 0.5, "kl/p95": 0.95, "kl/p99": 0.99}
 
@@ -68,7 +69,9 @@ STEPS += [(shape, None, torch.float32) for shape in ((1,), (7,), (2, 3, 4), (257
 @on_devices
 @pytest.mark.parametrize("shape, layout, dtype", STEPS, ids=str)
 def test_figures_of_a_step(shape, layout, dtype, device) -> None:
-    """Those of plain torch on kl[mask], as Python floats; inputs stay as they were and no graph is kept."""
+    """Those of plain torch on kl[mask], as Python floats; inputs stay as they were and no graph is
+    kept.
+    """
     kl = tokens(*shape, dtype=dtype).requires_grad_()
     mask = None if layout is None else mask_of(layout)
     counts = torch.ones(shape, dtype=torch.bool) if mask is None else mask
@@ -84,7 +87,9 @@ def test_figures_of_a_step(shape, layout, dtype, device) -> None:
 
 @pytest.mark.parametrize("count", range(1, 12))
 def test_quantiles_of_few_tokens(count) -> None:
-    """They interpolate as torch.quantile does, down to one token, and through an infinite one where torch gives NaN."""
+    """They interpolate as torch.quantile does, down to one token, and through an infinite one where
+    torch gives NaN.
+    """
     kl = tokens(count, seed=count)
     got = KLMonitor().update(kl)
     kl[0] = math.inf
@@ -100,7 +105,9 @@ def test_quantiles_of_few_tokens(count) -> None:
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
 def test_masked_tokens_change_nothing(garbage) -> None:
-    """Figures of the step and of the run are the same to the bit, whatever the tokens hold that do not count."""
+    """Figures of the step and of the run are the same to the bit, whatever the tokens hold that do
+    not count.
+    """
     kl, mask = tokens(6, 50), mask_of("holes")
     clean, dirty = KLMonitor(threshold=0.1), KLMonitor(threshold=0.1)
     for _ in range(3):
@@ -117,7 +124,9 @@ def test_masked_tokens_change_nothing(garbage) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_not_finite_tokens_are_reported_and_forgotten(bad) -> None:
-    """One shows in mean and maximum, rings, and is left out of the run's figures; NaN out of the quantiles and the share."""
+    """One shows in mean and maximum, rings, and is left out of the run's figures; NaN out of the
+    quantiles and the share.
+    """
     kl, monitor = tokens(4, 25), KLMonitor(threshold=0.1)
     kl[1, 3] = bad
     got, x = monitor.update(kl), kl.double().flatten().sort().values
@@ -167,7 +176,9 @@ def test_no_token_that_counts(shape, masked) -> None:
 
 @on_devices
 def test_further_figures(device) -> None:
-    """Tensors shaped as kl, of its device or the CPU, are averaged over the tokens that count, others over all their entries."""
+    """Tensors shaped as kl, of its device or the CPU, are averaged over the tokens that count,
+    others over all their entries.
+    """
     kl, mask, entropy, reward = (
         tokens(6, 50),
         mask_of("right"),
@@ -205,7 +216,9 @@ def test_further_figures(device) -> None:
 
 @on_devices
 def test_a_reward_of_each_packed_sequence(device) -> None:
-    """With as many packed sequences as tokens a reward is one per sequence; other figures are per token all the same."""
+    """With as many packed sequences as tokens a reward is one per sequence; other figures are per
+    token all the same.
+    """
     kl, mask = torch.ones(3, device=device), torch.tensor([True, False, True], device=device)
     reward = torch.tensor([1.0, 10.0, 1.0], device=device)
     for bounds, expected in (
@@ -223,7 +236,9 @@ def test_a_reward_of_each_packed_sequence(device) -> None:
 
 
 def test_which_figures_and_steps() -> None:
-    """Threshold and detector add their own; the step is one more than the last, from 0, unless it is given."""
+    """Threshold and detector add their own; the step is one more than the last, from 0, unless it
+    is given.
+    """
     names = ["kl/mean", "kl/per_sequence", "kl/max", *QUANTILES]
     monitor = KLMonitor(spike=False)
     assert list(monitor.update(tokens(3))) == ["step", *names, "kl/tokens", "kl/not_finite"]
@@ -237,7 +252,9 @@ def test_which_figures_and_steps() -> None:
 
 
 def test_spikes_are_the_detectors() -> None:
-    """The alarm is that of a SpikeDetector fed with the means; the summary counts how many steps rang."""
+    """The alarm is that of a SpikeDetector fed with the means; the summary counts how many steps
+    rang.
+    """
     values = [0.02 + 0.001 * (step % 3) for step in range(80)] + [0.2, 0.2, 0.02]
     for spike, alone in (
         (True, SpikeDetector()),
@@ -320,7 +337,9 @@ def profile_of(values: list[torch.Tensor], positions: int) -> dict[str, list[flo
     "lengths", [(5, 8), (8, 9), (3, 40, 7), (100, 3), (16, 17, 33, 64, 65), (1, 1)], ids=str
 )
 def test_sequences(lengths) -> None:
-    """Sums per sequence and means by position, padded on either side, with holes and packed; entries widen and never narrow."""
+    """Sums per sequence and means by position, padded on either side, with holes and packed;
+    entries widen and never narrow.
+    """
     monitors, seen = [KLMonitor(positions=8) for _ in range(4)], []
     for seed, longest in enumerate(lengths):
         sizes = [longest, 0, 1, longest // 3, longest // 2]

@@ -1,4 +1,6 @@
-"""KLMonitor's one copy from the device, its memory (runs that go on from a copy, damaged states) and its wrong arguments."""
+"""KLMonitor's one copy from the device, its memory (runs that go on from a copy, damaged states)
+and its wrong arguments.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def step_of(device: str, packed: bool) -> tuple[tuple, dict]:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_one_copy_and_nothing_else_is_read(packed, monkeypatch) -> None:
-    """On the meta device, where looking at a value is an error, a step gets as far as its one copy; the run needs none."""
+    """On the meta device, where looking at a value is an error, a step gets as far as its one copy;
+    the run needs none.
+    """
     copies = []
     monkeypatch.setattr(
         torch.Tensor,
@@ -107,7 +111,9 @@ def test_goes_on_from_a_copy(at) -> None:
 
 @pytest.mark.parametrize("made", ["meta", "inference", "loaded"])
 def test_state_is_on_the_cpu_and_may_change(made) -> None:
-    """Neither a default device nor inference mode, where it is made, loaded or updated, shows in the figures."""
+    """Neither a default device nor inference mode, where it is made, loaded or updated, shows in
+    the figures.
+    """
     batches = [tokens(3, 4 + 40 * step, seed=step) for step in range(4)]
     plain = KLMonitor(threshold=0.1, positions=4)
     expected = [plain.update(batch) for batch in batches]
@@ -163,7 +169,9 @@ WRONG_STATES = [
 
 @pytest.mark.parametrize("change, name", WRONG_STATES)
 def test_wrong_states(change, name) -> None:
-    """Another class's, an incomplete, a damaged or a differently set monitor's state changes nothing."""
+    """Another class's, an incomplete, a damaged or a differently set monitor's state changes
+    nothing.
+    """
     monitor = KLMonitor()
     monitor.update(tokens(3, 4))
     before = monitor.state_dict()
@@ -205,7 +213,9 @@ WRONG_VALUES = {
     "error, arguments", [(error, each) for error, all_of in WRONG_VALUES.items() for each in all_of]
 )
 def test_wrong_arguments(error, arguments, tmp_path) -> None:
-    """Every argument of update is checked before anything changes: neither the run nor the file sees the step."""
+    """Every argument of update is checked before anything changes: neither the run nor the file
+    sees the step.
+    """
     monitor = KLMonitor(jsonl=tmp_path / "run.jsonl", loggers=[lambda metrics: pytest.fail("told")])
     before = monitor.state_dict()
     with pytest.raises(error, match=f"^{next(iter(arguments))}: expected .*, got .*; "):

@@ -1,4 +1,6 @@
-"""Fisher-vector products, conjugate gradients and the natural gradient, against explicit float64 matrices."""
+"""Fisher-vector products, conjugate gradients and the natural gradient, against explicit float64
+matrices.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
 
 
 class Case:
-    """A policy of two layers on some rows, its parameters by name, and everything about it as explicit float64 matrices."""
+    """A policy of two layers on some rows, its parameters by name, and everything about it as
+    explicit float64 matrices.
+    """
 
     def __init__(
         self,
@@ -61,7 +65,9 @@ class Case:
         return self.function(self.named(flat)).log_softmax(-1)
 
     def fisher(self, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """E over tokens of ∇log π ∇log πᵀ, every token enumerated, the weighted mean over rows, [P, P]."""
+        """E over tokens of ∇log π ∇log πᵀ, every token enumerated, the weighted mean over rows, [P,
+        P].
+        """
         flat = self.flat(self.parameters)
         scores = torch.autograd.functional.jacobian(self.log_p, flat)
         weights = torch.ones(len(scores)).double() if weights is None else weights
@@ -93,7 +99,9 @@ def spd(size: int, rank: int | None = None) -> torch.Tensor:
 @on_devices
 @weighted
 def test_fisher_vector_product(weights, device) -> None:
-    """F v of the enumerated Fisher matrix, and of the second derivative of the KL in either direction."""
+    """F v of the enumerated Fisher matrix, and of the second derivative of the KL in either
+    direction.
+    """
     case, host = Case(device=device), Case()
     on_device = None if weights is None else weights.to(device)
     result = fisher_vector_product(case.function, case.parameters, case.vector, weights=on_device)
@@ -135,7 +143,9 @@ def test_closed_form_of_logits(shape, dtype, tolerance) -> None:
 @on_devices
 @pytest.mark.parametrize("kind", testing.KINDS)
 def test_float32_keeps_the_digits_of_peaked_rows(kind, device) -> None:
-    """Logits up to 40 apart: exp of a difference rounded to 2^-24 of it is right to 2.4e-6, and so is each of the two sums."""
+    """Logits up to 40 apart: exp of a difference rounded to 2^-24 of it is right to 2.4e-6, and so
+    is each of the two sums.
+    """
     logits = testing.logits(kind, 16, 300, torch.Generator().manual_seed(0)).to(device)
     vector = 5 * normal(16, 300, seed=1, dtype=torch.float32).to(device) + 30
     result = fisher_vector_product(
@@ -209,7 +219,8 @@ def test_rows_and_tokens_that_take_no_part() -> None:
     exact = fisher_vector_product(identity, logits[:, keep], vector[:, keep])
     assert not bool(result[:, 2].any())
     testing.assert_gradient(result[:, keep], exact, "open tokens", tolerance=1e-15)
-    # The logit of a probability 0 has an infinite derivative, which must not reach the other tokens.
+    # The logit of a probability 0 has an infinite derivative, which must not reach the other
+    # tokens.
     p, direction = torch.tensor([0.25, 0.75, 0.0]).double(), torch.tensor([1.0, -1.0, 1.0]).double()
     assert fisher_vector_product(torch.log, p, direction)[:2].tolist() == pytest.approx(
         [16 / 4, -4 / 3]
@@ -223,7 +234,9 @@ def test_rows_and_tokens_that_take_no_part() -> None:
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5, 6])
 def test_conjugate_gradient_is_the_best_of_its_krylov_space(iterations, damping, device) -> None:
-    """After k products x minimises the error in the A-norm over b, A b, …; a dict is solved as the one vector that it is."""
+    """After k products x minimises the error in the A-norm over b, A b, …; a dict is solved as the
+    one vector that it is.
+    """
     matrix, b = spd(6), normal(6, seed=7)
     damped, on_device = matrix + damping * torch.eye(6).double(), matrix.to(device)
     powers = torch.stack([torch.linalg.matrix_power(matrix, k) @ b for k in range(iterations)], -1)
@@ -253,7 +266,9 @@ def test_conjugate_gradient_is_the_best_of_its_krylov_space(iterations, damping,
 
 @pytest.mark.parametrize("size", [1e-38, 1e-23, 1e20, 1e35])
 def test_sizes_whose_squares_leave_float32(size) -> None:
-    """x, and a natural gradient's direction, scale with b where b·b is 0 or infinite; two waits per product and one before."""
+    """x, and a natural gradient's direction, scale with b where b·b is 0 or infinite; two waits per
+    product and one before.
+    """
     matrix, b = spd(6).float(), normal(6, seed=7).float()
     with Calls() as calls:
         x = conjugate_gradient(lambda v: matrix @ v, b * size, iterations=6, tolerance=0.0)
@@ -283,7 +298,9 @@ def test_tolerance_is_relative(scale) -> None:
 
 
 def test_where_it_stops() -> None:
-    """b = 0 needs no product; without curvature it stops at 0, damped it is b / damping; singular, the smallest solution."""
+    """b = 0 needs no product; without curvature it stops at 0, damped it is b / damping; singular,
+    the smallest solution.
+    """
     flat, singular = torch.tensor([0.0, 0.0, 2.0]), spd(6, rank=4)
     assert conjugate_gradient(lambda v: 1 / 0, torch.zeros(3)).tolist() == [0.0] * 3
     assert conjugate_gradient(torch.zeros_like, flat).tolist() == [0.0] * 3
@@ -300,7 +317,9 @@ def test_where_it_stops() -> None:
 @weighted
 @pytest.mark.parametrize("damping", [0.0, 0.05])
 def test_direction_and_length(damping, weights, device) -> None:
-    """Along (F + damping·I)⁻¹ g, and step·F step / 2 = max_kl with the undamped F, for any length of the gradient."""
+    """Along (F + damping·I)⁻¹ g, and step·F step / 2 = max_kl with the undamped F, for any length
+    of the gradient.
+    """
     case, host = Case(device=device), Case()
     fisher, more = host.fisher(weights), {"iterations": 40, "tolerance": 1e-12, "damping": damping}
     # In the range of F, as the gradient of a function of these rows' probabilities is.
@@ -326,7 +345,9 @@ def test_direction_and_length(damping, weights, device) -> None:
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_kl_tends_to_max_kl(backwards) -> None:
-    """The quadratic model is off by the third order: the relative error of the KL falls as the root of max_kl."""
+    """The quadratic model is off by the third order: the relative error of the KL falls as the root
+    of max_kl.
+    """
     case, errors = Case(), []
     gradient = case.named(case.fisher() @ case.flat(case.vector))
     for max_kl in (1e-3, 1e-5):
@@ -338,7 +359,9 @@ def test_the_kl_tends_to_max_kl(backwards) -> None:
 
 
 def test_trpo_with_a_trust_region() -> None:
-    """As in the docstring: each step within the bound by fastkl's exact KL, most of them near it, and the reward goes up."""
+    """As in the docstring: each step within the bound by fastkl's exact KL, most of them near it,
+    and the reward goes up.
+    """
     case = Case(rows=16, vocabulary=11, dtype=torch.float32)
     parameters = {name: torch.nn.Parameter(value) for name, value in case.parameters.items()}
     reward, kls = normal(16, 11, seed=3, dtype=torch.float32), []

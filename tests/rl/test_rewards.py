@@ -1,4 +1,6 @@
-"""shape_rewards: padded and packed, whatever masked tokens hold, against a loop over sequences in float64."""
+"""shape_rewards: padded and packed, whatever masked tokens hold, against a loop over sequences in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def mask_of(name: str) -> torch.Tensor:
 def by_definition(
     scores: torch.Tensor, kl: torch.Tensor, beta: float, mask: torch.Tensor, bounds: list[int]
 ) -> torch.Tensor:
-    """Computes the rewards of packed tokens, one sequence and one token after the other, in float64."""
+    """Computes the rewards of packed tokens, one sequence and one token after the other, in
+    float64.
+    """
     rewards = torch.where(mask, -beta * kl.double(), 0.0)
     if len(scores) != len(bounds) - 1:
         return rewards + torch.where(mask, scores.double(), 0.0)
@@ -58,7 +62,9 @@ def by_definition(
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("bounds", BOUNDARIES.values(), ids=BOUNDARIES)
 def test_rewards(bounds, name, per) -> None:
-    """Packed, within three roundings of 2^-24: of beta, of the product, of the difference; padded, the same bits."""
+    """Packed, within three roundings of 2^-24: of beta, of the product, of the difference; padded,
+    the same bits.
+    """
     scores, kl = numbers(len(bounds) - 1 if per == "sequence" else 15)
     mask = mask_of(name)
     given = None if MASKS[name] is None else mask
@@ -88,7 +94,9 @@ def test_as_many_sequences_as_tokens(bounds, rewards) -> None:
 
 
 def test_leading_shapes() -> None:
-    """[T] with a scalar score, [2, 3, T] with [2, 3], and sequences of no token or no sequence at all."""
+    """[T] with a scalar score, [2, 3, T] with [2, 3], and sequences of no token or no sequence at
+    all.
+    """
     scores, kl = numbers(6)
     whole = shape_rewards(scores.view(2, 3), kl.expand(2, 3, 5), 0.3)
     for i, score in enumerate(scores):
@@ -105,7 +113,9 @@ def test_leading_shapes() -> None:
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", [name for name in MASKS if MASKS[name]])
 def test_masked_tokens_change_nothing(name, garbage, packed) -> None:
-    """Whatever KL and scores hold where nothing counts, the bits are those for zeros there, and 0 there."""
+    """Whatever KL and scores hold where nothing counts, the bits are those for zeros there, and 0
+    there.
+    """
     mask = mask_of(name)
     for per_token in (False, True):
         scores, kl = numbers(15 if per_token else 3)
@@ -134,7 +144,9 @@ def test_a_bad_value_stays_in_its_token() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_types(dtype) -> None:
-    """The arithmetic is that of float32 on the values given, of float64 for a float64 KL; rewards are data."""
+    """The arithmetic is that of float32 on the values given, of float64 for a float64 KL; rewards
+    are data.
+    """
     scores, kl = (value.to(dtype).requires_grad_() for value in numbers())
     wide, before = torch.float64 if dtype == torch.float64 else torch.float32, kl.detach().clone()
     rewards = shape_rewards(scores, kl, torch.tensor(0.3, dtype=wide, requires_grad=True))
@@ -144,7 +156,9 @@ def test_types(dtype) -> None:
 
 
 def test_beta() -> None:
-    """A number, a tensor and a controller, read at every call; a number 0 leaves even an infinite KL out, a tensor is not looked at."""
+    """A number, a tensor and a controller, read at every call; a number 0 leaves even an infinite
+    KL out, a tensor is not looked at.
+    """
     scores, kl = numbers()
     controller = SimpleNamespace(beta=0.3)
     for beta in (torch.tensor(0.3), controller, SimpleNamespace(beta=torch.tensor(0.3))):
@@ -162,7 +176,8 @@ def test_beta() -> None:
     assert shape_rewards(scores, kl, torch.tensor(0.0)).isnan().all()
 
 
-# The KL in the reward, whether the exact KL is in the loss too, whether the value and the gradient are then right.
+# The KL in the reward, whether the exact KL is in the loss too, whether the value and the gradient
+# are then right.
 POLICY_GRADIENTS = [
     ("k1", False, True, True),
     ("exact", True, True, True),
@@ -174,7 +189,9 @@ POLICY_GRADIENTS = [
 
 @pytest.mark.parametrize("kind, in_loss, value, gradient", POLICY_GRADIENTS)
 def test_the_policy_gradient_on_the_rewards(kind, in_loss, value, gradient) -> None:
-    """Over all sequences of two tokens: whether the expected return is E[score] - beta·KL, and the policy gradient its own."""
+    """Over all sequences of two tokens: whether the expected return is E[score] - beta·KL, and the
+    policy gradient its own.
+    """
     generator = torch.Generator().manual_seed(1)
     logits = [
         torch.randn(*shape, generator=generator).double().requires_grad_()
@@ -239,7 +256,9 @@ def test_values_are_not_looked_at(packed) -> None:
     ids=str,
 )
 def test_wrong_boundaries(bounds) -> None:
-    """An error on the CPU; under torch.compile and on a GPU NaN for each token that counts, and still 0 for the others."""
+    """An error on the CPU; under torch.compile and on a GPU NaN for each token that counts, and
+    still 0 for the others.
+    """
     for scores in (torch.zeros(len(bounds) - 1), torch.zeros(15)):
         arguments = scores, torch.zeros(15), 0.3, mask_of("holes").flatten()
         with pytest.raises(ValueError, match="^cu_seqlens: expected .*, got .*; "):

@@ -77,7 +77,8 @@ def claims(words: str) -> dict[float, float]:
 )
 def test_false_alarms(kind, words, deviation) -> None:
     """On stationary noise it rings as seldom as its docstring says."""
-    # The docstring's figures are those of 200 000 steps, rounded up; 20 000 of them at a rate of 1 per 1000 vary by a quarter.
+    # The docstring's figures are those of 200 000 steps, rounded up; 20 000 of them at a rate of 1
+    # per 1000 vary by a quarter.
     false = len(run(lambda step: LEVEL, 20_000, deviation, seed=3, kind=kind)) / 20
     assert false <= claims(words)[deviation] and (
         kind != "normal" or claims(words)[deviation] <= 0.2
@@ -86,7 +87,9 @@ def test_false_alarms(kind, words, deviation) -> None:
 
 @pytest.mark.parametrize("deviation", DEVIATIONS)
 def test_lasting_jump_rings_within_5_steps(deviation) -> None:
-    """A jump to 3 times the KL rings in as many runs as the docstring says; 1500 runs gave 100, 100, 93 and 58 %."""
+    """A jump to 3 times the KL rings in as many runs as the docstring says; 1500 runs gave 100,
+    100, 93 and 58 %.
+    """
     caught = sum(
         any(step >= 90 for step in run(stepping(90, 3), 95, deviation, seed)) for seed in range(200)
     )
@@ -124,7 +127,8 @@ def test_growth_does_not_ring(curve) -> None:
 
 # Curve, steps, deviation, seeds, the steps among which it must ring: None if it may not.
 JUMPS = [
-    # Out of steps below the floor, where no noise could be learnt, 10 times the floor rings within 5 steps, 5 times does not.
+    # Out of steps below the floor, where no noise could be learnt, 10 times the floor rings within
+    # 5 steps, 5 times does not.
     *(
         (stepping(70, 11, level=FLOOR, before=below), 90, deviation, 10, range(75))
         for deviation in (0.02, 0.2)
@@ -135,7 +139,8 @@ JUMPS = [
         for deviation in (0.02, 0.2)
         for below in (0.0, 1e-7, 1e-5)
     ),
-    # Where the KL itself varies by factors of 3, a step of 10 000 times it still rings: 9 deviations, of which 5 are needed.
+    # Where the KL itself varies by factors of 3, a step of 10 000 times it still rings: 9
+    # deviations, of which 5 are needed.
     (stepping(80, 10_000, until=81), 81, 1.0, 10, [80]),
     (stepping(80, 0.1), 200, 0.1, 5, None),
     (stepping(80, 1.5), 200, 0.05, 5, None),
@@ -152,7 +157,9 @@ def test_jumps(curve, steps, deviation, seeds, among) -> None:
 
 
 def test_a_jump_rings_once() -> None:
-    """One strong step rings there and nowhere else; a KL that sets off by a whole floor per step rings once."""
+    """One strong step rings there and nowhere else; a KL that sets off by a whole floor per step
+    rings once.
+    """
     for seed in range(20):
         assert run(stepping(80, 3, until=81), 160, 0.1, seed) == [80]
     growth = [
@@ -165,16 +172,20 @@ def test_a_jump_rings_once() -> None:
 
 
 DEMO = {
-    38: "0.00 0.00 0.01 0.02 0.04 0.07 0.10 0.12 0.17 0.19 0.30 0.35 0.49 0.67 0.82 0.93 1.23 1.45 1.43 1.63 1.87 1.85 1.81 "
+    38: "0.00 0.00 0.01 0.02 0.04 0.07 0.10 0.12 0.17 0.19 0.30 0.35 0.49 0.67 0.82 0.93 1.23 "
+    "1.45 1.43 1.63 1.87 1.85 1.81 "
     "1.74 1.95 1.95 2.01 1.92 2.05 2.01 2.01 1.99 2.19 2.72 3.35 6.22 8.19 10.99 10.95 11.88",
-    28: "0.00 0.00 0.01 0.02 0.04 0.05 0.07 0.13 0.15 0.20 0.31 0.51 0.60 0.91 1.04 1.17 1.48 1.55 1.65 1.74 1.86 2.01 2.28 "
+    28: "0.00 0.00 0.01 0.02 0.04 0.05 0.07 0.13 0.15 0.20 0.31 0.51 0.60 0.91 1.04 1.17 1.48 "
+    "1.55 1.65 1.74 1.86 2.01 2.28 "
     "4.91 5.95 8.82 9.21 10.20 10.26 10.46 10.47 10.49 10.58 10.44 10.66 10.47",
 }
 
 
 @pytest.mark.parametrize("by, series", DEMO.items())
 def test_runs_of_the_demo(by, series) -> None:
-    """With the demo's settings it rings where the policy finds the hole in the reward, and not before."""
+    """With the demo's settings it rings where the policy finds the hole in the reward, and not
+    before.
+    """
     detector, values = SpikeDetector(2.0, recent=5, floor=0.5), list(map(float, series.split()))
     rings = [step for step, value in enumerate(values, 1) if detector.update(value)]
     assert next(step for step, value in enumerate(values, 1) if value > 4) <= rings[0] <= by
@@ -234,7 +245,9 @@ def test_rings_where_the_definition_does(settings) -> None:
 
 @pytest.mark.parametrize("known", [0, 1, 8, 15, 16])
 def test_noise_that_is_hardly_known(known) -> None:
-    """Before 16 steps above the floor the deviation is mixed with 1; below the floor no noise is learnt."""
+    """Before 16 steps above the floor the deviation is mixed with 1; below the floor no noise is
+    learnt.
+    """
     detector = SpikeDetector(recent=1)  # the level is the step before
     values = [0.0] * 40 + [0.3] * (known + 1)
     assert [detector.update(value) for value in values] == [False] * 40 + [True] + [False] * known
@@ -246,7 +259,9 @@ def test_noise_that_is_hardly_known(known) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_finite_rings_and_is_forgotten(bad) -> None:
-    """Even at the first step, which is silent otherwise; the first steps never ring, the next one can."""
+    """Even at the first step, which is silent otherwise; the first steps never ring, the next one
+    can.
+    """
     detector = SpikeDetector()
     assert (
         detector.update(bad)
@@ -266,7 +281,9 @@ def test_not_finite_rings_and_is_forgotten(bad) -> None:
 
 @pytest.mark.parametrize("at", [0, 10, 20, 91])
 def test_goes_on_from_a_copy(at) -> None:
-    """A copy, a pickle and a state, also between two steps of rising evidence, ring where the original does."""
+    """A copy, a pickle and a state, also between two steps of rising evidence, ring where the
+    original does.
+    """
     drawn = noise("normal", 0.002, random.Random(2))
     # 1.77 is a little more than the root of 3: one step of it is evidence, but not enough.
     values = [LEVEL * (1.77 if step >= 90 else 1) * math.exp(next(drawn)) for step in range(120)]
@@ -298,7 +315,9 @@ WRONG_STATES = [
 
 @pytest.mark.parametrize("name, value", WRONG_STATES)
 def test_wrong_states(name, value) -> None:
-    """Another class's, an incomplete, a damaged or a differently set detector's state changes nothing."""
+    """Another class's, an incomplete, a damaged or a differently set detector's state changes
+    nothing.
+    """
     detector = SpikeDetector()
     detector.update(LEVEL)
     before = detector.state_dict()

@@ -1,4 +1,6 @@
-"""TrustRegion and EarlyStop: the step that is taken, put back to the bit, or shortened, and when the epochs end."""
+"""TrustRegion and EarlyStop: the step that is taken, put back to the bit, or shortened, and when
+the epochs end.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ OPTIMIZERS = {
 
 
 class Policy(torch.nn.Module):
-    """Two layers over 7 tokens, their logits on one batch of 8 rows, and the exact mean KL from where it was made."""
+    """Two layers over 7 tokens, their logits on one batch of 8 rows, and the exact mean KL from
+    where it was made.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
         super().__init__()
@@ -95,7 +99,9 @@ BOUNDS = [
 @pytest.mark.parametrize("bound, shrink, accepted", BOUNDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_of_an_optimizer(name, bound, shrink, accepted, device) -> None:
-    """Within the bound its own to the bit, else the first fraction within it, else none; its state is kept in each case."""
+    """Within the bound its own to the bit, else the first fraction within it, else none; its state
+    is kept in each case.
+    """
     policy, twin = Policy(device=device), Policy(device=device)
     optimizer, own = (OPTIMIZERS[name](each.parameters()) for each in (policy, twin))
     for each in (policy, twin):
@@ -129,7 +135,9 @@ def test_steps_of_an_optimizer(name, bound, shrink, accepted, device) -> None:
 
 
 def odd_bits(dtype: torch.dtype) -> torch.Tensor:
-    """Values that arithmetic would not bring back: -0.0, a denormal, a NaN with a payload, both infinities, huge ones."""
+    """Values that arithmetic would not bring back: -0.0, a denormal, a NaN with a payload, both
+    infinities, huge ones.
+    """
     tiny, huge = torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max
     values = torch.tensor([-0.0, tiny, math.nan, math.inf, -math.inf, huge, 1 / 3], dtype=dtype)
     testing.bits(values)[2] += 1
@@ -141,7 +149,9 @@ def odd_bits(dtype: torch.dtype) -> torch.Tensor:
 )
 @pytest.mark.parametrize("kl", [0.5, math.nan, math.inf, -math.inf], ids=str)
 def test_undone_to_the_bit(dtype, kl) -> None:
-    """When no fraction will do, the parameters are what they were, whatever they held; every fraction was tried."""
+    """When no fraction will do, the parameters are what they were, whatever they held; every
+    fraction was tried.
+    """
     noise = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(dtype).t()
     parameters, measured = [with_gradient(odd_bits(dtype)), with_gradient(noise)], []
     before = [parameter.detach().clone() for parameter in parameters]
@@ -162,7 +172,8 @@ def test_undone_to_the_bit(dtype, kl) -> None:
     assert parameters[1].stride() == noise.stride()
 
 
-# Tries, the KLs that are measured, the result, where ones go with a gradient of ones, copies of the parameters.
+# Tries, the KLs that are measured, the result, where ones go with a gradient of ones, copies of the
+# parameters.
 MEASURED = [
     (10, [0.1], ("full", 1.0, 0.1), 0.0, 1),
     (0, [0.1], ("full", 1.0, 0.1), 0.0, 1),
@@ -173,7 +184,9 @@ MEASURED = [
 
 @pytest.mark.parametrize("tries, kls, result, value, copies", MEASURED)
 def test_measured_kls(tries, kls, result, value, copies) -> None:
-    """A KL of max_kl is accepted, a NaN is not; one wait per measurement; frozen parameters are neither copied nor moved."""
+    """A KL of max_kl is accepted, a NaN is not; one wait per measurement; frozen parameters are
+    neither copied nor moved.
+    """
     frozen, trained = (
         torch.nn.Parameter(torch.ones(1000), requires_grad=False),
         with_gradient(torch.ones(3)),
@@ -188,7 +201,9 @@ def test_measured_kls(tries, kls, result, value, copies) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_step_of_the_last_bit_can_be_shortened(dtype) -> None:
-    """Halving 1 + eps in place would stay there or return at random; from both ends, less than half of the last bit is none."""
+    """Halving 1 + eps in place would stay there or return at random; from both ends, less than half
+    of the last bit is none.
+    """
     eps, seen = torch.finfo(dtype).eps, []
     parameter = with_gradient(torch.tensor([1 + eps, 1.0], dtype=dtype), -eps)
 
@@ -201,7 +216,9 @@ def test_a_step_of_the_last_bit_can_be_shortened(dtype) -> None:
 
 
 def test_groups_and_shared_parameters() -> None:
-    """Every group with its own rate; a parameter listed twice, or two over the same memory, move as one."""
+    """Every group with its own rate; a parameter listed twice, or two over the same memory, move as
+    one.
+    """
     first, second = (with_gradient(torch.zeros(3), -1.0) for _ in range(2))
     alias = torch.nn.Parameter(second.detach())
     alias.grad = second.grad.clone()
@@ -225,7 +242,9 @@ def test_groups_and_shared_parameters() -> None:
 
 
 def test_closure() -> None:
-    """It is handed on and runs with gradient; mean_kl runs without; LBFGS calls the first several times."""
+    """It is handed on and runs with gradient; mean_kl runs without; LBFGS calls the first several
+    times.
+    """
     policy, modes = Policy(), []
     optimizer = torch.optim.LBFGS(policy.parameters(), lr=1.0, max_iter=5)
 
@@ -303,7 +322,9 @@ torch.distributed.destroy_process_group()
 
 
 def test_fsdp2(tmp_path) -> None:
-    """Sharded parameters take the step that whole ones take, in both of the ways that the docstring names."""
+    """Sharded parameters take the step that whole ones take, in both of the ways that the docstring
+    names.
+    """
     command = [sys.executable, "-c", FSDP2, str(tmp_path / "store")]
     root, environment = Path(fastkl.__file__).parents[1], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
@@ -319,7 +340,9 @@ def test_fsdp2(tmp_path) -> None:
     ids=["float", "0-d", "1-d"],
 )
 def test_early_stop(make) -> None:
-    """Beyond factor times the target, the bound itself not included; a NaN stops, a sampled estimate below 0 does not."""
+    """Beyond factor times the target, the bound itself not included; a NaN stops, a sampled
+    estimate below 0 does not.
+    """
     kls = [make(kl) for kl in (-1.0, 0.0, 0.5, 0.75, 0.7500001, 2.0, math.nan, math.inf)]
     assert [EarlyStop(0.5).should_stop(kl) for kl in kls] == [False] * 4 + [True] * 4
     assert EarlyStop(0.5, factor=1.0).should_stop(make(0.6)) and not EarlyStop(

@@ -27,12 +27,19 @@ def test_whole_or_not_at_all(tmp_path):
     assert target.read_bytes() == b"before" and list(tmp_path.iterdir()) == [target]
     before = target.stat().st_ino
     write_whole(target, ["nach", "her: ü"])
-    assert target.read_text(encoding="utf-8") == "nachher: ü" and target.stat().st_ino != before and list(tmp_path.iterdir()) == [target]
+    assert (
+        target.read_text(encoding="utf-8") == "nachher: ü"
+        and target.stat().st_ino != before
+        and list(tmp_path.iterdir()) == [target]
+    )
 
 
 def test_json_without_nan():
     """Numbers that are not finite become null at any depth."""
-    assert json.loads(json_text({"a": [math.inf, (math.nan, 1.5)], "b": "ü"})) == {"a": [None, [None, 1.5]], "b": "ü"}
+    assert json.loads(json_text({"a": [math.inf, (math.nan, 1.5)], "b": "ü"})) == {
+        "a": [None, [None, 1.5]],
+        "b": "ü",
+    }
 
 
 def test_a_link_stays_one(tmp_path):
@@ -42,9 +49,17 @@ def test_a_link_stays_one(tmp_path):
     link.symlink_to(target)
     for content in ("first", "second"):
         write_whole(link, [content])
-        assert link.is_symlink() and target.read_text() == content and list(target.parent.iterdir()) == [target]
+        assert (
+            link.is_symlink()
+            and target.read_text() == content
+            and list(target.parent.iterdir()) == [target]
+        )
     check_writable(link)
-    assert target.read_text() == "second" and sorted(tmp_path.rglob("*")) == [link, target.parent, target]
+    assert target.read_text() == "second" and sorted(tmp_path.rglob("*")) == [
+        link,
+        target.parent,
+        target,
+    ]
 
 
 def test_what_is_no_regular_file_is_written_to(tmp_path):
@@ -75,7 +90,9 @@ def test_the_check_leaves_no_trace(tmp_path):
     (tmp_path / "old").write_text("before")
     for name in ("old", "new"):
         check_writable(tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (
+        tmp_path / "old"
+    ).read_text() == "before"
 
 
 def mode_of(path):
@@ -158,6 +175,12 @@ def test_what_is_read_has_an_end(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a socket's name is short
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind("socket")
-    for path in (tmp_path, tmp_path / "socket", tmp_path / "missing", Path("/dev/zero"), Path("/dev/urandom")):
+    for path in (
+        tmp_path,
+        tmp_path / "socket",
+        tmp_path / "missing",
+        Path("/dev/zero"),
+        Path("/dev/urandom"),
+    ):
         with pytest.raises(OSError):
             check_readable(path)
