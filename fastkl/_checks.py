@@ -79,8 +79,7 @@ def logits(name: str, value: torch.Tensor) -> None:
                 "pass the model's output before softmax or argmax, or convert it with .float()",
             )
         )
-    not_sharded(name, value, "logits [..., V]", f"pass the whole ones: {name}.full_tensor()")
-    not_forward_mode(name, value)
+    plain(name, value, "logits [..., V]", f"pass the whole ones: {name}.full_tensor()")
     if value.dim() == 0:
         raise ValueError(
             f"{name}: expected logits [..., V] with at least one dimension, got a "
@@ -94,7 +93,7 @@ def logits(name: str, value: torch.Tensor) -> None:
 
 
 def not_forward_mode(name: str, value: torch.Tensor) -> None:
-    """A tensor without a tangent."""
+    """Check for a tensor without a tangent."""
     if (
         not torch.compiler.is_compiling()
         and forward_ad._current_level >= 0
@@ -113,8 +112,18 @@ def refuse_forward_mode(name: str) -> None:
     )
 
 
+def plain(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
+    """Check for a strided tensor without a tangent that this process holds whole; `remedy` is for a
+    DTensor.
+    """
+    if type(value) is not torch.Tensor or value.is_nested or value.layout is not torch.strided:
+        not_sharded(name, value, what, remedy)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        not_forward_mode(name, value)
+
+
 def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
-    """A strided tensor that this process holds whole; `remedy` is for a DTensor."""
+    """Check for a strided tensor that this process holds whole; `remedy` is for a DTensor."""
     expected = f"{name}: expected a plain tensor, {what}, got"
     if type(value) is not torch.Tensor and hasattr(value, "full_tensor"):
         raise TypeError(f"{expected} a DTensor, of which each process holds a part; {remedy}")
@@ -138,7 +147,7 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
         raise TypeError(
             f"{name}: expected a tensor, {what}, got {type(value).__name__}; pass a torch.Tensor"
         )
-    not_sharded(
+    plain(
         name,
         value,
         what,
@@ -157,7 +166,6 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
             f"keeps in parts; gather it around forward and backward: with "
             f"deepspeed.zero.GatheredParameters([{name}])"
         )
-    not_forward_mode(name, value)
 
 
 class Names(NamedTuple):
@@ -273,6 +281,8 @@ def reference_given(ref_hidden: torch.Tensor | None) -> None:
 
 def softcap(value: float | None, name: str = "softcap") -> None:
     """None or a positive number that float32 holds, and its inverse."""
+    if value is None:
+        return
     _positive_number(
         name, value, " for no soft cap", "pass the final_logit_softcapping of the model's config"
     )

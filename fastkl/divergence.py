@@ -8,8 +8,10 @@ import torch
 
 from . import _checks, _reduce, backend, reference
 from ._types import Reduction
-from .ops import engine, row_blocks, summed_op
-from .ops.row_op import row_statistics
+from .ops import row_blocks
+from .ops.fields import flat
+from .ops.row_op import RowInputs, per_token, row_statistics
+from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 
 # Limits of one pass of the kernels: kernels.row_finish.LARGE_KL and LARGEST_DIFFERENCE,
 # kernels.row_math.LARGEST_D and LARGEST_LSE.
@@ -91,26 +93,14 @@ def kl_divergence(
     _reduce.check(reduction, weights, normalizer, p_logits.shape[:-1], p_logits.device)
     chosen = backend.select(p_logits, q_logits)
     if reduction != "none" and weights is None:
-        gradient = summed_op.empty_gradient(
-            p_logits, q_logits, mask, temperature, normalizer, chosen
-        )
+        inputs = SummedInputs(p_logits, q_logits, mask, temperature, None, 1, chosen)
+        gradient = empty_gradient(inputs, normalizer)
         if gradient is not None:
-            divisor = _reduce.divisor(
-                reduction, normalizer, mask, p_logits.shape[:-1], torch.float32
-            )
-            return summed_op.summed_kl(
-                p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen
-            )[0]
-    per_row = isinstance(temperature, torch.Tensor)
+            leading = p_logits.shape[:-1]
+            divisor = _reduce.divisor(reduction, normalizer, mask, leading, torch.float32)
+            return summed_kl(gradient, inputs._replace(divisor=divisor))[0]
     kl = row_statistics(
-        p_logits,
-        q_logits,
-        None,
-        mask,
-        temperature if per_row else None,
-        1.0 if per_row else float(temperature),
-        "kl",
-        chosen,
+        RowInputs(p_logits, q_logits, None, mask, *per_token(temperature), "kl", chosen)
     )[3]
     return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
 
@@ -137,10 +127,10 @@ def slow_path_rows(
     _check(p_logits, q_logits, temperature, mask)
     slow = torch.zeros(p_logits.shape[:-1].numel(), dtype=torch.bool, device=p_logits.device)
     temperatures = (
-        engine.flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
+        flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
     )
     with torch.no_grad():
-        for rows in row_blocks.row_blocks(p_logits, engine.flat(mask)):
+        for rows in row_blocks.row_blocks(p_logits, flat(mask)):
             chosen = (
                 temperatures[rows].float()
                 if isinstance(temperatures, torch.Tensor)

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import torch
 
 from . import _checks, _reduce, backend, linear
+from ._heads import Given, prepare
 from ._types import BetaController, Direction, PenaltyReduction, called_as
 from .divergence import kl_divergence
 from .linear import Head
-from .ops import dual_op, summed_op
+from .ops import dual_op
 from .ops.fields import result_dtype
+from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 
 DIRECTIONS = get_args(Direction)
 
@@ -205,9 +207,8 @@ class KLPenalty(_Penalty):
         beta = self.beta
         _checks.mask(mask, first.shape[:-1], first.device)
         chosen = backend.select(first, second)
-        gradient = summed_op.empty_gradient(
-            first, second, mask, self.temperature, normalizer, chosen
-        )
+        inputs = SummedInputs(first, second, mask, self.temperature, None, 1, chosen)
+        gradient = empty_gradient(inputs, normalizer)
         if gradient is None:
             kl = kl_divergence(first, second, mask, temperature=self.temperature)
             counts, total = _Counts.of(kl, mask), kl.sum()
@@ -221,16 +222,9 @@ class KLPenalty(_Penalty):
         else:
             like = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
             counts = _Counts.of(like, mask)
-            loss, kl = summed_op.summed_kl(
-                first,
-                second,
-                mask,
-                self.temperature,
-                like.new_ones(()) * beta,
-                self._divisor(counts, normalizer, like.dtype),
-                gradient,
-                chosen,
-            )
+            divisor = self._divisor(counts, normalizer, like.dtype)
+            scale = like.new_ones(()) * beta
+            loss, kl = summed_kl(gradient, inputs._replace(beta=scale, divisor=divisor))
             total = kl.sum()
         self._remember(kl, total, counts, beta, loss)
         return loss
@@ -335,29 +329,30 @@ class LinearKLPenalty(_Penalty):
         normalizer: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
-        made = linear.prepare(
-            hidden,
-            weight,
-            bias,
-            ref_hidden,
-            ref_weight,
-            ref_bias,
-            self.temperature,
-            self.ref_temperature,
-            self.softcap,
-            mask,
-            self.logits_dtype,
-            self.chunk_size,
-            self.recompute,
+        inputs = prepare(
+            Given(
+                hidden,
+                weight,
+                bias,
+                ref_hidden,
+                ref_weight,
+                ref_bias,
+                self.temperature,
+                self.ref_temperature,
+                self.softcap,
+                mask,
+                self.logits_dtype,
+                self.chunk_size,
+                self.recompute,
+            ),
             reference_required=True,
+            swapped=self.direction == DIRECTIONS[1],
         )
-        if self.direction == DIRECTIONS[1]:
-            made = made.swapped()
         _checks.normalizer(normalizer, self.reduction, hidden.device)
         like = hidden.new_empty(hidden.shape[:-1], dtype=result_dtype(hidden))
         beta, counts = self.beta, _Counts.of(like, mask)
         scale = like.new_ones(()) * beta / self._divisor(counts, normalizer, like.dtype)
-        loss, kl = linear.weighted_kl(made, scale.expand(like.shape))
+        loss, kl = linear.weighted_kl(inputs, scale.expand(like.shape))
         self._remember(kl, kl.sum(), counts, beta, loss)
         return loss
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 
 from . import _checks, backend
-from .ops.row_op import row_statistics
-from .ops.selected_op import selected_logprobs
+from .ops.engine import ENGINES
+from .ops.fields import FIELDS
+from .ops.row_op import RowInputs, per_token, row_statistics
+from .ops.selected_op import SelectedInputs, selected_logprobs
 
 
 class TokenStats(NamedTuple):
@@ -112,22 +114,22 @@ def token_stats(
         _checks.same_shape("ref_logits", ref_logits, "logits", logits)
     _checks.temperature(temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
-    per_row = isinstance(temperature, torch.Tensor)
     chosen = backend.select(logits) if ref_logits is None else backend.select(logits, ref_logits)
-    fields = "logprob,entropy" if ref_logits is None else "logprob,entropy,ref_logprob,kl,ref_kl"
-    values = row_statistics(
-        logits,
-        ref_logits,
-        tokens.long(),
-        mask,
-        temperature if per_row else None,
-        1.0 if per_row else float(temperature),
-        fields,
-        chosen,
+    fields = FIELDS[:2] if ref_logits is None else FIELDS
+    logprob, entropy, ref_logprob, kl, ref_kl, *_ = row_statistics(
+        RowInputs(
+            logits,
+            ref_logits,
+            tokens.long(),
+            mask,
+            *per_token(temperature),
+            ",".join(fields),
+            chosen,
+        )
     )
-    return (
-        TokenStats(*values[:2], None, None, None) if ref_logits is None else TokenStats(*values[:5])
-    )
+    if ref_logits is None:
+        return TokenStats(logprob, entropy, None, None, None)
+    return TokenStats(logprob, entropy, ref_logprob, kl, ref_kl)
 
 
 def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -163,8 +165,11 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
     )
     chosen, ids = backend.select(logits), index.long()
     if not several:
-        return row_statistics(logits, None, ids, None, None, 1.0, "logprob", chosen)[0]
-    if chosen == "reference":
-        return selected_logprobs(logits, ids, chosen)[0]
+        inputs = RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen)
+        logprob: torch.Tensor = row_statistics(inputs)[0]
+        return logprob
+    if ENGINES[chosen].checks_values:
+        return selected_logprobs(SelectedInputs(logits, ids, chosen))[0]
     within = ids.clamp(0, logits.shape[-1] - 1)
-    return torch.where(ids == within, selected_logprobs(logits, within, chosen)[0], float("nan"))
+    logprobs = selected_logprobs(SelectedInputs(logits, within, chosen))[0]
+    return torch.where(ids == within, logprobs, float("nan"))

@@ -67,10 +67,11 @@ class Rows(NamedTuple):
         The other's blocks have as many elements, and are 8 bytes for a 16-bit tensor beside a
         32-bit one.
         """
+        lanes = self.lanes
         return (
-            (self.address // self.itemsize - other.address // other.itemsize) % self.lanes == 0
-            and (inner == 1 or (self.stride_inner - other.stride_inner) % self.lanes == 0)
-            and (outer == 1 or (self.stride_outer - other.stride_outer) % self.lanes == 0)
+            (self.address // self.itemsize - other.address // other.itemsize) % lanes == 0
+            and (inner == 1 or (self.stride_inner - other.stride_inner) % lanes == 0)
+            and (outer == 1 or (self.stride_outer - other.stride_outer) % lanes == 0)
         )
 
     def aligned(self, inner: int, outer: int) -> bool:
