@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .row_fallback import is_fallback, write_fallback
-from .row_finish import SAVED, Reading
+from .row_fallback import GradientRow, is_fallback, write_fallback
+from .row_finish import SAVED, Reading, Row
 from .row_gradient import (
     Asked,
     Place,
@@ -175,23 +175,10 @@ def row_backward(  # noqa: PLR0915 - a kernel packs its arguments
     if REF_KL >= 0 and WRT_Q:
         far = far | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
     if far & (activity != 0.0):
-        write_fallback(
-            p_row,
-            q_row,
-            grad_p_row,
-            grad_q_row,
-            token,
-            tl.maximum(first - pad, 0),
-            tl.minimum(first + CHUNK - pad, V),
-            V,
-            scale,
-            ratio,
-            saved_ptr,
-            g,
-            THREADS * 2,
-            asked,
-            reading,
-        )
+        whole = Row(p_row, q_row, V, token, scale, ratio)
+        start, end = tl.maximum(first - pad, 0), tl.minimum(first + CHUNK - pad, V)
+        grads = GradientRow(grad_p_row, grad_q_row, start, end)
+        write_fallback(whole, grads, saved_ptr, g, THREADS * 2, asked, reading)
         return
     terms = gradient_terms(load_saved(saved_ptr))
     place = Place(

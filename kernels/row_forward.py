@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .row_finish import (
     Reading,
+    Row,
     load_states,
     row_outputs,
     row_statistics,
@@ -16,7 +17,7 @@ from .row_finish import (
 )
 from .row_load import lane_order, prefetch, row_offset, row_pad, row_ratio, row_scale, row_shift
 from .row_math import LOG2E, STATE, State, Want
-from .row_segment import D_SCALE, Row, Tiling, segment_sums
+from .row_segment import D_SCALE, Segment, Tiling, segment_sums
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -149,7 +150,7 @@ def row_forward(
     pad = 0
     if REALIGN:
         pad = row_pad(p_row)
-    place = Row(
+    place = Segment(
         p_row + first - pad,
         q_row + first - pad,
         q_row + first,
@@ -185,4 +186,6 @@ def row_forward(
     scale = doubled_scale * (1.0 / D_SCALE)
     statistics = row_statistics(states, shift, scale, want)
     out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
-    store_statistics(out, statistics, p_row, q_row, token, V, shift, scale, ratio, want, reading)
+    store_statistics(
+        out, statistics, Row(p_row, q_row, V, token, scale, ratio), shift, want, reading
+    )

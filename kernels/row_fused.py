@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .row_finish import (
     Reading,
+    Row,
     load_states,
     row_outputs,
     row_statistics,
@@ -18,7 +19,7 @@ from .row_finish import (
 from .row_gradient import Asked, Place, Upstream, gradient_terms, write_tile
 from .row_load import lane_order, prefetch, row_offset, row_ratio, row_scale, row_shift
 from .row_math import LOG2E, STATE, Want
-from .row_segment import D_SCALE, Row, Tiling, segment_sums
+from .row_segment import D_SCALE, Segment, Tiling, segment_sums
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -174,7 +175,7 @@ def row_fused(  # noqa: PLR0915 - a kernel packs its arguments
             tl.store(state_here + 2, shift)
     if PHASE != 2:
         scale2 = doubled_scale * (LOG2E / D_SCALE)
-        piece_row = Row(
+        piece_row = Segment(
             p_block,
             q_block,
             q_block,
@@ -201,9 +202,8 @@ def row_fused(  # noqa: PLR0915 - a kernel packs its arguments
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
         statistics = row_statistics(states, shift, scale, want)
         if split == 0:
-            store_statistics(
-                out, statistics, p_row, q_row, row, V, shift, scale, ratio, want, reading
-            )
+            whole = Row(p_row, q_row, V, row, scale, ratio)
+            store_statistics(out, statistics, whole, shift, want, reading)
         if statistics.hold:
             zero = scale * 0.0
             g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)

@@ -50,7 +50,7 @@ class Tiling(NamedTuple):
     q_in_blocks: bool
 
 
-class Row(NamedTuple):
+class Segment(NamedTuple):
     """The addresses of a segment and the constants of its row. V: entries from the segment's first
     to the end of the row.
 
