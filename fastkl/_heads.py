@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _checks, backend
+from . import _checks, _head_checks, backend
 from .ops import dual_op
 from .ops.fields import result_dtype
 from .ops.linear_op import LinearInputs
@@ -44,7 +44,7 @@ class Head(NamedTuple):
 
 # How messages call the tensors of a model, by prefix and by whether a Head was given.
 _NAMES = {
-    (prefix, inside): _checks.Names(
+    (prefix, inside): _head_checks.Names(
         f"{prefix}hidden",
         f"{prefix}weight.weight" if inside else f"{prefix}weight",
         f"{prefix}weight.bias" if inside else f"{prefix}bias",
@@ -81,7 +81,7 @@ def prepare(
     """
     hidden, weight, _, ref_hidden, ref_weight, *_ = given
     if reference_required and ref_hidden is None:
-        _checks.reference_given(ref_hidden)
+        _head_checks.reference_given(ref_hidden)
     inherited = ref_hidden is not None and ref_weight is None and isinstance(weight, Head)
     heads = (
         _head("weight", weight, "bias", given.bias, given.softcap),
@@ -93,7 +93,7 @@ def prepare(
             given.softcap,
         ),
     )
-    _checks.softcap(given.softcap)
+    _head_checks.softcap(given.softcap)
     names = _NAMES["", isinstance(weight, Head)], _NAMES["ref_", isinstance(ref_weight, Head)]
     shared = heads[1].weight is heads[0].weight
     six = Six(
@@ -107,8 +107,8 @@ def prepare(
     device = hidden.device.type if isinstance(hidden, torch.Tensor) else "cpu"
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         six = Six(*[_autocast(value) for value in six])
-    _checks.head(names[0], *six[:3])
-    _checks.second_head(
+    _head_checks.head(names[0], *six[:3])
+    _head_checks.second_head(
         six[:3],
         (six.ref_hidden, six.weight if shared else six.ref_weight, six.ref_bias),
         names,
@@ -117,12 +117,12 @@ def prepare(
     hidden, ref_hidden = six.hidden, six.ref_hidden
     scales = _scales(heads, given, hidden)
     _checks.mask(given.mask, hidden.shape[:-1], hidden.device)
-    _checks.chunk_size(given.chunk_size)
-    _checks.recompute(given.recompute)
+    _head_checks.chunk_size(given.chunk_size)
+    _head_checks.recompute(given.recompute)
     logits_dtype = hidden.dtype
     if ref_hidden is not None and ref_hidden.dtype != hidden.dtype:
         logits_dtype = torch.float32
-    _checks.logits_dtype(given.logits_dtype, logits_dtype)
+    _head_checks.logits_dtype(given.logits_dtype, logits_dtype)
     engine = (
         backend.select(hidden, read_rows=False)
         if ref_hidden is None
@@ -138,7 +138,7 @@ def prepare(
     ratios = ratio if isinstance(ratio, torch.Tensor) else None
     if not isinstance(ratio, torch.Tensor):
         what = "the quotient of both models' temperature / logit_scale"
-        _checks.within_float32("ref_temperature", what, ratio)
+        _head_checks.within_float32("ref_temperature", what, ratio)
     return LinearInputs(
         *six,
         given.mask,
@@ -195,7 +195,7 @@ def _head(
 ) -> Head:
     """Return a model's Head; of a plain weight, with the arguments beside it."""
     if not isinstance(weight, Head):
-        return Head(weight, bias, softcap)  # type: ignore[arg-type]  # None without ref_hidden; _checks.head refuses it with one
+        return Head(weight, bias, softcap)  # type: ignore[arg-type]  # None without ref_hidden; _head_checks.head refuses it with one
     for other, value in ((bias_name, bias), ("softcap", softcap)):
         if value is not None:
             raise ValueError(
@@ -203,8 +203,8 @@ def _head(
                 f"{_checks.type_name(value) if other == bias_name else _checks.shown(value)}; "
                 f"give each model a Head with its own"
             )
-    _checks.softcap(weight.softcap, f"{name}.softcap")
-    _checks.logit_scale(f"{name}.logit_scale", weight.logit_scale)
+    _head_checks.softcap(weight.softcap, f"{name}.softcap")
+    _head_checks.logit_scale(f"{name}.logit_scale", weight.logit_scale)
     return weight
 
 
@@ -281,9 +281,9 @@ def _scale(
     if scale.factor != 1:
         name, divisor = f"{prefix}weight.logit_scale", scale.divisor(hidden.dtype)
         if scale.softcap:
-            _checks.within_float32(name, "softcap / logit_scale", scale.softcap / scale.factor)
+            _head_checks.within_float32(name, "softcap / logit_scale", scale.softcap / scale.factor)
         if not isinstance(divisor, torch.Tensor):
-            _checks.within_float32(name, "temperature / logit_scale", divisor)
+            _head_checks.within_float32(name, "temperature / logit_scale", divisor)
     return scale
 
 

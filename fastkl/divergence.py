@@ -41,7 +41,7 @@ def kl_divergence(
         log_q = (q_logits.float() / temperature).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         kl = torch.where(mask, kl, 0)
-        "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / normalizer
+        "none": kl    "sum": (weights * kl).sum()    "mean": (weights * kl).sum() / normalizer
 
     but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for
     backward (on a CPU, of "sum" and "mean" whose gradient goes to p_logits alone, that gradient
@@ -53,21 +53,19 @@ def kl_divergence(
 
     Args:
         p_logits, q_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
-        backend), any strides with a unit stride along V.
+            backend), any strides with a unit stride along V.
         temperature: divides both logits: a positive number, or a float tensor [...] (no gradient).
-        Under torch.compile a number that changes
-            compiles anew; a tensor does not. A value of the tensor that is not positive is an error
-            on the reference backend and NaN on a GPU.
+            Under torch.compile a number that changes compiles anew; a tensor does not. A value of
+            the tensor that is not positive is an error on the reference backend and NaN on a GPU.
         mask: bool [...], True where the token counts. Other rows are not read, return exactly 0 and
-        have gradient exactly 0.
+            have gradient exactly 0.
         weights: [...] float, the factor of each token's KL: "sum" and "mean" only. It may require
-        gradient; of a masked token it may hold anything.
+            gradient; of a masked token it may hold anything.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
         normalizer: the divisor of the mean: a number above 0, or a tensor of one number, where 0
-        makes the mean 0. Default: how many tokens count
-            in this call, however they are weighted (1 if none). Over several micro-batches it is
-            how many count in all of them; under DDP and FSDP, which average gradients, that number
-            of all processes / world_size.
+            makes the mean 0. Default: how many tokens count in this call, however they are weighted
+            (1 if none). Over several micro-batches it is how many count in all of them; under DDP
+            and FSDP, which average gradients, that number of all processes / world_size.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @overload
-def linear_token_stats(
+def linear_token_stats(  # noqa: PLR0913
     hidden: torch.Tensor,
     weight: torch.Tensor | Head,
     tokens: torch.Tensor,
@@ -40,7 +40,7 @@ def linear_token_stats(
     recompute: bool | None = None,
 ) -> TokenStats: ...
 @overload
-def linear_token_stats(
+def linear_token_stats(  # noqa: PLR0913
     hidden: torch.Tensor,
     weight: torch.Tensor | Head,
     tokens: torch.Tensor,
@@ -57,7 +57,7 @@ def linear_token_stats(
     chunk_size: int | None = None,
     recompute: bool | None = None,
 ) -> PairedTokenStats: ...
-def linear_token_stats(
+def linear_token_stats(  # noqa: PLR0913
     hidden: torch.Tensor,
     weight: torch.Tensor | Head,
     tokens: torch.Tensor,
@@ -81,7 +81,8 @@ def linear_token_stats(
         logits = F.linear(hidden, weight, bias).to(logits_dtype)
         ref_logits = F.linear(ref_hidden, ref_weight, ref_bias).to(logits_dtype)
         if softcap is not None:
-            logits, ref_logits = (softcap * torch.tanh(x.float() / softcap) for x in (logits, ref_logits))
+            logits = softcap * torch.tanh(logits.float() / softcap)
+            ref_logits = softcap * torch.tanh(ref_logits.float() / softcap)
         stats = token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
 
     of plain weights; a Head has its own bias, softcap and scale, and ref_temperature may divide
@@ -93,37 +94,35 @@ def linear_token_stats(
 
     Args:
         hidden: [..., H], the last hidden states after the final norm; float32, bfloat16 or float16
-        (float64 on the reference backend).
+            (float64 on the reference backend).
         weight: [V, H], the lm_head's weight, in the type of hidden, or a Head. A vocabulary padded
-        in one model: pass weight[:V] and bias[:V].
+            in one model: pass weight[:V] and bias[:V].
         tokens: integer ids [...], as for token_stats.
         ref_hidden: [..., H_ref], the reference's hidden states: they may be cached from an earlier
-        pass, also one in inference mode, and their H and
-            type may differ.
+            pass, also one in inference mode, and their H and type may differ.
         ref_weight: [V, H_ref], or a Head. The same tensor as weight, also inside Heads: both share
-        one weight, of which nothing is kept twice.
-            Left out: the reference has the policy's weight, and all of its Head.
+            one weight, of which nothing is kept twice. Left out: the reference has the policy's
+            weight, and all of its Head.
         bias, ref_bias: [V] or None, in the type of their weight. A shared lm_head with a bias needs
-        it as both. Beside a model's Head an error.
+            it as both. Beside a model's Head an error.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
         ref_temperature: divides the reference's logits instead, likewise. Default: temperature.
         softcap: the logits become softcap·tanh(logits/softcap), before the temperature; a positive
             number. Of both models, hence an error if either is a Head: make Heads of both.
         mask: bool [...], True where the token counts. Other tokens return exactly 0 and have
-        gradient exactly 0, whatever their hidden states
-            hold. The reference backend leaves them out of the products; on a GPU, where that would
-            cost a synchronisation, they take part as zeros.
+            gradient exactly 0, whatever their hidden states hold. The reference backend leaves them
+            out of the products; on a GPU, where that would cost a synchronisation, they take part
+            as zeros.
         logits_dtype: the type of the logits in a chunk. Default: that of hidden, float32 where
-        policy and reference differ. torch.float32 keeps the
-            products' float32 sums for 16-bit inputs; see Accuracy.
+            policy and reference differ. torch.float32 keeps the products' float32 sums for 16-bit
+            inputs; see Accuracy.
         chunk_size: C and G are at most this many tokens (C at most 1024). Default: from N, H, V and
-        a fixed bound on memory, never from what happens
-            to be free. See Memory.
+            a fixed bound on memory, never from what happens to be free. See Memory.
         recompute: False keeps the logits of all models from forward to backward, for a product less
-        for each; True computes them again; None keeps
-            them where N·V·l of all models together is 2 GiB at the most. Nothing is kept where
-            nothing requires gradient, under torch.no_grad and inside transforms of torch.func, and
-            with None not in graphs of torch.export. See Memory.
+            for each; True computes them again; None keeps them where N·V·l of all models together
+            is 2 GiB at the most. Nothing is kept where nothing requires gradient, under
+            torch.no_grad and inside transforms of torch.func, and with None not in graphs of
+            torch.export. See Memory.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 inputs) tensors, nats. The last three
@@ -144,25 +143,27 @@ def linear_token_stats(
         Beyond inputs, results and returned gradients, with b bytes per input element, l per logit,
         C ≤ 1024 tokens of a chunk and G ≥ C tokens whose gradients of logits wait for one product:
 
-            kept:     N·V·l for each model in rows of whole 64 entries, from forward to the end of backward; then forward has no other
-                      logits, and backward C·V·l for each model that learns where ref_kl has a
-                      gradient to the reference
-            forward:  2·C·V·l                                          for both models
-            backward: C·V·l for a model that learns nothing;  G·V·b for one that learns, and C·V·l
-                where l differs from b;
-                      4·V·H for each 16-bit weight that requires gradient (its sum in float32)
+            kept:     N·V·l for each model in rows of whole 64 entries, from forward to the end of
+                      backward; forward then has no other logits, and backward C·V·l for each model
+                      that learns where ref_kl has a gradient to the reference
+            forward:  2·C·V·l for both models
+            backward: C·V·l for a model that learns nothing; G·V·b for one that learns, and C·V·l
+                      where l differs from b; 4·V·H for each 16-bit weight that requires gradient
+                      (its sum in float32)
 
-        Beside kept logits of l = b there is no G·V·b: their gradients take their place, outside torch.compile, selective checkpointing and other
-        modes that look at ops. G = N there, and where that takes no more at its peak, the returned gradient included: then one product gives a
+        Beside kept logits of l = b there is no G·V·b: their gradients take their place, outside
+        torch.compile, selective checkpointing and other modes that look at ops. There G = N, as
+        where that takes no more at its peak, the returned gradient included: one GEMM then gives a
         bfloat16 weight's gradient, without a sum. On top come copies of the hidden states, of G
         tokens' where there is a mask, of all where their leading dimensions are not one in memory;
-        on a CPU 15 MB more for rows in float32. At H = 4096, V = 128256 in bfloat16: kept, 2.10 GB
-        for
-        N = 8192 of one model or 4096 of two, and nothing beside them; not kept, 0.53 GB forward, with a trainable weight 1.31 GB at N = 4096,
-        2.36 GB at 8192, and 1.05 + 2.10 GB from there on. Without chunk_size all terms but kept
-        logits and the sums, or what takes their place, stay under 1 GiB on a GPU (128 MiB on a CPU)
-        or half of the sums, whichever is more. Results depend on the chunk only as a product's
-        rounding depends on its shape.
+        on a CPU 15 MB more for rows in float32.
+
+        At H = 4096, V = 128256 in bfloat16: kept, 2.10 GB for N = 8192 of one model or 4096 of two,
+        and nothing beside them; not kept, 0.53 GB forward, with a trainable weight 1.31 GB at
+        N = 4096, 2.36 GB at 8192, and 1.05 + 2.10 GB from there on. Without chunk_size all terms
+        but kept logits and the sums, or the window that takes their place, stay under 1 GiB on a
+        GPU (128 MiB on a CPU) or half of the sums, whichever is more. Results depend on the chunk
+        only as a GEMM's rounding depends on its shape.
 
     Accuracy:
         float32: that of the products. bfloat16, float16: each logit is rounded once, which
@@ -205,7 +206,7 @@ def linear_token_stats(
     return TokenStats(logprob, entropy, ref_logprob, kl, ref_kl)
 
 
-def linear_kl_divergence(
+def linear_kl_divergence(  # noqa: PLR0913
     hidden: torch.Tensor,
     weight: torch.Tensor | Head,
     ref_hidden: torch.Tensor,
@@ -229,9 +230,10 @@ def linear_kl_divergence(
 
     Equivalent to
 
-        p_logits, q_logits = ...                                           # as in linear_token_stats
-        kl = kl_divergence(p_logits, q_logits, temperature=temperature, mask=mask)     # ref_temperature: of q_logits
-        "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / normalizer
+        p_logits, q_logits = ...        # as in linear_token_stats
+        p_logits, q_logits = p_logits / temperature, q_logits / ref_temperature
+        kl = kl_divergence(p_logits, q_logits, mask=mask)
+        "none": kl    "sum": (weights * kl).sum()    "mean": (weights * kl).sum() / normalizer
 
     The order of the arguments is the direction: policy first is the RLHF penalty, teacher first the
     distillation loss. Whichever of the two requires gradient learns.
@@ -248,12 +250,12 @@ def linear_kl_divergence(
 
     Args:
         weights: [...] float, what each token's KL counts (a sequence's advantage, beta over a
-        length, …): "sum" and "mean" only. It may require
-            gradient; of a masked token it may hold anything.
+            length, …): "sum" and "mean" only. It may require gradient; of a masked token it may
+            hold anything.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
         normalizer: the divisor of the mean, as in kl_divergence. Default: how many tokens count in
-        this call, however they are weighted. The others: as linear_token_stats, with hidden,
-        weight, bias, temperature for the first argument of KL(·‖·).
+            this call, however they are weighted. The others: as linear_token_stats, with hidden,
+            weight, bias, temperature for the first argument of KL(·‖·).
 
     Returns:
         [...] float32 (float64 for float64 inputs) for "none", else a scalar. Nats.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
-from . import _checks, _reduce, backend, linear
+from . import _checks, _head_checks, _reduce, backend, linear
 from ._heads import Given, prepare
 from ._types import BetaController, Direction, PenaltyReduction, called_as
 from .divergence import kl_divergence
@@ -93,7 +93,10 @@ class _Penalty(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments, for print(model)."""
-        return f"beta={self.beta:g}, direction={self.direction!r}, temperature={self.temperature:g}, reduction={self.reduction!r}"
+        return (
+            f"beta={self.beta:g}, direction={self.direction!r}, "
+            f"temperature={self.temperature:g}, reduction={self.reduction!r}"
+        )
 
     def _divisor(
         self, counts: _Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype
@@ -142,23 +145,25 @@ class KLPenalty(_Penalty):
 
     Equivalent to
 
-        kl = kl_divergence(policy_logits, ref_logits, temperature=temperature, mask=mask)   # direction "policy||reference"
-        loss = beta * kl.sum() / mask.sum()                                                 # reduction "token_mean"
+        kl = kl_divergence(policy_logits, ref_logits, mask, temperature=temperature)
+        loss = beta * kl.sum() / mask.sum()
+
+    for direction "policy||reference" and reduction "token_mean".
 
     Args:
         beta: the penalty's weight: a number ≥ 0, or a controller: an object with an attribute
-        `beta`, read at every call. 0 leaves the KL
-            out, also an infinite one.
+            `beta`, read at every call. 0 leaves the KL out, also an infinite one.
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or
             "reference||policy".
         temperature: divides both logits; a positive number.
         reduction: "token_mean" (also spelt "mean"): mean over the tokens that count;
-        "sequence_mean": mean over sequences of the sum over each
-            sequence's tokens (the last dimension), as in a reward per sequence, sequences without a
-            token that counts left out; "sum".
+            "sequence_mean": mean over sequences of the sum over each sequence's tokens (the last
+            dimension), as in a reward per sequence, sequences without a token that counts left out;
+            "sum".
 
-    forward(policy_logits, ref_logits, mask=None, *, normalizer=None) takes [..., V] logits and a bool mask [...], and returns a float32 scalar with
-    gradient to whichever logits require it. With no token that counts it returns 0.
+    forward(policy_logits, ref_logits, mask=None, *, normalizer=None) takes [..., V] logits and a
+    bool mask [...], and returns a float32 scalar with gradient to whichever logits require it. With
+    no token that counts it returns 0.
 
     normalizer, for both means, takes the place of the number of tokens (sequences) in this call, so
     that micro-batches and processes of different lengths weigh each token the same: how many count
@@ -243,7 +248,8 @@ class LinearKLPenalty(_Penalty):
 
         policy_logits = F.linear(hidden, weight, bias)
         ref_logits = F.linear(ref_hidden, ref_weight, ref_bias)
-        loss = KLPenalty(beta, direction=direction, temperature=temperature, reduction=reduction)(policy_logits, ref_logits, mask)
+        penalty = KLPenalty(beta, direction=direction, temperature=temperature, reduction=reduction)
+        loss = penalty(policy_logits, ref_logits, mask)
 
     with softcap, logits_dtype, chunk_size and recompute as in linear_kl_divergence, whose costs and
     memory it has with reduction "sum".
@@ -251,15 +257,15 @@ class LinearKLPenalty(_Penalty):
     Args:
         beta, direction, temperature, reduction: as KLPenalty.
         ref_temperature: divides the reference's logits instead; a positive number. Default:
-        temperature.
+            temperature.
         softcap, logits_dtype, chunk_size, recompute: as linear_kl_divergence, whose "sum" keeps no
-        logits whatever recompute is.
+            logits whatever recompute is.
 
-    forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None, normalizer=None) takes hidden states [..., H],
-    weights [V, H] (or a Head for either) and a bool mask [...], and returns a float32 scalar with
-    gradient to whatever of them requires it; pass ref_weight=weight.detach() where a trained
-    lm_head is shared and only the policy is to learn through it. The policy comes first in either
-    direction. With no token that counts it returns 0.
+    forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None,
+    normalizer=None) takes hidden states [..., H], weights [V, H] (or a Head for either) and a bool
+    mask [...], and returns a float32 scalar with gradient to those that require it; pass
+    ref_weight=weight.detach() where a trained lm_head is shared and only the policy is to learn
+    through it. The policy comes first in either direction. With no token that counts it returns 0.
 
     normalizer, `last`: as KLPenalty.
 
@@ -290,9 +296,9 @@ class LinearKLPenalty(_Penalty):
             _checks.temperature(
                 ref_temperature, torch.Size(), torch.device("cpu"), "ref_temperature"
             )
-        _checks.softcap(softcap)
-        _checks.chunk_size(chunk_size)
-        _checks.recompute(recompute)
+        _head_checks.softcap(softcap)
+        _head_checks.chunk_size(chunk_size)
+        _head_checks.recompute(recompute)
         _checks.float_type("logits_dtype", logits_dtype)
         self.ref_temperature = ref_temperature
         self.softcap = softcap

@@ -86,11 +86,11 @@ def token_stats(
 
     Args:
         logits, ref_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
-        backend), any strides with a unit stride along V.
+            backend), any strides with a unit stride along V.
         tokens: integer ids [...]. Where the mask is False any value is allowed (-100 included).
-        Elsewhere an id outside 0 … V-1 is an error on
-            the reference backend; on a GPU, where looking would cost a synchronisation, it reads
-            nothing and makes logprob and ref_logprob NaN.
+            Elsewhere an id outside 0 … V-1 is an error on the reference backend; on a GPU, where
+            looking would cost a synchronisation, it reads nothing and makes logprob and ref_logprob
+            NaN.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
         mask: bool [...], True where the token counts.
 
@@ -146,8 +146,8 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
     Args:
         logits: [..., V], as in token_stats.
         index: integer ids [...], or [..., K] for K of each row, which takes one read of the logits
-        whatever K is. An id outside 0 … V-1
-            (-100 included) is an error on the reference backend and gives NaN on a GPU.
+            whatever K is. An id outside 0 … V-1 (-100 included) is an error on the reference
+            backend and gives NaN on a GPU.
     Returns:
         float32 (float64 for float64 logits) in the shape of index, nats. Gradient to logits; ids
         that occur twice in a row add up there.

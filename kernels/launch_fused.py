@@ -10,23 +10,17 @@ import triton
 
 from . import config
 from .launch import (
-    ADDRESSES,
     FALLBACK_BLOCK,
     FALLBACK_ROWS,
-    KEPT,
     OPTIONS,
-    Case,
-    Layout,
-    Problem,
-    Rows,
     Variant,
     _in_order,
     _on,
     _options,
     _tensors,
-    architecture,
     fallback_options,
 )
+from .layout import ADDRESSES, KEPT, Case, Layout, Problem, Rows, architecture
 from .row_fallback import row_fallback
 from .row_fused import row_fused, scale_gradient
 from .row_math import STATE

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch.autograd.profiler import record_function
@@ -56,6 +56,23 @@ _SCHEMA = {
 }
 
 
+class Rules(NamedTuple):
+    """What an op is told beside its computation.
+
+    backward, setup_context(ctx, groups, outputs): as in torch.autograd.Function; None saves
+    nothing. `ctx.eager` exists in eager mode, where only the caller and autograd hold what was
+    returned. batch(batch_size, dims, *groups): (groups of one call for all samples of a vmap,
+    out_dims), with dims a tuple for each group; None computes sample by sample. flops(*groups with
+    shapes in place of tensors): floating-point operations of the GEMMs, for
+    torch.utils.flop_counter; None for none.
+    """
+
+    backward: Callable[..., Any]
+    setup_context: Callable[..., None] | None = None
+    batch: Callable[..., tuple[Any, Any]] | None = None
+    flops: Callable[..., int] | None = None
+
+
 class DualOp(Generic[Outputs]):
     """A computation with a gradient rule, called the shortest way that is right for the caller.
 
@@ -65,13 +82,6 @@ class DualOp(Generic[Outputs]):
     many tensors it returns.
     compute(*groups), fake(*groups): the outputs, with and without values: a tensor, or a tuple with
     None for an output that was not requested, which the op returns as an empty tensor.
-    setup_context(ctx, groups, outputs): as in torch.autograd.Function; None saves nothing.
-    `ctx.eager` exists in eager mode, where only the caller and autograd hold what `compute`
-    returned. backward: as there.
-    batch(batch_size, dims, *groups): (groups of one call for all samples of a vmap, out_dims), with
-    dims a tuple for each group; None computes sample by sample.
-    flops(*groups with shapes in place of tensors): floating-point operations of the GEMMs, for
-    torch.utils.flop_counter; None for none.
     returned: how many outputs a caller may count on, None for all; the rest is for backward, and an
     output costs autograd time.
     """
@@ -84,13 +94,11 @@ class DualOp(Generic[Outputs]):
         fake: Callable[..., Any],
         *,
         outputs: int,
-        backward: Callable[..., Any],
-        setup_context: Callable[..., None] | None = None,
-        batch: Callable[..., tuple[Any, Any]] | None = None,
-        flops: Callable[..., int] | None = None,
+        rules: Rules,
         returned: int | None = None,
     ) -> None:
-        self._name, self._groups, self._compute, self._flops = name, groups, compute, flops
+        self._name, self._groups, self._compute = name, groups, compute
+        backward, setup_context, batch, self._flops = rules
         group = self._group
         self.op = torch.library.custom_op(
             name,

@@ -79,7 +79,7 @@ def row_args(
     temperatures: torch.Tensor | None,
     temperature: float,
 ) -> RowArgs:
-    """Pack arguments of leading shape [...]; temperatures, if given, take the place of the number."""
+    """Pack arguments of leading shape [...]; temperatures, where given, replace the number."""
     if p.dim() != 2:
         tokens, mask, temperatures = flat(tokens), flat(mask), flat(temperatures)
     return RowArgs(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .chunks import row_width
-from .dual_op import DualOp, save_tensors
+from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import FIELDS, POLICY_FIELDS, REFERENCE_FIELDS, SAVED, Scaling, flat, row_args
 from .lm_head import ChunkedHeads, Six
@@ -300,9 +300,7 @@ linear_statistics = DualOp(
     _statistics,
     _fake_statistics,
     outputs=len(FIELDS) + 3,
-    setup_context=_save_for_backward,
-    backward=_backward,
-    flops=_flops_of_statistics,
+    rules=Rules(_backward, setup_context=_save_for_backward, flops=_flops_of_statistics),
 )
 linear_gradients = DualOp(
     "fastkl::linear_gradients",
@@ -310,6 +308,5 @@ linear_gradients = DualOp(
     _gradients,
     _fake_gradients,
     outputs=len(SIX),
-    backward=refuse_second_derivative,
-    flops=_flops_of_gradients,
+    rules=Rules(refuse_second_derivative, flops=_flops_of_gradients),
 )

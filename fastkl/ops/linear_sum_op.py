@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dual_op import DualOp
+from .dual_op import DualOp, Rules
 from .fields import SAVED
 from .linear_op import (
     SIX,
@@ -185,9 +185,7 @@ linear_weighted_kl = DualOp(
     _weighted_kl,
     _fake_weighted_kl,
     outputs=len(SIX) + 3,
-    setup_context=_save_gradients,
-    backward=_backward_of_sum,
-    flops=_flops_of_weighted_kl,
+    rules=Rules(_backward_of_sum, setup_context=_save_gradients, flops=_flops_of_weighted_kl),
 )
 scaled = DualOp(
     "fastkl::scaled",
@@ -195,5 +193,5 @@ scaled = DualOp(
     _scaled,
     _fake_scaled,
     outputs=1,
-    backward=refuse_second_derivative,
+    rules=Rules(refuse_second_derivative),
 )

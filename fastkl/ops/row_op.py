@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
-from .dual_op import DualOp, save_tensors
+from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import FIELDS, SAVED, flat, result_dtype, row_args
 
@@ -250,9 +250,7 @@ row_statistics = DualOp(
     _statistics,
     _fake_statistics,
     outputs=len(FIELDS) + 1,
-    setup_context=_save_for_backward,
-    backward=_backward,
-    batch=_batched_statistics,
+    rules=Rules(_backward, setup_context=_save_for_backward, batch=_batched_statistics),
     returned=len(FIELDS),
 )
 row_gradients = DualOp(
@@ -261,6 +259,5 @@ row_gradients = DualOp(
     _gradients,
     _fake_gradients,
     outputs=2,
-    backward=refuse_second_derivative,
-    batch=_batched_gradients,
+    rules=Rules(refuse_second_derivative, batch=_batched_gradients),
 )

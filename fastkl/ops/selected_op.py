@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .dual_op import DualOp, save_tensors
+from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import SAVED, flat, result_dtype, row_args
 from .row_op import batched, refuse_forward_mode, refuse_second_derivative
@@ -142,9 +142,7 @@ selected_logprobs = DualOp(
     _logprobs,
     _fake_logprobs,
     outputs=2,
-    setup_context=_save_for_backward,
-    backward=_backward,
-    batch=_batched_logprobs,
+    rules=Rules(_backward, setup_context=_save_for_backward, batch=_batched_logprobs),
 )
 selected_gradients = DualOp(
     "fastkl::selected_gradients",
@@ -152,6 +150,5 @@ selected_gradients = DualOp(
     _gradients,
     _fake_gradients,
     outputs=1,
-    backward=refuse_second_derivative,
-    batch=_batched_gradients,
+    rules=Rules(refuse_second_derivative, batch=_batched_gradients),
 )
