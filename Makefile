@@ -36,8 +36,11 @@ bench: $(INSTALLED) $(BENCH_PEERS)
 	$(VENV)/bin/python -m benchmarks.overhead --json build/overhead.json
 	$(VENV)/bin/python -m benchmarks.speed --check --suite smoke --out build $(ARGS)
 
-lint: $(LINTER)
-	$(VENV)/bin/ruff check . $(ARGS)
+lint: $(INSTALLED) $(LINTER)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/lint-imports
 
 # Leaves .venv alone: it takes minutes to rebuild. To start over, remove it.
 clean:
@@ -58,7 +61,7 @@ $(BENCH_PEERS): setup.py constraints.txt | $(INSTALLED)
 	@touch $@
 
 $(LINTER): constraints.txt | $(VENV)/bin/pip
-	$(PIP_INSTALL) -c constraints.txt ruff
+	$(PIP_INSTALL) -c constraints.txt ruff import-linter
 	@touch $@
 
 # --no-deps and a folder of its own: beside the pinned Triton, never in its place.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @overload
-def linear_token_stats(  # noqa: PLR0913
+def linear_token_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor | Head,
     tokens: torch.Tensor,
@@ -40,7 +40,7 @@ def linear_token_stats(  # noqa: PLR0913
     recompute: bool | None = None,
 ) -> TokenStats: ...
 @overload
-def linear_token_stats(  # noqa: PLR0913
+def linear_token_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor | Head,
     tokens: torch.Tensor,

@@ -273,7 +273,7 @@ class LinearKLPenalty(_Penalty):
     Source: as KLPenalty.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         beta: float | BetaController,
         *,
