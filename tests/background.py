@@ -45,7 +45,7 @@ def run(command: list[str], cwd: os.PathLike, environment: dict[str, str]) -> tu
     if _stopped.is_set():
         process.kill()
     try:
-        output, _ = process.communicate(timeout=1800)
+        output, _ = process.communicate()
     finally:
         process.kill()
         _running.discard(process)
