@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastkl import testing
+from fastkl import kl_divergence, testing
 from fastkl.ops import engine
 from fastkl.ops.fields import FIELDS, SAVED, Scaling
 
@@ -97,6 +97,56 @@ def together(backend: str, rows: Rows, weights: torch.Tensor, grad: torch.Tensor
     saved = new((rows.count, SAVED), math.nan, dtype=torch.float32)
     engine.kl_and_gradients(backend, *rows[:5], kl, saved, weights, grad, None, rows.scaling)
     return Run({"kl": kl}, saved, (grad, None))
+
+
+# ---- kl_divergence and its gradients
+
+
+def outcome(
+    p: torch.Tensor, q: torch.Tensor, device: str, upstream: torch.Tensor | None = None, **keywords
+) -> tuple[torch.Tensor, ...]:
+    """(kl, dP, dQ) on `device` for these very strides, and random upstream gradients where none are
+    given.
+    """
+    p, q = testing.leaf(p.to(device)), testing.leaf(q.to(device))
+    result = kl_divergence(p, q, **keywords)
+    upstream = testing.upstream_for(result) if upstream is None else upstream
+    return result, *torch.autograd.grad(result, (p, q), upstream.to(result))
+
+
+def check_results(
+    implementation,
+    results: tuple[torch.Tensor, ...],
+    p: torch.Tensor,
+    q: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+) -> None:
+    """What outcome() returned for logits p, q agrees with fp64 of them; the result is float32 and
+    where the logits are.
+    """
+    result, *grads = results
+    assert result.dtype == torch.float32 and result.shape == p.shape[:-1]
+    assert result.device.type == implementation.device
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.cpu()
+    exact = testing.truth(p.cpu(), q.cpu(), temperature)
+    testing.assert_kl(result, exact.kl)
+    expected = testing.kl_gradients(exact, testing.upstream_for(result), temperature)
+    for name, grad, value, logits in zip("pq", grads, expected, (p, q), strict=True):
+        assert grad.dtype == logits.dtype and grad.shape == logits.shape
+        testing.assert_rounded_gradient(
+            grad,
+            value,
+            f"gradient to {name}",
+            absolute=1e-6 * (name == "q"),
+            truncated=implementation.interpreted,
+        )
+
+
+def check(implementation, p: torch.Tensor, q: torch.Tensor, temperature=1.0) -> None:
+    """kl_divergence and both gradients agree with fp64 of the same CPU inputs."""
+    results = outcome(p, q, implementation.device, temperature=temperature)
+    check_results(implementation, results, p, q, temperature)
 
 
 # ---- tensors
