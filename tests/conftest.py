@@ -50,6 +50,19 @@ if INTERPRETING:
     cases.compute_as_a_gpu()
 
 
+# In the interpreter float16 is left to tests that name it: to a kernel it is a load and a store,
+# as bfloat16 is.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+if not INTERPRETING:
+    DTYPES["fp16"] = torch.float16
+
+
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """A type of logits."""
+    return request.param
+
+
 class Implementation(NamedTuple):
     """A backend and where its tensors live."""
 
@@ -81,6 +94,14 @@ def implementation(request: pytest.FixtureRequest) -> Implementation:
     """The implementation under test, chosen with fastkl.use_backend."""
     with fastkl.use_backend(request.param.backend):
         yield request.param
+
+
+@pytest.fixture
+def kernels(implementation) -> Implementation:
+    """The implementation, where it is the kernels: the reference has its own tests."""
+    if not implementation.kernels:
+        pytest.skip("about the kernels")
+    return implementation
 
 
 def _with_room_for_frames(function: Callable[[pytest.Item], object], item: pytest.Item) -> object:

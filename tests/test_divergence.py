@@ -15,16 +15,7 @@ from fastkl import kl_divergence, testing
 SIZES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 SHIFTS = (0.0, 50.0, -50.0)
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-# In the interpreter float16 is left to MIXED and test_tokens: to a kernel it is a load and a store,
-# as bfloat16 is.
-TYPES = {name: FLOATS[name] for name in ("fp32", "bf16")} if INTERPRETING else FLOATS
 LONG = 9003 if INTERPRETING else 50257
-
-
-@pytest.fixture(params=TYPES.values(), ids=TYPES)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """A type of logits."""
-    return request.param
 
 
 # ---- accuracy

@@ -7,23 +7,12 @@ import os
 
 import pytest
 import torch
-from cases import FLOATS, assert_same, check_results, outcome, padded
+from cases import assert_same, check_results, outcome, padded
 
 from fastkl import kl_divergence, slow_path_rows, testing
 
 SHIFTS = (0.0, 50.0, -50.0)
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-# In the interpreter float16 is left to MIXED and test_tokens: to a kernel it is a load and a store,
-# as bfloat16 is.
-TYPES = {name: FLOATS[name] for name in ("fp32", "bf16")} if INTERPRETING else FLOATS
-
-
-@pytest.fixture(params=TYPES.values(), ids=TYPES)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """A type of logits."""
-    return request.param
-
-
 # ---- rows that do not count
 
 
