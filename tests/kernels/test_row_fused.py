@@ -148,48 +148,6 @@ def test_where_it_is_used(monkeypatch) -> None:
         assert bool(seen) == (on and not learns), (on, learns)
 
 
-LOSSES = {
-    "mean": lambda p, q, mask: fastkl.kl_divergence(
-        p, q, mask, temperature=1.5, reduction="mean", normalizer=5.0
-    ),
-    "penalty": fastkl.KLPenalty(0.05, reduction="sequence_mean", temperature=1.5),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_losses_are_those_of_two_launches(monkeypatch, loss, dtype) -> None:
-    """Value and gradient, for upstream gradients of 1 and another, once more through a retained
-    graph, in a graph, and in a batch of them.
-    """
-    p, q, _ = pair("normal3", 0.3, dtype, rows=4, vocabulary=520)
-    p, q = p.view(2, 2, 520), q.view(2, 2, 520)
-    mask = torch.tensor([[True, True], [False, True]], device=DEVICE)
-    found = {}
-    for on in (False, True):
-        monkeypatch.setattr(config, "fuses", lambda arch, on=on: on)
-        x = testing.leaf(p.clone())
-        with fastkl.use_backend("triton"):
-            value = LOSSES[loss](x, q, mask)
-            summed = "SummedKL" in value.grad_fn.name()
-            assert loss == "penalty" or summed == (on and dtype != torch.float16)
-            more = {"retain_graph": True}
-            first = torch.autograd.grad(value, x, **more)[0].clone()
-            (half,) = torch.autograd.grad(value, x, value.new_full((), 0.5), **more)
-            both = value.new_tensor([2.0, 0.0])
-            (batch,) = torch.autograd.grad(value, x, both, is_grads_batched=True)
-            scale = value.new_full((), 0.3)
-            (scaled,) = torch.autograd.grad(LOSSES[loss](x, q, mask), x, scale)
-            (graph,) = torch.autograd.grad(LOSSES[loss](x, q, mask), x, create_graph=True)
-        found[on] = [value, first, half, batch, scaled, graph]
-    single = dtype == torch.float32
-    tolerance = {"rtol": 1e-4, "atol": 1e-9} if single else {"rtol": 4e-3, "atol": 1e-7}
-    torch.testing.assert_close(found[True], found[False], **tolerance)
-    if single:
-        with pytest.raises(RuntimeError, match="second derivatives"):
-            found[True][-1].sum().backward()
-
-
 def test_losses_that_take_two_launches(monkeypatch) -> None:
     """Weights, a gradient to Q, no gradient, rows that start anywhere, and transforms."""
     monkeypatch.setattr(launch_fused, "fused", lambda *arguments: pytest.fail("fused"))
