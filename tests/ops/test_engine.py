@@ -93,7 +93,7 @@ SCALINGS = {
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_each_tensor_has_a_scaling(implementation, dtype, far, scaling) -> None:
-    """Two soft caps, and a ratio of inverse temperatures: fields and gradients to the raw logits."""
+    """Two soft caps, and a ratio of inverse temperatures: values and gradients of raw logits."""
     p, q = testing.pair("normal3", ROWS, 37, 0.7, dtype=dtype)
     if far:
         q[:, 5], q[:, 7] = q[:, 5] + 60.0, -3e4
