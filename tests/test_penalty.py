@@ -244,7 +244,7 @@ def test_compiled(implementation) -> None:
 
 
 def test_a_weight_of_0_leaves_an_infinite_kl_out(implementation) -> None:
-    """From logits and from hidden states: a loss of 0 with gradient 0, however beta was annealed."""
+    """From logits and hidden states: a loss of 0 with gradient 0, however beta was annealed."""
     device = implementation.device
     weight, bias = torch.eye(2, device=device), torch.tensor([0.0, -math.inf], device=device)
     policy = torch.tensor([[0.0, 0.0], [0.0, 1.0]], device=device, requires_grad=True)
@@ -253,3 +253,4 @@ def test_a_weight_of_0_leaves_an_infinite_kl_out(implementation) -> None:
     linear = fastkl.LinearKLPenalty(0.0)(policy, weight, states, weight.clone(), **biases)
     for loss in (fastkl.KLPenalty(0)(policy, reference), linear):
         assert loss == 0 and not bool(torch.autograd.grad(loss, policy)[0].any())
+    assert fastkl.KLPenalty(0)(states, reference) == 0

@@ -1,4 +1,4 @@
-"""fastkl.testing: the truth against other arithmetic, and comparisons that fail when they have to."""
+"""fastkl.testing: the truth against other arithmetic, and comparisons that fail on wrong results."""
 
 from __future__ import annotations
 
