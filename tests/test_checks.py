@@ -200,45 +200,6 @@ def test_wrong_arguments(implementation, key) -> None:
 # ---- values out of range
 
 
-def fields_of(name: str, arguments, expected, **more):
-    """(name, result, expected result) of every field of a call."""
-    results = CALLS[name](arguments, **more)
-    if isinstance(results, torch.Tensor):
-        return [("kl" if name == "kl" else "logprob", results, expected)]
-    given = zip(results._fields, results, expected, strict=True)
-    return [field for field in given if field[1] is not None]
-
-
-@pytest.mark.parametrize("token", [-1, V, -100, 2**40])
-@pytest.mark.parametrize("name", ["stats", "policy_stats", "select"])
-def test_token_out_of_range(implementation, name, token) -> None:
-    """An error where looking costs nothing; with the kernels NaN in that row's log-probabilities
-    and in no other's, and the KLs unharmed.
-    """
-    arguments = right(implementation.device)
-    expected = CALLS[name](arguments)
-    arguments.tokens[1, 2] = token
-    if not implementation.kernels:
-        with pytest.raises(
-            ValueError, match=f"{NAMES[name]['tokens']}.*: expected ids in 0 … 6, got {token};"
-        ):
-            CALLS[name](arguments)
-        return
-    for field, value, exact in fields_of(name, arguments, expected):
-        if "logprob" in field:
-            assert math.isnan(value[1, 2])
-            value, exact = value.flatten()[:-1], exact.flatten()[:-1]
-        assert torch.equal(value, exact), field
-
-
-def test_token_out_of_range_under_the_mask(implementation) -> None:
-    """Ignored positions may hold any id."""
-    arguments = right(implementation.device)
-    arguments.mask[1, 2], arguments.tokens[1, 2] = False, -100
-    for value in CALLS["stats"](arguments, mask=arguments.mask):
-        assert bool(value.isfinite().all()) and float(value[1, 2]) == 0.0
-
-
 @pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf, 2.0**-127, 2.0**127])
 @pytest.mark.parametrize("name", WITH_TEMPERATURE)
 def test_temperature_of_a_row_that_is_not_positive(implementation, name, value) -> None:
@@ -249,9 +210,14 @@ def test_temperature_of_a_row_that_is_not_positive(implementation, name, value) 
     expected = CALLS[name](arguments, temperature=arguments.t)
     arguments.t[1, 2] = value
     if implementation.kernels:
-        for _, field, exact in fields_of(name, arguments, expected, temperature=arguments.t):
-            assert math.isnan(field[1, 2])
-            assert torch.equal(field.flatten()[:-1], exact.flatten()[:-1])
+        result = CALLS[name](arguments, temperature=arguments.t)
+        one = name == "kl"
+        for field, exact in zip(
+            [result] if one else result, [expected] if one else expected, strict=True
+        ):
+            if field is not None:
+                assert math.isnan(field[1, 2])
+                assert torch.equal(field.flatten()[:-1], exact.flatten()[:-1])
     else:
         words = ("positive finite values", f"got {value}")
         more = {"temperature": arguments.t}
@@ -312,16 +278,3 @@ def test_forward_mode_says_what_to_do(implementation, name, transform) -> None:
     for error in (TypeError, RuntimeError):
         with pytest.raises(error, match=FORWARD_MODE):
             transform(total)(arguments.p)
-
-
-def test_empty_batch(implementation) -> None:
-    """N = 0 is no error: empty results and gradients of the logits' shape."""
-    for leading in ((0,), (2, 0), (0, 3)):
-        p, q = (
-            torch.zeros(*leading, V, device=implementation.device, requires_grad=True) for _ in "pq"
-        )
-        tokens = torch.zeros(leading, dtype=torch.long, device=implementation.device)
-        for value in fastkl.token_stats(p, tokens, q):
-            assert value.shape == leading and value.dtype == torch.float32
-        fastkl.kl_divergence(p, q).sum().backward()
-        assert p.grad.shape == p.shape and q.grad.shape == q.shape

@@ -127,33 +127,20 @@ def test_sizes_of_rows_and_logits(implementation, name, dtype) -> None:
     check(implementation, *ROWS[name](dtype))
 
 
-def test_accuracy_table(implementation, capsys) -> None:
-    """Worst relative error per decade of the KL, beside F.kl_div of two float32 log-softmaxes:
-    within tolerance, and better where KL is small.
-    """
-    vocabulary = 300 if INTERPRETING else 32768
+@pytest.mark.parametrize("kind", testing.KINDS)
+def test_better_than_two_log_softmaxes(implementation, kind) -> None:
+    """In every decade of the KL from 1e-8 to 1e-2 the worst error is below that of F.kl_div."""
     sizes = SIZES if INTERPRETING else [10 ** (-5 + 6 * i / 31) for i in range(32)]
-    lines, worse = [f"{'KL':>6} {'kind':>12} {'fastkl':>9} {'F.kl_div':>9}"], []
-    for kind in testing.KINDS:
-        pair = testing.sizes_pair(kind, sizes, (0.0,), vocabulary)
-        p, q = (value.to(implementation.device) for value in pair)
-        exact, ours = testing.truth(p, q).kl, kl_divergence(p, q)
-        testing.assert_kl(ours, exact)
-        plain = torch.nn.functional.kl_div(
-            q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True
-        ).sum(-1)
-        decade = exact.log10().floor()
-        for value in sorted(set(decade[decade >= -9].tolist())):
-            of_decade = [
-                ((result - exact).abs() / exact)[decade == value] for result in (ours, plain)
-            ]
-            errors = [float(some.max()) for some in of_decade]
-            lines.append(f"{f'1e{value:.0f}':>6} {kind:>12} {errors[0]:9.1e} {errors[1]:9.1e}")
-            if -8 <= value < -2 and errors[0] >= errors[1]:
-                worse.append(lines[-1])
-    with capsys.disabled():
-        print(f"\n{implementation.backend}, V={vocabulary}, float32\n" + "\n".join(lines))
-    assert not worse, "\n".join(worse)
+    pair = testing.sizes_pair(kind, sizes, (0.0,), 300 if INTERPRETING else 32768)
+    p, q = (value.to(implementation.device) for value in pair)
+    exact = testing.truth(p, q).kl
+    log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
+    plain = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    errors = [((result - exact).abs() / exact) for result in (kl_divergence(p, q), plain)]
+    decade = exact.log10().floor()
+    for value in {value for value in decade.tolist() if -8 <= value < -2}:
+        ours, theirs = (float(error[decade == value].max()) for error in errors)
+        assert ours < theirs, f"1e{value:.0f}: {ours:.1e}, {theirs:.1e}"
 
 
 MIXED = [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16"), ("bf16", "fp16")]
@@ -162,18 +149,9 @@ MIXED = [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16"), ("bf16", "fp16")]
 @pytest.mark.parametrize("policy, ref", MIXED)
 @pytest.mark.parametrize("vocabulary", [1003, 4096])
 def test_mixed_types(implementation, policy, ref, vocabulary) -> None:
-    """Policy and reference of different types: each gradient comes in the type of its own logits."""
+    """Policy and reference of different types: each gradient comes in its own type."""
     p, q = testing.sizes_pair("normal3", (1e-3, 0.1, 1.0, 10.0), SHIFTS, vocabulary)
     check(implementation, p.to(FLOATS[policy]), q.to(FLOATS[ref]))
-
-
-def test_direction_by_hand(implementation) -> None:
-    """The expectation is under the first argument: closed forms of two and of three classes."""
-    for p, q in (((0.8, 0.2), (0.5, 0.5)), ((0.7, 0.2, 0.1), (0.25, 0.25, 0.5))):
-        for one, two in ((p, q), (q, p)):
-            exact = sum(a * math.log(a / b) for a, b in zip(one, two, strict=True))
-            logits = [torch.tensor(side, device=implementation.device).log() for side in (one, two)]
-            testing.assert_near(kl_divergence(*logits), torch.tensor(exact), 2e-6, 0, "KL")
 
 
 # ---- properties

@@ -354,7 +354,7 @@ def test_gradients_of_estimate_kl(estimator) -> None:
 
 
 def test_compiled_and_without_synchronisation() -> None:
-    """One graph under torch.compile with the same values, and tensors without data (meta) suffice."""
+    """One graph under torch.compile with the same values; tensors without data (meta) suffice."""
     logprob, ref, old = -torch.rand(3, 4, 7, generator=torch.Generator().manual_seed(0)) * 5
 
     def both(logprob: torch.Tensor, ref: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -370,25 +370,12 @@ def test_compiled_and_without_synchronisation() -> None:
     assert gradient(both(meta[0].requires_grad_(), *meta[1:]), meta[0]).shape == (4, 7)
 
 
-BOTH, LOSS = (estimate_kl, sampled_kl_loss), (sampled_kl_loss,)
 PAIR = torch.tensor([-1.0, -2.0])
-WRONG = [
-    (BOTH, TypeError, "logprob", [[-1.0, -2.0], PAIR.long()]),
-    (BOTH, TypeError, "ref_logprob", [None, PAIR.bool(), PAIR.double()]),
-    (BOTH, ValueError, "ref_logprob", [PAIR[:1], PAIR[:, None], PAIR.to("meta")]),
-    (BOTH, ValueError, "clamp", [0.0, -1, 50.1, math.nan]),
-    (BOTH, TypeError, "clamp", [True, torch.tensor(1.0)]),
-    (BOTH[:1], ValueError, "estimator", ["k4"]),
-    (LOSS, ValueError, "direction", ["reverse"]),
-    (LOSS, ValueError, "old_logprob", [torch.zeros(3), torch.zeros(2, requires_grad=True)]),
-    (LOSS, TypeError, "old_logprob", [PAIR.long()]),
-]
+WRONG = [("clamp", 0.0), ("clamp", 50.1), ("old_logprob", torch.zeros(2, requires_grad=True))]
 
 
-@pytest.mark.parametrize(
-    "calls, error, name, value", [(*wrong[:3], value) for wrong in WRONG for value in wrong[3]]
-)
-def test_wrong_arguments(calls, error, name, value) -> None:
-    for call in calls:
-        with pytest.raises(error, match=f"^{name}: expected .*, got .*; "):
-            call(**{"logprob": PAIR, "ref_logprob": PAIR, name: value})
+@pytest.mark.parametrize("name, value", WRONG)
+def test_wrong_values(name, value) -> None:
+    """Values that the table of wrong arguments has not; a sampler's log-probabilities are data."""
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*; "):
+        sampled_kl_loss(PAIR, PAIR, **{name: value})

@@ -1,4 +1,4 @@
-"""fastkl.testing: the truth against other arithmetic, and comparisons that fail on wrong results."""
+"""fastkl.testing: the truth against other arithmetic, and comparisons that fail where wrong."""
 
 from __future__ import annotations
 

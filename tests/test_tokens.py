@@ -12,7 +12,6 @@ import pytest
 import torch
 from cases import assert_same
 
-import fastkl
 from fastkl import TokenStats, testing, token_stats
 
 FIELDS = TokenStats._fields
@@ -82,7 +81,7 @@ def test_fields_against_fp64(implementation, kind, vocabulary, dtype) -> None:
     p, q = testing.sizes_pair(kind, (1e-3, 0.03, 1.0, 8.0), (0.0, 50.0, -50.0), vocabulary, dtype)
     tokens = random_tokens(p.shape[:-1], vocabulary)
     tokens[1] = p[1].argmax()
-    check(implementation, p, q, tokens, gradients=False)
+    check(implementation, p, q, tokens.int(), gradients=False)
 
 
 PER_ROW = torch.tensor([[0.25, 0.5, 1.0], [1.5, 2.0, 0.75]])
@@ -93,7 +92,7 @@ def test_temperature(implementation, temperature) -> None:
     """All five fields and their gradients follow the temperature."""
     sizes = (0.01, 0.1, 0.3, 1.0, 3.0, 5.0)
     p, q = (side.view(2, 3, -1) for side in testing.sizes_pair("normal3", sizes, (0.0,), 515))
-    check(implementation, p, q, random_tokens(p.shape[:-1], 515), temperature)
+    check(implementation, p, q, random_tokens(p.shape[:-1], 515).short(), temperature)
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
@@ -103,7 +102,8 @@ def test_layouts(implementation, layout) -> None:
     p, q = (testing.LAYOUTS[layout](base[..., :40]) for base in bases)
     base_tokens = random_tokens((4, 5, 6), 40)
     tokens = testing.LAYOUTS[layout](base_tokens[..., None])[..., 0]
-    check(implementation, p, q, tokens, gradients=False)
+    kind = torch.uint8 if layout.startswith("expanded") else torch.int64
+    check(implementation, p, q, tokens.to(kind), gradients=False)
 
 
 @pytest.mark.parametrize("vocabulary", [1003, 9003 if INTERPRETING else 40001])
@@ -115,17 +115,12 @@ def test_all_gradients_of_large_rows(implementation, vocabulary, dtype) -> None:
     check(implementation, p, q, random_tokens(p.shape[:-1], vocabulary))
 
 
-@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.int16, torch.uint8])
-def test_integer_types_of_tokens(implementation, kind) -> None:
-    """Every integer type gives the same bits."""
-    p, q = testing.pair("normal3", 3, 300, 0.3, device=implementation.device)
-    ids = torch.tensor([0, 255 if kind == torch.uint8 else 299, 17], device=implementation.device)
-    assert_same(token_stats(p, ids.to(kind), q), token_stats(p, ids, q))
-
-
 def test_without_reference(implementation, dtype) -> None:
-    """Log-probability and entropy, with their gradients; the other fields are None."""
+    """Log-probability and entropy, with their gradients, beside entries without probability; the
+    other fields are None.
+    """
     p = testing.pair("normal3", 4, 1003, 0.0, dtype=dtype)[0]
+    p[1, 5:9] = -math.inf
     tokens, leaf = random_tokens(p.shape[:-1], 1003), testing.leaf(p.to(implementation.device))
     stats = token_stats(leaf, tokens.to(implementation.device))
     assert stats[2:] == (None, None, None)
@@ -172,18 +167,6 @@ def test_every_mix_of_upstream_gradients(implementation, wrt) -> None:
                 value = sum(getattr(each[name], side) for name in fields)
                 grad = torch.zeros_like(ours[side]) if grad is None else grad
                 testing.assert_gradient(grad, value, f"{', '.join(fields)} to {side}")
-
-
-def test_gradcheck_in_fp64(implementation) -> None:
-    """The reference in float64, by finite differences."""
-    if implementation.kernels:
-        pytest.skip("float64 is the reference's")
-    p, q = (value.double().requires_grad_() for value in testing.pair("normal3", 3, 5, 0.7))
-    tokens = torch.tensor([0, 4, 2])
-    assert all(value.dtype == torch.float64 for value in token_stats(p, tokens, q))
-    assert torch.autograd.gradcheck(
-        lambda p, q: tuple(token_stats(p, tokens, q, temperature=1.3)), (p, q)
-    )
 
 
 def test_holes(implementation, dtype) -> None:
@@ -244,8 +227,10 @@ def test_token_out_of_range(implementation, token) -> None:
     p, q = testing.pair("normal3", 3, 203, 0.3)
     good, bad = torch.tensor([5, 7, 202]), torch.tensor([5, token, 202])
     if not implementation.kernels:
-        with pytest.raises(ValueError, match="tokens"):
-            token_stats(p, bad, q)
+        words = rf"^tokens \(index\): expected ids in 0 … 202, got {token};"
+        for call in (lambda: token_stats(p, bad, q), lambda: token_stats(p, bad)):
+            with pytest.raises(ValueError, match=words):
+                call()
         return
     expected, results = (outcome(implementation, p, q, tokens) for tokens in (good, bad))
     for name, result, value in zip((*FIELDS, "p", "q"), results, expected, strict=True):
@@ -267,21 +252,3 @@ def test_poison_of_one_row(implementation) -> None:
     logprob, entropy, ref_logprob, *kls = results[:5]
     assert bool(entropy[1].isnan()) and bool(logprob[1].isnan()) and bool(ref_logprob[3].isnan())
     assert all(bool(value[1::2].isnan().all()) for value in kls)
-
-
-def test_vmap_keeps_every_gradient(implementation) -> None:
-    """Under vmap the fields carry the gradients that they carry without it."""
-    pair = testing.pair("normal1", 6, 11, 0.5, device=implementation.device)
-    p, q = (value.view(2, 3, 11).requires_grad_() for value in pair)
-    tokens = torch.arange(6, device=implementation.device).view(2, 3)
-    ways = [call(p, tokens, q) for call in (token_stats, torch.vmap(token_stats))]
-    assert all(field.requires_grad for field in ways[1])
-    totals = [sum(field.sum() for field in way) for way in ways]
-    assert_same(*(torch.autograd.grad(total, (p, q)) for total in totals))
-
-
-def test_forward_mode_is_refused(implementation) -> None:
-    """A forward-mode derivative is an error that says so, not zeros."""
-    p, q = testing.pair("normal1", 2, 11, 0.5, device=implementation.device)
-    with pytest.raises(RuntimeError, match="forward-mode"):
-        torch.func.jvp(lambda value: fastkl.kl_divergence(value, q), (p,), (p,))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import itertools
-import threading
 import weakref
 
 import cases
@@ -100,16 +100,9 @@ def test_a_call_looks_up_what_it_would_work_out(started) -> None:
     clear()
     started.clear()
 
-    def all_of(mine: list) -> None:
-        for kind in mine:
-            run(*kind)
-
     orders = [kinds(), kinds()[::-1], kinds(), kinds()[::-1]]
-    threads = [threading.Thread(target=all_of, args=(mine,)) for mine in orders]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda mine: [run(*kind) for kind in mine], orders))
     alone = [str(one) for launches in expected for one in launches]
     assert sorted(str(one) for one in started) == sorted(alone * 4)
 

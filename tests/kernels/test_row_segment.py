@@ -155,10 +155,32 @@ def border(gpu: Gpu) -> Pairs:
     return rows
 
 
+def below_a_new_centre(gpu: Gpu) -> Pairs:
+    """Two values of d alone, so that no rounding averages out, and an eighth of the weight about
+    the centre.
+    """
+    later = torch.arange(9 * gpu.tile) >= gpu.tile
+    growth, delta = torch.tensor([[6.95, 6.95, 2.95], [0.512, 0.514, 0.45]])[..., None]
+    return list(zip(later * (growth / 8).log(), later * delta, strict=True))
+
+
+def short(gpu: Gpu) -> Pairs:
+    """Few entries."""
+    return [(x, 0.3 * x.flip(0)) for x in testing.logits("normal3", 2, 9)]
+
+
+def a_tile(gpu: Gpu) -> Pairs:
+    """A tile and an entry more."""
+    return [(x, 0.3 * x.flip(0)) for x in testing.logits("normal3", 2, gpu.tile + 1)]
+
+
 MADE: dict[str, Callable[[Gpu], Pairs]] = {
     "moving": moving,
     "growing": growing,
     "border": border,
+    "below a new centre": below_a_new_centre,
+    "short": short,
+    "a tile": a_tile,
 }
 
 
@@ -168,22 +190,10 @@ def test_made_rows(kernels, gpu, name) -> None:
     if gpu.arch == "gfx942" and name != "moving":
         pytest.skip("32 threads show it")
     x, d = (torch.stack(side) for side in zip(*MADE[name](gpu), strict=True))
+    p, q = x.to(gpu.dtype), (x + d).to(gpu.dtype)
     with gpu.use():
-        assert_right(kernels, x.to(gpu.dtype), (x + d).to(gpu.dtype))
-
-
-def test_equal_differences_just_below_a_new_centre(kernels) -> None:
-    """Two values of d alone, so that no rounding averages out, and an eighth of the weight about
-    the centre.
-    """
-    if not kernels.interpreted:
-        pytest.skip("the roundings are those of the interpreter's model")
-    gpu = Gpu("sm_90", torch.float32)
-    later = torch.arange(9 * gpu.tile) >= gpu.tile
-    growth, delta = torch.tensor([[6.95, 6.95, 2.95], [0.512, 0.514, 0.45]])[..., None]
-    x = later * (growth / 8).log()
-    with gpu.use():
-        assert_right(kernels, x, x + later * delta)
+        assert_right(kernels, p, q)
+        assert_right(kernels, p[:0], q[:0])
 
 
 def test_border_of_the_fallback(kernels, warp) -> None:
@@ -234,30 +244,6 @@ def test_late_peaks_and_empty_beginnings(kernels, gpu) -> None:
         side[3, : tile + 1], side[4, : tile + 1] = -math.inf, LOWEST
     with gpu.use():
         assert_right(kernels, x.to(gpu.dtype), y.to(gpu.dtype), hidden)
-
-
-@pytest.mark.parametrize("beyond", [None, 0, 1])
-def test_short_rows(kernels, warp, beyond) -> None:
-    """Rows of few entries, or about as long as a tile; and no rows."""
-    for vocabulary in (1, 2, 9) if beyond is None else (warp.tile + beyond,):
-        p, q = testing.pair("normal3", 2, vocabulary, 0.3, dtype=warp.dtype)
-        with warp.use():
-            assert_right(kernels, p, q)
-            assert_right(kernels, p[:0], q[:0])
-
-
-def test_poison_stays_in_its_row(kernels, warp) -> None:
-    """Rows with a NaN or an infinity leave the bits of their neighbours alone."""
-    late, device = warp.tile + 1, kernels.device
-    p, q = testing.pair("normal3", 5, late + 20, 0.1, dtype=warp.dtype, device=device)
-    tokens = torch.arange(5, device=p.device)
-    with warp.use():
-        clean = statistics(p, q, tokens)
-        p[1, 0], q[3, late] = math.nan, math.inf
-        results = statistics(p, q, tokens)
-    for name, result in results.items():
-        testing.assert_same_bits(result[::2], clean[name][::2], name)
-    assert bool(results["kl"][1::2].isnan().all())
 
 
 # ---- equal bits
