@@ -5,8 +5,6 @@ A test file that has such processes defines start_in_background(), which conftes
 its tests is to run, and asks for the results when its tests come: at the end.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import os
 import subprocess

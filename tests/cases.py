@@ -2,9 +2,8 @@
 of their own, Triton's interpreter made as exact as a GPU is, and CUDA graphs.
 """
 
-from __future__ import annotations
-
 import math
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from fastkl import kl_divergence, testing
 from fastkl.ops import engine
 from fastkl.ops.fields import FIELDS, SAVED, Scaling
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
         """N."""
         return self.p.shape[:-1].numel()
 
-    def part(self, index: slice | torch.Tensor | list) -> Rows:
+    def part(self, index: slice | torch.Tensor | list) -> "Rows":
         """Some rows of logits [N, V]."""
         return self._make(
             value[index] if isinstance(value, torch.Tensor) else value for value in self

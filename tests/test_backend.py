@@ -2,8 +2,6 @@
 fallback.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import pathlib

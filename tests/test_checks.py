@@ -2,8 +2,6 @@
 what came and what to do.
 """
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

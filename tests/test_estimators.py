@@ -2,8 +2,6 @@
 digits near 0, clamps, infinities, errors.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

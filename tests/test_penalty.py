@@ -1,7 +1,5 @@
 """KLPenalty: its value, its gradient, its beta and what it keeps of the last call."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

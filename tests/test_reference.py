@@ -2,8 +2,6 @@
 autograd's numerical derivatives.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

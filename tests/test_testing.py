@@ -1,7 +1,5 @@
 """fastkl.testing: the truth against other arithmetic, and comparisons that fail where wrong."""
 
-from __future__ import annotations
-
 import math
 import subprocess
 import sys

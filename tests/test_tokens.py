@@ -2,20 +2,16 @@
 range.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
-import os
 
 import pytest
 import torch
-from cases import assert_same
+from cases import INTERPRETING, assert_same
 
 from fastkl import TokenStats, testing, token_stats
 
 FIELDS = TokenStats._fields
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def random_tokens(leading: torch.Size, vocabulary: int) -> torch.Tensor:

@@ -2,8 +2,6 @@
 one read of the logits whatever K is.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

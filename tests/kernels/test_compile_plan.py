@@ -2,8 +2,6 @@
 compile tests are about the real kernels.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import cases

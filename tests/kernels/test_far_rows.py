@@ -4,10 +4,9 @@ against float64, of random families and of single cases.
 FASTKL_FAR_ROWS=20000 checks that many rows instead of a few hundred, newly drawn.
 """
 
-from __future__ import annotations
-
 import math
 import os
+import types
 from typing import NamedTuple
 
 import hypothesis
@@ -30,28 +29,10 @@ FILLS = (-100.0, -1e3, -1e4, -1e6, -1e9, -1e15, -1e30, torch.finfo(torch.float32
 WANTED = int(os.environ.get("FASTKL_FAR_ROWS", "0"))
 
 
-class Family(NamedTuple):
-    """Parameters of ROWS rows, drawn with the random numbers of `seed`."""
-
-    seed: int
-    vocabulary: int
-    spread: float  # of P's logits
-    difference: float  # between the logits of P and Q
-    peaks: tuple[float, float]  # height of one entry of P and of one of Q
-    same_peak: bool
-    masked: (
-        str  # which side holds `fill`: "p", "q", "both", "apart" (other entries on each side) or ""
-    )
-    fill: float
-    shift: float
-    scale: float
-    temperature: float
-    dtype: torch.dtype
-    field: str
-
-
+# Parameters of ROWS rows, drawn with random numbers of `seed`. peaks: the height of one entry of
+# P and of one of Q. masked: the side that holds `fill`; "apart": other entries on each side.
 FAMILIES = st.builds(
-    Family,
+    types.SimpleNamespace,
     seed=st.integers(0, 2**31),
     vocabulary=st.sampled_from((2, 7, 64, 300)),
     spread=st.sampled_from((0.0, 1.0, 3.0)),
@@ -68,39 +49,30 @@ FAMILIES = st.builds(
 )
 
 
-def make(family: Family) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make(family: types.SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(P's logits, Q's, tokens) of a family."""
     generator = torch.Generator().manual_seed(family.seed)
     shape = ROWS, family.vocabulary
-
-    def positions() -> torch.Tensor:
-        return torch.randint(family.vocabulary, (ROWS, 1), generator=generator)
-
+    first, second, keep, tokens = torch.randint(
+        family.vocabulary, (4, ROWS, 1), generator=generator
+    )
     x = family.spread * torch.randn(shape, generator=generator)
     y = x + family.difference * torch.randn(shape, generator=generator)
-    first, second = positions(), positions()
-    x.scatter_add_(1, first, torch.full((ROWS, 1), family.peaks[0]))
-    y.scatter_add_(1, first if family.same_peak else second, torch.full((ROWS, 1), family.peaks[1]))
+    at_q = first if family.same_peak else second
+    for side, place, peak in ((x, first, family.peaks[0]), (y, at_q, family.peaks[1])):
+        side.scatter_add_(1, place, torch.full((ROWS, 1), peak))
     x, y = x * family.scale, y * family.scale + family.shift
-    smallest = (
-        max(family.fill, torch.finfo(family.dtype).min) if family.fill > -math.inf else family.fill
+    kind = torch.finfo(family.dtype)
+    smallest = max(family.fill, kind.min) if family.fill > -math.inf else family.fill
+    mask, other = (torch.rand(2, *shape, generator=generator) < 0.3).scatter_(
+        2, keep.expand(2, ROWS, 1), False
     )
-    mask, other = (torch.rand(shape, generator=generator) < 0.3 for _ in range(2))
-    keep = positions()
-    mask.scatter_(1, keep, False)
-    other.scatter_(1, keep, False)
     if family.masked in ("p", "both", "apart"):
         x[mask] = smallest
-    if family.masked in ("q", "both"):
-        y[mask] = smallest
-    if family.masked == "apart":
-        y[other] = smallest
-    largest = torch.finfo(family.dtype).max
-    finite = [
-        torch.where(side > -math.inf, side.clamp(-largest, largest), side).to(family.dtype)
-        for side in (x, y)
-    ]
-    return *finite, positions()[:, 0]
+    if family.masked in ("q", "both", "apart"):
+        y[other if family.masked == "apart" else mask] = smallest
+    x, y = (torch.where(side > -math.inf, side.clamp(kind.min, kind.max), side) for side in (x, y))
+    return x.to(family.dtype), y.to(family.dtype), tokens[:, 0]
 
 
 class Case(NamedTuple):
@@ -241,7 +213,7 @@ def test_far_rows(implementation) -> None:
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(FAMILIES)
-    def check(family: Family) -> None:
+    def check(family: types.SimpleNamespace) -> None:
         assert_right(Case(*make(family), family.temperature, family.field), implementation, family)
 
     check()

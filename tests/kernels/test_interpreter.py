@@ -5,8 +5,6 @@ TRITON_INTERPRET must be set before the kernels are imported, hence the processe
 side, one thread each.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import os
 import pathlib

@@ -2,18 +2,15 @@
 offsets beyond 2^31; no recompiles.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
-import os
 import random
 from unittest import mock
 
 import cases
 import pytest
 import torch
-from cases import Rows, assert_same, padded
+from cases import INTERPRETING, Rows, assert_same, padded
 
 import fastkl
 from fastkl import divergence, kl_divergence, testing, token_stats
@@ -22,7 +19,6 @@ from fastkl.ops.fields import FIELDS
 pytest.importorskip("triton")
 from fastkl.kernels import config, launch
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Several segments per row, several tiles per segment, one 16-byte block per thread, fewer threads.
 CONFIGS = {

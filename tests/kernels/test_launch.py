@@ -1,7 +1,5 @@
 """kernels/launch.py: cached plans equal newly computed ones and hold no tensor."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import gc
 import itertools

@@ -2,16 +2,13 @@
 leaves to the fallback.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
-import os
 
 import cases
 import pytest
 import torch
-from cases import Rows
+from cases import INTERPRETING, Rows
 
 import fastkl
 from fastkl import testing
@@ -21,7 +18,6 @@ from fastkl.tools import doctor
 pytest.importorskip("triton")
 from fastkl.kernels import config, launch_fused
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
     not INTERPRETING and not torch.cuda.is_available(), reason="about a kernel"
 )

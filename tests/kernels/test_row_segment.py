@@ -2,8 +2,6 @@
 bits, arrival order.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

@@ -2,8 +2,6 @@
 test_divergence.py hold the values in general.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import cases

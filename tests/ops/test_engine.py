@@ -2,8 +2,6 @@
 rows of any stride, gradients in place and of another type, losses for any upstream gradient.
 """
 
-from __future__ import annotations
-
 import math
 
 import cases
