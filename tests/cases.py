@@ -32,7 +32,6 @@ class Rows(NamedTuple):
 
     @property
     def count(self) -> int:
-        """N."""
         return self.p.shape[:-1].numel()
 
     def part(self, index: slice | torch.Tensor | list) -> "Rows":
@@ -162,7 +161,6 @@ def padded(
 
 
 def assert_same(results, expected, what: str = "result") -> None:
-    """Each tensor has the bits of the other."""
     for i, (result, value) in enumerate(zip(results, expected, strict=True)):
         testing.assert_same_bits(result, value, f"{what} {i}")
 

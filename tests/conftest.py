@@ -55,7 +55,6 @@ if not cases.INTERPRETING:
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """A type of logits."""
     return request.param
 
 

@@ -19,7 +19,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def unchanged_choice():
-    """Every test starts from the default and leaves the choice as it found it."""
     with fastkl.use_backend(None):
         yield
 
@@ -42,7 +41,6 @@ def ran(monkeypatch) -> list[str]:
 
 
 def logits(device: str, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pair of logits that require grad."""
     generator = torch.Generator().manual_seed(0)
     return tuple(
         torch.randn(rows, 11, generator=generator).to(device).requires_grad_() for _ in "pq"
@@ -134,7 +132,6 @@ def test_the_reference_on_a_gpu(ran, dtype) -> None:
 
 
 def chosen() -> tuple[str, str]:
-    """The backend of a CPU tensor, and why."""
     return fastkl.explain(torch.zeros(1, 3))[:2]
 
 
@@ -224,7 +221,6 @@ def test_no_silent_fallback(implementation, ran, wrong, reasons) -> None:
 
 
 def test_one_column_may_have_any_stride(implementation) -> None:
-    """With V = 1 the stride along the vocabulary means nothing."""
     x = torch.randn(4, 6, device=implementation.device)[:, 2:3]
     with fastkl.use_backend(implementation.backend):
         assert not fastkl.kl_divergence(x, x + 1).any()
@@ -240,7 +236,6 @@ WRONG_LOGITS = [
 
 @pytest.mark.parametrize("wrong, error", WRONG_LOGITS, ids=str)
 def test_explain_checks_its_argument(wrong, error) -> None:
-    """explain() words a wrong argument as the functions do."""
     with pytest.raises(error, match="^ref_logits: expected"):
         fastkl.explain(torch.zeros(2, 3), wrong)
 

@@ -184,7 +184,6 @@ TABLE = {
 
 @pytest.mark.parametrize("key", TABLE)
 def test_wrong_arguments(implementation, key) -> None:
-    """Every argument, wrong by itself or beside the first: nothing broadcasts."""
     function, argument, change, error, words = TABLE[key]
     arguments, name = right(implementation.device), NAMES[function][argument]
     changed, more = change(getattr(arguments, argument)), {}
@@ -224,18 +223,16 @@ def test_temperature_of_a_row_that_is_not_positive(implementation, name, value) 
     assert CALLS[name](arguments, temperature=arguments.t, mask=arguments.mask) is not None
 
 
-@pytest.mark.parametrize("temperature", [2.0**-126, 2.0**126])
+ENDS = [*(end for at in (-126, 126) for end in (2.0**at, torch.full((2,), 2.0**at)))]
+
+
+@pytest.mark.parametrize("temperature", [*ENDS, torch.full((2,), 6e-8, dtype=torch.float16)])
 def test_the_ends_of_the_range(temperature) -> None:
-    """Both ends are temperatures, as a number and as a tensor."""
+    """Both ends are temperatures, as a number and as a tensor; they are no float16 numbers, and are
+    not made ones.
+    """
     p = torch.zeros(2, V)
-    for given in (temperature, torch.full((2,), temperature)):
-        assert torch.equal(fastkl.kl_divergence(p, p, temperature=given), torch.zeros(2))
-
-
-def test_a_float16_temperature_is_within_the_range() -> None:
-    """The ends of the range are no float16 numbers, and are not made ones."""
-    p, small = torch.zeros(2, V), torch.full((2,), 6e-8, dtype=torch.float16)
-    assert torch.equal(fastkl.kl_divergence(p, p, temperature=small), torch.zeros(2))
+    assert torch.equal(fastkl.kl_divergence(p, p, temperature=temperature), torch.zeros(2))
 
 
 REMEDIES = [
@@ -251,7 +248,6 @@ REMEDIES = [
 @pytest.mark.parametrize("change, remedy", REMEDIES, ids=[remedy for _, remedy in REMEDIES])
 @pytest.mark.parametrize("name", CALLS)
 def test_remedies_for_kinds_of_tensors(name, change, remedy) -> None:
-    """Each kind of tensor that is no plain float one is told what makes it one."""
     arguments = right("cpu")
     arguments.p = change(arguments.p)
     check(CALLS[name], arguments, NAMES[name]["p"], TypeError, (remedy,))

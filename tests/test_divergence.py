@@ -56,7 +56,6 @@ def suppressed(places: tuple[int, ...], shift: float) -> tuple[torch.Tensor, tor
 
 
 def shifted(shift_p: float, shift_q: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits on a grid, so that shifting is exact."""
     pair = testing.sizes_pair("normal3", (2e-3, 0.02, 0.3, 3.0), (0.0,), 1009)
     p, q = (torch.round(value * 1024) / 1024 for value in pair)
     assert torch.equal((p + shift_p) - shift_p, p) and torch.equal((q + shift_q) - shift_q, q)
@@ -82,7 +81,6 @@ def test_constants_and_entries_that_do_not_count(implementation, name) -> None:
 
 
 def of_type(make):
-    """Rows made in float32, rounded."""
     return lambda dtype: tuple(value.to(dtype) for value in make())
 
 
@@ -145,7 +143,6 @@ MIXED = [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16"), ("bf16", "fp16")]
 @pytest.mark.parametrize("policy, ref", MIXED)
 @pytest.mark.parametrize("vocabulary", [1003, 4096])
 def test_mixed_types(implementation, policy, ref, vocabulary) -> None:
-    """Policy and reference of different types: each gradient comes in its own type."""
     p, q = testing.sizes_pair("normal3", (1e-3, 0.1, 1.0, 10.0), SHIFTS, vocabulary)
     check(implementation, p.to(FLOATS[policy]), q.to(FLOATS[ref]))
 
@@ -155,7 +152,6 @@ def test_mixed_types(implementation, policy, ref, vocabulary) -> None:
 
 @pytest.mark.parametrize("vocabulary", [2, 4099])
 def test_never_negative(implementation, dtype, vocabulary) -> None:
-    """However close the rows are."""
     for kind in testing.KINDS[:: 2 if INTERPRETING else 1]:
         pair = testing.sizes_pair(kind, (1e-7, 1e-6, 1e-5, 1e-4), SHIFTS, vocabulary, dtype)
         assert bool((kl_divergence(*(side.to(implementation.device) for side in pair)) >= 0).all())

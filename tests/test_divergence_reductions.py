@@ -174,7 +174,6 @@ def test_statistics_of_sequences(implementation) -> None:
 
 
 def kl(**keywords):
-    """A call of kl_divergence with more arguments."""
     return lambda p: fastkl.kl_divergence(p, p, **keywords)
 
 
@@ -229,7 +228,6 @@ def test_wrong_reductions(name) -> None:
 
 @pytest.mark.parametrize("error", WRONG_NORMALIZERS)
 def test_wrong_normalizers(error) -> None:
-    """A normalizer is a number above 0 or a tensor of one number on the device."""
     for normalizer in WRONG_NORMALIZERS[error]:
         for loss in losses("cpu").values():
             with pytest.raises(error, match=r"(?s)^normalizer: expected .*, got .*; "):

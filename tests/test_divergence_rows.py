@@ -53,7 +53,6 @@ def test_upstream_gradients(implementation, dtype) -> None:
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)])
 def test_no_rows(implementation, leading, dtype) -> None:
-    """No rows, no results, gradients of the right shape."""
     p = torch.empty(*leading, 17, dtype=dtype)
     check_results(implementation, outcome(p, p.clone(), implementation.device), p, p)
     p, tokens = p.to(implementation.device), torch.zeros(leading).long().to(implementation.device)
@@ -131,7 +130,6 @@ HOLES = [-math.inf, -1e9, -1e4, "lowest"]
 
 
 def filled(rows: torch.Tensor, holes: torch.Tensor, hole: float | str) -> None:
-    """Put a hole's value, or the type's lowest finite number, into rows."""
     lowest = torch.finfo(rows.dtype).min
     rows[:, holes] = (
         lowest if hole == "lowest" else hole if hole == -math.inf else max(hole, lowest)

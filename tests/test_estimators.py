@@ -17,14 +17,12 @@ every = pytest.mark.parametrize("which", (*ESTIMATORS, *DIRECTIONS))
 def either(
     logprob: torch.Tensor, ref: torch.Tensor, which: str, clamp: float | None = None
 ) -> torch.Tensor:
-    """An estimator, or the loss of a direction."""
     if which in DIRECTIONS:
         return sampled_kl_loss(logprob, ref, direction=which, clamp=clamp)
     return estimate_kl(logprob, ref, estimator=which, clamp=clamp)
 
 
 def loss_at(d: torch.Tensor, which: str, clamp: float | None = None) -> torch.Tensor:
-    """Either, for logprob - ref_logprob = d to the bit."""
     return either(d, torch.zeros_like(d), which, clamp)
 
 
@@ -330,7 +328,6 @@ def test_types(which, dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3), (2, 1, 3)], ids=str)
 def test_shapes(shape) -> None:
-    """Any shape, one entry per token, expanded and empty ones too."""
     logprob, ref = torch.full((), -1.0).expand(shape), torch.full(shape, -2.0)
     for value in (estimate_kl(logprob, ref), sampled_kl_loss(logprob, ref, old_logprob=logprob)):
         assert value.shape == shape and len(set(value.flatten().tolist())) == min(1, value.numel())
@@ -338,7 +335,6 @@ def test_shapes(shape) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradients_of_estimate_kl(estimator) -> None:
-    """To each argument that requires it, first and second."""
     logprob, ref = (
         torch.tensor(values).double().requires_grad_()
         for values in ([-1.0, -2.0, -0.1], [-1.5, -1.0, -3.0])

@@ -135,7 +135,6 @@ WRONG_BETAS = {
 @pytest.mark.parametrize("wrap", [False, True], ids=["number", "controller"])
 @pytest.mark.parametrize("beta, error, words", WRONG_BETAS.values(), ids=WRONG_BETAS)
 def test_wrong_beta(beta, error, words, wrap) -> None:
-    """A beta that is no finite number of at least 0 is an error where the module is made."""
     with pytest.raises(error, match=f"^beta: expected .*{words}"):
         fastkl.KLPenalty(SimpleNamespace(beta=beta) if wrap else beta)
 
@@ -165,7 +164,6 @@ def test_wrong_logits_are_named(words, direction) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_synchronisation(reduction) -> None:
-    """Forward and backward never wait for the GPU."""
     generator = torch.Generator("cuda").manual_seed(0)
     policy, reference = (
         torch.randn(2, 3, 1000, device="cuda", generator=generator, requires_grad=True)

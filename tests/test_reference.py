@@ -25,7 +25,6 @@ def on_the_reference():
 def case(
     rows: int = 4, size: float = 0.7, kind: str = "normal3", dtype: torch.dtype = torch.float64
 ):
-    """Logits of P and Q, tokens and a temperature per row."""
     p, q = testing.pair(kind, rows, V, size, shift=3.0, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     return (
@@ -85,7 +84,6 @@ CLOSED = {
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_closed_forms(name) -> None:
-    """Every statistic that a closed form is known of."""
     p, q, temperature, exact = CLOSED[name]
     result = reference.row_statistics(p, q, None, temperature)
     for field, value in exact.items():

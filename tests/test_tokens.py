@@ -23,18 +23,15 @@ def random_tokens(leading: torch.Size, vocabulary: int) -> torch.Tensor:
 
 
 def on(device: str, *values):
-    """Tensors on a device, anything else as it is."""
     return [value.to(device) if isinstance(value, torch.Tensor) else value for value in values]
 
 
 def upstream_of(stats: TokenStats) -> dict[str, torch.Tensor]:
-    """A random upstream gradient for each field that there is."""
     fields = {name: value for name, value in stats._asdict().items() if value is not None}
     return {name: testing.upstream_for(fields[name], i) for i, name in enumerate(fields)}
 
 
 def check_gradients(implementation, grads, exact, what="") -> None:
-    """Both gradients against fp64, each in its type."""
     for name, grad, value in zip("pq", grads, exact, strict=True):
         testing.assert_rounded_gradient(
             grad,
@@ -85,7 +82,6 @@ PER_ROW = torch.tensor([[0.25, 0.5, 1.0], [1.5, 2.0, 0.75]])
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0, PER_ROW], ids=["0.5", "3.0", "per row"])
 def test_temperature(implementation, temperature) -> None:
-    """All five fields and their gradients follow the temperature."""
     sizes = (0.01, 0.1, 0.3, 1.0, 3.0, 5.0)
     p, q = (side.view(2, 3, -1) for side in testing.sizes_pair("normal3", sizes, (0.0,), 515))
     check(implementation, p, q, random_tokens(p.shape[:-1], 515).short(), temperature)
@@ -93,7 +89,6 @@ def test_temperature(implementation, temperature) -> None:
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts(implementation, layout) -> None:
-    """Leading shapes and strides of every sort, for the tokens too."""
     bases = [side.view(4, 5, 6, -1) for side in testing.pair("normal3", 120, 43, 0.3)]
     p, q = (testing.LAYOUTS[layout](base[..., :40]) for base in bases)
     base_tokens = random_tokens((4, 5, 6), 40)
@@ -104,7 +99,6 @@ def test_layouts(implementation, layout) -> None:
 
 @pytest.mark.parametrize("vocabulary", [1003, 9003 if INTERPRETING else 40001])
 def test_all_gradients_of_large_rows(implementation, vocabulary, dtype) -> None:
-    """All five upstream gradients together, in the types that training uses."""
     if INTERPRETING and vocabulary > 1003 and dtype != torch.bfloat16:
         pytest.skip("too slow in the interpreter")
     p, q = testing.sizes_pair("normal3", (0.1, 1.0), (0.0, 50.0), vocabulary, dtype)
@@ -189,7 +183,6 @@ def test_holes(implementation, dtype) -> None:
 
 
 def outcome(implementation, p, q, tokens, mask=None, upstream=None) -> list[torch.Tensor]:
-    """All fields and both gradients, on the CPU."""
     p, q, tokens, mask = on(implementation.device, p, q, tokens, mask)
     leaves = testing.leaf(p), testing.leaf(q)
     stats = token_stats(leaves[0], tokens, leaves[1], mask=mask)

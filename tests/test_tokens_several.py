@@ -117,7 +117,6 @@ def test_ids_out_of_range(implementation, identity) -> None:
 
 
 def test_one_read(implementation, monkeypatch) -> None:
-    """The rows are read once forward and once backward for any number of ids."""
     calls = []
 
     def counted(name: str, run: Callable) -> Callable:

@@ -86,7 +86,6 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The field's name."""
         return self.field.split()[0]
 
 
@@ -102,7 +101,6 @@ def truth(case: Case) -> Answer:
 
 
 def plain(case: Case) -> Answer:
-    """Plain torch in float32."""
     x, y = (side.float().requires_grad_() for side in case[:2])
     log_p, log_q = ((side / case.temperature).log_softmax(-1) for side in (x, y))
     index = case.tokens[:, None]
@@ -118,7 +116,6 @@ def plain(case: Case) -> Answer:
 
 
 def found(case: Case, device: str) -> Answer:
-    """The fields and gradients of fastkl."""
     x, y = (side.to(device).requires_grad_() for side in case[:2])
     if case.field == "kl alone":
         fields = {"kl": kl_divergence(x, y, temperature=case.temperature)}
@@ -225,7 +222,6 @@ BIG = torch.finfo(torch.float32).max
 
 
 def noise(rows: int, vocabulary: int) -> torch.Tensor:
-    """Normal logits."""
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
 
 

@@ -49,7 +49,6 @@ pytestmark = [
 
 
 def path_of(stem: str) -> str:
-    """The test file of that name, from the root."""
     (path,) = (ROOT / "tests").rglob(f"{stem}.py")
     return path.relative_to(ROOT).as_posix()
 

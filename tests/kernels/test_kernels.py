@@ -29,16 +29,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def only_kernels(request: pytest.FixtureRequest) -> None:
-    """The reference has its own tests."""
-    if (
-        "implementation" in request.fixturenames
-        and not request.getfixturevalue("implementation").kernels
-    ):
-        pytest.skip("about the kernels")
-
-
 @pytest.fixture(params=FLOATS.values(), ids=FLOATS)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """A type of logits, of 4 and of 2 bytes."""
@@ -311,7 +301,6 @@ def test_a_variant_is_compiled_once() -> None:
 
 
 def on_gpu(dtype, rows: int, temperature: float, masked: bool, vocabulary: int = 515) -> list:
-    """All fields and gradients of a call."""
     pair = testing.pair("normal1", rows, vocabulary, 0.3, dtype=dtype, device="cuda")
     p, q = (testing.leaf(value) for value in pair)
     mask = torch.arange(rows, device="cuda") % 3 != 1 if masked else None

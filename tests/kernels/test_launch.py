@@ -47,7 +47,6 @@ def placed(shape: tuple[int, ...], dtype: torch.dtype, start: int, turned: bool)
 
 
 def run(shape, dtypes, starts, turned, masked, per_row, scaling) -> None:
-    """A forward of every field and a backward to both sides."""
     places = zip(dtypes, starts, strict=True)
     p, q = (placed(shape, dtype, start, turned) for dtype, start in places)
     count = p.shape[:-1].numel()
@@ -75,7 +74,6 @@ def kinds() -> list[tuple]:
 
 
 def clear() -> None:
-    """Forget every plan."""
     for cache in CACHES:
         cache.cache_clear()
 

@@ -27,7 +27,6 @@ V = 1032
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu():
-    """One warp a program, and four programs a row."""
     forward = config.RowConfig(32, 2, 16384, "as on a GPU")
     with config.override(forward, fused=config.RowConfig(32, 2, 264, "a quarter of a row")):
         yield
@@ -43,7 +42,6 @@ def fused(p, q, weights, *, mask=None, temperature=1.0, scaling=Scaling(), grad=
 
 
 def pair(kind, size, dtype=torch.float32, rows=2, vocabulary=V):
-    """P's and Q's logits and upstream gradients of both signs."""
     p, q = testing.pair(kind, rows, vocabulary, size, dtype=dtype, seed=3, device=DEVICE)
     return p, q, torch.linspace(0.7, -1.3, rows, device=DEVICE)
 
@@ -54,7 +52,6 @@ KINDS = [("normal3", 1e-3), ("normal3", 1.0), ("very_peaked", 0.1)]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("kind", "size"), KINDS)
 def test_values_and_gradients(kind, size, dtype) -> None:
-    """Right, and as right in pieces of another length."""
     p, q, weights = pair(kind, size, dtype)
     exact = testing.truth(p, q)
     kl, grad = fused(p, q, weights)
@@ -83,7 +80,6 @@ def test_bits_alone_in_place_and_under_a_mask(dtype) -> None:
 
 
 def test_temperatures_soft_caps_and_a_ratio() -> None:
-    """Equal to two launches up to the order of sums."""
     p, q, weights = pair("normal3", 0.3)
     temperature = torch.tensor([0.7, 1.4], device=DEVICE)
     scaling = Scaling(30.0, 20.0, torch.tensor([0.9, 1.1], device=DEVICE))
@@ -160,7 +156,6 @@ def test_losses_that_take_two_launches(monkeypatch) -> None:
 
 
 def test_doctor_compares_one_launch_with_float64(monkeypatch) -> None:
-    """The check fails where the rows did not go through one launch."""
     monkeypatch.setattr(config, "fuses", config.fuses)  # the check sets it, in a process of its own
     assert doctor.check_fused((3, 512), torch.device(DEVICE)).status == "ok"
     with pytest.raises(AssertionError, match="did not take the rows"):

@@ -162,29 +162,20 @@ def below_a_new_centre(gpu: Gpu) -> Pairs:
     return list(zip(later * (growth / 8).log(), later * delta, strict=True))
 
 
-def short(gpu: Gpu) -> Pairs:
-    """Few entries."""
-    return [(x, 0.3 * x.flip(0)) for x in testing.logits("normal3", 2, 9)]
-
-
-def a_tile(gpu: Gpu) -> Pairs:
-    """A tile and an entry more."""
-    return [(x, 0.3 * x.flip(0)) for x in testing.logits("normal3", 2, gpu.tile + 1)]
-
-
 MADE: dict[str, Callable[[Gpu], Pairs]] = {
     "moving": moving,
     "growing": growing,
     "border": border,
     "below a new centre": below_a_new_centre,
-    "short": short,
-    "a tile": a_tile,
+    "short": lambda gpu: [(x, 0.3 * x.flip(0)) for x in testing.logits("normal3", 2, 9)],
+    "a tile and an entry": lambda gpu: [
+        (x, 0.3 * x.flip(0)) for x in testing.logits("normal3", 2, gpu.tile + 1)
+    ],
 }
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_made_rows(kernels, gpu, name) -> None:
-    """All within the bounds, in one segment as a GPU cuts it."""
     if gpu.arch == "gfx942" and name != "moving":
         pytest.skip("32 threads show it")
     x, d = (torch.stack(side) for side in zip(*MADE[name](gpu), strict=True))
@@ -248,7 +239,6 @@ def test_late_peaks_and_empty_beginnings(kernels, gpu) -> None:
 
 
 def four_rows(vocabulary: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-    """(p, q, tokens) of a near, a peaked, an equal and a far row."""
     sizes = (0.03, 1.0, 0.3, 0.1)
     p, q = testing.sizes_pair("normal3", sizes, (0.0, 50.0), vocabulary, dtype)
     p[1, -11] += 30

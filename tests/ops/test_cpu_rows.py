@@ -25,12 +25,10 @@ def outcome(rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
 
 
 def apart(rows: Rows, weights: torch.Tensor) -> Run:
-    """KL, saved values and gradient to P, by forward and backward."""
     return cases.run("reference", rows, {"kl": weights}, (torch.empty_like(rows.p), None))
 
 
 def together(rows: Rows, weights: torch.Tensor, grad: torch.Tensor | None = None) -> Run:
-    """The same in one go."""
     grad = torch.empty_like(rows.p) if grad is None else grad
     return cases.together("reference", rows, weights, grad)
 
@@ -220,7 +218,6 @@ def test_together_equals_forward_and_backward(kind, dtype, temperature, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, vocabulary", [(2048, 1000), (64, 32000), (80, 40001)])
 def test_memory_of_a_loss(dtype, rows, vocabulary) -> None:
-    """A loss and its gradient need little more memory than the gradient takes."""
     p, q = testing.pair("normal3", rows, vocabulary, 0.01, dtype=dtype)
     peak = cpu.peak_bytes(
         lambda p, q: fastkl.kl_divergence(p, q, reduction="sum"), p.requires_grad_(), q

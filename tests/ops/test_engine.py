@@ -29,7 +29,6 @@ def rows_on(device: str, p, q, scaling: Scaling) -> tuple[Rows, dict]:
 
 
 def truth(rows: Rows, upstream) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
-    """Fields and gradients in float64, by autograd through plain torch."""
     p, q = (side.detach().double().cpu().requires_grad_() for side in rows[:2])
     softcap, ref_softcap, ratio = rows.scaling
     x, y = (
@@ -68,7 +67,6 @@ def assert_right(implementation, rows: Rows, upstream, grads) -> None:
 @pytest.mark.parametrize("vocabulary", [1, 37, 2050])
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_against_float64(implementation, dtype, vocabulary, in_place, softcap) -> None:
-    """Fields and gradients in rows padded with NaN."""
     if implementation.interpreted and vocabulary != 37 and not (in_place and softcap == 2.0):
         pytest.skip("one row of another length in the interpreter is enough")
     pair = testing.pair("normal3", ROWS, vocabulary, 0.7, dtype=dtype)
@@ -102,7 +100,6 @@ def test_each_tensor_has_a_scaling(implementation, dtype, far, scaling) -> None:
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [40, 131])
 def test_16_bit_gradients_of_float32_logits(implementation, vocabulary, grad_dtype) -> None:
-    """The float32 gradients, rounded."""
     pair = testing.pair("normal3", ROWS, vocabulary, 0.7)
     rows, upstream = rows_on(implementation.device, *pair, Scaling())
     wide = cases.run(implementation.backend, rows, upstream).grads
