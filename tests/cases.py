@@ -131,15 +131,8 @@ def check_results(
     exact = testing.truth(p.cpu(), q.cpu(), temperature)
     testing.assert_kl(result, exact.kl)
     expected = testing.kl_gradients(exact, testing.upstream_for(result), temperature)
-    for name, grad, value, logits in zip("pq", grads, expected, (p, q), strict=True):
-        assert grad.dtype == logits.dtype and grad.shape == logits.shape
-        testing.assert_rounded_gradient(
-            grad,
-            value,
-            f"gradient to {name}",
-            absolute=1e-6 * (name == "q"),
-            truncated=implementation.interpreted,
-        )
+    assert [grad.dtype for grad in grads] == [p.dtype, q.dtype]
+    assert_gradients(grads, expected)
 
 
 def check(implementation, p: torch.Tensor, q: torch.Tensor, temperature=1.0) -> None:
@@ -149,6 +142,18 @@ def check(implementation, p: torch.Tensor, q: torch.Tensor, temperature=1.0) -> 
 
 
 # ---- tensors
+
+
+def assert_gradients(grads, exact, what: str = "kl") -> None:
+    """Gradients to P and to Q agree with float64 to the rounding of their types."""
+    for name, grad, value in zip("pq", grads, exact, strict=True):
+        testing.assert_rounded_gradient(
+            grad,
+            value,
+            f"{what}, gradient to {name}",
+            absolute=1e-6 * (name == "q"),
+            truncated=INTERPRETING,
+        )
 
 
 def padded(
