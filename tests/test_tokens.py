@@ -107,9 +107,7 @@ def test_without_reference(implementation, dtype) -> None:
     exact, upstream = testing.truth(p, p), upstream_of(stats)
     testing.assert_stats({name: getattr(stats, name) for name in upstream}, exact.stats(tokens))
     grads = torch.autograd.grad(stats[:2], leaf, list(upstream.values()))
-    check_gradients(
-        implementation, [*grads, *grads], [testing.gradients(exact, upstream, tokens).p] * 2
-    )
+    assert_gradients(grads, [testing.gradients(exact, upstream, tokens).p])
 
 
 @pytest.mark.parametrize("wrt", ["p", "q", "pq"])
