@@ -101,7 +101,7 @@ def truth(case: Case) -> Answer:
 
 
 def plain(case: Case) -> Answer:
-    x, y = (side.float().requires_grad_() for side in case[:2])
+    x, y = (testing.leaf(side.float()) for side in case[:2])
     log_p, log_q = ((side / case.temperature).log_softmax(-1) for side in (x, y))
     index = case.tokens[:, None]
     fields = {
@@ -116,7 +116,7 @@ def plain(case: Case) -> Answer:
 
 
 def found(case: Case, device: str) -> Answer:
-    x, y = (side.to(device).requires_grad_() for side in case[:2])
+    x, y = (testing.leaf(side.to(device)) for side in case[:2])
     if case.field == "kl alone":
         fields = {"kl": kl_divergence(x, y, temperature=case.temperature)}
     else:

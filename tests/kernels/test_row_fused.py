@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(
     not INTERPRETING and not torch.cuda.is_available(), reason="about a kernel"
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-V = 1032
+V = 2056
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu():
     forward = config.RowConfig(32, 2, 16384, "as on a GPU")
-    with config.override(forward, fused=config.RowConfig(32, 2, 264, "a quarter of a row")):
+    with config.override(forward, fused=config.RowConfig(32, 2, 544, "a quarter of a row")):
         yield
 
 
