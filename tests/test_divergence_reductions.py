@@ -261,5 +261,6 @@ def test_a_compiled_step() -> None:
         grads = [
             torch.autograd.grad(loss, leaf)[0] for loss, leaf in zip(losses, leaves, strict=True)
         ]
-        assert torch.equal(*losses) and torch.equal(*grads)
+        # Three gradients add up in another order.
+        assert torch.equal(*losses) and torch.allclose(*grads, rtol=1e-5, atol=1e-7)
     assert counter.frame_count == 1

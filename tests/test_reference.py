@@ -72,7 +72,7 @@ def uniform_and_peak(height: float) -> tuple:
     entropy = math.exp(-excess) * excess + (V - 1) * math.exp(-log_z) * log_z
     there, back = log_z - height / V - math.log(V), math.log(V) - entropy
     exact = {"kl": (there, back), "ref_kl": (back, there), "entropy": (math.log(V), entropy)}
-    exact = {name: torch.tensor(values).double() for name, values in exact.items()}
+    exact = {name: torch.tensor(values, dtype=torch.float64) for name, values in exact.items()}
     return rows, rows.flip(0), 1.0, exact
 
 
