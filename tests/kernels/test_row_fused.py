@@ -86,7 +86,7 @@ def test_temperatures_soft_caps_and_a_ratio() -> None:
     kl, grad = fused(p, q, weights, temperature=temperature, scaling=scaling)
     rows = Rows(p, q, None, None, temperature, scaling)
     two = cases.run("triton", rows, {"kl": weights}, (torch.empty_like(p), None))
-    torch.testing.assert_close(kl, two.fields["kl"], rtol=2e-6, atol=0)
+    torch.testing.assert_close(kl, two.fields["kl"], rtol=5e-6, atol=0)
     torch.testing.assert_close(grad, two.grads[0], rtol=1e-4, atol=1e-9)
 
 
