@@ -12,6 +12,7 @@ from typing import NamedTuple
 import hypothesis
 import pytest
 import torch
+from cases import INTERPRETING
 from hypothesis import strategies as st
 
 from fastkl import (
@@ -229,8 +230,9 @@ def certain() -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens 0 of nearly all probability, once of all: no log-probability is above 0, of either
     model; the entropy of a one-hot row is 0, not -0.
     """
-    x = noise(256, 100)
-    x[:, 0] += 50 * (1 + torch.rand(256, generator=torch.Generator().manual_seed(1)))
+    rows = 64 if INTERPRETING else 256
+    x = noise(rows, 100)
+    x[:, 0] += 50 * (1 + torch.rand(rows, generator=torch.Generator().manual_seed(1)))
     x[0, 1:] = -math.inf
     return x, x + 1e-3
 
@@ -287,6 +289,8 @@ SINGLE = {
 @pytest.mark.parametrize("name", SINGLE)
 def test_single_cases(implementation, name, field) -> None:
     """Every field of token 0, and the gradients of a KL, with the tensors in either place."""
+    if INTERPRETING and name == "certain tokens" and field != "kl":
+        pytest.skip("many rows")
     x, y, *temperature = SINGLE[name]
     tokens = torch.zeros(len(x), dtype=torch.long)
     for pair in ((x, y), (y, x)):

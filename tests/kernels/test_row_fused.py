@@ -124,7 +124,7 @@ def test_where_it_is_used(monkeypatch) -> None:
     monkeypatch.setattr(launch_fused, "fused", lambda *given: seen.append(1) or whole(*given))
     generator = torch.Generator().manual_seed(0)
     weight, hidden, ref_hidden = (
-        torch.randn(rows, 16, generator=generator).to(DEVICE) for rows in (500, 24, 24)
+        torch.randn(rows, 16, generator=generator).to(DEVICE) for rows in (500, 6, 6)
     )
     wide = [states.double() @ weight.double().T for states in (hidden, ref_hidden)]
     expected = testing.truth(*wide).kl.mean()
