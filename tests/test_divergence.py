@@ -150,14 +150,14 @@ def test_mixed_types(implementation, policy, ref, vocabulary) -> None:
 # ---- properties
 
 
-@pytest.mark.parametrize("vocabulary", [2, 4099])
+@pytest.mark.parametrize("vocabulary", [2, 1003] if INTERPRETING else [2, 4099])
 def test_never_negative(implementation, dtype, vocabulary) -> None:
     for kind in testing.KINDS[:: 2 if INTERPRETING else 1]:
         pair = testing.sizes_pair(kind, (1e-7, 1e-6, 1e-5, 1e-4), SHIFTS, vocabulary, dtype)
         assert bool((kl_divergence(*(side.to(implementation.device) for side in pair)) >= 0).all())
 
 
-@pytest.mark.parametrize("vocabulary", [1, 129, 4096, LONG])
+@pytest.mark.parametrize("vocabulary", [1, 129, 4099] if INTERPRETING else [1, 129, 4096, 50257])
 def test_identical_rows(implementation, dtype, vocabulary) -> None:
     """KL exactly 0 with gradients exactly 0: the same tensor twice, a copy, a copy that lies
     elsewhere in its 16 bytes, with -inf entries.

@@ -9,6 +9,7 @@ from cases import INTERPRETING, assert_same, check_results, outcome
 from fastkl import kl_divergence, slow_path_rows, testing, token_stats
 
 SHIFTS = (0.0, 50.0, -50.0)
+SHORT = 203 if INTERPRETING else 1003
 # ---- rows that do not count
 
 
@@ -17,7 +18,7 @@ def test_mask(implementation, dtype, garbage) -> None:
     """Rows that do not count hold anything: exactly 0, gradient exactly 0; the others have the bits
     of a call without them.
     """
-    p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0, 0.1, 0.3), SHIFTS, 1003, dtype)
+    p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0, 0.1, 0.3), SHIFTS, SHORT, dtype)
     mask = torch.tensor([True, False, True, True, False, True])
     device, upstream = implementation.device, testing.upstream_for(torch.empty(6))
     expected = outcome(p[mask], q[mask], device, upstream[mask])
@@ -33,7 +34,7 @@ def test_upstream_gradients(implementation, dtype) -> None:
     """0 gives a gradient of exactly 0, also of a row of NaN, the other rows as ever; one of stride
     0, as sum() and mean() give it, is the same one written out.
     """
-    p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0), SHIFTS, 515, dtype)
+    p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0), SHIFTS, SHORT, dtype)
     device, upstream = implementation.device, torch.tensor([1.5, 0.0, -2.0, 0.0])
     written = outcome(p, q, device, torch.full((4,), 1.75))
     for strided in (torch.full((), 1.75).expand(4), torch.full((4, 2), 1.75)[:, 1]):
@@ -66,6 +67,8 @@ def test_layouts(implementation, layout, layout_q, dtype) -> None:
     """Leading shapes and strides of every sort, of one argument or of both; the memory around and
     under them stays as it was.
     """
+    if INTERPRETING and layout_q == "same" and dtype != torch.float32:
+        pytest.skip("one type shows it")
     pair = testing.pair("normal3", 120, 43, 0.3, dtype=dtype)
     bases = [value.view(4, 5, 6, -1).to(implementation.device) for value in pair]
     p, q = (testing.LAYOUTS[layout](base[..., :40]) for base in bases)
@@ -170,7 +173,7 @@ def test_holes_in_p_only(implementation, dtype, hole) -> None:
         testing.assert_kl(there, testing.truth(q, p).kl)
 
 
-@pytest.mark.parametrize("vocabulary", [9, 1003])
+@pytest.mark.parametrize("vocabulary", [9, SHORT])
 def test_nan_poisons_its_own_row(implementation, dtype, vocabulary) -> None:
     """A NaN, a +inf or nothing but -inf makes its row NaN; the others keep their bits, in the
     results and in the gradients.
