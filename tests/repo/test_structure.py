@@ -28,8 +28,6 @@ BEING_SPLIT = {
     "kernels/row_segment.py",
     "tests/benchmarks/test_accuracy_benchmark.py",
     "tests/benchmarks/test_static_costs.py",
-    "tests/kernels/test_kernels.py",
-    "tests/kernels/test_row_segment.py",
     "tests/linear/distributed_worker.py",
     "tests/linear/linear_cases.py",
     "tests/linear/test_linear.py",
@@ -37,12 +35,9 @@ BEING_SPLIT = {
     "tests/linear/test_linear_heads.py",
     "tests/linear/test_linear_ops.py",
     "tests/linear/test_linear_torch.py",
-    "tests/ops/test_cpu_rows.py",
     "tests/ops/test_dispatch.py",
     "tests/ops/test_torch.py",
     "tests/rl/test_losses.py",
-    "tests/test_divergence.py",
-    "tests/test_tokens.py",
 }
 
 
