@@ -11,7 +11,7 @@ import torch
 
 from fastkl import kl_divergence, testing
 from fastkl.ops import engine
-from fastkl.ops.fields import FIELDS, SAVED, Scaling
+from fastkl.ops.fields import FIELDS, SAVED, RowArgs, Scaling
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,7 +57,7 @@ class Run(NamedTuple):
 
 def problem(rows: Rows) -> object:
     """The launchers' problem of rows that need one alone."""
-    ((_, found),) = engine.problems(*rows)
+    ((_, found),) = engine.problems(RowArgs(*rows))
     return found
 
 
@@ -66,13 +66,13 @@ def forward(backend: str, rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
     new = rows.p.new_full
     fields = {n: new((rows.count,), math.nan, dtype=torch.float32) for n in wanted}
     saved = new((rows.count, SAVED), math.nan, dtype=torch.float32)
-    engine.forward(backend, *rows[:5], fields, saved, rows.scaling)
+    engine.ENGINES[backend].forward(RowArgs(*rows), fields, saved)
     return Run(fields, saved)
 
 
 def backward(backend: str, rows: Rows, saved, upstream, grads) -> None:
     """Write the gradients that are not None."""
-    engine.backward(backend, *rows[:5], saved, upstream, *grads, rows.scaling)
+    engine.ENGINES[backend].backward(RowArgs(*rows), saved, upstream, *grads)
 
 
 def run(
@@ -94,7 +94,7 @@ def together(backend: str, rows: Rows, weights: torch.Tensor, grad: torch.Tensor
     new = rows.p.new_full
     kl = new((rows.count,), math.nan, dtype=torch.float32)
     saved = new((rows.count, SAVED), math.nan, dtype=torch.float32)
-    engine.kl_and_gradients(backend, *rows[:5], kl, saved, weights, grad, None, rows.scaling)
+    engine.ENGINES[backend].kl_and_gradients(RowArgs(*rows), kl, saved, weights, grad, None)
     return Run({"kl": kl}, saved, (grad, None))
 
 
