@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from benchmarks.cases import DTYPES, Case, over
 from benchmarks.plain import plain_logprob, plain_token_stats
 from benchmarks.work import CLIP, PRODUCTS, grpo_terms
+from fastkl import testing
+from fastkl.testing import FIELDS
 
-FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 # Modes whose output is a mean over the tokens.
 MEANS = ("loss", "frozen", "grpo", "distillation")
 OUTPUTS = {
@@ -153,7 +154,8 @@ def checked_rows(workload):
 
 
 def answer(workload, inputs, dtype):
-    """Computes {name: tensor} by plain torch in one type, for all that the gate compares.
+    """Computes {name: tensor} by plain torch in one type, for all that the gate compares; in
+    float64 it is the truth.
 
     Every output [N] and, where the mode has them, dhidden [N, H] and dweight [checked rows, H]. A
     block of tokens at a time, so that the float64 copies stay small; the weight's gradient is one
@@ -161,29 +163,34 @@ def answer(workload, inputs, dtype):
     """
     models = (inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
     hidden, weight, ref_hidden, ref_weight = (tensor.detach().to(dtype) for tensor in models)
-    upstream = dict(zip(OUTPUTS[workload.mode], inputs.upstream, strict=True))
-    if workload.mode in MEANS:
-        upstream = {name: (u / workload.rows).expand(workload.rows) for name, u in upstream.items()}
-    parts = {name: [] for name in (*upstream, "dhidden", "columns")}
+    parts = {name: [] for name in (*OUTPUTS[workload.mode], "dhidden", "columns")}
     for some in torch.arange(workload.rows, device=hidden.device).split(BLOCK):
         logits = F.linear(hidden[some], weight).requires_grad_(bool(inputs.leaves))
-        ref_logits = F.linear(ref_hidden[some], ref_weight)
-        stats = plain_token_stats(logits, inputs.tokens[some], ref_logits)
-        values = dict(zip(FIELDS, stats, strict=True))
+        ref_logits, tokens = F.linear(ref_hidden[some], ref_weight), inputs.tokens[some]
+        if dtype == torch.float64:
+            values = testing.truth(logits, ref_logits).stats(tokens)
+        else:
+            values = dict(zip(FIELDS, plain_token_stats(logits, tokens, ref_logits), strict=True))
         values["loss"] = values["ref_kl"]
         if workload.mode == "grpo":
             step = inputs.old_logprob[some], inputs.advantages[some]
             values["loss"] = grpo_terms(values["logprob"], values["kl"], *step)
         if inputs.leaves:
-            taken = [name for name in upstream if values[name].requires_grad]
-            grads = [upstream[name][some].to(values[name].dtype) for name in taken]
-            (grad,) = torch.autograd.grad([values[name] for name in taken], logits, grads)
+            grad = _logits_gradient(workload, inputs, values, logits, some)
             values |= {"dhidden": grad @ weight, "columns": grad[:, checked_rows(workload)]}
         for name in parts.keys() & values.keys():
             parts[name].append(values[name].detach())
     found = {name: torch.cat(values) for name, values in parts.items() if values}
     columns = found.pop("columns", None)
     return found if len(inputs.leaves) < 2 else {**found, "dweight": columns.t() @ hidden}
+
+
+def _logits_gradient(workload, inputs, values, logits, some):
+    share = workload.rows if workload.mode in MEANS else 1
+    pairs = zip(OUTPUTS[workload.mode], inputs.upstream, strict=True)
+    taken = {n: u.expand(workload.rows)[some] / share for n, u in pairs if values[n].requires_grad}
+    grads = [upstream.to(values[name].dtype) for name, upstream in taken.items()]
+    return torch.autograd.grad([values[name] for name in taken], logits, grads)[0]
 
 
 def expected(workload, inputs):

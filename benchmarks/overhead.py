@@ -1,188 +1,163 @@
-"""What a call takes beside its kernels: the Python of one call with few rows, on the clock, with
-every launch left out.
+"""The Python of one call with few rows, launches left out.
 
-    python3 -m benchmarks.overhead [--against PATH] [--json FILE]
+    python -m benchmarks.overhead [--against PATH] [--json FILE]
 
-With few rows this is the whole time of a call. Each function is called as users call it, on plain
-tensors, and by way of its custom op, which torch.compile, dispatch modes and tensor subclasses take
-(fastkl/dual_op.py). No GPU is needed: tensors are on the CPU, kernels are not run. --against
-compares with another checkout of the repository: two processes take turns, so that what else the
-machine does meets both.
+With few rows this is the whole time of a call. Each function is called on plain tensors, and by way
+of its custom op, which torch.compile, dispatch modes and tensor subclasses take. No GPU is needed:
+tensors are on the CPU, kernels are not run. --against compares with another checkout of the
+repository: processes of both take turns, so that other work of the machine meets both.
 """
 
 import argparse
 import contextlib
-import itertools
 import json
-import statistics
+import math
 import subprocess
 import sys
+import timeit
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from benchmarks import overhead_calls
-from benchmarks.overhead_calls import FUNCTIONS, ROWS, STEPS, VOCABULARY, WAYS
-from benchmarks.record import ROOT, output_file, provenance, write_json
-
-CALLS, ROUNDS = 300, 7
-# A ratio is the median of so many.
-PAIRS = 25
-
-
-def shortest(call):
-    """Microseconds of one call: the shortest mean of several rounds, since whatever else the
-    machine does only adds to it.
-    """
-    return min(overhead_calls.microseconds(call, CALLS) for _ in range(ROUNDS))
+ROWS, VOCABULARY = 8, 128
+CALLS, REPEATS, TURNS = 300, 7, 25
+STEPS = ("no gradient", "forward", "forward and backward")
+FUNCTIONS = {
+    "kl_divergence": lambda f, p, q, tokens: f.kl_divergence(p, q),
+    "kl_divergence, mean": lambda f, p, q, tokens: f.kl_divergence(p, q, reduction="mean"),
+    "token_stats": lambda f, p, q, tokens: f.token_stats(p, tokens, q).kl,
+    "selective_log_softmax": lambda f, p, q, tokens: f.selective_log_softmax(p, tokens),
+}
 
 
-def measure():
-    """Yields {"function", "way", step: microseconds, "calls": functions of fastkl entered by the
-    last step}.
-    """
-    with overhead_calls.without_launches():
-        leaf, named = overhead_calls.functions()
-        for name, function in named.items():
-            for way in WAYS:
-                with overhead_calls.by_way_of(way):
-                    steps = overhead_calls.calls(function, leaf)
-                    times = {step: round(shortest(call), 1) for step, call in steps.items()}
-                    yield {
-                        "function": name,
-                        "way": way,
-                        **times,
-                        "calls": overhead_calls.python_calls(steps[STEPS[-1]]),
-                    }
+def measure(ways=("plain tensors", "custom op"), calls=CALLS, repeats=REPEATS):
+    """Yields {"function", "way", step: microseconds, "calls": functions of fastkl that the last
+    step enters}, without figures where this fastkl does not know an argument."""
+    import fastkl
+    from fastkl import backend
+    from fastkl.kernels import launch
+
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(ROWS, VOCABULARY, generator=generator) for _ in "pq")
+    p.requires_grad_()
+    arguments = (fastkl, p, q, torch.zeros(ROWS, dtype=torch.int64))
+    with (
+        mock.patch.object(launch.Variant, "start", lambda *_: None),
+        mock.patch.object(backend, "_interpreting", lambda: True),
+        fastkl.use_backend("triton"),
+    ):
+        for name, function in FUNCTIONS.items():
+            for way in ways:
+                found = {"function": name, "way": way}
+                with contextlib.ExitStack() as stack, contextlib.suppress(TypeError):
+                    if way == "custom op":
+                        plain = mock.patch("fastkl.ops.dual_op._plain", lambda _: False)
+                        stack.enter_context(plain)
+                    found |= _figures(partial(function, *arguments), p, calls, repeats)
+                yield found
 
 
-@contextlib.contextmanager
-def checkout(path):
-    """A function (function, step) -> (microseconds, functions entered), or None, of a process with
-    the fastkl of a checkout.
-    """
-    command = [sys.executable, str(Path(overhead_calls.__file__).resolve()), str(path)]
-    with subprocess.Popen(
-        command, cwd=path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+def _figures(function, leaf, calls, repeats):
+    upstream = torch.ones_like(function().detach())
 
-        def ask(function, step):
-            process.stdin.write(
-                json.dumps({"function": function, "step": step, "count": CALLS}) + "\n"
-            )
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
+    def whole():
+        return torch.autograd.grad(function(), leaf, upstream)
 
-        yield ask
-        process.stdin.close()
+    found = {"calls": python_calls(whole)}
+    for name, step in zip(STEPS, (torch.no_grad()(function), function, whole), strict=True):
+        # The shortest of several: other work of the machine only adds to it.
+        shortest = min(timeit.repeat(step, number=calls, repeat=repeats))
+        found[name] = round(shortest / calls * 1e6, 1)
+    return found
+
+
+def python_calls(call):
+    """Counts the functions of fastkl and of its kernels that a call enters, comprehensions and
+    generators included."""
+    import fastkl
+
+    root, entered = Path(fastkl.__file__).resolve().parents[1], []
+
+    def note(frame, event, argument):
+        if event == "call":
+            entered.append(Path(frame.f_code.co_filename).resolve())
+
+    call()  # a first call looks up things that stay known
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return sum(bool({root / "fastkl", root / "kernels"} & {*path.parents}) for path in entered)
+
+
+# Answers each line with the next record.
+CHILD = """import itertools, json, runpy, sys, torch
+torch.set_num_threads(1)
+measure = runpy.run_path(sys.argv[1])["measure"]
+records = (r for _ in itertools.count() for r in measure(["plain tensors"], int(sys.argv[2]), 1))
+for _ in sys.stdin:
+    print(json.dumps(next(records)), flush=True)"""
 
 
 def compare(path):
     """Yields {"function", "step", "microseconds": [here, there], "ratio", "calls": [here, there]}
-    on plain tensors; None for what is not there.
-    """
-    with checkout(ROOT) as here, checkout(path) as there:
-        for name, step in itertools.product(FUNCTIONS, STEPS):
-            pairs = [(here(name, step), there(name, step)) for _ in range(PAIRS)]
-            sides = [None if each[0] is None else each for each in zip(*pairs, strict=True)]
-            times = [None if each is None else [time for time, _ in each] for each in sides]
-            ratios = (
-                None
-                if None in times
-                else [ours / theirs for ours, theirs in zip(*times, strict=True)]
-            )
-            yield {
-                "function": name,
-                "step": step,
-                "microseconds": [_median(each, 1) for each in times],
-                "ratio": _median(ratios, 3),
-                "calls": [None if each is None else each[-1][1] for each in sides],
-            }
+    on plain tensors, medians of all turns; None for a function that is not there."""
+    import pandas as pd
+
+    here = Path(__file__).resolve()
+    command = [sys.executable, "-c", CHILD, str(here), str(CALLS)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(subprocess.Popen(command, cwd=checkout, **pipes))
+            for checkout in (here.parents[1], path)
+        ]
+        turns = [[_ask(child) for child in children] for _ in range(TURNS * len(FUNCTIONS))]
+    sides = [pd.DataFrame(side, columns=["function", "calls", *STEPS]) for side in zip(*turns)]
+    for name in FUNCTIONS:
+        ours, theirs = (side[side["function"] == name].drop(columns="function") for side in sides)
+        ratios = (ours / theirs).median()
+        for step in STEPS:
+            times, calls = ([_known(s[key].median()) for s in (ours, theirs)] for key in (step, "calls"))
+            found = {"microseconds": times, "ratio": _known(ratios[step]), "calls": calls}
+            yield {"function": name, "step": step, **found}
 
 
-def _median(values, digits):
-    return None if values is None else round(statistics.median(values), digits)
+def _known(value):
+    return None if math.isnan(value) else round(float(value), 3)
 
 
-def directory(text):
-    """A checkout for argparse."""
+def _ask(child):
+    child.stdin.write("\n")
+    child.stdin.flush()
+    return json.loads(child.stdout.readline())
+
+
+def checkout(text):
     if not (Path(text) / "fastkl" / "__init__.py").is_file():
-        raise argparse.ArgumentTypeError(
-            f"expected a checkout of the repository, got {text!r}, which has no "
-            f"fastkl/__init__.py; "
-            f"make one with git worktree add PATH COMMIT"
-        )
+        why = f"expected a checkout of the repository, got {text!r}; git worktree add makes one"
+        raise argparse.ArgumentTypeError(why)
     return Path(text).resolve()
 
 
-def print_against(record):
-    """A line of the comparison."""
-    shown = [
-        "-" if value is None else value
-        for value in (*record["microseconds"], record["ratio"], *record["calls"])
-    ]
-    print(
-        f"{record['function']:<24}{record['step']:<22}"
-        + "".join(f"{value:>10}" for value in shown),
-        flush=True,
-    )
-
-
 def main(argv=None):
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python3 -m benchmarks.overhead", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--against",
-        type=directory,
-        metavar="PATH",
-        help="compare with the checkout of the repository at PATH",
-    )
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write the records to FILE"
-    )
+    # Only here: as a child in another checkout, whose benchmarks may be others, this file runs too.
+    from benchmarks.record import command_line, provenance, write_json
+
+    parser = command_line("overhead", __doc__.splitlines()[0])
+    parser.add_argument("--against", type=checkout, metavar="PATH", help="another checkout")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    records = []
-    if arguments.against:
-        print(
-            f"Microseconds of Python in a call here and at {arguments.against}, launches left "
-            f"out, their ratio, and fastkl's functions entered:"
-        )
-        print(
-            f"{'function':<24}{'step':<22}"
-            + "".join(f"{title:>10}" for title in ("here", "there", "ratio", "calls", "there"))
-        )
-        for record in compare(arguments.against):
-            records.append(record)
-            print_against(record)
-    else:
-        print(
-            "Microseconds of Python in a call, launches left out, and fastkl's functions entered "
-            "forward and backward:"
-        )
-        print(
-            f"{'function':<24}{'way':<16}"
-            + "".join(f"{step:>22}" for step in STEPS)
-            + f"{'calls':>8}"
-        )
-        for record in measure():
-            records.append(record)
-            print(
-                f"{record['function']:<24}{record['way']:<16}"
-                + "".join(f"{record[step]:>22.1f}" for step in STEPS)
-                + f"{record['calls']:>8}",
-                flush=True,
-            )
-    if arguments.json:
-        command = " ".join(
-            ["python3 -m benchmarks.overhead", *(sys.argv[1:] if argv is None else argv)]
-        )
-        write_json(
-            arguments.json,
-            {**provenance(command), "rows": ROWS, "vocabulary": VOCABULARY, "records": records},
-        )
+    print("microseconds of Python in a call, launches left out, and functions of fastkl entered")
+    data = {**provenance("overhead", argv), "rows": ROWS, "vocabulary": VOCABULARY, "records": []}
+    for found in compare(arguments.against) if arguments.against else measure():
+        data["records"].append(found)
+        print(json.dumps(found), flush=True)
+    write_json(arguments.json, data)
     return 0
 
 

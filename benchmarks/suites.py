@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from benchmarks.cases import DIFFERENTIATED, Workload
+from benchmarks.cases import OUTPUTS, Workload
 from benchmarks.linear_cases import FLOOR, LinearWorkload
 from benchmarks.peers import LINEAR_PEERS
 from benchmarks.providers import LOADERS
@@ -65,7 +65,7 @@ SMALL = {"rows": 16, "vocabulary": 131}
 SMOKE = (
     *(
         Workload(operation, dtype=dtype, **SMALL)
-        for operation in DIFFERENTIATED
+        for operation in OUTPUTS
         for dtype in ("bf16", "fp32")
     ),
     *(
@@ -75,7 +75,7 @@ SMOKE = (
             layout="sliced",
             **SMALL,
         )
-        for operation in DIFFERENTIATED
+        for operation in OUTPUTS
     ),
     *(LinearWorkload(mode, 24, 32, 257, dtype) for mode in PRODUCTS for dtype in ("bf16", "fp32")),
 )
