@@ -169,12 +169,11 @@ def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
     found = cells(data, dtype, measure)
     names = list(found) if providers is None else providers
     sizes = sorted({r["target"] for r in data["records"] if r["dtype"] == dtype})
-    lines = [
-        [power(size), *(_text(found.get(name, {}).get(size), measure) for name in names)]
-        for size in sizes
-        if targets is None or size in targets
-    ]
-    return record.markdown(["KL", *(column_title(data, name) for name in names)], lines)
+    lines = [["KL", *(column_title(data, name) for name in names)]]
+    for size in (size for size in sizes if targets is None or size in targets):
+        lines.append([power(size), *(_text(found.get(n, {}).get(size), measure) for n in names)])
+    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
 
 
 def column_title(data, name):

@@ -8,6 +8,7 @@ file is not as it should be, and nothing was written; 2: wrong use.
 """
 
 import argparse
+import itertools
 import json
 import sys
 
@@ -59,7 +60,7 @@ def read(path):
 
 def accuracy_section():
     """Makes the table of the worst relative error of the KL by size, a column per provider."""
-    options = {"providers": ACCURACY_COLUMNS, "targets": accuracy.SHOWN[::2]}
+    options = {"providers": ACCURACY_COLUMNS, "targets": accuracy.TARGETS[::2]}
     table = accuracy.markdown(read("cpu/accuracy.json"), **options)
     # On a CPU our name alone stands for the reference; the kernels have the column beside it.
     return table.replace("| fastkl |", "| fastkl, reference on a CPU |", 1)
@@ -78,9 +79,9 @@ def linear_section():
         ("KL, `logits_dtype=torch.float32`", exact, "kl"),
         ("its gradient to the weight, itself bfloat16", exact, "weight"),
     ]
-    head = ["bfloat16 inputs, mean KL of", *(accuracy._power(record["kl"]) for record in records)]
+    head = ["bfloat16 inputs, mean KL of", *(accuracy.power(record["kl"]) for record in records)]
     lines = [
-        [words, *(accuracy._power(record["ways"][way][figure]) for record in records)]
+        [words, *(accuracy.power(record["ways"][way][figure]) for record in records)]
         for words, way, figure in ways
     ]
     return markdown(head, lines)
@@ -195,10 +196,8 @@ def results_page():
 
 
 def _accuracy_parts(data):
-    parts = []
-    for dtype in dict.fromkeys(record["dtype"] for record in data["records"]):
-        for measure, words in (("kl", "the KL"), ("gradient", "its gradient to the first logits")):
-            parts += [f"### {words}, {dtype}", accuracy.markdown(data, dtype, measure)]
+    titles = {"kl": "the KL", "gradient": "its gradient to the first logits"}
+    found = [(f"### {titles[m]}, {dtype}", table) for m, dtype, table in accuracy.tables(data)]
     reasons = {
         name: error["reason"].splitlines()[0]
         for record in data["records"]
@@ -206,7 +205,7 @@ def _accuracy_parts(data):
         if "reason" in error
     }
     without = "; ".join(f"{name}: `{reason}`" for name, reason in reasons.items())
-    return parts + ([f"Without figures: {without}."] if reasons else [])
+    return [*itertools.chain(*found), *[f"Without figures: {without}."] * bool(reasons)]
 
 
 def _gpu_parts(path, data):
@@ -225,12 +224,11 @@ def _gpu_parts(path, data):
             parts.append(f"A copy moves {max(copies):.0f} GB/s, read and written.")
         if section.get("summary"):
             parts.append(f"`{section['summary'].strip('= ')}`")
-        parts += tables.timings(tables.rows_of(data, name))
+        parts.append(tables.timings(tables.rows_of(data, name)))
+    parts = [part for part in parts if part]
     for axis in tables.axes_of(data):
-        title, head = f"kl_divergence against {axis}", ["beside", "of", f"faster from {axis}"]
-        lines = [[*who, since or f"{RED} nowhere"] for *who, since in tables.crossovers(data, axis)]
-        image = f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"
-        parts += [f"#### {title}", markdown(head, lines), image]
+        title = f"kl_divergence against {axis}"
+        parts += [f"#### {title}", f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"]
     for file in sorted(path.parent.glob("*-accuracy.json"))[-1:]:
         errors = json.loads(file.read_text(encoding="utf-8"))
         parts += [f"#### accuracy: {origin(errors)}", *_accuracy_parts(errors)]
