@@ -255,7 +255,7 @@ def segment_costs(program, anchors, edges, segments):
 
     A thread executes and `outside` adds up, beside the near and the general path:
         once: everything that lies in no loop, along the longest path;
-        of the hot loop: the dearest path, on which a tile is read twice, `anchors` times;
+        of the hot loop: the path with most shuffles, on which a tile is read twice, `anchors` times;
         of the loop over the edge: the dearest path without re-anchoring, `edges` times;
         one time in `segments`: everything behind the atomic operation, since only the last
         program of a row merges.
@@ -285,9 +285,9 @@ def segment_costs(program, anchors, edges, segments):
         * (edges if loop_costs(program, body).loads else 1)
         for header, body in outer.items()
     }
-    longest = through(hot, 1, 0)
-    anchored = sum(map(shuffles, longest)) > sum(map(shuffles, near))
-    added[hot] = anchors * _count(program, longest) * anchored
+    twice = through(hot, 1, -MANY)
+    anchored = sum(map(shuffles, twice)) > sum(map(shuffles, near))
+    added[hot] = anchors * _count(program, twice) * anchored
     header_of = {i: header for header, body in outer.items() for i in body}
     graph = nx.relabel_nodes(program.graph, header_of)
     graph.remove_edges_from(list(nx.selfloop_edges(graph)))

@@ -181,12 +181,6 @@ def test_each_path_and_all_around_them():
     # BRA, IADD3, BRA, MOV; three tiles that re-anchor; an edge of LDG, BRA, BRA twice; ATOMG; one
     # time in four EXIT, FADD, FADD, EXIT.
     assert costs.outside == 4 + 3 * 8 + 2 * 3 + 1 + 4 / 4
-    assert costs.loaded == 40
-
-
-def test_a_load_that_is_waited_for_is_no_longer_in_flight():
-    text = SEGMENT.replace("LDG.E.128 R12, desc[UR4][R4.64]", "LDG.E.128 R12, desc[UR4][R8.64]")
-    assert disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1, 1).loaded == 24
 
 
 @pytest.mark.parametrize(
