@@ -10,16 +10,14 @@ CPU, ours on fewer rows (interpreted.py). Exit code 0: fastkl's KL is nowhere ne
 than plain torch's; 1: it is; 2: wrong use.
 """
 
-import importlib.util
 import io
 import itertools
-import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks import record
 from benchmarks.cases import Inputs
@@ -104,7 +102,7 @@ def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
     """Lists the records in which our error exceeds the other's by more than `slack`, is not a
     number, or a KL came out negative."""
     worse = []
-    for errors in (record["errors"] for record in records if not record["skipped"]):
+    for errors in (found["errors"] for found in records if not found["skipped"]):
         mine, theirs = (
             float(errors.get(name, {}).get("worst_relative", math.nan)) for name in (ours, other)
         )
@@ -116,11 +114,11 @@ def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
 # Tables
 
 
-def summary(record):
+def summary(found):
     """Writes a record as a line of text."""
-    cells = [f"{record['dtype']:<5} {record['distribution']:<9} KL {record['target']:.0e}"]
-    cells += [record["skipped"]] if record["skipped"] else []
-    for name, error in record["errors"].items():
+    cells = [f"{found['dtype']:<5} {found['distribution']:<9} KL {found['target']:.0e}"]
+    cells += [found["skipped"]] if found["skipped"] else []
+    for name, error in found["errors"].items():
         worst = error.get("worst_relative")
         words = error.get("reason", "").split("\n")[0][:60] if worst is None else f"{worst:.0e}"
         cells.append(f"{name} {words}" + f" ({error.get('negative')} negative)" * bool(
@@ -130,7 +128,7 @@ def summary(record):
 
 
 def names_of(data):
-    return list(dict.fromkeys(name for record in data["records"] for name in record["errors"]))
+    return list(dict.fromkeys(name for found in data["records"] for name in found["errors"]))
 
 
 def cell(records, name, measure="kl"):
@@ -208,8 +206,6 @@ def tables(data):
 def draw(data, path):
     """Writes a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element
     types side by side. Hollow: some KL came out negative; at the top: infinite or not a number."""
-    from matplotlib.figure import Figure
-
     dtypes = list(dict.fromkeys(found["dtype"] for found in data["records"]))
     figure, content = Figure(figsize=(8, 7), dpi=200, layout="constrained"), io.BytesIO()
     panels = figure.subplots(2, len(dtypes), squeeze=False, sharex=True, sharey=True)
@@ -246,7 +242,6 @@ def parse(argv):
     parser = record.command_line("accuracy", __doc__.splitlines()[0])
     add = parser.add_argument
     add("--plot", type=record.output_file, metavar="FILE.png", help="draw them into FILE.png")
-    add("--from", type=Path, metavar="FILE", dest="source", help="only show a FILE of --json")
     add("--rows", type=int, default=8, metavar="N", help="of each pair (default: %(default)s)")
     add("--vocabulary", type=int, default=128256, metavar="V", help="(default: %(default)s)")
     add("--wrt", choices="pq", default="p", help="which logits of KL(P‖Q) the gradient is to")
@@ -258,15 +253,6 @@ def parse(argv):
     for name, least in (("rows", 1), ("vocabulary", 2)):
         if (value := getattr(arguments, name)) < least:
             parser.error(f"--{name}: expected {least} or more, got {value}")
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot: expected matplotlib, got none; remedy: pip install matplotlib")
-    try:
-        if arguments.source:
-            arguments.source = json.loads(arguments.source.read_text())
-            [arguments.source[key] for key in ("records", "rows", "vocabulary", "wrt")]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        parser.error(f"--from: expected a file that --json wrote, got {reason}")
     return arguments
 
 
@@ -286,7 +272,7 @@ def run(arguments, data):
 
 def main(argv=None):
     arguments = parse(argv)
-    data = arguments.source or run(arguments, record.provenance("accuracy", argv))
+    data = run(arguments, record.provenance("accuracy", argv))
     record.write_json(arguments.json, data)
     for measure, dtype, table in tables(data):
         print(f"\nWorst relative error, {measure}, {dtype} logits:\n\n{table}")

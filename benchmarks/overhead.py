@@ -1,18 +1,14 @@
 """The Python of one call with few rows, launches left out.
 
-    python -m benchmarks.overhead [--against PATH] [--json FILE]
+    python -m benchmarks.overhead [--json FILE]
 
 With few rows this is the whole time of a call. Each function is called on plain tensors, and by way
 of its custom op, which torch.compile, dispatch modes and tensor subclasses take. No GPU is needed:
-tensors are on the CPU, kernels are not run. --against compares with another checkout of the
-repository: processes of both take turns, so that other work of the machine meets both.
+tensors are on the CPU, kernels are not run.
 """
 
-import argparse
-import contextlib
+import itertools
 import json
-import math
-import subprocess
 import sys
 import timeit
 from functools import partial
@@ -21,8 +17,13 @@ from unittest import mock
 
 import torch
 
+import fastkl
+from benchmarks.record import command_line, provenance, write_json
+from fastkl.ops import dual_op
+
 ROWS, VOCABULARY = 8, 128
-CALLS, REPEATS, TURNS = 300, 7, 25
+CALLS, REPEATS = 300, 7
+WAYS = ("plain tensors", "custom op")
 STEPS = ("no gradient", "forward", "forward and backward")
 FUNCTIONS = {
     "kl_divergence": lambda f, p, q, tokens: f.kl_divergence(p, q),
@@ -32,31 +33,23 @@ FUNCTIONS = {
 }
 
 
-def measure(ways=("plain tensors", "custom op"), calls=CALLS, repeats=REPEATS):
+def measure(calls=CALLS, repeats=REPEATS):
     """Yields {"function", "way", step: microseconds, "calls": functions of fastkl that the last
-    step enters}, without figures where this fastkl does not know an argument."""
-    import fastkl
-    from fastkl import backend
-    from fastkl.kernels import launch
-
+    step enters}."""
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(ROWS, VOCABULARY, generator=generator) for _ in "pq")
     p.requires_grad_()
     arguments = (fastkl, p, q, torch.zeros(ROWS, dtype=torch.int64))
     with (
-        mock.patch.object(launch.Variant, "start", lambda *_: None),
-        mock.patch.object(backend, "_interpreting", lambda: True),
+        mock.patch("fastkl.kernels.launch.Variant.start", lambda *_: None),
+        mock.patch("fastkl.backend._interpreting", lambda: True),
         fastkl.use_backend("triton"),
     ):
-        for name, function in FUNCTIONS.items():
-            for way in ways:
-                found = {"function": name, "way": way}
-                with contextlib.ExitStack() as stack, contextlib.suppress(TypeError):
-                    if way == "custom op":
-                        plain = mock.patch("fastkl.ops.dual_op._plain", lambda _: False)
-                        stack.enter_context(plain)
-                    found |= _figures(partial(function, *arguments), p, calls, repeats)
-                yield found
+        for (name, function), way in itertools.product(FUNCTIONS.items(), WAYS):
+            plain = dual_op._plain if way == "plain tensors" else lambda _: False
+            with mock.patch.object(dual_op, "_plain", plain):
+                figures = _figures(partial(function, *arguments), p, calls, repeats)
+            yield {"function": name, "way": way, **figures}
 
 
 def _figures(function, leaf, calls, repeats):
@@ -76,8 +69,6 @@ def _figures(function, leaf, calls, repeats):
 def python_calls(call):
     """Counts the functions of fastkl and of its kernels that a call enters, comprehensions and
     generators included."""
-    import fastkl
-
     root, entered = Path(fastkl.__file__).resolve().parents[1], []
 
     def note(frame, event, argument):
@@ -94,67 +85,12 @@ def python_calls(call):
     return sum(bool({root / "fastkl", root / "kernels"} & {*path.parents}) for path in entered)
 
 
-# Answers each line with the next record.
-CHILD = """import itertools, json, runpy, sys, torch
-torch.set_num_threads(1)
-measure = runpy.run_path(sys.argv[1])["measure"]
-records = (r for _ in itertools.count() for r in measure(["plain tensors"], int(sys.argv[2]), 1))
-for _ in sys.stdin:
-    print(json.dumps(next(records)), flush=True)"""
-
-
-def compare(path):
-    """Yields {"function", "step", "microseconds": [here, there], "ratio", "calls": [here, there]}
-    on plain tensors, medians of all turns; None for a function that is not there."""
-    import pandas as pd
-
-    here = Path(__file__).resolve()
-    command = [sys.executable, "-c", CHILD, str(here), str(CALLS)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with contextlib.ExitStack() as stack:
-        children = [
-            stack.enter_context(subprocess.Popen(command, cwd=checkout, **pipes))
-            for checkout in (here.parents[1], path)
-        ]
-        turns = [[_ask(child) for child in children] for _ in range(TURNS * len(FUNCTIONS))]
-    sides = [pd.DataFrame(side, columns=["function", "calls", *STEPS]) for side in zip(*turns)]
-    for name in FUNCTIONS:
-        ours, theirs = (side[side["function"] == name].drop(columns="function") for side in sides)
-        ratios = (ours / theirs).median()
-        for step in STEPS:
-            times, calls = ([_known(s[key].median()) for s in (ours, theirs)] for key in (step, "calls"))
-            found = {"microseconds": times, "ratio": _known(ratios[step]), "calls": calls}
-            yield {"function": name, "step": step, **found}
-
-
-def _known(value):
-    return None if math.isnan(value) else round(float(value), 3)
-
-
-def _ask(child):
-    child.stdin.write("\n")
-    child.stdin.flush()
-    return json.loads(child.stdout.readline())
-
-
-def checkout(text):
-    if not (Path(text) / "fastkl" / "__init__.py").is_file():
-        why = f"expected a checkout of the repository, got {text!r}; git worktree add makes one"
-        raise argparse.ArgumentTypeError(why)
-    return Path(text).resolve()
-
-
 def main(argv=None):
-    # Only here: as a child in another checkout, whose benchmarks may be others, this file runs too.
-    from benchmarks.record import command_line, provenance, write_json
-
-    parser = command_line("overhead", __doc__.splitlines()[0])
-    parser.add_argument("--against", type=checkout, metavar="PATH", help="another checkout")
-    arguments = parser.parse_args(argv)
+    arguments = command_line("overhead", __doc__.splitlines()[0]).parse_args(argv)
     torch.set_num_threads(1)
     print("microseconds of Python in a call, launches left out, and functions of fastkl entered")
     data = {**provenance("overhead", argv), "rows": ROWS, "vocabulary": VOCABULARY, "records": []}
-    for found in compare(arguments.against) if arguments.against else measure():
+    for found in measure():
         data["records"].append(found)
         print(json.dumps(found), flush=True)
     write_json(arguments.json, data)

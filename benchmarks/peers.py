@@ -13,13 +13,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from benchmarks.plain import log_softmax
 from benchmarks.work import NotOfferedError, Work, linear_works
 
 ROWS_BY_CALLS = 64  # rows at which a loss that is one scalar is called for each, to see its error
-
-
-def _log_probs(logits):
-    return F.log_softmax(logits, -1, dtype=torch.float32)
 
 
 def _needs_gpu(device):
@@ -79,7 +76,7 @@ def load_liger_kldiv(device):
     def log_probs(i):
         if i.wrt == "p":
             raise NotOfferedError("LigerKLDIVLoss has no gradient to its target, P of KL(P‖Q)")
-        return (_log_probs(x).flatten(0, -2) for x in (i.q, i.p))
+        return (log_softmax(x).flatten(0, -2) for x in (i.q, i.p))
 
     note = "the same work: two float32 log_softmax by torch first"
     asks = "its backward asks the GPU whether the upstream gradient is 1"
@@ -105,7 +102,7 @@ def load_liger_jsd(device):
     losses = {"p": LigerJSD(beta=1.0), "q": LigerJSD(beta=0.0)}
 
     def student_and_teacher(i):
-        log_p, log_q = (_log_probs(x).flatten(0, -2) for x in (i.p, i.q))
+        log_p, log_q = (log_softmax(x).flatten(0, -2) for x in (i.p, i.q))
         return (log_p, log_q) if i.wrt == "p" else (log_q, log_p)
 
     def kl_divergence(i):

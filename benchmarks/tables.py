@@ -11,7 +11,7 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.cases import PHASES, Workload
+from benchmarks.cases import Workload
 from benchmarks.linear_cases import FLOOR, LinearWorkload
 from benchmarks.record import markdown
 

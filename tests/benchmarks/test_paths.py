@@ -77,6 +77,6 @@ def test_the_command(tmp_path, capsys):
     generator = torch.Generator().manual_seed(0)
     p, noise = (torch.randn(2, 128256, generator=generator) for _ in range(2))
     torch.save((3 * p, 3 * p + 0.2 * noise), tmp_path / "logits.pt")
-    assert paths.main([str(tmp_path / "logits.pt")]) == 0
+    assert paths.main(["--file", str(tmp_path / "logits.pt")]) == 0
     tiles, near = re.search(r"(\d+) tiles, ([\d.]+)% near", capsys.readouterr().out).groups()
     assert int(tiles) == 2 * 8 * 31 and float(near) > 95
