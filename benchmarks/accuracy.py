@@ -121,9 +121,9 @@ def summary(found):
     for name, error in found["errors"].items():
         worst = error.get("worst_relative")
         words = error.get("reason", "").split("\n")[0][:60] if worst is None else f"{worst:.0e}"
-        cells.append(f"{name} {words}" + f" ({error.get('negative')} negative)" * bool(
-            error.get("negative")
-        ))
+        cells.append(
+            f"{name} {words}" + f" ({error.get('negative')} negative)" * bool(error.get("negative"))
+        )
     return "  ".join(cells)
 
 

@@ -81,12 +81,14 @@ def commit():
 
     The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere.
     """
+    if "FASTKL_COMMIT" in os.environ:
+        return os.environ["FASTKL_COMMIT"]
     command = "git describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
     try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:  # no git here
-        found = ""
-    return os.environ.get("FASTKL_COMMIT") or found or "unknown"
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def version(package):

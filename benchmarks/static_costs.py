@@ -252,8 +252,8 @@ def collect(chosen):
 
 def table(records):
     """Writes the records as lines of text."""
-    bounds = pd.DataFrame([found.get("upper_bound_of_peak_bandwidth", {}) for found in records])
-    frame = pd.DataFrame(records).drop(columns="upper_bound_of_peak_bandwidth").join(bounds)
+    rows = [{**found, **found.get("upper_bound_of_peak_bandwidth", {})} for found in records]
+    frame = pd.DataFrame(rows).filter((*CASE, "unit", *FIGURES, "percent", "limited_by", "reason"))
     short = frame.rename(columns=lambda name: name.replace("instructions_per_pair", "instr"))
     return f"{short.to_string(na_rep='-', index=False)}\npercent: {roofline.MODEL}"
 

@@ -39,6 +39,7 @@ def gpu_results(folder):
         name = gpu_name(data)
         if name not in newest or data["date"] > newest[name][1]["date"]:
             newest[name] = path, data
+
     def rank(found):
         return found[1]["date"][:10], "H200" in gpu_name(found[1])
 
@@ -239,7 +240,9 @@ def line(row):
     """Writes the cells of a row."""
     found, memory = timed(row), row.get("memory") or {}
     cells = [
-        " / ".join(digits(row["times"][phase].get(key), 4 - (key != "median_ms")) for phase in found)
+        " / ".join(
+            digits(row["times"][phase].get(key), 4 - (key != "median_ms")) for phase in found
+        )
         for key in FIGURES
     ]
     cells = [NONE if set(cell) <= set("– /") else cell for cell in cells]

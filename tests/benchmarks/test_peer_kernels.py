@@ -32,15 +32,15 @@ def launch(**options):
 
 
 PEER = peer_kernels.Kernel(
-    "peer scale", "triton", launch, "logit", "BLOCK", ("x_ptr", "y_ptr"), "scales"
+    "peer scale", "triton", launch, "logit", ("x_ptr", "y_ptr"), "scales", "BLOCK"
 )
 
 
 def test_a_launch_is_caught_as_it_is():
-    found = launch(num_warps=8)
-    assert found.options == {"num_warps": 8} and found.arguments["n"] == 1024
-    assert found.signature["x_ptr"] == "*bf16" and found.signature["one"] == "constexpr"
-    assert set(found.constexprs.values()) == {None, 1, 1024} and (0,) in found.attrs
+    arguments, options, (_, signature, constexprs, attrs) = launch(num_warps=8)
+    assert options == {"num_warps": 8} and arguments["n"] == 1024
+    assert signature["x_ptr"] == "*bf16" and signature["one"] == "constexpr"
+    assert set(constexprs.values()) == {None, 1, 1024} and (0,) in attrs
     assert "run" not in vars(scale), "the kernel has to be as before"
 
 

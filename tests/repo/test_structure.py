@@ -10,10 +10,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "fastkl", "benchmarks", "tests")
 LONGEST = 400
 BEING_SPLIT = {
-    "benchmarks/accuracy.py",
-    "benchmarks/disassembly.py",
-    "benchmarks/peer_kernels.py",
-    "benchmarks/static_costs.py",
     "fastkl/_checks.py",
     "fastkl/integrations/transformers.py",
     "fastkl/linear.py",
@@ -26,8 +22,6 @@ BEING_SPLIT = {
     "kernels/launch.py",
     "kernels/row_fallback.py",
     "kernels/row_segment.py",
-    "tests/benchmarks/test_accuracy_benchmark.py",
-    "tests/benchmarks/test_static_costs.py",
     "tests/kernels/test_kernels.py",
     "tests/kernels/test_row_segment.py",
     "tests/linear/distributed_worker.py",
