@@ -36,7 +36,7 @@ MEASURES = {"kl": "worst_relative", "gradient": "gradient_worst"}
 
 
 def error_of(provider, p, q, exact, true_gradients, wrt="p"):
-    """Returns the errors of one provider on one pair, of its KL and of its gradient, or reasons.
+    """Return the errors of one provider on one pair, of its KL and of its gradient, or reasons.
 
     A provider without a gradient to `wrt` is asked for the other one.
     """
@@ -79,7 +79,7 @@ def _reason(error):
 
 
 def accuracy(providers, device, sizes, wrt="p", targets=TARGETS):
-    """Yields a record per element type, kind of row and size of the KL; sizes: rows, vocabulary."""
+    """Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary."""
     for dtype, kind, target in itertools.product(("fp32", "bf16"), DISTRIBUTIONS, targets):
         p, q, exact = make_pair(kind, dtype, target, *sizes, device)
         kl = exact.kl.median().item()
@@ -99,7 +99,7 @@ def accuracy(providers, device, sizes, wrt="p", targets=TARGETS):
 
 
 def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
-    """Lists the records in which our error exceeds the other's by more than `slack`, is not a
+    """List the records in which our error exceeds the other's by more than `slack`, is not a
     number, or a KL came out negative."""
     worse = []
     for errors in (found["errors"] for found in records if not found["skipped"]):
@@ -115,7 +115,6 @@ def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
 
 
 def summary(found):
-    """Writes a record as a line of text."""
     cells = [f"{found['dtype']:<5} {found['distribution']:<9} KL {found['target']:.0e}"]
     cells += [found["skipped"]] if found["skipped"] else []
     for name, error in found["errors"].items():
@@ -132,7 +131,7 @@ def names_of(data):
 
 
 def cell(records, name, measure="kl"):
-    """Returns {"worst", "negative", "rows"} of a provider over the kinds of rows of one size; None
+    """Return {"worst", "negative", "rows"} of a provider over the kinds of rows of one size; None
     where it failed in one of them: the others alone would flatter it."""
     key = MEASURES[measure]
     errors = [r["errors"][name] for r in records if not r["skipped"] and name in r["errors"]]
@@ -146,7 +145,7 @@ def cell(records, name, measure="kl"):
 
 
 def cells(data, dtype, measure):
-    """Returns {provider: {size: cell}} of one element type, without a provider that has none."""
+    """Return {provider: {size: cell}} of one element type, without a provider that has none."""
     by_size = {}
     for found in sorted(data["records"], key=lambda found: found["target"]):
         if found["dtype"] == dtype:
@@ -159,7 +158,7 @@ def cells(data, dtype, measure):
 
 
 def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
-    """Writes a table of the worst relative error by size of the KL and provider.
+    """Write a table of the worst relative error by size of the KL and provider.
 
     providers, targets: which columns and rows (default: all with a figure). A provider without a
     figure gets a dash; one that took fewer rows of each pair than the others says how many.
@@ -188,13 +187,12 @@ def _text(figure, measure):
 
 
 def power(value):
-    """Writes 1e-8 instead of 1e-08."""
+    """Write 1e-8 instead of 1e-08."""
     digits, _, exponent = f"{value:.0e}".partition("e")
     return f"{digits}e{int(exponent)}" if exponent else digits
 
 
 def tables(data):
-    """Yields (measure, element type, table) of all."""
     for dtype in dict.fromkeys(found["dtype"] for found in data["records"]):
         for measure in MEASURES:
             yield measure, dtype, markdown(data, dtype, measure)
@@ -204,7 +202,7 @@ def tables(data):
 
 
 def draw(data, path):
-    """Writes a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element
+    """Write a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element
     types side by side. Hollow: some KL came out negative; at the top: infinite or not a number."""
     dtypes = list(dict.fromkeys(found["dtype"] for found in data["records"]))
     figure, content = Figure(figsize=(8, 7), dpi=200, layout="constrained"), io.BytesIO()
@@ -257,7 +255,6 @@ def parse(argv):
 
 
 def run(arguments, data):
-    """Adds all records to the data, and prints a line for each."""
     device = torch.device(arguments.device)
     providers = load_providers(device, arguments.providers)
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Prints hashes of results and gradients of fixed inputs, for each function, type and shape.
+"""Print hashes of results and gradients of fixed inputs, for each function, type and shape.
 
     python -m benchmarks.bits                       the reference on a CPU
     TRITON_INTERPRET=1 python -m benchmarks.bits    the kernels, interpreted
@@ -21,7 +21,7 @@ VOCABULARIES = (7, 1003, 4096)
 
 
 def inputs(vocabulary, dtype):
-    """Makes logits, hidden states and weights of both models, and tokens: near rows, far rows,
+    """Make logits, hidden states and weights of both models, and tokens: near rows, far rows,
     shared and one-sided holes."""
     generator = torch.Generator().manual_seed(vocabulary)
 
@@ -38,7 +38,6 @@ def inputs(vocabulary, dtype):
 
 
 def functions(leaves, tokens):
-    """Returns {name: function that returns a tensor or a tuple of them}."""
     p, q, hidden, weight, ref = leaves
     f, mask, temperature = fastkl, torch.arange(ROWS) != 2, torch.linspace(0.7, 1.5, ROWS)
     to_mean = {"temperature": 1.3, "reduction": "mean"}
@@ -61,7 +60,7 @@ def functions(leaves, tokens):
 
 
 def digest(function, leaves):
-    """Returns a hash of the bits of a function's results, and of its gradients for upstream
+    """Return a hash of the bits of a function's results, and of its gradients for upstream
     gradients that differ."""
     found = function()
     found = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]

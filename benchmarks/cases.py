@@ -1,4 +1,4 @@
-"""Defines the cases on logits: shapes, random data, bytes that have to move, answers in float64.
+"""Define the cases on logits: shapes, random data, bytes that have to move, answers in float64.
 
 A case is an operation on `rows` tokens. Cases from hidden states are in linear_cases.py.
 """
@@ -17,7 +17,7 @@ DTYPES = {
     "fp32": torch.float32,
 }
 PHASES = ("forward", "backward", "both")
-# The outputs of an operation, by their names in fastkl.testing; "mean_kl" is a loss over all tokens.
+# Outputs of an operation, as fastkl.testing names them; "mean_kl" is a loss over all tokens.
 OUTPUTS = {
     "kl_divergence": ("kl",),
     "mean_kl": ("kl",),
@@ -43,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Workload(Case):
-    """Defines an operation on two logits tensors, or on `p` alone, and its gradient to one of them.
+    """Define an operation on two logits tensors, or on `p` alone, and its gradient to one of them.
 
     operation: a key of OUTPUTS; "mean_kl" is the mean over the tokens of KL(P‖Q), a loss
     with an upstream gradient of 1. wrt: the tensor of the gradient, "p" or "q". layout: "rows" is a
@@ -66,7 +66,7 @@ class Workload(Case):
         return f"{self.operation}-{shape}-d{self.wrt}{layout}"
 
     def moved_bytes(self, phase):
-        """Counts the least that has to move.
+        """Count the least that has to move.
 
         Forward reads the logits, backward reads them again and writes one gradient.
         """
@@ -82,7 +82,7 @@ class Workload(Case):
 
 @dataclass
 class Inputs:
-    """Holds the tensors of one workload; `p` or `q` requires a gradient.
+    """Hold the tensors of one workload; `p` or `q` requires a gradient.
 
     upstream: of each output, None for one without. Where the operation reads one logits tensor, `q`
     is empty.
@@ -104,7 +104,7 @@ class Inputs:
 
 
 def make_inputs(workload, device, seed=0):
-    """Makes logits N(0, 3²), and Q = P + N(0, 1): a KL of a few tenths of a nat."""
+    """Make logits N(0, 3²), and Q = P + N(0, 1): a KL of a few tenths of a nat."""
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     shape, view = (workload.rows, workload.vocabulary), slice(None)
     if workload.layout == "sliced":
@@ -127,7 +127,7 @@ def make_inputs(workload, device, seed=0):
 
 
 def truth(workload, inputs):
-    """Computes (rows, outputs, gradient) in float64.
+    """Compute (rows, outputs, gradient) in float64.
 
     rows: the indices of the rows that are compared, the first, the last and some evenly between.
     outputs: of these rows, or of "mean_kl" its one number, over ALL tokens.
@@ -158,7 +158,7 @@ def truth(workload, inputs):
 
 
 def fault(workload, inputs, known, outputs, grads):
-    """Returns (errors, what is wrong or None): the gate that a provider passes before it is timed.
+    """Return (errors, what is wrong or None): the gate that a provider passes before it is timed.
 
     errors: {"values", "gradient"}, the worst of a row that is compared with `known`, what truth
     returned: values relative to themselves or to 1e-3 nats, gradients by their norm. Every other
@@ -186,7 +186,7 @@ def fault(workload, inputs, known, outputs, grads):
 
 
 def over(errors, limits):
-    """Lists the errors that are not within their limits; a NaN never is."""
+    """List the errors that are not within their limits; a NaN never is."""
     return [
         f"{name} off by {error:.1e}, limit {limits[name]:.1e}"
         for name, error in errors.items()

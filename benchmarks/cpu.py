@@ -34,7 +34,6 @@ def plain(p, q):
 
 
 def providers():
-    """Returns {name: function of two logits tensors}; the others are compared with plain torch."""
     return {
         "torch": plain,
         "fastkl": lambda p, q: fastkl.kl_divergence(p, q, reduction="sum"),
@@ -44,7 +43,6 @@ def providers():
 
 
 def seconds(function, p, q):
-    """Returns the thread CPU time of forward, and of forward and backward."""
     begin = time.thread_time()
     loss = function(p, q)
     middle = time.thread_time()
@@ -53,7 +51,6 @@ def seconds(function, p, q):
 
 
 def peak_bytes(function, p, q):
-    """Returns the most that torch allocates at once in a forward and backward."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         seconds(function, p, q)
@@ -63,7 +60,7 @@ def peak_bytes(function, p, q):
 
 
 def error(function, p, q):
-    """Returns the worst relative error of the KL against float64, of the first rows, each alone."""
+    """Return the worst relative error of the KL against float64, of the first rows, each alone."""
     rows = [(p[i : i + 1].detach(), q[i : i + 1]) for i in range(min(8, len(p)))]
     found = torch.stack([function(*row).double() for row in rows])
     exact = torch.cat([testing.truth(*row).kl for row in rows])
@@ -71,7 +68,6 @@ def error(function, p, q):
 
 
 def measure(shapes=SHAPES, rounds=ROUNDS):
-    """Yields a record for each shape, type and provider, of KLs near 0.005."""
     named = providers()
     for (rows, vocabulary), dtype in itertools.product(shapes, ("fp32", "bf16")):
         torch._dynamo.reset()
@@ -104,7 +100,6 @@ def processor():
 
 
 def table(data):
-    """Writes the figures as a table; times in milliseconds."""
     lines = [
         [
             f"{row['rows']} × {row['vocabulary']} {row['dtype']}",
@@ -123,7 +118,6 @@ def table(data):
 
 
 def page(data):
-    """Makes the section of the page of results."""
     words = "The sum of KL over the tokens and its gradient, one thread; processor"
     return ["## CPU", f"{words}: {data['processor']}. {origin(data)}", table(data)]
 

@@ -1,4 +1,4 @@
-"""Reads compiled kernels: the hot loop's instructions and loads, the paths through it, registers.
+"""Read compiled kernels: the hot loop's instructions and loads, the paths through it, registers.
 
 NVIDIA's SASS (`nvdisasm -c`) and AMD's amdgcn assembly both become a `Program`, a control-flow
 graph of instructions. Loops and counts are computed from it alike.
@@ -52,12 +52,11 @@ class LoopCosts(NamedTuple):
 
     @property
     def loaded(self):
-        """Bytes that an iteration loads."""
         return sum(width * count for width, count in self.loads.items())
 
 
 def _program(instructions, labels, entry=0):
-    """Links instructions (opcode, label that it jumps to, whether the next may follow, label of
+    """Link instructions (opcode, label that it jumps to, whether the next may follow, label of
     the subroutine that it calls)."""
     graph, calls = nx.DiGraph(), {}
     graph.add_nodes_from(range(len(instructions)))
@@ -77,7 +76,6 @@ SASS_TARGET = re.compile(r"`\(([^)]+)\)")
 
 
 def parse_sass(text, kernel):
-    """Reads the function `kernel` in the output of `nvdisasm -c`."""
     instructions, labels = [], {}
     for line in text.splitlines():
         if label := SASS_LABEL.match(line):
@@ -102,7 +100,7 @@ def _sass_instruction(guard, opcode, operands):
 
 
 def parse_resources(text):
-    """Returns (registers, spill bytes) from `cuobjdump -res-usage`.
+    """Return (registers, spill bytes) from `cuobjdump -res-usage`.
 
     Triton's kernels have no arrays, so all of their stack and local memory is spills.
     """
@@ -120,7 +118,6 @@ GCN_INSTRUCTION = re.compile(r"\s+((?:s|v|ds|buffer|global|flat|scratch)_\w+)\s*
 
 
 def parse_amdgcn(text, kernel):
-    """Reads the function `kernel` in Triton's amdgcn assembly."""
     instructions, labels = [], {}
     body = text.partition(f"\n{kernel}:")[2].partition("\n.Lfunc_end")[0]
     for line in body.splitlines():
@@ -135,7 +132,7 @@ def parse_amdgcn(text, kernel):
 
 
 def parse_amdgcn_resources(text):
-    """Returns (vector registers, spill bytes) from the metadata of Triton's amdgcn assembly; None
+    """Return (vector registers, spill bytes) from the metadata of Triton's amdgcn assembly; None
     for what it does not tell."""
     found = dict(re.findall(r"^\s*\.(\w+):\s*(\d+)\s*$", text, re.MULTILINE))
     names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
@@ -163,19 +160,17 @@ NOT_COUNTED = ("NOP", "s_nop", "s_waitcnt", "s_delay_alu")
 
 
 def load_width(opcode):
-    """Returns the bytes that an instruction loads from global memory, 0 if it does not."""
     match = LOAD.match(opcode)
     return WIDTHS[match[1] or match[2]] if match else 0
 
 
 def fp32_results(opcode):
-    """Returns how many float32 results of additions, multiplications or fused ones it has."""
     match = FP32.match(opcode)
     return 0 if not match else 2 if match[1] or match[2] else 1
 
 
 def loop_costs(program, body):
-    """Returns the LoopCosts of some instructions; a call adds the whole subroutine."""
+    """Return the LoopCosts of some instructions; a call adds the whole subroutine."""
     indices = list(body)
     for first in (program.calls[i] for i in body if i in program.calls):
         indices += [first, *nx.descendants(program.graph, first)]
@@ -193,7 +188,7 @@ def _count(program, indices):
 
 
 def natural_loops(program):
-    """Returns the natural loops, {header: instructions}; all edges back to a header make one."""
+    """Return the natural loops, {header: instructions}; all edges back to a header make one."""
     reached = {program.entry} | nx.descendants(program.graph, program.entry)
     graph, loops = program.graph.subgraph(reached).copy(), {}
     above = nx.immediate_dominators(graph, program.entry)
@@ -214,7 +209,7 @@ def _dominators(above, i):
 
 
 def hot_loop(program):
-    """Returns the LoopCosts of the hot loop (see above), None where no loop loads."""
+    """Return the LoopCosts of the hot loop (see above), None where no loop loads."""
     loops = natural_loops(program)
     header = _hot_header(program, loops)
     return None if header is None else loop_costs(program, loops[header])
@@ -250,12 +245,12 @@ MANY = 10_000  # more instructions than a path has
 
 
 def segment_costs(program, anchors, edges, segments):
-    """Returns the SegmentCosts of a program whose rows are cut into `segments`, each with `edges`
+    """Return the SegmentCosts of a program whose rows are cut into `segments`, each with `edges`
     passes of the loop over what is less than a tile.
 
     A thread executes and `outside` adds up, beside the near and the general path:
         once: everything that lies in no loop, along the longest path;
-        of the hot loop: the path with most shuffles, on which a tile is read twice, `anchors` times;
+        of the hot loop: the path with most shuffles, which reads a tile twice, `anchors` times;
         of the loop over the edge: the dearest path without re-anchoring, `edges` times;
         one time in `segments`: everything behind the atomic operation, since only the last
         program of a row merges.
@@ -303,7 +298,7 @@ def segment_costs(program, anchors, edges, segments):
 
 
 def _heaviest(program, graph, start, ends, weight):
-    """Returns the path from `start` to one of `ends` with the largest sum of weights, () for none.
+    """Return the path from `start` to one of `ends` with the largest sum of weights, () for none.
 
     Paths through a call are left out. Raises ValueError (CycleError) where the graph has a cycle.
     """

@@ -44,7 +44,6 @@ def _child():
 
 
 def _in_child(name, pickled):
-    """Returns the pickled (KL, gradient of its sum) of a provider for pickled (p, q, wrt)."""
     import fastkl
 
     p, q, wrt = pickle.loads(pickled)
@@ -82,7 +81,7 @@ def _kl_divergence(name, inputs):
 
 
 def interpreted_providers(names=None):
-    """Makes a provider for each of NAMES, or for those in `names`; the first call starts the
+    """Make a provider for each of NAMES, or for those in `names`; the first call starts the
     child."""
     return [
         Provider(

@@ -34,7 +34,7 @@ WAYS = {
 
 
 def accuracy(device, dtypes=("bf16", "fp16", "fp32"), shape=SHAPE, noises=NOISES):
-    """Yields {"dtype", "kl", "ways": {name: {"kl", "hidden", "weight", "bias"}}}: relative errors,
+    """Yield {"dtype", "kl", "ways": {name: {"kl", "hidden", "weight", "bias"}}}: relative errors,
     and the mean error in nats."""
     tokens, hidden, vocabulary = shape.values()
     for dtype, size in itertools.product(dtypes, noises):
@@ -49,10 +49,12 @@ def accuracy(device, dtypes=("bf16", "fp16", "fp32"), shape=SHAPE, noises=NOISES
         )
         found = {"dtype": dtype, "kl": exact[0].mean().item(), "ways": {}}
         for name, function in WAYS.items():
-            off = [(r.double() - e, e) for r, e in zip(_outcome(function, *inputs), exact)]
+            off = [
+                (r.double() - e, e) for r, e in zip(_outcome(function, *inputs), exact, strict=True)
+            ]
             relative = [(error.norm() / true.norm()).item() for error, true in off]
             found["ways"][name] = {
-                **dict(zip(("kl", "hidden", "weight"), relative)),
+                **dict(zip(("kl", "hidden", "weight"), relative, strict=True)),
                 "bias": off[0][0].mean().item(),
             }
         yield found

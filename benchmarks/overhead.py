@@ -34,7 +34,7 @@ FUNCTIONS = {
 
 
 def measure(calls=CALLS, repeats=REPEATS):
-    """Yields {"function", "way", step: microseconds, "calls": functions of fastkl that the last
+    """Yield {"function", "way", step: microseconds, "calls": functions of fastkl that the last
     step enters}."""
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(ROWS, VOCABULARY, generator=generator) for _ in "pq")
@@ -67,7 +67,7 @@ def _figures(function, leaf, calls, repeats):
 
 
 def python_calls(call):
-    """Counts the functions of fastkl and of its kernels that a call enters, comprehensions and
+    """Count the functions of fastkl and of its kernels that a call enters, comprehensions and
     generators included."""
     root, entered = Path(fastkl.__file__).resolve().parents[1], []
 

@@ -1,4 +1,4 @@
-"""Makes pairs of logits whose KL has a given size."""
+"""Make pairs of logits whose KL has a given size."""
 
 import math
 
@@ -11,7 +11,7 @@ DISTRIBUTIONS = ("normal 3", "normal 8", "peaked", "shift 50")
 
 
 def make_pair(distribution, dtype, target, rows, vocabulary, device):
-    """Makes (p, q, their truth): q is p plus noise, the median KL is near `target`."""
+    """Make (p, q, their truth): q is p plus noise, the median KL is near `target`."""
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     p = torch.randn(rows, vocabulary, **random) * (8 if distribution == "normal 8" else 3)
     if distribution == "peaked":

@@ -33,7 +33,7 @@ class Paths(NamedTuple):
 
 
 def tile_paths(p_logits, q_logits, temperature=1.0, chosen=None):
-    """Returns the Paths of 16-bit logits [N, V]; chosen: the forward's RowConfig."""
+    """Return the Paths of 16-bit logits [N, V]; chosen: the forward's RowConfig."""
     from fastkl.kernels import config
 
     vocabulary, size = p_logits.shape[-1], p_logits.element_size()
@@ -87,7 +87,7 @@ def _segment(p, q, scale, chosen, lanes):
 
 
 def held_out_logits(steps):
-    """Yields (steps, policy's and reference's logits [N, V] in bfloat16, temperature) of the demo
+    """Yield (steps, policy's and reference's logits [N, V] in bfloat16, temperature) of the demo
     without a penalty, of the policy's samples on held-out prompts."""
     from fastkl.rl import FixedBeta
     from fastkl.tools.demo import Settings, choose_settings

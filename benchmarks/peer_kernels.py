@@ -31,11 +31,11 @@ TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class _LaunchedError(Exception):
-    """Ends the peer's function at the launch."""
+    """End the peer's function at the launch."""
 
 
 def catch_launch(kernel, call, skip=()):
-    """Returns (arguments by name, options such as warps, what triton.compile takes) of the launch
+    """Return (arguments by name, options such as warps, what triton.compile takes) of the launch
     of `kernel` that call() arrives at; launches of `skip` before it do nothing."""
     caught = []
 
@@ -184,7 +184,6 @@ PIPELINES = {
 
 
 def measure(kernel):
-    """Returns a row: the kernel's costs, or the reason why there are none."""
     from fastkl.kernels.compile_plan import Specialization
 
     row = {"kernel": kernel.name, "package": kernel.package, "version": version(kernel.package)}
@@ -214,7 +213,6 @@ def _row(specialization, dtype, moved, names):
 
 
 def measure_ours():
-    """Yields the rows of OURS."""
     from fastkl.kernels.compile_plan import plan
 
     for name, dtype, unit in OURS:
@@ -225,7 +223,6 @@ def measure_ours():
 
 
 def pipelines():
-    """Returns the records of PIPELINES, with the sums for log-probabilities of 2 and of 4 bytes."""
     rows = []
     for name, (gives, *sides) in PIPELINES.items():
         rows.append({"pipeline": name, "gives": gives})
@@ -236,7 +233,7 @@ def pipelines():
 
 
 def report(json_file, origin):
-    """Prints the kernels and writes everything to json_file if there is one; returns the exit code:
+    """Print the kernels and writes everything to json_file if there is one; returns the exit code:
     1 where one of our kernels is missing, never for a peer."""
     errors, ours = [], []
     try:

@@ -1,4 +1,4 @@
-"""Shares command lines, files of figures, their origin and tables among the commands here."""
+"""Share command lines, files of figures, their origin and tables among the commands here."""
 
 import argparse
 import json
@@ -21,14 +21,13 @@ PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "tran
 
 
 def command_line(module, description, json_help="write the records to FILE"):
-    """Makes the parser of `python -m benchmarks.<module>`, which has --json FILE."""
     parser = argparse.ArgumentParser(f"python -m benchmarks.{module}", description=description)
     parser.add_argument("--json", type=output_file, metavar="FILE", help=json_help)
     return parser
 
 
 def write_json(path, data):
-    """Writes JSON whole or not at all, if there is a path, and makes its folder."""
+    """Write JSON whole or not at all, if there is a path, and makes its folder."""
     if path:
         write_bytes(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
 
@@ -39,7 +38,7 @@ def write_bytes(path, content):
 
 
 def finite(data):
-    """Replaces NaN and the infinities, which JSON lacks, by strings that float() reads."""
+    """Replace NaN and the infinities, which JSON lacks, by strings that float() reads."""
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -48,7 +47,7 @@ def finite(data):
 
 
 def output_file(text):
-    """Checks a path for argparse before minutes of measuring: a file there can be written."""
+    """Check a path for argparse before minutes of measuring: a file there can be written."""
     return _checked(text, "a file that can be written", Path(text).parent, check_writable)
 
 
@@ -69,7 +68,6 @@ def _checked(text, expected, folder, check):
 
 
 def has_gpu(tool):
-    """Returns whether there is a CUDA GPU, and reports its absence: the tool ends with code 2."""
     if not torch.cuda.is_available():
         where = "nothing was measured, run it on a machine that has one"
         print(f"{tool}: expected a CUDA GPU, got none; {where}", file=sys.stderr)
@@ -77,7 +75,7 @@ def has_gpu(tool):
 
 
 def commit():
-    """Names the commit of the working tree, with "+changes" where it differs, or "unknown".
+    """Name the commit of the working tree, with "+changes" where it differs, or "unknown".
 
     The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere.
     """
@@ -99,7 +97,6 @@ def version(package):
 
 
 def provenance(module, argv):
-    """Collects what a reader needs to repeat a measurement: command, commit, date and versions."""
     words = sys.argv[1:] if argv is None else argv
     return {
         "command": " ".join(["python -m", f"benchmarks.{module}", *words]),
@@ -111,7 +108,6 @@ def provenance(module, argv):
 
 
 def origin(data):
-    """Says where figures come from: command, date, versions and commit."""
     packages = {**data["versions"], **data.get("peers", {})}
     versions = ", ".join(f"{name} {of}" for name, of in packages.items() if isinstance(of, str))
     command, date, commit = data["command"].strip(), data["date"][:10], data["commit"][:10]
@@ -119,6 +115,5 @@ def origin(data):
 
 
 def markdown(head, rows):
-    """Writes a table in Markdown from the cells of its head and of its rows."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

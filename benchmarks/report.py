@@ -1,4 +1,4 @@
-"""Writes the page benchmarks/results/README.md, the figures in README.md and docs, and the plots.
+"""Write the page benchmarks/results/README.md, the figures in README.md and docs, and the plots.
 
     python -m benchmarks.report
 
@@ -44,7 +44,7 @@ NO_RESULTS = (
 
 
 def read(path):
-    """Reads the results in a file under benchmarks/results; raises ValueError."""
+    """Read the results in a file under benchmarks/results; raises ValueError."""
     file = RESULTS / path
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -59,7 +59,6 @@ def read(path):
 
 
 def accuracy_section():
-    """Makes the table of the worst relative error of the KL by size, a column per provider."""
     options = {"providers": ACCURACY_COLUMNS, "targets": accuracy.TARGETS[::2]}
     table = accuracy.markdown(read("cpu/accuracy.json"), **options)
     # On a CPU our name alone stands for the reference; the kernels have the column beside it.
@@ -67,7 +66,6 @@ def accuracy_section():
 
 
 def linear_section():
-    """Makes the table of errors from hidden states by size of the KL, for bfloat16 inputs."""
     data = read("cpu/linear_accuracy.json")
     records = [record for record in data["records"] if record["dtype"] == "bf16"]
     exact = "fastkl, logits_dtype=float32"
@@ -93,7 +91,6 @@ def static_section():
 
 
 def kernels_table(data, names=None):
-    """Makes the table of these kernels, or of all; of two types a name means the first."""
     first = {row["kernel"]: row for row in reversed(data["kernels"])}
     lines = []
     for row in data["kernels"] if names is None else [first[name] for name in names]:
@@ -111,7 +108,6 @@ def kernels_table(data, names=None):
 
 
 def ways_table(data, names):
-    """Makes the table of the memory traffic of these ways from logits to a KL."""
     ways = {row["pipeline"]: row for row in data["pipelines"]}
     lines = []
     for name in names:
@@ -124,7 +120,6 @@ def ways_table(data, names):
 
 
 def gpu_section():
-    """Makes the tables of the newest results of a GPU; without any a sentence that says so."""
     results = tables.gpu_results(RESULTS)
     if not results:
         return NO_RESULTS
@@ -159,7 +154,7 @@ SECTIONS = {
 
 
 def render(name, words):
-    """Makes the sections of a file anew; raises ValueError for a mark without its other half."""
+    """Make the sections of a file anew; raises ValueError for a mark without its other half."""
     for section, make in SECTIONS.items():
         start, end = f"<!-- {section} -->\n", f"\n<!-- /{section} -->"
         before, opened, rest = words.partition(start)
@@ -175,7 +170,6 @@ def render(name, words):
 
 
 def results_page():
-    """Makes the page of all tables of all committed results; of each GPU those of its newest."""
     errors, costs = read("cpu/accuracy.json"), read("static/peers.json")
     parts = [
         "# Results",
@@ -209,7 +203,6 @@ def _accuracy_parts(data):
 
 
 def _gpu_parts(path, data):
-    """Makes the tables of a GPU: every section with every row, growth with size, and accuracy."""
     driver = (data.get("gpu") or {}).get("driver")
     said = origin(data) + (f" Driver {driver}." if driver else "")
     parts = [f"### {gpu_name(data)}", said, tables.standing(data)]
@@ -236,7 +229,6 @@ def _gpu_parts(path, data):
 
 
 def main(argv=None):
-    """Rewrites the files that differ, and says so, or none; returns the exit code."""
     argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
     ).parse_args(argv)

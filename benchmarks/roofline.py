@@ -28,7 +28,7 @@ GPUS = {
 
 
 def bytes_per_pair(kernel, dtype):
-    """Returns the bytes that a kernel of ours moves per pair, or per logit where it reads one tensor.
+    """Return the bytes that a kernel of ours moves per pair, or per logit of one tensor.
 
     kernel: its name in the compile plan. None for a kernel that does not go over the vocabulary.
     """
@@ -42,7 +42,7 @@ def bytes_per_pair(kernel, dtype):
 
 
 def upper_bound(record, moved=None):
-    """Returns {"percent" of peak bandwidth, "limited_by"}, None where a loop was not counted.
+    """Return {"percent" of peak bandwidth, "limited_by"}, None where a loop was not counted.
 
     moved: bytes per pair, for a kernel that is not one of ours.
     """

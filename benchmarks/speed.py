@@ -1,4 +1,4 @@
-"""Times the operations of this package beside plain torch, torch.compile and every peer, on a GPU.
+"""Time the operations of this package beside plain torch, torch.compile and every peer, on a GPU.
 
     python -m benchmarks.speed --out DIR [--suite NAME ...] [--provider package.module:function]
 
@@ -45,7 +45,7 @@ NO_TIME, STOPPED = "no time left in this run", "stopped at its time limit"
 
 
 def run_here(arguments):
-    """Measures one provider at the cases of a section, from number `start` on, in this process.
+    """Measure one provider at the cases of a section, from number `start` on, in this process.
 
     Appends each row to the file of rows, so that it outlives a crash; returns the exit code.
     """
@@ -96,7 +96,6 @@ class Run(NamedTuple):
         return [row for row in rows if provider in (None, row["provider"])]
 
     def write(self, section, **facts):
-        """Writes the results whole, with the rows of a section as they are now."""
         rows = [row for row in self.rows_of(section) if row["status"] != "not offered"]
         floors = {r["workload"]["name"]: r["times"] for r in rows if r["provider"] == FLOOR}
         for row in (row for row in rows if row["provider"] != FLOOR):
@@ -108,7 +107,7 @@ class Run(NamedTuple):
 
 
 def run_limited(command, seconds, log=None, **environment):
-    """Runs a command; returns its exit code, or None past the limit.
+    """Run a command; returns its exit code, or None past the limit.
 
     There the command and all that it started are ended.
     """
@@ -125,7 +124,7 @@ def run_limited(command, seconds, log=None, **environment):
 
 
 def run_provider(run, name, provider, options):
-    """Measures a provider of a section, in as many processes one after the other as it takes."""
+    """Measure a provider of a section, in as many processes one after the other as it takes."""
     workloads, crashes, reason = SUITES[name].workloads, 0, NO_TIME
     until = min(time.monotonic() + run.arguments.provider_seconds, run.deadline)
     while (done := len(run.rows_of(name, provider))) < len(workloads) and crashes < CRASHES:
@@ -146,7 +145,6 @@ def run_provider(run, name, provider, options):
 
 
 def run_section(run, name):
-    """Measures a section, provider by provider; returns its status."""
     arguments, users = run.arguments, [text for text, _ in run.arguments.provider]
     options = [f"--provider={text}" for text in users] + ["--check"] * arguments.check
     wanted = (*(arguments.providers or ALL_LOADERS), *users, *[FLOOR] * (not arguments.check))
@@ -160,7 +158,6 @@ def run_section(run, name):
 
 
 def run_command(run, name):
-    """Runs a command of the suite, with a log beside the results; returns its status."""
     names = {"folder": str(run.rows.parent), "stamp": run.rows.stem}
     command = [word.format(**names) for word in SUITES[name].command]
     if name == "tests" and importlib.util.find_spec("xdist"):
@@ -180,7 +177,6 @@ def run_command(run, name):
 
 
 def gpu_facts():
-    """Describes the GPU: its name, memory and cache, and its driver where nvidia-smi tells."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "name": properties.name,
@@ -194,7 +190,6 @@ def gpu_facts():
 
 
 def run_suite(arguments, results, folder):
-    """Runs the sections and writes their results, which are returned."""
     results |= {"gpu": gpu_facts() if torch.cuda.is_available() else None, "sections": {}}
     rows = folder / (re.sub(r"[-:]", "", results["date"]) + ".jsonl")
     run = Run(arguments, rows, results, time.monotonic() + arguments.seconds)

@@ -65,7 +65,7 @@ FIGURES = (
 
 
 def measure(specialization, arch, dtype, aligned):
-    """Returns the record of one `Specialization` of the compile plan: its case and its FIGURES.
+    """Return the record of one `Specialization` of the compile plan: its case and its FIGURES.
 
     Raises ValueError, with the kernel's name, where it does not compile or its machine code does
     not read as expected.
@@ -115,7 +115,7 @@ def _figures(specialization, compiled):
 
 
 def cut(specialization):
-    """Returns (tiles of a segment that re-anchor, passes of the loop over its edge, segments of a
+    """Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of a
     row) of a kernel of forward."""
     from fastkl.kernels.compile_plan import VOCABULARY
     from fastkl.kernels.row_math import OUTWEIGHS
@@ -136,7 +136,7 @@ IR_LOAD = re.compile(
 
 
 def source_loop_bytes(ttgir, threads):
-    """Returns the bytes that a thread loads in an iteration of the loop over the vocabulary as
+    """Return the bytes that a thread loads in an iteration of the loop over the vocabulary as
     written, from Triton's own representation; None where no loop loads.
 
     Of several loops it is the one that loads most outside the loops inside it. A load that a loop
@@ -162,7 +162,7 @@ def source_loop_bytes(ttgir, threads):
 
 
 def _unroll_factor(loop, compiled):
-    """Returns how many iterations of the loop as written the compiler put into one.
+    """Return how many iterations of the loop as written the compiler put into one.
 
     Compilers unroll short loops unasked. The bytes loaded tell: a fifth of slack allows for what is
     loaded in another way than by a plain load (one number for all threads, say).
@@ -177,7 +177,7 @@ def _unroll_factor(loop, compiled):
 
 
 def compile_kernel(specialization, arch):
-    """Compiles for an architecture that this machine need not have. Nothing is cached."""
+    """Compile for an architecture that this machine need not have. Nothing is cached."""
     cuda = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
     parts = (specialization.signature, specialization.constexprs, specialization.attrs)
@@ -194,7 +194,7 @@ def compile_kernel(specialization, arch):
 
 
 def machine_code(compiled):
-    """Returns the text of the machine code; without data flow, half of nvdisasm's time."""
+    """Return the text of the machine code; without data flow, half of nvdisasm's time."""
     amd = compiled.asm.get("amdgcn")
     return amd if amd else _of_cubin(compiled, "nvdisasm", "-c", "-ndf")
 
@@ -211,7 +211,6 @@ def _of_cubin(compiled, tool, *arguments):
 
 
 def digest(specialization, arch):
-    """Returns a hash of the instructions and labels, whatever the kernel is called."""
     compiled = compile_kernel(specialization, arch)
     lines = machine_code(compiled).replace(compiled.metadata.name, "kernel").splitlines()
     # Directives of the assembler name source lines and files.
@@ -224,7 +223,7 @@ def digest(specialization, arch):
 
 
 def cases(plan, architectures=ARCHITECTURES, dtypes=DTYPES, kernels=None):
-    """Yields (specialization, architecture, type, aligned) of everything that `plan` lists, or of
+    """Yield (specialization, architecture, type, aligned) of everything that `plan` lists, or of
     `kernels` alone."""
     for arch, dtype, aligned in itertools.product(architectures, dtypes, (True, False)):
         for specialization in plan(dtype, aligned, arch):
@@ -233,7 +232,7 @@ def cases(plan, architectures=ARCHITECTURES, dtypes=DTYPES, kernels=None):
 
 
 def collect(chosen):
-    """Returns (records, error messages) of some `cases`.
+    """Return (records, error messages) of some `cases`.
 
     The same compilation aligned and misaligned is measured once.
     """
@@ -251,7 +250,6 @@ def collect(chosen):
 
 
 def table(records):
-    """Writes the records as lines of text."""
     rows = [{**found, **found.get("upper_bound_of_peak_bandwidth", {})} for found in records]
     frame = pd.DataFrame(rows).filter((*CASE, "unit", *FIGURES, "percent", "limited_by", "reason"))
     short = frame.rename(columns=lambda name: name.replace("instructions_per_pair", "instr"))
@@ -262,7 +260,6 @@ def table(records):
 
 
 def parse(argv, plan):
-    """Returns the arguments and their cases; exits with 2 where they do not go together."""
     parser = command_line("static_costs", __doc__.splitlines()[0])
     for name, choices in (("kernel", None), ("arch", ARCHITECTURES), ("dtype", DTYPES)):
         text = f"only this {name} (may be given again)"

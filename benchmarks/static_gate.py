@@ -19,13 +19,11 @@ SLACKS = {
 
 
 def case_of(record):
-    """Names a record by kernel, architecture, element type and alignment."""
     alignment = "aligned" if record["aligned"] else "misaligned"
     return f"{record['kernel']} {record['arch']} {record['dtype']} {alignment}"
 
 
 def read_baseline(path):
-    """Reads a file that --write-baseline wrote; ValueError for another one."""
     try:
         data = json.loads(Path(path).read_text())
         {case_of(record): [record[key] for key in SLACKS] for record in data["records"]}
@@ -47,7 +45,7 @@ def _worse(key, now, before):
 
 
 def compare(records, baseline, kernels=None):
-    """Returns (regressions, other changes), a sentence each, against the baseline's records.
+    """Return (regressions, other changes), a sentence each, against the baseline's records.
 
     Only the architectures and element types in `records`, and of these only `kernels` if given, are
     expected to be there.
@@ -73,7 +71,7 @@ def compare(records, baseline, kernels=None):
 
 
 def judge(records, path, kernels):
-    """Compares with the baseline at `path` and prints every change; returns it for the JSON."""
+    """Compare with the baseline at `path` and prints every change; returns it for the JSON."""
     baseline = read_baseline(path)
     here, there = triton.__version__, baseline["versions"]["triton"]
     regressions, changes = compare(records, baseline, kernels) if here == there else ([], [])

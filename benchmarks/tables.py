@@ -1,4 +1,4 @@
-"""Turns rows of speed.py into tables: the best beside fastkl, every figure, and growth with size.
+"""Turn rows of speed.py into tables: the best beside fastkl, every figure, and growth with size.
 
 A file of results is {"gpu", "versions", "commit", "command", "date", "sections": {name: {"status",
 "rows"}}}. Files written before 2026-12 have the bandwidth of a copy as a row of its own.
@@ -27,7 +27,7 @@ RED, NONE = "🔴", "–"
 
 
 def gpu_results(folder):
-    """Finds [(path, data)]: of every GPU the newest file in which the main shape was timed.
+    """Find [(path, data)]: of every GPU the newest file in which the main shape was timed.
 
     The newest of them comes first, of one day an H200's.
     """
@@ -51,13 +51,12 @@ def gpu_name(data):
 
 
 def rows_of(data, section):
-    """Returns the rows of a section that are about a workload."""
     rows = (data.get("sections", {}).get(section) or {}).get("rows", [])
     return [row for row in rows if "workload" in row]
 
 
 def label(workload):
-    """Names a workload the same in every table: the operation, and a shape that is not the main."""
+    """Name a workload the same in every table: the operation, and a shape that is not the main."""
     linear = "mode" in workload
     main = LINEAR_MAIN if linear else MAIN
     parts = [f"linear {workload['mode']}" if linear else workload["operation"]]
@@ -71,7 +70,7 @@ def label(workload):
 
 
 def by_workload(data, sections=TIMED):
-    """Returns {label: {provider: row}}; of two sections the first row that has times."""
+    """Return {label: {provider: row}}; of two sections the first row that has times."""
     found = {}
     for row in (row for section in sections for row in rows_of(data, section)):
         rows, provider = found.setdefault(label(row["workload"]), {}), row["provider"]
@@ -83,7 +82,6 @@ def by_workload(data, sections=TIMED):
 
 
 def timed(row):
-    """Returns {phase: milliseconds} of a row that passed the gate; empty for every other."""
     if not row or row.get("status") != "ok":
         return {}
     found = {p: number(figures.get("median_ms")) for p, figures in (row.get("times") or {}).items()}
@@ -91,7 +89,7 @@ def timed(row):
 
 
 def frame(data):
-    """Makes a table of a line per workload, provider and phase that has a time.
+    """Make a table of a line per workload, provider and phase that has a time.
 
     time, wall: in milliseconds, on the device and of one call alone on the clock. memory: in GB.
     """
@@ -108,7 +106,6 @@ def frame(data):
 
 
 def standing(data):
-    """Says who is faster than fastkl, and where fastkl has no time."""
     found = {name: (rows.get(OURS), others_of(rows)) for name, rows in by_workload(data).items()}
     compared = {n: rows for n, rows in found.items() if any(map(timed, rows[1].values()))}
     faster = [
@@ -137,7 +134,7 @@ def number(value):
 
 
 def digits(value, count=3):
-    """Writes a number with so many digits, and never in powers of ten; a dash for none."""
+    """Write a number with so many digits, and never in powers of ten; a dash for none."""
     value = number(value)
     if value is None:
         return NONE
@@ -150,7 +147,6 @@ def times(ratio):
 
 
 def amount(value):
-    """Writes bytes in the unit that suits them; a dash for none."""
     value = number(value)
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value is not None and abs(value) >= 0.9995 * size:
@@ -159,7 +155,7 @@ def amount(value):
 
 
 def text(words, length=200):
-    """Writes the first line of somebody else's words as it may stand in a table."""
+    """Write the first line of somebody else's words as it may stand in a table."""
     line = (str(words).strip().splitlines() or [""])[0]
     line = line if len(line) <= length else line[: length - 1] + "…"
     for special in "\\|*_`":
@@ -168,7 +164,7 @@ def text(words, length=200):
 
 
 def why(row):
-    """Writes the reason for having no time, or an error of the gate, in its place."""
+    """Write the reason for having no time, or an error of the gate, in its place."""
     if not row:
         return NONE
     if row.get("status") == "ok":
@@ -186,7 +182,7 @@ def peak(row):
 
 
 def summary(data, sections, what, title, share):
-    """Makes a table of a line per workload at the main shape: fastkl, the best other, plain torch.
+    """Make a table of a line per workload at the main shape: fastkl, the best other, plain torch.
 
     share: the key and the format of a figure beside our time.
     """
@@ -229,7 +225,6 @@ MEMORY = {"peak_bytes": "peak beside the inputs", "held_bytes": "held for backwa
 
 
 def timings(rows):
-    """Makes the table of rows, a workload's together."""
     names = list(dict.fromkeys(label(row["workload"]) for row in rows))
     rows = sorted(rows, key=lambda row: names.index(label(row["workload"])))
     head = ["workload", "provider", *FIGURES.values(), *MEMORY.values(), "error", "note"]
@@ -237,7 +232,6 @@ def timings(rows):
 
 
 def line(row):
-    """Writes the cells of a row."""
     found, memory = timed(row), row.get("memory") or {}
     cells = [
         " / ".join(
@@ -261,20 +255,19 @@ AXES = {"rows": "vocabulary == 128256", "vocabulary": "rows == 4096"}
 
 
 def growth(data, axis):
-    """Makes a table by size of kl_divergence in bf16, columns (figure of frame, provider)."""
+    """Make a table by size of kl_divergence in bf16, columns (figure of frame, provider)."""
     same = "operation == 'kl_divergence' and wrt == 'p' and dtype == 'bf16' and layout == 'rows'"
     table = frame(data).query(f"{same} and phase == 'both' and {AXES[axis]}")
     return table.pivot(index=axis, columns="provider", values=["time", "wall", "memory"])
 
 
 def axes_of(data):
-    """Names the axes of AXES along which kl_divergence was measured on purpose."""
+    """Name the axes of AXES along which kl_divergence was measured on purpose."""
     scaled = rows_of(data, "scaling")
     return [axis for axis in AXES if scaled and not growth(data, axis).empty]
 
 
 def picture(data, axis):
-    """Draws device time, time on the clock and peak memory against a size; returns a PNG."""
     labels = {"time": "device time, ms", "wall": "one call alone, ms", "memory": "peak, GB"}
     table, content = growth(data, axis), io.BytesIO()
     figure = Figure(figsize=(14, 4.2), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""Finds a launch configuration for this GPU and prints it as an entry for kernels/config.py.
+"""Find a launch configuration for this GPU and prints it as an entry for kernels/config.py.
 
     python -m benchmarks.tune --direction forward|backward|fused --dtype bf16|fp32
                               [--vocabulary V] [--json FILE]
@@ -57,7 +57,6 @@ def candidates(direction, present, itemsize, vocabulary):
 
 
 def logits(rows, vocabulary, dtype):
-    """Return P ~ N(0, 3²), Q = P + N(0, 1), and tokens below V − 1."""
     options = dict(generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
     p, q = (torch.randn(rows, vocabulary, dtype=DTYPES[dtype], **options) for _ in range(2))
     p *= 3
@@ -65,7 +64,6 @@ def logits(rows, vocabulary, dtype):
 
 
 def operations(direction, p, q, tokens):
-    """Return {name: call}; a call returns the tensors [N] or [N, V] that the kernel computes."""
     x, y = p.detach().requires_grad_(), q.detach().requires_grad_()
     gradient = functools.partial(torch.autograd.grad, retain_graph=direction == "backward")
     if direction == "forward":
@@ -112,7 +110,6 @@ def check(direction, dtype, vocabulary):
 
 
 def measure(direction, dtype, vocabulary, chosen):
-    """Return {operation and rows: milliseconds} of a configuration that passes the check."""
     from triton.testing import do_bench
 
     # row_fused is off on a GPU until it is measured.
@@ -153,7 +150,6 @@ def attempt(arguments, chosen, record):
 
 
 def score(trial):
-    """Return the geometric mean of a trial's times; infinite for a refused one."""
     return statistics.geometric_mean(trial["times"].values()) if "times" in trial else float("inf")
 
 

@@ -1,4 +1,4 @@
-"""The accuracy benchmarks: no error is hidden, a failing provider is a row, tables and exit code."""
+"""The accuracy benchmarks: no error is hidden, a failing provider is a row; the command."""
 
 import json
 import math
@@ -121,7 +121,11 @@ FAILED = {"reason": "ImportError: no"}
     ("kinds", "measure", "table"),
     [
         ([row(3e-7), row(1e-7)], "kl", "| KL | a |\n|---|---|\n| 1e-7 | 3e-7 |"),
-        ([row(7.0, 4), row(0.2, 1)], "kl", "| KL | a |\n|---|---|\n| 1e-7 | 7e0 (5 of 16 negative) |"),
+        (
+            [row(7.0, 4), row(0.2, 1)],
+            "kl",
+            "| KL | a |\n|---|---|\n| 1e-7 | 7e0 (5 of 16 negative) |",
+        ),
         ([row(7.0, 4), row(0.2)], "gradient", "| KL | a |\n|---|---|\n| 1e-7 | 4e0 |"),
         ([row(0.2, rows=2)], "kl", "| KL | a, 2 of 8 rows |\n|---|---|\n| 1e-7 | 2e-1 |"),
         ([FAILED, row(0.2)], "kl", "| KL | a |\n|---|---|\n| 1e-7 | – |"),
