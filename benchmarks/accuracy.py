@@ -1,4 +1,4 @@
-"""How many digits of a KL survive, and of its gradient: every provider against float64.
+"""Measure the digits of a KL and of its gradient: every provider against float64.
 
     python -m benchmarks.accuracy [--json FILE] [--plot FILE.png] [--rows N] [--vocabulary V]
 

@@ -38,7 +38,7 @@ class Program(NamedTuple):
 
 
 class LoopCosts(NamedTuple):
-    """What an iteration holds. loads: {bytes: count} of global loads; fp32: results of float32
+    """The contents of an iteration. loads: {bytes: count} of global loads; fp32: results of float32
     additions and multiplications (a fused one is one, a packed instruction has two)."""
 
     instructions: int

@@ -1,4 +1,4 @@
-"""How many digits of a KL from hidden states survive, and of its gradients.
+"""Measure the digits of a KL from hidden states and of its gradients.
 
     python -m benchmarks.linear_accuracy [--json FILE] [--device cuda]
 

@@ -1,4 +1,4 @@
-"""Which path tiles of logits take through the KL forward's loop: near, general, or read twice.
+"""Count the tiles of logits on each path of the KL forward's loop: near, general, read twice.
 
     python -m benchmarks.paths [--steps 2 8 24]
     python -m benchmarks.paths --file FILE.pt

@@ -1,4 +1,4 @@
-"""What every kernel costs before it meets a GPU: instructions, registers and loads of its hot loop.
+"""Count instructions, registers and loads of every kernel's hot loop, without a GPU.
 
     python -m benchmarks.static_costs --json FILE   every kernel of fastkl.kernels.compile_plan
     python -m benchmarks.static_costs --baseline    compared with benchmarks/static_baseline.json

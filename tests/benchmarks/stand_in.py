@@ -57,7 +57,7 @@ def install(put=setattr):
 
 
 def provider(device):
-    """Is a user's own: right at the first case, ends its process at the second."""
+    """Load a user's own provider: right at the first case, ends its process at the second."""
 
     def kl_divergence(inputs):
         if len(inputs.p) == 4:

@@ -1,4 +1,4 @@
-"""How benchmarks/disassembly.py reads machine code: loops, paths, loads and resources."""
+"""Check the reading of machine code: loops, paths, loads and resources."""
 
 import pytest
 

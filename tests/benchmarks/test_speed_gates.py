@@ -260,7 +260,7 @@ def test_no_token_is_where_the_clip_begins():
 
 
 def products_of(workload, run):
-    """How many products of N x H x V a call does."""
+    """Count the products of N x H x V in a call."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / (2 * workload.rows * workload.hidden * workload.vocabulary)
