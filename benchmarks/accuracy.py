@@ -130,31 +130,30 @@ def names_of(data):
     return list(dict.fromkeys(name for found in data["records"] for name in found["errors"]))
 
 
-def cell(records, name, measure="kl"):
-    """Return {"worst", "negative", "rows"} of a provider over the kinds of rows of one size; None
-    where it failed in one of them: the others alone would flatter it."""
-    key = MEASURES[measure]
-    errors = [r["errors"][name] for r in records if not r["skipped"] and name in r["errors"]]
-    if not errors or any(key not in error for error in errors):
-        return None
-    worst = [float(error[key]) for error in errors]
-    return {
-        "worst": math.nan if any(map(math.isnan, worst)) else max(worst),
-        **{key: sum(error[key] for error in errors) for key in ("negative", "rows")},
-    }
-
-
 def cells(data, dtype, measure):
-    """Return {provider: {size: cell}} of one element type, without a provider that has none."""
-    by_size = {}
+    """Return {provider: {size: {"worst", "negative", "rows"}}} of one element type, over the kinds
+    of rows of one size.
+
+    None where a provider failed in one of the kinds: the others alone would flatter it. A provider
+    that has no figure is left out.
+    """
+    key, by_size = MEASURES[measure], {}
     for found in sorted(data["records"], key=lambda found: found["target"]):
         if found["dtype"] == dtype:
-            by_size.setdefault(found["target"], []).append(found)
-    found = {
-        name: {size: cell(records, name, measure) for size, records in by_size.items()}
-        for name in names_of(data)
-    }
-    return {name: sizes for name, sizes in found.items() if any(sizes.values())}
+            by_size.setdefault(found["target"], []).append(found["errors"])
+    table = {}
+    for name, (size, kinds) in itertools.product(names_of(data), by_size.items()):
+        errors = [errors[name] for errors in kinds if name in errors]
+        figures = table.setdefault(name, {})
+        figures[size] = None
+        if errors and all(key in error for error in errors):
+            worst = [float(error[key]) for error in errors]
+            figures[size] = {
+                "worst": math.nan if any(map(math.isnan, worst)) else max(worst),
+                "negative": sum(error["negative"] for error in errors),
+                "rows": sum(error["rows"] for error in errors),
+            }
+    return {name: sizes for name, sizes in table.items() if any(sizes.values())}
 
 
 def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
@@ -168,7 +167,8 @@ def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
     sizes = sorted({r["target"] for r in data["records"] if r["dtype"] == dtype})
     lines = [["KL", *(column_title(data, name) for name in names)]]
     for size in (size for size in sizes if targets is None or size in targets):
-        lines.append([power(size), *(_text(found.get(n, {}).get(size), measure) for n in names)])
+        figures = (found.get(name, {}).get(size) for name in names)
+        lines.append([power(size), *(_text(one, measure) for one in figures)])
     head, *rest = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
 

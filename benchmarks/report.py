@@ -219,7 +219,7 @@ def _gpu_parts(path, data):
             parts.append(f"`{section['summary'].strip('= ')}`")
         parts.append(tables.timings(tables.rows_of(data, name)))
     parts = [part for part in parts if part]
-    for axis in tables.axes_of(data):
+    for axis in tables.growth(data):
         title = f"kl_divergence against {axis}"
         parts += [f"#### {title}", f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"]
     for file in sorted(path.parent.glob("*-accuracy.json"))[-1:]:
@@ -239,8 +239,9 @@ def main(argv=None):
         for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))):
             made[path] = render(path.name, path.read_text(encoding="utf-8")).encode()
         for path, data in tables.gpu_results(RESULTS):
-            for axis in tables.axes_of(data):
-                made[path.with_name(f"{path.stem}-{axis}.png")] = tables.picture(data, axis)
+            for axis, table in tables.growth(data).items():
+                picture = tables.picture(table, gpu_name(data))
+                made[path.with_name(f"{path.stem}-{axis}.png")] = picture
     except ValueError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 1

@@ -88,23 +88,6 @@ def timed(row):
     return {phase: milliseconds for phase, milliseconds in found.items() if milliseconds}
 
 
-def frame(data):
-    """Make a table of a line per workload, provider and phase that has a time.
-
-    time, wall: in milliseconds, on the device and of one call alone on the clock. memory: in GB.
-    """
-    return pd.DataFrame(
-        {
-            **{**row["workload"], "label": name, "provider": provider, "phase": phase},
-            **{"time": milliseconds, "wall": row["times"][phase].get("wall_ms")},
-            "memory": (row.get("memory") or {}).get("peak_bytes", math.nan) / 1e9,
-        }
-        for name, rows in by_workload(data).items()
-        for provider, row in rows.items()
-        for phase, milliseconds in timed(row).items()
-    )
-
-
 def standing(data):
     found = {name: (rows.get(OURS), others_of(rows)) for name, rows in by_workload(data).items()}
     compared = {n: rows for n, rows in found.items() if any(map(timed, rows[1].values()))}
@@ -251,28 +234,36 @@ def line(row):
 # Growth with size
 
 
-AXES = {"rows": "vocabulary == 128256", "vocabulary": "rows == 4096"}
+AXES = {"rows": ("vocabulary", 128256), "vocabulary": ("rows", 4096)}
 
 
-def growth(data, axis):
-    """Make a table by size of kl_divergence in bf16, columns (figure of frame, provider)."""
-    same = "operation == 'kl_divergence' and wrt == 'p' and dtype == 'bf16' and layout == 'rows'"
-    table = frame(data).query(f"{same} and phase == 'both' and {AXES[axis]}")
-    return table.pivot(index=axis, columns="provider", values=["time", "wall", "memory"])
+def growth(data):
+    """Return {axis: table by size} of kl_divergence in section "scaling".
+
+    Columns: (figure, provider), of time and wall in milliseconds, on the device and of one call
+    alone on the clock, and of memory in GB.
+    """
+    found = {}
+    for axis, (other, size) in AXES.items():
+        lines = [
+            {
+                **{axis: row["workload"][axis], "provider": row["provider"]},
+                **{"time": timed(row)["both"], "wall": row["times"]["both"].get("wall_ms")},
+                "memory": row["memory"]["peak_bytes"] / 1e9,
+            }
+            for row in rows_of(data, "scaling")
+            if "both" in timed(row) and row["workload"][other] == size
+        ]
+        if lines:
+            found[axis] = pd.DataFrame(lines).pivot(index=axis, columns="provider")
+    return found
 
 
-def axes_of(data):
-    """Name the axes of AXES along which kl_divergence was measured on purpose."""
-    scaled = rows_of(data, "scaling")
-    return [axis for axis in AXES if scaled and not growth(data, axis).empty]
-
-
-def picture(data, axis):
+def picture(table, name):
     labels = {"time": "device time, ms", "wall": "one call alone, ms", "memory": "peak, GB"}
-    table, content = growth(data, axis), io.BytesIO()
-    figure = Figure(figsize=(14, 4.2), dpi=120, layout="constrained")
+    content, figure = io.BytesIO(), Figure(figsize=(14, 4.2), dpi=120, layout="constrained")
     for axes, (kind, words) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
         table[kind].plot(ax=axes, loglog=True, marker="o", markersize=3, ylabel=words, grid=True)
-    figure.suptitle(f"kl_divergence, forward and backward, bf16, {gpu_name(data)}")
+    figure.suptitle(f"kl_divergence, forward and backward, bf16, {name}")
     figure.savefig(content, format="png")
     return content.getvalue()
