@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, interpreted, linear_accuracy, pairs
+from benchmarks import accuracy, interpreted, linear_accuracy
 from benchmarks.providers import LOADERS, Provider, load_providers
 from benchmarks.record import ROOT
 from benchmarks.work import NotOfferedError
@@ -24,7 +24,7 @@ def exact(p, q):
 
 
 def errors_of(provider, kind="normal 3", target=1e-2, wrt="p", rows=6, dtype="fp32"):
-    p, q, true = pairs.make_pair(kind, dtype, target, rows, 503, CPU)
+    p, q, true = accuracy.make_pair(kind, dtype, target, rows, 503, CPU)
     gradients = testing.kl_gradients(true, torch.ones(rows))
     return accuracy.error_of(provider, p, q, true, gradients, wrt)
 
@@ -36,7 +36,7 @@ def of(function, target=1e-2, wrt="p", **options):
 
 @pytest.mark.parametrize("target", accuracy.TARGETS)
 def test_pairs_have_the_kl_asked_for(target):
-    first, again = (pairs.make_pair("peaked", "fp32", target, 5, 503, CPU) for _ in range(2))
+    first, again = (accuracy.make_pair("peaked", "fp32", target, 5, 503, CPU) for _ in range(2))
     assert all(map(torch.equal, first[:2], again[:2]))
     assert first[2].kl.median().item() == pytest.approx(target, rel=0.1)
 
