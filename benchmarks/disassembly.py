@@ -192,7 +192,8 @@ def natural_loops(program):
     reached = {program.entry} | nx.descendants(program.graph, program.entry)
     graph, loops = program.graph.subgraph(reached).copy(), {}
     above = nx.immediate_dominators(graph, program.entry)
-    for tail, header in graph.edges:
+    headers = {i for i in graph if graph.in_degree(i) > 1} | {program.entry}
+    for tail, header in graph.in_edges(headers):
         if header in _dominators(above, tail):
             before = graph.subgraph(graph.nodes - {header})
             body = {tail} | nx.ancestors(before, tail) if tail != header else set()
