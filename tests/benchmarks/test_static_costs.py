@@ -53,19 +53,21 @@ def triton_versions():
     return {"installed": None, **({"3.6": older} if older.is_dir() else {})}
 
 
-# Every kernel once for each architecture, and forward also misaligned and in float32, where its
-# loops are others; of another Triton those of sm_90. The command measures the whole plan.
+# Every kernel for sm_90, forward also misaligned and in float32, where its loops are others; for
+# the other architectures one of each kind. The command measures the whole plan.
 COLLECT = """
 import json, sys
-from benchmarks import roofline, static_costs, static_gate
+from benchmarks import static_costs
 from fastkl.kernels.compile_plan import plan
 
-architectures = sys.argv[1:]
+STEPS = ("forward", "fallback", "backward_p", "backward_both", "fused")
+KINDS = [f"kl_divergence.{step}" for step in STEPS]
+KINDS += ["token_stats.forward", "token_stats.backward_both", "token_stats_policy_only.forward"]
 chosen = [
     case
-    for case in static_costs.cases(plan, architectures)
-    if case[2:] == ("bf16", True)
-    or (case[0].name == "kl_divergence.forward" and case[1] in ("sm_90", "gfx942"))
+    for case in static_costs.cases(plan, sys.argv[1:])
+    if case[0].name == "kl_divergence.forward" and case[1] in ("sm_90", "gfx942")
+    or case[2:] == ("bf16", True) and (case[1] == "sm_90" or case[0].name in KINDS)
 ]
 records, errors = static_costs.collect(chosen)
 print(json.dumps({"records": records, "errors": errors, "triton": static_costs.triton.__version__}))
