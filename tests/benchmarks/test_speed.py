@@ -45,9 +45,9 @@ def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path, capfd):
     assert doctor["status"] == "missing: no-such-command is not installed"
     assert memcheck["status"] == "KeyError: 'unknown'", "what fails in one loses no other"
     found = [(row["provider"], row["workload"]["rows"], row["status"]) for row in main["rows"]]
-    assert found == [("torch", 6, "ok"), ("torch", 4, "ok"), (OWN, 6, "ok"), (OWN, 4, "failed")]
+    assert found == [(OWN, 6, "ok"), (OWN, 4, "failed")]
     assert main["rows"][-1]["reason"] == "the process ended with exit code 7"
-    for row in main["rows"][:3]:
+    for row in main["rows"][:1]:
         assert list(row["times"]) == list(PHASES) and row["memory"]["peak_bytes"] == 3_000_000
         for figures in row["times"].values():
             assert figures["median_ms"] > 0 and figures["wall_ms"] > 0

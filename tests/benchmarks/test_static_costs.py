@@ -53,21 +53,23 @@ def triton_versions():
     return {"installed": None, **({"3.6": older} if older.is_dir() else {})}
 
 
-# Every kernel for sm_90, forward also misaligned and in float32, where its loops are others; for
-# the other architectures one of each kind. The command measures the whole plan.
+# Every kernel for sm_90 but those of a temperature ratio, forward also misaligned and in float32,
+# where its loops are others; for the other architectures one of each kind. The command measures
+# the whole plan.
 COLLECT = """
 import json, sys
 from benchmarks import static_costs
 from fastkl.kernels.compile_plan import plan
 
-STEPS = ("forward", "fallback", "backward_p", "backward_both", "fused")
+STEPS = ("forward", "backward_p", "backward_both", "fused")
 KINDS = [f"kl_divergence.{step}" for step in STEPS]
-KINDS += ["token_stats.forward", "token_stats.backward_both", "token_stats_policy_only.forward"]
+KINDS += ["token_stats.forward", "token_stats.fallback"]
 chosen = [
     case
     for case in static_costs.cases(plan, sys.argv[1:])
     if case[0].name == "kl_divergence.forward" and case[1] in ("sm_90", "gfx942")
-    or case[2:] == ("bf16", True) and (case[1] == "sm_90" or case[0].name in KINDS)
+    or case[2:] == ("bf16", True)
+    and (case[0].name in KINDS or (case[1] == "sm_90" and not case[0].name.endswith("ratio")))
 ]
 records, errors = static_costs.collect(chosen)
 print(json.dumps({"records": records, "errors": errors, "triton": static_costs.triton.__version__}))
