@@ -9,25 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "fastkl", "benchmarks", "tests")
 LONGEST = 400
-BEING_SPLIT = {
-    "benchmarks/accuracy.py",
-    "benchmarks/disassembly.py",
-    "benchmarks/peer_kernels.py",
-    "benchmarks/static_costs.py",
-    "fastkl/_checks.py",
+BEING_SPLIT: set[str] = {
     "fastkl/integrations/transformers.py",
-    "fastkl/linear.py",
-    "fastkl/ops/linear_op.py",
-    "fastkl/ops/lm_head.py",
     "fastkl/rl/beta.py",
     "fastkl/rl/losses.py",
     "fastkl/rl/monitor.py",
     "fastkl/rl/natural_gradient.py",
-    "kernels/launch.py",
-    "kernels/row_fallback.py",
-    "kernels/row_segment.py",
-    "tests/benchmarks/test_accuracy_benchmark.py",
-    "tests/benchmarks/test_static_costs.py",
     "tests/linear/distributed_worker.py",
     "tests/linear/linear_cases.py",
     "tests/linear/test_linear.py",
