@@ -55,7 +55,7 @@ def estimate_kl(
 
     Args:
         logprob, ref_logprob: [...], log-probabilities of the sampled tokens under policy and
-        reference, floats of any type.
+            reference, floats of any type.
         estimator: "k1", "k2", "k3" or "abs".
         clamp: beyond |d| = clamp an estimator goes on along its tangent there: its gradient keeps
             the sign and the size it has at the clamp. A number in (0, 50]; k1 and abs are their own
@@ -106,19 +106,17 @@ def sampled_kl_loss(
         loss = ratio * (value.detach() + form - form.detach())
 
     in which `value` is never negative and `form` is what has the gradient. Off-policy, the first is
-    the ratio with gradient times k3, token by
-    token: both have the gradient ratio·d·∇logprob.
+    the ratio with gradient times k3, token by token: both have the gradient ratio·d·∇logprob.
 
     Args:
         logprob: [...], log-probabilities of the sampled tokens under the policy that is trained.
         ref_logprob: [...], under the reference; gets no gradient.
         old_logprob: [...], under the policy that sampled the tokens, without gradient. None: they
-        come from the policy as it is now.
+            come from the policy as it is now.
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or
             "reference||policy", whose noise grows with e^(-d).
         clamp: as estimate_kl, for `value` and for `form`: the gradient stays right inside and of
-        the right sign beyond. It leaves the ratio
-            alone, which counts as e^20 where it is more.
+            the right sign beyond. It leaves the ratio alone, which counts as e^20 where it is more.
 
     Returns:
         [...] float32 (float64 for float64 log-probabilities), nats. Reduce it over the tokens that

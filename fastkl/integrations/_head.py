@@ -53,7 +53,7 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
 
     Raises:
         TypeError: not a model with an lm_head. ValueError: logits that no candidate gives, an
-        adapter on the lm_head, prompt learning, an encoder-decoder, a packed or sharded weight.
+            adapter on the lm_head, prompt learning, an encoder-decoder, a packed or sharded weight.
     """
     inner = causal_lm(model)
     name, layer = type(inner).__name__, getattr(inner, "get_output_embeddings", lambda: None)()

@@ -44,7 +44,8 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
         all of GKDTrainer's. args.beta has to be set, since its default is between. logits_dtype: as
         fastkl.linear_kl_divergence.
 
-    compute_loss(…, return_outputs=True), which evaluation asks for with compute_metrics, makes the logits in a further forward without gradient.
+    compute_loss(…, return_outputs=True), which evaluation asks for with compute_metrics, makes the
+    logits in a further forward without gradient.
 
     Raises:
         ImportError on import: another TRL than the one tested. ValueError when made: args.beta

@@ -84,8 +84,9 @@ class KLCallback(TrainerCallback, ExportableState):
 
     Args:
         controller: an object with `beta` and `update(kl, unit=)`, as fastkl.rl's. It is updated
-            with n = 1, so a horizon counts optimizer steps. A mean below 0, as k1 has in many steps, is handed on. A step whose KL is not finite
-            leaves the controller as it was; the first one warns.
+            with n = 1, so a horizon counts optimizer steps. A mean below 0, as k1 has in many
+            steps, is handed on. A step whose KL is not finite leaves the controller as it was; the
+            first one warns.
         monitor: an object with `update(kl, mask, cu_seqlens=, entropy=, beta=, step=)`, as
             fastkl.rl.KLMonitor. Only the first process's runs, on that process's tokens.
 

@@ -39,20 +39,19 @@ class ExactGRPOTrainer(GRPOTrainer):
         per_token_loss = per_token_loss + beta * per_token_kl          # reduced over tokens as `loss_type` says
 
     which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` has nothing
-    to correct. What noise there is comes from
-    dropout: a policy in training mode differs from its reference by it, so set
-    args.disable_dropout=True for a model that has any.
+    to correct. What noise there is comes from dropout: a policy in training mode differs from its
+    reference by it, so set args.disable_dropout=True for a model that has any.
 
         trainer = ExactGRPOTrainer(model, reward_funcs, args=GRPOConfig(beta=0.04, …), …)
         trainer = ExactGRPOTrainer(…, callbacks=[KLCallback(AdaptiveBeta(0.04, 0.05, horizon=50), KLMonitor())])
 
     Args:
         all of GRPOTrainer's. With args.beta = 0 there is no reference and no KL: the loss is
-            GRPOTrainer's own. A KLCallback among the callbacks gets the KL of every micro-batch;
-            the `beta` of its controller replaces args.beta, which then only says that there is a
-            reference. Without one the trainer makes one, which logs "kl/mean".
+        GRPOTrainer's own. A KLCallback among the callbacks gets the KL of every micro-batch; the
+        `beta` of its controller replaces args.beta, which then only says that there is a reference.
+        Without one the trainer makes one, which logs "kl/mean".
         logits_dtype: as fastkl.linear_token_stats: torch.float32 keeps what 16-bit logits lose of a
-        KL below about 1e-2 nats.
+            KL below about 1e-2 nats.
 
     `trainer.kl_weight` is the weight of the next step, `trainer.kl_callback` the callback or None.
     `trainer.beta` is 0, which turns TRL's own estimate off. The metrics "kl" and "eval_kl" have
@@ -70,7 +69,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         is not supported (FSDP, DeepSpeed, torch.compile, a router's auxiliary loss, multimodal
         models, prompt learning), a controller with args.beta = 0, a model that head_of refuses. In
         training: a token that the reference lacks, from a prompt or vLLM. RuntimeError: TRL did not
-        ask for log-probs as it does in 1.16.
+            ask for log-probs as it does in 1.16.
 
     Source: Shao et al., DeepSeekMath (2024), eq. 3, with the KL taken exactly instead of by eq. 4.
     """

@@ -78,7 +78,7 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
 
     Args:
         logprob, ref_logprob: [...], log-probabilities of the tokens, sampled from the policy as it
-        is now.
+            is now.
         kl_penalty: "kl", "k1", "abs", "mse", "k2", "low_var_kl" or "k3", with or without a "+".
     Returns:
         [...] float32 (float64 for float64 log-probabilities), nats.
@@ -87,7 +87,7 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
         so in later mini-batches of a rollout it is off by the ratio, as verl's own is.
     Raises:
         TypeError, ValueError: as fastkl.estimate_kl; "full", which needs logits:
-        fastkl.kl_divergence.
+            fastkl.kl_divergence.
     Source: Schulman, Approximating KL Divergence (2020), for the values.
     """
     if not isinstance(kl_penalty, str):

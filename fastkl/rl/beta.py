@@ -260,7 +260,7 @@ class AdaptiveBeta(_TargetedBeta):
     Args:
         initial: beta to begin with.
         target: the KL to hold, nats per `unit`: trainers commonly hold 6 per sequence, or 0.1 per
-        token.
+            token.
         horizon: in the unit of update's n, which is 1 per update unless given.
         unit: "token" or "sequence"; with "sequence" update asks for unit="sequence" beside a
             number.
@@ -368,9 +368,9 @@ class PIDBeta(_TargetedBeta):
     Args:
         initial, target, unit, bounds: as AdaptiveBeta.
         kp, ki, kd: gains from 0 to 100, ki above 0 (without it the target is not reached). The
-        defaults suit a KL that follows beta within about
-            10 updates, and settle from 1 to 100. A KL in proportion to 1/beta that follows at once
-            swings for ever unless kp + ki/2 + 2·kd < 1. kd amplifies the noise of the KL.
+            defaults suit a KL that follows beta within about 10 updates, and settle from 1 to 100.
+            A KL in proportion to 1/beta that follows at once swings for ever unless kp + ki/2 +
+            2·kd < 1. kd amplifies the noise of the KL.
 
     Raises TypeError and ValueError for other numbers.
     Source: Åström and Murray, Feedback Systems, first edition (2008), chapter 10, for the

@@ -51,23 +51,22 @@ def ppo_loss(
 
     Args:
         logprob: log π(token) in nats, [B, T] (any leading shape), with gradient; or [total],
-        sequences packed one behind the other.
+            sequences packed one behind the other.
         old_logprob: the same under the policy that chose the tokens, without gradient; None: that
-        is the policy as it is now, ratio 1.
+            is the policy as it is now, ratio 1.
         advantages: one per token, shaped as logprob, or per sequence, [B]; with cu_seqlens [S],
             which is how S = total of them count, too.
         mask: bool, shaped as logprob, True where the token counts.
         clip: how far the ratio may move from 1 before its gradient stops: one number, or (low,
-        high) for 1 - low and 1 + high.
+            high) for 1 - low and 1 + high.
         dual_clip: for a negative advantage, the ratio above which its gradient stops, larger than
-        1; None: no such bound.
+            1; None: no such bound.
         reduction: "token_mean", also spelt "mean": mean over the tokens that count;
-        "sequence_mean": mean over sequences of the sum over each
-            one's tokens, sequences without a token that counts left out; "sum".
+            "sequence_mean": mean over sequences of the sum over each one's tokens, sequences
+            without a token that counts left out; "sum".
         cu_seqlens: integers [S+1] from 0 to total: sequence s is logprob[cu_seqlens[s] :
-        cu_seqlens[s + 1]]; empty ones are allowed. Without it
-            a logprob [total] will do for what asks no token's sequence: "token_mean" and "sum",
-            with advantages per token.
+            cu_seqlens[s + 1]]; empty ones are allowed. Without it a logprob [total] will do for
+            what asks no token's sequence: "token_mean" and "sum", with advantages per token.
         normalizer: for a mean, the divisor in place of this call's own count, so that micro-batches
             and processes of different lengths weigh each token (sequence) the same: how many count
             in all micro-batches of a step; under DDP and FSDP, which average gradients, that number
@@ -85,10 +84,10 @@ def ppo_loss(
 
     Raises:
         TypeError: a tensor not of a float type, log-probabilities of float64 beside another type,
-        mask not bool, a setting that is no number.
+            mask not bool, a setting that is no number.
         ValueError: shapes or devices that do not fit, old_logprob with gradient, clip or dual_clip
-        out of range, another reduction, cu_seqlens missing or wrong, a normalizer that is not above
-        0 or beside "sum".
+            out of range, another reduction, cu_seqlens missing or wrong, a normalizer that is not
+            above 0 or beside "sum".
 
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 7; Ye et al.,
     Mastering Complex Control in MOBA Games with Deep Reinforcement Learning (2020), for the dual
@@ -155,37 +154,32 @@ def grpo_loss(
 
     Args:
         logprob, old_logprob, advantages, mask, clip: as ppo_loss. The advantages of a group are its
-        rewards less their mean (over their spread).
+            rewards less their mean (over their spread).
         ref_logprob: log π_ref(token), shaped as logprob, no gradient.
         kl: exact KL(policy‖reference) of each token in nats, shaped as logprob, with gradient:
-        kl_divergence(policy_logits, ref_logits).
+            kl_divergence(policy_logits, ref_logits).
         beta: the KL's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute `beta`.
-        A number 0 leaves the KL out. A tensor is not
-            looked at: a negative one is no error, and 0 times an infinite `kl` is NaN.
+            A number 0 leaves the KL out. A tensor is not looked at: a negative one is no error, and
+            0 times an infinite `kl` is NaN.
         level: "token": a ratio per token; "sequence": the geometric mean of a sequence's ratios for
-        all its tokens (GSPO). Its gradient takes
-            each token with its own advantage (GSPO-token; for one advantage per sequence the same).
-            The KL stays per token.
+            all its tokens (GSPO). Its gradient takes each token with its own advantage (GSPO-token;
+            for one advantage per sequence the same). The KL stays per token.
         reduction: "grpo": mean over the B sequences of the mean over each one's tokens, a sequence
-        without a token that counts as 0;
-            "bnpo": mean over the batch's tokens that count, also that of DAPO if the batch is whole; "dr_grpo": sum / (B·max_length);
-            "sum".
+            without a token that counts as 0; "bnpo": mean over the batch's tokens that count, also
+            that of DAPO if the batch is whole; "dr_grpo": sum / (B·max_length); "sum".
         max_length: with "dr_grpo", the largest number of tokens that a completion may have, the
-        same in every step. That none has more is
-            checked on the CPU only, outside torch.compile: elsewhere looking would cost a
-            synchronisation.
+            same in every step. That none has more is checked on the CPU only, outside
+            torch.compile: elsewhere looking would cost a synchronisation.
         correct_kl: multiply the estimate from ref_logprob by the ratio of `level`, with gradient
-        and
-            not clipped. The token's is an importance weight. The sequence's geometric mean, which
-            TRL and Liger multiply by, is none: with more than one token value and gradient are
-            biased.
+            and not clipped. The token's is an importance weight. The sequence's geometric mean,
+            which TRL and Liger multiply by, is none: with more than one token value and gradient
+            are biased.
         kl_clamp: the clamp of estimate_kl and sampled_kl_loss for the estimate from ref_logprob:
             without one a token with d = -20 has a gradient of size e^20, with 5 of e^5.
         cu_seqlens: as ppo_loss; without it a logprob [total] will do for level "token" with "bnpo"
-        and "sum".
+            and "sum".
         normalizer: as ppo_loss: with "bnpo" in place of the number of tokens that count, with
-        "grpo"
-            and "dr_grpo" in place of B, the number of sequences.
+            "grpo" and "dr_grpo" in place of B, the number of sequences.
 
     Returns:
         As ppo_loss.
@@ -278,11 +272,11 @@ def dpo_loss(
 
     Args:
         chosen, rejected: log π of each response in nats, the sum over its tokens (per-token ones
-        are refused), [B], with gradient.
+            are refused), [B], with gradient.
         ref_chosen, ref_rejected: the same under the reference, [B]; no gradient.
         beta: the weight of the KL penalty whose optimum is sought, above 0.
         label_smoothing: the probability that a preference is labelled the wrong way round, 0 … 0.5
-        (0.5 left out).
+            (0.5 left out).
         normalizer: as ppo_loss, in place of the number of pairs B.
 
     Returns:
@@ -301,9 +295,9 @@ def dpo_loss(
 
     Raises:
         TypeError: a tensor not of a float type, float64 beside another type, a setting that is no
-        number.
+            number.
         ValueError: shapes that are not [B] or differ, devices that differ, beta or label_smoothing
-        out of range, a normalizer as in ppo_loss.
+            out of range, a normalizer as in ppo_loss.
 
     Source: Rafailov et al., Direct Preference Optimization (2023), eqs. 4 to 7; Mitchell, A note on
     DPO with noisy preferences (2023), for label_smoothing.

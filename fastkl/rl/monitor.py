@@ -45,20 +45,19 @@ class KLMonitor:
     Args:
         threshold: KL of a token, nats; with it "kl/above_threshold" is the share of tokens above.
         spike: True: a SpikeDetector() watches "kl/mean" and "kl/spike" is 1.0 where it rings, else
-        0.0; a SpikeDetector of your own; or False.
+            0.0; a SpikeDetector of your own; or False.
         positions: how many entries profile() has at most.
         jsonl: a file that gets a line of JSON per update, in a folder that exists; made at once. It
-        is never shortened: a resumed run goes on in it.
+            is never shortened: a resumed run goes on in it.
         loggers: what each step's dict goes to: objects with a method log(dict), as a wandb run;
-        with add_scalar(name, value, step), as
-            TensorBoard's SummaryWriter; or callables of the dict. They are called after the line of
-            JSON is written.
+            with add_scalar(name, value, step), as TensorBoard's SummaryWriter; or callables of the
+            dict. They are called after the line of JSON is written.
 
-    The state of the run is on the CPU: state_dict() costs no copy.
-    A file that cannot be written any more (OSError) and a logger that raises do not end the run:
-    the first time, for each of them, a RuntimeWarning says what failed and at which step, from
-    where on steps may be missing there; the figures are returned as ever. In distributed training
-    each process sees its own tokens; gather them, or monitor one process.
+    The state of the run is on the CPU: state_dict() costs no copy. A file that cannot be written
+    any more (OSError) and a logger that raises do not end the run: the first time, for each of
+    them, a RuntimeWarning says what failed and at which step, from where on steps may be missing
+    there; the figures are returned as ever. In distributed training each process sees its own
+    tokens; gather them, or monitor one process.
 
     Raises ValueError or TypeError for wrong arguments, ValueError for a jsonl that cannot be
     appended to.
@@ -141,19 +140,19 @@ class KLMonitor:
 
         Args:
             kl: KL of each token, nats, [..., T] of any float type, T the position in the sequence;
-            or [total], sequences packed one behind the
-                other, with cu_seqlens; [T] alone is one sequence. No gradient is kept.
+                or [total], sequences packed one behind the other, with cu_seqlens; [T] alone is one
+                sequence. No gradient is kept.
             mask: bool, shaped as kl, True where the token counts. Whatever the others hold, NaN
-            included, changes no figure.
+                included, changes no figure.
             cu_seqlens: integers [S+1] from 0 to total, where the packed sequences begin and end;
-            the profile and "kl/per_sequence" need them.
+                the profile and "kl/per_sequence" need them.
             entropy, reward, beta, more: figures to report beside, None: not reported. A tensor
-            shaped as kl is averaged over the tokens that
-                count, any other tensor over all its entries; a number, or the `beta` of a
-                controller, is taken as it is. With as many packed sequences as tokens a reward [S]
-                counts as one per sequence, as in shape_rewards, any other [S] as per token. Tensors
-                on kl's device go through the same copy, those shaped as kl are moved there from the
-                CPU; other ones on the CPU need none.
+                shaped as kl is averaged over the tokens that count, any other tensor over all its
+                entries; a number, or the `beta` of a controller, is taken as it is. With as many
+                packed sequences as tokens a reward [S] counts as one per sequence, as in
+                shape_rewards, any other [S] as per token. Tensors on kl's device go through the
+                same copy, those shaped as kl are moved there from the CPU; other ones on the CPU
+                need none.
             step: number of the step, from 0 to 2^53; default one more than the last, from 0.
 
         Returns:
@@ -265,11 +264,12 @@ class KLMonitor:
 
     def summary(self) -> dict[str, float]:
         """Figures over all tokens of the run so far: "steps", "kl/tokens", "kl/mean",
-        "kl/per_sequence" (over all sequences), "kl/max", "kl/p50",
-        "kl/p95", "kl/p99" (right to 1 % between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and
-        with a threshold or a detector "kl/above_threshold" and "kl/spikes" (how many steps rang).
-        Tokens whose KL is not finite are counted, +inf as above the threshold too, and otherwise
-        left out. NaN where there is nothing to take a figure of."""
+        "kl/per_sequence" (over all sequences), "kl/max", "kl/p50", "kl/p95", "kl/p99" (right to 1 %
+        between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and with a threshold or a detector
+        "kl/above_threshold" and "kl/spikes" (how many steps rang). Tokens whose KL is not finite
+        are counted, +inf as above the threshold too, and otherwise left out. NaN where there is
+        nothing to take a figure of.
+        """
         run = self._run
         figures = {"steps": run["steps"], "kl/tokens": run["tokens"]}
         figures |= dict.fromkeys(("kl/mean", "kl/per_sequence", "kl/max"), math.nan)
@@ -335,9 +335,9 @@ class KLMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another
-        class, an incomplete or damaged one, or one of a
-        monitor with another threshold, other positions, or with a detector where this one has none,
-        or the other way round."""
+        class, an incomplete or damaged one, or one of a monitor with another threshold, other
+        positions, or with a detector where this one has none, or the other way round.
+        """
         mine = self.state_dict()
         _checks.state(state, mine)
         for name in ("threshold", "positions"):

@@ -55,22 +55,21 @@ def fisher_vector_product(
         return F @ vector
 
     which is the expectation of ∇log π ∇log πᵀ over tokens drawn from the policy (exact, none is
-    drawn), and the second derivative with respect to
-    new, at new = parameters, of the weighted mean of KL(parameters‖new), and of KL(new‖parameters).
+    drawn), and the second derivative with respect to new, at new = parameters, of the weighted mean
+    of KL(parameters‖new), and of KL(new‖parameters).
 
     Args:
         function: parameters → logits [..., V] of any float type (float16 is short of range for a
-        mean over many rows). It is called twice, under
-            torch.func.jvp and vjp: it must be deterministic (no dropout) and made of operations
-            with both derivatives, as
-            torch.func.functional_call(model, parameters, (tokens,)) is with attention's math implementation; fastkl's own operations have no
-            forward-mode derivative.
+            mean over many rows). It is called twice, under torch.func.jvp and vjp: it must be
+            deterministic (no dropout) and made of operations with both derivatives, as
+            torch.func.functional_call(model, parameters, (tokens,)) is with attention's math
+            implementation; fastkl's own operations have no forward-mode derivative.
         parameters: a float32 or float64 tensor, or a dict of such tensors by name.
         vector: shaped as parameters.
         weights: float [...], what each row counts, at least 0 (not looked at); None counts all
-        alike. A row of weight 0 adds exactly 0 whatever
-            logits it has, if their derivatives are finite: replace the inputs of padding that is
-            not. All 0 gives 0. For a mask pass mask.float().
+            alike. A row of weight 0 adds exactly 0 whatever logits it has, if their derivatives are
+            finite: replace the inputs of padding that is not. All 0 gives 0. For a mask pass
+            mask.float().
 
     Returns:
         As parameters, detached; nothing is written to .grad. Several tensors the size of the logits
@@ -170,11 +169,10 @@ def conjugate_gradient(
         b: a float32 or float64 tensor of any shape, or a dict of such tensors by name; not changed.
         iterations: how many products at the most; at least 1.
         tolerance: stop once the norm of the residual is at most this part of the norm of b; from 0
-        to less than 1.
+            to less than 1.
         damping: added to the diagonal; at least 0. Where A is singular and b not in its range there
-        is no solution, and without damping x grows
-            without bound. It also stops, without an error, where rounding leaves no positive
-            curvature along the next direction.
+            is no solution, and without damping x grows without bound. It also stops, without an
+            error, where rounding leaves no positive curvature along the next direction.
 
     Returns:
         x, shaped as b, detached; no size of b is too small or too large for its type. b = 0 gives 0
@@ -284,11 +282,11 @@ def natural_gradient(
 
     Args:
         function, parameters, weights: as in fisher_vector_product. Where the policy has a
-        temperature, function divides by it.
+            temperature, function divides by it.
         gradient: shaped as parameters, of what is to grow; for a loss pass the negative.
         max_kl: nats, the weighted mean per row; positive.
         iterations, tolerance: as in conjugate_gradient; an iteration costs two forwards and a
-        backward.
+            backward.
         damping: added to the diagonal of F to find the direction, not to scale the step; compare it
             with v·Fv / v·v along the gradient v. F is singular as a rule: N rows feel N·(V - 1)
             directions at most. The gradient of a function of these rows' probabilities lies in F's
@@ -300,7 +298,7 @@ def natural_gradient(
 
     Raises:
         TypeError, ValueError: wrong arguments; a gradient or Fisher product that is not finite; a
-        direction along which the policy does not change, so that no length gives max_kl.
+            direction along which the policy does not change, so that no length gives max_kl.
 
     Source: Schulman et al., Trust Region Policy Optimization (2015), appendix C; Amari, Natural
     Gradient Works Efficiently in Learning (1998).

@@ -42,19 +42,17 @@ def shape_rewards(
 
     Args:
         scores: one per sequence, [B] for kl [B, T] and [S] for a packed one: given on the last
-        token that counts. Or per token, shaped as kl.
-            With as many packed sequences as tokens they count as one per sequence.
+            token that counts. Or per token, shaped as kl. With as many packed sequences as tokens
+            they count as one per sequence.
         kl: KL of each token in nats: [B, T] (any leading shape), or with cu_seqlens [total],
-        sequences packed one behind the other; which, see
-            above.
+            sequences packed one behind the other; which, see above.
         beta: the penalty's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute
-        `beta`. A number 0 leaves the KL out, also an
-            infinite one. A tensor is not looked at: a negative one is no error, and 0 times an
-            infinite KL is NaN.
+            `beta`. A number 0 leaves the KL out, also an infinite one. A tensor is not looked at: a
+            negative one is no error, and 0 times an infinite KL is NaN.
         mask: bool, shaped as kl, True where the token counts: the policy chose it. Padding may be
-        on either side, tool outputs may leave holes.
+            on either side, tool outputs may leave holes.
         cu_seqlens: integers [S+1] from 0 to total: sequence s is kl[cu_seqlens[s] : cu_seqlens[s +
-        1]]; empty ones are allowed.
+            1]]; empty ones are allowed.
 
     Returns:
         rewards shaped as kl, float32 (float64 for a float64 kl), detached. A token that does not
@@ -69,9 +67,9 @@ def shape_rewards(
 
     Raises:
         TypeError: scores or kl not of a float type, mask not bool, cu_seqlens not integers, beta
-        none of the three.
+            none of the three.
         ValueError: shapes or devices that do not fit; wrong boundaries; a number beta that is
-        negative or not finite.
+            negative or not finite.
 
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2; Ouyang
     et al., Training language models to follow instructions with human feedback (2022), eq. 2.

@@ -65,13 +65,12 @@ class SpikeDetector:
 
     Args:
         ratio: the jump to look for, above 1. Smaller ones ring too, from about √ratio on, if they
-        last or stand out of the noise.
+            last or stand out of the noise.
         limit: evidence at which it rings, nats. Larger: fewer false alarms, later alarms.
         recent: steps whose median is the present level. window: steps whose residuals are the
-        noise.
+            noise.
         floor: KL, in the unit of kl, that does not matter: only from about there on do ratios count
-        and is the noise learnt. The default is for
-            nats per token.
+            and is the noise learnt. The default is for nats per token.
 
     Raises ValueError or TypeError for wrong arguments.
     Source: Page, Continuous Inspection Schemes (1954), for the test; Hampel, The Influence Curve
@@ -179,8 +178,9 @@ class SpikeDetector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another
-        class, an incomplete or damaged one, or one of a
-        detector with another recent, window or floor."""
+        class, an incomplete or damaged one, or one of a detector with another recent, window or
+        floor.
+        """
         mine = self.state_dict()
         _checks.state(state, mine)
         for name in ("recent", "window", "floor"):

@@ -17,9 +17,8 @@ class StepResult(NamedTuple):
     """What became of a step.
 
     accepted: "full", the optimizer's own step; "shrunk", a part of it; "undone", none of it.
-    fraction: the part taken, 1.0, between, or 0.0.
-    kl: the last value measured, nats: with the parameters as they are left, or, when undone, with
-    the shortest step that was refused.
+    fraction: the part taken, 1.0, between, or 0.0. kl: the last value measured, nats: with the
+    parameters as they are left, or, when undone, with the shortest step that was refused.
     """
 
     accepted: Literal["full", "shrunk", "undone"]
@@ -57,15 +56,14 @@ class TrustRegion:
 
     step(optimizer, mean_kl, closure=None):
         optimizer: any torch optimizer: all its parameter groups, a parameter that is listed twice
-        or shares its memory moved once.
+            or shares its memory moved once.
         mean_kl: called without gradient 1 to 1 + tries times; returns KL(old‖new), the mean over
-        the batch, as a number or one-element tensor,
-            with the parameters as they are at the call. Let it be the exact KL: a sampled estimate
-            accepts and refuses by its noise. Switch dropout off in it. With several processes
-            average over them, so that all decide alike. To refuse a step for another reason, as
-            TRPO does where the objective has not improved, return infinity. It must allow the
-            parameters before the step: where it measures from an older policy and that is max_kl
-            away already, every step is undone.
+            the batch, as a number or one-element tensor, with the parameters as they are at the
+            call. Let it be the exact KL: a sampled estimate accepts and refuses by its noise.
+            Switch dropout off in it. With several processes average over them, so that all decide
+            alike. To refuse a step for another reason, as TRPO does where the objective has not
+            improved, return infinity. It must allow the parameters before the step: where it
+            measures from an older policy and that is max_kl away already, every step is undone.
         closure: handed on to the optimizer.
 
     Waits for the device once per call of mean_kl, to compare its value; nothing else waits. Holds a
@@ -174,8 +172,8 @@ class EarlyStop:
     """Ends the epochs over one batch once the policy has moved far enough from the one that sampled
     it.
 
-    should_stop(kl) is equivalent to `kl > factor * target_kl`, and True where kl is NaN. kl: the mean KL so far, nats, a number or a one-element
-    tensor, for which it waits for the device.
+    should_stop(kl) is equivalent to `kl > factor * target_kl`, and True where kl is NaN. kl: the
+    mean KL so far, nats, a number or a one-element tensor, for which it waits for the device.
 
         for minibatch in epochs:
             ...
