@@ -303,7 +303,7 @@ def dpo_loss(
     DPO with noisy preferences (2023), for label_smoothing.
     """
     beta = _checks.number(
-        "beta", beta, "a finite number above 0", _checks.positive, "0.1 is common"
+        "beta", beta, "a finite number above 0", lambda x: 0 < x < math.inf, "0.1 is common"
     )
     label_smoothing = _checks.number(
         "label_smoothing",

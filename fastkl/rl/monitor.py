@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._types import BetaController
 from ..ops.fields import result_dtype
 from . import _checks
-from .beta import BetaController
 from .logs import Logger, append_line, appendable, check_logger, send
 from .logs import read_jsonl as read_jsonl
 from .spikes import SpikeDetector

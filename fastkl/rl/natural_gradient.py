@@ -198,7 +198,11 @@ def conjugate_gradient(
         "it is a part of the norm of b",
     )
     _checks.number(
-        "damping", damping, "a finite number of at least 0", _checks.not_negative, "1e-3 is common"
+        "damping",
+        damping,
+        "a finite number of at least 0",
+        lambda x: 0 <= x < math.inf,
+        "1e-3 is common",
     )
     residual, scale = _scaled(_named("b", b))
     solution = {name: torch.zeros_like(value) for name, value in residual.items()}
@@ -304,7 +308,11 @@ def natural_gradient(
     Gradient Works Efficiently in Learning (1998).
     """
     _checks.number(
-        "max_kl", max_kl, "a positive finite number of nats", _checks.positive, "0.01 is common"
+        "max_kl",
+        max_kl,
+        "a positive finite number of nats",
+        lambda x: 0 < x < math.inf,
+        "0.01 is common",
     )
     _like("gradient", gradient, "parameters", _named("parameters", parameters))
     product: Callable[[Any], Any] = partial(

@@ -92,7 +92,11 @@ class TrustRegion:
 
     def __init__(self, max_kl: float, *, shrink: float = 0.5, tries: int = 10) -> None:
         _checks.number(
-            "max_kl", max_kl, "a positive finite number of nats", _checks.positive, "0.01 is common"
+            "max_kl",
+            max_kl,
+            "a positive finite number of nats",
+            lambda x: 0 < x < math.inf,
+            "0.01 is common",
         )
         _checks.number(
             "shrink",
@@ -189,14 +193,14 @@ class EarlyStop:
             "target_kl",
             target_kl,
             "a positive finite number of nats",
-            _checks.positive,
+            lambda x: 0 < x < math.inf,
             "0.01 to 0.05 are common",
         )
         _checks.number(
             "factor",
             factor,
             "a positive finite number",
-            _checks.positive,
+            lambda x: 0 < x < math.inf,
             "it multiplies target_kl",
         )
         self.target_kl = target_kl
