@@ -30,9 +30,9 @@ Logger = Run | Writer | Callable[[dict[str, float]], object]
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Read the steps that KLMonitor(jsonl=path) wrote, each as update returned it; a figure that was
-    not finite reads as NaN.
+    """Read the steps that KLMonitor(jsonl=path) wrote, each as update returned it.
 
+    A figure that was not finite reads as NaN.
     A line that was cut off in writing, as the last one of a killed run, is left out, and so are the
     NUL bytes that a loss of power leaves.
 
@@ -72,7 +72,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 
 def append_line(path: str, metrics: dict[str, float]) -> None:
-    """Append one whole line in one write; behind half a line of a killed process, on a new line."""
+    """Append a whole line in one write; after half a line of a killed process, on a new line."""
     # JSON has no NaN: null, which every reader takes.
     plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     line = json.dumps({**plain, "step": int(metrics["step"])}).encode() + b"\n"

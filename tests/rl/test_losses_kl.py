@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 import fastkl
 from fastkl import testing
-from fastkl.rl.losses import DPOLoss, dpo_loss, grpo_loss
+from fastkl.rl import DPOLoss, dpo_loss, grpo_loss
 
 V = 5
 
