@@ -48,8 +48,8 @@ __all__ = [
 ]
 
 
-def float_tensor(name: str, value: torch.Tensor, what: str) -> None:
-    """Check for a tensor of one of FLOAT_TYPES; `what` says of what, with its shape."""
+def float_tensor(name: str, value: torch.Tensor, what: str, least_dim: int = 0) -> None:
+    """Check for a tensor of one of FLOAT_TYPES; `what` describes it, with its shape."""
     if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_TYPES:
         remedy = "pass a tensor"
         if isinstance(value, torch.Tensor):
@@ -59,6 +59,11 @@ def float_tensor(name: str, value: torch.Tensor, what: str) -> None:
             f"{type_name(value)}; {remedy}"
         )
     not_sharded(name, value, what, local_or_full(name))
+    if value.dim() < least_dim:
+        raise ValueError(
+            f"{name}: expected {what}, with at least {least_dim} dimension, got a scalar; pass one "
+            f"entry per token, before a mean is taken"
+        )
 
 
 def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

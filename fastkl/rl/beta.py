@@ -23,11 +23,14 @@ class FixedBeta(Controller):
     """
 
     def __init__(self, beta: float) -> None:
-        remedy = "a negative beta would reward divergence; pass 0.05, for instance"
-        what = "a finite number of at least 0"
-        super().__init__(
-            _checks.number("beta", beta, what, lambda x: 0 <= x < math.inf, remedy), None
+        checked = _checks.number(
+            "beta",
+            beta,
+            "a finite number of at least 0",
+            lambda x: 0 <= x < math.inf,
+            "a negative beta would reward divergence; pass 0.05, for instance",
         )
+        super().__init__(checked, None)
 
     def _advance(self, kl: float, n: float) -> None:
         """Leave beta as it is."""
@@ -178,23 +181,15 @@ class PIDBeta(TargetedController):
         bounds: tuple[float, float] = BOUNDS,
     ) -> None:
         super().__init__(initial, target, unit, bounds)
-        gain = "a finite number of at least 0, up to 100"
-        self.kp = _checks.number(
-            "kp", kp, gain, lambda x: 0 <= x <= 100, "it is how much log(beta) moves with the error"
-        )
+        gain, moves = "a number from 0 to 100", "it is how much log(beta) moves with the error"
+        self.kp = _checks.number("kp", kp, gain, lambda x: 0 <= x <= 100, moves)
+        self.kd = _checks.number("kd", kd, gain, lambda x: 0 <= x <= 100, f"{moves}'s change")
         self.ki = _checks.number(
             "ki",
             ki,
-            "a finite number above 0, up to 100",
+            "a number above 0, up to 100",
             lambda x: 0 < x <= 100,
             "without it the target is not reached",
-        )
-        self.kd = _checks.number(
-            "kd",
-            kd,
-            gain,
-            lambda x: 0 <= x <= 100,
-            "it is how much log(beta) moves with the error's change",
         )
         self._settled = self._beta
         self._previous: float | None = None

@@ -211,11 +211,11 @@ def grpo_loss(
     logprob, old_logprob, advantages, mask = _prepare(
         logprob, old_logprob, advantages, mask, sequences, cu_seqlens
     )
-    log_ratio = (
-        logprob - old_logprob
-        if level == "token"
-        else _sequence_log_ratio(logprob, old_logprob, mask, sequences)
-    )
+    log_ratio = logprob - old_logprob
+    if level == "sequence":
+        mean = _mean_log_ratio(logprob.detach(), old_logprob, mask, sequences)
+        # The difference is 0, and gives each token the gradient of its own logprob.
+        log_ratio = mean + (logprob - logprob.detach())
     loss = -advantages * _clipped_ratio(log_ratio, advantages, bounds)
     if isinstance(beta, torch.Tensor) or beta > 0:
         if kl is not None:
@@ -228,7 +228,7 @@ def grpo_loss(
             else:
                 kl = estimate_kl(logprob, reference, estimator="k3", clamp=kl_clamp)
             if correct_kl and level == "sequence":
-                mean = sequences.spread(_mean_log_ratio(logprob, old_logprob, mask, sequences))
+                mean = _mean_log_ratio(logprob, old_logprob, mask, sequences)
                 kl = kl * mean.clamp(max=LARGEST_LOG_RATIO).exp()
         loss = loss + beta * kl
     return total(loss, mask, sequences, reduction, normalizer, max_length)
@@ -361,13 +361,6 @@ def _clipped_ratio(
 def _mean_log_ratio(
     logprob: torch.Tensor, old_logprob: torch.Tensor, mask: torch.Tensor, sequences: Sequences
 ) -> torch.Tensor:
-    """Average each sequence's log-ratios over its tokens that count."""
-    return sequences.sums(logprob - old_logprob) / sequences.sums(mask.long()).clamp(min=1)
-
-
-def _sequence_log_ratio(
-    logprob: torch.Tensor, old_logprob: torch.Tensor, mask: torch.Tensor, sequences: Sequences
-) -> torch.Tensor:
-    """Give each token its sequence's mean log-ratio, with the gradient of its own logprob."""
-    mean = _mean_log_ratio(logprob.detach(), old_logprob, mask, sequences)
-    return sequences.spread(mean) + (logprob - logprob.detach())  # 0, with a gradient
+    """Give each token the mean of its sequence's log-ratios over the tokens that count."""
+    tokens = sequences.sums(mask.long()).clamp(min=1)
+    return sequences.spread(sequences.sums(logprob - old_logprob) / tokens)

@@ -164,12 +164,7 @@ class KLMonitor:
             cu_seqlens that does not fit, a figure that is not a number or tensor, or is on another
             device, or has the name of one of the above.
         """
-        _checks.float_tensor("kl", kl, "KL per token, [..., T] or [total]")
-        if kl.dim() == 0:
-            raise ValueError(
-                "kl: expected KL per token with at least one dimension, got a scalar; pass it "
-                "before its mean is taken"
-            )
+        _checks.float_tensor("kl", kl, "KL per token, [..., T] or [total]", 1)
         _checks.mask(mask, kl.shape, kl.device)
         if cu_seqlens is not None:
             _checks.cu_seqlens(cu_seqlens, "kl", kl)

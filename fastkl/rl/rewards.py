@@ -74,13 +74,8 @@ def shape_rewards(
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2; Ouyang
     et al., Training language models to follow instructions with human feedback (2022), eq. 2.
     """
-    _checks.float_tensor("kl", kl, "per token, [B, T] or [total]")
+    _checks.float_tensor("kl", kl, "per token, [B, T] or [total]", 1)
     _checks.float_tensor("scores", scores, "one per sequence or per token")
-    if kl.dim() == 0:
-        raise ValueError(
-            "kl: expected per-token values with at least one dimension, got a scalar; pass it "
-            "before its mean is taken"
-        )
     _checks.mask(mask, kl.shape, kl.device)
     beta = _checks.beta(beta, "kl", kl)
     if cu_seqlens is not None:

@@ -40,12 +40,7 @@ def sequences_of(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None, needed:
 
     needed: whether the loss asks which sequence a token is in.
     """
-    _checks.float_tensor("logprob", logprob, "log-probabilities [..., T]")
-    if logprob.dim() == 0:
-        raise ValueError(
-            "logprob: expected log-probabilities [..., T] with at least one dimension, got a "
-            "scalar; pass one entry per token"
-        )
+    _checks.float_tensor("logprob", logprob, "log-probabilities [..., T]", 1)
     if cu_seqlens is not None:
         _checks.cu_seqlens(cu_seqlens, "logprob", logprob)
         return Sequences(len(cu_seqlens) - 1, *owners(cu_seqlens, len(logprob)))

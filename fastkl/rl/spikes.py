@@ -94,27 +94,19 @@ class SpikeDetector:
             lambda x: 1 < x < math.inf,
             "3 is the default",
         )
-        _checks.number(
-            "limit",
-            limit,
-            "a positive finite number of nats",
-            lambda x: 0 < x < math.inf,
-            "12 is the default",
-        )
-        _checks.number(
-            "floor",
-            floor,
-            "a positive finite KL",
-            lambda x: 0 < x < math.inf,
-            "1e-4 suits nats per token",
-        )
+        for name, value, what, remedy in (
+            ("limit", limit, "a positive finite number of nats", "12 is the default"),
+            ("floor", floor, "a positive finite KL", "1e-4 suits nats per token"),
+        ):
+            _checks.number(name, value, what, lambda x: 0 < x < math.inf, remedy)
         _checks.whole_number("recent", recent, "a number of steps", "15 is the default")
-        _checks.whole_number("window", window, "a number of steps", "64 is the default")
-        if window < WARM_UP:
-            raise ValueError(
-                f"window: expected a number of steps, at least {WARM_UP}, got {window}; the noise "
-                f"of fewer is not known"
-            )
+        _checks.whole_number(
+            "window",
+            window,
+            "a number of steps",
+            "the noise of fewer is not known, 64 is the default",
+            lowest=WARM_UP,
+        )
         self.ratio, self.limit, self.floor = float(ratio), float(limit), float(floor)
         self._levels: deque[float] = deque(maxlen=recent)
         # None where the level was not above the floor.

@@ -4,6 +4,7 @@ early stop of PPO.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -26,6 +27,7 @@ class StepResult(NamedTuple):
     kl: float
 
 
+@dataclasses.dataclass(eq=False)
 class TrustRegion:
     """Takes an optimizer's step only as far as the mean KL from the old policy allows.
 
@@ -93,34 +95,33 @@ class TrustRegion:
     line search, here along any optimizer's step.
     """
 
-    def __init__(self, max_kl: float, *, shrink: float = 0.5, tries: int = 10) -> None:
+    max_kl: float
+    _: dataclasses.KW_ONLY
+    shrink: float = 0.5
+    tries: int = 10
+
+    def __post_init__(self) -> None:
         _checks.number(
             "max_kl",
-            max_kl,
+            self.max_kl,
             "a positive finite number of nats",
             lambda x: 0 < x < math.inf,
             "0.01 is common",
         )
         _checks.number(
             "shrink",
-            shrink,
+            self.shrink,
             "a number between 0 and 1",
             lambda x: 0 < x < 1,
             "0.5 halves the step at each try",
         )
         _checks.number(
             "tries",
-            tries,
+            self.tries,
             "a whole number of at least 0",
             lambda x: isinstance(x, int) and x >= 0,
             "0 undoes a step that is too long",
         )
-        self.max_kl = max_kl
-        self.shrink = shrink
-        self.tries = tries
-
-    def __repr__(self) -> str:
-        return f"TrustRegion(max_kl={self.max_kl:g}, shrink={self.shrink:g}, tries={self.tries})"
 
     def step(
         self,
@@ -153,28 +154,26 @@ class TrustRegion:
             else:
                 # torch's annotation leaves out the tensor that its own examples return.
                 optimizer.step(closure)  # type: ignore[arg-type]
-            kl = _measured(mean_kl)
-            if self._within(kl):
-                return StepResult("full", 1.0, kl)
-            # Every fraction is taken from both ends: halving in place would get stuck in a 16-bit
-            # type, where half of the last bit rounds up again.
-            new = _copies(parameters) if self.tries else []
-            for attempt in range(1, self.tries + 1):
-                fraction = self.shrink**attempt
-                _place(parameters, old, new, fraction)
-                kl = _measured(mean_kl)
-                if self._within(kl):
-                    return StepResult("shrunk", fraction, kl)
+            for attempt in range(self.tries + 1):
+                # Every fraction is taken from both ends: halving in place would get stuck in a
+                # 16-bit type, where half of the last bit rounds up again.
+                if attempt == 1:
+                    new = _copies(parameters)
+                if attempt > 0:
+                    _place(parameters, old, new, self.shrink**attempt)
+                with torch.no_grad():
+                    kl = _mean_kl("mean_kl", mean_kl())
+                if math.isfinite(kl) and kl <= self.max_kl:
+                    accepted: Literal["full", "shrunk"] = "shrunk" if attempt else "full"
+                    return StepResult(accepted, self.shrink**attempt if attempt else 1.0, kl)
         except BaseException:
             _place(parameters, old)
             raise
         _place(parameters, old)
         return StepResult("undone", 0.0, kl)
 
-    def _within(self, kl: float) -> bool:
-        return math.isfinite(kl) and kl <= self.max_kl
 
-
+@dataclasses.dataclass(eq=False)
 class EarlyStop:
     """Ends the epochs over one batch once the policy is far enough from the one that sampled it.
 
@@ -191,26 +190,17 @@ class EarlyStop:
     Source: Achiam, Spinning Up in Deep RL (2018), PPO: stop at 1.5 times the target.
     """
 
-    def __init__(self, target_kl: float, factor: float = 1.5) -> None:
-        _checks.number(
-            "target_kl",
-            target_kl,
-            "a positive finite number of nats",
-            lambda x: 0 < x < math.inf,
-            "0.01 to 0.05 are common",
-        )
-        _checks.number(
-            "factor",
-            factor,
-            "a positive finite number",
-            lambda x: 0 < x < math.inf,
-            "it multiplies target_kl",
-        )
-        self.target_kl = target_kl
-        self.factor = factor
+    target_kl: float
+    factor: float = 1.5
 
-    def __repr__(self) -> str:
-        return f"EarlyStop(target_kl={self.target_kl:g}, factor={self.factor:g})"
+    def __post_init__(self) -> None:
+        for name, value, remedy in (
+            ("target_kl", self.target_kl, "0.01 to 0.05 are common"),
+            ("factor", self.factor, "it multiplies target_kl"),
+        ):
+            _checks.number(
+                name, value, "a positive finite number", lambda x: 0 < x < math.inf, remedy
+            )
 
     def should_stop(self, kl: float | torch.Tensor) -> bool:
         """Return True to leave the batch; see the class."""
@@ -227,12 +217,6 @@ def _mean_kl(name: str, value: float | torch.Tensor) -> float:
         "reduce it over the batch: .mean()",
         tensor=True,
     )
-
-
-@torch.no_grad()
-def _measured(mean_kl: Callable[[], float | torch.Tensor]) -> float:
-    """Measure the KL without gradient."""
-    return _mean_kl("mean_kl", mean_kl())
 
 
 def _can_change(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
