@@ -198,14 +198,11 @@ def test_further_figures(device) -> None:
     }
     expected |= {"rate": 1e-5, "loss": -1.5, "length": float(mask.sum() / 6), "clipped": 1.0}
     for given in (entropy.masked_fill(~mask, math.nan), entropy.to(device)):
-        monitor = KLMonitor(spike=False)
-        got = list(
-            monitor.update(kl.to(device), mask.to(device), **{**more, "entropy": given}).items()
-        )[9:]
-        assert [name for name, _ in got] == list(expected) and {
-            type(value) for _, value in got
-        } == {float}
-        assert dict(got) == pytest.approx(expected, **{**CLOSE, "rel": 1e-7})
+        more["entropy"] = given
+        figures = KLMonitor(spike=False).update(kl.to(device), mask.to(device), **more)
+        got = dict(list(figures.items())[9:])
+        assert list(got) == list(expected) and {type(value) for value in got.values()} == {float}
+        assert got == pytest.approx(expected, **{**CLOSE, "rel": 1e-7})
 
 
 @on_devices
