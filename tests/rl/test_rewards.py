@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fastkl import testing
-from fastkl.estimators import estimate_kl
 from fastkl.rl.rewards import shape_rewards
 
 MASKS = {
@@ -163,50 +162,3 @@ def test_beta() -> None:
     rewards = shape_rewards(scores, kl, 0.3)
     assert rewards.isnan().nonzero().tolist() == [[0, 1]]
     assert rewards.isinf().nonzero().tolist() == [[2, 4]]
-
-
-# The KL in the reward, whether the exact KL is in the loss too, whether the value and the gradient
-# are then right.
-POLICY_GRADIENTS = [
-    ("k1", False, True, True),
-    ("exact", True, True, True),
-    ("exact", False, True, False),
-    ("k2", False, False, False),
-    ("k3", False, True, False),
-]
-
-
-@pytest.mark.parametrize("kind, in_loss, value, gradient", POLICY_GRADIENTS)
-def test_the_policy_gradient_on_the_rewards(kind, in_loss, value, gradient) -> None:
-    """Over all sequences of two tokens: whether the expected return is E[score] - beta·KL, and the
-    policy gradient its own.
-    """
-    generator = torch.Generator().manual_seed(1)
-    logits = [
-        torch.randn(*shape, generator=generator).double().requires_grad_()
-        for shape in ((4,), (4, 4))
-    ]
-    first, second = (each.log_softmax(-1) for each in logits)
-    ref_first, ref_second = (
-        torch.randn(*shape, generator=generator).double().log_softmax(-1)
-        for shape in ((4,), (4, 4))
-    )
-    a, b = torch.arange(4).repeat_interleave(4), torch.arange(4).repeat(4)
-    logprob = torch.stack([first[a], second[a, b]], -1)
-    ref_logprob = torch.stack([ref_first[a], ref_second[a, b]], -1)
-    probability, scores = logprob.sum(-1).exp(), torch.randn(16, generator=generator).double()
-    objective = (probability * (scores - 0.3 * (logprob - ref_logprob).sum(-1))).sum()
-    of_second = (second.exp() * (second - ref_second)).sum(-1)
-    exact = torch.stack([(first.exp() * (first - ref_first)).sum().expand(16), of_second[a]], -1)
-    kl = exact if kind == "exact" else estimate_kl(logprob, ref_logprob, estimator=kind)
-    rewards = shape_rewards(scores, kl, 0.3)
-    expected = (probability * rewards.sum(-1)).sum().item()
-    assert (expected == pytest.approx(objective.item(), rel=1e-13)) == value
-    returns = rewards.flip(-1).cumsum(-1).flip(-1)  # of the token and what follows it
-    surrogate = (probability.detach() * (returns * logprob - 0.3 * in_loss * exact).sum(-1)).sum()
-    grads = [
-        torch.autograd.grad(each, logits, retain_graph=True) for each in (surrogate, objective)
-    ]
-    got, wanted = (torch.cat([grad.flatten() for grad in each]) for each in grads)
-    error = float((got - wanted).norm() / wanted.norm())
-    assert error < 1e-13 if gradient else error > 0.05
