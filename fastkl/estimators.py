@@ -20,7 +20,7 @@ ESTIMATORS = get_args(Estimator)
 DIRECTIONS = get_args(Direction)
 # Floor of log-probabilities, for -inf and finfo.min masks: keeps every difference finite.
 _FLOOR = -1e4
-# Where k3 goes on along its tangent without a clamp.
+# Bound of |d| beyond which k3 continues along its tangent without a clamp.
 _LIMIT = {torch.float32: _checks.LARGEST_CLAMP, torch.float64: 600.0}
 # A ratio beyond e^20 = 4.9e8 is no importance weight, and e^89 is infinite in float32, where its
 # gradient would be NaN.

@@ -30,7 +30,7 @@ from .transformers import KLCallback
 class ExactDivergence:
     """Base of the distillation trainers beside TRL's: checks, and the KL in beta's direction."""
 
-    # The trainer's.
+    # Attributes of the trainer.
     beta: float
     teacher_model: torch.nn.Module | None
 

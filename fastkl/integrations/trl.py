@@ -38,9 +38,9 @@ class ExactGRPOTrainer(GRPOTrainer):
         per_token_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         per_token_loss = per_token_loss + beta * per_token_kl           # reduced by `loss_type`
 
-    which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` has nothing
-    to correct. What noise there is comes from dropout: a policy in training mode differs from its
-    reference by it, so set args.disable_dropout=True for a model that has any.
+    which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` changes
+    nothing. The remaining noise is that of dropout, by which a policy in training mode differs from
+    its reference: set args.disable_dropout=True for a model that has any.
 
         trainer = ExactGRPOTrainer(model, reward_funcs, args=GRPOConfig(beta=0.04, …), …)
         callback = KLCallback(AdaptiveBeta(0.04, 0.05, horizon=50), KLMonitor())
@@ -48,9 +48,10 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     Args:
         all of GRPOTrainer's. With args.beta = 0 there is no reference and no KL: the loss is
-        GRPOTrainer's own. A KLCallback among the callbacks gets the KL of every micro-batch; the
-        `beta` of its controller replaces args.beta, which then only says that there is a reference.
-        Without one the trainer makes one, which logs "kl/mean".
+            GRPOTrainer's own. A KLCallback among the callbacks gets the KL of every micro-batch;
+            the `beta` of its controller replaces args.beta, which then has to be above 0 for a
+            reference to be loaded. Without a KLCallback the trainer makes one, which logs
+            "kl/mean".
         logits_dtype: as fastkl.linear_token_stats: torch.float32 keeps what 16-bit logits lose of a
             KL below about 1e-2 nats.
 

@@ -1,5 +1,5 @@
-"""The training side of the KL penalty: beta controllers, rewards, losses, trust region and monitor,
-over per-token KLs and log-probabilities.
+"""Training with a KL penalty: beta controllers, rewards, losses, trust region and monitor, over
+per-token KLs and log-probabilities.
 """
 
 from .beta import AdaptiveBeta, FixedBeta, PIDBeta, PPOAdaptiveBeta

@@ -41,7 +41,7 @@ class Controller(abc.ABC):
 
     @property
     def beta(self) -> float:
-        """The weight as it is now; update and load_state_dict change it."""
+        """Current weight; update and load_state_dict change it."""
         return self._beta
 
     def update(
@@ -60,14 +60,14 @@ class Controller(abc.ABC):
                 may be negative and counts as far below the target. A KLPenalty or LinearKLPenalty
                 may be passed itself after its call: then kl is "kl" or "kl_per_sequence" of its
                 `last`, by the controller's unit; a call that counted no token leaves beta alone.
-            n: how many samples the KL is the mean of, in the unit of `horizon`. AdaptiveBeta uses
-                it; the others check it.
-            unit: "token" or "sequence", what kl is a mean over. Required for a number where the
-                target is per sequence: a KL per token would move beta the wrong way.
-            process_group: of torch.distributed, such as torch.distributed.group.WORLD: kl and n are
+            n: number of samples that the KL is the mean of, in the unit of `horizon`. AdaptiveBeta
+                uses it; the others check it.
+            unit: "token" or "sequence", the unit that kl is a mean over. Required for a number
+                where the target is per sequence: a KL per token would move beta the wrong way.
+            process_group: of torch.distributed, such as torch.distributed.group.WORLD. kl and n are
                 this process's, and all processes update with Σ kl·n / Σ n and Σ n, so that their
-                betas stay equal. A penalty's kl is weighed with how many tokens or sequences it
-                counted instead. A process without a sample passes n=0, and any kl.
+                betas stay equal. The kl of a penalty is weighted by the tokens or sequences that it
+                counted instead of n. A process without a sample passes n=0 and any kl.
 
         Raises:
             TypeError: kl or n is not a number.
