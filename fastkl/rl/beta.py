@@ -183,7 +183,6 @@ class PIDBeta(TargetedController):
         super().__init__(initial, target, unit, bounds)
         gain, moves = "a number from 0 to 100", "it is how much log(beta) moves with the error"
         self.kp = _checks.number("kp", kp, gain, lambda x: 0 <= x <= 100, moves)
-        self.kd = _checks.number("kd", kd, gain, lambda x: 0 <= x <= 100, f"{moves}'s change")
         self.ki = _checks.number(
             "ki",
             ki,
@@ -191,6 +190,7 @@ class PIDBeta(TargetedController):
             lambda x: 0 < x <= 100,
             "without it the target is not reached",
         )
+        self.kd = _checks.number("kd", kd, gain, lambda x: 0 <= x <= 100, f"{moves}'s change")
         self._settled = self._beta
         self._previous: float | None = None
 

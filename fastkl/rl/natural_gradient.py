@@ -184,7 +184,7 @@ def conjugate_gradient(
             f"product: expected a function from v to A v, got {type(product).__name__}; for a "
             f"matrix: lambda v: A @ v"
         )
-    _checks.whole_number("iterations", iterations, "how many products to take", "10 are common")
+    _checks.whole_number("iterations", iterations, "a number of products", "10 are common")
     _checks.number(
         "tolerance",
         tolerance,
