@@ -1,7 +1,6 @@
 """The exact KL in TRL's GKD trainer: losses and gradients of tiny random models against TRL's own
-and
-plain torch on full logits. Refused settings are in test_trl.py, with those of the other
-trainers."""
+and plain torch on full logits. test_trl.py has the refused settings of all trainers.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +41,10 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 
-@pytest.mark.parametrize("per_token", [False, True], ids=["sum", "with a callback"])
-@pytest.mark.parametrize("items", [None, 21, torch.tensor(21)], ids=["own", "int", "tensor"])
-@pytest.mark.parametrize("beta", [0.0, 1.0], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    "beta, items, per_token",
+    [(0.0, None, False), (1.0, 21, False), (0.0, torch.tensor(21), True), (1.0, None, True)],
+)
 def test_loss_and_gradients_are_trls(folder, teacher, beta, items, per_token) -> None:
     # In float64; the temperature is that of generation and not the divergence's.
     options = dict(dtype=torch.float64, beta=beta)

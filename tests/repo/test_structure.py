@@ -9,12 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "fastkl", "benchmarks", "tests")
 LONGEST = 400
-BEING_SPLIT: set[str] = {
-    "fastkl/integrations/transformers.py",
-    "fastkl/rl/beta.py",
-    "fastkl/rl/losses.py",
-    "fastkl/rl/monitor.py",
-    "fastkl/rl/natural_gradient.py",
+BEING_SPLIT = {
     "tests/linear/distributed_worker.py",
     "tests/linear/linear_cases.py",
     "tests/linear/test_linear.py",
@@ -24,7 +19,6 @@ BEING_SPLIT: set[str] = {
     "tests/linear/test_linear_torch.py",
     "tests/ops/test_dispatch.py",
     "tests/ops/test_torch.py",
-    "tests/rl/test_losses.py",
 }
 
 
