@@ -119,6 +119,28 @@ def ways_table(data, names):
     return markdown(["from bf16 logits, bytes per pair", "forward", "backward", "gives"], lines)
 
 
+# The README's rows of speed: the workloads that most users have, and one where fastkl is behind.
+SPEED = ("kl_divergence dp", "token_stats", "linear loss", "linear logprob")
+OF_COPY = ("percent_of_copy", ", {:.0f} % of a copy")
+OF_PRODUCTS = ("ratio_to_floor", ", {:.2f} × the bare GEMMs")
+
+
+def speed_section():
+    results = tables.gpu_results(RESULTS)
+    if not results:
+        return NO_RESULTS
+    data = results[0][1]
+    lines = tables.summary_lines(data, ("main", "peers"), OF_COPY)
+    lines |= tables.summary_lines(data, ("linear",), OF_PRODUCTS)
+    words = (
+        f"Forward and backward on one {gpu_name(data)}: {MAIN['rows']} tokens, a vocabulary of"
+        f" {MAIN['vocabulary']}, bfloat16; hidden states of {LINEAR_MAIN['hidden']}; n ×: fastkl is"
+        " so many times faster."
+    )
+    head = ["", "fastkl", "best other", "plain torch", tables.PEAKS]
+    return words + "\n\n" + markdown(head, [lines[name] for name in SPEED if name in lines])
+
+
 def gpu_section():
     results = tables.gpu_results(RESULTS)
     if not results:
@@ -134,7 +156,7 @@ def gpu_section():
         f"Measured on one {gpu_name(data)}: {MAIN['rows']} tokens, a vocabulary of"
         f" {MAIN['vocabulary']}, bfloat16; median device time of forward and backward together;"
         " n ×: fastkl is so many times faster. Every figure is on the"
-        " [page of results](benchmarks/results/README.md).",
+        " [page of results](../benchmarks/results/README.md).",
         tables.summary(
             data, ("main", "peers"), "from logits", "fastkl, of a copy's bandwidth", of_copy
         ),
@@ -149,6 +171,7 @@ SECTIONS = {
     "accuracy": accuracy_section,
     "static": static_section,
     "gpu": gpu_section,
+    "speed": speed_section,
     "linear": linear_section,
 }
 

@@ -164,12 +164,21 @@ def peak(row):
 # Tables
 
 
+PEAKS = "peak beside the inputs: fastkl / best other / torch"
+
+
 def summary(data, sections, what, title, share):
-    """Make a table of a line per workload at the main shape: fastkl, the best other, plain torch.
+    """Make a table of summary_lines."""
+    lines = list(summary_lines(data, sections, share).values())
+    return markdown([what, title, "best other", "plain torch", PEAKS], lines) if lines else ""
+
+
+def summary_lines(data, sections, share):
+    """Return a line per workload at the main shape, by name: fastkl, the best other, plain torch.
 
     share: the key and the format of a figure beside our time.
     """
-    lines = []
+    lines = {}
     for name, rows in by_workload(data, sections).items():
         if "," in name:
             continue
@@ -184,9 +193,9 @@ def summary(data, sections, what, title, share):
             cell = f"{digits(mine)} ms" + ("" if rate is None else share[1].format(rate))
         rival = f"{best} {_beside(others[best], phase, mine)}" if best else NONE
         memory = " / ".join(peak(row) for row in (ours, others.get(best), rows.get(PLAIN)))
-        lines.append([f"`{name}`", cell, rival, _beside(rows.get(PLAIN), phase, mine), memory])
-    peaks = "peak beside the inputs: fastkl / best other / torch"
-    return markdown([what, title, "best other", "plain torch", peaks], lines) if lines else ""
+        torch = _beside(rows.get(PLAIN), phase, mine)
+        lines[name] = [f"`{name}`", cell, rival, torch, memory]
+    return lines
 
 
 def _beside(row, phase, ours):
