@@ -107,15 +107,16 @@ def test_rows_whose_sums_do_not_hold() -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="programs of a GPU take turns by themselves")
 @pytest.mark.parametrize("vocabulary", [1, 7, 500, 1000, 2052])
 def test_pieces_cover_a_row_whatever_its_length(vocabulary) -> None:
-    """Rows of any length in memory of a whole number of blocks, nothing written behind them."""
+    """Rows of any length in memory of a whole number of blocks, also of one program, and masked."""
     p, q, weights = pair("normal3", 0.1, vocabulary=vocabulary)
     width = -(-vocabulary // 4) * 4
     p, q, grad = (cases.padded(side, width - vocabulary) for side in (p, q, p * 0))
-    kl, grad = fused(p, q, weights, grad=grad)
-    exact = testing.truth(p, q)
-    testing.assert_kl(kl, exact.kl, str(vocabulary))
-    expected = testing.kl_gradients(exact, weights).p
-    assert (grad.double() - expected).norm() <= 1e-5 * expected.norm() + 1e-9
+    kl, grad = fused(p, q, weights, grad=grad, mask=torch.tensor([True, False]))
+    exact = testing.truth(p[:1], q[:1])
+    testing.assert_kl(kl[:1], exact.kl, str(vocabulary))
+    expected = testing.kl_gradients(exact, weights[:1]).p
+    assert (grad[:1].double() - expected).norm() <= 1e-5 * expected.norm() + 1e-9
+    assert kl[1] == 0 and not grad[1].any()
 
 
 def test_where_it_is_used(monkeypatch) -> None:
