@@ -82,7 +82,8 @@ class Controller(abc.ABC):
                 f"kl: expected the mean KL per {self._unit}, got per {unit}; pass what the target "
                 f"is a mean over, or make the controller with unit={unit!r} and a target to match"
             )
-        weight = n
+        measured: float | torch.Tensor
+        weight: float | torch.Tensor
         if hasattr(kl, "last"):
             measured, weight = _of_penalty(kl, self._unit or unit or "token")
         elif unit is None and self._unit == "sequence":
@@ -92,7 +93,7 @@ class Controller(abc.ABC):
                 "per token is not), or pass the KLPenalty itself as kl"
             )
         else:
-            measured = kl
+            measured, weight = kl, n
         if process_group is not None:
             measured, n, weight = _over_processes(measured, n, weight, process_group)
         if hasattr(kl, "last") and not weight:
@@ -252,8 +253,8 @@ def _over_processes(
         device=device,
     )
     torch.distributed.all_reduce(totals, group=group)
-    total, n, weight = totals.tolist()
-    return total / weight if weight else 0.0, n, weight
+    total, samples, weights = totals.tolist()
+    return total / weights if weights else 0.0, samples, weights
 
 
 def positive(name: str, value: float, remedy: str) -> float:

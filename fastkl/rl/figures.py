@@ -122,9 +122,9 @@ def measure(
         dict(zip(figures, values, strict=False)),
         values[len(figures) : -5],
         *values[-5:-1],
-        width=int(values[-1]),
-        histogram=copied[len(scalars) : -2 * positions],
-        profile=copied[-2 * positions :].reshape(2, positions),
+        int(values[-1]),
+        copied[len(scalars) : -2 * positions],
+        copied[-2 * positions :].reshape(2, positions),
     )
 
 

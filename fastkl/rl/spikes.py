@@ -47,11 +47,12 @@ class SpikeDetector:
     Measured by tests/rl/test_spikes.py with the default settings, for noise of log KL with a
     standard deviation of 0.1 | 0.2 | 0.3 | 0.4:
 
-        false alarms per 1000 steps, at most, normal noise: 0.1 | 0.1 | 0.1 | 0.2
-        the same, correlated by 0.5 from step to step: 0.1 | 0.1 | 0.6 | 1.1
-        the same, heavy tails (Student's t, 5 degrees of freedom): 0.5 | 1.5 | 2.0 | 2.5
-        lasting jumps to 3 times the KL that ring within 5 steps, at least, normal noise: 100 % |
-        100 % | 90 % | 55 %
+        false alarms per 1000 steps, at most
+            normal noise                                                0.1 | 0.1 | 0.1 | 0.2
+            the same, correlated by 0.5 from step to step               0.1 | 0.1 | 0.6 | 1.1
+            heavy tails (Student's t, 5 degrees of freedom)             0.5 | 1.5 | 2.0 | 2.5
+        lasting jumps to 3 times the KL that ring within 5 steps, at least
+            normal noise                                                100 | 100 | 90 | 55 %
 
     A KL that grows as in training, with the step, its square or its fourth power, or exponentially,
     twice in 10 steps or slower, hardly rings, also where it begins far below the floor: less than

@@ -23,7 +23,8 @@ def every_loss(made, flat, mask: torch.Tensor, bounds: torch.Tensor) -> list[tor
     for values, counts, where in ((made, mask, {}), (flat, mask.flatten(), {"cu_seqlens": bounds})):
         for call, more in FORMS:
             more = more if more["reduction"] == "sum" else {**more, "normalizer": count}
-            for kl in KLS if call is grpo_loss else KLS[:1]:
+            kls = ("corrected",) if where else KLS
+            for kl in kls if call is grpo_loss else KLS[:1]:
                 settings = {**more, **where, **penalty(values, kl)}
                 # Alternately, so that both have every form.
                 per = values.per_token if len(losses) % 3 else values.per_sequence
