@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import IO, Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.2g}%" if small else f"{share:.{digits}%}"
 
 
-def say(text: str, file: IO[str] | None = None) -> None:
+def say(text: str, file: TextIO | None = None) -> None:
     """Print a text; a character that the terminal's encoding lacks becomes "?"."""
     out = sys.stdout if file is None else file
     encoding = out.encoding or "ascii"
