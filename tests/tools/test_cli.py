@@ -54,7 +54,10 @@ doctor now""".splitlines()[1:]
 def run(code, *arguments, **options):
     """Run Python code in a process of its own."""
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, **options)
+    # Unbuffered, argparse itself would meet what cannot be written, and pass over it.
+    environment = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    options |= dict(cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+    return subprocess.run(command, **options)
 
 
 def exits_2(capsys, *arguments):

@@ -245,4 +245,4 @@ class Checkpoint:
                     model.resize_token_embeddings(self.rows, mean_resizing=False)
                 adapted = peft.PeftModel.from_pretrained(model, self.name, torch_device="cpu")
                 model = adapted.get_base_model()
-        return Model(self, model.eval().to(device))
+        return Model(self, model.eval().requires_grad_(False).to(device))
