@@ -87,9 +87,10 @@ def check_gpu(device: torch.device) -> Outcome:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
+        text = (
+            f"{torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        )
         figures = {"count": count, "free_bytes": free, "total_bytes": total}
-        name = torch.cuda.get_device_name(device)
-        text = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         return Outcome("warning" if free < 2e9 else "ok", text, figures)
     listed = collect_env.get_gpu_info(collect_env.run)
     text = f"torch sees {count}, the driver {listed or 'none'}; none is used here"

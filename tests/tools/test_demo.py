@@ -25,7 +25,6 @@ from fastkl.tools.demo import (  # noqa: E402
 from fastkl.tools.demo.corpus import build_corpus  # noqa: E402
 from fastkl.tools.demo.model import (  # noqa: E402
     LanguageModel,
-    save_checkpoint,
     start_from_bigrams,
 )
 from fastkl.tools.demo.training import ALGORITHMS, choose_beta, fine_tune  # noqa: E402
@@ -269,25 +268,3 @@ def test_an_interrupt_leaves_no_file_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "choose_settings", lambda **given: TINY)
     assert cli.main(["demo", "--device", "cpu", "--out", str(tmp_path)]) == 130
     assert list(tmp_path.iterdir()) == [] and not seen[0].exists()
-
-
-@torch.no_grad()
-def test_checkpoints_are_the_models(start, tmp_path):
-    """transformers computes the model's logits, every parameter moved, and reads its tokens."""
-    transformers = pytest.importorskip("transformers")
-    corpus, settings = start[1], dataclasses.replace(TINY, layers=2)
-    torch.manual_seed(0)
-    model = LanguageModel(corpus.vocabulary, settings).eval()
-    for parameter in model.parameters():
-        parameter.normal_(std=0.3)
-    save_checkpoint(model, corpus, settings, tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    tokens = torch.randint(corpus.vocabulary, (3, settings.context))
-    expected = model.lm_head(model.hidden(tokens))
-    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-5, atol=1e-5)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = "class A:\n    def f(self):\n        return 'é'\n"
-    ids = corpus.tokenizer.encode(text).ids
-    assert tokenizer(text).input_ids == ids and tokenizer.decode(ids) == text
-    end = corpus.tokenizer.token_to_id("<|endoftext|>")
-    assert loaded.config.eos_token_id == tokenizer.eos_token_id == end

@@ -168,12 +168,8 @@ def check_files(settings: Settings, texts: Iterable[Path], folders: Iterable[str
     uses: dict[str, str] = {}
     for folder in filter(os.path.isdir, folders):
         uses |= {os.path.realpath(path): "a model's" for path in Path(folder).iterdir()}
-    named: dict[str, list[Path | None]] = {
-        "--text": [*texts],
-        "--html": [settings.html],
-        "--json": [settings.json],
-    }
-    for option, path in ((option, path) for option, paths in named.items() for path in paths):
+    named: list[tuple[str, Path | None]] = [("--text", path) for path in texts]
+    for option, path in (*named, ("--html", settings.html), ("--json", settings.json)):
         # A pipe may have many uses. os.path returns False where pathlib raises.
         if path is None or os.path.exists(path) and not os.path.isfile(path):
             continue
