@@ -135,21 +135,6 @@ def test_too_little_room_for_hidden_states_is_known_before_they_are_made(
     assert (code, shown) == (1, "") and "error: No space left for " in said and "TMPDIR" in said
 
 
-def test_units_and_totals_do_not_depend_on_by(files):
-    for by in ("document", "line"):
-        _, result, _ = compare(files, files.a, files.b, by=by, top=1000)
-        units, summary = result["units"], result["summary"]
-        assert max(unit["max_kl_ab"] for unit in units) == summary["kl_ab"]["max"]
-        counts = [unit["tokens"] for unit in units]
-        means = {"kl_ab": summary["kl_ab"]["mean"], "same_top1": summary["same_top1"]}
-        for name, mean in means.items():
-            assert np.average([unit[name] for unit in units], weights=counts) == pytest.approx(mean)
-        assert {unit["document"] for unit in units} == {"one.txt", "two & <b>.txt"}
-    assert len(result["top"]) == sum(counts) == summary["tokens"]
-    few = compare(files, files.a, files.b, by="line", top=3)[1]
-    assert few["units"] == units[:3] and few["top"] == result["top"][:3]
-
-
 def test_a_token_in_front_gives_the_first_its_context(files, tmp_path):
     for name in "ab":
         shutil.copytree(files.folder / name, tmp_path / name)
