@@ -36,7 +36,7 @@ class Module:
 }
 
 
-@pytest.mark.parametrize("name", ["typed_user.py", "rl/typed_user.py"])
+@pytest.mark.parametrize("name", ["repo/typed_user.py", "rl/typed_user.py"])
 def test_a_typed_user(tmp_path, name) -> None:
     """Every line marked `# refused` is an error of its own, and no other line is."""
     user, stubs = ROOT / "tests" / name, tmp_path / "torch"
