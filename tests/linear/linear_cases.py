@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import fastkl
+from fastkl import linear as linear_level
 from fastkl import testing
 from fastkl.ops import gemm, linear_op, lm_head, row_blocks
 
@@ -518,6 +519,9 @@ def check(device: str, case: Case) -> dict[str, torch.Tensor]:
 # ---- the library's own plan of chunks: the only place of the tests that knows its names
 
 
+LARGEST_KEPT = linear_level.LARGEST_KEPT
+
+
 def tuned(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
     """Set bounds on memory and sizes of blocks for one test."""
     places = {
@@ -528,6 +532,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
         "block": (gemm, "BLOCK_ELEMENTS"),
         "row_block": (row_blocks, "BLOCK_ELEMENTS"),
         "scaled_at_once": (linear_op, "SCALED_AT_ONCE"),
+        "largest_kept": (linear_level, "LARGEST_KEPT"),
     }
     for name, value in values.items():
         monkeypatch.setattr(*places[name], value)
