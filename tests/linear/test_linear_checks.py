@@ -5,72 +5,66 @@ what came and what to do.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import linear_cases
 import pytest
 import torch
 
 import fastkl
 
-V, H, H_REF = 7, 4, 3
+V, H, H_REF, LEADING = 7, 4, 3, (2, 3)
+ones = torch.ones
 
 
 def right(device: str) -> dict[str, torch.Tensor]:
-    """Arguments that every function takes: leading shape [2, 3]."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        "hidden": (2, 3, H),
-        "weight": (V, H),
-        "ref_hidden": (2, 3, H_REF),
-        "ref_weight": (V, H_REF),
-        "bias": (V,),
-        "ref_bias": (V,),
-    }
-    return {
-        name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()
-    }
+    """Make arguments that every function takes."""
+    made = linear_cases.small(LEADING, V, H, H_REF)
+    return {name: value.to(device) for name, value in made.items() if name != "weights"}
 
 
-def stats(arguments: dict, **more):
-    """linear_token_stats, with tokens."""
-    tokens = more.pop(
-        "tokens", torch.zeros(2, 3, dtype=torch.long, device=arguments["weight"].device)
-    )
-    return fastkl.linear_token_stats(tokens=tokens, **{**arguments, **more})
+def run(name: str, arguments: dict) -> object:
+    """Call one of CALLS."""
+    if name == "stats":
+        tokens = torch.zeros(LEADING, dtype=torch.long, device=arguments["weight"].device)
+        return fastkl.linear_token_stats(**{"tokens": tokens, **arguments})
+    more = {"reduction": "mean"} if name == "loss" else {}
+    return fastkl.linear_kl_divergence(**{**more, **arguments})
 
 
-CALLS = {
-    "kl": lambda arguments, **more: fastkl.linear_kl_divergence(**{**arguments, **more}),
-    "loss": lambda arguments, **more: fastkl.linear_kl_divergence(
-        **{"reduction": "mean", **arguments, **more}
-    ),
-    "stats": stats,
-}
+CALLS = ("kl", "loss", "stats")
+RIGHT = [
+    {},
+    {"mask": ones(LEADING, dtype=torch.bool)},
+    {"temperature": ones(LEADING)},
+    {"softcap": 30},
+    {"chunk_size": 1},
+    {"logits_dtype": torch.float32},
+    {"recompute": False},
+    {"bias": None},
+    {"ref_bias": None},
+    {"bias": None, "ref_bias": None, "ref_weight": None, "ref_hidden": ones(*LEADING, H)},
+    {"ref_weight": ones(V + 2, H_REF)[:V]},
+]
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_the_right_arguments_pass(implementation, name) -> None:
-    """What the table below changes one thing of is accepted."""
-    arguments, device = right(implementation.device), implementation.device
-    for more in (
-        {},
-        {"mask": torch.ones(2, 3, dtype=torch.bool, device=device)},
-        {"temperature": torch.ones(2, 3, device=device)},
-        {"softcap": 30},
-        {"chunk_size": 1},
-        {"logits_dtype": torch.float32},
-        {"recompute": False},
-        {"bias": None},
-        {"ref_bias": None},
-    ):
-        CALLS[name](arguments, **more)
-    CALLS[name](
-        {key: arguments[key] for key in ("hidden", "weight")},
-        ref_hidden=torch.ones_like(arguments["hidden"]),
-    )
+@pytest.mark.parametrize("more", RIGHT, ids=lambda value: ",".join(value))
+@pytest.mark.parametrize("call", CALLS)
+def test_the_right_arguments_pass(implementation, call, more) -> None:
+    """The arguments that the table below changes one of are accepted."""
+    arguments = right(implementation.device) | more
+    run(call, {k: linear_cases.on(implementation.device, v) for k, v in arguments.items()})
 
 
-ones = torch.ones
-# what is changed: (its value, error, words of the message beside "<name>: expected")
+def packed(value: torch.Tensor, **states: object) -> torch.Tensor:
+    """Mark a tensor as bitsandbytes does."""
+    vars(value).update(states)
+    return value
+
+
+none = {"bias": None, "ref_bias": None}
+# what is changed: [(its value, error, words of the message beside "<name>: expected")]; or dicts of
+# several changes under the name that the message starts with.
 WRONG = {
     "hidden": [
         ("states", TypeError, ("str",)),
@@ -81,11 +75,7 @@ WRONG = {
     "weight": [
         (ones(H, V), ValueError, ("[V, 4]", "(4, 7)", "not transposed")),
         (ones(V, H, 1), ValueError, ("(7, 4, 1)",)),
-        (
-            ones(V, H, dtype=torch.bfloat16),
-            TypeError,
-            ("torch.float32", "torch.bfloat16", "autocast"),
-        ),
+        (ones(V, H).bfloat16(), TypeError, ("torch.float32", "torch.bfloat16", "autocast")),
         (None, TypeError, ("NoneType",)),
         (ones(0, H), ValueError, ("(0, 4)",)),
     ],
@@ -98,12 +88,28 @@ WRONG = {
         (ones(2, 4, H_REF), ValueError, ("(2, 3)", "(2, 4)", "align")),
         (ones(2, 3, H_REF).bool(), TypeError, ("bool",)),
         (ones(3, H_REF), ValueError, ("(3,)",)),
+        (
+            {"ref_hidden": ones(2, 3, H_REF).double(), "ref_weight": ones(V, H_REF).double()}
+            | none,
+            TypeError,
+            ("float64",),
+        ),
     ],
     "ref_weight": [
-        (ones(V + 2, H_REF), ValueError, ("ref_bias",)),
         (ones(V, H), ValueError, ("[V, 3]", "(7, 4)")),
+        ({"ref_weight": ones(V + 2, H_REF)} | none, ValueError, ("7", "9", "weight[:V]")),
+        ({"weight": ones(V + 2, H)} | none, ValueError, (": weight[:V]",)),
+        ({"ref_weight": None, "ref_bias": None}, ValueError, ("[V, 3]",)),
     ],
-    "ref_bias": [(ones(V, 1), ValueError, ("(7, 1)",))],
+    "ref_bias": [
+        (ones(V, 1), ValueError, ("(7, 1)",)),
+        ({"ref_weight": ones(V + 2, H_REF)}, ValueError, ()),
+        (
+            {"ref_weight": None, "ref_bias": None, "ref_hidden": ones(2, 3, H)},
+            ValueError,
+            ("ref_bias=bias",),
+        ),
+    ],
     "temperature": [
         (0.0, ValueError, ("0.0",)),
         ("1", TypeError, ("str",)),
@@ -128,223 +134,97 @@ WRONG = {
     ],
     "recompute": [(1, TypeError, ("int",)), ("False", TypeError, ("str", "pass None"))],
 }
+for name in ("weight", "ref_weight", "bias", "ref_bias"):
+    four_bits = f"bitsandbytes.functional.dequantize_4bit({name}.data, {name}.quant_state)"
+    eight_bits = f"bitsandbytes.functional.int8_vectorwise_dequant({name}.data, {name}.SCB)"
+    gathered = f"deepspeed.zero.GatheredParameters([{name}])"
+    bytes_, rows = torch.zeros(14, 1, dtype=torch.uint8), torch.zeros(V, H, dtype=torch.int8)
+    WRONG[name] += [
+        (torch.nn.Parameter(ones(0)), ValueError, (gathered,)),
+        (packed(bytes_, quant_state=object()), TypeError, (four_bits,)),
+        (packed(rows, SCB=ones(V)), TypeError, (eight_bits,)),
+    ]
+    if name.endswith("weight"):  # bnb_4bit_quant_storage=torch.float32
+        WRONG[name] += [(packed(ones(7, 1), quant_state=object()), ValueError, (four_bits,))]
+# The same of one function: (function, start of the message, changes, error, words)
+ALONE = [
+    ("kl", "ref_hidden", {"ref_hidden": None}, TypeError, ("NoneType",)),
+    ("stats", "ref_weight", {"ref_hidden": None}, ValueError, ("ref_hidden too",)),
+    (
+        "stats",
+        "ref_bias",
+        {"ref_hidden": None, "ref_weight": None},
+        ValueError,
+        ("ref_hidden too",),
+    ),
+    ("kl", "weights", {"weights": ones(2, 3)}, ValueError, ("reduction='none'",)),
+    ("loss", "weights", {"weights": ones(2)}, ValueError, ("(2, 3)", "(2,)")),
+    ("loss", "weights", {"weights": ones(2, 3).long()}, TypeError, ("int64",)),
+    ("kl", "reduction", {"reduction": "batchmean"}, ValueError, ("'sum'", "batchmean")),
+    ("stats", "tokens", {"tokens": ones(2, 3)}, TypeError, ("float32",)),
+    ("stats", "tokens", {"tokens": ones(3).long()}, ValueError, ("(3,)",)),
+]
+CASES = ALONE + [
+    (call, name, value if isinstance(value, dict) else {name: value}, error, words)
+    for call in CALLS
+    for name, table in WRONG.items()
+    for value, error, words in table
+]
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(
-    "name, value, error, words",
-    [(name, *case) for name, table in WRONG.items() for case in table],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_wrong_arguments(implementation, call, name, value, error, words) -> None:
+@pytest.mark.parametrize("call, name, changes, error, words", CASES)
+def test_wrong_arguments(implementation, call, name, changes, error, words) -> None:
     """The message starts with the argument's name; a vocabulary that differs is told apart from a
     bias that does.
     """
-    if isinstance(value, torch.Tensor):
-        value = value.to(implementation.device)
+    device = implementation.device
+    moved = {k: v if hasattr(v, "SCB") else linear_cases.on(device, v) for k, v in changes.items()}
     with pytest.raises(error) as raised:
-        CALLS[call](right(implementation.device), **{name: value})
+        run(call, right(device) | moved)
     message = str(raised.value)
-    start = "ref_bias" if words == ("ref_bias",) else name
-    assert raised.type is error and message.startswith(f"{start}: expected"), message
-    for word in words:
-        assert word in message, f"{word!r} is not in: {message}"
-
-
-def fails(error: type, start: str, call, *words: str) -> None:
-    """call() raises `error` with a message that starts with `start: expected` and holds the words."""
-    with pytest.raises(error) as raised:
-        call()
-    message = str(raised.value)
-    assert message.startswith(f"{start}: expected"), message
+    assert raised.type is error and message.startswith(f"{name}: expected"), message
     assert all(word in message for word in words), message
 
 
-def test_vocabularies_that_differ(implementation) -> None:
-    """By padding: the caller slices the weight."""
-    arguments = {**right(implementation.device), "bias": None, "ref_bias": None}
-    padded = torch.ones(V + 2, H_REF, device=implementation.device)
-    fails(
-        ValueError,
-        "ref_weight",
-        lambda: CALLS["kl"](arguments, ref_weight=padded),
-        "7",
-        "9",
-        "weight[:V]",
-    )
-    CALLS["kl"](arguments, ref_weight=padded[:V])
-    padded = torch.ones(V + 2, H, device=implementation.device)
-    fails(ValueError, "ref_weight", lambda: CALLS["kl"](arguments, weight=padded), ": weight[:V]")
+def test_a_penalty_needs_a_reference() -> None:
+    """As linear_kl_divergence does."""
+    with pytest.raises(TypeError, match="^ref_hidden: expected .*NoneType"):
+        fastkl.LinearKLPenalty(0.1)(ones(2, H), ones(V, H), None)
 
 
-def test_shared_heads(implementation) -> None:
-    """A shared head has the same H, and its bias goes to both models: nothing is guessed."""
-    arguments = right(implementation.device)
-    hidden, weight, bias = (arguments[name] for name in ("hidden", "weight", "bias"))
-    for ref_weight in (None, weight):
-
-        def call(other, ref_weight=ref_weight, **more):
-            return fastkl.linear_kl_divergence(hidden, weight, other, ref_weight, **more)
-
-        fails(ValueError, "ref_weight", lambda call=call: call(arguments["ref_hidden"]), "[V, 3]")
-        fails(ValueError, "ref_bias", lambda call=call: call(hidden, bias=bias), "ref_bias=bias")
-        call(hidden, bias=bias, ref_bias=bias)
-
-
-def test_a_reference_is_whole_or_absent(implementation) -> None:
-    """A KL needs hidden states of the reference; statistics without them take nothing else of it."""
-    arguments = right(implementation.device)
-    fails(TypeError, "ref_hidden", lambda: CALLS["kl"](arguments, ref_hidden=None), "NoneType")
-    fails(
-        TypeError,
-        "ref_hidden",
-        lambda: fastkl.LinearKLPenalty(0.1)(arguments["hidden"], arguments["weight"], None),
-        "NoneType",
-    )
-    fails(
-        ValueError,
-        "ref_weight",
-        lambda: stats(arguments, ref_hidden=None, ref_bias=None),
-        "ref_hidden too",
-    )
-    fails(
-        ValueError,
-        "ref_bias",
-        lambda: stats(arguments, ref_hidden=None, ref_weight=None),
-        "ref_hidden too",
-    )
-
-
-def test_weights_and_reductions(implementation) -> None:
-    """Weights are for sums, floats of the leading shape."""
-    arguments, device = right(implementation.device), implementation.device
-    fails(
-        ValueError,
-        "weights",
-        lambda: CALLS["kl"](arguments, weights=ones(2, 3).to(device)),
-        "reduction='none'",
-    )
-    fails(
-        ValueError,
-        "weights",
-        lambda: CALLS["loss"](arguments, weights=ones(2).to(device)),
-        "(2, 3)",
-        "(2,)",
-    )
-    fails(
-        TypeError,
-        "weights",
-        lambda: CALLS["loss"](arguments, weights=ones(2, 3).long().to(device)),
-        "int64",
-    )
-    fails(
-        ValueError,
-        "reduction",
-        lambda: CALLS["kl"](arguments, reduction="batchmean"),
-        "'sum'",
-        "batchmean",
-    )
-
-
-def test_tokens(implementation) -> None:
-    """As token_stats; out of range an error on the reference, NaN on a GPU."""
-    arguments, device = right(implementation.device), implementation.device
-    fails(TypeError, "tokens", lambda: stats(arguments, tokens=ones(2, 3).to(device)), "float32")
-    fails(
-        ValueError,
-        "tokens",
-        lambda: stats(arguments, tokens=torch.zeros(3, dtype=torch.long, device=device)),
-        "(3,)",
-    )
-    outside = torch.full((2, 3), V, device=device)
-    if implementation.kernels:
-        assert bool(stats(arguments, tokens=outside).logprob.isnan().all())
-    else:
-        with pytest.raises(ValueError, match=r"^tokens"):
-            stats(arguments, tokens=outside)
-
-
-def test_types_that_do_not_go_together(implementation) -> None:
-    """float64 beside another type, and float64 on the kernels; a 16-bit policy beside a float32
-    reference does go.
+def test_ids_and_types_that_depend_on_the_backend(implementation) -> None:
+    """Ids out of range are an error on the reference, NaN on a GPU; float64 is the reference's; a
+    16-bit policy beside a float32 reference goes everywhere.
     """
     arguments = right(implementation.device)
-    for name in ("ref_hidden", "ref_weight", "ref_bias"):
-        arguments[name] = arguments[name].double()
-    fails(TypeError, "ref_hidden", lambda: CALLS["kl"](arguments), "float64")
     wide = {name: value.double() for name, value in arguments.items()}
+    outside = arguments | {"tokens": torch.full(LEADING, V, device=implementation.device)}
     if implementation.kernels:
+        assert bool(run("stats", outside).logprob.isnan().all())
         with pytest.raises(RuntimeError, match="float64"):
-            CALLS["kl"](wide)
+            run("kl", wide)
     else:
-        assert CALLS["kl"](wide).dtype == torch.float64
-    mixed = {
-        name: value.bfloat16() if name in ("hidden", "weight", "bias") else value.float()
-        for name, value in arguments.items()
-    }
-    assert bool(CALLS["kl"](mixed).isfinite().all())
+        with pytest.raises(ValueError, match=r"^tokens"):
+            run("stats", outside)
+        assert run("kl", wide).dtype == torch.float64
+    mixed = {k: v if k.startswith("ref_") else v.bfloat16() for k, v in arguments.items()}
+    assert bool(run("kl", mixed).isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["weight", "ref_weight", "bias", "ref_bias"])
 @pytest.mark.parametrize("call", CALLS)
-def test_parameters_that_are_not_whole(call, name) -> None:
-    """Parts of ZeRO-3 are gathered, weights of bitsandbytes unpacked: the message says how."""
-    arguments = right("cpu")
-    part = torch.nn.Parameter(ones(0))
-    fails(
-        ValueError,
-        name,
-        lambda: CALLS[call](arguments, **{name: part}),
-        f"deepspeed.zero.GatheredParameters([{name}])",
-    )
-    packed = torch.zeros(14, 1, dtype=torch.uint8)
-    packed.quant_state = object()
-    fails(
-        TypeError,
-        name,
-        lambda: CALLS[call](arguments, **{name: packed}),
-        f"bitsandbytes.functional.dequantize_4bit({name}.data, {name}.quant_state)",
-    )
-    rows = torch.zeros(V, H, dtype=torch.int8)
-    rows.SCB = ones(V)
-    fails(
-        TypeError,
-        name,
-        lambda: CALLS[call](arguments, **{name: rows}),
-        f"bitsandbytes.functional.int8_vectorwise_dequant({name}.data, {name}.SCB)",
-    )
-    if name.endswith("weight"):
-        stored = torch.zeros(7, 1)  # bnb_4bit_quant_storage=torch.float32
-        stored.quant_state = object()
-        fails(
-            ValueError,
-            name,
-            lambda: CALLS[call](arguments, **{name: stored}),
-            f"dequantize_4bit({name}.data",
-        )
+def test_forward_mode_is_refused(implementation, call) -> None:
+    """Rather than a derivative of zero; the message says what computes second derivatives."""
+    arguments = right(implementation.device)
+    hidden = arguments["hidden"]
 
-
-@pytest.mark.parametrize("transform", [torch.func.hessian, torch.func.jacfwd])
-@pytest.mark.parametrize("call", CALLS)
-def test_second_derivatives_by_forward_mode(call, transform) -> None:
-    """The message says what computes them."""
-    arguments = right("cpu")
-
-    def total(hidden):
-        result = CALLS[call](arguments, hidden=hidden)
+    def total(hidden: torch.Tensor) -> torch.Tensor:
+        result = run(call, arguments | {"hidden": hidden})
         return (result if isinstance(result, torch.Tensor) else result.entropy).sum()
 
     form = r"^\w+: expected .*, got .* forward-mode .*; .*fastkl\.reference\.row_statistics"
-    with pytest.raises(TypeError, match=form):
-        transform(total)(arguments["hidden"])
-
-
-def test_forward_mode_is_refused(implementation) -> None:
-    """Rather than a derivative of zero."""
-    arguments = right(implementation.device)
+    transforms: dict[str, Callable] = {"hessian": torch.func.hessian, "jac": torch.func.jacfwd}
+    for transform in transforms.values() if not implementation.interpreted else ():
+        with pytest.raises(TypeError, match=form):
+            transform(total)(hidden)
     with pytest.raises(RuntimeError, match="forward-mode"):
-        torch.func.jvp(
-            lambda hidden: CALLS["kl"](arguments, hidden=hidden),
-            (arguments["hidden"],),
-            (torch.ones_like(arguments["hidden"]),),
-        )
+        torch.func.jvp(total, (hidden,), (torch.ones_like(hidden),))

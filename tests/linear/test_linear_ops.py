@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
+import linear_cases
 import pytest
 import torch
+from linear_cases import FIELDS, INPUTS, few, small_case
 
 import fastkl
-from fastkl.ops import linear_op
 
-FIELDS = "logprob,entropy,ref_logprob,kl,ref_kl"
+OPS, SIX = torch.ops.fastkl, INPUTS[:6]
 V, H, H_REF = 11, 4, 3
-# Participants: with bias, reference ("none", "own", "shared"), mask, temperatures (and ratios),
-# softcap, chunk_size, leading shape.
+# Bias, reference ("none", "own", "shared"), mask, temperatures and ratios, softcap, chunk_size,
+# leading shape.
 MIXES = [
     (False, "own", False, False, 0.0, None, (3,)),
     (True, "own", True, True, 2.0, 2, (2, 2)),
@@ -28,60 +27,41 @@ POLICY_ALONE = [
 ]
 
 
-def skip_if_interpreted(implementation, mix: tuple) -> None:
-    """What opcheck looks at does not depend on the kernels: every mix on the reference, and in the
+def arguments(implementation, mix: tuple, dtype=torch.float32, grad: bool = False) -> tuple:
+    """Return the six tensors in the ops' order, (tokens, weights), (mask, temperatures, ratios,
+    temperature), and the rest of the settings.
+
+    What opcheck looks at does not depend on the kernels: every mix on the reference, and in the
     interpreter the one in which most takes part.
     """
-    if implementation.interpreted and mix != MIXES[1]:
-        pytest.skip("the ops' rules for this mix are checked on the reference")
-
-
-def arguments(
-    device: str, mix: tuple, dtype: torch.dtype = torch.float32, grad: bool = False
-) -> SimpleNamespace:
-    """The six tensors in the ops' order, and the rest by name."""
+    few(implementation, mix == MIXES[1])
     bias, reference, mask, temperatures, softcap, chunk_size, leading = mix
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(grad)
-
-    width = H if reference == "shared" else H_REF
-    six = (
-        random(*leading, H),
-        random(V, H),
-        random(V) if bias else None,
-        random(*leading, width) if reference != "none" else None,
-        random(V, H_REF) if reference == "own" else None,
-        random(V) if bias and reference != "none" else None,
+    width, device = H if reference == "shared" else H_REF, implementation.device
+    made = linear_cases.small(leading, V, H, width)
+    absent = {"ref_weight"} if reference == "shared" else set()
+    absent |= set() if bias else {"bias", "ref_bias"}
+    absent |= {"ref_hidden", "ref_weight", "ref_bias"} if reference == "none" else set()
+    six = [
+        None if name in absent else made[name].to(device, dtype).requires_grad_(grad)
+        for name in SIX
+    ]
+    divisors = (0.5 + made["weights"].sigmoid()).to(device) if temperatures else None
+    ratios = None if divisors is None or reference == "none" else divisors.flip(0)
+    per_row = (
+        (made["weights"] > -0.3).to(device) if mask else None,
+        divisors,
+        ratios,
+        1.0 if temperatures else 0.7,
     )
-    per_row = {
-        "tokens": torch.randint(V, leading, generator=generator),
-        "mask": torch.rand(leading, generator=generator) < 0.7 if mask else None,
-        "temperatures": 0.5 + torch.rand(leading, generator=generator) if temperatures else None,
-        "ratios": 0.5 + torch.rand(leading, generator=generator)
-        if temperatures and reference != "none"
-        else None,
-        "weights": torch.randn(leading, generator=generator),
-        "upstream": torch.randn(5, *leading, generator=generator),
-    }
-    per_row = {
-        name: value if value is None else value.to(device) for name, value in per_row.items()
-    }
-    return SimpleNamespace(
-        six=six,
-        temperature=1.0 if temperatures else 0.7,
-        scaling=(softcap, softcap / 2, 1.0 if temperatures or reference == "none" else 1.5),
-        chunk_size=chunk_size,
-        **per_row,
-    )
+    scaling = (softcap, softcap / 2, 1.0 if temperatures or reference == "none" else 1.5)
+    tokens = torch.ones(leading, dtype=torch.long, device=device)
+    settings = (*scaling, implementation.backend, dtype, chunk_size)
+    return six, (tokens, made["weights"].to(device)), per_row, settings
 
 
-def wrt_of(six: tuple) -> str:
-    """Every tensor that is there."""
-    return ",".join(
-        name for name, value in zip(linear_op.SIX, six, strict=True) if value is not None
-    )
+def wrt_of(six: list) -> str:
+    """Name every tensor that is there."""
+    return ",".join(name for name, value in zip(SIX, six, strict=True) if value is not None)
 
 
 @pytest.mark.parametrize(
@@ -92,26 +72,10 @@ def test_opcheck_statistics(implementation, mix, grad, keep) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right
     for every mix of arguments.
     """
-    skip_if_interpreted(implementation, mix)
-    a = arguments(implementation.device, mix, grad=grad)
-    fields = "logprob,entropy" if mix[1] == "none" else FIELDS
-    torch.library.opcheck(
-        torch.ops.fastkl.linear_statistics.default,
-        (
-            *a.six,
-            a.tokens,
-            a.mask,
-            a.temperatures,
-            a.ratios,
-            a.temperature,
-            fields,
-            *a.scaling,
-            implementation.backend,
-            torch.float32,
-            a.chunk_size,
-            keep,
-        ),
-    )
+    six, (tokens, _), per_row, settings = arguments(implementation, mix, grad=grad)
+    fields = ",".join(FIELDS[:2] if mix[1] == "none" else FIELDS)
+    given = (*six, tokens, *per_row, fields, *settings, keep)
+    torch.library.opcheck(OPS.linear_statistics.default, given)
 
 
 @pytest.mark.parametrize(
@@ -119,67 +83,31 @@ def test_opcheck_statistics(implementation, mix, grad, keep) -> None:
     [
         (FIELDS, False),
         (FIELDS, True),
-        ("kl", False),
-        ("logprob,entropy", False),
-        ("ref_logprob", True),
+        (["kl"], False),
+        (FIELDS[:2], False),
+        (["ref_logprob"], True),
     ],
 )
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_opcheck_gradients(implementation, mix, fields, keep) -> None:
     """The same for its backward, for upstream gradients of some fields."""
-    skip_if_interpreted(implementation, mix)
-    a = arguments(implementation.device, mix)
-    settings = (*a.scaling, implementation.backend, torch.float32, a.chunk_size)
-    *_, saved, logits, ref_logits = linear_op.linear_statistics(
-        *a.six, a.tokens, a.mask, a.temperatures, a.ratios, a.temperature, FIELDS, *settings, keep
-    )
-    upstream = [
-        value if name in fields.split(",") else None
-        for name, value in zip(FIELDS.split(","), a.upstream, strict=True)
-    ]
-    torch.library.opcheck(
-        torch.ops.fastkl.linear_gradients.default,
-        (
-            *a.six,
-            a.tokens,
-            a.mask,
-            a.temperatures,
-            a.ratios,
-            saved,
-            logits,
-            ref_logits,
-            *upstream,
-            a.temperature,
-            wrt_of(a.six),
-            *settings,
-        ),
-    )
+    six, (tokens, weights), per_row, settings = arguments(implementation, mix)
+    given = (*six, tokens, *per_row, ",".join(FIELDS), *settings, keep)
+    *_, saved, logits, ref_logits = OPS.linear_statistics(*given)
+    kept = (logits, ref_logits) if keep else (None, None)
+    upstream = [weights if name in fields else None for name in FIELDS]
+    rest = (tokens, *per_row[:3], saved, *kept, *upstream, per_row[3], wrt_of(six), *settings)
+    torch.library.opcheck(OPS.linear_gradients.default, (*six, *rest))
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mix", MIXES, ids=str)
-def test_opcheck_weighted_kl(implementation, mix, dtype) -> None:
+def test_opcheck_weighted_kl(implementation, mix, dtype, grad) -> None:
     """The same for value and gradients at once, and under autograd."""
-    skip_if_interpreted(implementation, mix)
-    for grad in (False, True):
-        a = arguments(implementation.device, mix, dtype, grad)
-        wrt = wrt_of(a.six) if grad else ""
-        torch.library.opcheck(
-            torch.ops.fastkl.linear_weighted_kl.default,
-            (
-                *a.six,
-                a.weights,
-                a.mask,
-                a.temperatures,
-                a.ratios,
-                a.temperature,
-                wrt,
-                *a.scaling,
-                implementation.backend,
-                dtype,
-                a.chunk_size,
-            ),
-        )
+    six, (_, weights), per_row, settings = arguments(implementation, mix, dtype, grad)
+    given = (*six, weights, *per_row, wrt_of(six) if grad else "", *settings)
+    torch.library.opcheck(OPS.linear_weighted_kl.default, given)
 
 
 @pytest.mark.parametrize(
@@ -196,142 +124,53 @@ def test_scaled(implementation, dtype, result) -> None:
     """
     gradient = torch.randn(7, 5).to(implementation.device, dtype)
     factor = torch.tensor(0.1234567, device=implementation.device)
-    torch.library.opcheck(torch.ops.fastkl.scaled.default, (gradient, factor, result))
-    assert torch.equal(
-        linear_op.scaled(gradient, factor, result),
-        (gradient.double() * factor.double()).float().to(result),
-    )
+    torch.library.opcheck(OPS.scaled.default, (gradient, factor, result))
+    expected = (gradient.double() * factor.double()).float().to(result)
+    assert torch.equal(OPS.scaled(gradient, factor, result), expected)
 
 
 def test_float16_gradients_do_not_vanish(implementation) -> None:
     """A mean over many tokens has gradients per token below float16's smallest number: they come
     back with their digits after loss scaling.
     """
-    if implementation.interpreted:
-        pytest.skip("4096 rows in the interpreter")
-    n = 4096
-    generator = torch.Generator().manual_seed(0)
-    hidden, ref_hidden = (
-        torch.randn(n, 8, generator=generator).to(implementation.device, torch.float16)
-        for _ in range(2)
-    )
-    weight = (
-        torch.randn(300, 8, generator=generator)
-        .to(implementation.device, torch.float16)
-        .requires_grad_()
-    )
-    hidden.requires_grad_()
-    loss = 65536 * fastkl.linear_kl_divergence(hidden, weight, ref_hidden, reduction="mean")
-    wide = [value.detach().double().requires_grad_() for value in (hidden, weight)]
-    with fastkl.use_backend("reference"):
-        exact = 65536 * fastkl.linear_kl_divergence(
-            wide[0], wide[1], ref_hidden.double(), reduction="mean"
-        )
-    for got, expected in zip(
-        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(exact, wide), strict=True
-    ):
-        # float16 rounds logits of size 10 by up to 2^-9 each, which moves probabilities, and with
-        # them gradients, by as much.
-        assert float((got.double() - expected).norm() / expected.norm()) < 4e-3
+    few(implementation, False)
+    tensors = linear_cases.small((4096,), 300, 8, 8)
+    tensors = {name: tensors[name] for name in ("hidden", "weight", "ref_hidden")}
+    case = linear_cases.Case(tensors, "mean", scale=65536.0, random=False).typed(torch.float16)
+    # float16 rounds logits of size 10 by up to 2^-9 each, which moves probabilities, and with them
+    # gradients, by as much.
+    result = linear_cases.fastkl_outcome(case, implementation.device)
+    linear_cases.assert_within(result, linear_cases.truth(case), 4e-3)
 
 
+@pytest.mark.parametrize("call", ["sum", "mean"])
 @pytest.mark.parametrize("temperature", [0.05, 0.1])
-def test_float16_gradients_do_not_overflow(implementation, temperature) -> None:
+def test_float16_gradients_do_not_overflow(implementation, temperature, call) -> None:
     """A KL of many nats at a low temperature: gradients stay finite and have the size of the
-    truth's.
+    truth's, as plain torch's in float16, whose logits are rounded as these are.
     """
-    n = 8 if implementation.interpreted else 64
-    generator = torch.Generator().manual_seed(0)
-    hidden, ref_hidden = (
-        torch.randn(n, 16, generator=generator).to(implementation.device, torch.float16)
-        for _ in range(2)
-    )
-    weight = (6 / 4 * torch.randn(500, 16, generator=generator)).to(
-        implementation.device, torch.float16
-    )
-    for reduction in ("sum", "mean"):
-        leaves = [value.clone().requires_grad_() for value in (hidden, weight)]
-        loss = fastkl.linear_kl_divergence(
-            *leaves, ref_hidden, reduction=reduction, temperature=temperature
-        )
-        wide = [value.double().requires_grad_() for value in (hidden, weight)]
-        with fastkl.use_backend("reference"):
-            exact = fastkl.linear_kl_divergence(
-                *wide, ref_hidden.double(), reduction=reduction, temperature=temperature
-            )
-        plain = [value.clone().requires_grad_() for value in (hidden, weight)]
-        log_p, log_q = (
-            (states @ plain[1].t()).float().div(temperature).log_softmax(-1)
-            for states in (plain[0], ref_hidden)
-        )
-        usual = (log_p.exp() * (log_p - log_q)).sum() / (len(hidden) if reduction == "mean" else 1)
-        for got, same, expected in zip(
-            *(
-                torch.autograd.grad(*pair)
-                for pair in ((loss, leaves), (usual, plain), (exact, wide))
-            ),
-            strict=True,
-        ):
-            # Beside plain torch in float16, whose logits are rounded as these are.
-            assert float((got.double() - expected).norm()) <= 1.5 * float(
-                (same.double() - expected).norm()
-            )
+    tensors = linear_cases.small((8 if implementation.interpreted else 64,), 500, 16, 16)
+    tensors["weight"] *= 1.5
+    case = linear_cases.Case(tensors, call, temperature=temperature, random=False)
+    case = case.without("ref_weight", "bias", "ref_bias", "weights").typed(torch.float16)
+    exact, device = linear_cases.truth(case), implementation.device
+    allowed = linear_cases.errors(linear_cases.plain(case, device), exact)
+    found = linear_cases.errors(linear_cases.fastkl_outcome(case, device), exact)
+    assert all(found[name] <= 1.5 * allowed[name] for name in found if name != "kl")
 
 
 @pytest.mark.parametrize("name", ["weights", "mask"])
 def test_vectors_of_any_strides(implementation, name) -> None:
     """Weights and masks may be transposed: the result is that of contiguous ones."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, ref_hidden = (
-        torch.randn(3, 4, H, generator=generator).to(implementation.device).requires_grad_()
-        for _ in range(2)
-    )
-    weight = torch.randn(V, H, generator=generator).to(implementation.device)
-    transposed = torch.rand(4, 3, generator=generator).to(implementation.device).t()
-    transposed = transposed > 0.3 if name == "mask" else transposed
-    results = []
-    for value in (transposed, transposed.contiguous()):
-        loss = fastkl.linear_kl_divergence(
-            hidden, weight, ref_hidden, reduction="sum", **{name: value}
-        )
-        results.append([loss, *torch.autograd.grad(loss, (hidden, ref_hidden))])
-    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_autocast_of_the_caller_does_not_reach_the_products(implementation, reduction) -> None:
-    """float32 logits stay float32 inside autocast, and a backward inside autocast of a forward
-    outside it has the forward's types.
-    """
-    device = implementation.device
-    generator = torch.Generator().manual_seed(0)
-    hidden, ref_hidden = (torch.randn(5, 32, generator=generator).to(device) for _ in range(2))
-    weight, mask = (
-        torch.randn(V, 32, generator=generator).to(device),
-        (torch.arange(5) != 2).to(device),
-    )
-    narrow = [value.bfloat16() for value in (hidden, weight, ref_hidden)]
-    expected = fastkl.linear_kl_divergence(*narrow, logits_dtype=torch.float32, reduction=reduction)
-    leaf = hidden.clone().requires_grad_()
-    outside = fastkl.linear_kl_divergence(
-        leaf, weight, ref_hidden, mask=mask, reduction=reduction
-    ).sum()
-    (gradient,) = torch.autograd.grad(outside, leaf, retain_graph=True)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        assert torch.equal(
-            fastkl.linear_kl_divergence(*narrow, logits_dtype=torch.float32, reduction=reduction),
-            expected,
-        )
-        assert torch.equal(torch.autograd.grad(outside, leaf)[0], gradient)
-
-
-def small(device: str) -> tuple[torch.Tensor, ...]:
-    """Hidden states, weight and the reference's hidden states."""
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(shape, generator=generator).to(device)
-        for shape in ((3, 2, H), (V, H), (3, 2, H))
-    )
+    case = small_case("sum", leading=(3, 4)).without("weights")
+    inputs = linear_cases.leaves(case, device=implementation.device)
+    vector = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)).to(implementation.device)
+    vector, found = (vector.t() > 0.3 if name == "mask" else vector.t()), []
+    for value in (vector, vector.contiguous()):
+        given = inputs | ({name: value} if name == "weights" else {})
+        values = linear_cases.call(case, given, **({"mask": value} if name == "mask" else {}))
+        found.append(linear_cases.differentiate(case, inputs, values))
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -339,72 +178,72 @@ def test_vmap(implementation) -> None:
     """Per token as a loop gives it; a sum refuses to leave out a gradient that vmap hides from it,
     and a gradient to the temperature.
     """
-    hidden, weight, ref_hidden = small(implementation.device)
-    hidden.requires_grad_(), weight.requires_grad_()
-    kl = torch.vmap(lambda h, r: fastkl.linear_kl_divergence(h, weight, r))(hidden, ref_hidden)
-    expected = fastkl.linear_kl_divergence(hidden, weight, ref_hidden)
-    torch.testing.assert_close(kl, expected)
-    for got, exact in zip(
-        torch.autograd.grad(kl.sum(), (hidden, weight)),
-        torch.autograd.grad(expected.sum(), (hidden, weight)),
-        strict=True,
-    ):
+    tensors = linear_cases.small((3, 2), V, H, H)
+    hidden, weight, ref = (
+        tensors[name].to(implementation.device).requires_grad_()
+        for name in ("hidden", "weight", "ref_hidden")
+    )
+
+    def mapped(kl, *stacked: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(kl)(hidden, ref, *stacked)
+
+    def kl(states, second, temperature=1.0, **more) -> torch.Tensor:
+        return fastkl.linear_kl_divergence(states, weight, second, temperature=temperature, **more)
+
+    found, expected = mapped(kl), kl(hidden, ref)
+    torch.testing.assert_close(found, expected)
+    learned = (hidden, weight, ref)
+    gradients = (torch.autograd.grad(value.sum(), learned) for value in (found, expected))
+    for got, exact in zip(*gradients, strict=True):
         torch.testing.assert_close(got, exact)
-    with pytest.raises(RuntimeError, match="^hidden: expected to be known.*reduction='none'"):
-        torch.vmap(lambda h, r: fastkl.linear_kl_divergence(h, weight, r, reduction="sum"))(
-            hidden, ref_hidden
-        )
+    with pytest.raises(RuntimeError, match="^hidden.*: expected to be known.*reduction='none'"):
+        mapped(lambda states, second: kl(states, second, reduction="sum"))
     temperature = torch.ones(3, 2, device=implementation.device, requires_grad=True)
-    with pytest.raises(RuntimeError, match="^temperature: expected a tensor without gradient"):
-        torch.vmap(lambda h, r, t: fastkl.linear_kl_divergence(h, weight, r, temperature=t))(
-            hidden.detach(), ref_hidden, temperature
-        )
-    logits = torch.randn(3, 2, V, device=implementation.device)
-    with pytest.raises(RuntimeError, match="^temperature: expected a tensor without gradient"):
-        torch.vmap(lambda p, t: fastkl.kl_divergence(p, p, temperature=t))(logits, temperature)
+    for function in (kl, lambda p, _, t: fastkl.kl_divergence(p, p, temperature=t)):
+        with pytest.raises(RuntimeError, match="^temperature: expected a tensor without gradient"):
+            mapped(function, temperature)
+
+
+class Loss(torch.nn.Module):
+    """A sum over tokens, for torch.export."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, h, w, r):
+        return fastkl.linear_kl_divergence(h, w, r, reduction=self.reduction).sum()
 
 
 def test_export_without_gradients_refuses_them(implementation) -> None:
     """An exported sum keeps what its example inputs required: asked for more it raises; exported
-    per token it gives all gradients.
+    per token, for any number of tokens, it gives all gradients.
     """
-
-    class Loss(torch.nn.Module):
-        def __init__(self, reduction: str) -> None:
-            super().__init__()
-            self.reduction = reduction
-
-        def forward(self, h, w, r):
-            return fastkl.linear_kl_divergence(h, w, r, reduction=self.reduction).sum()
-
-    arguments = small(implementation.device)
-    learned = [value.clone().requires_grad_() for value in arguments]
+    tensors = linear_cases.small((6,), V, H, H)
+    given = [tensors[k].to(implementation.device) for k in ("hidden", "weight", "ref_hidden")]
+    learned = [value.clone().requires_grad_() for value in given]
+    shapes = ({0: torch.export.Dim("tokens", min=2)}, None, {0: torch.export.Dim("tokens", min=2)})
     exported = {
-        reduction: torch.export.export(Loss(reduction), arguments).module()
+        reduction: torch.export.export(Loss(reduction), tuple(given), dynamic_shapes=shapes)
         for reduction in ("sum", "none")
     }
-    torch.testing.assert_close(exported["sum"](*arguments), exported["none"](*arguments))
+    (bounds,) = exported["none"].range_constraints.values()
+    assert bounds.upper > 2**40, "the default of recompute puts no bound on the tokens"
+    summed, per_token = (program.module() for program in exported.values())
+    torch.testing.assert_close(summed(*given), per_token(*given))
     expected = torch.autograd.grad(Loss("sum")(*learned), learned)
-    for got, exact in zip(
-        torch.autograd.grad(exported["none"](*learned), learned), expected, strict=True
-    ):
+    for got, exact in zip(torch.autograd.grad(per_token(*learned), learned), expected, strict=True):
         torch.testing.assert_close(got, exact)
     with pytest.raises(RuntimeError, match="hidden, weight, ref_hidden: expected to be known"):
-        exported["sum"](*learned)
+        summed(*learned)
 
 
 def test_meta_tensors() -> None:
     """A dry run without data gives shapes and types."""
-    with torch.device("meta"):
-        hidden, weight = (
-            torch.empty(2, 3, H, dtype=torch.bfloat16, requires_grad=True),
-            torch.empty(V, H, dtype=torch.bfloat16),
-        )
+    made = {"dtype": torch.bfloat16, "device": "meta"}
+    hidden, weight = torch.empty(2, 3, H, requires_grad=True, **made), torch.empty(V, H, **made)
     loss = fastkl.linear_kl_divergence(hidden, weight, hidden.detach(), reduction="mean")
-    loss.backward()
-    assert (
-        loss.shape == ()
-        and hidden.grad.shape == hidden.shape
-        and hidden.grad.dtype == torch.bfloat16
-    )
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert loss.shape == () and gradient.shape == hidden.shape
+    assert gradient.dtype == torch.bfloat16
     assert fastkl.linear_kl_divergence(hidden, weight, hidden).shape == (2, 3)

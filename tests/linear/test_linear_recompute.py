@@ -1,269 +1,297 @@
-"""recompute= of the functions on hidden states: the same numbers with fewer products."""
+"""recompute= of the functions on hidden states: the same numbers with fewer products, also inside
+PyTorch's graphs, hooks, checkpoints, compilers and transforms.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 
+import linear_cases
 import pytest
 import torch
-from test_linear_costs import CHUNK, SMALL, H, N, V, peak, products, tensors
+from linear_cases import FIELDS, Case, small_case, tuned
+from test_linear import with_heads
+from test_linear_costs import CHUNK, H, N, V, count
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fastkl
-from fastkl import linear
-from fastkl.linear import Head
-from fastkl.ops import engine, gemm, lm_head
+from fastkl import testing
 
-FIELDS = fastkl.TokenStats._fields
-LEARNED = "hidden,weight", "hidden", "hidden,weight,ref_hidden,ref_weight", "ref_hidden,ref_weight"
+LEARNED = (
+    ("hidden", "weight"),
+    ("hidden",),
+    ("hidden", "weight", "ref_hidden", "ref_weight"),
+    ("ref_hidden", "ref_weight"),
+)
+MASK = torch.arange(N) % 3 != 1
 keeping = pytest.mark.parametrize("recompute", [False, None], ids=["kept", "default"])
 
 
-def stats_of(made: dict[str, torch.Tensor], **options) -> dict[str, torch.Tensor]:
-    """All fields of linear_token_stats."""
-    device = made["hidden"].device
-    tokens = (torch.arange(made["hidden"].shape[:-1].numel(), device=device) * 7) % V
-    tokens = tokens.reshape(made["hidden"].shape[:-1])
-    stats = fastkl.linear_token_stats(tokens=tokens, **made, **options)
-    return {name: value for name, value in stats._asdict().items() if value is not None}
+def stats_case(dtype=torch.bfloat16, learned: tuple = LEARNED[0], **changes) -> Case:
+    """Make a case of all fields, without biases."""
+    sizes = {"vocabulary": V, "width": H, "ref_width": H}
+    options = {"leading": (N,), "sizes": sizes, "trainable": learned, "chunk_size": None}
+    return small_case("stats", dtype, **{**options, **changes}).without("bias", "ref_bias")
 
 
-def backward(stats: dict[str, torch.Tensor], made: dict, fields: tuple = FIELDS, **options) -> list:
-    """Gradients for an upstream gradient of its own for each field and token; None for none."""
-    asked = [
-        (value, number + torch.linspace(0.5, 1, value.numel(), device=value.device))
-        for number, (name, value) in enumerate(stats.items())
-        if name in fields and value.requires_grad
-    ]
-    learned = list({id(v): v for v in made.values() if v.requires_grad}.values())
-    values, upstream = zip(*((v, u.reshape(v.shape)) for v, u in asked), strict=True)
-    return list(torch.autograd.grad(values, learned, upstream, allow_unused=True, **options))
+def outcome(case: Case, device: str, **more) -> dict[str, torch.Tensor]:
+    """Compute values and gradients."""
+    inputs = linear_cases.leaves(case, device=device)
+    return linear_cases.differentiate(case, inputs, linear_cases.call(case, inputs, **more))
 
 
-def outcome(made: dict, fields: tuple = FIELDS, **options) -> list[torch.Tensor | None]:
-    """Values and gradients."""
-    stats = stats_of(made, **options)
-    return [*(value.detach() for value in stats.values()), *backward(stats, made, fields)]
+def assert_same(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Compare to the bit."""
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
+        testing.assert_same_bits(result[name], value, name)
 
 
-def assert_same(results: list, expected: list) -> None:
-    """The same bits."""
-    for result, value in zip(results, expected, strict=True):
-        assert (result is None) == (value is None)
-        assert result is None or torch.equal(result, value)
+def twice(case: Case, device: str, call: Callable) -> None:
+    """Two backwards through call(case, inputs)'s graph give the bits of logits computed again."""
+    inputs, expected = (
+        linear_cases.leaves(case, device=device),
+        outcome(case, device, recompute=True),
+    )
+    values = call(case, inputs)
+    for retain in (True, False):
+        assert_same(linear_cases.differentiate(case, inputs, values, retain), expected)
 
+
+kept = functools.partial(linear_cases.call, recompute=False)
 
 # ---- numbers
 
 OPTIONS = {
     "plain": {},
-    "masked chunks": {"chunk_size": CHUNK},
+    "masked chunks": {"chunk_size": CHUNK, "mask": MASK},
     "float32 logits": {"logits_dtype": torch.float32},
-    "masked softcap": {"softcap": 2.0, "temperature": 0.7},
-    "masked ratio": {"temperature": 0.7, "ref_temperature": 1.3},
+    "masked softcap": {"softcap": 2.0, "temperature": 0.7, "mask": MASK},
+    "masked ratio": {"temperature": 0.7, "ref_temperature": 1.3, "mask": MASK},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("learned", LEARNED)
+@pytest.mark.parametrize("learned", LEARNED, ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_bits(implementation, learned, options, dtype) -> None:
-    """Kept or computed again, with products of the same shapes: for each set of fields."""
-    made = tensors(implementation.device, learned=learned, dtype=dtype)
-    given = dict(OPTIONS[options])
-    if "masked" in options:
-        given["mask"] = (torch.arange(N) % 3 != 1).to(implementation.device)
-    for fields in (FIELDS, FIELDS[:2], ("ref_logprob",), ("kl",)):
-        if fields[0] in FIELDS[:2] and fields != FIELDS and not learned.startswith("hidden"):
-            continue
-        if fields == ("ref_logprob",) and "ref_" not in learned:
-            continue
-        again = outcome(made, fields, recompute=True, **given)
-        assert_same(outcome(made, fields, recompute=False, **given), again)
+    """Kept or computed again, with products of the same shapes: for each set of fields, of which
+    each moves what it depends on.
+    """
+    for fields in (FIELDS, FIELDS[:2], ("ref_logprob",), ("kl",), ("ref_kl",)):
+        case = stats_case(dtype, learned, fields=fields, **OPTIONS[options])
+        again = outcome(case, implementation.device, recompute=True)
+        assert_same(outcome(case, implementation.device, recompute=False), again)
+        for name in learned:
+            depends = {*fields} - ({"ref_logprob"} if name[:4] != "ref_" else {*FIELDS[:2]})
+            assert (
+                f"gradient to {name}" not in again
+                or depends == set()
+                or bool(again[f"gradient to {name}"].any())
+            )
 
 
 @keeping
-def test_heads_biases_and_leading_dimensions(implementation, recompute) -> None:
-    """Heads of their own bias, soft cap and scale over [2, 12] tokens, one weight shared."""
-    flat = tensors(implementation.device, learned="hidden,ref_hidden", dtype=torch.float32)
-    bias = torch.linspace(-1, 1, V, device=implementation.device).requires_grad_()
-    weight = flat["weight"].requires_grad_()
-    made = {name: flat[name].detach().reshape(2, -1, H) for name in ("hidden", "ref_hidden")}
-    for shape in ((), (0, 3)):
-        if shape:
-            made = {name: value.new_empty(*shape, H) for name, value in made.items()}
-        leaves = [value.requires_grad_() for value in made.values()]
-        found = []
-        for again in (True, recompute):
-            stats = fastkl.linear_token_stats(
-                made["hidden"],
-                Head(weight, bias, 3.0, 0.5),
-                torch.ones(made["hidden"].shape[:-1], dtype=torch.long, device=bias.device),
-                made["ref_hidden"],
-                Head(weight, 2 * bias, None, 2.0),
-                recompute=again,
-            )
-            total = sum(((i + 1) * value).sum() for i, value in enumerate(stats))
-            found.append([*stats, *torch.autograd.grad(total, [*leaves, weight, bias])])
-        assert_same(found[1], found[0])
+@pytest.mark.parametrize("models", ["one weight", "everything", "per token", "no tokens"])
+def test_heads_biases_and_leading_dimensions(implementation, recompute, models) -> None:
+    """Heads of their own bias, soft cap and scale over [2, 4] tokens, one weight shared."""
+    empty = small_case("stats", leading=(0, 3), heads=((3.0, 0.5), (None, 2.0)))
+    case = empty if models == "no tokens" else with_heads(models, "stats")
+    found = outcome(case, implementation.device, recompute=recompute)
+    assert_same(found, outcome(case, implementation.device, recompute=True))
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_one_product_beside_windows(implementation, monkeypatch, masked) -> None:
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+def test_one_product_beside_windows(implementation, monkeypatch, mask) -> None:
     """Where the products differ in shape, gradients are apart by no more than their rounding."""
-    made = tensors(implementation.device, dtype=torch.float32)
-    mask = (torch.arange(N) % 3 != 1).to(implementation.device) if masked else None
-    monkeypatch.setattr(lm_head, "LARGEST_CHUNK", CHUNK)
-    monkeypatch.setattr(lm_head, "WORKSPACE_ON_A_GPU", 1)
-    monkeypatch.setitem(lm_head.WORKSPACE, "cpu", 1)
-    again, kept = (outcome(made, mask=mask, recompute=value) for value in (True, None))
-    for result, value in zip(kept, again, strict=True):
-        torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("fields, in_place", [(("kl",), True), (("ref_kl",), False)])
-def test_in_place(monkeypatch, fields, in_place) -> None:
-    """Gradients take the place of their logits, but where rows are read again."""
-    made, seen = tensors("cpu", learned=LEARNED[2]), []
-    compute = engine.backward
-
-    def note(backend, p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling):
-        seen.extend(g.data_ptr() == x.data_ptr() for x, g in ((p, grad_p), (q, grad_q)))
-        compute(backend, p, q, tokens, mask, temperature, saved, upstream, grad_p, grad_q, scaling)
-
-    monkeypatch.setattr(engine, "backward", note)
-    backward(stats_of(made, recompute=False, chunk_size=CHUNK), made, fields)
-    assert seen == [in_place] * (2 * N // CHUNK)
+    tuned(monkeypatch, largest_chunk=CHUNK, workspace=1)
+    case = stats_case(torch.float32, mask=mask)
+    again, found = (outcome(case, implementation.device, recompute=r) for r in (True, None))
+    for name, value in again.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_a_far_row_is_read_before_it_is_written(implementation) -> None:
     """Rows that the kernels read again, for the gradient of ref_kl to the reference."""
-    made = tensors(implementation.device, learned=LEARNED[2], dtype=torch.float32)
-    with torch.no_grad():
-        made["hidden"][::5] *= 40
-        made["ref_hidden"][::7] *= 60
-    assert_same(outcome(made, recompute=False), outcome(made, recompute=True))
+    case = stats_case(torch.float32, LEARNED[2])
+    case.tensors["hidden"][::5] *= 40
+    case.tensors["ref_hidden"][::7] *= 60
+    twice(case, implementation.device, kept)
 
 
 # ---- products
 
-COUNTS = {
-    # learned, with a reference: products forward and backward, of the policy's fields and of all
-    ("hidden,weight", False): (3, 3),
-    ("hidden", False): (2, 2),
-    ("hidden,weight", True): (4, 4),
-    ("hidden", True): (3, 3),
-    ("hidden,weight,ref_hidden,ref_weight", True): (4, 6),
+
+@pytest.mark.parametrize(
+    "learned, reference, products",
+    [
+        (LEARNED[0], False, (2, 2)),
+        (LEARNED[1], False, (1, 1)),
+        (LEARNED[0], True, (2, 2)),
+        (LEARNED[1], True, (1, 1)),
+        (LEARNED[2], True, (2, 4)),
+    ],
+)
+def test_products_of_a_retained_graph(implementation, learned, reference, products) -> None:
+    """One for each gradient; a second time the logits that gradients took the place of, where
+    needed, are computed again.
+    """
+    for fields, expected in zip((FIELDS[:2], FIELDS), products, strict=True):
+        case = stats_case(learned=learned, fields=fields)
+        case = case if reference else case.without("ref_hidden", "ref_weight")
+        inputs, found = linear_cases.leaves(case, device=implementation.device), []
+        values = kept(case, inputs)
+
+        def run(case=case, inputs=inputs, values=values, found=found) -> None:
+            found.append(linear_cases.differentiate(case, inputs, values, retain_graph=True))
+
+        assert count(run) == expected
+        assert count(run) == expected + (1 + reference if fields == FIELDS else 1)
+        assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("short", [0, 1], ids=["within", "above"])
+def test_the_bound_on_kept_logits(monkeypatch, reference, logits_dtype, short) -> None:
+    """By default logits are kept up to 2 GiB of all models together, from shapes and types alone."""
+    assert linear_cases.LARGEST_KEPT == 1 << 31
+    tuned(monkeypatch, largest_kept=(1 + reference) * N * V * logits_dtype.itemsize - short)
+    case = stats_case(logits_dtype=logits_dtype)
+    case = case if reference else case.without("ref_hidden", "ref_weight")
+    inputs = linear_cases.leaves(case)
+    for recompute, again in ((None, short), (True, 1), (False, 0)):
+        values = linear_cases.call(case, inputs, recompute=recompute)
+        run = functools.partial(linear_cases.differentiate, case, inputs, values)
+        assert count(run, types=None) == 2 + again * (1 + reference)
+
+
+# ---- inside PyTorch
+
+
+def test_create_graph_overwrites_nothing(implementation) -> None:
+    """A graph for second derivatives raises when used; the logits are still there after it."""
+    case = stats_case(torch.float32, fields=("kl",))
+    inputs = linear_cases.leaves(case, device=implementation.device)
+    values, found = kept(case, inputs), []
+    (first,) = torch.autograd.grad(values["kl"].sum(), inputs["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        torch.autograd.grad(first.sum(), inputs["hidden"], retain_graph=True)
+    run = lambda: found.append(linear_cases.differentiate(case, inputs, values))  # noqa: E731
+    assert count(run, types=None) == 2
+    assert_same(found[0], outcome(case, implementation.device, recompute=True))
+
+
+def transposed(value: torch.Tensor) -> torch.Tensor:
+    """Return another layout of the same numbers, as a hook may."""
+    if value.dim() < 2 or value.requires_grad:
+        return value
+    return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def hooked(case: Case, inputs: dict, manager: Callable) -> dict[str, torch.Tensor]:
+    """Compute with kept logits under a hook on saved tensors."""
+    with manager():
+        return kept(case, inputs)
+
+
+def selective(case: Case, inputs: dict) -> dict[str, torch.Tensor]:
+    """Compute under a checkpoint whose policy caches results of ops."""
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.MUST_SAVE
+    )
+    return checkpoint(kept, case, inputs, use_reentrant=False, context_fn=contexts)
+
+
+hooks = torch.autograd.graph
+WAYS = {
+    "plain": kept,
+    "default": linear_cases.call,
+    "transposed": functools.partial(
+        hooked, manager=lambda: hooks.saved_tensors_hooks(transposed, transposed)
+    ),
+    "offloaded": functools.partial(hooked, manager=hooks.save_on_cpu),
+    "checkpoint": lambda case, inputs: checkpoint(kept, case, inputs, use_reentrant=False),
+}
+COMPILED = {
+    f"{backend}, {way}": torch.compile(WAYS[way], fullgraph=True, backend=backend)
+    for backend, way in (("eager", "plain"), ("aot_eager", "plain"), ("aot_eager", "default"))
 }
 
 
-def count(call: Callable) -> float:
-    """How many products of N·H·V a call makes."""
-    return sum(product.size for product in products(call)) / (N * H * V)
-
-
-@pytest.mark.parametrize("learned, reference", COUNTS, ids=str)
-def test_products(implementation, learned, reference) -> None:
-    """One for each model's logits, one for each gradient; the same twice by a retained graph."""
-    made = tensors(implementation.device, learned=learned)
-    made = made if reference else {name: made[name] for name in ("hidden", "weight")}
-    for fields, expected in zip((FIELDS[:2], FIELDS), COUNTS[learned, reference], strict=True):
-        kept = []
-        models = 1 + reference
-        assert count(lambda kept=kept: kept.append(stats_of(made))) == models
-        first, second = [], []
-        run = functools.partial(backward, kept[0], made, fields, retain_graph=True)
-        assert count(lambda first=first, run=run: first.extend(run())) == expected - models
-        # Gradients lie where the logits were: those that are needed are computed again.
-        needed = models if fields == FIELDS else 1
-        assert count(lambda second=second, run=run: second.extend(run())) == (
-            expected - models + needed
-        )
-        assert_same(second, first)
-
-
-def test_chunk_size_bounds_the_products(implementation) -> None:
-    """No product is for more tokens than chunk_size, with kept logits too."""
-    made = tensors(implementation.device)
-    call = functools.partial(outcome, made, recompute=False, chunk_size=CHUNK)
-    found = products(call)
-    assert max(product.size for product in found) == CHUNK * H * V
-    assert sum(product.size for product in found) == 4 * N * H * V
-
-
-@pytest.mark.parametrize("recompute", [True, False, None])
-@pytest.mark.parametrize("mode", ["no_grad", "frozen", "sum", "penalty"])
-def test_nothing_is_kept_without_need(monkeypatch, mode, recompute) -> None:
-    """Not without gradient, nor where it is computed with the value."""
-    kept = []
-    forward = lm_head.Heads.forward
-    monkeypatch.setattr(
-        lm_head.Heads,
-        "forward",
-        lambda self, outputs, saved, keep=(): (kept.extend(keep), forward(self, outputs, saved)),
-    )
-    made = tensors("cpu", learned="" if mode == "frozen" else "hidden,weight")
-    if mode == "no_grad":
-        with torch.no_grad():
-            stats_of(made, recompute=recompute)
-    elif mode == "frozen":
-        stats_of(made, recompute=recompute)
-    elif mode == "sum":
-        fastkl.linear_kl_divergence(**made, reduction="sum", recompute=recompute).backward()
-    else:
-        penalty = fastkl.LinearKLPenalty(0.1, recompute=recompute)
-        penalty(**made).backward()
-        assert ("recompute=" in repr(penalty)) == (recompute is not None)
-    assert all(value is None for value in kept)
-
-
-def test_two_gibibytes() -> None:
-    """The bound is on the logits of all models, from shapes and types alone."""
-    with torch.device("meta"):
-        weight = torch.empty(128256, 4096, dtype=torch.bfloat16, requires_grad=True)
-        hidden = torch.empty(4, 2500, 4096, dtype=torch.bfloat16)
-
-    def keeps(tokens: int, reference: bool, dtype=None, recompute=None) -> bool:
-        states = hidden.view(-1, 4096)[:tokens]
-        first = (states, weight, None, states if reference else None, None, None)
-        return linear.prepare(*first, 1.0, None, None, None, dtype, None, recompute).keeps_logits()
-
-    assert keeps(8371, False) and not keeps(8372, False)
-    assert keeps(4185, True) and not keeps(4186, True)
-    assert keeps(4185, False, torch.float32) and not keeps(4186, False, torch.float32)
-    assert keeps(10000, True, None, False) and not keeps(1, False, None, True)
-
-
-# ---- memory
-
-
-@pytest.mark.parametrize("learned", ["hidden,weight", "hidden,weight,ref_hidden,ref_weight"])
-@pytest.mark.parametrize("fields", [FIELDS[:4], FIELDS], ids=["kl", "ref_kl"])
-@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
-def test_peak_memory(monkeypatch, logits_dtype, fields, learned) -> None:
-    """Backward has no second tensor of logits: the formulas of the docstring, measured.
-
-    On top come what the CPU holds in another type at a time and 256 bytes per token.
+@pytest.mark.parametrize("way", WAYS | COMPILED)
+def test_a_retained_graph(implementation, way) -> None:
+    """The same bits, twice: kept, offloaded and back in any layout, recomputed by a checkpoint, or
+    inside a graph, whose op overwrites nothing.
     """
-    for name in ("forward", "backward"):
-        monkeypatch.setattr(engine, name, lambda *_: None)  # in place, whatever it is
-    monkeypatch.setattr(gemm, "BLOCK_ELEMENTS", 1 << 14)
-    monkeypatch.setitem(lm_head.WORKSPACE, "cpu", 1 << 20)
-    monkeypatch.setattr(lm_head, "SMALL_SUM", 0)
-    made = tensors("cpu", **SMALL, learned=learned)
-    n, h, v = SMALL.values()
-    head = lm_head.Head(made["hidden"], made["weight"], None, logits_dtype)
-    chunk = lm_head.plan(n, [head, head], None).chunk
-    models, width = learned.count("hidden"), lm_head.row_width(v)
-    slack = 3 * 4 * (1 << 14) + 256 * n
-    kept, stats = 2 * n * width * logits_dtype.itemsize, []
-    run = functools.partial(stats_of, made, recompute=False, logits_dtype=logits_dtype)
-    assert kept <= peak(lambda: stats.append(run()))[0] <= kept + slack
-    returned = models * 2 * (n * h + v * h)
-    if logits_dtype == torch.float32:  # G·V·b, G = N at the most
-        more = models * n * width * 2
-    else:  # C·V·l where a far row may be read again
-        more = models * chunk * width * 2 if fields == FIELDS and models == 2 else 0
-    most, largest = peak(lambda: backward(stats[0], made, fields))
-    assert most <= returned + more + slack
-    assert logits_dtype == torch.float32 or largest == 2 * v * h
+    twice(stats_case(), implementation.device, (WAYS | COMPILED)[way])
+
+
+def test_selective_checkpointing(implementation) -> None:
+    """Logits that a policy caches, as it does the op's results, reach the one backward."""
+    case, device = stats_case(), implementation.device
+    inputs = linear_cases.leaves(case, device=device)
+    found = linear_cases.differentiate(case, inputs, selective(case, inputs))
+    assert_same(found, outcome(case, device, recompute=True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@keeping
+def test_transforms(implementation, recompute) -> None:
+    """torch.func inside and outside, and batched upstream gradients of kept logits."""
+    inputs = linear_cases.leaves(stats_case(torch.float32, ()), device=implementation.device)
+    hidden, models = inputs["hidden"], (inputs["weight"], inputs["ref_hidden"])
+
+    def kl(states: torch.Tensor) -> torch.Tensor:
+        return fastkl.linear_kl_divergence(states, *models, recompute=recompute)
+
+    leaf = hidden.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(kl(leaf).sum(), leaf)
+    inner = torch.func.grad(lambda states: kl(states).sum())
+    assert torch.equal(inner(hidden), expected)
+    mapped = torch.func.vmap(inner)(torch.stack([hidden, hidden]))
+    torch.testing.assert_close(mapped, torch.stack([expected, expected]))
+    upstream = torch.stack([torch.ones(N), 2 * torch.ones(N)]).to(hidden)
+    values = kl(leaf)
+    gradient = functools.partial(torch.autograd.grad, values, leaf, retain_graph=True)
+    for (found,) in (
+        gradient(upstream, is_grads_batched=True),
+        torch.func.vmap(gradient)(upstream),
+    ):
+        torch.testing.assert_close(found, torch.stack([expected, 2 * expected]))
+    assert torch.equal(torch.autograd.grad(values.sum(), leaf)[0], expected)
+
+
+def test_a_failed_backward_leaves_no_wrong_logits(monkeypatch) -> None:
+    """Logits that were half written over are computed again."""
+    case = stats_case()
+    inputs = linear_cases.leaves(case)
+    values = kept(case, inputs)
+
+    def fails(first: torch.Tensor, *_: object, **__: object) -> None:
+        first.fill_(float("nan"))
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "mm", fails)
+        linear_cases.differentiate(case, inputs, values, retain_graph=True)
+    found = linear_cases.differentiate(case, inputs, values)
+    assert_same(found, outcome(case, "cpu", recompute=True))
+
+
+def test_plain_eager_calls_write_over_what_they_kept() -> None:
+    """The learning model's logits give way to their gradients, the other's stay."""
+    case, seen = stats_case(), []
+    inputs = linear_cases.leaves(case)
+    with hooks.saved_tensors_hooks(lambda v: seen.append(v) or v, lambda value: value):
+        values = kept(case, inputs)
+    logits = [value for value in seen if value.shape == (N, 64)]
+    before = [value.clone() for value in logits]
+    linear_cases.differentiate(case, inputs, values)
+    same = [torch.equal(value, old) for value, old in zip(logits, before, strict=True)]
+    assert same == [False, True]
