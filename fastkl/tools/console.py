@@ -21,7 +21,7 @@ def percent(share: float, digits: int = 0) -> str:
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a text; a character that the terminal's encoding lacks becomes "?"."""
     out = sys.stdout if file is None else file
-    encoding = out.encoding or "ascii"
+    encoding = out.encoding or "utf-8"
     print(text.encode(encoding, errors="replace").decode(encoding), file=out, flush=True)
 
 

@@ -1,5 +1,5 @@
-"""The annotations as a user's type checker reads them: mypy --strict on typed_user.py and
-rl/typed_user.py.
+"""The annotations as a user's type checker reads them: mypy --strict on the two files
+typed_user.py.
 """
 
 from __future__ import annotations

@@ -60,33 +60,26 @@ def lines(path, *entries):
     return path
 
 
-@pytest.mark.parametrize(
-    "entry, expected",
-    [
-        ({"messages": CHAT}, RENDERED),
-        ({"messages": CHAT, "prompt": "the cat", "prompt_id": 7}, RENDERED),
-        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, RENDERED),
-        ({"prompt": "the cat sat", "completion": " on a mat"}, "<s>the cat sat on a mat"),
-        ({"text": "a mat 日本", "source": "x"}, "<s>a mat 日本"),
-        ({"text": "a mat", "messages": []}, "<s>a mat"),
-    ],
-)
-def test_a_line_of_jsonl_is_a_document_of_its_own(files, chats, tmp_path, entry, expected):
+def test_a_line_of_jsonl_is_a_document_of_its_own(files, chats, tmp_path):
     """A special token of the template is the context that one in front would be."""
-    path = lines(tmp_path / "x.JSONL", {"text": "the first"}, "\n", entry)
-    tokens, result, ids = compare(files, *chats, text=(path,), top=100)
-    texts, tokenizer = ("<s>the first", expected), make_tokenizer()
-    assert ids == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    assert {unit["document"] for unit in result["units"]} == {"x.JSONL#1", "x.JSONL#3"}
-    assert result["text"]["documents"] == 2 and result["text"]["not_scored"] == 0
-    alone = compare(files, *chats, text=(lines(tmp_path / "y.jsonl", entry),))[0]
-    assert alone["kl_ab"].tobytes() == tokens["kl_ab"][len(ids[0]) :].tobytes()
-    for top in (each for each in result["top"] if each["document"] == "x.JSONL#3"):
-        around = (top["before"] + top["token"] + top["after"]).replace("<s>", "")
-        around = re.sub("<0x..>", "", around)
-        assert around and around in expected.replace("<s>", "")
-    chosen = compare(files, *chats, text=(lines(tmp_path / "z.jsonl", entry),), tokenizer="B")[2]
-    assert (chosen == [ids[1]]) == (expected != RENDERED)
+    texts = {
+        json.dumps({"messages": CHAT}): RENDERED,
+        json.dumps({"messages": CHAT, "prompt": "the cat", "prompt_id": 7}): RENDERED,
+        "\n": None,
+        json.dumps({"prompt": CHAT[:1], "completion": CHAT[1:]}): RENDERED,
+        json.dumps({"prompt": "the cat", "completion": " on a mat"}): "<s>the cat on a mat",
+        json.dumps({"text": "a mat 日本", "source": "x"}): "<s>a mat 日本",
+        json.dumps({"text": "a mat", "messages": []}): "<s>a mat",
+    }
+    path = lines(tmp_path / "x.JSONL", *(f"{line}\n" for line in texts))
+    tokens, result, ids = compare(files, *chats, text=(path,))
+    tokenizer, known = make_tokenizer(), list(filter(None, texts.values()))
+    assert ids == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in known]
+    numbers = {int(unit["document"].removeprefix("x.JSONL#")) for unit in result["units"]}
+    assert len(numbers) == result["text"]["documents"] == 6 and result["text"]["not_scored"] == 0
+    alone = lines(tmp_path / "y.jsonl", list(texts)[-1])
+    own = compare(files, *chats, text=(alone,))[0]
+    assert own["kl_ab"].tobytes() == tokens["kl_ab"][-len(ids[-1]) :].tobytes()
 
 
 SHAPES = "--text: expected lines of the form "

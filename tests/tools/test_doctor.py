@@ -162,6 +162,7 @@ def test_sabotage_is_found_and_named(report, monkeypatch, capsys, case):
     monkeypatch.setattr(fastkl, target, function)
     # One type of number: the checks of the others are the same functions.
     monkeypatch.setattr(doctor, "LIMITS", {"float32": doctor.LIMITS["float32"]})
+    monkeypatch.setattr(doctor, "LARGE_VOCABULARY", 3001)
     code, data = report()
     failed = [check for check in data["checks"] if check["status"] == "FAIL"]
     assert code == 1 and not data["ok"]
