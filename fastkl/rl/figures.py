@@ -118,11 +118,15 @@ def measure(
             "pass the KL of a step"
         ) from None
     values = copied[: len(scalars)].tolist()
+    held, finites, finite_sum, finite_max, width_now = values[-5:]
     return Measured(
         dict(zip(figures, values, strict=False)),
         values[len(figures) : -5],
-        *values[-5:-1],
-        int(values[-1]),
+        held,
+        finites,
+        finite_sum,
+        finite_max,
+        int(width_now),
         copied[len(scalars) : -2 * positions],
         copied[-2 * positions :].reshape(2, positions),
     )
