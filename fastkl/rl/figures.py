@@ -118,15 +118,15 @@ def measure(
             "pass the KL of a step"
         ) from None
     values = copied[: len(scalars)].tolist()
-    sequences_here, finite_here, finite_sum, finite_max, width_here = values[-5:]
+    held, finites, finite_sum, finite_max, width_now = values[-5:]
     return Measured(
         dict(zip(figures, values, strict=False)),
         values[len(figures) : -5],
-        sequences_here,
-        finite_here,
+        held,
+        finites,
         finite_sum,
         finite_max,
-        int(width_here),
+        int(width_now),
         copied[len(scalars) : -2 * positions],
         copied[-2 * positions :].reshape(2, positions),
     )

@@ -15,8 +15,8 @@ Given = torch.Tensor | Mapping[str, torch.Tensor]
 
 def named_tensors(name: str, value: Given) -> dict[str, torch.Tensor]:
     """Check a vector and return float32 or float64 tensors by name, "" for a tensor alone."""
-    if not isinstance(value, (torch.Tensor, dict)) or value == {}:
-        got = "an empty dict" if value == {} else type(value).__name__
+    if not isinstance(value, (torch.Tensor, dict)) or isinstance(value, dict) and not value:
+        got = "an empty dict" if isinstance(value, dict) else type(value).__name__
         raise TypeError(
             f"{name}: expected a tensor or a dict of tensors by name, got {got}; for a module: "
             f"dict(model.named_parameters())"
