@@ -4,6 +4,7 @@ of their own, Triton's interpreter made as exact as a GPU is, and CUDA graphs.
 
 import math
 import os
+import shutil
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,11 @@ from fastkl.ops.fields import FIELDS, SAVED, RowArgs, Scaling
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Whether inductor can compile for a CPU.
+HAS_CPP = any(
+    shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
+)
 
 
 # ---- rows below the public functions: the one place that knows how engine is called

@@ -145,3 +145,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("FASTKL_REQUIRE_GPU") == "1":
             pytest.fail("FASTKL_REQUIRE_GPU=1, but torch sees no CUDA device")
         pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Drop compiled code of other tests."""
+    torch._dynamo.reset()

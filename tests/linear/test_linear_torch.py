@@ -16,7 +16,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from test_torch import HAS_CPP, allocated, fresh_compiler  # noqa: F401  (a fixture of every test)
+from cases import HAS_CPP
+from memory import allocated
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,7 @@ from fastkl import testing
 H, H_REF, V = 8, 6, 19
 PENALTY = fastkl.LinearKLPenalty(0.3)
 LEAVES = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def inputs(
@@ -179,9 +181,11 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor], units
 # ---- torch.compile
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
-@named
+@pytest.mark.parametrize(
+    "name, compiler, dynamic",
+    [(name, "aot_eager", dynamic) for name in FUNCTIONS for dynamic in (False, True)]
+    + [("penalty", "inductor", True), ("stats", "inductor", False)],
+)
 def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
     """fullgraph=True works, forward and backward, and gives eager's bits, at two sizes where they
     are dynamic.

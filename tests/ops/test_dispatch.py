@@ -16,15 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl import testing
-from fastkl.ops import dual_op, linear_op, row_op
+from fastkl.ops import dual_op, linear_op, linear_sum_op, row_op
 
 DISPATCHED = (
     row_op.row_statistics,
     row_op.row_gradients,
     linear_op.linear_statistics,
     linear_op.linear_gradients,
-    linear_op.linear_weighted_kl,
-    linear_op.scaled,
+    linear_sum_op.linear_weighted_kl,
+    linear_sum_op.scaled,
 )
 
 
@@ -363,7 +363,7 @@ def test_the_ops_under_vmap(implementation) -> None:
     linear_statistics = torch.ops.fastkl.linear_statistics
     mapped = torch.vmap(
         lambda h, r: linear_statistics(
-            h, heads[1], None, r, None, None, None, *rest[:5], *settings, False
+            h, heads[1], None, r, None, None, None, None, None, 1.0, *settings, None, "kl", False
         )[3]
     )(heads[0], heads[2])
     torch.testing.assert_close(mapped, linear_none(d)[0].detach(), rtol=1e-6, atol=1e-7)
