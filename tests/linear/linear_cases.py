@@ -394,7 +394,8 @@ def rounding(case: Case, exact: dict[str, torch.Tensor], draws: int = 6) -> dict
 
     The truth again with every logit and every gradient of a logit moved as far as its roundings
     can, up or down at random. Errors of these sizes add up at random, and a root mean square of a
-    few draws is known to a third, hence 1.5 times it, and more for a few values. 1e-5 of the truth is what the float32
+    few draws is known to a third, hence 1.5 times it, and more for a few values. 1e-5 of the truth
+    is what the float32
     arithmetic between logits and results may add, and to each token what fastkl.testing allows a
     value near 0; a gradient of a shorter type is rounded twice ("sum", "mean": before and after the
     upstream gradient).

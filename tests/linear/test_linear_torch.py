@@ -165,7 +165,7 @@ def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
 
 
 def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor], units: int = 0) -> None:
-    """The same tensors to the bit, or to some units of float32 in norm, of which none is trivial."""
+    """Compare to the bit, or to some units of float32 in norm; no tensor is trivial."""
     assert len(results) == len(expected)
     for number, (result, value) in enumerate(zip(results, expected, strict=True)):
         assert bool((value != 0).any()), f"result {number} is zero everywhere: nothing was compared"
@@ -287,7 +287,7 @@ def test_autocast_and_compile(implementation, name, dtype, inside) -> None:
 
 @named
 def test_without_gradient(implementation, name) -> None:
-    """no_grad, inference_mode and tensors made in it give the same values, which need no gradient."""
+    """no_grad, inference_mode and tensors made in it give the same values, without gradient."""
     data = inputs(implementation.device, learns=LEARN.get(name, LEAVES))
     expected = run(FUNCTIONS[name], data)
     assert all(value.requires_grad for value in expected)

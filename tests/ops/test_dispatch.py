@@ -135,7 +135,7 @@ def test_a_dispatch_mode_sees_the_ops_and_the_bits_are_the_same(
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_without_the_short_ways(implementation, name, monkeypatch) -> None:
-    """A torch that lacks one of the names that they need gets the op everywhere, and the same bits."""
+    """A torch that lacks a name they need gets the op everywhere, and the same bits."""
     d = data(implementation.device)
     expected = outcome(FUNCTIONS[name], d)
     monkeypatch.setattr(dual_op, "SHORT_WAYS", False)
@@ -147,7 +147,7 @@ def test_without_the_short_ways(implementation, name, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_checkpoint_with_a_mode_around_forward_only(implementation, name) -> None:
-    """What is computed again outside the mode goes another way, which has to save as many tensors."""
+    """A recomputation outside the mode goes another way, which has to save as many tensors."""
     d = data(implementation.device)
     leaf = "p" if name in ("kl", "stats") else "hidden"
     with Seen():
