@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import numpy as np
 import torch
+
+HAS_CPP = any(
+    shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
+)
 
 
 def compute_as_a_gpu() -> None:
