@@ -14,7 +14,6 @@ LONGEST = 400
 BEING_SPLIT = {
     "tests/linear/distributed_worker.py",
     "tests/linear/linear_cases.py",
-    "tests/linear/test_linear_torch.py",
     "tests/ops/test_dispatch.py",
     "tests/ops/test_torch.py",
 }
