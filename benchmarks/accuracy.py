@@ -1,183 +1,99 @@
-"""How many digits of a KL survive, and of its gradient: every provider against float64, on four
-kinds of rows, by size of the KL.
+"""Measure the digits of a KL and of its gradient: every provider against float64.
 
-    python3 -m benchmarks.accuracy [--json FILE] [--plot FILE.png] [--rows N] [--vocabulary V]
+    python -m benchmarks.accuracy [--json FILE] [--plot FILE.png] [--rows N] [--vocabulary V]
 
-All providers get the same logits, float32 and bfloat16. The second tensor is the first plus noise,
-of the size that gives the KL in question. The error of a row is relative: that of its KL, and that
-of the gradient of its KL to one tensor of logits in L2 norm (a bfloat16 gradient alone rounds by up
-to 2^-9). Providers whose kernels need a GPU run in Triton's interpreter here, ours on fewer rows
-(benchmarks/interpreted.py). Exit code 0: fastkl's KL is nowhere negative nor worse than plain
-torch's; 1: it is; 2: wrong use.
+All providers get the same logits, float32 and bfloat16, of four kinds. The second tensor is the
+first plus noise, of the size that gives the KL in question. The error of a row is relative: that of
+its KL, and that of the gradient of its KL to one tensor of logits in L2 norm (a bfloat16 gradient
+alone rounds by up to 2^-9). Providers whose kernels need a GPU run in Triton's interpreter on a
+CPU, ours on fewer rows (interpreted.py). Exit code 0: fastkl's KL is nowhere negative nor worse
+than plain torch's; 1: it is; 2: wrong use.
 """
 
-import argparse
-import json
+import io
+import itertools
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
+from benchmarks import record
 from benchmarks.cases import DTYPES, Inputs
 from benchmarks.interpreted import NAMES as INTERPRETED
 from benchmarks.interpreted import interpreted_providers
 from benchmarks.providers import LOADERS, load_providers
-from benchmarks.record import output_file, provenance, version, write_json
 from benchmarks.work import NotOfferedError
+from fastkl import testing
 
-TARGETS = tuple(10.0**exponent for exponent in range(-8, 3))
-SHOWN = TARGETS[:-1]  # of the command: up to 1e1
 DISTRIBUTIONS = ("normal 3", "normal 8", "peaked", "shift 50")
-PEER_PACKAGES = ("trl", "liger-kernel", "transformers")
+TARGETS = tuple(10.0**exponent for exponent in range(-8, 2))
+MEASURES = {"kl": "worst_relative", "gradient": "gradient_worst"}
 
 
-# Pairs of logits, and the truth
-# ---------------------------------------------------------------------------------
-
-
-def _from_peak(logits):
-    """(the largest logit of a row, log-sum-exp less it) in float64. The second is tiny on peaked
-    rows and yet exact: the peak is not in the sum.
-    """
-    largest, index = logits.max(-1, keepdim=True)
-    others = (logits - largest).exp_().scatter_(-1, index, 0.0)
-    return largest, others.sum(-1, keepdim=True).log1p()
-
-
-def _log_probs(p_logits, q_logits):
-    """log P, log Q and their difference in float64. Differences of logits are exact; what is tiny
-    is added to them last.
-    """
-    p, q = p_logits.double(), q_logits.double()
-    (peak_p, more_p), (peak_q, more_q) = _from_peak(p), _from_peak(q)
-    return (
-        (p - peak_p) - more_p,
-        (q - peak_q) - more_q,
-        ((q - p) - (peak_q - peak_p)) - (more_q - more_p),
-    )
-
-
-def exact_kl(p_logits, q_logits):
-    """KL(P‖Q) in float64. A sum of terms that are zero or positive, so nothing cancels, however
-    small the KL.
-    """
-    log_p, log_q, d = _log_probs(p_logits, q_logits)
-    p = log_p.exp()
-    # KL = E_p[e^d - 1 - d], since E_p[e^d] = 1. Where d is large, p·e^d is q: e^d alone may
-    # overflow.
-    near = torch.expm1(d.clamp(-1, 1)) - d.clamp(-1, 1)
-    return torch.where(d.abs() < 1, p * near, log_q.exp() - p - p * d).sum(-1)
-
-
-def exact_gradient(p_logits, q_logits, wrt):
-    """The gradient of KL(P‖Q) to the logits of P, p·(-d - KL) with d = log Q - log P, or to those
-    of Q, p·(e^d - 1), in float64.
-    """
-    log_p, log_q, d = _log_probs(p_logits, q_logits)
-    p = log_p.exp()
-    if wrt == "p":
-        return p * (-d - exact_kl(p_logits, q_logits).unsqueeze(-1))
-    return torch.where(d.abs() < 1, p * torch.expm1(d.clamp(-1, 1)), log_q.exp() - p)
-
-
-def _policy_logits(distribution, rows, vocabulary, device, generator):
-    logits = torch.randn(rows, vocabulary, generator=generator, device=device)
-    logits *= 8 if distribution == "normal 8" else 3
-    if distribution == "peaked":
-        # As most tokens of a trained model: one entry holds nearly all of the probability.
-        peaks = torch.randint(vocabulary, (rows, 1), generator=generator, device=device)
-        logits.scatter_add_(1, peaks, torch.full((rows, 1), 24.0, device=device))
-    return logits
+# Pairs of logits, and errors
 
 
 def make_pair(distribution, dtype, target, rows, vocabulary, device):
-    """(p, q, true KL per row): q is p plus noise whose size is chosen so that the median KL comes
-    close to `target`.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    p = _policy_logits(distribution, rows, vocabulary, device, generator).to(DTYPES[dtype])
-    noise = torch.randn(p.shape, generator=generator, device=device)
+    """Make (p, q, their truth): q is p plus noise, the median KL is near `target`."""
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    p = torch.randn(rows, vocabulary, **random) * (8 if distribution == "normal 8" else 3)
+    if distribution == "peaked":
+        # As most tokens of a trained model: one entry holds nearly all of the probability.
+        peaks = torch.randint(vocabulary, (rows, 1), **random)
+        p.scatter_add_(1, peaks, torch.full((rows, 1), 24.0, device=device))
+    p = p.to(DTYPES[dtype])
+    noise = torch.randn(p.shape, **random)
     shift = 50.0 if distribution == "shift 50" else 0.0
     low, high = -8.0, 3.0  # of log10 of the noise
     exponent = math.log10(target) / 2  # a small KL grows with the square of the noise
     for _ in range(30):
         q = (p.float() + 10**exponent * noise + shift).to(p.dtype)
-        truth = exact_kl(p, q)
-        reached = truth.median().item()
+        exact = testing.truth(p, q)
+        reached = exact.kl.median().item()
         low, high = (exponent, high) if reached < target else (low, exponent)
         if abs(reached - target) < 0.02 * target or high - low < 1e-3:
             break
         exponent += math.log10(target / reached) / 2 if reached > 0 else math.inf
-        if not low < exponent < high:
-            exponent = (low + high) / 2
-    return p, q, truth
+        exponent = exponent if low < exponent < high else (low + high) / 2
+    return p, q, exact
 
 
-# Errors
-# ----
+def error_of(provider, p, q, exact, true_gradients, wrt="p"):
+    """Return the errors of one provider on one pair, of its KL and of its gradient, or reasons.
 
-
-def error_of(provider, p, q, truth, wrt="p", true_gradient=None):
-    """{"rows", "worst_relative", "median_relative", "negative"} of one provider on one pair, or
-    {"reason"} why there is none.
-
-    With the errors of its gradient, {"wrt", "gradient_worst", "gradient_median"}, or
-    "gradient_reason". A provider that has no gradient to the tensor named by `wrt` is asked for the
-    other one. true_gradient: a function of "p" or "q", where it is already known.
+    A provider without a gradient to `wrt` is asked for the other one.
     """
-    missing = provider.why_not("kl_divergence")
-    if missing:
+    if missing := provider.why_not("kl_divergence"):
         return {"reason": missing}
-    typical = truth.median()
-    p, q, truth = p[: provider.rows], q[: provider.rows], truth[: provider.rows]
+    rows = slice(provider.rows)
     try:
-        kl, leaf, wrt = _run(provider, p, q, wrt)
+        kl, leaf, wrt = _run(provider, p[rows], q[rows], wrt)
     except Exception as error:  # one provider's failure must not lose the others' figures
         return {"reason": _reason(error)}
-    # A row far smaller than the size in question (rounded logits may even agree everywhere: KL 0)
-    # belongs to another record.
-    relative = (kl.detach().double() - truth).abs() / truth.clamp_min(typical / 10)
-    found = {
-        "rows": len(p),
-        "worst_relative": relative.max().item(),
-        "median_relative": relative.median().item(),
-        "negative": int((kl < 0).sum()),
-    }
+    # A row far smaller than the size in question (its KL may even be 0) belongs to another record.
+    true = exact.kl[rows]
+    relative = (kl.detach().double() - true).abs() / true.clamp_min(exact.kl.median() / 10)
+    found = {"rows": len(kl), "worst_relative": relative.max().item()}
+    found |= {"median_relative": relative.median().item(), "negative": int((kl < 0).sum())}
     try:
         (gradient,) = torch.autograd.grad(kl.sum(), leaf)
     except Exception as error:
         return {**found, "gradient_reason": _reason(error)}
-    true = (
-        exact_gradient(p, q, wrt) if true_gradient is None else true_gradient(wrt)[: provider.rows]
-    )
+    true = getattr(true_gradients, wrt)[rows]
     norm = true.norm(dim=-1)
     relative = (gradient.double() - true).norm(dim=-1) / norm.clamp_min(norm.median() / 10)
-    return {
-        **found,
-        "wrt": wrt,
-        "gradient_worst": relative.max().item(),
-        "gradient_median": relative.median().item(),
-    }
+    worst, median = relative.max().item(), relative.median().item()
+    return {**found, "wrt": wrt, "gradient_worst": worst, "gradient_median": median}
 
 
 def _run(provider, p, q, wrt):
-    """(KL with its graph, the leaf, its name) for a gradient to `wrt`, or to the other tensor where
-    the provider says it has none to that one.
-    """
     for name in (wrt, "q" if wrt == "p" else "p"):
-        inputs = Inputs(
-            p.detach().requires_grad_(name == "p"),
-            q.detach().requires_grad_(name == "q"),
-            None,
-            (),
-            name,
-        )
+        leaves = (x.detach().requires_grad_(name == key) for key, x in (("p", p), ("q", q)))
+        inputs = Inputs(*leaves, None, (), name)
         try:
-            (kl,) = provider.operations["kl_divergence"](inputs)
-            return kl, inputs.leaf, name
+            return *provider.operations["kl_divergence"](inputs), inputs.leaf, name
         except NotOfferedError as error:
             refused = error
     raise refused
@@ -187,340 +103,206 @@ def _reason(error):
     return f"{type(error).__name__}: {error}".strip()[:2000]
 
 
-def errors_of(providers, p, q, truth, wrt):
-    """{name: error_of} of all providers; what runs in another process runs meanwhile."""
-    rest = (p, q, truth, wrt, cache(partial(exact_gradient, p, q)))
-    with ThreadPoolExecutor(1) as background:
-        waiting = {
-            provider.name: background.submit(error_of, provider, *rest)
-            for provider in providers
-            if provider.apart
-        }
-        here = {
-            provider.name: error_of(provider, *rest) for provider in providers if not provider.apart
-        }
-        return {**here, **{name: future.result() for name, future in waiting.items()}}
-
-
-def accuracy(
-    providers, device, rows=16, vocabulary=128256, targets=TARGETS, dtypes=("fp32", "bf16"), wrt="p"
-):
-    """Yields one record per element type, kind of row and size of the KL."""
-    for dtype in dtypes:
-        for distribution in DISTRIBUTIONS:
-            for target in targets:
-                p, q, truth = make_pair(distribution, dtype, target, rows, vocabulary, device)
-                reached = truth.median().item()
-                record = {
-                    "dtype": dtype,
-                    "distribution": distribution,
-                    "target": target,
-                    "kl": reached,
-                    "errors": {},
-                    "skipped": None,
-                }
-                if not target / 3 <= reached <= target * 3:
-                    # Rounding the logits to bf16 is itself a KL: below it, no pair exists.
-                    yield {**record, "skipped": f"rounding to {dtype} gives a KL of {reached:.1e}"}
-                    continue
-                yield {**record, "errors": errors_of(providers, p, q, truth, wrt)}
-
-
-def summary(record):
-    """One line of text for a record."""
-    head = f"{record['dtype']:<5} {record['distribution']:<9} KL {record['target']:.0e}"
-    if record["skipped"]:
-        return f"{head}  left out: {record['skipped']}"
-    cells = []
-    for name, error in record["errors"].items():
-        if "reason" in error:
-            cells.append(f"{name}: {error['reason'].splitlines()[0][:60]}")
-        else:
-            negative = f" ({error['negative']} negative)" if error["negative"] else ""
-            cells.append(f"{name} {float(error['worst_relative']):.0e}{negative}")
-    return f"{head}  " + "  ".join(cells)
+def accuracy(providers, device, sizes, wrt="p", targets=TARGETS):
+    """Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary."""
+    for dtype, kind, target in itertools.product(("fp32", "bf16"), DISTRIBUTIONS, targets):
+        p, q, exact = make_pair(kind, dtype, target, *sizes, device)
+        kl = exact.kl.median().item()
+        found = {"dtype": dtype, "distribution": kind, "target": target, "kl": kl}
+        if not target / 3 <= kl <= target * 3:
+            # Rounding the logits to bf16 is itself a KL: below it, no pair exists.
+            why = f"rounding to {dtype} gives a KL of {kl:.1e}"
+            yield {**found, "errors": {}, "skipped": why}
+            continue
+        rest = (p, q, exact, testing.kl_gradients(exact, torch.ones_like(exact.kl)), wrt)
+        # A provider in another process runs beside the others.
+        with ThreadPoolExecutor(1) as other:
+            apart = {p.name: other.submit(error_of, p, *rest) for p in providers if p.apart}
+            errors = {p.name: error_of(p, *rest) for p in providers if not p.apart}
+            errors |= {name: future.result() for name, future in apart.items()}
+        yield {**found, "errors": errors, "skipped": None}
 
 
 def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
-    """The records in which our error exceeds the other's by more than `slack`, is not a number, or
-    a KL came out negative.
-    """
+    """List the records in which our error exceeds the other's by more than `slack`, is not a
+    number, or a KL came out negative."""
     worse = []
-    for record in records:
-        if record["skipped"]:
-            continue
-        error, reference = record["errors"].get(ours, {}), record["errors"].get(other, {})
-        mine, limit = (float(e.get("worst_relative", math.nan)) for e in (error, reference))
-        limit = slack if math.isnan(limit) else limit + slack
-        if not mine <= limit or error["negative"]:
-            worse.append(record)
+    for errors in (found["errors"] for found in records if not found["skipped"]):
+        mine, theirs = (
+            float(errors.get(name, {}).get("worst_relative", math.nan)) for name in (ours, other)
+        )
+        if not mine <= slack + (0.0 if math.isnan(theirs) else theirs) or errors[ours]["negative"]:
+            worse.append(errors)
     return worse
 
 
-# The table
-# ----
+# Tables
 
-MEASURES = {
-    "kl": ("worst_relative", "median_relative"),
-    "gradient": ("gradient_worst", "gradient_median"),
-}
+
+def summary(found):
+    cells = [f"{found['dtype']:<5} {found['distribution']:<9} KL {found['target']:.0e}"]
+    cells += [found["skipped"]] if found["skipped"] else []
+    for name, error in found["errors"].items():
+        worst = error.get("worst_relative")
+        words = error.get("reason", "").split("\n")[0][:60] if worst is None else f"{worst:.0e}"
+        cells.append(
+            f"{name} {words}" + f" ({error.get('negative')} negative)" * bool(error.get("negative"))
+        )
+    return "  ".join(cells)
 
 
 def names_of(data):
-    """The providers of a file of results, in the order in which they were measured."""
-    return list(dict.fromkeys(name for record in data["records"] for name in record["errors"]))
+    return list(dict.fromkeys(name for found in data["records"] for name in found["errors"]))
 
 
-def cell(records, name, measure="kl"):
-    """{"worst", "median", "negative", "rows"} of one provider over the kinds of rows of one size
-    and element type; None where it has no figure.
+def cells(data, dtype, measure):
+    """Return {provider: {size: {"worst", "negative", "rows"}}} of one element type, over the kinds
+    of rows of one size.
 
-    "median" is the largest of the kinds' medians. A kind in which a provider failed leaves it
-    without a figure: the others alone would flatter it.
+    None where a provider failed in one of the kinds: the others alone would flatter it. A provider
+    that has no figure is left out.
     """
-    worst, median = MEASURES[measure]
-    errors = [
-        record["errors"][name]
-        for record in records
-        if not record["skipped"] and name in record["errors"]
-    ]
-    if not errors or any(worst not in error for error in errors):
-        return None
-    return {
-        "worst": _largest(error[worst] for error in errors),
-        "median": _largest(error[median] for error in errors),
-        "negative": sum(error["negative"] for error in errors),
-        "rows": sum(error["rows"] for error in errors),
-    }
-
-
-def _largest(values):
-    """The largest, NaN if one is: what is not a number must not be outdone."""
-    values = [float(value) for value in values]
-    return math.nan if any(map(math.isnan, values)) else max(values)
-
-
-def sizes(data, dtype):
-    """{size: records} of one element type, over all kinds of rows."""
-    return {
-        target: [r for r in data["records"] if r["dtype"] == dtype and r["target"] == target]
-        for target in sorted({r["target"] for r in data["records"] if r["dtype"] == dtype})
-    }
+    key, by_size = MEASURES[measure], {}
+    for found in sorted(data["records"], key=lambda found: found["target"]):
+        if found["dtype"] == dtype:
+            by_size.setdefault(found["target"], []).append(found["errors"])
+    table = {}
+    for name, (size, kinds) in itertools.product(names_of(data), by_size.items()):
+        errors = [errors[name] for errors in kinds if name in errors]
+        figures = table.setdefault(name, {})
+        figures[size] = None
+        if errors and all(key in error for error in errors):
+            worst = [float(error[key]) for error in errors]
+            figures[size] = {
+                "worst": math.nan if any(map(math.isnan, worst)) else max(worst),
+                "negative": sum(error["negative"] for error in errors),
+                "rows": sum(error["rows"] for error in errors),
+            }
+    return {name: sizes for name, sizes in table.items() if any(sizes.values())}
 
 
 def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
-    """A Markdown table out of a file of results: worst relative error by size of the KL and
-    provider, over all kinds of rows.
+    """Write a table of the worst relative error by size of the KL and provider.
 
-    providers, targets: which columns and rows (default: every provider that has a figure, every
-    size). A provider without a figure gets a dash; one that took fewer rows of each pair than the
-    others says how many.
+    providers, targets: which columns and rows (default: all with a figure). A provider without a
+    figure gets a dash; one that took fewer rows of each pair than the others says how many.
     """
-    by_size = {
-        target: records
-        for target, records in sizes(data, dtype).items()
-        if targets is None or target in targets
-    }
-    found = {
-        (target, name): cell(records, name, measure)
-        for target, records in by_size.items()
-        for name in names_of(data)
-    }
-    names = providers or [
-        name for name in names_of(data) if any(found[target, name] for target in by_size)
-    ]
-    lines = [
-        "| KL | " + " | ".join(column_title(data, name) for name in names) + " |",
-        "|---|" + "---|" * len(names),
-    ]
-    for target in by_size:
-        lines.append(
-            f"| {_power(target)} | "
-            + " | ".join(_text(found.get((target, name)), measure) for name in names)
-            + " |"
-        )
-    return "\n".join(lines)
+    found = cells(data, dtype, measure)
+    names = list(found) if providers is None else providers
+    sizes = sorted({r["target"] for r in data["records"] if r["dtype"] == dtype})
+    lines = [["KL", *(column_title(data, name) for name in names)]]
+    for size in (size for size in sizes if targets is None or size in targets):
+        figures = (found.get(name, {}).get(size) for name in names)
+        lines.append([power(size), *(_text(one, measure) for one in figures)])
+    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
 
 
 def column_title(data, name):
-    """The provider, and how many rows of each pair it took where these were fewer than the others
-    took.
-    """
-    rows = [
-        error["rows"]
-        for record in data["records"]
-        if "rows" in (error := record["errors"].get(name, {}))
-    ]
-    return f"{name}, {rows[0]} of {data['rows']} rows" if rows and rows[0] < data["rows"] else name
+    errors = [found["errors"].get(name, {}) for found in data["records"]]
+    rows = next((error["rows"] for error in errors if "rows" in error), data["rows"])
+    return f"{name}, {rows} of {data['rows']} rows" if rows < data["rows"] else name
 
 
 def _text(figure, measure):
     if figure is None:
         return "–"
-    negative = (
-        f" ({figure['negative']} of {figure['rows']} negative)"
-        if figure["negative"] and measure == "kl"
-        else ""
-    )
-    return _power(figure["worst"]) + negative
+    negative = f" ({figure['negative']} of {figure['rows']} negative)"
+    return power(figure["worst"]) + negative * bool(figure["negative"] and measure == "kl")
 
 
-def _power(value):
-    """1e-8 instead of 1e-08."""
-    if not math.isfinite(value):
-        return str(value)
-    digits, exponent = f"{value:.0e}".split("e")
-    return f"{digits}e{int(exponent)}"
+def power(value):
+    """Write 1e-8 instead of 1e-08."""
+    digits, _, exponent = f"{value:.0e}".partition("e")
+    return f"{digits}e{int(exponent)}" if exponent else digits
 
 
-def reasons(data):
-    """{provider: why} of those that have no figure at all."""
-    found = {}
-    for record in data["records"]:
-        for name, error in record["errors"].items():
-            found.setdefault(name, []).append(error.get("reason"))
-    return {name: why[0].splitlines()[0] for name, why in found.items() if all(why)}
+def tables(data):
+    for dtype in dict.fromkeys(found["dtype"] for found in data["records"]):
+        for measure in MEASURES:
+            yield measure, dtype, markdown(data, dtype, measure)
 
 
-def report(data):
-    """All tables, and who has no figures."""
-    lines = []
-    for measure, title in (("kl", "KL"), ("gradient", f"gradient to {data['wrt']}")):
-        for dtype in dict.fromkeys(record["dtype"] for record in data["records"]):
-            lines += [
-                f"\nWorst relative error of the {title}, {dtype} logits:\n",
-                markdown(data, dtype, measure),
+# The plot
+
+
+def draw(data, path):
+    """Write a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element
+    types side by side. Hollow: some KL came out negative; at the top: infinite or not a number."""
+    dtypes = list(dict.fromkeys(found["dtype"] for found in data["records"]))
+    figure, content = Figure(figsize=(8, 7), dpi=200, layout="constrained"), io.BytesIO()
+    panels = figure.subplots(2, len(dtypes), squeeze=False, sharex=True, sharey=True)
+    colours = {name: f"C{i}" for i, name in enumerate(names_of(data))}
+    lines, chosen = {}, itertools.product(MEASURES, dtypes)
+    for panel, (measure, dtype) in zip(panels.flat, chosen, strict=True):
+        panel.set(xscale="log", yscale="log", ylim=(3e-8, 3e3))
+        panel.set_title(f"{measure}, {dtype} logits", fontsize=9, loc="left")
+        panel.grid(color="#e5e5e5", linewidth=0.6)
+        for name, sizes in cells(data, dtype, measure).items():
+            found = {size: figures for size, figures in sizes.items() if figures}
+            heights = [
+                3e3 if math.isnan(f["worst"]) else min(max(f["worst"], 3e-8), 3e3)
+                for f in found.values()
             ]
-    return "\n".join(
-        [*lines, "", *(f"{name}: no figures: {why}" for name, why in reasons(data).items())]
-    )
+            hollow = [measure == "kl" and f["negative"] > 0 for f in found.values()]
+            colour, width = colours[name], 2.2 if name.startswith("fastkl") else 1.0
+            (lines[column_title(data, name)],) = panel.plot([*found], heights, colour, lw=width)
+            faces = ["white" if empty else colour for empty in hollow]
+            panel.scatter([*found], heights, 14, faces, edgecolors=colour, zorder=3)
+    for panel in panels[-1]:
+        panel.set_xlabel("KL in nats; hollow: negative; top: infinite", fontsize=8)
+    worst = f"worst of {data['rows']} rows of each kind, V = {data['vocabulary']}"
+    figure.supylabel(f"relative error against float64, {worst}", fontsize=8)
+    figure.legend(lines.values(), lines, ncols=3, fontsize=7, loc="outside lower center")
+    figure.savefig(content, format="png", metadata={"Software": None})
+    record.write_bytes(path, content.getvalue())
 
 
 # The command
-# ----
 
 
-def run(arguments, command):
-    """The data of a whole run; prints a line for each record."""
+def parse(argv):
+    parser = record.command_line("accuracy", __doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--plot", type=record.output_file, metavar="FILE.png", help="draw them into FILE.png")
+    add("--rows", type=int, default=8, metavar="N", help="of each pair (default: %(default)s)")
+    add("--vocabulary", type=int, default=128256, metavar="V", help="(default: %(default)s)")
+    add("--wrt", choices="pq", default="p", help="which logits of KL(P‖Q) the gradient is to")
+    add("--providers", nargs="+", metavar="NAME", choices=[*LOADERS, *INTERPRETED])
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected cpu where there is no CUDA GPU, got cuda")
+    for name, least in (("rows", 1), ("vocabulary", 2)):
+        if (value := getattr(arguments, name)) < least:
+            parser.error(f"--{name}: expected {least} or more, got {value}")
+    return arguments
+
+
+def run(arguments, data):
     device = torch.device(arguments.device)
     providers = load_providers(device, arguments.providers)
     if device.type == "cpu":
         providers += interpreted_providers(arguments.providers)
-    data = {
-        **provenance(command),
-        "peers": {name: version(name) for name in PEER_PACKAGES},
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "rows": arguments.rows,
-        "vocabulary": arguments.vocabulary,
-        "wrt": arguments.wrt,
-        "records": [],
-    }
-    for record in accuracy(
-        providers, device, arguments.rows, arguments.vocabulary, SHOWN, wrt=arguments.wrt
-    ):
-        data["records"].append(record)
-        print(summary(record), flush=True)
+    data |= {key: getattr(arguments, key) for key in ("rows", "vocabulary", "wrt", "device")}
+    data |= {"threads": torch.get_num_threads(), "records": []}
+    for found in accuracy(providers, device, (data["rows"], data["vocabulary"]), data["wrt"]):
+        data["records"].append(found)
+        print(summary(found), flush=True)
     return data
 
 
-def _parser():
-    def names(text):
-        found = text.split(",")
-        if unknown := set(found) - {*LOADERS, *INTERPRETED}:
-            raise argparse.ArgumentTypeError(
-                f"expected names out of {', '.join((*LOADERS, *INTERPRETED))}, got "
-                f"{', '.join(sorted(unknown))}"
-            )
-        return found
-
-    def count(text, least=1):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number of {least} or more, got {text!r}"
-            )
-        return int(text)
-
-    def picture(text):
-        if Path(text).suffix.lower() != ".png":
-            raise argparse.ArgumentTypeError(
-                f"expected the name of a PNG file, got {text!r}; end it in .png"
-            )
-        return output_file(text)
-
-    parser = argparse.ArgumentParser(
-        prog="python3 -m benchmarks.accuracy", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write the records to FILE"
-    )
-    parser.add_argument("--plot", type=picture, metavar="FILE.png", help="draw them into FILE.png")
-    parser.add_argument(
-        "--from",
-        type=Path,
-        metavar="FILE",
-        dest="source",
-        help="measure nothing: table and plot of a FILE that --json wrote",
-    )
-    parser.add_argument(
-        "--rows", type=count, default=8, metavar="N", help="of each pair (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--vocabulary",
-        type=partial(count, least=2),
-        default=128256,
-        metavar="V",
-        help="(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--wrt",
-        choices="pq",
-        default="p",
-        help="which logits of KL(P‖Q) the gradient is with respect to (default: %(default)s)",
-    )
-    parser.add_argument("--providers", type=names, metavar="NAME,...", help="(default: all)")
-    parser.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)"
-    )
-    return parser
-
-
 def main(argv=None):
-    """The command line; returns the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected cpu where there is no CUDA GPU, got cuda")
-    if arguments.plot:  # what is missing shows before the minutes that measuring takes
-        try:
-            from benchmarks.accuracy_plot import draw
-        except ImportError as error:
-            parser.error(
-                f"--plot: expected matplotlib to be installed, got {error}; remedy: pip install "
-                f"matplotlib"
-            )
-    if arguments.source:
-        try:
-            data = json.loads(arguments.source.read_text())
-            data["records"], data["rows"], data["vocabulary"], data["wrt"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            parser.error(
-                f"--from: expected a file that --json wrote, got {arguments.source} "
-                f"({type(error).__name__}: {error})"
-            )
-    else:
-        data = run(
-            arguments,
-            "python3 -m benchmarks.accuracy " + " ".join(sys.argv[1:] if argv is None else argv),
-        )
-        if arguments.json:
-            write_json(arguments.json, data)
-    print(report(data))
+    arguments = parse(argv)
+    data = run(arguments, record.provenance("accuracy", argv))
+    record.write_json(arguments.json, data)
+    for measure, dtype, table in tables(data):
+        print(f"\nWorst relative error, {measure}, {dtype} logits:\n\n{table}")
     if arguments.plot:
         draw(data, arguments.plot)
     worse = not_worse(data["records"]) if {"fastkl", "torch"} <= set(names_of(data)) else []
-    for record in worse:
-        print(f"worse than plain torch, or negative: {summary(record)}", file=sys.stderr)
+    for errors in worse:
+        print(f"worse than plain torch, or negative: {errors}", file=sys.stderr)
     return 1 if worse else 0
 
 

@@ -1,5 +1,4 @@
-"""Prints a hash of the results and gradients of fixed inputs, a line for each function, type and
-shape.
+"""Print hashes of results and gradients of fixed inputs, for each function, type and shape.
 
     python -m benchmarks.bits                       the reference on a CPU
     TRITON_INTERPRET=1 python -m benchmarks.bits    the kernels, interpreted
@@ -7,7 +6,6 @@ shape.
 Two checkouts that print the same lines on one machine compute the same bits.
 """
 
-import functools
 import hashlib
 import itertools
 import os
@@ -16,16 +14,15 @@ import warnings
 import torch
 
 import fastkl
+from benchmarks.cases import DTYPES
 
 ROWS, HIDDEN = 6, 16
 VOCABULARIES = (7, 1003, 4096)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def inputs(vocabulary, dtype):
-    """Logits, hidden states and weights of both models, tokens and a mask: near rows, far rows,
-    shared and one-sided holes.
-    """
+    """Make logits, hidden states and weights of both models, and tokens: near rows, far rows,
+    shared and one-sided holes."""
     generator = torch.Generator().manual_seed(vocabulary)
 
     def normal(*shape):
@@ -37,64 +34,52 @@ def inputs(vocabulary, dtype):
     q[5, 1] = torch.finfo(torch.float16).min
     leaves = (p, q, normal(ROWS, HIDDEN), normal(vocabulary, HIDDEN), normal(ROWS, HIDDEN))
     leaves = [value.to(dtype).requires_grad_() for value in leaves]
-    tokens = torch.randint(vocabulary, (ROWS,), generator=generator)
-    return leaves, tokens, torch.arange(ROWS) != 2
+    return leaves, torch.randint(vocabulary, (ROWS,), generator=generator)
 
 
-def functions(leaves, tokens, mask):
-    """{name: function that returns tensors}."""
-    p, q, hidden, weight, ref_hidden = leaves
-    temperature = torch.linspace(0.7, 1.5, ROWS)
-    linear = functools.partial(
-        fastkl.linear_kl_divergence, hidden, weight, ref_hidden, weight.detach(), mask=mask
-    )
+def functions(leaves, tokens):
+    p, q, hidden, weight, ref = leaves
+    f, mask, temperature = fastkl, torch.arange(ROWS) != 2, torch.linspace(0.7, 1.5, ROWS)
+    to_mean = {"temperature": 1.3, "reduction": "mean"}
+    pair = (hidden, weight, ref, weight.detach())
+    penalty = f.KLPenalty(0.1, direction="reference||policy")
     return {
-        "kl_divergence": lambda: [fastkl.kl_divergence(p, q, mask)],
-        "kl_divergence, both learn": lambda: [fastkl.kl_divergence(p, q, temperature=temperature)],
-        "kl_divergence, mean": lambda: [
-            fastkl.kl_divergence(p, q.detach(), mask, temperature=1.3, reduction="mean")
-        ],
-        "token_stats": lambda: fastkl.token_stats(p, tokens, q, mask=mask),
-        "token_stats, policy alone": lambda: fastkl.token_stats(p, tokens, temperature=temperature)[
-            :2
-        ],
-        "selective_log_softmax": lambda: [fastkl.selective_log_softmax(p, tokens)],
-        "KLPenalty": lambda: [
-            fastkl.KLPenalty(0.1, direction="reference||policy")(p, q.detach(), mask)
-        ],
-        "linear_kl_divergence": lambda: [linear()],
-        "linear_kl_divergence, sum": lambda: [linear(softcap=5.0, reduction="sum")],
-        "linear_token_stats": lambda: fastkl.linear_token_stats(
-            hidden, weight, tokens, ref_hidden, mask=mask
+        "kl_divergence": lambda: f.kl_divergence(p, q, mask),
+        "kl_divergence, both learn": lambda: f.kl_divergence(p, q, temperature=temperature),
+        "kl_divergence, mean": lambda: f.kl_divergence(p, q.detach(), mask, **to_mean),
+        "token_stats": lambda: f.token_stats(p, tokens, q, mask=mask),
+        "token_stats, policy alone": lambda: f.token_stats(p, tokens, temperature=temperature)[:2],
+        "selective_log_softmax": lambda: f.selective_log_softmax(p, tokens),
+        "KLPenalty": lambda: penalty(p, q.detach(), mask),
+        "linear_kl_divergence": lambda: f.linear_kl_divergence(*pair, mask=mask),
+        "linear_kl_divergence, sum": lambda: f.linear_kl_divergence(
+            *pair, mask=mask, softcap=5.0, reduction="sum"
         ),
+        "linear_token_stats": lambda: f.linear_token_stats(hidden, weight, tokens, ref, mask=mask),
     }
 
 
 def digest(function, leaves):
-    """A hash of the bits of a function's results and of its gradients for upstream gradients that
-    differ.
-    """
-    results = [result for result in function() if result is not None]
-    upstream = [
-        torch.linspace(-1.0, 2.0, result.numel()).view(result.shape) + 0.25 for result in results
-    ]
-    gradients = torch.autograd.grad(results, leaves, upstream, allow_unused=True)
+    """Return a hash of the bits of a function's results, and of its gradients for upstream
+    gradients that differ."""
+    found = function()
+    found = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+    upstream = [torch.linspace(-1.0, 2.0, x.numel()).view(x.shape) + 0.25 for x in found]
+    gradients = torch.autograd.grad(found, leaves, upstream, allow_unused=True)
     bits = hashlib.sha256()
-    for value in (*results, *gradients):
-        if value is not None:
-            bits.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for value in (*found, *(x for x in gradients if x is not None)):
+        bits.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return bits.hexdigest()[:16]
 
 
 def main():
-    """Print the hashes."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of the interpreter, about infinities
     backend = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "reference"
     with fastkl.use_backend(backend):
         for (name, dtype), vocabulary in itertools.product(DTYPES.items(), VOCABULARIES):
-            leaves, tokens, mask = inputs(vocabulary, dtype)
-            for function, call in functions(leaves, tokens, mask).items():
+            leaves, tokens = inputs(vocabulary, dtype)
+            for function, call in functions(leaves, tokens).items():
                 print(digest(call, leaves), f"{function}, {name}, V = {vocabulary}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Defines the cases on logits: shapes, random data, bytes that have to move, answers in float64.
+"""Define the cases on logits: shapes, random data, bytes that have to move, answers in float64.
 
 A case is an operation on `rows` tokens. Cases from hidden states are in linear_cases.py.
 """
@@ -8,48 +8,44 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.plain import PLAIN
-from benchmarks.work import ONE_TENSOR, arguments, gradients
+from benchmarks.work import ONE_TENSOR
+from fastkl import testing
 
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
-    "fp64": torch.float64,
 }
 PHASES = ("forward", "backward", "both")
-# Outputs of an operation that get an upstream gradient; of token_stats: logprob, entropy, kl.
-DIFFERENTIATED = {
-    "kl_divergence": (0,),
-    "mean_kl": (0,),
-    "token_stats": (0, 1, 3),
-    "logprob": (0,),
-    "logprob_entropy": (0, 1),
-    "entropy": (0,),
+# Outputs of an operation, as fastkl.testing names them; "mean_kl" is a loss over all tokens.
+OUTPUTS = {
+    "kl_divergence": ("kl",),
+    "mean_kl": ("kl",),
+    "token_stats": testing.FIELDS,
+    "logprob": ("logprob",),
+    "logprob_entropy": ("logprob", "entropy"),
+    "entropy": ("entropy",),
 }
-OUTPUTS = {"token_stats": 5, "logprob_entropy": 2}
+DIFFERENTIATED = ("logprob", "entropy", "kl")  # outputs that get an upstream gradient
 CHECKED_ROWS = 256  # compared with float64, which is slower than any provider
 # Relative errors of a row. The gradient's element type alone rounds by 2^-9 (bf16), 2^-12 (fp16).
 LIMITS = {
     "bf16": {"values": 1e-3, "gradient": 1e-2},
     "fp16": {"values": 1e-3, "gradient": 2e-3},
     "fp32": {"values": 1e-3, "gradient": 1e-3},
-    "fp64": {"values": 1e-9, "gradient": 1e-9},
 }
 
 
 class Case:
-    """Writes a case as it stands in the results."""
-
     def as_dict(self):
         return {"name": self.name, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class Workload(Case):
-    """Defines an operation on two logits tensors, or on `p` alone, and its gradient to one of them.
+    """Define an operation on two logits tensors, or on `p` alone, and its gradient to one of them.
 
-    operation: a key of DIFFERENTIATED; "mean_kl" is the mean over the tokens of KL(P‖Q), a loss
+    operation: a key of OUTPUTS; "mean_kl" is the mean over the tokens of KL(P‖Q), a loss
     with an upstream gradient of 1. wrt: the tensor of the gradient, "p" or "q". layout: "rows" is a
     contiguous [rows, vocabulary]; "sliced" is logits[:, :-1] of [8, rows / 8 + 1, vocabulary], as
     trainers shift by one token.
@@ -70,7 +66,7 @@ class Workload(Case):
         return f"{self.operation}-{shape}-d{self.wrt}{layout}"
 
     def moved_bytes(self, phase):
-        """Counts the least that has to move.
+        """Count the least that has to move.
 
         Forward reads the logits, backward reads them again and writes one gradient.
         """
@@ -86,7 +82,7 @@ class Workload(Case):
 
 @dataclass
 class Inputs:
-    """Holds the tensors of one workload; `p` or `q` requires a gradient.
+    """Hold the tensors of one workload; `p` or `q` requires a gradient.
 
     upstream: of each output, None for one without. Where the operation reads one logits tensor, `q`
     is empty.
@@ -108,7 +104,7 @@ class Inputs:
 
 
 def make_inputs(workload, device, seed=0):
-    """Makes logits N(0, 3²), and Q = P + N(0, 1): a KL of a few tenths of a nat."""
+    """Make logits N(0, 3²), and Q = P + N(0, 1): a KL of a few tenths of a nat."""
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     shape, view = (workload.rows, workload.vocabulary), slice(None)
     if workload.layout == "sliced":
@@ -119,9 +115,10 @@ def make_inputs(workload, device, seed=0):
     q += p
     p, q = p[view], q.new_empty(0) if workload.operation in ONE_TENSOR else q[view]
     tokens = torch.randint(workload.vocabulary, p.shape[:-1], **options)
-    upstream = [None] * OUTPUTS.get(workload.operation, 1)
-    for i in DIFFERENTIATED[workload.operation]:
-        upstream[i] = torch.randn(p.shape[:-1], **options)
+    upstream = [
+        torch.randn(p.shape[:-1], **options) if name in DIFFERENTIATED else None
+        for name in OUTPUTS[workload.operation]
+    ]
     if workload.operation == "mean_kl":
         upstream = [torch.ones((), device=device)]
     inputs = Inputs(p, q, tokens, tuple(upstream), workload.wrt)
@@ -130,43 +127,38 @@ def make_inputs(workload, device, seed=0):
 
 
 def truth(workload, inputs):
-    """Computes (rows, outputs, gradient) in float64, by autograd through plain torch.
+    """Compute (rows, outputs, gradient) in float64.
 
     rows: the indices of the rows that are compared, the first, the last and some evenly between.
     outputs: of these rows, or of "mean_kl" its one number, over ALL tokens.
     """
-    leading = inputs.p.shape[:-1]
-    count, operation = leading.numel(), workload.operation
-    few = torch.linspace(0, count - 1, min(CHECKED_ROWS, count), dtype=torch.float64)
-    rows = torch.unravel_index(few.round().long().to(inputs.p.device), leading)
-    some = _in_float64(inputs, rows)
-    some.leaf.requires_grad_()
-    if operation == "mean_kl":  # its gradient is that of each token's KL, divided by their number
-        operation, share = "kl_divergence", inputs.upstream[0].double() / count
-        some.upstream = (share.expand(len(few)),)
-    outputs = PLAIN[operation](*arguments(operation, some.p, some.q, some.tokens))
-    (gradient,) = gradients(some, outputs)
-    if workload.operation == "mean_kl":
-        blocks = torch.arange(count, device=few.device).split(CHECKED_ROWS)
-        indices = [torch.unravel_index(block.to(inputs.p.device), leading) for block in blocks]
-        with torch.no_grad():
-            pairs = (
-                (inputs.p.detach()[i].double(), inputs.q.detach()[i].double()) for i in indices
-            )
-            kls = [PLAIN[operation](*pair)[0] for pair in pairs]
-        outputs = (torch.cat(kls).mean(),)
-    return rows, [output.detach() for output in outputs], gradient
+    leading, mean = inputs.p.shape[:-1], workload.operation == "mean_kl"
+    count = leading.numel()
 
+    def exact(index):
+        rows = torch.unravel_index(index.long().to(inputs.p.device), leading)
+        pair = (x.detach()[rows] for x in (inputs.p, inputs.q if inputs.q.numel() else inputs.p))
+        return rows, testing.truth(*pair)
 
-def _in_float64(inputs, index):
-    p, q = inputs.p.detach()[index].double(), inputs.q.detach()
-    upstream = tuple(u[index].double() if u is not None and u.dim() else u for u in inputs.upstream)
-    q = q[index].double() if q.numel() else q
-    return Inputs(p, q, inputs.tokens[index], upstream, inputs.wrt)
+    few = torch.linspace(0, count - 1, min(CHECKED_ROWS, count), dtype=torch.float64).round()
+    rows, some = exact(few)
+    tokens, names = inputs.tokens[rows], OUTPUTS[workload.operation]
+    upstream = {
+        name: (u / count if mean else u).expand(leading)[rows]
+        for name, u in zip(names, inputs.upstream, strict=True)
+        if u is not None
+    }
+    gradient = testing.gradients(some, upstream, tokens)[workload.wrt == "q"]
+    stats = some.stats(tokens)
+    outputs = [stats[name] for name in names]
+    if mean:
+        blocks = torch.arange(count).split(CHECKED_ROWS)
+        outputs = [torch.cat([exact(block)[1].kl for block in blocks]).mean()]
+    return rows, outputs, gradient
 
 
 def fault(workload, inputs, known, outputs, grads):
-    """Returns (errors, what is wrong or None): the gate that a provider passes before it is timed.
+    """Return (errors, what is wrong or None): the gate that a provider passes before it is timed.
 
     errors: {"values", "gradient"}, the worst of a row that is compared with `known`, what truth
     returned: values relative to themselves or to 1e-3 nats, gradients by their norm. Every other
@@ -194,7 +186,7 @@ def fault(workload, inputs, known, outputs, grads):
 
 
 def over(errors, limits):
-    """Lists the errors that are not within their limits; a NaN never is."""
+    """List the errors that are not within their limits; a NaN never is."""
     return [
         f"{name} off by {error:.1e}, limit {limits[name]:.1e}"
         for name, error in errors.items()

@@ -1,9 +1,8 @@
-"""Triton kernels without a GPU, for errors only: providers whose kernels run in Triton's
-interpreter, in a child process.
+"""Providers whose Triton kernels run without a GPU, in Triton's interpreter: for errors only.
 
 The interpreter executes a kernel's operations with numpy, float32 as float32: its errors are those
 of the formulas and of the order of the sums, not of a GPU's faster exp and fused multiply-adds.
-Triton decides at import, so the kernels live in a process of their own that has TRITON_INTERPRET=1.
+Triton decides at import, so the kernels live in a child process that has TRITON_INTERPRET=1.
 """
 
 import os
@@ -12,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context, parent_process
 from threading import Thread
+from unittest import mock
 
 import torch
 
@@ -23,40 +23,27 @@ NAMES = {
     "Liger KLDIVLoss (interpreted)": "Liger KLDIVLoss",
     "Liger JSD (interpreted)": "Liger JSD",
 }
-ROWS = {
-    "fastkl": 2
-}  # of each pair, where not all: at a vocabulary of 128256 a row of ours takes a second, one of theirs a tenth
+# Of each pair, where not all: at V = 128256 a row of ours takes a second, one of theirs a tenth.
+ROWS = {"fastkl": 2}
 SECONDS = 120  # after which a call counts as failed
 
 
 def _begin():
-    """In the child: one thread, and the end where its parent ends, killed or not."""
     torch.set_num_threads(1)
+    # The child ends where its parent ends, killed or not.
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 @cache
 def _child():
-    """The process with the interpreter, started once."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # a spawned process starts with the environment of this moment
-    )
-    try:
-        executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin)
+    # A spawned process starts with the environment of this moment.
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        executor = ProcessPoolExecutor(1, get_context("spawn"), _begin)
         executor.submit(os.getpid).result(SECONDS)
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
     return executor
 
 
 def _in_child(name, pickled):
-    """The pickled (KL, gradient of its sum) of a provider for pickled (p, q, wrt), computed in the
-    process with the interpreter.
-    """
     import fastkl
 
     p, q, wrt = pickle.loads(pickled)
@@ -71,40 +58,35 @@ def _in_child(name, pickled):
 
 
 class _Interpreted(torch.autograd.Function):
-    """The child's values and gradient as one differentiable operation."""
+    """The child's values and gradient as one differentiable operation on the leaf."""
 
     @staticmethod
-    def forward(ctx, p, q, name, wrt):
+    def forward(ctx, leaf, name, *inputs):
         # As bytes: torch would pass tensors in shared memory, of which a container may have little.
-        reply = (
-            _child()
-            .submit(_in_child, name, pickle.dumps((p.detach(), q.detach(), wrt)))
-            .result(SECONDS)
-        )
+        reply = _child().submit(_in_child, name, pickle.dumps(inputs)).result(SECONDS)
         kl, gradient = pickle.loads(reply)
         ctx.save_for_backward(gradient)
-        ctx.wrt = wrt
         return kl
 
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        gradient = (upstream.unsqueeze(-1) * gradient).to(gradient.dtype)
-        return (gradient, None, None, None) if ctx.wrt == "p" else (None, gradient, None, None)
+        scaled = (upstream.unsqueeze(-1) * gradient).to(gradient.dtype)
+        return scaled, None, None, None, None
 
 
 def _kl_divergence(name, inputs):
-    return (_Interpreted.apply(inputs.p, inputs.q, name, inputs.wrt),)
+    pair = (inputs.p.detach(), inputs.q.detach())
+    return (_Interpreted.apply(inputs.leaf, name, *pair, inputs.wrt),)
 
 
 def interpreted_providers(names=None):
-    """A provider for each of NAMES, or for those in `names`; the child process starts with the
-    first call.
-    """
-    chosen = {name: peer for name, peer in NAMES.items() if names is None or name in names}
+    """Make a provider for each of NAMES, or for those in `names`; the first call starts the
+    child."""
     return [
         Provider(
             name, {"kl_divergence": partial(_kl_divergence, peer)}, rows=ROWS.get(peer), apart=True
         )
-        for name, peer in chosen.items()
+        for name, peer in NAMES.items()
+        if names is None or name in names
     ]

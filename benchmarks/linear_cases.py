@@ -1,4 +1,4 @@
-"""Defines the cases from hidden states: shapes, random data, the floor, the gate in float64."""
+"""Define the cases from hidden states: shapes, random data, the floor, the gate in float64."""
 
 import math
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from benchmarks.cases import DTYPES, Case, over
 from benchmarks.plain import plain_logprob, plain_token_stats
 from benchmarks.work import CLIP, PRODUCTS, grpo_terms
+from fastkl import testing
+from fastkl.testing import FIELDS
 
-FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 # Modes whose output is a mean over the tokens.
 MEANS = ("loss", "frozen", "grpo", "distillation")
 OUTPUTS = {
@@ -50,7 +51,7 @@ FLOOR = "cuBLAS products"
 
 @dataclass(frozen=True)
 class LinearWorkload(Case):
-    """Defines KL(policy‖reference) of `rows` tokens from hidden states and two weights.
+    """Define KL(policy‖reference) of `rows` tokens from hidden states and two weights.
 
     mode: "forward" is the KL per token without gradient; "loss" its mean and the gradient to hidden
     and weight; "frozen" the same with the gradient to hidden only; "stats" all fields of
@@ -77,7 +78,6 @@ class LinearWorkload(Case):
 
     @property
     def phases(self):
-        """Names what is timed: forward where there is no gradient, else forward and backward."""
         return ("forward",) if self.mode == "forward" else ("both",)
 
     def moved_bytes(self, phase):
@@ -90,7 +90,7 @@ class LinearWorkload(Case):
 
 @dataclass
 class LinearInputs:
-    """Holds the tensors of one workload; `upstream` belongs to the outputs, in their order.
+    """Hold the tensors of one workload; `upstream` belongs to the outputs, in their order.
 
     old_logprob, advantages: [rows] float32, for the GRPO step; the log-probabilities of a policy
     near this one. leaves: the tensors of the gradient: hidden, or hidden and weight, or none.
@@ -108,7 +108,7 @@ class LinearInputs:
 
 
 def make_linear_inputs(workload, device, seed=0):
-    """Makes policy logits near N(0, 3²), and a reference at a KL of some tenths of a nat."""
+    """Make policy logits near N(0, 3²), and a reference at a KL of some tenths of a nat."""
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     rows, size, mode = workload.rows, workload.hidden, workload.mode
 
@@ -136,7 +136,7 @@ def make_linear_inputs(workload, device, seed=0):
 
 
 def off_the_clip(log_ratio):
-    """Moves the log-ratios that are within CLIP_MARGIN of where the clip begins that far away."""
+    """Move the log-ratios that are within CLIP_MARGIN of where the clip begins that far away."""
     for edge in (math.log(1 - CLIP), math.log(1 + CLIP)):
         moved = edge + torch.where(log_ratio < edge, -CLIP_MARGIN, CLIP_MARGIN)
         log_ratio = torch.where((log_ratio - edge).abs() < CLIP_MARGIN, moved, log_ratio)
@@ -147,13 +147,13 @@ def off_the_clip(log_ratio):
 
 
 def checked_rows(workload):
-    """Chooses the rows of the weight's gradient that are compared."""
     last = workload.vocabulary - 1
     return [round(i * last / (CHECKED_WEIGHT_ROWS - 1)) for i in range(CHECKED_WEIGHT_ROWS)]
 
 
 def answer(workload, inputs, dtype):
-    """Computes {name: tensor} by plain torch in one type, for all that the gate compares.
+    """Compute {name: tensor} by plain torch in one type, for all that the gate compares; in
+    float64 it is the truth.
 
     Every output [N] and, where the mode has them, dhidden [N, H] and dweight [checked rows, H]. A
     block of tokens at a time, so that the float64 copies stay small; the weight's gradient is one
@@ -161,23 +161,20 @@ def answer(workload, inputs, dtype):
     """
     models = (inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
     hidden, weight, ref_hidden, ref_weight = (tensor.detach().to(dtype) for tensor in models)
-    upstream = dict(zip(OUTPUTS[workload.mode], inputs.upstream, strict=True))
-    if workload.mode in MEANS:
-        upstream = {name: (u / workload.rows).expand(workload.rows) for name, u in upstream.items()}
-    parts = {name: [] for name in (*upstream, "dhidden", "columns")}
+    parts = {name: [] for name in (*OUTPUTS[workload.mode], "dhidden", "columns")}
     for some in torch.arange(workload.rows, device=hidden.device).split(BLOCK):
         logits = F.linear(hidden[some], weight).requires_grad_(bool(inputs.leaves))
-        ref_logits = F.linear(ref_hidden[some], ref_weight)
-        stats = plain_token_stats(logits, inputs.tokens[some], ref_logits)
-        values = dict(zip(FIELDS, stats, strict=True))
+        ref_logits, tokens = F.linear(ref_hidden[some], ref_weight), inputs.tokens[some]
+        if dtype == torch.float64:
+            values = testing.truth(logits, ref_logits).stats(tokens)
+        else:
+            values = dict(zip(FIELDS, plain_token_stats(logits, tokens, ref_logits), strict=True))
         values["loss"] = values["ref_kl"]
         if workload.mode == "grpo":
             step = inputs.old_logprob[some], inputs.advantages[some]
             values["loss"] = grpo_terms(values["logprob"], values["kl"], *step)
         if inputs.leaves:
-            taken = [name for name in upstream if values[name].requires_grad]
-            grads = [upstream[name][some].to(values[name].dtype) for name in taken]
-            (grad,) = torch.autograd.grad([values[name] for name in taken], logits, grads)
+            grad = _logits_gradient(workload, inputs, values, logits, some)
             values |= {"dhidden": grad @ weight, "columns": grad[:, checked_rows(workload)]}
         for name in parts.keys() & values.keys():
             parts[name].append(values[name].detach())
@@ -186,8 +183,16 @@ def answer(workload, inputs, dtype):
     return found if len(inputs.leaves) < 2 else {**found, "dweight": columns.t() @ hidden}
 
 
+def _logits_gradient(workload, inputs, values, logits, some):
+    share = workload.rows if workload.mode in MEANS else 1
+    pairs = zip(OUTPUTS[workload.mode], inputs.upstream, strict=True)
+    taken = {n: u.expand(workload.rows)[some] / share for n, u in pairs if values[n].requires_grad}
+    grads = [upstream.to(values[name].dtype) for name, upstream in taken.items()]
+    return torch.autograd.grad([values[name] for name in taken], logits, grads)[0]
+
+
 def expected(workload, inputs):
-    """Computes what the gate compares with: (answer in float64, limits, granted).
+    """Compute what the gate compares with: (answer in float64, limits, granted).
 
     limits: of a provider's errors. granted: by how much each row of a gradient may be off, whatever
     its size is.
@@ -204,7 +209,7 @@ def expected(workload, inputs):
 
 
 def errors(name, value, true, granted=0.0):
-    """Computes {what: error}: relative in the L2 norm, over all, and of the worst token or row.
+    """Compute {what: error}: relative in the L2 norm, over all, and of the worst token or row.
 
     A row of a gradient is compared with its own norm, but see SMALL_ROW; the worst of the rows that
     are off by more than `granted` counts. Nine of ten rows of dhidden are within the third error,
@@ -227,7 +232,7 @@ def errors(name, value, true, granted=0.0):
 
 
 def linear_fault(workload, inputs, known, outputs, grads):
-    """Returns (errors, what is wrong or None): the gate that a provider passes before it is timed.
+    """Return (errors, what is wrong or None): the gate that a provider passes before it is timed.
 
     A mean is held to the limit of its tokens: plain torch's own mean may be right by luck.
     """
@@ -253,7 +258,7 @@ def linear_fault(workload, inputs, known, outputs, grads):
 
 
 def bare_products(workload, inputs, chunk):
-    """Makes a function that does the workload's products with cuBLAS, and nothing else.
+    """Make a function that does the workload's products with cuBLAS, and nothing else.
 
     `chunk` tokens at a time, into buffers allocated here. Every doubt goes to the floor: the
     products of the gradients take the policy's logits for their operand, so nothing else is read or

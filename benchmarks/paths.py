@@ -1,12 +1,12 @@
-"""Which path the tiles of real logits take through the KL forward's loop: near, general, and how
-many are read twice to re-anchor.
+"""Count the tiles of logits on each path of the KL forward's loop: near, general, read twice.
 
-    python -m benchmarks.paths [--steps 2,8,24]
+    python -m benchmarks.paths [--steps 2 8 24]
+    python -m benchmarks.paths --file FILE.pt
 
-Trains the demo's small reference, fine-tunes policies for these numbers of steps without a penalty,
-samples from each on held-out prompts, and prints for each the mean KL and the paths of its bfloat16
-logits with the configuration for sm_90. `tile_paths` emulates the decisions of
-row_segment.segment_sums, in float64. It needs the packages of the demo.
+The first trains the demo's small reference, fine-tunes policies for these numbers of steps without
+a penalty and samples from each on held-out prompts; it needs the packages of the demo. FILE.pt:
+(policy, reference) logits [N, V] of a model of your own, by torch.save. `tile_paths` emulates
+row_segment.segment_sums in float64, with the configuration for sm_90.
 """
 
 import argparse
@@ -16,175 +16,117 @@ from typing import NamedTuple
 
 import torch
 
+import fastkl
+
 ARCH = "sm_90"
-# Rows at a time.
-ROWS = 64
+ROWS = 64  # at a time
 LOG2E = math.log2(math.e)
 
 
 class Paths(NamedTuple):
-    """Whole tiles of the rows, those of them on the general path, those read twice to re-anchor;
-    the edges of segments are not among them.
-    """
+    """Whole tiles of the rows, those of them on the general path, and those read twice to
+    re-anchor; the edges of segments are not among them."""
 
     tiles: int
     general: int
     anchored: int
 
-    @property
-    def near(self):
-        """Share of the tiles on the near path."""
-        return 1 - self.general / max(self.tiles, 1)
-
 
 def tile_paths(p_logits, q_logits, temperature=1.0, chosen=None):
-    """The Paths of 16-bit logits [N, V] of the policy and the reference; chosen: the forward's
-    RowConfig, by default that for ARCH.
-    """
+    """Return the Paths of 16-bit logits [N, V]; chosen: the forward's RowConfig."""
     from fastkl.kernels import config
 
     vocabulary, size = p_logits.shape[-1], p_logits.element_size()
     chosen = chosen or config.select("forward", ARCH, size, vocabulary)
     length = config.segment_length(vocabulary, chosen.segment)
-    tile = chosen.threads * chosen.groups * 16 // size
     found = [
-        _segment(
-            *(
-                part[rows : rows + ROWS, first : first + length].double()
-                for part in (p_logits, q_logits)
-            ),
-            1 / temperature,
-            chosen,
-            tile,
-        )
-        for rows in range(0, len(p_logits), ROWS)
-        for first in range(0, vocabulary, length)
+        _segment(p.double(), q.double(), 1 / temperature, chosen, 16 // size)
+        for rows in zip(p_logits.split(ROWS), q_logits.split(ROWS), strict=True)
+        for p, q in zip(*(x.split(length, -1) for x in rows), strict=True)
     ]
     return Paths(*map(sum, zip(*found, strict=True)))
 
 
-def _segment(p, q, scale, chosen, tile):
-    """The Paths of one segment of every row."""
+def _segment(p, q, scale, chosen, lanes):
     from fastkl.kernels.row_math import OUTWEIGHS
 
-    outweighs = OUTWEIGHS.value
+    def shares(weights):
+        # Each thread's sum over a tile; its groups are `threads` groups apart.
+        return weights.view(len(p), chosen.groups, chosen.threads, -1).sum((1, 3))
+
+    def powers(x, origin):
+        return torch.exp2(x * scale * LOG2E - origin)
+
+    outweighs, tile = OUTWEIGHS.value, chosen.threads * chosen.groups * lanes
     origin = torch.full((len(p), 1), -1e30, dtype=torch.float64)
     centre, W = torch.zeros_like(origin), torch.zeros_like(origin)
-    S = torch.zeros(len(p), chosen.threads, dtype=torch.float64)
-    limit = torch.zeros_like(S)
+    S, limit = (torch.zeros(len(p), chosen.threads, dtype=torch.float64) for _ in range(2))
     general = anchored = 0
-    for number in range(p.shape[1] // tile):
-        x, difference = (part[:, number * tile : (number + 1) * tile] for part in (p, q - p))
-        weights = _powers(x, scale, origin)
-        anchors = (S + _shares(weights, chosen) > limit).any(1, keepdim=True)
+    for start in range(0, p.shape[1] - tile + 1, tile):
+        x, difference = (part[:, start : start + tile] for part in (p, q - p))
+        anchors = (S + shares(powers(x, origin)) > limit).any(1, keepdim=True)
         anchored += int(anchors.sum())
         # Where rows anchor, all that row_segment.anchor changes.
-        moved = torch.where(
-            anchors,
-            torch.maximum(origin, torch.floor(x.amax(1, keepdim=True) * scale * LOG2E)),
-            origin,
-        )
-        shrink, weights = torch.exp2(origin - moved), _powers(x, scale, moved)
-        origin, S, W, limit = moved, S * shrink, W * shrink, limit * shrink
-        shares = _shares(weights, chosen)
-        before, total = S.sum(1, keepdim=True), shares.sum(1, keepdim=True)
+        peak = torch.floor(x.amax(1, keepdim=True) * scale * LOG2E)
+        moved = torch.where(anchors, torch.maximum(origin, peak), origin)
+        S, W, limit = (value * torch.exp2(origin - moved) for value in (S, W, limit))
+        origin, weights = moved, powers(x, moved)
+        added, before = shares(weights), S.sum(1, keepdim=True)
+        total = added.sum(1, keepdim=True)
         mean = (weights * difference).sum(1, keepdim=True) / total * scale
-        new = torch.where(
-            total > before * outweighs,
-            mean,
-            centre + ((mean - centre) * total + W) / (before + total),
-        )
+        near = centre + ((mean - centre) * total + W) / (before + total)
+        new = torch.where(total > before * outweighs, mean, near)
         new = torch.where(anchors, new, centre)
         W, centre = W - (new - centre) * before, new
-        limit = torch.where(
-            anchors, (before + total) * (outweighs - 1) / chosen.threads + S + shares, limit
-        )
+        allowed = (before + total) * (outweighs - 1) / chosen.threads + S + added
+        limit = torch.where(anchors, allowed, limit)
         d = difference * scale - centre
         general += int((d.abs() < 1).all(1).logical_not().sum())
-        S, W = S + shares, W + (weights * d).sum(1, keepdim=True)
+        S, W = S + added, W + (weights * d).sum(1, keepdim=True)
     return Paths(len(p) * (p.shape[1] // tile), general, anchored)
 
 
-def _powers(x, scale, origin):
-    return torch.exp2(x * scale * LOG2E - origin)
-
-
-def _shares(weights, chosen):
-    """Each thread's sum over a tile [N, threads]: its groups are `threads` groups apart."""
-    return weights.view(len(weights), chosen.groups, chosen.threads, -1).sum((1, 3))
-
-
-def policies(steps):
-    """(steps, policy, reference, corpus, settings) of the demo without a penalty, one for each
-    number of steps.
-    """
+def held_out_logits(steps):
+    """Yield (steps, policy's and reference's logits [N, V] in bfloat16, temperature) of the demo
+    without a penalty, of the policy's samples on held-out prompts."""
     from fastkl.rl import FixedBeta
     from fastkl.tools.demo import Settings, choose_settings
-    from fastkl.tools.demo.corpus import build_corpus
-    from fastkl.tools.demo.model import train_reference
+    from fastkl.tools.demo.corpus import build_corpus, windows
+    from fastkl.tools.demo.model import sample, train_reference
     from fastkl.tools.demo.training import fine_tune
 
+    reference = None
     for count in steps:
         settings = choose_settings(quick=True, vocabulary=Settings.vocabulary, steps=count)
-        if count == steps[0]:
+        if reference is None:
             corpus = build_corpus(settings)
             reference, _ = train_reference(corpus, settings)
-        yield (
-            count,
-            fine_tune(reference, corpus, FixedBeta(0.0), settings, f"{count} steps").policy,
-            reference,
-            corpus,
-            settings,
-        )
-
-
-@torch.no_grad()
-def held_out_logits(policy, reference, corpus, settings):
-    """bfloat16 logits [N, V] of policy and reference, of the policy's samples on held-out prompts."""
-    from fastkl.tools.demo.corpus import windows
-    from fastkl.tools.demo.model import sample
-
-    choose, draw = (torch.Generator().manual_seed(settings.seed + 1) for _ in range(2))
-    prompts = windows(
-        corpus.held_out,
-        settings.prompt_length,
-        settings.evaluation_samples,
-        choose,
-        corpus.new_line,
-    )
-    tokens = sample(policy, prompts, settings, draw)
-    hidden = (
-        model.response_hidden(tokens, settings.response_length) for model in (policy, reference)
-    )
-    return [
-        model.lm_head(states).flatten(0, 1).bfloat16()
-        for model, states in zip((policy, reference), hidden, strict=True)
-    ]
+        policy = fine_tune(reference, corpus, FixedBeta(0.0), settings, f"{count} steps").policy
+        choose, draw = (torch.Generator().manual_seed(settings.seed + 1) for _ in range(2))
+        shape = settings.prompt_length, settings.evaluation_samples
+        with torch.no_grad():
+            prompts = windows(corpus.held_out, *shape, choose, corpus.new_line)
+            tokens = sample(policy, prompts, settings, draw)
+            pair = [
+                m.lm_head(m.response_hidden(tokens, settings.response_length)).flatten(0, 1)
+                for m in (policy, reference)
+            ]
+        yield f"{count} steps", *(logits.bfloat16() for logits in pair), settings.temperature
 
 
 def main(argv=None):
-    """The command line; returns the exit code."""
-    import fastkl
-
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paths", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--steps",
-        default="2,8,24",
-        help="numbers of steps of fine-tuning, separated by commas (default: %(default)s)",
-    )
-    steps = [int(number) for number in parser.parse_args(argv).steps.split(",")]
-    print(f"{'steps':>5} {'mean KL':>9} {'tiles':>8} {'near':>7} {'general':>8} {'anchored':>9}")
-    for count, policy, reference, corpus, settings in policies(steps):
-        p, q = held_out_logits(policy, reference, corpus, settings)
-        kl = fastkl.kl_divergence(p, q, temperature=settings.temperature).mean().item()
-        paths = tile_paths(p, q, settings.temperature)
-        print(
-            f"{count:5} {kl:9.4f} {paths.tiles:8} {paths.near:7.1%} {1 - paths.near:8.1%} "
-            f"{paths.anchored / paths.tiles:9.1%}",
-            flush=True,
-        )
+    parser = argparse.ArgumentParser("python -m benchmarks.paths", description=__doc__)
+    parser.add_argument("--steps", type=int, nargs="+", default=(2, 8, 24), help="of fine-tuning")
+    parser.add_argument("--file", metavar="FILE.pt", help="(policy, reference) logits")
+    arguments = parser.parse_args(argv)
+    found = held_out_logits(arguments.steps)
+    if arguments.file:
+        found = [(arguments.file, *(x.bfloat16() for x in torch.load(arguments.file)), 1.0)]
+    for name, p, q, temperature in found:
+        tiles, general, anchored = tile_paths(p, q, temperature)
+        kl = fastkl.kl_divergence(p, q, temperature=temperature).mean().item()
+        shares = f"{1 - general / tiles:.1%} near, {anchored / tiles:.1%} read twice"
+        print(f"{name}: mean KL {kl:.4f}, {tiles} tiles, {shares}", flush=True)
     return 0
 
 

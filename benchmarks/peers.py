@@ -1,4 +1,4 @@
-"""Loads other packages as providers (providers.py); each loader says which work it does.
+"""Load other packages as providers (providers.py); each loader says which work it does.
 
 Every peer gets the same tensors as the others, used the way its documentation shows and with
 float32 softmaxes wherever the caller decides. A peer is imported when its loader is called; one
@@ -13,23 +13,20 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from benchmarks.plain import log_softmax
 from benchmarks.work import NotOfferedError, Work, linear_works
 
 ROWS_BY_CALLS = 64  # rows at which a loss that is one scalar is called for each, to see its error
 
 
-def _log_probs(logits):
-    return F.log_softmax(logits, -1, dtype=torch.float32)
-
-
 def _needs_gpu(device):
-    """Raises for Triton kernels without a GPU, unless interpreted.py has started the process."""
+    """Raise for Triton kernels without a GPU, unless interpreted.py has started the process."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("its Triton kernels need a GPU")
 
 
 def load_trl(device):
-    """Loads TRL: GKDTrainer.generalized_jsd_loss, and its log-prob and entropy functions.
+    """Load TRL: GKDTrainer.generalized_jsd_loss, and its log-prob and entropy functions.
 
     The KL is the mode that a trainer would take: beta = 1 with the first argument as student,
     beta = 0 with the second. The loss softmaxes in the type of the logits, so they are cast to
@@ -67,7 +64,7 @@ def load_trl(device):
 
 
 def load_liger_kldiv(device):
-    """Loads Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by torch.
+    """Load Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by torch.
 
     It has no gradient to its target: KL(P‖Q) to Q only.
     """
@@ -79,7 +76,7 @@ def load_liger_kldiv(device):
     def log_probs(i):
         if i.wrt == "p":
             raise NotOfferedError("LigerKLDIVLoss has no gradient to its target, P of KL(P‖Q)")
-        return (_log_probs(x).flatten(0, -2) for x in (i.q, i.p))
+        return (log_softmax(x).flatten(0, -2) for x in (i.q, i.p))
 
     note = "the same work: two float32 log_softmax by torch first"
     asks = "its backward asks the GPU whether the upstream gradient is 1"
@@ -93,7 +90,7 @@ def load_liger_kldiv(device):
 
 
 def load_liger_jsd(device):
-    """Loads Liger-Kernel's LigerJSD after two log_softmax by torch.
+    """Load Liger-Kernel's LigerJSD after two log_softmax by torch.
 
     beta = 1 is KL(P‖Q) with its gradient to P, beta = 0 the same with its gradient to Q. It gives
     one scalar, the mean over all tokens. A KL per token therefore takes a call per row: done for
@@ -105,7 +102,7 @@ def load_liger_jsd(device):
     losses = {"p": LigerJSD(beta=1.0), "q": LigerJSD(beta=0.0)}
 
     def student_and_teacher(i):
-        log_p, log_q = (_log_probs(x).flatten(0, -2) for x in (i.p, i.q))
+        log_p, log_q = (log_softmax(x).flatten(0, -2) for x in (i.p, i.q))
         return (log_p, log_q) if i.wrt == "p" else (log_q, log_p)
 
     def kl_divergence(i):
@@ -133,7 +130,7 @@ def load_liger_jsd(device):
 
 
 def load_trl_fused(device):
-    """Loads TRL's ChunkedDivergenceFunction, as its trainer calls it, and ChunkedLogProbFunction.
+    """Load TRL's ChunkedDivergenceFunction, as its trainer calls it, and ChunkedLogProbFunction.
 
     beta 1: KL(student‖teacher), 0: KL(teacher‖student), each beside the student's entropy, which
     cannot be left out. Logits in tiles, again in backward; gradients summed in float32.
@@ -165,7 +162,7 @@ def load_trl_fused(device):
 
 
 def load_liger(device):
-    """Loads Liger-Kernel's LigerFusedLinearJSD at beta 1 and 0: losses only, no KL per token.
+    """Load Liger-Kernel's LigerFusedLinearJSD at beta 1 and 0: losses only, no KL per token.
 
     Its fused GRPO loss takes k3 of the sampled tokens, not the exact KL, so it has no part in mode
     grpo. The weight's gradient is summed in float32, as ours, where the release can (accum_dtype).
@@ -186,7 +183,7 @@ def load_liger(device):
 
 
 def load_liger_chunked(device):
-    """Loads Liger-Kernel's LigerFusedLinearJSDLoss at beta = 1, set as in TRL's trainers.
+    """Load Liger-Kernel's LigerFusedLinearJSDLoss at beta = 1, set as in TRL's trainers.
 
     It takes the softmaxes in the type of the logits, so in bf16 it may fail the gate: then its
     error is shown and no time. The gradient of the weight is computed even if it is frozen.
@@ -201,13 +198,13 @@ def load_liger_chunked(device):
 
 
 def load_linear_cross_entropy(device):
-    """Loads torch's F.linear_cross_entropy (torch 2.13 and later) with default options."""
+    """Load torch's F.linear_cross_entropy (torch 2.13 and later) with default options."""
     options = torch.nn.LinearCrossEntropyOptions()
     return _cross_entropy(F.linear_cross_entropy, "logits in chunks", options=options)
 
 
 def load_cut_cross_entropy(device, work="less work: small gradients are left out", **options):
-    """Loads Apple's cut-cross-entropy, which by default leaves out gradients that seem small."""
+    """Load Apple's cut-cross-entropy, which by default leaves out gradients that seem small."""
     _needs_gpu(device)
     from cut_cross_entropy import linear_cross_entropy
 
@@ -215,7 +212,7 @@ def load_cut_cross_entropy(device, work="less work: small gradients are left out
 
 
 def _cross_entropy(function, note, **options):
-    """Makes mode logprob of a linear cross-entropy that computes the logits again in backward."""
+    """Make mode logprob of a linear cross-entropy that computes the logits again in backward."""
 
     def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
         return (-function(hidden, weight, tokens, reduction="none", **options),)

@@ -1,4 +1,4 @@
-"""Computes every operation of the benchmarks in plain torch, as one writes it.
+"""Compute every operation of the benchmarks in plain torch, as one writes it.
 
 Softmaxes are in float32 or, for float64 input, in float64. token_stats returns the fields of
 TokenStats; logprob_kl the two terms of a GRPO loss, and nothing more.
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def log_softmax(logits):
-    """Computes log_softmax in float32 or, for float64 input, in float64."""
+    """Compute log_softmax in float32 or, for float64 input, in float64."""
     return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 

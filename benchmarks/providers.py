@@ -1,4 +1,4 @@
-"""Lists who computes: every provider offers operations on the same tensors, or says why not.
+"""List who computes: every provider offers operations on the same tensors, or says why not.
 
 An operation is a function of the case's inputs that returns a tuple of tensors. On logits
 (cases.Inputs): "kl_divergence", "mean_kl", "token_stats", "logprob", "logprob_entropy", "entropy".
@@ -10,8 +10,6 @@ peers.py. A user's own loader is named on the command line: --provider package.m
 
 import argparse
 import importlib
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,7 +27,7 @@ CHUNK = 2048  # tokens: each chunk adds to the whole gradient of the weight, so 
 
 @dataclass(frozen=True)
 class Provider:
-    """Holds an implementation under its name.
+    """Hold an implementation under its name.
 
     missing: why it offers nothing here. rows: the number of rows at once that is not too slow.
     apart: it computes in a process of its own, beside the others.
@@ -42,13 +40,13 @@ class Provider:
     apart: bool = False
 
     def why_not(self, operation):
-        """Says why the provider does not offer the operation; None if it does."""
+        """Say why the provider does not offer the operation; None if it does."""
         if self.missing or operation in self.operations:
             return self.missing
         return f"{self.name} has no {operation}"
 
     def note(self, operation):
-        """Says in one line which work it does for the operation; None where nothing is known."""
+        """Say in one line which work it does for the operation; None where nothing is known."""
         return getattr(self.operations.get(operation), "note", None)
 
 
@@ -56,7 +54,7 @@ class Provider:
 
 
 def load_torch(device):
-    """Loads eager PyTorch: float32 log_softmax, then a sum or a gather; all logits in memory."""
+    """Load eager PyTorch: float32 log_softmax, then a sum or a gather; all logits in memory."""
     return {
         **logits_works(
             PLAIN,
@@ -73,11 +71,7 @@ def load_torch(device):
 
 
 def load_torch_compile(device):
-    """Loads the same functions compiled for each shape: what a user gets with one more line."""
-    if device.type != "cuda" and not any(
-        map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
-    ):
-        raise RuntimeError("needs a C++ compiler on a CPU, found none")
+    """Load the same functions compiled for each shape: what a user gets with one more line."""
 
     def compiled(functions):
         return {
@@ -97,7 +91,7 @@ def load_torch_compile(device):
 
 
 def load_fastkl(device):
-    """Loads this package.
+    """Load this package.
 
     The entropy comes with a log-probability of each row, which costs one element. From hidden
     states the logits of all models are kept where they take 2 GiB at the most; else "stats", "grpo"
@@ -132,12 +126,12 @@ def load_fastkl(device):
 
 
 def load_kept(device):
-    """Loads this package's token_stats from hidden states with the logits of all models kept."""
+    """Load this package's token_stats from hidden states with the logits of all models kept."""
     return _from_stats("the same work, the fewest products; all logits in memory", recompute=False)
 
 
 def _from_stats(note, **options):
-    """Makes the modes that need more than a KL; options: of fastkl.linear_token_stats."""
+    """Make the modes that need more than a KL; options: of fastkl.linear_token_stats."""
     import fastkl
 
     def stats(h, w, rh, rw, tokens):
@@ -156,7 +150,7 @@ def _from_stats(note, **options):
 
 
 def load_one_launch(device):
-    """Loads this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
+    """Load this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
 
     Its backward alone is a scaling at the first call and computes the gradient at later ones, so
     only forward and both are comparable.
@@ -174,7 +168,7 @@ def load_one_launch(device):
 
 
 def load_torch_chunked(device):
-    """Loads plain torch under torch.utils.checkpoint, 2048 tokens at a time, as trainers do.
+    """Load plain torch under torch.utils.checkpoint, 2048 tokens at a time, as trainers do.
 
     The logits are computed again in backward, and the gradient of the weight is summed over the
     chunks in the weight's own type.
@@ -211,13 +205,13 @@ def load_torch_chunked(device):
 
 
 def load_kl_div(device):
-    """Loads torch's F.kl_div(log_q, log_p, log_target=True) on two float32 log_softmax."""
+    """Load torch's F.kl_div(log_q, log_p, log_target=True) on two float32 log_softmax."""
     note = "the same work: two float32 log_softmax by torch first, writes [N, V] of losses"
     return _kl_div(log_softmax, note, log_target=True)
 
 
 def load_kl_div_probabilities(device):
-    """Loads F.kl_div(log_q, p) as it is often written: on a float32 log_softmax and a softmax."""
+    """Load F.kl_div(log_q, p) as it is often written: on a float32 log_softmax and a softmax."""
     note = "more work: the logarithm of a float32 softmax is taken again; writes [N, V] of losses"
     return _kl_div(
         lambda p: F.softmax(p, -1, dtype=torch.promote_types(p.dtype, torch.float32)), note
@@ -225,7 +219,7 @@ def load_kl_div_probabilities(device):
 
 
 def _kl_div(target, note, **options):
-    """Makes the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it."""
+    """Make the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it."""
 
     def losses(p, q, reduction):
         pair = (log_softmax(q).flatten(0, -2), target(p).flatten(0, -2))
@@ -239,7 +233,7 @@ def _kl_div(target, note, **options):
 
 
 def load_categorical(device):
-    """Loads torch.distributions.kl_divergence of two Categorical(logits=...) in float32."""
+    """Load torch.distributions.kl_divergence of two Categorical(logits=...) in float32."""
     from torch.distributions import Categorical, kl_divergence
 
     def distribution(logits):
@@ -277,7 +271,6 @@ ALL_LOADERS = {
 
 
 def own(text):
-    """Reads a user's own provider for argparse: (`package.module:function`, that function)."""
     module, _, name = text.partition(":")
     try:
         return text, getattr(importlib.import_module(module), name)
@@ -289,7 +282,6 @@ def own(text):
 
 
 def load_providers(device, names=None, loaders=LOADERS):
-    """Loads the providers by name, in the order of the loaders; an unusable one says why."""
     providers = []
     for name, load in loaders.items():
         if names is not None and name not in names:

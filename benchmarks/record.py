@@ -1,4 +1,4 @@
-"""Shares checked arguments, files of figures, their origin and tables among the commands here."""
+"""Share command lines, files of figures, their origin and tables among the commands here."""
 
 import argparse
 import json
@@ -17,21 +17,28 @@ import torch
 from fastkl.tools.files import check_writable, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
+
+
+def command_line(module, description, json_help="write the records to FILE"):
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{module}", description=description)
+    parser.add_argument("--json", type=output_file, metavar="FILE", help=json_help)
+    return parser
 
 
 def write_json(path, data):
-    write_bytes(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
+    """Write JSON whole or not at all, if there is a path, and makes its folder."""
+    if path:
+        write_bytes(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_bytes(path, content):
-    """Writes bytes to `path` whole or not at all, and makes its folder."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)
 
 
 def finite(data):
-    """Replaces NaN and the infinities, which JSON lacks, by strings that float() reads."""
+    """Replace NaN and the infinities, which JSON lacks, by strings that float() reads."""
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -40,17 +47,16 @@ def finite(data):
 
 
 def output_file(text):
-    """Checks a path for argparse: write_bytes can write it, found out before it is needed."""
+    """Check a path for argparse before minutes of measuring: a file there can be written."""
     return _checked(text, "a file that can be written", Path(text).parent, check_writable)
 
 
 def output_folder(text):
-    """Checks a folder for argparse: write_bytes can write files in it."""
-    return _checked(text, "a folder that can be written to", Path(text))
+    return _checked(text, "a folder that can be written to", Path(text), str)
 
 
-def _checked(text, expected, folder, check=str):
-    """Makes the folder in earnest: to root every folder looks writable, those of /proc too."""
+def _checked(text, expected, folder, check):
+    # In earnest: to root every folder looks writable, those of /proc too.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -61,32 +67,15 @@ def _checked(text, expected, folder, check=str):
     return Path(text)
 
 
-def duration(text):
-    """Reads a number of seconds for argparse."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(
-            f"expected a finite number of seconds above 0, got {text!r}; give one, such as 60"
-        )
-    return seconds
-
-
 def has_gpu(tool):
-    """Returns whether there is a CUDA GPU, and reports its absence: the tool ends with code 2."""
     if not torch.cuda.is_available():
-        print(
-            f"{tool}: expected a CUDA GPU, got none; nothing was measured, run it on a machine "
-            "that has one",
-            file=sys.stderr,
-        )
+        where = "nothing was measured, run it on a machine that has one"
+        print(f"{tool}: expected a CUDA GPU, got none; {where}", file=sys.stderr)
     return torch.cuda.is_available()
 
 
 def commit():
-    """Names the commit of the working tree, with "+changes" where it differs, or "unknown".
+    """Name the commit of the working tree, with "+changes" where it differs, or "unknown".
 
     The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere.
     """
@@ -107,24 +96,18 @@ def version(package):
         return None
 
 
-def now():
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def provenance(command):
-    """Collects what a reader needs to repeat a measurement: command, commit, date and versions."""
-    packages = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy")
+def provenance(module, argv):
+    words = sys.argv[1:] if argv is None else argv
     return {
-        "command": command,
+        "command": " ".join(["python -m", f"benchmarks.{module}", *words]),
         "commit": commit(),
-        "date": now(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in PACKAGES},
     }
 
 
 def origin(data):
-    """Says where figures come from: command, date, versions and commit."""
     packages = {**data["versions"], **data.get("peers", {})}
     versions = ", ".join(f"{name} {of}" for name, of in packages.items() if isinstance(of, str))
     command, date, commit = data["command"].strip(), data["date"][:10], data["commit"][:10]
@@ -132,6 +115,5 @@ def origin(data):
 
 
 def markdown(head, rows):
-    """Writes a table in Markdown from the cells of its head and of its rows."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

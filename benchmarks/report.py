@@ -1,4 +1,4 @@
-"""Writes the page benchmarks/results/README.md, the figures in README.md and docs, and the plots.
+"""Write the page benchmarks/results/README.md, the figures in README.md and docs, and the plots.
 
     python -m benchmarks.report
 
@@ -8,6 +8,7 @@ file is not as it should be, and nothing was written; 2: wrong use.
 """
 
 import argparse
+import itertools
 import json
 import sys
 
@@ -43,7 +44,7 @@ NO_RESULTS = (
 
 
 def read(path):
-    """Reads the results in a file under benchmarks/results; raises ValueError."""
+    """Read the results in a file under benchmarks/results; raises ValueError."""
     file = RESULTS / path
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -58,15 +59,13 @@ def read(path):
 
 
 def accuracy_section():
-    """Makes the table of the worst relative error of the KL by size, a column per provider."""
-    options = {"providers": ACCURACY_COLUMNS, "targets": accuracy.SHOWN[::2]}
+    options = {"providers": ACCURACY_COLUMNS, "targets": accuracy.TARGETS[::2]}
     table = accuracy.markdown(read("cpu/accuracy.json"), **options)
     # On a CPU our name alone stands for the reference; the kernels have the column beside it.
     return table.replace("| fastkl |", "| fastkl, reference on a CPU |", 1)
 
 
 def linear_section():
-    """Makes the table of errors from hidden states by size of the KL, for bfloat16 inputs."""
     data = read("cpu/linear_accuracy.json")
     records = [record for record in data["records"] if record["dtype"] == "bf16"]
     exact = "fastkl, logits_dtype=float32"
@@ -78,9 +77,9 @@ def linear_section():
         ("KL, `logits_dtype=torch.float32`", exact, "kl"),
         ("its gradient to the weight, itself bfloat16", exact, "weight"),
     ]
-    head = ["bfloat16 inputs, mean KL of", *(accuracy._power(record["kl"]) for record in records)]
+    head = ["bfloat16 inputs, mean KL of", *(accuracy.power(record["kl"]) for record in records)]
     lines = [
-        [words, *(accuracy._power(record["ways"][way][figure]) for record in records)]
+        [words, *(accuracy.power(record["ways"][way][figure]) for record in records)]
         for words, way, figure in ways
     ]
     return markdown(head, lines)
@@ -92,7 +91,6 @@ def static_section():
 
 
 def kernels_table(data, names=None):
-    """Makes the table of these kernels, or of all; of two types a name means the first."""
     first = {row["kernel"]: row for row in reversed(data["kernels"])}
     lines = []
     for row in data["kernels"] if names is None else [first[name] for name in names]:
@@ -110,7 +108,6 @@ def kernels_table(data, names=None):
 
 
 def ways_table(data, names):
-    """Makes the table of the memory traffic of these ways from logits to a KL."""
     ways = {row["pipeline"]: row for row in data["pipelines"]}
     lines = []
     for name in names:
@@ -122,8 +119,29 @@ def ways_table(data, names):
     return markdown(["from bf16 logits, bytes per pair", "forward", "backward", "gives"], lines)
 
 
+# The README's rows of speed: the workloads that most users have, and one where fastkl is behind.
+SPEED = ("kl_divergence dp", "token_stats", "linear loss", "linear logprob")
+OF_COPY = ("percent_of_copy", ", {:.0f} % of a copy")
+OF_PRODUCTS = ("ratio_to_floor", ", {:.2f} × the bare GEMMs")
+
+
+def speed_section():
+    results = tables.gpu_results(RESULTS)
+    if not results:
+        return NO_RESULTS
+    data = results[0][1]
+    lines = tables.summary_lines(data, ("main", "peers"), OF_COPY)
+    lines |= tables.summary_lines(data, ("linear",), OF_PRODUCTS)
+    words = (
+        f"Forward and backward on one {gpu_name(data)}: {MAIN['rows']} tokens, a vocabulary of"
+        f" {MAIN['vocabulary']}, bfloat16; hidden states of {LINEAR_MAIN['hidden']}; n ×: fastkl is"
+        " so many times faster."
+    )
+    head = ["", "fastkl", "best other", "plain torch", tables.PEAKS]
+    return words + "\n\n" + markdown(head, [lines[name] for name in SPEED if name in lines])
+
+
 def gpu_section():
-    """Makes the tables of the newest results of a GPU; without any a sentence that says so."""
     results = tables.gpu_results(RESULTS)
     if not results:
         return NO_RESULTS
@@ -138,7 +156,7 @@ def gpu_section():
         f"Measured on one {gpu_name(data)}: {MAIN['rows']} tokens, a vocabulary of"
         f" {MAIN['vocabulary']}, bfloat16; median device time of forward and backward together;"
         " n ×: fastkl is so many times faster. Every figure is on the"
-        " [page of results](benchmarks/results/README.md).",
+        " [page of results](../benchmarks/results/README.md).",
         tables.summary(
             data, ("main", "peers"), "from logits", "fastkl, of a copy's bandwidth", of_copy
         ),
@@ -153,12 +171,13 @@ SECTIONS = {
     "accuracy": accuracy_section,
     "static": static_section,
     "gpu": gpu_section,
+    "speed": speed_section,
     "linear": linear_section,
 }
 
 
 def render(name, words):
-    """Makes the sections of a file anew; raises ValueError for a mark without its other half."""
+    """Make the sections of a file anew; raises ValueError for a mark without its other half."""
     for section, make in SECTIONS.items():
         start, end = f"<!-- {section} -->\n", f"\n<!-- /{section} -->"
         before, opened, rest = words.partition(start)
@@ -174,7 +193,6 @@ def render(name, words):
 
 
 def results_page():
-    """Makes the page of all tables of all committed results; of each GPU those of its newest."""
     errors, costs = read("cpu/accuracy.json"), read("static/peers.json")
     parts = [
         "# Results",
@@ -195,10 +213,8 @@ def results_page():
 
 
 def _accuracy_parts(data):
-    parts = []
-    for dtype in dict.fromkeys(record["dtype"] for record in data["records"]):
-        for measure, words in (("kl", "the KL"), ("gradient", "its gradient to the first logits")):
-            parts += [f"### {words}, {dtype}", accuracy.markdown(data, dtype, measure)]
+    titles = {"kl": "the KL", "gradient": "its gradient to the first logits"}
+    found = [(f"### {titles[m]}, {dtype}", table) for m, dtype, table in accuracy.tables(data)]
     reasons = {
         name: error["reason"].splitlines()[0]
         for record in data["records"]
@@ -206,11 +222,10 @@ def _accuracy_parts(data):
         if "reason" in error
     }
     without = "; ".join(f"{name}: `{reason}`" for name, reason in reasons.items())
-    return parts + ([f"Without figures: {without}."] if reasons else [])
+    return [*itertools.chain(*found), *[f"Without figures: {without}."] * bool(reasons)]
 
 
 def _gpu_parts(path, data):
-    """Makes the tables of a GPU: every section with every row, growth with size, and accuracy."""
     driver = (data.get("gpu") or {}).get("driver")
     said = origin(data) + (f" Driver {driver}." if driver else "")
     parts = [f"### {gpu_name(data)}", said, tables.standing(data)]
@@ -225,12 +240,11 @@ def _gpu_parts(path, data):
             parts.append(f"A copy moves {max(copies):.0f} GB/s, read and written.")
         if section.get("summary"):
             parts.append(f"`{section['summary'].strip('= ')}`")
-        parts += tables.timings(tables.rows_of(data, name))
-    for axis in tables.axes_of(data):
-        title, head = f"kl_divergence against {axis}", ["beside", "of", f"faster from {axis}"]
-        lines = [[*who, since or f"{RED} nowhere"] for *who, since in tables.crossovers(data, axis)]
-        image = f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"
-        parts += [f"#### {title}", markdown(head, lines), image]
+        parts.append(tables.timings(tables.rows_of(data, name)))
+    parts = [part for part in parts if part]
+    for axis in tables.growth(data):
+        title = f"kl_divergence against {axis}"
+        parts += [f"#### {title}", f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"]
     for file in sorted(path.parent.glob("*-accuracy.json"))[-1:]:
         errors = json.loads(file.read_text(encoding="utf-8"))
         parts += [f"#### accuracy: {origin(errors)}", *_accuracy_parts(errors)]
@@ -238,7 +252,6 @@ def _gpu_parts(path, data):
 
 
 def main(argv=None):
-    """Rewrites the files that differ, and says so, or none; returns the exit code."""
     argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
     ).parse_args(argv)
@@ -249,8 +262,9 @@ def main(argv=None):
         for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))):
             made[path] = render(path.name, path.read_text(encoding="utf-8")).encode()
         for path, data in tables.gpu_results(RESULTS):
-            for axis in tables.axes_of(data):
-                made[path.with_name(f"{path.stem}-{axis}.png")] = tables.picture(data, axis)
+            for axis, table in tables.growth(data).items():
+                picture = tables.picture(table, gpu_name(data))
+                made[path.with_name(f"{path.stem}-{axis}.png")] = picture
     except ValueError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 1

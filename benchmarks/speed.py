@@ -1,4 +1,4 @@
-"""Times the operations of this package beside plain torch, torch.compile and every peer, on a GPU.
+"""Time the operations of this package beside plain torch, torch.compile and every peer, on a GPU.
 
     python -m benchmarks.speed --out DIR [--suite NAME ...] [--provider package.module:function]
 
@@ -22,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils import collect_env
@@ -31,23 +31,21 @@ from torch.utils import collect_env
 from benchmarks import timing
 from benchmarks.linear_cases import FLOOR
 from benchmarks.providers import ALL_LOADERS, load_providers, own
-from benchmarks.record import ROOT, duration, finite, has_gpu, output_folder, provenance, write_json
+from benchmarks.record import ROOT, finite, has_gpu, output_folder, provenance, write_json
 from benchmarks.suites import ALL, SUITES, Command
-from benchmarks.tables import line
 
 CHILD = [sys.executable, "-m", "benchmarks.speed"]
 DEVICE = "cuda"
 SECONDS = 1740.0  # for the whole run
 PROVIDER_SECONDS = 120.0  # for a provider in a section; an H200 takes 5 to 60
 LEAST_SECONDS = 15.0  # less is not worth the start of a process
-TEST_WORKERS = 10
 BROKEN = 3  # exit code of a process whose CUDA context broke
 CRASHES = 2  # after so many of its processes a provider has no more in the section
 NO_TIME, STOPPED = "no time left in this run", "stopped at its time limit"
 
 
 def run_here(arguments):
-    """Measures one provider at the cases of a section, from number `start` on, in this process.
+    """Measure one provider at the cases of a section, from number `start` on, in this process.
 
     Appends each row to the file of rows, so that it outlives a crash; returns the exit code.
     """
@@ -60,25 +58,31 @@ def run_here(arguments):
             row = timing.measure_floor(workload, device, copy)
         else:
             row = timing.measure(*loaded, workload, device, copy)
-        if fault := timing.context_fault():
+        fault = timing.context_fault()
+        if fault:
             row["context"] = f"broken, the section went on in a new process: {fault}"
-        append(arguments.rows, {"section": name, **row})
-        print(" | ".join(map(str, line(row))), flush=True)
+        append(arguments.rows, name, row)
         if fault:
             sys.stdout.flush()
-            os._exit(BROKEN)  # what would be cleaned up is on a GPU that no longer answers
+            os._exit(BROKEN)  # a GPU that no longer answers cannot be cleaned up
     return 0
 
 
-def append(file, row):
+def append(file, section, row):
     # A line that a killed process cut short lacks its tab, and cannot spoil the next one.
     with open(file, "a", encoding="utf-8") as lines:
-        lines.write("\n" + json.dumps(finite(row)) + "\t")
+        lines.write("\n" + json.dumps(finite({"section": section, **row})) + "\t")
+    print(said(row), flush=True)
 
 
-@dataclass
-class Run:
-    """Holds one run of the command: its file of rows, its results, and when it has to end."""
+def said(row):
+    medians = {phase: figures["median_ms"] for phase, figures in row["times"].items()}
+    found = (row["workload"]["name"], row["provider"], row["status"], row["reason"] or medians)
+    return " | ".join(map(str, found))
+
+
+class Run(NamedTuple):
+    """One run of the command: its file of rows, its results, and when it has to end."""
 
     arguments: argparse.Namespace
     rows: Path
@@ -86,18 +90,16 @@ class Run:
     deadline: float
 
     def rows_of(self, section, provider=None):
-        """Reads the rows of a section that are there."""
         lines = self.rows.read_text(encoding="utf-8").split("\n") if self.rows.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("\t")]
         rows = [row for row in rows if row.pop("section") == section]
         return [row for row in rows if provider in (None, row["provider"])]
 
     def write(self, section, **facts):
-        """Writes the results whole, with the rows of a section as they are now."""
         rows = [row for row in self.rows_of(section) if row["status"] != "not offered"]
         floors = {r["workload"]["name"]: r["times"] for r in rows if r["provider"] == FLOOR}
-        for row in rows:
-            for phase, figures in row["times"].items() if row["provider"] != FLOOR else ():
+        for row in (row for row in rows if row["provider"] != FLOOR):
+            for phase, figures in row["times"].items():
                 if floor := floors.get(row["workload"]["name"], {}).get(phase):
                     figures["ratio_to_floor"] = figures["median_ms"] / floor["median_ms"]
         self.results["sections"][section] = {**facts, "rows": rows}
@@ -105,7 +107,7 @@ class Run:
 
 
 def run_limited(command, seconds, log=None, **environment):
-    """Runs a command; returns its exit code, or None past the limit.
+    """Run a command; returns its exit code, or None past the limit.
 
     There the command and all that it started are ended.
     """
@@ -122,7 +124,7 @@ def run_limited(command, seconds, log=None, **environment):
 
 
 def run_provider(run, name, provider, options):
-    """Measures a provider of a section, in as many processes one after the other as it takes."""
+    """Measure a provider of a section, in as many processes one after the other as it takes."""
     workloads, crashes, reason = SUITES[name].workloads, 0, NO_TIME
     until = min(time.monotonic() + run.arguments.provider_seconds, run.deadline)
     while (done := len(run.rows_of(name, provider))) < len(workloads) and crashes < CRASHES:
@@ -135,17 +137,14 @@ def run_provider(run, name, provider, options):
         reason = "left out after it had broken the CUDA context in this section"
         if code != BROKEN:
             reason = STOPPED if code is None else f"the process ended with exit code {code}"
-            failed = timing.row_of(workloads[done], provider, "failed", reason)
-            append(run.rows, {"section": name, **failed})
+            append(run.rows, name, timing.row_of(workloads[done], provider, "failed", reason))
         # Past the limit no time is left either.
         crashes += CRASHES if code is None else 1
     for workload in workloads[len(run.rows_of(name, provider)) :]:
-        missing = timing.row_of(workload, provider, "missing", reason)
-        append(run.rows, {"section": name, **missing})
+        append(run.rows, name, timing.row_of(workload, provider, "missing", reason))
 
 
 def run_section(run, name):
-    """Measures a section, provider by provider; returns its status."""
     arguments, users = run.arguments, [text for text, _ in run.arguments.provider]
     options = [f"--provider={text}" for text in users] + ["--check"] * arguments.check
     wanted = (*(arguments.providers or ALL_LOADERS), *users, *[FLOOR] * (not arguments.check))
@@ -159,11 +158,10 @@ def run_section(run, name):
 
 
 def run_command(run, name):
-    """Runs a command of the suite, with a log beside the results; returns its status."""
     names = {"folder": str(run.rows.parent), "stamp": run.rows.stem}
     command = [word.format(**names) for word in SUITES[name].command]
     if name == "tests" and importlib.util.find_spec("xdist"):
-        command += ["-n", str(TEST_WORKERS)]
+        command += ["-n", "10"]
     log = run.rows.with_suffix(f".{name}.log")
     seconds = min(SUITES[name].seconds, run.deadline - time.monotonic())
     if not shutil.which(command[0]):
@@ -179,7 +177,6 @@ def run_command(run, name):
 
 
 def gpu_facts():
-    """Describes the GPU: its name, memory and cache, and its driver where nvidia-smi tells."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "name": properties.name,
@@ -192,10 +189,8 @@ def gpu_facts():
     }
 
 
-def run_suite(arguments, command, folder):
-    """Runs the sections and writes their results; returns the results."""
-    gpu = gpu_facts() if torch.cuda.is_available() else None
-    results = {**provenance(command), "gpu": gpu, "sections": {}}
+def run_suite(arguments, results, folder):
+    results |= {"gpu": gpu_facts() if torch.cuda.is_available() else None, "sections": {}}
     rows = folder / (re.sub(r"[-:]", "", results["date"]) + ".jsonl")
     run = Run(arguments, rows, results, time.monotonic() + arguments.seconds)
     for name in arguments.suite:
@@ -208,60 +203,49 @@ def run_suite(arguments, command, folder):
             facts = {"status": f"{type(error).__name__}: {error}"}
         run.write(name, **facts, seconds=round(time.monotonic() - started, 1))
     rows.unlink(missing_ok=True)  # the results have them all
-    return results
+    return results["sections"]
 
 
-def _parser():
+def parse(argv):
     parser = argparse.ArgumentParser(
         "python -m benchmarks.speed", description=__doc__.split("\n")[0]
     )
     add, hidden = parser.add_argument, {"help": argparse.SUPPRESS}
     add("--suite", nargs="+", choices=SUITES, default=ALL, metavar="NAME", help="(default: all)")
-    add(
-        "--out",
-        type=output_folder,
-        metavar="DIR",
-        help="where the results go, such as benchmarks/results/nvidia-h200",
-    )
+    where = "where the results go, such as benchmarks/results/nvidia-h200"
+    add("--out", type=output_folder, metavar="DIR", help=where)
     add("--providers", nargs="+", choices=[*ALL_LOADERS, FLOOR], metavar="NAME", help="only these")
-    add(
-        "--provider",
-        type=own,
-        action="append",
-        default=[],
-        metavar="package.module:function",
-        help="measure your own too; may be given again",
-    )
-    add("--seconds", type=duration, default=SECONDS, help="time for all (default: %(default)s)")
-    add(
-        "--provider-seconds",
-        type=duration,
-        default=PROVIDER_SECONDS,
-        help="time for a provider in a section (default: %(default)s)",
-    )
+    yours = {"action": "append", "default": [], "help": "measure your own too; may be given again"}
+    add("--provider", type=own, metavar="package.module:function", **yours)
+    add("--seconds", type=float, default=SECONDS, help="time for all (default: %(default)s)")
+    each = "time for a provider in a section (default: %(default)s)"
+    add("--provider-seconds", type=float, default=PROVIDER_SECONDS, help=each)
     add("--check", action="store_true", help="compare with float64 and time nothing, on a CPU too")
     add("--child", **hidden)  # inside the process of this provider
     add("--start", type=int, default=0, **hidden)
     add("--rows", type=Path, **hidden)
-    return parser
+    arguments = parser.parse_args(argv)
+    for name in ("seconds", "provider_seconds"):
+        if not 0 < getattr(arguments, name) < float("inf"):
+            option, got = f"--{name.replace('_', '-')}", getattr(arguments, name)
+            parser.error(f"{option}: expected a finite number above 0, got {got}; give one")
+    if not (arguments.check or arguments.out or arguments.child):
+        parser.error("--out: expected a folder for the results, got none; give one, or --check")
+    return arguments
 
 
 def main(argv=None):
-    """Runs the command line; returns the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if not (arguments.check or arguments.out or arguments.child):
-        parser.error("--out: expected a folder for the results, got none; give one, or --check")
+    arguments = parse(argv)
     if not arguments.check and not has_gpu("speed"):
         return 2
     if arguments.child:
         return run_here(arguments)
-    command = " ".join(["python -m benchmarks.speed", *(sys.argv[1:] if argv is None else argv)])
     with tempfile.TemporaryDirectory() as nowhere:
-        sections = run_suite(arguments, command, arguments.out or Path(nowhere))["sections"]
+        folder = arguments.out or Path(nowhere)
+        sections = run_suite(arguments, provenance("speed", argv), folder)
     bad = [r for s in sections.values() for r in s["rows"] if r["status"] in ("wrong", "failed")]
-    said = [f"{name}: {section['status']}" for name, section in sections.items()]
-    print("\n".join(["", *said, *(" | ".join(map(str, line(row))) for row in bad)]))
+    states = [f"{name}: {section['status']}" for name, section in sections.items()]
+    print("\n".join(["", *states, *map(said, bad)]))
     return 1 if bad or any(section["status"] != "ok" for section in sections.values()) else 0
 
 

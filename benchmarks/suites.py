@@ -1,9 +1,9 @@
-"""Lists the sections of speed.py, cases with providers or commands, in their order on a GPU."""
+"""List the sections of speed.py, cases with providers or commands, in their order on a GPU."""
 
 import sys
 from dataclasses import dataclass
 
-from benchmarks.cases import DIFFERENTIATED, Workload
+from benchmarks.cases import OUTPUTS, Workload
 from benchmarks.linear_cases import FLOOR, LinearWorkload
 from benchmarks.peers import LINEAR_PEERS
 from benchmarks.providers import LOADERS
@@ -12,7 +12,7 @@ from benchmarks.work import PRODUCTS
 
 @dataclass(frozen=True)
 class Section:
-    """Holds cases, the most important first, and the providers that are measured at them."""
+    """Hold cases, the most important first, and the providers that are measured at them."""
 
     workloads: tuple
     providers: tuple[str, ...]
@@ -20,7 +20,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Command:
-    """Holds a command with a time limit; {folder} and {stamp} in it name the results."""
+    """Hold a command with a time limit; {folder} and {stamp} in it name the results."""
 
     command: tuple[str, ...]
     seconds: float
@@ -31,7 +31,7 @@ def _module(*arguments):
 
 
 def _sizes(**sizes):
-    """Makes the cases that differ from the main shape by one size each."""
+    """Make the cases that differ from the main shape by one size each."""
     return tuple(Workload(**{name: size}) for name, values in sizes.items() for size in values)
 
 
@@ -65,7 +65,7 @@ SMALL = {"rows": 16, "vocabulary": 131}
 SMOKE = (
     *(
         Workload(operation, dtype=dtype, **SMALL)
-        for operation in DIFFERENTIATED
+        for operation in OUTPUTS
         for dtype in ("bf16", "fp32")
     ),
     *(
@@ -75,7 +75,7 @@ SMOKE = (
             layout="sliced",
             **SMALL,
         )
-        for operation in DIFFERENTIATED
+        for operation in OUTPUTS
     ),
     *(LinearWorkload(mode, 24, 32, 257, dtype) for mode in PRODUCTS for dtype in ("bf16", "fp32")),
 )

@@ -1,4 +1,4 @@
-"""Turns rows of speed.py into tables: the best beside fastkl, every figure, and growth with size.
+"""Turn rows of speed.py into tables: the best beside fastkl, every figure, and growth with size.
 
 A file of results is {"gpu", "versions", "commit", "command", "date", "sections": {name: {"status",
 "rows"}}}. Files written before 2026-12 have the bandwidth of a copy as a row of its own.
@@ -9,8 +9,9 @@ import json
 import math
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from benchmarks.cases import PHASES, Workload
+from benchmarks.cases import Workload
 from benchmarks.linear_cases import FLOOR, LinearWorkload
 from benchmarks.record import markdown
 
@@ -26,7 +27,7 @@ RED, NONE = "🔴", "–"
 
 
 def gpu_results(folder):
-    """Finds [(path, data)]: of every GPU the newest file in which the main shape was timed.
+    """Find [(path, data)]: of every GPU the newest file in which the main shape was timed.
 
     The newest of them comes first, of one day an H200's.
     """
@@ -39,8 +40,10 @@ def gpu_results(folder):
         if name not in newest or data["date"] > newest[name][1]["date"]:
             newest[name] = path, data
 
-    ranks = {path: (data["date"][:10], "H200" in gpu_name(data)) for path, data in newest.values()}
-    return sorted(newest.values(), key=lambda found: ranks[found[0]], reverse=True)
+    def rank(found):
+        return found[1]["date"][:10], "H200" in gpu_name(found[1])
+
+    return sorted(newest.values(), key=rank, reverse=True)
 
 
 def gpu_name(data):
@@ -48,13 +51,12 @@ def gpu_name(data):
 
 
 def rows_of(data, section):
-    """Returns the rows of a section that are about a workload."""
     rows = (data.get("sections", {}).get(section) or {}).get("rows", [])
     return [row for row in rows if "workload" in row]
 
 
 def label(workload):
-    """Names a workload the same in every table: the operation, and a shape that is not the main."""
+    """Name a workload the same in every table: the operation, and a shape that is not the main."""
     linear = "mode" in workload
     main = LINEAR_MAIN if linear else MAIN
     parts = [f"linear {workload['mode']}" if linear else workload["operation"]]
@@ -63,14 +65,12 @@ def label(workload):
     sizes = [size for size in ("rows", "hidden", "vocabulary") if size in workload]
     if any(workload[size] != main[size] for size in sizes):
         parts.append(" × ".join(str(workload[size]) for size in sizes))
-    kinds = [
-        key for key in ("dtype", "layout") if workload.get(key, main.get(key)) != main.get(key)
-    ]
-    return ", ".join(parts + [workload[key] for key in kinds])
+    kinds = ("dtype", "layout")
+    return ", ".join(parts + [workload[k] for k in kinds if workload.get(k) != main.get(k)])
 
 
 def by_workload(data, sections=TIMED):
-    """Returns {label: {provider: row}}; of two sections the first row that has times."""
+    """Return {label: {provider: row}}; of two sections the first row that has times."""
     found = {}
     for row in (row for section in sections for row in rows_of(data, section)):
         rows, provider = found.setdefault(label(row["workload"]), {}), row["provider"]
@@ -82,52 +82,31 @@ def by_workload(data, sections=TIMED):
 
 
 def timed(row):
-    """Returns {phase: milliseconds} of a row that passed the gate; empty for every other."""
     if not row or row.get("status") != "ok":
         return {}
     found = {p: number(figures.get("median_ms")) for p, figures in (row.get("times") or {}).items()}
     return {phase: milliseconds for phase, milliseconds in found.items() if milliseconds}
 
 
-def frame(data):
-    """Makes a table of a line per workload, provider and phase that has a time.
-
-    time, wall: in milliseconds, on the device and of one call alone on the clock. memory: in GB.
-    """
-    lines = []
-    for name, rows in by_workload(data).items():
-        for provider, row in rows.items():
-            memory = (row.get("memory") or {}).get("peak_bytes", math.nan)
-            for phase, milliseconds in timed(row).items():
-                figures = {"time": milliseconds, "wall": row["times"][phase].get("wall_ms")}
-                named = {"label": name, "provider": provider, "phase": phase}
-                lines.append({**row["workload"], **named, **figures, "memory": memory / 1e9})
-    return pd.DataFrame(lines)
-
-
-def against(data):
-    """Returns our device time over everybody else's, by (label, phase, provider)."""
-    table = frame(data)
-    if OURS not in set(table.get("provider", ())):
-        return pd.Series(dtype=float)
-    table = table.pivot(index=["label", "phase"], columns="provider", values="time")
-    others = table.drop(columns=[OURS, *ALSO_OURS], errors="ignore")
-    return others.rdiv(table[OURS], axis=0).stack().dropna()
-
-
 def standing(data):
-    """Says who is faster than fastkl, and where fastkl has no time."""
-    ratios = against(data)
+    found = {name: (rows.get(OURS), others_of(rows)) for name, rows in by_workload(data).items()}
+    compared = {n: rows for n, rows in found.items() if any(map(timed, rows[1].values()))}
     faster = [
-        f"{other} at `{name}` ({phase}, {times(ratio)})"
-        for (name, phase, other), ratio in ratios[ratios > 1 + NOISE].items()
+        f"{who} at `{name}` ({phase}, {times(timed(ours)[phase] / theirs)})"
+        for name, (ours, others) in compared.items()
+        for who, row in others.items()
+        for phase, theirs in timed(row).items()
+        if timed(ours).get(phase, 0.0) > theirs * (1 + NOISE)
     ]
-    compared = len({name for name, _, _ in ratios.index})
-    words = f"Faster than fastkl by more than 1 % of device time, at {compared} workloads measured "
+    counted = sum(bool(timed(ours)) for ours, _ in compared.values())
+    words = f"Faster than fastkl by more than 1 % of device time, at {counted} workloads measured "
     words += f"beside others: {'; '.join(faster) or 'none'}."
-    found = {name: rows.get(OURS) for name, rows in by_workload(data).items()}
-    without = [f"`{name}` ({why(row)})" for name, row in found.items() if not timed(row)]
+    without = [f"`{name}` ({why(ours)})" for name, (ours, _) in found.items() if not timed(ours)]
     return words + (f" Without a time of fastkl: {', '.join(without)}." if without else "")
+
+
+def others_of(rows):
+    return {who: row for who, row in rows.items() if who not in (OURS, *ALSO_OURS)}
 
 
 # Cells
@@ -138,7 +117,7 @@ def number(value):
 
 
 def digits(value, count=3):
-    """Writes a number with so many digits, and never in powers of ten; a dash for none."""
+    """Write a number with so many digits, and never in powers of ten; a dash for none."""
     value = number(value)
     if value is None:
         return NONE
@@ -151,7 +130,6 @@ def times(ratio):
 
 
 def amount(value):
-    """Writes bytes in the unit that suits them; a dash for none."""
     value = number(value)
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value is not None and abs(value) >= 0.9995 * size:
@@ -160,7 +138,7 @@ def amount(value):
 
 
 def text(words, length=200):
-    """Writes the first line of somebody else's words as it may stand in a table."""
+    """Write the first line of somebody else's words as it may stand in a table."""
     line = (str(words).strip().splitlines() or [""])[0]
     line = line if len(line) <= length else line[: length - 1] + "…"
     for special in "\\|*_`":
@@ -169,7 +147,7 @@ def text(words, length=200):
 
 
 def why(row):
-    """Writes the reason for having no time, or an error of the gate, in its place."""
+    """Write the reason for having no time, or an error of the gate, in its place."""
     if not row:
         return NONE
     if row.get("status") == "ok":
@@ -179,11 +157,6 @@ def why(row):
     return f"{row['status']}: {text(row.get('reason'))}"
 
 
-def error(row):
-    found = {name: value for name, value in (row.get("error") or {}).items() if "," not in name}
-    return ", ".join(f"{name} {float(value):.0e}" for name, value in found.items()) or NONE
-
-
 def peak(row):
     return amount(((row or {}).get("memory") or {}).get("peak_bytes"))
 
@@ -191,18 +164,27 @@ def peak(row):
 # Tables
 
 
+PEAKS = "peak beside the inputs: fastkl / best other / torch"
+
+
 def summary(data, sections, what, title, share):
-    """Makes a table of a line per workload at the main shape: fastkl, the best other, plain torch.
+    """Make a table of summary_lines."""
+    lines = list(summary_lines(data, sections, share).values())
+    return markdown([what, title, "best other", "plain torch", PEAKS], lines) if lines else ""
+
+
+def summary_lines(data, sections, share):
+    """Return a line per workload at the main shape, by name: fastkl, the best other, plain torch.
 
     share: the key and the format of a figure beside our time.
     """
-    lines = []
+    lines = {}
     for name, rows in by_workload(data, sections).items():
         if "," in name:
             continue
         phase = "forward" if name == "linear forward" else "both"
         ours = rows.get(OURS)
-        others = {who: row for who, row in rows.items() if who not in (OURS, *ALSO_OURS)}
+        others = others_of(rows)
         speeds = {other: timed(row)[phase] for other, row in others.items() if phase in timed(row)}
         best, mine = min(speeds, key=speeds.get, default=None), timed(ours).get(phase)
         cell = why(ours)
@@ -211,9 +193,9 @@ def summary(data, sections, what, title, share):
             cell = f"{digits(mine)} ms" + ("" if rate is None else share[1].format(rate))
         rival = f"{best} {_beside(others[best], phase, mine)}" if best else NONE
         memory = " / ".join(peak(row) for row in (ours, others.get(best), rows.get(PLAIN)))
-        lines.append([f"`{name}`", cell, rival, _beside(rows.get(PLAIN), phase, mine), memory])
-    peaks = "peak beside the inputs: fastkl / best other / torch"
-    return markdown([what, title, "best other", "plain torch", peaks], lines) if lines else ""
+        torch = _beside(rows.get(PLAIN), phase, mine)
+        lines[name] = [f"`{name}`", cell, rival, torch, memory]
+    return lines
 
 
 def _beside(row, phase, ours):
@@ -223,108 +205,74 @@ def _beside(row, phase, ours):
     return f"{digits(theirs)} ms" + (f", {times(theirs / ours)}" if ours else "")
 
 
-LOGITS_HEAD = [
-    "workload",
-    "provider",
-    *(f"{phase}, ms" for phase in PHASES),
-    "of a copy, %",
-    "one call on the clock, ms",
-    "peak beside the inputs",
-    "held for backward",
-    "error",
-    "note",
-]
-LINEAR_HEAD = [
-    "workload",
-    "provider",
-    "ms",
-    "× the bare products",
-    "TFLOP/s",
-    "one call on the clock, ms",
-    "peak beside the inputs",
-    "error",
-    "note",
-]
+# Figures of a row by their keys: forward, backward and both with strokes between.
+FIGURES = {
+    "median_ms": "forward / backward / both, ms",
+    "percent_of_copy": "of a copy, %",
+    "ratio_to_floor": "× the bare products",
+    "tflop_per_s": "TFLOP/s",
+    "wall_ms": "one call on the clock, ms",
+}
+MEMORY = {"peak_bytes": "peak beside the inputs", "held_bytes": "held for backward"}
 
 
 def timings(rows):
-    """Makes the tables of rows, a workload's together: from logits, and from hidden states."""
     names = list(dict.fromkeys(label(row["workload"]) for row in rows))
     rows = sorted(rows, key=lambda row: names.index(label(row["workload"])))
-    logits = [line(row) for row in rows if "mode" not in row["workload"]]
-    linear = [line(row) for row in rows if "mode" in row["workload"]]
-    tables = ((LOGITS_HEAD, logits), (LINEAR_HEAD, linear))
-    return [markdown(head, lines) for head, lines in tables if lines]
+    head = ["workload", "provider", *FIGURES.values(), *MEMORY.values(), "error", "note"]
+    return markdown(head, map(line, rows)) if rows else ""
 
 
 def line(row):
-    """Writes the cells of a row; figures with strokes between are forward, backward and both."""
-    found, figures = timed(row), row.get("times") or {}
-    memory = [peak(row)]
-    if "mode" in row["workload"]:
-        phase = next(iter(found), None)
-        cells = [digits(found.get(phase), 4) if found else why(row)]
-        keys = ("ratio_to_floor", "tflop_per_s", "wall_ms")
-        cells += [digits(figures.get(phase, {}).get(key)) for key in keys]
-    else:
-        cells = (
-            [digits(found.get(phase), 4) for phase in PHASES] if found else [why(row), NONE, NONE]
+    found, memory = timed(row), row.get("memory") or {}
+    cells = [
+        " / ".join(
+            digits(row["times"][phase].get(key), 4 - (key != "median_ms")) for phase in found
         )
-        for key in ("percent_of_copy", "wall_ms"):
-            shown = [digits(figures[phase].get(key)) for phase in PHASES if phase in found]
-            cells.append(" / ".join(shown) or NONE)
-        memory.append(amount((row.get("memory") or {}).get("held_bytes")))
-    name, note = f"`{label(row['workload'])}`", text(row.get("note") or "")
-    return [name, text(row["provider"]), *cells, *memory, error(row), note]
+        for key in FIGURES
+    ]
+    cells = [NONE if set(cell) <= set("– /") else cell for cell in cells]
+    cells[0] = cells[0] if found else why(row)
+    cells += [amount(memory.get(key)) for key in MEMORY]
+    errors = {name: off for name, off in (row.get("error") or {}).items() if "," not in name}
+    cells.append(", ".join(f"{name} {float(off):.0e}" for name, off in errors.items()) or NONE)
+    name, provider = f"`{label(row['workload'])}`", text(row["provider"])
+    return [name, provider, *cells, text(row.get("note") or "")]
 
 
 # Growth with size
 
 
-AXES = {"rows": "vocabulary == 128256", "vocabulary": "rows == 4096"}
+AXES = {"rows": ("vocabulary", 128256), "vocabulary": ("rows", 4096)}
 
 
-def growth(data, axis):
-    """Makes a table by size of kl_divergence in bf16, columns (figure of frame, provider)."""
-    same = "operation == 'kl_divergence' and wrt == 'p' and dtype == 'bf16' and layout == 'rows'"
-    table = frame(data).query(f"{same} and phase == 'both' and {AXES[axis]}")
-    return table.pivot(index=axis, columns="provider", values=["time", "wall", "memory"])
+def growth(data):
+    """Return {axis: table by size} of kl_divergence in section "scaling".
 
-
-def axes_of(data):
-    """Names the axes of AXES along which kl_divergence was measured on purpose."""
-    scaled = rows_of(data, "scaling")
-    return [axis for axis in AXES if scaled and not growth(data, axis).empty]
-
-
-def crossovers(data, axis):
-    """Lists [provider, figure, size]: from which size on fastkl is faster at every size measured.
-
-    size is None where it is not faster even at the largest.
+    Columns: (figure, provider), of time and wall in milliseconds, on the device and of one call
+    alone on the clock, and of memory in GB.
     """
-    table, lines = growth(data, axis), []
-    for figure, provider in table.columns:
-        if figure != "memory" and provider != OURS:
-            pair = table[figure][[OURS, provider]].dropna()
-            slower = pair.index[~(pair[OURS] < pair[provider] * (1 - NOISE))]
-            after = pair.index[pair.index > slower.max()] if len(slower) else pair.index
-            lines.append([provider, figure, after.min() if len(after) else None])
-    return lines
+    found = {}
+    for axis, (other, size) in AXES.items():
+        lines = [
+            {
+                **{axis: row["workload"][axis], "provider": row["provider"]},
+                **{"time": timed(row)["both"], "wall": row["times"]["both"].get("wall_ms")},
+                "memory": row["memory"]["peak_bytes"] / 1e9,
+            }
+            for row in rows_of(data, "scaling")
+            if "both" in timed(row) and row["workload"][other] == size
+        ]
+        if lines:
+            found[axis] = pd.DataFrame(lines).pivot(index=axis, columns="provider")
+    return found
 
 
-def picture(data, axis):
-    """Draws device time, time on the clock and peak memory against a size; returns a PNG."""
-    from matplotlib.figure import Figure
-
-    labels = {
-        "time": "device time, forward + backward, ms",
-        "wall": "one call alone on the clock, ms",
-        "memory": "peak beside the inputs, GB",
-    }
-    table, content = growth(data, axis), io.BytesIO()
-    figure = Figure(figsize=(14, 4.2), dpi=120, layout="constrained")
+def picture(table, name):
+    labels = {"time": "device time, ms", "wall": "one call alone, ms", "memory": "peak, GB"}
+    content, figure = io.BytesIO(), Figure(figsize=(14, 4.2), dpi=120, layout="constrained")
     for axes, (kind, words) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
         table[kind].plot(ax=axes, loglog=True, marker="o", markersize=3, ylabel=words, grid=True)
-    figure.suptitle(f"kl_divergence, bf16, {gpu_name(data)}")
+    figure.suptitle(f"kl_divergence, forward and backward, bf16, {name}")
     figure.savefig(content, format="png")
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""Measures one provider at one case: correctness first, then time, rates and memory: a row.
+"""Measure one provider at one case: correctness first, then time, rates and memory: a row.
 
 - A provider that fails the gate against float64 (cases.py, linear_cases.py) has no time.
 - Times are medians of triton.testing.do_bench, which flushes the L2 cache before each run. A run
@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 import sys
-import time
+import timeit
 
 import torch
 
@@ -41,7 +41,7 @@ KINDS = {
 
 
 def row_of(workload, provider, status, reason, **figures):
-    """Returns a row of the results.
+    """Return a row of the results.
 
     status is "ok", or without figures "missing" (not here, or not this size), "not offered" (no
     such operation), "wrong" (failed the gate) or "failed" (raised), with the reason.
@@ -52,7 +52,7 @@ def row_of(workload, provider, status, reason, **figures):
 
 
 def measure(provider, workload, device, copy=None):
-    """Measures one provider at one workload; copy: GB/s of a copy here, None to check only."""
+    """Measure one provider at one workload; copy: GB/s of a copy here, None to check only."""
     named, note = (workload, provider.name), provider.note(workload.operation)
     if missing := provider.why_not(workload.operation):
         return row_of(*named, "missing" if provider.missing else "not offered", missing)
@@ -101,7 +101,7 @@ def _figures(work, workload, device, copy):
 
 
 def measure_floor(workload, device, copy):
-    """Measures the bare cuBLAS products: the fastest chunk size; "tried" has the median of each."""
+    """Measure the bare cuBLAS products: the fastest chunk size; "tried" has the median of each."""
     sets = _inputs(workload, device, linear_cases.make_linear_inputs, copy)
     tried, (phase,) = {}, workload.phases
     for chunk in {min(chunk, workload.rows) for chunk in FLOOR_CHUNKS}:
@@ -120,7 +120,7 @@ def measure_floor(workload, device, copy):
 
 
 def _inputs(workload, device, make, copy):
-    """Makes random inputs, for timing in as many sets as it takes to exceed the L2 cache."""
+    """Make random inputs, for timing in as many sets as it takes to exceed the L2 cache."""
     cache = 0
     if copy:
         cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 2**26)
@@ -132,7 +132,7 @@ def _inputs(workload, device, make, copy):
 
 
 def timed(run, sets):
-    """Times run(inputs), each time with the next of the sets; milliseconds of device time."""
+    """Time run(inputs), each time with the next of the sets; milliseconds of device time."""
     from triton.testing import do_bench
 
     turns = itertools.cycle(sets)
@@ -141,9 +141,9 @@ def timed(run, sets):
 
 
 def by_graph(figures, run, sets):
-    """Replaces the figures of a short run by a graph's, or adds the reason why there is none.
+    """Replace the figures of a short run by a graph's, or adds the reason why there is none.
 
-    "by_events_ms" keeps the median of the events. Never raises: what was measured is not lost.
+    "by_events_ms" keeps the median of the events. Never raises: a measured figure is not lost.
     """
     from triton.testing import do_bench_cudagraph
 
@@ -155,12 +155,12 @@ def by_graph(figures, run, sets):
         run(next(turns))
         torch.cuda.set_sync_debug_mode("default")
         times = do_bench_cudagraph(lambda: run(next(turns)), rep=GRAPH_MS, return_mode="all")
+        return _median(times, timed_by="graph", by_events_ms=figures["median_ms"])
     except Exception as error:
         return {**figures, "no_graph": f"{type(error).__name__}: {error}"[:300]}
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.set_stream(outside)  # a capture that failed leaves its own stream behind
-    return _median(times, timed_by="graph", by_events_ms=figures["median_ms"])
 
 
 def _median(times, **others):
@@ -168,20 +168,18 @@ def _median(times, **others):
     return {"median_ms": statistics.median(times), **ends, **others}
 
 
-def wall_time(run, sets, repetitions=5):
-    """Returns the median milliseconds of one call alone, from an idle GPU to its end."""
-    times = []
-    for inputs in itertools.islice(itertools.cycle(sets), repetitions):
+def wall_time(run, sets):
+    turns = itertools.cycle(sets)
+
+    def call():
+        run(next(turns))
         torch.cuda.synchronize()
-        started = time.perf_counter()
-        run(inputs)
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times)
+
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=5))
 
 
 def copy_bandwidth(device):
-    """Returns read plus written GB/s of a device copy of random data."""
     numbers = {"dtype": torch.int32, "device": device}
     source = torch.randint(-(2**31), 2**31 - 1, (COPY_BYTES // 4,), **numbers)
     target = torch.empty_like(source)
@@ -192,7 +190,7 @@ def copy_bandwidth(device):
 
 
 def _memory(forward, inputs):
-    """Returns the most that is allocated at once beside the inputs, gradients included.
+    """Return the most that is allocated at once beside the inputs, gradients included.
 
     held_bytes: allocated between forward and backward, outputs excluded.
     """
@@ -207,7 +205,7 @@ def _memory(forward, inputs):
 
 
 def release():
-    """Gives back memory without references: the next measurement starts from the same state."""
+    """Give back memory without references: the next measurement starts from the same state."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -215,7 +213,7 @@ def release():
 
 
 def context_fault():
-    """Says why nothing more can be measured in this process; None while its CUDA context works.
+    """Say why nothing more can be measured in this process; None while its CUDA context works.
 
     A kernel's illegal access makes every later call fail, and a capture that broke off keeps the
     allocator from giving memory back.

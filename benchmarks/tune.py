@@ -1,4 +1,4 @@
-"""Finds a launch configuration for this GPU and prints it as an entry for kernels/config.py.
+"""Find a launch configuration for this GPU and prints it as an entry for kernels/config.py.
 
     python -m benchmarks.tune --direction forward|backward|fused --dtype bf16|fp32
                               [--vocabulary V] [--json FILE]
@@ -12,7 +12,6 @@ after the present configuration, which stays unless another one is faster by NOI
 Exit code 0: an entry was printed; 1: no candidate passed; 2: no CUDA GPU here, or wrong use.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -25,11 +24,11 @@ import sys
 import torch
 
 import fastkl
-from benchmarks.record import ROOT, has_gpu, output_file, provenance, write_json
+from benchmarks.cases import DTYPES
+from benchmarks.record import ROOT, command_line, has_gpu, provenance, write_json
 from fastkl.kernels import config
 
 DEVICE = "cuda"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Launches decide the time of few rows, memory bandwidth that of many.
 ROWS = (64, 8192)
 CHECKED_ROWS = 8
@@ -38,8 +37,7 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 8e-3}
 # The longest segment by direction; a half and a quarter of it are tried too.
 SEGMENTS = {"forward": 32768, "backward": 32768, "fused": 8192}
 FIELDS = ("threads", "groups", "segment", "max_registers")
-# For a candidate, with the start of its process.
-SECONDS = 120
+SECONDS = 120  # for a candidate, with the start of its process
 FINALISTS = 5
 NOISE = 0.01
 
@@ -54,23 +52,18 @@ def candidates(direction, present, itemsize, vocabulary):
     threads = (128, 256, 512) if direction == "backward" else (present.threads,)
     grid = itertools.product(threads, (1, 2), (longest, longest // 2, longest // 4), (None, 128))
     found = [config.RowConfig(*values[:3], present.measured, values[3]) for values in grid]
-    fitting = [
-        one for one in found if one.segment * itemsize % (one.threads * one.groups * 16) == 0
-    ]
-    return [present, *(one for one in fitting if one != present)]
+    fits = [one.segment * itemsize % (one.threads * one.groups * 16) == 0 for one in found]
+    return [present, *(one for one, fit in zip(found, fits, strict=True) if fit and one != present)]
 
 
 def logits(rows, vocabulary, dtype):
-    """Return P ~ N(0, 3²), Q = P + N(0, 1), and tokens below V − 1."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    options = dict(generator=generator, device=DEVICE)
+    options = dict(generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
     p, q = (torch.randn(rows, vocabulary, dtype=DTYPES[dtype], **options) for _ in range(2))
     p *= 3
     return p, q.add_(p), torch.randint(vocabulary - 1, (rows,), **options)
 
 
 def operations(direction, p, q, tokens):
-    """Return {name: call}; a call returns the tensors [N] or [N, V] that the kernel computes."""
     x, y = p.detach().requires_grad_(), q.detach().requires_grad_()
     gradient = functools.partial(torch.autograd.grad, retain_graph=direction == "backward")
     if direction == "forward":
@@ -79,9 +72,8 @@ def operations(direction, p, q, tokens):
             "token_stats": lambda: list(fastkl.token_stats(p, tokens, q)),
         }
     if direction == "fused":
-        return {
-            "sum of kl_divergence": lambda: gradient(fastkl.kl_divergence(x, q, reduction="sum"), x)
-        }
+        summed = functools.partial(fastkl.kl_divergence, x, q, reduction="sum")
+        return {"sum of kl_divergence": lambda: gradient(summed(), x)}
     stats = fastkl.token_stats(x, tokens, q)
     found = {
         "kl_divergence to P": ([fastkl.kl_divergence(x, q)], x),
@@ -95,36 +87,29 @@ def operations(direction, p, q, tokens):
 
 
 def results(*problem):
-    """Return {name: tensor} of all tensors that the operations compute."""
-    return {
-        f"{name} [{i}]": one
-        for name, call in operations(*problem).items()
-        for i, one in enumerate(call())
-    }
+    calls = operations(*problem)
+    return {f"{name} [{i}]": x for name, call in calls.items() for i, x in enumerate(call())}
 
 
 def check(direction, dtype, vocabulary):
     """Raise AssertionError if a result is off, or a row's bits depend on the rows beside it."""
-    whole = logits(CHECKED_ROWS, vocabulary, dtype)
+    *whole, tokens = logits(CHECKED_ROWS, vocabulary, dtype)
     for start in (0, 1):  # aligned and misaligned rows
-        p, q, tokens = whole[0][:, start:], whole[1][:, start:], whole[2]
+        p, q = (x[:, start:] for x in whole)
         found = results(direction, p, q, tokens)
         with fastkl.use_backend("reference"):
             exact = results(direction, p.double(), q.double(), tokens)
         for name, one in found.items():
             error = ((one.double() - exact[name]).norm(dim=-1) / exact[name].norm(dim=-1)).max()
-            assert error <= LIMITS[one.dtype], (
-                f"{name}: error {error:.1e}, above {LIMITS[one.dtype]}"
-            )
+            limit = LIMITS[one.dtype]
+            assert error <= limit, f"{name}: error {error:.1e}, above {limit}"
         for rows in (slice(2, 3), slice(1, None)):
             for name, one in results(direction, p[rows], q[rows], tokens[rows]).items():
-                assert torch.equal(one, found[name][rows]), (
-                    f"{name}: the bits of a row depend on the rows beside it"
-                )
+                same = torch.equal(one, found[name][rows])
+                assert same, f"{name}: the bits of a row depend on the rows beside it"
 
 
 def measure(direction, dtype, vocabulary, chosen):
-    """Return {operation and rows: milliseconds} of a configuration that passes the check."""
     from triton.testing import do_bench
 
     # row_fused is off on a GPU until it is measured.
@@ -149,66 +134,42 @@ def attempt(arguments, chosen, record):
         *(f"--{name}={value}" for name, value in options.items() if value is not None),
         *("--candidate", *(str(getattr(chosen, name) or 0) for name in FIELDS)),
     ]
+    how = {"capture_output": True, "text": True, "check": True, "cwd": ROOT}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=SECONDS, cwd=ROOT
-        )
+        done = subprocess.run(command, timeout=SECONDS, **how)
         outcome = {"times": json.loads(done.stdout.splitlines()[-1])}
     except subprocess.TimeoutExpired:
         outcome = {"refused": f"no answer in {SECONDS} s"}
     except subprocess.CalledProcessError as error:
         outcome = {"refused": [f"exit code {error.returncode}", *error.stderr.splitlines()][-1]}
-    record["trials"].append({**dataclasses.asdict(chosen), **outcome})
-    print(line(record["trials"][-1]), flush=True)
-    if arguments.json:
-        write_json(arguments.json, record)
-    return record["trials"][-1]
+    trial = {**dataclasses.asdict(chosen), **outcome}
+    record["trials"].append(trial)
+    print(" ", [trial[name] for name in FIELDS], outcome, flush=True)
+    write_json(arguments.json, record)
+    return trial
 
 
 def score(trial):
-    """Return the geometric mean of a trial's times; infinite for a refused one."""
     return statistics.geometric_mean(trial["times"].values()) if "times" in trial else float("inf")
 
 
-def line(trial):
-    """Return a trial as a line of text."""
-    times = ", ".join(f"{name} {ms:.4g} ms" for name, ms in trial.get("times", {}).items())
-    return f"  {[trial[name] for name in FIELDS]}  {times or 'refused: ' + trial['refused']}"
-
-
 def parsed(argv):
-    """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.tune", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--direction", choices=SEGMENTS, required=True, help="the kernel to tune")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, required=True, help="element type; an entry is for its size"
-    )
-    parser.add_argument(
-        "--vocabulary", type=int, default=128256, metavar="V", help="length of a row"
-    )
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write every trial to FILE"
-    )
-    parser.add_argument(
-        "--candidate",
-        type=int,
-        nargs=4,
-        metavar=("THREADS", "GROUPS", "SEGMENT", "REGISTERS"),
-        help="check and time this one only (0 registers: no limit); print its times as JSON",
-    )
+    parser = command_line("tune", __doc__.splitlines()[0], "write every trial to FILE")
+    add = parser.add_argument
+    add("--direction", choices=SEGMENTS, required=True, help="the kernel to tune")
+    add("--dtype", choices=("bf16", "fp32"), required=True, help="an entry is for its size")
+    add("--vocabulary", type=int, default=128256, metavar="V", help="length of a row")
+    names = ("THREADS", "GROUPS", "SEGMENT", "REGISTERS")
+    only = "check and time this one only (0 registers: no limit); print its times as JSON"
+    add("--candidate", type=int, nargs=4, metavar=names, help=only)
     found = parser.parse_args(argv)
     if found.vocabulary < 256 or (found.direction == "fused" and found.vocabulary % 8):
-        parser.error(
-            f"--vocabulary: expected at least 256, and of fused a multiple of 8, "
-            f"got {found.vocabulary}; choose another length"
-        )
+        least = "at least 256, and of fused a multiple of 8"
+        parser.error(f"--vocabulary: expected {least}, got {found.vocabulary}; choose another one")
     return found
 
 
 def main(argv=None):
-    """Run the command line; return the exit code."""
     arguments = parsed(argv)
     direction, dtype, vocabulary = arguments.direction, arguments.dtype, arguments.vocabulary
     if not has_gpu("tune"):
@@ -222,14 +183,13 @@ def main(argv=None):
     arch, gpu = architecture(torch.device(DEVICE))[0], torch.cuda.get_device_name()
     entry = config.entry_for(arch, DTYPES[dtype].itemsize, vocabulary)
     found = candidates(direction, entry.choose(direction), entry.itemsize, vocabulary)
-    command = " ".join(["python -m benchmarks.tune", *(sys.argv[1:] if argv is None else argv)])
-    record = {**provenance(command), "gpu": gpu, "architecture": arch, "trials": []}
+    record = {**provenance("tune", argv), "gpu": gpu, "architecture": arch, "trials": []}
     first = [attempt(arguments, one, record) for one in found]
     order = sorted(range(1, len(found)), key=lambda number: score(first[number]))[:FINALISTS]
     print("a second time, the present one and the fastest:")
     second = [attempt(arguments, found[number], record) for number in (0, *order)]
-    handicap = [1, *[1 + NOISE] * len(order)]
-    best = min(zip(second, handicap, strict=True), key=lambda pair: score(pair[0]) * pair[1])[0]
+    # The present one stays unless another is faster by more than the noise.
+    best = min(second, key=lambda trial: score(trial) * (1 + NOISE * (trial is not second[0])))
     if "refused" in best:
         print(f"tune: no candidate passed; the present one: {best['refused']}", file=sys.stderr)
         return 1
@@ -238,16 +198,13 @@ def main(argv=None):
         f"{gpu}, Triton {record['versions']['triton']}, {record['date'][:10]}, V = {vocabulary}: "
         f"{times}; mean {score(best):.4g}, before {score(second[0]):.4g} ms, best of {len(found)}"
     )
-    chosen = dataclasses.replace(
-        found[0], measured=measured, **{name: best[name] for name in FIELDS}
-    )
-    print(
-        f"for TABLE in kernels/config.py, before or in place of "
-        f"Entry({entry.arch!r}, {entry.itemsize}, {entry.max_v}, ...); run the GPU tests with it:"
-    )
-    print(
-        pprint.pformat(dataclasses.replace(entry, arch=arch, **{direction: chosen}), width=96) + ","
-    )
+    values = {name: best[name] for name in FIELDS}
+    chosen = dataclasses.replace(found[0], measured=measured, **values)
+    replaced = f"Entry({entry.arch!r}, {entry.itemsize}, {entry.max_v}, ...)"
+    print("for TABLE in kernels/config.py, before or in place of", end=" ")
+    print(f"{replaced}; run the GPU tests with it:")
+    entry = dataclasses.replace(entry, arch=arch, **{direction: chosen})
+    print(pprint.pformat(entry, width=96) + ",")
     return 0
 
 

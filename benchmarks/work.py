@@ -1,4 +1,4 @@
-"""Defines the work of a provider, and makes it of functions on tensors."""
+"""Define the work of a provider, and makes it of functions on tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ def grpo_terms(logprob, kl, old_logprob, advantages):
 
 
 class NotOfferedError(RuntimeError):
-    """Says that a provider does not do this size or gradient; the text stands in its row."""
+    """Say that a provider does not do this size or gradient; the text stands in its row."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Holds one operation of a provider, and in one line which work it does.
+    """Hold one operation of a provider, and in one line which work it does.
 
     products: its matrix products of N x H x V from hidden states, None where they are not known.
     """
@@ -50,7 +50,7 @@ class Work:
 
 
 def gradients(inputs, outputs, **options):
-    """Returns the gradients of inputs.leaves; options: of torch.autograd.grad.
+    """Return the gradients of inputs.leaves; options: of torch.autograd.grad.
 
     An output without a gradient (ref_logprob) takes no upstream; one that lost it makes the
     gradients wrong, which the gate sees.
@@ -65,7 +65,6 @@ def gradients(inputs, outputs, **options):
 
 
 def arguments(operation, p, q, tokens):
-    """Selects what a function of PLAIN takes."""
     if operation in ("kl_divergence", "mean_kl"):
         return p, q
     if operation in ("token_stats", "logprob_kl"):
@@ -74,7 +73,7 @@ def arguments(operation, p, q, tokens):
 
 
 def logits_works(functions, note, **notes):
-    """Makes {operation: Work} of functions with the arguments of PLAIN's.
+    """Make {operation: Work} of functions with the arguments of PLAIN's.
 
     notes: of the operations that do something else than `note` says.
     """
@@ -89,8 +88,6 @@ def logits_works(functions, note, **notes):
 
 
 def on_hidden(functions):
-    """Makes functions of hidden states and weights, as linear_works takes them, of logits'."""
-
     def made(operation, function):
         def run(hidden, weight, ref_hidden, ref_weight, tokens):
             second = None if operation in ONE_TENSOR else F.linear(ref_hidden, ref_weight)
@@ -102,7 +99,7 @@ def on_hidden(functions):
 
 
 def linear_works(functions, products, note, **notes):
-    """Makes {"linear_" + mode: Work} for the modes in `products`.
+    """Make {"linear_" + mode: Work} for the modes in `products`.
 
     functions: of (hidden, weight, ref_hidden, ref_weight, tokens), by "kl_divergence", "mean_kl",
     "token_stats", "logprob" and "logprob_kl"; "reverse_mean_kl" is the mean of KL(Q‖P) of policy

@@ -47,7 +47,7 @@ def tokens(
 def sequences(
     mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor | int:
-    """Count the sequences, along the last leading dimension, with a token that counts; as tokens."""
+    """Count the sequences, along the last leading dimension, that have a token that counts."""
     if mask is None:
         return math.prod(leading[:-1]) if math.prod(leading) else 0
     return (mask.any(-1) if mask.dim() else mask).sum(dtype=dtype)

@@ -8,8 +8,10 @@ import torch
 
 from . import _checks, _reduce, backend, reference
 from ._types import Reduction
-from .ops import engine, row_blocks, summed_op
-from .ops.row_op import row_statistics
+from .ops import row_blocks
+from .ops.fields import flat
+from .ops.row_op import RowInputs, per_token, row_statistics
+from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 
 # Limits of one pass of the kernels: kernels.row_finish.LARGE_KL and LARGEST_DIFFERENCE,
 # kernels.row_math.LARGEST_D and LARGEST_LSE.
@@ -39,7 +41,7 @@ def kl_divergence(
         log_q = (q_logits.float() / temperature).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         kl = torch.where(mask, kl, 0)
-        "none": kl        "sum": (weights * kl).sum()        "mean": (weights * kl).sum() / normalizer
+        "none": kl    "sum": (weights * kl).sum()    "mean": (weights * kl).sum() / normalizer
 
     but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for
     backward (on a CPU, of "sum" and "mean" whose gradient goes to p_logits alone, that gradient
@@ -51,21 +53,19 @@ def kl_divergence(
 
     Args:
         p_logits, q_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
-        backend), any strides with a unit stride along V.
+            backend), any strides with a unit stride along V.
         temperature: divides both logits: a positive number, or a float tensor [...] (no gradient).
-        Under torch.compile a number that changes
-            compiles anew; a tensor does not. A value of the tensor that is not positive is an error
-            on the reference backend and NaN on a GPU.
+            Under torch.compile a number that changes compiles anew; a tensor does not. A value of
+            the tensor that is not positive is an error on the reference backend and NaN on a GPU.
         mask: bool [...], True where the token counts. Other rows are not read, return exactly 0 and
-        have gradient exactly 0.
+            have gradient exactly 0.
         weights: [...] float, the factor of each token's KL: "sum" and "mean" only. It may require
-        gradient; of a masked token it may hold anything.
+            gradient; of a masked token it may hold anything.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
         normalizer: the divisor of the mean: a number above 0, or a tensor of one number, where 0
-        makes the mean 0. Default: how many tokens count
-            in this call, however they are weighted (1 if none). Over several micro-batches it is
-            how many count in all of them; under DDP and FSDP, which average gradients, that number
-            of all processes / world_size.
+            makes the mean 0. Default: how many tokens count in this call, however they are weighted
+            (1 if none). Over several micro-batches it is how many count in all of them; under DDP
+            and FSDP, which average gradients, that number of all processes / world_size.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical
@@ -91,26 +91,14 @@ def kl_divergence(
     _reduce.check(reduction, weights, normalizer, p_logits.shape[:-1], p_logits.device)
     chosen = backend.select(p_logits, q_logits)
     if reduction != "none" and weights is None:
-        gradient = summed_op.empty_gradient(
-            p_logits, q_logits, mask, temperature, normalizer, chosen
-        )
+        inputs = SummedInputs(p_logits, q_logits, mask, temperature, None, 1, chosen)
+        gradient = empty_gradient(inputs, normalizer)
         if gradient is not None:
-            divisor = _reduce.divisor(
-                reduction, normalizer, mask, p_logits.shape[:-1], torch.float32
-            )
-            return summed_op.summed_kl(
-                p_logits, q_logits, mask, temperature, None, divisor, gradient, chosen
-            )[0]
-    per_row = isinstance(temperature, torch.Tensor)
+            leading = p_logits.shape[:-1]
+            divisor = _reduce.divisor(reduction, normalizer, mask, leading, torch.float32)
+            return summed_kl(gradient, inputs._replace(divisor=divisor))[0]
     kl = row_statistics(
-        p_logits,
-        q_logits,
-        None,
-        mask,
-        temperature if per_row else None,
-        1.0 if per_row else float(temperature),
-        "kl",
-        chosen,
+        RowInputs(p_logits, q_logits, None, mask, *per_token(temperature), "kl", chosen)
     )[3]
     return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
 
@@ -137,10 +125,10 @@ def slow_path_rows(
     _check(p_logits, q_logits, temperature, mask)
     slow = torch.zeros(p_logits.shape[:-1].numel(), dtype=torch.bool, device=p_logits.device)
     temperatures = (
-        engine.flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
+        flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
     )
     with torch.no_grad():
-        for rows in row_blocks.row_blocks(p_logits, engine.flat(mask)):
+        for rows in row_blocks.row_blocks(p_logits, flat(mask)):
             chosen = (
                 temperatures[rows].float()
                 if isinstance(temperatures, torch.Tensor)

@@ -1,9 +1,9 @@
 """KL from the log-probabilities of sampled tokens alone: the estimators k1, k2, k3 and abs, and a
 loss whose gradient is right as well.
 
-The exact KL of fastkl.kl_divergence has neither their noise nor their pitfalls; these serve where
+The exact KL of fastkl.kl_divergence has neither their noise nor their pitfalls; use these where
 only log-probabilities were kept. An estimator with the right value may have the wrong gradient:
-tests/test_estimators.py enumerates which loss has which.
+tests/test_estimators.py enumerates the gradients of the losses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ESTIMATORS = get_args(Estimator)
 DIRECTIONS = get_args(Direction)
 # Floor of log-probabilities, for -inf and finfo.min masks: keeps every difference finite.
 _FLOOR = -1e4
-# Where k3 goes on along its tangent without a clamp.
+# Bound of |d| beyond which k3 continues along its tangent without a clamp.
 _LIMIT = {torch.float32: _checks.LARGEST_CLAMP, torch.float64: 600.0}
 # A ratio beyond e^20 = 4.9e8 is no importance weight, and e^89 is infinite in float32, where its
 # gradient would be NaN.
@@ -34,7 +34,7 @@ def estimate_kl(
     estimator: Estimator = "k1",
     clamp: float | None = None,
 ) -> torch.Tensor:
-    """Estimates of KL(policy‖reference) from tokens sampled from the policy, one per token.
+    """Estimate KL(policy‖reference) from tokens sampled from the policy, one estimate per token.
 
     Equivalent, with the digits of a small d kept, to
 
@@ -55,7 +55,7 @@ def estimate_kl(
 
     Args:
         logprob, ref_logprob: [...], log-probabilities of the sampled tokens under policy and
-        reference, floats of any type.
+            reference, floats of any type.
         estimator: "k1", "k2", "k3" or "abs".
         clamp: beyond |d| = clamp an estimator goes on along its tangent there: its gradient keeps
             the sign and the size it has at the clamp. A number in (0, 50]; k1 and abs are their own
@@ -106,19 +106,17 @@ def sampled_kl_loss(
         loss = ratio * (value.detach() + form - form.detach())
 
     in which `value` is never negative and `form` is what has the gradient. Off-policy, the first is
-    the ratio with gradient times k3, token by
-    token: both have the gradient ratio·d·∇logprob.
+    the ratio with gradient times k3, token by token: both have the gradient ratio·d·∇logprob.
 
     Args:
         logprob: [...], log-probabilities of the sampled tokens under the policy that is trained.
         ref_logprob: [...], under the reference; gets no gradient.
         old_logprob: [...], under the policy that sampled the tokens, without gradient. None: they
-        come from the policy as it is now.
+            come from the policy as it is now.
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or
             "reference||policy", whose noise grows with e^(-d).
         clamp: as estimate_kl, for `value` and for `form`: the gradient stays right inside and of
-        the right sign beyond. It leaves the ratio
-            alone, which counts as e^20 where it is more.
+            the right sign beyond. It leaves the ratio alone, which counts as e^20 where it is more.
 
     Returns:
         [...] float32 (float64 for float64 log-probabilities), nats. Reduce it over the tokens that
@@ -157,8 +155,9 @@ def sampled_kl_loss(
 
 
 def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
-    """One of ESTIMATORS of d, or "reverse", 1 - e^(-d)·(1 + d) = e^(-d)·(e^d - 1 - d); beyond |d| =
-    clamp its tangent there.
+    """Compute one of ESTIMATORS of d, or "reverse", 1 - e^(-d)·(1 + d) = e^(-d)·(e^d - 1 - d).
+
+    Beyond |d| = clamp it is the tangent there.
     """
     if form == "k1":
         return d
@@ -176,9 +175,7 @@ def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
 
 
 def _expm1_minus(x: torch.Tensor) -> torch.Tensor:
-    """e^x - 1 - x, accurate relative to itself, with its derivative: expm1(x) - x alone loses the
-    digits of a small x.
-    """
+    """Compute e^x - 1 - x and its derivative accurately: expm1(x) - x loses a small x's digits."""
     small = x.clamp(-0.5, 0.5)
     series = torch.ones_like(x)
     for k in range(15, 2, -1):  # 1 + x/3·(1 + x/4·(… (1 + x/15))): what follows is below 1e-17
@@ -195,8 +192,8 @@ def finite(logprob: torch.Tensor, floor: float = _FLOOR) -> torch.Tensor:
 
 
 def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | None) -> None:
-    """Float tensors of one shape, on one device, all float64 or none; clamp None or in (0, 50]; no
-    gradient to old_logprob.
+    """Check for float tensors of one shape and device, all float64 or none, for an old_logprob
+    without gradient, and for a clamp of None or within (0, 50].
     """
     for name, value in {"logprob": logprob, **others}.items():
         if value is None and name == "old_logprob":
@@ -204,28 +201,24 @@ def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | 
         if not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"{name}: expected a float tensor of log-probabilities [...], got "
-                f"{type(value).__name__}; "
-                f"token_stats returns them"
+                f"{type(value).__name__}; token_stats returns them"
             )
         if value.dtype not in _checks.FLOAT_TYPES:
             raise TypeError(
                 f"{name}: expected float32, bfloat16, float16 or float64 log-probabilities, got "
-                f"{value.dtype}; "
-                f"pass the log-probabilities of the tokens, not the tokens"
+                f"{value.dtype}; pass the log-probabilities of the tokens, not the tokens"
             )
         _checks.not_sharded(name, value, "log-probabilities [...]", _checks.local_or_full(name))
         if value.shape != logprob.shape:
             raise ValueError(
                 f"{name}: expected the shape of logprob, {tuple(logprob.shape)}, one entry per "
-                f"token, got {tuple(value.shape)}; "
-                f"align the batch and time dimensions"
+                f"token, got {tuple(value.shape)}; align the batch and time dimensions"
             )
         _checks.same_device_and_precision(name, value, "logprob", logprob)
         if name == "old_logprob" and value.requires_grad:
             raise ValueError(
                 "old_logprob: expected log-probabilities without gradient, of the policy as it "
-                "was when it sampled, got a tensor that "
-                "requires grad; pass old_logprob.detach(), or None for tokens sampled from the "
-                "policy as it is now"
+                "was when it sampled, got a tensor that requires grad; pass old_logprob.detach(), "
+                "or None for tokens sampled from the policy as it is now"
             )
     _checks.clamp("clamp", clamp)

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
-from . import _checks, _reduce, backend, linear
+from . import _checks, _head_checks, _reduce, backend, linear
+from ._heads import Given, prepare
 from ._types import BetaController, Direction, PenaltyReduction, called_as
 from .divergence import kl_divergence
 from .linear import Head
-from .ops import dual_op, summed_op
+from .ops import dual_op
 from .ops.fields import result_dtype
+from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 
 DIRECTIONS = get_args(Direction)
 
@@ -91,7 +93,10 @@ class _Penalty(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments, for print(model)."""
-        return f"beta={self.beta:g}, direction={self.direction!r}, temperature={self.temperature:g}, reduction={self.reduction!r}"
+        return (
+            f"beta={self.beta:g}, direction={self.direction!r}, "
+            f"temperature={self.temperature:g}, reduction={self.reduction!r}"
+        )
 
     def _divisor(
         self, counts: _Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype
@@ -140,23 +145,25 @@ class KLPenalty(_Penalty):
 
     Equivalent to
 
-        kl = kl_divergence(policy_logits, ref_logits, temperature=temperature, mask=mask)   # direction "policy||reference"
-        loss = beta * kl.sum() / mask.sum()                                                 # reduction "token_mean"
+        kl = kl_divergence(policy_logits, ref_logits, mask, temperature=temperature)
+        loss = beta * kl.sum() / mask.sum()
+
+    for direction "policy||reference" and reduction "token_mean".
 
     Args:
         beta: the penalty's weight: a number ≥ 0, or a controller: an object with an attribute
-        `beta`, read at every call. 0 leaves the KL
-            out, also an infinite one.
+            `beta`, read at every call. 0 leaves the KL out, also an infinite one.
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or
             "reference||policy".
         temperature: divides both logits; a positive number.
         reduction: "token_mean" (also spelt "mean"): mean over the tokens that count;
-        "sequence_mean": mean over sequences of the sum over each
-            sequence's tokens (the last dimension), as in a reward per sequence, sequences without a
-            token that counts left out; "sum".
+            "sequence_mean": mean over sequences of the sum over each sequence's tokens (the last
+            dimension), as in a reward per sequence, sequences without a token that counts left out;
+            "sum".
 
-    forward(policy_logits, ref_logits, mask=None, *, normalizer=None) takes [..., V] logits and a bool mask [...], and returns a float32 scalar with
-    gradient to whichever logits require it. With no token that counts it returns 0.
+    forward(policy_logits, ref_logits, mask=None, *, normalizer=None) takes [..., V] logits and a
+    bool mask [...], and returns a float32 scalar with gradient to whichever logits require it. With
+    no token that counts it returns 0.
 
     normalizer, for both means, takes the place of the number of tokens (sequences) in this call, so
     that micro-batches and processes of different lengths weigh each token the same: how many count
@@ -205,9 +212,8 @@ class KLPenalty(_Penalty):
         beta = self.beta
         _checks.mask(mask, first.shape[:-1], first.device)
         chosen = backend.select(first, second)
-        gradient = summed_op.empty_gradient(
-            first, second, mask, self.temperature, normalizer, chosen
-        )
+        inputs = SummedInputs(first, second, mask, self.temperature, None, 1, chosen)
+        gradient = empty_gradient(inputs, normalizer)
         if gradient is None:
             kl = kl_divergence(first, second, mask, temperature=self.temperature)
             counts, total = _Counts.of(kl, mask), kl.sum()
@@ -221,16 +227,9 @@ class KLPenalty(_Penalty):
         else:
             like = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
             counts = _Counts.of(like, mask)
-            loss, kl = summed_op.summed_kl(
-                first,
-                second,
-                mask,
-                self.temperature,
-                like.new_ones(()) * beta,
-                self._divisor(counts, normalizer, like.dtype),
-                gradient,
-                chosen,
-            )
+            divisor = self._divisor(counts, normalizer, like.dtype)
+            scale = like.new_ones(()) * beta
+            loss, kl = summed_kl(gradient, inputs._replace(beta=scale, divisor=divisor))
             total = kl.sum()
         self._remember(kl, total, counts, beta, loss)
         return loss
@@ -249,7 +248,8 @@ class LinearKLPenalty(_Penalty):
 
         policy_logits = F.linear(hidden, weight, bias)
         ref_logits = F.linear(ref_hidden, ref_weight, ref_bias)
-        loss = KLPenalty(beta, direction=direction, temperature=temperature, reduction=reduction)(policy_logits, ref_logits, mask)
+        penalty = KLPenalty(beta, direction=direction, temperature=temperature, reduction=reduction)
+        loss = penalty(policy_logits, ref_logits, mask)
 
     with softcap, logits_dtype, chunk_size and recompute as in linear_kl_divergence, whose costs and
     memory it has with reduction "sum".
@@ -257,15 +257,15 @@ class LinearKLPenalty(_Penalty):
     Args:
         beta, direction, temperature, reduction: as KLPenalty.
         ref_temperature: divides the reference's logits instead; a positive number. Default:
-        temperature.
+            temperature.
         softcap, logits_dtype, chunk_size, recompute: as linear_kl_divergence, whose "sum" keeps no
-        logits whatever recompute is.
+            logits whatever recompute is.
 
-    forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None, normalizer=None) takes hidden states [..., H],
-    weights [V, H] (or a Head for either) and a bool mask [...], and returns a float32 scalar with
-    gradient to whatever of them requires it; pass ref_weight=weight.detach() where a trained
-    lm_head is shared and only the policy is to learn through it. The policy comes first in either
-    direction. With no token that counts it returns 0.
+    forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None,
+    normalizer=None) takes hidden states [..., H], weights [V, H] (or a Head for either) and a bool
+    mask [...], and returns a float32 scalar with gradient to those that require it; pass
+    ref_weight=weight.detach() where a trained lm_head is shared and only the policy is to learn
+    through it. The policy comes first in either direction. With no token that counts it returns 0.
 
     normalizer, `last`: as KLPenalty.
 
@@ -273,7 +273,7 @@ class LinearKLPenalty(_Penalty):
     Source: as KLPenalty.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         beta: float | BetaController,
         *,
@@ -296,9 +296,9 @@ class LinearKLPenalty(_Penalty):
             _checks.temperature(
                 ref_temperature, torch.Size(), torch.device("cpu"), "ref_temperature"
             )
-        _checks.softcap(softcap)
-        _checks.chunk_size(chunk_size)
-        _checks.recompute(recompute)
+        _head_checks.softcap(softcap)
+        _head_checks.chunk_size(chunk_size)
+        _head_checks.recompute(recompute)
         _checks.float_type("logits_dtype", logits_dtype)
         self.ref_temperature = ref_temperature
         self.softcap = softcap
@@ -335,29 +335,30 @@ class LinearKLPenalty(_Penalty):
         normalizer: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the penalty of a batch; see the class."""
-        made = linear.prepare(
-            hidden,
-            weight,
-            bias,
-            ref_hidden,
-            ref_weight,
-            ref_bias,
-            self.temperature,
-            self.ref_temperature,
-            self.softcap,
-            mask,
-            self.logits_dtype,
-            self.chunk_size,
-            self.recompute,
+        inputs = prepare(
+            Given(
+                hidden,
+                weight,
+                bias,
+                ref_hidden,
+                ref_weight,
+                ref_bias,
+                self.temperature,
+                self.ref_temperature,
+                self.softcap,
+                mask,
+                self.logits_dtype,
+                self.chunk_size,
+                self.recompute,
+            ),
             reference_required=True,
+            swapped=self.direction == DIRECTIONS[1],
         )
-        if self.direction == DIRECTIONS[1]:
-            made = made.swapped()
         _checks.normalizer(normalizer, self.reduction, hidden.device)
         like = hidden.new_empty(hidden.shape[:-1], dtype=result_dtype(hidden))
         beta, counts = self.beta, _Counts.of(like, mask)
         scale = like.new_ones(()) * beta / self._divisor(counts, normalizer, like.dtype)
-        loss, kl = linear.weighted_kl(made, scale.expand(like.shape))
+        loss, kl = linear.weighted_kl(inputs, scale.expand(like.shape))
         self._remember(kl, kl.sum(), counts, beta, loss)
         return loss
 

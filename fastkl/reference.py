@@ -2,7 +2,8 @@
 that keeps its digits near KL = 0.
 
 With x, y the logits of P and Q divided by the temperature and any centre c,
-    d = (y - x) - c,   t = E_p[expm1(d)],   KL(P‖Q) = E_p[expm1(d) - d] - (t - log1p(t)),   lse(y) - lse(x) = c + log1p(t).
+    d = (y - x) - c,    t = E_p[expm1(d)],    lse(y) - lse(x) = c + log1p(t),
+    KL(P‖Q) = E_p[expm1(d) - d] - (t - log1p(t)).
 The textbook form Σ p·(log p - log q) is the difference of two large sums where P and Q are close;
 here every term is as small as the result. Conventions for infinities: an entry with p = 0 adds
 nothing to an expectation under P, one with p > 0 = q makes KL(P‖Q) infinite; a NaN poisons its own
@@ -143,8 +144,10 @@ def row_statistics(
 
     Equivalent, in exact arithmetic, to
         log_p = (p_logits / T).log_softmax(-1);  log_q = (q_logits / T).log_softmax(-1)
-        logprob = log_p[n, tokens];  ref_logprob = log_q[n, tokens];  entropy = -(log_p.exp() * log_p).sum(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1);  ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+        logprob, ref_logprob = log_p[n, tokens], log_q[n, tokens]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
     with 0·(±inf) = 0. temperature: float or [N]. Computed and returned in float64 for float64
     logits, else in float32; nats.
     """
@@ -234,7 +237,8 @@ def row_gradients(
     [N, V] each in float32 or float64.
 
     With s = 1/T, d = log q - log p, and g the upstream gradients (a field without one counts as 0):
-        dP = s·(g_logprob·onehot + p·(-g_logprob - g_entropy·(log p + entropy) - g_kl·(d - E_p[d])) - g_ref_kl·(q - p))
+        dP = s·(g_logprob·onehot - g_ref_kl·(q - p)
+                - p·(g_logprob + g_entropy·(log p + entropy) + g_kl·(d - E_p[d])))
         dQ = s·(g_ref_logprob·onehot + q·(-g_ref_logprob + g_ref_kl·(d - E_q[d])) + g_kl·(q - p))
     An entry with probability 0 has gradient exactly 0.
     """

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 
 from . import _checks, backend
-from .ops.row_op import row_statistics
-from .ops.selected_op import selected_logprobs
+from .ops.engine import ENGINES
+from .ops.fields import FIELDS
+from .ops.row_op import RowInputs, per_token, row_statistics
+from .ops.selected_op import SelectedInputs, selected_logprobs
 
 
 class TokenStats(NamedTuple):
@@ -84,11 +86,11 @@ def token_stats(
 
     Args:
         logits, ref_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
-        backend), any strides with a unit stride along V.
+            backend), any strides with a unit stride along V.
         tokens: integer ids [...]. Where the mask is False any value is allowed (-100 included).
-        Elsewhere an id outside 0 … V-1 is an error on
-            the reference backend; on a GPU, where looking would cost a synchronisation, it reads
-            nothing and makes logprob and ref_logprob NaN.
+            Elsewhere an id outside 0 … V-1 is an error on the reference backend; on a GPU, where
+            looking would cost a synchronisation, it reads nothing and makes logprob and ref_logprob
+            NaN.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
         mask: bool [...], True where the token counts.
 
@@ -112,22 +114,22 @@ def token_stats(
         _checks.same_shape("ref_logits", ref_logits, "logits", logits)
     _checks.temperature(temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
-    per_row = isinstance(temperature, torch.Tensor)
     chosen = backend.select(logits) if ref_logits is None else backend.select(logits, ref_logits)
-    fields = "logprob,entropy" if ref_logits is None else "logprob,entropy,ref_logprob,kl,ref_kl"
-    values = row_statistics(
-        logits,
-        ref_logits,
-        tokens.long(),
-        mask,
-        temperature if per_row else None,
-        1.0 if per_row else float(temperature),
-        fields,
-        chosen,
+    fields = FIELDS[:2] if ref_logits is None else FIELDS
+    logprob, entropy, ref_logprob, kl, ref_kl, *_ = row_statistics(
+        RowInputs(
+            logits,
+            ref_logits,
+            tokens.long(),
+            mask,
+            *per_token(temperature),
+            ",".join(fields),
+            chosen,
+        )
     )
-    return (
-        TokenStats(*values[:2], None, None, None) if ref_logits is None else TokenStats(*values[:5])
-    )
+    if ref_logits is None:
+        return TokenStats(logprob, entropy, None, None, None)
+    return TokenStats(logprob, entropy, ref_logprob, kl, ref_kl)
 
 
 def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -144,8 +146,8 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
     Args:
         logits: [..., V], as in token_stats.
         index: integer ids [...], or [..., K] for K of each row, which takes one read of the logits
-        whatever K is. An id outside 0 … V-1
-            (-100 included) is an error on the reference backend and gives NaN on a GPU.
+            whatever K is. An id outside 0 … V-1 (-100 included) is an error on the reference
+            backend and gives NaN on a GPU.
     Returns:
         float32 (float64 for float64 logits) in the shape of index, nats. Gradient to logits; ids
         that occur twice in a row add up there.
@@ -163,8 +165,11 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
     )
     chosen, ids = backend.select(logits), index.long()
     if not several:
-        return row_statistics(logits, None, ids, None, None, 1.0, "logprob", chosen)[0]
-    if chosen == "reference":
-        return selected_logprobs(logits, ids, chosen)[0]
+        inputs = RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen)
+        logprob: torch.Tensor = row_statistics(inputs)[0]
+        return logprob
+    if ENGINES[chosen].checks_values:
+        return selected_logprobs(SelectedInputs(logits, ids, chosen))[0]
     within = ids.clamp(0, logits.shape[-1] - 1)
-    return torch.where(ids == within, selected_logprobs(logits, within, chosen)[0], float("nan"))
+    logprobs = selected_logprobs(SelectedInputs(logits, within, chosen))[0]
+    return torch.where(ids == within, logprobs, float("nan"))

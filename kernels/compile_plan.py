@@ -78,18 +78,15 @@ def _specialization(
     name: str,
     kernel: Any,
     constexprs: dict[str, Any],
-    dtype: str,
-    num_warps: int,
+    types: tuple[str, str],
     pairs: int,
-    extra: dict[str, Any] | None = None,
-    grad_dtype: str | None = None,
+    options: dict[str, Any],
     segment: int = 0,
 ) -> Specialization:
+    """Describe a launch; types: of logits and of gradients."""
     names = list(inspect.signature(kernel.fn).parameters)
     signature = {
-        argument: "constexpr"
-        if argument in constexprs
-        else _type_of(argument, dtype, grad_dtype or dtype)
+        argument: "constexpr" if argument in constexprs else _type_of(argument, *types)
         for argument in names
     }
     # No launch says where a tensor starts: logits may be views, gradients may lie over them, and a
@@ -100,9 +97,9 @@ def _specialization(
         signature,
         constexprs,
         {},
-        num_warps,
+        options["num_warps"],
         pairs,
-        {key: value for key, value in {**OPTIONS, **(extra or {})}.items() if key != "num_warps"},
+        {key: value for key, value in {**OPTIONS, **options}.items() if key != "num_warps"},
         segment,
     )
 
@@ -151,11 +148,9 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
                 name,
                 kernel,
                 constexprs,
-                dtype,
-                chosen.threads // warp,
+                (dtype, grad_dtype or dtype),
                 chosen.groups * lanes,
-                options,
-                grad_dtype,
+                {**options, "num_warps": chosen.threads // warp},
                 segment if kernel is row_forward else 0,
             )
         )
@@ -204,8 +199,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
                     f"{name}.{suffix}",
                     row_fallback,
                     again,
-                    dtype,
-                    FALLBACK_THREADS // warp,
+                    (dtype, dtype),
                     FALLBACK_BLOCK // FALLBACK_THREADS,
                     fallback_options(arch, warp),
                 )

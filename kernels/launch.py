@@ -5,7 +5,6 @@ above.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 from typing import Any, NamedTuple
@@ -14,6 +13,8 @@ import torch
 import triton
 
 from . import config
+from .layout import ADDRESSES, KEPT, Case, Layout, Problem, Rows, architecture
+from .layout import layout as layout
 from .row_backward import row_backward
 from .row_fallback import row_fallback
 from .row_forward import row_forward
@@ -31,83 +32,10 @@ FALLBACK_BLOCK = 512
 FALLBACK_REGISTERS = 168
 # Prefetch whole segments into L2 if the logits of a call take at most this many bytes.
 PREFETCH_BYTES = 33_554_432
-# Two tensors' blocks have at most eight elements of four bytes: where one starts matters up to this
-# number of bytes.
-ADDRESSES = 32
-# Layouts, and launches for them, that are kept: shapes, mostly, of which a training run with
-# padding to the longest has many.
-KEPT = 1024
 # False leaves out row_fallback, for tests: fallback rows then keep a NaN as their first saved
 # value.
 READ_AGAIN = True
 _HERE = contextlib.nullcontext()
-
-
-class Rows(NamedTuple):
-    """The address and strides of a tensor's rows: [outer, inner, V] by two strides (in elements),
-    whatever its leading shape was.
-
-    address: of the first element, in bytes, modulo ADDRESSES.
-    """
-
-    itemsize: int
-    address: int
-    stride_outer: int
-    stride_inner: int
-
-    @property
-    def lanes(self) -> int:
-        """The elements of a 16-byte block."""
-        return 16 // self.itemsize
-
-    def same_blocks(self, other: Rows, inner: int, outer: int) -> bool:
-        """Whether every row of both starts at the same distance, in elements, from a boundary of
-        this tensor's 16-byte blocks.
-
-        The other's blocks have as many elements, and are 8 bytes for a 16-bit tensor beside a
-        32-bit one.
-        """
-        return (
-            (self.address // self.itemsize - other.address // other.itemsize) % self.lanes == 0
-            and (inner == 1 or (self.stride_inner - other.stride_inner) % self.lanes == 0)
-            and (outer == 1 or (self.stride_outer - other.stride_outer) % self.lanes == 0)
-        )
-
-    def aligned(self, inner: int, outer: int) -> bool:
-        """Whether every row starts on a 16-byte boundary."""
-        return (
-            self.address % 16 == 0
-            and (inner == 1 or self.stride_inner % self.lanes == 0)
-            and (outer == 1 or self.stride_outer % self.lanes == 0)
-        )
-
-
-class Problem(NamedTuple):
-    """N rows of length V; a field that is None is unused. Vectors are [N] and contiguous.
-
-    ratios: inverse temperatures of Q over those of P, None for 1.
-    """
-
-    p: torch.Tensor
-    q: torch.Tensor | None
-    layout: Layout
-    tokens: torch.Tensor | None
-    mask: torch.Tensor | None
-    temperature: float
-    temperatures: torch.Tensor | None
-    ratios: torch.Tensor | None
-
-
-@functools.cache
-def architecture(device: torch.device) -> tuple[str, int]:
-    """The configuration table's name of a device and its threads per warp."""
-    if device.type != "cuda":
-        return "interpreter", 32
-    if torch.version.hip:
-        properties = torch.cuda.get_device_properties(device)
-        return properties.gcnArchName.split(":")[0], properties.warp_size
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}", 32
 
 
 def _options(
@@ -163,102 +91,6 @@ class Variant:
             )
         else:
             self.compiled[programs, 1, 1](*arguments.values(), *self.constants.values())
-
-
-class Case(NamedTuple):
-    """The properties of a problem that select a compilation, beside its configuration and fields."""
-
-    device: torch.device
-    types: tuple[
-        torch.dtype | None, ...
-    ]  # of p, q, tokens and temperatures; None for what does not take part
-    has_mask: bool
-    realign: bool
-    q_in_blocks: bool
-    softcap: float
-    ref_softcap: float
-    has_ratio: bool
-
-    @property
-    def constants(self) -> dict[str, object]:
-        """The compile-time values that every kernel takes."""
-        kind = self.types[0]
-        assert kind is not None
-        return dict(
-            LANES=16 // kind.itemsize,
-            HAS_MASK=self.has_mask,
-            TEMPERATURE_PER_ROW=self.types[3] is not None,
-            Q_IN_BLOCKS=self.q_in_blocks,
-            SOFTCAP=self.softcap,
-            REF_SOFTCAP=self.ref_softcap,
-            HAS_RATIO=self.has_ratio,
-        )
-
-    @property
-    def roomy(self) -> bool:
-        """Whether the temporaries of soft caps, ratios or misaligned rows need registers."""
-        return self.softcap > 0.0 or self.ref_softcap > 0.0 or self.has_ratio or self.realign
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
-    """N = outer · inner rows of length V, of policy logits or of both, as they lie: one for all
-    calls that agree in it, hashed by identity.
-
-    places: the kernels' arguments for it, in the order of their signatures.
-    """
-
-    p: Rows
-    outer: int
-    inner: int
-    vocabulary: int
-    places: dict[str, int]
-    case: Case
-    rows: int
-
-
-@functools.lru_cache(KEPT)
-def layout(
-    vocabulary: int,
-    dims: tuple[tuple[int, int, int], tuple[int, int, int]],
-    addresses: tuple[int, int],
-    device: torch.device,
-    types: tuple[torch.dtype | None, ...],
-    has_mask: bool,
-    softcaps: tuple[float, float],
-    has_ratio: bool,
-) -> Layout:
-    """The Layout for (size, stride of P, stride of Q) of the outer and the inner dimension, and the
-    types of p, q, tokens and temperatures.
-    """
-    (outer, *outer_strides), (inner, *inner_strides) = dims
-    of_p = types[0]
-    assert of_p is not None
-    p, q = (
-        Rows((dtype or of_p).itemsize, address, *strides)
-        for dtype, address, *strides in zip(
-            types, addresses, outer_strides, inner_strides, strict=False
-        )
-    )
-    in_blocks = types[1] is None or (p.lanes == q.lanes and p.same_blocks(q, inner, outer))
-    places = dict(
-        n_inner=inner,
-        stride_p_outer=p.stride_outer,
-        stride_p_inner=p.stride_inner,
-        stride_q_outer=q.stride_outer,
-        stride_q_inner=q.stride_inner,
-    )
-    case = Case(
-        device,
-        types,
-        has_mask,
-        not p.aligned(inner, outer),
-        in_blocks,
-        float(softcaps[0]),
-        float(softcaps[1]),
-        has_ratio,
-    )
-    return Layout(p, outer, inner, vocabulary, places, case, outer * inner)
 
 
 @functools.cache

@@ -10,23 +10,17 @@ import triton
 
 from . import config
 from .launch import (
-    ADDRESSES,
     FALLBACK_BLOCK,
     FALLBACK_ROWS,
-    KEPT,
     OPTIONS,
-    Case,
-    Layout,
-    Problem,
-    Rows,
     Variant,
     _in_order,
     _on,
     _options,
     _tensors,
-    architecture,
     fallback_options,
 )
+from .layout import ADDRESSES, KEPT, Case, Layout, Problem, Rows, architecture
 from .row_fallback import row_fallback
 from .row_fused import row_fused, scale_gradient
 from .row_math import STATE
@@ -101,8 +95,8 @@ def _fused_plan(layout: Layout, overridden: tuple[Any, ...]) -> FusedPlan:
 
 
 def fuses(problem: Problem, grad_p: torch.Tensor) -> bool:
-    """Whether `fused` takes the problem: where the configuration says so, and every row of logits
-    and gradient starts on a 16-byte boundary.
+    """Whether `fused` takes the problem: every row of logits and gradient starts on a 16-byte
+    boundary. Whether it should, config.fuses says.
     """
     layout = problem.layout
     grad = Rows(
@@ -112,8 +106,7 @@ def fuses(problem: Problem, grad_p: torch.Tensor) -> bool:
         grad_p.stride(0),
     )
     return (
-        config.fuses(architecture(layout.case.device)[0])
-        and problem.q is not None
+        problem.q is not None
         and not layout.case.realign
         and layout.case.q_in_blocks
         and layout.p.same_blocks(grad, layout.inner, layout.outer)

@@ -1,10 +1,12 @@
-"""Backward: one read of the logits, one write of each gradient, for any mix of upstream gradients."""
+"""Backward: one read of the logits, one write of each gradient, for any mix of upstream
+gradients.
+"""
 
 import triton
 import triton.language as tl
 
-from .row_fallback import is_fallback, write_fallback
-from .row_finish import SAVED, Reading
+from .fallback import GradientRow, is_fallback, write_fallback
+from .row_finish import SAVED, Reading, Row
 from .row_gradient import (
     Asked,
     Place,
@@ -16,7 +18,7 @@ from .row_gradient import (
 )
 from .row_load import row_offset, row_pad, row_ratio, row_scale
 from .row_math import scale_reference, soft_cap, soft_cap_slope
-from .row_segment import Tiling
+from .row_tile import Tiling
 
 # Limit of |E_q[d]| counted from the centre, near E_p[d]: beyond it float32 sums lose the digits of
 # q·(d - E_q[d]).
@@ -60,11 +62,13 @@ def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
         "ratio_ptr",
     ],
 )
-def row_backward(  # noqa: PLR0915 - a kernel packs its arguments
+def row_backward(  # noqa: PLR0913, PLR0915
     p_ptr,
     q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
     grad_p_ptr,
-    grad_q_ptr,  # [N, V] rows stride_grad apart, may be the logits themselves but for REF_KL to Q; any pointer where not asked for
+    # [N, V] rows stride_grad apart, may be the logits themselves but for REF_KL to Q; any pointer
+    # where not asked for
+    grad_q_ptr,
     tokens_ptr,  # [N] int64; any pointer without upstream gradients of log-probs
     saved_ptr,  # [N, 10] float32, written by row_forward and row_fallback
     upstream_ptr,  # [fields, N] float32: the upstream gradients that are there
@@ -102,16 +106,15 @@ def row_backward(  # noqa: PLR0915 - a kernel packs its arguments
 ):
     """Gradients of one chunk of one row with respect to either or both logits.
 
-    Math:   entry_gradients, write_fallback for a fallback row; reference.row_gradients is the definition.
+    Math:   entry_gradients, write_fallback for a fallback row; defined by reference.row_gradients.
     Grid:   (N · chunks,), a row's chunks next to each other.
-    Reads: N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients
-    per row. Nothing of V in a masked row or in
-            one whose upstream gradients are all 0. For REF_KL to Q each chunk of a row whose E_q[d]
-            is not known reads 3·V of both.
+    Reads:  N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients
+            per row. Nothing of V in a masked row or in one whose upstream gradients are all 0. For
+            REF_KL to Q each chunk of a row whose E_q[d] is not known reads 3·V of both.
     Writes: N·V of each gradient asked for; exact zeros in those rows.
     Saves:  nothing.
     Special values: an entry with probability 0 has gradient exactly 0; a row with a NaN or with an
-    infinite KL has gradients that are not finite.
+            infinite KL has gradients that are not finite.
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * CHUNK
@@ -175,23 +178,10 @@ def row_backward(  # noqa: PLR0915 - a kernel packs its arguments
     if REF_KL >= 0 and WRT_Q:
         far = far | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
     if far & (activity != 0.0):
-        write_fallback(
-            p_row,
-            q_row,
-            grad_p_row,
-            grad_q_row,
-            token,
-            tl.maximum(first - pad, 0),
-            tl.minimum(first + CHUNK - pad, V),
-            V,
-            scale,
-            ratio,
-            saved_ptr,
-            g,
-            THREADS * 2,
-            asked,
-            reading,
-        )
+        whole = Row(p_row, q_row, V, token, scale, ratio)
+        start, end = tl.maximum(first - pad, 0), tl.minimum(first + CHUNK - pad, V)
+        grads = GradientRow(grad_p_row, grad_q_row, start, end)
+        write_fallback(whole, grads, saved_ptr, g, THREADS * 2, asked, reading)
         return
     terms = gradient_terms(load_saved(saved_ptr))
     place = Place(

@@ -1,315 +1,13 @@
-"""Fallback: rows that the float32 sums of one pass cannot hold, computed in float64.
-
-Infinities, entries masked by a finite number on one side alone, peaks far apart, logits of any
-size: the textbook formulas hold for them in float64. Subtract the row's largest logit first;
-average d = log q - log p after subtracting its value at the peak. Rows are read element by element,
-so no sum depends on where a row starts.
-"""
-
-from typing import NamedTuple
+"""The kernel of rows that one pass cannot hold: computes them in float64, see fallback.py."""
 
 import triton
 import triton.language as tl
 
-from .row_finish import SAVED, Reading, not_above_zero, row_outputs, store_fields, token_logits
+from .fallback import GradientRow, store_fallback, write_fallback
+from .row_finish import SAVED, Reading, Row, row_outputs
 from .row_gradient import Asked, Upstream
 from .row_load import row_offset, row_ratio, row_scale
-from .row_math import Want, soft_cap, soft_cap_slope
-
-SIGN_BIT = tl.constexpr(-2147483648)
-
-
-class FallbackRow(NamedTuple):
-    """Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio -
-    log_sum - log_sum_ratio.
-
-    y_at_x_peak: y where x is largest. mean_p_from_peak: E_p[d] less d there. x_at_y_peak,
-    mean_q_from_peak: the same with P and Q swapped.
-    """
-
-    x_peak: tl.tensor
-    y_peak: tl.tensor
-    log_sum: tl.tensor
-    log_sum_ratio: tl.tensor
-    y_at_x_peak: tl.tensor
-    mean_p_from_peak: tl.tensor
-    x_at_y_peak: tl.tensor
-    mean_q_from_peak: tl.tensor
-    entropy: tl.tensor
-
-
-@triton.jit
-def load_double(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Capped logits `start` … `start + BLOCK - 1` of a row as float64; -inf from `end` on."""
-    offs_v = start + tl.arange(0, BLOCK)
-    logits = tl.load(row_ptr + offs_v, mask=offs_v < end, other=0.0).to(tl.float32)
-    capped = soft_cap(logits, SOFTCAP, row_ptr.dtype.element_ty).to(tl.float64)
-    return tl.where(offs_v < end, capped, float("-inf"))
-
-
-@triton.jit
-def log_probability_p(x, row, scale):
-    """Return log p of the logits x."""
-    return (x - row.x_peak) * scale - row.log_sum
-
-
-@triton.jit
-def log_probability_q(y, row, q_scale):
-    """Return log q of the logits y."""
-    return (y - row.y_peak) * q_scale - (row.log_sum + row.log_sum_ratio)
-
-
-@triton.jit
-def log_ratio(log_p, log_q):
-    """Return log q - log p; 0 for an entry without probability on either side."""
-    return tl.where(log_p == log_q, 0.0, log_q - log_p)
-
-
-@triton.jit
-def peak_ratios(row, scale, q_scale):
-    """Return d at P's peak and d at Q's."""
-    d_at_x_peak = log_ratio(
-        log_probability_p(row.x_peak, row, scale), log_probability_q(row.y_at_x_peak, row, q_scale)
-    )
-    d_at_y_peak = log_ratio(
-        log_probability_p(row.x_at_y_peak, row, scale), log_probability_q(row.y_peak, row, q_scale)
-    )
-    return d_at_x_peak, d_at_y_peak
-
-
-@triton.jit
-def fallback_row(
-    p_ptr,
-    q_ptr,
-    V,
-    scale,
-    q_scale,
-    BLOCK: tl.constexpr,
-    WITH_KL: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    REF_SOFTCAP: tl.constexpr,
-):
-    """The FallbackRow of the rows at p_ptr and q_ptr, for float64 scales 1/T and ratio/T.
-
-    An entry with p = 0 adds nothing to an expectation under P; p > 0 = q makes E_p[d] infinite. A NaN makes all NaN.
-    """
-    x_largest = tl.full([BLOCK], float("-inf"), tl.float64)
-    y_largest = x_largest
-    for start in range(0, V, BLOCK):
-        x_largest = tl.maximum(x_largest, load_double(p_ptr, start, V, BLOCK, SOFTCAP))
-        if WITH_KL:
-            y_largest = tl.maximum(y_largest, load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP))
-    x_peak = tl.max(x_largest, 0)
-    y_peak = tl.max(y_largest, 0)
-    x_weights = tl.zeros([BLOCK], tl.float64)
-    y_weights = x_weights
-    y_at_x_peak = tl.full([BLOCK], float("-inf"), tl.float64)
-    x_at_y_peak = y_at_x_peak
-    for start in range(0, V, BLOCK):
-        x = load_double(p_ptr, start, V, BLOCK, SOFTCAP)
-        x_weights += tl.exp((x - x_peak) * scale)
-        if WITH_KL:
-            y = load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP)
-            y_weights += tl.exp((y - y_peak) * q_scale)
-            y_at_x_peak = tl.where(x == x_peak, tl.maximum(y_at_x_peak, y), y_at_x_peak)
-            x_at_y_peak = tl.where(y == y_peak, tl.maximum(x_at_y_peak, x), x_at_y_peak)
-    log_sum = tl.log(tl.sum(x_weights, 0))
-    log_sum_ratio = log_sum * 0.0
-    if WITH_KL:
-        log_sum_ratio = tl.log(tl.sum(y_weights, 0)) - log_sum
-    # The means and the entropy follow below; peak_ratios reads none of them.
-    row = FallbackRow(
-        x_peak,
-        y_peak,
-        log_sum,
-        log_sum_ratio,
-        tl.max(y_at_x_peak, 0),
-        log_sum,
-        tl.max(x_at_y_peak, 0),
-        log_sum,
-        log_sum,
-    )
-    d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
-    plogp = tl.zeros([BLOCK], tl.float64)
-    sum_p = plogp
-    sum_q = plogp
-    for start in range(0, V, BLOCK):
-        log_p = log_probability_p(load_double(p_ptr, start, V, BLOCK, SOFTCAP), row, scale)
-        p = tl.exp(log_p)
-        plogp += tl.where(p == 0.0, 0.0, p * log_p)
-        if WITH_KL:
-            log_q = log_probability_q(
-                load_double(q_ptr, start, V, BLOCK, REF_SOFTCAP), row, q_scale
-            )
-            q = tl.exp(log_q)
-            d = log_ratio(log_p, log_q)
-            sum_p += tl.where(p == 0.0, 0.0, p * (d - d_at_x_peak))
-            sum_q += tl.where(q == 0.0, 0.0, q * (d - d_at_y_peak))
-    entropy = -tl.sum(plogp, 0)
-    return FallbackRow(
-        x_peak,
-        y_peak,
-        log_sum,
-        log_sum_ratio,
-        row.y_at_x_peak,
-        tl.sum(sum_p, 0),
-        row.x_at_y_peak,
-        tl.sum(sum_q, 0),
-        tl.where(entropy <= 0.0, 0.0, entropy),
-    )
-
-
-@triton.jit
-def fallback_kl(row, scale, q_scale):
-    """KL(P‖Q) and KL(Q‖P), never negative; +inf where the peak of one has no probability under the
-    other.
-    """
-    d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
-    kl = tl.where(d_at_x_peak == float("-inf"), float("inf"), -(d_at_x_peak + row.mean_p_from_peak))
-    ref_kl = tl.where(d_at_y_peak == float("inf"), float("inf"), d_at_y_peak + row.mean_q_from_peak)
-    return tl.where(kl <= 0.0, 0.0, kl), tl.where(ref_kl <= 0.0, 0.0, ref_kl)
-
-
-@triton.jit
-def store_row(saved_ptr, row):
-    """Write a FallbackRow to the saved values [10] of its row; the sign bit of the second marks it."""
-    high = row.log_sum_ratio.to(tl.float32)
-    low = tl.where(
-        tl.abs(high) < float("inf"), (row.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0
-    )
-    tl.store(saved_ptr, row.x_peak.to(tl.float32))
-    # A sum that counts its largest term as 1 has a logarithm of at least 0.
-    marked = row.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
-    tl.store(saved_ptr + 1, marked.to(tl.float32, bitcast=True))
-    tl.store(saved_ptr + 2, row.y_peak.to(tl.float32))
-    tl.store(saved_ptr + 3, high)
-    tl.store(saved_ptr + 4, low)
-    tl.store(saved_ptr + 5, row.y_at_x_peak.to(tl.float32))
-    tl.store(saved_ptr + 6, row.mean_p_from_peak.to(tl.float32))
-    tl.store(saved_ptr + 7, row.x_at_y_peak.to(tl.float32))
-    tl.store(saved_ptr + 8, row.mean_q_from_peak.to(tl.float32))
-    tl.store(saved_ptr + 9, row.entropy.to(tl.float32))
-
-
-@triton.jit
-def load_row(saved_ptr):
-    """The FallbackRow that store_row wrote."""
-    log_sum_ratio = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
-    return FallbackRow(
-        tl.load(saved_ptr).to(tl.float64),
-        tl.load(saved_ptr + 2).to(tl.float64),
-        -tl.load(saved_ptr + 1).to(tl.float64),
-        log_sum_ratio,
-        tl.load(saved_ptr + 5).to(tl.float64),
-        tl.load(saved_ptr + 6).to(tl.float64),
-        tl.load(saved_ptr + 7).to(tl.float64),
-        tl.load(saved_ptr + 8).to(tl.float64),
-        tl.load(saved_ptr + 9).to(tl.float64),
-    )
-
-
-@triton.jit
-def is_fallback(saved_ptr):
-    """Whether a row's saved values are those of a FallbackRow."""
-    return tl.load(saved_ptr + 1).to(tl.int32, bitcast=True) < 0
-
-
-@triton.jit
-def store_fallback(
-    out,
-    p_row,
-    q_row,
-    token,
-    V,
-    scale,
-    ratio,
-    BLOCK: tl.constexpr,
-    want: tl.constexpr,
-    reading: tl.constexpr,
-):
-    """Compute a row in float64 and write its saved values and fields."""
-    scale = scale.to(tl.float64)
-    q_scale = scale * ratio.to(tl.float64)
-    row = fallback_row(
-        p_row, q_row, V, scale, q_scale, BLOCK, want.kl, reading.softcap, reading.ref_softcap
-    )
-    store_row(out.saved, row)
-    kl, ref_kl = fallback_kl(row, scale, q_scale)
-    store_fields(out, row.entropy, kl, ref_kl, want)
-    if reading.tokens:
-        x, y = token_logits(p_row, q_row, token, V, want, reading)
-        log_p = log_probability_p(x.to(tl.float64), row, scale)
-        tl.store(out.logprob, not_above_zero(log_p.to(tl.float32)))
-        if want.kl:
-            log_q = log_probability_q(y.to(tl.float64), row, q_scale)
-            tl.store(out.ref_logprob, not_above_zero(log_q.to(tl.float32)))
-
-
-@triton.jit
-def write_fallback(
-    p_row, q_row, grad_p_row, grad_q_row, token, start, end, V, scale, ratio, saved_ptr, g,
-    BLOCK: tl.constexpr, asked: tl.constexpr, reading: tl.constexpr,
-):  # fmt: skip
-    """Write the gradients of entries `start` … `end - 1` of a row, computed in float64, for
-    upstream gradients g.
-    """
-    scale = scale.to(tl.float64)
-    q_scale = scale * ratio.to(tl.float64)
-    HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob
-    HAS_TOKEN: tl.constexpr = (asked.wrt_p and asked.logprob) or (asked.wrt_q and asked.ref_logprob)
-    if asked.ref_kl and asked.wrt_q:
-        # Recompute E_q[d]: forward's float32 sums held, but give it too few digits here.
-        if is_fallback(saved_ptr):
-            row = load_row(saved_ptr)
-        else:
-            row = fallback_row(
-                p_row, q_row, V, scale, q_scale, BLOCK, True, reading.softcap, reading.ref_softcap
-            )
-    else:
-        row = load_row(saved_ptr)
-    d_at_x_peak, d_at_y_peak = peak_ratios(row, scale, q_scale)
-    for first in range(start, end, BLOCK):
-        offs_v = first + tl.arange(0, BLOCK)
-        inside = offs_v < end
-        x = load_double(p_row, first, end, BLOCK, reading.softcap)
-        log_p = log_probability_p(x, row, scale)
-        p = tl.exp(log_p)
-        grad_x = p * (-g.logprob - g.entropy * (log_p + row.entropy))
-        if HAS_Q:
-            y = load_double(q_row, first, end, BLOCK, reading.ref_softcap)
-            log_q = log_probability_q(y, row, q_scale)
-            q = tl.exp(log_q)
-            d = log_ratio(log_p, log_q)
-            grad_y = q * -g.ref_logprob
-            if asked.kl:
-                # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
-                grad_x -= tl.where(
-                    g.kl == 0.0, 0.0, p * (g.kl * ((d - d_at_x_peak) - row.mean_p_from_peak))
-                )
-                grad_y += g.kl * (q - p)
-            if asked.ref_kl:
-                grad_x -= g.ref_kl * (q - p)
-                grad_y += tl.where(
-                    q == 0.0,
-                    0.0,
-                    tl.where(
-                        g.ref_kl == 0.0,
-                        0.0,
-                        q * (g.ref_kl * ((d - d_at_y_peak) - row.mean_q_from_peak)),
-                    ),
-                )
-        if asked.wrt_p:
-            # An entry without probability has no gradient, also where its logarithm is infinite.
-            grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
-            if HAS_TOKEN:
-                grad_x += tl.where(offs_v == token, g.logprob, 0.0)
-            slope = soft_cap_slope(x, reading.softcap)
-            tl.store(grad_p_row + offs_v, (grad_x * scale * slope).to(tl.float32), mask=inside)
-        if asked.wrt_q:
-            if HAS_TOKEN:
-                grad_y += tl.where(offs_v == token, g.ref_logprob, 0.0)
-            slope = soft_cap_slope(y, reading.ref_softcap)
-            tl.store(grad_q_row + offs_v, (grad_y * q_scale * slope).to(tl.float32), mask=inside)
+from .row_math import Want
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -342,7 +40,7 @@ def write_fallback(
         "weight_ptr",
     ],
 )
-def row_fallback(
+def row_fallback(  # noqa: PLR0913
     p_ptr,
     q_ptr,
     temperature_ptr,
@@ -379,15 +77,16 @@ def row_fallback(
 ):
     """Results of the rows that row_forward or row_fused left with NaN as their first saved value.
 
-    Math:   FallbackRow and write_fallback, in float64; reference.row_statistics and row_gradients define both.
+    Math:   Fallback and write_fallback, in float64; defined by reference.row_statistics and
+            row_gradients.
     Grid:   (⌈N / ROWS⌉,).
-    Reads: one saved value per row; 3·V of each tensor for a row that is computed again, 4·V
-    WITH_GRADIENT.
+    Reads:  one saved value per row; 3·V of each tensor for a row that is computed again, 4·V
+            WITH_GRADIENT.
     Writes: 10 saved values and the fields asked for, of those rows; WITH_GRADIENT V of the gradient
-    of weight·KL to P.
+            of weight·KL to P.
     Saves:  store_row's ten values, marked by the sign of the second.
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
-    above 0.
+            above 0.
     """
     want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REVERSE, False)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
@@ -411,7 +110,8 @@ def row_fallback(
                 out = row_outputs(
                     row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr
                 )
-                store_fallback(out, p_row, q_row, token, V, scale, ratio, BLOCK, want, reading)
+                whole = Row(p_row, q_row, V, token, scale, ratio)
+                store_fallback(out, whole, BLOCK, want, reading)
                 if WITH_GRADIENT:
                     # Make the saved values, stored by one thread, visible to all threads before
                     # write_fallback loads them.
@@ -422,20 +122,5 @@ def row_fallback(
                     zero = tl.full([], 0.0, tl.float32)
                     g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
                     grad_row = grad_ptr + row * stride_grad
-                    write_fallback(
-                        p_row,
-                        q_row,
-                        grad_row,
-                        grad_row,
-                        token,
-                        0,
-                        V,
-                        V,
-                        scale,
-                        ratio,
-                        out.saved,
-                        g,
-                        BLOCK,
-                        asked,
-                        reading,
-                    )
+                    grads = GradientRow(grad_row, grad_row, 0, V)
+                    write_fallback(whole, grads, out.saved, g, BLOCK, asked, reading)

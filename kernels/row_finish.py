@@ -249,16 +249,29 @@ def store_fields(out, entropy, kl, ref_kl, want: tl.constexpr):
         tl.store(out.ref_kl, ref_kl.to(tl.float32))
 
 
+class Row(NamedTuple):
+    """The addresses of a row of P and of Q, its length, the sampled token, 1/T, and the inverse
+    temperature of Q over that of P.
+    """
+
+    p: tl.tensor
+    q: tl.tensor
+    V: tl.tensor
+    token: tl.tensor
+    scale: tl.tensor
+    ratio: tl.tensor
+
+
 @triton.jit
-def token_logits(p_row, q_row, token, V, want: tl.constexpr, reading: tl.constexpr):
-    """The sampled token's capped logits of P and of Q; NaN for a token outside 0 … V-1."""
-    inside = (token >= 0) & (token < V)
-    x = tl.load(p_row + token, mask=inside, other=float("nan")).to(tl.float32)
-    x = soft_cap(x, reading.softcap, p_row.dtype.element_ty)
+def token_logits(row, want: tl.constexpr, reading: tl.constexpr):
+    """Return the sampled token's capped logits of P and of Q; NaN for a token outside 0 … V-1."""
+    inside = (row.token >= 0) & (row.token < row.V)
+    x = tl.load(row.p + row.token, mask=inside, other=float("nan")).to(tl.float32)
+    x = soft_cap(x, reading.softcap, row.p.dtype.element_ty)
     y = x
     if want.kl:
-        y = tl.load(q_row + token, mask=inside, other=float("nan")).to(tl.float32)
-        y = soft_cap(y, reading.ref_softcap, q_row.dtype.element_ty)
+        y = tl.load(row.q + row.token, mask=inside, other=float("nan")).to(tl.float32)
+        y = soft_cap(y, reading.ref_softcap, row.q.dtype.element_ty)
     return x, y
 
 
@@ -297,13 +310,11 @@ def saved_values(s, shift, scale, want: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(
-    out, s, p_row, q_row, token, V, shift, scale, ratio, want: tl.constexpr, reading: tl.constexpr
-):
+def store_statistics(out, s, row, shift, want: tl.constexpr, reading: tl.constexpr):
     """Write the saved values and the fields of a row; a NaN as the first saved value marks a row
     whose sums do not hold.
     """
-    saved = saved_values(s, shift, scale, want)
+    saved = saved_values(s, shift, row.scale, want)
     tl.store(out.saved, tl.where(s.hold, saved.origin, float("nan")))
     tl.store(out.saved + 1, saved.log2_S)
     tl.store(out.saved + 2, saved.lse_q)
@@ -318,12 +329,12 @@ def store_statistics(
     if reading.tokens:
         # Half the base-2 logarithms, which are exact halves: x·s·log2(e) of a finite
         # log-probability may overflow.
-        half_scale = scale * (LOG2E * 0.5)
-        x, y = token_logits(p_row, q_row, token, V, want, reading)
+        half_scale = row.scale * (LOG2E * 0.5)
+        x, y = token_logits(row, want, reading)
         half_p = tl.fma(x, half_scale, s.origin * -0.5) - s.log2_S * 0.5
         tl.store(out.logprob, not_above_zero(half_p * (LN2 * 2.0)))
         if want.kl:
-            y, y_lost = scale_reference(y, ratio, reading.ratio)
+            y, y_lost = scale_reference(y, row.ratio, reading.ratio)
             y, more = split_sum(y, -shift)
             half_q = tl.fma(y, half_scale, s.lse_q * -0.5) - s.lost_q * 0.5
             half_q = tl.fma(y_lost + more, half_scale, half_q)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .row_finish import (
     Reading,
+    Row,
     load_states,
     row_outputs,
     row_statistics,
@@ -16,7 +17,8 @@ from .row_finish import (
 )
 from .row_load import lane_order, prefetch, row_offset, row_pad, row_ratio, row_scale, row_shift
 from .row_math import LOG2E, STATE, State, Want
-from .row_segment import D_SCALE, Row, Tiling, segment_sums
+from .row_segment import segment_sums
+from .row_tile import D_SCALE, Segment, Tiling
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -51,15 +53,16 @@ from .row_segment import D_SCALE, Row, Tiling, segment_sums
         "ref_kl_ptr",
     ],
 )
-def row_forward(
+def row_forward(  # noqa: PLR0913
     p_ptr,  # [outer, inner, V] policy logits (P)
     q_ptr,  # [outer, inner, V] reference logits (Q); any pointer without WITH_KL
     mask_ptr,  # [N] bool; any pointer without HAS_MASK
     temperature_ptr,  # [N] float32; any pointer without TEMPERATURE_PER_ROW
-    ratio_ptr,  # [N] float32, the inverse temperature of Q over that of P; any pointer without HAS_RATIO
+    ratio_ptr,  # [N] float32, Q's inverse temperature over P's; any pointer without HAS_RATIO
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre; any pointer if splits is 1
-    counter_ptr,  # [N] int32, zeros at the start: how many segments of a row are done; any pointer if splits is 1
+    # [N] int32, zeros at the start: how many segments of a row are done; any pointer if splits is 1
+    counter_ptr,
     # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost,
     # log1p(t), E_p[d], E_q[d], entropy
     saved_ptr,
@@ -79,7 +82,8 @@ def row_forward(
     V: tl.int32,
     segment: tl.int32,
     splits: tl.int32,
-    prefetching: tl.int32,  # 1: prefetch the segment, where programs are too few to hide memory's latency (PREFETCH)
+    # 1: prefetch the segment, where programs are too few to hide memory's latency (PREFETCH)
+    prefetching: tl.int32,
     SPLITS: tl.constexpr,  # a power of two, at least splits
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -94,25 +98,25 @@ def row_forward(
     Q_IN_BLOCKS: tl.constexpr,
     PREFETCH: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    REF_SOFTCAP: tl.constexpr,  # logits are CAP·tanh(logits/CAP), 0 for none: a constant of each model
+    REF_SOFTCAP: tl.constexpr,  # logits are CAP·tanh(logits/CAP), 0 for none; one per model
     HAS_RATIO: tl.constexpr,
 ):
     """The sums of one segment of one row; the program of a row that is last writes the row's
     results.
 
-    Math:   the sums of row_math.py over the segment and the formulas there, as reference.row_statistics defines them.
-    Grid:   (N · splits,), a row's segments next to each other. Lengths of segments depend on V alone, and states are merged
-            in order: a row's bits depend neither on N nor on which program is last.
-    Reads: N·V of p, N·V of q (WITH_KL), up to four logits of each tensor per row; nothing of a
-    masked row.
+    Math:   the sums and formulas of row_math.py; defined by reference.row_statistics.
+    Grid:   (N · splits,), a row's segments next to each other. Lengths of segments depend on V
+            alone, and states are merged in order: a row's bits depend neither on N nor on which
+            program is last.
+    Reads:  N·V of p, N·V of q (WITH_KL), up to four logits of each tensor per row; nothing of a
+            masked row.
     Writes: 7 · N · splits float32, read again by the last program; 10 saved values and the fields
-    asked for, per row.
+            asked for, per row.
     Saves:  what row_backward needs: 40 bytes per row.
     Special values: the first saved value is NaN for a row whose sums do not hold (infinities, a
-    NaN, an entry with |d| above
-            LARGEST_D, KL of 8 nats or more, tensors 64 nats apart), and row_fallback computes it
-            again. A token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
-            above 0. A masked row gets zeros.
+            NaN, an entry with |d| above LARGEST_D, KL of 8 nats or more, tensors 64 nats apart),
+            and row_fallback computes it again. A token outside 0 … V-1 reads nothing and gives NaN.
+            Log-probabilities are never above 0. A masked row gets zeros.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
@@ -149,7 +153,7 @@ def row_forward(
     pad = 0
     if REALIGN:
         pad = row_pad(p_row)
-    place = Row(
+    place = Segment(
         p_row + first - pad,
         q_row + first - pad,
         q_row + first,
@@ -185,4 +189,6 @@ def row_forward(
     scale = doubled_scale * (1.0 / D_SCALE)
     statistics = row_statistics(states, shift, scale, want)
     out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
-    store_statistics(out, statistics, p_row, q_row, token, V, shift, scale, ratio, want, reading)
+    store_statistics(
+        out, statistics, Row(p_row, q_row, V, token, scale, ratio), shift, want, reading
+    )

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .row_finish import (
     Reading,
+    Row,
     load_states,
     row_outputs,
     row_statistics,
@@ -18,7 +19,8 @@ from .row_finish import (
 from .row_gradient import Asked, Place, Upstream, gradient_terms, write_tile
 from .row_load import lane_order, prefetch, row_offset, row_ratio, row_scale, row_shift
 from .row_math import LOG2E, STATE, Want
-from .row_segment import D_SCALE, Row, Tiling, segment_sums
+from .row_segment import segment_sums
+from .row_tile import D_SCALE, Segment, Tiling
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -52,16 +54,17 @@ from .row_segment import D_SCALE, Row, Tiling, segment_sums
         "kl_ptr",
     ],
 )
-def row_fused(  # noqa: PLR0915 - a kernel packs its arguments
+def row_fused(  # noqa: PLR0913, PLR0915
     p_ptr,
     q_ptr,  # [outer, inner, V] logits; every row of both starts on a 16-byte boundary
-    grad_ptr,  # [N, V], rows stride_grad apart and on boundaries too; may be the logits of P themselves
+    grad_ptr,  # [N, V], rows stride_grad apart and on boundaries too; may be the logits of P
     weight_ptr,  # [N] float32: the weight of each row's KL in the sum
     mask_ptr,
     temperature_ptr,
     ratio_ptr,  # as in row_forward
     state_ptr,  # [N, splits, 7] float32
-    sync_ptr,  # [1 + N] int32, zeros at the start: the next ticket, and how many pieces of each row have been summed
+    # [1 + N] int32, zeros at the start: the next ticket, and how many pieces of each row are summed
+    sync_ptr,
     saved_ptr,
     kl_ptr,  # [N, 10] and [N] float32
     temperature: tl.float32,
@@ -86,7 +89,9 @@ def row_fused(  # noqa: PLR0915 - a kernel packs its arguments
     SOFTCAP: tl.constexpr,
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
-    PHASE: tl.constexpr,  # 0: all of it; 1 and 2: up to the wait and from there on, for an interpreter that runs one program after another
+    # 0: all of it; 1 and 2: up to the wait and from there on, for an interpreter that runs one
+    # program after another
+    PHASE: tl.constexpr,
 ):
     """The KL of rows and the gradient of Σ weight·KL with respect to P, in one launch.
 
@@ -103,15 +108,16 @@ def row_fused(  # noqa: PLR0915 - a kernel packs its arguments
     ticket of this row. NVIDIA only: on AMD a .cg load does not bypass the caches that other
     programs write behind.
 
-    Math:   row_math.py's sums and row_gradient.entry_gradients; reference.row_statistics and row_gradients define both.
+    Math:   row_math.py's sums and row_gradient.entry_gradients; defined by reference.row_statistics
+            and row_gradients.
     Grid:   (N · splits,), by tickets; a segment (of row_forward) is cut into `pieces` pieces.
-    Reads: N·V of p and of q twice, the second time from cache; three entries of each again if one
-    is float32; nothing of a masked row.
+    Reads:  N·V of p and of q twice, the second time from cache; three entries of each again if one
+            is float32; nothing of a masked row.
     Writes: N·V of the gradient, zeros in a masked row; 7·N·splits float32; 10 saved values and the
-    KL, per row.
+            KL, per row.
     Saves:  row_forward's ten values, for row_fallback and for a gradient to Q.
     Special values: a row whose sums do not hold gets NaN as its first saved value and no gradient:
-    row_fallback writes both.
+            row_fallback writes both.
     """
     if PHASE == 0:
         ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
@@ -174,7 +180,7 @@ def row_fused(  # noqa: PLR0915 - a kernel packs its arguments
             tl.store(state_here + 2, shift)
     if PHASE != 2:
         scale2 = doubled_scale * (LOG2E / D_SCALE)
-        piece_row = Row(
+        piece_row = Segment(
             p_block,
             q_block,
             q_block,
@@ -201,9 +207,8 @@ def row_fused(  # noqa: PLR0915 - a kernel packs its arguments
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
         statistics = row_statistics(states, shift, scale, want)
         if split == 0:
-            store_statistics(
-                out, statistics, p_row, q_row, row, V, shift, scale, ratio, want, reading
-            )
+            whole = Row(p_row, q_row, V, row, scale, ratio)
+            store_statistics(out, statistics, whole, shift, want, reading)
         if statistics.hold:
             zero = scale * 0.0
             g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
@@ -225,13 +230,14 @@ def scale_gradient(
 ):
     """Multiply a gradient in place by a scalar on the device; return at once if it is 1.
 
-    Math:   grad · factor in float32, rounded: of a 16-bit gradient a second rounding, exact for powers of two.
+    Math:   grad · factor in float32, rounded: a second rounding of a 16-bit gradient, exact for
+            powers of two.
     Grid:   any: programs take blocks in turns.
     Reads:  1 and, unless factor is 1, n of the gradient.
     Writes: n of the gradient unless factor is 1.
     Saves:  nothing.
     Special values: a gradient of 0 stays 0, also under a factor that is not finite; a factor of 0
-    gives 0 everywhere.
+            gives 0 everywhere.
     """
     factor = tl.load(factor_ptr)
     if factor != 1.0:

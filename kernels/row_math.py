@@ -1,7 +1,8 @@
 """The arithmetic of one row: centred KL terms, the running state of a row and its one merge.
 
 Notation, for one row with policy logits x, reference logits y and temperature T:
-    s = 1/T,   d = (y - x)·s - c   for a centre c near lse(y·s) - lse(x·s),   e = 2^(x·s·log2(e) - origin)
+    s = 1/T,   d = (y - x)·s - c   for a centre c near lse(y·s) - lse(x·s),
+    e = 2^(x·s·log2(e) - origin)
     S = Σe   A = Σe·(x·s·log2(e) - origin)   W = Σe·d   U = Σe·(expm1(d) - d)   R = Σe·d·expm1(d)
 `origin` is a whole number near the largest log2-scaled logit, so that rescaling a sum is exact.
 Then, with t = (U + W)/S,
@@ -175,7 +176,7 @@ def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
-    """The derivative of soft_cap where it has the value `capped`: 1 - tanh²; 1 where SOFTCAP is 0."""
+    """Return the derivative of soft_cap where it has the value `capped`; 1 where SOFTCAP is 0."""
     if SOFTCAP > 0.0:
         t = capped * (1.0 / SOFTCAP)
         slope = (1.0 - t) * (1.0 + t)
@@ -248,7 +249,8 @@ def merge(s, want: tl.constexpr):
     """Merge a vector of states (axis 0) to one: programs of a row and shards of a vocabulary merge
     alike.
 
-    Put the centre at the mean of d over all of them. A state without weight (S = 0) adds nothing, whatever its centre.
+    Put the centre at the mean of d over all of them. A state without weight (S = 0) adds nothing,
+    whatever its centre.
     All must count their differences from one shift (row_load.row_shift).
     """
     s = rescale(s, tl.max(s.origin, 0), want)

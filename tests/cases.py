@@ -1,16 +1,197 @@
-"""Help of the tests alone: Triton's interpreter made as exact as a GPU is, and CUDA graphs."""
+"""Shared by the tests: rows through either backend below the public functions, tensors in memory
+of their own, Triton's interpreter made as exact as a GPU is, and CUDA graphs.
+"""
 
-from __future__ import annotations
-
+import math
 import os
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from fastkl import kl_divergence, testing
+from fastkl.ops import engine
+from fastkl.ops.fields import FIELDS, SAVED, RowArgs, Scaling
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Whether inductor can compile for a CPU.
 HAS_CPP = any(
     shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
 )
+
+
+# ---- rows below the public functions: the one place that knows how engine is called
+
+
+class Rows(NamedTuple):
+    """What a row function is asked about: logits of any leading shape, the rest [N]."""
+
+    p: torch.Tensor
+    q: torch.Tensor | None
+    tokens: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    temperature: float | torch.Tensor = 1.0
+    scaling: Scaling = Scaling()
+
+    @property
+    def count(self) -> int:
+        return self.p.shape[:-1].numel()
+
+    def part(self, index: slice | torch.Tensor | list) -> "Rows":
+        """Some rows of logits [N, V]."""
+        return self._make(
+            value[index] if isinstance(value, torch.Tensor) else value for value in self
+        )
+
+
+class Run(NamedTuple):
+    """Fields, saved values and the gradients asked for."""
+
+    fields: dict[str, torch.Tensor]
+    saved: torch.Tensor
+    grads: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Every tensor by a name for messages; rows come first."""
+        grads = {f"gradient to {n}": g for n, g in zip("pq", self.grads, strict=True)}
+        made = {**self.fields, "saved": self.saved, **grads}
+        return {name: value for name, value in made.items() if value is not None}
+
+
+def problem(rows: Rows) -> object:
+    """The launchers' problem of rows that need one alone."""
+    ((_, found),) = engine.problems(RowArgs(*rows))
+    return found
+
+
+def forward(backend: str, rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
+    """Fields and saved values, in memory full of NaN before."""
+    new = rows.p.new_full
+    fields = {n: new((rows.count,), math.nan, dtype=torch.float32) for n in wanted}
+    saved = new((rows.count, SAVED), math.nan, dtype=torch.float32)
+    engine.ENGINES[backend].forward(RowArgs(*rows), fields, saved)
+    return Run(fields, saved)
+
+
+def backward(backend: str, rows: Rows, saved, upstream, grads) -> None:
+    """Write the gradients that are not None."""
+    engine.ENGINES[backend].backward(RowArgs(*rows), saved, upstream, *grads)
+
+
+def run(
+    backend: str, rows: Rows, upstream: dict[str, torch.Tensor], grads=None, fields=None
+) -> Run:
+    """Forward of `fields`, by default those with an upstream gradient, and backward into `grads`,
+    by default to both tensors in memory full of NaN before.
+    """
+    made = forward(backend, rows, tuple(upstream) if fields is None else fields)
+    if grads is None:
+        shape = (rows.count, rows.p.shape[-1])
+        grads = tuple(side.new_full(shape, math.nan) for side in rows[:2])
+    backward(backend, rows, made.saved, upstream, grads)
+    return made._replace(grads=tuple(grads))
+
+
+def together(backend: str, rows: Rows, weights: torch.Tensor, grad: torch.Tensor) -> Run:
+    """KL, saved values and the gradient to P for upstream gradients `weights`, in one go."""
+    new = rows.p.new_full
+    kl = new((rows.count,), math.nan, dtype=torch.float32)
+    saved = new((rows.count, SAVED), math.nan, dtype=torch.float32)
+    engine.ENGINES[backend].kl_and_gradients(RowArgs(*rows), kl, saved, weights, grad, None)
+    return Run({"kl": kl}, saved, (grad, None))
+
+
+# ---- kl_divergence and its gradients
+
+
+def outcome(
+    p: torch.Tensor, q: torch.Tensor, device: str, upstream: torch.Tensor | None = None, **keywords
+) -> tuple[torch.Tensor, ...]:
+    """(kl, dP, dQ) on `device` for these very strides, and random upstream gradients where none are
+    given.
+    """
+    p, q = testing.leaf(p.to(device)), testing.leaf(q.to(device))
+    result = kl_divergence(p, q, **keywords)
+    upstream = testing.upstream_for(result) if upstream is None else upstream
+    return result, *torch.autograd.grad(result, (p, q), upstream.to(result))
+
+
+def check_results(
+    implementation,
+    results: tuple[torch.Tensor, ...],
+    p: torch.Tensor,
+    q: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+) -> None:
+    """What outcome() returned for logits p, q agrees with fp64 of them; the result is float32 and
+    where the logits are.
+    """
+    result, *grads = results
+    assert result.dtype == torch.float32 and result.shape == p.shape[:-1]
+    assert result.device.type == implementation.device
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.cpu()
+    exact = testing.truth(p.cpu(), q.cpu(), temperature)
+    testing.assert_kl(result, exact.kl)
+    expected = testing.kl_gradients(exact, testing.upstream_for(result), temperature)
+    assert [grad.dtype for grad in grads] == [p.dtype, q.dtype]
+    assert_gradients(grads, expected)
+
+
+def check(implementation, p: torch.Tensor, q: torch.Tensor, temperature=1.0) -> None:
+    """kl_divergence and both gradients agree with fp64 of the same CPU inputs."""
+    results = outcome(p, q, implementation.device, temperature=temperature)
+    check_results(implementation, results, p, q, temperature)
+
+
+# ---- tensors
+
+
+def assert_gradients(grads, exact, what: str = "kl") -> None:
+    """Gradients to P, and to Q if there is one, agree with float64 to their types' rounding."""
+    for name, grad, value in zip("pq"[: len(grads)], grads, exact, strict=True):
+        testing.assert_rounded_gradient(
+            grad,
+            value,
+            f"{what}, gradient to {name}",
+            absolute=1e-6 * (name == "q"),
+            truncated=INTERPRETING,
+        )
+
+
+def padded(
+    rows: torch.Tensor, padding: int = 0, offset: int = 0, fill: float = math.nan
+) -> torch.Tensor:
+    """The same rows [N, V] with `padding` NaN after each and `offset` before all."""
+    count, vocabulary = rows.shape
+    storage = rows.new_full((offset + count * (vocabulary + padding) + 16,), fill)
+    return storage.as_strided((count, vocabulary), (vocabulary + padding, 1), offset).copy_(rows)
+
+
+def assert_same(results, expected, what: str = "result") -> None:
+    for i, (result, value) in enumerate(zip(results, expected, strict=True)):
+        testing.assert_same_bits(result, value, f"{what} {i}")
+
+
+def captured(call) -> tuple:
+    """(CUDA graph of call(), its results): once outside, so that everything is compiled and
+    allocated, then captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+# ---- the interpreter
 
 
 def compute_as_a_gpu() -> None:
@@ -66,18 +247,3 @@ def compute_as_a_gpu() -> None:
         "create_log": about_logarithms,
     }.items():
         setattr(builder, name, approximate(getattr(builder, name), *errors))
-
-
-def captured(call) -> tuple:
-    """(CUDA graph of call(), its results): once outside, so that everything is compiled and
-    allocated, then captured.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results

@@ -6,8 +6,6 @@ TRITON_INTERPRET=1 (test_interpreter.py starts such a process): the Triton kerne
 Without a GPU the gpu tests are skipped; FASTKL_REQUIRE_GPU=1 turns that into a failure.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -24,6 +22,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 # the standard library's.
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
+import cases
 import torch
 
 import fastkl
@@ -40,11 +39,23 @@ for _number, _handler in (
 # machine.
 torch.set_num_threads(1)
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
-if INTERPRETING:
+if cases.INTERPRETING:
     import quick_interpreter
 
     quick_interpreter.hurry()
+    # Every row has a GPU's rounding errors.
+    cases.compute_as_a_gpu()
+
+# In the interpreter float16 is left to tests that name it: to a kernel it is a load and a store,
+# as bfloat16 is.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+if not cases.INTERPRETING:
+    DTYPES["fp16"] = torch.float16
+
+
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
 
 
 class Implementation(NamedTuple):
@@ -65,7 +76,7 @@ class Implementation(NamedTuple):
 
 
 def _implementations() -> list:
-    if INTERPRETING:
+    if cases.INTERPRETING:
         return [pytest.param(Implementation("triton", "cpu"), id="interpreter")]
     return [
         pytest.param(Implementation("reference", "cpu"), id="reference"),
@@ -78,6 +89,14 @@ def implementation(request: pytest.FixtureRequest) -> Implementation:
     """The implementation under test, chosen with fastkl.use_backend."""
     with fastkl.use_backend(request.param.backend):
         yield request.param
+
+
+@pytest.fixture
+def kernels(implementation) -> Implementation:
+    """The implementation, where it is the kernels: the reference has its own tests."""
+    if not implementation.kernels:
+        pytest.skip("about the kernels")
+    return implementation
 
 
 def _with_room_for_frames(function: Callable[[pytest.Item], object], item: pytest.Item) -> object:
@@ -126,3 +145,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("FASTKL_REQUIRE_GPU") == "1":
             pytest.fail("FASTKL_REQUIRE_GPU=1, but torch sees no CUDA device")
         pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Drop compiled code of other tests."""
+    torch._dynamo.reset()

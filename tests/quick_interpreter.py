@@ -6,8 +6,6 @@ though the kernel's launch has replaced them; and it computes every sum and prod
 again in 64 bits, for an assertion that it then leaves out.
 """
 
-from __future__ import annotations
-
 
 def hurry() -> None:
     """From now on, for the whole process."""

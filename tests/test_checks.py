@@ -2,8 +2,6 @@
 what came and what to do.
 """
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -36,14 +34,18 @@ CALLS = {
     "select": lambda a, **more: fastkl.selective_log_softmax(a.p, a.tokens, **more),
     "penalty": lambda a, **more: fastkl.KLPenalty(0.1)(a.p, a.q, **more),
 }
-# The names that each function gives to p, q and tokens.
+# The names that each function gives to its arguments.
 NAMES = {
-    "kl": ("p_logits", "q_logits", None),
-    "stats": ("logits", "ref_logits", "tokens"),
-    "policy_stats": ("logits", None, "tokens"),
-    "select": ("logits", None, "index"),
-    "penalty": ("policy_logits", "ref_logits", None),
+    "kl": {"p": "p_logits", "q": "q_logits", "mask": "mask", "t": "temperature"},
+    "stats": {
+        **{"p": "logits", "q": "ref_logits", "tokens": "tokens"},
+        **{"mask": "mask", "t": "temperature"},
+    },
+    "policy_stats": {"p": "logits", "tokens": "tokens", "mask": "mask", "t": "temperature"},
+    "select": {"p": "logits", "tokens": "index"},
+    "penalty": {"p": "policy_logits", "q": "ref_logits", "mask": "mask"},
 }
+WITH_TEMPERATURE = ["kl", "stats", "policy_stats"]
 
 
 def test_the_right_arguments_pass(implementation) -> None:
@@ -72,7 +74,7 @@ def check(call, arguments, name: str, error: type, words: tuple[str, ...], **mor
         assert word in message, f"{word!r} is not in: {message}"
 
 
-# ---- logits: how it is wrong, what is made of the right tensor, the error, words
+# ---- wrong by themselves, or beside the others: how, what is made of the right one, error, words
 
 WRONG_LOGITS = [
     ("not a tensor", lambda x: x.tolist(), TypeError, ("tensor of logits [..., V]", "got list")),
@@ -85,27 +87,6 @@ WRONG_LOGITS = [
 ]
 
 
-def wrong_logits() -> list:
-    """Every way to be wrong, of every logits argument there is; that of token_stats' reference may
-    be None.
-    """
-    return [
-        pytest.param(wrong, name, which, id=f"{wrong[0]}-{name}-{('first', 'second')[which]}")
-        for wrong in WRONG_LOGITS
-        for name in CALLS
-        for which in (0, 1)
-        if NAMES[name][which] is not None and (name, which, wrong[0]) != ("stats", 1, "None")
-    ]
-
-
-@pytest.mark.parametrize("wrong, name, which", wrong_logits())
-def test_wrong_logits(implementation, wrong, name, which) -> None:
-    """Either logits argument, wrong by itself."""
-    arguments = right(implementation.device)
-    setattr(arguments, "pq"[which], wrong[1](getattr(arguments, "pq"[which])))
-    check(CALLS[name], arguments, NAMES[name][which], wrong[2], wrong[3])
-
-
 WRONG_PAIRS = [
     ("vocabulary", lambda x: x[..., :5], ValueError, ("(2, 3, 7)", "(2, 3, 5)", "vocabulary")),
     ("rows", lambda x: x[:, :2], ValueError, ("(2, 3, 7)", "(2, 2, 7)", "align")),
@@ -115,17 +96,6 @@ WRONG_PAIRS = [
     ("float64", lambda x: x.double(), TypeError, ("float64", "torch.float32", ".to()")),
 ]
 
-
-@pytest.mark.parametrize("name", ["kl", "stats", "penalty"])
-@pytest.mark.parametrize("wrong", WRONG_PAIRS, ids=lambda wrong: wrong[0])
-def test_logits_that_do_not_go_together(implementation, name, wrong) -> None:
-    """The second logits argument is held against the first, and both are named: nothing broadcasts."""
-    arguments = right(implementation.device)
-    arguments.q = wrong[1](arguments.q)
-    check(CALLS[name], arguments, NAMES[name][1], wrong[2], (NAMES[name][0], *wrong[3]))
-
-
-# ---- masks and tokens
 
 WRONG_MASKS = [
     ("not a tensor", lambda m: m.tolist(), TypeError, ("bool tensor", "got list")),
@@ -141,14 +111,6 @@ WRONG_MASKS = [
     ("one row", lambda m: m[0], ValueError, ("(2, 3)", "(3,)")),
     ("device", lambda m: m.to("meta"), ValueError, ("got meta", ".to()")),
 ]
-
-
-@pytest.mark.parametrize("name", ["kl", "stats", "policy_stats", "penalty"])
-@pytest.mark.parametrize("wrong", WRONG_MASKS, ids=lambda wrong: wrong[0])
-def test_wrong_mask(implementation, name, wrong) -> None:
-    """A mask is a bool tensor of the leading shape."""
-    arguments = right(implementation.device)
-    check(CALLS[name], arguments, "mask", wrong[2], wrong[3], mask=wrong[1](arguments.mask))
 
 
 WRONG_TOKENS = [
@@ -171,58 +133,6 @@ WRONG_TOKENS = [
     ("device", lambda t: t.to("meta"), ValueError, ("got meta", ".to()")),
 ]
 
-
-@pytest.mark.parametrize("name", ["stats", "policy_stats", "select"])
-@pytest.mark.parametrize("wrong", WRONG_TOKENS, ids=lambda wrong: wrong[0])
-def test_wrong_tokens(implementation, name, wrong) -> None:
-    """Token ids are integers of the leading shape; the message has the function's own name for
-    them.
-    """
-    arguments = right(implementation.device)
-    arguments.tokens = wrong[1](arguments.tokens)
-    check(CALLS[name], arguments, NAMES[name][2], wrong[2], wrong[3])
-
-
-@pytest.mark.parametrize("token", [-1, V, -100, 2**40])
-@pytest.mark.parametrize("name", ["stats", "policy_stats", "select"])
-def test_token_out_of_range(implementation, name, token) -> None:
-    """An error where looking costs nothing; with the kernels NaN in that row's log-probabilities
-    and in no other's, and the KLs unharmed.
-    """
-    arguments = right(implementation.device)
-    expected = CALLS[name](arguments)
-    arguments.tokens[1, 2] = token
-    if not implementation.kernels:
-        with pytest.raises(
-            ValueError, match=f"{NAMES[name][2]}.*: expected ids in 0 … 6, got {token};"
-        ):
-            CALLS[name](arguments)
-        return
-    result = CALLS[name](arguments)
-    if name == "select":
-        result, expected = (
-            fastkl.TokenStats(result, None, None, None, None),
-            fastkl.TokenStats(expected, None, None, None, None),
-        )
-    for field, value in result._asdict().items():
-        if value is not None:
-            if "logprob" in field:
-                assert math.isnan(value[1, 2])
-                value, exact = value.flatten()[:-1], getattr(expected, field).flatten()[:-1]
-            else:
-                exact = getattr(expected, field)
-            assert torch.equal(value, exact), field
-
-
-def test_token_out_of_range_under_the_mask(implementation) -> None:
-    """Ignored positions may hold any id."""
-    arguments = right(implementation.device)
-    arguments.mask[1, 2], arguments.tokens[1, 2] = False, -100
-    for value in CALLS["stats"](arguments, mask=arguments.mask):
-        assert bool(value.isfinite().all()) and float(value[1, 2]) == 0.0
-
-
-# ---- temperatures
 
 WRONG_TEMPERATURES = [
     ("zero", lambda t: 0, ValueError, ("positive", "got 0")),
@@ -255,20 +165,40 @@ WRONG_TEMPERATURES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["kl", "stats", "policy_stats"])
-@pytest.mark.parametrize("wrong", WRONG_TEMPERATURES, ids=lambda wrong: wrong[0])
-def test_wrong_temperature(implementation, name, wrong) -> None:
-    """A temperature is a positive finite number or a float tensor of the leading shape without
-    gradient.
-    """
-    arguments = right(implementation.device)
-    check(
-        CALLS[name], arguments, "temperature", wrong[2], wrong[3], temperature=wrong[1](arguments.t)
-    )
+WRONG = {
+    "p": WRONG_LOGITS,
+    "q": WRONG_LOGITS + WRONG_PAIRS,
+    "mask": WRONG_MASKS,
+    "tokens": WRONG_TOKENS,
+    "t": WRONG_TEMPERATURES,
+}
+# A reference of token_stats may be None.
+TABLE = {
+    f"{function}-{name}-{wrong[0]}": (function, argument, *wrong[1:])
+    for function, names in NAMES.items()
+    for argument, name in names.items()
+    for wrong in WRONG[argument]
+    if (function, argument, wrong[0]) != ("stats", "q", "None")
+}
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_wrong_arguments(implementation, key) -> None:
+    function, argument, change, error, words = TABLE[key]
+    arguments, name = right(implementation.device), NAMES[function][argument]
+    changed, more = change(getattr(arguments, argument)), {}
+    if argument in ("mask", "t"):
+        more[name] = changed
+    else:
+        setattr(arguments, argument, changed)
+    check(CALLS[function], arguments, name, error, words, **more)
+
+
+# ---- values out of range
 
 
 @pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf, 2.0**-127, 2.0**127])
-@pytest.mark.parametrize("name", ["kl", "stats", "policy_stats"])
+@pytest.mark.parametrize("name", WITH_TEMPERATURE)
 def test_temperature_of_a_row_that_is_not_positive(implementation, name, value) -> None:
     """An error where looking costs nothing; with the kernels NaN in that row and in no other. Under
     the mask it does not matter.
@@ -278,40 +208,31 @@ def test_temperature_of_a_row_that_is_not_positive(implementation, name, value) 
     arguments.t[1, 2] = value
     if implementation.kernels:
         result = CALLS[name](arguments, temperature=arguments.t)
+        one = name == "kl"
         for field, exact in zip(
-            (result,) if name == "kl" else result,
-            (expected,) if name == "kl" else expected,
-            strict=True,
+            [result] if one else result, [expected] if one else expected, strict=True
         ):
-            if exact is not None:
-                assert math.isnan(field[1, 2]) and torch.equal(
-                    field.flatten()[:-1], exact.flatten()[:-1]
-                )
+            if field is not None:
+                assert math.isnan(field[1, 2])
+                assert torch.equal(field.flatten()[:-1], exact.flatten()[:-1])
     else:
-        check(
-            CALLS[name],
-            arguments,
-            "temperature",
-            ValueError,
-            ("positive finite values", f"got {value}"),
-            temperature=arguments.t,
-        )
+        words = ("positive finite values", f"got {value}")
+        more = {"temperature": arguments.t}
+        check(CALLS[name], arguments, "temperature", ValueError, words, **more)
     arguments.mask[1, 2] = False
     assert CALLS[name](arguments, temperature=arguments.t, mask=arguments.mask) is not None
 
 
-@pytest.mark.parametrize("temperature", [2.0**-126, 2.0**126])
+ENDS = [*(end for at in (-126, 126) for end in (2.0**at, torch.full((2,), 2.0**at)))]
+
+
+@pytest.mark.parametrize("temperature", [*ENDS, torch.full((2,), 6e-8, dtype=torch.float16)])
 def test_the_ends_of_the_range(temperature) -> None:
-    """Both ends are temperatures, as a number and as a tensor."""
+    """Both ends are temperatures, as a number and as a tensor; they are no float16 numbers, and are
+    not made ones.
+    """
     p = torch.zeros(2, V)
-    for given in (temperature, torch.full((2,), temperature)):
-        assert torch.equal(fastkl.kl_divergence(p, p, temperature=given), torch.zeros(2))
-
-
-def test_a_float16_temperature_is_within_the_range() -> None:
-    """The ends of the range are no float16 numbers, and are not made ones."""
-    p, small = torch.zeros(2, V), torch.full((2,), 6e-8, dtype=torch.float16)
-    assert torch.equal(fastkl.kl_divergence(p, p, temperature=small), torch.zeros(2))
+    assert torch.equal(fastkl.kl_divergence(p, p, temperature=temperature), torch.zeros(2))
 
 
 REMEDIES = [
@@ -327,10 +248,9 @@ REMEDIES = [
 @pytest.mark.parametrize("change, remedy", REMEDIES, ids=[remedy for _, remedy in REMEDIES])
 @pytest.mark.parametrize("name", CALLS)
 def test_remedies_for_kinds_of_tensors(name, change, remedy) -> None:
-    """Each kind of tensor that is no plain float one is told what makes it one."""
     arguments = right("cpu")
     arguments.p = change(arguments.p)
-    check(CALLS[name], arguments, NAMES[name][0], TypeError, (remedy,))
+    check(CALLS[name], arguments, NAMES[name]["p"], TypeError, (remedy,))
 
 
 FORWARD_MODE = (
@@ -352,16 +272,3 @@ def test_forward_mode_says_what_to_do(implementation, name, transform) -> None:
     for error in (TypeError, RuntimeError):
         with pytest.raises(error, match=FORWARD_MODE):
             transform(total)(arguments.p)
-
-
-def test_empty_batch(implementation) -> None:
-    """N = 0 is no error: empty results and gradients of the logits' shape."""
-    for leading in ((0,), (2, 0), (0, 3)):
-        p, q = (
-            torch.zeros(*leading, V, device=implementation.device, requires_grad=True) for _ in "pq"
-        )
-        tokens = torch.zeros(leading, dtype=torch.long, device=implementation.device)
-        for value in fastkl.token_stats(p, tokens, q):
-            assert value.shape == leading and value.dtype == torch.float32
-        fastkl.kl_divergence(p, q).sum().backward()
-        assert p.grad.shape == p.shape and q.grad.shape == q.shape

@@ -2,8 +2,6 @@
 digits near 0, clamps, infinities, errors.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -19,14 +17,12 @@ every = pytest.mark.parametrize("which", (*ESTIMATORS, *DIRECTIONS))
 def either(
     logprob: torch.Tensor, ref: torch.Tensor, which: str, clamp: float | None = None
 ) -> torch.Tensor:
-    """An estimator, or the loss of a direction."""
     if which in DIRECTIONS:
         return sampled_kl_loss(logprob, ref, direction=which, clamp=clamp)
     return estimate_kl(logprob, ref, estimator=which, clamp=clamp)
 
 
 def loss_at(d: torch.Tensor, which: str, clamp: float | None = None) -> torch.Tensor:
-    """Either, for logprob - ref_logprob = d to the bit."""
     return either(d, torch.zeros_like(d), which, clamp)
 
 
@@ -332,7 +328,6 @@ def test_types(which, dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3), (2, 1, 3)], ids=str)
 def test_shapes(shape) -> None:
-    """Any shape, one entry per token, expanded and empty ones too."""
     logprob, ref = torch.full((), -1.0).expand(shape), torch.full(shape, -2.0)
     for value in (estimate_kl(logprob, ref), sampled_kl_loss(logprob, ref, old_logprob=logprob)):
         assert value.shape == shape and len(set(value.flatten().tolist())) == min(1, value.numel())
@@ -340,7 +335,6 @@ def test_shapes(shape) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradients_of_estimate_kl(estimator) -> None:
-    """To each argument that requires it, first and second."""
     logprob, ref = (
         torch.tensor(values).double().requires_grad_()
         for values in ([-1.0, -2.0, -0.1], [-1.5, -1.0, -3.0])
@@ -354,7 +348,7 @@ def test_gradients_of_estimate_kl(estimator) -> None:
 
 
 def test_compiled_and_without_synchronisation() -> None:
-    """One graph under torch.compile with the same values, and tensors without data (meta) suffice."""
+    """One graph under torch.compile with the same values; tensors without data (meta) suffice."""
     logprob, ref, old = -torch.rand(3, 4, 7, generator=torch.Generator().manual_seed(0)) * 5
 
     def both(logprob: torch.Tensor, ref: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -370,25 +364,12 @@ def test_compiled_and_without_synchronisation() -> None:
     assert gradient(both(meta[0].requires_grad_(), *meta[1:]), meta[0]).shape == (4, 7)
 
 
-BOTH, LOSS = (estimate_kl, sampled_kl_loss), (sampled_kl_loss,)
 PAIR = torch.tensor([-1.0, -2.0])
-WRONG = [
-    (BOTH, TypeError, "logprob", [[-1.0, -2.0], PAIR.long()]),
-    (BOTH, TypeError, "ref_logprob", [None, PAIR.bool(), PAIR.double()]),
-    (BOTH, ValueError, "ref_logprob", [PAIR[:1], PAIR[:, None], PAIR.to("meta")]),
-    (BOTH, ValueError, "clamp", [0.0, -1, 50.1, math.nan]),
-    (BOTH, TypeError, "clamp", [True, torch.tensor(1.0)]),
-    (BOTH[:1], ValueError, "estimator", ["k4"]),
-    (LOSS, ValueError, "direction", ["reverse"]),
-    (LOSS, ValueError, "old_logprob", [torch.zeros(3), torch.zeros(2, requires_grad=True)]),
-    (LOSS, TypeError, "old_logprob", [PAIR.long()]),
-]
+WRONG = [("clamp", 0.0), ("clamp", 50.1), ("old_logprob", torch.zeros(2, requires_grad=True))]
 
 
-@pytest.mark.parametrize(
-    "calls, error, name, value", [(*wrong[:3], value) for wrong in WRONG for value in wrong[3]]
-)
-def test_wrong_arguments(calls, error, name, value) -> None:
-    for call in calls:
-        with pytest.raises(error, match=f"^{name}: expected .*, got .*; "):
-            call(**{"logprob": PAIR, "ref_logprob": PAIR, name: value})
+@pytest.mark.parametrize("name, value", WRONG)
+def test_wrong_values(name, value) -> None:
+    """Values that the table of wrong arguments has not; a sampler's log-probabilities are data."""
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*; "):
+        sampled_kl_loss(PAIR, PAIR, **{name: value})

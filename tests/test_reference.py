@@ -2,16 +2,14 @@
 autograd's numerical derivatives.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 import fastkl
 from fastkl import reference, testing
-from fastkl.ops import row_blocks
 
 V = 23
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
@@ -27,7 +25,6 @@ def on_the_reference():
 def case(
     rows: int = 4, size: float = 0.7, kind: str = "normal3", dtype: torch.dtype = torch.float64
 ):
-    """Logits of P and Q, tokens and a temperature per row."""
     p, q = testing.pair(kind, rows, V, size, shift=3.0, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     return (
@@ -55,94 +52,42 @@ def test_textbook_form(kind, per_row) -> None:
         assert getattr(result, name).dtype == torch.float64
 
 
-def test_against_torch_distributions() -> None:
-    """KL(Categorical‖Categorical) and the entropy as torch.distributions has them."""
-    p, q, tokens, _ = case()
-    result = reference.row_statistics(p, q, tokens)
-    policy, other = (
-        torch.distributions.Categorical(logits=p),
-        torch.distributions.Categorical(logits=q),
-    )
-    testing.assert_near(
-        result.kl, torch.distributions.kl_divergence(policy, other), 1e-12, 1e-13, "kl"
-    )
-    testing.assert_near(
-        result.ref_kl, torch.distributions.kl_divergence(other, policy), 1e-12, 1e-13, "ref_kl"
-    )
-    testing.assert_near(result.entropy, policy.entropy(), 1e-12, 1e-13, "entropy")
-    testing.assert_near(result.logprob, policy.log_prob(tokens), 1e-12, 1e-13, "logprob")
-
-
-def test_two_classes() -> None:
+def two_classes() -> tuple:
     """Bernoulli with logits a and b: KL = σ(a)·(a - b) + softplus(b) - softplus(a)."""
     grid = torch.linspace(-9, 9, 13, dtype=torch.float64)
     a, b = (value.flatten() for value in torch.meshgrid(grid, grid, indexing="ij"))
-    result = reference.row_statistics(torch.stack([a, 0 * a], -1), torch.stack([b, 0 * b], -1))
-    exact = (
-        a.sigmoid() * (a - b) + torch.nn.functional.softplus(b) - torch.nn.functional.softplus(a)
-    )
-    testing.assert_near(result.kl, exact, 1e-12, 1e-14, "kl")
-    testing.assert_near(
-        result.entropy, torch.nn.functional.softplus(a) - a * a.sigmoid(), 1e-12, 1e-14, "entropy"
-    )
+    kl = a.sigmoid() * (a - b) + softplus(b) - softplus(a)
+    exact = {"kl": kl, "entropy": softplus(a) - a * a.sigmoid()}
+    return torch.stack([a, 0 * a], -1), torch.stack([b, 0 * b], -1), 1.0, exact
 
 
-@pytest.mark.parametrize("height", [0.5, 3.0, 20.0, 200.0])
-def test_uniform_and_one_hot(height) -> None:
+def uniform_and_peak(height: float) -> tuple:
     """Uniform against a peak of `height`: KL(U‖Q) = log Z - height/V - log V, KL(Q‖U) = log V -
-    H(Q), Z = e^height + V - 1.
+    H(Q), Z = e^height + V - 1; its rest after log Z - height is rounded at 1e-16.
     """
-    uniform, peaked = torch.zeros(1, V, dtype=torch.float64), torch.zeros(1, V, dtype=torch.float64)
-    peaked[0, 5] = height
+    rows = torch.zeros(2, V, dtype=torch.float64)
+    rows[1, 5] = height
     excess = math.log1p((V - 1) * math.exp(-height))
     log_z = height + excess
     entropy = math.exp(-excess) * excess + (V - 1) * math.exp(-log_z) * log_z
-    result = reference.row_statistics(uniform, peaked)
-    for name, exact in (
-        ("kl", log_z - height / V - math.log(V)),
-        ("ref_kl", math.log(V) - entropy),
-        ("entropy", math.log(V)),
-    ):
-        testing.assert_near(
-            getattr(result, name), torch.tensor([exact], dtype=torch.float64), 1e-11, 1e-13, name
-        )
-    # log Z - height is rounded at 1e-16, whatever is left of the entropy.
-    testing.assert_near(
-        reference.row_statistics(peaked).entropy,
-        torch.tensor([entropy], dtype=torch.float64),
-        1e-12,
-        1e-15,
-        "entropy of the peak",
-    )
+    there, back = log_z - height / V - math.log(V), math.log(V) - entropy
+    exact = {"kl": (there, back), "ref_kl": (back, there), "entropy": (math.log(V), entropy)}
+    exact = {name: torch.tensor(values, dtype=torch.float64) for name, values in exact.items()}
+    return rows, rows.flip(0), 1.0, exact
 
 
-def test_geometric() -> None:
-    """Truncated geometric distributions of rates a and b: KL = (b - a)·E_a[k] + log Z_b - log Z_a."""
-    k, temperature = torch.arange(V, dtype=torch.float64), 1.3
+CLOSED = {
+    "two classes": two_classes(),
+    **{f"a peak of {height}": uniform_and_peak(height) for height in (0.5, 3.0, 20.0, 200.0)},
+}
 
-    def log_z_and_mean(rate: float) -> tuple[float, float]:
-        r = math.exp(-rate)
-        return math.log((1 - r**V) / (1 - r)), r / (1 - r) - V * r**V / (1 - r**V)
 
-    for a, b in ((0.1, 0.3), (1.0, 0.2), (0.5, 2.0)):
-        result = reference.row_statistics(
-            (-a * temperature * k)[None], (-b * temperature * k + 7)[None], None, temperature
-        )
-        (log_z_a, mean), (log_z_b, _) = log_z_and_mean(a), log_z_and_mean(b)
-        testing.assert_near(
-            result.kl,
-            torch.tensor([(b - a) * mean + log_z_b - log_z_a], dtype=torch.float64),
-            1e-11,
-            1e-14,
-            "kl",
-        )
-        testing.assert_near(
-            result.entropy,
-            torch.tensor([a * mean + log_z_a], dtype=torch.float64),
-            1e-11,
-            0.0,
-            "entropy",
-        )
+@pytest.mark.parametrize("name", CLOSED)
+def test_closed_forms(name) -> None:
+    p, q, temperature, exact = CLOSED[name]
+    result = reference.row_statistics(p, q, None, temperature)
+    for field, value in exact.items():
+        testing.assert_near(getattr(result, field), value, 1e-11, 1e-13, field)
 
 
 @pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-6, 1e-8])
@@ -272,78 +217,25 @@ def test_gradients_of_the_textbook_form(kind, fields) -> None:
     generator = torch.Generator().manual_seed(2)
     upstream = {name: torch.randn(4, generator=generator, dtype=torch.float64) for name in fields}
     saved = reference.row_statistics(p, q, tokens, temperatures).saved
-    results = reference.row_gradients(
-        p, q, tokens, temperatures, saved, upstream, wrt_p=True, wrt_q=True
-    )
-    p, q = p.requires_grad_(), q.requires_grad_()
-    exact = testing.truth(p, q, temperatures).stats(tokens)
-    expected = torch.autograd.grad(
-        sum((exact[name] * value).sum() for name, value in upstream.items()),
-        (p, q),
-        materialize_grads=True,
-    )
+
+    def gradients(**wrt):
+        return reference.row_gradients(p, q, tokens, temperatures, saved, upstream, **wrt)
+
+    results, leaves = gradients(wrt_p=True, wrt_q=True), (testing.leaf(p), testing.leaf(q))
+    exact = testing.truth(*leaves, temperatures).stats(tokens)
+    total = sum((exact[name] * value).sum() for name, value in upstream.items())
+    expected = torch.autograd.grad(total, leaves, materialize_grads=True)
     for result, value, side in zip(results, expected, "pq", strict=True):
         testing.assert_gradient(result, value, f"gradient of {side}", 1e-11)
-    for wrt_p, wrt_q in ((True, False), (False, True)):
-        one = reference.row_gradients(
-            p.detach(), q.detach(), tokens, temperatures, saved, upstream, wrt_p=wrt_p, wrt_q=wrt_q
-        )
-        assert (one[0] is None) != wrt_p and (one[1] is None) != wrt_q
-        assert torch.equal(one[0 if wrt_p else 1], results[0 if wrt_p else 1])
+    (one, none), (nothing, other) = (
+        gradients(wrt_p=True, wrt_q=False),
+        gradients(wrt_p=False, wrt_q=True),
+    )
+    assert none is nothing is None
+    assert torch.equal(one, results[0]) and torch.equal(other, results[1])
 
 
 # ---- types, blocks, special values
-
-
-def test_types() -> None:
-    """float64 stays float64; every other type is computed in float32, as its own values converted
-    beforehand.
-    """
-    tokens = torch.tensor([0, 1, 2, 3])
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        p, q, _, _ = case(dtype=dtype)
-        p, q = p.requires_grad_(), q.requires_grad_()
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        result = fastkl.token_stats(p, tokens, q)
-        for value, exact in zip(
-            result, fastkl.token_stats(p.to(wide), tokens, q.to(wide)), strict=True
-        ):
-            assert value.dtype == wide and torch.equal(value, exact)
-        assert all(grad.dtype == dtype for grad in torch.autograd.grad(result.kl.sum(), (p, q)))
-
-
-@pytest.mark.parametrize("elements", [1, V, 3 * V + 1, 1 << 20])
-def test_blocks_change_no_bit(monkeypatch, elements) -> None:
-    """How many rows are worked on at a time changes no result and no gradient, with holes in the
-    mask and more leading dimensions.
-    """
-    p, q = (
-        value.reshape(2, 5, V).requires_grad_() for value in testing.pair("normal3", 10, V, 0.5)
-    )
-    mask = torch.tensor([[True, True, False, True, False], [False, True, True, True, True]])
-
-    def outcome() -> list[torch.Tensor]:
-        fields = fastkl.token_stats(p, torch.arange(10).reshape(2, 5), q, mask=mask)
-        return [*fields, *torch.autograd.grad(sum(fields).sum(), (p, q))]
-
-    expected = outcome()
-    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
-    for result, value in zip(outcome(), expected, strict=True):
-        assert torch.equal(result, value) and bool(value.any())
-
-
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
-def test_no_row_to_work_on(leading) -> None:
-    """A mask that leaves out every row, and an upstream gradient of 0 for every row, give zeros for
-    every leading shape.
-    """
-    p, q = (torch.randn(*leading, V, requires_grad=True) for _ in "pq")
-    tokens = torch.zeros(leading, dtype=torch.long)
-    fields = fastkl.token_stats(p, tokens, q, mask=torch.zeros(leading, dtype=torch.bool))
-    assert all(value.shape == leading and not bool(value.any()) for value in fields)
-    for result in (sum(fields), 0.0 * sum(fastkl.token_stats(p, tokens, q))):
-        for grad in torch.autograd.grad(result.sum(), (p, q)):
-            assert grad.shape == p.shape and not bool(grad.any())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -352,32 +244,17 @@ def test_infinities_and_nan(dtype) -> None:
     +inf: NaN in its own row and in no other.
     """
     p, q = testing.pair("normal3", 7, V, 0.5, dtype=dtype)
-    p[0, 3] = q[0, 3] = -math.inf
-    q[1, 3] = -math.inf
-    p[2, 3] = -math.inf
+    p[0, 3] = q[0, 3] = q[1, 3] = p[2, 3] = -math.inf
     p[3, 3], q[4, 3], p[5, 3] = math.nan, math.nan, math.inf
-    leaves = p.clone().requires_grad_(), q.clone().requires_grad_()
+    leaves = testing.leaf(p), testing.leaf(q)
     result = fastkl.token_stats(leaves[0], torch.zeros(7, dtype=torch.long), leaves[1])
-    kept = [i for i in range(V) if i != 3]
-    exact = testing.truth(p, q)
-    short = testing.truth(p[:, kept], q[:, kept])
+    right, exact = [0, 1, 2, 6], testing.truth(p, q)
+    assert result.kl[1] == math.inf and result.ref_kl[2] == math.inf
     for field in ("kl", "ref_kl"):
-        testing.assert_kl(
-            getattr(result, field)[0], getattr(short, field)[0], f"{field} without the entry"
-        )
-        testing.assert_kl(getattr(result, field)[6], getattr(exact, field)[6], field)
-        assert bool(getattr(result, field)[3:6].isnan().all())
-    assert result.kl[1].item() == math.inf and result.ref_kl[2].item() == math.inf
-    testing.assert_kl(result.ref_kl[1], exact.ref_kl[1], "ref_kl with -inf in q")
-    testing.assert_kl(result.kl[2], exact.kl[2], "kl with -inf in p")
-    assert bool(result.entropy[[0, 1, 2, 4, 6]].isfinite().all()) and bool(
-        result.entropy[[3, 5]].isnan().all()
-    )
-    grads = torch.autograd.grad(result.kl[[0, 2, 3, 4, 5, 6]].sum(), leaves)
-    for grad in grads:
-        assert (
-            bool(grad[[0, 2, 6]].isfinite().all())
-            and bool(grad[3:6].isnan().any(-1).all())
-            and not bool(grad[1].any())
-        )
-        assert float(grad[0, 3]) == 0.0
+        value = getattr(result, field)
+        testing.assert_kl(value[right], getattr(exact, field)[right], field)
+        assert bool(value[3:6].isnan().all())
+    assert result.entropy.isnan().nonzero()[:, 0].tolist() == [3, 5]
+    for grad in torch.autograd.grad(result.kl[[0, 2, 3, 4, 5, 6]].sum(), leaves):
+        assert bool(grad[[0, 2, 6]].isfinite().all()) and bool(grad[3:6].isnan().any(-1).all())
+        assert not bool(grad[1].any()) and float(grad[0, 3]) == 0.0

@@ -1,6 +1,4 @@
-"""fastkl.testing: the truth against other arithmetic, and comparisons that fail when they have to."""
-
-from __future__ import annotations
+"""fastkl.testing: the truth against other arithmetic, and comparisons that fail where wrong."""
 
 import math
 import subprocess

@@ -4,8 +4,6 @@ The table follows the signatures. A new function needs right values for its requ
 RIGHT; a combination that is right after all stands in VALID with its reason.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import inspect
 import math

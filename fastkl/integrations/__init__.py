@@ -1,3 +1,1 @@
-"""fastkl inside other people's trainers, a few lines each: transformers (callback), TRL (trainers),
-verl (functions). Import the one you use.
-"""
+"""Callback for transformers, trainers for TRL, functions for verl. Import the one you use."""

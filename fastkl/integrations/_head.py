@@ -1,4 +1,4 @@
-"""The lm_head of a model of transformers, and what the model's code makes of its product."""
+"""Head of a model of transformers: its lm_head with the soft cap and the factor of its logits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
 
     Raises:
         TypeError: not a model with an lm_head. ValueError: logits that no candidate gives, an
-        adapter on the lm_head, prompt learning, an encoder-decoder, a packed or sharded weight.
+            adapter on the lm_head, prompt learning, an encoder-decoder, a packed or sharded weight.
     """
     inner = causal_lm(model)
     name, layer = type(inner).__name__, getattr(inner, "get_output_embeddings", lambda: None)()
@@ -170,7 +170,7 @@ def _named(config: Any) -> dict[str, float]:
 def _form(
     product: torch.Tensor, logits: torch.Tensor, named: dict[str, float], tolerance: float
 ) -> tuple[float | None, float] | None:
-    """Find (softcap, logit_scale), those that the config names before others; None if none fit."""
+    """Find (softcap, logit_scale), preferring those that the config names; None if none fit."""
     powers = {**FACTORS, BASE_WIDTH: (1,)}
     scales = {named[name] ** power for name in powers if name in named for power in powers[name]}
     caps = [*(named[name] for name in CAPS if name in named), None]

@@ -1,6 +1,4 @@
-"""Shared parts of the trainers for TRL: the one version of TRL they are for, what they refuse, the
-lm_heads, and the distillation loss.
-"""
+"""Shared parts of the trainers for TRL: its version, refused options, lm_heads, the divergence."""
 
 from __future__ import annotations
 
@@ -16,13 +14,12 @@ except ModuleNotFoundError as missing:
     raise ImportError(
         f"not installed: {missing.name}; remedy: pip install 'trl==1.16.*'"
     ) from missing
-# What the trainers override is underscored in TRL and may change with any version, in ways that a
-# signature does not show.
+# The methods that the trainers override are private in TRL and may change with any version, in
+# ways that a signature does not show.
 if trl.__version__.split(".")[:2] != ["1", "16"]:
     raise ImportError(
         f"trl: expected version 1.16, whose internals fastkl.integrations.trl was tested with, "
-        f"got {trl.__version__}; "
-        f"remedy: pip install 'trl==1.16.*', or a fastkl for that version"
+        f"got {trl.__version__}; remedy: pip install 'trl==1.16.*', or a fastkl for that version"
     )
 
 from ._head import causal_lm as causal_lm
@@ -31,11 +28,9 @@ from .transformers import KLCallback
 
 
 class ExactDivergence:
-    """Beside a distillation trainer of TRL's among the bases: checks when it is made, and the KL in
-    the direction that its `beta` says.
-    """
+    """Base of the distillation trainers beside TRL's: checks, and the KL in beta's direction."""
 
-    # The trainer's.
+    # Attributes of the trainer.
     beta: float
     teacher_model: torch.nn.Module | None
 
@@ -54,8 +49,7 @@ class ExactDivergence:
             if self.kl_callback.controller is not None:
                 raise ValueError(
                     "callbacks: expected a KLCallback without controller, got one with; "
-                    "distillation has no weight to control: "
-                    "pass KLCallback(None, monitor)"
+                    "distillation has no weight to control: pass KLCallback(None, monitor)"
                 )
             self.kl_callback.attach(self)
         self._student_head, self._teacher_head = checked_heads(self, self.teacher_model, instead)
@@ -69,8 +63,9 @@ class ExactDivergence:
         mask: torch.Tensor,
         temperature: float = 1.0,
     ) -> torch.Tensor:
-        """Of unwrapped models, the sum of the tokens that count, or with a callback the KL of each;
-        only the student learns.
+        """Compute the sum over the tokens that count, or with a callback the KL of each.
+
+        The models are unwrapped, and only the student gets a gradient.
         """
         sides = [
             (student_hidden, head(student, self._student_head)),
@@ -88,19 +83,13 @@ class ExactDivergence:
 def per_item(
     kl: torch.Tensor, tokens: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """The loss of a micro-batch: over the tokens of the whole batch, or over its own where nobody
-    counted those.
-    """
+    """Divide by the tokens of the whole batch, or by the micro-batch's own if those are unknown."""
     return kl.sum() / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 def callback_of(trainer: Any) -> KLCallback | None:
-    """The KLCallback among the trainer's callbacks."""
-    found = [
-        callback
-        for callback in trainer.callback_handler.callbacks
-        if isinstance(callback, KLCallback)
-    ]
+    """Find the KLCallback among the trainer's callbacks."""
+    found = [each for each in trainer.callback_handler.callbacks if isinstance(each, KLCallback)]
     if len(found) > 1:
         raise ValueError(
             f"callbacks: expected one KLCallback, got {len(found)}; one takes both a controller "
@@ -143,9 +132,7 @@ def checked_dtype(value: torch.dtype | None) -> torch.dtype | None:
 
 
 def sequence(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(ids, attention mask, how many of the last tokens are the completion) of prompts with their
-    completions.
-    """
+    """Return (ids, attention mask, length of the completions) of prompts and completions."""
     ids, mask = (
         torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1)
         for part in ("ids", "mask")
@@ -154,7 +141,7 @@ def sequence(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
-    """Completion tokens that count: a tool's do not."""
+    """Mask the completion tokens that count: a tool's do not."""
     mask: torch.Tensor = inputs["completion_mask"] * inputs.get("tool_mask", 1)
     return mask.bool()
 
@@ -165,7 +152,7 @@ def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
 def hidden_states(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
-    """The hidden states [B, T-1, H] that every token but the first is predicted from."""
+    """Compute the hidden states [B, T-1, H] that predict every token but the first."""
     states: torch.Tensor = (
         causal_lm(model)
         .base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -175,13 +162,15 @@ def hidden_states(
 
 
 def checked_heads(trainer: Any, second: torch.nn.Module | None, instead: str) -> tuple[Head, Head]:
-    """Check the trainer's model and its reference or teacher (None: itself); heads of shared rows."""
+    """Return the heads of the trainer's model and of its reference or teacher (None: itself).
+
+    Both are cut to the rows that they share.
+    """
     heads: list[Head] = []
     for model in (trainer.model, second):
         try:
-            heads.append(
-                heads[0] if model is None else head_of(trainer.accelerator.unwrap_model(model))[1]
-            )
+            unwrapped = None if model is None else trainer.accelerator.unwrap_model(model)
+            heads.append(heads[0] if unwrapped is None else head_of(unwrapped)[1])
         except ValueError as error:
             raise ValueError(f"{error}; or train with {instead}") from None
     rows = min(len(each.weight) for each in heads)
@@ -198,7 +187,7 @@ def head(model: torch.nn.Module, made: Head) -> Head:
 
 
 def detached(made: Head) -> Head:
-    """The same numbers without gradient."""
+    """Return the same head without gradient."""
     return made._replace(
         weight=made.weight.detach(), bias=None if made.bias is None else made.bias.detach()
     )

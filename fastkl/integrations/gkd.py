@@ -1,6 +1,4 @@
-"""TRL's experimental trainer for distillation on data and on what student or teacher generate, with
-the exact KL from hidden states.
-"""
+"""TRL's experimental trainer for distillation (GKD) with the exact KL from hidden states."""
 
 from __future__ import annotations
 
@@ -17,20 +15,25 @@ from trl.models.utils import _ForwardRedirection
 
 
 class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
-    """trl.experimental.gkd.GKDTrainer whose divergence is fastkl's, from hidden states: never all
-    logits at once, exact down to the smallest values.
+    """trl.experimental.gkd.GKDTrainer with fastkl's divergence from hidden states: never all logits
+    at once, and exact down to the smallest values.
 
     Equivalent to GKDTrainer, whose loss is
 
-        student_logits, teacher_logits = (model(input_ids, attention_mask).logits[:, :-1] for model in (student, teacher))
+        student_logits = student(input_ids, attention_mask).logits[:, :-1]
+        teacher_logits = teacher(input_ids, attention_mask).logits[:, :-1]
         mask = labels[:, 1:] != -100
-        kl = kl_divergence(teacher_logits, student_logits, mask=mask)          # args.beta = 0: forward KL
-        kl = kl_divergence(student_logits, teacher_logits, mask=mask)          # args.beta = 1: reverse KL
-        loss = kl.sum() / num_items_in_batch                                   # mask.sum().clamp(min=1) without, as in evaluation
+        if args.beta == 0:                                              # forward KL
+            kl = kl_divergence(teacher_logits, student_logits, mask=mask)
+        else:                                                           # beta = 1: reverse KL
+            kl = kl_divergence(student_logits, teacher_logits, mask=mask)
+        if num_items_in_batch is None:                                  # as in evaluation
+            num_items_in_batch = mask.sum().clamp(min=1)
+        loss = kl.sum() / num_items_in_batch
 
     in four matrix products with a trainable lm_head, and the memory of one chunk of logits:
     linear_kl_divergence, reduction "sum". With a KLCallback among the callbacks, which needs the KL
-    of each token, in six: reduction "none". Nothing in it waits for the device.
+    of each token, in six: reduction "none". It never waits for the device.
 
         trainer = ExactGKDTrainer(student, teacher, args=GKDConfig(beta=1.0, lmbda=0.5, …), …)
 
@@ -44,7 +47,8 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
         all of GKDTrainer's. args.beta has to be set, since its default is between. logits_dtype: as
         fastkl.linear_kl_divergence.
 
-    compute_loss(…, return_outputs=True), which evaluation asks for with compute_metrics, makes the logits in a further forward without gradient.
+    compute_loss(…, return_outputs=True), which evaluation calls with compute_metrics, computes the
+    logits in a further forward without gradient.
 
     Raises:
         ImportError on import: another TRL than the one tested. ValueError when made: args.beta
@@ -67,7 +71,7 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The mean KL over the tokens that count; with return_outputs also what the model returns."""
+        """Compute the mean KL over the tokens that count; with return_outputs the outputs too."""
         student, mask = self.accelerator.unwrap_model(model), inputs["labels"][:, 1:] != -100
         sequence = inputs["input_ids"], inputs["attention_mask"]
         # Inside the forward of DDP, so that it gathers the gradients.

@@ -66,26 +66,29 @@ class KLCallback(TrainerCallback, ExportableState):
 
     Equivalent, at the end of every optimizer step, to
 
-        kl, mask = ...                                              # of the step's micro-batches, one behind the other
+        kl, mask = ...                                              # of all micro-batches
         figures = monitor.update(kl, mask, beta=controller.beta)    # on the first process
-        controller.update(kl[mask].mean(), unit=controller.unit)    # over all processes; per sequence if the controller's target is
-        trainer.log(figures)                                        # with the trainer's own, whenever it logs
+        controller.update(kl[mask].mean(), unit=controller.unit)    # over all processes
+        trainer.log(figures)                                        # whenever the trainer logs
 
-    Where the KL comes from:
+    with the mean per sequence for a controller whose unit is "sequence". The KL comes from
 
-        KLCallback(controller, monitor)                      # compute_loss calls callback.record(kl, mask) for each micro-batch
-        KLCallback(controller, monitor)                      # beside the trainers of fastkl.integrations.trl and gkd, which record theirs
-        callback.record(penalty.last["kl"].expand(mask.shape), mask)      # after a KLPenalty, which keeps the mean: for a controller
+        callback.record(kl, mask)           # in compute_loss, for each micro-batch
 
-    and how it gets to the trainer: `callbacks=[callback]`, or after the trainer is made
-    `callback.attach(trainer)`, which puts it before the reporters (report_to="wandb",
-    "tensorboard", …) so that the figures reach those too, not only log_history, the progress bar
-    and JSON.
+    which the trainers of fastkl.integrations.trl and gkd call themselves. A KLPenalty keeps the
+    mean alone, which is enough for a controller:
+
+        callback.record(penalty.last["kl"].expand(mask.shape), mask)
+
+    Pass the callback to the trainer as `callbacks=[callback]`, or call `callback.attach(trainer)`
+    on a trainer: that puts it before the reporters (report_to="wandb", "tensorboard", …), so that
+    the figures reach those too, not only log_history, the progress bar and JSON.
 
     Args:
         controller: an object with `beta` and `update(kl, unit=)`, as fastkl.rl's. It is updated
-            with n = 1, so a horizon counts optimizer steps. A mean below 0, as k1 has in many steps, is handed on. A step whose KL is not finite
-            leaves the controller as it was; the first one warns.
+            with n = 1, so a horizon counts optimizer steps. It gets a mean below 0, which k1 has in
+            many steps, as it is. A step whose KL is not finite leaves it unchanged; the first one
+            warns.
         monitor: an object with `update(kl, mask, cu_seqlens=, entropy=, beta=, step=)`, as
             fastkl.rl.KLMonitor. Only the first process's runs, on that process's tokens.
 
@@ -111,16 +114,12 @@ class KLCallback(TrainerCallback, ExportableState):
             ("controller", controller, ("beta", "update"), "FixedBeta(0.05)"),
             ("monitor", monitor, ("update",), "KLMonitor()"),
         ):
-            lacking = [
-                attribute
-                for attribute in needed
-                if value is not None and not hasattr(value, attribute)
-            ]
-            if lacking:
+            lacking = [each for each in needed if not hasattr(value, each)]
+            if value is not None and lacking:
                 raise TypeError(
                     f"{name}: expected an object with {' and '.join(needed)}, got "
-                    f"{type(value).__name__} without {lacking[0]}; "
-                    f"pass one of fastkl.rl's, such as {example}"
+                    f"{type(value).__name__} without {lacking[0]}; pass one of fastkl.rl's, such "
+                    f"as {example}"
                 )
         self.controller, self.monitor = controller, monitor
         self.unit: Unit = getattr(controller, "unit", "token")
@@ -169,9 +168,8 @@ class KLCallback(TrainerCallback, ExportableState):
                 or hasattr(value, "full_tensor")
             ):
                 raise TypeError(
-                    f"{name}: expected a plain tensor, got {type(value).__name__} of "
-                    f"layout {value.layout}; pass a strided one that this process "
-                    f"holds whole"
+                    f"{name}: expected a plain tensor, got {type(value).__name__} of layout "
+                    f"{value.layout}; pass a strided one that this process holds whole"
                 )
         for name, value in (("mask", mask), ("entropy", entropy)):
             if value is not None and value.shape != kl.shape:
@@ -197,8 +195,7 @@ class KLCallback(TrainerCallback, ExportableState):
         if getattr(trainer, "kl_callback", self) is not self:
             raise ValueError(
                 f"trainer: expected one that takes its KLCallback later, got a "
-                f"{type(trainer).__name__}; "
-                f"pass callbacks=[callback] when it is made"
+                f"{type(trainer).__name__}; pass callbacks=[callback] when it is made"
             )
         others = trainer.callback_handler.callbacks
         trainer.callback_handler.callbacks = [
@@ -207,15 +204,15 @@ class KLCallback(TrainerCallback, ExportableState):
         ]
         return self
 
-    # ---- what Trainer calls
+    # ---- the events of Trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Load the states that a checkpoint brought."""
+        """Load the states of a checkpoint."""
         if args.restore_callback_states_from_checkpoint:
             raise ValueError(
                 "restore_callback_states_from_checkpoint: expected False with a KLCallback, got "
-                "True, which would replace it by one "
-                "without controller and monitor; it restores their states by itself"
+                "True, which would replace it by one without controller and monitor; it restores "
+                "their states by itself"
             )
         self._micro_batches, self._figures, self._heard = [], {}, False
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
@@ -249,13 +246,13 @@ class KLCallback(TrainerCallback, ExportableState):
             ) from error
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Update monitor and controller with what the optimizer step's micro-batches left."""
+        """Update monitor and controller with the KL of the optimizer step's micro-batches."""
         if not self._micro_batches:
             if not self._heard:
                 raise RuntimeError(
                     "KLCallback: expected a KL in the first optimizer step, got none; call "
-                    "callback.record(kl, mask) from "
-                    "compute_loss, or use a trainer of fastkl.integrations.trl or gkd"
+                    "callback.record(kl, mask) from compute_loss, or use a trainer of "
+                    "fastkl.integrations.trl or gkd"
                 )
             return
         self._heard = True
@@ -296,9 +293,7 @@ class KLCallback(TrainerCallback, ExportableState):
         model: torch.nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures since the last log to the entry that Trainer has just made, and to what
-        the callbacks after this one get.
-        """
+        """Add the figures since the last log to Trainer's new entry and to the later callbacks'."""
         # The summary at the end is training's, even after an evaluation.
         of_evaluation = (
             model is not None and not model.training and "train_runtime" not in (logs or {})
@@ -315,7 +310,7 @@ class KLCallback(TrainerCallback, ExportableState):
         self._figures = {}
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What Trainer writes to a checkpoint's trainer_state.json."""
+        """Return the part of a checkpoint's trainer_state.json."""
         parts: dict[str, Any] = {"controller": self.controller, "monitor": self.monitor}
         return {
             "args": {},
@@ -328,7 +323,7 @@ class KLCallback(TrainerCallback, ExportableState):
     # ---- the figures of a step
 
     def _remember(self, figures: dict[str, float]) -> None:
-        """Take the figures of a step into those since the last log, unless they are NaN."""
+        """Add the figures of a step to those since the last log, unless they are NaN."""
         for name, value in figures.items():
             if not math.isnan(value):
                 before, steps = self._figures.get(name, (value if name in LARGEST else 0.0, 0))
@@ -342,28 +337,24 @@ class KLCallback(TrainerCallback, ExportableState):
                 )
 
     def _totals(self) -> torch.Tensor:
-        """[sum of KL, tokens, sequences] of the step in this process."""
-        return torch.stack(
-            [
-                torch.stack(
-                    [
-                        torch.where(mask, kl, 0.0).sum(dtype=torch.float32),
-                        mask.sum(dtype=torch.float32),
-                        mask.any(-1).sum(dtype=torch.float32),
-                    ]
-                )
-                for kl, mask, _ in self._micro_batches
-            ]
-        ).sum(0)
+        """Return [sum of KL, tokens, sequences] of the step in this process."""
+        parts = [
+            torch.stack(
+                [
+                    each.sum(dtype=torch.float32)
+                    for each in (torch.where(mask, kl, 0.0), mask, mask.any(-1))
+                ]
+            )
+            for kl, mask, _ in self._micro_batches
+        ]
+        return torch.stack(parts).sum(0)
 
     def _monitored(self, beta: float | None, step: int) -> dict[str, float]:
-        """The monitor's figures of the micro-batches as one varlen batch, named for the Trainer's
-        logs.
-        """
+        """Give the monitor the micro-batches as one packed batch, and name its figures for logs."""
         assert self.monitor is not None
         kls, masks, entropies = zip(*self._micro_batches, strict=True)
         ends = itertools.accumulate(kl.numel() for kl in kls)
-        # Made where the KL is: a copy from here would wait for all that the device still has to do.
+        # Made on the KL's device: a copy from here would wait for all queued work.
         cu_seqlens = torch.cat(
             [
                 torch.zeros(1, dtype=torch.int64, device=kls[0].device),

@@ -1,7 +1,7 @@
-"""TRL's trainers with the exact KL, from hidden states and lm_head weights: GRPO's penalty, and
+"""TRL's trainers with the exact KL from hidden states and lm_head weights: GRPO's penalty, and
 distillation.
 
-Logits of more than 2 GiB are never there at once, and no KL is sampled.
+Logits of more than 2 GiB never exist at once, and no KL is sampled.
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ class ExactGRPOTrainer(GRPOTrainer):
         log_p = (policy_logits / temperature).log_softmax(-1)
         log_q = (ref_logits / temperature).log_softmax(-1)
         per_token_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        per_token_loss = per_token_loss + beta * per_token_kl          # reduced over tokens as `loss_type` says
+        per_token_loss = per_token_loss + beta * per_token_kl           # reduced by `loss_type`
 
-    which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` has nothing
-    to correct. What noise there is comes from
-    dropout: a policy in training mode differs from its reference by it, so set
-    args.disable_dropout=True for a model that has any.
+    which has no sampling noise, and needs no importance ratio: `use_bias_correction_kl` changes
+    nothing. The remaining noise is that of dropout, by which a policy in training mode differs from
+    its reference: set args.disable_dropout=True for a model that has any.
 
         trainer = ExactGRPOTrainer(model, reward_funcs, args=GRPOConfig(beta=0.04, …), …)
-        trainer = ExactGRPOTrainer(…, callbacks=[KLCallback(AdaptiveBeta(0.04, 0.05, horizon=50), KLMonitor())])
+        callback = KLCallback(AdaptiveBeta(0.04, 0.05, horizon=50), KLMonitor())
+        trainer = ExactGRPOTrainer(model, …, callbacks=[callback])
 
     Args:
         all of GRPOTrainer's. With args.beta = 0 there is no reference and no KL: the loss is
             GRPOTrainer's own. A KLCallback among the callbacks gets the KL of every micro-batch;
-            the `beta` of its controller replaces args.beta, which then only says that there is a
-            reference. Without one the trainer makes one, which logs "kl/mean".
+            the `beta` of its controller replaces args.beta, which then has to be above 0 for a
+            reference to be loaded. Without a KLCallback the trainer makes one, which logs
+            "kl/mean".
         logits_dtype: as fastkl.linear_token_stats: torch.float32 keeps what 16-bit logits lose of a
-        KL below about 1e-2 nats.
+            KL below about 1e-2 nats.
 
     `trainer.kl_weight` is the weight of the next step, `trainer.kl_callback` the callback or None.
     `trainer.beta` is 0, which turns TRL's own estimate off. The metrics "kl" and "eval_kl" have
@@ -70,7 +71,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         is not supported (FSDP, DeepSpeed, torch.compile, a router's auxiliary loss, multimodal
         models, prompt learning), a controller with args.beta = 0, a model that head_of refuses. In
         training: a token that the reference lacks, from a prompt or vLLM. RuntimeError: TRL did not
-        ask for log-probs as it does in 1.16.
+            ask for log-probs as it does in 1.16.
 
     Source: Shao et al., DeepSeekMath (2024), eq. 3, with the KL taken exactly instead of by eq. 4.
     """
@@ -95,8 +96,7 @@ class ExactGRPOTrainer(GRPOTrainer):
             if self.kl_callback is not None:
                 raise ValueError(
                     "args.beta: expected above 0 with a KLCallback, got 0, with which TRL loads "
-                    "no reference; "
-                    "pass the controller's initial beta"
+                    "no reference; pass the controller's initial beta"
                 )
         elif self.kl_callback is None:
             self.kl_callback = KLCallback()
@@ -109,7 +109,7 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     @property
     def kl_weight(self) -> float:
-        """The weight of the KL in the next step: the controller's beta, or args.beta."""
+        """Weight of the KL in the next step: the controller's beta, or args.beta."""
         controller = None if self.kl_callback is None else self.kl_callback.controller
         return self.args.beta if controller is None else controller.beta
 
@@ -126,9 +126,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **inputs: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        """Log-probs and entropies of the last tokens; within the loss their KL too, kept in
-        self._kl.
-        """
+        """Compute log-probs and entropies of the last tokens; within the loss also self._kl."""
         original = self.accelerator.unwrap_model(model)
         parts = []
         for ids, attended in zip(
@@ -149,7 +147,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         return logprob, entropy if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """TRL's loss without its KL, plus beta times the exact one."""
+        """Compute TRL's loss without its KL, plus beta times the exact one."""
         loss: torch.Tensor
         if self.args.beta == 0:
             loss = super()._compute_loss(model, inputs)
@@ -163,9 +161,8 @@ class ExactGRPOTrainer(GRPOTrainer):
         if self._kl is None:
             raise RuntimeError(
                 f"trl: expected GRPOTrainer._compute_loss to call "
-                f"_get_per_token_logps_and_entropies as in 1.16, got a "
-                f"{trl.__version__} that does not; install the TRL that fastkl.integrations.trl "
-                f"was tested with"
+                f"_get_per_token_logps_and_entropies as in 1.16, got a {trl.__version__} that does "
+                f"not; install the TRL that fastkl.integrations.trl was tested with"
             )
         kl, self._kl = torch.where(mask, self._kl, 0.0), None
         assert self.kl_callback is not None
@@ -181,9 +178,7 @@ class ExactGRPOTrainer(GRPOTrainer):
     def _reduced(
         self, kl: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]
     ) -> torch.Tensor:
-        """Per-token values, 0 where the token does not count, to a scalar: as GRPOTrainer reduces
-        its loss, which is linear in what it reduces.
-        """
+        """Reduce per-token values, 0 where the token does not count, as GRPOTrainer its loss."""
         training, kind = self.model.training, self.loss_type
         accumulated = self.current_gradient_accumulation_steps if training else 1.0
         if kind in ("cispo", "dapo", "vespo"):
@@ -211,8 +206,9 @@ class ExactGRPOTrainer(GRPOTrainer):
     # ---- what is computed
 
     def _suppress_padding(self) -> None:
-        """Keep the policy's tokens that the reference lacks from being sampled; self._shared is how
-        many both have, None if those are all.
+        """Suppress sampling of the policy's tokens that the reference lacks.
+
+        self._shared is the number of tokens that both have, None if those are all.
         """
         shared = len(self._policy_head.weight)
         own = len(
@@ -228,14 +224,13 @@ class ExactGRPOTrainer(GRPOTrainer):
     def _hidden(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int
     ) -> torch.Tensor:
-        """The hidden states [B, keep, H] that the last `keep` tokens are predicted from."""
-        # Waits for the device; an embedding that lacks a row would stop it for good.
+        """Compute the hidden states [B, keep, H] that predict the last `keep` tokens."""
+        # This waits for the device; an embedding that lacks a row would make it unusable.
         if self._shared is not None and int(input_ids.max()) >= self._shared:
             raise ValueError(
                 f"input_ids: expected ids below {self._shared}, the tokens that policy and "
-                f"reference share, got {int(input_ids.max())}; "
-                f"resize the reference as the policy was, or keep the token out of prompts, "
-                f"padding and sampling"
+                f"reference share, got {int(input_ids.max())}; resize the reference as the policy "
+                f"was, or keep the token out of prompts, padding and sampling"
             )
         with self.accelerator.autocast():
             return _trl.hidden_states(model, input_ids, attention_mask)[:, -keep:]
@@ -248,7 +243,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         keep: int,
         reference: tuple[torch.Tensor, Head] | None,
     ) -> TokenStats:
-        """TokenStats of the last `keep` tokens; runs inside the forward of what wraps the model."""
+        """Compute TokenStats of the last `keep` tokens, inside the forward of a model's wrapper."""
         ref_hidden, ref_head = reference or (None, None)
         hidden = self._hidden(model, input_ids, attention_mask, keep)
         context = self.accelerator.autocast()
@@ -271,7 +266,7 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _reference_head(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Head]:
-        """(hidden states, Head) of the reference for a micro-batch, without gradient."""
+        """Return (hidden states, Head) of the reference for a micro-batch, without gradient."""
         kept = inputs.get("fastkl_ref_hidden")
         with self._as_reference(model) as reference:
             hidden = self._hidden(reference, *_trl.sequence(inputs)) if kept is None else kept
@@ -282,9 +277,7 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     @contextlib.contextmanager
     def _as_reference(self, model: Any) -> Iterator[Any]:
-        """The reference model, unwrapped, in eval mode; with PEFT the policy while its adapter is
-        off.
-        """
+        """Give the unwrapped reference in eval mode; with PEFT the policy without its adapter."""
         if self.ref_model is not None:
             yield self.accelerator.unwrap_model(self.ref_model).eval()
             return
@@ -299,14 +292,16 @@ class ExactGRPOTrainer(GRPOTrainer):
 
 
 class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
-    """trl.DistillationTrainer whose divergence is fastkl's: exact down to the smallest values, its
+    """trl.DistillationTrainer with fastkl's divergence: exact down to the smallest values, and its
     gradients computed together with the loss.
 
     Equivalent, with both models' logits over the completion tokens that count, to
 
-        kl = kl_divergence(teacher_logits, student_logits, temperature=args.temperature)        # args.beta = 0: forward KL
-        kl = kl_divergence(student_logits, teacher_logits, temperature=args.temperature)        # args.beta = 1: reverse KL, TRL's default
-        loss = kl.sum() / (tokens in the batch of all processes and accumulation steps)
+        sides = (teacher_logits, student_logits)                        # args.beta = 0: forward KL
+        if args.beta == 1:                                              # reverse KL, TRL's default
+            sides = (student_logits, teacher_logits)
+        kl = kl_divergence(*sides, temperature=args.temperature)
+        loss = kl.sum() / tokens        # of all processes and accumulation steps
 
     in four matrix products with a trainable lm_head, and the memory of one chunk of logits:
     linear_kl_divergence, reduction "sum". With a KLCallback among the callbacks, which needs the KL
@@ -344,7 +339,7 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """TRL's, which calls _compute_loss inside the forward of what wraps the student."""
+        """Call TRL's, which calls _compute_loss inside the forward of the student's wrapper."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._metrics["train" if self.model.training else "eval"].pop("entropy", None)
         if self.kl_callback is not None:
@@ -357,9 +352,7 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(loss, a placeholder for the entropy, tokens that count), as TRL's compute_loss expects
-        them.
-        """
+        """Return (loss, a placeholder for the entropy, tokens that count), as TRL expects them."""
         arguments, mask = _trl.sequence(inputs), _trl.loss_mask(inputs)
         student_hidden = self._get_last_hidden_state(unwrapped_student, *arguments)
         assert self.teacher_model is not None

@@ -1,18 +1,19 @@
-"""Functions for verl's registration points: a policy loss held to the policy that sampled by its
-KL, and kl_penalty with the right gradient.
+"""Functions for verl's registration points: a policy loss with a KL to the policy that sampled, and
+kl_penalty with the right gradient.
 
-verl computes its losses from log-probabilities alone, so these are estimates with gradients that
-are right; the exact KL needs the logits of both models, which no registration point has. Every
-worker process has to run the registration: put it into a module of yours,
+verl computes its losses from log-probabilities alone, so these are estimates, with the gradient of
+the KL; the exact KL needs the logits of both models, which no registration point has. Every worker
+process has to run the registration: put it into a module of yours,
 
     # my_losses.py
     from fastkl.integrations import verl
 
-    verl.register("vanilla_kl", beta=0.05)          # then actor_rollout_ref.actor.policy_loss.loss_mode=vanilla_kl
-    verl.install_kl_penalty()                       # for actor.use_kl_loss=True and algorithm.use_kl_in_reward=True
+    verl.register("vanilla_kl", beta=0.05)
+    verl.install_kl_penalty()
 
-and start verl with VERL_USE_EXTERNAL_MODULES=my_losses. verl is imported when something is
-registered, not before.
+start verl with VERL_USE_EXTERNAL_MODULES=my_losses, and set
+actor_rollout_ref.actor.policy_loss.loss_mode=vanilla_kl for the first, actor.use_kl_loss=True or
+algorithm.use_kl_in_reward=True for the second. verl is imported at the registration, not before.
 """
 
 from __future__ import annotations
@@ -63,13 +64,16 @@ class BetaController(Protocol):
 
 
 def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str) -> torch.Tensor:
-    """verl's kl_penalty: an estimate of KL(policy‖reference) per sampled token, whose gradient is
-    that KL's, whatever the estimator.
+    """verl's kl_penalty: an estimate of KL(policy‖reference) per sampled token with the gradient of
+    that KL for every estimator.
 
     Equivalent to
 
-        value = estimate_kl(logprob, ref_logprob, estimator={"kl": "k1", "mse": "k2", "low_var_kl": "k3"}.get(kl_penalty, kl_penalty))
-        value = value.clamp(max=10.0)                                              # k3 alone, as verl
+        names = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+        estimator = names.get(kl_penalty, kl_penalty)
+        value = estimate_kl(logprob, ref_logprob, estimator=estimator)
+        if estimator == "k3":
+            value = value.clamp(max=10.0)                               # as verl
         form = estimate_kl(logprob, ref_logprob, estimator="k2")
         return value.detach() + form - form.detach()
 
@@ -78,7 +82,7 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
 
     Args:
         logprob, ref_logprob: [...], log-probabilities of the tokens, sampled from the policy as it
-        is now.
+            is now.
         kl_penalty: "kl", "k1", "abs", "mse", "k2", "low_var_kl" or "k3", with or without a "+".
     Returns:
         [...] float32 (float64 for float64 log-probabilities), nats.
@@ -87,7 +91,7 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
         so in later mini-batches of a rollout it is off by the ratio, as verl's own is.
     Raises:
         TypeError, ValueError: as fastkl.estimate_kl; "full", which needs logits:
-        fastkl.kl_divergence.
+            fastkl.kl_divergence.
     Source: Schulman, Approximating KL Divergence (2020), for the values.
     """
     if not isinstance(kl_penalty, str):
@@ -106,8 +110,7 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
     if name not in ESTIMATORS:
         raise ValueError(
             f"kl_penalty: expected one of {', '.join(map(repr, ESTIMATORS))}, with or without "
-            f"'+', got {kl_penalty!r}; "
-            f"pass 'k3', for instance"
+            f"'+', got {kl_penalty!r}; pass 'k3', for instance"
         )
     value = estimate_kl(logprob.detach(), ref_logprob.detach(), estimator=ESTIMATORS[name])
     if ESTIMATORS[name] == "k3":
@@ -125,9 +128,11 @@ def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Calla
     Equivalent, in the function that is returned, to
 
         loss, metrics = verl.trainer.ppo.core_algos.get_policy_loss_fn(base)(...)
-        kl = estimate_kl(old_log_prob, log_prob, estimator="k3")                    # times rollout_is_weights, where verl gives them
-        return loss + beta * agg_loss(kl, response_mask, loss_agg_mode, **config.global_batch_info),
-        metrics
+        kl = estimate_kl(old_log_prob, log_prob, estimator="k3")
+        if rollout_is_weights is not None:
+            kl = kl * rollout_is_weights
+        total = agg_loss(kl, response_mask, loss_agg_mode, **config.global_batch_info)
+        return loss + beta * total, metrics
 
     The tokens come from the old policy, which does not move, so value and gradient of the estimate
     are unbiased in every mini-batch.
@@ -250,7 +255,7 @@ def install_kl_penalty() -> None:
 
 
 def _weight_of(beta: float | BetaController) -> float:
-    """The number, or the controller's beta as it is now."""
+    """Return a number, or a controller's beta as it is now."""
     value = getattr(beta, "beta", beta)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
@@ -284,6 +289,7 @@ def _tensor(argument: str, value: torch.Tensor, what: str, remedy: str) -> None:
 
 
 def _core_algos() -> ModuleType:
+    """Import verl's core_algos."""
     try:
         import verl.trainer.ppo.core_algos as core
     except ModuleNotFoundError as missing:
@@ -295,14 +301,14 @@ def _core_algos() -> ModuleType:
 
 
 def _same_arguments(function: Callable[..., Any], expected: tuple[str, ...]) -> None:
+    """Check the names of a function's arguments."""
     got = tuple(inspect.signature(function).parameters)
     if got != expected:
         import verl
 
         raise ImportError(
             f"verl: expected {function.__name__}({', '.join(expected)}) as in version {TESTED}, "
-            f"which fastkl.integrations.verl "
-            f"was tested with, got {function.__name__}({', '.join(got)}) in "
-            f"{getattr(verl, '__version__', 'an unknown version')}; "
+            f"which fastkl.integrations.verl was tested with, got {function.__name__}"
+            f"({', '.join(got)}) in {getattr(verl, '__version__', 'an unknown version')}; "
             f"remedy: pip install 'verl=={TESTED}.*'"
         )

@@ -163,13 +163,13 @@ def gradients(
         )
         values, targets = kept[rows].unbind(1), part_of(grads, rows)
         if vocabulary <= elements:
-            _gradients(here, 0, values, shifted, only, given, *targets, room)
+            _gradients(here, 0, values, shifted, only, given, targets, room)
             continue
         for start in range(0, vocabulary, elements):
             at = slice(None), slice(start, start + elements)
             columns_here = here._replace(x=here.x[at], y=None if here.y is None else here.y[at])
             some = part_of(targets, at)
-            _gradients(columns_here, start, values, shifted, only, given, *some, room)
+            _gradients(columns_here, start, values, shifted, only, given, some, room)
 
 
 class _OfRows(NamedTuple):
@@ -232,8 +232,7 @@ def _gradients(
     shifted: bool,
     only: str | None,
     g: dict[str, torch.Tensor],
-    grad_p: torch.Tensor | None,
-    grad_q: torch.Tensor | None,
+    grads: Sides,
     room: Room,
 ) -> None:
     """Fill the gradients of some columns, the first of which is `start`; all logits are read before
@@ -242,7 +241,7 @@ def _gradients(
     kept: the columns of `saved`, [k, 1] each, with s/S in place of KIND, or -g·s/S for the one
     field `only`.
     """
-    shape, scale = block.x.shape, block.scale
+    shape, scale, (grad_p, grad_q) = block.x.shape, block.scale, grads
     top, log_sum, shift, centre, log1p_t, *_ = kept
     x, d, rise = wide(block.x, room("x", shape)), None, None
     if g.keys() & {"kl", "ref_kl"} or (grad_q is not None and "ref_logprob" in g):

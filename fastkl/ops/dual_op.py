@@ -12,9 +12,10 @@ torch.set_default_device is too, sees neither.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch.autograd.profiler import record_function
@@ -43,64 +44,92 @@ _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _VALUES = frozenset({torch.dtype, type(None), float, int, bool, str})
 
 Outputs = TypeVar("Outputs")
+# How a field of a NamedTuple is spelt in an op's schema.
+_SCHEMA = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    float: "float",
+    str: "str",
+    bool: "bool",
+    torch.dtype: "ScalarType",
+    int | None: "SymInt?",
+}
 
 
-class Dispatched(Generic[Outputs]):
-    """A computation with gradient rule; calling it takes the shortest way that is right for the
-    caller. `.op`: its custom op.
+class Rules(NamedTuple):
+    """What an op is told beside its computation.
 
-    compute: the computation, annotated as torch.library.custom_op wants it; its first argument is a
-    tensor. fake: its outputs without their values. Both return None for an output that nobody asked
-    for; where an op cannot, an empty tensor stands for it.
-    setup_context, backward: as in torch.autograd.Function; setup_context None saves nothing.
-    `ctx.eager` is there where eager mode's short way was taken: what `compute` returned has no
-    other holders than the caller and autograd.
-    batch: (info, in_dims, *inputs) -> (inputs of one call for all samples of a vmap, out_dims);
-    None computes sample by sample.
-    flops: (*inputs, shapes in place of tensors) -> floating-point operations of the matrix
-    products, for torch.utils.flop_counter; None for none.
-    returned: how many of the outputs a caller may count on, None for all; the others are for
-    backward, and an output costs autograd time.
+    backward, setup_context(ctx, groups, outputs): as in torch.autograd.Function; None saves
+    nothing. `ctx.eager` exists in eager mode, where only the caller and autograd hold what was
+    returned. batch(batch_size, dims, *groups): (groups of one call for all samples of a vmap,
+    out_dims), with dims a tuple for each group; None computes sample by sample. flops(*groups with
+    shapes in place of tensors): floating-point operations of the GEMMs, for
+    torch.utils.flop_counter; None for none.
+    """
+
+    backward: Callable[..., Any]
+    setup_context: Callable[..., None] | None = None
+    batch: Callable[..., tuple[Any, Any]] | None = None
+    flops: Callable[..., int] | None = None
+
+
+class DualOp(Generic[Outputs]):
+    """A computation with a gradient rule, called the shortest way that is right for the caller.
+
+    `.op` is its custom op, whose arguments are the fields of all groups one after the other.
+
+    groups: NamedTuples of the arguments; the first field of the first is a tensor. outputs: how
+    many tensors it returns.
+    compute(*groups), fake(*groups): the outputs, with and without values: a tensor, or a tuple with
+    None for an output that was not requested, which the op returns as an empty tensor.
+    returned: how many outputs a caller may count on, None for all; the rest is for backward, and an
+    output costs autograd time.
     """
 
     def __init__(
         self,
         name: str,
+        groups: Sequence[type[tuple[Any, ...]]],
         compute: Callable[..., Outputs],
         fake: Callable[..., Any],
         *,
-        backward: Callable[..., Any],
-        setup_context: Callable[..., None] | None = None,
-        batch: Callable[..., tuple[Any, Any]] | None = None,
-        flops: Callable[..., int] | None = None,
+        outputs: int,
+        rules: Rules,
         returned: int | None = None,
     ) -> None:
-        self._flops = flops
-        self._name, self._compute = name, compute
+        self._name, self._groups, self._compute = name, groups, compute
+        backward, setup_context, batch, self._flops = rules
+        group = self._group
         self.op = torch.library.custom_op(
             name,
-            _with_tensors(compute),
+            _with_tensors(lambda *inputs: compute(*group(inputs))),
             mutates_args=(),
-            schema=torch.library.infer_schema(compute, mutates_args=()),
+            schema=_schema(groups, outputs),
         )
-        self.op.register_fake(_with_tensors(fake))
-        self.op.register_autograd(backward, setup_context=setup_context)
+        self.op.register_fake(_with_tensors(lambda *inputs: fake(*group(inputs))))
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if setup_context is not None:
+                setup_context(ctx, group(inputs), output)
+
+        self.op.register_autograd(backward, setup_context=setup)
 
         def vmap_by(call: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
             def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
                 if batch is None:
                     return _sample_by_sample(call, info.batch_size, in_dims, inputs)
-                batched, out_dims = batch(info, in_dims, *inputs)
-                return call(*batched), out_dims
+                batched, out_dims = batch(info.batch_size, group(in_dims), *group(inputs))
+                return call(*itertools.chain(*batched)), out_dims
 
             return vmap
 
         def forward(ctx: Any, *inputs: Any) -> Any:
-            outputs: Any = compute(*inputs)
+            packed = group(inputs)
+            results: Any = compute(*packed)
             ctx.eager = True
             if setup_context is not None:
-                setup_context(ctx, inputs, outputs)
-            return outputs if returned is None else outputs[:returned]
+                setup_context(ctx, packed, results)
+            return results if returned is None else results[:returned]
 
         self.op.register_vmap(vmap_by(self.op))
         # A Function with a setup_context of its own, which transforms need, looks its signature up
@@ -113,21 +142,26 @@ class Dispatched(Generic[Outputs]):
         # Inputs left over once a transform is done may be transformed again, or traced; its rule
         # needs every output.
         again = _with_tensors(
-            lambda *inputs: (self if returned is None or transforming() else self.op)(*inputs)
+            lambda *inputs: (
+                self(*group(inputs)) if returned is None or transforming() else self.op(*inputs)
+            )
         )
         self._transformed = _function(
             name,
             forward=again,
             backward=backward,
-            setup_context=setup_context or _save_nothing,
+            setup_context=setup,
             vmap=vmap_by(again),
             jvp=_refuse_tangents,
         )
 
-    def __call__(self, *inputs: Any, alone: Callable[..., Outputs] | None = None) -> Outputs:
+    def __call__(
+        self, *groups: tuple[Any, ...], alone: Callable[..., Outputs] | None = None
+    ) -> Outputs:
         """Compute. `alone` takes the place of `compute` where nothing looks on: no compiler, mode
-        or
-        transform, no gradient that is differentiated again. It may write over its inputs."""
+        or transform, no gradient that is differentiated again. It may write over its inputs.
+        """
+        inputs = groups[0] if len(groups) == 1 else tuple(itertools.chain(*groups))
         # Dynamo and tracers first: what follows asks questions that they cannot trace. Then
         # transforms, inside which tensors are wrappers.
         op: Callable[..., Outputs] = self.op
@@ -149,9 +183,20 @@ class Dispatched(Generic[Outputs]):
             return self._eager(*inputs)
         compute = alone or self._compute
         if not _profiler_enabled():
-            return compute(*inputs)
+            return compute(*groups)
         with record_function(self._name):
-            return compute(*inputs)
+            return compute(*groups)
+
+    def _group(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the arguments as the NamedTuples that they came in."""
+        if len(self._groups) == 1:
+            return (self._groups[0](*inputs),)
+        start, packed = 0, []
+        for kind in self._groups:
+            stop = start + len(kind._fields)  # type: ignore[attr-defined]
+            packed.append(kind(*inputs[start:stop]))
+            start = stop
+        return tuple(packed)
 
     def _tell_flop_counter(self) -> None:
         """Give the formula to torch's registry, and to the counters at work, which copied that when
@@ -166,7 +211,7 @@ class Dispatched(Generic[Outputs]):
         packet = getattr(torch.ops.fastkl, self._name.removeprefix("fastkl::"))
         if packet not in counting.flop_registry:
             counting.register_flop_formula(packet)(
-                lambda *inputs, out_shape=None, **_: flops(*inputs)
+                lambda *inputs, out_shape=None, **_: flops(*self._group(inputs))
             )
         for mode in _get_current_dispatch_mode_stack():
             counter = getattr(mode, "counter", mode)
@@ -223,6 +268,17 @@ def save_tensors(ctx: Any, *tensors: torch.Tensor | None) -> None:
     )
 
 
+def _schema(groups: Sequence[type[tuple[Any, ...]]], outputs: int) -> str:
+    """Return the schema of an op with the groups' fields as arguments."""
+    arguments = [
+        f"{_SCHEMA[kind]} {field}"
+        for group in groups
+        for field, kind in get_type_hints(group).items()
+    ]
+    returns = ", ".join(["Tensor"] * outputs)
+    return f"({', '.join(arguments)}) -> {returns if outputs == 1 else f'({returns})'}"
+
+
 def _with_tensors(compute: Callable[..., Any]) -> Callable[..., Any]:
     """The computation with an empty tensor in place of None."""
 
@@ -260,10 +316,6 @@ def _sample_by_sample(
     return tuple(torch.stack(values) for values in zip(*samples, strict=True)), (0,) * len(
         samples[0]
     )
-
-
-def _save_nothing(ctx: Any, inputs: Any, outputs: Any) -> None:
-    pass
 
 
 def _refuse_tangents(ctx: Any, *tangents: Any) -> None:

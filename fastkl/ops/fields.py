@@ -1,15 +1,22 @@
-"""The vocabulary of row statistics: fields, saved values, and the scaling of logits."""
+"""The vocabulary of row statistics: fields, saved values, and the arguments that each row has."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 
 from .. import reference
 
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
+POLICY_FIELDS = ("logprob", "entropy", "kl", "ref_kl")
+REFERENCE_FIELDS = ("ref_logprob", "kl", "ref_kl")
 SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
+
+
+def result_dtype(logits: torch.Tensor) -> torch.dtype:
+    """float64 for float64 logits (reference only), else float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 class Scaling(NamedTuple):
@@ -24,7 +31,90 @@ class Scaling(NamedTuple):
     ref_softcap: float = 0.0
     ratio: float | torch.Tensor = 1.0
 
+    @property
+    def none(self) -> bool:
+        """Whether the logits are used as they are."""
+        ratio = self.ratio
+        return not (
+            self.softcap or self.ref_softcap or isinstance(ratio, torch.Tensor) or ratio != 1
+        )
 
-def result_dtype(logits: torch.Tensor) -> torch.dtype:
-    """float64 for float64 logits (reference only), else float32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+UNSCALED = Scaling()
+
+
+class RowArgs(NamedTuple):
+    """Logits [..., V] of N rows and what applies to each row; vectors are [N] and contiguous.
+
+    q, tokens, mask: None where they take no part. temperature: a number or a vector.
+    """
+
+    p: torch.Tensor
+    q: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    temperature: float | torch.Tensor = 1.0
+    scaling: Scaling = UNSCALED
+
+    def at(self, rows: slice | torch.Tensor, p: torch.Tensor, q: torch.Tensor | None) -> RowArgs:
+        """Return the arguments of some rows, whose logits are p and q."""
+        _, _, tokens, mask, temperature, scaling = self
+        if isinstance(scaling.ratio, torch.Tensor):
+            scaling = scaling._replace(ratio=scaling.ratio[rows])
+        return RowArgs(
+            p,
+            q,
+            None if tokens is None else tokens[rows],
+            None if mask is None else mask[rows],
+            temperature[rows] if isinstance(temperature, torch.Tensor) else temperature,
+            scaling,
+        )
+
+
+def row_args(
+    p: torch.Tensor,
+    q: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperatures: torch.Tensor | None,
+    temperature: float,
+) -> RowArgs:
+    """Pack arguments of leading shape [...]; temperatures, where given, replace the number."""
+    if p.dim() != 2:
+        tokens, mask, temperatures = flat(tokens), flat(mask), flat(temperatures)
+    return RowArgs(
+        p,
+        q,
+        None if tokens is None else tokens.contiguous(),
+        None if mask is None else mask.contiguous(),
+        temperature if temperatures is None else temperatures.contiguous(),
+    )
+
+
+@overload
+def flat(value: torch.Tensor) -> torch.Tensor: ...
+@overload
+def flat(value: None) -> None: ...
+def flat(value: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a per-row tensor as a contiguous vector."""
+    return None if value is None else value.reshape(-1).contiguous()
+
+
+@overload
+def rows_of(value: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor: ...
+@overload
+def rows_of(value: float, rows: torch.Tensor | slice) -> float: ...
+@overload
+def rows_of(value: None, rows: torch.Tensor | slice) -> None: ...
+def rows_of(
+    value: torch.Tensor | float | None, rows: torch.Tensor | slice
+) -> torch.Tensor | float | None:
+    """Return some rows of a per-row tensor."""
+    return value[rows] if isinstance(value, torch.Tensor) else value
+
+
+def rows_of_each(
+    values: dict[str, torch.Tensor], rows: slice | torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return some rows of each per-row tensor."""
+    return {name: value[rows] for name, value in values.items()}

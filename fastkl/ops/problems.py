@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from .fields import Scaling
-from .row_blocks import rows_of
+from .fields import RowArgs
 
 Dim = tuple[int, int, int]  # size, stride of P, stride of Q
 
@@ -18,8 +18,8 @@ Dim = tuple[int, int, int]  # size, stride of P, stride of Q
 def _merged_dims(
     leading: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...]
 ) -> tuple[tuple[Dim, ...], tuple[Dim, Dim]]:
-    """The leading dimensions as (size, stride of p, stride of q), neighbours merged where both
-    tensors allow it: (the outermost, the last two).
+    """Return the leading dimensions, neighbours merged where both tensors allow it: (the outermost,
+    the last two).
     """
     merged: list[Dim] = []
     for size, step_p, step_q in zip(leading, p_strides, q_strides, strict=True):
@@ -33,89 +33,58 @@ def _merged_dims(
     return tuple(merged[:-2]), (outer, inner)
 
 
-def problems(
-    p: torch.Tensor,
-    q: torch.Tensor | None,
-    tokens: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    scaling: Scaling = Scaling(),  # noqa: B008
-) -> list[tuple[slice | None, object]]:  # noqa: B008
-    """(rows, kernels.launch.Problem): one for all rows (None) of up to two independent strides;
-    more are taken apart along the outer dimensions.
+def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
+    """Return (rows, kernels.launch.Problem): one for all rows (None) of up to two independent
+    strides; rows of more are taken apart along the outer dimensions.
     """
-    launch, other = launchers(), p if q is None else q
+    p, q = args.p, args.q
+    other = p if q is None else q
     outermost, dims = _merged_dims(p.shape[:-1], p.stride()[:-1], other.stride()[:-1])
-    temperatures, number = (
-        (temperature, 1.0) if isinstance(temperature, torch.Tensor) else (None, temperature)
-    )
-    softcap, ref_softcap, ratio = scaling
-    ratios = None
-    if isinstance(ratio, torch.Tensor):
-        ratios = ratio
-    elif ratio != 1:
-        ratios = torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
-    types = (
-        p.dtype,
-        None if q is None else q.dtype,
-        None if tokens is None else tokens.dtype,
-        None if temperatures is None else temperatures.dtype,
-    )
-
-    def problem(
-        p: torch.Tensor,
-        q: torch.Tensor | None,
-        tokens: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        temperatures: torch.Tensor | None,
-        ratios: torch.Tensor | None,
-    ) -> object:
-        addresses = (
-            p.data_ptr() % launch.ADDRESSES,
-            0 if q is None else q.data_ptr() % launch.ADDRESSES,
-        )
-        layout = launch.layout(
-            vocabulary,
-            dims,
-            addresses,
-            p.device,
-            types,
-            mask is not None,
-            (softcap, ref_softcap),
-            ratios is not None,
-        )
-        return launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratios)
-
-    vocabulary = p.shape[-1]
+    ratio = args.scaling.ratio
+    if not isinstance(ratio, torch.Tensor) and ratio != 1:
+        ratio = torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
+        args = args._replace(scaling=args.scaling._replace(ratio=ratio))
     if not outermost:
-        return [(None, problem(p, q, tokens, mask, temperatures, ratios))]
+        return [(None, _problem(args, p.shape[-1], dims))]
     count = dims[0][0] * dims[1][0]
-    found: list[tuple[slice | None, object]] = []
-    for at, index in enumerate(itertools.product(*(range(size) for size, _, _ in outermost))):
+    found: list[tuple[slice | None, Any]] = []
+    indices = itertools.product(*(range(size) for size, _, _ in outermost))
+    for at, index in enumerate(indices):
         rows = slice(at * count, (at + 1) * count)
-        x, y = (
-            _starting_at(p, index, outermost, 1),
-            None if q is None else _starting_at(q, index, outermost, 2),
-        )
-        found.append(
-            (
-                rows,
-                problem(
-                    x,
-                    y,
-                    rows_of(tokens, rows),
-                    rows_of(mask, rows),
-                    rows_of(temperatures, rows),
-                    rows_of(ratios, rows),
-                ),
-            )
-        )
+        x = _starting_at(p, index, outermost, 1)
+        y = None if q is None else _starting_at(q, index, outermost, 2)
+        found.append((rows, _problem(args.at(rows, x, y), p.shape[-1], dims)))
     return found
+
+
+def _problem(args: RowArgs, vocabulary: int, dims: tuple[Dim, Dim]) -> Any:
+    launch = launchers()
+    p, q, tokens, mask, temperature, (softcap, ref_softcap, ratio) = args
+    temperatures, number = None, temperature
+    if isinstance(temperature, torch.Tensor):
+        temperatures, number = temperature, 1.0
+    ratios = ratio if isinstance(ratio, torch.Tensor) else None
+    layout = launch.layout(
+        vocabulary,
+        dims,
+        (p.data_ptr() % launch.ADDRESSES, 0 if q is None else q.data_ptr() % launch.ADDRESSES),
+        p.device,
+        (
+            p.dtype,
+            None if q is None else q.dtype,
+            None if tokens is None else tokens.dtype,
+            None if temperatures is None else temperatures.dtype,
+        ),
+        mask is not None,
+        (softcap, ref_softcap),
+        ratios is not None,
+    )
+    return launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratios)
 
 
 @functools.cache
 def launchers() -> ModuleType:
-    """kernels.launch, imported at its first use: it needs Triton."""
+    """Return kernels.launch, imported at its first use: it needs Triton."""
     from ..kernels import launch
 
     return launch
@@ -123,7 +92,7 @@ def launchers() -> ModuleType:
 
 @functools.cache
 def fused_launchers() -> ModuleType:
-    """kernels.launch_fused, likewise."""
+    """Return kernels.launch_fused, likewise."""
     from ..kernels import launch_fused
 
     return launch_fused
@@ -132,8 +101,8 @@ def fused_launchers() -> ModuleType:
 def _starting_at(
     logits: torch.Tensor, index: tuple[int, ...], dims: tuple[Dim, ...], which: int
 ) -> torch.Tensor:
-    """The same storage from an index of the outermost dimensions on: the kernels take a pointer and
-    strides.
+    """Return the same storage from an index of the outermost dimensions on: the kernels take a
+    pointer and strides.
     """
     offset = sum(i * dim[which] for i, dim in zip(index, dims, strict=True))
     return logits.as_strided((1,), (1,), logits.storage_offset() + offset)

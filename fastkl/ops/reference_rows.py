@@ -11,44 +11,33 @@ import torch
 from .. import _checks, reference
 from . import cpu_gradients, cpu_passes, cpu_rows, row_blocks
 from .cpu_gradients import Sides, part_of
-from .fields import SAVED, Scaling, result_dtype
-from .row_blocks import rows_of, rows_of_each
+from .fields import SAVED, RowArgs, result_dtype, rows_of, rows_of_each
+
+Rows = slice | torch.Tensor
 
 
-def forward(
-    p: torch.Tensor,
-    q: torch.Tensor | None,
-    tokens: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    outputs: dict[str, torch.Tensor],
-    saved: torch.Tensor,
-    scaling: Scaling,
-) -> None:
-    """Fill outputs ([N] per field) and saved [N, 10], a block of rows at a time; masked rows stay
-    0.
+def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+    """Fill outputs ([N] per field) and saved [N, 10], a block of rows at a time; masked rows are 0.
 
     cpu_rows holds nearly every row; the others are reference.row_statistics', those far apart in
     float64.
     """
+    p, mask = args.p, args.mask
     if mask is not None:
         for value in (*outputs.values(), saved):
             value.zero_()
     elements = row_blocks.statistics_elements(p)
     room, step = cpu_passes.Room(elements, p.device), max(1, elements // p.shape[-1])
-    for rows, x, y in row_blocks.blocks(p, q, mask, _unscaled(scaling)):
-        x, y = _scaled(x, y, rows, scaling)
-        chosen, scales = rows_of(tokens, rows), rows_of(temperature, rows)
-        if chosen is not None:
-            _checks.tokens_in_range(chosen, p.shape[-1])
-        if isinstance(scales, torch.Tensor):
-            _checks.temperatures_positive(scales)
-        if x.dtype == torch.float64:
+    for rows, x, y in row_blocks.blocks(p, args.q, mask, args.scaling.none):
+        here = _scaled(args.at(rows, x, y))
+        if here.tokens is not None:
+            _checks.tokens_in_range(here.tokens, p.shape[-1])
+        if isinstance(here.temperature, torch.Tensor):
+            _checks.temperatures_positive(here.temperature)
+        if here.p.dtype == torch.float64:
             others = torch.arange(x.shape[0], device=x.device)
         else:
-            values, kept, holds = cpu_rows.statistics(
-                cpu_passes.Block(x, y, chosen, _inverse(scales)), set(outputs), room, step
-            )
+            values, kept, holds = cpu_rows.statistics(_block(here), set(outputs), room, step)
             for name, value in outputs.items():
                 value[rows] = values[name]
             saved[rows] = kept
@@ -56,32 +45,23 @@ def forward(
                 continue
             others = (~holds).nonzero()[:, 0]
         for some in others.split(step):
-            _define(
-                x[some],
-                None if y is None else y[some],
-                rows_of(chosen, some),
-                rows_of(scales, some),
-                outputs,
-                saved,
-                rows[some] if isinstance(rows, torch.Tensor) else some + rows.start,
-            )
+            numbers = rows[some] if isinstance(rows, torch.Tensor) else some + rows.start
+            _define(_some(here, some), outputs, saved, numbers)
 
 
-def computes_together(p: torch.Tensor, scaling: Scaling) -> bool:
-    """Whether the reference computes a KL and its gradient to P in one pass over the rows."""
+def computes_together(args: RowArgs) -> bool:
+    """Whether a KL and its gradient to P take one pass over the rows."""
+    p = args.p
     return (
         p.device.type == "cpu"
         and p.dtype != torch.float64
-        and _unscaled(scaling)
+        and args.scaling.none
         and cpu_rows.takes_whole_rows(p)
     )
 
 
 def kl_and_gradient(
-    p: torch.Tensor,
-    q: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float | torch.Tensor,
+    args: RowArgs,
     kl: torch.Tensor,
     saved: torch.Tensor,
     weights: torch.Tensor,
@@ -90,10 +70,10 @@ def kl_and_gradient(
     """Fill kl [N], saved [N, 10] and grad_p [N, V], which may be the logits, a block of rows at a
     time; masked rows are 0.
     """
-    memory, scales = (
-        cpu_gradients.LentMemory(p, q, grad_p, row_blocks.rows_per_block(p)),
-        _inverse(temperature),
-    )
+    p, q, _, mask, temperature, _ = args
+    assert q is not None
+    memory = cpu_gradients.LentMemory(p, q, grad_p, row_blocks.rows_per_block(p))
+    scales = _inverse(temperature)
     if isinstance(temperature, torch.Tensor):
         _checks.temperatures_positive(temperature if mask is None else temperature[mask])
     factors = -weights * (scales[:, 0] if isinstance(scales, torch.Tensor) else scales)
@@ -106,11 +86,9 @@ def kl_and_gradient(
         scale, factor, columns = rows_of(scales, rows), factors[rows], kept.unbind(-1)
         first = 0
         while first < x.shape[0]:
-            count, room = (
-                (memory.own_rows, memory.own_room)
-                if isinstance(rows, torch.Tensor)
-                else (memory.rows_from(rows.start + first), memory.room)
-            )
+            count, room = memory.own_rows, memory.own_room
+            if not isinstance(rows, torch.Tensor):
+                count, room = memory.rows_from(rows.start + first), memory.room
             part = slice(first, first + count)
             block = cpu_passes.Block(x, y, None, scale).part(part)
             keep = gathered or not memory.separate
@@ -121,12 +99,10 @@ def kl_and_gradient(
             result.save(columns, part)
             if len(others):
                 others = others + first
-                found = _apart(
-                    copies,
-                    rows_of(rows_of(temperature, rows), others),
-                    weights[rows][others],
-                    grad.dtype,
-                )
+                far = RowArgs(copies.x, copies.y, temperature=rows_of(temperature, rows))
+                if isinstance(far.temperature, torch.Tensor):
+                    far = far._replace(temperature=far.temperature[others])
+                found = _apart(far, weights[rows][others], grad.dtype)
                 values[others], kept[others], grad[others] = found
             first = part.stop
         if gathered:
@@ -137,253 +113,179 @@ def kl_and_gradient(
 
 
 def _apart(
-    block: cpu_passes.Block,
-    temperature: float | torch.Tensor,
-    weights: torch.Tensor,
-    dtype: torch.dtype,
+    args: RowArgs, weights: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return KL, saved values and gradient of a few rows by forward and backward."""
     kl, saved = torch.empty_like(weights), weights.new_empty(len(weights), SAVED)
-    grad = torch.empty_like(block.x, dtype=dtype, memory_format=torch.contiguous_format)
-    forward(block.x, block.y, None, None, temperature, {"kl": kl}, saved, Scaling())
-    backward(
-        block.x, block.y, None, None, temperature, saved, {"kl": weights}, grad, None, Scaling()
-    )
+    grad = torch.empty_like(args.p, dtype=dtype, memory_format=torch.contiguous_format)
+    forward(args, {"kl": kl}, saved)
+    backward(args, saved, {"kl": weights}, grad, None)
     return kl, saved, grad
 
 
 def _define(
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    tokens: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    outputs: dict[str, torch.Tensor],
-    saved: torch.Tensor,
-    rows: slice | torch.Tensor,
+    args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor, numbers: torch.Tensor
 ) -> None:
     """Fill these rows of outputs and saved as reference.py defines them, rows that float32 does not
     hold in float64.
     """
-    result = _statistics(x, y, tokens, temperature, outputs)
+    result = _statistics(args, outputs)
     far = result.saved[:, reference.FAR] != 0
     if result.saved.dtype != torch.float64 and bool(far.any()):
-        wide = _statistics(
-            *_double(far, x, y), rows_of(tokens, far), rows_of(temperature, far), outputs
-        )
+        wide = _statistics(_some(args, far, torch.float64), outputs)
         for value, better in zip(result[:-1], wide[:-1], strict=True):
             if value is not None and better is not None:
                 value[far] = better.to(value.dtype)
     for name, value in outputs.items():
-        value[rows] = getattr(result, name).to(value.dtype)
-    saved[rows] = result.saved.to(saved.dtype)
+        value[numbers] = getattr(result, name).to(value.dtype)
+    saved[numbers] = result.saved.to(saved.dtype)
+
+
+def _statistics(args: RowArgs, outputs: dict[str, torch.Tensor]) -> reference.RowStatistics:
+    return reference.row_statistics(
+        *args[:3], args.temperature, entropy="entropy" in outputs, reverse="ref_kl" in outputs
+    )
 
 
 def _inverse(temperature: float | torch.Tensor) -> float | torch.Tensor:
     """1/T, [k, 1] of one per row."""
-    return (
-        1.0 / temperature
-        if isinstance(temperature, float)
-        else (1.0 / temperature.float())[:, None]
-    )
+    if isinstance(temperature, torch.Tensor):
+        return (1.0 / temperature.float())[:, None]
+    return 1.0 / temperature
 
 
-def _unscaled(scaling: Scaling) -> bool:
-    return not (
-        scaling.softcap
-        or scaling.ref_softcap
-        or isinstance(scaling.ratio, torch.Tensor)
-        or scaling.ratio != 1
-    )
+def _block(args: RowArgs) -> cpu_passes.Block:
+    return cpu_passes.Block(args.p, args.q, args.tokens, _inverse(args.temperature))
 
 
-def _statistics(
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    tokens: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    outputs: dict[str, torch.Tensor],
-) -> reference.RowStatistics:
-    return reference.row_statistics(
-        x, y, tokens, temperature, entropy="entropy" in outputs, reverse="ref_kl" in outputs
-    )
+def _some(args: RowArgs, rows: Rows, dtype: torch.dtype | None = None) -> RowArgs:
+    """Return some rows of matrices, their logits in `dtype`."""
+    p, q = args.p[rows], None if args.q is None else args.q[rows]
+    return args.at(rows, p.to(dtype), None if q is None else q.to(dtype))
 
 
-def _double(
-    rows: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Some rows in float64."""
-    return x[rows].double(), None if y is None else y[rows].double()
-
-
-def _scaled(
-    x: torch.Tensor, y: torch.Tensor | None, rows: slice | torch.Tensor, scaling: Scaling
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Some rows of both tensors, soft caps and ratio applied: in float64 with a ratio: float32
-    would round the product.
+def _scaled(args: RowArgs) -> RowArgs:
+    """Apply soft caps and ratio to matrices: in float64 with a ratio, whose product float32 would
+    round.
     """
-    x = reference.soft_cap(x, scaling.softcap)
-    y = None if y is None else reference.soft_cap(y, scaling.ref_softcap)
-    if y is None or not isinstance(scaling.ratio, torch.Tensor) and scaling.ratio == 1:
-        return x, y
-    ratio = (
-        scaling.ratio[rows, None].double()
-        if isinstance(scaling.ratio, torch.Tensor)
-        else scaling.ratio
-    )
-    return x.double(), y.double() * ratio
-
-
-def _gradients(
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    tokens: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    saved: torch.Tensor,
-    upstream: dict[str, torch.Tensor],
-    wrt_p: bool,
-    wrt_q: bool,
-) -> Sides:
-    """Gradients of some rows; of fallback rows from their statistics in float64."""
-    if x.dtype == torch.float64 and saved.dtype != torch.float64:
-        # With a ratio every row is computed in float64.
-        saved = reference.row_statistics(x, y, tokens, temperature).saved
-    results = reference.row_gradients(
-        x, y, tokens, temperature, saved, upstream, wrt_p=wrt_p, wrt_q=wrt_q
-    )
-    far = saved[:, reference.FAR] != 0
-    if x.dtype != torch.float64 and bool(far.any()):
-        wide = _gradients(
-            *_double(far, x, y),
-            rows_of(tokens, far),
-            rows_of(temperature, far),
-            saved[far],
-            {name: value[far] for name, value in upstream.items()},
-            wrt_p,
-            wrt_q,
-        )
-        for result, better in zip(results, wide, strict=True):
-            if result is not None and better is not None:
-                result[far] = better.to(result.dtype)
-    return results
+    softcap, ref_softcap, ratio = args.scaling
+    x = reference.soft_cap(args.p, softcap)
+    y = None if args.q is None else reference.soft_cap(args.q, ref_softcap)
+    if y is not None and (isinstance(ratio, torch.Tensor) or ratio != 1):
+        wide = ratio[:, None].double() if isinstance(ratio, torch.Tensor) else ratio
+        x, y = x.double(), y.double() * wide
+    return args._replace(p=x, q=y)
 
 
 def backward(
-    p: torch.Tensor,
-    q: torch.Tensor | None,
-    tokens: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    temperature: float | torch.Tensor,
+    args: RowArgs,
     saved: torch.Tensor,
     upstream: dict[str, torch.Tensor],
     grad_p: torch.Tensor | None,
     grad_q: torch.Tensor | None,
-    scaling: Scaling,
 ) -> None:
     """Fill the gradients [N, V], a block of rows at a time, each row as forward computed it; rows
     without upstream gradient get 0.
 
     A block's logits are read before its gradients are written: they may be the logits themselves.
     """
+    p, unscaled = args.p, args.scaling.none
     none = torch.zeros(saved.shape[0], dtype=torch.bool, device=saved.device)
     active = functools.reduce(torch.logical_or, [value != 0 for value in upstream.values()], none)
-    if mask is not None:
-        active &= mask
-    for grad in (grad_p, grad_q):
+    if args.mask is not None:
+        active &= args.mask
+    sides = grad_p, grad_q
+    for grad in sides:
         if grad is not None and not bool(active.all()):
             grad[~active] = 0
-    room, step, sides = (
-        cpu_passes.Room(row_blocks.gradient_elements(p), p.device),
-        row_blocks.rows_per_block(p),
-        (grad_p, grad_q),
-    )
-    for rows, x, y in row_blocks.blocks(p, q, active, _unscaled(scaling)):
+    room = cpu_passes.Room(row_blocks.gradient_elements(p), p.device)
+    step = row_blocks.rows_per_block(p)
+    for rows, x, y in row_blocks.blocks(p, args.q, active, unscaled):
+        here = args.at(rows, x, y)
         lean = saved[rows, cpu_rows.KIND] == cpu_rows.LEAN
-        if isinstance(rows, slice) and _unscaled(scaling) and bool(lean.all()):
-            cpu_gradients.gradients(
-                cpu_passes.Block(x, y, rows_of(tokens, rows), _inverse(rows_of(temperature, rows))),
-                saved[rows],
-                rows_of_each(upstream, rows),
-                part_of(sides, rows),
-                room,
-            )
+        if isinstance(rows, slice) and unscaled and bool(lean.all()):
+            given, grads = rows_of_each(upstream, rows), part_of(sides, rows)
+            cpu_gradients.gradients(_block(here), saved[rows], given, grads, room)
             continue
         for first in range(0, x.shape[0], step):
-            part = slice(first, first + step)
+            part = slice(first, min(first + step, x.shape[0]))
             numbers = (
                 rows[part]
                 if isinstance(rows, torch.Tensor)
-                else slice(rows.start + first, min(rows.start + first + step, rows.stop))
+                else slice(rows.start + part.start, rows.start + part.stop)
             )
-            x_here, y_here = _scaled(x[part], None if y is None else y[part], numbers, scaling)
-            results = _mixed_gradients(
-                x_here,
-                y_here,
-                rows_of(tokens, numbers),
-                rows_of(temperature, numbers),
-                saved[numbers],
-                rows_of_each(upstream, numbers),
-                sides,
-                room,
-            )
-            for grad, value, slope in zip(
-                sides, results, _slopes(x_here, y_here, numbers, scaling), strict=True
-            ):
+            scaled = _scaled(_some(here, part))
+            given = rows_of_each(upstream, numbers)
+            results = _mixed_gradients(scaled, saved[numbers], given, sides, room)
+            for grad, value, slope in zip(sides, results, _slopes(scaled), strict=True):
                 if grad is not None and value is not None:
                     grad[numbers] = (value if slope is None else value * slope).to(grad.dtype)
 
 
 def _mixed_gradients(
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    tokens: torch.Tensor | None,
-    temperature: float | torch.Tensor,
+    args: RowArgs,
     saved: torch.Tensor,
     upstream: dict[str, torch.Tensor],
     sides: Sides,
     room: cpu_passes.Room,
 ) -> Sides:
-    """Gradients of a block's rows, each as forward computed it, in float32 or float64; None for a
-    side that is None.
+    """Return gradients of a block's rows, each as forward computed it, in float32 or float64; None
+    for a side that is None.
     """
-    results = _empty_like(sides, x)
+    results = _empty_like(sides, args.p)
     lean = saved[:, cpu_rows.KIND] == cpu_rows.LEAN
     for held in (True, False):
         some = (lean == held).nonzero()[:, 0]
         if not some.numel():
             continue
-        rows = x[some], None if y is None else y[some], rows_of(tokens, some)
-        scales, given = rows_of(temperature, some), rows_of_each(upstream, some)
+        rows, given = _some(args, some), rows_of_each(upstream, some)
         if held:
-            here = _empty_like(sides, rows[0])
-            cpu_gradients.gradients(
-                cpu_passes.Block(*rows, _inverse(scales)), saved[some], given, here, room
-            )
+            here = _empty_like(sides, rows.p)
+            cpu_gradients.gradients(_block(rows), saved[some], given, here, room)
         else:
-            wanted = sides[0] is not None, sides[1] is not None
-            here = _gradients(*rows, scales, saved[some], given, *wanted)
+            here = _gradients(rows, saved[some], given, sides)
         for result, value in zip(results, here, strict=True):
             if result is not None and value is not None:
                 result[some] = value.to(result.dtype)
     return results
 
 
+def _gradients(
+    args: RowArgs, saved: torch.Tensor, upstream: dict[str, torch.Tensor], sides: Sides
+) -> Sides:
+    """Return gradients of some rows; of fallback rows from their statistics in float64."""
+    x, y, tokens, _, temperature, _ = args
+    if x.dtype == torch.float64 and saved.dtype != torch.float64:
+        # With a ratio every row is computed in float64.
+        saved = reference.row_statistics(x, y, tokens, temperature).saved
+    wrt_p, wrt_q = (side is not None for side in sides)
+    results = reference.row_gradients(
+        x, y, tokens, temperature, saved, upstream, wrt_p=wrt_p, wrt_q=wrt_q
+    )
+    far = saved[:, reference.FAR] != 0
+    if x.dtype != torch.float64 and bool(far.any()):
+        rows, given = _some(args, far, torch.float64), rows_of_each(upstream, far)
+        wide = _gradients(rows, saved[far], given, sides)
+        for result, better in zip(results, wide, strict=True):
+            if result is not None and better is not None:
+                result[far] = better.to(result.dtype)
+    return results
+
+
 def _empty_like(sides: Sides, x: torch.Tensor) -> Sides:
-    """Room for gradients of x's rows, for each side that is there."""
+    """Return room for gradients of x's rows, for each side that is there."""
     empty = [None if side is None else torch.empty_like(x, dtype=result_dtype(x)) for side in sides]
     return empty[0], empty[1]
 
 
-def _slopes(
-    x: torch.Tensor, y: torch.Tensor | None, rows: torch.Tensor | slice, scaling: Scaling
-) -> list[torch.Tensor | float | None]:
-    """The derivatives of the scaled logits with respect to the raw ones; None for 1."""
-    slopes: list[torch.Tensor | float | None] = [
-        reference.soft_cap_slope(x, scaling.softcap) if scaling.softcap else None,
-        None,
-    ]
-    ratio = scaling.ratio[rows, None] if isinstance(scaling.ratio, torch.Tensor) else scaling.ratio
-    if y is not None and scaling.ref_softcap:
-        slopes[1] = reference.soft_cap_slope(y / ratio, scaling.ref_softcap)
-    if isinstance(ratio, torch.Tensor) or ratio != 1:
-        slopes[1] = ratio if slopes[1] is None else slopes[1] * ratio
-    return slopes
+def _slopes(args: RowArgs) -> tuple[torch.Tensor | float | None, torch.Tensor | float | None]:
+    """Return the derivatives of scaled logits with respect to the raw ones; None for 1."""
+    softcap, ref_softcap, ratio = args.scaling
+    slope = reference.soft_cap_slope(args.p, softcap) if softcap else None
+    ref_slope: torch.Tensor | float | None = None
+    scale = ratio[:, None] if isinstance(ratio, torch.Tensor) else ratio
+    if args.q is not None and ref_softcap:
+        ref_slope = reference.soft_cap_slope(args.q / scale, ref_softcap)
+    if isinstance(scale, torch.Tensor) or scale != 1:
+        ref_slope = scale if ref_slope is None else ref_slope * scale
+    return slope, ref_slope

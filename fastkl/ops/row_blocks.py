@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import overload
 
 import torch
 
@@ -15,26 +14,6 @@ from . import cpu_rows
 BLOCK_ELEMENTS = 1 << 16
 # Rows that are finished together: the finishing step costs a few scalars a row.
 ROWS_AT_ONCE = 256
-
-
-@overload
-def rows_of(value: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor: ...
-@overload
-def rows_of(value: float, rows: torch.Tensor | slice) -> float: ...
-@overload
-def rows_of(value: None, rows: torch.Tensor | slice) -> None: ...
-def rows_of(
-    value: torch.Tensor | float | None, rows: torch.Tensor | slice
-) -> torch.Tensor | float | None:
-    """Some rows of a per-row tensor."""
-    return value[rows] if isinstance(value, torch.Tensor) else value
-
-
-def rows_of_each(
-    values: dict[str, torch.Tensor], rows: slice | torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Return some rows of each per-row tensor."""
-    return {name: value[rows] for name, value in values.items()}
 
 
 def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:

@@ -10,32 +10,75 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
-from . import engine
-from .dual_op import Dispatched, save_tensors
-from .fields import FIELDS, SAVED, result_dtype
+from .dual_op import DualOp, Rules, save_tensors
+from .engine import ENGINES
+from .fields import FIELDS, SAVED, flat, result_dtype, row_args
 
-# What an op returns. Its schema has no outputs that may be None; one that nobody asked for is None
-# all the same, see Dispatched.
+# What an op returns: its schema has no outputs that may be None, see DualOp.
 Outputs = tuple[Any, ...]
-Given = tuple[Tensor | None, ...]  # upstream gradients
+Upstream = tuple[Tensor | None, ...]
+
+
+class RowInputs(NamedTuple):
+    """Arguments of row_statistics: logits [..., V], vectors [...], and the fields asked for,
+    comma-separated: schemas of ops have no lists of names.
+
+    temperatures, where given, take the place of temperature.
+    """
+
+    p: Tensor
+    q: Tensor | None
+    tokens: Tensor | None
+    mask: Tensor | None
+    temperatures: Tensor | None
+    temperature: float
+    fields: str
+    backend: str
+
+
+class RowGradientInputs(NamedTuple):
+    """Arguments of row_gradients: row_statistics', its saved values and the upstream gradients."""
+
+    p: Tensor
+    q: Tensor | None
+    tokens: Tensor | None
+    mask: Tensor | None
+    temperatures: Tensor | None
+    saved: Tensor
+    g_logprob: Tensor | None
+    g_entropy: Tensor | None
+    g_ref_logprob: Tensor | None
+    g_kl: Tensor | None
+    g_ref_kl: Tensor | None
+    temperature: float
+    wrt_p: bool
+    wrt_q: bool
+    backend: str
+
+
+def per_token(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """Return (temperatures, temperature) of RowInputs for a number or a tensor [...]."""
+    if isinstance(temperature, Tensor):
+        return temperature, 1.0
+    return None, float(temperature)
 
 
 @functools.lru_cache
 def wanted(names: str) -> tuple[str, ...]:
-    """The names in a comma-separated string: schemas of ops have no lists of names."""
+    """Return the names in a comma-separated string."""
     return tuple(names.split(",")) if names else ()
 
 
 def empty_outputs(p: Tensor, fields: str) -> Outputs:
-    """One tensor per field and the saved values, uninitialised, for logits or hidden states p; None
-    for a field that nobody asked for.
+    """Return a tensor for each field and the saved values, uninitialised, for logits or hidden
+    states p; None for a field that was not requested.
     """
     dtype, device, leading, names = result_dtype(p), p.device, p.shape[:-1], wanted(fields)
     outputs = [
@@ -45,145 +88,67 @@ def empty_outputs(p: Tensor, fields: str) -> Outputs:
     return *outputs, torch.empty((*leading, SAVED), dtype=dtype, device=device)
 
 
-def _statistics(
-    p: Tensor,
-    q: Tensor | None,
-    tokens: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    fields: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, ref_logprob, kl, ref_kl, saved): the fields named in `fields` [...], and
-    what backward needs [..., 10].
+def _statistics(inputs: RowInputs) -> Outputs:
+    """Compute (logprob, entropy, ref_logprob, kl, ref_kl, saved): the requested fields [...], and
+    what backward needs [..., SAVED].
     """
-    results = empty_outputs(p, fields)
-    if results[-1].numel():
+    results = _fake_statistics(inputs)
+    *values, saved = results
+    if saved.numel():
         outputs = {
-            name: engine.flat(value)
-            for name, value in zip(FIELDS, results, strict=False)
+            name: value.view(-1)
+            for name, value in zip(FIELDS, values, strict=True)
             if value is not None
         }
-        engine.forward(
-            backend,
-            p,
-            q,
-            engine.flat(tokens),
-            engine.flat(mask),
-            engine.flat_temperature(temperatures, temperature),
-            outputs,
-            _table(results[-1]),
-        )
+        ENGINES[inputs.backend].forward(row_args(*inputs[:6]), outputs, saved.view(-1, SAVED))
     return results
 
 
-def _table(value: Tensor) -> Tensor:
-    """A contiguous matrix of the last dimension's rows."""
-    return (value if value.dim() == 2 else value.reshape(-1, value.shape[-1])).contiguous()
+def _fake_statistics(inputs: RowInputs) -> Outputs:
+    return empty_outputs(inputs.p, inputs.fields)
 
 
-def _fake_statistics(
-    p: Tensor,
-    q: Tensor | None,
-    tokens: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    fields: str,
-    backend: str,
-) -> Outputs:
-    return empty_outputs(p, fields)
-
-
-def _gradients(
-    p: Tensor,
-    q: Tensor | None,
-    tokens: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    saved: Tensor,
-    g_logprob: Tensor | None,
-    g_entropy: Tensor | None,
-    g_ref_logprob: Tensor | None,
-    g_kl: Tensor | None,
-    g_ref_kl: Tensor | None,
-    temperature: float,
-    wrt_p: bool,
-    wrt_q: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(dP, dQ): gradients of the upstream-weighted statistics, contiguous, in the logits' types;
-    None where not asked for.
+def _gradients(inputs: RowGradientInputs) -> Outputs:
+    """Compute (dP, dQ), gradients of the upstream-weighted statistics, contiguous, in the logits'
+    types; None where not asked for.
     """
-    grad_p, grad_q = grads = _empty_gradients(p, q, wrt_p, wrt_q)
+    grads = _fake_gradients(inputs)
+    p = inputs.p
     if p.numel():
         upstream = {
-            name: engine.flat(value)
-            for name, value in zip(
-                FIELDS, (g_logprob, g_entropy, g_ref_logprob, g_kl, g_ref_kl), strict=True
-            )
+            name: flat(value)
+            for name, value in zip(FIELDS, inputs[6:11], strict=True)
             if value is not None
         }
-        engine.backward(
-            backend,
-            p,
-            q,
-            engine.flat(tokens),
-            engine.flat(mask),
-            engine.flat_temperature(temperatures, temperature),
-            _table(saved),
-            upstream,
-            None if grad_p is None else _table(grad_p),
-            None if grad_q is None else _table(grad_q),
-        )
+        rows = [None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads]
+        args = row_args(*inputs[:5], inputs.temperature)
+        saved = inputs.saved.reshape(-1, SAVED).contiguous()
+        ENGINES[inputs.backend].backward(args, saved, upstream, *rows)
     return grads
 
 
-def _empty_gradients(p: Tensor, q: Tensor | None, wrt_p: bool, wrt_q: bool) -> Outputs:
+def _fake_gradients(inputs: RowGradientInputs) -> Outputs:
+    p, q, whole = inputs.p, inputs.q, torch.contiguous_format
     return (
-        torch.empty_like(p, memory_format=torch.contiguous_format) if wrt_p else None,
-        torch.empty_like(q, memory_format=torch.contiguous_format)
-        if wrt_q and q is not None
-        else None,
+        torch.empty_like(p, memory_format=whole) if inputs.wrt_p else None,
+        torch.empty_like(q, memory_format=whole) if inputs.wrt_q and q is not None else None,
     )
 
 
-def _fake_gradients(
-    p: Tensor,
-    q: Tensor | None,
-    tokens: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    saved: Tensor,
-    g_logprob: Tensor | None,
-    g_entropy: Tensor | None,
-    g_ref_logprob: Tensor | None,
-    g_kl: Tensor | None,
-    g_ref_kl: Tensor | None,
-    temperature: float,
-    wrt_p: bool,
-    wrt_q: bool,
-    backend: str,
-) -> Outputs:
-    return _empty_gradients(p, q, wrt_p, wrt_q)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    p, q, tokens, mask, temperatures, ctx.temperature, fields, ctx.backend = inputs
+def _save_for_backward(ctx: Any, groups: tuple[RowInputs], output: Outputs) -> None:
+    (inputs,) = groups
     refuse_temperature_gradient(ctx.needs_input_grad[4])
-    save_tensors(ctx, p, q, tokens, mask, temperatures, output[-1])
-    mark_constant(ctx, output, wanted(fields), ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+    save_tensors(ctx, *inputs[:5], output[-1])
+    ctx.temperature, ctx.backend = inputs.temperature, inputs.backend
+    mark_constant(ctx, output, inputs.fields, *ctx.needs_input_grad[:2])
 
 
-def mark_constant(
-    ctx: Any, output: Outputs, fields: tuple[str, ...], policy: bool, reference: bool
-) -> None:
-    """A field says that it needs no gradient if nobody asked for it, or if what it depends on,
-    policy or reference, needs none.
+def mark_constant(ctx: Any, output: Outputs, fields: str, policy: bool, reference: bool) -> None:
+    """Mark a field non-differentiable if it was not requested, or if neither policy nor reference,
+    whichever it depends on, needs a gradient.
     """
     learns = _learning(fields, policy, reference)
-    # What comes after the fields has no gradient.
+    # Outputs after the fields have no gradient.
     constant = [
         value
         for value, its in itertools.zip_longest(output, learns, fillvalue=False)
@@ -194,34 +159,35 @@ def mark_constant(
 
 
 @functools.lru_cache
-def _learning(fields: tuple[str, ...], policy: bool, reference: bool) -> tuple[bool, ...]:
-    """Which of FIELDS were asked for and depend on what needs a gradient."""
-    depends = {
-        "logprob": policy,
-        "entropy": policy,
-        "ref_logprob": reference,
-        "kl": policy or reference,
-        "ref_kl": policy or reference,
-    }
-    return tuple(name in fields and depends[name] for name in FIELDS)
+def _learning(fields: str, policy: bool, reference: bool) -> tuple[bool, ...]:
+    """Return which of FIELDS were requested and depend on what needs a gradient."""
+    both = policy or reference
+    depends = (policy, policy, reference, both, both)
+    return tuple(name in wanted(fields) and its for name, its in zip(FIELDS, depends, strict=True))
 
 
-def _backward(ctx: Any, *upstream: Tensor | None) -> Given:
-    p, q, tokens, mask, temperatures, saved = ctx.saved_tensors
+def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     refuse_forward_mode(upstream)
     wrt_p, wrt_q, *_ = ctx.needs_input_grad
-    # What does not depend on an argument must not make its gradient be computed: log-probs of Q say
-    # nothing about P.
-    logprob, entropy, ref_logprob, kl, ref_kl = given = upstream[:5]
+    # Do not compute a gradient of 0: log-probs of Q say nothing about P.
+    given: Any = upstream[: len(FIELDS)]
+    logprob, entropy, ref_logprob, kl, ref_kl = given
     both = kl is not None or ref_kl is not None
     wrt_p = wrt_p and (both or logprob is not None or entropy is not None)
     wrt_q = wrt_q and (both or ref_logprob is not None)
     if not (wrt_p or wrt_q):
-        return (None,) * 8
+        return _returned(None, None)
     grad_p, grad_q = row_gradients(
-        p, q, tokens, mask, temperatures, saved, *given, ctx.temperature, wrt_p, wrt_q, ctx.backend
+        RowGradientInputs._make(
+            [*ctx.saved_tensors, *given, ctx.temperature, wrt_p, wrt_q, ctx.backend]
+        )
     )
-    return grad_p if wrt_p else None, grad_q if wrt_q else None, None, None, None, None, None, None
+    return _returned(grad_p if wrt_p else None, grad_q if wrt_q else None)
+
+
+def _returned(grad_p: Tensor | None, grad_q: Tensor | None) -> Upstream:
+    """Return the gradients of RowInputs' fields."""
+    return grad_p, grad_q, None, None, None, None, None, None
 
 
 def refuse_temperature_gradient(asked: bool) -> None:
@@ -231,122 +197,67 @@ def refuse_temperature_gradient(asked: bool) -> None:
     if asked:
         raise RuntimeError(
             "temperature: expected a tensor without gradient, got one that requires it; fastkl "
-            "does not differentiate with respect to "
-            "the temperature: pass temperature.detach()"
+            "does not differentiate with respect to the temperature: pass temperature.detach()"
         )
 
 
-def refuse_forward_mode(upstream: tuple[Tensor | None, ...]) -> None:
-    """A tangent of an upstream gradient would be lost in kernels."""
+def refuse_forward_mode(upstream: Upstream) -> None:
+    """Refuse a tangent of an upstream gradient, which kernels would lose."""
     if forward_ad._current_level >= 0:
         for value in (value for value in upstream if value is not None):
             _checks.not_forward_mode("upstream gradient", value)
 
 
 def refuse_second_derivative(ctx: Any, *upstream: Tensor | None) -> NoReturn:
-    """The autograd rule of what computes gradients."""
+    """Refuse, as the autograd rule of an op that computes gradients."""
     raise RuntimeError(
         "fastkl: second derivatives are not implemented: the gradient of a KL divergence was "
-        "itself differentiated "
-        "(create_graph=True or a double backward); use fastkl.reference.row_statistics with "
-        "float64 logits and autograd for that"
+        "itself differentiated (create_graph=True or a double backward); use "
+        "fastkl.reference.row_statistics with float64 logits and autograd for that"
     )
 
 
-def _batched(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Any]) -> list[Any]:
-    """Every tensor with the mapped dimension first; one that is not mapped is repeated without a
-    copy.
+def batched(size: int, dims: Sequence[int | None], values: Sequence[Any]) -> list[Any]:
+    """Return every tensor with the mapped dimension first; one that is not mapped is repeated
+    without a copy.
     """
     moved = []
-    for value, dim in zip(tensors, in_dims, strict=False):
+    for value, dim in zip(values, dims, strict=True):
         if isinstance(value, Tensor):
-            value = (
-                value.movedim(dim, 0)
-                if dim is not None
-                else value.expand(info.batch_size, *value.shape)
-            )
+            value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
         moved.append(value)
     return moved
 
 
 def _batched_statistics(
-    info: Any,
-    in_dims: Sequence[int | None],
-    p: Tensor,
-    q: Tensor | None,
-    tokens: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    temperature: float,
-    fields: str,
-    backend: str,
-) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
-    inputs = (
-        *_batched(info, in_dims, (p, q, tokens, mask, temperatures)),
-        temperature,
-        fields,
-        backend,
-    )
-    return inputs, tuple(
-        0 if name in (*wanted(fields), "saved") else None for name in (*FIELDS, "saved")
-    )
+    size: int, dims: tuple[Sequence[int | None]], inputs: RowInputs
+) -> tuple[tuple[RowInputs], tuple[int | None, ...]]:
+    names = (*wanted(inputs.fields), "saved")
+    out_dims = tuple(0 if name in names else None for name in (*FIELDS, "saved"))
+    return (RowInputs(*batched(size, dims[0], inputs)),), out_dims
 
 
 def _batched_gradients(
-    info: Any,
-    in_dims: Sequence[int | None],
-    p: Tensor,
-    q: Tensor | None,
-    tokens: Tensor | None,
-    mask: Tensor | None,
-    temperatures: Tensor | None,
-    saved: Tensor,
-    g_logprob: Tensor | None,
-    g_entropy: Tensor | None,
-    g_ref_logprob: Tensor | None,
-    g_kl: Tensor | None,
-    g_ref_kl: Tensor | None,
-    temperature: float,
-    wrt_p: bool,
-    wrt_q: bool,
-    backend: str,
-) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
-    tensors = _batched(
-        info,
-        in_dims,
-        (
-            p,
-            q,
-            tokens,
-            mask,
-            temperatures,
-            saved,
-            g_logprob,
-            g_entropy,
-            g_ref_logprob,
-            g_kl,
-            g_ref_kl,
-        ),
-    )
-    return (*tensors, temperature, wrt_p, wrt_q, backend), (
-        0 if wrt_p else None,
-        0 if wrt_q else None,
-    )
+    size: int, dims: tuple[Sequence[int | None]], inputs: RowGradientInputs
+) -> tuple[tuple[RowGradientInputs], tuple[int | None, ...]]:
+    out_dims = tuple(0 if asked else None for asked in (inputs.wrt_p, inputs.wrt_q))
+    return (RowGradientInputs(*batched(size, dims[0], inputs)),), out_dims
 
 
-row_statistics = Dispatched(
+row_statistics = DualOp(
     "fastkl::row_statistics",
+    (RowInputs,),
     _statistics,
     _fake_statistics,
-    setup_context=_save_for_backward,
-    backward=_backward,
-    batch=_batched_statistics,
+    outputs=len(FIELDS) + 1,
+    rules=Rules(_backward, setup_context=_save_for_backward, batch=_batched_statistics),
     returned=len(FIELDS),
 )
-row_gradients = Dispatched(
+row_gradients = DualOp(
     "fastkl::row_gradients",
+    (RowGradientInputs,),
     _gradients,
     _fake_gradients,
-    backward=refuse_second_derivative,
-    batch=_batched_gradients,
+    outputs=2,
+    rules=Rules(refuse_second_derivative, batch=_batched_gradients),
 )

@@ -1,107 +1,114 @@
-"""Log-probabilities of K ids per row: one read of the logits forward, one backward, whatever K is."""
+"""Log-probabilities of K ids per row from one read of the logits forward and one backward, whatever
+K is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks
-from . import engine
-from .dual_op import Dispatched, save_tensors
-from .fields import SAVED, result_dtype
-from .row_op import _batched, refuse_forward_mode, refuse_second_derivative
+from .dual_op import DualOp, Rules, save_tensors
+from .engine import ENGINES
+from .fields import SAVED, flat, result_dtype, row_args
+from .row_op import batched, refuse_forward_mode, refuse_second_derivative
 
 
-def _logprobs(logits: Tensor, index: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """(log-probabilities [..., K], what backward needs [..., SAVED]) of int64 ids [..., K] within
-    the vocabulary, K ≥ 1.
+class SelectedInputs(NamedTuple):
+    """Logits [..., V] and int64 ids [..., K] within the vocabulary, K ≥ 1."""
 
-    The kernel gives that of the likeliest id, from which differences of logits lead to the others:
+    logits: Tensor
+    ids: Tensor
+    backend: str
+
+
+class SelectedGradientInputs(NamedTuple):
+    """The same, the op's results, and the upstream gradient [..., K]."""
+
+    logits: Tensor
+    ids: Tensor
+    logprobs: Tensor
+    saved: Tensor
+    upstream: Tensor
+    backend: str
+
+
+def _logprobs(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
+    """Compute (log-probabilities [..., K], saved values [..., SAVED]).
+
+    The engine gives that of the likeliest id, from which differences of logits lead to the others:
     a sum of two numbers of one sign, so that no digit cancels and none rises above 0.
     """
-    results = _fake_logprobs(logits, index, backend)
-    if not results[0].numel():
+    logits, ids, backend = inputs
+    engine = ENGINES[backend]
+    logprobs, saved = results = _fake_logprobs(inputs)
+    if not logprobs.numel():
         return results
-    logprobs, saved = results
-    if backend == "reference":
-        _checks.tokens_in_range(index, logits.shape[-1])
-    chosen = logits.gather(-1, index).to(logprobs.dtype)
+    if engine.checks_values:
+        _checks.tokens_in_range(ids, logits.shape[-1])
+    chosen = logits.gather(-1, ids).to(logprobs.dtype)
     best = chosen.argmax(-1, keepdim=True)
-    top, of_top = chosen.gather(-1, best), logprobs.new_empty(index.shape[:-1])
-    engine.forward(
-        backend,
-        logits,
-        None,
-        engine.flat(index.gather(-1, best)[..., 0]),
-        None,
-        1.0,
-        {"logprob": of_top.view(-1)},
-        saved.view(-1, SAVED),
-    )
+    top, of_top = chosen.gather(-1, best), logprobs.new_empty(ids.shape[:-1])
+    args = row_args(logits, None, ids.gather(-1, best)[..., 0], None, None, 1.0)
+    engine.forward(args, {"logprob": of_top.view(-1)}, saved.view(-1, SAVED))
     # Equal logits may both be -inf.
     distance = (top - chosen).masked_fill_(chosen == top, 0.0)
     logprobs.copy_(of_top[..., None] - distance)
     return results
 
 
-def _fake_logprobs(logits: Tensor, index: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _fake_logprobs(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
+    logits, ids, _ = inputs
     dtype = result_dtype(logits)
-    return logits.new_empty(index.shape, dtype=dtype), logits.new_empty(
-        (*index.shape[:-1], SAVED), dtype=dtype
-    )
+    saved = logits.new_empty((*ids.shape[:-1], SAVED), dtype=dtype)
+    return logits.new_empty(ids.shape, dtype=dtype), saved
 
 
-def _gradients(
-    logits: Tensor, index: Tensor, logprobs: Tensor, saved: Tensor, upstream: Tensor, backend: str
-) -> Tensor:
-    """Gradient to the logits, contiguous and in their type.
+def _gradients(inputs: SelectedGradientInputs) -> Tensor:
+    """Compute the gradient to the logits, contiguous and in their type.
 
-    The kernel writes -Σ upstream · probability everywhere; the chosen entries are then written
+    The engine writes -Σ upstream · probability everywhere; the chosen entries are then written
     over, each rounded once: adding to a rounded 16-bit gradient would round twice.
     """
-    grad = logits.new_empty(logits.shape)
+    logits, ids, logprobs, saved, upstream, backend = inputs
+    grad = _fake_gradients(inputs)
     if not logprobs.numel():
         return grad.zero_()
     total = upstream.sum(-1, keepdim=True)
-    engine.backward(
-        backend,
-        logits,
-        None,
-        engine.flat(index[..., 0]),
-        None,
-        1.0,
+    ENGINES[backend].backward(
+        row_args(logits, None, ids[..., 0], None, None, 1.0),
         saved.reshape(-1, SAVED).contiguous(),
-        {"logprob": engine.flat(total[..., 0])},
+        {"logprob": flat(total[..., 0])},
         grad.view(-1, logits.shape[-1]),
         None,
     )
-    own = _sums_of_equal(index, upstream)
+    own = _sums_of_equal(ids, upstream)
     likely = logprobs > -0.5
     # own - total · p, from p - 1 where p is near 1: the digits of what is left.
     value = (own - total * likely) - total * torch.where(likely, logprobs.expm1(), logprobs.exp())
-    return grad.scatter_(-1, index, value.to(grad.dtype))
+    return grad.scatter_(-1, ids, value.to(grad.dtype))
 
 
-def _fake_gradients(
-    logits: Tensor, index: Tensor, logprobs: Tensor, saved: Tensor, upstream: Tensor, backend: str
-) -> Tensor:
-    return logits.new_empty(logits.shape)
+def _fake_gradients(inputs: SelectedGradientInputs) -> Tensor:
+    return inputs.logits.new_empty(inputs.logits.shape)
 
 
-def _sums_of_equal(index: Tensor, values: Tensor) -> Tensor:
-    """The sum of a row's values over the entries with the same id, at each of them."""
-    ordered, order = index.sort(-1)
+def _sums_of_equal(ids: Tensor, values: Tensor) -> Tensor:
+    """Sum a row's values over the entries with the same id, at each of them."""
+    ordered, order = ids.sort(-1)
     number = (ordered != ordered.roll(1, -1)).cumsum(-1)
     number = number.new_zeros(number.shape).scatter_(-1, order, (number - number[..., :1]))
     return values.new_zeros(values.shape).scatter_add_(-1, number, values).gather(-1, number)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, index, ctx.backend = inputs
-    save_tensors(ctx, logits, index, *output)
+def _save_for_backward(
+    ctx: Any, groups: tuple[SelectedInputs], output: tuple[Tensor, Tensor]
+) -> None:
+    logits, ids, ctx.backend = groups[0]
+    save_tensors(ctx, logits, ids, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -112,33 +119,36 @@ def _backward(
     if upstream is None:
         return None, None, None
     refuse_forward_mode((upstream,))
-    return selected_gradients(*ctx.saved_tensors, upstream, ctx.backend), None, None
+    logits, ids, logprobs, saved = ctx.saved_tensors
+    inputs = SelectedGradientInputs(logits, ids, logprobs, saved, upstream, ctx.backend)
+    return selected_gradients(inputs), None, None
 
 
 def _batched_logprobs(
-    info: Any, in_dims: Sequence[int | None], logits: Tensor, index: Tensor, backend: str
-) -> tuple[tuple[Any, ...], tuple[int, int]]:
-    return (*_batched(info, in_dims, (logits, index)), backend), (0, 0)
+    size: int, dims: tuple[Sequence[int | None]], inputs: SelectedInputs
+) -> tuple[tuple[SelectedInputs], tuple[int, int]]:
+    return (SelectedInputs(*batched(size, dims[0], inputs)),), (0, 0)
 
 
 def _batched_gradients(
-    info: Any, in_dims: Sequence[int | None], *inputs: Any
-) -> tuple[tuple[Any, ...], int]:
-    return (*_batched(info, in_dims, inputs[:-1]), inputs[-1]), 0
+    size: int, dims: tuple[Sequence[int | None]], inputs: SelectedGradientInputs
+) -> tuple[tuple[SelectedGradientInputs], int]:
+    return (SelectedGradientInputs(*batched(size, dims[0], inputs)),), 0
 
 
-selected_logprobs = Dispatched(
+selected_logprobs = DualOp(
     "fastkl::selected_logprobs",
+    (SelectedInputs,),
     _logprobs,
     _fake_logprobs,
-    setup_context=_save_for_backward,
-    backward=_backward,
-    batch=_batched_logprobs,
+    outputs=2,
+    rules=Rules(_backward, setup_context=_save_for_backward, batch=_batched_logprobs),
 )
-selected_gradients = Dispatched(
+selected_gradients = DualOp(
     "fastkl::selected_gradients",
+    (SelectedGradientInputs,),
     _gradients,
     _fake_gradients,
-    backward=refuse_second_derivative,
-    batch=_batched_gradients,
+    outputs=1,
+    rules=Rules(refuse_second_derivative, batch=_batched_gradients),
 )

@@ -1,5 +1,4 @@
-"""Computes a summed KL and its gradient to P together, where every row's weight is known in
-forward.
+"""Computes a summed KL and its gradient to P together, where forward knows every row's weight.
 
 A CPU computes both block by block; a GPU in one launch (kernels/row_fused.py) where kernels.config
 has it so. The gradient, N·V in the logits' type, is kept until backward in addition to 40 bytes per
@@ -10,103 +9,94 @@ where it differs: pass beta and the normalizer in the call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import _reduce
-from . import dual_op, engine
-from .fields import SAVED, Scaling
-from .problems import fused_launchers, problems
-from .row_op import refuse_forward_mode, row_gradients
+from . import dual_op
+from .engine import ENGINES
+from .fields import SAVED, RowArgs, row_args
+from .row_op import RowGradientInputs, per_token, refuse_forward_mode, row_gradients
+
+
+class SummedInputs(NamedTuple):
+    """Logits [..., V], mask and temperature [...] (or a number), and the divisor of the sum, a
+    number or a scalar tensor.
+
+    beta: a scalar tensor, where 0 leaves out an infinite KL, or None for 1.
+    """
+
+    p: torch.Tensor
+    q: torch.Tensor
+    mask: torch.Tensor | None
+    temperature: float | torch.Tensor
+    beta: torch.Tensor | None
+    divisor: float | torch.Tensor
+    backend: str
+
+    @property
+    def args(self) -> RowArgs:
+        """The arguments in the engines' form."""
+        return row_args(self.p, self.q, None, self.mask, *per_token(self.temperature))
 
 
 def empty_gradient(
-    p: torch.Tensor,
-    q: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    normalizer: float | torch.Tensor | None,
-    backend: str,
+    inputs: SummedInputs, normalizer: float | torch.Tensor | None
 ) -> torch.Tensor | None:
     """Allocate the gradient if it is computed with the KL: to P alone, in eager mode; else return
     None.
 
-    The normalizer, a number or a tensor, must require no gradient.
+    The divisor of `inputs` is not read; the normalizer, a number or a tensor, must require no
+    gradient.
     """
+    p, q = inputs.p, inputs.q
     if not (p.requires_grad and torch.is_grad_enabled()) or q.requires_grad or not p.numel():
         return None
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         return None
     if p.dtype == torch.float16:
-        return None  # a stored gradient may be out of its range where the one that an upstream gradient makes of it is not
-    together = _on_a_cpu if backend == "reference" else _in_one_launch
-    return together(p, q, mask, temperature)
-
-
-def _on_a_cpu(
-    p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor
-) -> torch.Tensor | None:
-    together = engine.computes_together(p, Scaling()) and dual_op.eager(p, q, mask, temperature)
-    return _empty(p) if together else None
-
-
-def _in_one_launch(
-    p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None, temperature: float | torch.Tensor
-) -> torch.Tensor | None:
-    launch = fused_launchers()
-    if not launch.config.fuses(launch.architecture(p.device)[0]):
+        # The stored gradient may overflow where the gradient scaled by an upstream one does not.
         return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return None  # a captured backward may be replayed more often than its forward, and would scale its gradient each time
-    if not dual_op.eager(p, q, mask, temperature):
+        # A captured backward may be replayed more often than its forward, and would scale its
+        # gradient each time.
         return None
-    gradient = _empty(p)
-    found = problems(p, q, None, engine.flat(mask), _flat(temperature))
-    fits = len(found) == 1 and launch.fuses(found[0][1], gradient.view(-1, p.shape[-1]))
-    return gradient if fits else None
-
-
-def _empty(p: torch.Tensor) -> torch.Tensor:
-    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+    if not dual_op.eager(p, q, inputs.mask, inputs.temperature):
+        return None
+    like = torch.empty(p.shape, dtype=p.dtype, device="meta")
+    together = ENGINES[inputs.backend].computes_together(inputs.args, like)
+    return torch.empty_like(like, device=p.device) if together else None
 
 
 class SummedKL(torch.autograd.Function):
-    """(beta·Σ kl / divisor, kl [...]); beta: a scalar tensor, where 0 leaves out an infinite KL, or
-    None for 1.
-    """
+    """(beta·Σ kl / divisor, kl [...])."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        p: torch.Tensor,
-        q: torch.Tensor,
-        mask: torch.Tensor | None,
-        temperature: float | torch.Tensor,
-        beta: torch.Tensor | None,
-        divisor: float | torch.Tensor,
-        gradient: torch.Tensor,
-        backend: str,
+        ctx: Any, gradient: torch.Tensor, *inputs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`gradient` as empty_gradient returned it; temperature: a number or [...]; divisor: a
-        number or a scalar tensor.
-        """
+        """Fill `gradient`, as empty_gradient returned it; the others are SummedInputs."""
+        packed = SummedInputs(*inputs)
+        p, beta, divisor = packed.p, packed.beta, packed.divisor
         kl = torch.empty(p.shape[:-1], dtype=torch.float32, device=p.device)
         saved = kl.new_empty(kl.numel(), SAVED)
         factor = (kl.new_ones(()) if beta is None else beta) / divisor
-        weights = factor.expand(kl.numel()).contiguous()
-        rows = gradient.view(-1, p.shape[-1])
-        engine.kl_and_gradients(backend, p, q, None, engine.flat(mask), _flat(temperature), kl.view(-1), saved, weights,
-                               rows, None, Scaling())  # fmt: skip
-        per_token, number = (
-            (temperature, 1.0)
-            if isinstance(temperature, torch.Tensor)
-            else (None, float(temperature))
-        )
+        weights, rows = factor.expand(kl.numel()).contiguous(), gradient.view(-1, p.shape[-1])
+        engine = ENGINES[packed.backend]
+        engine.kl_and_gradients(packed.args, kl.view(-1), saved, weights, rows, None)
+        temperatures, ctx.temperature = per_token(packed.temperature)
         dual_op.save_tensors(
-            ctx, p, q, mask, per_token, saved.view(*kl.shape, SAVED), gradient, factor
+            ctx,
+            p,
+            packed.q,
+            packed.mask,
+            temperatures,
+            saved.view(*kl.shape, SAVED),
+            gradient,
+            factor,
         )
-        ctx.temperature, ctx.backend, ctx.used = number, backend, False
+        ctx.backend, ctx.used = packed.backend, False
         ctx.mark_non_differentiable(kl)
         ctx.set_materialize_grads(False)
         total = kl.sum()
@@ -118,41 +108,49 @@ class SummedKL(torch.autograd.Function):
         ctx: Any, upstream: torch.Tensor | None, _: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient, scaled in place, at the first call; recompute it with row_gradients
-        at later calls, for create_graph
-        and for batched upstream gradients."""
+        at later calls, for create_graph and for batched upstream gradients.
+        """
         if upstream is None:
-            return (None,) * 8
+            return _returned(None)
         refuse_forward_mode((upstream,))
-        p, q, mask, temperatures, saved, gradient, factor = ctx.saved_tensors
+        *tensors, gradient, factor = ctx.saved_tensors
         if ctx.used or torch.is_grad_enabled() or not dual_op.eager(upstream):
-            per_token = (upstream * factor).expand(p.shape[:-1])
-            result, _ = row_gradients(p, q, None, mask, temperatures, saved, None, None, None, per_token, None, ctx.temperature, True, False,
-                                      ctx.backend)  # fmt: skip
-            return result, *(None,) * 7
+            p, q, mask, temperatures, saved = tensors
+            result, _ = row_gradients(
+                RowGradientInputs(
+                    p,
+                    q,
+                    tokens=None,
+                    mask=mask,
+                    temperatures=temperatures,
+                    saved=saved,
+                    g_logprob=None,
+                    g_entropy=None,
+                    g_ref_logprob=None,
+                    g_kl=(upstream * factor).expand(p.shape[:-1]),
+                    g_ref_kl=None,
+                    temperature=ctx.temperature,
+                    wrt_p=True,
+                    wrt_q=False,
+                    backend=ctx.backend,
+                )
+            )
+            return _returned(result)
         ctx.used = True
         # Scale in place: ctx.used keeps later calls from reading it. `.data` has a version counter
         # of its own, so that changes of x.grad do not invalidate the saved tensor. A saved-tensor
         # hook may return another layout.
         gradient = gradient.data.contiguous()
-        if ctx.backend == "triton":
-            fused_launchers().scale(gradient.view(-1), upstream.reshape(1))
-        else:
-            _scale(gradient, upstream)
-        return gradient, *(None,) * 7
+        ENGINES[ctx.backend].scale(gradient, upstream)
+        return _returned(gradient)
 
 
-summed_kl: Callable[..., tuple[torch.Tensor, torch.Tensor]] = SummedKL.apply
+def summed_kl(gradient: torch.Tensor, inputs: SummedInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (beta·Σ kl / divisor, kl [...]), the first with a gradient to P."""
+    apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = SummedKL.apply
+    return apply(gradient, *inputs)
 
 
-def _scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply in place, as kernels.row_fused.scale_gradient does: 0 times anything is 0."""
-    if factor == 0:
-        gradient.zero_()
-    elif not factor.isfinite():
-        gradient.copy_(torch.where(gradient == 0, 0.0, gradient * factor))
-    elif factor != 1:
-        gradient.mul_(factor)
-
-
-def _flat(temperature: float | torch.Tensor) -> float | torch.Tensor:
-    return engine.flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
+def _returned(grad_p: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of SummedKL's arguments: of `gradient` and of SummedInputs' fields."""
+    return (None, grad_p, *[None for _ in SummedInputs._fields[1:]])

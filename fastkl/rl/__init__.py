@@ -1,9 +1,10 @@
-"""The training side of the KL penalty: beta controllers, rewards, losses, trust region and monitor,
-over per-token KLs and log-probabilities.
+"""Training with a KL penalty: beta controllers, rewards, losses, trust region and monitor, over
+per-token KLs and log-probabilities.
 """
 
 from .beta import AdaptiveBeta, FixedBeta, PIDBeta, PPOAdaptiveBeta
-from .losses import DPOLoss, dpo_loss, grpo_loss, ppo_loss
+from .dpo import DPOLoss, dpo_loss
+from .losses import grpo_loss, ppo_loss
 from .monitor import KLMonitor, read_jsonl
 from .natural_gradient import conjugate_gradient, fisher_vector_product, natural_gradient
 from .rewards import shape_rewards

@@ -1,4 +1,4 @@
-"""Where a monitor's figures go: a file with a line of JSON per step, and loggers."""
+"""Destinations of a monitor's figures: a file with a line of JSON per step, and loggers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Run(Protocol):
     """A logger that takes a step's figures at once, as a run of wandb."""
 
     def log(self, data: dict[str, Any], /) -> object:
-        """Take a step."""
+        """Take the figures of a step."""
 
 
 class Writer(Protocol):
@@ -30,14 +30,14 @@ Logger = Run | Writer | Callable[[dict[str, float]], object]
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The steps that KLMonitor(jsonl=path) wrote, each as update returned it; a figure that was not
-    finite reads as NaN.
+    """Read the steps that KLMonitor(jsonl=path) wrote, each as update returned it.
 
-    A line that was cut off in writing, as the last one of a run that was killed, is left out, and
-    so are NUL bytes, which a loss of power leaves.
+    A figure that was not finite reads as NaN.
+    A line that was cut off in writing, as the last one of a killed run, is left out, and so are the
+    NUL bytes that a loss of power leaves.
 
-    Raises OSError for a file that cannot be read, TypeError for what is no path, ValueError for a
-    file that has another line than JSON objects.
+    Raises OSError for a file that cannot be read, TypeError for anything but a path, ValueError for
+    a line that is not a JSON object.
     """
     _check_path("path", path, "pass the file that KLMonitor(jsonl=...) wrote")
     steps: list[dict[str, float]] = []
@@ -49,7 +49,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
             try:
                 entry = json.loads(line, parse_int=float)  # of any length
             except (ValueError, RecursionError) as error:
-                # One cut off within a string may end as an object does.
+                # A line cut off within a string may end as an object does.
                 within = getattr(error, "pos", 0) == len(line) or "Unterminated" in str(error)
                 if (line.startswith("{") and (within or not line.endswith("}"))) or (
                     steps and not raw.endswith("\n")
@@ -59,16 +59,12 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
             if not isinstance(entry, dict):
                 raise ValueError(
                     f"path: expected one JSON object per line, got {line[:40]!r} in line {number} "
-                    f"of {os.fspath(path)}; "
-                    f"pass a file that KLMonitor(jsonl=...) wrote"
+                    f"of {os.fspath(path)}; pass a file that KLMonitor(jsonl=...) wrote"
                 )
+            plain = {None: math.nan, True: 1.0, False: 0.0}
             steps.append(
                 {
-                    name: math.nan
-                    if value is None
-                    else float(value)
-                    if isinstance(value, bool)
-                    else value
+                    name: plain[value] if value is None or isinstance(value, bool) else value
                     for name, value in entry.items()
                 }
             )
@@ -76,9 +72,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 
 def append_line(path: str, metrics: dict[str, float]) -> None:
-    """One write of one whole line; after a line that a killed process cut off, on a line of its
-    own.
-    """
+    """Append a whole line in one write; after half a line of a killed process, on a new line."""
     # JSON has no NaN: null, which every reader takes.
     plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     line = json.dumps({**plain, "step": int(metrics["step"])}).encode() + b"\n"
@@ -92,7 +86,7 @@ def append_line(path: str, metrics: dict[str, float]) -> None:
 
 
 def _check_path(name: str, path: str | os.PathLike[str], remedy: str) -> None:
-    """Check that it is a path: open() would take the number of a file descriptor, and close it."""
+    """Check for a path: open() would take the number of a file descriptor, and close it."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(
             f"{name}: expected a path, str or os.PathLike, got {_checks.type_name(path)}; {remedy}"
@@ -100,9 +94,10 @@ def _check_path(name: str, path: str | os.PathLike[str], remedy: str) -> None:
 
 
 def appendable(path: str | os.PathLike[str]) -> str:
-    """Return the absolute path of a file that can be appended to; it is made."""
+    """Create a file, or check that it can be appended to, and return its absolute path."""
     _check_path("jsonl", path, "pass 'run.jsonl', for instance")
-    path = os.path.abspath(os.fspath(path))  # a later change of folder must not split the file
+    # Absolute: a later change of folder must not split the file.
+    path = os.path.abspath(os.fspath(path))
     try:
         open(path, "ab+", buffering=0).close()
     except (OSError, ValueError) as error:
@@ -114,7 +109,7 @@ def appendable(path: str | os.PathLike[str]) -> str:
 
 
 def check_logger(logger: Logger) -> None:
-    """Check that there is a way to give it figures."""
+    """Check that `send` can give it figures."""
     if isinstance(logger, logging.Logger):
         raise TypeError(
             "loggers: expected an object with log(dict), got a logging.Logger, which logs text; "
@@ -126,8 +121,7 @@ def check_logger(logger: Logger) -> None:
     ):
         raise TypeError(
             f"loggers: expected objects with log(dict) or add_scalar(name, value, step), or "
-            f"callables, got "
-            f"{type(logger).__name__}; pass a wandb run, a SummaryWriter or print"
+            f"callables, got {type(logger).__name__}; pass a wandb run, a SummaryWriter or print"
         )
 
 

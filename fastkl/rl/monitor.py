@@ -1,32 +1,21 @@
-"""What KL does in a run: figures of every step in one copy from the device, figures of the whole
-run, an alarm, and a file of them.
-"""
+"""Monitor of the KL in a run: figures of every step and of the run, an alarm, a file of them."""
 
 from __future__ import annotations
 
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
-from ..ops.fields import result_dtype
+from .._types import BetaController
 from . import _checks
-from .beta import BetaController
+from .figures import BINS, GROWTH, LOWEST, QUANTILES, Measured, measure, sorted_figures
 from .logs import Logger, append_line, appendable, check_logger, send
 from .logs import read_jsonl as read_jsonl
 from .spikes import SpikeDetector
-
-QUANTILES = {"kl/p50": 0.50, "kl/p95": 0.95, "kl/p99": 0.99}
-# The run's quantiles come from a histogram of the logarithm (DDSketch): each bin reaches from x to
-# GROWTH·x, so its centre is right to ACCURACY.
-ACCURACY = 0.01
-GROWTH = (1 + ACCURACY) / (1 - ACCURACY)
-LOWEST, HIGHEST = 1e-8, 1e3
-# Bin 0 holds what is below LOWEST, the last one what is above HIGHEST.
-BINS = 2 + math.ceil(math.log(HIGHEST / LOWEST) / math.log(GROWTH))
 
 
 class KLMonitor:
@@ -35,30 +24,35 @@ class KLMonitor:
     Equivalent, for `update(kl, mask)`, to
 
         x = kl[mask]
-        {"kl/mean": x.mean(), "kl/per_sequence": kl.where(mask, 0).sum(-1)[mask.any(-1)].mean(),
-         "kl/max": x.max(), "kl/p50": x.quantile(0.5), "kl/p95": x.quantile(0.95), "kl/p99": x.quantile(0.99),
-         "kl/tokens": x.numel(), "kl/not_finite": (~x.isfinite()).sum(), "kl/above_threshold": (x > threshold).float().mean(),
-         "kl/spike": detector.update(x.mean())}
+        {
+            "kl/mean": x.mean(),
+            "kl/per_sequence": kl.where(mask, 0).sum(-1)[mask.any(-1)].mean(),
+            "kl/max": x.max(),
+            "kl/p50": x.quantile(0.5),                                  # and "kl/p95", "kl/p99"
+            "kl/tokens": x.numel(),
+            "kl/not_finite": (~x.isfinite()).sum(),
+            "kl/above_threshold": (x > threshold).float().mean(),
+            "kl/spike": detector.update(x.mean()),
+        }
 
-    as Python floats, through exactly one copy from the device, which is its one wait for it.
+    as Python floats, with exactly one copy from the device, which is the only wait for it.
 
     Args:
         threshold: KL of a token, nats; with it "kl/above_threshold" is the share of tokens above.
-        spike: True: a SpikeDetector() watches "kl/mean" and "kl/spike" is 1.0 where it rings, else
-        0.0; a SpikeDetector of your own; or False.
+        spike: True: a SpikeDetector() watches "kl/mean", and "kl/spike" is 1.0 where it rings, else
+            0.0; a SpikeDetector of your own does the same; False: no alarm.
         positions: how many entries profile() has at most.
         jsonl: a file that gets a line of JSON per update, in a folder that exists; made at once. It
-        is never shortened: a resumed run goes on in it.
-        loggers: what each step's dict goes to: objects with a method log(dict), as a wandb run;
-        with add_scalar(name, value, step), as
-            TensorBoard's SummaryWriter; or callables of the dict. They are called after the line of
-            JSON is written.
+            is never shortened: a resumed run goes on in it.
+        loggers: receivers of each step's dict: objects with a method log(dict), as a wandb run;
+            with add_scalar(name, value, step), as TensorBoard's SummaryWriter; or callables of the
+            dict. They are called after the line of JSON is written.
 
-    The state of the run is on the CPU: state_dict() costs no copy.
-    A file that cannot be written any more (OSError) and a logger that raises do not end the run:
-    the first time, for each of them, a RuntimeWarning says what failed and at which step, from
-    where on steps may be missing there; the figures are returned as ever. In distributed training
-    each process sees its own tokens; gather them, or monitor one process.
+    The state of the run is on the CPU: state_dict() costs no copy. A file that can no longer be
+    written (OSError) and a logger that raises do not end the run: the first time for each of them,
+    a RuntimeWarning says what failed and at which step. Steps may be missing there from then on;
+    the figures are returned all the same. In distributed training each process sees its own tokens:
+    gather them, or monitor one process.
 
     Raises ValueError or TypeError for wrong arguments, ValueError for a jsonl that cannot be
     appended to.
@@ -137,23 +131,23 @@ class KLMonitor:
         step: int | None = None,
         **more: float | torch.Tensor,
     ) -> dict[str, float]:
-        """Take in a step and return its figures.
+        """Take a step and return its figures.
 
         Args:
             kl: KL of each token, nats, [..., T] of any float type, T the position in the sequence;
-            or [total], sequences packed one behind the
-                other, with cu_seqlens; [T] alone is one sequence. No gradient is kept.
+                or [total], sequences packed one behind the other, with cu_seqlens; [T] alone is one
+                sequence. No gradient is kept.
             mask: bool, shaped as kl, True where the token counts. Whatever the others hold, NaN
-            included, changes no figure.
+                included, changes no figure.
             cu_seqlens: integers [S+1] from 0 to total, where the packed sequences begin and end;
-            the profile and "kl/per_sequence" need them.
-            entropy, reward, beta, more: figures to report beside, None: not reported. A tensor
-            shaped as kl is averaged over the tokens that
-                count, any other tensor over all its entries; a number, or the `beta` of a
-                controller, is taken as it is. With as many packed sequences as tokens a reward [S]
-                counts as one per sequence, as in shape_rewards, any other [S] as per token. Tensors
-                on kl's device go through the same copy, those shaped as kl are moved there from the
-                CPU; other ones on the CPU need none.
+                the profile and "kl/per_sequence" need them.
+            entropy, reward, beta, more: further figures to report, None for none. A tensor
+                shaped as kl is averaged over the tokens that count, any other tensor over all its
+                entries; a number, or the `beta` of a controller, is taken as it is. With as many
+                packed sequences as tokens a reward [S] counts as one per sequence, as in
+                shape_rewards, any other [S] as per token. Tensors on kl's device go through the
+                same copy, those shaped as kl are moved there from the CPU; other ones on the CPU
+                need none.
             step: number of the step, from 0 to 2^53; default one more than the last, from 0.
 
         Returns:
@@ -170,12 +164,7 @@ class KLMonitor:
             cu_seqlens that does not fit, a figure that is not a number or tensor, or is on another
             device, or has the name of one of the above.
         """
-        _checks.float_tensor("kl", kl, "KL per token, [..., T] or [total]")
-        if kl.dim() == 0:
-            raise ValueError(
-                "kl: expected KL per token with at least one dimension, got a scalar; pass it "
-                "before its mean is taken"
-            )
+        _checks.float_tensor("kl", kl, "KL per token, [..., T] or [total]", 1)
         _checks.mask(mask, kl.shape, kl.device)
         if cu_seqlens is not None:
             _checks.cu_seqlens(cu_seqlens, "kl", kl)
@@ -183,22 +172,13 @@ class KLMonitor:
                 len(cu_seqlens) - 1,
             ):
                 reward = reward[None]  # one per sequence, not per token
-        numbers, tensors = _sorted_figures(
+        numbers, tensors = sorted_figures(
             {"entropy": entropy, "reward": reward, "beta": getattr(beta, "beta", beta), **more}, kl
         )
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
-            raise TypeError(
-                f"step: expected a whole number or None, got {type(step).__name__}; for a tensor "
-                f"pass int(step)"
-            )
-        if step is not None and not 0 <= step <= 2**53:
-            raise ValueError(
-                f"step: expected a whole number from 0 to 2^53, got "
-                f"{_checks.shown(step)}; count the steps from 0"
-            )
         step = self._step if step is None else step
+        _checks.whole_number("step", step, "a whole number", "count the steps from 0", 0, 2**53)
         counts = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
-        got = _measure(
+        got = measure(
             kl.detach(), counts, cu_seqlens, tensors, self.threshold, self.positions, self._width
         )
         named = {**numbers, **dict(zip(tensors, got.tensors, strict=True))}
@@ -228,7 +208,7 @@ class KLMonitor:
         name: str,
         failure: type[Exception],
     ) -> None:
-        """write(target, metrics), whose failure costs a warning, once, and not the run."""
+        """Call write(target, metrics); the first failure of a target is a warning, no error."""
         try:
             write(target, metrics)
         except failure as error:
@@ -236,13 +216,14 @@ class KLMonitor:
                 self._failed.add(name)
                 warnings.warn(
                     f"KLMonitor: {name}, {target!r}, failed at step {metrics['step']:.0f} "
-                    f"({type(error).__name__}: {error}); the run goes "
-                    f"on, this step and later ones may be missing there, and no more is said of it",
+                    f"({type(error).__name__}: {error}); the run goes on, this step and later ones "
+                    f"may be missing there, without another warning",
                     RuntimeWarning,
                     stacklevel=3,
                 )
 
-    def _remember(self, metrics: dict[str, float], got: _Measured) -> None:
+    def _remember(self, metrics: dict[str, float], got: Measured) -> None:
+        """Add a step to the run."""
         run, tokens = self._run, metrics["kl/tokens"]
         run["steps"] += 1
         run["tokens"] += tokens
@@ -254,9 +235,8 @@ class KLMonitor:
         if tokens:
             run["above"] += got.figures["kl/above_threshold"] * tokens
         run["spikes"] += metrics.get("kl/spike", 0.0)
-        self._histogram = (
-            self._histogram + got.histogram
-        )  # not in place, which one made in inference mode would not allow outside
+        # Not in place: that fails outside inference mode for a tensor made inside it.
+        self._histogram = self._histogram + got.histogram
         entries = torch.arange(self.positions, device="cpu") * self._width // got.width
         self._profile = (
             torch.zeros_like(self._profile).index_add_(1, entries, self._profile) + got.profile
@@ -264,12 +244,13 @@ class KLMonitor:
         self._width = got.width
 
     def summary(self) -> dict[str, float]:
-        """Figures over all tokens of the run so far: "steps", "kl/tokens", "kl/mean",
-        "kl/per_sequence" (over all sequences), "kl/max", "kl/p50",
-        "kl/p95", "kl/p99" (right to 1 % between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and
-        with a threshold or a detector "kl/above_threshold" and "kl/spikes" (how many steps rang).
-        Tokens whose KL is not finite are counted, +inf as above the threshold too, and otherwise
-        left out. NaN where there is nothing to take a figure of."""
+        """Return figures over all tokens of the run so far: "steps", "kl/tokens", "kl/mean",
+        "kl/per_sequence" (over all sequences), "kl/max", "kl/p50", "kl/p95", "kl/p99" (right to 1 %
+        between 1e-8 and 1e3 nats; 0 below), "kl/not_finite", and with a threshold or a detector
+        "kl/above_threshold" and "kl/spikes" (how many steps rang). Tokens whose KL is not finite
+        are counted, +inf as above the threshold too, and otherwise left out. NaN where there is
+        nothing to take a figure of.
+        """
         run = self._run
         figures = {"steps": run["steps"], "kl/tokens": run["tokens"]}
         figures |= dict.fromkeys(("kl/mean", "kl/per_sequence", "kl/max"), math.nan)
@@ -290,28 +271,22 @@ class KLMonitor:
         return figures
 
     def _quantile(self, q: float) -> float:
-        """The centre of the bin that holds the token of that rank, at most the run's maximum."""
+        """Return the centre of the bin that holds the token of that rank, at most the maximum."""
         if not self._run["finite"]:
             return math.nan
-        below = self._histogram.cumsum(0)
-        entry = int((below <= q * (self._run["finite"] - 1)).sum())
-        return (
-            0.0
-            if entry == 0
-            else min(LOWEST * GROWTH ** (entry - 1) * 2 * GROWTH / (1 + GROWTH), self._run["max"])
-        )
+        entry = int((self._histogram.cumsum(0) <= q * (self._run["finite"] - 1)).sum())
+        centre = LOWEST * GROWTH ** (entry - 1) * 2 * GROWTH / (1 + GROWTH)
+        return min(centre, self._run["max"]) if entry else 0.0
 
     def profile(self) -> dict[str, list[float]]:
-        """Mean KL by position in the response, over the run: {"position", "kl", "tokens"}, lists of
-        the same length, at most `positions`.
+        """Return the run's mean KL by position in the response: {"position", "kl", "tokens"}, lists
+        of one length, at most `positions`.
 
-        Position 0 is a sequence's first token that counts, and only those that count are counted.
-        Entry i is of the positions from position[i] up to the next entry's: one each while the
-        longest response has at most `positions` tokens, then two, four, ...
+        Position 0 is a sequence's first token that counts; the others are skipped. Entry i is of
+        the positions from position[i] up to the next entry's: one each while the longest response
+        has at most `positions` tokens, then two, four, ...
         """
-        used = 1 + max(
-            (index for index, tokens in enumerate(self._profile[1].tolist()) if tokens), default=-1
-        )
+        used = int(self._profile[1].ne(0).cumsum(0).argmax()) + 1 if self._profile[1].any() else 0
         sums, tokens = self._profile[:, :used]
         return {
             "position": [index * self._width for index in range(used)],
@@ -320,7 +295,7 @@ class KLMonitor:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it knows of the run, as a plain dict for JSON or torch.save."""
+        """Return the state of the run as a plain dict for JSON or torch.save."""
         return {
             "class": "KLMonitor",
             "threshold": self.threshold,
@@ -334,28 +309,29 @@ class KLMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another
-        class, an incomplete or damaged one, or one of a
-        monitor with another threshold, other positions, or with a detector where this one has none,
-        or the other way round."""
+        """Continue from a state_dict().
+
+        One of another class, an incomplete or damaged one, and one of a monitor with another
+        threshold or other positions, or that differs in having a detector, raises ValueError and
+        changes nothing.
+        """
         mine = self.state_dict()
         _checks.state(state, mine)
         for name in ("threshold", "positions"):
             if not isinstance(state[name], (int, float, type(None))) or state[name] != mine[name]:
+                got = _checks.shown(state[name])
                 raise ValueError(
-                    f"state: expected {name} {mine[name]}, got {_checks.shown(state[name])}; make "
-                    f"the monitor with "
-                    f"{name}={_checks.shown(state[name])}"
+                    f"state: expected {name} {mine[name]}, got {got}; make the monitor with "
+                    f"{name}={got}"
                 )
         if (state["spike"] is None) != (mine["spike"] is None):
+            own, other = ("with", "without") if self.detector else ("without", "with")
             raise ValueError(
-                f"state: expected one {'with' if self.detector else 'without'} a spike detector, "
-                f"got one "
-                f"{'without' if self.detector else 'with'}; make the monitor with "
-                f"spike={state['spike'] is not None}"
+                f"state: expected one {own} a spike detector, got one {other}; make the monitor "
+                f"with spike={state['spike'] is not None}"
             )
-        for name in ("step", "width", "run", "histogram", "profile"):
-            if _form(state[name]) != _form(mine[name]) or not _possible(name, state[name]):
+        for name, possible in _POSSIBLE.items():
+            if _types(state[name]) != _types(mine[name]) or not possible(state[name]):
                 raise ValueError(
                     f"state: expected {name} as this version of KLMonitor saves it, finite "
                     f"and without negative counts, got {_checks.shown(state[name])}; "
@@ -370,211 +346,30 @@ class KLMonitor:
         )
 
 
-def _form(value: object) -> object:
-    """What a state is made of: types in place of its values."""
+def _types(value: object) -> object:
+    """Replace the values of a state by their types."""
     if isinstance(value, dict):
-        return {name: _form(entry) for name, entry in value.items()}
-    return [_form(entry) for entry in value] if isinstance(value, list) else type(value)
+        return {name: _types(entry) for name, entry in value.items()}
+    return [_types(entry) for entry in value] if isinstance(value, list) else type(value)
 
 
-def _possible(name: str, value: Any) -> bool:
-    """Whether an entry of a state, of the right form, is finite and has no negative counts."""
-    if name == "run":  # a mean of k1, and so the sum and the maximum, may be negative
-        counts = [count for key, count in value.items() if key not in ("sum", "max")]
-        return bool(
-            all(map(math.isfinite, value.values()))
-            and min(counts) >= 0
-            and value["finite"] <= value["tokens"]
-            and min(value["finite"], 1) <= value["sequences"] <= value["tokens"]
-        )
-    if name == "profile":
-        sums, tokens = value
-        return all(map(math.isfinite, sums)) and all(0 <= entry < math.inf for entry in tokens)
-    if name == "histogram":
-        return all(0 <= entry < math.inf for entry in value)
-    return bool(0 <= value <= 2**53 if name == "step" else 0 < value < 2**31)
+def _counts(values: Iterable[float]) -> bool:
+    """Tell whether all values are finite and at least 0."""
+    return all(0 <= value < math.inf for value in values)
 
 
-def _sorted_figures(
-    named: dict[str, object], kl: torch.Tensor
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """(figures that are known on the CPU, tensors to be averaged on kl's device), those that are
-    None left out.
-    """
-    known, tensors = {}, {}
-    for name, value in named.items():
-        if name in (
-            "step",
-            "kl/mean",
-            "kl/per_sequence",
-            "kl/max",
-            "kl/tokens",
-            "kl/not_finite",
-            "kl/above_threshold",
-            "kl/spike",
-            *QUANTILES,
-        ):
-            raise ValueError(
-                f"{name}: expected a name that the monitor does not use itself, got it for a "
-                f"further figure; choose another"
-            )
-        if isinstance(value, torch.Tensor):
-            if value.dtype not in (*_checks.FLOAT_TYPES, *_checks.INTEGER_TYPES, torch.bool):
-                raise TypeError(
-                    f"{name}: expected a real number or tensor, got "
-                    f"{_checks.type_name(value)}; convert it with .float()"
-                )
-            _checks.not_sharded(name, value, "a figure", f"pass {name}.full_tensor()")
-            if value.device == kl.device or (
-                value.device.type == "cpu" and value.shape == kl.shape
-            ):
-                tensors[name] = value.detach().to(
-                    kl.device, non_blocking=True
-                )  # the copy of the figures waits for it too
-            elif value.device.type == "cpu":
-                known[name] = value.detach().double().mean().item()
-            else:
-                raise ValueError(
-                    f"{name}: expected a tensor on the device of kl, {kl.device}, or on the CPU, "
-                    f"got {value.device}; move it with .to()"
-                )
-        elif value is not None:
-            known[name] = _checks.number(
-                name, value, "a number or a tensor", lambda x: True, f"pass float({name})"
-            )
-    return known, tensors
-
-
-# ---- on the device
-
-
-class _Measured(NamedTuple):
-    """What one step's copy brought."""
-
-    figures: dict[str, float]
-    tensors: list[float]
-    sequences: float
-    finite: float
-    finite_sum: float
-    finite_max: float
-    width: int
-    histogram: torch.Tensor
-    profile: torch.Tensor
-
-
-@torch.no_grad()
-def _measure(
-    kl: torch.Tensor,
-    counts: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    tensors: dict[str, torch.Tensor],
-    threshold: float | None,
-    positions: int,
-    width: int,
-) -> _Measured:
-    """All figures of a step, stacked into one float64 tensor on the device, and that copied once."""
-    place = _positions(counts, cu_seqlens)
-    tokens = counts.sum(dtype=torch.float64)
-    averages = [
-        (
-            value.masked_fill(~counts, 0).sum(dtype=torch.float64) / tokens
-            if value.shape == kl.shape
-            else value.double().mean()
-        )
-        for value in tensors.values()
-    ]
-    # One more token, which does not count: then there is always one to look at.
-    kl = torch.cat([kl.reshape(-1).to(result_dtype(kl)), kl.new_zeros(1, dtype=result_dtype(kl))])
-    counts, place = (
-        torch.cat([value.reshape(-1), value.new_zeros(1)]) for value in (counts, place)
-    )
-    sequences = (counts & (place == 0)).sum()  # by the first token of each that counts
-    total = kl.masked_fill(~counts, 0).sum(dtype=torch.float64)
-    finite = counts & kl.isfinite()
-    numbers = counts & ~kl.isnan()
-    known = numbers.sum()
-    ordered = kl.masked_fill(~numbers, math.nan).sort().values  # NaN comes last, after +inf
-    kept = kl.masked_fill(~finite, 0)
-    figures = {
-        "kl/mean": total / tokens,
-        "kl/per_sequence": total / sequences,
-        "kl/max": ordered.gather(0, (known - 1).clamp(min=0)[None])[0].masked_fill(
-            known != tokens, math.nan
-        ),
-        **{name: _quantile_of(ordered, known, q) for name, q in QUANTILES.items()},
-        "kl/tokens": tokens,
-        "kl/not_finite": tokens - finite.sum(),
-        "kl/above_threshold": (counts & (kl > (math.inf if threshold is None else threshold))).sum()
-        / tokens,
-    }
-    # Twice as many positions per entry until the longest response fits; no value is looked at, so
-    # this too is arithmetic on the device.
-    longest = place.masked_fill(~counts, -1).amax() + 1
-    doublings = (
-        torch.full((32,), width * positions, device=kl.device) << torch.arange(32, device=kl.device)
-        < longest
-    ).sum()
-    wide = torch.full_like(doublings, width) << doublings
-    ones = finite.double()
-    entries = (place // wide).clamp(0, positions - 1)
-    profile = [
-        ones.new_zeros(positions).scatter_add_(0, entries, value) for value in (kept.double(), ones)
-    ]
-    bins = (kept.clamp(min=LOWEST / 2).div(LOWEST).log() / math.log(GROWTH)).floor().long() + 1
-    histogram = ones.new_zeros(BINS).scatter_add_(0, bins.clamp(0, BINS - 1), ones)
-    scalars = [
-        *figures.values(),
-        *averages,
-        sequences,
-        finite.sum(),
-        kept.sum(dtype=torch.float64),
-        kl.masked_fill(~finite, -math.inf).amax(),
-        wide,
-    ]
-    try:
-        copied = torch.cat(
-            [torch.stack([value.double() for value in scalars]), histogram, *profile]
-        ).cpu()
-    except NotImplementedError:
-        raise ValueError(
-            "kl: expected values, got a tensor on the meta device, which has none; "
-            "pass the KL of a step"
-        ) from None
-    values = copied[: len(scalars)].tolist()
-    held, finites, finite_sum, finite_max, width_now = values[-5:]
-    return _Measured(
-        dict(zip(figures, values, strict=False)),
-        values[len(figures) : -5],
-        held,
-        finites,
-        finite_sum,
-        finite_max,
-        int(width_now),
-        copied[len(scalars) : -2 * positions],
-        copied[-2 * positions :].reshape(2, positions),
-    )
-
-
-def _positions(counts: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """How many tokens of its sequence that count come before each one that does."""
-    before = counts.cumsum(-1) - counts.long()
-    if cu_seqlens is None or len(cu_seqlens) < 2 or not len(counts):
-        return before
-    bounds = cu_seqlens.long().clamp(0, len(counts))
-    owner = torch.searchsorted(
-        bounds[1:].contiguous(), torch.arange(len(counts), device=counts.device), right=True
-    )
-    starts = bounds[:-1].gather(0, owner.clamp(max=len(bounds) - 2)).clamp(max=len(counts) - 1)
-    return (before - before.gather(0, starts)).clamp(min=0)
-
-
-def _quantile_of(ordered: torch.Tensor, count: torch.Tensor, q: float) -> torch.Tensor:
-    """torch.quantile of the first `count` of ordered values, [] float64; between +inf and a number
-    +inf.
-    """
-    rank = q * (count - 1).clamp(min=0).double()
-    low, high = (
-        ordered.gather(0, index.long()[None])[0].double() for index in (rank.floor(), rank.ceil())
-    )
-    share = rank - rank.floor()
-    return torch.where(share > 0, (1 - share) * low + share * high, low)
+# Of a state's entry of the right types: whether its values are possible. The run's sum and maximum
+# may be negative, as a mean of k1.
+_POSSIBLE: dict[str, Callable[[Any], bool]] = {
+    "step": lambda step: 0 <= step <= 2**53,
+    "width": lambda width: 0 < width < 2**31,
+    "run": lambda run: (
+        _counts(value for name, value in run.items() if name not in ("sum", "max"))
+        and math.isfinite(run["sum"])
+        and math.isfinite(run["max"])
+        and run["finite"] <= run["tokens"]
+        and min(run["finite"], 1) <= run["sequences"] <= run["tokens"]
+    ),
+    "histogram": _counts,
+    "profile": lambda profile: all(map(math.isfinite, profile[0])) and _counts(profile[1]),
+}

@@ -12,11 +12,7 @@ from typing import Any, overload
 import torch
 
 from . import _checks
-
-# What is differentiated, and every vector beside it: one tensor, or tensors by name as in
-# dict(model.named_parameters()).
-Tensors = torch.Tensor | dict[str, torch.Tensor]
-Given = torch.Tensor | Mapping[str, torch.Tensor]
+from .vectors import Given, Tensors, dot, like, named_tensors, packed, scaled
 
 
 @overload
@@ -43,8 +39,8 @@ def fisher_vector_product(
     *,
     weights: torch.Tensor | None = None,
 ) -> Tensors:
-    """F v, with F the Fisher matrix of the policy softmax(function(parameters)), averaged over the
-    rows of its logits.
+    """Compute F v, F the Fisher matrix of the policy softmax(function(parameters)), the mean over
+    the rows of its logits.
 
     Equivalent, without forming the Jacobian, to
 
@@ -54,23 +50,22 @@ def fisher_vector_product(
         F = (weights[:, None, None] * (J.mT @ H @ J)).sum(0) / weights.sum()
         return F @ vector
 
-    which is the expectation of ∇log π ∇log πᵀ over tokens drawn from the policy (exact, none is
-    drawn), and the second derivative with respect to
-    new, at new = parameters, of the weighted mean of KL(parameters‖new), and of KL(new‖parameters).
+    F is the expectation of ∇log π ∇log πᵀ over tokens of the policy, summed over the vocabulary and
+    not sampled, and the second derivative with respect to new, at new = parameters, of the weighted
+    mean of KL(parameters‖new) and of KL(new‖parameters).
 
     Args:
-        function: parameters → logits [..., V] of any float type (float16 is short of range for a
-        mean over many rows). It is called twice, under
-            torch.func.jvp and vjp: it must be deterministic (no dropout) and made of operations
-            with both derivatives, as
-            torch.func.functional_call(model, parameters, (tokens,)) is with attention's math implementation; fastkl's own operations have no
-            forward-mode derivative.
+        function: parameters → logits [..., V] of any float type (float16 has too small a range for
+            a mean over many rows). It is called twice, under torch.func.jvp and vjp: it must be
+            deterministic (no dropout) and made of operations with both derivatives, as
+            torch.func.functional_call(model, parameters, (tokens,)) is with attention's math
+            implementation; fastkl's own operations have no forward-mode derivative.
         parameters: a float32 or float64 tensor, or a dict of such tensors by name.
         vector: shaped as parameters.
-        weights: float [...], what each row counts, at least 0 (not looked at); None counts all
-        alike. A row of weight 0 adds exactly 0 whatever
-            logits it has, if their derivatives are finite: replace the inputs of padding that is
-            not. All 0 gives 0. For a mask pass mask.float().
+        weights: float [...], the weight of each row, at least 0 (their values are not read); None:
+            all alike. A row of weight 0 adds exactly 0 whatever logits it has, if their derivatives
+            are finite: replace the inputs of padding where they are not. All 0 gives 0. For a mask
+            pass mask.float().
 
     Returns:
         As parameters, detached; nothing is written to .grad. Several tensors the size of the logits
@@ -85,15 +80,14 @@ def fisher_vector_product(
     if not callable(function):
         raise TypeError(
             f"function: expected a function from parameters to logits, got "
-            f"{type(function).__name__}; "
-            f"for a module: lambda parameters: torch.func.functional_call(model, parameters, "
-            f"(tokens,))"
+            f"{type(function).__name__}; for a module: lambda parameters: "
+            f"torch.func.functional_call(model, parameters, (tokens,))"
         )
-    point = _named("parameters", parameters)
-    tangents = _like("vector", vector, "parameters", point)
-    primal = _packed(point, parameters)
+    point = named_tensors("parameters", parameters)
+    tangents = like("vector", vector, "parameters", point)
+    primal = packed(point, parameters)
     policy = partial(_logits_of, function)
-    logits, tangent = torch.func.jvp(policy, (primal,), (_packed(tangents, parameters),))[:2]
+    logits, tangent = torch.func.jvp(policy, (primal,), (packed(tangents, parameters),))[:2]
     _checks.logits("function's result", logits)
     _checks.token_weights(weights, logits.shape[:-1], logits.device)
     pull_back = torch.func.vjp(policy, primal)[1]
@@ -115,12 +109,12 @@ def _logits_of(function: Callable[[Any], torch.Tensor], parameters: Tensors) -> 
 def _softmax_fisher(
     logits: torch.Tensor, tangent: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """(diag(p) - p pᵀ) tangent of every row, times the row's share of the mean, [..., V]."""
+    """Compute (diag(p) - p pᵀ) tangent of every row, times its share of the mean, [..., V]."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     p = logits.to(dtype).softmax(-1)
     u = tangent.to(dtype)
-    # Counted from its value at the most probable entry: on a peaked row u - E_p[u] is far smaller
-    # there than u.
+    # Subtract the value at the most probable entry: on a peaked row u - E_p[u] is far smaller there
+    # than u.
     u = u - u.gather(-1, p.argmax(-1, keepdim=True))
     # An excluded token's logit, -inf, may have any derivative.
     u = torch.where(p == 0, 0.0, u)
@@ -159,22 +153,21 @@ def conjugate_gradient(
     tolerance: float = 1e-6,
     damping: float = 0.0,
 ) -> Tensors:
-    """x with (A + damping·I) x = b, for a symmetric positive semi-definite A known by its products.
+    """Solve (A + damping·I) x = b for a symmetric positive semi-definite A known by its products.
 
-    Equivalent to torch.linalg.solve(A + damping * I, b) where it may run to the end; stopped
-    before, x is the best of what `iterations` products can reach: of all combinations of b, A b,
-    ..., A^(iterations - 1) b the one with the smallest error in the norm of A + damping·I.
+    Equivalent to torch.linalg.solve(A + damping * I, b) if it converges. Stopped earlier, x is the
+    combination of b, A b, ..., A^(iterations - 1) b with the smallest error in the norm of A +
+    damping·I.
 
     Args:
         product: v → A v, both shaped as b.
         b: a float32 or float64 tensor of any shape, or a dict of such tensors by name; not changed.
-        iterations: how many products at the most; at least 1.
+        iterations: largest number of products; at least 1.
         tolerance: stop once the norm of the residual is at most this part of the norm of b; from 0
-        to less than 1.
+            to less than 1.
         damping: added to the diagonal; at least 0. Where A is singular and b not in its range there
-        is no solution, and without damping x grows
-            without bound. It also stops, without an error, where rounding leaves no positive
-            curvature along the next direction.
+            is no solution, and without damping x grows without bound. It also stops, without an
+            error, where rounding leaves no positive curvature along the next direction.
 
     Returns:
         x, shaped as b, detached; no size of b is too small or too large for its type. b = 0 gives 0
@@ -191,7 +184,7 @@ def conjugate_gradient(
             f"product: expected a function from v to A v, got {type(product).__name__}; for a "
             f"matrix: lambda v: A @ v"
         )
-    _checks.whole_number("iterations", iterations, "how many products to take", "10 are common")
+    _checks.whole_number("iterations", iterations, "a number of products", "10 are common")
     _checks.number(
         "tolerance",
         tolerance,
@@ -200,31 +193,33 @@ def conjugate_gradient(
         "it is a part of the norm of b",
     )
     _checks.number(
-        "damping", damping, "a finite number of at least 0", _checks.not_negative, "1e-3 is common"
+        "damping",
+        damping,
+        "a finite number of at least 0",
+        lambda x: 0 <= x < math.inf,
+        "1e-3 is common",
     )
-    residual, scale = _scaled(_named("b", b))
+    residual, scale = scaled(named_tensors("b", b))
     solution = {name: torch.zeros_like(value) for name, value in residual.items()}
     direction = {name: value.clone() for name, value in residual.items()}
-    square = _dot("b", residual, residual)
+    square = dot("b", residual, residual)
     enough = tolerance**2 * square
     for _ in range(iterations):
         if square <= enough:
             break
-        image = _like("product's result", product(_packed(direction, b)), "b", residual)
+        image = like("product's result", product(packed(direction, b)), "b", residual)
         image = {name: value.add(direction[name], alpha=damping) for name, value in image.items()}
-        curvature = _dot("product's result", direction, image)
+        curvature = dot("product's result", direction, image)
         if curvature <= 0:
             break
         length = square / curvature
         for name in residual:
             solution[name].add_(direction[name], alpha=length)
             residual[name].sub_(image[name], alpha=length)
-        square, before = _dot("product's result", residual, residual), square
+        square, before = dot("product's result", residual, residual), square
         for name in residual:
             direction[name].mul_(square / before).add_(residual[name])
-    return _packed(
-        {name: value.mul_(scale.to(value.device)) for name, value in solution.items()}, b
-    )
+    return packed({name: value.mul_(scale.to(value.device)) for name, value in solution.items()}, b)
 
 
 @overload
@@ -263,17 +258,20 @@ def natural_gradient(
     tolerance: float = 1e-6,
     damping: float = 1e-3,
 ) -> Tensors:
-    """The step along F⁻¹ gradient that, by the quadratic model of the KL, moves the policy by
-    max_kl.
+    """Compute the step along F⁻¹ gradient that moves the policy by max_kl in the quadratic model of
+    the KL.
 
     Equivalent to
 
-        direction = conjugate_gradient(product, gradient, damping=damping)       # product: v → F v, fisher_vector_product
+        def product(v):
+            return fisher_vector_product(function, parameters, v, weights=weights)
+
+        direction = conjugate_gradient(product, gradient, damping=damping)
         step = direction * (2 * max_kl / direction @ product(direction)).sqrt()
 
-    so that step·F step / 2 = max_kl, to which the mean KL of the policy after the step tends as
-    max_kl does to 0. The step goes up: add it to the parameters to increase what `gradient` is the
-    gradient of. Its length does not depend on that of the gradient.
+    so that step·F step / 2 = max_kl; the mean KL of the policy after the step approaches it as
+    max_kl goes to 0. The step is one of ascent: add it to the parameters to increase the function
+    that `gradient` belongs to. Its length does not depend on that of the gradient.
 
     One step of TRPO, with its line search on the exact KL (mean_kl as in TrustRegion):
 
@@ -284,11 +282,11 @@ def natural_gradient(
 
     Args:
         function, parameters, weights: as in fisher_vector_product. Where the policy has a
-        temperature, function divides by it.
-        gradient: shaped as parameters, of what is to grow; for a loss pass the negative.
+            temperature, function divides by it.
+        gradient: shaped as parameters, of the objective to increase; for a loss pass the negative.
         max_kl: nats, the weighted mean per row; positive.
         iterations, tolerance: as in conjugate_gradient; an iteration costs two forwards and a
-        backward.
+            backward.
         damping: added to the diagonal of F to find the direction, not to scale the step; compare it
             with v·Fv / v·v along the gradient v. F is singular as a rule: N rows feel N·(V - 1)
             directions at most. The gradient of a function of these rows' probabilities lies in F's
@@ -300,121 +298,38 @@ def natural_gradient(
 
     Raises:
         TypeError, ValueError: wrong arguments; a gradient or Fisher product that is not finite; a
-        direction along which the policy does not change, so that no length gives max_kl.
+            direction along which the policy does not change, so that no length gives max_kl.
 
     Source: Schulman et al., Trust Region Policy Optimization (2015), appendix C; Amari, Natural
     Gradient Works Efficiently in Learning (1998).
     """
     _checks.number(
-        "max_kl", max_kl, "a positive finite number of nats", _checks.positive, "0.01 is common"
+        "max_kl",
+        max_kl,
+        "a positive finite number of nats",
+        lambda x: 0 < x < math.inf,
+        "0.01 is common",
     )
-    _like("gradient", gradient, "parameters", _named("parameters", parameters))
+    like("gradient", gradient, "parameters", named_tensors("parameters", parameters))
     product: Callable[[Any], Any] = partial(
         fisher_vector_product, function, parameters, weights=weights
     )
     direction = conjugate_gradient(
         product, gradient, iterations=iterations, tolerance=tolerance, damping=damping
     )
-    named, _ = _scaled(_named("direction", direction))
-    curvature = _dot(
+    named, _ = scaled(named_tensors("direction", direction))
+    curvature = dot(
         "Fisher product",
         named,
-        _like("Fisher product", product(_packed(named, parameters)), "parameters", named),
+        like("Fisher product", product(packed(named, parameters)), "parameters", named),
     )
     if curvature <= 0:
-        if _dot("direction", named, named) == 0:
+        if dot("direction", named, named) == 0:
             return direction
         raise ValueError(
             f"gradient: expected a direction along which the policy's KL grows, got one of "
-            f"curvature {curvature:g}; "
-            f"take the gradient from the same function and rows, or skip the step"
+            f"curvature {curvature:g}; take the gradient from the same function and rows, or skip "
+            f"the step"
         )
     length = math.sqrt(2 * max_kl / curvature)
-    return _packed({name: value.mul_(length) for name, value in named.items()}, parameters)
-
-
-def _named(name: str, value: Given) -> dict[str, torch.Tensor]:
-    """A dict of float32 or float64 tensors by name; a tensor alone is one without a name."""
-    if not isinstance(value, (torch.Tensor, dict)) or isinstance(value, dict) and not value:
-        got = "an empty dict" if isinstance(value, dict) else type(value).__name__
-        raise TypeError(
-            f"{name}: expected a tensor or a dict of tensors by name, got {got}; for a module: "
-            f"dict(model.named_parameters())"
-        )
-    named = {"": value} if isinstance(value, torch.Tensor) else dict(value)
-    for key, tensor in named.items():
-        where = f"{name}[{key!r}]" if isinstance(value, dict) else name
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(
-                f"{where}: expected a tensor, got {type(tensor).__name__}; leave out what takes "
-                f"no part, in every dict alike"
-            )
-        _checks.not_sharded(where, tensor, "float32 or float64", f"pass {where}.full_tensor()")
-        if tensor.is_meta:
-            raise ValueError(
-                f"{where}: expected values, got a tensor on the meta device, which has "
-                f"none; pass real tensors"
-            )
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{where}: expected float32 or float64, since 16 bits do not hold a Fisher "
-                f"product, got {tensor.dtype}; "
-                f"pass copies: .float()"
-            )
-    return named
-
-
-def _like(
-    name: str, value: Given, other_name: str, other: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The tensors of `value` in the order of `other`, after a check that names, shapes, types and
-    devices are its own.
-    """
-    named = _named(name, value)
-    if named.keys() != other.keys():
-        raise ValueError(
-            f"{name}: expected the names of {other_name}, got others: "
-            f"{sorted(named.keys() ^ other.keys())} are in one of them only; "
-            f"take both from the same parameters"
-        )
-    for key, expected in other.items():
-        got = named[key]
-        if (got.shape, got.dtype, got.device) != (expected.shape, expected.dtype, expected.device):
-            where = f"{name}[{key!r}]" if key else name
-            raise ValueError(
-                f"{where}: expected as in {other_name} {tuple(expected.shape)}, {expected.dtype}, "
-                f"{expected.device}, got "
-                f"{tuple(got.shape)}, {got.dtype}, {got.device}; take both from the same parameters"
-            )
-    return {key: named[key] for key in other}
-
-
-def _packed(named: dict[str, torch.Tensor], like: Given) -> Tensors:
-    return named[""] if isinstance(like, torch.Tensor) else named
-
-
-def _scaled(named: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """(the tensors over their largest entry, that entry): the squares of float32 below 1e-23 or
-    above 1e19 are 0 or infinite.
-    """
-    device = next(iter(named.values())).device
-    norms = [
-        torch.linalg.vector_norm(value, math.inf).to(device, torch.float64)
-        for value in named.values()
-        if value.numel()
-    ]
-    scale = torch.stack([torch.zeros((), dtype=torch.float64, device=device), *norms]).max()
-    scale = torch.where(scale == 0, 1.0, scale)
-    return {name: value / scale.to(value.device) for name, value in named.items()}, scale
-
-
-def _dot(name: str, first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """The inner product, finite; waits for the device once."""
-    parts = [(first[key] * second[key]).sum() for key in first]
-    value = float(torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).sum())
-    if not math.isfinite(value):
-        raise ValueError(
-            f"{name}: expected finite values, got an inner product of {value}; look for a NaN, an "
-            f"infinity or an overflow there"
-        )
-    return value
+    return packed({name: value.mul_(length) for name, value in named.items()}, parameters)

@@ -1,6 +1,4 @@
-"""Rewards of a policy-gradient step: the score of a sequence, and the KL penalty of each of its
-tokens.
-"""
+"""Rewards of a policy-gradient step: a sequence's score and its tokens' KL penalties."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ import torch
 from .._types import BetaController
 from ..ops.fields import result_dtype
 from . import _checks
+from .sequences import owners
 
 
 def shape_rewards(
@@ -21,40 +20,39 @@ def shape_rewards(
     *,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Per-token rewards: score - beta·KL on each token that counts, 0 elsewhere.
+    """Compute per-token rewards: score - beta·KL on each token that counts, 0 elsewhere.
 
     Equivalent, for one score per sequence, to
 
         rewards = -beta * kl.detach()
-        for b in range(B):                                   # each sequence that has a token that counts
-            rewards[b, mask[b].nonzero().max()] += scores[b]
+        for b in range(B):
+            if mask[b].any():
+                rewards[b, mask[b].nonzero().max()] += scores[b]        # on the last that counts
         rewards = torch.where(mask, rewards, 0.0)
 
     without waiting for the device.
 
     Which KL: k1 of estimate_kl, log π - log π_ref of the chosen token. Then the policy gradient on
-    these rewards is the gradient of E[score] - beta·KL(policy‖reference) of whole sequences. An
-    exact KL has the same expectation without the noise, but does not depend on the token chosen
-    there: as a reward it teaches nothing about that token, only which tokens lead to later KLs, and
-    with one token nothing at all. Together with the same beta·KL in the loss, with gradient and
-    reduced as the policy's loss (KLPenalty, or kl of grpo_loss), the gradient is right again.
-    Policy gradients on k2, k3 and abs are those of something else.
+    these rewards is the gradient of E[score] - beta·KL(policy‖reference) of whole sequences. The
+    exact KL of a token has the same expectation without the noise, but does not depend on the token
+    that was chosen: as a reward it teaches which tokens lead to later KLs, and nothing about the
+    token itself. With the same beta·KL in the loss as well, with gradient and reduced as the
+    policy's loss (KLPenalty, or kl of grpo_loss), the gradient is right again. Policy gradients on
+    k2, k3 and abs are not that of a KL.
 
     Args:
         scores: one per sequence, [B] for kl [B, T] and [S] for a packed one: given on the last
-        token that counts. Or per token, shaped as kl.
-            With as many packed sequences as tokens they count as one per sequence.
+            token that counts. Or per token, shaped as kl. With as many packed sequences as tokens
+            they count as one per sequence.
         kl: KL of each token in nats: [B, T] (any leading shape), or with cu_seqlens [total],
-        sequences packed one behind the other; which, see
-            above.
+            sequences packed one behind the other; which, see above.
         beta: the penalty's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute
-        `beta`. A number 0 leaves the KL out, also an
-            infinite one. A tensor is not looked at: a negative one is no error, and 0 times an
-            infinite KL is NaN.
+            `beta`. A number 0 leaves the KL out, also an infinite one. A tensor is not looked at: a
+            negative one is no error, and 0 times an infinite KL is NaN.
         mask: bool, shaped as kl, True where the token counts: the policy chose it. Padding may be
-        on either side, tool outputs may leave holes.
+            on either side, tool outputs may leave holes.
         cu_seqlens: integers [S+1] from 0 to total: sequence s is kl[cu_seqlens[s] : cu_seqlens[s +
-        1]]; empty ones are allowed.
+            1]]; empty ones are allowed.
 
     Returns:
         rewards shaped as kl, float32 (float64 for a float64 kl), detached. A token that does not
@@ -69,20 +67,15 @@ def shape_rewards(
 
     Raises:
         TypeError: scores or kl not of a float type, mask not bool, cu_seqlens not integers, beta
-        none of the three.
+            none of the three.
         ValueError: shapes or devices that do not fit; wrong boundaries; a number beta that is
-        negative or not finite.
+            negative or not finite.
 
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2; Ouyang
     et al., Training language models to follow instructions with human feedback (2022), eq. 2.
     """
-    _checks.float_tensor("kl", kl, "per token, [B, T] or [total]")
+    _checks.float_tensor("kl", kl, "per token, [B, T] or [total]", 1)
     _checks.float_tensor("scores", scores, "one per sequence or per token")
-    if kl.dim() == 0:
-        raise ValueError(
-            "kl: expected per-token values with at least one dimension, got a scalar; pass it "
-            "before its mean is taken"
-        )
     _checks.mask(mask, kl.shape, kl.device)
     beta = _checks.beta(beta, "kl", kl)
     if cu_seqlens is not None:
@@ -91,47 +84,26 @@ def shape_rewards(
     dtype = result_dtype(kl)
     kl, scores = kl.detach().to(dtype), scores.detach().to(dtype)
     counts = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
+    given = scores
     if cu_seqlens is not None:
         given = _packed_scores(scores, counts, cu_seqlens)
-    else:
-        given = (
-            scores
-            if scores.shape == kl.shape
-            else torch.where(_last_of_padded(counts), scores[..., None], 0.0)
-        )
+    elif scores.shape != kl.shape:
+        # On the last token that counts: from there to the end of the row one is left.
+        last = counts & (counts.flip(-1).cumsum(-1).flip(-1) == 1)
+        given = torch.where(last, scores[..., None], 0.0)
     penalty = beta * kl if isinstance(beta, torch.Tensor) or beta > 0 else 0.0
     return torch.where(counts, given - penalty, 0.0)
-
-
-def owners(cu_seqlens: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(which of the S sequences each of `total` packed tokens is in, S for one behind them all;
-    whether the boundaries run from 0 to total).
-    """
-    bounds = cu_seqlens.long()
-    right = (bounds[0] == 0) & (bounds[-1] == total) & (bounds.diff() >= 0).all()
-    owner = torch.searchsorted(bounds, torch.arange(total, device=bounds.device), right=True) - 1
-    return owner.clamp(0, len(bounds) - 1), right
-
-
-def _last_of_padded(counts: torch.Tensor) -> torch.Tensor:
-    """True at the last True of each row, if there is one: where one is left, counted from there to
-    the end.
-    """
-    return counts & (counts.flip(-1).cumsum(-1).flip(-1) == 1)
 
 
 def _packed_scores(
     scores: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """The score that each packed token is given; NaN for all where the boundaries are wrong and
-    could not be looked at.
-    """
+    """Give each packed token its score; NaN for all where wrong boundaries could not be read."""
     total, pad = len(counts), torch.nn.functional.pad
     owner, right = owners(cu_seqlens, total)
     if len(scores) == len(cu_seqlens) - 1:
-        end = pad(
-            cu_seqlens[1:].long().clamp(0, total), (0, 1)
-        )  # of each sequence, and of what is behind; never out of range
+        # Of each sequence, and of the tokens behind them all; within range also if they are wrong.
+        end = pad(cu_seqlens[1:].long().clamp(0, total), (0, 1))
         counted = pad(counts.cumsum(0), (1, 0))  # how many count before each position
         last = counts & (counted[1:] == counted[end[owner]])
         scores = torch.where(last, pad(scores, (0, 1))[owner], 0.0)

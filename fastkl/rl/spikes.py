@@ -28,30 +28,31 @@ class SpikeDetector:
         x = log(max(kl, 0) + floor)
         level = median(of the last `recent` x)
         residual = x - level
-        known = those of the last `window` residuals whose level was above log(2 · floor), a KL of `floor`
-        centre, deviation = median and 1.4826 · MAD of the known residuals, 0 if there are none
+        known = [r for r in the last `window` residuals if its level was above log(2 · floor)]
+        centre, deviation = median(known), 1.4826 · MAD(known)          # 0 if there are none
         if len(known) < 16:
-            deviation = √((1/4 + len(known) · deviation²) / (1/4 + len(known)))                  # 1 if there are none
+            deviation = √((1/4 + len(known) · deviation²) / (1/4 + len(known)))
         deviation = max(0.05, deviation)
         rise = residual - centre
         jump = max(log(ratio), rise)
         evidence = max(0, evidence + jump · (rise - jump / 2) / deviation²)
-        ring = evidence ≥ limit                                                                 # then evidence = 0
+        ring = evidence ≥ limit                                         # then evidence = 0
 
-    the log-likelihood ratio (nats) of "the KL is at least `ratio` times what it was" against "it is
-    as it was", for normal noise. A strong step rings at once, weaker ones add up. Two medians,
-    because the residuals' own centre takes out a steady growth and both ignore outliers. Below the
-    floor x hardly moves, which says nothing of the noise above it: there the noise counts as
-    unknown.
+    where log(2 · floor) is the level of a KL of `floor`, and evidence the log-likelihood ratio
+    (nats) of "the KL is at least `ratio` times what it was" against "it is as it was", for normal
+    noise. A strong step rings at once, weaker ones add up. There are two medians because the centre
+    of the residuals removes a steady growth, and because both ignore outliers. Below the floor x
+    hardly moves, which says little about the noise above it: there the noise counts as unknown.
 
-    Measured by tests/test_rl_spikes.py with the default settings, for noise of log KL with a
+    Measured by tests/rl/test_spikes.py with the default settings, for noise of log KL with a
     standard deviation of 0.1 | 0.2 | 0.3 | 0.4:
 
-        false alarms per 1000 steps, at most, normal noise: 0.1 | 0.1 | 0.1 | 0.2
-        the same, correlated by 0.5 from step to step: 0.1 | 0.1 | 0.6 | 1.1
-        the same, heavy tails (Student's t, 5 degrees of freedom): 0.5 | 1.5 | 2.0 | 2.5
-        lasting jumps to 3 times the KL that ring within 5 steps, at least, normal noise: 100 % |
-        100 % | 90 % | 55 %
+        false alarms per 1000 steps, at most
+            normal noise                                                0.1 | 0.1 | 0.1 | 0.2
+            the same, correlated by 0.5 from step to step               0.1 | 0.1 | 0.6 | 1.1
+            heavy tails (Student's t, 5 degrees of freedom)             0.5 | 1.5 | 2.0 | 2.5
+        lasting jumps to 3 times the KL that ring within 5 steps, at least
+            normal noise                                                100 | 100 | 90 | 55 %
 
     A KL that grows as in training, with the step, its square or its fourth power, or exponentially,
     twice in 10 steps or slower, hardly rings, also where it begins far below the floor: less than
@@ -59,21 +60,21 @@ class SpikeDetector:
     grows by up to half of it per step; one that sets off by a whole floor per step is a jump and
     rings once.
 
-    After a lasting jump it rings for `recent` // 2 + 1 steps, or fewer: then that is the new level.
+    After a lasting jump it rings for at most `recent` // 2 + 1 steps: then that is the new level.
     The first `recent` + 16 steps are silent. After steps that were all far below the floor only a
     jump to 10 times the floor or more rings within 5 steps, until 16 above it have shown the noise.
 
     Args:
         ratio: the jump to look for, above 1. Smaller ones ring too, from about √ratio on, if they
-        last or stand out of the noise.
+            last or stand out of the noise.
         limit: evidence at which it rings, nats. Larger: fewer false alarms, later alarms.
         recent: steps whose median is the present level. window: steps whose residuals are the
-        noise.
-        floor: KL, in the unit of kl, that does not matter: only from about there on do ratios count
-        and is the noise learnt. The default is for
-            nats per token.
+            noise.
+        floor: negligible KL, in the unit of kl: ratios count, and noise is learnt, from about there
+            on. The default is for nats per token.
 
     Raises ValueError or TypeError for wrong arguments.
+
     Source: Page, Continuous Inspection Schemes (1954), for the test; Hampel, The Influence Curve
     and Its Role in Robust Estimation (1974), for the median absolute deviation (MAD).
     """
@@ -94,32 +95,23 @@ class SpikeDetector:
             lambda x: 1 < x < math.inf,
             "3 is the default",
         )
-        _checks.number(
-            "limit",
-            limit,
-            "a positive finite number of nats",
-            lambda x: 0 < x < math.inf,
-            "12 is the default",
-        )
-        _checks.number(
-            "floor",
-            floor,
-            "a positive finite KL",
-            lambda x: 0 < x < math.inf,
-            "1e-4 suits nats per token",
-        )
+        for name, value, what, remedy in (
+            ("limit", limit, "a positive finite number of nats", "12 is the default"),
+            ("floor", floor, "a positive finite KL", "1e-4 suits nats per token"),
+        ):
+            _checks.number(name, value, what, lambda x: 0 < x < math.inf, remedy)
         _checks.whole_number("recent", recent, "a number of steps", "15 is the default")
-        _checks.whole_number("window", window, "a number of steps", "64 is the default")
-        if window < WARM_UP:
-            raise ValueError(
-                f"window: expected a number of steps, at least {WARM_UP}, got {window}; the noise "
-                f"of fewer is not known"
-            )
+        _checks.whole_number(
+            "window",
+            window,
+            "a number of steps",
+            "the noise of fewer is not known, 64 is the default",
+            lowest=WARM_UP,
+        )
         self.ratio, self.limit, self.floor = float(ratio), float(limit), float(floor)
         self._levels: deque[float] = deque(maxlen=recent)
-        self._residuals: deque[float | None] = deque(
-            maxlen=window
-        )  # None where the level was not above the floor
+        # None where the level was not above the floor.
+        self._residuals: deque[float | None] = deque(maxlen=window)
         self._evidence = 0.0
 
     def __repr__(self) -> str:
@@ -130,8 +122,9 @@ class SpikeDetector:
         )
 
     def update(self, kl: float) -> bool:
-        """Take the mean KL of one step; True if it rings. A KL that is not finite rings always, and
-        is not remembered.
+        """Take the mean KL of one step and return True if it rings.
+
+        A KL that is not finite always rings and is not remembered.
         """
         _checks.number(
             "kl", kl, "the mean KL of a step, a number", lambda x: True, "it is kl.mean().item()"
@@ -147,6 +140,7 @@ class SpikeDetector:
         return ring
 
     def _judge(self, residual: float) -> bool:
+        """Add to the evidence, and return True and drop it if it reaches the limit."""
         known = [value for value in self._residuals if value is not None]
         centre = statistics.median(known or [0.0])
         deviation = MAD_TO_DEVIATION * statistics.median(
@@ -164,8 +158,8 @@ class SpikeDetector:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, as a plain dict for JSON or torch.save, with the settings that shape
-        it: recent, window and floor.
+        """Return a plain dict for JSON or torch.save, with the settings that it depends on: recent,
+        window and floor.
         """
         return {
             "class": "SpikeDetector",
@@ -178,17 +172,18 @@ class SpikeDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict(); raises ValueError, and changes nothing, for that of another
-        class, an incomplete or damaged one, or one of a
-        detector with another recent, window or floor."""
+        """Continue from a state_dict().
+
+        One of another class, an incomplete or damaged one, and one of a detector with another
+        recent, window or floor, raises ValueError and changes nothing.
+        """
         mine = self.state_dict()
         _checks.state(state, mine)
         for name in ("recent", "window", "floor"):
             if not isinstance(state[name], (int, float)) or state[name] != mine[name]:
                 raise ValueError(
                     f"state: expected {name} {mine[name]:g}, got {_checks.shown(state[name])}; "
-                    f"make the detector with "
-                    f"{name}={_checks.shown(state[name])}"
+                    f"make the detector with {name}={_checks.shown(state[name])}"
                 )
         for name, longest, kind in (
             ("levels", mine["recent"], float),
@@ -196,23 +191,14 @@ class SpikeDetector:
             ("evidence", 1, float),
         ):
             values = [state[name]] if name == "evidence" else state[name]
-            right = (
-                isinstance(values, list)
-                and len(values) <= longest
-                and all(isinstance(value, kind) for value in values)
-            )
-            if (
-                not right
-                or not all(map(math.isfinite, filter(None, values)))
-                or name == "evidence"
-                and state[name] < 0
-            ):
+            right = isinstance(values, list) and len(values) <= longest
+            right = right and all(isinstance(value, kind) for value in values)
+            right = right and all(map(math.isfinite, filter(None, values)))
+            if not right or (name == "evidence" and state[name] < 0):
                 raise ValueError(
                     f"state: expected {name} as SpikeDetector saves it, got "
                     f"{_checks.shown(state[name])}; begin with a new detector"
                 )
-        self._levels, self._residuals = (
-            deque(state["levels"], maxlen=mine["recent"]),
-            deque(state["residuals"], maxlen=mine["window"]),
-        )
+        self._levels = deque(state["levels"], maxlen=mine["recent"])
+        self._residuals = deque(state["residuals"], maxlen=mine["window"])
         self._evidence = state["evidence"]

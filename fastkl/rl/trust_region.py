@@ -4,6 +4,7 @@ early stop of PPO.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -14,12 +15,11 @@ from . import _checks
 
 
 class StepResult(NamedTuple):
-    """What became of a step.
+    """Result of a step.
 
     accepted: "full", the optimizer's own step; "shrunk", a part of it; "undone", none of it.
-    fraction: the part taken, 1.0, between, or 0.0.
-    kl: the last value measured, nats: with the parameters as they are left, or, when undone, with
-    the shortest step that was refused.
+    fraction: the part taken: 1.0, between, or 0.0. kl: the last measured value, nats: with the
+    final parameters, or, when undone, with the shortest step that was refused.
     """
 
     accepted: Literal["full", "shrunk", "undone"]
@@ -27,6 +27,7 @@ class StepResult(NamedTuple):
     kl: float
 
 
+@dataclasses.dataclass(eq=False)
 class TrustRegion:
     """Takes an optimizer's step only as far as the mean KL from the old policy allows.
 
@@ -47,75 +48,80 @@ class TrustRegion:
         old_logits = model(batch).logits.detach()
         loss.backward()
         result = TrustRegion(0.01).step(
-            optimizer, lambda: kl_divergence(old_logits, model(batch).logits, mask=mask).sum() /
-                mask.sum())
+            optimizer,
+            lambda: kl_divergence(old_logits, model(batch).logits, mask, reduction="mean"),
+        )
 
     Args:
         max_kl: the largest mean KL that a step may make, nats; positive.
-        shrink: what a step that is too long is multiplied by, again and again; between 0 and 1.
+        shrink: factor by which a step that is too long is shortened at each try; between 0 and 1.
         tries: how many shortened steps are measured before the step is undone; at least 0.
 
     step(optimizer, mean_kl, closure=None):
         optimizer: any torch optimizer: all its parameter groups, a parameter that is listed twice
-        or shares its memory moved once.
+            or shares its memory moved once.
         mean_kl: called without gradient 1 to 1 + tries times; returns KL(old‖new), the mean over
-        the batch, as a number or one-element tensor,
-            with the parameters as they are at the call. Let it be the exact KL: a sampled estimate
-            accepts and refuses by its noise. Switch dropout off in it. With several processes
-            average over them, so that all decide alike. To refuse a step for another reason, as
-            TRPO does where the objective has not improved, return infinity. It must allow the
-            parameters before the step: where it measures from an older policy and that is max_kl
-            away already, every step is undone.
+            the batch, as a number or one-element tensor, with the parameters as they are at the
+            call. Let it be the exact KL: a sampled estimate accepts and refuses by its noise.
+            Switch dropout off in it. With several processes average over them, so that all decide
+            alike. To refuse a step for another reason, as TRPO does where the objective has not
+            improved, return infinity. It must allow the parameters before the step: where it
+            measures from an older policy and that is max_kl away already, every step is undone.
         closure: handed on to the optimizer.
 
-    Waits for the device once per call of mean_kl, to compare its value; nothing else waits. Holds a
-    copy of the parameters that can change (those that require grad), and a second one only once a
-    step was too long.
+    It waits for the device once per call of mean_kl, to compare its value, and nowhere else. It
+    holds a copy of the parameters that can change (those that require grad), and a second one once
+    a step was too long.
 
     The optimizer's state is kept even when the step is undone: momenta and second moments are
-    statistics of the gradients, which were measured whatever became of the step, and putting them
-    back would take another one or two copies of the parameters. So a gradient that is not finite
-    stays in them, as without a trust region; refuse it before: torch.nn.utils.clip_grad_norm_(...,
-    error_if_nonfinite=True). An optimizer that keeps another copy of the parameters (float32
-    masters, averages) puts that one in place at its next step: the undo does not reach it.
+    statistics of the gradients, which hold whether the step is taken or not, and restoring them
+    would take another one or two copies of the parameters. So a gradient that is not finite stays
+    in them, as without a trust region; refuse it before:
+    torch.nn.utils.clip_grad_norm_(..., error_if_nonfinite=True). An optimizer that keeps another
+    copy of the parameters (float32 masters, averages) writes that one at its next step: the undo
+    does not reach it.
 
     Under FSDP2 each process moves its own shards. Its root module keeps the gathered parameters
     after a forward without a backward, and would measure, and train, those of an earlier try: build
     it with fully_shard(model, reshard_after_forward=True), or end mean_kl by model.reshard().
 
-    If the optimizer, mean_kl or closure raises, the parameters are put back before the exception
-    goes on.
+    If the optimizer, mean_kl or closure raises, the parameters are restored before the exception
+    propagates.
 
     Raises TypeError or ValueError for wrong arguments, and from `step` where mean_kl returns no
     number.
+
     Source: Schulman et al., Trust Region Policy Optimization (2015), appendix C: the backtracking
     line search, here along any optimizer's step.
     """
 
-    def __init__(self, max_kl: float, *, shrink: float = 0.5, tries: int = 10) -> None:
+    max_kl: float
+    _: dataclasses.KW_ONLY
+    shrink: float = 0.5
+    tries: int = 10
+
+    def __post_init__(self) -> None:
         _checks.number(
-            "max_kl", max_kl, "a positive finite number of nats", _checks.positive, "0.01 is common"
+            "max_kl",
+            self.max_kl,
+            "a positive finite number of nats",
+            lambda x: 0 < x < math.inf,
+            "0.01 is common",
         )
         _checks.number(
             "shrink",
-            shrink,
+            self.shrink,
             "a number between 0 and 1",
             lambda x: 0 < x < 1,
             "0.5 halves the step at each try",
         )
         _checks.number(
             "tries",
-            tries,
+            self.tries,
             "a whole number of at least 0",
             lambda x: isinstance(x, int) and x >= 0,
             "0 undoes a step that is too long",
         )
-        self.max_kl = max_kl
-        self.shrink = shrink
-        self.tries = tries
-
-    def __repr__(self) -> str:
-        return f"TrustRegion(max_kl={self.max_kl:g}, shrink={self.shrink:g}, tries={self.tries})"
 
     def step(
         self,
@@ -123,7 +129,7 @@ class TrustRegion:
         mean_kl: Callable[[], float | torch.Tensor],
         closure: Callable[[], float | torch.Tensor] | None = None,
     ) -> StepResult:
-        """One step of the optimizer, within max_kl; see the class."""
+        """Take one step of the optimizer, within max_kl; see the class."""
         if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
             raise TypeError(
                 f"optimizer: expected a torch optimizer, got {type(optimizer).__name__}; pass "
@@ -132,9 +138,8 @@ class TrustRegion:
         if not callable(mean_kl):
             raise TypeError(
                 f"mean_kl: expected a function without arguments, called after the step, got "
-                f"{type(mean_kl).__name__}; "
-                f"wrap the measurement: lambda: kl_divergence(old_logits, "
-                f"model(batch).logits).mean()"
+                f"{type(mean_kl).__name__}; wrap the measurement: "
+                f"lambda: kl_divergence(old_logits, model(batch).logits).mean()"
             )
         if closure is not None and not callable(closure):
             raise TypeError(
@@ -147,35 +152,33 @@ class TrustRegion:
             if closure is None:
                 optimizer.step()
             else:
-                optimizer.step(closure)  # type: ignore[arg-type]  # torch's annotation leaves out the tensor that its own examples return
-            kl = _measured(mean_kl)
-            if self._within(kl):
-                return StepResult("full", 1.0, kl)
-            # Every fraction is taken from both ends: halving in place would stick in a 16-bit type,
-            # where half of the last bit rounds up again.
-            new = _copies(parameters) if self.tries else []
-            for attempt in range(1, self.tries + 1):
-                fraction = self.shrink**attempt
-                _place(parameters, old, new, fraction)
-                kl = _measured(mean_kl)
-                if self._within(kl):
-                    return StepResult("shrunk", fraction, kl)
+                # torch's annotation leaves out the tensor that its own examples return.
+                optimizer.step(closure)  # type: ignore[arg-type]
+            for attempt in range(self.tries + 1):
+                # Every fraction is taken from both ends: halving in place would get stuck in a
+                # 16-bit type, where half of the last bit rounds up again.
+                if attempt == 1:
+                    new = _copies(parameters)
+                if attempt > 0:
+                    _place(parameters, old, new, self.shrink**attempt)
+                with torch.no_grad():
+                    kl = _mean_kl("mean_kl", mean_kl())
+                if math.isfinite(kl) and kl <= self.max_kl:
+                    accepted: Literal["full", "shrunk"] = "shrunk" if attempt else "full"
+                    return StepResult(accepted, self.shrink**attempt if attempt else 1.0, kl)
         except BaseException:
             _place(parameters, old)
             raise
         _place(parameters, old)
         return StepResult("undone", 0.0, kl)
 
-    def _within(self, kl: float) -> bool:
-        return math.isfinite(kl) and kl <= self.max_kl
 
-
+@dataclasses.dataclass(eq=False)
 class EarlyStop:
-    """Ends the epochs over one batch once the policy has moved far enough from the one that sampled
-    it.
+    """Ends the epochs over one batch once the policy is far enough from the one that sampled it.
 
-    should_stop(kl) is equivalent to `kl > factor * target_kl`, and True where kl is NaN. kl: the mean KL so far, nats, a number or a one-element
-    tensor, for which it waits for the device.
+    should_stop(kl) is equivalent to `kl > factor * target_kl`, and True where kl is NaN. kl is the
+    mean KL so far in nats, a number or a one-element tensor, for which it waits for the device.
 
         for minibatch in epochs:
             ...
@@ -183,37 +186,29 @@ class EarlyStop:
                 break
 
     Raises TypeError or ValueError for wrong arguments.
+
     Source: Achiam, Spinning Up in Deep RL (2018), PPO: stop at 1.5 times the target.
     """
 
-    def __init__(self, target_kl: float, factor: float = 1.5) -> None:
-        _checks.number(
-            "target_kl",
-            target_kl,
-            "a positive finite number of nats",
-            _checks.positive,
-            "0.01 to 0.05 are common",
-        )
-        _checks.number(
-            "factor",
-            factor,
-            "a positive finite number",
-            _checks.positive,
-            "it multiplies target_kl",
-        )
-        self.target_kl = target_kl
-        self.factor = factor
+    target_kl: float
+    factor: float = 1.5
 
-    def __repr__(self) -> str:
-        return f"EarlyStop(target_kl={self.target_kl:g}, factor={self.factor:g})"
+    def __post_init__(self) -> None:
+        for name, value, remedy in (
+            ("target_kl", self.target_kl, "0.01 to 0.05 are common"),
+            ("factor", self.factor, "it multiplies target_kl"),
+        ):
+            _checks.number(
+                name, value, "a positive finite number", lambda x: 0 < x < math.inf, remedy
+            )
 
     def should_stop(self, kl: float | torch.Tensor) -> bool:
-        """Whether to leave the batch; see the class."""
+        """Return True to leave the batch; see the class."""
         return not _mean_kl("kl", kl) <= self.factor * self.target_kl
 
 
 def _mean_kl(name: str, value: float | torch.Tensor) -> float:
-    """What was measured, also if it is no number; waits for a tensor."""
+    """Return a measured KL, NaN and infinities too; waits for a tensor."""
     return _checks.number(
         name,
         value,
@@ -224,25 +219,10 @@ def _mean_kl(name: str, value: float | torch.Tensor) -> float:
     )
 
 
-@torch.no_grad()
-def _measured(mean_kl: Callable[[], float | torch.Tensor]) -> float:
-    return _mean_kl("mean_kl", mean_kl())
-
-
 def _can_change(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The optimizer's parameters, each once, without frozen ones: no optimizer moves what has no
-    gradient and cannot get one.
-    """
-    every = {
-        id(parameter): parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    return [
-        parameter
-        for parameter in every.values()
-        if parameter.requires_grad or parameter.grad is not None
-    ]
+    """List the optimizer's parameters, each once, without frozen ones, which no optimizer moves."""
+    every = {id(each): each for group in optimizer.param_groups for each in group["params"]}
+    return [each for each in every.values() if each.requires_grad or each.grad is not None]
 
 
 def _copies(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -256,6 +236,6 @@ def _place(
     new: list[torch.Tensor] | None = None,
     fraction: float = 0.0,
 ) -> None:
-    """Parameters to old + fraction·(new - old); without `new` to old, to the bit."""
+    """Set the parameters to old + fraction·(new - old); without `new` to old, to the bit."""
     for i, parameter in enumerate(parameters):
         parameter.copy_(old[i] if new is None else torch.lerp(old[i], new[i], fraction))

@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import textwrap
 import time
 import traceback
@@ -31,10 +30,13 @@ import fastkl
 from .. import testing
 from .files import json_text, write_whole
 
-# Seconds of all checks, of one, of a process's first with its imports; number of processes.
-SECONDS, HANG, START, STARTS = 55.0, 30.0, 120.0, 4
+# Seconds of one check, of a process's first with its imports; number of processes.
+HANG, START, STARTS = 30.0, 120.0, 4
 # After these a process can no longer use its GPU.
-LOST = r"(CUDA|HIP) error|Triton Error|illegal memory|misaligned|launch failure|device-side"
+LOST = (
+    r"process crashed|still running|(CUDA|HIP) error|Triton Error|illegal memory|misaligned"
+    r"|launch failure|device-side"
+)
 # Variables that change what runs, and those among them that cost time or precision.
 VARIABLES = r"TRITON_|FASTKL_|(CUDA|HIP|ROCR)_VISIBLE|CUDA_LAUNCH|PYTORCH_|DISABLE_PTXAS|.*TF32"
 COSTLY = r"TRITON_(INTERPRET|ALWAYS|DEBUG|KERNEL_OVERRIDE)|CUDA_LAUNCH|DISABLE_PTXAS|.*TF32"
@@ -67,7 +69,7 @@ def check_versions(device: torch.device) -> Outcome:
     """Report versions; the figures are all that torch.utils.collect_env finds."""
     figures: dict[str, str] = {}
     with contextlib.suppress(Exception):  # it runs programs that may be missing
-        found = collect_env.get_env_info()._asdict()  # type: ignore[no-untyped-call]
+        found = collect_env.get_env_info()._asdict()
         figures = {name: str(value) for name, value in found.items() if name != "cpu_info"}
     text = f"fastkl {fastkl.__version__} in {os.path.dirname(fastkl.__file__).replace(HOME, '~/')}"
     text += f", Python {sys.version.split()[0]}, {figures.get('os', sys.platform)}"
@@ -85,11 +87,12 @@ def check_gpu(device: torch.device) -> Outcome:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
+        text = (
+            f"{torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        )
         figures = {"count": count, "free_bytes": free, "total_bytes": total}
-        name = torch.cuda.get_device_name(device)
-        text = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         return Outcome("warning" if free < 2e9 else "ok", text, figures)
-    listed = collect_env.get_gpu_info(collect_env.run)  # type: ignore[no-untyped-call]
+    listed = collect_env.get_gpu_info(collect_env.run)
     text = f"torch sees {count}, the driver {listed or 'none'}; none is used here"
     return Outcome("warning" if listed and not count else "skipped", text, {"count": count})
 
@@ -228,34 +231,28 @@ def check_speed(device: torch.device) -> Outcome:
     rows = min(8192, int(0.8 * free / (5 * LARGE_VOCABULARY * 2)) // 64 * 64)
     if rows < 1024 or os.environ.get("TRITON_INTERPRET", "0") != "0":
         return Outcome("skipped", "not timed: no GPU, too little free memory, or the interpreter")
-    from triton.testing import do_bench  # type: ignore[import-untyped]
+    from triton.testing import do_bench
 
-    with torch.cuda.device(device):
-        figures = measure(device, rows, partial(do_bench, return_mode="median"))
-    ours = [figures[f"{name}_percent_of_copy"] for name in ("forward", "backward")]
-    text = f"forward {ours[0]:.0f} %, backward {ours[1]:.0f} % of a copy's bandwidth"
-    slow = "; low: is something else running on this GPU?" * (min(ours) < 50)
-    return Outcome("warning" if slow else "ok", text + slow, figures)
-
-
-def measure(device: torch.device, rows: int, timer: Callable[..., float]) -> dict[str, float]:
-    """Return milliseconds of a copy, forward and backward, and their bandwidths."""
     p, q = torch.randn(2, rows, LARGE_VOCABULARY, dtype=torch.bfloat16, device=device)
     q += p.mul_(3)
     leaf, copy = testing.leaf(p), torch.empty_like(p)
     kl = fastkl.kl_divergence(leaf, q)
-    runs: dict[str, tuple[int, Callable[[], object]]] = {
-        "copy": (2, lambda: copy.copy_(p)),
-        "forward": (2, lambda: fastkl.kl_divergence(p, q)),
-        "backward": (3, partial(torch.autograd.grad, kl, leaf, torch.rand_like(kl), True)),
+    backward = partial(torch.autograd.grad, kl, leaf, torch.rand_like(kl), True)
+    with torch.cuda.device(device):
+        # Milliseconds for each of the tensors that are read or written.
+        unit = do_bench(lambda: copy.copy_(p), return_mode="median") / 2
+        forward = do_bench(lambda: fastkl.kl_divergence(p, q), return_mode="median") / 2
+        percents = [100 * unit / forward, 300 * unit / do_bench(backward, return_mode="median")]
+    figures = {
+        "rows": rows,
+        "vocabulary": LARGE_VOCABULARY,
+        "copy_gb_per_s": p.nbytes / unit / 1e6,
+        "forward_percent_of_copy": percents[0],
+        "backward_percent_of_copy": percents[1],
     }
-    figures: dict[str, float] = {"rows": rows, "vocabulary": LARGE_VOCABULARY}
-    for name, (tensors, run) in runs.items():
-        figures[f"{name}_ms"] = timer(run)
-        speed = tensors * p.nbytes / figures[f"{name}_ms"] / 1e6
-        copied = figures.setdefault("copy_gb_per_s", speed)
-        figures[f"{name}_percent_of_copy"] = 100 * speed / copied
-    return figures
+    text = "forward {:.0f} %, backward {:.0f} % of a copy's bandwidth".format(*percents)
+    slow = "; low: is something else running on this GPU?" * (min(percents) < 50)
+    return Outcome("warning" if slow else "ok", text + slow, figures)
 
 
 def checks_for(device: str) -> dict[str, Callable[[torch.device], Outcome]]:
@@ -299,52 +296,34 @@ def run_check(device: str, key: str) -> Outcome:
         return Outcome("FAIL", kind + text, traceback=traceback.format_exc())
 
 
-def _prepare(folder: str) -> None:
-    """Lead a group of processes, and write output and temporary files into a folder."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-    tempfile.tempdir = os.environ["TMPDIR"] = folder
-    log = os.open(os.path.join(folder, "log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-
-
-class Isolated(contextlib.ExitStack):
+class Isolated:
     """Runs checks in a process, and in a new one after a crash, a hang or an error of the GPU."""
 
     def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device, self.starts, self.deadline = device, 0, float("inf")
+        self.device, self.starts = device, 0
         self.pool: futures.ProcessPoolExecutor | None = None
-        self.folder = self.enter_context(tempfile.TemporaryDirectory(prefix="fastkl-doctor-"))
-        self.callback(self.stop)
 
     def run(self, key: str) -> Outcome:
         """Return the outcome of a check, whatever happens to the process that runs it."""
-        if self.starts == STARTS and self.pool is None or time.monotonic() > self.deadline:
-            return Outcome("skipped", "no time left, or too many crashes")
         wait = HANG
         if self.pool is None:
+            if self.starts == STARTS:
+                return Outcome("skipped", f"{STARTS} processes crashed or hung before")
             self.starts, wait = self.starts + 1, START
             spawn = multiprocessing.get_context("spawn")  # neither CUDA nor threads survive a fork
-            self.pool = futures.ProcessPoolExecutor(1, spawn, _prepare, (self.folder,))
+            group = getattr(os, "setpgrp", None)  # so that its compilers end with it
+            self.pool = futures.ProcessPoolExecutor(1, spawn, group)
         try:
             outcome = self.pool.submit(run_check, self.device, key).result(wait)
-            if outcome.status == "FAIL" and re.search(LOST, outcome.text):
-                self.stop()
         except futures.BrokenExecutor:
-            logs = (path.read_text(errors="replace") for path in Path(self.folder).glob("log"))
-            lines = "".join(logs).strip().splitlines()
-            outcome = Outcome("FAIL", f"the process crashed: {' '.join(lines[-1:])[:300]}")
-            self.stop()
+            outcome = Outcome("FAIL", "the process crashed; its last words are on standard error")
         except futures.TimeoutError:
             outcome = Outcome("FAIL", f"still running after {wait:.0f} s, and stopped")
-            self.deadline += wait
-            self.stop()
-        self.deadline = min(self.deadline, time.monotonic() + SECONDS)
+        if outcome.status == "FAIL" and re.search(LOST, outcome.text):
+            self.close()
         return outcome
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the process, and what it started."""
         for child in multiprocessing.active_children():
             with contextlib.suppress(ProcessLookupError, AttributeError):
@@ -361,7 +340,7 @@ def run_doctor(device: str, json_to: str | None = None) -> int:
     checks, started = checks_for(device), time.monotonic()
     issue, results, figures = ["fastkl doctor"], list[dict[str, object]](), dict[str, object]()
     print(f"fastkl doctor: {len(checks)} checks on {device}, in about a minute\n", file=out)
-    with Isolated(device) as isolated:
+    with contextlib.closing(Isolated(device)) as isolated:
         for key in checks:
             outcome = isolated.run(key)
             group, _, name = key.partition(": ")

@@ -20,7 +20,6 @@ from .files import write_whole
 
 # Figures by their names in the file: the title of their axis, and its relative height.
 PANELS = {"reward": ("reward", 2.4), "kl/mean": ("KL (nats per token)", 3.8), "beta": ("beta", 1.6)}
-QUANTILES = ("kl/p50", "kl/p95", "kl/p99")
 COLOURS, SPIKE = ("#00798c", "#d1495b"), "#e09f3e"
 # The logarithmic axis of the KL reaches at most so far down from its largest figure.
 SPAN = 1e5
@@ -42,18 +41,18 @@ def plot_run(source: Path, out: Path) -> str:
     Raises NothingToPlotError for a file with no run in it, OSError for an `out` that is this file
     or cannot be written.
     """
-    run, replaced = read_run(source)
+    run = read_run(source)
     if out.exists() and out.samefile(source):
         raise FileExistsError(errno.EEXIST, "it holds the run", str(out))
-    sentence = describe(run, replaced)
+    sentence = describe(run)
     # A file's name may have bytes that are no text.
     title = source.name.encode(errors="replace").decode()
     write_whole(out, picture({"": run}, title, sentence))
     return sentence
 
 
-def read_run(source: Path) -> tuple[Run, int]:
-    """Read figures by name, one per step, NaN where a step has none; and count replaced lines.
+def read_run(source: Path) -> Run:
+    """Read figures by name, one per step, NaN where a step has none.
 
     Where the file goes back to an earlier step, as where a run went on from a checkpoint, the steps
     from there on are those that follow.
@@ -73,48 +72,34 @@ def read_run(source: Path) -> tuple[Run, int]:
         steps[step] = line
     names = dict.fromkeys(name for line in steps.values() for name in line)
     run = {name: np.array([_figure(line.get(name)) for line in steps.values()]) for name in names}
-    if not np.isfinite(run.get("kl/mean", math.nan)).any():
+    if not _has(run, "kl/mean"):
         raise NothingToPlotError(f"{got} without a finite 'kl/mean' in it; it has {[*names]}")
-    return run | {"step": np.array([*steps])}, len(lines) - len(steps)
+    return run | {"step": np.array([*steps])}
 
 
 def _figure(value: object) -> float:
     return value if isinstance(value, float) and abs(value) < LARGEST_FIGURE else math.nan
 
 
-def describe(run: Run, replaced: int = 0) -> str:
-    """Say in one sentence what the run did, and what of the file has no place in the picture."""
-    kl = run["kl/mean"][np.isfinite(run["kl/mean"])]
-    parts = [
-        _plural(len(run["step"]), "step") + f"; KL {kl[-1]:.3g} at the end, {kl.max():.3g} at most"
-    ]
-    if "kl/spike" in run:
-        spikes = [f"{step:.0f}" for step in run["step"][run["kl/spike"] == 1.0]]
-        where = f" at {', '.join(spikes[:5])}{', …' * (len(spikes) > 5)}" if spikes else ""
-        parts.append(_plural(len(spikes), "spike") + where)
-    low, _ = _kl_limits(run)
-    for name in filter(run.__contains__, (*PANELS, *QUANTILES)):
-        floor = low if name in ("kl/mean", "kl/p99") else -math.inf
-        if gaps := int((~(run[name] >= floor)).sum()):
-            parts.append(f"left out: {name} of {_plural(gaps, 'step')}")
-    if replaced:
-        parts.append(f"left out: {_plural(replaced, 'line')} (replaced by a later start)")
-    return "; ".join(parts)
+def _has(run: Run, name: str) -> bool:
+    return bool(np.isfinite(run.get(name, math.nan)).any())
 
 
-def _plural(count: int, word: str) -> str:
-    return f"{count:,} {word}{'s' * (count != 1)}"
+def describe(run: Run) -> str:
+    """Say in one sentence what the run did."""
+    finite = np.isfinite(run["kl/mean"])
+    kl, spikes = run["kl/mean"][finite], [f"{step:.0f}" for step in run["step"][_spikes(run)]]
+    text = f"{len(finite):,} steps; KL {kl[-1]:.3g} at the end, {kl.max():.3g} at most"
+    if gaps := int((~finite).sum()):
+        text += f"; without a finite KL: {gaps:,} steps"
+    if spikes:
+        text += f"; spikes at {', '.join(spikes[:5])}{', …' * (len(spikes) > 5)}"
+    return text
 
 
-def _kl_limits(*runs: Run) -> tuple[float, float]:
-    # Lowest and highest figure of the logarithmic axis; infinite without a KL above 0.
-    names = ("kl/mean", *QUANTILES)
-    values = np.concatenate([run[name] for run in runs for name in names if name in run])
-    drawn = np.sort(values[(values > 0) & np.isfinite(values)])
-    if not len(drawn):
-        return -math.inf, math.inf
-    # The first steps, on their way up from 0, may leave the axis.
-    return max(drawn[len(drawn) // 50], drawn[-1] / SPAN) / 1.5, 1.5 * drawn[-1]
+def _spikes(run: Run) -> np.ndarray:
+    spikes: np.ndarray = run.get("kl/spike", np.zeros_like(run["step"])) == 1.0
+    return spikes
 
 
 def picture(
@@ -127,17 +112,17 @@ def picture(
 
     levels: for a figure, horizontal lines by their names.
     """
-    low, high = _kl_limits(*runs.values())
     names = [name for name in PANELS if any(_has(run, name) for run in runs.values())]
     heights = [PANELS[name][1] for name in names]
-    colours = COLOURS[len(runs) - 1 :: -1]
     figure = Figure(figsize=(9.0, 1.5 + sum(heights)), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold", x=0.012, ha="left", parse_math=False)
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, name in zip(panels, names, strict=True):
-        for (run_name, run), colour in zip(runs.items(), colours, strict=True):
+        if name == "kl/mean":
+            _scale_kl(axes, runs)
+        for (label, run), colour in zip(runs.items(), COLOURS[len(runs) - 1 :: -1], strict=True):
             if _has(run, name):
-                _draw(axes, run, name, colour, run_name, low)
+                _draw(axes, run, name, colour, label)
         for label, height in (levels or {}).get(name, {}).items():
             axes.axhline(height, color="#555555", linestyle="--", linewidth=1.2, label=label)
         axes.set_ylabel(PANELS[name][0])
@@ -145,17 +130,9 @@ def picture(
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             # Above the axes: inside, it would cover one run or the other.
-            axes.legend(
-                loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, fontsize=9, ncols=4
-            )
-    if high < math.inf:
-        axes = panels[names.index("kl/mean")]
-        axes.set_yscale("log", nonpositive="mask")
-        axes.set_ylim(low, high)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panels[0].set_title(
-        textwrap.fill(sentence, 120), loc="left", fontsize=9, color="#555555", pad=24
-    )
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9)
+    note = textwrap.fill(sentence, 120)
+    panels[0].set_title(note, loc="left", fontsize=9, color="#555555", pad=24)
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
@@ -164,27 +141,30 @@ def picture(
     return content.getvalue()
 
 
-def _has(run: Run, name: str) -> bool:
-    return bool(np.isfinite(run.get(name, math.nan)).any())
+def _scale_kl(axes: Axes, runs: Mapping[str, Run]) -> None:
+    """Make the axis logarithmic, where there is a KL above 0."""
+    names = ("kl/mean", "kl/p50", "kl/p95", "kl/p99")
+    values = np.concatenate([run[name] for run in runs.values() for name in names if name in run])
+    drawn = np.sort(values[values > 0])
+    if len(drawn):
+        # The first steps, on their way up from 0, may leave the axis.
+        low = max(drawn[len(drawn) // 50], drawn[-1] / SPAN) / 1.5
+        axes.set_yscale("log", nonpositive="mask")
+        axes.set_ylim(low, 1.5 * drawn[-1])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _draw(axes: Axes, run: Run, name: str, colour: str, label: str, low: float) -> None:
-    # One figure of one run, its last value beside its end, and a line where the alarm rang.
+def _draw(axes: Axes, run: Run, name: str, colour: str, label: str) -> None:
+    """Draw one figure of one run, its last value beside its end, and a line at each spike."""
     steps, values = run["step"], run[name]
-    for step in steps[run["kl/spike"] == 1.0] if "kl/spike" in run else ():
+    for step in steps[_spikes(run)]:
         axes.axvline(step, color=SPIKE, linewidth=1.0, zorder=0.5)
     if name == "kl/mean" and "kl/p50" in run and "kl/p95" in run:
         # From the axis's lower edge where most tokens have a KL of 0, which has no logarithm.
-        lower, upper = (np.maximum(run[quantile], low) for quantile in ("kl/p50", "kl/p95"))
-        axes.fill_between(
-            steps,
-            lower,
-            upper,
-            color=colour,
-            alpha=0.18,
-            linewidth=0,
-            label="p50 to p95 of the tokens",
-        )
+        edge = axes.get_ylim()[0] if axes.get_yscale() == "log" else -math.inf
+        low, high = (np.maximum(run[quantile], edge) for quantile in ("kl/p50", "kl/p95"))
+        band = axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+        band.set_label("p50 to p95 of the tokens")
     if name == "kl/mean" and "kl/p99" in run:
         axes.plot(steps, run["kl/p99"], color=colour, linewidth=0.6, label="p99")
     if name == "reward" and len(steps) >= SMOOTHED_FROM:

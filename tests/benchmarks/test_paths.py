@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -36,7 +37,9 @@ x, noise = torch.randn(6000) * 3, torch.randn(6000)
 late = x.clone()
 late[5000] += 25
 results = []
-for p, q in ((x, x + 0.05 * noise), (x, x + noise), (late, late + 0.2 * noise), (x.sort().values, x.sort().values + 0.3 * noise)):
+rising = x.sort().values
+for p, size in ((x, 0.05), (x, 1.0), (late, 0.2), (rising, 0.3)):
+    q = p + size * noise
     p, q = p[None].bfloat16(), q[None].bfloat16()
     counts.clear()
     with fastkl.use_backend("triton"), config.override(forward=chosen):
@@ -69,10 +72,11 @@ def test_the_emulation_takes_the_kernel_s_paths():
     )
 
 
-def test_a_policy_near_its_reference_takes_the_near_path():
-    """At a vocabulary of today, a KL of 0.02 nats."""
+def test_the_command(tmp_path, capsys):
+    """At a vocabulary of today and a KL of 0.02 nats nearly all tiles are near."""
     generator = torch.Generator().manual_seed(0)
-    p = 3 * torch.randn(2, 128256, generator=generator)
-    q = p + 0.2 * torch.randn(2, 128256, generator=generator)
-    found = paths.tile_paths(p.bfloat16(), q.bfloat16())
-    assert found.tiles == 2 * 8 * 31 and found.near > 0.95 and found.anchored >= 2 * 8
+    p, noise = (torch.randn(2, 128256, generator=generator) for _ in range(2))
+    torch.save((3 * p, 3 * p + 0.2 * noise), tmp_path / "logits.pt")
+    assert paths.main(["--file", str(tmp_path / "logits.pt")]) == 0
+    tiles, near = re.search(r"(\d+) tiles, ([\d.]+)% near", capsys.readouterr().out).groups()
+    assert int(tiles) == 2 * 8 * 31 and float(near) > 95

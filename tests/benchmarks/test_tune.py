@@ -130,7 +130,7 @@ def tuned(monkeypatch, tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("dtype", tune.DTYPES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("direction", tune.SEGMENTS)
 def test_the_fastest_correct_candidate_becomes_an_entry(
     monkeypatch, tuned, direction, dtype

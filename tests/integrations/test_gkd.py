@@ -1,7 +1,6 @@
 """The exact KL in TRL's GKD trainer: losses and gradients of tiny random models against TRL's own
-and
-plain torch on full logits. Refused settings are in test_trl.py, with those of the other
-trainers."""
+and plain torch on full logits. test_trl.py has the refused settings of all trainers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from trl_cases import (
     EPS,
-    FAMILIES,
     LORA,
     ROUNDING,
     V,
@@ -21,7 +19,6 @@ from trl_cases import (
     gradients,
     logged,
     perturb,
-    tiny,
     trl,
 )
 
@@ -42,9 +39,10 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 
-@pytest.mark.parametrize("per_token", [False, True], ids=["sum", "with a callback"])
-@pytest.mark.parametrize("items", [None, 21, torch.tensor(21)], ids=["own", "int", "tensor"])
-@pytest.mark.parametrize("beta", [0.0, 1.0], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    "beta, items, per_token",
+    [(0.0, None, False), (1.0, 21, False), (0.0, torch.tensor(21), True), (1.0, None, True)],
+)
 def test_loss_and_gradients_are_trls(folder, teacher, beta, items, per_token) -> None:
     # In float64; the temperature is that of generation and not the divergence's.
     options = dict(dtype=torch.float64, beta=beta)
@@ -64,23 +62,6 @@ def test_loss_and_gradients_are_trls(folder, teacher, beta, items, per_token) ->
     head = assert_loss(exact, inputs, own, 1e-12, **options)["lm_head.weight"]
     own_head = gradients(own, plain.model)["lm_head.weight"]
     testing.assert_near(head, own_head, 1e-11, 1e-15, "gradient of the head")
-
-
-# Gemma's attention in float64 gives NaN where all is masked.
-@pytest.mark.parametrize(
-    "families, dtype, tolerances",
-    [
-        (("granite", "cohere"), torch.float64, (1e-12, 4 * EPS)),
-        (("gemma", "granite"), torch.float32, (2 * ROUNDING, 2 * ROUNDING)),
-    ],
-)
-def test_models_of_different_scales_and_caps(tmp_path, families, dtype, tolerances) -> None:
-    paths = [tiny(tmp_path / name, FAMILIES[name](), seed) for seed, name in enumerate(families)]
-    exact, plain = (gkd(*paths, kind, dtype=dtype) for kind in KINDS)
-    own = plain.compute_loss(plain.model, batch())
-    assert_loss(exact, batch(), own, tolerances[0], model=plain.model, gradient=tolerances[1])
-    exact.train()
-    assert len(logged(exact, "loss")) == 2 and min(logged(exact, "loss")) > 1e-2
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0], ids=["forward", "reverse"])

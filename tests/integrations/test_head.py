@@ -25,6 +25,7 @@ SIZES = dict(
     eos_token_id=1,
     bos_token_id=1,
 )
+GEMMA = dict(head_dim=8, final_logit_softcapping=2.0)
 VISION = dict(
     hidden_size=16,
     intermediate_size=32,
@@ -63,7 +64,7 @@ def assert_its_logits(model: torch.nn.Module) -> Head:
 @pytest.mark.parametrize("kind, options, softcap, scale", [
     ("Llama", {}, None, 1.0),
     ("Phi", {}, None, 1.0),
-    ("Gemma2", dict(head_dim=8, final_logit_softcapping=2.0), 2.0, 1.0),
+    ("Gemma2", GEMMA, 2.0, 1.0),
     # Logits too small to show the cap have it all the same.
     ("Gemma2", dict(head_dim=8, initializer_range=1e-3), 30.0, 1.0),
     ("RecurrentGemma", dict(logits_soft_cap=3.0), 3.0, 1.0),
@@ -135,7 +136,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("kind, text, vision, form", [
-    ("PaliGemma", ("Gemma2", dict(head_dim=8, final_logit_softcapping=2.0)), "SiglipVision", (2.0, 1.0)),
+    ("PaliGemma", ("Gemma2", GEMMA), "SiglipVision", (2.0, 1.0)),
     # LLaVA does not apply its text model's factor.
     ("Llava", ("Granite", dict(logits_scaling=8.0)), "CLIPVision", (None, 1.0)),
 ])  # fmt: skip

@@ -76,10 +76,9 @@ def stand_in() -> dict[str, ModuleType]:
 
 
 try:
-    import verl.workers.utils.losses as real_losses
     from verl.trainer.ppo import core_algos as real_core
 except ImportError:
-    real_core = real_losses = None
+    real_core = None
 needs_verl = pytest.mark.skipif(real_core is None, reason="needs verl")
 
 
@@ -353,31 +352,3 @@ def test_another_verl(core, monkeypatch) -> None:
         ImportError, match=r"verl: expected .*\(logprob, ref_logprob, kl_penalty\) as"
     ):
         integration.install_kl_penalty()
-
-
-# ---- verl itself
-
-
-@needs_verl
-def test_in_verls_ppo_loss(core, monkeypatch) -> None:
-    # The policy loss by its mode's name and kl_penalty by use_kl_loss, with both metrics.
-    from tensordict import TensorDict
-    from verl.workers.config import PolicyLossConfig
-
-    integration.register("vanilla_kl", beta=0.5)
-    integration.install_kl_penalty()
-    monkeypatch.setattr(real_losses, "no_padding_2_padding", lambda value, data: value)
-    inputs, kl = batch(), dict(use_kl_loss=True, kl_loss_coef=0.7, kl_loss_type="k1")
-    mask, ref = inputs["response_mask"], inputs["old_log_prob"] - 0.3
-    config = config_of(**kl, policy_loss=PolicyLossConfig(loss_mode="vanilla_kl"))
-    tensors = {"old_log_probs": inputs["old_log_prob"], "ref_log_prob": ref, "response_mask": mask}
-    data = TensorDict({**tensors, "advantages": inputs["advantages"]}, batch_size=3)
-    for name, value in (("dp_size", 1), ("batch_num_tokens", 7), ("global_batch_size", 3)):
-        data.set_non_tensor(name, value)
-    loss, metrics = real_losses.ppo_loss(config, {"log_probs": inputs["log_prob"]}, data)
-    base, _ = core.get_policy_loss_fn("vanilla")(**inputs, **DEFAULTS, config=config)
-    d, old = ((inputs["log_prob"] - other)[mask] for other in (ref, inputs["old_log_prob"]))
-    form = (d * d / 2).sum()
-    penalty = 0.7 * (form - form.detach() + d.sum().detach()) / 7
-    assert_loss(loss, base + 0.5 * (torch.expm1(old) - old).sum() / 7 + penalty, inputs)
-    assert {"actor/kl_old", "actor/kl_old_coef", "kl_loss"} <= metrics.keys()

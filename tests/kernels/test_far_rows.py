@@ -1,22 +1,28 @@
 """Rows whose two distributions lie far apart, and rows of huge logits: every field and gradient
-against float64.
+against float64, of random families and of single cases.
 
 FASTKL_FAR_ROWS=20000 checks that many rows instead of a few hundred, newly drawn.
 """
 
-from __future__ import annotations
-
 import math
 import os
+import types
 from typing import NamedTuple
 
-import cases
 import hypothesis
 import pytest
 import torch
+from cases import INTERPRETING
 from hypothesis import strategies as st
 
-from fastkl import kl_divergence, testing, token_stats
+from fastkl import (
+    KLPenalty,
+    LinearKLPenalty,
+    kl_divergence,
+    linear_token_stats,
+    testing,
+    token_stats,
+)
 
 ROWS = 16
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
@@ -24,35 +30,10 @@ FILLS = (-100.0, -1e3, -1e4, -1e6, -1e9, -1e15, -1e30, torch.finfo(torch.float32
 WANTED = int(os.environ.get("FASTKL_FAR_ROWS", "0"))
 
 
-@pytest.fixture(autouse=True)
-def multiply_adds(implementation) -> None:
-    """Round multiply-adds as a GPU does."""
-    if implementation.interpreted:
-        cases.compute_as_a_gpu()
-
-
-class Family(NamedTuple):
-    """Parameters of ROWS rows, drawn with the random numbers of `seed`."""
-
-    seed: int
-    vocabulary: int
-    spread: float  # of P's logits
-    difference: float  # between the logits of P and Q
-    peaks: tuple[float, float]  # height of one entry of P and of one of Q
-    same_peak: bool
-    masked: (
-        str  # which side holds `fill`: "p", "q", "both", "apart" (other entries on each side) or ""
-    )
-    fill: float
-    shift: float
-    scale: float
-    temperature: float
-    dtype: torch.dtype
-    field: str
-
-
+# Parameters of ROWS rows, drawn with random numbers of `seed`. peaks: the height of one entry of
+# P and of one of Q. masked: the side that holds `fill`; "apart": other entries on each side.
 FAMILIES = st.builds(
-    Family,
+    types.SimpleNamespace,
     seed=st.integers(0, 2**31),
     vocabulary=st.sampled_from((2, 7, 64, 300)),
     spread=st.sampled_from((0.0, 1.0, 3.0)),
@@ -69,104 +50,82 @@ FAMILIES = st.builds(
 )
 
 
-def make(family: Family) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make(family: types.SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(P's logits, Q's, tokens) of a family."""
     generator = torch.Generator().manual_seed(family.seed)
     shape = ROWS, family.vocabulary
-
-    def positions() -> torch.Tensor:
-        return torch.randint(family.vocabulary, (ROWS, 1), generator=generator)
-
+    first, second, keep, tokens = torch.randint(
+        family.vocabulary, (4, ROWS, 1), generator=generator
+    )
     x = family.spread * torch.randn(shape, generator=generator)
     y = x + family.difference * torch.randn(shape, generator=generator)
-    first, second = positions(), positions()
-    x.scatter_add_(1, first, torch.full((ROWS, 1), family.peaks[0]))
-    y.scatter_add_(1, first if family.same_peak else second, torch.full((ROWS, 1), family.peaks[1]))
+    at_q = first if family.same_peak else second
+    for side, place, peak in ((x, first, family.peaks[0]), (y, at_q, family.peaks[1])):
+        side.scatter_add_(1, place, torch.full((ROWS, 1), peak))
     x, y = x * family.scale, y * family.scale + family.shift
-    smallest = (
-        max(family.fill, torch.finfo(family.dtype).min) if family.fill > -math.inf else family.fill
+    kind = torch.finfo(family.dtype)
+    smallest = max(family.fill, kind.min) if family.fill > -math.inf else family.fill
+    mask, other = (torch.rand(2, *shape, generator=generator) < 0.3).scatter_(
+        2, keep.expand(2, ROWS, 1), False
     )
-    mask, other = (torch.rand(shape, generator=generator) < 0.3 for _ in range(2))
-    keep = positions()
-    mask.scatter_(1, keep, False)
-    other.scatter_(1, keep, False)
     if family.masked in ("p", "both", "apart"):
         x[mask] = smallest
-    if family.masked in ("q", "both"):
-        y[mask] = smallest
-    if family.masked == "apart":
-        y[other] = smallest
-    largest = torch.finfo(family.dtype).max
-    finite = [
-        torch.where(side > -math.inf, side.clamp(-largest, largest), side).to(family.dtype)
-        for side in (x, y)
-    ]
-    return *finite, positions()[:, 0]
+    if family.masked in ("q", "both", "apart"):
+        y[other if family.masked == "apart" else mask] = smallest
+    x, y = (torch.where(side > -math.inf, side.clamp(kind.min, kind.max), side) for side in (x, y))
+    return x.to(family.dtype), y.to(family.dtype), tokens[:, 0]
 
 
-class Answer(NamedTuple):
-    """Fields [ROWS] and the gradients of one field to both logits [ROWS, V]."""
+class Case(NamedTuple):
+    """Logits [N, V], tokens [N], temperature, and the field whose gradients are wanted."""
 
-    fields: dict[str, torch.Tensor]
-    p: torch.Tensor
-    q: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor
+    tokens: torch.Tensor
+    temperature: float = 1.0
+    field: str = "kl"
+
+    @property
+    def name(self) -> str:
+        return self.field.split()[0]
 
 
-def truth(
-    x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor, temperature: float, field: str
-) -> Answer:
+Answer = tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def truth(case: Case) -> Answer:
     """Closed forms in float64: p = 0 adds nothing to an expectation under P, whatever log q is."""
-    exact = testing.truth(x, y, temperature)
-    sides = testing.gradients(exact, {field: torch.ones(ROWS)}, tokens, temperature)
-    return Answer(exact.stats(tokens), *sides)
+    exact = testing.truth(case.x, case.y, case.temperature)
+    upstream = {case.name: torch.ones(len(case.x))}
+    sides = testing.gradients(exact, upstream, case.tokens, case.temperature)
+    return exact.stats(case.tokens), sides
 
 
-def same_precision(
-    x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor, temperature: float, field: str
-) -> list[torch.Tensor]:
-    """Both gradients as plain torch computes them in float32."""
-    x, y = (side.float().requires_grad_() for side in (x, y))
-    log_p, log_q = (x / temperature).log_softmax(-1), (y / temperature).log_softmax(-1)
-    index = tokens[:, None]
-    value = {
-        "logprob": lambda: log_p.gather(-1, index),
-        "entropy": lambda: -(log_p.exp() * log_p),
-        "ref_logprob": lambda: log_q.gather(-1, index),
-        "kl": lambda: log_p.exp() * (log_p - log_q),
-        "ref_kl": lambda: log_q.exp() * (log_q - log_p),
-    }[field]()
-    return [
-        torch.zeros_like(side) if grad is None else grad
-        for side, grad in zip(
-            (x, y), torch.autograd.grad(value.sum(), (x, y), allow_unused=True), strict=True
-        )
-    ]
+def plain(case: Case) -> Answer:
+    x, y = (testing.leaf(side.float()) for side in case[:2])
+    log_p, log_q = ((side / case.temperature).log_softmax(-1) for side in (x, y))
+    index = case.tokens[:, None]
+    fields = {
+        "logprob": log_p.gather(-1, index),
+        "entropy": -(log_p.exp() * log_p),
+        "ref_logprob": log_q.gather(-1, index),
+        "kl": log_p.exp() * (log_p - log_q),
+        "ref_kl": log_q.exp() * (log_q - log_p),
+    }
+    total = fields[case.name].sum()
+    return fields, torch.autograd.grad(total, (x, y), materialize_grads=True)
 
 
-def run(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    tokens: torch.Tensor,
-    temperature: float,
-    field: str,
-    device: str,
-) -> Answer:
-    """Run fastkl on a family's rows."""
-    x, y = (side.to(device).requires_grad_() for side in (x, y))
-    if field == "kl alone":
-        fields = {"kl": kl_divergence(x, y, temperature=temperature)}
+def found(case: Case, device: str) -> Answer:
+    x, y = (testing.leaf(side.to(device)) for side in case[:2])
+    if case.field == "kl alone":
+        fields = {"kl": kl_divergence(x, y, temperature=case.temperature)}
     else:
-        fields = token_stats(x, tokens.to(device), y, temperature=temperature)._asdict()
-        fields = {name: fields[name] for name in FIELDS}
-    grads = torch.autograd.grad(fields[field.split()[0]].sum(), (x, y), allow_unused=True)
-    grads = [
-        torch.zeros_like(side) if grad is None else grad
-        for side, grad in zip((x, y), grads, strict=True)
-    ]
-    return Answer(
-        {name: value.detach().double().cpu() for name, value in fields.items()},
-        *(grad.double().cpu() for grad in grads),
-    )
+        stats = token_stats(x, case.tokens.to(device), y, temperature=case.temperature)
+        fields = {name: getattr(stats, name) for name in FIELDS}
+    grads = torch.autograd.grad(fields[case.name].sum(), (x, y), materialize_grads=True)
+    fields = {name: value.detach().double().cpu() for name, value in fields.items()}
+    return fields, tuple(grad.double().cpu() for grad in grads)
 
 
 def rounding(exact: torch.Tensor, dtype: torch.dtype, implementation) -> torch.Tensor:
@@ -178,78 +137,62 @@ def rounding(exact: torch.Tensor, dtype: torch.dtype, implementation) -> torch.T
     """
     errors = []
     for value in (exact, exact * (1 - 4e-6)):
+        near = value.to(dtype)
         if implementation.interpreted and dtype == torch.bfloat16:
             near = (value.float().view(torch.int32) & -65536).view(torch.float32)
-        else:
-            near = value.to(dtype)
         errors.append((exact - near.double()).abs())
     return torch.maximum(*errors)
 
 
-def assert_right(family: Family, implementation) -> None:
-    """Every field and both gradients of a family's rows within the bounds; raises with the worst."""
-    x, y, tokens = make(family)
-    name = family.field.split()[0]
-    exact = truth(x, y, tokens, family.temperature, name)
-    got = run(x, y, tokens, family.temperature, family.field, implementation.device)
-    for field, value in got.fields.items():
-        expected = exact.fields[field].float().double()
+def assert_fields(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], what) -> None:
+    """Every field within the bounds and of its sign; neither a KL nor an entropy is -0."""
+    for field, value in got.items():
+        expected = exact[field].float().double()
         kl = field in ("kl", "ref_kl")
         allowed = testing.kl_tolerance(expected.abs()) if kl else 2e-6 * expected.abs() + 2e-6
-        right = torch.where(
-            expected.isfinite(), (value - expected).abs() <= allowed, value == expected
-        ) | (value.isnan() & expected.isnan())
+        near = (value - expected).abs() <= allowed
+        right = torch.where(expected.isfinite(), near, value == expected)
         # A result that float32 rounds to its largest number or to infinity.
         right |= (expected.abs() > 3e38) & (value.abs() > 3e38)
+        right |= value.isnan() & expected.isnan()
         assert bool(right.all()), (
-            f"{field}: got {value[~right][0]:.9g}, expected {expected[~right][0]:.9g} of {family}"
+            f"{field}: {value[~right][0]:.9g}, not {expected[~right][0]:.9g}, {what}"
         )
-        assert (
-            bool((value >= 0).logical_or(value.isnan()).all())
-            if kl or field == "entropy"
-            else bool((value <= 0).all())
-        ), (field, family)
-        assert not bool(((value == 0) & value.signbit()).any()) or not (kl or field == "entropy"), (
-            field,
-            family,
-        )
-    for side, plain in zip(
-        "pq", same_precision(x, y, tokens, family.temperature, name), strict=True
-    ):
-        expected, gradient = getattr(exact, side), getattr(got, side)
+        above = kl or field == "entropy"
+        signs = ~value.signbit() if above else value <= 0
+        assert bool((signs | value.isnan()).all()), (field, what)
+
+
+def assert_right(case: Case, implementation, what) -> None:
+    """Every field and both gradients of some rows within the bounds; raises with the worst."""
+    (fields, sides), (got, gradients) = truth(case), found(case, implementation.device)
+    assert_fields(got, fields, what)
+    dtype = case.x.dtype
+    for side, expected, gradient, other in zip("pq", sides, gradients, plain(case)[1], strict=True):
         norm = expected.norm(dim=-1)
-        error, plains_error = (
-            (value.double() - expected).norm(dim=-1) for value in (gradient, plain)
-        )
-        counted = expected.isfinite().all(-1) & (expected.abs() < 3e38).all(-1)
-        if family.dtype == torch.float16:
-            counted &= (expected.abs() < 6e4).all(-1)
+        error, plains_error = ((v.double() - expected).norm(dim=-1) for v in (gradient, other))
+        largest = 6e4 if dtype == torch.float16 else 3e38
+        counted = expected.isfinite().all(-1) & (expected.abs() < largest).all(-1)
         plains_error = torch.where(plains_error.isfinite() & counted, plains_error, 0.0)
         # A family's rows are alike: plain torch is right by luck in one or the other.
-        own = torch.maximum(
-            plains_error.max(),
-            torch.where(counted, plains_error / norm.clamp(min=1e-30), 0.0).max() * norm,
-        )
-        absolute = 3e-13 / family.temperature
-        if "kl" not in name and implementation.kernels:
+        relative = torch.where(counted, plains_error / norm.clamp(min=1e-30), 0.0).max()
+        own = torch.maximum(plains_error.max(), relative * norm)
+        absolute = 3e-13 / case.temperature
+        if "kl" not in case.name and implementation.kernels:
             # Beside a near-certain token, 1 - p and log p + entropy are no better known than
             # log-probabilities are.
-            absolute += 2e-6 / family.temperature
-        if family.dtype != torch.float32:
+            absolute += 2e-6 / case.temperature
+        if dtype != torch.float32:
             # A gradient's own rounding, and that of the difference of two probabilities rounded in
             # float32.
-            absolute += (
-                rounding(expected, family.dtype, implementation).norm(dim=-1) * 1.01
-                + 1e-6 / family.temperature
-            )
+            absolute += 1.01 * rounding(expected, dtype, implementation).norm(dim=-1)
+            absolute += 1e-6 / case.temperature
         wrong = counted & ~(error <= torch.maximum(1e-5 * norm, own) + absolute)
-        if bool(wrong.any()):
-            row = int(wrong.int().argmax())
-            raise AssertionError(
-                f"gradient of {name} to {side}: relative error {error[row] / norm[row]:.3g} of "
-                f"{norm[row]:.3g}, plain torch "
-                f"{own[row] / norm[row]:.3g}: {family}"
-            )
+        row = int(wrong.int().argmax())
+        assert not bool(wrong.any()), (
+            f"gradient of {case.name} to {side}: relative error {error[row] / norm[row]:.3g} of "
+            f"{norm[row]:.3g}, plain torch {own[row] / norm[row]:.3g}: {what}"
+        )
 
 
 def test_far_rows(implementation) -> None:
@@ -268,7 +211,177 @@ def test_far_rows(implementation) -> None:
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(FAMILIES)
-    def check(family: Family) -> None:
-        assert_right(family, implementation)
+    def check(family: types.SimpleNamespace) -> None:
+        assert_right(Case(*make(family), family.temperature, family.field), implementation, family)
 
     check()
+
+
+# ---- single cases, each (x, y[, temperature])
+
+BIG = torch.finfo(torch.float32).max
+
+
+def noise(rows: int, vocabulary: int) -> torch.Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
+
+
+def certain() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens 0 of nearly all probability, once of all: no log-probability is above 0, of either
+    model; the entropy of a one-hot row is 0, not -0.
+    """
+    rows = 64 if INTERPRETING else 256
+    x = noise(rows, 100)
+    x[:, 0] += 50 * (1 + torch.rand(rows, generator=torch.Generator().manual_seed(1)))
+    x[0, 1:] = -math.inf
+    return x, x + 1e-3
+
+
+def rounding_up() -> tuple[torch.Tensor, torch.Tensor]:
+    """Peaks whose x·log2(e) rounds to the next whole number, beside nearly no other probability."""
+    x = torch.full((3, 64), -40.0)
+    x[:, 0] = torch.tensor([14.556090, 15.249238, 13.862943])
+    y = x.clone()
+    y[:, 3] = x[:, 0] - 2.0
+    return x, y
+
+
+def light_mask(fill: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(P‖Q) is that of the masked entry nearly alone, KL(Q‖P) hundreds of times smaller."""
+    x = torch.tensor([[-0.5375, 5.7692, 0.8638, 2.8104, 0.0, 5.5563, 2.6901]])
+    x[:, 4] = math.log(1.2 / -fill) + 6.4
+    y = x + torch.tensor([[0.3, -0.2, 0.1, -0.3, 0.0, 0.2, -0.1]])
+    y[:, 4] = fill
+    return x, y
+
+
+# Row 0: a mask of finfo.min in Q that P has 1e-15 of.
+OF_TEMPERATURES = (
+    torch.tensor([[0.0, -35.0, -1.0], [1e-30, 0.0, 2e-30]]),
+    torch.tensor([[0.0, -BIG, -1.0], [0.0, 1e-30, 0.0]]),
+)
+MASKED = torch.tensor([[-BIG, 0.0, 2.0]]), torch.tensor([[-BIG, 0.5, -1.0]])
+SINGLE = {
+    # Equal logits of any size are uniform.
+    **{
+        f"all {v:.3g}": (torch.full((1, 64), v), noise(1, 64))
+        for v in (-1e9, 1e10, 1e30, -BIG, BIG)
+    },
+    # The ends of the range of temperatures.
+    **{f"T={t:.3g}": (*OF_TEMPERATURES, t) for t in (2.0**-126, 1e-30, 0.01, 1e30, 2.0**126)},
+    # The log-probability of an entry that both mask is finite wherever float32 can hold it.
+    **{f"a masked token, T={t}": (*MASKED, t) for t in (1.0, 1.3, 2.0)},
+    # q = -inf makes KL infinite where float64's p is above 0: up to 745 nats below the log-sum-exp.
+    **{
+        f"{below} below, {dtype}": tuple(
+            torch.tensor([[0.0, third, 0.5]], dtype=dtype) for third in (-below, -math.inf)
+        )
+        for below in (80.0, 120.0, 700.0, 800.0)
+        for dtype in (torch.float32, torch.bfloat16)
+    },
+    "certain tokens": certain(),
+    "a peak that rounds up": rounding_up(),
+    **{f"a light mask of {fill:g}": light_mask(fill) for fill in (-50.0, -100.0, -1e4, -1e6)},
+}
+
+
+@pytest.mark.parametrize("field", ["kl", "ref_kl", "kl alone"])
+@pytest.mark.parametrize("name", SINGLE)
+def test_single_cases(implementation, name, field) -> None:
+    """Every field of token 0, and the gradients of a KL, with the tensors in either place."""
+    if INTERPRETING and name == "certain tokens" and field != "kl":
+        pytest.skip("many rows")
+    x, y, *temperature = SINGLE[name]
+    tokens = torch.zeros(len(x), dtype=torch.long)
+    for pair in ((x, y), (y, x)):
+        assert_right(Case(*pair, tokens, *temperature, field=field), implementation, name)
+
+
+def test_an_infinite_kl_that_is_left_out(implementation) -> None:
+    """A row whose KL is infinite and has an upstream gradient of 0 keeps the gradient of its other
+    fields.
+    """
+    x, y = torch.zeros(1, 8), torch.zeros(1, 8)
+    y[0, 3] = -math.inf
+    p, q = (side.to(implementation.device).requires_grad_() for side in (x, y))
+    stats = token_stats(p, torch.tensor([1], device=p.device), q)
+    one, zero = torch.ones(1).to(p), torch.zeros(1).to(p)
+    fields = (stats.logprob, stats.ref_logprob, stats.kl)
+    grads = torch.autograd.grad(fields, (p, q), [one, one, zero])
+    for grad, side in zip(grads, (x, y), strict=True):
+        expected = torch.nn.functional.one_hot(torch.tensor([1]), 8) - side.softmax(-1)
+        testing.assert_near(grad, expected, 1e-6, 1e-6, "gradient")
+
+
+# ---- penalties and hidden states
+
+
+@pytest.mark.parametrize("fill", [-1e9, -1e30, -math.inf])
+@pytest.mark.parametrize("masked", ["policy", "reference"])
+@pytest.mark.parametrize("direction", ["policy||reference", "reference||policy"])
+def test_penalties_beside_a_mask(implementation, direction, masked, fill) -> None:
+    """Masked actions of one model, by its logits or by a bias of its lm_head: both penalties in
+    both directions. An entry that the first model masks has probability 0; one that the second
+    masks by -inf makes the KL infinite.
+    """
+    if implementation.interpreted and fill != -1e9:
+        pytest.skip("one size of mask in the interpreter is enough: the far rows have all")
+    device, values = implementation.device, noise(72, 8)
+    hidden, ref_hidden, weight = values[:ROWS], values[ROWS : 2 * ROWS], values[2 * ROWS :]
+    biases = torch.zeros(2, 40)
+    biases[("policy", "reference").index(masked), 30:] = fill
+    leaf = hidden.double().requires_grad_()
+    log_p, log_q = (
+        (side @ weight.double().t() + mask).log_softmax(-1)
+        for side, mask in ((leaf, biases[0]), (ref_hidden.double(), biases[1]))
+    )
+    first, second = (log_p, log_q) if direction.startswith("policy") else (log_q, log_p)
+    kept = 30 if direction.startswith(masked) else 40
+    first, second = first[:, :kept], second[:, :kept]
+    expected = (first.exp() * (first - second)).sum(-1).mean()
+    states, head, others, bias, ref_bias = (
+        value.to(device) for value in (hidden, weight, ref_hidden, *biases)
+    )
+    for linear in (False, True):
+        states = testing.leaf(states)
+        if linear:
+            penalty, more = (
+                LinearKLPenalty(1.0, direction=direction),
+                {"bias": bias, "ref_bias": ref_bias},
+            )
+            loss = penalty(states, head, others, head.clone(), **more)
+        else:
+            logits = states @ head.t() + bias, others @ head.t() + ref_bias
+            loss = KLPenalty(1.0, direction=direction)(*logits)
+        if not bool(expected.isfinite()):
+            assert bool(loss.isinf())
+            continue
+        testing.assert_near(loss, expected, 2e-5, 1e-8, "loss")
+        (grad,) = torch.autograd.grad(loss, states)
+        (exact,) = torch.autograd.grad(expected, leaf, retain_graph=True)
+        assert (grad.double().cpu() - exact).norm() <= 1e-5 * exact.norm(), f"linear {linear}"
+
+
+def test_no_gradient_takes_the_place_of_logits_to_be_read_again(implementation) -> None:
+    """ref_kl of rows with two peaks, from hidden states and over several programs of a row:
+    gradients to both models. Those to the weights alone: a product over all entries has roundings
+    of its own.
+    """
+    vocabulary = 70001
+    values = noise(2 * vocabulary + 2, 4)
+    weight, ref_weight, hidden = values.split((vocabulary, vocabulary, 2))
+    ref_weight, hidden = weight + 0.01 * ref_weight, 0.1 * hidden
+    hidden[:, 0] = 1.0
+    tokens = torch.tensor([5, 69000])
+    weight[tokens, 0], ref_weight[tokens, 0] = torch.tensor([[13.0, 9.0], [9.0, 14.0]])
+    given = (hidden, weight, hidden.clone(), ref_weight)
+    values = [value.to(implementation.device).requires_grad_() for value in given]
+    stats = linear_token_stats(*values[:2], tokens.to(implementation.device), *values[2:])
+    assert bool((stats.kl + stats.ref_kl > 1).all())
+    assert bool((torch.maximum(stats.kl, stats.ref_kl) < 8).all())
+    wide = [value.detach().double().cpu().requires_grad_() for value in values]
+    ref_kl = testing.truth(wide[0] @ wide[1].t(), wide[2] @ wide[3].t()).ref_kl
+    exact = torch.autograd.grad(ref_kl.sum(), wide)
+    grads = torch.autograd.grad(stats.ref_kl.sum(), values)
+    for grad, expected in zip(grads[1::2], exact[1::2], strict=True):
+        assert (grad.double().cpu() - expected).norm() <= 1e-5 * expected.norm()

@@ -5,8 +5,6 @@ TRITON_INTERPRET must be set before the kernels are imported, hence the processe
 side, one thread each.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import os
 import pathlib
@@ -19,13 +17,12 @@ import torch
 
 pytest.importorskip("triton")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# The files that share a process, whose start takes seconds; the longest first. Those of the first
-# lines give every row a GPU's rounding errors.
+# The files that share a process, whose start takes seconds; the longest first.
 GROUPS = (
-    ("test_divergence",),
+    ("test_divergence", "test_divergence_rows"),
     ("test_kernels", "test_row_segment"),
     ("test_tokens", "test_linear", "test_linear_options"),
-    ("test_rows", "test_extreme_rows", "test_far_rows"),
+    ("test_engine", "test_far_rows"),
     (
         "test_torch",
         "test_linear_ops",
@@ -40,7 +37,6 @@ GROUPS = (
         "test_penalty",
         "test_tokens_several",
         "test_backend",
-        "test_divergence_suppressed",
     ),
 )
 
@@ -52,23 +48,16 @@ pytestmark = [
 ]
 
 
+def path_of(stem: str) -> str:
+    (path,) = (ROOT / "tests").rglob(f"{stem}.py")
+    return path.relative_to(ROOT).as_posix()
+
+
 def run(stems: tuple[str, ...]) -> tuple[int, str]:
     """(exit code, output) of some files' tests with the kernels interpreted."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        *(str(ROOT / "tests" / f"{stem}.py") for stem in stems),
-    ]
-    return background.run(command, ROOT, environment)
+    switches = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(path_of, stems)]
+    return background.run(command, ROOT, {**os.environ, **switches})
 
 
 def start_in_background() -> dict[str, concurrent.futures.Future]:
@@ -84,4 +73,4 @@ def test_kernels_in_the_interpreter(stems: tuple[str, ...]) -> None:
     code, output = start_in_background()[stems[0]].result()
     assert code == 0, output[-8000:]
     for stem in stems:
-        assert re.search(rf"^tests/{stem}\.py [s.]*\.", output, re.MULTILINE), stem
+        assert re.search(rf"^{path_of(stem)} [s.]*\.", output, re.MULTILINE), stem

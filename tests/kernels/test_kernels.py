@@ -1,43 +1,25 @@
-"""What only the Triton kernels promise: the same bits in any batch, at any position and stride;
+"""Promises of the Triton kernels alone: the same bits in any batch, at any position and stride;
 offsets beyond 2^31; no recompiles.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
-import os
 import random
+from unittest import mock
 
 import cases
 import pytest
 import torch
+from cases import INTERPRETING, Rows, assert_gradients, assert_same, padded
 
 import fastkl
 from fastkl import divergence, kl_divergence, testing, token_stats
-from fastkl.ops import engine
-from fastkl.ops.fields import SAVED
+from fastkl.ops.fields import FIELDS
 
 pytest.importorskip("triton")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETING:
-    cases.compute_as_a_gpu()
-
-from fastkl.kernels import config, launch  # noqa: E402  (needs triton)
+from fastkl.kernels import config, launch
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NAMES = (
-    "kl_divergence",
-    "its gradient to p",
-    "its gradient to q",
-    "logprob",
-    "entropy",
-    "ref_logprob",
-    "kl",
-    "ref_kl",
-    "gradient to p",
-    "gradient to q",
-)
 # Several segments per row, several tiles per segment, one 16-byte block per thread, fewer threads.
 CONFIGS = {
     "128 threads, 4 blocks, 32768": config.RowConfig(128, 4, 32768, "test"),
@@ -45,16 +27,6 @@ CONFIGS = {
     "256 threads, 1 block, 4096": config.RowConfig(256, 1, 4096, "test"),
     "64 threads, 1 block, 1024": config.RowConfig(64, 1, 1024, "test"),
 }
-
-
-@pytest.fixture(autouse=True)
-def only_kernels(request: pytest.FixtureRequest) -> None:
-    """The reference has its own tests."""
-    if (
-        "implementation" in request.fixturenames
-        and not request.getfixturevalue("implementation").kernels
-    ):
-        pytest.skip("about the kernels")
 
 
 @pytest.fixture(params=FLOATS.values(), ids=FLOATS)
@@ -66,18 +38,12 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def outcome(
     p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor, upstream: torch.Tensor
 ) -> list[torch.Tensor]:
-    """All results and gradients of kl_divergence and token_stats, in the order of NAMES; upstream
-    [5, N].
-    """
+    """kl_divergence and its gradients, the fields of token_stats and theirs; upstream [5, N]."""
     p, q = testing.leaf(p), testing.leaf(q)
     kl = kl_divergence(p, q)
     stats = token_stats(p, tokens, q)
-    return [
-        kl,
-        *torch.autograd.grad(kl, (p, q), upstream[3]),
-        *stats,
-        *torch.autograd.grad(stats, (p, q), list(upstream)),
-    ]
+    grads = torch.autograd.grad(kl, (p, q), upstream[3])
+    return [kl, *grads, *stats, *torch.autograd.grad(stats, (p, q), list(upstream))]
 
 
 def data(
@@ -86,199 +52,129 @@ def data(
     """Contiguous p, q, tokens and upstream gradients of a few rows; the first row starts on a
     16-byte boundary.
     """
-    p, q = testing.sizes_pair(
-        "normal3", (0.03, 1.0, 0.3, 0.1)[:rows], (0.0, 50.0), vocabulary, dtype
-    )
+    sizes = (0.03, 1.0, 0.3, 0.1)[:rows]
+    p, q = testing.sizes_pair("normal3", sizes, (0.0, 50.0), vocabulary, dtype)
     tokens = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1))
     upstream = testing.upstream_for(torch.empty(5, rows))
     return tuple(value.to(device) for value in (p, q, tokens, upstream))
 
 
-def padded(rows: torch.Tensor, padding: int, offset: int) -> torch.Tensor:
-    """The same rows with `padding` NaN after each and `offset` before all."""
-    count, vocabulary = rows.shape
-    storage = torch.full(
-        (offset + count * (vocabulary + padding) + 16,),
-        math.nan,
-        dtype=rows.dtype,
-        device=rows.device,
-    )
-    return storage.as_strided((count, vocabulary), (vocabulary + padding, 1), offset).copy_(rows)
-
-
-def assert_rows_equal(
-    results: list[torch.Tensor], alone: list[list[torch.Tensor]], order: list[int], what: str
-) -> None:
-    """Row i of every result has the bits of alone[order[i]]."""
-    for name, result, *single in zip(NAMES, results, *alone, strict=True):
-        testing.assert_same_bits(
-            result, torch.cat([single[row] for row in order]), f"{what}: {name}"
-        )
-
-
-def singles(p, q, tokens, upstream) -> list[list[torch.Tensor]]:
-    """Each row's outcome in a call of its own, from memory of its own."""
-    return [
-        outcome(
-            p[i : i + 1].clone(), q[i : i + 1].clone(), tokens[i : i + 1], upstream[:, i : i + 1]
-        )
-        for i in range(p.shape[0])
-    ]
+ALIGNED = (0, 0, 0, 0)
 
 
 def assert_invariant(
-    p, q, tokens, upstream, copies: int, layouts: tuple[tuple[int, int, int, int], ...]
-) -> None:
-    """The bits of rows do not change with their batch, position, alignment and strides: (padding,
-    offset) of p and of q.
+    p, q, tokens, upstream, order: list[int], layouts: tuple[tuple[int, ...], ...] = (ALIGNED,)
+) -> list[torch.Tensor]:
+    """The bits of rows, in this order, do not change with their batch, position, alignment and
+    strides: (padding, offset) of p and of q; the results of each row alone.
     """
-    alone = singles(p, q, tokens, upstream)
-    order = [i % p.shape[0] for i in range(copies)]
-    for padding_p, offset_p, padding_q, offset_q in layouts:
-        results = outcome(
-            padded(p[order], padding_p, offset_p),
-            padded(q[order], padding_q, offset_q),
-            tokens[order],
-            upstream[:, order],
-        )
-        assert_rows_equal(
-            results,
-            alone,
-            order,
-            f"padding {padding_p}, {padding_q}, offsets {offset_p}, {offset_q}",
-        )
+    alone = [
+        outcome(p[[i]].clone(), q[[i]].clone(), tokens[[i]], upstream[:, [i]])
+        for i in range(len(p))
+    ]
+    joined = [torch.cat(each) for each in zip(*alone, strict=True)]
+    for layout in layouts:
+        views = padded(p[order], *layout[:2]), padded(q[order], *layout[2:])
+        results = outcome(*views, tokens[order], upstream[:, order])
+        assert_same(results, [value[order] for value in joined], f"paddings, offsets {layout}:")
+    return joined
 
 
 # ---- batch invariance
 
 
-@pytest.mark.parametrize("vocabulary", [5003, 40001])
-def test_same_bits_wherever_a_row_is(implementation, vocabulary, dtype) -> None:
+@pytest.mark.parametrize("vocabulary", [1003, 9003] if INTERPRETING else [5003, 40001])
+def test_same_bits_wherever_a_row_is(kernels, vocabulary, dtype) -> None:
     """Alone, or in a batch: rows of odd length one after the other start at every distance from a
     16-byte boundary; padded; sliced.
 
     5 rows of float32 and 9 of bfloat16 see every distance.
     """
-    values = data(vocabulary, dtype, implementation.device)
-    layouts = (
-        (0, 0, 0, 0),
-        (5, 2, 5, 2),
-        (0, 0, 3, 1),
-        (8 - vocabulary % 8, 0, 0, 0),
-        (8 - vocabulary % 8, 3, 8 - vocabulary % 8, 4),
-    )
-    if not implementation.interpreted:
-        assert_invariant(*values, 9, layouts)
-    elif vocabulary == 5003:
-        assert_invariant(*values, 5 if dtype == torch.float32 else 9, layouts[:1])
-        assert_invariant(*values, 2, layouts[1:4])
+    values, aligning = data(vocabulary, dtype, kernels.device), 8 - vocabulary % 8
+    many = [i % 2 for i in range(5 if dtype == torch.float32 else 9)]
+    others = ((5, 2, 5, 2), (0, 0, 3, 1), (aligning, 0, 0, 0), (aligning, 3, aligning, 4))
+    if not INTERPRETING:
+        assert_invariant(*values, many, (ALIGNED, *others))
+    elif vocabulary == 1003:
+        assert_invariant(*values, many)
+        assert_invariant(*values, [0, 1], others[:3])
     else:
-        assert_invariant(*values, 2, layouts[:1])
+        assert_invariant(*values, [0, 1])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_each_configuration(implementation, name, dtype) -> None:
+def test_each_configuration(kernels, name, dtype) -> None:
     """Right, and the same bits in any batch, for each way to cut a row; configurations may differ
     from each other in bits.
     """
-    vocabulary = (
-        70001 if not implementation.interpreted else 3001 if CONFIGS[name].threads == 64 else 9003
-    )
-    p, q, tokens, upstream = data(vocabulary, dtype, implementation.device)
+    vocabulary = 70001
+    if INTERPRETING:
+        vocabulary = {1024: 2003, 4096: 5003}.get(CONFIGS[name].segment, 9003)
+    p, q, tokens, upstream = data(vocabulary, dtype, kernels.device)
+    order, layouts = [i % 2 for i in range(9)], (ALIGNED, (7, 3, 0, 1))
+    if INTERPRETING:
+        order, layouts = [0, 1], layouts[1:]
     with config.override(CONFIGS[name], CONFIGS[name]):
-        rows, layouts = (
-            (2, ((7, 3, 0, 1),))
-            if implementation.interpreted
-            else (9, ((0, 0, 0, 0), (7, 3, 0, 1)))
-        )
-        assert_invariant(p, q, tokens, upstream, rows, layouts)
-        kl, grad_p, grad_q = outcome(p, q, tokens, upstream)[:3]
+        kl, *grads = assert_invariant(p, q, tokens, upstream, order, layouts)[:3]
     exact = testing.truth(p.cpu(), q.cpu())
     testing.assert_kl(kl, exact.kl)
-    for grad, value in zip((grad_p, grad_q), testing.kl_gradients(exact, upstream[3]), strict=True):
-        testing.assert_rounded_gradient(
-            grad, value, "gradient", truncated=implementation.interpreted
-        )
+    assert_gradients(grads, testing.kl_gradients(exact, upstream[3]))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5])
-def test_few_rows(implementation, rows) -> None:
-    """Any number of rows gives the bits of each alone: 4 rows share a program of the slow path."""
-    p, q, tokens, upstream = data(1003, torch.float32, implementation.device, 4)
-    order = [i % 4 for i in range(rows)]
-    alone = singles(p, q, tokens, upstream)
-    assert_rows_equal(
-        outcome(p[order], q[order], tokens[order], upstream[:, order]), alone, order, f"{rows} rows"
-    )
-
-
-@pytest.mark.parametrize("vocabulary", [1003, 5001])
-def test_slow_rows_beside_fast_ones(implementation, vocabulary, dtype) -> None:
+@pytest.mark.parametrize("vocabulary", [1003] if INTERPRETING else [1003, 5001])
+def test_slow_rows_beside_fast_ones(kernels, vocabulary, dtype) -> None:
     """Rows that are read again (infinities, far apart) leave their neighbours' bits alone, and have
     the same bits alone as beside them.
     """
-    p, q, tokens, upstream = data(vocabulary, dtype, implementation.device, 4)
+    p, q, tokens, upstream = data(vocabulary, dtype, kernels.device, 4)
     p[1, 1::2], q[1, 1::2] = -math.inf, -math.inf
     q[3] = -20 * q[3]
     tokens[1] = 0
-    alone = singles(p, q, tokens, upstream)
-    order = [0, 1, 2, 3, 1, 0, 3, 3, 2] if not implementation.interpreted else [2, 3, 0, 1]
-    results = outcome(
-        padded(p[order], 3, 1), padded(q[order], 3, 1), tokens[order], upstream[:, order]
-    )
-    assert_rows_equal(results, alone, order, "slow rows")
-    exact = testing.truth(p[3].cpu(), q[3].cpu())
+    # 4 rows share a program of the slow path.
+    order = [2, 3, 0, 1, 3] if INTERPRETING else [0, 1, 2, 3, 1, 0, 3, 3, 2]
+    alone = assert_invariant(p, q, tokens, upstream, order, ((3, 1, 3, 1),))
+    exact = testing.truth(p[3:].cpu(), q[3:].cpu())
     assert float(exact.kl) > 32
-    testing.assert_kl(alone[3][0], exact.kl[None])
-    assert all(bool(value.isfinite().all()) for value in alone[1]), (
-        "a row with -inf in both is finite"
-    )
+    testing.assert_kl(alone[0][3:], exact.kl)
+    assert all(bool(value[1].isfinite().all()) for value in alone), "-inf in both is finite"
 
 
 # ---- memory
 
 
-def test_offsets_beyond_two_to_the_31(implementation) -> None:
+def test_offsets_beyond_two_to_the_31(kernels) -> None:
     """Rows 1.2e9 elements apart, by either stride or by the storage offset: memory between them is
-    never touched.
+    never touched. Two leading dimensions that do not merge, the outer one far apart, and one row
+    behind a large offset too.
     """
     vocabulary, step = 515, 1_200_000_000
-    p, q, tokens, upstream = data(vocabulary, torch.bfloat16, implementation.device, 3)
+    p, q, tokens, upstream = data(vocabulary, torch.bfloat16, kernels.device, 3)
     expected = outcome(p, q, tokens, upstream)
-    storage = torch.empty(2 * step + 4096, dtype=torch.bfloat16, device=implementation.device)
-    views = [storage.as_strided((3, vocabulary), (step, 1), offset) for offset in (0, 1001)]
-    for view, value in zip(views, (p, q), strict=True):
-        view.copy_(value)
-    for name, result, value in zip(NAMES, outcome(*views, tokens, upstream), expected, strict=True):
-        testing.assert_same_bits(result, value, name)
-    # Two leading dimensions that do not merge, the outer one far apart; and one row behind a large
-    # offset.
-    pairs = [
-        storage.as_strided((2, 2, vocabulary), (2 * step, 0, 1), offset) for offset in (0, 1001)
-    ]
-    order = torch.tensor([[0, 0], [2, 2]], device=implementation.device)
-    for name, result, value in zip(
-        NAMES, outcome(*pairs, tokens[order], upstream[:, order]), expected, strict=True
+    storage = torch.empty(2 * step + 4096, dtype=torch.bfloat16, device=kernels.device)
+    for start, value in ((0, p), (1001, q)):
+        storage.as_strided((3, vocabulary), (step, 1), start).copy_(value)
+    for order, leading, strides, offset in (
+        ([0, 1, 2], (3,), (step,), 0),
+        ([[0, 0], [2, 2]], (2, 2), (2 * step, 0), 0),
+        ([2], (1,), (vocabulary,), 2 * step),
     ):
-        testing.assert_same_bits(result, value[order], name)
-    last = [
-        storage.as_strided((1, vocabulary), (vocabulary, 1), 2 * step + offset)
-        for offset in (0, 1001)
-    ]
-    for name, result, value in zip(
-        NAMES, outcome(*last, tokens[2:], upstream[:, 2:]), expected, strict=True
-    ):
-        testing.assert_same_bits(result, value[2:], name)
+        views = [
+            storage.as_strided((*leading, vocabulary), (*strides, 1), offset + start)
+            for start in (0, 1001)
+        ]
+        index = torch.tensor(order, device=p.device)
+        results = outcome(*views, tokens[index], upstream[:, index])
+        assert_same(results, [value[index] for value in expected])
 
 
-def test_gradients_beyond_two_to_the_31(implementation) -> None:
+def test_gradients_beyond_two_to_the_31(kernels) -> None:
     """Gradients of more than 2^31 elements: the last rows have the bits of the first, which are the
     same rows.
     """
-    if implementation.interpreted:
+    if INTERPRETING:
         pytest.skip("needs the memory and the speed of a GPU")
     vocabulary, rows = 128257, 17001
-    p, q, tokens, upstream = data(vocabulary, torch.bfloat16, implementation.device, 1)
+    p, q, tokens, upstream = data(vocabulary, torch.bfloat16, kernels.device, 1)
     p, q = (testing.leaf(value.expand(rows, -1)) for value in (p, q))
     stats = token_stats(p, tokens.expand(rows), q)
     for grad in torch.autograd.grad(stats, (p, q), [value.expand(rows) for value in upstream]):
@@ -287,76 +183,53 @@ def test_gradients_beyond_two_to_the_31(implementation) -> None:
             testing.assert_same_bits(grad[row], grad[0], f"row {row}")
 
 
-def test_random_sweep(implementation) -> None:
+def test_random_sweep(kernels) -> None:
     """Random vocabularies, paddings, offsets and types of either tensor, in NaN surroundings:
     right, and nothing else is written.
     """
-    numbers = random.Random(0)
-    for trial in range(10 if implementation.interpreted else 60):
-        vocabulary = numbers.choice(
-            [numbers.randint(1, 40), numbers.randint(41, 3000), numbers.randint(3001, 9000)]
-        )
-        rows = numbers.randint(1, 4)
-        p, q = testing.sizes_pair(
-            "normal3",
-            (0.1, 1.0, 0.3, 3.0)[:rows],
-            (0.0, 50.0),
-            vocabulary,
-            torch.float32,
-            seed=trial,
-        )
+    numbers, types = random.Random(0), [*FLOATS.values(), torch.float16]
+    for trial in range(10 if INTERPRETING else 60):
+        ranges = (1, 40), (41, 1500), (1501, 3000 if INTERPRETING else 9000)
+        vocabulary, rows = numbers.randint(*numbers.choice(ranges)), numbers.randint(1, 4)
+        sizes = (0.1, 1.0, 0.3, 3.0)[:rows]
+        pair = testing.sizes_pair("normal3", sizes, (0.0, 50.0), vocabulary, seed=trial)
         views = [
             padded(
-                value.to(numbers.choice([*FLOATS.values(), torch.float16])).to(
-                    implementation.device
-                ),
+                value.to(numbers.choice(types)).to(kernels.device),
                 numbers.randint(0, 9),
                 numbers.randint(0, 9),
             )
-            for value in (p, q)
+            for value in pair
         ]
-        before = [
-            testing.bits(
-                value.as_strided(
-                    (value.untyped_storage().nbytes() // value.element_size(),), (1,), 0
-                )
-            ).clone()
-            for value in views
+        storages = [
+            view.as_strided((view.untyped_storage().nbytes() // view.element_size(),), (1,), 0)
+            for view in views
         ]
-        leaves = [testing.leaf(value) for value in views]
+        before, leaves = (
+            [value.clone() for value in storages],
+            [testing.leaf(view) for view in views],
+        )
         kl = kl_divergence(*leaves)
         upstream = testing.upstream_for(kl, trial)
         grads = torch.autograd.grad(kl, leaves, upstream)
         exact = testing.truth(*(value.cpu() for value in views))
-        what = f"V={vocabulary}, {[(value.dtype, value.stride(0), value.storage_offset()) for value in views]}"
+        what = f"V={vocabulary}, {[(v.dtype, v.stride(0), v.storage_offset()) for v in views]}"
         testing.assert_kl(kl, exact.kl, what)
-        for grad, value in zip(grads, testing.kl_gradients(exact, upstream), strict=True):
-            testing.assert_rounded_gradient(grad, value, what, truncated=implementation.interpreted)
-        for value, kept in zip(views, before, strict=True):
-            assert torch.equal(testing.bits(value.as_strided(kept.shape, (1,), 0)), kept), (
-                f"{what}: an input was written to"
-            )
+        assert_gradients(grads, testing.kl_gradients(exact, upstream), what)
+        assert_same(storages, before, f"{what}: an input was written to")
 
 
-@pytest.mark.parametrize(
-    "fields", [("kl",), ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")], ids=["kl", "all"]
-)
-@pytest.mark.parametrize("vocabulary", [64, 1003, 40001])
-def test_backward_in_place(implementation, vocabulary, fields, dtype) -> None:
+@pytest.mark.parametrize("fields", [("kl",), FIELDS], ids=["kl", "all"])
+@pytest.mark.parametrize("vocabulary", [64, 1003, 9003 if INTERPRETING else 40001])
+def test_backward_in_place(kernels, vocabulary, fields, dtype) -> None:
     """The gradients may be the logits' own memory: the same bits as in memory of their own."""
-    p, q, tokens, upstream = data(vocabulary, dtype, implementation.device, 3)
-    mask = torch.tensor([True, True, False], device=implementation.device)
-    ((_, problem),) = engine.problems(p, q, tokens, mask, 1.0)
-    saved = p.new_empty(3, SAVED, dtype=torch.float32)
-    outputs = {name: torch.empty(3, device=implementation.device) for name in fields}
-    launch.forward(problem, outputs, saved)
-    weights = {name: upstream[i] for i, name in enumerate(fields)}
-    expected = [torch.full_like(value, math.nan) for value in (p, q)]
-    launch.backward(problem, saved, weights, *expected)
-    launch.backward(problem, saved, weights, p, q)
-    for result, value, name in zip((p, q), expected, "pq", strict=True):
-        testing.assert_same_bits(result, value, f"gradient to {name}")
-        assert bool((value[2] == 0).all()) and bool((value[:2] != 0).any())
+    p, q, tokens, upstream = data(vocabulary, dtype, kernels.device, 3)
+    mask = torch.tensor([True, True, False], device=kernels.device)
+    rows, weights = Rows(p, q, tokens, mask), dict(zip(fields, upstream, strict=False))
+    made = cases.run("triton", rows, weights)
+    cases.backward("triton", rows, made.saved, weights, (p, q))
+    assert_same((p, q), made.grads)
+    assert all(not bool(value[2].any()) and bool(value[:2].any()) for value in made.grads)
 
 
 # ---- segments
@@ -382,77 +255,57 @@ def test_segment_lengths(preferred) -> None:
 
 # ---- compilation
 
-
-def kernels() -> dict:
-    """The kernels that a call launches."""
-    return {name: getattr(launch, name) for name in ("row_forward", "row_fallback", "row_backward")}
+LAUNCHED = launch.row_forward, launch.row_fallback, launch.row_backward
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter does not specialize")
-@pytest.mark.parametrize("name", kernels())
-def test_numbers_are_not_specialized(name) -> None:
+@pytest.mark.parametrize("kernel", LAUNCHED)
+def test_numbers_are_not_specialized(kernel) -> None:
     """No number that changes from call to call takes part in a kernel's key: only pointers and
     compile-time values do.
     """
-    for parameter in kernels()[name].params:
-        assert (
-            parameter.is_constexpr or parameter.name.endswith("_ptr") or parameter.do_not_specialize
-        ), parameter.name
+    for one in kernel.params:
+        assert one.is_constexpr or one.name.endswith("_ptr") or one.do_not_specialize, one.name
 
 
-def test_arguments_come_in_the_order_of_the_signatures(implementation, monkeypatch) -> None:
+def test_arguments_come_in_the_order_of_the_signatures(kernels, monkeypatch) -> None:
     """A compiled kernel takes its arguments by position."""
     start, seen = launch.Variant.start, set()
 
     def checked(variant, programs, arguments):
-        assert [*arguments, *variant.constants] == list(
-            inspect.signature(variant.kernel.fn).parameters
-        )
+        names = list(inspect.signature(variant.kernel.fn).parameters)
+        assert [*arguments, *variant.constants] == names
         seen.add(variant.kernel)
         start(variant, programs, arguments)
 
     monkeypatch.setattr(launch.Variant, "start", checked)
-    outcome(*data(300, torch.float32, implementation.device))
-    assert seen == {launch.row_forward, launch.row_fallback, launch.row_backward}
-
-
-class Kernel:
-    """Stands for a Triton kernel: [grid](**arguments) compiles and launches, and returns what
-    [grid](*arguments) launches.
-    """
-
-    def __init__(self) -> None:
-        self.calls, self.grid = [], None
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Kernel:
-        self.grid = grid
-        return self
-
-    def __call__(self, *arguments, **named) -> Kernel:
-        self.calls.append((self.grid, arguments, named))
-        self.compiled = getattr(self, "compiled", None) or Kernel()
-        return self.compiled
+    outcome(*data(300, torch.float32, kernels.device))
+    assert seen == {*LAUNCHED}
 
 
 def test_a_variant_is_compiled_once() -> None:
     """The first start goes through Triton, by name and with the compiler's options; the others
-    start what it compiled, by position.
+    start its compiled kernel, by position.
     """
-    kernel = Kernel()
+    kernel = mock.MagicMock()
     variant = launch.Variant(kernel, {"SEGMENT": 8, "THREADS": 4}, {"num_warps": 2})
     for programs, value in ((5, 1.0), (6, 2.0), (7, 3.0)):
         variant.start(programs, {"p_ptr": "p", "temperature": value})
-    assert kernel.calls == [
-        (
-            (5, 1, 1),
-            (),
-            {"p_ptr": "p", "temperature": 1.0, "SEGMENT": 8, "THREADS": 4, "num_warps": 2},
-        )
-    ]
-    assert kernel.compiled.calls == [
-        ((6, 1, 1), ("p", 2.0, 8, 4), {}),
-        ((7, 1, 1), ("p", 3.0, 8, 4), {}),
-    ]
+    named = {"p_ptr": "p", "temperature": 1.0, "SEGMENT": 8, "THREADS": 4, "num_warps": 2}
+    kernel.__getitem__.assert_called_once_with((5, 1, 1))
+    kernel[None].assert_called_once_with(**named)
+    compiled = kernel[None].return_value
+    assert compiled.__getitem__.call_args_list == [mock.call((6, 1, 1)), mock.call((7, 1, 1))]
+    assert compiled[None].call_args_list == [mock.call("p", v, 8, 4) for v in (2.0, 3.0)]
+
+
+def on_gpu(dtype, rows: int, temperature: float, masked: bool, vocabulary: int = 515) -> list:
+    pair = testing.pair("normal1", rows, vocabulary, 0.3, dtype=dtype, device="cuda")
+    p, q = (testing.leaf(value) for value in pair)
+    mask = torch.arange(rows, device="cuda") % 3 != 1 if masked else None
+    tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    stats = token_stats(p, tokens, q, temperature=temperature, mask=mask)
+    return [*stats, *torch.autograd.grad(stats, (p, q), [torch.ones(rows, device="cuda")] * 5)]
 
 
 @pytest.mark.gpu
@@ -460,29 +313,13 @@ def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
     """With other tensors, numbers, masks and types in between: the second call of each compiles
     nothing and has the bits of the first.
     """
-
-    def run(dtype: torch.dtype, rows: int, temperature: float, masked: bool) -> list[torch.Tensor]:
-        p, q = (
-            testing.leaf(value.cuda())
-            for value in testing.pair("normal1", rows, 515, 0.3, dtype=dtype)
-        )
-        mask = torch.arange(rows, device="cuda") % 3 != 1 if masked else None
-        stats = token_stats(
-            p,
-            torch.zeros(rows, dtype=torch.int64, device="cuda"),
-            q,
-            temperature=temperature,
-            mask=mask,
-        )
-        return [*stats, *torch.autograd.grad(stats, (p, q), [torch.ones(rows, device="cuda")] * 5)]
-
     calls = [
         (dtype, rows, temperature, masked)
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in FLOATS.values()
         for rows, temperature in ((5, 1.0), (40, 0.5))
         for masked in (False, True)
     ]
-    first = [run(*call) for call in calls]
+    first = [on_gpu(*call) for call in calls]
     start, started = launch.Variant.start, []
 
     def compiled_before(variant, programs, arguments):
@@ -492,8 +329,7 @@ def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
 
     monkeypatch.setattr(launch.Variant, "start", compiled_before)
     for call, results in zip(reversed(calls), reversed(first), strict=True):
-        for name, again, before in zip(NAMES[3:], run(*call), results, strict=True):
-            testing.assert_same_bits(again, before, f"{name} of {call}")
+        assert_same(on_gpu(*call), results, str(call))
     assert len(started) == 3 * len(calls)
 
 
@@ -502,86 +338,38 @@ def test_no_compilation_for_other_lengths() -> None:
     """Once compiled, other numbers of rows, vocabularies of as many segments, strides and
     temperatures compile nothing.
     """
-
-    def run(rows: int, vocabulary: int, temperature: float) -> int:
-        p, q = (
-            testing.leaf(value.cuda()) for value in testing.pair("normal1", rows, vocabulary, 0.3)
-        )
-        stats = token_stats(
-            p, torch.zeros(rows, dtype=torch.int64, device="cuda"), q, temperature=temperature
-        )
-        torch.autograd.grad(stats, (p, q), [torch.ones(rows, device="cuda")] * 5)
-        return sum(
-            len(kernel.device_caches[torch.cuda.current_device()][0])
-            for kernel in kernels().values()
-        )
-
-    compiled = run(3, 4096, 1.0)
-    assert compiled > 0
+    counts = set()
     for rows, vocabulary, temperature in (
-        (1, 4096, 1.0),
-        (2, 4096, 0.7),
-        (16, 4096, 1.0),
-        (4097, 4096, 2.0),
-        (5, 8192, 1.0),
-        (7, 4112, 3.0),
+        *((3, 4096, 1.0), (1, 4096, 1.0), (2, 4096, 0.7), (16, 4096, 1.0)),
+        *((4097, 4096, 2.0), (5, 8192, 1.0), (7, 4112, 3.0)),
     ):
-        assert run(rows, vocabulary, temperature) == compiled, (
-            f"{rows} rows of {vocabulary} at temperature {temperature}"
-        )
+        on_gpu(torch.float32, rows, temperature, False, vocabulary)
+        device = torch.cuda.current_device()
+        counts.add(sum(len(kernel.device_caches[device][0]) for kernel in LAUNCHED))
+    assert len(counts) == 1 and 0 not in counts
 
 
-def test_slow_path_rows_are_those_that_row_finish_marks(implementation, monkeypatch) -> None:
+def test_slow_path_rows_are_those_that_row_finish_marks(kernels, monkeypatch) -> None:
     """fastkl.slow_path_rows against the marks of the kernels themselves, where they do not read
     rows again.
     """
-    if not implementation.kernels:
-        pytest.skip("about the kernels")
-    from fastkl.kernels import launch, row_finish, row_math
+    from fastkl.kernels import row_finish, row_math
 
-    assert (
-        divergence.ONE_PASS_KL,
-        divergence.ONE_PASS_DIFFERENCE,
-        divergence.ONE_PASS_D,
-        divergence.ONE_PASS_LSE,
-    ) == (
-        row_finish.LARGE_KL.value,
-        row_finish.LARGEST_DIFFERENCE.value,
-        row_math.LARGEST_D.value,
-        row_math.LARGEST_LSE.value,
-    )
-    p, q = testing.pair("normal3", 12, 300, 0.3, device=implementation.device)
-    p[1, 5], q[2, 5], p[3, 7], p[4, 8] = -float("inf"), -float("inf"), float("nan"), -1e9
+    limits = row_finish.LARGE_KL, row_finish.LARGEST_DIFFERENCE
+    limits += row_math.LARGEST_D, row_math.LARGEST_LSE
+    assert [limit.value for limit in limits] == [
+        *(divergence.ONE_PASS_KL, divergence.ONE_PASS_DIFFERENCE),
+        *(divergence.ONE_PASS_D, divergence.ONE_PASS_LSE),
+    ]
+    p, q = testing.pair("normal3", 12, 300, 0.3, device=kernels.device)
+    p[1, 5], q[2, 5], p[3, 7], p[4, 8] = -math.inf, -math.inf, math.nan, -1e9
     q[5, 9] += 150.0
     p[6, :16], q[6, :16] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
     q[7] = q[7] * 60.0
     q[9], q[10] = q[9] + 70.0, q[10] + 40.0
     p[11, 0], q[11, 1] = p[11].max() + 3.0, q[11].max() + 12.0
     expected = fastkl.slow_path_rows(p, q)
-
     monkeypatch.setattr(launch, "READ_AGAIN", False)
-    saved = torch.ops.fastkl.row_statistics(
-        p,
-        q,
-        torch.zeros(12, dtype=torch.long, device=p.device),
-        None,
-        None,
-        1.0,
-        "logprob,entropy,ref_logprob,kl,ref_kl",
-        "triton",
-    )[-1]
-    assert torch.equal(saved[:, 0].isnan(), expected)
-    assert expected.tolist() == [
-        False,
-        True,
-        True,
-        True,
-        True,
-        True,
-        False,
-        True,
-        False,
-        True,
-        False,
-        True,
-    ]
+    tokens = torch.zeros(12, dtype=torch.long, device=p.device)
+    assert torch.equal(cases.forward("triton", Rows(p, q, tokens)).saved[:, 0].isnan(), expected)
+    assert expected.nonzero()[:, 0].tolist() == [1, 2, 3, 4, 5, 7, 9, 11]

@@ -1,19 +1,19 @@
-"""kernels/launch.py: kernels/launch.py: cached plans equal newly computed ones and hold no tensor."""
+"""kernels/launch.py: cached plans equal newly computed ones and hold no tensor."""
 
-from __future__ import annotations
-
+import concurrent.futures
 import gc
 import itertools
-import threading
 import weakref
 
+import cases
 import pytest
 import torch
+from cases import Rows
 
 pytest.importorskip("triton")
 from fastkl.kernels import config, launch
-from fastkl.ops import engine, problems
-from fastkl.ops.fields import FIELDS, SAVED, Scaling
+from fastkl.ops import problems
+from fastkl.ops.fields import FIELDS, Scaling
 
 CACHES = (launch.layout, launch._forward_plan, launch._backward_plan, problems._merged_dims)
 SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
@@ -28,7 +28,7 @@ def started(monkeypatch) -> list[tuple]:
 
     def note(variant, programs, arguments):
         numbers = {
-            name: value for name, value in arguments.items() if not isinstance(value, torch.Tensor)
+            n: value for n, value in arguments.items() if not isinstance(value, torch.Tensor)
         }
         starts.append((variant.kernel, variant.constants, variant.options, programs, numbers))
 
@@ -41,35 +41,19 @@ def placed(shape: tuple[int, ...], dtype: torch.dtype, start: int, turned: bool)
     dimensions in the other order in memory.
     """
     inner = (*shape[-2::-1], shape[-1]) if turned else shape
-    value = torch.empty(64 + torch.Size(shape).numel(), dtype=dtype)[
-        start : start + torch.Size(shape).numel()
-    ].view(inner)
+    count = torch.Size(shape).numel()
+    value = torch.empty(64 + count, dtype=dtype)[start : start + count].view(inner)
     return value.permute(*range(len(shape) - 2, -1, -1), len(shape) - 1) if turned else value
 
 
 def run(shape, dtypes, starts, turned, masked, per_row, scaling) -> None:
-    """A forward of every field and a backward to both sides."""
-    p, q = (
-        placed(shape, dtype, start, turned) for dtype, start in zip(dtypes, starts, strict=True)
-    )
-    rows = p.shape[:-1].numel()
-    rest = (
-        torch.zeros(rows, dtype=torch.int64),
-        torch.ones(rows, dtype=torch.bool) if masked else None,
-        torch.ones(rows) if per_row else 0.5,
-    )
-    values, saved = {name: torch.empty(rows) for name in FIELDS}, torch.empty(rows, SAVED)
-    engine.forward("triton", p, q, *rest, values, saved, scaling)
-    engine.backward(
-        "triton",
-        p,
-        q,
-        *rest,
-        saved,
-        values,
-        *(torch.empty(rows, shape[-1], dtype=dtype) for dtype in dtypes),
-        scaling,
-    )
+    places = zip(dtypes, starts, strict=True)
+    p, q = (placed(shape, dtype, start, turned) for dtype, start in places)
+    count = p.shape[:-1].numel()
+    mask = torch.ones(count, dtype=torch.bool) if masked else None
+    temperature = torch.ones(count) if per_row else 0.5
+    rows = Rows(p, q, torch.zeros(count, dtype=torch.int64), mask, temperature, scaling)
+    cases.run("triton", rows, dict.fromkeys(FIELDS, torch.empty(count)))
 
 
 def kinds() -> list[tuple]:
@@ -79,28 +63,28 @@ def kinds() -> list[tuple]:
         SHAPES,
         itertools.product((torch.float32, torch.bfloat16), repeat=2),
         itertools.product((0, 1, 2, 4, 8), repeat=2),
-        (True,),
-        (True,),
-        (True,),
+        *((True,),) * 3,
         (Scaling(30.0), Scaling(0.0, 30.0), Scaling(ratio=0.5)),
     )
     found = [
         first[:i] + (value,) + first[i + 1 :] for i, values in enumerate(others) for value in values
     ]
-    return [
-        first,
-        *found,
-        *(((3, 2, 4, 40), *one[1:3], True, *one[4:]) for one in found if one[0] == first[0]),
-        *found,
-    ]
+    turned = [((3, 2, 4, 40), *one[1:3], True, *one[4:]) for one in found if one[0] == first[0]]
+    return [first, *found, *turned, *found]
+
+
+def clear() -> None:
+    for cache in CACHES:
+        cache.cache_clear()
 
 
 def test_a_call_looks_up_what_it_would_work_out(started) -> None:
-    """Cached launches equal those with empty caches, whatever was called before."""
+    """Cached launches equal those with empty caches, whatever was called before; so do those from
+    several threads, in any order.
+    """
     expected = []
     for kind in kinds():
-        for cache in CACHES:
-            cache.cache_clear()
+        clear()
         started.clear()
         run(*kind)
         expected.append([*started])
@@ -109,19 +93,25 @@ def test_a_call_looks_up_what_it_would_work_out(started) -> None:
         run(*kind)
         assert started == launches, kind
     assert len({str(launches) for launches in expected}) > 20
+    clear()
+    started.clear()
+
+    orders = [kinds(), kinds()[::-1], kinds(), kinds()[::-1]]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda mine: [run(*kind) for kind in mine], orders))
+    alone = [str(one) for launches in expected for one in launches]
+    assert sorted(str(one) for one in started) == sorted(alone * 4)
 
 
 def test_configurations_of_tests_and_of_the_tuner_count(started) -> None:
     """Within `override` another one is launched, and after it the first again."""
-    kind = kinds()[0]
-    chosen = config.RowConfig(32, 1, 128, "a test's")
+    kind, chosen = kinds()[0], config.RowConfig(32, 1, 128, "a test's")
     run(*kind)
     with config.override(chosen, chosen):
         run(*kind)
     run(*kind)
-    before, within, after = (
-        started[i * len(started) // 3 : (i + 1) * len(started) // 3] for i in range(3)
-    )
+    third = len(started) // 3
+    before, within, after = (started[i * third : (i + 1) * third] for i in range(3))
     assert before == after and before[0] != within[0] and before[-1] != within[-1]
     assert within[0][1]["THREADS"] == 32 and within[-1][1]["CHUNK"] == 128
 
@@ -130,37 +120,11 @@ def test_no_tensor_is_kept_and_the_number_is_bounded(started) -> None:
     """A plan is about shapes, types and addresses: logits are freed, and the oldest plan goes for a
     new one.
     """
-    p, q, saved = torch.empty(3, 40), torch.empty(3, 40), torch.empty(3, SAVED)
-    kept = [weakref.ref(value) for value in (p, q, saved)]
-    engine.forward("triton", p, q, None, None, 1.0, {"kl": torch.empty(3)}, saved)
-    engine.backward(
-        "triton", p, q, None, None, 1.0, saved, {"kl": torch.ones(3)}, torch.empty(3, 40), None
-    )
+    p, q = torch.empty(3, 40), torch.empty(3, 40)
+    made = cases.run("triton", Rows(p, q), {"kl": torch.ones(3)}, (torch.empty(3, 40), None))
+    kept = [weakref.ref(value) for value in (p, q, made.saved)]
     started.clear()
-    del p, q, saved
+    del p, q, made
     gc.collect()
     assert [value() for value in kept] == [None] * 3
     assert all(cache.cache_info().maxsize for cache in CACHES)
-
-
-def test_from_several_threads(started) -> None:
-    """Each launches what it does alone."""
-    expected = {}
-    for kind in kinds():
-        started.clear()
-        run(*kind)
-        expected[str(kind)] = len(started)
-    for cache in CACHES:
-        cache.cache_clear()
-    started.clear()
-    order = [kinds(), kinds()[::-1], kinds(), kinds()[::-1]]
-    threads = [
-        threading.Thread(target=lambda mine: [run(*kind) for kind in mine], args=(mine,))
-        for mine in order
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    counted = sum(expected[str(kind)] for mine in order for kind in mine)
-    assert len(started) == counted and len({str(one) for one in started}) > 20

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 
 import fastkl
-from fastkl import linear as linear_level
-from fastkl import testing
-from fastkl.ops import gemm, linear_op, lm_head, row_blocks
+from fastkl import _heads, testing
+from fastkl.ops import chunks, gemm, linear_sum_op, lm_head, row_blocks
 
 INPUTS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "weights")
 FIELDS = fastkl.TokenStats._fields
@@ -395,7 +394,8 @@ def rounding(case: Case, exact: dict[str, torch.Tensor], draws: int = 6) -> dict
 
     The truth again with every logit and every gradient of a logit moved as far as its roundings
     can, up or down at random. Errors of these sizes add up at random, and a root mean square of a
-    few draws is known to a third, hence 1.5 times it. 1e-5 of the truth is what the float32
+    few draws is known to a third, hence 1.5 times it, and more for a few values. 1e-5 of the truth
+    is what the float32
     arithmetic between logits and results may add, and to each token what fastkl.testing allows a
     value near 0; a gradient of a shorter type is rounded twice ("sum", "mean": before and after the
     upstream gradient).
@@ -442,7 +442,9 @@ def rounding(case: Case, exact: dict[str, torch.Tensor], draws: int = 6) -> dict
         result = (2 * UNIT_ROUNDOFF[kind] if kind != torch.float32 else 0.0) + 1e-5
         near_zero = NEAR_ZERO.get(name, 0.0) * case.tensors["hidden"].shape[:-1].numel()
         near_zero += SUBNORMAL.get(kind, 0.0) * math.sqrt(value.numel())
-        allowed[name] = result * float(value.norm()) + near_zero + 1.5 * math.sqrt(squares[name])
+        # One value may be four standard deviations off, the norm of many hardly one.
+        spread = max(1.5, 1 + 3 / math.sqrt(max(1, value.numel())))
+        allowed[name] = result * float(value.norm()) + near_zero + spread * math.sqrt(squares[name])
     return allowed
 
 
@@ -519,36 +521,37 @@ def check(device: str, case: Case) -> dict[str, torch.Tensor]:
 # ---- the library's own plan of chunks: the only place of the tests that knows its names
 
 
-LARGEST_KEPT = linear_level.LARGEST_KEPT
+LARGEST_KEPT = _heads.LARGEST_KEPT
 
 
 def tuned(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
     """Set bounds on memory and sizes of blocks for one test."""
     places = {
-        "small_sum": (lm_head, "SMALL_SUM"),
-        "largest_chunk": (lm_head, "LARGEST_CHUNK"),
-        "tile": (lm_head, "TILE"),
-        "workspace": (lm_head, "WORKSPACE_ON_A_GPU"),
+        "small_sum": (chunks, "SMALL_SUM"),
+        "largest_chunk": (chunks, "LARGEST_CHUNK"),
+        "tile": (chunks, "TILE"),
+        "workspace": (chunks, "WORKSPACE_ON_A_GPU"),
         "block": (gemm, "BLOCK_ELEMENTS"),
         "row_block": (row_blocks, "BLOCK_ELEMENTS"),
-        "scaled_at_once": (linear_op, "SCALED_AT_ONCE"),
-        "largest_kept": (linear_level, "LARGEST_KEPT"),
+        "scaled_at_once": (linear_sum_op, "SCALED_AT_ONCE"),
+        "largest_kept": (_heads, "LARGEST_KEPT"),
     }
     for name, value in values.items():
         monkeypatch.setattr(*places[name], value)
     if "workspace" in values:
-        monkeypatch.setitem(lm_head.WORKSPACE, "cpu", values["workspace"])
+        monkeypatch.setitem(chunks.WORKSPACE, "cpu", values["workspace"])
 
 
 def head_on_meta(
     n: int, h: int, v: int, *, trainable: bool, logits_dtype: torch.dtype = torch.bfloat16
-) -> lm_head.Head:
+) -> lm_head.ChunkedHead:
     """Make a bfloat16 head of any size, which takes no memory."""
     hidden, weight = (torch.empty(rows, h, dtype=torch.bfloat16, device="meta") for rows in (n, v))
-    head = lm_head.Head(hidden, weight, None, logits_dtype)
+    head = lm_head.ChunkedHead(hidden, weight, None, logits_dtype)
     if trainable:
         head.grad_hidden = torch.empty_like(hidden)
-        head.grad_weight = lm_head.Sum(weight)
+        head.grad_weight, head.learns = chunks.Sum(weight), True
+    head.settle(reads_again=False)
     return head
 
 
@@ -557,15 +560,17 @@ def heads_on_meta(n: int, h: int, v: int, trainable: tuple[bool, bool], **option
     return [head_on_meta(n, h, v, trainable=learns, **options) for learns in trainable]
 
 
-def planned(heads: list[lm_head.Head], chunk_size: int | None = None, *rest) -> lm_head.Plan:
+def planned(heads: list[lm_head.ChunkedHead], chunk_size: int | None = None, *rest) -> chunks.Plan:
     """Return (chunk, window) for two heads."""
-    return lm_head.plan(heads[0].hidden.shape[0], heads, chunk_size, *rest)
+    return chunks.plan(heads[0].hidden.shape[0], heads, chunk_size, *rest)
 
 
-def workspace(policy: lm_head.Head, ref: lm_head.Head, chunk_size: int | None = None) -> int:
+def workspace(
+    policy: lm_head.ChunkedHead, ref: lm_head.ChunkedHead, chunk_size: int | None = None
+) -> int:
     """Compute linear_token_stats' docstring's formula. Rows are padded to whole lines."""
     chosen = planned([policy, ref], chunk_size)
-    vocabulary, total = lm_head.row_width(policy.weight.shape[0]), 0
+    vocabulary, total = chunks.row_width(policy.weight.shape[0]), 0
     for head in (policy, ref):
         if head.learns:
             total += chosen.window * vocabulary * head.hidden.dtype.itemsize

@@ -143,7 +143,7 @@ def test_products_of_policy_fields(implementation, learned, expected, reference,
 
 
 def test_no_gradient_of_the_policy_from_reference_fields(implementation) -> None:
-    """The reference's log-probs move nothing of the policy, even where both share the weight's sum."""
+    """Log-probs of the reference move nothing of the policy, even where both share a weight."""
     made = tensors(implementation.device, learned="hidden,weight,ref_hidden", shared=True)
     tokens = torch.zeros(N, dtype=torch.long, device=implementation.device)
     settings = {"tokens": tokens, "chunk_size": CHUNK, "recompute": True}

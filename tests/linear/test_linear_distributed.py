@@ -137,7 +137,8 @@ def test_sharded_weight_is_refused(results) -> None:
 WITHOUT = """
 import sys, torch
 torch.distributed.is_available = lambda: False
-for name in [name for name in sys.modules if name.startswith("torch.distributed.")] + ["torch.distributed.tensor"]:
+loaded = [name for name in sys.modules if name.startswith("torch.distributed.")]
+for name in [*loaded, "torch.distributed.tensor"]:
     sys.modules[name] = None
 import distributed_worker as worker
 loss = worker.seeded()(*worker.batch())

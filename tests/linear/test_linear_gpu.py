@@ -13,7 +13,7 @@ import test_linear_costs as costs
 import torch
 
 import fastkl
-from fastkl.ops import lm_head
+from fastkl.ops import chunks
 
 pytestmark = pytest.mark.gpu
 N, H, V = 300, 64, 1003
@@ -152,7 +152,7 @@ def test_peak_memory(logits_dtype, n, one_product) -> None:
         peak(lambda: costs.gradients_of(loss(), made))
         <= costs.workspace(policy, ref) + 2 * (n * h + v * h) + slack
     )
-    assert (lm_head.plan(n, [policy, ref], None).window == n) == one_product
+    assert (chunks.plan(n, [policy, ref], None).window == n) == one_product
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

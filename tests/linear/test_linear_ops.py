@@ -74,7 +74,7 @@ def test_opcheck_statistics(implementation, mix, grad, keep) -> None:
     """
     six, (tokens, _), per_row, settings = arguments(implementation, mix, grad=grad)
     fields = ",".join(FIELDS[:2] if mix[1] == "none" else FIELDS)
-    given = (*six, tokens, *per_row, fields, *settings, keep)
+    given = (*six, *per_row, *settings, tokens, fields, keep)
     torch.library.opcheck(OPS.linear_statistics.default, given)
 
 
@@ -92,12 +92,12 @@ def test_opcheck_statistics(implementation, mix, grad, keep) -> None:
 def test_opcheck_gradients(implementation, mix, fields, keep) -> None:
     """The same for its backward, for upstream gradients of some fields."""
     six, (tokens, weights), per_row, settings = arguments(implementation, mix)
-    given = (*six, tokens, *per_row, ",".join(FIELDS), *settings, keep)
+    given = (*six, *per_row, *settings, tokens, ",".join(FIELDS), keep)
     *_, saved, logits, ref_logits = OPS.linear_statistics(*given)
     kept = (logits, ref_logits) if keep else (None, None)
     upstream = [weights if name in fields else None for name in FIELDS]
-    rest = (tokens, *per_row[:3], saved, *kept, *upstream, per_row[3], wrt_of(six), *settings)
-    torch.library.opcheck(OPS.linear_gradients.default, (*six, *rest))
+    rest = (tokens, saved, *kept, *upstream, wrt_of(six))
+    torch.library.opcheck(OPS.linear_gradients.default, (*six, *per_row, *settings, *rest))
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
@@ -106,7 +106,7 @@ def test_opcheck_gradients(implementation, mix, fields, keep) -> None:
 def test_opcheck_weighted_kl(implementation, mix, dtype, grad) -> None:
     """The same for value and gradients at once, and under autograd."""
     six, (_, weights), per_row, settings = arguments(implementation, mix, dtype, grad)
-    given = (*six, weights, *per_row, wrt_of(six) if grad else "", *settings)
+    given = (*six, *per_row, *settings, weights, wrt_of(six) if grad else "")
     torch.library.opcheck(OPS.linear_weighted_kl.default, given)
 
 

@@ -159,7 +159,7 @@ def test_products_of_a_retained_graph(implementation, learned, reference, produc
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("short", [0, 1], ids=["within", "above"])
 def test_the_bound_on_kept_logits(monkeypatch, reference, logits_dtype, short) -> None:
-    """By default logits are kept up to 2 GiB of all models together, from shapes and types alone."""
+    """Logits are kept up to 2 GiB of all models together by default, from shapes and types."""
     assert linear_cases.LARGEST_KEPT == 1 << 31
     tuned(monkeypatch, largest_kept=(1 + reference) * N * V * logits_dtype.itemsize - short)
     case = stats_case(logits_dtype=logits_dtype)

@@ -16,15 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl import testing
-from fastkl.ops import dual_op, linear_op, row_op
+from fastkl.ops import dual_op, linear_op, linear_sum_op, row_op
 
 DISPATCHED = (
     row_op.row_statistics,
     row_op.row_gradients,
     linear_op.linear_statistics,
     linear_op.linear_gradients,
-    linear_op.linear_weighted_kl,
-    linear_op.scaled,
+    linear_sum_op.linear_weighted_kl,
+    linear_sum_op.scaled,
 )
 
 
@@ -135,7 +135,7 @@ def test_a_dispatch_mode_sees_the_ops_and_the_bits_are_the_same(
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_without_the_short_ways(implementation, name, monkeypatch) -> None:
-    """A torch that lacks one of the names that they need gets the op everywhere, and the same bits."""
+    """A torch that lacks a name they need gets the op everywhere, and the same bits."""
     d = data(implementation.device)
     expected = outcome(FUNCTIONS[name], d)
     monkeypatch.setattr(dual_op, "SHORT_WAYS", False)
@@ -147,7 +147,7 @@ def test_without_the_short_ways(implementation, name, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_checkpoint_with_a_mode_around_forward_only(implementation, name) -> None:
-    """What is computed again outside the mode goes another way, which has to save as many tensors."""
+    """A recomputation outside the mode goes another way, which has to save as many tensors."""
     d = data(implementation.device)
     leaf = "p" if name in ("kl", "stats") else "hidden"
     with Seen():
@@ -363,7 +363,7 @@ def test_the_ops_under_vmap(implementation) -> None:
     linear_statistics = torch.ops.fastkl.linear_statistics
     mapped = torch.vmap(
         lambda h, r: linear_statistics(
-            h, heads[1], None, r, None, None, None, *rest[:5], *settings, False
+            h, heads[1], None, r, None, None, None, None, None, 1.0, *settings, None, "kl", False
         )[3]
     )(heads[0], heads[2])
     torch.testing.assert_close(mapped, linear_none(d)[0].detach(), rtol=1e-6, atol=1e-7)

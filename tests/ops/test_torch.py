@@ -4,34 +4,26 @@ graphs, and the bytes that they allocate and hold.
 
 from __future__ import annotations
 
-import gc
-import os
-import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import cases
 import pytest
 import torch
+from cases import HAS_CPP
+from memory import allocated
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl import backend, testing
-from fastkl.ops import engine, row_blocks, row_op
+from fastkl.ops import row_blocks, row_op
+from fastkl.ops.engine import ENGINES
 from fastkl.ops.fields import FIELDS
 
 ALL = "logprob,entropy,ref_logprob,kl,ref_kl"
 V = 19
-HAS_CPP = any(
-    shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
-)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """No compiled code from another test."""
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def inputs(
@@ -232,12 +224,14 @@ def test_use_backend_and_compile(implementation, monkeypatch) -> None:
     """
     ran = []
 
-    def record(chosen, p, q, tokens, mask, temperature, outputs, saved):
-        ran.append(chosen)
-        for value in (*outputs.values(), saved):
-            value.zero_()
+    for chosen in ENGINES:
 
-    monkeypatch.setattr(engine, "forward", record)
+        def record(args, outputs, saved, chosen=chosen):
+            ran.append(chosen)
+            for value in (*outputs.values(), saved):
+                value.zero_()
+
+        monkeypatch.setattr(ENGINES[chosen], "forward", record)
     monkeypatch.setattr(backend, "triton_problems", lambda *logits, **reading: ())
     data = inputs(implementation.device, (3,), grad=False)
     outside = torch.compile(fastkl.kl_divergence, fullgraph=True, backend="eager")
@@ -456,36 +450,6 @@ def sized(implementation, times: int = 1) -> SimpleNamespace:
         mask=None,
         temperatures=1.0,
     )
-
-
-def allocated(device: str, call: Callable) -> tuple[int, int]:
-    """Bytes that call() allocates: the most at any time, and what is left while its result lives.
-
-    On CPU the profiler reports every allocation of torch, those inside an op included.
-    """
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = call()
-        gc.collect()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        result = call()
-        gc.collect()  # the interpreter leaves cycles behind
-    changes = [
-        event.nbytes()
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    assert changes, "the profiler saw no allocation"
-    del result
-    levels = torch.tensor(changes).cumsum(0)
-    return int(levels.max()), int(levels[-1])
 
 
 FUNCTIONS = {"kl": (kl, 1), "stats": (stats, 5)}  # and how many float32 results per row

@@ -1,5 +1,5 @@
-"""The annotations as a user's type checker reads them: mypy --strict on typed_user.py and
-rl/typed_user.py.
+"""The annotations as a user's type checker reads them: mypy --strict on the two files
+typed_user.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Module:
 }
 
 
-@pytest.mark.parametrize("name", ["typed_user.py", "rl/typed_user.py"])
+@pytest.mark.parametrize("name", ["repo/typed_user.py", "rl/typed_user.py"])
 def test_a_typed_user(tmp_path, name) -> None:
     """Every line marked `# refused` is an error of its own, and no other line is."""
     user, stubs = ROOT / "tests" / name, tmp_path / "torch"

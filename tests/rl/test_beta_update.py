@@ -1,4 +1,4 @@
-"""A controller's update: units, a penalty in place of a number, equal betas on several processes."""
+"""Updates of controllers: units, a penalty instead of a number, equal betas on all processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from test_beta import TARGETED, targeted
 from torch import distributed
 
 import fastkl
-from fastkl.rl import AdaptiveBeta, FixedBeta
+from fastkl.rl import FixedBeta
 
 
 def penalty_of(tokens: int, scale: float = 1.0) -> fastkl.KLPenalty:
@@ -62,49 +62,29 @@ def test_a_penalty_is_read_in_the_unit_of_the_controller(make) -> None:
     """One that counted nothing is no measurement; one that was not called is an error, as one whose
     KL is not finite.
     """
-    penalty = penalty_of(30)
-    last = penalty.last
-    assert last["kl_per_sequence"] == pytest.approx(float(15 * last["kl"]), rel=1e-5)
-    assert make().update(penalty, 3) == make().update(last["kl"], 3)
-    assert make(unit="sequence").update(penalty) == make(unit="sequence").update(
-        last["kl_per_sequence"], unit="sequence"
-    )
-    assert FixedBeta(0.1).update(penalty) == FixedBeta(0.1).update(penalty, unit="sequence") == 0.1
+    penalty, none, fixed = penalty_of(30), penalty_of(0), FixedBeta(0.1)
+    per_token, per_sequence = penalty.last["kl"], penalty.last["kl_per_sequence"]
+    assert per_sequence == pytest.approx(float(15 * per_token), rel=1e-5)
+    assert make().update(penalty, 3) == make().update(per_token, 3)
+    expected = make(unit="sequence").update(per_sequence, unit="sequence")
+    assert make(unit="sequence").update(penalty) == expected
+    assert fixed.update(penalty) == fixed.update(penalty, unit="sequence") == 0.1
+    assert make().update(none) == make(unit="sequence").update(none) == 0.1
     controller, stale = make(), fastkl.KLPenalty(0.1)
-    before = controller.state_dict()
-    assert controller.update(penalty_of(0)) == make(unit="sequence").update(penalty_of(0)) == 0.1
     stale.last = {"kl": torch.tensor(1.0)}
     for wrong in (fastkl.KLPenalty(0.1), stale, penalty_of(30, scale=math.nan)):
         with pytest.raises(ValueError, match="^kl: expected"):
             controller.update(wrong)
-    assert controller.state_dict() == before
-
-
-@pytest.mark.parametrize("target, beta", [(0.01, 0.06), (1e3, 0.04)])
-def test_a_penalty_reads_its_controller(target, beta) -> None:
-    """Beta as it is at each call, of either penalty; beta itself is not to be written."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, ref_hidden, weight = (
-        torch.randn(*shape, 4, generator=generator) for shape in ((2, 3), (2, 3), (7,))
-    )
-    calls = {
-        fastkl.KLPenalty: (hidden @ weight.T, ref_hidden @ weight.T),
-        fastkl.LinearKLPenalty: (hidden, weight, ref_hidden),
-    }
-    for kind, arguments in calls.items():
-        controller = AdaptiveBeta(0.05, target, 1, "sequence")
-        penalty = kind(controller)
-        first = penalty(*arguments)
-        assert controller.update(penalty) == penalty.beta == pytest.approx(beta)
-        assert float(penalty(*arguments) / first) == pytest.approx(beta / 0.05, rel=1e-6)
-        with pytest.raises(AttributeError):
-            controller.beta = 1.0
+    assert controller.state_dict() == make().state_dict()
+    with pytest.raises(AttributeError):
+        controller.beta = 1.0
 
 
 # ---- several processes: this file run as rank 1 beside the test as rank 0
 
 SAMPLES = ((0.02, 1), (0.2, 30)), ((0.06, 4), (math.nan, 0)), ((-0.5, 2), (0.01, 5))
 PENALTIES = (4, 31), (0, 10)
+KEPT = {"token": ("kl", "tokens"), "sequence": ("kl_per_sequence", "sequences")}
 REFUSED = ((0.1, 1), (math.nan, 1)), ((0.1, 1), (0.1, -1)), ((0.1, 0), (0.1, 0))
 
 
@@ -116,48 +96,39 @@ def join(rank: int, folder: str | pathlib.Path) -> None:
 
 
 def betas(make) -> list[float]:
-    """Returns this process's betas, -1 for a ValueError: samples, penalties per token and per
-    sequence, refused ones.
+    """Return this process's betas: samples, penalties per token and per sequence, refused ones.
+
+    A ValueError stands as -1.
     """
     rank, group = distributed.get_rank(), distributed.group.WORLD
-    controller = make()
-    found = [controller.update(*pair[rank], process_group=group) for pair in SAMPLES]
+    runs = [(make(), [pair[rank] for pair in SAMPLES])]
     for unit in ("token", "sequence"):
-        controller = make(unit=unit)
-        found += [
-            controller.update(penalty_of(pair[rank]), process_group=group) for pair in PENALTIES
-        ]
-    controller = make()
-    for pair in REFUSED:
-        try:
-            found.append(controller.update(*pair[rank], process_group=group))
-        except ValueError:
-            found.append(-1.0)
-    return [
-        *found,
-        controller.update(torch.tensor(0.1, dtype=torch.float64), 1, process_group=group),
-    ]
+        runs.append((make(unit=unit), [(penalty_of(pair[rank]),) for pair in PENALTIES]))
+    last = torch.tensor(0.1, dtype=torch.float64), 1
+    runs.append((make(), [*(pair[rank] for pair in REFUSED), last]))
+    found = []
+    for controller, calls in runs:
+        for call in calls:
+            try:
+                found.append(controller.update(*call, process_group=group))
+            except ValueError:
+                found.append(-1.0)
+    return found
 
 
 def pooled(make) -> list[float]:
-    """Returns those of one process on the samples of both."""
-    controller = make()
-    counts = [sum(n for _, n in pair) for pair in SAMPLES]
-    found = [
-        controller.update(sum(kl * n for kl, n in pair if n) / count, count)
-        for pair, count in zip(SAMPLES, counts, strict=True)
-    ]
-    for unit, mean, count in (
-        ("token", "kl", "tokens"),
-        ("sequence", "kl_per_sequence", "sequences"),
-    ):
+    """Return the betas of one process on the samples of both."""
+    controller, found = make(), []
+    for pair in SAMPLES:
+        count = sum(n for _, n in pair)
+        found.append(controller.update(sum(kl * n for kl, n in pair if n) / count, count))
+    for unit, (mean, count) in KEPT.items():
         controller = make(unit=unit)
         for pair in PENALTIES:
             both = [penalty_of(tokens).last for tokens in pair]
             total = sum(float(last[mean] * last[count]) for last in both)
-            found.append(
-                controller.update(total / sum(float(last[count]) for last in both), 2, unit=unit)
-            )
+            kl = total / sum(float(last[count]) for last in both)
+            found.append(controller.update(kl, 2, unit=unit))
     return [*found, -1.0, -1.0, -1.0, make().update(0.1, 2)]
 
 

@@ -34,32 +34,6 @@ def test_jsonl_reads_back(tmp_path) -> None:
     assert math.isnan(last["kl/mean"]) and math.isnan(last["kl/max"]) and last["kl/spike"] == 1.0
 
 
-def test_each_line_is_one_write(tmp_path, monkeypatch) -> None:
-    """Unbuffered and ended, so that readers and other writers see whole lines."""
-    writes, path = [], tmp_path / "run.jsonl"
-
-    class Recorder(io.FileIO):
-        def write(self, data) -> int:
-            writes.append(bytes(data))
-            return super().write(data)
-
-    monkeypatch.setattr(
-        logs,
-        "open",
-        lambda path, mode, buffering: Recorder(path, mode.replace("b", "")),
-        raising=False,
-    )
-    monitor = KLMonitor(jsonl=path)
-    for step in range(3):
-        monitor.update(tokens(3), **{f"name{index}": 1.5 for index in range(3000)})
-        assert (
-            path.read_bytes() == b"".join(writes)
-            and len(writes) == step + 1
-            and writes[-1].endswith(b"}\n")
-        )
-    assert len(writes[0]) > 2**15
-
-
 @pytest.mark.parametrize("cut", [1, 2, 10, -2, -1])
 def test_a_line_cut_off_costs_only_itself(tmp_path, cut) -> None:
     """The half line of a killed run is left out, at the end of the file and, once the run goes on,
@@ -126,18 +100,14 @@ def test_files_that_are_read(tmp_path, text, steps) -> None:
     assert got == steps and all(type(step["step"]) is float for step in got)
 
 
-@pytest.mark.parametrize("wrong", [1, True, 1.5, b"run.jsonl", ["run.jsonl"]], ids=repr)
-def test_only_paths(wrong) -> None:
-    """The number of a file descriptor is none: reading it would close standard output."""
-    for call, name in ((read_jsonl, "path"), (lambda path: KLMonitor(jsonl=path), "jsonl")):
-        with pytest.raises(TypeError, match=f"^{name}: expected a path, .*, got .*; "):
-            call(wrong)
-    os.fstat(1)
-
-
 def test_a_file_that_cannot_be_appended_to(tmp_path) -> None:
     """The monitor says so where it is made, and leaves no file where another argument is wrong."""
     (tmp_path / "file").write_text("")
+    for wrong in (1, True, 1.5, b"run.jsonl", ["run.jsonl"]):
+        for call, name in ((read_jsonl, "path"), (lambda path: KLMonitor(jsonl=path), "jsonl")):
+            with pytest.raises(TypeError, match=f"^{name}: expected a path, .*, got .*; "):
+                call(wrong)
+    os.fstat(1)  # the number of a file descriptor is no path: reading it would close the file
     for path in (
         tmp_path,
         tmp_path / "none" / "run.jsonl",
@@ -186,9 +156,11 @@ def test_what_fails_costs_a_warning(tmp_path, monkeypatch, part) -> None:
     have every step.
     """
     path, called, flaky, full = tmp_path / "run.jsonl", [], [], [True]
+    writes = []
 
     class Disk(io.FileIO):
         def write(self, data) -> int:
+            writes.append(bytes(data))
             written = super().write(data[:part] if full else data)
             if full and part > 0:
                 raise OSError(28, "No space left on device")
@@ -213,6 +185,9 @@ def test_what_fails_costs_a_warning(tmp_path, monkeypatch, part) -> None:
     assert returned == [plain.update(tokens(3, seed=step)) for step in range(4)] == called
     assert monitor.state_dict() == plain.state_dict() and flaky == [0.0, 1.0, 2.0, 3.0]
     assert read_jsonl(path)[-2:] == returned[2:]
+    # Each line is one write, whole and ended, for other readers and writers.
+    assert len(writes) == 4 and all(line.strip(b"\n").count(b"\n") == 0 for line in writes)
+    assert all(line.endswith(b"}\n") for line in writes)
     told = [str(warning.message) for warning in caught]
     assert ["jsonl" in told[0], "loggers[0]" in told[1], len(told)] == [True, True, 2]
     assert {warning.filename for warning in caught} == {__file__}

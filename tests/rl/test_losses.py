@@ -145,17 +145,19 @@ def assert_loss(
         testing.assert_near(grad, exact_grad, 0.0, tolerance, "gradient")
 
 
-CLIPS = {"0.2": (0.2, 0.2), "DAPO": (0.2, 0.28), "narrow": (0.03, 0.04), "none": (1, math.inf)}
+CLIPS = [
+    ("all", (0.2, 0.2), None),
+    ("padding", (0.2, 0.28), 1.1),
+    ("holes, one empty", (0.03, 0.04), None),
+    ("holes, one empty", (1, math.inf), 3.0),
+]
 
 
 # Sums of 24 products of numbers of the order of 1, each of some roundings of 2^-53 or 2^-24.
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str
 )
-@pytest.mark.parametrize(
-    "clip, dual_clip", [("0.2", None), ("DAPO", 1.1), ("narrow", None), ("none", 3.0)]
-)
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name, clip, dual_clip", CLIPS, ids=str)
 @forms
 def test_published_losses(call, more, name, clip, dual_clip, dtype, tolerance) -> None:
     """Value and gradient: advantages per token and per sequence, every KL, padded, and packed with
@@ -166,7 +168,7 @@ def test_published_losses(call, more, name, clip, dual_clip, dtype, tolerance) -
     everything, ends = packed(made, torch.ones_like(mask))
     leaves = [made.logprob, made.kl] if call is grpo_loss else [made.logprob]
     settings = {
-        "clip": CLIPS[clip],
+        "clip": clip,
         **more,
         **({"dual_clip": dual_clip} if call is ppo_loss else {}),
     }
@@ -184,33 +186,6 @@ def test_published_losses(call, more, name, clip, dual_clip, dtype, tolerance) -
                 assert_loss(
                     loss, exact, leaves, tolerance * (B * T if more["reduction"] == "sum" else 1)
                 )
-
-
-STOPS = [
-    (1, 0.5, -0.5, -0.5),
-    (1, 1.0, -1.0, -1.0),
-    (1, 1.25, -1.25, -1.25),
-    (1, 1.5, -1.28, 0.0),
-    (1, 40.0, -1.28, 0.0),
-]
-STOPS += [
-    (-1, 0.5, 0.8, 0.0),
-    (-1, 0.85, 0.85, 0.85),
-    (-1, 1.5, 1.5, 1.5),
-    (-1, 2.9, 2.9, 2.9),
-    (-1, 3.1, 3.0, 0.0),
-]
-STOPS += [(-1, 40.0, 3.0, 0.0), (0, 40.0, 0.0, 0.0), (0, 0.01, 0.0, 0.0)]
-
-
-@pytest.mark.parametrize("advantage, ratio, value, slope", STOPS)
-def test_where_the_gradient_stops(advantage, ratio, value, slope) -> None:
-    """Clip (0.2, 0.28), dual clip 3: a gain stops above 1.28, a loss below 0.8 and above 3."""
-    logprob = torch.tensor([math.log(ratio) - 2.0], dtype=torch.float64, requires_grad=True)
-    old, advantages = torch.full((1,), -2.0).double(), torch.tensor(float(advantage)).double()
-    loss = ppo_loss(logprob, old, advantages, clip=(0.2, 0.28), dual_clip=3.0)
-    got = loss.item(), float(torch.autograd.grad(loss, logprob)[0])
-    assert got == pytest.approx((value, slope), abs=1e-14)
 
 
 @forms
@@ -315,6 +290,10 @@ def test_beta() -> None:
     for more in without:
         testing.assert_same_bits(grpo_loss(*arguments, beta=controller, **more), plain, "beta 0")
     assert torch.autograd.grad(losses[1], learned, allow_unused=True) == (None,)
+    # A KL may be constant where nothing is trained.
+    constant = {"kl": torch.ones(B, T), "beta": 0.1}
+    with torch.no_grad():
+        assert grpo_loss(*arguments, **constant).item() == pytest.approx(plain.item() + 0.1)
 
 
 # ---- masks, empty batches, types
@@ -408,11 +387,3 @@ def test_types(dtype) -> None:
         testing.assert_same_bits(loss, grpo_loss(*same, ref_logprob=ref, beta=0.1), str(dtype))
     assert torch.autograd.grad(loss, others, allow_unused=True, retain_graph=True) == (None, None)
     assert loss.dtype == torch.float32 and torch.autograd.grad(loss, made.logprob)[0].dtype == dtype
-
-
-def test_a_constant_kl_where_nothing_is_trained() -> None:
-    logprob, more = torch.zeros(2, 3, requires_grad=True), {"kl": torch.ones(2, 3), "beta": 0.1}
-    with torch.no_grad():
-        losses = [grpo_loss(logprob, None, torch.zeros(2), **more)]
-    losses.append(grpo_loss(logprob.detach(), None, torch.zeros(2), **more))
-    assert [loss.item() for loss in losses] == pytest.approx([0.1, 0.1])

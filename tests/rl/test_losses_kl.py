@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 import fastkl
 from fastkl import testing
-from fastkl.rl.losses import DPOLoss, dpo_loss, grpo_loss
+from fastkl.rl import DPOLoss, dpo_loss, grpo_loss
 
 V = 5
 
@@ -126,6 +126,7 @@ def test_dpo_is_the_published_one(beta, smoothing, dtype) -> None:
     ):
         assert value.shape == (8,) and not value.requires_grad
         testing.assert_near(value, reward, 0.0, tolerance, "reward")
+    assert isinstance(result, DPOLoss)
     assert {value.dtype for value in result} == {
         torch.float64 if dtype == torch.float64 else torch.float32
     }
@@ -165,46 +166,8 @@ def test_dpo_in_closed_form(values, loss, slopes, dtype) -> None:
 
 
 def test_dpo_at_its_marks() -> None:
-    """With smoothing ε the best margin is log((1-ε)/ε); NaN is not hidden; without a pair the loss
-    is 0.
-    """
-    best = torch.full((1,), math.log(0.9 / 0.1) / 0.5, dtype=torch.float64, requires_grad=True)
-    loss = dpo_loss(best, *[torch.zeros(1).double()] * 3, beta=0.5, label_smoothing=0.1).loss
-    assert loss.item() == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1), rel=1e-14)
-    assert abs(float(torch.autograd.grad(loss, best)[0])) < 1e-16
+    """NaN is not hidden; without a pair the loss is 0."""
     assert dpo_loss(torch.tensor([math.nan]), *[torch.zeros(1)] * 3).loss.isnan()
     none = torch.zeros(0, requires_grad=True)
     result = dpo_loss(none, *[torch.zeros(0)] * 3)
     assert result.loss.item() == 0.0 and torch.autograd.grad(result.loss, none)[0].shape == (0,)
-    assert DPOLoss._fields == ("loss", "chosen_reward", "rejected_reward", "margin")
-
-
-@pytest.mark.parametrize("beta", [0.05, 1.0])
-def test_the_identity_of_dpo(beta) -> None:
-    """For π* ∝ π_ref·exp(r/beta) margins are those of r; a policy trained on all pairs, labelled as
-    exp(r) says, ends at π*.
-    """
-    generator = torch.Generator().manual_seed(4)
-    log_ref, reward = (
-        torch.randn(3, V, generator=generator).double().log_softmax(-1),
-        torch.randn(3, V, generator=generator).double(),
-    )
-    logits = (log_ref + reward / beta).requires_grad_()
-    log_best = logits.log_softmax(-1)
-    first, second = torch.tensor(list(itertools.permutations(range(V), 2))).unbind(-1)
-    margin = reward[:, first] - reward[:, second]
-    pairs = [log[:, of].flatten() for log in (log_best, log_ref) for of in (first, second)]
-    result = dpo_loss(*pairs, beta=beta)
-    torch.testing.assert_close(result.margin.view(3, -1), margin, rtol=1e-12, atol=1e-12)
-    constant = result.chosen_reward.view(3, -1) - reward[:, first]
-    torch.testing.assert_close(
-        constant, constant[:, :1].expand_as(constant), rtol=1e-12, atol=1e-12
-    )
-    losses = torch.stack(
-        [
-            dpo_loss(*(each[i : i + 1] for each in pairs), beta=beta).loss
-            for i in range(margin.numel())
-        ]
-    )
-    preferred = torch.sigmoid(margin).flatten()  # Bradley and Terry
-    assert float(torch.autograd.grad((preferred * losses).sum(), logits)[0].abs().max()) < 1e-13

@@ -1,5 +1,5 @@
-"""Where the losses run (meta tensors, one graph, no synchronisation), the clamp of their KL and the
-divisor of their means.
+"""Losses and rewards on meta tensors, in one graph and without synchronisation; the clamp of the KL
+and the divisor of the means.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ def every_loss(made, flat, mask: torch.Tensor, bounds: torch.Tensor) -> list[tor
     for values, counts, where in ((made, mask, {}), (flat, mask.flatten(), {"cu_seqlens": bounds})):
         for call, more in FORMS:
             more = more if more["reduction"] == "sum" else {**more, "normalizer": count}
-            for kl in KLS if call is grpo_loss else KLS[:1]:
+            kls = ("corrected",) if where else KLS
+            for kl in kls if call is grpo_loss else KLS[:1]:
                 settings = {**more, **where, **penalty(values, kl)}
-                for per in (values.per_token, values.per_sequence):
-                    losses.append(call(values.logprob, values.old, per, counts, **settings))
+                # Alternately, so that both have every form.
+                per = values.per_token if len(losses) % 3 else values.per_sequence
+                losses.append(call(values.logprob, values.old, per, counts, **settings))
+        for scores in (values.per_token, values.per_sequence):
+            rewards = shape_rewards(scores, values.old, torch.tensor(0.3), counts, **where)
+            losses.append((rewards * values.logprob).sum())
     losses.append(ppo_loss(made.logprob, None, made.per_sequence, dual_clip=3.0))
     sums = [value.sum(-1) for value in (made.logprob, made.old, made.ref, made.per_token)]
     return [*losses, dpo_loss(*sums, normalizer=count).loss]
@@ -77,7 +82,7 @@ def test_no_synchronisation() -> None:
 
 @pytest.mark.parametrize(
     "bounds",
-    [[0, 5, 10], [0, 5, 16], [1, 5, 15], [0, 10, 5, 15], [0, 20, 15], [-3, 5, 15], [15]],
+    [[0, 5, 16], [1, 5, 15], [0, 10, 5, 15], [0, 20, 15], [-3, 5, 10], [15]],
     ids=str,
 )
 def test_wrong_boundaries(bounds) -> None:
@@ -86,13 +91,21 @@ def test_wrong_boundaries(bounds) -> None:
     """
     torch._dynamo.reset()
     logprob, cu_seqlens = torch.zeros(15, requires_grad=True), torch.tensor(bounds)
+    mask = torch.arange(15) % 4 != 1
+    rewards = torch.compile(shape_rewards, backend="eager", fullgraph=True)
+    for scores in (torch.zeros(len(bounds) - 1), torch.zeros(15)):
+        arguments = scores, torch.zeros(15), 0.3, mask
+        with pytest.raises(ValueError, match="^cu_seqlens: expected .*, got .*; "):
+            shape_rewards(*arguments, cu_seqlens=cu_seqlens)
+        got = rewards(*arguments, cu_seqlens=cu_seqlens)
+        assert torch.equal(got.isnan(), mask) and not bool(got.nan_to_num(0.0).any())
     for call in (ppo_loss, grpo_loss):
         for advantages in (torch.ones(len(bounds) - 1), torch.ones(15)):
             with pytest.raises(ValueError, match="^cu_seqlens: expected .*, got .*; "):
                 call(logprob, None, advantages, cu_seqlens=cu_seqlens)
-            compiled = torch.compile(call, backend="eager", fullgraph=True)
-            loss = compiled(logprob, None, advantages, cu_seqlens=cu_seqlens)
-            assert loss.isnan() and not bool(torch.autograd.grad(loss, logprob)[0].any())
+        compiled = torch.compile(call, backend="eager", fullgraph=True)
+        loss = compiled(logprob, None, advantages, cu_seqlens=cu_seqlens)
+        assert loss.isnan() and not bool(torch.autograd.grad(loss, logprob)[0].any())
 
 
 LOGPROB = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -0.1, -1.0]])
@@ -109,18 +122,15 @@ CHANGING = {
 }
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", CHANGING)
-def test_a_schedule_does_not_recompile(name, backend) -> None:
+@pytest.mark.parametrize("loss", CHANGING.values(), ids=CHANGING)
+def test_a_schedule_does_not_recompile(loss) -> None:
     """With a graph per value the last ones would be errors; "aot_eager" takes more numbers as
-    constants, as inductor does.
+    constants than "eager", as inductor does.
     """
     torch._dynamo.reset()
-    compiled = torch.compile(CHANGING[name], backend=backend, fullgraph=True)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for i in range(1, 3 + torch._dynamo.config.recompile_limit):
-        assert compiled(0.07 * i).item() == pytest.approx(
-            CHANGING[name](0.07 * i).item(), rel=1e-6
-        ), i
+        assert compiled(0.07 * i).item() == pytest.approx(loss(0.07 * i).item(), rel=1e-6), i
 
 
 # ---- the clamp of the KL, and the divisor of the means

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import pickle
 import random
-import re
 import statistics
 
 import pytest
-import torch
 
 from fastkl.rl.spikes import SpikeDetector
 
@@ -59,42 +54,28 @@ def stepping(
     return lambda step: level * factor if at <= step < until else before
 
 
-def claims(words: str) -> dict[float, float]:
-    """The docstring's figures, by the deviation of the noise."""
-    (line,) = [line for line in SpikeDetector.__doc__.splitlines() if words in line]
-    figures = re.findall(r"\d+(?:\.\d+)?", line.rpartition(":")[2])
-    return dict(zip(DEVIATIONS, map(float, figures), strict=True))
+# False alarms per 1000 steps at most, and jumps in 200 that ring at least, by the deviation of the
+# noise: the docstring's figures. 1500 runs gave 100, 100, 93 and 58 % of the jumps.
+FALSE = {"normal": (0.1, 0.1, 0.1, 0.2)}
+FALSE |= {"correlated": (0.1, 0.1, 0.6, 1.1), "heavy": (0.5, 1.5, 2.0, 2.5)}
+CAUGHT = (200, 200, 180, 110)
 
 
-@pytest.mark.parametrize("deviation", DEVIATIONS)
-@pytest.mark.parametrize(
-    "kind, words",
-    [
-        ("normal", "at most, normal noise"),
-        ("correlated", "correlated by"),
-        ("heavy", "heavy tails"),
-    ],
-)
-def test_false_alarms(kind, words, deviation) -> None:
+@pytest.mark.parametrize("index, deviation", enumerate(DEVIATIONS))
+@pytest.mark.parametrize("kind", FALSE)
+def test_false_alarms(kind, index, deviation) -> None:
     """On stationary noise it rings as seldom as its docstring says."""
     # The docstring's figures are those of 200 000 steps, rounded up; 20 000 of them at a rate of 1
     # per 1000 vary by a quarter.
-    false = len(run(lambda step: LEVEL, 20_000, deviation, seed=3, kind=kind)) / 20
-    assert false <= claims(words)[deviation] and (
-        kind != "normal" or claims(words)[deviation] <= 0.2
-    )
+    rings = run(lambda step: LEVEL, 20_000, deviation, seed=3, kind=kind)
+    assert len(rings) / 20 <= FALSE[kind][index]
 
 
-@pytest.mark.parametrize("deviation", DEVIATIONS)
-def test_lasting_jump_rings_within_5_steps(deviation) -> None:
-    """A jump to 3 times the KL rings in as many runs as the docstring says; 1500 runs gave 100,
-    100, 93 and 58 %.
-    """
-    caught = sum(
-        any(step >= 90 for step in run(stepping(90, 3), 95, deviation, seed)) for seed in range(200)
-    )
-    claimed = claims("ring within 5 steps")
-    assert caught >= claimed[deviation] * 2 and claimed[0.1] == claimed[0.2] == 100
+@pytest.mark.parametrize("least, deviation", zip(CAUGHT, DEVIATIONS, strict=True))
+def test_lasting_jump_rings_within_5_steps(least, deviation) -> None:
+    """A jump to 3 times the KL rings in as many runs as the docstring says."""
+    rings = [run(stepping(90, 3), 95, deviation, seed) for seed in range(200)]
+    assert sum(max(each, default=0) >= 90 for each in rings) >= least
 
 
 GROWTH = {
@@ -160,35 +141,12 @@ def test_a_jump_rings_once() -> None:
     """One strong step rings there and nowhere else; a KL that sets off by a whole floor per step
     rings once.
     """
-    for seed in range(20):
-        assert run(stepping(80, 3, until=81), 160, 0.1, seed) == [80]
-    growth = [
-        len(run(lambda step: max(0.0, FLOOR * (step - 100)), 300, 0.1, seed)) for seed in range(10)
-    ]
-    assert growth.count(1) >= 9
+    assert all(run(stepping(80, 3, until=81), 160, 0.1, seed) == [80] for seed in range(20))
+    growth = [run(lambda step: max(0.0, FLOOR * (step - 100)), 300, 0.1, s) for s in range(10)]
+    assert sum(len(rings) == 1 for rings in growth) >= 9
     for recent in (5, 8, 15):  # silent once most of the last steps are of the new level
         rings = run(stepping(60, 10, level=0.1), 300, 0.0, detector=SpikeDetector(recent=recent))
         assert rings == list(range(60, 60 + recent // 2 + 1))
-
-
-DEMO = {
-    38: "0.00 0.00 0.01 0.02 0.04 0.07 0.10 0.12 0.17 0.19 0.30 0.35 0.49 0.67 0.82 0.93 1.23 "
-    "1.45 1.43 1.63 1.87 1.85 1.81 "
-    "1.74 1.95 1.95 2.01 1.92 2.05 2.01 2.01 1.99 2.19 2.72 3.35 6.22 8.19 10.99 10.95 11.88",
-    28: "0.00 0.00 0.01 0.02 0.04 0.05 0.07 0.13 0.15 0.20 0.31 0.51 0.60 0.91 1.04 1.17 1.48 "
-    "1.55 1.65 1.74 1.86 2.01 2.28 "
-    "4.91 5.95 8.82 9.21 10.20 10.26 10.46 10.47 10.49 10.58 10.44 10.66 10.47",
-}
-
-
-@pytest.mark.parametrize("by, series", DEMO.items())
-def test_runs_of_the_demo(by, series) -> None:
-    """With the demo's settings it rings where the policy finds the hole in the reward, and not
-    before.
-    """
-    detector, values = SpikeDetector(2.0, recent=5, floor=0.5), list(map(float, series.split()))
-    rings = [step for step, value in enumerate(values, 1) if detector.update(value)]
-    assert next(step for step, value in enumerate(values, 1) if value > 4) <= rings[0] <= by
 
 
 # ---- the definition
@@ -274,60 +232,3 @@ def test_not_finite_rings_and_is_forgotten(bad) -> None:
     ]
     before = detector.state_dict()
     assert detector.update(bad) and detector.state_dict() == before
-
-
-# ---- memory
-
-
-@pytest.mark.parametrize("at", [0, 10, 20, 91])
-def test_goes_on_from_a_copy(at) -> None:
-    """A copy, a pickle and a state, also between two steps of rising evidence, ring where the
-    original does.
-    """
-    drawn = noise("normal", 0.002, random.Random(2))
-    # 1.77 is a little more than the root of 3: one step of it is evidence, but not enough.
-    values = [LEVEL * (1.77 if step >= 90 else 1) * math.exp(next(drawn)) for step in range(120)]
-    detector, other = SpikeDetector(), SpikeDetector()
-    for value in values[:at]:
-        detector.update(value)
-    other.load_state_dict(json.loads(json.dumps(detector.state_dict())))
-    others = [other, copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))]
-    assert at != 91 or detector.state_dict()["evidence"] > 6
-    rings = [detector.update(value) for value in values[at:]]
-    assert rings.index(True) + at == 91
-    for other in others:
-        assert [
-            other.update(value) for value in values[at:]
-        ] == rings and other.state_dict() == detector.state_dict()
-
-
-WRONG_STATES = [
-    ("class", "AdaptiveBeta"),
-    ("beta", 1.0),
-    *(("recent", value) for value in (4, torch.ones(2))),
-    ("window", 16),
-    *(("floor", value) for value in (0.5, None)),
-    *(("levels", value) for value in (None, [0.0] * 16, [None])),
-    *(("residuals", value) for value in (["0.1"], [None, math.nan])),
-    *(("evidence", value) for value in (None, math.inf, -0.5)),
-]
-
-
-@pytest.mark.parametrize("name, value", WRONG_STATES)
-def test_wrong_states(name, value) -> None:
-    """Another class's, an incomplete, a damaged or a differently set detector's state changes
-    nothing.
-    """
-    detector = SpikeDetector()
-    detector.update(LEVEL)
-    before = detector.state_dict()
-    with pytest.raises(ValueError, match=f"^state: expected .*{name}"):
-        detector.load_state_dict({**before, name: value})
-    for state in (
-        None,
-        {key: entry for key, entry in before.items() if key != name or key == "beta"},
-    ):
-        if state != before:
-            with pytest.raises(ValueError, match="^state: expected"):
-                detector.load_state_dict(state)
-    assert detector.state_dict() == before

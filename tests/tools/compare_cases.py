@@ -1,5 +1,7 @@
 """Tiny random checkpoints and texts for the tests of `fastkl compare`."""
 
+import functools
+import itertools
 import json
 import math
 import re
@@ -15,8 +17,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from fastkl.tools import cli  # noqa: E402
-from fastkl.tools.compare import loading, measure, run  # noqa: E402
-from fastkl.tools.compare.settings import Settings  # noqa: E402
+from fastkl.tools.compare import Settings, loading, measure, run  # noqa: E402
 
 WORDS = (
     "the cat sat on a mat while naïve café 日本 readers of <b>bold</b> & 'quoted' text looked on.\n"
@@ -123,7 +124,7 @@ def make_loads(monkeypatch):
 
 # ---- the truth
 
-COLUMNS = measure.TOKEN.names[5:]
+COLUMNS = measure.VALUES
 # A logit of up to 20, in float32. Where it is off by this much, so is its log-probability, and by
 # as much again through the sum; an entropy and a KL by this times the log-probabilities and
 # log-ratios that weigh it, of 2 and 4 nats in the mean; the JSD's log-ratios stay below ln 2.
@@ -131,26 +132,36 @@ LOGIT = 20 * float(np.finfo(np.float32).eps)
 TOLERANCE = {"kl_ab": 4 * LOGIT, "kl_ba": 4 * LOGIT, "jsd": LOGIT, "top_a": 0, "top_b": 0}
 
 
-@torch.no_grad()
-def log_probs(name, ids, context, overlap, columns):
-    """[n - 1, V] in float64: each token from the inputs of its window, by arithmetic of its own."""
+@functools.lru_cache(8)
+def wide_model(name):
+    """The checkpoint in float64, with its adapter."""
     source, adapter = name, Path(name, "adapter_config.json")
     if adapter.exists():
         source = json.loads(adapter.read_text())["base_model_name_or_path"]
-    config, rows = transformers.AutoConfig.from_pretrained(source), []
+    config = transformers.AutoConfig.from_pretrained(source)
     model = getattr(transformers, config.architectures[0])
     model = model.from_pretrained(source, dtype=torch.float64).eval()
     if adapter.exists():
         peft = pytest.importorskip("peft").PeftModel
         model = peft.from_pretrained(model, name, autocast_adapter_dtype=False).double().eval()
-    for target in range(1, len(ids)):
-        number = max(0, math.ceil((target - context) / (context - overlap)))
-        window = torch.tensor([ids[number * (context - overlap) : target]])
-        marked = config.model_type == "paligemma"
+    return model, config.model_type == "paligemma"
+
+
+@torch.no_grad()
+def log_probs(name, ids, context, overlap, columns):
+    """[n - 1, V] in float64: each token from the first window that reaches it."""
+    (model, marked), rows = wide_model(name), []
+    step = context - overlap
+    start_of = lambda target: max(0, math.ceil((target - context) / step)) * step  # noqa: E731
+    for start, targets in itertools.groupby(range(1, len(ids)), start_of):
+        targets = list(targets)
+        window = torch.tensor([ids[start : targets[-1]]])
         more = {"token_type_ids": torch.ones_like(window)} if marked else {}
-        logits = model(input_ids=window, use_cache=False, **more).logits[0, -1]
-        rows.append(logits[list(columns)].log_softmax(-1))
-    return torch.stack(rows)
+        logits = model(input_ids=window, use_cache=False, **more).logits[
+            0, targets[0] - 1 - start :
+        ]
+        rows.append(logits[:, list(columns)].log_softmax(-1))
+    return torch.cat(rows)
 
 
 def truth(a, b, ids, context=256, overlap=0, columns=range(VOCABULARY)):

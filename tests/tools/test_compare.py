@@ -1,10 +1,7 @@
 """`fastkl compare` with tiny random checkpoints: its values against plain float64."""
 
-import contextlib
 import math
 import shutil
-import tracemalloc
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,22 +14,20 @@ from compare_cases import (  # noqa: E402
     SIZES,
     TOLERANCE,
     VOCABULARY,
-    WORDS,
     assert_true,
+    cli_run,
     compare,
     make_files,  # noqa: F401
     make_tokenizer,
     save,
     truth,
 )
-from memory import allocations  # noqa: E402
 
 import fastkl  # noqa: E402
-from fastkl.tools.compare import inputs, loading, measure, report, run  # noqa: E402
-from fastkl.tools.compare.settings import CompareError, Settings  # noqa: E402
+from fastkl.tools.compare import inputs, loading, measure, report  # noqa: E402
 
 
-@pytest.mark.parametrize("context, overlap", [(256, 0), (16, 4), (9, 8), (40, 0)])
+@pytest.mark.parametrize("context, overlap", [(256, 0), (16, 4)])
 def test_values_and_figures_are_those_of_plain_float64(files, context, overlap):
     tokens, result, ids = compare(files, files.a, files.b, context=context, overlap=overlap)
     parts = [truth(files.a, files.b, document, context, overlap) for document in ids]
@@ -81,11 +76,6 @@ MODELS = {
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4},
         (1.0, None),
     ),
-    f"Mistral3{SEEN}": (
-        {"text_config": {**TEXT, "model_type": "mistral"}, "image_token_index": 290}
-        | {"vision_config": {**VISION, "model_type": "pixtral"}},
-        (1.0, None),
-    ),
     f"Llava{SEEN}": (
         {"text_config": {**TEXT, "model_type": "llama"}, "image_token_index": 290}
         | {"vision_config": {**VISION, "model_type": "clip_vision_model"}},
@@ -97,16 +87,8 @@ MODELS = {
         | {"projection_dim": 32, "hidden_size": 32},
         (1.0, None),
     ),
-    f"Qwen2VL{SEEN}": (
-        {**QWEN, "vision_config": {**QWEN_VISION, "embed_dim": 32, "mlp_ratio": 2}},
-        (1.0, None),
-    ),
     f"Qwen2_5_VL{SEEN}": (
         {**QWEN, "vision_config": {**QWEN_VISION, **WIDE, "fullatt_block_indexes": [0]}},
-        (1.0, None),
-    ),
-    f"Qwen3VL{SEEN}": (
-        {**QWEN} | {"vision_config": {**QWEN_VISION, **WIDE, "deepstack_visual_indexes": [0]}},
         (1.0, None),
     ),
     f"Llama4{SEEN}": (
@@ -134,37 +116,23 @@ def test_the_heads_of_families(files, tmp_path, name):
     assert (about["class"], about["logit_scale"], about["logit_softcap"]) == (name, *form)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_after_the_other_gives_the_same_bits(files, dtype):
     options = {"context": 32, "overlap": 8, "dtype": dtype}
     ways = [compare(files, files.a, files.padded, sequential=way, **options) for way in (0, 1)]
     assert ways[0][0].tobytes() == ways[1][0].tobytes() and ways[0][1] == ways[1][1]
     same = compare(files, files.a, files.a, **options)
     assert not any(same[0][name].any() for name in measure.DIVERGENCES)
-    assert same[1]["sentence"].startswith("A and B are the same")
 
 
-def test_units_and_totals_do_not_depend_on_by(files, monkeypatch):
-    monkeypatch.setattr(measure, "BLOCK", 7)
-    for by in ("document", "line"):
-        _, result, _ = compare(files, files.a, files.b, by=by, top=1000)
-        units, summary = result["units"], result["summary"]
-        means = [unit["kl_ab"] for unit in units]
-        assert means == sorted(means, reverse=True)
-        assert max(unit["max_kl_ab"] for unit in units) == summary["kl_ab"]["max"]
-        counts = [unit["tokens"] for unit in units]
-        for name, mean in (
-            ("kl_ab", summary["kl_ab"]["mean"]),
-            ("same_top1", summary["same_top1"]),
-        ):
-            assert np.average([unit[name] for unit in units], weights=counts) == pytest.approx(mean)
-        assert {unit["document"] for unit in units} == {"one.txt", "two & <b>.txt"}
-    top = [entry["kl_ab"] for entry in result["top"]]
-    assert top == sorted(top, reverse=True) and len(top) == sum(counts) == summary["tokens"]
-    places = {(entry["document"], entry["line"]) for entry in result["top"]}
-    assert places == {(unit["document"], unit["line"]) for unit in units}
-    few = compare(files, files.a, files.b, by="line", top=3)[1]
-    assert few["units"] == units[:3] and few["top"] == result["top"][:3]
+def test_too_little_room_for_hidden_states_is_known_before_they_are_made(
+    files, monkeypatch, capsys
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    monkeypatch.setattr(loading.Model, "hidden", lambda *_: pytest.fail("the model runs"))
+    arguments = (files.a, files.b, "--text", *files.text, "--device", "cpu", "--sequential")
+    code, shown, said = cli_run(capsys, *arguments)
+    assert (code, shown) == (1, "") and "error: No space left for " in said and "TMPDIR" in said
 
 
 def test_a_token_in_front_gives_the_first_its_context(files, tmp_path):
@@ -193,16 +161,13 @@ def grown(files, folder, *tokens, rows=VOCABULARY + 4, source="b"):
     return str(folder)
 
 
-@pytest.mark.parametrize("rows", [VOCABULARY + 4, None])
-def test_tokens_that_one_model_added_are_left_out_and_named(files, tmp_path, rows):
-    tuned = grown(files, tmp_path / "tuned", "<pad>", "<call>", rows=rows)
-    other = grown(files, tmp_path / "other", "<other>", "<pad>", source="a", rows=rows)
+def test_tokens_that_one_model_added_are_left_out_and_named(files, tmp_path):
+    """Whether its lm_head has rows for them or not; padding rows are cut."""
+    tuned = grown(files, tmp_path / "tuned", "<pad>", "<call>")
+    other = grown(files, tmp_path / "other", "<other>", "<pad>", source="a", rows=None)
     for a, b, left, options in (
-        (files.a, tuned, ([], ["<pad>", "<call>"]), {}),
-        (tuned, files.a, (["<pad>", "<call>"], []), {}),
         (other, tuned, (["<other>", "<pad>"], ["<pad>", "<call>"]), {}),
         (files.a, files.padded, ([], []), {}),
-        (files.padded, files.a, ([], []), {}),
         (files.a, tuned, ([], ["<pad>", "<call>"]), {"tokenizer": "B"}),
         (files.a, tuned, ([], []), {"tokenizer": "A"}),
     ):
@@ -270,98 +235,3 @@ def test_forbidden_entries_and_small_divergences():
         logs = ((log.exp() * (log - mixture)).nan_to_num(0.0).sum(-1) for log in (log_p, log_q))
         np.testing.assert_allclose(values["jsd"], sum(logs) / 2, rtol=rtol, atol=0)
         assert np.isinf(values["kl_ab"]).tolist() == torch.isinf(other[:, 3]).tolist()
-
-
-class Odd(torch.nn.Module):
-    """Looks like a model of transformers; `change` is done to its logits, `mix` to its states."""
-
-    def __init__(self, change=None, mix=None, **config):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20)
-        self.change, self.mix = change or torch.nn.Identity(), mix or torch.nn.Identity()
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**config))
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def base_model(self, input_ids, use_cache):
-        return SimpleNamespace(last_hidden_state=self.mix(self.embed(input_ids)))
-
-    def forward(self, input_ids, use_cache):
-        states = self.base_model(input_ids, use_cache).last_hidden_state
-        return SimpleNamespace(logits=self.change(self.head(states)))
-
-
-@pytest.mark.parametrize(
-    "change, mix, expected",
-    [
-        (lambda logits: logits * 1.01, None, "got logits off by"),
-        (lambda logits: logits + torch.arange(20) / 20, None, "got logits off by"),
-        (lambda logits: logits[..., :15], None, "got 15 logits beside an lm_head of 20 rows"),
-        (lambda logits: logits * math.nan, None, "expected finite logits"),
-        (None, lambda hidden: hidden + hidden.mean(1, keepdim=True), "on tokens that follow"),
-    ],
-)
-@torch.no_grad()
-def test_a_head_that_is_not_the_models_own_is_refused(change, mix, expected):
-    loading.Model("MODEL_A", "odd", Odd()).check(torch.arange(10))
-    with pytest.raises(CompareError, match=f"^MODEL_A: .*{expected}"):
-        loading.Model("MODEL_A", "odd", Odd(change, mix)).check(torch.arange(10))
-    odd = Odd()
-    odd.head = None
-    with pytest.raises(CompareError, match="^MODEL_A: .*without an lm_head"):
-        loading.Model("MODEL_A", "odd", odd)
-
-
-@pytest.mark.parametrize("power", [1, -1])
-@torch.no_grad()
-def test_the_best_scale_is_taken_and_not_the_first_that_fits(power):
-    """In bfloat16 either reading of a scale near 1 is within rounding of the other."""
-    odd = Odd(lambda logits: logits * 1.01**power, logits_scaling=1.01).bfloat16()
-    model = loading.Model("MODEL_A", "odd", odd)
-    model.check(torch.arange(20))
-    assert model.head.logit_scale == 1.01**power and model.head.softcap is None
-
-
-# ---- memory
-
-
-@pytest.fixture
-def sized(files, tmp_path, monkeypatch):
-    """A function of a number of repetitions: everything from text to page, without loading."""
-    for module, name, value in ((measure, "BLOCK", 128), (inputs, "PIECE", 1024)):
-        monkeypatch.setattr(module, name, value)
-    names = (files.a, files.b)
-    loaded = {name: loading.Checkpoint("MODEL", name).load("auto", "cpu") for name in names}
-    monkeypatch.setattr(loading.Checkpoint, "load", lambda self, *rest: loaded[self.name])
-    bar = SimpleNamespace(update=lambda count: None)
-    monkeypatch.setattr(measure, "progress", lambda *_, **options: contextlib.nullcontext(bar))
-
-    def work(repeats):
-        path = tmp_path / f"{repeats}.txt"
-        path.write_text(WORDS * repeats, encoding="utf-8")
-        options = {"by": "line", "top": 3, "context": 128, "sequential": True}
-        store = measure.Store()
-        tokenizer, result = run.compare(Settings(*names, (path,), **options), store)
-        for _ in report.page(result, store, tokenizer.label):
-            pass
-        return result["summary"]["tokens"]
-
-    return work
-
-
-def test_memory_does_not_grow_with_the_text(sized):
-    sized(30)  # fills caches
-    found = []
-    for repeats in (30, 120):
-        tracemalloc.start()
-        tokens = sized(repeats)
-        found.append((tokens, tracemalloc.get_traced_memory()[1]))
-        tracemalloc.stop()
-    (few, peak), (many, more) = found
-    held = (many - few) * measure.TOKEN.itemsize
-    # What transformers leaves to the garbage collector comes and goes: some 50 kB.
-    assert held > 250_000 and more - peak < held / 3, (found, held)
-    peaks = [allocations(lambda repeats=repeats: sized(repeats))["peak"] for repeats in (5, 20)]
-    assert peaks[0] == peaks[1]

@@ -17,6 +17,8 @@ from compare_cases import (
     transformers,
 )
 
+from fastkl.tools.compare import CompareError, loading
+
 CHAT = b'{"messages": [{"role": "user", "content": "x"}]}'
 
 
@@ -101,8 +103,8 @@ OTHER = "MODEL_B: expected the tokenizer of MODEL_A, got "
         ("bare", "MODEL_B: expected a causal LM that can be loaded, got ", 2),
         ("pickle", "MODEL_B: expected a causal LM that can be loaded, got .*[Ww]eights", 2),
         ("headless", "MODEL_B: expected a causal LM with all its weights, got ", 2),
-        ("encoder", "MODEL_B: expected a causal LM, got .* on tokens that follow", 2),
-        ("nan", "MODEL_B: expected finite logits, got NaN from ", 2),
+        ("encoder", "MODEL_B: expected a model whose lm_head makes its logits, got ", 2),
+        ("nan", "MODEL_B: expected .*, got .*NaN|MODEL_B: expected a model whose lm_head", 2),
     ],
 )
 def test_checkpoints_that_cannot_be_compared(files, tmp_path, capsys, loads, how, expected, count):
@@ -115,6 +117,15 @@ def test_checkpoints_that_cannot_be_compared(files, tmp_path, capsys, loads, how
     if how == "call":
         arguments = ("--text", *files.text, "--tokenizer", "A")
         assert cli_run(capsys, files.a, spoilt, *arguments)[0] == 0
+
+
+def test_a_model_that_looks_ahead(files, monkeypatch):
+    model = loading.Checkpoint("MODEL_A", files.a).load("auto", "cpu")
+    model.check(torch.arange(20))
+    own = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids: own(ids) + 9 * own(ids).mean(0))
+    with pytest.raises(CompareError, match="^MODEL_A: expected a causal LM, .* that follow"):
+        model.check(torch.arange(20))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`fastkl compare` without transformers: windows, figures on disk, the terminal and the page."""
 
-import functools
 import html.parser
 import math
 import random
@@ -19,26 +18,25 @@ NASTY = (
     "naïve 日本語 <script>alert(\"1\")</script> & \x1b[31m\x07 \u202e'x'\n\nline\ttwo </div>\n  end"
 )
 SECOND = "second file\n" * 4
-TERMINAL = functools.partial(report.terminal, True), functools.partial(report.terminal, False)
+TOPS = ("top_a", "top_b")
 
 
 @pytest.fixture
-def filled(monkeypatch):
+def filled():
     """Two documents, a character a token, with random values; their first tokens have none."""
-    monkeypatch.setattr(measure, "BLOCK", 7)
     made, generator = measure.Store(), np.random.default_rng(0)
     for name, content in (("a & <b>.txt", NASTY), ("b.txt", SECOND)):
-        start, numbers = made.count, range(len(content))
-        made.append(numbers, [1 + content[:at].count("\n") for at in numbers], list(content))
-        made.end_document(name, start, start + 1)
+        numbers = range(len(content))
+        lines = [1 + content[:at].count("\n") for at in numbers]
+        made.add(name, 1, numbers, lines, list(content))
     made.seal()
     made.tokens["scored"] = 1
     made.tokens["scored"][[0, len(NASTY)]] = 0
-    for name in measure.TOKEN.names[5:]:
-        sign = -1 if "logprob" in name else 1
-        whole = generator.integers(3, size=made.count)
-        column = sign * generator.exponential(size=made.count).round(1)
-        made.tokens[name] = whole if name in ("top_a", "top_b") else column * made.tokens["scored"]
+    for name in measure.VALUES:
+        sign, count = -1 if "logprob" in name else 1, len(made.tokens)
+        column = sign * generator.exponential(size=count).round(1)
+        made.tokens[name] = generator.integers(3, size=count) if name in TOPS else column
+        made.tokens[name] *= made.tokens["scored"]
     return made
 
 
@@ -55,19 +53,13 @@ def make_report(made, by="document"):
     return {**result, "sentence": report.sentence(result)}
 
 
-@pytest.mark.parametrize("count", [1, 2, 6, 7, 8, 100, 1000])
-def test_quantiles_are_exact(monkeypatch, count):
+@pytest.mark.parametrize("count", [1, 2, 6, 8, 1000])
+def test_quantiles_are_exact(count):
     """Those of torch.quantile and of KLMonitor: one definition everywhere."""
-    monkeypatch.setattr(measure, "BLOCK", 64)
-    special = [0.0, 0.0, 1e-45, 1e-38, math.inf]
+    special = [0.0, -0.0, 1e-45, 1e-38, math.inf]  # a zero with a sign is a zero
     column = [*np.random.default_rng(count).exponential(size=count) ** 8, *special][-count:]
     column = np.array(column, np.float32)
-    column[5::5] = -0.0  # a zero with a sign is a zero
-    made = measure.Store()
-    made.append([0] * count, [1] * count, ["x"] * count)
-    made.seal()
-    made.tokens["kl_ab"], made.tokens["scored"] = column, 1
-    found, values = measure.quantiles(made, "kl_ab"), torch.from_numpy(column).abs()
+    found, values = measure.quantiles(column), torch.from_numpy(column).abs()
     fractions = torch.tensor([0.5, 0.95, 0.99, 1.0], dtype=torch.float64)
     expected = torch.quantile(values.double(), fractions).nan_to_num(math.inf, math.inf)
     np.testing.assert_allclose(list(found.values()), expected, rtol=1e-12, atol=0)
@@ -75,7 +67,7 @@ def test_quantiles_are_exact(monkeypatch, count):
     assert all(repr(found[name]) == repr(monitored[f"kl/{name}"]) for name in ("p50", "p95", "p99"))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 def test_every_token_is_scored_once_with_its_context(seed):
     generator = random.Random(seed)
     start, context = generator.randrange(50), generator.randrange(8, 40)
@@ -110,18 +102,17 @@ def test_units_and_tokens_are_the_worst(filled, by):
         assert entry["expected_b"] == expected
 
 
-@pytest.mark.parametrize("width", [40, 80, 120])
-@pytest.mark.parametrize("by", ["document", "line"])
-def test_a_terminal_shows_all_figures_and_obeys_no_text(filled, by, width):
-    content = make_report(filled, by)
-    painted, shown = (report.text_report(content, paint, width) for paint in TERMINAL)
-    allowed = r"\x1b\[48;5;\d+m\x1b\[38;5;\d+m([^\x1b]*)\x1b\[0m"
-    assert painted != shown == re.sub(allowed, r"\1", painted)
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_terminal_shows_all_figures_and_obeys_no_text(filled, width):
+    content = make_report(filled)
+    shown = report.text_report(content, width)
+    assert shown == re.sub("\x1b\\[[70]m", "", report.text_report(content, width, color=True))
     assert all(character.isprintable() or character == "\n" for character in shown)
     for values in (content["summary"][name] for name in measure.DIVERGENCES):
         assert all(f"{value:.4g}" in shown for value in values.values())
     assert all(f"{unit['kl_ab']:.4g}" in shown for unit in content["units"])
-    assert "'<7>', …)" in shown and "'<8>'" not in shown
+    tokens = shown.partition("tokens by KL")[2].splitlines()
+    assert max(map(len, tokens[1:])) <= width
 
 
 @pytest.mark.parametrize("by", ["document", "line"])
@@ -156,7 +147,7 @@ def test_a_page_is_well_formed_and_holds_the_text(filled, by):
     assert values == [f"{value:.3g}" for value in kl]
     order = np.argsort(kl, kind="stable")
     assert (np.diff(np.array(levels)[order]) >= 0).all() and {*levels} >= {0, 8}
-    assert len(links) > 5 and links - {""} <= ids
+    assert links - {""} <= ids and len(links) > 5
 
 
 @pytest.mark.parametrize("count, dtype", [(1, "float32"), (7, "bfloat16")])

@@ -1,10 +1,9 @@
 """`fastkl demo`: the quick run once, and every algorithm and option in a tiny size."""
 
+import contextlib
 import dataclasses
+import io
 import json
-import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,24 +15,20 @@ for name in ("tokenizers", "safetensors", "matplotlib", "tqdm"):
 # After the skips: the demo needs its extra.
 from memory import allocations  # noqa: E402
 
-from fastkl.rl import FixedBeta, PIDBeta, read_jsonl  # noqa: E402
+from fastkl.rl import FixedBeta, read_jsonl  # noqa: E402
 from fastkl.tools import cli  # noqa: E402
 from fastkl.tools.demo import (  # noqa: E402
-    QUICK_RATE,
     TUNED,
     Settings,
-    choose_settings,
     report,
 )
 from fastkl.tools.demo.corpus import build_corpus  # noqa: E402
 from fastkl.tools.demo.model import (  # noqa: E402
     LanguageModel,
-    save_checkpoint,
     start_from_bigrams,
 )
 from fastkl.tools.demo.training import ALGORITHMS, choose_beta, fine_tune  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 POLICIES = ["reference", "no penalty", "with KL penalty"]
 FILES = ["curves.png", "no-penalty.jsonl", "report.json", "report.txt", "with-penalty.jsonl"]
 # 128 tokens a step, so that the logits of one are larger than any other tensor of the run; the
@@ -68,12 +63,12 @@ def tiny(algorithm="ppo", **changes):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """(stdout, report.json, folder) of one quick run."""
-    out = tmp_path_factory.mktemp("demo") / "nested" / "run"
-    command = [sys.executable, "-m", "fastkl.tools.cli", "demo", "--quick", "--save-models"]
-    command += ["--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, json.loads((out / "report.json").read_text(encoding="utf-8")), out
+    out, printed = tmp_path_factory.mktemp("demo") / "nested" / "run", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        command = ["demo", "--quick", "--save-models", "--device", "cpu", "--out", str(out)]
+        assert cli.main(command) == 0
+    numbers = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return printed.getvalue(), numbers, out
 
 
 def test_files_and_finite_numbers(demo):
@@ -107,7 +102,6 @@ def test_the_alarm_rings_in_the_unpenalised_run_alone(demo):
     monitor, series = demo[1]["monitor"], demo[1]["series"]
     rang = series["no penalty"]["alarm"].index(1.0) + 1
     assert monitor["no penalty"]["alarms"][0] == rang
-    assert abs(monitor["no penalty"]["jump"] - rang) <= 5
     assert monitor["with KL penalty"]["alarms"] == []
 
 
@@ -187,11 +181,6 @@ def test_from_hidden_states_no_step_makes_logits(start, algorithm, linear):
     assert (allocations(lambda: tuned(start, settings))["largest"] < logits) == linear
 
 
-def test_later_updates_count_their_ratios(start):
-    once, twice = (tuned(start, tiny(epochs=epochs))["kl"] for epochs in (1, 2))
-    assert twice[1] > 1.2 * once[1] > 0.0
-
-
 @each_algorithm
 def test_no_update_leaves_the_trust_region(start, algorithm):
     free = tuned(start, tiny(algorithm, max_kl=1.0), FixedBeta(0.0))
@@ -254,15 +243,6 @@ def test_command_line_chooses_the_settings(arguments, settings, tmp_path, monkey
     assert chosen == [settings]
 
 
-def test_quick_settings_and_betas():
-    quick = choose_settings(quick=True, algorithm="grpo", seed=None)
-    assert quick.policy_rate == QUICK_RATE * TUNED["grpo"]["policy_rate"] and quick.group == 8
-    fixed, steered = choose_beta(Settings(beta=0.25)), choose_beta(Settings())
-    assert isinstance(fixed, FixedBeta) and fixed.beta == 0.25
-    assert isinstance(steered, PIDBeta) and steered.unit == "token"
-    assert (steered.beta, steered.target) == (Settings().initial_beta, Settings().target_kl)
-
-
 def test_report_from_hidden_states(tmp_path):
     """With a fixed beta and a trust region, into the folder of an earlier run."""
     (tmp_path / "no-penalty.jsonl").write_text("of an earlier run\n", encoding="utf-8")
@@ -270,48 +250,21 @@ def test_report_from_hidden_states(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     numbers = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert len(read_jsonl(tmp_path / "no-penalty.jsonl")) == TINY.steps
-    for series in numbers["series"].values():
-        assert max(series["step_kl"]) <= 1e-4
-    assert set(series["beta"]) == {0.25}
-    assert math.isfinite(numbers["final"]["no penalty"]["kl"])
+    series = numbers["series"]["with KL penalty"]
+    assert max(series["step_kl"]) <= 1e-4 and set(series["beta"]) == {0.25}
+    logits = TINY.samples * TINY.response_length * numbers["corpus"]["vocabulary"]
+    assert numbers["memory"]["logits_bytes"] == 12 * logits
 
 
-def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_an_interrupt_leaves_no_file_behind(tmp_path, monkeypatch):
     seen = []
 
     def interrupted(reference, corpus, beta, settings, title, jsonl):
         jsonl.write_text("{}\n")
         seen.append(jsonl)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return fine_tune(reference, corpus, beta, settings, title)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(report, "fine_tune", interrupted)
-    monkeypatch.setattr(report, "read_run", lambda path: ({}, 0))
     monkeypatch.setattr(cli, "choose_settings", lambda **given: TINY)
-    out = tmp_path / "nested" / "run"
-    assert cli.main(["demo", "--device", "cpu", "--out", str(out)]) == 130
-    assert len(seen) == 2 and list(tmp_path.iterdir()) == []
-    assert not any(path.exists() for path in seen)
-
-
-@torch.no_grad()
-def test_checkpoints_are_the_models(start, tmp_path):
-    """transformers computes the model's logits, every parameter moved, and reads its tokens."""
-    transformers = pytest.importorskip("transformers")
-    corpus, settings = start[1], dataclasses.replace(TINY, layers=2)
-    torch.manual_seed(0)
-    model = LanguageModel(corpus.vocabulary, settings).eval()
-    for parameter in model.parameters():
-        parameter.normal_(std=0.3)
-    save_checkpoint(model, corpus, settings, tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    tokens = torch.randint(corpus.vocabulary, (3, settings.context))
-    expected = model.lm_head(model.hidden(tokens))
-    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-5, atol=1e-5)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = "class A:\n    def f(self):\n        return 'é'\n"
-    ids = corpus.tokenizer.encode(text).ids
-    assert tokenizer(text).input_ids == ids and tokenizer.decode(ids) == text
-    end = corpus.tokenizer.token_to_id("<|endoftext|>")
-    assert loaded.config.eos_token_id == tokenizer.eos_token_id == end
+    assert cli.main(["demo", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert list(tmp_path.iterdir()) == [] and not seen[0].exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import itertools
 import json
@@ -13,17 +12,14 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import check_writable
-from .settings import STDIN, STDOUT, CompareError, told
+from . import STDIN, STDOUT, CompareError, told
 
 if TYPE_CHECKING:
     from .measure import Store
 
-# Characters tokenized at once. A longer document is cut where a line begins with a word: tokenizers
-# cut there too.
-PIECE = 1 << 18
 SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
 
@@ -63,43 +59,23 @@ def check_outputs(html: Path | None, json: Path | None) -> None:
 # ---- documents
 
 
-def documents(
-    path: Path, tokenizer: Any, argument: str
-) -> Iterator[tuple[str, Iterable[str], bool]]:
-    """Yield (suffix of its name, text in pieces, written by a chat template) of each document.
+def documents(path: Path, tokenizer: Any, argument: str) -> Iterator[tuple[str, str, bool]]:
+    """Yield (suffix of its name, text, written by a chat template) of each document.
 
     A document is a whole file, or a line of a .jsonl file. argument: the model whose tokenizer has
     the chat template, as messages name it.
     """
-    if path.suffix.lower() != ".jsonl":
-        yield "", cut(_read(path)), False
-        return
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"line {number} of {str(path)!r}"
-                text, chat = _entry(where, line, tokenizer, argument)
-                yield f"#{number}", cut([text]), chat
-
-
-def _read(path: Path) -> Iterator[str]:
-    with _opened(path) as file:
-        while text := file.read(PIECE):
-            yield text
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    """Open the file, or standard input, as UTF-8: line ends stay, a byte-order mark goes."""
-    options: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "strict", "newline": ""}
     remedy = "check the name, or convert the file"
     with told("--text", "UTF-8 text in a file that can be read", repr(str(path)), remedy):
-        if path == STDIN:
-            sys.stdin.reconfigure(**options)  # type: ignore[union-attr]
-            yield sys.stdin
-        else:
-            with open(path, **options) as file:
-                yield file
+        content = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
+        text = content.decode("utf-8-sig")
+    if path.suffix.lower() != ".jsonl":
+        yield "", text, False
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"line {number} of {str(path)!r}"
+            yield f"#{number}", *_entry(where, line, tokenizer, argument)
 
 
 def _entry(where: str, line: str, tokenizer: Any, argument: str) -> tuple[str, bool]:
@@ -134,21 +110,6 @@ def _is_chat(messages: object) -> bool:
         and bool(messages)
         and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages)
     )
-
-
-def cut(texts: Iterable[str]) -> Iterator[str]:
-    """Cut texts that follow each other anew, into pieces of at most about PIECE characters."""
-    rest = ""
-    for text in texts:
-        rest += text
-        while len(rest) > PIECE:
-            piece = rest[: PIECE + 1]
-            place = re.match(r".*\n(?=\S)", piece, re.S) or re.match(r".*\S(?=\s)", piece, re.S)
-            end = place.end() if place else PIECE
-            yield rest[:end]
-            rest = rest[end:]
-    if rest:
-        yield rest
 
 
 # ---- tokens
@@ -189,7 +150,7 @@ class TextTokenizer:
         if text and "�" not in text:
             return text
         name = str(self.own.convert_ids_to_tokens(token))
-        spelling = bytes_to_unicode()  # type: ignore[no-untyped-call]
+        spelling: dict[int, str] = bytes_to_unicode()
         known = {character: byte for byte, character in spelling.items()}
         spelt = known.keys() >= set(name) and not re.fullmatch("<0x[0-9A-F]{2}>", name)
         return shown(bytes(known[character] for character in name)) if spelt else name
@@ -245,7 +206,7 @@ def _another(got: str) -> CompareError:
 def add_document(
     store: Store,
     name: str,
-    pieces: Iterable[str],
+    text: str,
     chat: bool,
     tokenizers: dict[str, TextTokenizer],
     vocabulary: Vocabulary,
@@ -254,24 +215,22 @@ def add_document(
 
     An error where the tokenizers differ on it, or a model lacks one of its tokens.
     """
-    first, start, line, context = next(iter(tokenizers.values())), store.count, 1, 0
-    for text in pieces:
-        ids, texts, starts = first.encode(text)
-        read = {
-            letter: ids if tokenizer is first else tokenizer.encode(text)[0]
-            for letter, tokenizer in tokenizers.items()
-        }
-        if store.count == start and chat:  # the template has written the special tokens
-            context = len(first.prefix) if ids[: len(first.prefix)] == first.prefix else 0
-        elif store.count == start:
-            read = {letter: tokenizers[letter].prefix + found for letter, found in read.items()}
-            context = len(first.prefix)
-            store.append(first.prefix, [1] * context, [""] * context)
-        _check_tokens(read, tokenizers, vocabulary, name)
-        newlines = [at for at, character in enumerate(text) if character == "\n"]
-        store.append(ids, [line + bisect_left(newlines, at) for at in starts], texts)
-        line += len(newlines)
-    store.end_document(name, start, start + max(1, context))
+    first = next(iter(tokenizers.values()))
+    ids, texts, starts = first.encode(text)
+    read = {
+        letter: ids if tokenizer is first else tokenizer.encode(text)[0]
+        for letter, tokenizer in tokenizers.items()
+    }
+    newlines = [at for at, character in enumerate(text) if character == "\n"]
+    lines = [1 + bisect_left(newlines, at) for at in starts]
+    context = len(first.prefix)
+    if not chat:
+        read = {letter: tokenizers[letter].prefix + found for letter, found in read.items()}
+        ids, lines, texts = first.prefix + ids, [1] * context + lines, [""] * context + texts
+    elif ids[:context] != first.prefix:  # the template writes the special tokens, or none
+        context = 0
+    _check_tokens(read, tokenizers, vocabulary, name)
+    store.add(name, max(1, context), ids, lines, texts)
 
 
 def _check_tokens(

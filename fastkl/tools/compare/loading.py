@@ -7,32 +7,25 @@ compute with the adapter beside them, and the lm_head is widened to float32 with
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from fastkl import Head
+from fastkl.integrations.transformers import head_of
 
+from . import CompareError, told
 from .inputs import TextTokenizer, readable
-from .settings import CompareError, told
 
-# Names of the constants between head and logits. The model's own logits show whether a scale
-# multiplies or divides.
-CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-# Tokens on which the head is compared with the model's own logits, and the largest difference
-# relative to the largest logit: far above each type's rounding, far below a missing constant.
-CHECKED_TOKENS = 64
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1 / 256}
 # Elements of a 16-bit weight that are widened to float32 at a time.
 WIDENED = 1 << 24
+# Tokens that show whether a model looks ahead, and the difference between hidden states, relative
+# to the largest, which rounding does not reach.
+CHECKED_TOKENS, ROUNDING = 64, 1 / 8
 # Tensors of an adapter's file with a row for each token.
 ROWS = (
     *("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight"),
@@ -81,41 +74,41 @@ def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
 
 
 class Model:
-    """A loaded causal language model; adapter, saved: what a report says of it, and its tensors."""
+    """A loaded causal language model, and its head, which gives the model's own logits."""
 
-    def __init__(
-        self,
-        argument: str,
-        name: str,
-        model: Any,
-        adapter: dict[str, str] | None = None,
-        saved: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    ) -> None:
-        self.argument, self.name, self.adapter, self._model = argument, name, adapter, model
-        self._body = model.base_model
-        if self._body is model and hasattr(model, "get_decoder"):
-            # Llama 4 has its layers in a causal LM, with a vision part beside it or without.
-            self._body = getattr(model.get_decoder(), "model", model)
+    def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
+        self.checkpoint, self.class_name = checkpoint, type(model).__name__
+        if model.base_model is model and hasattr(model, "get_decoder"):
+            # Llama 4's classes name a part that they do not have.
+            model = getattr(model, "language_model", model)
+            model.base_model_prefix = "model"
         output = model.get_output_embeddings()
-        if getattr(output, "weight", None) is None or self._body is model:
-            raise self._unsupported("one without an lm_head behind its last hidden states")
-        self.dtype, self.device = output.weight.dtype, output.weight.device
-        if any(type(module).__module__.startswith("peft.") for module in output.modules()):
+        adapted = isinstance(output, torch.nn.Module) and any(
+            type(module).__module__.startswith("peft.") for module in output.modules()
+        )
+        if adapted:
             place = next(name for name, module in model.named_modules() if module is output)
+            # The base's layer shows what follows the product, which an adapter does not change.
+            model.set_output_embeddings(
+                getattr(output, "base_layer", None) or output.original_module
+            )
+        expected, remedy = "a model whose lm_head makes its logits", "choose another model"
+        with told(checkpoint.argument, expected, f"{checkpoint.name!r}", remedy):
+            self.backbone, self.head = head_of(model)
+        if adapted:
             start = f"base_model.model.{place}."
-            own = {key.removeprefix(start): each for key, each in saved.items()}
-            self.head = widened(output, own)
-        else:
-            bias = getattr(output, "bias", None)
-            self.head = Head(output.weight.detach(), None if bias is None else bias.detach())
+            own = {key.removeprefix(start): each for key, each in checkpoint.saved.items()}
+            changed = widened(output, own)
+            self.head = self.head._replace(weight=changed.weight, bias=changed.bias)
+        self.dtype, self.device = output.weight.dtype, output.weight.device
 
     def about(self) -> dict[str, Any]:
         """Describe the model for a report."""
         return {
-            "name": readable(self.name),
-            "class": type(self._model).__name__,
+            "name": readable(self.checkpoint.name),
+            "class": self.class_name,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "adapter": self.adapter,
+            "adapter": self.checkpoint.adapter,
             "vocabulary": len(self.head.weight),
             "logit_scale": self.head.logit_scale,
             "logit_softcap": self.head.softcap,
@@ -123,69 +116,24 @@ class Model:
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Compute the last hidden states [n, H] of tokens [n]."""
-        return self._run(self._body, ids).last_hidden_state[0]  # type: ignore[no-any-return]
-
-    def _run(self, module: Any, ids: torch.Tensor) -> Any:
         ids, more = ids[None].to(self.device), {}
-        if getattr(self._model.config, "model_type", None) == "paligemma":
+        if self.checkpoint.config.model_type == "paligemma":
             # It reads a prompt from both sides and, marked by 1, its own text from left to right.
             more = {"token_type_ids": torch.ones_like(ids)}
-        return module(input_ids=ids, use_cache=False, **more)
+        output = self.backbone(input_ids=ids, use_cache=False, **more)
+        return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def check(self, ids: torch.Tensor) -> None:
-        """Settle the head's scale and cap by the model's own logits of the first tokens.
-
-        An error where none fit, or where the model looks ahead.
-        """
+        """Refuse a model that looks ahead, or whose hidden states are not finite."""
+        argument, name = self.checkpoint.argument, repr(self.checkpoint.name)
         ids = ids[:CHECKED_TOKENS]
-        own, half = (
-            self._run(self._model, part).logits[0].float()
-            for part in (ids, ids[: (len(ids) + 1) // 2])
-        )
-        if own.isnan().any():
-            got = f"NaN from {self.name!r}"
-            raise CompareError(self.argument, "finite logits", got, "another --dtype")
-        rows = len(self.head.weight)
-        if own.shape[1] != rows:
-            raise self._unsupported(f"{own.shape[1]} logits beside an lm_head of {rows} rows")
-        allowed = TOLERANCE.get(self.dtype, 1 / 32) * float(own[own.isfinite()].abs().max())
-        if (half - own[: len(half)]).abs().nan_to_num(0.0).max() > 4 * allowed:
-            raise CompareError(
-                self.argument,
-                "a causal LM",
-                f"{self.name!r}, whose logits depend on tokens that follow",
-                "choose a model that reads from left to right",
-            )
-        hidden, errors = self.hidden(ids), {}
-        owners = (self._model, self._model.config.get_text_config(), self._body)
-        scales, caps = (
-            [float(each) for each in values if isinstance(each, (int, float)) and each > 0]
-            for values in (
-                [getattr(owner, name, None) for name in names for owner in owners]
-                for names in (SCALES, CAPS)
-            )
-        )
-        scales = [1.0, *(each for value in scales for each in (value, 1 / value))]
-        for scale, cap in itertools.product(scales, [None, *caps]):
-            self.head = self.head._replace(logit_scale=scale, softcap=cap)
-            distance = (head_logits(self.head, hidden, rows) - own).abs().nan_to_num(0.0)
-            # The smallest mean wins: the largest distance is rounding, which a scale near 1 does
-            # not exceed.
-            errors[scale, cap] = float(distance.mean()), float(distance.max())
-        scale, cap = min(errors, key=errors.__getitem__)
-        self.head = self.head._replace(logit_scale=scale, softcap=cap)
-        if not (largest := errors[scale, cap][1]) <= allowed:
-            got = f"logits off by {largest:.1e} where rounding allows {allowed:.1e}"
-            raise self._unsupported(got)
-
-    def _unsupported(self, got: str) -> CompareError:
-        expected = "a model whose logits are lm_head (weight, bias, scale, soft cap) of its last"
-        return CompareError(
-            self.argument,
-            f"{expected} hidden states",
-            f"{got} from {self.name!r} ({type(self._model).__name__})",
-            "choose another model; this architecture is not supported",
-        )
+        whole, half = (self.hidden(part).float() for part in (ids, ids[: (len(ids) + 1) // 2]))
+        if whole.isnan().any():
+            raise CompareError(argument, "finite logits", f"NaN from {name}", "another --dtype")
+        if (half - whole[: len(half)]).abs().max() > ROUNDING * whole.abs().max():
+            got = f"{name}, whose logits depend on tokens that follow"
+            remedy = "choose a model that reads from left to right"
+            raise CompareError(argument, "a causal LM", got, remedy)
 
 
 # ---- checkpoints
@@ -297,5 +245,4 @@ class Checkpoint:
                     model.resize_token_embeddings(self.rows, mean_resizing=False)
                 adapted = peft.PeftModel.from_pretrained(model, self.name, torch_device="cpu")
                 model = adapted.get_base_model()
-        model = model.eval().to(device)
-        return Model(self.argument, self.name, model, self.adapter, self.saved)
+        return Model(self, model.eval().requires_grad_(False).to(device))

@@ -1,57 +1,43 @@
-"""The values of every token, on disk, and their figures: of the whole text and of its worst parts.
-
-Files without a name hold tokens and values; they are mapped and not read, so that memory holds one
-block, however long the text.
-"""
+"""The values of every token, and their figures: of the whole text and of its worst parts."""
 
 from __future__ import annotations
 
+import errno
 import gc
-import heapq
 import itertools
 import math
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import itemgetter
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 import fastkl
 
-from ..progress import progress
+from ..console import progress
+from . import CompareError
 from .inputs import Vocabulary
 from .loading import Model, head_logits
-from .settings import CompareError
 
 DIVERGENCES = ("kl_ab", "kl_ba", "jsd")
 MEANS = (*DIVERGENCES, "entropy_a", "entropy_b", "logprob_a", "logprob_b")
+VALUES = (*MEANS, "top_logprob_a", "top_logprob_b", "top_a", "top_b")
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-# A token, and the values of the two distributions before it, in nats; one without a context has
-# scored = 0.
+# Values of one token, of the two distributions before it, in nats; 0 where `scored` is.
 TOKEN = np.dtype(
-    [
-        *[
-            ("id", "<i4"),
-            ("document", "<i4"),
-            ("line", "<i4"),
-            ("text_end", "<i8"),
-            ("scored", "<i4"),
-        ],
-        *((name, "<f4") for name in (*MEANS, "top_logprob_a", "top_logprob_b")),
-        *[("top_a", "<i4"), ("top_b", "<i4")],
-    ]
+    [(name, np.int32) for name in ("id", "document", "line", "scored", "top_a", "top_b")]
+    + [("text_end", np.int64)]
+    + [(name, np.float32) for name in VALUES[:-2]]
 )
-# Tokens in memory at a time.
-BLOCK = 1 << 14
 # Logits of one model in a block: about five tensors of this many float32 are alive at a time.
 BLOCK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 Array = np.ndarray[Any, Any]
 
 
-# ---- on disk
+# ---- the text
 
 
 class Document(NamedTuple):
@@ -64,50 +50,44 @@ class Document(NamedTuple):
 
 
 class Store:
-    """Documents, their text and their tokens; once sealed, `tokens` is an array of TOKEN."""
+    """Documents, their text and their tokens, an array of TOKEN once sealed."""
 
     def __init__(self) -> None:
         self.documents: list[Document] = []
-        self.count = self.scored = self._text_bytes = 0
-        self._rows, self._content = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.tokens = np.zeros(0, TOKEN)
+        self.content = ""
+        self._parts: list[Array] = []
+        self._texts: list[str] = []
+        self._ends = [0]
 
-    def append(self, ids: Sequence[int], lines: Sequence[int], texts: Sequence[str]) -> None:
-        """Add tokens; their texts put together are the document."""
-        rows, content = np.zeros(len(ids), TOKEN), [text.encode() for text in texts]
-        ends = np.cumsum([self._text_bytes, *map(len, content)], dtype=np.int64)
-        rows["document"] = len(self.documents)
-        rows["id"], rows["line"], rows["text_end"] = ids, lines, ends[1:]
-        self.count, self._text_bytes = self.count + len(ids), int(ends[-1])
-        self._rows.write(rows.tobytes())
-        self._content.write(b"".join(content))
+    def add(
+        self, name: str, first: int, ids: Sequence[int], lines: Sequence[int], texts: Sequence[str]
+    ) -> None:
+        """Add a document, if one of its tokens, those from `first` on, has a value.
 
-    def end_document(self, name: str, start: int, first: int) -> None:
-        """Make the tokens since `start` a document, if one of them has a value."""
-        if self.count > first:
-            self.documents.append(Document(name, start, first, self.count))
-            self.scored += self.count - first
+        Its texts put together are the document.
+        """
+        if len(ids) <= first:
+            return
+        tokens = np.zeros(len(ids), TOKEN)
+        tokens["document"], tokens["id"], tokens["line"] = len(self.documents), ids, lines
+        tokens["text_end"] = self._ends[-1] + np.cumsum([len(text) for text in texts])
+        start = self.documents[-1].end if self.documents else 0
+        self.documents.append(Document(name, start, start + first, start + len(ids)))
+        self._ends.append(int(tokens["text_end"][-1]))
+        self._parts.append(tokens)
+        self._texts += texts
 
     def seal(self) -> None:
-        """Map the files, when all tokens are there."""
-        self.tokens = _mapped(self._rows, TOKEN)
-        self._text = _mapped(self._content, np.uint8)
+        """Put the documents together, when all are there."""
+        self.tokens, self.content = np.concatenate(self._parts), "".join(self._texts)
+        self._parts, self._texts = [], []
 
     def text(self, start: int, end: int) -> str:
         """Return the text of the tokens together."""
         ends = self.tokens["text_end"]
         low, high = (int(ends[at - 1]) if at else 0 for at in (start, end))
-        return bytes(self._text[low:high]).decode()
-
-    def blocks(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, Array]]:
-        """Yield (index of the first, tokens), block after block."""
-        end = self.count if end is None else end
-        for low in range(start, end, BLOCK):
-            yield low, self.tokens[low : min(low + BLOCK, end)]
-
-
-def _mapped(file: IO[bytes], dtype: Any) -> Array:
-    file.flush()
-    return np.memmap(file, dtype, "r+").view(np.ndarray)
+        return self.content[low:high]
 
 
 # ---- from windows to values
@@ -206,16 +186,20 @@ def states_of(
 
     document = store.documents[0]
     model.check(ids(document.start, min(document.start + context, document.end)))
-    options = {"unit": " tokens", "unit_scale": True, "disable": title is None}
-    with progress(None, str(title), total=store.scored, **options) as bar:
+    options: dict[str, Any] = {"unit": " tokens", "unit_scale": True, "disable": title is None}
+    scored = sum(document.end - document.first for document in store.documents)
+    with progress(None, str(title), total=scored, **options) as bar:
         for document in store.documents:
             for start, first, last in windows(document, context, overlap):
                 yield model.hidden(ids(start, last - 1))[first - 1 - start :]
                 bar.update(last - first)
 
 
-def spooled(states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Write tensors to a temporary file, all of them now; return an iterator that reads them."""
+def spooled(states: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
+    """Write tensors of `size` bytes to a temporary file, all now; return an iterator over them."""
+    if size > shutil.disk_usage(tempfile.gettempdir()).free:
+        wanted = f"No space left for {size / 1e9:.1f} GB of hidden states"
+        raise OSError(errno.ENOSPC, wanted, tempfile.gettempdir())
     file = tempfile.TemporaryFile()
     for each in states:
         pickle.dump(each.cpu().clone(), file)
@@ -244,9 +228,10 @@ def measure(
         title = f"model {letter}" if sequential else "models A and B"
         shown = title if sequential or letter == "B" else None
         read = states_of(model, store, context, overlap, shown)
-        states.append(spooled(read) if sequential and letter == "A" else read)
-        first = next(states[-1])  # checks the model
-        states[-1] = itertools.chain([first], states[-1])
+        if sequential and letter == "A":
+            size = len(store.tokens) * model.head.weight.shape[1] * model.dtype.itemsize
+            read = spooled(read, size)
+        states.append(itertools.chain([next(read)], read))  # checks the model
         heads.append(model.head)
         about.append(model.about())
         del model, read
@@ -269,36 +254,23 @@ def measure(
 
 
 def summarise(store: Store) -> dict[str, Any]:
-    """Compute means, exact quantiles and shares over all tokens with values; sums are float64."""
-    total, same = dict.fromkeys(MEANS, 0.0), 0
-    for _, tokens in store.blocks():
-        tokens = tokens[tokens["scored"] > 0]
-        same += int((tokens["top_a"] == tokens["top_b"]).sum())
-        for name in MEANS:
-            total[name] += float(tokens[name].sum(dtype=np.float64))
-    summary: dict[str, Any] = {"tokens": store.scored, "same_top1": same / store.scored}
+    """Compute means, quantiles and shares over all tokens with values; sums are float64."""
+    tokens = store.tokens[store.tokens["scored"] > 0]
+    same = tokens["top_a"] == tokens["top_b"]
+    summary: dict[str, Any] = {"tokens": len(tokens), "same_top1": float(same.mean())}
     for name in MEANS:
-        summary[name] = total[name] / store.scored
+        summary[name] = float(tokens[name].mean(dtype=np.float64))
     for name in DIVERGENCES:
-        summary[name] = {"mean": summary[name], **quantiles(store, name)}
-    columns = (tokens["kl_ab"] for _, tokens in store.blocks())
-    bound, whole = summary["kl_ab"]["p99"], total["kl_ab"]
-    above = sum(float(kl[kl > bound].sum(dtype=np.float64)) for kl in columns)
-    summary["share_above_p99"] = above / whole if 0 < whole < math.inf else 0.0
+        summary[name] = {"mean": summary[name], **quantiles(tokens[name])}
+    kl = tokens["kl_ab"].astype(np.float64)
+    above, whole = kl[kl > summary["kl_ab"]["p99"]].sum(), kl.sum()
+    summary["share_above_p99"] = float(above / whole) if 0 < whole < math.inf else 0.0
     return summary
 
 
-def quantiles(store: Store, name: str) -> dict[str, float]:
-    """Compute torch.quantile of a non-negative column; +inf between +inf and a number.
-
-    The column is sorted in a mapped file: its memory is the system's cache.
-    """
-    with tempfile.TemporaryFile() as file:
-        for _, tokens in store.blocks():
-            file.write(np.abs(tokens[name][tokens["scored"] > 0]))  # abs: no zero with a sign
-        column = _mapped(file, np.float32)
-    column.sort()
-    found = {}
+def quantiles(column: Array) -> dict[str, float]:
+    """Compute torch.quantile of a non-negative column; +inf between +inf and a number."""
+    column, found = np.sort(np.abs(column)), {}  # abs: no zero with a sign
     for title, fraction in QUANTILES.items():
         rank = fraction * (len(column) - 1)
         low, high, share = float(column[int(rank)]), float(column[math.ceil(rank)]), rank % 1
@@ -308,41 +280,39 @@ def quantiles(store: Store, name: str) -> dict[str, float]:
 
 def worst_units(store: Store, by: str, limit: int) -> list[dict[str, Any]]:
     """List units by falling mean KL(A‖B): every document, or the `limit` worst lines."""
-    units, names = [], (*DIVERGENCES, "same_top1")
-
-    def entries() -> Iterator[dict[str, Any]]:
-        for (document, line), group in itertools.groupby(_parts(store, by), itemgetter(0, 1)):
-            _, _, indices, counts, sums, largest = zip(*group, strict=True)
-            unit = {"document": document.name, "line": line, "index": indices[0]}
-            means = (sum(sums) / sum(counts)).tolist()
-            unit |= {"tokens": sum(counts), **dict(zip(names, means, strict=True))}
-            yield unit | {"max_kl_ab": max(largest)}
-
-    limit = limit if by == "line" else len(store.documents)
-    for unit in heapq.nlargest(limit, entries(), key=itemgetter("kl_ab")):
-        first = unit["index"]
-        document = store.documents[store.tokens["document"][first]]
+    scored = np.flatnonzero(store.tokens["scored"])
+    tokens = store.tokens[scored]
+    lines = tokens["line"] * (by == "line")
+    keys = np.stack([tokens["document"], lines])
+    starts = np.flatnonzero(np.diff(keys, prepend=-1).any(0))
+    counts = np.diff(starts, append=len(tokens))
+    same = tokens["top_a"] == tokens["top_b"]
+    columns = {name: tokens[name] for name in DIVERGENCES} | {"same_top1": same}
+    means = {
+        name: np.add.reduceat(column, starts, dtype=np.float64) / counts
+        for name, column in columns.items()
+    }
+    largest = np.maximum.reduceat(tokens["kl_ab"], starts)
+    units: list[dict[str, Any]] = []
+    order = np.argsort(-means["kl_ab"], kind="stable")
+    for unit in order[: limit if by == "line" else None].tolist():
+        first, count = int(scored[starts[unit]]), int(counts[unit])
+        document = store.documents[tokens["document"][starts[unit]]]
         # A document's first token has no figures, but is the beginning of the text.
         start = document.start if document.first == first else first
-        text = store.text(start, first + min(unit["tokens"], 30))
-        units.append({**unit, "text": (text.strip() or text)[:80]})
+        text = store.text(start, first + min(count, 30))
+        units.append(
+            {
+                "document": document.name,
+                "line": int(lines[starts[unit]]) or None,
+                "index": first,
+                "tokens": count,
+                **{name: float(values[unit]) for name, values in means.items()},
+                "max_kl_ab": float(largest[unit]),
+                "text": (text.strip() or text)[:80],
+            }
+        )
     return units
-
-
-def _parts(store: Store, by: str) -> Iterator[tuple[Any, ...]]:
-    """Yield (document, line, index, tokens, sums, largest KL) of units, cut where blocks end."""
-    for document in store.documents:
-        for low, tokens in store.blocks(document.first, document.end):
-            lines = tokens["line"] * (by == "line")
-            starts = np.flatnonzero(np.diff(lines, prepend=lines[0] - 1))
-            same = tokens["top_a"] == tokens["top_b"]
-            columns = np.stack([*(tokens[name] for name in DIVERGENCES), same], dtype=np.float64)
-            sums = np.add.reduceat(columns, starts, axis=1).T
-            largest = np.maximum.reduceat(tokens["kl_ab"], starts).tolist()
-            counts = np.diff(starts, append=len(tokens)).tolist()
-            for start, *figures in zip(starts.tolist(), counts, sums, largest, strict=True):
-                line = int(lines[start]) if by == "line" else None
-                yield document, line, low + start, *figures
 
 
 def worst_tokens(
@@ -352,14 +322,10 @@ def worst_tokens(
 
     Each with the text around it, its values, and the models' expectations in its place.
     """
-    indices, kl = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    for low, tokens in store.blocks():
-        scored = np.flatnonzero(tokens["scored"])
-        indices, kl = np.append(indices, low + scored), np.append(kl, tokens["kl_ab"][scored])
-        order = np.lexsort((indices, -kl))[:limit]
-        indices, kl = indices[order], kl[order]
+    scored = np.flatnonzero(store.tokens["scored"])
+    order = np.argsort(-store.tokens["kl_ab"][scored], kind="stable")[:limit]
     entries = []
-    for at in indices.tolist():
+    for at in scored[order].tolist():
         row = store.tokens[at]
         document = store.documents[row["document"]]
         entry = {

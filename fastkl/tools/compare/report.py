@@ -1,35 +1,26 @@
-"""Figures to text: the report of a terminal, and the page with every token coloured by its KL.
-
-Both show the same lines; a painter says what becomes of their text, its links and its colours.
-"""
+"""Figures to text: the report of a terminal, and the page with every token coloured by its KL."""
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 import textwrap
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..words import percent
+from ..console import percent, table
 from .measure import Document, Store
 
 # Mean KL(A‖B) in nats per token below which the word holds; beyond the last: "strongly".
 WORDS = ((0.001, "hardly"), (0.03, "slightly"), (0.3, "clearly"))
 NAMES = {"kl_ab": "KL(A‖B)", "kl_ba": "KL(B‖A)", "jsd": "JSD"}
-# Backgrounds of levels 1, 2, …: from pale yellow to dark red, for a terminal (xterm-256) and for
-# HTML; level 0 has none.
-TERMINAL = (230, 229, 222, 215, 209, 203, 196, 160)
+# Backgrounds of levels 1, 2, …: from pale yellow to dark red; level 0 has none.
 COLOURS = ("#fff9d6", "#fff0a8", "#ffdf86", "#ffc066", "#ff9852", "#fb6a4a", "#e0342b", "#a50f15")
-DARK_FROM = 7
-# Columns of an excerpt with the least room, and of the longest name.
-LEAST, MOST = 16, 40
 # Left-out tokens that are named, each model's.
 NAMED = 8
-# Painter of a text, an index to link to or None, and a level of colour.
-Paint = Callable[[str, int | None, int], str]
 
 
 # ---- words
@@ -113,35 +104,21 @@ def text_line(report: dict[str, Any]) -> str:
 # ---- tables
 
 
-class Cell(NamedTuple):
-    """A cell; it may lead to a token, and be a token between the text around it, in a colour."""
-
-    text: str
-    link: int | None = None
-    around: tuple[str, str] | None = None
-    level: int = 0
-
-
-# A title, < or > for each column, the column that takes the room that the others leave or None, and
-# rows, the first of them the head; a cell that is not a Cell is plain text.
-Table = tuple[str, str, int | None, list[list[Any]]]
-
-
 def bounds_of(summary: dict[str, Any]) -> list[float]:
     """List the KL above which each level begins: from the median in equal ratios to the largest."""
     high = min(summary["kl_ab"]["max"], 1e3)
-    low, count = max(summary["kl_ab"]["p50"], high / 1e3), len(TERMINAL)
+    low, count = max(summary["kl_ab"]["p50"], high / 1e3), len(COLOURS)
     return [low * (high / low) ** (step / count) for step in range(count)] if high > low > 0 else []
 
 
-def tables(report: dict[str, Any]) -> Iterator[Table]:
-    """Yield the report's tables."""
+def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]:
+    """Yield the report's tables: a title, < or > for each column, and rows, the head first."""
     summary, by, units = report["summary"], report["by"], report["units"][: report["shown"]]
     keys = ("mean", "p50", "p95", "p99", "max")
-    rows: list[list[Any]] = [["nats per token", *keys]]
+    rows = [["nats per token", *keys]]
     for name, title in NAMES.items():
         rows.append([title, *(f"{summary[name][key]:.4g}" for key in keys)])
-    yield "", "<>>>>>", None, rows
+    yield "", "<>>>>>", rows
     likely = [summary[f"logprob_{letter}"] for letter in "ab"]
     pairs = {
         "entropy, nats per token": [summary[f"entropy_{letter}"] for letter in "ab"],
@@ -150,25 +127,25 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
     }
     rows = [[title, *(f"{value:.4g}" for value in pair)] for title, pair in pairs.items()]
     same = ["same top-1 token", percent(summary["same_top1"], 2), ""]
-    yield "", "<>>", None, [["the whole text", "A", "B"], *rows, same]
+    yield "", "<>>", [["the whole text", "A", "B"], *rows, same]
     rows = [["mean KL", "max KL", "same top-1", "tokens", by, "text"]]
     for unit in units:
         figures = [f"{unit[name]:.4g}" for name in ("kl_ab", "max_kl_ab")]
         figures += [percent(unit["same_top1"], 1), f"{unit['tokens']:,}"]
-        rows.append([*figures, Cell(place(unit), unit["index"]), visible(unit["text"])])
-    yield f"{by}s by mean KL(A‖B), the {len(units)} worst", ">>>><<", 5, rows
-    rows, bounds = [["KL", "place", "text", "A expects", "B expects"]], bounds_of(summary)
+        rows.append([*figures, place(unit), visible(unit["text"])])
+    yield f"{by}s by mean KL(A‖B), the {len(units)} worst", ">>>><<", rows
+    rows = [["KL", "place", "A expects", "B expects", "text"]]
     for entry in report["top"]:
         before, token, after = (visible(entry[part]) for part in ("before", "token", "after"))
-        excerpt = Cell(token, None, (before, after), bisect_left(bounds, entry["kl_ab"]))
+        excerpt = f"{before[-24:]:>24}«{token[:24]}»{after}"
         both = (expected(entry, letter) for letter in "ab")
-        rows.append([f"{entry['kl_ab']:.3g}", Cell(place(entry), entry["index"]), excerpt, *both])
+        rows.append([f"{entry['kl_ab']:.3g}", place(entry), *both, excerpt])
     title = "tokens by KL(A‖B), what each expects at the marked place, given all before it"
-    yield title, "><<<<", 2, rows
+    yield title, "><<<<", rows
 
 
-def text_report(report: dict[str, Any], paint: Paint, width: int) -> str:
-    """Write the whole report in lines of about this width."""
+def text_report(report: dict[str, Any], width: int, color: bool = False) -> str:
+    """Write the whole report in lines of about this width; color: marks tokens in a terminal."""
     fill = functools.partial(
         textwrap.wrap, width=min(width, 110), break_long_words=False, break_on_hyphens=False
     )
@@ -179,47 +156,10 @@ def text_report(report: dict[str, Any], paint: Paint, width: int) -> str:
         about = f"{letter}     {visible(model['name'])} ({on}{model['class']}, {model['dtype']})"
         lines += fill(about, subsequent_indent=" " * 6)
     lines += fill(f"text  {text_line(report)}", subsequent_indent=" " * 6)
-    lines = [paint(line, None, 0) for line in lines]
-    for table in tables(report):
-        lines += ["", *([paint(f"{table[0]}:", None, 0)] if table[0] else [])]
-        lines += table_lines(table, paint, width)
-    return "\n".join(lines)
-
-
-def table_lines(table: Table, paint: Paint, width: int) -> list[str]:
-    """Align columns; an excerpt has the room that the others leave."""
-    _, align, wide, rows = table
-    rows = [[Cell(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
-    columns = zip(*rows, strict=True)
-    sizes = [min(MOST, max(len(cell.text) for cell in column)) for column in columns]
-    if wide is not None:
-        sizes[wide] = max(LEAST, width - sum(sizes) + sizes[wide] - 2 * len(sizes))
-    lines = [map(_cell, row, sizes, align, [paint] * len(row)) for row in rows]
-    return ["  ".join(line).rstrip() for line in lines]
-
-
-def _cell(cell: Cell, size: int, align: str, paint: Paint) -> str:
-    text = cell.text if len(cell.text) <= size else cell.text[: size - 1] + "…"
-    if cell.around is None:
-        pad = " " * (size - len(text))
-        return pad * (align == ">") + paint(text, cell.link, 0) + pad * (align == "<")
-    token = cell.text[: min(24, size - 2)]
-    room = size - len(token) - 2
-    before = cell.around[0][max(0, len(cell.around[0]) - 2 * room // 3) :]
-    after = cell.around[1][: room - len(before)]
-    pad = " " * (room - len(before) - len(after))
-    return (
-        paint(f"{before}«", None, 0)
-        + paint(token, None, cell.level)
-        + paint(f"»{after}{pad}", None, 0)
-    )
-
-
-def terminal(color: bool, text: str, index: int | None, level: int) -> str:
-    """Paint for a terminal."""
-    front = 231 if level >= DARK_FROM else 16
-    start = f"\x1b[48;5;{TERMINAL[level - 1]}m\x1b[38;5;{front}m"
-    return f"{start}{text}\x1b[0m" if color and level else text
+    for title, align, rows in tables(report):
+        lines += ["", *([f"{title}:"] if title else []), *table(rows, align, width)]
+    text = "\n".join(lines)
+    return re.sub("«(.*?)»", "«\x1b[7m\\1\x1b[0m»", text) if color else text
 
 
 # ---- the page
@@ -265,9 +205,15 @@ SHOWN = ("kl_ab", "kl_ba", "jsd", "logprob_a", "logprob_b", "entropy_a", "entrop
 def page(report: dict[str, Any], store: Store, label: Callable[[int], str]) -> Iterator[str]:
     """Yield the page, part after part; label: a token's id as text."""
     bounds = bounds_of(report["summary"])
-    steps = "".join(html(f" > {bound:.2g} ", None, level) for level, bound in enumerate(bounds, 1))
+    steps = "".join(f'<b class="k{level}"> > {at:.2g} </b>' for level, at in enumerate(bounds, 1))
     yield f"{HEAD}{STYLE}</style></head>\n<body>\n<h1>fastkl compare</h1>\n"
-    yield f"<pre>{text_report(report, html, 150)}</pre>\n<h2>The text, coloured by KL(A‖B)</h2>\n"
+    yield f"<pre>{clean(text_report(report, 150))}</pre>\n"
+    for kind in ("units", "top"):
+        entries = report[kind][: report["shown"]]
+        links = (f'<a href="#t{each["index"]}">{clean(place(each))}</a>' for each in entries)
+        yield f"<p>The worst {'tokens' if kind == 'top' else report['by'] + 's'}: "
+        yield f"{', '.join(links)}</p>\n"
+    yield "<h2>The text, coloured by KL(A‖B)</h2>\n"
     yield f"<p>Nats: {steps or 'all tokens are alike'}. Point at a token for its numbers.</p>\n"
     anchors = {entry["index"] for entry in [*report["top"], *report["units"]]}
     for document in store.documents:
@@ -282,14 +228,6 @@ def clean(text: str) -> str:
     return escape(text.translate(CONTROLS))
 
 
-def html(text: str, index: int | None, level: int) -> str:
-    """Paint for the page: escaped, linked, coloured."""
-    text = clean(text)
-    if index is not None:
-        return f'<a href="#t{index}">{text}</a>'
-    return f'<b class="k{level}">{text}</b>' if level else text
-
-
 def _tokens(
     store: Store,
     document: Document,
@@ -298,20 +236,18 @@ def _tokens(
     label: Callable[[int], str],
 ) -> Iterator[str]:
     """Yield every token of a document."""
-    for low, values in store.blocks(document.start, document.end):
-        for at, value in enumerate(values, low):
-            text = store.text(at, at + 1)
-            if not value["scored"]:
-                yield f'<b class="u">{clean(text)}</b>' if text else ""
-                continue
-            mark = " n" if "\n" in text else "" if text else " e"
-            level = bisect_left(bounds, float(value["kl_ab"]))
-            anchor = f' id="t{at}"' if at in anchors else ""
-            numbers = " ".join(f"{float(value[name]):.3g}" for name in SHOWN)
-            tokens = (quoted(label(int(value[f"top_{letter}"]))) for letter in "ab")
-            chances = (percent(math.exp(value[f"top_logprob_{letter}"])) for letter in "ab")
-            a, b = (
-                clean(f"{token} {chance}") for token, chance in zip(tokens, chances, strict=True)
-            )
-            yield f'<b class="k{level}{mark}"{anchor} data-v="{numbers}" data-a="{a}" data-b="{b}">'
-            yield f"{clean(text)}</b>"
+    for at in range(document.start, document.end):
+        value, text = store.tokens[at], store.text(at, at + 1)
+        if not value["scored"]:
+            yield f'<b class="u">{clean(text)}</b>' if text else ""
+            continue
+        mark = " n" if "\n" in text else "" if text else " e"
+        level = bisect_left(bounds, float(value["kl_ab"]))
+        anchor = f' id="t{at}"' if at in anchors else ""
+        numbers = " ".join(f"{float(value[name]):.3g}" for name in SHOWN)
+        expects = ""
+        for letter in "ab":
+            chance = percent(math.exp(value[f"top_logprob_{letter}"]))
+            likely = quoted(label(int(value[f"top_{letter}"])))
+            expects += f' data-{letter}="{clean(likely)} {chance}"'
+        yield f'<b class="k{level}{mark}"{anchor} data-v="{numbers}"{expects}>{clean(text)}</b>'

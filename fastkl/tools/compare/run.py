@@ -16,10 +16,10 @@ import torch
 
 import fastkl
 
+from ..console import say
 from ..files import json_text, write_whole
-from . import inputs, loading, measure, report
+from . import STDIN, STDOUT, CompareError, Settings, inputs, loading, measure, report
 from .inputs import readable
-from .settings import STDIN, STDOUT, CompareError, Settings
 
 # At most this many tokens of context where --context is left out.
 DEFAULT_CONTEXT = 1024
@@ -135,8 +135,8 @@ def _read(
     for path in paths:
         name = readable(path if path == STDIN else os.path.relpath(path, base))
         before = len(store.documents)
-        for suffix, pieces, chat in inputs.documents(path, tokenizer.own, f"MODEL_{letter}"):
-            inputs.add_document(store, name + suffix, pieces, chat, tokenizers, vocabulary)
+        for suffix, text, chat in inputs.documents(path, tokenizer.own, f"MODEL_{letter}"):
+            inputs.add_document(store, name + suffix, text, chat, tokenizers, vocabulary)
         skipped += [path] * (len(store.documents) == before)
     if not store.documents:
         got = f"fewer than 2 tokens in {' and in '.join(repr(str(path)) for path in skipped)}"
@@ -168,12 +168,8 @@ def check_files(settings: Settings, texts: Iterable[Path], folders: Iterable[str
     uses: dict[str, str] = {}
     for folder in filter(os.path.isdir, folders):
         uses |= {os.path.realpath(path): "a model's" for path in Path(folder).iterdir()}
-    named: dict[str, list[Path | None]] = {
-        "--text": [*texts],
-        "--html": [settings.html],
-        "--json": [settings.json],
-    }
-    for option, path in ((option, path) for option, paths in named.items() for path in paths):
+    named: list[tuple[str, Path | None]] = [("--text", path) for path in texts]
+    for option, path in (*named, ("--html", settings.html), ("--json", settings.json)):
         # A pipe may have many uses. os.path returns False where pathlib raises.
         if path is None or os.path.exists(path) and not os.path.isfile(path):
             continue
@@ -192,10 +188,9 @@ def _show(settings: Settings, result: dict[str, Any], color: bool | None) -> Non
     if color is None:
         dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         color = out.isatty() and not dumb
-    width = max(20, min(160, shutil.get_terminal_size((120, 24)).columns))
-    shown = report.text_report(result, functools.partial(report.terminal, color), width)
+    width = shutil.get_terminal_size((120, 24)).columns
+    shown = report.text_report(result, max(20, min(160, width)), color)
     if outputs:
         names = ("stdout" if path == STDOUT else readable(path) for path in outputs)
         shown += f"\n\nwrote {' and '.join(names)}"
-    encoding = out.encoding or "ascii"
-    print(shown.encode(encoding, errors="replace").decode(encoding), file=out, flush=True)
+    say(shown, out)

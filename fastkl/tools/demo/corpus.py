@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ..progress import progress
+from ..console import progress
 from . import Settings
 
 # Tests, other people's packages and generated tables are not the prose of the library.

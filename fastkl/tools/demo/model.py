@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import nn
 
+from ..console import progress
 from ..files import write_whole
-from ..progress import progress
 from . import Settings
 from .corpus import END_OF_FILE, Corpus, windows
 

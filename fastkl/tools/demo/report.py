@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import platform
 import shlex
-import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,9 @@ from torch import Tensor
 import fastkl
 from fastkl.rl import FixedBeta
 
+from ..console import percent, progress, say, table
 from ..files import json_text, write_whole
 from ..plot import picture, read_run
-from ..progress import progress
-from ..words import percent
 from . import Settings
 from .corpus import END_OF_FILE, Corpus, build_corpus, windows
 from .model import LanguageModel, held_out_loss, sample, save_checkpoint, train_reference
@@ -47,13 +43,6 @@ COLUMNS = {
     "entropy": ("entropy", "nats", ".2f"),
     "distinct": ("distinct tokens", "share per sample", ".2f"),
 }
-MONITORED = {
-    "kl/mean": "mean",
-    "kl/p50": "median",
-    "kl/p95": "95 %",
-    "kl/p99": "99 %",
-    "kl/max": "max",
-}
 
 
 def run_demo(settings: Settings, out: Path) -> int:
@@ -72,7 +61,7 @@ def run_demo(settings: Settings, out: Path) -> int:
         for name, beta in zip(STEMS, (FixedBeta(0.0), choose_beta(settings)), strict=True):
             jsonl = Path(folder, f"{STEMS[name]}.jsonl")
             runs[name] = fine_tune(reference, corpus, beta, settings, f"policy {name}", jsonl)
-            files[jsonl.name], (drawn[name], _) = jsonl.read_bytes(), read_run(jsonl)
+            files[jsonl.name], drawn[name] = jsonl.read_bytes(), read_run(jsonl)
     policies = {"reference": reference, **{name: run.policy for name, run in runs.items()}}
     stages = progress(policies.items(), "samples of each policy")
     policy, tokens = runs["with KL penalty"].early
@@ -88,6 +77,8 @@ def run_demo(settings: Settings, out: Path) -> int:
         "final": {name: evaluate(policy, reference, corpus, settings) for name, policy in stages},
         "fused_vs_naive": compare_with_naive(policy, reference, tokens, settings),
     }
+    if settings.linear:
+        numbers["memory"] = logits_saved(numbers, settings)
     numbers["seconds"] = {"total": time.perf_counter() - start}
     text = report(numbers, settings)
     levels = {"reward": {"reference": numbers["final"]["reference"]["reward"]}}
@@ -102,9 +93,7 @@ def run_demo(settings: Settings, out: Path) -> int:
     text += f"\n\n{numbers['seconds']['total']:.0f} s; wrote {', '.join(files)} into {out}"
     if settings.save_models:
         text += "\n" + save_models(policies, corpus, settings, out / "models")
-    # Terminals may have any encoding.
-    encoding = sys.stdout.encoding or "ascii"
-    print(text.encode(encoding, errors="replace").decode(encoding))
+    say(text)
     return 0
 
 
@@ -133,10 +122,9 @@ def describe(corpus: Corpus, settings: Settings) -> Figures:
 def watched(run: FineTuned) -> Figures:
     """Sum up what the monitor saw: its summary, and steps, from 1, at which something happened."""
     kl, alarm = run.series["kl"], run.series["alarm"]
-    rises = [after - before for before, after in itertools.pairwise(kl)]
     return run.summary | {
         "alarms": [step for step, rang in enumerate(alarm, 1) if rang],
-        "jump": 2 + rises.index(max(rises)),
+        "jump": max(range(1, len(kl)), key=lambda step: kl[step] - kl[step - 1]) + 1,
         "last": sum(kl[-LAST_STEPS:]) / len(kl[-LAST_STEPS:]),
     }
 
@@ -172,6 +160,19 @@ def evaluate(
     }
 
 
+def logits_saved(numbers: Figures, settings: Settings) -> Figures:
+    """Count the bytes of a step's logits, both models' and the gradient, that --linear avoids."""
+    tokens, vocabulary = (
+        settings.samples * settings.response_length,
+        numbers["corpus"]["vocabulary"],
+    )
+    return {
+        "tokens": tokens,
+        "logits_bytes": 12 * tokens * vocabulary,
+        "held_tokens": min(tokens, settings.chunk_size),
+    }
+
+
 def naive_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """Compute KL(P‖Q) per row the usual way: two log_softmax and a sum."""
     log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
@@ -190,37 +191,32 @@ def compare_with_naive(
     with torch.no_grad():
         hidden = (m.response_hidden(tokens, settings.response_length) for m in (policy, reference))
         rows = [h.flatten(0, 1)[:ROWS_COMPARED] for h in hidden]
-        p, q = policy.lm_head(rows[0]), reference.lm_head(rows[1])
-    truth, true_gradient, _ = _measured(naive_kl, p.double(), q.double())
+        p, q = policy.lm_head(rows[0]).requires_grad_(), reference.lm_head(rows[1])
+    exact = p.detach().double().requires_grad_()
+    truth = naive_kl(exact, q.double())
+    truth.mean().backward()
     result: Figures = {"rows": len(p), "kl": truth.mean().item()}
     for name, function in (("naive", naive_kl), ("fused", fastkl.kl_divergence)):
-        value, gradient, held = _measured(function, p, q)
+        held: dict[int, int] = {}
+
+        def pack(saved: Tensor, held: dict[int, int] = held) -> Tensor:
+            held[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            value = function(p, q)
+        for given in (p, q):
+            held.pop(given.untyped_storage().data_ptr(), None)
+        (gradient,) = torch.autograd.grad(value.mean(), p)
         # A row whose KL is 0 in float64 too has no relative error.
         errors = ((value.double() - truth).abs() / truth)[truth > 0]
-        error = (gradient.double() - true_gradient).norm() / true_gradient.norm().clamp(min=1e-300)
+        gap = torch.linalg.norm(gradient.double() - exact.grad)
         result[name] = {
             "value_error": max(errors.tolist(), default=0.0),
-            "gradient_error": error.item(),
-            "bytes_per_row": held / len(p),
+            "gradient_error": (gap / torch.linalg.norm(exact.grad).clamp(min=1e-300)).item(),
+            "bytes_per_row": sum(held.values()) / len(p),
         }
     return result
-
-
-def _measured(function: Callable[..., Tensor], p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, int]:
-    # (KL per row, gradient of the mean, bytes held for backward beyond the inputs)
-    p = p.detach().requires_grad_()
-    held: dict[int, int] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        held[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        value = function(p, q)
-    for given in (p, q):
-        held.pop(given.untyped_storage().data_ptr(), None)
-    (gradient,) = torch.autograd.grad(value.mean(), p)
-    return value.detach(), gradient, sum(held.values())
 
 
 def save_models(
@@ -257,19 +253,12 @@ def report(numbers: Figures, settings: Settings) -> str:
     rows = [["", *heading] for heading in list(zip(*COLUMNS.values(), strict=True))[:2]]
     for name, figures in final.items():
         rows.append([name, *(format(figures[key], COLUMNS[key][2]) for key in COLUMNS)])
-    parts += [table(rows, 2), textwrap.fill(conclusion(*final.values()), TEXT_WIDTH)]
-    rows = [["KL in training", *MONITORED.values(), f"last {LAST_STEPS} steps", "beta", "alarm"]]
-    for name, run in numbers["monitor"].items():
-        beta, alarm = numbers["series"][name]["beta"][-1], run["alarms"]
-        figures = [*(run[key] for key in MONITORED), run["last"], beta]
-        rang = f"step {alarm[0]}" if alarm else "silent"
-        rows.append([name, *(f"{figure:.3f}" for figure in figures), rang])
-    parts += [table(rows, 1), textwrap.fill(watch(numbers, settings), TEXT_WIDTH)]
+    parts.append("\n".join(table(rows, "<" + ">" * len(COLUMNS))))
+    for sentence in (conclusion(*final.values()), watch(numbers, settings)):
+        parts.append(textwrap.fill(sentence, TEXT_WIDTH))
     for name, figures in final.items():
         lines = "{}«{}»".format(*figures["samples"][0]).strip("\n").split("\n")
-        width = TEXT_WIDTH
-        folded = [x[at : at + width] for x in lines for at in range(0, len(x) or 1, width)]
-        parts.append("\n".join([f"{name}:", *(f"  | {line}".rstrip() for line in folded)]))
+        parts.append("\n  | ".join([f"{name}:", *lines]))
     naive, fused = compared["naive"], compared["fused"]
     slow = ", ".join(f"{name} {percent(row['slow_path'], 2)}" for name, row in final.items())
     parts.append(
@@ -280,23 +269,13 @@ def report(numbers: Figures, settings: Settings) -> str:
         f"rows that the Triton kernels read again, because one pass cannot hold them: {slow}"
     )
     if settings.linear:
-        rows_a_step = settings.samples * settings.response_length
+        memory = numbers["memory"]
         parts[-1] += (
-            f"\nmemory: logits of {rows_a_step} tokens for both models and their gradient, "
-            f"{12 * rows_a_step * corpus['vocabulary'] / 1e6:.1f} MB, were never made in training, "
-            f"those of {settings.chunk_size} tokens at most"
+            f"\nmemory: logits of {memory['tokens']} tokens for both models and their gradient, "
+            f"{memory['logits_bytes'] / 1e6:.1f} MB, were never made in training, "
+            f"those of {memory['held_tokens']} tokens at most"
         )
     return "\n\n".join(parts)
-
-
-def table(rows: list[list[str]], headings: int) -> str:
-    """Align columns, the first one to the left, with a line below the headings."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
-    lines.insert(headings, "-" * len(lines[0]))
-    return "\n".join(map(str.rstrip, lines))
 
 
 def conclusion(before: Figures, without: Figures, penalised: Figures) -> str:

@@ -24,7 +24,7 @@ from fastkl.rl import (
     ppo_loss,
 )
 
-from ..progress import progress
+from ..console import progress
 from . import Settings
 from .corpus import Corpus, windows
 from .model import LanguageModel, sample

@@ -1,0 +1,235 @@
+"""Checks of the arguments of functions on hidden states, worded as in _checks.py."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ._checks import (
+    FLOAT_TYPES,
+    HIGHEST_TEMPERATURE,
+    LOWEST_TEMPERATURE,
+    dtype_remedy,
+    packed_remedy,
+    plain,
+    same_device,
+    same_device_and_precision,
+    shown,
+    type_name,
+)
+
+
+def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
+    """A tensor of one of FLOAT_TYPES that this process holds whole."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor, {what}, got {type(value).__name__}; pass a torch.Tensor"
+        )
+    plain(
+        name,
+        value,
+        what,
+        "compute the loss inside the forward of the FSDP module that owns it, or after its "
+        "unshard(), where it is whole "
+        "and its gradient is reduced",
+    )
+    if value.dtype not in FLOAT_TYPES:
+        raise TypeError(
+            f"{name}: expected float32, bfloat16, float16 or float64, {what}, got "
+            f"{value.dtype}; " + dtype_remedy(name, value, "convert it with .to()")
+        )
+    if value.shape == (0,) and not name.endswith("hidden"):
+        raise ValueError(
+            f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 "
+            f"keeps in parts; gather it around forward and backward: with "
+            f"deepspeed.zero.GatheredParameters([{name}])"
+        )
+
+
+class Names(NamedTuple):
+    """How a message calls the tensors of one model."""
+
+    hidden: str
+    weight: str
+    bias: str
+
+
+def head(
+    names: Names, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Hidden states [..., H], weight [V, H] and bias [V] or None of one model, of one type on one
+    device.
+    """
+    name = names.hidden
+    _plain_float_tensor(name, hidden, "hidden states [..., H]")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: expected hidden states [..., H] with H of at least 1, got shape "
+            f"{tuple(hidden.shape)}; pass the model's last hidden states"
+        )
+    _plain_float_tensor(names.weight, weight, "the lm_head's weight [V, H]")
+    if weight.dim() == 2 and weight.shape[0] == 0:
+        raise ValueError(
+            f"{names.weight}: expected a vocabulary of at least one entry, got "
+            f"{tuple(weight.shape)}; pass the whole weight"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of "
+            f"{name}, got {tuple(weight.shape)}; "
+            + (
+                packed_remedy(names.weight, weight)
+                or "pass lm_head.weight as it is, not transposed"
+            )
+        )
+    if bias is not None:
+        _plain_float_tensor(names.bias, bias, "the lm_head's bias [V]")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{names.bias}: expected one entry per row of {names.weight}, "
+                f"({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias"
+            )
+    for other, value in ((names.weight, weight), (names.bias, bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(
+                f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; "
+                f"convert one with .to(), or use torch.autocast"
+            )
+        if value is not None:
+            same_device(other, value, name, hidden)
+
+
+def second_head(
+    first: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    second: tuple[torch.Tensor | None, Any, torch.Tensor | None],
+    names: tuple[Names, Names],
+    own_bias: bool,
+) -> None:
+    """The reference's (hidden, weight, bias) beside the policy's: the same tokens and vocabulary.
+
+    A weight of None is the policy's. own_bias: the second model is a Head, whose bias is its own
+    also where the weight is shared.
+    """
+    hidden, weight, bias = first
+    ref_hidden, ref_weight, ref_bias = second
+    if ref_hidden is None:
+        for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected None without ref_hidden, got {type_name(value)}; pass "
+                    f"ref_hidden too"
+                )
+        return
+    shared = ref_weight is weight or (ref_weight is None and not own_bias)
+    head(names[1], ref_hidden, weight if shared else ref_weight, ref_bias)
+    if shared and not own_bias and (bias is None) != (ref_bias is None):
+        raise ValueError(
+            f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, "
+            f"where both models share one "
+            f"lm_head, got {'None' if ref_bias is None else 'a tensor'}; pass "
+            f"ref_bias={names[0].bias}"
+        )
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got "
+            f"{tuple(ref_hidden.shape[:-1])}; "
+            f"align the batch and time dimensions"
+        )
+    if not shared and ref_weight.shape[0] != weight.shape[0]:
+        padded, its_bias = (
+            (names[0], bias) if weight.shape[0] > ref_weight.shape[0] else (names[1], ref_bias)
+        )
+        raise ValueError(
+            f"{names[1].weight}: expected the {weight.shape[0]} rows of {names[0].weight}, got "
+            f"{ref_weight.shape[0]}; slice a padded "
+            f"vocabulary to the shared one: {padded.weight}[:V]"
+            + ("" if its_bias is None else f" and {padded.bias}[:V]")
+        )
+    same_device_and_precision("ref_hidden", ref_hidden, "hidden", hidden)
+
+
+def reference_given(ref_hidden: torch.Tensor | None) -> None:
+    """Hidden states of a reference, where a KL divergence needs them."""
+    if not isinstance(ref_hidden, torch.Tensor):
+        raise TypeError(
+            f"ref_hidden: expected the reference's hidden states [..., H], got "
+            f"{type_name(ref_hidden)}; pass the last hidden states of the reference"
+        )
+
+
+def softcap(value: float | None, name: str = "softcap") -> None:
+    """None or a positive number that float32 holds, and its inverse."""
+    if value is None:
+        return
+    _positive_number(
+        name, value, " for no soft cap", "pass the final_logit_softcapping of the model's config"
+    )
+
+
+def logit_scale(name: str, value: float) -> None:
+    """A positive number that float32 holds, and its inverse."""
+    _positive_number(
+        name, value, None, "pass the factor of the logits in the model's config, or 1.0"
+    )
+
+
+def _positive_number(name: str, value: float | None, for_none: str | None, remedy: str) -> None:
+    """A number within 2^-126 … 2^126, or None where `for_none` says what it stands for."""
+    if value is None and for_none is not None:
+        return
+    what = "expected a positive finite number within 2^-126 … 2^126" + (
+        "" if for_none is None else f", or None{for_none}"
+    )
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {what}, got {type_name(value)}; {remedy}")
+    if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
+        raise ValueError(f"{name}: {what}, got {shown(value)}; {remedy}")
+
+
+def within_float32(name: str, what: str, value: float) -> None:
+    """A number made of several arguments, within the range of temperatures."""
+    if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
+        raise ValueError(
+            f"{name}: expected {what} within 2^-126 … 2^126, got {shown(value)}; pass numbers "
+            f"nearer to 1"
+        )
+
+
+def chunk_size(value: int | None) -> None:
+    """None or a number of tokens."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(
+            f"chunk_size: expected a whole number of tokens or None, got "
+            f"{type_name(value)}; pass None, which chooses one"
+        )
+    if value is not None and not (1 <= value < 2**63):
+        raise ValueError(
+            f"chunk_size: expected at least 1 token, and fewer than 2^63, got "
+            f"{shown(value)}; pass None, which chooses one"
+        )
+
+
+def recompute(value: bool | None) -> None:
+    """Check for None or a bool."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(
+            f"recompute: expected True, False or None, got {type_name(value)}; pass "
+            f"None, which keeps logits of up to 2 GiB"
+        )
+
+
+def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
+    """None, the default or float32; float64 inputs have no other."""
+    allowed = {default} if default == torch.float64 else {default, torch.float32}
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(
+            f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; "
+            f"pass torch.float32, for instance"
+        )
+    if value is not None and value not in allowed:
+        raise ValueError(
+            f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these "
+            f"inputs, got {value}; convert the inputs "
+            f"with .to() for logits of another type"
+        )

@@ -1,0 +1,197 @@
+"""The op of Σ weights·kl from hidden states, which computes the gradients with the value."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dual_op import DualOp, Rules
+from .fields import SAVED
+from .linear_op import (
+    SIX,
+    LinearInputs,
+    asked_names,
+    empty_gradients,
+    flops,
+    in_their_types,
+    returned,
+)
+from .lm_head import Six
+from .row_op import (
+    Outputs,
+    Upstream,
+    refuse_forward_mode,
+    refuse_second_derivative,
+    refuse_temperature_gradient,
+    wanted,
+)
+
+# Elements that `scaled` multiplies at once on a CPU.
+SCALED_AT_ONCE = 1 << 20
+
+
+class SumInputs(NamedTuple):
+    """Further arguments of linear_weighted_kl: weights [...], and names as in GradientInputs."""
+
+    weights: Tensor
+    wrt: str
+
+
+class ScaledInputs(NamedTuple):
+    """Arguments of scaled: a gradient, a scalar tensor, and the type of the result."""
+
+    gradient: Tensor
+    factor: Tensor
+    dtype: torch.dtype
+
+
+def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
+    """Compute (Σ weights·kl, kl, unit, gradients of the sum over `unit` with respect to Six; None
+    where not asked for).
+
+    unit is 1, or for float16 inputs a power of two below the largest weight: a gradient of 1/N per
+    token would vanish in float16. Their weight and bias gradients stay in float32.
+    """
+    weights, wrt = request.weights.contiguous(), wanted(request.wrt)
+    six = Six(*inputs[:6])
+    heads = inputs.heads(six, None)
+    kl = torch.empty_like(weights)
+    unit = weights.new_ones(())
+    gradients: dict[str, Tensor] = {}
+    outputs = {"kl": kl.view(-1)}
+    if wrt:
+        ref_hidden = six.hidden if six.ref_hidden is None else six.ref_hidden
+        if torch.float16 in (six.hidden.dtype, ref_hidden.dtype):
+            unit = _float16_unit(inputs, weights, wrt)
+        upstream = (weights / unit).view(-1)
+        gradients = heads.forward_and_backward(outputs, {"kl": upstream}, wrt)
+    else:
+        heads.forward(outputs, weights.new_empty(weights.numel(), SAVED))
+    # A token without weight takes no part, whatever its KL.
+    total = torch.where(weights == 0, 0.0, weights * kl).sum()
+    gradients_of_six = in_their_types(six, gradients, wrt, wide=(torch.float16,))
+    return total, kl, unit, *gradients_of_six
+
+
+def _fake_weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
+    weights = request.weights
+    gradients = empty_gradients(inputs.six, request.wrt, wide=(torch.float16,))
+    one = weights.new_empty(())
+    return one, weights.new_empty(weights.shape), one.clone(), *gradients
+
+
+def _scaled(inputs: ScaledInputs) -> Tensor:
+    """Compute gradient · factor in `dtype`, rounded once: torch would round the factor to a 16-bit
+    gradient's type first.
+    """
+    # A saved-tensor hook may return another layout.
+    gradient, factor = inputs.gradient.contiguous(), inputs.factor.reshape(1)
+    result = torch.empty_like(gradient, dtype=inputs.dtype)
+    # On a CPU torch.mul keeps a copy in the common type: a part at a time.
+    step = SCALED_AT_ONCE if gradient.device.type == "cpu" else max(1, gradient.numel())
+    for part, out in zip(gradient.view(-1).split(step), result.view(-1).split(step), strict=True):
+        torch.mul(part, factor, out=out)
+    return result
+
+
+def _fake_scaled(inputs: ScaledInputs) -> Tensor:
+    return torch.empty_like(inputs.gradient, dtype=inputs.dtype)
+
+
+def _float16_unit(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, ...]) -> Tensor:
+    """Return the power of two by which the largest gradient of raw logits, beside a difference of
+    log-probabilities, counts 4 … 8.
+    """
+    # The second model's gradients have `ratio` as a factor, the first one's as much in their
+    # differences of log-probabilities.
+    size: Tensor | float = inputs.ratio if inputs.ratios is None else inputs.ratios
+    if {"hidden", "weight", "bias"} & set(wrt):
+        size = size.clamp(min=1) if isinstance(size, Tensor) else max(1.0, size)
+    temperature = inputs.temperature if inputs.temperatures is None else inputs.temperatures
+    return float16_unit(torch.where(weights == 0, 0.0, weights / temperature * size))
+
+
+def float16_unit(weights: Tensor) -> Tensor:
+    """Return the power of two by which the largest of |weights|, of tokens over their temperatures,
+    counts 4 … 8; 1 if that is 0 or not finite.
+
+    Counting 1, a flat row's gradients lose digits to float16's smallest numbers. The range up to
+    its largest, 65504, is for the differences of logits that gradients are proportional to:
+    thousands.
+    """
+    largest = weights.abs().max() if weights.numel() else weights.new_zeros(())
+    return torch.where(
+        (largest > 0) & largest.isfinite(), torch.exp2(torch.ceil(torch.log2(largest)) - 3), 1.0
+    )
+
+
+def _save_gradients(ctx: Any, groups: tuple[LinearInputs, SumInputs], output: Outputs) -> None:
+    inputs, request = groups
+    ctx.names, ctx.asked = wanted(request.wrt), asked_names(ctx)
+    ctx.weighs = ctx.needs_input_grad[len(inputs)]
+    refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
+    if not set(ctx.asked).issubset(ctx.names):
+        missing = [name for name in ctx.asked if name not in ctx.names]
+        raise RuntimeError(
+            f"{', '.join(missing)}: expected to be known to require gradient when the value is "
+            f"computed, since the gradient is computed with it; torch.vmap hides that, and "
+            f"torch.export, make_fx and torch.jit.trace keep what the example inputs required: "
+            f"use reduction='none' there, or trace with inputs that require gradient"
+        )
+    _, kl, unit, *gradients = output
+    ctx.types, kept = {}, []
+    # Save only what is asked for: checkpoints count saved tensors, and where an op returns an empty
+    # tensor another way has None.
+    for name, tensor, gradient in zip(SIX, inputs[:6], gradients, strict=True):
+        if name in ctx.names:
+            assert tensor is not None
+            ctx.types[name] = tensor.dtype
+            kept.append(gradient)
+    ctx.save_for_backward(kl if ctx.weighs else None, unit, *kept)
+    ctx.mark_non_differentiable(*[value for value in output[1:] if value is not None])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_sum(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Upstream:
+    if upstream is None:
+        return returned({}, SumInputs)
+    refuse_forward_mode((upstream,))
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "fastkl: create_graph=True and torch.func.grad ask for a gradient that can be "
+            "differentiated again, but the gradient of a sum or mean was computed with its value; "
+            "use reduction='none' and sum or average its result"
+        )
+    kl, unit, *gradients = ctx.saved_tensors
+    factor = upstream * unit
+    results: dict[str, Tensor | None] = {}
+    for name, gradient in zip(ctx.names, gradients, strict=True):
+        if name in ctx.asked:
+            results[name] = scaled(ScaledInputs(gradient, factor, ctx.types[name]))
+    if ctx.weighs:
+        results["weights"] = upstream * kl
+    return returned(results, SumInputs)
+
+
+def _flops_of_weighted_kl(inputs: LinearInputs, request: SumInputs) -> int:
+    return flops(inputs, request.wrt, True, True)
+
+
+linear_weighted_kl = DualOp(
+    "fastkl::linear_weighted_kl",
+    (LinearInputs, SumInputs),
+    _weighted_kl,
+    _fake_weighted_kl,
+    outputs=len(SIX) + 3,
+    rules=Rules(_backward_of_sum, setup_context=_save_gradients, flops=_flops_of_weighted_kl),
+)
+scaled = DualOp(
+    "fastkl::scaled",
+    (ScaledInputs,),
+    _scaled,
+    _fake_scaled,
+    outputs=1,
+    rules=Rules(refuse_second_derivative),
+)

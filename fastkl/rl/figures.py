@@ -1,0 +1,206 @@
+"""Figures of the KL in one step, computed on the device and copied to the CPU at once."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..ops.fields import result_dtype
+from . import _checks
+
+QUANTILES = {"kl/p50": 0.50, "kl/p95": 0.95, "kl/p99": 0.99}
+# The run's quantiles come from a histogram of the logarithm (DDSketch): each bin reaches from x to
+# GROWTH·x, so its centre is right to ACCURACY.
+ACCURACY = 0.01
+GROWTH = (1 + ACCURACY) / (1 - ACCURACY)
+LOWEST, HIGHEST = 1e-8, 1e3
+# Bin 0 holds what is below LOWEST, the last one what is above HIGHEST.
+BINS = 2 + math.ceil(math.log(HIGHEST / LOWEST) / math.log(GROWTH))
+
+
+class Measured(NamedTuple):
+    """Figures of a step on the CPU: those that are returned, and the step's part of the run's.
+
+    figures, tensors: the monitor's own by name, and averages of further tensors. sequences: how
+    many have a token that counts. finite, finite_sum, finite_max: of the tokens whose KL is finite.
+    width: positions per entry of the profile from now on. histogram, profile: counts per bin, and
+    sums and counts per entry.
+    """
+
+    figures: dict[str, float]
+    tensors: list[float]
+    sequences: float
+    finite: float
+    finite_sum: float
+    finite_max: float
+    width: int
+    histogram: torch.Tensor
+    profile: torch.Tensor
+
+
+@torch.no_grad()
+def measure(
+    kl: torch.Tensor,
+    counts: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    tensors: dict[str, torch.Tensor],
+    threshold: float | None,
+    positions: int,
+    width: int,
+) -> Measured:
+    """Compute all figures of a step in one float64 tensor on the device, and copy that once."""
+    place = _positions(counts, cu_seqlens)
+    tokens = counts.sum(dtype=torch.float64)
+    averages = [
+        (
+            value.masked_fill(~counts, 0).sum(dtype=torch.float64) / tokens
+            if value.shape == kl.shape
+            else value.double().mean()
+        )
+        for value in tensors.values()
+    ]
+    # One more token, which does not count: maximum and gather need one at least.
+    kl = torch.cat([kl.reshape(-1).to(result_dtype(kl)), kl.new_zeros(1, dtype=result_dtype(kl))])
+    counts, place = (
+        torch.cat([value.reshape(-1), value.new_zeros(1)]) for value in (counts, place)
+    )
+    sequences = (counts & (place == 0)).sum()  # by the first token of each that counts
+    total = kl.masked_fill(~counts, 0).sum(dtype=torch.float64)
+    finite = counts & kl.isfinite()
+    numbers = counts & ~kl.isnan()
+    known = numbers.sum()
+    ordered = kl.masked_fill(~numbers, math.nan).sort().values  # NaN comes last, after +inf
+    kept = kl.masked_fill(~finite, 0)
+    figures = {
+        "kl/mean": total / tokens,
+        "kl/per_sequence": total / sequences,
+        "kl/max": ordered.gather(0, (known - 1).clamp(min=0)[None])[0].masked_fill(
+            known != tokens, math.nan
+        ),
+        **{name: _quantile_of(ordered, known, q) for name, q in QUANTILES.items()},
+        "kl/tokens": tokens,
+        "kl/not_finite": tokens - finite.sum(),
+        "kl/above_threshold": (counts & (kl > (math.inf if threshold is None else threshold))).sum()
+        / tokens,
+    }
+    # Double the positions per entry until the longest response fits, on the device as well.
+    longest = place.masked_fill(~counts, -1).amax() + 1
+    doublings = (
+        torch.full((32,), width * positions, device=kl.device) << torch.arange(32, device=kl.device)
+        < longest
+    ).sum()
+    wide = torch.full_like(doublings, width) << doublings
+    ones = finite.double()
+    entries = (place // wide).clamp(0, positions - 1)
+    profile = [
+        ones.new_zeros(positions).scatter_add_(0, entries, value) for value in (kept.double(), ones)
+    ]
+    bins = (kept.clamp(min=LOWEST / 2).div(LOWEST).log() / math.log(GROWTH)).floor().long() + 1
+    histogram = ones.new_zeros(BINS).scatter_add_(0, bins.clamp(0, BINS - 1), ones)
+    scalars = [
+        *figures.values(),
+        *averages,
+        sequences,
+        finite.sum(),
+        kept.sum(dtype=torch.float64),
+        kl.masked_fill(~finite, -math.inf).amax(),
+        wide,
+    ]
+    try:
+        copied = torch.cat(
+            [torch.stack([value.double() for value in scalars]), histogram, *profile]
+        ).cpu()
+    except NotImplementedError:
+        raise ValueError(
+            "kl: expected values, got a tensor on the meta device, which has none; "
+            "pass the KL of a step"
+        ) from None
+    values = copied[: len(scalars)].tolist()
+    held, finites, finite_sum, finite_max, width_now = values[-5:]
+    return Measured(
+        dict(zip(figures, values, strict=False)),
+        values[len(figures) : -5],
+        held,
+        finites,
+        finite_sum,
+        finite_max,
+        int(width_now),
+        copied[len(scalars) : -2 * positions],
+        copied[-2 * positions :].reshape(2, positions),
+    )
+
+
+def _positions(counts: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """Count the tokens before each one that count and are of its sequence."""
+    before = counts.cumsum(-1) - counts.long()
+    if cu_seqlens is None or len(cu_seqlens) < 2 or not len(counts):
+        return before
+    bounds = cu_seqlens.long().clamp(0, len(counts))
+    owner = torch.searchsorted(
+        bounds[1:].contiguous(), torch.arange(len(counts), device=counts.device), right=True
+    )
+    starts = bounds[:-1].gather(0, owner.clamp(max=len(bounds) - 2)).clamp(max=len(counts) - 1)
+    return (before - before.gather(0, starts)).clamp(min=0)
+
+
+def _quantile_of(ordered: torch.Tensor, count: torch.Tensor, q: float) -> torch.Tensor:
+    """Compute torch.quantile of the first `count` ordered values, [] float64.
+
+    Between a number and +inf it is +inf.
+    """
+    rank = q * (count - 1).clamp(min=0).double()
+    low, high = (
+        ordered.gather(0, index.long()[None])[0].double() for index in (rank.floor(), rank.ceil())
+    )
+    share = rank - rank.floor()
+    return torch.where(share > 0, (1 - share) * low + share * high, low)
+
+
+# ---- further figures
+
+# Names that a further figure may not have.
+_OWN = (
+    *("step", "kl/mean", "kl/per_sequence", "kl/max", "kl/tokens", "kl/not_finite"),
+    *("kl/above_threshold", "kl/spike", *QUANTILES),
+)
+
+
+def sorted_figures(
+    named: dict[str, object], kl: torch.Tensor
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Sort further figures into numbers known on the CPU and tensors to average on kl's device.
+
+    Those that are None are left out.
+    """
+    known, tensors = {}, {}
+    for name, value in named.items():
+        if name in _OWN:
+            raise ValueError(
+                f"{name}: expected a name that the monitor does not use itself, got it for a "
+                f"further figure; choose another"
+            )
+        if isinstance(value, torch.Tensor):
+            if value.dtype not in (*_checks.FLOAT_TYPES, *_checks.INTEGER_TYPES, torch.bool):
+                raise TypeError(
+                    f"{name}: expected a real number or tensor, got "
+                    f"{_checks.type_name(value)}; convert it with .float()"
+                )
+            _checks.not_sharded(name, value, "a figure", f"pass {name}.full_tensor()")
+            on_cpu = value.device.type == "cpu"
+            if value.device == kl.device or (on_cpu and value.shape == kl.shape):
+                # Without a wait: the copy of the figures comes after it.
+                tensors[name] = value.detach().to(kl.device, non_blocking=True)
+            elif on_cpu:
+                known[name] = value.detach().double().mean().item()
+            else:
+                raise ValueError(
+                    f"{name}: expected a tensor on the device of kl, {kl.device}, or on the CPU, "
+                    f"got {value.device}; move it with .to()"
+                )
+        elif value is not None:
+            known[name] = _checks.number(
+                name, value, "a number or a tensor", lambda x: True, f"pass float({name})"
+            )
+    return known, tensors

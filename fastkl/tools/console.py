@@ -1,0 +1,46 @@
+"""Texts, numbers and progress bars of the tools, as a terminal shows them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+# Characters of a cell.
+MOST = 40
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Format a share in percent; one that would read 0% has two digits instead."""
+    small = 0 < share <= 0.5 * 10 ** -(digits + 2)
+    return f"{100 * share:.2g}%" if small else f"{share:.{digits}%}"
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a text; a character that the terminal's encoding lacks becomes "?"."""
+    out = sys.stdout if file is None else file
+    encoding = out.encoding or "utf-8"
+    print(text.encode(encoding, errors="replace").decode(encoding), file=out, flush=True)
+
+
+def table(rows: Sequence[Sequence[str]], align: str, width: int = 10**9) -> list[str]:
+    """Align columns by < and >; the last one is cut at the width of a line, the others at MOST."""
+    rows = [[*(cell[:MOST] for cell in row[:-1]), row[-1]] for row in rows]
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = (f"{cell:{way}{size}}" for cell, way, size in zip(row, align, sizes, strict=True))
+        line = "  ".join(cells).rstrip()
+        lines.append(line if len(line) <= width else line[: width - 1] + "…")
+    return lines
+
+
+def progress(items: Iterable[Any] | None, title: str, **options: Any) -> tqdm[Any]:
+    """Iterate over items with a bar on stderr; `update(count)` moves a bar without items."""
+
+    # A log file gets a line now and then, a terminal a moving bar.
+    interval = 0.1 if sys.stderr.isatty() else 15.0
+    options |= dict(dynamic_ncols=True, mininterval=interval, maxinterval=interval)
+    return tqdm(items, desc=f"{title:<26}", **options)

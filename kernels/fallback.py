@@ -1,0 +1,299 @@
+"""Fallback: rows that the float32 sums of one pass cannot hold, computed in float64.
+
+Infinities, entries masked by a finite number on one side alone, peaks far apart, logits of any
+size: the textbook formulas hold for them in float64. Subtract the row's largest logit first;
+average d = log q - log p after subtracting its value at the peak. Rows are read element by element,
+so no sum depends on where a row starts.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .row_finish import not_above_zero, store_fields, token_logits
+from .row_math import soft_cap, soft_cap_slope
+
+SIGN_BIT = tl.constexpr(-2147483648)
+
+
+class Fallback(NamedTuple):
+    """Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio -
+    log_sum - log_sum_ratio.
+
+    y_at_x_peak: y where x is largest. mean_p_from_peak: E_p[d] less d there. x_at_y_peak,
+    mean_q_from_peak: the same with P and Q swapped.
+    """
+
+    x_peak: tl.tensor
+    y_peak: tl.tensor
+    log_sum: tl.tensor
+    log_sum_ratio: tl.tensor
+    y_at_x_peak: tl.tensor
+    mean_p_from_peak: tl.tensor
+    x_at_y_peak: tl.tensor
+    mean_q_from_peak: tl.tensor
+    entropy: tl.tensor
+
+
+@triton.jit
+def load_double(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Capped logits `start` … `start + BLOCK - 1` of a row as float64; -inf from `end` on."""
+    offs_v = start + tl.arange(0, BLOCK)
+    logits = tl.load(row_ptr + offs_v, mask=offs_v < end, other=0.0).to(tl.float32)
+    capped = soft_cap(logits, SOFTCAP, row_ptr.dtype.element_ty).to(tl.float64)
+    return tl.where(offs_v < end, capped, float("-inf"))
+
+
+@triton.jit
+def log_probability_p(x, s, scale):
+    """Return log p of the logits x."""
+    return (x - s.x_peak) * scale - s.log_sum
+
+
+@triton.jit
+def log_probability_q(y, s, q_scale):
+    """Return log q of the logits y."""
+    return (y - s.y_peak) * q_scale - (s.log_sum + s.log_sum_ratio)
+
+
+@triton.jit
+def log_ratio(log_p, log_q):
+    """Return log q - log p; 0 for an entry without probability on either side."""
+    return tl.where(log_p == log_q, 0.0, log_q - log_p)
+
+
+@triton.jit
+def peak_ratios(s, scale, q_scale):
+    """Return d at P's peak and d at Q's."""
+    d_at_x_peak = log_ratio(
+        log_probability_p(s.x_peak, s, scale), log_probability_q(s.y_at_x_peak, s, q_scale)
+    )
+    d_at_y_peak = log_ratio(
+        log_probability_p(s.x_at_y_peak, s, scale), log_probability_q(s.y_peak, s, q_scale)
+    )
+    return d_at_x_peak, d_at_y_peak
+
+
+@triton.jit
+def fallback_statistics(
+    row, scale, q_scale, BLOCK: tl.constexpr, WITH_KL: tl.constexpr, reading: tl.constexpr
+):
+    """Compute the Fallback of a row, for float64 scales 1/T and ratio/T.
+
+    An entry with p = 0 adds nothing to an expectation under P; p > 0 = q makes E_p[d] infinite. A
+    NaN makes all NaN.
+    """
+    V = row.V
+    SOFTCAP: tl.constexpr = reading.softcap
+    REF_SOFTCAP: tl.constexpr = reading.ref_softcap
+    x_largest = tl.full([BLOCK], float("-inf"), tl.float64)
+    y_largest = x_largest
+    for start in range(0, V, BLOCK):
+        x_largest = tl.maximum(x_largest, load_double(row.p, start, V, BLOCK, SOFTCAP))
+        if WITH_KL:
+            y_largest = tl.maximum(y_largest, load_double(row.q, start, V, BLOCK, REF_SOFTCAP))
+    x_peak = tl.max(x_largest, 0)
+    y_peak = tl.max(y_largest, 0)
+    x_weights = tl.zeros([BLOCK], tl.float64)
+    y_weights = x_weights
+    y_at_x_peak = tl.full([BLOCK], float("-inf"), tl.float64)
+    x_at_y_peak = y_at_x_peak
+    for start in range(0, V, BLOCK):
+        x = load_double(row.p, start, V, BLOCK, SOFTCAP)
+        x_weights += tl.exp((x - x_peak) * scale)
+        if WITH_KL:
+            y = load_double(row.q, start, V, BLOCK, REF_SOFTCAP)
+            y_weights += tl.exp((y - y_peak) * q_scale)
+            y_at_x_peak = tl.where(x == x_peak, tl.maximum(y_at_x_peak, y), y_at_x_peak)
+            x_at_y_peak = tl.where(y == y_peak, tl.maximum(x_at_y_peak, x), x_at_y_peak)
+    log_sum = tl.log(tl.sum(x_weights, 0))
+    log_sum_ratio = log_sum * 0.0
+    if WITH_KL:
+        log_sum_ratio = tl.log(tl.sum(y_weights, 0)) - log_sum
+    # The means and the entropy follow below; peak_ratios reads none of them.
+    s = Fallback(
+        x_peak,
+        y_peak,
+        log_sum,
+        log_sum_ratio,
+        tl.max(y_at_x_peak, 0),
+        log_sum,
+        tl.max(x_at_y_peak, 0),
+        log_sum,
+        log_sum,
+    )
+    d_at_x_peak, d_at_y_peak = peak_ratios(s, scale, q_scale)
+    plogp = tl.zeros([BLOCK], tl.float64)
+    sum_p = plogp
+    sum_q = plogp
+    for start in range(0, V, BLOCK):
+        log_p = log_probability_p(load_double(row.p, start, V, BLOCK, SOFTCAP), s, scale)
+        p = tl.exp(log_p)
+        plogp += tl.where(p == 0.0, 0.0, p * log_p)
+        if WITH_KL:
+            log_q = log_probability_q(load_double(row.q, start, V, BLOCK, REF_SOFTCAP), s, q_scale)
+            q = tl.exp(log_q)
+            d = log_ratio(log_p, log_q)
+            sum_p += tl.where(p == 0.0, 0.0, p * (d - d_at_x_peak))
+            sum_q += tl.where(q == 0.0, 0.0, q * (d - d_at_y_peak))
+    entropy = -tl.sum(plogp, 0)
+    return Fallback(
+        x_peak,
+        y_peak,
+        log_sum,
+        log_sum_ratio,
+        s.y_at_x_peak,
+        tl.sum(sum_p, 0),
+        s.x_at_y_peak,
+        tl.sum(sum_q, 0),
+        tl.where(entropy <= 0.0, 0.0, entropy),
+    )
+
+
+@triton.jit
+def fallback_kl(s, scale, q_scale):
+    """KL(P‖Q) and KL(Q‖P), never negative; +inf where the peak of one has no probability under the
+    other.
+    """
+    d_at_x_peak, d_at_y_peak = peak_ratios(s, scale, q_scale)
+    kl = tl.where(d_at_x_peak == float("-inf"), float("inf"), -(d_at_x_peak + s.mean_p_from_peak))
+    ref_kl = tl.where(d_at_y_peak == float("inf"), float("inf"), d_at_y_peak + s.mean_q_from_peak)
+    return tl.where(kl <= 0.0, 0.0, kl), tl.where(ref_kl <= 0.0, 0.0, ref_kl)
+
+
+@triton.jit
+def store_row(saved_ptr, s):
+    """Write a Fallback to the saved values [10] of its row; the sign bit of the second marks it."""
+    high = s.log_sum_ratio.to(tl.float32)
+    low = tl.where(
+        tl.abs(high) < float("inf"), (s.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0
+    )
+    tl.store(saved_ptr, s.x_peak.to(tl.float32))
+    # A sum that counts its largest term as 1 has a logarithm of at least 0.
+    marked = s.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
+    tl.store(saved_ptr + 1, marked.to(tl.float32, bitcast=True))
+    tl.store(saved_ptr + 2, s.y_peak.to(tl.float32))
+    tl.store(saved_ptr + 3, high)
+    tl.store(saved_ptr + 4, low)
+    tl.store(saved_ptr + 5, s.y_at_x_peak.to(tl.float32))
+    tl.store(saved_ptr + 6, s.mean_p_from_peak.to(tl.float32))
+    tl.store(saved_ptr + 7, s.x_at_y_peak.to(tl.float32))
+    tl.store(saved_ptr + 8, s.mean_q_from_peak.to(tl.float32))
+    tl.store(saved_ptr + 9, s.entropy.to(tl.float32))
+
+
+@triton.jit
+def load_row(saved_ptr):
+    """The Fallback that store_row wrote."""
+    log_sum_ratio = tl.load(saved_ptr + 3).to(tl.float64) + tl.load(saved_ptr + 4).to(tl.float64)
+    return Fallback(
+        tl.load(saved_ptr).to(tl.float64),
+        tl.load(saved_ptr + 2).to(tl.float64),
+        -tl.load(saved_ptr + 1).to(tl.float64),
+        log_sum_ratio,
+        tl.load(saved_ptr + 5).to(tl.float64),
+        tl.load(saved_ptr + 6).to(tl.float64),
+        tl.load(saved_ptr + 7).to(tl.float64),
+        tl.load(saved_ptr + 8).to(tl.float64),
+        tl.load(saved_ptr + 9).to(tl.float64),
+    )
+
+
+@triton.jit
+def is_fallback(saved_ptr):
+    """Whether a row's saved values are those of a Fallback."""
+    return tl.load(saved_ptr + 1).to(tl.int32, bitcast=True) < 0
+
+
+@triton.jit
+def store_fallback(out, row, BLOCK: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
+    """Compute a row in float64 and write its saved values and fields."""
+    scale = row.scale.to(tl.float64)
+    q_scale = scale * row.ratio.to(tl.float64)
+    s = fallback_statistics(row, scale, q_scale, BLOCK, want.kl, reading)
+    store_row(out.saved, s)
+    kl, ref_kl = fallback_kl(s, scale, q_scale)
+    store_fields(out, s.entropy, kl, ref_kl, want)
+    if reading.tokens:
+        x, y = token_logits(row, want, reading)
+        log_p = log_probability_p(x.to(tl.float64), s, scale)
+        tl.store(out.logprob, not_above_zero(log_p.to(tl.float32)))
+        if want.kl:
+            log_q = log_probability_q(y.to(tl.float64), s, q_scale)
+            tl.store(out.ref_logprob, not_above_zero(log_q.to(tl.float32)))
+
+
+class GradientRow(NamedTuple):
+    """The addresses of a row's gradients to P and to Q, and the entries to write: `start` …
+    `end - 1`.
+    """
+
+    p: tl.tensor
+    q: tl.tensor
+    start: tl.tensor
+    end: tl.tensor
+
+
+@triton.jit
+def write_fallback(
+    row, grads, saved_ptr, g, BLOCK: tl.constexpr, asked: tl.constexpr, reading: tl.constexpr
+):
+    """Write a row's gradients, computed in float64, for upstream gradients g."""
+    start = grads.start
+    end = grads.end
+    scale = row.scale.to(tl.float64)
+    q_scale = scale * row.ratio.to(tl.float64)
+    HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob
+    HAS_TOKEN: tl.constexpr = (asked.wrt_p and asked.logprob) or (asked.wrt_q and asked.ref_logprob)
+    if asked.ref_kl and asked.wrt_q:
+        # Recompute E_q[d]: forward's float32 sums held, but give it too few digits here.
+        if is_fallback(saved_ptr):
+            s = load_row(saved_ptr)
+        else:
+            s = fallback_statistics(row, scale, q_scale, BLOCK, True, reading)
+    else:
+        s = load_row(saved_ptr)
+    d_at_x_peak, d_at_y_peak = peak_ratios(s, scale, q_scale)
+    for first in range(start, end, BLOCK):
+        offs_v = first + tl.arange(0, BLOCK)
+        inside = offs_v < end
+        x = load_double(row.p, first, end, BLOCK, reading.softcap)
+        log_p = log_probability_p(x, s, scale)
+        p = tl.exp(log_p)
+        grad_x = p * (-g.logprob - g.entropy * (log_p + s.entropy))
+        if HAS_Q:
+            y = load_double(row.q, first, end, BLOCK, reading.ref_softcap)
+            log_q = log_probability_q(y, s, q_scale)
+            q = tl.exp(log_q)
+            d = log_ratio(log_p, log_q)
+            grad_y = q * -g.ref_logprob
+            if asked.kl:
+                # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
+                grad_x -= tl.where(
+                    g.kl == 0.0, 0.0, p * (g.kl * ((d - d_at_x_peak) - s.mean_p_from_peak))
+                )
+                grad_y += g.kl * (q - p)
+            if asked.ref_kl:
+                grad_x -= g.ref_kl * (q - p)
+                grad_y += tl.where(
+                    q == 0.0,
+                    0.0,
+                    tl.where(
+                        g.ref_kl == 0.0,
+                        0.0,
+                        q * (g.ref_kl * ((d - d_at_y_peak) - s.mean_q_from_peak)),
+                    ),
+                )
+        if asked.wrt_p:
+            # An entry without probability has no gradient, also where its logarithm is infinite.
+            grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
+            if HAS_TOKEN:
+                grad_x += tl.where(offs_v == row.token, g.logprob, 0.0)
+            slope = soft_cap_slope(x, reading.softcap)
+            tl.store(grads.p + offs_v, (grad_x * scale * slope).to(tl.float32), mask=inside)
+        if asked.wrt_q:
+            if HAS_TOKEN:
+                grad_y += tl.where(offs_v == row.token, g.ref_logprob, 0.0)
+            slope = soft_cap_slope(y, reading.ref_softcap)
+            tl.store(grads.q + offs_v, (grad_y * q_scale * slope).to(tl.float32), mask=inside)
