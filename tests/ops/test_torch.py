@@ -8,16 +8,16 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import cases
+import memory
 import pytest
 import torch
 from cases import HAS_CPP
-from memory import allocated
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl import backend, testing
-from fastkl.ops import row_blocks, row_op
+from fastkl.ops import row_blocks
 from fastkl.ops.engine import ENGINES
 from fastkl.ops.fields import FIELDS
 
@@ -384,33 +384,16 @@ PER_ROW = 64  # bytes
 
 
 def sized(implementation, times: int = 1) -> SimpleNamespace:
-    """Inputs of the size to measure at, with `times` as many rows; bfloat16 on a GPU. No mask and
-    no temperatures, which are inputs.
+    """Make inputs of the size to measure at, with `times` as many rows; bfloat16 on a GPU. No mask
+    and no temperatures, which are inputs.
     """
-    rows, vocabulary = SIZES[
-        "reference"
-        if not implementation.kernels
-        else "interpreter"
-        if implementation.interpreted
-        else "gpu"
-    ]
-    dtype = torch.bfloat16 if implementation.device == "cuda" else torch.float32
-    p, q = (
-        torch.randn(times * rows, vocabulary, device=implementation.device)
-        .to(dtype)
-        .requires_grad_()
-        for _ in "pq"
-    )
-    tokens = torch.arange(times * rows, device=implementation.device) % vocabulary
-    return SimpleNamespace(
-        p=p,
-        q=q,
-        rows=times * rows,
-        vocabulary=vocabulary,
-        tokens=tokens,
-        mask=None,
-        temperatures=1.0,
-    )
+    kind = "gpu" if implementation.device == "cuda" else "reference"
+    rows, vocabulary = SIZES["interpreter" if implementation.interpreted else kind]
+    data = inputs(implementation.device, (times * rows,), vocabulary)
+    dtype = torch.bfloat16 if kind == "gpu" else torch.float32
+    p, q = (value.detach().to(dtype).requires_grad_() for value in (data.p, data.q))
+    more = {"p": p, "q": q, "rows": times * rows, "mask": None, "temperatures": 1.0}
+    return SimpleNamespace(**{**vars(data), **more, "vocabulary": vocabulary})
 
 
 FUNCTIONS = {"kl": (kl, 1), "stats": (stats, 5)}  # and how many float32 results per row
@@ -435,7 +418,7 @@ def test_bytes_allocated(implementation, name, monkeypatch) -> None:
             lambda: function(data.p, data.q, data),
             lambda: torch.autograd.grad(outputs, (data.p, data.q), upstream, retain_graph=True),
         )
-        return torch.tensor([allocated(implementation.device, call)[0] for call in calls])
+        return torch.tensor([memory.allocated(implementation.device, call)[0] for call in calls])
 
     data = sized(implementation)
     forward, backward = (
@@ -452,22 +435,14 @@ def test_bytes_held_for_backward(implementation, name) -> None:
     """Beyond the inputs, at most 64 bytes per row are held; under activation checkpointing, nothing
     beyond the results.
     """
-    function, fields = FUNCTIONS[name]
-    data, held = sized(implementation), {}
-
-    def pack(value: torch.Tensor) -> torch.Tensor:
-        storage = value.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        function(data.p, data.q, data)
+    (function, fields), data = FUNCTIONS[name], sized(implementation)
+    held = memory.saved(lambda: function(data.p, data.q, data))
     for value in (data.p, data.q, data.tokens):
         held.pop(value.untyped_storage().data_ptr(), None)
     assert 0 < sum(held.values()) <= PER_ROW * data.rows
     slack = 512 * 8 if implementation.device == "cuda" else 0
     for use_reentrant in (False, True):
-        left = allocated(
+        left = memory.allocated(
             implementation.device,
             lambda again=use_reentrant: checkpoint(
                 function, data.p, data.q, data, use_reentrant=again, preserve_rng_state=False
