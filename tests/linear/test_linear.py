@@ -32,6 +32,7 @@ SIZES = {
     "peaked all": (0.33, 7.0),
     "peaked far": (7.0, 7.0),
 }
+TOKENS = 12 if INTERPRETING else 96
 KL = {"near": (5e-4, 2e-3), "all": (0.1, 5.0), "far": (4.0, 16.0)}
 
 
@@ -43,12 +44,12 @@ def data(kind: str, call: str, **changes) -> Case:
     lies at 1e-6, where float16's numbers are 6e-8 apart, and what plain torch loses there must not
     widen the bar. The mean without a scale is compared too.
     """
-    size = {"tokens": 12, "vocabulary": 130, "width": 24} if INTERPRETING else {}
-    tensors = linear_cases.models(kind.split()[0], SIZES[kind], **size)
-    count, vocabulary = len(tensors["hidden"]), len(tensors["weight"])
-    tokens = torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(1))
+    size = {"vocabulary": 130, "width": 24} if INTERPRETING else {}
+    tensors = linear_cases.models(kind.split()[0], SIZES[kind], tokens=TOKENS, **size)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(len(tensors["weight"]), (TOKENS,), generator=generator)
     tokens[::2] = F.linear(tensors["hidden"], tensors["weight"], tensors["bias"]).argmax(-1)[::2]
-    options = {"chunk_size": count * 2 // 5, "scale": 1024.0 if call == "mean" else 8.0}
+    options = {"chunk_size": TOKENS * 2 // 5, "scale": 1024.0 if call == "mean" else 8.0}
     case = Case(tensors, call, tokens=tokens, **{**options, **changes})
     return case.without("weights") if call in ("stats", "none") else case
 
@@ -60,12 +61,6 @@ def one_head(call: str, *left_out: str) -> Case:
     case.tensors["ref_hidden"] = case.tensors["hidden"] + 0.5 * noise
     case.tensors.update(ref_weight=case.tensors["weight"], ref_bias=case.tensors["bias"])
     return case.without(*left_out)
-
-
-def per_token(call: str) -> Case:
-    """Give each token a temperature of its own."""
-    case = data("random far", call)
-    return case.but(temperature=torch.linspace(0.4, 3.0, len(case.tensors["hidden"])))
 
 
 def thousands(call: str, chunk_size: int | None) -> Case:
@@ -104,12 +99,13 @@ MIXED = {
     "fp16 beside bf16": (torch.float16, torch.bfloat16, None),
 }
 SHARED = {
-    "left out": functools.partial(one_head, left_out=("ref_weight",)),
+    "left out": lambda call: one_head(call, "ref_weight"),
     "same object": one_head,
     "softcap": lambda call: data("random far", call, softcap=4.0),
-    "temperature per token": per_token,
+    "temperature per token": lambda call: data(
+        "random far", call, temperature=torch.linspace(0.4, 3.0, TOKENS)
+    ),
 }
-SHARED["left out"] = lambda call: one_head(call, "ref_weight")
 MODELS = {kind: functools.partial(data, kind) for kind in SIZES} | SHARED
 UNSCALED = {
     f"{kind}, no loss scale": lambda call, kind=kind: data(
@@ -119,7 +115,7 @@ UNSCALED = {
 }
 CHUNKS = {
     f"chunks of {size}": functools.partial(data, "random all", chunk_size=size)
-    for size in (1, 7, 95, 96, 97, None)
+    for size in (1, 7, TOKENS - 1, TOKENS, TOKENS + 1, None)
 }
 THOUSANDS = {
     f"thousands, chunks of {size}": functools.partial(thousands, chunk_size=size)

@@ -228,6 +228,7 @@ def test_workspace_stays_within_its_bound(n, h, v, trainable, logits_dtype) -> N
     for chunk_size in (1, 100, 3000):
         chosen = planned(heads, chunk_size)
         assert chosen.chunk <= chosen.window <= min(chunk_size, n)
+    assert not sums or n < 3000 or planned(heads, 3000) == (1024, 2048)
     chosen = planned(heads)
     assert 1 <= chosen.chunk <= min(n, 1024) and chosen.chunk <= chosen.window <= n
     frozen = heads_on_meta(n, h, v, (False, False), logits_dtype=logits_dtype)
