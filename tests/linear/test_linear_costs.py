@@ -74,11 +74,11 @@ def gradients_of(value: torch.Tensor, made: dict, retain_graph: bool = False) ->
     return torch.autograd.grad(value.sum(), [*learned.values()], retain_graph=retain_graph)
 
 
-def assert_products(call: Callable, made: dict, forward: int, backward: int) -> None:
-    """Count forward's products and backward's, and what torch's FlopCounterMode is told: 2·N·H·V
-    for each.
+def assert_products(call: Callable, made: dict, *counts: int) -> None:
+    """Count forward's products, backward's and those of a second backward, and what torch's
+    FlopCounterMode is told: 2·N·H·V for each. The second one's gradients have the first one's bits.
     """
-    kept = []
+    (forward, backward, again), kept, grads = counts, [], []
     assert count(lambda: kept.append(call()), CHUNK) == forward
     with torch.no_grad():
         assert count(call, CHUNK) <= 2
@@ -89,7 +89,9 @@ def assert_products(call: Callable, made: dict, forward: int, backward: int) -> 
         with FlopCounterMode(display=False) as counter:
             gradients_of(kept[0], made, retain_graph=True)
         assert counter.get_total_flops() == backward * 2 * N * H * V
-        assert count(lambda: gradients_of(kept[0], made), CHUNK) == backward
+        run = lambda: grads.append(gradients_of(kept[0], made, retain_graph=True))  # noqa: E731
+        assert [count(run, CHUNK) for _ in range(2)] == [backward, again]
+        assert all(map(torch.equal, *grads))
 
 
 MODES = {
@@ -122,7 +124,7 @@ def test_products(implementation, learned, shared, reduction, recompute) -> None
         MODES[learned, shared],
     )
     settings = {"reduction": reduction, "recompute": recompute, "chunk_size": CHUNK}
-    counts = (2, both if recompute else both - 2) if reduction == "none" else (both, 0)
+    counts = (2, both if recompute else both - 2, both) if reduction == "none" else (both, 0, 0)
     assert_products(lambda: fastkl.linear_kl_divergence(**made, **settings), made, *counts)
 
 
@@ -142,7 +144,7 @@ def test_products_of_policy_fields(implementation, learned, expected, reference,
         stats = fastkl.linear_token_stats(**made, **settings)
         return stats.logprob + stats.entropy
 
-    assert_products(call, made, 1 + reference, expected + recompute)
+    assert_products(call, made, 1 + reference, expected + recompute, expected + 1)
 
 
 def test_no_gradient_of_the_policy_from_reference_fields(implementation) -> None:

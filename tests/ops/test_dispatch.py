@@ -318,28 +318,6 @@ def test_transforms(implementation, transform, name) -> None:
     assert bool((expected != 0).any())
 
 
-def test_the_ops_under_vmap(implementation) -> None:
-    """The ops themselves, not through the functions: each has a rule of its own."""
-    d = data(implementation.device)
-    p, q = d["p"].detach(), d["q"]
-    rest = (None, None, None, 1.0, "kl", implementation.backend)
-    mapped = torch.vmap(lambda p, q: torch.ops.fastkl.row_statistics(p, q, *rest)[3])(p, q)
-    testing.assert_same_bits(mapped, kl(d), "kl")
-    heads, settings = (
-        (d["hidden"].detach(), d["weight"].detach(), d["ref_hidden"]),
-        (0.0, 0.0, 1.0, implementation.backend, torch.float32, None),
-    )
-    linear_statistics = torch.ops.fastkl.linear_statistics
-    mapped = torch.vmap(
-        lambda h, r: linear_statistics(
-            h, heads[1], None, r, None, None, None, None, None, 1.0, *settings, None, "kl", False
-        )[3]
-    )(heads[0], heads[2])
-    torch.testing.assert_close(
-        mapped, FUNCTIONS["linear_none"](d)[0].detach(), rtol=1e-6, atol=1e-7
-    )
-
-
 @pytest.mark.parametrize("name", ["kl", "linear_none"])
 def test_vmap_compiled_and_exported(implementation, name) -> None:
     """torch.compile and torch.export take a vmap with the op inside it."""
