@@ -32,6 +32,7 @@ SIZES = {
     "peaked all": (0.33, 7.0),
     "peaked far": (7.0, 7.0),
 }
+TOKENS = 12 if INTERPRETING else 96
 KL = {"near": (5e-4, 2e-3), "all": (0.1, 5.0), "far": (4.0, 16.0)}
 
 
@@ -43,12 +44,12 @@ def data(kind: str, call: str, **changes) -> Case:
     lies at 1e-6, where float16's numbers are 6e-8 apart, and what plain torch loses there must not
     widen the bar. The mean without a scale is compared too.
     """
-    size = {"tokens": 12, "vocabulary": 130, "width": 24} if INTERPRETING else {}
-    tensors = linear_cases.models(kind.split()[0], SIZES[kind], **size)
-    count, vocabulary = len(tensors["hidden"]), len(tensors["weight"])
-    tokens = torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(1))
+    size = {"vocabulary": 130, "width": 24} if INTERPRETING else {}
+    tensors = linear_cases.models(kind.split()[0], SIZES[kind], tokens=TOKENS, **size)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(len(tensors["weight"]), (TOKENS,), generator=generator)
     tokens[::2] = F.linear(tensors["hidden"], tensors["weight"], tensors["bias"]).argmax(-1)[::2]
-    options = {"chunk_size": count * 2 // 5, "scale": 1024.0 if call == "mean" else 8.0}
+    options = {"chunk_size": TOKENS * 2 // 5, "scale": 1024.0 if call == "mean" else 8.0}
     case = Case(tensors, call, tokens=tokens, **{**options, **changes})
     return case.without("weights") if call in ("stats", "none") else case
 
@@ -60,12 +61,6 @@ def one_head(call: str, *left_out: str) -> Case:
     case.tensors["ref_hidden"] = case.tensors["hidden"] + 0.5 * noise
     case.tensors.update(ref_weight=case.tensors["weight"], ref_bias=case.tensors["bias"])
     return case.without(*left_out)
-
-
-def per_token(call: str) -> Case:
-    """Give each token a temperature of its own."""
-    case = data("random far", call)
-    return case.but(temperature=torch.linspace(0.4, 3.0, len(case.tensors["hidden"])))
 
 
 def thousands(call: str, chunk_size: int | None) -> Case:
@@ -98,18 +93,22 @@ TYPES = {
     "fp16": (torch.float16, torch.float16, None),
     "fp16, fp32 logits": (torch.float16, torch.float16, WIDE),
 }
+OTHER = {
+    "fp64": (torch.float64, torch.float64, None),
+}
 MIXED = {
     "bf16 beside fp32": (torch.bfloat16, WIDE, None),
     "fp32 beside bf16": (WIDE, torch.bfloat16, None),
     "fp16 beside bf16": (torch.float16, torch.bfloat16, None),
 }
 SHARED = {
-    "left out": functools.partial(one_head, left_out=("ref_weight",)),
+    "left out": lambda call: one_head(call, "ref_weight"),
     "same object": one_head,
     "softcap": lambda call: data("random far", call, softcap=4.0),
-    "temperature per token": per_token,
+    "temperature per token": lambda call: data(
+        "random far", call, temperature=torch.linspace(0.4, 3.0, TOKENS)
+    ),
 }
-SHARED["left out"] = lambda call: one_head(call, "ref_weight")
 MODELS = {kind: functools.partial(data, kind) for kind in SIZES} | SHARED
 UNSCALED = {
     f"{kind}, no loss scale": lambda call, kind=kind: data(
@@ -119,7 +118,7 @@ UNSCALED = {
 }
 CHUNKS = {
     f"chunks of {size}": functools.partial(data, "random all", chunk_size=size)
-    for size in (1, 7, 95, 96, 97, None)
+    for size in (1, 7, TOKENS - 1, TOKENS, TOKENS + 1, None)
 }
 THOUSANDS = {
     f"thousands, chunks of {size}": functools.partial(thousands, chunk_size=size)
@@ -163,14 +162,21 @@ HEADS = {
 }
 
 
-def with_heads(name: str, call: str, dtype: torch.dtype = torch.float32) -> Case:
+def with_heads(name: str, call: str) -> Case:
     """Make one of HEADS over [2, 4] tokens, in several chunks, under a mask."""
     left_out, changes = HEADS[name]
     options = {"leading": (2, 4), "mask": MASK, "chunk_size": 3, "sizes": {"ref_width": 6}}
     case = small_case(call, **options, **changes)
     if "one weight" in name:
         case.tensors["ref_weight"] = case.tensors["weight"]
-    return case.without(*left_out).typed(dtype)
+    return case.without(*left_out)
+
+
+FEW_HEADS = (
+    ("everything", "stats", "fp32"),
+    ("per token", "mean", "fp32"),
+    ("inherited", "none", "fp32"),
+)
 
 
 def grid(models: dict, types: dict, calls: tuple[str, ...] = CALLS) -> list[tuple]:
@@ -178,7 +184,9 @@ def grid(models: dict, types: dict, calls: tuple[str, ...] = CALLS) -> list[tupl
     return [(call, name, kind) for name in models for kind in types for call in calls]
 
 
-BUILDERS = MODELS | UNSCALED | CHUNKS | THOUSANDS | {"32768 words": many_words}
+ONE_MODEL = [("stats", "one model", kind) for kind in ("fp32", "fp64")]
+WITH_HEADS = {k: functools.partial(with_heads, k) for k in HEADS}
+BUILDERS = WITH_HEADS | MODELS | UNSCALED | CHUNKS | THOUSANDS | {"32768 words": many_words}
 ACCURACY = [
     *grid(MODELS, TYPES),
     *grid(["random all"], MIXED, ("stats", "none", "mean")),
@@ -186,6 +194,8 @@ ACCURACY = [
     *grid(CHUNKS, ["fp32"]),
     *grid(THOUSANDS, ["fp32", "bf16"]),
     *grid(["32768 words"], ["fp16"], ("none", "sum", "mean")),
+    *grid([name for name in HEADS if name != "one model"], ["fp32", "fp64"]),
+    *ONE_MODEL,
 ]
 
 
@@ -197,9 +207,12 @@ def test_accuracy(implementation, call, models, types) -> None:
         (types == "fp32" and models in ("random all", "peaked all"))
         or (types == "fp32" and call in ("stats", "mean") and models in [*SHARED][1:])
         or (types[:4] == "fp16" and models == f"{'random' if call in CALLS[::2] else 'peaked'} all")
-        or (call in ("stats", "mean") and models in ("chunks of 1", "peaked, no loss scale")),
+        or (call in ("stats", "mean") and models in ("chunks of 1", "peaked, no loss scale"))
+        or (models, call, types) in FEW_HEADS,
     )
-    policy, reference, logits_dtype = (TYPES | MIXED)[types]
+    if implementation.kernels and types == "fp64":
+        pytest.skip("float64 is the reference's")
+    policy, reference, logits_dtype = (TYPES | OTHER | MIXED)[types]
     case = BUILDERS[models](call).but(logits_dtype=logits_dtype).typed(policy, reference)
     if call in ("stats", "none"):
         case = case.without("weights")
@@ -207,20 +220,6 @@ def test_accuracy(implementation, call, models, types) -> None:
     if models in SIZES and call == "none" and types == "fp32":
         least, most = KL[models.split()[1]]
         assert least < float(exact["kl"].mean()) < most, "the models are not as far apart"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("models", HEADS)
-@pytest.mark.parametrize("call", CALLS)
-def test_heads(implementation, call, models, dtype) -> None:
-    """Heads and temperatures of either model's own, in float32 and, on the reference, float64."""
-    wanted = {("everything", "stats"), ("per token", "mean"), ("inherited", "none")}
-    few(implementation, (models, call) in wanted)
-    if (models == "one model" and call != "stats") or (
-        implementation.kernels and dtype == torch.float64
-    ):
-        pytest.skip("a KL needs two models, and float64 the reference backend")
-    linear_cases.check(implementation.device, with_heads(models, call, dtype))
 
 
 # ---- properties

@@ -26,7 +26,8 @@ def right(device: str) -> dict[str, torch.Tensor]:
 def run(name: str, arguments: dict) -> object:
     """Call one of CALLS."""
     if name == "stats":
-        tokens = torch.zeros(LEADING, dtype=torch.long, device=arguments["weight"].device)
+        device = next(v.device for v in arguments.values() if isinstance(v, torch.Tensor))
+        tokens = torch.zeros(LEADING, dtype=torch.long, device=device)
         return fastkl.linear_token_stats(**{"tokens": tokens, **arguments})
     more = {"reduction": "mean"} if name == "loss" else {}
     return fastkl.linear_kl_divergence(**{**more, **arguments})

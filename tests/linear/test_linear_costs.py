@@ -55,11 +55,14 @@ def tensors(
     n: int = N,
     h: int = H,
     v: int = V,
+    near: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """Make the arguments that both functions share; those in `learned` require gradient."""
+    """Make the arguments that both functions share; those in `learned` require gradient. Logits
+    that are `near` 0 take one pass, others may be computed a second time, in float64.
+    """
     made, names = linear_cases.small((n,), v, h, h), learned.split(",")
     made = {
-        name: made[name].to(device, dtype).requires_grad_(name in names)
+        name: (made[name] * near).to(device, dtype).requires_grad_(name in names)
         for name in ("hidden", "weight", "ref_hidden", "ref_weight")
     }
     return {**made, "ref_weight": made["weight"]} if shared else made
@@ -71,11 +74,11 @@ def gradients_of(value: torch.Tensor, made: dict, retain_graph: bool = False) ->
     return torch.autograd.grad(value.sum(), [*learned.values()], retain_graph=retain_graph)
 
 
-def assert_products(call: Callable, made: dict, forward: int, backward: int) -> None:
-    """Count forward's products and backward's, and what torch's FlopCounterMode is told: 2·N·H·V
-    for each.
+def assert_products(call: Callable, made: dict, *counts: int) -> None:
+    """Count forward's products, backward's and those of a second backward, and what torch's
+    FlopCounterMode is told: 2·N·H·V for each. The second one's gradients have the first one's bits.
     """
-    kept = []
+    (forward, backward, again), kept, grads = counts, [], []
     assert count(lambda: kept.append(call()), CHUNK) == forward
     with torch.no_grad():
         assert count(call, CHUNK) <= 2
@@ -86,7 +89,9 @@ def assert_products(call: Callable, made: dict, forward: int, backward: int) -> 
         with FlopCounterMode(display=False) as counter:
             gradients_of(kept[0], made, retain_graph=True)
         assert counter.get_total_flops() == backward * 2 * N * H * V
-        assert count(lambda: gradients_of(kept[0], made), CHUNK) == backward
+        run = lambda: grads.append(gradients_of(kept[0], made, retain_graph=True))  # noqa: E731
+        assert [count(run, CHUNK) for _ in range(2)] == [backward, again]
+        assert all(map(torch.equal, *grads))
 
 
 MODES = {
@@ -119,7 +124,7 @@ def test_products(implementation, learned, shared, reduction, recompute) -> None
         MODES[learned, shared],
     )
     settings = {"reduction": reduction, "recompute": recompute, "chunk_size": CHUNK}
-    counts = (2, both if recompute else both - 2) if reduction == "none" else (both, 0)
+    counts = (2, both if recompute else both - 2, both) if reduction == "none" else (both, 0, 0)
     assert_products(lambda: fastkl.linear_kl_divergence(**made, **settings), made, *counts)
 
 
@@ -139,7 +144,7 @@ def test_products_of_policy_fields(implementation, learned, expected, reference,
         stats = fastkl.linear_token_stats(**made, **settings)
         return stats.logprob + stats.entropy
 
-    assert_products(call, made, 1 + reference, expected + recompute)
+    assert_products(call, made, 1 + reference, expected + recompute, expected + 1)
 
 
 def test_no_gradient_of_the_policy_from_reference_fields(implementation) -> None:
@@ -225,6 +230,7 @@ def test_workspace_stays_within_its_bound(n, h, v, trainable, logits_dtype) -> N
     for chunk_size in (1, 100, 3000):
         chosen = planned(heads, chunk_size)
         assert chosen.chunk <= chosen.window <= min(chunk_size, n)
+    assert not sums or n < 3000 or planned(heads, 3000) == (1024, 2048)
     chosen = planned(heads)
     assert 1 <= chosen.chunk <= min(n, 1024) and chosen.chunk <= chosen.window <= n
     frozen = heads_on_meta(n, h, v, (False, False), logits_dtype=logits_dtype)
@@ -243,7 +249,7 @@ def test_one_product_takes_no_more_at_its_peak(monkeypatch, n) -> None:
     tuned(monkeypatch, block=1 << 12, row_block=1, largest_chunk=16, tile=16, workspace=2 * v * h)
     for small_sum in (0, 1 << 40):
         tuned(monkeypatch, small_sum=small_sum)
-        made = tensors("cpu", n=n, h=h, v=v)
+        made = tensors("cpu", n=n, h=h, v=v, near=0.1)
 
         def step(made=made) -> tuple:
             return gradients_of(fastkl.linear_kl_divergence(**made, recompute=True), made)
@@ -311,10 +317,9 @@ def test_peak_workspace(monkeypatch, reduction, logits_dtype, one_product, far) 
         pytest.skip("rows far apart, computed a second time in float64, take as much in each case")
     tuned(monkeypatch, row_block=1, block=BLOCK, scaled_at_once=BLOCK, workspace=1 << 18)
     tuned(monkeypatch, small_sum=0 if one_product else 1 << 26)
-    made, (n, h, v) = tensors("cpu", **SMALL), SMALL.values()
-    with torch.no_grad():
-        for name in ("hidden", "ref_hidden"):
-            made[name].mul_(1.0 if far else 0.1)
+    made, (n, h, v) = tensors("cpu", **SMALL, near=0.1), SMALL.values()
+    if far:
+        made["hidden"].data[::16] *= 100
     policy, frozen, ref = (
         head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype)
         for learns in (True, False, False)
@@ -343,10 +348,8 @@ def test_peak_of_kept_logits(monkeypatch, logits_dtype, fields, learned) -> None
     G = N at the most, beside wider ones, and C·V·l where a far row may be read again.
     """
     tuned(monkeypatch, row_block=1, block=BLOCK, workspace=1 << 18, small_sum=0)
-    made, (n, h, v) = tensors("cpu", **SMALL, learned=learned), SMALL.values()
-    with torch.no_grad():
-        for name in ("hidden", "ref_hidden"):
-            made[name].mul_(0.1)
+    made = tensors("cpu", **SMALL, learned=learned, near=0.1)
+    n, h, v = SMALL.values()
     heads = heads_on_meta(n, h, v, (False, False), logits_dtype=logits_dtype)
     settings = {"logits_dtype": logits_dtype, "recompute": False}
     tokens, models, rows = torch.zeros(n, dtype=torch.long), learned.count("hidden"), 1024

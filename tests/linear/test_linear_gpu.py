@@ -1,130 +1,78 @@
-"""What only a GPU can show of the functions on hidden states: no synchronisation, CUDA graphs, the
-peak of memory, another device.
+"""The functions on hidden states on a GPU alone: no synchronisation, CUDA graphs, the peak of
+memory, another device.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-
 import cases
+import linear_cases
+import memory
 import pytest
-import test_linear_costs as costs
 import torch
+from linear_cases import Case, planned, small_case, workspace
+from test_linear_costs import gradients_of, tensors
 
 import fastkl
-from fastkl.ops import chunks
 
 pytestmark = pytest.mark.gpu
-N, H, V = 300, 64, 1003
+N, LEARNED = 300, ("hidden", "weight", "bias")
+kinds = pytest.mark.parametrize("kind", ["none", "mean", "stats"])
 
 
-def step(made: dict[str, torch.Tensor], kind: str) -> list[torch.Tensor]:
-    """Results and gradients to hidden, weight and bias of one training step."""
-    common = {
-        name: made[name]
-        for name in (
-            "hidden",
-            "weight",
-            "ref_hidden",
-            "ref_weight",
-            "bias",
-            "ref_bias",
-            "mask",
-            "temperature",
-        )
-    }
-    if kind == "stats":
-        results = fastkl.linear_token_stats(tokens=made["tokens"], **common, chunk_size=128)
-        loss = sum((value * made["weights"]).sum() for value in results)
-    elif kind == "none":
-        results = [fastkl.linear_kl_divergence(**common, softcap=20.0, chunk_size=128)]
-        loss = (results[0] * made["weights"]).sum()
-    else:
-        loss = fastkl.linear_kl_divergence(
-            **common, weights=made["weights"], reduction="mean", chunk_size=128
-        )
-        results = [loss]
-    return [
-        *results,
-        *torch.autograd.grad(loss, [made[name] for name in ("hidden", "weight", "bias")]),
-    ]
-
-
-def inputs(
-    device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """Everything that `step` takes; hidden, weight and bias learn."""
+def made(
+    kind: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Case:
+    """Make a case whose tensors are on a device, upstream gradients of 1 included."""
+    sizes = {"vocabulary": 1003, "width": 64, "ref_width": 48, "seed": seed}
+    case = small_case(kind, dtype, leading=(N,), sizes=sizes, chunk_size=128, random=False)
     generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "hidden": (N, H),
-        "weight": (V, H),
-        "ref_hidden": (N, 48),
-        "ref_weight": (V, 48),
-        "bias": (V,),
-        "ref_bias": (V,),
+    vectors = {
+        "mask": torch.rand(N, generator=generator) < 0.8,
+        "temperature": 0.5 + torch.rand(N, generator=generator),
+        "tokens": torch.randint(1003, (N,), generator=generator),
     }
-    made = {
-        name: torch.randn(shape, generator=generator).to(device, dtype)
-        for name, shape in shapes.items()
-    }
-    made |= {
-        "mask": (torch.rand(N, generator=generator) < 0.8).to(device),
-        "tokens": torch.randint(V, (N,), generator=generator).to(device),
-        "temperature": (0.5 + torch.rand(N, generator=generator)).to(device),
-        "weights": torch.randn(N, generator=generator).to(device),
-    }
-    for name in ("hidden", "weight", "bias"):
-        made[name].requires_grad_()
-    return made
+    moved = {name: value.to(device) for name, value in vectors.items()}
+    return case.but(trainable=LEARNED, softcap=20.0 if kind == "none" else None, **moved)
 
 
-KINDS = ("none", "mean", "stats")
+def step(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run one training step."""
+    return linear_cases.differentiate(case, inputs, linear_cases.call(case, inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("kind", KINDS)
+@kinds
 def test_no_synchronisation(kind, dtype) -> None:
     """Forward and backward never wait for the GPU, mask and weights included."""
-    made = inputs("cuda", dtype)
+    case = made(kind, dtype=dtype)
+    inputs = linear_cases.leaves(case, device="cuda")
     penalty = fastkl.LinearKLPenalty(0.1, reduction="sequence_mean")
-    step(made, kind)
+    step(case, inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(made, kind)
-        penalty(
-            made["hidden"], made["weight"], made["ref_hidden"], made["ref_weight"], made["mask"]
-        ).backward()
+        step(case, inputs)
+        penalty(**linear_cases.arguments(case, inputs)).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@kinds
 def test_cuda_graph(kind) -> None:
     """Captured once and replayed on other data, with eager's bits."""
-    made, other = inputs("cuda", seed=0), inputs("cuda", seed=1)
-    graph, results = cases.captured(lambda: step(made, kind))
-    expected = [value.detach().clone() for value in step(other, kind)]
+    case, other = (made(kind, seed=seed) for seed in (0, 1))
+    inputs, others = (linear_cases.leaves(each, device="cuda") for each in (case, other))
+    graph, results = cases.captured(lambda: step(case, inputs))
+    expected = {name: value.clone() for name, value in step(other, others).items()}
     with torch.no_grad():
-        for name, value in made.items():
-            value.copy_(other[name])
+        for name, value in inputs.items():
+            value.copy_(others[name])
+    for name in ("mask", "temperature", "tokens"):
+        getattr(case, name).copy_(getattr(other, name))
     graph.replay()
     torch.cuda.synchronize()
-    for result, value in zip(results, expected, strict=True):
-        assert torch.equal(result, value) and bool((value != 0).any())
-
-
-def peak(call: Callable) -> int:
-    """Bytes allocated at once beside what was there before, in a second call."""
-    call()
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    for name, value in expected.items():
+        assert torch.equal(results[name], value) and bool((value != 0).any())
 
 
 @pytest.mark.parametrize("n, one_product", [(4096, True), (12288, False)])
@@ -134,32 +82,30 @@ def test_peak_memory(logits_dtype, n, one_product) -> None:
     trainable weight.
     """
     h, v = 2048, 128256
-    made = costs.tensors("cuda", n=n, h=h, v=v)
+    given = tensors("cuda", n=n, h=h, v=v)
     policy, frozen, ref = (
-        costs.head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype)
+        linear_cases.head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype)
         for learns in (True, False, False)
     )
-    slack = (
-        64 * n + n * 4 * 28 + (1 << 24)
-    )  # saved values, the row kernels' partial states, and cuBLAS's own workspace
+    # Saved values, the row kernels' partial states, and cuBLAS's own workspace.
+    slack = 64 * n + n * 4 * 28 + (1 << 24)
 
     def loss() -> torch.Tensor:
-        return fastkl.linear_kl_divergence(**made, reduction="sum", logits_dtype=logits_dtype)
+        return fastkl.linear_kl_divergence(**given, reduction="sum", logits_dtype=logits_dtype)
 
     with torch.no_grad():
-        assert peak(loss) <= costs.workspace(frozen, ref) + slack
-    assert (
-        peak(lambda: costs.gradients_of(loss(), made))
-        <= costs.workspace(policy, ref) + 2 * (n * h + v * h) + slack
-    )
-    assert (chunks.plan(n, [policy, ref], None).window == n) == one_product
+        assert memory.allocated("cuda", loss)[0] <= workspace(frozen, ref) + slack
+    peak = memory.allocated("cuda", lambda: gradients_of(loss(), given))[0]
+    assert peak <= workspace(policy, ref) + 2 * (n * h + v * h) + slack
+    assert (planned([policy, ref]).window == n) == one_product
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("kind", KINDS)
+@kinds
 def test_another_device_than_the_current_one(kind) -> None:
     """Results are those of the first device, to the bit."""
-    results = [step(inputs(device), kind) for device in ("cuda:0", "cuda:1")]
-    assert all(
-        torch.equal(first.cpu(), second.cpu()) for first, second in zip(*results, strict=True)
-    )
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        case = made(kind, device)
+        found.append(step(case, linear_cases.leaves(case, device=device)))
+    assert all(torch.equal(found[1][name].cpu(), value.cpu()) for name, value in found[0].items())

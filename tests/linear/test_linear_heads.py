@@ -7,7 +7,7 @@ from __future__ import annotations
 import linear_cases
 import pytest
 import torch
-from linear_cases import CALLS, few
+from linear_cases import few
 from test_linear import with_heads
 
 import fastkl
@@ -52,22 +52,6 @@ def test_one_weight_is_kept_once(call, heads, second, count) -> None:
     ):
         linear_cases.call(case, inputs)
     assert kept.count(inputs["weight"].shape) == (count if call == "stats" else 1)
-
-
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("models", ["everything", "per token"])
-def test_compiled(implementation, call, models) -> None:
-    """One graph with a Head and a temperature of the reference's, forward and backward, and eager's
-    bits.
-    """
-    few(implementation, (models, call) == ("everything", "mean"))
-    case, found = with_heads(models, call), []
-    inputs = linear_cases.leaves(case, device=implementation.device)
-    compiled = torch.compile(linear_cases.call, fullgraph=True, backend="aot_eager")
-    for function in (compiled, linear_cases.call):
-        found.append(linear_cases.differentiate(case, inputs, function(case, inputs)))
-    for name, value in found[1].items():
-        testing.assert_same_bits(found[0][name], value, name)
 
 
 @pytest.mark.parametrize("learns", ["hidden", "ref_hidden"])

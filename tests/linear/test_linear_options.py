@@ -63,6 +63,7 @@ def calls(draw: st.DrawFn) -> Case:
     tokens = torch.randint(vocabulary, leading, generator=generator)
     if draw(st.booleans(), label="mask"):
         tokens = tokens.masked_fill(~mask, -100)
+        mask = linear_cases.laid_out(mask, pick("layout of mask", "gap", "transposed"))
         for number, name in enumerate(name for name in names if name.endswith("hidden")):
             garbage = (math.nan, math.inf, -math.inf)[(seed + number) % 3]
             case.tensors[name].masked_fill_(~mask[..., None], garbage)

@@ -52,14 +52,14 @@ def assert_same(result: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         testing.assert_same_bits(result[name], value, name)
 
 
-def twice(case: Case, device: str, call: Callable) -> None:
+def twice(case: Case, device: str, call: Callable, times: tuple = (True, False)) -> None:
     """Two backwards through call(case, inputs)'s graph give the bits of logits computed again."""
     inputs, expected = (
         linear_cases.leaves(case, device=device),
         outcome(case, device, recompute=True),
     )
     values = call(case, inputs)
-    for retain in (True, False):
+    for retain in times:
         assert_same(linear_cases.differentiate(case, inputs, values, retain), expected)
 
 
@@ -106,16 +106,6 @@ def test_heads_biases_and_leading_dimensions(implementation, recompute, models) 
     assert_same(found, outcome(case, implementation.device, recompute=True))
 
 
-@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
-def test_one_product_beside_windows(implementation, monkeypatch, mask) -> None:
-    """Where the products differ in shape, gradients are apart by no more than their rounding."""
-    tuned(monkeypatch, largest_chunk=CHUNK, workspace=1)
-    case = stats_case(torch.float32, mask=mask)
-    again, found = (outcome(case, implementation.device, recompute=r) for r in (True, None))
-    for name, value in again.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
-
-
 def test_a_far_row_is_read_before_it_is_written(implementation) -> None:
     """Rows that the kernels read again, for the gradient of ref_kl to the reference."""
     case = stats_case(torch.float32, LEARNED[2])
@@ -125,34 +115,6 @@ def test_a_far_row_is_read_before_it_is_written(implementation) -> None:
 
 
 # ---- products
-
-
-@pytest.mark.parametrize(
-    "learned, reference, products",
-    [
-        (LEARNED[0], False, (2, 2)),
-        (LEARNED[1], False, (1, 1)),
-        (LEARNED[0], True, (2, 2)),
-        (LEARNED[1], True, (1, 1)),
-        (LEARNED[2], True, (2, 4)),
-    ],
-)
-def test_products_of_a_retained_graph(implementation, learned, reference, products) -> None:
-    """One for each gradient; a second time the logits that gradients took the place of, where
-    needed, are computed again.
-    """
-    for fields, expected in zip((FIELDS[:2], FIELDS), products, strict=True):
-        case = stats_case(learned=learned, fields=fields)
-        case = case if reference else case.without("ref_hidden", "ref_weight")
-        inputs, found = linear_cases.leaves(case, device=implementation.device), []
-        values = kept(case, inputs)
-
-        def run(case=case, inputs=inputs, values=values, found=found) -> None:
-            found.append(linear_cases.differentiate(case, inputs, values, retain_graph=True))
-
-        assert count(run) == expected
-        assert count(run) == expected + (1 + reference if fields == FIELDS else 1)
-        assert_same(found[1], found[0])
 
 
 @pytest.mark.parametrize("reference", [True, False])
@@ -234,10 +196,7 @@ def test_a_retained_graph(implementation, way) -> None:
 
 def test_selective_checkpointing(implementation) -> None:
     """Logits that a policy caches, as it does the op's results, reach the one backward."""
-    case, device = stats_case(), implementation.device
-    inputs = linear_cases.leaves(case, device=device)
-    found = linear_cases.differentiate(case, inputs, selective(case, inputs))
-    assert_same(found, outcome(case, device, recompute=True))
+    twice(stats_case(), implementation.device, selective, times=(False,))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

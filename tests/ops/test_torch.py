@@ -8,16 +8,16 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import cases
+import memory
 import pytest
 import torch
 from cases import HAS_CPP
-from memory import allocated
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl import backend, testing
-from fastkl.ops import row_blocks, row_op
+from fastkl.ops import row_blocks
 from fastkl.ops.engine import ENGINES
 from fastkl.ops.fields import FIELDS
 
@@ -76,13 +76,10 @@ def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
 
 
 def assert_same_bits(results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """The same tensors to the bit, of which none is trivial."""
-    assert len(results) == len(expected)
-    for number, (result, value) in enumerate(zip(results, expected, strict=True)):
-        assert result.dtype == value.dtype and torch.equal(result, value), (
-            f"result {number}: {result} is not {value}"
-        )
-        assert bool((value != 0).any()), f"result {number} is zero everywhere: nothing was compared"
+    """Compare to the bit; none is trivial."""
+    for result, value in zip(results, expected, strict=True):
+        testing.assert_same_bits(result, value, "result")
+        assert bool((value != 0).any()), "zero everywhere: nothing was compared"
 
 
 # ---- opcheck
@@ -102,18 +99,17 @@ MIXES = [
 ]
 
 
-def skip_if_interpreted(implementation, mix: tuple) -> None:
-    """What opcheck looks at does not depend on the kernels: every mix on the reference, and in the
+def op_arguments(implementation, mix: tuple, grad: bool = False) -> tuple:
+    """Return the data, and the arguments of fastkl::row_statistics for one of MIXES.
+
+    What opcheck looks at does not depend on the kernels: every mix on the reference, and in the
     interpreter the one in which most takes part.
     """
     if implementation.interpreted and mix != MIXES[-1]:
         pytest.skip("the ops' rules for this mix are checked on the reference")
-
-
-def op_arguments(data: SimpleNamespace, mix: tuple, chosen: str) -> tuple:
-    """The arguments of fastkl::row_statistics for one of MIXES."""
-    fields, with_q, tokens, mask, temperatures, _ = mix
-    return (
+    fields, with_q, tokens, mask, temperatures, leading = mix
+    data = inputs(implementation.device, leading, grad=grad)
+    return data, (
         data.p,
         data.q if with_q else None,
         data.tokens if tokens else None,
@@ -121,7 +117,7 @@ def op_arguments(data: SimpleNamespace, mix: tuple, chosen: str) -> tuple:
         data.temperatures if temperatures else None,
         1.0 if temperatures else 0.7,
         fields,
-        chosen,
+        implementation.backend,
     )
 
 
@@ -131,11 +127,8 @@ def test_opcheck_row_statistics(implementation, mix, grad) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right
     for every mix of arguments.
     """
-    skip_if_interpreted(implementation, mix)
-    data = inputs(implementation.device, mix[-1], grad=grad)
-    torch.library.opcheck(
-        torch.ops.fastkl.row_statistics.default, op_arguments(data, mix, implementation.backend)
-    )
+    given = op_arguments(implementation, mix, grad)[1]
+    torch.library.opcheck(torch.ops.fastkl.row_statistics.default, given)
 
 
 @pytest.mark.parametrize(
@@ -149,29 +142,27 @@ def test_opcheck_row_statistics(implementation, mix, grad) -> None:
 )
 def test_opcheck_row_gradients(implementation, mix, wrt) -> None:
     """The same for the backward op, with the upstream gradients that the mix of fields can have."""
-    skip_if_interpreted(implementation, mix)
-    data = inputs(implementation.device, mix[-1], grad=False)
-    p, q, tokens, mask, temperatures, temperature, fields, chosen = op_arguments(
-        data, mix, implementation.backend
-    )
-    saved = row_op.row_statistics.op(p, q, tokens, mask, temperatures, temperature, fields, chosen)[
-        -1
-    ]
-    upstream = [
-        data.upstream[i] if name in fields.split(",") else None for i, name in enumerate(FIELDS)
-    ]
-    torch.library.opcheck(
-        torch.ops.fastkl.row_gradients.default,
-        (p, q, tokens, mask, temperatures, saved, *upstream, temperature, *wrt, chosen),
-    )
+    data, given = op_arguments(implementation, mix)
+    *tensors, temperature, fields, chosen = given
+    saved = torch.ops.fastkl.row_statistics(*given)[-1]
+    asked = fields.split(",")
+    upstream = [data.upstream[i] if name in asked else None for i, name in enumerate(FIELDS)]
+    rest = (saved, *upstream, temperature, *wrt, chosen)
+    torch.library.opcheck(torch.ops.fastkl.row_gradients.default, (*tensors, *rest))
 
 
 # ---- torch.compile and export
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("name", ["kl", "stats", "penalty"])
+PENALTY = fastkl.KLPenalty(0.3)
+COMPILED = {"kl": kl, "stats": stats, "penalty": lambda p, q, data: (PENALTY(p, q, data.mask),)}
+
+
+@pytest.mark.parametrize(
+    "name, compiler, dynamic",
+    [(name, "aot_eager", dynamic) for name in COMPILED for dynamic in (False, True)]
+    + [("kl", "inductor", False), ("stats", "inductor", True), ("penalty", "inductor", True)],
+)
 def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
     """fullgraph=True works, forward and backward, and gives eager's bits, at two sizes where they
     are dynamic.
@@ -179,26 +170,19 @@ def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
     Except KLPenalty under inductor, which adds the tokens up in another order and on a GPU divides
     by an approximation: 8 units of float32 there.
     """
-    if compiler == "inductor" and implementation.device == "cpu" and not HAS_CPP:
-        pytest.skip("inductor needs a C++ compiler on CPU")
-    if implementation.interpreted and compiler == "inductor":
-        pytest.skip("what inductor does around the ops is checked on the reference")
-    penalty = fastkl.KLPenalty(0.3)
-    function = {
-        "kl": kl,
-        "stats": stats,
-        "penalty": lambda p, q, data: (penalty(p, q, data.mask),),
-    }[name]
+    inductor, function = compiler == "inductor", COMPILED[name]
+    if inductor and (
+        implementation.interpreted or (implementation.device == "cpu" and not HAS_CPP)
+    ):
+        pytest.skip("inductor needs a C++ compiler, and is checked on the reference")
     compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=dynamic)
     for leading in ((1, 2), (1, 3)) if dynamic else ((1, 2),):
         data = inputs(implementation.device, leading)
         results, expected = outcome(compiled, data), outcome(function, data)
-        if name == "penalty" and compiler == "inductor":
-            testing.assert_near(results[0], expected[0], 8 * 2**-23, 0.0, "loss")
-            for result, value in zip(results[1:], expected[1:], strict=True):
-                testing.assert_gradient(result, value, "gradient", 8 * 2**-23)
-        else:
+        if name != "penalty" or not inductor:
             assert_same_bits(results, expected)
+        for result, value in zip(results, expected, strict=True):
+            testing.assert_gradient(result.view(1, -1), value.view(1, -1), "result", 8 * 2**-23)
 
 
 @pytest.mark.parametrize("dynamic, graphs", [(True, 1), (None, 2)], ids=["dynamic", "automatic"])
@@ -289,32 +273,21 @@ def test_vmap(implementation, in_dims) -> None:
     """
     data = inputs(implementation.device, (3, 2))
     turned = data.q.transpose(0, 1).contiguous() if in_dims == (1, 0) else data.q
-    p, q = (
+    both = [
         (value if dim is not None else value[0]).detach().requires_grad_()
         for value, dim in zip((data.p, turned), in_dims, strict=True)
-    )
-    count = next(
-        value.shape[dim] for value, dim in zip((p, q), in_dims, strict=True) if dim is not None
-    )
-    result = torch.func.vmap(fastkl.kl_divergence, in_dims=in_dims)(p, q)
-    picked = [
-        [
-            value if dim is None else value.select(dim, i)
-            for value, dim in zip((p, q), in_dims, strict=True)
-        ]
-        for i in range(count)
     ]
-    expected = torch.stack([fastkl.kl_divergence(*both) for both in picked])
-    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3)).to(expected)
+    result = torch.func.vmap(fastkl.kl_divergence, in_dims=in_dims)(*both)
+    each = [
+        value.expand(len(result), *value.shape) if dim is None else value.movedim(dim, 0)
+        for value, dim in zip(both, in_dims, strict=True)
+    ]
+    expected = torch.stack([fastkl.kl_divergence(*pair) for pair in zip(*each, strict=True)])
     assert torch.equal(result, expected)
-    for grad, exact in zip(
-        torch.autograd.grad(result, (p, q), upstream),
-        torch.autograd.grad(expected, (p, q), upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(
-            grad, exact, rtol=1e-6, atol=1e-6
-        )  # one that is not mapped is added up in another order
+    upstream = testing.upstream_for(expected)
+    grads = [torch.autograd.grad(value, both, upstream) for value in (result, expected)]
+    # One that is not mapped is added up in another order.
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
 
 
 def test_vmap_nested_with_every_argument(implementation) -> None:
@@ -347,57 +320,45 @@ def test_batched_upstream_gradients(implementation) -> None:
 # ---- autograd
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
-def test_checkpoint(implementation, use_reentrant) -> None:
-    """Activation checkpointing gives the same bits."""
-    data = inputs(implementation.device)
-    outputs = checkpoint(stats, data.p, data.q, data, use_reentrant=use_reentrant)
-    torch.autograd.backward(outputs, list(data.upstream))
-    assert_same_bits([*outputs, data.p.grad, data.q.grad], outcome(stats, data))
+def surrounded(way: str, data: SimpleNamespace) -> list[torch.Tensor]:
+    """Compute `stats` and its gradients under a checkpoint or autocast."""
+    if "reentrant" in way:
+        outputs = checkpoint(stats, data.p, data.q, data, use_reentrant=way == "reentrant")
+        torch.autograd.backward(outputs, list(data.upstream))
+        return [*outputs, data.p.grad, data.q.grad]
+    with torch.autocast(data.p.device.type, dtype=getattr(torch, way)):
+        return outcome(stats, data)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_autocast(implementation, dtype) -> None:
-    """Autocast changes nothing: float32 results with the same bits, forward and backward."""
+@pytest.mark.parametrize("way", ["reentrant", "non_reentrant", "bfloat16", "float16"])
+def test_checkpoint_and_autocast(implementation, way) -> None:
+    """Both change nothing: float32 results with the same bits, forward and backward."""
     data = inputs(implementation.device)
-    with torch.autocast(implementation.device, dtype=dtype):
-        results = outcome(stats, data)
-    assert results[0].dtype == torch.float32
-    assert_same_bits(results, outcome(stats, data))
+    assert_same_bits(surrounded(way, data), outcome(stats, data))
 
 
 def test_second_backward_over_a_retained_graph(implementation) -> None:
-    """Nothing that backward needs is overwritten: the second gradient is the first, and .grad adds
-    up.
+    """The second gradient is the first, and .grad adds up; create_graph=True alone works, and a
+    derivative of the gradient is an error that says so, never a silent zero.
     """
     data = inputs(implementation.device)
     (result,) = kl(data.p, data.q, data)
-    result.backward(data.upstream[0], retain_graph=True)
-    first = [data.p.grad.clone(), data.q.grad.clone()]
-    result.backward(data.upstream[0])
-    assert_same_bits([data.p.grad, data.q.grad], [2 * value for value in first])
-
-
-def test_double_backward_says_that_it_is_not_there(implementation) -> None:
-    """create_graph=True alone works; differentiating the gradient is an error that says so, never a
-    silent zero.
-    """
-    data = inputs(implementation.device)
-    (grad,) = torch.autograd.grad(kl(data.p, data.q, data)[0].sum(), data.p, create_graph=True)
+    (grad,) = torch.autograd.grad(result.sum(), data.p, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         torch.autograd.grad(grad.square().sum(), data.p)
+    expected = torch.autograd.grad(result, (data.p, data.q), data.upstream[0], retain_graph=True)
+    for retain in (True, False):
+        result.backward(data.upstream[0], retain_graph=retain)
+    assert_same_bits([data.p.grad, data.q.grad], [2 * value for value in expected])
 
 
 def test_no_grad(implementation) -> None:
-    """Without gradient the results are the same, need none and hold nothing."""
+    """Without gradient the results are the same, and need none."""
     data = inputs(implementation.device)
-    expected = stats(data.p, data.q, data)
     with torch.no_grad():
         results = stats(data.p, data.q, data)
-    assert not any(value.requires_grad for value in results) and all(
-        value.requires_grad for value in expected
-    )
-    assert_same_bits(list(results), list(expected))
+    assert not any(value.requires_grad for value in results)
+    assert_same_bits(list(results), list(stats(data.p, data.q, data)))
 
 
 @pytest.mark.gpu
@@ -423,33 +384,16 @@ PER_ROW = 64  # bytes
 
 
 def sized(implementation, times: int = 1) -> SimpleNamespace:
-    """Inputs of the size to measure at, with `times` as many rows; bfloat16 on a GPU. No mask and
-    no temperatures, which are inputs.
+    """Make inputs of the size to measure at, with `times` as many rows; bfloat16 on a GPU. No mask
+    and no temperatures, which are inputs.
     """
-    rows, vocabulary = SIZES[
-        "reference"
-        if not implementation.kernels
-        else "interpreter"
-        if implementation.interpreted
-        else "gpu"
-    ]
-    dtype = torch.bfloat16 if implementation.device == "cuda" else torch.float32
-    p, q = (
-        torch.randn(times * rows, vocabulary, device=implementation.device)
-        .to(dtype)
-        .requires_grad_()
-        for _ in "pq"
-    )
-    tokens = torch.arange(times * rows, device=implementation.device) % vocabulary
-    return SimpleNamespace(
-        p=p,
-        q=q,
-        rows=times * rows,
-        vocabulary=vocabulary,
-        tokens=tokens,
-        mask=None,
-        temperatures=1.0,
-    )
+    kind = "gpu" if implementation.device == "cuda" else "reference"
+    rows, vocabulary = SIZES["interpreter" if implementation.interpreted else kind]
+    data = inputs(implementation.device, (times * rows,), vocabulary)
+    dtype = torch.bfloat16 if kind == "gpu" else torch.float32
+    p, q = (value.detach().to(dtype).requires_grad_() for value in (data.p, data.q))
+    more = {"p": p, "q": q, "rows": times * rows, "mask": None, "temperatures": 1.0}
+    return SimpleNamespace(**{**vars(data), **more, "vocabulary": vocabulary})
 
 
 FUNCTIONS = {"kl": (kl, 1), "stats": (stats, 5)}  # and how many float32 results per row
@@ -474,7 +418,7 @@ def test_bytes_allocated(implementation, name, monkeypatch) -> None:
             lambda: function(data.p, data.q, data),
             lambda: torch.autograd.grad(outputs, (data.p, data.q), upstream, retain_graph=True),
         )
-        return torch.tensor([allocated(implementation.device, call)[0] for call in calls])
+        return torch.tensor([memory.allocated(implementation.device, call)[0] for call in calls])
 
     data = sized(implementation)
     forward, backward = (
@@ -491,22 +435,14 @@ def test_bytes_held_for_backward(implementation, name) -> None:
     """Beyond the inputs, at most 64 bytes per row are held; under activation checkpointing, nothing
     beyond the results.
     """
-    function, fields = FUNCTIONS[name]
-    data, held = sized(implementation), {}
-
-    def pack(value: torch.Tensor) -> torch.Tensor:
-        storage = value.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        function(data.p, data.q, data)
+    (function, fields), data = FUNCTIONS[name], sized(implementation)
+    held = memory.saved(lambda: function(data.p, data.q, data))
     for value in (data.p, data.q, data.tokens):
         held.pop(value.untyped_storage().data_ptr(), None)
     assert 0 < sum(held.values()) <= PER_ROW * data.rows
     slack = 512 * 8 if implementation.device == "cuda" else 0
     for use_reentrant in (False, True):
-        left = allocated(
+        left = memory.allocated(
             implementation.device,
             lambda again=use_reentrant: checkpoint(
                 function, data.p, data.q, data, use_reentrant=again, preserve_rng_state=False
