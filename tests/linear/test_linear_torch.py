@@ -23,7 +23,6 @@ from fastkl import testing
 PENALTY = fastkl.LinearKLPenalty(0.3)
 NAMES = ("mean", "none", "stats", "penalty")
 named = pytest.mark.parametrize("name", NAMES)
-pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def made(name: str, leading: tuple[int, ...] = (2, 2), **changes) -> Case:

@@ -23,7 +23,6 @@ from fastkl.ops.fields import FIELDS
 
 ALL = "logprob,entropy,ref_logprob,kl,ref_kl"
 V = 19
-pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def inputs(
