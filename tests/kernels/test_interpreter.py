@@ -33,6 +33,7 @@ GROUPS = (
     (
         "test_row_fused",
         "test_dispatch",
+        "test_transforms",
         "test_checks",
         "test_penalty",
         "test_tokens_several",

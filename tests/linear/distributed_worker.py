@@ -83,19 +83,10 @@ class Head(torch.nn.Linear):
         if callable(reduction):
             return reduction(hidden, self.weight, data)
         if reduction == "none":
-            kl = fastkl.linear_kl_divergence(
-                hidden, self.weight, data.ref_hidden, data.ref_weight, mask=data.mask
-            )
+            kl = fastkl.linear_kl_divergence(*heads(hidden, self.weight, data), mask=data.mask)
             return (data.weights * kl).sum() / data.mask.sum()
-        return fastkl.linear_kl_divergence(
-            hidden,
-            self.weight,
-            data.ref_hidden,
-            data.ref_weight,
-            weights=data.weights,
-            mask=data.mask,
-            reduction=reduction,
-        )
+        given = {"weights": data.weights, "mask": data.mask, "reduction": reduction}
+        return fastkl.linear_kl_divergence(*heads(hidden, self.weight, data), **given)
 
 
 class Policy(torch.nn.Module):
@@ -230,10 +221,8 @@ def with_ddp(model: Policy) -> torch.nn.Module:
 def with_fsdp(
     model: Policy, *, layers: bool = False, head: str = "", dtype: torch.dtype | None = None
 ) -> torch.nn.Module:
-    """FSDP2 around the root, and around each layer of the trunk or the lm_head. `head`: "own", or
-    "method" with its `loss` gathering as forward does.
-
-    Everything is sharded again after forward, the root too, whose default is not to.
+    """FSDP2 around the root, and around each layer of the trunk or the lm_head ("method": its
+    `loss` gathers as forward does). Everything is sharded again after forward, the root too.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -281,37 +270,24 @@ def logits(
     return hidden @ weight.T, data.ref_hidden @ data.ref_weight.T
 
 
+def heads(hidden: torch.Tensor, weight: torch.Tensor, data: Batch) -> tuple[torch.Tensor, ...]:
+    """Return what the linear functions take first."""
+    return hidden, weight, data.ref_hidden, data.ref_weight
+
+
 LOSSES: dict[str, Callable] = {
-    "kl_divergence": lambda *made, normalizer=None: fastkl.kl_divergence(
-        *logits(*made),
-        made[2].mask,
-        weights=made[2].weights,
-        reduction="mean",
-        normalizer=normalizer,
+    "kl_divergence": lambda *made, **more: fastkl.kl_divergence(
+        *logits(*made), made[2].mask, weights=made[2].weights, reduction="mean", **more
     ),
-    "KLPenalty": lambda *made, normalizer=None: fastkl.KLPenalty(0.5)(
-        *logits(*made), made[2].mask, normalizer=normalizer
+    "KLPenalty": lambda *made, **more: fastkl.KLPenalty(0.5)(*logits(*made), made[2].mask, **more),
+    "KLPenalty, sequences": lambda *made, **more: fastkl.KLPenalty(0.5, reduction="sequence_mean")(
+        *logits(*made), made[2].mask, **more
     ),
-    "KLPenalty, sequences": lambda *made, normalizer=None: fastkl.KLPenalty(
-        0.5, reduction="sequence_mean"
-    )(*logits(*made), made[2].mask, normalizer=normalizer),
-    "linear_kl_divergence": lambda *made, normalizer=None: fastkl.linear_kl_divergence(
-        made[0],
-        made[1],
-        made[2].ref_hidden,
-        made[2].ref_weight,
-        mask=made[2].mask,
-        weights=made[2].weights,
-        reduction="mean",
-        normalizer=normalizer,
+    "linear_kl_divergence": lambda *made, **more: fastkl.linear_kl_divergence(
+        *heads(*made), mask=made[2].mask, weights=made[2].weights, reduction="mean", **more
     ),
-    "LinearKLPenalty": lambda *made, normalizer=None: fastkl.LinearKLPenalty(0.5)(
-        made[0],
-        made[1],
-        made[2].ref_hidden,
-        made[2].ref_weight,
-        made[2].mask,
-        normalizer=normalizer,
+    "LinearKLPenalty": lambda *made, **more: fastkl.LinearKLPenalty(0.5)(
+        *heads(*made), made[2].mask, **more
     ),
 }
 # (sequences, tokens) of each rank's micro-batches: one rank has a third of the other's tokens. The
@@ -358,42 +334,38 @@ def accumulate(rank: int, name: str) -> dict:
 
 UNEVEN = (0, 1, 2, 7)  # masked tokens: three of the first rank, one of the second
 BF16 = torch.bfloat16
+NONE, FROZEN = {"reduction": "none"}, {"frozen": True}
+# name: (a Policy's options, with_fsdp's; None for DDP). A mean over all ranks' tokens where they
+# count differently many: the sum, times ranks (DDP averages), over the number of all.
+TRAINED: dict[str, tuple[dict, dict | None]] = {
+    "ddp: mean": ({}, None),
+    "ddp: sum, uneven ranks": ({"reduction": "sum"}, None),
+    "ddp: none": (NONE, None),
+    "ddp: frozen lm_head": (FROZEN, None),
+    "fsdp: mean": ({}, {}),
+    "fsdp: mean, layers": ({}, {"layers": True}),
+    "fsdp: none": (NONE, {}),
+    "fsdp: frozen lm_head": (FROZEN, {"layers": True}),
+    "fsdp: bfloat16, mean": ({}, {"dtype": BF16}),
+    "fsdp: bfloat16, none": (NONE, {"dtype": BF16}),
+    "fsdp: sharded lm_head, its own method": ({}, {"head": "method"}),
+    "fsdp: sharded lm_head, none": (NONE, {"head": "method"}),
+    "fsdp: sharded lm_head, unshard": ({"unshard": True}, {"head": "own"}),
+}
+
+
+def scenario_of(rank: int, name: str) -> dict:
+    """Train one of TRAINED."""
+    options, sharded = TRAINED[name]
+    more = {"scale": WORLD / 8, "plain_scale": 1 / 8} if "uneven" in name else {}
+    wrap = with_ddp if sharded is None else functools.partial(with_fsdp, **sharded)
+    dtype = None if sharded is None else sharded.get("dtype")
+    whole = batch(UNEVEN) if more else batch()
+    return train(rank, seeded(**options), wrap, whole, dtype=dtype, **more)
+
+
 SCENARIOS: dict[str, Callable[[int], dict]] = {
-    "ddp: mean": lambda rank: train(rank, seeded(), with_ddp, batch()),
-    # A mean over all ranks' tokens where they count differently many: the sum, times ranks (DDP
-    # averages), over the number of all.
-    "ddp: sum, uneven ranks": lambda rank: train(
-        rank, seeded(reduction="sum"), with_ddp, batch(UNEVEN), scale=WORLD / 8, plain_scale=1 / 8
-    ),
-    "ddp: none": lambda rank: train(rank, seeded(reduction="none"), with_ddp, batch()),
-    "ddp: frozen lm_head": lambda rank: train(rank, seeded(frozen=True), with_ddp, batch()),
-    "fsdp: mean": lambda rank: train(rank, seeded(), with_fsdp, batch()),
-    "fsdp: mean, layers": lambda rank: train(
-        rank, seeded(), functools.partial(with_fsdp, layers=True), batch()
-    ),
-    "fsdp: none": lambda rank: train(rank, seeded(reduction="none"), with_fsdp, batch()),
-    "fsdp: frozen lm_head": lambda rank: train(
-        rank, seeded(frozen=True), functools.partial(with_fsdp, layers=True), batch()
-    ),
-    "fsdp: bfloat16, mean": lambda rank: train(
-        rank, seeded(), functools.partial(with_fsdp, dtype=BF16), batch(), dtype=BF16
-    ),
-    "fsdp: bfloat16, none": lambda rank: train(
-        rank,
-        seeded(reduction="none"),
-        functools.partial(with_fsdp, dtype=BF16),
-        batch(),
-        dtype=BF16,
-    ),
-    "fsdp: sharded lm_head, its own method": lambda rank: train(
-        rank, seeded(), functools.partial(with_fsdp, head="method"), batch()
-    ),
-    "fsdp: sharded lm_head, none": lambda rank: train(
-        rank, seeded(reduction="none"), functools.partial(with_fsdp, head="method"), batch()
-    ),
-    "fsdp: sharded lm_head, unshard": lambda rank: train(
-        rank, seeded(unshard=True), functools.partial(with_fsdp, head="own"), batch()
-    ),
+    **{name: functools.partial(scenario_of, name=name) for name in TRAINED},
     "fsdp: sharded lm_head, not gathered": with_fsdp_no_gathered_head,
     **{f"normalizer: {name}": functools.partial(accumulate, name=name) for name in LOSSES},
 }

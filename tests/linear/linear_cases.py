@@ -1,5 +1,5 @@
-"""Hidden states and lm_heads to test with, and three ways to compute with them: fastkl, the truth
-in float64, plain torch in the inputs' own types.
+"""Three ways to compute a Case of linear_inputs.py: fastkl, the truth in float64, plain torch in
+the inputs' own types.
 
 An outcome is a dict of every value and of every gradient ("gradient to weight") of one Case,
 however it was computed.
@@ -7,22 +7,17 @@ however it was computed.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
+from linear_inputs import FIELDS, Case, leaves
 
 import fastkl
-from fastkl import _heads, testing
-from fastkl.ops import chunks, gemm, linear_sum_op, lm_head, row_blocks
+from fastkl import testing
 
-INPUTS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "weights")
-FIELDS = fastkl.TokenStats._fields
-CALLS = ("stats", "none", "sum", "mean")
 # Half the distance of neighbouring numbers, relative to them.
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -37,174 +32,6 @@ SUBNORMAL = {torch.float16: 2.0**-23}
 NEAR_ZERO = dict.fromkeys(("logprob", "ref_logprob", "entropy"), 2e-6) | dict.fromkeys(
     ("kl", "ref_kl", "gradient to weights"), 4e-8
 )
-
-
-def few(implementation, wanted: bool) -> None:
-    """Skip a case that the interpreter has no time for, or whose numbers are not a GPU's: it
-    truncates to bfloat16.
-    """
-    if implementation.interpreted and not wanted:
-        pytest.skip("a part of the cases in the interpreter")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call and one backward. `tensors`: INPUTS that are given, on the CPU; the same object
-    twice is passed as the same object twice.
-
-    `reduction`: that of linear_kl_divergence, or "stats" for linear_token_stats. `heads`: (softcap,
-    logit_scale) of a model that is passed as a Head. `fields`: the results with an upstream
-    gradient, which is random of size `scale`, a power of two so that scaling is exact; without
-    `random` it is `scale`. `layouts`: how an input lies in memory, by name.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    reduction: str = "none"
-    trainable: tuple[str, ...] = INPUTS
-    tokens: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    temperature: float | torch.Tensor = 1.0
-    ref_temperature: float | torch.Tensor | None = None
-    softcap: float | None = None
-    heads: tuple = (None, None)
-    logits_dtype: torch.dtype | None = None
-    chunk_size: int | None = None
-    fields: tuple[str, ...] = FIELDS
-    scale: float = 1.0
-    random: bool = True
-    seed: int = 0
-    layouts: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def but(self, **changes) -> Case:
-        """Change some fields."""
-        return dataclasses.replace(self, **changes)
-
-    def typed(self, dtype: torch.dtype, ref_dtype: torch.dtype | None = None) -> Case:
-        """Round all inputs but the tokens' weights to a type; tensors given twice stay so."""
-        made: dict[int, torch.Tensor] = {}
-        kinds = {name: (name.startswith("ref_") and ref_dtype) or dtype for name in self.tensors}
-        if dtype != torch.float64:
-            kinds["weights"] = torch.float32
-        rounded = {
-            name: made.setdefault(id(value), value.to(kinds[name]))
-            for name, value in self.tensors.items()
-        }
-        return self.but(tensors=rounded)
-
-    def without(self, *names: str) -> Case:
-        """Leave out some inputs."""
-        return self.but(tensors={k: v for k, v in self.tensors.items() if k not in names})
-
-
-def models(
-    kind: str,
-    sizes: tuple[float, float],
-    *,
-    tokens: int = 96,
-    vocabulary: int = 500,
-    width: int = 64,
-    extra: int = 16,
-    seed: int = 0,
-) -> dict[str, torch.Tensor]:
-    """Draw a policy and a reference of another width, whose logits differ by noise of a size that
-    goes from sizes[0] to sizes[1] over the tokens.
-
-    "random": logits N(0, 3²), KL near size²/2 up to 1. "peaked": p_max near 1 - 1e-3. The reference
-    computes the policy's logits in a rotated basis, with `extra` more dimensions for the noise, so
-    that no two numbers of the models are the same.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    weight, noise = normal(vocabulary, width) / math.sqrt(width), normal(tokens, extra)
-    if kind == "random":
-        weight, hidden = 3 * weight, normal(tokens, width)
-    else:
-        height = 12 + 8 * torch.rand(tokens, 1, generator=generator, dtype=torch.float64)
-        peaks = torch.randint(vocabulary, (tokens,), generator=generator)
-        hidden = height * weight[peaks] + 0.3 * normal(tokens, width)
-    ends = [math.log10(size) for size in sizes]
-    size = torch.logspace(*ends, tokens, dtype=torch.float64)[:, None]
-    rotation = torch.linalg.qr(normal(width + extra, width + extra))[0]
-    bias = 0.5 * normal(vocabulary)
-    second = torch.cat([weight, normal(vocabulary, extra) / math.sqrt(extra)], 1)
-    made = {
-        "hidden": hidden,
-        "weight": weight,
-        "bias": bias,
-        "ref_hidden": torch.cat([hidden, size * noise], 1) @ rotation,
-        "ref_weight": second @ rotation,
-        "ref_bias": bias + sizes[0] / 4 * normal(vocabulary),
-        "weights": 0.5 + normal(tokens).abs(),
-    }
-    return {name: value.float() for name, value in made.items()}
-
-
-def small(
-    leading: tuple[int, ...] = (5,),
-    vocabulary: int = 17,
-    width: int = 6,
-    ref_width: int = 4,
-    seed: int = 0,
-) -> dict[str, torch.Tensor]:
-    """Draw all seven inputs, of two models that have nothing to do with each other."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "hidden": (*leading, width),
-        "weight": (vocabulary, width),
-        "bias": (vocabulary,),
-        "ref_hidden": (*leading, ref_width),
-        "ref_weight": (vocabulary, ref_width),
-        "ref_bias": (vocabulary,),
-        "weights": leading,
-    }
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def small_case(call: str, dtype: torch.dtype = torch.float32, **changes) -> Case:
-    """Five tokens of two small models, with weights where the call takes them."""
-    leading, sizes = changes.pop("leading", (5,)), changes.pop("sizes", {})
-    tokens = torch.arange(math.prod(leading)).reshape(leading) % 17
-    case = Case(small(leading, **sizes), call, tokens=tokens, **{"chunk_size": 2, **changes})
-    return (case.without("weights") if call in ("stats", "none") else case).typed(dtype)
-
-
-# Views of other memory, among NaN: a slice of more tokens, a gap after each row, every other
-# element, transposed.
-LAYOUTS = ("without the last", "time first", "gap", "every other", "transposed")
-
-
-def laid_out(value: torch.Tensor, layout: str) -> torch.Tensor:
-    """Put the same numbers elsewhere in memory."""
-    if value.dim() < {"every other": 1, "time first": 3}.get(layout, 2):
-        return value
-    if layout in ("transposed", "time first"):
-        dims = (0, -1) if layout == "transposed" else (0, 1)
-        return value.transpose(*dims).contiguous().transpose(*dims)
-    *leading, width = value.shape
-    shape, view = {
-        "without the last": ((*leading[:-1], leading[-1] + 1 if leading else 0, width), None),
-        "gap": ((*leading, width + 3), slice(1, -2)),
-        "every other": ((*leading, 2 * width), slice(None, None, 2)),
-    }[layout]
-    base = torch.full(shape, math.nan, dtype=value.dtype, device=value.device)
-    return (base[..., :-1, :] if view is None else base[..., view]).copy_(value)
-
-
-def leaves(
-    case: Case, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> dict[str, torch.Tensor]:
-    """Copy the inputs, to `dtype` where given; those in `trainable` require grad."""
-    made: dict[int, torch.Tensor] = {}
-    for name, value in case.tensors.items():
-        if id(value) not in made:
-            moved = value.to(device, dtype or value.dtype, copy=True)
-            if name in case.layouts and dtype is None:
-                moved = laid_out(moved, case.layouts[name])
-            made[id(value)] = moved.detach().requires_grad_(name in case.trainable)
-    return {name: made[id(value)] for name, value in case.tensors.items()}
 
 
 def differentiate(
@@ -517,68 +344,3 @@ def check(device: str, case: Case) -> dict[str, torch.Tensor]:
         other = plain_errors(case, exact, device)
         assert_within(result, exact, {name: max(1.5 * other[name], own[name]) for name in exact})
     return exact
-
-
-# ---- the library's own plan of chunks: the only place of the tests that knows its names
-
-
-LARGEST_KEPT = _heads.LARGEST_KEPT
-
-
-def tuned(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
-    """Set bounds on memory and sizes of blocks for one test."""
-    places = {
-        "small_sum": (chunks, "SMALL_SUM"),
-        "largest_chunk": (chunks, "LARGEST_CHUNK"),
-        "tile": (chunks, "TILE"),
-        "workspace": (chunks, "WORKSPACE_ON_A_GPU"),
-        "block": (gemm, "BLOCK_ELEMENTS"),
-        "row_block": (row_blocks, "BLOCK_ELEMENTS"),
-        "scaled_at_once": (linear_sum_op, "SCALED_AT_ONCE"),
-        "largest_kept": (_heads, "LARGEST_KEPT"),
-    }
-    for name, value in values.items():
-        monkeypatch.setattr(*places[name], value)
-    if "workspace" in values:
-        monkeypatch.setitem(chunks.WORKSPACE, "cpu", values["workspace"])
-
-
-def head_on_meta(
-    n: int, h: int, v: int, *, trainable: bool, logits_dtype: torch.dtype = torch.bfloat16
-) -> lm_head.ChunkedHead:
-    """Make a bfloat16 head of any size, which takes no memory."""
-    hidden, weight = (torch.empty(rows, h, dtype=torch.bfloat16, device="meta") for rows in (n, v))
-    head = lm_head.ChunkedHead(hidden, weight, None, logits_dtype)
-    if trainable:
-        head.grad_hidden = torch.empty_like(hidden)
-        head.grad_weight, head.learns = chunks.Sum(weight), True
-    head.settle(reads_again=False)
-    return head
-
-
-def heads_on_meta(n: int, h: int, v: int, trainable: tuple[bool, bool], **options) -> list:
-    """Make the policy's head and the reference's."""
-    return [head_on_meta(n, h, v, trainable=learns, **options) for learns in trainable]
-
-
-def planned(heads: list[lm_head.ChunkedHead], chunk_size: int | None = None, *rest) -> chunks.Plan:
-    """Return (chunk, window) for two heads."""
-    return chunks.plan(heads[0].hidden.shape[0], heads, chunk_size, *rest)
-
-
-def workspace(
-    policy: lm_head.ChunkedHead, ref: lm_head.ChunkedHead, chunk_size: int | None = None
-) -> int:
-    """Compute linear_token_stats' docstring's formula. Rows are padded to whole lines."""
-    chosen = planned([policy, ref], chunk_size)
-    vocabulary, total = chunks.row_width(policy.weight.shape[0]), 0
-    for head in (policy, ref):
-        if head.learns:
-            total += chosen.window * vocabulary * head.hidden.dtype.itemsize
-        if not head.learns or head.logits_dtype != head.hidden.dtype:
-            total += chosen.chunk * vocabulary * head.logits_dtype.itemsize
-        if head.grad_weight is not None:
-            one_product = chosen.window >= head.hidden.shape[0]
-            spared = head.grad_weight.spared_bytes if one_product else 0
-            total += head.grad_weight.extra_bytes - spared
-    return total

@@ -10,10 +10,11 @@ import os
 
 import cases
 import linear_cases
+import linear_inputs
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cases import CALLS, FIELDS, INPUTS, Case, few, small_case
+from linear_inputs import CALLS, FIELDS, INPUTS, Case, few, small_case
 
 from fastkl import testing
 
@@ -45,7 +46,7 @@ def data(kind: str, call: str, **changes) -> Case:
     widen the bar. The mean without a scale is compared too.
     """
     size = {"vocabulary": 130, "width": 24} if INTERPRETING else {}
-    tensors = linear_cases.models(kind.split()[0], SIZES[kind], tokens=TOKENS, **size)
+    tensors = linear_inputs.models(kind.split()[0], SIZES[kind], tokens=TOKENS, **size)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(len(tensors["weight"]), (TOKENS,), generator=generator)
     tokens[::2] = F.linear(tensors["hidden"], tensors["weight"], tensors["bias"]).argmax(-1)[::2]
@@ -68,7 +69,7 @@ def thousands(call: str, chunk_size: int | None) -> Case:
     products back take more, and the last ones fewer.
     """
     size = {"tokens": 2501, "vocabulary": 19, "width": 8, "extra": 4}
-    tensors = linear_cases.models("random", (0.3, 3.0), **size)
+    tensors = linear_inputs.models("random", (0.3, 3.0), **size)
     mask = torch.rand(2501, generator=torch.Generator().manual_seed(2)) < 0.8
     scale = 1024.0 if call == "mean" else 1.0
     tokens = torch.arange(2501) % 19
@@ -79,7 +80,7 @@ def many_words(call: str) -> Case:
     """Make flat rows of 32768 entries under a loss scale: p·d is 1e-5, where float16's numbers are
     6e-8 apart, unless the scale reaches it.
     """
-    tensors = linear_cases.models("random", (1.0, 1.0), tokens=32, vocabulary=32768, width=32)
+    tensors = linear_inputs.models("random", (1.0, 1.0), tokens=32, vocabulary=32768, width=32)
     scale, tokens = 4096.0 if call == "mean" else 128.0, torch.arange(32)
     return Case(tensors, call, tokens=tokens, temperature=3.0, scale=scale)
 
@@ -291,7 +292,7 @@ def test_expanded_hidden_states(implementation, call) -> None:
     case = small_case(call, leading=(2, 3))
     for name in ("hidden", "ref_hidden"):
         case.tensors[name][:] = case.tensors[name][:, :1]
-    inputs = linear_cases.leaves(case, device=implementation.device)
+    inputs = linear_inputs.leaves(case, device=implementation.device)
     for name in ("hidden", "ref_hidden"):
         inputs[name] = testing.leaf(inputs[name].detach()[:, :1].expand(2, 3, -1))
     result = linear_cases.differentiate(case, inputs, linear_cases.call(case, inputs))
@@ -309,7 +310,7 @@ def test_second_backward(implementation, call, dtype) -> None:
     mask, divisors = torch.tensor([True, False, True, True, True]), torch.linspace(0.5, 2.0, 5)
     case = small_case(call, dtype, mask=mask, temperature=divisors, layouts=layouts)
     case.tensors["hidden"][1] = math.nan
-    inputs = linear_cases.leaves(case, device=implementation.device)
+    inputs = linear_inputs.leaves(case, device=implementation.device)
     extras = [value.to(implementation.device) for value in (mask, divisors, case.tokens)]
     case = case.but(mask=extras[0], temperature=extras[1], tokens=extras[2])
     memory = [*(value.detach().untyped_storage() for value in (*inputs.values(), *extras))]
@@ -336,7 +337,7 @@ def test_no_probability_in_the_reference(implementation, call) -> None:
     if "weights" in case.tensors:
         case.tensors["weights"].abs_()
     for trainable in ((), INPUTS):
-        inputs = linear_cases.leaves(case.but(trainable=trainable), device=implementation.device)
+        inputs = linear_inputs.leaves(case.but(trainable=trainable), device=implementation.device)
         result = linear_cases.call(case, inputs)
         assert bool((result["kl"] == math.inf).all())
         assert not any(bool(value.isnan().any()) for value in result.values())
@@ -362,7 +363,7 @@ def test_double_backward_is_refused(implementation, call) -> None:
     the rest of the loss has a derivative.
     """
     case = small_case(call)
-    inputs = linear_cases.leaves(case, device=implementation.device)
+    inputs = linear_inputs.leaves(case, device=implementation.device)
     value = linear_cases.call(case, inputs)["kl"].sum()
     with pytest.raises(RuntimeError, match="second derivatives|create_graph=True"):
         grad = torch.autograd.grad(value, inputs["hidden"], create_graph=True)[0]
@@ -379,6 +380,6 @@ def test_requires_grad_of_each_field(implementation, learning) -> None:
     expected = dict(zip(FIELDS, (on_p, on_p, on_q, on_p or on_q, on_p or on_q), strict=True))
     for call in CALLS:
         case = small_case(call, trainable=names)
-        inputs = linear_cases.leaves(case, device=implementation.device)
+        inputs = linear_inputs.leaves(case, device=implementation.device)
         for name, value in linear_cases.call(case, inputs).items():
             assert value.requires_grad == expected[name], (call, name)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import linear_cases
+import linear_inputs
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ ones = torch.ones
 
 def right(device: str) -> dict[str, torch.Tensor]:
     """Make arguments that every function takes."""
-    made = linear_cases.small(LEADING, V, H, H_REF)
+    made = linear_inputs.small(LEADING, V, H, H_REF)
     return {name: value.to(device) for name, value in made.items() if name != "weights"}
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import linear_cases
+import linear_inputs
 import memory
 import pytest
 import torch
-from linear_cases import head_on_meta, heads_on_meta, planned, tuned, workspace
+from linear_plan import head_on_meta, heads_on_meta, planned, tuned, workspace
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastkl
@@ -60,7 +61,7 @@ def tensors(
     """Make the arguments that both functions share; those in `learned` require gradient. Logits
     that are `near` 0 take one pass, others may be computed a second time, in float64.
     """
-    made, names = linear_cases.small((n,), v, h, h), learned.split(",")
+    made, names = linear_inputs.small((n,), v, h, h), learned.split(",")
     made = {
         name: (made[name] * near).to(device, dtype).requires_grad_(name in names)
         for name in ("hidden", "weight", "ref_hidden", "ref_weight")
@@ -268,12 +269,12 @@ def test_one_product_is_as_exact_as_a_sum(implementation, monkeypatch, mode) -> 
     """
     tuned(monkeypatch, small_sum=0)
     made = tensors(implementation.device, n=96)
-    case = linear_cases.Case(made, mode, trainable=("hidden", "weight"))
+    case = linear_inputs.Case(made, mode, trainable=("hidden", "weight"))
     exact = linear_cases.truth(case)
     found = []
     for chunk_size, several in ((CHUNK, 96 // CHUNK), (None, 1)):
         given = case.but(chunk_size=chunk_size)
-        inputs = linear_cases.leaves(given, device=implementation.device)
+        inputs = linear_inputs.leaves(given, device=implementation.device)
         values, results = linear_cases.call(given, inputs), []
         run = lambda: results.append(linear_cases.differentiate(given, inputs, values))  # noqa: E731, B023
         backward = products(run)

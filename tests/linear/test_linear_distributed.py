@@ -14,7 +14,7 @@ import sys
 import distributed_worker
 import pytest
 import torch
-from distributed_worker import SCENARIOS, STEPS, WORLD
+from distributed_worker import LOSSES, STEPS, TRAINED, WORLD
 
 WORKER = pathlib.Path(distributed_worker.__file__)
 TIMEOUT = 180  # seconds for all scenarios, which take about 15 on two idle cores
@@ -83,9 +83,7 @@ def of_each_rank(results: list[dict], scenario: str) -> list[dict]:
 
 
 @needs_gloo
-@pytest.mark.parametrize(
-    "scenario", [name for name in SCENARIOS if name != NOT_GATHERED and "normalizer" not in name]
-)
+@pytest.mark.parametrize("scenario", TRAINED)
 def test_ranks_train_as_one_process(results, scenario) -> None:
     """Loss and gradients of every parameter are those of one process on the whole batch, to 1e-6 in
     norm, before and after a step of SGD.
@@ -110,7 +108,7 @@ def test_ranks_train_as_one_process(results, scenario) -> None:
 
 
 @needs_gloo
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if "normalizer" in name])
+@pytest.mark.parametrize("scenario", [f"normalizer: {name}" for name in LOSSES])
 def test_normalizer_over_micro_batches_and_ranks(results, scenario) -> None:
     """Accumulated over micro-batches of different lengths and averaged by DDP, gradients are those
     of one process on the whole batch.

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import cases
 import linear_cases
+import linear_inputs
+import linear_plan
 import memory
 import pytest
 import torch
-from linear_cases import Case, planned, small_case, workspace
+from linear_inputs import Case, small_case
+from linear_plan import planned, workspace
 from test_linear_costs import gradients_of, tensors
 
 import fastkl
@@ -45,7 +48,7 @@ def step(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 def test_no_synchronisation(kind, dtype) -> None:
     """Forward and backward never wait for the GPU, mask and weights included."""
     case = made(kind, dtype=dtype)
-    inputs = linear_cases.leaves(case, device="cuda")
+    inputs = linear_inputs.leaves(case, device="cuda")
     penalty = fastkl.LinearKLPenalty(0.1, reduction="sequence_mean")
     step(case, inputs)
     torch.cuda.synchronize()
@@ -61,7 +64,7 @@ def test_no_synchronisation(kind, dtype) -> None:
 def test_cuda_graph(kind) -> None:
     """Captured once and replayed on other data, with eager's bits."""
     case, other = (made(kind, seed=seed) for seed in (0, 1))
-    inputs, others = (linear_cases.leaves(each, device="cuda") for each in (case, other))
+    inputs, others = (linear_inputs.leaves(each, device="cuda") for each in (case, other))
     graph, results = cases.captured(lambda: step(case, inputs))
     expected = {name: value.clone() for name, value in step(other, others).items()}
     with torch.no_grad():
@@ -84,7 +87,7 @@ def test_peak_memory(logits_dtype, n, one_product) -> None:
     h, v = 2048, 128256
     given = tensors("cuda", n=n, h=h, v=v)
     policy, frozen, ref = (
-        linear_cases.head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype)
+        linear_plan.head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype)
         for learns in (True, False, False)
     )
     # Saved values, the row kernels' partial states, and cuBLAS's own workspace.
@@ -107,5 +110,5 @@ def test_another_device_than_the_current_one(kind) -> None:
     found = []
     for device in ("cuda:0", "cuda:1"):
         case = made(kind, device)
-        found.append(step(case, linear_cases.leaves(case, device=device)))
+        found.append(step(case, linear_inputs.leaves(case, device=device)))
     assert all(torch.equal(found[1][name].cpu(), value.cpu()) for name, value in found[0].items())

@@ -5,9 +5,10 @@ test_linear.py.
 from __future__ import annotations
 
 import linear_cases
+import linear_inputs
 import pytest
 import torch
-from linear_cases import few
+from linear_inputs import few
 from test_linear import with_heads
 
 import fastkl
@@ -18,8 +19,8 @@ LEADING = (2, 4)
 
 def test_a_head_of_nothing_else_is_its_weight(implementation) -> None:
     """Head(weight, bias) gives the bits of weight and bias=."""
-    case = linear_cases.small_case("stats")
-    inputs = linear_cases.leaves(case, device=implementation.device)
+    case = linear_inputs.small_case("stats")
+    inputs = linear_inputs.leaves(case, device=implementation.device)
     heads = linear_cases.call(case.but(heads=((None, 1.0), (None, 1.0))), inputs)
     for name, value in linear_cases.call(case, inputs).items():
         testing.assert_same_bits(heads[name], value, name)
@@ -41,7 +42,7 @@ def test_one_weight_is_kept_once(call, heads, second, count) -> None:
     gradient, once.
     """
     case = with_heads("one weight", call).but(heads=tuple((3.0, 0.5) if h else None for h in heads))
-    inputs, kept = linear_cases.leaves(case.without("ref_bias")), []
+    inputs, kept = linear_inputs.leaves(case.without("ref_bias")), []
     inputs["ref_bias"] = None if second == "left out" else inputs["bias"]
     if second == "left out":
         del inputs["ref_weight"], inputs["ref_bias"]
@@ -58,7 +59,7 @@ def test_one_weight_is_kept_once(call, heads, second, count) -> None:
 def test_float16_at_a_low_temperature_of_one_model(implementation, learns) -> None:
     """A gradient that is 1/ref_temperature as large, or as small, keeps its digits in float16."""
     low, sizes = 2.0**-14, {"ref_width": 6}
-    case = linear_cases.small_case("sum", torch.float16, leading=LEADING, sizes=sizes)
+    case = linear_inputs.small_case("sum", torch.float16, leading=LEADING, sizes=sizes)
     case = case.without("weights").but(trainable=(learns,), ref_temperature=low, scale=low)
     case = case.but(logits_dtype=torch.float32, random=False)
     result, name = linear_cases.fastkl_outcome(case, implementation.device), f"gradient to {learns}"
@@ -76,8 +77,8 @@ def test_a_temperature_out_of_range(implementation, name, bad) -> None:
     wrong, mask = torch.ones(LEADING), torch.ones(LEADING, dtype=torch.bool)
     wrong[0, 0], mask[0, 0] = bad, False
     options = {"temperature": 4 * torch.ones(LEADING), "ref_temperature": 2 * torch.ones(LEADING)}
-    case = linear_cases.small_case("none", leading=LEADING, **{**options, name: wrong})
-    inputs = linear_cases.leaves(case, device=implementation.device)
+    case = linear_inputs.small_case("none", leading=LEADING, **{**options, name: wrong})
+    inputs = linear_inputs.leaves(case, device=implementation.device)
     assert bool(linear_cases.call(case.but(mask=mask), inputs)["kl"].isfinite().all())
     if implementation.kernels:
         assert linear_cases.call(case, inputs)["kl"].isnan().sum() == 1
@@ -86,7 +87,7 @@ def test_a_temperature_out_of_range(implementation, name, bad) -> None:
             linear_cases.call(case, inputs)
 
 
-made = {k: v.requires_grad_() for k, v in linear_cases.small(LEADING, ref_width=6).items()}
+made = {k: v.requires_grad_() for k, v in linear_inputs.small(LEADING, ref_width=6).items()}
 weight, other, bias = made["weight"], made["ref_weight"], made["bias"]
 ones = torch.ones
 # (start of the message, words, error, arguments)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import linear_cases
+import linear_inputs
 import pytest
 import torch
-from linear_cases import FIELDS, INPUTS, few
+from linear_inputs import FIELDS, INPUTS, few
 
 import fastkl
 
@@ -37,7 +38,7 @@ def arguments(implementation, mix: tuple, dtype=torch.float32, grad: bool = Fals
     few(implementation, mix == MIXES[1])
     bias, reference, mask, temperatures, softcap, chunk_size, leading = mix
     width, device = H if reference == "shared" else H_REF, implementation.device
-    made = linear_cases.small(leading, V, H, width)
+    made = linear_inputs.small(leading, V, H, width)
     absent = {"ref_weight"} if reference == "shared" else set()
     absent |= set() if bias else {"bias", "ref_bias"}
     absent |= {"ref_hidden", "ref_weight", "ref_bias"} if reference == "none" else set()
@@ -134,9 +135,9 @@ def test_float16_gradients_do_not_vanish(implementation) -> None:
     back with their digits after loss scaling.
     """
     few(implementation, False)
-    tensors = linear_cases.small((4096,), 300, 8, 8)
+    tensors = linear_inputs.small((4096,), 300, 8, 8)
     tensors = {name: tensors[name] for name in ("hidden", "weight", "ref_hidden")}
-    case = linear_cases.Case(tensors, "mean", scale=65536.0, random=False).typed(torch.float16)
+    case = linear_inputs.Case(tensors, "mean", scale=65536.0, random=False).typed(torch.float16)
     # float16 rounds logits of size 10 by up to 2^-9 each, which moves probabilities, and with them
     # gradients, by as much.
     result = linear_cases.fastkl_outcome(case, implementation.device)
@@ -149,9 +150,9 @@ def test_float16_gradients_do_not_overflow(implementation, temperature, call) ->
     """A KL of many nats at a low temperature: gradients stay finite and have the size of the
     truth's, as plain torch's in float16, whose logits are rounded as these are.
     """
-    tensors = linear_cases.small((8 if implementation.interpreted else 64,), 500, 16, 16)
+    tensors = linear_inputs.small((8 if implementation.interpreted else 64,), 500, 16, 16)
     tensors["weight"] *= 1.5
-    case = linear_cases.Case(tensors, call, temperature=temperature, random=False)
+    case = linear_inputs.Case(tensors, call, temperature=temperature, random=False)
     case = case.without("ref_weight", "bias", "ref_bias", "weights").typed(torch.float16)
     exact, device = linear_cases.truth(case), implementation.device
     allowed = linear_cases.errors(linear_cases.plain(case, device), exact)
@@ -164,7 +165,7 @@ def test_vmap(implementation) -> None:
     """Per token as a loop gives it; a sum refuses to leave out a gradient that vmap hides from it,
     and a gradient to the temperature.
     """
-    tensors = linear_cases.small((3, 2), V, H, H)
+    tensors = linear_inputs.small((3, 2), V, H, H)
     hidden, weight, ref = (
         tensors[name].to(implementation.device).requires_grad_()
         for name in ("hidden", "weight", "ref_hidden")
@@ -205,7 +206,7 @@ def test_export_without_gradients_refuses_them(implementation) -> None:
     """An exported sum keeps what its example inputs required: asked for more it raises; exported
     per token, for any number of tokens, it gives all gradients.
     """
-    tensors = linear_cases.small((6,), V, H, H)
+    tensors = linear_inputs.small((6,), V, H, H)
     given = [tensors[k].to(implementation.device) for k in ("hidden", "weight", "ref_hidden")]
     learned = [value.clone().requires_grad_() for value in given]
     shapes = ({0: torch.export.Dim("tokens", min=2)}, None, {0: torch.export.Dim("tokens", min=2)})

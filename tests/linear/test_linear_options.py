@@ -7,11 +7,12 @@ import os
 
 import cases
 import linear_cases
+import linear_inputs
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linear_cases import CALLS, FIELDS, Case, few, small_case
+from linear_inputs import CALLS, FIELDS, Case, few, small_case
 
 from fastkl import testing
 
@@ -43,7 +44,7 @@ def calls(draw: st.DrawFn) -> Case:
     ref_width = ref_width if sharing == "separate" else width
     policy = pick("dtype", *TYPES)
     reference = pick("ref dtype", policy, *TYPES) if sharing == "separate" else policy
-    case = Case(linear_cases.small(leading, vocabulary, width, ref_width, seed), call, seed=seed)
+    case = Case(linear_inputs.small(leading, vocabulary, width, ref_width, seed), call, seed=seed)
     if sharing == "same object":
         case.tensors["ref_weight"] = case.tensors["weight"]
     biases = ("both", "none", *(("policy's", "reference's") if sharing == "separate" else ()))
@@ -63,7 +64,7 @@ def calls(draw: st.DrawFn) -> Case:
     tokens = torch.randint(vocabulary, leading, generator=generator)
     if draw(st.booleans(), label="mask"):
         tokens = tokens.masked_fill(~mask, -100)
-        mask = linear_cases.laid_out(mask, pick("layout of mask", "gap", "transposed"))
+        mask = linear_inputs.laid_out(mask, pick("layout of mask", "gap", "transposed"))
         for number, name in enumerate(name for name in names if name.endswith("hidden")):
             garbage = (math.nan, math.inf, -math.inf)[(seed + number) % 3]
             case.tensors[name].masked_fill_(~mask[..., None], garbage)
@@ -83,7 +84,7 @@ def calls(draw: st.DrawFn) -> Case:
         logits_dtype=pick("logits_dtype", None, torch.float32),
         chunk_size=pick("chunk_size", None, 1, 2, 3, 100),
         fields=tuple(draw(fields, label="fields")) if call == "stats" else ("kl",),
-        layouts={k: pick("layout", *linear_cases.LAYOUTS) for k in names if draw(st.booleans())},
+        layouts={k: pick("layout", *linear_inputs.LAYOUTS) for k in names if draw(st.booleans())},
     )
 
 
@@ -122,7 +123,7 @@ def test_autocast(implementation, call, half) -> None:
     case = small_case(call, mask=mask, softcap=5.0)
     results = []
     for cast in (False, True, None):
-        inputs = linear_cases.leaves(case, device=device)
+        inputs = linear_inputs.leaves(case, device=device)
         given = inputs
         if cast:
             given = {k: v if k == "weights" else v.to(half) for k, v in inputs.items()}

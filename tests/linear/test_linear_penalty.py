@@ -8,9 +8,10 @@ import math
 from types import SimpleNamespace
 
 import linear_cases
+import linear_inputs
 import pytest
 import torch
-from linear_cases import few
+from linear_inputs import few
 from test_linear import with_heads
 
 import fastkl
@@ -33,10 +34,10 @@ def test_equals_klpenalty_on_logits(implementation, direction, reduction, mask, 
     case = case.but(temperature=1.3) if models == "plain" else case
     made = {"direction": direction, "reduction": reduction}
     penalty = fastkl.LinearKLPenalty(0.7, **made, **linear_cases.options(case))
-    inputs = linear_cases.leaves(case, device=implementation.device)
+    inputs = linear_inputs.leaves(case, device=implementation.device)
     loss = penalty(**linear_cases.arguments(case, inputs))
     assert loss.shape == () and loss.dtype == torch.float32
-    exact, by_logits = linear_cases.leaves(case, torch.float64), fastkl.KLPenalty(0.7, **made)
+    exact, by_logits = linear_inputs.leaves(case, torch.float64), fastkl.KLPenalty(0.7, **made)
     with fastkl.use_backend("reference"):
         expected = by_logits(*linear_cases.logits_of(case, exact), mask)
         outcome = linear_cases.differentiate(case, exact, {"kl": expected})
@@ -53,9 +54,9 @@ def test_no_token_that_counts(implementation, reduction) -> None:
     """0 with gradients of exactly 0, over hidden states of NaN; likewise without tokens."""
     penalty = fastkl.LinearKLPenalty(0.3, reduction=reduction)
     for leading, mask in (((2, 4), torch.zeros(2, 4, dtype=torch.bool)), ((2, 0), None)):
-        case = linear_cases.small_case("none", leading=leading, mask=mask)
+        case = linear_inputs.small_case("none", leading=leading, mask=mask)
         case.tensors["hidden"].fill_(math.nan)
-        inputs = linear_cases.leaves(case, device=implementation.device)
+        inputs = linear_inputs.leaves(case, device=implementation.device)
         loss = penalty(**linear_cases.arguments(case, inputs))
         result = linear_cases.differentiate(case, inputs, {"kl": loss})
         assert len(result) == 7 and not any(bool(value.any()) for value in result.values())
@@ -64,9 +65,9 @@ def test_no_token_that_counts(implementation, reduction) -> None:
 
 def test_beta_is_read_at_each_call(implementation) -> None:
     """A controller's beta scales the loss and its gradient."""
-    controller, case = SimpleNamespace(beta=0.2), linear_cases.small_case("none")
-    penalty, inputs = fastkl.LinearKLPenalty(controller), linear_cases.leaves(case)
-    inputs = linear_cases.leaves(case, device=implementation.device)
+    controller, case = SimpleNamespace(beta=0.2), linear_inputs.small_case("none")
+    penalty, inputs = fastkl.LinearKLPenalty(controller), linear_inputs.leaves(case)
+    inputs = linear_inputs.leaves(case, device=implementation.device)
     found = []
     for controller.beta in (0.2, 0.6):
         loss = penalty(**linear_cases.arguments(case, inputs))

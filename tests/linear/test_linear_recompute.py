@@ -8,9 +8,12 @@ import functools
 from collections.abc import Callable
 
 import linear_cases
+import linear_inputs
+import linear_plan
 import pytest
 import torch
-from linear_cases import FIELDS, Case, small_case, tuned
+from linear_inputs import FIELDS, Case, small_case
+from linear_plan import tuned
 from test_linear import with_heads
 from test_linear_costs import CHUNK, H, N, V, count
 from torch.utils.checkpoint import (
@@ -41,7 +44,7 @@ def stats_case(dtype=torch.bfloat16, learned: tuple = LEARNED[0], **changes) -> 
 
 def outcome(case: Case, device: str, **more) -> dict[str, torch.Tensor]:
     """Compute values and gradients."""
-    inputs = linear_cases.leaves(case, device=device)
+    inputs = linear_inputs.leaves(case, device=device)
     return linear_cases.differentiate(case, inputs, linear_cases.call(case, inputs, **more))
 
 
@@ -55,7 +58,7 @@ def assert_same(result: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def twice(case: Case, device: str, call: Callable, times: tuple = (True, False)) -> None:
     """Two backwards through call(case, inputs)'s graph give the bits of logits computed again."""
     inputs, expected = (
-        linear_cases.leaves(case, device=device),
+        linear_inputs.leaves(case, device=device),
         outcome(case, device, recompute=True),
     )
     values = call(case, inputs)
@@ -122,11 +125,11 @@ def test_a_far_row_is_read_before_it_is_written(implementation) -> None:
 @pytest.mark.parametrize("short", [0, 1], ids=["within", "above"])
 def test_the_bound_on_kept_logits(monkeypatch, reference, logits_dtype, short) -> None:
     """Logits are kept up to 2 GiB of all models together by default, from shapes and types."""
-    assert linear_cases.LARGEST_KEPT == 1 << 31
+    assert linear_plan.LARGEST_KEPT == 1 << 31
     tuned(monkeypatch, largest_kept=(1 + reference) * N * V * logits_dtype.itemsize - short)
     case = stats_case(logits_dtype=logits_dtype)
     case = case if reference else case.without("ref_hidden", "ref_weight")
-    inputs = linear_cases.leaves(case)
+    inputs = linear_inputs.leaves(case)
     for recompute, again in ((None, short), (True, 1), (False, 0)):
         values = linear_cases.call(case, inputs, recompute=recompute)
         run = functools.partial(linear_cases.differentiate, case, inputs, values)
@@ -139,7 +142,7 @@ def test_the_bound_on_kept_logits(monkeypatch, reference, logits_dtype, short) -
 def test_create_graph_overwrites_nothing(implementation) -> None:
     """A graph for second derivatives raises when used; the logits are still there after it."""
     case = stats_case(torch.float32, fields=("kl",))
-    inputs = linear_cases.leaves(case, device=implementation.device)
+    inputs = linear_inputs.leaves(case, device=implementation.device)
     values, found = kept(case, inputs), []
     (first,) = torch.autograd.grad(values["kl"].sum(), inputs["hidden"], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
@@ -203,7 +206,7 @@ def test_selective_checkpointing(implementation) -> None:
 @keeping
 def test_transforms(implementation, recompute) -> None:
     """torch.func inside and outside, and batched upstream gradients of kept logits."""
-    inputs = linear_cases.leaves(stats_case(torch.float32, ()), device=implementation.device)
+    inputs = linear_inputs.leaves(stats_case(torch.float32, ()), device=implementation.device)
     hidden, models = inputs["hidden"], (inputs["weight"], inputs["ref_hidden"])
 
     def kl(states: torch.Tensor) -> torch.Tensor:
@@ -229,7 +232,7 @@ def test_transforms(implementation, recompute) -> None:
 def test_a_failed_backward_leaves_no_wrong_logits(monkeypatch) -> None:
     """Logits that were half written over are computed again."""
     case = stats_case()
-    inputs = linear_cases.leaves(case)
+    inputs = linear_inputs.leaves(case)
     values = kept(case, inputs)
 
     def fails(first: torch.Tensor, *_: object, **__: object) -> None:
@@ -246,7 +249,7 @@ def test_a_failed_backward_leaves_no_wrong_logits(monkeypatch) -> None:
 def test_plain_eager_calls_write_over_what_they_kept() -> None:
     """The learning model's logits give way to their gradients, the other's stay."""
     case, seen = stats_case(), []
-    inputs = linear_cases.leaves(case)
+    inputs = linear_inputs.leaves(case)
     with hooks.saved_tensors_hooks(lambda v: seen.append(v) or v, lambda value: value):
         values = kept(case, inputs)
     logits = [value for value in seen if value.shape == (N, 64)]

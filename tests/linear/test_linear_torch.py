@@ -9,11 +9,12 @@ import functools
 from collections.abc import Callable
 
 import linear_cases
+import linear_inputs
 import memory
 import pytest
 import torch
 from cases import HAS_CPP
-from linear_cases import INPUTS, Case, small_case
+from linear_inputs import INPUTS, Case, small_case
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
@@ -46,7 +47,7 @@ def run(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def outcome(case: Case, device: str, function: Callable = run) -> dict[str, torch.Tensor]:
     """Compute outputs and the gradients of every leaf."""
-    inputs = linear_cases.leaves(case, device=device)
+    inputs = linear_inputs.leaves(case, device=device)
     return linear_cases.differentiate(case, inputs, function(case, inputs))
 
 
@@ -102,7 +103,7 @@ def test_with_frozen_inputs_and_without_gradient(implementation, name, learns) -
     """
     case, device = made(name, (3,), trainable=learns), implementation.device
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    inputs, expected = linear_cases.leaves(case, device=device), outcome(case, device)
+    inputs, expected = linear_inputs.leaves(case, device=device), outcome(case, device)
     assert_same(outcome(case, device, compiled), expected)
     for mode, function in ((torch.no_grad, compiled), (torch.inference_mode, run)):
         with mode():
@@ -158,7 +159,7 @@ def test_module_with_an_lm_head(implementation, name, frozen, way) -> None:
     if (name, way) == ("penalty", "compiled checkpoint"):
         pytest.skip("torch.compile takes no side effect, which .last is, under a checkpoint")
     case, found = made(name, trainable=() if frozen else ("weight",)), []
-    inputs = linear_cases.leaves(case, device=implementation.device)
+    inputs = linear_inputs.leaves(case, device=implementation.device)
     layer = torch.nn.Linear(6, 6, device=implementation.device)
 
     def body(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -232,7 +233,7 @@ def sized(implementation, name: str, learns: tuple[str, ...], dtype=torch.float3
     case = case.but(
         **{k: linear_cases.on(implementation.device, getattr(case, k)) for k in ("mask", "tokens")}
     )
-    inputs = linear_cases.leaves(case, device=implementation.device)
+    inputs = linear_inputs.leaves(case, device=implementation.device)
     known = {
         value.untyped_storage().data_ptr() for value in (*inputs.values(), case.mask, case.tokens)
     }

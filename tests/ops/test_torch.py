@@ -262,60 +262,6 @@ def test_export(implementation, strict) -> None:
     assert_same_bits(list(exported.module()(*arguments)), list(Model()(*arguments)))
 
 
-# ---- function transforms
-
-
-@pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0), (1, 0), (-2, 1)], ids=str)
-def test_vmap(implementation, in_dims) -> None:
-    """vmap over either or both arguments is the loop, to the bit, with a gradient that is the
-    loop's.
-    """
-    data = inputs(implementation.device, (3, 2))
-    turned = data.q.transpose(0, 1).contiguous() if in_dims == (1, 0) else data.q
-    both = [
-        (value if dim is not None else value[0]).detach().requires_grad_()
-        for value, dim in zip((data.p, turned), in_dims, strict=True)
-    ]
-    result = torch.func.vmap(fastkl.kl_divergence, in_dims=in_dims)(*both)
-    each = [
-        value.expand(len(result), *value.shape) if dim is None else value.movedim(dim, 0)
-        for value, dim in zip(both, in_dims, strict=True)
-    ]
-    expected = torch.stack([fastkl.kl_divergence(*pair) for pair in zip(*each, strict=True)])
-    assert torch.equal(result, expected)
-    upstream = testing.upstream_for(expected)
-    grads = [torch.autograd.grad(value, both, upstream) for value in (result, expected)]
-    # One that is not mapped is added up in another order.
-    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
-
-
-def test_vmap_nested_with_every_argument(implementation) -> None:
-    """Two vmaps, over logits, tokens, mask and temperature, are one call on the whole."""
-    data = inputs(implementation.device, grad=False)
-
-    def one(p, tokens, q, mask, temperature):
-        return tuple(fastkl.token_stats(p, tokens, q, mask=mask, temperature=temperature))
-
-    result = torch.func.vmap(torch.func.vmap(one))(
-        data.p, data.tokens, data.q, data.mask, data.temperatures
-    )
-    assert_same_bits(list(result), list(stats(data.p, data.q, data)))
-
-
-def test_batched_upstream_gradients(implementation) -> None:
-    """is_grads_batched, as Jacobians use it: vmap over the backward op."""
-    data = inputs(implementation.device, (3,))
-    result = kl(data.p, data.q, SimpleNamespace(mask=None))[0]
-    upstream = torch.eye(3, device=implementation.device)
-    batched = torch.autograd.grad(
-        result, (data.p, data.q), upstream, is_grads_batched=True, retain_graph=True
-    )
-    looped = [
-        torch.autograd.grad(result, (data.p, data.q), one, retain_graph=True) for one in upstream
-    ]
-    assert_same_bits(list(batched), [torch.stack(grads) for grads in zip(*looped, strict=True)])
-
-
 # ---- autograd
 
 
