@@ -2,8 +2,7 @@
 distributed_worker.py FOLDER, with RANK and WORLD_SIZE set.
 
 Each scenario trains a model for two steps on this rank's half of a batch, under DDP or FSDP2, and
-beside it a plain copy on the whole batch. What they differ by is written to FOLDER/rank<RANK>.json
-after every scenario; the test decides what is wrong.
+beside it a plain copy on the whole batch; FOLDER/rank<RANK>.json has their differences.
 """
 
 from __future__ import annotations
