@@ -229,7 +229,8 @@ def sized(implementation, name: str, learns: tuple[str, ...], dtype=torch.float3
     """Make inputs of which a token's share and a head's can be told apart."""
     tokens, vocabulary = (4, 64) if implementation.interpreted else (32, 512)
     sizes = {"sizes": {"vocabulary": vocabulary, "width": 8, "ref_width": 6}}
-    case = made(name, (tokens,), dtype=dtype, trainable=learns, **sizes)
+    plain = {"temperature": 1.0, "ref_temperature": None, "heads": (None, None)}
+    case = made(name, (tokens,), dtype=dtype, trainable=learns, **plain, **sizes)
     case = case.but(
         **{k: linear_cases.on(implementation.device, getattr(case, k)) for k in ("mask", "tokens")}
     )
