@@ -28,13 +28,14 @@ class Program(NamedTuple):
     """The instructions of a kernel.
 
     graph: an edge from each reachable instruction to those that may follow. calls: {instruction:
-    the subroutine's first one}.
+    the subroutine's first one}. registers: those that each SASS instruction names.
     """
 
     opcodes: list[str]
     graph: nx.DiGraph
     calls: dict[int, int]
     entry: int
+    registers: list[list[int]]
 
 
 class LoopCosts(NamedTuple):
@@ -57,15 +58,16 @@ class LoopCosts(NamedTuple):
 
 def _program(instructions, labels, entry=0):
     """Link instructions (opcode, label that it jumps to, whether the next may follow, label of
-    the subroutine that it calls)."""
+    the subroutine that it calls, registers)."""
     graph, calls = nx.DiGraph(), {}
     graph.add_nodes_from(range(len(instructions)))
-    for i, (_, target, continues, called) in enumerate(instructions):
+    for i, (_, target, continues, called, _) in enumerate(instructions):
         after = [labels.get(target, len(instructions)), *[i + 1] * continues]
         graph.add_edges_from((i, j) for j in after if j < len(instructions))
         if called in labels:
             calls[i] = labels[called]
-    return Program([opcode for opcode, *_ in instructions], graph, calls, entry)
+    opcodes, registers = [item[0] for item in instructions], [item[-1] for item in instructions]
+    return Program(opcodes, graph, calls, entry, registers)
 
 
 # SASS
@@ -73,6 +75,7 @@ def _program(instructions, labels, entry=0):
 SASS_LABEL = re.compile(r"\s*([.$\w]+):\s*$")
 SASS_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 SASS_TARGET = re.compile(r"`\(([^)]+)\)")
+SASS_REGISTER = re.compile(r"\bR(\d+)\b")
 
 
 def parse_sass(text, kernel):
@@ -96,7 +99,8 @@ def _sass_instruction(guard, opcode, operands):
     conditional = guard or (name == "BRA" and operands.split("`")[0].strip())
     continues = not (jumps or name in ("EXIT", "RET", "BRX", "JMP", "JMX")) or bool(conditional)
     called = target if name == "CALL" and not jumps else None
-    return opcode, target if jumps else None, continues, called
+    registers = [int(number) for number in SASS_REGISTER.findall(operands)]
+    return opcode, target if jumps else None, continues, called, registers
 
 
 def parse_resources(text):
@@ -127,7 +131,7 @@ def parse_amdgcn(text, kernel):
             opcode, operands = match[1], match[2].strip()
             jumps = opcode.startswith(("s_branch", "s_cbranch"))
             ends = opcode in ("s_branch", "s_endpgm", "s_setpc_b64")
-            instructions.append((opcode, operands if jumps else None, not ends, None))
+            instructions.append((opcode, operands if jumps else None, not ends, None, []))
     return _program(instructions, labels)
 
 
@@ -234,12 +238,14 @@ class SegmentCosts(NamedTuple):
     """The costs of a segment of a row.
 
     near, general: an iteration of the hot loop by its cheapest and its dearest path without
-    re-anchoring. outside: instructions of a thread outside these paths.
+    re-anchoring. outside: instructions of a thread outside these paths. in_flight: bytes that it
+    asks for before it waits, at most, on the near path.
     """
 
     near: LoopCosts
     general: LoopCosts
     outside: float
+    in_flight: int
 
 
 MANY = 10_000  # more instructions than a path has
@@ -295,7 +301,21 @@ def segment_costs(program, anchors, edges, segments):
         if program.opcodes[i].startswith("ATOM"):
             share = 1.0 / segments
     general = through(hot, 1, MANY)
-    return SegmentCosts(loop_costs(program, near), loop_costs(program, general), outside)
+    costs = (loop_costs(program, near), loop_costs(program, general))
+    return SegmentCosts(*costs, outside, _bytes_in_flight(program, near))
+
+
+def _bytes_in_flight(program, path):
+    """Return the most bytes that are loaded and whose registers nothing has named yet, on a path
+    that is taken again and again."""
+    flying, most = [], 0
+    for i in (*path, *path):
+        named, width = program.registers[i], load_width(program.opcodes[i])
+        flying = [(size, held) for size, held in flying if not held.intersection(named)]
+        if width:
+            flying.append((width, set(range(named[0], named[0] + max(width // 4, 1)))))
+        most = max(most, sum(size for size, _ in flying))
+    return most
 
 
 def _heaviest(program, graph, start, ends, weight):

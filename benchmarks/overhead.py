@@ -1,96 +1,100 @@
 """The Python of one call with few rows, launches left out.
 
-    python -m benchmarks.overhead [--json FILE]
+    python -m benchmarks.overhead [--against PATH] [--json FILE]
 
 With few rows this is the whole time of a call. Each function is called on plain tensors, and by way
 of its custom op, which torch.compile, dispatch modes and tensor subclasses take. No GPU is needed:
-tensors are on the CPU, kernels are not run.
+tensors are on the CPU, kernels are not run. --against compares plain tensors with another checkout
+of the repository: two processes take turns, so that other work of the machine meets both.
 """
 
+import argparse
+import contextlib
 import itertools
 import json
+import subprocess
 import sys
-import timeit
-from functools import partial
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import torch
 
-import fastkl
-from benchmarks.record import command_line, provenance, write_json
+from benchmarks import overhead_calls
+from benchmarks.overhead_calls import FUNCTIONS, ROWS, STEPS, VOCABULARY, microseconds
+from benchmarks.record import ROOT, command_line, provenance, write_json
 from fastkl.ops import dual_op
 
-ROWS, VOCABULARY = 8, 128
-CALLS, REPEATS = 300, 7
+CALLS, REPEATS, PAIRS = 300, 7, 25
 WAYS = ("plain tensors", "custom op")
-STEPS = ("no gradient", "forward", "forward and backward")
-FUNCTIONS = {
-    "kl_divergence": lambda p, q, tokens: fastkl.kl_divergence(p, q),
-    "kl_divergence, mean": lambda p, q, tokens: fastkl.kl_divergence(p, q, reduction="mean"),
-    "token_stats": lambda p, q, tokens: fastkl.token_stats(p, tokens, q).kl,
-    "selective_log_softmax": lambda p, q, tokens: fastkl.selective_log_softmax(p, tokens),
-}
 
 
 def measure(calls=CALLS, repeats=REPEATS):
     """Yield {"function", "way", step: microseconds, "calls": functions of fastkl that the last
     step enters}."""
-    generator = torch.Generator().manual_seed(0)
-    p, q = (torch.randn(ROWS, VOCABULARY, generator=generator) for _ in "pq")
-    p.requires_grad_()
-    arguments = (p, q, torch.zeros(ROWS, dtype=torch.int64))
-    with (
-        mock.patch("fastkl.kernels.launch.Variant.start", lambda *_: None),
-        mock.patch("fastkl.backend._interpreting", lambda: True),
-        fastkl.use_backend("triton"),
-    ):
-        for (name, function), way in itertools.product(FUNCTIONS.items(), WAYS):
+    with overhead_calls.without_launches():
+        for name, way in itertools.product(FUNCTIONS, WAYS):
             plain = dual_op._plain if way == "plain tensors" else lambda _: False
             with mock.patch.object(dual_op, "_plain", plain):
-                figures = _figures(partial(function, *arguments), p, calls, repeats)
-            yield {"function": name, "way": way, **figures}
+                found = {"function": name, "way": way}
+                for step, call in overhead_calls.steps_of(name).items():
+                    # The shortest of several: other work of the machine only adds to it.
+                    shortest = min(microseconds(call, calls) for _ in range(repeats))
+                    found[step] = round(shortest, 1)
+                yield {**found, "calls": overhead_calls.python_calls(call)}
 
 
-def _figures(function, leaf, calls, repeats):
-    upstream = torch.ones_like(function().detach())
+def compare(path, calls=CALLS, pairs=PAIRS):
+    """Yield {"function", "step", "microseconds": [here, there], "ratio", "calls": [here, there]},
+    only the names and None as the ratio of what is not there."""
+    with _checkout(ROOT) as here, _checkout(path) as there:
+        for case in itertools.product(FUNCTIONS, STEPS):
+            answers = [(here(*case, calls), there(*case, calls)) for _ in range(pairs)]
+            found = {**dict(zip(("function", "step"), case, strict=True)), "ratio": None}
+            if None not in answers[0]:
+                times = [[time for time, _ in pair] for pair in answers]
+                found["microseconds"] = [
+                    round(median(side), 1) for side in zip(*times, strict=True)
+                ]
+                found["ratio"] = round(median(ours / theirs for ours, theirs in times), 3)
+                found["calls"] = [entered for _, entered in answers[0]]
+            yield found
 
-    def whole():
-        return torch.autograd.grad(function(), leaf, upstream)
 
-    found = {"calls": python_calls(whole)}
-    for name, step in zip(STEPS, (torch.no_grad()(function), function, whole), strict=True):
-        # The shortest of several: other work of the machine only adds to it.
-        shortest = min(timeit.repeat(step, number=calls, repeat=repeats))
-        found[name] = round(shortest / calls * 1e6, 1)
-    return found
+@contextlib.contextmanager
+def _checkout(path):
+    """Run overhead_calls with the fastkl of a checkout; gives a function that asks it."""
+    # By -c, since a script would put its own folder on the path in place of the checkout.
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(Path(overhead_calls.__file__).resolve())]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=path, **pipes) as process:
+
+        def ask(*question):
+            print(json.dumps(question), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield ask
 
 
-def python_calls(call):
-    """Count the functions of fastkl and of its kernels that a call enters, comprehensions and
-    generators included."""
-    root, entered = Path(fastkl.__file__).resolve().parents[1], []
-
-    def note(frame, event, argument):
-        if event == "call":
-            entered.append(Path(frame.f_code.co_filename).resolve())
-
-    call()  # a first call looks up things that stay known
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(before)
-    return sum(bool({root / "fastkl", root / "kernels"} & {*path.parents}) for path in entered)
+def checkout(text):
+    if not (Path(text) / "fastkl" / "__init__.py").is_file():
+        raise argparse.ArgumentTypeError(
+            f"expected a checkout of the repository, got {text!r}, which has no "
+            "fastkl/__init__.py; make one with git worktree add PATH COMMIT"
+        )
+    return Path(text).resolve()
 
 
 def main(argv=None):
-    arguments = command_line("overhead", __doc__.splitlines()[0]).parse_args(argv)
+    parser = command_line("overhead", __doc__.splitlines()[0])
+    help_text = "compare with the checkout of the repository at PATH"
+    parser.add_argument("--against", type=checkout, metavar="PATH", help=help_text)
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     print("microseconds of Python in a call, launches left out, and functions of fastkl entered")
     data = {**provenance("overhead", argv), "rows": ROWS, "vocabulary": VOCABULARY, "records": []}
-    for found in measure():
+    for found in compare(arguments.against) if arguments.against else measure():
         data["records"].append(found)
         print(json.dumps(found), flush=True)
     write_json(arguments.json, data)

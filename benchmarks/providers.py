@@ -10,6 +10,8 @@ peers.py. A user's own loader is named on the command line: --provider package.m
 
 import argparse
 import importlib
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -72,6 +74,9 @@ def load_torch(device):
 
 def load_torch_compile(device):
     """Load the same functions compiled for each shape: what a user gets with one more line."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if device.type != "cuda" and not any(map(shutil.which, compilers)):
+        raise RuntimeError("needs a C++ compiler on a CPU, found none")
 
     def compiled(functions):
         return {

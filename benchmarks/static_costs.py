@@ -18,9 +18,12 @@ A program of forward sums a segment of a row, and each tile takes one of three p
                                    again to re-anchor, edge tiles, a row's share of the merge (the
                                    rule: disassembly.segment_costs). Of equal tiles the first, the
                                    ninth, … anchor, since the weight about a centre grows eightfold
+    loads_in_flight_kb_per_sm      bytes that a thread asks for before it waits, times the threads
+                                   of an SM at this many registers; of misaligned rows every block
+                                   is asked for twice, and counts twice
 and ex2 beside the first two. A GPU issues the sum of the first or the second and the third. On
 other kernels, and on AMD, whose paths are not read, every instruction of the loop counts, also one
-in a branch, and the other two are null.
+in a branch, and the other three are null.
 
 The bound is the model of benchmarks/roofline.py: % of the peak bandwidth of a GPU of that
 architecture, not a measurement.
@@ -57,7 +60,7 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FIGURES = (
     *("instructions_per_pair", "instructions_per_pair_general", "overhead_per_pair"),
     *("fp32_per_pair", "ex2_per_pair", "ex2_per_pair_general", "registers", "spill_bytes"),
-    *("widest_load_bytes", "narrow_loads", "unrolled"),
+    *("widest_load_bytes", "narrow_loads", "unrolled", "loads_in_flight_kb_per_sm"),
 )
 
 
@@ -106,10 +109,12 @@ def _figures(specialization, compiled):
     }
     if segment:
         executed = segment.outside * 32 * specialization.num_warps
+        threads = resident_threads(registers, specialization.num_warps)
         found |= {
             "instructions_per_pair_general": round(segment.general.instructions / pairs, 2),
             "ex2_per_pair_general": round(segment.general.ex2 / pairs, 2),
             "overhead_per_pair": round(executed / specialization.segment, 2),
+            "loads_in_flight_kb_per_sm": segment.in_flight * threads / 1024,
         }
     return found
 
@@ -127,6 +132,16 @@ def cut(specialization):
         anchors, next_one = anchors + 1, int(OUTWEIGHS.value) * next_one + 1
     passes = math.ceil(edge / (threads * specialization.constexprs["LANES"]))
     return anchors, passes, math.ceil(VOCABULARY / segment)
+
+
+def resident_threads(registers, warps):
+    """Return the threads on an SM of compute capability 8.0, 9.0 or 10.0.
+
+    Each of its four quarters has 16384 registers, given to a warp 256 at a time; an SM holds 64
+    warps and 32 programs.
+    """
+    resident = 4 * (16384 // (math.ceil(32 * registers / 256) * 256))
+    return 32 * warps * min(min(resident, 64) // warps, 32)
 
 
 IR_LOAD = re.compile(

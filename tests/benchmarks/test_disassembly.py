@@ -181,6 +181,12 @@ def test_each_path_and_all_around_them():
     # BRA, IADD3, BRA, MOV; three tiles that re-anchor; an edge of LDG, BRA, BRA twice; ATOMG; one
     # time in four EXIT, FADD, FADD, EXIT.
     assert costs.outside == 4 + 3 * 8 + 2 * 3 + 1 + 4 / 4
+    assert costs.in_flight == 16 + 16 + 8
+
+
+def test_a_load_that_is_waited_for_is_no_longer_in_flight():
+    text = SEGMENT.replace("R12, desc[UR4][R4.64]", "R12, desc[UR4][R8.64]")
+    assert disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1, 1).in_flight == 24
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,13 @@ def test_a_provider_that_raises_or_is_not_there_is_a_row(error, status, reason):
     assert (row["status"], row["reason"]) == ("missing", f"{type(error).__name__}: {error}")
 
 
+def test_torch_compile_without_a_compiler_is_missing(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    row = timing.measure(*load_providers(CPU, ["torch.compile"]), TINY, CPU)
+    assert row["status"] == "missing" and "C++ compiler" in row["reason"]
+
+
 def test_bytes_that_have_to_move():
     for operation in PLAIN.keys() - {"logprob_kl"}:
         workload = Workload(operation, rows=3, vocabulary=5, dtype="bf16")
