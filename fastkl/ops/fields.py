@@ -97,7 +97,9 @@ def flat(value: torch.Tensor) -> torch.Tensor: ...
 def flat(value: None) -> None: ...
 def flat(value: torch.Tensor | None) -> torch.Tensor | None:
     """Return a per-row tensor as a contiguous vector."""
-    return None if value is None else value.reshape(-1).contiguous()
+    if value is None or (value.dim() == 1 and value.is_contiguous()):
+        return value
+    return value.reshape(-1).contiguous()
 
 
 @overload

@@ -115,14 +115,16 @@ def _gradients(inputs: RowGradientInputs) -> Outputs:
     grads = _fake_gradients(inputs)
     p = inputs.p
     if p.numel():
-        upstream = {
-            name: flat(value)
-            for name, value in zip(FIELDS, inputs[6:11], strict=True)
-            if value is not None
-        }
-        rows = [None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads]
+        upstream, rows = {}, grads
+        for name, value in zip(FIELDS, inputs[6:11], strict=True):
+            if value is not None:
+                upstream[name] = flat(value)
+        if p.dim() != 2:
+            rows = tuple([None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads])
         args = row_args(*inputs[:5], inputs.temperature)
-        saved = inputs.saved.reshape(-1, SAVED).contiguous()
+        saved = inputs.saved
+        if saved.dim() != 2 or not saved.is_contiguous():
+            saved = saved.reshape(-1, SAVED).contiguous()
         ENGINES[inputs.backend].backward(args, saved, upstream, *rows)
     return grads
 
