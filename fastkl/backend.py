@@ -50,7 +50,7 @@ class use_backend:  # noqa: N801  (used like a function)
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What would run and why. str() is one readable line.
+    """The backend that would run and why. str() is one readable line.
 
     backend: "triton" or "reference"; why: the reason for the choice; problems: every reason why
     that backend cannot take the input (empty: it can).

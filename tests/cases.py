@@ -27,7 +27,7 @@ HAS_CPP = any(
 
 
 class Rows(NamedTuple):
-    """What a row function is asked about: logits of any leading shape, the rest [N]."""
+    """Arguments of a row function: logits of any leading shape, the rest [N]."""
 
     p: torch.Tensor
     q: torch.Tensor | None

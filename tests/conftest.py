@@ -119,7 +119,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for processes in the background comes last."""
+    """Put tests last that wait for processes in the background."""
     items.sort(key=lambda item: hasattr(getattr(item, "module", None), "start_in_background"))
 
 

@@ -1,4 +1,4 @@
-"""What a call allocates."""
+"""Bytes that a call allocates."""
 
 import gc
 import itertools

@@ -49,7 +49,7 @@ WITH_TEMPERATURE = ["kl", "stats", "policy_stats"]
 
 
 def test_the_right_arguments_pass(implementation) -> None:
-    """What the tables below change one thing of is accepted."""
+    """The arguments that the tables below change one thing of are accepted."""
     arguments = right(implementation.device)
     for name, call in CALLS.items():
         call(arguments)

@@ -57,7 +57,7 @@ _SCHEMA = {
 
 
 class Rules(NamedTuple):
-    """What an op is told beside its computation.
+    """The rules of an op beside its computation.
 
     backward, setup_context(ctx, groups, outputs): as in torch.autograd.Function; None saves
     nothing. `ctx.eager` exists in eager mode, where only the caller and autograd hold what was

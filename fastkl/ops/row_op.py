@@ -21,7 +21,7 @@ from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import FIELDS, SAVED, flat, result_dtype, row_args
 
-# What an op returns: its schema has no outputs that may be None, see DualOp.
+# The outputs of an op: a schema has none that may be None, see DualOp.
 Outputs = tuple[Any, ...]
 Upstream = tuple[Tensor | None, ...]
 

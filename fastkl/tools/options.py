@@ -11,7 +11,7 @@ from typing import Any
 
 from .demo import QUICK, TUNED, Settings
 
-# What add_argument takes, by the argument: its help, and the rest.
+# Arguments of add_argument, by option: its help, and the rest.
 Arguments = dict[str, tuple[str, dict[str, Any]]]
 TEXTS: dict[str, dict[str, Any]] = {
     "demo": dict(

@@ -48,7 +48,7 @@ def logits(dtype: torch.dtype, start: int) -> torch.Tensor:
 
 
 def key(kernel: object, constants: dict, options: dict) -> tuple:
-    """What one compilation depends on, beside types."""
+    """Return the key of a compilation, beside types."""
     return kernel, tuple(sorted(constants.items())), tuple(sorted(options.items()))
 
 

@@ -21,7 +21,7 @@ SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
 
 @pytest.fixture
 def started(monkeypatch) -> list[tuple]:
-    """What would be launched, in order: kernel, compile-time values, options, programs and every
+    """Record the launches, in order: kernel, compile-time values, options, programs and every
     argument that is no tensor.
     """
     starts: list[tuple] = []

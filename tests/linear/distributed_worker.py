@@ -30,7 +30,7 @@ STEPS, RATE = 2, 0.5
 
 
 class Batch(NamedTuple):
-    """What forward takes. The reference's hidden states and lm_head are data here: nothing learns
+    """Arguments of forward. The reference's hidden states and lm_head are data here: nothing learns
     through them.
     """
 

@@ -1,4 +1,4 @@
-"""What the functions on hidden states cost, counted: matrix products and their sizes, and bytes
+"""Costs of the functions on hidden states, counted: matrix products and their sizes, and bytes
 allocated and held.
 """
 

@@ -37,7 +37,7 @@ needs_gloo = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
-    """What each rank found, by scenario, beside "output": what it printed."""
+    """Results of each rank, by scenario, beside "output", its terminal output."""
     folder = tmp_path_factory.mktemp("ranks")
     logs = [(folder / f"rank{rank}.log").open("w+", encoding="utf-8") for rank in range(WORLD)]
     processes = [

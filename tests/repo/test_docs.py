@@ -29,7 +29,7 @@ COMMANDS = re.findall(r"\bfastkl (\w+)(?= |`|$)", "\n".join(blocks("sh")), flags
 
 
 def names() -> dict[str, object]:
-    """What the README's lines find in a training step."""
+    """Names that the README's lines find in a training step."""
     generator = torch.Generator().manual_seed(0)
     policy = torch.randn(2, 5, 64, generator=generator)
     hidden, ref_hidden = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
@@ -72,7 +72,7 @@ def test_python_blocks_run_in_order() -> None:
 
 
 def training_names() -> dict[str, object]:
-    """What the rows of the table of fastkl.rl find in a training step."""
+    """Names that the rows of the table of fastkl.rl find in a training step."""
     generator = torch.Generator().manual_seed(0)
     scope = names() | {
         name: -torch.rand(2, 5, generator=generator)

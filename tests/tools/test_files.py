@@ -13,7 +13,7 @@ from fastkl.tools.files import check_readable, check_writable, json_text, write_
 
 
 def test_whole_or_not_at_all(tmp_path):
-    """What fails half-way leaves the old file, and nothing beside it."""
+    """A write that fails half-way leaves the old file, and nothing beside it."""
     target = tmp_path / "x.html"
     write_whole(target, b"before")
 

@@ -27,7 +27,7 @@ from .model import LanguageModel, held_out_loss, sample, save_checkpoint, train_
 from .training import FineTuned, choose_beta, fine_tune
 
 Figures = dict[str, Any]
-# What the files of a run are called.
+# Names of the files of a run.
 STEMS = {"no penalty": "no-penalty", "with KL penalty": "with-penalty"}
 # Rows whose KL the usual code computes too: few, for training may have made no logits.
 ROWS_COMPARED = 128
