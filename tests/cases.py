@@ -126,7 +126,7 @@ def check_results(
     q: torch.Tensor,
     temperature: float | torch.Tensor = 1.0,
 ) -> None:
-    """What outcome() returned for logits p, q agrees with fp64 of them; the result is float32 and
+    """Results of outcome() for logits p, q agree with fp64 of them; the result is float32 and
     where the logits are.
     """
     result, *grads = results

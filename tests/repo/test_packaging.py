@@ -41,9 +41,7 @@ def python(code, *, cwd, **environment):
 
 
 def copy_checkout(target):
-    """What a commit of the working tree would hold: tracked files and untracked ones that git does
-    not ignore.
-    """
+    """List what a commit would hold: tracked files and untracked ones that git does not ignore."""
     git = ("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z")
     try:
         listed = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\0")

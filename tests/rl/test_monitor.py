@@ -13,7 +13,7 @@ from fastkl.rl.spikes import SpikeDetector
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_devices = pytest.mark.parametrize("device", DEVICES)
-# What both compute, float64 sums of the same float32 values, may differ in the order of adding up
+# Float64 sums of the same float32 values, which both compute, may differ in the order of adding up
 # to 2^17 of them.
 CLOSE = {"rel": 1e-10, "abs": 0.0}
 QUANTILES = {"kl/p50": 0.5, "kl/p95": 0.95, "kl/p99": 0.99}
@@ -69,7 +69,7 @@ STEPS += [(shape, None, torch.float32) for shape in ((1,), (7,), (2, 3, 4), (257
 @on_devices
 @pytest.mark.parametrize("shape, layout, dtype", STEPS, ids=str)
 def test_figures_of_a_step(shape, layout, dtype, device) -> None:
-    """Those of plain torch on kl[mask], as Python floats; inputs stay as they were and no graph is
+    """Figures of torch on kl[mask], as Python floats; inputs stay as they were and no graph is
     kept.
     """
     kl = tokens(*shape, dtype=dtype).requires_grad_()

@@ -55,7 +55,7 @@ def make_report(made, by="document"):
 
 @pytest.mark.parametrize("count", [1, 2, 6, 8, 1000])
 def test_quantiles_are_exact(count):
-    """Those of torch.quantile and of KLMonitor: one definition everywhere."""
+    """Quantiles of torch.quantile and of KLMonitor: one definition everywhere."""
     special = [0.0, -0.0, 1e-45, 1e-38, math.inf]  # a zero with a sign is a zero
     column = [*np.random.default_rng(count).exponential(size=count) ** 8, *special][-count:]
     column = np.array(column, np.float32)
