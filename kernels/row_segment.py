@@ -19,7 +19,9 @@ import triton.language as tl
 
 from .row_load import lane_sum, or_lanes
 from .row_math import (
+    FAR_SHARE,
     LARGEST_D,
+    LARGEST_FAR_D,
     LOG2E,
     LOWEST,
     NO_WEIGHT,
@@ -274,7 +276,9 @@ def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.conste
 
 @triton.jit
 def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
-    """The scalar State of the first `length` entries; U is +inf if some |d| may reach LARGEST_D."""
+    """The scalar State of the first `length` entries; U is +inf if some |d| may reach LARGEST_D or
+    LARGEST_FAR_D.
+    """
     GROUPS: tl.constexpr = tiling.groups
     TILE: tl.constexpr = tiling.threads * tiling.groups
     # A row that has entropy alone never takes the near path.
@@ -313,12 +317,16 @@ def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading:
             s = absorb(s, weights, 1, want, False)
             group += tiling.threads
     state = state_of(s, want)
+    S = tl.sum(state.S, 0)
     U = tl.sum(state.U, 0)
     if want.kl:
-        U = tl.where(tl.max(s.largest, 0) + tl.abs(s.centre) < LARGEST_D * D_SCALE, U, float("inf"))
+        limit = LARGEST_D * D_SCALE
+        if want.exact:
+            limit = tl.where(U > S * FAR_SHARE, LARGEST_FAR_D * D_SCALE, limit)
+        U = tl.where(tl.max(s.largest, 0) + tl.abs(s.centre) < limit, U, float("inf"))
     return State(
         state.origin,
-        tl.sum(state.S, 0),
+        S,
         tl.sum(state.A, 0),
         tl.sum(state.W, 0),
         U,

@@ -255,6 +255,17 @@ def light_mask(fill: float) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
+def few_far_entries() -> tuple[torch.Tensor, torch.Tensor]:
+    """A KL of 0.2 to 0.6 nats from one improbable entry that lies 20 to 50 nats away: the gradient
+    to Q is a hundredth of the KL.
+    """
+    x, y = torch.zeros(12, 2), torch.zeros(12, 2)
+    far = torch.linspace(20.0, 50.0, 12)
+    x[:, 0] = -torch.log(far / torch.linspace(0.2, 0.6, 4).repeat(3))
+    y[:, 0] = x[:, 0] - far
+    return x, y + 0.3
+
+
 # Row 0: a mask of finfo.min in Q that P has 1e-15 of.
 OF_TEMPERATURES = (
     torch.tensor([[0.0, -35.0, -1.0], [1e-30, 0.0, 2e-30]]),
@@ -281,6 +292,7 @@ SINGLE = {
     },
     "certain tokens": certain(),
     "a peak that rounds up": rounding_up(),
+    "few far entries": few_far_entries(),
     **{f"a light mask of {fill:g}": light_mask(fill) for fill in (-50.0, -100.0, -1e4, -1e6)},
 }
 

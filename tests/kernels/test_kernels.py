@@ -356,20 +356,22 @@ def test_slow_path_rows_are_those_that_row_finish_marks(kernels, monkeypatch) ->
     from fastkl.kernels import row_finish, row_math
 
     limits = row_finish.LARGE_KL, row_finish.LARGEST_DIFFERENCE
-    limits += row_math.LARGEST_D, row_math.LARGEST_LSE
+    limits += row_math.LARGEST_D, row_math.LARGEST_FAR_D, row_math.FAR_SHARE, row_math.LARGEST_LSE
     assert [limit.value for limit in limits] == [
         *(divergence.ONE_PASS_KL, divergence.ONE_PASS_DIFFERENCE),
-        *(divergence.ONE_PASS_D, divergence.ONE_PASS_LSE),
+        *(divergence.ONE_PASS_D, divergence.ONE_PASS_FAR_D),
+        *(divergence.FAR_SHARE, divergence.ONE_PASS_LSE),
     ]
-    p, q = testing.pair("normal3", 12, 300, 0.3, device=kernels.device)
+    p, q = testing.pair("normal3", 13, 300, 0.3, device=kernels.device)
     p[1, 5], q[2, 5], p[3, 7], p[4, 8] = -math.inf, -math.inf, math.nan, -1e9
     q[5, 9] += 150.0
     p[6, :16], q[6, :16] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
     q[7] = q[7] * 60.0
     q[9], q[10] = q[9] + 70.0, q[10] + 40.0
     p[11, 0], q[11, 1] = p[11].max() + 3.0, q[11].max() + 12.0
+    q[12, p[12].argmax()] += 30.0
     expected = fastkl.slow_path_rows(p, q)
     monkeypatch.setattr(launch, "READ_AGAIN", False)
-    tokens = torch.zeros(12, dtype=torch.long, device=p.device)
+    tokens = torch.zeros(13, dtype=torch.long, device=p.device)
     assert torch.equal(cases.forward("triton", Rows(p, q, tokens)).saved[:, 0].isnan(), expected)
-    assert expected.nonzero()[:, 0].tolist() == [1, 2, 3, 4, 5, 7, 9, 11]
+    assert expected.nonzero()[:, 0].tolist() == [1, 2, 3, 4, 5, 7, 9, 11, 12]
