@@ -11,9 +11,12 @@ import zipfile
 from importlib.metadata import PathDistribution
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import pytest
+
+import fastkl
+from fastkl.tools import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
@@ -22,51 +25,19 @@ SUPPORTED_PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def run(*command, cwd, **environment):
-    """Run a command that must succeed, without this process's PYTHONPATH (it would let the checkout
-    stand in for what is missing); its stdout.
-    """
+    # Run a command that must succeed, without this process's PYTHONPATH (it would let the
+    # checkout stand in for what is missing); its stdout.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True
     )
-    assert done.returncode == 0, (
-        f"{' '.join(map(str, command))}: exit status "
-        f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    )
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
     return done.stdout
 
 
-def python(code, *, cwd, **environment):
-    return run(sys.executable, "-c", code, cwd=cwd, **environment)
-
-
-def copy_checkout(target):
-    """List what a commit would hold: tracked files and untracked ones that git does not ignore."""
-    git = ("git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z")
-    try:
-        listed = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\0")
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("copies the files that git lists")
-    for name in filter(None, listed):
-        source = ROOT / name
-        if source.is_symlink() or source.is_file():  # not one that is tracked but deleted
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target / name, follow_symlinks=False)
-
-
 def build_wheel(source, target):
-    pip = (
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "--disable-pip-version-check",
-        "--wheel-dir",
-        target,
-    )
-    run(*pip, source, cwd=target.parent)
+    pip = "-m pip wheel --no-build-isolation --no-deps --disable-pip-version-check --wheel-dir"
+    run(sys.executable, *pip.split(), target, source, cwd=target.parent)
     (wheel,) = target.glob("*.whl")
     return wheel
 
@@ -76,12 +47,8 @@ def members(wheel):
         return {name for name in archive.namelist() if not name.endswith("/")}
 
 
-class Build(NamedTuple):
-    tree: Path  # the copy of the checkout
-    wheel: Path
-    site: Path  # the unpacked wheel
-    sdist: Path
-    metadata: PathDistribution
+# Anything but what a checkout may hold beside its files.
+UNTRACKED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "*-run")
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +59,18 @@ def build(tmp_path_factory):
     if absent:
         pytest.skip(f"building needs {', '.join(absent)}; remedy: pip install 'fastkl[test]'")
     base = tmp_path_factory.mktemp("packaging")
-    copy_checkout(base / "tree")
+    for part in ("fastkl", "kernels"):
+        shutil.copytree(ROOT / part, base / "tree" / part, symlinks=True, ignore=UNTRACKED)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, base / "tree")
     wheel = build_wheel(base / "tree", base / "wheels")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(base / "site")
-    python(
-        f"from setuptools import build_meta; build_meta.build_sdist({str(base)!r})",
-        cwd=base / "tree",
-    )
-    (sdist,) = base.glob("*.tar.gz")
-    (metadata,) = (base / "site").glob("*.dist-info")
-    return Build(base / "tree", wheel, base / "site", sdist, PathDistribution(metadata))
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(base)!r})"
+    run(sys.executable, "-c", code, cwd=base / "tree")
+    (sdist,), (metadata,) = base.glob("*.tar.gz"), (base / "site").glob("*.dist-info")
+    found = dict(tree=base / "tree", wheel=wheel, site=base / "site", sdist=sdist)
+    return SimpleNamespace(**found, metadata=PathDistribution(metadata))
 
 
 # ---- what is built
@@ -122,10 +90,7 @@ def test_wheel_holds_every_file_of_the_package_and_nothing_else(build):
     }
     got = {name for name in members(build.wheel) if ".dist-info/" not in name}
     expected.discard("fastkl/kernels")  # the symlink: in a wheel, a folder
-    assert got == expected, (
-        f"missing from the wheel: {sorted(expected - got)}; unexpected in it: "
-        f"{sorted(got - expected)}"
-    )
+    assert got == expected, (sorted(expected - got), sorted(got - expected))
     assert {f"fastkl/kernels/{stem}.py" for stem in KERNELS} <= got and KERNELS
     assert {"fastkl/tools/cli.py", "fastkl/py.typed"} <= got
 
@@ -135,9 +100,7 @@ def test_sdist_builds_the_same_wheel(build, tmp_path):
 
 
 def test_wheel_works_away_from_the_checkout(build, tmp_path):
-    pytest.importorskip(
-        "triton"
-    )  # which importing a kernel needs; the next test is for machines without
+    pytest.importorskip("triton")  # importing a kernel needs it
     code = f"""
 import importlib, pathlib
 site = pathlib.Path({str(build.site)!r})
@@ -146,11 +109,12 @@ for name in ["fastkl", "fastkl.tools.cli", *(f"fastkl.kernels.{{stem}}" for stem
     assert site in file.parents, f"{{name}} came from {{file}}, not from the wheel"
 print(importlib.import_module("fastkl").__version__)
 """
-    assert python(code, cwd=tmp_path, PYTHONPATH=str(build.site)).strip() == build.metadata.version
+    shown = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(build.site))
+    assert shown.strip() == build.metadata.version
 
 
 def test_metadata(build):
-    """Extras that a user may name, the licence, the command, and a page without dead links."""
+    # Extras that a user may name, the licence, the command, and a page without dead links.
     requirements = pytest.importorskip("packaging.requirements")
     metadata = build.metadata.metadata
     needs = map(requirements.Requirement, build.metadata.requires)
@@ -168,28 +132,15 @@ def test_metadata(build):
 def test_constraints_pin_every_direct_dependency(build):
     requirements = pytest.importorskip("packaging.requirements")
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = [
-        requirements.Requirement(line)
-        for line in lines
-        if line.strip() and not line.startswith("#")
-    ]
+    pins = [requirements.Requirement(x) for x in lines if x.strip() and not x.startswith("#")]
     for need in map(requirements.Requirement, build.metadata.requires):
         for version in SUPPORTED_PYTHONS:
             environment = {"python_version": version, "platform_system": "Linux"}
-            found = [
-                pin
-                for pin in pins
-                if pin.name == need.name
-                and (pin.marker is None or pin.marker.evaluate(environment))
-            ]
-            assert len(found) == 1, (
-                f"constraints.txt: expected one pin of {need.name} for Python {version}, got "
-                f"{[str(pin) for pin in found]}"
-            )
+            named = [pin for pin in pins if pin.name == need.name]
+            found = [x for x in named if x.marker is None or x.marker.evaluate(environment)]
+            assert len(found) == 1, (need.name, version, found)
             (pin,) = found[0].specifier
-            assert pin.operator == "==" and need.specifier.contains(pin.version), (
-                f"constraints.txt: {pin} is no pin within setup.py's {need}"
-            )
+            assert pin.operator == "==" and need.specifier.contains(pin.version), (pin, need)
 
 
 # ---- what importing needs
@@ -205,11 +156,11 @@ for name in fastkl.__all__:
     getattr(fastkl, name)
 assert float(fastkl.kl_divergence(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))) == 0
 """
-    python(code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
 def test_kernels_stand_in_the_package_by_a_link():
-    """The folder is no package of its own, which would shadow the published one of its name."""
+    # The folder is no package of its own, which would shadow the published one of its name.
     link = ROOT / "fastkl" / "kernels"
     assert link.is_symlink() and os.readlink(link) == os.path.join("..", "kernels")
     assert not (ROOT / "kernels" / "__init__.py").exists()
@@ -219,9 +170,6 @@ def test_kernels_stand_in_the_package_by_a_link():
 
 
 def test_version_is_said_once(build, capsys):
-    import fastkl
-    from fastkl.tools import cli
-
     changes = (ROOT / "CHANGELOG.md").read_text()
     newest = re.search(r"^## \[(\d[^\]]*)\]", changes, re.MULTILINE).group(1)
     assert build.metadata.version == fastkl.__version__ == newest
@@ -231,6 +179,6 @@ def test_version_is_said_once(build, capsys):
 
 
 def test_packages_come_from_where_the_machine_says():
-    """Where packages come from is the machine's setting, never the project's."""
+    # Where packages come from is the machine's setting, never the project's.
     sources = r"--(extra-)?index-url|--find-links|--trusted-host|\s-[if]\s+\S*//"
     assert not re.search(sources, (ROOT / "Makefile").read_text())

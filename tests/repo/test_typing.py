@@ -38,7 +38,7 @@ class Module:
 
 @pytest.mark.parametrize("name", ["repo/typed_user.py", "rl/typed_user.py"])
 def test_a_typed_user(tmp_path, name) -> None:
-    """Every line marked `# refused` is an error of its own, and no other line is."""
+    # Every line marked `# refused` is an error of its own, and no other line is.
     user, stubs = ROOT / "tests" / name, tmp_path / "torch"
     stubs.mkdir()
     for file, text in TORCH.items():
@@ -57,9 +57,5 @@ def test_a_typed_user(tmp_path, name) -> None:
     )
     assert result.returncode == 1 and "error" in result.stdout, result.stdout + result.stderr
     errors = {int(line) for line in re.findall(r"typed_user\.py:(\d+): error", result.stdout)}
-    refused = {
-        number
-        for number, line in enumerate(user.read_text().splitlines(), 1)
-        if line.endswith("# refused")
-    }
-    assert errors == refused, result.stdout
+    lines = enumerate(user.read_text().splitlines(), 1)
+    assert errors == {at for at, line in lines if line.endswith("# refused")}, result.stdout
