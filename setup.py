@@ -34,7 +34,7 @@ def read_description() -> str:
 
 DEMO = ["tokenizers>=0.20", "safetensors>=0.4", "matplotlib>=3.8", "tqdm>=4.66"]
 # `fastkl compare` reads Hugging Face checkpoints.
-COMPARE = ["transformers>=5", "tokenizers>=0.20", "numpy>=1.26", "tqdm>=4.66"]
+COMPARE = ["transformers>=5", "tokenizers>=0.20", "pandas>=2", "tqdm>=4.66"]
 # Tables and plots of the benchmarks.
 BENCH = ["pandas>=2", "matplotlib>=3.8", "networkx>=3", "pytest-benchmark>=5"]
 # Beside whom the benchmarks measure.

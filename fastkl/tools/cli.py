@@ -12,54 +12,49 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import importlib
 import os
-import re
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from .. import __version__
-from . import options
-from .demo import Settings, choose_settings
-from .files import check_readable, check_writable, default_picture
-
-# Errors of a write that has no room.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+from . import compare, demo, options
+from .errors import UseError, told
+from .files import check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal's encoding lacks becomes "?".
+        getattr(stream, "reconfigure", dict)(errors="replace")
+    _exit_on_signals()
     try:
-        with _signals_exit():
-            try:
-                given = build_parser().parse_args(argv)
-                return int(given.run(given, given.parser))
-            finally:
-                sys.stdout.flush()  # here, where a failure is told, and not at exit
+        try:
+            given = build_parser().parse_args(argv)
+            return int(given.run(given))
+        finally:
+            sys.stdout.flush()  # here, where a failure is told, and not at exit
+    except UseError as error:
+        print(f"fastkl {given.command}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in (errno.EPIPE, *FULL):
-            raise
         with contextlib.suppress(OSError):  # Python must not try again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:
+        if isinstance(error, BrokenPipeError):
             return 141
-        name = f" ({error.filename})" if error.filename else ""
-        remedy = "make room for the output, or send it elsewhere"
-        print(f"fastkl: error: {error.strerror}{name}; remedy: {remedy}", file=sys.stderr)
+        print(f"fastkl: error: {error}; remedy: make room, or choose another", file=sys.stderr)
         return 1
 
 
-@contextlib.contextmanager
-def _signals_exit() -> Iterator[None]:
+def _exit_on_signals() -> None:
     """Exit by an exception on SIGTERM and SIGHUP, so that files and processes are removed.
 
     A signal that is ignored, as under nohup, or has a handler already, keeps it.
@@ -69,20 +64,14 @@ def _signals_exit() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the tidying
         raise SystemExit(128 + number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    main_thread = threading.current_thread() is threading.main_thread()
-    ours = [each for each in numbers if main_thread and signal.getsignal(each) == signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            with contextlib.suppress(ValueError):  # in a thread
+                signal.signal(number, end)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Make the parser; a sub-command sets `run`, a function of its options and its own parser."""
+    """Make the parser; a sub-command sets `command`, and `run`, a function of its options."""
     parser = argparse.ArgumentParser(
         prog="fastkl", description="Exact KL divergence for LLM training."
     )
@@ -93,106 +82,76 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, formatter_class=options.RAW, **options.TEXTS[name])
         for argument, (text, how) in options.ARGUMENTS[name].items():
             command.add_argument(argument, help=text, **how)
-        command.set_defaults(run=run, parser=command)
+        command.set_defaults(run=run, command=name)
     return parser
 
 
-def _run_demo(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    with _refused(parser, "--out", "a folder that can be written to", given.out):
+def _run_demo(given: argparse.Namespace) -> int:
+    with told("--out", "a folder that can be written to", repr(str(given.out)), "choose another"):
         given.out.mkdir(parents=True, exist_ok=True)
         check_writable(given.out / "report.json")
-    given.device = _choose_device(given.device, parser)
-    demo = _load("demo", ".demo.report", parser)
-    names = {field.name for field in dataclasses.fields(Settings)}
+    given.device = _choose_device(given.device)
+    report = _load("demo", ".demo.report")
+    names = {field.name for field in dataclasses.fields(demo.Settings)}
     chosen = {name: value for name, value in vars(given).items() if name in names}
-    return int(demo.run_demo(choose_settings(**chosen), given.out))
+    return int(report.run_demo(demo.choose_settings(**chosen), given.out))
 
 
-def _run_compare(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from . import compare
+def _run_compare(given: argparse.Namespace) -> int:
     from .compare import inputs
 
-    try:
-        inputs.files(given.text)
-        inputs.check_outputs(given.html, given.json)
-        given.device = _choose_device(given.device, parser)
-        run = _load("compare", ".compare.run", parser)
-        names = [field.name for field in dataclasses.fields(compare.Settings)]
-        chosen = {name: getattr(given, name) for name in names}
-        return int(run.run_compare(compare.Settings(**chosen), given.color))
-    except compare.CompareError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    inputs.check_files(given.text, given.html, given.json)
+    given.device = _choose_device(given.device)
+    run = _load("compare", ".compare.run")
+    names = [field.name for field in dataclasses.fields(compare.Settings)]
+    return int(run.run_compare(compare.Settings(**{name: getattr(given, name) for name in names})))
 
 
-def _run_plot(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    source, out = given.source, given.out or default_picture(given.source)
-    wrote = "a file that KLMonitor(jsonl=...) wrote"
-    with _refused(parser, "RUN.jsonl", wrote, source, "name one that exists"):
-        check_readable(source)
-    if out.suffix.lower() != ".png" or os.path.isdir(out):
-        expected = f"expected the name of a PNG file, got {str(out)!r}; end it in .png"
-        parser.error(f"argument --out: {expected}")
-    with _refused(parser, "--out", "a file that can be written", out):
+def _run_plot(given: argparse.Namespace) -> int:
+    source, out = given.source, given.out
+    if not (source.is_file() or source.is_fifo()):
+        wrote = "a file that KLMonitor(jsonl=...) wrote"
+        raise UseError("RUN.jsonl", wrote, repr(str(source)), "name one that exists")
+    if out is None:
+        known = source.suffix.lower() in (".jsonl", ".json")
+        out = source.with_suffix(".png") if known else Path(f"{source}.png")
+    if out.suffix.lower() != ".png" or (out.exists() and out.samefile(source)):
+        expected, remedy = "the name of a PNG file, another than the run's", "end it in .png"
+        raise UseError("--out", expected, repr(str(out)), remedy)
+    with told("--out", "a file that can be written", repr(str(out)), "choose another"):
         check_writable(out)
-        plot = _load("plots", ".plot", parser)
-        try:
-            sentence = plot.plot_run(source, out)
-        except plot.NothingToPlotError as error:
-            parser.error(f"argument RUN.jsonl: expected {wrote}, {error}")
-    print(f"{out}: {sentence}")
+    print(f"{out}: {_load('plots', '.plot').plot_run(source, out)}")
     return 0
 
 
-def _run_doctor(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _run_doctor(given: argparse.Namespace) -> int:
     if given.json not in (None, "-"):
-        with _refused(parser, "--json", "a file that can be written, or -,", given.json):
+        with told("--json", "a file that can be written, or -", repr(given.json), "choose another"):
             check_writable(Path(given.json))  # before a minute of checks
-    device = _choose_device(given.device, parser)
+    device = _choose_device(given.device)
     from .doctor import run_doctor
 
     return run_doctor(device, given.json)
 
 
-@contextlib.contextmanager
-def _refused(
-    parser: argparse.ArgumentParser,
-    argument: str,
-    expected: str,
-    got: object,
-    remedy: str = "choose another",
-) -> Iterator[None]:
-    """Make an error of use of an OSError."""
-    try:
-        yield
-    except OSError as error:
-        text = f"expected {expected}, got {str(got)!r} ({error.strerror}); {remedy}"
-        parser.error(f"argument {argument}: {text}")
-
-
-def _load(extra: str, name: str, parser: argparse.ArgumentParser) -> ModuleType:
+def _load(extra: str, name: str) -> ModuleType:
     """Import a module of the tools, which needs the packages of an extra."""
-    try:
+    remedy = f"pip install --upgrade 'fastkl[{extra}]'"
+    with told("packages", f"those of the extra {extra!r}", "an import that fails", remedy):
         return importlib.import_module(name, __package__)
-    except ImportError as error:
-        text = f"cannot be imported: {error.name or name} ({' '.join(str(error).split())})"
-        remedy = f"pip install --upgrade 'fastkl[{extra}]'"
-        parser.exit(2, f"{parser.prog}: error: {text}; remedy: {remedy}\n")
 
 
-def _choose_device(text: str, parser: argparse.ArgumentParser) -> str:
+def _choose_device(text: str) -> str:
     """Return a device that this machine has, by its name in torch."""
     if text == "cpu":
         return text
-    if not re.fullmatch(r"auto|cuda(:\d+)?", text):  # known without torch
-        expected = "expected cpu, cuda, cuda:N or auto"
-        parser.error(f"argument --device: {expected}, got {text!r}")
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = [*(["cuda"] if gpus else []), "cpu", *(f"cuda:{index}" for index in range(gpus))]
     if text != "auto" and text not in known:
         expected = f"one that this machine has ({', '.join(known)}) or auto"
-        parser.error(f"argument --device: expected {expected}, got {text!r}")
+        raise UseError("--device", expected, repr(text), "choose one of these")
     return known[0] if text == "auto" else text
 
 

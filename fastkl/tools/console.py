@@ -1,10 +1,10 @@
-"""Texts, numbers and progress bars of the tools, as a terminal shows them."""
+"""Numbers, tables and progress bars of the tools, as a terminal shows them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,13 +16,6 @@ def percent(share: float, digits: int = 0) -> str:
     """Format a share in percent; one that would read 0% has two digits instead."""
     small = 0 < share <= 0.5 * 10 ** -(digits + 2)
     return f"{100 * share:.2g}%" if small else f"{share:.{digits}%}"
-
-
-def say(text: str, file: TextIO | None = None) -> None:
-    """Print a text; a character that the terminal's encoding lacks becomes "?"."""
-    out = sys.stdout if file is None else file
-    encoding = out.encoding or "utf-8"
-    print(text.encode(encoding, errors="replace").decode(encoding), file=out, flush=True)
 
 
 def table(rows: Sequence[Sequence[str]], align: str, width: int = 10**9) -> list[str]:
@@ -37,9 +30,8 @@ def table(rows: Sequence[Sequence[str]], align: str, width: int = 10**9) -> list
     return lines
 
 
-def progress(items: Iterable[Any] | None, title: str, **options: Any) -> tqdm[Any]:
-    """Iterate over items with a bar on stderr; `update(count)` moves a bar without items."""
-
+def progress(items: Iterable[Any], title: str, **options: Any) -> tqdm[Any]:
+    """Iterate over items with a bar on stderr."""
     # A log file gets a line now and then, a terminal a moving bar.
     interval = 0.1 if sys.stderr.isatty() else 15.0
     options |= dict(dynamic_ncols=True, mininterval=interval, maxinterval=interval)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .demo import QUICK, TUNED, Settings
+from .demo import QUICK, Settings
 
 # Arguments of add_argument, by option: its help, and the rest.
 Arguments = dict[str, tuple[str, dict[str, Any]]]
@@ -29,7 +30,9 @@ next-token distributions of A and of B, given all before it.
 
   fastkl compare ./my-model-v1 ./my-model-v2 --text notes.txt
   fastkl compare meta-llama/Llama-3.2-1B ./my-finetune --text a.txt b.txt --html diff.html
-  fastkl compare ./base ./quantized --text prompts.txt --by line --device cuda --sequential""",
+  fastkl compare ./base ./quantized --text prompts.txt --by line --device cuda
+
+One model is loaded after the other; the last hidden states of the text wait in memory.""",
         epilog="""\
 what is reported, in nats: KL(A||B) and KL(B||A), exact over the vocabulary; JSD, the
 Jensen-Shannon divergence (0 to 0.693); entropies; the log-probability of the text; how
@@ -51,13 +54,13 @@ Draws reward, KL (mean and quantiles), beta and spikes of a run, as far as the f
 them, over its steps.""",
     ),
     "doctor": dict(
-        help="check that fastkl is right and fast on this machine",
+        help="check that fastkl is right on this machine",
         description="""\
-Checks in about a minute what this machine has, whether the kernels compile,
-run and agree with float64 on it, and how fast they are.""",
+Checks in about a minute what this machine has, and that the kernels compile,
+run and agree with float64 on it.""",
         epilog="""\
-exit codes: 0 nothing is wrong (a warning or a skipped check is not wrong), 1 a
-check failed: the report ends with what to paste into an issue, 2 wrong use.
+exit codes: 0 nothing is wrong (a warning is not wrong), 1 a
+check failed: the report is what to paste into an issue, 2 wrong use.
 In CI on a machine with a GPU pass --device cuda: a GPU that is not seen is an
 error then (2); with auto the CPU is checked in its place.""",
     ),
@@ -65,8 +68,8 @@ error then (2); with auto the CPU is checked in its place.""",
 RAW = argparse.RawDescriptionHelpFormatter
 
 
-def number(
-    convert: Callable[[str], Any], expected: str, holds: Callable[[Any], bool]
+def checked(
+    convert: Callable[[str], Any], expected: str, holds: Callable[[Any], object]
 ) -> Callable[[str], Any]:
     """Return a type of argument: convert(text) of which holds(value) is true."""
 
@@ -81,20 +84,14 @@ def number(
 
 def at_least(least: int) -> Callable[[str], Any]:
     """Return the type of a whole number with a lower limit."""
-    return number(int, f"a whole number of at least {least}", lambda value: value >= least)
+    return checked(int, f"a whole number of at least {least}", lambda value: value >= least)
 
 
-POSITIVE = number(float, "a finite number above 0", lambda value: 0 < value < math.inf)
-
-
-def output(text: str) -> Path:
-    """Return the path of an output; "-" is standard output."""
-    return Path("-" if text == "/dev/stdout" else text)
-
-
+POSITIVE = checked(float, "a finite number above 0", lambda value: 0 < value < math.inf)
+DEVICES = checked(str, "cpu, cuda, cuda:N or auto", re.compile(r"cpu|auto|cuda(:\d+)?").fullmatch)
 DEVICE: tuple[str, dict[str, Any]] = (
     "cpu, cuda, cuda:N or auto: a GPU where there is one (default: %(default)s)",
-    dict(default="auto", metavar="DEVICE"),
+    dict(type=DEVICES, default="auto", metavar="DEVICE"),
 )
 ARGUMENTS: dict[str, Arguments] = {
     "demo": {
@@ -109,7 +106,7 @@ ARGUMENTS: dict[str, Arguments] = {
         "--seed": (
             "seed of everything that is random (default: %(default)s)",
             dict(
-                type=number(int, "a whole number from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31),
+                type=checked(int, "a whole number from 0 to 2**31 - 1", lambda x: 0 <= x < 2**31),
                 default=0,
                 metavar="N",
             ),
@@ -118,32 +115,10 @@ ARGUMENTS: dict[str, Arguments] = {
             f"training steps of each run (default: {Settings.steps}, quick {QUICK['steps']})",
             dict(type=at_least(2), metavar="N"),
         ),
-        "--algorithm": (
-            "ppo: advantages per token; grpo: per response, relative to its group; dpo: "
-            "preferences between two responses, sampled anew at every step (default: "
-            "%(default)s)",
-            dict(choices=tuple(TUNED), default="ppo"),
-        ),
-        "--epochs": (
-            "updates on each batch of samples; ppo and grpo clip their ratios from the second"
-            f" on (default: {Settings.epochs})",
-            dict(type=at_least(1), metavar="N"),
-        ),
         "--beta": (
             "fixed weight of the KL penalty, in reward per nat (default: a controller moves "
-            f"it so that the KL is {Settings.target_kl:g} nats per token, "
-            f"{TUNED['dpo']['target_kl']:g} for dpo)",
+            f"it so that the KL is {Settings.target_kl:g} nats per token)",
             dict(type=POSITIVE, metavar="X"),
-        ),
-        "--max-kl": (
-            "trust region: shorten every update until the policy after it is within X nats "
-            "per token of the one before it",
-            dict(type=POSITIVE, metavar="X"),
-        ),
-        "--linear": (
-            "fine-tune from hidden states and lm_head weights: no logits in the training "
-            "step; the same curves, up to rounding",
-            dict(action="store_true"),
         ),
         "--save-models": (
             "write reference and policies into DIR/models as Hugging Face checkpoints, to "
@@ -160,9 +135,9 @@ ARGUMENTS: dict[str, Arguments] = {
         ),
         "model_b": ("the other version of it", dict(metavar="MODEL_B")),
         "--text": (
-            "what to compare on, in UTF-8: files, folders, patterns, or - for standard input,"
-            " a document each; a .jsonl file has a document a line: messages (in A's chat "
-            "template), prompt and completion, or text",
+            "what to compare on, in UTF-8: files, or - for standard input, a document each; a "
+            ".jsonl file has a document a line: messages (in A's chat template), prompt and "
+            "completion, or text",
             dict(type=Path, nargs="+", required=True, metavar="FILE"),
         ),
         "--tokenizer": (
@@ -182,12 +157,12 @@ ARGUMENTS: dict[str, Arguments] = {
         "--html": (
             "write a page with the whole text, each token coloured by its KL, numbers on "
             "hover (about 150 bytes per token); - for stdout, the report then goes to stderr",
-            dict(type=output, metavar="FILE"),
+            dict(type=Path, metavar="FILE"),
         ),
         "--json": (
             "write the numbers of the report, those of single tokens for the --top ones only;"
             " - for stdout, as for --html",
-            dict(type=output, metavar="FILE"),
+            dict(type=Path, metavar="FILE"),
         ),
         "--context": (
             "tokens the models read at a time, the last of them to score the token after it "
@@ -200,20 +175,11 @@ ARGUMENTS: dict[str, Arguments] = {
             "quarter of --context)",
             dict(type=at_least(0), metavar="N"),
         ),
-        "--sequential": (
-            "load one model after the other, where both do not fit; hidden states wait in a "
-            "temporary file (in TMPDIR)",
-            dict(action="store_true"),
-        ),
         "--device": DEVICE,
         "--dtype": (
             "type the models compute in; the logits are float32 in any case (default: auto, "
             "that of each checkpoint)",
             dict(choices=("auto", "float32", "bfloat16", "float16"), default="auto"),
-        ),
-        "--color": (
-            "colour the tokens (default: on a terminal)",
-            dict(action=argparse.BooleanOptionalAction, default=None),
         ),
     },
     "plot": {

@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from fastkl.rl import read_jsonl
 
+from .errors import told
 from .files import write_whole
 
 # Figures by their names in the file: the title of their axis, and its relative height.
 PANELS = {"reward": ("reward", 2.4), "kl/mean": ("KL (nats per token)", 3.8), "beta": ("beta", 1.6)}
-COLOURS, SPIKE = ("#00798c", "#d1495b"), "#e09f3e"
+COLOURS, SPIKE = ("#d1495b", "#00798c"), "#e09f3e"
 # The logarithmic axis of the KL reaches at most so far down from its largest figure.
 SPAN = 1e5
-# A reward of as many steps is also drawn as a mean over a fortieth of them. The KL is not: it would
-# blur what a monitor is for.
-SMOOTHED_FROM = 120
-# A float does not tell larger steps from the next; an axis has no room for larger figures.
-LARGEST_STEP, LARGEST_FIGURE = 2.0**53, 1e100
+QUANTILES = ("kl/p50", "kl/p95", "kl/p99")
+DRAWN = (*PANELS, *QUANTILES, "kl/spike")
+LARGEST_STEP = 2.0**53  # a float does not tell larger ones from the next
+WROTE = "a file that KLMonitor(jsonl=...) wrote"
 Run = dict[str, np.ndarray]
-
-
-class NothingToPlotError(ValueError):
-    """A file without a run; completes "expected a file that KLMonitor(jsonl=...) wrote, "."""
 
 
 def plot_run(source: Path, out: Path) -> str:
     """Draw the run of a file, write the PNG whole or not at all, and return a sentence on the run.
 
-    Raises NothingToPlotError for a file with no run in it, OSError for an `out` that is this file
-    or cannot be written.
+    Raises UseError for a file with no run in it, OSError for an `out` that cannot be written.
     """
     run = read_run(source)
-    if out.exists() and out.samefile(source):
-        raise FileExistsError(errno.EEXIST, "it holds the run", str(out))
     sentence = describe(run)
     # A file's name may have bytes that are no text.
-    title = source.name.encode(errors="replace").decode()
-    write_whole(out, picture({"": run}, title, sentence))
+    write_whole(out, picture({"": run}, source.name.encode(errors="replace").decode(), sentence))
     return sentence
 
 
@@ -57,49 +49,44 @@ def read_run(source: Path) -> Run:
     Where the file goes back to an earlier step, as where a run went on from a checkpoint, the steps
     from there on are those that follow.
     """
-    got = f"got {str(source)!r}"
-    try:
-        lines = read_jsonl(source)
-    except ValueError as error:
-        raise NothingToPlotError(f"got another: {error}") from None
-    steps: dict[float, dict[str, float]] = {}
-    for line in lines:
-        step = line.get("step", next(reversed(steps), -1.0) + 1)
-        if not isinstance(step, float) or not abs(step) < LARGEST_STEP:
-            raise NothingToPlotError(f"{got} with the step {step} in it; number the steps from 0")
-        while steps and next(reversed(steps)) >= step:
-            steps.popitem()
-        steps[step] = line
-    names = dict.fromkeys(name for line in steps.values() for name in line)
-    run = {name: np.array([_figure(line.get(name)) for line in steps.values()]) for name in names}
-    if not _has(run, "kl/mean"):
-        raise NothingToPlotError(f"{got} without a finite 'kl/mean' in it; it has {[*names]}")
+    with told("RUN.jsonl", WROTE, repr(str(source)), "number its steps from 0, or pass another"):
+        steps: dict[float, dict[str, float]] = {}
+        for line in read_jsonl(source):
+            step = float(line.get("step", next(reversed(steps), -1.0) + 1))
+            if not abs(step) < LARGEST_STEP:
+                raise ValueError(f"the step {step}")
+            while steps and next(reversed(steps)) >= step:
+                steps.popitem()
+            steps[step] = line
+        names = dict.fromkeys(name for line in steps.values() for name in line)
+        known = [name for name in names if name in DRAWN]
+        figures = [[float(line.get(name, math.nan)) for line in steps.values()] for name in known]
+        # What is not finite has no place on an axis.
+        table = np.where(np.isfinite(figures), figures, math.nan)
+        run = dict(zip(known, table, strict=True))
+        if not _has(run, "kl/mean"):
+            raise ValueError(f"it has no finite 'kl/mean' but {[*names]}")
     return run | {"step": np.array([*steps])}
-
-
-def _figure(value: object) -> float:
-    return value if isinstance(value, float) and abs(value) < LARGEST_FIGURE else math.nan
 
 
 def _has(run: Run, name: str) -> bool:
     return bool(np.isfinite(run.get(name, math.nan)).any())
 
 
+def _spikes(run: Run) -> np.ndarray:
+    """List the steps at which the alarm rang."""
+    steps: np.ndarray = run["step"][run.get("kl/spike", np.zeros_like(run["step"])) == 1.0]
+    return steps
+
+
 def describe(run: Run) -> str:
     """Say in one sentence what the run did."""
-    finite = np.isfinite(run["kl/mean"])
-    kl, spikes = run["kl/mean"][finite], [f"{step:.0f}" for step in run["step"][_spikes(run)]]
+    finite, spikes = np.isfinite(run["kl/mean"]), [f"{step:.0f}" for step in _spikes(run)]
+    kl = run["kl/mean"][finite]
     text = f"{len(finite):,} steps; KL {kl[-1]:.3g} at the end, {kl.max():.3g} at most"
-    if gaps := int((~finite).sum()):
-        text += f"; without a finite KL: {gaps:,} steps"
-    if spikes:
-        text += f"; spikes at {', '.join(spikes[:5])}{', …' * (len(spikes) > 5)}"
-    return text
-
-
-def _spikes(run: Run) -> np.ndarray:
-    spikes: np.ndarray = run.get("kl/spike", np.zeros_like(run["step"])) == 1.0
-    return spikes
+    if len(kl) < len(finite):
+        text += f"; without a finite KL: {len(finite) - len(kl):,} steps"
+    return text + (f"; spikes at {', '.join(spikes[:5])}{', …' * (len(spikes) > 5)}" * bool(spikes))
 
 
 def picture(
@@ -120,7 +107,7 @@ def picture(
     for axes, name in zip(panels, names, strict=True):
         if name == "kl/mean":
             _scale_kl(axes, runs)
-        for (label, run), colour in zip(runs.items(), COLOURS[len(runs) - 1 :: -1], strict=True):
+        for (label, run), colour in zip(runs.items(), COLOURS, strict=False):
             if _has(run, name):
                 _draw(axes, run, name, colour, label)
         for label, height in (levels or {}).get(name, {}).items():
@@ -135,7 +122,6 @@ def picture(
     panels[0].set_title(note, loc="left", fontsize=9, color="#555555", pad=24)
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.align_ylabels()
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
@@ -143,45 +129,29 @@ def picture(
 
 def _scale_kl(axes: Axes, runs: Mapping[str, Run]) -> None:
     """Make the axis logarithmic, where there is a KL above 0."""
-    names = ("kl/mean", "kl/p50", "kl/p95", "kl/p99")
+    names = ("kl/mean", *QUANTILES)
     values = np.concatenate([run[name] for run in runs.values() for name in names if name in run])
     drawn = np.sort(values[values > 0])
     if len(drawn):
-        # The first steps, on their way up from 0, may leave the axis.
-        low = max(drawn[len(drawn) // 50], drawn[-1] / SPAN) / 1.5
         axes.set_yscale("log", nonpositive="mask")
-        axes.set_ylim(low, 1.5 * drawn[-1])
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        # The first steps, on their way up from 0, may leave the axis.
+        axes.set_ylim(max(drawn[len(drawn) // 50], drawn[-1] / SPAN) / 1.5, 1.5 * drawn[-1])
 
 
 def _draw(axes: Axes, run: Run, name: str, colour: str, label: str) -> None:
-    """Draw one figure of one run, its last value beside its end, and a line at each spike."""
+    """Draw one figure of one run, with its last value, and a line at each spike."""
     steps, values = run["step"], run[name]
-    for step in steps[_spikes(run)]:
+    for step in _spikes(run):
         axes.axvline(step, color=SPIKE, linewidth=1.0, zorder=0.5)
     if name == "kl/mean" and "kl/p50" in run and "kl/p95" in run:
         # From the axis's lower edge where most tokens have a KL of 0, which has no logarithm.
         edge = axes.get_ylim()[0] if axes.get_yscale() == "log" else -math.inf
-        low, high = (np.maximum(run[quantile], edge) for quantile in ("kl/p50", "kl/p95"))
-        band = axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-        band.set_label("p50 to p95 of the tokens")
+        low, high = (np.maximum(run[quantile], edge) for quantile in QUANTILES[:2])
+        shade: dict[str, Any] = dict(color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(steps, low, high, label="p50 to p95 of the tokens", **shade)
     if name == "kl/mean" and "kl/p99" in run:
         axes.plot(steps, run["kl/p99"], color=colour, linewidth=0.6, label="p99")
-    if name == "reward" and len(steps) >= SMOOTHED_FROM:
-        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.4, label="each step")
-        window, finite = np.ones(len(steps) // 80 * 2 + 1), np.isfinite(values)
-        sums = np.convolve(np.where(finite, values, 0.0), window, "same")
-        counts = np.convolve(finite, window, "same")
-        values = sums / np.where(counts > 0, counts, math.nan)
-        label = f"{label} mean of {len(window)} steps"
-    axes.plot(steps, values, ".-" if len(steps) < SMOOTHED_FROM else "-", color=colour, label=label)
+    axes.plot(steps, values, ".-", color=colour, label=label)
     last = np.isfinite(values).nonzero()[0][-1]
-    axes.annotate(
-        f"{values[last]:.3g}",
-        (steps[last], values[last]),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-        color=colour,
-        fontsize=9,
-    )
+    how: dict[str, Any] = dict(textcoords="offset points", va="center", color=colour, fontsize=9)
+    axes.annotate(f"{values[last]:.3g}", (steps[last], values[last]), (6, 0), **how)

@@ -13,7 +13,6 @@ from cases import INTERPRETING, Rows
 import fastkl
 from fastkl import testing
 from fastkl.ops.fields import Scaling
-from fastkl.tools import doctor
 
 pytest.importorskip("triton")
 from fastkl.kernels import config, launch_fused
@@ -154,10 +153,3 @@ def test_losses_that_take_two_launches(monkeypatch) -> None:
         kl(x[:, 1:], q[:, 1:], reduction="sum").backward()
         torch.func.grad(lambda value: kl(value, q).sum())(p)
         fastkl.KLPenalty(0.1, direction="reference||policy")(x, q).backward()
-
-
-def test_doctor_compares_one_launch_with_float64(monkeypatch) -> None:
-    monkeypatch.setattr(config, "fuses", config.fuses)  # the check sets it, in a process of its own
-    assert doctor.check_fused((3, 512), torch.device(DEVICE)).status == "ok"
-    with pytest.raises(AssertionError, match="did not take the rows"):
-        doctor.check_fused((2, 513), torch.device(DEVICE))

@@ -34,7 +34,7 @@ SIZES = {
 
 
 def make_tokenizer(begin=False, **options):
-    """Byte-level BPE; begin: with <s> in front; options: of PreTrainedTokenizerFast."""
+    # Byte-level BPE; begin: with <s> in front; options: of PreTrainedTokenizerFast.
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -53,7 +53,7 @@ def make_tokenizer(begin=False, **options):
 
 
 def save(folder, name="LlamaForCausalLM", seed=0, config=None, **options):
-    """A random checkpoint with the tokenizer, whose logits are a few nats wide."""
+    # A random checkpoint with the tokenizer, whose logits are a few nats wide.
     torch.manual_seed(seed)
     config = config or name.partition("For")[0].removesuffix("LMHeadModel") + "Config"
     model = getattr(transformers, name)(getattr(transformers, config)(**options))
@@ -67,7 +67,7 @@ def save(folder, name="LlamaForCausalLM", seed=0, config=None, **options):
 
 @pytest.fixture(scope="session", name="files")
 def make_files(tmp_path_factory):
-    """Checkpoints a, b (b near a, padded: b with 13 more rows), texts one, two."""
+    # Checkpoints a, b (b near a, padded: b with 13 more rows), texts one, two.
     folder = tmp_path_factory.mktemp("compare")
     model = transformers.AutoModelForCausalLM.from_pretrained(save(folder / "a", **SIZES))
     torch.manual_seed(1)
@@ -88,24 +88,23 @@ def make_files(tmp_path_factory):
 
 
 def compare(files, a, b, **options):
-    """(values of all tokens, the report, the tokens' ids per document)."""
-    made = measure.Store()
-    _, result = run.compare(Settings(a, b, **{"text": files.text, **options}), made)
-    ids = [made.tokens["id"][each.start : each.end].tolist() for each in made.documents]
-    return made.tokens, result, ids
+    # (table of all tokens, the report, the tokens' ids per document).
+    _, tokens, result = run.compare(Settings(a, b, **{"text": files.text, **options}))
+    ids = tokens.groupby("document", sort=False)["id"]
+    return tokens, result, [part.tolist() for _, part in ids]
 
 
 def cli_run(capsys, *arguments):
-    """(exit code, stdout, stderr)."""
+    # (exit code, stdout, stderr).
     try:
         code = cli.main(["compare", *map(str, arguments)])
-    except SystemExit as exit_:
-        code = exit_.code
+    except SystemExit as ended:
+        code = ended.code
     return code, *capsys.readouterr()
 
 
 def refused(capsys, expected, *arguments):
-    """One line on stderr, exit code 2, and nothing on stdout."""
+    # One line on stderr, exit code 2, and nothing on stdout.
     code, shown, said = cli_run(capsys, *arguments)
     line = re.split(r"[\r\n]", said.strip())[-1]
     assert (code, shown) == (2, "") and "Traceback" not in said, said
@@ -115,7 +114,7 @@ def refused(capsys, expected, *arguments):
 
 @pytest.fixture(name="loads")
 def make_loads(monkeypatch):
-    """The checkpoints that were loaded."""
+    # The checkpoints that were loaded.
     names, load = [], loading.Checkpoint.load
     note = lambda self, *rest: names.append(self.name) or load(self, *rest)  # noqa: E731
     monkeypatch.setattr(loading.Checkpoint, "load", note)
@@ -124,7 +123,7 @@ def make_loads(monkeypatch):
 
 # ---- the truth
 
-COLUMNS = measure.VALUES
+COLUMNS = (*measure.MEANS, "top_logprob_a", "top_logprob_b", "top_a", "top_b")
 # A logit of up to 20, in float32. Where it is off by this much, so is its log-probability, and by
 # as much again through the sum; an entropy and a KL by this times the log-probabilities and
 # log-ratios that weigh it, of 2 and 4 nats in the mean; the JSD's log-ratios stay below ln 2.
@@ -134,7 +133,7 @@ TOLERANCE = {"kl_ab": 4 * LOGIT, "kl_ba": 4 * LOGIT, "jsd": LOGIT, "top_a": 0, "
 
 @functools.lru_cache(8)
 def wide_model(name):
-    """The checkpoint in float64, with its adapter."""
+    # The checkpoint in float64, with its adapter.
     source, adapter = name, Path(name, "adapter_config.json")
     if adapter.exists():
         source = json.loads(adapter.read_text())["base_model_name_or_path"]
@@ -144,28 +143,25 @@ def wide_model(name):
     if adapter.exists():
         peft = pytest.importorskip("peft").PeftModel
         model = peft.from_pretrained(model, name, autocast_adapter_dtype=False).double().eval()
-    return model, config.model_type == "paligemma"
+    return model
 
 
 @torch.no_grad()
 def log_probs(name, ids, context, overlap, columns):
-    """[n - 1, V] in float64: each token from the first window that reaches it."""
-    (model, marked), rows = wide_model(name), []
+    # [n - 1, V] in float64: each token from the first window that reaches it.
+    model, rows = wide_model(name), []
     step = context - overlap
     start_of = lambda target: max(0, math.ceil((target - context) / step)) * step  # noqa: E731
     for start, targets in itertools.groupby(range(1, len(ids)), start_of):
         targets = list(targets)
         window = torch.tensor([ids[start : targets[-1]]])
-        more = {"token_type_ids": torch.ones_like(window)} if marked else {}
-        logits = model(input_ids=window, use_cache=False, **more).logits[
-            0, targets[0] - 1 - start :
-        ]
+        logits = model(input_ids=window, use_cache=False).logits[0, targets[0] - 1 - start :]
         rows.append(logits[:, list(columns)].log_softmax(-1))
     return torch.cat(rows)
 
 
 def truth(a, b, ids, context=256, overlap=0, columns=range(VOCABULARY)):
-    """The columns in plain float64."""
+    # The columns in plain float64.
     p, q = (log_probs(name, ids, context, overlap, columns) for name in (a, b))
     tokens, mixture = torch.tensor(ids[1:])[:, None] - columns[0], ((p.exp() + q.exp()) / 2).log()
     pairs = ((p, q), (q, p), (p, mixture), (q, mixture))
@@ -174,15 +170,13 @@ def truth(a, b, ids, context=256, overlap=0, columns=range(VOCABULARY)):
     for letter, log in (("a", p), ("b", q)):
         values[f"entropy_{letter}"] = -(log.exp() * log).sum(-1)
         values[f"logprob_{letter}"] = log.gather(-1, tokens)[:, 0]
-        values[f"top_{letter}"], values[f"top_logprob_{letter}"] = (
-            log.argmax(-1) + columns[0],
-            log.amax(-1),
-        )
+        values[f"top_{letter}"] = log.argmax(-1) + columns[0]
+        values[f"top_logprob_{letter}"] = log.amax(-1)
     return {name: value.numpy() for name, value in values.items()}
 
 
 def assert_true(tokens, expected, slack=1):
-    scored = tokens[tokens["scored"] > 0]
+    scored = tokens[tokens["kl_ab"].notna()]
     for name in COLUMNS:
         bound = slack * TOLERANCE.get(name, 2 * LOGIT)
         np.testing.assert_allclose(scored[name], expected[name], rtol=0, atol=bound, err_msg=name)

@@ -5,15 +5,14 @@ import math
 import os
 import stat
 import threading
-from pathlib import Path
 
 import pytest
 
-from fastkl.tools.files import check_readable, check_writable, json_text, write_whole
+from fastkl.tools.files import check_writable, json_text, write_whole
 
 
 def test_whole_or_not_at_all(tmp_path):
-    """A write that fails half-way leaves the old file, and nothing beside it."""
+    # A write that fails half-way leaves the old file, and nothing beside it.
     target = tmp_path / "x.html"
     write_whole(target, b"before")
 
@@ -26,41 +25,30 @@ def test_whole_or_not_at_all(tmp_path):
     assert target.read_bytes() == b"before" and list(tmp_path.iterdir()) == [target]
     before = target.stat().st_ino
     write_whole(target, ["nach", "her: ü"])
-    assert (
-        target.read_text(encoding="utf-8") == "nachher: ü"
-        and target.stat().st_ino != before
-        and list(tmp_path.iterdir()) == [target]
-    )
+    assert target.read_text(encoding="utf-8") == "nachher: ü" and target.stat().st_ino != before
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_json_without_nan():
-    """Numbers that are not finite become null at any depth."""
+    # Numbers that are not finite become null at any depth.
     text = json_text({"a": [math.inf, (math.nan, 1.5)], "b": "ü"})
     assert json.loads(text) == {"a": [None, [None, 1.5]], "b": "ü"}
 
 
 def test_a_link_stays_one(tmp_path):
-    """The file that it leads to is written, one that is not there yet included."""
+    # The file that it leads to is written, one that is not there yet included.
     (tmp_path / "there").mkdir()
     link, target = tmp_path / "link", tmp_path / "there" / "x.html"
     link.symlink_to(target)
     for content in ("first", "second"):
         write_whole(link, [content])
-        assert (
-            link.is_symlink()
-            and target.read_text() == content
-            and list(target.parent.iterdir()) == [target]
-        )
-    check_writable(link)
-    assert target.read_text() == "second" and sorted(tmp_path.rglob("*")) == [
-        link,
-        target.parent,
-        target,
-    ]
+        check_writable(link)
+        assert link.is_symlink() and target.read_text() == content
+        assert list(target.parent.iterdir()) == [target]
 
 
 def test_what_is_no_regular_file_is_written_to(tmp_path):
-    """A pipe gets the text, and stays a pipe."""
+    # A pipe gets the text, and stays a pipe.
     pipe, found = tmp_path / "pipe", []
     os.mkfifo(pipe)
     check_writable(pipe)  # without a reader: it does not wait for one
@@ -73,7 +61,7 @@ def test_what_is_no_regular_file_is_written_to(tmp_path):
 
 @pytest.mark.parametrize("name", ["folder", "missing/x", "file/x", "x" * 300])
 def test_what_cannot_be_written_is_known_before(tmp_path, name):
-    """The check raises what writing would."""
+    # The check raises what writing would.
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     for attempt in (check_writable, lambda path: write_whole(path, b"")):
@@ -88,8 +76,7 @@ def mode_of(path):
 
 @pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
 def test_a_file_keeps_its_mode(tmp_path, mode):
-    """The mode stays, by a link too: a private file stays private, from the first byte on, and a
-    shared one shared."""
+    # By a link too; a private file is private from the first byte on.
     target, link = tmp_path / "x.json", tmp_path / "link"
     target.write_text("before")
     target.chmod(mode)
@@ -104,7 +91,7 @@ def test_a_file_keeps_its_mode(tmp_path, mode):
         check_writable(path)
         write_whole(path, parts())
         assert mode_of(target) == mode and target.read_text() == "after"
-    assert seen == [mode, mode]
+    assert seen == [0o600] * 2
 
 
 def test_a_new_file_has_the_mode_of_the_umask(tmp_path):
@@ -115,25 +102,3 @@ def test_a_new_file_has_the_mode_of_the_umask(tmp_path):
         finally:
             os.umask(before)
         assert mode_of(tmp_path / f"{mask}") == mode
-
-
-def test_what_lies_at_the_part_files_name_is_not_written_to(tmp_path, monkeypatch):
-    victim, target = tmp_path / "victim", tmp_path / "x.json"
-    victim.write_text("precious")
-    monkeypatch.setattr("secrets.token_hex", lambda count: "known")
-    (tmp_path / ".known.part").symlink_to(victim)
-    for attempt in (check_writable, lambda path: write_whole(path, b"content")):
-        with pytest.raises(FileExistsError):
-            attempt(target)
-    assert victim.read_text() == "precious" and not target.exists()
-
-
-def test_what_is_read_has_an_end(tmp_path):
-    """Files and pipes can be read; a pipe is not waited for."""
-    (tmp_path / "file").touch()
-    os.mkfifo(tmp_path / "pipe")
-    for name in ("file", "pipe"):
-        check_readable(tmp_path / name)
-    for path in (tmp_path, tmp_path / "missing", Path("/dev/zero")):
-        with pytest.raises(OSError):
-            check_readable(path)

@@ -18,13 +18,13 @@ from fastkl.tools import cli, plot  # noqa: E402
 
 
 def write(path, lines) -> None:
-    """Write steps as a monitor does."""
+    # Write steps as a monitor does.
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture
 def run(tmp_path):
-    """The file of a run of 60 steps, whose KL jumps at step 40."""
+    # The file of a run of 60 steps, whose KL jumps at step 40.
     monitor = KLMonitor(jsonl=tmp_path / "run.jsonl")
     generator = torch.Generator().manual_seed(0)
     for step in range(60):
@@ -35,27 +35,25 @@ def run(tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch) -> list[Figure]:
-    """Every figure that is drawn."""
+    # Every figure that is drawn.
     drawn: list[Figure] = []
     monkeypatch.setattr(plot, "Figure", lambda **how: drawn.append(Figure(**how)) or drawn[-1])
     return drawn
 
 
 def fails(capsys, *arguments) -> str:
-    """Return the error line of a command that exits with 2."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["plot", *map(str, arguments)])
+    # Return the error line of a command that exits with 2.
+    assert cli.main(["plot", *map(str, arguments)]) == 2
     printed = capsys.readouterr()
-    assert ended.value.code == 2 and printed.out == "" and "Traceback" not in printed.err
-    return printed.err.splitlines()[-1]
+    assert printed.out == "" and "Traceback" not in printed.err
+    return printed.err
 
 
 def test_curves_are_the_figures(run, figures, capsys) -> None:
     assert cli.main(["plot", str(run)]) == 0
     line = capsys.readouterr().out.strip()
-    assert line.startswith(f"{run.with_suffix('.png')}: 60 steps; KL 0.0") and line.endswith(
-        "at 40"
-    )
+    assert line.startswith(f"{run.with_suffix('.png')}: 60 steps; KL 0.0")
+    assert line.endswith("at 40")
     other = run.parent / "other.PNG"
     assert cli.main(["plot", str(run), "--out", str(other)]) == 0
     assert other.read_bytes() == run.with_suffix(".png").read_bytes()
@@ -80,7 +78,7 @@ def test_two_runs_in_one_picture(run, figures) -> None:
 
 
 def test_where_a_run_went_on_from_a_checkpoint(tmp_path) -> None:
-    """From where the steps go back, those that follow count; lines without steps go by place."""
+    # From where the steps go back, those that follow count; lines without steps go by place.
     path = tmp_path / "run.jsonl"
     parts = range(100), range(50, 60), range(55, 58)
     write(path, [{"step": x, "kl/mean": 1 + y} for y, part in enumerate(parts) for x in part])
@@ -100,14 +98,10 @@ def test_where_a_run_went_on_from_a_checkpoint(tmp_path) -> None:
         [{"kl/mean": None, "kl/spike": 1.0}, {"kl/mean": 0.1, "beta": None}],
         [{"kl/mean": 0.1, "reward": 1.0}, {"kl/mean": 1e30, "reward": -1e30}, {"kl/mean": 1e-30}],
         [{"kl/mean": 0.1, "kl/p50": 0.1}, {"kl/p50": 0.1, "kl/p95": 0.3}],
-        [
-            {"kl/mean": kl, "kl/p50": kl, "kl/p95": kl, "kl/p99": kl, "reward": kl, "beta": kl}
-            for kl in (0.1, 1.7e308, -1.7e308, math.inf, 10**400, 5e-324, "text", [1.0], True)
-        ],
+        [{"kl/mean": kl, "reward": kl, "other": "text"} for kl in (0.1, math.inf, 10**400, True)],
         [{"step": 2**53 - 1, "kl/mean": 0.1}],
-        [{"kl/mean": 1.0, "reward": 1e90 if step < 200 else None} for step in range(250)],
     ],
-    ids=["one", "zero", "negative", "null", "huge", "gaps", "beyond", "far", "long"],
+    ids=["one", "zero", "negative", "null", "huge", "gaps", "infinite", "far"],
 )
 def test_odd_runs_give_a_picture_without_a_warning(lines, tmp_path, recwarn) -> None:
     write(tmp_path / "run.jsonl", lines)
@@ -128,13 +122,14 @@ def test_gaps_and_spikes_are_said(tmp_path) -> None:
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", "without a finite 'kl/mean'"),
+        ("", "no finite 'kl/mean'"),
         ("step,kl\n1,2\n", "got 'step,kl' in line 1"),
-        ('{"step": 1, "loss": 0.5}\n', "without a finite 'kl/mean' in it; it has ['step', 'loss']"),
-        ('{"step": 1, "kl/mean": null}\n', "without a finite 'kl/mean'"),
-        ('{"step": 1e400, "kl/mean": 1}', "with the step inf"),
-        ('{"step": null, "kl/mean": 1}', "with the step nan"),
-        ('{"step": "x", "kl/mean": 1}', "with the step x"),
+        ('{"step": 1, "loss": 0.5}\n', "no finite 'kl/mean' but ['step', 'loss']"),
+        ('{"step": 1, "kl/mean": null}\n', "no finite 'kl/mean'"),
+        ('{"step": 1e400, "kl/mean": 1}', "the step inf"),
+        ('{"step": null, "kl/mean": 1}', "the step nan"),
+        ('{"step": "x", "kl/mean": 1}', "'x'"),
+        ('{"step": 1, "kl/mean": [1]}', "'list'"),
         ('{"step": 1, "kl/mean": 1, x}\n', "in line 1"),
     ],
 )
@@ -142,20 +137,17 @@ def test_wrong_files(tmp_path, capsys, text, words) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text(text)
     error = fails(capsys, path)
-    assert "argument RUN.jsonl: expected a file that KLMonitor" in error and words in error
+    assert "RUN.jsonl: expected a file that KLMonitor" in error and words in error
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.jsonl"]
 
 
 def test_wrong_out(run, monkeypatch, capsys) -> None:
-    """The run is never written over, and a write that fails leaves the picture of before."""
+    # The run is never written over, and a write that fails leaves the picture of before.
     before = run.read_bytes()
-    for name, words in (
-        ("run.jsonl", "expected the name of a PNG file"),
-        ("none/run.png", "expected a file that can be written"),
-    ):
-        assert f"argument --out: {words}" in fails(capsys, run, "--out", run.parent / name)
+    for name, words in (("run.jsonl", "the name of a PNG"), ("none/run.png", "a file that can")):
+        assert f"--out: expected {words}" in fails(capsys, run, "--out", run.parent / name)
     source = run.rename(run.with_suffix(".png"))
-    assert "(it holds the run)" in fails(capsys, source, "--out", source)
+    assert "--out: expected the name of a PNG" in fails(capsys, source, "--out", source)
     assert source.read_bytes() == before and [*run.parent.iterdir()] == [source]
     out = run.parent / "out.png"
     out.write_bytes(b"before")
@@ -164,5 +156,8 @@ def test_wrong_out(run, monkeypatch, capsys) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    assert "No space left" in fails(capsys, source, "--out", out)
+    # In this process standard output is another file than descriptor 1.
+    monkeypatch.setattr("os.dup2", lambda *descriptors: None)
+    assert cli.main(["plot", str(source), "--out", str(out)]) == 1
+    assert "No space left" in capsys.readouterr().err
     assert out.read_bytes() == b"before" and {*run.parent.iterdir()} == {source, out}

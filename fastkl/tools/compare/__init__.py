@@ -1,5 +1,5 @@
-"""Request and errors of `fastkl compare`: how two versions of a causal language model differ on a
-text, and where.
+"""Request of `fastkl compare`: how two versions of a causal language model differ on a text, and
+where.
 
 Modules in reading order: this file, inputs (text to tokens), loading (checkpoints to hidden states
 and heads), measure (the values of each token, and their figures), report (figures to terminal and
@@ -8,9 +8,6 @@ page), run (all of it: load, measure, summarise, report).
 
 from __future__ import annotations
 
-import contextlib
-import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +19,9 @@ STDOUT = STDIN = Path("-")
 class Settings:
     """Options of the command line.
 
-    text: files, folders, patterns, or "-" for standard input. context, overlap: None takes them
-    from the models. tokenizer: "A" or "B" reads the text for both models; None: both must agree.
-    html, json: a file, or "-" for standard output.
+    text: files, or "-" for standard input. context, overlap: None takes them from the models.
+    tokenizer: "A" or "B" reads the text for both models; None: both must agree. html, json: a file,
+    or "-" for standard output.
     """
 
     model_a: str
@@ -34,32 +31,8 @@ class Settings:
     top: int = 10
     context: int | None = None
     overlap: int | None = None
-    sequential: bool = False
     device: str = "cpu"
     dtype: str = "auto"
     tokenizer: str | None = None
     html: Path | None = None
     json: Path | None = None
-
-
-class CompareError(Exception):
-    """An error in one line: the argument, what was expected, what came, what to do."""
-
-    def __init__(self, argument: str, expected: str, got: str, remedy: str) -> None:
-        message = f"{argument}: expected {expected}, got {got}; remedy: {remedy}"
-        super().__init__(" ".join(message.split()))
-
-
-@contextlib.contextmanager
-def told(argument: str, expected: str, got: str, remedy: str) -> Iterator[None]:
-    """Turn an exception of another library into a CompareError that quotes its message."""
-    try:
-        yield
-    except (MemoryError, CompareError):
-        raise
-    except Exception as error:
-        name = type(error).__name__
-        if name == "OutOfMemoryError":  # torch's; torch is not imported here
-            raise
-        why = textwrap.shorten(str(error) or name, 400, placeholder=" …").rstrip(".")
-        raise CompareError(argument, expected, f"{got}: {why}", remedy) from None

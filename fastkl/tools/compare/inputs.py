@@ -2,68 +2,50 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import math
 import os
-import re
 import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from ..errors import UseError, told
 from ..files import check_writable
-from . import STDIN, STDOUT, CompareError, told
-
-if TYPE_CHECKING:
-    from .measure import Store
+from . import STDIN
 
 SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
+# ---- documents
 
-# ---- files
 
-
-def files(paths: Iterable[Path]) -> tuple[Path, ...]:
-    """List the files that paths, folders and patterns stand for, each group sorted by name.
-
-    A folder stands for the files directly in it that are not hidden.
-    """
-    found: list[Path] = []
-    for path in paths:
+def check_files(texts: Iterable[Path], html: Path | None, json: Path | None) -> None:
+    """Refuse texts that are not there, outputs that cannot be written, a file with two uses."""
+    seen: set[str] = set()
+    outputs = {"--html": html, "--json": json}
+    named = [(option, path) for option, path in outputs.items() if path is not None]
+    for option, path in [*(("--text", path) for path in texts), *named]:
+        is_text = option == "--text"
+        place = f"- {is_text}" if path == STDIN else os.path.realpath(path)
+        if place in seen:
+            expected = "a file that has no other use"
+            raise UseError(option, expected, repr(str(path)), "choose another name")
+        seen.add(place)
         # os.path returns False where pathlib raises, as for a name that is too long.
-        group = [path]
-        if path != STDIN and (os.path.isdir(path) or not os.path.exists(path)):
-            pattern = f"{glob.escape(str(path))}/*" if os.path.isdir(path) else str(path)
-            names = glob.glob(pattern, recursive=True)
-            group = sorted(Path(name) for name in names if os.path.isfile(name))
-        if not group:
-            got = f"{str(path)!r}, which is no file, and no folder or pattern of some"
-            remedy = "check the name, or pass a pattern such as 'folder/**/*.txt'"
-            raise CompareError("--text", "files with text", got, remedy)
-        found += group
-    return tuple(found)
-
-
-def check_outputs(html: Path | None, json: Path | None) -> None:
-    """Refuse files that cannot be written."""
-    for option, path in (("--html", html), ("--json", json)):
-        if path not in (None, STDOUT):
+        if is_text and path != STDIN and (os.path.isdir(path) or not os.path.exists(path)):
+            raise UseError(option, "files with text", repr(str(path)), "check the name")
+        if not is_text and path != STDIN:
             expected = "a file in a folder that can be written to"
             with told(option, expected, repr(str(path)), "choose another name"):
                 check_writable(path)
 
 
-# ---- documents
-
-
-def documents(path: Path, tokenizer: Any, argument: str) -> Iterator[tuple[str, str, bool]]:
+def documents(path: Path, tokenizer: Any) -> Iterator[tuple[str, str, bool]]:
     """Yield (suffix of its name, text, written by a chat template) of each document.
 
-    A document is a whole file, or a line of a .jsonl file. argument: the model whose tokenizer has
-    the chat template, as messages name it.
+    A document is a whole file, or a line of a .jsonl file.
     """
     remedy = "check the name, or convert the file"
     with told("--text", "UTF-8 text in a file that can be read", repr(str(path)), remedy):
@@ -72,44 +54,27 @@ def documents(path: Path, tokenizer: Any, argument: str) -> Iterator[tuple[str, 
     if path.suffix.lower() != ".jsonl":
         yield "", text, False
         return
+    remedy = "correct it, add a chat template, or rename the file to .txt to compare its characters"
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"line {number} of {str(path)!r}"
-            yield f"#{number}", *_entry(where, line, tokenizer, argument)
+            with told("--text", f"lines of the form {SHAPES}", where, remedy):
+                found, chat = _entry(json.loads(line), tokenizer)
+                found.encode()  # no half of a character
+            yield f"#{number}", found, chat
 
 
-def _entry(where: str, line: str, tokenizer: Any, argument: str) -> tuple[str, bool]:
+def _entry(fields: dict[str, Any], tokenizer: Any) -> tuple[str, bool]:
     """Return the text of a line, and whether a chat template wrote it."""
-    remedy = "correct it, or rename the file to .txt to compare its characters"
-    with told("--text", "a JSON object a line in a .jsonl file", where, remedy):
-        fields = json.loads(line)
-        json.dumps(fields, ensure_ascii=False).encode()  # no half of a character
-    fields = fields if isinstance(fields, dict) else {}
-    prompt: Any = fields.get("prompt")
-    completion: Any = fields.get("completion")
-    alike = type(prompt) is type(completion) and isinstance(prompt, (str, list))
-    both = prompt + completion if alike else None
-    texts = [each for each in (both, fields.get("text")) if isinstance(each, str)]
-    chats = [each for each in (both, fields.get("messages")) if _is_chat(each)]
-    if bool(texts) == bool(chats):
-        expected = f"lines of the form {SHAPES}, with text or messages"
-        got = f"the fields {list(fields)} in {where}"
-        raise CompareError("--text", expected, got, remedy)
+    both = fields["prompt"] + fields["completion"] if "completion" in fields else None
+    texts = [each for each in (both, fields.get("text")) if each and isinstance(each, str)]
+    chats = [each for each in (both, fields.get("messages")) if each and isinstance(each, list)]
+    if bool(texts) == bool(chats) or any(not each["role"] for each in itertools.chain(*chats)):
+        raise ValueError(f"it has the fields {list(fields)}")
     if texts:
         return texts[0], False
-    expected = f"messages that the chat template of {argument} takes"
-    remedy = "correct them, or add a chat_template.jinja to the model"
-    with told("--text", expected, where, remedy):
-        tools = fields.get("tools")
-        return tokenizer.apply_chat_template(chats[0], tools=tools, tokenize=False), True
-
-
-def _is_chat(messages: object) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages)
-    )
+    tools = fields.get("tools")
+    return tokenizer.apply_chat_template(chats[0], tools=tools, tokenize=False), True
 
 
 # ---- tokens
@@ -133,27 +98,18 @@ class TextTokenizer:
         The texts put together are the whole, whatever the tokenizer drops; of tokens that share a
         character the first has it.
         """
-        encoded = self.own(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        options = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = self.own(text, **options)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-        ends = [*itertools.accumulate(ends[:-1], max), len(text)][: len(ids)]
-        texts = [text[low:high] for low, high in itertools.pairwise([0, *ends])]
-        return ids, texts, starts
+        ends = [*itertools.accumulate((end for _, end in offsets[:-1]), max), len(text)]
+        texts = [text[low:high] for low, high in itertools.pairwise([0, *ends[: len(ids)]])]
+        return ids, texts, [start for start, _ in offsets]
 
     def label(self, token: int) -> str:
-        """Return a token as it reads, with <0xE7> for a byte that is part of a character."""
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+        """Return a token as it reads; a part of a character as the tokenizer spells it."""
         text: str = self.own.decode([token])
-        if text and "�" not in text:
-            return text
-        name = str(self.own.convert_ids_to_tokens(token))
-        spelling: dict[int, str] = bytes_to_unicode()
-        known = {character: byte for byte, character in spelling.items()}
-        spelt = known.keys() >= set(name) and not re.fullmatch("<0x[0-9A-F]{2}>", name)
-        return shown(bytes(known[character] for character in name)) if spelt else name
+        known = text and "�" not in text
+        return text if known else str(self.own.convert_ids_to_tokens(token))
 
 
 class Vocabulary(NamedTuple):
@@ -181,46 +137,55 @@ def shared_vocabulary(
         ids[letter] = {token: number for token, number in lone.items() if number < most}
     a, b = ids["A"], ids["B"]
     added = [set(tokenizer.own.get_added_vocab()) for tokenizer in tokenizers.values()]
-    moved = sorted(token for token in a.keys() & b.keys() if a[token] != b[token])
-    if different := [token for token in moved if token not in set.intersection(*added)]:
-        first = f"{different[0]!r} is {a[different[0]]} in A and {b[different[0]]} in B"
-        raise _another(f"another; ids that differ: {len(different):,}; {first}")
-    both = a.items() & b.items()
-    if not both:
-        raise _another("one without a common token")
+    fixed = (a.keys() & b.keys()) - set.intersection(*added)
+    different, both = (
+        sorted(token for token in fixed if a[token] != b[token]),
+        a.items() & b.items(),
+    )
+    if different or not both:
+        raise _another(f"another; tokens with other ids: {different or 'all'}")
     alone = {each: sorted((at, token) for token, at in ids[each].items() - both) for each in "AB"}
     size = max(number for _, number in both) + 1
     unshared = {number for tokens in alone.values() for number, _ in tokens if number < size}
     return Vocabulary(size, frozenset(unshared), alone)
 
 
-def _another(got: str) -> CompareError:
+def _another(got: str) -> UseError:
     """Make the error of tokenizers that differ."""
     remedy = (
         "compare models whose tokenizer.json and tokenizer_config.json agree, or, where B was "
         "trained on A's tokens, choose --tokenizer A"
     )
-    return CompareError("MODEL_B", "the tokenizer of MODEL_A", got, remedy)
+    return UseError("MODEL_B", "the tokenizer of MODEL_A", got[:200], remedy)
 
 
-def add_document(
-    store: Store,
+class Document(NamedTuple):
+    """A document's tokens, special ones in front included; those from `first` on have a value.
+
+    lines, texts: of each token, from line 1; the texts put together are the document.
+    """
+
+    name: str
+    first: int
+    ids: list[int]
+    lines: list[int]
+    texts: list[str]
+
+
+def read_document(
     name: str,
     text: str,
     chat: bool,
     tokenizers: dict[str, TextTokenizer],
     vocabulary: Vocabulary,
-) -> None:
-    """Tokenize a document into the store; one of fewer than 2 tokens is left out.
+) -> Document:
+    """Tokenize a document.
 
     An error where the tokenizers differ on it, or a model lacks one of its tokens.
     """
     first = next(iter(tokenizers.values()))
     ids, texts, starts = first.encode(text)
-    read = {
-        letter: ids if tokenizer is first else tokenizer.encode(text)[0]
-        for letter, tokenizer in tokenizers.items()
-    }
+    read = {letter: tokenizer.encode(text)[0] for letter, tokenizer in tokenizers.items()}
     newlines = [at for at, character in enumerate(text) if character == "\n"]
     lines = [1 + bisect_left(newlines, at) for at in starts]
     context = len(first.prefix)
@@ -229,37 +194,20 @@ def add_document(
         ids, lines, texts = first.prefix + ids, [1] * context + lines, [""] * context + texts
     elif ids[:context] != first.prefix:  # the template writes the special tokens, or none
         context = 0
-    _check_tokens(read, tokenizers, vocabulary, name)
-    store.add(name, max(1, context), ids, lines, texts)
-
-
-def _check_tokens(
-    read: dict[str, list[int]],
-    tokenizers: dict[str, TextTokenizer],
-    vocabulary: Vocabulary,
-    name: str,
-) -> None:
-    """Refuse tokens that one model alone has, and those on which the tokenizers differ."""
-    for letter, ids in read.items():
-        alone = (at for at in ids if at >= vocabulary.size or at in vocabulary.unshared)
-        if (token := next(alone, None)) is not None:
-            label, other = tokenizers[letter].label(token), "AB"[letter == "A"]
-            got = f"{label!r} in {name!r}, the token {token} of {letter} alone"
+    for letter, found in read.items():
+        alone = [at for at in found if at >= vocabulary.size or at in vocabulary.unshared]
+        if alone:
+            label, other = tokenizers[letter].label(alone[0]), "AB"[letter == "A"]
+            got = f"{label!r} in {name!r}, the token {alone[0]} of {letter} alone"
             remedy = f"leave it out of the text, or read it with --tokenizer {other}"
-            raise CompareError("--text", "text in tokens that both models have", got, remedy)
-    label_of = next(iter(tokenizers.values())).label
+            raise UseError("--text", "text in tokens that both models have", got, remedy)
     for pair in itertools.zip_longest(*read.values()):
         if pair[0] != pair[-1]:
-            in_a, in_b = ("nothing" if token is None else repr(label_of(token)) for token in pair)
-            raise _another(f"other tokens for the same text: {in_a} of {name!r} is {in_b} in B")
-
-
-def shown(content: bytes) -> str:
-    """Decode UTF-8; a byte that is part of a character reads <0xE7>."""
-    text = content.decode(errors="surrogateescape")
-    return re.sub("[\udc80-\udcff]", lambda byte: f"<0x{ord(byte[0]) - 0xDC00:02X}>", text)
+            in_a, in_b = ("nothing" if token is None else first.label(token) for token in pair)
+            raise _another(f"other tokens for the same text: {in_a!r} of {name!r} is {in_b!r} in B")
+    return Document(name, max(1, context), ids, lines, texts)
 
 
 def readable(name: str | os.PathLike[str]) -> str:
     """Make text to print of a file's name, whose bytes need not be UTF-8."""
-    return "standard input" if name == STDIN else shown(os.fsencode(name))
+    return os.fsencode(name).decode(errors="replace")

@@ -1,15 +1,12 @@
 """Checkpoints to last hidden states, and to a head that makes the model's own logits of them.
 
 A PEFT adapter is not merged into 16-bit weights, which would round a small change away: the layers
-compute with the adapter beside them, and the lm_head is widened to float32 with it.
+compute with the adapter beside them.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ import torch.nn.functional as F
 from fastkl import Head
 from fastkl.integrations.transformers import head_of
 
-from . import CompareError, told
+from ..errors import UseError, told
 from .inputs import TextTokenizer, readable
 
 # Elements of a 16-bit weight that are widened to float32 at a time.
@@ -26,6 +23,12 @@ WIDENED = 1 << 24
 # Tokens that show whether a model looks ahead, and the difference between hidden states, relative
 # to the largest, which rounding does not reach.
 CHECKED_TOKENS, ROUNDING = 64, 1 / 8
+# Files of a whole model.
+WEIGHTS = [
+    f"{name}{end}"
+    for name in ("model.safetensors", "pytorch_model.bin")
+    for end in ("", ".index.json")
+]
 # Tensors of an adapter's file with a row for each token.
 ROWS = (
     *("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight"),
@@ -51,25 +54,6 @@ def head_logits(head: Head, hidden: torch.Tensor, vocabulary: int) -> torch.Tens
     return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
-def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
-    """Return the float32 head of a layer with an adapter.
-
-    A linear layer is determined by its outputs for unit vectors, whichever adapter it has. saved:
-    the layer's tensors in the adapter's file, which may be wider than the base's type.
-    """
-    layer = copy.deepcopy(layer).float().eval()
-    for own in (layer, *getattr(layer, "modules_to_save", {}).values()):
-        own.load_state_dict(saved, strict=False)
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    unit = torch.eye(weight.shape[1], device=weight.device)
-    with torch.no_grad():
-        bias = layer(unit.new_zeros(1, len(unit)))[0]
-        for name, parameter in layer.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-        return Head(layer(unit).t().contiguous(), bias if bias.any() else None)
-
-
 # ---- models
 
 
@@ -78,29 +62,10 @@ class Model:
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
         self.checkpoint, self.class_name = checkpoint, type(model).__name__
-        if model.base_model is model and hasattr(model, "get_decoder"):
-            # Llama 4's classes name a part that they do not have.
-            model = getattr(model, "language_model", model)
-            model.base_model_prefix = "model"
-        output = model.get_output_embeddings()
-        adapted = isinstance(output, torch.nn.Module) and any(
-            type(module).__module__.startswith("peft.") for module in output.modules()
-        )
-        if adapted:
-            place = next(name for name, module in model.named_modules() if module is output)
-            # The base's layer shows what follows the product, which an adapter does not change.
-            model.set_output_embeddings(
-                getattr(output, "base_layer", None) or output.original_module
-            )
+        self.dtype, self.device = model.dtype, model.device
         expected, remedy = "a model whose lm_head makes its logits", "choose another model"
-        with told(checkpoint.argument, expected, f"{checkpoint.name!r}", remedy):
+        with told(checkpoint.argument, expected, repr(checkpoint.name), remedy):
             self.backbone, self.head = head_of(model)
-        if adapted:
-            start = f"base_model.model.{place}."
-            own = {key.removeprefix(start): each for key, each in checkpoint.saved.items()}
-            changed = widened(output, own)
-            self.head = self.head._replace(weight=changed.weight, bias=changed.bias)
-        self.dtype, self.device = output.weight.dtype, output.weight.device
 
     def about(self) -> dict[str, Any]:
         """Describe the model for a report."""
@@ -116,24 +81,17 @@ class Model:
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Compute the last hidden states [n, H] of tokens [n]."""
-        ids, more = ids[None].to(self.device), {}
-        if self.checkpoint.config.model_type == "paligemma":
-            # It reads a prompt from both sides and, marked by 1, its own text from left to right.
-            more = {"token_type_ids": torch.ones_like(ids)}
-        output = self.backbone(input_ids=ids, use_cache=False, **more)
+        output = self.backbone(input_ids=ids[None].to(self.device), use_cache=False)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def check(self, ids: torch.Tensor) -> None:
-        """Refuse a model that looks ahead, or whose hidden states are not finite."""
-        argument, name = self.checkpoint.argument, repr(self.checkpoint.name)
+        """Refuse a model that looks ahead."""
         ids = ids[:CHECKED_TOKENS]
         whole, half = (self.hidden(part).float() for part in (ids, ids[: (len(ids) + 1) // 2]))
-        if whole.isnan().any():
-            raise CompareError(argument, "finite logits", f"NaN from {name}", "another --dtype")
         if (half - whole[: len(half)]).abs().max() > ROUNDING * whole.abs().max():
-            got = f"{name}, whose logits depend on tokens that follow"
+            got = f"{self.checkpoint.name!r}, whose logits depend on tokens that follow"
             remedy = "choose a model that reads from left to right"
-            raise CompareError(argument, "a causal LM", got, remedy)
+            raise UseError(self.checkpoint.argument, "a causal LM", got, remedy)
 
 
 # ---- checkpoints
@@ -143,46 +101,31 @@ def quiet() -> None:
     """Turn off warnings and bars of transformers; this tool says itself what matters."""
     import transformers
 
-    library: Any = transformers.utils.logging
-    library.set_verbosity_error()
-    library.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def _is_adapter(name: str) -> bool:
-    """Tell an adapter's folder or hub name from a whole model's, which may have one beside it."""
-    from transformers.utils.hub import has_file
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    folder = Path(name)
-    if folder.is_dir():
-        whole = any([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
-    else:
-        whole = has_file(name, "config.json")
-    return not whole and find_adapter_config_file(name) is not None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 class Checkpoint:
     """A checkpoint by its folder or hub name, before anything large is loaded.
 
     source: where the model's weights are, for an adapter its base's. config: the model's. rows: of
-    its lm_head, where the files say so. adapter: its kind and base, or None. saved: the tensors of
-    the adapter's file.
+    its lm_head, where the files say so. adapter: its kind and base, or None.
     """
 
     def __init__(self, argument: str, name: str) -> None:
         from transformers import AutoConfig
+        from transformers.utils.hub import has_file
+        from transformers.utils.peft_utils import find_adapter_config_file
 
         self.argument, self.name, self.source = argument, name, name
         self.adapter: dict[str, str] | None = None
-        self.saved: dict[str, torch.Tensor] = {}
-        expected, remedy = "a model folder or a hub name", "pass one that save_pretrained wrote"
+        rows: list[int] = []
+        expected = "a folder that save_pretrained wrote, or a hub name"
+        remedy = "check the name; an adapter needs its base, and pip install peft"
         with told(argument, expected, repr(name), remedy):
-            adapted = _is_adapter(name)
-        if adapted:
-            expected = "an adapter that peft loads (pip install peft), of a model that is there"
-        with told(argument, expected, repr(name), remedy):
-            if adapted:
+            # A whole model may have an adapter beside it.
+            whole = any(has_file(name, each) for each in WEIGHTS)
+            if not whole and find_adapter_config_file(name) is not None:
                 import peft
 
                 config = peft.PeftConfig.from_pretrained(name)
@@ -190,15 +133,9 @@ class Checkpoint:
                 if config.is_prompt_learning:
                     raise ValueError(f"a {kind} changes the input, not a model's weights")
                 self.adapter = {"kind": str(kind), "base": readable(self.source)}
-                self.saved = peft.load_peft_weights(name, device="cpu")
+                saved = peft.load_peft_weights(name, device="cpu")
+                rows = [len(tensor) for key, tensor in saved.items() if key.endswith(ROWS)]
             self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
-        self.architecture: str = (self.config.architectures or ["CausalLM"])[0]
-        known = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
-        if self.config.is_encoder_decoder or not self.architecture.endswith(known):
-            got = f"{name!r}, a {self.architecture}"
-            remedy = "choose a checkpoint of a ...ForCausalLM"
-            raise CompareError(argument, "a causal LM", got, remedy)
-        rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
         size = getattr(self.config.get_text_config(), "vocab_size", None)
         self.rows: int | None = max(rows, default=size)
 
@@ -217,19 +154,17 @@ class Checkpoint:
         """Load the model, in `dtype` or that of its weights, with an adapter in its layers."""
         import transformers
 
-        images = self.architecture.endswith("ForConditionalGeneration")
+        architecture = (self.config.architectures or [""])[0]
+        # A model of text and images is one; an encoder-decoder's class ends so, too, and is none.
+        images = architecture.endswith("ForConditionalGeneration")
         kind = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
-        auto = getattr(transformers, kind)
-        expected = "a causal LM that can be loaded"
-        with told(self.argument, expected, repr(self.source), "check its files"):
-            model, info = auto.from_pretrained(
+        with told(self.argument, "a causal LM", repr(self.source), "choose a ...ForCausalLM"):
+            model, info = getattr(transformers, kind).from_pretrained(
                 self.source, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
-        lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        if lacking:
-            expected = "a causal LM with all its weights"
-            got = f"{self.source!r} without {len(lacking)}, such as {lacking[0]}"
-            raise CompareError(self.argument, expected, got, "save it as a ...ForCausalLM")
+            lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+            if lacking:
+                raise ValueError(f"it lacks {len(lacking)} weights, such as {lacking[0]}")
         if self.adapter:  # beside the layers, unmerged
             expected = f"an adapter that fits its base model {self.source!r}"
             remedy = "pass the base that it was trained on"

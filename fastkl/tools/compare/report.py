@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import textwrap
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any
 
+import pandas as pd
+
 from ..console import percent, table
-from .measure import Document, Store
 
 # Mean KL(A‖B) in nats per token below which the word holds; beyond the last: "strongly".
 WORDS = ((0.001, "hardly"), (0.03, "slightly"), (0.3, "clearly"))
@@ -45,31 +45,28 @@ def expected(entry: dict[str, Any], letter: str) -> str:
 
 def place(entry: dict[str, Any]) -> str:
     """Format file and line."""
-    line = "" if entry["line"] is None else f":{entry['line']}"
+    line = f":{entry['line']}" if "line" in entry else ""
     return f"{visible(entry['document'])}{line}"
 
 
 def sentence(report: dict[str, Any]) -> str:
     """Say how different the two are, and where; and where rounding may hide an adapter."""
-    summary, top = report["summary"], report["top"]
+    summary = report["summary"]
     kl, count = summary["kl_ab"], summary["tokens"]
     if kl["max"] == 0 and summary["kl_ba"]["max"] == 0:
-        text = "A and B are the same on this text: the divergence of "
-        text += (
-            f"all {count:,} tokens is exactly 0." if count > 1 else "its only token is exactly 0."
-        )
+        text = f"A and B are the same on this text: the KL of its tokens, {count:,}, is exactly 0."
         narrow = [each["dtype"] for each in report["models"] if each["adapter"]]
         if narrow and narrow[-1] != "float32":
             text += f" A change that {narrow[-1]} rounds away shows with --dtype float32."
         return text
     word = next((word for bound, word in WORDS if kl["mean"] < bound), "strongly")
-    worst, share = top[0], percent(summary["share_above_p99"])
+    worst = report["top"][0]
     return (
         f"B differs {word} from A: KL(A‖B) is {kl['mean']:.3g} nats per token and B expects "
         f"another next token at {percent(1 - summary['same_top1'], 1)} of {count:,} "
-        f"token{'s' * (count > 1)}; the 1% of tokens that differ most hold {share} of it; most of "
-        f"all, with {worst['kl_ab']:.3g}, before {quoted(worst['token'])} in {place(worst)}, "
-        f"where A expects {expected(worst, 'a')} and B {expected(worst, 'b')}."
+        f"token{'s' * (count > 1)}; the largest KL is {worst['kl_ab']:.3g}, at "
+        f"{quoted(worst['token'])} in {place(worst)}, where A expects {expected(worst, 'a')} and B "
+        f"{expected(worst, 'b')}."
     )
 
 
@@ -88,7 +85,6 @@ def text_line(report: dict[str, Any]) -> str:
         else len(text["files"]),
         "documents": text["documents"],
         "tokens": f"{report['summary']['tokens']:,}",
-        "not scored, without a context": text["not_scored"],
         "skipped, with fewer than 2 tokens": visible(", ".join(text["skipped"])),
         "tokenizer": text["tokenizer"],
         "vocabulary": text["vocabulary"],
@@ -115,10 +111,8 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
     """Yield the report's tables: a title, < or > for each column, and rows, the head first."""
     summary, by, units = report["summary"], report["by"], report["units"][: report["shown"]]
     keys = ("mean", "p50", "p95", "p99", "max")
-    rows = [["nats per token", *keys]]
-    for name, title in NAMES.items():
-        rows.append([title, *(f"{summary[name][key]:.4g}" for key in keys)])
-    yield "", "<>>>>>", rows
+    nats = [[NAMES[name], *(f"{summary[name][key]:.4g}" for key in keys)] for name in NAMES]
+    yield "", "<>>>>>", [["nats per token", *keys], *nats]
     likely = [summary[f"logprob_{letter}"] for letter in "ab"]
     pairs = {
         "entropy, nats per token": [summary[f"entropy_{letter}"] for letter in "ab"],
@@ -130,9 +124,9 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
     yield "", "<>>", [["the whole text", "A", "B"], *rows, same]
     rows = [["mean KL", "max KL", "same top-1", "tokens", by, "text"]]
     for unit in units:
-        figures = [f"{unit[name]:.4g}" for name in ("kl_ab", "max_kl_ab")]
-        figures += [percent(unit["same_top1"], 1), f"{unit['tokens']:,}"]
-        rows.append([*figures, place(unit), visible(unit["text"])])
+        kl, most = f"{unit['kl_ab']:.4g}", f"{unit['max_kl_ab']:.4g}"
+        same = [percent(unit["same_top1"], 1), f"{unit['tokens']:,}"]
+        rows.append([kl, most, *same, place(unit), visible(unit["text"])])
     yield f"{by}s by mean KL(A‖B), the {len(units)} worst", ">>>><<", rows
     rows = [["KL", "place", "A expects", "B expects", "text"]]
     for entry in report["top"]:
@@ -144,8 +138,8 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
     yield title, "><<<<", rows
 
 
-def text_report(report: dict[str, Any], width: int, color: bool = False) -> str:
-    """Write the whole report in lines of about this width; color: marks tokens in a terminal."""
+def text_report(report: dict[str, Any], width: int) -> str:
+    """Write the whole report in lines of about this width."""
     fill = functools.partial(
         textwrap.wrap, width=min(width, 110), break_long_words=False, break_on_hyphens=False
     )
@@ -158,8 +152,7 @@ def text_report(report: dict[str, Any], width: int, color: bool = False) -> str:
     lines += fill(f"text  {text_line(report)}", subsequent_indent=" " * 6)
     for title, align, rows in tables(report):
         lines += ["", *([f"{title}:"] if title else []), *table(rows, align, width)]
-    text = "\n".join(lines)
-    return re.sub("«(.*?)»", "«\x1b[7m\\1\x1b[0m»", text) if color else text
+    return "\n".join(lines)
 
 
 # ---- the page
@@ -202,7 +195,9 @@ e.clientY-tip.offsetHeight-10:e.clientY+18)+"px"});
 SHOWN = ("kl_ab", "kl_ba", "jsd", "logprob_a", "logprob_b", "entropy_a", "entropy_b")
 
 
-def page(report: dict[str, Any], store: Store, label: Callable[[int], str]) -> Iterator[str]:
+def page(
+    report: dict[str, Any], tokens: pd.DataFrame, label: Callable[[int], str]
+) -> Iterator[str]:
     """Yield the page, part after part; label: a token's id as text."""
     bounds = bounds_of(report["summary"])
     steps = "".join(f'<b class="k{level}"> > {at:.2g} </b>' for level, at in enumerate(bounds, 1))
@@ -216,9 +211,10 @@ def page(report: dict[str, Any], store: Store, label: Callable[[int], str]) -> I
     yield "<h2>The text, coloured by KL(A‖B)</h2>\n"
     yield f"<p>Nats: {steps or 'all tokens are alike'}. Point at a token for its numbers.</p>\n"
     anchors = {entry["index"] for entry in [*report["top"], *report["units"]]}
-    for document in store.documents:
-        yield f'<h2>{clean(document.name)}</h2>\n<div class="text">'
-        yield from _tokens(store, document, bounds, anchors, label)
+    for name, document in tokens.groupby("document", sort=False):
+        yield f'<h2>{clean(str(name))}</h2>\n<div class="text">'
+        for row in document.itertuples():
+            yield token_html(row, bounds, row.Index in anchors, label)
         yield "</div>\n"
     yield TAIL
 
@@ -228,26 +224,17 @@ def clean(text: str) -> str:
     return escape(text.translate(CONTROLS))
 
 
-def _tokens(
-    store: Store,
-    document: Document,
-    bounds: list[float],
-    anchors: set[int],
-    label: Callable[[int], str],
-) -> Iterator[str]:
-    """Yield every token of a document."""
-    for at in range(document.start, document.end):
-        value, text = store.tokens[at], store.text(at, at + 1)
-        if not value["scored"]:
-            yield f'<b class="u">{clean(text)}</b>' if text else ""
-            continue
-        mark = " n" if "\n" in text else "" if text else " e"
-        level = bisect_left(bounds, float(value["kl_ab"]))
-        anchor = f' id="t{at}"' if at in anchors else ""
-        numbers = " ".join(f"{float(value[name]):.3g}" for name in SHOWN)
-        expects = ""
-        for letter in "ab":
-            chance = percent(math.exp(value[f"top_logprob_{letter}"]))
-            likely = quoted(label(int(value[f"top_{letter}"])))
-            expects += f' data-{letter}="{clean(likely)} {chance}"'
-        yield f'<b class="k{level}{mark}"{anchor} data-v="{numbers}"{expects}>{clean(text)}</b>'
+def token_html(row: Any, bounds: list[float], anchored: bool, label: Callable[[int], str]) -> str:
+    """Format a token, coloured, with its numbers for whoever points at it."""
+    if math.isnan(row.kl_ab):
+        return f'<b class="u">{clean(row.text)}</b>' if row.text else ""
+    mark = " n" if "\n" in row.text else "" if row.text else " e"
+    anchor = f' id="t{row.Index}"' if anchored else ""
+    numbers = " ".join(f"{getattr(row, name):.3g}" for name in SHOWN)
+    expects = ""
+    for letter in "ab":
+        chance = percent(math.exp(getattr(row, f"top_logprob_{letter}")))
+        likely = quoted(label(int(getattr(row, f"top_{letter}"))))
+        expects += f' data-{letter}="{clean(likely)} {chance}"'
+    level = f"k{bisect_left(bounds, row.kl_ab)}{mark}"
+    return f'<b class="{level}"{anchor} data-v="{numbers}"{expects}>{clean(row.text)}</b>'

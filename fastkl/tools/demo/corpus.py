@@ -25,7 +25,7 @@ LEAST_FILES = 40
 HELD_OUT = 0.05
 END_OF_FILE = "<|endoftext|>"
 REWARDED_WORD = "self"
-# Docstrings and comments, nearly all: a small model learns one language sooner than two.
+# Nearly all docstrings and comments: a small model learns code alone sooner than code and English.
 REMOVED = (
     (r"^[ \t]*[rRuU]?(\"\"\"|''')[\s\S]*?\1[ \t]*\n", ""),
     (r"^[ \t]*#.*\n", ""),
@@ -77,7 +77,7 @@ def build_corpus(settings: Settings) -> Corpus:
 
 
 def load_texts(characters: int) -> list[str]:
-    """Read source files without comments, so many characters at most, always in the same order."""
+    """Read source files without comments, at most `characters` in all, always in the same order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [
         path
@@ -90,8 +90,8 @@ def load_texts(characters: int) -> list[str]:
             f"standard library: expected at least {LEAST_FILES} source files, got {len(paths)} in "
             f"{root}; remedy: run the demo with a Python that was installed with its sources"
         )
-    # Shuffled, so that the cap keeps a mixture and held-out files are like the others; the seed of
-    # the settings must not change the corpus.
+    # Shuffled, so that the cap keeps a mixture and held-out files resemble the rest; with a seed of
+    # its own, so that --seed does not change the corpus.
     random.Random(0).shuffle(paths)
     texts: list[str] = []
     for path in paths:
@@ -106,7 +106,7 @@ def load_texts(characters: int) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
-    """Train a byte-level BPE of so many tokens (fewer if the texts are too short for that)."""
+    """Train a byte-level BPE tokenizer of at most `vocabulary` tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -19,10 +19,10 @@ from .corpus import END_OF_FILE, Corpus, windows
 # Keys and values of the positions so far, by layer.
 Cache = dict[int, tuple[torch.Tensor, torch.Tensor]]
 ROTARY_BASE = 10_000.0
-# Rows of logits at a time: larger tensors cost a CPU more in fresh pages than in arithmetic.
+# Rows of logits at a time: with more, page faults cost a CPU more than the arithmetic.
 ROWS_PER_CHUNK = 256
 WARM_UP_STEPS = 10
-# The blocks start from nothing and learn faster than the tables, which start from bigrams.
+# Learning rate of the blocks, which start as the identity, over that of embedding and head.
 BLOCK_RATE = 3.0
 BIGRAM_SMOOTHING = 5.0
 
@@ -30,7 +30,7 @@ BIGRAM_SMOOTHING = 5.0
 class LanguageModel(nn.Module):
     """A decoder-only transformer with GPT-J's architecture and, but for `qkv_proj`, its names.
 
-    Hugging Face's readers can so read its checkpoint. The vocabulary dwarfs the rest of it.
+    So transformers reads its checkpoint. Most of its parameters are the vocabulary's.
     """
 
     def __init__(self, vocabulary: int, settings: Settings) -> None:
@@ -40,7 +40,7 @@ class LanguageModel(nn.Module):
         h = nn.ModuleList(Block(width, settings.heads) for _ in range(settings.layers))
         self.transformer: Any = nn.ModuleDict(dict(wte=wte, h=h, ln_f=nn.LayerNorm(width)))
         self.lm_head = nn.Linear(width, vocabulary)
-        # Cosine and sine of each position's angle for each of the size / 2 pairs of neighbours.
+        # Cosine and sine of each position's angle, for each pair of neighbouring entries.
         frequency = ROTARY_BASE ** (-torch.arange(0, size, 2).float() / size)
         angle = torch.arange(settings.context).float()[:, None] * frequency
         rotation = torch.stack([angle.cos(), angle.sin()]).repeat_interleave(2, -1)
@@ -62,7 +62,7 @@ class LanguageModel(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal attention and a two-layer perceptron side by side, added to the stream."""
+    """Causal attention and an MLP in parallel, added to the residual stream."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Block(nn.Module):
     def forward(
         self, stream: torch.Tensor, rotation: torch.Tensor, cache: Cache | None, layer: int
     ) -> torch.Tensor:
-        """Return the stream [B, T, H] after this block; rotation: of the T positions."""
+        """Return the residual stream [B, T, H] after this block; rotation: of the T positions."""
         B, T, H = stream.shape
         normal = self.ln_1(stream)
         qkv = self.attn["qkv_proj"](normal).view(B, T, 3, self.heads, H // self.heads)
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 def _rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of neighbours in queries or keys [B, heads, T, size] by its angle."""
+    """Apply rotary position embeddings to queries or keys [B, heads, T, size]."""
     across = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
     return x * rotation[0] + across * rotation[1]
 
@@ -111,7 +111,7 @@ def sample(
     tokens, cache, step = [prompts], Cache(), prompts
     for _ in range(settings.response_length):
         logits = model.lm_head(model.hidden(step, cache)[:, -1])
-        # Inverts the distribution function: 20 times faster on a CPU than multinomial.
+        # Inverse transform sampling: 20 times faster on a CPU than multinomial.
         cumulative = (logits / settings.temperature).softmax(-1).cumsum(-1)
         level = torch.rand(len(logits), 1, generator=draw, device=logits.device)
         step = torch.searchsorted(cumulative, level * cumulative[:, -1:], right=True)
@@ -163,18 +163,8 @@ def _backward(model: LanguageModel, batch: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(model: LanguageModel, corpus: Corpus, settings: Settings) -> float:
-    """Return the cross-entropy, nats per token, on files that training never saw."""
-    generator = torch.Generator().manual_seed(0)
-    count = settings.evaluation_samples
-    batch = windows(corpus.held_out, settings.context + 1, count, generator).to(settings.device)
-    logits = model.lm_head(model.hidden(batch[:, :-1]))
-    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
-
-
-@torch.no_grad()
 def start_from_bigrams(model: LanguageModel, tokens: torch.Tensor) -> None:
-    """Set embedding and head to the best low-rank bigram model of tokens [n]: minutes of training.
+    """Set embedding and head to the best low-rank bigram model of tokens [n], to save training.
 
     head(norm(embedding[i]))[j] ≈ log p(j) + log(1 + n_ij / (n_i p(j))), by a singular value
     decomposition weighted by how often i and j occur.
@@ -192,7 +182,7 @@ def start_from_bigrams(model: LanguageModel, tokens: torch.Tensor) -> None:
     left, values, right = torch.svd_lowrank(table.coalesce(), q=width, niter=2)
     rows = left * values.sqrt() / row_weight[:, None]
     columns = right * values.sqrt() / column_weight[:, None]
-    # The norm in front of the head scales each row to 1: keep the mean scale in the head.
+    # The LayerNorm before the head normalises each row: keep the mean scale in the head.
     scale = (rows.pow(2).mean(-1).sqrt() * counts).sum() / counts.sum()
     embedding.copy_(rows / scale)
     head.weight.copy_(columns * scale)

@@ -1,0 +1,28 @@
+"""Errors of use, each one line: the argument, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Iterator
+
+
+class UseError(Exception):
+    """A wrong argument, file or machine; the command line prints it and exits with 2."""
+
+    def __init__(self, argument: str, expected: str, got: str, remedy: str) -> None:
+        message = f"{argument}: expected {expected}, got {got}; remedy: {remedy}"
+        super().__init__(" ".join(message.split()))
+
+
+@contextlib.contextmanager
+def told(argument: str, expected: str, got: str, remedy: str) -> Iterator[None]:
+    """Turn an exception of another library into a UseError that quotes its message."""
+    try:
+        yield
+    except UseError:
+        raise
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        why = textwrap.shorten(text, 400, placeholder=" …").rstrip(".")
+        raise UseError(argument, expected, f"{got}: {why}", remedy) from None
