@@ -321,11 +321,11 @@ def backward(
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout, fields = problem.layout, tuple(upstream)
-    stacked = (
-        torch.stack([value.to(torch.float32) for value in upstream.values()])
-        if len(fields) > 1
-        else upstream[fields[0]].to(torch.float32).contiguous()
-    )
+    values = [
+        value if value.dtype is torch.float32 else value.to(torch.float32)
+        for value in upstream.values()
+    ]
+    stacked = torch.stack(values) if len(values) > 1 else values[0].contiguous()
     grad = grad_q if grad_p is None else grad_p
     assert grad is not None
     stride_grad = grad.stride(0)
