@@ -114,10 +114,9 @@ def row_forward(  # noqa: PLR0913
             asked for, per row.
     Saves:  what row_backward needs: 40 bytes per row.
     Special values: the first saved value is NaN for a row whose sums do not hold (infinities, a
-            NaN, an entry with |d| above LARGEST_D or LARGEST_FAR_D, KL of 8 nats or more, tensors 64
-            nats apart),
-            and row_fallback computes it again. A token outside 0 … V-1 reads nothing and gives NaN.
-            Log-probabilities are never above 0. A masked row gets zeros.
+            NaN, an entry with |d| above LARGEST_D or LARGEST_FAR_D, a KL of 8 nats or more, tensors
+            64 nats apart), and row_fallback computes it again. A token outside 0 … V-1 reads
+            nothing and gives NaN. Log-probabilities are never above 0. A masked row gets zeros.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
