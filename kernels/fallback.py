@@ -169,18 +169,22 @@ def store_row(saved_ptr, s):
     low = tl.where(
         tl.abs(high) < float("inf"), (s.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0
     )
-    tl.store(saved_ptr, s.x_peak.to(tl.float32))
     # A sum that counts its largest term as 1 has a logarithm of at least 0.
     marked = s.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
-    tl.store(saved_ptr + 1, marked.to(tl.float32, bitcast=True))
-    tl.store(saved_ptr + 2, s.y_peak.to(tl.float32))
-    tl.store(saved_ptr + 3, high)
-    tl.store(saved_ptr + 4, low)
-    tl.store(saved_ptr + 5, s.y_at_x_peak.to(tl.float32))
-    tl.store(saved_ptr + 6, s.mean_p_from_peak.to(tl.float32))
-    tl.store(saved_ptr + 7, s.x_at_y_peak.to(tl.float32))
-    tl.store(saved_ptr + 8, s.mean_q_from_peak.to(tl.float32))
-    tl.store(saved_ptr + 9, s.entropy.to(tl.float32))
+    values = (
+        s.x_peak,
+        marked.to(tl.float32, bitcast=True),
+        s.y_peak,
+        high,
+        low,
+        s.y_at_x_peak,
+        s.mean_p_from_peak,
+        s.x_at_y_peak,
+        s.mean_q_from_peak,
+        s.entropy,
+    )
+    for i in tl.static_range(10):
+        tl.store(saved_ptr + i, values[i].to(tl.float32))
 
 
 @triton.jit

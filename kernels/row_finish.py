@@ -128,31 +128,34 @@ def store_state(state_ptr, s, want: tl.constexpr):
 
 
 @triton.jit
+def load_sums(ptr, there, empty, WANTED: tl.constexpr):
+    """Load one number of each state that is there, `empty` of the others; 0 unless WANTED.
+
+    Bypass L1, which may hold stale values.
+    """
+    if WANTED:
+        return tl.load(ptr, mask=there, other=empty, cache_modifier=".cg")
+    else:
+        return tl.zeros(there.shape, tl.float32)
+
+
+@triton.jit
 def load_states(state_ptr, splits, SPLITS: tl.constexpr, want: tl.constexpr):
     """Load the states [splits, 7] of a row as vectors [SPLITS], a power of two; states beyond
     `splits` are empty.
-
-    Bypass L1, which may hold stale values.
     """
     index = tl.arange(0, SPLITS)
     there = index < splits
     state_ptr += index * STATE
-    origin = tl.load(state_ptr, mask=there, other=LOWEST, cache_modifier=".cg")
-    S = tl.load(state_ptr + 1, mask=there, other=0.0, cache_modifier=".cg")
-    A = S * 0.0
-    W = A
-    U = A
-    R = A
-    centre = A
-    if want.entropy:
-        A = tl.load(state_ptr + 2, mask=there, other=0.0, cache_modifier=".cg")
-    if want.kl:
-        W = tl.load(state_ptr + 3, mask=there, other=0.0, cache_modifier=".cg")
-        U = tl.load(state_ptr + 4, mask=there, other=0.0, cache_modifier=".cg")
-        centre = tl.load(state_ptr + 6, mask=there, other=0.0, cache_modifier=".cg")
-    if want.reverse:
-        R = tl.load(state_ptr + 5, mask=there, other=0.0, cache_modifier=".cg")
-    return State(origin, S, A, W, U, R, centre)
+    return State(
+        load_sums(state_ptr, there, LOWEST, True),
+        load_sums(state_ptr + 1, there, 0.0, True),
+        load_sums(state_ptr + 2, there, 0.0, want.entropy),
+        load_sums(state_ptr + 3, there, 0.0, want.kl),
+        load_sums(state_ptr + 4, there, 0.0, want.kl),
+        load_sums(state_ptr + 5, there, 0.0, want.reverse),
+        load_sums(state_ptr + 6, there, 0.0, want.kl),
+    )
 
 
 @triton.jit
@@ -316,15 +319,8 @@ def store_statistics(out, s, row, shift, want: tl.constexpr, reading: tl.constex
     """
     saved = saved_values(s, shift, row.scale, want)
     tl.store(out.saved, tl.where(s.hold, saved.origin, float("nan")))
-    tl.store(out.saved + 1, saved.log2_S)
-    tl.store(out.saved + 2, saved.lse_q)
-    tl.store(out.saved + 3, saved.lost_q)
-    tl.store(out.saved + 4, saved.centre)
-    tl.store(out.saved + 5, saved.lost_centre)
-    tl.store(out.saved + 6, saved.log1p_t)
-    tl.store(out.saved + 7, saved.mean_p_d)
-    tl.store(out.saved + 8, saved.mean_q_d)
-    tl.store(out.saved + 9, saved.entropy)
+    for i in tl.static_range(1, SAVED):
+        tl.store(out.saved + i, saved[i])
     store_fields(out, tl.where(s.entropy <= 0.0, 0.0, s.entropy), s.kl, s.ref_kl, want)
     if reading.tokens:
         # Half the base-2 logarithms, which are exact halves: x·s·log2(e) of a finite

@@ -219,6 +219,15 @@ def load_lane(row_ptr, group, pad, V, EDGE: tl.constexpr, LANES: tl.constexpr, L
 
 
 @triton.jit
+def load_lanes(row_ptr, group, pad, V, EDGE: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr):
+    """float32 [THREADS, 2]: a lane of each group and the one LANES/2 further."""
+    return tl.join(
+        load_lane(row_ptr, group, pad, V, EDGE, LANES, LANE),
+        load_lane(row_ptr, group, pad, V, EDGE, LANES, LANE + LANES // 2),
+    )
+
+
+@triton.jit
 def load_elements(row_ptr, group, pad, V, EDGE: tl.constexpr, LANES: tl.constexpr):
     """float32 [THREADS, LANES]: the groups of a tensor that cannot be read in the other's blocks,
     element by element.
@@ -226,33 +235,9 @@ def load_elements(row_ptr, group, pad, V, EDGE: tl.constexpr, LANES: tl.constexp
     One load per lane, joined inside each thread: the layout stays that of load_group, and with it
     the order of every sum.
     """
-    THREADS: tl.constexpr = group.shape[0]
-    if LANES == 4:
-        even = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 0),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 2),
-        )
-        odd = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 1),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 3),
-        )
-    else:
-        zero = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 0),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 4),
-        )
-        one = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 1),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 5),
-        )
-        two = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 2),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 6),
-        )
-        three = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 3),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 7),
-        )
-        even = tl.join(zero, two)
-        odd = tl.join(one, three)
-    return tl.reshape(tl.join(even, odd), [THREADS, LANES])
+    even = load_lanes(row_ptr, group, pad, V, EDGE, LANES, 0)
+    odd = load_lanes(row_ptr, group, pad, V, EDGE, LANES, 1)
+    if LANES == 8:
+        even = tl.join(even, load_lanes(row_ptr, group, pad, V, EDGE, LANES, 2))
+        odd = tl.join(odd, load_lanes(row_ptr, group, pad, V, EDGE, LANES, 3))
+    return tl.reshape(tl.join(even, odd), [group.shape[0], LANES])

@@ -161,18 +161,16 @@ def path_of(s, weights, GROUPS: tl.constexpr, want: tl.constexpr):
 @triton.jit
 def state_of(s, want: tl.constexpr):
     """The state of each thread [threads], summed over its lanes; its centre is not scaled."""
-    A = s.S * 0.0
-    W = A
-    U = A
-    R = A
-    if want.entropy:
-        A = lane_sum(s.lane_A)
-    if want.kl:
-        W = lane_sum(s.lane_W) * (1.0 / D_SCALE)
-        U = lane_sum(s.lane_U) * 0.5
-    if want.reverse:
-        R = lane_sum(s.lane_R) * 0.25
-    return State(s.origin, s.S, A, W, U, R, s.centre * (1.0 / D_SCALE))
+    zeros = s.S * 0.0
+    return State(
+        s.origin,
+        s.S,
+        lane_sum(s.lane_A) if want.entropy else zeros,
+        lane_sum(s.lane_W) * (1.0 / D_SCALE) if want.kl else zeros,
+        lane_sum(s.lane_U) * 0.5 if want.kl else zeros,
+        lane_sum(s.lane_R) * 0.25 if want.reverse else zeros,
+        s.centre * (1.0 / D_SCALE),
+    )
 
 
 @triton.jit
