@@ -14,7 +14,7 @@ from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 
 # Limits of one pass of the kernels: kernels.row_finish.LARGE_KL and LARGEST_DIFFERENCE,
-# kernels.row_math.LARGEST_D, LARGEST_FAR_D, FAR_SHARE and LARGEST_LSE.
+# kernels.row_math.LARGEST_D, LARGEST_FAR_D, FAR_SHARE and LARGEST_LOG2_SUM.
 ONE_PASS_KL = 8.0
 ONE_PASS_DIFFERENCE = 64.0
 ONE_PASS_D = 60.0
