@@ -15,6 +15,9 @@ from .row_finish import not_above_zero, store_fields, token_logits
 from .row_math import soft_cap, soft_cap_slope
 
 SIGN_BIT = tl.constexpr(-2147483648)
+# Factor of the saved means: beside masks of finfo.min at the peaks they exceed float32 where the
+# gradient does not.
+SAVED_MEAN = tl.constexpr(2.0**-64)
 
 
 class Fallback(NamedTuple):
@@ -186,9 +189,9 @@ def store_row(saved_ptr, stats):
         high,
         low,
         stats.y_at_x_peak,
-        stats.mean_p_from_peak,
+        stats.mean_p_from_peak * SAVED_MEAN,
         stats.x_at_y_peak,
-        stats.mean_q_from_peak,
+        stats.mean_q_from_peak * SAVED_MEAN,
         stats.entropy,
     )
     for i in tl.static_range(10):
@@ -205,9 +208,9 @@ def load_row(saved_ptr):
         -tl.load(saved_ptr + 1).to(tl.float64),
         log_sum_ratio,
         tl.load(saved_ptr + 5).to(tl.float64),
-        tl.load(saved_ptr + 6).to(tl.float64),
+        tl.load(saved_ptr + 6).to(tl.float64) / SAVED_MEAN,
         tl.load(saved_ptr + 7).to(tl.float64),
-        tl.load(saved_ptr + 8).to(tl.float64),
+        tl.load(saved_ptr + 8).to(tl.float64) / SAVED_MEAN,
         tl.load(saved_ptr + 9).to(tl.float64),
     )
 
