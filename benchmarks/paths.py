@@ -48,7 +48,7 @@ def tile_paths(p_logits, q_logits, temperature=1.0, chosen=None):
 
 
 def _segment(p, q, scale, chosen, lanes):
-    from fastkl.kernels.row_math import OUTWEIGHS
+    from fastkl.kernels.row_math import REANCHOR_GROWTH
 
     def shares(weights):
         # Each thread's sum over a tile; its groups are `threads` groups apart.
@@ -57,7 +57,7 @@ def _segment(p, q, scale, chosen, lanes):
     def powers(x, origin):
         return torch.exp2(x * scale * LOG2E - origin)
 
-    outweighs, tile = OUTWEIGHS.value, chosen.threads * chosen.groups * lanes
+    outweighs, tile = REANCHOR_GROWTH.value, chosen.threads * chosen.groups * lanes
     origin = torch.full((len(p), 1), -1e30, dtype=torch.float64)
     centre, W = torch.zeros_like(origin), torch.zeros_like(origin)
     S, limit = (torch.zeros(len(p), chosen.threads, dtype=torch.float64) for _ in range(2))

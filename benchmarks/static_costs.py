@@ -123,13 +123,13 @@ def cut(specialization):
     """Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of a
     row) of a kernel of forward."""
     from fastkl.kernels.compile_plan import VOCABULARY
-    from fastkl.kernels.row_math import OUTWEIGHS
+    from fastkl.kernels.row_math import REANCHOR_GROWTH
 
     threads, segment = 32 * specialization.num_warps, specialization.segment
     tiles, edge = divmod(segment, threads * specialization.pairs_per_thread)
     anchors, next_one = 0, 1
     while next_one <= tiles:
-        anchors, next_one = anchors + 1, int(OUTWEIGHS.value) * next_one + 1
+        anchors, next_one = anchors + 1, int(REANCHOR_GROWTH.value) * next_one + 1
     passes = math.ceil(edge / (threads * specialization.constexprs["LANES"]))
     return anchors, passes, math.ceil(VOCABULARY / segment)
 
