@@ -24,7 +24,7 @@ from compare_cases import (  # noqa: E402
     save,
     truth,
 )
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import fastkl  # noqa: E402
 from fastkl.tools.compare import inputs, loading, measure, report  # noqa: E402
@@ -206,8 +206,8 @@ def test_forbidden_entries_and_small_divergences():
 # ---- adapters
 
 
-def trained(base, folder, config=None, rows=None, **options):
-    # A folder with an adapter on the base, whose change is random.
+def trained(base, folder, config=None, scale=1.0, rows=None, **options):
+    # A folder with an adapter on the base, whose change is `scale` times a random one.
     peft = pytest.importorskip("peft")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     if rows:
@@ -217,9 +217,9 @@ def trained(base, folder, config=None, rows=None, **options):
     model = peft.get_peft_model(model, config or peft.LoraConfig(r=4, **options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(std=0.3)
+            parameter.data.normal_(std=0.3 * scale)
         elif "modules_to_save" in name or "trainable_tokens_delta" in name:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+            parameter.data.add_(torch.randn_like(parameter) * 0.1 * scale)
     model.save_pretrained(folder)
     return str(folder)
 
@@ -228,8 +228,9 @@ def trained(base, folder, config=None, rows=None, **options):
     "options",
     [
         {},
-        {"target_modules": ["o_proj"], "lora_bias": True},
-        {"use_dora": True},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["lm_head"], "lora_bias": True},
+        {"target_modules": ["lm_head"], "use_dora": True},
         {"modules_to_save": ["embed_tokens", "lm_head"]},
         {"trainable_token_indices": [3, 70, 71]},
     ],
@@ -243,6 +244,39 @@ def test_adapters_have_the_divergence_of_their_layers(files, tmp_path, options):
     assert adapters == [None, {"kind": "LORA", "base": files.a}]
     shown = report.text_report(result, 400)
     assert f"(LORA adapter on {files.a}, LlamaForCausalLM, float32)" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.0])
+def test_a_change_below_bfloat16_is_not_rounded_away_in_the_head(files, tmp_path, scale):
+    # Nor in a head that the file holds in float32 (scale 0).
+    narrow = str(tmp_path / "narrow")
+    model = transformers.AutoModelForCausalLM.from_pretrained(files.a, dtype=torch.bfloat16)
+    model.save_pretrained(narrow)
+    make_tokenizer().save_pretrained(narrow)
+    options = {"target_modules": ["lm_head"]} if scale else {"modules_to_save": ["lm_head"]}
+    folder = trained(narrow, tmp_path / "adapter", scale=scale, **options)
+    if not scale:
+        weights = load_file(f"{folder}/adapter_model.safetensors")
+        weights = {key: value.float() for key, value in weights.items()}
+        head = next(key for key in weights if "lm_head" in key)
+        weights[head] += 1e-4 * torch.randn(VOCABULARY, 32)
+        save_file(weights, f"{folder}/adapter_model.safetensors", {"format": "pt"})
+    tokens, result, ids = compare(files, narrow, folder, text=files.text[1:])
+    base, changed = (
+        loading.Checkpoint("MODEL", name).load("auto", "cpu") for name in (narrow, folder)
+    )
+    assert result["models"][1]["dtype"] == "bfloat16"
+    # The hidden states are those of the base, so the truth is the two heads' in float64.
+    with torch.no_grad():
+        hidden = base.hidden(torch.tensor(ids[0][:-1])).double()
+    weights = (model.head.weight.double().t() for model in (base, changed))
+    p, q = ((hidden @ weight).log_softmax(-1) for weight in weights)
+    expected = (p.exp() * (p - q)).sum(-1)
+    np.testing.assert_allclose(tokens["kl_ab"][1:], expected, rtol=2e-2, atol=2e-8)
+    assert 1e-9 < tokens["kl_ab"][1:].mean() < 1e-3
+    gone = trained(narrow, tmp_path / "gone", scale=1e-12)
+    said = compare(files, narrow, gone, text=files.text[1:])[1]["sentence"]
+    assert said.endswith("A change that bfloat16 rounds away shows with --dtype float32.")
 
 
 def test_an_adapter_with_added_tokens(files, tmp_path):
@@ -262,8 +296,7 @@ def unusable(files, folder, how):
     # An adapter with something wrong.
     peft = pytest.importorskip("peft")
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    on_head = {"target_modules": ["lm_head"]} if how == "lm_head" else {}
-    path = trained(files.a, folder, prompt if how == "prompt" else None, **on_head)
+    path = trained(files.a, folder, prompt if how == "prompt" else None)
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     fields = json.loads(config.read_text())
     if how == "incomplete":
@@ -288,7 +321,6 @@ FITS = "an adapter that fits its base model '"
     [
         *((how, LOADS) for how in ("gone", "broken", "prompt", "pickle")),
         *((how, FITS) for how in ("incomplete", "narrower")),
-        ("lm_head", "a model whose lm_head makes its logits, got .*PEFT adapter on it"),
     ],
 )
 def test_adapters_that_cannot_be_used(files, tmp_path, capsys, monkeypatch, how, expected):

@@ -1,11 +1,12 @@
 """Checkpoints to last hidden states, and to a head that makes the model's own logits of them.
 
 A PEFT adapter is not merged into 16-bit weights, which would round a small change away: the layers
-compute with the adapter beside them.
+compute with the adapter beside them, and the lm_head is widened to float32 with it.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -54,6 +55,25 @@ def head_logits(head: Head, hidden: torch.Tensor, vocabulary: int) -> torch.Tens
     return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
+def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
+    """Return the float32 head of a layer with an adapter.
+
+    A linear layer is determined by its outputs for unit vectors, whichever adapter it has. saved:
+    the layer's tensors in the adapter's file, which may be wider than the base's type.
+    """
+    layer = copy.deepcopy(layer).float().eval()
+    for own in (layer, *getattr(layer, "modules_to_save", {}).values()):
+        own.load_state_dict(saved, strict=False)
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    unit = torch.eye(weight.shape[1], device=weight.device)
+    with torch.no_grad():
+        bias = layer(torch.zeros_like(unit[:1]))[0]
+        for name, parameter in layer.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()  # a difference of sums would round the weight
+        return Head(layer(unit).t().contiguous(), bias if bias.any() else None)
+
+
 # ---- models
 
 
@@ -63,9 +83,20 @@ class Model:
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
         self.checkpoint, self.class_name = checkpoint, type(model).__name__
         self.dtype, self.device = model.dtype, model.device
+        output = model.get_output_embeddings()
+        modules = {module: name for name, module in model.named_modules()}
+        own = getattr(output, "base_layer", None) or getattr(output, "original_module", output)
+        if own is not output:
+            # The base's layer shows what follows the product, which an adapter does not change.
+            model.set_output_embeddings(own)
         expected, remedy = "a model whose lm_head makes its logits", "choose another model"
         with told(checkpoint.argument, expected, repr(checkpoint.name), remedy):
             self.backbone, self.head = head_of(model)
+        if own is not output:
+            start = f"base_model.model.{modules[output]}."
+            saved = {key.removeprefix(start): each for key, each in checkpoint.saved.items()}
+            changed = widened(output, saved)
+            self.head = self.head._replace(weight=changed.weight, bias=changed.bias)
 
     def about(self) -> dict[str, Any]:
         """Describe the model for a report."""
@@ -109,7 +140,8 @@ class Checkpoint:
     """A checkpoint by its folder or hub name, before anything large is loaded.
 
     source: where the model's weights are, for an adapter its base's. config: the model's. rows: of
-    its lm_head, where the files say so. adapter: its kind and base, or None.
+    its lm_head, where the files say so. adapter: its kind and base, or None. saved: the tensors of
+    the adapter's file.
     """
 
     def __init__(self, argument: str, name: str) -> None:
@@ -119,7 +151,7 @@ class Checkpoint:
 
         self.argument, self.name, self.source = argument, name, name
         self.adapter: dict[str, str] | None = None
-        rows: list[int] = []
+        self.saved: dict[str, torch.Tensor] = {}
         expected = "a folder that save_pretrained wrote, or a hub name"
         remedy = "check the name; an adapter needs its base, and pip install peft"
         with told(argument, expected, repr(name), remedy):
@@ -133,9 +165,9 @@ class Checkpoint:
                 if config.is_prompt_learning:
                     raise ValueError(f"a {kind} changes the input, not a model's weights")
                 self.adapter = {"kind": str(kind), "base": readable(self.source)}
-                saved = peft.load_peft_weights(name, device="cpu")
-                rows = [len(tensor) for key, tensor in saved.items() if key.endswith(ROWS)]
+                self.saved = peft.load_peft_weights(name, device="cpu")
             self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
+        rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
         size = getattr(self.config.get_text_config(), "vocab_size", None)
         self.rows: int | None = max(rows, default=size)
 
