@@ -26,7 +26,8 @@ COLOURS, SPIKE = ("#d1495b", "#00798c"), "#e09f3e"
 SPAN = 1e5
 QUANTILES = ("kl/p50", "kl/p95", "kl/p99")
 DRAWN = (*PANELS, *QUANTILES, "kl/spike")
-LARGEST_STEP = 2.0**53  # a float does not tell larger ones from the next
+# A float does not tell larger steps from the next; an axis has no room for larger figures.
+LARGEST_STEP, LARGEST_FIGURE = 2.0**53, 1e100
 WROTE = "a file that KLMonitor(jsonl=...) wrote"
 Run = dict[str, np.ndarray]
 
@@ -61,8 +62,7 @@ def read_run(source: Path) -> Run:
         names = dict.fromkeys(name for line in steps.values() for name in line)
         known = [name for name in names if name in DRAWN]
         figures = [[float(line.get(name, math.nan)) for line in steps.values()] for name in known]
-        # What is not finite has no place on an axis.
-        table = np.where(np.isfinite(figures), figures, math.nan)
+        table = np.where(np.abs(figures) < LARGEST_FIGURE, figures, math.nan)
         run = dict(zip(known, table, strict=True))
         if not _has(run, "kl/mean"):
             raise ValueError(f"it has no finite 'kl/mean' but {[*names]}")

@@ -98,10 +98,13 @@ def test_where_a_run_went_on_from_a_checkpoint(tmp_path) -> None:
         [{"kl/mean": None, "kl/spike": 1.0}, {"kl/mean": 0.1, "beta": None}],
         [{"kl/mean": 0.1, "reward": 1.0}, {"kl/mean": 1e30, "reward": -1e30}, {"kl/mean": 1e-30}],
         [{"kl/mean": 0.1, "kl/p50": 0.1}, {"kl/p50": 0.1, "kl/p95": 0.3}],
-        [{"kl/mean": kl, "reward": kl, "other": "text"} for kl in (0.1, math.inf, 10**400, True)],
+        [
+            {"kl/mean": kl, "kl/p50": kl, "kl/p95": kl, "kl/p99": kl, "reward": kl, "other": "text"}
+            for kl in (0.1, 1.7e308, -1.7e308, math.inf, 10**400, 5e-324, True)
+        ],
         [{"step": 2**53 - 1, "kl/mean": 0.1}],
     ],
-    ids=["one", "zero", "negative", "null", "huge", "gaps", "infinite", "far"],
+    ids=["one", "zero", "negative", "null", "huge", "gaps", "beyond", "far"],
 )
 def test_odd_runs_give_a_picture_without_a_warning(lines, tmp_path, recwarn) -> None:
     write(tmp_path / "run.jsonl", lines)
@@ -112,11 +115,11 @@ def test_odd_runs_give_a_picture_without_a_warning(lines, tmp_path, recwarn) -> 
 
 def test_gaps_and_spikes_are_said(tmp_path) -> None:
     monitor = KLMonitor(jsonl=tmp_path / "run.jsonl")
-    for value in (0.1, math.nan, 0.2, math.inf):
+    for value in (0.1, math.nan, 0.2, math.inf, 1e101):
         monitor.update(torch.tensor([value]))
     said = plot.plot_run(tmp_path / "run.jsonl", tmp_path / "run.png")
-    assert "4 steps; KL 0.2 at the end, 0.2 at most" in said
-    assert "finite KL: 2 steps" in said and "at 1, 3" in said
+    assert "5 steps; KL 0.2 at the end, 0.2 at most" in said
+    assert "finite KL: 3 steps" in said and "at 1, 3" in said
 
 
 @pytest.mark.parametrize(
