@@ -100,6 +100,7 @@ def _run_demo(given: argparse.Namespace) -> int:
 def _run_compare(given: argparse.Namespace) -> int:
     from .compare import inputs
 
+    given.text = inputs.files(given.text)
     inputs.check_files(given.text, given.html, given.json)
     given.device = _choose_device(given.device)
     run = _load("compare", ".compare.run")

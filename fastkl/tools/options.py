@@ -135,9 +135,9 @@ ARGUMENTS: dict[str, Arguments] = {
         ),
         "model_b": ("the other version of it", dict(metavar="MODEL_B")),
         "--text": (
-            "what to compare on, in UTF-8: files, or - for standard input, a document each; a "
-            ".jsonl file has a document a line: messages (in A's chat template), prompt and "
-            "completion, or text",
+            "what to compare on, in UTF-8: files, folders, patterns, or - for standard input, "
+            "a document each; a .jsonl file has a document a line: messages (in A's chat "
+            "template), prompt and completion, or text",
             dict(type=Path, nargs="+", required=True, metavar="FILE"),
         ),
         "--tokenizer": (

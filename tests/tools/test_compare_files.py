@@ -109,12 +109,23 @@ def test_bytes_of_a_character(files, tmp_path):
     assert all(entry["token"] for entry in result["top"])
 
 
-def test_standard_input(files, tmp_path, monkeypatch, capsys):
+def test_folders_patterns_and_standard_input(files, tmp_path, monkeypatch, capsys):
+    for name in ("b.txt", "a.txt", ".hidden", "deep/c.txt", "deep/er/d.md", "[1].txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(files.text[0], tmp_path / name)
+    for given, expected in (
+        ("deep", "deep/c.txt"),
+        ("**/*.txt", "[1].txt a.txt b.txt deep/c.txt"),
+        ("[1].txt", "[1].txt"),
+    ):
+        found = inputs.files([tmp_path / given])
+        assert found == tuple(tmp_path / name for name in expected.split())
     expected = compare(files, files.a, files.b, text=files.text[:1])[1]
     content = files.text[0].read_bytes()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     (tmp_path / "empty").touch()
-    arguments = ("--device", "cpu", "--text", "-", tmp_path / "empty", "--json", "-")
+    texts = ("-", tmp_path / "e*y")
+    arguments = ("--device", "cpu", "--text", *texts, "--json", "-")
     code, shown, _ = cli_run(capsys, files.a, files.b, *arguments)
     numbers = json.loads(shown)
     assert code == 0 and numbers["summary"] == expected["summary"]

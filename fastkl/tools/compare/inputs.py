@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 import math
@@ -18,11 +19,31 @@ from . import STDIN
 
 SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
-# ---- documents
+# ---- files
+
+
+def files(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """List the files that paths, folders and patterns stand for, each group sorted by name.
+
+    A folder stands for the files directly in it that are not hidden.
+    """
+    found: list[Path] = []
+    for path in paths:
+        group = [path]
+        # os.path returns False where pathlib raises, as for a name that is too long.
+        if path != STDIN and (os.path.isdir(path) or not os.path.exists(path)):
+            pattern = f"{glob.escape(str(path))}/*" if os.path.isdir(path) else str(path)
+            names = glob.glob(pattern, recursive=True)
+            group = sorted(Path(name) for name in names if os.path.isfile(name))
+        if not group:
+            remedy = "check the name, or pass a pattern such as 'folder/**/*.txt'"
+            raise UseError("--text", "files with text", repr(str(path)), remedy)
+        found += group
+    return tuple(found)
 
 
 def check_files(texts: Iterable[Path], html: Path | None, json: Path | None) -> None:
-    """Refuse texts that are not there, outputs that cannot be written, a file with two uses."""
+    """Refuse outputs that cannot be written, and a file with two uses."""
     seen: set[str] = set()
     outputs = {"--html": html, "--json": json}
     named = [(option, path) for option, path in outputs.items() if path is not None]
@@ -33,13 +54,13 @@ def check_files(texts: Iterable[Path], html: Path | None, json: Path | None) -> 
             expected = "a file that has no other use"
             raise UseError(option, expected, repr(str(path)), "choose another name")
         seen.add(place)
-        # os.path returns False where pathlib raises, as for a name that is too long.
-        if is_text and path != STDIN and (os.path.isdir(path) or not os.path.exists(path)):
-            raise UseError(option, "files with text", repr(str(path)), "check the name")
         if not is_text and path != STDIN:
             expected = "a file in a folder that can be written to"
             with told(option, expected, repr(str(path)), "choose another name"):
                 check_writable(path)
+
+
+# ---- documents
 
 
 def documents(path: Path, tokenizer: Any) -> Iterator[tuple[str, str, bool]]:
