@@ -143,20 +143,21 @@ def wide_model(name):
     if adapter.exists():
         peft = pytest.importorskip("peft").PeftModel
         model = peft.from_pretrained(model, name, autocast_adapter_dtype=False).double().eval()
-    return model
+    return model, config.model_type == "paligemma"
 
 
 @torch.no_grad()
 def log_probs(name, ids, context, overlap, columns):
     # [n - 1, V] in float64: each token from the first window that reaches it.
-    model, rows = wide_model(name), []
+    (model, marked), rows = wide_model(name), []
     step = context - overlap
     start_of = lambda target: max(0, math.ceil((target - context) / step)) * step  # noqa: E731
     for start, targets in itertools.groupby(range(1, len(ids)), start_of):
         targets = list(targets)
         window = torch.tensor([ids[start : targets[-1]]])
-        logits = model(input_ids=window, use_cache=False).logits[0, targets[0] - 1 - start :]
-        rows.append(logits[:, list(columns)].log_softmax(-1))
+        more = {"token_type_ids": torch.ones_like(window)} if marked else {}
+        logits = model(input_ids=window, use_cache=False, **more).logits[0]
+        rows.append(logits[targets[0] - 1 - start :, list(columns)].log_softmax(-1))
     return torch.cat(rows)
 
 

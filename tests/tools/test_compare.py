@@ -56,6 +56,9 @@ TEXT = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 TEXT |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 VISION = {**SIZES, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
 SIGLIP = {**VISION, "model_type": "siglip_vision_model"}
+LLAMA4 = {**TEXT, "intermediate_size_mlp": 48, "num_local_experts": 2, "no_rope_layers": [1, 0]}
+LLAMA4 |= {"interleave_moe_layer_step": 2, "attention_chunk_size": 64}
+PROJECTED = dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), 32)
 SEEN = "ForConditionalGeneration"
 # Class -> (options, (scale, cap) of its head).
 MODELS = {
@@ -72,6 +75,18 @@ MODELS = {
         | {"vision_config": {**VISION, "model_type": "clip_vision_model"}},
         (1.0, None),
     ),
+    f"PaliGemma{SEEN}": (
+        {"text_config": {**TEXT, "model_type": "gemma"}, "image_token_index": 290}
+        | {"vision_config": {**SIGLIP, "projection_dim": 32}}
+        | {"projection_dim": 32, "hidden_size": 32},
+        (1.0, None),
+    ),
+    f"Llama4{SEEN}": (
+        {"text_config": LLAMA4, "image_token_index": 290}
+        | {"vision_config": {**VISION, **PROJECTED, "pixel_shuffle_ratio": 1.0}},
+        (1.0, None),
+    ),
+    "Llama4ForCausalLM": ({**LLAMA4, "config": "Llama4TextConfig"}, (1.0, None)),
     f"Gemma3{SEEN}": (
         {"text_config": {**TEXT, "sliding_window": 64}, "mm_tokens_per_image": 4}
         | {"vision_config": SIGLIP},

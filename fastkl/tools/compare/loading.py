@@ -85,6 +85,10 @@ class Model:
         self.dtype, self.device = model.dtype, model.device
         output = model.get_output_embeddings()
         modules = {module: name for name, module in model.named_modules()}
+        if model.base_model is model and hasattr(model, "get_decoder"):
+            # Llama 4's classes name a part that they do not have.
+            model = getattr(model, "language_model", model)
+            model.base_model_prefix = "model"
         own = getattr(output, "base_layer", None) or getattr(output, "original_module", output)
         if own is not output:
             # The base's layer shows what follows the product, which an adapter does not change.
@@ -112,7 +116,11 @@ class Model:
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Compute the last hidden states [n, H] of tokens [n]."""
-        output = self.backbone(input_ids=ids[None].to(self.device), use_cache=False)
+        ids, more = ids[None].to(self.device), {}
+        if self.checkpoint.config.model_type == "paligemma":
+            # It reads a prompt from both sides and, marked by 1, its own text from left to right.
+            more["token_type_ids"] = torch.ones_like(ids)
+        output = self.backbone(input_ids=ids, use_cache=False, **more)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def check(self, ids: torch.Tensor) -> None:
