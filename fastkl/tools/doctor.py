@@ -1,18 +1,22 @@
 """`fastkl doctor`: checks that fastkl is right on this machine, one line per check.
 
-A crash or a hang ends the report at the name of its check, with a stack on standard error.
+Checks run in a process of their own: a crash or a hang costs one check and not the report.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib.metadata
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +29,8 @@ import fastkl
 from .. import testing
 from .files import json_text, write_whole
 
-# Seconds of a check before it is taken for a hang.
-HANG = 120.0
+# Seconds of a check before it is taken for a hang; crashes and hangs before the rest is left out.
+HANG, CRASHES = 120.0, 4
 STDERR = 2  # the descriptor, whatever sys.stderr is
 # Variables that change what runs, and those among them that cost time or precision.
 VARIABLES = r"TRITON_|FASTKL_|(CUDA|HIP|ROCR)_VISIBLE|CUDA_LAUNCH|PYTORCH_|DISABLE_PTXAS|.*TF32"
@@ -48,7 +52,7 @@ Pair = Sequence[torch.Tensor]
 
 
 class Outcome(NamedTuple):
-    """Result of a check: ok, warning or FAIL, in words and figures."""
+    """Result of a check: ok, warning, skipped or FAIL, in words and figures."""
 
     status: str
     text: str
@@ -162,12 +166,24 @@ def check_linear(device: torch.device, dtype: str) -> Outcome:
     return _compare(ours, truth, (hidden.flatten(), weight.flatten()), one, LIMITS[dtype][1])
 
 
-def check_sum(rows: int, device: torch.device, dtype: str) -> Outcome:
-    """Compare a sum and its gradient to P alone, which one launch may compute."""
-    vocabulary = LARGE_VOCABULARY if rows < 100 else 4096
-    p, q = testing.pair("normal3", rows, vocabulary, 0.3, dtype=getattr(torch, dtype))
-    p, q = p.to(device), q.to(device)
-    ours = lambda x: {"kl": fastkl.kl_divergence(x, q, reduction="sum")}  # noqa: E731
+def check_sum(shape: tuple[int, int], device: torch.device, dtype: str) -> Outcome:
+    """Compare a sum and its gradient to P alone; Triton's from one launch, whose programs wait for
+    one another.
+    """
+    p, q = testing.pair("normal3", *shape, 0.3, dtype=getattr(torch, dtype), device=device)
+    # A float16 gradient is made when its scale is known.
+    together = fastkl.explain(p).backend == "triton" and dtype != "float16"
+    if together:
+        from fastkl.kernels import config
+
+        config.fuses = lambda arch: True  # for the rest of this process
+
+    def ours(x: torch.Tensor) -> Fields:
+        loss = fastkl.kl_divergence(x, q, reduction="sum")
+        if together and "SummedKL" not in str(loss.grad_fn):
+            raise AssertionError("row_fused did not take the rows")
+        return {"kl": loss}
+
     truth = lambda x: {"kl": testing.truth(x, q).kl.sum()}  # noqa: E731
     return _compare(ours, truth, [p], {"kl": torch.ones((), device=device)}, LIMITS[dtype][0])
 
@@ -202,8 +218,8 @@ def all_checks() -> dict[str, Callable[[torch.device], Outcome]]:
         "linear": check_linear,
         "strided view": partial(check_agreement, _strided),
         "vocabulary 128256": partial(check_agreement, partial(_ordinary, LARGE_VOCABULARY)),
-        "sum of 8 rows": partial(check_sum, 8),
-        "sum of 3000 rows": partial(check_sum, 3000),
+        "sum of 8 rows": partial(check_sum, (8, LARGE_VOCABULARY)),
+        "sum of 3000 rows": partial(check_sum, (3000, 4096)),
         "bits of rows": check_bits,
     }
     listed: dict[str, Callable[[torch.device], Outcome]] = {"this machine": check_machine}
@@ -213,12 +229,13 @@ def all_checks() -> dict[str, Callable[[torch.device], Outcome]]:
     return listed
 
 
-def run_check(check: Callable[[torch.device], Outcome], device: torch.device) -> Outcome:
+def run_check(device: str, key: str) -> Outcome:
     """Run a check; an exception is a FAIL with its first and last line, a hang ends the process."""
+    faulthandler.enable(STDERR)
     faulthandler.dump_traceback_later(HANG, exit=True, file=STDERR)
     try:
-        outcome = check(device)
-        if device.type == "cuda":
+        outcome = all_checks()[key](torch.device(device))
+        if device.startswith("cuda"):
             torch.cuda.synchronize(device)  # shows a kernel's error
         return outcome
     except Exception as error:
@@ -230,17 +247,55 @@ def run_check(check: Callable[[torch.device], Outcome], device: torch.device) ->
         faulthandler.cancel_dump_traceback_later()
 
 
+class Isolated:
+    """Runs checks in a process, and in a new one after a check that failed: it may have lost the
+    GPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device, self.crashes = device, 0
+        self.pool: futures.ProcessPoolExecutor | None = None
+
+    def run(self, key: str) -> Outcome:
+        """Return the outcome of a check, whatever happens to the process that runs it."""
+        if self.crashes == CRASHES:
+            return Outcome("skipped", f"{CRASHES} checks crashed or hung before")
+        if self.pool is None:
+            spawn = multiprocessing.get_context("spawn")  # neither CUDA nor threads survive a fork
+            group = getattr(os, "setpgrp", None)  # so that its compilers end with it
+            self.pool = futures.ProcessPoolExecutor(1, spawn, group)
+        try:
+            outcome = self.pool.submit(run_check, self.device, key).result()
+        except futures.BrokenExecutor:
+            self.crashes += 1
+            text = f"it crashed, or hung for {HANG:.0f} s; its stack is on standard error"
+            outcome = Outcome("FAIL", text)
+        if outcome.status == "FAIL":
+            self.close()
+        return outcome
+
+    def close(self) -> None:
+        """End the process, and what it started."""
+        for child in multiprocessing.active_children():
+            with contextlib.suppress(ProcessLookupError, AttributeError):
+                os.killpg(child.pid or 0, signal.SIGKILL)
+            child.kill()
+        if self.pool is not None:
+            self.pool.shutdown()
+        self.pool = None
+
+
 def run_doctor(device: str, json_to: str | None = None) -> int:
     """Run and print all checks, write them as JSON to a file or "-"; return 1 if one failed."""
     out = sys.stderr if json_to == "-" else sys.stdout
     checks, rows = all_checks(), []
-    faulthandler.enable(STDERR)
     print(f"fastkl doctor: {len(checks)} checks on {device}, in about a minute\n", file=out)
-    for key, check in checks.items():
-        print(f"{key}: ", end="", file=out, flush=True)
-        outcome = run_check(check, torch.device(device))
-        rows.append({"check": key, **outcome._asdict()})
-        print(f"{outcome.status}, {outcome.text}", file=out)
+    with contextlib.closing(Isolated(device)) as isolated:
+        for key in checks:
+            print(f"{key}: ", end="", file=out, flush=True)
+            outcome = isolated.run(key)
+            rows.append({"check": key, **outcome._asdict()})
+            print(f"{outcome.status}, {outcome.text}", file=out, flush=True)
     counts = Counter(row["status"] for row in rows)
     advice = "Something is wrong: paste this report into an issue." if counts["FAIL"] else ""
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())

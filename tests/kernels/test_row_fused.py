@@ -13,6 +13,7 @@ from cases import INTERPRETING, Rows
 import fastkl
 from fastkl import testing
 from fastkl.ops.fields import Scaling
+from fastkl.tools import doctor
 
 pytest.importorskip("triton")
 from fastkl.kernels import config, launch_fused
@@ -153,3 +154,12 @@ def test_losses_that_take_two_launches(monkeypatch) -> None:
         kl(x[:, 1:], q[:, 1:], reduction="sum").backward()
         torch.func.grad(lambda value: kl(value, q).sum())(p)
         fastkl.KLPenalty(0.1, direction="reference||policy")(x, q).backward()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_doctor_compares_one_launch_with_float64(monkeypatch, dtype) -> None:
+    monkeypatch.setattr(config, "fuses", config.fuses)  # the check sets it, in a process of its own
+    with fastkl.use_backend("triton"):
+        assert doctor.check_sum((3, 512), torch.device(DEVICE), dtype).status == "ok"
+        with pytest.raises(AssertionError, match="did not take the rows"):
+            doctor.check_sum((2, 513), torch.device(DEVICE), dtype)

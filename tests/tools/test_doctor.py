@@ -1,11 +1,15 @@
-"""`fastkl doctor`: each fault makes it fail and name the check; a hang ends it with a stack."""
+"""`fastkl doctor`: each fault makes it fail and name the check; a crash costs one check."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +22,17 @@ CPU = torch.device("cpu")
 KL, STATS, LINEAR = fastkl.kl_divergence, fastkl.token_stats, fastkl.linear_kl_divergence
 
 
+class Here:
+    # Runs the checks in this process, where they can be sabotaged.
+    def __init__(self, device):
+        self.run, self.close = functools.partial(doctor.run_check, device), lambda: None
+
+
 @pytest.fixture
-def report(tmp_path):
+def report(tmp_path, monkeypatch):
     # Run the command here; return its exit code and the JSON.
+    monkeypatch.setattr(doctor, "Isolated", Here)
+
     def run(device="cpu"):
         code = cli.main(["doctor", "--device", device, "--json", str(tmp_path / "report.json")])
         return code, json.loads((tmp_path / "report.json").read_text())
@@ -145,17 +157,74 @@ def test_sabotage_is_found_and_named(report, monkeypatch, capsys, case):
     assert capsys.readouterr().out.count(": FAIL, ") == len(failed)
 
 
-def test_a_hang_ends_the_report_with_a_stack(tmp_path):
+# ---- processes
+
+
+def hang(device):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    Path("started").touch()
+    time.sleep(1000)
+
+
+RUN_CHECK, FAULTS = doctor.run_check, {"crash": lambda device: os.abort(), "hang": hang}
+FAULTS |= {"broken": raises, "fine": lambda device: doctor.Outcome("ok", str(os.getpid()))}
+
+
+def replaced(device, key):
+    # Stands in for run_check in another process, which finds it by its name.
+    doctor.all_checks, doctor.HANG = lambda: FAULTS, 0.5 if key == "hang" else 1000.0
+    return RUN_CHECK(device, key)
+
+
+def slow(device, key):
+    hang(device)
+
+
+def test_a_crash_a_hang_or_a_failure_costs_one_check(monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "run_check", replaced)
+    monkeypatch.setattr(doctor, "CRASHES", 2)
+    keys = ("fine", "fine", "broken", "fine", "crash", "fine", "hang", "fine")
+    with contextlib.closing(doctor.Isolated("cpu")) as isolated:
+        found = [isolated.run(key) for key in keys]
+    status = [each.status for each in found]
+    assert status == ["ok", "ok", "FAIL", "ok", "FAIL", "ok", "FAIL", "skipped"]
+    assert len({each.text for each in found if each.status == "ok"}) == 3
+    assert capfd.readouterr().err.count("run_check") >= 2  # stacks
+
+
+def in_session(session):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
+            found += [path.parent.name] if int(its) == session and state not in "ZX" else []
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at /proc")
+def test_a_signal_leaves_no_process_behind(tmp_path):
+    # Ended while a check runs, it takes its child and what that started with it.
     start = (
-        "import sys, time\nfrom fastkl.tools import cli, doctor\ndoctor.HANG = 0.2\n"
-        "doctor.all_checks = lambda: {'the slow one': lambda device: time.sleep(100)}\n"
+        "import sys, test_doctor\nfrom fastkl.tools import cli, doctor\n"
+        "doctor.run_check = test_doctor.slow\ndoctor.all_checks = lambda: {'hang': None}\n"
         "sys.exit(cli.main(['doctor', '--device', 'cpu']))"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(fastkl.__file__).parents[1])}
-    command = [sys.executable, "-c", start]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout.endswith("the slow one: ")
-    assert "run_check" in done.stderr
+    path = os.pathsep.join(map(str, (Path(__file__).parent, Path(fastkl.__file__).parents[1])))
+    command, environment = [sys.executable, "-c", start], os.environ | {"PYTHONPATH": path}
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True)
+    try:
+        while not (tmp_path / "started").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert len(in_session(process.pid)) >= 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143
+        while in_session(process.pid):
+            time.sleep(0.05)
+    finally:
+        for each in in_session(process.pid):
+            os.kill(int(each), signal.SIGKILL)
 
 
 # ---- the machine
