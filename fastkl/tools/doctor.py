@@ -255,6 +255,7 @@ class Isolated:
     def __init__(self, device: str) -> None:
         self.device, self.crashes = device, 0
         self.pool: futures.ProcessPoolExecutor | None = None
+        self.children: list[multiprocessing.process.BaseProcess] = []
 
     def run(self, key: str) -> Outcome:
         """Return the outcome of a check, whatever happens to the process that runs it."""
@@ -265,7 +266,9 @@ class Isolated:
             group = getattr(os, "setpgrp", None)  # so that its compilers end with it
             self.pool = futures.ProcessPoolExecutor(1, spawn, group)
         try:
-            outcome = self.pool.submit(run_check, self.device, key).result()
+            given = self.pool.submit(run_check, self.device, key)
+            self.children = multiprocessing.active_children()
+            outcome = given.result()
         except futures.BrokenExecutor:
             self.crashes += 1
             text = f"it crashed, or hung for {HANG:.0f} s; its stack is on standard error"
@@ -275,8 +278,8 @@ class Isolated:
         return outcome
 
     def close(self) -> None:
-        """End the process, and what it started."""
-        for child in multiprocessing.active_children():
+        """End the process, and what it started, which may outlive it."""
+        for child in [*self.children, *multiprocessing.active_children()]:
             with contextlib.suppress(ProcessLookupError, AttributeError):
                 os.killpg(child.pid or 0, signal.SIGKILL)
             child.kill()

@@ -161,8 +161,8 @@ def test_sabotage_is_found_and_named(report, monkeypatch, capsys, case):
 
 
 def hang(device):
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-    Path("started").touch()
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    Path("started").write_text(str(started.pid))
     time.sleep(1000)
 
 
@@ -191,6 +191,8 @@ def test_a_crash_a_hang_or_a_failure_costs_one_check(monkeypatch, tmp_path, capf
     assert status == ["ok", "ok", "FAIL", "ok", "FAIL", "ok", "FAIL", "skipped"]
     assert len({each.text for each in found if each.status == "ok"}) == 3
     assert capfd.readouterr().err.count("run_check") >= 2  # stacks
+    while (tmp_path / "started").read_text() in in_session(os.getsid(0)):
+        time.sleep(0.05)
 
 
 def in_session(session):
