@@ -253,7 +253,7 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     gradients = linear_gradients(
         LinearInputs(*nine, *ctx.settings),
         GradientInputs._make([tokens, saved, logits, ref_logits, *given, ",".join(names)]),
-        alone=overwriting if ctx.may_overwrite else None,
+        unobserved=overwriting if ctx.may_overwrite else None,
     )
     found = {name: value for name, value in zip(SIX, gradients, strict=True) if name in names}
     return returned(found, StatisticsInputs)
