@@ -132,9 +132,9 @@ class DualOp(Generic[Outputs]):
             return results if returned is None else results[:returned]
 
         self.op.register_vmap(vmap_by(self.op))
-        # Call the C++ apply of Function's base class. Function.apply looks at every call for
-        # transforms and their wrappers, which __call__ has ruled out, and for a setup_context, whose
-        # signature it inspects.
+        # Call the C++ apply of Function's base class. At every call Function.apply looks for
+        # transforms and their wrappers, which __call__ has ruled out, and inspects the signature of
+        # a setup_context.
         eager: Any = super(
             torch.autograd.Function, _function(name, forward=forward, backward=backward)
         )

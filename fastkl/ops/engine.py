@@ -115,8 +115,8 @@ class Kernels(Engine):
         launch = fused_launchers()
         if not launch.config.fuses(launch.architecture(args.p.device)[0]):
             return False
-        found = problems(args)
-        return len(found) == 1 and launch.fuses(found[0][1], grad_p.view(-1, grad_p.shape[-1]))
+        parts = problems(args)
+        return len(parts) == 1 and launch.fuses(parts[0][1], grad_p.view(-1, grad_p.shape[-1]))
 
     def together(
         self,
