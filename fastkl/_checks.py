@@ -78,13 +78,13 @@ def logits(name: str, value: torch.Tensor) -> None:
     plain(name, value, "logits [..., V]", f"pass the whole ones: {name}.full_tensor()")
     if value.dim() == 0:
         raise ValueError(
-            f"{name}: expected logits [..., V] with at least one dimension, got a "
-            f"scalar; pass one row as [V]"
+            f"{name}: expected logits [..., V] with at least one dimension, got a scalar; pass one "
+            f"row as [V]"
         )
     if value.shape[-1] == 0:
         raise ValueError(
-            f"{name}: expected a vocabulary of at least one entry in the last "
-            f"dimension, got shape {tuple(value.shape)}; pass output.logits"
+            f"{name}: expected a vocabulary of at least one entry in the last dimension, got shape "
+            f"{tuple(value.shape)}; pass output.logits"
         )
 
 
@@ -125,8 +125,8 @@ def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
         raise TypeError(f"{expected} a DTensor, of which each process holds a part; {remedy}")
     if value.is_nested:
         raise TypeError(
-            f"{expected} a nested tensor; pad it, {name}.to_padded_tensor(0), beside a "
-            f"mask, or pass the .values() of every jagged argument"
+            f"{expected} a nested tensor; pad it, {name}.to_padded_tensor(0), beside a mask, or "
+            f"pass the .values() of every jagged argument"
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{expected} one of layout {value.layout}; pass {name}.to_dense()")
@@ -144,8 +144,7 @@ def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch
     if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_TYPES:
         raise TypeError(
             f"weights: expected a float tensor, what each token counts, got {type_name(value)}; "
-            f"pass a float tensor of the "
-            f"leading shape {tuple(leading)}"
+            f"pass a float tensor of the leading shape {tuple(leading)}"
         )
     per_row("weights", value, leading, device)
 
@@ -191,14 +190,13 @@ def per_row(name: str, value: torch.Tensor, leading: torch.Size, device: torch.d
     not_sharded(name, value, "one entry per token", local_or_full(name))
     if value.shape != leading:
         raise ValueError(
-            f"{name}: expected the leading shape {tuple(leading)}, one entry per token without "
-            f"the vocabulary or hidden "
-            f"dimension, got {tuple(value.shape)}; align batch and time"
+            f"{name}: expected the leading shape {tuple(leading)}, one entry per token without the "
+            f"vocabulary or hidden dimension, got {tuple(value.shape)}; align batch and time"
         )
     if value.device != device:
         raise ValueError(
-            f"{name}: expected the device of the other tensors, {device}, got {value.device}; "
-            f"move it with .to()"
+            f"{name}: expected the device of the other tensors, {device}, got {value.device}; move "
+            f"it with .to()"
         )
 
 
@@ -247,21 +245,20 @@ def temperature(
         if value.dim() == 0 and leading:
             raise ValueError(
                 f"{name}: expected a number or the leading shape {tuple(leading)}, one entry per "
-                f"token, got a tensor of shape (); "
-                f"pass float({name}), or {name}.expand({tuple(leading)}) to stay on the device"
+                f"token, got a tensor of shape (); pass float({name}), or "
+                f"{name}.expand({tuple(leading)}) to stay on the device"
             )
         per_row(name, value, leading, device)
         not_forward_mode(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             f"{name}: expected a positive number or a float tensor of the leading shape, got "
-            f"{type(value).__name__}; pass "
-            f"float({name})"
+            f"{type(value).__name__}; pass float({name})"
         )
     elif not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
         raise ValueError(
-            f"{name}: expected a positive finite number within 2^-126 … 2^126, "
-            f"got {shown(value)}; pass 1.0, which leaves the logits as they are"
+            f"{name}: expected a positive finite number within 2^-126 … 2^126, got {shown(value)}; "
+            f"pass 1.0, which leaves the logits as they are"
         )
 
 
@@ -289,8 +286,8 @@ def temperatures_positive(value: torch.Tensor) -> None:
     good = (wide >= LOWEST_TEMPERATURE) & (wide <= HIGHEST_TEMPERATURE)
     if not bool(good.all()):
         raise ValueError(
-            f"temperature: expected positive finite values within 2^-126 … 2^126, "
-            f"got {float(wide[~good][0])}; pass 1.0 for rows to leave as they are"
+            f"temperature: expected positive finite values within 2^-126 … 2^126, got "
+            f"{float(wide[~good][0])}; pass 1.0 for rows to leave as they are"
         )
 
 
@@ -299,8 +296,7 @@ def ratios_finite(value: torch.Tensor) -> None:
     if not bool(value.isfinite().all()):
         raise ValueError(
             "ref_temperature: expected positive finite values within 2^-126 … 2^126, in relation "
-            "to temperature too, "
-            "got one that is not; pass 1.0 for rows to leave as they are"
+            "to temperature too, got one that is not; pass 1.0 for rows to leave as they are"
         )
 
 
@@ -322,8 +318,8 @@ def clamp(name: str, value: float | None) -> None:
         )
     if value is not None and not (0 < value <= LARGEST_CLAMP):
         raise ValueError(
-            f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since "
-            f"e^{name} must stay finite, got {shown(value)}; pass None for no clamp"
+            f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must "
+            f"stay finite, got {shown(value)}; pass None for no clamp"
         )
 
 

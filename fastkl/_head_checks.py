@@ -31,8 +31,7 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
         value,
         what,
         "compute the loss inside the forward of the FSDP module that owns it, or after its "
-        "unshard(), where it is whole "
-        "and its gradient is reduced",
+        "unshard(), where it is whole and its gradient is reduced",
     )
     if value.dtype not in FLOAT_TYPES:
         raise TypeError(
@@ -41,8 +40,8 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
         )
     if value.shape == (0,) and not name.endswith("hidden"):
         raise ValueError(
-            f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 "
-            f"keeps in parts; gather it around forward and backward: with "
+            f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 keeps in "
+            f"parts; gather it around forward and backward: with "
             f"deepspeed.zero.GatheredParameters([{name}])"
         )
 
@@ -76,8 +75,8 @@ def head(
         )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of "
-            f"{name}, got {tuple(weight.shape)}; "
+            f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, "
+            f"got {tuple(weight.shape)}; "
             + (
                 packed_remedy(names.weight, weight)
                 or "pass lm_head.weight as it is, not transposed"
@@ -93,8 +92,8 @@ def head(
     for other, value in ((names.weight, weight), (names.bias, bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(
-                f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; "
-                f"convert one with .to(), or use torch.autocast"
+                f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert "
+                f"one with .to(), or use torch.autocast"
             )
         if value is not None:
             same_device(other, value, name, hidden)
@@ -127,15 +126,13 @@ def second_head(
     if shared and not own_bias and (bias is None) != (ref_bias is None):
         raise ValueError(
             f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, "
-            f"where both models share one "
-            f"lm_head, got {'None' if ref_bias is None else 'a tensor'}; pass "
-            f"ref_bias={names[0].bias}"
+            f"where both models share one lm_head, got "
+            f"{'None' if ref_bias is None else 'a tensor'}; pass ref_bias={names[0].bias}"
         )
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got "
-            f"{tuple(ref_hidden.shape[:-1])}; "
-            f"align the batch and time dimensions"
+            f"{tuple(ref_hidden.shape[:-1])}; align the batch and time dimensions"
         )
     if not shared and ref_weight.shape[0] != weight.shape[0]:
         padded, padded_bias = (
@@ -143,9 +140,8 @@ def second_head(
         )
         raise ValueError(
             f"{names[1].weight}: expected the {weight.shape[0]} rows of {names[0].weight}, got "
-            f"{ref_weight.shape[0]}; slice a padded "
-            f"vocabulary to the shared one: {padded.weight}[:V]"
-            + ("" if padded_bias is None else f" and {padded.bias}[:V]")
+            f"{ref_weight.shape[0]}; slice a padded vocabulary to the shared one: "
+            f"{padded.weight}[:V]" + ("" if padded_bias is None else f" and {padded.bias}[:V]")
         )
     same_device_and_precision("ref_hidden", ref_hidden, "hidden", hidden)
 
@@ -201,13 +197,13 @@ def chunk_size(value: int | None) -> None:
     """Check for None or a number of tokens."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(
-            f"chunk_size: expected a whole number of tokens or None, got "
-            f"{type_name(value)}; pass None, which chooses one"
+            f"chunk_size: expected a whole number of tokens or None, got {type_name(value)}; pass "
+            f"None, which chooses one"
         )
     if value is not None and not (1 <= value < 2**63):
         raise ValueError(
-            f"chunk_size: expected at least 1 token, and fewer than 2^63, got "
-            f"{shown(value)}; pass None, which chooses one"
+            f"chunk_size: expected at least 1 token, and fewer than 2^63, got {shown(value)}; pass "
+            f"None, which chooses one"
         )
 
 
@@ -215,8 +211,8 @@ def recompute(value: bool | None) -> None:
     """Check for None or a bool."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(
-            f"recompute: expected True, False or None, got {type_name(value)}; pass "
-            f"None, which keeps logits of up to 2 GiB"
+            f"recompute: expected True, False or None, got {type_name(value)}; pass None, which "
+            f"keeps logits of up to 2 GiB"
         )
 
 
@@ -225,12 +221,11 @@ def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
     allowed = {default} if default == torch.float64 else {default, torch.float32}
     if value is not None and not isinstance(value, torch.dtype):
         raise TypeError(
-            f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; "
-            f"pass torch.float32, for instance"
+            f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; pass "
+            f"torch.float32, for instance"
         )
     if value is not None and value not in allowed:
         raise ValueError(
             f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these "
-            f"inputs, got {value}; convert the inputs "
-            f"with .to() for logits of another type"
+            f"inputs, got {value}; convert the inputs with .to() for logits of another type"
         )

@@ -201,8 +201,8 @@ def _head(
         if value is not None:
             raise ValueError(
                 f"{other}: expected None beside a Head as {name}, got "
-                f"{_checks.type_name(value) if other == bias_name else _checks.shown(value)}; "
-                f"give each model a Head with its own"
+                f"{_checks.type_name(value) if other == bias_name else _checks.shown(value)}; give "
+                f"each model a Head with its own"
             )
     _head_checks.softcap(weight.softcap, f"{name}.softcap")
     _head_checks.logit_scale(f"{name}.logit_scale", weight.logit_scale)

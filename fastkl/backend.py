@@ -80,9 +80,8 @@ def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str,
         problems.append("triton is not installed: pip install triton")
     if not (logits[0].is_cuda or (logits[0].is_cpu and _interpreting())):
         problems.append(
-            f"the tensors are on {logits[0].device}: move them to a GPU, or set "
-            f"TRITON_INTERPRET=1 before importing fastkl to "
-            f"interpret the kernels on CPU"
+            f"the tensors are on {logits[0].device}: move them to a GPU, or set TRITON_INTERPRET=1 "
+            f"before importing fastkl to interpret the kernels on CPU"
         )
     for dtype in sorted({str(value.dtype) for value in logits if value.dtype not in _TRITON_TYPES}):
         problems.append(

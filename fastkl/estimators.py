@@ -216,8 +216,8 @@ def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | 
         _checks.same_device_and_precision(name, value, "logprob", logprob)
         if name == "old_logprob" and value.requires_grad:
             raise ValueError(
-                "old_logprob: expected log-probabilities without gradient, of the policy as it "
-                "was when it sampled, got a tensor that requires grad; pass old_logprob.detach(), "
-                "or None for tokens sampled from the policy as it is now"
+                "old_logprob: expected log-probabilities without gradient, of the policy as it was "
+                "when it sampled, got a tensor that requires grad; pass old_logprob.detach(), or "
+                "None for tokens sampled from the policy as it is now"
             )
     _checks.clamp("clamp", clamp)

@@ -76,8 +76,7 @@ class _Penalty(torch.nn.Module):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(
                 f"beta: expected a number or a controller with an attribute `beta`, got "
-                f"{type(value).__name__}; "
-                f"for a tensor or numpy scalar pass float(beta)"
+                f"{type(value).__name__}; for a tensor or numpy scalar pass float(beta)"
             )
         if not (0 <= value <= sys.float_info.max):
             remedy = (
@@ -94,8 +93,8 @@ class _Penalty(torch.nn.Module):
     def extra_repr(self) -> str:
         """Return the arguments, for print(model)."""
         return (
-            f"beta={self.beta:g}, direction={self.direction!r}, "
-            f"temperature={self.temperature:g}, reduction={self.reduction!r}"
+            f"beta={self.beta:g}, direction={self.direction!r}, temperature={self.temperature:g}, "
+            f"reduction={self.reduction!r}"
         )
 
     def _divisor(

@@ -31,8 +31,7 @@ FAR_D = 1e4
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of rows, [N] each (None if not requested), and the values for `row_gradients`,
-    [N, 10].
+    """Statistics of rows, [N] each (None if not requested), and values [N, 10] for row_gradients.
 
     saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, log1p(t), entropy,
     whether float32 is not enough (FAR), and zeros in the other columns. log1p(t) corrects the

@@ -26,10 +26,10 @@ SMALL_KL, SMALL_KL_LIMITS, KL_LIMIT = 1e-2, (1e-4, 1e-8), 2e-5
 VALUE_LIMITS = (2e-6, 2e-6)
 # Gradients: a row's L2 error over its norm.
 GRADIENT_LIMIT = 1e-5
-# Gradients of a smaller norm are compared absolutely, like a KL below 1e-8; a row with p_max =
-# 1 - 1e-14 has a smaller one. Between rows 50 apart a float32 centre lies up to 2e-6 from the mean,
-# and the mean of the rest is known to 2^-24 of that, 1e-13 a rounding: three of them are 1e-5 of
-# this floor.
+# Gradients of a smaller norm are compared absolutely, like a KL below 1e-8: rows with p_max of
+# 1 - 1e-14 have such gradients. Between rows 50 apart a float32 centre lies up to 2e-6 from the
+# mean, and the mean of the rest is known to 2^-24 of that, 1e-13 a rounding: three of them are 1e-5
+# of this floor.
 GRADIENT_FLOOR = 3e-8
 
 

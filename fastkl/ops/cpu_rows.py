@@ -240,8 +240,7 @@ def _series_sums(
     ref_h = _series(e, d, REF_H_NEAREST, work) if both else None
     if largest_d is None:
         return largest_d, h, ref_h
-    limit = NEAREST_D if both else NEAR_D
-    is_near = largest_d < limit
+    is_near = largest_d < (NEAREST_D if both else NEAR_D)
     for selected, by_series in ((is_near & (largest_d >= NEAREST_D), True), (~is_near, False)):
         rows = selected.nonzero()[:, 0]
         if not rows.numel():
@@ -299,8 +298,11 @@ def _finish_pair(
     t = h + mean
     log1p_t = t.log1p()
     kl = results["kl"] = (log1p_t - mean).clamp_(min=0.0)
-    valid = (sums.largest_d < LARGEST_CPU_D) & (kl < LARGEST_KL)
-    valid &= sums.shift.abs() < LARGEST_CPU_SHIFT
+    valid = (
+        (sums.largest_d < LARGEST_CPU_D)
+        & (kl < LARGEST_KL)
+        & (sums.shift.abs() < LARGEST_CPU_SHIFT)
+    )
     for column, value in (
         (SHIFT, sums.shift),
         (CENTRE, sums.centre),

@@ -297,8 +297,8 @@ def _sample_by_sample(
     """Compute (outputs, out_dims) of a vmap by a call per sample."""
     if count == 0:
         raise RuntimeError(
-            "fastkl: vmap over no samples: expected at least one, since each is a call of its "
-            "own; leave the call out"
+            "fastkl: vmap over no samples: expected at least one, since each is a call of its own; "
+            "leave the call out"
         )
     samples = [
         call(

@@ -112,8 +112,8 @@ def _inverse_loss_scale(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, .
 
 
 def inverse_loss_scale(weights: Tensor) -> Tensor:
-    """Return the inverse loss scale of float16 gradients: the power of two u with
-    max|weights|/u in (4, 8]; 1 if that maximum is 0 or not finite.
+    """Return the inverse loss scale of float16 gradients: the power of two u for which
+    max|weights|/u is in (4, 8], or 1 if that maximum is 0 or not finite.
 
     weights: those of tokens over their temperatures. With max|weights|/u = 1 a flat row's gradients
     would underflow into subnormals; the headroom up to float16's largest number, 65504, is for
@@ -135,8 +135,8 @@ def _save_gradients(ctx: Any, groups: tuple[LinearInputs, SumInputs], output: Ou
         raise RuntimeError(
             f"{', '.join(missing)}: expected to be known to require gradient when the value is "
             f"computed, since the gradient is computed with it; torch.vmap hides that, and "
-            f"torch.export, make_fx and torch.jit.trace keep what the example inputs required: "
-            f"use reduction='none' there, or trace with inputs that require gradient"
+            f"torch.export, make_fx and torch.jit.trace keep what the example inputs required: use "
+            f"reduction='none' there, or trace with inputs that require gradient"
         )
     _, kl, unit, *gradients = output
     ctx.types, kept = {}, []
