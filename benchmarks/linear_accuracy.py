@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import fastkl
 from benchmarks.cases import DTYPES
 from benchmarks.plain import plain_kl_divergence
-from benchmarks.record import command_line, provenance, write_json
+from benchmarks.record import command_line, device, provenance, write_json
 from fastkl import testing
 
 NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # between the hidden states of policy and reference
@@ -68,12 +68,10 @@ def _outcome(function, hidden, weight, ref_hidden):
 
 def main(argv=None):
     parser = command_line("linear_accuracy", __doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected cpu where there is no CUDA GPU, got cuda")
     data = {**provenance("linear_accuracy", argv), "shape": SHAPE, "records": []}
-    for found in accuracy(torch.device(arguments.device)):
+    for found in accuracy(arguments.device):
         data["records"].append(found)
         print(json.dumps(found), flush=True)
     write_json(arguments.json, data)

@@ -82,7 +82,7 @@ def measure(specialization, arch, dtype, aligned):
 
 
 def _figures(specialization, compiled):
-    name, text = compiled.metadata.name, machine_code(compiled)
+    name, text, segment = compiled.metadata.name, machine_code(compiled), None
     if "amdgcn" in compiled.asm:
         program = disassembly.parse_amdgcn(text, name)
         registers, spill_bytes = disassembly.parse_amdgcn_resources(text)
@@ -91,20 +91,19 @@ def _figures(specialization, compiled):
         usage = _of_cubin(compiled, "cuobjdump", "-res-usage")
         registers, spill_bytes = disassembly.parse_resources(usage)
     found = {"registers": registers, "spill_bytes": spill_bytes}
-    loop, segment = disassembly.hot_loop(program), None
+    loop = disassembly.hot_loop(program)
     if loop is None:
         return found
     if specialization.segment and "cubin" in compiled.asm:
         segment = disassembly.segment_costs(program, *cut(specialization))
         loop = segment.near
-    unrolled = _unroll_factor(loop, compiled)
-    pairs = specialization.pairs_per_thread * unrolled
+    found["unrolled"] = _unroll_factor(loop, compiled)
+    pairs = specialization.pairs_per_thread * found["unrolled"]
     found |= {
         "instructions_per_pair": round(loop.instructions / pairs, 2),
         "ex2_per_pair": round(loop.ex2 / pairs, 2),
         "widest_load_bytes": loop.widest_load,
         "narrow_loads": sum(loop.loads.values()) - loop.loads[loop.widest_load],
-        "unrolled": unrolled,
         "fp32_per_pair": round(loop.fp32 / pairs, 2),
     }
     if segment:
@@ -127,9 +126,8 @@ def cut(specialization):
 
     threads, segment = 32 * specialization.num_warps, specialization.segment
     tiles, edge = divmod(segment, threads * specialization.pairs_per_thread)
-    anchors, next_one = 0, 1
-    while next_one <= tiles:
-        anchors, next_one = anchors + 1, int(OUTWEIGHS.value) * next_one + 1
+    # Tiles 1, 9, 73, …: the n-th is a sum of n powers of 8.
+    anchors = sum(OUTWEIGHS.value**n <= tiles * (OUTWEIGHS.value - 1) + 1 for n in range(1, 64))
     passes = math.ceil(edge / (threads * specialization.constexprs["LANES"]))
     return anchors, passes, math.ceil(VOCABULARY / segment)
 
@@ -158,7 +156,7 @@ def source_loop_bytes(ttgir, threads):
     repeats counts once, as it lies in registers.
     """
     # Each loop that is open: [depth, bytes of its own loads, bytes with the loops inside it].
-    depth, open_loops, finished, known = 0, [], [], set()
+    depth, open_loops, finished, known = 0, [], [(0, 0, 0)], set()
     for line in ttgir.splitlines():
         if "scf.for" in line or "scf.while" in line:
             open_loops.append([depth, 0, 0])
@@ -172,8 +170,7 @@ def source_loop_bytes(ttgir, threads):
         depth += line.count("{") - line.count("}")
         while open_loops and depth <= open_loops[-1][0]:
             finished.append(open_loops.pop())
-    largest = max(finished, key=lambda loop: loop[1], default=(0, 0, 0))
-    return largest[2] if largest[1] else None
+    return max(finished, key=lambda loop: loop[1])[2] or None
 
 
 def _unroll_factor(loop, compiled):
@@ -197,13 +194,8 @@ def compile_kernel(specialization, arch):
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
     parts = (specialization.signature, specialization.constexprs, specialization.attrs)
     options = {"num_warps": specialization.num_warps, **specialization.options}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        triton.knobs.cache.scope(),
-        triton.knobs.compilation.scope(),
-    ):
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        triton.knobs.compilation.always_compile = True
         source = ASTSource(specialization.kernel, *parts)
         return triton.compile(source, target=target, options=options)
 
@@ -237,17 +229,15 @@ def digest(specialization, arch):
 # All kernels
 
 
-def cases(plan, architectures=ARCHITECTURES, dtypes=DTYPES, kernels=None):
-    """Yield (specialization, architecture, type, aligned) of everything that `plan` lists, or of
-    `kernels` alone."""
+def cases(plan, architectures=ARCHITECTURES, dtypes=DTYPES):
+    """Yield (specialization, architecture, type, aligned) of everything that `plan` lists."""
     for arch, dtype, aligned in itertools.product(architectures, dtypes, (True, False)):
         for specialization in plan(dtype, aligned, arch):
-            if not kernels or specialization.name in kernels:
-                yield specialization, arch, dtype, aligned
+            yield specialization, arch, dtype, aligned
 
 
 def collect(chosen):
-    """Return (records, error messages) of some `cases`.
+    """Return {"records", "errors": messages} of some `cases`.
 
     The same compilation aligned and misaligned is measured once.
     """
@@ -261,7 +251,7 @@ def collect(chosen):
             records.append({**found, "upper_bound_of_peak_bandwidth": bound})
         except ValueError as error:
             errors.append(str(error))
-    return records, errors
+    return {"records": records, "errors": errors}
 
 
 def table(records):
@@ -274,9 +264,9 @@ def table(records):
 # The command
 
 
-def parse(argv, plan):
+def parse(argv):
     parser = command_line("static_costs", __doc__.splitlines()[0])
-    for name, choices in (("kernel", None), ("arch", ARCHITECTURES), ("dtype", DTYPES)):
+    for name, choices in (("arch", ARCHITECTURES), ("dtype", DTYPES)):
         text = f"only this {name} (may be given again)"
         parser.add_argument(f"--{name}", action="append", choices=choices, help=text)
     file = {"nargs": "?", "const": BASELINE, "metavar": "FILE"}
@@ -286,50 +276,44 @@ def parse(argv, plan):
     mode.add_argument("--peers", action="store_true", help="kernels of others beside ours, sm_90")
     mode.add_argument("--hash", action="store_true", help="a digest of each kernel's machine code")
     arguments = parser.parse_args(argv)
-    chosen = [f"--{name}" for name in ("kernel", "arch", "dtype") if getattr(arguments, name)]
-    if chosen and (arguments.write_baseline or arguments.peers):
-        mode = "--write-baseline" if arguments.write_baseline else "--peers"
-        parser.error(f"{mode}: expected the whole plan, got {chosen[0]}; leave it out")
-    found = list(cases(plan, arguments.arch or ARCHITECTURES, arguments.dtype or DTYPES))
-    known = {case[0].name: None for case in found}
-    if unknown := [name for name in arguments.kernel or [] if name not in known]:
-        parser.error(
-            f"--kernel: expected a kernel of these types, got {', '.join(unknown)}; choose out of "
-            f"{', '.join(known)}"
-        )
+    whole = "--write-baseline" * bool(arguments.write_baseline) or "--peers" * arguments.peers
+    if whole and (arguments.arch or arguments.dtype):
+        parser.error(f"{whole}: expected the whole plan, got --arch or --dtype; leave it out")
     try:
         arguments.baseline and read_baseline(arguments.baseline)  # before minutes of compiling
     except ValueError as error:
         parser.error(str(error))
-    return arguments, [c for c in found if not arguments.kernel or c[0].name in arguments.kernel]
+    return arguments
 
 
 def main(argv=None):
     from fastkl.kernels.compile_plan import plan
 
-    arguments, chosen = parse(argv, plan)
-    origin = provenance("static_costs", argv)
-    if arguments.peers:
-        from benchmarks.peer_kernels import report
-
-        return report(arguments.json, origin)
+    arguments = parse(argv)
+    data = {**provenance("static_costs", argv), "model": roofline.MODEL}
+    chosen = list(cases(plan, arguments.arch or ARCHITECTURES, arguments.dtype or DTYPES))
     if arguments.hash:
         for case in chosen:
             print(digest(*case[:2]), case[0].name, *case[1:], flush=True)
         return 0
-    records, errors = collect(chosen)
-    print(table(records))
-    data = {**origin, "model": roofline.MODEL, "records": records, "errors": errors}
+    if arguments.peers:
+        from benchmarks.peer_kernels import measure_all
+
+        data |= measure_all()
+    else:
+        data |= collect(chosen)
+    print(table(data["kernels" if arguments.peers else "records"]))
     if arguments.baseline:
-        data["baseline"] = judge(records, arguments.baseline, arguments.kernel)
-    if arguments.write_baseline and not errors:
+        data["baseline"] = judge(data["records"], arguments.baseline)
+    if arguments.write_baseline and not data["errors"]:
         keys = (*CASE, *SLACKS)
-        kept = [{key: found[key] for key in keys} for found in sorted(records, key=case_of)]
-        write_json(arguments.write_baseline, {**origin, "records": kept})
+        data["records"].sort(key=case_of)
+        kept = {"records": [{key: found[key] for key in keys} for found in data["records"]]}
+        write_json(arguments.write_baseline, {**provenance("static_costs", argv), **kept})
     write_json(arguments.json, data)
-    for error in errors:
+    for error in data["errors"]:
         print(f"error: {error}", file=sys.stderr)
-    return 1 if errors or data.get("baseline", {}).get("regressions") else 0
+    return 1 if data["errors"] or data.get("baseline", {}).get("regressions") else 0
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_against_another_checkout(monkeypatch, tmp_path) -> None:
     for name, source in OTHER.items():
         (tmp_path / "fastkl" / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "fastkl" / name).write_text(source)
-    monkeypatch.setattr(overhead.compare, "__defaults__", (1, 1))
+    monkeypatch.setattr(overhead.compare, "__defaults__", (1, 1, 1))
     assert overhead.main(["--against", str(tmp_path), "--json", str(tmp_path / "o.json")]) == 0
     records = json.loads((tmp_path / "o.json").read_text())["records"]
     cases = itertools.product(overhead.FUNCTIONS, overhead.STEPS)
