@@ -140,8 +140,7 @@ def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
         found = {"dtype": dtype, "distribution": kind, "target": target, "kl": kl}
         if not target / 3 <= kl <= target * 3:
             # Rounding the logits to bf16 is itself a KL: below it, no pair exists.
-            why = f"rounding to {dtype} gives a KL of {kl:.1e}"
-            yield {**found, "errors": {}, "skipped": why}
+            yield {**found, "errors": {}, "skipped": f"rounding to {dtype} gives a KL of {kl:.1e}"}
             continue
         true = testing.kl_gradients(exact, torch.ones_like(exact.kl))
         yield {

@@ -113,8 +113,9 @@ def table(data):
         for row in data["records"]
     ]
     times = ("forward, ms", "forward and backward, ms", "of plain torch's")
-    head = ["logits", "provider", *times, "peak, logits tensors", "error of the KL"]
-    return markdown(head, lines)
+    return markdown(
+        ["logits", "provider", *times, "peak, logits tensors", "error of the KL"], lines
+    )
 
 
 def page(data):
@@ -124,8 +125,11 @@ def page(data):
 
 def main(argv=None):
     parser = command_line("cpu", __doc__.splitlines()[0])
-    write = "write them to the committed results and make the page of results anew"
-    parser.add_argument("--write", action="store_true", help=write)
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write them to the committed results and make the page of results anew",
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     data = {**provenance("cpu", argv), "processor": processor(), "records": []}

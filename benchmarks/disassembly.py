@@ -127,8 +127,7 @@ def parse_amdgcn(text, kernel):
 
 def _gcn_instruction(opcode, operands):
     target = operands.strip() if opcode.startswith(("s_branch", "s_cbranch")) else None
-    ends = opcode in ("s_branch", "s_endpgm", "s_setpc_b64")
-    return opcode, target, not ends, None, []
+    return opcode, target, opcode not in ("s_branch", "s_endpgm", "s_setpc_b64"), None, []
 
 
 def parse_amdgcn_resources(text):

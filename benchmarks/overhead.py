@@ -133,8 +133,12 @@ def main(argv=None):
     from benchmarks.record import command_line, provenance, write_json
 
     parser = command_line("overhead", __doc__.splitlines()[0])
-    help_text = "compare with the checkout of the repository at PATH"
-    parser.add_argument("--against", type=checkout, metavar="PATH", help=help_text)
+    parser.add_argument(
+        "--against",
+        type=checkout,
+        metavar="PATH",
+        help="compare with the checkout of the repository at PATH",
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     print("microseconds of Python in a call, launches left out, and functions of fastkl entered")

@@ -65,8 +65,9 @@ def held_out_logits(steps):
         policy = fine_tune(reference, corpus, FixedBeta(0.0), settings, f"{count} steps").policy
         choose, draw = (torch.Generator().manual_seed(settings.seed + 1) for _ in range(2))
         with torch.no_grad():
-            prompts = windows(corpus.held_out, *shape, choose, corpus.new_line)
-            tokens = sample(policy, prompts, settings, draw)
+            tokens = sample(
+                policy, windows(corpus.held_out, *shape, choose, corpus.new_line), settings, draw
+            )
             pair = [
                 m.lm_head(m.response_hidden(tokens, settings.response_length)).flatten(0, 1)
                 for m in (policy, reference)

@@ -196,8 +196,9 @@ def measure(kernel):
             expected = f"expected arguments as large as the logits {kernel.tensors}"
             raise ValueError(f"{expected}, got {list(large)}")
         warps = options.pop("num_warps", 4)  # Triton's default
-        per_thread = arguments[kernel.block] // (32 * warps)
-        found = Specialization(kernel.name, *description, warps, per_thread, options)
+        found = Specialization(
+            kernel.name, *description, warps, arguments[kernel.block] // (32 * warps), options
+        )
         dtype = TYPES[large[kernel.tensors[0]].dtype]
         return _row(found, dtype, sum(x.element_size() for x in large.values()), row)
     except Exception as error:  # of any type: the other rows must not get lost

@@ -199,8 +199,9 @@ def load_liger_chunked(device):
 
 def load_linear_cross_entropy(device):
     """Load torch's F.linear_cross_entropy (torch 2.13 and later) with default options."""
-    options = torch.nn.LinearCrossEntropyOptions()
-    return _cross_entropy(F.linear_cross_entropy, "logits in chunks", options=options)
+    return _cross_entropy(
+        F.linear_cross_entropy, "logits in chunks", options=torch.nn.LinearCrossEntropyOptions()
+    )
 
 
 def load_cut_cross_entropy(device, work="less work: small gradients are left out", **options):

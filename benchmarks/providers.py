@@ -166,9 +166,9 @@ def load_one_launch(device):
     from fastkl.kernels import config
 
     config.fuses = lambda arch: True
-    run = {"mean_kl": lambda p, q: (fastkl.kl_divergence(p, q, reduction="mean"),)}
     return logits_works(
-        run, "value and gradient in one launch; backward alone repeats the gradient"
+        {"mean_kl": lambda p, q: (fastkl.kl_divergence(p, q, reduction="mean"),)},
+        "value and gradient in one launch; backward alone repeats the gradient",
     )
 
 
@@ -217,9 +217,9 @@ def load_kl_div(device):
 
 def load_kl_div_probabilities(device):
     """Load F.kl_div(log_q, p) as it is often written: on a float32 log_softmax and a softmax."""
-    note = "more work: the logarithm of a float32 softmax is taken again; writes [N, V] of losses"
     return _kl_div(
-        lambda p: F.softmax(p, -1, dtype=torch.promote_types(p.dtype, torch.float32)), note
+        lambda p: F.softmax(p, -1, dtype=torch.promote_types(p.dtype, torch.float32)),
+        "more work: the logarithm of a float32 softmax is taken again; writes [N, V] of losses",
     )
 
 

@@ -89,8 +89,10 @@ def kernels_table(data, names=None):
             cells += [row[k] for k in ("instructions_per_pair", "ex2_per_pair", "kernel_bytes")]
             cells.append(f"{bound['percent']:g} %{limit}")
         lines.append([row["kernel"].replace("_", r"\_"), *cells])
-    head = ["kernel", "computes", "per", "instructions", "exponentials", "bytes", "H200, at most"]
-    return markdown(head, lines)
+    return markdown(
+        ["kernel", "computes", "per", "instructions", "exponentials", "bytes", "H200, at most"],
+        lines,
+    )
 
 
 def ways_table(data, names=None):

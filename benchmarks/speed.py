@@ -216,8 +216,12 @@ def parse(argv):
     )
     add, hidden = parser.add_argument, {"help": argparse.SUPPRESS}
     add("--suite", nargs="+", choices=SUITES, default=ALL, metavar="NAME", help="(default: all)")
-    where = "where the results go, such as benchmarks/results/nvidia-h200"
-    add("--out", type=output_folder, metavar="DIR", help=where)
+    add(
+        "--out",
+        type=output_folder,
+        metavar="DIR",
+        help="where the results go, such as benchmarks/results/nvidia-h200",
+    )
     add("--providers", nargs="+", choices=[*ALL_LOADERS, FLOOR], metavar="NAME", help="only these")
     yours = {"action": "append", "default": [], "help": "measure your own too; may be given again"}
     add("--provider", type=own, metavar="package.module:function", **yours)
@@ -240,8 +244,7 @@ def main(argv=None):
     if arguments.child:
         return run_here(arguments)
     with tempfile.TemporaryDirectory() as nowhere:
-        folder = arguments.out or Path(nowhere)
-        sections = run_suite(arguments, provenance("speed", argv), folder)
+        sections = run_suite(arguments, provenance("speed", argv), arguments.out or Path(nowhere))
     bad = [r for s in sections.values() for r in s["rows"] if r["status"] in ("wrong", "failed")]
     states = [f"{name}: {section['status']}" for name, section in sections.items()]
     print("\n".join(["", *states, *map(said, bad)]))

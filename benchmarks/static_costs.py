@@ -88,8 +88,9 @@ def _figures(specialization, compiled):
         registers, spill_bytes = disassembly.parse_amdgcn_resources(text)
     else:
         program = disassembly.parse_sass(text, name)
-        usage = _of_cubin(compiled, "cuobjdump", "-res-usage")
-        registers, spill_bytes = disassembly.parse_resources(usage)
+        registers, spill_bytes = disassembly.parse_resources(
+            _of_cubin(compiled, "cuobjdump", "-res-usage")
+        )
     found = {"registers": registers, "spill_bytes": spill_bytes}
     loop = disassembly.hot_loop(program)
     if loop is None:
@@ -196,8 +197,9 @@ def compile_kernel(specialization, arch):
     options = {"num_warps": specialization.num_warps, **specialization.options}
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        source = ASTSource(specialization.kernel, *parts)
-        return triton.compile(source, target=target, options=options)
+        return triton.compile(
+            ASTSource(specialization.kernel, *parts), target=target, options=options
+        )
 
 
 def machine_code(compiled):
@@ -210,8 +212,9 @@ def _of_cubin(compiled, tool, *arguments):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        command = [NVIDIA_TOOLS / tool, *arguments, cubin]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [NVIDIA_TOOLS / tool, *arguments, cubin], capture_output=True, text=True, timeout=60
+        )
     if done.returncode:
         raise ValueError(f"{tool} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout + done.stderr
@@ -247,8 +250,7 @@ def collect(chosen):
         try:
             known[key] = known.get(key) or measure(specialization, arch, dtype, aligned)
             found = {**known[key], "aligned": aligned}
-            bound = roofline.upper_bound(found)
-            records.append({**found, "upper_bound_of_peak_bandwidth": bound})
+            records.append({**found, "upper_bound_of_peak_bandwidth": roofline.upper_bound(found)})
         except ValueError as error:
             errors.append(str(error))
     return {"records": records, "errors": errors}

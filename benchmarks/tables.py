@@ -126,8 +126,7 @@ def digits(value, count=3):
     value = number(value)
     if value is None:
         return NONE
-    whole = abs(value) >= 10**count - 0.5
-    return f"{value:.0f}" if whole else f"{value:#.{count}g}".rstrip(".")
+    return f"{value:.0f}" if abs(value) >= 10**count - 0.5 else f"{value:#.{count}g}".rstrip(".")
 
 
 def times(ratio):
