@@ -113,7 +113,6 @@ def _reason(error):
 
 
 def interpreted_error(name, pickled):
-    """Return error_of one of INTERPRETED; runs in interpreted.child()."""
     peer, rows = INTERPRETED[name]
     with fastkl.use_backend("triton"):
         return error_of(*load_providers(CPU, [peer]), *pickle.loads(pickled), rows)
@@ -236,7 +235,6 @@ def _text(figure, measure):
 
 
 def power(value):
-    """Write 1e-8 instead of 1e-08."""
     digits, _, exponent = f"{value:.0e}".partition("e")
     return f"{digits}e{int(exponent)}" if exponent else digits
 

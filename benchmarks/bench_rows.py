@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastkl
-from benchmarks.plain import plain_kl_divergence, plain_token_stats
+from benchmarks.work import plain_kl_divergence, plain_token_stats
 from fastkl import testing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

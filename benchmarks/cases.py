@@ -186,7 +186,6 @@ def fault(workload, inputs, known, outputs, grads):
 
 
 def over(errors, limits):
-    """List the errors that are not within their limits; a NaN never is."""
     return [
         f"{name} off by {error:.1e}, limit {limits[name]:.1e}"
         for name, error in errors.items()

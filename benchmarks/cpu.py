@@ -19,8 +19,8 @@ from torch.utils import collect_env
 
 import fastkl
 from benchmarks.cases import DTYPES
-from benchmarks.plain import plain_kl_divergence
 from benchmarks.record import ROOT, command_line, markdown, origin, provenance, write_json
+from benchmarks.work import plain_kl_divergence
 from fastkl import testing
 
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "times.json"

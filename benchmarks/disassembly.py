@@ -201,7 +201,6 @@ def natural_loops(program):
 
 
 def hot_loop(program):
-    """Return the LoopCosts of the hot loop (see above), None where no loop loads."""
     return _hottest(program, natural_loops(program))[1]
 
 

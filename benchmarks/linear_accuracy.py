@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 import fastkl
 from benchmarks.cases import DTYPES
-from benchmarks.plain import plain_kl_divergence
 from benchmarks.record import command_line, device, provenance, write_json
+from benchmarks.work import plain_kl_divergence
 from fastkl import testing
 
 NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # between the hidden states of policy and reference

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import DTYPES, Case, over
-from benchmarks.plain import plain_logprob, plain_token_stats
-from benchmarks.work import CLIP, PRODUCTS, grpo_terms
+from benchmarks.work import CLIP, PRODUCTS, grpo_terms, plain_logprob, plain_token_stats
 from fastkl import testing
 from fastkl.testing import FIELDS
 

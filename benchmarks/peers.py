@@ -13,8 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.plain import log_softmax
-from benchmarks.work import NotOfferedError, Work, linear_works
+from benchmarks.work import NotOfferedError, Work, linear_works, log_softmax
 
 ROWS_BY_CALLS = 64  # rows at which a loss that is one scalar is called for each, to see its error
 
@@ -198,14 +197,12 @@ def load_liger_chunked(device):
 
 
 def load_linear_cross_entropy(device):
-    """Load torch's F.linear_cross_entropy (torch 2.13 and later) with default options."""
     return _cross_entropy(
         F.linear_cross_entropy, "logits in chunks", options=torch.nn.LinearCrossEntropyOptions()
     )
 
 
 def load_cut_cross_entropy(device, work="less work: small gradients are left out", **options):
-    """Load Apple's cut-cross-entropy, which by default leaves out gradients that seem small."""
     _needs_gpu(device)
     from cut_cross_entropy import linear_cross_entropy
 

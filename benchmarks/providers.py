@@ -20,8 +20,15 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.peers import LINEAR_PEERS, PEERS
-from benchmarks.plain import PLAIN, log_softmax
-from benchmarks.work import PRODUCTS, Work, linear_works, logits_works, on_hidden
+from benchmarks.work import (
+    PLAIN,
+    PRODUCTS,
+    Work,
+    linear_works,
+    log_softmax,
+    logits_works,
+    on_hidden,
+)
 
 LOSSES = ("forward", "loss", "frozen", "distillation")
 CHUNK = 2048  # tokens: each chunk adds to the whole gradient of the weight, so larger is faster
@@ -42,13 +49,11 @@ class Provider:
     apart: bool = False
 
     def why_not(self, operation):
-        """Say why the provider does not offer the operation; None if it does."""
         if self.missing or operation in self.operations:
             return self.missing
         return f"{self.name} has no {operation}"
 
     def note(self, operation):
-        """Say in one line which work it does for the operation; None where nothing is known."""
         return getattr(self.operations.get(operation), "note", None)
 
 
@@ -56,7 +61,6 @@ class Provider:
 
 
 def load_torch(device):
-    """Load eager PyTorch: float32 log_softmax, then a sum or a gather; all logits in memory."""
     return {
         **logits_works(
             PLAIN,
@@ -73,7 +77,6 @@ def load_torch(device):
 
 
 def load_torch_compile(device):
-    """Load the same functions compiled for each shape: what a user gets with one more line."""
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if device.type != "cuda" and not any(map(shutil.which, compilers)):
         raise RuntimeError("needs a C++ compiler on a CPU, found none")
@@ -131,7 +134,6 @@ def load_fastkl(device):
 
 
 def load_kept(device):
-    """Load this package's token_stats from hidden states with the logits of all models kept."""
     return _from_stats("the same work, the fewest products; all logits in memory", recompute=False)
 
 
@@ -210,13 +212,11 @@ def load_torch_chunked(device):
 
 
 def load_kl_div(device):
-    """Load torch's F.kl_div(log_q, log_p, log_target=True) on two float32 log_softmax."""
     note = "the same work: two float32 log_softmax by torch first, writes [N, V] of losses"
     return _kl_div(log_softmax, note, log_target=True)
 
 
 def load_kl_div_probabilities(device):
-    """Load F.kl_div(log_q, p) as it is often written: on a float32 log_softmax and a softmax."""
     return _kl_div(
         lambda p: F.softmax(p, -1, dtype=torch.promote_types(p.dtype, torch.float32)),
         "more work: the logarithm of a float32 softmax is taken again; writes [N, V] of losses",
@@ -238,7 +238,6 @@ def _kl_div(target, note, **options):
 
 
 def load_categorical(device):
-    """Load torch.distributions.kl_divergence of two Categorical(logits=...) in float32."""
     from torch.distributions import Categorical, kl_divergence
 
     def distribution(logits):

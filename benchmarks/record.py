@@ -65,7 +65,6 @@ def _checked(text, expected, file):
 
 
 def at_least(least, kind=int):
-    """Make a type of numbers for argparse, with a smallest one."""
 
     def checked(text):
         if least <= kind(text) < math.inf:

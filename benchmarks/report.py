@@ -146,7 +146,6 @@ def gpu_section(data):
 
 
 def of_gpu(make):
-    """Make a section of the newest results of a GPU."""
     results = tables.gpu_results(RESULTS)
     return make(results[0][1]) if results else NO_RESULTS
 

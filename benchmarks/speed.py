@@ -90,8 +90,6 @@ def said(row):
 
 
 class Run(NamedTuple):
-    """One run of the command: its file of rows, its results, and when it has to end."""
-
     arguments: argparse.Namespace
     rows: Path
     results: dict

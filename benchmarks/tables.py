@@ -28,7 +28,6 @@ RED, NONE = "🔴", "–"
 
 
 def read(path):
-    """Read a file of results; raises ValueError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -168,7 +167,6 @@ PEAKS = "peak beside the inputs: fastkl / best other / torch"
 
 
 def summary(data, sections, what, title, share):
-    """Make a table of summary_lines."""
     lines = list(summary_lines(data, sections, share).values())
     return markdown([what, title, "best other", "plain torch", PEAKS], lines) if lines else ""
 

@@ -14,11 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import cases, linear_cases, timing
 from benchmarks.cases import Workload, make_inputs, truth
 from benchmarks.linear_cases import FIELDS, LinearWorkload, make_linear_inputs
-from benchmarks.plain import PLAIN, plain_kl_divergence
 from benchmarks.providers import ALL_LOADERS, Provider, load_providers
 from benchmarks.record import ROOT
 from benchmarks.suites import SUITES
-from benchmarks.work import CLIP, ONE_TENSOR, PRODUCTS, gradients, grpo_terms
+from benchmarks.work import (
+    CLIP,
+    ONE_TENSOR,
+    PLAIN,
+    PRODUCTS,
+    gradients,
+    grpo_terms,
+    plain_kl_divergence,
+)
 
 CPU = torch.device("cpu")
 TINY = Workload(rows=6, vocabulary=97, dtype="fp32")

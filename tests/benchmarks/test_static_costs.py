@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import roofline, static_costs, static_gate
+from benchmarks import roofline, static_costs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,26 +102,26 @@ def report(request):
     assert not data["errors"], data["errors"]
     installed = request.param == "installed"
     assert installed or data["triton"].startswith(request.param)
-    records = {tuple(r[key] for key in static_gate.CASE): r for r in data["records"]}
+    records = {tuple(r[key] for key in static_costs.CASE): r for r in data["records"]}
     return records, 1.0 if installed else OTHER_TRITON, data["triton"]
 
 
 def test_nothing_is_worse_than_the_baseline(report):
     records, _, version = report
-    baseline = static_gate.read_baseline(static_gate.BASELINE)
+    baseline = static_costs.read_baseline(static_costs.BASELINE)
     if version != baseline["versions"]["triton"]:
         pytest.skip("the baseline holds for another Triton")
-    assert static_gate.compare(records.values(), baseline)[0] == []
+    assert static_costs.compare(records.values(), baseline)[0] == []
 
 
 def test_the_baseline_is_that_of_the_pinned_triton_and_of_every_kernel():
     from fastkl.kernels.compile_plan import plan
 
-    baseline = static_gate.read_baseline(static_gate.BASELINE)
+    baseline = static_costs.read_baseline(static_costs.BASELINE)
     constraints = (ROOT / "constraints.txt").read_text()
     pinned = re.search(r"^triton==(\S+)$", constraints, re.MULTILINE)
     assert baseline["versions"]["triton"] == pinned[1]
-    named = {tuple(record[key] for key in static_gate.CASE) for record in baseline["records"]}
+    named = {tuple(record[key] for key in static_costs.CASE) for record in baseline["records"]}
     assert named == {(item.name, *case) for item, *case in static_costs.cases(plan)}
 
 
@@ -171,7 +171,7 @@ def test_nothing_spills_and_hot_loops_load_16_bytes_at_a_time(report, arch):
 
 # The gate
 
-CASE = dict(zip(static_gate.CASE, ("kl_divergence.forward", "sm_90", "bf16", True), strict=True))
+CASE = dict(zip(static_costs.CASE, ("kl_divergence.forward", "sm_90", "bf16", True), strict=True))
 VALUES = (25.0, 30.0, 2.5, 17.0, 2.0, 2.0, 128, 0, 16, 0, 1, 32.0)
 COST = {**CASE, **dict(zip(static_costs.FIGURES, VALUES, strict=True))}
 BASELINE = {"versions": {"triton": static_costs.triton.__version__}, "records": [COST]}
@@ -194,21 +194,21 @@ BASELINE = {"versions": {"triton": static_costs.triton.__version__}, "records": 
 )
 def test_each_figure_has_its_slack(field, fine, worse):
     named = f"kl_divergence.forward sm_90 bf16 aligned: {field} {COST[field]} -> "
-    regressions, changes = static_gate.compare([{**COST, field: worse}], BASELINE)
+    regressions, changes = static_costs.compare([{**COST, field: worse}], BASELINE)
     assert changes == [] and regressions[0].startswith(f"{named}{worse}")
     if fine is not None:
-        regressions, changes = static_gate.compare([{**COST, field: fine}], BASELINE)
+        regressions, changes = static_costs.compare([{**COST, field: fine}], BASELINE)
         assert regressions == [] and changes[0].startswith(f"{named}{fine}")
 
 
 def test_kernels_that_come_and_go():
     other = {**COST, "kernel": "novelty.forward"}
     new = "novelty.forward sm_90 bf16 aligned: not in the baseline"
-    assert static_gate.compare([COST, other], BASELINE) == ([new], [])
+    assert static_costs.compare([COST, other], BASELINE) == ([new], [])
     gone = "kl_divergence.forward sm_90 bf16 aligned: in the baseline only"
-    assert static_gate.compare([{**COST, "aligned": False}], BASELINE)[1] == [gone]
+    assert static_costs.compare([{**COST, "aligned": False}], BASELINE)[1] == [gone]
     # Another element type was not asked for, and is not missed.
-    assert static_gate.compare([{**COST, "dtype": "fp32"}], BASELINE)[1] == []
+    assert static_costs.compare([{**COST, "dtype": "fp32"}], BASELINE)[1] == []
 
 
 @pytest.mark.parametrize("worse", [False, True])
@@ -227,7 +227,7 @@ def test_the_command_gates(worse, tmp_path, monkeypatch):
     assert static_costs.main(words) == worse
     found = json.loads(written.read_text())["baseline"]["regressions"]
     assert found == ["kl_divergence.forward sm_90 bf16 aligned: spill_bytes 0 -> 8"] * worse
-    monkeypatch.setattr(static_gate.triton, "__version__", "0.1")
+    monkeypatch.setattr(static_costs.triton, "__version__", "0.1")
     assert static_costs.main(words) == 0
 
 
