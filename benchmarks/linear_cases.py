@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import DTYPES, Case, over
-from benchmarks.work import CLIP, PRODUCTS, grpo_terms, plain_logprob, plain_token_stats
+from benchmarks.work import CLIP, PLAIN, PRODUCTS, grpo_terms, plain_token_stats
 from fastkl import testing
 from fastkl.testing import FIELDS
 
@@ -125,7 +125,7 @@ def make_linear_inputs(workload, device, seed=0):
     old_logprob, advantages = (torch.randn(rows, **options) for _ in range(2))
     if mode == "grpo":
         pairs = zip(hidden.split(BLOCK), tokens.split(BLOCK), strict=True)
-        near = [plain_logprob(F.linear(some, weight), chosen)[0] for some, chosen in pairs]
+        near = [PLAIN["logprob"](F.linear(some, weight), None, chosen)[0] for some, chosen in pairs]
         old_logprob = torch.cat(near) - off_the_clip(0.2 * old_logprob)
     leaves = {"forward": (), "frozen": (hidden,)}.get(mode, (hidden, weight))
     for leaf in leaves:
@@ -167,7 +167,7 @@ def answer(workload, inputs, dtype):
         if dtype == torch.float64:
             values = testing.truth(logits, ref_logits).stats(tokens)
         else:
-            values = dict(zip(FIELDS, plain_token_stats(logits, tokens, ref_logits), strict=True))
+            values = dict(zip(FIELDS, plain_token_stats(logits, ref_logits, tokens), strict=True))
         values["loss"] = values["ref_kl"]
         if workload.mode == "grpo":
             step = inputs.old_logprob[some], inputs.advantages[some]
