@@ -111,17 +111,16 @@ def make_inputs(workload, device, seed=0):
         shape = (8, workload.rows // 8 + 1, workload.vocabulary)
         view = (slice(None), slice(None, -1))
     p, q = (torch.randn(shape, dtype=DTYPES[workload.dtype], **options) for _ in range(2))
-    p *= 3
-    q += p
+    q += p.mul_(3)
     p, q = p[view], q.new_empty(0) if workload.operation in ONE_TENSOR else q[view]
     tokens = torch.randint(workload.vocabulary, p.shape[:-1], **options)
-    upstream = [
-        torch.randn(p.shape[:-1], **options) if name in DIFFERENTIATED else None
-        for name in OUTPUTS[workload.operation]
-    ]
-    if workload.operation == "mean_kl":
-        upstream = [torch.ones((), device=device)]
-    inputs = Inputs(p, q, tokens, tuple(upstream), workload.wrt)
+    upstream = (torch.ones((), device=device),)
+    if workload.operation != "mean_kl":
+        upstream = tuple(
+            torch.randn(p.shape[:-1], **options) if name in DIFFERENTIATED else None
+            for name in OUTPUTS[workload.operation]
+        )
+    inputs = Inputs(p, q, tokens, upstream, workload.wrt)
     inputs.leaf.requires_grad_()
     return inputs
 
@@ -149,12 +148,10 @@ def truth(workload, inputs):
         if u is not None
     }
     gradient = testing.gradients(some, upstream, tokens)[workload.wrt == "q"]
-    stats = some.stats(tokens)
-    outputs = [stats[name] for name in names]
     if mean:
         blocks = torch.arange(count).split(CHECKED_ROWS)
-        outputs = [torch.cat([exact(block)[1].kl for block in blocks]).mean()]
-    return rows, outputs, gradient
+        return rows, [torch.cat([exact(block)[1].kl for block in blocks]).mean()], gradient
+    return rows, [some.stats(tokens)[name] for name in names], gradient
 
 
 def fault(workload, inputs, known, outputs, grads):
@@ -170,18 +167,17 @@ def fault(workload, inputs, known, outputs, grads):
     leading = () if scalar else tuple(inputs.p.shape[:-1])
     if shapes != (expected := [*[leading] * len(values), tuple(inputs.leaf.shape)]):
         return {}, f"outputs and gradient have the shapes {shapes}, expected {expected}"
-    found = [output.detach() if scalar else output.detach()[rows] for output in outputs]
-    off = [
-        ((o.double() - v).abs() / v.abs().clamp_min(1e-3)).max()
-        for o, v in zip(found, values, strict=True)
-    ]
+    found = torch.stack([output.detach() if scalar else output.detach()[rows] for output in outputs])
+    true_values = torch.stack(values)
+    off = (found.double() - true_values).abs() / true_values.abs().clamp_min(1e-3)
     difference = (gradient[rows].double() - true).norm(dim=-1) / true.norm(dim=-1)
-    errors = {"values": torch.stack(off).max().item(), "gradient": difference.max().item()}
-    wrong = over(errors, LIMITS[workload.dtype])
-    for name, tensors in (("values", outputs), ("gradient", grads)):
-        # The largest magnitude takes one read and no copy; a NaN is the largest of all.
-        if not all(torch.linalg.vector_norm(t.detach(), math.inf).isfinite() for t in tensors):
-            wrong.append(f"{name} not finite everywhere")
+    errors = {"values": off.max().item(), "gradient": difference.max().item()}
+    # The largest magnitude takes one read and no copy; a NaN is the largest of all.
+    wrong = over(errors, LIMITS[workload.dtype]) + [
+        f"{name} not finite everywhere"
+        for name, tensors in (("values", outputs), ("gradient", grads))
+        if not all(torch.linalg.vector_norm(t.detach(), math.inf).isfinite() for t in tensors)
+    ]
     return errors, "; ".join(wrong) or None
 
 

@@ -99,7 +99,7 @@ def spoiled(change):
         ("mean_kl", spoiled(lambda kl: kl.mean().detach() + 0 * kl.sum()), "gradient off by"),
         ("mean_kl", spoiled(lambda kl: kl), "shape"),
         ("logprob", lambda i: PLAIN["logprob"](i.p, None, (i.tokens + 1) % 97), "off by"),
-        ("logprob_entropy", lambda i: PLAIN["logprob_entropy"](i.p, None, i.tokens)[::-1], "off by"),
+        ("logprob_entropy", lambda i: PLAIN["logprob_entropy"](i.p, i.q, i.tokens)[::-1], "off by"),
     ],
 )  # fmt: skip
 def test_the_gate_catches_a_wrong_provider(operation, function, reason):
