@@ -167,7 +167,9 @@ def fault(workload, inputs, known, outputs, grads):
     leading = () if scalar else tuple(inputs.p.shape[:-1])
     if shapes != (expected := [*[leading] * len(values), tuple(inputs.leaf.shape)]):
         return {}, f"outputs and gradient have the shapes {shapes}, expected {expected}"
-    found = torch.stack([output.detach() if scalar else output.detach()[rows] for output in outputs])
+    found = torch.stack(
+        [output.detach() if scalar else output.detach()[rows] for output in outputs]
+    )
     true_values = torch.stack(values)
     off = (found.double() - true_values).abs() / true_values.abs().clamp_min(1e-3)
     difference = (gradient[rows].double() - true).norm(dim=-1) / true.norm(dim=-1)
