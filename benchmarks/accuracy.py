@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import fastkl
 from benchmarks import record
-from benchmarks.cases import DTYPES, Inputs
+from benchmarks.cases import DTYPES, inputs_of
 from benchmarks.interpreted import child
 from benchmarks.providers import LOADERS, load_providers
 from benchmarks.work import NotOfferedError
@@ -99,10 +99,9 @@ def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
 
 def _run(provider, p, q, wrt):
     for name in (wrt, "q" if wrt == "p" else "p"):
-        leaves = (x.detach().requires_grad_(name == key) for key, x in (("p", p), ("q", q)))
-        inputs = Inputs(*leaves, None, (), name)
+        inputs = inputs_of(p.detach(), q.detach(), name, tokens=None)
         try:
-            return *provider.operations["kl_divergence"](inputs), inputs.leaf, name
+            return *provider.operations["kl_divergence"](inputs), *inputs.leaves, name
         except NotOfferedError as error:
             refused = error
     raise refused

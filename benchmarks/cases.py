@@ -5,6 +5,7 @@ A case is an operation on `rows` tokens. Cases from hidden states are in linear_
 
 import math
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -80,31 +81,19 @@ class Workload(Case):
         return {"bytes": moved, "gb_per_s": rate, "percent_of_copy": 100 * rate / copy}
 
 
-@dataclass
-class Inputs:
-    """Hold the tensors of one workload; `p` or `q` requires a gradient.
-
-    upstream: of each output, None for one without. Where the operation reads one logits tensor, `q`
-    is empty.
-    """
-
-    p: torch.Tensor
-    q: torch.Tensor
-    tokens: torch.Tensor
-    upstream: tuple[torch.Tensor | None, ...]
-    wrt: str
-
-    @property
-    def leaf(self):
-        return self.p if self.wrt == "p" else self.q
-
-    @property
-    def leaves(self):
-        return (self.leaf,)
+def inputs_of(p, q, wrt, **others):
+    """Hold the tensors of a workload: p, q, wrt, leaves (the one of the two with a gradient) and
+    others."""
+    leaf = (p if wrt == "p" else q).requires_grad_()
+    return SimpleNamespace(p=p, q=q, wrt=wrt, leaves=(leaf,), **others)
 
 
 def make_inputs(workload, device, seed=0):
-    """Make logits N(0, 3²), and Q = P + N(0, 1): a KL of a few tenths of a nat."""
+    """Make logits p, N(0, 3²), and q = p + N(0, 1): a KL of a few tenths of a nat.
+
+    Beside them tokens, and upstream: of each output, None for one without. Where the operation
+    reads one logits tensor, q is empty.
+    """
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     shape, view = (workload.rows, workload.vocabulary), slice(None)
     if workload.layout == "sliced":
@@ -120,9 +109,7 @@ def make_inputs(workload, device, seed=0):
             torch.randn(p.shape[:-1], **options) if name in DIFFERENTIATED else None
             for name in OUTPUTS[workload.operation]
         )
-    inputs = Inputs(p, q, tokens, upstream, workload.wrt)
-    inputs.leaf.requires_grad_()
-    return inputs
+    return inputs_of(p, q, workload.wrt, tokens=tokens, upstream=upstream)
 
 
 def truth(workload, inputs):
@@ -165,7 +152,7 @@ def fault(workload, inputs, known, outputs, grads):
     scalar = workload.operation == "mean_kl"
     shapes = [tuple(result.shape) for result in (*outputs, gradient)]
     leading = () if scalar else tuple(inputs.p.shape[:-1])
-    if shapes != (expected := [*[leading] * len(values), tuple(inputs.leaf.shape)]):
+    if shapes != (expected := [*[leading] * len(values), tuple(inputs.leaves[0].shape)]):
         return {}, f"outputs and gradient have the shapes {shapes}, expected {expected}"
     found = torch.stack(
         [output.detach() if scalar else output.detach()[rows] for output in outputs]

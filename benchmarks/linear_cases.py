@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -87,27 +88,14 @@ class LinearWorkload(Case):
         return {"flop": flop, "tflop_per_s": flop / milliseconds / 1e9}
 
 
-@dataclass
-class LinearInputs:
-    """Hold the tensors of one workload; `upstream` belongs to the outputs, in their order.
-
-    old_logprob, advantages: [rows] float32, for the GRPO step; the log-probabilities of a policy
-    near this one. leaves: the tensors of the gradient: hidden, or hidden and weight, or none.
-    """
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    ref_hidden: torch.Tensor
-    ref_weight: torch.Tensor
-    tokens: torch.Tensor
-    upstream: tuple[torch.Tensor, ...]
-    old_logprob: torch.Tensor
-    advantages: torch.Tensor
-    leaves: tuple[torch.Tensor, ...]
-
-
 def make_linear_inputs(workload, device, seed=0):
-    """Make policy logits near N(0, 3²), and a reference at a KL of some tenths of a nat."""
+    """Make hidden and weight with logits near N(0, 3²), and ref_hidden, ref_weight at a KL of some
+    tenths of a nat.
+
+    Beside them tokens; upstream, of each output; for the GRPO step old_logprob, of a policy near
+    this one, and advantages, [rows] float32; leaves, the tensors of the gradient: hidden, or hidden
+    and weight, or none.
+    """
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     rows, size, mode = workload.rows, workload.hidden, workload.mode
 
@@ -130,8 +118,9 @@ def make_linear_inputs(workload, device, seed=0):
     leaves = {"forward": (), "frozen": (hidden,)}.get(mode, (hidden, weight))
     for leaf in leaves:
         leaf.requires_grad_()
-    tensors = (hidden, weight, ref_hidden, ref_weight, tokens)
-    return LinearInputs(*tensors, upstream, old_logprob, advantages, leaves)
+    tensors = {"hidden": hidden, "weight": weight, "tokens": tokens, "old_logprob": old_logprob}
+    tensors |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "advantages": advantages}
+    return SimpleNamespace(**tensors, upstream=upstream, leaves=leaves)
 
 
 def off_the_clip(log_ratio):

@@ -15,7 +15,7 @@ from benchmarks.cases import PHASES, Workload
 from benchmarks.linear_cases import FLOOR
 from benchmarks.providers import ALL_LOADERS, load_providers
 from benchmarks.record import ROOT
-from benchmarks.suites import ALL, SUITES, Section
+from benchmarks.suites import SUITES, Section
 
 stand_in = pytest.importorskip("stand_in")  # without Triton there is no triton.testing
 OWN = "stand_in:provider"
@@ -147,9 +147,7 @@ def test_wrong_use_is_found_before_the_gpu_is_looked_for(option, value, got, mon
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
     assert speed.main(["--out", str(tmp_path)]) == 2
-    assert "expected a CUDA GPU, got none" in capsys.readouterr().err and not list(
-        tmp_path.iterdir()
-    )
+    assert "expected a CUDA GPU" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 # What the suites measure
@@ -162,8 +160,6 @@ def test_every_provider_is_measured_and_fastkl_before_the_compiled():
     for name, section in sections.items():
         assert len(set(section.workloads)) == len(section.workloads), name
         assert "torch.compile" not in section.providers[:-1] and "fastkl" in section.providers
-    assert ALL[0] == "tests" and set(ALL) == {*SUITES} - {"smoke"}
-    assert ALL.index("main") < ALL.index("fused") < ALL.index("linear") < ALL.index("sweep")
 
 
 # On a GPU

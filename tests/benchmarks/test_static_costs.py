@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -13,7 +12,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from benchmarks import roofline, static_costs
+from fastkl.kernels.compile_plan import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,11 +50,10 @@ OTHER_TRITON = 1.03
 IN_FLIGHT = 32  # KB of loads that hide memory's latency on an SM
 
 
-def triton_versions():
-    """{name: folder to put before others on the path}: the installed Triton and, where it lies
-    beside it, the oldest one supported."""
-    older = Path(os.environ.get("FASTKL_TRITON_36") or ROOT / ".venv" / "triton-3.6.0")
-    return {"installed": None, **({"3.6": older} if older.is_dir() else {})}
+# {name: folder to put before others on the path}: the installed Triton and, where it lies beside
+# it, the oldest one supported.
+OLDER = Path(os.environ.get("FASTKL_TRITON_36") or ROOT / ".venv" / "triton-3.6.0")
+TRITONS = {"installed": None, **({"3.6": OLDER} if OLDER.is_dir() else {})}
 
 
 # Every kernel for sm_90 but those of a temperature ratio, forward also misaligned and in float32,
@@ -88,11 +90,11 @@ def start_in_background():
     architectures = {"installed": static_costs.ARCHITECTURES, "3.6": ("sm_90",)}
     return {
         name: background.submit(f"static costs {name}", run, folder, architectures[name])
-        for name, folder in triton_versions().items()
+        for name, folder in TRITONS.items()
     }
 
 
-@pytest.fixture(scope="module", params=triton_versions())
+@pytest.fixture(scope="module", params=TRITONS)
 def report(request):
     """{(kernel, arch, dtype, aligned): record} of one Triton, the slack of its figures, and its
     version."""
@@ -115,12 +117,9 @@ def test_nothing_is_worse_than_the_baseline(report):
 
 
 def test_the_baseline_is_that_of_the_pinned_triton_and_of_every_kernel():
-    from fastkl.kernels.compile_plan import plan
-
     baseline = static_costs.read_baseline(static_costs.BASELINE)
-    constraints = (ROOT / "constraints.txt").read_text()
-    pinned = re.search(r"^triton==(\S+)$", constraints, re.MULTILINE)
-    assert baseline["versions"]["triton"] == pinned[1]
+    pinned = f"triton=={baseline['versions']['triton']}"
+    assert pinned in (ROOT / "constraints.txt").read_text().splitlines()
     named = {tuple(record[key] for key in static_costs.CASE) for record in baseline["records"]}
     assert named == {(item.name, *case) for item, *case in static_costs.cases(plan)}
 
@@ -133,40 +132,28 @@ def test_instructions_and_exponentials_per_pair(report, case):
         pytest.skip("not compiled by this Triton")
     record = records[case]
     near, general = record["instructions_per_pair"], record["instructions_per_pair_general"]
-    around, ex2 = record["overhead_per_pair"], record["ex2_per_pair"]
-    found = [near, general, near + (around or 0), (general or near) + (around or 0), ex2]
+    around = record["overhead_per_pair"] or 0
+    found = [near, general, near + around, (general or near) + around, record["ex2_per_pair"]]
     for value, limit in zip(found, LIMITS[case], strict=True):
         assert limit is None or value <= limit * slack, (found, LIMITS[case])
-    assert around is None or (general >= near and 1 < around < 8)
+    assert not around or (general >= near and 1 < around < 8)
 
 
-def test_exponentials_of_either_path_and_loads_in_flight(report):
-    """One exponential on the near path, two on the general one; loads that hide the latency."""
-    both = [
-        record
-        for case, record in report[0].items()
-        if case[0] in ("kl_divergence.forward", "token_stats.forward") and case[1] != "gfx942"
-    ]
-    assert both
-    for record in both:
-        assert (record["ex2_per_pair"], record["ex2_per_pair_general"]) == (1.0, 2.0), record
-        assert record["loads_in_flight_kb_per_sm"] >= IN_FLIGHT, record
-
-
-@pytest.mark.parametrize("arch", static_costs.ARCHITECTURES)
-def test_nothing_spills_and_hot_loops_load_16_bytes_at_a_time(report, arch):
-    """Forward and backward read the vocabulary; other kernels have loops, if at all, for the rare
-    row that is read again the slow way. Q that lies elsewhere in its 16 bytes than P is read
-    element by element, P still in blocks."""
-    records = [record for case, record in report[0].items() if case[1] == arch]
-    if not records:
-        pytest.skip("not compiled by this Triton")
-    assert {case[0] for case in LIMITS if case[1] == arch} <= {r["kernel"] for r in records}
-    for record in records:
+def test_every_record(report):
+    """Nothing spills. Forward and backward read the vocabulary, 16 bytes at a time; Q that lies
+    elsewhere in its 16 bytes than P is read element by element, P still in blocks. Other kernels
+    have loops, if at all, for the rare row that is read again the slow way. Forward on NVIDIA: one
+    exponential on the near path, two on the general one, and loads that hide the latency."""
+    assert {case for case in LIMITS if case[1] == "sm_90"} <= report[0].keys()
+    assert report[1] > 1 or LIMITS.keys() <= report[0].keys()
+    for (kernel, arch, *_), record in report[0].items():
         assert record["spill_bytes"] == 0, record
-        if record["kernel"].split(".")[1].startswith(("forward", "backward")):
+        if kernel.split(".")[1].startswith(("forward", "backward")):
             assert (record["widest_load_bytes"] or 0) >= 16, record
-            assert record["narrow_loads"] == 0 or record["kernel"].endswith("q_elsewhere"), record
+            assert record["narrow_loads"] == 0 or kernel.endswith("q_elsewhere"), record
+        if kernel in ("kl_divergence.forward", "token_stats.forward") and arch != "gfx942":
+            assert (record["ex2_per_pair"], record["ex2_per_pair_general"]) == (1.0, 2.0), record
+            assert record["loads_in_flight_kb_per_sm"] >= IN_FLIGHT, record
 
 
 # The gate
@@ -211,22 +198,19 @@ def test_kernels_that_come_and_go():
     assert static_costs.compare([{**COST, "dtype": "fp32"}], BASELINE)[1] == []
 
 
-@pytest.mark.parametrize("worse", [False, True])
-def test_the_command_gates(worse, tmp_path, monkeypatch):
+def test_the_command_gates(tmp_path, monkeypatch):
     file, written = tmp_path / "baseline.json", tmp_path / "costs.json"
-    cost = {**COST, "upper_bound_of_peak_bandwidth": roofline.upper_bound(COST)}
-    monkeypatch.setattr(
-        static_costs, "collect", lambda _: {"records": [cost], "errors": ["x: does not compile"]}
-    )
+    found = {"records": [{**COST, "upper_bound_of_peak_bandwidth": {}}], "errors": ["x: no"]}
+    monkeypatch.setattr(static_costs, "collect", lambda _: found)
     assert static_costs.main(["--write-baseline", str(file)]) == 1 and not file.exists()
-    monkeypatch.setattr(static_costs, "collect", lambda _: {"records": [cost], "errors": []})
+    found["errors"] = []
     assert static_costs.main(["--write-baseline", str(file)]) == 0
-    now = {**cost, "spill_bytes": 8 * worse}
-    monkeypatch.setattr(static_costs, "collect", lambda _: {"records": [now], "errors": []})
     words = ["--arch", "sm_90", "--baseline", str(file), "--json", str(written)]
-    assert static_costs.main(words) == worse
-    found = json.loads(written.read_text())["baseline"]["regressions"]
-    assert found == ["kl_divergence.forward sm_90 bf16 aligned: spill_bytes 0 -> 8"] * worse
+    assert static_costs.main(words) == 0
+    found["records"] = [{**found["records"][0], "spill_bytes": 8}]
+    assert static_costs.main(words) == 1
+    regressions = json.loads(written.read_text())["baseline"]["regressions"]
+    assert regressions == ["kl_divergence.forward sm_90 bf16 aligned: spill_bytes 0 -> 8"]
     monkeypatch.setattr(static_costs.triton, "__version__", "0.1")
     assert static_costs.main(words) == 0
 
@@ -272,8 +256,6 @@ def test_bytes_of_the_loop_as_written():
 
 
 def test_a_segment_is_whole_tiles_and_an_edge():
-    from fastkl.kernels.compile_plan import plan
-
     forward = next(item for item in plan("bf16", True, "sm_90") if item.name.endswith("forward"))
     # 31 tiles of 512, of which 1 and 9 anchor, and 160 entries, less than a group of 256.
     assert forward.segment == 16032 and static_costs.cut(forward) == (2, 1, 8)
@@ -288,26 +270,26 @@ def test_threads_of_a_multiprocessor(registers, warps, resident):
     assert static_costs.resident_threads(registers, warps) == 32 * resident
 
 
+@triton.jit
+def broken(x_ptr):
+    missing(x_ptr)  # noqa: F821
+
+
+@triton.jit
+def one(x_ptr):
+    tl.store(x_ptr, 1.0)
+
+
+@triton.jit
+def two(x_ptr):
+    tl.store(x_ptr, 2.0)
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 def test_a_kernel_that_does_not_compile_is_named_and_hashes_are_of_the_machine_code():
-    import triton
-    import triton.language as tl
-
     def specialization(kernel):
         fields = {"kernel": kernel, "signature": {"x_ptr": "*bf16"}, "constexprs": {}, "attrs": {}}
         return SimpleNamespace(name="x.forward", num_warps=4, options={}, **fields)
-
-    @triton.jit
-    def broken(x_ptr):
-        missing(x_ptr)  # noqa: F821
-
-    @triton.jit
-    def one(x_ptr):
-        tl.store(x_ptr, 1.0)
-
-    @triton.jit
-    def two(x_ptr):
-        tl.store(x_ptr, 2.0)
 
     found = static_costs.collect([(specialization(broken), "sm_90", "bf16", True)])
     assert found["records"] == [] and found["errors"][0].startswith(
@@ -354,15 +336,13 @@ def test_rates_are_those_of_the_data_sheets(arch, peak):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_bytes_are_those_that_the_kernels_move(dtype):
-    from fastkl.kernels.compile_plan import plan
-
-    sizes = {"*bf16": 2, "*fp32": 4}
     for item in plan(dtype, True, "sm_90"):
         flags, step = item.constexprs, item.name.split(".")[1]
         touched = ["p_ptr", *["grad_p_ptr"] * flags.get("WRT_P", False)]
         touched += ["grad_q_ptr"] * flags.get("WRT_Q", False)
         reads = [flags.get("WITH_KL", False)]
         reads += [flags.get(name, -1) >= 0 for name in ("REF_LOGPROB", "KL", "REF_KL")]
+        touched += ["q_ptr"] * any(reads)
         known = step.startswith(("forward", "backward"))
-        moved = sum(sizes[item.signature[n]] for n in touched + ["q_ptr"] * any(reads) if known)
+        moved = sum(2 if item.signature[n] == "*bf16" else 4 for n in touched if known)
         assert roofline.bytes_per_pair(item.name, dtype) == (moved if known else None), item.name
