@@ -21,11 +21,8 @@ import torch
 from matplotlib.figure import Figure
 
 import fastkl
-from benchmarks import record
-from benchmarks.cases import DTYPES, inputs_of
-from benchmarks.interpreted import child
+from benchmarks import cases, interpreted, record, work
 from benchmarks.providers import LOADERS, load_providers
-from benchmarks.work import NotOfferedError
 from fastkl import testing
 
 DISTRIBUTIONS = ("normal 3", "normal 8", "peaked", "shift 50")
@@ -52,7 +49,7 @@ def make_pair(distribution, dtype, target, rows, vocabulary, device):
         # As most tokens of a trained model: one entry holds nearly all of the probability.
         peaks = torch.randint(vocabulary, (rows, 1), **random)
         p.scatter_add_(1, peaks, torch.full((rows, 1), 24.0, device=device))
-    p = p.to(DTYPES[dtype])
+    p = p.to(cases.DTYPES[dtype])
     noise = torch.randn(p.shape, **random)
     shift = 50.0 if distribution == "shift 50" else 0.0
     low, high = -8.0, 3.0  # of log10 of the noise
@@ -99,10 +96,10 @@ def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
 
 def _run(provider, p, q, wrt):
     for name in (wrt, "q" if wrt == "p" else "p"):
-        inputs = inputs_of(p.detach(), q.detach(), name, tokens=None)
+        inputs = cases.inputs_of(p.detach(), q.detach(), name, tokens=None)
         try:
             return *provider.operations["kl_divergence"](inputs), *inputs.leaves, name
-        except NotOfferedError as error:
+        except work.NotOfferedError as error:
             refused = error
     raise refused
 
@@ -121,7 +118,7 @@ def errors_of(names, providers, *pair):
     """Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED."""
     others = [name for name in INTERPRETED if name in names]
     pickled = pickle.dumps(pair) if others else None
-    apart = {name: child().submit(interpreted_error, name, pickled) for name in others}
+    apart = {name: interpreted.child().submit(interpreted_error, name, pickled) for name in others}
     found = {provider.name: error_of(provider, *pair) for provider in providers}
     for name, future in apart.items():
         failed = future.exception()

@@ -18,9 +18,8 @@ import torch
 from torch.utils import collect_env
 
 import fastkl
-from benchmarks.cases import DTYPES
+from benchmarks import cases, work
 from benchmarks.record import ROOT, command_line, markdown, origin, provenance, write_json
-from benchmarks.work import plain_kl_divergence
 from fastkl import testing
 
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "times.json"
@@ -30,7 +29,7 @@ PHASES = ("forward", "both")
 
 
 def plain(p, q):
-    return plain_kl_divergence(p, q)[0].sum()
+    return work.plain_kl_divergence(p, q)[0].sum()
 
 
 def providers():
@@ -71,7 +70,7 @@ def measure(shapes=SHAPES, rounds=ROUNDS):
     named = providers()
     for (rows, vocabulary), dtype in itertools.product(shapes, ("fp32", "bf16")):
         torch._dynamo.reset()
-        p, q = testing.pair("normal3", rows, vocabulary, 0.1, dtype=DTYPES[dtype])
+        p, q = testing.pair("normal3", rows, vocabulary, 0.1, dtype=cases.DTYPES[dtype])
         p.requires_grad_()
         times = {name: [] for name in named}
         for number in range(rounds + 1):  # the first, which compiles, does not count

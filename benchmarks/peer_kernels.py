@@ -20,8 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks import roofline, static_costs
-from benchmarks.record import version
+from benchmarks import record, roofline, static_costs
 
 N, V = 8192, 128256
 ARCH = "sm_90"
@@ -185,7 +184,11 @@ PIPELINES = {
 def measure(kernel):
     from fastkl.kernels.compile_plan import Specialization
 
-    row = {"kernel": kernel.name, "package": kernel.package, "version": version(kernel.package)}
+    row = {
+        "kernel": kernel.name,
+        "package": kernel.package,
+        "version": record.version(kernel.package),
+    }
     row |= {"unit": kernel.unit, "work": kernel.work}
     if row["version"] is None:
         return {**row, "reason": f"not installed: pip install {kernel.package}"}
@@ -216,7 +219,7 @@ def measure_ours(name, dtype, unit):
     from fastkl.kernels.compile_plan import plan
 
     (found,) = (item for item in plan(dtype, True, ARCH) if item.name == name)
-    names = {"kernel": f"fastkl {name}", "package": "fastkl", "version": version("fastkl")}
+    names = {"kernel": f"fastkl {name}", "package": "fastkl", "version": record.version("fastkl")}
     return _row(found, dtype, roofline.bytes_per_pair(name, dtype), {**names, "unit": unit})
 
 

@@ -1,11 +1,12 @@
 """List who computes: every provider offers operations on the same tensors, or says why not.
 
 An operation is a function of the case's inputs that returns a tuple of tensors. On logits
-(cases.make_inputs): "kl_divergence", "mean_kl", "token_stats", "logprob", "logprob_entropy", "entropy".
-From hidden states (linear_cases.make_linear_inputs): "linear_" and a mode of work.PRODUCTS.
-A provider is a loader, a function of the device that returns {operation: Work} and raises what it
-likes where it cannot be used; the reason becomes a row of the results. Other packages are in
-peers.py. A user's own loader is named on the command line: --provider package.module:function.
+(cases.make_inputs): "kl_divergence", "mean_kl", "token_stats", "logprob", "logprob_entropy",
+"entropy". From hidden states (linear_cases.make_linear_inputs): "linear_" and a mode of
+work.PRODUCTS. A provider is a loader, a function of the device that returns {operation: Work} and
+raises what it likes where it cannot be used; the reason becomes a row of the results. Other
+packages are in peers.py. A user's own loader is named on the command line:
+--provider package.module:function.
 """
 
 import argparse

@@ -329,8 +329,8 @@ def judge(records, path):
     baseline = read_baseline(path)
     here, there = triton.__version__, baseline["versions"]["triton"]
     regressions, changes = compare(records, baseline) if here == there else ([], [])
-    print(*(f"changed: {line}" for line in changes), sep="\n")
-    print(*(f"regression: {line}" for line in regressions), sep="\n", file=sys.stderr)
+    sys.stdout.writelines(f"changed: {line}\n" for line in changes)
+    sys.stderr.writelines(f"regression: {line}\n" for line in regressions)
     verdict = f"{len(regressions)} regressions, {len(changes)} other changes"
     if here != there:
         verdict = f"holds for Triton {there}, this is {here}: nothing compared"

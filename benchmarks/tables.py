@@ -12,14 +12,13 @@ import re
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.cases import Workload
+from benchmarks import cases, record
 from benchmarks.linear_cases import FLOOR, LinearWorkload
-from benchmarks.record import markdown
 
 OURS, PLAIN = "fastkl", "torch"
 # This package too: where there is memory for all logits, and where the GPU was found fit for it.
 ALSO_OURS = ("fastkl, through logits", "fastkl, one launch")
-MAIN, LINEAR_MAIN = Workload().as_dict(), LinearWorkload().as_dict()
+MAIN, LINEAR_MAIN = cases.Workload().as_dict(), LinearWorkload().as_dict()
 TIMED = ("main", "peers", "fused", "sweep", "scaling", "linear", "linear_sweep")
 # Operations with a gradient to the first logits only: their names go without it.
 ONE_GRADIENT = ("token_stats", "logprob", "logprob_entropy", "entropy")
@@ -168,7 +167,9 @@ PEAKS = "peak beside the inputs: fastkl / best other / torch"
 
 def summary(data, sections, what, title, share):
     lines = list(summary_lines(data, sections, share).values())
-    return markdown([what, title, "best other", "plain torch", PEAKS], lines) if lines else ""
+    return (
+        record.markdown([what, title, "best other", "plain torch", PEAKS], lines) if lines else ""
+    )
 
 
 def summary_lines(data, sections, share):
@@ -214,7 +215,7 @@ def timings(rows):
     names = list(dict.fromkeys(label(row["workload"]) for row in rows))
     rows = sorted(rows, key=lambda row: names.index(label(row["workload"])))
     head = ["workload", "provider", *FIGURES.values(), *MEMORY.values(), "error", "note"]
-    return markdown(head, map(line, rows)) if rows else ""
+    return record.markdown(head, map(line, rows)) if rows else ""
 
 
 def line(row):
