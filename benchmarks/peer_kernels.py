@@ -235,9 +235,10 @@ def pipelines():
 def measure_all():
     """Return {"kernels", "pipelines", "errors"}; errors are of our kernels, never of a peer's."""
     rows, errors = [], []
-    try:
-        rows = [measure_ours(*ours) for ours in OURS]
-    except ValueError as error:
-        errors = [str(error)]
+    for ours in OURS:
+        try:
+            rows.append(measure_ours(*ours))
+        except Exception as error:  # of any type: the other rows must not get lost
+            errors.append(f"{ours[0]}: {type(error).__name__}: {error}")
     rows += [measure(kernel) for kernel in KERNELS]
     return {"kernels": rows, "pipelines": list(pipelines()), "errors": errors}

@@ -81,18 +81,11 @@ SLACKS = {
 def measure(specialization, arch, dtype, aligned):
     """Return the record of one `Specialization` of the compile plan: its case and its FIGURES.
 
-    Raises ValueError, with the kernel's name, where it does not compile or its machine code does
-    not read as expected.
+    Raises an error of any type where it does not compile, and ValueError where its machine code
+    does not read as expected.
     """
     found = dict(zip(CASE, (specialization.name, arch, dtype, aligned), strict=True))
-    try:
-        figures = _figures(specialization, compile_kernel(specialization, arch))
-    except Exception as error:  # of any type; the kernel's name must not get lost
-        raise ValueError(f"{case_of(found)}: {type(error).__name__}: {error}") from error
-    return {**found, **dict.fromkeys(FIGURES), **figures}
-
-
-def _figures(specialization, compiled):
+    compiled = compile_kernel(specialization, arch)
     name, text, segment = compiled.metadata.name, machine_code(compiled), None
     if "amdgcn" in compiled.asm:
         program = disassembly.parse_amdgcn(text, name)
@@ -102,7 +95,7 @@ def _figures(specialization, compiled):
         registers, spill_bytes = disassembly.parse_resources(
             _of_cubin(compiled, "cuobjdump", "-res-usage")
         )
-    found = {"registers": registers, "spill_bytes": spill_bytes}
+    found |= {**dict.fromkeys(FIGURES), "registers": registers, "spill_bytes": spill_bytes}
     loop = disassembly.hot_loop(program)
     if loop is None:
         return found
@@ -255,14 +248,15 @@ def collect(chosen):
     The same compilation aligned and misaligned is measured once.
     """
     records, errors, known = [], [], {}
-    for specialization, arch, dtype, aligned in chosen:
-        key = (arch, dtype, repr(specialization))
+    for specialization, *case in chosen:
+        key = (*case[:2], repr(specialization))
+        found = dict(zip(CASE, (specialization.name, *case), strict=True))
         try:
-            known[key] = known.get(key) or measure(specialization, arch, dtype, aligned)
-            found = {**known[key], "aligned": aligned}
+            known[key] = known.get(key) or measure(specialization, *case)
+            found = {**known[key], **found}
             records.append({**found, "upper_bound_of_peak_bandwidth": roofline.upper_bound(found)})
-        except ValueError as error:
-            errors.append(str(error))
+        except Exception as error:  # of any type: the other kernels must not get lost
+            errors.append(f"{case_of(found)}: {type(error).__name__}: {error}")
     return {"records": records, "errors": errors}
 
 
