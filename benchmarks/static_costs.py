@@ -372,6 +372,7 @@ def main(argv=None):
         from benchmarks.peer_kernels import measure_all
 
         data |= measure_all()
+        print(pd.json_normalize(data["pipelines"]).to_string(index=False))
     else:
         data |= collect(chosen)
     print(table(data["kernels" if arguments.peers else "records"]))
