@@ -81,8 +81,12 @@ def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
     # A row far smaller than the size in question (its KL may even be 0) belongs to another record.
     true = exact.kl[some]
     relative = (kl.detach().double() - true).abs() / true.clamp_min(exact.kl.median() / 10)
-    found = {"rows": len(kl), "worst_relative": relative.max().item()}
-    found |= {"median_relative": relative.median().item(), "negative": int((kl < 0).sum())}
+    found = {
+        "rows": len(kl),
+        "negative": int((kl < 0).sum()),
+        "worst_relative": relative.max().item(),
+        "median_relative": relative.median().item(),
+    }
     try:
         (gradient,) = torch.autograd.grad(kl.sum(), leaf)
     except Exception as error:
@@ -90,8 +94,12 @@ def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
     true = getattr(true_gradients, wrt)[some]
     norm = true.norm(dim=-1)
     relative = (gradient.double() - true).norm(dim=-1) / norm.clamp_min(norm.median() / 10)
-    worst, median = relative.max().item(), relative.median().item()
-    return {**found, "wrt": wrt, "gradient_worst": worst, "gradient_median": median}
+    return {
+        **found,
+        "wrt": wrt,
+        "gradient_worst": relative.max().item(),
+        "gradient_median": relative.median().item(),
+    }
 
 
 def _run(provider, p, q, wrt):

@@ -118,9 +118,17 @@ def make_linear_inputs(workload, device, seed=0):
     leaves = {"forward": (), "frozen": (hidden,)}.get(mode, (hidden, weight))
     for leaf in leaves:
         leaf.requires_grad_()
-    tensors = {"hidden": hidden, "weight": weight, "tokens": tokens, "old_logprob": old_logprob}
-    tensors |= {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "advantages": advantages}
-    return SimpleNamespace(**tensors, upstream=upstream, leaves=leaves)
+    return SimpleNamespace(
+        hidden=hidden,
+        weight=weight,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        tokens=tokens,
+        upstream=upstream,
+        old_logprob=old_logprob,
+        advantages=advantages,
+        leaves=leaves,
+    )
 
 
 def off_the_clip(log_ratio):

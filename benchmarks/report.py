@@ -13,7 +13,7 @@ from functools import partial
 
 from benchmarks import accuracy, cpu, tables
 from benchmarks.record import ROOT, markdown, origin, write_bytes
-from benchmarks.tables import LINEAR_MAIN, MAIN, RED, TIMED, digits, gpu_name, read, text
+from benchmarks.tables import LINEAR_MAIN, MAIN, RED, digits, gpu_name, read, text
 
 RESULTS = ROOT / "benchmarks" / "results"
 ACCURACY_COLUMNS = [
@@ -125,9 +125,6 @@ def speed_section(data):
 
 
 def gpu_section(data):
-    rows = [row for name in TIMED for row in tables.rows_of(data, name)]
-    wrong = sum(row["status"] == "wrong" for row in rows)
-    gate = f" Rows without a time, since they failed the gate against float64: {wrong}."
     hidden = f"from hidden states, H = {LINEAR_MAIN['hidden']}"
     of_copy, of_floor = ("percent_of_copy", ", {:.0f} %"), ("ratio_to_floor", ", {:.2f} ×")
     parts = [
@@ -139,7 +136,7 @@ def gpu_section(data):
             data, ("main", "peers"), "from logits", "fastkl, of a copy's bandwidth", of_copy
         ),
         tables.summary(data, ("linear",), hidden, "fastkl, × the bare matrix products", of_floor),
-        tables.standing(data) + gate * bool(wrong),
+        tables.standing(data),
         origin(data),
     ]
     return "\n\n".join(filter(None, parts))

@@ -92,11 +92,10 @@ def timed(row):
 
 
 def standing(data):
-    faster, without, counted = [], [], 0
+    faster, counted = [], 0
     for name, rows in by_workload(data).items():
         ours, found = timed(rows.get(OURS)), [(who, timed(row)) for who, row in others_of(rows)]
         counted += bool(ours) and any(medians for _, medians in found)
-        without += [] if ours else [f"`{name}` ({why(rows.get(OURS))})"]
         faster += [
             f"{who} at `{name}` ({phase}, {times(ours[phase] / theirs)})"
             for who, medians in found
@@ -104,8 +103,7 @@ def standing(data):
             if ours.get(phase, 0.0) > theirs * (1 + NOISE)
         ]
     words = f"Faster than fastkl by more than 1 % of device time, at {counted} workloads measured "
-    words += f"beside others: {'; '.join(faster) or 'none'}."
-    return words + (f" Without a time of fastkl: {', '.join(without)}." if without else "")
+    return f"{words}beside others: {'; '.join(faster) or 'none'}."
 
 
 def others_of(rows):

@@ -47,9 +47,14 @@ def row_of(workload, provider, status, reason, **figures):
     status is "ok", or without figures "missing" (not here, or not this size), "not offered" (no
     such operation), "wrong" (failed the gate) or "failed" (raised), with the reason.
     """
-    nothing = {"note": None, "error": {}, "times": {}, "memory": {}}
-    said = {"provider": provider, "status": status, "reason": reason}
-    return {"workload": workload.as_dict(), **said, **nothing, **figures}
+    return {
+        "workload": workload.as_dict(),
+        "provider": provider,
+        "status": status,
+        "reason": reason,
+        **{"note": None, "error": {}, "times": {}, "memory": {}},
+        **figures,
+    }
 
 
 def measure(provider, workload, device, copy=None):
@@ -85,21 +90,26 @@ def _figures(work, workload, device, copy):
     error, wrong = fault(workload, sets[0], truth(workload, sets[0]), *both(sets[0]))
     if wrong or not copy:
         return {"status": "wrong" if wrong else "ok", "reason": wrong, "error": error}
-    memory, times = _memory(forward, sets[0]), {}
+    memory = _memory(forward, sets[0])
     pairs = [(i, forward(i)) for i in sets] if "backward" in workload.phases else []
     runs = {
         "forward": (forward, sets),
         "backward": (lambda pair: gradients(*pair, retain_graph=True), pairs),
         "both": (both, sets),
     }
-    for phase in workload.phases:
-        times[phase] = {**timed(*runs[phase]), "wall_ms": wall_time(*runs[phase])}
+    times = {p: {**timed(*runs[p]), "wall_ms": wall_time(*runs[p])} for p in workload.phases}
     for phase, figures in times.items():
         if phase != "backward":  # whose forward is outside the graph
             figures |= by_graph(figures, *runs[phase])
         figures |= workload.rates(phase, figures["median_ms"], copy)
-    found = {"status": "ok", "reason": None, "error": error, "memory": memory}
-    return {**found, "times": times, "copy_gb_per_s": copy}
+    return {
+        "status": "ok",
+        "reason": None,
+        "error": error,
+        "memory": memory,
+        "times": times,
+        "copy_gb_per_s": copy,
+    }
 
 
 def measure_floor(workload, device, copy):
