@@ -49,7 +49,6 @@ def data(name="NVIDIA H200", date="2026-02-01T10:00:00Z", **sections):
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """A folder of results with those of a CPU, and a function that adds a GPU's."""
     shutil.copytree(report.RESULTS, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "nvidia-h200")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -75,7 +74,6 @@ FULL = data(
 
 
 def test_tables_of_a_gpu(folder):
-    """Times beside the best other, who is ahead, an error of the gate and never a time."""
     put(folder, FULL)
     section, page = report.SECTIONS["gpu"](), report.results_page()
     for line in (

@@ -34,7 +34,6 @@ FROM_HIDDEN = ["fastkl, logits kept", "torch chunked", "TRL fused", "torch linea
 
 
 def measured(operation, function, workload):
-    """The row of a provider that has this one operation."""
     return timing.measure(Provider("theirs", {operation: function}), workload, CPU)
 
 
@@ -111,7 +110,6 @@ def test_the_gate_catches_a_wrong_provider(operation, function, reason):
 
 @pytest.mark.parametrize("layout", ["rows", "sliced"])
 def test_the_gate_of_many_rows(layout, monkeypatch):
-    """Some rows are compared, the first and the last among them; all others have to be finite."""
     monkeypatch.setattr(cases, "CHECKED_ROWS", 5)
     workload = Workload(rows=64, vocabulary=31, dtype="fp32", layout=layout)
     inputs = make_inputs(workload, CPU)
@@ -269,7 +267,6 @@ def test_no_token_is_where_the_clip_begins():
 
 
 def products_of(workload, run, *given):
-    """Count the products of N x H x V in a call."""
     with FlopCounterMode(display=False) as counter:
         run(*given)
     return counter.get_total_flops() / (2 * workload.rows * workload.hidden * workload.vocabulary)
