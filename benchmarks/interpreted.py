@@ -6,6 +6,7 @@ Triton decides at import, so the kernels live in a process that has TRITON_INTER
 """
 
 import os
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context, parent_process
@@ -17,6 +18,7 @@ import torch
 
 def _begin():
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of the interpreter, about infinities
     # The child ends where its parent ends, killed or not.
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
