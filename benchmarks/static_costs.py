@@ -127,12 +127,14 @@ def cut(specialization):
     """Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of a
     row) of a kernel of forward."""
     from fastkl.kernels.compile_plan import VOCABULARY
-    from fastkl.kernels.row_math import OUTWEIGHS
+    from fastkl.kernels.row_math import REANCHOR_GROWTH
 
     threads, segment = 32 * specialization.num_warps, specialization.segment
     tiles, edge = divmod(segment, threads * specialization.pairs_per_thread)
     # Tiles 1, 9, 73, …: the n-th is a sum of n powers of 8.
-    anchors = sum(OUTWEIGHS.value**n <= tiles * (OUTWEIGHS.value - 1) + 1 for n in range(1, 64))
+    anchors = sum(
+        REANCHOR_GROWTH.value**n <= tiles * (REANCHOR_GROWTH.value - 1) + 1 for n in range(1, 64)
+    )
     passes = math.ceil(edge / (threads * specialization.constexprs["LANES"]))
     return anchors, passes, math.ceil(VOCABULARY / segment)
 

@@ -14,7 +14,7 @@ from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 
 # Limits of one pass of the kernels: kernels.row_finish.LARGE_KL and LARGEST_DIFFERENCE,
-# kernels.row_math.LARGEST_D, LARGEST_FAR_D, FAR_SHARE and LARGEST_LSE.
+# kernels.row_math.LARGEST_D, LARGEST_FAR_D, FAR_SHARE and LARGEST_LOG2_SUM.
 ONE_PASS_KL = 8.0
 ONE_PASS_DIFFERENCE = 64.0
 ONE_PASS_D = 60.0
@@ -119,8 +119,8 @@ def slow_path_rows(
     is 8 nats or more or KL(Q‖P) far below KL(P‖Q), if the log-ratio of some entry is 60 nats or
     more from the row's mean (16 for float32 logits of a KL above 0.1), or if the mean difference of
     the logits over the temperature is 64 or more (of 16-bit logits: before it too). Such a row
-    costs four reads instead of one. kl_divergence alone does not look at the other direction: there these
-    rows are an upper bound.
+    costs four reads instead of one. kl_divergence alone does not look at the other direction: there
+    these rows are an upper bound.
 
     Args: as kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time.
     No gradient. Raises: as kl_divergence.

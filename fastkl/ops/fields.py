@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -11,6 +11,9 @@ from .. import reference
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 POLICY_FIELDS = ("logprob", "entropy", "kl", "ref_kl")
 REFERENCE_FIELDS = ("ref_logprob", "kl", "ref_kl")
+# A vector, or None for one that takes no part; Values: or a number for all rows.
+PerRow = TypeVar("PerRow", torch.Tensor, torch.Tensor | None)
+Values = TypeVar("Values", torch.Tensor, torch.Tensor | None, torch.Tensor | float)
 SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
 
 
@@ -61,14 +64,8 @@ class RowArgs(NamedTuple):
         _, _, tokens, mask, temperature, scaling = self
         if isinstance(scaling.ratio, torch.Tensor):
             scaling = scaling._replace(ratio=scaling.ratio[rows])
-        return RowArgs(
-            p,
-            q,
-            None if tokens is None else tokens[rows],
-            None if mask is None else mask[rows],
-            temperature[rows] if isinstance(temperature, torch.Tensor) else temperature,
-            scaling,
-        )
+        mask, tokens = rows_of(mask, rows), rows_of(tokens, rows)
+        return RowArgs(p, q, tokens, mask, rows_of(temperature, rows), scaling)
 
 
 def row_args(
@@ -91,26 +88,14 @@ def row_args(
     )
 
 
-@overload
-def flat(value: torch.Tensor) -> torch.Tensor: ...
-@overload
-def flat(value: None) -> None: ...
-def flat(value: torch.Tensor | None) -> torch.Tensor | None:
+def flat(value: PerRow) -> PerRow:
     """Return a per-row tensor as a contiguous vector."""
     if value is None or (value.dim() == 1 and value.is_contiguous()):
         return value
     return value.reshape(-1).contiguous()
 
 
-@overload
-def rows_of(value: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor: ...
-@overload
-def rows_of(value: float, rows: torch.Tensor | slice) -> float: ...
-@overload
-def rows_of(value: None, rows: torch.Tensor | slice) -> None: ...
-def rows_of(
-    value: torch.Tensor | float | None, rows: torch.Tensor | slice
-) -> torch.Tensor | float | None:
+def rows_of(value: Values, rows: torch.Tensor | slice) -> Values:
     """Return some rows of a per-row tensor."""
     return value[rows] if isinstance(value, torch.Tensor) else value
 

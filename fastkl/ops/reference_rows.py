@@ -49,7 +49,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             _define(_some(here, some), outputs, saved, numbers)
 
 
-def computes_together(args: RowArgs) -> bool:
+def computes_together(args: RowArgs, grad_p: torch.Tensor) -> bool:
     """Whether a KL and its gradient to P take one pass over the rows."""
     p = args.p
     return (

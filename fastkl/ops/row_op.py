@@ -80,12 +80,17 @@ def empty_outputs(p: Tensor, fields: str) -> Outputs:
     """Return a tensor for each field and the saved values, uninitialised, for logits or hidden
     states p; None for a field that was not requested.
     """
-    dtype, device, leading, names = result_dtype(p), p.device, p.shape[:-1], wanted(fields)
+    dtype, device, leading = result_dtype(p), p.device, p.shape[:-1]
+    names, saved = wanted(fields), torch.empty((*leading, SAVED), dtype=dtype, device=device)
+    if not names:
+        return *[None for _ in FIELDS], saved
+    # empty_like takes less than half the time of empty with a shape.
+    first = torch.empty(leading, dtype=dtype, device=device)
     outputs = [
-        torch.empty(leading, dtype=dtype, device=device) if name in names else None
+        None if name not in names else first if name == names[0] else torch.empty_like(first)
         for name in FIELDS
     ]
-    return *outputs, torch.empty((*leading, SAVED), dtype=dtype, device=device)
+    return *outputs, saved
 
 
 def _statistics(inputs: RowInputs) -> Outputs:
@@ -95,11 +100,10 @@ def _statistics(inputs: RowInputs) -> Outputs:
     results = _fake_statistics(inputs)
     *values, saved = results
     if saved.numel():
-        outputs = {
-            name: value.view(-1)
-            for name, value in zip(FIELDS, values, strict=True)
-            if value is not None
-        }
+        outputs = {}
+        for name, value in zip(FIELDS, values, strict=True):
+            if value is not None:
+                outputs[name] = flat(value)
         ENGINES[inputs.backend].forward(row_args(*inputs[:6]), outputs, saved.view(-1, SAVED))
     return results
 
