@@ -22,6 +22,7 @@ if trl.__version__.split(".")[:2] != ["1", "16"]:
         f"got {trl.__version__}; remedy: pip install 'trl==1.16.*', or a fastkl for that version"
     )
 
+from ._errors import expect
 from ._head import causal_lm as causal_lm
 from ._head import cut, head_of
 from .transformers import KLCallback
@@ -38,19 +39,23 @@ class ExactDivergence:
         self, logits_dtype: torch.dtype | None, instead: str, refused: dict[str, bool]
     ) -> None:
         refuse(self, instead, refused)
-        if self.beta not in (0, 1):
-            raise ValueError(
-                f"args.beta: expected 0 (forward KL) or 1 (reverse KL), got {self.beta}; "
-                f"use {instead} for the Jensen-Shannon divergences between"
-            )
+        expect(
+            self.beta in (0, 1),
+            "args.beta",
+            "0 (forward KL) or 1 (reverse KL)",
+            self.beta,
+            f"use {instead} for the Jensen-Shannon divergences between",
+        )
         self._logits_dtype = checked_dtype(logits_dtype)
         self.kl_callback = callback_of(self)
         if self.kl_callback is not None:
-            if self.kl_callback.controller is not None:
-                raise ValueError(
-                    "callbacks: expected a KLCallback without controller, got one with; "
-                    "distillation has no weight to control: pass KLCallback(None, monitor)"
-                )
+            expect(
+                self.kl_callback.controller is None,
+                "callbacks",
+                "a KLCallback without controller",
+                "one with",
+                "distillation has no weight to control: pass KLCallback(None, monitor)",
+            )
             self.kl_callback.attach(self)
         self._student_head, self._teacher_head = checked_heads(self, self.teacher_model, instead)
 
@@ -90,11 +95,13 @@ def per_item(
 def callback_of(trainer: Any) -> KLCallback | None:
     """Find the KLCallback among the trainer's callbacks."""
     found = [each for each in trainer.callback_handler.callbacks if isinstance(each, KLCallback)]
-    if len(found) > 1:
-        raise ValueError(
-            f"callbacks: expected one KLCallback, got {len(found)}; one takes both a controller "
-            f"and a monitor"
-        )
+    expect(
+        len(found) < 2,
+        "callbacks",
+        "one KLCallback",
+        len(found),
+        "one takes both a controller and a monitor",
+    )
     return found[0] if found else None
 
 
@@ -110,21 +117,21 @@ def refuse(trainer: Any, instead: str, more: dict[str, bool]) -> None:
         and any(config.is_prompt_learning for config in configs.values()),
         **more,
     }
-    named = [name for name, used in refused.items() if used]
-    if named:
-        raise ValueError(
-            f"args: expected options that {type(trainer).__name__} supports, got "
-            f"{', '.join(named)}; change that, or use {instead}"
-        )
+    named = ", ".join(name for name, used in refused.items() if used)
+    supported = f"options that {type(trainer).__name__} supports"
+    expect(not named, "args", supported, named, f"change that, or use {instead}")
 
 
 def checked_dtype(value: torch.dtype | None) -> torch.dtype | None:
     """Check a logits_dtype when a trainer is made: the first loss comes after a generation."""
-    if value is not None and not isinstance(value, torch.dtype):
-        raise TypeError(
-            f"logits_dtype: expected None or a torch.dtype, got {type(value).__name__}; "
-            f"pass torch.float32 to keep what 16-bit logits lose"
-        )
+    expect(
+        value is None or isinstance(value, torch.dtype),
+        "logits_dtype",
+        "None or a torch.dtype",
+        value,
+        "pass torch.float32 to keep what 16-bit logits lose",
+        TypeError,
+    )
     return value
 
 

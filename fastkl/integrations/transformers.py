@@ -19,6 +19,7 @@ except ModuleNotFoundError as missing:
         f"not installed: {missing.name}; remedy: pip install 'fastkl[compare]'"
     ) from missing
 
+from ._errors import expect
 from ._head import head_of as head_of
 
 if TYPE_CHECKING:
@@ -114,24 +115,26 @@ class KLCallback(TrainerCallback, ExportableState):
             ("controller", controller, ("beta", "update"), "FixedBeta(0.05)"),
             ("monitor", monitor, ("update",), "KLMonitor()"),
         ):
-            lacking = [each for each in needed if not hasattr(value, each)]
-            if value is not None and lacking:
-                raise TypeError(
-                    f"{name}: expected an object with {' and '.join(needed)}, got "
-                    f"{type(value).__name__} without {lacking[0]}; pass one of fastkl.rl's, such "
-                    f"as {example}"
-                )
+            expect(
+                value is None or all(hasattr(value, each) for each in needed),
+                name,
+                f"an object with {' and '.join(needed)}",
+                value,
+                f"pass one of fastkl.rl's, such as {example}",
+                TypeError,
+            )
         self.controller, self.monitor = controller, monitor
         self.unit: Unit = getattr(controller, "unit", "token")
-        if not isinstance(self.unit, str) or self.unit not in get_args(Unit):
-            raise ValueError(
-                f"controller: expected one whose unit is 'token' or 'sequence', got "
-                f"{self.unit!r}; set its unit to what its target is a mean over"
-            )
+        expect(
+            isinstance(self.unit, str) and self.unit in get_args(Unit),
+            "controller",
+            "one whose unit is 'token' or 'sequence'",
+            repr(self.unit),
+            "set its unit to what its target is a mean over",
+        )
         self._micro_batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         self._figures: dict[str, tuple[float, int]] = {}
-        self._heard = False
-        self._warned = False
+        self._heard = self._warned = False
 
     def record(
         self,
@@ -146,36 +149,47 @@ class KLCallback(TrainerCallback, ExportableState):
         Detached, nothing copied, nothing waited for: the tensors are kept until the optimizer
         steps. Raises TypeError or ValueError for others.
         """
-        if not isinstance(kl, torch.Tensor) or kl.dtype not in FLOAT_TYPES or kl.dim() == 0:
-            raise TypeError(
-                f"kl: expected a float tensor of KL per token, [..., T], got {_describe(kl)}; "
-                f"pass it before its mean is taken"
-            )
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
-            raise TypeError(
-                f"mask: expected a bool tensor, True where the token counts, got "
-                f"{_describe(mask)}; convert it with .bool()"
-            )
-        if entropy is not None and not isinstance(entropy, torch.Tensor):
-            raise TypeError(
-                f"entropy: expected a float tensor shaped as kl, got "
-                f"{_describe(entropy)}; pass token_stats(...).entropy, or None"
-            )
+        expect(
+            isinstance(kl, torch.Tensor) and kl.dtype in FLOAT_TYPES and kl.dim() > 0,
+            "kl",
+            "a float tensor of KL per token, [..., T]",
+            kl,
+            "pass it before its mean is taken",
+            TypeError,
+        )
+        expect(
+            mask is None or (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool),
+            "mask",
+            "a bool tensor, True where the token counts",
+            mask,
+            "convert it with .bool()",
+            TypeError,
+        )
+        expect(
+            entropy is None or isinstance(entropy, torch.Tensor),
+            "entropy",
+            "a float tensor shaped as kl",
+            entropy,
+            "pass token_stats(...).entropy, or None",
+            TypeError,
+        )
         for name, value in (("kl", kl), ("mask", mask), ("entropy", entropy)):
-            if value is not None and (
-                value.is_nested
-                or value.layout is not torch.strided
-                or hasattr(value, "full_tensor")
-            ):
-                raise TypeError(
-                    f"{name}: expected a plain tensor, got {type(value).__name__} of layout "
-                    f"{value.layout}; pass a strided one that this process holds whole"
+            if value is not None:
+                plain = not value.is_nested and value.layout is torch.strided
+                expect(
+                    plain and not hasattr(value, "full_tensor"),
+                    name,
+                    "a plain tensor",
+                    value,
+                    "pass a strided one that this process holds whole",
+                    TypeError,
                 )
-        for name, value in (("mask", mask), ("entropy", entropy)):
-            if value is not None and value.shape != kl.shape:
-                raise ValueError(
-                    f"{name}: expected the shape of kl, {tuple(kl.shape)}, got "
-                    f"{_describe(value)}; align the two"
+                expect(
+                    value.shape == kl.shape,
+                    name,
+                    f"the shape of kl, {tuple(kl.shape)}",
+                    tuple(value.shape),
+                    "align the two",
                 )
         if torch.is_grad_enabled():
             mask = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
@@ -187,16 +201,21 @@ class KLCallback(TrainerCallback, ExportableState):
         """Make this the trainer's first callback, wherever it was, and return it; the trainers of
         this package must know it when they are made.
         """
-        if not hasattr(getattr(trainer, "callback_handler", None), "callbacks"):
-            raise TypeError(
-                f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}; "
-                f"pass the trainer after it is made"
-            )
-        if getattr(trainer, "kl_callback", self) is not self:
-            raise ValueError(
-                f"trainer: expected one that takes its KLCallback later, got a "
-                f"{type(trainer).__name__}; pass callbacks=[callback] when it is made"
-            )
+        expect(
+            hasattr(getattr(trainer, "callback_handler", None), "callbacks"),
+            "trainer",
+            "a transformers.Trainer",
+            trainer,
+            "pass the trainer after it is made",
+            TypeError,
+        )
+        expect(
+            getattr(trainer, "kl_callback", self) is self,
+            "trainer",
+            "one that takes its KLCallback later",
+            f"a {type(trainer).__name__}",
+            "pass callbacks=[callback] when it is made",
+        )
         others = trainer.callback_handler.callbacks
         trainer.callback_handler.callbacks = [
             self,
@@ -208,19 +227,22 @@ class KLCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the states of a checkpoint."""
-        if args.restore_callback_states_from_checkpoint:
-            raise ValueError(
-                "restore_callback_states_from_checkpoint: expected False with a KLCallback, got "
-                "True, which would replace it by one without controller and monitor; it restores "
-                "their states by itself"
-            )
+        expect(
+            not args.restore_callback_states_from_checkpoint,
+            "restore_callback_states_from_checkpoint",
+            "False with a KLCallback",
+            "True, which would replace it by one without controller and monitor",
+            "it restores their states by itself",
+        )
         self._micro_batches, self._figures, self._heard = [], {}, False
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if isinstance(saved, list):
-            raise ValueError(
-                f"callbacks: expected one KLCallback, got {len(saved)}; one takes both a "
-                f"controller and a monitor"
-            )
+        expect(
+            not isinstance(saved, list),
+            "callbacks",
+            "one KLCallback",
+            len(saved),
+            "one takes both a controller and a monitor",
+        )
         if state.global_step > 0:
             for part, values in saved["attributes"].items():
                 self._restore(part, values)
@@ -247,13 +269,16 @@ class KLCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Update monitor and controller with the KL of the optimizer step's micro-batches."""
+        expect(
+            self._micro_batches or self._heard,
+            "KLCallback",
+            "a KL in the first optimizer step",
+            "none",
+            "call callback.record(kl, mask) from compute_loss, or use a trainer of "
+            "fastkl.integrations.trl or gkd",
+            RuntimeError,
+        )
         if not self._micro_batches:
-            if not self._heard:
-                raise RuntimeError(
-                    "KLCallback: expected a KL in the first optimizer step, got none; call "
-                    "callback.record(kl, mask) from compute_loss, or use a trainer of "
-                    "fastkl.integrations.trl or gkd"
-                )
             return
         self._heard = True
         totals = self._totals()
@@ -383,11 +408,3 @@ class KLCallback(TrainerCallback, ExportableState):
             for name, value in figures.items()
             if name != "step"
         }
-
-
-def _describe(value: object) -> str:
-    return (
-        f"a {value.dtype} tensor {tuple(value.shape)}"
-        if isinstance(value, torch.Tensor)
-        else type(value).__name__
-    )

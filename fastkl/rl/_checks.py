@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,15 +48,31 @@ __all__ = [
 ]
 
 
+def expect(
+    holds: object,
+    name: str,
+    what: str,
+    got: object,
+    remedy: str,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Raise an error in the wording of all, unless the condition holds.
+
+    `got` is described by its type for a TypeError, and else shown.
+    """
+    if not holds:
+        described = type_name(got) if error is TypeError else shown(got)
+        raise error(f"{name}: expected {what}, got {described}; {remedy}")
+
+
 def float_tensor(name: str, value: torch.Tensor, what: str, least_dim: int = 0) -> None:
     """Check for a tensor of one of FLOAT_TYPES; `what` describes it, with its shape."""
     if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_TYPES:
-        remedy = "pass a tensor"
-        if isinstance(value, torch.Tensor):
-            remedy = dtype_remedy(name, value, "convert it with .float()")
+        given = isinstance(value, torch.Tensor)
         raise TypeError(
             f"{name}: expected a float32, bfloat16, float16 or float64 tensor, {what}, got "
-            f"{type_name(value)}; {remedy}"
+            f"{type_name(value)}; "
+            + (dtype_remedy(name, value, "convert it with .float()") if given else "pass a tensor")
         )
     not_sharded(name, value, what, local_or_full(name))
     if value.dim() < least_dim:
@@ -123,14 +139,10 @@ def number(
     """
     if tensor and isinstance(value, torch.Tensor) and value.dtype in FLOAT_TYPES + INTEGER_TYPES:
         not_sharded(name, value, "of one entry", f"pass {name}.full_tensor()")
-        if value.is_meta:
+        if value.is_meta or value.numel() != 1:
             raise ValueError(
-                f"{name}: expected {what}, got a tensor on the meta device, which has "
-                f"no values; {remedy}"
-            )
-        if value.numel() != 1:
-            raise ValueError(
-                f"{name}: expected {what}, got a tensor of shape {tuple(value.shape)}; {remedy}"
+                f"{name}: expected {what}, got a tensor of shape {tuple(value.shape)} on the "
+                f"device {value.device}, of which meta has no values; {remedy}"
             )
         value = value.item()
     elif isinstance(value, bool) or not (
@@ -139,12 +151,10 @@ def number(
         if isinstance(value, torch.Tensor) and not tensor:
             remedy = f"pass float({name})"
         raise TypeError(f"{name}: expected {what}, got {type_name(value)}; {remedy}")
-    largest = sys.float_info.max
     exact = isinstance(value, int) or (
         not isinstance(value, float) and isinstance(value, numbers.Rational)
     )
-    too_large = exact and not -largest <= value <= largest
-    if too_large or not inside(value):
+    if (exact and abs(value) > sys.float_info.max) or not inside(value):
         raise ValueError(f"{name}: expected {what}, got {shown(value)}; {remedy}")
     return float(value)
 
@@ -237,17 +247,35 @@ def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:
             )
 
 
-def state(state: dict[str, object], mine: dict[str, object]) -> None:
-    """Check that a state has the class and the entries of `mine`, this object's own."""
-    given = isinstance(state, dict)
-    if given and state.get("class", mine["class"]) != mine["class"]:
-        raise ValueError(
-            f"state: expected class {mine['class']!r}, got {state['class']!r}; load it into an "
-            f"object of the class it was saved from"
-        )
-    if not given or state.keys() != mine.keys():
-        got = (", ".join(sorted(map(str, state))) or "none") if given else type_name(state)
-        raise ValueError(
-            f"state: expected a dict with the entries {', '.join(sorted(mine))}, got {got}; pass "
-            f"what state_dict() returned"
-        )
+def within(low: float, high: float, value: object) -> bool:
+    """Tell whether a value is a number of a range."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def state(
+    state: dict[str, Any],
+    mine: dict[str, Any],
+    settings: tuple[str, ...],
+    possible: Mapping[str, Callable[[Any], bool]],
+) -> None:
+    """Check that a state has the class, the entries and the settings of `mine`, this object's own,
+    and in its other entries values that are possible; a test of these may raise instead.
+    """
+    given, own = state if isinstance(state, dict) else {}, mine["class"]
+    kind, names = given.get("class", own), ", ".join(sorted(map(str, given)))
+    remedy = "load it into an object of the class and settings it was saved from"
+    expect(kind == own, "state", f"class {own!r}", repr(kind), remedy)
+    entries = f"a dict with the entries {', '.join(sorted(mine))}"
+    got = names or type_name(state)
+    expect(given.keys() == mine.keys(), "state", entries, got, "pass what state_dict() returned")
+    for name in settings:
+        value = state[name]
+        same = isinstance(value, (str, int, float, type(None))) and value == mine[name]
+        expect(same, "state", f"{name} {mine[name]!r}", value, remedy)
+    for name, test in possible.items():
+        try:
+            right = test(state[name])
+        except (TypeError, ValueError, KeyError, AttributeError):
+            right = False
+        saved = f"{name} as {own} saves it"
+        expect(right, "state", saved, state[name], "load another checkpoint, or begin anew")

@@ -23,18 +23,16 @@ BINS = 2 + math.ceil(math.log(HIGHEST / LOWEST) / math.log(GROWTH))
 class Measured(NamedTuple):
     """Figures of a step on the CPU: those that are returned, and the step's part of the run's.
 
-    figures, tensors: the monitor's own by name, and averages of further tensors. sequences: how
-    many have a token that counts. finite, finite_sum, finite_max: of the tokens whose KL is finite.
-    width: positions per entry of the profile from now on. histogram, profile: counts per bin, and
-    sums and counts per entry.
+    figures, tensors: the monitor's own by name, and averages of further tensors. run: counts and
+    sums by name, "finite" and "sum" of the tokens whose KL is finite. largest: the largest of
+    these. width: positions per entry of the profile from now on. histogram, profile: counts per
+    bin, and sums and counts per entry.
     """
 
     figures: dict[str, float]
     tensors: list[float]
-    sequences: float
-    finite: float
-    finite_sum: float
-    finite_max: float
+    run: dict[str, float]
+    largest: float
     width: int
     histogram: torch.Tensor
     profile: torch.Tensor
@@ -118,14 +116,20 @@ def measure(
             "pass the KL of a step"
         ) from None
     values = copied[: len(scalars)].tolist()
-    held, finites, finite_sum, finite_max, width_now = values[-5:]
+    sequences_now, finite_now, sum_now, largest, width_now = values[-5:]
+    named = dict(zip(figures, values, strict=False))
+    above = named["kl/above_threshold"] * named["kl/tokens"] if named["kl/tokens"] else 0.0
     return Measured(
-        dict(zip(figures, values, strict=False)),
+        named,
         values[len(figures) : -5],
-        held,
-        finites,
-        finite_sum,
-        finite_max,
+        {
+            "tokens": named["kl/tokens"],
+            "sequences": sequences_now,
+            "finite": finite_now,
+            "sum": sum_now,
+            "above": above,
+        },
+        largest,
         int(width_now),
         copied[len(scalars) : -2 * positions],
         copied[-2 * positions :].reshape(2, positions),
@@ -176,29 +180,36 @@ def sorted_figures(
     """
     known, tensors = {}, {}
     for name, value in named.items():
-        if name in _OWN:
-            raise ValueError(
-                f"{name}: expected a name that the monitor does not use itself, got it for a "
-                f"further figure; choose another"
-            )
+        _checks.expect(
+            name not in _OWN,
+            name,
+            "a name that the monitor does not use itself",
+            value,
+            "choose another",
+        )
         if isinstance(value, torch.Tensor):
-            if value.dtype not in (*_checks.FLOAT_TYPES, *_checks.INTEGER_TYPES, torch.bool):
-                raise TypeError(
-                    f"{name}: expected a real number or tensor, got "
-                    f"{_checks.type_name(value)}; convert it with .float()"
-                )
+            _checks.expect(
+                value.dtype in (*_checks.FLOAT_TYPES, *_checks.INTEGER_TYPES, torch.bool),
+                name,
+                "a real number or tensor",
+                value,
+                "convert it with .float()",
+                TypeError,
+            )
             _checks.not_sharded(name, value, "a figure", f"pass {name}.full_tensor()")
             on_cpu = value.device.type == "cpu"
-            if value.device == kl.device or (on_cpu and value.shape == kl.shape):
+            _checks.expect(
+                on_cpu or value.device == kl.device,
+                name,
+                f"a tensor on the device of kl, {kl.device}, or on the CPU",
+                value.device,
+                "move it with .to()",
+            )
+            if value.device == kl.device or value.shape == kl.shape:
                 # Without a wait: the copy of the figures comes after it.
                 tensors[name] = value.detach().to(kl.device, non_blocking=True)
-            elif on_cpu:
-                known[name] = value.detach().double().mean().item()
             else:
-                raise ValueError(
-                    f"{name}: expected a tensor on the device of kl, {kl.device}, or on the CPU, "
-                    f"got {value.device}; move it with .to()"
-                )
+                known[name] = value.detach().double().mean().item()
         elif value is not None:
             known[name] = _checks.number(
                 name, value, "a number or a tensor", lambda x: True, f"pass float({name})"
