@@ -1,7 +1,5 @@
 """Errors of the integrations: argument, what was expected, what came, what to do."""
 
-from __future__ import annotations
-
 import torch
 
 

@@ -1,7 +1,5 @@
 """Head of a model of transformers: its lm_head with the soft cap and the factor of its logits."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Shared parts of the trainers for TRL: its version, refused options, lm_heads, the divergence."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

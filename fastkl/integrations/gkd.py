@@ -1,7 +1,5 @@
 """TRL's experimental trainer for distillation (GKD) with the exact KL from hidden states."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ distillation.
 Logits of more than 2 GiB never exist at once, and no KL is sampled.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator

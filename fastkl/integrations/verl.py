@@ -271,21 +271,25 @@ def _weight_of(beta: float | BetaController) -> float:
         "pass 0.05, for instance",
         TypeError,
     )
-    known = isinstance(value, float) or abs(value) < 2**64
     expect(
         0 <= value <= sys.float_info.max,
         "beta",
         "a finite number of at least 0",
-        value if known else "an integer beyond 2^64",
+        value if isinstance(value, float) or abs(value) < 2**64 else "an integer beyond 2^64",
         "a negative beta would reward divergence",
     )
     return float(value)
 
 
 def _name(argument: str, value: str) -> None:
-    """Check the name of a policy loss."""
-    what = "the name of a policy loss of verl"
-    expect(isinstance(value, str), argument, what, value, "pass 'vanilla', for instance", TypeError)
+    expect(
+        isinstance(value, str),
+        argument,
+        "the name of a policy loss of verl",
+        value,
+        "pass 'vanilla', for instance",
+        TypeError,
+    )
 
 
 def _tensor(argument: str, value: torch.Tensor, what: str, remedy: str) -> None:
@@ -293,7 +297,6 @@ def _tensor(argument: str, value: torch.Tensor, what: str, remedy: str) -> None:
 
 
 def _core_algos() -> ModuleType:
-    """Import verl's core_algos."""
     try:
         return importlib.import_module("verl.trainer.ppo.core_algos")
     except ModuleNotFoundError as missing:

@@ -2,8 +2,6 @@
 expected, what came, what to do.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 import sys
@@ -75,11 +73,13 @@ def float_tensor(name: str, value: torch.Tensor, what: str, least_dim: int = 0) 
             + (dtype_remedy(name, value, "convert it with .float()") if given else "pass a tensor")
         )
     not_sharded(name, value, what, local_or_full(name))
-    if value.dim() < least_dim:
-        raise ValueError(
-            f"{name}: expected {what}, with at least {least_dim} dimension, got a scalar; pass one "
-            f"entry per token, before a mean is taken"
-        )
+    expect(
+        value.dim() >= least_dim,
+        name,
+        f"{what}, with at least {least_dim} dimension",
+        "a scalar",
+        "pass one entry per token, before a mean is taken",
+    )
 
 
 def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -117,11 +117,13 @@ def per_token_or_sequence(
 
 def no_gradient(name: str, value: torch.Tensor, why: str) -> None:
     """Check that a tensor does not require grad."""
-    if value.requires_grad:
-        raise ValueError(
-            f"{name}: expected a tensor without gradient, got one that requires it; {why}: pass "
-            f"{name}.detach()"
-        )
+    expect(
+        not value.requires_grad,
+        name,
+        "a tensor without gradient",
+        "one that requires it",
+        f"{why}: pass {name}.detach()",
+    )
 
 
 def number(
@@ -168,12 +170,16 @@ def whole_number(
     largest: int = LARGEST_COUNT,
 ) -> None:
     """Check for a Python int within a range, by default at least 1 and below 2^31."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected {what}, got {type_name(value)}; {remedy}")
-    if not lowest <= value <= largest:
-        raise ValueError(
-            f"{name}: expected {what} within {lowest} … {largest}, got {shown(value)}; {remedy}"
-        )
+    expect(
+        isinstance(value, int) and not isinstance(value, bool), name, what, value, remedy, TypeError
+    )
+    expect(
+        isinstance(value, int) and lowest <= value <= largest,
+        name,
+        f"{what} within {lowest} … {largest}",
+        value,
+        remedy,
+    )
 
 
 def beta(
@@ -195,11 +201,13 @@ def beta(
             "pass a weight as 0.05; a negative one would reward divergence",
         )
     float_tensor("beta", value, "0-d")
-    if value.dim() != 0:
-        raise ValueError(
-            f"beta: expected a number or a 0-d tensor, got shape {tuple(value.shape)}; pass one "
-            f"weight for all tokens"
-        )
+    expect(
+        value.dim() == 0,
+        "beta",
+        "a number or a 0-d tensor",
+        value.shape,
+        "pass one weight for all tokens",
+    )
     if value.device.type != "cpu":
         same_device("beta", value, other_name, other)
     return value.detach()
@@ -221,30 +229,39 @@ def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:
 
     Their values are read on the CPU only: elsewhere that would cost a synchronisation.
     """
-    if not isinstance(value, torch.Tensor) or value.dtype not in INTEGER_TYPES:
-        raise TypeError(
-            f"cu_seqlens: expected an integer tensor [S+1] of the sequences' boundaries, got "
-            f"{type_name(value)}; convert it with .int()"
-        )
+    expect(
+        isinstance(value, torch.Tensor) and value.dtype in INTEGER_TYPES,
+        "cu_seqlens",
+        "an integer tensor [S+1] of the sequences' boundaries",
+        value,
+        "convert it with .int()",
+        TypeError,
+    )
     not_sharded("cu_seqlens", value, "the sequences' boundaries", "pass cu_seqlens.full_tensor()")
-    if packed.dim() != 1:
-        raise ValueError(
-            f"{name}: expected [total] beside cu_seqlens, got {tuple(packed.shape)}; pass a "
-            f"padded [B, T] without cu_seqlens"
-        )
-    if value.dim() != 1 or len(value) == 0:
-        raise ValueError(
-            f"cu_seqlens: expected [S+1], the boundaries of S sequences with the leading 0, got "
-            f"{tuple(value.shape)}; for one sequence pass [0, {len(packed)}]"
-        )
+    expect(
+        packed.dim() == 1,
+        name,
+        "[total] beside cu_seqlens",
+        packed.shape,
+        "pass a padded [B, T] without cu_seqlens",
+    )
+    expect(
+        value.dim() == 1 and len(value) > 0,
+        "cu_seqlens",
+        "[S+1], the boundaries of S sequences with the leading 0",
+        value.shape,
+        "for one sequence pass [0, total]",
+    )
     same_device("cu_seqlens", value, name, packed)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = value.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(packed) or bounds != sorted(bounds):
-            raise ValueError(
-                f"cu_seqlens: expected boundaries that rise from 0 to {len(packed)}, the length "
-                f"of {name}, got {bounds[:3]} … {bounds[-1]}; count the tokens that are in {name}"
-            )
+        expect(
+            bounds[0] == 0 and bounds[-1] == len(packed) and bounds == sorted(bounds),
+            "cu_seqlens",
+            f"boundaries that rise from 0 to {len(packed)}, the length of {name}",
+            f"{bounds[:3]} … {bounds[-1]}",
+            f"count the tokens that are in {name}",
+        )
 
 
 def within(low: float, high: float, value: object) -> bool:

@@ -3,8 +3,6 @@
 All have a state, and those with a target declare its unit and the bounds of beta.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """DPO over the log-probabilities of whole responses."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

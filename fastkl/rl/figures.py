@@ -1,7 +1,5 @@
 """Figures of the KL in one step, computed on the device and copied to the CPU at once."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

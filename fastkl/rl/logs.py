@@ -1,7 +1,5 @@
 """Destinations of a monitor's figures: a file with a line of JSON per step, and loggers."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

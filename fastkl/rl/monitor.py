@@ -1,7 +1,5 @@
 """Monitor of the KL in a run: figures of every step and of the run, an alarm, a file of them."""
 
-from __future__ import annotations
-
 import math
 import os
 import warnings
@@ -228,7 +226,6 @@ class KLMonitor:
                 )
 
     def _remember(self, metrics: dict[str, float], got: Measured) -> None:
-        """Add a step to the run."""
         run = self._run
         if got.run["finite"]:
             run["max"] = max(run["max"], got.largest) if run["finite"] else got.largest

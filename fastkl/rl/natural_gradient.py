@@ -2,8 +2,6 @@
 and a step of a given KL.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -85,10 +83,22 @@ def fisher_vector_product(
         "for a module: lambda parameters: torch.func.functional_call(model, parameters, (tokens,))",
         TypeError,
     )
+
+    def policy(point: Any) -> torch.Tensor:
+        logits = function(point)
+        _checks.expect(
+            isinstance(logits, torch.Tensor),
+            "function",
+            "one that returns logits [..., V]",
+            logits,
+            "return the logits alone",
+            TypeError,
+        )
+        return logits
+
     point = named_tensors("parameters", parameters)
     tangents = like("vector", vector, "parameters", point)
     primal = packed(point, parameters)
-    policy = partial(_logits_of, function)
     logits, tangent = torch.func.jvp(policy, (primal,), (packed(tangents, parameters),))[:2]
     _checks.logits("function's result", logits)
     _checks.token_weights(weights, logits.shape[:-1], logits.device)
@@ -97,27 +107,12 @@ def fisher_vector_product(
     return result
 
 
-def _logits_of(function: Callable[[Any], torch.Tensor], parameters: Tensors) -> torch.Tensor:
-    """Call the function, and check that it returns a tensor."""
-    logits = function(parameters)
-    _checks.expect(
-        isinstance(logits, torch.Tensor),
-        "function",
-        "one that returns logits [..., V]",
-        logits,
-        "return the logits alone",
-        TypeError,
-    )
-    return logits
-
-
 def _softmax_fisher(
     logits: torch.Tensor, tangent: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
     """Compute (diag(p) - p pᵀ) tangent of every row, times its share of the mean, [..., V]."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    p = logits.to(dtype).softmax(-1)
-    u = tangent.to(dtype)
+    p, u = logits.to(dtype).softmax(-1), tangent.to(dtype)
     # Subtract the value at the most probable entry: on a peaked row u - E_p[u] is far smaller there
     # than u.
     u = u - u.gather(-1, p.argmax(-1, keepdim=True))

@@ -1,7 +1,5 @@
 """Sequences of a batch, a row each or packed one behind the other, and the means over them."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -44,12 +42,14 @@ def sequences_of(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None, needed:
     if cu_seqlens is not None:
         _checks.cu_seqlens(cu_seqlens, "logprob", logprob)
         return Sequences(len(cu_seqlens) - 1, *owners(cu_seqlens, len(logprob)))
-    if logprob.dim() == 1 and needed:
-        raise ValueError(
-            f"cu_seqlens: expected the boundaries of the sequences packed into logprob, "
-            f"{tuple(logprob.shape)}, for this reduction or level, which ask what sequence a token "
-            f"is in, got None; pass them, or [1, T] tensors for a single sequence"
-        )
+    _checks.expect(
+        logprob.dim() > 1 or not needed,
+        "cu_seqlens",
+        "the boundaries of the sequences packed into logprob, for this reduction or level, which "
+        "ask what sequence a token is in",
+        None,
+        "pass them, or [1, T] tensors for a single sequence",
+    )
     return Sequences(logprob.shape[:-1].numel())
 
 

@@ -1,7 +1,5 @@
 """An alarm for jumps of the KL: a sequential test of its logarithm against its own recent past."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import deque

@@ -2,8 +2,6 @@
 early stop of PPO.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

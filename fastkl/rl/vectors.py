@@ -1,7 +1,5 @@
 """Vectors in a space of parameters: one tensor, or tensors by name as in named_parameters()."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -2,8 +2,6 @@
 and plain torch on full logits. test_trl.py has the refused settings of all trainers.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel

@@ -1,8 +1,6 @@
 """The exact KL in TRL's GRPO and distillation trainers: losses and gradients of tiny random models
 against plain torch on full logits, and against TRL's own."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools

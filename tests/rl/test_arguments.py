@@ -2,8 +2,6 @@
 says what to do.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

@@ -160,7 +160,6 @@ def test_extreme_settings_stay_finite(make) -> None:
 
 
 def penalty_of(tokens: int, scale: float = 1.0) -> fastkl.KLPenalty:
-    """Returns a penalty after its call: two sequences of `tokens` tokens altogether."""
     generator, penalty = torch.Generator().manual_seed(tokens), fastkl.KLPenalty(0.1)
     policy, reference = scale * torch.randn(2, 2, 20, 7, generator=generator)
     ends = torch.tensor([[tokens // 2], [tokens - tokens // 2]])

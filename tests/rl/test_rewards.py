@@ -2,8 +2,7 @@
 float64.
 """
 
-from __future__ import annotations
-
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -28,11 +27,9 @@ BOUNDARIES = {
     "one": [0, 15],
     "empty ones": [0, 0, 4, 4, 4, 15, 15],
 }
-EVEN = torch.tensor(BOUNDARIES["even"])
 
 
 def numbers(sequences: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns scores [sequences] and a KL [3, 5] of both signs, as a sampled one has."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(sequences, generator=generator), torch.randn(3, 5, generator=generator)
 
@@ -44,9 +41,6 @@ def mask_of(name: str) -> torch.Tensor:
 def by_definition(
     scores: torch.Tensor, kl: torch.Tensor, beta: float, mask: torch.Tensor, bounds: list[int]
 ) -> torch.Tensor:
-    """Computes the rewards of packed tokens, one sequence and one token after the other, in
-    float64.
-    """
     rewards = torch.where(mask, -beta * kl.double(), 0.0)
     if len(scores) != len(bounds) - 1:
         return rewards + torch.where(mask, scores.double(), 0.0)
@@ -57,33 +51,37 @@ def by_definition(
     return rewards
 
 
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("per", ["sequence", "token"])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("bounds", BOUNDARIES.values(), ids=BOUNDARIES)
-def test_rewards(bounds, name, per) -> None:
-    """Packed, within three roundings of 2^-24: of beta, of the product, of the difference; padded,
-    the same bits.
-    """
+def test_rewards(bounds, name, per, garbage) -> None:
+    # Packed, within three roundings of 2^-24: of beta, of the product, of the difference; padded,
+    # the same bits. Whatever KL and scores hold where nothing counts, it is 0 there.
     scores, kl = numbers(len(bounds) - 1 if per == "sequence" else 15)
-    mask = mask_of(name)
-    given = None if MASKS[name] is None else mask
-    flat = None if given is None else given.flatten()
-    rewards = shape_rewards(scores, kl.flatten(), 0.3, flat, cu_seqlens=torch.tensor(bounds))
-    exact = by_definition(scores, kl.flatten(), 0.3, mask.flatten(), bounds)
-    allowed = 2.0**-24 * 1.001 * (0.6 * kl.flatten().double().abs() + exact.abs())
+    mask, ends, kl = mask_of(name).flatten(), torch.tensor(bounds), kl.flatten()
+    exact = by_definition(scores, kl, 0.3, mask, bounds)
+    allowed = 2.0**-24 * 1.001 * (0.6 * kl.double().abs() + exact.abs())
+    kl = kl.masked_fill(~mask, garbage)
+    used = [bool(mask[start:end].any()) for start, end in itertools.pairwise(bounds)]
+    unused = ~(mask if per == "token" else torch.tensor(used))
+    scores, given = scores.masked_fill(unused, garbage), None if MASKS[name] is None else mask
+    rewards = shape_rewards(scores, kl, 0.3, given, cu_seqlens=ends)
     assert rewards.dtype == torch.float32 and rewards.shape == (15,)
     assert bool(((rewards.double() - exact).abs() <= allowed).all()), (rewards, exact)
-    of_int32 = shape_rewards(scores, kl.flatten(), 0.3, flat, cu_seqlens=torch.tensor(bounds).int())
+    assert not bool(rewards[~mask].any())
+    of_int32 = shape_rewards(scores, kl, 0.3, given, cu_seqlens=ends.int())
     testing.assert_same_bits(of_int32, rewards, "int32")
     if bounds == BOUNDARIES["even"]:
-        padded = shape_rewards(scores if per == "sequence" else scores.view(3, 5), kl, 0.3, given)
-        testing.assert_same_bits(padded, rewards.view(3, 5), "padded")
+        shape = (3, 5) if per == "token" else (3,)
+        counts = None if given is None else mask.view(3, 5)
+        padded = shape_rewards(scores.view(shape), kl.view(3, 5), 0.3, counts)
+        testing.assert_same_bits(padded.flatten(), rewards, "padded")
 
 
 def test_leading_shapes() -> None:
-    """[T] with a scalar score, [2, 3, T] with [2, 3], and sequences of no token or no sequence at
-    all.
-    """
+    # [T] with a scalar score, [2, 3, T] with [2, 3], and sequences of no token or no sequence
+    # at all.
     scores, kl = numbers(6)
     whole = shape_rewards(scores.view(2, 3), kl.expand(2, 3, 5), 0.3)
     for i, score in enumerate(scores):
@@ -100,35 +98,10 @@ def test_leading_shapes() -> None:
         assert shape_rewards(scores[:count], torch.zeros(shape), 0.3, **more).shape == shape
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", [name for name in MASKS if MASKS[name]])
-def test_masked_tokens_change_nothing(name, garbage, packed) -> None:
-    """Whatever KL and scores hold where nothing counts, the bits are those for zeros there, and 0
-    there.
-    """
-    mask = mask_of(name)
-    for per_token in (False, True):
-        scores, kl = numbers(15 if per_token else 3)
-        scores, unused = (scores.view(3, 5), ~mask) if per_token else (scores, ~mask.any(-1))
-        results = []
-        for fill in (0.0, garbage):
-            arguments = scores.masked_fill(unused, fill), kl.masked_fill(~mask, fill), mask
-            score, value, counts = (each.flatten() if packed else each for each in arguments)
-            results.append(
-                shape_rewards(
-                    score, value, 0.3, counts, **({"cu_seqlens": EVEN} if packed else {})
-                ).view(3, 5)
-            )
-        testing.assert_same_bits(results[1], results[0], name)
-        assert not bool(results[1][~mask].any())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_types(dtype) -> None:
-    """The arithmetic is that of float32 on the values given, of float64 for a float64 KL; rewards
-    are data.
-    """
+    # The arithmetic is that of float32 on the values given, of float64 for a float64 KL;
+    # rewards are data.
     scores, kl = (value.to(dtype).requires_grad_() for value in numbers())
     wide, before = torch.float64 if dtype == torch.float64 else torch.float32, kl.detach().clone()
     rewards = shape_rewards(scores, kl, torch.tensor(0.3, dtype=wide, requires_grad=True))
@@ -138,9 +111,8 @@ def test_types(dtype) -> None:
 
 
 def test_beta() -> None:
-    """A number, a tensor and a controller, read at every call; a number 0 leaves even an infinite
-    KL out, a tensor is not looked at.
-    """
+    # A number, a tensor and a controller, read at every call; a number 0 leaves even an
+    # infinite KL out, a tensor is not looked at.
     scores, kl = numbers()
     controller = SimpleNamespace(beta=0.3)
     for beta in (torch.tensor(0.3), controller, SimpleNamespace(beta=torch.tensor(0.3))):
