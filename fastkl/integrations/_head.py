@@ -180,12 +180,14 @@ def _form(
     caps = [*(named[name] for name in CAPS if name in named), None]
     product = product.to(torch.promote_types(product.dtype, torch.float32))
     for softcap, group in itertools.product(caps, (sorted(scales), [1.0])):
-        fitting = []
-        for scale in group:
-            made = product * scale
-            made = made if softcap is None else softcap * torch.tanh(made / softcap)
-            if (made - logits).abs().max() <= tolerance * logits.abs().max():
-                fitting.append((float((made - logits).norm()), scale))
+        made = {scale: product * scale for scale in group}
+        if softcap is not None:
+            made = {scale: softcap * (own / softcap).tanh() for scale, own in made.items()}
+        fitting = [
+            (float((own - logits).norm()), scale)
+            for scale, own in made.items()
+            if (own - logits).abs().max() <= tolerance * logits.abs().max()
+        ]
         expect(
             len(fitting) < 2 or logits.any(),
             "model",

@@ -248,7 +248,6 @@ class KLCallback(TrainerCallback, ExportableState):
                 self._restore(part, values)
 
     def _restore(self, part: str, values: dict[str, Any] | None) -> None:
-        """Load the state of the controller or the monitor from a checkpoint."""
         if values is None:
             return
         if getattr(self, part) is None:
@@ -336,12 +335,11 @@ class KLCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Return the part of a checkpoint's trainer_state.json."""
-        parts: dict[str, Any] = {"controller": self.controller, "monitor": self.monitor}
         return {
             "args": {},
             "attributes": {
                 name: part.state_dict() if hasattr(part, "state_dict") else None
-                for name, part in parts.items()
+                for name, part in (("controller", self.controller), ("monitor", self.monitor))
             },
         }
 

@@ -77,8 +77,10 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _trl.refuse(
+        self._logits_dtype = logits_dtype
+        self.kl_callback = _trl.set_up(
             self,
+            logits_dtype,
             "trl.GRPOTrainer",
             {
                 "router_aux_loss_coef above 0": self.aux_loss_enabled,
@@ -86,11 +88,9 @@ class ExactGRPOTrainer(GRPOTrainer):
             },
         )
         self._redirect = _ForwardRedirection()
-        self._logits_dtype = _trl.checked_dtype(logits_dtype)
         self.beta = 0.0
         self._reference: tuple[torch.Tensor, Head] | None = None
         self._kl: torch.Tensor | None = None
-        self.kl_callback = _trl.callback_of(self)
         expect(
             self.args.beta > 0 or self.kl_callback is None,
             "args.beta",
@@ -348,17 +348,8 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (loss, a placeholder for the entropy, tokens that count), as TRL expects them."""
-        arguments, mask = _trl.sequence(inputs), _trl.loss_mask(inputs)
-        student_hidden = self._get_last_hidden_state(unwrapped_student, *arguments)
-        assert self.teacher_model is not None
-        self.teacher_model.eval()
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with torch.no_grad():
-            teacher_hidden = self._forward_redirection(
-                self.teacher_model, teacher, self._get_last_hidden_state, teacher, *arguments
-            )
-        kl = self._kl(
-            unwrapped_student, teacher, student_hidden, teacher_hidden, mask, self.temperature
-        )
+        ids, attended, _ = _trl.sequence(inputs)
+        mask = _trl.loss_mask(inputs)
+        kl = self._divergence(unwrapped_student, ids, attended, mask, self.temperature)
         self._recorded, tokens = (kl.detach(), mask), mask.sum()
         return _trl.per_item(kl, tokens, num_items_in_batch), torch.zeros_like(tokens), tokens

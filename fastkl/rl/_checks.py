@@ -116,7 +116,6 @@ def per_token_or_sequence(
 
 
 def no_gradient(name: str, value: torch.Tensor, why: str) -> None:
-    """Check that a tensor does not require grad."""
     expect(
         not value.requires_grad,
         name,
@@ -265,7 +264,6 @@ def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:
 
 
 def within(low: float, high: float, value: object) -> bool:
-    """Tell whether a value is a number of a range."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -279,12 +277,16 @@ def state(
     and in its other entries values that are possible; a test of these may raise instead.
     """
     given, own = state if isinstance(state, dict) else {}, mine["class"]
-    kind, names = given.get("class", own), ", ".join(sorted(map(str, given)))
     remedy = "load it into an object of the class and settings it was saved from"
+    kind = given.get("class", own)
     expect(kind == own, "state", f"class {own!r}", repr(kind), remedy)
-    entries = f"a dict with the entries {', '.join(sorted(mine))}"
-    got = names or type_name(state)
-    expect(given.keys() == mine.keys(), "state", entries, got, "pass what state_dict() returned")
+    expect(
+        given.keys() == mine.keys(),
+        "state",
+        f"a dict with the entries {', '.join(sorted(mine))}",
+        ", ".join(sorted(map(str, given))) or type_name(state),
+        "pass what state_dict() returned",
+    )
     for name in settings:
         value = state[name]
         same = isinstance(value, (str, int, float, type(None))) and value == mine[name]
@@ -294,5 +296,10 @@ def state(
             right = test(state[name])
         except (TypeError, ValueError, KeyError, AttributeError):
             right = False
-        saved = f"{name} as {own} saves it"
-        expect(right, "state", saved, state[name], "load another checkpoint, or begin anew")
+        expect(
+            right,
+            "state",
+            f"{name} as {own} saves it",
+            state[name],
+            "load another checkpoint, or begin anew",
+        )

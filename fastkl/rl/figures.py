@@ -69,6 +69,7 @@ def measure(
     known = numbers.sum()
     ordered = kl.masked_fill(~numbers, math.nan).sort().values  # NaN comes last, after +inf
     kept = kl.masked_fill(~finite, 0)
+    above = (counts & (kl > (math.inf if threshold is None else threshold))).sum() / tokens
     figures = {
         "kl/mean": total / tokens,
         "kl/per_sequence": total / sequences,
@@ -78,8 +79,14 @@ def measure(
         **{name: _quantile_of(ordered, known, q) for name, q in QUANTILES.items()},
         "kl/tokens": tokens,
         "kl/not_finite": tokens - finite.sum(),
-        "kl/above_threshold": (counts & (kl > (math.inf if threshold is None else threshold))).sum()
-        / tokens,
+        "kl/above_threshold": above,
+    }
+    run = {
+        "tokens": tokens,
+        "sequences": sequences,
+        "finite": finite.sum(),
+        "sum": kept.sum(dtype=torch.float64),
+        "above": torch.where(tokens > 0, above * tokens, 0.0),
     }
     # Double the positions per entry until the longest response fits, on the device as well.
     longest = place.masked_fill(~counts, -1).amax() + 1
@@ -95,15 +102,8 @@ def measure(
     ]
     bins = (kept.clamp(min=LOWEST / 2).div(LOWEST).log() / math.log(GROWTH)).floor().long() + 1
     histogram = ones.new_zeros(BINS).scatter_add_(0, bins.clamp(0, BINS - 1), ones)
-    scalars = [
-        *figures.values(),
-        *averages,
-        sequences,
-        finite.sum(),
-        kept.sum(dtype=torch.float64),
-        kl.masked_fill(~finite, -math.inf).amax(),
-        wide,
-    ]
+    largest = kl.masked_fill(~finite, -math.inf).amax()
+    scalars = [*figures.values(), *averages, *run.values(), largest, wide]
     try:
         copied = torch.cat(
             [torch.stack([value.double() for value in scalars]), histogram, *profile]
@@ -114,21 +114,13 @@ def measure(
             "pass the KL of a step"
         ) from None
     values = copied[: len(scalars)].tolist()
-    sequences_now, finite_now, sum_now, largest, width_now = values[-5:]
-    named = dict(zip(figures, values, strict=False))
-    above = named["kl/above_threshold"] * named["kl/tokens"] if named["kl/tokens"] else 0.0
+    own = len(scalars) - 2 - len(run)
     return Measured(
-        named,
-        values[len(figures) : -5],
-        {
-            "tokens": named["kl/tokens"],
-            "sequences": sequences_now,
-            "finite": finite_now,
-            "sum": sum_now,
-            "above": above,
-        },
-        largest,
-        int(width_now),
+        dict(zip(figures, values, strict=False)),
+        values[len(figures) : own],
+        dict(zip(run, values[own:], strict=False)),
+        values[-2],
+        int(values[-1]),
         copied[len(scalars) : -2 * positions],
         copied[-2 * positions :].reshape(2, positions),
     )

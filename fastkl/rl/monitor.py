@@ -104,8 +104,9 @@ class KLMonitor:
         self.jsonl = None if jsonl is None else appendable(jsonl)
         self._failed: set[str] = set()
         self._step = 0
-        names = ("steps", "tokens", "sequences", "finite", "sum", "max", "above", "spikes")
-        self._run = dict.fromkeys(names, 0.0)
+        self._run = dict.fromkeys(
+            ("steps", "tokens", "sequences", "finite", "sum", "max", "above", "spikes"), 0.0
+        )
         self._histogram = torch.zeros(BINS, dtype=torch.float64, device="cpu")
         self._profile = torch.zeros(2, positions, dtype=torch.float64, device="cpu")  # sums, tokens
         self._width = 1  # positions per entry of the profile
@@ -248,17 +249,16 @@ class KLMonitor:
         are counted, +inf as above the threshold too, and otherwise left out. NaN where there is
         nothing to take a figure of.
         """
-        run = self._run
-        figures = {"steps": run["steps"], "kl/tokens": run["tokens"]}
-        figures |= dict.fromkeys(("kl/mean", "kl/per_sequence", "kl/max"), math.nan)
-        if run["finite"]:
-            figures |= {
-                "kl/mean": run["sum"] / run["finite"],
-                "kl/max": run["max"],
-                "kl/per_sequence": run["sum"] / run["sequences"],
-            }
-        figures.update((name, self._quantile(q)) for name, q in QUANTILES.items())
-        figures["kl/not_finite"] = run["tokens"] - run["finite"]
+        run, some = self._run, bool(self._run["finite"])
+        figures = {
+            "steps": run["steps"],
+            "kl/tokens": run["tokens"],
+            "kl/mean": run["sum"] / run["finite"] if some else math.nan,
+            "kl/per_sequence": run["sum"] / run["sequences"] if some else math.nan,
+            "kl/max": run["max"] if some else math.nan,
+            **{name: self._quantile(q) for name, q in QUANTILES.items()},
+            "kl/not_finite": run["tokens"] - run["finite"],
+        }
         if self.threshold is not None:
             figures["kl/above_threshold"] = (
                 run["above"] / run["tokens"] if run["tokens"] else math.nan

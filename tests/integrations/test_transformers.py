@@ -60,11 +60,7 @@ class Penalised(transformers.Trainer):
         self.callback.record(penalty.last["kl"].expand(mask.shape) if self.mean else kl, mask)
         if torch.is_grad_enabled():
             self.kept.append((kl.detach()[mask], len(mask), penalty.beta))
-        return loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+        return (loss, {}) if return_outputs else loss
 
 
 def trainer_of(folder, callback, mean=False, callbacks=None, **options) -> Penalised:
@@ -84,6 +80,7 @@ def trainer_of(folder, callback, mean=False, callbacks=None, **options) -> Penal
         learning_rate=1e-2,
         lr_scheduler_type="constant",
         remove_unused_columns=False,
+        label_names=["input_ids"],  # so that the evaluation computes a loss
         seed=3,
     )
     trainer = Penalised(

@@ -30,6 +30,7 @@ BOUNDARIES = {
 
 
 def numbers(sequences: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    # A sampled KL [3, 5] has both signs.
     generator = torch.Generator().manual_seed(0)
     return torch.randn(sequences, generator=generator), torch.randn(3, 5, generator=generator)
 
@@ -51,23 +52,34 @@ def by_definition(
     return rewards
 
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize(
+    "garbage, dtype",
+    [(math.nan, dtype) for dtype in DTYPES]
+    + [(math.inf, torch.float32), (-math.inf, torch.float32)],
+)
 @pytest.mark.parametrize("per", ["sequence", "token"])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("bounds", BOUNDARIES.values(), ids=BOUNDARIES)
-def test_rewards(bounds, name, per, garbage) -> None:
-    # Packed, within three roundings of 2^-24: of beta, of the product, of the difference; padded,
-    # the same bits. Whatever KL and scores hold where nothing counts, it is 0 there.
+def test_rewards(bounds, name, per, garbage, dtype) -> None:
+    # Packed, within three roundings of the result's type: of beta, of the product, of the
+    # difference; padded, the same bits. Whatever KL and scores hold where nothing counts, it is 0
+    # there. Rewards are data.
     scores, kl = numbers(len(bounds) - 1 if per == "sequence" else 15)
-    mask, ends, kl = mask_of(name).flatten(), torch.tensor(bounds), kl.flatten()
+    mask, ends = mask_of(name).flatten(), torch.tensor(bounds)
+    scores, kl = scores.to(dtype), kl.flatten().to(dtype)
     exact = by_definition(scores, kl, 0.3, mask, bounds)
-    allowed = 2.0**-24 * 1.001 * (0.6 * kl.double().abs() + exact.abs())
-    kl = kl.masked_fill(~mask, garbage)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    magnitude = 0.6 * kl.double().abs() + exact.abs()
+    allowed = torch.finfo(wide).eps / 2 * 1.001 * magnitude
+    kl = kl.masked_fill(~mask, garbage).requires_grad_()
     used = [bool(mask[start:end].any()) for start, end in itertools.pairwise(bounds)]
     unused = ~(mask if per == "token" else torch.tensor(used))
     scores, given = scores.masked_fill(unused, garbage), None if MASKS[name] is None else mask
-    rewards = shape_rewards(scores, kl, 0.3, given, cu_seqlens=ends)
-    assert rewards.dtype == torch.float32 and rewards.shape == (15,)
+    rewards = shape_rewards(scores.requires_grad_(), kl, 0.3, given, cu_seqlens=ends)
+    assert (rewards.dtype, rewards.shape, rewards.requires_grad) == (wide, (15,), False)
     assert bool(((rewards.double() - exact).abs() <= allowed).all()), (rewards, exact)
     assert not bool(rewards[~mask].any())
     of_int32 = shape_rewards(scores, kl, 0.3, given, cu_seqlens=ends.int())
@@ -98,31 +110,19 @@ def test_leading_shapes() -> None:
         assert shape_rewards(scores[:count], torch.zeros(shape), 0.3, **more).shape == shape
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_types(dtype) -> None:
-    # The arithmetic is that of float32 on the values given, of float64 for a float64 KL;
-    # rewards are data.
-    scores, kl = (value.to(dtype).requires_grad_() for value in numbers())
-    wide, before = torch.float64 if dtype == torch.float64 else torch.float32, kl.detach().clone()
-    rewards = shape_rewards(scores, kl, torch.tensor(0.3, dtype=wide, requires_grad=True))
-    testing.assert_same_bits(rewards, shape_rewards(scores.to(wide), kl.to(wide), 0.3), str(dtype))
-    assert shape_rewards(scores.double(), kl, 0.3).dtype == wide
-    assert not rewards.requires_grad and torch.equal(kl, before)
-
-
 def test_beta() -> None:
     # A number, a tensor and a controller, read at every call; a number 0 leaves even an
     # infinite KL out, a tensor is not looked at.
     scores, kl = numbers()
-    controller = SimpleNamespace(beta=0.3)
-    for beta in (torch.tensor(0.3), controller, SimpleNamespace(beta=torch.tensor(0.3))):
-        testing.assert_same_bits(
-            shape_rewards(scores, kl, beta), shape_rewards(scores, kl, 0.3), "beta"
-        )
+    controller, learned = SimpleNamespace(beta=0.3), torch.tensor(0.3, requires_grad=True)
+    for beta in (learned, controller, SimpleNamespace(beta=torch.tensor(0.3))):
+        same = shape_rewards(scores, kl, beta), shape_rewards(scores, kl, 0.3)
+        testing.assert_same_bits(*same, "beta")
     controller.beta = 2
-    testing.assert_same_bits(
-        shape_rewards(scores, kl, controller), shape_rewards(scores, kl, 2.0), "next"
-    )
+    same = shape_rewards(scores, kl, controller), shape_rewards(scores, kl, 2.0)
+    testing.assert_same_bits(*same, "next")
+    assert not shape_rewards(scores, kl, learned).requires_grad
+    assert shape_rewards(scores.double(), kl, 0.3).dtype == torch.float32
     kl.fill_(math.inf)
     assert torch.equal(
         shape_rewards(scores, kl, 0), torch.nn.functional.pad(scores[:, None], (4, 0))
