@@ -335,11 +335,12 @@ class KLCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Return the part of a checkpoint's trainer_state.json."""
+        parts: dict[str, Any] = {"controller": self.controller, "monitor": self.monitor}
         return {
             "args": {},
             "attributes": {
                 name: part.state_dict() if hasattr(part, "state_dict") else None
-                for name, part in (("controller", self.controller), ("monitor", self.monitor))
+                for name, part in parts.items()
             },
         }
 
