@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
@@ -25,9 +27,12 @@ from ._head import head_of as head_of
 if TYPE_CHECKING:
     from transformers import Trainer
 
-# Of the steps between two logs: the largest of these, the last of these, the mean of all others.
-LARGEST = ("kl/max", "kl/spike")
-LAST = ("kl/beta",)
+# How the figures of the steps between two logs are merged; those of all other names are averaged.
+MERGES: dict[str, Callable[[float, float], float]] = {
+    "kl/max": max,
+    "kl/spike": max,
+    "kl/beta": lambda before, last: last,
+}
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -296,15 +301,13 @@ class KLCallback(TrainerCallback, ExportableState):
             count = tokens if self.unit == "token" else sequences
             if count and math.isfinite(kl):
                 self.controller.update(kl / count, unit=self.unit)
-            elif count:
-                if not self._warned:
-                    warnings.warn(
-                        f"KLCallback: expected a finite KL in optimizer step "
-                        f"{state.global_step}, got {kl}; beta stays {beta:g}, in this and "
-                        f"every later step without one",
-                        stacklevel=2,
-                    )
+            elif count and not self._warned:
                 self._warned = True
+                warnings.warn(
+                    f"KLCallback: expected a finite KL in optimizer step {state.global_step}, got "
+                    f"{kl}; beta stays {beta:g}, in this and every later step without one",
+                    stacklevel=2,
+                )
         self._remember(figures)
         self._micro_batches = []
 
@@ -325,7 +328,7 @@ class KLCallback(TrainerCallback, ExportableState):
         if logs is None or of_evaluation:
             return
         figures = {
-            name: value if name in LARGEST + LAST else value / steps
+            name: value if name in MERGES else value / steps
             for name, (value, steps) in self._figures.items()
         }
         logs.update(figures)
@@ -350,28 +353,16 @@ class KLCallback(TrainerCallback, ExportableState):
         """Add the figures of a step to those since the last log, unless they are NaN."""
         for name, value in figures.items():
             if not math.isnan(value):
-                before, steps = self._figures.get(name, (value if name in LARGEST else 0.0, 0))
-                self._figures[name] = (
-                    max(before, value)
-                    if name in LARGEST
-                    else value
-                    if name in LAST
-                    else before + value,
-                    steps + 1,
-                )
+                before, steps = self._figures.get(name, (value if name in MERGES else 0.0, 0))
+                self._figures[name] = MERGES.get(name, operator.add)(before, value), steps + 1
 
     def _totals(self) -> torch.Tensor:
         """Return [sum of KL, tokens, sequences] of the step in this process."""
         parts = [
-            torch.stack(
-                [
-                    each.sum(dtype=torch.float32)
-                    for each in (torch.where(mask, kl, 0.0), mask, mask.any(-1))
-                ]
-            )
-            for kl, mask, _ in self._micro_batches
+            (torch.where(mask, kl, 0.0), mask, mask.any(-1)) for kl, mask, _ in self._micro_batches
         ]
-        return torch.stack(parts).sum(0)
+        sums = [torch.stack([each.sum(dtype=torch.float32) for each in part]) for part in parts]
+        return torch.stack(sums).sum(0)
 
     def _monitored(self, beta: float | None, step: int) -> dict[str, float]:
         """Give the monitor the micro-batches as one packed batch, and name its figures for logs."""
