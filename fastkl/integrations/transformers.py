@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -354,7 +353,7 @@ class KLCallback(TrainerCallback, ExportableState):
         for name, value in figures.items():
             if not math.isnan(value):
                 before, steps = self._figures.get(name, (value if name in MERGES else 0.0, 0))
-                self._figures[name] = MERGES.get(name, operator.add)(before, value), steps + 1
+                self._figures[name] = MERGES.get(name, float.__add__)(before, value), steps + 1
 
     def _totals(self) -> torch.Tensor:
         """Return [sum of KL, tokens, sequences] of the step in this process."""

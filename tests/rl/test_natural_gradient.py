@@ -81,39 +81,39 @@ def identity(z: torch.Tensor) -> torch.Tensor:
     return z
 
 
-# A 16-bit model's logits from float32 parameters: right to half of the last bit.
+def peaked(kind: str) -> torch.Tensor:
+    return testing.logits(kind, 16, 300, torch.Generator().manual_seed(0))
+
+
+# A 16-bit model's logits from float32 parameters are right to half of the last bit. Logits up to 40
+# apart: exp of a difference rounded to 2^-24 of it is right to 2.4e-6, and so is each of the two
+# sums.
 LOGITS = [
-    *(((*shape, 6), torch.float64, 1e-14) for shape in ((), (4,), (2, 3))),
-    *(((8, 33), dtype, torch.finfo(dtype).eps / 2) for dtype in (torch.bfloat16, torch.float16)),
+    *((normal(*shape, 6, seed=1), torch.float64, 1e-14) for shape in ((), (4,), (2, 3))),
+    *(
+        (normal(8, 33, seed=1).float(), dtype, torch.finfo(dtype).eps / 2)
+        for dtype in (torch.bfloat16, torch.float16)
+    ),
+    *((peaked(kind), torch.float32, 1e-5) for kind in testing.KINDS),
 ]
 
 
-@pytest.mark.parametrize("shape, dtype, tolerance", LOGITS, ids=str)
-def test_closed_form_of_logits(shape, dtype, tolerance) -> None:
-    # With the logits themselves as parameters: (diag(p) - p pᵀ) v over the number of rows.
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    logits, vector = normal(*shape, seed=1).to(wide), normal(*shape, seed=2).to(wide)
-    p, v = logits.to(dtype).double().softmax(-1), vector.to(dtype).double()
-    exact = p * (v - (p * v).sum(-1, keepdim=True)) / p.shape[:-1].numel()
-    result = fisher_vector_product(lambda z: z.to(dtype), logits, vector)
-    assert result.dtype == wide
-    testing.assert_gradient(result, exact, "F v", tolerance=tolerance)
-
-
 @on_devices
-@pytest.mark.parametrize("kind", testing.KINDS)
-def test_float32_keeps_the_digits_of_peaked_rows(kind, device) -> None:
-    # Logits up to 40 apart: exp of a difference rounded to 2^-24 of it is right to 2.4e-6,
-    # and so is each of the two sums.
-    logits = testing.logits(kind, 16, 300, torch.Generator().manual_seed(0)).to(device)
-    vector = 5 * normal(16, 300, seed=1, dtype=torch.float32).to(device) + 30
-    result = fisher_vector_product(
-        identity, logits, vector, weights=torch.ones(16, device=device) / 16
+@pytest.mark.parametrize("logits, dtype, tolerance", LOGITS)
+def test_closed_form_of_logits(logits, dtype, tolerance, device) -> None:
+    # With the logits themselves as parameters: (diag(p) - p pᵀ) v over the number of rows.
+    logits, vector = (
+        logits.to(device),
+        5 * normal(*logits.shape, seed=2).to(device, logits.dtype) + 30,
     )
-    p, v = logits.double().softmax(-1), vector.double()
+    weights = torch.ones(16, device=device) if dtype == torch.float32 else None
+    result = fisher_vector_product(lambda z: z.to(dtype), logits, vector, weights=weights)
+    p, v = (each.to(dtype).double() for each in (logits, vector))
+    p = p.softmax(-1)
     v = v - v.gather(-1, p.argmax(-1, keepdim=True))
-    exact = p * (v - (p * v).sum(-1, keepdim=True)) / 16
-    assert float(((result.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max()) <= 1e-5
+    exact = p * (v - (p * v).sum(-1, keepdim=True)) / p.shape[:-1].numel()
+    assert result.dtype == logits.dtype
+    testing.assert_gradient(result, exact, "F v", tolerance=tolerance)
 
 
 def test_rows_and_tokens_that_take_no_part() -> None:
