@@ -353,7 +353,8 @@ class KLCallback(TrainerCallback, ExportableState):
         for name, value in figures.items():
             if not math.isnan(value):
                 before, steps = self._figures.get(name, (value if name in MERGES else 0.0, 0))
-                self._figures[name] = MERGES.get(name, float.__add__)(before, value), steps + 1
+                merge = MERGES.get(name, lambda before, own: before + own)
+                self._figures[name] = merge(before, value), steps + 1
 
     def _totals(self) -> torch.Tensor:
         """Return [sum of KL, tokens, sequences] of the step in this process."""
