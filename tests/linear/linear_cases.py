@@ -15,17 +15,6 @@ from linear_inputs import FIELDS, Case, leaves
 import fastkl
 from fastkl import testing
 
-# Half the distance of neighbouring numbers, relative to them.
-UNIT_ROUNDOFF = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
-# Half the distance of float16's subnormal numbers, times 4 for a gradient that is multiplied by its
-# upstream gradient after it was rounded.
-SUBNORMAL = {torch.float16: 2.0**-23}
-
 
 def differentiate(
     case: Case,
@@ -101,36 +90,30 @@ def outcome(case: Case, device: str, function: Callable = call, **more) -> dict[
 # ---- the truth
 
 
-def linear(prefix: str, *tensors: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(*tensors)
-
-
-def logits_of(case: Case, inputs: dict[str, torch.Tensor], product: Callable = linear) -> list:
+def logits_of(
+    case: Case,
+    inputs: dict[str, torch.Tensor],
+    product: Callable = lambda prefix, *linear: F.linear(*linear),
+) -> list[torch.Tensor]:
     """Return both models' logits over their temperatures, from raw ones by `product`."""
-    logits = []
+    logits, mask = [], torch.ones(()).bool() if case.mask is None else case.mask
+    second = case.temperature if case.ref_temperature is None else case.ref_temperature
+    divisors = [torch.as_tensor(d, dtype=torch.float64) for d in (case.temperature, second)]
     for prefix in ("", "ref_") if "ref_hidden" in inputs else ("", ""):
         inherits = bool(prefix) and "ref_weight" not in inputs and case.heads[0] is not None
         cap, factor = case.heads[bool(prefix) and not inherits] or (case.softcap, 1.0)
-        temperature = case.temperature
-        if prefix and case.ref_temperature is not None:
-            temperature = case.ref_temperature
-        hidden = inputs[f"{prefix}hidden"]
-        if case.mask is not None:
-            hidden = hidden.masked_fill(~case.mask[..., None], 0.0)
-        if isinstance(temperature, torch.Tensor):
-            valid = torch.ones(()).bool() if case.mask is None else case.mask
-            temperature = torch.where(valid, temperature, 1.0)[..., None]
+        hidden = inputs[f"{prefix}hidden"].masked_fill(~mask[..., None], 0.0)
         bias = inputs.get("bias" if inherits else f"{prefix}bias")
         raw = product(prefix, hidden, inputs.get(f"{prefix}weight", inputs["weight"]), bias)
-        raw = raw * factor
-        logits.append((raw if cap is None else cap * torch.tanh(raw / cap)) / temperature)
+        capped = raw * factor if cap is None else cap * torch.tanh(raw * factor / cap)
+        logits.append(capped / torch.where(mask, divisors[bool(prefix)], 1.0)[..., None])
     return logits
 
 
-def truth(case: Case, product: Callable = linear) -> dict[str, torch.Tensor]:
+def truth(case: Case, *product: Callable) -> dict[str, torch.Tensor]:
     """Compute the very inputs in float64 on the CPU, by definition, gradients by autograd."""
     inputs = leaves(case, torch.float64)
-    exact = testing.truth(*logits_of(case, inputs, product))
+    exact = testing.truth(*logits_of(case, inputs, *product))
     mask = torch.ones_like(exact.kl, dtype=torch.bool) if case.mask is None else case.mask
     values = {"kl": exact.kl}
     if case.reduction == "stats":
@@ -139,7 +122,8 @@ def truth(case: Case, product: Callable = linear) -> dict[str, torch.Tensor]:
     values = {name: torch.where(mask, value, 0.0) for name, value in values.items()}
     if case.reduction in ("sum", "mean"):
         divisor = mask.sum().clamp(min=1) if case.reduction == "mean" else 1
-        values = {"kl": (values["kl"] * inputs.get("weights", 1.0)).sum() / divisor}
+        weights = torch.where(mask, inputs.get("weights", torch.ones(())), 0.0)
+        values = {"kl": (values["kl"] * weights).sum() / divisor}
     return differentiate(case, inputs, values)
 
 
@@ -154,25 +138,24 @@ def rounding(case: Case, exact: dict[str, torch.Tensor], draws: int = 4) -> dict
     is rounded twice ("sum", "mean": before and after the upstream gradient).
     """
     generator, squares = torch.Generator().manual_seed(0), dict.fromkeys(exact, 0.0)
-    types = {name: value.dtype for name, value in case.tensors.items()}
-    own, double = types["hidden"], types["hidden"] == torch.float64
-    wide = UNIT_ROUNDOFF[torch.float64 if double else torch.float32]
-    mixed = types.get("ref_hidden", own) != own
-    logits_dtype = case.logits_dtype or (torch.float32 if mixed else own)
+    types = {name: torch.finfo(value.dtype) for name, value in case.tensors.items()}
+    own, single = types["hidden"], torch.finfo(torch.float32)
+    double = own.dtype == "float64"
+    wide = (own if double else single).eps / 2
+    rounded = own if types.get("ref_hidden", own).dtype == own.dtype else single
+    rounded = rounded if case.logits_dtype is None else torch.finfo(case.logits_dtype)
 
     def product(prefix, hidden, weight, bias) -> torch.Tensor:
         logits, kind = F.linear(hidden, weight, bias), types[f"{prefix}hidden"]
-        offset = logits.new_zeros(()) if bias is None else bias.detach().abs()
-        up = torch.randint(2, logits.shape, generator=generator) * 2 - 1
-        # A sum of H terms, and the row's largest logit, subtracted.
-        terms = F.linear(hidden.detach().abs(), weight.detach().abs(), offset.expand(len(weight)))
-        size = logits.detach().abs()
-        shift = wide * (terms + size.amax(-1, keepdim=True))
-        if logits_dtype not in (torch.float32, torch.float64):
-            # Rounded as a product, and with its bias again.
-            shift = shift + UNIT_ROUNDOFF[logits_dtype] * (size + offset)
+        up, size = (
+            torch.randint(2, logits.shape, generator=generator) * 2 - 1,
+            logits.detach().abs(),
+        )
+        # A sum of H terms, and the row's largest logit, subtracted; then the logits' type.
+        terms = F.linear(hidden.detach().abs(), weight.detach().abs())
+        shift = wide * (terms + size.amax(-1, keepdim=True)) + rounded.eps / 2 * size
         moved = logits + shift * up
-        factor, least = max(4 * wide, UNIT_ROUNDOFF[kind]), SUBNORMAL.get(kind, 0.0) + 4 * wide
+        factor, least = kind.eps / 2 + 4 * wide, 2 * kind.eps * kind.smallest_normal + 4 * wide
         if moved.requires_grad:
             moved.register_hook(lambda grad: grad + up * (factor * grad + least))
         return moved
@@ -182,10 +165,10 @@ def rounding(case: Case, exact: dict[str, torch.Tensor], draws: int = 4) -> dict
             squares[name] += float((value - exact[name]).norm() ** 2) / draws
     allowed = {}
     for name, value in exact.items():
-        kind = types.get(name.removeprefix("gradient to "), torch.float32)
-        spread = 1 + 3 / math.sqrt(max(1, value.numel()))
-        result = 1e-10 if double else 1e-5 + min(2, spread) * UNIT_ROUNDOFF[kind]
-        least = SUBNORMAL.get(kind, 0.0) * math.sqrt(value.numel())
+        kind, count = types.get(name.removeprefix("gradient to "), single), value.numel()
+        spread = 1 + 3 / math.sqrt(max(1, count))
+        result = 1e-10 if double else 1e-5 + min(2, spread) * kind.eps / 2
+        least = 2 * kind.smallest_normal * kind.eps * math.sqrt(count)
         allowed[name] = result * float(value.norm()) + least + spread * math.sqrt(squares[name])
     return allowed
 
