@@ -213,7 +213,6 @@ def test_ids_and_types_that_depend_on_the_backend(implementation) -> None:
 
 @pytest.mark.parametrize("call", [fastkl.linear_kl_divergence, mean, stats])
 def test_forward_mode_is_refused(call) -> None:
-    """Rather than a derivative of zero."""
     given = right()
     hidden = given.pop("hidden")
 

@@ -51,19 +51,11 @@ def halved(whole: Batch, rank: int) -> Batch:
     return Batch(**{**mine, "ref_weight": whole.ref_weight})
 
 
-def logits(hidden: torch.Tensor, weight: torch.Tensor, data: Batch) -> tuple[torch.Tensor, ...]:
-    return hidden @ weight.T, data.ref_hidden @ data.ref_weight.T
-
-
-def per_token(hidden: torch.Tensor, weight: torch.Tensor, data: Batch, n: float) -> torch.Tensor:
-    return (
-        data.weights * fastkl.linear_kl_divergence(hidden, weight, *data[1:3], mask=data.mask)
-    ).sum() / n
-
-
 # Means over tokens (or sequences) of (hidden, weight, data), divided by a normalizer.
 LOSSES = {
-    "none": per_token,
+    "none": lambda hidden, weight, data, n: (
+        data.weights * fastkl.linear_kl_divergence(hidden, weight, *data[1:3], mask=data.mask) / n
+    ).sum(),
     "mean": lambda hidden, weight, data, n: fastkl.linear_kl_divergence(
         *(hidden, weight, *data[1:3]),
         mask=data.mask,
@@ -74,19 +66,9 @@ LOSSES = {
     "penalty": lambda hidden, weight, data, n: fastkl.LinearKLPenalty(0.5)(
         hidden, weight, *data[1:4], normalizer=n
     ),
-    "kl_divergence": lambda hidden, weight, data, n: fastkl.kl_divergence(
-        *logits(hidden, weight, data),
-        data.mask,
-        weights=data.weights,
-        reduction="mean",
-        normalizer=n,
-    ),
-    "KLPenalty": lambda hidden, weight, data, n: fastkl.KLPenalty(0.5)(
-        *logits(hidden, weight, data), data.mask, normalizer=n
-    ),
-    "sequences": lambda hidden, weight, data, n: fastkl.KLPenalty(0.5, reduction="sequence_mean")(
-        *logits(hidden, weight, data), data.mask, normalizer=n
-    ),
+    "sequences": lambda hidden, weight, data, n: fastkl.LinearKLPenalty(
+        0.5, reduction="sequence_mean"
+    )(hidden, weight, *data[1:4], normalizer=n),
 }
 
 

@@ -4,11 +4,10 @@ memory, another device.
 
 import cases
 import linear_cases
-import linear_inputs
 import memory
 import pytest
 import torch
-from linear_inputs import Case, small_case
+from linear_inputs import Case, leaves, small_case
 from linear_plan import heads_on_meta, planned, workspace
 from test_linear_costs import step, tensors
 
@@ -22,7 +21,6 @@ kinds = pytest.mark.parametrize("kind", ["none", "mean", "stats"])
 def made(
     kind: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> Case:
-    """Make a case whose tensors are on a device, upstream gradients of 1 included."""
     sizes = {"vocabulary": 1003, "width": 64, "ref_width": 48, "seed": seed}
     case = small_case(kind, dtype, leading=(300,), sizes=sizes, chunk_size=128, random=False)
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +40,7 @@ def train(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 @kinds
 def test_no_synchronisation(kind, dtype) -> None:
     case = made(kind, dtype=dtype)
-    inputs = linear_inputs.leaves(case, device="cuda")
+    inputs = leaves(case, device="cuda")
     penalty = fastkl.LinearKLPenalty(0.1, reduction="sequence_mean")
     train(case, inputs)
     torch.cuda.synchronize()
@@ -58,7 +56,7 @@ def test_no_synchronisation(kind, dtype) -> None:
 def test_cuda_graph(kind) -> None:
     """Captured once and replayed on other data, with eager's bits."""
     case, other = (made(kind, seed=seed) for seed in (0, 1))
-    inputs, others = (linear_inputs.leaves(each, device="cuda") for each in (case, other))
+    inputs, others = (leaves(each, device="cuda") for each in (case, other))
     graph, results = cases.captured(lambda: train(case, inputs))
     expected = {name: value.clone() for name, value in train(other, others).items()}
     with torch.no_grad():
@@ -98,5 +96,5 @@ def test_another_device_than_the_current_one(kind) -> None:
     found = []
     for device in ("cuda:0", "cuda:1"):
         case = made(kind, device)
-        found.append(train(case, linear_inputs.leaves(case, device=device)))
+        found.append(train(case, leaves(case, device=device)))
     assert all(torch.equal(found[1][name].cpu(), value.cpu()) for name, value in found[0].items())

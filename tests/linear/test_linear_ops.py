@@ -1,12 +1,11 @@
 """The custom ops under the functions on hidden states: opcheck, and what only they know."""
 
 import linear_cases
-import linear_inputs
 import pytest
 import torch
-from linear_inputs import CALLS, INPUTS, few, small_case
+from linear_inputs import CALLS, INPUTS, few, small, small_case
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 import fastkl
 from fastkl.ops.linear_sum_op import ScaledInputs, scaled
@@ -42,10 +41,6 @@ OPS = {
 }
 
 
-def detached(value: object) -> object:
-    return value.detach() if isinstance(value, torch.Tensor) else value
-
-
 class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -76,8 +71,9 @@ def test_opcheck(implementation, call, mix) -> None:
     forward, backward = OPS[call in ("sum", "mean")]
     assert {func for func, _ in calls.seen} == {forward, *([backward] if case.trainable else [])}
     for func, args in calls.seen:
-        # Second derivatives are refused.
-        torch.library.opcheck(func, tree_map(detached, args) if func is backward else args)
+        if func is backward:  # second derivatives are refused
+            args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+        torch.library.opcheck(func, args)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +95,7 @@ def test_scaled(implementation, dtype, result) -> None:
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(implementation) -> None:
     """A sum refuses to leave out a gradient that vmap hides from it, and one to the temperature."""
-    tensors = linear_inputs.small((3, 2), V, H, H)
+    tensors = small((3, 2), V, H, H)
     hidden, weight, ref = (
         tensors[name].to(implementation.device).requires_grad_()
         for name in ("hidden", "weight", "ref_hidden")
@@ -117,33 +113,30 @@ def test_vmap(implementation) -> None:
 
 
 class Loss(torch.nn.Module):
-    def __init__(self, reduction: str) -> None:
-        super().__init__()
-        self.reduction = reduction
-
-    def forward(self, h, w, r):
-        return fastkl.linear_kl_divergence(h, w, r, reduction=self.reduction).sum()
+    def forward(self, hidden, weight, ref_hidden, reduction):
+        return fastkl.linear_kl_divergence(hidden, weight, ref_hidden, reduction=reduction).sum()
 
 
 def test_export_without_gradients_refuses_them(implementation) -> None:
     """An exported sum keeps what its example inputs required: asked for more it raises; exported
     per token, for any number of tokens, it gives all gradients.
     """
-    tensors = linear_inputs.small((6,), V, H, H)
+    tensors = small((6,), V, H, H)
     given = [tensors[k].to(implementation.device) for k in ("hidden", "weight", "ref_hidden")]
     learned = [value.clone().requires_grad_() for value in given]
     rows = {0: torch.export.Dim("tokens", min=2)}
     summed, per_token = (
-        torch.export.export(Loss(reduction), tuple(given), dynamic_shapes=(rows, None, rows))
-        for reduction in ("sum", "none")
+        torch.export.export(Loss(), (*given, name), dynamic_shapes=(rows, None, rows, None))
+        for name in ("sum", "none")
     )
     (bounds,) = per_token.range_constraints.values()
     assert bounds.upper > 2**40, "the default of recompute puts no bound on the tokens"
-    torch.testing.assert_close(summed.module()(*given), per_token.module()(*given))
-    losses = Loss("sum")(*learned), per_token.module()(*learned)
+    sums = summed.module()(*given, "sum"), per_token.module()(*given, "none")
+    torch.testing.assert_close(*sums)
+    losses = Loss()(*learned, "sum"), per_token.module()(*learned, "none")
     torch.testing.assert_close(*(torch.autograd.grad(loss, learned) for loss in losses))
     with pytest.raises(RuntimeError, match="hidden, weight, ref_hidden: expected to be known"):
-        summed.module()(*learned)
+        summed.module()(*learned, "sum")
 
 
 def test_meta_tensors() -> None:

@@ -5,12 +5,11 @@ import math
 
 import cases
 import linear_cases
-import linear_inputs
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linear_inputs import CALLS, FIELDS, Case, few, small_case
+from linear_inputs import CALLS, FIELDS, LAYOUTS, Case, few, laid_out, leaves, small, small_case
 
 LEADING = ((5,), (2, 3), (3, 4), (7,), (2, 1, 3), (1,), (12,), (), (0,), (2, 0, 3))
 # Triton's interpreter truncates to bfloat16 where a GPU rounds.
@@ -36,7 +35,7 @@ def calls(draw: st.DrawFn) -> Case:
     policy = pick("dtype", *TYPES)
     reference = pick("ref dtype", policy, *TYPES) if alone else policy
     sizes = (vocabulary, width, ref_width if alone else width)
-    case = Case(linear_inputs.small(leading, *sizes, seed), call, seed=seed)
+    case = Case(small(leading, *sizes, seed), call, seed=seed)
     if sharing == "same object":
         case.tensors["ref_weight"] = case.tensors["weight"]
     removed = [*BIASES[pick("bias", *([*BIASES] if alone else ("both", "none")))]]
@@ -55,13 +54,13 @@ def calls(draw: st.DrawFn) -> Case:
         for number, name in enumerate(name for name in names if name.endswith("hidden")):
             garbage = (math.nan, math.inf, -math.inf)[(seed + number) % 3]
             case.tensors[name].masked_fill_(~mask[..., None], garbage)
-        mask = linear_inputs.laid_out(mask, pick("layout of mask", "gap", "transposed"))
+        mask = laid_out(mask, pick("layout of mask", "gap", "transposed"))
     else:
         tokens, mask = tokens.clamp(min=0), None
     temperature = 0.5 + 1.5 * torch.rand(leading, generator=generator)
     second = pick("ref_temperature", None, None, 0.8) if "ref_hidden" in names else None
     fields = st.lists(st.sampled_from(FIELDS), min_size=1, unique=True)
-    layouts = [*linear_inputs.LAYOUTS][:-1]
+    layouts = [*LAYOUTS][:-1]
     return case.but(
         temperature=pick("temperature", 1.0, 0.6, 2.5, temperature),
         ref_temperature=second,
@@ -122,7 +121,7 @@ def test_autocast(implementation, call, half, way) -> None:
     function = torch.compile(cast, fullgraph=True, backend="aot_eager") if compiled else cast
     for logits_dtype in (None, torch.float32):
         case = case.but(logits_dtype=logits_dtype)
-        inputs = linear_inputs.leaves(case, device=device)
+        inputs = leaves(case, device=device)
         with contextlib.nullcontext() if inside else autocast:
             values = function(case, inputs)
         result = linear_cases.differentiate(case, inputs, values)

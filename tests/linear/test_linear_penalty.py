@@ -6,10 +6,9 @@ import math
 from types import SimpleNamespace
 
 import linear_cases
-import linear_inputs
 import pytest
 import torch
-from linear_inputs import few
+from linear_inputs import few, leaves
 from test_linear import with_heads
 
 import fastkl
@@ -40,10 +39,10 @@ def test_equals_klpenalty_on_logits(implementation, direction, reduction, mask, 
     made, controller = {"direction": direction, "reduction": reduction}, SimpleNamespace(beta=0.2)
     penalty = fastkl.LinearKLPenalty(controller, **made, **linear_cases.options(case))
     controller.beta = 0.7
-    inputs = linear_inputs.leaves(case, device=implementation.device)
+    inputs = leaves(case, device=implementation.device)
     loss = penalty(**linear_cases.arguments(case, inputs))
     assert loss.shape == () and loss.dtype == torch.float32
-    exact, by_logits = linear_inputs.leaves(case, torch.float64), fastkl.KLPenalty(0.7, **made)
+    exact, by_logits = leaves(case, torch.float64), fastkl.KLPenalty(0.7, **made)
     with fastkl.use_backend("reference"):
         expected = by_logits(*linear_cases.logits_of(case, exact), MASKS[mask])
         outcome = linear_cases.differentiate(case, exact, {"kl": expected})

@@ -1,24 +1,26 @@
-"""The linear functions inside PyTorch: torch.compile, checkpoints, hooks, frozen inputs, and the
-bytes held for backward.
+"""The linear functions inside PyTorch: torch.compile, checkpoints, hooks and frozen inputs;
+recompute=, which changes no bit; and the bytes held for backward.
 """
 
 import functools
 from collections.abc import Callable
 
 import linear_cases
-import linear_inputs
 import memory
 import pytest
 import torch
 from cases import HAS_CPP
-from linear_cases import assert_same, outcome
-from linear_inputs import INPUTS, Case, small_case
+from linear_inputs import FIELDS, INPUTS, Case, leaves, small_case
+from linear_plan import LARGEST_KEPT, tuned
+from test_linear_costs import CHUNK, H, N, V, count
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+import fastkl
 
 NAMES = ("mean", "none", "stats", "penalty")
 named = pytest.mark.parametrize("name", NAMES)
@@ -50,7 +52,6 @@ def hooked(case: Case, inputs: dict, manager: Callable) -> dict[str, torch.Tenso
         return body(case, inputs)
 
 
-hooks = torch.autograd.graph
 compiling = functools.partial(torch.compile, fullgraph=True)
 recomputing = functools.partial(checkpoint, body, use_reentrant=False)
 caching = functools.partial(
@@ -59,9 +60,9 @@ caching = functools.partial(
 WAYS = {
     "eager": body,
     "transposed": functools.partial(
-        hooked, manager=lambda: hooks.saved_tensors_hooks(transposed, transposed)
+        hooked, manager=lambda: torch.autograd.graph.saved_tensors_hooks(transposed, transposed)
     ),
-    "offloaded": functools.partial(hooked, manager=hooks.save_on_cpu),
+    "offloaded": functools.partial(hooked, manager=torch.autograd.graph.save_on_cpu),
     "checkpoint": recomputing,
     "selective checkpoint": functools.partial(recomputing, context_fn=caching),
     "dynamo": compiling(body, backend="eager"),
@@ -77,12 +78,12 @@ def test_a_retained_graph(implementation, name, way) -> None:
     by a checkpoint, or inside a graph, whose op overwrites nothing.
     """
     case = made(name)
-    inputs = linear_inputs.leaves(case, device=implementation.device)
-    expected = outcome(case, implementation.device, body, recompute=True)
+    inputs = leaves(case, device=implementation.device)
+    expected = linear_cases.outcome(case, implementation.device, body, recompute=True)
     values = WAYS[way](case, inputs)
     # What a policy cached is there for one backward.
     for retain in (False,) if "selective" in way else (True, False):
-        assert_same(linear_cases.differentiate(case, inputs, values, retain), expected)
+        linear_cases.assert_same(linear_cases.differentiate(case, inputs, values, retain), expected)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +99,8 @@ def test_one_graph_for_every_length(implementation, name, compiler) -> None:
     compiled = compiling(linear_cases.call, backend=counter, dynamic=True)
     for tokens in (2, 3, 1100):
         case = made(name, (tokens,))
-        found = outcome(case, implementation.device, compiled)
-        assert_same(found, outcome(case, implementation.device))
+        found = linear_cases.outcome(case, implementation.device, compiled)
+        linear_cases.assert_same(found, linear_cases.outcome(case, implementation.device))
         graphs.append(counter.frame_count)
     assert len({*graphs}) == 1
 
@@ -112,8 +113,8 @@ def test_with_frozen_inputs_and_without_gradient(implementation, name, learns) -
     """
     case, device = made(name, (3,), trainable=learns), implementation.device
     compiled = compiling(linear_cases.call, backend="aot_eager")
-    inputs, expected = linear_inputs.leaves(case, device=device), outcome(case, device)
-    assert_same(outcome(case, device, compiled), expected)
+    inputs, expected = leaves(case, device=device), linear_cases.outcome(case, device)
+    linear_cases.assert_same(linear_cases.outcome(case, device, compiled), expected)
     with torch.no_grad():
         found = [compiled(case, inputs)]
     with torch.inference_mode():
@@ -121,20 +122,130 @@ def test_with_frozen_inputs_and_without_gradient(implementation, name, learns) -
         found += [linear_cases.call(case, given) for given in (inputs, made_here)]
     for values in found:
         assert not any(value.requires_grad for value in values.values())
-        assert_same(values, {key: expected[key] for key in values})
+        linear_cases.assert_same(values, {key: expected[key] for key in values})
+
+
+# ---- recompute=
+
+LEARNED = (
+    ("hidden", "weight"),
+    ("hidden",),
+    ("hidden", "weight", "ref_hidden", "ref_weight"),
+    ("ref_hidden", "ref_weight"),
+)
+MASK, DIVISORS = torch.arange(N) % 3 != 1, torch.linspace(0.5, 2.0, N)
+
+
+def stats_case(dtype=torch.bfloat16, learned: tuple = LEARNED[0], **changes) -> Case:
+    sizes = {"vocabulary": V, "width": H, "ref_width": H}
+    options = {"leading": (N,), "sizes": sizes, "trainable": learned, "chunk_size": None}
+    return small_case("stats", dtype, **{**options, **changes})
+
+
+OPTIONS = {
+    "plain": {},
+    "masked chunks": {"chunk_size": CHUNK, "mask": MASK},
+    "float32 logits": {"logits_dtype": torch.float32},
+    "masked softcap": {"softcap": 2.0, "temperature": 0.7, "mask": MASK},
+    "masked ratio": {"temperature": 0.7, "ref_temperature": 1.3, "mask": MASK},
+    "heads": {
+        "heads": ((3.0, 0.5), (None, 2.0)),
+        "temperature": DIVISORS,
+        "ref_temperature": DIVISORS.flip(0),
+    },
+    "one weight": {},
+    # Rows that are read again, for the gradient of ref_kl to the reference.
+    "far rows": {},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("learned", LEARNED, ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits(implementation, learned, options, dtype) -> None:
+    """Kept or computed again, with products of the same shapes: for each set of fields, of which
+    each moves what it depends on.
+    """
+    case = stats_case(dtype, learned, **OPTIONS[options])
+    if options == "one weight":
+        case = case.without("ref_weight")
+    if options == "far rows":
+        case.tensors["hidden"][::5] *= 40
+        case.tensors["ref_hidden"][::7] *= 60
+    for fields in (FIELDS, FIELDS[:2], ("ref_logprob",), ("kl",), ("ref_kl",)):
+        asked = case.but(fields=fields)
+        again = linear_cases.outcome(asked, implementation.device, recompute=True)
+        linear_cases.assert_same(
+            linear_cases.outcome(asked, implementation.device, recompute=False), again
+        )
+        for name in again.keys() & {f"gradient to {name}" for name in learned}:
+            other = FIELDS[:2] if "ref_" in name else ("ref_logprob",)
+            assert bool(again[name].any()) or {*fields} <= {*other}, name
+
+
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("short", [0, 1], ids=["within", "above"])
+def test_the_bound_on_kept_logits(monkeypatch, reference, logits_dtype, short) -> None:
+    assert LARGEST_KEPT == 1 << 31
+    tuned(monkeypatch, largest_kept=(1 + reference) * N * V * logits_dtype.itemsize - short)
+    case = stats_case(logits_dtype=logits_dtype)
+    case = case if reference else case.without("ref_hidden", "ref_weight", "ref_bias")
+    inputs = leaves(case)
+    for recompute, again in ((None, short), (True, 1), (False, 0)):
+        values = linear_cases.call(case, inputs, recompute=recompute)
+        run = functools.partial(linear_cases.differentiate, case, inputs, values)
+        assert count(run, types=None) == 2 + again * (1 + reference)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("recompute", [False, None], ids=["kept", "default"])
+def test_transforms(implementation, recompute) -> None:
+    inputs = leaves(stats_case(torch.float32), device=implementation.device)
+    hidden, weight, ref_hidden = (inputs[name] for name in ("hidden", "weight", "ref_hidden"))
+
+    def kl(states: torch.Tensor) -> torch.Tensor:
+        return fastkl.linear_kl_divergence(states, weight, ref_hidden, recompute=recompute)
+
+    (expected,) = torch.autograd.grad(kl(hidden).sum(), hidden)
+    inner = torch.func.vmap(torch.func.grad(lambda states: kl(states).sum()))
+    torch.testing.assert_close(inner(torch.stack([hidden] * 2)), torch.stack([expected] * 2))
+    upstream = torch.tensor([1.0, 2.0], device=hidden.device)[:, None].expand(2, N)
+    gradient = functools.partial(torch.autograd.grad, kl(hidden), hidden, retain_graph=True)
+    for (found,) in (
+        gradient(upstream, is_grads_batched=True),
+        torch.func.vmap(gradient)(upstream),
+    ):
+        torch.testing.assert_close(found, torch.stack([expected, 2 * expected]))
+    assert torch.equal(gradient(upstream[0])[0], expected)
+
+
+def test_a_failed_backward_leaves_no_wrong_logits(monkeypatch) -> None:
+    case = stats_case()
+    inputs = leaves(case)
+    values = linear_cases.call(case, inputs)
+
+    def fails(first: torch.Tensor, *_: object, **__: object) -> None:
+        first.fill_(float("nan"))
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "mm", fails)
+        linear_cases.differentiate(case, inputs, values, retain_graph=True)
+    found = linear_cases.differentiate(case, inputs, values)
+    linear_cases.assert_same(found, linear_cases.outcome(case, "cpu", recompute=True))
 
 
 # ---- what is held between forward and backward
 
 
 def sized(implementation, name: str, learns: tuple[str, ...], dtype=torch.float32) -> tuple:
-    """Make a call of which a token's share and a head's can be told apart, and its inputs."""
     tokens, vocabulary = (4, 64) if implementation.interpreted else (32, 512)
     sizes = {"sizes": {"vocabulary": vocabulary, "width": 8, "ref_width": 6}}
     plain = {"temperature": 1.0, "ref_temperature": None, "heads": (None, None)}
     case = made(name, (tokens,), dtype=dtype, trainable=learns, **plain, **sizes)
     vectors = {name: getattr(case, name).to(implementation.device) for name in ("mask", "tokens")}
-    inputs = linear_inputs.leaves(case, device=implementation.device)
+    inputs = leaves(case, device=implementation.device)
     return functools.partial(linear_cases.call, case.but(**vectors)), inputs, vectors
 
 
@@ -184,7 +295,8 @@ def test_bytes_left(implementation, name, learns) -> None:
     def unpacked(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(call(dict(zip(inputs, values, strict=True))).values())
 
-    options = {"preserve_rng_state": False}
     for again in (False, True):
-        run = functools.partial(checkpoint, unpacked, *inputs.values(), use_reentrant=again)
-        assert memory.allocated(device, lambda: run(**options))[1] <= results  # noqa: B023
+        run = functools.partial(
+            checkpoint, unpacked, *inputs.values(), use_reentrant=again, preserve_rng_state=False
+        )
+        assert memory.allocated(device, run)[1] <= results
