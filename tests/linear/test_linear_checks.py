@@ -17,8 +17,8 @@ ones = torch.ones
 
 
 def right(device: str = "cpu") -> dict[str, torch.Tensor]:
-    made = linear_inputs.small(LEADING, V, H, H_REF)
-    return {name: value.to(device) for name, value in made.items() if name != "weights"}
+    made = linear_inputs.small(LEADING, V, H, H_REF).items()
+    return {name: value.to(device) for name, value in made if name != "weights"}
 
 
 def packed(value: torch.Tensor, **states: object) -> torch.Tensor:
