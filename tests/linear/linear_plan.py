@@ -10,7 +10,6 @@ LARGEST_KEPT = _heads.LARGEST_KEPT
 
 
 def tuned(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
-    """Set bounds on memory and sizes of blocks for one test."""
     places = {
         "small_sum": (chunks, "SMALL_SUM"),
         "largest_chunk": (chunks, "LARGEST_CHUNK"),

@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 
 import fastkl
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORLD, STEPS, RATE = 2, 2, 0.5
 X, H, H_REF, V = 6, 8, 5, 19
-BF16 = torch.bfloat16
 
 
 class Batch(NamedTuple):
@@ -127,8 +127,8 @@ SCENARIOS = {
     "fsdp: mean": ({"loss": "mean"}, {}),
     "fsdp: none, layers": ({"loss": "none"}, {"layers": True}),
     "fsdp: frozen lm_head": ({"loss": "mean", "frozen": True}, {"layers": True}),
-    "fsdp: bfloat16, mean": ({"loss": "mean"}, {"dtype": BF16}),
-    "fsdp: bfloat16, none": ({"loss": "none"}, {"dtype": BF16}),
+    "fsdp: bfloat16, mean": ({"loss": "mean"}, {"dtype": torch.bfloat16}),
+    "fsdp: bfloat16, none": ({"loss": "none"}, {"dtype": torch.bfloat16}),
     "fsdp: sharded lm_head, its own method": ({"loss": "mean"}, {"head": "method"}),
     "fsdp: sharded lm_head, none": ({"loss": "none"}, {"head": "method"}),
     "fsdp: sharded lm_head, unshard": ({"loss": "mean", "unshard": True}, {"head": "own"}),
@@ -144,8 +144,7 @@ def train(rank: int, options: dict, sharded: dict | None) -> None:
     plain, half = copy.deepcopy(model), halved(whole, rank)
     counted = whole.mask.any(-1) if options["loss"] == "sequences" else whole.mask
     total, limit = float(counted.sum()), 0.05 if (sharded or {}).get("dtype") else 1e-6
-    parallel = torch.nn.parallel.DistributedDataParallel
-    wrapped = parallel(model) if sharded is None else with_fsdp(model, **sharded)
+    wrapped = DistributedDataParallel(model) if sharded is None else with_fsdp(model, **sharded)
     optimizers = [torch.optim.SGD(some.parameters(), lr=RATE) for some in (wrapped, plain)]
     for _ in range(STEPS):
         for optimizer in optimizers:

@@ -54,7 +54,6 @@ def test_no_synchronisation(kind, dtype) -> None:
 
 @kinds
 def test_cuda_graph(kind) -> None:
-    """Captured once and replayed on other data, with eager's bits."""
     case, other = (made(kind, seed=seed) for seed in (0, 1))
     inputs, others = (leaves(each, device="cuda") for each in (case, other))
     graph, results = cases.captured(lambda: train(case, inputs))

@@ -43,7 +43,6 @@ def body(case: Case, inputs: dict[str, torch.Tensor], **more) -> dict[str, torch
 
 
 def transposed(value: torch.Tensor) -> torch.Tensor:
-    """Return another layout of the same numbers, as a hook may."""
     return value if value.dim() < 2 or value.requires_grad else value.mT.contiguous().mT
 
 
