@@ -140,17 +140,14 @@ def rounding(case: Case, exact: dict[str, torch.Tensor], draws: int = 4) -> dict
     generator, squares = torch.Generator().manual_seed(0), dict.fromkeys(exact, 0.0)
     types = {name: torch.finfo(value.dtype) for name, value in case.tensors.items()}
     own, single = types["hidden"], torch.finfo(torch.float32)
-    double = own.dtype == "float64"
-    wide = (own if double else single).eps / 2
+    double, wide = own.dtype == "float64", min(own.eps, single.eps) / 2
     rounded = own if types.get("ref_hidden", own).dtype == own.dtype else single
     rounded = rounded if case.logits_dtype is None else torch.finfo(case.logits_dtype)
 
     def product(prefix, hidden, weight, bias) -> torch.Tensor:
         logits, kind = F.linear(hidden, weight, bias), types[f"{prefix}hidden"]
-        up, size = (
-            torch.randint(2, logits.shape, generator=generator) * 2 - 1,
-            logits.detach().abs(),
-        )
+        up = torch.randint(2, logits.shape, generator=generator) * 2 - 1
+        size = logits.detach().abs()
         # A sum of H terms, and the row's largest logit, subtracted; then the logits' type.
         terms = F.linear(hidden.detach().abs(), weight.detach().abs())
         shift = wide * (terms + size.amax(-1, keepdim=True)) + rounded.eps / 2 * size
@@ -163,7 +160,7 @@ def rounding(case: Case, exact: dict[str, torch.Tensor], draws: int = 4) -> dict
     for _ in range(draws):
         for name, value in truth(case, product).items():
             squares[name] += float((value - exact[name]).norm() ** 2) / draws
-    allowed, tokens = {}, case.tensors["hidden"].shape[:-1].numel()
+    allowed, tokens = {}, 0 if double else case.tensors["hidden"].shape[:-1].numel()
     for name, value in exact.items():
         kind, count = types.get(name.removeprefix("gradient to "), single), value.numel()
         spread = 1 + 3 / math.sqrt(max(1, count))
