@@ -25,9 +25,6 @@ def unchanged_choice():
 
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """Record the calls in order: "triton forward", "reference backward", …; both implementations
-    are spied on below the ops.
-    """
     modules, calls = {"reference": reference_rows}, []
     if importlib.util.find_spec("triton"):
         modules["triton"] = importlib.import_module("fastkl.kernels.launch")
@@ -58,9 +55,6 @@ def logits(device: str, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     ],
 )
 def test_defaults(ran, device, name, why) -> None:
-    """CPU tensors run on the reference, whether or not the kernels could be interpreted; CUDA
-    tensors run on the kernels.
-    """
     p, q = logits(device)
     fastkl.kl_divergence(p, q).sum().backward()
     assert ran == [f"{name} forward", f"{name} backward"]
@@ -68,9 +62,6 @@ def test_defaults(ran, device, name, why) -> None:
 
 
 def test_the_chosen_one_runs(implementation, ran) -> None:
-    """Each public function runs on the chosen backend and on no other, forward and backward, as
-    explain() says; what the choice changes is the implementation, not the result.
-    """
     p, q = logits(implementation.device)
     tokens = torch.zeros(2, dtype=torch.long, device=implementation.device)
     name = implementation.backend
@@ -93,9 +84,6 @@ def test_the_chosen_one_runs(implementation, ran) -> None:
 
 
 def test_backward_runs_where_forward_ran(implementation, ran) -> None:
-    """A backward pass after the context, or within another one, stays on its forward pass's
-    backend.
-    """
     p, q = logits(implementation.device)
     for other in (None, "reference", "triton"):
         ran.clear()
@@ -109,9 +97,6 @@ def test_backward_runs_where_forward_ran(implementation, ran) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_reference_on_a_gpu(ran, dtype) -> None:
-    """use_backend('reference') takes CUDA tensors, float64 too, with mask, tokens and a temperature
-    per row, and gives what it gives on CPU.
-    """
     found = []
     for device in ("cpu", "cuda"):
         p, q = (value.detach().to(dtype).requires_grad_() for value in logits(device, 4))
@@ -140,9 +125,6 @@ DEFAULT = ("reference", "the logits are on cpu")
 
 
 def test_use_backend_as_a_setter_and_as_a_context() -> None:
-    """A call sets the choice from then on; a with block, nested too, gives back the choice before
-    it, also where an exception leaves it.
-    """
     assert chosen() == DEFAULT
     fastkl.use_backend("triton")
     assert chosen() == ("triton", "use_backend('triton')")
@@ -162,7 +144,6 @@ def test_use_backend_as_a_setter_and_as_a_context() -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "", "Triton", 3, True])
 def test_unknown_backend(name) -> None:
-    """Another name is a ValueError that lists the names, and changes nothing."""
     fastkl.use_backend("triton")
     with pytest.raises(ValueError, match="name: expected one of 'triton', 'reference', got"):
         fastkl.use_backend(name)
@@ -173,9 +154,6 @@ def test_unknown_backend(name) -> None:
 
 
 def test_every_reason_at_once(monkeypatch) -> None:
-    """float64 and strided logits on CPU without the interpreter: three reasons, each with its
-    remedy, in the error and in explain(), which says whether a backend runs.
-    """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     p, q = torch.randn(5, 4, dtype=torch.float64).t(), torch.randn(4, 5, dtype=torch.float64)
     assert str(fastkl.explain(p, q)) == "reference (the logits are on cpu): runs"
@@ -202,9 +180,6 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong, reasons", WRONG.values(), ids=WRONG)
 def test_no_silent_fallback(implementation, ran, wrong, reasons) -> None:
-    """Logits that the kernels cannot take, as either argument, are an error where they were chosen,
-    and nothing runs; the reference takes them all.
-    """
     x = wrong(torch.randn(4, 6, device=implementation.device))
     ok = torch.randn(x.shape, device=implementation.device).to(x.dtype)
     with fastkl.use_backend(implementation.backend):
@@ -242,9 +217,6 @@ def test_explain_checks_its_argument(wrong, error) -> None:
 
 
 def test_without_triton() -> None:
-    """fastkl imports and computes on CPU where triton is not installed; choosing it says so, first
-    of all reasons.
-    """
     program = """
 import sys
 sys.modules["triton"] = None

@@ -15,7 +15,6 @@ V = 7
 
 
 def right(device: str) -> SimpleNamespace:
-    """Arguments that every function takes: leading shape [2, 3]."""
     generator = torch.Generator().manual_seed(0)
     made = {
         "p": torch.randn(2, 3, V, generator=generator),
@@ -49,7 +48,6 @@ WITH_TEMPERATURE = ["kl", "stats", "policy_stats"]
 
 
 def test_the_right_arguments_pass(implementation) -> None:
-    """The arguments that the tables below change one thing of are accepted."""
     arguments = right(implementation.device)
     for name, call in CALLS.items():
         call(arguments)
@@ -65,7 +63,6 @@ def test_the_right_arguments_pass(implementation) -> None:
 
 
 def check(call, arguments, name: str, error: type, words: tuple[str, ...], **more) -> None:
-    """The call raises `error`; the message starts with the argument's name and holds every word."""
     with pytest.raises(error) as raised:
         call(arguments, **more)
     message = str(raised.value)
@@ -228,9 +225,6 @@ ENDS = [*(end for at in (-126, 126) for end in (2.0**at, torch.full((2,), 2.0**a
 
 @pytest.mark.parametrize("temperature", [*ENDS, torch.full((2,), 6e-8, dtype=torch.float16)])
 def test_the_ends_of_the_range(temperature) -> None:
-    """Both ends are temperatures, as a number and as a tensor; they are no float16 numbers, and are
-    not made ones.
-    """
     p = torch.zeros(2, V)
     assert torch.equal(fastkl.kl_divergence(p, p, temperature=temperature), torch.zeros(2))
 
@@ -262,7 +256,6 @@ FORWARD_MODE = (
 @pytest.mark.parametrize("transform", [torch.func.hessian, torch.func.jacfwd])
 @pytest.mark.parametrize("name", CALLS)
 def test_forward_mode_says_what_to_do(implementation, name, transform) -> None:
-    """A TypeError and a RuntimeError, for hessian too, whose tangents are inside a wrapper."""
     arguments = right(implementation.device)
 
     def total(p):

@@ -36,9 +36,6 @@ def batch(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum"])
 def test_value_and_gradients(implementation, reduction, weighted, normalizer) -> None:
-    """Value and gradients, to the weights too, are those of the formula in float64; a masked
-    token's weight may hold anything.
-    """
     if reduction == "sum" and normalizer is not None:
         pytest.skip("a sum has no normalizer")
     if isinstance(normalizer, torch.Tensor):
@@ -66,9 +63,6 @@ def test_value_and_gradients(implementation, reduction, weighted, normalizer) ->
 
 
 def test_a_mean_in_float64_and_under_a_float64_default() -> None:
-    """A normalizer changes no type: float64 logits give float64, float32 ones float32 beside a
-    float64 normalizer.
-    """
     p, q, mask, _ = batch("cpu")
     exact = fastkl.kl_divergence(
         p.double(), q.double(), mask, reduction="mean", normalizer=torch.tensor(3)
@@ -137,9 +131,6 @@ def test_accumulation(implementation, name) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_normalizer_of_zero(implementation, name) -> None:
-    """A tensor 0, as of a step in which no token counts, gives 0 with gradient 0, over masked rows
-    of NaN and over rows that count.
-    """
     p, _, mask, _ = batch(implementation.device)
     zero = torch.zeros((), dtype=torch.long, device=implementation.device)
     for counted in (mask, torch.zeros_like(mask)):
@@ -150,9 +141,6 @@ def test_a_normalizer_of_zero(implementation, name) -> None:
 
 
 def test_statistics_of_sequences(implementation) -> None:
-    """`last`: the mean over sequences with a token that counts, from logits and hidden states,
-    whatever the reduction and the normalizer.
-    """
     p, q, mask, _ = batch(implementation.device)
     # A third sequence, without a token.
     p, q, mask = (F.pad(value, (0,) * (2 * value.dim() - 1) + (1,)) for value in (p, q, mask))
@@ -218,7 +206,6 @@ WRONG_NORMALIZERS = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_reductions(name) -> None:
-    """Every wrong argument is named; a normalizer that a sum does not take is not ignored."""
     call, words = WRONG[name]
     with pytest.raises((ValueError, TypeError)) as raised:
         call(torch.zeros(2, V, V))
@@ -238,9 +225,6 @@ def test_wrong_normalizers(error) -> None:
 
 
 def test_a_compiled_step() -> None:
-    """The README's lines in a compiled step with fullgraph=True: the modules are made there, losses
-    and gradient are eager's; a normalizer as a tensor is data, whose value takes no new graph.
-    """
     p, q, mask, weights = batch("cpu")
     eye = torch.eye(V)
 

@@ -15,9 +15,6 @@ SHORT = 203 if INTERPRETING else 1003
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
 def test_mask(implementation, dtype, garbage) -> None:
-    """Rows that do not count hold anything: exactly 0, gradient exactly 0; the others have the bits
-    of a call without them.
-    """
     p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0, 0.1, 0.3), SHIFTS, SHORT, dtype)
     mask = torch.tensor([True, False, True, True, False, True])
     device, upstream = implementation.device, testing.upstream_for(torch.empty(6))
@@ -31,9 +28,6 @@ def test_mask(implementation, dtype, garbage) -> None:
 
 
 def test_upstream_gradients(implementation, dtype) -> None:
-    """0 gives a gradient of exactly 0, also of a row of NaN, the other rows as ever; one of stride
-    0, as sum() and mean() give it, is the same one written out.
-    """
     p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0), SHIFTS, SHORT, dtype)
     device, upstream = implementation.device, torch.tensor([1.5, 0.0, -2.0, 0.0])
     written = outcome(p, q, device, torch.full((4,), 1.75))
@@ -64,9 +58,6 @@ def test_no_rows(implementation, leading, dtype) -> None:
 @pytest.mark.parametrize("layout_q", ["batch and time", "same"])
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts(implementation, layout, layout_q, dtype) -> None:
-    """Leading shapes and strides of every sort, of one argument or of both; the memory around and
-    under them stays as it was.
-    """
     if INTERPRETING and layout_q == "same" and dtype != torch.float32:
         pytest.skip("one type shows it")
     pair = testing.pair("normal3", 120, 43, 0.3, dtype=dtype)
@@ -80,9 +71,6 @@ def test_layouts(implementation, layout, layout_q, dtype) -> None:
 
 @pytest.mark.parametrize("vocabulary", [1, 9, 5003])
 def test_every_output_is_written(implementation, vocabulary, dtype) -> None:
-    """New memory is full of NaN: none of it is left in results or gradients, nor changes a bit of
-    them.
-    """
     p, q = testing.pair("normal3", 3, vocabulary, 0.3, dtype=dtype)
     mask = torch.tensor([True, False, True], device=implementation.device)
     expected = outcome(p, q, implementation.device, mask=mask)
@@ -96,7 +84,6 @@ def test_every_output_is_written(implementation, vocabulary, dtype) -> None:
 
 
 def test_slow_path_rows(implementation) -> None:
-    """Names the rows that hold an infinity or a NaN, or are far apart, and no other."""
     p, q = testing.pair("normal3", 6, 300, 0.1, device=implementation.device)
     p[1, 3], q[2, 7], q[4] = -math.inf, math.nan, q[4] * 50
     slow = slow_path_rows(p.view(2, 3, -1), q.view(2, 3, -1))
@@ -131,9 +118,6 @@ def filled(rows: torch.Tensor, holes: torch.Tensor, hole: float | str) -> None:
 @pytest.mark.parametrize("hole", [-math.inf, "lowest"])
 @pytest.mark.parametrize("vocabulary", [50, 5003])
 def test_holes_in_both(implementation, dtype, vocabulary, hole) -> None:
-    """-inf, or the lowest finite number, in both: as if the entries were not there; their gradient
-    is exactly 0, small KLs keep their digits.
-    """
     p, q, holes = with_holes(vocabulary, dtype)
     filled(p, holes, hole)
     filled(q, holes, hole)
@@ -145,9 +129,6 @@ def test_holes_in_both(implementation, dtype, vocabulary, hole) -> None:
 
 
 def test_holes_in_q_only(implementation, dtype) -> None:
-    """P has mass where Q has none: +inf, never NaN, in these rows and in no other; one hole in a
-    large row is enough.
-    """
     p, q, holes = with_holes(5003, dtype)
     expected = kl_divergence(p.to(implementation.device), q.to(implementation.device))
     q[0, holes], q[2, 4999] = -math.inf, -math.inf
@@ -175,9 +156,6 @@ def test_holes_in_p_only(implementation, dtype, hole) -> None:
 
 @pytest.mark.parametrize("vocabulary", [9, SHORT])
 def test_nan_poisons_its_own_row(implementation, dtype, vocabulary) -> None:
-    """A NaN, a +inf or nothing but -inf makes its row NaN; the others keep their bits, in the
-    results and in the gradients.
-    """
     p, q = testing.pair("normal3", 9, vocabulary, 0.3, dtype=dtype)
     expected = outcome(p, q, implementation.device)
     p[1, 4], q[2, vocabulary - 1], p[3], q[4], p[6, 2], q[7, 0] = (math.nan,) * 4 + (math.inf,) * 2

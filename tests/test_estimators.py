@@ -31,7 +31,6 @@ def gradient(value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 
 
 def assert_equal(result: torch.Tensor, exact: torch.Tensor) -> None:
-    """Equal but for float64 roundings: sums of 5 terms of size 1."""
     torch.testing.assert_close(
         result.detach(), exact.detach().expand_as(result), rtol=0, atol=1e-14
     )
@@ -86,7 +85,6 @@ EXPECTED = [
 
 @pytest.mark.parametrize("which, way, value, slope", EXPECTED)
 def test_expectations(which, way, value, slope) -> None:
-    """Sums over all tokens; k1 without gradient inside a reward has the right one too."""
     world = World()
     ratio = (world.logprob - world.old).exp()
     loss = either(world.logprob, world.ref, which) * {"live": ratio, "ratio": ratio.detach()}.get(
@@ -134,7 +132,6 @@ def test_a_policy_that_leaves_tokens_out() -> None:
 @pytest.mark.parametrize("off_policy", [False, True], ids=["on-policy", "off-policy"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_loss_is_the_docstring_token_by_token(direction, off_policy) -> None:
-    """Off-policy the first is the live ratio times k3; only the policy gets a gradient."""
     world = World()
     ref, old = world.ref.clone().requires_grad_(), world.old if off_policy else None
     d = world.logprob - world.ref
@@ -153,9 +150,6 @@ def test_loss_is_the_docstring_token_by_token(direction, off_policy) -> None:
 
 
 def test_variance_near_the_reference() -> None:
-    """With the policy 0.05 from the reference, the loss has less than 1 % of k1's variance, in
-    either direction.
-    """
     ref = World().ref
     near = (ref + 0.05 * torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5])).log_softmax(-1)
     values = torch.stack([either(near, ref, which) for which in ("k1", *DIRECTIONS)])
@@ -224,9 +218,6 @@ def test_digits_at_every_size(which) -> None:
 )
 @every
 def test_beyond_the_clamp_is_the_tangent(which, dtype, clamp) -> None:
-    """Inside, the bits are those without one; without one e^|d| goes on to |d| = 50, in float64
-    600, and k2 without end.
-    """
     limit = clamp or {torch.float32: 50.0, torch.float64: 600.0}[dtype]
     inside = torch.linspace(-limit, limit, 41, dtype=dtype, requires_grad=True)
     plain, clamped = loss_at(inside, which), loss_at(inside, which, clamp)
@@ -307,9 +298,6 @@ def test_every_mix_of_sizes_is_finite(direction, dtype, clamp) -> None:
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_types(which, dtype) -> None:
-    """16-bit log-probabilities count by their exact values and give float32; gradients come in the
-    input's type.
-    """
     logprob, ref = (
         torch.tensor([-1.25, -3.0], dtype=dtype, requires_grad=True),
         torch.tensor([-2.0, -1.5], dtype=dtype),
@@ -348,7 +336,6 @@ def test_gradients_of_estimate_kl(estimator) -> None:
 
 
 def test_compiled_and_without_synchronisation() -> None:
-    """One graph under torch.compile with the same values; tensors without data (meta) suffice."""
     logprob, ref, old = -torch.rand(3, 4, 7, generator=torch.Generator().manual_seed(0)) * 5
 
     def both(logprob: torch.Tensor, ref: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -370,6 +357,5 @@ WRONG = [("clamp", 0.0), ("clamp", 50.1), ("old_logprob", torch.zeros(2, require
 
 @pytest.mark.parametrize("name, value", WRONG)
 def test_wrong_values(name, value) -> None:
-    """Values that the table of wrong arguments has not; a sampler's log-probabilities are data."""
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*; "):
         sampled_kl_loss(PAIR, PAIR, **{name: value})

@@ -19,7 +19,6 @@ DIRECTIONS = ("policy||reference", "reference||policy")
 
 
 def case(implementation, leading: tuple[int, ...] = (2, 3), dtype: torch.dtype = torch.float32):
-    """Policy and reference logits that require grad, and a mask without the second token."""
     count, device = torch.Size(leading).numel(), implementation.device
     pair = testing.pair("normal3", count, V, 0.5, dtype=dtype, device=device)
     mask = (torch.arange(count) != 1).reshape(leading).to(device)
@@ -49,9 +48,6 @@ SETTINGS = [
 
 @pytest.mark.parametrize("direction, reduction, masked, leading, dtype", SETTINGS)
 def test_value_and_gradient(implementation, direction, reduction, masked, leading, dtype) -> None:
-    """The float32 loss, both gradients, in the logits' type, and `last` are those of the definition
-    in fp64; a sequence is the last leading dimension.
-    """
     policy, reference, mask = case(implementation, leading, dtype)
     penalty = fastkl.KLPenalty(0.3, direction=direction, reduction=reduction, temperature=1.7)
     assert penalty.last == {}
@@ -79,9 +75,6 @@ def test_value_and_gradient(implementation, direction, reduction, masked, leadin
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_token_that_counts(implementation, reduction, leading) -> None:
-    """An all-False mask gives a loss and gradients of exactly 0 over rows of NaN; no rows give 0
-    too.
-    """
     penalty, nothing = fastkl.KLPenalty(0.3, reduction=reduction), torch.zeros(leading).bool()
     for shape in (leading, (0,), (2, 0), (0, 3)):
         nan = torch.full((*shape, V), math.nan, device=implementation.device, requires_grad=True)
@@ -93,9 +86,6 @@ def test_no_token_that_counts(implementation, reduction, leading) -> None:
 
 
 def test_only_the_logits_that_require_grad_get_one(implementation) -> None:
-    """A frozen reference takes no gradient and no memory for one; without any gradient the loss
-    needs none.
-    """
     policy, reference, mask = case(implementation)
     fastkl.KLPenalty(0.3)(policy, reference.detach(), mask).backward()
     assert policy.grad is not None and reference.grad is None
@@ -106,9 +96,6 @@ def test_only_the_logits_that_require_grad_get_one(implementation) -> None:
 
 
 def test_a_controller_is_read_at_each_call(implementation) -> None:
-    """The loss follows the controller's beta; a wrong one that it comes to hold is an error at the
-    next call.
-    """
     policy, reference, _ = case(implementation, (2,))
     controller = SimpleNamespace(beta=0.5)
     penalty = fastkl.KLPenalty(controller)
@@ -152,7 +139,6 @@ WRONG = {
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_logits_are_named(words, direction) -> None:
-    """Errors name policy_logits and ref_logits, whichever the direction."""
     right = {"policy_logits": torch.zeros(2, 3, V), "ref_logits": torch.zeros(2, 3, V)}
     with pytest.raises((ValueError, TypeError), match=words):
         fastkl.KLPenalty(0.1, direction=direction)(**{**right, **WRONG[words]})
@@ -185,9 +171,6 @@ def test_no_synchronisation(reduction) -> None:
 
 
 def test_in_a_model(implementation) -> None:
-    """Inside another module it holds no parameters and no state, and a training step through it
-    moves the weights as plain torch does.
-    """
     penalty, device = fastkl.KLPenalty(0.3), implementation.device
     generator = torch.Generator().manual_seed(0)
     hidden, reference = (torch.randn(3, n, generator=generator).to(device) for n in (8, V))
@@ -205,9 +188,6 @@ MAKE = [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
 
 @pytest.mark.parametrize("make", MAKE, ids=["deepcopy", "pickle"])
 def test_copies(implementation, make) -> None:
-    """deepcopy and pickle, before and after a call, give a module that shows the same settings and
-    computes the same.
-    """
     policy, reference, mask = case(implementation)
     settings = {"direction": DIRECTIONS[1], "temperature": 1.5, "reduction": "sum"}
     penalty = fastkl.KLPenalty(0.2, **settings)
@@ -221,9 +201,6 @@ def test_copies(implementation, make) -> None:
 
 
 def test_compiled(implementation) -> None:
-    """Under torch.compile(fullgraph=True) the loss, the gradient and `last` are eager's; a
-    controller's beta is followed by at most two graphs.
-    """
     torch._dynamo.reset()
     policy, reference, mask = case(implementation, (1, 3))
     controller = SimpleNamespace(beta=0.5)
@@ -240,7 +217,6 @@ def test_compiled(implementation) -> None:
 
 
 def test_a_weight_of_0_leaves_an_infinite_kl_out(implementation) -> None:
-    """From logits and hidden states: a loss of 0 with gradient 0, however beta was annealed."""
     device = implementation.device
     weight, bias = torch.eye(2, device=device), torch.tensor([0.0, -math.inf], device=device)
     policy = torch.tensor([[0.0, 0.0], [0.0, 1.0]], device=device, requires_grad=True)

@@ -17,7 +17,6 @@ FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 
 @pytest.fixture(autouse=True)
 def on_the_reference():
-    """Everything here is about the reference on CPU, whatever else the machine has."""
     with fastkl.use_backend("reference"):
         yield
 
@@ -112,9 +111,6 @@ def test_fisher_limit(step) -> None:
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.3, 1.0])
 @pytest.mark.parametrize("kind", testing.KINDS)
 def test_digits_near_zero(kind, size, shift) -> None:
-    """In float32 both KLs keep their digits from KL 1e-9 up, whatever constant lies between the
-    logits.
-    """
     p, q = testing.pair(kind, 8, 4001, size, shift=shift)
     exact = testing.truth(p, q)
     result = reference.row_statistics(p, q)
@@ -125,9 +121,6 @@ def test_digits_near_zero(kind, size, shift) -> None:
 
 
 def test_identical_rows_give_exactly_zero() -> None:
-    """KL(P‖P) is 0 and its gradient is 0, not nearly, also where Q has a constant more (here one
-    that float32 adds exactly).
-    """
     p = (64 * testing.pair("normal3", 5, V, 0.0)[0]).round() / 64
     for shift in (0.0, 2.0, -512.0):
         q = (p + shift).requires_grad_()
@@ -153,9 +146,6 @@ def test_identical_rows_give_exactly_zero() -> None:
     ],
 )
 def test_high_precision(name, dtype, error) -> None:
-    """expm1(d) - d and t - log1p(t) against 60 digits, relative to themselves, from the tiniest
-    argument up and on both sides of the series.
-    """
     mpmath = pytest.importorskip("mpmath")
     edges = torch.tensor([0.125, 0.25], dtype=torch.float64)
     positive = torch.cat(
@@ -182,7 +172,6 @@ def test_high_precision(name, dtype, error) -> None:
 @pytest.mark.parametrize("per_row", [False, True], ids=["number", "per_row"])
 @pytest.mark.parametrize("field", [*FIELDS, "kl_divergence"])
 def test_gradcheck(field, per_row, masked) -> None:
-    """Numerical derivatives of the public functions, for each field and both arguments at once."""
     p, q, tokens, temperatures = case()
     keywords = {
         "temperature": temperatures if per_row else 0.8,
@@ -240,9 +229,6 @@ def test_gradients_of_the_textbook_form(kind, fields) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_infinities_and_nan(dtype) -> None:
-    """-inf in both: as if the entry were not there; in Q alone: +inf; in P alone: finite; a NaN or
-    +inf: NaN in its own row and in no other.
-    """
     p, q = testing.pair("normal3", 7, V, 0.5, dtype=dtype)
     p[0, 3] = q[0, 3] = q[1, 3] = p[2, 3] = -math.inf
     p[3, 3], q[4, 3], p[5, 3] = math.nan, math.nan, math.inf

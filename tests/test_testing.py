@@ -45,7 +45,6 @@ def test_gradients_are_those_of_autograd(field) -> None:
 
 
 def test_an_impossible_entry() -> None:
-    """p = 0 counts nothing; a weight of 0 leaves out the gradient of an infinite KL."""
     p, q = torch.zeros(2, 4), torch.zeros(2, 4)
     p[0, 1] = q[1, 1] = -math.inf
     exact = testing.truth(p, q)

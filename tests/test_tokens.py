@@ -15,7 +15,6 @@ FIELDS = TokenStats._fields
 
 
 def random_tokens(leading: torch.Size, vocabulary: int) -> torch.Tensor:
-    """Token ids, the first and the last of the vocabulary among them."""
     tokens = torch.randint(vocabulary, leading, generator=torch.Generator().manual_seed(0))
     if tokens.numel() > 1:
         tokens.view(-1)[0], tokens.view(-1)[-1] = 0, vocabulary - 1
@@ -32,9 +31,6 @@ def upstream_of(stats: TokenStats) -> dict[str, torch.Tensor]:
 
 
 def check(implementation, p, q, tokens, temperature=1.0, gradients=True) -> None:
-    """All fields, in float32 and where the logits are, and the gradients of all of them together
-    against fp64 of the same CPU inputs.
-    """
     leaves = [testing.leaf(side.to(implementation.device)) for side in (p, q)]
     given, other = on(implementation.device, tokens, temperature)
     stats = token_stats(leaves[0], given, leaves[1], temperature=other)
@@ -57,7 +53,6 @@ def check(implementation, p, q, tokens, temperature=1.0, gradients=True) -> None
 @pytest.mark.parametrize("kind", testing.KINDS)
 @pytest.mark.parametrize("vocabulary", [1000, 9003] if INTERPRETING else [1000, 50257, 128256])
 def test_fields_against_fp64(implementation, kind, vocabulary, dtype) -> None:
-    """Both KLs, log-probabilities and the entropy, on rows from nearly the same to far apart."""
     if INTERPRETING and vocabulary > 1000 and testing.KINDS.index(kind) % 3:
         pytest.skip("the interpreter's time goes to a third of the large rows")
     p, q = testing.sizes_pair(kind, (1e-3, 0.03, 1.0, 8.0), (0.0, 50.0, -50.0), vocabulary, dtype)
@@ -95,9 +90,6 @@ def test_all_gradients_of_large_rows(implementation, vocabulary, dtype) -> None:
 
 
 def test_without_reference(implementation, dtype) -> None:
-    """Log-probability and entropy, with their gradients, beside entries without probability; the
-    other fields are None.
-    """
     p = testing.pair("normal3", 4, 1003, 0.0, dtype=dtype)[0]
     p[1, 5:9] = -math.inf
     tokens, leaf = random_tokens(p.shape[:-1], 1003), testing.leaf(p.to(implementation.device))
@@ -147,9 +139,6 @@ def test_every_mix_of_upstream_gradients(implementation, wrt) -> None:
 
 
 def test_holes(implementation, dtype) -> None:
-    """-inf entries: entropy and both KLs over the others, log-probability -inf of a token without
-    probability, gradients 0 there.
-    """
     p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0), (0.0,), 203, dtype)
     holes = torch.zeros(203, dtype=torch.bool)
     holes[5::3] = True
@@ -179,9 +168,6 @@ def outcome(implementation, p, q, tokens, mask=None, upstream=None) -> list[torc
 
 
 def test_ignored_positions(implementation, dtype) -> None:
-    """Any token id where the mask is False, over garbage: all fields and gradients exactly 0; the
-    others have the bits of a call without them.
-    """
     p, q = testing.pair("normal3", 5, 203, 0.3, dtype=dtype)
     mask = torch.tensor([True, False, True, False, True])
     tokens, upstream = (
@@ -216,7 +202,6 @@ def test_token_out_of_range(implementation, token) -> None:
 
 
 def test_poison_of_one_row(implementation) -> None:
-    """A NaN in a row of either tensor makes what depends on it NaN, in its own row only."""
     p, q = testing.pair("normal3", 5, 1003, 0.3)
     tokens = random_tokens(p.shape[:-1], 1003)
     expected = outcome(implementation, p, q, tokens)

@@ -14,7 +14,6 @@ from fastkl.ops import engine
 
 
 def check(implementation, logits: torch.Tensor, index: torch.Tensor) -> None:
-    """Values and gradient are those of log_softmax and gather in float64 of the same logits."""
     leaf, exact = testing.leaf(logits.to(implementation.device)), testing.leaf(logits.double())
     result = selective_log_softmax(leaf, index.to(implementation.device))
     several = index.long() if index.dim() == logits.dim() else index.long()[..., None]
@@ -45,7 +44,6 @@ SIZES = [
 @pytest.mark.parametrize("vocabulary, count", SIZES)
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_against_fp64(implementation, dtype, vocabulary, count) -> None:
-    """One id or K ids of each row in two leading dimensions, some twice, K up to V and above."""
     if implementation.interpreted:
         vocabulary = min(vocabulary, 9003 if dtype == torch.bfloat16 else 1003)
     logits = testing.pair("normal3", 6, vocabulary, 0.0, dtype=dtype)[0].view(2, 3, vocabulary)
@@ -56,7 +54,6 @@ def test_against_fp64(implementation, dtype, vocabulary, count) -> None:
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8], ids=str)
 def test_index_types_and_layouts(implementation, kind) -> None:
-    """Any integer type, an index that is not contiguous, one row, no rows, no ids."""
     logits = testing.pair("normal3", 6, 203, 0.0)[0].view(2, 3, 203)
     index = torch.randint(100, (4, 3, 2), generator=torch.Generator().manual_seed(2))
     index = index.to(kind).transpose(0, 2)
@@ -132,9 +129,6 @@ def test_one_read(implementation, monkeypatch) -> None:
 
 
 def test_gradcheck_in_fp64(implementation) -> None:
-    """The reference in float64 by finite differences, ids that occur twice included; a second
-    derivative says that there is none.
-    """
     if implementation.kernels:
         pytest.skip("float64 is the reference's")
     generator = torch.Generator().manual_seed(0)
@@ -148,9 +142,6 @@ def test_gradcheck_in_fp64(implementation) -> None:
 
 
 def test_ways_to_the_op(implementation) -> None:
-    """torch.compile(fullgraph=True), vmap, grad of torch.func, no_grad and a last dimension of one
-    id give eager's bits; opcheck holds for both ops.
-    """
     device, backend = implementation.device, implementation.backend
     logits = testing.pair("normal3", 6, 29, 0.0, device=device)[0].view(2, 3, 29)
     index = torch.randint(29, (2, 3, 4), generator=torch.Generator().manual_seed(2)).to(device)
@@ -190,7 +181,6 @@ WRONG = {
 
 @pytest.mark.parametrize("error", WRONG)
 def test_wrong_indices(error) -> None:
-    """Neither [...] nor [..., K], or no integers: an error that names index."""
     for index in WRONG[error]:
         with pytest.raises(error, match="^index: expected"):
             selective_log_softmax(torch.zeros(2, 3, 5), index)

@@ -25,7 +25,6 @@ FORM = re.compile(r"(?P<argument>\w+)[^:]*: expected .+, got .+; .+")
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """Right tensors by argument name: [2, 3] tokens, V entries, H hidden dimensions."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, V, generator=generator)
     hidden = torch.randn(2, 3, H, generator=generator)
@@ -107,15 +106,12 @@ BESIDE = [
 
 
 class Target(NamedTuple):
-    """A public callable by name, how to get it, and the names of its arguments."""
-
     name: str
     get: Callable[[], Callable]
     arguments: dict[str, inspect.Parameter]
 
 
 def arguments_of(function: Callable) -> dict[str, inspect.Parameter]:
-    """The arguments without self and *args; **more under its own name."""
     found = inspect.signature(function).parameters
     return {
         name: parameter
@@ -127,7 +123,6 @@ def arguments_of(function: Callable) -> dict[str, inspect.Parameter]:
 def right(
     target: str, arguments: dict[str, inspect.Parameter], own: object = None
 ) -> dict[str, object]:
-    """Right values of what has no default."""
     values = {}
     for name, parameter in arguments.items():
         key = f"{target}.{name}"
@@ -140,12 +135,10 @@ def right(
 
 
 def made(name: str, kind: type) -> object:
-    """An object of a public class."""
     return kind(**right(name, arguments_of(kind.__init__)))
 
 
 def targets() -> Iterator[Target]:
-    """Functions, constructors and the public methods of both lists of public names."""
     for module in (fastkl, fastkl.rl):
         for name in module.__all__:
             value = getattr(module, name)
@@ -181,7 +174,6 @@ def packed(value: torch.Tensor) -> torch.Tensor:
 
 
 def sharded(value: torch.Tensor) -> torch.Tensor:
-    """A DTensor of a mesh of one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -189,7 +181,6 @@ def sharded(value: torch.Tensor) -> torch.Tensor:
 
 
 def other_type(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor | None]:
-    """A tensor of that type, or None where it has it already."""
     return lambda value: None if value.dtype == dtype else value.to(dtype)
 
 
@@ -306,7 +297,6 @@ VALID = [
 
 
 def wrong_value(kind: str, target: str, argument: str) -> object:
-    """The wrong value of a kind for an argument; NotImplemented where there is none."""
     if kind in PLAIN:
         default = TARGETS[target].arguments[argument].default
         return NotImplemented if PLAIN[kind] is default else PLAIN[kind]
@@ -316,7 +306,6 @@ def wrong_value(kind: str, target: str, argument: str) -> object:
 
 
 def beside(target: str, argument: str, arguments: dict) -> dict[str, object]:
-    """Context in which an argument is tried."""
     key = f"{target}.{argument}"
     values = next((values for pattern, values in BESIDE if fnmatch.fnmatchcase(key, pattern)), {})
     return {name: value for name, value in values.items() if name in arguments}
@@ -352,7 +341,6 @@ TARGETS = {target.name: target for target in targets()}
 
 
 def is_valid(target: str, argument: str, kind: str) -> bool:
-    """Whether VALID lists the combination."""
     return any(
         kind in kinds.split(", ") and re.fullmatch(pattern, f"{target}.{argument}")
         for pattern, kinds, _ in VALID
@@ -361,7 +349,6 @@ def is_valid(target: str, argument: str, kind: str) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process(tmp_path_factory):
-    """A process group of one for DTensors, a folder for files, the backend as it was."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch, fastkl.use_backend(None):
         patch.chdir(tmp_path_factory.mktemp("wrong"))
@@ -373,7 +360,6 @@ def one_process(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TARGETS)
 def test_wrong_arguments(name) -> None:
-    """Each is an error of the one form, or stands in VALID and passes."""
     target = TARGETS[name]
     got = {
         (argument, kind): outcome(target, argument, kind)
@@ -389,7 +375,6 @@ def test_wrong_arguments(name) -> None:
 
 
 def test_the_table_is_whole() -> None:
-    """The count of combinations, and right arguments that pass by themselves."""
     count = sum(len(target.arguments) * len(KINDS) for target in TARGETS.values())
     print(f"{count} wrong arguments of {len(TARGETS)} functions, {len(KINDS)} kinds")
     assert count >= 7000

@@ -29,7 +29,6 @@ SCALINGS = Scaling(), Scaling(30.0, 30.0), Scaling(ratio=0.5)
 
 @pytest.fixture(autouse=True)
 def fresh_variants():
-    """None made for another architecture."""
     for turn in range(2):
         for cache in CACHES:
             cache.cache_clear()
@@ -48,12 +47,10 @@ def logits(dtype: torch.dtype, start: int) -> torch.Tensor:
 
 
 def key(kernel: object, constants: dict, options: dict) -> tuple:
-    """Return the key of a compilation, beside types."""
     return kernel, tuple(sorted(constants.items())), tuple(sorted(options.items()))
 
 
 def launch_all(dtype: torch.dtype, aligned: bool) -> None:
-    """Every call whose kernels the plan may name, under a mask."""
     tokens, mask = torch.zeros(ROWS, dtype=torch.int64), torch.ones(ROWS, dtype=torch.bool)
     p, q, elsewhere = (logits(dtype, start) for start in ((0, 0, 0) if aligned else (1, 1, 2)))
     grads = [logits(dtype, int(not aligned)) for _ in "pq"]
@@ -81,7 +78,6 @@ def launch_all(dtype: torch.dtype, aligned: bool) -> None:
 def test_every_kernel_of_the_plan_is_one_that_is_launched(
     monkeypatch, arch, dtype, aligned
 ) -> None:
-    """With the same compile-time values and compiler options, to the last; nothing is launched."""
     seen: set[tuple] = set()
 
     def note(variant, *_):

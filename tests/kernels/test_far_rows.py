@@ -51,7 +51,6 @@ FAMILIES = st.builds(
 
 
 def make(family: types.SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(P's logits, Q's, tokens) of a family."""
     generator = torch.Generator().manual_seed(family.seed)
     shape = ROWS, family.vocabulary
     first, second, keep, tokens = torch.randint(
@@ -77,8 +76,6 @@ def make(family: types.SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 class Case(NamedTuple):
-    """Logits [N, V], tokens [N], temperature, and the field whose gradients are wanted."""
-
     x: torch.Tensor
     y: torch.Tensor
     tokens: torch.Tensor
@@ -94,7 +91,6 @@ Answer = tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 def truth(case: Case) -> Answer:
-    """Closed forms in float64: p = 0 adds nothing to an expectation under P, whatever log q is."""
     exact = testing.truth(case.x, case.y, case.temperature)
     upstream = {case.name: torch.ones(len(case.x))}
     sides = testing.gradients(exact, upstream, case.tokens, case.temperature)
@@ -196,9 +192,6 @@ def assert_right(case: Case, implementation, what) -> None:
 
 
 def test_far_rows(implementation) -> None:
-    """Masks, peaks, shifts, scales and temperatures of every size, in each type, all fields and
-    both sides.
-    """
     rows = WANTED or (160 if implementation.interpreted else 640)
 
     @hypothesis.settings(
@@ -300,7 +293,6 @@ SINGLE = {
 @pytest.mark.parametrize("field", ["kl", "ref_kl", "kl alone"])
 @pytest.mark.parametrize("name", SINGLE)
 def test_single_cases(implementation, name, field) -> None:
-    """Every field of token 0, and the gradients of a KL, with the tensors in either place."""
     if INTERPRETING and name == "certain tokens" and field != "kl":
         pytest.skip("many rows")
     x, y, *temperature = SINGLE[name]

@@ -31,7 +31,6 @@ CONFIGS = {
 
 @pytest.fixture(params=FLOATS.values(), ids=FLOATS)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """A type of logits, of 4 and of 2 bytes."""
     return request.param
 
 
@@ -123,9 +122,6 @@ def test_each_configuration(kernels, name, dtype) -> None:
 
 @pytest.mark.parametrize("vocabulary", [1003] if INTERPRETING else [1003, 5001])
 def test_slow_rows_beside_fast_ones(kernels, vocabulary, dtype) -> None:
-    """Rows that are read again (infinities, far apart) leave their neighbours' bits alone, and have
-    the same bits alone as beside them.
-    """
     p, q, tokens, upstream = data(vocabulary, dtype, kernels.device, 4)
     p[1, 1::2], q[1, 1::2] = -math.inf, -math.inf
     q[3] = -20 * q[3]
@@ -168,9 +164,6 @@ def test_offsets_beyond_two_to_the_31(kernels) -> None:
 
 
 def test_gradients_beyond_two_to_the_31(kernels) -> None:
-    """Gradients of more than 2^31 elements: the last rows have the bits of the first, which are the
-    same rows.
-    """
     if INTERPRETING:
         pytest.skip("needs the memory and the speed of a GPU")
     vocabulary, rows = 128257, 17001
@@ -184,9 +177,6 @@ def test_gradients_beyond_two_to_the_31(kernels) -> None:
 
 
 def test_random_sweep(kernels) -> None:
-    """Random vocabularies, paddings, offsets and types of either tensor, in NaN surroundings:
-    right, and nothing else is written.
-    """
     numbers, types = random.Random(0), [*FLOATS.values(), torch.float16]
     for trial in range(10 if INTERPRETING else 60):
         ranges = (1, 40), (41, 1500), (1501, 3000 if INTERPRETING else 9000)
@@ -222,7 +212,6 @@ def test_random_sweep(kernels) -> None:
 @pytest.mark.parametrize("fields", [("kl",), FIELDS], ids=["kl", "all"])
 @pytest.mark.parametrize("vocabulary", [64, 1003, 9003 if INTERPRETING else 40001])
 def test_backward_in_place(kernels, vocabulary, fields, dtype) -> None:
-    """The gradients may be the logits' own memory: the same bits as in memory of their own."""
     p, q, tokens, upstream = data(vocabulary, dtype, kernels.device, 3)
     mask = torch.tensor([True, True, False], device=kernels.device)
     rows, weights = Rows(p, q, tokens, mask), dict(zip(fields, upstream, strict=False))
@@ -261,15 +250,11 @@ LAUNCHED = launch.row_forward, launch.row_fallback, launch.row_backward
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter does not specialize")
 @pytest.mark.parametrize("kernel", LAUNCHED)
 def test_numbers_are_not_specialized(kernel) -> None:
-    """No number that changes from call to call takes part in a kernel's key: only pointers and
-    compile-time values do.
-    """
     for one in kernel.params:
         assert one.is_constexpr or one.name.endswith("_ptr") or one.do_not_specialize, one.name
 
 
 def test_arguments_come_in_the_order_of_the_signatures(kernels, monkeypatch) -> None:
-    """A compiled kernel takes its arguments by position."""
     start, seen = launch.Variant.start, set()
 
     def checked(variant, programs, arguments):
@@ -284,9 +269,6 @@ def test_arguments_come_in_the_order_of_the_signatures(kernels, monkeypatch) -> 
 
 
 def test_a_variant_is_compiled_once() -> None:
-    """The first start goes through Triton, by name and with the compiler's options; the others
-    start its compiled kernel, by position.
-    """
     kernel = mock.MagicMock()
     variant = launch.Variant(kernel, {"SEGMENT": 8, "THREADS": 4}, {"num_warps": 2})
     for programs, value in ((5, 1.0), (6, 2.0), (7, 3.0)):
@@ -310,9 +292,6 @@ def on_gpu(dtype, rows: int, temperature: float, masked: bool, vocabulary: int =
 
 @pytest.mark.gpu
 def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
-    """With other tensors, numbers, masks and types in between: the second call of each compiles
-    nothing and has the bits of the first.
-    """
     calls = [
         (dtype, rows, temperature, masked)
         for dtype in FLOATS.values()
@@ -335,9 +314,6 @@ def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
 
 @pytest.mark.gpu
 def test_no_compilation_for_other_lengths() -> None:
-    """Once compiled, other numbers of rows, vocabularies of as many segments, strides and
-    temperatures compile nothing.
-    """
     counts = set()
     for rows, vocabulary, temperature in (
         *((3, 4096, 1.0), (1, 4096, 1.0), (2, 4096, 0.7), (16, 4096, 1.0)),
@@ -350,9 +326,6 @@ def test_no_compilation_for_other_lengths() -> None:
 
 
 def test_slow_path_rows_are_those_that_row_finish_marks(kernels, monkeypatch) -> None:
-    """fastkl.slow_path_rows against the marks of the kernels themselves, where they do not read
-    rows again.
-    """
     from fastkl.kernels import row_finish, row_math
 
     limits = row_finish.LARGE_KL, row_finish.LARGEST_DIFFERENCE

@@ -21,9 +21,6 @@ SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
 
 @pytest.fixture
 def started(monkeypatch) -> list[tuple]:
-    """Record the launches, in order: kernel, compile-time values, options, programs and every
-    argument that is no tensor.
-    """
     starts: list[tuple] = []
 
     def note(variant, programs, arguments):
@@ -79,9 +76,6 @@ def clear() -> None:
 
 
 def test_a_call_looks_up_what_it_would_work_out(started) -> None:
-    """Cached launches equal those with empty caches, whatever was called before; so do those from
-    several threads, in any order.
-    """
     expected = []
     for kind in kinds():
         clear()
@@ -104,7 +98,6 @@ def test_a_call_looks_up_what_it_would_work_out(started) -> None:
 
 
 def test_configurations_of_tests_and_of_the_tuner_count(started) -> None:
-    """Within `override` another one is launched, and after it the first again."""
     kind, chosen = kinds()[0], config.RowConfig(32, 1, 128, "a test's")
     run(*kind)
     with config.override(chosen, chosen):
@@ -117,9 +110,6 @@ def test_configurations_of_tests_and_of_the_tuner_count(started) -> None:
 
 
 def test_no_tensor_is_kept_and_the_number_is_bounded(started) -> None:
-    """A plan is about shapes, types and addresses: logits are freed, and the oldest plan goes for a
-    new one.
-    """
     p, q = torch.empty(3, 40), torch.empty(3, 40)
     made = cases.run("triton", Rows(p, q), {"kl": torch.ones(3)}, (torch.empty(3, 40), None))
     kept = [weakref.ref(value) for value in (p, q, made.saved)]

@@ -33,7 +33,6 @@ def as_on_a_gpu():
 
 
 def fused(p, q, weights, *, mask=None, temperature=1.0, scaling=Scaling(), grad=None):  # noqa: B008
-    """(KL, gradient to P of Σ weights·KL); grad: where it goes."""
     grad = torch.full_like(p, math.nan) if grad is None else grad
     rows = Rows(p, q, None, mask, temperature, scaling)
     kl, saved = (p.new_full((len(p), *more), math.nan, dtype=torch.float32) for more in ((), (10,)))
@@ -65,7 +64,6 @@ def test_values_and_gradients(kind, size, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bits_alone_in_place_and_under_a_mask(dtype) -> None:
-    """The same bits for a row alone, over its own logits, and beside a masked one."""
     p, q, weights = pair("normal3", 0.1, dtype, rows=3)
     kl, grad = fused(p, q, weights)
     for i in (0, 2):
@@ -91,9 +89,6 @@ def test_temperatures_soft_caps_and_a_ratio() -> None:
 
 
 def test_rows_whose_sums_do_not_hold() -> None:
-    """Infinite and masked entries: from the fallback, also in place; a weight of 0 gives a gradient
-    of 0.
-    """
     p, q, _ = pair("normal3", 0.1, rows=4)
     p[0, 5], q[1, 7], q[2, V - 1] = -math.inf, -1e9, -math.inf
     weights = torch.tensor([1.0, -2.0, 0.0, 3.0], device=DEVICE)
@@ -107,7 +102,6 @@ def test_rows_whose_sums_do_not_hold() -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="programs of a GPU take turns by themselves")
 @pytest.mark.parametrize("vocabulary", [1, 7, 500, 1000, 2052])
 def test_pieces_cover_a_row_whatever_its_length(vocabulary) -> None:
-    """Rows of any length in memory of a whole number of blocks, also of one program, and masked."""
     p, q, weights = pair("normal3", 0.1, vocabulary=vocabulary)
     width = -(-vocabulary // 4) * 4
     p, q, grad = (cases.padded(side, width - vocabulary) for side in (p, q, p * 0))
@@ -142,7 +136,6 @@ def test_where_it_is_used(monkeypatch) -> None:
 
 
 def test_losses_that_take_two_launches(monkeypatch) -> None:
-    """Weights, a gradient to Q, no gradient, rows that start anywhere, and transforms."""
     monkeypatch.setattr(launch_fused, "fused", lambda *arguments: pytest.fail("fused"))
     p, q, weights = pair("normal3", 0.3, vocabulary=520)
     x, y = testing.leaf(p), testing.leaf(q)

@@ -39,14 +39,12 @@ class Gpu:
         self.tile = self.chosen.threads * self.chosen.groups * 16 // dtype.itemsize
 
     def use(self, segment: int | None = None) -> contextlib.AbstractContextManager:
-        """Run forward in this configuration, or with the same threads on shorter segments."""
         segment = segment or self.chosen.segment
         return config.override(dataclasses.replace(self.chosen, segment=segment))
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def gpu(request: pytest.FixtureRequest, kernels) -> Gpu:
-    """A configuration of 32 or of 64 threads a warp and a type of logits."""
     if request.param[0] == "gfx942" and not kernels.interpreted:
         pytest.skip("a warp of this GPU has 32 threads")
     return Gpu(*request.param)
@@ -54,12 +52,10 @@ def gpu(request: pytest.FixtureRequest, kernels) -> Gpu:
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES)
 def warp(request: pytest.FixtureRequest, kernels) -> Gpu:
-    """A configuration of 32 threads and a type of logits."""
     return Gpu("sm_90", request.param)
 
 
 def statistics(p, q, tokens, mask=None) -> dict[str, torch.Tensor]:
-    """Fields and saved values of one forward; KL(P‖Q) alone where tokens is None."""
     fields = ("kl",) if tokens is None else FIELDS
     return cases.forward("triton", Rows(p, q, tokens, mask), fields).named()
 
@@ -109,7 +105,6 @@ def adversarial_rows(tile: int, generator: torch.Generator, eps: float) -> Pairs
 
 
 def moving(gpu: Gpu) -> Pairs:
-    """Differences or weights that move; in the interpreter each case has a part of them."""
     generator = torch.Generator().manual_seed(0)
     rows = [row for eps in (1e-3, 1e-2) for row in adversarial_rows(gpu.tile, generator, eps)]
     here = torch.cuda.is_available()
@@ -199,9 +194,6 @@ def test_border_of_the_fallback(kernels, warp) -> None:
 
 
 def test_shared_masks(kernels, warp) -> None:
-    """Both tensors masked in the same columns: right, with entropy and without; no fallback row
-    where the mask is finite.
-    """
     tile = warp.tile
     at = torch.arange(2 * tile + 90)
     columns = [at < tile + 9, at % 7 == 0, at // tile == 1, at >= 2 * tile, at > 0]
@@ -217,7 +209,6 @@ def test_shared_masks(kernels, warp) -> None:
 
 
 def test_late_peaks_and_empty_beginnings(kernels, gpu) -> None:
-    """A peak that arrives late or in the edge tile; first tiles of nothing."""
     tile = gpu.tile
     x, y = testing.pair("normal1", 5, 2 * tile + 50, 0.3)
     x[0, tile + 3] += 20
@@ -244,9 +235,6 @@ def four_rows(vocabulary: int, dtype: torch.dtype, device: str) -> tuple[torch.T
 
 
 def test_equal_bits_wherever_a_row_is(kernels, gpu) -> None:
-    """Alone, in a batch, at any distance from a 16-byte boundary, with Q elsewhere: near, peaked,
-    equal and far rows.
-    """
     p, q, tokens = four_rows(2 * gpu.tile + 9, gpu.dtype, kernels.device)
     # These many rows, one after the other, see every distance.
     every = [row % 4 for row in range(5 if gpu.dtype == torch.float32 else 9)]
@@ -267,7 +255,6 @@ def test_equal_bits_wherever_a_row_is(kernels, gpu) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_arrival_order_changes_no_bit(kernels, dtype, monkeypatch) -> None:
-    """The program that arrives last merges a row, whichever it is."""
     if not kernels.interpreted:
         pytest.skip("a GPU has an order of its own")
     from triton.runtime.interpreter import interpreter_builder as builder
@@ -325,7 +312,6 @@ def test_launches_of_a_forward(kernels, warp, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("p_type", "q_type"), [(*DTYPES.values(),), (*DTYPES.values(),)[::-1]])
 def test_prefetches_stay_in_the_row(kernels, p_type, q_type, monkeypatch) -> None:
-    """No bytes beyond a row are asked for ahead, whichever types the tensors have."""
     if not kernels.interpreted:
         pytest.skip("a GPU does not tell")
     asked = []

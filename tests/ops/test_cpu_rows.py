@@ -59,9 +59,6 @@ temperatures = pytest.mark.parametrize("temperature", [1.0, 0.7, "per row"])
 @types
 @temperatures
 def test_bits_do_not_depend_on_the_batch(dtype, temperature, monkeypatch) -> None:
-    """A row alone, in any order, in blocks of any size, at any alignment, and in strided rows has
-    the same bits.
-    """
     rows = mixed(dtype, temperature)
     expected = outcome(rows).named()
     for i in range(rows.count):
@@ -78,7 +75,6 @@ def test_bits_do_not_depend_on_the_batch(dtype, temperature, monkeypatch) -> Non
 
 
 def test_bits_of_long_rows_with_two_threads() -> None:
-    """With several threads torch divides the sum of a row that is alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -104,9 +100,6 @@ def test_bits_of_long_rows_with_two_threads() -> None:
 
 
 def test_which_rows_are_left_to_the_definition() -> None:
-    """Rows with an infinity in Q's difference, a NaN or far apart; every other row is computed
-    here.
-    """
     saved = outcome(mixed(torch.float32)).saved
     lean = saved[:, cpu_rows.KIND] == cpu_rows.LEAN
     assert (~lean).nonzero()[:, 0].tolist() == [7, 10, 11, 12, 13]
@@ -116,7 +109,6 @@ def test_which_rows_are_left_to_the_definition() -> None:
 @pytest.mark.parametrize("size", [0.4999, 0.5, 0.9999, 1.0, 15.9])
 @pytest.mark.parametrize("wanted", [("kl",), FIELDS], ids=["kl", "all"])
 def test_both_sides_of_a_border(size, wanted) -> None:
-    """The largest |d| just below and at each border: values and gradients within the bounds."""
     p, q = testing.pair("normal1", 4, V, 0.05, seed=1)
     lowest = p.argmin(-1, keepdim=True)
     sign = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
@@ -134,7 +126,6 @@ COMBINATIONS = [names for count in (1, 2, 5) for names in itertools.combinations
 
 @pytest.mark.parametrize("sides", ["p", "q", "pq"])
 def test_any_mix_of_upstream_gradients(sides, monkeypatch) -> None:
-    """Each mix of fields and sides agrees with the truth, also in columns and in place."""
     monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 600)
     temperature, tokens = torch.linspace(0.7, 1.4, 5), torch.tensor([0, 199, 200, 1002, 500])
     rows = Rows(*testing.pair("normal3", 5, V, 0.3, seed=3), tokens, None, temperature)
@@ -153,9 +144,6 @@ def test_any_mix_of_upstream_gradients(sides, monkeypatch) -> None:
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts_and_masks(layout) -> None:
-    """Rows of any strides under a mask with holes equal the rows alone; masked rows stay 0 over
-    NaN.
-    """
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(4, 5, 6, V + 3, generator=generator)[..., :V]
     p = testing.LAYOUTS[layout](base)
@@ -169,9 +157,6 @@ def test_layouts_and_masks(layout) -> None:
 
 @pytest.mark.parametrize("kind", ["normal8", "peaked", "very_peaked"])
 def test_gradient_of_long_rows(kind) -> None:
-    """The sums over 128256 entries keep their digits where one token holds nearly all probability,
-    in both ways to compute a gradient.
-    """
     for seed, size in enumerate((1e-4, 1e-3, 1e-2, 0.1)):
         rows, ones = Rows(*testing.pair(kind, 4, 128256, size, seed=seed)), torch.ones(4)
         expected = testing.kl_gradients(testing.truth(rows.p, rows.q), ones).p
@@ -183,9 +168,6 @@ def test_gradient_of_long_rows(kind) -> None:
 @temperatures
 @pytest.mark.parametrize("kind", ["near", "mixed"])
 def test_together_equals_forward_and_backward(kind, dtype, temperature, monkeypatch) -> None:
-    """The same bits of KL, saved values and gradient, in blocks of any size and memory, in place,
-    and under a mask with holes and NaN.
-    """
     rows = mixed(dtype, temperature)._replace(tokens=None)
     if kind == "near":
         p, q = testing.pair("normal3", rows.count, V, 0.01, dtype=dtype, seed=5)
@@ -226,7 +208,6 @@ def test_memory_of_a_loss(dtype, rows, vocabulary) -> None:
 
 
 def test_upstream_gradients_that_hide_infinities() -> None:
-    """0 over an infinite KL gives 0; an infinity leaves masked rows at 0; none is one of zeros."""
     p, q = testing.pair("normal3", 4, V, 0.1)
     grad = torch.full_like(p, torch.nan)
     cases.backward(
@@ -247,7 +228,6 @@ def test_upstream_gradients_that_hide_infinities() -> None:
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_any_default_type(default) -> None:
-    """torch.set_default_dtype changes neither results nor what later calls compute."""
     p, q = testing.pair("normal3", 3, V, 0.1)
 
     def found():
@@ -269,7 +249,6 @@ def test_any_default_type(default) -> None:
 
 
 def test_gradients_of_another_type_under_a_mask() -> None:
-    """Rows picked one by one give 16-bit gradients of float32 logits as the others do."""
     rows, ones = Rows(*testing.pair("normal3", 12, V, 0.1)), torch.ones(12)
     rows = rows._replace(mask=torch.arange(12) % 3 != 1)
     grad = torch.empty(12, V, dtype=torch.bfloat16)
@@ -278,9 +257,6 @@ def test_gradients_of_another_type_under_a_mask() -> None:
 
 
 def test_float16_is_right_whatever_comes_after_the_sum() -> None:
-    """Gradients beyond float16's range before a mean shrinks them, and small ones before a loss
-    scale.
-    """
     p = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
     q = torch.tensor([[0.0, -65504.0]], dtype=torch.float16)
     fastkl.kl_divergence(p, q, reduction="mean", normalizer=8192).backward()
@@ -293,7 +269,6 @@ def test_float16_is_right_whatever_comes_after_the_sum() -> None:
 
 
 def test_a_normalizer_of_0_over_an_infinite_sum() -> None:
-    """Value and gradient 0, with and without gradient; what is kept of a loss is not the loss."""
     p, q = testing.pair("normal3", 2, 9, 0.1)
     q[0, 0] = -torch.inf
     penalty, zero = fastkl.KLPenalty(0.1), torch.tensor(0)

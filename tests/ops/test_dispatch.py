@@ -61,7 +61,6 @@ named = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 def kl(d: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the first of FUNCTIONS without gradient."""
     return FUNCTIONS["kl"](d)[0].detach()
 
 
@@ -74,15 +73,12 @@ def outcome(name: str, d: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Compare to the bit; none is trivial."""
     for result, value in zip(results, expected, strict=True):
         testing.assert_same_bits(result, value, "result")
         assert bool((value != 0).any())
 
 
 class Seen(TorchDispatchMode):
-    """Collects the names of fastkl's ops that run."""
-
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
@@ -95,7 +91,6 @@ class Seen(TorchDispatchMode):
 
 @named
 def test_plain_tensors_in_eager_mode_do_without_the_op(implementation, name, monkeypatch) -> None:
-    """Forward and backward, with gradient and without, none of the ops is called."""
     for each in DISPATCHED:
         monkeypatch.setattr(each, "op", None)
     d = data(implementation.device)
@@ -116,7 +111,6 @@ def test_plain_tensors_in_eager_mode_do_without_the_op(implementation, name, mon
 def test_a_dispatch_mode_sees_the_ops_and_the_bits_are_the_same(
     implementation, name, expected
 ) -> None:
-    """A mode that looks at ops meets them, and either way computes the same."""
     d = data(implementation.device)
     plain = outcome(name, d)
     with Seen() as seen:
@@ -126,7 +120,6 @@ def test_a_dispatch_mode_sees_the_ops_and_the_bits_are_the_same(
 
 @named
 def test_without_the_short_ways(implementation, name, monkeypatch) -> None:
-    """A torch that lacks a name they need gets the op everywhere, and the same bits."""
     d = data(implementation.device)
     expected = outcome(name, d)
     monkeypatch.setattr(dual_op, "SHORT_WAYS", False)
@@ -150,8 +143,6 @@ def test_a_checkpoint_with_a_mode_around_forward_only(implementation, name) -> N
 
 
 class Wrapped(torch.Tensor):
-    """A subclass around a tensor, that notes the ops it meets."""
-
     met: list[str] = []
 
     @staticmethod
@@ -173,7 +164,6 @@ class Wrapped(torch.Tensor):
 
 
 def test_a_subclass_meets_the_op(implementation) -> None:
-    """A tensor with rules of its own is asked."""
     d = data(implementation.device)
     Wrapped.met.clear()
     result = fastkl.kl_divergence(Wrapped(d["p"].detach()), d["q"])
@@ -182,7 +172,6 @@ def test_a_subclass_meets_the_op(implementation) -> None:
 
 
 def test_tracers_see_the_op() -> None:
-    """torch.jit.trace and make_fx keep the op, and a meta tensor gives shapes."""
     p, q = (value.detach() for value in testing.pair("normal1", 3, 7, 0.3))
     with pytest.warns(torch.jit.TracerWarning), fastkl.use_backend("reference"):
         traced = torch.jit.trace(lambda p, q: fastkl.kl_divergence(p, q), (p, q), check_trace=False)
@@ -194,7 +183,6 @@ def test_tracers_see_the_op() -> None:
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["no_grad", "grad"])
 def test_profilers_and_graphs_name_the_op(implementation, gradient) -> None:
-    """One name, whichever way was taken."""
     d, activities = data(implementation.device), [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
         with torch.set_grad_enabled(gradient):
@@ -205,7 +193,6 @@ def test_profilers_and_graphs_name_the_op(implementation, gradient) -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_a_tensor_that_outlived_its_transform(implementation, mode) -> None:
-    """A tensor that torch.func.grad leaves behind is one like any other."""
     d, left = data(implementation.device), []
     torch.func.grad(lambda p: left.append(p * 1.0) or p.sum())(d["p"].detach())
     with mode():
@@ -237,7 +224,6 @@ def test_what_lies_in_memory_negated(implementation) -> None:
 
 @named
 def test_saved_tensors_may_come_back_in_another_layout(implementation, name) -> None:
-    """A hook decides how what backward needs is kept; the gradients are the same."""
     d = data(implementation.device)
 
     def pack(value: torch.Tensor) -> torch.Tensor:
@@ -255,7 +241,6 @@ def test_saved_tensors_may_come_back_in_another_layout(implementation, name) -> 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "op"])
 @named
 def test_a_reference_from_inference_mode(implementation, name, compiled) -> None:
-    """Tensors made there may stand beside those that learn, as in plain torch."""
     d = data(implementation.device)
     with torch.inference_mode():
         made = {key: d[key].clone() for key in ("q", "ref_hidden", "tokens")}
@@ -266,9 +251,6 @@ def test_a_reference_from_inference_mode(implementation, name, compiled) -> None
 
 
 def test_a_penalty_keeps_nothing_of_a_transform(implementation) -> None:
-    """.last is for the monitor, after the call: what a transform's call would leave there is of no
-    use then.
-    """
     d = data(implementation.device)
     penalty = fastkl.KLPenalty(0.1)
     penalty(d["p"], d["q"])

@@ -17,7 +17,6 @@ ROWS = 6
 
 
 def rows_on(device: str, p, q, scaling: Scaling) -> tuple[Rows, dict]:
-    """(rows, the third of them masked, and upstream gradients) on a device."""
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(p.shape[1], (len(p),), generator=generator)
     mask, temperature = torch.arange(len(p)) != 2, 0.5 + torch.rand(len(p), generator=generator)
@@ -89,7 +88,6 @@ SCALINGS = {
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_each_tensor_has_a_scaling(implementation, dtype, far, scaling) -> None:
-    """Two soft caps, and a ratio of inverse temperatures: values and gradients of raw logits."""
     p, q = testing.pair("normal3", ROWS, 37, 0.7, dtype=dtype)
     if far:
         q[:, 5], q[:, 7] = q[:, 5] + 60.0, -3e4

@@ -51,12 +51,10 @@ def inputs(
 
 
 def kl(p, q, data):
-    """kl_divergence with a mask."""
     return (fastkl.kl_divergence(p, q, mask=data.mask),)
 
 
 def stats(p, q, data):
-    """All five fields with a temperature per row."""
     return tuple(
         fastkl.token_stats(p, data.tokens, q, temperature=data.temperatures, mask=data.mask)
     )
@@ -75,7 +73,6 @@ def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
 
 
 def assert_same_bits(results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Compare to the bit; none is trivial."""
     for result, value in zip(results, expected, strict=True):
         testing.assert_same_bits(result, value, "result")
         assert bool((value != 0).any()), "zero everywhere: nothing was compared"
@@ -123,9 +120,6 @@ def op_arguments(implementation, mix: tuple, grad: bool = False) -> tuple:
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_opcheck_row_statistics(implementation, mix, grad) -> None:
-    """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right
-    for every mix of arguments.
-    """
     given = op_arguments(implementation, mix, grad)[1]
     torch.library.opcheck(torch.ops.fastkl.row_statistics.default, given)
 
@@ -140,7 +134,6 @@ def test_opcheck_row_statistics(implementation, mix, grad) -> None:
     ids=str,
 )
 def test_opcheck_row_gradients(implementation, mix, wrt) -> None:
-    """The same for the backward op, with the upstream gradients that the mix of fields can have."""
     data, given = op_arguments(implementation, mix)
     *tensors, temperature, fields, chosen = given
     saved = torch.ops.fastkl.row_statistics(*given)[-1]
@@ -186,9 +179,6 @@ def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
 
 @pytest.mark.parametrize("dynamic, graphs", [(True, 1), (None, 2)], ids=["dynamic", "automatic"])
 def test_no_recompilation_for_each_length(implementation, dynamic, graphs) -> None:
-    """One graph for every number of rows and every temperature per row: with dynamic=True at once,
-    by default from the second length on.
-    """
     counter = CompileCounter()
     compiled = torch.compile(fastkl.kl_divergence, fullgraph=True, backend=counter, dynamic=dynamic)
     for rows in (2, 3, 4):
@@ -202,9 +192,6 @@ def test_no_recompilation_for_each_length(implementation, dynamic, graphs) -> No
 
 
 def test_use_backend_and_compile(implementation, monkeypatch) -> None:
-    """A compiled function follows use_backend around the call and inside it, and leaves the choice
-    as it was.
-    """
     ran = []
 
     for chosen in ENGINES:
@@ -235,10 +222,7 @@ def test_use_backend_and_compile(implementation, monkeypatch) -> None:
 
 
 class Model(torch.nn.Module):
-    """A module around two functions, for torch.export."""
-
     def forward(self, p, q, tokens, mask):
-        """Two statistics from different calls."""
         return fastkl.kl_divergence(p, q, mask=mask), fastkl.token_stats(
             p, tokens, q, mask=mask
         ).logprob
@@ -246,7 +230,6 @@ class Model(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 def test_export(implementation, strict) -> None:
-    """torch.export with a dynamic number of rows runs at another number, with eager's bits."""
     first, other = (
         inputs(implementation.device, (4,), grad=False),
         inputs(implementation.device, (5,), grad=False, seed=1),
@@ -266,7 +249,6 @@ def test_export(implementation, strict) -> None:
 
 
 def surrounded(way: str, data: SimpleNamespace) -> list[torch.Tensor]:
-    """Compute `stats` and its gradients under a checkpoint or autocast."""
     if "reentrant" in way:
         outputs = checkpoint(stats, data.p, data.q, data, use_reentrant=way == "reentrant")
         torch.autograd.backward(outputs, list(data.upstream))
@@ -277,15 +259,11 @@ def surrounded(way: str, data: SimpleNamespace) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("way", ["reentrant", "non_reentrant", "bfloat16", "float16"])
 def test_checkpoint_and_autocast(implementation, way) -> None:
-    """Both change nothing: float32 results with the same bits, forward and backward."""
     data = inputs(implementation.device)
     assert_same_bits(surrounded(way, data), outcome(stats, data))
 
 
 def test_second_backward_over_a_retained_graph(implementation) -> None:
-    """The second gradient is the first, and .grad adds up; create_graph=True alone works, and a
-    derivative of the gradient is an error that says so, never a silent zero.
-    """
     data = inputs(implementation.device)
     (result,) = kl(data.p, data.q, data)
     (grad,) = torch.autograd.grad(result.sum(), data.p, create_graph=True)
@@ -298,7 +276,6 @@ def test_second_backward_over_a_retained_graph(implementation) -> None:
 
 
 def test_no_grad(implementation) -> None:
-    """Without gradient the results are the same, and need none."""
     data = inputs(implementation.device)
     with torch.no_grad():
         results = stats(data.p, data.q, data)
@@ -309,7 +286,6 @@ def test_no_grad(implementation) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocabulary", [1000, 70001])
 def test_cuda_graph(vocabulary) -> None:
-    """Forward and backward are captured once and replayed on other data, with eager's bits."""
     data, other = (inputs("cuda", (2, 5), vocabulary, seed=seed) for seed in (0, 1))
     graph, results = cases.captured(lambda: outcome(stats, data))
     expected = [value.clone() for value in outcome(stats, other)]
@@ -329,9 +305,6 @@ PER_ROW = 64  # bytes
 
 
 def sized(implementation, times: int = 1) -> SimpleNamespace:
-    """Make inputs of the size to measure at, with `times` as many rows; bfloat16 on a GPU. No mask
-    and no temperatures, which are inputs.
-    """
     kind = "gpu" if implementation.device == "cuda" else "reference"
     rows, vocabulary = SIZES["interpreter" if implementation.interpreted else kind]
     data = inputs(implementation.device, (times * rows,), vocabulary)

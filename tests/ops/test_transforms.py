@@ -26,7 +26,6 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", ["kl", "linear_none"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(implementation, transform, name) -> None:
-    """torch.func's transforms, alone and nested, give autograd's gradients."""
     d = {key: value.detach() for key, value in data(implementation.device).items()}
     argument = "p" if name == "kl" else "weight"
     change, stacked = TRANSFORMS[transform]
@@ -53,7 +52,6 @@ def test_transforms(implementation, transform, name) -> None:
 
 @pytest.mark.parametrize("name", ["kl", "linear_none"])
 def test_vmap_compiled_and_exported(implementation, name) -> None:
-    """torch.compile and torch.export take a vmap with the op inside it."""
     d = {key: value.detach() for key, value in data(implementation.device).items()}
     leaf = LEAF[name]
     stacked = torch.stack([d[leaf], 2 * d[leaf]])
@@ -75,9 +73,6 @@ def test_vmap_compiled_and_exported(implementation, name) -> None:
 
 
 def test_transforms_that_are_not_there_say_so(implementation) -> None:
-    """A second derivative, a forward-mode one, and the gradient of a sum that is computed with its
-    value.
-    """
     d = {key: value.detach() for key, value in data(implementation.device).items()}
 
     def total(p):
@@ -124,7 +119,6 @@ def test_tangents_are_refused_wherever_they_are(implementation, name) -> None:
 
 @named
 def test_functionalize_and_tracing_before_dispatch_see_the_op(name) -> None:
-    """Both look at ops, one as a transform, the other as a mode of its own."""
     d = {key: value.detach() for key, value in data("cpu").items()}
     function = FUNCTIONS[name]
     leaf = LEAF[name]
@@ -144,9 +138,6 @@ def test_functionalize_and_tracing_before_dispatch_see_the_op(name) -> None:
 
 @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0), (1, 0), (-2, 1)], ids=str)
 def test_vmap(implementation, in_dims) -> None:
-    """vmap over either or both arguments is the loop, to the bit, with a gradient that is the
-    loop's.
-    """
     data = inputs(implementation.device, (3, 2))
     turned = data.q.transpose(0, 1).contiguous() if in_dims == (1, 0) else data.q
     both = [
@@ -167,7 +158,6 @@ def test_vmap(implementation, in_dims) -> None:
 
 
 def test_vmap_nested_with_every_argument(implementation) -> None:
-    """Two vmaps, over logits, tokens, mask and temperature, are one call on the whole."""
     data = inputs(implementation.device, grad=False)
 
     def one(p, tokens, q, mask, temperature):
@@ -180,7 +170,6 @@ def test_vmap_nested_with_every_argument(implementation) -> None:
 
 
 def test_batched_upstream_gradients(implementation) -> None:
-    """is_grads_batched, as Jacobians use it: vmap over the backward op."""
     data = inputs(implementation.device, (3,))
     result = kl(data.p, data.q, SimpleNamespace(mask=None))[0]
     upstream = torch.eye(3, device=implementation.device)
