@@ -41,7 +41,6 @@ class Rows(NamedTuple):
         return self.p.shape[:-1].numel()
 
     def part(self, index: slice | torch.Tensor | list) -> "Rows":
-        """Some rows of logits [N, V]."""
         return self._make(
             value[index] if isinstance(value, torch.Tensor) else value for value in self
         )
@@ -55,7 +54,6 @@ class Run(NamedTuple):
     grads: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     def named(self) -> dict[str, torch.Tensor]:
-        """Every tensor by a name for messages; rows come first."""
         grads = {f"gradient to {n}": g for n, g in zip("pq", self.grads, strict=True)}
         made = {**self.fields, "saved": self.saved, **grads}
         return {name: value for name, value in made.items() if value is not None}
@@ -67,13 +65,17 @@ def problem(rows: Rows) -> object:
     return found
 
 
-def forward(backend: str, rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
-    """Fields and saved values, in memory full of NaN before."""
+def unwritten(rows: Rows, wanted: tuple[str, ...]) -> Run:
+    """Memory for fields and saved values, full of NaN."""
     new = rows.p.new_full
     fields = {n: new((rows.count,), math.nan, dtype=torch.float32) for n in wanted}
-    saved = new((rows.count, SAVED), math.nan, dtype=torch.float32)
-    engine.ENGINES[backend].forward(RowArgs(*rows), fields, saved)
-    return Run(fields, saved)
+    return Run(fields, new((rows.count, SAVED), math.nan, dtype=torch.float32))
+
+
+def forward(backend: str, rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
+    made = unwritten(rows, wanted)
+    engine.ENGINES[backend].forward(RowArgs(*rows), made.fields, made.saved)
+    return made
 
 
 def backward(backend: str, rows: Rows, saved, upstream, grads) -> None:
@@ -95,13 +97,15 @@ def run(
     return made._replace(grads=tuple(grads))
 
 
-def together(backend: str, rows: Rows, weights: torch.Tensor, grad: torch.Tensor) -> Run:
-    """KL, saved values and the gradient to P for upstream gradients `weights`, in one go."""
-    new = rows.p.new_full
-    kl = new((rows.count,), math.nan, dtype=torch.float32)
-    saved = new((rows.count, SAVED), math.nan, dtype=torch.float32)
-    engine.ENGINES[backend].kl_and_gradients(RowArgs(*rows), kl, saved, weights, grad, None)
-    return Run({"kl": kl}, saved, (grad, None))
+def together(rows: Rows, weights: torch.Tensor, grad: torch.Tensor | None = None) -> Run:
+    """KL, saved values and the gradient to P for upstream gradients `weights` of the reference
+    backend, in one go.
+    """
+    grad = torch.empty_like(rows.p) if grad is None else grad
+    made = unwritten(rows, ("kl",))
+    of_kl = (made.fields["kl"], made.saved, weights, grad, None)
+    engine.ENGINES["reference"].kl_and_gradients(RowArgs(*rows), *of_kl)
+    return made._replace(grads=(grad, None))
 
 
 # ---- kl_divergence and its gradients

@@ -7,7 +7,7 @@ import itertools
 import cases
 import pytest
 import torch
-from cases import FLOATS, Rows, Run, assert_same
+from cases import FLOATS, Rows, Run, assert_same, together
 
 import fastkl
 from benchmarks import cpu
@@ -26,11 +26,6 @@ def outcome(rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
 
 def apart(rows: Rows, weights: torch.Tensor) -> Run:
     return cases.run("reference", rows, {"kl": weights}, (torch.empty_like(rows.p), None))
-
-
-def together(rows: Rows, weights: torch.Tensor, grad: torch.Tensor | None = None) -> Run:
-    grad = torch.empty_like(rows.p) if grad is None else grad
-    return cases.together("reference", rows, weights, grad)
 
 
 def mixed(dtype: torch.dtype, temperature: float | str = 1.0) -> Rows:
@@ -74,36 +69,29 @@ def test_bits_do_not_depend_on_the_batch(dtype, temperature, monkeypatch) -> Non
             testing.assert_same_bits(other, expected[name][order], f"{name}, {elements} elements")
 
 
-def test_bits_of_long_rows_with_two_threads() -> None:
-    threads = torch.get_num_threads()
+def test_bits_with_two_threads(request) -> None:
+    """With several threads torch divides the sum of a row that is alone."""
+    request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(2)
-    try:
-        values = torch.randn(3, 33001)
-        alone = [cpu_passes.row_sum(values[[i]]) for i in range(3)]
-        testing.assert_same_bits(torch.cat(alone), cpu_passes.row_sum(values), "sum")
-        rows = Rows(*testing.pair("normal3", 3, 33001, 0.1), torch.zeros(3, dtype=torch.long))
-        whole = outcome(rows).fields
-        for i in range(3):
-            for name, single in outcome(rows.part([i])).fields.items():
-                testing.assert_same_bits(single, whole[name][[i]], name)
-        for vocabulary in (17, 300, 1003, 5003):
-            rows, ones = Rows(*testing.pair("normal3", 40, vocabulary, 0.1)), torch.ones(40)
-            whole = apart(rows, ones).grads[0]
-            testing.assert_same_bits(
-                together(rows, ones).grads[0], whole, f"{vocabulary}, together"
-            )
-            for compute in (apart, together):
-                alone = [compute(rows.part([i]), ones[:1]).grads[0] for i in range(40)]
-                testing.assert_same_bits(torch.cat(alone), whole, f"V = {vocabulary}, alone")
-    finally:
-        torch.set_num_threads(threads)
+    values = torch.randn(3, 33001)
+    alone = [cpu_passes.row_sum(values[[i]]) for i in range(3)]
+    testing.assert_same_bits(torch.cat(alone), cpu_passes.row_sum(values), "sum")
+    rows = Rows(*testing.pair("normal3", 3, 33001, 0.1), torch.zeros(3, dtype=torch.long))
+    whole = outcome(rows).fields
+    for i in range(3):
+        alone = outcome(rows.part([i])).fields
+        assert_same(alone.values(), [value[[i]] for value in whole.values()], "field")
+    for vocabulary, compute in itertools.product((17, 300, 1003, 5003), (apart, together)):
+        rows, ones = Rows(*testing.pair("normal3", 9, vocabulary, 0.1)), torch.ones(9)
+        whole = apart(rows, ones).grads[0]
+        testing.assert_same_bits(compute(rows, ones).grads[0], whole, f"{vocabulary}")
+        alone = [compute(rows.part([i]), ones[:1]).grads[0] for i in range(9)]
+        testing.assert_same_bits(torch.cat(alone), whole, f"V = {vocabulary}, alone")
 
 
 def test_which_rows_are_left_to_the_definition() -> None:
-    saved = outcome(mixed(torch.float32)).saved
-    lean = saved[:, cpu_rows.KIND] == cpu_rows.LEAN
-    assert (~lean).nonzero()[:, 0].tolist() == [7, 10, 11, 12, 13]
-    assert set(saved[~lean, reference.FAR].tolist()) <= {0.0, 1.0}
+    kinds = outcome(mixed(torch.float32)).saved[:, reference.FAR]
+    assert (kinds <= 1).nonzero()[:, 0].tolist() == [7, 10, 11, 12, 13]
 
 
 @pytest.mark.parametrize("size", [0.4999, 0.5, 0.9999, 1.0, 15.9])
@@ -119,40 +107,6 @@ def test_both_sides_of_a_border(size, wanted) -> None:
     upstream = {name: torch.full((4,), 0.5 + i) for i, name in enumerate(wanted)}
     for grad, value in zip(made.grads, testing.gradients(exact, upstream, tokens), strict=True):
         testing.assert_gradient(grad, value, tolerance=2e-5)
-
-
-COMBINATIONS = [names for count in (1, 2, 5) for names in itertools.combinations(FIELDS, count)]
-
-
-@pytest.mark.parametrize("sides", ["p", "q", "pq"])
-def test_any_mix_of_upstream_gradients(sides, monkeypatch) -> None:
-    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 600)
-    temperature, tokens = torch.linspace(0.7, 1.4, 5), torch.tensor([0, 199, 200, 1002, 500])
-    rows = Rows(*testing.pair("normal3", 5, V, 0.3, seed=3), tokens, None, temperature)
-    saved = cases.forward("reference", rows).saved
-    exact = testing.truth(rows.p, rows.q, temperature)
-    for names in COMBINATIONS:
-        upstream = {name: torch.linspace(-1.0, 1.0, 5) + 0.1 * i for i, name in enumerate(names)}
-        places = {"p": rows.p.clone(), "q": rows.q.clone()}
-        grads = [places[name] if name in sides else None for name in "pq"]
-        cases.backward("reference", rows._replace(**places), saved, upstream, grads)
-        values = testing.gradients(exact, upstream, tokens, temperature)
-        for name in sides:
-            what = f"gradient of {names} to {name}"
-            testing.assert_gradient(places[name], getattr(values, name), what, 2e-5)
-
-
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_layouts_and_masks(layout) -> None:
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(4, 5, 6, V + 3, generator=generator)[..., :V]
-    p = testing.LAYOUTS[layout](base)
-    q = p + 0.1 + 0.1 * torch.randn(p.shape, generator=generator)
-    tokens = torch.full(p.shape[:-1], 7)
-    mask = (torch.arange(tokens.numel()) % 3 != 1).view(tokens.shape)
-    whole = token_stats(p.contiguous(), tokens, q)
-    got = token_stats(p, tokens, q.masked_fill(~mask[..., None], torch.nan), mask=mask)
-    assert_same(got, [torch.where(mask, value, 0.0) for value in whole], layout)
 
 
 @pytest.mark.parametrize("kind", ["normal8", "peaked", "very_peaked"])
@@ -183,18 +137,13 @@ def test_together_equals_forward_and_backward(kind, dtype, temperature, monkeypa
         for elements, few in ((600, 1), (5 * V + 1, 1), (5 * V + 1, 1 << 20), (1 << 20, 1)):
             monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
             monkeypatch.setattr(cpu_gradients, "OWN_BYTES", few)
-            over, strided = rows.p.clone(), cases.padded(rows.p, 5, 3)
-            for x, grad in (
-                (rows.p, torch.full_like(over, torch.nan)),
-                (over, over),
-                (rows.p, strided),
-            ):
+            over = rows.p.clone()
+            fresh, strided = torch.full_like(over, torch.nan), cases.padded(over, 5, 3)
+            for x, grad in ((rows.p, fresh), (over, over), (rows.p, strided)):
                 for name, value in together(rows._replace(p=x), weights, grad).named().items():
                     # Treat all NaNs as equal, and -0 as 0.
-                    one, two = (
-                        torch.where(each.isnan(), 7.0, each + 0.0) for each in (value, wanted[name])
-                    )
-                    testing.assert_same_bits(one, two, f"{name}, {elements} elements, {few} bytes")
+                    same = value.isnan() & wanted[name].isnan() | (value == wanted[name])
+                    assert bool(same.all()), f"{name}, {elements} elements, {few} bytes"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -209,11 +158,7 @@ def test_memory_of_a_loss(dtype, rows, vocabulary) -> None:
 
 def test_upstream_gradients_that_hide_infinities() -> None:
     p, q = testing.pair("normal3", 4, V, 0.1)
-    grad = torch.full_like(p, torch.nan)
-    cases.backward(
-        "reference", Rows(p, q), outcome(Rows(p, q, torch.arange(4))).saved, {}, (grad, None)
-    )
-    assert not grad.any()
+    assert not cases.run("reference", Rows(p, q, torch.arange(4)), {}, fields=FIELDS).grads[0].any()
     q[3, 0] = -torch.inf
     x = p.requires_grad_()
     loss = fastkl.kl_divergence(x, q, reduction="sum")
@@ -227,25 +172,22 @@ def test_upstream_gradients_that_hide_infinities() -> None:
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
-def test_any_default_type(default) -> None:
+def test_any_default_type(default, request) -> None:
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     p, q = testing.pair("normal3", 3, V, 0.1)
 
-    def found():
+    def found(dtype: torch.dtype):
+        torch.set_default_dtype(dtype)
         x = testing.leaf(p)
         loss = fastkl.kl_divergence(x, q, reduction="sum")
         stats = token_stats(p, torch.zeros(3, dtype=torch.long), q)
         return loss, *torch.autograd.grad(loss, x), fastkl.kl_divergence(p, q), *stats
 
     cpu_rows._number.cache_clear()
-    expected = found()
+    expected = found(torch.float32)
     cpu_rows._number.cache_clear()
-    torch.set_default_dtype(default)
-    try:
-        others = found()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert_same(others, expected, str(default))
-    assert_same(found(), expected, "afterwards")
+    for dtype in (default, torch.float32):
+        assert_same(found(dtype), expected, f"{default}, {dtype}")
 
 
 def test_gradients_of_another_type_under_a_mask() -> None:
@@ -266,17 +208,3 @@ def test_float16_is_right_whatever_comes_after_the_sum() -> None:
     x = testing.leaf(p)
     fastkl.kl_divergence(x, q, reduction="sum").backward(torch.tensor(65536.0))
     testing.assert_gradient(x.grad, expected, tolerance=6e-4)
-
-
-def test_a_normalizer_of_0_over_an_infinite_sum() -> None:
-    p, q = testing.pair("normal3", 2, 9, 0.1)
-    q[0, 0] = -torch.inf
-    penalty, zero = fastkl.KLPenalty(0.1), torch.tensor(0)
-    for x in (p, testing.leaf(p.clone())):
-        mean = fastkl.kl_divergence(x, q, reduction="mean", normalizer=zero)
-        for loss in (mean, penalty(x, q, normalizer=zero)):
-            assert loss == 0 and not (x.requires_grad and torch.autograd.grad(loss, x)[0].any())
-    loss = penalty(p, p + 0.1 * torch.arange(9))
-    kept = float(loss)
-    loss += 10
-    assert float(penalty.last["loss"]) == kept

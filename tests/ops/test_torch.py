@@ -248,21 +248,6 @@ def test_export(implementation, strict) -> None:
 # ---- autograd
 
 
-def surrounded(way: str, data: SimpleNamespace) -> list[torch.Tensor]:
-    if "reentrant" in way:
-        outputs = checkpoint(stats, data.p, data.q, data, use_reentrant=way == "reentrant")
-        torch.autograd.backward(outputs, list(data.upstream))
-        return [*outputs, data.p.grad, data.q.grad]
-    with torch.autocast(data.p.device.type, dtype=getattr(torch, way)):
-        return outcome(stats, data)
-
-
-@pytest.mark.parametrize("way", ["reentrant", "non_reentrant", "bfloat16", "float16"])
-def test_checkpoint_and_autocast(implementation, way) -> None:
-    data = inputs(implementation.device)
-    assert_same_bits(surrounded(way, data), outcome(stats, data))
-
-
 def test_second_backward_over_a_retained_graph(implementation) -> None:
     data = inputs(implementation.device)
     (result,) = kl(data.p, data.q, data)
@@ -273,14 +258,6 @@ def test_second_backward_over_a_retained_graph(implementation) -> None:
     for retain in (True, False):
         result.backward(data.upstream[0], retain_graph=retain)
     assert_same_bits([data.p.grad, data.q.grad], [2 * value for value in expected])
-
-
-def test_no_grad(implementation) -> None:
-    data = inputs(implementation.device)
-    with torch.no_grad():
-        results = stats(data.p, data.q, data)
-    assert not any(value.requires_grad for value in results)
-    assert_same_bits(list(results), list(stats(data.p, data.q, data)))
 
 
 @pytest.mark.gpu
