@@ -12,6 +12,7 @@ import memory
 import pytest
 import torch
 from cases import HAS_CPP
+from test_dispatch import assert_same
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
@@ -61,21 +62,10 @@ def stats(p, q, data):
 
 
 def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
-    """Outputs of function(p, q, data) and the gradients of both logits for fixed upstream
-    gradients.
-    """
+    """Outputs of function(p, q, data) and the gradients of both logits."""
     outputs = function(data.p, data.q, data)
-    upstream = [
-        data.upstream[i] if value.dim() else torch.ones_like(value)
-        for i, value in enumerate(outputs)
-    ]
+    upstream = [data.upstream[i] if v.dim() else torch.ones_like(v) for i, v in enumerate(outputs)]
     return [*outputs, *torch.autograd.grad(outputs, (data.p, data.q), upstream)]
-
-
-def assert_same_bits(results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for result, value in zip(results, expected, strict=True):
-        testing.assert_same_bits(result, value, "result")
-        assert bool((value != 0).any()), "zero everywhere: nothing was compared"
 
 
 # ---- opcheck
@@ -95,52 +85,33 @@ MIXES = [
 ]
 
 
-def op_arguments(implementation, mix: tuple, grad: bool = False) -> tuple:
-    """Return the data, and the arguments of fastkl::row_statistics for one of MIXES.
-
-    What opcheck looks at does not depend on the kernels: every mix on the reference, and in the
-    interpreter the one in which most takes part.
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_opcheck(implementation, mix, grad) -> None:
+    """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes: every mix
+    on the reference, and in the interpreter the one in which most takes part, since the rules do
+    not depend on the kernels.
     """
     if implementation.interpreted and mix != MIXES[-1]:
         pytest.skip("the ops' rules for this mix are checked on the reference")
     fields, with_q, tokens, mask, temperatures, leading = mix
-    data = inputs(implementation.device, leading, grad=grad)
-    return data, (
+    data, ops = inputs(implementation.device, leading, grad=grad), torch.ops.fastkl
+    tensors = (
         data.p,
         data.q if with_q else None,
         data.tokens if tokens else None,
         data.mask if mask else None,
         data.temperatures if temperatures else None,
-        1.0 if temperatures else 0.7,
-        fields,
-        implementation.backend,
     )
-
-
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("mix", MIXES, ids=str)
-def test_opcheck_row_statistics(implementation, mix, grad) -> None:
-    given = op_arguments(implementation, mix, grad)[1]
-    torch.library.opcheck(torch.ops.fastkl.row_statistics.default, given)
-
-
-@pytest.mark.parametrize(
-    "mix, wrt",
-    [
-        *((mix, (True, mix[1])) for mix in MIXES),
-        (MIXES[-1], (True, False)),
-        (MIXES[-1], (False, True)),
-    ],
-    ids=str,
-)
-def test_opcheck_row_gradients(implementation, mix, wrt) -> None:
-    data, given = op_arguments(implementation, mix)
-    *tensors, temperature, fields, chosen = given
-    saved = torch.ops.fastkl.row_statistics(*given)[-1]
-    asked = fields.split(",")
-    upstream = [data.upstream[i] if name in asked else None for i, name in enumerate(FIELDS)]
-    rest = (saved, *upstream, temperature, *wrt, chosen)
-    torch.library.opcheck(torch.ops.fastkl.row_gradients.default, (*tensors, *rest))
+    temperature, chosen = 1.0 if temperatures else 0.7, implementation.backend
+    given = (*tensors, temperature, fields, chosen)
+    torch.library.opcheck(ops.row_statistics.default, given)
+    if not grad:
+        saved, asked = ops.row_statistics(*given)[-1], fields.split(",")
+        upstream = [data.upstream[i] if name in asked else None for i, name in enumerate(FIELDS)]
+        for wrt in [(True, with_q)] if mix != MIXES[-1] else [(1, 1), (1, 0), (0, 1)]:
+            rest = (saved, *upstream, temperature, *map(bool, wrt), chosen)
+            torch.library.opcheck(ops.row_gradients.default, (*tensors, *rest))
 
 
 # ---- torch.compile and export
@@ -172,36 +143,26 @@ def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
         data = inputs(implementation.device, leading)
         results, expected = outcome(compiled, data), outcome(function, data)
         if name != "penalty" or not inductor:
-            assert_same_bits(results, expected)
+            assert_same(results, expected)
         for result, value in zip(results, expected, strict=True):
             testing.assert_gradient(result.view(1, -1), value.view(1, -1), "result", 8 * 2**-23)
 
 
 @pytest.mark.parametrize("dynamic, graphs", [(True, 1), (None, 2)], ids=["dynamic", "automatic"])
 def test_no_recompilation_for_each_length(implementation, dynamic, graphs) -> None:
-    counter = CompileCounter()
-    compiled = torch.compile(fastkl.kl_divergence, fullgraph=True, backend=counter, dynamic=dynamic)
+    counter, kl = CompileCounter(), fastkl.kl_divergence
+    compiled = torch.compile(kl, fullgraph=True, backend=counter, dynamic=dynamic)
     for rows in (2, 3, 4):
         data = inputs(implementation.device, (rows,), grad=False)
-        temperature = data.temperatures * rows
-        assert torch.equal(
-            compiled(data.p, data.q, temperature=temperature),
-            fastkl.kl_divergence(data.p, data.q, temperature=temperature),
-        )
+        given = {"temperature": data.temperatures * rows}
+        assert torch.equal(compiled(data.p, data.q, **given), kl(data.p, data.q, **given))
     assert counter.frame_count == graphs
 
 
 def test_use_backend_and_compile(implementation, monkeypatch) -> None:
     ran = []
-
-    for chosen in ENGINES:
-
-        def record(args, outputs, saved, chosen=chosen):
-            ran.append(chosen)
-            for value in (*outputs.values(), saved):
-                value.zero_()
-
-        monkeypatch.setattr(ENGINES[chosen], "forward", record)
+    for name, engine in ENGINES.items():
+        monkeypatch.setattr(engine, "forward", lambda *given, name=name: ran.append(name))
     monkeypatch.setattr(backend, "triton_problems", lambda *logits, **reading: ())
     data = inputs(implementation.device, (3,), grad=False)
     outside = torch.compile(fastkl.kl_divergence, fullgraph=True, backend="eager")
@@ -223,26 +184,20 @@ def test_use_backend_and_compile(implementation, monkeypatch) -> None:
 
 class Model(torch.nn.Module):
     def forward(self, p, q, tokens, mask):
-        return fastkl.kl_divergence(p, q, mask=mask), fastkl.token_stats(
-            p, tokens, q, mask=mask
-        ).logprob
+        stats = fastkl.token_stats(p, tokens, q, mask=mask)
+        return fastkl.kl_divergence(p, q, mask=mask), stats.logprob
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 def test_export(implementation, strict) -> None:
+    """With a dynamic number of rows, run at another number."""
     first, other = (
-        inputs(implementation.device, (4,), grad=False),
-        inputs(implementation.device, (5,), grad=False, seed=1),
+        (data.p, data.q, data.tokens, data.mask)
+        for data in (inputs(implementation.device, (n,), grad=False, seed=n) for n in (4, 5))
     )
-    rows = torch.export.Dim("rows", min=2, max=4096)
-    exported = torch.export.export(
-        Model(),
-        (first.p, first.q, first.tokens, first.mask),
-        dynamic_shapes=({0: rows},) * 4,
-        strict=strict,
-    )
-    arguments = (other.p, other.q, other.tokens, other.mask)
-    assert_same_bits(list(exported.module()(*arguments)), list(Model()(*arguments)))
+    shapes = ({0: torch.export.Dim("rows", min=2, max=4096)},) * 4
+    exported = torch.export.export(Model(), first, dynamic_shapes=shapes, strict=strict)
+    assert_same([*exported.module()(*other)], [*Model()(*other)])
 
 
 # ---- autograd
@@ -257,7 +212,7 @@ def test_second_backward_over_a_retained_graph(implementation) -> None:
     expected = torch.autograd.grad(result, (data.p, data.q), data.upstream[0], retain_graph=True)
     for retain in (True, False):
         result.backward(data.upstream[0], retain_graph=retain)
-    assert_same_bits([data.p.grad, data.q.grad], [2 * value for value in expected])
+    assert_same([data.p.grad, data.q.grad], [2 * value for value in expected])
 
 
 @pytest.mark.gpu
@@ -271,7 +226,7 @@ def test_cuda_graph(vocabulary) -> None:
             getattr(data, name).copy_(getattr(other, name))
     graph.replay()
     torch.cuda.synchronize()
-    assert_same_bits(results, expected)
+    assert_same(results, expected)
 
 
 # ---- memory
