@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastkl import kl_divergence, testing
+from fastkl import kl_divergence, testing, token_stats
 from fastkl.ops import engine
 from fastkl.ops.fields import FIELDS, SAVED, RowArgs, Scaling
 
@@ -60,13 +60,11 @@ class Run(NamedTuple):
 
 
 def problem(rows: Rows) -> object:
-    """The launchers' problem of rows that need one alone."""
     ((_, found),) = engine.problems(RowArgs(*rows))
     return found
 
 
 def unwritten(rows: Rows, wanted: tuple[str, ...]) -> Run:
-    """Memory for fields and saved values, full of NaN."""
     new = rows.p.new_full
     fields = {n: new((rows.count,), math.nan, dtype=torch.float32) for n in wanted}
     return Run(fields, new((rows.count, SAVED), math.nan, dtype=torch.float32))
@@ -79,7 +77,6 @@ def forward(backend: str, rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
 
 
 def backward(backend: str, rows: Rows, saved, upstream, grads) -> None:
-    """Write the gradients that are not None."""
     engine.ENGINES[backend].backward(RowArgs(*rows), saved, upstream, *grads)
 
 
@@ -108,54 +105,66 @@ def together(rows: Rows, weights: torch.Tensor, grad: torch.Tensor | None = None
     return made._replace(grads=(grad, None))
 
 
-# ---- kl_divergence and its gradients
+# ---- kl_divergence and token_stats, with their gradients
 
 
-def outcome(
-    p: torch.Tensor, q: torch.Tensor, device: str, upstream: torch.Tensor | None = None, **keywords
-) -> tuple[torch.Tensor, ...]:
-    """(kl, dP, dQ) on `device` for these very strides, and random upstream gradients where none are
-    given.
+def random_tokens(logits: torch.Tensor) -> torch.Tensor:
+    leading, vocabulary = logits.shape[:-1], logits.shape[-1]
+    tokens = torch.randint(vocabulary, leading, generator=torch.Generator().manual_seed(0))
+    if tokens.numel() > 1:
+        tokens.view(-1)[0], tokens.view(-1)[-1] = 0, vocabulary - 1
+    return tokens
+
+
+def upstream_of(logits: torch.Tensor) -> torch.Tensor:
+    return testing.upstream_for(torch.empty(len(FIELDS), *logits.shape[:-1]))
+
+
+def outcome(rows: Rows, device: str, upstream: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """KL, dP and dQ, or beside tokens all fields, dP and dQ, on `device` for these very strides.
+
+    upstream [5, ...] has a gradient for each field, by default random ones.
     """
-    p, q = testing.leaf(p.to(device)), testing.leaf(q.to(device))
-    result = kl_divergence(p, q, **keywords)
-    upstream = testing.upstream_for(result) if upstream is None else upstream
-    return result, *torch.autograd.grad(result, (p, q), upstream.to(result))
+    p, q, tokens, mask, temperature, _ = (
+        value.to(device) if isinstance(value, torch.Tensor) else value for value in rows
+    )
+    p, q, more = testing.leaf(p), testing.leaf(q), {"mask": mask, "temperature": temperature}
+    upstream = (upstream_of(p) if upstream is None else upstream).to(device)
+    if tokens is None:
+        results, upstream = (kl_divergence(p, q, **more),), upstream[3:4]
+    else:
+        results = token_stats(p, tokens, q, **more)
+    return [*results, *torch.autograd.grad(results, (p, q), [*upstream])]
 
 
-def check_results(
-    implementation,
-    results: tuple[torch.Tensor, ...],
-    p: torch.Tensor,
-    q: torch.Tensor,
-    temperature: float | torch.Tensor = 1.0,
-) -> None:
-    """Results of outcome() for logits p, q agree with fp64 of them; the result is float32 and
-    where the logits are.
+def check_results(implementation, results: list[torch.Tensor], rows: Rows) -> None:
+    """Compare an outcome of rows on a CPU with float64 of them; fields are float32 and where the
+    logits are, gradients of the logits' types.
     """
-    result, *grads = results
-    assert result.dtype == torch.float32 and result.shape == p.shape[:-1]
-    assert result.device.type == implementation.device
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.cpu()
-    exact = testing.truth(p.cpu(), q.cpu(), temperature)
-    testing.assert_kl(result, exact.kl)
-    expected = testing.kl_gradients(exact, testing.upstream_for(result), temperature)
-    assert [grad.dtype for grad in grads] == [p.dtype, q.dtype]
-    assert_gradients(grads, expected)
+    *fields, grad_p, grad_q = results
+    for value in fields:
+        assert value.dtype == torch.float32 and value.shape == rows.p.shape[:-1]
+        assert value.device.type == implementation.device
+    assert (grad_p.dtype, grad_q.dtype) == (rows.p.dtype, rows.q.dtype)
+    exact = testing.truth(rows.p, rows.q, rows.temperature)
+    tokens = random_tokens(rows.p) if rows.tokens is None else rows.tokens
+    names = ("kl",) if rows.tokens is None else FIELDS
+    testing.assert_stats(dict(zip(names, fields, strict=True)), exact.stats(tokens))
+    upstream = dict(zip(FIELDS, upstream_of(rows.p), strict=True))
+    upstream = {name: upstream[name] for name in names}
+    exact_grads = testing.gradients(exact, upstream, tokens, rows.temperature)
+    assert_gradients((grad_p, grad_q), exact_grads)
 
 
-def check(implementation, p: torch.Tensor, q: torch.Tensor, temperature=1.0) -> None:
-    """kl_divergence and both gradients agree with fp64 of the same CPU inputs."""
-    results = outcome(p, q, implementation.device, temperature=temperature)
-    check_results(implementation, results, p, q, temperature)
+def check(implementation, p, q, temperature=1.0, tokens=None) -> None:
+    rows = Rows(p, q, tokens, None, temperature)
+    check_results(implementation, outcome(rows, implementation.device), rows)
 
 
 # ---- tensors
 
 
 def assert_gradients(grads, exact, what: str = "kl") -> None:
-    """Gradients to P, and to Q if there is one, agree with float64 to their types' rounding."""
     for name, grad, value in zip("pq"[: len(grads)], grads, exact, strict=True):
         testing.assert_rounded_gradient(
             grad,

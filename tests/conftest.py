@@ -62,19 +62,15 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 class Implementation(NamedTuple):
-    """A backend and where its tensors live."""
-
     backend: str
     device: str
 
     @property
     def kernels(self) -> bool:
-        """Whether the Triton kernels run."""
         return self.backend == "triton"
 
     @property
     def interpreted(self) -> bool:
-        """Whether they run in the interpreter: right, but a thousand times slower."""
         return self.kernels and self.device == "cpu"
 
 
@@ -89,14 +85,12 @@ def _implementations() -> list:
 
 @pytest.fixture(params=_implementations())
 def implementation(request: pytest.FixtureRequest) -> Implementation:
-    """The implementation under test, chosen with fastkl.use_backend."""
     with fastkl.use_backend(request.param.backend):
         yield request.param
 
 
 @pytest.fixture
 def kernels(implementation) -> Implementation:
-    """The implementation, where it is the kernels: the reference has its own tests."""
     if not implementation.kernels:
         pytest.skip("about the kernels")
     return implementation
@@ -118,6 +112,14 @@ def ran(monkeypatch) -> list[str]:
 
         monkeypatch.setattr(f"{module}.{step}", spy)
     return calls
+
+
+@pytest.fixture(params=[False, True], ids=["kl", "stats"])
+def tokens_of(request: pytest.FixtureRequest, implementation, dtype) -> Callable:
+    """Tokens for logits, where all fields are under test, or None, where the KL alone is."""
+    if request.param and implementation.interpreted and dtype != torch.float32:
+        pytest.skip("one type in the interpreter is enough")
+    return cases.random_tokens if request.param else lambda logits: None
 
 
 # CPython maps 16 KB for frames at a time and unmaps them when the first of them returns: a test

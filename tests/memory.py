@@ -45,7 +45,6 @@ def allocated(device: str, call: Callable) -> tuple[int, int]:
 
 
 def saved(call: Callable) -> dict[int, int]:
-    """Return the bytes of every storage that autograd saves in call(), by address."""
     held = {}
 
     def pack(value: torch.Tensor) -> torch.Tensor:

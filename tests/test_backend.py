@@ -70,7 +70,6 @@ def test_the_chosen_one_runs(implementation, ran, name, afterwards) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_reference_on_a_gpu(ran, dtype) -> None:
-    """CUDA tensors, float64 too, with mask, tokens and a temperature per row, as on CPU."""
     found = []
     for device in ("cpu", "cuda"):
         p, q = (testing.leaf(value.to(dtype)) for value in logits(device, 4))

@@ -15,7 +15,6 @@ V = 7
 
 
 def right(device: str) -> SimpleNamespace:
-    """Arguments that every function takes: leading shape [2, 3]."""
     generator = torch.Generator().manual_seed(0)
     made = {
         "p": torch.randn(2, 3, V, generator=generator),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import FLOATS, INTERPRETING, check, outcome, padded
+from cases import FLOATS, INTERPRETING, Rows, check, outcome, padded
 
 from fastkl import kl_divergence, testing
 
@@ -157,14 +157,14 @@ def test_identical_rows(implementation, dtype, vocabulary) -> None:
     if vocabulary > 1:
         p[1, 1::3] = -math.inf
     for name, q in (("the same", p), ("a copy", p.clone()), ("elsewhere", padded(p, 0, 1))):
-        for value in outcome(p, q, implementation.device):
+        for value in outcome(Rows(p, q), implementation.device):
             assert bool((value == 0).all()), f"{name}: up to {value.abs().max():.3g}"
 
 
 @pytest.mark.parametrize("kind", testing.KINDS)
 def test_gradients_sum_to_zero(implementation, kind) -> None:
     p, q = testing.sizes_pair(kind, (0.01, 0.1, 1.0), SHIFTS, 1003 if INTERPRETING else 5003)
-    for grad in outcome(p, q, implementation.device)[1:]:
+    for grad in outcome(Rows(p, q), implementation.device)[1:]:
         grad = grad.double()
         assert bool((grad.sum(-1).abs() <= 1e-5 * grad.abs().sum(-1)).all())
 
@@ -177,8 +177,8 @@ PER_ROW = torch.tensor([[0.25, 0.5, 1.0], [1.5, 2.0, 0.75]])
     [0.25, 0.7, 1, 3.0, PER_ROW, PER_ROW.bfloat16()],
     ids=["0.25", "0.7", "1", "3.0", "per row", "per row in bfloat16"],
 )
-def test_temperature(implementation, temperature, dtype) -> None:
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.to(implementation.device)
+def test_temperature(implementation, temperature, dtype, tokens_of) -> None:
     pair = testing.sizes_pair("normal3", (1e-3, 1e-2, 0.1, 1.0, 3.0, 5.0), (0.0, 7.0), 515, dtype)
-    check(implementation, *(value.view(2, 3, -1) for value in pair), temperature)
+    p, q = (value.view(2, 3, -1) for value in pair)
+    tokens = tokens_of(p)
+    check(implementation, p, q, temperature, tokens if tokens is None else tokens.short())

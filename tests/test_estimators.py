@@ -104,7 +104,6 @@ def test_expectations(which, way, value, slope) -> None:
 
 
 def test_k1_inside_a_reward() -> None:
-    """Without gradient of its own, its expectation has the right one too."""
     in_reward = World.p.detach() * estimate_kl(World.logprob, World.ref).detach() * World.logprob
     expected = gradient(World.kl[FORWARD], World.theta)
     assert_equal(gradient(in_reward, World.theta), expected)
@@ -112,7 +111,6 @@ def test_k1_inside_a_reward() -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_off_policy_token_by_token(direction) -> None:
-    """The loss on-policy times the ratio, in value and gradient; only the policy gets one."""
     logprob, ref, ratio = (
         World.logprob,
         World.ref.clone().requires_grad_(),
@@ -252,9 +250,6 @@ def test_every_mix_of_sizes_is_finite(direction, dtype, clamp) -> None:
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_types(which, dtype) -> None:
-    """16-bit log-probabilities count by their exact values and give float32; gradients come in the
-    input's type, in which e^11.125 = 67846 is beyond float16.
-    """
     logprob = torch.tensor([-1.25, -3.0], dtype=dtype, requires_grad=True)
     value = either(logprob, torch.tensor([-2.0, -1.5], dtype=dtype), which)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

@@ -75,7 +75,6 @@ def test_value_and_gradient(implementation, direction, reduction, masked, leadin
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_token_that_counts(implementation, reduction, leading) -> None:
-    """An all-False mask over rows of NaN, and no rows at all."""
     penalty = fastkl.KLPenalty(0.3, reduction=reduction)
     for shape in (leading, (0,), (2, 0), (0, 3)):
         nan = torch.full((*shape, V), math.nan, device=implementation.device, requires_grad=True)
@@ -135,7 +134,6 @@ WRONG = {
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_logits_are_named(name, direction) -> None:
-    """By the penalty's names, whichever the direction."""
     right = {"policy_logits": torch.zeros(2, 3, V), "ref_logits": torch.zeros(2, 3, V)}
     with pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
         fastkl.KLPenalty(0.1, direction=direction)(**{**right, name: WRONG[name]})
@@ -159,7 +157,6 @@ def test_no_synchronisation(implementation, reduction, request) -> None:
 
 
 def test_in_a_model(implementation) -> None:
-    """No parameters and no state, and a training step through it as in plain torch."""
     penalty, device = fastkl.KLPenalty(0.3), implementation.device
     hidden, reference = (value.to(device) for value in torch.randn(2, 3, V))
     head = torch.nn.Linear(V, V, bias=False)
@@ -176,7 +173,6 @@ MAKE = [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
 
 @pytest.mark.parametrize("make", MAKE, ids=["deepcopy", "pickle"])
 def test_copies(implementation, make) -> None:
-    """Before and after a call, with the same settings."""
     given = case(implementation)
     settings = {"direction": DIRECTIONS[1], "temperature": 1.5, "reduction": "sum"}
     penalty = fastkl.KLPenalty(0.2, **settings)
@@ -190,7 +186,6 @@ def test_copies(implementation, make) -> None:
 
 
 def test_compiled(implementation) -> None:
-    """Eager's bits, in `last` too; a controller's beta is followed by at most two graphs."""
     given, controller = case(implementation, (1, 3)), SimpleNamespace(beta=0.5)
     penalty, eager = fastkl.KLPenalty(controller), fastkl.KLPenalty(controller)
     counter = CompileCounterWithBackend("aot_eager")

@@ -22,7 +22,6 @@ def on_the_reference():
 
 
 def case(size: float = 0.7, kind: str = "normal3") -> tuple[torch.Tensor, ...]:
-    """Four rows in float64 of P, Q = P + noise + 3, tokens and temperatures."""
     p, q = testing.pair(kind, 4, V, size, shift=3.0, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(V, (4,), generator=generator)
@@ -35,9 +34,6 @@ def case(size: float = 0.7, kind: str = "normal3") -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("per_row", [False, True], ids=["number", "per_row"])
 @pytest.mark.parametrize("kind", testing.KINDS)
 def test_textbook_form(kind, per_row) -> None:
-    """In fp64 every statistic is the textbook's to the digits that the textbook's has: 1e-12 of its
-    largest terms.
-    """
     p, q, tokens, temperatures = case(kind=kind)
     temperature = temperatures if per_row else 0.8
     result = reference.row_statistics(p, q, tokens, temperature)
@@ -98,7 +94,6 @@ def test_digits_near_zero(kind, size, shift) -> None:
 
 
 def test_identical_rows_give_exactly_zero() -> None:
-    """Also where Q has a constant more, here one that float32 adds exactly."""
     p = (64 * testing.pair("normal3", 5, V, 0.0)[0]).round() / 64
     for shift in (0.0, 2.0, -512.0):
         leaves = testing.leaf(p), testing.leaf(p + shift)
@@ -119,9 +114,6 @@ UNITS = {"expm1_minus": 16, "minus_log1p": 32}
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", UNITS)
 def test_high_precision(name, dtype) -> None:
-    """expm1(d) - d and t - log1p(t) against 60 digits, relative to themselves, from the tiniest
-    argument up and on both sides of the series.
-    """
     mpmath = pytest.importorskip("mpmath")
     edges = torch.tensor([0.125, 0.25], dtype=torch.float64)
     logspace = torch.logspace(-15, 1.5, 200, dtype=torch.float64)

@@ -75,8 +75,6 @@ def make(family: types.SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 class Case(NamedTuple):
-    """Logits [N, V], tokens [N], temperature, and the field whose gradients are wanted."""
-
     x: torch.Tensor
     y: torch.Tensor
     tokens: torch.Tensor
@@ -95,7 +93,6 @@ def truth(case: Case) -> Answer:
 
 
 def plain(case: Case) -> tuple[torch.Tensor, ...]:
-    """Gradients of float32 torch."""
     x, y = (testing.leaf(side.float()) for side in case[:2])
     log_p, log_q = ((side / case.temperature).log_softmax(-1) for side in (x, y))
     fields = {
@@ -153,7 +150,6 @@ def assert_fields(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], 
 
 
 def assert_right(case: Case, implementation, what) -> None:
-    """Every field and both gradients of some rows within the bounds; raises with the worst."""
     (fields, sides), (got, gradients) = truth(case), found(case, implementation.device)
     assert_fields(got, fields, what)
     dtype = case.x.dtype

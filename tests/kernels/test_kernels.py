@@ -13,7 +13,7 @@ import torch
 from cases import INTERPRETING, Rows, assert_gradients, assert_same, padded
 
 import fastkl
-from fastkl import divergence, kl_divergence, testing, token_stats
+from fastkl import divergence, testing, token_stats
 from fastkl.ops.fields import FIELDS
 
 pytest.importorskip("triton")
@@ -28,15 +28,9 @@ CONFIGS = {
 }
 
 
-def outcome(
-    p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor, upstream: torch.Tensor
-) -> list[torch.Tensor]:
-    """kl_divergence and its gradients, the fields of token_stats and theirs; upstream [5, N]."""
-    p, q = testing.leaf(p), testing.leaf(q)
-    kl = kl_divergence(p, q)
-    stats = token_stats(p, tokens, q)
-    grads = torch.autograd.grad(kl, (p, q), upstream[3])
-    return [kl, *grads, *stats, *torch.autograd.grad(stats, (p, q), list(upstream))]
+def outcome(p, q, tokens, upstream) -> list[torch.Tensor]:
+    both = (Rows(p, q), Rows(p, q, tokens))
+    return [value for rows in both for value in cases.outcome(rows, p.device, upstream)]
 
 
 def data(
@@ -172,8 +166,8 @@ def test_random_sweep(kernels) -> None:
             views.append(view)
             storages.append(view.as_strided((size,), (1,), 0))
         before = [value.clone() for value in storages]
-        results = cases.outcome(*views, kernels.device)
-        cases.check_results(kernels, results, *(view.cpu() for view in views))
+        results = cases.outcome(Rows(*views), kernels.device)
+        cases.check_results(kernels, results, Rows(*(view.cpu() for view in views)))
         assert_same(storages, before, f"V={vocabulary}: an input was written to")
 
 
@@ -294,7 +288,6 @@ def test_no_compilation_for_other_lengths() -> None:
 
 
 def test_slow_path_rows_are_those_that_row_finish_marks(kernels, monkeypatch) -> None:
-    """The public function against the marks of the kernels themselves."""
     from fastkl.kernels import row_finish, row_math
 
     limits = row_finish.LARGE_KL, row_finish.LARGEST_DIFFERENCE

@@ -54,7 +54,6 @@ def run(shape, dtypes, starts, turned, masked, per_row, scaling) -> None:
 
 
 def kinds() -> list[tuple]:
-    """Calls that differ in one property each from another."""
     first = ((2, 3, 40), (torch.float32, torch.float32), (0, 0), False, False, False, Scaling())
     others = (
         SHAPES,

@@ -114,7 +114,6 @@ def test_pieces_cover_a_row_whatever_its_length(vocabulary) -> None:
 
 
 def test_where_it_is_used(monkeypatch) -> None:
-    """The chunks of a linear loss that only P learns from, where the configuration has it so."""
     seen, whole = [], launch_fused.fused
     monkeypatch.setattr(launch_fused, "fused", lambda *given: seen.append(1) or whole(*given))
     generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,6 @@ class Warp:
         self.tile = self.chosen.threads * self.chosen.groups * 16 // dtype.itemsize
 
     def use(self, segment: int | None = None) -> contextlib.AbstractContextManager:
-        """Run forward in this configuration, or with the same threads on shorter segments."""
         segment = segment or self.chosen.segment
         return config.override(dataclasses.replace(self.chosen, segment=segment))
 
@@ -93,7 +92,6 @@ def adversarial_rows(tile: int, generator: torch.Generator, eps: float) -> Pairs
 
 
 def moving(warp: Warp) -> Pairs:
-    """Differences or weights that move; in the interpreter each type has a part of them."""
     generator = torch.Generator().manual_seed(0)
     rows = [row for eps in (1e-3, 1e-2) for row in adversarial_rows(warp.tile, generator, eps)]
     first = [*DTYPES.values()].index(warp.dtype)

@@ -19,7 +19,6 @@ V = 1003
 
 
 def outcome(rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
-    """All of the reference backend, for upstream gradients that differ by field."""
     upstream = {name: torch.full((rows.count,), 0.5 + i) for i, name in enumerate(wanted)}
     return cases.run("reference", rows, upstream)
 

@@ -37,9 +37,6 @@ LEAVES = ("p", "hidden", "weight")
 
 
 def data(device: str, learning: bool = True) -> dict[str, torch.Tensor]:
-    """Logits and hidden states that require grad, a reference of each that does not, tokens, a mask
-    and temperatures.
-    """
     generator = torch.Generator().manual_seed(0)
     made = {name: torch.randn(*shape, generator=generator) for name, shape in SHAPES.items()}
     made["tokens"], made["mask"] = torch.tensor([1, 0, 6]), torch.tensor([True, False, True])
@@ -71,7 +68,6 @@ def kl(d: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def outcome(name: str, d: dict[str, torch.Tensor], outputs=None) -> list[torch.Tensor]:
-    """Return outputs, and the gradients for upstream gradients that differ."""
     outputs = FUNCTIONS[name](d) if outputs is None else outputs
     learning = [value for value in outputs if value.requires_grad]
     upstream = [torch.linspace(1.0, 2.0, v.numel()).to(v).view(v.shape) for v in learning]
@@ -115,7 +111,6 @@ def test_a_dispatch_mode_sees_the_ops(implementation, name, expected) -> None:
 
 
 def without(patch: pytest.MonkeyPatch, name: str) -> contextlib.AbstractContextManager:
-    """Take one of the ways from every op."""
     patch.setattr(dual_op, "SHORT_WAYS", name != "_eager")
     for each in DISPATCHED:
         patch.setattr(each, name, None)

@@ -66,7 +66,6 @@ def assert_right(implementation, rows: Rows, upstream, grads) -> None:
 @pytest.mark.parametrize("vocabulary", [1, 37, 2050])
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_against_float64(implementation, dtype, vocabulary, in_place, softcap) -> None:
-    """Gradients of these fields in the logits' own memory, of all fields elsewhere."""
     if implementation.interpreted and vocabulary != 37 and not (in_place and softcap == 2.0):
         pytest.skip("one row of another length in the interpreter is enough")
     pair = testing.pair("normal3", ROWS, vocabulary, 0.7, dtype=dtype)

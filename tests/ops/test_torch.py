@@ -33,9 +33,6 @@ def inputs(
     grad: bool = True,
     seed: int = 0,
 ) -> SimpleNamespace:
-    """Logits p, q that require grad, tokens, a mask that leaves out one row, temperatures, and
-    upstream gradients of all five fields.
-    """
     count = torch.Size(leading).numel()
     p, q = testing.pair("normal3", count, vocabulary, 0.5, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +59,6 @@ def stats(p, q, data):
 
 
 def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
-    """Outputs of function(p, q, data) and the gradients of both logits."""
     outputs = function(data.p, data.q, data)
     upstream = [data.upstream[i] if v.dim() else torch.ones_like(v) for i, v in enumerate(outputs)]
     return [*outputs, *torch.autograd.grad(outputs, (data.p, data.q), upstream)]
@@ -190,7 +186,6 @@ class Model(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 def test_export(implementation, strict) -> None:
-    """With a dynamic number of rows, run at another number."""
     first, other = (
         (data.p, data.q, data.tokens, data.mask)
         for data in (inputs(implementation.device, (n,), grad=False, seed=n) for n in (4, 5))

@@ -21,7 +21,6 @@ TRANSFORMS = {
 
 
 def exact(name: str, d: dict[str, torch.Tensor]) -> torch.Tensor:
-    """KL by the definition, in float64."""
     if name == "kl":
         return testing.truth(d["p"], d["q"]).kl
     wide = {key: value.double() for key, value in d.items()}
@@ -46,8 +45,6 @@ def test_transforms(implementation, transform, name) -> None:
 
 
 class Module(torch.nn.Module):
-    """A function as torch.export takes it."""
-
     def __init__(self, function) -> None:
         super().__init__()
         self.forward = function
