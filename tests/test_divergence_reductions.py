@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkl
@@ -142,28 +141,6 @@ def test_a_normalizer_of_zero_over_an_infinite_sum(implementation, learns) -> No
         kept = penalty(p, p + torch.arange(V, device=p.device))
         kept += 10
     assert float(penalty.last["loss"]) == pytest.approx(float(kept) - 10, rel=1e-4)
-
-
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum"])
-def test_statistics_of_sequences(implementation, reduction) -> None:
-    p, q, mask, _ = batch(implementation.device)
-    p, q, mask = (F.pad(value, (0,) * (2 * value.dim() - 1) + (1,)) for value in (p, q, mask))
-    total, eye = fastkl.kl_divergence(p, q, mask).sum().cpu(), torch.eye(V, device=p.device)
-    normalizer = None if reduction == "sum" else 40
-    for kind, heads in ((fastkl.KLPenalty, ()), (fastkl.LinearKLPenalty, (eye,))):
-        penalty = kind(0.5, reduction=reduction)
-        loss = penalty(p, *heads, q, mask=mask, normalizer=normalizer).cpu()
-        testing.assert_near(loss, 0.5 * total / (normalizer or 1), 1e-5, 0.0, "loss")
-        last = {"sequences": 2, "tokens": 4, "kl_per_sequence": total / 2, "kl": total / 4}
-        for name, value in {**last, "loss": loss}.items():
-            testing.assert_near(penalty.last[name], torch.as_tensor(value), 1e-5, 0.0, name)
-
-
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 2, 3), (2, 0)])
-def test_a_sequence_is_the_last_leading_dimension(leading) -> None:
-    penalty = fastkl.KLPenalty(0.5)
-    penalty(torch.zeros(*leading, V), torch.zeros(*leading, V))
-    assert float(penalty.last["sequences"]) == math.prod(leading[:-1]) * (0 not in leading)
 
 
 def kl(**keywords):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import INTERPRETING, Rows, assert_same, check_results, outcome, upstream_of
 
-from fastkl import kl_divergence, slow_path_rows, testing
+from fastkl import kl_divergence, testing
 
 SHIFTS = (0.0, 50.0, -50.0)
 SHORT = 203 if INTERPRETING else 1003
@@ -83,13 +83,6 @@ def test_every_output_is_written(implementation, vocabulary, dtype, tokens_of, r
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
     assert bool(p.new_empty(9).isnan().all())
     assert_same(outcome(rows, implementation.device), expected)
-
-
-def test_slow_path_rows(implementation) -> None:
-    p, q = testing.pair("normal3", 6, 300, 0.1, device=implementation.device)
-    p[1, 3], q[2, 7], q[4] = -math.inf, math.nan, q[4] * 50
-    slow = slow_path_rows(p.view(2, 3, -1), q.view(2, 3, -1))
-    assert slow.tolist() == [[False, True, True], [False, True, False]]
 
 
 # ---- special values

@@ -155,9 +155,3 @@ def test_ways_to_the_op(implementation) -> None:
     assert torch.equal(made[0], result)
     backward = (logits, index, *made, upstream, implementation.backend)
     torch.library.opcheck(ops.selected_gradients.default, backward)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (3, 2), (3, 2, 4), (3,)])
-def test_wrong_indices(shape) -> None:
-    with pytest.raises(ValueError, match="^index: expected"):
-        selective_log_softmax(torch.zeros(2, 3, 5), torch.zeros(shape).long())

@@ -120,7 +120,7 @@ COMPILED = {"kl": kl, "stats": stats, "penalty": lambda p, q, data: (PENALTY(p, 
 @pytest.mark.parametrize(
     "name, compiler, dynamic",
     [(name, "aot_eager", dynamic) for name in COMPILED for dynamic in (False, True)]
-    + [("kl", "inductor", False), ("stats", "inductor", True), ("penalty", "inductor", True)],
+    + [("kl", "inductor", False), ("stats", "inductor", True), ("penalty", "inductor", False)],
 )
 def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
     """fullgraph=True works, forward and backward, and gives eager's bits, at two sizes where they
@@ -198,16 +198,11 @@ def test_export(implementation, strict) -> None:
 # ---- autograd
 
 
-def test_second_backward_over_a_retained_graph(implementation) -> None:
+def test_no_second_derivative(implementation) -> None:
     data = inputs(implementation.device)
-    (result,) = kl(data.p, data.q, data)
-    (grad,) = torch.autograd.grad(result.sum(), data.p, create_graph=True)
+    (grad,) = torch.autograd.grad(kl(data.p, data.q, data)[0].sum(), data.p, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         torch.autograd.grad(grad.square().sum(), data.p)
-    expected = torch.autograd.grad(result, (data.p, data.q), data.upstream[0], retain_graph=True)
-    for retain in (True, False):
-        result.backward(data.upstream[0], retain_graph=retain)
-    assert_same([data.p.grad, data.q.grad], [2 * value for value in expected])
 
 
 @pytest.mark.gpu
