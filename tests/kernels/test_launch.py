@@ -18,15 +18,18 @@ from fastkl.kernels import compile_plan, config, launch, launch_fused
 from fastkl.ops import problems
 from fastkl.ops.fields import FIELDS, Scaling
 
-CACHES = (
+PLANS = (
     launch.layout,
     launch._forward_plan,
     launch._backward_plan,
+    launch_fused._fused_plan,
+    problems._merged_dims,
+)
+CACHES = (
+    *PLANS,
     launch.forward_variants,
     launch.backward_variant,
     launch_fused.fused_variants,
-    launch_fused._fused_plan,
-    problems._merged_dims,
 )
 SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
 
@@ -90,20 +93,18 @@ def kinds() -> list[tuple]:
 
 
 def test_a_call_looks_up_what_it_would_work_out(started) -> None:
-    expected = []
-    for kind in kinds():
-        clear()
+    """Whatever was called before, and from several threads in any order."""
+
+    def launches_of(kind: tuple) -> list[tuple]:
         started.clear()
         run(*kind)
-        expected.append([*started])
-    for kind, launches in zip(kinds(), expected, strict=True):
-        started.clear()
-        run(*kind)
-        assert started == launches, kind
+        return [*started]
+
+    expected = [(clear(), launches_of(kind))[1] for kind in kinds()]
+    assert [launches_of(kind) for kind in kinds()] == expected
     assert len({str(launches) for launches in expected}) > 20
     clear()
     started.clear()
-
     orders = [kinds(), kinds()[::-1], kinds(), kinds()[::-1]]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda mine: [run(*kind) for kind in mine], orders))
@@ -131,7 +132,7 @@ def test_no_tensor_is_kept_and_the_number_is_bounded(started) -> None:
     del p, q, made
     gc.collect()
     assert [value() for value in kept] == [None] * 3
-    assert all(cache.cache_info().maxsize for cache in CACHES)
+    assert all(cache.cache_info().maxsize for cache in PLANS)
 
 
 # ---- the compile plan

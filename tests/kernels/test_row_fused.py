@@ -2,8 +2,8 @@
 leaves to the fallback.
 """
 
-import itertools
 import math
+from unittest import mock
 
 import cases
 import pytest
@@ -113,25 +113,26 @@ def test_pieces_cover_a_row_whatever_its_length(vocabulary) -> None:
     assert kl[1] == 0 and not grad[1].any()
 
 
-def test_where_it_is_used(monkeypatch) -> None:
-    seen, whole = [], launch_fused.fused
-    monkeypatch.setattr(launch_fused, "fused", lambda *given: seen.append(1) or whole(*given))
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("learns", [True, False], ids=["both learn", "P learns"])
+def test_where_it_is_used(monkeypatch, on, learns) -> None:
+    """The chunks of a linear loss that only P learns from, where the configuration has it so."""
+    fused = mock.Mock(wraps=launch_fused.fused)
+    monkeypatch.setattr(launch_fused, "fused", fused)
+    monkeypatch.setattr(config, "fuses", lambda arch: on)
     generator = torch.Generator().manual_seed(0)
     weight, hidden, ref_hidden = (
         torch.randn(rows, 16, generator=generator).to(DEVICE) for rows in (500, 6, 6)
     )
-    wide = [states.double() @ weight.double().T for states in (hidden, ref_hidden)]
-    expected = testing.truth(*wide).kl.mean()
-    for on, learns in itertools.product((True, False), (False, True)):
-        monkeypatch.setattr(config, "fuses", lambda arch, on=on: on)
-        seen.clear()
-        head = testing.leaf(weight)
-        with fastkl.use_backend("triton"):
-            loss = fastkl.linear_kl_divergence(
-                testing.leaf(hidden), head, ref_hidden, head if learns else weight, reduction="mean"
-            )
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-        assert bool(seen) == (on and not learns), (on, learns)
+    head = testing.leaf(weight)
+    ref_weight = head if learns else weight
+    with fastkl.use_backend("triton"):
+        loss = fastkl.linear_kl_divergence(
+            testing.leaf(hidden), head, ref_hidden, ref_weight, reduction="mean"
+        )
+    exact = testing.truth(*(states.double() @ weight.double().T for states in (hidden, ref_hidden)))
+    testing.assert_near(loss, exact.kl.mean(), 1e-5, 0.0, "loss")
+    assert fused.called == (on and not learns)
 
 
 def test_losses_that_take_two_launches(monkeypatch) -> None:
