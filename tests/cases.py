@@ -152,8 +152,7 @@ def check_results(implementation, results: list[torch.Tensor], rows: Rows) -> No
     testing.assert_stats(dict(zip(names, fields, strict=True)), exact.stats(tokens))
     upstream = dict(zip(FIELDS, upstream_of(rows.p), strict=True))
     upstream = {name: upstream[name] for name in names}
-    exact_grads = testing.gradients(exact, upstream, tokens, rows.temperature)
-    assert_gradients((grad_p, grad_q), exact_grads)
+    assert_gradients((grad_p, grad_q), testing.gradients(exact, upstream, tokens, rows.temperature))
 
 
 def check(implementation, p, q, temperature=1.0, tokens=None) -> None:

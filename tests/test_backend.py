@@ -179,6 +179,5 @@ assert "fastkl.testing" not in sys.modules
 fastkl.use_backend("triton")
 fastkl.kl_divergence(x, x)
 """
-    command = [sys.executable, "-c", program]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert "RuntimeError" in run.stderr and "triton is not installed" in run.stderr

@@ -89,8 +89,7 @@ def test_expectations(which, way, value, slope) -> None:
         loss = sampled_kl_loss(logprob, ref, old_logprob=World.old, direction=which)
         assert bool((loss > 0).all())
     else:
-        factor = {"live": ratio, "ratio": ratio.detach()}.get(way, 1.0)
-        loss = either(logprob, ref, which) * factor
+        loss = either(logprob, ref, which) * {"live": ratio, "ratio": ratio.detach()}.get(way, 1.0)
     mean = ((logprob.detach() if way == "on-policy" else World.old).exp() * loss).sum()
     for name, kl in World.kl.items():
         got, exact = gradient(mean, theta), gradient(kl, theta)
@@ -105,8 +104,7 @@ def test_expectations(which, way, value, slope) -> None:
 
 def test_k1_inside_a_reward() -> None:
     in_reward = World.p.detach() * estimate_kl(World.logprob, World.ref).detach() * World.logprob
-    expected = gradient(World.kl[FORWARD], World.theta)
-    assert_equal(gradient(in_reward, World.theta), expected)
+    assert_equal(gradient(in_reward, World.theta), gradient(World.kl[FORWARD], World.theta))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

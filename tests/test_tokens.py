@@ -44,8 +44,7 @@ def test_without_reference(implementation, dtype) -> None:
     stats, exact = token_stats(leaf, tokens.to(implementation.device)), testing.truth(p, p)
     assert stats[2:] == (None, None, None)
     upstream = dict(zip(FIELDS, cases.upstream_of(p)[:2], strict=False))
-    values = {name: getattr(stats, name) for name in upstream}
-    testing.assert_stats(values, exact.stats(tokens))
+    testing.assert_stats({name: getattr(stats, name) for name in upstream}, exact.stats(tokens))
     grads = torch.autograd.grad(stats[:2], leaf, [v.to(leaf.device) for v in upstream.values()])
     assert_gradients(grads, [testing.gradients(exact, upstream, tokens).p])
 

@@ -256,8 +256,7 @@ def k3_of(kl: torch.Tensor) -> torch.Tensor:
     """Solve e^x - x - 1 = kl for x ≥ 0: with it as ref_logp - logp, TRL's own estimate is kl."""
     x = (2 * kl).sqrt().clamp(max=2.0)
     for _ in range(50):
-        step = (torch.expm1(x) - x - kl) / torch.expm1(x).clamp(min=1e-12)
-        x = (x - step).clamp(min=0)
+        x = (x - ((torch.expm1(x) - x - kl) / torch.expm1(x).clamp(min=1e-12))).clamp(min=0)
     return x
 
 

@@ -102,8 +102,7 @@ def plain(case: Case) -> tuple[torch.Tensor, ...]:
         "kl": log_p.exp() * (log_p - log_q),
         "ref_kl": log_q.exp() * (log_q - log_p),
     }
-    total = fields[case.field.split()[0]].sum()
-    return torch.autograd.grad(total, (x, y), materialize_grads=True)
+    return torch.autograd.grad(fields[case.field.split()[0]].sum(), (x, y), materialize_grads=True)
 
 
 def found(case: Case, device: str) -> Answer:
@@ -111,10 +110,8 @@ def found(case: Case, device: str) -> Answer:
     if case.field == "kl alone":
         fields = {"kl": kl_divergence(x, y, temperature=case.temperature)}
     else:
-        tokens = case.tokens.to(device)
-        fields = token_stats(x, tokens, y, temperature=case.temperature)._asdict()
-    total = fields[case.field.split()[0]].sum()
-    grads = torch.autograd.grad(total, (x, y), materialize_grads=True)
+        fields = token_stats(x, case.tokens.to(device), y, temperature=case.temperature)._asdict()
+    grads = torch.autograd.grad(fields[case.field.split()[0]].sum(), (x, y), materialize_grads=True)
     fields = {name: value.detach().double().cpu() for name, value in fields.items()}
     return fields, tuple(grad.double().cpu() for grad in grads)
 
@@ -338,8 +335,7 @@ def test_penalties_beside_a_mask(implementation, direction, masked, fill, linear
     testing.assert_near(loss, exact, 2e-5, 1e-8, "loss")
     if bool(exact.isfinite()):
         expected = torch.autograd.grad(exact, leaf)[0].flatten()
-        grad = torch.autograd.grad(loss, states)[0].flatten()
-        testing.assert_gradient(grad, expected)
+        testing.assert_gradient(torch.autograd.grad(loss, states)[0].flatten(), expected)
 
 
 def test_no_gradient_takes_the_place_of_logits_to_be_read_again(implementation) -> None:
@@ -356,8 +352,7 @@ def test_no_gradient_takes_the_place_of_logits_to_be_read_again(implementation) 
     given = (hidden, weight, hidden.clone(), ref_weight)
     values = [testing.leaf(value.to(implementation.device)) for value in given]
     stats = linear_token_stats(*values[:2], tokens.to(implementation.device), *values[2:])
-    largest = torch.maximum(stats.kl, stats.ref_kl)
-    assert bool(((stats.kl + stats.ref_kl > 1) & (largest < 8)).all())
+    assert bool(((stats.kl + stats.ref_kl > 1) & (torch.maximum(stats.kl, stats.ref_kl) < 8)).all())
     wide = [testing.leaf(value.double()) for value in given]
     ref_kl = testing.truth(wide[0] @ wide[1].t(), wide[2] @ wide[3].t()).ref_kl
     exact = torch.autograd.grad(ref_kl.sum(), wide[1::2])

@@ -67,8 +67,7 @@ def test_bits_alone_in_place_and_under_a_mask(dtype) -> None:
     p, q, weights = pair("normal3", 0.1, dtype, rows=3)
     kl, grad = fused(p, q, weights)
     for i in (0, 2):
-        one = fused(p[[i]].clone(), q[[i]].clone(), weights[[i]])
-        cases.assert_same(one, (kl[[i]], grad[[i]]))
+        cases.assert_same(fused(p[[i]].clone(), q[[i]].clone(), weights[[i]]), (kl[[i]], grad[[i]]))
     mask = torch.tensor([True, False, True], device=DEVICE)
     p[1], q[1] = math.nan, math.inf
     over = p.clone()

@@ -98,8 +98,7 @@ def test_which_rows_are_left_to_the_definition() -> None:
 def test_both_sides_of_a_border(size, wanted) -> None:
     p, q = testing.pair("normal1", 4, V, 0.05, seed=1)
     lowest = p.argmin(-1, keepdim=True)
-    sign = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
-    q.scatter_(1, lowest, p.gather(1, lowest) + size * sign)
+    q.scatter_(1, lowest, p.gather(1, lowest) + size * torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]))
     tokens, exact = torch.arange(4), testing.truth(p, q)
     made = outcome(Rows(p, q, tokens), wanted)
     testing.assert_stats(made.fields, exact.stats(tokens))

@@ -109,8 +109,7 @@ def test_tangents_are_refused_wherever_they_are(implementation, name) -> None:
             if name == "kl":
                 fastkl.kl_divergence(d["p"], d["q"], temperature=temperature)
             else:
-                reduction = name.removeprefix("linear_")
-                linear_kl(d, temperature=temperature, reduction=reduction)
+                linear_kl(d, temperature=temperature, reduction=name.removeprefix("linear_"))
 
 
 @named
