@@ -73,17 +73,16 @@ def test_value_and_gradient(implementation, direction, reduction, masked, leadin
         assert not value.requires_grad and value.grad_fn is None
 
 
-@pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("leading", [(3,), (2, 3), (0,), (2, 0), (0, 3)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_token_that_counts(implementation, reduction, leading) -> None:
-    penalty = fastkl.KLPenalty(0.3, reduction=reduction)
-    for shape in (leading, (0,), (2, 0), (0, 3)):
-        nan = torch.full((*shape, V), math.nan, device=implementation.device, requires_grad=True)
-        nothing = torch.zeros(shape, dtype=torch.bool, device=nan.device)
-        loss = penalty(nan, nan.detach(), nothing if shape == leading else None)
-        loss.backward()
-        assert loss.item() == 0.0 and nan.grad.shape == nan.shape and not bool(nan.grad.any())
-        assert {name for name, value in penalty.last.items() if float(value)} == {"beta"}
+    penalty, device = fastkl.KLPenalty(0.3, reduction=reduction), implementation.device
+    nan = torch.full((*leading, V), math.nan, device=device, requires_grad=True)
+    mask = None if 0 in leading else torch.zeros(leading, dtype=torch.bool, device=device)
+    loss = penalty(nan, nan.detach(), mask)
+    loss.backward()
+    assert loss.item() == 0.0 and nan.grad.shape == nan.shape and not bool(nan.grad.any())
+    assert {name for name, value in penalty.last.items() if float(value)} == {"beta"}
 
 
 # ---- beta and wrong arguments

@@ -2,8 +2,6 @@
 test_divergence.py hold the values in general.
 """
 
-import itertools
-
 import cases
 import pytest
 import torch
@@ -52,26 +50,30 @@ temperatures = pytest.mark.parametrize("temperature", [1.0, 0.7, "per row"])
 
 @types
 @temperatures
-def test_bits_do_not_depend_on_the_batch(dtype, temperature, monkeypatch) -> None:
+@pytest.mark.parametrize("elements", [600, 5 * V + 1, 1 << 20])
+def test_bits_do_not_depend_on_the_batch(dtype, temperature, elements, monkeypatch) -> None:
+    """A row alone, in any order, in blocks of any size, at any alignment, in strided rows."""
     rows = mixed(dtype, temperature)
     expected = outcome(rows).named()
     for i in range(rows.count):
-        for name, single in outcome(rows.part(slice(i, i + 1))).named().items():
-            testing.assert_same_bits(single, expected[name][i : i + 1], f"{name} of row {i}")
+        alone = outcome(rows.part([i])).named()
+        assert_same(alone.values(), [value[[i]] for value in expected.values()], f"row {i}")
     order = torch.randperm(rows.count, generator=torch.Generator().manual_seed(0))
     turned = rows.part(order)
     turned = turned._replace(p=cases.padded(turned.p, 5, 3), q=cases.padded(turned.q, 5, 3))
-    for elements in (600, 5 * V + 1, 1 << 20):
-        monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
-        monkeypatch.setattr(row_blocks, "ROWS_AT_ONCE", 4)
-        for name, other in outcome(turned).named().items():
-            testing.assert_same_bits(other, expected[name][order], f"{name}, {elements} elements")
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(row_blocks, "ROWS_AT_ONCE", 4)
+    assert_same(outcome(turned).named().values(), [value[order] for value in expected.values()])
 
 
-def test_bits_with_two_threads(request) -> None:
+@pytest.fixture
+def two_threads(request) -> None:
     """With several threads torch divides the sum of a row that is alone."""
     request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(2)
+
+
+def test_bits_of_long_rows_with_two_threads(two_threads) -> None:
     values = torch.randn(3, 33001)
     alone = [cpu_passes.row_sum(values[[i]]) for i in range(3)]
     testing.assert_same_bits(torch.cat(alone), cpu_passes.row_sum(values), "sum")
@@ -80,12 +82,16 @@ def test_bits_with_two_threads(request) -> None:
     for i in range(3):
         alone = outcome(rows.part([i])).fields
         assert_same(alone.values(), [value[[i]] for value in whole.values()], "field")
-    for vocabulary, compute in itertools.product((17, 300, 1003, 5003), (apart, together)):
-        rows, ones = Rows(*testing.pair("normal3", 9, vocabulary, 0.1)), torch.ones(9)
-        whole = apart(rows, ones).grads[0]
-        testing.assert_same_bits(compute(rows, ones).grads[0], whole, f"{vocabulary}")
-        alone = [compute(rows.part([i]), ones[:1]).grads[0] for i in range(9)]
-        testing.assert_same_bits(torch.cat(alone), whole, f"V = {vocabulary}, alone")
+
+
+@pytest.mark.parametrize("compute", [apart, together])
+@pytest.mark.parametrize("vocabulary", [17, 300, 1003, 5003])
+def test_bits_of_gradients_with_two_threads(two_threads, vocabulary, compute) -> None:
+    rows, ones = Rows(*testing.pair("normal3", 9, vocabulary, 0.1)), torch.ones(9)
+    whole = apart(rows, ones).grads[0]
+    testing.assert_same_bits(compute(rows, ones).grads[0], whole, "all")
+    alone = [compute(rows.part([i]), ones[:1]).grads[0] for i in range(9)]
+    testing.assert_same_bits(torch.cat(alone), whole, "alone")
 
 
 def test_which_rows_are_left_to_the_definition() -> None:
@@ -107,41 +113,44 @@ def test_both_sides_of_a_border(size, wanted) -> None:
         testing.assert_gradient(grad, value, tolerance=2e-5)
 
 
+@pytest.mark.parametrize("compute", [apart, together])
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.1])
 @pytest.mark.parametrize("kind", ["normal8", "peaked", "very_peaked"])
-def test_gradient_of_long_rows(kind) -> None:
-    for seed, size in enumerate((1e-4, 1e-3, 1e-2, 0.1)):
-        rows, ones = Rows(*testing.pair(kind, 4, 128256, size, seed=seed)), torch.ones(4)
-        expected = testing.kl_gradients(testing.truth(rows.p, rows.q), ones).p
-        for compute in (together, apart):
-            testing.assert_gradient(compute(rows, ones).grads[0], expected, f"{kind}, {size}", 4e-6)
+def test_gradient_of_long_rows(kind, size, compute) -> None:
+    rows, ones = Rows(*testing.pair(kind, 4, 128256, size)), torch.ones(4)
+    expected = testing.kl_gradients(testing.truth(rows.p, rows.q), ones).p
+    testing.assert_gradient(compute(rows, ones).grads[0], expected, tolerance=4e-6)
+
+
+BLOCKS = [(600, 1), (5 * V + 1, 1), (5 * V + 1, 1 << 20), (1 << 20, 1)]
 
 
 @types
 @temperatures
 @pytest.mark.parametrize("kind", ["near", "mixed"])
-def test_together_equals_forward_and_backward(kind, dtype, temperature, monkeypatch) -> None:
+@pytest.mark.parametrize("count", ["all", "some", "none"])
+@pytest.mark.parametrize("elements, own", BLOCKS)
+def test_together_and_apart(kind, dtype, temperature, count, elements, own, monkeypatch) -> None:
+    """The same bits in blocks of any size, memory of any kind, in place and beside NaN."""
     rows = mixed(dtype, temperature)._replace(tokens=None)
     if kind == "near":
         p, q = testing.pair("normal3", rows.count, V, 0.01, dtype=dtype, seed=5)
         rows = rows._replace(p=p, q=q)
+    if count != "all":
+        mask = (torch.arange(rows.count) % 5 != 3) & (count == "some")
+        p, q = (side.masked_fill(~mask[:, None], torch.nan) for side in rows[:2])
+        rows = rows._replace(p=p, q=q, mask=mask)
     weights = torch.linspace(-1.0, 1.5, rows.count)
     weights[2] = 0.0
-    holes = torch.arange(rows.count) % 5 != 3
-    for mask in (None, holes, torch.zeros_like(holes)):
-        if mask is not None:
-            p, q = (side.masked_fill(~mask[:, None], torch.nan) for side in rows[:2])
-            rows = rows._replace(p=p, q=q, mask=mask)
-        wanted = apart(rows, weights).named()
-        for elements, few in ((600, 1), (5 * V + 1, 1), (5 * V + 1, 1 << 20), (1 << 20, 1)):
-            monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
-            monkeypatch.setattr(cpu_gradients, "OWN_BYTES", few)
-            over = rows.p.clone()
-            fresh, strided = torch.full_like(over, torch.nan), cases.padded(over, 5, 3)
-            for x, grad in ((rows.p, fresh), (over, over), (rows.p, strided)):
-                for name, value in together(rows._replace(p=x), weights, grad).named().items():
-                    # Treat all NaNs as equal, and -0 as 0.
-                    same = value.isnan() & wanted[name].isnan() | (value == wanted[name])
-                    assert bool(same.all()), f"{name}, {elements} elements, {few} bytes"
+    wanted, over = apart(rows, weights).named(), rows.p.clone()
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(cpu_gradients, "OWN_BYTES", own)
+    fresh, strided = torch.full_like(over, torch.nan), cases.padded(over, 5, 3)
+    for x, grad in ((rows.p, fresh), (over, over), (rows.p, strided)):
+        for name, value in together(rows._replace(p=x), weights, grad).named().items():
+            # Treat all NaNs as equal, and -0 as 0.
+            same = value.isnan() & wanted[name].isnan() | (value == wanted[name])
+            assert bool(same.all()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,19 +163,21 @@ def test_memory_of_a_loss(dtype, rows, vocabulary) -> None:
     assert peak <= 1.13 * p.nbytes, peak / p.nbytes
 
 
-def test_upstream_gradients_that_hide_infinities() -> None:
+def test_no_upstream_gradient_is_one_of_zeros() -> None:
+    rows = Rows(*testing.pair("normal3", 4, V, 0.1), torch.arange(4))
+    assert not cases.run("reference", rows, {}, fields=FIELDS).grads[0].any()
+
+
+@pytest.mark.parametrize("upstream", [0.0, torch.inf, torch.nan])
+def test_upstream_gradients_of_an_infinite_sum(upstream) -> None:
+    """0 gives 0; an infinity leaves masked rows at 0."""
     p, q = testing.pair("normal3", 4, V, 0.1)
-    assert not cases.run("reference", Rows(p, q, torch.arange(4)), {}, fields=FIELDS).grads[0].any()
-    q[3, 0] = -torch.inf
-    x = p.requires_grad_()
-    loss = fastkl.kl_divergence(x, q, reduction="sum")
-    (gradient,) = torch.autograd.grad(torch.where(loss.isfinite(), loss, 0.0), x)
-    assert loss.isinf() and not gradient.any()
-    mask = torch.tensor([True, False, True, False])
-    for upstream in (torch.inf, torch.nan):
-        loss = fastkl.kl_divergence(x, q, mask, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x, torch.tensor(upstream))
-        assert not gradient[~mask].any() and not gradient[mask].isfinite().any()
+    q[2, 0] = -torch.inf
+    x, mask = testing.leaf(p), torch.tensor([True, False, True, False])
+    loss = fastkl.kl_divergence(x, q, mask, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, x, torch.tensor(upstream))
+    assert loss.isinf() and not grad[~mask].any()
+    assert not (grad[mask].any() if upstream == 0 else grad[mask].isfinite().any())
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
