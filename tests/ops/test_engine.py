@@ -97,9 +97,7 @@ def test_each_tensor_has_a_scaling(implementation, dtype, far, scaling) -> None:
 
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary, padding", [(40, 0), (40, 152), (131, 0), (131, 61)])
-def test_16_bit_gradients_of_float32(
-    implementation, vocabulary, padding, grad_dtype
-) -> None:
+def test_16_bit_gradients_of_float32(implementation, vocabulary, padding, grad_dtype) -> None:
     pair = testing.pair("normal3", ROWS, vocabulary, 0.7)
     rows, upstream = rows_on(implementation.device, *pair, Scaling())
     wide = cases.run(implementation.backend, rows, upstream).grads
