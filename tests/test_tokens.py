@@ -72,10 +72,8 @@ def test_every_mix_of_upstream_gradients(implementation, wrt, monkeypatch) -> No
     stats = token_stats(ours["p"], *given, temperature=temperature.to(implementation.device))
     learning = [name for name in FIELDS if set(DEPENDS[name]) & set(wrt)]
     assert [name for name in FIELDS if getattr(stats, name).requires_grad] == learning
-    upstream, exact = (
-        dict(zip(FIELDS, cases.upstream_of(p), strict=True)),
-        testing.truth(p, q, temperature),
-    )
+    upstream = dict(zip(FIELDS, cases.upstream_of(p), strict=True))
+    exact = testing.truth(p, q, temperature)
     few = implementation.kernels and (wrt != "pq" or implementation.interpreted)
     for count in (1, 2, 5) if few else range(1, 6):
         for fields in itertools.combinations(learning, min(count, len(learning))):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl import testing
-from fastkl.ops import dual_op, linear_op, linear_sum_op, row_op
+from fastkl.ops import dual_op, linear_op, linear_sum_op, row_op, selected_op
 
 DISPATCHED = (
     row_op.row_statistics,
@@ -26,6 +26,8 @@ DISPATCHED = (
     linear_op.linear_gradients,
     linear_sum_op.linear_weighted_kl,
     linear_sum_op.scaled,
+    selected_op.selected_logprobs,
+    selected_op.selected_gradients,
 )
 
 
@@ -41,7 +43,7 @@ def data(device: str, learning: bool = True) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     made = {name: torch.randn(*shape, generator=generator) for name, shape in SHAPES.items()}
     made["tokens"], made["mask"] = torch.tensor([1, 0, 6]), torch.tensor([True, False, True])
-    made["temperatures"] = torch.tensor([0.7, 1.0, 1.3])
+    made["temperatures"], made["index"] = torch.tensor([0.7, 1.0, 1.3]), made["tokens"].repeat(3, 1)
     made = {name: value.to(device) for name, value in made.items()}
     return {n: value.requires_grad_(learning and n in LEAVES) for n, value in made.items()}
 
@@ -57,10 +59,11 @@ FUNCTIONS: dict[str, Callable] = {
             d["p"], d["tokens"], d["q"], temperature=d["temperatures"], mask=d["mask"]
         )
     ),
+    "select": lambda d: (fastkl.selective_log_softmax(d["p"], d["index"]),),
     "linear_none": lambda d: (linear_kl(d),),
     "linear_mean": lambda d: (linear_kl(d, reduction="mean"),),
 }
-LEAF = {"kl": "p", "stats": "p", "linear_none": "hidden", "linear_mean": "hidden"}
+LEAF = {"kl": "p", "stats": "p", "select": "p", "linear_none": "hidden", "linear_mean": "hidden"}
 named = pytest.mark.parametrize("name", FUNCTIONS)
 
 
@@ -101,6 +104,7 @@ class Seen(TorchDispatchMode):
     [
         ("kl", {"row_statistics", "row_gradients"}),
         ("stats", {"row_statistics", "row_gradients"}),
+        ("select", {"selected_logprobs", "selected_gradients"}),
         ("linear_none", {"linear_statistics", "linear_gradients"}),
         ("linear_mean", {"linear_weighted_kl", "scaled"}),
     ],
@@ -136,7 +140,7 @@ def test_every_way_gives_the_same_bits(implementation, name, way, inference, mon
     d = data(implementation.device)
     expected = outcome(name, d)
     with torch.inference_mode(inference):
-        d |= {key: d[key].clone() for key in ("q", "ref_hidden", "tokens")}
+        d |= {key: d[key].clone() for key in ("q", "ref_hidden", "tokens", "index")}
     assert d["q"].is_inference() == inference
     with WAYS[way](monkeypatch, d):
         assert_same(outcome(name, d), expected)

@@ -23,18 +23,20 @@ TRANSFORMS = {
 def exact(name: str, d: dict[str, torch.Tensor]) -> torch.Tensor:
     if name == "kl":
         return testing.truth(d["p"], d["q"]).kl
+    if name == "select":
+        return d["p"].double().log_softmax(-1).gather(-1, d["index"])
     wide = {key: value.double() for key, value in d.items()}
     return testing.truth(*(wide[key] @ wide["weight"].T for key in ("hidden", "ref_hidden"))).kl
 
 
-without_mean = pytest.mark.parametrize("name", ["kl", "linear_none"])
+without_mean = pytest.mark.parametrize("name", ["kl", "select", "linear_none"])
 
 
 @without_mean
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(implementation, transform, name) -> None:
     d = data(implementation.device, learning=False)
-    leaf = "p" if name == "kl" else "weight"
+    leaf = "weight" if name == "linear_none" else "p"
     change, stacked = TRANSFORMS[transform]
     given = torch.stack([d[leaf], 2 * d[leaf]]) if stacked else d[leaf]
     results, expected = (
@@ -74,26 +76,40 @@ def mean_of(d: dict[str, torch.Tensor]):
     return lambda weight: linear_kl({**d, "weight": weight}, reduction="mean")
 
 
-def total_of(d: dict[str, torch.Tensor]):
-    return lambda p: fastkl.kl_divergence(p, d["q"]).sum()
+def total_of(d: dict[str, torch.Tensor], name: str = "kl"):
+    return lambda p: FUNCTIONS[name]({**d, "p": p})[0].sum()
 
 
+def twice(name: str):
+    def call(d: dict[str, torch.Tensor]) -> torch.Tensor:
+        grad = torch.func.grad(total_of(d, name))
+        return torch.func.grad(lambda p: grad(p).square().sum())(d["p"])
+
+    return call
+
+
+NO_SECOND = "second derivatives are not implemented"
 REFUSED = {
-    "second derivatives are not implemented": lambda d: torch.func.grad(
-        lambda p: torch.func.grad(total_of(d))(p).square().sum()
-    )(d["p"]),
-    "forward-mode differentiation": lambda d: torch.func.jvp(total_of(d), (d["p"],), (d["p"],)),
-    "use reduction='none'": lambda d: torch.func.grad(mean_of(d))(d["weight"]),
-    "create_graph=True .* use reduction='none'": lambda d: torch.autograd.grad(
-        mean_of(d)(d["weight"].requires_grad_()), d["weight"], create_graph=True
+    "twice": (twice("kl"), NO_SECOND),
+    "select twice": (twice("select"), NO_SECOND),
+    "forward": (
+        lambda d: torch.func.jvp(total_of(d), (d["p"],), (d["p"],)),
+        "forward-mode differentiation",
+    ),
+    "a sum": (lambda d: torch.func.grad(mean_of(d))(d["weight"]), "use reduction='none'"),
+    "a sum in a graph": (
+        lambda d: torch.autograd.grad(
+            mean_of(d)(d["weight"].requires_grad_()), d["weight"], create_graph=True
+        ),
+        "create_graph=True .* use reduction='none'",
     ),
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_transforms_that_are_not_there_say_so(implementation, words) -> None:
+@pytest.mark.parametrize("call, words", REFUSED.values(), ids=REFUSED)
+def test_transforms_that_are_not_there_say_so(implementation, call, words) -> None:
     with pytest.raises(RuntimeError, match=words):
-        REFUSED[words](data(implementation.device, learning=False))
+        call(data(implementation.device, learning=False))
 
 
 @pytest.mark.parametrize("name", ["kl", "linear_none", "linear_mean"])
