@@ -32,19 +32,85 @@ def gradient(value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0]
 
 
+def assert_equal(result: torch.Tensor, exact: torch.Tensor) -> None:
+    torch.testing.assert_close(
+        result.detach(), exact.detach().expand_as(result), rtol=0, atol=1e-14
+    )
+
+
+# ---- which loss has which value and gradient in expectation: the table that sampled_kl_loss picks
+# from
+
+
+class World:
+    """A vocabulary of 5 in float64: policy (logits `theta`), reference, and the older policy that
+    sampled.
+    """
+
+    generator = torch.Generator().manual_seed(3)
+    theta, ref = torch.randn(2, 5, dtype=torch.float64, generator=generator)
+    old, ref = (-0.5 * theta).log_softmax(-1), ref.log_softmax(-1)
+    logprob = theta.requires_grad_().log_softmax(-1)
+    p, q = logprob.exp(), ref.exp()
+    kl = {
+        FORWARD: (p * (logprob - ref)).sum(),
+        BACKWARD: (q * (ref - logprob)).sum(),
+        "distance": (p - q).abs().sum(),
+        "zero": 0 * p.sum(),
+    }
+
+
+# Estimator or loss; what multiplies it: nothing, on-policy, or off-policy nothing, the ratio with
+# gradient (live) or without, or old_logprob; whose value and whose gradient it has in expectation;
+# None: neither KL's.
+EXPECTED = [
+    ("k1", "on-policy", FORWARD, "zero"),
+    ("k2", "on-policy", None, FORWARD),
+    ("k3", "on-policy", FORWARD, BACKWARD),
+    ("abs", "on-policy", None, "distance"),
+    ("k1", "live", FORWARD, FORWARD),
+    ("k2", "live", None, None),
+    ("k3", "live", FORWARD, FORWARD),
+    ("k1", "ratio", FORWARD, "zero"),
+    ("k2", "ratio", None, FORWARD),
+    ("k3", "ratio", FORWARD, BACKWARD),
+    *((name, "off-policy", None, None) for name in ESTIMATORS),
+    *(
+        (direction, way, direction, direction)
+        for direction in DIRECTIONS
+        for way in ("on-policy", "old_logprob")
+    ),
+]
+
+
+@pytest.mark.parametrize("which, way, value, slope", EXPECTED)
+def test_expectations(which, way, value, slope) -> None:
+    logprob, ref, theta, ratio = World.logprob, World.ref, World.theta, World.p / World.old.exp()
+    if way == "old_logprob":
+        loss = sampled_kl_loss(logprob, ref, old_logprob=World.old, direction=which)
+        assert bool((loss > 0).all())
+    else:
+        loss = either(logprob, ref, which) * {"live": ratio, "ratio": ratio.detach()}.get(way, 1.0)
+    mean = ((logprob.detach() if way == "on-policy" else World.old).exp() * loss).sum()
+    for name, kl in World.kl.items():
+        got, exact = gradient(mean, theta), gradient(kl, theta)
+        if name == slope:
+            assert_equal(got, exact)
+        if name == value:
+            assert_equal(mean, kl)
+        if name in DIRECTIONS and slope is None:
+            assert float((got - exact).norm()) > 0.2 * float(exact.norm())
+    assert value or abs(float(mean.detach() / World.kl[FORWARD].detach()) - 1) > 0.05
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_off_policy_token_by_token(direction) -> None:
     """The loss on-policy times the ratio, in value and gradient; only the policy gets one."""
-    generator = torch.Generator().manual_seed(3)
-    logprob, ref, old = -3 * torch.rand(3, 5, dtype=torch.float64, generator=generator)
-    logprob, ref = testing.leaf(logprob), testing.leaf(ref)
-    ratio, more = (logprob - old).exp().detach(), {"direction": direction}
-    loss = sampled_kl_loss(logprob, ref, old_logprob=old, **more)
-    on_policy = sampled_kl_loss(logprob, ref, **more)
-    close = {"rtol": 1e-13, "atol": 1e-14}
-    torch.testing.assert_close(loss, ratio * on_policy, **close)
-    expected = ratio * gradient(on_policy, logprob)
-    torch.testing.assert_close(gradient(loss, logprob), expected, **close)
+    logprob, ref, ratio = World.logprob, testing.leaf(World.ref), World.p / World.old.exp()
+    loss = sampled_kl_loss(logprob, ref, old_logprob=World.old, direction=direction)
+    on_policy = sampled_kl_loss(logprob, ref, direction=direction)
+    assert_equal(loss, ratio * on_policy)
+    assert_equal(gradient(loss, logprob), ratio * gradient(on_policy, logprob))
     assert torch.autograd.grad(loss.sum(), ref, allow_unused=True) == (None,)
 
 
