@@ -2,6 +2,7 @@
 of their own, Triton's interpreter made as exact as a GPU is, and CUDA graphs.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -206,6 +207,7 @@ def captured(call) -> tuple:
 # ---- the interpreter
 
 
+@functools.cache
 def compute_as_a_gpu() -> None:
     """Make Triton's interpreter as exact as a GPU is, and no more.
 
@@ -247,8 +249,6 @@ def compute_as_a_gpu() -> None:
 
         return created
 
-    if builder.create_fma.__name__ == "create_fma" and builder.create_fma.__module__ == __name__:
-        return
     builder.create_fma = create_fma
     about_logarithms = (2.0**-23, 2.0**-22, True)
     for name, errors in {

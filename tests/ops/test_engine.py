@@ -17,14 +17,12 @@ ROWS = 6
 
 
 def rows_on(device: str, p, q, scaling: Scaling) -> tuple[Rows, dict]:
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(p.shape[1], (len(p),), generator=generator)
-    mask, temperature = torch.arange(len(p)) != 2, 0.5 + torch.rand(len(p), generator=generator)
-    upstream = torch.randn(5, len(p), generator=generator).to(device)
+    mask, temperature = torch.arange(len(p)) != 2, torch.linspace(0.5, 1.5, len(p))
     if isinstance(scaling.ratio, torch.Tensor):
         scaling = scaling._replace(ratio=scaling.ratio.to(device))
-    given = [value.to(device) for value in (p, q, tokens, mask, temperature)]
-    return Rows(*given, scaling), dict(zip(FIELDS, upstream, strict=True))
+    given = [value.to(device) for value in (p, q, cases.random_tokens(p), mask, temperature)]
+    upstream = dict(zip(FIELDS, cases.upstream_of(p).to(device), strict=True))
+    return Rows(*given, scaling), upstream
 
 
 def truth(rows: Rows, upstream) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
