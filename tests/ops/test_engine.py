@@ -46,7 +46,7 @@ def assert_right(implementation, rows: Rows, upstream, grads) -> None:
     is allowed for.
     """
     fields, exact = truth(rows, upstream)
-    made = cases.run(implementation.backend, rows, upstream, grads)
+    made = cases.run(implementation.backend, rows, upstream, grads, FIELDS)
     cap = max(rows.scaling[:2])
     for name, value in made.fields.items():
         # tanh is right to 2e-7 of the cap for 16-bit logits.
