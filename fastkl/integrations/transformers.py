@@ -353,8 +353,8 @@ class KLCallback(TrainerCallback, ExportableState):
         for name, value in figures.items():
             if not math.isnan(value):
                 before, steps = self._figures.get(name, (value if name in MERGES else 0.0, 0))
-                merge = MERGES.get(name, lambda before, own: before + own)
-                self._figures[name] = merge(before, value), steps + 1
+                merged = MERGES[name](before, value) if name in MERGES else before + value
+                self._figures[name] = merged, steps + 1
 
     def _totals(self) -> torch.Tensor:
         """Return [sum of KL, tokens, sequences] of the step in this process."""
