@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections import namedtuple
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "mutants.md"
@@ -26,7 +27,8 @@ PYTEST += ("-o", "faulthandler_exit_on_timeout=true")
 
 # A text of a file and its replacement; `tests` are arguments of pytest, interpreted as kernels are;
 # equivalent: why no test can see it.
-Fault = namedtuple("Fault", "name text replacement file tests interpreted equivalent", defaults=[""])
+FIELDS = "name text replacement file tests interpreted equivalent"
+Fault = namedtuple("Fault", FIELDS, defaults=[""])
 
 
 def faults() -> list[Fault]:
