@@ -33,7 +33,7 @@ coverage: $(INSTALLED) $(PEERS)
 	$(VENV)/bin/coverage combine
 	$(VENV)/bin/coverage report
 
-# Hours: the nearest tests for each of some 200 faults. ARGS="--only merge row_load.py" runs some.
+# Half an hour: the nearest tests for each of some 100 faults. ARGS="--only merge row_load.py" runs some.
 mutants: $(INSTALLED)
 	$(VENV)/bin/python tests/mutants.py $(ARGS)
 
