@@ -1,5 +1,5 @@
-"""Every kernel as it is launched, described for a compiler without a GPU: what
-benchmarks.static_costs and the compile tests go through.
+"""Every kernel as it is launched, described for a compiler without a GPU; used by
+benchmarks.static_costs and the compile tests.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _specialization(
         argument: "constexpr" if argument in constexprs else _type_of(argument, *types)
         for argument in names
     }
-    # No launch says where a tensor starts: logits may be views, gradients may lie over them, and a
+    # No signature promises alignment: logits may be views, gradients may overwrite them, and a
     # row's saved values begin anywhere.
     return Specialization(
         name,
@@ -141,8 +141,8 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         constexprs: dict[str, Any],
         grad_dtype: str | None = None,
     ) -> None:
-        roomy = not aligned or constexprs["SOFTCAP"] > 0.0 or constexprs["HAS_RATIO"]
-        options = chosen.options(arch, roomy, constexprs.get("Q_IN_BLOCKS", True))
+        needs_registers = not aligned or constexprs["SOFTCAP"] > 0.0 or constexprs["HAS_RATIO"]
+        options = chosen.options(arch, needs_registers, constexprs.get("Q_IN_BLOCKS", True))
         specializations.append(
             _specialization(
                 name,
@@ -157,12 +157,12 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
 
     # Ratios and soft caps are described for 16-bit logits alone: what they add does not depend on
     # the type.
-    short = aligned and itemsize == 2
+    sixteen_bit = aligned and itemsize == 2
     scaled: _Values = [
         ("_ratio", dict(HAS_RATIO=True)),
         ("_softcap", dict(SOFTCAP=30.0, REF_SOFTCAP=30.0)),
     ]
-    scalings: _Values = [("", {}), *(scaled if short else ())]
+    scalings: _Values = [("", {}), *(scaled if sixteen_bit else ())]
     for name, entropy, kl, reverse in (
         ("kl_divergence", False, True, False),
         ("token_stats", True, True, True),
@@ -172,7 +172,7 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
             HAS_TOKENS=name != "kl_divergence",
             WITH_ENTROPY=entropy,
             WITH_KL=kl,
-            WITH_REVERSE=reverse,
+            WITH_REF_KL=reverse,
         )
         constexprs = {**shape, **plain, **asked}
         for suffix, values in scalings if kl else scalings[:1]:
@@ -186,19 +186,19 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
             )
         for suffix, gradient in (("fallback", False), ("fallback_gradient", True)):
             # Neither reads rows in blocks; row_fused asks for the gradient of a KL.
-            if not aligned or (gradient and not (short and name == "kl_divergence")):
+            if not aligned or (gradient and not (sixteen_bit and name == "kl_divergence")):
                 continue
-            again = {
+            constants = {
                 key: value
                 for key, value in {**plain, **asked}.items()
                 if key in row_fallback.arg_names
             }
-            again.update(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=gradient)
+            constants.update(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=gradient)
             specializations.append(
                 _specialization(
                     f"{name}.{suffix}",
                     row_fallback,
-                    again,
+                    constants,
                     (dtype, dtype),
                     FALLBACK_BLOCK // FALLBACK_THREADS,
                     fallback_options(arch, warp),
@@ -231,7 +231,9 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         )
         for suffix, values in scalings if thorough else scalings[:1]:
             add(f"{name}{suffix}", row_backward, backward, {**constexprs, **values})
-        if thorough and aligned and not short:  # of logits that are float32 sums of 16-bit products
+        if (
+            thorough and aligned and not sixteen_bit
+        ):  # of logits that are float32 sums of 16-bit products
             add(f"{name}_to_16_bit", row_backward, backward, constexprs, "bf16")
     if aligned:
         segment = config.segment_length(VOCABULARY, fused.segment)
@@ -247,6 +249,6 @@ def plan(dtype: str, aligned: bool, arch: str) -> list[Specialization]:
         )
         for suffix, values in scalings:
             add(f"kl_divergence.fused{suffix}", row_fused, fused, {**constexprs, **values})
-        if not short:
+        if not sixteen_bit:
             add("kl_divergence.fused_to_16_bit", row_fused, fused, constexprs, "bf16")
     return specializations

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-# ptxas stops at 40, 80 or 96 registers for some kernels and spills 8 bytes; given room it does not.
+# Limit for kernels that ptxas would otherwise hold at 40, 80 or 96 registers, spilling 8 bytes.
 _ROOM = 168
 
 
@@ -18,10 +18,10 @@ _ROOM = 168
 class RowConfig:
     """How a row is cut up.
 
-    threads: threads of a program; groups: 16-byte blocks of each tensor that a thread holds at
-    once; segment: elements of the row that one program reads, in forward at most (segment_length),
-    in backward a multiple of threads · groups · elements per block; measured: what chose the entry;
-    max_registers: the limit given to ptxas (None: its own choice), NVIDIA only.
+    threads: threads of a program. groups: 16-byte blocks of each tensor that a thread holds at
+    once. segment: elements of the row that one program reads: in forward a target (segment_length),
+    in backward exact, a multiple of threads · groups · elements per block. measured: the ground for
+    the entry. max_registers: the limit given to ptxas (None: its own choice), NVIDIA only.
     """
 
     threads: int
@@ -30,12 +30,15 @@ class RowConfig:
     measured: str
     max_registers: int | None = None
 
-    def options(self, arch: str, roomy: bool = False, limited: bool = True) -> dict[str, int]:
+    def options(
+        self, arch: str, needs_registers: bool = False, limited: bool = True
+    ) -> dict[str, int]:
         """Compiler options of this entry.
 
-        roomy: soft caps, ratios or misaligned rows need registers too; not limited: ptxas decides.
+        needs_registers: soft caps, ratios and misaligned rows need more. not limited: ptxas
+        decides.
         """
-        limit = None if not limited else _ROOM if roomy else self.max_registers
+        limit = None if not limited else _ROOM if needs_registers else self.max_registers
         return {} if limit is None or arch.startswith("gfx") else {"maxnreg": limit}
 
 
@@ -58,8 +61,7 @@ class Entry:
     def choose(self, direction: str) -> RowConfig:
         """Return the configuration of "forward", "backward" or "fused".
 
-        Without a measurement row_fused gets forward's threads and groups, and pieces of 8 KB of
-        each
+        Without an entry row_fused gets forward's threads and groups, and pieces of 8 KB of each
         tensor: 16 warps keep 256 KB in an SM's L1.
         """
         if direction == "fused" and self.fused is None:
@@ -73,9 +75,9 @@ _EMULATED = "the interpreter pays per operation, not per element: wide tiles"
 _H200 = "NVIDIA H200, Triton 3.6.0, 2026-11-26"
 _AS_H200 = "as measured on an H200; not timed on this architecture"
 _SMALL = "a short row: few threads, so that none idles"
-# Forward: one warp, by which origin and centre are uniform.
 _UNTIMED = "instructions and registers of the compiled kernel; not timed"
 
+# A program of forward is one warp, so that origin and centre are uniform in it.
 TABLE = (
     Entry(
         "interpreter",
@@ -117,11 +119,9 @@ TABLE = (
             128,
             2,
             16384,
-            f"{_H200}: the KL to P 1.457 ms at 8192 rows of 128256 and 0.0162 ms at 64, to Q "
-            f"1.464 and 0.0167 ms, token_stats "
-            f"1.466 and 0.0185 ms; of 30 others none was more than 2 % faster; without the limit, "
-            f"which Triton 3.9 needs to "
-            f"spill nothing: not timed since",
+            f"{_H200}, without the limit of registers: the KL to P 1.457 ms at 8192 rows of 128256 "
+            "and 0.0162 ms at 64, to Q 1.464 and 0.0167 ms, token_stats 1.466 and 0.0185 ms; of 30 "
+            "others none was over 2 % faster. The limit avoids spills in Triton 3.9; not timed",
             96,
         ),
     ),
@@ -135,8 +135,7 @@ TABLE = (
             1,
             16384,
             f"{_H200}: the KL to P 1.483 ms at 4096 rows of 128256 and 0.0273 ms at 64; 512 "
-            f"threads take 1.452 and 0.0265 ms "
-            f"and leave no room for a soft cap",
+            "threads take 1.452 and 0.0265 ms and leave no room for a soft cap",
         ),
     ),
     Entry(
@@ -154,11 +153,12 @@ LONGEST_SEGMENT = 32768
 
 
 def segment_length(vocabulary: int, preferred: int) -> int:
-    """Entries of each of a row's segments in forward, near `preferred`; the last may be shorter.
+    """Return the length of a row's segments in forward, near `preferred` but at least V/16; the
+    last may be shorter.
 
     Segments end at multiples of a sixteenth of the vocabulary, rounded up to 8 entries: an equal
-    shard of it then holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are cut into 32,
-    64, … parts instead.
+    part of it holds whole segments. Vocabularies above 16 · LONGEST_SEGMENT are cut into 32, 64, …
+    parts instead.
     """
     parts = 16
     while vocabulary > parts * LONGEST_SEGMENT:
@@ -170,8 +170,8 @@ def segment_length(vocabulary: int, preferred: int) -> int:
 
 
 def fuses(arch: str) -> bool:
-    """Return whether row_fused replaces two launches: in the interpreter only, until it is verified
-    and timed on a GPU.
+    """Return whether row_fused replaces two launches: in the interpreter only, as no GPU has run
+    it.
     """
     return arch == "interpreter"
 
@@ -187,7 +187,7 @@ _override: dict[str, RowConfig] = {}
 
 
 def select(direction: str, arch: str, itemsize: int, vocabulary: int) -> RowConfig:
-    """Return the configuration of "forward", "backward" or "fused": `override`'s, else TABLE's."""
+    """Return the configuration of "forward", "backward" or "fused": from `override`, else TABLE."""
     return _override.get(direction) or entry_for(arch, itemsize, vocabulary).choose(direction)
 
 

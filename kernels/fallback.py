@@ -1,9 +1,9 @@
-"""Fallback: rows that the float32 sums of one pass cannot hold, computed in float64.
+"""Fallback: rows that the float32 sums of one pass cannot represent, computed in float64.
 
 Infinities, entries masked by a finite number on one side alone, peaks far apart, logits of any
-size: the textbook formulas hold for them in float64. Subtract the row's largest logit first;
-average d = log q - log p after subtracting its value at the peak. Rows are read element by element,
-so no sum depends on where a row starts.
+size: with the row's largest logit subtracted, and d averaged relative to its value at the peak, the
+textbook formulas have enough digits in float64. Rows are read element by element, so no sum depends
+on where a row starts.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,16 @@ from .row_finish import not_above_zero, store_fields, token_logits
 from .row_math import soft_cap, soft_cap_slope
 
 SIGN_BIT = tl.constexpr(-2147483648)
+# Factor of the saved means: beside masks of finfo.min at the peaks they exceed float32 where the
+# gradient does not.
+SAVED_MEAN = tl.constexpr(2.0**-64)
 
 
 class Fallback(NamedTuple):
     """Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio -
     log_sum - log_sum_ratio.
 
-    y_at_x_peak: y where x is largest. mean_p_from_peak: E_p[d] less d there. x_at_y_peak,
+    y_at_x_peak: y where x is largest. mean_p_from_peak: E_p[d - d at P's peak]. x_at_y_peak,
     mean_q_from_peak: the same with P and Q swapped.
     """
 
@@ -46,31 +49,33 @@ def load_double(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr)
 
 
 @triton.jit
-def log_probability_p(x, s, scale):
+def log_probability_p(x, stats, scale):
     """Return log p of the logits x."""
-    return (x - s.x_peak) * scale - s.log_sum
+    return (x - stats.x_peak) * scale - stats.log_sum
 
 
 @triton.jit
-def log_probability_q(y, s, q_scale):
+def log_probability_q(y, stats, q_scale):
     """Return log q of the logits y."""
-    return (y - s.y_peak) * q_scale - (s.log_sum + s.log_sum_ratio)
+    return (y - stats.y_peak) * q_scale - (stats.log_sum + stats.log_sum_ratio)
 
 
 @triton.jit
 def log_ratio(log_p, log_q):
-    """Return log q - log p; 0 for an entry without probability on either side."""
+    """Return log q - log p; 0 where both are -inf."""
     return tl.where(log_p == log_q, 0.0, log_q - log_p)
 
 
 @triton.jit
-def peak_ratios(s, scale, q_scale):
+def peak_ratios(stats, scale, q_scale):
     """Return d at P's peak and d at Q's."""
     d_at_x_peak = log_ratio(
-        log_probability_p(s.x_peak, s, scale), log_probability_q(s.y_at_x_peak, s, q_scale)
+        log_probability_p(stats.x_peak, stats, scale),
+        log_probability_q(stats.y_at_x_peak, stats, q_scale),
     )
     d_at_y_peak = log_ratio(
-        log_probability_p(s.x_at_y_peak, s, scale), log_probability_q(s.y_peak, s, q_scale)
+        log_probability_p(stats.x_at_y_peak, stats, scale),
+        log_probability_q(stats.y_peak, stats, q_scale),
     )
     return d_at_x_peak, d_at_y_peak
 
@@ -112,7 +117,7 @@ def fallback_statistics(
     if WITH_KL:
         log_sum_ratio = tl.log(tl.sum(y_weights, 0)) - log_sum
     # The means and the entropy follow below; peak_ratios reads none of them.
-    s = Fallback(
+    stats = Fallback(
         x_peak,
         y_peak,
         log_sum,
@@ -123,16 +128,18 @@ def fallback_statistics(
         log_sum,
         log_sum,
     )
-    d_at_x_peak, d_at_y_peak = peak_ratios(s, scale, q_scale)
+    d_at_x_peak, d_at_y_peak = peak_ratios(stats, scale, q_scale)
     plogp = tl.zeros([BLOCK], tl.float64)
     sum_p = plogp
     sum_q = plogp
     for start in range(0, V, BLOCK):
-        log_p = log_probability_p(load_double(row.p, start, V, BLOCK, SOFTCAP), s, scale)
+        log_p = log_probability_p(load_double(row.p, start, V, BLOCK, SOFTCAP), stats, scale)
         p = tl.exp(log_p)
         plogp += tl.where(p == 0.0, 0.0, p * log_p)
         if WITH_KL:
-            log_q = log_probability_q(load_double(row.q, start, V, BLOCK, REF_SOFTCAP), s, q_scale)
+            log_q = log_probability_q(
+                load_double(row.q, start, V, BLOCK, REF_SOFTCAP), stats, q_scale
+            )
             q = tl.exp(log_q)
             d = log_ratio(log_p, log_q)
             sum_p += tl.where(p == 0.0, 0.0, p * (d - d_at_x_peak))
@@ -143,44 +150,52 @@ def fallback_statistics(
         y_peak,
         log_sum,
         log_sum_ratio,
-        s.y_at_x_peak,
+        stats.y_at_x_peak,
         tl.sum(sum_p, 0),
-        s.x_at_y_peak,
+        stats.x_at_y_peak,
         tl.sum(sum_q, 0),
         tl.where(entropy <= 0.0, 0.0, entropy),
     )
 
 
 @triton.jit
-def fallback_kl(s, scale, q_scale):
-    """KL(P‖Q) and KL(Q‖P), never negative; +inf where the peak of one has no probability under the
-    other.
+def fallback_kl(stats, scale, q_scale):
+    """Return KL(P‖Q) and KL(Q‖P), never negative; +inf also where the peak of one has no
+    probability under the other, which would be (-inf) - (-inf).
     """
-    d_at_x_peak, d_at_y_peak = peak_ratios(s, scale, q_scale)
-    kl = tl.where(d_at_x_peak == float("-inf"), float("inf"), -(d_at_x_peak + s.mean_p_from_peak))
-    ref_kl = tl.where(d_at_y_peak == float("inf"), float("inf"), d_at_y_peak + s.mean_q_from_peak)
+    d_at_x_peak, d_at_y_peak = peak_ratios(stats, scale, q_scale)
+    kl = tl.where(
+        d_at_x_peak == float("-inf"), float("inf"), -(d_at_x_peak + stats.mean_p_from_peak)
+    )
+    ref_kl = tl.where(
+        d_at_y_peak == float("inf"), float("inf"), d_at_y_peak + stats.mean_q_from_peak
+    )
     return tl.where(kl <= 0.0, 0.0, kl), tl.where(ref_kl <= 0.0, 0.0, ref_kl)
 
 
 @triton.jit
-def store_row(saved_ptr, s):
+def store_row(saved_ptr, stats):
     """Write a Fallback to the saved values [10] of its row; the sign bit of the second marks it."""
-    high = s.log_sum_ratio.to(tl.float32)
+    high = stats.log_sum_ratio.to(tl.float32)
     low = tl.where(
-        tl.abs(high) < float("inf"), (s.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0
+        tl.abs(high) < float("inf"), (stats.log_sum_ratio - high.to(tl.float64)).to(tl.float32), 0.0
     )
-    tl.store(saved_ptr, s.x_peak.to(tl.float32))
-    # A sum that counts its largest term as 1 has a logarithm of at least 0.
-    marked = s.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
-    tl.store(saved_ptr + 1, marked.to(tl.float32, bitcast=True))
-    tl.store(saved_ptr + 2, s.y_peak.to(tl.float32))
-    tl.store(saved_ptr + 3, high)
-    tl.store(saved_ptr + 4, low)
-    tl.store(saved_ptr + 5, s.y_at_x_peak.to(tl.float32))
-    tl.store(saved_ptr + 6, s.mean_p_from_peak.to(tl.float32))
-    tl.store(saved_ptr + 7, s.x_at_y_peak.to(tl.float32))
-    tl.store(saved_ptr + 8, s.mean_q_from_peak.to(tl.float32))
-    tl.store(saved_ptr + 9, s.entropy.to(tl.float32))
+    # The largest term is 1, so log_sum is never negative and its sign bit is free.
+    marked = stats.log_sum.to(tl.float32).to(tl.int32, bitcast=True) | SIGN_BIT
+    values = (
+        stats.x_peak,
+        marked.to(tl.float32, bitcast=True),
+        stats.y_peak,
+        high,
+        low,
+        stats.y_at_x_peak,
+        stats.mean_p_from_peak * SAVED_MEAN,
+        stats.x_at_y_peak,
+        stats.mean_q_from_peak * SAVED_MEAN,
+        stats.entropy,
+    )
+    for i in tl.static_range(10):
+        tl.store(saved_ptr + i, values[i].to(tl.float32))
 
 
 @triton.jit
@@ -193,9 +208,9 @@ def load_row(saved_ptr):
         -tl.load(saved_ptr + 1).to(tl.float64),
         log_sum_ratio,
         tl.load(saved_ptr + 5).to(tl.float64),
-        tl.load(saved_ptr + 6).to(tl.float64),
+        tl.load(saved_ptr + 6).to(tl.float64) / SAVED_MEAN,
         tl.load(saved_ptr + 7).to(tl.float64),
-        tl.load(saved_ptr + 8).to(tl.float64),
+        tl.load(saved_ptr + 8).to(tl.float64) / SAVED_MEAN,
         tl.load(saved_ptr + 9).to(tl.float64),
     )
 
@@ -211,16 +226,16 @@ def store_fallback(out, row, BLOCK: tl.constexpr, want: tl.constexpr, reading: t
     """Compute a row in float64 and write its saved values and fields."""
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
-    s = fallback_statistics(row, scale, q_scale, BLOCK, want.kl, reading)
-    store_row(out.saved, s)
-    kl, ref_kl = fallback_kl(s, scale, q_scale)
-    store_fields(out, s.entropy, kl, ref_kl, want)
+    stats = fallback_statistics(row, scale, q_scale, BLOCK, want.kl, reading)
+    store_row(out.saved, stats)
+    kl, ref_kl = fallback_kl(stats, scale, q_scale)
+    store_fields(out, stats.entropy, kl, ref_kl, want)
     if reading.tokens:
         x, y = token_logits(row, want, reading)
-        log_p = log_probability_p(x.to(tl.float64), s, scale)
+        log_p = log_probability_p(x.to(tl.float64), stats, scale)
         tl.store(out.logprob, not_above_zero(log_p.to(tl.float32)))
         if want.kl:
-            log_q = log_probability_q(y.to(tl.float64), s, q_scale)
+            log_q = log_probability_q(y.to(tl.float64), stats, q_scale)
             tl.store(out.ref_logprob, not_above_zero(log_q.to(tl.float32)))
 
 
@@ -247,31 +262,31 @@ def write_fallback(
     HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob
     HAS_TOKEN: tl.constexpr = (asked.wrt_p and asked.logprob) or (asked.wrt_q and asked.ref_logprob)
     if asked.ref_kl and asked.wrt_q:
-        # Recompute E_q[d]: forward's float32 sums held, but give it too few digits here.
+        # A row that is no fallback row comes here for E_q[d], of which float32 has too few digits.
         if is_fallback(saved_ptr):
-            s = load_row(saved_ptr)
+            stats = load_row(saved_ptr)
         else:
-            s = fallback_statistics(row, scale, q_scale, BLOCK, True, reading)
+            stats = fallback_statistics(row, scale, q_scale, BLOCK, True, reading)
     else:
-        s = load_row(saved_ptr)
-    d_at_x_peak, d_at_y_peak = peak_ratios(s, scale, q_scale)
+        stats = load_row(saved_ptr)
+    d_at_x_peak, d_at_y_peak = peak_ratios(stats, scale, q_scale)
     for first in range(start, end, BLOCK):
         offs_v = first + tl.arange(0, BLOCK)
         inside = offs_v < end
         x = load_double(row.p, first, end, BLOCK, reading.softcap)
-        log_p = log_probability_p(x, s, scale)
+        log_p = log_probability_p(x, stats, scale)
         p = tl.exp(log_p)
-        grad_x = p * (-g.logprob - g.entropy * (log_p + s.entropy))
+        grad_x = p * (-g.logprob - g.entropy * (log_p + stats.entropy))
         if HAS_Q:
             y = load_double(row.q, first, end, BLOCK, reading.ref_softcap)
-            log_q = log_probability_q(y, s, q_scale)
+            log_q = log_probability_q(y, stats, q_scale)
             q = tl.exp(log_q)
             d = log_ratio(log_p, log_q)
             grad_y = q * -g.ref_logprob
             if asked.kl:
                 # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
                 grad_x -= tl.where(
-                    g.kl == 0.0, 0.0, p * (g.kl * ((d - d_at_x_peak) - s.mean_p_from_peak))
+                    g.kl == 0.0, 0.0, p * (g.kl * ((d - d_at_x_peak) - stats.mean_p_from_peak))
                 )
                 grad_y += g.kl * (q - p)
             if asked.ref_kl:
@@ -282,11 +297,11 @@ def write_fallback(
                     tl.where(
                         g.ref_kl == 0.0,
                         0.0,
-                        q * (g.ref_kl * ((d - d_at_y_peak) - s.mean_q_from_peak)),
+                        q * (g.ref_kl * ((d - d_at_y_peak) - stats.mean_q_from_peak)),
                     ),
                 )
         if asked.wrt_p:
-            # An entry without probability has no gradient, also where its logarithm is infinite.
+            # An entry without probability has no gradient, even where its logarithm is infinite.
             grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
             if HAS_TOKEN:
                 grad_x += tl.where(offs_v == row.token, g.logprob, 0.0)

@@ -1,6 +1,4 @@
-"""Launchers: allocate, choose a configuration, launch. Arguments were checked and shapes settled
-above.
-"""
+"""Launchers: allocate, choose a configuration, launch. Callers have checked the arguments."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ import torch
 import triton
 
 from . import config
-from .layout import ADDRESSES, KEPT, Case, Layout, Problem, Rows, architecture
-from .layout import layout as layout
+from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows, architecture
+from .layout import layout as layout  # for fastkl.ops.problems
 from .row_backward import row_backward
 from .row_fallback import row_fallback
 from .row_forward import row_forward
@@ -24,28 +22,27 @@ from .row_math import STATE
 # fuses; Triton's own default varies by version.
 OPTIONS = {"enable_fp_fusion": False}
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
-# Rows per program of row_fallback, its threads, and entries per step: few enough rows to spread a
-# batch of fallback rows over a GPU, enough to keep all programs of 8192 rows resident.
+# Rows per program of row_fallback, its threads, and entries per step: few rows, so that fallback
+# rows spread over a GPU, but enough that all programs of 8192 rows are resident.
 FALLBACK_ROWS = 4
 FALLBACK_THREADS = 128
 FALLBACK_BLOCK = 512
 FALLBACK_REGISTERS = 168
 # Prefetch whole segments into L2 if the logits of a call take at most this many bytes.
 PREFETCH_BYTES = 33_554_432
-# False leaves out row_fallback, for tests: fallback rows then keep a NaN as their first saved
-# value.
-READ_AGAIN = True
+# Tests set it to False: fallback rows then keep a NaN as their first saved value.
+RUN_FALLBACK = True
 _HERE = contextlib.nullcontext()
 
 
 def _options(
-    chosen: config.RowConfig, device: torch.device, roomy: bool, limited: bool = True
+    chosen: config.RowConfig, device: torch.device, needs_registers: bool, limited: bool = True
 ) -> dict[str, object]:
     """The compiler options that come with a configuration."""
     arch, warp = architecture(device)
     return {
         "num_warps": max(1, chosen.threads // warp),
-        **chosen.options(arch, roomy, limited),
+        **chosen.options(arch, needs_registers, limited),
         **OPTIONS,
     }
 
@@ -57,7 +54,7 @@ def fallback_options(arch: str, warp: int) -> dict[str, object]:
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The tensor's device as the current one: kernels start on the current one's stream."""
+    """Make the tensor's device current: kernels start on its current stream."""
     return (
         torch.cuda.device(tensor.device)
         if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
@@ -66,13 +63,12 @@ def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 class Variant:
-    """A kernel with compile-time values and compiler options, for one device and types of tensors:
-    compiled at its
-    first start: call it once before capturing a CUDA graph.
+    """A kernel with its compile-time values and compiler options, for one device and one set of
+    tensor types. It compiles at its first start: call it once before capturing a CUDA graph.
 
-    From the second start on the compiled kernel is started directly. Triton's own way to it takes
-    tens of microseconds, most of a call with few rows; its check for changed globals and its
-    pre-run hooks are part of it, and are left out.
+    From the second start on the compiled kernel is started directly. Triton's launch path takes
+    tens of microseconds, most of a call with few rows; it also checks globals and runs pre-run
+    hooks, which are skipped.
     """
 
     def __init__(
@@ -82,9 +78,12 @@ class Variant:
         self.compiled: Any = None
 
     def start(self, programs: int, arguments: dict[str, object]) -> None:
-        """Launch `programs` programs. Arguments in the order of the kernel's signature,
-        compile-time values last; numbers have fixed types there, so
-        that only tensors' types and compile-time values tell one compilation from another."""
+        """Launch `programs` programs with arguments in the order of the kernel's signature,
+        compile-time values last.
+
+        Numbers have fixed types there, so that tensors' types and compile-time values alone select
+        a compilation.
+        """
         if self.compiled is None:  # in the interpreter always: it compiles nothing
             self.compiled = self.kernel[programs, 1, 1](
                 **arguments, **self.constants, **self.options
@@ -95,7 +94,7 @@ class Variant:
 
 @functools.cache
 def forward_variants(
-    case: Case, chosen: config.RowConfig, most_splits: int, with_entropy: bool, with_reverse: bool
+    case: Case, chosen: config.RowConfig, most_splits: int, with_entropy: bool, with_ref_kl: bool
 ) -> tuple[Variant, Variant]:
     """row_forward and row_fallback."""
     arch, warp = architecture(case.device)
@@ -104,7 +103,7 @@ def forward_variants(
         HAS_TOKENS=case.types[2] is not None,
         WITH_ENTROPY=with_entropy,
         WITH_KL=case.types[1] is not None,
-        WITH_REVERSE=with_reverse,
+        WITH_REF_KL=with_ref_kl,
     )
     reading = dict(
         SPLITS=most_splits,
@@ -115,8 +114,8 @@ def forward_variants(
     )
     rows = dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=False)
     # With Q read element by element ptxas needs more registers than the limit on some
-    # architectures, and finds them.
-    options = _options(chosen, case.device, case.roomy, case.q_in_blocks)
+    # architectures: set none.
+    options = _options(chosen, case.device, case.needs_registers, case.q_in_blocks)
     return (
         Variant(row_forward, _in_order(row_forward, **constants, **reading), options),
         Variant(
@@ -147,7 +146,7 @@ def backward_variant(
     return Variant(
         row_backward,
         _in_order(row_backward, **constants),
-        _options(chosen, case.device, case.roomy),
+        _options(chosen, case.device, case.needs_registers),
     )
 
 
@@ -161,9 +160,7 @@ def _in_order(kernel: Any, **constants: object) -> dict[str, object]:
 
 
 def _tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
-    """p, q, tokens, mask, temperatures and ratios; p itself, as an unused pointer, for what does
-    not take part.
-    """
+    """Return p, q, tokens, mask, temperatures and ratios; p stands in for an unused pointer."""
     p, q, _, tokens, mask, _, temperatures, ratios = problem
     return (
         p,
@@ -185,11 +182,13 @@ class ForwardPlan(NamedTuple):
     fallback: Variant
 
 
-@functools.lru_cache(KEPT)
+@functools.lru_cache(CACHE_SIZE)
 def _forward_plan(
-    layout: Layout, with_entropy: bool, with_reverse: bool, overridden: tuple[Any, ...]
+    layout: Layout, with_entropy: bool, with_ref_kl: bool, overridden: tuple[Any, ...]
 ) -> ForwardPlan:
-    """The plan; `overridden` tells one configuration of the tests and the tuner from another."""
+    """Return the plan; `overridden` is part of the cache's key: tests and the tuner override
+    configurations.
+    """
     chosen = config.select(
         "forward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary
     )
@@ -199,7 +198,7 @@ def _forward_plan(
         dtype.itemsize for dtype in layout.case.types[:2] if dtype is not None
     )
     variants = forward_variants(
-        layout.case, chosen, triton.next_power_of_2(splits), with_entropy, with_reverse
+        layout.case, chosen, triton.next_power_of_2(splits), with_entropy, with_ref_kl
     )
     return ForwardPlan(segment, splits, int(layout.rows * row_bytes <= PREFETCH_BYTES), *variants)
 
@@ -254,7 +253,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
                 prefetching=plan.prefetching,
             ),
         )
-        if READ_AGAIN:
+        if RUN_FALLBACK:
             plan.fallback.start(
                 -(-layout.rows // FALLBACK_ROWS),
                 dict(
@@ -275,7 +274,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
             )
 
 
-@functools.lru_cache(KEPT)
+@functools.lru_cache(CACHE_SIZE)
 def _backward_plan(
     layout: Layout,
     fields: tuple[str, ...],
@@ -299,7 +298,7 @@ def _backward_plan(
         )
         for grad in (grad_p, grad_q)
     )
-    # A row that starts in the middle of a block covers one more.
+    # A row that starts inside a block covers one more.
     chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chosen.segment)
     return chunks, backward_variant(
         layout.case, chosen, fields, (grad_p and grad_p[0], grad_q and grad_q[0]), in_blocks
@@ -316,16 +315,16 @@ def backward(
     """Fill the gradients ([N, V], both with the same row stride) from upstream gradients [N] per
     field.
 
-    They may be the logits themselves unless the gradient of ref_kl to Q is asked for: a far row is
-    then read again.
+    They may be the logits themselves unless the gradient of ref_kl to Q is requested, for which a
+    fallback row is read again.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout, fields = problem.layout, tuple(upstream)
-    stacked = (
-        torch.stack([value.to(torch.float32) for value in upstream.values()])
-        if len(fields) > 1
-        else upstream[fields[0]].to(torch.float32).contiguous()
-    )
+    values = [
+        value if value.dtype is torch.float32 else value.to(torch.float32)
+        for value in upstream.values()
+    ]
+    stacked = torch.stack(values) if len(values) > 1 else values[0].contiguous()
     grad = grad_q if grad_p is None else grad_p
     assert grad is not None
     stride_grad = grad.stride(0)

@@ -1,4 +1,4 @@
-"""Launchers of row_fused and of what applies an upstream gradient to its result."""
+"""Launchers of row_fused and scale_gradient."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .launch import (
     _tensors,
     fallback_options,
 )
-from .layout import ADDRESSES, KEPT, Case, Layout, Problem, Rows, architecture
+from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows, architecture
 from .row_fallback import row_fallback
 from .row_fused import row_fused, scale_gradient
 from .row_math import STATE
@@ -45,12 +45,12 @@ def fused_variants(
         HAS_TOKENS=False,
         WITH_ENTROPY=False,
         WITH_KL=True,
-        WITH_REVERSE=False,
+        WITH_REF_KL=False,
         ROWS=FALLBACK_ROWS,
         BLOCK=FALLBACK_BLOCK,
         WITH_GRADIENT=True,
     )
-    options = _options(chosen, case.device, case.roomy)
+    options = _options(chosen, case.device, case.needs_registers)
     phases = (1, 2) if arch == "interpreter" else (0,)
     return (
         tuple(
@@ -76,7 +76,7 @@ class FusedPlan(NamedTuple):
     fallback: Variant
 
 
-@functools.lru_cache(KEPT)
+@functools.lru_cache(CACHE_SIZE)
 def _fused_plan(layout: Layout, overridden: tuple[Any, ...]) -> FusedPlan:
     """Return the plan of row_fused; `overridden` as in _forward_plan."""
     chosen = config.select(
@@ -96,7 +96,7 @@ def _fused_plan(layout: Layout, overridden: tuple[Any, ...]) -> FusedPlan:
 
 def fuses(problem: Problem, grad_p: torch.Tensor) -> bool:
     """Whether `fused` takes the problem: every row of logits and gradient starts on a 16-byte
-    boundary. Whether it should, config.fuses says.
+    boundary. config.fuses decides whether it should.
     """
     layout = problem.layout
     grad = Rows(

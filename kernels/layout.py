@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-# Two tensors' blocks have at most eight elements of four bytes: where one starts matters up to this
-# number of bytes.
+# Addresses matter modulo 32 bytes: a block has up to eight elements of up to four bytes, as float32
+# gradients beside 16-bit logits have.
 ADDRESSES = 32
-# Layouts, and launches for them, that are kept: shapes, mostly, of which a training run that pads
-# to the longest sequence has many.
-KEPT = 1024
+# Size of the caches of layouts and launch plans: a run that pads to the longest sequence has many
+# shapes.
+CACHE_SIZE = 1024
 
 
 class Rows(NamedTuple):
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
         """Whether every row of both starts at the same distance, in elements, from a boundary of
         this tensor's 16-byte blocks.
 
-        The other's blocks have as many elements, and are 8 bytes for a 16-bit tensor beside a
+        The other tensor is cut into blocks of as many elements: 8 bytes if it is 16-bit beside a
         32-bit one.
         """
         lanes = self.lanes
@@ -85,12 +85,13 @@ def architecture(device: torch.device) -> tuple[str, int]:
 
 
 class Case(NamedTuple):
-    """Properties of a problem that select a compilation, beside its configuration and fields."""
+    """Properties of a problem that select a compilation, beside its configuration and fields.
+
+    types: of p, q, tokens and temperatures; None for one that takes no part.
+    """
 
     device: torch.device
-    types: tuple[
-        torch.dtype | None, ...
-    ]  # of p, q, tokens and temperatures; None for what does not take part
+    types: tuple[torch.dtype | None, ...]
     has_mask: bool
     realign: bool
     q_in_blocks: bool
@@ -114,15 +115,15 @@ class Case(NamedTuple):
         )
 
     @property
-    def roomy(self) -> bool:
+    def needs_registers(self) -> bool:
         """Whether the temporaries of soft caps, ratios or misaligned rows need registers."""
         return self.softcap > 0.0 or self.ref_softcap > 0.0 or self.has_ratio or self.realign
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """N = outer · inner rows of length V, of policy logits or of both, as they lie: one for all
-    calls that agree in it, hashed by identity.
+    """N = outer · inner rows of length V in memory, of policy logits or of both; cached, so that
+    equal layouts are one object, hashed by identity.
 
     places: the kernels' arguments for it, in the order of their signatures.
     """
@@ -136,7 +137,7 @@ class Layout:
     rows: int
 
 
-@functools.lru_cache(KEPT)
+@functools.lru_cache(CACHE_SIZE)
 def layout(
     vocabulary: int,
     dims: tuple[tuple[int, int, int], tuple[int, int, int]],

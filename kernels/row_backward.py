@@ -20,8 +20,8 @@ from .row_load import row_offset, row_pad, row_ratio, row_scale
 from .row_math import scale_reference, soft_cap, soft_cap_slope
 from .row_tile import Tiling
 
-# Limit of |E_q[d]| counted from the centre, near E_p[d]: beyond it float32 sums lose the digits of
-# q·(d - E_q[d]).
+# Limit of |E_q[d]|, relative to the centre near E_p[(y - x)·s]: beyond it float32 loses the digits
+# of q·(d - E_q[d]).
 LARGEST_MEAN_GAP = tl.constexpr(1.0)
 
 
@@ -65,13 +65,13 @@ def upstream_of(upstream_ptr, row, n_rows, FIELD: tl.constexpr):
 def row_backward(  # noqa: PLR0913, PLR0915
     p_ptr,
     q_ptr,  # [outer, inner, V] logits; q is any pointer where no reference takes part
+    # [N, V], rows stride_grad apart; any pointer where not requested. They may overwrite the
+    # logits, except with REF_KL and WRT_Q.
     grad_p_ptr,
-    # [N, V] rows stride_grad apart, may be the logits themselves but for REF_KL to Q; any pointer
-    # where not asked for
     grad_q_ptr,
     tokens_ptr,  # [N] int64; any pointer without upstream gradients of log-probs
     saved_ptr,  # [N, 10] float32, written by row_forward and row_fallback
-    upstream_ptr,  # [fields, N] float32: the upstream gradients that are there
+    upstream_ptr,  # [fields, N] float32: the upstream gradients, of fields that have one
     mask_ptr,
     temperature_ptr,
     ratio_ptr,  # as in row_forward
@@ -89,11 +89,12 @@ def row_backward(  # noqa: PLR0913, PLR0915
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
     GROUPS: tl.constexpr,
+    # The row of each field in upstream_ptr; -1: none.
     LOGPROB: tl.constexpr,
     ENTROPY: tl.constexpr,
     REF_LOGPROB: tl.constexpr,
     KL: tl.constexpr,
-    REF_KL: tl.constexpr,  # upstream row; -1: none
+    REF_KL: tl.constexpr,
     WRT_P: tl.constexpr,
     WRT_Q: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -110,7 +111,7 @@ def row_backward(  # noqa: PLR0913, PLR0915
     Grid:   (N · chunks,), a row's chunks next to each other.
     Reads:  N·V of p where p takes part, N·V of q where q does; 40 bytes and the upstream gradients
             per row. Nothing of V in a masked row or in one whose upstream gradients are all 0. For
-            REF_KL to Q each chunk of a row whose E_q[d] is not known reads 3·V of both.
+            REF_KL to Q each chunk of a row whose saved E_q[d] is too inaccurate reads 3·V of both.
     Writes: N·V of each gradient asked for; exact zeros in those rows.
     Saves:  nothing.
     Special values: an entry with probability 0 has gradient exactly 0; a row with a NaN or with an
@@ -118,11 +119,18 @@ def row_backward(  # noqa: PLR0913, PLR0915
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * CHUNK
-    EXACT: tl.constexpr = (
+    COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
     asked: tl.constexpr = Asked(
-        LOGPROB >= 0, ENTROPY >= 0, REF_LOGPROB >= 0, KL >= 0, REF_KL >= 0, WRT_P, WRT_Q, EXACT
+        LOGPROB >= 0,
+        ENTROPY >= 0,
+        REF_LOGPROB >= 0,
+        KL >= 0,
+        REF_KL >= 0,
+        WRT_P,
+        WRT_Q,
+        COMPENSATED,
     )
     HAS_TOKEN: tl.constexpr = (WRT_P and LOGPROB >= 0) or (WRT_Q and REF_LOGPROB >= 0)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS)
@@ -169,15 +177,13 @@ def row_backward(  # noqa: PLR0913, PLR0915
             grad_q_block, LANES * grad_q_ptr.dtype.element_ty.primitive_bitwidth // 8
         )
 
-    # Add the one-hot term to the sampled token's gradient: read its logits before any store, write
-    # its gradient last.
     token = row * 0
     if HAS_TOKEN:
         token = tl.load(tokens_ptr + row)
-    far = is_fallback(saved_ptr)
+    needs_fallback = is_fallback(saved_ptr)
     if REF_KL >= 0 and WRT_Q:
-        far = far | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
-    if far & (activity != 0.0):
+        needs_fallback = needs_fallback | (tl.abs(tl.load(saved_ptr + 8)) > LARGEST_MEAN_GAP)
+    if needs_fallback & (activity != 0.0):
         whole = Row(p_row, q_row, V, token, scale, ratio)
         start, end = tl.maximum(first - pad, 0), tl.minimum(first + CHUNK - pad, V)
         grads = GradientRow(grad_p_row, grad_q_row, start, end)
@@ -188,6 +194,8 @@ def row_backward(  # noqa: PLR0913, PLR0915
         p_block, q_block, grad_p_block, grad_q_block, pad, V + pad, read_end, scale, ratio
     )
     if HAS_TOKEN:
+        # The sampled token's gradient has a one-hot term: read its logits before any store, write
+        # its gradient last.
         token_here = (
             (token >= 0)
             & (token + pad >= first)
@@ -203,7 +211,7 @@ def row_backward(  # noqa: PLR0913, PLR0915
             REF_SOFTCAP,
             q_ptr.dtype.element_ty,
         )
-        token_y, token_y_lost = scale_reference(capped_token_y, ratio, HAS_RATIO)
+        token_y, token_y_lo = scale_reference(capped_token_y, ratio, HAS_RATIO)
         # The gradients may be written over the logits: every warp must have read the token's before
         # any writes.
         tl.debug_barrier()
@@ -212,8 +220,7 @@ def row_backward(  # noqa: PLR0913, PLR0915
     begin = first // LANES
     end = tl.minimum(first + CHUNK, V + pad)
     full_end = begin + tl.maximum(end - first, 0) // (TILE_GROUPS * LANES) * TILE_GROUPS
-    # Tiles that start before the row (its first, behind a pad) or need only zeros take the masked
-    # path; the others none.
+    # The first tile of a padded row, and all tiles of an inactive row, take the masked path.
     full_begin = tl.where(
         (first == 0) & (pad > 0), tl.minimum(begin + TILE_GROUPS, full_end), begin
     )
@@ -228,7 +235,7 @@ def row_backward(  # noqa: PLR0913, PLR0915
     if HAS_TOKEN:
         tl.debug_barrier()
         grad_x, grad_y = entry_gradients(
-            token_x, token_y, token_y_lost, scale, terms, g, asked, HAS_RATIO
+            token_x, token_y, token_y_lo, scale, terms, g, asked, HAS_RATIO
         )
         if WRT_P:
             tl.store(

@@ -1,4 +1,4 @@
-"""The kernel of rows that one pass cannot hold: computes them in float64, see fallback.py."""
+"""The kernel that computes fallback rows in float64, see fallback.py."""
 
 import triton
 import triton.language as tl
@@ -63,14 +63,14 @@ def row_fallback(  # noqa: PLR0913
     stride_grad: tl.int64,
     V: tl.int32,
     n_rows: tl.int32,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,  # rows of a program, and entries of a row that it reads at a time
+    ROWS: tl.constexpr,  # rows of a program
+    BLOCK: tl.constexpr,  # entries of a row that it reads at a time
     HAS_TOKENS: tl.constexpr,
     TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     WITH_KL: tl.constexpr,
-    WITH_REVERSE: tl.constexpr,
+    WITH_REF_KL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
@@ -88,7 +88,7 @@ def row_fallback(  # noqa: PLR0913
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
             above 0.
     """
-    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REVERSE, False)
+    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, False)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)

@@ -1,6 +1,4 @@
-"""Finish: the statistics of a row from its partial states, for the program of row_forward that
-arrives last.
-"""
+"""Computes a row's results from its states, in the program of row_forward that finishes last."""
 
 from typing import NamedTuple
 
@@ -8,44 +6,43 @@ import triton
 import triton.language as tl
 
 from .row_math import (
-    FINITE,
-    LARGEST_LSE,
+    LARGEST_LOG2_SUM,
+    LARGEST_SUM,
     LN2,
     LOG2E,
     LOWEST,
     STATE,
     State,
-    forward_kl,
+    kl_of_means,
     log1p,
     merge,
-    reverse_kl,
+    ref_kl_of_means,
     scale_reference,
     soft_cap,
-    split_sum,
+    two_sum,
 )
 
-# Above this KL, in nats, the product e^x·e^d loses digits where |d| is large; real policies stay
-# far below.
+# Limit of a KL, in nats. Above it the product e^x·e^d loses digits where |d| is large; real
+# policies stay far below.
 LARGE_KL = tl.constexpr(8.0)
-# Limit of |E_p[d]|, in nats: beyond it hi/lo float32 keeps fewer digits than the gradient of a
-# peaked row needs. Also the limit of the mean difference of 16-bit logits, each of which is
-# rounded.
+# Limit of |E_p[y - x]|·s: beyond it hi and lo have fewer digits than the gradient of a peaked row
+# needs. For 16-bit logits also the limit of |E_p[y - x]|: their differences are rounded once.
 LARGEST_DIFFERENCE = tl.constexpr(64.0)
 # float32 values per row that backward needs.
 SAVED = tl.constexpr(10)
 
 
 class Statistics(NamedTuple):
-    """Statistics of a row, and whether its sums hold.
+    """Statistics of a row, and whether the float32 sums could represent it (valid).
 
-    Base 2: origin, log2_S, lse_q and lost_q, the rounding error of lse_q. lse_q and centre count
-    from shift·scale (row_forward).
+    Base 2: origin, log2_S, lse_q and lse_q_lo, its rounding error. lse_q and centre exclude
+    shift·scale (row_load.row_shift).
     """
 
     origin: tl.tensor
     log2_S: tl.tensor
     lse_q: tl.tensor
-    lost_q: tl.tensor
+    lse_q_lo: tl.tensor
     centre: tl.tensor
     log1p_t: tl.tensor
     mean_p_d: tl.tensor
@@ -53,13 +50,11 @@ class Statistics(NamedTuple):
     entropy: tl.tensor
     kl: tl.tensor
     ref_kl: tl.tensor
-    hold: tl.tensor
+    valid: tl.tensor
 
 
 class Outputs(NamedTuple):
-    """Pointers to a row's saved values [10] and fields; any pointer for a field that was not asked
-    for.
-    """
+    """Pointers to a row's saved values [10] and fields; any pointer for a field not requested."""
 
     saved: tl.tensor
     logprob: tl.tensor
@@ -72,16 +67,16 @@ class Outputs(NamedTuple):
 class Saved(NamedTuple):
     """The values of a row that backward needs, in memory order.
 
-    Base 2: origin, log2_S, and lse_q with what it lost. centre with what it lost, log1p_t, the
-    means E_p[d] and E_q[d], entropy.
+    Base 2: origin, log2_S, lse_q as hi and lo. Base e: centre as hi and lo, log1p_t, the means
+    E_p[d] and E_q[d], entropy.
     """
 
     origin: tl.tensor
     log2_S: tl.tensor
     lse_q: tl.tensor
-    lost_q: tl.tensor
+    lse_q_lo: tl.tensor
     centre: tl.tensor
-    lost_centre: tl.tensor
+    centre_lo: tl.tensor
     log1p_t: tl.tensor
     mean_p_d: tl.tensor
     mean_q_d: tl.tensor
@@ -89,8 +84,8 @@ class Saved(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Compile-time: whether a row has a sampled token, and how its logits become the model's: soft
-    caps, 0 for none, and a ratio.
+    """Compile-time: whether a row has a sampled token, and how raw logits are transformed: by soft
+    caps (0: none) and by a ratio of inverse temperatures.
     """
 
     tokens: bool
@@ -113,128 +108,138 @@ def row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_pt
 
 
 @triton.jit
-def store_state(state_ptr, s, want: tl.constexpr):
+def store_state(state_ptr, state, want: tl.constexpr):
     """Write a scalar state [7]."""
-    tl.store(state_ptr, s.origin)
-    tl.store(state_ptr + 1, s.S)
+    tl.store(state_ptr, state.origin)
+    tl.store(state_ptr + 1, state.S)
     if want.entropy:
-        tl.store(state_ptr + 2, s.A)
+        tl.store(state_ptr + 2, state.A)
     if want.kl:
-        tl.store(state_ptr + 3, s.W)
-        tl.store(state_ptr + 4, s.U)
-        tl.store(state_ptr + 6, s.centre)
-    if want.reverse:
-        tl.store(state_ptr + 5, s.R)
+        tl.store(state_ptr + 3, state.W)
+        tl.store(state_ptr + 4, state.U)
+        tl.store(state_ptr + 6, state.centre)
+    if want.ref_kl:
+        tl.store(state_ptr + 5, state.R)
+
+
+@triton.jit
+def load_sums(ptr, mask, empty, WANTED: tl.constexpr):
+    """Load one number of each state, `empty` where masked; zeros unless WANTED.
+
+    Bypass L1, which may hold stale values.
+    """
+    if WANTED:
+        return tl.load(ptr, mask=mask, other=empty, cache_modifier=".cg")
+    else:
+        return tl.zeros(mask.shape, tl.float32)
 
 
 @triton.jit
 def load_states(state_ptr, splits, SPLITS: tl.constexpr, want: tl.constexpr):
     """Load the states [splits, 7] of a row as vectors [SPLITS], a power of two; states beyond
     `splits` are empty.
-
-    Bypass L1, which may hold stale values.
     """
     index = tl.arange(0, SPLITS)
-    there = index < splits
+    mask = index < splits
     state_ptr += index * STATE
-    origin = tl.load(state_ptr, mask=there, other=LOWEST, cache_modifier=".cg")
-    S = tl.load(state_ptr + 1, mask=there, other=0.0, cache_modifier=".cg")
-    A = S * 0.0
-    W = A
-    U = A
-    R = A
-    centre = A
-    if want.entropy:
-        A = tl.load(state_ptr + 2, mask=there, other=0.0, cache_modifier=".cg")
-    if want.kl:
-        W = tl.load(state_ptr + 3, mask=there, other=0.0, cache_modifier=".cg")
-        U = tl.load(state_ptr + 4, mask=there, other=0.0, cache_modifier=".cg")
-        centre = tl.load(state_ptr + 6, mask=there, other=0.0, cache_modifier=".cg")
-    if want.reverse:
-        R = tl.load(state_ptr + 5, mask=there, other=0.0, cache_modifier=".cg")
-    return State(origin, S, A, W, U, R, centre)
+    return State(
+        load_sums(state_ptr, mask, LOWEST, True),
+        load_sums(state_ptr + 1, mask, 0.0, True),
+        load_sums(state_ptr + 2, mask, 0.0, want.entropy),
+        load_sums(state_ptr + 3, mask, 0.0, want.kl),
+        load_sums(state_ptr + 4, mask, 0.0, want.kl),
+        load_sums(state_ptr + 5, mask, 0.0, want.ref_kl),
+        load_sums(state_ptr + 6, mask, 0.0, want.kl),
+    )
 
 
 @triton.jit
-def q_partition(s, log2_S, log_ratio, mean_q_d, scale):
-    """log2 Σ 2^((y - shift)·scale2) from P's and the centre, scale2 = s·log2(e) rounded: a rounded
-    sum and what it lost.
+def q_partition(state, log2_S, log_ratio, mean_q_d, scale):
+    """Return Q's log2-partition function log2 Σ 2^((y - shift)·scale_log2) from P's and the centre,
+    as hi and lo.
 
-    The sums count differences in units of s, row_backward evaluates 2^(y·scale2). Correct for the
-    rounding of scale2, which shows where E_q[y - x - shift] is large.
+    d is scaled by s, while row_backward uses the rounded scale_log2: correct by E_q[y - x - shift]
+    times the difference. Without want.ref_kl E_q[d] is unknown and counts as 0.
     """
-    centre2 = s.centre * LOG2E
-    lse, lost = split_sum(s.origin, centre2)
-    lse, more = split_sum(lse, log2_S)
+    centre_log2 = state.centre * LOG2E
+    lse, lo = two_sum(state.origin, centre_log2)
+    lse, more = two_sum(lse, log2_S)
     rounding = tl.div_rn(tl.fma(scale, LOG2E, -(scale * LOG2E)), scale)
-    rest = tl.fma(s.centre, LOG2E, -centre2) + log_ratio * LOG2E - (s.centre + mean_q_d) * rounding
-    return split_sum(lse, lost + more + rest)
+    rest = (
+        tl.fma(state.centre, LOG2E, -centre_log2)
+        + log_ratio * LOG2E
+        - (state.centre + mean_q_d) * rounding
+    )
+    return two_sum(lse, lo + more + rest)
 
 
 @triton.jit
 def row_statistics(states, shift, scale, want: tl.constexpr):
     """The Statistics of a row from the vector of its partial states."""
-    s = merge(states, want)
-    hold = (s.S > 0.0) & (s.S + tl.abs(s.A) + tl.abs(s.W) + tl.abs(s.U) + tl.abs(s.R) < FINITE)
-    hold = hold & (tl.abs(s.origin) < LARGEST_LSE)
-    log2_S = tl.log2(s.S)
-    entropy = (log2_S - tl.div_rn(s.A, s.S)) * LN2
+    state = merge(states, want)
+    valid = (state.S > 0.0) & (
+        state.S + tl.abs(state.A) + tl.abs(state.W) + tl.abs(state.U) + tl.abs(state.R)
+        < LARGEST_SUM
+    )
+    valid = valid & (tl.abs(state.origin) < LARGEST_LOG2_SUM)
+    log2_S = tl.log2(state.S)
+    entropy = (log2_S - tl.div_rn(state.A, state.S)) * LN2
     kl = entropy * 0.0
     ref_kl = kl
     log1p_t = kl
     mean_p_d = kl
     mean_q_d = kl
     lse_q = log2_S
-    lost_q = kl
+    lse_q_lo = kl
     if want.kl:
         # Divide with one rounding: on a peaked row the gradient is the remainder d - E_p[d], and
-        # plain division may be off by two units.
-        mean_h = tl.maximum(tl.div_rn(s.U, s.S), 0.0)
-        mean_p_d = tl.div_rn(s.W, s.S)
-        kl = forward_kl(mean_h, mean_p_d)
-        hold = hold & (kl < LARGE_KL)
-        if want.reverse:
-            mean_r = tl.div_rn(s.R, s.S)
-            ref_kl = reverse_kl(mean_r, mean_h, mean_p_d)
-            mean_q_d = tl.div_rn(s.R + s.W, s.S + s.U + s.W)
-            # Reject a KL(Q‖P) that is a small difference of large terms, as beside a KL(P‖Q) that a
-            # mask makes: its digits are lost.
+        # plain division may be off by 2 ulp.
+        mean_h = tl.maximum(tl.div_rn(state.U, state.S), 0.0)
+        mean_p_d = tl.div_rn(state.W, state.S)
+        kl = kl_of_means(mean_h, mean_p_d)
+        valid = valid & (kl < LARGE_KL)
+        if want.ref_kl:
+            mean_r = tl.div_rn(state.R, state.S)
+            ref_kl = ref_kl_of_means(mean_r, mean_h, mean_p_d)
+            mean_q_d = tl.div_rn(state.R + state.W, state.S + state.U + state.W)
+            # Reject a KL(Q‖P) that is a small difference of large terms, as beside an entry masked
+            # in Q alone: it has too few digits.
             terms = (tl.abs(mean_r) + mean_h) / (1.0 + mean_h + mean_p_d)
-            hold = hold & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 8.0, 0.001))
+            valid = valid & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 8.0, 0.001))
         log1p_t = log1p(mean_h + mean_p_d)
-        lse_q, lost_q = q_partition(s, log2_S, log1p_t, mean_q_d, scale)
-        hold = hold & (tl.abs(lse_q) < LARGEST_LSE)
-        apart = tl.abs(tl.fma(shift, scale, s.centre))
-        hold = hold & (apart < LARGEST_DIFFERENCE)
-        if not want.exact:
-            hold = hold & (apart < scale * LARGEST_DIFFERENCE)
+        lse_q, lse_q_lo = q_partition(state, log2_S, log1p_t, mean_q_d, scale)
+        valid = valid & (tl.abs(lse_q) < LARGEST_LOG2_SUM)
+        apart = tl.abs(tl.fma(shift, scale, state.centre))
+        valid = valid & (apart < LARGEST_DIFFERENCE)
+        if not want.compensated:
+            valid = valid & (apart < scale * LARGEST_DIFFERENCE)
     return Statistics(
-        s.origin,
+        state.origin,
         log2_S,
         lse_q,
-        lost_q,
-        s.centre,
+        lse_q_lo,
+        state.centre,
         log1p_t,
         mean_p_d,
         mean_q_d,
         entropy,
         kl,
         ref_kl,
-        hold,
+        valid,
     )
 
 
 @triton.jit
-def add_product(value, lost, a, b):
-    """value + lost + a·b as a rounded sum and what it lost."""
+def add_product(value, lo, a, b):
+    """Return value + lo + a·b as hi and lo."""
     product = a * b
-    total, more = split_sum(product, value)
-    return total, lost + more + tl.fma(a, b, -product)
+    total, more = two_sum(product, value)
+    return total, lo + more + tl.fma(a, b, -product)
 
 
 @triton.jit
 def not_above_zero(logprob):
-    """A log-probability, whose rounding may have left it above 0; NaN stays NaN."""
+    """Clamp a log-probability at 0, which rounding may exceed; NaN stays NaN."""
     return tl.where(logprob > 0.0, 0.0, logprob)
 
 
@@ -245,7 +250,7 @@ def store_fields(out, entropy, kl, ref_kl, want: tl.constexpr):
         tl.store(out.entropy, entropy.to(tl.float32))
     if want.kl:
         tl.store(out.kl, kl.to(tl.float32))
-    if want.reverse:
+    if want.ref_kl:
         tl.store(out.ref_kl, ref_kl.to(tl.float32))
 
 
@@ -276,68 +281,66 @@ def token_logits(row, want: tl.constexpr, reading: tl.constexpr):
 
 
 @triton.jit
-def saved_values(s, shift, scale, want: tl.constexpr):
+def saved_values(statistics, shift, scale, want: tl.constexpr):
     """The Saved of a row from its Statistics."""
-    lse_q = s.lse_q
-    lost_q = s.lost_q
-    centre = s.centre
-    lost_centre = s.kl * 0.0
+    lse_q = statistics.lse_q
+    lse_q_lo = statistics.lse_q_lo
+    centre = statistics.centre
+    centre_lo = statistics.kl * 0.0
     if want.kl:
-        lse_q, lost_q = add_product(s.lse_q, s.lost_q, shift, scale * LOG2E)
-        centre, lost_centre = add_product(s.centre, lost_centre, shift, scale)
-    mean_p_d = s.mean_p_d
-    mean_q_d = s.mean_q_d
-    if not want.exact:
-        # Fold the lost part into the means: row_backward subtracts no lost_centre from 16-bit
-        # logits, whose gradients round more than this.
-        mean_p_d += lost_centre
-        mean_q_d += lost_centre
-    # A peak that rounds up to a whole number leaves a sum below 1. The second saved value is never
-    # negative: a negative one marks a fallback row.
-    below = s.log2_S < 0.0
+        lse_q, lse_q_lo = add_product(statistics.lse_q, statistics.lse_q_lo, shift, scale * LOG2E)
+        centre, centre_lo = add_product(statistics.centre, centre_lo, shift, scale)
+    mean_p_d = statistics.mean_p_d
+    mean_q_d = statistics.mean_q_d
+    if not want.compensated:
+        # row_backward ignores centre_lo of 16-bit logits: fold it into the means.
+        mean_p_d += centre_lo
+        mean_q_d += centre_lo
+    # S may be below 1 where rounding lifted the peak to the next whole number. Keep log2_S from
+    # being negative: its sign bit marks fallback rows.
+    below = statistics.log2_S < 0.0
     return Saved(
-        tl.where(below, s.origin - 1.0, s.origin),
-        tl.where(below, s.log2_S + 1.0, s.log2_S),
+        tl.where(below, statistics.origin - 1.0, statistics.origin),
+        tl.where(below, statistics.log2_S + 1.0, statistics.log2_S),
         lse_q,
-        lost_q,
+        lse_q_lo,
         centre,
-        lost_centre,
-        s.log1p_t,
+        centre_lo,
+        statistics.log1p_t,
         mean_p_d,
         mean_q_d,
-        s.entropy,
+        statistics.entropy,
     )
 
 
 @triton.jit
-def store_statistics(out, s, row, shift, want: tl.constexpr, reading: tl.constexpr):
-    """Write the saved values and the fields of a row; a NaN as the first saved value marks a row
-    whose sums do not hold.
+def store_statistics(out, statistics, row, shift, want: tl.constexpr, reading: tl.constexpr):
+    """Write the saved values and the fields of a row; a NaN as the first saved value marks a
+    fallback row.
     """
-    saved = saved_values(s, shift, row.scale, want)
-    tl.store(out.saved, tl.where(s.hold, saved.origin, float("nan")))
-    tl.store(out.saved + 1, saved.log2_S)
-    tl.store(out.saved + 2, saved.lse_q)
-    tl.store(out.saved + 3, saved.lost_q)
-    tl.store(out.saved + 4, saved.centre)
-    tl.store(out.saved + 5, saved.lost_centre)
-    tl.store(out.saved + 6, saved.log1p_t)
-    tl.store(out.saved + 7, saved.mean_p_d)
-    tl.store(out.saved + 8, saved.mean_q_d)
-    tl.store(out.saved + 9, saved.entropy)
-    store_fields(out, tl.where(s.entropy <= 0.0, 0.0, s.entropy), s.kl, s.ref_kl, want)
+    saved = saved_values(statistics, shift, row.scale, want)
+    tl.store(out.saved, tl.where(statistics.valid, saved.origin, float("nan")))
+    for i in tl.static_range(1, SAVED):
+        tl.store(out.saved + i, saved[i])
+    store_fields(
+        out,
+        tl.where(statistics.entropy <= 0.0, 0.0, statistics.entropy),
+        statistics.kl,
+        statistics.ref_kl,
+        want,
+    )
     if reading.tokens:
-        # Half the base-2 logarithms, which are exact halves: x·s·log2(e) of a finite
-        # log-probability may overflow.
+        # Compute half the base-2 logarithm (halving is exact): x·s·log2(e) may overflow where the
+        # log-probability is finite.
         half_scale = row.scale * (LOG2E * 0.5)
         x, y = token_logits(row, want, reading)
-        half_p = tl.fma(x, half_scale, s.origin * -0.5) - s.log2_S * 0.5
+        half_p = tl.fma(x, half_scale, statistics.origin * -0.5) - statistics.log2_S * 0.5
         tl.store(out.logprob, not_above_zero(half_p * (LN2 * 2.0)))
         if want.kl:
-            y, y_lost = scale_reference(y, row.ratio, reading.ratio)
-            y, more = split_sum(y, -shift)
-            half_q = tl.fma(y, half_scale, s.lse_q * -0.5) - s.lost_q * 0.5
-            half_q = tl.fma(y_lost + more, half_scale, half_q)
+            y, y_lo = scale_reference(y, row.ratio, reading.ratio)
+            y, more = two_sum(y, -shift)
+            half_q = tl.fma(y, half_scale, statistics.lse_q * -0.5) - statistics.lse_q_lo * 0.5
+            half_q = tl.fma(y_lo + more, half_scale, half_q)
             tl.store(out.ref_logprob, not_above_zero(half_q * (LN2 * 2.0)))
 
 

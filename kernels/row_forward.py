@@ -18,7 +18,7 @@ from .row_finish import (
 from .row_load import lane_order, prefetch, row_offset, row_pad, row_ratio, row_scale, row_shift
 from .row_math import LOG2E, STATE, State, Want
 from .row_segment import segment_sums
-from .row_tile import D_SCALE, Segment, Tiling
+from .row_tile import D_FACTOR, Segment, Tiling
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -61,18 +61,13 @@ def row_forward(  # noqa: PLR0913
     ratio_ptr,  # [N] float32, Q's inverse temperature over P's; any pointer without HAS_RATIO
     tokens_ptr,  # [N] int64; any pointer without HAS_TOKENS
     state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre; any pointer if splits is 1
-    # [N] int32, zeros at the start: how many segments of a row are done; any pointer if splits is 1
-    counter_ptr,
-    # [N, 10] float32: origin, log2_S, lse_q and what it lost (base 2), centre and what it lost,
-    # log1p(t), E_p[d], E_q[d], entropy
-    saved_ptr,
-    # [N] float32; any pointer for logprob without HAS_TOKENS, ref_logprob without it or WITH_KL, kl
-    # without WITH_KL, the others without their WITH_
-    logprob_ptr,
-    entropy_ptr,
-    ref_logprob_ptr,
-    kl_ptr,
-    ref_kl_ptr,
+    counter_ptr,  # [N] int32, zeros at first: finished segments; any pointer if splits is 1
+    saved_ptr,  # [N, 10] float32: a row_finish.Saved per row
+    logprob_ptr,  # [N] float32, like the four below; any pointer without HAS_TOKENS
+    entropy_ptr,  # any pointer without WITH_ENTROPY
+    ref_logprob_ptr,  # any pointer without HAS_TOKENS and WITH_KL
+    kl_ptr,  # any pointer without WITH_KL
+    ref_kl_ptr,  # any pointer without WITH_REF_KL
     temperature: tl.float32,
     n_inner: tl.int32,
     stride_p_outer: tl.int64,
@@ -82,8 +77,7 @@ def row_forward(  # noqa: PLR0913
     V: tl.int32,
     segment: tl.int32,
     splits: tl.int32,
-    # 1: prefetch the segment, where programs are too few to hide memory's latency (PREFETCH)
-    prefetching: tl.int32,
+    prefetching: tl.int32,  # 1: prefetch the segment, as few programs do not hide latency
     SPLITS: tl.constexpr,  # a power of two, at least splits
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -93,37 +87,36 @@ def row_forward(  # noqa: PLR0913
     TEMPERATURE_PER_ROW: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     WITH_KL: tl.constexpr,
-    WITH_REVERSE: tl.constexpr,
+    WITH_REF_KL: tl.constexpr,
     REALIGN: tl.constexpr,
     Q_IN_BLOCKS: tl.constexpr,
     PREFETCH: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    REF_SOFTCAP: tl.constexpr,  # logits are CAP·tanh(logits/CAP), 0 for none; one per model
+    SOFTCAP: tl.constexpr,  # P's logits are CAP·tanh(logits/CAP); 0: no cap
+    REF_SOFTCAP: tl.constexpr,  # Q's
     HAS_RATIO: tl.constexpr,
 ):
-    """The sums of one segment of one row; the program of a row that is last writes the row's
-    results.
+    """Sum one segment of one row; the last program of a row to finish writes the row's results.
 
     Math:   the sums and formulas of row_math.py; defined by reference.row_statistics.
     Grid:   (N · splits,), a row's segments next to each other. Lengths of segments depend on V
             alone, and states are merged in order: a row's bits depend neither on N nor on which
             program is last.
-    Reads:  N·V of p, N·V of q (WITH_KL), up to four logits of each tensor per row; nothing of a
-            masked row.
+    Reads:  N·V of p and (WITH_KL) of q, anchored tiles again from cache; three logits of each per
+            segment (COMPENSATED) and the token's; nothing of a masked row.
     Writes: 7 · N · splits float32, read again by the last program; 10 saved values and the fields
             asked for, per row.
     Saves:  what row_backward needs: 40 bytes per row.
-    Special values: the first saved value is NaN for a row whose sums do not hold (infinities, a
-            NaN, an entry with |d| above LARGEST_D, KL of 8 nats or more, tensors 64 nats apart),
-            and row_fallback computes it again. A token outside 0 … V-1 reads nothing and gives NaN.
-            Log-probabilities are never above 0. A masked row gets zeros.
+    Special values: the first saved value is NaN for a fallback row (infinities, a
+            NaN, an entry with |d| above LARGEST_D or LARGEST_FAR_D, a KL of 8 nats or more, tensors
+            64 nats apart), and row_fallback computes it again. A token outside 0 … V-1 reads
+            nothing and gives NaN. Log-probabilities are never above 0. A masked row gets zeros.
     """
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
-    EXACT: tl.constexpr = (
+    COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REVERSE, EXACT)
+    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, COMPENSATED)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     if HAS_MASK:
@@ -143,12 +136,12 @@ def row_forward(  # noqa: PLR0913
         if WITH_KL:
             prefetch(q_row + first, length, prefetching)
     doubled_scale = (
-        row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_SCALE
+        row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_FACTOR
     )
-    scale2 = doubled_scale * (LOG2E / D_SCALE)
+    scale_log2 = doubled_scale * (LOG2E / D_FACTOR)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     shift = tl.full([], 0.0, tl.float32)
-    if WITH_KL and EXACT:
+    if WITH_KL and COMPENSATED:
         shift = row_shift(p_row, q_row, V, row >= 0, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     pad = 0
     if REALIGN:
@@ -162,12 +155,13 @@ def row_forward(  # noqa: PLR0913
         V - first,
         shift,
         doubled_scale,
-        scale2,
+        scale_log2,
         ratio,
     )
     state = segment_sums(place, length, tiling, want, reading)
     if SPLITS > 1:
         store_state(state_ptr + tl.program_id(0).to(tl.int64) * STATE, state, want)
+        # Order all threads' stores before the one thread's release.
         tl.debug_barrier()
         if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != splits - 1:
             return
@@ -186,7 +180,7 @@ def row_forward(  # noqa: PLR0913
     token = row
     if HAS_TOKENS:
         token = tl.load(tokens_ptr + row)
-    scale = doubled_scale * (1.0 / D_SCALE)
+    scale = doubled_scale * (1.0 / D_FACTOR)
     statistics = row_statistics(states, shift, scale, want)
     out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
     store_statistics(

@@ -20,7 +20,7 @@ from .row_gradient import Asked, Place, Upstream, gradient_terms, write_tile
 from .row_load import lane_order, prefetch, row_offset, row_ratio, row_scale, row_shift
 from .row_math import LOG2E, STATE, Want
 from .row_segment import segment_sums
-from .row_tile import D_SCALE, Segment, Tiling
+from .row_tile import D_FACTOR, Segment, Tiling
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -55,8 +55,8 @@ from .row_tile import D_SCALE, Segment, Tiling
     ],
 )
 def row_fused(  # noqa: PLR0913, PLR0915
-    p_ptr,
-    q_ptr,  # [outer, inner, V] logits; every row of both starts on a 16-byte boundary
+    p_ptr,  # [outer, inner, V] logits of P; every row starts on a 16-byte boundary
+    q_ptr,  # likewise of Q
     grad_ptr,  # [N, V], rows stride_grad apart and on boundaries too; may be the logits of P
     weight_ptr,  # [N] float32: the weight of each row's KL in the sum
     mask_ptr,
@@ -89,8 +89,8 @@ def row_fused(  # noqa: PLR0913, PLR0915
     SOFTCAP: tl.constexpr,
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
-    # 0: all of it; 1 and 2: up to the wait and from there on, for an interpreter that runs one
-    # program after another
+    # 0: the whole kernel; 1: up to the wait; 2: from the wait on (the interpreter runs programs one
+    # after another)
     PHASE: tl.constexpr,
 ):
     """The KL of rows and the gradient of Σ weight·KL with respect to P, in one launch.
@@ -99,25 +99,25 @@ def row_fused(  # noqa: PLR0913, PLR0915
     until the row's other pieces are published, merges all of them in order and writes its piece's
     gradient. The second read of the piece finds it in L1 or L2, where the first left it.
 
-    Programs cannot deadlock while the GPU has room for `splits` programs of one warp of each launch
-    that runs at once. They draw tickets in order, and wait only for programs of their own row.
+    No deadlock as long as the GPU can hold `splits` one-warp programs of every launch that runs
+    concurrently. They draw tickets in order, and wait only for programs of their own row.
     Suppose that every resident program of a launch waits, and take the lowest row among theirs: all
     programs of lower rows are done. If all tickets of the row are drawn, all its states are
     published and no program of it waits. If not, no later ticket is drawn either: fewer than
     `splits` programs of the launch are resident, and the next one has room to start and draws a
-    ticket of this row. NVIDIA only: on AMD a .cg load does not bypass the caches that other
-    programs write behind.
+    ticket of this row. NVIDIA only: on AMD a .cg load does not bypass the caches in which other
+    programs' stores may stay.
 
     Math:   row_math.py's sums and row_gradient.entry_gradients; defined by reference.row_statistics
             and row_gradients.
     Grid:   (N · splits,), by tickets; a segment (of row_forward) is cut into `pieces` pieces.
-    Reads:  N·V of p and of q twice, the second time from cache; three entries of each again if one
-            is float32; nothing of a masked row.
+    Reads:  N·V of p and of q twice, the second time from cache; three entries of each per piece
+            (COMPENSATED); nothing of a masked row.
     Writes: N·V of the gradient, zeros in a masked row; 7·N·splits float32; 10 saved values and the
             KL, per row.
     Saves:  row_forward's ten values, for row_fallback and for a gradient to Q.
-    Special values: a row whose sums do not hold gets NaN as its first saved value and no gradient:
-            row_fallback writes both.
+    Special values: a fallback row gets NaN as its first saved value and no gradient: row_fallback
+            writes both.
     """
     if PHASE == 0:
         ticket = tl.atomic_add(sync_ptr, 1, sem="relaxed")
@@ -125,13 +125,13 @@ def row_fused(  # noqa: PLR0913, PLR0915
         ticket = tl.program_id(0)
     row = (ticket // splits).to(tl.int64)
     split = ticket % splits
-    EXACT: tl.constexpr = (
+    COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    want: tl.constexpr = Want(False, True, False, EXACT)
+    want: tl.constexpr = Want(False, True, False, COMPENSATED)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, True)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    asked: tl.constexpr = Asked(False, False, False, True, False, True, False, EXACT)
+    asked: tl.constexpr = Asked(False, False, False, True, False, True, False, COMPENSATED)
     TILE: tl.constexpr = THREADS * GROUPS * LANES
     begin = split // pieces * segment + split % pieces * piece
     length = tl.minimum(tl.minimum(piece, segment - split % pieces * piece), V - begin)
@@ -147,9 +147,9 @@ def row_fused(  # noqa: PLR0913, PLR0915
         grad_row + begin, LANES * grad_ptr.dtype.element_ty.primitive_bitwidth // 8
     )
     doubled_scale = (
-        row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_SCALE
+        row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW) * D_FACTOR
     )
-    scale = doubled_scale * (1.0 / D_SCALE)
+    scale = doubled_scale * (1.0 / D_FACTOR)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
@@ -169,7 +169,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         prefetch(q_block, tl.maximum(length, 0), 1)
     state_here = state_ptr + ticket.to(tl.int64) * STATE
     shift = tl.full([], 0.0, tl.float32)
-    if EXACT:
+    if COMPENSATED:
         # Phase 2 loads the shift from the unused slot of A, where phase 1 stored it: gradients may
         # lie over the entries of P that row_shift reads.
         if PHASE == 2:
@@ -179,7 +179,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if PHASE == 1:
             tl.store(state_here + 2, shift)
     if PHASE != 2:
-        scale2 = doubled_scale * (LOG2E / D_SCALE)
+        scale_log2 = doubled_scale * (LOG2E / D_FACTOR)
         piece_row = Segment(
             p_block,
             q_block,
@@ -189,19 +189,21 @@ def row_fused(  # noqa: PLR0913, PLR0915
             V - begin,
             shift,
             doubled_scale,
-            scale2,
+            scale_log2,
             ratio,
         )
         state = segment_sums(piece_row, length, tiling, want, reading)
         store_state(state_here, state, want)
     if PHASE == 0:
+        # Order all threads' stores before the one thread's release.
         tl.debug_barrier()
         arrived = tl.atomic_add(sync_ptr + 1 + row, 1, sem="release") + 1
         while arrived < splits:
             # Not an acquire, which would invalidate this SM's L1 with the piece in it; load_states
             # bypasses L1.
             arrived = tl.load(sync_ptr + 1 + row, volatile=True)
-        # Order the loads of states after the last arrival.
+        # Keep the loads of states behind the last arrival, in the order of the program: the
+        # volatile load is no acquire, so this relies on the hardware's order.
         tl.debug_barrier()
     if PHASE != 1:
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
@@ -209,7 +211,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if split == 0:
             whole = Row(p_row, q_row, V, row, scale, ratio)
             store_statistics(out, statistics, whole, shift, want, reading)
-        if statistics.hold:
+        if statistics.valid:
             zero = scale * 0.0
             g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
             terms = gradient_terms(saved_values(statistics, shift, scale, want))

@@ -11,12 +11,12 @@ from .row_math import (
     LOG2E,
     SMALL_D,
     centred,
-    expm1_over_square,
+    h_over_square,
     scale_reference,
     soft_cap,
     soft_cap_slope,
-    split_sum,
     subtract,
+    two_sum,
 )
 
 
@@ -31,9 +31,7 @@ class Upstream(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Compile-time: the fields that have an upstream gradient, and the tensors whose gradient is
-    asked for.
-    """
+    """Compile-time: the fields that have an upstream gradient, and the gradients requested."""
 
     logprob: bool
     entropy: bool
@@ -42,14 +40,15 @@ class Asked(NamedTuple):
     ref_kl: bool
     wrt_p: bool
     wrt_q: bool
-    exact: bool
+    compensated: bool
 
 
 class Terms(NamedTuple):
-    """The constants of a row's gradients: each log-partition function, in base 2, as a rounded
-    exponent and a factor for the rest.
+    """The constants of a row's gradients.
 
-    ratio, lost_ratio: log q - log p is (y - x)·s less these two.
+    2^-(log-partition function) of P is 2^-lse_p · factor_p, with lse_p rounded; likewise Q.
+
+    lse_gap, lse_gap_lo: lse_q - lse_p in nats; log(q/p) is (y - x)·s less these two.
     """
 
     lse_p: tl.tensor
@@ -57,16 +56,16 @@ class Terms(NamedTuple):
     lse_q: tl.tensor
     factor_q: tl.tensor
     centre: tl.tensor
-    lost_centre: tl.tensor
-    ratio: tl.tensor
-    lost_ratio: tl.tensor
+    centre_lo: tl.tensor
+    lse_gap: tl.tensor
+    lse_gap_lo: tl.tensor
     mean_p_d: tl.tensor
     mean_q_d: tl.tensor
     entropy: tl.tensor
 
 
 class Place(NamedTuple):
-    """Where a row's 16-byte blocks lie, and what its entries are read with.
+    """Where a row's 16-byte blocks lie, and the factors of its entries.
 
     The row is entries pad … end - 1 of its blocks; entries from read_end on are not read and have
     gradient 0.
@@ -103,34 +102,33 @@ def load_saved(saved_ptr):
 @triton.jit
 def gradient_terms(saved):
     """The Terms of a row from its Saved."""
-    lse_p, lost_p = split_sum(saved.origin, saved.log2_S)
-    # log q - log p without its centre: its digits must not depend on the size of the centre.
-    ratio, lost_ratio = split_sum(saved.centre, saved.log1p_t)
+    lse_p, lse_p_lo = two_sum(saved.origin, saved.log2_S)
+    # As hi and lo, so that a large centre costs no digits of log(q/p).
+    lse_gap, lse_gap_lo = two_sum(saved.centre, saved.log1p_t)
     return Terms(
         lse_p,
-        tl.exp2(-lost_p),
+        tl.exp2(-lse_p_lo),
         saved.lse_q,
-        tl.exp2(-saved.lost_q),
+        tl.exp2(-saved.lse_q_lo),
         saved.centre,
-        saved.lost_centre,
-        ratio,
-        lost_ratio + saved.lost_centre,
+        saved.centre_lo,
+        lse_gap,
+        lse_gap_lo + saved.centre_lo,
         saved.mean_p_d,
         saved.mean_q_d,
-        saved.entropy - lost_p * LN2,
+        saved.entropy - lse_p_lo * LN2,
     )
 
 
 @triton.jit
-def entry_gradients(x, y, y_lost, scale, terms, g, asked: tl.constexpr, HAS_RATIO: tl.constexpr):
+def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO: tl.constexpr):
     """Gradients of the weighted statistics with respect to one (scaled) logit of each tensor,
     without the one-hot term of the sampled token.
 
     With g the upstream gradients, s = 1/T and d = (y - x)·s - centre:
         dx = s·(p·(-g.kl·(d - E_p[d]) - g.entropy·(log p + entropy) - g.logprob) - g.ref_kl·(q - p))
         dy = s·(g.kl·(q - p) + q·(g.ref_kl·(d - E_q[d]) - g.ref_logprob))
-    The centre is at the mean under P, and d - E_p[d] is subtracted before anything is multiplied:
-    on a peaked row the gradient is what is left of it.
+    Subtract E_p[d] from d before multiplying: on a peaked row the gradient is that small remainder.
     """
     # p and q stay without their factors, which join the row's constants: one multiplication less
     # per entry.
@@ -138,28 +136,28 @@ def entry_gradients(x, y, y_lost, scale, terms, g, asked: tl.constexpr, HAS_RATI
     p = tl.exp2(log2_p)
     d = x
     q = x
-    rise = x
+    q_minus_p = x
     if asked.kl or asked.ref_kl:
-        difference, lost = subtract(y, x, asked.exact)
+        difference, lo = subtract(y, x, asked.compensated)
         if HAS_RATIO:
-            lost = lost + y_lost
-        d = centred(difference, lost, scale, terms.centre, asked.exact)
-        if asked.exact:
-            d = d - terms.lost_centre
+            lo = lo + y_lo
+        d = centred(difference, lo, scale, terms.centre, asked.compensated)
+        if asked.compensated:
+            d = d - terms.centre_lo
     if (asked.wrt_p and asked.ref_kl) or asked.wrt_q:
         q = tl.exp2(tl.fma(y, scale * LOG2E, -terms.lse_q))
         true_p = p * terms.factor_p
-        # Two rounded products: of equal rows they are equal, and the gradient is exactly 0.
-        rise = q * terms.factor_q - true_p
-        if asked.exact and (asked.kl or asked.ref_kl):
+        # No fma: of equal rows the rounded products are equal, and the gradient is exactly 0.
+        q_minus_p = q * terms.factor_q - true_p
+        if asked.compensated and (asked.kl or asked.ref_kl):
             # The difference of two rounded probabilities loses the digits of a small log q - log p.
-            log_q_over_p = tl.fma(difference, scale, -terms.ratio) + tl.fma(
-                lost, scale, -terms.lost_ratio
+            log_q_over_p = tl.fma(difference, scale, -terms.lse_gap) + tl.fma(
+                lo, scale, -terms.lse_gap_lo
             )
             near = true_p * tl.fma(
-                log_q_over_p * log_q_over_p, expm1_over_square(log_q_over_p), log_q_over_p
+                log_q_over_p * log_q_over_p, h_over_square(log_q_over_p), log_q_over_p
             )
-            rise = tl.where(tl.abs(log_q_over_p) < SMALL_D, near, rise)
+            q_minus_p = tl.where(tl.abs(log_q_over_p) < SMALL_D, near, q_minus_p)
     grad_x = x
     grad_y = x
     if asked.wrt_p:
@@ -171,10 +169,10 @@ def entry_gradients(x, y, y_lost, scale, terms, g, asked: tl.constexpr, HAS_RATI
             bracket = tl.fma(d - terms.mean_p_d, -weight * g.kl, bracket)
         grad_x = p * bracket
         if asked.entropy or asked.kl:
-            # An entry without probability has no gradient, also where its logarithm is infinite.
+            # An entry without probability has no gradient, even where its logarithm is infinite.
             grad_x = tl.where(p == 0.0, 0.0, grad_x)
         if asked.ref_kl:
-            grad_x = tl.fma(rise, -scale * g.ref_kl, grad_x)
+            grad_x = tl.fma(q_minus_p, -scale * g.ref_kl, grad_x)
     if asked.wrt_q:
         if asked.ref_logprob or asked.ref_kl:
             weight = scale * terms.factor_q
@@ -183,9 +181,9 @@ def entry_gradients(x, y, y_lost, scale, terms, g, asked: tl.constexpr, HAS_RATI
                 bracket = tl.fma(d - terms.mean_q_d, weight * g.ref_kl, bracket)
             grad_y = tl.where(q == 0.0, 0.0, q * bracket)
             if asked.kl:
-                grad_y = tl.fma(rise, scale * g.kl, grad_y)
+                grad_y = tl.fma(q_minus_p, scale * g.kl, grad_y)
         else:
-            grad_y = rise * (scale * g.kl)
+            grad_y = q_minus_p * (scale * g.kl)
     return grad_x, grad_y
 
 
@@ -222,8 +220,8 @@ def write_tile(
         offs = (first_group + i * THREADS + thread) * LANES + lane
         x = soft_cap(xs[i], reading.softcap, place.p_block.dtype.element_ty)
         capped_y = soft_cap(ys[i], reading.ref_softcap, place.q_block.dtype.element_ty)
-        y, y_lost = scale_reference(capped_y, place.ratio, reading.ratio)
-        grad_x, grad_y = entry_gradients(x, y, y_lost, place.scale, terms, g, asked, reading.ratio)
+        y, y_lo = scale_reference(capped_y, place.ratio, reading.ratio)
+        grad_x, grad_y = entry_gradients(x, y, y_lo, place.scale, terms, g, asked, reading.ratio)
         if reading.softcap > 0.0:
             grad_x = grad_x * soft_cap_slope(x, reading.softcap)
         if reading.ref_softcap > 0.0:

@@ -1,9 +1,10 @@
-"""Reading a row in 16-byte blocks, wherever it starts, so that the sums over it keep their bits.
+"""Reads a row in 16-byte blocks wherever it starts, in an order of addition that alignment does not
+change.
 
-A row that does not start on a 16-byte boundary (V or a stride not divisible by 8, a slice) is read
-in the aligned blocks of the memory around it. Group g is the row's logical elements g·LANES …
-g·LANES + LANES - 1: they lie in block g from lane `pad` on and in block g + 1 before it, so a
-select by lane puts a whole group into one thread, its lanes rotated by `pad`. Sums over lanes
+A row that does not start on a 16-byte boundary (V or a stride that is no multiple of a block, a
+slice) is read in the aligned blocks of the memory around it. Group g is the row's logical elements
+g·LANES … g·LANES + LANES - 1: they lie in block g from lane `pad` on and in block g + 1 before it,
+so a select by lane puts a whole group into one thread, its lanes rotated by `pad`. Sums over lanes
 (lane_sum) are built as a tree that a rotation leaves unchanged to the bit: a row gives the same
 result at any alignment, hence at any position of a batch.
 """
@@ -26,10 +27,10 @@ def row_offset(row, n_inner, stride_outer, stride_inner):
 
 
 @triton.jit
-def row_scale(temperature_ptr, temperature, row, there, TEMPERATURE_PER_ROW: tl.constexpr):
-    """1/T of a row, or of several, where they are there. Returns NaN outside 2^-126 … 2^126."""
+def row_scale(temperature_ptr, temperature, row, mask, TEMPERATURE_PER_ROW: tl.constexpr):
+    """Return 1/T of a row or of a vector of rows, 1 where masked; NaN outside 2^-126 … 2^126."""
     if TEMPERATURE_PER_ROW:
-        temperature = tl.load(temperature_ptr + row, mask=there, other=1.0)
+        temperature = tl.load(temperature_ptr + row, mask=mask, other=1.0)
     scale = tl.div_rn(1.0, tl.cast(temperature, tl.float32))
     return tl.where(
         (scale >= 1 / LARGEST_TEMPERATURE) & (scale <= LARGEST_TEMPERATURE), scale, float("nan")
@@ -37,10 +38,10 @@ def row_scale(temperature_ptr, temperature, row, there, TEMPERATURE_PER_ROW: tl.
 
 
 @triton.jit
-def row_ratio(ratio_ptr, row, there, HAS_RATIO: tl.constexpr):
-    """The inverse temperature of Q over that of P of a row, or of several, where they are there."""
+def row_ratio(ratio_ptr, row, mask, HAS_RATIO: tl.constexpr):
+    """Return the inverse temperature of Q over that of P, of a row or of a vector of rows."""
     if HAS_RATIO:
-        return tl.load(ratio_ptr + row, mask=there, other=1.0)
+        return tl.load(ratio_ptr + row, mask=mask, other=1.0)
     else:
         return tl.full([], 1.0, tl.float32)
 
@@ -50,20 +51,20 @@ def entry_difference(
     p_row,
     q_row,
     index,
-    there,
+    mask,
     ratio,
     SOFTCAP: tl.constexpr,
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
 ):
-    """y - x of one entry of a row, or of several rows."""
+    """Return y - x of one entry of a row or of a vector of rows."""
     x = soft_cap(
-        tl.load(p_row + index, mask=there, other=0.0).to(tl.float32),
+        tl.load(p_row + index, mask=mask, other=0.0).to(tl.float32),
         SOFTCAP,
         p_row.dtype.element_ty,
     )
     y = soft_cap(
-        tl.load(q_row + index, mask=there, other=0.0).to(tl.float32),
+        tl.load(q_row + index, mask=mask, other=0.0).to(tl.float32),
         REF_SOFTCAP,
         q_row.dtype.element_ty,
     )
@@ -75,30 +76,28 @@ def row_shift(
     p_row,
     q_row,
     V,
-    there,
+    mask,
     ratio,
     SOFTCAP: tl.constexpr,
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
 ):
-    """A whole number near the median difference of three entries of a row, or of several: near the
-    constant between the tensors, if there is one.
+    """Return a whole number near the median of y - x at three entries: near the constant between
+    the tensors, if there is one; 0 where it is large or not finite.
 
     Subtract it before accumulating: with Q = P + 50, float32 differences would be rounded at the
-    magnitude of 50. A near value keeps most digits; 0 where the rows are far apart or not finite.
+    magnitude of 50. An approximate shift is enough.
     """
-    a = entry_difference(p_row, q_row, V // 4, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    b = entry_difference(p_row, q_row, V // 2, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    c = entry_difference(
-        p_row, q_row, V - 1 - V // 4, there, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO
-    )
+    a = entry_difference(p_row, q_row, V // 4, mask, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    b = entry_difference(p_row, q_row, V // 2, mask, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    c = entry_difference(p_row, q_row, V - 1 - V // 4, mask, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     shift = tl.floor(tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c)) + 0.5)
     return tl.where(tl.abs(shift) < LARGEST_SHIFT, shift, 0.0)
 
 
 @triton.jit
 def row_pad(row_ptr):
-    """How many elements lie between the last 16-byte boundary and the row's first element."""
+    """Count the elements between the last 16-byte boundary and the row's first element."""
     return (row_ptr.to(tl.int64) % 16).to(tl.int32) // (
         row_ptr.dtype.element_ty.primitive_bitwidth // 8
     )
@@ -138,11 +137,11 @@ def or_lanes(bits):
 
 
 @triton.jit
-def prefetch(ptr, length, on):
-    """Bring `length` elements from the 16-byte boundary at or before ptr on into L2 if `on` is 1:
-    one instruction of sm_90 and later.
+def prefetch(ptr, length, enabled):
+    """Prefetch `length` elements into L2, from the 16-byte boundary at or before ptr, if `enabled`
+    is 1: one instruction of sm_90 and later.
     """
-    size = length * (ptr.dtype.element_ty.primitive_bitwidth // 8) // 16 * 16 * on
+    size = length * (ptr.dtype.element_ty.primitive_bitwidth // 8) // 16 * 16 * enabled
     tl.inline_asm_elementwise(
         "{ .reg .pred any; .reg .b64 start; and.b64 start, $1, -16; setp.gt.s32 any, $2, 0;"
         " @any cp.async.bulk.prefetch.L2.global [start], $2; mov.u32 $0, 0; }",
@@ -181,27 +180,29 @@ def widen(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_group(
-    block_ptr, group, pad, V, REALIGN: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr
+    block_ptr, group, pad, remaining, REALIGN: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr
 ):
-    """float32 [THREADS, LANES]: the row's groups `group` [THREADS, 1]; block_ptr is the 16-byte
-    boundary at or before the row's start.
+    """Return float32 [THREADS, LANES]: the groups numbered `group` [THREADS, 1] of a row; block_ptr
+    is the 16-byte boundary at or before its start, `remaining` its length.
 
-    EDGE groups may reach past the row: lanes beyond V hold anything. A block is read only if it
+    EDGE groups may reach past the row, where lanes are unspecified. A block is read only if it
     holds an element of the row.
     """
     DTYPE: tl.constexpr = block_ptr.dtype.element_ty
     words_ptr = tl.multiple_of(block_ptr.to(tl.pointer_type(tl.int32)), 16)
     offs_w = group * 4 + tl.arange(0, 4)[None, :]
     if EDGE:
-        words = tl.load(words_ptr + offs_w, mask=group * LANES - pad < V, other=0)
+        words = tl.load(words_ptr + offs_w, mask=group * LANES - pad < remaining, other=0)
     else:
         words = tl.load(words_ptr + offs_w)
     if REALIGN:
-        # Without a pad there is no next block to read: the same one again, all of it deselected.
+        # Without a pad no next block is needed: read the own block again and select nothing of it.
         next_ptr = tl.multiple_of(words_ptr + tl.where(pad > 0, 4, 0), 16)
         own = select_mask(pad, LANES)
         if EDGE:
-            following = tl.load(next_ptr + offs_w, mask=(group + 1) * LANES - pad < V, other=0)
+            following = tl.load(
+                next_ptr + offs_w, mask=(group + 1) * LANES - pad < remaining, other=0
+            )
         else:
             following = tl.load(next_ptr + offs_w)
         words = (words & own) | (following & ~own)
@@ -209,50 +210,39 @@ def load_group(
 
 
 @triton.jit
-def load_lane(row_ptr, group, pad, V, EDGE: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr):
+def load_lane(
+    row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr
+):
     """float32 [THREADS]: one lane of each group."""
     offs_v = tl.reshape(group, [group.shape[0]]) * LANES + (LANE + LANES - pad) % LANES
     if EDGE:
-        return tl.load(row_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
+        return tl.load(row_ptr + offs_v, mask=offs_v < remaining, other=0.0).to(tl.float32)
     else:
         return tl.load(row_ptr + offs_v).to(tl.float32)
 
 
 @triton.jit
-def load_elements(row_ptr, group, pad, V, EDGE: tl.constexpr, LANES: tl.constexpr):
-    """float32 [THREADS, LANES]: the groups of a tensor that cannot be read in the other's blocks,
-    element by element.
+def load_lanes(
+    row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr
+):
+    """float32 [THREADS, 2]: a lane of each group and the one LANES/2 further."""
+    return tl.join(
+        load_lane(row_ptr, group, pad, remaining, EDGE, LANES, LANE),
+        load_lane(row_ptr, group, pad, remaining, EDGE, LANES, LANE + LANES // 2),
+    )
+
+
+@triton.jit
+def load_elements(row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.constexpr):
+    """Return float32 [THREADS, LANES]: groups of a tensor that is aligned differently from the
+    other, read element by element.
 
     One load per lane, joined inside each thread: the layout stays that of load_group, and with it
     the order of every sum.
     """
-    THREADS: tl.constexpr = group.shape[0]
-    if LANES == 4:
-        even = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 0),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 2),
-        )
-        odd = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 1),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 3),
-        )
-    else:
-        zero = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 0),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 4),
-        )
-        one = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 1),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 5),
-        )
-        two = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 2),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 6),
-        )
-        three = tl.join(
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 3),
-            load_lane(row_ptr, group, pad, V, EDGE, LANES, 7),
-        )
-        even = tl.join(zero, two)
-        odd = tl.join(one, three)
-    return tl.reshape(tl.join(even, odd), [THREADS, LANES])
+    even = load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 0)
+    odd = load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 1)
+    if LANES == 8:
+        even = tl.join(even, load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 2))
+        odd = tl.join(odd, load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 3))
+    return tl.reshape(tl.join(even, odd), [group.shape[0], LANES])

@@ -1,13 +1,12 @@
-"""The sums of a segment of a row: one read of the logits, a tile at a time, by the warp of a
-program.
+"""The sums of a segment of a row: one read of the logits, a tile at a time, by one warp.
 
-Origin and centre are uniform over the threads. The values of a tile alone select one of three
-paths:
-    near:     every |d| < 1 and no new peak, as in nearly all tiles of a policy near its reference:
-              a polynomial for expm1(d) - d;
-    general:  no new peak: a second exponential where |d| is large;
-    anchor:   the tile might raise the weight about this centre more than eightfold: move origin
-              and centre, then read it again.
+Origin and centre are uniform over the threads. A tile takes one of three paths, which the row's
+data alone select:
+    near:     every |d| < 1 and the weight within its limit, as in nearly all tiles of a policy near
+              its reference: a polynomial for h(d);
+    general:  the weight within its limit: a second exponential where |d| is large; anchor:   some
+    thread's weight exceeds its limit, so that the weight about this centre might grow
+              more than eightfold: move origin and centre, then take the tile again.
 The centre is always the mean of d over at least an eighth of the weight: sums about a distant
 centre would lose their digits when the centre moves.
 """
@@ -24,20 +23,25 @@ from .row_math import (
     LARGEST_FAR_D,
     LOG2E,
     LOWEST,
-    NO_WEIGHT,
-    OUTWEIGHS,
+    LOWEST_EXPONENT,
+    REANCHOR_GROWTH,
     SMALL_D,
     State,
     centred,
     recentre,
     rescale,
 )
-from .row_tile import D_SCALE, load_tile
+from .row_tile import D_FACTOR, load_tile
+
+# Paths of a tile, in order of precedence.
+NEAR = tl.constexpr(0)
+GENERAL = tl.constexpr(1)
+ANCHOR = tl.constexpr(2)
 
 
 class Weights(NamedTuple):
-    """A tile about the present origin and centre: e and D_SCALE·d as tuples, each thread's sum of
-    e, and lane_A with the tile added.
+    """A tile about the present origin and centre: e and D_FACTOR·d as tuples, each thread's sum of
+    e (share), and lane_A with the tile added.
     """
 
     e: tl.tuple
@@ -49,9 +53,9 @@ class Weights(NamedTuple):
 class Running(NamedTuple):
     """The sums of a segment so far.
 
-    Scalars: origin; centre, times D_SCALE. Vectors [threads]: S; limit: the S that re-anchors;
-    largest: a bound of |y - x|·scale less the row's shift, times D_SCALE. [threads, lanes]: A, 2·W,
-    2·U and 4·R.
+    Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
+    exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR. [threads, lanes]:
+    A, 2·W, 2·U and 4·R.
     """
 
     origin: tl.tensor
@@ -78,7 +82,7 @@ def empty_sums(tiling: tl.constexpr):
         zero,
         zeros,
         zeros,
-        zeros + D_SCALE,
+        zeros + D_FACTOR,
         lanes,
         lanes,
         lanes,
@@ -87,8 +91,8 @@ def empty_sums(tiling: tl.constexpr):
 
 
 @triton.jit
-def near_expm1(d):
-    """2·(expm1(d) - d)/(D_SCALE·d)² for |d| < 1, from D_SCALE·d; minimax polynomial, relative error
+def h_near(d):
+    """Return 2·h(d)/(D_FACTOR·d)² for |d| < 1, from D_FACTOR·d; minimax polynomial, relative error
     1.6e-6.
     """
     series = tl.fma(d, 0.00019977660849690437 / 64, 0.0014262537006288767 / 32)
@@ -99,41 +103,49 @@ def near_expm1(d):
 
 
 @triton.jit
-def general_expm1(d):
-    """2·(expm1(d) - d) and (D_SCALE·d)², from D_SCALE·d; relative error 3e-6, from the polynomial
-    of expm1_over_square where d is small.
+def h_general(d):
+    """Return 2·h(d) and (D_FACTOR·d)², from D_FACTOR·d; relative error 3e-6, by the polynomial of
+    h_over_square where d is small.
     """
     square = d * d
     series = tl.fma(d, 0.008337464183568954 / 16, 0.04175350069999695 / 8)
     series = tl.fma(d, series, 0.16666695475578308 / 4)
     series = tl.fma(d, series, 0.4999993145465851 / 2)
-    beyond = tl.fma(tl.exp2(d * (LOG2E / D_SCALE)), 2.0, -2.0) - d
-    return tl.where(tl.abs(d) < SMALL_D * D_SCALE, square * series, beyond), square
+    beyond = tl.fma(tl.exp2(d * (LOG2E / D_FACTOR)), 2.0, -2.0) - d
+    return tl.where(tl.abs(d) < SMALL_D * D_FACTOR, square * series, beyond), square
 
 
 @triton.jit
 def weigh(
-    s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, CLAMP: tl.constexpr, EDGE: tl.constexpr
+    sums,
+    tile,
+    row,
+    GROUPS: tl.constexpr,
+    want: tl.constexpr,
+    CLAMP: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """The Weights of a tile. Without CLAMP, a finite logit so low that its exponent overflows makes
     lane_A NaN.
     """
     es = ()
     ds = ()
-    lane_A = s.lane_A
+    lane_A = sums.lane_A
     for g in tl.static_range(GROUPS):
-        exponent = tl.fma(tile.x[g], row.scale2, -s.origin)
+        exponent = tl.fma(tile.x[g], row.scale_log2, -sums.origin)
         e = tl.exp2(exponent)
         d = e
         if want.kl:
-            d = centred(tile.difference[g], tile.lost[g], row.doubled_scale, s.centre, want.exact)
+            d = centred(
+                tile.difference[g], tile.lo[g], row.doubled_scale, sums.centre, want.compensated
+            )
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
             if want.kl:
                 d = tl.where(tile.inside[g], d, 0.0)
         if want.entropy:
             if CLAMP:
-                exponent = tl.maximum(exponent, NO_WEIGHT)
+                exponent = tl.maximum(exponent, LOWEST_EXPONENT)
             lane_A = tl.fma(e, exponent, lane_A)
         es += (e,)
         ds += (d,)
@@ -145,56 +157,56 @@ def weigh(
 
 
 @triton.jit
-def path_of(s, weights, GROUPS: tl.constexpr, want: tl.constexpr):
-    """The path that a tile takes: 0 near, 1 general, 2 anchor."""
-    path = tl.where(s.S + weights.share > s.limit, 2, 0)
+def path_of(sums, weights, GROUPS: tl.constexpr, want: tl.constexpr):
+    """Select the path of a tile."""
+    path = tl.where(sums.S + weights.share > sums.limit, ANCHOR, NEAR)
     if want.kl:
         bits = weights.d[0].to(tl.int32, bitcast=True)
         for g in tl.static_range(1, GROUPS):
             bits = bits | weights.d[g].to(tl.int32, bitcast=True)
         path = tl.maximum(path, (or_lanes(bits) >> 30) & 1)
     else:
-        path = tl.maximum(path, 1)
+        path = tl.maximum(path, GENERAL)
     return tl.max(path, 0)
 
 
 @triton.jit
-def state_of(s, want: tl.constexpr):
-    """The state of each thread [threads], summed over its lanes; its centre is not scaled."""
-    A = s.S * 0.0
-    W = A
-    U = A
-    R = A
-    if want.entropy:
-        A = lane_sum(s.lane_A)
-    if want.kl:
-        W = lane_sum(s.lane_W) * (1.0 / D_SCALE)
-        U = lane_sum(s.lane_U) * 0.5
-    if want.reverse:
-        R = lane_sum(s.lane_R) * 0.25
-    return State(s.origin, s.S, A, W, U, R, s.centre * (1.0 / D_SCALE))
+def state_of(sums, want: tl.constexpr):
+    """Return the state of each thread [threads], summed over its lanes, without D_FACTOR."""
+    zeros = sums.S * 0.0
+    return State(
+        sums.origin,
+        sums.S,
+        lane_sum(sums.lane_A) if want.entropy else zeros,
+        lane_sum(sums.lane_W) * (1.0 / D_FACTOR) if want.kl else zeros,
+        lane_sum(sums.lane_U) * 0.5 if want.kl else zeros,
+        lane_sum(sums.lane_R) * 0.25 if want.ref_kl else zeros,
+        sums.centre * (1.0 / D_FACTOR),
+    )
 
 
 @triton.jit
 def spread(z, LANES: tl.constexpr):
-    """An equal part of z [threads] in each lane, exactly: wherever a row starts, its sums are the
-    same.
+    """Divide z [threads] equally over the lanes, whose number is a power of two: nothing is
+    rounded, and no order of lanes matters.
     """
     return tl.broadcast_to((z * (1.0 / LANES))[:, None], [z.shape[0], LANES])
 
 
 @triton.jit
-def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
-    """Move the origin to the peak, if the tile holds it, and the centre to the mean of d over all
-    entries so far, this tile included.
+def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.constexpr):
+    """Raise the origin to the tile's peak if that is higher, and move the centre to the mean of d
+    over all entries so far, this tile included.
     """
-    state = state_of(s, want)
+    state = state_of(sums, want)
     peak = tl.max(tile.x[0], 1)
     for g in tl.static_range(1, GROUPS):
         peak = tl.maximum(peak, tl.max(tile.x[g], 1))
-    state = rescale(state, tl.maximum(s.origin, tl.floor(tl.max(peak, 0) * row.scale2)), want)
+    state = rescale(
+        state, tl.maximum(sums.origin, tl.floor(tl.max(peak, 0) * row.scale_log2)), want
+    )
     for g in tl.static_range(GROUPS):
-        e = tl.exp2(tl.fma(tile.x[g], row.scale2, -state.origin))
+        e = tl.exp2(tl.fma(tile.x[g], row.scale_log2, -state.origin))
         if EDGE:
             e = tl.where(tile.inside[g], e, 0.0)
         if g == 0:
@@ -211,61 +223,64 @@ def anchor(s, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.cons
     R = state.R
     centre = state.centre
     if want.kl:
-        # Round the mean difference once: on a peaked row the whole gradient is the remainder d -
-        # E_p[d] at the peak.
-        mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.doubled_scale * (1.0 / D_SCALE)
+        # Divide with one rounding: on a peaked row the whole gradient is the remainder d - E_p[d]
+        # at the peak.
+        mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.doubled_scale * (1.0 / D_FACTOR)
         delta = tl.fma(mean - centre, total, tl.sum(W, 0)) / (before + total)
-        centre = tl.where(total > before * OUTWEIGHS, mean, centre + delta)
-        # The sums move by the difference of the two rounded centres.
+        centre = tl.where(total > before * REANCHOR_GROWTH, mean, centre + delta)
+        # Recentre by the difference of the rounded centres, not by delta.
         moved = recentre(state, tl.where(state.S > 0.0, centre - state.centre, 0.0), want)
         W = moved.W
         U = moved.U
         R = moved.R
-    # The limits add up to OUTWEIGHS times the weight. Each is above the thread's S with this tile:
-    # the second read never anchors again.
-    limit = tl.fma(before + total, (OUTWEIGHS - 1.0) / shares.shape[0], state.S + shares)
-    LANES: tl.constexpr = s.lane_W.shape[1]
-    # A near tile has |d| < 1.
-    largest = tl.maximum(s.largest, tl.fma(tl.abs(centre), D_SCALE, D_SCALE))
+    # The limits add up to REANCHOR_GROWTH times the weight. Each is above the thread's S with this
+    # tile, which therefore never anchors twice.
+    limit = tl.fma(before + total, (REANCHOR_GROWTH - 1.0) / shares.shape[0], state.S + shares)
+    LANES: tl.constexpr = sums.lane_W.shape[1]
+    # Near tiles do not update `largest`: there |d| < 1.
+    largest = tl.maximum(sums.largest, tl.fma(tl.abs(centre), D_FACTOR, D_FACTOR))
     return Running(
-        state.origin, centre * D_SCALE, state.S, limit, largest,
+        state.origin, centre * D_FACTOR, state.S, limit, largest,
         spread(state.A, LANES),
-        spread(W * D_SCALE, LANES),
+        spread(W * D_FACTOR, LANES),
         spread(U * 2.0, LANES),
         spread(R * 4.0, LANES),
     )  # fmt: skip
 
 
 @triton.jit
-def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.constexpr):
-    """Add a tile to the sums; NEAR requires every |d| to be below 1."""
-    lane_W = s.lane_W
-    lane_U = s.lane_U
-    lane_R = s.lane_R
-    largest = s.largest
+def absorb(sums, weights, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEAR: tl.constexpr):
+    """Add a tile to the sums; ALL_NEAR requires every |d| to be below 1.
+
+    d and h below carry their factors: D_FACTOR·d, 2·h(d), D_FACTOR = 2.
+    """
+    lane_W = sums.lane_W
+    lane_U = sums.lane_U
+    lane_R = sums.lane_R
+    largest = sums.largest
     for g in tl.static_range(GROUPS):
         e = weights.e[g]
         if want.kl:
             d = weights.d[g]
             lane_W = tl.fma(e, d, lane_W)
-            # 2·h, h = expm1(d) - d, and 4·d·expm1(d) = 4·(d·h + d²)
-            if NEAR:
-                h = near_expm1(d)
+            # R takes 4·d·expm1(d) = 4·(d·h(d) + d²).
+            if ALL_NEAR:
+                h = h_near(d)
                 e_square = e * (d * d)
                 lane_U = tl.fma(e_square, h, lane_U)
-                if want.reverse:
+                if want.ref_kl:
                     lane_R = tl.fma(e_square, tl.fma(d, h, 1.0), lane_R)
             else:
-                largest = tl.maximum(largest, tl.max(tl.abs(d), 1) + tl.abs(s.centre))
-                h, square = general_expm1(d)
+                largest = tl.maximum(largest, tl.max(tl.abs(d), 1) + tl.abs(sums.centre))
+                h, square = h_general(d)
                 lane_U = tl.fma(e, h, lane_U)
-                if want.reverse:
+                if want.ref_kl:
                     lane_R = tl.fma(e, tl.fma(d, h, square), lane_R)
     return Running(
-        s.origin,
-        s.centre,
-        s.S + weights.share,
-        s.limit,
+        sums.origin,
+        sums.centre,
+        sums.S + weights.share,
+        sums.limit,
         largest,
         weights.lane_A,
         lane_W,
@@ -276,54 +291,55 @@ def absorb(s, weights, GROUPS: tl.constexpr, want: tl.constexpr, NEAR: tl.conste
 
 @triton.jit
 def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading: tl.constexpr):
-    """The scalar State of the first `length` entries; U is +inf if some |d| may reach LARGEST_D or
-    LARGEST_FAR_D.
+    """Return the scalar State of the first `length` entries; U is +inf if some |d| may reach
+    LARGEST_D or LARGEST_FAR_D.
     """
     GROUPS: tl.constexpr = tiling.groups
     TILE: tl.constexpr = tiling.threads * tiling.groups
-    # A row that has entropy alone never takes the near path.
+    # Without a KL there is no near path to keep short: clamp always instead of summing twice.
     CLAMP: tl.constexpr = not want.kl
-    s = empty_sums(tiling)
+    sums = empty_sums(tiling)
     group = 0
     full_end = length // tiling.lanes // TILE * TILE
     while group < full_end:
         tile = load_tile(row, group, length, GROUPS, tiling, want, reading, False)
-        weights = weigh(s, tile, row, GROUPS, want, CLAMP, False)
-        path = path_of(s, weights, GROUPS, want)
-        if path > 1:
-            # A NaN never takes this path: comparisons with NaN are false.
+        weights = weigh(sums, tile, row, GROUPS, want, CLAMP, False)
+        path = path_of(sums, weights, GROUPS, want)
+        if path > GENERAL:  # anchor
+            # A NaN never takes this path: comparisons with NaN are false. Load the tile again:
+            # keeping it for this path costs registers on the others.
             tile = load_tile(row, group, length, GROUPS, tiling, want, reading, False)
-            s = anchor(s, tile, row, GROUPS, want, False)
+            sums = anchor(sums, tile, row, GROUPS, want, False)
         else:
-            if path > 0:
-                s = absorb(s, weights, GROUPS, want, False)
+            if path > NEAR:
+                sums = absorb(sums, weights, GROUPS, want, False)
             else:
-                s = absorb(s, weights, GROUPS, want, True)
+                sums = absorb(sums, weights, GROUPS, want, True)
             group += TILE
     if want.entropy and want.kl:
-        A = tl.sum(lane_sum(s.lane_A), 0)
+        A = tl.sum(lane_sum(sums.lane_A), 0)
         if A != A:
             # A column that both tensors mask by a large finite number makes A NaN: start over with
             # exponents clamped.
-            s = empty_sums(tiling)
+            sums = empty_sums(tiling)
             group = 0
     # Less than a tile is left, or all of it: one group of each thread at a time.
     while group * tiling.lanes < length:
         tile = load_tile(row, group, length, 1, tiling, want, reading, True)
-        weights = weigh(s, tile, row, 1, want, True, True)
-        if path_of(s, weights, 1, want) > 1:
-            s = anchor(s, tile, row, 1, want, True)
+        weights = weigh(sums, tile, row, 1, want, True, True)
+        if path_of(sums, weights, 1, want) > GENERAL:  # anchor
+            sums = anchor(sums, tile, row, 1, want, True)
         else:
-            s = absorb(s, weights, 1, want, False)
+            sums = absorb(sums, weights, 1, want, False)
             group += tiling.threads
-    state = state_of(s, want)
+    state = state_of(sums, want)
     S = tl.sum(state.S, 0)
     U = tl.sum(state.U, 0)
     if want.kl:
-        limit = LARGEST_D * D_SCALE
-        if want.exact:
-            limit = tl.where(U > S * FAR_SHARE, LARGEST_FAR_D * D_SCALE, limit)
-        U = tl.where(tl.max(s.largest, 0) + tl.abs(s.centre) < limit, U, float("inf"))
+        limit = LARGEST_D * D_FACTOR
+        if want.compensated:
+            limit = tl.where(U > S * FAR_SHARE, LARGEST_FAR_D * D_FACTOR, limit)
+        U = tl.where(tl.max(sums.largest, 0) + tl.abs(sums.centre) < limit, U, float("inf"))
     return State(
         state.origin,
         S,

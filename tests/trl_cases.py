@@ -1,7 +1,5 @@
 """Tiny random models and TRL's trainers of them, a micro-batch, and the truth from full logits."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -167,7 +165,6 @@ def made(kind: type, config, *given, data=PROMPTS, callbacks=(), extra=None):
 
 
 def grpo(folder: str, kind=ExactGRPOTrainer, model=None, callbacks=(), extra=None, **options):
-    """Make a trainer; options are those of its config, extra its own."""
     config = settings(trl.GRPOConfig, folder, **options)
     return made(kind, config, model or folder, lengths, callbacks=callbacks, extra=extra)
 
@@ -234,7 +231,6 @@ def batch(old: bool = True) -> dict[str, torch.Tensor]:
 
 
 def sequence(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Concatenate prompts and completions: [ids, attention mask]."""
     parts = ("ids", "mask")
     return [
         torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1) for part in parts
@@ -242,14 +238,12 @@ def sequence(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def full_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the model's own logits of the completion tokens, float64 from there on."""
     ids, mask = sequence(inputs)
     logits = model(input_ids=ids, attention_mask=mask).logits
     return logits[:, -COMPLETION - 1 : -1].double() / TEMPERATURE
 
 
 def exact_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """Compute KL(P‖Q) per token from two log-softmaxes."""
     log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -287,7 +281,6 @@ def plain_loss(trainer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Differentiate by the parameters that require it; no backward() before adds to it."""
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     values = torch.autograd.grad(loss, named.values(), retain_graph=True)
     return dict(zip(named, values, strict=True))
@@ -322,7 +315,6 @@ def assert_loss(
 
 
 def readme_names(folder: Path) -> dict[str, object]:
-    """Collect the names that the README's lines use, with configurations of two steps."""
     paths = [tiny(folder / "student"), tiny(folder / "teacher", WIDER, seed=1)]
     for path in paths:
         tokenizer().save_pretrained(path)

@@ -1,12 +1,12 @@
 """The two engines that compute row statistics and their gradients: the kernels and the reference.
 
-Both take logits of any leading shape and strides and fill the tensors that they are given. Row
-gradients are with respect to the raw logits, before the scaling.
+Both take logits of any leading shape and strides, and write into tensors of the caller's. Row
+gradients are with respect to the raw logits, before soft caps and temperatures.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import abc
 
 import torch
 
@@ -15,15 +15,19 @@ from .fields import RowArgs, rows_of, rows_of_each
 from .problems import fused_launchers, launchers, problems
 
 
-class Engine(Protocol):
-    """Row statistics and gradients of one implementation."""
+class Engine(abc.ABC):
+    """Row statistics and gradients of one implementation.
 
-    # Whether values of tensors are checked, which costs nothing on a CPU and a wait on a GPU.
+    checks_values: whether values of tensors are checked: free on a CPU, a synchronisation on a GPU.
+    """
+
     checks_values: bool
 
+    @abc.abstractmethod
     def forward(self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
         """Fill outputs ([N] per field) and saved [N, SAVED]."""
 
+    @abc.abstractmethod
     def backward(
         self,
         args: RowArgs,
@@ -34,12 +38,24 @@ class Engine(Protocol):
     ) -> None:
         """Fill the gradients ([N, V], both with the same row stride) from upstream ones [N].
 
-        They may be the logits themselves unless the gradient of ref_kl to Q is asked for: a far row
-        is then read again.
+        They may overwrite the logits, except for the gradient of ref_kl to Q, for which a fallback
+        row is read once more.
         """
 
+    @abc.abstractmethod
     def computes_together(self, args: RowArgs, grad_p: torch.Tensor) -> bool:
-        """Whether a KL and its gradient to P take one pass; grad_p: [N, V], or of P's shape."""
+        """Return whether one pass gives a KL and its gradient to P, [N, V] or of P's shape."""
+
+    @abc.abstractmethod
+    def together(
+        self,
+        args: RowArgs,
+        kl: torch.Tensor,
+        saved: torch.Tensor,
+        weights: torch.Tensor,
+        grad_p: torch.Tensor,
+    ) -> None:
+        """Fill kl [N], saved, and the gradient of Σ weights·kl to P in one pass."""
 
     def kl_and_gradients(
         self,
@@ -50,13 +66,19 @@ class Engine(Protocol):
         grad_p: torch.Tensor | None,
         grad_q: torch.Tensor | None,
     ) -> None:
-        """Do `forward` of kl [N] and `backward` for its upstream gradients `weights` [N]."""
+        """Fill kl [N], saved, and the gradients of Σ weights·kl."""
+        if grad_p is not None and grad_q is None and self.computes_together(args, grad_p):
+            self.together(args, kl, saved, weights, grad_p)
+        else:
+            self.forward(args, {"kl": kl}, saved)
+            self.backward(args, saved, {"kl": weights}, grad_p, grad_q)
 
+    @abc.abstractmethod
     def scale(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
         """Multiply a contiguous gradient in place by a scalar tensor; 0 times anything is 0."""
 
 
-class Kernels:
+class Kernels(Engine):
     """The Triton kernels."""
 
     checks_values = False
@@ -93,22 +115,17 @@ class Kernels:
         launch = fused_launchers()
         if not launch.config.fuses(launch.architecture(args.p.device)[0]):
             return False
-        found = problems(args)
-        return len(found) == 1 and launch.fuses(found[0][1], grad_p.view(-1, grad_p.shape[-1]))
+        parts = problems(args)
+        return len(parts) == 1 and launch.fuses(parts[0][1], grad_p.view(-1, grad_p.shape[-1]))
 
-    def kl_and_gradients(
+    def together(
         self,
         args: RowArgs,
         kl: torch.Tensor,
         saved: torch.Tensor,
         weights: torch.Tensor,
-        grad_p: torch.Tensor | None,
-        grad_q: torch.Tensor | None,
+        grad_p: torch.Tensor,
     ) -> None:
-        if grad_p is None or grad_q is not None or not self.computes_together(args, grad_p):
-            self.forward(args, {"kl": kl}, saved)
-            self.backward(args, saved, {"kl": weights}, grad_p, grad_q)
-            return
         ((_, problem),) = problems(args)
         weights = weights.to(torch.float32).contiguous()
         fused_launchers().fused(problem, weights, kl, saved, grad_p)
@@ -117,41 +134,14 @@ class Kernels:
         fused_launchers().scale(gradient.view(-1), factor.reshape(1))
 
 
-class Reference:
-    """The plain torch reference, on a CPU by its leaner sums."""
+class Reference(Engine):
+    """The plain torch reference, on a CPU through cpu_rows."""
 
     checks_values = True
-
-    def forward(self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
-        reference_rows.forward(args, outputs, saved)
-
-    def backward(
-        self,
-        args: RowArgs,
-        saved: torch.Tensor,
-        upstream: dict[str, torch.Tensor],
-        grad_p: torch.Tensor | None,
-        grad_q: torch.Tensor | None,
-    ) -> None:
-        reference_rows.backward(args, saved, upstream, grad_p, grad_q)
-
-    def computes_together(self, args: RowArgs, grad_p: torch.Tensor) -> bool:
-        return reference_rows.computes_together(args)
-
-    def kl_and_gradients(
-        self,
-        args: RowArgs,
-        kl: torch.Tensor,
-        saved: torch.Tensor,
-        weights: torch.Tensor,
-        grad_p: torch.Tensor | None,
-        grad_q: torch.Tensor | None,
-    ) -> None:
-        if grad_p is None or grad_q is not None or not self.computes_together(args, grad_p):
-            self.forward(args, {"kl": kl}, saved)
-            self.backward(args, saved, {"kl": weights}, grad_p, grad_q)
-            return
-        reference_rows.kl_and_gradient(args, kl, saved, weights, grad_p)
+    forward = staticmethod(reference_rows.forward)
+    backward = staticmethod(reference_rows.backward)
+    computes_together = staticmethod(reference_rows.computes_together)
+    together = staticmethod(reference_rows.kl_and_gradient)
 
     def scale(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
         if factor == 0:

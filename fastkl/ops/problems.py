@@ -15,14 +15,16 @@ Dim = tuple[int, int, int]  # size, stride of P, stride of Q
 
 
 @functools.lru_cache(1024)
-def _merged_dims(
-    leading: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...]
-) -> tuple[tuple[Dim, ...], tuple[Dim, Dim]]:
-    """Return the leading dimensions, neighbours merged where both tensors allow it: (the outermost,
-    the last two).
+def _described(
+    shape: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...], *rest: Any
+) -> tuple[tuple[Dim, ...], tuple[Dim, Dim], Any]:
+    """Merge neighbouring dimensions where both tensors allow it; return (the outermost ones, the
+    last two, their kernels.launch.Layout).
+
+    rest: further arguments of kernels.launch.layout.
     """
     merged: list[Dim] = []
-    for size, step_p, step_q in zip(leading, p_strides, q_strides, strict=True):
+    for size, step_p, step_q in zip(shape[:-1], p_strides[:-1], q_strides[:-1], strict=True):
         if size == 1:
             continue
         if merged and merged[-1][1] == size * step_p and merged[-1][2] == size * step_q:
@@ -30,44 +32,26 @@ def _merged_dims(
         else:
             merged.append((size, step_p, step_q))
     *_, outer, inner = (1, 0, 0), (1, 0, 0), *merged
-    return tuple(merged[:-2]), (outer, inner)
+    return tuple(merged[:-2]), (outer, inner), launchers().layout(shape[-1], (outer, inner), *rest)
 
 
 def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
-    """Return (rows, kernels.launch.Problem): one for all rows (None) of up to two independent
-    strides; rows of more are taken apart along the outer dimensions.
+    """Return pairs (rows, kernels.launch.Problem): one Problem for all rows (None) if the leading
+    dimensions merge into two; otherwise one per index of the outer dimensions.
     """
-    p, q = args.p, args.q
-    other = p if q is None else q
-    outermost, dims = _merged_dims(p.shape[:-1], p.stride()[:-1], other.stride()[:-1])
-    ratio = args.scaling.ratio
-    if not isinstance(ratio, torch.Tensor) and ratio != 1:
-        ratio = torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
-        args = args._replace(scaling=args.scaling._replace(ratio=ratio))
-    if not outermost:
-        return [(None, _problem(args, p.shape[-1], dims))]
-    count = dims[0][0] * dims[1][0]
-    found: list[tuple[slice | None, Any]] = []
-    indices = itertools.product(*(range(size) for size, _, _ in outermost))
-    for at, index in enumerate(indices):
-        rows = slice(at * count, (at + 1) * count)
-        x = _starting_at(p, index, outermost, 1)
-        y = None if q is None else _starting_at(q, index, outermost, 2)
-        found.append((rows, _problem(args.at(rows, x, y), p.shape[-1], dims)))
-    return found
-
-
-def _problem(args: RowArgs, vocabulary: int, dims: tuple[Dim, Dim]) -> Any:
-    launch = launchers()
     p, q, tokens, mask, temperature, (softcap, ref_softcap, ratio) = args
-    temperatures, number = None, temperature
-    if isinstance(temperature, torch.Tensor):
-        temperatures, number = temperature, 1.0
-    ratios = ratio if isinstance(ratio, torch.Tensor) else None
-    layout = launch.layout(
-        vocabulary,
-        dims,
-        (p.data_ptr() % launch.ADDRESSES, 0 if q is None else q.data_ptr() % launch.ADDRESSES),
+    launch, other = launchers(), p if q is None else q
+    temperatures = temperature if isinstance(temperature, torch.Tensor) else None
+    ratios = None
+    if isinstance(ratio, torch.Tensor):
+        ratios = ratio
+    elif ratio != 1:
+        ratios = torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
+    outermost, dims, layout = _described(
+        p.shape,
+        p.stride(),
+        other.stride(),
+        (p.data_ptr() % launch.ADDRESSES, other.data_ptr() % launch.ADDRESSES),
         p.device,
         (
             p.dtype,
@@ -79,12 +63,25 @@ def _problem(args: RowArgs, vocabulary: int, dims: tuple[Dim, Dim]) -> Any:
         (softcap, ref_softcap),
         ratios is not None,
     )
-    return launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratios)
+    if not outermost:
+        number = 1.0 if temperatures is not None else temperature
+        problem = launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratios)
+        return [(None, problem)]
+    count = dims[0][0] * dims[1][0]
+    parts: list[tuple[slice | None, Any]] = []
+    indices = itertools.product(*(range(size) for size, _, _ in outermost))
+    for at, index in enumerate(indices):
+        rows = slice(at * count, (at + 1) * count)
+        x = _part(p, index, outermost, dims, 1)
+        y = None if q is None else _part(q, index, outermost, dims, 2)
+        ((_, problem),) = problems(args.at(rows, x, y))
+        parts.append((rows, problem))
+    return parts
 
 
 @functools.cache
 def launchers() -> ModuleType:
-    """Return kernels.launch, imported at its first use: it needs Triton."""
+    """Return kernels.launch, imported at first use because it needs Triton."""
     from ..kernels import launch
 
     return launch
@@ -98,11 +95,17 @@ def fused_launchers() -> ModuleType:
     return launch_fused
 
 
-def _starting_at(
-    logits: torch.Tensor, index: tuple[int, ...], dims: tuple[Dim, ...], which: int
+def _part(
+    logits: torch.Tensor,
+    index: tuple[int, ...],
+    outermost: tuple[Dim, ...],
+    dims: tuple[Dim, Dim],
+    which: int,
 ) -> torch.Tensor:
-    """Return the same storage from an index of the outermost dimensions on: the kernels take a
-    pointer and strides.
-    """
-    offset = sum(i * dim[which] for i, dim in zip(index, dims, strict=True))
-    return logits.as_strided((1,), (1,), logits.storage_offset() + offset)
+    """Return the view [outer, inner, V] at an index of the outermost dimensions."""
+    offset = sum(i * dim[which] for i, dim in zip(index, outermost, strict=True))
+    return logits.as_strided(
+        (dims[0][0], dims[1][0], logits.shape[-1]),
+        (dims[0][which], dims[1][which], logits.stride(-1)),
+        logits.storage_offset() + offset,
+    )

@@ -266,6 +266,16 @@ def few_far_entries() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y + 0.3
 
 
+def masked_peaks() -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Each side masks other entries, P also Q's peak: E_q[d] relative to the peak exceeds float32,
+    the gradients do not.
+    """
+    x, y = noise(2, 300), noise(4, 300)[2:]
+    y[:, 0] = 3.0
+    x[:, :12], y[:, 200:] = -BIG, -BIG
+    return x, y, 0.7
+
+
 # Row 0: a mask of finfo.min in Q that P has 1e-15 of.
 OF_TEMPERATURES = (
     torch.tensor([[0.0, -35.0, -1.0], [1e-30, 0.0, 2e-30]]),
@@ -281,6 +291,7 @@ SINGLE = {
     # The ends of the range of temperatures.
     **{f"T={t:.3g}": (*OF_TEMPERATURES, t) for t in (2.0**-126, 1e-30, 0.01, 1e30, 2.0**126)},
     # The log-probability of an entry that both mask is finite wherever float32 can hold it.
+    "masked peaks": masked_peaks(),
     **{f"a masked token, T={t}": (*MASKED, t) for t in (1.0, 1.3, 2.0)},
     # q = -inf makes KL infinite where float64's p is above 0: up to 745 nats below the log-sum-exp.
     **{

@@ -26,7 +26,6 @@ GROUPS = (
     (
         "test_torch",
         "test_linear_ops",
-        "test_linear_heads",
         "test_linear_penalty",
         "test_linear_checks",
     ),

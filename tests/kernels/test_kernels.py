@@ -356,7 +356,12 @@ def test_slow_path_rows_are_those_that_row_finish_marks(kernels, monkeypatch) ->
     from fastkl.kernels import row_finish, row_math
 
     limits = row_finish.LARGE_KL, row_finish.LARGEST_DIFFERENCE
-    limits += row_math.LARGEST_D, row_math.LARGEST_FAR_D, row_math.FAR_SHARE, row_math.LARGEST_LSE
+    limits += (
+        row_math.LARGEST_D,
+        row_math.LARGEST_FAR_D,
+        row_math.FAR_SHARE,
+        row_math.LARGEST_LOG2_SUM,
+    )
     assert [limit.value for limit in limits] == [
         *(divergence.ONE_PASS_KL, divergence.ONE_PASS_DIFFERENCE),
         *(divergence.ONE_PASS_D, divergence.ONE_PASS_FAR_D),
@@ -371,7 +376,7 @@ def test_slow_path_rows_are_those_that_row_finish_marks(kernels, monkeypatch) ->
     p[11, 0], q[11, 1] = p[11].max() + 3.0, q[11].max() + 12.0
     q[12, p[12].argmax()] += 30.0
     expected = fastkl.slow_path_rows(p, q)
-    monkeypatch.setattr(launch, "READ_AGAIN", False)
+    monkeypatch.setattr(launch, "RUN_FALLBACK", False)
     tokens = torch.zeros(13, dtype=torch.long, device=p.device)
     assert torch.equal(cases.forward("triton", Rows(p, q, tokens)).saved[:, 0].isnan(), expected)
     assert expected.nonzero()[:, 0].tolist() == [1, 2, 3, 4, 5, 7, 9, 11, 12]

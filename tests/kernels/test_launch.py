@@ -15,7 +15,7 @@ from fastkl.kernels import config, launch
 from fastkl.ops import problems
 from fastkl.ops.fields import FIELDS, Scaling
 
-CACHES = (launch.layout, launch._forward_plan, launch._backward_plan, problems._merged_dims)
+CACHES = (launch.layout, launch._forward_plan, launch._backward_plan, problems._described)
 SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
 
 
