@@ -74,7 +74,6 @@ def dataset(**columns: list) -> Dataset:
 
 
 def examples() -> Dataset:
-    """Prompts with completions of different lengths, as DataCollatorForChatML takes them."""
     generator = torch.Generator().manual_seed(3)
     sizes = [(4, 6), (2, 3), (3, 5), (4, 1)] * 2
     return dataset(
@@ -91,7 +90,6 @@ EXAMPLES = examples()
 
 
 def tiny(folder: Path, config=None, seed: int = 0, **keywords) -> str:
-    """Save a random model, a Llama by default, to a folder, from which TRL loads it."""
     torch.manual_seed(seed)
     made_from = transformers.AutoModelForCausalLM.from_config
     made_from(config or transformers.LlamaConfig(**SIZES), **keywords).save_pretrained(folder)
@@ -256,8 +254,7 @@ def k3_of(kl: torch.Tensor) -> torch.Tensor:
     """Solve e^x - x - 1 = kl for x ≥ 0: with it as ref_logp - logp, TRL's own estimate is kl."""
     x = (2 * kl).sqrt().clamp(max=2.0)
     for _ in range(50):
-        step = (torch.expm1(x) - x - kl) / torch.expm1(x).clamp(min=1e-12)
-        x = (x - step).clamp(min=0)
+        x = (x - ((torch.expm1(x) - x - kl) / torch.expm1(x).clamp(min=1e-12))).clamp(min=0)
     return x
 
 
@@ -287,7 +284,6 @@ def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Ten
 
 
 def assert_same(got: dict, expected: dict, tolerance: float = 2 * ROUNDING) -> None:
-    """Compare gradients in relative L2 norm: backward has as many additions as forward."""
     assert got.keys() == expected.keys() and any(bool(value.any()) for value in expected.values())
     for name, value in expected.items():
         assert float((got[name] - value).norm()) <= tolerance * float(value.norm()), name
