@@ -59,6 +59,7 @@ def test_digits_near_zero(kind, size, shift) -> None:
     p, q = testing.pair(kind, 8, 4001, size, shift=shift)
     exact = testing.truth(p, q)
     result = reference.row_statistics(p, q)
+    testing.assert_kl(reference.row_statistics(q, p).kl, exact.ref_kl, "kl of the other order")
     assert result.kl.dtype == torch.float32
     testing.assert_kl(result.kl, exact.kl, "kl")
     testing.assert_kl(result.ref_kl, exact.ref_kl, "ref_kl")
@@ -74,6 +75,14 @@ def test_identical_rows_give_exactly_zero(shift) -> None:
     assert not bool(result.kl.any()) and not bool(result.ref_kl.any())
     grads = torch.autograd.grad((result.kl + result.ref_kl).sum(), leaves)
     assert float(torch.stack(grads).abs().max()) <= (0.0 if shift == 0.0 else 1e-7)
+
+
+def test_rows_that_float32_does_not_hold() -> None:
+    """8 nats in one direction alone, and an entry without probability far away."""
+    p, q = torch.zeros(4, V), torch.zeros(4, V)
+    p[0, 3] = q[1, 3] = 12.0
+    p[2, 3], q[2, 3] = -1e5, -3e5
+    assert reference.row_statistics(p, q).saved[:, reference.FAR].tolist() == [1, 1, 1, 0]
 
 
 # ---- the two functions that keep the digits
@@ -151,6 +160,18 @@ def test_gradients_of_the_textbook_form(kind, fields) -> None:
         testing.assert_gradient(result, value, f"gradient of {side}", 1e-11)
     assert of_p[1] is of_q[0] is None
     assert torch.equal(of_p[0], both[0]) and torch.equal(of_q[1], both[1])
+
+
+def test_gradients_in_float32() -> None:
+    """Near rows, and a peak of P alone: there the gradient is what is left of several nats."""
+    p, q = testing.pair("normal1", 4, V, 1e-3)
+    p[:2, 3] += 12.0
+    given, ones = reference.row_statistics(p, q).saved, torch.ones(4)
+    asked = {"upstream": {"kl": ones}, "wrt_p": True, "wrt_q": True}
+    grads = reference.row_gradients(p, q, None, 1.0, given, **asked)
+    exact = testing.kl_gradients(testing.truth(p, q), ones)
+    for grad, value in zip(grads, exact, strict=True):
+        testing.assert_gradient(grad, value)
 
 
 # ---- types, blocks, special values

@@ -280,6 +280,10 @@ SINGLE = {
         for below in (80.0, 120.0, 700.0, 800.0)
         for dtype in (torch.float32, torch.bfloat16)
     },
+    "a peak of one alone": (
+        torch.tensor([[5.0, 0.0, 1.0]]),
+        torch.tensor([[-math.inf, 0.0, 1.0]]),
+    ),
     "certain tokens": certain(),
     "a peak that rounds up": rounding_up(),
     "few far entries": few_far_entries(),
@@ -303,14 +307,15 @@ def test_an_infinite_kl_that_is_left_out(implementation) -> None:
     """
     x, y = torch.zeros(1, 8), torch.zeros(1, 8)
     y[0, 3] = -math.inf
-    p, q = (side.to(implementation.device).requires_grad_() for side in (x, y))
-    stats = token_stats(p, torch.tensor([1], device=p.device), q)
-    one, zero = torch.ones(1).to(p), torch.zeros(1).to(p)
-    fields = (stats.logprob, stats.ref_logprob, stats.kl)
-    grads = torch.autograd.grad(fields, (p, q), [one, one, zero])
-    for grad, side in zip(grads, (x, y), strict=True):
-        expected = torch.nn.functional.one_hot(torch.tensor([1]), 8) - side.softmax(-1)
-        testing.assert_near(grad, expected, 1e-6, 1e-6, "gradient")
+    one, zero = torch.ones(1), torch.zeros(1)
+    for sides in ((x, y), (y, x)):
+        p, q = (testing.leaf(side.to(implementation.device)) for side in sides)
+        stats = token_stats(p, torch.tensor([1], device=p.device), q)
+        fields = (stats.logprob, stats.ref_logprob, stats.kl, stats.ref_kl)
+        grads = torch.autograd.grad(fields, (p, q), [v.to(p) for v in (one, one, zero, zero)])
+        for grad, side in zip(grads, sides, strict=True):
+            expected = torch.nn.functional.one_hot(torch.tensor([1]), 8) - side.softmax(-1)
+            testing.assert_near(grad, expected, 1e-6, 1e-6, "gradient")
 
 
 # ---- penalties and hidden states

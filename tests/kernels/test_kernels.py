@@ -302,7 +302,12 @@ def test_slow_path_rows_are_those_that_row_finish_marks(kernels, monkeypatch) ->
         *(divergence.ONE_PASS_D, divergence.ONE_PASS_FAR_D),
         *(divergence.FAR_SHARE, divergence.ONE_PASS_LSE),
     ]
-    p, q = testing.pair("normal3", 13, 300, 0.3, device=kernels.device)
+    p, q = testing.pair("normal3", 15, 300, 0.3, device=kernels.device)
+    # 8 nats in one direction alone; KL(Q‖P) far below KL(P‖Q).
+    for row, x, y in ((0, 0.0, 14.2), (13, -5.0, 10.0), (14, 0.0, -25.0)):
+        p[row], q[row] = 0.0, 0.0
+        p[row, 9], q[row, 9] = x, y
+    p[8], q[8] = p[8] + 5e6, q[8] + 5e6
     p[1, 5], q[2, 5], p[3, 7], p[4, 8] = -math.inf, -math.inf, math.nan, -1e9
     p[6, :16], q[6, :16] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
     p[11, 0], q[11, 1] = p[11].max() + 3.0, q[11].max() + 12.0
@@ -310,6 +315,13 @@ def test_slow_path_rows_are_those_that_row_finish_marks(kernels, monkeypatch) ->
     q[12, p[12].argmax()] += 30.0
     expected = fastkl.slow_path_rows(p, q)
     monkeypatch.setattr(launch, "RUN_FALLBACK", False)
-    tokens = torch.zeros(13, dtype=torch.long, device=p.device)
+    tokens = torch.zeros(15, dtype=torch.long, device=p.device)
     assert torch.equal(cases.forward("triton", Rows(p, q, tokens)).saved[:, 0].isnan(), expected)
-    assert expected.nonzero()[:, 0].tolist() == [1, 2, 3, 4, 5, 7, 9, 11, 12]
+    assert expected.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9, *range(11, 15)]
+    alone = cases.forward("triton", Rows(p[8:9], None), ("entropy",))
+    assert alone.saved[0, 0].isnan()
+    # 16-bit logits 100 apart, a temperature of 10.
+    p, q = (side.bfloat16() for side in testing.pair("normal3", 1, 300, 0.1, shift=100.0))
+    p, q = p.to(kernels.device), q.to(kernels.device)
+    saved = cases.forward("triton", Rows(p, q, None, None, 10.0), ("kl",)).saved
+    assert saved[0, 0].isnan() and fastkl.slow_path_rows(p, q, temperature=10.0)

@@ -68,7 +68,7 @@ def test_values_and_gradients(kind, size, vocabulary, dtype) -> None:
 
 def test_other_pieces() -> None:
     p, q, weights = pair("normal3", 0.1)
-    with config.override(fused=config.RowConfig(32, 1, 128, "two pieces of a sixteenth")):
+    with config.override(fused=config.RowConfig(32, 1, 64, "three pieces of a sixteenth")):
         results = fused(p, q, weights)
     torch.testing.assert_close(results, fused(p, q, weights), rtol=1e-4, atol=1e-9)
 

@@ -14,7 +14,8 @@ import torch
 from cases import Rows, assert_gradients
 
 from fastkl import testing
-from fastkl.ops.fields import FIELDS
+from fastkl.ops import engine
+from fastkl.ops.fields import FIELDS, SAVED, RowArgs
 
 pytest.importorskip("triton")
 from fastkl.kernels import config, launch
@@ -47,20 +48,22 @@ def statistics(p, q, tokens, mask=None) -> dict[str, torch.Tensor]:
     return cases.forward("triton", Rows(p, q, tokens, mask), fields).named()
 
 
-def assert_right(kernels, p, q, hidden=None, alone: bool = False) -> list[bool]:
+def assert_right(kernels, p, q, hidden=None, alone=False, temperature=1.0) -> list[bool]:
     """Compare every field (or the KL alone) and both gradients of the KL with float64; return which
     rows are fallback rows.
 
     hidden: entries [N, V] that neither tensor gives any probability.
     """
     hidden = torch.zeros(p.shape, dtype=torch.bool) if hidden is None else hidden
-    exact = testing.truth(*(side.double().masked_fill(hidden, -1e4) for side in (p, q)))
+    sides = (side.double().masked_fill(hidden, -1e4) for side in (p, q))
+    exact = testing.truth(*sides, temperature)
     tokens = p.masked_fill(hidden, -math.inf).argmax(-1)
     p, q, given = (value.to(kernels.device) for value in (p, q, tokens))
-    rows, upstream = Rows(p, q, None if alone else given), testing.upstream_for(given.float())
+    rows = Rows(p, q, None if alone else given, None, temperature)
+    upstream = testing.upstream_for(given.float())
     made = cases.run("triton", rows, {"kl": upstream}, None, ("kl",) if alone else FIELDS)
     testing.assert_stats(made.fields, exact.stats(tokens))
-    assert_gradients(made.grads, testing.kl_gradients(exact, upstream))
+    assert_gradients(made.grads, testing.kl_gradients(exact, upstream, temperature))
     return made.saved[:, 1].signbit().tolist()
 
 
@@ -169,6 +172,18 @@ def test_border_of_the_fallback(kernels, warp) -> None:
         assert_right(kernels, p, q)
         fallback = assert_right(kernels, p, q, alone=True)
     assert fallback[::3] == [False] * 2 and fallback[2::3] == [True] * 2
+    # A constant between 16-bit rows counts twice; first tiles lie far from the later centre.
+    x, y = testing.pair("normal1", 5, 2 * warp.tile + 90, 0.01, seed=2)
+    y[:4] += torch.tensor([25.0, 0.0, 0.0, -30.0])[:, None]
+    x[1:4, : warp.tile] -= torch.tensor([90.0, 50.0, 75.0])[:, None]
+    y[1:4, : warp.tile] -= 5.0
+    x[2, 5] -= 45.0
+    x[4, 5], y[4, 5] = 3.6, -16.4
+    p, q = x.to(warp.dtype), y.to(warp.dtype)
+    with warp.use():
+        assert assert_right(kernels, p[:4], q[:4]) == [False, True, True, True]
+        # One entry 20 nats away makes a KL of 0.4: too near for the digits of float32 rows alone.
+        assert assert_right(kernels, p[4:], q[4:], alone=True) == [warp.dtype == torch.float32]
 
 
 # ---- masks, peaks and short rows
@@ -183,24 +198,33 @@ def test_shared_masks(kernels, warp) -> None:
     p, q = testing.pair("normal3", len(masks), len(at), 0.1, dtype=warp.dtype)
     for row, (fill, mask) in enumerate(masks):
         p[row, mask] = q[row, mask] = fill
+    with warp.use(tile):
+        # The padding of an edge tile has no weight, in a segment of nothing too.
+        fallback = assert_right(kernels, p, q, hidden, temperature=1.7)
     with warp.use():
-        fallback = assert_right(kernels, p, q, hidden)
-        fallback[:2] = assert_right(kernels, p[:2], q[:2], hidden[:2], alone=True)
-    assert all(fill == -math.inf for (fill, _), slow in zip(masks, fallback, strict=True) if slow)
+        fallback += assert_right(kernels, p, q, hidden)
+        fallback += assert_right(kernels, p[:2], q[:2], hidden[:2], alone=True)
+        alone = cases.forward("triton", Rows(p.to(kernels.device), None), ("entropy",))
+    assert not alone.saved[:, 1].signbit().any()
+    fills = [fill for fill, _ in masks]
+    fills += [*fills, *fills[:2]]
+    assert all(fill == -math.inf for fill, slow in zip(fills, fallback, strict=True) if slow)
 
 
 def test_late_peaks_and_empty_beginnings(kernels, warp) -> None:
     tile = warp.tile
-    x, y = testing.pair("normal1", 5, 2 * tile + 50, 0.3)
+    x, y = testing.pair("normal1", 6, 2 * tile + 50, 0.3)
+    x[5, -tile // 2 - 50], y[5, -tile // 2 - 50] = 130.0, 129.0
     x[0, tile + 3] += 20
     x[1, -2] += 12
     x[2, -1], y[2, -1] = 60.0, 58.0
     hidden = torch.zeros(x.shape, dtype=torch.bool)
-    hidden[3:, : tile + 1] = True
+    hidden[3:5, : tile + 1] = True
     for side in (x, y):
         side[3, : tile + 1], side[4, : tile + 1] = -math.inf, LOWEST
     with warp.use():
-        assert_right(kernels, x.to(warp.dtype), y.to(warp.dtype), hidden)
+        fallback = assert_right(kernels, x.to(warp.dtype), y.to(warp.dtype), hidden)
+    assert not fallback[5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -259,6 +283,14 @@ def test_launches_of_a_forward(kernels, warp, monkeypatch) -> None:
     assert started == [(launch.row_forward, 7 * splits), (launch.row_fallback, 2)] * 2
     unmarked = [0, 2, 3, 4, 5]
     cases.assert_same(*([v[unmarked] for v in made.values()] for made in (results, clean)))
+
+
+def test_no_row_beyond_the_last(kernels) -> None:
+    """Programs of row_fallback look at four rows, the last one at those that there are."""
+    p, q = testing.pair("normal3", 8, 300, 0.1, device=kernels.device)
+    kl, saved = (p.new_full((8, *width), math.nan) for width in ((), (SAVED,)))
+    engine.ENGINES["triton"].forward(RowArgs(*Rows(p[:7], q[:7])), {"kl": kl[:7]}, saved[:7])
+    assert saved[7].isnan().all() and kl[7].isnan() and not saved[:7].isnan().any()
 
 
 @pytest.mark.parametrize(("p_type", "q_type"), [(*DTYPES.values(),), (*DTYPES.values(),)[::-1]])

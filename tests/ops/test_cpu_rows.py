@@ -97,6 +97,7 @@ def test_bits_of_gradients_with_two_threads(two_threads, vocabulary, compute) ->
 def test_which_rows_are_left_to_the_definition() -> None:
     kinds = outcome(mixed(torch.float32)).saved[:, reference.FAR]
     assert (kinds <= 1).nonzero()[:, 0].tolist() == [7, 10, 11, 12, 13]
+    assert kinds[[7, 10, 11, 12, 13]].tolist() == [0, 1, 0, 1, 1], "-inf in both is not far"
 
 
 @pytest.mark.parametrize("size", [0.4999, 0.5, 0.9999, 1.0, 15.9])
