@@ -7,7 +7,6 @@ Without a GPU the gpu tests are skipped; FASTKL_REQUIRE_GPU=1 turns that into a 
 """
 
 import contextlib
-import importlib.util
 import itertools
 import os
 import signal
@@ -29,6 +28,7 @@ import cases
 import torch
 
 import fastkl
+from fastkl.ops.engine import ENGINES
 
 # A shell that starts the tests in the background ignores these for them, and every command under
 # test would inherit it.
@@ -98,19 +98,16 @@ def kernels(implementation) -> Implementation:
 
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """Record the calls below the ops in order: "triton forward", "reference backward", …"""
+    """Record the calls of engines in order: "triton forward", "reference backward", …"""
     calls = []
-    modules = {"reference": "fastkl.ops.reference_rows"}
-    if importlib.util.find_spec("triton"):
-        modules["triton"] = "fastkl.kernels.launch"
-    for (name, path), step in itertools.product(modules.items(), ("forward", "backward")):
-        original = getattr(importlib.import_module(path), step)
+    for (name, engine), step in itertools.product(ENGINES.items(), ("forward", "backward")):
+        original = getattr(engine, step)
 
         def spy(*args, label=f"{name} {step}", original=original):
             calls.append(label)
             return original(*args)
 
-        monkeypatch.setattr(f"{path}.{step}", spy)
+        monkeypatch.setattr(engine, step, spy)
     return calls
 
 
