@@ -17,7 +17,7 @@ ifeq ($(shell uname -s),Linux)
 OLD_TRITON_INSTALLED := $(VENV)/triton-$(OLD_TRITON)/.installed
 endif
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test coverage mutants bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -25,6 +25,17 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) $(PEERS) $(OLD_TRITON_INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# Lines and branches of fastkl/ and kernels/ that the tests run, in the processes they start too.
+coverage: $(INSTALLED) $(PEERS)
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest $(ARGS)
+	$(VENV)/bin/coverage combine
+	$(VENV)/bin/coverage report
+
+# Half an hour: the nearest tests for each of some 100 faults. ARGS="--only merge row_load.py" runs some.
+mutants: $(INSTALLED)
+	$(VENV)/bin/python tests/mutants.py $(ARGS)
 
 # Results go to build/; without a GPU nothing is timed. Fewer rows and a smaller vocabulary than the
 # committed results have: 6 minutes at the most.

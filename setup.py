@@ -40,9 +40,10 @@ BENCH = ["pandas>=2", "matplotlib>=3.8", "networkx>=3", "pytest-benchmark>=5"]
 # Beside whom the benchmarks measure.
 PEERS = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl==1.16.*", "matplotlib>=3.8"]
 # The tests run the demo, build the package and read its annotations with mypy; Triton's interpreter
-# computes with numpy.
+# computes with numpy; `make coverage` measures the tests' processes too.
 TEST = [
     "pytest>=8",
+    "coverage>=7.10",
     *BENCH,
     *DEMO,
     "hypothesis>=6.100",

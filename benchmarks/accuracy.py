@@ -13,22 +13,28 @@ than plain torch's; 1: it is; 2: wrong use.
 import io
 import itertools
 import math
+import pickle
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import record
-from benchmarks.cases import DTYPES, Inputs
-from benchmarks.interpreted import NAMES as INTERPRETED
-from benchmarks.interpreted import interpreted_providers
+import fastkl
+from benchmarks import cases, interpreted, record, work
 from benchmarks.providers import LOADERS, load_providers
-from benchmarks.work import NotOfferedError
 from fastkl import testing
 
 DISTRIBUTIONS = ("normal 3", "normal 8", "peaked", "shift 50")
 TARGETS = tuple(10.0**exponent for exponent in range(-8, 2))
+CPU = torch.device("cpu")
+# Providers whose Triton kernels run in the interpreter: their names elsewhere, and of how many rows
+# of a pair, if not all: at V = 128256 a row of ours takes a second, one of theirs a tenth.
+INTERPRETED = {
+    "fastkl (Triton, interpreted)": ("fastkl", 2),
+    "Liger KLDIVLoss (interpreted)": ("Liger KLDIVLoss", None),
+    "Liger JSD (interpreted)": ("Liger JSD", None),
+}
 MEASURES = {"kl": "worst_relative", "gradient": "gradient_worst"}
 
 
@@ -43,7 +49,7 @@ def make_pair(distribution, dtype, target, rows, vocabulary, device):
         # As most tokens of a trained model: one entry holds nearly all of the probability.
         peaks = torch.randint(vocabulary, (rows, 1), **random)
         p.scatter_add_(1, peaks, torch.full((rows, 1), 24.0, device=device))
-    p = p.to(DTYPES[dtype])
+    p = p.to(cases.DTYPES[dtype])
     noise = torch.randn(p.shape, **random)
     shift = 50.0 if distribution == "shift 50" else 0.0
     low, high = -8.0, 3.0  # of log10 of the noise
@@ -60,41 +66,48 @@ def make_pair(distribution, dtype, target, rows, vocabulary, device):
     return p, q, exact
 
 
-def error_of(provider, p, q, exact, true_gradients, wrt="p"):
+def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
     """Return the errors of one provider on one pair, of its KL and of its gradient, or reasons.
 
-    A provider without a gradient to `wrt` is asked for the other one.
+    rows: of the pair, if not all. A provider without a gradient to `wrt` is asked for the other.
     """
     if missing := provider.why_not("kl_divergence"):
         return {"reason": missing}
-    rows = slice(provider.rows)
+    some = slice(rows)
     try:
-        kl, leaf, wrt = _run(provider, p[rows], q[rows], wrt)
+        kl, leaf, wrt = _run(provider, p[some], q[some], wrt)
     except Exception as error:  # one provider's failure must not lose the others' figures
         return {"reason": _reason(error)}
     # A row far smaller than the size in question (its KL may even be 0) belongs to another record.
-    true = exact.kl[rows]
+    true = exact.kl[some]
     relative = (kl.detach().double() - true).abs() / true.clamp_min(exact.kl.median() / 10)
-    found = {"rows": len(kl), "worst_relative": relative.max().item()}
-    found |= {"median_relative": relative.median().item(), "negative": int((kl < 0).sum())}
+    found = {
+        "rows": len(kl),
+        "negative": int((kl < 0).sum()),
+        "worst_relative": relative.max().item(),
+        "median_relative": relative.median().item(),
+    }
     try:
         (gradient,) = torch.autograd.grad(kl.sum(), leaf)
     except Exception as error:
         return {**found, "gradient_reason": _reason(error)}
-    true = getattr(true_gradients, wrt)[rows]
+    true = getattr(true_gradients, wrt)[some]
     norm = true.norm(dim=-1)
     relative = (gradient.double() - true).norm(dim=-1) / norm.clamp_min(norm.median() / 10)
-    worst, median = relative.max().item(), relative.median().item()
-    return {**found, "wrt": wrt, "gradient_worst": worst, "gradient_median": median}
+    return {
+        **found,
+        "wrt": wrt,
+        "gradient_worst": relative.max().item(),
+        "gradient_median": relative.median().item(),
+    }
 
 
 def _run(provider, p, q, wrt):
     for name in (wrt, "q" if wrt == "p" else "p"):
-        leaves = (x.detach().requires_grad_(name == key) for key, x in (("p", p), ("q", q)))
-        inputs = Inputs(*leaves, None, (), name)
+        inputs = cases.inputs_of(p.detach(), q.detach(), name, tokens=None)
         try:
-            return *provider.operations["kl_divergence"](inputs), inputs.leaf, name
-        except NotOfferedError as error:
+            return *provider.operations["kl_divergence"](inputs), *inputs.leaves, name
+        except work.NotOfferedError as error:
             refused = error
     raise refused
 
@@ -103,24 +116,41 @@ def _reason(error):
     return f"{type(error).__name__}: {error}".strip()[:2000]
 
 
-def accuracy(providers, device, sizes, wrt="p", targets=TARGETS):
+def interpreted_error(name, pickled):
+    peer, rows = INTERPRETED[name]
+    with fastkl.use_backend("triton"):
+        return error_of(*load_providers(CPU, [peer]), *pickle.loads(pickled), rows)
+
+
+def errors_of(names, providers, *pair):
+    """Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED."""
+    others = [name for name in INTERPRETED if name in names]
+    pickled = pickle.dumps(pair) if others else None
+    apart = {name: interpreted.child().submit(interpreted_error, name, pickled) for name in others}
+    found = {provider.name: error_of(provider, *pair) for provider in providers}
+    for name, future in apart.items():
+        failed = future.exception()
+        found[name] = {"reason": _reason(failed)} if failed else future.result()
+    return found
+
+
+def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
     """Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary."""
+    providers = load_providers(device, names)
     for dtype, kind, target in itertools.product(("fp32", "bf16"), DISTRIBUTIONS, targets):
         p, q, exact = make_pair(kind, dtype, target, *sizes, device)
         kl = exact.kl.median().item()
         found = {"dtype": dtype, "distribution": kind, "target": target, "kl": kl}
         if not target / 3 <= kl <= target * 3:
             # Rounding the logits to bf16 is itself a KL: below it, no pair exists.
-            why = f"rounding to {dtype} gives a KL of {kl:.1e}"
-            yield {**found, "errors": {}, "skipped": why}
+            yield {**found, "errors": {}, "skipped": f"rounding to {dtype} gives a KL of {kl:.1e}"}
             continue
-        rest = (p, q, exact, testing.kl_gradients(exact, torch.ones_like(exact.kl)), wrt)
-        # A provider in another process runs beside the others.
-        with ThreadPoolExecutor(1) as other:
-            apart = {p.name: other.submit(error_of, p, *rest) for p in providers if p.apart}
-            errors = {p.name: error_of(p, *rest) for p in providers if not p.apart}
-            errors |= {name: future.result() for name, future in apart.items()}
-        yield {**found, "errors": errors, "skipped": None}
+        true = testing.kl_gradients(exact, torch.ones_like(exact.kl))
+        yield {
+            **found,
+            "errors": errors_of(names, providers, p, q, exact, true, wrt),
+            "skipped": None,
+        }
 
 
 def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
@@ -140,15 +170,12 @@ def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
 
 
 def summary(found):
-    cells = [f"{found['dtype']:<5} {found['distribution']:<9} KL {found['target']:.0e}"]
-    cells += [found["skipped"]] if found["skipped"] else []
+    words = [f"{found['dtype']:<5} {found['distribution']:<9} KL {found['target']:.0e}"]
     for name, error in found["errors"].items():
         worst = error.get("worst_relative")
-        words = error.get("reason", "").split("\n")[0][:60] if worst is None else f"{worst:.0e}"
-        cells.append(
-            f"{name} {words}" + f" ({error.get('negative')} negative)" * bool(error.get("negative"))
-        )
-    return "  ".join(cells)
+        figure = error["reason"].split("\n")[0][:60] if worst is None else f"{worst:.0e}"
+        words.append(f"{name} {figure}" + " negative" * bool(error.get("negative")))
+    return "  ".join([*words, found["skipped"] or ""])
 
 
 def names_of(data):
@@ -162,23 +189,23 @@ def cells(data, dtype, measure):
     None where a provider failed in one of the kinds: the others alone would flatter it. A provider
     that has no figure is left out.
     """
-    key, by_size = MEASURES[measure], {}
-    for found in sorted(data["records"], key=lambda found: found["target"]):
-        if found["dtype"] == dtype:
-            by_size.setdefault(found["target"], []).append(found["errors"])
     table = {}
-    for name, (size, kinds) in itertools.product(names_of(data), by_size.items()):
-        errors = [errors[name] for errors in kinds if name in errors]
-        figures = table.setdefault(name, {})
-        figures[size] = None
-        if errors and all(key in error for error in errors):
-            worst = [float(error[key]) for error in errors]
-            figures[size] = {
-                "worst": math.nan if any(map(math.isnan, worst)) else max(worst),
-                "negative": sum(error["negative"] for error in errors),
-                "rows": sum(error["rows"] for error in errors),
-            }
+    for found in sorted(data["records"], key=lambda found: found["target"]):
+        for name, error in found["errors"].items() if found["dtype"] == dtype else ():
+            table.setdefault(name, {}).setdefault(found["target"], []).append(error)
+    table = {
+        name: {size: _worst(errors, MEASURES[measure]) for size, errors in sizes.items()}
+        for name, sizes in table.items()
+    }
     return {name: sizes for name, sizes in table.items() if any(sizes.values())}
+
+
+def _worst(errors, key):
+    if any(key not in error for error in errors):
+        return None
+    worst = [float(error[key]) for error in errors]
+    found = {name: sum(error[name] for error in errors) for name in ("negative", "rows")}
+    return {"worst": math.nan if any(map(math.isnan, worst)) else max(worst), **found}
 
 
 def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
@@ -192,8 +219,8 @@ def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
     sizes = sorted({r["target"] for r in data["records"] if r["dtype"] == dtype})
     lines = [["KL", *(column_title(data, name) for name in names)]]
     for size in (size for size in sizes if targets is None or size in targets):
-        figures = (found.get(name, {}).get(size) for name in names)
-        lines.append([power(size), *(_text(one, measure) for one in figures)])
+        figures = [_text(found.get(name, {}).get(size), measure) for name in names]
+        lines.append([power(size), *figures])
     head, *rest = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
 
@@ -212,7 +239,6 @@ def _text(figure, measure):
 
 
 def power(value):
-    """Write 1e-8 instead of 1e-08."""
     digits, _, exponent = f"{value:.0e}".partition("e")
     return f"{digits}e{int(exponent)}" if exponent else digits
 
@@ -240,17 +266,13 @@ def draw(data, path):
         panel.grid(color="#e5e5e5", linewidth=0.6)
         for name, sizes in cells(data, dtype, measure).items():
             found = {size: figures for size, figures in sizes.items() if figures}
-            heights = [
-                3e3 if math.isnan(f["worst"]) else min(max(f["worst"], 3e-8), 3e3)
-                for f in found.values()
-            ]
-            hollow = [measure == "kl" and f["negative"] > 0 for f in found.values()]
+            heights = np.nan_to_num([f["worst"] for f in found.values()], nan=3e3).clip(3e-8, 3e3)
             colour, width = colours[name], 2.2 if name.startswith("fastkl") else 1.0
             (lines[column_title(data, name)],) = panel.plot([*found], heights, colour, lw=width)
-            faces = ["white" if empty else colour for empty in hollow]
+            hollow = [measure == "kl" and f["negative"] > 0 for f in found.values()]
+            faces = np.where(hollow, "white", colour)
             panel.scatter([*found], heights, 14, faces, edgecolors=colour, zorder=3)
-    for panel in panels[-1]:
-        panel.set_xlabel("KL in nats; hollow: negative; top: infinite", fontsize=8)
+    figure.supxlabel("KL in nats; hollow: negative; top: infinite", fontsize=8)
     worst = f"worst of {data['rows']} rows of each kind, V = {data['vocabulary']}"
     figure.supylabel(f"relative error against float64, {worst}", fontsize=8)
     figure.legend(lines.values(), lines, ncols=3, fontsize=7, loc="outside lower center")
@@ -265,36 +287,35 @@ def parse(argv):
     parser = record.command_line("accuracy", __doc__.splitlines()[0])
     add = parser.add_argument
     add("--plot", type=record.output_file, metavar="FILE.png", help="draw them into FILE.png")
-    add("--rows", type=int, default=8, metavar="N", help="of each pair (default: %(default)s)")
-    add("--vocabulary", type=int, default=128256, metavar="V", help="(default: %(default)s)")
+    add(
+        "--rows",
+        type=record.at_least(1),
+        default=8,
+        metavar="N",
+        help="of each pair (default: %(default)s)",
+    )
+    add(
+        "--vocabulary",
+        type=record.at_least(2),
+        default=128256,
+        metavar="V",
+        help="(default: %(default)s)",
+    )
     add("--wrt", choices="pq", default="p", help="which logits of KL(P‖Q) the gradient is to")
     add("--providers", nargs="+", metavar="NAME", choices=[*LOADERS, *INTERPRETED])
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
-    arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected cpu where there is no CUDA GPU, got cuda")
-    for name, least in (("rows", 1), ("vocabulary", 2)):
-        if (value := getattr(arguments, name)) < least:
-            parser.error(f"--{name}: expected {least} or more, got {value}")
-    return arguments
-
-
-def run(arguments, data):
-    device = torch.device(arguments.device)
-    providers = load_providers(device, arguments.providers)
-    if device.type == "cpu":
-        providers += interpreted_providers(arguments.providers)
-    data |= {key: getattr(arguments, key) for key in ("rows", "vocabulary", "wrt", "device")}
-    data |= {"threads": torch.get_num_threads(), "records": []}
-    for found in accuracy(providers, device, (data["rows"], data["vocabulary"]), data["wrt"]):
-        data["records"].append(found)
-        print(summary(found), flush=True)
-    return data
+    add("--device", type=record.device, default=CPU, help="cpu (default) or cuda")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     arguments = parse(argv)
-    data = run(arguments, record.provenance("accuracy", argv))
+    names = arguments.providers or [*LOADERS, *list(INTERPRETED) * (arguments.device == CPU)]
+    sizes = {"rows": arguments.rows, "vocabulary": arguments.vocabulary}
+    data = {**record.provenance("accuracy", argv), **sizes, "wrt": arguments.wrt}
+    data |= {"device": str(arguments.device), "threads": torch.get_num_threads(), "records": []}
+    for found in accuracy(names, arguments.device, sizes.values(), arguments.wrt):
+        data["records"].append(found)
+        print(summary(found), flush=True)
     record.write_json(arguments.json, data)
     for measure, dtype, table in tables(data):
         print(f"\nWorst relative error, {measure}, {dtype} logits:\n\n{table}")

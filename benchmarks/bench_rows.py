@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastkl
-from benchmarks.plain import plain_kl_divergence, plain_token_stats
+from benchmarks.work import plain_kl_divergence, plain_token_stats
 from fastkl import testing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -15,7 +15,7 @@ FUNCTIONS = {
     "kl_divergence, fastkl": lambda p, q, tokens: fastkl.kl_divergence(p, q),
     "kl_divergence, torch": lambda p, q, tokens: plain_kl_divergence(p, q)[0],
     "token_stats, fastkl": lambda p, q, tokens: fastkl.token_stats(p, tokens, q).kl,
-    "token_stats, torch": lambda p, q, tokens: plain_token_stats(p, tokens, q)[3],
+    "token_stats, torch": lambda p, q, tokens: plain_token_stats(p, q, tokens)[3],
 }
 
 

@@ -75,8 +75,7 @@ def digest(function, leaves):
 def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of the interpreter, about infinities
-    backend = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "reference"
-    with fastkl.use_backend(backend):
+    with fastkl.use_backend("triton" if os.environ.get("TRITON_INTERPRET") == "1" else "reference"):
         for (name, dtype), vocabulary in itertools.product(DTYPES.items(), VOCABULARIES):
             leaves, tokens = inputs(vocabulary, dtype)
             for function, call in functions(leaves, tokens).items():

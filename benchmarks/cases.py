@@ -5,6 +5,7 @@ A case is an operation on `rows` tokens. Cases from hidden states are in linear_
 
 import math
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -80,50 +81,35 @@ class Workload(Case):
         return {"bytes": moved, "gb_per_s": rate, "percent_of_copy": 100 * rate / copy}
 
 
-@dataclass
-class Inputs:
-    """Hold the tensors of one workload; `p` or `q` requires a gradient.
-
-    upstream: of each output, None for one without. Where the operation reads one logits tensor, `q`
-    is empty.
-    """
-
-    p: torch.Tensor
-    q: torch.Tensor
-    tokens: torch.Tensor
-    upstream: tuple[torch.Tensor | None, ...]
-    wrt: str
-
-    @property
-    def leaf(self):
-        return self.p if self.wrt == "p" else self.q
-
-    @property
-    def leaves(self):
-        return (self.leaf,)
+def inputs_of(p, q, wrt, **others):
+    """Hold the tensors of a workload: p, q, wrt, leaves (the one of the two with a gradient) and
+    others."""
+    leaf = (p if wrt == "p" else q).requires_grad_()
+    return SimpleNamespace(p=p, q=q, wrt=wrt, leaves=(leaf,), **others)
 
 
 def make_inputs(workload, device, seed=0):
-    """Make logits N(0, 3²), and Q = P + N(0, 1): a KL of a few tenths of a nat."""
+    """Make logits p, N(0, 3²), and q = p + N(0, 1): a KL of a few tenths of a nat.
+
+    Beside them tokens, and upstream: of each output, None for one without. Where the operation
+    reads one logits tensor, q is empty.
+    """
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     shape, view = (workload.rows, workload.vocabulary), slice(None)
     if workload.layout == "sliced":
         shape = (8, workload.rows // 8 + 1, workload.vocabulary)
         view = (slice(None), slice(None, -1))
     p, q = (torch.randn(shape, dtype=DTYPES[workload.dtype], **options) for _ in range(2))
-    p *= 3
-    q += p
+    q += p.mul_(3)
     p, q = p[view], q.new_empty(0) if workload.operation in ONE_TENSOR else q[view]
     tokens = torch.randint(workload.vocabulary, p.shape[:-1], **options)
-    upstream = [
-        torch.randn(p.shape[:-1], **options) if name in DIFFERENTIATED else None
-        for name in OUTPUTS[workload.operation]
-    ]
-    if workload.operation == "mean_kl":
-        upstream = [torch.ones((), device=device)]
-    inputs = Inputs(p, q, tokens, tuple(upstream), workload.wrt)
-    inputs.leaf.requires_grad_()
-    return inputs
+    upstream = (torch.ones((), device=device),)
+    if workload.operation != "mean_kl":
+        upstream = tuple(
+            torch.randn(p.shape[:-1], **options) if name in DIFFERENTIATED else None
+            for name in OUTPUTS[workload.operation]
+        )
+    return inputs_of(p, q, workload.wrt, tokens=tokens, upstream=upstream)
 
 
 def truth(workload, inputs):
@@ -149,12 +135,10 @@ def truth(workload, inputs):
         if u is not None
     }
     gradient = testing.gradients(some, upstream, tokens)[workload.wrt == "q"]
-    stats = some.stats(tokens)
-    outputs = [stats[name] for name in names]
     if mean:
         blocks = torch.arange(count).split(CHECKED_ROWS)
-        outputs = [torch.cat([exact(block)[1].kl for block in blocks]).mean()]
-    return rows, outputs, gradient
+        return rows, [torch.cat([exact(block)[1].kl for block in blocks]).mean()], gradient
+    return rows, [some.stats(tokens)[name] for name in names], gradient
 
 
 def fault(workload, inputs, known, outputs, grads):
@@ -168,25 +152,25 @@ def fault(workload, inputs, known, outputs, grads):
     scalar = workload.operation == "mean_kl"
     shapes = [tuple(result.shape) for result in (*outputs, gradient)]
     leading = () if scalar else tuple(inputs.p.shape[:-1])
-    if shapes != (expected := [*[leading] * len(values), tuple(inputs.leaf.shape)]):
+    if shapes != (expected := [*[leading] * len(values), tuple(inputs.leaves[0].shape)]):
         return {}, f"outputs and gradient have the shapes {shapes}, expected {expected}"
-    found = [output.detach() if scalar else output.detach()[rows] for output in outputs]
-    off = [
-        ((o.double() - v).abs() / v.abs().clamp_min(1e-3)).max()
-        for o, v in zip(found, values, strict=True)
-    ]
+    found = torch.stack(
+        [output.detach() if scalar else output.detach()[rows] for output in outputs]
+    )
+    true_values = torch.stack(values)
+    off = (found.double() - true_values).abs() / true_values.abs().clamp_min(1e-3)
     difference = (gradient[rows].double() - true).norm(dim=-1) / true.norm(dim=-1)
-    errors = {"values": torch.stack(off).max().item(), "gradient": difference.max().item()}
-    wrong = over(errors, LIMITS[workload.dtype])
-    for name, tensors in (("values", outputs), ("gradient", grads)):
-        # The largest magnitude takes one read and no copy; a NaN is the largest of all.
-        if not all(torch.linalg.vector_norm(t.detach(), math.inf).isfinite() for t in tensors):
-            wrong.append(f"{name} not finite everywhere")
+    errors = {"values": off.max().item(), "gradient": difference.max().item()}
+    # The largest magnitude takes one read and no copy; a NaN is the largest of all.
+    wrong = over(errors, LIMITS[workload.dtype]) + [
+        f"{name} not finite everywhere"
+        for name, tensors in (("values", outputs), ("gradient", grads))
+        if not all(torch.linalg.vector_norm(t.detach(), math.inf).isfinite() for t in tensors)
+    ]
     return errors, "; ".join(wrong) or None
 
 
 def over(errors, limits):
-    """List the errors that are not within their limits; a NaN never is."""
     return [
         f"{name} off by {error:.1e}, limit {limits[name]:.1e}"
         for name, error in errors.items()

@@ -18,8 +18,7 @@ import torch
 from torch.utils import collect_env
 
 import fastkl
-from benchmarks.cases import DTYPES
-from benchmarks.plain import plain_kl_divergence
+from benchmarks import cases, work
 from benchmarks.record import ROOT, command_line, markdown, origin, provenance, write_json
 from fastkl import testing
 
@@ -30,7 +29,7 @@ PHASES = ("forward", "both")
 
 
 def plain(p, q):
-    return plain_kl_divergence(p, q)[0].sum()
+    return work.plain_kl_divergence(p, q)[0].sum()
 
 
 def providers():
@@ -71,7 +70,7 @@ def measure(shapes=SHAPES, rounds=ROUNDS):
     named = providers()
     for (rows, vocabulary), dtype in itertools.product(shapes, ("fp32", "bf16")):
         torch._dynamo.reset()
-        p, q = testing.pair("normal3", rows, vocabulary, 0.1, dtype=DTYPES[dtype])
+        p, q = testing.pair("normal3", rows, vocabulary, 0.1, dtype=cases.DTYPES[dtype])
         p.requires_grad_()
         times = {name: [] for name in named}
         for number in range(rounds + 1):  # the first, which compiles, does not count
@@ -113,8 +112,9 @@ def table(data):
         for row in data["records"]
     ]
     times = ("forward, ms", "forward and backward, ms", "of plain torch's")
-    head = ["logits", "provider", *times, "peak, logits tensors", "error of the KL"]
-    return markdown(head, lines)
+    return markdown(
+        ["logits", "provider", *times, "peak, logits tensors", "error of the KL"], lines
+    )
 
 
 def page(data):
@@ -124,8 +124,11 @@ def page(data):
 
 def main(argv=None):
     parser = command_line("cpu", __doc__.splitlines()[0])
-    write = "write them to the committed results and make the page of results anew"
-    parser.add_argument("--write", action="store_true", help=write)
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write them to the committed results and make the page of results anew",
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     data = {**provenance("cpu", argv), "processor": processor(), "records": []}

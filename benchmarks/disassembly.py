@@ -56,18 +56,23 @@ class LoopCosts(NamedTuple):
         return sum(width * count for width, count in self.loads.items())
 
 
-def _program(instructions, labels, entry=0):
-    """Link instructions (opcode, label that it jumps to, whether the next may follow, label of
-    the subroutine that it calls, registers)."""
-    graph, calls = nx.DiGraph(), {}
-    graph.add_nodes_from(range(len(instructions)))
-    for i, (_, target, continues, called, _) in enumerate(instructions):
-        after = [labels.get(target, len(instructions)), *[i + 1] * continues]
-        graph.add_edges_from((i, j) for j in after if j < len(instructions))
-        if called in labels:
-            calls[i] = labels[called]
-    opcodes, registers = [item[0] for item in instructions], [item[-1] for item in instructions]
-    return Program(opcodes, graph, calls, entry, registers)
+def _program(text, label, instruction, read, entry=None):
+    """Link the instructions of a text; label, instruction: what such lines match; read: of the
+    second's groups, (opcode, label that it jumps to, whether the next may follow, label of the
+    subroutine that it calls, registers)."""
+    found, labels, graph = [], {}, nx.DiGraph()
+    for line in text.splitlines():
+        if match := label.match(line):
+            labels[match[1]] = len(found)
+        elif match := instruction.match(line):
+            found.append(read(*match.groups()))
+    graph.add_nodes_from(range(len(found)))
+    for i, (_, target, continues, *_) in enumerate(found):
+        after = [labels.get(target, len(found)), *[i + 1] * continues]
+        graph.add_edges_from((i, j) for j in after if j < len(found))
+    calls = {i: labels[item[3]] for i, item in enumerate(found) if item[3] in labels}
+    opcodes, registers = [item[0] for item in found], [item[-1] for item in found]
+    return Program(opcodes, graph, calls, labels.get(entry, 0), registers)
 
 
 # SASS
@@ -79,13 +84,7 @@ SASS_REGISTER = re.compile(r"\bR(\d+)\b")
 
 
 def parse_sass(text, kernel):
-    instructions, labels = [], {}
-    for line in text.splitlines():
-        if label := SASS_LABEL.match(line):
-            labels[label[1]] = len(instructions)
-        elif match := SASS_INSTRUCTION.match(line):
-            instructions.append(_sass_instruction(*match.groups()))
-    return _program(instructions, labels, labels.get(f".text.{kernel}", 0))
+    return _program(text, SASS_LABEL, SASS_INSTRUCTION, _sass_instruction, f".text.{kernel}")
 
 
 def _sass_instruction(guard, opcode, operands):
@@ -122,17 +121,13 @@ GCN_INSTRUCTION = re.compile(r"\s+((?:s|v|ds|buffer|global|flat|scratch)_\w+)\s*
 
 
 def parse_amdgcn(text, kernel):
-    instructions, labels = [], {}
     body = text.partition(f"\n{kernel}:")[2].partition("\n.Lfunc_end")[0]
-    for line in body.splitlines():
-        if label := GCN_LABEL.match(line):
-            labels[label[1]] = len(instructions)
-        elif match := GCN_INSTRUCTION.match(line):
-            opcode, operands = match[1], match[2].strip()
-            jumps = opcode.startswith(("s_branch", "s_cbranch"))
-            ends = opcode in ("s_branch", "s_endpgm", "s_setpc_b64")
-            instructions.append((opcode, operands if jumps else None, not ends, None, []))
-    return _program(instructions, labels)
+    return _program(body, GCN_LABEL, GCN_INSTRUCTION, _gcn_instruction)
+
+
+def _gcn_instruction(opcode, operands):
+    target = operands.strip() if opcode.startswith(("s_branch", "s_cbranch")) else None
+    return opcode, target, opcode not in ("s_branch", "s_endpgm", "s_setpc_b64"), None, []
 
 
 def parse_amdgcn_resources(text):
@@ -170,7 +165,7 @@ def load_width(opcode):
 
 def fp32_results(opcode):
     match = FP32.match(opcode)
-    return 0 if not match else 2 if match[1] or match[2] else 1
+    return bool(match) + bool(match and (match[1] or match[2]))
 
 
 def loop_costs(program, body):
@@ -194,41 +189,29 @@ def _count(program, indices):
 def natural_loops(program):
     """Return the natural loops, {header: instructions}; all edges back to a header make one."""
     reached = {program.entry} | nx.descendants(program.graph, program.entry)
-    graph, loops = program.graph.subgraph(reached).copy(), {}
-    above = nx.immediate_dominators(graph, program.entry)
+    graph, loops = program.graph.subgraph(reached), {}
+    tree = nx.DiGraph(nx.immediate_dominators(graph, program.entry).items())
     headers = {i for i in graph if graph.in_degree(i) > 1} | {program.entry}
     for tail, header in graph.in_edges(headers):
-        if header in _dominators(above, tail):
+        if tail == header or nx.has_path(tree, tail, header):
             before = graph.subgraph(graph.nodes - {header})
             body = {tail} | nx.ancestors(before, tail) if tail != header else set()
             loops[header] = loops.get(header, {header}) | body
     return loops
 
 
-def _dominators(above, i):
-    found = {i}
-    while above.get(i) not in (None, i):
-        i = above[i]
-        found.add(i)
-    return found
-
-
 def hot_loop(program):
-    """Return the LoopCosts of the hot loop (see above), None where no loop loads."""
-    loops = natural_loops(program)
-    header = _hot_header(program, loops)
-    return None if header is None else loop_costs(program, loops[header])
+    return _hottest(program, natural_loops(program))[1]
 
 
-def _hot_header(program, loops):
+def _hottest(program, loops):
     found = {header: loop_costs(program, body) for header, body in loops.items()}
     widest = max((costs.widest_load or 0 for costs in found.values()), default=0)
-    if not widest:
-        return None
-    found = {header: costs for header, costs in found.items() if costs.widest_load == widest}
+    found = {h: costs for h, costs in found.items() if costs.loads and costs.widest_load == widest}
     found = {header: costs for header, costs in found.items() if costs.ex2} or found
     inner = [h for h in found if not any(loops[other] < loops[h] for other in found)]
-    return max(inner, key=lambda header: (found[header].loaded, found[header].instructions))
+    header = max(inner, key=lambda h: (found[h].loaded, found[h].instructions), default=None)
+    return header, found.get(header)
 
 
 # Paths
@@ -266,43 +249,44 @@ def segment_costs(program, anchors, edges, segments):
     division. Raises ValueError where the program does not read so.
     """
 
-    def shuffles(i):
-        return program.opcodes[i].startswith("SHFL")
+    loops = natural_loops(program)
+    hot, costs = _hottest(program, loops)
 
-    def through(header, sign, penalty):
+    def through(header, sign, shuffle):
         graph = program.graph.subgraph(loops[header]).copy()
         tails = list(graph.predecessors(header))
         graph.remove_edges_from([(tail, header) for tail in tails])
-        weight = {i: sign * _count(program, [i]) - penalty * shuffles(i) for i in graph}
+        weight = {
+            i: sign * count(i) + shuffle * program.opcodes[i].startswith("SHFL") for i in graph
+        }
         return _heaviest(program, graph, header, tails, weight)
 
-    loops = natural_loops(program)
-    hot = _hot_header(program, loops)
-    near = () if hot is None else through(hot, -1, MANY)
-    if not near or any(body > loops[hot] for body in loops.values()):
-        raise ValueError("expected a path through a loop over the vocabulary in no other loop")
+    def count(*indices):
+        return _count(program, indices)
+
+    near = costs and through(hot, -1, -MANY)
     outer = {h: body for h, body in loops.items() if not any(body < b for b in loops.values())}
+    if not near or hot not in outer:
+        raise ValueError("expected a path through a loop over the vocabulary in no other loop")
     added = {
-        header: _count(program, through(header, 1, MANY))
+        header: count(*through(header, 1, -MANY))
         * (edges if loop_costs(program, body).loads else 1)
         for header, body in outer.items()
     }
-    twice = through(hot, 1, -MANY)
-    anchored = sum(map(shuffles, twice)) > sum(map(shuffles, near))
-    added[hot] = anchors * _count(program, twice) * anchored
+    twice = through(hot, 1, MANY)
+    shuffles = [sum(program.opcodes[i].startswith("SHFL") for i in path) for path in (near, twice)]
+    added[hot] = anchors * count(*twice) * (shuffles[1] > shuffles[0])
     header_of = {i: header for header, body in outer.items() for i in body}
     graph = nx.relabel_nodes(program.graph, header_of)
     graph.remove_edges_from(list(nx.selfloop_edges(graph)))
     ends = [i for i in graph if not program.graph[i]]
-    weight = {i: MANY if i in outer else _count(program, [i]) for i in graph}
+    weight = {i: MANY if i in outer else count(i) for i in graph}
     outside, share = 0.0, 1.0
     for i in _heaviest(program, graph, program.entry, ends, weight):
-        outside += share * added.get(i, _count(program, [i]))
-        if program.opcodes[i].startswith("ATOM"):
-            share = 1.0 / segments
-    general = through(hot, 1, MANY)
-    costs = (loop_costs(program, near), loop_costs(program, general))
-    return SegmentCosts(*costs, outside, _bytes_in_flight(program, near))
+        outside += share * added.get(i, count(i))
+        share = 1.0 / segments if program.opcodes[i].startswith("ATOM") else share
+    paths = (loop_costs(program, path) for path in (near, through(hot, 1, -MANY)))
+    return SegmentCosts(*paths, outside, _bytes_in_flight(program, near))
 
 
 def _bytes_in_flight(program, path):
@@ -311,9 +295,9 @@ def _bytes_in_flight(program, path):
     flying, most = [], 0
     for i in (*path, *path):
         named, width = program.registers[i], load_width(program.opcodes[i])
-        flying = [(size, held) for size, held in flying if not held.intersection(named)]
+        flying = [(size, held) for size, held in flying if not {*held}.intersection(named)]
         if width:
-            flying.append((width, set(range(named[0], named[0] + max(width // 4, 1)))))
+            flying.append((width, range(named[0], named[0] + max(width // 4, 1))))
         most = max(most, sum(size for size, _ in flying))
     return most
 

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 
 import fastkl
-from benchmarks.cases import DTYPES
-from benchmarks.plain import plain_kl_divergence
-from benchmarks.record import command_line, provenance, write_json
+from benchmarks import cases, work
+from benchmarks.record import command_line, device, provenance, write_json
 from fastkl import testing
 
 NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # between the hidden states of policy and reference
@@ -29,7 +28,7 @@ WAYS = {
     "fastkl, logits_dtype=float32": partial(
         fastkl.linear_kl_divergence, logits_dtype=torch.float32
     ),
-    "torch": lambda h, w, r, v: plain_kl_divergence(F.linear(h, w), F.linear(r, v))[0],
+    "torch": lambda h, w, r, v: work.plain_kl_divergence(F.linear(h, w), F.linear(r, v))[0],
 }
 
 
@@ -42,7 +41,7 @@ def accuracy(device, dtypes=("bf16", "fp16", "fp32"), shape=SHAPE, noises=NOISES
         states, noise = (torch.randn(tokens, hidden, **random) for _ in range(2))
         # Logits of N(0, 3²), as in the other figures.
         weight = 3 / hidden**0.5 * torch.randn(vocabulary, hidden, **random)
-        inputs = [x.to(DTYPES[dtype]) for x in (states, weight, states + size * noise)]
+        inputs = [x.to(cases.DTYPES[dtype]) for x in (states, weight, states + size * noise)]
         exact = _outcome(
             lambda h, w, r, v: testing.truth(F.linear(h, w), F.linear(r, v)).kl,
             *(value.double() for value in inputs),
@@ -68,12 +67,10 @@ def _outcome(function, hidden, weight, ref_hidden):
 
 def main(argv=None):
     parser = command_line("linear_accuracy", __doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected cpu where there is no CUDA GPU, got cuda")
     data = {**provenance("linear_accuracy", argv), "shape": SHAPE, "records": []}
-    for found in accuracy(torch.device(arguments.device)):
+    for found in accuracy(arguments.device):
         data["records"].append(found)
         print(json.dumps(found), flush=True)
     write_json(arguments.json, data)

@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import DTYPES, Case, over
-from benchmarks.plain import plain_logprob, plain_token_stats
-from benchmarks.work import CLIP, PRODUCTS, grpo_terms
+from benchmarks.work import CLIP, PLAIN, PRODUCTS, grpo_terms, plain_token_stats
 from fastkl import testing
 from fastkl.testing import FIELDS
 
@@ -88,27 +88,14 @@ class LinearWorkload(Case):
         return {"flop": flop, "tflop_per_s": flop / milliseconds / 1e9}
 
 
-@dataclass
-class LinearInputs:
-    """Hold the tensors of one workload; `upstream` belongs to the outputs, in their order.
-
-    old_logprob, advantages: [rows] float32, for the GRPO step; the log-probabilities of a policy
-    near this one. leaves: the tensors of the gradient: hidden, or hidden and weight, or none.
-    """
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    ref_hidden: torch.Tensor
-    ref_weight: torch.Tensor
-    tokens: torch.Tensor
-    upstream: tuple[torch.Tensor, ...]
-    old_logprob: torch.Tensor
-    advantages: torch.Tensor
-    leaves: tuple[torch.Tensor, ...]
-
-
 def make_linear_inputs(workload, device, seed=0):
-    """Make policy logits near N(0, 3²), and a reference at a KL of some tenths of a nat."""
+    """Make hidden and weight with logits near N(0, 3²), and ref_hidden, ref_weight at a KL of some
+    tenths of a nat.
+
+    Beside them tokens; upstream, of each output; for the GRPO step old_logprob, of a policy near
+    this one, and advantages, [rows] float32; leaves, the tensors of the gradient: hidden, or hidden
+    and weight, or none.
+    """
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     rows, size, mode = workload.rows, workload.hidden, workload.mode
 
@@ -126,13 +113,22 @@ def make_linear_inputs(workload, device, seed=0):
     old_logprob, advantages = (torch.randn(rows, **options) for _ in range(2))
     if mode == "grpo":
         pairs = zip(hidden.split(BLOCK), tokens.split(BLOCK), strict=True)
-        near = [plain_logprob(F.linear(some, weight), chosen)[0] for some, chosen in pairs]
+        near = [PLAIN["logprob"](F.linear(some, weight), None, chosen)[0] for some, chosen in pairs]
         old_logprob = torch.cat(near) - off_the_clip(0.2 * old_logprob)
     leaves = {"forward": (), "frozen": (hidden,)}.get(mode, (hidden, weight))
     for leaf in leaves:
         leaf.requires_grad_()
-    tensors = (hidden, weight, ref_hidden, ref_weight, tokens)
-    return LinearInputs(*tensors, upstream, old_logprob, advantages, leaves)
+    return SimpleNamespace(
+        hidden=hidden,
+        weight=weight,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        tokens=tokens,
+        upstream=upstream,
+        old_logprob=old_logprob,
+        advantages=advantages,
+        leaves=leaves,
+    )
 
 
 def off_the_clip(log_ratio):
@@ -168,7 +164,7 @@ def answer(workload, inputs, dtype):
         if dtype == torch.float64:
             values = testing.truth(logits, ref_logits).stats(tokens)
         else:
-            values = dict(zip(FIELDS, plain_token_stats(logits, tokens, ref_logits), strict=True))
+            values = dict(zip(FIELDS, plain_token_stats(logits, ref_logits, tokens), strict=True))
         values["loss"] = values["ref_kl"]
         if workload.mode == "grpo":
             step = inputs.old_logprob[some], inputs.advantages[some]

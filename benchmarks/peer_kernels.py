@@ -10,7 +10,6 @@ longer fits its adapter or that does not compile is a row with the reason.
 
 import contextlib
 import importlib
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -21,8 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks import roofline, static_costs
-from benchmarks.record import version, write_json
+from benchmarks import record, roofline, static_costs
 
 N, V = 8192, 128256
 ARCH = "sm_90"
@@ -34,7 +32,7 @@ class _LaunchedError(Exception):
     """End the peer's function at the launch."""
 
 
-def catch_launch(kernel, call, skip=()):
+def catch_launch(kernel, call, skip=None):
     """Return (arguments by name, options such as warps, what triton.compile takes) of the launch
     of `kernel` that call() arrives at; launches of `skip` before it do nothing."""
     caught = []
@@ -46,12 +44,12 @@ def catch_launch(kernel, call, skip=()):
         caught.append((arguments, options, (kernel, *packed)))
         raise _LaunchedError
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(kernel, "run", catch))
-        for other in skip:
-            stack.enter_context(mock.patch.object(other, "run", lambda *args, **kwargs: None))
-        with contextlib.suppress(_LaunchedError):
-            call()
+    with (
+        mock.patch.object(skip or kernel, "run"),
+        mock.patch.object(kernel, "run", catch),
+        contextlib.suppress(_LaunchedError),
+    ):
+        call()
     if not caught:
         raise ValueError(f"expected a launch of {kernel.fn.__name__}, got none")
     return caught[0]
@@ -70,7 +68,7 @@ def liger_kl_div(backward=False):
     forward, call = ops._kldiv_kernel_forward, partial(apply, scores, target, "sum", True)
     if not backward:
         return catch_launch(forward, call)
-    return catch_launch(ops._kldiv_kernel_backward, lambda: call().backward(), skip=[forward])
+    return catch_launch(ops._kldiv_kernel_backward, lambda: call().backward(), skip=forward)
 
 
 def liger_jsd():
@@ -186,7 +184,11 @@ PIPELINES = {
 def measure(kernel):
     from fastkl.kernels.compile_plan import Specialization
 
-    row = {"kernel": kernel.name, "package": kernel.package, "version": version(kernel.package)}
+    row = {
+        "kernel": kernel.name,
+        "package": kernel.package,
+        "version": record.version(kernel.package),
+    }
     row |= {"unit": kernel.unit, "work": kernel.work}
     if row["version"] is None:
         return {**row, "reason": f"not installed: pip install {kernel.package}"}
@@ -197,8 +199,9 @@ def measure(kernel):
             expected = f"expected arguments as large as the logits {kernel.tensors}"
             raise ValueError(f"{expected}, got {list(large)}")
         warps = options.pop("num_warps", 4)  # Triton's default
-        per_thread = arguments[kernel.block] // (32 * warps)
-        found = Specialization(kernel.name, *description, warps, per_thread, options)
+        found = Specialization(
+            kernel.name, *description, warps, arguments[kernel.block] // (32 * warps), options
+        )
         dtype = TYPES[large[kernel.tensors[0]].dtype]
         return _row(found, dtype, sum(x.element_size() for x in large.values()), row)
     except Exception as error:  # of any type: the other rows must not get lost
@@ -212,40 +215,30 @@ def _row(specialization, dtype, moved, names):
     return {**cost, **names, "kernel_bytes": moved, "upper_bound_of_peak_bandwidth": bound}
 
 
-def measure_ours():
+def measure_ours(name, dtype, unit):
     from fastkl.kernels.compile_plan import plan
 
-    for name, dtype, unit in OURS:
-        (found,) = (item for item in plan(dtype, True, ARCH) if item.name == name)
-        names = {"kernel": f"fastkl {name}", "package": "fastkl", "version": version("fastkl")}
-        moved = roofline.bytes_per_pair(name, dtype)
-        yield _row(found, dtype, moved, {**names, "unit": unit})
+    (found,) = (item for item in plan(dtype, True, ARCH) if item.name == name)
+    names = {"kernel": f"fastkl {name}", "package": "fastkl", "version": record.version("fastkl")}
+    return _row(found, dtype, roofline.bytes_per_pair(name, dtype), {**names, "unit": unit})
 
 
 def pipelines():
-    rows = []
     for name, (gives, *sides) in PIPELINES.items():
-        rows.append({"pipeline": name, "gives": gives})
+        row = {"pipeline": name, "gives": gives}
         for side, (fixed, per) in zip(("forward", "backward"), sides, strict=True):
             sums = {f"bytes_{t}_log_probs": fixed + per * n for t, n in (("bf16", 2), ("fp32", 4))}
-            rows[-1][side] = {"formula": f"{fixed} + {per}L" if per else str(fixed), **sums}
-    return rows
+            row[side] = {"formula": f"{fixed} + {per}L" if per else str(fixed), **sums}
+        yield row
 
 
-def report(json_file, origin):
-    """Print the kernels and writes everything to json_file if there is one; returns the exit code:
-    1 where one of our kernels is missing, never for a peer."""
-    errors, ours = [], []
-    try:
-        ours = list(measure_ours())
-    except ValueError as error:
-        errors = [str(error)]
-        print(f"error: {error}", file=sys.stderr)
-    rows = ours + [measure(kernel) for kernel in KERNELS]
-    data = {**origin, "model": roofline.MODEL, "kernels": rows}
-    data |= {"pipelines": pipelines(), "errors": errors}
-    print(static_costs.table(rows))
-    for row in data["pipelines"]:
-        print(f"{row['pipeline']}: bytes per pair {row['forward']}, backward {row['backward']}")
-    write_json(json_file, data)
-    return 1 if errors else 0
+def measure_all():
+    """Return {"kernels", "pipelines", "errors"}; errors are of our kernels, never of a peer's."""
+    rows, errors = [], []
+    for ours in OURS:
+        try:
+            rows.append(measure_ours(*ours))
+        except Exception as error:  # of any type: the other rows must not get lost
+            errors.append(f"{ours[0]}: {type(error).__name__}: {error}")
+    rows += [measure(kernel) for kernel in KERNELS]
+    return {"kernels": rows, "pipelines": list(pipelines()), "errors": errors}

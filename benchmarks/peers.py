@@ -13,9 +13,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.plain import log_softmax
-from benchmarks.work import NotOfferedError, Work, linear_works
+from benchmarks.work import NotOfferedError, Work, linear_works, log_softmax
 
+ASKS = "its backward asks the GPU whether the upstream gradient is 1"
 ROWS_BY_CALLS = 64  # rows at which a loss that is one scalar is called for each, to see its error
 
 
@@ -79,13 +79,12 @@ def load_liger_kldiv(device):
         return (log_softmax(x).flatten(0, -2) for x in (i.q, i.p))
 
     note = "the same work: two float32 log_softmax by torch first"
-    asks = "its backward asks the GPU whether the upstream gradient is 1"
     return {
         "kl_divergence": Work(
             lambda i: (each(*log_probs(i)).sum(-1).view(i.p.shape[:-1]),),
             f"{note}, writes [N, V] of losses",
         ),
-        "mean_kl": Work(lambda i: (mean(*log_probs(i)),), f"{note}; {asks}"),
+        "mean_kl": Work(lambda i: (mean(*log_probs(i)),), f"{note}; {ASKS}"),
     }
 
 
@@ -119,10 +118,9 @@ def load_liger_jsd(device):
         "the same work: two float32 log_softmax by torch first; value and gradient in one kernel, "
         "[N, V] of losses"
     )
-    asks = "its backward asks the GPU whether the upstream gradient is 1"
     return {
         "kl_divergence": Work(kl_divergence, f"{note}, a call per row"),
-        "mean_kl": Work(lambda i: (losses[i.wrt](*student_and_teacher(i)),), f"{note}; {asks}"),
+        "mean_kl": Work(lambda i: (losses[i.wrt](*student_and_teacher(i)),), f"{note}; {ASKS}"),
     }
 
 
@@ -198,13 +196,12 @@ def load_liger_chunked(device):
 
 
 def load_linear_cross_entropy(device):
-    """Load torch's F.linear_cross_entropy (torch 2.13 and later) with default options."""
-    options = torch.nn.LinearCrossEntropyOptions()
-    return _cross_entropy(F.linear_cross_entropy, "logits in chunks", options=options)
+    return _cross_entropy(
+        F.linear_cross_entropy, "logits in chunks", options=torch.nn.LinearCrossEntropyOptions()
+    )
 
 
 def load_cut_cross_entropy(device, work="less work: small gradients are left out", **options):
-    """Load Apple's cut-cross-entropy, which by default leaves out gradients that seem small."""
     _needs_gpu(device)
     from cut_cross_entropy import linear_cross_entropy
 

@@ -1,11 +1,12 @@
 """List who computes: every provider offers operations on the same tensors, or says why not.
 
 An operation is a function of the case's inputs that returns a tuple of tensors. On logits
-(cases.Inputs): "kl_divergence", "mean_kl", "token_stats", "logprob", "logprob_entropy", "entropy".
-From hidden states (linear_cases.LinearInputs): "linear_" and a mode of work.PRODUCTS.
-A provider is a loader, a function of the device that returns {operation: Work} and raises what it
-likes where it cannot be used; the reason becomes a row of the results. Other packages are in
-peers.py. A user's own loader is named on the command line: --provider package.module:function.
+(cases.make_inputs): "kl_divergence", "mean_kl", "token_stats", "logprob", "logprob_entropy",
+"entropy". From hidden states (linear_cases.make_linear_inputs): "linear_" and a mode of
+work.PRODUCTS. A provider is a loader, a function of the device that returns {operation: Work} and
+raises what it likes where it cannot be used; the reason becomes a row of the results. Other
+packages are in peers.py. A user's own loader is named on the command line:
+--provider package.module:function.
 """
 
 import argparse
@@ -17,11 +18,19 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch import distributions
 from torch.utils.checkpoint import checkpoint
 
+import fastkl
 from benchmarks.peers import LINEAR_PEERS, PEERS
-from benchmarks.plain import PLAIN, log_softmax
-from benchmarks.work import PRODUCTS, Work, linear_works, logits_works, on_hidden
+from benchmarks.work import (
+    PLAIN,
+    PRODUCTS,
+    linear_works,
+    log_softmax,
+    logits_works,
+    on_hidden,
+)
 
 LOSSES = ("forward", "loss", "frozen", "distillation")
 CHUNK = 2048  # tokens: each chunk adds to the whole gradient of the weight, so larger is faster
@@ -29,26 +38,18 @@ CHUNK = 2048  # tokens: each chunk adds to the whole gradient of the weight, so 
 
 @dataclass(frozen=True)
 class Provider:
-    """Hold an implementation under its name.
-
-    missing: why it offers nothing here. rows: the number of rows at once that is not too slow.
-    apart: it computes in a process of its own, beside the others.
-    """
+    """Hold an implementation under its name; missing: why it offers nothing here."""
 
     name: str
     operations: dict[str, Callable] = field(default_factory=dict)
     missing: str | None = None
-    rows: int | None = None
-    apart: bool = False
 
     def why_not(self, operation):
-        """Say why the provider does not offer the operation; None if it does."""
         if self.missing or operation in self.operations:
             return self.missing
         return f"{self.name} has no {operation}"
 
     def note(self, operation):
-        """Say in one line which work it does for the operation; None where nothing is known."""
         return getattr(self.operations.get(operation), "note", None)
 
 
@@ -56,7 +57,6 @@ class Provider:
 
 
 def load_torch(device):
-    """Load eager PyTorch: float32 log_softmax, then a sum or a gather; all logits in memory."""
     return {
         **logits_works(
             PLAIN,
@@ -73,16 +73,13 @@ def load_torch(device):
 
 
 def load_torch_compile(device):
-    """Load the same functions compiled for each shape: what a user gets with one more line."""
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if device.type != "cuda" and not any(map(shutil.which, compilers)):
         raise RuntimeError("needs a C++ compiler on a CPU, found none")
 
     def compiled(functions):
-        return {
-            name: torch.compile(function, dynamic=False, fullgraph=True)
-            for name, function in functions.items()
-        }
+        options = {"dynamic": False, "fullgraph": True}
+        return {name: torch.compile(function, **options) for name, function in functions.items()}
 
     works = logits_works(compiled(PLAIN), "the same work: plain torch, compiled for this shape")
     if device.type == "cuda":  # compiling for a CPU takes long, and its speed says nothing here
@@ -102,20 +99,15 @@ def load_fastkl(device):
     states the logits of all models are kept where they take 2 GiB at the most; else "stats", "grpo"
     and "logprob" compute them again in backward.
     """
-    import fastkl
-
     functions = {
-        "kl_divergence": lambda p, q: (fastkl.kl_divergence(p, q),),
-        "mean_kl": lambda p, q: (fastkl.kl_divergence(p, q).mean(),),
-        "token_stats": lambda p, tokens, q: tuple(fastkl.token_stats(p, tokens, q)),
-        "logprob": lambda p, tokens: (fastkl.selective_log_softmax(p, tokens),),
-        "logprob_entropy": lambda p, tokens: fastkl.token_stats(p, tokens)[:2],
+        "kl_divergence": lambda p, q, tokens: (fastkl.kl_divergence(p, q),),
+        "mean_kl": lambda p, q, tokens: (fastkl.kl_divergence(p, q).mean(),),
+        "token_stats": lambda p, q, tokens: tuple(fastkl.token_stats(p, tokens, q)),
+        "logprob": lambda p, q, tokens: (fastkl.selective_log_softmax(p, tokens),),
+        "logprob_entropy": lambda p, q, tokens: fastkl.token_stats(p, tokens)[:2],
+        "entropy": lambda p, q, tokens: (fastkl.token_stats(p, tokens).entropy,),
     }
-    works = logits_works(functions, "the same work")
-    works["entropy"] = Work(
-        lambda i: (fastkl.token_stats(i.p, i.tokens).entropy,),
-        "token_stats without a reference: a log-probability comes with it",
-    )
+    entropy = "token_stats without a reference: a log-probability comes with it"
 
     def kl(reduction):
         options = {"reduction": reduction}
@@ -123,31 +115,28 @@ def load_fastkl(device):
 
     summed = "the same work; {}; the weight's gradient summed in float32"
     once = summed.format("logits of a chunk at a time, gradient with the value")
+    again = summed.format("logits above 2 GiB are computed again, for 2 products more, or 1")
     linear = {"kl_divergence": kl("none"), "mean_kl": kl("mean")}
-    works |= linear_works(linear, {mode: PRODUCTS[mode] for mode in LOSSES}, once)
-    return works | _from_stats(
-        summed.format("logits above 2 GiB are computed again, for 2 products more, or 1")
-    )
+    return {
+        **logits_works(functions, "the same work", entropy=entropy),
+        **linear_works(linear, {mode: PRODUCTS[mode] for mode in LOSSES}, once),
+        **_from_stats(again),
+    }
 
 
 def load_kept(device):
-    """Load this package's token_stats from hidden states with the logits of all models kept."""
     return _from_stats("the same work, the fewest products; all logits in memory", recompute=False)
 
 
 def _from_stats(note, **options):
     """Make the modes that need more than a KL; options: of fastkl.linear_token_stats."""
-    import fastkl
 
     def stats(h, w, rh, rw, tokens):
         return tuple(fastkl.linear_token_stats(h, w, tokens, rh, rw, **options))
 
-    def logprob(h, w, rh, rw, tokens):
-        return (fastkl.linear_token_stats(h, w, tokens, **options).logprob,)
-
     functions = {
         "token_stats": stats,
-        "logprob": logprob,
+        "logprob": lambda h, w, rh, rw, tokens: stats(h, w, None, None, tokens)[:1],
         "logprob_kl": lambda *inputs: stats(*inputs)[:4:3],
     }
     products = {mode: PRODUCTS[mode] for mode in ("stats", "grpo", "logprob")}
@@ -162,13 +151,12 @@ def load_one_launch(device):
     """
     if device.type != "cuda":
         raise RuntimeError("row_fused is for a GPU")
-    import fastkl
     from fastkl.kernels import config
 
     config.fuses = lambda arch: True
-    run = {"mean_kl": lambda p, q: (fastkl.kl_divergence(p, q, reduction="mean"),)}
     return logits_works(
-        run, "value and gradient in one launch; backward alone repeats the gradient"
+        {"mean_kl": lambda p, q, tokens: (fastkl.kl_divergence(p, q, reduction="mean"),)},
+        "value and gradient in one launch; backward alone repeats the gradient",
     )
 
 
@@ -191,35 +179,25 @@ def load_torch_chunked(device):
 
         return run
 
-    per_token = ("kl_divergence", "token_stats", "logprob", "logprob_kl")
     functions = {
-        name: chunked(function) for name, function in on_hidden(PLAIN).items() if name in per_token
+        name: chunked(function) for name, function in on_hidden(PLAIN).items() if name != "mean_kl"
     }
     functions["mean_kl"] = lambda *inputs: (functions["kl_divergence"](*inputs)[0].mean(),)
-    products = {
-        "forward": 2,
-        "loss": 6,
-        "frozen": 5,
-        "stats": 6,
-        "grpo": 6,
-        "distillation": 6,
-        "logprob": 4,
-    }
+    products = {**dict.fromkeys(("loss", "stats", "grpo", "distillation"), 6), "frozen": 5}
     again = f"the same work; logits of {CHUNK} tokens at a time, again in backward"
-    return linear_works(functions, products, f"{again}; the weight's gradient summed in its type")
+    summed = f"{again}; the weight's gradient summed in its type"
+    return linear_works(functions, {"forward": 2, "logprob": 4, **products}, summed)
 
 
 def load_kl_div(device):
-    """Load torch's F.kl_div(log_q, log_p, log_target=True) on two float32 log_softmax."""
     note = "the same work: two float32 log_softmax by torch first, writes [N, V] of losses"
     return _kl_div(log_softmax, note, log_target=True)
 
 
 def load_kl_div_probabilities(device):
-    """Load F.kl_div(log_q, p) as it is often written: on a float32 log_softmax and a softmax."""
-    note = "more work: the logarithm of a float32 softmax is taken again; writes [N, V] of losses"
     return _kl_div(
-        lambda p: F.softmax(p, -1, dtype=torch.promote_types(p.dtype, torch.float32)), note
+        lambda p: F.softmax(p, -1, dtype=torch.promote_types(p.dtype, torch.float32)),
+        "more work: the logarithm of a float32 softmax is taken again; writes [N, V] of losses",
     )
 
 
@@ -231,26 +209,23 @@ def _kl_div(target, note, **options):
         return F.kl_div(*pair, reduction=reduction, **options)
 
     functions = {
-        "kl_divergence": lambda p, q: (losses(p, q, "none").sum(-1).view(p.shape[:-1]),),
-        "mean_kl": lambda p, q: (losses(p, q, "batchmean"),),
+        "kl_divergence": lambda p, q, tokens: (losses(p, q, "none").sum(-1).view(p.shape[:-1]),),
+        "mean_kl": lambda p, q, tokens: (losses(p, q, "batchmean"),),
     }
     return logits_works(functions, note)
 
 
 def load_categorical(device):
-    """Load torch.distributions.kl_divergence of two Categorical(logits=...) in float32."""
-    from torch.distributions import Categorical, kl_divergence
-
     def distribution(logits):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return Categorical(logits=logits, validate_args=False)
+        return distributions.Categorical(logits=logits, validate_args=False)
 
-    def kl(p, q):
-        return kl_divergence(distribution(p), distribution(q))
+    def kl(p, q, tokens):
+        return distributions.kl_divergence(distribution(p), distribution(q))
 
     functions = {
-        "kl_divergence": lambda p, q: (kl(p, q),),
-        "mean_kl": lambda p, q: (kl(p, q).mean(),),
+        "kl_divergence": lambda *inputs: (kl(*inputs),),
+        "mean_kl": lambda *inputs: (kl(*inputs).mean(),),
     }
     note = "float32 copies of the logits, normalised, their softmax, tests for infinities in [N, V]"
     return logits_works(functions, f"more work: {note}")
@@ -288,11 +263,9 @@ def own(text):
 
 def load_providers(device, names=None, loaders=LOADERS):
     providers = []
-    for name, load in loaders.items():
-        if names is not None and name not in names:
-            continue
+    for name in (name for name in loaders if names is None or name in names):
         try:
-            providers.append(Provider(name, load(device)))
+            providers.append(Provider(name, loaders[name](device)))
         except Exception as error:  # a peer may fail in any way when imported: that is a row
             providers.append(Provider(name, missing=f"{type(error).__name__}: {error}"))
     return providers

@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -48,23 +47,38 @@ def finite(data):
 
 def output_file(text):
     """Check a path for argparse before minutes of measuring: a file there can be written."""
-    return _checked(text, "a file that can be written", Path(text).parent, check_writable)
+    return _checked(text, "a file that can be written", Path(text))
 
 
 def output_folder(text):
-    return _checked(text, "a folder that can be written to", Path(text), str)
+    return _checked(text, "a folder that can be written to", Path(text) / "results.json")
 
 
-def _checked(text, expected, folder, check):
-    # In earnest: to root every folder looks writable, those of /proc too.
+def _checked(text, expected, file):
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            check(Path(text))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(file)
     except OSError as error:
         why = f"expected {expected}, got {text!r} ({error.strerror}); choose another one"
         raise argparse.ArgumentTypeError(why) from None
     return Path(text)
+
+
+def at_least(least, kind=int):
+
+    def checked(text):
+        if least <= kind(text) < math.inf:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}; choose another")
+
+    return checked
+
+
+def device(text):
+    if text not in ["cpu", *["cuda"] * torch.cuda.is_available()]:
+        why = f"expected cpu, or cuda where there is a CUDA GPU, got {text}; choose one"
+        raise argparse.ArgumentTypeError(why)
+    return torch.device(text)
 
 
 def has_gpu(tool):

@@ -8,13 +8,12 @@ file is not as it should be, and nothing was written; 2: wrong use.
 """
 
 import argparse
-import itertools
-import json
 import sys
+from functools import partial
 
 from benchmarks import accuracy, cpu, tables
 from benchmarks.record import ROOT, markdown, origin, write_bytes
-from benchmarks.tables import LINEAR_MAIN, MAIN, RED, TIMED, digits, gpu_name, text
+from benchmarks.tables import LINEAR_MAIN, MAIN, RED, digits, gpu_name, read, text
 
 RESULTS = ROOT / "benchmarks" / "results"
 ACCURACY_COLUMNS = [
@@ -36,6 +35,7 @@ KERNELS = {
     "trl logprob_entropy._forward_kernel": "log-prob and entropy from logits",
     "trl chunked_divergence._stats_kernel": "both KLs from float32 logits",
 }
+SIDES = ("forward", "backward")
 PIPELINES = ("fastkl kl_divergence, token_stats", "liger kl_div", "liger jsd, beta 0 and 1")
 NO_RESULTS = (
     "No time has been measured on a GPU yet, so none is given: "
@@ -43,50 +43,37 @@ NO_RESULTS = (
 )
 
 
-def read(path):
-    """Read the results in a file under benchmarks/results; raises ValueError."""
-    file = RESULTS / path
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file}: expected results in JSON, got {type(error).__name__}: {error}; measure them"
-            " again (benchmarks/README.md says how), or take the file from git"
-        ) from None
-
-
 # Sections of the README
 
 
 def accuracy_section():
     options = {"providers": ACCURACY_COLUMNS, "targets": accuracy.TARGETS[::2]}
-    table = accuracy.markdown(read("cpu/accuracy.json"), **options)
+    table = accuracy.markdown(read(RESULTS / "cpu/accuracy.json"), **options)
     # On a CPU our name alone stands for the reference; the kernels have the column beside it.
     return table.replace("| fastkl |", "| fastkl, reference on a CPU |", 1)
 
 
 def linear_section():
-    data = read("cpu/linear_accuracy.json")
+    data = read(RESULTS / "cpu/linear_accuracy.json")
     records = [record for record in data["records"] if record["dtype"] == "bf16"]
     exact = "fastkl, logits_dtype=float32"
-    ways = [
-        ("KL, bfloat16 logits (as every model returns them)", "fastkl", "kl"),
-        ("the same in plain torch", "torch", "kl"),
-        ("its gradient to the weight", "fastkl", "weight"),
-        ("the same in plain torch", "torch", "weight"),
-        ("KL, `logits_dtype=torch.float32`", exact, "kl"),
-        ("its gradient to the weight, itself bfloat16", exact, "weight"),
-    ]
     head = ["bfloat16 inputs, mean KL of", *(accuracy.power(record["kl"]) for record in records)]
     lines = [
         [words, *(accuracy.power(record["ways"][way][figure]) for record in records)]
-        for words, way, figure in ways
+        for words, way, figure in (
+            ("KL, bfloat16 logits (as every model returns them)", "fastkl", "kl"),
+            ("the same in plain torch", "torch", "kl"),
+            ("its gradient to the weight", "fastkl", "weight"),
+            ("the same in plain torch", "torch", "weight"),
+            ("KL, `logits_dtype=torch.float32`", exact, "kl"),
+            ("its gradient to the weight, itself bfloat16", exact, "weight"),
+        )
     ]
     return markdown(head, lines)
 
 
 def static_section():
-    data = read("static/peers.json")
+    data = read(RESULTS / "static/peers.json")
     return kernels_table(data, KERNELS) + "\n\n" + ways_table(data, PIPELINES)
 
 
@@ -94,29 +81,29 @@ def kernels_table(data, names=None):
     first = {row["kernel"]: row for row in reversed(data["kernels"])}
     lines = []
     for row in data["kernels"] if names is None else [first[name] for name in names]:
-        name, work = row["kernel"].replace("_", r"\_"), KERNELS.get(row["kernel"], "")
-        if "reason" in row:
-            lines.append([name, row["reason"].replace("|", "/"), *[""] * 5])
-            continue
-        bound = row["upper_bound_of_peak_bandwidth"]
-        limit = "" if bound["limited_by"] == "bandwidth" else f" ({bound['limited_by']})"
-        counts = [row[key] for key in ("instructions_per_pair", "ex2_per_pair", "kernel_bytes")]
-        unit = f"{row['dtype']} {row['unit']}"
-        lines.append([name, work, unit, *counts, f"{bound['percent']:g} %{limit}"])
-    head = ["kernel", "computes", "per", "instructions", "exponentials", "bytes", "H200, at most"]
-    return markdown(head, lines)
+        cells = [row.get("reason", "").replace("|", "/"), *[""] * 5]
+        if "reason" not in row:
+            bound = row["upper_bound_of_peak_bandwidth"]
+            limit = "" if bound["limited_by"] == "bandwidth" else f" ({bound['limited_by']})"
+            cells = [KERNELS.get(row["kernel"], ""), f"{row['dtype']} {row['unit']}"]
+            cells += [row[k] for k in ("instructions_per_pair", "ex2_per_pair", "kernel_bytes")]
+            cells.append(f"{bound['percent']:g} %{limit}")
+        lines.append([row["kernel"].replace("_", r"\_"), *cells])
+    return markdown(
+        ["kernel", "computes", "per", "instructions", "exponentials", "bytes", "H200, at most"],
+        lines,
+    )
 
 
-def ways_table(data, names):
-    ways = {row["pipeline"]: row for row in data["pipelines"]}
+def ways_table(data, names=None):
     lines = []
-    for name in names:
-        cells = []
-        for side in ("forward", "backward"):
-            low, high = (ways[name][side][f"bytes_{of}_log_probs"] for of in ("bf16", "fp32"))
-            cells.append(str(low) if low == high else f"{low} to {high}")
-        lines.append([name.replace("_", r"\_"), *cells, ways[name]["gives"].replace("||", "‖")])
-    return markdown(["from bf16 logits, bytes per pair", "forward", "backward", "gives"], lines)
+    for way in data["pipelines"]:
+        pairs = [[way[s][f"bytes_{n}_log_probs"] for n in ("bf16", "fp32")] for s in SIDES]
+        cells = [" to ".join(map(str, dict.fromkeys(pair))) for pair in pairs]
+        if names is None or way["pipeline"] in names:
+            name, gives = way["pipeline"].replace("_", r"\_"), way["gives"].replace("||", "‖")
+            lines.append([name, *cells, gives])
+    return markdown(["from bf16 logits, bytes per pair", *SIDES, "gives"], lines)
 
 
 # The README's rows of speed: the workloads that most users have, and one where fastkl is behind.
@@ -125,11 +112,7 @@ OF_COPY = ("percent_of_copy", ", {:.0f} % of a copy")
 OF_PRODUCTS = ("ratio_to_floor", ", {:.2f} × the bare GEMMs")
 
 
-def speed_section():
-    results = tables.gpu_results(RESULTS)
-    if not results:
-        return NO_RESULTS
-    data = results[0][1]
+def speed_section(data):
     lines = tables.summary_lines(data, ("main", "peers"), OF_COPY)
     lines |= tables.summary_lines(data, ("linear",), OF_PRODUCTS)
     words = (
@@ -141,15 +124,7 @@ def speed_section():
     return words + "\n\n" + markdown(head, [lines[name] for name in SPEED if name in lines])
 
 
-def gpu_section():
-    results = tables.gpu_results(RESULTS)
-    if not results:
-        return NO_RESULTS
-    data = results[0][1]
-    wrong = [
-        row for name in TIMED for row in tables.rows_of(data, name) if row["status"] == "wrong"
-    ]
-    gate = f" Rows without a time, since they failed the gate against float64: {len(wrong)}."
+def gpu_section(data):
     hidden = f"from hidden states, H = {LINEAR_MAIN['hidden']}"
     of_copy, of_floor = ("percent_of_copy", ", {:.0f} %"), ("ratio_to_floor", ", {:.2f} ×")
     parts = [
@@ -161,17 +136,22 @@ def gpu_section():
             data, ("main", "peers"), "from logits", "fastkl, of a copy's bandwidth", of_copy
         ),
         tables.summary(data, ("linear",), hidden, "fastkl, × the bare matrix products", of_floor),
-        tables.standing(data) + (gate if wrong else ""),
+        tables.standing(data),
         origin(data),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
+
+
+def of_gpu(make):
+    results = tables.gpu_results(RESULTS)
+    return make(results[0][1]) if results else NO_RESULTS
 
 
 SECTIONS = {
     "accuracy": accuracy_section,
     "static": static_section,
-    "gpu": gpu_section,
-    "speed": speed_section,
+    "gpu": partial(of_gpu, gpu_section),
+    "speed": partial(of_gpu, speed_section),
     "linear": linear_section,
 }
 
@@ -193,7 +173,8 @@ def render(name, words):
 
 
 def results_page():
-    errors, costs = read("cpu/accuracy.json"), read("static/peers.json")
+    errors, costs = read(RESULTS / "cpu/accuracy.json"), read(RESULTS / "static/peers.json")
+    found = tables.gpu_results(RESULTS)
     parts = [
         "# Results",
         "Generated by `python -m benchmarks.report` from the JSON files beside this page; "
@@ -202,19 +183,22 @@ def results_page():
         "Worst relative error against float64 by size of the KL; "
         f"V = {errors['vocabulary']}, {errors['rows']} rows of each kind. {origin(errors)}",
         "![Relative error against the size of the KL](cpu/accuracy.png)",
+        *_accuracy_parts(errors),
+        "## Static costs",
+        f"{costs['model'].capitalize()}. {origin(costs)}",
+        kernels_table(costs),
+        ways_table(costs),
+        *cpu.page(read(RESULTS / "cpu/times.json")),
+        "## GPU",
+        *(part for path, data in found for part in _gpu_parts(path, data)),
+        *[NO_RESULTS] * (not found),
     ]
-    parts += _accuracy_parts(errors)
-    ways = [row["pipeline"] for row in costs["pipelines"]]
-    parts += ["## Static costs", f"{costs['model'].capitalize()}. {origin(costs)}"]
-    parts += [kernels_table(costs), ways_table(costs, ways), *cpu.page(read("cpu/times.json"))]
-    found = tables.gpu_results(RESULTS)
-    parts += ["## GPU", *(part for path, data in found for part in _gpu_parts(path, data))]
-    return "\n\n".join([*parts, *([] if found else [NO_RESULTS])]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _accuracy_parts(data):
     titles = {"kl": "the KL", "gradient": "its gradient to the first logits"}
-    found = [(f"### {titles[m]}, {dtype}", table) for m, dtype, table in accuracy.tables(data)]
+    parts = [f"### {titles[m]}, {dtype}\n\n{table}" for m, dtype, table in accuracy.tables(data)]
     reasons = {
         name: error["reason"].splitlines()[0]
         for record in data["records"]
@@ -222,33 +206,29 @@ def _accuracy_parts(data):
         if "reason" in error
     }
     without = "; ".join(f"{name}: `{reason}`" for name, reason in reasons.items())
-    return [*itertools.chain(*found), *[f"Without figures: {without}."] * bool(reasons)]
+    return [*parts, *[f"Without figures: {without}."] * bool(reasons)]
 
 
 def _gpu_parts(path, data):
-    driver = (data.get("gpu") or {}).get("driver")
+    driver = data["gpu"].get("driver")
     said = origin(data) + (f" Driver {driver}." if driver else "")
     parts = [f"### {gpu_name(data)}", said, tables.standing(data)]
-    for name, section in data.get("sections", {}).items():
-        status, rows = section.get("status", ""), section.get("rows", [])
-        state = "ok" if status == "ok" else f"{RED} {text(status)}"
+    for name, section in data["sections"].items():
+        state = "ok" if section["status"] == "ok" else f"{RED} {text(section['status'])}"
         parts.append(f"#### {name}: {state}, {digits(section.get('seconds'))} s")
-        copies = [
-            (row.get("copy") or row).get("gb_per_s", row.get("copy_gb_per_s")) for row in rows
-        ]
+        rows = section.get("rows", [])
+        copies = [row.get("copy", row).get("gb_per_s", row.get("copy_gb_per_s")) for row in rows]
         if copies := [float(copy) for copy in copies if copy]:
             parts.append(f"A copy moves {max(copies):.0f} GB/s, read and written.")
         if section.get("summary"):
             parts.append(f"`{section['summary'].strip('= ')}`")
         parts.append(tables.timings(tables.rows_of(data, name)))
-    parts = [part for part in parts if part]
     for axis in tables.growth(data):
         title = f"kl_divergence against {axis}"
         parts += [f"#### {title}", f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"]
     for file in sorted(path.parent.glob("*-accuracy.json"))[-1:]:
-        errors = json.loads(file.read_text(encoding="utf-8"))
-        parts += [f"#### accuracy: {origin(errors)}", *_accuracy_parts(errors)]
-    return parts
+        parts += [f"#### accuracy: {origin(read(file))}", *_accuracy_parts(read(file))]
+    return filter(None, parts)
 
 
 def main(argv=None):
@@ -256,8 +236,6 @@ def main(argv=None):
         prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
     ).parse_args(argv)
     try:
-        for path in sorted(RESULTS.glob("*/*.json")):
-            read(path)  # gpu_results, which reads those of GPUs, does not say which one is broken
         made = {RESULTS / "README.md": results_page().encode()}
         for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))):
             made[path] = render(path.name, path.read_text(encoding="utf-8")).encode()

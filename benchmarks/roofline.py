@@ -58,5 +58,4 @@ def upper_bound(record, moved=None):
         "ex2": record["ex2_per_pair"] / gpu["ex2"],
     }
     slowest = max(clocks, key=clocks.get)
-    percent = round(100 * clocks["bandwidth"] / clocks[slowest], 1)
-    return {"percent": percent, "limited_by": slowest}
+    return {"percent": round(100 * clocks["bandwidth"] / clocks[slowest], 1), "limited_by": slowest}

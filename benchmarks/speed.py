@@ -12,6 +12,7 @@ too. Exit code 0: all is measured and right; 1: it is not; 2: no CUDA GPU here, 
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,15 @@ from torch.utils import collect_env
 from benchmarks import timing
 from benchmarks.linear_cases import FLOOR
 from benchmarks.providers import ALL_LOADERS, load_providers, own
-from benchmarks.record import ROOT, finite, has_gpu, output_folder, provenance, write_json
+from benchmarks.record import (
+    ROOT,
+    at_least,
+    finite,
+    has_gpu,
+    output_folder,
+    provenance,
+    write_json,
+)
 from benchmarks.suites import ALL, SUITES, Command
 
 CHILD = [sys.executable, "-m", "benchmarks.speed"]
@@ -50,20 +60,18 @@ def run_here(arguments):
     Appends each row to the file of rows, so that it outlives a crash; returns the exit code.
     """
     device = torch.device(DEVICE if torch.cuda.is_available() else "cpu")
-    (name,) = arguments.suite
-    loaded = load_providers(device, [arguments.child], ALL_LOADERS | dict(arguments.provider))
+    (name,), child = arguments.suite, arguments.child
+    measure = timing.measure_floor
+    if child != FLOOR:
+        loaders = ALL_LOADERS | dict(arguments.provider)
+        measure = partial(timing.measure, *load_providers(device, [child], loaders))
     copy = None if arguments.check else timing.copy_bandwidth(device)
     for workload in SUITES[name].workloads[arguments.start :]:
-        if arguments.child == FLOOR:
-            row = timing.measure_floor(workload, device, copy)
-        else:
-            row = timing.measure(*loaded, workload, device, copy)
-        fault = timing.context_fault()
-        if fault:
+        row = measure(workload, device, copy)
+        if fault := timing.context_fault():
             row["context"] = f"broken, the section went on in a new process: {fault}"
         append(arguments.rows, name, row)
         if fault:
-            sys.stdout.flush()
             os._exit(BROKEN)  # a GPU that no longer answers cannot be cleaned up
     return 0
 
@@ -82,8 +90,6 @@ def said(row):
 
 
 class Run(NamedTuple):
-    """One run of the command: its file of rows, its results, and when it has to end."""
-
     arguments: argparse.Namespace
     rows: Path
     results: dict
@@ -99,8 +105,8 @@ class Run(NamedTuple):
         rows = [row for row in self.rows_of(section) if row["status"] != "not offered"]
         floors = {r["workload"]["name"]: r["times"] for r in rows if r["provider"] == FLOOR}
         for row in (row for row in rows if row["provider"] != FLOOR):
-            for phase, figures in row["times"].items():
-                if floor := floors.get(row["workload"]["name"], {}).get(phase):
+            for phase, floor in floors.get(row["workload"]["name"], {}).items():
+                if figures := row["times"].get(phase):
                     figures["ratio_to_floor"] = figures["median_ms"] / floor["median_ms"]
         self.results["sections"][section] = {**facts, "rows": rows}
         write_json(self.rows.with_suffix(".json"), self.results)
@@ -113,20 +119,16 @@ def run_limited(command, seconds, log=None, **environment):
     """
     options = {"env": {**os.environ, **environment}, "cwd": ROOT, "start_new_session": True}
     process = subprocess.Popen(command, stdout=log, stderr=log and subprocess.STDOUT, **options)
-    try:
-        return process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with process, contextlib.ExitStack() as at_end:
+        at_end.callback(lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=seconds)
 
 
 def run_provider(run, name, provider, options):
     """Measure a provider of a section, in as many processes one after the other as it takes."""
     workloads, crashes, reason = SUITES[name].workloads, 0, NO_TIME
-    until = min(time.monotonic() + run.arguments.provider_seconds, run.deadline)
+    until = min(time.monotonic() + PROVIDER_SECONDS, run.deadline)
     while (done := len(run.rows_of(name, provider))) < len(workloads) and crashes < CRASHES:
         if (left := until - time.monotonic()) < LEAST_SECONDS:
             break
@@ -170,10 +172,10 @@ def run_command(run, name):
         return {"status": NO_TIME}
     with open(log, "w") as output:
         code = run_limited(command, seconds, output, FASTKL_REQUIRE_GPU="1")
-    lines = log.read_text(errors="replace").strip().splitlines() or [""]
-    print("\n".join(lines[-25:]), flush=True)
-    status = "ok" if code == 0 else STOPPED if code is None else f"exit code {code}"
-    return {"status": status, "summary": lines[-1], "log": log.name}
+    text = log.read_text(errors="replace").strip()
+    print("\n".join(text.splitlines()[-25:]), flush=True)
+    status = {0: "ok", None: STOPPED}.get(code, f"exit code {code}")
+    return {"status": status, "summary": text.rpartition("\n")[2], "log": log.name}
 
 
 def gpu_facts():
@@ -212,23 +214,22 @@ def parse(argv):
     )
     add, hidden = parser.add_argument, {"help": argparse.SUPPRESS}
     add("--suite", nargs="+", choices=SUITES, default=ALL, metavar="NAME", help="(default: all)")
-    where = "where the results go, such as benchmarks/results/nvidia-h200"
-    add("--out", type=output_folder, metavar="DIR", help=where)
+    add(
+        "--out",
+        type=output_folder,
+        metavar="DIR",
+        help="where the results go, such as benchmarks/results/nvidia-h200",
+    )
     add("--providers", nargs="+", choices=[*ALL_LOADERS, FLOOR], metavar="NAME", help="only these")
     yours = {"action": "append", "default": [], "help": "measure your own too; may be given again"}
     add("--provider", type=own, metavar="package.module:function", **yours)
-    add("--seconds", type=float, default=SECONDS, help="time for all (default: %(default)s)")
-    each = "time for a provider in a section (default: %(default)s)"
-    add("--provider-seconds", type=float, default=PROVIDER_SECONDS, help=each)
+    seconds = {"type": at_least(1, float), "default": SECONDS, "metavar": "S"}
+    add("--seconds", **seconds, help="time for all (default: %(default)s)")
     add("--check", action="store_true", help="compare with float64 and time nothing, on a CPU too")
     add("--child", **hidden)  # inside the process of this provider
     add("--start", type=int, default=0, **hidden)
     add("--rows", type=Path, **hidden)
     arguments = parser.parse_args(argv)
-    for name in ("seconds", "provider_seconds"):
-        if not 0 < getattr(arguments, name) < float("inf"):
-            option, got = f"--{name.replace('_', '-')}", getattr(arguments, name)
-            parser.error(f"{option}: expected a finite number above 0, got {got}; give one")
     if not (arguments.check or arguments.out or arguments.child):
         parser.error("--out: expected a folder for the results, got none; give one, or --check")
     return arguments
@@ -241,8 +242,7 @@ def main(argv=None):
     if arguments.child:
         return run_here(arguments)
     with tempfile.TemporaryDirectory() as nowhere:
-        folder = arguments.out or Path(nowhere)
-        sections = run_suite(arguments, provenance("speed", argv), folder)
+        sections = run_suite(arguments, provenance("speed", argv), arguments.out or Path(nowhere))
     bad = [r for s in sections.values() for r in s["rows"] if r["status"] in ("wrong", "failed")]
     states = [f"{name}: {section['status']}" for name, section in sections.items()]
     print("\n".join(["", *states, *map(said, bad)]))

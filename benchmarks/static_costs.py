@@ -35,6 +35,7 @@ loads, or a kernel that it lacks end with exit code 1. It holds for the Triton t
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -50,7 +51,6 @@ from triton.compiler import ASTSource
 
 from benchmarks import disassembly, roofline
 from benchmarks.record import command_line, output_file, provenance, write_json
-from benchmarks.static_gate import BASELINE, CASE, SLACKS, case_of, judge, read_baseline
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("bf16", "fp32")
@@ -64,47 +64,51 @@ FIGURES = (
 )
 
 
+BASELINE = Path(__file__).with_name("static_baseline.json")
+SLACK = 0.05  # compilers differ by 3 % from one version to the next
+CASE = ("kernel", "arch", "dtype", "aligned")
+# The figures compared: from which share of the baseline's on, or whether at all, more is worse.
+SLACKS = {
+    **dict.fromkeys(("instructions_per_pair", "instructions_per_pair_general"), SLACK),
+    **dict.fromkeys(("overhead_per_pair", "ex2_per_pair"), SLACK),
+    **{"spill_bytes": 0.0, "narrow_loads": 0.0, "widest_load_bytes": 0.0, "registers": math.inf},
+}
+
+
 # One kernel
 
 
 def measure(specialization, arch, dtype, aligned):
     """Return the record of one `Specialization` of the compile plan: its case and its FIGURES.
 
-    Raises ValueError, with the kernel's name, where it does not compile or its machine code does
-    not read as expected.
+    Raises an error of any type where it does not compile, and ValueError where its machine code
+    does not read as expected.
     """
     found = dict(zip(CASE, (specialization.name, arch, dtype, aligned), strict=True))
-    try:
-        figures = _figures(specialization, compile_kernel(specialization, arch))
-    except Exception as error:  # of any type; the kernel's name must not get lost
-        raise ValueError(f"{case_of(found)}: {type(error).__name__}: {error}") from error
-    return {**found, **dict.fromkeys(FIGURES), **figures}
-
-
-def _figures(specialization, compiled):
-    name, text = compiled.metadata.name, machine_code(compiled)
+    compiled = compile_kernel(specialization, arch)
+    name, text, segment = compiled.metadata.name, machine_code(compiled), None
     if "amdgcn" in compiled.asm:
         program = disassembly.parse_amdgcn(text, name)
         registers, spill_bytes = disassembly.parse_amdgcn_resources(text)
     else:
         program = disassembly.parse_sass(text, name)
-        usage = _of_cubin(compiled, "cuobjdump", "-res-usage")
-        registers, spill_bytes = disassembly.parse_resources(usage)
-    found = {"registers": registers, "spill_bytes": spill_bytes}
-    loop, segment = disassembly.hot_loop(program), None
+        registers, spill_bytes = disassembly.parse_resources(
+            _of_cubin(compiled, "cuobjdump", "-res-usage")
+        )
+    found |= {**dict.fromkeys(FIGURES), "registers": registers, "spill_bytes": spill_bytes}
+    loop = disassembly.hot_loop(program)
     if loop is None:
         return found
     if specialization.segment and "cubin" in compiled.asm:
         segment = disassembly.segment_costs(program, *cut(specialization))
         loop = segment.near
-    unrolled = _unroll_factor(loop, compiled)
-    pairs = specialization.pairs_per_thread * unrolled
+    found["unrolled"] = _unroll_factor(loop, compiled)
+    pairs = specialization.pairs_per_thread * found["unrolled"]
     found |= {
         "instructions_per_pair": round(loop.instructions / pairs, 2),
         "ex2_per_pair": round(loop.ex2 / pairs, 2),
         "widest_load_bytes": loop.widest_load,
         "narrow_loads": sum(loop.loads.values()) - loop.loads[loop.widest_load],
-        "unrolled": unrolled,
         "fp32_per_pair": round(loop.fp32 / pairs, 2),
     }
     if segment:
@@ -127,9 +131,10 @@ def cut(specialization):
 
     threads, segment = 32 * specialization.num_warps, specialization.segment
     tiles, edge = divmod(segment, threads * specialization.pairs_per_thread)
-    anchors, next_one = 0, 1
-    while next_one <= tiles:
-        anchors, next_one = anchors + 1, int(REANCHOR_GROWTH.value) * next_one + 1
+    # Tiles 1, 9, 73, …: the n-th is a sum of n powers of 8.
+    anchors = sum(
+        REANCHOR_GROWTH.value**n <= tiles * (REANCHOR_GROWTH.value - 1) + 1 for n in range(1, 64)
+    )
     passes = math.ceil(edge / (threads * specialization.constexprs["LANES"]))
     return anchors, passes, math.ceil(VOCABULARY / segment)
 
@@ -158,7 +163,7 @@ def source_loop_bytes(ttgir, threads):
     repeats counts once, as it lies in registers.
     """
     # Each loop that is open: [depth, bytes of its own loads, bytes with the loops inside it].
-    depth, open_loops, finished, known = 0, [], [], set()
+    depth, open_loops, finished, known = 0, [], [(0, 0, 0)], set()
     for line in ttgir.splitlines():
         if "scf.for" in line or "scf.while" in line:
             open_loops.append([depth, 0, 0])
@@ -172,8 +177,7 @@ def source_loop_bytes(ttgir, threads):
         depth += line.count("{") - line.count("}")
         while open_loops and depth <= open_loops[-1][0]:
             finished.append(open_loops.pop())
-    largest = max(finished, key=lambda loop: loop[1], default=(0, 0, 0))
-    return largest[2] if largest[1] else None
+    return max(finished, key=lambda loop: loop[1])[2] or None
 
 
 def _unroll_factor(loop, compiled):
@@ -197,15 +201,11 @@ def compile_kernel(specialization, arch):
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
     parts = (specialization.signature, specialization.constexprs, specialization.attrs)
     options = {"num_warps": specialization.num_warps, **specialization.options}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        triton.knobs.cache.scope(),
-        triton.knobs.compilation.scope(),
-    ):
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        triton.knobs.compilation.always_compile = True
-        source = ASTSource(specialization.kernel, *parts)
-        return triton.compile(source, target=target, options=options)
+        return triton.compile(
+            ASTSource(specialization.kernel, *parts), target=target, options=options
+        )
 
 
 def machine_code(compiled):
@@ -218,8 +218,9 @@ def _of_cubin(compiled, tool, *arguments):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        command = [NVIDIA_TOOLS / tool, *arguments, cubin]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [NVIDIA_TOOLS / tool, *arguments, cubin], capture_output=True, text=True, timeout=60
+        )
     if done.returncode:
         raise ValueError(f"{tool} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout + done.stderr
@@ -237,31 +238,28 @@ def digest(specialization, arch):
 # All kernels
 
 
-def cases(plan, architectures=ARCHITECTURES, dtypes=DTYPES, kernels=None):
-    """Yield (specialization, architecture, type, aligned) of everything that `plan` lists, or of
-    `kernels` alone."""
+def cases(plan, architectures=ARCHITECTURES, dtypes=DTYPES):
     for arch, dtype, aligned in itertools.product(architectures, dtypes, (True, False)):
         for specialization in plan(dtype, aligned, arch):
-            if not kernels or specialization.name in kernels:
-                yield specialization, arch, dtype, aligned
+            yield specialization, arch, dtype, aligned
 
 
 def collect(chosen):
-    """Return (records, error messages) of some `cases`.
+    """Return {"records", "errors": messages} of some `cases`.
 
     The same compilation aligned and misaligned is measured once.
     """
     records, errors, known = [], [], {}
-    for specialization, arch, dtype, aligned in chosen:
-        key = (arch, dtype, repr(specialization))
+    for specialization, *case in chosen:
+        key = (*case[:2], repr(specialization))
+        found = dict(zip(CASE, (specialization.name, *case), strict=True))
         try:
-            known[key] = known.get(key) or measure(specialization, arch, dtype, aligned)
-            found = {**known[key], "aligned": aligned}
-            bound = roofline.upper_bound(found)
-            records.append({**found, "upper_bound_of_peak_bandwidth": bound})
-        except ValueError as error:
-            errors.append(str(error))
-    return records, errors
+            known[key] = known.get(key) or measure(specialization, *case)
+            found = {**known[key], **found}
+            records.append({**found, "upper_bound_of_peak_bandwidth": roofline.upper_bound(found)})
+        except Exception as error:  # of any type: the other kernels must not get lost
+            errors.append(f"{case_of(found)}: {type(error).__name__}: {error}")
+    return {"records": records, "errors": errors}
 
 
 def table(records):
@@ -271,12 +269,78 @@ def table(records):
     return f"{short.to_string(na_rep='-', index=False)}\npercent: {roofline.MODEL}"
 
 
+# The gate against regressions: compared with benchmarks/static_baseline.json
+
+
+def case_of(record):
+    alignment = "aligned" if record["aligned"] else "misaligned"
+    return f"{record['kernel']} {record['arch']} {record['dtype']} {alignment}"
+
+
+def read_baseline(path):
+    try:
+        data = json.loads(Path(path).read_text())
+        {case_of(record): [record[key] for key in SLACKS] for record in data["records"]}
+        data["versions"]["triton"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--baseline: expected a file that --write-baseline wrote, got {path} "
+            f"({type(error).__name__}: {error}); remedy: --write-baseline {path}"
+        ) from None
+    return data
+
+
+def _worse(key, now, before):
+    if now is None or before is None:
+        return now is None
+    limit = before * (1 + SLACKS[key])
+    return now < before if key == "widest_load_bytes" else now > limit
+
+
+def compare(records, baseline):
+    """Return (regressions, other changes), a sentence each, against the baseline's records.
+
+    Only the architectures and element types in `records` are expected to be there.
+    """
+    measured = {(record["arch"], record["dtype"]) for record in records}
+    now = {case_of(record): record for record in records}
+    before = {
+        case_of(record): record
+        for record in baseline["records"]
+        if (record["arch"], record["dtype"]) in measured
+    }
+    regressions = [f"{case}: not in the baseline" for case in now if case not in before]
+    changes = [f"{case}: in the baseline only" for case in before if case not in now]
+    for case, key in itertools.product(now.keys() & before.keys(), SLACKS):
+        new, old = now[case][key], before[case][key]
+        share = "" if new is None or not old else f" ({100 * (new / old - 1):+.1f} %)"
+        if new != old:
+            sentence = f"{case}: {key} {old} -> {new}{share}"
+            (regressions if _worse(key, new, old) else changes).append(sentence)
+    return sorted(regressions), sorted(changes)
+
+
+def judge(records, path):
+    """Compare with the baseline at `path` and prints every change; returns it for the JSON."""
+    baseline = read_baseline(path)
+    here, there = triton.__version__, baseline["versions"]["triton"]
+    regressions, changes = compare(records, baseline) if here == there else ([], [])
+    sys.stdout.writelines(f"changed: {line}\n" for line in changes)
+    sys.stderr.writelines(f"regression: {line}\n" for line in regressions)
+    verdict = f"{len(regressions)} regressions, {len(changes)} other changes"
+    if here != there:
+        verdict = f"holds for Triton {there}, this is {here}: nothing compared"
+    print(f"baseline: {verdict}; --write-baseline renews it where a change is meant")
+    found = {"triton": there, "compared": here == there}
+    return {**found, "regressions": regressions, "changes": changes}
+
+
 # The command
 
 
-def parse(argv, plan):
+def parse(argv):
     parser = command_line("static_costs", __doc__.splitlines()[0])
-    for name, choices in (("kernel", None), ("arch", ARCHITECTURES), ("dtype", DTYPES)):
+    for name, choices in (("arch", ARCHITECTURES), ("dtype", DTYPES)):
         text = f"only this {name} (may be given again)"
         parser.add_argument(f"--{name}", action="append", choices=choices, help=text)
     file = {"nargs": "?", "const": BASELINE, "metavar": "FILE"}
@@ -286,50 +350,45 @@ def parse(argv, plan):
     mode.add_argument("--peers", action="store_true", help="kernels of others beside ours, sm_90")
     mode.add_argument("--hash", action="store_true", help="a digest of each kernel's machine code")
     arguments = parser.parse_args(argv)
-    chosen = [f"--{name}" for name in ("kernel", "arch", "dtype") if getattr(arguments, name)]
-    if chosen and (arguments.write_baseline or arguments.peers):
-        mode = "--write-baseline" if arguments.write_baseline else "--peers"
-        parser.error(f"{mode}: expected the whole plan, got {chosen[0]}; leave it out")
-    found = list(cases(plan, arguments.arch or ARCHITECTURES, arguments.dtype or DTYPES))
-    known = {case[0].name: None for case in found}
-    if unknown := [name for name in arguments.kernel or [] if name not in known]:
-        parser.error(
-            f"--kernel: expected a kernel of these types, got {', '.join(unknown)}; choose out of "
-            f"{', '.join(known)}"
-        )
+    whole = "--write-baseline" * bool(arguments.write_baseline) or "--peers" * arguments.peers
+    if whole and (arguments.arch or arguments.dtype):
+        parser.error(f"{whole}: expected the whole plan, got --arch or --dtype; leave it out")
     try:
         arguments.baseline and read_baseline(arguments.baseline)  # before minutes of compiling
     except ValueError as error:
         parser.error(str(error))
-    return arguments, [c for c in found if not arguments.kernel or c[0].name in arguments.kernel]
+    return arguments
 
 
 def main(argv=None):
     from fastkl.kernels.compile_plan import plan
 
-    arguments, chosen = parse(argv, plan)
-    origin = provenance("static_costs", argv)
-    if arguments.peers:
-        from benchmarks.peer_kernels import report
-
-        return report(arguments.json, origin)
+    arguments = parse(argv)
+    data = {**provenance("static_costs", argv), "model": roofline.MODEL}
+    chosen = list(cases(plan, arguments.arch or ARCHITECTURES, arguments.dtype or DTYPES))
     if arguments.hash:
         for case in chosen:
             print(digest(*case[:2]), case[0].name, *case[1:], flush=True)
         return 0
-    records, errors = collect(chosen)
-    print(table(records))
-    data = {**origin, "model": roofline.MODEL, "records": records, "errors": errors}
+    if arguments.peers:
+        from benchmarks.peer_kernels import measure_all
+
+        data |= measure_all()
+        print(pd.json_normalize(data["pipelines"]).to_string(index=False))
+    else:
+        data |= collect(chosen)
+    print(table(data["kernels" if arguments.peers else "records"]))
     if arguments.baseline:
-        data["baseline"] = judge(records, arguments.baseline, arguments.kernel)
-    if arguments.write_baseline and not errors:
+        data["baseline"] = judge(data["records"], arguments.baseline)
+    if arguments.write_baseline and not data["errors"]:
         keys = (*CASE, *SLACKS)
-        kept = [{key: found[key] for key in keys} for found in sorted(records, key=case_of)]
-        write_json(arguments.write_baseline, {**origin, "records": kept})
+        data["records"].sort(key=case_of)
+        kept = {"records": [{key: found[key] for key in keys} for found in data["records"]]}
+        write_json(arguments.write_baseline, {**provenance("static_costs", argv), **kept})
     write_json(arguments.json, data)
-    for error in errors:
+    for error in data["errors"]:
         print(f"error: {error}", file=sys.stderr)
-    return 1 if errors or data.get("baseline", {}).get("regressions") else 0
+    return 1 if data["errors"] or data.get("baseline", {}).get("regressions") else 0
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ def _module(*arguments):
 
 
 def _sizes(**sizes):
-    """Make the cases that differ from the main shape by one size each."""
     return tuple(Workload(**{name: size}) for name, values in sizes.items() for size in values)
 
 

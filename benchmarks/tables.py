@@ -7,18 +7,18 @@ A file of results is {"gpu", "versions", "commit", "command", "date", "sections"
 import io
 import json
 import math
+import re
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.cases import Workload
+from benchmarks import cases, record
 from benchmarks.linear_cases import FLOOR, LinearWorkload
-from benchmarks.record import markdown
 
 OURS, PLAIN = "fastkl", "torch"
 # This package too: where there is memory for all logits, and where the GPU was found fit for it.
 ALSO_OURS = ("fastkl, through logits", "fastkl, one launch")
-MAIN, LINEAR_MAIN = Workload().as_dict(), LinearWorkload().as_dict()
+MAIN, LINEAR_MAIN = cases.Workload().as_dict(), LinearWorkload().as_dict()
 TIMED = ("main", "peers", "fused", "sweep", "scaling", "linear", "linear_sweep")
 # Operations with a gradient to the first logits only: their names go without it.
 ONE_GRADIENT = ("token_stats", "logprob", "logprob_entropy", "entropy")
@@ -26,24 +26,27 @@ NOISE = 0.01  # two measurements of the same may differ by so much
 RED, NONE = "🔴", "–"
 
 
+def read(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected results in JSON, got {type(error).__name__}: {error}; measure them"
+            " again (benchmarks/README.md says how), or take the file from git"
+        ) from None
+
+
 def gpu_results(folder):
     """Find [(path, data)]: of every GPU the newest file in which the main shape was timed.
 
     The newest of them comes first, of one day an H200's.
     """
-    newest = {}
-    for path in sorted(folder.glob("*/*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not any(map(timed, rows_of(data, "main"))):
-            continue  # other files lie there too: of tune, of accuracy
-        name = gpu_name(data)
-        if name not in newest or data["date"] > newest[name][1]["date"]:
-            newest[name] = path, data
-
-    def rank(found):
-        return found[1]["date"][:10], "H200" in gpu_name(found[1])
-
-    return sorted(newest.values(), key=rank, reverse=True)
+    files = [(path, read(path)) for path in sorted(folder.glob("*/*.json"))]
+    # Other files lie there too: of tune, of accuracy.
+    found = [file for file in files if any(map(timed, rows_of(file[1], "main")))]
+    found.sort(key=lambda file: file[1]["date"])
+    newest = {gpu_name(data): (path, data) for path, data in found}.values()
+    return sorted(newest, key=lambda f: (f[1]["date"][:10], "H200" in gpu_name(f[1])))[::-1]
 
 
 def gpu_name(data):
@@ -51,7 +54,7 @@ def gpu_name(data):
 
 
 def rows_of(data, section):
-    rows = (data.get("sections", {}).get(section) or {}).get("rows", [])
+    rows = data.get("sections", {}).get(section, {}).get("rows", [])
     return [row for row in rows if "workload" in row]
 
 
@@ -89,24 +92,22 @@ def timed(row):
 
 
 def standing(data):
-    found = {name: (rows.get(OURS), others_of(rows)) for name, rows in by_workload(data).items()}
-    compared = {n: rows for n, rows in found.items() if any(map(timed, rows[1].values()))}
-    faster = [
-        f"{who} at `{name}` ({phase}, {times(timed(ours)[phase] / theirs)})"
-        for name, (ours, others) in compared.items()
-        for who, row in others.items()
-        for phase, theirs in timed(row).items()
-        if timed(ours).get(phase, 0.0) > theirs * (1 + NOISE)
-    ]
-    counted = sum(bool(timed(ours)) for ours, _ in compared.values())
+    faster, counted = [], 0
+    for name, rows in by_workload(data).items():
+        ours, found = timed(rows.get(OURS)), [(who, timed(row)) for who, row in others_of(rows)]
+        counted += bool(ours) and any(medians for _, medians in found)
+        faster += [
+            f"{who} at `{name}` ({phase}, {times(ours[phase] / theirs)})"
+            for who, medians in found
+            for phase, theirs in medians.items()
+            if ours.get(phase, 0.0) > theirs * (1 + NOISE)
+        ]
     words = f"Faster than fastkl by more than 1 % of device time, at {counted} workloads measured "
-    words += f"beside others: {'; '.join(faster) or 'none'}."
-    without = [f"`{name}` ({why(ours)})" for name, (ours, _) in found.items() if not timed(ours)]
-    return words + (f" Without a time of fastkl: {', '.join(without)}." if without else "")
+    return f"{words}beside others: {'; '.join(faster) or 'none'}."
 
 
 def others_of(rows):
-    return {who: row for who, row in rows.items() if who not in (OURS, *ALSO_OURS)}
+    return [(who, row) for who, row in rows.items() if who not in (OURS, *ALSO_OURS)]
 
 
 # Cells
@@ -121,8 +122,7 @@ def digits(value, count=3):
     value = number(value)
     if value is None:
         return NONE
-    whole = abs(value) >= 10**count - 0.5
-    return f"{value:.0f}" if whole else f"{value:#.{count}g}".rstrip(".")
+    return f"{value:.0f}" if abs(value) >= 10**count - 0.5 else f"{value:#.{count}g}".rstrip(".")
 
 
 def times(ratio):
@@ -141,20 +141,16 @@ def text(words, length=200):
     """Write the first line of somebody else's words as it may stand in a table."""
     line = (str(words).strip().splitlines() or [""])[0]
     line = line if len(line) <= length else line[: length - 1] + "…"
-    for special in "\\|*_`":
-        line = line.replace(special, "\\" + special)
-    return line.replace("<", "&lt;")
+    return re.sub(r"([\\|*_`])", r"\\\1", line).replace("<", "&lt;")
 
 
 def why(row):
     """Write the reason for having no time, or an error of the gate, in its place."""
     if not row:
         return NONE
-    if row.get("status") == "ok":
-        return "correct, not timed"
-    if row["status"] == "wrong":
-        return f"{RED} **wrong: {text(row.get('reason'))}**"
-    return f"{row['status']}: {text(row.get('reason'))}"
+    reason = text(row.get("reason"))
+    known = {"ok": "correct, not timed", "wrong": f"{RED} **wrong: {reason}**"}
+    return known.get(row["status"], f"{row['status']}: {reason}")
 
 
 def peak(row):
@@ -168,9 +164,10 @@ PEAKS = "peak beside the inputs: fastkl / best other / torch"
 
 
 def summary(data, sections, what, title, share):
-    """Make a table of summary_lines."""
     lines = list(summary_lines(data, sections, share).values())
-    return markdown([what, title, "best other", "plain torch", PEAKS], lines) if lines else ""
+    return (
+        record.markdown([what, title, "best other", "plain torch", PEAKS], lines) if lines else ""
+    )
 
 
 def summary_lines(data, sections, share):
@@ -183,26 +180,22 @@ def summary_lines(data, sections, share):
         if "," in name:
             continue
         phase = "forward" if name == "linear forward" else "both"
-        ours = rows.get(OURS)
-        others = others_of(rows)
-        speeds = {other: timed(row)[phase] for other, row in others.items() if phase in timed(row)}
-        best, mine = min(speeds, key=speeds.get, default=None), timed(ours).get(phase)
-        cell = why(ours)
+        ours, mine, cell = rows.get(OURS), timed(rows.get(OURS)).get(phase), why(rows.get(OURS))
         if mine:
             rate = number(ours["times"][phase].get(share[0]))
             cell = f"{digits(mine)} ms" + ("" if rate is None else share[1].format(rate))
-        rival = f"{best} {_beside(others[best], phase, mine)}" if best else NONE
-        memory = " / ".join(peak(row) for row in (ours, others.get(best), rows.get(PLAIN)))
-        torch = _beside(rows.get(PLAIN), phase, mine)
-        lines[name] = [f"`{name}`", cell, rival, torch, memory]
+        others = [(timed(row)[phase], who) for who, row in others_of(rows) if phase in timed(row)]
+        best = min(others, default=(0, None))[1]
+        rival = f"{best} {_beside(rows[best], phase, mine)}" if best else NONE
+        memory = " / ".join(map(peak, (ours, rows.get(best), rows.get(PLAIN))))
+        lines[name] = [f"`{name}`", cell, rival, _beside(rows.get(PLAIN), phase, mine), memory]
     return lines
 
 
 def _beside(row, phase, ours):
-    theirs = timed(row).get(phase)
-    if not theirs:
-        return why(row)
-    return f"{digits(theirs)} ms" + (f", {times(theirs / ours)}" if ours else "")
+    if theirs := timed(row).get(phase):
+        return f"{digits(theirs)} ms" + (f", {times(theirs / ours)}" if ours else "")
+    return why(row)
 
 
 # Figures of a row by their keys: forward, backward and both with strokes between.
@@ -220,18 +213,14 @@ def timings(rows):
     names = list(dict.fromkeys(label(row["workload"]) for row in rows))
     rows = sorted(rows, key=lambda row: names.index(label(row["workload"])))
     head = ["workload", "provider", *FIGURES.values(), *MEMORY.values(), "error", "note"]
-    return markdown(head, map(line, rows)) if rows else ""
+    return record.markdown(head, map(line, rows)) if rows else ""
 
 
 def line(row):
-    found, memory = timed(row), row.get("memory") or {}
-    cells = [
-        " / ".join(
-            digits(row["times"][phase].get(key), 4 - (key != "median_ms")) for phase in found
-        )
-        for key in FIGURES
-    ]
-    cells = [NONE if set(cell) <= set("– /") else cell for cell in cells]
+    found, memory, cells = row["times"] if timed(row) else {}, row.get("memory") or {}, []
+    for key in FIGURES:
+        figures = [digits(phase.get(key), 4 - (key != "median_ms")) for phase in found.values()]
+        cells.append(" / ".join(figures) if {*figures} - {NONE} else NONE)
     cells[0] = cells[0] if found else why(row)
     cells += [amount(memory.get(key)) for key in MEMORY]
     errors = {name: off for name, off in (row.get("error") or {}).items() if "," not in name}

@@ -11,6 +11,7 @@
   to be done.
 """
 
+import contextlib
 import gc
 import itertools
 import math
@@ -46,9 +47,14 @@ def row_of(workload, provider, status, reason, **figures):
     status is "ok", or without figures "missing" (not here, or not this size), "not offered" (no
     such operation), "wrong" (failed the gate) or "failed" (raised), with the reason.
     """
-    nothing = {"note": None, "error": {}, "times": {}, "memory": {}}
-    said = {"provider": provider, "status": status, "reason": reason}
-    return {"workload": workload.as_dict(), **said, **nothing, **figures}
+    return {
+        "workload": workload.as_dict(),
+        "provider": provider,
+        "status": status,
+        "reason": reason,
+        **{"note": None, "error": {}, "times": {}, "memory": {}},
+        **figures,
+    }
 
 
 def measure(provider, workload, device, copy=None):
@@ -82,10 +88,9 @@ def _figures(work, workload, device, copy):
         return outputs, gradients(inputs, outputs)
 
     error, wrong = fault(workload, sets[0], truth(workload, sets[0]), *both(sets[0]))
-    row = {"status": "wrong" if wrong else "ok", "reason": wrong, "error": error}
     if wrong or not copy:
-        return row
-    row["memory"] = _memory(forward, sets[0])
+        return {"status": "wrong" if wrong else "ok", "reason": wrong, "error": error}
+    memory = _memory(forward, sets[0])
     pairs = [(i, forward(i)) for i in sets] if "backward" in workload.phases else []
     runs = {
         "forward": (forward, sets),
@@ -97,26 +102,31 @@ def _figures(work, workload, device, copy):
         if phase != "backward":  # whose forward is outside the graph
             figures |= by_graph(figures, *runs[phase])
         figures |= workload.rates(phase, figures["median_ms"], copy)
-    return {**row, "times": times, "copy_gb_per_s": copy}
+    return {
+        "status": "ok",
+        "reason": None,
+        "error": error,
+        "memory": memory,
+        "times": times,
+        "copy_gb_per_s": copy,
+    }
 
 
 def measure_floor(workload, device, copy):
     """Measure the bare cuBLAS products: the fastest chunk size; "tried" has the median of each."""
     sets = _inputs(workload, device, linear_cases.make_linear_inputs, copy)
-    tried, (phase,) = {}, workload.phases
+    tried, (phase,) = [], workload.phases
     for chunk in {min(chunk, workload.rows) for chunk in FLOOR_CHUNKS}:
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):  # fewer tokens at a time fit
             run = linear_cases.bare_products(workload, sets[0], chunk)
-            tried[chunk] = {**timed(run, sets), "chunk": chunk}
-        except torch.OutOfMemoryError:  # fewer tokens at a time fit
-            continue
+            tried.append({**timed(run, sets), "chunk": chunk})
     if not tried:
         return row_of(workload, FLOOR, "failed", "OutOfMemoryError with every chunk size")
-    best = min(tried.values(), key=lambda figures: figures["median_ms"])
+    best = min(tried, key=lambda figures: figures["median_ms"])
     best |= workload.rates(phase, best["median_ms"], copy)
-    best["tried"] = {str(chunk): figures["median_ms"] for chunk, figures in tried.items()}
+    times = {phase: {**best, "tried": {str(one["chunk"]): one["median_ms"] for one in tried}}}
     note = f"{linear_cases.PRODUCTS[workload.mode]} products into 16-bit buffers, and nothing else"
-    return row_of(workload, FLOOR, "ok", None, note=note, times={phase: best})
+    return row_of(workload, FLOOR, "ok", None, note=note, times=times)
 
 
 def _inputs(workload, device, make, copy):
@@ -199,8 +209,8 @@ def _memory(forward, inputs):
     torch.cuda.reset_peak_memory_stats()
     outputs = forward(inputs)
     held = torch.cuda.memory_allocated() - before - sum(o.nbytes for o in outputs)
-    grads = gradients(inputs, outputs)
-    peak, returned = torch.cuda.max_memory_allocated() - before, sum(g.nbytes for g in grads)
+    returned = sum(gradient.nbytes for gradient in gradients(inputs, outputs))
+    peak = torch.cuda.max_memory_allocated() - before
     return {"peak_bytes": peak, "held_bytes": held, "gradient_bytes": returned}
 
 

@@ -1,4 +1,9 @@
-"""Define the work of a provider, and makes it of functions on tensors."""
+"""Define the work of a provider, make it of functions on tensors, and do all of it in plain torch.
+
+PLAIN computes every operation as one writes it, with softmaxes in float32 or, for float64 input, in
+float64. Its token_stats returns the fields of TokenStats; logprob_kl the two terms of a GRPO loss,
+and nothing more.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,34 +69,23 @@ def gradients(inputs, outputs, **options):
     )
 
 
-def arguments(operation, p, q, tokens):
-    if operation in ("kl_divergence", "mean_kl"):
-        return p, q
-    if operation in ("token_stats", "logprob_kl"):
-        return p, tokens, q
-    return (p,) if operation == "entropy" else (p, tokens)
-
-
 def logits_works(functions, note, **notes):
-    """Make {operation: Work} of functions with the arguments of PLAIN's.
+    """Make {operation: Work} of functions of (p_logits, q_logits, tokens).
 
     notes: of the operations that do something else than `note` says.
     """
 
-    def work(operation, function):
-        def run(inputs):
-            return function(*arguments(operation, inputs.p, inputs.q, inputs.tokens))
+    def on_logits(function):
+        return lambda i: function(i.p, i.q, i.tokens)
 
-        return Work(run, notes.get(operation, note))
-
-    return {name: work(name, function) for name, function in functions.items()}
+    return {name: Work(on_logits(f), notes.get(name, note)) for name, f in functions.items()}
 
 
 def on_hidden(functions):
     def made(operation, function):
         def run(hidden, weight, ref_hidden, ref_weight, tokens):
             second = None if operation in ONE_TENSOR else F.linear(ref_hidden, ref_weight)
-            return function(*arguments(operation, F.linear(hidden, weight), second, tokens))
+            return function(F.linear(hidden, weight), second, tokens)
 
         return run
 
@@ -136,3 +130,57 @@ def linear_works(functions, products, note, **notes):
         said = f"{count} products; " if count else ""
         works[f"linear_{mode}"] = Work(runs[mode], said + notes.get(mode, note), count)
     return works
+
+
+# Plain torch: functions of (p_logits, q_logits, tokens)
+
+
+def log_softmax(logits):
+    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _chosen(log_p, tokens):
+    return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def plain_kl_divergence(p, q, tokens=None):
+    log_p, log_q = log_softmax(p), log_softmax(q)
+    return ((log_p.exp() * (log_p - log_q)).sum(-1),)
+
+
+def plain_logprob_entropy(p, q, tokens):
+    log_p = log_softmax(p)
+    return _chosen(log_p, tokens), -(log_p.exp() * log_p).sum(-1)
+
+
+def plain_entropy(p, q, tokens):
+    log_p = log_softmax(p)
+    return (-(log_p.exp() * log_p).sum(-1),)
+
+
+def plain_token_stats(p_logits, q_logits, tokens):
+    log_p, log_q = log_softmax(p_logits), log_softmax(q_logits)
+    p = log_p.exp()
+    return (
+        _chosen(log_p, tokens),
+        -(p * log_p).sum(-1),
+        _chosen(log_q, tokens),
+        (p * (log_p - log_q)).sum(-1),
+        (log_q.exp() * (log_q - log_p)).sum(-1),
+    )
+
+
+def plain_logprob_kl(p, q, tokens):
+    log_p, log_q = log_softmax(p), log_softmax(q)
+    return _chosen(log_p, tokens), (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+PLAIN = {
+    "kl_divergence": plain_kl_divergence,
+    "mean_kl": lambda p, q, tokens: (plain_kl_divergence(p, q)[0].mean(),),
+    "token_stats": plain_token_stats,
+    "logprob": lambda p, q, tokens: (_chosen(log_softmax(p), tokens),),
+    "logprob_entropy": plain_logprob_entropy,
+    "entropy": plain_entropy,
+    "logprob_kl": plain_logprob_kl,
+}

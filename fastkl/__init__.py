@@ -44,8 +44,8 @@ __all__ = [
     "use_backend",
 ]
 
-# Public name -> its module, imported at the name's first use: `import fastkl` alone costs no import
-# of torch.
+# Public name -> its module, imported at the name's first use: `import fastkl` alone does not import
+# torch.
 _HOMES = {
     "Explanation": "backend",
     "Head": "linear",
@@ -63,14 +63,13 @@ _HOMES = {
     "token_stats": "tokens",
     "use_backend": "backend",
 }
-# Submodules that are attributes of fastkl without an import of their own.
+# Submodules that are attributes of fastkl without being imported explicitly.
 _MODULES = ("backend", "divergence", "estimators", "linear", "penalty", "reference", "rl", "tokens")
 
-if not typing.TYPE_CHECKING:  # a checker would take every misspelt name from it
+if not typing.TYPE_CHECKING:  # else a checker would accept any misspelt name
 
     def __getattr__(name: str) -> object:
-        """Import a public name's module, and keep the name here: from then on it is a plain
-        attribute."""
+        """Import a public name's module, and make the name a plain attribute of this one."""
         if name in _MODULES:
             return importlib.import_module(f".{name}", __name__)
         if name not in _HOMES:

@@ -1,6 +1,4 @@
-"""The one place that checks arguments and words errors: argument, what was expected, what came,
-what to do.
-"""
+"""Checks arguments in one wording: `argument: expected X, got Y; remedy`."""
 
 from __future__ import annotations
 
@@ -9,16 +7,16 @@ from torch.autograd import forward_ad
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
-# e^|d| up to here, times a slope's excess of 1e4 and the largest ratio, is a finite float32.
+# e^50 times 1e4 (the largest |d| - clamp) and times the largest ratio, e^20, is finite in float32.
 LARGEST_CLAMP = 50.0
 # 1/T and T are normal float32 numbers.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**126
-# Sizes go through int64, with room for a product of two.
+# Bound of sizes, so that a product of two fits int64.
 LARGEST_COUNT = 2**31 - 1
 
 
 class NotDifferentiableError(TypeError, RuntimeError):
-    """Raised for a derivative that fastkl does not compute; a RuntimeError too, as torch's own."""
+    """Raised for a derivative that fastkl does not compute; a RuntimeError too, as in torch."""
 
 
 def type_name(value: object) -> str:
@@ -35,7 +33,7 @@ def shown(value: object) -> str:
 
 
 def packed_remedy(name: str, value: torch.Tensor) -> str | None:
-    """Say how to unpack what bitsandbytes packed, or None."""
+    """Say how to unpack a tensor that bitsandbytes packed, or return None."""
     if getattr(value, "quant_state", None) is not None:
         return (
             f"dequantize it: bitsandbytes.functional.dequantize_4bit({name}.data, "
@@ -50,7 +48,7 @@ def packed_remedy(name: str, value: torch.Tensor) -> str | None:
 
 
 def dtype_remedy(name: str, value: torch.Tensor, otherwise: str) -> str:
-    """Say how to make a tensor of one of FLOAT_TYPES of this one."""
+    """Say how to convert a tensor to one of FLOAT_TYPES."""
     packed = packed_remedy(name, value)
     if packed is not None:
         return packed
@@ -62,7 +60,7 @@ def dtype_remedy(name: str, value: torch.Tensor, otherwise: str) -> str:
 
 
 def logits(name: str, value: torch.Tensor) -> None:
-    """A floating-point tensor [..., V] with V ≥ 1."""
+    """Check for a floating-point tensor [..., V] with V ≥ 1."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(
             f"{name}: expected a tensor of logits [..., V], got {type(value).__name__}; pass the "
@@ -80,13 +78,13 @@ def logits(name: str, value: torch.Tensor) -> None:
     plain(name, value, "logits [..., V]", f"pass the whole ones: {name}.full_tensor()")
     if value.dim() == 0:
         raise ValueError(
-            f"{name}: expected logits [..., V] with at least one dimension, got a "
-            f"scalar; pass one row as [V]"
+            f"{name}: expected logits [..., V] with at least one dimension, got a scalar; pass one "
+            f"row as [V]"
         )
     if value.shape[-1] == 0:
         raise ValueError(
-            f"{name}: expected a vocabulary of at least one entry in the last "
-            f"dimension, got shape {tuple(value.shape)}; pass output.logits"
+            f"{name}: expected a vocabulary of at least one entry in the last dimension, got shape "
+            f"{tuple(value.shape)}; pass output.logits"
         )
 
 
@@ -127,33 +125,32 @@ def not_sharded(name: str, value: torch.Tensor, what: str, remedy: str) -> None:
         raise TypeError(f"{expected} a DTensor, of which each process holds a part; {remedy}")
     if value.is_nested:
         raise TypeError(
-            f"{expected} a nested tensor; pad it, {name}.to_padded_tensor(0), beside a "
-            f"mask, or pass the .values() of every jagged argument"
+            f"{expected} a nested tensor; pad it, {name}.to_padded_tensor(0), beside a mask, or "
+            f"pass the .values() of every jagged argument"
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{expected} one of layout {value.layout}; pass {name}.to_dense()")
 
 
 def local_or_full(name: str) -> str:
-    """Say what to make of a DTensor with one entry per token."""
+    """Say how to convert a DTensor with one entry per token."""
     return f"pass {name}.full_tensor(), or {name}.to_local() where the others are local"
 
 
 def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
-    """None or a float tensor of the leading shape."""
+    """Check for None or a float tensor of the leading shape."""
     if value is None:
         return
     if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_TYPES:
         raise TypeError(
             f"weights: expected a float tensor, what each token counts, got {type_name(value)}; "
-            f"pass a float tensor of the "
-            f"leading shape {tuple(leading)}"
+            f"pass a float tensor of the leading shape {tuple(leading)}"
         )
     per_row("weights", value, leading, device)
 
 
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Two logits tensors of the same shape, on the same device, both float64 or neither."""
+    """Check for a tensor of another's shape and device, both float64 or neither."""
     if value.shape != other.shape:
         hint = (
             "slice the padded vocabulary to the shared one"
@@ -168,7 +165,7 @@ def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Ten
 
 
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """A tensor on the device of another."""
+    """Check for a tensor on the device of another."""
     if value.device != other.device:
         raise ValueError(
             f"{name}: expected the device of {other_name}, {other.device}, got {value.device}; "
@@ -179,7 +176,7 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
 def same_device_and_precision(
     name: str, value: torch.Tensor, other_name: str, other: torch.Tensor
 ) -> None:
-    """Two tensors on the same device, both float64 or neither."""
+    """Check for two tensors on the same device, both float64 or neither."""
     same_device(name, value, other_name, other)
     if (value.dtype == torch.float64) != (other.dtype == torch.float64):
         raise TypeError(
@@ -189,23 +186,22 @@ def same_device_and_precision(
 
 
 def per_row(name: str, value: torch.Tensor, leading: torch.Size, device: torch.device) -> None:
-    """A tensor with one entry per token: per row of the logits or of the hidden states."""
+    """Check for a tensor with one entry per token: per row of logits or of hidden states."""
     not_sharded(name, value, "one entry per token", local_or_full(name))
     if value.shape != leading:
         raise ValueError(
-            f"{name}: expected the leading shape {tuple(leading)}, one entry per token without "
-            f"the vocabulary or hidden "
-            f"dimension, got {tuple(value.shape)}; align batch and time"
+            f"{name}: expected the leading shape {tuple(leading)}, one entry per token without the "
+            f"vocabulary or hidden dimension, got {tuple(value.shape)}; align batch and time"
         )
     if value.device != device:
         raise ValueError(
-            f"{name}: expected the device of the other tensors, {device}, got {value.device}; "
-            f"move it with .to()"
+            f"{name}: expected the device of the other tensors, {device}, got {value.device}; move "
+            f"it with .to()"
         )
 
 
 def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
-    """None or a bool tensor of the leading shape."""
+    """Check for None or a bool tensor of the leading shape."""
     if value is None:
         return
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
@@ -219,7 +215,7 @@ def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) 
 def tokens(
     value: torch.Tensor, leading: torch.Size, device: torch.device, name: str = "tokens"
 ) -> None:
-    """An integer tensor of the leading shape."""
+    """Check for an integer tensor of the leading shape."""
     if not isinstance(value, torch.Tensor) or value.dtype not in INTEGER_TYPES:
         raise TypeError(
             f"{name}: expected an integer tensor of token ids, got {type_name(value)}; convert it "
@@ -234,7 +230,9 @@ def temperature(
     device: torch.device,
     name: str = "temperature",
 ) -> None:
-    """A number within 2^-126 … 2^126, or a float tensor of the leading shape (not looked at)."""
+    """Check for a number within 2^-126 … 2^126, or a float tensor of the leading shape (values are
+    not read).
+    """
     if isinstance(value, torch.Tensor):
         if value.dtype not in FLOAT_TYPES:
             raise TypeError(
@@ -242,35 +240,38 @@ def temperature(
                 f"with .float()"
             )
         if value.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor without gradient, got one that requires it; fastkl "
-                f"does not differentiate "
-                f"with respect to the temperature: pass {name}.detach()"
-            )
+            raise ValueError(temperature_gradient(name))
         not_sharded(name, value, "one entry per token", local_or_full(name))
         if value.dim() == 0 and leading:
             raise ValueError(
                 f"{name}: expected a number or the leading shape {tuple(leading)}, one entry per "
-                f"token, got a tensor of shape (); "
-                f"pass float({name}), or {name}.expand({tuple(leading)}) to stay on the device"
+                f"token, got a tensor of shape (); pass float({name}), or "
+                f"{name}.expand({tuple(leading)}) to stay on the device"
             )
         per_row(name, value, leading, device)
         not_forward_mode(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             f"{name}: expected a positive number or a float tensor of the leading shape, got "
-            f"{type(value).__name__}; pass "
-            f"float({name})"
+            f"{type(value).__name__}; pass float({name})"
         )
     elif not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
         raise ValueError(
-            f"{name}: expected a positive finite number within 2^-126 … 2^126, "
-            f"got {shown(value)}; pass 1.0, which leaves the logits as they are"
+            f"{name}: expected a positive finite number within 2^-126 … 2^126, got {shown(value)}; "
+            f"pass 1.0, which leaves the logits as they are"
         )
 
 
+def temperature_gradient(name: str) -> str:
+    """Say that a temperature must not require a gradient."""
+    return (
+        f"{name}: expected a tensor without gradient, got one that requires it; fastkl does not "
+        f"differentiate with respect to the temperature: pass {name}.detach()"
+    )
+
+
 def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
-    """Token ids within 0 … V-1, where looking at them costs no synchronisation."""
+    """Check for token ids within 0 … V-1, by reading them, which synchronises a GPU."""
     if value.numel() and (int(value.min()) < 0 or int(value.max()) >= vocabulary):
         bad = value[(value < 0) | (value >= vocabulary)][0]
         raise ValueError(
@@ -280,28 +281,27 @@ def tokens_in_range(value: torch.Tensor, vocabulary: int) -> None:
 
 
 def temperatures_positive(value: torch.Tensor) -> None:
-    """Temperatures within 2^-126 … 2^126, where looking at them costs no synchronisation."""
+    """Check for temperatures within 2^-126 … 2^126, by reading them."""
     wide = value.double()
     good = (wide >= LOWEST_TEMPERATURE) & (wide <= HIGHEST_TEMPERATURE)
     if not bool(good.all()):
         raise ValueError(
-            f"temperature: expected positive finite values within 2^-126 … 2^126, "
-            f"got {float(wide[~good][0])}; pass 1.0 for rows to leave as they are"
+            f"temperature: expected positive finite values within 2^-126 … 2^126, got "
+            f"{float(wide[~good][0])}; pass 1.0 for rows to leave as they are"
         )
 
 
 def ratios_finite(value: torch.Tensor) -> None:
-    """Ratios of two temperatures; NaN stands for one out of range."""
+    """Check ratios of two temperatures, by reading them; NaN stands for one out of range."""
     if not bool(value.isfinite().all()):
         raise ValueError(
             "ref_temperature: expected positive finite values within 2^-126 … 2^126, in relation "
-            "to temperature too, "
-            "got one that is not; pass 1.0 for rows to leave as they are"
+            "to temperature too, got one that is not; pass 1.0 for rows to leave as they are"
         )
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """One of a few strings."""
+    """Check for one of a few strings."""
     what = f"{name}: expected one of {', '.join(map(repr, allowed))}"
     if not isinstance(value, str):
         raise ValueError(f"{what}, got {type_name(value)}; pass the name as a str")
@@ -310,7 +310,7 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def clamp(name: str, value: float | None) -> None:
-    """None, or how far from 0 a difference of log-probabilities counts in full."""
+    """Check the bound of a difference of log-probabilities: None or a number in (0, 50]."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(
             f"{name}: expected a number or None, got {type(value).__name__}; for a tensor pass "
@@ -318,14 +318,14 @@ def clamp(name: str, value: float | None) -> None:
         )
     if value is not None and not (0 < value <= LARGEST_CLAMP):
         raise ValueError(
-            f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since "
-            f"e^{name} must stay finite, got {shown(value)}; pass None for no clamp"
+            f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must "
+            f"stay finite, got {shown(value)}; pass None for no clamp"
         )
 
 
 def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch.device) -> None:
-    """Check the divisor of a mean: None, a positive number, or a tensor of one entry, of which 0
-    stands for an empty batch.
+    """Check the divisor of a mean: None, a positive number, or a tensor of one entry, 0 for an
+    empty batch.
     """
     if value is None:
         return

@@ -21,7 +21,7 @@ from ._checks import (
 
 
 def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
-    """A tensor of one of FLOAT_TYPES that this process holds whole."""
+    """Check for a tensor of one of FLOAT_TYPES that this process holds whole."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(
             f"{name}: expected a tensor, {what}, got {type(value).__name__}; pass a torch.Tensor"
@@ -31,8 +31,7 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
         value,
         what,
         "compute the loss inside the forward of the FSDP module that owns it, or after its "
-        "unshard(), where it is whole "
-        "and its gradient is reduced",
+        "unshard(), where it is whole and its gradient is reduced",
     )
     if value.dtype not in FLOAT_TYPES:
         raise TypeError(
@@ -41,14 +40,14 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
         )
     if value.shape == (0,) and not name.endswith("hidden"):
         raise ValueError(
-            f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 "
-            f"keeps in parts; gather it around forward and backward: with "
+            f"{name}: expected {what}, got shape (0,), as of a parameter that ZeRO-3 keeps in "
+            f"parts; gather it around forward and backward: with "
             f"deepspeed.zero.GatheredParameters([{name}])"
         )
 
 
 class Names(NamedTuple):
-    """How a message calls the tensors of one model."""
+    """The names of one model's tensors in messages."""
 
     hidden: str
     weight: str
@@ -58,8 +57,8 @@ class Names(NamedTuple):
 def head(
     names: Names, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    """Hidden states [..., H], weight [V, H] and bias [V] or None of one model, of one type on one
-    device.
+    """Check hidden states [..., H], weight [V, H] and bias [V] or None of one model, of one type on
+    one device.
     """
     name = names.hidden
     _plain_float_tensor(name, hidden, "hidden states [..., H]")
@@ -76,8 +75,8 @@ def head(
         )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of "
-            f"{name}, got {tuple(weight.shape)}; "
+            f"{names.weight}: expected [V, {hidden.shape[-1]}], the last dimension that of {name}, "
+            f"got {tuple(weight.shape)}; "
             + (
                 packed_remedy(names.weight, weight)
                 or "pass lm_head.weight as it is, not transposed"
@@ -93,8 +92,8 @@ def head(
     for other, value in ((names.weight, weight), (names.bias, bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(
-                f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; "
-                f"convert one with .to(), or use torch.autocast"
+                f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert "
+                f"one with .to(), or use torch.autocast"
             )
         if value is not None:
             same_device(other, value, name, hidden)
@@ -106,10 +105,11 @@ def second_head(
     names: tuple[Names, Names],
     own_bias: bool,
 ) -> None:
-    """The reference's (hidden, weight, bias) beside the policy's: the same tokens and vocabulary.
+    """Check the reference's (hidden, weight, bias) against the policy's: the same tokens and
+    vocabulary.
 
-    A weight of None is the policy's. own_bias: the second model is a Head, whose bias is its own
-    also where the weight is shared.
+    A weight of None is the policy's. own_bias: the second model is a Head, which has a bias of its
+    own even if it shares the weight.
     """
     hidden, weight, bias = first
     ref_hidden, ref_weight, ref_bias = second
@@ -126,31 +126,28 @@ def second_head(
     if shared and not own_bias and (bias is None) != (ref_bias is None):
         raise ValueError(
             f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, "
-            f"where both models share one "
-            f"lm_head, got {'None' if ref_bias is None else 'a tensor'}; pass "
-            f"ref_bias={names[0].bias}"
+            f"where both models share one lm_head, got "
+            f"{'None' if ref_bias is None else 'a tensor'}; pass ref_bias={names[0].bias}"
         )
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got "
-            f"{tuple(ref_hidden.shape[:-1])}; "
-            f"align the batch and time dimensions"
+            f"{tuple(ref_hidden.shape[:-1])}; align the batch and time dimensions"
         )
     if not shared and ref_weight.shape[0] != weight.shape[0]:
-        padded, its_bias = (
+        padded, padded_bias = (
             (names[0], bias) if weight.shape[0] > ref_weight.shape[0] else (names[1], ref_bias)
         )
         raise ValueError(
             f"{names[1].weight}: expected the {weight.shape[0]} rows of {names[0].weight}, got "
-            f"{ref_weight.shape[0]}; slice a padded "
-            f"vocabulary to the shared one: {padded.weight}[:V]"
-            + ("" if its_bias is None else f" and {padded.bias}[:V]")
+            f"{ref_weight.shape[0]}; slice a padded vocabulary to the shared one: "
+            f"{padded.weight}[:V]" + ("" if padded_bias is None else f" and {padded.bias}[:V]")
         )
     same_device_and_precision("ref_hidden", ref_hidden, "hidden", hidden)
 
 
 def reference_given(ref_hidden: torch.Tensor | None) -> None:
-    """Hidden states of a reference, where a KL divergence needs them."""
+    """Check for hidden states of a reference, which a KL divergence needs."""
     if not isinstance(ref_hidden, torch.Tensor):
         raise TypeError(
             f"ref_hidden: expected the reference's hidden states [..., H], got "
@@ -159,7 +156,7 @@ def reference_given(ref_hidden: torch.Tensor | None) -> None:
 
 
 def softcap(value: float | None, name: str = "softcap") -> None:
-    """None or a positive number that float32 holds, and its inverse."""
+    """Check for None or a positive number that float32 represents, as it does its inverse."""
     if value is None:
         return
     _positive_number(
@@ -168,14 +165,14 @@ def softcap(value: float | None, name: str = "softcap") -> None:
 
 
 def logit_scale(name: str, value: float) -> None:
-    """A positive number that float32 holds, and its inverse."""
+    """Check for a positive number that float32 represents, as it does its inverse."""
     _positive_number(
         name, value, None, "pass the factor of the logits in the model's config, or 1.0"
     )
 
 
 def _positive_number(name: str, value: float | None, for_none: str | None, remedy: str) -> None:
-    """A number within 2^-126 … 2^126, or None where `for_none` says what it stands for."""
+    """Check for a number within 2^-126 … 2^126, or None if `for_none` says what it stands for."""
     if value is None and for_none is not None:
         return
     what = "expected a positive finite number within 2^-126 … 2^126" + (
@@ -188,7 +185,7 @@ def _positive_number(name: str, value: float | None, for_none: str | None, remed
 
 
 def within_float32(name: str, what: str, value: float) -> None:
-    """A number made of several arguments, within the range of temperatures."""
+    """Check a number computed from several arguments: within the range of temperatures."""
     if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
         raise ValueError(
             f"{name}: expected {what} within 2^-126 … 2^126, got {shown(value)}; pass numbers "
@@ -197,16 +194,16 @@ def within_float32(name: str, what: str, value: float) -> None:
 
 
 def chunk_size(value: int | None) -> None:
-    """None or a number of tokens."""
+    """Check for None or a number of tokens."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(
-            f"chunk_size: expected a whole number of tokens or None, got "
-            f"{type_name(value)}; pass None, which chooses one"
+            f"chunk_size: expected a whole number of tokens or None, got {type_name(value)}; pass "
+            f"None, which chooses one"
         )
     if value is not None and not (1 <= value < 2**63):
         raise ValueError(
-            f"chunk_size: expected at least 1 token, and fewer than 2^63, got "
-            f"{shown(value)}; pass None, which chooses one"
+            f"chunk_size: expected at least 1 token, and fewer than 2^63, got {shown(value)}; pass "
+            f"None, which chooses one"
         )
 
 
@@ -214,22 +211,21 @@ def recompute(value: bool | None) -> None:
     """Check for None or a bool."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(
-            f"recompute: expected True, False or None, got {type_name(value)}; pass "
-            f"None, which keeps logits of up to 2 GiB"
+            f"recompute: expected True, False or None, got {type_name(value)}; pass None, which "
+            f"keeps logits of up to 2 GiB"
         )
 
 
 def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
-    """None, the default or float32; float64 inputs have no other."""
+    """Check for None, the default or float32; for float64 inputs only None or float64."""
     allowed = {default} if default == torch.float64 else {default, torch.float32}
     if value is not None and not isinstance(value, torch.dtype):
         raise TypeError(
-            f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; "
-            f"pass torch.float32, for instance"
+            f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; pass "
+            f"torch.float32, for instance"
         )
     if value is not None and value not in allowed:
         raise ValueError(
             f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these "
-            f"inputs, got {value}; convert the inputs "
-            f"with .to() for logits of another type"
+            f"inputs, got {value}; convert the inputs with .to() for logits of another type"
         )

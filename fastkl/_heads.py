@@ -1,5 +1,5 @@
 """Arguments of the functions on hidden states: a model's lm_head, the checks that all functions
-share, and their packing for the ops.
+share, and packing for the ops.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from .ops.fields import result_dtype
 from .ops.linear_op import LinearInputs
 from .ops.lm_head import Six
 
-# Bytes of the logits of all models that are kept until backward unless the user says otherwise.
+# Bytes up to which the logits of all models are kept until backward by default.
 LARGEST_KEPT = 1 << 31
-# Asked for once: torch.compile cannot trace the question in every release.
+# Evaluated once: not every torch release can trace is_autocast_available.
 _AUTOCAST_DEVICES = frozenset(
     name for name in ("cpu", "cuda") if torch.amp.is_autocast_available(name)
 )
@@ -42,7 +42,7 @@ class Head(NamedTuple):
     logit_scale: float = 1.0
 
 
-# How messages call the tensors of a model, by prefix and by whether a Head was given.
+# Names of a model's tensors in messages, by prefix and by whether a Head was given.
 _NAMES = {
     (prefix, inside): _head_checks.Names(
         f"{prefix}hidden",
@@ -55,7 +55,7 @@ _NAMES = {
 
 
 class Given(NamedTuple):
-    """The arguments that all functions on hidden states share, as users give them."""
+    """The arguments that all functions on hidden states share, as the user passed them."""
 
     hidden: torch.Tensor
     weight: torch.Tensor | Head
@@ -75,9 +75,9 @@ class Given(NamedTuple):
 def prepare(
     given: Given, *, reference_required: bool = False, swapped: bool = False
 ) -> LinearInputs:
-    """Check the arguments, cast what autocast casts, and pack them for an op.
+    """Check the arguments, cast them under autocast, and pack them for an op.
 
-    swapped: policy and reference in each other's place.
+    swapped: exchange policy and reference.
     """
     hidden, weight, _, ref_hidden, ref_weight, *_ = given
     if reference_required and ref_hidden is None:
@@ -166,9 +166,10 @@ def learning(inputs: LinearInputs) -> str:
 
 
 def keeps_logits(inputs: LinearInputs, recompute: bool | None) -> bool:
-    """Return whether forward keeps all logits for backward: never where there is no backward, nor
-    inside a transform of torch.func, which may call it once for each of any number of samples. An
-    exported graph may be for any number of tokens.
+    """Return whether forward keeps all logits for backward.
+
+    Never without a backward, nor inside a transform of torch.func, which may call it for any number
+    of samples. An exported graph may be for any number of tokens: only with recompute=False.
     """
     if recompute or dual_op.transforming() or not learning(inputs):
         return False
@@ -193,15 +194,15 @@ def _head(
     bias: torch.Tensor | None,
     softcap: float | None,
 ) -> Head:
-    """Return a model's Head; of a plain weight, with the arguments beside it."""
+    """Return a model's Head; for a plain weight make one of the arguments beside it."""
     if not isinstance(weight, Head):
         return Head(weight, bias, softcap)  # type: ignore[arg-type]  # None without ref_hidden; _head_checks.head refuses it with one
     for other, value in ((bias_name, bias), ("softcap", softcap)):
         if value is not None:
             raise ValueError(
                 f"{other}: expected None beside a Head as {name}, got "
-                f"{_checks.type_name(value) if other == bias_name else _checks.shown(value)}; "
-                f"give each model a Head with its own"
+                f"{_checks.type_name(value) if other == bias_name else _checks.shown(value)}; give "
+                f"each model a Head with its own"
             )
     _head_checks.softcap(weight.softcap, f"{name}.softcap")
     _head_checks.logit_scale(f"{name}.logit_scale", weight.logit_scale)
@@ -210,7 +211,7 @@ def _head(
 
 class _Scale(NamedTuple):
     """The numbers between one model's raw logits and its log-softmax: softcap (0: none),
-    logit_scale, temperature.
+    logit_scale (factor), temperature.
     """
 
     softcap: float
@@ -218,7 +219,7 @@ class _Scale(NamedTuple):
     temperature: float | torch.Tensor
 
     def divisor(self, dtype: torch.dtype) -> float | torch.Tensor:
-        """The temperature of the raw logits."""
+        """Return the temperature of the raw logits."""
         if not isinstance(self.temperature, torch.Tensor):
             return self.temperature / self.factor
         return (
@@ -228,21 +229,21 @@ class _Scale(NamedTuple):
         )
 
     def ratio_to(self, first: _Scale, dtype: torch.dtype) -> float | torch.Tensor:
-        """The inverse of divisor over that of the first model; NaN where a tensor leads out of the
+        """Return the first model's divisor over this one's; NaN for a tensor's entry out of the
         range of temperatures.
         """
         if self.temperature is first.temperature:
             return self.factor / first.factor
-        over, under = (
+        numerator, denominator = (
             value.double() if isinstance(value, torch.Tensor) else value
             for value in (first.temperature, self.temperature)
         )
-        ratio = (over * self.factor) / (under * first.factor)
+        ratio = (numerator * self.factor) / (denominator * first.factor)
         if not isinstance(ratio, torch.Tensor):
             return ratio
         valid = (
-            _in_range(ratio) & _in_range(under)
-            if isinstance(under, torch.Tensor)
+            _in_range(ratio) & _in_range(denominator)
+            if isinstance(denominator, torch.Tensor)
             else _in_range(ratio)
         )
         return torch.where(valid, ratio, float("nan")).to(dtype)
@@ -253,9 +254,7 @@ def _in_range(value: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(heads: tuple[Head, Head], given: Given, hidden: torch.Tensor) -> tuple[_Scale, _Scale]:
-    """Check both temperatures, and that float32 holds what they and the heads' numbers make
-    together.
-    """
+    """Check both temperatures, and that their quotients with the heads' numbers fit float32."""
     temperature, ref_temperature = given.temperature, given.ref_temperature
     leading, device = hidden.shape[:-1], hidden.device
     if given.ref_hidden is None and ref_temperature is not None:
@@ -276,7 +275,7 @@ def _scales(heads: tuple[Head, Head], given: Given, hidden: torch.Tensor) -> tup
 def _scale(
     prefix: str, head: Head, temperature: float | torch.Tensor, hidden: torch.Tensor
 ) -> _Scale:
-    """Return one model's scale, checked."""
+    """Return one model's scale after checking it."""
     scale = _Scale(float(head.softcap or 0.0), float(head.logit_scale), temperature)
     if scale.factor != 1:
         name, divisor = f"{prefix}weight.logit_scale", scale.divisor(hidden.dtype)

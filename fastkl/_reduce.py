@@ -24,7 +24,7 @@ def check(
 ) -> None:
     """Check the arguments of a reduction that may be "none"."""
     if weights is None and normalizer is None and type(reduction) is str and reduction == "none":
-        return  # with few rows a call takes as long as its Python does
+        return  # with few rows Python dominates a call's time
     _checks.choice("reduction", reduction, REDUCTIONS)
     if reduction == "none" and weights is not None:
         raise ValueError(
@@ -38,16 +38,14 @@ def check(
 def tokens(
     mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor | int:
-    """Count the tokens that count: a tensor of type dtype where there is a mask, without a
-    synchronisation.
-    """
+    """Count the unmasked tokens; with a mask as a tensor of type dtype, without synchronising."""
     return math.prod(leading) if mask is None else mask.sum(dtype=dtype)
 
 
 def sequences(
     mask: torch.Tensor | None, leading: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor | int:
-    """Count the sequences, along the last leading dimension, that have a token that counts."""
+    """Count the sequences, along the last leading dimension, that have an unmasked token."""
     if mask is None:
         return math.prod(leading[:-1]) if math.prod(leading) else 0
     return (mask.any(-1) if mask.dim() else mask).sum(dtype=dtype)
@@ -60,10 +58,10 @@ def divisor(
     leading: Sequence[int],
     dtype: torch.dtype,
 ) -> torch.Tensor | float:
-    """Return the number, or scalar tensor, that the sum over tokens, of type dtype, is divided by.
+    """Return the divisor, a number or scalar tensor, of the sum over tokens, of type dtype.
 
-    Without tokens (sequences) it is 1. A tensor 0 becomes inf: it makes every finite sum 0, and its
-    gradient.
+    Without tokens (sequences) it is 1. A tensor 0 becomes inf, so that every finite sum and its
+    gradient are 0.
     """
     if reduction == "sum":
         return 1
@@ -78,7 +76,7 @@ def divisor(
 
 
 def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
-    """Return the count, or 1 for 0, the divisor of a mean."""
+    """Return the count, or 1 for 0: the divisor of a mean."""
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(1, count)
 
 
@@ -91,10 +89,10 @@ def token_scales(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """Return weights / normalizer [...] in dtype: for a computation that weighs each token before
+    """Return weights / normalizer [...] in dtype, for a computation that weights each token before
     it sums.
 
-    A masked token's entry may hold anything, NaN included.
+    A masked token's entry may be anything, NaN included.
     """
     ones = torch.ones((), dtype=dtype, device=device).expand(leading)
     return (ones if weights is None else weights.to(dtype)) / divisor(
@@ -110,7 +108,7 @@ def reduced(
     normalizer: float | torch.Tensor | None,
 ) -> torch.Tensor:
     """Sum or average values [...], exactly 0 where the mask is False; a masked token's weight may
-    hold anything.
+    be anything.
     """
     if weights is not None:
         weights = weights.to(values.dtype)
@@ -130,7 +128,7 @@ def quotient(
     divisor: torch.Tensor | float,
     normalizer: float | torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return total / divisor, and 0 for a normalizer of 0 also where the total is infinite."""
+    """Return total / divisor; 0 for a normalizer of 0, also if the total is infinite."""
     if isinstance(normalizer, torch.Tensor) and isinstance(divisor, torch.Tensor):
         return torch.where(divisor.isinf(), 0.0, total / divisor)
     return total / divisor

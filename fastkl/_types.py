@@ -1,5 +1,5 @@
-"""Names and protocols in annotations: a type checker refuses a misspelt direction, the checks at
-run time read the same list.
+"""Types in annotations: a type checker refuses a misspelt direction, and run-time checks read the
+same list.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ PenaltyReduction = Literal["token_mean", "mean", "sequence_mean", "sum"]
 
 
 class BetaController(Protocol):
-    """An object with a weight that is read at every call, as those of fastkl.rl."""
+    """An object whose `beta` is read at every call, such as a controller of fastkl.rl."""
 
     @property
     def beta(self) -> float:
-        """The weight as it is now."""
+        """The current weight."""
 
 
 def called_as(forward: Signature) -> Callable[[Any], Signature]:
-    """Give a module's __call__, for type checkers, the signature of its forward; torch's own
-    returns Any.
+    """Give a module's __call__ the signature of its forward, for type checkers; torch's own returns
+    Any.
     """
     return lambda _: forward

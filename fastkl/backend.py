@@ -1,5 +1,6 @@
-"""Which implementation runs, and why: Triton kernels on a GPU, the plain torch reference on CPU
-tensors. Never a silent fallback.
+"""Selects the implementation: Triton kernels on a GPU, the plain torch reference on CPU tensors.
+
+The backend never changes silently.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from . import _checks
 
 Backend = Literal["triton", "reference"]
 BACKENDS = get_args(Backend)
-# Asked for once: torch.compile cannot trace the question in every release.
+# Evaluated once: not every torch release can trace find_spec.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _forced: str | None = None
@@ -70,17 +71,17 @@ def _interpreting() -> bool:
 
 
 def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str, ...]:
-    """Every reason why the Triton kernels cannot take these logits; `read_rows`: as they lie in
-    memory.
+    """Return every reason why the Triton kernels cannot take these logits.
+
+    read_rows: whether the kernels read these tensors as they lie in memory.
     """
     problems = []
     if not _HAS_TRITON:
         problems.append("triton is not installed: pip install triton")
     if not (logits[0].is_cuda or (logits[0].is_cpu and _interpreting())):
         problems.append(
-            f"the tensors are on {logits[0].device}: move them to a GPU, or set "
-            f"TRITON_INTERPRET=1 before importing fastkl to "
-            f"interpret the kernels on CPU"
+            f"the tensors are on {logits[0].device}: move them to a GPU, or set TRITON_INTERPRET=1 "
+            f"before importing fastkl to interpret the kernels on CPU"
         )
     for dtype in sorted({str(value.dtype) for value in logits if value.dtype not in _TRITON_TYPES}):
         problems.append(
@@ -98,8 +99,7 @@ def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str,
 
 
 def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Explanation:
-    """Which backend would take these logits, why it was chosen, and every reason why it could not
-    run.
+    """Explain which backend these logits select, why, and every reason why it cannot run.
 
     Raises TypeError or ValueError for what token_stats(logits, …, ref_logits) refuses. Example:
     print(fastkl.explain(logits))
@@ -119,10 +119,10 @@ def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Exp
 
 
 def select(*logits: torch.Tensor, read_rows: bool = True) -> str:
-    """The backend for these logits; RuntimeError with every reason if it cannot take them.
+    """Return the backend for these logits; RuntimeError with every reason if it cannot take them.
 
-    read_rows: whether the kernels read these tensors; False for hidden states, which only say where
-    the logits will be.
+    read_rows: whether the kernels read these tensors; False for hidden states, which only show on
+    which device the logits will be.
     """
     backend = _forced or ("triton" if logits[0].is_cuda else "reference")
     if backend == "triton":

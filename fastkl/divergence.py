@@ -35,7 +35,8 @@ def kl_divergence(
     reduction: Reduction = "none",
     normalizer: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """KL(P‖Q) of every row, exact over the vocabulary: the expectation is under the FIRST argument.
+    """Compute KL(P‖Q) of every row, exact over the vocabulary, the expectation under the FIRST
+    argument.
 
     Equivalent to
 
@@ -45,10 +46,10 @@ def kl_divergence(
         kl = torch.where(mask, kl, 0)
         "none": kl    "sum": (weights * kl).sum()    "mean": (weights * kl).sum() / normalizer
 
-    but in one read of each tensor, without a tensor of probabilities, holding 40 bytes per row for
-    backward (on a CPU, of "sum" and "mean" whose gradient goes to p_logits alone, that gradient
-    too, but for float16), and with its digits kept where P and Q are close (the lines above return
-    noise, or a negative number, for a KL below about 1e-5).
+    but in one read of each tensor and without a tensor of probabilities. Its digits are kept where
+    P and Q are close: the lines above return noise, or a negative number, for a KL below about
+    1e-5. Backward needs the inputs and 40 bytes per row; on a CPU "sum" and "mean" also hold the
+    gradient, if it is to p_logits alone and not float16.
 
     The order of the arguments is the direction: `kl_divergence(policy, reference)` is the RLHF
     penalty (reverse KL), `kl_divergence(teacher, student)` the distillation loss (forward KL).
@@ -57,25 +58,25 @@ def kl_divergence(
         p_logits, q_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
             backend), any strides with a unit stride along V.
         temperature: divides both logits: a positive number, or a float tensor [...] (no gradient).
-            Under torch.compile a number that changes compiles anew; a tensor does not. A value of
-            the tensor that is not positive is an error on the reference backend and NaN on a GPU.
+            Under torch.compile a changed number recompiles; a tensor does not. An entry of the
+            tensor that is not positive is an error on the reference backend and NaN on a GPU.
         mask: bool [...], True where the token counts. Other rows are not read, return exactly 0 and
             have gradient exactly 0.
         weights: [...] float, the factor of each token's KL: "sum" and "mean" only. It may require
-            gradient; of a masked token it may hold anything.
+            gradient; a masked token's entry may be anything.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
         normalizer: the divisor of the mean: a number above 0, or a tensor of one number, where 0
-            makes the mean 0. Default: how many tokens count in this call, however they are weighted
-            (1 if none). Over several micro-batches it is how many count in all of them; under DDP
-            and FSDP, which average gradients, that number of all processes / world_size.
+            makes the mean 0. Default: the number of unmasked tokens in this call, whatever their
+            weights (1 if none). For several micro-batches pass the number in all of them; under DDP
+            and FSDP, which average gradients, the number in all processes / world_size.
 
     Returns:
         [...] float32 (float64 for float64 logits), nats, never negative; exactly 0 for identical
         rows. A scalar for "sum" and "mean".
 
     Gradient:
-        To each argument that requires it, in that argument's type. A row whose upstream gradient is
-        0 costs no reads. No second derivative.
+        With respect to each argument that requires it, in that argument's type. A row whose
+        upstream gradient is 0 costs no reads. No second derivative.
 
     Special values:
         An entry that is -inf in both adds 0; -inf in q_logits alone, where p > 0, makes the row
@@ -87,7 +88,7 @@ def kl_divergence(
         backend cannot take the input.
 
     Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq.
-    2.4. The form that is computed: reference.py's docstring.
+    2.4. The formula used: reference.py's docstring.
     """
     _check(p_logits, q_logits, temperature, mask)
     _reduce.check(reduction, weights, normalizer, p_logits.shape[:-1], p_logits.device)
@@ -112,15 +113,15 @@ def slow_path_rows(
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which rows the Triton kernels read again, because one pass cannot hold them: a diagnostic,
-    not for the training loop.
+    """Mark the fallback rows of the Triton kernels, which their float32 sums cannot represent: a
+    diagnostic, not for the training loop.
 
-    A row is read again, in float64, if it holds an infinity or a NaN, if its KL in either direction
-    is 8 nats or more or KL(Q‖P) far below KL(P‖Q), if the log-ratio of some entry is 60 nats or
-    more from the row's mean (16 for float32 logits of a KL above 0.1), or if the mean difference of
-    the logits over the temperature is 64 or more (of 16-bit logits: before it too). Such a row
-    costs four reads instead of one. kl_divergence alone does not look at the other direction: there
-    these rows are an upper bound.
+    A row is recomputed in float64 if it has an infinity or a NaN, if its KL in either direction is
+    8 nats or more or KL(Q‖P) far below KL(P‖Q), if the log-ratio of some entry is 60 nats or more
+    from the row's mean (16 for float32 logits with a KL above 0.1), or if the mean difference of
+    the logits over the temperature is 64 or more (for 16-bit logits also without the temperature).
+    Such a row costs four reads instead of one. kl_divergence alone ignores KL(Q‖P): there these
+    rows are an upper bound.
 
     Args: as kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time.
     No gradient. Raises: as kl_divergence.
@@ -142,37 +143,37 @@ def slow_path_rows(
             kl, ref_kl = result.kl, result.ref_kl
             assert kl is not None and ref_kl is not None
             x_top, x_log_sum, y_top, y_log_sum = result.saved[:, :4].unbind(1)
-            apart = (y_top - x_top) / chosen + (y_log_sum - x_log_sum) - kl  # E_p[y - x]/T
-            # Sums of float32 logits count differences from a whole number near their median
+            mean = (y_top - x_top) / chosen + (y_log_sum - x_log_sum) - kl  # E_p[y - x]/T
+            # For float32 logits the sums are of differences minus a whole number near their median
             # (kernels.row_load.row_shift).
             wide = torch.float32 in (p_logits.dtype, q_logits.dtype)
             shift = _shift(y - x) if wide else torch.zeros_like(kl)
             largest_d = (y - x - shift[:, None]).abs().amax(-1) / chosen + (
-                apart - shift / chosen
+                mean - shift / chosen
             ).abs()
             lse = torch.maximum(
                 (x_top / chosen + x_log_sum).abs(), (y_top / chosen + y_log_sum).abs()
             )
-            holds = (
+            valid = (
                 (kl < ONE_PASS_KL)
                 & (ref_kl < ONE_PASS_KL)
                 & (largest_d < torch.where(wide & (kl > FAR_SHARE), ONE_PASS_FAR_D, ONE_PASS_D))
                 & (lse * math.log2(math.e) < ONE_PASS_LSE)
             )
-            holds &= (
+            valid &= (
                 (ref_kl + kl - torch.expm1(-kl) < 8 * ref_kl + 0.001)
                 & x.isfinite().all(-1)
                 & y.isfinite().all(-1)
             )
-            holds &= (apart.abs() < ONE_PASS_DIFFERENCE) & (
-                wide | (apart.abs() * chosen < ONE_PASS_DIFFERENCE)
+            valid &= (mean.abs() < ONE_PASS_DIFFERENCE) & (
+                wide | (mean.abs() * chosen < ONE_PASS_DIFFERENCE)
             )
-            slow[rows] = ~holds
+            slow[rows] = ~valid
     return slow.view(p_logits.shape[:-1])
 
 
 def _shift(difference: torch.Tensor) -> torch.Tensor:
-    """Return the whole number that the kernels' sums of each row count its differences from."""
+    """Return the whole number that the kernels subtract from each row's differences."""
     vocabulary = difference.shape[-1]
     chosen = difference[:, [vocabulary // 4, vocabulary // 2, vocabulary - 1 - vocabulary // 4]]
     shift = torch.floor(chosen.median(-1).values + 0.5)
@@ -185,7 +186,7 @@ def _check(
     temperature: float | torch.Tensor,
     mask: torch.Tensor | None,
 ) -> None:
-    """The checks of every function of two logits tensors."""
+    """Check the arguments of every function of two logits tensors."""
     _checks.logits("p_logits", p_logits)
     _checks.logits("q_logits", q_logits)
     _checks.same_shape("q_logits", q_logits, "p_logits", p_logits)

@@ -1,9 +1,9 @@
-"""KL from the log-probabilities of sampled tokens alone: the estimators k1, k2, k3 and abs, and a
-loss whose gradient is right as well.
+"""Estimates KL from the log-probabilities of sampled tokens alone: k1, k2, k3 and abs, and a loss
+whose gradient is right as well.
 
-The exact KL of fastkl.kl_divergence has neither their noise nor their pitfalls; use these where
-only log-probabilities were kept. An estimator with the right value may have the wrong gradient:
-tests/test_estimators.py enumerates the gradients of the losses.
+fastkl.kl_divergence has neither their noise nor their pitfalls; use these if only log-probabilities
+were kept. An estimator with the right value may have the wrong gradient: tests/test_estimators.py
+enumerates the gradients of the losses.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ._types import Direction, Estimator
 
 ESTIMATORS = get_args(Estimator)
 DIRECTIONS = get_args(Direction)
-# Floor of log-probabilities, for -inf and finfo.min masks: keeps every difference finite.
+# Lower clamp of log-probabilities (-inf, finfo.min masks), which keeps every difference finite.
 _FLOOR = -1e4
 # Bound of |d| beyond which k3 continues along its tangent without a clamp.
 _LIMIT = {torch.float32: _checks.LARGEST_CLAMP, torch.float64: 600.0}
-# A ratio beyond e^20 = 4.9e8 is no importance weight, and e^89 is infinite in float32, where its
-# gradient would be NaN.
+# A ratio beyond e^20 = 4.9e8 is useless as an importance weight; e^89 is infinite in float32, and
+# its gradient NaN.
 LARGEST_LOG_RATIO = 20.0
 
 
@@ -44,9 +44,9 @@ def estimate_kl(
         k3 = torch.expm1(-d) + d        # unbiased, never negative, little noise near the reference
         abs = d.abs()                   # not an estimate of KL but a distance
 
-    Unbiased: k3 where the policy covers the reference; else, where top-k, top-p or a mask of
-    actions leaves the policy without tokens that the reference may choose, it is low by the
-    reference's probability of these. k1 is not affected.
+    k3 is unbiased only if the policy covers the reference. If top-k, top-p or a mask of actions
+    excludes tokens that the reference may choose, it is low by their probability under the
+    reference. k1 is not affected.
 
     These are values. As a loss on tokens sampled from the policy as it is now, only k2 has the
     gradient of KL(policy‖reference) as its expectation; k1 has 0, k3 that of KL(reference‖policy),
@@ -57,28 +57,28 @@ def estimate_kl(
         logprob, ref_logprob: [...], log-probabilities of the sampled tokens under policy and
             reference, floats of any type.
         estimator: "k1", "k2", "k3" or "abs".
-        clamp: beyond |d| = clamp an estimator goes on along its tangent there: its gradient keeps
-            the sign and the size it has at the clamp. A number in (0, 50]; k1 and abs are their own
-            tangents. None: no clamp, but k3 goes on along its tangent beyond |d| = 50 (600 for
-            float64), where e^|d| nears the largest number.
+        clamp: beyond |d| = clamp an estimator continues along its tangent, so that its gradient
+            keeps the value at the clamp. A number in (0, 50]; k1 and abs are their own tangents.
+            None: no clamp, but k3 continues along its tangent beyond |d| = 50 (600 for float64),
+            because e^|d| nears the largest number.
 
     Returns:
-        [...] float32 (float64 for float64 log-probabilities), nats. Mask tokens that do not count
-        with torch.where.
+        [...] float32 (float64 for float64 log-probabilities), nats. Zero masked tokens with
+        torch.where.
 
     Gradient:
-        That of the code above, or of the tangent, to logprob and ref_logprob where they require it.
+        That of the code above, or of the tangent, with respect to logprob and ref_logprob where
+        they require it.
 
     Special values:
         A log-probability below -1e4, -inf included, counts as -1e4 and gets gradient 0 (its token
-        has no probability to move); the other one keeps its own. So both -inf: d = 0. Values and
-        gradients are finite for whatever log-probabilities ≤ 0, but a gradient that comes in
-        float16 is ±inf beyond 65504, from |d| = 11.09 on: set a clamp there. NaN stays NaN in its
-        own token.
+        has no probability to move); the other one keeps its gradient. Both -inf give d = 0. Values
+        and gradients are finite for all log-probabilities ≤ 0, but a float16 gradient is ±inf
+        beyond 65504, from |d| = 11.09 on: set a clamp there. NaN stays NaN in its own token.
 
     Raises:
-        TypeError for what is not a float tensor, and for float64 beside another type. ValueError
-        for shapes or devices that differ, an unknown estimator, a clamp outside (0, 50].
+        TypeError for anything but a float tensor, and for float64 beside another type. ValueError
+        for different shapes or devices, an unknown estimator, a clamp outside (0, 50].
 
     Source: Schulman, Approximating KL Divergence (2020), joschu.net/blog/kl-approx.html.
     """
@@ -95,8 +95,8 @@ def sampled_kl_loss(
     direction: Direction = "policy||reference",
     clamp: float | None = None,
 ) -> torch.Tensor:
-    """A loss per sampled token whose expected value is a KL and whose expected gradient is that
-    KL's gradient with respect to the policy.
+    """Compute a loss per sampled token whose expected value is a KL and whose expected gradient is
+    that KL's gradient with respect to the policy.
 
     Equivalent, with d = logprob - ref_logprob, w = exp(-d) and the digits of a small d kept, to
 
@@ -105,33 +105,33 @@ def sampled_kl_loss(
                        "reference||policy": (1 - w * (1 + d), w - 1 + d)}[direction]
         loss = ratio * (value.detach() + form - form.detach())
 
-    in which `value` is never negative and `form` is what has the gradient. Off-policy, the first is
-    the ratio with gradient times k3, token by token: both have the gradient ratio·d·∇logprob.
+    in which `value` is never negative and `form` has the gradient. Off-policy, the first direction
+    equals the ratio with gradient times k3, token by token: both have gradient ratio·d·∇logprob.
 
     Args:
-        logprob: [...], log-probabilities of the sampled tokens under the policy that is trained.
+        logprob: [...], log-probabilities of the sampled tokens under the trained policy.
         ref_logprob: [...], under the reference; gets no gradient.
-        old_logprob: [...], under the policy that sampled the tokens, without gradient. None: they
-            come from the policy as it is now.
+        old_logprob: [...], under the policy that sampled the tokens, without gradient. None: that
+            is the current policy.
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or
             "reference||policy", whose noise grows with e^(-d).
-        clamp: as estimate_kl, for `value` and for `form`: the gradient stays right inside and of
-            the right sign beyond. It leaves the ratio alone, which counts as e^20 where it is more.
+        clamp: as estimate_kl, for `value` and `form`: the gradient is right inside and of the right
+            sign beyond. It does not apply to the ratio, which is clamped to e^20.
 
     Returns:
-        [...] float32 (float64 for float64 log-probabilities), nats. Reduce it over the tokens that
-        count; mask the others with torch.where.
+        [...] float32 (float64 for float64 log-probabilities), nats. Reduce it over unmasked tokens;
+        zero the others with torch.where.
 
     Gradient:
-        To logprob. Unbiased, as the value is, for the KL between the two next-token distributions
-        after each prefix of the batch. That a token also changes which prefixes follow is not in
-        it: for the gradient of a whole sequence's KL put k1 inside the reward. First derivatives
-        only.
+        With respect to logprob. Unbiased, like the value, for the KL between the two next-token
+        distributions after each prefix of the batch. It omits that a token also changes the
+        prefixes that follow: for the gradient of a whole sequence's KL put k1 inside the reward.
+        First derivatives only.
 
-        Where the policy does not cover the reference (top-k, top-p, masked actions), the value for
-        "policy||reference" is low by the reference's probability of the tokens left out, and its
-        gradient is still right; KL(reference‖policy) is infinite, and neither says so. Off-policy
-        the policy that sampled must cover the one that is trained.
+        If the policy does not cover the reference (top-k, top-p, masked actions), the value for
+        "policy||reference" is low by the reference's probability of the excluded tokens, and its
+        gradient is still right; KL(reference‖policy) is infinite, which the estimate cannot show.
+        Off-policy the sampling policy must cover the trained one.
 
     Special values: as estimate_kl.
 
@@ -175,25 +175,24 @@ def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
 
 
 def _expm1_minus(x: torch.Tensor) -> torch.Tensor:
-    """Compute e^x - 1 - x and its derivative accurately: expm1(x) - x loses a small x's digits."""
+    """Compute e^x - 1 - x and its derivative accurately: expm1(x) - x cancels for a small x."""
     small = x.clamp(-0.5, 0.5)
     series = torch.ones_like(x)
-    for k in range(15, 2, -1):  # 1 + x/3·(1 + x/4·(… (1 + x/15))): what follows is below 1e-17
+    for k in range(15, 2, -1):  # 1 + x/3·(1 + x/4·(… (1 + x/15))): the rest is below 1e-17
         series = 1 + small / k * series
     return torch.where(x.abs() < 0.5, small * small / 2 * series, torch.expm1(x) - x)
 
 
 def finite(logprob: torch.Tensor, floor: float = _FLOOR) -> torch.Tensor:
-    """Return log-probabilities in float32 (float64 as they came); below `floor` they count as it.
-
-    There they have no gradient. The default is a token's floor.
+    """Return log-probabilities in float32 (float64 stays), clamped to at least `floor`, below which
+    their gradient is 0.
     """
     return (logprob if logprob.dtype == torch.float64 else logprob.float()).clamp(min=floor)
 
 
 def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | None) -> None:
-    """Check for float tensors of one shape and device, all float64 or none, for an old_logprob
-    without gradient, and for a clamp of None or within (0, 50].
+    """Check for float tensors of one shape and device, all float64 or none, an old_logprob without
+    gradient, and a clamp of None or within (0, 50].
     """
     for name, value in {"logprob": logprob, **others}.items():
         if value is None and name == "old_logprob":
@@ -217,8 +216,8 @@ def _check(logprob: torch.Tensor, clamp: float | None, **others: torch.Tensor | 
         _checks.same_device_and_precision(name, value, "logprob", logprob)
         if name == "old_logprob" and value.requires_grad:
             raise ValueError(
-                "old_logprob: expected log-probabilities without gradient, of the policy as it "
-                "was when it sampled, got a tensor that requires grad; pass old_logprob.detach(), "
-                "or None for tokens sampled from the policy as it is now"
+                "old_logprob: expected log-probabilities without gradient, of the policy as it was "
+                "when it sampled, got a tensor that requires grad; pass old_logprob.detach(), or "
+                "None for tokens sampled from the policy as it is now"
             )
     _checks.clamp("clamp", clamp)

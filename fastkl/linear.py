@@ -1,5 +1,5 @@
-"""The same statistics from hidden states and lm_head weights: a chunk of logits at a time, all of
-them only where they are few or asked for.
+"""Token statistics and KL from hidden states and lm_head weights: a chunk of logits at a time; all
+logits exist only if they are few or requested.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def linear_token_stats(  # noqa: PLR0913
     chunk_size: int | None = None,
     recompute: bool | None = None,
 ) -> TokenStats:
-    """token_stats of the logits that an lm_head would give, a chunk of tokens at a time.
+    """Compute token_stats of an lm_head's logits, a chunk of tokens at a time.
 
     Equivalent to
 
@@ -85,12 +85,12 @@ def linear_token_stats(  # noqa: PLR0913
             ref_logits = softcap * torch.tanh(ref_logits.float() / softcap)
         stats = token_stats(logits, tokens, ref_logits, temperature=temperature, mask=mask)
 
-    of plain weights; a Head has its own bias, softcap and scale, and ref_temperature may divide
-    ref_logits instead, in two matrix products (one without a reference). Every field and token may
-    have its own upstream gradient. Where all logits take 2 GiB at the most, or with
-    recompute=False, they are kept for backward, which writes their gradients in their place; else
-    buffers for one chunk of logits are the only large memory, and backward computes the logits
-    again. 40 bytes per token are held for it beside the inputs.
+    for plain weights; a Head has its own bias, softcap and scale, and ref_temperature may divide
+    ref_logits instead. Forward takes two matrix products (one without a reference). Every field and
+    token may have its own upstream gradient. If all logits take at most 2 GiB, or with
+    recompute=False, they are kept for backward, which overwrites them with their gradients; else
+    buffers for one chunk of logits are the only large memory, and backward recomputes the logits.
+    Backward needs 40 bytes per token beside the inputs.
 
     Args:
         hidden: [..., H], the last hidden states after the final norm; float32, bfloat16 or float16
@@ -100,85 +100,82 @@ def linear_token_stats(  # noqa: PLR0913
         tokens: integer ids [...], as for token_stats.
         ref_hidden: [..., H_ref], the reference's hidden states: they may be cached from an earlier
             pass, also one in inference mode, and their H and type may differ.
-        ref_weight: [V, H_ref], or a Head. The same tensor as weight, also inside Heads: both share
-            one weight, of which nothing is kept twice. Left out: the reference has the policy's
-            weight, and all of its Head.
+        ref_weight: [V, H_ref], or a Head. The same tensor as weight, also inside Heads, is one
+            weight with one gradient sum. Default: the policy's weight, with all of its Head.
         bias, ref_bias: [V] or None, in the type of their weight. A shared lm_head with a bias needs
-            it as both. Beside a model's Head an error.
+            it as both. An error beside a model's Head.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
         ref_temperature: divides the reference's logits instead, likewise. Default: temperature.
         softcap: the logits become softcap·tanh(logits/softcap), before the temperature; a positive
-            number. Of both models, hence an error if either is a Head: make Heads of both.
+            number. It is both models', hence an error if either is a Head: make Heads of both.
         mask: bool [...], True where the token counts. Other tokens return exactly 0 and have
-            gradient exactly 0, whatever their hidden states hold. The reference backend leaves them
-            out of the products; on a GPU, where that would cost a synchronisation, they take part
-            as zeros.
-        logits_dtype: the type of the logits in a chunk. Default: that of hidden, float32 where
+            gradient exactly 0, for any hidden states. The reference backend drops them from the
+            products; on a GPU, where that would synchronise, they are computed as zeros.
+        logits_dtype: the type of the logits in a chunk. Default: that of hidden, or float32 if
             policy and reference differ. torch.float32 keeps the products' float32 sums for 16-bit
             inputs; see Accuracy.
-        chunk_size: C and G are at most this many tokens (C at most 1024). Default: from N, H, V and
-            a fixed bound on memory, never from what happens to be free. See Memory.
-        recompute: False keeps the logits of all models from forward to backward, for a product less
-            for each; True computes them again; None keeps them where N·V·l of all models together
-            is 2 GiB at the most. Nothing is kept where nothing requires gradient, under
-            torch.no_grad and inside transforms of torch.func, and with None not in graphs of
-            torch.export. See Memory.
+        chunk_size: an upper bound of C and G in tokens (C is at most 1024). Default: from N, H, V
+            and a fixed bound on memory, never from free memory. See Memory.
+        recompute: False keeps the logits of all models from forward to backward, which saves a
+            product for each; True recomputes them; None keeps them if N·V·l of all models together
+            is at most 2 GiB. Nothing is kept if nothing requires gradient, under torch.no_grad and
+            inside transforms of torch.func; with None nothing is kept in graphs of torch.export.
+            See Memory.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 inputs) tensors, nats. The last three
         fields are None without ref_hidden.
 
     Gradient:
-        Of every field to hidden, weight, bias, ref_hidden, ref_weight and ref_bias where they
-        require it, in their types; weight gradients are summed in float32 (on a CPU what is added
-        to the sum was rounded to 16-bit inputs' type). To keep a shared lm_head from learning
-        through the reference, pass ref_weight=weight.detach(). Backward costs one product for each
-        hidden and each weight that requires it and, without kept logits, two more (one where only
+        Of every field with respect to hidden, weight, bias, ref_hidden, ref_weight and ref_bias
+        where they require it, in their types; weight gradients are summed in float32 (on a CPU the
+        summands are rounded to 16-bit inputs' type). To keep the reference's gradient out of a
+        shared lm_head, pass ref_weight=weight.detach(). Backward costs one product for each hidden
+        and each weight that requires gradient and, without kept logits, two more (one if only
         logprob and entropy have a gradient): forward and backward with a trained lm_head and a
-        reference that learns nothing, four instead of six; of logprob and entropy without a
-        reference, three instead of four. A second backward through a retained graph finds gradients
-        in place of the logits and computes them again. No second derivative.
+        frozen reference take four with kept logits, six without; of logprob and entropy without a
+        reference three and four. A second backward through a retained graph recomputes the logits,
+        which the first has overwritten. No second derivative.
 
     Memory:
         Beyond inputs, results and returned gradients, with b bytes per input element, l per logit,
-        C ≤ 1024 tokens of a chunk and G ≥ C tokens whose gradients of logits wait for one product:
+        C ≤ 1024 tokens of a chunk and G ≥ C tokens whose gradients of logits are kept until one
+        product:
 
-            kept:     N·V·l for each model in rows of whole 64 entries, from forward to the end of
-                      backward; forward then has no other logits, and backward C·V·l for each model
-                      that learns where ref_kl has a gradient to the reference
+            kept:     N·V·l for each model, rows padded to 64 entries, from forward to the end of
+                      backward; forward then has no other logits, and backward C·V·l for each
+                      trained model if ref_kl has a gradient to the reference
             forward:  2·C·V·l for both models
-            backward: C·V·l for a model that learns nothing; G·V·b for one that learns, and C·V·l
-                      where l differs from b; 4·V·H for each 16-bit weight that requires gradient
-                      (its sum in float32)
+            backward: C·V·l for a frozen model; G·V·b for a trained one, and C·V·l if l differs
+                      from b; 4·V·H for each 16-bit weight that requires gradient (its sum in
+                      float32)
 
-        Beside kept logits of l = b there is no G·V·b: their gradients take their place, outside
-        torch.compile, selective checkpointing and other modes that look at ops. There G = N, as
-        where that takes no more at its peak, the returned gradient included: one GEMM then gives a
-        bfloat16 weight's gradient, without a sum. On top come copies of the hidden states, of G
-        tokens' where there is a mask, of all where their leading dimensions are not one in memory;
-        on a CPU 15 MB more for rows in float32.
+        Kept logits of l = b need no G·V·b: their gradients overwrite them, but not under
+        torch.compile, selective checkpointing and other modes that see ops. Then G = N, as
+        whenever that has no larger peak, the returned gradient included: one GEMM then computes a
+        bfloat16 weight's gradient, without a sum. Hidden states are copied too: those of G tokens
+        with a mask, all of them if their leading dimensions do not merge into one in memory. On a
+        CPU rows in float32 take 15 MB more.
 
         At H = 4096, V = 128256 in bfloat16: kept, 2.10 GB for N = 8192 of one model or 4096 of two,
-        and nothing beside them; not kept, 0.53 GB forward, with a trainable weight 1.31 GB at
-        N = 4096, 2.36 GB at 8192, and 1.05 + 2.10 GB from there on. Without chunk_size all terms
-        but kept logits and the sums, or the window that takes their place, stay under 1 GiB on a
-        GPU (128 MiB on a CPU) or half of the sums, whichever is more. Results depend on the chunk
-        only as a GEMM's rounding depends on its shape.
+        and nothing else; not kept, 0.53 GB forward, with a trainable weight 1.31 GB at N = 4096,
+        2.36 GB at 8192, and 1.05 + 2.10 GB above. Without chunk_size all terms but kept logits and
+        the sums, or the window that replaces them, stay under 1 GiB on a GPU (128 MiB on a CPU) or
+        half of the sums, whichever is more. Results depend on the chunk only as a GEMM's rounding
+        depends on its shape.
 
     Accuracy:
         float32: that of the products. bfloat16, float16: each logit is rounded once, which
-        dominates everything else, exactly as for logits that a model returns;
-        logits_dtype=torch.float32 leaves that rounding out. float16 gradients of logits vanish
-        where upstream gradients are small, as in torch: use a GradScaler, or "sum" and "mean" of
-        linear_kl_divergence, which scale by themselves. Figures: fastkl's README, "From hidden
-        states".
+        dominates every other error, as for logits that a model returns; logits_dtype=torch.float32
+        avoids that rounding. float16 gradients of logits underflow if upstream gradients are small,
+        as in torch: use a GradScaler, or "sum" and "mean" of linear_kl_divergence, which have a
+        loss scale of their own. Figures: fastkl's README, "From hidden states".
 
-    autocast: as F.linear, inputs are cast to the autocast type.
+    autocast: inputs are cast to the autocast type, as by F.linear.
 
     Special values: as token_stats. Raises: TypeError, ValueError, RuntimeError as token_stats.
 
-    Source: the chunking is that of every fused linear cross-entropy; what is computed per chunk is
-    token_stats.
+    Source: the chunking is that of every fused linear cross-entropy; a chunk computes token_stats.
     """
     inputs = prepare(
         Given(
@@ -225,8 +222,8 @@ def linear_kl_divergence(  # noqa: PLR0913
     normalizer: float | torch.Tensor | None = None,
     recompute: bool | None = None,
 ) -> torch.Tensor:
-    """KL(P‖Q) per token, its sum or its mean, with P's logits from (hidden, weight, bias) and Q's
-    from (ref_hidden, ref_weight, ref_bias).
+    """Compute KL(P‖Q) per token, its sum or its mean, with P's logits from (hidden, weight, bias)
+    and Q's from (ref_hidden, ref_weight, ref_bias).
 
     Equivalent to
 
@@ -236,39 +233,38 @@ def linear_kl_divergence(  # noqa: PLR0913
         "none": kl    "sum": (weights * kl).sum()    "mean": (weights * kl).sum() / normalizer
 
     The order of the arguments is the direction: policy first is the RLHF penalty, teacher first the
-    distillation loss. Whichever of the two requires gradient learns.
+    distillation loss. Either or both may require gradient.
 
-    "sum" and "mean" compute the gradients together with the value, while the logits of a chunk are
-    at hand: four matrix products with a trainable lm_head, three with a frozen one, two where
-    nothing requires gradient (or under torch.no_grad); one more for the other model's hidden states
-    and one for its weight where those learn. What backward needs is then the finished gradients
-    themselves, one tensor like each input that requires it (float32 for a float16 weight or bias):
-    call it under torch.no_grad() where no backward will follow. "sum" and "mean" keep no logits,
-    whatever recompute is. "none" allows any upstream gradient per token: where the logits are kept,
-    see recompute, with the same numbers of products; else they are computed again in backward, in
-    two products more.
+    "sum" and "mean" compute the gradients with the value, from the same logits of a chunk: four
+    matrix products with a trained lm_head, three with a frozen one, two if nothing requires
+    gradient (or under torch.no_grad); one more each for the other model's hidden states and weight
+    if they require gradient. The finished gradients are kept until backward, one tensor like each
+    input that requires it (float32 for a float16 weight or bias): call it under torch.no_grad() if
+    no backward will follow. "sum" and "mean" keep no logits, for any recompute. "none" allows any
+    upstream gradient per token: with kept logits (see recompute) it takes the same numbers of
+    products; otherwise backward recomputes the logits, in two products more.
 
     Args:
-        weights: [...] float, what each token's KL counts (a sequence's advantage, beta over a
-            length, …): "sum" and "mean" only. It may require gradient; of a masked token it may
-            hold anything.
+        weights: [...] float, the factor of each token's KL (a sequence's advantage, beta over a
+            length, …): "sum" and "mean" only. It may require gradient; a masked token's entry may
+            be anything.
         reduction: "none", "sum" or "mean" (also spelt "token_mean").
-        normalizer: the divisor of the mean, as in kl_divergence. Default: how many tokens count in
-            this call, however they are weighted. The others: as linear_token_stats, with hidden,
-            weight, bias, temperature for the first argument of KL(·‖·).
+        normalizer: the divisor of the mean, as in kl_divergence. Default: the number of unmasked
+            tokens in this call, whatever their weights. The others: as linear_token_stats, with
+            hidden, weight, bias, temperature for the first argument of KL(·‖·).
 
     Returns:
         [...] float32 (float64 for float64 inputs) for "none", else a scalar. Nats.
 
     Gradient:
-        To hidden, weight, bias, ref_hidden, ref_weight, ref_bias and weights where they require it.
-        A second backward over a retained graph gives the same. No second derivative. "sum" and
-        "mean" have to know when they are called what requires gradient: under torch.vmap, or in a
-        graph traced without, they raise instead of leaving a gradient out. They scale a finished
-        gradient by the upstream one, which must be finite.
+        With respect to hidden, weight, bias, ref_hidden, ref_weight, ref_bias and weights where
+        they require it. A second backward through a retained graph returns the same. No second
+        derivative. "sum" and "mean" must know at the call which inputs require gradient: under
+        torch.vmap, or in a graph traced without gradients, they raise instead of omitting one. They
+        scale a finished gradient by the upstream one, which must be finite.
 
-    Memory, Accuracy, autocast: as linear_token_stats; "sum" and "mean" need in forward what its
-    backward needs without kept logits.
+    Memory, Accuracy, autocast: as linear_token_stats; forward of "sum" and "mean" needs as much as
+    its backward without kept logits.
 
     Special values: as kl_divergence. Raises: TypeError, ValueError, RuntimeError as kl_divergence.
 
@@ -304,7 +300,7 @@ def linear_kl_divergence(  # noqa: PLR0913
 
 def weighted_kl(inputs: LinearInputs, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (Σ weights·kl with gradient, kl [...] without) for weights [...] in the results' type;
-    a masked token's weight does not matter.
+    a masked token's weight has no effect.
     """
     if inputs.mask is not None:
         weights = torch.where(inputs.mask, weights, 0.0)

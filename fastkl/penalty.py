@@ -20,7 +20,7 @@ DIRECTIONS = get_args(Direction)
 
 
 class _Counts(NamedTuple):
-    """How many tokens and sequences count, and what a mean over them divides by: at least 1."""
+    """Numbers of unmasked tokens and sequences, and divisors of means over them, at least 1."""
 
     tokens: torch.Tensor | int
     sequences: torch.Tensor | int
@@ -29,7 +29,7 @@ class _Counts(NamedTuple):
 
     @staticmethod
     def of(values: torch.Tensor, mask: torch.Tensor | None) -> _Counts:
-        """Count what counts of per-token values, in their type."""
+        """Count unmasked tokens and sequences, in the type of per-token values."""
         tokens, sequences = (
             count(mask, values.shape, values.dtype) for count in (_reduce.tokens, _reduce.sequences)
         )
@@ -39,7 +39,7 @@ class _Counts(NamedTuple):
 
 
 class _Penalty(torch.nn.Module):
-    """Holds beta, the reduction and the last call's statistics of both penalties."""
+    """The common part of both penalties: beta, the reduction and the last call's statistics."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class _Penalty(torch.nn.Module):
         self.reduction = reduction
         self._beta = beta
         self.last: dict[str, torch.Tensor] = {}
-        self.beta  # noqa: B018  (a wrong one fails here, not in the training loop)
+        self.beta  # noqa: B018  (a wrong beta raises here, not in the training loop)
 
     @property
     def beta(self) -> float:
@@ -76,8 +76,7 @@ class _Penalty(torch.nn.Module):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(
                 f"beta: expected a number or a controller with an attribute `beta`, got "
-                f"{type(value).__name__}; "
-                f"for a tensor or numpy scalar pass float(beta)"
+                f"{type(value).__name__}; for a tensor or numpy scalar pass float(beta)"
             )
         if not (0 <= value <= sys.float_info.max):
             remedy = (
@@ -92,16 +91,16 @@ class _Penalty(torch.nn.Module):
         return float(value)
 
     def extra_repr(self) -> str:
-        """The arguments, for print(model)."""
+        """Return the arguments, for print(model)."""
         return (
-            f"beta={self.beta:g}, direction={self.direction!r}, "
-            f"temperature={self.temperature:g}, reduction={self.reduction!r}"
+            f"beta={self.beta:g}, direction={self.direction!r}, temperature={self.temperature:g}, "
+            f"reduction={self.reduction!r}"
         )
 
     def _divisor(
         self, counts: _Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor | float:
-        """Return what the sum over tokens is divided by; the counts are at hand, for `last`."""
+        """Return the divisor of the sum over tokens, from counts if it is the default."""
         if normalizer is None and self.reduction != "sum":
             return (
                 counts.sequence_divisor
@@ -120,10 +119,9 @@ class _Penalty(torch.nn.Module):
     ) -> None:
         """Keep the statistics of a call in `last`: no gradient, no synchronisation."""
         if dual_op.transforming():
-            return  # these tensors are worth nothing outside the transform
-        with (
-            torch.no_grad()
-        ):  # as a decorator it breaks the graph of a compiled step in which the module is made
+            return  # these tensors are invalid outside the transform
+        # As a decorator no_grad breaks the graph of a compiled step that makes the module.
+        with torch.no_grad():
             kl, total = kl.detach(), total.detach()
             tokens, sequences = (
                 count if isinstance(count, torch.Tensor) else kl.new_full((), count)
@@ -135,13 +133,13 @@ class _Penalty(torch.nn.Module):
                 "kl_per_sequence": total / counts.sequence_divisor,
                 "tokens": tokens,
                 "sequences": sequences,
-                "beta": kl.new_ones(()) * beta,  # new_full would compile a graph for each beta
+                "beta": kl.new_ones(()) * beta,  # new_full would recompile for each beta
                 "loss": loss.detach().clone(),  # `loss += …` must not change it
             }
 
 
 class KLPenalty(_Penalty):
-    """beta times the exact KL divergence between policy and reference, reduced to a scalar loss.
+    """Computes beta times the exact KL divergence between policy and reference, a scalar loss.
 
     Equivalent to
 
@@ -152,29 +150,28 @@ class KLPenalty(_Penalty):
 
     Args:
         beta: the penalty's weight: a number ≥ 0, or a controller: an object with an attribute
-            `beta`, read at every call. 0 leaves the KL out, also an infinite one.
+            `beta`, read at every call. 0 gives 0 for an infinite KL too.
         direction: "policy||reference", KL(policy‖reference), the RLHF penalty; or
             "reference||policy".
         temperature: divides both logits; a positive number.
-        reduction: "token_mean" (also spelt "mean"): mean over the tokens that count;
-            "sequence_mean": mean over sequences of the sum over each sequence's tokens (the last
-            dimension), as in a reward per sequence, sequences without a token that counts left out;
-            "sum".
+        reduction: "token_mean" (also spelt "mean"): mean over unmasked tokens; "sequence_mean":
+            mean over sequences of the sum over each sequence's tokens (the last dimension), as in a
+            reward per sequence, without sequences that are masked entirely; "sum".
 
     forward(policy_logits, ref_logits, mask=None, *, normalizer=None) takes [..., V] logits and a
-    bool mask [...], and returns a float32 scalar with gradient to whichever logits require it. With
-    no token that counts it returns 0.
+    bool mask [...], and returns a float32 scalar with gradient with respect to the logits that
+    require it. Without an unmasked token it returns 0.
 
-    normalizer, for both means, takes the place of the number of tokens (sequences) in this call, so
-    that micro-batches and processes of different lengths weigh each token the same: how many count
-    in all micro-batches of a step; under DDP and FSDP, which average gradients, that number of all
+    normalizer, for both means, replaces the number of tokens (sequences) in this call, so that
+    micro-batches and processes of different lengths weight each token equally: pass the number in
+    all micro-batches of a step; under DDP and FSDP, which average gradients, the number in all
     processes / world_size. A number above 0, or a tensor of one number, where 0 makes the loss 0.
 
-    `last` holds the last call's statistics as detached tensors on the logits' device, nothing
-    synchronised: "kl" (mean KL per token that counts, nats), "max_kl", "kl_per_sequence" (mean,
-    over the sequences with a token that counts, of the sum of KL over each one's tokens), "tokens"
-    and "sequences" (how many counted), "beta", "loss"; all but "loss" whatever the normalizer.
-    Empty before the first call; a call inside a transform of torch.func leaves them as they were.
+    `last` holds the last call's statistics as detached tensors on the logits' device, without a
+    synchronisation: "kl" (mean KL per unmasked token, nats), "max_kl", "kl_per_sequence" (mean over
+    sequences with an unmasked token of the sum of KL over its tokens), "tokens" and "sequences"
+    (their numbers), "beta", "loss"; only "loss" depends on the normalizer. It is empty before the
+    first call; a call inside a transform of torch.func leaves it unchanged.
 
     Raises ValueError or TypeError for wrong arguments, as kl_divergence does.
     Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), eq. 2, with
@@ -217,8 +214,7 @@ class KLPenalty(_Penalty):
         if gradient is None:
             kl = kl_divergence(first, second, mask, temperature=self.temperature)
             counts, total = _Counts.of(kl, mask), kl.sum()
-            # A penalty without weight leaves out an infinite KL too. A tensor: a number that
-            # changes would compile anew.
+            # With beta 0 an infinite KL gives 0. A tensor: a changed number would recompile.
             scale = kl.new_ones(()) * beta
             weighted = torch.where(scale == 0, 0.0, scale * total)
             loss = _reduce.quotient(
@@ -241,8 +237,8 @@ class KLPenalty(_Penalty):
 
 
 class LinearKLPenalty(_Penalty):
-    """KLPenalty from hidden states and lm_head weights: never all logits at once, its gradients
-    computed together with its value.
+    """Computes KLPenalty from hidden states and lm_head weights: never all logits at once, the
+    gradients together with the value.
 
     Equivalent to
 
@@ -259,13 +255,13 @@ class LinearKLPenalty(_Penalty):
         ref_temperature: divides the reference's logits instead; a positive number. Default:
             temperature.
         softcap, logits_dtype, chunk_size, recompute: as linear_kl_divergence, whose "sum" keeps no
-            logits whatever recompute is.
+            logits for any recompute.
 
     forward(hidden, weight, ref_hidden, ref_weight=None, mask=None, *, bias=None, ref_bias=None,
     normalizer=None) takes hidden states [..., H], weights [V, H] (or a Head for either) and a bool
-    mask [...], and returns a float32 scalar with gradient to those that require it; pass
-    ref_weight=weight.detach() where a trained lm_head is shared and only the policy is to learn
-    through it. The policy comes first in either direction. With no token that counts it returns 0.
+    mask [...], and returns a float32 scalar with gradient with respect to those that require it;
+    pass ref_weight=weight.detach() to keep the reference's gradient out of a shared lm_head. The
+    policy comes first in either direction. Without an unmasked token it returns 0.
 
     normalizer, `last`: as KLPenalty.
 
@@ -307,7 +303,7 @@ class LinearKLPenalty(_Penalty):
         self.recompute = recompute
 
     def extra_repr(self) -> str:
-        """The arguments, for print(model)."""
+        """Return the arguments, for print(model)."""
         options = {
             "softcap": self.softcap,
             "logits_dtype": self.logits_dtype,

@@ -1,16 +1,16 @@
-"""The definition: every statistic of a row and every gradient once, in plain torch, in the form
-that keeps its digits near KL = 0.
+"""Defines every statistic of a row and every gradient once, in plain torch, in the form that keeps
+its digits near KL = 0.
 
 With x, y the logits of P and Q divided by the temperature and any centre c,
     d = (y - x) - c,    t = E_p[expm1(d)],    lse(y) - lse(x) = c + log1p(t),
     KL(P‖Q) = E_p[expm1(d) - d] - (t - log1p(t)).
 The textbook form Σ p·(log p - log q) is the difference of two large sums where P and Q are close;
 here every term is as small as the result. Conventions for infinities: an entry with p = 0 adds
-nothing to an expectation under P, one with p > 0 = q makes KL(P‖Q) infinite; a NaN poisons its own
-row and no other.
+nothing to an expectation under P, one with p > 0 = q makes KL(P‖Q) infinite; a NaN makes its own
+row NaN and no other.
 
-On CPU tensors users run the leaner sums of ops/cpu_rows.py, and this for the rows that those do not
-hold: a few at a time, and once more in float64 where float32 does not hold them either.
+On CPU tensors ops/cpu_rows.py computes nearly every row, and this file the fallback rows, for which
+its sums do not suffice: a few at a time, and again in float64 where float32 is not enough.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from typing import NamedTuple
 import torch
 
 SAVED = 10
-# The column of `saved` that is 1 where float32 does not hold a row, else 0.
+# The column of `saved` that is 1 if float32 is not enough for the row, else 0.
 FAR = 6
 _SMALL_D = 0.25
-# Limits of a row in float32: its KLs in nats, and |log q - log p|, which an entry masked by a
-# finite number on one side exceeds.
+# Limits of a row in float32: its KLs in nats, and |log q - log p|, which an entry exceeds that is
+# masked by a finite number in one model.
 FAR_KL = 8.0
 FAR_D = 1e4
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of rows: what users read, [N] each (None where not asked for), and what
-    `row_gradients` needs, [N, 10].
+    """Statistics of rows, [N] each (None if not requested), and values [N, 10] for row_gradients.
 
     saved: largest logit of P and log Σ exp((x - largest)/T), the same of Q, log1p(t), entropy,
-    whether the row is far (FAR), and zeros in places of the kernels'. log1p(t) completes the
-    difference of the two partition functions.
+    whether float32 is not enough (FAR), and zeros in the other columns. log1p(t) corrects the
+    rounded difference of the two log-sum-exps.
     """
 
     logprob: torch.Tensor | None
@@ -48,7 +47,7 @@ class RowStatistics(NamedTuple):
 
 
 def expm1_minus(d: torch.Tensor) -> torch.Tensor:
-    """expm1(d) - d, accurate relative to itself, also for tiny d."""
+    """Compute expm1(d) - d with a small relative error, also for tiny d."""
     terms = 14 if d.dtype == torch.float64 else 8
     series = torch.full_like(d, 1.0 / math.factorial(terms))
     for k in range(terms - 1, 1, -1):
@@ -58,7 +57,7 @@ def expm1_minus(d: torch.Tensor) -> torch.Tensor:
 
 
 def minus_log1p(t: torch.Tensor) -> torch.Tensor:
-    """t - log1p(t), accurate relative to itself."""
+    """Compute t - log1p(t) with a small relative error."""
     terms = 24 if t.dtype == torch.float64 else 10
     series = torch.full_like(t, 1.0 / terms)
     for k in range(terms - 1, 1, -1):
@@ -67,8 +66,8 @@ def minus_log1p(t: torch.Tensor) -> torch.Tensor:
 
 
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
-    """cap·tanh(logits/cap) in float32, or float64 for float64 logits; the logits themselves for cap
-    = 0.
+    """Compute cap·tanh(logits/cap) in float32, or float64 for float64 logits; cap 0 returns the
+    logits.
     """
     if cap == 0:
         return logits
@@ -77,7 +76,7 @@ def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def soft_cap_slope(capped: torch.Tensor, cap: float) -> torch.Tensor:
-    """The derivative of soft_cap where it has the value `capped`: 1 - tanh²."""
+    """Compute the derivative of soft_cap, 1 - tanh², from its value."""
     t = capped / cap
     return (1.0 - t) * (1.0 + t)
 
@@ -85,7 +84,7 @@ def soft_cap_slope(capped: torch.Tensor, cap: float) -> torch.Tensor:
 def _log_partition(
     logits: torch.Tensor, scale: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(largest logit, log Σ exp((logits - largest)·scale)), [N, 1] each."""
+    """Compute (largest logit, log Σ exp((logits - largest)·scale)), [N, 1] each."""
     largest = logits.amax(-1, keepdim=True)
     return largest, ((logits - largest) * scale).exp_().sum(-1, keepdim=True).log_()
 
@@ -95,13 +94,11 @@ def _gather(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _subtract(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y - x as a rounded difference and what the rounding lost (Knuth); nothing where the
-    difference is not finite.
-    """
-    difference = y - x
-    x_part = difference - y
-    lost = (y - (difference - x_part)) - (x + x_part)
-    return difference, torch.where(difference.isfinite(), lost, 0.0)
+    """Compute y - x as hi + lo (two_sum, Knuth); lo is 0 where hi is not finite."""
+    hi = y - x
+    x_part = hi - y
+    lo = (y - (hi - x_part)) - (x + x_part)
+    return hi, torch.where(hi.isfinite(), lo, 0.0)
 
 
 def _log_ratio(
@@ -109,23 +106,23 @@ def _log_ratio(
     y: torch.Tensor,
     x_max: torch.Tensor,
     y_max: torch.Tensor,
-    ratio: torch.Tensor,
+    rest: torch.Tensor,
     scale: torch.Tensor | float,
 ) -> torch.Tensor:
-    """log q - log p = (y - x)·scale - (lse(y) - lse(x)), with lse(y) - lse(x) = (y_max -
-    x_max)·scale + ratio.
+    """Compute log q - log p = (y - x)·scale - (lse(y) - lse(x)), where lse(y) - lse(x) is
+    (y_max - x_max)·scale + rest.
 
-    The large parts cancel before anything is rounded. An entry that is -inf in both gives 0: it
-    takes part in nothing.
+    The large terms cancel before they are rounded. An entry that is -inf in both gives 0 and adds
+    nothing anywhere.
     """
-    (difference, lost), (tops, tops_lost) = _subtract(y, x), _subtract(y_max, x_max)
-    d = ((difference - tops) + (lost - tops_lost)) * scale - ratio
+    (hi, lo), (max_hi, max_lo) = _subtract(y, x), _subtract(y_max, x_max)
+    d = ((hi - max_hi) + (lo - max_lo)) * scale - rest
     return torch.where((x == -math.inf) & (y == -math.inf), 0.0, d)
 
 
 def _about_mean(weight: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """d - E[d] under the probabilities `weight`, counted from d at the peak: on a peaked row it is
-    far smaller than d.
+    """Compute d - E[d] under the probabilities `weight`, relative to d at the most probable entry:
+    on a peaked row the result is far smaller there than d.
     """
     d = d - d.gather(-1, weight.argmax(-1, keepdim=True))
     return d - torch.where(weight == 0, 0.0, weight * d).sum(-1, keepdim=True)
@@ -140,7 +137,7 @@ def row_statistics(
     entropy: bool = True,
     reverse: bool = True,
 ) -> RowStatistics:
-    """Statistics of each row of p_logits [N, V], and of each pair of rows with q_logits [N, V].
+    """Compute statistics of each row of p_logits [N, V], and of each pair of rows with q_logits.
 
     Equivalent, in exact arithmetic, to
         log_p = (p_logits / T).log_softmax(-1);  log_q = (q_logits / T).log_softmax(-1)
@@ -148,8 +145,8 @@ def row_statistics(
         entropy = -(log_p.exp() * log_p).sum(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-    with 0·(±inf) = 0. temperature: float or [N]. Computed and returned in float64 for float64
-    logits, else in float32; nats.
+    with 0·(±inf) = 0. temperature: float or [N]. reverse: whether to compute ref_kl. Computed and
+    returned in float64 for float64 logits, else in float32; nats.
     """
     dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
     x = p_logits.to(dtype)
@@ -177,17 +174,19 @@ def row_statistics(
     y_max, y_log_sum = _log_partition(y, scale)
     d = _log_ratio(x, y, x_max, y_max, y_log_sum - x_log_sum, scale)
     q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
-    # Beyond |d| = 1/4 the sums use q itself: p·e^d would overflow or vanish where p does.
+    # Beyond |d| = 1/4 the sums use q itself: p·e^d would overflow, or underflow with p.
     size = d.abs()
     small = size < _SMALL_D
     pd = torch.where(p == 0, 0.0, p * d)
     h = torch.where(small, p * expm1_minus(d), (q - p) - pd)
-    rise = torch.where(small, pd + h, q - p)
-    t = rise.sum(-1, keepdim=True)
+    q_minus_p = torch.where(small, pd + h, q - p)
+    t = q_minus_p.sum(-1, keepdim=True)
     kl = (h.sum(-1, keepdim=True) - minus_log1p(t)).clamp(min=0.0)
     ref_kl = zero
     if reverse:
-        backward_terms = torch.where(small, d * rise - h, torch.where(q == 0, 0.0, q * d) - (q - p))
+        backward_terms = torch.where(
+            small, d * q_minus_p - h, torch.where(q == 0, 0.0, q * d) - (q - p)
+        )
         ref_kl = (
             backward_terms.sum(-1, keepdim=True) / (1.0 + t) - minus_log1p(-t / (1.0 + t))
         ).clamp(min=0.0)
@@ -233,8 +232,8 @@ def row_gradients(
     wrt_p: bool,
     wrt_q: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of Σ_n Σ_field upstream[field][n] · field[n] with respect to p_logits and q_logits,
-    [N, V] each in float32 or float64.
+    """Compute the gradients of Σ_n Σ_field upstream[field][n]·field[n] with respect to p_logits and
+    q_logits, [N, V] each in float32 or float64.
 
     With s = 1/T, d = log q - log p, and g the upstream gradients (a field without one counts as 0):
         dP = s·(g_logprob·onehot - g_ref_kl·(q - p)
@@ -259,7 +258,7 @@ def row_gradients(
         y = q_logits.to(dtype)
         d = _log_ratio(x, y, x_max, y_max, y_log_sum - x_log_sum, scale) - log1p_t
         q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
-        rise = torch.where(d.abs() < _SMALL_D, p * torch.expm1(d), q - p)
+        q_minus_p = torch.where(d.abs() < _SMALL_D, p * torch.expm1(d), q - p)
     grad_p = grad_q = None
     if wrt_p:
         bracket = torch.zeros_like(p)
@@ -272,13 +271,13 @@ def row_gradients(
             bracket -= torch.where(g["kl"] == 0, 0.0, g["kl"] * _about_mean(p, d))
         grad_p = torch.where(p == 0, 0.0, p * bracket)
         if "ref_kl" in g:
-            grad_p -= g["ref_kl"] * rise
+            grad_p -= g["ref_kl"] * q_minus_p
         if "logprob" in g:
             assert tokens is not None
             grad_p.scatter_add_(-1, tokens[:, None], g["logprob"])
         grad_p *= scale
     if wrt_q:
-        grad_q = g["kl"] * rise if "kl" in g else torch.zeros_like(p)
+        grad_q = g["kl"] * q_minus_p if "kl" in g else torch.zeros_like(p)
         if "ref_logprob" in g:
             assert tokens is not None
             grad_q -= g["ref_logprob"] * q

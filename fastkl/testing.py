@@ -26,9 +26,10 @@ SMALL_KL, SMALL_KL_LIMITS, KL_LIMIT = 1e-2, (1e-4, 1e-8), 2e-5
 VALUE_LIMITS = (2e-6, 2e-6)
 # Gradients: a row's L2 error over its norm.
 GRADIENT_LIMIT = 1e-5
-# Compare gradients of a smaller norm absolutely, like a KL below 1e-8: a row with p_max = 1 - 1e-14
-# has no more. Between rows 50 apart, a float32 centre lies up to 2e-6 from the mean, and the mean
-# of the rest is known to 2^-24 of that: 1e-13 a rounding, 1e-5 of this floor for three.
+# Gradients of a smaller norm are compared absolutely, like a KL below 1e-8: rows with p_max of
+# 1 - 1e-14 have such gradients. Between rows 50 apart a float32 centre lies up to 2e-6 from the
+# mean, and the mean of the rest is known to 2^-24 of that, 1e-13 a rounding: three of them are 1e-5
+# of this floor.
 GRADIENT_FLOOR = 3e-8
 
 
@@ -100,7 +101,7 @@ def gradients(
     log_p, log_q = exact.log_p, exact.log_q
     p, q, zero = log_p.exp(), log_q.exp(), torch.zeros_like(log_p)
     d = torch.where(log_p == log_q, 0.0, log_q - log_p)
-    rise = torch.where(d.abs() < 1, p * torch.expm1(d), q - p)
+    q_minus_p = torch.where(d.abs() < 1, p * torch.expm1(d), q - p)
 
     def onehot() -> torch.Tensor:
         if tokens is None:
@@ -108,8 +109,8 @@ def gradients(
         return torch.zeros_like(p).scatter_(-1, tokens.long().to(p.device)[..., None], 1.0)
 
     def about_mean(weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        # Count first - second from the most probable entry: on a peaked row it is far larger there
-        # than its distance from the mean.
+        # Subtract the value at the most probable entry first: on a peaked row it is far larger than
+        # its distance from the mean.
         peak = weight.argmax(-1, keepdim=True)
         value = (first - first.gather(-1, peak)) - (second - second.gather(-1, peak))
         return _weighted(weight, value - _weighted(weight, value).sum(-1, keepdim=True))
@@ -118,8 +119,8 @@ def gradients(
         "logprob": lambda: (onehot() - p, zero),
         "entropy": lambda: (-about_mean(p, log_p, zero), zero),
         "ref_logprob": lambda: (zero, onehot() - q),
-        "kl": lambda: (-about_mean(p, log_q, log_p), rise),
-        "ref_kl": lambda: (-rise, about_mean(q, log_q, log_p)),
+        "kl": lambda: (-about_mean(p, log_q, log_p), q_minus_p),
+        "ref_kl": lambda: (-q_minus_p, about_mean(q, log_q, log_p)),
     }
     scale = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
     grad_p, grad_q = zero, zero
@@ -139,7 +140,7 @@ def kl_gradients(
 
 
 def _weighted(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Multiply; a weight of 0 makes 0 of infinities and NaN, also in the backward pass."""
+    """Multiply, with 0·inf = 0·NaN = 0, also in the backward pass."""
     return weight * value.masked_fill(weight == 0, 0.0)
 
 
@@ -200,12 +201,12 @@ def assert_rounded_gradient(
 ) -> float:
     """Compare rows of gradients with the truth rounded to their type: 1e-5 in float32, in L2 norm.
 
-    In a shorter type the rounding of the result dwarfs the arithmetic, which can only move a value
-    across a rounding boundary now and then: allowed are 1.01 of the rounding error of the truth,
-    1e-5 of the norm, and `absolute`. The gradient to Q is there the difference q - p of two
-    probabilities rounded in float32, 2^-23 of them at the most, times upstream gradients over
-    temperatures of up to 4: absolute=1e-6. Triton's interpreter truncates where a GPU rounds to
-    bfloat16: `truncated`.
+    In a shorter type the rounding of the result dominates; the arithmetic rarely moves a value
+    across a rounding boundary. Allowed are 1.01 of the rounding error of the truth, 1e-5 of the
+    norm, and `absolute`. The gradient to Q is the difference q - p of two probabilities rounded in
+    float32, an error of at most 2^-23 of them, times upstream gradients over temperatures of up to
+    4: absolute=1e-6. truncated: as Triton's interpreter, which truncates to bfloat16 where a GPU
+    rounds.
     """
     if result.dtype == torch.float32:
         return assert_gradient(result, exact, what)
@@ -244,7 +245,7 @@ def _wide(value: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(exact: torch.Tensor) -> torch.Tensor:
-    """Norms of rows, GRADIENT_FLOOR at least; 1 for a row of zeros: its tolerance is absolute."""
+    """Return norms of rows, at least GRADIENT_FLOOR; 1 for a row of zeros: absolute tolerance."""
     norm = exact.norm(dim=-1)
     return torch.where(norm == 0, 1.0, norm.clamp(min=GRADIENT_FLOOR))
 
@@ -304,7 +305,7 @@ KINDS = ("normal1", "normal3", "normal8", "zipf", "peaked", "very_peaked")
 def logits(
     kind: str, rows: int, vocabulary: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Draw float32 logits [rows, vocabulary] of one of KINDS; a peak is anywhere in its row."""
+    """Draw float32 logits [rows, vocabulary] of one of KINDS, with peaks at random positions."""
     noise = torch.randn(rows, vocabulary, generator=generator)
     if kind.startswith("normal"):
         return noise * float(kind.removeprefix("normal"))
@@ -364,7 +365,7 @@ def upstream_for(value: torch.Tensor, seed: int = 0) -> torch.Tensor:
     return (noise + noise.sign()).to(value)
 
 
-# Views of a base tensor [4, 5, 6, V + 3], by their demands on strides and offsets.
+# Views of a base tensor [4, 5, 6, V + 3] with different strides and offsets.
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "no leading dimension": lambda base: base[1, 2, 3],
     "rows": lambda base: base[1, 2, :5],

@@ -69,7 +69,7 @@ def token_stats(
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
 ) -> TokenStats:
-    """All that a policy-gradient step needs of each token, from one read of each logits tensor.
+    """Compute each token's statistics for a policy-gradient step, from one read of the logits.
 
     Equivalent to
 
@@ -81,16 +81,15 @@ def token_stats(
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
 
-    each 0 where the mask is False, with the digits of a small KL kept, and 40 bytes per row held
-    for backward.
+    each 0 where the mask is False, with the digits of a small KL kept. Backward needs the inputs
+    and 40 bytes per row.
 
     Args:
         logits, ref_logits: [..., V], float32, bfloat16 or float16 (float64 on the reference
             backend), any strides with a unit stride along V.
         tokens: integer ids [...]. Where the mask is False any value is allowed (-100 included).
-            Elsewhere an id outside 0 … V-1 is an error on the reference backend; on a GPU, where
-            looking would cost a synchronisation, it reads nothing and makes logprob and ref_logprob
-            NaN.
+            Elsewhere an id outside 0 … V-1 is an error on the reference backend; on a GPU, where a
+            check would synchronise, it reads nothing and makes logprob and ref_logprob NaN.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
         mask: bool [...], True where the token counts.
 
@@ -98,13 +97,13 @@ def token_stats(
         TokenStats of [...] float32 (float64 for float64 logits) tensors, nats.
 
     Gradient:
-        Of every field to logits and ref_logits where they require it, all in one backward kernel.
-        No second derivative.
+        Of every field with respect to logits and ref_logits where they require it, in one backward
+        kernel. No second derivative.
 
     Special values, Raises: as kl_divergence.
 
     Source: Ouyang et al., Training language models to follow instructions with human feedback
-    (2022), eq. 2, for what a step needs of a token.
+    (2022), eq. 2, for the statistics that a step needs.
     """
     _checks.logits("logits", logits)
     leading = logits.shape[:-1]
@@ -133,24 +132,24 @@ def token_stats(
 
 
 def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """log_softmax(logits) at an index without the log-softmax tensor: a drop-in for the function of
-    that name in trainers.
+    """Compute log_softmax(logits) at an index without the log-softmax tensor: a drop-in for the
+    function of that name in trainers.
 
     Equivalent to logits.float().log_softmax(-1).gather(-1, index), or, for one id per row,
     .gather(-1, index[..., None])[..., 0].
 
     Trainers' own functions return the logits' type. This one returns float32 for 16-bit logits too:
-    a bfloat16 log-probability near -5 is a multiple of 1/32, and a ratio, a KL estimate or an
-    advantage made of two such says little. Convert with .to(logits.dtype) where that is wanted.
+    a bfloat16 log-probability near -5 is a multiple of 1/32, too coarse for a ratio, a KL estimate
+    or an advantage. Convert with .to(logits.dtype) if that is wanted.
 
     Args:
         logits: [..., V], as in token_stats.
-        index: integer ids [...], or [..., K] for K of each row, which takes one read of the logits
-            whatever K is. An id outside 0 … V-1 (-100 included) is an error on the reference
-            backend and gives NaN on a GPU.
+        index: integer ids [...], or [..., K] for K per row, from one read of the logits for any K.
+            An id outside 0 … V-1 (-100 included) is an error on the reference backend and gives NaN
+            on a GPU.
     Returns:
-        float32 (float64 for float64 logits) in the shape of index, nats. Gradient to logits; ids
-        that occur twice in a row add up there.
+        float32 (float64 for float64 logits) in the shape of index, nats. Gradient with respect to
+        logits; ids that occur twice in a row add up.
     Raises:
         As token_stats.
     """

@@ -18,7 +18,6 @@ _stopped = threading.Event()
 
 
 def submit(name: str, function: Callable, *arguments: object) -> concurrent.futures.Future:
-    """The result of function(*arguments) to come; a name that is known is not started again."""
     global _pool
     if name not in _futures:
         _pool = _pool or concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count())
@@ -51,7 +50,6 @@ def run(command: list[str], cwd: os.PathLike, environment: dict[str, str]) -> tu
 
 
 def stop() -> None:
-    """Start nothing more and end what runs: the session is over."""
     _stopped.set()
     if _pool is not None:
         _pool.shutdown(wait=False, cancel_futures=True)

@@ -2,6 +2,7 @@
 of their own, Triton's interpreter made as exact as a GPU is, and CUDA graphs.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastkl import kl_divergence, testing
+from fastkl import kl_divergence, testing, token_stats
 from fastkl.ops import engine
 from fastkl.ops.fields import FIELDS, SAVED, RowArgs, Scaling
 
@@ -41,7 +42,6 @@ class Rows(NamedTuple):
         return self.p.shape[:-1].numel()
 
     def part(self, index: slice | torch.Tensor | list) -> "Rows":
-        """Some rows of logits [N, V]."""
         return self._make(
             value[index] if isinstance(value, torch.Tensor) else value for value in self
         )
@@ -55,29 +55,29 @@ class Run(NamedTuple):
     grads: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     def named(self) -> dict[str, torch.Tensor]:
-        """Every tensor by a name for messages; rows come first."""
         grads = {f"gradient to {n}": g for n, g in zip("pq", self.grads, strict=True)}
         made = {**self.fields, "saved": self.saved, **grads}
         return {name: value for name, value in made.items() if value is not None}
 
 
 def problem(rows: Rows) -> object:
-    """The launchers' problem of rows that need one alone."""
     ((_, found),) = engine.problems(RowArgs(*rows))
     return found
 
 
-def forward(backend: str, rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
-    """Fields and saved values, in memory full of NaN before."""
+def unwritten(rows: Rows, wanted: tuple[str, ...]) -> Run:
     new = rows.p.new_full
     fields = {n: new((rows.count,), math.nan, dtype=torch.float32) for n in wanted}
-    saved = new((rows.count, SAVED), math.nan, dtype=torch.float32)
-    engine.ENGINES[backend].forward(RowArgs(*rows), fields, saved)
-    return Run(fields, saved)
+    return Run(fields, new((rows.count, SAVED), math.nan, dtype=torch.float32))
+
+
+def forward(backend: str, rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
+    made = unwritten(rows, wanted)
+    engine.ENGINES[backend].forward(RowArgs(*rows), made.fields, made.saved)
+    return made
 
 
 def backward(backend: str, rows: Rows, saved, upstream, grads) -> None:
-    """Write the gradients that are not None."""
     engine.ENGINES[backend].backward(RowArgs(*rows), saved, upstream, *grads)
 
 
@@ -95,63 +95,76 @@ def run(
     return made._replace(grads=tuple(grads))
 
 
-def together(backend: str, rows: Rows, weights: torch.Tensor, grad: torch.Tensor) -> Run:
-    """KL, saved values and the gradient to P for upstream gradients `weights`, in one go."""
-    new = rows.p.new_full
-    kl = new((rows.count,), math.nan, dtype=torch.float32)
-    saved = new((rows.count, SAVED), math.nan, dtype=torch.float32)
-    engine.ENGINES[backend].kl_and_gradients(RowArgs(*rows), kl, saved, weights, grad, None)
-    return Run({"kl": kl}, saved, (grad, None))
-
-
-# ---- kl_divergence and its gradients
-
-
-def outcome(
-    p: torch.Tensor, q: torch.Tensor, device: str, upstream: torch.Tensor | None = None, **keywords
-) -> tuple[torch.Tensor, ...]:
-    """(kl, dP, dQ) on `device` for these very strides, and random upstream gradients where none are
-    given.
+def together(rows: Rows, weights: torch.Tensor, grad: torch.Tensor | None = None) -> Run:
+    """KL, saved values and the gradient to P for upstream gradients `weights` of the reference
+    backend, in one go.
     """
-    p, q = testing.leaf(p.to(device)), testing.leaf(q.to(device))
-    result = kl_divergence(p, q, **keywords)
-    upstream = testing.upstream_for(result) if upstream is None else upstream
-    return result, *torch.autograd.grad(result, (p, q), upstream.to(result))
+    grad = torch.empty_like(rows.p) if grad is None else grad
+    made = unwritten(rows, ("kl",))
+    of_kl = (made.fields["kl"], made.saved, weights, grad, None)
+    engine.ENGINES["reference"].kl_and_gradients(RowArgs(*rows), *of_kl)
+    return made._replace(grads=(grad, None))
 
 
-def check_results(
-    implementation,
-    results: tuple[torch.Tensor, ...],
-    p: torch.Tensor,
-    q: torch.Tensor,
-    temperature: float | torch.Tensor = 1.0,
-) -> None:
-    """Results of outcome() for logits p, q agree with fp64 of them; the result is float32 and
-    where the logits are.
+# ---- kl_divergence and token_stats, with their gradients
+
+
+def random_tokens(logits: torch.Tensor) -> torch.Tensor:
+    leading, vocabulary = logits.shape[:-1], logits.shape[-1]
+    tokens = torch.randint(vocabulary, leading, generator=torch.Generator().manual_seed(0))
+    if tokens.numel() > 1:
+        tokens.view(-1)[0], tokens.view(-1)[-1] = 0, vocabulary - 1
+    return tokens
+
+
+def upstream_of(logits: torch.Tensor) -> torch.Tensor:
+    return testing.upstream_for(torch.empty(len(FIELDS), *logits.shape[:-1]))
+
+
+def outcome(rows: Rows, device: str, upstream: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """KL, dP and dQ, or beside tokens all fields, dP and dQ, on `device` for these very strides.
+
+    upstream [5, ...] has a gradient for each field, by default random ones.
     """
-    result, *grads = results
-    assert result.dtype == torch.float32 and result.shape == p.shape[:-1]
-    assert result.device.type == implementation.device
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.cpu()
-    exact = testing.truth(p.cpu(), q.cpu(), temperature)
-    testing.assert_kl(result, exact.kl)
-    expected = testing.kl_gradients(exact, testing.upstream_for(result), temperature)
-    assert [grad.dtype for grad in grads] == [p.dtype, q.dtype]
-    assert_gradients(grads, expected)
+    p, q, tokens, mask, temperature, _ = (
+        value.to(device) if isinstance(value, torch.Tensor) else value for value in rows
+    )
+    p, q, more = testing.leaf(p), testing.leaf(q), {"mask": mask, "temperature": temperature}
+    upstream = (upstream_of(p) if upstream is None else upstream).to(device)
+    if tokens is None:
+        results, upstream = (kl_divergence(p, q, **more),), upstream[3:4]
+    else:
+        results = token_stats(p, tokens, q, **more)
+    return [*results, *torch.autograd.grad(results, (p, q), [*upstream])]
 
 
-def check(implementation, p: torch.Tensor, q: torch.Tensor, temperature=1.0) -> None:
-    """kl_divergence and both gradients agree with fp64 of the same CPU inputs."""
-    results = outcome(p, q, implementation.device, temperature=temperature)
-    check_results(implementation, results, p, q, temperature)
+def check_results(implementation, results: list[torch.Tensor], rows: Rows) -> None:
+    """Compare an outcome of rows on a CPU with float64 of them; fields are float32 and where the
+    logits are, gradients of the logits' types.
+    """
+    *fields, grad_p, grad_q = results
+    for value in fields:
+        assert value.dtype == torch.float32 and value.shape == rows.p.shape[:-1]
+        assert value.device.type == implementation.device
+    assert (grad_p.dtype, grad_q.dtype) == (rows.p.dtype, rows.q.dtype)
+    exact = testing.truth(rows.p, rows.q, rows.temperature)
+    tokens = random_tokens(rows.p) if rows.tokens is None else rows.tokens
+    names = ("kl",) if rows.tokens is None else FIELDS
+    testing.assert_stats(dict(zip(names, fields, strict=True)), exact.stats(tokens))
+    upstream = dict(zip(FIELDS, upstream_of(rows.p), strict=True))
+    upstream = {name: upstream[name] for name in names}
+    assert_gradients((grad_p, grad_q), testing.gradients(exact, upstream, tokens, rows.temperature))
+
+
+def check(implementation, p, q, temperature=1.0, tokens=None) -> None:
+    rows = Rows(p, q, tokens, None, temperature)
+    check_results(implementation, outcome(rows, implementation.device), rows)
 
 
 # ---- tensors
 
 
 def assert_gradients(grads, exact, what: str = "kl") -> None:
-    """Gradients to P, and to Q if there is one, agree with float64 to their types' rounding."""
     for name, grad, value in zip("pq"[: len(grads)], grads, exact, strict=True):
         testing.assert_rounded_gradient(
             grad,
@@ -194,6 +207,7 @@ def captured(call) -> tuple:
 # ---- the interpreter
 
 
+@functools.cache
 def compute_as_a_gpu() -> None:
     """Make Triton's interpreter as exact as a GPU is, and no more.
 
@@ -235,8 +249,6 @@ def compute_as_a_gpu() -> None:
 
         return created
 
-    if builder.create_fma.__name__ == "create_fma" and builder.create_fma.__module__ == __name__:
-        return
     builder.create_fma = create_fma
     about_logarithms = (2.0**-23, 2.0**-22, True)
     for name, errors in {

@@ -7,6 +7,7 @@ Without a GPU the gpu tests are skipped; FASTKL_REQUIRE_GPU=1 turns that into a 
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ import cases
 import torch
 
 import fastkl
+from fastkl.ops.engine import ENGINES
 
 # A shell that starts the tests in the background ignores these for them, and every command under
 # test would inherit it.
@@ -60,19 +62,15 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 class Implementation(NamedTuple):
-    """A backend and where its tensors live."""
-
     backend: str
     device: str
 
     @property
     def kernels(self) -> bool:
-        """Whether the Triton kernels run."""
         return self.backend == "triton"
 
     @property
     def interpreted(self) -> bool:
-        """Whether they run in the interpreter: right, but a thousand times slower."""
         return self.kernels and self.device == "cpu"
 
 
@@ -87,26 +85,47 @@ def _implementations() -> list:
 
 @pytest.fixture(params=_implementations())
 def implementation(request: pytest.FixtureRequest) -> Implementation:
-    """The implementation under test, chosen with fastkl.use_backend."""
     with fastkl.use_backend(request.param.backend):
         yield request.param
 
 
 @pytest.fixture
 def kernels(implementation) -> Implementation:
-    """The implementation, where it is the kernels: the reference has its own tests."""
     if not implementation.kernels:
         pytest.skip("about the kernels")
     return implementation
 
 
-def _with_room_for_frames(function: Callable[[pytest.Item], object], item: pytest.Item) -> object:
-    return function(item)
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Record the calls of engines in order: "triton forward", "reference backward", …"""
+    calls = []
+    for (name, engine), step in itertools.product(ENGINES.items(), ("forward", "backward")):
+        original = getattr(engine, step)
+
+        def spy(*args, label=f"{name} {step}", original=original):
+            calls.append(label)
+            return original(*args)
+
+        monkeypatch.setattr(engine, step, spy)
+    return calls
+
+
+@pytest.fixture(params=[False, True], ids=["kl", "stats"])
+def tokens_of(request: pytest.FixtureRequest, implementation, dtype) -> Callable:
+    """Tokens for logits, where all fields are under test, or None, where the KL alone is."""
+    if request.param and implementation.interpreted and dtype != torch.float32:
+        pytest.skip("one type in the interpreter is enough")
+    return cases.random_tokens if request.param else lambda logits: None
 
 
 # CPython maps 16 KB for frames at a time and unmaps them when the first of them returns: a test
 # whose calls come and go across that border spends half its time there. The frame of this function
 # needs 4 MB, so that what is mapped for it, 8 MB, holds the frames of a test too.
+def _with_room_for_frames(function: Callable[[pytest.Item], object], item: pytest.Item) -> object:
+    return function(item)
+
+
 _with_room_for_frames.__code__ = _with_room_for_frames.__code__.replace(
     co_stacksize=(4 << 20) // 8 + 1
 )
@@ -114,7 +133,6 @@ _with_room_for_frames.__code__ = _with_room_for_frames.__code__.replace(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
-    """Run a test."""
     return _with_room_for_frames(python.pytest_pyfunc_call, pyfuncitem)
 
 
@@ -125,23 +143,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Start those processes first, the longest before the others."""
+    modules = {getattr(item, "module", None) for item in session.items}
+    starts = [m for m in modules if hasattr(m, "start_in_background")]
     if not session.config.option.collectonly:
-        modules = {
-            item.module.__name__: item.module
-            for item in session.items
-            if hasattr(getattr(item, "module", None), "start_in_background")
-        }
-        for name in sorted(modules, reverse=True):
-            modules[name].start_in_background()
+        for module in sorted(starts, key=lambda each: each.__name__, reverse=True):
+            module.start_in_background()
 
 
 def pytest_sessionfinish() -> None:
-    """Leave none behind."""
     background.stop()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip gpu tests without a GPU, or fail them where one is required."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         if os.environ.get("FASTKL_REQUIRE_GPU") == "1":
             pytest.fail("FASTKL_REQUIRE_GPU=1, but torch sees no CUDA device")

@@ -7,16 +7,23 @@ from collections.abc import Callable
 import torch
 
 
-def allocations(call) -> dict[str, int]:
-    """Return the bytes that call() allocates: "peak", its result included, and "largest" tensor.
+def _changes(call: Callable) -> list[int]:
+    """Bytes of every allocation and release of call() on a CPU, in order, its result's alive.
 
-    torch.profiler reports every allocation of torch, those inside an op included.
+    torch.profiler reports those of torch, inside an op too.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
+        result = call()
+        gc.collect()  # the interpreter leaves cycles behind
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    del result
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def allocations(call: Callable) -> dict[str, int]:
+    """Return the bytes that call() allocates: "peak", its result included, and "largest" tensor."""
+    changes = _changes(call)
     return {"peak": max(itertools.accumulate(changes)), "largest": max(changes)}
 
 
@@ -25,27 +32,19 @@ def allocated(device: str, call: Callable) -> tuple[int, int]:
     result lives.
     """
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = call()
-        gc.collect()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = call()
-        gc.collect()  # the interpreter leaves cycles behind
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert events, "the profiler saw no allocation"
-    del result
-    levels = list(itertools.accumulate(event.nbytes() for event in events))
-    return max(levels), levels[-1]
+    if device != "cuda":
+        levels = list(itertools.accumulate(_changes(call)))
+        return max(levels), levels[-1]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()  # noqa: F841 - what it holds counts
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
 
 
 def saved(call: Callable) -> dict[int, int]:
-    """Return the bytes of every storage that autograd saves in call(), by address."""
     held = {}
 
     def pack(value: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,14 @@
-"""kl_divergence: what masks, upstream gradients, memory layouts, infinities and NaN do to it."""
+"""kl_divergence and token_stats: what masks, upstream gradients, memory layouts, infinities and NaN
+do to them.
+"""
 
 import math
 
 import pytest
 import torch
-from cases import INTERPRETING, assert_same, check_results, outcome
+from cases import INTERPRETING, Rows, assert_same, check_results, outcome, upstream_of
 
-from fastkl import kl_divergence, slow_path_rows, testing, token_stats
+from fastkl import kl_divergence, testing
 
 SHIFTS = (0.0, 50.0, -50.0)
 SHORT = 203 if INTERPRETING else 1003
@@ -14,101 +16,79 @@ SHORT = 203 if INTERPRETING else 1003
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_mask(implementation, dtype, garbage) -> None:
-    """Rows that do not count hold anything: exactly 0, gradient exactly 0; the others have the bits
-    of a call without them.
-    """
-    p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0, 0.1, 0.3), SHIFTS, SHORT, dtype)
+def test_mask(implementation, dtype, tokens_of, garbage) -> None:
+    p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 3.0, 0.1, 0.3), SHIFTS, SHORT, dtype)
     mask = torch.tensor([True, False, True, True, False, True])
-    device, upstream = implementation.device, testing.upstream_for(torch.empty(6))
-    expected = outcome(p[mask], q[mask], device, upstream[mask])
+    rows, upstream, device = Rows(p, q, tokens_of(p)), upstream_of(p), implementation.device
+    expected = outcome(rows.part(mask), device, upstream[:, mask])
     p[~mask], q[1], q[4, ::2] = garbage, garbage, math.nan
-    results = [value.cpu() for value in outcome(p, q, device, mask=mask.to(device))]
-    assert_same([result[mask] for result in results], [value.cpu() for value in expected])
+    if rows.tokens is not None:
+        rows.tokens[~mask] = torch.tensor([-100, 1 << 40])
+    results = outcome(rows._replace(mask=mask), device, upstream)
+    assert_same([result[mask] for result in results], expected)
     assert not any(bool(result[~mask].any()) for result in results)
-    nothing = torch.zeros(6, dtype=torch.bool, device=device)
-    assert not any(bool(value.any()) for value in outcome(p, q, device, mask=nothing))
+    nothing = outcome(rows._replace(mask=torch.zeros_like(mask)), device)
+    assert not any(bool(value.any()) for value in nothing)
 
 
-def test_upstream_gradients(implementation, dtype) -> None:
-    """0 gives a gradient of exactly 0, also of a row of NaN, the other rows as ever; one of stride
-    0, as sum() and mean() give it, is the same one written out.
-    """
-    p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 10.0), SHIFTS, SHORT, dtype)
-    device, upstream = implementation.device, torch.tensor([1.5, 0.0, -2.0, 0.0])
-    written = outcome(p, q, device, torch.full((4,), 1.75))
-    for strided in (torch.full((), 1.75).expand(4), torch.full((4, 2), 1.75)[:, 1]):
-        assert_same(outcome(p, q, device, strided), written)
-    leaf = testing.leaf(p.to(device))
-    (kl_divergence(leaf, q.to(device)).sum() * 1.75).backward()
-    testing.assert_same_bits(leaf.grad, written[1], "gradient of sum()")
-    expected = outcome(p, q, device, upstream)[1:]
+def test_upstream_gradients(implementation, dtype, tokens_of) -> None:
+    p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0, 3.0), SHIFTS, SHORT, dtype)
+    rows, device = Rows(p, q, tokens_of(p)), implementation.device
+    written = outcome(rows, device, torch.full((5, 4), 1.75))
+    for strided in (torch.full((), 1.75).expand(5, 4), torch.full((5, 4, 2), 1.75)[..., 1]):
+        assert_same(outcome(rows, device, strided), written)
+    upstream = torch.tensor([1.5, 0.0, -2.0, 0.0]).expand(5, 4)
+    expected = outcome(rows, device, upstream)[-2:]
     p[1], q[3, 5] = math.nan, math.nan
-    for result, value in zip(outcome(p, q, device, upstream)[1:], expected, strict=True):
-        assert bool((result[1::2] == 0).all())
-        testing.assert_same_bits(result[::2], value[::2], "gradient of the other rows")
+    grads = outcome(rows, device, upstream)[-2:]
+    assert not any(bool(grad[1::2].any()) for grad in grads)
+    assert_same([grad[::2] for grad in grads], [grad[::2] for grad in expected])
 
 
 # ---- shapes and memory
 
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)])
-def test_no_rows(implementation, leading, dtype) -> None:
+def test_no_rows(implementation, leading, dtype, tokens_of) -> None:
     p = torch.empty(*leading, 17, dtype=dtype)
-    check_results(implementation, outcome(p, p.clone(), implementation.device), p, p)
-    p, tokens = p.to(implementation.device), torch.zeros(leading).long().to(implementation.device)
-    for value in token_stats(p, tokens, p):
-        assert value.shape == leading and value.dtype == torch.float32
+    rows = Rows(p, p.clone(), tokens_of(p))
+    check_results(implementation, outcome(rows, implementation.device), rows)
 
 
 @pytest.mark.parametrize("layout_q", ["batch and time", "same"])
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_layouts(implementation, layout, layout_q, dtype) -> None:
-    """Leading shapes and strides of every sort, of one argument or of both; the memory around and
-    under them stays as it was.
-    """
+def test_layouts(implementation, layout, layout_q, dtype, tokens_of) -> None:
     if INTERPRETING and layout_q == "same" and dtype != torch.float32:
         pytest.skip("one type shows it")
     pair = testing.pair("normal3", 120, 43, 0.3, dtype=dtype)
     bases = [value.view(4, 5, 6, -1).to(implementation.device) for value in pair]
     p, q = (testing.LAYOUTS[layout](base[..., :40]) for base in bases)
     q = q if layout_q == "same" else q.clone(memory_format=torch.contiguous_format)
+    tokens = tokens_of(bases[0][..., :40])
+    if tokens is not None:
+        tokens = testing.LAYOUTS[layout](tokens[..., None])[..., 0]
+        tokens = tokens.to(torch.uint8 if layout.startswith("expanded") else torch.int64)
     before = [value.clone() for value in (*bases, q)]
-    check_results(implementation, outcome(p, q, implementation.device), p, q)
+    results = outcome(Rows(p, q, tokens), implementation.device)
+    check_results(implementation, results, Rows(p.cpu(), q.cpu(), tokens))
     assert_same((*bases, q), before, "an input was written to")
 
 
 @pytest.mark.parametrize("vocabulary", [1, 9, 5003])
-def test_every_output_is_written(implementation, vocabulary, dtype) -> None:
-    """New memory is full of NaN: none of it is left in results or gradients, nor changes a bit of
-    them.
-    """
+def test_every_output_is_written(implementation, vocabulary, dtype, tokens_of, request) -> None:
     p, q = testing.pair("normal3", 3, vocabulary, 0.3, dtype=dtype)
-    mask = torch.tensor([True, False, True], device=implementation.device)
-    expected = outcome(p, q, implementation.device, mask=mask)
+    rows = Rows(p, q, tokens_of(p), torch.tensor([True, False, True]))
+    expected = outcome(rows, implementation.device)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
-    try:
-        assert bool(p.new_empty(9).isnan().all())
-        results = outcome(p, q, implementation.device, mask=mask)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same(results, expected)
-
-
-def test_slow_path_rows(implementation) -> None:
-    """Names the rows that hold an infinity or a NaN, or are far apart, and no other."""
-    p, q = testing.pair("normal3", 6, 300, 0.1, device=implementation.device)
-    p[1, 3], q[2, 7], q[4] = -math.inf, math.nan, q[4] * 50
-    slow = slow_path_rows(p.view(2, 3, -1), q.view(2, 3, -1))
-    assert slow.tolist() == [[False, True, True], [False, True, False]]
+    assert bool(p.new_empty(9).isnan().all())
+    assert_same(outcome(rows, implementation.device), expected)
 
 
 # ---- special values
 
 
-def with_holes(
-    vocabulary: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def with_holes(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Logits, and the entries where holes go: scattered ones, the first, the last and a whole
     stretch.
     """
@@ -118,55 +98,50 @@ def with_holes(
     return p, q, holes
 
 
-HOLES = [-math.inf, -1e9, -1e4, "lowest"]
-
-
-def filled(rows: torch.Tensor, holes: torch.Tensor, hole: float | str) -> None:
+def filled(rows: torch.Tensor, holes: torch.Tensor, hole: float) -> torch.Tensor:
     lowest = torch.finfo(rows.dtype).min
-    rows[:, holes] = (
-        lowest if hole == "lowest" else hole if hole == -math.inf else max(hole, lowest)
-    )
+    return rows.masked_fill(holes, hole if hole == -math.inf else max(hole, lowest))
 
 
-@pytest.mark.parametrize("hole", [-math.inf, "lowest"])
+@pytest.mark.parametrize("hole", [-math.inf, -1e39])
 @pytest.mark.parametrize("vocabulary", [50, 5003])
-def test_holes_in_both(implementation, dtype, vocabulary, hole) -> None:
-    """-inf, or the lowest finite number, in both: as if the entries were not there; their gradient
-    is exactly 0, small KLs keep their digits.
-    """
+def test_holes_in_both(implementation, dtype, vocabulary, hole, tokens_of) -> None:
     p, q, holes = with_holes(vocabulary, dtype)
-    filled(p, holes, hole)
-    filled(q, holes, hole)
-    result, *grads = outcome(p, q, implementation.device)
-    grads = [grad.cpu() for grad in grads]
+    kept = Rows(p[:, ~holes], q[:, ~holes], tokens_of(p[:, ~holes]))
+    tokens = None if kept.tokens is None else (~holes).nonzero()[:, 0][kept.tokens]
+    rows = Rows(filled(p, holes, hole), filled(q, holes, hole), tokens)
+    *fields, grad_p, grad_q = outcome(rows, implementation.device)
+    grads = [grad.cpu() for grad in (grad_p, grad_q)]
     assert not any(bool(grad[:, holes].any()) for grad in grads)
-    results = result, *(grad[:, ~holes] for grad in grads)
-    check_results(implementation, results, p[:, ~holes], q[:, ~holes])
+    check_results(implementation, [*fields, *(grad[:, ~holes] for grad in grads)], kept)
+
+
+def test_a_token_without_probability(implementation, dtype) -> None:
+    p, q, holes = with_holes(50, dtype)
+    rows = Rows(filled(p, holes, -math.inf), filled(q, holes, -math.inf), torch.zeros(3).long())
+    logprob, _, ref_logprob, *_ = outcome(rows, implementation.device)
+    assert bool((torch.stack([logprob, ref_logprob]) == -math.inf).all())
 
 
 def test_holes_in_q_only(implementation, dtype) -> None:
-    """P has mass where Q has none: +inf, never NaN, in these rows and in no other; one hole in a
-    large row is enough.
-    """
     p, q, holes = with_holes(5003, dtype)
-    expected = kl_divergence(p.to(implementation.device), q.to(implementation.device))
+    expected = outcome(Rows(p, q), implementation.device)
     q[0, holes], q[2, 4999] = -math.inf, -math.inf
     p[2, 4999] = p[2].max()
-    result, *grads = outcome(p, q, implementation.device)
-    assert result[0] == math.inf and result[2] == math.inf
-    testing.assert_same_bits(result[1], expected[1], "the other row")
-    assert all(bool(grad[1].isfinite().all()) for grad in grads)
+    results = outcome(Rows(p, q), implementation.device)
+    assert results[0][0] == math.inf and results[0][2] == math.inf
+    assert_same([value[1] for value in results], [value[1] for value in expected])
 
 
-@pytest.mark.parametrize("hole", HOLES)
+@pytest.mark.parametrize("hole", [-math.inf, -1e9, -1e4, -1e39])
 def test_holes_in_p_only(implementation, dtype, hole) -> None:
     """Q has mass where P has none: a finite KL(P‖Q) and gradients, right, with exactly 0 for P at
     the holes; the other way round a finite logit far below the others gives a finite, huge KL.
     """
     p, q, holes = with_holes(1003 if INTERPRETING else 5003, dtype)
-    filled(p, holes, hole)
-    results = outcome(p, q, implementation.device)
-    check_results(implementation, results, p, q)
+    p = filled(p, holes, hole)
+    results = outcome(Rows(p, q), implementation.device)
+    check_results(implementation, results, Rows(p, q))
     assert not bool(results[1].cpu()[:, holes].any()) and bool(results[2].isfinite().all())
     if hole != -math.inf:
         there = kl_divergence(q.to(implementation.device), p.to(implementation.device))
@@ -174,14 +149,19 @@ def test_holes_in_p_only(implementation, dtype, hole) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [9, SHORT])
-def test_nan_poisons_its_own_row(implementation, dtype, vocabulary) -> None:
-    """A NaN, a +inf or nothing but -inf makes its row NaN; the others keep their bits, in the
-    results and in the gradients.
-    """
+def test_nan_poisons_its_own_row(implementation, dtype, vocabulary, tokens_of) -> None:
     p, q = testing.pair("normal3", 9, vocabulary, 0.3, dtype=dtype)
-    expected = outcome(p, q, implementation.device)
+    rows = Rows(p, q, tokens_of(p))
+    expected = outcome(rows, implementation.device)
     p[1, 4], q[2, vocabulary - 1], p[3], q[4], p[6, 2], q[7, 0] = (math.nan,) * 4 + (math.inf,) * 2
     p[8], q[8] = -math.inf, -math.inf
-    results = outcome(p, q, implementation.device)
-    assert results[0].isnan().tolist() == [False, True, True, True, True, False, True, True, True]
+    results = outcome(rows, implementation.device)
     assert_same([value[::5] for value in results], [value[::5] for value in expected])
+    poisoned = [False, True, True, True, True, False, True, True, True]
+    if rows.tokens is None:
+        assert results[0].isnan().tolist() == poisoned
+    else:
+        logprob, entropy, ref_logprob, kl, ref_kl, *_ = (value.isnan() for value in results)
+        assert kl.tolist() == ref_kl.tolist() == poisoned
+        # At least: kernels read both tensors for a field of either.
+        assert bool((logprob & entropy)[[1, 3, 6, 8]].all() & ref_logprob[[2, 4, 7, 8]].all())

@@ -1,12 +1,14 @@
-"""estimate_kl and sampled_kl_loss: expected values and gradients by enumerating a small vocabulary,
-digits near 0, clamps, infinities, errors.
+"""estimate_kl and sampled_kl_loss: values and gradients to their last digits, ratios, clamps,
+infinities, errors.
 """
 
 import math
 
 import pytest
 import torch
+from torch import autograd
 
+from fastkl import testing
 from fastkl.estimators import DIRECTIONS, ESTIMATORS, estimate_kl, sampled_kl_loss
 
 FLOOR = -1e4
@@ -31,7 +33,6 @@ def gradient(value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 
 
 def assert_equal(result: torch.Tensor, exact: torch.Tensor) -> None:
-    """Equal but for float64 roundings: sums of 5 terms of size 1."""
     torch.testing.assert_close(
         result.detach(), exact.detach().expand_as(result), rtol=0, atol=1e-14
     )
@@ -46,19 +47,17 @@ class World:
     sampled.
     """
 
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(3)
-        theta, ref = torch.randn(2, 5, dtype=torch.float64, generator=generator)
-        self.theta, self.ref = theta.requires_grad_(), ref.log_softmax(-1)
-        self.old = (-0.5 * theta.detach()).log_softmax(-1)
-        self.logprob = theta.log_softmax(-1)
-        p, q = self.logprob.exp(), self.ref.exp()
-        self.kl = {
-            FORWARD: (p * (self.logprob - self.ref)).sum(),
-            BACKWARD: (q * (self.ref - self.logprob)).sum(),
-            "distance": (p - q).abs().sum(),
-            "zero": 0 * p.sum(),
-        }
+    generator = torch.Generator().manual_seed(3)
+    theta, ref = torch.randn(2, 5, dtype=torch.float64, generator=generator)
+    old, ref = (-0.5 * theta).log_softmax(-1), ref.log_softmax(-1)
+    logprob = theta.requires_grad_().log_softmax(-1)
+    p, q = logprob.exp(), ref.exp()
+    kl = {
+        FORWARD: (p * (logprob - ref)).sum(),
+        BACKWARD: (q * (ref - logprob)).sum(),
+        "distance": (p - q).abs().sum(),
+        "zero": 0 * p.sum(),
+    }
 
 
 # Estimator or loss; what multiplies it: nothing, on-policy, or off-policy nothing, the ratio with
@@ -86,82 +85,33 @@ EXPECTED = [
 
 @pytest.mark.parametrize("which, way, value, slope", EXPECTED)
 def test_expectations(which, way, value, slope) -> None:
-    """Sums over all tokens; k1 without gradient inside a reward has the right one too."""
-    world = World()
-    ratio = (world.logprob - world.old).exp()
-    loss = either(world.logprob, world.ref, which) * {"live": ratio, "ratio": ratio.detach()}.get(
-        way, 1.0
-    )
+    logprob, ref, theta, ratio = World.logprob, World.ref, World.theta, World.p / World.old.exp()
     if way == "old_logprob":
-        loss = sampled_kl_loss(world.logprob, world.ref, old_logprob=world.old, direction=which)
+        loss = sampled_kl_loss(logprob, ref, old_logprob=World.old, direction=which)
         assert bool((loss > 0).all())
-    mean = ((world.logprob.detach() if way == "on-policy" else world.old).exp() * loss).sum()
-    for name, kl in world.kl.items():
-        got, exact = gradient(mean, world.theta), gradient(kl, world.theta)
+    else:
+        loss = either(logprob, ref, which) * {"live": ratio, "ratio": ratio.detach()}.get(way, 1.0)
+    mean = ((logprob.detach() if way == "on-policy" else World.old).exp() * loss).sum()
+    for name, kl in World.kl.items():
+        got, exact = gradient(mean, theta), gradient(kl, theta)
         if name == slope:
             assert_equal(got, exact)
         if name == value:
             assert_equal(mean, kl)
         if name in DIRECTIONS and slope is None:
             assert float((got - exact).norm()) > 0.2 * float(exact.norm())
-    assert value or abs(float(mean.detach() / world.kl[FORWARD].detach()) - 1) > 0.05
-    in_reward = (
-        world.logprob.detach().exp()
-        * estimate_kl(world.logprob, world.ref).detach()
-        * world.logprob
-    )
-    assert_equal(gradient(in_reward, world.theta), gradient(world.kl[FORWARD], world.theta))
+    assert value or abs(float(mean.detach() / World.kl[FORWARD].detach()) - 1) > 0.05
 
 
-def test_a_policy_that_leaves_tokens_out() -> None:
-    """As top-p does: k3 and the loss are low by the reference's probability of those tokens, the
-    loss's gradient is right.
-    """
-    world, kept = World(), torch.tensor([0, 2, 3])
-    logprob, ref = world.theta[kept].log_softmax(-1), world.ref[kept]
-    exact, left_out = (logprob.exp() * (logprob - ref)).sum(), 1 - ref.exp().sum()
-    k1, k3, loss = (
-        (logprob.detach().exp() * either(logprob, ref, which)).sum()
-        for which in ("k1", "k3", FORWARD)
-    )
-    assert float(left_out) > 0.1
-    assert_equal(
-        torch.stack([k1, k3, loss]), torch.stack([exact, exact - left_out, exact - left_out])
-    )
-    assert_equal(gradient(loss, world.theta), gradient(exact, world.theta))
-
-
-@pytest.mark.parametrize("off_policy", [False, True], ids=["on-policy", "off-policy"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_loss_is_the_docstring_token_by_token(direction, off_policy) -> None:
-    """Off-policy the first is the live ratio times k3; only the policy gets a gradient."""
-    world = World()
-    ref, old = world.ref.clone().requires_grad_(), world.old if off_policy else None
-    d = world.logprob - world.ref
-    live = (world.logprob - world.old).exp() if off_policy else torch.ones(5).double()
-    w = torch.exp(-d)
-    value, form = (w - 1 + d, d**2 / 2) if direction == FORWARD else (1 - w * (1 + d), w - 1 + d)
-    loss = sampled_kl_loss(world.logprob, ref, old_logprob=old, direction=direction)
-    assert_equal(loss, live * value)
-    assert_equal(gradient(loss, world.logprob), gradient(live.detach() * form, world.logprob))
-    if off_policy and direction == FORWARD:
-        assert_equal(
-            gradient(loss, world.logprob),
-            gradient(live * estimate_kl(world.logprob, world.ref, estimator="k3"), world.logprob),
-        )
+def test_off_policy_token_by_token(direction) -> None:
+    """The loss on-policy times the ratio, in value and gradient; only the policy gets one."""
+    logprob, ref, ratio = World.logprob, testing.leaf(World.ref), World.p / World.old.exp()
+    loss = sampled_kl_loss(logprob, ref, old_logprob=World.old, direction=direction)
+    on_policy = sampled_kl_loss(logprob, ref, direction=direction)
+    assert_equal(loss, ratio * on_policy)
+    assert_equal(gradient(loss, logprob), ratio * gradient(on_policy, logprob))
     assert torch.autograd.grad(loss.sum(), ref, allow_unused=True) == (None,)
-
-
-def test_variance_near_the_reference() -> None:
-    """With the policy 0.05 from the reference, the loss has less than 1 % of k1's variance, in
-    either direction.
-    """
-    ref = World().ref
-    near = (ref + 0.05 * torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5])).log_softmax(-1)
-    values = torch.stack([either(near, ref, which) for which in ("k1", *DIRECTIONS)])
-    means = (near.exp() * values).sum(-1, keepdim=True)
-    variance = (near.exp() * (values - means) ** 2).sum(-1)
-    assert bool((variance[1:] < 0.01 * variance[0]).all())
 
 
 # ---- digits, clamps, infinities
@@ -230,19 +180,19 @@ def test_beyond_the_clamp_is_the_tangent(which, dtype, clamp) -> None:
     limit = clamp or {torch.float32: 50.0, torch.float64: 600.0}[dtype]
     inside = torch.linspace(-limit, limit, 41, dtype=dtype, requires_grad=True)
     plain, clamped = loss_at(inside, which), loss_at(inside, which, clamp)
-    assert torch.equal(plain, clamped) and torch.equal(
-        gradient(plain, inside), gradient(clamped, inside)
-    )
+    assert torch.equal(plain, clamped)
+    assert torch.equal(gradient(plain, inside), gradient(clamped, inside))
     beyond = torch.tensor([0.1, 1.0, 30.0, 900.0], dtype=dtype) + limit
     beyond = torch.cat([beyond, -beyond]).requires_grad_()
     d = beyond.detach().double()
     near, (value, slope, gradient_at) = d.clamp(-limit, limit), EXACT[which]
-    endless = clamp is None
-    exact = value(d) if endless and which == "k2" else value(near) + slope(near) * (d - near)
-    exact_gradient = gradient_at(d if endless and which in ("k2", FORWARD) else near)
-    got, rtol = loss_at(beyond, which, clamp), 1e-12 if dtype == torch.float64 else 2e-5
-    torch.testing.assert_close(got.detach().double(), exact, rtol=rtol, atol=0)
-    torch.testing.assert_close(gradient(got, beyond).double(), exact_gradient, rtol=rtol, atol=0)
+    quadratic = clamp is None and which in ("k2", FORWARD)
+    exact = value(near) + slope(near) * (d - near)
+    exact = value(d) if quadratic and which == "k2" else exact
+    got, close = loss_at(beyond, which, clamp), {"rtol": 1e-12 if dtype == torch.float64 else 2e-5}
+    torch.testing.assert_close(got.detach().double(), exact, atol=0, **close)
+    exact = gradient_at(d if quadratic else near)
+    torch.testing.assert_close(gradient(got, beyond).double(), exact, atol=0, **close)
 
 
 @pytest.mark.parametrize("clamp", [None, 5.0, 50.0])
@@ -256,16 +206,10 @@ def test_impossible_tokens(impossible, which, clamp) -> None:
     ref = torch.tensor([-1.0, impossible, impossible, -1.0])
     counted = (logprob.detach().clamp(min=FLOOR) - ref.clamp(min=FLOOR)).requires_grad_()
     value, expected = either(logprob, ref, which, clamp), loss_at(counted, which, clamp)
-    assert (
-        torch.equal(value, expected)
-        and bool(value.isfinite().all())
-        and float(value[2].detach()) == 0
-    )
+    assert torch.equal(value, expected) and bool(value.isfinite().all())
     grad = gradient(value, logprob)
-    assert (
-        torch.equal(grad, torch.where(logprob < FLOOR, 0.0, gradient(expected, counted)))
-        and float(grad[1]) > 0
-    )
+    assert torch.equal(grad, torch.where(logprob < FLOOR, 0.0, gradient(expected, counted)))
+    assert float(value[2].detach()) == 0 and float(grad[1]) > 0
 
 
 @pytest.mark.parametrize("clamp", [None, 10.0, 50.0])
@@ -275,30 +219,20 @@ def test_every_mix_of_sizes_is_finite(direction, dtype, clamp) -> None:
     """For policy, reference and sampler; the ratio follows e^x up to e^20 and stays there; a NaN
     stays in its token.
     """
-    sizes = torch.tensor(
-        [0.0, -1e-6, -3.0, -40.0, -80.0, -200.0, -3e3, -1e4, -3e38, -math.inf], dtype=dtype
-    )
-    logprob, ref, old = (
-        each.flatten() for each in torch.meshgrid(sizes, sizes, sizes, indexing="ij")
-    )
-    logprob.requires_grad_()
-    more = {"direction": direction, "clamp": clamp}
+    sizes = [0.0, -1e-6, -3.0, -40.0, -80.0, -200.0, -3e3, -1e4, -3e38, -math.inf]
+    logprob, ref, old = torch.cartesian_prod(*[torch.tensor(sizes, dtype=dtype)] * 3).unbind(-1)
+    logprob, more = logprob.clone().requires_grad_(), {"direction": direction, "clamp": clamp}
     loss = sampled_kl_loss(logprob, ref, old_logprob=old, **more)
     assert bool((loss.isfinite() & (loss >= 0)).all() & gradient(loss, logprob).isfinite().all())
-    one, two, old = (
-        torch.tensor(values, dtype=dtype)
-        for values in ([-1.0] * 3, [-2.0] * 3, [-3.0, -20.9, -60.0])
-    )
+    one, two, old = torch.tensor([[-1.0] * 3, [-2.0] * 3, [-3.0, -20.9, -60.0]], dtype=dtype)
     ratio = sampled_kl_loss(one, two, old_logprob=old, **more) / sampled_kl_loss(one, two, **more)
-    torch.testing.assert_close(
-        ratio.double(), torch.tensor([2.0, 19.9, 20.0]).double().exp(), rtol=1e-5, atol=0
-    )
+    exact = torch.tensor([2.0, 19.9, 20.0]).double().exp()
+    torch.testing.assert_close(ratio.double(), exact, rtol=1e-5, atol=0)
     for which in (*ESTIMATORS, direction):
         d = torch.tensor([1.0, math.nan, -2.0], dtype=dtype, requires_grad=True)
         value = loss_at(d, which, clamp)
-        assert value.isnan().tolist() == [False, True, False] and bool(
-            gradient(value, d)[::2].isfinite().all()
-        )
+        assert value.isnan().tolist() == [False, True, False]
+        assert bool(gradient(value, d)[::2].isfinite().all())
 
 
 # ---- types, shapes, torch
@@ -307,22 +241,13 @@ def test_every_mix_of_sizes_is_finite(direction, dtype, clamp) -> None:
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_types(which, dtype) -> None:
-    """16-bit log-probabilities count by their exact values and give float32; gradients come in the
-    input's type.
-    """
-    logprob, ref = (
-        torch.tensor([-1.25, -3.0], dtype=dtype, requires_grad=True),
-        torch.tensor([-2.0, -1.5], dtype=dtype),
-    )
-    value = either(logprob, ref, which)
+    logprob = torch.tensor([-1.25, -3.0], dtype=dtype, requires_grad=True)
+    value = either(logprob, torch.tensor([-2.0, -1.5], dtype=dtype), which)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(
-        value.double(), loss_at(torch.tensor([0.75, -1.5]).double(), which), rtol=1e-6, atol=0
-    )
+    exact = loss_at(torch.tensor([0.75, -1.5]).double(), which)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
     assert gradient(value, logprob).dtype == dtype
-    d = torch.tensor(
-        [-11.0, -11.125], dtype=dtype, requires_grad=True
-    )  # e^11.125 = 67846 is beyond float16
+    d = torch.tensor([-11.0, -11.125], dtype=dtype, requires_grad=True)
     assert gradient(loss_at(d, "k3"), d).isinf().tolist() == [False, dtype == torch.float16]
 
 
@@ -335,20 +260,12 @@ def test_shapes(shape) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradients_of_estimate_kl(estimator) -> None:
-    logprob, ref = (
-        torch.tensor(values).double().requires_grad_()
-        for values in ([-1.0, -2.0, -0.1], [-1.5, -1.0, -3.0])
-    )
-    assert torch.autograd.gradcheck(
-        lambda p, q: estimate_kl(p, q, estimator=estimator, clamp=2.0), (logprob, ref)
-    )
-    assert torch.autograd.gradgradcheck(
-        lambda p, q: estimate_kl(p, q, estimator=estimator, clamp=0.7), (logprob, ref)
-    )
+    pair = torch.tensor([[-1.0, -2.0, -0.1], [-1.5, -1.0, -3.0]]).double().requires_grad_().unbind()
+    for check, clamp in ((autograd.gradcheck, 2.0), (autograd.gradgradcheck, 0.7)):
+        assert check(lambda p, q, clamp=clamp: either(p, q, estimator, clamp), pair)
 
 
 def test_compiled_and_without_synchronisation() -> None:
-    """One graph under torch.compile with the same values; tensors without data (meta) suffice."""
     logprob, ref, old = -torch.rand(3, 4, 7, generator=torch.Generator().manual_seed(0)) * 5
 
     def both(logprob: torch.Tensor, ref: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -370,6 +287,5 @@ WRONG = [("clamp", 0.0), ("clamp", 50.1), ("old_logprob", torch.zeros(2, require
 
 @pytest.mark.parametrize("name, value", WRONG)
 def test_wrong_values(name, value) -> None:
-    """Values that the table of wrong arguments has not; a sampler's log-probabilities are data."""
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*; "):
         sampled_kl_loss(PAIR, PAIR, **{name: value})

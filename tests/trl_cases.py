@@ -1,7 +1,5 @@
 """Tiny random models and TRL's trainers of them, a micro-batch, and the truth from full logits."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -76,7 +74,6 @@ def dataset(**columns: list) -> Dataset:
 
 
 def examples() -> Dataset:
-    """Prompts with completions of different lengths, as DataCollatorForChatML takes them."""
     generator = torch.Generator().manual_seed(3)
     sizes = [(4, 6), (2, 3), (3, 5), (4, 1)] * 2
     return dataset(
@@ -93,7 +90,6 @@ EXAMPLES = examples()
 
 
 def tiny(folder: Path, config=None, seed: int = 0, **keywords) -> str:
-    """Save a random model, a Llama by default, to a folder, from which TRL loads it."""
     torch.manual_seed(seed)
     made_from = transformers.AutoModelForCausalLM.from_config
     made_from(config or transformers.LlamaConfig(**SIZES), **keywords).save_pretrained(folder)
@@ -167,7 +163,6 @@ def made(kind: type, config, *given, data=PROMPTS, callbacks=(), extra=None):
 
 
 def grpo(folder: str, kind=ExactGRPOTrainer, model=None, callbacks=(), extra=None, **options):
-    """Make a trainer; options are those of its config, extra its own."""
     config = settings(trl.GRPOConfig, folder, **options)
     return made(kind, config, model or folder, lengths, callbacks=callbacks, extra=extra)
 
@@ -234,7 +229,6 @@ def batch(old: bool = True) -> dict[str, torch.Tensor]:
 
 
 def sequence(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Concatenate prompts and completions: [ids, attention mask]."""
     parts = ("ids", "mask")
     return [
         torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1) for part in parts
@@ -242,14 +236,12 @@ def sequence(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def full_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the model's own logits of the completion tokens, float64 from there on."""
     ids, mask = sequence(inputs)
     logits = model(input_ids=ids, attention_mask=mask).logits
     return logits[:, -COMPLETION - 1 : -1].double() / TEMPERATURE
 
 
 def exact_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
-    """Compute KL(P‖Q) per token from two log-softmaxes."""
     log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -262,8 +254,7 @@ def k3_of(kl: torch.Tensor) -> torch.Tensor:
     """Solve e^x - x - 1 = kl for x ≥ 0: with it as ref_logp - logp, TRL's own estimate is kl."""
     x = (2 * kl).sqrt().clamp(max=2.0)
     for _ in range(50):
-        step = (torch.expm1(x) - x - kl) / torch.expm1(x).clamp(min=1e-12)
-        x = (x - step).clamp(min=0)
+        x = (x - ((torch.expm1(x) - x - kl) / torch.expm1(x).clamp(min=1e-12))).clamp(min=0)
     return x
 
 
@@ -287,14 +278,12 @@ def plain_loss(trainer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Differentiate by the parameters that require it; no backward() before adds to it."""
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     values = torch.autograd.grad(loss, named.values(), retain_graph=True)
     return dict(zip(named, values, strict=True))
 
 
 def assert_same(got: dict, expected: dict, tolerance: float = 2 * ROUNDING) -> None:
-    """Compare gradients in relative L2 norm: backward has as many additions as forward."""
     assert got.keys() == expected.keys() and any(bool(value.any()) for value in expected.values())
     for name, value in expected.items():
         assert float((got[name] - value).norm()) <= tolerance * float(value.norm()), name
@@ -322,7 +311,6 @@ def assert_loss(
 
 
 def readme_names(folder: Path) -> dict[str, object]:
-    """Collect the names that the README's lines use, with configurations of two steps."""
     paths = [tiny(folder / "student"), tiny(folder / "teacher", WIDER, seed=1)]
     for path in paths:
         tokenizer().save_pretrained(path)

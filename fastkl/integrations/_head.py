@@ -1,15 +1,15 @@
 """Head of a model of transformers: its lm_head with the soft cap and the factor of its logits."""
 
-from __future__ import annotations
-
 import itertools
 import math
-from typing import Any, NoReturn, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from fastkl import Head
+
+from ._errors import expect
 
 # Names of a soft cap in configurations: Gemma's and most others', RecurrentGemma's, xLSTM's.
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -56,40 +56,42 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
             adapter on the lm_head, prompt learning, an encoder-decoder, a packed or sharded weight.
     """
     inner = causal_lm(model)
-    name, layer = type(inner).__name__, getattr(inner, "get_output_embeddings", lambda: None)()
-    if layer is None:
-        raise TypeError(
-            f"model: expected a language model of transformers with an lm_head, got {name}; "
-            f"load it with AutoModelForCausalLM"
-        )
+    name = type(inner).__name__
+    layer: Any = getattr(inner, "get_output_embeddings", lambda: None)()
+    expect(
+        layer is not None,
+        "model",
+        "a language model of transformers with an lm_head",
+        inner,
+        "load it with AutoModelForCausalLM",
+        TypeError,
+    )
     _refuse_other_kinds(model, inner, layer)
     hidden, logits, types = _own_logits(inner, layer)
     weight, bias = layer.weight, getattr(layer, "bias", None)
     own = "or pass hidden states and a Head of your own"
-    if hidden is None:
-        _refuse("a forward that runs base_model", f"{name}, whose does not", f"use another, {own}")
+    expect(
+        hidden is not None,
+        "model",
+        "a forward that runs base_model",
+        f"{name}, whose does not",
+        f"use another, {own}",
+    )
     width, rows = hidden.shape[-1], logits.shape[-1]
-    if not weight.is_floating_point() or weight.shape[1:] != (width,) or len(weight) < rows:
-        _refuse(
-            f"an lm_head.weight [V, {width}] of floats",
-            f"{weight.dtype} {tuple(weight.shape)} in {name}",
-            f"load it unquantized and unsharded, {own}",
-        )
+    expect(
+        weight.is_floating_point() and weight.shape[1:] == (width,) and len(weight) >= rows,
+        "model",
+        f"an lm_head.weight [V, {width}] of floats",
+        f"{weight.dtype} {tuple(weight.shape)} in {name}",
+        f"load it unquantized and unsharded, {own}",
+    )
     weight, bias = cut(weight, rows), cut(bias, rows)
-    named = _named(inner.config.get_text_config())
+    with torch.no_grad():
+        product = F.linear(hidden.to(weight), weight, None if bias is None else bias.to(weight))
     # The same product twice differs by a few roundings. 16-bit logits are right to 4e-3, and
     # autocast may be at work in one of the two alone.
     tolerance = 1e-4 if types <= {torch.float32, torch.float64} else 2e-2
-    with torch.no_grad():
-        product = F.linear(hidden.to(weight), weight, None if bias is None else bias.to(weight))
-        form = _form(product, logits, named, tolerance)
-    if form is None:
-        seen = ", ".join(f"{attribute}={value}" for attribute, value in named.items())
-        _refuse(
-            "logits that are softcap(logit_scale * F.linear(hidden, lm_head.weight, lm_head.bias))",
-            f"others from {name}, whose config names {seen or 'no soft cap or factor'}",
-            "compute with the model's own logits",
-        )
+    form = _form(name, product, logits, _named(inner.config.get_text_config()), tolerance)
     return inner.base_model, Head(weight, bias, *form)
 
 
@@ -99,44 +101,42 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if peft else model
 
 
-@overload
-def cut(value: torch.Tensor, rows: int) -> torch.Tensor: ...
-@overload
-def cut(value: None, rows: int) -> None: ...
-def cut(value: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-    """Cut a weight or bias; all rows are the same tensor, by which a shared one is known."""
+def cut(value: Any, rows: int) -> Any:
+    """Cut a weight or bias; all rows, or None, are the same object, by which one is known."""
     return value if value is None or len(value) == rows else value[:rows]
-
-
-def _refuse(expected: str, got: str, remedy: str) -> NoReturn:
-    raise ValueError(f"model: expected {expected}, got {got}; {remedy}")
 
 
 def _refuse_other_kinds(model: torch.nn.Module, inner: Any, layer: Any) -> None:
     """Raise for models whose lm_head or hidden states are not all that makes their logits."""
     name, configs = type(inner).__name__, getattr(model, "peft_config", None)
     adapters = configs.values() if isinstance(configs, dict) else ()
-    if any(config.is_prompt_learning for config in adapters):
-        _refuse("hidden states of the tokens alone", f"{name} with prompt learning", "use LoRA")
-    if hasattr(layer, "base_layer"):
-        _refuse(
-            "an lm_head that is one weight",
-            f"{name} with a PEFT adapter on it",
-            "take lm_head out of target_modules, name it in modules_to_save, or merge_and_unload()",
-        )
-    if getattr(inner.config, "is_encoder_decoder", False):
-        _refuse(
-            "a decoder", f"the encoder-decoder {name}", "pass hidden states and a Head of your own"
-        )
+    expect(
+        not any(config.is_prompt_learning for config in adapters),
+        "model",
+        "hidden states of the tokens alone",
+        f"{name} with prompt learning",
+        "use LoRA",
+    )
+    expect(
+        not hasattr(layer, "base_layer"),
+        "model",
+        "an lm_head that is one weight",
+        f"{name} with a PEFT adapter on it",
+        "take lm_head out of target_modules, name it in modules_to_save, or merge_and_unload()",
+    )
+    expect(
+        not getattr(inner.config, "is_encoder_decoder", False),
+        "model",
+        "a decoder",
+        f"the encoder-decoder {name}",
+        "pass hidden states and a Head of your own",
+    )
 
 
 @torch.no_grad()
-def _own_logits(
-    model: Any, layer: Any
-) -> tuple[torch.Tensor | None, torch.Tensor, set[torch.dtype]]:
+def _own_logits(model: Any, layer: Any) -> tuple[Any, torch.Tensor, set[torch.dtype]]:
     """Run a few tokens: (last hidden states or None, logits, types at work), all of one forward."""
-    states: list[torch.Tensor | None] = []
-    types = {layer.weight.dtype}
+    states, types = [None], {layer.weight.dtype}
     hooks = [
         model.base_model.register_forward_hook(
             lambda module, args, output: states.append(getattr(output, "last_hidden_state", None))
@@ -152,7 +152,7 @@ def _own_logits(
             hook.remove()
         for module, was in training.items():
             module.training = was
-    return states[-1] if states else None, logits, types | {logits.dtype}
+    return states[-1], logits, types | {logits.dtype}
 
 
 def _named(config: Any) -> dict[str, float]:
@@ -168,24 +168,38 @@ def _named(config: Any) -> dict[str, float]:
 
 
 def _form(
-    product: torch.Tensor, logits: torch.Tensor, named: dict[str, float], tolerance: float
-) -> tuple[float | None, float] | None:
-    """Find (softcap, logit_scale), preferring those that the config names; None if none fit."""
+    name: str,
+    product: torch.Tensor,
+    logits: torch.Tensor,
+    named: dict[str, float],
+    tolerance: float,
+) -> tuple[float | None, float]:
+    """Find (softcap, logit_scale), preferring those that the config names."""
     powers = {**FACTORS, BASE_WIDTH: (1,)}
     scales = {named[name] ** power for name in powers if name in named for power in powers[name]}
     caps = [*(named[name] for name in CAPS if name in named), None]
     product = product.to(torch.promote_types(product.dtype, torch.float32))
     for softcap, group in itertools.product(caps, (sorted(scales), [1.0])):
-        fitting = []
-        for scale in group:
-            made = product * scale
-            made = made if softcap is None else softcap * torch.tanh(made / softcap)
-            if (made - logits).abs().max() <= tolerance * logits.abs().max():
-                fitting.append((float((made - logits).norm()), scale))
-        if len(fitting) > 1 and not logits.any():
-            _refuse(
-                f"logits that tell the factors {group} apart", "zeros", "pass a Head of your own"
-            )
+        made = {scale: product * scale for scale in group}
+        if softcap is not None:
+            made = {scale: softcap * (own / softcap).tanh() for scale, own in made.items()}
+        fitting = [
+            (float((own - logits).norm()), scale)
+            for scale, own in made.items()
+            if (own - logits).abs().max() <= tolerance * logits.abs().max()
+        ]
+        expect(
+            len(fitting) < 2 or logits.any(),
+            "model",
+            f"logits that tell the factors {group} apart",
+            "zeros",
+            "pass a Head of your own",
+        )
         if fitting:
             return softcap, min(fitting)[1]
-    return None
+    seen = ", ".join(f"{attribute}={value}" for attribute, value in named.items())
+    raise ValueError(
+        f"model: expected logits that are softcap(logit_scale * F.linear(hidden, lm_head.weight, "
+        f"lm_head.bias)), got others from {name}, whose config names "
+        f"{seen or 'no soft cap or factor'}; compute with the model's own logits"
+    )

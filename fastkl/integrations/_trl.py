@@ -1,7 +1,5 @@
 """Shared parts of the trainers for TRL: its version, refused options, lm_heads, the divergence."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ if trl.__version__.split(".")[:2] != ["1", "16"]:
         f"got {trl.__version__}; remedy: pip install 'trl==1.16.*', or a fastkl for that version"
     )
 
+from ._errors import expect
 from ._head import causal_lm as causal_lm
 from ._head import cut, head_of
 from .transformers import KLCallback
@@ -33,51 +32,63 @@ class ExactDivergence:
     # Attributes of the trainer.
     beta: float
     teacher_model: torch.nn.Module | None
+    accelerator: Any
 
     def _set_up(
         self, logits_dtype: torch.dtype | None, instead: str, refused: dict[str, bool]
     ) -> None:
-        refuse(self, instead, refused)
-        if self.beta not in (0, 1):
-            raise ValueError(
-                f"args.beta: expected 0 (forward KL) or 1 (reverse KL), got {self.beta}; "
-                f"use {instead} for the Jensen-Shannon divergences between"
-            )
-        self._logits_dtype = checked_dtype(logits_dtype)
-        self.kl_callback = callback_of(self)
+        self._logits_dtype = logits_dtype
+        self.kl_callback = set_up(self, logits_dtype, instead, refused)
+        expect(
+            self.beta in (0, 1),
+            "args.beta",
+            "0 (forward KL) or 1 (reverse KL)",
+            self.beta,
+            f"use {instead} for the Jensen-Shannon divergences between",
+        )
         if self.kl_callback is not None:
-            if self.kl_callback.controller is not None:
-                raise ValueError(
-                    "callbacks: expected a KLCallback without controller, got one with; "
-                    "distillation has no weight to control: pass KLCallback(None, monitor)"
-                )
+            expect(
+                self.kl_callback.controller is None,
+                "callbacks",
+                "a KLCallback without controller",
+                "one with",
+                "distillation has no weight to control: pass KLCallback(None, monitor)",
+            )
             self.kl_callback.attach(self)
         self._student_head, self._teacher_head = checked_heads(self, self.teacher_model, instead)
 
-    def _kl(
+    def _divergence(
         self,
         student: Any,
-        teacher: Any,
-        student_hidden: torch.Tensor,
-        teacher_hidden: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
         mask: torch.Tensor,
         temperature: float = 1.0,
     ) -> torch.Tensor:
         """Compute the sum over the tokens that count, or with a callback the KL of each.
 
-        The models are unwrapped, and only the student gets a gradient.
+        The student is unwrapped, and alone gets a gradient. `mask` is of the last tokens.
         """
-        sides = [
-            (student_hidden, head(student, self._student_head)),
-            (teacher_hidden, detached(head(teacher, self._teacher_head))),
-        ]
-        return linear_kl_divergence(
-            *(sides[0] + sides[1] if self.beta == 1 else sides[1] + sides[0]),
-            temperature=temperature,
-            mask=mask,
-            logits_dtype=self._logits_dtype,
-            reduction="sum" if self.kl_callback is None else "none",
-        )
+        assert self.teacher_model is not None
+        teacher = self.accelerator.unwrap_model(self.teacher_model.eval())
+        keep = mask.shape[1]
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                teacher_hidden = hidden_states(teacher, input_ids, attention_mask)[:, -keep:]
+            sides = [
+                (
+                    hidden_states(student, input_ids, attention_mask)[:, -keep:],
+                    head(student, self._student_head),
+                ),
+                (teacher_hidden, detached(head(teacher, self._teacher_head))),
+            ]
+            return linear_kl_divergence(
+                *(sides[0] + sides[1] if self.beta == 1 else sides[1] + sides[0]),
+                temperature=temperature,
+                mask=mask,
+                logits_dtype=self._logits_dtype,
+                reduction="sum" if self.kl_callback is None else "none",
+            )
 
 
 def per_item(
@@ -87,19 +98,13 @@ def per_item(
     return kl.sum() / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
-def callback_of(trainer: Any) -> KLCallback | None:
-    """Find the KLCallback among the trainer's callbacks."""
-    found = [each for each in trainer.callback_handler.callbacks if isinstance(each, KLCallback)]
-    if len(found) > 1:
-        raise ValueError(
-            f"callbacks: expected one KLCallback, got {len(found)}; one takes both a controller "
-            f"and a monitor"
-        )
-    return found[0] if found else None
-
-
-def refuse(trainer: Any, instead: str, more: dict[str, bool]) -> None:
-    """Raise for options that none of the trainers supports, and for those in `more` that are on."""
+def set_up(
+    trainer: Any, logits_dtype: torch.dtype | None, instead: str, more: dict[str, bool]
+) -> KLCallback | None:
+    """Return the trainer's KLCallback; raise for options that none of the trainers supports, for
+    those in `more` that are on, and for a wrong logits_dtype: the first loss comes after a
+    generation.
+    """
     configs = getattr(trainer.model, "peft_config", {})
     refused = {
         "fsdp": trainer.is_fsdp_enabled,
@@ -110,22 +115,26 @@ def refuse(trainer: Any, instead: str, more: dict[str, bool]) -> None:
         and any(config.is_prompt_learning for config in configs.values()),
         **more,
     }
-    named = [name for name, used in refused.items() if used]
-    if named:
-        raise ValueError(
-            f"args: expected options that {type(trainer).__name__} supports, got "
-            f"{', '.join(named)}; change that, or use {instead}"
-        )
-
-
-def checked_dtype(value: torch.dtype | None) -> torch.dtype | None:
-    """Check a logits_dtype when a trainer is made: the first loss comes after a generation."""
-    if value is not None and not isinstance(value, torch.dtype):
-        raise TypeError(
-            f"logits_dtype: expected None or a torch.dtype, got {type(value).__name__}; "
-            f"pass torch.float32 to keep what 16-bit logits lose"
-        )
-    return value
+    named = ", ".join(name for name, used in refused.items() if used)
+    supported = f"options that {type(trainer).__name__} supports"
+    expect(not named, "args", supported, named, f"change that, or use {instead}")
+    expect(
+        logits_dtype is None or isinstance(logits_dtype, torch.dtype),
+        "logits_dtype",
+        "None or a torch.dtype",
+        logits_dtype,
+        "pass torch.float32 to keep what 16-bit logits lose",
+        TypeError,
+    )
+    found = [each for each in trainer.callback_handler.callbacks if isinstance(each, KLCallback)]
+    expect(
+        len(found) < 2,
+        "callbacks",
+        "one KLCallback",
+        len(found),
+        "one takes both a controller and a monitor",
+    )
+    return found[0] if found else None
 
 
 # ---- a micro-batch of GRPOTrainer or DistillationTrainer

@@ -1,7 +1,5 @@
 """TRL's experimental trainer for distillation (GKD) with the exact KL from hidden states."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -83,24 +81,3 @@ class ExactGKDTrainer(_trl.ExactDivergence, GKDTrainer):
             return loss
         with torch.no_grad():
             return loss, model(input_ids=sequence[0], attention_mask=sequence[1])
-
-    def _divergence(
-        self,
-        student: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> torch.Tensor:
-        assert self.teacher_model is not None
-        self.teacher_model.eval()
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with self.accelerator.autocast():
-            with torch.no_grad():
-                teacher_hidden = _trl.hidden_states(teacher, input_ids, attention_mask)
-            return self._kl(
-                student,
-                teacher,
-                _trl.hidden_states(student, input_ids, attention_mask),
-                teacher_hidden,
-                mask,
-            )

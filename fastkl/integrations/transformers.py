@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
@@ -19,14 +20,18 @@ except ModuleNotFoundError as missing:
         f"not installed: {missing.name}; remedy: pip install 'fastkl[compare]'"
     ) from missing
 
+from ._errors import expect
 from ._head import head_of as head_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-# Of the steps between two logs: the largest of these, the last of these, the mean of all others.
-LARGEST = ("kl/max", "kl/spike")
-LAST = ("kl/beta",)
+# How the figures of the steps between two logs are merged; those of all other names are averaged.
+MERGES: dict[str, Callable[[float, float], float]] = {
+    "kl/max": max,
+    "kl/spike": max,
+    "kl/beta": lambda before, last: last,
+}
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -114,24 +119,26 @@ class KLCallback(TrainerCallback, ExportableState):
             ("controller", controller, ("beta", "update"), "FixedBeta(0.05)"),
             ("monitor", monitor, ("update",), "KLMonitor()"),
         ):
-            lacking = [each for each in needed if not hasattr(value, each)]
-            if value is not None and lacking:
-                raise TypeError(
-                    f"{name}: expected an object with {' and '.join(needed)}, got "
-                    f"{type(value).__name__} without {lacking[0]}; pass one of fastkl.rl's, such "
-                    f"as {example}"
-                )
+            expect(
+                value is None or all(hasattr(value, each) for each in needed),
+                name,
+                f"an object with {' and '.join(needed)}",
+                value,
+                f"pass one of fastkl.rl's, such as {example}",
+                TypeError,
+            )
         self.controller, self.monitor = controller, monitor
         self.unit: Unit = getattr(controller, "unit", "token")
-        if not isinstance(self.unit, str) or self.unit not in get_args(Unit):
-            raise ValueError(
-                f"controller: expected one whose unit is 'token' or 'sequence', got "
-                f"{self.unit!r}; set its unit to what its target is a mean over"
-            )
+        expect(
+            isinstance(self.unit, str) and self.unit in get_args(Unit),
+            "controller",
+            "one whose unit is 'token' or 'sequence'",
+            repr(self.unit),
+            "set its unit to what its target is a mean over",
+        )
         self._micro_batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         self._figures: dict[str, tuple[float, int]] = {}
-        self._heard = False
-        self._warned = False
+        self._heard = self._warned = False
 
     def record(
         self,
@@ -146,36 +153,47 @@ class KLCallback(TrainerCallback, ExportableState):
         Detached, nothing copied, nothing waited for: the tensors are kept until the optimizer
         steps. Raises TypeError or ValueError for others.
         """
-        if not isinstance(kl, torch.Tensor) or kl.dtype not in FLOAT_TYPES or kl.dim() == 0:
-            raise TypeError(
-                f"kl: expected a float tensor of KL per token, [..., T], got {_describe(kl)}; "
-                f"pass it before its mean is taken"
-            )
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
-            raise TypeError(
-                f"mask: expected a bool tensor, True where the token counts, got "
-                f"{_describe(mask)}; convert it with .bool()"
-            )
-        if entropy is not None and not isinstance(entropy, torch.Tensor):
-            raise TypeError(
-                f"entropy: expected a float tensor shaped as kl, got "
-                f"{_describe(entropy)}; pass token_stats(...).entropy, or None"
-            )
+        expect(
+            isinstance(kl, torch.Tensor) and kl.dtype in FLOAT_TYPES and kl.dim() > 0,
+            "kl",
+            "a float tensor of KL per token, [..., T]",
+            kl,
+            "pass it before its mean is taken",
+            TypeError,
+        )
+        expect(
+            mask is None or (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool),
+            "mask",
+            "a bool tensor, True where the token counts",
+            mask,
+            "convert it with .bool()",
+            TypeError,
+        )
+        expect(
+            entropy is None or isinstance(entropy, torch.Tensor),
+            "entropy",
+            "a float tensor shaped as kl",
+            entropy,
+            "pass token_stats(...).entropy, or None",
+            TypeError,
+        )
         for name, value in (("kl", kl), ("mask", mask), ("entropy", entropy)):
-            if value is not None and (
-                value.is_nested
-                or value.layout is not torch.strided
-                or hasattr(value, "full_tensor")
-            ):
-                raise TypeError(
-                    f"{name}: expected a plain tensor, got {type(value).__name__} of layout "
-                    f"{value.layout}; pass a strided one that this process holds whole"
+            if value is not None:
+                plain = not value.is_nested and value.layout is torch.strided
+                expect(
+                    plain and not hasattr(value, "full_tensor"),
+                    name,
+                    "a plain tensor",
+                    value,
+                    "pass a strided one that this process holds whole",
+                    TypeError,
                 )
-        for name, value in (("mask", mask), ("entropy", entropy)):
-            if value is not None and value.shape != kl.shape:
-                raise ValueError(
-                    f"{name}: expected the shape of kl, {tuple(kl.shape)}, got "
-                    f"{_describe(value)}; align the two"
+                expect(
+                    value.shape == kl.shape,
+                    name,
+                    f"the shape of kl, {tuple(kl.shape)}",
+                    tuple(value.shape),
+                    "align the two",
                 )
         if torch.is_grad_enabled():
             mask = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
@@ -187,16 +205,21 @@ class KLCallback(TrainerCallback, ExportableState):
         """Make this the trainer's first callback, wherever it was, and return it; the trainers of
         this package must know it when they are made.
         """
-        if not hasattr(getattr(trainer, "callback_handler", None), "callbacks"):
-            raise TypeError(
-                f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}; "
-                f"pass the trainer after it is made"
-            )
-        if getattr(trainer, "kl_callback", self) is not self:
-            raise ValueError(
-                f"trainer: expected one that takes its KLCallback later, got a "
-                f"{type(trainer).__name__}; pass callbacks=[callback] when it is made"
-            )
+        expect(
+            hasattr(getattr(trainer, "callback_handler", None), "callbacks"),
+            "trainer",
+            "a transformers.Trainer",
+            trainer,
+            "pass the trainer after it is made",
+            TypeError,
+        )
+        expect(
+            getattr(trainer, "kl_callback", self) is self,
+            "trainer",
+            "one that takes its KLCallback later",
+            f"a {type(trainer).__name__}",
+            "pass callbacks=[callback] when it is made",
+        )
         others = trainer.callback_handler.callbacks
         trainer.callback_handler.callbacks = [
             self,
@@ -208,25 +231,27 @@ class KLCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the states of a checkpoint."""
-        if args.restore_callback_states_from_checkpoint:
-            raise ValueError(
-                "restore_callback_states_from_checkpoint: expected False with a KLCallback, got "
-                "True, which would replace it by one without controller and monitor; it restores "
-                "their states by itself"
-            )
+        expect(
+            not args.restore_callback_states_from_checkpoint,
+            "restore_callback_states_from_checkpoint",
+            "False with a KLCallback",
+            "True, which would replace it by one without controller and monitor",
+            "it restores their states by itself",
+        )
         self._micro_batches, self._figures, self._heard = [], {}, False
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if isinstance(saved, list):
-            raise ValueError(
-                f"callbacks: expected one KLCallback, got {len(saved)}; one takes both a "
-                f"controller and a monitor"
-            )
+        expect(
+            not isinstance(saved, list),
+            "callbacks",
+            "one KLCallback",
+            len(saved),
+            "one takes both a controller and a monitor",
+        )
         if state.global_step > 0:
             for part, values in saved["attributes"].items():
                 self._restore(part, values)
 
     def _restore(self, part: str, values: dict[str, Any] | None) -> None:
-        """Load the state of the controller or the monitor from a checkpoint."""
         if values is None:
             return
         if getattr(self, part) is None:
@@ -247,13 +272,16 @@ class KLCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Update monitor and controller with the KL of the optimizer step's micro-batches."""
+        expect(
+            self._micro_batches or self._heard,
+            "KLCallback",
+            "a KL in the first optimizer step",
+            "none",
+            "call callback.record(kl, mask) from compute_loss, or use a trainer of "
+            "fastkl.integrations.trl or gkd",
+            RuntimeError,
+        )
         if not self._micro_batches:
-            if not self._heard:
-                raise RuntimeError(
-                    "KLCallback: expected a KL in the first optimizer step, got none; call "
-                    "callback.record(kl, mask) from compute_loss, or use a trainer of "
-                    "fastkl.integrations.trl or gkd"
-                )
             return
         self._heard = True
         totals = self._totals()
@@ -272,15 +300,13 @@ class KLCallback(TrainerCallback, ExportableState):
             count = tokens if self.unit == "token" else sequences
             if count and math.isfinite(kl):
                 self.controller.update(kl / count, unit=self.unit)
-            elif count:
-                if not self._warned:
-                    warnings.warn(
-                        f"KLCallback: expected a finite KL in optimizer step "
-                        f"{state.global_step}, got {kl}; beta stays {beta:g}, in this and "
-                        f"every later step without one",
-                        stacklevel=2,
-                    )
+            elif count and not self._warned:
                 self._warned = True
+                warnings.warn(
+                    f"KLCallback: expected a finite KL in optimizer step {state.global_step}, got "
+                    f"{kl}; beta stays {beta:g}, in this and every later step without one",
+                    stacklevel=2,
+                )
         self._remember(figures)
         self._micro_batches = []
 
@@ -301,7 +327,7 @@ class KLCallback(TrainerCallback, ExportableState):
         if logs is None or of_evaluation:
             return
         figures = {
-            name: value if name in LARGEST + LAST else value / steps
+            name: value if name in MERGES else value / steps
             for name, (value, steps) in self._figures.items()
         }
         logs.update(figures)
@@ -326,28 +352,17 @@ class KLCallback(TrainerCallback, ExportableState):
         """Add the figures of a step to those since the last log, unless they are NaN."""
         for name, value in figures.items():
             if not math.isnan(value):
-                before, steps = self._figures.get(name, (value if name in LARGEST else 0.0, 0))
-                self._figures[name] = (
-                    max(before, value)
-                    if name in LARGEST
-                    else value
-                    if name in LAST
-                    else before + value,
-                    steps + 1,
-                )
+                before, steps = self._figures.get(name, (value if name in MERGES else 0.0, 0))
+                merged = MERGES[name](before, value) if name in MERGES else before + value
+                self._figures[name] = merged, steps + 1
 
     def _totals(self) -> torch.Tensor:
         """Return [sum of KL, tokens, sequences] of the step in this process."""
         parts = [
-            torch.stack(
-                [
-                    each.sum(dtype=torch.float32)
-                    for each in (torch.where(mask, kl, 0.0), mask, mask.any(-1))
-                ]
-            )
-            for kl, mask, _ in self._micro_batches
+            (torch.where(mask, kl, 0.0), mask, mask.any(-1)) for kl, mask, _ in self._micro_batches
         ]
-        return torch.stack(parts).sum(0)
+        sums = [torch.stack([each.sum(dtype=torch.float32) for each in part]) for part in parts]
+        return torch.stack(sums).sum(0)
 
     def _monitored(self, beta: float | None, step: int) -> dict[str, float]:
         """Give the monitor the micro-batches as one packed batch, and name its figures for logs."""
@@ -383,11 +398,3 @@ class KLCallback(TrainerCallback, ExportableState):
             for name, value in figures.items()
             if name != "step"
         }
-
-
-def _describe(value: object) -> str:
-    return (
-        f"a {value.dtype} tensor {tuple(value.shape)}"
-        if isinstance(value, torch.Tensor)
-        else type(value).__name__
-    )

@@ -4,18 +4,17 @@ distillation.
 Logits of more than 2 GiB never exist at once, and no KL is sampled.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from fastkl import Head, TokenStats, linear_token_stats
+from fastkl import Head, linear_token_stats
 
 from . import _trl
+from ._errors import expect
 from .transformers import KLCallback
 
 # isort: split
@@ -78,8 +77,10 @@ class ExactGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _trl.refuse(
+        self._logits_dtype = logits_dtype
+        self.kl_callback = _trl.set_up(
             self,
+            logits_dtype,
             "trl.GRPOTrainer",
             {
                 "router_aux_loss_coef above 0": self.aux_loss_enabled,
@@ -87,20 +88,18 @@ class ExactGRPOTrainer(GRPOTrainer):
             },
         )
         self._redirect = _ForwardRedirection()
-        self._logits_dtype = _trl.checked_dtype(logits_dtype)
         self.beta = 0.0
         self._reference: tuple[torch.Tensor, Head] | None = None
         self._kl: torch.Tensor | None = None
-        self.kl_callback = _trl.callback_of(self)
-        if self.args.beta == 0:
-            if self.kl_callback is not None:
-                raise ValueError(
-                    "args.beta: expected above 0 with a KLCallback, got 0, with which TRL loads "
-                    "no reference; pass the controller's initial beta"
-                )
-        elif self.kl_callback is None:
-            self.kl_callback = KLCallback()
-        if self.kl_callback is not None:
+        expect(
+            self.args.beta > 0 or self.kl_callback is None,
+            "args.beta",
+            "above 0 with a KLCallback",
+            "0, with which TRL loads no reference",
+            "pass the controller's initial beta",
+        )
+        if self.args.beta > 0:
+            self.kl_callback = self.kl_callback or KLCallback()
             self.kl_callback.attach(self)
         self._policy_head, self._ref_head = _trl.checked_heads(
             self, self.ref_model, "trl.GRPOTrainer"
@@ -128,30 +127,29 @@ class ExactGRPOTrainer(GRPOTrainer):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         """Compute log-probs and entropies of the last tokens; within the loss also self._kl."""
         original = self.accelerator.unwrap_model(model)
-        parts = []
-        for ids, attended in zip(
-            *(value.split(batch_size or len(value)) for value in (input_ids, attention_mask)),
-            strict=True,
-        ):
-            # Inside the forward of DDP, so that it gathers the gradients; a batch of the loss is
-            # never split, so the reference fits it.
-            run = (
-                self._statistics
-                if model is original
-                else functools.partial(self._redirect, model, original, self._statistics)
+        # Inside the forward of DDP, so that it gathers the gradients; a batch of the loss is never
+        # split, so the reference fits it.
+        run = (
+            self._statistics
+            if model is original
+            else functools.partial(self._redirect, model, original, self._statistics)
+        )
+        parts = [
+            run(original, ids, attended, logits_to_keep, self._reference)
+            for ids, attended in zip(
+                *(value.split(batch_size or len(value)) for value in (input_ids, attention_mask)),
+                strict=True,
             )
-            parts.append(run(original, ids, attended, logits_to_keep, self._reference))
+        ]
         logprob, entropy, _, self._kl, _ = (
             None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)
         )
         return logprob, entropy if compute_entropy else None, None
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
         """Compute TRL's loss without its KL, plus beta times the exact one."""
-        loss: torch.Tensor
         if self.args.beta == 0:
-            loss = super()._compute_loss(model, inputs)
-            return loss
+            return super()._compute_loss(model, inputs)
         mask = _trl.loss_mask(inputs)
         self._reference, self._kl = self._reference_head(model, inputs), None
         try:
@@ -182,26 +180,23 @@ class ExactGRPOTrainer(GRPOTrainer):
         training, kind = self.model.training, self.loss_type
         accumulated = self.current_gradient_accumulation_steps if training else 1.0
         if kind in ("cispo", "dapo", "vespo"):
-            tokens: torch.Tensor = (
+            items: torch.Tensor = (
                 inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             )
             return kl.sum() / (
-                tokens * accumulated / self.args.steps_per_generation if training else tokens
+                items * accumulated / self.args.steps_per_generation if training else items
             )
-        if kind in ("grpo", "sapo"):
-            loss = (kl.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-        elif kind == "bnpo":
-            loss = kl.sum() / mask.sum().clamp(min=1)
-        elif kind == "dr_grpo":
-            loss = kl.sum() / (len(kl) * self.max_completion_length)
-        elif kind == "luspo":
-            loss = kl.sum(-1).mean()
-        else:
-            raise ValueError(
-                f"args.loss_type: expected one of TRL 1.16, got {kind!r}; use trl.GRPOTrainer for "
-                f"it"
-            )
-        return loss / accumulated
+        reduced: dict[str, Callable[[], torch.Tensor]] = {
+            "grpo": lambda: (kl.sum(-1) / mask.sum(-1).clamp(min=1)).mean(),
+            "bnpo": lambda: kl.sum() / mask.sum().clamp(min=1),
+            "dr_grpo": lambda: kl.sum() / (len(kl) * self.max_completion_length),
+            "luspo": lambda: kl.sum(-1).mean(),
+        }
+        reduced["sapo"] = reduced["grpo"]
+        expect(
+            kind in reduced, "args.loss_type", "one of TRL 1.16", repr(kind), "use trl.GRPOTrainer"
+        )
+        return reduced[kind]() / accumulated
 
     # ---- what is computed
 
@@ -216,9 +211,8 @@ class ExactGRPOTrainer(GRPOTrainer):
         )
         self._shared = None if shared == own else shared
         if self._shared is not None and not self.use_vllm:
-            tokens = sorted({*range(shared, own), *(self.generation_config.suppress_tokens or ())})
             self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = (
-                tokens
+                sorted({*range(shared, own), *(self.generation_config.suppress_tokens or ())})
             )
 
     def _hidden(
@@ -226,11 +220,14 @@ class ExactGRPOTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         """Compute the hidden states [B, keep, H] that predict the last `keep` tokens."""
         # This waits for the device; an embedding that lacks a row would make it unusable.
-        if self._shared is not None and int(input_ids.max()) >= self._shared:
-            raise ValueError(
-                f"input_ids: expected ids below {self._shared}, the tokens that policy and "
-                f"reference share, got {int(input_ids.max())}; resize the reference as the policy "
-                f"was, or keep the token out of prompts, padding and sampling"
+        if self._shared is not None:
+            expect(
+                int(input_ids.max()) < self._shared,
+                "input_ids",
+                f"ids below {self._shared}, the tokens that policy and reference share",
+                int(input_ids.max()),
+                "resize the reference as the policy was, or keep the token out of prompts, padding "
+                "and sampling",
             )
         with self.accelerator.autocast():
             return _trl.hidden_states(model, input_ids, attention_mask)[:, -keep:]
@@ -241,8 +238,8 @@ class ExactGRPOTrainer(GRPOTrainer):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         keep: int,
-        reference: tuple[torch.Tensor, Head] | None,
-    ) -> TokenStats:
+        reference: Any,
+    ) -> Any:
         """Compute TokenStats of the last `keep` tokens, inside the forward of a model's wrapper."""
         ref_hidden, ref_head = reference or (None, None)
         hidden = self._hidden(model, input_ids, attention_mask, keep)
@@ -251,18 +248,16 @@ class ExactGRPOTrainer(GRPOTrainer):
             hidden, context = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
             ref_hidden = None if ref_hidden is None else ref_hidden.float()
         with context:
-            head, tokens = _trl.head(model, self._policy_head), input_ids[:, -keep:]
-            options: dict[str, Any] = {
-                "temperature": self.temperature,
-                "logits_dtype": self._logits_dtype,
-                "mask": attention_mask[:, -keep:].bool(),
-            }
-            stats: TokenStats
-            if ref_hidden is None:
-                stats = linear_token_stats(hidden, head, tokens, **options)
-            else:
-                stats = linear_token_stats(hidden, head, tokens, ref_hidden, ref_head, **options)
-            return stats
+            return linear_token_stats(
+                hidden,
+                _trl.head(model, self._policy_head),
+                input_ids[:, -keep:],
+                ref_hidden,
+                ref_head,
+                temperature=self.temperature,
+                logits_dtype=self._logits_dtype,
+                mask=attention_mask[:, -keep:].bool(),
+            )
 
     @torch.no_grad()
     def _reference_head(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Head]:
@@ -353,17 +348,8 @@ class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (loss, a placeholder for the entropy, tokens that count), as TRL expects them."""
-        arguments, mask = _trl.sequence(inputs), _trl.loss_mask(inputs)
-        student_hidden = self._get_last_hidden_state(unwrapped_student, *arguments)
-        assert self.teacher_model is not None
-        self.teacher_model.eval()
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with torch.no_grad():
-            teacher_hidden = self._forward_redirection(
-                self.teacher_model, teacher, self._get_last_hidden_state, teacher, *arguments
-            )
-        kl = self._kl(
-            unwrapped_student, teacher, student_hidden, teacher_hidden, mask, self.temperature
-        )
+        ids, attended, _ = _trl.sequence(inputs)
+        mask = _trl.loss_mask(inputs)
+        kl = self._divergence(unwrapped_student, ids, attended, mask, self.temperature)
         self._recorded, tokens = (kl.detach(), mask), mask.sum()
         return _trl.per_item(kl, tokens, num_items_in_batch), torch.zeros_like(tokens), tokens

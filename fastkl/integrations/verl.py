@@ -18,15 +18,21 @@ algorithm.use_kl_in_reward=True for the second. verl is imported at the registra
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from fastkl import estimate_kl
+
+from ._errors import expect
+
+if TYPE_CHECKING:
+    from fastkl._types import BetaController
 
 TESTED = "0.9"
 POLICY_LOSS = (
@@ -53,14 +59,6 @@ ESTIMATORS: dict[str, Literal["k1", "k2", "k3", "abs"]] = {
 # verl's bound on the value of k3. It also bounds d at ±20 before, beyond which k3 is above this
 # anyway.
 LARGEST_K3 = 10.0
-
-
-class BetaController(Protocol):
-    """An object with a weight that is read at every call, as those of fastkl.rl."""
-
-    @property
-    def beta(self) -> float:
-        """The weight as it is now."""
 
 
 def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str) -> torch.Tensor:
@@ -94,24 +92,31 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
             fastkl.kl_divergence.
     Source: Schulman, Approximating KL Divergence (2020), for the values.
     """
-    if not isinstance(kl_penalty, str):
-        raise TypeError(
-            f"kl_penalty: expected the name of an estimator, got "
-            f"{type(kl_penalty).__name__}; pass 'k3', for instance"
-        )
+    name = kl_penalty.removesuffix("+") if isinstance(kl_penalty, str) else kl_penalty
+    expect(
+        isinstance(name, str),
+        "kl_penalty",
+        "the name of an estimator",
+        kl_penalty,
+        "pass 'k3', for instance",
+        TypeError,
+    )
     for argument, value in (("logprob", logprob), ("ref_logprob", ref_logprob)):
         _tensor(argument, value, "of log-probabilities [...]", "token_stats returns them")
-    if kl_penalty == "full":
-        raise ValueError(
-            "kl_penalty: expected an estimator, got 'full', which needs the logits of both "
-            "models; call fastkl.kl_divergence with them"
-        )
-    name = kl_penalty.removesuffix("+")
-    if name not in ESTIMATORS:
-        raise ValueError(
-            f"kl_penalty: expected one of {', '.join(map(repr, ESTIMATORS))}, with or without "
-            f"'+', got {kl_penalty!r}; pass 'k3', for instance"
-        )
+    expect(
+        kl_penalty != "full",
+        "kl_penalty",
+        "an estimator",
+        "'full', which needs the logits of both models",
+        "call fastkl.kl_divergence with them",
+    )
+    expect(
+        name in ESTIMATORS,
+        "kl_penalty",
+        f"one of {', '.join(map(repr, ESTIMATORS))}, with or without '+'",
+        repr(kl_penalty),
+        "pass 'k3', for instance",
+    )
     value = estimate_kl(logprob.detach(), ref_logprob.detach(), estimator=ESTIMATORS[name])
     if ESTIMATORS[name] == "k3":
         value = value.clamp(max=LARGEST_K3)
@@ -161,20 +166,21 @@ def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Calla
         config: Any = None,
         rollout_is_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        tensors = {
-            "old_log_prob": old_log_prob,
-            "log_prob": log_prob,
-            "response_mask": response_mask,
-        }
-        if rollout_is_weights is not None:
-            tensors["rollout_is_weights"] = rollout_is_weights
-        for argument, value in tensors.items():
+        for argument, value in (
+            ("old_log_prob", old_log_prob),
+            ("log_prob", log_prob),
+            ("response_mask", response_mask),
+            ("rollout_is_weights", log_prob if rollout_is_weights is None else rollout_is_weights),
+        ):
             _tensor(argument, value, "[batch, length]", "let verl call this")
-        if not hasattr(config, "global_batch_info"):
-            raise TypeError(
-                f"config: expected the actor's config of verl, which has "
-                f"global_batch_info, got {type(config).__name__}; let verl call this"
-            )
+        expect(
+            hasattr(config, "global_batch_info"),
+            "config",
+            "the actor's config of verl, which has global_batch_info",
+            config,
+            "let verl call this",
+            TypeError,
+        )
         core = _core_algos()
         loss, metrics = core.get_policy_loss_fn(base)(
             old_log_prob=old_log_prob,
@@ -223,10 +229,13 @@ def register(
     _name("base", base)
     core = _core_algos()
     _same_arguments(core.get_policy_loss_fn(base), POLICY_LOSS)
-    if name in core.POLICY_LOSS_REGISTRY:
-        raise ValueError(
-            f"name: expected one that verl does not have yet, got {name!r}; choose another"
-        )
+    expect(
+        name not in core.POLICY_LOSS_REGISTRY,
+        "name",
+        "one that verl does not have yet",
+        repr(name),
+        "choose another",
+    )
     registered: Callable[..., Any] = core.register_policy_loss(name)(policy_loss(base, beta=beta))
     return registered
 
@@ -246,69 +255,66 @@ def install_kl_penalty() -> None:
     if verls is kl_penalty:
         return
     _same_arguments(verls, KL_PENALTY)
-    modules: list[Any] = [
-        module for name, module in list(sys.modules.items()) if name.startswith("verl.")
-    ]
-    for module in modules:
-        if getattr(module, "kl_penalty", None) is verls:
-            module.kl_penalty = kl_penalty
+    for name, module in list(sys.modules.items()):
+        if name.startswith("verl.") and getattr(module, "kl_penalty", None) is verls:
+            setattr(module, "kl_penalty", kl_penalty)  # noqa: B010
 
 
 def _weight_of(beta: float | BetaController) -> float:
     """Return a number, or a controller's beta as it is now."""
-    value = getattr(beta, "beta", beta)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"beta: expected a number or a controller with an attribute `beta`, got "
-            f"{type(value).__name__}; pass 0.05, for instance"
-        )
-    if not 0 <= value <= sys.float_info.max:
-        got = value if isinstance(value, float) or abs(value) < 2**64 else "an integer beyond 2^64"
-        raise ValueError(
-            f"beta: expected a finite number of at least 0, got {got}; a negative beta would "
-            f"reward divergence"
-        )
+    value: Any = getattr(beta, "beta", beta)
+    expect(
+        isinstance(value, (int, float)) and not isinstance(value, bool),
+        "beta",
+        "a number or a controller with an attribute `beta`",
+        value,
+        "pass 0.05, for instance",
+        TypeError,
+    )
+    expect(
+        0 <= value <= sys.float_info.max,
+        "beta",
+        "a finite number of at least 0",
+        value if isinstance(value, float) or abs(value) < 2**64 else "an integer beyond 2^64",
+        "a negative beta would reward divergence",
+    )
     return float(value)
 
 
 def _name(argument: str, value: str) -> None:
-    """Check the name of a policy loss."""
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{argument}: expected the name of a policy loss of verl, got "
-            f"{type(value).__name__}; pass 'vanilla', for instance"
-        )
+    expect(
+        isinstance(value, str),
+        argument,
+        "the name of a policy loss of verl",
+        value,
+        "pass 'vanilla', for instance",
+        TypeError,
+    )
 
 
 def _tensor(argument: str, value: torch.Tensor, what: str, remedy: str) -> None:
-    """Check that it is a tensor."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"{argument}: expected a tensor {what}, got {type(value).__name__}; {remedy}"
-        )
+    expect(isinstance(value, torch.Tensor), argument, f"a tensor {what}", value, remedy, TypeError)
 
 
 def _core_algos() -> ModuleType:
-    """Import verl's core_algos."""
     try:
-        import verl.trainer.ppo.core_algos as core
+        return importlib.import_module("verl.trainer.ppo.core_algos")
     except ModuleNotFoundError as missing:
         raise ImportError(
             f"not installed: {missing.name}; remedy: pip install 'verl=={TESTED}.*'"
         ) from missing
-    found: ModuleType = core
-    return found
 
 
 def _same_arguments(function: Callable[..., Any], expected: tuple[str, ...]) -> None:
     """Check the names of a function's arguments."""
     got = tuple(inspect.signature(function).parameters)
-    if got != expected:
-        import verl
-
-        raise ImportError(
-            f"verl: expected {function.__name__}({', '.join(expected)}) as in version {TESTED}, "
-            f"which fastkl.integrations.verl was tested with, got {function.__name__}"
-            f"({', '.join(got)}) in {getattr(verl, '__version__', 'an unknown version')}; "
-            f"remedy: pip install 'verl=={TESTED}.*'"
-        )
+    version = getattr(sys.modules["verl"], "__version__", "an unknown version")
+    expect(
+        got == expected,
+        "verl",
+        f"{function.__name__}({', '.join(expected)}) as in version {TESTED}, which "
+        f"fastkl.integrations.verl was tested with",
+        f"{function.__name__}({', '.join(got)}) in {version}",
+        f"remedy: pip install 'verl=={TESTED}.*'",
+        ImportError,
+    )

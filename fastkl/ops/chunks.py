@@ -16,8 +16,7 @@ LARGEST_CHUNK = 1024
 # memory, on which results would then depend.
 WORKSPACE = {"cpu": 1 << 27}
 WORKSPACE_ON_A_GPU = 1 << 30
-# Row strides are whole 128-byte lines, whatever V is: matrix units and row kernels read aligned
-# rows.
+# Row strides are whole 128-byte lines for any V: matrix units and row kernels read aligned rows.
 ROW_ELEMENTS = 64
 # A sum of fewer bytes stays in float32: cuBLAS may cut a GEMM with so small a result along the
 # tokens, and add the parts up in 16 bits.
@@ -27,9 +26,7 @@ TILE = 128
 
 
 class Sum:
-    """A gradient summed over tokens, in float32 (float64 for float64); it needs no zeros to start
-    from.
-    """
+    """A gradient summed over tokens, in float32 (float64 for float64); it is never zero-filled."""
 
     def __init__(self, like: torch.Tensor) -> None:
         self._like, self.dtype = like, result_dtype(like)
@@ -37,7 +34,7 @@ class Sum:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of a sum in a wider type than the gradient, which are not returned."""
+        """Bytes of a sum in a wider type than the gradient's, which the op does not return."""
         return 0 if self.dtype == self._like.dtype else self._like.numel() * self.dtype.itemsize
 
     @property
@@ -50,18 +47,18 @@ class Sum:
         """Bytes saved when one GEMM over all tokens writes the gradient in its own dtype and no
         float32 accumulator is needed.
 
-        float16 gradients leave in float32, to be scaled first; a small sum is not worth it.
+        float16 gradients are returned in float32 and scaled later; SMALL_SUM excludes small sums.
         """
         spares = self._like.dtype == torch.bfloat16 and self.extra_bytes >= SMALL_SUM
         return self.extra_bytes if spares else 0
 
     def take_one_product(self) -> None:
-        """Let the only GEMM round to the gradient's dtype, if that spares anything."""
+        """Let the only GEMM round to the gradient's dtype, if that saves memory."""
         if self.spared_bytes:
             self.dtype = self._like.dtype
 
     def add(self, product: Callable[..., None], *operands: torch.Tensor) -> None:
-        """Add what product(total, *operands, first=whether total holds nothing yet) adds."""
+        """Call product(total, *operands, first), which adds to total; at first it fills it."""
         first = self._total is None
         if self._total is None:
             self._total = torch.empty(self._like.shape, dtype=self.dtype, device=self._like.device)
@@ -87,13 +84,13 @@ class SummingHead(Protocol):
 
 
 def row_width(vocabulary: int) -> int:
-    """Return the entries of a row of whole lines."""
+    """Return a vocabulary's entries padded to whole lines."""
     return -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
 
 
 class Plan(NamedTuple):
-    """chunk: tokens of one product that gives logits; window: tokens whose gradients of logits wait
-    for one product back.
+    """Tokens of one GEMM: chunk for the one that computes logits, window for those from the
+    gradients of logits.
     """
 
     chunk: int
@@ -108,10 +105,10 @@ def plan(
 ) -> Plan:
     """Plan from the shapes, the types and a fixed bound on memory.
 
-    The chunk depends on all heads, also where some of them take no part in backward: it computes
-    the logits of forward again, with the same GEMMs. All tokens are one window where that takes no
-    more at its peak than a part of them and the sums that one GEMM does without, and where their
-    gradients take the place of kept logits.
+    heads: those of forward; taking_part: those of backward. The chunk is that of forward even if a
+    head has no gradient, so that recomputed logits have the same bits. One window takes all tokens
+    if their gradients overwrite kept logits, or if its peak memory is no more than that of smaller
+    windows plus a float32 accumulator.
     """
     vocabulary, device = heads[0].weight.shape[0], heads[0].hidden.device.type
     workspace = WORKSPACE.get(device, WORKSPACE_ON_A_GPU)
@@ -125,13 +122,12 @@ def plan(
         if head.learns and not head.overwrites:
             waiting += 1
             gradients += vocabulary * head.hidden.dtype.itemsize
-    # Every GEMM into a weight's sum reads and writes the whole sum: few and large ones.
+    # Every GEMM into a weight's sum reads and writes the whole sum: prefer few large ones.
     sums = weight_sums(taking_part)
     if chunk_size is not None:
         chunk = max(1, min(chunk_size, LARGEST_CHUNK, tokens))
         return Plan(chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk) if sums else chunk)
-    # Half of the room for chunks of logits; with a weight's sum, all that they leave for the
-    # window.
+    # Half of the workspace is for chunks of logits; with a weight's sum, the window takes the rest.
     chunk = min(workspace // 2 // (vocabulary * entry_bytes), LARGEST_CHUNK)
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
     if not waiting:
@@ -144,8 +140,7 @@ def plan(
     window = _cut(tokens, max(chunk, window // chunk * chunk), chunk)
     if not all([heads_of == 1 and weight.spared_bytes for weight, heads_of in sums.items()]):
         return Plan(chunk, window)
-    # Sums are rounded after the last window, one after the other; the results of one GEMM come
-    # beside its window.
+    # Several windows: each sum is rounded after the last. One: its GEMMs' results lie beside it.
     returned = [weight.returned_bytes for weight in sums]
     several = extra + max(window * gradients + chunks, *returned)
     one = tokens * gradients + max(chunks, sum(returned))
@@ -153,7 +148,7 @@ def plan(
 
 
 def weight_sums(heads: Sequence[SummingHead]) -> dict[Sum, int]:
-    """Return the sums for weights, and how many of the heads add to each."""
+    """Return the sums for weights, with the number of heads that add to each."""
     sums: dict[Sum, int] = {}
     for head in heads:
         if head.grad_weight is not None:
@@ -162,8 +157,8 @@ def weight_sums(heads: Sequence[SummingHead]) -> dict[Sum, int]:
 
 
 def _cut(tokens: int, largest: int, unit: int) -> int:
-    """The length of the fewest pieces of at most `largest` tokens, nearly equal in whole units: no
-    small piece is left at the end.
+    """Return the length of the fewest pieces of at most `largest` tokens, nearly equal in whole
+    units, so that no small piece is left at the end.
     """
     if tokens <= largest:
         return max(1, tokens)

@@ -1,4 +1,4 @@
-"""Gradients of rows on a CPU from the sums that cpu_rows.statistics has saved."""
+"""Gradients of rows on a CPU from the values that cpu_rows.statistics saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cpu_rows import (
     KIND,
     LOG1P_T,
     LOG_SUM,
-    LOWEST,
+    LOWEST_Z,
     MEAN,
     SHIFT,
     KLRows,
@@ -20,34 +20,34 @@ from .cpu_rows import (
     takes_whole_rows,
 )
 
-# Entries of a row up to which softmax's backward, one pass instead of four, adds accurately enough:
-# its sums lose 1e-5 of 100,000 products.
+# Longest row for which torch's softmax backward (one pass instead of four) is accurate enough: at
+# 100,000 entries its sums are off by 1e-5.
 SHORT = 4096
-# Bytes that LentMemory may allocate for the last rows; more where a twelfth of the gradient, or a
-# row, is more.
+# Bytes that LentMemory may allocate for the last rows; more if a twelfth of the gradient, or a row,
+# is more.
 OWN_BYTES = 1 << 18
 NONE = torch.empty(0, dtype=torch.long)
 
-# A tensor for P and one for Q, each None where nobody asked for it.
+# A tensor for P and one for Q, None if not requested.
 Sides = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def part_of(sides: Sides, at: slice | torch.Tensor | tuple[slice, slice]) -> Sides:
-    """Some rows, or rows and columns, of each."""
-    of_p, of_q = sides
-    return None if of_p is None else of_p[at], None if of_q is None else of_q[at]
+    """Return the rows, or rows and columns, `at` of each."""
+    grad_p, grad_q = sides
+    return None if grad_p is None else grad_p[at], None if grad_q is None else grad_q[at]
 
 
 class LentMemory:
-    """Buffers for a KL and its gradient to P, computed together: gradient rows not yet written,
-    memory of their own for the last rows.
+    """Scratch memory borrowed from gradient rows that are not written yet; the last rows get memory
+    of their own.
 
-    room: buffers for the rows that rows_from allows. own_room: for up to own_rows rows, wherever
-    they lie. separate: whether the gradient does not overlap the logits.
+    room: buffers for the rows that rows_from allows. own_room: for any own_rows rows. separate:
+    whether the gradient's storage is not that of the logits.
     """
 
     def __init__(self, p: torch.Tensor, q: torch.Tensor, grad: torch.Tensor, step: int) -> None:
-        # A row takes d, the products and, of 16-bit logits, their softmax in float32.
+        # Bytes of a row's d, its products and, for 16-bit logits, its softmax, in float32.
         row = (8 if grad.dtype == torch.float32 else 12) * grad.shape[1]
         self._grad, self._lent_rows, self._step = grad, 0, 2 * step
         self.room = self.own_room = Room(0, p.device)
@@ -58,7 +58,7 @@ class LentMemory:
         self.own_rows = max(1, min(2 * step, max(grad.nbytes // 12, OWN_BYTES) // row))
 
     def rows_from(self, start: int) -> int:
-        """How many rows to compute from row `start` on."""
+        """Return the number of rows to compute from row `start` on, and set `room` for them."""
         count = 0
         if self._lends:
             count = min(self._step, (len(self._grad) - start - 1) // (1 + self._gradient_rows))
@@ -83,9 +83,9 @@ def kl_and_gradient(
     """Compute the KL of rows that stay in cache and fill `grad` [k, V] with p·(d - W)·factor, the
     gradient to P if factor is -s·upstream.
 
-    To the bit what `statistics` and `gradients` compute, with one softmax less. Returns also the
-    numbers of the rows for which float32 does not suffice, and copies of them. keep_grad: grad is
-    not to be written before the logits are read.
+    Bit-identical to `statistics` then `gradients`, with one softmax fewer. Returns also the numbers
+    of the fallback rows, for which float32 does not suffice, and copies of them. keep_grad: grad
+    must not be written before the logits are read.
     """
     e = (
         room("e", block.x.shape)
@@ -93,15 +93,15 @@ def kl_and_gradient(
         else grad
     )
     result = kl_only(block, e, room)
-    others = NONE if result.all_hold() else (~result.holds()).nonzero()[:, 0]
-    copies = block.part(others) if len(others) else block
+    fallback = NONE if result.all_valid() else (~result.valid()).nonzero()[:, 0]
+    copies = block.part(fallback) if len(fallback) else block
     _about_mean(room("d", e.shape), e, result.weight, room)
     _write(e, (factor / result.weight).unsqueeze(-1), grad, None, None)
-    return result, others, copies
+    return result, fallback, copies
 
 
 def _about_mean(d: torch.Tensor, e: torch.Tensor, weight: torch.Tensor, room: Room) -> None:
-    """Put e·(d - Σ e·d/weight) into e, and anything into d."""
+    """Write e·(d - Σ e·d/weight) to e; d is clobbered."""
     if d.shape[1] > SHORT:
         torch.mul(d.sub_(dot(e, d, room("work", d.shape)).div_(weight).unsqueeze(-1)), e, out=e)
     elif len(d) > 1 or torch.get_num_threads() == 1:
@@ -119,21 +119,21 @@ def gradients(
     grads: Sides,
     room: Room,
 ) -> None:
-    """Fill grads [k, V] to P and Q of rows that `statistics` holds, as many entries at a time as
-    `room` has; they may be the logits themselves.
+    """Fill the gradients [k, V] of rows that `statistics` computed, as many entries at a time as
+    `room` has; they may overwrite the logits.
 
-    Computes reference.row_gradients from p = e/S, d and rise = q/p - 1:
+    Computes reference.row_gradients from p = e/S, d and r = q/p - 1 (ratio_minus_1):
         dP = s·(g_logprob·onehot - p·(g_logprob + g_entropy·(log p - E[log p])
-                                      + g_kl·(d - W) + g_ref_kl·rise))
+                                      + g_kl·(d - W) + g_ref_kl·r))
         dQ = s·(g_ref_logprob·onehot
-                + p·(g_kl·rise + (1 + rise)·(g_ref_kl·(d - E_q[d]) - g_ref_logprob)))
+                + p·(g_kl·r + (1 + r)·(g_ref_kl·(d - E_q[d]) - g_ref_logprob)))
     """
     vocabulary, elements = block.x.shape[1], room.elements
     step = max(1, elements // vocabulary)
     if upstream.keys() == {"kl"} and takes_whole_rows(block.x):
         columns = saved[:, :, None].unbind(1)
         shift = columns[SHIFT] if bool(saved[:, SHIFT].any()) else None
-        of_rows = _OfRows(
+        terms = _KLTerms(
             shift,
             columns[CENTRE],
             columns[LOG1P_T] - columns[MEAN],
@@ -141,13 +141,13 @@ def gradients(
         )
         for first in range(0, len(saved), step):
             rows = slice(first, first + step)
-            _kl_gradients(block.part(rows), of_rows.part(rows), *part_of(grads, rows), room)
+            _kl_gradients(block.part(rows), terms.part(rows), *part_of(grads, rows), room)
         return
     g = {name: value[:, None] for name, value in upstream.items()}
     kept = saved.clone()[:, :, None]
     factor = kept[:, KIND] = torch.exp(-kept[:, LOG_SUM]) * block.scale
     shifted = bool(saved[:, SHIFT].any())
-    # The gradient to P of one field is one product.
+    # The gradient of one field to P alone is one product.
     only = (
         next(iter(g))
         if len(g) == 1 and grads[1] is None and not g.keys() & {"logprob", "ref_logprob"}
@@ -157,24 +157,24 @@ def gradients(
         kept[:, KIND] = -factor * g[only]
     for first in range(0, len(saved), step):
         rows = slice(first, first + step)
-        here, given = (
+        part, part_g = (
             block.part(rows),
             {name: value[rows] for name, value in g.items()} if only is None else g,
         )
-        values, targets = kept[rows].unbind(1), part_of(grads, rows)
+        values, part_grads = kept[rows].unbind(1), part_of(grads, rows)
         if vocabulary <= elements:
-            _gradients(here, 0, values, shifted, only, given, targets, room)
+            _gradients(part, 0, values, shifted, only, part_g, part_grads, room)
             continue
         for start in range(0, vocabulary, elements):
             at = slice(None), slice(start, start + elements)
-            columns_here = here._replace(x=here.x[at], y=None if here.y is None else here.y[at])
-            some = part_of(targets, at)
-            _gradients(columns_here, start, values, shifted, only, given, some, room)
+            tile = part._replace(x=part.x[at], y=None if part.y is None else part.y[at])
+            tile_grads = part_of(part_grads, at)
+            _gradients(tile, start, values, shifted, only, part_g, tile_grads, room)
 
 
-class _OfRows(NamedTuple):
-    """Whole and rest of what is taken from y - x, the KL, and s·upstream of each row, [k, 1]; shift
-    is None where it is 0 in every row.
+class _KLTerms(NamedTuple):
+    """The shift and centre subtracted from y - x, the KL, and s·upstream of each row, [k, 1]; shift
+    is None if it is 0 in every row.
     """
 
     shift: torch.Tensor | None
@@ -182,27 +182,27 @@ class _OfRows(NamedTuple):
     kl: torch.Tensor
     factor: torch.Tensor
 
-    def part(self, rows: slice) -> _OfRows:
-        """Some of the rows."""
+    def part(self, rows: slice) -> _KLTerms:
+        """Return the rows `rows`."""
         shift, centre, kl, factor = self
-        some_shift = None if shift is None else shift[rows]
-        return _OfRows(some_shift, centre[rows], kl[rows], factor[rows])
+        part_shift = None if shift is None else shift[rows]
+        return _KLTerms(part_shift, centre[rows], kl[rows], factor[rows])
 
 
 def _kl_gradients(
     block: Block,
-    of_rows: _OfRows,
+    terms: _KLTerms,
     grad_p: torch.Tensor | None,
     grad_q: torch.Tensor | None,
     room: Room,
 ) -> None:
-    """Fill the gradients of the KL alone of whole rows, times `factor`; all logits are read before
+    """Fill the gradients of a KL alone, of whole rows, times `factor`; all logits are read before
     any gradient is written.
     """
     x, y, _, scale = block
     assert y is not None
-    shift, centre, kl, factor = of_rows
-    # A float32 gradient is the buffer of its own e: one row less in memory.
+    shift, centre, kl, factor = terms
+    # A float32 gradient is the buffer of its own e: one buffer less.
     e = (
         grad_p
         if grad_p is not None and grad_p.dtype == torch.float32 and grad_p.is_contiguous()
@@ -217,9 +217,9 @@ def _kl_gradients(
     weight = row_sum(softmax(x, scale, e))
     factor = factor / weight[:, None]
     if grad_q is not None:
-        rise = room("rise", x.shape)
-        torch.sub(d, dot(e, d, rise)[:, None] + kl, out=rise).expm1_().mul_(e)
-        _write(rise, factor, grad_q, None, None)
+        q_minus_p = room("q - p", x.shape)  # times weight
+        torch.sub(d, dot(e, d, q_minus_p)[:, None] + kl, out=q_minus_p).expm1_().mul_(e)
+        _write(q_minus_p, factor, grad_q, None, None)
     if grad_p is not None:
         _about_mean(d, e, weight, room)
         _write(e, -factor, grad_p, None, None)
@@ -235,22 +235,22 @@ def _gradients(
     grads: Sides,
     room: Room,
 ) -> None:
-    """Fill the gradients of some columns, the first of which is `start`; all logits are read before
-    any gradient is written.
+    """Fill the gradients of the columns from `start` on; all logits are read before any gradient is
+    written.
 
-    kept: the columns of `saved`, [k, 1] each, with s/S in place of KIND, or -g·s/S for the one
-    field `only`.
+    kept: the columns of `saved`, [k, 1] each, with s/S in place of KIND, or -g·s/S if `only` names
+    a field.
     """
     shape, scale, (grad_p, grad_q) = block.x.shape, block.scale, grads
     top, log_sum, shift, centre, log1p_t, *_ = kept
-    x, d, rise = wide(block.x, room("x", shape)), None, None
+    x, d, ratio_minus_1 = wide(block.x, room("x", shape)), None, None
     if g.keys() & {"kl", "ref_kl"} or (grad_q is not None and "ref_logprob" in g):
         assert block.y is not None
         d = difference(block.y, x, top, shift if shifted else None, room).sub_(centre)
         if not is_one(scale):
             d.mul_(scale)
         if "ref_kl" in g or grad_q is not None:
-            rise = torch.sub(d, log1p_t, out=room("rise", shape)).expm1_()
+            ratio_minus_1 = torch.sub(d, log1p_t, out=room("q/p - 1", shape)).expm1_()
     z = torch.sub(x, top, out=room("x", shape))
     if not is_one(scale):
         z.mul_(scale)
@@ -260,7 +260,7 @@ def _gradients(
         token = _Token(block.tokens - start, shape[1])
     log_p = None if token is None else token.of(z) - log_sum
     e = torch.exp(z, out=room("e", shape)) if "entropy" in g else z.exp_()
-    terms = _Terms(z, d, rise, e, token, log_p, scale)
+    terms = _Terms(z, d, ratio_minus_1, e, token, log_p, scale)
     if grad_q is not None:
         _to_q(terms, kept, g, grad_q, room)
     if grad_p is not None:
@@ -268,13 +268,13 @@ def _gradients(
 
 
 class _Terms(NamedTuple):
-    """Terms of both gradients in some columns: z = (x - top)·s, d, rise = q/p - 1, e = exp(z), and
-    each row's token with its log p; None where no upstream gradient needs one.
+    """Terms of both gradients in a block's columns: z = (x - top)·s, d, q/p - 1, e = exp(z), and
+    each row's token with its log p; None if no upstream gradient needs it.
     """
 
     z: torch.Tensor
     d: torch.Tensor | None
-    rise: torch.Tensor | None
+    ratio_minus_1: torch.Tensor | None
     e: torch.Tensor
     token: _Token | None
     log_p: torch.Tensor | None
@@ -289,12 +289,12 @@ def _to_q(
     room: Room,
 ) -> None:
     """Write dQ; `kept` as in _gradients."""
-    _, d, rise, e, token, log_p, scale = terms
+    _, d, ratio_minus_1, e, token, log_p, scale = terms
     _, _, _, _, _, _, factor, log_q, _, ref_mean = kept
     if not g.keys() & {"kl", "ref_kl", "ref_logprob"}:
         grad.zero_()
         return
-    assert d is not None and rise is not None
+    assert d is not None and ratio_minus_1 is not None
     bracket = room("q", e.shape)
     own = None
     if g.keys() & {"ref_kl", "ref_logprob"}:
@@ -303,15 +303,15 @@ def _to_q(
             assert token is not None and log_p is not None
             own = scale * (
                 log_q.exp() * token.of(bracket)
-                + log_p.exp() * token.of(rise) * g.get("kl", 0.0)
+                + log_p.exp() * token.of(ratio_minus_1) * g.get("kl", 0.0)
                 - log_q.expm1() * g["ref_logprob"]
             )
             bracket.sub_(g["ref_logprob"])
-        bracket.mul_(torch.add(rise, 1.0, out=room("work", e.shape)))
+        bracket.mul_(torch.add(ratio_minus_1, 1.0, out=room("work", e.shape)))
         if "kl" in g:
-            bracket.add_(torch.mul(rise, g["kl"], out=room("work", e.shape)))
+            bracket.add_(torch.mul(ratio_minus_1, g["kl"], out=room("work", e.shape)))
     else:
-        torch.mul(rise, g["kl"], out=bracket)
+        torch.mul(ratio_minus_1, g["kl"], out=bracket)
     _write(bracket.mul_(factor), e, grad, token, own)
 
 
@@ -322,21 +322,21 @@ def _to_p(
     g: dict[str, torch.Tensor],
     grad: torch.Tensor,
 ) -> None:
-    """Write dP over z, d and e; `kept` and `only` as in _gradients."""
-    z, d, rise, e, token, log_p, scale = terms
+    """Write dP, clobbering z, d and e; `kept` and `only` as in _gradients."""
+    z, d, ratio_minus_1, e, token, log_p, scale = terms
     _, _, _, _, _, log_mean, factor, _, mean, _ = kept
     if not g.keys() - {"ref_logprob"}:
         grad.zero_()
         return
     products = [
         (v, g[name])
-        for name, v in (("kl", d), ("entropy", z), ("ref_kl", rise))
+        for name, v in (("kl", d), ("entropy", z), ("ref_kl", ratio_minus_1))
         if name in g and v is not None
     ]
     if "kl" in g and d is not None:
         d.sub_(mean)
     if "entropy" in g:
-        z.clamp_(min=LOWEST).sub_(log_mean)
+        z.clamp_(min=LOWEST_Z).sub_(log_mean)
     if only is not None:
         _write(products[0][0], e.mul_(factor), grad, None, None)
         return
@@ -357,9 +357,7 @@ def _to_p(
 
 
 class _Token:
-    """Each row's token among some columns: its entry of any values there, and the place to write it
-    to.
-    """
+    """Each row's token among a block's columns: where it is, and its entry of any values."""
 
     def __init__(self, index: torch.Tensor, width: int) -> None:
         self.inside = ((index >= 0) & (index < width))[:, None]
@@ -376,7 +374,7 @@ def _write(
     token: _Token | None,
     own: torch.Tensor | None,
 ) -> None:
-    """Write values·factor into `grad`, and at each row's token its own [k, 1], rounded to the
+    """Write values·factor to `grad`, and `own` [k, 1] at each row's token, each rounded to the
     gradient's type once.
     """
     result = grad if grad.dtype == torch.float32 else values

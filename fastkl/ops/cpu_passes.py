@@ -1,4 +1,4 @@
-"""Passes over a block of rows on a CPU, and the buffers they write to."""
+"""Passes over a block of rows on a CPU, and the buffers that they write to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Block(NamedTuple):
     scale: torch.Tensor | float
 
     def part(self, rows: slice | torch.Tensor) -> Block:
-        """Some of the rows."""
+        """Return the rows `rows`."""
         x, y, tokens, scale = self
         return Block(
             x[rows],
@@ -30,10 +30,10 @@ class Block(NamedTuple):
 
 
 class Room:
-    """Float32 buffers by name, each as large as the largest shape asked of it. elements: entries of
-    a block, for whoever cuts blocks.
+    """Float32 buffers by name, each as large as the largest shape requested.
 
-    memory: a vector from which buffers are taken until it is used up.
+    elements: entries per block, for the caller. memory: a vector from which buffers are taken until
+    it is used up.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ def row_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Σ a·b of each row, [k]; the products go to `out`."""
+    """Compute Σ a·b of each row, [k]; the products go to `out`."""
     return row_sum(torch.mul(a, b, out=out))
 
 
 def is_one(scale: torch.Tensor | float) -> bool:
-    """Whether a scale is the number 1, so that no pass is needed."""
+    """Return whether a scale is the number 1, so that no pass is needed."""
     return not isinstance(scale, torch.Tensor) and scale == 1.0
 
 
@@ -85,8 +85,9 @@ def difference(
     shift: torch.Tensor | None,
     room: Room,
 ) -> torch.Tensor:
-    """y - x - shift in float32, for whole numbers [k, 1], subtracted from the operand farther from
-    0, where that is lossless.
+    """Compute y - x - shift in float32.
+
+    shift: whole numbers [k, 1], subtracted from the operand of larger magnitude, which is exact.
     """
     out = room("d", x.shape)
     y = wide(y, out)
@@ -98,7 +99,7 @@ def difference(
 
 
 def wide(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The values in float32: themselves, or a copy in `out`."""
+    """Return the values in float32: themselves, or a copy in `out`."""
     return values if values.dtype == torch.float32 else out.copy_(values)
 
 
@@ -108,8 +109,9 @@ def softmax(
     out: torch.Tensor,
     work: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(x·scale) of float32 logits; `out` may be x. `work` then holds (x - top)·scale, unless
-    scale is 1.
+    """Compute softmax(x·scale) of float32 logits; `out` may be x.
+
+    work: afterwards (x - top)·scale, unless scale is 1.
     """
     if not is_one(scale):
         x = torch.sub(x, x.amax(-1, keepdim=True), out=out if work is None else work).mul_(scale)

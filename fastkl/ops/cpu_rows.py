@@ -1,18 +1,18 @@
-"""Row statistics and gradients on a CPU in few passes over blocks that stay in cache; rows beyond
-float32's range go to reference.py.
+"""Row statistics on a CPU in few passes over blocks that stay in cache; rows beyond float32's range
+go to reference.py.
 
 With e = softmax(x·s), s = 1/T, S = Σ e, near 1, E[·] = Σ e·(·)/S and c near E[(y - x)·s]:
     d = (y - x)·s - c,   W = E[d],   t = E[expm1(d)]
     KL(P‖Q) = log1p(t) - W,   KL(Q‖P) = (W + E[d·expm1(d)])/(1 + t) - log1p(t)
-Where all |d| < 1, h = expm1(d) - d and r = d·expm1(d) - h are d² times a polynomial, whose sums are
-as small as the result: t = h + W. Its degree is 5, or 4 where all |d| < 1/2. A wider row takes one
-expm1 per entry.
+If all |d| < 1, h = expm1(d) - d and ref_h = d·expm1(d) - h are d² times a polynomial, whose sums
+are as small as the result: t = E[h] + W. Its degree is 5, or 4 if all |d| < 1/2. Other rows take
+one expm1 per entry.
 
-KL alone: forward and backward each take one softmax, or both together one; the gradient to P is
-p·(d - W).
+KL alone: forward and backward take one softmax each, or one if computed together; the gradient to P
+is proportional to p·(d - W).
 
-Every step acts on one entry or sums one row in an order that its length alone decides, and its
-values alone select the steps of a row: the bits of a row do not depend on the rows beside it.
+Every step acts on one entry, or sums one row in an order that depends on its length alone; a row's
+values alone select its steps. So the bits of a row do not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -24,39 +24,42 @@ import torch
 
 from .cpu_passes import Block, Room, difference, dot, is_one, row_sum, softmax, wide
 
-# Columns of `saved` in a row computed here; reference.FAR, 6, holds LEAN in it, and 0 or 1 in any
-# other row.
+# Columns of `saved` in a row computed here. KIND is column reference.FAR: LEAN for these rows, 0 or
+# 1 for reference.py's.
 TOP, LOG_SUM, SHIFT, CENTRE, LOG1P_T, LOG_MEAN, KIND, REF_LOGPROB, MEAN, REF_MEAN = range(10)
 LEAN = 2.0
-# Largest |d|: beyond it e·exp(d) may count where e underflows, and d has too few digits.
-LARGEST_D = 16.0
-LARGEST_SHIFT = 2.0**20
-# Longest 16-bit row whose gradient uses float32 buffers of a whole row; longer rows go in column
+# Largest |d|: beyond it e·exp(d) may matter where e underflows, and d has too few digits.
+LARGEST_CPU_D = 16.0
+LARGEST_CPU_SHIFT = 2.0**20
+# Longest 16-bit row whose gradient uses float32 buffers of a whole row; longer ones go by column
 # blocks.
 LONGEST_16_BIT_ROW = 1 << 15
-# Lower clamp of (x - top)·s: 0·(-inf) would be NaN.
-LOWEST = -1e4
-# Nats up to which float32 holds a KL, and the fields of Q: beside a near-certain token of Q, 1 - q
-# comes from d.
+# Lower clamp of z = (x - top)·s: 0·(-inf) would be NaN.
+LOWEST_Z = -1e4
+# Largest KL, in nats, for KL(P‖Q) alone; and for the fields of Q, whose 1 - q beside a near-certain
+# token is computed from d.
 LARGEST_KL, LARGEST_KL_OF_Q = 8.0, 2.0
-# (expm1(d) - d)/d² and (d·expm1(d) - expm1(d) + d)/d², in powers of d: minimax in relative error,
-# 0.8e-6 for |d| ≤ 1/2, 1.6e-6 for |d| ≤ 1, and 4.6e-6 for |d| ≤ 1/2.
-NEAR, NEAREST = 1.0, 0.5
+# Bounds of |d| for the polynomials: their coefficients are minimax in relative error.
+NEAR_D, NEAREST_D = 1.0, 0.5
+# h/d² for |d| ≤ 1/2, error 0.8e-6.
 H_NEAREST = (0.4999999597, 0.1666628011, 0.04166747686, 0.008395411037, 0.001391465294)
-H = (0.5000007505, 0.1666658922, 0.04165279481, 0.00833525517, 0.001426253689, 0.0001997766196)
-R = (0.4999994052, 0.3333105852, 0.1250159127, 0.03370366874, 0.006921233201)
+# h/d² for |d| ≤ 1, error 1.6e-6.
+H_NEAR = (0.5000007505, 0.1666658922, 0.04165279481, 0.00833525517, 0.001426253689, 0.0001997766196)
+# ref_h/d² for |d| ≤ 1/2, error 4.6e-6.
+REF_H_NEAREST = (0.4999994052, 0.3333105852, 0.1250159127, 0.03370366874, 0.006921233201)
 
 
 def takes_whole_rows(logits: torch.Tensor) -> bool:
-    """Whether the gradient of a KL alone is made from softmax(x), a whole row at a time; else
-    forward saves what parts of a row need.
+    """Return whether the gradient of a KL alone is computed from softmax(x), a whole row at a time;
+    else forward saves the sums with which backward computes parts of a row.
     """
     return logits.shape[-1] <= LONGEST_16_BIT_ROW or logits.dtype == torch.float32
 
 
 class _Sums(NamedTuple):
-    """Sums and extremes of each row, [k]; None if not asked for. e is a softmax: weight = Σ e,
-    largest = max e, S = weight/largest.
+    """Sums and extremes of each row, [k]; None if not requested.
+
+    e is a softmax: weight = Σ e, largest = max e, Σ exp((x - top)·s) = weight/largest.
     """
 
     top: torch.Tensor
@@ -67,38 +70,38 @@ class _Sums(NamedTuple):
     shift: torch.Tensor | None = None
     centre: torch.Tensor | None = None
     mean: torch.Tensor | None = None
-    size: torch.Tensor | None = None  # the largest |d|
+    largest_d: torch.Tensor | None = None  # max |d|
     ref_weight: torch.Tensor | None = None
     ref_largest: torch.Tensor | None = None
     ref_token: torch.Tensor | None = None
     h: torch.Tensor | None = None  # Σ e·(expm1(d) - d)
-    r: torch.Tensor | None = None  # Σ e·(d·expm1(d) - expm1(d) + d)
+    ref_h: torch.Tensor | None = None  # Σ e·(d·expm1(d) - expm1(d) + d)
 
 
 def statistics(
     block: Block, fields: set[str], room: Room, step: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """({field: [k]}, saved [k, 10], whether they hold [k]) of rows, `step` of them in cache at a
-    time, for the fields asked for.
+    """Compute ({field: [k]}, saved [k, 10], whether float32 suffices [k]) for the requested fields,
+    `step` rows at a time.
     """
     rows = len(block.x)
     parts = [block.part(slice(first, first + step)) for first in range(0, rows, step)]
     if fields == {"kl"} and takes_whole_rows(block.x):
         saved = torch.zeros(rows, 10, dtype=torch.float32, device=block.x.device)
         saved[:, KIND] = LEAN
-        kl, held = [], []
+        kl, valid = [], []
         for first, part in zip(range(0, rows, step), parts, strict=True):
             result = kl_only(part, room("e", part.x.shape), room)
             result.save(saved.unbind(-1), slice(first, first + step))
             kl.append(result.kl)
-            held.append(result.holds())
-        return {"kl": torch.cat(kl)}, saved, torch.cat(held)
+            valid.append(result.valid())
+        return {"kl": torch.cat(kl)}, saved, torch.cat(valid)
     both = not fields.isdisjoint(("ref_kl", "ref_logprob"))
     sums = _joined([_sums(part, "entropy" in fields, both, room) for part in parts])
     saved = torch.zeros(rows, 10, dtype=torch.float32, device=sums.top.device)
     log_sum = _log_sum(sums.weight, sums.largest)
     saved[:, TOP], saved[:, LOG_SUM], saved[:, KIND] = sums.top, log_sum, LEAN
-    results, holds = {}, log_sum.isfinite()
+    results, all_valid = {}, log_sum.isfinite()
     if sums.token is not None:
         results["logprob"] = sums.token - log_sum
     if sums.log_mean is not None:
@@ -106,12 +109,12 @@ def statistics(
         results["entropy"] = log_sum - mean
         saved[:, LOG_MEAN] = mean
     if block.y is not None:
-        holds &= _finish_pair(sums, both, results, saved)
-    return results, saved, holds
+        all_valid &= _finish_pair(sums, both, results, saved)
+    return results, saved, all_valid
 
 
 def _joined(parts: list[_Sums]) -> _Sums:
-    """The results of blocks, one after another."""
+    """Concatenate the sums of blocks."""
     if len(parts) == 1:
         return parts[0]
     return _Sums._make(
@@ -120,32 +123,31 @@ def _joined(parts: list[_Sums]) -> _Sums:
 
 
 class KLRows(NamedTuple):
-    """The KL of each row, [k], what was subtracted from y - x (centre, shift), the sum of its
-    softmax (weight), its largest |d| (size).
+    """Each row's KL, the centre and shift subtracted from y - x, Σ e (weight) and max |d|, [k].
 
-    shift is None where it is 0 in every row, and size where all |d| < NEAREST.
+    shift is None if it is 0 in every row, largest_d if all |d| < NEAREST_D.
     """
 
     kl: torch.Tensor
     centre: torch.Tensor
     weight: torch.Tensor
     shift: torch.Tensor | None
-    size: torch.Tensor | None
+    largest_d: torch.Tensor | None
 
-    def holds(self) -> torch.Tensor:
-        """Whether float32 suffices for the row, [k]."""
-        holds = self.kl < LARGEST_KL
-        if self.size is not None:
-            holds &= self.size < LARGEST_D
-        return holds if self.shift is None else holds & (self.shift.abs() < LARGEST_SHIFT)
+    def valid(self) -> torch.Tensor:
+        """Return whether float32 suffices for each row, [k]."""
+        valid = self.kl < LARGEST_KL
+        if self.largest_d is not None:
+            valid &= self.largest_d < LARGEST_CPU_D
+        return valid if self.shift is None else valid & (self.shift.abs() < LARGEST_CPU_SHIFT)
 
-    def all_hold(self) -> bool:
-        """Whether float32 suffices for every row; needs no check where all |d| < NEAREST."""
-        return (self.size is None and self.shift is None) or bool(self.holds().all())
+    def all_valid(self) -> bool:
+        """Return whether float32 suffices for every row; not computed if all |d| < NEAREST_D."""
+        return (self.largest_d is None and self.shift is None) or bool(self.valid().all())
 
     def save(self, columns: tuple[torch.Tensor, ...], rows: slice) -> None:
-        """Put what backward needs into some rows of the columns of `saved`, which are 0, and LEAN
-        for KIND.
+        """Write the values for backward to the rows `rows` of the columns of `saved`, which are 0,
+        and LEAN for KIND.
         """
         columns[CENTRE][rows] = self.centre
         columns[LOG1P_T][rows] = self.kl
@@ -154,27 +156,27 @@ class KLRows(NamedTuple):
 
 
 def kl_only(block: Block, e: torch.Tensor, room: Room) -> KLRows:
-    """Compute the KL of a block that stays in cache; leaves softmax(x) in `e`, which must not alias
-    x, and d in room("d").
+    """Compute the KL of a block; leave softmax(x·s) in `e`, which must not alias x, and d in
+    room("d").
     """
     assert block.y is not None
     x = wide(block.x, e)
     d = difference(block.y, x, None, None, room)
     softmax(x, block.scale, e)
-    # softmax adds a long row up less accurately than row_sum does.
+    # softmax sums a long row less accurately than row_sum.
     weight = row_sum(e)
     shift, centre = _centre(block, e, weight, d, room)
-    size, h, _ = _series_sums(e, d, None, False, room)
-    # KL = log1p(t) - W with t = h + W. W, the rounding error of the centre, is left out: it changes
-    # the KL by -h·W only.
-    return KLRows(h.div_(weight).log1p_().clamp_(min=0.0), centre, weight, shift, size)
+    largest_d, h, _ = _series_sums(e, d, None, False, room)
+    # KL = log1p(t) - W with t = E[h] + W. Leave out W, the rounding error of the centre: it changes
+    # the KL by -E[h]·W only.
+    return KLRows(h.div_(weight).log1p_().clamp_(min=0.0), centre, weight, shift, largest_d)
 
 
 def _centre(
     block: Block, e: torch.Tensor, weight: torch.Tensor, d: torch.Tensor, room: Room
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Take E[y - x] from d = y - x and scale it, in place; return integer (shift) and remainder
-    (centre) of it, [k].
+    """Subtract E[y - x] from d = y - x and multiply by the scale, in place; return that mean as a
+    whole number (shift) and the rest (centre), [k].
     """
     assert block.y is not None
     work, shift = room("work", d.shape), None
@@ -191,7 +193,7 @@ def _centre(
 
 
 def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
-    """The sums of a block that stays in cache; both: r and the log-sum-exp of Q too."""
+    """Compute the sums of a block; both: ref_h and the log-sum-exp of Q too."""
     x, y, tokens, scale = block
     x = wide(x, room("x", x.shape))
     work = room("work", x.shape)
@@ -200,7 +202,7 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
     weight, largest, log_mean, token = row_sum(e), e.amax(-1), None, None
     if entropy:
         z = work if not is_one(scale) else torch.sub(x, top, out=work)
-        log_mean = dot(z.clamp_(min=LOWEST), e, work)
+        log_mean = dot(z.clamp_(min=LOWEST_Z), e, work)
     if tokens is not None:
         tokens = tokens[:, None]
         token = ((x.gather(-1, tokens) - top) * scale)[:, 0]
@@ -209,59 +211,62 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
     d = difference(y, x, None, None, room)
     shift, centre = _centre(block, e, weight, d, room)
     mean = dot(e, d, work)
-    of_q: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = None, None, None
+    q_sums: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = None, None, None
     if tokens is not None:
-        # The digits of 1 - q beside a near-certain token are those of Q's own sum.
-        wide_y = wide(y, room("some e", x.shape))
+        # Sum Q itself: beside a near-certain token 1 - q needs the digits of that sum.
+        wide_y = wide(y, room("part of e", x.shape))
         y_top = wide_y.amax(-1, keepdim=True)
-        q = softmax(wide_y, scale, room("some d", x.shape), work)
-        of_q = row_sum(q), q.amax(-1), ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
-    size, h, r = _series_sums(e, d, mean, both, room)
-    shift, size = (torch.zeros_like(centre) if value is None else value for value in (shift, size))
-    return _Sums(
-        top[:, 0], weight, largest, log_mean, token, shift, centre, mean, size, *of_q, h, r
+        q = softmax(wide_y, scale, room("part of d", x.shape), work)
+        q_sums = row_sum(q), q.amax(-1), ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
+    largest_d, h, ref_h = _series_sums(e, d, mean, both, room)
+    shift, largest_d = (
+        torch.zeros_like(centre) if value is None else value for value in (shift, largest_d)
     )
+    of_rows = top[:, 0], weight, largest, log_mean, token
+    return _Sums(*of_rows, shift, centre, mean, largest_d, *q_sums, h, ref_h)
 
 
 def _series_sums(
     e: torch.Tensor, d: torch.Tensor, mean: torch.Tensor | None, both: bool, room: Room
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """(largest |d|, Σ e·h, Σ e·r or None) of each row, no largest where all are below NEAREST;
+    """Compute (max |d|, Σ e·h, Σ e·ref_h or None) of each row; None for max |d| below NEAREST_D.
+
     mean: Σ e·d, if it was computed.
     """
     work = room("work", d.shape)
-    nearest = _largest(d) < NEAREST
-    size = None if nearest else torch.maximum(-d.amin(-1), d.amax(-1))
-    h, r = _series(e, d, H_NEAREST, work), _series(e, d, R, work) if both else None
-    if size is None:
-        return size, h, r
-    near = NEAREST if both else NEAR
-    for some, is_near in (((size >= NEAREST) & (size < near), True), (~(size < near), False)):
-        rows = some.nonzero()[:, 0]
+    nearest = _largest(d) < NEAREST_D
+    largest_d = None if nearest else torch.maximum(-d.amin(-1), d.amax(-1))
+    h = _series(e, d, H_NEAREST, work)
+    ref_h = _series(e, d, REF_H_NEAREST, work) if both else None
+    if largest_d is None:
+        return largest_d, h, ref_h
+    is_near = largest_d < (NEAREST_D if both else NEAR_D)
+    for selected, by_series in ((is_near & (largest_d >= NEAREST_D), True), (~is_near, False)):
+        rows = selected.nonzero()[:, 0]
         if not rows.numel():
             continue
-        some_e, some_d, some_work = e, d, work
+        part_e, part_d, part_work = e, d, work
         if len(rows) < len(d):
-            some_e, some_d, some_work = (
-                room(name, (len(rows), d.shape[1])) for name in ("some e", "some d", "work")
+            part_e, part_d, part_work = (
+                room(name, (len(rows), d.shape[1])) for name in ("part of e", "part of d", "work")
             )
-            torch.index_select(e, 0, rows, out=some_e)
-            torch.index_select(d, 0, rows, out=some_d)
-        if is_near:
-            h[rows] = _series(some_e, some_d, H, some_work)
+            torch.index_select(e, 0, rows, out=part_e)
+            torch.index_select(d, 0, rows, out=part_d)
+        if by_series:
+            h[rows] = _series(part_e, part_d, H_NEAR, part_work)
             continue
-        rise = torch.expm1(some_d, out=some_work).mul_(some_e)
-        first = row_sum(rise)
+        product = torch.expm1(part_d, out=part_work).mul_(part_e)
+        total = row_sum(product)
         if both:
-            of_r = row_sum(rise.mul_(some_d))
-        h[rows] = first - (dot(some_e, some_d, some_work) if mean is None else mean[rows])
-        if r is not None:
-            r[rows] = of_r - h[rows]
-    return size, h, r
+            ref_total = row_sum(product.mul_(part_d))
+        h[rows] = total - (dot(part_e, part_d, part_work) if mean is None else mean[rows])
+        if ref_h is not None:
+            ref_h[rows] = ref_total - h[rows]
+    return largest_d, h, ref_h
 
 
 def _largest(values: torch.Tensor) -> float:
-    """The largest |value|; NaN if there is one."""
+    """Return the largest |value|, or NaN if there is one."""
     smallest, largest = torch.aminmax(values)
     return max(-float(smallest), float(largest))
 
@@ -269,7 +274,7 @@ def _largest(values: torch.Tensor) -> float:
 def _series(
     e: torch.Tensor, d: torch.Tensor, factors: tuple[float, ...], work: torch.Tensor
 ) -> torch.Tensor:
-    """Σ e·d²·(factors[0] + factors[1]·d + …)."""
+    """Compute Σ e·d²·(factors[0] + factors[1]·d + …) of each row."""
     torch.add(_number(factors[-2], d.device), d, alpha=factors[-1], out=work)
     for factor in factors[-3::-1]:
         torch.addcmul(_number(factor, d.device), d, work, out=work)
@@ -284,14 +289,20 @@ def _number(value: float, device: torch.device) -> torch.Tensor:
 def _finish_pair(
     sums: _Sums, both: bool, results: dict[str, torch.Tensor], saved: torch.Tensor
 ) -> torch.Tensor:
-    """Put the fields of both tensors into `results` and `saved`; return whether they hold, [k]."""
-    assert sums.mean is not None and sums.h is not None and sums.size is not None
+    """Put the fields of both tensors into `results` and `saved`; return whether float32 suffices
+    for each row, [k].
+    """
+    assert sums.mean is not None and sums.h is not None and sums.largest_d is not None
     assert sums.shift is not None and sums.centre is not None
     mean, h = sums.mean / sums.weight, sums.h / sums.weight
     t = h + mean
     log1p_t = t.log1p()
     kl = results["kl"] = (log1p_t - mean).clamp_(min=0.0)
-    holds = (sums.size < LARGEST_D) & (kl < LARGEST_KL) & (sums.shift.abs() < LARGEST_SHIFT)
+    valid = (
+        (sums.largest_d < LARGEST_CPU_D)
+        & (kl < LARGEST_KL)
+        & (sums.shift.abs() < LARGEST_CPU_SHIFT)
+    )
     for column, value in (
         (SHIFT, sums.shift),
         (CENTRE, sums.centre),
@@ -300,20 +311,20 @@ def _finish_pair(
     ):
         saved[:, column] = value
     if both:
-        assert sums.r is not None
-        rest = sums.r / sums.weight
+        assert sums.ref_h is not None
+        ref_h = sums.ref_h / sums.weight
         inverse = 1.0 / (1.0 + t)
-        ref_kl = results["ref_kl"] = (rest * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
-        saved[:, REF_MEAN] = (rest + t) * inverse
-        holds &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
+        ref_kl = results["ref_kl"] = (ref_h * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
+        saved[:, REF_MEAN] = (ref_h + t) * inverse
+        valid &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
     if sums.ref_token is not None:
         assert sums.ref_weight is not None and sums.ref_largest is not None
         results["ref_logprob"] = saved[:, REF_LOGPROB] = sums.ref_token - _log_sum(
             sums.ref_weight, sums.ref_largest
         )
-    return holds
+    return valid
 
 
 def _log_sum(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """log S: beside a near-certain token S - 1 keeps what S rounds away."""
+    """Compute log S, S = weight/largest, from S - 1: beside a near-certain token S rounds to 1."""
     return ((weight - largest) / largest).log1p()

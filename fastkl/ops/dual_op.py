@@ -1,13 +1,12 @@
 """Chooses how an op runs: a plain autograd.Function in eager mode, which is fast; a registered
-custom op when a compiler, tracer,
-dispatch mode or subclass must see it.
+custom op when a compiler, tracer, dispatch mode or subclass must see it.
 
-The way through torch.library is right everywhere and takes longer than all else that a call with
-few rows does. Eager mode with plain tensors, which is nearly every call, goes through a Function
-over the same code, and so do torch.func's transforms, whose grad does not take such an op.
+The path through torch.library is always correct, but with few rows it costs more than the rest of
+the call. Eager mode with plain tensors, which is nearly every call, goes through a Function over
+the same code, and so do torch.func's transforms, whose grad does not take such an op.
 torch.compile, torch.export, tracers, dispatch modes (selective checkpointing, fake tensors),
-functionalize, tensor subclasses and meta tensors get the op. A TorchFunctionMode, which
-torch.set_default_device is too, sees neither.
+functionalize, tensor subclasses and meta tensors get the op. A TorchFunctionMode
+(torch.set_default_device installs one) sees neither.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ try:
     from torch._ops import _len_torch_dispatch_stack_pre_dispatch
     from torch.jit._trace import is_tracing
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-except ImportError:  # torch's own names: a release without one of them gets the op everywhere
+except ImportError:  # private names of torch: without one of them every call takes the op
     SHORT_WAYS = False
 else:
     SHORT_WAYS = True
 
-# Any other argument has something of its own to say about how it is computed with.
+# Types that no subclass or mode can override; any other argument sends the call to the op.
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _VALUES = frozenset({torch.dtype, type(None), float, int, bool, str})
 
 Outputs = TypeVar("Outputs")
-# How a field of a NamedTuple is spelt in an op's schema.
+# The type of a NamedTuple's field in an op's schema.
 _SCHEMA = {
     torch.Tensor: "Tensor",
     torch.Tensor | None: "Tensor?",
@@ -57,13 +56,14 @@ _SCHEMA = {
 
 
 class Rules(NamedTuple):
-    """The rules of an op beside its computation.
+    """An op's rules for autograd, vmap and FLOP counting.
 
-    backward, setup_context(ctx, groups, outputs): as in torch.autograd.Function; None saves
-    nothing. `ctx.eager` exists in eager mode, where only the caller and autograd hold what was
-    returned. batch(batch_size, dims, *groups): (groups of one call for all samples of a vmap,
-    out_dims), with dims a tuple for each group; None computes sample by sample. flops(*groups with
-    shapes in place of tensors): floating-point operations of the GEMMs, for
+    backward: as in torch.autograd.Function.
+    setup_context(ctx, groups, outputs): likewise; None saves nothing. `ctx.eager` exists in eager
+    mode, where only the caller and autograd hold the outputs.
+    batch(batch_size, dims, *groups): (groups of one call for all samples of a vmap, out_dims), with
+    dims a tuple for each group; None computes sample by sample.
+    flops(*groups with shapes in place of tensors): floating-point operations of the GEMMs, for
     torch.utils.flop_counter; None for none.
     """
 
@@ -74,16 +74,16 @@ class Rules(NamedTuple):
 
 
 class DualOp(Generic[Outputs]):
-    """A computation with a gradient rule, called the shortest way that is right for the caller.
+    """A computation with a gradient rule, called by the fastest path that is correct.
 
     `.op` is its custom op, whose arguments are the fields of all groups one after the other.
 
-    groups: NamedTuples of the arguments; the first field of the first is a tensor. outputs: how
-    many tensors it returns.
+    groups: NamedTuples of the arguments; the first field of the first is a tensor.
     compute(*groups), fake(*groups): the outputs, with and without values: a tensor, or a tuple with
     None for an output that was not requested, which the op returns as an empty tensor.
-    returned: how many outputs a caller may count on, None for all; the rest is for backward, and an
-    output costs autograd time.
+    outputs: the number of tensors that the op returns.
+    returned: outputs returned in eager mode (None: all); the others serve backward only and would
+    cost autograd time.
     """
 
     def __init__(
@@ -132,38 +132,38 @@ class DualOp(Generic[Outputs]):
             return results if returned is None else results[:returned]
 
         self.op.register_vmap(vmap_by(self.op))
-        # A Function with a setup_context of its own, which transforms need, looks its signature up
-        # at every call; Function.apply looks for transforms and for what they left behind, which
-        # __call__ has done, so that the method which that one extends does.
+        # Call the C++ apply of Function's base class. At every call Function.apply looks for
+        # transforms and their wrappers, which __call__ has ruled out, and inspects the signature of
+        # a setup_context.
         eager: Any = super(
             torch.autograd.Function, _function(name, forward=forward, backward=backward)
         )
         self._eager: Callable[..., Outputs] = eager.apply
-        # Inputs left over once a transform is done may be transformed again, or traced; its rule
-        # needs every output.
-        again = _with_tensors(
+        # Inside a transform's rule the call may meet another transform or a tracer: dispatch again.
+        # The rule needs every output: if eager mode returns fewer, take the op.
+        dispatch = _with_tensors(
             lambda *inputs: (
                 self(*group(inputs)) if returned is None or transforming() else self.op(*inputs)
             )
         )
         self._transformed = _function(
             name,
-            forward=again,
+            forward=dispatch,
             backward=backward,
             setup_context=setup,
-            vmap=vmap_by(again),
+            vmap=vmap_by(dispatch),
             jvp=_refuse_tangents,
         )
 
     def __call__(
-        self, *groups: tuple[Any, ...], alone: Callable[..., Outputs] | None = None
+        self, *groups: tuple[Any, ...], unobserved: Callable[..., Outputs] | None = None
     ) -> Outputs:
-        """Compute. `alone` takes the place of `compute` where nothing looks on: no compiler, mode
-        or transform, no gradient that is differentiated again. It may write over its inputs.
+        """Compute. `unobserved` replaces `compute` if no compiler, mode, transform or double
+        backward sees the call; it may overwrite its inputs.
         """
         inputs = groups[0] if len(groups) == 1 else tuple(itertools.chain(*groups))
-        # Dynamo and tracers first: what follows asks questions that they cannot trace. Then
-        # transforms, inside which tensors are wrappers.
+        # Dynamo first: the checks below cannot be traced. Then transforms, inside which tensors are
+        # wrappers.
         op: Callable[..., Outputs] = self.op
         if torch.compiler.is_compiling() or not SHORT_WAYS:
             return op(*inputs)
@@ -171,24 +171,19 @@ class DualOp(Generic[Outputs]):
             functionalizing = peek_interpreter_stack().key() == TransformType.Functionalize
             transformed: Callable[..., Outputs] = self._transformed.apply
             return (op if functionalizing else transformed)(*inputs)
-        if (
-            _len_torch_dispatch_stack()
-            or _len_torch_dispatch_stack_pre_dispatch()
-            or is_tracing()
-            or not _plain(inputs)
-        ):
+        if not _plain(inputs):
             self._tell_flop_counter()
             return op(*inputs)
         if torch.is_grad_enabled():
             return self._eager(*inputs)
-        compute = alone or self._compute
+        compute = unobserved or self._compute
         if not _profiler_enabled():
             return compute(*groups)
         with record_function(self._name):
             return compute(*groups)
 
     def _group(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Return the arguments as the NamedTuples that they came in."""
+        """Return the arguments as NamedTuples again."""
         if len(self._groups) == 1:
             return (self._groups[0](*inputs),)
         start, packed = 0, []
@@ -199,10 +194,10 @@ class DualOp(Generic[Outputs]):
         return tuple(packed)
 
     def _tell_flop_counter(self) -> None:
-        """Give the formula to torch's registry, and to the counters at work, which copied that when
-        they were made.
+        """Register the FLOP formula with torch and with active counters, which have copied torch's
+        registry.
 
-        Not when this is imported: torch.utils.flop_counter imports Triton.
+        Deferred to a call under a mode: importing torch.utils.flop_counter imports Triton.
         """
         counting = sys.modules.get("torch.utils.flop_counter")
         flops = self._flops
@@ -220,27 +215,29 @@ class DualOp(Generic[Outputs]):
 
 
 def eager(*inputs: object) -> bool:
-    """Whether a call with these arguments takes eager mode's short way."""
+    """Return whether a call with these arguments takes eager mode's fast path."""
     return (
         SHORT_WAYS
         and not torch.compiler.is_compiling()
         and not _are_functorch_transforms_active()
-        and not _len_torch_dispatch_stack()
-        and not _len_torch_dispatch_stack_pre_dispatch()
-        and not is_tracing()
         and _plain(inputs)
     )
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func is at work."""
+    """Return whether a transform of torch.func is active."""
     return SHORT_WAYS and not torch.compiler.is_compiling() and _are_functorch_transforms_active()
 
 
 def _plain(inputs: Sequence[Any]) -> bool:
-    """Whether all tensors among the arguments are what lies in their memory: not subclasses or meta
-    tensors, not batched (is_grads_batched=True), not
-    the negative of their memory (x.conj().imag), not the wrapper that a transform left behind."""
+    """Return whether no dispatch mode or tracer sees a call with these arguments, and each is a
+    plain value or a dense tensor.
+
+    Not dense: subclasses, meta tensors, batched ones (is_grads_batched=True), a pending negation
+    (x.conj().imag), the wrapper that a transform left behind.
+    """
+    if _len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch() or is_tracing():
+        return False
     for value in inputs:
         kind = type(value)
         if kind not in _VALUES and (
@@ -254,10 +251,11 @@ def _plain(inputs: Sequence[Any]) -> bool:
 
 
 def save_tensors(ctx: Any, *tensors: torch.Tensor | None) -> None:
-    """ctx.save_for_backward, that takes tensors made in inference mode too, as a reference's logits
-    may be: by another tensor of their memory, since
-    torch has no version of their own to look at. Nobody sees if they are changed in place before
-    backward."""
+    """Call ctx.save_for_backward, for inference tensors too (reference logits often are): with an
+    alias, because they have no version counter.
+
+    Changes of them in place before backward go undetected.
+    """
     ctx.save_for_backward(
         *[
             value.new_empty(0).set_(value)  # type: ignore[call-overload]  # torch's stubs know storages alone
@@ -280,7 +278,7 @@ def _schema(groups: Sequence[type[tuple[Any, ...]]], outputs: int) -> str:
 
 
 def _with_tensors(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """The computation with an empty tensor in place of None."""
+    """Return the computation with an empty tensor in place of None."""
 
     def filled(*inputs: Any) -> Any:
         outputs = compute(*inputs)
@@ -296,11 +294,11 @@ def _with_tensors(compute: Callable[..., Any]) -> Callable[..., Any]:
 def _sample_by_sample(
     call: Callable[..., Any], count: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """(outputs, out_dims) of a vmap: a call per sample, and what they return put together."""
+    """Compute (outputs, out_dims) of a vmap by a call per sample."""
     if count == 0:
         raise RuntimeError(
-            "fastkl: vmap over no samples: expected at least one, since each is a call of its "
-            "own; leave the call out"
+            "fastkl: vmap over no samples: expected at least one, since each is a call of its own; "
+            "leave the call out"
         )
     samples = [
         call(
@@ -319,12 +317,12 @@ def _sample_by_sample(
 
 
 def _refuse_tangents(ctx: Any, *tangents: Any) -> None:
-    """Raise for a tangent inside a transform's wrapper, as hessian makes: checks do not see it."""
+    """Raise for a tangent inside a transform's wrapper (hessian), which no argument check sees."""
     _checks.refuse_forward_mode("inputs")
 
 
 def _function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
-    """A torch.autograd.Function that profilers and grad_fn show under the op's name."""
+    """Return a torch.autograd.Function that profilers and grad_fn show under the op's name."""
     return type(
         name,
         (torch.autograd.Function,),

@@ -1,7 +1,7 @@
 """The two engines that compute row statistics and their gradients: the kernels and the reference.
 
-Both take logits of any leading shape and strides and fill the tensors that they are given. Row
-gradients are with respect to the raw logits, before the scaling.
+Both take logits of any leading shape and strides, and write into tensors of the caller's. Row
+gradients are with respect to the raw logits, before soft caps and temperatures.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from .problems import fused_launchers, launchers, problems
 class Engine(abc.ABC):
     """Row statistics and gradients of one implementation.
 
-    checks_values: whether values of tensors are checked, which costs nothing on a CPU and a wait on
-    a GPU.
+    checks_values: whether values of tensors are checked: free on a CPU, a synchronisation on a GPU.
     """
 
     checks_values: bool
@@ -39,13 +38,13 @@ class Engine(abc.ABC):
     ) -> None:
         """Fill the gradients ([N, V], both with the same row stride) from upstream ones [N].
 
-        They may be the logits themselves unless the gradient of ref_kl to Q is asked for: a far row
-        is then read again.
+        They may overwrite the logits, except for the gradient of ref_kl to Q, for which a fallback
+        row is read once more.
         """
 
     @abc.abstractmethod
     def computes_together(self, args: RowArgs, grad_p: torch.Tensor) -> bool:
-        """Whether a KL and its gradient to P take one pass; grad_p: [N, V], or of P's shape."""
+        """Return whether one pass gives a KL and its gradient to P, [N, V] or of P's shape."""
 
     @abc.abstractmethod
     def together(
@@ -67,7 +66,7 @@ class Engine(abc.ABC):
         grad_p: torch.Tensor | None,
         grad_q: torch.Tensor | None,
     ) -> None:
-        """Do `forward` of kl [N] and `backward` for its upstream gradients `weights` [N]."""
+        """Fill kl [N], saved, and the gradients of Σ weights·kl."""
         if grad_p is not None and grad_q is None and self.computes_together(args, grad_p):
             self.together(args, kl, saved, weights, grad_p)
         else:
@@ -116,8 +115,8 @@ class Kernels(Engine):
         launch = fused_launchers()
         if not launch.config.fuses(launch.architecture(args.p.device)[0]):
             return False
-        found = problems(args)
-        return len(found) == 1 and launch.fuses(found[0][1], grad_p.view(-1, grad_p.shape[-1]))
+        parts = problems(args)
+        return len(parts) == 1 and launch.fuses(parts[0][1], grad_p.view(-1, grad_p.shape[-1]))
 
     def together(
         self,
@@ -136,7 +135,7 @@ class Kernels(Engine):
 
 
 class Reference(Engine):
-    """The plain torch reference, on a CPU by its leaner sums."""
+    """The plain torch reference, on a CPU through cpu_rows."""
 
     checks_values = True
     forward = staticmethod(reference_rows.forward)

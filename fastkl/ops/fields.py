@@ -11,23 +11,22 @@ from .. import reference
 FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
 POLICY_FIELDS = ("logprob", "entropy", "kl", "ref_kl")
 REFERENCE_FIELDS = ("ref_logprob", "kl", "ref_kl")
-# A vector, or None for one that takes no part; Values: or a number for all rows.
+# PerRow: a vector [N], or None if absent. Values: the same, or one number for all rows.
 PerRow = TypeVar("PerRow", torch.Tensor, torch.Tensor | None)
 Values = TypeVar("Values", torch.Tensor, torch.Tensor | None, torch.Tensor | float)
-SAVED = reference.SAVED  # values per row held for backward, the same number on either backend
+SAVED = reference.SAVED  # values per row saved for backward, the same number on either backend
 
 
 def result_dtype(logits: torch.Tensor) -> torch.dtype:
-    """float64 for float64 logits (reference only), else float32."""
+    """Return float64 for float64 logits (reference only), else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 class Scaling(NamedTuple):
-    """Soft caps, and the ratio that multiplies Q's capped logits.
+    """Soft caps of P's and of Q's logits (0: none), and the factor of Q's capped logits.
 
-    softcap, ref_softcap: soft caps of P's and of Q's logits, 0 for none. ratio: the inverse
-    temperature of Q over that of P, a number or one per row [N], contiguous, in the type of the
-    results; it multiplies Q's capped logits.
+    ratio: that factor, Q's inverse temperature over P's: a number, or a contiguous vector [N] in
+    the type of the results.
     """
 
     softcap: float = 0.0
@@ -36,7 +35,7 @@ class Scaling(NamedTuple):
 
     @property
     def none(self) -> bool:
-        """Whether the logits are used as they are."""
+        """Return whether the logits are used as they are."""
         ratio = self.ratio
         return not (
             self.softcap or self.ref_softcap or isinstance(ratio, torch.Tensor) or ratio != 1
@@ -49,7 +48,7 @@ UNSCALED = Scaling()
 class RowArgs(NamedTuple):
     """Logits [..., V] of N rows and what applies to each row; vectors are [N] and contiguous.
 
-    q, tokens, mask: None where they take no part. temperature: a number or a vector.
+    q, tokens, mask: None if absent. temperature: a number or a vector.
     """
 
     p: torch.Tensor
@@ -60,7 +59,7 @@ class RowArgs(NamedTuple):
     scaling: Scaling = UNSCALED
 
     def at(self, rows: slice | torch.Tensor, p: torch.Tensor, q: torch.Tensor | None) -> RowArgs:
-        """Return the arguments of some rows, whose logits are p and q."""
+        """Return the arguments of the rows `rows`, whose logits are p and q."""
         _, _, tokens, mask, temperature, scaling = self
         if isinstance(scaling.ratio, torch.Tensor):
             scaling = scaling._replace(ratio=scaling.ratio[rows])
@@ -76,7 +75,7 @@ def row_args(
     temperatures: torch.Tensor | None,
     temperature: float,
 ) -> RowArgs:
-    """Pack arguments of leading shape [...]; temperatures, where given, replace the number."""
+    """Pack arguments of leading shape [...]; temperatures, unless None, replace the number."""
     if p.dim() != 2:
         tokens, mask, temperatures = flat(tokens), flat(mask), flat(temperatures)
     return RowArgs(
@@ -96,12 +95,12 @@ def flat(value: PerRow) -> PerRow:
 
 
 def rows_of(value: Values, rows: torch.Tensor | slice) -> Values:
-    """Return some rows of a per-row tensor."""
+    """Return the rows `rows` of a per-row tensor; any other value as it is."""
     return value[rows] if isinstance(value, torch.Tensor) else value
 
 
 def rows_of_each(
     values: dict[str, torch.Tensor], rows: slice | torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return some rows of each per-row tensor."""
+    """Return the rows `rows` of each per-row tensor."""
     return {name: value[rows] for name, value in values.items()}

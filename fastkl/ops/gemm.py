@@ -1,9 +1,9 @@
-"""The matrix products of an lm_head: which torch call each one is, so that sums stay in float32 and
-nothing is copied to a wider type.
+"""The matrix products of an lm_head, one torch call each, with float32 sums and without operands
+copied to a wider type.
 
-On a GPU every product is one cuBLAS call on operands as they lie, with results straight into their
-place. A CPU has no product of 16-bit operands with a float32 result: there a block at a time of the
-weight is widened, or of its gradient rounded to 16 bits before it joins the sum.
+On a GPU every product is one cuBLAS call on the operands as they lie in memory, which writes to the
+result. A CPU has no product of 16-bit operands with a float32 result: there the weight is widened a
+block at a time, and a block of its gradient is rounded to 16 bits before it is added to the sum.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 
 # Elements of a block that a CPU holds in another type at a time.
 BLOCK_ELEMENTS = 1 << 20
-# Where torch multiplies 16-bit operands into a float32 result (torch ≥ 2.10 for addmm: pull request
-# 167931); "meta" checks the call without data.
+# Devices on which torch multiplies 16-bit operands into a float32 result (addmm: torch ≥ 2.10,
+# pytorch/pytorch#167931); "meta" checks the call without data.
 WIDE_PRODUCTS = ("cuda", "meta")
 
 
 def logits_into(
     out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    """out [n, V] = hidden [n, H] @ weight [V, H]ᵀ + bias [V]; out may be float32 for 16-bit
+    """Compute out [n, V] = hidden [n, H] @ weight [V, H]ᵀ + bias [V]; out may be float32 for 16-bit
     operands.
     """
     if out.dtype == hidden.dtype:
@@ -46,8 +46,8 @@ def logits_into(
 def add_weight_gradient(
     total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, *, first: bool
 ) -> None:
-    """total [V, H] += grad_logits [n, V]ᵀ @ hidden [n, H], with total float32 for 16-bit operands;
-    `first`: = instead of +=, total holds nothing.
+    """Compute total [V, H] += grad_logits [n, V]ᵀ @ hidden [n, H], with total float32 for 16-bit
+    operands; `first`: = instead of +=, total is uninitialised.
     """
     operand = grad_logits.t()
     if total.dtype == hidden.dtype:
@@ -63,8 +63,8 @@ def add_weight_gradient(
 
 
 def add_bias_gradient(total: torch.Tensor, grad_logits: torch.Tensor, *, first: bool) -> None:
-    """total [V] += Σ over tokens of grad_logits [n, V], summed in total's type."""
-    # A CPU widens all that it sums.
+    """Compute total [V] += Σ over tokens of grad_logits [n, V], summed in total's type."""
+    # On a CPU sum(dtype=…) widens its whole input: go by blocks.
     step = (
         total.shape[0]
         if grad_logits.device.type in WIDE_PRODUCTS
@@ -76,7 +76,7 @@ def add_bias_gradient(total: torch.Tensor, grad_logits: torch.Tensor, *, first: 
 
 
 def _blocks(matrix: torch.Tensor) -> Iterator[slice]:
-    """The rows of a matrix, a block at a time."""
+    """Yield the rows of a matrix a block at a time."""
     step = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)

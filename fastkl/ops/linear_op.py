@@ -1,5 +1,5 @@
 """The two ops under every function on hidden states: statistics and their gradients, with fake and
-autograd rules; linear_sum_op.py has the third.
+autograd rules; linear_sum_op.py defines the third.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SIX = Six._fields
 
 
 class LinearInputs(NamedTuple):
-    """Arguments of every op on hidden states: the tensors of both heads as in Six, what applies to
-    each token [...], the scaling of the raw logits as in fields.Scaling, and how to compute.
+    """Arguments of every op on hidden states: the tensors of both heads as in Six, tensors with one
+    entry per token [...], the scaling of the raw logits as in fields.Scaling, and options.
 
-    temperatures, ratios: where given, in place of temperature and ratio. logits_dtype: the type
-    that a GEMM rounds logits to. chunk_size: tokens at a time, None for a default.
+    temperatures, ratios: unless None, replace temperature and ratio. logits_dtype: the type that a
+    GEMM rounds logits to. chunk_size: tokens of a chunk, None for a default.
     """
 
     hidden: Tensor
@@ -60,7 +60,7 @@ class LinearInputs(NamedTuple):
         return Six(*self[:6])
 
     def heads(self, six: Six, tokens: Tensor | None) -> ChunkedHeads:
-        """Return the heads, ready to compute for tokens [...] (None without log-probs)."""
+        """Return the heads for token ids [...] (None without log-probs)."""
         args = row_args(self.hidden, None, tokens, self.mask, self.temperatures, self.temperature)
         ratio = self.ratio if self.ratios is None else flat(self.ratios)
         args = args._replace(scaling=Scaling(self.softcap, self.ref_softcap, ratio))
@@ -69,8 +69,8 @@ class LinearInputs(NamedTuple):
 
 
 class StatisticsInputs(NamedTuple):
-    """Further arguments of linear_statistics: token ids [...], the fields asked for,
-    comma-separated, and whether to return all logits too, so that backward makes no second GEMM.
+    """Further arguments of linear_statistics: token ids [...], the requested fields in one string,
+    separated by commas, and whether to return all logits, which spares backward a GEMM.
     """
 
     tokens: Tensor | None
@@ -80,8 +80,8 @@ class StatisticsInputs(NamedTuple):
 
 class GradientInputs(NamedTuple):
     """Further arguments of linear_gradients: token ids, saved values and logits (or None) from
-    linear_statistics, upstream gradients [...], and the names of Six to differentiate by,
-    comma-separated.
+    linear_statistics, upstream gradients [...], and the names of Six to differentiate by, separated
+    by commas.
     """
 
     tokens: Tensor | None
@@ -97,24 +97,24 @@ class GradientInputs(NamedTuple):
 
     @property
     def upstream(self) -> dict[str, Tensor]:
-        """The upstream gradients that there are, by field."""
-        given = zip(FIELDS, self[4:9], strict=True)
-        return {name: value for name, value in given if value is not None}
+        """The upstream gradients by field, without None."""
+        by_field = zip(FIELDS, self[4:9], strict=True)
+        return {name: value for name, value in by_field if value is not None}
 
 
 def _statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
     """Compute (logprob, entropy, ref_logprob, kl, ref_kl, saved, logits, ref_logits): the first six
     as row_statistics does for the heads' logits.
 
-    logits, ref_logits: with `keep` those of the tokens that take part, which come first, [..., V
-    and the rest of a line]; else None.
+    logits, ref_logits: with `keep` those of the tokens computed, which come first, [..., V padded
+    to a cache line]; else None.
     """
     results = _fake_statistics(inputs, request)
     kept, saved, vocabulary = results[-2:], results[-3], inputs.weight.shape[0]
     heads = inputs.heads(inputs.six, request.tokens)
     for value in kept:
         if value is not None:
-            # The same bits at every call: nothing is left uninitialised.
+            # Zero the entries that no GEMM writes, so that equal calls return equal bits.
             value[..., vocabulary:].zero_()
             value.view(-1, value.shape[-1])[len(heads.policy.hidden) :].zero_()
     outputs = {
@@ -139,21 +139,16 @@ def _fake_statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs
 
 def _gradients(inputs: LinearInputs, request: GradientInputs, overwrite: bool = False) -> Outputs:
     """Compute the gradients of the upstream-weighted statistics with respect to Six, in their
-    types; None where not asked for.
+    types; None if not requested.
 
-    overwrite: gradients of logits may take the place of kept logits, which no op may do.
+    overwrite: gradients may overwrite kept logits, which a custom op (no mutation) must not.
     """
     upstream = {name: flat(value) for name, value in request.upstream.items()}
     saved = request.saved.reshape(-1, SAVED).contiguous()
     kept = request.logits, request.ref_logits
     six, wrt = inputs.six, wanted(request.wrt)
     heads = inputs.heads(six, request.tokens)
-    found = heads.backward(saved, upstream, wrt, kept, overwrite)
-    return in_their_types(six, found, wrt, wide=())
-
-
-def _overwriting_gradients(inputs: LinearInputs, request: GradientInputs) -> Outputs:
-    return _gradients(inputs, request, overwrite=True)
+    return in_their_types(six, heads.backward(saved, upstream, wrt, kept, overwrite), wrt, wide=())
 
 
 def _fake_gradients(inputs: LinearInputs, request: GradientInputs) -> Outputs:
@@ -161,8 +156,8 @@ def _fake_gradients(inputs: LinearInputs, request: GradientInputs) -> Outputs:
 
 
 def _gradient_type(name: str, value: Tensor, wide: tuple[torch.dtype, ...]) -> torch.dtype:
-    """Return the type that a gradient leaves the op in; sums over tokens stay float32 for the types
-    in `wide`.
+    """Return the type in which an op returns a gradient: its tensor's, or float32 for a sum over
+    tokens if that type is in `wide`.
     """
     return torch.float32 if value.dtype in wide and not name.endswith("hidden") else value.dtype
 
@@ -170,8 +165,8 @@ def _gradient_type(name: str, value: Tensor, wide: tuple[torch.dtype, ...]) -> t
 def in_their_types(
     six: Six, gradients: dict[str, Tensor], wrt: tuple[str, ...], wide: tuple[torch.dtype, ...]
 ) -> Outputs:
-    """Return the gradients in the order of Six, each wide sum freed once it is rounded; zeros where
-    there was no upstream gradient.
+    """Return the gradients in the order of Six, each float32 sum freed once it is rounded; zeros
+    without an upstream gradient.
     """
     results: list[Tensor | None] = []
     for name, value in zip(SIX, six, strict=True):
@@ -187,7 +182,7 @@ def in_their_types(
 
 
 def empty_gradients(six: Six, wrt: str, wide: tuple[torch.dtype, ...]) -> Outputs:
-    """Return room for what in_their_types returns."""
+    """Return uninitialised tensors for the results of in_their_types."""
     return tuple(
         torch.empty(value.shape, dtype=_gradient_type(name, value, wide), device=value.device)
         if value is not None and name in wanted(wrt)
@@ -200,12 +195,12 @@ def empty_gradients(six: Six, wrt: str, wide: tuple[torch.dtype, ...]) -> Output
 
 
 def returned(gradients: dict[str, Tensor | None], request: type[tuple[Any, ...]]) -> Upstream:
-    """Return gradients by name in the order of an op's arguments, None for the others."""
+    """Return gradients in the order of an op's arguments, None for arguments without one."""
     names = (*LinearInputs._fields, *request._fields)  # type: ignore[attr-defined]
     return tuple([gradients.get(name) for name in names])
 
 
-def asked_names(ctx: Any) -> list[str]:
+def requested_names(ctx: Any) -> list[str]:
     """Return the names of Six that need a gradient."""
     return [name for name, needed in zip(SIX, ctx.needs_input_grad, strict=False) if needed]
 
@@ -214,28 +209,28 @@ def _save_for_backward(
     ctx: Any, groups: tuple[LinearInputs, StatisticsInputs], output: Outputs
 ) -> None:
     inputs, request = groups
-    asked = asked_names(ctx)
+    names = requested_names(ctx)
     refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
     saved, *kept = output[len(FIELDS) :]
     save_tensors(ctx, *inputs[:9], request.tokens, saved, *(kept if request.keep else ()))
     ctx.settings = inputs[9:]
     ctx.may_overwrite, ctx.overwritten = hasattr(ctx, "eager"), False
     ctx.shared = inputs.ref_hidden is not None and inputs.ref_weight is None
-    policy = any(name in asked for name in SIX[:3])
-    reference = any(name in asked for name in SIX[3:]) or (ctx.shared and "weight" in asked)
+    policy = any(name in names for name in SIX[:3])
+    reference = any(name in names for name in SIX[3:]) or (ctx.shared and "weight" in names)
     mark_constant(ctx, output, request.fields, policy, reference)
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     refuse_forward_mode(upstream)
-    given: Any = upstream[: len(FIELDS)]
-    fields = {name for name, value in zip(FIELDS, given, strict=True) if value is not None}
-    # Do not compute a gradient of 0: log-probs of the reference say nothing about the policy.
+    g_fields: Any = upstream[: len(FIELDS)]
+    fields = {name for name, value in zip(FIELDS, g_fields, strict=True) if value is not None}
+    # Skip zero gradients: log-probs of the reference do not depend on the policy.
     policy, reference = (
         not fields.isdisjoint(names) for names in (POLICY_FIELDS, REFERENCE_FIELDS)
     )
     names = []
-    for name in asked_names(ctx):
+    for name in requested_names(ctx):
         depends = reference if name.startswith("ref_") else policy
         if depends or (name == "weight" and ctx.shared and reference):
             names.append(name)
@@ -243,32 +238,32 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
         return returned({}, StatisticsInputs)
     *nine, tokens, saved, logits, ref_logits = (*ctx.saved_tensors, None, None)[:13]
     if ctx.overwritten:
-        # Compute again the logits that an earlier backward through a retained graph overwrote.
+        # Recompute the logits that an earlier backward through a retained graph overwrote.
         logits = ref_logits = None
 
     def overwriting(inputs: LinearInputs, request: GradientInputs) -> Outputs:
         ctx.overwritten = True
-        return _overwriting_gradients(inputs, request)
+        return _gradients(inputs, request, overwrite=True)
 
     gradients = linear_gradients(
         LinearInputs(*nine, *ctx.settings),
-        GradientInputs._make([tokens, saved, logits, ref_logits, *given, ",".join(names)]),
-        alone=overwriting if ctx.may_overwrite else None,
+        GradientInputs._make([tokens, saved, logits, ref_logits, *g_fields, ",".join(names)]),
+        unobserved=overwriting if ctx.may_overwrite else None,
     )
     found = {name: value for name, value in zip(SIX, gradients, strict=True) if name in names}
     return returned(found, StatisticsInputs)
 
 
-# ---- floating-point operations, from shapes in place of tensors, as if every token counted
+# ---- FLOP counts: arguments hold shapes in place of tensors; masked tokens are counted
 
 
 def flops(
     inputs: LinearInputs, wrt: str, on_policy: bool, on_reference: bool, logits: int = 1
 ) -> int:
-    """Count 2·N·H·V for each GEMM: the logits of the policy and, if it takes part, of the
-    reference, and the gradients named in wrt.
+    """Count 2·N·H·V for each GEMM: the logits of the policy and, if there is one, of the reference,
+    and the gradients named in wrt.
 
-    logits: 0 where they are known.
+    logits: 0 if they were kept.
     """
     shapes: Any = inputs
     policy, reference = (
@@ -287,9 +282,9 @@ def _flops_of_statistics(inputs: LinearInputs, request: StatisticsInputs) -> int
 
 
 def _flops_of_gradients(inputs: LinearInputs, request: GradientInputs) -> int:
-    given = request.upstream.keys()
+    requested = request.upstream.keys()
     on_policy, on_reference = (
-        not given.isdisjoint(fields) for fields in (POLICY_FIELDS, REFERENCE_FIELDS)
+        not requested.isdisjoint(fields) for fields in (POLICY_FIELDS, REFERENCE_FIELDS)
     )
     return flops(inputs, request.wrt, on_policy, on_reference, int(request.logits is None))
 

@@ -12,13 +12,12 @@ from .fields import SAVED
 from .linear_op import (
     SIX,
     LinearInputs,
-    asked_names,
     empty_gradients,
     flops,
     in_their_types,
+    requested_names,
     returned,
 )
-from .lm_head import Six
 from .row_op import (
     Outputs,
     Upstream,
@@ -48,14 +47,15 @@ class ScaledInputs(NamedTuple):
 
 
 def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
-    """Compute (Σ weights·kl, kl, unit, gradients of the sum over `unit` with respect to Six; None
-    where not asked for).
+    """Compute (Σ weights·kl, kl, unit, gradients of the sum with respect to Six divided by `unit`,
+    None if not requested).
 
-    unit is 1, or for float16 inputs a power of two below the largest weight: a gradient of 1/N per
-    token would vanish in float16. Their weight and bias gradients stay in float32.
+    unit is the inverse loss scale: 1, or for float16 inputs a power of two below the largest
+    weight, because a gradient of 1/N per token would underflow. Their weight and bias gradients
+    stay in float32.
     """
     weights, wrt = request.weights.contiguous(), wanted(request.wrt)
-    six = Six(*inputs[:6])
+    six = inputs.six
     heads = inputs.heads(six, None)
     kl = torch.empty_like(weights)
     unit = weights.new_ones(())
@@ -64,12 +64,12 @@ def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
     if wrt:
         ref_hidden = six.hidden if six.ref_hidden is None else six.ref_hidden
         if torch.float16 in (six.hidden.dtype, ref_hidden.dtype):
-            unit = _float16_unit(inputs, weights, wrt)
+            unit = _inverse_loss_scale(inputs, weights, wrt)
         upstream = (weights / unit).view(-1)
         gradients = heads.forward_and_backward(outputs, {"kl": upstream}, wrt)
     else:
         heads.forward(outputs, weights.new_empty(weights.numel(), SAVED))
-    # A token without weight takes no part, whatever its KL.
+    # A token of weight 0 adds 0, also for an infinite KL.
     total = torch.where(weights == 0, 0.0, weights * kl).sum()
     gradients_of_six = in_their_types(six, gradients, wrt, wide=(torch.float16,))
     return total, kl, unit, *gradients_of_six
@@ -86,10 +86,10 @@ def _scaled(inputs: ScaledInputs) -> Tensor:
     """Compute gradient · factor in `dtype`, rounded once: torch would round the factor to a 16-bit
     gradient's type first.
     """
-    # A saved-tensor hook may return another layout.
+    # A saved-tensor hook may return a non-contiguous tensor.
     gradient, factor = inputs.gradient.contiguous(), inputs.factor.reshape(1)
     result = torch.empty_like(gradient, dtype=inputs.dtype)
-    # On a CPU torch.mul keeps a copy in the common type: a part at a time.
+    # On a CPU torch.mul copies its operands to the common type: go by parts.
     step = SCALED_AT_ONCE if gradient.device.type == "cpu" else max(1, gradient.numel())
     for part, out in zip(gradient.view(-1).split(step), result.view(-1).split(step), strict=True):
         torch.mul(part, factor, out=out)
@@ -100,26 +100,24 @@ def _fake_scaled(inputs: ScaledInputs) -> Tensor:
     return torch.empty_like(inputs.gradient, dtype=inputs.dtype)
 
 
-def _float16_unit(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, ...]) -> Tensor:
-    """Return the power of two by which the largest gradient of raw logits, beside a difference of
-    log-probabilities, counts 4 … 8.
-    """
-    # The second model's gradients have `ratio` as a factor, the first one's as much in their
-    # differences of log-probabilities.
+def _inverse_loss_scale(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, ...]) -> Tensor:
+    """Return inverse_loss_scale of each token's largest factor of a gradient of raw logits."""
+    # The second model's gradients have the factor `ratio`; the first's may have it through the
+    # log-ratio.
     size: Tensor | float = inputs.ratio if inputs.ratios is None else inputs.ratios
     if {"hidden", "weight", "bias"} & set(wrt):
         size = size.clamp(min=1) if isinstance(size, Tensor) else max(1.0, size)
     temperature = inputs.temperature if inputs.temperatures is None else inputs.temperatures
-    return float16_unit(torch.where(weights == 0, 0.0, weights / temperature * size))
+    return inverse_loss_scale(torch.where(weights == 0, 0.0, weights / temperature * size))
 
 
-def float16_unit(weights: Tensor) -> Tensor:
-    """Return the power of two by which the largest of |weights|, of tokens over their temperatures,
-    counts 4 … 8; 1 if that is 0 or not finite.
+def inverse_loss_scale(weights: Tensor) -> Tensor:
+    """Return the inverse loss scale of float16 gradients: the power of two u for which
+    max|weights|/u is in (4, 8], or 1 if that maximum is 0 or not finite.
 
-    Counting 1, a flat row's gradients lose digits to float16's smallest numbers. The range up to
-    its largest, 65504, is for the differences of logits that gradients are proportional to:
-    thousands.
+    weights: those of tokens over their temperatures. With max|weights|/u = 1 a flat row's gradients
+    would underflow into subnormals; the headroom up to float16's largest number, 65504, is for
+    log-ratios of thousands.
     """
     largest = weights.abs().max() if weights.numel() else weights.new_zeros(())
     return torch.where(
@@ -129,21 +127,21 @@ def float16_unit(weights: Tensor) -> Tensor:
 
 def _save_gradients(ctx: Any, groups: tuple[LinearInputs, SumInputs], output: Outputs) -> None:
     inputs, request = groups
-    ctx.names, ctx.asked = wanted(request.wrt), asked_names(ctx)
+    ctx.names, ctx.requested = wanted(request.wrt), requested_names(ctx)
     ctx.weighs = ctx.needs_input_grad[len(inputs)]
     refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
-    if not set(ctx.asked).issubset(ctx.names):
-        missing = [name for name in ctx.asked if name not in ctx.names]
+    if not set(ctx.requested).issubset(ctx.names):
+        missing = [name for name in ctx.requested if name not in ctx.names]
         raise RuntimeError(
             f"{', '.join(missing)}: expected to be known to require gradient when the value is "
             f"computed, since the gradient is computed with it; torch.vmap hides that, and "
-            f"torch.export, make_fx and torch.jit.trace keep what the example inputs required: "
-            f"use reduction='none' there, or trace with inputs that require gradient"
+            f"torch.export, make_fx and torch.jit.trace keep what the example inputs required: use "
+            f"reduction='none' there, or trace with inputs that require gradient"
         )
     _, kl, unit, *gradients = output
     ctx.types, kept = {}, []
-    # Save only what is asked for: checkpoints count saved tensors, and where an op returns an empty
-    # tensor another way has None.
+    # Save only requested gradients: checkpoints count saved tensors, and the op's empty tensor is
+    # None in eager mode.
     for name, tensor, gradient in zip(SIX, inputs[:6], gradients, strict=True):
         if name in ctx.names:
             assert tensor is not None
@@ -168,7 +166,7 @@ def _backward_of_sum(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Up
     factor = upstream * unit
     results: dict[str, Tensor | None] = {}
     for name, gradient in zip(ctx.names, gradients, strict=True):
-        if name in ctx.asked:
+        if name in ctx.requested:
             results[name] = scaled(ScaledInputs(gradient, factor, ctx.types[name]))
     if ctx.weighs:
         results["weights"] = upstream * kl

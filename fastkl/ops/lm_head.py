@@ -1,7 +1,7 @@
-"""Makes logits from hidden states a chunk of tokens at a time: one GEMM for the logits of each
-model, the row functions on them, and the GEMMs back from their gradients.
+"""Computes logits from hidden states a chunk of tokens at a time: one GEMM for the logits of each
+model, then the engine, then the GEMMs of backward.
 
-A chunk's logits lie in a reused buffer, or, where forward kept all logits until backward, in those.
+A chunk's logits lie in a reused buffer, or are a part of all logits if forward kept them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from .. import _checks
 from . import gemm
-from .chunks import ROW_ELEMENTS, Sum, plan, weight_sums
+from .chunks import Sum, plan, row_width, weight_sums
 from .engine import Engine
 from .fields import (
     POLICY_FIELDS,
@@ -26,7 +26,7 @@ from .fields import (
 
 
 class Six(NamedTuple):
-    """The tensors of both heads; ref_weight None beside ref_hidden is weight."""
+    """The tensors of both heads; beside ref_hidden, ref_weight None stands for weight."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -37,11 +37,11 @@ class Six(NamedTuple):
 
 
 class ChunkedHead:
-    """One model's lm_head over the tokens that take part, with its buffers and the gradients it
-    sums: None where not requested.
+    """One model's lm_head over the tokens computed, with its buffers and the sums of its gradients:
+    None if not requested.
 
-    hidden [N, H], weight [V, H], bias [V] or None; grad_hidden is [N, H] in hidden's type; the sum
-    for weight may be that of another head too.
+    hidden [N, H], weight [V, H], bias [V] or None; grad_hidden is [N, H] in hidden's type; two
+    heads that share a weight share the sum of its gradient.
     """
 
     def __init__(
@@ -52,34 +52,39 @@ class ChunkedHead:
         logits_dtype: torch.dtype,
     ) -> None:
         self.hidden, self.weight, self.bias, self.logits_dtype = hidden, weight, bias, logits_dtype
-        # Logits [N, V] that forward kept, and whether their gradients may be written over them.
+        # Logits [N, V] that forward kept.
         self.kept: torch.Tensor | None = None
+        # Whether gradients may overwrite them.
         self.kept_is_free = False
+        # Whether a gradient is requested.
         self.learns = False
         self.grad_hidden: torch.Tensor | None = None
         self.grad_weight: Sum | None = None
         self.grad_bias: Sum | None = None
-        # Whether gradients take the place of kept logits, and whether a chunk's logits lie in a
-        # buffer of their own rather than in their gradients' place.
-        self.overwrites = self.buffered = False
-        # Of backward: the buffer of a chunk's logits; gradients of a window's logits; its hidden
-        # states.
+        # Whether gradients overwrite kept logits.
+        self.overwrites = False
+        # Whether a chunk's logits have a buffer of their own; else their gradients overwrite them.
+        self.buffered = False
+        # Buffer of a chunk's logits in backward.
         self.logits: torch.Tensor | None = None
-        self._room: torch.Tensor | None = None
+        # Buffer of a window's gradients of logits, those gradients, and its hidden states.
+        self._window: torch.Tensor | None = None
         self._grads: torch.Tensor | None = None
         self._states = hidden
         self._start = 0
 
     def keep(self, logits: torch.Tensor, free: bool) -> None:
-        """Use logits [..., at least V], of which those of tokens that take part come first."""
-        # A saved-tensor hook may return another layout. `.data`: backward overwrites them behind
-        # autograd's back, and remembers it.
+        """Use logits [..., at least V]; those of the tokens computed come first."""
+        # A saved-tensor hook may return a non-contiguous tensor. `.data`: backward overwrites them
+        # unseen by autograd (linear_op records it).
         rows = logits.data.contiguous().view(-1, logits.shape[-1])
         self.kept, self.kept_is_free = rows[: len(self.hidden), : self.weight.shape[0]], free
 
     def settle(self, reads_again: bool) -> None:
-        """Settle where logits and gradients lie. reads_again: the row functions read a far row
-        again when some of its gradient may be written already.
+        """Decide which buffers logits and gradients use.
+
+        reads_again: backward re-reads a fallback row after it may have written part of its
+        gradient.
         """
         same_type = self.logits_dtype == self.hidden.dtype
         self.overwrites = self.learns and self.kept_is_free and same_type
@@ -91,31 +96,31 @@ class ChunkedHead:
     def allocate(self, chunk: int, window: int) -> None:
         """Allocate the buffers of backward."""
         if self.learns and not self.overwrites:
-            self._room = self.buffer(window, self.hidden.dtype)
+            self._window = self.buffer(window, self.hidden.dtype)
         if self.buffered:
             self.logits = self.buffer(chunk, self.logits_dtype)
 
     def buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return room for [tokens, V] in rows of whole lines."""
-        width = -(-self.weight.shape[0] // ROW_ELEMENTS) * ROW_ELEMENTS
-        room = torch.empty(tokens, width, dtype=dtype, device=self.hidden.device)
-        return room[:, : self.weight.shape[0]]
+        """Return an uninitialised [tokens, V] whose rows are padded to 128-byte lines."""
+        vocabulary = self.weight.shape[0]
+        padded = torch.empty(tokens, row_width(vocabulary), dtype=dtype, device=self.hidden.device)
+        return padded[:, :vocabulary]
 
     def open(self, window: slice, mask: torch.Tensor | None) -> None:
-        """Begin a window of backward, whose gradients of logits wait for one GEMM."""
+        """Begin a window of backward: tokens whose gradients of logits are kept until one GEMM."""
         self._states, self._start = self.hidden[window], window.start
         if mask is not None:
             self._states = _without(self._states, mask[window])
         if self.overwrites:
             assert self.kept is not None
             self._grads = self.kept[window]
-        elif self._room is not None:
-            self._grads = self._room[: window.stop - window.start]
+        elif self._window is not None:
+            self._grads = self._window[: window.stop - window.start]
 
     def logits_and_gradient(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits of some tokens of the window, and the place of their gradients."""
-        here = slice(rows.start - self._start, rows.stop - self._start)
-        grads = None if self._grads is None else self._grads[here]
+        """Return the logits of a chunk of the window, and the memory for their gradients."""
+        in_window = slice(rows.start - self._start, rows.stop - self._start)
+        grads = None if self._grads is None else self._grads[in_window]
         if self.kept is not None:
             kept = self.kept[rows]
             if self.logits is not None:
@@ -123,11 +128,11 @@ class ChunkedHead:
             return kept, grads
         logits = grads if self.logits is None else self.logits[: rows.stop - rows.start]
         assert logits is not None
-        gemm.logits_into(logits, self._states[here], self.weight, self.bias)
+        gemm.logits_into(logits, self._states[in_window], self.weight, self.bias)
         return logits, grads
 
     def close(self, window: slice) -> None:
-        """Add the GEMMs back from the gradients of the window's logits."""
+        """Add the window's part of the gradients: a GEMM each for hidden states and weight."""
         grads, states, self._states = self._grads, self._states, self.hidden
         if grads is None:
             return
@@ -147,8 +152,8 @@ def _without(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class ChunkedHeads:
     """One or two lm_heads over the same tokens.
 
-    An engine that looks at values leaves masked tokens out; elsewhere they take part as zeros,
-    because counting them would wait for the device. args: p holds the policy's hidden states.
+    With checks_values, masked tokens are dropped; otherwise they are computed as zeros, because
+    counting them would synchronise. args: p holds the policy's hidden states.
     """
 
     def __init__(
@@ -163,23 +168,23 @@ class ChunkedHeads:
         self.tokens = hidden.shape[:-1].numel()
         self.engine, self.chunk_size, self.shared = engine, chunk_size, ref_weight is None
         self.args = args
-        # The tokens that take part; None: all.
+        # The tokens computed; None: all.
         self.index: torch.Tensor | None = None
         if engine.checks_values:
             if args.mask is not None:
                 self.index = args.mask.nonzero()[:, 0]
                 self.args = args.at(self.index, args.p, None)._replace(mask=None)
             self._check_temperatures()
-        self.policy = ChunkedHead(self._counted(hidden), weight, bias, logits_dtype)
+        self.policy = ChunkedHead(self._computed(hidden), weight, bias, logits_dtype)
         self.all, self.reference = [self.policy], None
         if ref_hidden is not None:
             ref_weight = weight if ref_weight is None else ref_weight
             self.reference = ChunkedHead(
-                self._counted(ref_hidden), ref_weight, ref_bias, logits_dtype
+                self._computed(ref_hidden), ref_weight, ref_bias, logits_dtype
             )
             self.all.append(self.reference)
-        # The caller's autocast is for the caller's GEMMs: the types of these are settled.
-        self.own_types = torch.autocast(hidden.device.type, enabled=False)
+        # Disable the caller's autocast: the dtypes here are already chosen.
+        self.no_autocast = torch.autocast(hidden.device.type, enabled=False)
 
     def forward(
         self,
@@ -189,32 +194,32 @@ class ChunkedHeads:
     ) -> None:
         """Fill outputs ([N] per field) and saved [N, SAVED]: one GEMM for each head.
 
-        keep: room for all logits of each head, [..., at least V] in rows of whole lines; none: a
-        chunk of them at a time.
+        keep: memory for all logits of each head, [..., at least V] in padded rows; none: only a
+        chunk of logits exists at a time.
         """
         self._keep(keep)
-        here, saved_here = self._room(outputs), self._room_of(saved)
-        tokens, mask = len(saved_here), self.args.mask
+        computed, computed_saved = self._results(outputs), self._result(saved)
+        tokens, mask = len(computed_saved), self.args.mask
         chunk = plan(tokens, self.all, self.chunk_size).chunk
-        with self.own_types:
-            places = [
+        with self.no_autocast:
+            buffers = [
                 head.buffer(chunk, head.logits_dtype) if head.kept is None else head.kept
                 for head in self.all
             ]
             for start in range(0, tokens, chunk):
                 rows, logits = slice(start, min(start + chunk, tokens)), []
-                for head, place in zip(self.all, places, strict=True):
-                    part = place[: rows.stop - start] if head.kept is None else place[rows]
+                for head, buffer in zip(self.all, buffers, strict=True):
+                    part = buffer[: rows.stop - start] if head.kept is None else buffer[rows]
                     states = head.hidden[rows]
                     if mask is not None:
                         states = _without(states, mask[rows])
                     gemm.logits_into(part, states, head.weight, head.bias)
                     logits.append(part)
                 args = self.args.at(rows, logits[0], logits[1] if self.reference else None)
-                self.engine.forward(args, rows_of_each(here, rows), saved_here[rows])
-        self._put_back(outputs, here)
+                self.engine.forward(args, rows_of_each(computed, rows), computed_saved[rows])
+        self._scatter(outputs, computed)
         if self.index is not None:
-            saved.zero_()[self.index] = saved_here
+            saved.zero_()[self.index] = computed_saved
 
     def backward(
         self,
@@ -228,8 +233,7 @@ class ChunkedHeads:
         and forward's saved values.
 
         One GEMM for each logits that forward did not keep and each gradient; the reference's logits
-        only if an upstream gradient needs them. overwrite: gradients of logits may take the place
-        of kept ones.
+        only if an upstream gradient needs them. overwrite: gradients may overwrite kept logits.
         """
         self._keep(kept, overwrite)
         saved = saved if self.index is None else saved[self.index]
@@ -241,14 +245,13 @@ class ChunkedHeads:
         upstream: dict[str, torch.Tensor],
         wrt: tuple[str, ...],
     ) -> dict[str, torch.Tensor]:
-        """Do both at once, while a chunk's logits are there: fill kl and return the gradients."""
-        here = outputs if self.index is None else self._room(outputs)
+        """Fill kl and return the gradients, both from one GEMM for a chunk's logits."""
+        computed = self._results(outputs)
         hidden = self.policy.hidden
         dtype = result_dtype(hidden)
         saved = torch.empty(hidden.shape[0], SAVED, dtype=dtype, device=hidden.device)
-        gradients = self._backward(saved, upstream, wrt, here)
-        if self.index is not None:
-            self._put_back(outputs, here)
+        gradients = self._backward(saved, upstream, wrt, computed)
+        self._scatter(outputs, computed)
         return gradients
 
     def _keep(self, kept: Sequence[torch.Tensor | None], free: bool = False) -> None:
@@ -257,8 +260,8 @@ class ChunkedHeads:
                 head.keep(value, free)
 
     def _check_temperatures(self) -> None:
-        """Refuse temperatures out of range where looking costs no synchronisation; the row
-        functions look at one model's alone.
+        """Refuse ratios out of range, which the engine does not check; before them temperatures,
+        which make ratios NaN.
         """
         temperature, ratio = self.args.temperature, self.args.scaling.ratio
         if isinstance(ratio, torch.Tensor):
@@ -266,26 +269,22 @@ class ChunkedHeads:
                 _checks.temperatures_positive(temperature)
             _checks.ratios_finite(ratio)
 
-    def _counted(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _computed(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
         return rows if self.index is None else rows[self.index]
 
-    def _room(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return room for results of the tokens that take part: the results' own, if those are
-        all.
-        """
-        if self.index is None:
-            return values
-        return {name: self._room_of(value) for name, value in values.items()}
+    def _results(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return memory for results of the tokens computed: `values` themselves if they are all."""
+        return {name: self._result(value) for name, value in values.items()}
 
-    def _room_of(self, value: torch.Tensor) -> torch.Tensor:
+    def _result(self, value: torch.Tensor) -> torch.Tensor:
         return value if self.index is None else value.new_empty(len(self.index), *value.shape[1:])
 
-    def _put_back(self, values: dict[str, torch.Tensor], here: dict[str, torch.Tensor]) -> None:
-        """Put the results of the tokens that take part in their places, and zeros elsewhere."""
+    def _scatter(self, values: dict[str, torch.Tensor], computed: dict[str, torch.Tensor]) -> None:
+        """Copy the results of the tokens computed into `values`, with zeros for the others."""
         if self.index is not None:
             for name, value in values.items():
-                value.zero_()[self.index] = here[name]
+                value.zero_()[self.index] = computed[name]
 
     def _backward(
         self,
@@ -294,38 +293,35 @@ class ChunkedHeads:
         wrt: tuple[str, ...],
         outputs: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        gathered = self._want(wrt, upstream)
+        sums = self._allocate_gradients(wrt, upstream)
         reads_again = "ref_kl" in upstream and self.reference is not None and self.reference.learns
         for head in self.all:
             head.settle(reads_again)
         if self.index is not None:
             upstream = rows_of_each(upstream, self.index)
         heads = self.all if not upstream.keys().isdisjoint(REFERENCE_FIELDS) else [self.policy]
-        with self.own_types:
+        with self.no_autocast:
             self._backward_chunks(heads, saved, upstream, outputs)
         results = {}
-        for name in list(gathered):
-            value = gathered.pop(name)
+        for name in list(sums):
+            value = sums.pop(name)
             if isinstance(value, Sum):
                 value = value.result()
             elif self.index is not None:
-                value = self._all_tokens(value, self.index)
+                # Masked tokens have gradient 0.
+                all_tokens = value.new_zeros(self.tokens, value.shape[1])
+                all_tokens[self.index] = value
+                value = all_tokens
             results[name] = value
         for head in self.all:
             head.grad_hidden = head.grad_weight = head.grad_bias = None
         return results
 
-    def _all_tokens(self, gradient: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of all tokens' hidden states: zeros for those that took no part."""
-        full = gradient.new_zeros(self.tokens, gradient.shape[1])
-        full[index] = gradient
-        return full
-
-    def _want(
+    def _allocate_gradients(
         self, wrt: tuple[str, ...], upstream: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor | Sum]:
-        """Make the heads sum the gradients named in `wrt`, and return where: {name: gradient}."""
-        gathered: dict[str, torch.Tensor | Sum] = {}
+        """Allocate the gradients named in `wrt`, and return them by name."""
+        sums: dict[str, torch.Tensor | Sum] = {}
         for prefix, head, fields in (
             ("", self.policy, POLICY_FIELDS),
             ("ref_", self.reference, REFERENCE_FIELDS),
@@ -333,20 +329,20 @@ class ChunkedHeads:
             if head is None or upstream.keys().isdisjoint(fields):
                 continue
             if f"{prefix}hidden" in wrt:
-                gathered[f"{prefix}hidden"] = head.grad_hidden = torch.empty_like(
+                sums[f"{prefix}hidden"] = head.grad_hidden = torch.empty_like(
                     head.hidden, memory_format=torch.contiguous_format
                 )
             weight = "weight" if self.shared else f"{prefix}weight"
             if weight in wrt:
-                found = gathered.get(weight)
-                head.grad_weight = found if isinstance(found, Sum) else Sum(head.weight)
-                gathered[weight] = head.grad_weight
+                shared = sums.get(weight)
+                head.grad_weight = shared if isinstance(shared, Sum) else Sum(head.weight)
+                sums[weight] = head.grad_weight
             if head.bias is not None and f"{prefix}bias" in wrt:
-                gathered[f"{prefix}bias"] = head.grad_bias = Sum(head.bias)
+                sums[f"{prefix}bias"] = head.grad_bias = Sum(head.bias)
             head.learns = not (
                 head.grad_hidden is None and head.grad_weight is None and head.grad_bias is None
             )
-        return gathered
+        return sums
 
     def _backward_chunks(
         self,
@@ -379,11 +375,11 @@ class ChunkedHeads:
                         args, outputs["kl"][rows], saved[rows], upstream["kl"][rows], grad_p, grad_q
                     )
                 else:
-                    given = rows_of_each(upstream, rows)
-                    self.engine.backward(args, saved[rows], given, grad_p, grad_q)
+                    g = rows_of_each(upstream, rows)
+                    self.engine.backward(args, saved[rows], g, grad_p, grad_q)
                 del p, q, args, grad_p, grad_q
             if window.stop == tokens:
-                # A GEMM's result may take the place of the buffers.
+                # Free the buffers: a GEMM's result may use their memory.
                 for head in heads:
                     head.logits = None
             for head in heads:

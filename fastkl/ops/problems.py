@@ -18,8 +18,10 @@ Dim = tuple[int, int, int]  # size, stride of P, stride of Q
 def _described(
     shape: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...], *rest: Any
 ) -> tuple[tuple[Dim, ...], tuple[Dim, Dim], Any]:
-    """Return (the outermost dimensions, the last two, their kernels.launch.Layout), neighbours
-    merged where both tensors allow it. rest: the other arguments of kernels.launch.layout.
+    """Merge neighbouring dimensions where both tensors allow it; return (the outermost ones, the
+    last two, their kernels.launch.Layout).
+
+    rest: further arguments of kernels.launch.layout.
     """
     merged: list[Dim] = []
     for size, step_p, step_q in zip(shape[:-1], p_strides[:-1], q_strides[:-1], strict=True):
@@ -34,8 +36,8 @@ def _described(
 
 
 def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
-    """Return (rows, kernels.launch.Problem): one for all rows (None) of up to two independent
-    strides; rows of more are taken apart along the outer dimensions.
+    """Return pairs (rows, kernels.launch.Problem): one Problem for all rows (None) if the leading
+    dimensions merge into two; otherwise one per index of the outer dimensions.
     """
     p, q, tokens, mask, temperature, (softcap, ref_softcap, ratio) = args
     launch, other = launchers(), p if q is None else q
@@ -66,20 +68,20 @@ def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
         problem = launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratios)
         return [(None, problem)]
     count = dims[0][0] * dims[1][0]
-    found: list[tuple[slice | None, Any]] = []
+    parts: list[tuple[slice | None, Any]] = []
     indices = itertools.product(*(range(size) for size, _, _ in outermost))
     for at, index in enumerate(indices):
         rows = slice(at * count, (at + 1) * count)
         x = _part(p, index, outermost, dims, 1)
         y = None if q is None else _part(q, index, outermost, dims, 2)
         ((_, problem),) = problems(args.at(rows, x, y))
-        found.append((rows, problem))
-    return found
+        parts.append((rows, problem))
+    return parts
 
 
 @functools.cache
 def launchers() -> ModuleType:
-    """Return kernels.launch, imported at its first use: it needs Triton."""
+    """Return kernels.launch, imported at first use because it needs Triton."""
     from ..kernels import launch
 
     return launch
@@ -100,7 +102,7 @@ def _part(
     dims: tuple[Dim, Dim],
     which: int,
 ) -> torch.Tensor:
-    """Return [outer, inner, V] at an index of the outermost dimensions."""
+    """Return the view [outer, inner, V] at an index of the outermost dimensions."""
     offset = sum(i * dim[which] for i, dim in zip(index, outermost, strict=True))
     return logits.as_strided(
         (dims[0][0], dims[1][0], logits.shape[-1]),

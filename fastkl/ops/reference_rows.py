@@ -1,5 +1,5 @@
-"""The reference's rows on logits of any shape: by cpu_rows.py, or where float32 does not suffice by
-reference.py.
+"""Runs the reference on logits of any shape: cpu_rows.py, and reference.py for fallback rows, for
+which float32 does not suffice.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Rows = slice | torch.Tensor
 def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
     """Fill outputs ([N] per field) and saved [N, 10], a block of rows at a time; masked rows are 0.
 
-    cpu_rows holds nearly every row; the others are reference.row_statistics', those far apart in
-    float64.
+    cpu_rows computes nearly every row, reference.row_statistics the rest, in float64 where float32
+    is not enough.
     """
     p, mask = args.p, args.mask
     if mask is not None:
@@ -29,28 +29,28 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
     elements = row_blocks.statistics_elements(p)
     room, step = cpu_passes.Room(elements, p.device), max(1, elements // p.shape[-1])
     for rows, x, y in row_blocks.blocks(p, args.q, mask, args.scaling.none):
-        here = _scaled(args.at(rows, x, y))
-        if here.tokens is not None:
-            _checks.tokens_in_range(here.tokens, p.shape[-1])
-        if isinstance(here.temperature, torch.Tensor):
-            _checks.temperatures_positive(here.temperature)
-        if here.p.dtype == torch.float64:
-            others = torch.arange(x.shape[0], device=x.device)
+        scaled = _scaled(args.at(rows, x, y))
+        if scaled.tokens is not None:
+            _checks.tokens_in_range(scaled.tokens, p.shape[-1])
+        if isinstance(scaled.temperature, torch.Tensor):
+            _checks.temperatures_positive(scaled.temperature)
+        if scaled.p.dtype == torch.float64:
+            fallback = torch.arange(x.shape[0], device=x.device)
         else:
-            values, kept, holds = cpu_rows.statistics(_block(here), set(outputs), room, step)
+            values, kept, valid = cpu_rows.statistics(_block(scaled), set(outputs), room, step)
             for name, value in outputs.items():
                 value[rows] = values[name]
             saved[rows] = kept
-            if bool(holds.all()):
+            if bool(valid.all()):
                 continue
-            others = (~holds).nonzero()[:, 0]
-        for some in others.split(step):
-            numbers = rows[some] if isinstance(rows, torch.Tensor) else some + rows.start
-            _define(_some(here, some), outputs, saved, numbers)
+            fallback = (~valid).nonzero()[:, 0]
+        for part in fallback.split(step):
+            numbers = rows[part] if isinstance(rows, torch.Tensor) else part + rows.start
+            _by_reference(_select(scaled, part), outputs, saved, numbers)
 
 
 def computes_together(args: RowArgs, grad_p: torch.Tensor) -> bool:
-    """Whether a KL and its gradient to P take one pass over the rows."""
+    """Return whether one pass over the rows gives a KL and its gradient to P."""
     p = args.p
     return (
         p.device.type == "cpu"
@@ -67,8 +67,8 @@ def kl_and_gradient(
     weights: torch.Tensor,
     grad_p: torch.Tensor,
 ) -> None:
-    """Fill kl [N], saved [N, 10] and grad_p [N, V], which may be the logits, a block of rows at a
-    time; masked rows are 0.
+    """Fill kl [N], saved [N, 10] and grad_p [N, V], which may overwrite the logits, a block of rows
+    at a time; masked rows are 0.
     """
     p, q, _, mask, temperature, _ = args
     assert q is not None
@@ -92,18 +92,18 @@ def kl_and_gradient(
             part = slice(first, first + count)
             block = cpu_passes.Block(x, y, None, scale).part(part)
             keep = gathered or not memory.separate
-            result, others, copies = cpu_gradients.kl_and_gradient(
+            result, fallback, copies = cpu_gradients.kl_and_gradient(
                 block, factor[part], grad[part], room, keep
             )
             values[part] = result.kl
             result.save(columns, part)
-            if len(others):
-                others = others + first
-                far = RowArgs(copies.x, copies.y, temperature=rows_of(temperature, rows))
-                if isinstance(far.temperature, torch.Tensor):
-                    far = far._replace(temperature=far.temperature[others])
-                found = _apart(far, weights[rows][others], grad.dtype)
-                values[others], kept[others], grad[others] = found
+            if len(fallback):
+                fallback = fallback + first
+                row_temperature = rows_of(rows_of(temperature, rows), fallback)
+                fallback_args = RowArgs(copies.x, copies.y, temperature=row_temperature)
+                values[fallback], kept[fallback], grad[fallback] = _fallback_rows(
+                    fallback_args, weights[rows][fallback], grad.dtype
+                )
             first = part.stop
         if gathered:
             kl[rows], saved[rows], grad_p[rows] = values, kept, grad.to(grad_p.dtype)
@@ -112,10 +112,10 @@ def kl_and_gradient(
             value[~mask] = 0
 
 
-def _apart(
+def _fallback_rows(
     args: RowArgs, weights: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return KL, saved values and gradient of a few rows by forward and backward."""
+    """Compute KL, saved values and gradient of a few rows by forward and backward."""
     kl, saved = torch.empty_like(weights), weights.new_empty(len(weights), SAVED)
     grad = torch.empty_like(args.p, dtype=dtype, memory_format=torch.contiguous_format)
     forward(args, {"kl": kl}, saved)
@@ -123,19 +123,19 @@ def _apart(
     return kl, saved, grad
 
 
-def _define(
+def _by_reference(
     args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor, numbers: torch.Tensor
 ) -> None:
-    """Fill these rows of outputs and saved as reference.py defines them, rows that float32 does not
-    hold in float64.
+    """Fill the rows `numbers` of outputs and saved by reference.py, in float64 where float32 is not
+    enough.
     """
     result = _statistics(args, outputs)
     far = result.saved[:, reference.FAR] != 0
     if result.saved.dtype != torch.float64 and bool(far.any()):
-        wide = _statistics(_some(args, far, torch.float64), outputs)
-        for value, better in zip(result[:-1], wide[:-1], strict=True):
-            if value is not None and better is not None:
-                value[far] = better.to(value.dtype)
+        result64 = _statistics(_select(args, far, torch.float64), outputs)
+        for value, value64 in zip(result[:-1], result64[:-1], strict=True):
+            if value is not None and value64 is not None:
+                value[far] = value64.to(value.dtype)
     for name, value in outputs.items():
         value[numbers] = getattr(result, name).to(value.dtype)
     saved[numbers] = result.saved.to(saved.dtype)
@@ -148,7 +148,7 @@ def _statistics(args: RowArgs, outputs: dict[str, torch.Tensor]) -> reference.Ro
 
 
 def _inverse(temperature: float | torch.Tensor) -> float | torch.Tensor:
-    """1/T, [k, 1] of one per row."""
+    """Return 1/T: a number, or [k, 1] for a temperature per row."""
     if isinstance(temperature, torch.Tensor):
         return (1.0 / temperature.float())[:, None]
     return 1.0 / temperature
@@ -158,15 +158,15 @@ def _block(args: RowArgs) -> cpu_passes.Block:
     return cpu_passes.Block(args.p, args.q, args.tokens, _inverse(args.temperature))
 
 
-def _some(args: RowArgs, rows: Rows, dtype: torch.dtype | None = None) -> RowArgs:
-    """Return some rows of matrices, their logits in `dtype`."""
+def _select(args: RowArgs, rows: Rows, dtype: torch.dtype | None = None) -> RowArgs:
+    """Return the rows `rows` of matrices, their logits in `dtype`."""
     p, q = args.p[rows], None if args.q is None else args.q[rows]
     return args.at(rows, p.to(dtype), None if q is None else q.to(dtype))
 
 
 def _scaled(args: RowArgs) -> RowArgs:
-    """Apply soft caps and ratio to matrices: in float64 with a ratio, whose product float32 would
-    round.
+    """Apply soft caps and ratio to matrices: in float64 with a ratio, because float32 would round
+    the product.
     """
     softcap, ref_softcap, ratio = args.scaling
     x = reference.soft_cap(args.p, softcap)
@@ -187,7 +187,7 @@ def backward(
     """Fill the gradients [N, V], a block of rows at a time, each row as forward computed it; rows
     without upstream gradient get 0.
 
-    A block's logits are read before its gradients are written: they may be the logits themselves.
+    A block's logits are read before its gradients are written, which may overwrite them.
     """
     p, unscaled = args.p, args.scaling.none
     none = torch.zeros(saved.shape[0], dtype=torch.bool, device=saved.device)
@@ -201,11 +201,11 @@ def backward(
     room = cpu_passes.Room(row_blocks.gradient_elements(p), p.device)
     step = row_blocks.rows_per_block(p)
     for rows, x, y in row_blocks.blocks(p, args.q, active, unscaled):
-        here = args.at(rows, x, y)
+        block_args = args.at(rows, x, y)
         lean = saved[rows, cpu_rows.KIND] == cpu_rows.LEAN
         if isinstance(rows, slice) and unscaled and bool(lean.all()):
-            given, grads = rows_of_each(upstream, rows), part_of(sides, rows)
-            cpu_gradients.gradients(_block(here), saved[rows], given, grads, room)
+            g, grads = rows_of_each(upstream, rows), part_of(sides, rows)
+            cpu_gradients.gradients(_block(block_args), saved[rows], g, grads, room)
             continue
         for first in range(0, x.shape[0], step):
             part = slice(first, min(first + step, x.shape[0]))
@@ -214,9 +214,9 @@ def backward(
                 if isinstance(rows, torch.Tensor)
                 else slice(rows.start + part.start, rows.start + part.stop)
             )
-            scaled = _scaled(_some(here, part))
-            given = rows_of_each(upstream, numbers)
-            results = _mixed_gradients(scaled, saved[numbers], given, sides, room)
+            scaled = _scaled(_select(block_args, part))
+            g = rows_of_each(upstream, numbers)
+            results = _mixed_gradients(scaled, saved[numbers], g, sides, room)
             for grad, value, slope in zip(sides, results, _slopes(scaled), strict=True):
                 if grad is not None and value is not None:
                     grad[numbers] = (value if slope is None else value * slope).to(grad.dtype)
@@ -229,31 +229,31 @@ def _mixed_gradients(
     sides: Sides,
     room: cpu_passes.Room,
 ) -> Sides:
-    """Return gradients of a block's rows, each as forward computed it, in float32 or float64; None
+    """Compute gradients of a block's rows, each as forward computed it, in float32 or float64; None
     for a side that is None.
     """
     results = _empty_like(sides, args.p)
     lean = saved[:, cpu_rows.KIND] == cpu_rows.LEAN
-    for held in (True, False):
-        some = (lean == held).nonzero()[:, 0]
-        if not some.numel():
+    for is_lean in (True, False):
+        numbers = (lean == is_lean).nonzero()[:, 0]
+        if not numbers.numel():
             continue
-        rows, given = _some(args, some), rows_of_each(upstream, some)
-        if held:
-            here = _empty_like(sides, rows.p)
-            cpu_gradients.gradients(_block(rows), saved[some], given, here, room)
+        rows, g = _select(args, numbers), rows_of_each(upstream, numbers)
+        if is_lean:
+            grads = _empty_like(sides, rows.p)
+            cpu_gradients.gradients(_block(rows), saved[numbers], g, grads, room)
         else:
-            here = _gradients(rows, saved[some], given, sides)
-        for result, value in zip(results, here, strict=True):
+            grads = _gradients(rows, saved[numbers], g, sides)
+        for result, value in zip(results, grads, strict=True):
             if result is not None and value is not None:
-                result[some] = value.to(result.dtype)
+                result[numbers] = value.to(result.dtype)
     return results
 
 
 def _gradients(
     args: RowArgs, saved: torch.Tensor, upstream: dict[str, torch.Tensor], sides: Sides
 ) -> Sides:
-    """Return gradients of some rows; of fallback rows from their statistics in float64."""
+    """Compute gradients of rows by reference.py; in float64 where forward used it."""
     x, y, tokens, _, temperature, _ = args
     if x.dtype == torch.float64 and saved.dtype != torch.float64:
         # With a ratio every row is computed in float64.
@@ -264,16 +264,16 @@ def _gradients(
     )
     far = saved[:, reference.FAR] != 0
     if x.dtype != torch.float64 and bool(far.any()):
-        rows, given = _some(args, far, torch.float64), rows_of_each(upstream, far)
-        wide = _gradients(rows, saved[far], given, sides)
-        for result, better in zip(results, wide, strict=True):
-            if result is not None and better is not None:
-                result[far] = better.to(result.dtype)
+        rows, g = _select(args, far, torch.float64), rows_of_each(upstream, far)
+        results64 = _gradients(rows, saved[far], g, sides)
+        for result, result64 in zip(results, results64, strict=True):
+            if result is not None and result64 is not None:
+                result[far] = result64.to(result.dtype)
     return results
 
 
 def _empty_like(sides: Sides, x: torch.Tensor) -> Sides:
-    """Return room for gradients of x's rows, for each side that is there."""
+    """Return uninitialised gradients of x's rows, None for a side that is None."""
     empty = [None if side is None else torch.empty_like(x, dtype=result_dtype(x)) for side in sides]
     return empty[0], empty[1]
 

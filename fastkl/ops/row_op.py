@@ -1,8 +1,8 @@
 """The two ops under every function on logits: row statistics and their gradients, with fake,
 autograd and vmap rules.
 
-A field that was not requested is None, or an empty tensor: an op's schema is one for all mixes of
-fields.
+A field that was not requested is None, or the op's empty tensor: one schema serves every
+combination of fields.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import FIELDS, SAVED, flat, result_dtype, row_args
 
-# The outputs of an op: a schema has none that may be None, see DualOp.
+# The outputs of an op; schemas have no optional ones, see DualOp.
 Outputs = tuple[Any, ...]
 Upstream = tuple[Tensor | None, ...]
 
 
 class RowInputs(NamedTuple):
-    """Arguments of row_statistics: logits [..., V], vectors [...], and the fields asked for,
-    comma-separated: schemas of ops have no lists of names.
+    """Arguments of row_statistics: logits [..., V], vectors [...], and the requested fields in one
+    string, separated by commas.
 
-    temperatures, where given, take the place of temperature.
+    temperatures, unless None, replace temperature.
     """
 
     p: Tensor
@@ -77,8 +77,8 @@ def wanted(names: str) -> tuple[str, ...]:
 
 
 def empty_outputs(p: Tensor, fields: str) -> Outputs:
-    """Return a tensor for each field and the saved values, uninitialised, for logits or hidden
-    states p; None for a field that was not requested.
+    """Return an uninitialised tensor for each field and the saved values of logits or hidden states
+    p; None for a field that was not requested.
     """
     dtype, device, leading = result_dtype(p), p.device, p.shape[:-1]
     names, saved = wanted(fields), torch.empty((*leading, SAVED), dtype=dtype, device=device)
@@ -95,7 +95,7 @@ def empty_outputs(p: Tensor, fields: str) -> Outputs:
 
 def _statistics(inputs: RowInputs) -> Outputs:
     """Compute (logprob, entropy, ref_logprob, kl, ref_kl, saved): the requested fields [...], and
-    what backward needs [..., SAVED].
+    values [..., SAVED] for backward.
     """
     results = _fake_statistics(inputs)
     *values, saved = results
@@ -114,7 +114,7 @@ def _fake_statistics(inputs: RowInputs) -> Outputs:
 
 def _gradients(inputs: RowGradientInputs) -> Outputs:
     """Compute (dP, dQ), gradients of the upstream-weighted statistics, contiguous, in the logits'
-    types; None where not asked for.
+    types; None if not requested.
     """
     grads = _fake_gradients(inputs)
     p = inputs.p
@@ -134,10 +134,10 @@ def _gradients(inputs: RowGradientInputs) -> Outputs:
 
 
 def _fake_gradients(inputs: RowGradientInputs) -> Outputs:
-    p, q, whole = inputs.p, inputs.q, torch.contiguous_format
+    p, q, layout = inputs.p, inputs.q, torch.contiguous_format
     return (
-        torch.empty_like(p, memory_format=whole) if inputs.wrt_p else None,
-        torch.empty_like(q, memory_format=whole) if inputs.wrt_q and q is not None else None,
+        torch.empty_like(p, memory_format=layout) if inputs.wrt_p else None,
+        torch.empty_like(q, memory_format=layout) if inputs.wrt_q and q is not None else None,
     )
 
 
@@ -150,34 +150,38 @@ def _save_for_backward(ctx: Any, groups: tuple[RowInputs], output: Outputs) -> N
 
 
 def mark_constant(ctx: Any, output: Outputs, fields: str, policy: bool, reference: bool) -> None:
-    """Mark a field non-differentiable if it was not requested, or if neither policy nor reference,
-    whichever it depends on, needs a gradient.
+    """Mark a field non-differentiable if it was not requested, or if it depends on no model that
+    needs a gradient.
+
+    policy, reference: whether that model needs one.
     """
-    learns = _learning(fields, policy, reference)
+    differentiable = _differentiable(fields, policy, reference)
     # Outputs after the fields have no gradient.
     constant = [
         value
-        for value, its in itertools.zip_longest(output, learns, fillvalue=False)
-        if value is not None and not its
+        for value, has_gradient in itertools.zip_longest(output, differentiable, fillvalue=False)
+        if value is not None and not has_gradient
     ]
     ctx.mark_non_differentiable(*constant)
     ctx.set_materialize_grads(False)
 
 
 @functools.lru_cache
-def _learning(fields: str, policy: bool, reference: bool) -> tuple[bool, ...]:
-    """Return which of FIELDS were requested and depend on what needs a gradient."""
-    both = policy or reference
-    depends = (policy, policy, reference, both, both)
-    return tuple(name in wanted(fields) and its for name, its in zip(FIELDS, depends, strict=True))
+def _differentiable(fields: str, policy: bool, reference: bool) -> tuple[bool, ...]:
+    """Return for each of FIELDS whether it was requested and a model that it depends on needs a
+    gradient.
+    """
+    either = policy or reference
+    needs = zip(FIELDS, (policy, policy, reference, either, either), strict=True)
+    return tuple(name in wanted(fields) and needed for name, needed in needs)
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     refuse_forward_mode(upstream)
     wrt_p, wrt_q, *_ = ctx.needs_input_grad
-    # Do not compute a gradient of 0: log-probs of Q say nothing about P.
-    given: Any = upstream[: len(FIELDS)]
-    logprob, entropy, ref_logprob, kl, ref_kl = given
+    # Skip zero gradients: log-probs of Q do not depend on P.
+    g_fields: Any = upstream[: len(FIELDS)]
+    logprob, entropy, ref_logprob, kl, ref_kl = g_fields
     both = kl is not None or ref_kl is not None
     wrt_p = wrt_p and (both or logprob is not None or entropy is not None)
     wrt_q = wrt_q and (both or ref_logprob is not None)
@@ -185,7 +189,7 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
         return _returned(None, None)
     grad_p, grad_q = row_gradients(
         RowGradientInputs._make(
-            [*ctx.saved_tensors, *given, ctx.temperature, wrt_p, wrt_q, ctx.backend]
+            [*ctx.saved_tensors, *g_fields, ctx.temperature, wrt_p, wrt_q, ctx.backend]
         )
     )
     return _returned(grad_p if wrt_p else None, grad_q if wrt_q else None)
@@ -196,15 +200,12 @@ def _returned(grad_p: Tensor | None, grad_q: Tensor | None) -> Upstream:
     return grad_p, grad_q, None, None, None, None, None, None
 
 
-def refuse_temperature_gradient(asked: bool) -> None:
+def refuse_temperature_gradient(requested: bool) -> None:
     """Refuse a temperature that requires a gradient, which _checks.temperature cannot see under
     vmap.
     """
-    if asked:
-        raise RuntimeError(
-            "temperature: expected a tensor without gradient, got one that requires it; fastkl "
-            "does not differentiate with respect to the temperature: pass temperature.detach()"
-        )
+    if requested:
+        raise RuntimeError(_checks.temperature_gradient("temperature"))
 
 
 def refuse_forward_mode(upstream: Upstream) -> None:
@@ -224,9 +225,7 @@ def refuse_second_derivative(ctx: Any, *upstream: Tensor | None) -> NoReturn:
 
 
 def batched(size: int, dims: Sequence[int | None], values: Sequence[Any]) -> list[Any]:
-    """Return every tensor with the mapped dimension first; one that is not mapped is repeated
-    without a copy.
-    """
+    """Return every tensor with the mapped dimension first, expanded if it is not mapped."""
     moved = []
     for value, dim in zip(values, dims, strict=True):
         if isinstance(value, Tensor):
@@ -246,7 +245,7 @@ def _batched_statistics(
 def _batched_gradients(
     size: int, dims: tuple[Sequence[int | None]], inputs: RowGradientInputs
 ) -> tuple[tuple[RowGradientInputs], tuple[int | None, ...]]:
-    out_dims = tuple(0 if asked else None for asked in (inputs.wrt_p, inputs.wrt_q))
+    out_dims = tuple(0 if requested else None for requested in (inputs.wrt_p, inputs.wrt_q))
     return (RowGradientInputs(*batched(size, dims[0], inputs)),), out_dims
 
 

@@ -1,5 +1,5 @@
-"""Log-probabilities of K ids per row from one read of the logits forward and one backward, whatever
-K is.
+"""Log-probabilities of K ids per row from one read of the logits forward and one backward, for any
+K.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .row_op import batched, refuse_forward_mode, refuse_second_derivative
 
 
 class SelectedInputs(NamedTuple):
-    """Logits [..., V] and int64 ids [..., K] within the vocabulary, K ≥ 1."""
+    """Arguments of selected_logprobs: logits [..., V] and int64 ids [..., K] in 0 … V-1, K ≥ 1."""
 
     logits: Tensor
     ids: Tensor
@@ -26,7 +26,7 @@ class SelectedInputs(NamedTuple):
 
 
 class SelectedGradientInputs(NamedTuple):
-    """The same, the op's results, and the upstream gradient [..., K]."""
+    """Arguments of selected_gradients: the same, the results, and upstream gradients [..., K]."""
 
     logits: Tensor
     ids: Tensor
@@ -39,8 +39,8 @@ class SelectedGradientInputs(NamedTuple):
 def _logprobs(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
     """Compute (log-probabilities [..., K], saved values [..., SAVED]).
 
-    The engine gives that of the likeliest id, from which differences of logits lead to the others:
-    a sum of two numbers of one sign, so that no digit cancels and none rises above 0.
+    The engine computes the likeliest id's log-probability; the others are that minus a difference
+    of logits. Both terms are ≤ 0, so nothing cancels and nothing exceeds 0.
     """
     logits, ids, backend = inputs
     engine = ENGINES[backend]
@@ -51,12 +51,12 @@ def _logprobs(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
         _checks.tokens_in_range(ids, logits.shape[-1])
     chosen = logits.gather(-1, ids).to(logprobs.dtype)
     best = chosen.argmax(-1, keepdim=True)
-    top, of_top = chosen.gather(-1, best), logprobs.new_empty(ids.shape[:-1])
+    top, top_logprob = chosen.gather(-1, best), logprobs.new_empty(ids.shape[:-1])
     args = row_args(logits, None, ids.gather(-1, best)[..., 0], None, None, 1.0)
-    engine.forward(args, {"logprob": of_top.view(-1)}, saved.view(-1, SAVED))
+    engine.forward(args, {"logprob": top_logprob.view(-1)}, saved.view(-1, SAVED))
     # Equal logits may both be -inf.
     distance = (top - chosen).masked_fill_(chosen == top, 0.0)
-    logprobs.copy_(of_top[..., None] - distance)
+    logprobs.copy_(top_logprob[..., None] - distance)
     return results
 
 
@@ -70,8 +70,8 @@ def _fake_logprobs(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
 def _gradients(inputs: SelectedGradientInputs) -> Tensor:
     """Compute the gradient to the logits, contiguous and in their type.
 
-    The engine writes -Σ upstream · probability everywhere; the chosen entries are then written
-    over, each rounded once: adding to a rounded 16-bit gradient would round twice.
+    The engine writes -Σ upstream · probability everywhere; the entries at `ids` are then
+    overwritten, each rounded once: adding to a rounded 16-bit gradient would round twice.
     """
     logits, ids, logprobs, saved, upstream, backend = inputs
     grad = _fake_gradients(inputs)
@@ -87,7 +87,7 @@ def _gradients(inputs: SelectedGradientInputs) -> Tensor:
     )
     own = _sums_of_equal(ids, upstream)
     likely = logprobs > -0.5
-    # own - total · p, from p - 1 where p is near 1: the digits of what is left.
+    # own - total·p, written with p - 1 where p is near 1.
     value = (own - total * likely) - total * torch.where(likely, logprobs.expm1(), logprobs.exp())
     return grad.scatter_(-1, ids, value.to(grad.dtype))
 

@@ -1,9 +1,9 @@
-"""Computes a summed KL and its gradient to P together, where forward knows every row's weight.
+"""Computes a summed KL and its gradient to P together: every row's weight is known in forward.
 
-A CPU computes both block by block; a GPU in one launch (kernels/row_fused.py) where kernels.config
-has it so. The gradient, N·V in the logits' type, is kept until backward in addition to 40 bytes per
-row. An upstream gradient is compared with 1 on the device, and costs a read and a write of N·V
-where it differs: pass beta and the normalizer in the call.
+A CPU computes both block by block; a GPU in one launch (kernels/row_fused.py) if kernels.config
+enables it. The gradient, N·V in the logits' type, is kept until backward, beside 40 bytes per row.
+An upstream gradient other than 1 costs a read and a write of N·V: pass beta and the normalizer in
+the call. The comparison with 1 is made on the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SummedInputs(NamedTuple):
     """Logits [..., V], mask and temperature [...] (or a number), and the divisor of the sum, a
     number or a scalar tensor.
 
-    beta: a scalar tensor, where 0 leaves out an infinite KL, or None for 1.
+    beta: None for 1, or a scalar tensor; 0 gives 0 for an infinite KL too.
     """
 
     p: torch.Tensor
@@ -37,7 +37,7 @@ class SummedInputs(NamedTuple):
 
     @property
     def args(self) -> RowArgs:
-        """The arguments in the engines' form."""
+        """The arguments in the form that engines take."""
         return row_args(self.p, self.q, None, self.mask, *per_token(self.temperature))
 
 
@@ -70,7 +70,7 @@ def empty_gradient(
 
 
 class SummedKL(torch.autograd.Function):
-    """(beta·Σ kl / divisor, kl [...])."""
+    """Computes (beta·Σ kl / divisor, kl [...])."""
 
     @staticmethod
     def forward(
@@ -137,9 +137,9 @@ class SummedKL(torch.autograd.Function):
             )
             return _returned(result)
         ctx.used = True
-        # Scale in place: ctx.used keeps later calls from reading it. `.data` has a version counter
+        # Scale in place: because of ctx.used no later call reads it. `.data` has a version counter
         # of its own, so that changes of x.grad do not invalidate the saved tensor. A saved-tensor
-        # hook may return another layout.
+        # hook may return a non-contiguous tensor.
         gradient = gradient.data.contiguous()
         ENGINES[ctx.backend].scale(gradient, upstream)
         return _returned(gradient)

@@ -2,12 +2,10 @@
 expected, what came, what to do.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,22 +46,40 @@ __all__ = [
 ]
 
 
+def expect(
+    holds: object,
+    name: str,
+    what: str,
+    got: object,
+    remedy: str,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Raise an error in the wording of all, unless the condition holds.
+
+    `got` is described by its type for a TypeError, and else shown.
+    """
+    if not holds:
+        described = type_name(got) if error is TypeError else shown(got)
+        raise error(f"{name}: expected {what}, got {described}; {remedy}")
+
+
 def float_tensor(name: str, value: torch.Tensor, what: str, least_dim: int = 0) -> None:
     """Check for a tensor of one of FLOAT_TYPES; `what` describes it, with its shape."""
     if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_TYPES:
-        remedy = "pass a tensor"
-        if isinstance(value, torch.Tensor):
-            remedy = dtype_remedy(name, value, "convert it with .float()")
+        given = isinstance(value, torch.Tensor)
         raise TypeError(
             f"{name}: expected a float32, bfloat16, float16 or float64 tensor, {what}, got "
-            f"{type_name(value)}; {remedy}"
+            f"{type_name(value)}; "
+            + (dtype_remedy(name, value, "convert it with .float()") if given else "pass a tensor")
         )
     not_sharded(name, value, what, local_or_full(name))
-    if value.dim() < least_dim:
-        raise ValueError(
-            f"{name}: expected {what}, with at least {least_dim} dimension, got a scalar; pass one "
-            f"entry per token, before a mean is taken"
-        )
+    expect(
+        value.dim() >= least_dim,
+        name,
+        f"{what}, with at least {least_dim} dimension",
+        "a scalar",
+        "pass one entry per token, before a mean is taken",
+    )
 
 
 def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -100,12 +116,13 @@ def per_token_or_sequence(
 
 
 def no_gradient(name: str, value: torch.Tensor, why: str) -> None:
-    """Check that a tensor does not require grad."""
-    if value.requires_grad:
-        raise ValueError(
-            f"{name}: expected a tensor without gradient, got one that requires it; {why}: pass "
-            f"{name}.detach()"
-        )
+    expect(
+        not value.requires_grad,
+        name,
+        "a tensor without gradient",
+        "one that requires it",
+        f"{why}: pass {name}.detach()",
+    )
 
 
 def number(
@@ -123,14 +140,10 @@ def number(
     """
     if tensor and isinstance(value, torch.Tensor) and value.dtype in FLOAT_TYPES + INTEGER_TYPES:
         not_sharded(name, value, "of one entry", f"pass {name}.full_tensor()")
-        if value.is_meta:
+        if value.is_meta or value.numel() != 1:
             raise ValueError(
-                f"{name}: expected {what}, got a tensor on the meta device, which has "
-                f"no values; {remedy}"
-            )
-        if value.numel() != 1:
-            raise ValueError(
-                f"{name}: expected {what}, got a tensor of shape {tuple(value.shape)}; {remedy}"
+                f"{name}: expected {what}, got a tensor of shape {tuple(value.shape)} on the "
+                f"device {value.device}, of which meta has no values; {remedy}"
             )
         value = value.item()
     elif isinstance(value, bool) or not (
@@ -139,12 +152,10 @@ def number(
         if isinstance(value, torch.Tensor) and not tensor:
             remedy = f"pass float({name})"
         raise TypeError(f"{name}: expected {what}, got {type_name(value)}; {remedy}")
-    largest = sys.float_info.max
     exact = isinstance(value, int) or (
         not isinstance(value, float) and isinstance(value, numbers.Rational)
     )
-    too_large = exact and not -largest <= value <= largest
-    if too_large or not inside(value):
+    if (exact and abs(value) > sys.float_info.max) or not inside(value):
         raise ValueError(f"{name}: expected {what}, got {shown(value)}; {remedy}")
     return float(value)
 
@@ -158,12 +169,16 @@ def whole_number(
     largest: int = LARGEST_COUNT,
 ) -> None:
     """Check for a Python int within a range, by default at least 1 and below 2^31."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected {what}, got {type_name(value)}; {remedy}")
-    if not lowest <= value <= largest:
-        raise ValueError(
-            f"{name}: expected {what} within {lowest} … {largest}, got {shown(value)}; {remedy}"
-        )
+    expect(
+        isinstance(value, int) and not isinstance(value, bool), name, what, value, remedy, TypeError
+    )
+    expect(
+        isinstance(value, int) and lowest <= value <= largest,
+        name,
+        f"{what} within {lowest} … {largest}",
+        value,
+        remedy,
+    )
 
 
 def beta(
@@ -185,11 +200,13 @@ def beta(
             "pass a weight as 0.05; a negative one would reward divergence",
         )
     float_tensor("beta", value, "0-d")
-    if value.dim() != 0:
-        raise ValueError(
-            f"beta: expected a number or a 0-d tensor, got shape {tuple(value.shape)}; pass one "
-            f"weight for all tokens"
-        )
+    expect(
+        value.dim() == 0,
+        "beta",
+        "a number or a 0-d tensor",
+        value.shape,
+        "pass one weight for all tokens",
+    )
     if value.device.type != "cpu":
         same_device("beta", value, other_name, other)
     return value.detach()
@@ -211,43 +228,78 @@ def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:
 
     Their values are read on the CPU only: elsewhere that would cost a synchronisation.
     """
-    if not isinstance(value, torch.Tensor) or value.dtype not in INTEGER_TYPES:
-        raise TypeError(
-            f"cu_seqlens: expected an integer tensor [S+1] of the sequences' boundaries, got "
-            f"{type_name(value)}; convert it with .int()"
-        )
+    expect(
+        isinstance(value, torch.Tensor) and value.dtype in INTEGER_TYPES,
+        "cu_seqlens",
+        "an integer tensor [S+1] of the sequences' boundaries",
+        value,
+        "convert it with .int()",
+        TypeError,
+    )
     not_sharded("cu_seqlens", value, "the sequences' boundaries", "pass cu_seqlens.full_tensor()")
-    if packed.dim() != 1:
-        raise ValueError(
-            f"{name}: expected [total] beside cu_seqlens, got {tuple(packed.shape)}; pass a "
-            f"padded [B, T] without cu_seqlens"
-        )
-    if value.dim() != 1 or len(value) == 0:
-        raise ValueError(
-            f"cu_seqlens: expected [S+1], the boundaries of S sequences with the leading 0, got "
-            f"{tuple(value.shape)}; for one sequence pass [0, {len(packed)}]"
-        )
+    expect(
+        packed.dim() == 1,
+        name,
+        "[total] beside cu_seqlens",
+        packed.shape,
+        "pass a padded [B, T] without cu_seqlens",
+    )
+    expect(
+        value.dim() == 1 and len(value) > 0,
+        "cu_seqlens",
+        "[S+1], the boundaries of S sequences with the leading 0",
+        value.shape,
+        "for one sequence pass [0, total]",
+    )
     same_device("cu_seqlens", value, name, packed)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = value.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(packed) or bounds != sorted(bounds):
-            raise ValueError(
-                f"cu_seqlens: expected boundaries that rise from 0 to {len(packed)}, the length "
-                f"of {name}, got {bounds[:3]} … {bounds[-1]}; count the tokens that are in {name}"
-            )
-
-
-def state(state: dict[str, object], mine: dict[str, object]) -> None:
-    """Check that a state has the class and the entries of `mine`, this object's own."""
-    given = isinstance(state, dict)
-    if given and state.get("class", mine["class"]) != mine["class"]:
-        raise ValueError(
-            f"state: expected class {mine['class']!r}, got {state['class']!r}; load it into an "
-            f"object of the class it was saved from"
+        expect(
+            bounds[0] == 0 and bounds[-1] == len(packed) and bounds == sorted(bounds),
+            "cu_seqlens",
+            f"boundaries that rise from 0 to {len(packed)}, the length of {name}",
+            f"{bounds[:3]} … {bounds[-1]}",
+            f"count the tokens that are in {name}",
         )
-    if not given or state.keys() != mine.keys():
-        got = (", ".join(sorted(map(str, state))) or "none") if given else type_name(state)
-        raise ValueError(
-            f"state: expected a dict with the entries {', '.join(sorted(mine))}, got {got}; pass "
-            f"what state_dict() returned"
+
+
+def within(low: float, high: float, value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def state(
+    state: dict[str, Any],
+    mine: dict[str, Any],
+    settings: tuple[str, ...],
+    possible: Mapping[str, Callable[[Any], bool]],
+) -> None:
+    """Check that a state has the class, the entries and the settings of `mine`, this object's own,
+    and in its other entries values that are possible; a test of these may raise instead.
+    """
+    given, own = state if isinstance(state, dict) else {}, mine["class"]
+    remedy = "load it into an object of the class and settings it was saved from"
+    kind = given.get("class", own)
+    expect(kind == own, "state", f"class {own!r}", repr(kind), remedy)
+    expect(
+        given.keys() == mine.keys(),
+        "state",
+        f"a dict with the entries {', '.join(sorted(mine))}",
+        ", ".join(sorted(map(str, given))) or type_name(state),
+        "pass what state_dict() returned",
+    )
+    for name in settings:
+        value = state[name]
+        same = isinstance(value, (str, int, float, type(None))) and value == mine[name]
+        expect(same, "state", f"{name} {mine[name]!r}", value, remedy)
+    for name, test in possible.items():
+        try:
+            right = test(state[name])
+        except (TypeError, ValueError, KeyError, AttributeError):
+            right = False
+        expect(
+            right,
+            "state",
+            f"{name} as {own} saves it",
+            state[name],
+            "load another checkpoint, or begin anew",
         )

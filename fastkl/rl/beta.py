@@ -3,9 +3,10 @@
 All have a state, and those with a target declare its unit and the bounds of beta.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from . import _checks
 from .controller import BOUNDS, Controller, TargetedController, Unit, positive
@@ -23,14 +24,16 @@ class FixedBeta(Controller):
     """
 
     def __init__(self, beta: float) -> None:
-        checked = _checks.number(
-            "beta",
-            beta,
-            "a finite number of at least 0",
-            lambda x: 0 <= x < math.inf,
-            "a negative beta would reward divergence; pass 0.05, for instance",
+        super().__init__(
+            _checks.number(
+                "beta",
+                beta,
+                "a finite number of at least 0",
+                lambda x: 0 <= x < math.inf,
+                "a negative beta would reward divergence; pass 0.05, for instance",
+            ),
+            None,
         )
-        super().__init__(checked, None)
 
     def _advance(self, kl: float, n: float) -> None:
         """Leave beta as it is."""
@@ -79,11 +82,13 @@ class AdaptiveBeta(TargetedController):
         )
 
     def _advance(self, kl: float, n: float) -> None:
-        if n >= 5 * self.horizon:
-            raise ValueError(
-                f"n: expected fewer samples than 5 horizons, {5 * self.horizon:g}, got {n:g}: one "
-                f"update could take beta below 0; count horizon in the unit of n"
-            )
+        _checks.expect(
+            n < 5 * self.horizon,
+            "n",
+            f"fewer samples than 5 horizons, {5 * self.horizon:g}",
+            n,
+            "more could take beta below 0 in one update; count horizon in the unit of n",
+        )
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self._beta = self._clip(self._beta * (1 + error * n / self.horizon))
 
@@ -167,8 +172,6 @@ class PIDBeta(TargetedController):
     controller and its windup.
     """
 
-    _STATE = ("beta", "settled", "previous")
-
     def __init__(
         self,
         initial: float,
@@ -194,18 +197,12 @@ class PIDBeta(TargetedController):
         self._settled = self._beta
         self._previous: float | None = None
 
-    def _checked(self, name: str, value: object) -> float | None:
-        if name != "previous":
-            return super()._checked(name, value)
-        if value is None:
-            return None
-        return _checks.number(
-            "state['previous']",
-            value,
-            "a number from -1 to 1, or None",
-            lambda x: -1 <= x <= 1,
-            "pass what state_dict() returned",
-        )
+    def _possible(self) -> dict[str, Callable[[Any], bool]]:
+        return {
+            **super()._possible(),
+            "settled": partial(_checks.within, *self.bounds),
+            "previous": lambda value: value is None or _checks.within(-1, 1, value),
+        }
 
     def _advance(self, kl: float, n: float) -> None:
         error = math.log(min(max(kl / self.target, 1 / math.e), math.e))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
-from typing import Literal, Protocol, get_args
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -31,9 +33,6 @@ class Penalty(Protocol):
 
 class Controller(abc.ABC):
     """Base of all controllers: beta, the checks of an update, and the state."""
-
-    # Attributes in the state beside class and unit, by their names without the underscore.
-    _STATE: tuple[str, ...] = ("beta",)
 
     def __init__(self, beta: float, unit: Unit | None) -> None:
         self._beta = beta
@@ -77,44 +76,45 @@ class Controller(abc.ABC):
         """
         if unit is not None:
             _checks.choice("unit", unit, UNITS)
-        if unit is not None and self._unit is not None and unit != self._unit:
-            raise ValueError(
-                f"kl: expected the mean KL per {self._unit}, got per {unit}; pass what the target "
-                f"is a mean over, or make the controller with unit={unit!r} and a target to match"
-            )
-        measured: float | torch.Tensor
-        weight: float | torch.Tensor
-        if hasattr(kl, "last"):
-            measured, weight = _of_penalty(kl, self._unit or unit or "token")
-        elif unit is None and self._unit == "sequence":
-            raise ValueError(
-                "unit: expected 'sequence' beside the mean KL per sequence that the "
-                "target is, got None; pass unit='sequence' if kl is that (the mean "
-                "per token is not), or pass the KLPenalty itself as kl"
-            )
-        else:
-            measured, weight = kl, n
+        _checks.expect(
+            unit in (None, self._unit) or self._unit is None,
+            "kl",
+            f"the mean KL per {self._unit}",
+            f"per {unit}",
+            f"pass what the target is a mean over, or make the controller with unit={unit!r} and a "
+            f"target to match",
+        )
+        of_penalty = hasattr(kl, "last")
+        _checks.expect(
+            of_penalty or unit is not None or self._unit != "sequence",
+            "unit",
+            "'sequence' beside the mean KL per sequence that the target is",
+            unit,
+            "pass unit='sequence' if kl is that (the mean per token is not), or pass the KLPenalty "
+            "itself as kl",
+        )
+        measured, weight = _of_penalty(kl, self._unit or unit or "token") if of_penalty else (kl, n)
         if process_group is not None:
             measured, n, weight = _over_processes(measured, n, weight, process_group)
-        if hasattr(kl, "last") and not weight:
-            return self._beta
-        mean = _checks.number(
-            "kl",
-            measured,
-            "a finite number",
-            math.isfinite,
-            "pass the mean over what counts, and leave out a step whose KL is not finite",
-            tensor=True,
-        )
-        samples = _checks.number(
-            "n",
-            n,
-            "a finite number above 0",
-            lambda x: 0 < x < math.inf,
-            "n is how many samples the KL is the mean of",
-            tensor=True,
-        )
-        self._advance(mean, samples)
+        if not of_penalty or weight:
+            self._advance(
+                _checks.number(
+                    "kl",
+                    measured,
+                    "a finite number",
+                    math.isfinite,
+                    "pass the mean over what counts, and leave out a step whose KL is not finite",
+                    tensor=True,
+                ),
+                _checks.number(
+                    "n",
+                    n,
+                    "a finite number above 0",
+                    lambda x: 0 < x < math.inf,
+                    "n is how many samples the KL is the mean of",
+                    tensor=True,
+                ),
+            )
         return self._beta
 
     def state_dict(self) -> dict[str, object]:
@@ -125,7 +125,7 @@ class Controller(abc.ABC):
         return {
             "class": type(self).__name__,
             "unit": self._unit,
-            **{name: getattr(self, f"_{name}") for name in self._STATE},
+            **{name: getattr(self, f"_{name}") for name in self._possible()},
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -134,31 +134,22 @@ class Controller(abc.ABC):
         beta is part of the state and replaces the constructor's, also that of FixedBeta. Any other
         state raises ValueError or TypeError and changes nothing.
         """
-        _checks.state(state, self.state_dict())
-        if not isinstance(state["unit"], (str, type(None))) or state["unit"] != self._unit:
-            raise ValueError(
-                f"state: expected unit {self._unit!r}, got {_checks.shown(repr(state['unit']))}; "
-                f"load it into a controller of the unit it was saved from"
-            )
-        values = {name: self._checked(name, state[name]) for name in self._STATE}
-        for name, value in values.items():
-            setattr(self, f"_{name}", value)
+        _checks.state(state, self.state_dict(), ("unit",), self._possible())
+        for name in self._possible():
+            setattr(self, f"_{name}", state[name])
 
-    def _checked(self, name: str, value: object) -> float | None:
-        """Check an entry of a state and return it."""
-        return _checks.number(
-            f"state[{name!r}]",
-            value,
-            "a finite number of at least 0",
-            lambda x: 0 <= x < math.inf,
-            "pass what state_dict() returned",
-        )
+    def _possible(self) -> dict[str, Callable[[Any], bool]]:
+        """Return tests of the state's entries beside class and unit, which are attributes with an
+        underscore before the name.
+        """
+        bounds = getattr(self, "bounds", (0.0, sys.float_info.max))
+        return {"beta": partial(_checks.within, *bounds)}
 
     def __repr__(self) -> str:
-        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        settings |= {"unit": self._unit} if self._unit is not None else {}
-        shown = (f"{name}={value!r}" for name, value in {"beta": self._beta, **settings}.items())
-        return f"{type(self).__name__}({', '.join(shown)})"
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        settings = {"beta": self._beta, **public, **({"unit": self._unit} if self._unit else {})}
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        return f"{type(self).__name__}({shown})"
 
     @abc.abstractmethod
     def _advance(self, kl: float, n: float) -> None:
@@ -172,22 +163,29 @@ class TargetedController(Controller):
         self, initial: float, target: float, unit: Unit, bounds: tuple[float, float]
     ) -> None:
         _checks.choice("unit", unit, UNITS)
-        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-            raise TypeError(
-                f"bounds: expected a pair (lowest beta, highest beta), got "
-                f"{_checks.type_name(bounds)}; pass bounds=(1e-3, 10.0), for instance"
-            )
+        _checks.expect(
+            isinstance(bounds, (tuple, list)) and len(bounds) == 2,
+            "bounds",
+            "a pair (lowest beta, highest beta)",
+            bounds,
+            "pass bounds=(1e-3, 10.0), for instance",
+            TypeError,
+        )
         moves = "beta moves by factors, which never leave 0"
         low, high = (positive("bounds", value, moves) for value in bounds)
-        if low > high:
-            raise ValueError(
-                f"bounds: expected the lower one first, got ({low:g}, {high:g}); swap them"
-            )
+        _checks.expect(low <= high, "bounds", "the lower one first", (low, high), "swap them")
         self.target = positive(
             "target", target, "a KL in nats; for no penalty at all use FixedBeta(0)"
         )
         self.bounds = (low, high)
-        super().__init__(self._within("initial", positive("initial", initial, moves)), unit)
+        _checks.expect(
+            low <= positive("initial", initial, moves) <= high,
+            "initial",
+            f"a beta within bounds, {low:g} … {high:g}",
+            initial,
+            "pass other bounds=(lowest, highest)",
+        )
+        super().__init__(float(initial), unit)
 
     @property
     def unit(self) -> Unit:
@@ -195,62 +193,49 @@ class TargetedController(Controller):
         assert self._unit is not None
         return self._unit
 
-    def _within(self, name: str, value: float) -> float:
-        if self._clip(value) != value:
-            raise ValueError(
-                f"{name}: expected a beta within bounds, {self.bounds[0]:g} … {self.bounds[1]:g}, "
-                f"got {value:g}; pass other bounds=(lowest, highest)"
-            )
-        return value
-
-    def _checked(self, name: str, value: object) -> float | None:
-        checked = super()._checked(name, value)
-        assert checked is not None
-        return self._within(f"state[{name!r}]", checked)
-
     def _clip(self, value: float) -> float:
         return min(max(value, self.bounds[0]), self.bounds[1])
 
 
-def _of_penalty(penalty: Penalty, unit: Unit) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_penalty(penalty: Any, unit: Unit) -> tuple[Any, Any]:
     """Take the mean KL per unit, and how many it is the mean of, from a penalty's last call."""
     mean, count = KEPT[unit]
     last = penalty.last
-    if not isinstance(last, Mapping) or mean not in last or count not in last:
-        got = f"{_checks.type_name(last)} without them" if last else "an empty one"
-        raise ValueError(
-            f"kl: expected a penalty whose `last` holds {mean!r} and {count!r}, got "
-            f"{got}; call the penalty before update, outside torch.func's transforms"
-        )
+    kept = isinstance(last, Mapping)
+    _checks.expect(
+        kept and mean in last and count in last,
+        "kl",
+        f"a penalty whose `last` holds {mean!r} and {count!r}",
+        f"one with {', '.join(last) or 'nothing'}" if kept else last,
+        "call the penalty before update, outside torch.func's transforms",
+    )
     return last[mean], last[count]
 
 
 def _over_processes(
-    kl: float | torch.Tensor,
-    n: float | torch.Tensor,
-    weight: float | torch.Tensor,
-    group: torch.distributed.ProcessGroup,
+    kl: Any, n: Any, weight: Any, group: torch.distributed.ProcessGroup
 ) -> tuple[float, float, float]:
     """Average kl by its weights, and add up n and the weights, over the processes of a group.
 
     Their values are checked afterwards: a process that raised alone would leave the others waiting.
     """
-    if not torch.distributed.is_available() or not isinstance(
-        group, torch.distributed.ProcessGroup
-    ):
-        raise TypeError(
-            f"process_group: expected a ProcessGroup of torch.distributed or None, got "
-            f"{_checks.type_name(group)}; pass torch.distributed.group.WORLD"
-        )
+    distributed = torch.distributed.is_available()
+    _checks.expect(
+        distributed and isinstance(group, torch.distributed.ProcessGroup),
+        "process_group",
+        "a ProcessGroup of torch.distributed or None",
+        group,
+        "pass torch.distributed.group.WORLD",
+        TypeError,
+    )
     kl, n, weight = (
         _checks.number(name, value, "a number", lambda x: True, "pass this process's", tensor=True)
         for name, value in (("kl", kl), ("n", n), ("n", weight))
     )
-    device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
     totals = torch.tensor(
         [kl * weight if weight else 0.0, n if n >= 0 else math.nan, weight],
         dtype=torch.float64,
-        device=device,
+        device="cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu",
     )
     torch.distributed.all_reduce(totals, group=group)
     total, samples, weights = totals.tolist()

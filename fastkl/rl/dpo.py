@@ -1,7 +1,5 @@
 """DPO over the log-probabilities of whole responses."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -98,11 +96,13 @@ def dpo_loss(
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     for name, value in zip(names, (chosen, rejected, ref_chosen, ref_rejected), strict=True):
         _checks.float_tensor(name, value, "log-probabilities of responses [B]")
-        if value.dim() != 1:
-            raise ValueError(
-                f"{name}: expected one log-probability per response, [B], got "
-                f"{tuple(value.shape)}; sum over the response's tokens"
-            )
+        _checks.expect(
+            value.dim() == 1,
+            name,
+            "one log-probability per response, [B]",
+            tuple(value.shape),
+            "sum over the response's tokens",
+        )
         _checks.like(name, value, "chosen", chosen)
     _checks.normalizer(normalizer, "mean", chosen.device)
     chosen, rejected = (finite(value, _RESPONSE_FLOOR) for value in (chosen, rejected))

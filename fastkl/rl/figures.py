@@ -1,7 +1,5 @@
 """Figures of the KL in one step, computed on the device and copied to the CPU at once."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -23,18 +21,16 @@ BINS = 2 + math.ceil(math.log(HIGHEST / LOWEST) / math.log(GROWTH))
 class Measured(NamedTuple):
     """Figures of a step on the CPU: those that are returned, and the step's part of the run's.
 
-    figures, tensors: the monitor's own by name, and averages of further tensors. sequences: how
-    many have a token that counts. finite, finite_sum, finite_max: of the tokens whose KL is finite.
-    width: positions per entry of the profile from now on. histogram, profile: counts per bin, and
-    sums and counts per entry.
+    figures, tensors: the monitor's own by name, and averages of further tensors. run: counts and
+    sums by name, "finite" and "sum" of the tokens whose KL is finite. largest: the largest of
+    these. width: positions per entry of the profile from now on. histogram, profile: counts per
+    bin, and sums and counts per entry.
     """
 
     figures: dict[str, float]
     tensors: list[float]
-    sequences: float
-    finite: float
-    finite_sum: float
-    finite_max: float
+    run: dict[str, float]
+    largest: float
     width: int
     histogram: torch.Tensor
     profile: torch.Tensor
@@ -73,6 +69,7 @@ def measure(
     known = numbers.sum()
     ordered = kl.masked_fill(~numbers, math.nan).sort().values  # NaN comes last, after +inf
     kept = kl.masked_fill(~finite, 0)
+    above = (counts & (kl > (math.inf if threshold is None else threshold))).sum() / tokens
     figures = {
         "kl/mean": total / tokens,
         "kl/per_sequence": total / sequences,
@@ -82,8 +79,14 @@ def measure(
         **{name: _quantile_of(ordered, known, q) for name, q in QUANTILES.items()},
         "kl/tokens": tokens,
         "kl/not_finite": tokens - finite.sum(),
-        "kl/above_threshold": (counts & (kl > (math.inf if threshold is None else threshold))).sum()
-        / tokens,
+        "kl/above_threshold": above,
+    }
+    run = {
+        "tokens": tokens,
+        "sequences": sequences,
+        "finite": finite.sum(),
+        "sum": kept.sum(dtype=torch.float64),
+        "above": torch.where(tokens > 0, above * tokens, 0.0),
     }
     # Double the positions per entry until the longest response fits, on the device as well.
     longest = place.masked_fill(~counts, -1).amax() + 1
@@ -99,15 +102,8 @@ def measure(
     ]
     bins = (kept.clamp(min=LOWEST / 2).div(LOWEST).log() / math.log(GROWTH)).floor().long() + 1
     histogram = ones.new_zeros(BINS).scatter_add_(0, bins.clamp(0, BINS - 1), ones)
-    scalars = [
-        *figures.values(),
-        *averages,
-        sequences,
-        finite.sum(),
-        kept.sum(dtype=torch.float64),
-        kl.masked_fill(~finite, -math.inf).amax(),
-        wide,
-    ]
+    largest = kl.masked_fill(~finite, -math.inf).amax()
+    scalars = [*figures.values(), *averages, *run.values(), largest, wide]
     try:
         copied = torch.cat(
             [torch.stack([value.double() for value in scalars]), histogram, *profile]
@@ -118,15 +114,13 @@ def measure(
             "pass the KL of a step"
         ) from None
     values = copied[: len(scalars)].tolist()
-    held, finites, finite_sum, finite_max, width_now = values[-5:]
+    own = len(scalars) - 2 - len(run)
     return Measured(
         dict(zip(figures, values, strict=False)),
-        values[len(figures) : -5],
-        held,
-        finites,
-        finite_sum,
-        finite_max,
-        int(width_now),
+        values[len(figures) : own],
+        dict(zip(run, values[own:], strict=False)),
+        values[-2],
+        int(values[-1]),
         copied[len(scalars) : -2 * positions],
         copied[-2 * positions :].reshape(2, positions),
     )
@@ -176,29 +170,36 @@ def sorted_figures(
     """
     known, tensors = {}, {}
     for name, value in named.items():
-        if name in _OWN:
-            raise ValueError(
-                f"{name}: expected a name that the monitor does not use itself, got it for a "
-                f"further figure; choose another"
-            )
+        _checks.expect(
+            name not in _OWN,
+            name,
+            "a name that the monitor does not use itself",
+            value,
+            "choose another",
+        )
         if isinstance(value, torch.Tensor):
-            if value.dtype not in (*_checks.FLOAT_TYPES, *_checks.INTEGER_TYPES, torch.bool):
-                raise TypeError(
-                    f"{name}: expected a real number or tensor, got "
-                    f"{_checks.type_name(value)}; convert it with .float()"
-                )
+            _checks.expect(
+                value.dtype in (*_checks.FLOAT_TYPES, *_checks.INTEGER_TYPES, torch.bool),
+                name,
+                "a real number or tensor",
+                value,
+                "convert it with .float()",
+                TypeError,
+            )
             _checks.not_sharded(name, value, "a figure", f"pass {name}.full_tensor()")
             on_cpu = value.device.type == "cpu"
-            if value.device == kl.device or (on_cpu and value.shape == kl.shape):
+            _checks.expect(
+                on_cpu or value.device == kl.device,
+                name,
+                f"a tensor on the device of kl, {kl.device}, or on the CPU",
+                value.device,
+                "move it with .to()",
+            )
+            if value.device == kl.device or value.shape == kl.shape:
                 # Without a wait: the copy of the figures comes after it.
                 tensors[name] = value.detach().to(kl.device, non_blocking=True)
-            elif on_cpu:
-                known[name] = value.detach().double().mean().item()
             else:
-                raise ValueError(
-                    f"{name}: expected a tensor on the device of kl, {kl.device}, or on the CPU, "
-                    f"got {value.device}; move it with .to()"
-                )
+                known[name] = value.detach().double().mean().item()
         elif value is not None:
             known[name] = _checks.number(
                 name, value, "a number or a tensor", lambda x: True, f"pass float({name})"

@@ -1,7 +1,5 @@
 """Destinations of a monitor's figures: a file with a line of JSON per step, and loggers."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -39,7 +37,15 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     Raises OSError for a file that cannot be read, TypeError for anything but a path, ValueError for
     a line that is not a JSON object.
     """
-    _check_path("path", path, "pass the file that KLMonitor(jsonl=...) wrote")
+    # open() would take the number of a file descriptor, and close it.
+    _checks.expect(
+        isinstance(path, (str, os.PathLike)),
+        "path",
+        "a path, str or os.PathLike",
+        path,
+        "pass the file that KLMonitor(jsonl=...) wrote",
+        TypeError,
+    )
     steps: list[dict[str, float]] = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, raw in enumerate(file, 1):
@@ -85,17 +91,17 @@ def append_line(path: str, metrics: dict[str, float]) -> None:
             )
 
 
-def _check_path(name: str, path: str | os.PathLike[str], remedy: str) -> None:
-    """Check for a path: open() would take the number of a file descriptor, and close it."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(
-            f"{name}: expected a path, str or os.PathLike, got {_checks.type_name(path)}; {remedy}"
-        )
-
-
 def appendable(path: str | os.PathLike[str]) -> str:
     """Create a file, or check that it can be appended to, and return its absolute path."""
-    _check_path("jsonl", path, "pass 'run.jsonl', for instance")
+    # open() would take the number of a file descriptor, and close it.
+    _checks.expect(
+        isinstance(path, (str, os.PathLike)),
+        "jsonl",
+        "a path, str or os.PathLike",
+        path,
+        "pass 'run.jsonl', for instance",
+        TypeError,
+    )
     # Absolute: a later change of folder must not split the file.
     path = os.path.abspath(os.fspath(path))
     try:
@@ -110,19 +116,23 @@ def appendable(path: str | os.PathLike[str]) -> str:
 
 def check_logger(logger: Logger) -> None:
     """Check that `send` can give it figures."""
-    if isinstance(logger, logging.Logger):
-        raise TypeError(
-            "loggers: expected an object with log(dict), got a logging.Logger, which logs text; "
-            "pass lambda step: logger.info(step)"
-        )
-    if not any(
-        callable(way)
-        for way in (logger, getattr(logger, "log", None), getattr(logger, "add_scalar", None))
-    ):
-        raise TypeError(
-            f"loggers: expected objects with log(dict) or add_scalar(name, value, step), or "
-            f"callables, got {type(logger).__name__}; pass a wandb run, a SummaryWriter or print"
-        )
+    _checks.expect(
+        not isinstance(logger, logging.Logger),
+        "loggers",
+        "an object with log(dict)",
+        logger,
+        "a logging.Logger logs text: pass lambda step: logger.info(step)",
+        TypeError,
+    )
+    ways = (logger, getattr(logger, "log", None), getattr(logger, "add_scalar", None))
+    _checks.expect(
+        any(map(callable, ways)),
+        "loggers",
+        "objects with log(dict) or add_scalar(name, value, step), or callables",
+        logger,
+        "pass a wandb run, a SummaryWriter or print",
+        TypeError,
+    )
 
 
 def send(logger: Logger, metrics: dict[str, float]) -> None:

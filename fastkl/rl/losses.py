@@ -1,7 +1,5 @@
 """Policy-gradient losses over log-probabilities: PPO, and GRPO and GSPO with their KL penalty."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal, get_args
 
@@ -238,11 +236,13 @@ def _check_normalizer(
     normalizer: float | torch.Tensor | None, reduction: str, mean: str, like: torch.Tensor
 ) -> None:
     """Check the divisor of a mean; `mean` is the reduction that a message names."""
-    if reduction == "sum" and normalizer is not None:
-        raise ValueError(
-            f"normalizer: expected None with reduction='sum', got "
-            f"{_checks.type_name(normalizer)}; it is for means, use reduction={mean!r}"
-        )
+    _checks.expect(
+        reduction != "sum" or normalizer is None,
+        "normalizer",
+        "None with reduction='sum'",
+        _checks.type_name(normalizer),
+        f"it is for means, use reduction={mean!r}",
+    )
     _checks.normalizer(normalizer, "mean", like.device)
 
 
@@ -255,11 +255,13 @@ def _check_max_length(max_length: int | None, reduction: str) -> None:
             "the largest number of tokens that a completion may have, with reduction='dr_grpo'",
             "pass the limit that the sampling had",
         )
-    elif max_length is not None:
-        raise ValueError(
-            f"max_length: expected None with reduction={reduction!r}, got "
-            f"{_checks.shown(max_length)}; only 'dr_grpo' divides by it"
-        )
+    _checks.expect(
+        reduction == "dr_grpo" or max_length is None,
+        "max_length",
+        f"None with reduction={reduction!r}",
+        max_length,
+        "only 'dr_grpo' divides by it",
+    )
 
 
 def _check_kl(
@@ -271,36 +273,45 @@ def _check_kl(
     kl_clamp: float | None,
 ) -> None:
     """Check for exactly one source of the KL, where beta asks for one."""
-    if not isinstance(correct_kl, bool):
-        raise TypeError(
-            f"correct_kl: expected True or False, got {_checks.type_name(correct_kl)}; "
-            f"pass correct_kl=True to multiply the estimate by the ratio"
-        )
+    _checks.expect(
+        isinstance(correct_kl, bool),
+        "correct_kl",
+        "True or False",
+        correct_kl,
+        "pass correct_kl=True to multiply the estimate by the ratio",
+        TypeError,
+    )
     _checks.clamp("kl_clamp", kl_clamp)
-    if ref_logprob is not None and kl is not None:
-        raise ValueError("kl: expected either kl or ref_logprob, got both; kl is the exact one")
-    if ref_logprob is None and kl is None and (isinstance(beta, torch.Tensor) or beta > 0):
-        raise ValueError(
-            "kl: expected the exact KL of each token, or ref_logprob for an estimate, with beta "
-            "above 0, got neither; pass kl=kl_divergence(policy_logits, ref_logits)"
+    given = [value for value in (ref_logprob, kl) if value is not None]
+    _checks.expect(len(given) < 2, "kl", "either kl or ref_logprob", "both", "kl is the exact one")
+    _checks.expect(
+        given or not (isinstance(beta, torch.Tensor) or beta > 0),
+        "kl",
+        "the exact KL of each token, or ref_logprob for an estimate, with beta above 0",
+        "neither",
+        "pass kl=kl_divergence(policy_logits, ref_logits)",
+    )
+    for value in given:
+        name = "ref_logprob" if kl is None else "kl"
+        _checks.float_tensor(name, value, "per token, shaped as logprob")
+        _checks.like(name, value, "logprob", logprob)
+    if kl is None:
+        return
+    for name, setting, default in (("correct_kl", correct_kl, False), ("kl_clamp", kl_clamp, None)):
+        _checks.expect(
+            setting == default,
+            name,
+            f"{default} with an exact kl",
+            setting,
+            "it is for the estimate from ref_logprob, an exact kl needs no such thing",
         )
-    for name, value in (("ref_logprob", ref_logprob), ("kl", kl)):
-        if value is not None:
-            _checks.float_tensor(name, value, "per token, shaped as logprob")
-            _checks.like(name, value, "logprob", logprob)
-    for name, given, default in (("correct_kl", correct_kl, False), ("kl_clamp", kl_clamp, None)):
-        if kl is not None and given != default:
-            raise ValueError(
-                f"{name}: expected {default} with an exact kl, got {_checks.shown(given)}; "
-                f"it is for the estimate from ref_logprob, an exact kl needs no such thing"
-            )
-    learns = torch.is_grad_enabled() and logprob.requires_grad
-    if kl is not None and learns and not kl.requires_grad:
-        raise ValueError(
-            "kl: expected a KL with gradient, as kl_divergence gives it from the policy's logits, "
-            "got one without; a constant in the loss would penalise nothing (shape_rewards takes a "
-            "KL without gradient)"
-        )
+    _checks.expect(
+        kl.requires_grad or not (torch.is_grad_enabled() and logprob.requires_grad),
+        "kl",
+        "a KL with gradient, as kl_divergence gives it from the policy's logits",
+        "one without",
+        "a constant in the loss would penalise nothing (shape_rewards takes a KL without gradient)",
+    )
 
 
 def _prepare(

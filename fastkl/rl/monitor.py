@@ -1,11 +1,10 @@
 """Monitor of the KL in a run: figures of every step and of the run, an alarm, a file of them."""
 
-from __future__ import annotations
-
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,37 +76,37 @@ class KLMonitor:
                 lambda x: 0 <= x < math.inf,
                 "None counts none",
             )
-        if not isinstance(spike, (bool, SpikeDetector)):
-            raise TypeError(
-                f"spike: expected True, False or a SpikeDetector, got {type(spike).__name__}; pass "
-                f"True for SpikeDetector(), its defaults"
-            )
+        _checks.expect(
+            isinstance(spike, (bool, SpikeDetector)),
+            "spike",
+            "True, False or a SpikeDetector",
+            spike,
+            "pass True for SpikeDetector(), its defaults",
+            TypeError,
+        )
         _checks.whole_number(
             "positions", positions, "a number of entries of the profile", "64 is the default"
         )
-        if not isinstance(loggers, (list, tuple)):
-            raise TypeError(
-                f"loggers: expected a list, got {type(loggers).__name__}; pass [logger]"
-            )
+        _checks.expect(
+            isinstance(loggers, (list, tuple)),
+            "loggers",
+            "a list",
+            loggers,
+            "pass [logger]",
+            TypeError,
+        )
+        for logger in loggers:
+            check_logger(logger)
         self.threshold = threshold
         self.detector = SpikeDetector() if spike is True else spike or None
         self.positions = positions
-        for logger in loggers:
-            check_logger(logger)
         self.loggers = list(loggers)
         self.jsonl = None if jsonl is None else appendable(jsonl)
         self._failed: set[str] = set()
         self._step = 0
-        self._run = {
-            "steps": 0.0,
-            "tokens": 0.0,
-            "sequences": 0.0,
-            "finite": 0.0,
-            "sum": 0.0,
-            "max": 0.0,
-            "above": 0.0,
-            "spikes": 0.0,
-        }
+        self._run = dict.fromkeys(
+            ("steps", "tokens", "sequences", "finite", "sum", "max", "above", "spikes"), 0.0
+        )
         self._histogram = torch.zeros(BINS, dtype=torch.float64, device="cpu")
         self._profile = torch.zeros(2, positions, dtype=torch.float64, device="cpu")  # sums, tokens
         self._width = 1  # positions per entry of the profile
@@ -177,9 +176,14 @@ class KLMonitor:
         )
         step = self._step if step is None else step
         _checks.whole_number("step", step, "a whole number", "count the steps from 0", 0, 2**53)
-        counts = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
         got = measure(
-            kl.detach(), counts, cu_seqlens, tensors, self.threshold, self.positions, self._width
+            kl.detach(),
+            torch.ones_like(kl, dtype=torch.bool) if mask is None else mask,
+            cu_seqlens,
+            tensors,
+            self.threshold,
+            self.positions,
+            self._width,
         )
         named = {**numbers, **dict(zip(tensors, got.tensors, strict=True))}
         metrics = {"step": float(step), **got.figures}
@@ -223,18 +227,12 @@ class KLMonitor:
                 )
 
     def _remember(self, metrics: dict[str, float], got: Measured) -> None:
-        """Add a step to the run."""
-        run, tokens = self._run, metrics["kl/tokens"]
-        run["steps"] += 1
-        run["tokens"] += tokens
-        run["sequences"] += got.sequences
-        run["sum"] += got.finite_sum
-        if got.finite:
-            run["max"] = max(run["max"], got.finite_max) if run["finite"] else got.finite_max
-        run["finite"] += got.finite
-        if tokens:
-            run["above"] += got.figures["kl/above_threshold"] * tokens
-        run["spikes"] += metrics.get("kl/spike", 0.0)
+        run = self._run
+        if got.run["finite"]:
+            run["max"] = max(run["max"], got.largest) if run["finite"] else got.largest
+        steps = {"steps": 1.0, "spikes": metrics.get("kl/spike", 0.0)}
+        for name, value in {**got.run, **steps}.items():
+            run[name] += value
         # Not in place: that fails outside inference mode for a tensor made inside it.
         self._histogram = self._histogram + got.histogram
         entries = torch.arange(self.positions, device="cpu") * self._width // got.width
@@ -251,17 +249,16 @@ class KLMonitor:
         are counted, +inf as above the threshold too, and otherwise left out. NaN where there is
         nothing to take a figure of.
         """
-        run = self._run
-        figures = {"steps": run["steps"], "kl/tokens": run["tokens"]}
-        figures |= dict.fromkeys(("kl/mean", "kl/per_sequence", "kl/max"), math.nan)
-        if run["finite"]:
-            figures |= {
-                "kl/mean": run["sum"] / run["finite"],
-                "kl/max": run["max"],
-                "kl/per_sequence": run["sum"] / run["sequences"],
-            }
-        figures.update((name, self._quantile(q)) for name, q in QUANTILES.items())
-        figures["kl/not_finite"] = run["tokens"] - run["finite"]
+        run, some = self._run, bool(self._run["finite"])
+        figures = {
+            "steps": run["steps"],
+            "kl/tokens": run["tokens"],
+            "kl/mean": run["sum"] / run["finite"] if some else math.nan,
+            "kl/per_sequence": run["sum"] / run["sequences"] if some else math.nan,
+            "kl/max": run["max"] if some else math.nan,
+            **{name: self._quantile(q) for name, q in QUANTILES.items()},
+            "kl/not_finite": run["tokens"] - run["finite"],
+        }
         if self.threshold is not None:
             figures["kl/above_threshold"] = (
                 run["above"] / run["tokens"] if run["tokens"] else math.nan
@@ -316,27 +313,15 @@ class KLMonitor:
         changes nothing.
         """
         mine = self.state_dict()
-        _checks.state(state, mine)
-        for name in ("threshold", "positions"):
-            if not isinstance(state[name], (int, float, type(None))) or state[name] != mine[name]:
-                got = _checks.shown(state[name])
-                raise ValueError(
-                    f"state: expected {name} {mine[name]}, got {got}; make the monitor with "
-                    f"{name}={got}"
-                )
-        if (state["spike"] is None) != (mine["spike"] is None):
-            own, other = ("with", "without") if self.detector else ("without", "with")
-            raise ValueError(
-                f"state: expected one {own} a spike detector, got one {other}; make the monitor "
-                f"with spike={state['spike'] is not None}"
-            )
-        for name, possible in _POSSIBLE.items():
-            if _types(state[name]) != _types(mine[name]) or not possible(state[name]):
-                raise ValueError(
-                    f"state: expected {name} as this version of KLMonitor saves it, finite "
-                    f"and without negative counts, got {_checks.shown(state[name])}; "
-                    f"load another checkpoint, or begin anew"
-                )
+        tests = {name: partial(_fits, mine[name], test) for name, test in _POSSIBLE.items()}
+        _checks.state(state, mine, ("threshold", "positions"), tests)
+        _checks.expect(
+            (state["spike"] is None) == (mine["spike"] is None),
+            "state",
+            f"one of a monitor {'with' if self.detector else 'without'} a spike detector",
+            "another",
+            f"make the monitor with spike={state['spike'] is not None}",
+        )
         if self.detector is not None:
             self.detector.load_state_dict(state["spike"])
         self._step, self._width, self._run = state["step"], state["width"], dict(state["run"])
@@ -351,6 +336,10 @@ def _types(value: object) -> object:
     if isinstance(value, dict):
         return {name: _types(entry) for name, entry in value.items()}
     return [_types(entry) for entry in value] if isinstance(value, list) else type(value)
+
+
+def _fits(own: object, possible: Callable[[Any], bool], value: object) -> bool:
+    return _types(value) == _types(own) and possible(value)
 
 
 def _counts(values: Iterable[float]) -> bool:

@@ -2,8 +2,6 @@
 and a step of a given KL.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -77,16 +75,30 @@ def fisher_vector_product(
     Source: Schulman et al., Trust Region Policy Optimization (2015), appendix C.1; Schraudolph,
     Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent (2002).
     """
-    if not callable(function):
-        raise TypeError(
-            f"function: expected a function from parameters to logits, got "
-            f"{type(function).__name__}; for a module: lambda parameters: "
-            f"torch.func.functional_call(model, parameters, (tokens,))"
+    _checks.expect(
+        callable(function),
+        "function",
+        "a function from parameters to logits",
+        function,
+        "for a module: lambda parameters: torch.func.functional_call(model, parameters, (tokens,))",
+        TypeError,
+    )
+
+    def policy(point: Any) -> torch.Tensor:
+        logits = function(point)
+        _checks.expect(
+            isinstance(logits, torch.Tensor),
+            "function",
+            "one that returns logits [..., V]",
+            logits,
+            "return the logits alone",
+            TypeError,
         )
+        return logits
+
     point = named_tensors("parameters", parameters)
     tangents = like("vector", vector, "parameters", point)
     primal = packed(point, parameters)
-    policy = partial(_logits_of, function)
     logits, tangent = torch.func.jvp(policy, (primal,), (packed(tangents, parameters),))[:2]
     _checks.logits("function's result", logits)
     _checks.token_weights(weights, logits.shape[:-1], logits.device)
@@ -95,24 +107,12 @@ def fisher_vector_product(
     return result
 
 
-def _logits_of(function: Callable[[Any], torch.Tensor], parameters: Tensors) -> torch.Tensor:
-    """Call the function, and check that it returns a tensor."""
-    logits = function(parameters)
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError(
-            f"function: expected one that returns logits [..., V], got one that returns "
-            f"{type(logits).__name__}; return the logits alone"
-        )
-    return logits
-
-
 def _softmax_fisher(
     logits: torch.Tensor, tangent: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
     """Compute (diag(p) - p pᵀ) tangent of every row, times its share of the mean, [..., V]."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    p = logits.to(dtype).softmax(-1)
-    u = tangent.to(dtype)
+    p, u = logits.to(dtype).softmax(-1), tangent.to(dtype)
     # Subtract the value at the most probable entry: on a peaked row u - E_p[u] is far smaller there
     # than u.
     u = u - u.gather(-1, p.argmax(-1, keepdim=True))
@@ -179,11 +179,14 @@ def conjugate_gradient(
 
     Source: Hestenes & Stiefel, Methods of Conjugate Gradients for Solving Linear Systems (1952).
     """
-    if not callable(product):
-        raise TypeError(
-            f"product: expected a function from v to A v, got {type(product).__name__}; for a "
-            f"matrix: lambda v: A @ v"
-        )
+    _checks.expect(
+        callable(product),
+        "product",
+        "a function from v to A v",
+        product,
+        "for a matrix: lambda v: A @ v",
+        TypeError,
+    )
     _checks.whole_number("iterations", iterations, "a number of products", "10 are common")
     _checks.number(
         "tolerance",
@@ -324,12 +327,13 @@ def natural_gradient(
         like("Fisher product", product(packed(named, parameters)), "parameters", named),
     )
     if curvature <= 0:
-        if dot("direction", named, named) == 0:
-            return direction
-        raise ValueError(
-            f"gradient: expected a direction along which the policy's KL grows, got one of "
-            f"curvature {curvature:g}; take the gradient from the same function and rows, or skip "
-            f"the step"
+        _checks.expect(
+            dot("direction", named, named) == 0,
+            "gradient",
+            "a direction along which the policy's KL grows",
+            f"one of curvature {curvature:g}",
+            "take the gradient from the same function and rows, or skip the step",
         )
+        return direction
     length = math.sqrt(2 * max_kl / curvature)
     return packed({name: value.mul_(length) for name, value in named.items()}, parameters)

@@ -1,7 +1,5 @@
 """Rewards of a policy-gradient step: a sequence's score and its tokens' KL penalties."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Sequences of a batch, a row each or packed one behind the other, and the means over them."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -44,12 +42,14 @@ def sequences_of(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None, needed:
     if cu_seqlens is not None:
         _checks.cu_seqlens(cu_seqlens, "logprob", logprob)
         return Sequences(len(cu_seqlens) - 1, *owners(cu_seqlens, len(logprob)))
-    if logprob.dim() == 1 and needed:
-        raise ValueError(
-            f"cu_seqlens: expected the boundaries of the sequences packed into logprob, "
-            f"{tuple(logprob.shape)}, for this reduction or level, which ask what sequence a token "
-            f"is in, got None; pass them, or [1, T] tensors for a single sequence"
-        )
+    _checks.expect(
+        logprob.dim() > 1 or not needed,
+        "cu_seqlens",
+        "the boundaries of the sequences packed into logprob, for this reduction or level, which "
+        "ask what sequence a token is in",
+        None,
+        "pass them, or [1, T] tensors for a single sequence",
+    )
     return Sequences(logprob.shape[:-1].numel())
 
 
@@ -87,20 +87,18 @@ def total(
 ) -> torch.Tensor:
     """Reduce per-token losses, 0 where the token does not count, to a scalar."""
     loss, tokens = per_token.sum(), sequences.sums(mask.long())
-    batch = divisor(normalizer, max(sequences.number, 1), loss.dtype)
-    if reduction in ("token_mean", "mean", "bnpo"):
-        loss = loss / divisor(normalizer, mask.sum().clamp(min=1), loss.dtype)
-    elif reduction == "sequence_mean":
-        loss = loss / divisor(normalizer, (tokens > 0).sum().clamp(min=1), loss.dtype)
-    elif reduction == "dr_grpo":
-        assert max_length is not None
+    if reduction == "grpo":
+        loss = (per_token / sequences.spread(tokens).clamp(min=1)).sum()
+    if max_length is not None:
         readable = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
         if readable and tokens.numel() and int(tokens.max()) > max_length:
             raise ValueError(
                 f"max_length: expected at least the tokens of each sequence, {int(tokens.max())}, "
                 f"got {max_length}; pass the limit that the sampling had"
             )
-        loss = loss / (batch * max_length)
-    elif reduction == "grpo":
-        loss = (per_token / sequences.spread(tokens).clamp(min=1)).sum() / batch
+    if reduction != "sum":
+        counts = (tokens > 0) if reduction == "sequence_mean" else mask
+        of_sequences = reduction in ("grpo", "dr_grpo")
+        count = max(sequences.number, 1) if of_sequences else counts.sum().clamp(min=1)
+        loss = loss / (divisor(normalizer, count, loss.dtype) * (max_length or 1))
     return loss if sequences.right is None else torch.where(sequences.right, loss, math.nan)

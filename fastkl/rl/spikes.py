@@ -1,7 +1,5 @@
 """An alarm for jumps of the KL: a sequential test of its logarithm against its own recent past."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import deque
@@ -148,14 +146,12 @@ class SpikeDetector:
         )
         if len(known) < WARM_UP:
             deviation = math.sqrt((ASSUMED + len(known) * deviation**2) / (ASSUMED + len(known)))
-        deviation = max(LEAST_DEVIATION, deviation)
         rise = residual - centre
         jump = max(math.log(self.ratio), rise)
-        self._evidence = max(0.0, self._evidence + jump * (rise - jump / 2) / deviation**2)
-        if self._evidence < self.limit:
-            return False
-        self._evidence = 0.0
-        return True
+        variance = max(LEAST_DEVIATION, deviation) ** 2
+        evidence = max(0.0, self._evidence + jump * (rise - jump / 2) / variance)
+        self._evidence = 0.0 if evidence >= self.limit else evidence
+        return evidence >= self.limit
 
     def state_dict(self) -> dict[str, Any]:
         """Return a plain dict for JSON or torch.save, with the settings that it depends on: recent,
@@ -178,27 +174,24 @@ class SpikeDetector:
         recent, window or floor, raises ValueError and changes nothing.
         """
         mine = self.state_dict()
-        _checks.state(state, mine)
-        for name in ("recent", "window", "floor"):
-            if not isinstance(state[name], (int, float)) or state[name] != mine[name]:
-                raise ValueError(
-                    f"state: expected {name} {mine[name]:g}, got {_checks.shown(state[name])}; "
-                    f"make the detector with {name}={_checks.shown(state[name])}"
-                )
-        for name, longest, kind in (
-            ("levels", mine["recent"], float),
-            ("residuals", mine["window"], float | None),
-            ("evidence", 1, float),
-        ):
-            values = [state[name]] if name == "evidence" else state[name]
-            right = isinstance(values, list) and len(values) <= longest
-            right = right and all(isinstance(value, kind) for value in values)
-            right = right and all(map(math.isfinite, filter(None, values)))
-            if not right or (name == "evidence" and state[name] < 0):
-                raise ValueError(
-                    f"state: expected {name} as SpikeDetector saves it, got "
-                    f"{_checks.shown(state[name])}; begin with a new detector"
-                )
-        self._levels = deque(state["levels"], maxlen=mine["recent"])
-        self._residuals = deque(state["residuals"], maxlen=mine["window"])
+        recent, window = mine["recent"], mine["window"]
+        _checks.state(
+            state,
+            mine,
+            ("recent", "window", "floor"),
+            {
+                "levels": lambda levels: len(levels) <= recent and all(map(_finite, levels)),
+                "residuals": lambda residuals: (
+                    len(residuals) <= window
+                    and all(residual is None or _finite(residual) for residual in residuals)
+                ),
+                "evidence": lambda evidence: _finite(evidence) and evidence >= 0,
+            },
+        )
+        self._levels = deque(state["levels"], maxlen=recent)
+        self._residuals = deque(state["residuals"], maxlen=window)
         self._evidence = state["evidence"]
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)

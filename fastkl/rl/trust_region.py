@@ -2,8 +2,6 @@
 early stop of PPO.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable
@@ -130,30 +128,34 @@ class TrustRegion:
         closure: Callable[[], float | torch.Tensor] | None = None,
     ) -> StepResult:
         """Take one step of the optimizer, within max_kl; see the class."""
-        if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
-            raise TypeError(
-                f"optimizer: expected a torch optimizer, got {type(optimizer).__name__}; pass "
-                f"what has step() and param_groups"
-            )
-        if not callable(mean_kl):
-            raise TypeError(
-                f"mean_kl: expected a function without arguments, called after the step, got "
-                f"{type(mean_kl).__name__}; wrap the measurement: "
-                f"lambda: kl_divergence(old_logits, model(batch).logits).mean()"
-            )
-        if closure is not None and not callable(closure):
-            raise TypeError(
-                f"closure: expected a function or None, got {type(closure).__name__}; pass what "
-                f"evaluates the loss again"
-            )
+        _checks.expect(
+            hasattr(optimizer, "param_groups") and callable(getattr(optimizer, "step", None)),
+            "optimizer",
+            "a torch optimizer",
+            optimizer,
+            "pass what has step() and param_groups",
+            TypeError,
+        )
+        _checks.expect(
+            callable(mean_kl),
+            "mean_kl",
+            "a function without arguments, called after the step",
+            mean_kl,
+            "wrap the measurement: lambda: kl_divergence(old_logits, model(batch).logits).mean()",
+            TypeError,
+        )
+        _checks.expect(
+            closure is None or callable(closure),
+            "closure",
+            "a function or None",
+            closure,
+            "pass what evaluates the loss again",
+            TypeError,
+        )
         parameters = _can_change(optimizer)
         old = _copies(parameters)
         try:
-            if closure is None:
-                optimizer.step()
-            else:
-                # torch's annotation leaves out the tensor that its own examples return.
-                optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(*(() if closure is None else (closure,)))
             for attempt in range(self.tries + 1):
                 # Every fraction is taken from both ends: halving in place would get stuck in a
                 # 16-bit type, where half of the last bit rounds up again.
@@ -164,8 +166,9 @@ class TrustRegion:
                 with torch.no_grad():
                     kl = _mean_kl("mean_kl", mean_kl())
                 if math.isfinite(kl) and kl <= self.max_kl:
-                    accepted: Literal["full", "shrunk"] = "shrunk" if attempt else "full"
-                    return StepResult(accepted, self.shrink**attempt if attempt else 1.0, kl)
+                    if attempt == 0:
+                        return StepResult("full", 1.0, kl)
+                    return StepResult("shrunk", self.shrink**attempt, kl)
         except BaseException:
             _place(parameters, old)
             raise

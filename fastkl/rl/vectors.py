@@ -1,7 +1,5 @@
 """Vectors in a space of parameters: one tensor, or tensors by name as in named_parameters()."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 
@@ -15,31 +13,37 @@ Given = torch.Tensor | Mapping[str, torch.Tensor]
 
 def named_tensors(name: str, value: Given) -> dict[str, torch.Tensor]:
     """Check a vector and return float32 or float64 tensors by name, "" for a tensor alone."""
-    if not isinstance(value, (torch.Tensor, dict)) or isinstance(value, dict) and not value:
-        got = "an empty dict" if isinstance(value, dict) else type(value).__name__
-        raise TypeError(
-            f"{name}: expected a tensor or a dict of tensors by name, got {got}; for a module: "
-            f"dict(model.named_parameters())"
-        )
+    _checks.expect(
+        isinstance(value, torch.Tensor) or (isinstance(value, dict) and len(value) > 0),
+        name,
+        "a tensor or a dict of tensors by name, not empty",
+        value,
+        "for a module: dict(model.named_parameters())",
+        TypeError,
+    )
     named = {"": value} if isinstance(value, torch.Tensor) else dict(value)
     for key, tensor in named.items():
         where = f"{name}[{key!r}]" if isinstance(value, dict) else name
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(
-                f"{where}: expected a tensor, got {type(tensor).__name__}; leave it out of every "
-                f"dict if it takes no part"
-            )
+        _checks.expect(
+            isinstance(tensor, torch.Tensor),
+            where,
+            "a tensor",
+            tensor,
+            "leave it out of every dict if it takes no part",
+            TypeError,
+        )
         _checks.not_sharded(where, tensor, "float32 or float64", f"pass {where}.full_tensor()")
-        if tensor.is_meta:
-            raise ValueError(
-                f"{where}: expected values, got a tensor on the meta device, which has "
-                f"none; pass real tensors"
-            )
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{where}: expected float32 or float64, since 16 bits do not hold a Fisher "
-                f"product, got {tensor.dtype}; pass copies: .float()"
-            )
+        _checks.expect(
+            not tensor.is_meta, where, "values", "a tensor on the meta device", "pass real tensors"
+        )
+        _checks.expect(
+            tensor.dtype in (torch.float32, torch.float64),
+            where,
+            "float32 or float64, since 16 bits do not hold a Fisher product",
+            tensor,
+            "pass copies: .float()",
+            TypeError,
+        )
     return named
 
 
@@ -48,21 +52,20 @@ def like(
 ) -> dict[str, torch.Tensor]:
     """Check that names, shapes, types and devices are those of `other`; return it in its order."""
     named = named_tensors(name, value)
-    if named.keys() != other.keys():
-        raise ValueError(
-            f"{name}: expected the names of {other_name}, got others: "
-            f"{sorted(named.keys() ^ other.keys())} are in one of them only; "
-            f"take both from the same parameters"
-        )
+    remedy = "take both from the same parameters"
+    _checks.expect(
+        named.keys() == other.keys(),
+        name,
+        f"the names of {other_name}",
+        f"others: {sorted(named.keys() ^ other.keys())}",
+        remedy,
+    )
     for key, expected in other.items():
-        got = named[key]
-        if (got.shape, got.dtype, got.device) != (expected.shape, expected.dtype, expected.device):
-            where = f"{name}[{key!r}]" if key else name
-            raise ValueError(
-                f"{where}: expected as in {other_name} {tuple(expected.shape)}, {expected.dtype}, "
-                f"{expected.device}, got {tuple(got.shape)}, {got.dtype}, {got.device}; take both "
-                f"from the same parameters"
-            )
+        theirs, ours = (
+            f"{tuple(each.shape)}, {each.dtype}, {each.device}" for each in (expected, named[key])
+        )
+        where = f"{name}[{key!r}]" if key else name
+        _checks.expect(ours == theirs, where, f"{theirs} as in {other_name}", ours, remedy)
     return {key: named[key] for key in other}
 
 
@@ -90,9 +93,11 @@ def dot(name: str, first: dict[str, torch.Tensor], second: dict[str, torch.Tenso
     """Compute the inner product, check that it is finite, and wait for the device once."""
     parts = [(first[key] * second[key]).sum() for key in first]
     value = float(torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).sum())
-    if not math.isfinite(value):
-        raise ValueError(
-            f"{name}: expected finite values, got an inner product of {value}; look for a NaN, an "
-            f"infinity or an overflow there"
-        )
+    _checks.expect(
+        math.isfinite(value),
+        name,
+        "finite values",
+        f"an inner product of {value}",
+        "look for a NaN, an infinity or an overflow there",
+    )
     return value

@@ -6,7 +6,6 @@ from benchmarks import bits
 
 
 def test_a_line_for_each_case_and_a_hash_that_sees_one_bit(monkeypatch, capsys) -> None:
-    """The same lines again; another hash where a result or a gradient differs in its last bit."""
     monkeypatch.setattr(bits, "VOCABULARIES", (7,))
     for _ in range(2):
         bits.main()

@@ -47,33 +47,12 @@ $row$slow:
 """
 
 
-def test_sass_hot_loop():
-    costs = disassembly.hot_loop(disassembly.parse_sass(SASS, "row"))
-    # LDG, LDG, MUFU, BRA, FFMA, BRA; the rare branch CALL, MUFU, BRA; the subroutine FMUL, RET.
-    # Not the NOP, not the loop over rows, not the edge.
-    assert costs == disassembly.LoopCosts(instructions=11, ex2=2, loads={16: 2}, fp32=2)
-
-
-def test_sass_loops_are_natural_ones():
-    loops = disassembly.natural_loops(disassembly.parse_sass(SASS, "row"))
-    assert sorted(len(body) for body in loops.values()) == [
-        8,
-        10,
-        12,
-    ]  # edge, hot with its rare branch, rows; the padding is never reached
-
-
-def test_sass_longest_of_equally_wide_loops():
-    program = disassembly.parse_sass(SASS.replace("LDG.E.U16", "LDG.E.128"), "row")
-    assert disassembly.hot_loop(program).instructions == 11
-    program = disassembly.parse_sass(SASS.replace("LDG.E.128", "LDG.E"), "row")
-    assert disassembly.hot_loop(program).widest_load == 4
-
-
-def test_sass_call_out_of_the_loop_is_a_jump():
-    # Seen in ptxas's code for sm_80: the loop is left by a call, and what follows it (here another
-    # load) belongs to no loop.
-    text = """
+# LDG, LDG, MUFU, BRA, FFMA, BRA; the rare branch CALL, MUFU, BRA; the subroutine FMUL, RET. Not the
+# NOP, not the loop over rows, not the edge.
+HOT = disassembly.LoopCosts(instructions=11, ex2=2, loads={16: 2}, fp32=2)
+# Seen in ptxas's code for sm_80: the loop is left by a call, and what follows it, here another
+# load, belongs to no loop.
+CALLED = """
 .L_x_2:
         /*0000*/                   LDG.E.128 R4, [R4.64] ;
         /*0010*/               @P0 CALL.REL.NOINC `(.L_x_1) ;
@@ -82,13 +61,26 @@ def test_sass_call_out_of_the_loop_is_a_jump():
         /*0030*/                   LDG.E.128 R4, [R4.64] ;
         /*0040*/                   EXIT ;
 """
-    assert disassembly.hot_loop(disassembly.parse_sass(text, "row")) == disassembly.LoopCosts(
-        instructions=3, ex2=0, loads={16: 1}
-    )
 
 
-def test_no_loads_no_hot_loop():
-    assert disassembly.hot_loop(disassembly.parse_sass(SASS.replace("LDG", "LDS"), "row")) is None
+@pytest.mark.parametrize(
+    ("text", "costs"),
+    [
+        (SASS, HOT),
+        (SASS.replace("LDG.E.U16", "LDG.E.128"), HOT),
+        (SASS.replace("LDG.E.128", "LDG.E"), HOT._replace(loads={4: 2})),
+        (CALLED, disassembly.LoopCosts(instructions=3, ex2=0, loads={16: 1})),
+        (SASS.replace("LDG", "LDS"), None),
+    ],
+)
+def test_sass_hot_loop(text, costs):
+    assert disassembly.hot_loop(disassembly.parse_sass(text, "row")) == costs
+
+
+def test_sass_loops_are_natural_ones():
+    """The edge, the hot one with its rare branch, that over rows; the padding is never reached."""
+    loops = disassembly.natural_loops(disassembly.parse_sass(SASS, "row"))
+    assert sorted(len(body) for body in loops.values()) == [8, 10, 12]
 
 
 WIDTHS = {
@@ -101,11 +93,6 @@ WIDTHS = {
 }
 
 
-@pytest.mark.parametrize("opcode", WIDTHS)
-def test_load_widths(opcode):
-    assert disassembly.load_width(opcode) == WIDTHS[opcode]
-
-
 RESULTS = {
     **{"FFMA": 1, "FADD.FTZ": 1, "FMUL": 1, "FFMA2": 2, "FADD2": 2, "FMNMX": 0, "IMAD": 0},
     **{"MUFU.EX2": 0, "HFMA2": 0, "v_fma_f32": 1, "v_pk_mul_f32": 2, "v_fmac_f32_e32": 1},
@@ -113,9 +100,13 @@ RESULTS = {
 }
 
 
-@pytest.mark.parametrize("opcode", RESULTS)
-def test_float32_operations_are_told_from_the_rest(opcode):
-    assert disassembly.fp32_results(opcode) == RESULTS[opcode]
+@pytest.mark.parametrize(
+    ("count", "opcode", "expected"),
+    [(disassembly.load_width, *case) for case in WIDTHS.items()]
+    + [(disassembly.fp32_results, *case) for case in RESULTS.items()],
+)
+def test_loads_and_float32_operations_are_told_from_the_rest(count, opcode, expected):
+    assert count(opcode) == expected
 
 
 def test_cuobjdump_resources():
@@ -173,18 +164,15 @@ $row$slow:
 
 
 def test_each_path_and_all_around_them():
-    costs = disassembly.segment_costs(
-        disassembly.parse_sass(SEGMENT, "row"), anchors=3, edges=2, segments=4
-    )
-    assert (costs.near.instructions, costs.near.ex2, costs.near.loads) == (8, 1, {16: 2, 8: 1})
+    program = disassembly.parse_sass(SEGMENT, "row")
+    costs = disassembly.segment_costs(program, anchors=3, edges=2, segments=4)
+    assert costs.near == disassembly.LoopCosts(8, 1, {16: 2, 8: 1}, 1)
     assert (costs.general.instructions, costs.general.ex2) == (10, 3)
     # BRA, IADD3, BRA, MOV; three tiles that re-anchor; an edge of LDG, BRA, BRA twice; ATOMG; one
     # time in four EXIT, FADD, FADD, EXIT.
     assert costs.outside == 4 + 3 * 8 + 2 * 3 + 1 + 4 / 4
     assert costs.in_flight == 16 + 16 + 8
-
-
-def test_a_load_that_is_waited_for_is_no_longer_in_flight():
+    # A load that is waited for is no longer in flight.
     text = SEGMENT.replace("R12, desc[UR4][R4.64]", "R12, desc[UR4][R8.64]")
     assert disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1, 1).in_flight == 24
 
@@ -233,12 +221,9 @@ row:                                    ; @row
 """
 
 
-def test_amdgcn_hot_loop():
+def test_amdgcn():
     costs = disassembly.hot_loop(disassembly.parse_amdgcn(GCN, "row"))
     # Two loads, v_exp, v_pk_fma, s_cmp, s_cbranch; waits and NOPs do not count.
     assert costs == disassembly.LoopCosts(instructions=6, ex2=1, loads={16: 2}, fp32=2)
-
-
-def test_amdgcn_resources():
     assert disassembly.parse_amdgcn_resources(GCN) == (64, 12)
     assert disassembly.parse_amdgcn_resources("") == (None, None)

@@ -10,24 +10,18 @@ from benchmarks import record, report, suites, tables
 from benchmarks.cases import PHASES, Workload
 from benchmarks.linear_cases import FLOOR, LinearWorkload
 
-PAGE = report.RESULTS / "README.md"
-
 
 def test_the_committed_tables_are_those_of_the_committed_results():
     for path in (record.ROOT / "README.md", *record.ROOT.glob("docs/**/*.md")):
         words = path.read_text(encoding="utf-8")
         assert report.render(path.name, words) == words, "run python -m benchmarks.report"
-    assert report.results_page() == PAGE.read_text(encoding="utf-8"), (
-        "run python -m benchmarks.report"
-    )
+    assert report.results_page() == (report.RESULTS / "README.md").read_text(encoding="utf-8")
 
 
 def test_sections_are_made_anew_and_a_broken_mark_is_an_error(monkeypatch):
     monkeypatch.setitem(report.SECTIONS, "gpu", lambda: "new")
-    assert (
-        report.render("x", "a\n<!-- gpu -->\nold\n<!-- /gpu -->\nb")
-        == "a\n<!-- gpu -->\nnew\n<!-- /gpu -->\nb"
-    )
+    page = "a\n<!-- gpu -->\nold\n<!-- /gpu -->\nb"
+    assert report.render("x", page) == page.replace("old", "new")
     for broken in ("<!-- gpu -->\nold", "old\n<!-- /gpu -->"):
         with pytest.raises(ValueError, match="x: expected <!-- gpu --> to <!-- /gpu -->"):
             report.render("x", broken)
@@ -36,30 +30,25 @@ def test_sections_are_made_anew_and_a_broken_mark_is_an_error(monkeypatch):
 def row(provider, both, workload=None, **changes):
     """A row as a GPU gives it; backward takes half, forward a third."""
     workload = workload or Workload()
-    medians = {"forward": both / 3, "backward": both / 2, "both": both}
-    rates = {"percent_of_copy": 92.0, "ratio_to_floor": 1.06, "tflop_per_s": 640.0}
     times = {
-        p: {"median_ms": medians[p], "wall_ms": medians[p] + 1, **rates} for p in workload.phases
+        phase: {"median_ms": ms, "wall_ms": ms + 1, "percent_of_copy": 92.0, "ratio_to_floor": 1.06}
+        | {"tflop_per_s": 640.0}
+        for phase, ms in zip(PHASES, (both / 3, both / 2, both), strict=True)
+        if phase in workload.phases
     }
     found = {"workload": workload.as_dict(), "provider": provider, "status": "ok", "reason": None}
-    found |= {"error": {"values": 1e-6, "x, worst row": 9.0}, "times": times}
-    return {**found, "memory": {"peak_bytes": 2.1e9, "held_bytes": 294912}, "note": None, **changes}
+    found |= {"error": {"values": 1e-6, "x, worst row": 9.0}, "times": times, "note": None}
+    return {**found, "memory": {"peak_bytes": 2.1e9, "held_bytes": 294912}, **changes}
 
 
 def data(name="NVIDIA H200", date="2026-02-01T10:00:00Z", **sections):
-    """A file of results with these rows."""
-    found = {
-        key: {"status": "ok", "seconds": 45.31, "rows": rows} for key, rows in sections.items()
-    }
-    gpu = {"name": name, "driver": "570.1"}
-    versions = {"torch": "2.11", "trl": None}
-    origin = {"date": date, "versions": versions, "command": "suite ", "commit": "0123456789abc"}
-    return {**origin, "gpu": gpu, "sections": found}
+    origin = {"versions": {"torch": "2.11", "trl": None}, "command": "suite ", "commit": "01234567"}
+    made = {key: {"status": "ok", "seconds": 45.3, "rows": rows} for key, rows in sections.items()}
+    return {**origin, "date": date, "gpu": {"name": name, "driver": "570.1"}, "sections": made}
 
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """A folder of results with those of a CPU, and a function that adds a GPU's."""
     shutil.copytree(report.RESULTS, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "nvidia-h200")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -85,14 +74,13 @@ FULL = data(
 
 
 def test_tables_of_a_gpu(folder):
-    """Times beside the best other, who is ahead, an error of the gate and never a time."""
     put(folder, FULL)
-    section, page = report.gpu_section(), report.results_page()
+    section, page = report.SECTIONS["gpu"](), report.results_page()
     for line in (
         f"| `kl_divergence dp` | 2.67 ms, 92 % | torch 39.9 ms, 15 × | 39.9 ms, 15 × | {MEMORY} |",
         "| `logprob` | 1.50 ms, 92 % | TRL 1.40 ms, 0.93 × | – | 2.10 GB / 2.10 GB / – |",
         f"| `linear loss` | 54.4 ms, 1.06 × | torch 79.0 ms, 1.45 × | 79.0 ms, 1.45 × | {MEMORY} |",
-        "`suite`, 2026-02-01, torch 2.11, commit 0123456789.",
+        "`suite`, 2026-02-01, torch 2.11, commit 01234567.",
     ):  # fmt: skip
         assert line in section.splitlines()
     for line in (
@@ -110,13 +98,17 @@ def test_tables_of_a_gpu(folder):
 
 def test_the_newest_of_each_gpu(folder):
     """The README has the newest of all; a file without a time of the main shape does not count."""
-    assert report.gpu_section() == report.NO_RESULTS and report.NO_RESULTS in report.results_page()
+    assert (
+        report.SECTIONS["gpu"]() == report.NO_RESULTS and report.NO_RESULTS in report.results_page()
+    )
     for ms, day, name in ((1.23, 1, "H200"), (3.33, 3, "H200"), (5.55, 3, "H100")):
         put(folder, data(f"NVIDIA {name}", f"2026-02-0{day}T10:00:00Z", main=[row("fastkl", ms)]))
     late = {"status": "missing", "reason": "no time left", "times": {}}
     put(folder, data(date="2026-02-04T00:00:00Z", main=[row("fastkl", 9.99, **late)]))
     page = report.results_page()
-    assert "3.33 ms" in report.gpu_section() and page.index("### NVIDIA H200") < page.index("H100")
+    assert "3.33 ms" in report.SECTIONS["gpu"]() and page.index("### NVIDIA H200") < page.index(
+        "H100"
+    )
     assert [ms for ms in ("1.230", "3.330", "5.550", "9.990") if ms in page] == ["3.330", "5.550"]
 
 
@@ -146,8 +138,8 @@ def test_a_broken_file_is_named_and_nothing_is_written(content, folder, monkeypa
 
 def test_every_workload_of_the_suite_has_a_name_of_its_own():
     sections = [s for s in suites.SUITES.values() if isinstance(s, suites.Section)]
-    workloads = {w.name: w for section in sections for w in section.workloads}
-    assert len({tables.label(w.as_dict()) for w in workloads.values()}) == len(workloads)
+    workloads = {workload for section in sections for workload in section.workloads}
+    assert len({tables.label(workload.as_dict()) for workload in workloads}) == len(workloads)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +159,9 @@ def test_json_has_no_nan(tmp_path):
 
 
 def test_the_commit_is_named(tmp_path, monkeypatch):
-    monkeypatch.delenv("FASTKL_COMMIT", raising=False)
     monkeypatch.setattr(record, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("FASTKL_COMMIT", raising=False)
     assert record.commit() == "unknown"
     monkeypatch.setenv("FASTKL_COMMIT", "0123abc")
     assert record.commit() == "0123abc"

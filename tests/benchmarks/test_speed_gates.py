@@ -14,11 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import cases, linear_cases, timing
 from benchmarks.cases import Workload, make_inputs, truth
 from benchmarks.linear_cases import FIELDS, LinearWorkload, make_linear_inputs
-from benchmarks.plain import PLAIN, plain_kl_divergence
 from benchmarks.providers import ALL_LOADERS, Provider, load_providers
 from benchmarks.record import ROOT
 from benchmarks.suites import SUITES
-from benchmarks.work import CLIP, ONE_TENSOR, PRODUCTS, gradients, grpo_terms
+from benchmarks.work import (
+    CLIP,
+    ONE_TENSOR,
+    PLAIN,
+    PRODUCTS,
+    gradients,
+    grpo_terms,
+    plain_kl_divergence,
+)
 
 CPU = torch.device("cpu")
 TINY = Workload(rows=6, vocabulary=97, dtype="fp32")
@@ -27,7 +34,6 @@ FROM_HIDDEN = ["fastkl, logits kept", "torch chunked", "TRL fused", "torch linea
 
 
 def measured(operation, function, workload):
-    """The row of a provider that has this one operation."""
     return timing.measure(Provider("theirs", {operation: function}), workload, CPU)
 
 
@@ -91,8 +97,8 @@ def spoiled(change):
         ("mean_kl", spoiled(torch.sum), "values off by"),
         ("mean_kl", spoiled(lambda kl: kl.mean().detach() + 0 * kl.sum()), "gradient off by"),
         ("mean_kl", spoiled(lambda kl: kl), "shape"),
-        ("logprob", lambda i: PLAIN["logprob"](i.p, (i.tokens + 1) % 97), "off by"),
-        ("logprob_entropy", lambda i: PLAIN["logprob_entropy"](i.p, i.tokens)[::-1], "off by"),
+        ("logprob", lambda i: PLAIN["logprob"](i.p, None, (i.tokens + 1) % 97), "off by"),
+        ("logprob_entropy", lambda i: PLAIN["logprob_entropy"](i.p, i.q, i.tokens)[::-1], "off by"),
     ],
 )  # fmt: skip
 def test_the_gate_catches_a_wrong_provider(operation, function, reason):
@@ -104,7 +110,6 @@ def test_the_gate_catches_a_wrong_provider(operation, function, reason):
 
 @pytest.mark.parametrize("layout", ["rows", "sliced"])
 def test_the_gate_of_many_rows(layout, monkeypatch):
-    """Some rows are compared, the first and the last among them; all others have to be finite."""
     monkeypatch.setattr(cases, "CHECKED_ROWS", 5)
     workload = Workload(rows=64, vocabulary=31, dtype="fp32", layout=layout)
     inputs = make_inputs(workload, CPU)
@@ -113,10 +118,8 @@ def test_the_gate_of_many_rows(layout, monkeypatch):
     assert flat == [0, 16, 32, 47, 63] and gradient.shape == (5, 31)
 
     def at(row, factor):
-        def function(i):
-            kl = exact(i)
-            return (kl * torch.ones(64).index_fill(0, torch.tensor(row), factor).view(kl.shape),)
-
+        factors = torch.ones(64).index_fill(0, torch.tensor(row), factor)
+        function = lambda i: (exact(i) * factors.view(i.p.shape[:-1]),)  # noqa: E731
         return measured("kl_divergence", function, workload)
 
     assert all("values off by" in at(row, 1.1)["reason"] for row in flat)
@@ -194,51 +197,48 @@ def test_the_gate_catches_a_wrong_loss(function, reason):
     assert row["status"] == "wrong" and reason in row["reason"] and row["times"] == {}, row
 
 
-@pytest.mark.parametrize("index", range(len(FIELDS)), ids=FIELDS)
-def test_the_gate_catches_each_field(index):
+CHANGES = [(i, lambda field: 1.05 * field, name) for i, name in enumerate(FIELDS)]
+# ref_logprob has no gradient: nothing of the reference learns.
+CHANGES += [(i, torch.Tensor.detach, "dhidden") for i, n in enumerate(FIELDS) if n != "ref_logprob"]
+
+
+@pytest.mark.parametrize(("index", "change", "what"), CHANGES)
+def test_the_gate_catches_each_field(index, change, what):
     """A field off by 5 % of itself, or without its gradient, among four that are right."""
     stats = load_providers(CPU, ["torch"])[0].operations["linear_stats"]
-    for change, what in (
-        (lambda field: 1.05 * field, FIELDS[index]),
-        (torch.Tensor.detach, "dhidden"),
-    ):
 
-        def changed(i, change=change):
-            return [change(f) if n == index else f for n, f in enumerate(stats(i))]
+    def changed(i):
+        return [change(field) if n == index else field for n, field in enumerate(stats(i))]
 
-        row = measured("linear_stats", changed, tiny("stats"))
-        # ref_logprob has no gradient: nothing of the reference learns.
-        fine = what == "dhidden" and FIELDS[index] == "ref_logprob"
-        assert fine or f"{what} off by" in row["reason"], row
+    row = measured("linear_stats", changed, tiny("stats"))
+    assert f"{what} off by" in row["reason"], row
 
 
-ROWWISE = [mode for mode in PRODUCTS if mode != "forward"]
-
-
-@pytest.fixture(scope="module", params=ROWWISE)
+@pytest.fixture(scope="module", params=[mode for mode in PRODUCTS if mode != "forward"])
 def rounded(request):
     """A workload in bfloat16, where roundings matter, with plain torch's results and the truth."""
     workload = LinearWorkload(request.param, rows=256, hidden=128, vocabulary=4096)
     inputs = make_linear_inputs(workload, CPU)
     outputs = load_providers(CPU, ["torch"])[0].operations[workload.operation](inputs)
     known = linear_cases.expected(workload, inputs)
-    return workload, inputs, known, outputs, gradients(inputs, outputs)
+    return (workload, inputs, known, outputs), gradients(inputs, outputs)
 
 
-@pytest.mark.parametrize("change", ["zeroed", "half too large", "swapped"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda row, after: 0 * row, lambda row, after: 1.5 * row, lambda row, after: after],
+    ids=["zeroed", "half too large", "swapped"],
+)
 def test_the_gate_catches_one_wrong_row_of_the_gradient(rounded, change):
     """Every row that matters, but for a few that are hard to tell from a rounding."""
-    workload, inputs, known, outputs, (dhidden, *others) = rounded
-    size = known[0]["dhidden"].norm(dim=-1)
-    assert not linear_cases.linear_fault(workload, inputs, known, outputs, (dhidden, *others))[1]
-    caught = []
+    given, (dhidden, *others) = rounded
+    assert not linear_cases.linear_fault(*given, (dhidden, *others))[1]
+    size, caught = given[2][0]["dhidden"].norm(dim=-1), []
     for row in range(0, 254, 5):
         if size[row] > 0.1 * size.square().mean().sqrt():
             wrong = dhidden.clone()
-            factor = {"zeroed": 0.0, "half too large": 1.5}.get(change)
-            wrong[row] = dhidden[row + 1] if factor is None else factor * dhidden[row]
-            fault = linear_cases.linear_fault(workload, inputs, known, outputs, (wrong, *others))
-            caught.append(bool(fault[1]))
+            wrong[row] = change(dhidden[row], dhidden[row + 1])
+            caught.append(bool(linear_cases.linear_fault(*given, (wrong, *others))[1]))
     assert len(caught) > 30 and sum(caught) >= len(caught) - 1, (sum(caught), len(caught))
 
 
@@ -266,10 +266,9 @@ def test_no_token_is_where_the_clip_begins():
     assert distance > linear_cases.CLIP_MARGIN / 3, "nor after the rounding of the logits"
 
 
-def products_of(workload, run):
-    """Count the products of N x H x V in a call."""
+def products_of(workload, run, *given):
     with FlopCounterMode(display=False) as counter:
-        run()
+        run(*given)
     return counter.get_total_flops() / (2 * workload.rows * workload.hidden * workload.vocabulary)
 
 
@@ -278,18 +277,17 @@ def test_providers_do_the_work_that_they_declare(mode):
     workload = tiny(mode)
     inputs = make_linear_inputs(workload, CPU)
     names = ["fastkl", "fastkl, logits kept", "torch", "torch chunked"]
+
+    def step(work):
+        with torch.set_grad_enabled(bool(inputs.leaves)):
+            gradients(inputs, work(inputs))
+
     for provider in load_providers(CPU, names, ALL_LOADERS):
         work = provider.operations.get(workload.operation)
-
-        def step(work=work):
-            with torch.set_grad_enabled(bool(inputs.leaves)):
-                outputs = work(inputs)
-            gradients(inputs, outputs)
-
-        assert work is None or products_of(workload, step) == work.products, provider.name
+        assert work is None or products_of(workload, step, work) == work.products, provider.name
     for chunk in (12, 8, 5):
         run = linear_cases.bare_products(workload, inputs, chunk)
-        assert products_of(workload, lambda run=run: run(inputs)) == PRODUCTS[mode]
+        assert products_of(workload, run, inputs) == PRODUCTS[mode]
 
 
 def test_the_floor_goes_on_without_the_chunks_that_do_not_fit(monkeypatch):

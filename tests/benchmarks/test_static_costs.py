@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -13,7 +12,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import roofline, static_costs, static_gate
+import triton
+import triton.language as tl
+
+from benchmarks import roofline, static_costs
+from fastkl.kernels.compile_plan import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,11 +50,10 @@ OTHER_TRITON = 1.03
 IN_FLIGHT = 32  # KB of loads that hide memory's latency on an SM
 
 
-def triton_versions():
-    """{name: folder to put before others on the path}: the installed Triton and, where it lies
-    beside it, the oldest one supported."""
-    older = Path(os.environ.get("FASTKL_TRITON_36") or ROOT / ".venv" / "triton-3.6.0")
-    return {"installed": None, **({"3.6": older} if older.is_dir() else {})}
+# {name: folder to put before others on the path}: the installed Triton and, where it lies beside
+# it, the oldest one supported.
+OLDER = Path(os.environ.get("FASTKL_TRITON_36") or ROOT / ".venv" / "triton-3.6.0")
+TRITONS = {"installed": None, **({"3.6": OLDER} if OLDER.is_dir() else {})}
 
 
 # Every kernel for sm_90 but those of a temperature ratio, forward also misaligned and in float32,
@@ -72,8 +74,7 @@ chosen = [
     or case[2:] == ("bf16", True)
     and (case[0].name in KINDS or (case[1] == "sm_90" and not case[0].name.endswith("ratio")))
 ]
-records, errors = static_costs.collect(chosen)
-print(json.dumps({"records": records, "errors": errors, "triton": static_costs.triton.__version__}))
+print(json.dumps({**static_costs.collect(chosen), "triton": static_costs.triton.__version__}))
 """
 
 
@@ -89,11 +90,11 @@ def start_in_background():
     architectures = {"installed": static_costs.ARCHITECTURES, "3.6": ("sm_90",)}
     return {
         name: background.submit(f"static costs {name}", run, folder, architectures[name])
-        for name, folder in triton_versions().items()
+        for name, folder in TRITONS.items()
     }
 
 
-@pytest.fixture(scope="module", params=triton_versions())
+@pytest.fixture(scope="module", params=TRITONS)
 def report(request):
     """{(kernel, arch, dtype, aligned): record} of one Triton, the slack of its figures, and its
     version."""
@@ -103,26 +104,23 @@ def report(request):
     assert not data["errors"], data["errors"]
     installed = request.param == "installed"
     assert installed or data["triton"].startswith(request.param)
-    records = {tuple(r[key] for key in static_gate.CASE): r for r in data["records"]}
+    records = {tuple(r[key] for key in static_costs.CASE): r for r in data["records"]}
     return records, 1.0 if installed else OTHER_TRITON, data["triton"]
 
 
 def test_nothing_is_worse_than_the_baseline(report):
     records, _, version = report
-    baseline = static_gate.read_baseline(static_gate.BASELINE)
+    baseline = static_costs.read_baseline(static_costs.BASELINE)
     if version != baseline["versions"]["triton"]:
         pytest.skip("the baseline holds for another Triton")
-    assert static_gate.compare(records.values(), baseline)[0] == []
+    assert static_costs.compare(records.values(), baseline)[0] == []
 
 
 def test_the_baseline_is_that_of_the_pinned_triton_and_of_every_kernel():
-    from fastkl.kernels.compile_plan import plan
-
-    baseline = static_gate.read_baseline(static_gate.BASELINE)
-    constraints = (ROOT / "constraints.txt").read_text()
-    pinned = re.search(r"^triton==(\S+)$", constraints, re.MULTILINE)
-    assert baseline["versions"]["triton"] == pinned[1]
-    named = {tuple(record[key] for key in static_gate.CASE) for record in baseline["records"]}
+    baseline = static_costs.read_baseline(static_costs.BASELINE)
+    pinned = f"triton=={baseline['versions']['triton']}"
+    assert pinned in (ROOT / "constraints.txt").read_text().splitlines()
+    named = {tuple(record[key] for key in static_costs.CASE) for record in baseline["records"]}
     assert named == {(item.name, *case) for item, *case in static_costs.cases(plan)}
 
 
@@ -134,45 +132,33 @@ def test_instructions_and_exponentials_per_pair(report, case):
         pytest.skip("not compiled by this Triton")
     record = records[case]
     near, general = record["instructions_per_pair"], record["instructions_per_pair_general"]
-    around, ex2 = record["overhead_per_pair"], record["ex2_per_pair"]
-    found = [near, general, near + (around or 0), (general or near) + (around or 0), ex2]
+    around = record["overhead_per_pair"] or 0
+    found = [near, general, near + around, (general or near) + around, record["ex2_per_pair"]]
     for value, limit in zip(found, LIMITS[case], strict=True):
         assert limit is None or value <= limit * slack, (found, LIMITS[case])
-    assert around is None or (general >= near and 1 < around < 8)
+    assert not around or (general >= near and 1 < around < 8)
 
 
-def test_exponentials_of_either_path_and_loads_in_flight(report):
-    """One exponential on the near path, two on the general one; loads that hide the latency."""
-    both = [
-        record
-        for case, record in report[0].items()
-        if case[0] in ("kl_divergence.forward", "token_stats.forward") and case[1] != "gfx942"
-    ]
-    assert both
-    for record in both:
-        assert (record["ex2_per_pair"], record["ex2_per_pair_general"]) == (1.0, 2.0), record
-        assert record["loads_in_flight_kb_per_sm"] >= IN_FLIGHT, record
-
-
-@pytest.mark.parametrize("arch", static_costs.ARCHITECTURES)
-def test_nothing_spills_and_hot_loops_load_16_bytes_at_a_time(report, arch):
-    """Forward and backward read the vocabulary; other kernels have loops, if at all, for the rare
-    row that is read again the slow way. Q that lies elsewhere in its 16 bytes than P is read
-    element by element, P still in blocks."""
-    records = [record for case, record in report[0].items() if case[1] == arch]
-    if not records:
-        pytest.skip("not compiled by this Triton")
-    assert {case[0] for case in LIMITS if case[1] == arch} <= {r["kernel"] for r in records}
-    for record in records:
+def test_every_record(report):
+    """Nothing spills. Forward and backward read the vocabulary, 16 bytes at a time; Q that lies
+    elsewhere in its 16 bytes than P is read element by element, P still in blocks. Other kernels
+    have loops, if at all, for the rare row that is read again the slow way. Forward on NVIDIA: one
+    exponential on the near path, two on the general one, and loads that hide the latency."""
+    assert {case for case in LIMITS if case[1] == "sm_90"} <= report[0].keys()
+    assert report[1] > 1 or LIMITS.keys() <= report[0].keys()
+    for (kernel, arch, *_), record in report[0].items():
         assert record["spill_bytes"] == 0, record
-        if record["kernel"].split(".")[1].startswith(("forward", "backward")):
+        if kernel.split(".")[1].startswith(("forward", "backward")):
             assert (record["widest_load_bytes"] or 0) >= 16, record
-            assert record["narrow_loads"] == 0 or record["kernel"].endswith("q_elsewhere"), record
+            assert record["narrow_loads"] == 0 or kernel.endswith("q_elsewhere"), record
+        if kernel in ("kl_divergence.forward", "token_stats.forward") and arch != "gfx942":
+            assert (record["ex2_per_pair"], record["ex2_per_pair_general"]) == (1.0, 2.0), record
+            assert record["loads_in_flight_kb_per_sm"] >= IN_FLIGHT, record
 
 
 # The gate
 
-CASE = dict(zip(static_gate.CASE, ("kl_divergence.forward", "sm_90", "bf16", True), strict=True))
+CASE = dict(zip(static_costs.CASE, ("kl_divergence.forward", "sm_90", "bf16", True), strict=True))
 VALUES = (25.0, 30.0, 2.5, 17.0, 2.0, 2.0, 128, 0, 16, 0, 1, 32.0)
 COST = {**CASE, **dict(zip(static_costs.FIGURES, VALUES, strict=True))}
 BASELINE = {"versions": {"triton": static_costs.triton.__version__}, "records": [COST]}
@@ -195,39 +181,37 @@ BASELINE = {"versions": {"triton": static_costs.triton.__version__}, "records": 
 )
 def test_each_figure_has_its_slack(field, fine, worse):
     named = f"kl_divergence.forward sm_90 bf16 aligned: {field} {COST[field]} -> "
-    regressions, changes = static_gate.compare([{**COST, field: worse}], BASELINE)
+    regressions, changes = static_costs.compare([{**COST, field: worse}], BASELINE)
     assert changes == [] and regressions[0].startswith(f"{named}{worse}")
     if fine is not None:
-        regressions, changes = static_gate.compare([{**COST, field: fine}], BASELINE)
+        regressions, changes = static_costs.compare([{**COST, field: fine}], BASELINE)
         assert regressions == [] and changes[0].startswith(f"{named}{fine}")
 
 
 def test_kernels_that_come_and_go():
     other = {**COST, "kernel": "novelty.forward"}
     new = "novelty.forward sm_90 bf16 aligned: not in the baseline"
-    assert static_gate.compare([COST, other], BASELINE) == ([new], [])
+    assert static_costs.compare([COST, other], BASELINE) == ([new], [])
     gone = "kl_divergence.forward sm_90 bf16 aligned: in the baseline only"
-    assert static_gate.compare([{**COST, "aligned": False}], BASELINE)[1] == [gone]
-    # Another element type or kernel was not asked for, and is not missed.
-    assert static_gate.compare([{**COST, "dtype": "fp32"}], BASELINE)[1] == []
-    assert static_gate.compare([other], BASELINE, kernels=["novelty.forward"])[1] == []
+    assert static_costs.compare([{**COST, "aligned": False}], BASELINE)[1] == [gone]
+    # Another element type was not asked for, and is not missed.
+    assert static_costs.compare([{**COST, "dtype": "fp32"}], BASELINE)[1] == []
 
 
-@pytest.mark.parametrize("worse", [False, True])
-def test_the_command_gates(worse, tmp_path, monkeypatch):
+def test_the_command_gates(tmp_path, monkeypatch):
     file, written = tmp_path / "baseline.json", tmp_path / "costs.json"
-    cost = {**COST, "upper_bound_of_peak_bandwidth": roofline.upper_bound(COST)}
-    monkeypatch.setattr(static_costs, "collect", lambda _: ([cost], ["x: does not compile"]))
+    found = {"records": [{**COST, "upper_bound_of_peak_bandwidth": {}}], "errors": ["x: no"]}
+    monkeypatch.setattr(static_costs, "collect", lambda _: found)
     assert static_costs.main(["--write-baseline", str(file)]) == 1 and not file.exists()
-    monkeypatch.setattr(static_costs, "collect", lambda _: ([cost], []))
+    found["errors"] = []
     assert static_costs.main(["--write-baseline", str(file)]) == 0
-    now = {**cost, "spill_bytes": 8 * worse}
-    monkeypatch.setattr(static_costs, "collect", lambda _: ([now], []))
-    words = ["--kernel", "kl_divergence.forward", "--baseline", str(file), "--json", str(written)]
-    assert static_costs.main(words) == worse
-    found = json.loads(written.read_text())["baseline"]["regressions"]
-    assert found == ["kl_divergence.forward sm_90 bf16 aligned: spill_bytes 0 -> 8"] * worse
-    monkeypatch.setattr(static_gate.triton, "__version__", "0.1")
+    words = ["--arch", "sm_90", "--baseline", str(file), "--json", str(written)]
+    assert static_costs.main(words) == 0
+    found["records"] = [{**found["records"][0], "spill_bytes": 8}]
+    assert static_costs.main(words) == 1
+    regressions = json.loads(written.read_text())["baseline"]["regressions"]
+    assert regressions == ["kl_divergence.forward sm_90 bf16 aligned: spill_bytes 0 -> 8"]
+    monkeypatch.setattr(static_costs.triton, "__version__", "0.1")
     assert static_costs.main(words) == 0
 
 
@@ -237,8 +221,6 @@ def test_the_command_gates(worse, tmp_path, monkeypatch):
         (["--write-baseline", "x.json", "--arch", "sm_90"], "--write-baseline: expected"),
         (["--peers", "--dtype", "bf16"], "--peers: expected"),
         (["--baseline", "nowhere.json"], "--baseline: expected"),
-        (["--kernel", "bogus"], "--kernel: expected"),
-        (["--dtype", "bf16", "--kernel", "kl_divergence.backward_p_to_16_bit"], "--kernel: exp"),
     ],
 )
 def test_wrong_use_is_found_before_anything_is_compiled(words, named, monkeypatch, capsys):
@@ -274,8 +256,6 @@ def test_bytes_of_the_loop_as_written():
 
 
 def test_a_segment_is_whole_tiles_and_an_edge():
-    from fastkl.kernels.compile_plan import plan
-
     forward = next(item for item in plan("bf16", True, "sm_90") if item.name.endswith("forward"))
     # 31 tiles of 512, of which 1 and 9 anchor, and 160 entries, less than a group of 256.
     assert forward.segment == 16032 and static_costs.cut(forward) == (2, 1, 8)
@@ -290,29 +270,31 @@ def test_threads_of_a_multiprocessor(registers, warps, resident):
     assert static_costs.resident_threads(registers, warps) == 32 * resident
 
 
+@triton.jit
+def broken(x_ptr):
+    missing(x_ptr)  # noqa: F821
+
+
+@triton.jit
+def one(x_ptr):
+    tl.store(x_ptr, 1.0)
+
+
+@triton.jit
+def two(x_ptr):
+    tl.store(x_ptr, 2.0)
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler")
 def test_a_kernel_that_does_not_compile_is_named_and_hashes_are_of_the_machine_code():
-    import triton
-    import triton.language as tl
-
     def specialization(kernel):
         fields = {"kernel": kernel, "signature": {"x_ptr": "*bf16"}, "constexprs": {}, "attrs": {}}
         return SimpleNamespace(name="x.forward", num_warps=4, options={}, **fields)
 
-    @triton.jit
-    def broken(x_ptr):
-        missing(x_ptr)  # noqa: F821
-
-    @triton.jit
-    def one(x_ptr):
-        tl.store(x_ptr, 1.0)
-
-    @triton.jit
-    def two(x_ptr):
-        tl.store(x_ptr, 2.0)
-
-    records, errors = static_costs.collect([(specialization(broken), "sm_90", "bf16", True)])
-    assert records == [] and errors[0].startswith("x.forward sm_90 bf16 aligned: Compil")
+    found = static_costs.collect([(specialization(broken), "sm_90", "bf16", True)])
+    assert found["records"] == [] and found["errors"][0].startswith(
+        "x.forward sm_90 bf16 aligned: Compil"
+    )
     cases = [(one, "sm_90"), (one, "sm_90"), (two, "sm_90"), (one, "gfx942")]
     first, again, *others = (static_costs.digest(specialization(k), arch) for k, arch in cases)
     assert first == again and len({first, *others}) == 3
@@ -354,15 +336,13 @@ def test_rates_are_those_of_the_data_sheets(arch, peak):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_bytes_are_those_that_the_kernels_move(dtype):
-    from fastkl.kernels.compile_plan import plan
-
-    sizes = {"*bf16": 2, "*fp32": 4}
     for item in plan(dtype, True, "sm_90"):
         flags, step = item.constexprs, item.name.split(".")[1]
         touched = ["p_ptr", *["grad_p_ptr"] * flags.get("WRT_P", False)]
         touched += ["grad_q_ptr"] * flags.get("WRT_Q", False)
         reads = [flags.get("WITH_KL", False)]
         reads += [flags.get(name, -1) >= 0 for name in ("REF_LOGPROB", "KL", "REF_KL")]
+        touched += ["q_ptr"] * any(reads)
         known = step.startswith(("forward", "backward"))
-        moved = sum(sizes[item.signature[n]] for n in touched + ["q_ptr"] * any(reads) if known)
+        moved = sum(2 if item.signature[n] == "*bf16" else 4 for n in touched if known)
         assert roofline.bytes_per_pair(item.name, dtype) == (moved if known else None), item.name

@@ -102,7 +102,6 @@ def test_a_process_costs_its_candidate_only(monkeypatch, tmp_path, script, outco
 
 @pytest.fixture
 def tuned(monkeypatch, tmp_path, capsys):
-    """Return a function that runs the command as on an H200, with times from a function."""
     monkeypatch.setenv("FASTKL_COMMIT", "0" * 40)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")

@@ -1,7 +1,5 @@
 """Paths of two tiny random Llamas, a student or policy and a wider teacher."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """head_of: backbone and Head of tiny random models, against the models' own logits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,7 +45,6 @@ def model_of(kind: str, **options) -> torch.nn.Module:
 
 
 def assert_its_logits(model: torch.nn.Module) -> Head:
-    """Compare a Head's logits with the model's on tokens that the check in head_of did not see."""
     backbone, head = head_of(model)
     ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

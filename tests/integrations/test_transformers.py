@@ -1,13 +1,12 @@
 """KLCallback in transformers' Trainer with a tiny random model: figures, betas and checkpoints."""
 
-from __future__ import annotations
-
 import json
 import math
 import runpy
 import sys
 import warnings
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -35,7 +34,6 @@ SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_atte
 
 
 def tiny(seed: int) -> torch.nn.Module:
-    """Make a random Llama; two seeds differ by a KL of about 0.1."""
     config = transformers.LlamaConfig(**SIZES, vocab_size=V, initializer_range=0.2)
     torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(config)
@@ -62,11 +60,7 @@ class Penalised(transformers.Trainer):
         self.callback.record(penalty.last["kl"].expand(mask.shape) if self.mean else kl, mask)
         if torch.is_grad_enabled():
             self.kept.append((kl.detach()[mask], len(mask), penalty.beta))
-        return loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+        return (loss, {}) if return_outputs else loss
 
 
 def trainer_of(folder, callback, mean=False, callbacks=None, **options) -> Penalised:
@@ -86,6 +80,7 @@ def trainer_of(folder, callback, mean=False, callbacks=None, **options) -> Penal
         learning_rate=1e-2,
         lr_scheduler_type="constant",
         remove_unused_columns=False,
+        label_names=["input_ids"],  # so that the evaluation computes a loss
         seed=3,
     )
     trainer = Penalised(
@@ -110,7 +105,6 @@ def logged(trainer: Penalised, name: str) -> list[float]:
 
 
 def steps_of(trainer: Penalised) -> list[tuple[torch.Tensor, int]]:
-    """Collect the KL of the tokens that count, and the number of sequences, of each step."""
     micro = iter(trainer.kept)
     return [
         (torch.cat([one[0], two[0]]), one[1] + two[1])
@@ -271,14 +265,6 @@ class FromTheHost(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Boundaries:
-    """Keep the arguments of a monitor."""
-
-    def update(self, kl, mask, **keywords) -> dict[str, float]:
-        self.got = keywords
-        return {}
-
-
 def step_with(monitor, device: str) -> None:
     """Make an optimizer step of three micro-batches, one empty, two with an entropy."""
     callback = KLCallback(None, monitor)
@@ -289,18 +275,19 @@ def step_with(monitor, device: str) -> None:
 
 
 def test_the_boundaries_are_made_on_the_device() -> None:
-    monitor, mode = Boundaries(), FromTheHost()
-    with mode:
+    monitor = mock.Mock()
+    monitor.update.return_value = {}
+    with FromTheHost() as mode:
         step_with(monitor, "cpu")
         assert mode.made == 0
         torch.tensor([1])
         assert mode.made == 1
-    assert monitor.got["cu_seqlens"].tolist() == [0, 3, 6, 10]
-    assert monitor.got["entropy"].tolist() == [2.0] * 10
+    got = monitor.update.call_args.kwargs
+    assert got["cu_seqlens"].tolist() == [0, 3, 6, 10] and got["entropy"].tolist() == [2.0] * 10
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("monitor, waits", [(None, 1), (Boundaries(), 1), (KLMonitor(), 2)])
+@pytest.mark.parametrize("monitor, waits", [(None, 1), (KLMonitor(), 2)])
 def test_waits_per_optimizer_step(monitor, waits) -> None:
     step_with(monitor, "cuda")
     with warnings.catch_warnings(record=True) as caught:
@@ -335,21 +322,17 @@ def test_runs_that_would_lose_it(tmp_path, callbacks, options, words) -> None:
         trainer.train()
 
 
-def controller(unit: object) -> SimpleNamespace:
-    return SimpleNamespace(beta=0.1, update=print, unit=unit)
-
-
+CONTROLLERS = [SimpleNamespace(beta=0.1, update=print, unit=unit) for unit in ("batch", None)]
 RECORD, ATTACH = KLCallback().record, KLCallback().attach
 KL, NESTED = torch.ones(2, 3), torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
 WRONG = [
     (
         KLCallback,
         (0.1,),
-        "controller: expected an object with beta and update, got float without b",
+        "controller: expected an object with beta and update, got float",
     ),
-    (KLCallback, (None, 3), "monitor: expected an object with update, got int without update"),
-    (KLCallback, (controller("batch"),), "controller: expected one whose unit is .*, got 'batch'"),
-    (KLCallback, (controller(None),), "controller: expected one whose unit is .*, got None"),
+    (KLCallback, (None, 3), "monitor: expected an object with update, got int"),
+    *((KLCallback, (each,), "controller: expected one whose unit is .*") for each in CONTROLLERS),
     (RECORD, (0.1,), "kl: expected a float tensor .*, got float"),
     (
         RECORD,
@@ -357,7 +340,7 @@ WRONG = [
         r"kl: expected a float tensor .*, \[\.\.\., T\], got a torch.fl",
     ),
     (RECORD, (KL.to(torch.float8_e4m3fn),), "kl: expected a float tensor .*float8"),
-    (RECORD, (KL.to_sparse(),), "kl: expected a plain tensor, got Tensor of layout torch.sparse"),
+    (RECORD, (KL.to_sparse(),), "kl: expected a plain tensor, got"),
     (RECORD, (NESTED,), "kl: expected a plain tensor, "),
     (RECORD, (KL, KL), "mask: expected a bool tensor"),
     (RECORD, (KL, KL.bool().to_sparse()), "mask: expected a plain tensor, "),

@@ -1,8 +1,6 @@
 """The exact KL in TRL's GRPO and distillation trainers: losses and gradients of tiny random models
 against plain torch on full logits, and against TRL's own."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools
@@ -107,7 +105,6 @@ def test_training_with_a_controller(folder) -> None:
     callback = KLCallback(controller, KLMonitor())
     options = dict(max_steps=4, eval_strategy="steps", eval_steps=4)
     trainer = grpo(folder, callbacks=[callback], **options)
-    before = copy.deepcopy(trainer.ref_model.state_dict())
     trainer.train()
     means = logged(trainer, "kl/mean")
     assert len(means) == 4 and means[0] == 0.0 and min(means[1:]) > 1e-3
@@ -119,8 +116,6 @@ def test_training_with_a_controller(folder) -> None:
     assert logged(trainer, "entropy")[0] > 0
     evaluation = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     assert evaluation["eval_kl"] > 1e-3 and "kl/mean" not in evaluation
-    after = trainer.ref_model.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_the_weight_is_the_controllers(folder) -> None:
@@ -169,7 +164,7 @@ def test_grpo_with_scaled_or_capped_logits(tmp_path, family) -> None:
     config.tie_word_embeddings = True
     path = tiny(tmp_path / family, config)
     kinds = (ExactGRPOTrainer, GRPOTrainer)
-    trainer, plain = (moved(grpo(path, kind, max_steps=2)) for kind in kinds)
+    trainer, plain = (moved(grpo(path, kind)) for kind in kinds)
     assert_loss(trainer, inputs, plain_loss(trainer, inputs))
     # In parts as well, as TRL asks for log-probs and entropies beside the generation.
     asked = [*trl_cases.sequence(inputs), COMPLETION]
@@ -181,9 +176,6 @@ def test_grpo_with_scaled_or_capped_logits(tmp_path, family) -> None:
     for value, part, expected in zip(got[:2], parts[:2], own[:2], strict=True):
         testing.assert_near(value, expected, 2 * ROUNDING, 1e-12, "log-probs, entropies")
         testing.assert_near(part, expected, 2 * ROUNDING, 1e-12, "log-probs, entropies in parts")
-    trainer.train()
-    assert len(logged(trainer, "kl/mean")) == 2 and min(logged(trainer, "kl/mean")) > 1e-3
-    assert min(logged(trainer, "grad_norm")) > 0
 
 
 def padded(folder: str) -> torch.nn.Module:

@@ -4,8 +4,6 @@ verl itself is used where it can be imported, elsewhere a stand-in for its core_
 from its interface: without verl, arguments and results are tested.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from types import ModuleType, SimpleNamespace
@@ -65,11 +63,16 @@ def stand_in() -> dict[str, ModuleType]:
         info = config.global_batch_info
         return agg_loss(losses, response_mask, loss_agg_mode, **info), {"actor/pg_clipfrac": 0.0}
 
-    registry = core.POLICY_LOSS_REGISTRY = {"vanilla": vanilla}
-    core.agg_loss = agg_loss
-    core.kl_penalty = lambda logprob, ref_logprob, kl_penalty: logprob - ref_logprob
-    core.register_policy_loss = lambda name: lambda function: registry.setdefault(name, function)
-    core.get_policy_loss_fn = registry.__getitem__
+    def register(name: str):
+        return lambda function: core.POLICY_LOSS_REGISTRY.setdefault(name, function)
+
+    vars(core).update(
+        POLICY_LOSS_REGISTRY={"vanilla": vanilla},
+        agg_loss=agg_loss,
+        kl_penalty=lambda logprob, ref_logprob, kl_penalty: logprob - ref_logprob,
+        register_policy_loss=register,
+        get_policy_loss_fn=lambda name: core.POLICY_LOSS_REGISTRY[name],
+    )
     modules[LOSSES].kl_penalty = core.kl_penalty
     modules["verl"].__version__ = "0.9.stand-in"
     return modules
@@ -84,22 +87,19 @@ needs_verl = pytest.mark.skipif(real_core is None, reason="needs verl")
 
 @pytest.fixture
 def core(monkeypatch) -> ModuleType:
-    """Take verl's core_algos or the stand-in's, without a trace of other tests."""
+    # verl's core_algos or the stand-in's, without a trace of other tests.
     for name, module in (stand_in() if real_core is None else {}).items():
         monkeypatch.setitem(sys.modules, name, module)
     core = sys.modules[CORE]
-    before = dict(core.POLICY_LOSS_REGISTRY)
-    core.POLICY_LOSS_REGISTRY["none"] = lambda **keywords: (torch.zeros(()), {})
+    registry = {**core.POLICY_LOSS_REGISTRY, "none": lambda **keywords: (torch.zeros(()), {})}
+    monkeypatch.setattr(core, "POLICY_LOSS_REGISTRY", registry)
     for module in [module for name, module in sys.modules.items() if name.startswith("verl.")]:
         if getattr(module, "kl_penalty", None) is core.kl_penalty:
             monkeypatch.setattr(module, "kl_penalty", core.kl_penalty)
-    yield core
-    core.POLICY_LOSS_REGISTRY.clear()
-    core.POLICY_LOSS_REGISTRY.update(before)
+    return core
 
 
 def config_of(**options) -> object:
-    """Make an actor's settings."""
     options = dict(clip_ratio_low=0.2, clip_ratio_high=0.3, global_batch_info={}) | options
     if real_core is None:
         return SimpleNamespace(**options)
@@ -122,7 +122,6 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def assert_equal(got, expected, by, value=1e-12, gradient=(1e-10, 1e-14)) -> None:
-    """Compare two scalars and their gradients."""
     testing.assert_near(got, expected, value, 0.0, "value")
     pair = [torch.autograd.grad(each, by, retain_graph=True)[0] for each in (got, expected)]
     testing.assert_near(*pair, *gradient, "gradient")

@@ -26,7 +26,6 @@ GROUPS = (
     (
         "test_torch",
         "test_linear_ops",
-        "test_linear_heads",
         "test_linear_penalty",
         "test_linear_checks",
     ),
@@ -55,14 +54,12 @@ def path_of(stem: str) -> str:
 
 
 def run(stems: tuple[str, ...]) -> tuple[int, str]:
-    """(exit code, output) of some files' tests with the kernels interpreted."""
     switches = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(path_of, stems)]
     return background.run(command, ROOT, {**os.environ, **switches})
 
 
 def start_in_background() -> dict[str, concurrent.futures.Future]:
-    """All processes, as many at a time as there are cores."""
     if any(mark.args[0] for mark in pytestmark):
         return {}
     return {stems[0]: background.submit(f"interpreter {stems[0]}", run, stems) for stems in GROUPS}
@@ -70,7 +67,6 @@ def start_in_background() -> dict[str, concurrent.futures.Future]:
 
 @pytest.mark.parametrize("stems", GROUPS, ids=lambda stems: stems[0])
 def test_kernels_in_the_interpreter(stems: tuple[str, ...]) -> None:
-    """The tests of some files pass with the kernels interpreted, and some of each file did run."""
     code, output = start_in_background()[stems[0]].result()
     assert code == 0, output[-8000:]
     for stem in stems:

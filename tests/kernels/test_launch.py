@@ -1,4 +1,7 @@
-"""kernels/launch.py: cached plans equal newly computed ones and hold no tensor."""
+"""kernels/launch.py: cached plans equal newly computed ones and hold no tensor, and
+kernels/compile_plan.py describes what is launched: the static costs and the compile tests are about
+the real kernels.
+"""
 
 import concurrent.futures
 import gc
@@ -11,28 +14,45 @@ import torch
 from cases import Rows
 
 pytest.importorskip("triton")
-from fastkl.kernels import config, launch
+from fastkl.kernels import compile_plan, config, launch, launch_fused
 from fastkl.ops import problems
 from fastkl.ops.fields import FIELDS, Scaling
 
-CACHES = (launch.layout, launch._forward_plan, launch._backward_plan, problems._described)
+PLANS = (
+    launch.layout,
+    launch._forward_plan,
+    launch._backward_plan,
+    launch_fused._fused_plan,
+    problems._described,
+)
+CACHES = (
+    *PLANS,
+    launch.forward_variants,
+    launch.backward_variant,
+    launch_fused.fused_variants,
+)
 SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
 
 
+def clear() -> None:
+    for cache in CACHES:
+        cache.cache_clear()
+
+
 @pytest.fixture
-def started(monkeypatch) -> list[tuple]:
+def started(monkeypatch, request) -> list[tuple]:
     """Record the launches, in order: kernel, compile-time values, options, programs and every
     argument that is no tensor.
     """
     starts: list[tuple] = []
 
     def note(variant, programs, arguments):
-        numbers = {
-            n: value for n, value in arguments.items() if not isinstance(value, torch.Tensor)
-        }
+        numbers = {n: v for n, v in arguments.items() if not isinstance(v, torch.Tensor)}
         starts.append((variant.kernel, variant.constants, variant.options, programs, numbers))
 
     monkeypatch.setattr(launch.Variant, "start", note)
+    clear()
+    request.addfinalizer(clear)
     return starts
 
 
@@ -57,7 +77,6 @@ def run(shape, dtypes, starts, turned, masked, per_row, scaling) -> None:
 
 
 def kinds() -> list[tuple]:
-    """Calls that differ in one property each from another."""
     first = ((2, 3, 40), (torch.float32, torch.float32), (0, 0), False, False, False, Scaling())
     others = (
         SHAPES,
@@ -73,29 +92,19 @@ def kinds() -> list[tuple]:
     return [first, *found, *turned, *found]
 
 
-def clear() -> None:
-    for cache in CACHES:
-        cache.cache_clear()
-
-
 def test_a_call_looks_up_what_it_would_work_out(started) -> None:
-    """Cached launches equal those with empty caches, whatever was called before; so do those from
-    several threads, in any order.
-    """
-    expected = []
-    for kind in kinds():
-        clear()
+    """Whatever was called before, and from several threads in any order."""
+
+    def launches_of(kind: tuple) -> list[tuple]:
         started.clear()
         run(*kind)
-        expected.append([*started])
-    for kind, launches in zip(kinds(), expected, strict=True):
-        started.clear()
-        run(*kind)
-        assert started == launches, kind
+        return [*started]
+
+    expected = [(clear(), launches_of(kind))[1] for kind in kinds()]
+    assert [launches_of(kind) for kind in kinds()] == expected
     assert len({str(launches) for launches in expected}) > 20
     clear()
     started.clear()
-
     orders = [kinds(), kinds()[::-1], kinds(), kinds()[::-1]]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda mine: [run(*kind) for kind in mine], orders))
@@ -104,7 +113,6 @@ def test_a_call_looks_up_what_it_would_work_out(started) -> None:
 
 
 def test_configurations_of_tests_and_of_the_tuner_count(started) -> None:
-    """Within `override` another one is launched, and after it the first again."""
     kind, chosen = kinds()[0], config.RowConfig(32, 1, 128, "a test's")
     run(*kind)
     with config.override(chosen, chosen):
@@ -117,9 +125,6 @@ def test_configurations_of_tests_and_of_the_tuner_count(started) -> None:
 
 
 def test_no_tensor_is_kept_and_the_number_is_bounded(started) -> None:
-    """A plan is about shapes, types and addresses: logits are freed, and the oldest plan goes for a
-    new one.
-    """
     p, q = torch.empty(3, 40), torch.empty(3, 40)
     made = cases.run("triton", Rows(p, q), {"kl": torch.ones(3)}, (torch.empty(3, 40), None))
     kept = [weakref.ref(value) for value in (p, q, made.saved)]
@@ -127,4 +132,57 @@ def test_no_tensor_is_kept_and_the_number_is_bounded(started) -> None:
     del p, q, made
     gc.collect()
     assert [value() for value in kept] == [None] * 3
-    assert all(cache.cache_info().maxsize for cache in CACHES)
+    assert all(cache.cache_info().maxsize for cache in PLANS)
+
+
+# ---- the compile plan
+
+LONG, WIDTH = 2, compile_plan.VOCABULARY
+BOTH, POLICY = ("kl",), ("logprob", "entropy")
+SCALINGS = Scaling(), Scaling(30.0, 30.0), Scaling(ratio=0.5)
+
+
+def logits(dtype: torch.dtype, start: int) -> torch.Tensor:
+    """[LONG, V] whose first row starts so many elements behind a 16-byte boundary; rows of odd
+    length, unless start is 0.
+    """
+    width = WIDTH + (start > 0)
+    memory = torch.empty(LONG * width + 16, dtype=dtype)
+    assert memory.data_ptr() % 16 == 0
+    return memory.as_strided((LONG, WIDTH), (width, 1), start)
+
+
+def launch_all(dtype: torch.dtype, aligned: bool) -> None:
+    tokens, mask = torch.zeros(LONG, dtype=torch.int64), torch.ones(LONG, dtype=torch.bool)
+    p, q, elsewhere = (logits(dtype, start) for start in ((0, 0, 0) if aligned else (1, 1, 2)))
+    grads = [logits(dtype, int(not aligned)) for _ in "pq"]
+    types = [grads]
+    if dtype == torch.float32 and aligned:
+        types.append([torch.empty(LONG, WIDTH, dtype=torch.bfloat16) for _ in "pq"])
+    for fields, ref in ((BOTH, q), (FIELDS, q), (POLICY, None)):
+        given = tokens if "logprob" in fields else None
+        weights = {field: torch.empty(LONG) for field in fields}
+        sides = ((1, 0), (0, 1), (1, 1)) if ref is not None else ((1, 0),)
+        scalings = SCALINGS if aligned and ref is not None else SCALINGS[:1]
+        for scaling, wrt, places in itertools.product(scalings, sides, types):
+            asked = [grad if on else None for grad, on in zip(places, wrt, strict=True)]
+            cases.run("triton", Rows(p, ref, given, mask, 1.0, scaling), weights, asked)
+        if not aligned and ref is not None:
+            cases.forward("triton", Rows(p, elsewhere, given, mask), fields)
+    for scaling in SCALINGS if aligned else ():
+        rows, ones = Rows(p, q, None, mask, 1.0, scaling), torch.ones(LONG)
+        launch_fused.fused(cases.problem(rows), ones, ones, torch.empty(LONG, 10), grads[0])
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
+def test_every_kernel_of_the_plan_is_launched(started, monkeypatch, arch, dtype, aligned) -> None:
+    found = arch, 64 if arch.startswith("gfx") else 32
+    for module in (launch, launch_fused):
+        monkeypatch.setattr(module, "architecture", lambda device: found)
+    launch_all(cases.FLOATS[dtype], aligned)
+    launches = [each[:3] for each in started]
+    for item in compile_plan.plan(dtype, aligned, arch):
+        options = {**item.options, "num_warps": item.num_warps}
+        assert (item.kernel, item.constexprs, options) in launches, item.name

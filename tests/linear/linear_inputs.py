@@ -1,12 +1,12 @@
 """Hidden states and lm_heads to test with: a Case is one call of the linear level."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastkl
 
@@ -28,10 +28,10 @@ class Case:
     """One call and one backward. `tensors`: INPUTS that are given, on the CPU; the same object
     twice is passed as the same object twice.
 
-    `reduction`: that of linear_kl_divergence, or "stats" for linear_token_stats. `heads`: (softcap,
-    logit_scale) of a model that is passed as a Head. `fields`: the results with an upstream
-    gradient, which is random of size `scale`, a power of two so that scaling is exact; without
-    `random` it is `scale`. `layouts`: how an input lies in memory, by name.
+    `reduction`: that of linear_kl_divergence, "stats" for linear_token_stats, or "penalty" for
+    LinearKLPenalty. `heads`: (softcap, logit_scale) of a model that is passed as a Head. `fields`:
+    the results with an upstream gradient, which is random of size `scale`; without `random` it is
+    `scale`. `layouts`: how an input lies in memory, by name.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -51,24 +51,21 @@ class Case:
     seed: int = 0
     layouts: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def but(self, **changes) -> Case:
-        """Change some fields."""
+    def but(self, **changes) -> "Case":
         return dataclasses.replace(self, **changes)
 
-    def typed(self, dtype: torch.dtype, ref_dtype: torch.dtype | None = None) -> Case:
+    def typed(self, dtype: torch.dtype, ref_dtype: torch.dtype | None = None) -> "Case":
         """Round all inputs but the tokens' weights to a type; tensors given twice stay so."""
+        kinds = {name: name.startswith("ref_") and ref_dtype or dtype for name in self.tensors}
+        kinds["weights"] = dtype if dtype == torch.float64 else torch.float32
         made: dict[int, torch.Tensor] = {}
-        kinds = {name: (name.startswith("ref_") and ref_dtype) or dtype for name in self.tensors}
-        if dtype != torch.float64:
-            kinds["weights"] = torch.float32
         rounded = {
             name: made.setdefault(id(value), value.to(kinds[name]))
             for name, value in self.tensors.items()
         }
         return self.but(tensors=rounded)
 
-    def without(self, *names: str) -> Case:
-        """Leave out some inputs."""
+    def without(self, *names: str) -> "Case":
         return self.but(tensors={k: v for k, v in self.tensors.items() if k not in names})
 
 
@@ -80,7 +77,6 @@ def models(
     vocabulary: int = 500,
     width: int = 64,
     extra: int = 16,
-    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Draw a policy and a reference of another width, whose logits differ by noise of a size that
     goes from sizes[0] to sizes[1] over the tokens.
@@ -89,28 +85,24 @@ def models(
     computes the policy's logits in a rotated basis, with `extra` more dimensions for the noise, so
     that no two numbers of the models are the same.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    weight, noise = normal(vocabulary, width) / math.sqrt(width), normal(tokens, extra)
+    generator = torch.Generator().manual_seed(0)
+    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    weight, hidden = normal(vocabulary, width) / math.sqrt(width), normal(tokens, width)
     if kind == "random":
-        weight, hidden = 3 * weight, normal(tokens, width)
+        weight = 3 * weight
     else:
-        height = 12 + 8 * torch.rand(tokens, 1, generator=generator, dtype=torch.float64)
         peaks = torch.randint(vocabulary, (tokens,), generator=generator)
-        hidden = height * weight[peaks] + 0.3 * normal(tokens, width)
-    ends = [math.log10(size) for size in sizes]
-    size = torch.logspace(*ends, tokens, dtype=torch.float64)[:, None]
+        heights = 12 + 8 * torch.rand(tokens, 1, generator=generator)
+        hidden = heights * weight[peaks] + 0.3 * hidden
+    size = torch.logspace(*map(math.log10, sizes), tokens, dtype=torch.float64)[:, None]
     rotation = torch.linalg.qr(normal(width + extra, width + extra))[0]
-    bias = 0.5 * normal(vocabulary)
     second = torch.cat([weight, normal(vocabulary, extra) / math.sqrt(extra)], 1)
+    bias = 0.5 * normal(vocabulary)
     made = {
         "hidden": hidden,
         "weight": weight,
         "bias": bias,
-        "ref_hidden": torch.cat([hidden, size * noise], 1) @ rotation,
+        "ref_hidden": torch.cat([hidden, size * normal(tokens, extra)], 1) @ rotation,
         "ref_weight": second @ rotation,
         "ref_bias": bias + sizes[0] / 4 * normal(vocabulary),
         "weights": 0.5 + normal(tokens).abs(),
@@ -144,29 +136,24 @@ def small_case(call: str, dtype: torch.dtype = torch.float32, **changes) -> Case
     leading, sizes = changes.pop("leading", (5,)), changes.pop("sizes", {})
     tokens = torch.arange(math.prod(leading)).reshape(leading) % 17
     case = Case(small(leading, **sizes), call, tokens=tokens, **{"chunk_size": 2, **changes})
-    return (case.without("weights") if call in ("stats", "none") else case).typed(dtype)
+    return (case if call in ("sum", "mean") else case.without("weights")).typed(dtype)
 
 
-# Views of other memory, among NaN: a slice of more tokens, a gap after each row, every other
-# element, transposed.
-LAYOUTS = ("without the last", "time first", "gap", "every other", "transposed")
+# Views of other memory, some among NaN: the least dimensions, and how the same numbers lie so. The
+# last one is for tokens that are equal.
+LAYOUTS = {
+    "without the last": (2, lambda value: F.pad(value, (0, 0, 0, 1), value=math.nan)[..., :-1, :]),
+    "gap": (2, lambda value: F.pad(value, (1, 2), value=math.nan)[..., 1:-2]),
+    "every other": (1, lambda value: value.repeat_interleave(2, -1)[..., ::2]),
+    "transposed": (2, lambda value: value.mT.contiguous().mT),
+    "time first": (3, lambda value: value.transpose(0, 1).contiguous().transpose(0, 1)),
+    "expanded": (3, lambda value: value[:, :1].expand_as(value)),
+}
 
 
-def laid_out(value: torch.Tensor, layout: str) -> torch.Tensor:
-    """Put the same numbers elsewhere in memory."""
-    if value.dim() < {"every other": 1, "time first": 3}.get(layout, 2):
-        return value
-    if layout in ("transposed", "time first"):
-        dims = (0, -1) if layout == "transposed" else (0, 1)
-        return value.transpose(*dims).contiguous().transpose(*dims)
-    *leading, width = value.shape
-    shape, view = {
-        "without the last": ((*leading[:-1], leading[-1] + 1 if leading else 0, width), None),
-        "gap": ((*leading, width + 3), slice(1, -2)),
-        "every other": ((*leading, 2 * width), slice(None, None, 2)),
-    }[layout]
-    base = torch.full(shape, math.nan, dtype=value.dtype, device=value.device)
-    return (base[..., :-1, :] if view is None else base[..., view]).copy_(value)
+def laid_out(value: torch.Tensor, layout: str | None) -> torch.Tensor:
+    least, change = LAYOUTS.get(layout, (math.inf, None))
+    return change(value) if value.dim() >= least else value
 
 
 def leaves(
@@ -177,7 +164,6 @@ def leaves(
     for name, value in case.tensors.items():
         if id(value) not in made:
             moved = value.to(device, dtype or value.dtype, copy=True)
-            if name in case.layouts and dtype is None:
-                moved = laid_out(moved, case.layouts[name])
+            moved = laid_out(moved, case.layouts.get(name) if dtype is None else None)
             made[id(value)] = moved.detach().requires_grad_(name in case.trainable)
     return {name: made[id(value)] for name, value in case.tensors.items()}

@@ -1,7 +1,5 @@
 """The library's own plan of chunks: the only place of the tests that knows its names."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ LARGEST_KEPT = _heads.LARGEST_KEPT
 
 
 def tuned(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
-    """Set bounds on memory and sizes of blocks for one test."""
     places = {
         "small_sum": (chunks, "SMALL_SUM"),
         "largest_chunk": (chunks, "LARGEST_CHUNK"),
@@ -29,36 +26,31 @@ def tuned(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
         monkeypatch.setitem(chunks.WORKSPACE, "cpu", values["workspace"])
 
 
-def head_on_meta(
-    n: int, h: int, v: int, *, trainable: bool, logits_dtype: torch.dtype = torch.bfloat16
-) -> lm_head.ChunkedHead:
-    """Make a bfloat16 head of any size, which takes no memory."""
-    hidden, weight = (torch.empty(rows, h, dtype=torch.bfloat16, device="meta") for rows in (n, v))
-    head = lm_head.ChunkedHead(hidden, weight, None, logits_dtype)
-    if trainable:
-        head.grad_hidden = torch.empty_like(hidden)
-        head.grad_weight, head.learns = chunks.Sum(weight), True
-    head.settle(reads_again=False)
-    return head
-
-
-def heads_on_meta(n: int, h: int, v: int, trainable: tuple[bool, bool], **options) -> list:
-    """Make the policy's head and the reference's."""
-    return [head_on_meta(n, h, v, trainable=learns, **options) for learns in trainable]
+def heads_on_meta(
+    n: int, h: int, v: int, trainable: tuple[bool, bool], logits_dtype: torch.dtype = torch.bfloat16
+) -> list[lm_head.ChunkedHead]:
+    """Make the policy's bfloat16 head and the reference's of any size, which take no memory."""
+    made = []
+    for learns in trainable:
+        hidden, weight = (torch.empty(k, h, dtype=torch.bfloat16, device="meta") for k in (n, v))
+        head = lm_head.ChunkedHead(hidden, weight, None, logits_dtype)
+        if learns:
+            head.grad_hidden = torch.empty_like(hidden)
+            head.grad_weight, head.learns = chunks.Sum(weight), True
+        head.settle(reads_again=False)
+        made.append(head)
+    return made
 
 
 def planned(heads: list[lm_head.ChunkedHead], chunk_size: int | None = None, *rest) -> chunks.Plan:
-    """Return (chunk, window) for two heads."""
     return chunks.plan(heads[0].hidden.shape[0], heads, chunk_size, *rest)
 
 
-def workspace(
-    policy: lm_head.ChunkedHead, ref: lm_head.ChunkedHead, chunk_size: int | None = None
-) -> int:
+def workspace(heads: list[lm_head.ChunkedHead]) -> int:
     """Compute linear_token_stats' docstring's formula. Rows are padded to whole lines."""
-    chosen = planned([policy, ref], chunk_size)
-    vocabulary, total = chunks.row_width(policy.weight.shape[0]), 0
-    for head in (policy, ref):
+    chosen, total = planned(heads), 0
+    vocabulary = chunks.row_width(heads[0].weight.shape[0])
+    for head in heads:
         if head.learns:
             total += chosen.window * vocabulary * head.hidden.dtype.itemsize
         if not head.learns or head.logits_dtype != head.hidden.dtype:

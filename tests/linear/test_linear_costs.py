@@ -2,8 +2,8 @@
 allocated and held.
 """
 
-from __future__ import annotations
-
+import functools
+import itertools
 from collections.abc import Callable
 
 import linear_cases
@@ -11,7 +11,8 @@ import linear_inputs
 import memory
 import pytest
 import torch
-from linear_plan import head_on_meta, heads_on_meta, planned, tuned, workspace
+from linear_plan import heads_on_meta, planned, tuned, workspace
+from test_linear import BF16, FP32, with_heads
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastkl
@@ -19,12 +20,11 @@ from fastkl.ops import gemm
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 N, H, V, CHUNK = 24, 16, 40, 8
-BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def products(call: Callable, types: str | None = "c10::BFloat16") -> list[int]:
-    """Return the multiply-adds of every matrix product that a call makes, in order, those inside
-    the ops included; all operands have one type.
+def count(call: Callable, largest: int = N, types: str | None = "c10::BFloat16") -> float:
+    """Return how many products of N·H·V a call makes, those inside the ops included: none for more
+    than `largest` tokens, all operands of one type.
     """
     activities, found = [torch.profiler.ProfilerActivity.CPU], []
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
@@ -37,42 +37,45 @@ def products(call: Callable, types: str | None = "c10::BFloat16") -> list[int]:
             assert inner == again
             assert types is None or {*event.dtypes()[first : first + 2]} == {types}
             found.append(rows * inner * columns)
-    return found
-
-
-def count(call: Callable, largest: int = N, types: str | None = "c10::BFloat16") -> float:
-    """Return how many products of N·H·V a call makes, none for more than `largest` tokens."""
-    found = products(call, types)
     assert max(found, default=0) <= largest * H * V
     return sum(found) / (N * H * V)
 
 
 def tensors(
     device: str,
-    *,
-    shared: bool = False,
-    learned: str = "hidden,weight",
-    dtype: torch.dtype = BF16,
     n: int = N,
     h: int = H,
     v: int = V,
+    *,
+    shared: bool = False,
+    learned: str = "hidden,weight",
     near: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """Make the arguments that both functions share; those in `learned` require gradient. Logits
-    that are `near` 0 take one pass, others may be computed a second time, in float64.
+    """Make the bfloat16 arguments that both functions share; those in `learned` require gradient.
+    Logits that are `near` 0 take one pass, others may be computed a second time, in float64.
     """
     made, names = linear_inputs.small((n,), v, h, h), learned.split(",")
     made = {
-        name: (made[name] * near).to(device, dtype).requires_grad_(name in names)
+        name: (made[name] * near).to(device, BF16).requires_grad_(name in names)
         for name in ("hidden", "weight", "ref_hidden", "ref_weight")
     }
     return {**made, "ref_weight": made["weight"]} if shared else made
 
 
 def gradients_of(value: torch.Tensor, made: dict, retain_graph: bool = False) -> tuple:
-    """Return gradients of the sum of a result."""
     learned = {id(tensor): tensor for tensor in made.values() if tensor.requires_grad}
     return torch.autograd.grad(value.sum(), [*learned.values()], retain_graph=retain_graph)
+
+
+def step(made: dict, **settings) -> tuple:
+    return gradients_of(fastkl.linear_kl_divergence(**made, **settings), made)
+
+
+def stats(made: dict, fields: tuple[str, ...], **settings) -> torch.Tensor:
+    tokens = torch.zeros(len(made["hidden"]), dtype=torch.long, device=made["hidden"].device)
+    given = {"tokens": tokens, "chunk_size": CHUNK, **made, **settings}
+    found = fastkl.linear_token_stats(**given)
+    return sum(getattr(found, name) for name in fields)
 
 
 def assert_products(call: Callable, made: dict, *counts: int) -> None:
@@ -83,16 +86,14 @@ def assert_products(call: Callable, made: dict, *counts: int) -> None:
     assert count(lambda: kept.append(call()), CHUNK) == forward
     with torch.no_grad():
         assert count(call, CHUNK) <= 2
-    with FlopCounterMode(display=False) as counter:
-        call()
-    assert counter.get_total_flops() == forward * 2 * N * H * V
-    if kept[0].requires_grad:
+    run = lambda: grads.append(gradients_of(kept[0], made, retain_graph=True))  # noqa: E731
+    for function, expected in ((call, forward), (run, backward))[: 1 + kept[0].requires_grad]:
         with FlopCounterMode(display=False) as counter:
-            gradients_of(kept[0], made, retain_graph=True)
-        assert counter.get_total_flops() == backward * 2 * N * H * V
-        run = lambda: grads.append(gradients_of(kept[0], made, retain_graph=True))  # noqa: E731
+            function()
+        assert counter.get_total_flops() == expected * 2 * N * H * V
+    if kept[0].requires_grad:
         assert [count(run, CHUNK) for _ in range(2)] == [backward, again]
-        assert all(map(torch.equal, *grads))
+        assert all(map(torch.equal, *grads[1:]))
 
 
 MODES = {
@@ -120,11 +121,9 @@ def test_products(implementation, learned, shared, reduction, recompute) -> None
     Computed again, logits take two more in backward: six for a trainable lm_head, five for a frozen
     one. No product is for more tokens than chunk_size.
     """
-    made, both = (
-        tensors(implementation.device, learned=learned, shared=shared),
-        MODES[learned, shared],
-    )
+    made = tensors(implementation.device, learned=learned, shared=shared)
     settings = {"reduction": reduction, "recompute": recompute, "chunk_size": CHUNK}
+    both = MODES[learned, shared]
     counts = (2, both if recompute else both - 2, both) if reduction == "none" else (both, 0, 0)
     assert_products(lambda: fastkl.linear_kl_divergence(**made, **settings), made, *counts)
 
@@ -138,49 +137,33 @@ def test_products_of_policy_fields(implementation, learned, expected, reference,
     """
     made = tensors(implementation.device, learned=learned)
     made = made if reference else {name: made[name] for name in ("hidden", "weight")}
-    tokens = torch.zeros(N, dtype=torch.long, device=implementation.device)
-    settings = {"tokens": tokens, "chunk_size": CHUNK, "recompute": recompute}
-
-    def call() -> torch.Tensor:
-        stats = fastkl.linear_token_stats(**made, **settings)
-        return stats.logprob + stats.entropy
-
+    call = functools.partial(stats, made, ("logprob", "entropy"), recompute=recompute)
     assert_products(call, made, 1 + reference, expected + recompute, expected + 1)
 
 
-def test_no_gradient_of_the_policy_from_reference_fields(implementation) -> None:
+def test_products_of_reference_fields(implementation) -> None:
     """Log-probs of the reference move nothing of the policy, even where both share a weight."""
     made = tensors(implementation.device, learned="hidden,weight,ref_hidden", shared=True)
-    tokens = torch.zeros(N, dtype=torch.long, device=implementation.device)
-    settings = {"tokens": tokens, "chunk_size": CHUNK, "recompute": True}
-    value = fastkl.linear_token_stats(**made, **settings).ref_logprob.sum()
-    alone = fastkl.linear_token_stats(made["ref_hidden"], made["weight"], **settings).logprob.sum()
-    learned, found = (made["weight"], made["ref_hidden"]), []
-    assert count(lambda: found.extend(torch.autograd.grad(value, learned, retain_graph=True))) == 4
-    for got, expected in zip(found, torch.autograd.grad(alone, learned), strict=True):
-        torch.testing.assert_close(got.float(), expected.float(), rtol=1e-2, atol=1e-2)
-    assert torch.autograd.grad(value, made["hidden"], allow_unused=True) == (None,)
+    call = functools.partial(stats, made, ("ref_logprob",), recompute=True)
+    assert_products(call, {name: made[name] for name in ("weight", "ref_hidden")}, 2, 4, 4)
+    assert torch.autograd.grad(call().sum(), made["hidden"], allow_unused=True) == (None,)
 
 
 def test_masked_tokens_take_no_part_on_the_reference() -> None:
-    """Their products are not made where looking at the mask costs nothing."""
     made, mask = tensors("cpu"), torch.arange(N) % 3 == 0
-    settings = {"mask": mask, "reduction": "mean", "chunk_size": CHUNK}
-    found = count(lambda: fastkl.linear_kl_divergence(**made, **settings))
+    found = count(lambda: step(made, mask=mask, reduction="mean", chunk_size=CHUNK))
     assert found == 4 * int(mask.sum()) / N
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_the_calls_of_a_gpu(dtype) -> None:
     """The products that a GPU would be asked for have the right shapes and types: on the meta
     device, where torch checks both and computes nothing.
     """
     with torch.device("meta"):
         hidden, weight, bias = (torch.empty(*s, dtype=dtype) for s in ((6, H), (V, H), (V,)))
-        for kind in (dtype, torch.float32):
-            for with_bias in (bias, None):
-                out = torch.empty(6, 64, dtype=kind)[:, :V]
-                gemm.logits_into(out, hidden, weight, with_bias)
+        for kind, given in itertools.product((dtype, FP32), (bias, None)):
+            gemm.logits_into(torch.empty(6, 64, dtype=kind)[:, :V], hidden, weight, given)
         grads = torch.empty(6, 64, dtype=dtype)[:, :V]
         for first in (True, False):
             gemm.add_weight_gradient(torch.empty(V, H), grads, hidden, first=first)
@@ -199,7 +182,7 @@ def test_workspace_at_the_main_shape(n, trainable, expected) -> None:
     above 8192 tokens the weight's gradient is a sum.
     """
     heads = heads_on_meta(n, 4096, 128256, (trainable, False))
-    assert workspace(*heads) == pytest.approx(expected * 1e9, rel=0.01)
+    assert workspace(heads) == pytest.approx(expected * 1e9, rel=0.01)
 
 
 @pytest.mark.parametrize("n, one", [(1, True), (3072, True), (8192, True), (8193, False)])
@@ -208,12 +191,11 @@ def test_one_product_where_it_takes_no_more_than_a_sum(n, one) -> None:
     beside them, would take more than a part of them, the float32 sum and at last the weight's
     gradient beside that.
     """
-    shape = (4096, 128256)
-    several = heads_on_meta(65536, *shape, (True, False))
+    several = heads_on_meta(65536, 4096, 128256, (True, False))
     assert planned(several).window == 3072
-    heads = heads_on_meta(n, *shape, (True, False))
-    assert (planned(heads).window == n) == one and workspace(*heads) <= workspace(*several)
-    shared = heads_on_meta(8192, *shape, (True, True))
+    heads = heads_on_meta(n, 4096, 128256, (True, False))
+    assert (planned(heads).window == n) == one and workspace(heads) <= workspace(several)
+    shared = heads_on_meta(8192, 4096, 128256, (True, True))
     shared[1].grad_weight = shared[0].grad_weight
     assert planned(shared).window < 8192, "two heads add to it: it stays a sum"
 
@@ -225,17 +207,17 @@ def test_workspace_stays_within_its_bound(n, h, v, trainable, logits_dtype) -> N
     """The buffers of logits stay under 1 GiB or half of the sums, chunk_size bounds the tokens, and
     forward has the chunk of backward.
     """
-    heads = heads_on_meta(n, h, v, trainable, logits_dtype=logits_dtype)
+    heads = heads_on_meta(n, h, v, trainable, logits_dtype)
     sums = 4 * v * h * sum(trainable)
-    assert workspace(*heads) - sums <= 1.01 * max(1 << 30, sums // 2)
+    assert workspace(heads) - sums <= 1.01 * max(1 << 30, sums // 2)
     for chunk_size in (1, 100, 3000):
         chosen = planned(heads, chunk_size)
         assert chosen.chunk <= chosen.window <= min(chunk_size, n)
     assert not sums or n < 3000 or planned(heads, 3000) == (1024, 2048)
     chosen = planned(heads)
     assert 1 <= chosen.chunk <= min(n, 1024) and chosen.chunk <= chosen.window <= n
-    frozen = heads_on_meta(n, h, v, (False, False), logits_dtype=logits_dtype)
-    assert planned(frozen).chunk == chosen.chunk == planned(heads, None, heads[:1]).chunk
+    assert chosen.chunk == planned(heads, None, heads[:1]).chunk
+    assert chosen.chunk == planned(heads_on_meta(n, h, v, (False, False), logits_dtype)).chunk
 
 
 # ---- memory: measured
@@ -248,97 +230,61 @@ def test_one_product_takes_no_more_at_its_peak(monkeypatch, n) -> None:
     """
     h, v, found = 64, 4000, []
     tuned(monkeypatch, block=1 << 12, row_block=1, largest_chunk=16, tile=16, workspace=2 * v * h)
+    made = tensors("cpu", n=n, h=h, v=v, near=0.1)
     for small_sum in (0, 1 << 40):
         tuned(monkeypatch, small_sum=small_sum)
-        made = tensors("cpu", n=n, h=h, v=v, near=0.1)
-
-        def step(made=made) -> tuple:
-            return gradients_of(fastkl.linear_kl_divergence(**made, recompute=True), made)
-
-        found.append(memory.allocations(step)["peak"])
+        found.append(memory.allocations(lambda: step(made, recompute=True))["peak"])
         window = planned(heads_on_meta(n, h, v, (True, False))).window
         assert (window == n) == (small_sum == 0 and n <= 2 * h)
     assert found[0] <= 1.02 * found[1]
     assert (found[0] < 0.8 * found[1]) == (n == h)
 
 
-@pytest.mark.parametrize("mode", ["mean", "none"])
-def test_one_product_is_as_exact_as_a_sum(implementation, monkeypatch, mode) -> None:
-    """The weight's gradient from one product, rounded once, beside the sum over windows: no further
-    from float64, and nothing else changes.
-    """
-    tuned(monkeypatch, small_sum=0)
-    made = tensors(implementation.device, n=96)
-    case = linear_inputs.Case(made, mode, trainable=("hidden", "weight"))
-    exact = linear_cases.truth(case)
-    found = []
-    for chunk_size, several in ((CHUNK, 96 // CHUNK), (None, 1)):
-        given = case.but(chunk_size=chunk_size)
-        inputs = linear_inputs.leaves(given, device=implementation.device)
-        values, results = linear_cases.call(given, inputs), []
-        run = lambda: results.append(linear_cases.differentiate(given, inputs, values))  # noqa: E731, B023
-        backward = products(run)
-        assert mode == "mean" or backward.count(96 // several * H * V) >= several
-        found.append(linear_cases.errors(results[0], exact))
-        linear_cases.assert_types(results[0], case)
-    assert all(found[1][name] <= 1.05 * error for name, error in found[0].items()), found
-
-
-def test_a_bias_takes_no_copy_of_its_gradients(monkeypatch) -> None:
+@pytest.mark.parametrize("first", [False, True])
+def test_a_bias_takes_no_copy_of_its_gradients(monkeypatch, first) -> None:
     """A CPU sums 16-bit gradients a block of columns at a time, as exactly as at once."""
     tuned(monkeypatch, block=1 << 14)
     grads, total = torch.randn(256, 4096).bfloat16(), torch.ones(4096)
-    gemm.add_bias_gradient(total, grads, first=False)
-    torch.testing.assert_close(total, 1 + grads.float().sum(0))
-    run = lambda: gemm.add_bias_gradient(total, grads, first=True)  # noqa: E731
+    run = functools.partial(gemm.add_bias_gradient, total, grads, first=first)
     assert memory.allocations(run)["peak"] < 2 * 4 * (1 << 14)
-    torch.testing.assert_close(total, grads.float().sum(0))
+    torch.testing.assert_close(total, (not first) + grads.float().sum(0))
 
 
 # Scaled down from the main shape: the formula is measured.
-SMALL = {"n": 256, "h": 160, "v": 1000}
+SHAPE = 256, 160, 1000
 BLOCK = 1 << 12
+# What a CPU takes besides: some thirty float32 temporaries of a row, blocks of a weight and of its
+# gradient in another type, and 256 bytes per token.
+SLACK = 30 * 4 * SHAPE[2] + 3 * 4 * BLOCK + 256 * SHAPE[0]
 
 
-def slack(n: int, h: int, v: int) -> int:
-    """Return what a CPU takes besides: some thirty float32 temporaries of a row, blocks of a weight
-    and of its gradient in another type, and 256 bytes per token.
-    """
-    return 30 * 4 * v + 3 * 4 * BLOCK + 256 * n
-
-
-@pytest.mark.parametrize("far", [False, True], ids=["near", "far rows"])
-@pytest.mark.parametrize("one_product", [False, True], ids=["sums", "one product"])
-@pytest.mark.parametrize("reduction, logits_dtype", [("sum", BF16), ("none", BF16), ("sum", FP32)])
-def test_peak_workspace(monkeypatch, reduction, logits_dtype, one_product, far) -> None:
+@pytest.mark.parametrize(
+    "reduction, logits_dtype, small_sum, far",
+    [
+        *itertools.product(("sum", "none"), (BF16,), (1 << 26, 0), (False,)),
+        *itertools.product(("sum",), (FP32,), (1 << 26, 0), (False,)),
+        ("sum", BF16, 1 << 26, True),
+    ],
+)
+def test_peak_workspace(monkeypatch, reduction, logits_dtype, small_sum, far) -> None:
     """Forward and backward allocate what the formula says; no tensor has a row for every token and
     an entry for every word, but where the sum of the weight's gradient would be larger.
     """
-    if far and (one_product or logits_dtype == FP32 or reduction == "none"):
-        pytest.skip("rows far apart, computed a second time in float64, take as much in each case")
     tuned(monkeypatch, row_block=1, block=BLOCK, scaled_at_once=BLOCK, workspace=1 << 18)
-    tuned(monkeypatch, small_sum=0 if one_product else 1 << 26)
-    made, (n, h, v) = tensors("cpu", **SMALL, near=0.1), SMALL.values()
-    if far:
+    tuned(monkeypatch, small_sum=small_sum)
+    (n, h, v), made = SHAPE, tensors("cpu", *SHAPE, near=0.1)
+    if far:  # computed a second time, in float64
         made["hidden"].data[::16] *= 100
-    policy, frozen, ref = (
-        head_on_meta(n, h, v, trainable=learns, logits_dtype=logits_dtype)
-        for learns in (True, False, False)
-    )
     settings = {"reduction": reduction, "logits_dtype": logits_dtype, "recompute": True}
-
-    def loss() -> torch.Tensor:
-        return fastkl.linear_kl_divergence(**made, **settings)
-
     with torch.no_grad():
-        found = memory.allocations(loss)
-    least = workspace(frozen, ref)
-    assert least <= found["peak"] <= least + slack(**SMALL)
+        found = memory.allocations(lambda: fastkl.linear_kl_divergence(**made, **settings))
+    least = workspace(heads_on_meta(*SHAPE, (False, False), logits_dtype))
+    assert least <= found["peak"] <= least + SLACK
     assert found["largest"] < n * v * 2 / 4
-    found, least = memory.allocations(lambda: gradients_of(loss(), made)), workspace(policy, ref)
-    returned = 2 * (n * h + v * h)
-    assert least + 2 * n * h <= found["peak"] <= least + returned + slack(**SMALL)
-    assert found["largest"] <= (1.03 * n * v * 2 if one_product else max(4 * v * h, n * v * 2 / 4))
+    found = memory.allocations(lambda: step(made, **settings))
+    least = workspace(heads_on_meta(*SHAPE, (True, False), logits_dtype))
+    assert least + 2 * n * h <= found["peak"] <= least + 2 * (n * h + v * h) + SLACK
+    assert found["largest"] <= (max(4 * v * h, n * v / 2) if small_sum else 1.03 * n * v * 2)
 
 
 @pytest.mark.parametrize("learned", ["hidden,weight", "hidden,weight,ref_hidden,ref_weight"])
@@ -349,41 +295,55 @@ def test_peak_of_kept_logits(monkeypatch, logits_dtype, fields, learned) -> None
     G = N at the most, beside wider ones, and C·V·l where a far row may be read again.
     """
     tuned(monkeypatch, row_block=1, block=BLOCK, workspace=1 << 18, small_sum=0)
-    made = tensors("cpu", **SMALL, learned=learned, near=0.1)
-    n, h, v = SMALL.values()
-    heads = heads_on_meta(n, h, v, (False, False), logits_dtype=logits_dtype)
-    settings = {"logits_dtype": logits_dtype, "recompute": False}
-    tokens, models, rows = torch.zeros(n, dtype=torch.long), learned.count("hidden"), 1024
-    kept, stats = 2 * n * rows * logits_dtype.itemsize, []
-
-    def run() -> None:
-        stats.append(fastkl.linear_token_stats(tokens=tokens, **made, **settings))
-
-    assert kept <= memory.allocations(run)["peak"] <= kept + slack(**SMALL)
-    returned, more = models * 2 * (n * h + v * h), 0
+    (n, h, v), made = SHAPE, tensors("cpu", *SHAPE, learned=learned, near=0.1)
+    settings, found = {"logits_dtype": logits_dtype, "recompute": False, "chunk_size": None}, []
+    models, rows, more = learned.count("hidden"), 1024, 0
+    kept = 2 * n * rows * logits_dtype.itemsize
+    peak = memory.allocations(lambda: found.append(stats(made, fields, **settings)))["peak"]
+    assert kept <= peak <= kept + SLACK
     if logits_dtype == FP32:
         more = models * n * rows * 2
     elif "ref_kl" in fields and models == 2:
-        more = models * planned(heads).chunk * rows * 2
-    value = sum(getattr(stats[0], name) for name in fields)
-    found = memory.allocations(lambda: gradients_of(value, made))
-    assert found["peak"] <= returned + more + slack(**SMALL)
-    assert logits_dtype == FP32 or found["largest"] == 2 * v * h
+        more = models * planned(heads_on_meta(*SHAPE, (False, False))).chunk * rows * 2
+    backward = memory.allocations(lambda: gradients_of(found[0], made))
+    assert backward["peak"] <= models * 2 * (n * h + v * h) + more + SLACK
+    assert logits_dtype == FP32 or backward["largest"] == 2 * v * h
 
 
 @pytest.mark.parametrize("recompute", [True, False, None])
 @pytest.mark.parametrize("mode", ["no_grad", "frozen", "sum", "penalty"])
 def test_nothing_is_kept_without_need(mode, recompute) -> None:
-    """Not without gradient, nor where it is computed with the value."""
-    made = tensors("cpu", learned="" if mode == "frozen" else "hidden,weight", n=256, h=4, v=1024)
+    made = tensors("cpu", 256, 4, 1024, learned="" if mode == "frozen" else "hidden,weight")
     settings = {"recompute": recompute, "chunk_size": CHUNK}
-    penalty = fastkl.LinearKLPenalty(0.1, **settings)
-
-    def run() -> object:
-        if mode == "penalty":
-            return penalty(**made)
-        reduction = "sum" if mode == "sum" else "none"
-        return fastkl.linear_kl_divergence(**made, reduction=reduction, **settings)
-
+    reduction = "sum" if mode == "sum" else "none"
+    run = functools.partial(fastkl.linear_kl_divergence, reduction=reduction, **settings)
+    if mode == "penalty":
+        run = fastkl.LinearKLPenalty(0.1, **settings)
     with torch.set_grad_enabled(mode != "no_grad"):
-        assert memory.allocations(run)["largest"] < 256 * 1024 * 2 / 4
+        assert memory.allocations(lambda: run(**made))["largest"] < 256 * 1024 * 2 / 4
+
+
+@pytest.mark.parametrize("call", ["stats", "sum"])
+@pytest.mark.parametrize(
+    "heads, second, count",
+    [
+        ((True, False), "left out", 1),
+        ((True, True), "same", 1),
+        ((True, False), "same", 1),
+        ((False, True), "same", 1),
+        ((True, True), "detached", 2),
+    ],
+)
+def test_one_weight_is_kept_once(call, heads, second, count) -> None:
+    case = with_heads("one weight", call).but(heads=tuple((3.0, 0.5) if h else None for h in heads))
+    inputs, kept = linear_inputs.leaves(case), []
+    inputs["ref_bias"] = inputs["bias"]
+    if second == "left out":
+        del inputs["ref_weight"], inputs["ref_bias"]
+    elif second == "detached":
+        inputs["ref_weight"] = inputs["weight"].detach()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda value: kept.append(value.shape) or value, lambda value: value
+    ):
+        linear_cases.call(case, inputs)
+    assert kept.count(inputs["weight"].shape) == (count if call == "stats" else 1)

@@ -1,98 +1,107 @@
-"""The linear functions inside PyTorch: torch.compile, checkpointing, accumulation, frozen heads,
-LoRA, autocast, and the bytes held for backward.
+"""The linear functions inside PyTorch: torch.compile, checkpoints, hooks and frozen inputs;
+recompute=, which changes no bit; and the bytes held for backward.
 """
 
-from __future__ import annotations
-
-import contextlib
 import functools
 from collections.abc import Callable
 
 import linear_cases
-import linear_inputs
 import memory
 import pytest
 import torch
 from cases import HAS_CPP
-from linear_inputs import INPUTS, Case, small_case
-from torch._dynamo.testing import CompileCounter
-from torch.utils.checkpoint import checkpoint
+from linear_inputs import FIELDS, INPUTS, Case, leaves, small_case
+from linear_plan import LARGEST_KEPT, tuned
+from test_linear_costs import CHUNK, H, N, V, count
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fastkl
-from fastkl import testing
 
-PENALTY = fastkl.LinearKLPenalty(0.3)
 NAMES = ("mean", "none", "stats", "penalty")
 named = pytest.mark.parametrize("name", NAMES)
 
 
 def made(name: str, leading: tuple[int, ...] = (2, 2), **changes) -> Case:
     """Make a small case whose second token does not count, with a Head for one model and a
-    temperature for each; "penalty" is a module of a user's.
+    temperature for each, where the call takes one.
     """
     mask = torch.arange(torch.Size(leading).numel()).reshape(leading) != 1
     more = {"mask": mask, "chunk_size": None, "heads": ((4.0, 1.7), None)}
     if name != "penalty":
         more |= {"temperature": 0.5 + torch.rand(leading), "ref_temperature": 0.7}
-    case = small_case(name, leading=leading, **{**more, **changes})
-    return case.without("weights") if name == "penalty" else case
+    return small_case(name, leading=leading, **{**more, **changes})
 
 
-def run(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Compute the function's outputs."""
-    if case.reduction == "penalty":
-        return {"kl": PENALTY(**linear_cases.arguments(case, inputs))}
-    return linear_cases.call(case, inputs)
+def body(case: Case, inputs: dict[str, torch.Tensor], **more) -> dict[str, torch.Tensor]:
+    """Compute from hidden states that another layer made."""
+    return linear_cases.call(case, {**inputs, "hidden": torch.tanh(inputs["hidden"])}, **more)
 
 
-def outcome(case: Case, device: str, function: Callable = run) -> dict[str, torch.Tensor]:
-    """Compute outputs and the gradients of every leaf."""
-    inputs = linear_inputs.leaves(case, device=device)
-    return linear_cases.differentiate(case, inputs, function(case, inputs))
+def transposed(value: torch.Tensor) -> torch.Tensor:
+    return value if value.dim() < 2 or value.requires_grad else value.mT.contiguous().mT
 
 
-def assert_same(result: dict, expected: dict) -> None:
-    """Compare to the bit."""
-    assert result.keys() == expected.keys()
-    for name, value in expected.items():
-        testing.assert_same_bits(result[name], value, name)
+def hooked(case: Case, inputs: dict, manager: Callable) -> dict[str, torch.Tensor]:
+    with manager():
+        return body(case, inputs)
 
 
-# ---- torch.compile
+compiling = functools.partial(torch.compile, fullgraph=True)
+recomputing = functools.partial(checkpoint, body, use_reentrant=False)
+caching = functools.partial(
+    create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.MUST_SAVE
+)
+WAYS = {
+    "eager": body,
+    "transposed": functools.partial(
+        hooked, manager=lambda: torch.autograd.graph.saved_tensors_hooks(transposed, transposed)
+    ),
+    "offloaded": functools.partial(hooked, manager=torch.autograd.graph.save_on_cpu),
+    "checkpoint": recomputing,
+    "selective checkpoint": functools.partial(recomputing, context_fn=caching),
+    "dynamo": compiling(body, backend="eager"),
+    "compiled": compiling(body, backend="aot_eager"),
+    "compiled checkpoint": compiling(recomputing, backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@named
+def test_a_retained_graph(implementation, name, way) -> None:
+    """The bits of logits computed again, twice: kept, offloaded and back in any layout, recomputed
+    by a checkpoint, or inside a graph, whose op overwrites nothing.
+    """
+    case = made(name)
+    inputs = leaves(case, device=implementation.device)
+    expected = linear_cases.outcome(case, implementation.device, body, recompute=True)
+    values = WAYS[way](case, inputs)
+    # What a policy cached is there for one backward.
+    for retain in (False,) if "selective" in way else (True, False):
+        linear_cases.assert_same(linear_cases.differentiate(case, inputs, values, retain), expected)
 
 
 @pytest.mark.parametrize(
-    "name, compiler, dynamic",
-    [(name, "aot_eager", dynamic) for name in NAMES for dynamic in (False, True)]
-    + [("none", "inductor", False), ("stats", "inductor", True)],
+    "name, compiler", [*((name, "aot_eager") for name in NAMES), ("none", "inductor")]
 )
-def test_compile_equals_eager(implementation, name, compiler, dynamic) -> None:
-    """fullgraph=True works, forward and backward, and gives eager's bits, at two sizes where they
-    are dynamic.
-
-    Scalars under inductor are compared in test_torch.py.
+def test_one_graph_for_every_length(implementation, name, compiler) -> None:
+    """fullgraph=True with dynamic=True works, forward and backward, and gives eager's bits for
+    every number of tokens, whether they fit into one chunk or not.
     """
     if compiler == "inductor" and implementation.device == "cpu" and not HAS_CPP:
         pytest.skip("inductor needs a C++ compiler on CPU")
-    compiled = torch.compile(run, fullgraph=True, backend=compiler, dynamic=dynamic)
-    for leading in ((1, 2), (1, 3)) if dynamic else ((1, 2),):
-        case = made(name, leading)
-        expected = outcome(case, implementation.device)
-        assert_same(outcome(case, implementation.device, compiled), expected)
-
-
-@named
-def test_no_recompilation_for_each_length(implementation, name) -> None:
-    """One graph for every number of tokens under dynamic=True, whether they fit into one chunk or
-    not.
-    """
-    counter = CompileCounter()
-    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
+    counter, graphs = CompileCounterWithBackend(compiler), []
+    compiled = compiling(linear_cases.call, backend=counter, dynamic=True)
     for tokens in (2, 3, 1100):
         case = made(name, (tokens,))
-        found = outcome(case, implementation.device, compiled)
-        assert_same(found, outcome(case, implementation.device))
-    assert counter.frame_count == 1
+        found = linear_cases.outcome(case, implementation.device, compiled)
+        linear_cases.assert_same(found, linear_cases.outcome(case, implementation.device))
+        graphs.append(counter.frame_count)
+    assert len({*graphs}) == 1
 
 
 @pytest.mark.parametrize("learns", [("hidden",), ("weight", "ref_hidden")], ids="-".join)
@@ -102,143 +111,148 @@ def test_with_frozen_inputs_and_without_gradient(implementation, name, learns) -
     made in it give the same values, which need no gradient.
     """
     case, device = made(name, (3,), trainable=learns), implementation.device
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    inputs, expected = linear_inputs.leaves(case, device=device), outcome(case, device)
-    assert_same(outcome(case, device, compiled), expected)
-    for mode, function in ((torch.no_grad, compiled), (torch.inference_mode, run)):
-        with mode():
-            made_here = {key: value.clone() for key, value in inputs.items()}
-            for given in (inputs, made_here):
-                values = function(case, given)
-                assert not any(value.requires_grad for value in values.values())
-                assert_same(values, {key: expected[key] for key in values})
+    compiled = compiling(linear_cases.call, backend="aot_eager")
+    inputs, expected = leaves(case, device=device), linear_cases.outcome(case, device)
+    linear_cases.assert_same(linear_cases.outcome(case, device, compiled), expected)
+    with torch.no_grad():
+        found = [compiled(case, inputs)]
+    with torch.inference_mode():
+        made_here = {key: value.clone() for key, value in inputs.items()}
+        found += [linear_cases.call(case, given) for given in (inputs, made_here)]
+    for values in found:
+        assert not any(value.requires_grad for value in values.values())
+        linear_cases.assert_same(values, {key: expected[key] for key in values})
 
 
-@pytest.mark.parametrize("dtype, inside", [(torch.bfloat16, True), (torch.float16, False)])
-@named
-def test_autocast_and_compile(implementation, name, dtype, inside) -> None:
-    """Autocast in the compiled function or around it is autocast in eager: products of 16-bit
-    values, float32 results, gradients as the inputs.
-    """
-    case, device = made(name), implementation.device
-    autocast = functools.partial(torch.autocast, device, dtype=dtype)
+# ---- recompute=
 
-    def function(case: Case, inputs: dict) -> dict[str, torch.Tensor]:
-        with autocast() if inside else contextlib.nullcontext():
-            return run(case, inputs)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    with contextlib.nullcontext() if inside else autocast():
-        results, expected = (outcome(case, device, call) for call in (compiled, function))
-    assert_same(results, expected)
-    assert all(value.dtype == torch.float32 for value in results.values())
-    short = outcome(case.typed(dtype), device)
-    testing.assert_same_bits(results["kl"], short["kl"], "beside inputs that are cast")
-    assert not torch.equal(results["kl"], outcome(case, device)["kl"]), "autocast changed nothing"
+LEARNED = (
+    ("hidden", "weight"),
+    ("hidden",),
+    ("hidden", "weight", "ref_hidden", "ref_weight"),
+    ("ref_hidden", "ref_weight"),
+)
+MASK, DIVISORS = torch.arange(N) % 3 != 1, torch.linspace(0.5, 2.0, N)
 
 
-# ---- autograd
+def stats_case(dtype=torch.bfloat16, learned: tuple = LEARNED[0], **changes) -> Case:
+    sizes = {"vocabulary": V, "width": H, "ref_width": H}
+    options = {"leading": (N,), "sizes": sizes, "trainable": learned, "chunk_size": None}
+    return small_case("stats", dtype, **{**options, **changes})
 
-non_reentrant = functools.partial(checkpoint, use_reentrant=False)
-aot_eager = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
-WAYS = {
-    "checkpoint": lambda body: functools.partial(non_reentrant, body),
-    "reentrant checkpoint": lambda body: functools.partial(checkpoint, body, use_reentrant=True),
-    "compiled": aot_eager,
-    "compiled checkpoint": lambda body: aot_eager(functools.partial(non_reentrant, body)),
+
+OPTIONS = {
+    "plain": {},
+    "masked chunks": {"chunk_size": CHUNK, "mask": MASK},
+    "float32 logits": {"logits_dtype": torch.float32},
+    "masked softcap": {"softcap": 2.0, "temperature": 0.7, "mask": MASK},
+    "masked ratio": {"temperature": 0.7, "ref_temperature": 1.3, "mask": MASK},
+    "heads": {
+        "heads": ((3.0, 0.5), (None, 2.0)),
+        "temperature": DIVISORS,
+        "ref_temperature": DIVISORS.flip(0),
+    },
+    "one weight": {},
+    # Rows that are read again, for the gradient of ref_kl to the reference.
+    "far rows": {},
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-@named
-def test_module_with_an_lm_head(implementation, name, frozen, way) -> None:
-    """Checkpointed or compiled from its input to its loss, a module gives the same bits; a frozen
-    lm_head gets no gradient.
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("learned", LEARNED, ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits(implementation, learned, options, dtype) -> None:
+    """Kept or computed again, with products of the same shapes: for each set of fields, of which
+    each moves what it depends on.
     """
-    if (name, way) == ("penalty", "compiled checkpoint"):
-        pytest.skip("torch.compile takes no side effect, which .last is, under a checkpoint")
-    case, found = made(name, trainable=() if frozen else ("weight",)), []
-    inputs = linear_inputs.leaves(case, device=implementation.device)
-    layer = torch.nn.Linear(6, 6, device=implementation.device)
-
-    def body(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(run(case, {**inputs, "hidden": torch.tanh(layer(x))}).values())
-
-    for call in (body, WAYS[way](body)):
-        x = inputs["hidden"].clone().requires_grad_()
-        outputs = call(x)
-        total = sum((value * (1 + i)).sum() for i, value in enumerate(outputs))
-        leaves = (x, *layer.parameters(), *(() if frozen else (inputs["weight"],)))
-        total.backward()
-        grads = [leaf.grad for leaf in leaves]
-        assert all(bool(grad.any()) for grad in grads)
-        found.append(dict(enumerate((*outputs, *grads))))
-        layer.zero_grad()
-        inputs["weight"].grad = None
-    assert_same(found[1], found[0])
+    case = stats_case(dtype, learned, **OPTIONS[options])
+    if options == "one weight":
+        case = case.without("ref_weight")
+    if options == "far rows":
+        case.tensors["hidden"][::5] *= 40
+        case.tensors["ref_hidden"][::7] *= 60
+    for fields in (FIELDS, FIELDS[:2], ("ref_logprob",), ("kl",), ("ref_kl",)):
+        asked = case.but(fields=fields)
+        again = linear_cases.outcome(asked, implementation.device, recompute=True)
+        linear_cases.assert_same(
+            linear_cases.outcome(asked, implementation.device, recompute=False), again
+        )
+        for name in again.keys() & {f"gradient to {name}" for name in learned}:
+            other = FIELDS[:2] if "ref_" in name else ("ref_logprob",)
+            assert bool(again[name].any()) or {*fields} <= {*other}, name
 
 
-def test_lora(implementation) -> None:
-    """A Llama under peft's LoRA: a fresh adapter has a loss and gradients of exactly 0; a trained
-    one the definition's; the frozen, shared head has none.
-    """
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=17,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
-    base = model.to(implementation.device).get_base_model()
-    torch.nn.init.normal_(base.lm_head.weight, std=1.0)
-    tokens = torch.arange(6, device=implementation.device).reshape(2, 3)
-    case = Case({}, "mean", trainable=("hidden",), mask=tokens.cpu() != 4, random=False)
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("short", [0, 1], ids=["within", "above"])
+def test_the_bound_on_kept_logits(monkeypatch, reference, logits_dtype, short) -> None:
+    assert LARGEST_KEPT == 1 << 31
+    tuned(monkeypatch, largest_kept=(1 + reference) * N * V * logits_dtype.itemsize - short)
+    case = stats_case(logits_dtype=logits_dtype)
+    case = case if reference else case.without("ref_hidden", "ref_weight", "ref_bias")
+    inputs = leaves(case)
+    for recompute, again in ((None, short), (True, 1), (False, 0)):
+        values = linear_cases.call(case, inputs, recompute=recompute)
+        run = functools.partial(linear_cases.differentiate, case, inputs, values)
+        assert count(run, types=None) == 2 + again * (1 + reference)
 
-    def hidden() -> torch.Tensor:
-        return base.model(input_ids=tokens).last_hidden_state
 
-    with torch.no_grad(), model.disable_adapter():
-        inputs = {"ref_hidden": hidden(), "weight": base.lm_head.weight}
-    adapters = [value for value in model.parameters() if value.requires_grad]
-    assert len(adapters) == 4 and not base.lm_head.weight.requires_grad
-    fresh = run(case, inputs | {"hidden": hidden()})["kl"]
-    assert fresh.item() == 0
-    assert not any(bool(grad.any()) for grad in torch.autograd.grad(fresh, adapters))
-    for value in adapters:
-        torch.nn.init.normal_(value, std=0.5)
-    inputs["hidden"] = hidden()
-    values = run(case, inputs)
-    assert all(
-        bool(g.any()) for g in torch.autograd.grad(values["kl"], adapters, retain_graph=True)
-    )
-    result = linear_cases.differentiate(case, {"hidden": inputs["hidden"]}, values)
-    given = case.but(tensors={k: v.detach().cpu() for k, v in inputs.items()})
-    linear_cases.assert_within(result, linear_cases.truth(given), 1e-5)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("recompute", [False, None], ids=["kept", "default"])
+def test_transforms(implementation, recompute) -> None:
+    inputs = leaves(stats_case(torch.float32), device=implementation.device)
+    hidden, weight, ref_hidden = (inputs[name] for name in ("hidden", "weight", "ref_hidden"))
+
+    def kl(states: torch.Tensor) -> torch.Tensor:
+        return fastkl.linear_kl_divergence(states, weight, ref_hidden, recompute=recompute)
+
+    (expected,) = torch.autograd.grad(kl(hidden).sum(), hidden)
+    inner = torch.func.vmap(torch.func.grad(lambda states: kl(states).sum()))
+    torch.testing.assert_close(inner(torch.stack([hidden] * 2)), torch.stack([expected] * 2))
+    upstream = torch.tensor([1.0, 2.0], device=hidden.device)[:, None].expand(2, N)
+    gradient = functools.partial(torch.autograd.grad, kl(hidden), hidden, retain_graph=True)
+    for (found,) in (
+        gradient(upstream, is_grads_batched=True),
+        torch.func.vmap(gradient)(upstream),
+    ):
+        torch.testing.assert_close(found, torch.stack([expected, 2 * expected]))
+    assert torch.equal(gradient(upstream[0])[0], expected)
+
+
+def test_a_failed_backward_leaves_no_wrong_logits(monkeypatch) -> None:
+    case = stats_case()
+    inputs = leaves(case)
+    values = linear_cases.call(case, inputs)
+
+    def fails(first: torch.Tensor, *_: object, **__: object) -> None:
+        first.fill_(float("nan"))
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "mm", fails)
+        linear_cases.differentiate(case, inputs, values, retain_graph=True)
+    found = linear_cases.differentiate(case, inputs, values)
+    linear_cases.assert_same(found, linear_cases.outcome(case, "cpu", recompute=True))
 
 
 # ---- what is held between forward and backward
 
 
 def sized(implementation, name: str, learns: tuple[str, ...], dtype=torch.float32) -> tuple:
-    """Make inputs of which a token's share and a head's can be told apart."""
     tokens, vocabulary = (4, 64) if implementation.interpreted else (32, 512)
     sizes = {"sizes": {"vocabulary": vocabulary, "width": 8, "ref_width": 6}}
     plain = {"temperature": 1.0, "ref_temperature": None, "heads": (None, None)}
     case = made(name, (tokens,), dtype=dtype, trainable=learns, **plain, **sizes)
-    case = case.but(
-        **{k: linear_cases.on(implementation.device, getattr(case, k)) for k in ("mask", "tokens")}
-    )
-    inputs = linear_inputs.leaves(case, device=implementation.device)
-    known = {
-        value.untyped_storage().data_ptr() for value in (*inputs.values(), case.mask, case.tokens)
-    }
-    return case, inputs, known
+    vectors = {name: getattr(case, name).to(implementation.device) for name in ("mask", "tokens")}
+    inputs = leaves(case, device=implementation.device)
+    return functools.partial(linear_cases.call, case.but(**vectors)), inputs, vectors
+
+
+def held(call: Callable, inputs: dict, vectors: dict) -> int:
+    saved = memory.saved(lambda: call(inputs))
+    for value in (*inputs.values(), *vectors.values()):
+        saved.pop(value.untyped_storage().data_ptr(), None)
+    return sum(saved.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -248,36 +262,42 @@ def test_bytes_saved_for_a_scalar(implementation, name, learns, dtype) -> None:
     """One tensor like each input that requires grad, in float32 for a float16 head, and none of the
     hidden states and weights themselves.
     """
-    case, inputs, known = sized(implementation, name, learns, dtype)
-    held = memory.saved(lambda: run(case, inputs))
+    call, inputs, vectors = sized(implementation, name, learns, dtype)
+    heads = {inputs[key].untyped_storage().data_ptr() for key in INPUTS[:6]}
+    assert not heads & set(memory.saved(lambda: call(inputs)))
     gradients = sum(
         value.numel() * (4 if dtype == torch.float16 and "hidden" not in key else value.itemsize)
         for key, value in inputs.items()
         if key in learns
     )
-    assert not {inputs[k].untyped_storage().data_ptr() for k in INPUTS[:6]} & set(held)
-    more = sum(size for address, size in held.items() if address not in known)
-    assert gradients <= more <= gradients + 16 + 4 * len(inputs["hidden"])  # a count, weights
+    more = held(call, inputs, vectors) - gradients
+    assert 0 <= more <= 16 + 4 * len(inputs["hidden"])  # a count, weights
 
 
-@pytest.mark.parametrize("learns", [INPUTS, ("hidden",)], ids=["all", "frozen"])
-@named
+@pytest.mark.parametrize(
+    "name, learns",
+    [*((name, INPUTS) for name in NAMES), ("mean", INPUTS[:1]), ("stats", INPUTS[:1])],
+)
 def test_bytes_left(implementation, name, learns) -> None:
     """While the results live, nothing is left allocated but they and what is saved: 40 bytes per
     token for any upstream gradient, and of the vocabulary's size only kept logits, else a gradient
     like each input; under activation checkpointing, nothing but the results.
     """
-    case, inputs, known = sized(implementation, name, learns)
+    call, inputs, vectors = sized(implementation, name, learns)
     device, tokens = implementation.device, len(inputs["hidden"])
-    results = {"none": 4 * tokens, "stats": 20 * tokens}.get(name, 64)  # a loss, and .last
+    results = {"none": 4 * tokens, "stats": 20 * tokens}.get(name, 64)
     results += 512 * 16 if device == "cuda" else 0  # the GPU allocator's rounding
     saved = sum(value.nbytes for key, value in inputs.items() if key in learns)
     if name in ("none", "stats"):
         saved = tokens * (40 + (2 * 4 * len(inputs["weight"]) if name == "stats" else 0))
-        held = memory.saved(lambda: run(case, inputs))
-        assert sum(size for address, size in held.items() if address not in known) == saved
-    assert memory.allocated(device, lambda: run(case, inputs))[1] <= results + saved
+        assert held(call, inputs, vectors) == saved
+    assert memory.allocated(device, lambda: call(inputs))[1] <= results + saved
+
+    def unpacked(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(call(dict(zip(inputs, values, strict=True))).values())
+
     for again in (False, True):
-        call = functools.partial(checkpoint, use_reentrant=again, preserve_rng_state=False)
-        body = lambda *_: tuple(run(case, inputs).values())  # noqa: E731
-        assert memory.allocated(device, lambda: call(body, *inputs.values()))[1] <= results  # noqa: B023
+        run = functools.partial(
+            checkpoint, unpacked, *inputs.values(), use_reentrant=again, preserve_rng_state=False
+        )
+        assert memory.allocated(device, run)[1] <= results

@@ -2,12 +2,10 @@
 test_divergence.py hold the values in general.
 """
 
-import itertools
-
 import cases
 import pytest
 import torch
-from cases import FLOATS, Rows, Run, assert_same
+from cases import FLOATS, Rows, Run, assert_same, together
 
 import fastkl
 from benchmarks import cpu
@@ -19,18 +17,12 @@ V = 1003
 
 
 def outcome(rows: Rows, wanted: tuple[str, ...] = FIELDS) -> Run:
-    """All of the reference backend, for upstream gradients that differ by field."""
     upstream = {name: torch.full((rows.count,), 0.5 + i) for i, name in enumerate(wanted)}
     return cases.run("reference", rows, upstream)
 
 
 def apart(rows: Rows, weights: torch.Tensor) -> Run:
     return cases.run("reference", rows, {"kl": weights}, (torch.empty_like(rows.p), None))
-
-
-def together(rows: Rows, weights: torch.Tensor, grad: torch.Tensor | None = None) -> Run:
-    grad = torch.empty_like(rows.p) if grad is None else grad
-    return cases.together("reference", rows, weights, grad)
 
 
 def mixed(dtype: torch.dtype, temperature: float | str = 1.0) -> Rows:
@@ -58,69 +50,62 @@ temperatures = pytest.mark.parametrize("temperature", [1.0, 0.7, "per row"])
 
 @types
 @temperatures
-def test_bits_do_not_depend_on_the_batch(dtype, temperature, monkeypatch) -> None:
-    """A row alone, in any order, in blocks of any size, at any alignment, and in strided rows has
-    the same bits.
-    """
+@pytest.mark.parametrize("elements", [600, 5 * V + 1, 1 << 20])
+def test_bits_do_not_depend_on_the_batch(dtype, temperature, elements, monkeypatch) -> None:
+    """A row alone, in any order, in blocks of any size, at any alignment, in strided rows."""
     rows = mixed(dtype, temperature)
     expected = outcome(rows).named()
     for i in range(rows.count):
-        for name, single in outcome(rows.part(slice(i, i + 1))).named().items():
-            testing.assert_same_bits(single, expected[name][i : i + 1], f"{name} of row {i}")
+        alone = outcome(rows.part([i])).named()
+        assert_same(alone.values(), [value[[i]] for value in expected.values()], f"row {i}")
     order = torch.randperm(rows.count, generator=torch.Generator().manual_seed(0))
     turned = rows.part(order)
     turned = turned._replace(p=cases.padded(turned.p, 5, 3), q=cases.padded(turned.q, 5, 3))
-    for elements in (600, 5 * V + 1, 1 << 20):
-        monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
-        monkeypatch.setattr(row_blocks, "ROWS_AT_ONCE", 4)
-        for name, other in outcome(turned).named().items():
-            testing.assert_same_bits(other, expected[name][order], f"{name}, {elements} elements")
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(row_blocks, "ROWS_AT_ONCE", 4)
+    assert_same(outcome(turned).named().values(), [value[order] for value in expected.values()])
 
 
-def test_bits_of_long_rows_with_two_threads() -> None:
+@pytest.fixture
+def two_threads(request) -> None:
     """With several threads torch divides the sum of a row that is alone."""
-    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(2)
-    try:
-        values = torch.randn(3, 33001)
-        alone = [cpu_passes.row_sum(values[[i]]) for i in range(3)]
-        testing.assert_same_bits(torch.cat(alone), cpu_passes.row_sum(values), "sum")
-        rows = Rows(*testing.pair("normal3", 3, 33001, 0.1), torch.zeros(3, dtype=torch.long))
-        whole = outcome(rows).fields
-        for i in range(3):
-            for name, single in outcome(rows.part([i])).fields.items():
-                testing.assert_same_bits(single, whole[name][[i]], name)
-        for vocabulary in (17, 300, 1003, 5003):
-            rows, ones = Rows(*testing.pair("normal3", 40, vocabulary, 0.1)), torch.ones(40)
-            whole = apart(rows, ones).grads[0]
-            testing.assert_same_bits(
-                together(rows, ones).grads[0], whole, f"{vocabulary}, together"
-            )
-            for compute in (apart, together):
-                alone = [compute(rows.part([i]), ones[:1]).grads[0] for i in range(40)]
-                testing.assert_same_bits(torch.cat(alone), whole, f"V = {vocabulary}, alone")
-    finally:
-        torch.set_num_threads(threads)
+
+
+def test_bits_of_long_rows_with_two_threads(two_threads) -> None:
+    values = torch.randn(3, 33001)
+    alone = [cpu_passes.row_sum(values[[i]]) for i in range(3)]
+    testing.assert_same_bits(torch.cat(alone), cpu_passes.row_sum(values), "sum")
+    rows = Rows(*testing.pair("normal3", 3, 33001, 0.1), torch.zeros(3, dtype=torch.long))
+    whole = outcome(rows).fields
+    for i in range(3):
+        alone = outcome(rows.part([i])).fields
+        assert_same(alone.values(), [value[[i]] for value in whole.values()], "field")
+
+
+@pytest.mark.parametrize("compute", [apart, together])
+@pytest.mark.parametrize("vocabulary", [17, 300, 1003, 5003])
+def test_bits_of_gradients_with_two_threads(two_threads, vocabulary, compute) -> None:
+    rows, ones = Rows(*testing.pair("normal3", 9, vocabulary, 0.1)), torch.ones(9)
+    whole = apart(rows, ones).grads[0]
+    testing.assert_same_bits(compute(rows, ones).grads[0], whole, "all")
+    alone = [compute(rows.part([i]), ones[:1]).grads[0] for i in range(9)]
+    testing.assert_same_bits(torch.cat(alone), whole, "alone")
 
 
 def test_which_rows_are_left_to_the_definition() -> None:
-    """Rows with an infinity in Q's difference, a NaN or far apart; every other row is computed
-    here.
-    """
-    saved = outcome(mixed(torch.float32)).saved
-    lean = saved[:, cpu_rows.KIND] == cpu_rows.LEAN
-    assert (~lean).nonzero()[:, 0].tolist() == [7, 10, 11, 12, 13]
-    assert set(saved[~lean, reference.FAR].tolist()) <= {0.0, 1.0}
+    kinds = outcome(mixed(torch.float32)).saved[:, reference.FAR]
+    assert (kinds <= 1).nonzero()[:, 0].tolist() == [7, 10, 11, 12, 13]
+    assert kinds[[7, 10, 11, 12, 13]].tolist() == [0, 1, 0, 1, 1], "-inf in both is not far"
 
 
 @pytest.mark.parametrize("size", [0.4999, 0.5, 0.9999, 1.0, 15.9])
 @pytest.mark.parametrize("wanted", [("kl",), FIELDS], ids=["kl", "all"])
 def test_both_sides_of_a_border(size, wanted) -> None:
-    """The largest |d| just below and at each border: values and gradients within the bounds."""
     p, q = testing.pair("normal1", 4, V, 0.05, seed=1)
     lowest = p.argmin(-1, keepdim=True)
-    sign = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
-    q.scatter_(1, lowest, p.gather(1, lowest) + size * sign)
+    q.scatter_(1, lowest, p.gather(1, lowest) + size * torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]))
     tokens, exact = torch.arange(4), testing.truth(p, q)
     made = outcome(Rows(p, q, tokens), wanted)
     testing.assert_stats(made.fields, exact.stats(tokens))
@@ -129,90 +114,44 @@ def test_both_sides_of_a_border(size, wanted) -> None:
         testing.assert_gradient(grad, value, tolerance=2e-5)
 
 
-COMBINATIONS = [names for count in (1, 2, 5) for names in itertools.combinations(FIELDS, count)]
-
-
-@pytest.mark.parametrize("sides", ["p", "q", "pq"])
-def test_any_mix_of_upstream_gradients(sides, monkeypatch) -> None:
-    """Each mix of fields and sides agrees with the truth, also in columns and in place."""
-    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 600)
-    temperature, tokens = torch.linspace(0.7, 1.4, 5), torch.tensor([0, 199, 200, 1002, 500])
-    rows = Rows(*testing.pair("normal3", 5, V, 0.3, seed=3), tokens, None, temperature)
-    saved = cases.forward("reference", rows).saved
-    exact = testing.truth(rows.p, rows.q, temperature)
-    for names in COMBINATIONS:
-        upstream = {name: torch.linspace(-1.0, 1.0, 5) + 0.1 * i for i, name in enumerate(names)}
-        places = {"p": rows.p.clone(), "q": rows.q.clone()}
-        grads = [places[name] if name in sides else None for name in "pq"]
-        cases.backward("reference", rows._replace(**places), saved, upstream, grads)
-        values = testing.gradients(exact, upstream, tokens, temperature)
-        for name in sides:
-            what = f"gradient of {names} to {name}"
-            testing.assert_gradient(places[name], getattr(values, name), what, 2e-5)
-
-
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_layouts_and_masks(layout) -> None:
-    """Rows of any strides under a mask with holes equal the rows alone; masked rows stay 0 over
-    NaN.
-    """
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(4, 5, 6, V + 3, generator=generator)[..., :V]
-    p = testing.LAYOUTS[layout](base)
-    q = p + 0.1 + 0.1 * torch.randn(p.shape, generator=generator)
-    tokens = torch.full(p.shape[:-1], 7)
-    mask = (torch.arange(tokens.numel()) % 3 != 1).view(tokens.shape)
-    whole = token_stats(p.contiguous(), tokens, q)
-    got = token_stats(p, tokens, q.masked_fill(~mask[..., None], torch.nan), mask=mask)
-    assert_same(got, [torch.where(mask, value, 0.0) for value in whole], layout)
-
-
+@pytest.mark.parametrize("compute", [apart, together])
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.1])
 @pytest.mark.parametrize("kind", ["normal8", "peaked", "very_peaked"])
-def test_gradient_of_long_rows(kind) -> None:
-    """The sums over 128256 entries keep their digits where one token holds nearly all probability,
-    in both ways to compute a gradient.
-    """
-    for seed, size in enumerate((1e-4, 1e-3, 1e-2, 0.1)):
-        rows, ones = Rows(*testing.pair(kind, 4, 128256, size, seed=seed)), torch.ones(4)
-        expected = testing.kl_gradients(testing.truth(rows.p, rows.q), ones).p
-        for compute in (together, apart):
-            testing.assert_gradient(compute(rows, ones).grads[0], expected, f"{kind}, {size}", 4e-6)
+def test_gradient_of_long_rows(kind, size, compute) -> None:
+    rows, ones = Rows(*testing.pair(kind, 4, 128256, size)), torch.ones(4)
+    expected = testing.kl_gradients(testing.truth(rows.p, rows.q), ones).p
+    testing.assert_gradient(compute(rows, ones).grads[0], expected, tolerance=4e-6)
+
+
+BLOCKS = [(600, 1), (5 * V + 1, 1), (5 * V + 1, 1 << 20), (1 << 20, 1)]
 
 
 @types
 @temperatures
 @pytest.mark.parametrize("kind", ["near", "mixed"])
-def test_together_equals_forward_and_backward(kind, dtype, temperature, monkeypatch) -> None:
-    """The same bits of KL, saved values and gradient, in blocks of any size and memory, in place,
-    and under a mask with holes and NaN.
-    """
+@pytest.mark.parametrize("count", ["all", "some", "none"])
+@pytest.mark.parametrize("elements, own", BLOCKS)
+def test_together_and_apart(kind, dtype, temperature, count, elements, own, monkeypatch) -> None:
+    """The same bits in blocks of any size, memory of any kind, in place and beside NaN."""
     rows = mixed(dtype, temperature)._replace(tokens=None)
     if kind == "near":
         p, q = testing.pair("normal3", rows.count, V, 0.01, dtype=dtype, seed=5)
         rows = rows._replace(p=p, q=q)
+    if count != "all":
+        mask = (torch.arange(rows.count) % 5 != 3) & (count == "some")
+        p, q = (side.masked_fill(~mask[:, None], torch.nan) for side in rows[:2])
+        rows = rows._replace(p=p, q=q, mask=mask)
     weights = torch.linspace(-1.0, 1.5, rows.count)
     weights[2] = 0.0
-    holes = torch.arange(rows.count) % 5 != 3
-    for mask in (None, holes, torch.zeros_like(holes)):
-        if mask is not None:
-            p, q = (side.masked_fill(~mask[:, None], torch.nan) for side in rows[:2])
-            rows = rows._replace(p=p, q=q, mask=mask)
-        wanted = apart(rows, weights).named()
-        for elements, few in ((600, 1), (5 * V + 1, 1), (5 * V + 1, 1 << 20), (1 << 20, 1)):
-            monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
-            monkeypatch.setattr(cpu_gradients, "OWN_BYTES", few)
-            over, strided = rows.p.clone(), cases.padded(rows.p, 5, 3)
-            for x, grad in (
-                (rows.p, torch.full_like(over, torch.nan)),
-                (over, over),
-                (rows.p, strided),
-            ):
-                for name, value in together(rows._replace(p=x), weights, grad).named().items():
-                    # Treat all NaNs as equal, and -0 as 0.
-                    one, two = (
-                        torch.where(each.isnan(), 7.0, each + 0.0) for each in (value, wanted[name])
-                    )
-                    testing.assert_same_bits(one, two, f"{name}, {elements} elements, {few} bytes")
+    wanted, over = apart(rows, weights).named(), rows.p.clone()
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(cpu_gradients, "OWN_BYTES", own)
+    fresh, strided = torch.full_like(over, torch.nan), cases.padded(over, 5, 3)
+    for x, grad in ((rows.p, fresh), (over, over), (rows.p, strided)):
+        for name, value in together(rows._replace(p=x), weights, grad).named().items():
+            # Treat all NaNs as equal, and -0 as 0.
+            same = value.isnan() & wanted[name].isnan() | (value == wanted[name])
+            assert bool(same.all()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -225,51 +164,43 @@ def test_memory_of_a_loss(dtype, rows, vocabulary) -> None:
     assert peak <= 1.13 * p.nbytes, peak / p.nbytes
 
 
-def test_upstream_gradients_that_hide_infinities() -> None:
-    """0 over an infinite KL gives 0; an infinity leaves masked rows at 0; none is one of zeros."""
+def test_no_upstream_gradient_is_one_of_zeros() -> None:
+    rows = Rows(*testing.pair("normal3", 4, V, 0.1), torch.arange(4))
+    assert not cases.run("reference", rows, {}, fields=FIELDS).grads[0].any()
+
+
+@pytest.mark.parametrize("upstream", [0.0, torch.inf, torch.nan])
+def test_upstream_gradients_of_an_infinite_sum(upstream) -> None:
+    """0 gives 0; an infinity leaves masked rows at 0."""
     p, q = testing.pair("normal3", 4, V, 0.1)
-    grad = torch.full_like(p, torch.nan)
-    cases.backward(
-        "reference", Rows(p, q), outcome(Rows(p, q, torch.arange(4))).saved, {}, (grad, None)
-    )
-    assert not grad.any()
-    q[3, 0] = -torch.inf
-    x = p.requires_grad_()
-    loss = fastkl.kl_divergence(x, q, reduction="sum")
-    (gradient,) = torch.autograd.grad(torch.where(loss.isfinite(), loss, 0.0), x)
-    assert loss.isinf() and not gradient.any()
-    mask = torch.tensor([True, False, True, False])
-    for upstream in (torch.inf, torch.nan):
-        loss = fastkl.kl_divergence(x, q, mask, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x, torch.tensor(upstream))
-        assert not gradient[~mask].any() and not gradient[mask].isfinite().any()
+    q[2, 0] = -torch.inf
+    x, mask = testing.leaf(p), torch.tensor([True, False, True, False])
+    loss = fastkl.kl_divergence(x, q, mask, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, x, torch.tensor(upstream))
+    assert loss.isinf() and not grad[~mask].any()
+    assert not (grad[mask].any() if upstream == 0 else grad[mask].isfinite().any())
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
-def test_any_default_type(default) -> None:
-    """torch.set_default_dtype changes neither results nor what later calls compute."""
+def test_any_default_type(default, request) -> None:
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     p, q = testing.pair("normal3", 3, V, 0.1)
 
-    def found():
+    def found(dtype: torch.dtype):
+        torch.set_default_dtype(dtype)
         x = testing.leaf(p)
         loss = fastkl.kl_divergence(x, q, reduction="sum")
         stats = token_stats(p, torch.zeros(3, dtype=torch.long), q)
         return loss, *torch.autograd.grad(loss, x), fastkl.kl_divergence(p, q), *stats
 
     cpu_rows._number.cache_clear()
-    expected = found()
+    expected = found(torch.float32)
     cpu_rows._number.cache_clear()
-    torch.set_default_dtype(default)
-    try:
-        others = found()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert_same(others, expected, str(default))
-    assert_same(found(), expected, "afterwards")
+    for dtype in (default, torch.float32):
+        assert_same(found(dtype), expected, f"{default}, {dtype}")
 
 
 def test_gradients_of_another_type_under_a_mask() -> None:
-    """Rows picked one by one give 16-bit gradients of float32 logits as the others do."""
     rows, ones = Rows(*testing.pair("normal3", 12, V, 0.1)), torch.ones(12)
     rows = rows._replace(mask=torch.arange(12) % 3 != 1)
     grad = torch.empty(12, V, dtype=torch.bfloat16)
@@ -278,9 +209,6 @@ def test_gradients_of_another_type_under_a_mask() -> None:
 
 
 def test_float16_is_right_whatever_comes_after_the_sum() -> None:
-    """Gradients beyond float16's range before a mean shrinks them, and small ones before a loss
-    scale.
-    """
     p = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
     q = torch.tensor([[0.0, -65504.0]], dtype=torch.float16)
     fastkl.kl_divergence(p, q, reduction="mean", normalizer=8192).backward()
@@ -290,18 +218,3 @@ def test_float16_is_right_whatever_comes_after_the_sum() -> None:
     x = testing.leaf(p)
     fastkl.kl_divergence(x, q, reduction="sum").backward(torch.tensor(65536.0))
     testing.assert_gradient(x.grad, expected, tolerance=6e-4)
-
-
-def test_a_normalizer_of_0_over_an_infinite_sum() -> None:
-    """Value and gradient 0, with and without gradient; what is kept of a loss is not the loss."""
-    p, q = testing.pair("normal3", 2, 9, 0.1)
-    q[0, 0] = -torch.inf
-    penalty, zero = fastkl.KLPenalty(0.1), torch.tensor(0)
-    for x in (p, testing.leaf(p.clone())):
-        mean = fastkl.kl_divergence(x, q, reduction="mean", normalizer=zero)
-        for loss in (mean, penalty(x, q, normalizer=zero)):
-            assert loss == 0 and not (x.requires_grad and torch.autograd.grad(loss, x)[0].any())
-    loss = penalty(p, p + 0.1 * torch.arange(9))
-    kept = float(loss)
-    loss += 10
-    assert float(penalty.last["loss"]) == kept

@@ -4,18 +4,20 @@ bits, and torch.func's transforms.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl import testing
-from fastkl.ops import dual_op, linear_op, linear_sum_op, row_op
+from fastkl.ops import dual_op, linear_op, linear_sum_op, row_op, selected_op
 
 DISPATCHED = (
     row_op.row_statistics,
@@ -24,65 +26,69 @@ DISPATCHED = (
     linear_op.linear_gradients,
     linear_sum_op.linear_weighted_kl,
     linear_sum_op.scaled,
+    selected_op.selected_logprobs,
+    selected_op.selected_gradients,
 )
 
 
-def data(device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Logits and hidden states that require grad, a reference of each that does not, and tokens."""
+SHAPES = {
+    **dict.fromkeys(("p", "q"), (3, 7)),
+    **dict.fromkeys(("hidden", "ref_hidden"), (3, 5)),
+    "weight": (7, 5),
+}
+LEAVES = ("p", "hidden", "weight")
+
+
+def data(device: str, learning: bool = True) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    made = {
-        name: torch.randn(*shape, generator=generator).to(device, dtype)
-        for name, shape in (
-            ("p", (3, 7)),
-            ("q", (3, 7)),
-            ("hidden", (3, 5)),
-            ("weight", (7, 5)),
-            ("ref_hidden", (3, 5)),
-        )
-    }
-    return {"tokens": torch.tensor([1, 0, 6], device=device), **made} | {
-        "p": made["p"].requires_grad_(),
-        "hidden": made["hidden"].requires_grad_(),
-        "weight": torch.nn.Parameter(made["weight"]),
-    }
+    made = {name: torch.randn(*shape, generator=generator) for name, shape in SHAPES.items()}
+    made["tokens"], made["mask"] = torch.tensor([1, 0, 6]), torch.tensor([True, False, True])
+    made["temperatures"], made["index"] = torch.tensor([0.7, 1.0, 1.3]), made["tokens"].repeat(3, 1)
+    made = {name: value.to(device) for name, value in made.items()}
+    return {n: value.requires_grad_(learning and n in LEAVES) for n, value in made.items()}
+
+
+def linear_kl(d: dict[str, torch.Tensor], **more) -> torch.Tensor:
+    return fastkl.linear_kl_divergence(d["hidden"], d["weight"], d["ref_hidden"], **more)
 
 
 FUNCTIONS: dict[str, Callable] = {
     "kl": lambda d: (fastkl.kl_divergence(d["p"], d["q"]),),
-    "stats": lambda d: tuple(fastkl.token_stats(d["p"], d["tokens"], d["q"], temperature=0.7)),
-    "linear_none": lambda d: (fastkl.linear_kl_divergence(*(d[name] for name in HEADS)),),
-    "linear_mean": lambda d: (
-        fastkl.linear_kl_divergence(*(d[name] for name in HEADS), reduction="mean"),
+    "stats": lambda d: tuple(
+        fastkl.token_stats(
+            d["p"], d["tokens"], d["q"], temperature=d["temperatures"], mask=d["mask"]
+        )
     ),
+    "select": lambda d: (fastkl.selective_log_softmax(d["p"], d["index"]),),
+    "linear_none": lambda d: (linear_kl(d),),
+    "linear_mean": lambda d: (linear_kl(d, reduction="mean"),),
 }
-HEADS = ("hidden", "weight", "ref_hidden")
-LEAF = {"kl": "p", "stats": "p", "linear_none": "hidden", "linear_mean": "hidden"}
+LEAF = {"kl": "p", "stats": "p", "select": "p", "linear_none": "hidden", "linear_mean": "hidden"}
 named = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 def kl(d: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the first of FUNCTIONS without gradient."""
     return FUNCTIONS["kl"](d)[0].detach()
 
 
-def outcome(name: str, d: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return outputs, and the gradients for upstream gradients that differ."""
-    outputs = [value for value in FUNCTIONS[name](d) if value.requires_grad]
-    leaves = [d["p"]] if LEAF[name] == "p" else [d["hidden"], d["weight"]]
-    upstream = [torch.linspace(1.0, 2.0, v.numel()).to(v).view(v.shape) for v in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+def outcome(name: str, d: dict[str, torch.Tensor], outputs=None) -> list[torch.Tensor]:
+    outputs = FUNCTIONS[name](d) if outputs is None else outputs
+    learning = [value for value in outputs if value.requires_grad]
+    upstream = [torch.linspace(1.0, 2.0, v.numel()).to(v).view(v.shape) for v in learning]
+    leaves = [d[leaf] for leaf in LEAVES]
+    for leaf in leaves:
+        leaf.grad = None
+    torch.autograd.backward(learning, upstream)
+    return [*outputs, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Compare to the bit; none is trivial."""
     for result, value in zip(results, expected, strict=True):
         testing.assert_same_bits(result, value, "result")
-        assert bool((value != 0).any())
+        assert bool((value != 0).any()), "zero everywhere: nothing was compared"
 
 
 class Seen(TorchDispatchMode):
-    """Collects the names of fastkl's ops that run."""
-
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
@@ -93,96 +99,83 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@named
-def test_plain_tensors_in_eager_mode_do_without_the_op(implementation, name, monkeypatch) -> None:
-    """Forward and backward, with gradient and without, none of the ops is called."""
-    for each in DISPATCHED:
-        monkeypatch.setattr(each, "op", None)
-    d = data(implementation.device)
-    outcome(name, d)
-    with torch.no_grad():
-        FUNCTIONS[name](d)
-
-
 @pytest.mark.parametrize(
     "name, expected",
     [
         ("kl", {"row_statistics", "row_gradients"}),
         ("stats", {"row_statistics", "row_gradients"}),
+        ("select", {"selected_logprobs", "selected_gradients"}),
         ("linear_none", {"linear_statistics", "linear_gradients"}),
         ("linear_mean", {"linear_weighted_kl", "scaled"}),
     ],
 )
-def test_a_dispatch_mode_sees_the_ops_and_the_bits_are_the_same(
-    implementation, name, expected
-) -> None:
-    """A mode that looks at ops meets them, and either way computes the same."""
-    d = data(implementation.device)
-    plain = outcome(name, d)
+def test_a_dispatch_mode_sees_the_ops(implementation, name, expected) -> None:
     with Seen() as seen:
-        assert_same(outcome(name, d), plain)
+        outcome(name, data(implementation.device))
     assert seen.names == expected
 
 
+def without(patch: pytest.MonkeyPatch, name: str) -> contextlib.AbstractContextManager:
+    patch.setattr(dual_op, "SHORT_WAYS", name != "_eager")
+    for each in DISPATCHED:
+        patch.setattr(each, name, None)
+    return contextlib.nullcontext()
+
+
+# How an outcome is computed, by what it must be equal to the bit.
+WAYS: dict[str, Callable] = {
+    "plain tensors in eager mode, without the op": lambda patch, d: without(patch, "op"),
+    "a torch that lacks a name of the short way": lambda patch, d: without(patch, "_eager"),
+    "a dispatch mode": lambda patch, d: Seen(),
+    "autocast": lambda patch, d: torch.autocast(d["p"].device.type, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "a reference from inference mode"])
+@pytest.mark.parametrize("way", WAYS)
 @named
-def test_without_the_short_ways(implementation, name, monkeypatch) -> None:
-    """A torch that lacks a name they need gets the op everywhere, and the same bits."""
+def test_every_way_gives_the_same_bits(implementation, name, way, inference, monkeypatch) -> None:
+    if way == "autocast" and name.startswith("linear"):
+        pytest.skip("there it is a mode of the products")
     d = data(implementation.device)
     expected = outcome(name, d)
-    monkeypatch.setattr(dual_op, "SHORT_WAYS", False)
-    for each in DISPATCHED:
-        monkeypatch.setattr(each, "_eager", None)
-    assert_same(outcome(name, d), expected)
+    with torch.inference_mode(inference):
+        d |= {key: d[key].clone() for key in ("q", "ref_hidden", "tokens", "index")}
+    assert d["q"].is_inference() == inference
+    with WAYS[way](monkeypatch, d):
+        assert_same(outcome(name, d), expected)
+        with torch.no_grad():
+            values = FUNCTIONS[name](d)
+    assert not any(value.requires_grad for value in values)
+    assert_same([*values], expected[: len(values)])
 
 
+@pytest.mark.parametrize(
+    "mode, reentrant",
+    [(Seen, False), (contextlib.nullcontext, False), (contextlib.nullcontext, True)],
+)
 @named
-def test_a_checkpoint_with_a_mode_around_forward_only(implementation, name) -> None:
+def test_checkpoint(implementation, name, mode, reentrant) -> None:
     """A recomputation outside the mode goes another way, which has to save as many tensors."""
-    d, leaf = data(implementation.device), LEAF[name]
+    d = data(implementation.device)
+    expected = outcome(name, d)
 
-    def total(value: torch.Tensor) -> torch.Tensor:
-        return FUNCTIONS[name]({**d, leaf: value})[0].sum()
+    def again(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return FUNCTIONS[name]({**d, **dict(zip(LEAVES, leaves, strict=True))})
 
-    with Seen():
-        result = checkpoint(total, d[leaf], use_reentrant=False)
-    grads = (torch.autograd.grad(value, d[leaf]) for value in (result, total(d[leaf])))
-    assert_same(*grads)
-
-
-class Wrapped(torch.Tensor):
-    """A subclass around a tensor, that notes the ops it meets."""
-
-    met: list[str] = []
-
-    @staticmethod
-    def __new__(cls, plain):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, plain.shape, dtype=plain.dtype, device=plain.device, strides=plain.stride()
-        )
-
-    def __init__(self, plain):
-        self.plain = plain
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        cls.met.append(func.name())
-        return func(
-            *torch.utils._pytree.tree_map_only(cls, lambda value: value.plain, args),
-            **(kwargs or {}),
-        )
+    with mode():
+        outputs = checkpoint(again, *(d[leaf] for leaf in LEAVES), use_reentrant=reentrant)
+    assert_same(outcome(name, d, outputs), expected)
 
 
 def test_a_subclass_meets_the_op(implementation) -> None:
-    """A tensor with rules of its own is asked."""
-    d = data(implementation.device)
-    Wrapped.met.clear()
-    result = fastkl.kl_divergence(Wrapped(d["p"].detach()), d["q"])
-    assert Wrapped.met == ["fastkl::row_statistics"]
-    testing.assert_same_bits(result, kl(d), "kl")
+    """A tensor with rules of its own is asked: TwoTensor does everything twice."""
+    d = data(implementation.device, learning=False)
+    result = fastkl.kl_divergence(TwoTensor(d["p"], 2 * d["p"]), d["q"])
+    assert_same([result.a, result.b], [kl(d), kl({**d, "p": 2 * d["p"]})])
 
 
 def test_tracers_see_the_op() -> None:
-    """torch.jit.trace and make_fx keep the op, and a meta tensor gives shapes."""
     p, q = (value.detach() for value in testing.pair("normal1", 3, 7, 0.3))
     with pytest.warns(torch.jit.TracerWarning), fastkl.use_backend("reference"):
         traced = torch.jit.trace(lambda p, q: fastkl.kl_divergence(p, q), (p, q), check_trace=False)
@@ -194,7 +187,6 @@ def test_tracers_see_the_op() -> None:
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["no_grad", "grad"])
 def test_profilers_and_graphs_name_the_op(implementation, gradient) -> None:
-    """One name, whichever way was taken."""
     d, activities = data(implementation.device), [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
         with torch.set_grad_enabled(gradient):
@@ -205,7 +197,6 @@ def test_profilers_and_graphs_name_the_op(implementation, gradient) -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_a_tensor_that_outlived_its_transform(implementation, mode) -> None:
-    """A tensor that torch.func.grad leaves behind is one like any other."""
     d, left = data(implementation.device), []
     torch.func.grad(lambda p: left.append(p * 1.0) or p.sum())(d["p"].detach())
     with mode():
@@ -215,29 +206,24 @@ def test_a_tensor_that_outlived_its_transform(implementation, mode) -> None:
 def test_what_lies_in_memory_negated(implementation) -> None:
     """torch keeps some negatives as a mark on a view: kernels read memory."""
     d = data(implementation.device)
-    marked = (
-        torch.randn(3, 14, dtype=torch.cfloat, device=implementation.device)
-        .conj()
-        .imag.as_strided((3, 7), (28, 1))
-    )
+    numbers = torch.randn(3, 14, dtype=torch.cfloat, device=implementation.device)
+    marked = numbers.conj().imag.as_strided((3, 7), (28, 1))
     assert marked.is_neg() and marked.stride(-1) == 1
     testing.assert_same_bits(
         fastkl.kl_divergence(marked, d["q"]),
         fastkl.kl_divergence(marked.resolve_neg().clone(), d["q"]),
         "kl",
     )
-    upstream = torch.linspace(1.0, 2.0, 3, device=implementation.device)
     result = fastkl.kl_divergence(d["p"], d["q"])
     minus, plus = (
-        torch.autograd.grad(result, d["p"], value, retain_graph=True)[0]
-        for value in (torch._neg_view(upstream), upstream)
+        torch.autograd.grad(result, d["p"], change(torch.ones_like(result)), retain_graph=True)[0]
+        for change in (torch._neg_view, torch.abs)
     )
     testing.assert_same_bits(minus, -plus, "gradient")
 
 
 @named
 def test_saved_tensors_may_come_back_in_another_layout(implementation, name) -> None:
-    """A hook decides how what backward needs is kept; the gradients are the same."""
     d = data(implementation.device)
 
     def pack(value: torch.Tensor) -> torch.Tensor:
@@ -248,27 +234,11 @@ def test_saved_tensors_may_come_back_in_another_layout(implementation, name) -> 
         pack, lambda value: value.mT if value.dim() == 2 else value
     ):
         results = outcome(name, d)
-    for result, value in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, value, rtol=1e-6, atol=1e-7)  # products round by layout
-
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "op"])
-@named
-def test_a_reference_from_inference_mode(implementation, name, compiled) -> None:
-    """Tensors made there may stand beside those that learn, as in plain torch."""
-    d = data(implementation.device)
-    with torch.inference_mode():
-        made = {key: d[key].clone() for key in ("q", "ref_hidden", "tokens")}
-    assert made["q"].is_inference()
-    expected = outcome(name, d)
-    with Seen() if compiled else torch.enable_grad():
-        assert_same(outcome(name, {**d, **made}), expected)
+    # Products round by layout.
+    torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_penalty_keeps_nothing_of_a_transform(implementation) -> None:
-    """.last is for the monitor, after the call: what a transform's call would leave there is of no
-    use then.
-    """
     d = data(implementation.device)
     penalty = fastkl.KLPenalty(0.1)
     penalty(d["p"], d["q"])

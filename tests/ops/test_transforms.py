@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from test_dispatch import FUNCTIONS, LEAF, data, named
-from test_torch import assert_same_bits, inputs, kl, stats
+from test_dispatch import FUNCTIONS, LEAF, assert_same, data, linear_kl, named
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -23,135 +20,137 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("name", ["kl", "linear_none"])
+def exact(name: str, d: dict[str, torch.Tensor]) -> torch.Tensor:
+    if name == "kl":
+        return testing.truth(d["p"], d["q"]).kl
+    if name == "select":
+        return d["p"].double().log_softmax(-1).gather(-1, d["index"])
+    wide = {key: value.double() for key, value in d.items()}
+    return testing.truth(*(wide[key] @ wide["weight"].T for key in ("hidden", "ref_hidden"))).kl
+
+
+without_mean = pytest.mark.parametrize("name", ["kl", "select", "linear_none"])
+
+
+@without_mean
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(implementation, transform, name) -> None:
-    """torch.func's transforms, alone and nested, give autograd's gradients."""
-    d = {key: value.detach() for key, value in data(implementation.device).items()}
-    argument = "p" if name == "kl" else "weight"
+    d = data(implementation.device, learning=False)
+    leaf = "weight" if name == "linear_none" else "p"
     change, stacked = TRANSFORMS[transform]
-
-    def function(value: torch.Tensor) -> torch.Tensor:
-        return FUNCTIONS[name]({**d, argument: value})[0]
-
-    leaves = [(factor * d[argument]).requires_grad_() for factor in (1, 2)[: 1 + stacked]]
-    values = [
-        v
-        for leaf in leaves
-        for v in (function(leaf) if transform == "jacrev" else [function(leaf).sum()])
-    ]
-    owners = leaves * (len(values) // len(leaves))
-    grads = [
-        torch.autograd.grad(value, leaf, retain_graph=True)[0]
-        for value, leaf in zip(values, owners, strict=True)
-    ]
-    expected = grads[0] if transform == "grad" else torch.stack(grads)
-    given = torch.stack(leaves) if stacked else leaves[0]
-    torch.testing.assert_close(change(function)(given.detach()), expected, rtol=1e-6, atol=1e-7)
-    assert bool((expected != 0).any())
+    given = torch.stack([d[leaf], 2 * d[leaf]]) if stacked else d[leaf]
+    results, expected = (
+        change(lambda value, compute=compute: compute({**d, leaf: value}))(given)
+        for compute in (lambda d: FUNCTIONS[name](d)[0], lambda d: exact(name, d))
+    )
+    torch.testing.assert_close(results, expected.float(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["kl", "linear_none"])
-def test_vmap_compiled_and_exported(implementation, name) -> None:
-    """torch.compile and torch.export take a vmap with the op inside it."""
-    d = {key: value.detach() for key, value in data(implementation.device).items()}
-    leaf = LEAF[name]
+class Module(torch.nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.forward = function
+
+
+RUNS = {
+    "compile": lambda f, x: torch.compile(f, backend="eager", fullgraph=True),
+    "export": lambda f, x: torch.export.export(Module(f), (x,)).module(),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@without_mean
+def test_vmap_compiled_and_exported(implementation, name, run) -> None:
+    d, leaf = data(implementation.device, learning=False), LEAF[name]
     stacked = torch.stack([d[leaf], 2 * d[leaf]])
 
     def function(value):
         return torch.vmap(lambda one: FUNCTIONS[name]({**d, leaf: one})[0])(value)
 
-    class Module(torch.nn.Module):
-        def forward(self, value):
-            return function(value)
-
     expected = torch.stack([FUNCTIONS[name]({**d, leaf: one})[0] for one in stacked])
-    torch._dynamo.reset()
-    for run in (
-        torch.compile(function, backend="eager", fullgraph=True),
-        torch.export.export(Module(), (stacked,)).module(),
-    ):
-        torch.testing.assert_close(run(stacked), expected, rtol=1e-6, atol=1e-7)
+    result = RUNS[run](function, stacked)(stacked)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_transforms_that_are_not_there_say_so(implementation) -> None:
-    """A second derivative, a forward-mode one, and the gradient of a sum that is computed with its
-    value.
-    """
-    d = {key: value.detach() for key, value in data(implementation.device).items()}
+def mean_of(d: dict[str, torch.Tensor]):
+    return lambda weight: linear_kl({**d, "weight": weight}, reduction="mean")
 
-    def total(p):
-        return fastkl.kl_divergence(p, d["q"]).sum()
 
-    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
-        torch.func.grad(lambda p: torch.func.grad(total)(p).square().sum())(d["p"])
-    with pytest.raises(RuntimeError, match="forward-mode differentiation"):
-        torch.func.jvp(total, (d["p"],), (d["p"],))
-    with pytest.raises(RuntimeError, match="use reduction='none'"):
-        torch.func.grad(lambda weight: FUNCTIONS["linear_mean"]({**d, "weight": weight})[0])(
-            d["weight"]
-        )
-    learning = data(implementation.device)
-    with pytest.raises(RuntimeError, match="create_graph=True .* use reduction='none'"):
-        torch.autograd.grad(
-            FUNCTIONS["linear_mean"](learning)[0], learning["weight"], create_graph=True
-        )
+def total_of(d: dict[str, torch.Tensor], name: str = "kl"):
+    return lambda p: FUNCTIONS[name]({**d, "p": p})[0].sum()
+
+
+def twice(name: str):
+    def call(d: dict[str, torch.Tensor]) -> torch.Tensor:
+        grad = torch.func.grad(total_of(d, name))
+        return torch.func.grad(lambda p: grad(p).square().sum())(d["p"])
+
+    return call
+
+
+NO_SECOND = "second derivatives are not implemented"
+REFUSED = {
+    "twice": (twice("kl"), NO_SECOND),
+    "select twice": (twice("select"), NO_SECOND),
+    "forward": (
+        lambda d: torch.func.jvp(total_of(d), (d["p"],), (d["p"],)),
+        "forward-mode differentiation",
+    ),
+    "a sum": (lambda d: torch.func.grad(mean_of(d))(d["weight"]), "use reduction='none'"),
+    "a sum in a graph": (
+        lambda d: torch.autograd.grad(
+            mean_of(d)(d["weight"].requires_grad_()), d["weight"], create_graph=True
+        ),
+        "create_graph=True .* use reduction='none'",
+    ),
+}
+
+
+@pytest.mark.parametrize("call, words", REFUSED.values(), ids=REFUSED)
+def test_transforms_that_are_not_there_say_so(implementation, call, words) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        call(data(implementation.device, learning=False))
 
 
 @pytest.mark.parametrize("name", ["kl", "linear_none", "linear_mean"])
 def test_tangents_are_refused_wherever_they_are(implementation, name) -> None:
     """Kernels would drop that of a temperature or of an upstream gradient: an error, not a zero."""
     d = data(implementation.device)
+    one = torch.ones(3, device=implementation.device)
     with forward_ad.dual_level():
-        factor = forward_ad.make_dual(
-            torch.tensor(2.0, device=implementation.device),
-            torch.tensor(1.0, device=implementation.device),
-        )
+        factor, temperature = forward_ad.make_dual(one[0], one[0]), forward_ad.make_dual(one, one)
         with pytest.raises(RuntimeError, match="upstream gradient: expected .* forward-mode"):
             torch.autograd.grad((factor * FUNCTIONS[name](d)[0]).sum(), d[LEAF[name]])
-        temperature = forward_ad.make_dual(
-            torch.ones(3, device=implementation.device), torch.ones(3, device=implementation.device)
-        )
         with pytest.raises(RuntimeError, match="temperature: expected .* forward-mode"):
             if name == "kl":
                 fastkl.kl_divergence(d["p"], d["q"], temperature=temperature)
             else:
-                heads = d["hidden"], d["weight"], d["ref_hidden"]
-                fastkl.linear_kl_divergence(
-                    *heads, temperature=temperature, reduction=name.removeprefix("linear_")
-                )
+                linear_kl(d, temperature=temperature, reduction=name.removeprefix("linear_"))
 
 
 @named
 def test_functionalize_and_tracing_before_dispatch_see_the_op(name) -> None:
-    """Both look at ops, one as a transform, the other as a mode of its own."""
-    d = {key: value.detach() for key, value in data("cpu").items()}
-    function = FUNCTIONS[name]
-    leaf = LEAF[name]
+    d, leaf = data("cpu", learning=False), LEAF[name]
+
+    def function(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return FUNCTIONS[name]({**d, leaf: value})
+
     with fastkl.use_backend("reference"):
-        expected = [value for value in function(d) if value is not None]
-        for result in (
-            torch.func.functionalize(lambda value: function({**d, leaf: value}))(d[leaf]),
-            torch.func.vmap(torch.func.functionalize(lambda value: function({**d, leaf: value})))(
-                d[leaf][None]
-            ),
-        ):
+        expected, mapped = function(d[leaf]), torch.func.vmap(torch.func.functionalize(function))
+        for result in (torch.func.functionalize(function)(d[leaf]), mapped(d[leaf][None])):
             for got, value in zip(result, expected, strict=True):
                 torch.testing.assert_close(got.view(value.shape), value, rtol=1e-6, atol=1e-7)
-        traced = make_fx(lambda value: function({**d, leaf: value}), pre_dispatch=True)(d[leaf])
-    assert "torch.ops.fastkl." in traced.code
+        assert "torch.ops.fastkl." in make_fx(function, pre_dispatch=True)(d[leaf]).code
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0), (1, 0), (-2, 1)], ids=str)
 def test_vmap(implementation, in_dims) -> None:
-    """vmap over either or both arguments is the loop, to the bit, with a gradient that is the
-    loop's.
-    """
-    data = inputs(implementation.device, (3, 2))
-    turned = data.q.transpose(0, 1).contiguous() if in_dims == (1, 0) else data.q
+    pair = testing.pair("normal3", 6, 19, 0.5, device=implementation.device)
+    p, q = (side.view(3, 2, 19) for side in pair)
+    q = q.transpose(0, 1).contiguous() if in_dims == (1, 0) else q
     both = [
-        (value if dim is not None else value[0]).detach().requires_grad_()
-        for value, dim in zip((data.p, turned), in_dims, strict=True)
+        testing.leaf(value if dim is not None else value[0])
+        for value, dim in zip((p, q), in_dims, strict=True)
     ]
     result = torch.func.vmap(fastkl.kl_divergence, in_dims=in_dims)(*both)
     each = [
@@ -167,27 +166,22 @@ def test_vmap(implementation, in_dims) -> None:
 
 
 def test_vmap_nested_with_every_argument(implementation) -> None:
-    """Two vmaps, over logits, tokens, mask and temperature, are one call on the whole."""
-    data = inputs(implementation.device, grad=False)
+    d = data(implementation.device, learning=False)
+    names = ("p", "tokens", "q", "temperatures", "mask")
 
-    def one(p, tokens, q, mask, temperature):
-        return tuple(fastkl.token_stats(p, tokens, q, mask=mask, temperature=temperature))
+    def one(*values):
+        return FUNCTIONS["stats"](dict(zip(names, values, strict=True)))
 
-    result = torch.func.vmap(torch.func.vmap(one))(
-        data.p, data.tokens, data.q, data.mask, data.temperatures
-    )
-    assert_same_bits(list(result), list(stats(data.p, data.q, data)))
+    given = [torch.stack([d[name], d[name]]) for name in names]
+    result = torch.func.vmap(torch.func.vmap(one))(*given)
+    assert_same([*result], [torch.stack([value, value]) for value in one(*(d[n] for n in names))])
 
 
 def test_batched_upstream_gradients(implementation) -> None:
-    """is_grads_batched, as Jacobians use it: vmap over the backward op."""
-    data = inputs(implementation.device, (3,))
-    result = kl(data.p, data.q, SimpleNamespace(mask=None))[0]
-    upstream = torch.eye(3, device=implementation.device)
-    batched = torch.autograd.grad(
-        result, (data.p, data.q), upstream, is_grads_batched=True, retain_graph=True
-    )
-    looped = [
-        torch.autograd.grad(result, (data.p, data.q), one, retain_graph=True) for one in upstream
-    ]
-    assert_same_bits(list(batched), [torch.stack(grads) for grads in zip(*looped, strict=True)])
+    d = data(implementation.device)
+    both, upstream = (d["p"], d["q"].requires_grad_()), torch.eye(3, device=implementation.device)
+    result = fastkl.kl_divergence(*both)
+    keywords = {"retain_graph": True}
+    batched = torch.autograd.grad(result, both, upstream, is_grads_batched=True, **keywords)
+    looped = [torch.autograd.grad(result, both, one, **keywords) for one in upstream]
+    assert_same([*batched], [torch.stack(grads) for grads in zip(*looped, strict=True)])

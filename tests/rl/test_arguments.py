@@ -2,10 +2,9 @@
 says what to do.
 """
 
-from __future__ import annotations
-
 import logging
 import math
+import operator
 import re
 from fractions import Fraction
 from types import SimpleNamespace
@@ -53,22 +52,8 @@ def identity(z: torch.Tensor) -> torch.Tensor:
     return z
 
 
-def step(**arguments: object) -> object:
-    return TrustRegion(0.1).step(**arguments)
-
-
-def stop(kl: object) -> bool:
-    return EarlyStop(0.1).should_stop(kl)
-
-
-def spike(kl: object) -> bool:
-    return SpikeDetector().update(kl)
-
-
-def update(**arguments: object) -> float:
-    return AdaptiveBeta(0.1, 6, 100).update(**arguments)
-
-
+step, stop = TrustRegion(0.1).step, EarlyStop(0.1).should_stop
+spike, update = SpikeDetector().update, AdaptiveBeta(0.1, 6, 100).update
 TARGETED = {"initial": 0.1, "target": 6}
 RIGHT = {
     shape_rewards: {"scores": S, "kl": KL, "beta": 0.1},
@@ -111,8 +96,7 @@ LINE = {"kl": KL.flatten(), "cu_seqlens": CU}
 SAMPLED = {"beta": 0.1, "ref_logprob": ZEROS}
 
 
-def meta(value: torch.Tensor) -> torch.Tensor:
-    return value.to("meta")
+meta = operator.methodcaller("to", "meta")
 
 
 # Who may get it, the error, the argument that it names, its wrong values; or what is changed of the

@@ -1,7 +1,8 @@
-"""The controllers of beta: rules, closed loops that settle, bounds, states and wrong arguments."""
+"""The controllers of beta: rules, closed loops that settle, bounds, units, a penalty in place of a
+number, and equal betas on all processes.
+"""
 
-from __future__ import annotations
-
+import copy
 import math
 import random
 from functools import partial
@@ -9,7 +10,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
+import fastkl
 from fastkl.rl import AdaptiveBeta, FixedBeta, PIDBeta, PPOAdaptiveBeta
 from fastkl.rl.beta import BOUNDS
 
@@ -17,15 +20,13 @@ TARGET = 0.05
 # Settings under which a closed loop reaches the target itself: PPO's rule stops anywhere in its
 # band, so the band is narrow here.
 TARGETED = {
-    "adaptive": lambda **more: AdaptiveBeta(0.1, TARGET, 20, **more),
-    "ppo": lambda **more: PPOAdaptiveBeta(0.1, TARGET, tolerance=1.05, factor=1.02, **more),
-    "pid": lambda **more: PIDBeta(0.1, TARGET, **more),
-    "pid with kd": lambda **more: PIDBeta(0.1, TARGET, kp=0.2, ki=0.02, kd=0.2, **more),
+    "adaptive": partial(AdaptiveBeta, 0.1, TARGET, 20),
+    "ppo": partial(PPOAdaptiveBeta, 0.1, TARGET, tolerance=1.05, factor=1.02),
+    "pid": partial(PIDBeta, 0.1, TARGET),
+    "pid with kd": partial(PIDBeta, 0.1, TARGET, kp=0.2, ki=0.02, kd=0.2),
 }
-ALL = {"fixed": lambda: FixedBeta(0.1), **TARGETED}
-every = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+ALL = {"fixed": partial(FixedBeta, 0.1), **TARGETED}
 targeted = pytest.mark.parametrize("make", TARGETED.values(), ids=TARGETED)
-from_both_sides = pytest.mark.parametrize("start", [10.0, 0.1], ids=["from above", "from below"])
 
 
 # ---- the rules
@@ -60,35 +61,28 @@ RULES = [
 
 @pytest.mark.parametrize("make, kl, n, factor", RULES)
 def test_rules(make, kl, n, factor) -> None:
-    """The published ones, for numbers and tensors of one entry of any type."""
+    # The published ones, for numbers and tensors of one entry of any type.
     controller = make()
     assert controller.update(kl, n) == controller.beta == pytest.approx(0.1 * factor, rel=1e-13)
     one = torch.tensor([[kl]], dtype=torch.float64, requires_grad=True)
     for measured, samples in ((one, torch.tensor(n)), (np.float64(kl), np.int64(n))):
-        assert (
-            make().update(measured, samples) == controller.beta and type(controller.beta) is float
-        )
+        assert make().update(measured, samples) == controller.beta
+    assert type(controller.beta) is float
 
 
 def test_pid_is_the_textbooks_rule() -> None:
-    """log(beta) = log(initial) + kp·e + ki·Σe + kd·Δe with e = log(kl/target) within ±1, away from
-    the bounds.
-    """
-    controller = PIDBeta(0.1, 2.0, "sequence", kp=0.4, ki=0.05, kd=0.2)
-    total, previous = 0.0, 0.0
+    # log(beta) = log(initial) + kp·e + ki·Σe + kd·Δe with e = log(kl/target) within ±1.
+    controller, errors = PIDBeta(0.1, 2.0, "sequence", kp=0.4, ki=0.05, kd=0.2), [0.0]
     for kl in (2.0, 3.0, 1.5, 0.0, 100.0, 2.2, 2.0, 0.74, 5.43):
-        error = max(-1.0, min(1.0, math.log(kl / 2.0) if kl else -math.inf))
-        total += error
-        exact = 0.1 * math.exp(0.4 * error + 0.05 * total + 0.2 * (error - previous))
+        errors.append(max(-1.0, min(1.0, math.log(kl / 2.0) if kl else -math.inf)))
+        moved = 0.4 * errors[-1] + 0.05 * sum(errors) + 0.2 * (errors[-1] - errors[-2])
+        exact = 0.1 * math.exp(moved)
         assert controller.update(kl, unit="sequence") == pytest.approx(exact, rel=1e-12)
-        previous = error
 
 
-@every
+@pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 def test_no_drift_at_the_target(make) -> None:
-    """Beta stays to the bit, from a fresh controller and, but for kd's one echo, after other
-    updates.
-    """
+    # To the bit, from a fresh controller and, but for kd's one echo, after other updates.
     controller = make()
     assert {controller.update(TARGET, 7) for _ in range(1000)} == {0.1}
     for kl in (0.3, 0.01, 0.06, TARGET):
@@ -99,59 +93,29 @@ def test_no_drift_at_the_target(make) -> None:
 # ---- in a loop
 
 
-def closed_loop(
-    controller, start: float, lag: float, noise: float = 0.0, seed: int = 0
-) -> list[float]:
-    """Returns the true KL of 1500 updates, start·target at first: it follows c/beta with a lag, and
-    is measured with noise.
+def closed_loop(controller, start: float, lag: float, noise: float = 0.0, seed: int = 0):
+    """Returns the last 300 of 1500 updates' true KLs over the target, `start` at first: the KL
+    follows c/beta with a lag, and is measured with noise.
     """
-    generator = random.Random(seed)
-    kl, seen = start * controller.target, []
+    generator, seen = random.Random(seed), []
+    kl = start * controller.target
     c = kl * controller.beta
     for _ in range(1500):
         kl += (c / controller.beta - kl) / lag
-        seen.append(kl)
+        seen.append(kl / controller.target)
         controller.update(kl * math.exp(noise * generator.gauss(0, 1) - noise**2 / 2))
-    return seen
+    return seen[-300:]
 
 
-@pytest.mark.parametrize(
-    "lag, noise, seed",
-    [(1, 0, 0), (10, 0, 0), (100, 0, 0), *((10, 0.2, seed) for seed in range(3))],
-)
-@from_both_sides
+@pytest.mark.parametrize("lag, noise", [(1, 0), (10, 0), (100, 0), (10, 0.2)])
+@pytest.mark.parametrize("start", [10.0, 0.1], ids=["from above", "from below"])
 @targeted
-def test_settles_at_the_target(make, start, lag, noise, seed) -> None:
-    """The last 300 updates lie within 10 % of the target, with noise their mean does.
-
-    The most noise that reaches beta is the PID's, 0.2·√((kp + kd)² + kd²) = 9 %; the lag of 10
-    averages it to 9 %·√(0.1/1.9) = 2 %. An integrator's wandering adds as much again.
-    """
-    seen = closed_loop(make(), start, lag, noise, seed)[-300:]
-    assert abs(sum(seen) / len(seen) / TARGET - 1) < 0.1
-    assert all(abs(kl / TARGET - 1) < (0.2 if noise else 0.1) for kl in seen)
-
-
-@from_both_sides
-def test_defaults_in_a_loop(start) -> None:
-    """PPO's band holds a KL that follows at once; PID's defaults do not overshoot, and are there in
-    200 updates.
-    """
-    seen = closed_loop(PPOAdaptiveBeta(0.1, TARGET), start, 1)[-300:]
-    assert 1 / 1.5 <= seen[0] / TARGET <= 1.5 and len(set(seen)) == 1
-    for lag in (1, 10):
-        seen = [kl / TARGET for kl in closed_loop(PIDBeta(0.1, TARGET), start, lag)]
-        assert min(seen) > 0.95 if start > 1 else max(seen) < 1.05
-        assert all(abs(kl - 1) < 0.1 for kl in seen[200:])
-
-
-@pytest.mark.parametrize("scale, settles", [(0.9, True), (1.1, False)])
-@pytest.mark.parametrize("gains", [(1.0, 0.02, 0.0), (0.01, 2.0, 0.0), (0.2, 0.1, 0.4)], ids=str)
-def test_gains_that_a_kl_without_lag_allows(gains, scale, settles) -> None:
-    """kp + ki/2 + 2·kd below 1 settles, above 1 swings for ever: the docstring's limit."""
-    kp, ki, kd = (gain * scale / (gains[0] + gains[1] / 2 + 2 * gains[2]) for gain in gains)
-    seen = closed_loop(PIDBeta(0.1, TARGET, kp=kp, ki=ki, kd=kd), 1.5, 1)[-300:]
-    assert all(abs(kl / TARGET - 1) < 0.01 for kl in seen) == settles
+def test_settles_at_the_target(make, start, lag, noise) -> None:
+    # The most noise that reaches beta is the PID's, 0.2·√((kp + kd)² + kd²) = 9 %; the lag of 10
+    # averages it to 9 %·√(0.1/1.9) = 2 %. An integrator's wandering adds as much again.
+    seen = closed_loop(make(), start, lag, noise)
+    assert abs(sum(seen) / len(seen) - 1) < 0.1
+    assert all(abs(kl - 1) < (0.2 if noise else 0.1) for kl in seen)
 
 
 # ---- bounds
@@ -161,27 +125,139 @@ def test_gains_that_a_kl_without_lag_allows(gains, scale, settles) -> None:
 @pytest.mark.parametrize("bounds", [(0.05, 0.2), BOUNDS], ids=str)
 @targeted
 def test_bounds_hold(make, bounds, kl, end) -> None:
-    """Beta stops at a bound, and leaves it with the first KL of the other side, as far as from a
-    bound just reached.
-    """
+    # Beta leaves a bound with the first KL of the other side, as far as from one just reached.
     controller, left = make(bounds=bounds), []
     for updates in (4000, 1000):
-        for _ in range(updates):
-            controller.update(kl)
-        assert controller.beta == bounds[end]
+        assert [controller.update(kl) for _ in range(updates)][-1] == bounds[end]
         left.append(controller.update(TARGET / 2 if end else 2 * TARGET))
     assert left[0] == pytest.approx(left[1], rel=1e-12) and left[0] != bounds[end]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: PIDBeta(0.1, 6, kp=100, ki=100, kd=100),
-        lambda: PPOAdaptiveBeta(0.1, 6, factor=1e308),
-        lambda: AdaptiveBeta(0.1, 1e-300, 1e-300),
-    ],
-)
+EXTREME = [
+    partial(PIDBeta, 0.1, 6, kp=100, ki=100, kd=100),
+    partial(PPOAdaptiveBeta, 0.1, 6, factor=1e308),
+    partial(AdaptiveBeta, 0.1, 1e-300, 1e-300),
+]
+
+
+@pytest.mark.parametrize("make", EXTREME)
 def test_extreme_settings_stay_finite(make) -> None:
     controller = make()
     for kl in (1e308, 0.0, 1e308):
         assert BOUNDS[0] <= controller.update(kl, getattr(controller, "horizon", 1)) <= BOUNDS[1]
+
+
+# ---- units, and a penalty in place of a number
+
+
+def penalty_of(tokens: int, scale: float = 1.0) -> fastkl.KLPenalty:
+    generator, penalty = torch.Generator().manual_seed(tokens), fastkl.KLPenalty(0.1)
+    policy, reference = scale * torch.randn(2, 2, 20, 7, generator=generator)
+    ends = torch.tensor([[tokens // 2], [tokens - tokens // 2]])
+    penalty(policy, reference, torch.arange(20) < ends)
+    return penalty
+
+
+@targeted
+def test_units(make) -> None:
+    # A target per sequence asks for the unit beside a number; a given one must be the controller's.
+    controller, per_sequence, fixed = make(), make(unit="sequence"), FixedBeta(0.1)
+    assert (controller.unit, per_sequence.unit) == ("token", "sequence")
+    for wrong, arguments, name in (
+        (controller, {"kl": 6.0, "unit": "sequence"}, "kl"),
+        (controller, {"kl": penalty_of(30), "unit": "sequence"}, "kl"),
+        (per_sequence, {"kl": 6.0, "unit": "token"}, "kl"),
+        (per_sequence, {"kl": 0.8}, "unit"),
+        (per_sequence, {"kl": penalty_of(30).last["kl"]}, "unit"),
+        (controller, {"kl": 0.8, "unit": "batch"}, "unit"),
+        (fixed, {"kl": 0.8, "unit": "batch"}, "unit"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            wrong.update(**arguments)
+        assert wrong.beta == 0.1
+    expected = per_sequence.update(0.8, unit="sequence")
+    assert controller.update(0.8) == make().update(0.8, unit="token") == expected > 0.1
+
+
+@targeted
+def test_a_penalty_is_read_in_the_unit_of_the_controller(make) -> None:
+    # One that counted nothing is no measurement; one that was not called is an error, as one whose
+    # KL is not finite.
+    penalty, none, fixed = penalty_of(30), penalty_of(0), FixedBeta(0.1)
+    per_token, per_sequence = penalty.last["kl"], penalty.last["kl_per_sequence"]
+    assert per_sequence == pytest.approx(float(15 * per_token), rel=1e-5)
+    assert make().update(penalty, 3) == make().update(per_token, 3)
+    expected = make(unit="sequence").update(per_sequence, unit="sequence")
+    assert make(unit="sequence").update(penalty) == expected
+    assert fixed.update(penalty) == fixed.update(penalty, unit="sequence") == 0.1
+    assert make().update(none) == make(unit="sequence").update(none) == 0.1
+    controller, stale = make(), fastkl.KLPenalty(0.1)
+    stale.last = {"kl": torch.tensor(1.0)}
+    for wrong in (fastkl.KLPenalty(0.1), stale, penalty_of(30, scale=math.nan)):
+        with pytest.raises(ValueError, match="^kl: expected"):
+            controller.update(wrong)
+    assert controller.state_dict() == make().state_dict()
+    with pytest.raises(AttributeError):
+        controller.beta = 1.0
+
+
+# ---- two processes, one after the other: the sums of both are made here
+
+
+KEPT = {"token": ("kl", "tokens"), "sequence": ("kl_per_sequence", "sequences")}
+SAMPLES = ((0.02, 1), (0.2, 30)), ((0.06, 4), (math.nan, 0)), ((-0.5, 2), (0.01, 5))
+REFUSED = ((0.1, 1), (math.nan, 1)), ((0.1, 1), (0.1, -1)), ((0.1, 0), (0.1, 0))
+
+
+@pytest.fixture
+def group():
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("needs torch.distributed with gloo")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def attempt(controller, call, group) -> float | None:
+    try:
+        return controller.update(*call, process_group=group)
+    except ValueError:
+        return None
+
+
+@targeted
+def test_betas_of_several_processes(make, group, monkeypatch) -> None:
+    # That of one process on all samples; one process's NaN is an error, None here, on every one.
+    def update(controller, *calls) -> float | None:
+        parts = []
+        monkeypatch.setattr(distributed, "all_reduce", lambda totals, group: parts.append(totals))
+        for call in calls:
+            attempt(make(unit=controller.unit), call, group)
+        assert len(parts) == len(calls), "an error before the others have their sums"
+        total = sum(parts)
+        monkeypatch.setattr(distributed, "all_reduce", lambda totals, group: totals.copy_(total))
+        others = {attempt(copy.deepcopy(controller), call, group) for call in calls}
+        beta = attempt(controller, calls[0], group)
+        assert others == {beta}
+        return beta
+
+    controller, pooled = make(), make()
+    for pair in SAMPLES:
+        count = sum(n for _, n in pair)
+        expected = pooled.update(sum(kl * n for kl, n in pair if n) / count, count)
+        assert update(controller, *pair) == pytest.approx(expected, rel=1e-6)
+    for unit, (mean, count) in KEPT.items():
+        controller, pooled = make(unit=unit), make(unit=unit)
+        for pair in ((4, 31), (0, 10)):
+            penalties = [penalty_of(tokens) for tokens in pair]
+            counts = [float(each.last[count]) for each in penalties]
+            total = sum(
+                float(each.last[mean]) * n for each, n in zip(penalties, counts, strict=True)
+            )
+            expected = pooled.update(total / sum(counts), 2, unit=unit)
+            assert update(controller, *((each,) for each in penalties)) == pytest.approx(expected)
+    controller = make()
+    for pair in REFUSED:
+        assert update(controller, *pair) is None
+    last = torch.tensor(0.1, dtype=torch.float64), 1
+    assert update(controller, last, last) == make().update(0.1, 2)

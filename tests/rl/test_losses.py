@@ -2,8 +2,7 @@
 limits.
 """
 
-from __future__ import annotations
-
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -30,9 +29,11 @@ GRPO = [
     {"reduction": "dr_grpo", "max_length": 8},
     {"reduction": "sum"},
 ]
-FORMS = [(ppo_loss, {"reduction": name}) for name in ("token_mean", "mean", "sequence_mean", "sum")]
-FORMS += [(grpo_loss, {"level": level, **more}) for level in ("token", "sequence") for more in GRPO]
 KLS = ("none", "sampled", "corrected", "exact")
+FORMS = [
+    *((ppo_loss, {"reduction": name}) for name in ("token_mean", "mean", "sequence_mean", "sum")),
+    *((grpo_loss, {"level": level, **more}) for level in ("token", "sequence") for more in GRPO),
+]
 WITH_KL = [(*form, kl) for form in FORMS for kl in KLS if kl == "none" or form[0] is grpo_loss]
 
 
@@ -60,8 +61,9 @@ def batch(dtype: torch.dtype = torch.float64, device: str = "cpu") -> SimpleName
         "old": old - 3,
         "ref": old - 3 + 0.5 * away,
         "kl": away.abs(),
+        "per_token": advantages,
+        "per_sequence": advantages[:, 0].clone(),
     }
-    made |= {"per_token": advantages, "per_sequence": advantages[:, 0].clone()}
     made = SimpleNamespace(**{name: value.to(device, dtype) for name, value in made.items()})
     made.logprob.requires_grad_()
     made.kl.requires_grad_()
@@ -69,17 +71,11 @@ def batch(dtype: torch.dtype = torch.float64, device: str = "cpu") -> SimpleName
 
 
 def penalty(made: SimpleNamespace, kind: str) -> dict:
-    """Arguments of grpo_loss for one way to have a KL in the loss."""
+    if kind == "exact":
+        return {"beta": 0.3, "kl": made.kl}
     if kind == "none":
         return {}
-    return {
-        "beta": 0.3,
-        **(
-            {"kl": made.kl}
-            if kind == "exact"
-            else {"ref_logprob": made.ref, "correct_kl": kind == "corrected"}
-        ),
-    }
+    return {"beta": 0.3, "ref_logprob": made.ref, "correct_kl": kind == "corrected"}
 
 
 def packed(made: SimpleNamespace, real: torch.Tensor) -> tuple[SimpleNamespace, torch.Tensor]:
@@ -130,26 +126,30 @@ def published(
 
 
 def assert_loss(
-    loss: torch.Tensor, exact: torch.Tensor, leaves: list[torch.Tensor], tolerance: float
+    loss: torch.Tensor,
+    exact: torch.Tensor,
+    leaves: list[torch.Tensor],
+    tolerance: float,
+    exact_leaves: list[torch.Tensor] | None = None,
 ) -> None:
     """A scalar and its gradients, of the order of 1 here, within an absolute tolerance of the exact
     ones.
     """
     assert loss.shape == () and loss.dtype == leaves[0].dtype
-    testing.assert_near(loss, exact, 0.0, tolerance, "loss")
-    grads, exact_grads = (
-        torch.autograd.grad(each, leaves, retain_graph=True, materialize_grads=True)
-        for each in (loss, exact)
+    values, exact_values = (
+        (each, *torch.autograd.grad(each, by, retain_graph=True, materialize_grads=True))
+        for each, by in ((loss, leaves), (exact, exact_leaves or leaves))
     )
-    for grad, exact_grad in zip(grads, exact_grads, strict=True):
-        testing.assert_near(grad, exact_grad, 0.0, tolerance, "gradient")
+    for value, exact_value in zip(values, exact_values, strict=True):
+        testing.assert_near(value, exact_value, 0.0, tolerance, "loss or gradient")
 
 
+# Masks, what they hide, and the clips.
 CLIPS = [
-    ("all", (0.2, 0.2), None),
-    ("padding", (0.2, 0.28), 1.1),
-    ("holes, one empty", (0.03, 0.04), None),
-    ("holes, one empty", (1, math.inf), 3.0),
+    ("all", 0.0, (0.2, 0.2), None),
+    ("padding", math.nan, (0.2, 0.28), 1.1),
+    ("holes, one empty", math.inf, (0.03, 0.04), None),
+    ("holes, one empty", -math.inf, (1, math.inf), 3.0),
 ]
 
 
@@ -157,73 +157,61 @@ CLIPS = [
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str
 )
-@pytest.mark.parametrize("name, clip, dual_clip", CLIPS, ids=str)
+@pytest.mark.parametrize("name, garbage, clip, dual_clip", CLIPS, ids=str)
 @forms
-def test_published_losses(call, more, name, clip, dual_clip, dtype, tolerance) -> None:
-    """Value and gradient: advantages per token and per sequence, every KL, padded, and packed with
-    holes and without.
-    """
-    made, mask = batch(dtype), mask_of(name)
+def test_published_losses(call, more, name, garbage, clip, dual_clip, dtype, tolerance) -> None:
+    # Value and gradient: advantages per token and per sequence, every KL, padded, and packed with
+    # holes and without, whatever the tokens hold that do not count.
+    clean, mask, made = batch(dtype), mask_of(name), batch(dtype)
+    for values in (made.logprob, made.old, made.ref, made.kl, made.per_token):
+        values.data.masked_fill_(~mask, garbage)
     real, bounds = packed(made, mask)
     everything, ends = packed(made, torch.ones_like(mask))
-    leaves = [made.logprob, made.kl] if call is grpo_loss else [made.logprob]
-    settings = {
-        "clip": clip,
-        **more,
-        **({"dual_clip": dual_clip} if call is ppo_loss else {}),
-    }
-    for kl in KLS if call is grpo_loss else KLS[:1]:
-        for per in ("per_token", "per_sequence"):
-            exact = published(made, getattr(made, per), mask, kl=kl, **settings)
-            given = [
-                (made, None if name == "all" else mask, {}),
-                (real, None, {"cu_seqlens": bounds}),
-            ]
-            given += [(everything, mask.flatten(), {"cu_seqlens": ends})]
-            for values, counts, where in given:
-                arguments = values.logprob, values.old, getattr(values, per), counts
-                loss = call(*arguments, **settings, **where, **penalty(values, kl))
-                assert_loss(
-                    loss, exact, leaves, tolerance * (B * T if more["reduction"] == "sum" else 1)
-                )
+    of_ppo, tolerance = call is ppo_loss, tolerance * (B * T if more["reduction"] == "sum" else 1)
+    leaves = [[each.logprob] if of_ppo else [each.logprob, each.kl] for each in (made, clean)]
+    settings = {"clip": clip, **more, **({"dual_clip": dual_clip} if of_ppo else {})}
+    for kl, per in itertools.product(KLS[:1] if of_ppo else KLS, ("per_token", "per_sequence")):
+        exact = published(clean, getattr(clean, per), mask, kl=kl, **settings)
+        for values, counts, where in (
+            (made, None if name == "all" else mask, {}),
+            (real, None, {"cu_seqlens": bounds}),
+            (everything, mask.flatten(), {"cu_seqlens": ends}),
+        ):
+            given = values.logprob, values.old, getattr(values, per), counts
+            loss = call(*given, **settings, **where, **penalty(values, kl))
+            assert_loss(loss, exact, leaves[0], tolerance, leaves[1])
 
 
 @forms
 def test_on_policy_it_is_the_policy_gradient(call, more) -> None:
-    """Without old_logprob as with the log-probabilities of now, also within no clip."""
+    # Without old_logprob as with the log-probabilities of now, also within no clip.
     made = batch()
-    for clip in (0.2, 0.0):
-        losses = [
-            call(made.logprob, old, made.per_token, clip=clip, **more)
-            for old in (None, made.logprob.detach())
-        ]
-        exact = published(
-            SimpleNamespace(**{**vars(made), "old": made.logprob.detach()}),
-            made.per_token,
-            mask_of("all"),
-            **more,
-        )
-        for loss in losses:
-            assert_loss(loss, exact, [made.logprob], 1e-14)
+    now = SimpleNamespace(**{**vars(made), "old": made.logprob.detach()})
+    exact = published(now, made.per_token, mask_of("all"), **more)
+    for clip, old in itertools.product((0.2, 0.0), (None, now.old)):
+        loss = call(made.logprob, old, made.per_token, clip=clip, **more)
+        assert_loss(loss, exact, [made.logprob], 1e-14)
 
 
 # The step of the log-probability, and the loss for A = 1 and A = -1; a gradient must be 0 there.
-EXTREMES = [(step, -1.2, math.exp(20)) for step in (100.0, 1e4, math.inf)]
-EXTREMES += [(step, 0.0, 0.8) for step in (-200.0, -1e4, -math.inf)]
+EXTREMES = [
+    *((step, -1.2, math.exp(20)) for step in (100.0, 1e4, math.inf)),
+    *((step, 0.0, 0.8) for step in (-200.0, -1e4, -math.inf)),
+]
 
 
 @pytest.mark.parametrize("step, gaining, losing", EXTREMES)
 def test_extreme_ratios(step, gaining, losing) -> None:
-    """A ratio that is infinite or 0 in float32 is clipped like any other; a minimum of products has
-    the gradient 0·inf = NaN.
-    """
+    # A ratio that is infinite or 0 in float32 is clipped like any other; a minimum of
+    # products has the gradient 0·inf = NaN.
     logprob = torch.tensor([[-2.0, -1.0 if step > 0 else step]], requires_grad=True)
     old = torch.tensor([[-2.0, -step if step > 0 else -1.0]])
-    for advantage, value in ((1.0, gaining), (-1.0, losing)):
-        for call in (ppo_loss, grpo_loss):
-            loss = call(logprob, old, torch.tensor([[0.0, advantage]]))
-            assert loss.item() == pytest.approx(value / 2, rel=1e-6, abs=1e-30)
-            assert not bool(torch.autograd.grad(loss, logprob)[0].any())
+    for call, (advantage, value) in itertools.product(
+        (ppo_loss, grpo_loss), ((1.0, gaining), (-1.0, losing))
+    ):
+        loss = call(logprob, old, torch.tensor([[0.0, advantage]]))
+        assert loss.item() == pytest.approx(value / 2, rel=1e-6, abs=1e-30)
+        assert not bool(torch.autograd.grad(loss, logprob)[0].any())
     dual = ppo_loss(logprob, old, -torch.ones(1, 2), dual_clip=3.0).item()
     assert dual == pytest.approx((1 + (3 if step > 0 else 0.8)) / 2)
 
@@ -235,129 +223,86 @@ SIZES = [0.0, -1e-6, -3.0, -40.0, -200.0, -1e4, -65504.0, torch.finfo(torch.floa
     "call, more, kl", [each for each in WITH_KL if each[2] != "exact"], ids=spelled
 )
 def test_impossible_tokens(call, more, kl) -> None:
-    """Every mix of -inf, huge and ordinary log-probabilities is finite; impossible under both
-    policies is a ratio of 1 without gradient.
-    """
+    # Every mix of -inf, huge and ordinary log-probabilities is finite; impossible under both
+    # policies is a ratio of 1 without gradient.
     logprob, old, ref = (
         value.reshape(-1, 9) for value in torch.meshgrid(*[torch.tensor(SIZES)] * 3, indexing="ij")
     )
     logprob = logprob.clone().requires_grad_()
     more = {**more, "max_length": 9} if "max_length" in more else more
-    for advantage in (1.0, -1.0):
-        for mask in (None, ref > -50):
-            loss = call(
-                logprob,
-                old,
-                torch.full((81,), advantage),
-                mask,
-                **more,
-                **penalty(SimpleNamespace(ref=ref), kl),
-            )
-            assert loss.isfinite() and bool(torch.autograd.grad(loss, logprob)[0].isfinite().all())
-        for impossible in SIZES[-3:]:
-            pair = torch.tensor([[impossible, -2.0]], requires_grad=True)
-            for before in (None, pair.detach()):
-                arguments = pair, before, torch.tensor([advantage])
-                loss, plain = (
-                    call(*arguments, **more, **penalty(SimpleNamespace(ref=pair.detach()), it))
-                    for it in (kl, "none")
-                )
-                gradient = torch.autograd.grad(loss, pair)[0]
-                assert loss.item() == plain.item() and gradient[0, 0] == 0 != gradient[0, 1]
+    for advantage, mask in itertools.product((1.0, -1.0), (None, ref > -50)):
+        given = logprob, old, torch.full((81,), advantage), mask
+        loss = call(*given, **more, **penalty(SimpleNamespace(ref=ref), kl))
+        assert loss.isfinite() and bool(torch.autograd.grad(loss, logprob)[0].isfinite().all())
+    for advantage, impossible in itertools.product((1.0, -1.0), SIZES[-3:]):
+        pair = torch.tensor([[impossible, -2.0]], requires_grad=True)
+        same = penalty(SimpleNamespace(ref=pair.detach()), kl)
+        for before in (None, pair.detach()):
+            given = pair, before, torch.tensor([advantage])
+            loss = call(*given, **more, **same)
+            gradient = torch.autograd.grad(loss, pair)[0]
+            assert loss.item() == call(*given, **more).item()
+            assert gradient[0, 0] == 0 != gradient[0, 1]
 
 
 def test_beta() -> None:
-    """A number, a tensor and a controller, read at every call; a number 0 leaves the KL out, and no
-    KL is needed then.
-    """
+    # A number, a tensor and a controller, read at every call; a number 0 leaves the KL out,
+    # and no KL is needed then.
     made, controller = batch(torch.float32), SimpleNamespace(beta=0.3)
-    arguments, learned = (
-        (made.logprob, made.old, made.per_token),
-        torch.tensor(0.3, requires_grad=True),
-    )
+    given, learned = (made.logprob, made.old, made.per_token), torch.tensor(0.3, requires_grad=True)
     losses = [
-        grpo_loss(*arguments, ref_logprob=made.ref, beta=beta)
-        for beta in (0.3, learned, controller)
+        grpo_loss(*given, ref_logprob=made.ref, beta=beta) for beta in (0.3, learned, controller)
     ]
-    controller.beta, plain = 0.0, grpo_loss(*arguments)
+    controller.beta, plain = 0.0, grpo_loss(*given)
+    infinite = torch.full((B, T), math.inf, requires_grad=True)
     without = [
-        {},
-        {"ref_logprob": made.ref},
-        {"kl": torch.full((B, T), math.inf, requires_grad=True)},
+        grpo_loss(*given, beta=controller, **more)
+        for more in ({}, {"ref_logprob": made.ref}, {"kl": infinite})
     ]
-    for loss in losses:
-        testing.assert_same_bits(loss, losses[0], "beta")
-    for more in without:
-        testing.assert_same_bits(grpo_loss(*arguments, beta=controller, **more), plain, "beta 0")
+    for loss, same in zip([*losses, *without], [losses[0]] * 3 + [plain] * 3, strict=True):
+        testing.assert_same_bits(loss, same, "beta")
     assert torch.autograd.grad(losses[1], learned, allow_unused=True) == (None,)
     # A KL may be constant where nothing is trained.
-    constant = {"kl": torch.ones(B, T), "beta": 0.1}
     with torch.no_grad():
-        assert grpo_loss(*arguments, **constant).item() == pytest.approx(plain.item() + 0.1)
+        constant = grpo_loss(*given, kl=torch.ones(B, T), beta=0.1)
+    assert constant.item() == pytest.approx(plain.item() + 0.1)
 
 
 # ---- masks, empty batches, types
 
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("call, more, kl", WITH_KL, ids=spelled)
-def test_masked_tokens_change_nothing(call, more, kl, garbage) -> None:
-    """Value and gradient have the bits they have for other numbers there; a NaN that counts makes
-    the loss NaN.
-    """
-    mask, results = mask_of("holes, one empty"), []
-    for fill in (-1.0, garbage):
-        made = batch(torch.float32)
-        for name in ("logprob", "old", "ref", "kl", "per_token"):
-            getattr(made, name).data.masked_fill_(~mask, fill)
-        loss = call(made.logprob, made.old, made.per_token, mask, **more, **penalty(made, kl))
-        results.append(
-            (loss, *torch.autograd.grad(loss, (made.logprob, made.kl), materialize_grads=True))
-        )
-        made.old[0, 0] = math.nan
-        assert call(
-            made.logprob, made.old, made.per_token, mask, **more, **penalty(made, kl)
-        ).isnan()
-    for one, other in zip(*results, strict=True):
-        testing.assert_same_bits(other, one, "result")
-        assert one.dim() == 0 or not bool(one[~mask].any())
+def test_a_nan_that_counts(call, more, kl) -> None:
+    made = batch(torch.float32)
+    made.old[0, 0] = math.nan
+    given = made.logprob, made.old, made.per_token, mask_of("holes, one empty")
+    assert call(*given, **more, **penalty(made, kl)).isnan()
 
 
 @forms
 def test_no_token_counts(call, more) -> None:
-    """The loss is 0 and so is its gradient: not NaN; of packed sequences too."""
-    given = [(shape, shape[:-1], {}) for shape in ((B, T), (0, T), (B, 0), (0, 0))]
-    given += [
-        ((0,), (len(bounds) - 1,), {"cu_seqlens": torch.tensor(bounds)})
-        for bounds in ([0], [0, 0, 0])
+    # The loss is 0 and so is its gradient: not NaN; of packed sequences too.
+    given = [
+        *((shape, shape[:-1], {}) for shape in ((B, T), (0, T), (B, 0), (0, 0))),
+        *(((0,), (len(ends) - 1,), {"cu_seqlens": torch.tensor(ends)}) for ends in ([0], [0] * 3)),
     ]
     for shape, sequences, where in given:
-        logprob = torch.zeros(shape, requires_grad=True)
+        logprob, none = torch.zeros(shape, requires_grad=True), torch.zeros(shape, dtype=torch.bool)
         kl = {"ref_logprob": logprob.detach(), "beta": 0.1} if call is grpo_loss else {}
-        loss = call(
-            logprob,
-            torch.ones(shape),
-            torch.ones(sequences),
-            torch.zeros(shape, dtype=torch.bool),
-            **more,
-            **kl,
-            **where,
-        )
+        arguments = logprob, torch.ones(shape), torch.ones(sequences), none
+        loss = call(*arguments, **more, **kl, **where)
         assert loss.item() == 0.0 and not bool(torch.autograd.grad(loss, logprob)[0].any())
 
 
 def test_shapes() -> None:
-    """[2, 2, T] is [4, T]; [S] with S = total is one per sequence; boundaries are not needed where
-    no sequence is asked for.
-    """
+    # [2, 2, T] is [4, T]; [S] with S = total is one per sequence; boundaries are not needed
+    # where no sequence is asked for.
     made, mask = batch(), mask_of("padding")
     real, bounds = packed(made, mask)
-    whole = grpo_loss(made.logprob, made.old, made.per_sequence, mask)
-    folded = (value.view(2, 2, -1) for value in (made.logprob, made.old, made.per_sequence, mask))
-    logprob, old, advantages, counts = folded
-    torch.testing.assert_close(
-        grpo_loss(logprob, old, advantages.squeeze(-1), counts), whole, rtol=1e-14, atol=0.0
-    )
+    given = made.logprob, made.old, made.per_sequence, mask
+    logprob, old, advantages, counts = (value.view(2, 2, -1) for value in given)
+    folded = grpo_loss(logprob, old, advantages.squeeze(-1), counts)
+    torch.testing.assert_close(folded, grpo_loss(*given), rtol=1e-14, atol=0.0)
     for call, more in FORMS:
         if (
             more["reduction"] not in ("grpo", "dr_grpo", "sequence_mean")
@@ -374,9 +319,8 @@ def test_shapes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_types(dtype) -> None:
-    """float32 whatever the input, with the bits of the same numbers in float32; advantages of any
-    type; data gets no gradient.
-    """
+    # float32 whatever the input, with the bits of the same numbers in float32; advantages of
+    # any type; data gets no gradient.
     made = batch(dtype)
     others = [value.requires_grad_() for value in (made.per_token, made.ref)]
     loss = grpo_loss(made.logprob, made.old, made.per_token, ref_logprob=made.ref, beta=0.1)

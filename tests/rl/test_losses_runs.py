@@ -1,18 +1,149 @@
-"""Losses and rewards on meta tensors, in one graph and without synchronisation; the clamp of the KL
-and the divisor of the means.
+"""The KL inside the losses: which KL's gradient each form of grpo_loss has, by enumeration; DPO's
+formula. Losses and rewards on meta tensors, in one graph and without synchronisation; the clamp of
+the KL and the divisor of the means.
 """
 
-from __future__ import annotations
-
+import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_losses import FORMS, KLS, B, assert_loss, batch, mask_of, penalty, spelled
+from torch.nn.functional import logsigmoid
 
 from fastkl import testing
 from fastkl.estimators import estimate_kl, sampled_kl_loss
-from fastkl.rl import dpo_loss, grpo_loss, ppo_loss, shape_rewards
+from fastkl.rl import DPOLoss, dpo_loss, grpo_loss, ppo_loss, shape_rewards
+
+V = 5
+
+
+def exact_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum()
+
+
+# Level, correct_kl, tokens of a sequence, off-policy; the value is KL(policy‖reference); the
+# gradient is that of KL(policy‖reference) or of the other direction. TRL's ratio of level
+# "sequence" is no importance weight of more than one token.
+ENUMERATED = [
+    *((level, False, 1, False, True, "reverse") for level in ("token", "sequence")),
+    *((level, False, 1, True, False, None) for level in ("token", "sequence")),
+    *(
+        (level, True, 1, off_policy, True, "forward")
+        for level in ("token", "sequence")
+        for off_policy in (False, True)
+    ),
+    ("token", True, 2, True, True, "forward"),
+    ("sequence", True, 2, True, False, None),
+]
+
+
+@pytest.mark.parametrize("level, correct_kl, length, off_policy, right, direction", ENUMERATED)
+def test_which_kl_the_loss_has(level, correct_kl, length, off_policy, right, direction) -> None:
+    # Every sequence of a vocabulary of 5, weighted with its probability under the policy that
+    # samples.
+    generator = torch.Generator().manual_seed(3)
+    logits, step, reference = torch.randn(3, V, generator=generator).double()
+    logits.requires_grad_()
+    old, loss = logits.detach() + 0.4 * step * off_policy, 0.0
+    more = {"beta": 1.0, "level": level, "correct_kl": correct_kl}
+    for tokens in itertools.product(range(V), repeat=length):
+        logprob, before, ref = (
+            each.log_softmax(-1)[list(tokens)].view(1, -1) for each in (logits, old, reference)
+        )
+        given = logprob, before if off_policy else None, torch.zeros(1).double()
+        loss = loss + before.sum().exp() * grpo_loss(*given, ref_logprob=ref, **more)
+    kls = {"forward": exact_kl(logits, reference), "reverse": exact_kl(reference, logits)}
+    gradient = torch.autograd.grad(loss, logits)[0]
+    for name, kl in kls.items():
+        wanted = torch.autograd.grad(kl, logits)[0]
+        error = float((gradient - wanted).norm() / wanted.norm())
+        assert error < 1e-12 if name == direction else error > 0.05
+    off = abs(float((loss / kls["forward"]).detach()) - 1)
+    assert off < 1e-13 if right else off > 0.01
+
+
+# ---- DPO
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.49])
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1])
+def test_dpo_is_the_published_one(beta, smoothing, dtype) -> None:
+    # TRL 1.16's "sigmoid", with smoothing Mitchell's mixture of both labels; the gradient in
+    # closed form, none to the reference.
+    generator = torch.Generator().manual_seed(2)
+    given = [
+        value.to(dtype).requires_grad_()
+        for value in -40 + 10 * torch.randn(4, 8, generator=generator)
+    ]
+    result = dpo_loss(*given, beta=beta, label_smoothing=smoothing)
+    c, r, ref_c, ref_r = (value.detach().double() for value in given)
+    margin = beta * ((c - ref_c) - (r - ref_r))
+    exact = (-(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)).mean()
+    slope = -beta * (torch.sigmoid(-margin) - smoothing) / 8
+    # A margin is a difference of four log-probabilities of up to 70 nats, known to 3 roundings of
+    # 2^-24 (2^-53) of them: 1.3e-5 times beta. The loss and its gradient have slopes of at most 1
+    # and beta in it, and roundings of their own of 1e-7.
+    tolerance = (2e-13 if dtype == torch.float64 else 2e-5) * beta
+    testing.assert_near(result.loss, exact, 3e-7, tolerance, "loss")
+    gradients = torch.autograd.grad(result.loss, given, allow_unused=True)
+    for grad, sign in zip(gradients[:2], (1, -1), strict=True):
+        testing.assert_near(
+            grad, sign * slope, max(3e-7, torch.finfo(dtype).eps), beta * tolerance / 8, "gradient"
+        )
+    assert gradients[2:] == (None, None)
+    for value, reward in zip(
+        result[1:], (beta * (c - ref_c), beta * (r - ref_r), margin), strict=True
+    ):
+        assert value.shape == (8,) and not value.requires_grad
+        testing.assert_near(value, reward, 0.0, tolerance, "reward")
+    assert isinstance(result, DPOLoss)
+    assert {value.dtype for value in result} == {
+        torch.float64 if dtype == torch.float64 else torch.float32
+    }
+
+
+LOG2, LONG = math.log(2), -0.1 / (1 + math.exp(2))
+# chosen, rejected, ref_chosen, ref_rejected, the loss at beta 0.1, its gradient to chosen and to
+# rejected.
+CLOSED = [
+    ((-7.0, -3.0, -7.0, -3.0), LOG2, (-0.05, 0.05)),
+    ((1e4, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
+    ((-1e4, 0.0, 0.0, 0.0), 1e3, (-0.1, 0.1)),
+    ((math.inf, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
+    # A sum over 40,000 tokens is far below a token's -1e4, and counts in full: a margin of 2.
+    ((-40000.0, -30010.0, -40010.0, -30000.0), math.log1p(math.exp(-2)), (LONG, -LONG)),
+    *(
+        (values, LOG2, slopes)
+        for low in (-math.inf, -1e30)
+        for values, slopes in (
+            ((-5.0, low, -5.0, low), (-0.05, 0.0)),
+            ((low, -5.0, low, -5.0), (0.0, 0.05)),
+        )
+    ),
+    *(((low, -5.0, -5.0, -5.0), 1e7, (0.0, 0.1)) for low in (-math.inf, -1e30)),
+]
+
+
+@pytest.mark.parametrize("values, loss, slopes", CLOSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dpo_in_closed_form(values, loss, slopes, dtype) -> None:
+    # -inf counts as a number without gradient; a pair ranked wrong by far is linear.
+    given = [torch.tensor([value], dtype=dtype, requires_grad=True) for value in values]
+    result = dpo_loss(*given)
+    assert result.loss.item() == pytest.approx(loss, rel=1e-6)
+    gradient = torch.autograd.grad(result.loss, given[:2])
+    assert [grad.item() for grad in gradient] == pytest.approx(slopes, rel=1e-5, abs=1e-12)
+
+
+def test_dpo_of_nan_and_without_a_pair() -> None:
+    assert dpo_loss(torch.tensor([math.nan]), *[torch.zeros(1)] * 3).loss.isnan()
+    none = torch.zeros(0, requires_grad=True)
+    result = dpo_loss(none, *[torch.zeros(0)] * 3)
+    assert result.loss.item() == 0.0 and torch.autograd.grad(result.loss, none)[0].shape == (0,)
+
 
 # ---- where it runs
 
@@ -38,17 +169,13 @@ def every_loss(made, flat, mask: torch.Tensor, bounds: torch.Tensor) -> list[tor
 
 
 def moved(device: str) -> tuple[SimpleNamespace, SimpleNamespace, torch.Tensor, torch.Tensor]:
-    """The arguments of `every_loss` in float32 on a device."""
-    made, bounds = batch(torch.float32, device), torch.tensor([0, 6, 12, 18, 24])
-    flat = {
-        name: value if name == "per_sequence" else value.flatten()
-        for name, value in vars(made).items()
-    }
-    return made, SimpleNamespace(**flat), mask_of("padding").to(device), bounds.to(device)
+    made, bounds = batch(torch.float32, device), torch.tensor([0, 6, 12, 18, 24], device=device)
+    flat = {name: value.flatten() for name, value in vars(made).items()}
+    return made, SimpleNamespace(**flat), mask_of("padding").to(device), bounds
 
 
 def test_values_are_not_looked_at() -> None:
-    """Meta tensors have none, backward too; all losses in one graph have the same bits."""
+    # Meta tensors have none, backward too; all losses in one graph have the same bits.
     arguments = moved("meta")
     for loss in every_loss(*arguments):
         assert loss.shape == () and loss.device.type == "meta"
@@ -61,7 +188,7 @@ def test_values_are_not_looked_at() -> None:
 
 @pytest.mark.gpu
 def test_no_synchronisation() -> None:
-    """On a GPU nothing waits for the device, and values and gradients are those of the CPU."""
+    # On a GPU nothing waits for the device, and values and gradients are those of the CPU.
     on_gpu, on_cpu = moved("cuda"), moved("cpu")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -73,11 +200,9 @@ def test_no_synchronisation() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     exact = every_loss(*on_cpu)
-    exact_grads = [
-        torch.autograd.grad(loss, on_cpu[0].logprob, retain_graph=True)[0] for loss in exact
-    ]
+    exact += [torch.autograd.grad(loss, on_cpu[0].logprob, retain_graph=True)[0] for loss in exact]
     got = [value.cpu() for value in (*losses, *grads)]
-    torch.testing.assert_close(got, [*exact, *exact_grads], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +211,8 @@ def test_no_synchronisation() -> None:
     ids=str,
 )
 def test_wrong_boundaries(bounds) -> None:
-    """An error on the CPU; under torch.compile and on a GPU a NaN, without a gradient and without a
-    wrong address.
-    """
+    # An error on the CPU; under torch.compile and on a GPU a NaN, without a gradient and
+    # without a wrong address.
     torch._dynamo.reset()
     logprob, cu_seqlens = torch.zeros(15, requires_grad=True), torch.tensor(bounds)
     mask = torch.arange(15) % 4 != 1
@@ -124,9 +248,8 @@ CHANGING = {
 
 @pytest.mark.parametrize("loss", CHANGING.values(), ids=CHANGING)
 def test_a_schedule_does_not_recompile(loss) -> None:
-    """With a graph per value the last ones would be errors; "aot_eager" takes more numbers as
-    constants than "eager", as inductor does.
-    """
+    # With a graph per value the last ones would be errors; "aot_eager" takes more numbers as
+    # constants than "eager", as inductor does.
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for i in range(1, 3 + torch._dynamo.config.recompile_limit):
@@ -139,22 +262,15 @@ def test_a_schedule_does_not_recompile(loss) -> None:
 @pytest.mark.parametrize("correct_kl", [False, True])
 @pytest.mark.parametrize("clamp", [None, 0.5, 5.0])
 def test_kl_clamp(clamp, correct_kl) -> None:
-    """That of estimate_kl, or of sampled_kl_loss, token by token."""
+    # That of estimate_kl, or of sampled_kl_loss, token by token.
     logprob = torch.tensor([[-30.0, -1.0, -2.0, -0.1]], dtype=torch.float64, requires_grad=True)
     old, ref = logprob.detach() - 0.1, torch.tensor([[-1.0, -1.2, -9.0, -0.2]], dtype=torch.float64)
-    more = {
-        "ref_logprob": ref,
-        "beta": 0.3,
-        "correct_kl": correct_kl,
-        "kl_clamp": clamp,
-        "reduction": "sum",
-    }
-    loss = grpo_loss(logprob, old, torch.zeros(1).double(), **more)
+    more = {"ref_logprob": ref, "beta": 0.3, "correct_kl": correct_kl, "kl_clamp": clamp}
+    loss = grpo_loss(logprob, old, torch.zeros(1).double(), reduction="sum", **more)
     corrected = sampled_kl_loss(logprob, ref, old_logprob=old, clamp=clamp)
     kl = corrected if correct_kl else estimate_kl(logprob, ref, estimator="k3", clamp=clamp)
-    torch.testing.assert_close(loss, 0.3 * kl.sum(), rtol=1e-14, atol=0.0)
-    got, exact = (torch.autograd.grad(value, logprob)[0] for value in (loss, 0.3 * kl.sum()))
-    torch.testing.assert_close(got, exact, rtol=1e-14, atol=0.0)
+    results = [(value, torch.autograd.grad(value, logprob)[0]) for value in (loss, 0.3 * kl.sum())]
+    torch.testing.assert_close(*results, rtol=1e-14, atol=0.0)
 
 
 def test_max_length_counts_what_counts() -> None:
@@ -177,27 +293,17 @@ MEANS = [
 
 @pytest.mark.parametrize("call, more", MEANS, ids=spelled)
 def test_normalizer(call, more) -> None:
-    """Uneven micro-batches with the whole batch's count add up to it, their own means do not; a
-    tensor of 0 gives 0.
-    """
+    # Uneven micro-batches with the whole batch's count add up to it, their own means do not;
+    # a tensor of 0 gives 0.
     made, mask, parts = batch(), mask_of("padding"), (slice(0, 1), slice(1, 4))
     count = int(mask.sum()) if more.get("reduction") in ("token_mean", "mean", "bnpo") else B
 
+    kl = {"beta": 0.3, "correct_kl": True} if call is grpo_loss else {}
+
     def loss(rows: slice, **others) -> torch.Tensor:
-        kl = (
-            {"ref_logprob": made.ref[rows], "beta": 0.3, "correct_kl": True}
-            if call is grpo_loss
-            else {}
-        )
-        return call(
-            made.logprob[rows],
-            made.old[rows],
-            made.per_token[rows],
-            mask[rows],
-            **more,
-            **kl,
-            **others,
-        )
+        given = (each[rows] for each in (made.logprob, made.old, made.per_token, mask))
+        ref = {"ref_logprob": made.ref[rows]} if kl else {}
+        return call(*given, **more, **kl, **ref, **others)
 
     whole = loss(slice(0, B))
     for normalizer in (count, torch.tensor(count)):
@@ -211,8 +317,5 @@ def test_normalizer(call, more) -> None:
     assert float((got - exact).norm() / exact.norm()) > 0.05
     for zero in (torch.tensor(0), torch.zeros(1), torch.zeros((), dtype=torch.float64)):
         none = loss(slice(0, B), normalizer=zero)
-        assert (
-            none.shape == ()
-            and none.item() == 0.0
-            and not bool(torch.autograd.grad(none, made.logprob)[0].any())
-        )
+        assert none.shape == () and none.item() == 0.0
+        assert not bool(torch.autograd.grad(none, made.logprob)[0].any())

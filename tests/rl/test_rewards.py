@@ -2,8 +2,7 @@
 float64.
 """
 
-from __future__ import annotations
-
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -28,11 +27,10 @@ BOUNDARIES = {
     "one": [0, 15],
     "empty ones": [0, 0, 4, 4, 4, 15, 15],
 }
-EVEN = torch.tensor(BOUNDARIES["even"])
 
 
 def numbers(sequences: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns scores [sequences] and a KL [3, 5] of both signs, as a sampled one has."""
+    # A sampled KL [3, 5] has both signs.
     generator = torch.Generator().manual_seed(0)
     return torch.randn(sequences, generator=generator), torch.randn(3, 5, generator=generator)
 
@@ -44,9 +42,6 @@ def mask_of(name: str) -> torch.Tensor:
 def by_definition(
     scores: torch.Tensor, kl: torch.Tensor, beta: float, mask: torch.Tensor, bounds: list[int]
 ) -> torch.Tensor:
-    """Computes the rewards of packed tokens, one sequence and one token after the other, in
-    float64.
-    """
     rewards = torch.where(mask, -beta * kl.double(), 0.0)
     if len(scores) != len(bounds) - 1:
         return rewards + torch.where(mask, scores.double(), 0.0)
@@ -57,33 +52,48 @@ def by_definition(
     return rewards
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize(
+    "garbage, dtype",
+    [(math.nan, dtype) for dtype in DTYPES]
+    + [(math.inf, torch.float32), (-math.inf, torch.float32)],
+)
 @pytest.mark.parametrize("per", ["sequence", "token"])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("bounds", BOUNDARIES.values(), ids=BOUNDARIES)
-def test_rewards(bounds, name, per) -> None:
-    """Packed, within three roundings of 2^-24: of beta, of the product, of the difference; padded,
-    the same bits.
-    """
+def test_rewards(bounds, name, per, garbage, dtype) -> None:
+    # Packed, within three roundings of the result's type: of beta, of the product, of the
+    # difference; padded, the same bits. Whatever KL and scores hold where nothing counts, it is 0
+    # there. Rewards are data.
     scores, kl = numbers(len(bounds) - 1 if per == "sequence" else 15)
-    mask = mask_of(name)
-    given = None if MASKS[name] is None else mask
-    flat = None if given is None else given.flatten()
-    rewards = shape_rewards(scores, kl.flatten(), 0.3, flat, cu_seqlens=torch.tensor(bounds))
-    exact = by_definition(scores, kl.flatten(), 0.3, mask.flatten(), bounds)
-    allowed = 2.0**-24 * 1.001 * (0.6 * kl.flatten().double().abs() + exact.abs())
-    assert rewards.dtype == torch.float32 and rewards.shape == (15,)
+    mask, ends = mask_of(name).flatten(), torch.tensor(bounds)
+    scores, kl = scores.to(dtype), kl.flatten().to(dtype)
+    exact = by_definition(scores, kl, 0.3, mask, bounds)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    magnitude = 0.6 * kl.double().abs() + exact.abs()
+    allowed = torch.finfo(wide).eps / 2 * 1.001 * magnitude
+    kl = kl.masked_fill(~mask, garbage).requires_grad_()
+    used = [bool(mask[start:end].any()) for start, end in itertools.pairwise(bounds)]
+    unused = ~(mask if per == "token" else torch.tensor(used))
+    scores, given = scores.masked_fill(unused, garbage), None if MASKS[name] is None else mask
+    rewards = shape_rewards(scores.requires_grad_(), kl, 0.3, given, cu_seqlens=ends)
+    assert (rewards.dtype, rewards.shape, rewards.requires_grad) == (wide, (15,), False)
     assert bool(((rewards.double() - exact).abs() <= allowed).all()), (rewards, exact)
-    of_int32 = shape_rewards(scores, kl.flatten(), 0.3, flat, cu_seqlens=torch.tensor(bounds).int())
+    assert not bool(rewards[~mask].any())
+    of_int32 = shape_rewards(scores, kl, 0.3, given, cu_seqlens=ends.int())
     testing.assert_same_bits(of_int32, rewards, "int32")
     if bounds == BOUNDARIES["even"]:
-        padded = shape_rewards(scores if per == "sequence" else scores.view(3, 5), kl, 0.3, given)
-        testing.assert_same_bits(padded, rewards.view(3, 5), "padded")
+        shape = (3, 5) if per == "token" else (3,)
+        counts = None if given is None else mask.view(3, 5)
+        padded = shape_rewards(scores.view(shape), kl.view(3, 5), 0.3, counts)
+        testing.assert_same_bits(padded.flatten(), rewards, "padded")
 
 
 def test_leading_shapes() -> None:
-    """[T] with a scalar score, [2, 3, T] with [2, 3], and sequences of no token or no sequence at
-    all.
-    """
+    # [T] with a scalar score, [2, 3, T] with [2, 3], and sequences of no token or no sequence
+    # at all.
     scores, kl = numbers(6)
     whole = shape_rewards(scores.view(2, 3), kl.expand(2, 3, 5), 0.3)
     for i, score in enumerate(scores):
@@ -100,57 +110,19 @@ def test_leading_shapes() -> None:
         assert shape_rewards(scores[:count], torch.zeros(shape), 0.3, **more).shape == shape
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", [name for name in MASKS if MASKS[name]])
-def test_masked_tokens_change_nothing(name, garbage, packed) -> None:
-    """Whatever KL and scores hold where nothing counts, the bits are those for zeros there, and 0
-    there.
-    """
-    mask = mask_of(name)
-    for per_token in (False, True):
-        scores, kl = numbers(15 if per_token else 3)
-        scores, unused = (scores.view(3, 5), ~mask) if per_token else (scores, ~mask.any(-1))
-        results = []
-        for fill in (0.0, garbage):
-            arguments = scores.masked_fill(unused, fill), kl.masked_fill(~mask, fill), mask
-            score, value, counts = (each.flatten() if packed else each for each in arguments)
-            results.append(
-                shape_rewards(
-                    score, value, 0.3, counts, **({"cu_seqlens": EVEN} if packed else {})
-                ).view(3, 5)
-            )
-        testing.assert_same_bits(results[1], results[0], name)
-        assert not bool(results[1][~mask].any())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_types(dtype) -> None:
-    """The arithmetic is that of float32 on the values given, of float64 for a float64 KL; rewards
-    are data.
-    """
-    scores, kl = (value.to(dtype).requires_grad_() for value in numbers())
-    wide, before = torch.float64 if dtype == torch.float64 else torch.float32, kl.detach().clone()
-    rewards = shape_rewards(scores, kl, torch.tensor(0.3, dtype=wide, requires_grad=True))
-    testing.assert_same_bits(rewards, shape_rewards(scores.to(wide), kl.to(wide), 0.3), str(dtype))
-    assert shape_rewards(scores.double(), kl, 0.3).dtype == wide
-    assert not rewards.requires_grad and torch.equal(kl, before)
-
-
 def test_beta() -> None:
-    """A number, a tensor and a controller, read at every call; a number 0 leaves even an infinite
-    KL out, a tensor is not looked at.
-    """
+    # A number, a tensor and a controller, read at every call; a number 0 leaves even an
+    # infinite KL out, a tensor is not looked at.
     scores, kl = numbers()
-    controller = SimpleNamespace(beta=0.3)
-    for beta in (torch.tensor(0.3), controller, SimpleNamespace(beta=torch.tensor(0.3))):
-        testing.assert_same_bits(
-            shape_rewards(scores, kl, beta), shape_rewards(scores, kl, 0.3), "beta"
-        )
+    controller, learned = SimpleNamespace(beta=0.3), torch.tensor(0.3, requires_grad=True)
+    for beta in (learned, controller, SimpleNamespace(beta=torch.tensor(0.3))):
+        same = shape_rewards(scores, kl, beta), shape_rewards(scores, kl, 0.3)
+        testing.assert_same_bits(*same, "beta")
     controller.beta = 2
-    testing.assert_same_bits(
-        shape_rewards(scores, kl, controller), shape_rewards(scores, kl, 2.0), "next"
-    )
+    same = shape_rewards(scores, kl, controller), shape_rewards(scores, kl, 2.0)
+    testing.assert_same_bits(*same, "next")
+    assert not shape_rewards(scores, kl, learned).requires_grad
+    assert shape_rewards(scores.double(), kl, 0.3).dtype == torch.float32
     kl.fill_(math.inf)
     assert torch.equal(
         shape_rewards(scores, kl, 0), torch.nn.functional.pad(scores[:, None], (4, 0))

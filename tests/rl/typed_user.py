@@ -1,4 +1,4 @@
-"""A user of fastkl.rl as type checkers see it: read by tests/test_typing.py, never run.
+"""A user of fastkl.rl as type checkers see it: read by tests/repo/test_typing.py, never run.
 
 A line that ends in `# refused` must be an error, no other may be.
 """
