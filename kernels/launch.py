@@ -320,11 +320,11 @@ def backward(
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout, fields = problem.layout, tuple(upstream)
-    values = [
-        value if value.dtype is torch.float32 else value.to(torch.float32)
-        for value in upstream.values()
-    ]
-    stacked = torch.stack(values) if len(values) > 1 else values[0].contiguous()
+    if len(fields) == 1:
+        stacked = upstream[fields[0]].to(torch.float32).contiguous()
+    else:
+        values = upstream.values()
+        stacked = torch.stack([v if v.dtype is torch.float32 else v.float() for v in values])
     grad = grad_q if grad_p is None else grad_p
     assert grad is not None
     stride_grad = grad.stride(0)

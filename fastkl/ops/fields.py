@@ -63,8 +63,14 @@ class RowArgs(NamedTuple):
         _, _, tokens, mask, temperature, scaling = self
         if isinstance(scaling.ratio, torch.Tensor):
             scaling = scaling._replace(ratio=scaling.ratio[rows])
-        mask, tokens = rows_of(mask, rows), rows_of(tokens, rows)
-        return RowArgs(p, q, tokens, mask, rows_of(temperature, rows), scaling)
+        return RowArgs(
+            p,
+            q,
+            None if tokens is None else tokens[rows],
+            None if mask is None else mask[rows],
+            temperature[rows] if isinstance(temperature, torch.Tensor) else temperature,
+            scaling,
+        )
 
 
 def row_args(

@@ -18,6 +18,7 @@ from .linear_op import (
     requested_names,
     returned,
 )
+from .lm_head import Six
 from .row_op import (
     Outputs,
     Upstream,
@@ -55,7 +56,7 @@ def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
     stay in float32.
     """
     weights, wrt = request.weights.contiguous(), wanted(request.wrt)
-    six = inputs.six
+    six = Six(*inputs[:6])
     heads = inputs.heads(six, None)
     kl = torch.empty_like(weights)
     unit = weights.new_ones(())

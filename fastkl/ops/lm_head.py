@@ -20,7 +20,6 @@ from .fields import (
     REFERENCE_FIELDS,
     SAVED,
     RowArgs,
-    result_dtype,
     rows_of_each,
 )
 
@@ -198,7 +197,10 @@ class ChunkedHeads:
         chunk of logits exists at a time.
         """
         self._keep(keep)
-        computed, computed_saved = self._results(outputs), self._result(saved)
+        computed, computed_saved = outputs, saved
+        if self.index is not None:
+            computed = self._results({**outputs, "saved": saved})
+            computed_saved = computed.pop("saved")
         tokens, mask = len(computed_saved), self.args.mask
         chunk = plan(tokens, self.all, self.chunk_size).chunk
         with self.no_autocast:
@@ -217,8 +219,8 @@ class ChunkedHeads:
                     logits.append(part)
                 args = self.args.at(rows, logits[0], logits[1] if self.reference else None)
                 self.engine.forward(args, rows_of_each(computed, rows), computed_saved[rows])
-        self._scatter(outputs, computed)
         if self.index is not None:
+            self._scatter(outputs, computed)
             saved.zero_()[self.index] = computed_saved
 
     def backward(
@@ -246,12 +248,11 @@ class ChunkedHeads:
         wrt: tuple[str, ...],
     ) -> dict[str, torch.Tensor]:
         """Fill kl and return the gradients, both from one GEMM for a chunk's logits."""
-        computed = self._results(outputs)
-        hidden = self.policy.hidden
-        dtype = result_dtype(hidden)
-        saved = torch.empty(hidden.shape[0], SAVED, dtype=dtype, device=hidden.device)
+        computed = outputs if self.index is None else self._results(outputs)
+        saved = computed["kl"].new_empty(self.policy.hidden.shape[0], SAVED)
         gradients = self._backward(saved, upstream, wrt, computed)
-        self._scatter(outputs, computed)
+        if self.index is not None:
+            self._scatter(outputs, computed)
         return gradients
 
     def _keep(self, kept: Sequence[torch.Tensor | None], free: bool = False) -> None:
@@ -274,17 +275,15 @@ class ChunkedHeads:
         return rows if self.index is None else rows[self.index]
 
     def _results(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return memory for results of the tokens computed: `values` themselves if they are all."""
-        return {name: self._result(value) for name, value in values.items()}
-
-    def _result(self, value: torch.Tensor) -> torch.Tensor:
-        return value if self.index is None else value.new_empty(len(self.index), *value.shape[1:])
+        """Return memory for results of the tokens that count, where some do not."""
+        assert self.index is not None
+        count = len(self.index)
+        return {name: value.new_empty(count, *value.shape[1:]) for name, value in values.items()}
 
     def _scatter(self, values: dict[str, torch.Tensor], computed: dict[str, torch.Tensor]) -> None:
         """Copy the results of the tokens computed into `values`, with zeros for the others."""
-        if self.index is not None:
-            for name, value in values.items():
-                value.zero_()[self.index] = computed[name]
+        for name, value in values.items():
+            value.zero_()[self.index] = computed[name]
 
     def _backward(
         self,
