@@ -126,8 +126,8 @@ def test_export_without_gradients_refuses_them(implementation) -> None:
     learned = [value.clone().requires_grad_() for value in given]
     rows = {0: torch.export.Dim("tokens", min=2)}
     summed, per_token = (
-        torch.export.export(Loss(), (*given, name), dynamic_shapes=(rows, None, rows, None))
-        for name in ("sum", "none")
+        torch.export.export(Loss(), (*inputs, name), dynamic_shapes=(rows, None, rows, None))
+        for name, inputs in (("sum", given), ("none", learned))
     )
     (bounds,) = per_token.range_constraints.values()
     assert bounds.upper > 2**40, "the default of recompute puts no bound on the tokens"

@@ -129,11 +129,12 @@ def test_a_signal_tidies_up(name, code, said, doing, capsys):
 
     def waiting():
         try:
-            os.kill(os.getpid(), number)
+            # To this thread: another one might take a signal to the process only after the end.
+            signal.raise_signal(number)
             time.sleep(10)
         finally:
             if number != signal.SIGINT:
-                os.kill(os.getpid(), number)  # a second one does not disturb
+                signal.raise_signal(number)  # a second one does not disturb
             tidied.append(True)
 
     before = signal.getsignal(number)
@@ -147,7 +148,7 @@ def test_an_ignored_signal_stays_ignored(doing):
     # As under nohup.
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert doing(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+        assert doing(lambda: signal.raise_signal(signal.SIGHUP)) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 
