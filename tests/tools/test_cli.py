@@ -137,11 +137,13 @@ def test_a_signal_tidies_up(name, code, said, doing, capsys):
                 signal.raise_signal(number)  # a second one does not disturb
             tidied.append(True)
 
-    before = signal.getsignal(number)
+    # Another test's library may have left a handler.
+    fresh = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, fresh)
     try:
         assert doing(waiting) == code and tidied and capsys.readouterr() == ("", said)
     finally:
-        signal.signal(number, before)
+        signal.signal(number, before or fresh)
 
 
 def test_an_ignored_signal_stays_ignored(doing):
