@@ -140,7 +140,7 @@ def test_instructions_and_exponentials_per_pair(report, case):
 
 
 def test_every_record(report):
-    """Nothing spills. Forward and backward read the vocabulary, 16 bytes at a time; Q that lies
+    """No kernel spills. Forward and backward read the vocabulary, 16 bytes at a time; Q that lies
     elsewhere in its 16 bytes than P is read element by element, P still in blocks. Other kernels
     have loops, if at all, for the rare row that is read again the slow way. Forward on NVIDIA: one
     exponential on the near path, two on the general one, and loads that hide the latency."""

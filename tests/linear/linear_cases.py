@@ -165,7 +165,7 @@ def rounding(case: Case, exact: dict[str, torch.Tensor], draws: int = 4) -> dict
         kind, count = types.get(name.removeprefix("gradient to "), single), value.numel()
         spread = 1 + 3 / math.sqrt(max(1, count))
         result = 1e-10 if double else 1e-5 + min(2, spread) * kind.eps / 2
-        # What fastkl.testing allows one token.
+        # The bound of fastkl.testing for one token.
         near_zero = tokens * (2e-6 if name in ("logprob", "ref_logprob", "entropy") else 4e-8)
         least = 2 * kind.smallest_normal * kind.eps * math.sqrt(count) + near_zero
         allowed[name] = result * float(value.norm()) + least + spread * math.sqrt(squares[name])

@@ -136,7 +136,7 @@ MODELS = {
     },
     **{name: (functools.partial(with_heads, name), ["fp32", "fp64"]) for name in HEADS},
 }
-# What the interpreter has time for, in float32.
+# Cases for the interpreter, in float32.
 INTERPRETED = {
     **dict.fromkeys(("random all", "peaked all"), CALLS),
     **dict.fromkeys(("same object", "softcap", "temperature per token"), ("stats", "mean")),

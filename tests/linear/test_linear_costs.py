@@ -253,7 +253,7 @@ def test_a_bias_takes_no_copy_of_its_gradients(monkeypatch, first) -> None:
 # Scaled down from the main shape: the formula is measured.
 SHAPE = 256, 160, 1000
 BLOCK = 1 << 12
-# What a CPU takes besides: some thirty float32 temporaries of a row, blocks of a weight and of its
+# A CPU takes besides: some thirty float32 temporaries of a row, blocks of a weight and of its
 # gradient in another type, and 256 bytes per token.
 SLACK = 30 * 4 * SHAPE[2] + 3 * 4 * BLOCK + 256 * SHAPE[0]
 

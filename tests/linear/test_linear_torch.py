@@ -80,7 +80,7 @@ def test_a_retained_graph(implementation, name, way) -> None:
     inputs = leaves(case, device=implementation.device)
     expected = linear_cases.outcome(case, implementation.device, body, recompute=True)
     values = WAYS[way](case, inputs)
-    # What a policy cached is there for one backward.
+    # A cached policy serves one backward.
     for retain in (False,) if "selective" in way else (True, False):
         linear_cases.assert_same(linear_cases.differentiate(case, inputs, values, retain), expected)
 

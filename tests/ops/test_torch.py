@@ -283,7 +283,7 @@ def test_bytes_held_for_backward(implementation, name) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_bytes_held_under_checkpointing(implementation, name, reentrant) -> None:
-    """Nothing beyond the results."""
+    """No memory beyond the results."""
     (function, fields), data = FUNCTIONS[name], sized(implementation)
     given, more = (function, data.p, data.q, data), {"preserve_rng_state": False}
     left = memory.allocated(
