@@ -11,8 +11,9 @@ import torch
 import triton
 
 from . import config
-from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows, architecture
-from .layout import layout as layout  # for fastkl.ops.problems
+from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows
+from .layout import architecture as architecture  # these two for fastkl.ops
+from .layout import layout as layout
 from .row_backward import row_backward
 from .row_fallback import row_fallback
 from .row_forward import row_forward
@@ -35,22 +36,19 @@ RUN_FALLBACK = True
 _HERE = contextlib.nullcontext()
 
 
-def _options(
-    chosen: config.RowConfig, device: torch.device, needs_registers: bool, limited: bool = True
-) -> dict[str, object]:
+def _options(chosen: config.RowConfig, case: Case, limited: bool = True) -> dict[str, object]:
     """The compiler options that come with a configuration."""
-    arch, warp = architecture(device)
     return {
-        "num_warps": max(1, chosen.threads // warp),
-        **chosen.options(arch, needs_registers, limited),
+        "num_warps": max(1, chosen.threads // case.warp),
+        **chosen.options(case.arch, case.needs_registers, limited),
         **OPTIONS,
     }
 
 
-def fallback_options(arch: str, warp: int) -> dict[str, object]:
+def fallback_options(case: Case) -> dict[str, object]:
     """The compiler options of row_fallback, which takes no part in the configuration table."""
-    registers = {} if arch.startswith("gfx") else {"maxnreg": FALLBACK_REGISTERS}
-    return {"num_warps": FALLBACK_THREADS // warp, **registers, **OPTIONS}
+    registers = {} if case.arch.startswith("gfx") else {"maxnreg": FALLBACK_REGISTERS}
+    return {"num_warps": FALLBACK_THREADS // case.warp, **registers, **OPTIONS}
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -97,7 +95,6 @@ def forward_variants(
     case: Case, chosen: config.RowConfig, most_splits: int, with_entropy: bool, with_ref_kl: bool
 ) -> tuple[Variant, Variant]:
     """row_forward and row_fallback."""
-    arch, warp = architecture(case.device)
     constants = dict(
         **case.constants,
         HAS_TOKENS=case.types[2] is not None,
@@ -110,17 +107,15 @@ def forward_variants(
         THREADS=chosen.threads,
         GROUPS=chosen.groups,
         REALIGN=case.realign,
-        PREFETCH=config.prefetches(arch),
+        PREFETCH=config.prefetches(case.arch),
     )
     rows = dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=False)
     # With Q read element by element ptxas needs more registers than the limit on some
     # architectures: set none.
-    options = _options(chosen, case.device, case.needs_registers, case.q_in_blocks)
+    options = _options(chosen, case, case.q_in_blocks)
     return (
         Variant(row_forward, _in_order(row_forward, **constants, **reading), options),
-        Variant(
-            row_fallback, _in_order(row_fallback, **constants, **rows), fallback_options(arch, warp)
-        ),
+        Variant(row_fallback, _in_order(row_fallback, **constants, **rows), fallback_options(case)),
     )
 
 
@@ -146,7 +141,7 @@ def backward_variant(
     return Variant(
         row_backward,
         _in_order(row_backward, **constants),
-        _options(chosen, case.device, case.needs_registers),
+        _options(chosen, case),
     )
 
 
@@ -189,9 +184,7 @@ def _forward_plan(
     """Return the plan; `overridden` is part of the cache's key: tests and the tuner override
     configurations.
     """
-    chosen = config.select(
-        "forward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary
-    )
+    chosen = config.select("forward", layout.case.arch, layout.p.itemsize, layout.vocabulary)
     segment = config.segment_length(layout.vocabulary, chosen.segment)
     splits = max(1, -(-layout.vocabulary // segment))
     row_bytes = layout.vocabulary * sum(
@@ -286,9 +279,7 @@ def _backward_plan(
     """(chunks of a row, row_backward) for upstream gradients of `fields`, to gradients of these
     types and addresses with rows `stride` apart.
     """
-    chosen = config.select(
-        "backward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary
-    )
+    chosen = config.select("backward", layout.case.arch, layout.p.itemsize, layout.vocabulary)
     in_blocks = all(
         grad is None
         or layout.p.same_blocks(

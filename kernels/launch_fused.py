@@ -20,7 +20,7 @@ from .launch import (
     _tensors,
     fallback_options,
 )
-from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows, architecture
+from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows
 from .row_fallback import row_fallback
 from .row_fused import row_fused, scale_gradient
 from .row_math import STATE
@@ -35,13 +35,12 @@ def fused_variants(
     case: Case, chosen: config.RowConfig, most_splits: int
 ) -> tuple[tuple[Variant, ...], Variant]:
     """row_fused, in the interpreter as its two phases, and row_fallback with a gradient."""
-    arch, warp = architecture(case.device)
     constants = dict(
         **case.constants,
         SPLITS=most_splits,
         THREADS=chosen.threads,
         GROUPS=chosen.groups,
-        PREFETCH=config.prefetches(arch),
+        PREFETCH=config.prefetches(case.arch),
         HAS_TOKENS=False,
         WITH_ENTROPY=False,
         WITH_KL=True,
@@ -50,8 +49,8 @@ def fused_variants(
         BLOCK=FALLBACK_BLOCK,
         WITH_GRADIENT=True,
     )
-    options = _options(chosen, case.device, case.needs_registers)
-    phases = (1, 2) if arch == "interpreter" else (0,)
+    options = _options(chosen, case)
+    phases = (1, 2) if case.arch == "interpreter" else (0,)
     return (
         tuple(
             [
@@ -59,7 +58,7 @@ def fused_variants(
                 for phase in phases
             ]
         ),
-        Variant(row_fallback, _in_order(row_fallback, **constants), fallback_options(arch, warp)),
+        Variant(row_fallback, _in_order(row_fallback, **constants), fallback_options(case)),
     )
 
 
@@ -79,9 +78,7 @@ class FusedPlan(NamedTuple):
 @functools.lru_cache(CACHE_SIZE)
 def _fused_plan(layout: Layout, overridden: tuple[Any, ...]) -> FusedPlan:
     """Return the plan of row_fused; `overridden` as in _forward_plan."""
-    chosen = config.select(
-        "fused", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary
-    )
+    chosen = config.select("fused", layout.case.arch, layout.p.itemsize, layout.vocabulary)
     segment = config.segment_length(layout.vocabulary, chosen.segment)
     pieces = -(-segment // chosen.segment)
     splits = -(-layout.vocabulary // segment) * pieces
