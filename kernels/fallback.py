@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .row_finish import not_above_zero, store_fields, token_logits
-from .row_math import soft_cap, soft_cap_slope
+from .row_load import load_logit
+from .row_math import soft_cap_slope
 
 SIGN_BIT = tl.constexpr(-2147483648)
 # Factor of the saved means: beside masks of finfo.min at the peaks they exceed float32 where the
@@ -43,8 +44,7 @@ class Fallback(NamedTuple):
 def load_double(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
     """Capped logits `start` … `start + BLOCK - 1` of a row as float64; -inf from `end` on."""
     offs_v = start + tl.arange(0, BLOCK)
-    logits = tl.load(row_ptr + offs_v, mask=offs_v < end, other=0.0).to(tl.float32)
-    capped = soft_cap(logits, SOFTCAP, row_ptr.dtype.element_ty).to(tl.float64)
+    capped = load_logit(row_ptr, offs_v, offs_v < end, 0.0, SOFTCAP).to(tl.float64)
     return tl.where(offs_v < end, capped, float("-inf"))
 
 
@@ -61,21 +61,13 @@ def log_probability_q(y, stats, q_scale):
 
 
 @triton.jit
-def log_ratio(log_p, log_q):
-    """Return log q - log p; 0 where both are -inf."""
-    return tl.where(log_p == log_q, 0.0, log_q - log_p)
-
-
-@triton.jit
 def peak_ratios(stats, scale, q_scale):
     """Return d at P's peak and d at Q's."""
-    d_at_x_peak = log_ratio(
-        log_probability_p(stats.x_peak, stats, scale),
-        log_probability_q(stats.y_at_x_peak, stats, q_scale),
+    d_at_x_peak = log_probability_q(stats.y_at_x_peak, stats, q_scale) - log_probability_p(
+        stats.x_peak, stats, scale
     )
-    d_at_y_peak = log_ratio(
-        log_probability_p(stats.x_at_y_peak, stats, scale),
-        log_probability_q(stats.y_peak, stats, q_scale),
+    d_at_y_peak = log_probability_q(stats.y_peak, stats, q_scale) - log_probability_p(
+        stats.x_at_y_peak, stats, scale
     )
     return d_at_x_peak, d_at_y_peak
 
@@ -141,7 +133,7 @@ def fallback_statistics(
                 load_double(row.q, start, V, BLOCK, REF_SOFTCAP), stats, q_scale
             )
             q = tl.exp(log_q)
-            d = log_ratio(log_p, log_q)
+            d = log_q - log_p
             sum_p += tl.where(p == 0.0, 0.0, p * (d - d_at_x_peak))
             sum_q += tl.where(q == 0.0, 0.0, q * (d - d_at_y_peak))
     entropy = -tl.sum(plogp, 0)
@@ -281,7 +273,7 @@ def write_fallback(
             y = load_double(row.q, first, end, BLOCK, reading.ref_softcap)
             log_q = log_probability_q(y, stats, q_scale)
             q = tl.exp(log_q)
-            d = log_ratio(log_p, log_q)
+            d = log_q - log_p
             grad_y = q * -g.ref_logprob
             if asked.kl:
                 # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .row_load import lane_sum, or_lanes
+from .row_load import D_FACTOR, lane_sum, load_tile, or_lanes
 from .row_math import (
     FAR_SHARE,
     LARGEST_D,
@@ -28,10 +28,10 @@ from .row_math import (
     SMALL_D,
     State,
     centred,
+    horner,
     recentre,
     rescale,
 )
-from .row_tile import D_FACTOR, load_tile
 
 # Paths of a tile, in order of precedence.
 NEAR = tl.constexpr(0)
@@ -95,11 +95,17 @@ def h_near(d):
     """Return 2·h(d)/(D_FACTOR·d)² for |d| < 1, from D_FACTOR·d; minimax polynomial, relative error
     1.6e-6.
     """
-    series = tl.fma(d, 0.00019977660849690437 / 64, 0.0014262537006288767 / 32)
-    series = tl.fma(d, series, 0.008335255086421967 / 16)
-    series = tl.fma(d, series, 0.04165279492735863 / 8)
-    series = tl.fma(d, series, 0.16666589677333832 / 4)
-    return tl.fma(d, series, 0.5000007748603821 / 2)
+    return horner(
+        d,
+        (
+            0.00019977660849690437 / 64,
+            0.0014262537006288767 / 32,
+            0.008335255086421967 / 16,
+            0.04165279492735863 / 8,
+            0.16666589677333832 / 4,
+            0.5000007748603821 / 2,
+        ),
+    )
 
 
 @triton.jit
@@ -108,9 +114,15 @@ def h_general(d):
     h_over_square where d is small.
     """
     square = d * d
-    series = tl.fma(d, 0.008337464183568954 / 16, 0.04175350069999695 / 8)
-    series = tl.fma(d, series, 0.16666695475578308 / 4)
-    series = tl.fma(d, series, 0.4999993145465851 / 2)
+    series = horner(
+        d,
+        (
+            0.008337464183568954 / 16,
+            0.04175350069999695 / 8,
+            0.16666695475578308 / 4,
+            0.4999993145465851 / 2,
+        ),
+    )
     beyond = tl.fma(tl.exp2(d * (LOG2E / D_FACTOR)), 2.0, -2.0) - d
     return tl.where(tl.abs(d) < SMALL_D * D_FACTOR, square * series, beyond), square
 
@@ -218,21 +230,15 @@ def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.c
     shares = lane_sum(lane_S)
     total = tl.sum(shares, 0)
     before = tl.sum(state.S, 0)
-    W = state.W
-    U = state.U
-    R = state.R
     centre = state.centre
     if want.kl:
         # Divide with one rounding: on a peaked row the whole gradient is the remainder d - E_p[d]
         # at the peak.
         mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.doubled_scale * (1.0 / D_FACTOR)
-        delta = tl.fma(mean - centre, total, tl.sum(W, 0)) / (before + total)
+        delta = tl.fma(mean - centre, total, tl.sum(state.W, 0)) / (before + total)
         centre = tl.where(total > before * REANCHOR_GROWTH, mean, centre + delta)
         # Recentre by the difference of the rounded centres, not by delta.
-        moved = recentre(state, tl.where(state.S > 0.0, centre - state.centre, 0.0), want)
-        W = moved.W
-        U = moved.U
-        R = moved.R
+        state = recentre(state, tl.where(state.S > 0.0, centre - state.centre, 0.0), want)
     # The limits add up to REANCHOR_GROWTH times the weight. Each is above the thread's S with this
     # tile, which therefore never anchors twice.
     limit = tl.fma(before + total, (REANCHOR_GROWTH - 1.0) / shares.shape[0], state.S + shares)
@@ -242,9 +248,9 @@ def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.c
     return Running(
         state.origin, centre * D_FACTOR, state.S, limit, largest,
         spread(state.A, LANES),
-        spread(W * D_FACTOR, LANES),
-        spread(U * 2.0, LANES),
-        spread(R * 4.0, LANES),
+        spread(state.W * D_FACTOR, LANES),
+        spread(state.U * 2.0, LANES),
+        spread(state.R * 4.0, LANES),
     )  # fmt: skip
 
 
