@@ -2,6 +2,7 @@
 benchmarks.static_costs and the compile tests.
 """
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -131,10 +132,11 @@ def plan(dtype, aligned, arch):
             chosen = launch._forward_plan(place(name, q_start=2), *asked)
             add(f"{name}.forward_q_elsewhere", chosen.forward, chosen.segment)
     for suffix, scaling in scalings.items() if aligned else ():
-        chosen = launch_fused._fused_plan(place("kl_divergence", scaling), ())
+        fused = functools.partial(launch_fused._fused_plan, place("kl_divergence", scaling))
+        chosen = fused(logits, ())
         add(f"kl_divergence.fused{suffix}", *chosen.phases)
         if dtype == "fp32":
-            add("kl_divergence.fused_to_16_bit", *chosen.phases, grad_dtype="bf16")
+            add("kl_divergence.fused_to_16_bit", *fused(torch.bfloat16, ()).phases, 0, "bf16")
         elif not suffix:
             add("kl_divergence.fallback_gradient", chosen.fallback)
     return specializations

@@ -173,13 +173,7 @@ def layout(
         stride_q_outer=q.stride_outer,
         stride_q_inner=q.stride_inner,
     )
-    case = Case(
-        device,
-        *arch_and_warp,
-        types,
-        has_mask,
-        not p.aligned(inner, outer),
-        in_blocks,
-        *scaling,
-    )
+    arch, warp = arch_and_warp
+    realign = not p.aligned(inner, outer)
+    case = Case(device, arch, warp, types, has_mask, realign, in_blocks, *scaling)
     return Layout(p, outer, inner, vocabulary, places, case, outer * inner)

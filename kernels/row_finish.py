@@ -1,6 +1,6 @@
 """Computes a row's results from its states, in the program of row_forward that finishes last."""
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -32,47 +32,25 @@ LARGEST_DIFFERENCE = tl.constexpr(64.0)
 SAVED = tl.constexpr(10)
 
 
-class Outputs(NamedTuple):
-    """Pointers to a row's saved values [10] and fields; any pointer for a field not requested."""
-
-    saved: tl.tensor
-    logprob: tl.tensor
-    entropy: tl.tensor
-    ref_logprob: tl.tensor
-    kl: tl.tensor
-    ref_kl: tl.tensor
+# Pointers to a row's saved values [10] and fields; any pointer for a field not requested.
+Outputs = namedtuple("Outputs", "saved logprob entropy ref_logprob kl ref_kl")
 
 
-class Saved(NamedTuple):
-    """The values of a row that backward needs, in memory order.
-
-    Base 2: origin, log2_S, lse_q as hi and lo. Base e: centre as hi and lo, log1p_t, the means
-    E_p[d] and E_q[d], entropy.
-    """
-
-    origin: tl.tensor
-    log2_S: tl.tensor
-    lse_q: tl.tensor
-    lse_q_lo: tl.tensor
-    centre: tl.tensor
-    centre_lo: tl.tensor
-    log1p_t: tl.tensor
-    mean_p_d: tl.tensor
-    mean_q_d: tl.tensor
-    entropy: tl.tensor
+# The values of a row that backward needs, in memory order.
+#
+# Base 2: origin, log2_S, lse_q as hi and lo. Base e: centre as hi and lo, log1p_t, the means
+# E_p[d] and E_q[d], entropy.
+Saved = namedtuple(
+    "Saved",
+    "origin log2_S lse_q lse_q_lo centre centre_lo log1p_t mean_p_d mean_q_d entropy",
+)
 
 
-class Statistics(NamedTuple):
-    """Statistics of a row, and whether the float32 sums could represent it (valid).
-
-    unshifted: the Saved of y - shift in place of y (row_load.row_shift); its entropy may be below 0
-    by rounding.
-    """
-
-    unshifted: tl.tuple
-    kl: tl.tensor
-    ref_kl: tl.tensor
-    valid: tl.tensor
+# Statistics of a row, and whether the float32 sums could represent it (valid).
+#
+# unshifted: the Saved of y - shift in place of y (row_load.row_shift); its entropy may be below 0
+# by rounding.
+Statistics = namedtuple("Statistics", "unshifted kl ref_kl valid")
 
 
 @triton.jit
@@ -166,20 +144,20 @@ def row_statistics(states, shift, scale, want: tl.constexpr):
     log2_S = tl.log2(state.S)
     entropy = (log2_S - tl.div_rn(state.A, state.S)) * LN2
     zero = entropy * 0.0
-    kl = zero
-    ref_kl = zero
-    log1p_t = zero
-    mean_p_d = zero
-    mean_q_d = zero
-    lse_q = log2_S
-    lse_q_lo = zero
-    if want.kl:
+    if not want.kl:
+        unshifted = Saved(
+            state.origin, log2_S, log2_S, zero, state.centre, zero, zero, zero, zero, entropy
+        )
+        return Statistics(unshifted, zero, zero, valid)
+    else:
         # Divide with one rounding: on a peaked row the gradient is the remainder d - E_p[d], and
         # plain division may be off by 2 ulp.
         mean_h = tl.maximum(tl.div_rn(state.U, state.S), 0.0)
         mean_p_d = tl.div_rn(state.W, state.S)
         kl = kl_of_means(mean_h, mean_p_d)
         valid = valid & (kl < LARGE_KL)
+        ref_kl = zero
+        mean_q_d = zero
         if want.ref_kl:
             mean_r = tl.div_rn(state.R, state.S)
             ref_kl = ref_kl_of_means(mean_r, mean_h, mean_p_d)
@@ -194,11 +172,11 @@ def row_statistics(states, shift, scale, want: tl.constexpr):
         valid = valid & (tl.abs(lse_q) < LARGEST_LOG2_SUM) & (apart < LARGEST_DIFFERENCE)
         if not want.compensated:
             valid = valid & (apart < scale * LARGEST_DIFFERENCE)
-    unshifted = Saved(
-        state.origin, log2_S, lse_q, lse_q_lo, state.centre, zero, log1p_t, mean_p_d, mean_q_d,
-        entropy,
-    )  # fmt: skip
-    return Statistics(unshifted, kl, ref_kl, valid)
+        unshifted = Saved(
+            state.origin, log2_S, lse_q, lse_q_lo, state.centre, zero, log1p_t, mean_p_d, mean_q_d,
+            entropy,
+        )  # fmt: skip
+        return Statistics(unshifted, kl, ref_kl, valid)
 
 
 @triton.jit
@@ -226,17 +204,9 @@ def store_fields(out, entropy, kl, ref_kl, want: tl.constexpr):
         tl.store(out.ref_kl, ref_kl.to(tl.float32))
 
 
-class Row(NamedTuple):
-    """The addresses of a row of P and of Q, its length, the sampled token, 1/T, and the inverse
-    temperature of Q over that of P.
-    """
-
-    p: tl.tensor
-    q: tl.tensor
-    V: tl.tensor
-    token: tl.tensor
-    scale: tl.tensor
-    ratio: tl.tensor
+# The addresses of a row of P and of Q, its length, the sampled token, 1/T, and the inverse
+# temperature of Q over that of P.
+Row = namedtuple("Row", "p q V token scale ratio")
 
 
 @triton.jit
@@ -251,15 +221,10 @@ def token_logits(row, want: tl.constexpr, reading: tl.constexpr):
 
 
 @triton.jit
-def saved_values(unshifted, shift, scale, want: tl.constexpr):
+def saved_values(unshifted, shift, scale):
     """The Saved of a row from that of y - shift."""
-    lse_q = unshifted.lse_q
-    lse_q_lo = unshifted.lse_q_lo
-    centre = unshifted.centre
-    centre_lo = unshifted.centre_lo
-    if want.kl:
-        lse_q, lse_q_lo = add_product(lse_q, lse_q_lo, shift, scale * LOG2E)
-        centre, centre_lo = add_product(centre, centre_lo, shift, scale)
+    lse_q, lse_q_lo = add_product(unshifted.lse_q, unshifted.lse_q_lo, shift, scale * LOG2E)
+    centre, centre_lo = add_product(unshifted.centre, unshifted.centre_lo, shift, scale)
     # S may be below 1 where rounding lifted the peak to the next whole number. Keep log2_S from
     # being negative: its sign bit marks fallback rows.
     below = unshifted.log2_S < 0.0
@@ -283,7 +248,7 @@ def store_statistics(out, statistics, row, shift, want: tl.constexpr, reading: t
     fallback row.
     """
     unshifted = statistics.unshifted
-    saved = saved_values(unshifted, shift, row.scale, want)
+    saved = saved_values(unshifted, shift, row.scale)
     tl.store(out.saved, tl.where(statistics.valid, saved.origin, float("nan")))
     for i in tl.static_range(1, SAVED):
         tl.store(out.saved + i, saved[i])

@@ -223,7 +223,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if statistics.valid:
             zero = scale * 0.0
             g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
-            terms = gradient_terms(saved_values(statistics.unshifted, shift, scale, want))
+            terms = gradient_terms(saved_values(statistics.unshifted, shift, scale))
             place = Place(p_block, q_block, grad_block, grad_block, 0, length, length, scale, ratio)
             full_end = length // TILE * (THREADS * GROUPS)
             for group in range(0, full_end, THREADS * GROUPS):

@@ -1,6 +1,6 @@
 """The gradients of a tile of a row with respect to its logits, from the row's saved values."""
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -20,63 +20,30 @@ from .row_math import (
     two_sum,
 )
 
-
-class Upstream(NamedTuple):
-    """The upstream gradients of a row's fields; 0 for a field without one."""
-
-    logprob: tl.tensor
-    entropy: tl.tensor
-    ref_logprob: tl.tensor
-    kl: tl.tensor
-    ref_kl: tl.tensor
+# The upstream gradients of a row's fields; 0 for a field without one.
+Upstream = namedtuple("Upstream", "logprob entropy ref_logprob kl ref_kl")
 
 
-class Asked(NamedTuple):
-    """Compile-time: the fields that have an upstream gradient, and the gradients requested."""
-
-    logprob: bool
-    entropy: bool
-    ref_logprob: bool
-    kl: bool
-    ref_kl: bool
-    wrt_p: bool
-    wrt_q: bool
-    compensated: bool
+# Compile-time: the fields that have an upstream gradient, and the gradients requested.
+Asked = namedtuple("Asked", "logprob entropy ref_logprob kl ref_kl wrt_p wrt_q compensated")
 
 
-class Terms(NamedTuple):
-    """The constants of a row's gradients: its Saved, and what follows from it.
-
-    2^-(log-partition function) of P is 2^-lse_p · factor_p, with lse_p rounded; likewise Q with
-    saved.lse_q. lse_gap, lse_gap_lo: lse_q - lse_p in nats; log(q/p) is (y - x)·s less these two.
-    entropy belongs to the rounded lse_p.
-    """
-
-    saved: tl.tuple
-    lse_p: tl.tensor
-    factor_p: tl.tensor
-    factor_q: tl.tensor
-    lse_gap: tl.tensor
-    lse_gap_lo: tl.tensor
-    entropy: tl.tensor
+# The constants of a row's gradients: its Saved, and what follows from it.
+#
+# 2^-(log-partition function) of P is 2^-lse_p · factor_p, with lse_p rounded; likewise Q with
+# saved.lse_q. lse_gap, lse_gap_lo: lse_q - lse_p in nats; log(q/p) is (y - x)·s less these two.
+# entropy belongs to the rounded lse_p.
+Terms = namedtuple("Terms", "saved lse_p factor_p factor_q lse_gap lse_gap_lo entropy")
 
 
-class Place(NamedTuple):
-    """Where a row's 16-byte blocks lie, and the factors of its entries.
-
-    The row is entries pad … end - 1 of its blocks; entries from read_end on are not read and have
-    gradient 0.
-    """
-
-    p_block: tl.tensor
-    q_block: tl.tensor
-    grad_p_block: tl.tensor
-    grad_q_block: tl.tensor
-    pad: tl.tensor
-    end: tl.tensor
-    read_end: tl.tensor
-    scale: tl.tensor
-    ratio: tl.tensor
+# Where a row's 16-byte blocks lie, and the factors of its entries.
+#
+# The row is entries pad … end - 1 of its blocks; entries from read_end on are not read and have
+# gradient 0.
+Place = namedtuple(
+    "Place",
+    "p_block q_block grad_p_block grad_q_block pad end read_end scale ratio",
+)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ so a select by lane puts a whole group into one thread, its lanes rotated by `pa
 result at any alignment, hence at any position of a batch.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -25,15 +25,9 @@ LARGEST_SHIFT = tl.constexpr(4096.0)
 LARGEST_TEMPERATURE = tl.constexpr(2.0**126)
 
 
-class Reading(NamedTuple):
-    """Compile-time: whether a row has a sampled token, and how raw logits are transformed: by soft
-    caps (0: none) and by a ratio of inverse temperatures.
-    """
-
-    tokens: bool
-    softcap: float
-    ref_softcap: float
-    ratio: bool
+# Compile-time: whether a row has a sampled token, and how raw logits are transformed: by soft
+# caps (0: none) and by a ratio of inverse temperatures.
+Reading = namedtuple("Reading", "tokens softcap ref_softcap ratio")
 
 
 @triton.jit
@@ -234,50 +228,28 @@ def load_elements(row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.
     return tl.reshape(tl.join(even, odd), [group.shape[0], LANES])
 
 
-class Tiling(NamedTuple):
-    """Compile-time: how a program reads a row.
-
-    realign: rows may start off a 16-byte boundary. q_in_blocks: Q's rows start as far from one as
-    P's.
-    """
-
-    threads: int
-    lanes: int
-    groups: int
-    realign: bool
-    q_in_blocks: bool
+# Compile-time: how a program reads a row.
+#
+# realign: rows may start off a 16-byte boundary. q_in_blocks: Q's rows start as far from one as
+# P's.
+Tiling = namedtuple("Tiling", "threads lanes groups realign q_in_blocks")
 
 
-class Segment(NamedTuple):
-    """The addresses of a segment and the constants of its row.
-
-    p_block, q_block: the 16-byte boundary `pad` entries before the first one. remaining: entries
-    from the first to the end of the row. order: the entry of its group that each lane holds. shift:
-    row_load.row_shift. doubled_scale: D_FACTOR/T; scale_log2: log2(e)/T.
-    """
-
-    p_block: tl.tensor
-    q_block: tl.tensor
-    q_row: tl.tensor
-    pad: tl.tensor
-    order: tl.tensor
-    remaining: tl.tensor
-    shift: tl.tensor
-    doubled_scale: tl.tensor
-    scale_log2: tl.tensor
-    ratio: tl.tensor
+# The addresses of a segment and the constants of its row.
+#
+# p_block, q_block: the 16-byte boundary `pad` entries before the first one. remaining: entries
+# from the first to the end of the row. order: the entry of its group that each lane holds. shift:
+# row_load.row_shift. doubled_scale: D_FACTOR/T; scale_log2: log2(e)/T.
+Segment = namedtuple(
+    "Segment",
+    "p_block q_block q_row pad order remaining shift doubled_scale scale_log2 ratio",
+)
 
 
-class Tile(NamedTuple):
-    """Entries of a row: tuples with one [threads, lanes] tensor per group.
-
-    difference + lo = y - x - shift. inside: whether an entry is one of the segment.
-    """
-
-    x: tl.tuple
-    difference: tl.tuple
-    lo: tl.tuple
-    inside: tl.tuple
+# Entries of a row: tuples with one [threads, lanes] tensor per group.
+#
+# difference + lo = y - x - shift. inside: whether an entry is one of the segment.
+Tile = namedtuple("Tile", "x difference lo inside")
 
 
 @triton.jit

@@ -16,7 +16,7 @@ Every multiply-add is written as tl.fma and compiled with fusion off: the bits d
 a compiler chooses to fuse.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -195,32 +195,17 @@ def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
         return 1.0
 
 
-class State(NamedTuple):
-    """The sums of a part of a row, defined at the top of this file; scalars, or vectors over parts.
-
-    Fields that were not requested are zeros.
-    """
-
-    origin: tl.tensor
-    S: tl.tensor
-    A: tl.tensor
-    W: tl.tensor
-    U: tl.tensor
-    R: tl.tensor
-    centre: tl.tensor
+# The sums of a part of a row, defined at the top of this file; scalars, or vectors over parts.
+#
+# Fields that were not requested are zeros.
+State = namedtuple("State", "origin S A W U R centre")
 
 
-class Want(NamedTuple):
-    """Compile-time: the statistics requested.
-
-    compensated: keep the rounding errors of differences, for float32 logits and for ratios of
-    temperatures.
-    """
-
-    entropy: bool
-    kl: bool
-    ref_kl: bool
-    compensated: bool
+# Compile-time: the statistics requested.
+#
+# compensated: keep the rounding errors of differences, for float32 logits and for ratios of
+# temperatures.
+Want = namedtuple("Want", "entropy kl ref_kl compensated")
 
 
 @triton.jit

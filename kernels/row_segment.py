@@ -11,7 +11,7 @@ The centre is always the mean of d over at least an eighth of the weight: sums a
 centre would lose their digits when the centre moves.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -39,44 +39,25 @@ GENERAL = tl.constexpr(1)
 ANCHOR = tl.constexpr(2)
 
 
-class Weights(NamedTuple):
-    """A tile about the present origin and centre: e and D_FACTOR·d as tuples, each thread's sum of
-    e (share), and lane_A with the tile added.
-    """
-
-    e: tl.tuple
-    d: tl.tuple
-    share: tl.tensor
-    lane_A: tl.tensor
+# A tile about the present origin and centre: e and D_FACTOR·d as tuples, each thread's sum of e
+# (share), and lane_A with the tile added.
+Weights = namedtuple("Weights", "e d share lane_A")
 
 
-class Running(NamedTuple):
-    """The sums of a segment so far.
-
-    Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
-    exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR. [threads, lanes]:
-    A, 2·W, 2·U and 4·R.
-    """
-
-    origin: tl.tensor
-    centre: tl.tensor
-    S: tl.tensor
-    limit: tl.tensor
-    largest: tl.tensor
-    lane_A: tl.tensor
-    lane_W: tl.tensor
-    lane_U: tl.tensor
-    lane_R: tl.tensor
+# The sums of a segment so far.
+#
+# Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
+# exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR. [threads, lanes]:
+# A, 2·W, 2·U and 4·R.
+Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lane_U lane_R")
 
 
 @triton.jit
 def empty_sums(tiling: tl.constexpr):
     """The sums of an empty segment; the first tile with weight takes the anchor path."""
-    THREADS: tl.constexpr = tiling.threads
-    LANES: tl.constexpr = tiling.lanes
     zero = tl.full([], 0.0, tl.float32)
-    zeros = tl.zeros([THREADS], tl.float32)
-    lanes = tl.zeros([THREADS, LANES], tl.float32)
+    zeros = tl.zeros([tiling.threads], tl.float32)
+    lanes = tl.zeros([tiling.threads, tiling.lanes], tl.float32)
     return Running(
         tl.full([], LOWEST, tl.float32),
         zero,

@@ -24,9 +24,7 @@ PLANS = (
 )
 CACHES = (
     *PLANS,
-    launch.forward_variants,
-    launch.backward_variant,
-    launch_fused.fused_variants,
+    launch._variant,
 )
 SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
 
