@@ -182,7 +182,7 @@ PIPELINES = {
 
 
 def measure(kernel):
-    from fastkl.kernels.compile_plan import Specialization
+    from benchmarks.compile_plan import Specialization
 
     row = {
         "kernel": kernel.name,
@@ -216,7 +216,7 @@ def _row(specialization, dtype, moved, names):
 
 
 def measure_ours(name, dtype, unit):
-    from fastkl.kernels.compile_plan import plan
+    from benchmarks.compile_plan import plan
 
     (found,) = (item for item in plan(dtype, True, ARCH) if item.name == name)
     names = {"kernel": f"fastkl {name}", "package": "fastkl", "version": record.version("fastkl")}

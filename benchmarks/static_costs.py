@@ -1,6 +1,6 @@
 """Count instructions, registers and loads of every kernel's hot loop, without a GPU.
 
-    python -m benchmarks.static_costs --json FILE   every kernel of fastkl.kernels.compile_plan
+    python -m benchmarks.static_costs --json FILE   every kernel of benchmarks.compile_plan
     python -m benchmarks.static_costs --baseline    compared with benchmarks/static_baseline.json
     python -m benchmarks.static_costs --peers       public Triton kernels of others beside ours
     python -m benchmarks.static_costs --hash        digests: equal where two checkouts compile alike
@@ -126,7 +126,7 @@ def measure(specialization, arch, dtype, aligned):
 def cut(specialization):
     """Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of a
     row) of a kernel of forward."""
-    from fastkl.kernels.compile_plan import VOCABULARY
+    from benchmarks.compile_plan import VOCABULARY
     from fastkl.kernels.row_math import REANCHOR_GROWTH
 
     threads, segment = 32 * specialization.num_warps, specialization.segment
@@ -361,7 +361,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    from fastkl.kernels.compile_plan import plan
+    from benchmarks.compile_plan import plan
 
     arguments = parse(argv)
     data = {**provenance("static_costs", argv), "model": roofline.MODEL}

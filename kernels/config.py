@@ -30,16 +30,9 @@ class RowConfig:
     measured: str
     max_registers: int | None = None
 
-    def options(
-        self, arch: str, needs_registers: bool = False, limited: bool = True
-    ) -> dict[str, int]:
-        """Compiler options of this entry.
-
-        needs_registers: soft caps, ratios and misaligned rows need more. not limited: ptxas
-        decides.
-        """
-        limit = None if not limited else _ROOM if needs_registers else self.max_registers
-        return {} if limit is None or arch.startswith("gfx") else {"maxnreg": limit}
+    def registers(self, needs_registers: bool) -> int | None:
+        """Return the limit of registers; soft caps, ratios and misaligned rows need more."""
+        return _ROOM if needs_registers else self.max_registers
 
 
 @dataclasses.dataclass(frozen=True)

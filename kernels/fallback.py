@@ -6,13 +6,14 @@ textbook formulas have enough digits in float64. Rows are read element by elemen
 on where a row starts.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
 from .row_finish import not_above_zero, store_fields, token_logits
-from .row_math import soft_cap, soft_cap_slope
+from .row_load import load_logit
+from .row_math import soft_cap_slope
 
 SIGN_BIT = tl.constexpr(-2147483648)
 # Factor of the saved means: beside masks of finfo.min at the peaks they exceed float32 where the
@@ -20,31 +21,23 @@ SIGN_BIT = tl.constexpr(-2147483648)
 SAVED_MEAN = tl.constexpr(2.0**-64)
 
 
-class Fallback(NamedTuple):
-    """Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio -
-    log_sum - log_sum_ratio.
-
-    y_at_x_peak: y where x is largest. mean_p_from_peak: E_p[d - d at P's peak]. x_at_y_peak,
-    mean_q_from_peak: the same with P and Q swapped.
-    """
-
-    x_peak: tl.tensor
-    y_peak: tl.tensor
-    log_sum: tl.tensor
-    log_sum_ratio: tl.tensor
-    y_at_x_peak: tl.tensor
-    mean_p_from_peak: tl.tensor
-    x_at_y_peak: tl.tensor
-    mean_q_from_peak: tl.tensor
-    entropy: tl.tensor
+# Float64 statistics of a row: log p = (x - x_peak)·s - log_sum, log q = (y - y_peak)·s·ratio -
+# log_sum - log_sum_ratio.
+#
+# y_at_x_peak: y where x is largest. mean_p_from_peak: E_p[d - d at P's peak]. x_at_y_peak,
+# mean_q_from_peak: the same with P and Q swapped.
+Fallback = namedtuple(
+    "Fallback",
+    "x_peak y_peak log_sum log_sum_ratio y_at_x_peak mean_p_from_peak x_at_y_peak "
+    "mean_q_from_peak entropy",
+)
 
 
 @triton.jit
 def load_double(row_ptr, start, end, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
     """Capped logits `start` … `start + BLOCK - 1` of a row as float64; -inf from `end` on."""
     offs_v = start + tl.arange(0, BLOCK)
-    logits = tl.load(row_ptr + offs_v, mask=offs_v < end, other=0.0).to(tl.float32)
-    capped = soft_cap(logits, SOFTCAP, row_ptr.dtype.element_ty).to(tl.float64)
+    capped = load_logit(row_ptr, offs_v, offs_v < end, 0.0, SOFTCAP).to(tl.float64)
     return tl.where(offs_v < end, capped, float("-inf"))
 
 
@@ -61,21 +54,13 @@ def log_probability_q(y, stats, q_scale):
 
 
 @triton.jit
-def log_ratio(log_p, log_q):
-    """Return log q - log p; 0 where both are -inf."""
-    return tl.where(log_p == log_q, 0.0, log_q - log_p)
-
-
-@triton.jit
 def peak_ratios(stats, scale, q_scale):
     """Return d at P's peak and d at Q's."""
-    d_at_x_peak = log_ratio(
-        log_probability_p(stats.x_peak, stats, scale),
-        log_probability_q(stats.y_at_x_peak, stats, q_scale),
+    d_at_x_peak = log_probability_q(stats.y_at_x_peak, stats, q_scale) - log_probability_p(
+        stats.x_peak, stats, scale
     )
-    d_at_y_peak = log_ratio(
-        log_probability_p(stats.x_at_y_peak, stats, scale),
-        log_probability_q(stats.y_peak, stats, q_scale),
+    d_at_y_peak = log_probability_q(stats.y_peak, stats, q_scale) - log_probability_p(
+        stats.x_at_y_peak, stats, scale
     )
     return d_at_x_peak, d_at_y_peak
 
@@ -141,7 +126,7 @@ def fallback_statistics(
                 load_double(row.q, start, V, BLOCK, REF_SOFTCAP), stats, q_scale
             )
             q = tl.exp(log_q)
-            d = log_ratio(log_p, log_q)
+            d = log_q - log_p
             sum_p += tl.where(p == 0.0, 0.0, p * (d - d_at_x_peak))
             sum_q += tl.where(q == 0.0, 0.0, q * (d - d_at_y_peak))
     entropy = -tl.sum(plogp, 0)
@@ -239,15 +224,8 @@ def store_fallback(out, row, BLOCK: tl.constexpr, want: tl.constexpr, reading: t
             tl.store(out.ref_logprob, not_above_zero(log_q.to(tl.float32)))
 
 
-class GradientRow(NamedTuple):
-    """The addresses of a row's gradients to P and to Q, and the entries to write: `start` …
-    `end - 1`.
-    """
-
-    p: tl.tensor
-    q: tl.tensor
-    start: tl.tensor
-    end: tl.tensor
+# The addresses of a row's gradients to P and to Q, and the entries to write: `start` … `end - 1`.
+GradientRow = namedtuple("GradientRow", "p q start end")
 
 
 @triton.jit
@@ -255,12 +233,9 @@ def write_fallback(
     row, grads, saved_ptr, g, BLOCK: tl.constexpr, asked: tl.constexpr, reading: tl.constexpr
 ):
     """Write a row's gradients, computed in float64, for upstream gradients g."""
-    start = grads.start
-    end = grads.end
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
     HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob
-    HAS_TOKEN: tl.constexpr = (asked.wrt_p and asked.logprob) or (asked.wrt_q and asked.ref_logprob)
     if asked.ref_kl and asked.wrt_q:
         # A row that is no fallback row comes here for E_q[d], of which float32 has too few digits.
         if is_fallback(saved_ptr):
@@ -270,18 +245,18 @@ def write_fallback(
     else:
         stats = load_row(saved_ptr)
     d_at_x_peak, d_at_y_peak = peak_ratios(stats, scale, q_scale)
-    for first in range(start, end, BLOCK):
+    for first in range(grads.start, grads.end, BLOCK):
         offs_v = first + tl.arange(0, BLOCK)
-        inside = offs_v < end
-        x = load_double(row.p, first, end, BLOCK, reading.softcap)
+        inside = offs_v < grads.end
+        x = load_double(row.p, first, grads.end, BLOCK, reading.softcap)
         log_p = log_probability_p(x, stats, scale)
         p = tl.exp(log_p)
         grad_x = p * (-g.logprob - g.entropy * (log_p + stats.entropy))
         if HAS_Q:
-            y = load_double(row.q, first, end, BLOCK, reading.ref_softcap)
+            y = load_double(row.q, first, grads.end, BLOCK, reading.ref_softcap)
             log_q = log_probability_q(y, stats, q_scale)
             q = tl.exp(log_q)
-            d = log_ratio(log_p, log_q)
+            d = log_q - log_p
             grad_y = q * -g.ref_logprob
             if asked.kl:
                 # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
@@ -303,12 +278,12 @@ def write_fallback(
         if asked.wrt_p:
             # An entry without probability has no gradient, even where its logarithm is infinite.
             grad_x = tl.where(p == 0.0, -g.ref_kl * q if (HAS_Q and asked.ref_kl) else 0.0, grad_x)
-            if HAS_TOKEN:
+            if reading.tokens:
                 grad_x += tl.where(offs_v == row.token, g.logprob, 0.0)
             slope = soft_cap_slope(x, reading.softcap)
             tl.store(grads.p + offs_v, (grad_x * scale * slope).to(tl.float32), mask=inside)
         if asked.wrt_q:
-            if HAS_TOKEN:
+            if reading.tokens:
                 grad_y += tl.where(offs_v == row.token, g.ref_logprob, 0.0)
             slope = soft_cap_slope(y, reading.ref_softcap)
             tl.store(grads.q + offs_v, (grad_y * q_scale * slope).to(tl.float32), mask=inside)

@@ -11,8 +11,9 @@ import torch
 import triton
 
 from . import config
-from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows, architecture
-from .layout import layout as layout  # for fastkl.ops.problems
+from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows
+from .layout import architecture as architecture  # these two for fastkl.ops
+from .layout import layout as layout
 from .row_backward import row_backward
 from .row_fallback import row_fallback
 from .row_forward import row_forward
@@ -33,24 +34,7 @@ PREFETCH_BYTES = 33_554_432
 # Tests set it to False: fallback rows then keep a NaN as their first saved value.
 RUN_FALLBACK = True
 _HERE = contextlib.nullcontext()
-
-
-def _options(
-    chosen: config.RowConfig, device: torch.device, needs_registers: bool, limited: bool = True
-) -> dict[str, object]:
-    """The compiler options that come with a configuration."""
-    arch, warp = architecture(device)
-    return {
-        "num_warps": max(1, chosen.threads // warp),
-        **chosen.options(arch, needs_registers, limited),
-        **OPTIONS,
-    }
-
-
-def fallback_options(arch: str, warp: int) -> dict[str, object]:
-    """The compiler options of row_fallback, which takes no part in the configuration table."""
-    registers = {} if arch.startswith("gfx") else {"maxnreg": FALLBACK_REGISTERS}
-    return {"num_warps": FALLBACK_THREADS // warp, **registers, **OPTIONS}
+Grads = tuple[torch.dtype | None, ...]
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -93,70 +77,41 @@ class Variant:
 
 
 @functools.cache
-def forward_variants(
-    case: Case, chosen: config.RowConfig, most_splits: int, with_entropy: bool, with_ref_kl: bool
-) -> tuple[Variant, Variant]:
-    """row_forward and row_fallback."""
-    arch, warp = architecture(case.device)
-    constants = dict(
-        **case.constants,
-        HAS_TOKENS=case.types[2] is not None,
-        WITH_ENTROPY=with_entropy,
-        WITH_KL=case.types[1] is not None,
-        WITH_REF_KL=with_ref_kl,
-    )
-    reading = dict(
-        SPLITS=most_splits,
-        THREADS=chosen.threads,
-        GROUPS=chosen.groups,
-        REALIGN=case.realign,
-        PREFETCH=config.prefetches(arch),
-    )
-    rows = dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=False)
-    # With Q read element by element ptxas needs more registers than the limit on some
-    # architectures: set none.
-    options = _options(chosen, case.device, case.needs_registers, case.q_in_blocks)
-    return (
-        Variant(row_forward, _in_order(row_forward, **constants, **reading), options),
-        Variant(
-            row_fallback, _in_order(row_fallback, **constants, **rows), fallback_options(arch, warp)
-        ),
-    )
-
-
-@functools.cache
-def backward_variant(
+def _variant(
+    kernel: Any,
     case: Case,
-    chosen: config.RowConfig,
-    fields: tuple[str, ...],
-    grad_types: tuple[torch.dtype | None, torch.dtype | None],
-    grad_in_blocks: bool,
+    grads: Grads,
+    constants: frozenset[Any],
+    num_warps: int,
+    registers: int | None,
 ) -> Variant:
-    """row_backward, for upstream gradients of these fields."""
-    constants = dict(
-        **case.constants,
-        CHUNK=chosen.segment,
-        THREADS=chosen.threads,
-        GROUPS=chosen.groups,
-        WRT_P=grad_types[0] is not None,
-        WRT_Q=grad_types[1] is not None,
-        GRAD_IN_BLOCKS=grad_in_blocks,
-        **{name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS},
-    )
-    return Variant(
-        row_backward,
-        _in_order(row_backward, **constants),
-        _options(chosen, case.device, case.needs_registers),
-    )
-
-
-def _in_order(kernel: Any, **constants: object) -> dict[str, object]:
-    """Compile-time values in the order of the kernel's signature."""
-    return {
-        name: constants[name]
-        for name in inspect.signature(kernel.fn).parameters
-        if name in constants
+    """Return the one Variant of a kernel for tensors of `case`, gradients of the types `grads`, and
+    compile-time values beside the case's own.
+    """
+    known = {**case.constants, **dict(constants)}
+    in_order = {
+        name: known[name] for name in inspect.signature(kernel.fn).parameters if name in known
     }
+    limit = {} if registers is None or case.arch.startswith("gfx") else {"maxnreg": registers}
+    return Variant(kernel, in_order, {"num_warps": num_warps, **limit, **OPTIONS})
+
+
+def row_variant(
+    kernel: Any, case: Case, chosen: config.RowConfig, grads: Grads, limited: bool, **constants: Any
+) -> Variant:
+    """Return a kernel's Variant for a configuration; not limited: ptxas chooses the registers."""
+    constants |= dict(THREADS=chosen.threads, GROUPS=chosen.groups)
+    registers = chosen.registers(case.needs_registers) if limited else None
+    warps = max(1, chosen.threads // case.warp)
+    return _variant(kernel, case, grads, frozenset(constants.items()), warps, registers)
+
+
+def fallback_variant(case: Case, grads: Grads, **constants: Any) -> Variant:
+    """Return row_fallback's Variant; it takes no part in the configuration table."""
+    constants |= dict(ROWS=FALLBACK_ROWS, BLOCK=FALLBACK_BLOCK, WITH_GRADIENT=bool(grads))
+    warps = FALLBACK_THREADS // case.warp
+    items = frozenset(constants.items())
+    return _variant(row_fallback, case, grads, items, warps, FALLBACK_REGISTERS)
 
 
 def _tensors(problem: Problem) -> tuple[torch.Tensor, ...]:
@@ -189,18 +144,35 @@ def _forward_plan(
     """Return the plan; `overridden` is part of the cache's key: tests and the tuner override
     configurations.
     """
-    chosen = config.select(
-        "forward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary
-    )
+    chosen = config.select("forward", layout.case.arch, layout.p.itemsize, layout.vocabulary)
     segment = config.segment_length(layout.vocabulary, chosen.segment)
     splits = max(1, -(-layout.vocabulary // segment))
     row_bytes = layout.vocabulary * sum(
         dtype.itemsize for dtype in layout.case.types[:2] if dtype is not None
     )
-    variants = forward_variants(
-        layout.case, chosen, triton.next_power_of_2(splits), with_entropy, with_ref_kl
+    case = layout.case
+    asked = dict(
+        HAS_TOKENS=case.types[2] is not None,
+        WITH_ENTROPY=with_entropy,
+        WITH_KL=case.types[1] is not None,
+        WITH_REF_KL=with_ref_kl,
     )
-    return ForwardPlan(segment, splits, int(layout.rows * row_bytes <= PREFETCH_BYTES), *variants)
+    # With Q read element by element ptxas needs more registers than the limit on some
+    # architectures: set none.
+    forward = row_variant(
+        row_forward,
+        case,
+        chosen,
+        (),
+        case.q_in_blocks,
+        SPLITS=triton.next_power_of_2(splits),
+        REALIGN=case.realign,
+        PREFETCH=config.prefetches(case.arch),
+        **asked,
+    )
+    fallback = fallback_variant(case, (), **asked)
+    prefetching = int(layout.rows * row_bytes <= PREFETCH_BYTES)
+    return ForwardPlan(segment, splits, prefetching, forward, fallback)
 
 
 def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
@@ -286,9 +258,7 @@ def _backward_plan(
     """(chunks of a row, row_backward) for upstream gradients of `fields`, to gradients of these
     types and addresses with rows `stride` apart.
     """
-    chosen = config.select(
-        "backward", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary
-    )
+    chosen = config.select("backward", layout.case.arch, layout.p.itemsize, layout.vocabulary)
     in_blocks = all(
         grad is None
         or layout.p.same_blocks(
@@ -300,8 +270,17 @@ def _backward_plan(
     )
     # A row that starts inside a block covers one more.
     chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chosen.segment)
-    return chunks, backward_variant(
-        layout.case, chosen, fields, (grad_p and grad_p[0], grad_q and grad_q[0]), in_blocks
+    return chunks, row_variant(
+        row_backward,
+        layout.case,
+        chosen,
+        (grad_p and grad_p[0], grad_q and grad_q[0]),
+        True,
+        CHUNK=chosen.segment,
+        WRT_P=grad_p is not None,
+        WRT_Q=grad_q is not None,
+        GRAD_IN_BLOCKS=in_blocks,
+        **{name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS},
     )
 
 

@@ -10,57 +10,21 @@ import triton
 
 from . import config
 from .launch import (
-    FALLBACK_BLOCK,
     FALLBACK_ROWS,
     OPTIONS,
     Variant,
-    _in_order,
     _on,
-    _options,
     _tensors,
-    fallback_options,
+    fallback_variant,
+    row_variant,
 )
-from .layout import ADDRESSES, CACHE_SIZE, Case, Layout, Problem, Rows, architecture
-from .row_fallback import row_fallback
+from .layout import ADDRESSES, CACHE_SIZE, Layout, Problem, Rows
 from .row_fused import row_fused, scale_gradient
 from .row_math import STATE
 
 # Entries that a program of scale_gradient takes at a time, and programs that share a GPU.
 SCALE_BLOCK = 2048
 SCALE_PROGRAMS = 2048
-
-
-@functools.cache
-def fused_variants(
-    case: Case, chosen: config.RowConfig, most_splits: int
-) -> tuple[tuple[Variant, ...], Variant]:
-    """row_fused, in the interpreter as its two phases, and row_fallback with a gradient."""
-    arch, warp = architecture(case.device)
-    constants = dict(
-        **case.constants,
-        SPLITS=most_splits,
-        THREADS=chosen.threads,
-        GROUPS=chosen.groups,
-        PREFETCH=config.prefetches(arch),
-        HAS_TOKENS=False,
-        WITH_ENTROPY=False,
-        WITH_KL=True,
-        WITH_REF_KL=False,
-        ROWS=FALLBACK_ROWS,
-        BLOCK=FALLBACK_BLOCK,
-        WITH_GRADIENT=True,
-    )
-    options = _options(chosen, case.device, case.needs_registers)
-    phases = (1, 2) if arch == "interpreter" else (0,)
-    return (
-        tuple(
-            [
-                Variant(row_fused, _in_order(row_fused, **constants, PHASE=phase), options)
-                for phase in phases
-            ]
-        ),
-        Variant(row_fallback, _in_order(row_fallback, **constants), fallback_options(arch, warp)),
-    )
 
 
 class FusedPlan(NamedTuple):
@@ -77,21 +41,40 @@ class FusedPlan(NamedTuple):
 
 
 @functools.lru_cache(CACHE_SIZE)
-def _fused_plan(layout: Layout, overridden: tuple[Any, ...]) -> FusedPlan:
-    """Return the plan of row_fused; `overridden` as in _forward_plan."""
-    chosen = config.select(
-        "fused", architecture(layout.case.device)[0], layout.p.itemsize, layout.vocabulary
-    )
+def _fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ...]) -> FusedPlan:
+    """Return the plan of row_fused (in the interpreter: its two phases) and of row_fallback with a
+    gradient; `overridden` as in _forward_plan.
+    """
+    case = layout.case
+    chosen = config.select("fused", case.arch, layout.p.itemsize, layout.vocabulary)
     segment = config.segment_length(layout.vocabulary, chosen.segment)
     pieces = -(-segment // chosen.segment)
     splits = -(-layout.vocabulary // segment) * pieces
-    return FusedPlan(
-        segment,
-        -(-segment // (8 * pieces)) * 8,
-        pieces,
-        splits,
-        *fused_variants(layout.case, chosen, triton.next_power_of_2(splits)),
+    phases = tuple(
+        [
+            row_variant(
+                row_fused,
+                case,
+                chosen,
+                (grad_type,),
+                True,
+                SPLITS=triton.next_power_of_2(splits),
+                PREFETCH=config.prefetches(case.arch),
+                PHASE=phase,
+            )
+            for phase in ((1, 2) if case.arch == "interpreter" else (0,))
+        ]
     )
+    fallback = fallback_variant(
+        case,
+        (grad_type,),
+        HAS_TOKENS=False,
+        WITH_ENTROPY=False,
+        WITH_KL=True,
+        WITH_REF_KL=False,
+    )
+    piece = -(-segment // (8 * pieces)) * 8
+    return FusedPlan(segment, piece, pieces, splits, phases, fallback)
 
 
 def fuses(problem: Problem, grad_p: torch.Tensor) -> bool:
@@ -125,7 +108,7 @@ def fused(
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout = problem.layout
-    plan = _fused_plan(layout, tuple(config._override.items()))
+    plan = _fused_plan(layout, grad_p.dtype, tuple(config._override.items()))
     shared = dict(
         temperature=float(problem.temperature),
         **layout.places,

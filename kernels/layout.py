@@ -87,10 +87,13 @@ def architecture(device: torch.device) -> tuple[str, int]:
 class Case(NamedTuple):
     """Properties of a problem that select a compilation, beside its configuration and fields.
 
-    types: of p, q, tokens and temperatures; None for one that takes no part.
+    arch, warp: see architecture. types: of p, q, tokens and temperatures; None for one that takes
+    no part.
     """
 
     device: torch.device
+    arch: str
+    warp: int
     types: tuple[torch.dtype | None, ...]
     has_mask: bool
     realign: bool
@@ -143,13 +146,15 @@ def layout(
     dims: tuple[tuple[int, int, int], tuple[int, int, int]],
     addresses: tuple[int, int],
     device: torch.device,
+    arch_and_warp: tuple[str, int],
     types: tuple[torch.dtype | None, ...],
     has_mask: bool,
-    softcaps: tuple[float, float],
-    has_ratio: bool,
+    scaling: tuple[float, float, bool],
 ) -> Layout:
     """The Layout for (size, stride of P, stride of Q) of the outer and the inner dimension, and the
     types of p, q, tokens and temperatures.
+
+    arch_and_warp: architecture(device). scaling: softcap, ref_softcap, has_ratio.
     """
     (outer, *outer_strides), (inner, *inner_strides) = dims
     of_p = types[0]
@@ -168,14 +173,7 @@ def layout(
         stride_q_outer=q.stride_outer,
         stride_q_inner=q.stride_inner,
     )
-    case = Case(
-        device,
-        types,
-        has_mask,
-        not p.aligned(inner, outer),
-        in_blocks,
-        float(softcaps[0]),
-        float(softcaps[1]),
-        has_ratio,
-    )
+    arch, warp = arch_and_warp
+    realign = not p.aligned(inner, outer)
+    case = Case(device, arch, warp, types, has_mask, realign, in_blocks, *scaling)
     return Layout(p, outer, inner, vocabulary, places, case, outer * inner)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .fallback import GradientRow, is_fallback, write_fallback
-from .row_finish import SAVED, Reading, Row
+from .row_finish import SAVED, Row
 from .row_gradient import (
     Asked,
     Place,
@@ -16,9 +16,8 @@ from .row_gradient import (
     load_saved,
     write_tile,
 )
-from .row_load import row_offset, row_pad, row_ratio, row_scale
-from .row_math import scale_reference, soft_cap, soft_cap_slope
-from .row_tile import Tiling
+from .row_load import Reading, Tiling, load_logit, row_offset, row_pad, row_ratio, row_scale
+from .row_math import scale_reference, soft_cap_slope
 
 # Limit of |E_q[d]|, relative to the centre near E_p[(y - x)·s]: beyond it float32 loses the digits
 # of q·(d - E_q[d]).
@@ -201,16 +200,8 @@ def row_backward(  # noqa: PLR0913, PLR0915
             & (token + pad >= first)
             & (token + pad < tl.minimum(first + CHUNK, read_end))
         )
-        token_x = soft_cap(
-            tl.load(p_row + token, mask=token_here, other=0.0).to(tl.float32),
-            SOFTCAP,
-            p_ptr.dtype.element_ty,
-        )
-        capped_token_y = soft_cap(
-            tl.load(q_row + token, mask=token_here, other=0.0).to(tl.float32),
-            REF_SOFTCAP,
-            q_ptr.dtype.element_ty,
-        )
+        token_x = load_logit(p_row, token, token_here, 0.0, SOFTCAP)
+        capped_token_y = load_logit(q_row, token, token_here, 0.0, REF_SOFTCAP)
         token_y, token_y_lo = scale_reference(capped_token_y, ratio, HAS_RATIO)
         # The gradients may be written over the logits: every warp must have read the token's before
         # any writes.

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from .fallback import GradientRow, store_fallback, write_fallback
-from .row_finish import SAVED, Reading, Row, row_outputs
+from .row_finish import SAVED, Row, row_outputs
 from .row_gradient import Asked, Upstream
-from .row_load import row_offset, row_ratio, row_scale
+from .row_load import Reading, row_offset, row_ratio, row_scale
 from .row_math import Want
 
 

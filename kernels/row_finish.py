@@ -1,10 +1,11 @@
 """Computes a row's results from its states, in the program of row_forward that finishes last."""
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
+from .row_load import load_logit
 from .row_math import (
     LARGEST_LOG2_SUM,
     LARGEST_SUM,
@@ -18,7 +19,6 @@ from .row_math import (
     merge,
     ref_kl_of_means,
     scale_reference,
-    soft_cap,
     two_sum,
 )
 
@@ -32,66 +32,25 @@ LARGEST_DIFFERENCE = tl.constexpr(64.0)
 SAVED = tl.constexpr(10)
 
 
-class Statistics(NamedTuple):
-    """Statistics of a row, and whether the float32 sums could represent it (valid).
-
-    Base 2: origin, log2_S, lse_q and lse_q_lo, its rounding error. lse_q and centre exclude
-    shift·scale (row_load.row_shift).
-    """
-
-    origin: tl.tensor
-    log2_S: tl.tensor
-    lse_q: tl.tensor
-    lse_q_lo: tl.tensor
-    centre: tl.tensor
-    log1p_t: tl.tensor
-    mean_p_d: tl.tensor
-    mean_q_d: tl.tensor
-    entropy: tl.tensor
-    kl: tl.tensor
-    ref_kl: tl.tensor
-    valid: tl.tensor
+# Pointers to a row's saved values [10] and fields; any pointer for a field not requested.
+Outputs = namedtuple("Outputs", "saved logprob entropy ref_logprob kl ref_kl")
 
 
-class Outputs(NamedTuple):
-    """Pointers to a row's saved values [10] and fields; any pointer for a field not requested."""
-
-    saved: tl.tensor
-    logprob: tl.tensor
-    entropy: tl.tensor
-    ref_logprob: tl.tensor
-    kl: tl.tensor
-    ref_kl: tl.tensor
-
-
-class Saved(NamedTuple):
-    """The values of a row that backward needs, in memory order.
-
-    Base 2: origin, log2_S, lse_q as hi and lo. Base e: centre as hi and lo, log1p_t, the means
-    E_p[d] and E_q[d], entropy.
-    """
-
-    origin: tl.tensor
-    log2_S: tl.tensor
-    lse_q: tl.tensor
-    lse_q_lo: tl.tensor
-    centre: tl.tensor
-    centre_lo: tl.tensor
-    log1p_t: tl.tensor
-    mean_p_d: tl.tensor
-    mean_q_d: tl.tensor
-    entropy: tl.tensor
+# The values of a row that backward needs, in memory order.
+#
+# Base 2: origin, log2_S, lse_q as hi and lo. Base e: centre as hi and lo, log1p_t, the means
+# E_p[d] and E_q[d], entropy.
+Saved = namedtuple(
+    "Saved",
+    "origin log2_S lse_q lse_q_lo centre centre_lo log1p_t mean_p_d mean_q_d entropy",
+)
 
 
-class Reading(NamedTuple):
-    """Compile-time: whether a row has a sampled token, and how raw logits are transformed: by soft
-    caps (0: none) and by a ratio of inverse temperatures.
-    """
-
-    tokens: bool
-    softcap: float
-    ref_softcap: float
-    ratio: bool
+# Statistics of a row, and whether the float32 sums could represent it (valid).
+#
+# unshifted: the Saved of y - shift in place of y (row_load.row_shift); its entropy may be below 0
+# by rounding.
+Statistics = namedtuple("Statistics", "unshifted kl ref_kl valid")
 
 
 @triton.jit
@@ -184,20 +143,21 @@ def row_statistics(states, shift, scale, want: tl.constexpr):
     valid = valid & (tl.abs(state.origin) < LARGEST_LOG2_SUM)
     log2_S = tl.log2(state.S)
     entropy = (log2_S - tl.div_rn(state.A, state.S)) * LN2
-    kl = entropy * 0.0
-    ref_kl = kl
-    log1p_t = kl
-    mean_p_d = kl
-    mean_q_d = kl
-    lse_q = log2_S
-    lse_q_lo = kl
-    if want.kl:
+    zero = entropy * 0.0
+    if not want.kl:
+        unshifted = Saved(
+            state.origin, log2_S, log2_S, zero, state.centre, zero, zero, zero, zero, entropy
+        )
+        return Statistics(unshifted, zero, zero, valid)
+    else:
         # Divide with one rounding: on a peaked row the gradient is the remainder d - E_p[d], and
         # plain division may be off by 2 ulp.
         mean_h = tl.maximum(tl.div_rn(state.U, state.S), 0.0)
         mean_p_d = tl.div_rn(state.W, state.S)
         kl = kl_of_means(mean_h, mean_p_d)
         valid = valid & (kl < LARGE_KL)
+        ref_kl = zero
+        mean_q_d = zero
         if want.ref_kl:
             mean_r = tl.div_rn(state.R, state.S)
             ref_kl = ref_kl_of_means(mean_r, mean_h, mean_p_d)
@@ -208,25 +168,15 @@ def row_statistics(states, shift, scale, want: tl.constexpr):
             valid = valid & (ref_kl < LARGE_KL) & (terms < tl.fma(ref_kl, 8.0, 0.001))
         log1p_t = log1p(mean_h + mean_p_d)
         lse_q, lse_q_lo = q_partition(state, log2_S, log1p_t, mean_q_d, scale)
-        valid = valid & (tl.abs(lse_q) < LARGEST_LOG2_SUM)
         apart = tl.abs(tl.fma(shift, scale, state.centre))
-        valid = valid & (apart < LARGEST_DIFFERENCE)
+        valid = valid & (tl.abs(lse_q) < LARGEST_LOG2_SUM) & (apart < LARGEST_DIFFERENCE)
         if not want.compensated:
             valid = valid & (apart < scale * LARGEST_DIFFERENCE)
-    return Statistics(
-        state.origin,
-        log2_S,
-        lse_q,
-        lse_q_lo,
-        state.centre,
-        log1p_t,
-        mean_p_d,
-        mean_q_d,
-        entropy,
-        kl,
-        ref_kl,
-        valid,
-    )
+        unshifted = Saved(
+            state.origin, log2_S, lse_q, lse_q_lo, state.centre, zero, log1p_t, mean_p_d, mean_q_d,
+            entropy,
+        )  # fmt: skip
+        return Statistics(unshifted, kl, ref_kl, valid)
 
 
 @triton.jit
@@ -254,62 +204,41 @@ def store_fields(out, entropy, kl, ref_kl, want: tl.constexpr):
         tl.store(out.ref_kl, ref_kl.to(tl.float32))
 
 
-class Row(NamedTuple):
-    """The addresses of a row of P and of Q, its length, the sampled token, 1/T, and the inverse
-    temperature of Q over that of P.
-    """
-
-    p: tl.tensor
-    q: tl.tensor
-    V: tl.tensor
-    token: tl.tensor
-    scale: tl.tensor
-    ratio: tl.tensor
+# The addresses of a row of P and of Q, its length, the sampled token, 1/T, and the inverse
+# temperature of Q over that of P.
+Row = namedtuple("Row", "p q V token scale ratio")
 
 
 @triton.jit
 def token_logits(row, want: tl.constexpr, reading: tl.constexpr):
     """Return the sampled token's capped logits of P and of Q; NaN for a token outside 0 … V-1."""
     inside = (row.token >= 0) & (row.token < row.V)
-    x = tl.load(row.p + row.token, mask=inside, other=float("nan")).to(tl.float32)
-    x = soft_cap(x, reading.softcap, row.p.dtype.element_ty)
-    y = x
+    x = load_logit(row.p, row.token, inside, float("nan"), reading.softcap)
     if want.kl:
-        y = tl.load(row.q + row.token, mask=inside, other=float("nan")).to(tl.float32)
-        y = soft_cap(y, reading.ref_softcap, row.q.dtype.element_ty)
-    return x, y
+        return x, load_logit(row.q, row.token, inside, float("nan"), reading.ref_softcap)
+    else:
+        return x, x
 
 
 @triton.jit
-def saved_values(statistics, shift, scale, want: tl.constexpr):
-    """The Saved of a row from its Statistics."""
-    lse_q = statistics.lse_q
-    lse_q_lo = statistics.lse_q_lo
-    centre = statistics.centre
-    centre_lo = statistics.kl * 0.0
-    if want.kl:
-        lse_q, lse_q_lo = add_product(statistics.lse_q, statistics.lse_q_lo, shift, scale * LOG2E)
-        centre, centre_lo = add_product(statistics.centre, centre_lo, shift, scale)
-    mean_p_d = statistics.mean_p_d
-    mean_q_d = statistics.mean_q_d
-    if not want.compensated:
-        # row_backward ignores centre_lo of 16-bit logits: fold it into the means.
-        mean_p_d += centre_lo
-        mean_q_d += centre_lo
+def saved_values(unshifted, shift, scale):
+    """The Saved of a row from that of y - shift."""
+    lse_q, lse_q_lo = add_product(unshifted.lse_q, unshifted.lse_q_lo, shift, scale * LOG2E)
+    centre, centre_lo = add_product(unshifted.centre, unshifted.centre_lo, shift, scale)
     # S may be below 1 where rounding lifted the peak to the next whole number. Keep log2_S from
     # being negative: its sign bit marks fallback rows.
-    below = statistics.log2_S < 0.0
+    below = unshifted.log2_S < 0.0
     return Saved(
-        tl.where(below, statistics.origin - 1.0, statistics.origin),
-        tl.where(below, statistics.log2_S + 1.0, statistics.log2_S),
+        tl.where(below, unshifted.origin - 1.0, unshifted.origin),
+        tl.where(below, unshifted.log2_S + 1.0, unshifted.log2_S),
         lse_q,
         lse_q_lo,
         centre,
         centre_lo,
-        statistics.log1p_t,
-        mean_p_d,
-        mean_q_d,
-        statistics.entropy,
+        unshifted.log1p_t,
+        unshifted.mean_p_d,
+        unshifted.mean_q_d,
+        unshifted.entropy,
     )
 
 
@@ -318,13 +247,14 @@ def store_statistics(out, statistics, row, shift, want: tl.constexpr, reading: t
     """Write the saved values and the fields of a row; a NaN as the first saved value marks a
     fallback row.
     """
-    saved = saved_values(statistics, shift, row.scale, want)
+    unshifted = statistics.unshifted
+    saved = saved_values(unshifted, shift, row.scale)
     tl.store(out.saved, tl.where(statistics.valid, saved.origin, float("nan")))
     for i in tl.static_range(1, SAVED):
         tl.store(out.saved + i, saved[i])
     store_fields(
         out,
-        tl.where(statistics.entropy <= 0.0, 0.0, statistics.entropy),
+        tl.where(unshifted.entropy <= 0.0, 0.0, unshifted.entropy),
         statistics.kl,
         statistics.ref_kl,
         want,
@@ -334,12 +264,12 @@ def store_statistics(out, statistics, row, shift, want: tl.constexpr, reading: t
         # log-probability is finite.
         half_scale = row.scale * (LOG2E * 0.5)
         x, y = token_logits(row, want, reading)
-        half_p = tl.fma(x, half_scale, statistics.origin * -0.5) - statistics.log2_S * 0.5
+        half_p = tl.fma(x, half_scale, unshifted.origin * -0.5) - unshifted.log2_S * 0.5
         tl.store(out.logprob, not_above_zero(half_p * (LN2 * 2.0)))
         if want.kl:
             y, y_lo = scale_reference(y, row.ratio, reading.ratio)
             y, more = two_sum(y, -shift)
-            half_q = tl.fma(y, half_scale, statistics.lse_q * -0.5) - statistics.lse_q_lo * 0.5
+            half_q = tl.fma(y, half_scale, unshifted.lse_q * -0.5) - unshifted.lse_q_lo * 0.5
             half_q = tl.fma(y_lo + more, half_scale, half_q)
             tl.store(out.ref_logprob, not_above_zero(half_q * (LN2 * 2.0)))
 

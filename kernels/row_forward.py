@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .row_finish import (
-    Reading,
     Row,
     load_states,
     row_outputs,
@@ -15,10 +14,21 @@ from .row_finish import (
     store_statistics,
     store_zeros,
 )
-from .row_load import lane_order, prefetch, row_offset, row_pad, row_ratio, row_scale, row_shift
+from .row_load import (
+    D_FACTOR,
+    Reading,
+    Segment,
+    Tiling,
+    lane_order,
+    prefetch,
+    row_offset,
+    row_pad,
+    row_ratio,
+    row_scale,
+    row_shift,
+)
 from .row_math import LOG2E, STATE, State, Want
 from .row_segment import segment_sums
-from .row_tile import D_FACTOR, Segment, Tiling
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -142,7 +152,7 @@ def row_forward(  # noqa: PLR0913
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
     shift = tl.full([], 0.0, tl.float32)
     if WITH_KL and COMPENSATED:
-        shift = row_shift(p_row, q_row, V, row >= 0, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+        shift = row_shift(p_row, q_row, V, row >= 0, ratio, reading)
     pad = 0
     if REALIGN:
         pad = row_pad(p_row)

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .row_finish import (
-    Reading,
     Row,
     load_states,
     row_outputs,
@@ -17,10 +16,20 @@ from .row_finish import (
     store_zeros,
 )
 from .row_gradient import Asked, Place, Upstream, gradient_terms, write_tile
-from .row_load import lane_order, prefetch, row_offset, row_ratio, row_scale, row_shift
+from .row_load import (
+    D_FACTOR,
+    Reading,
+    Segment,
+    Tiling,
+    lane_order,
+    prefetch,
+    row_offset,
+    row_ratio,
+    row_scale,
+    row_shift,
+)
 from .row_math import LOG2E, STATE, Want
 from .row_segment import segment_sums
-from .row_tile import D_FACTOR, Segment, Tiling
 
 
 # Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
@@ -175,7 +184,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if PHASE == 2:
             shift = tl.load(state_here + 2)
         else:
-            shift = row_shift(p_row, q_row, V, row >= 0, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+            shift = row_shift(p_row, q_row, V, row >= 0, ratio, reading)
         if PHASE == 1:
             tl.store(state_here + 2, shift)
     if PHASE != 2:
@@ -214,7 +223,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if statistics.valid:
             zero = scale * 0.0
             g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
-            terms = gradient_terms(saved_values(statistics, shift, scale, want))
+            terms = gradient_terms(saved_values(statistics.unshifted, shift, scale))
             place = Place(p_block, q_block, grad_block, grad_block, 0, length, length, scale, ratio)
             full_end = length // TILE * (THREADS * GROUPS)
             for group in range(0, full_end, THREADS * GROUPS):

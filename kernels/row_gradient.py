@@ -1,11 +1,12 @@
 """The gradients of a tile of a row with respect to its logits, from the row's saved values."""
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
 from .row_finish import Saved
+from .row_load import load_edge
 from .row_math import (
     LN2,
     LOG2E,
@@ -19,67 +20,30 @@ from .row_math import (
     two_sum,
 )
 
-
-class Upstream(NamedTuple):
-    """The upstream gradients of a row's fields; 0 for a field without one."""
-
-    logprob: tl.tensor
-    entropy: tl.tensor
-    ref_logprob: tl.tensor
-    kl: tl.tensor
-    ref_kl: tl.tensor
+# The upstream gradients of a row's fields; 0 for a field without one.
+Upstream = namedtuple("Upstream", "logprob entropy ref_logprob kl ref_kl")
 
 
-class Asked(NamedTuple):
-    """Compile-time: the fields that have an upstream gradient, and the gradients requested."""
-
-    logprob: bool
-    entropy: bool
-    ref_logprob: bool
-    kl: bool
-    ref_kl: bool
-    wrt_p: bool
-    wrt_q: bool
-    compensated: bool
+# Compile-time: the fields that have an upstream gradient, and the gradients requested.
+Asked = namedtuple("Asked", "logprob entropy ref_logprob kl ref_kl wrt_p wrt_q compensated")
 
 
-class Terms(NamedTuple):
-    """The constants of a row's gradients.
-
-    2^-(log-partition function) of P is 2^-lse_p · factor_p, with lse_p rounded; likewise Q.
-
-    lse_gap, lse_gap_lo: lse_q - lse_p in nats; log(q/p) is (y - x)·s less these two.
-    """
-
-    lse_p: tl.tensor
-    factor_p: tl.tensor
-    lse_q: tl.tensor
-    factor_q: tl.tensor
-    centre: tl.tensor
-    centre_lo: tl.tensor
-    lse_gap: tl.tensor
-    lse_gap_lo: tl.tensor
-    mean_p_d: tl.tensor
-    mean_q_d: tl.tensor
-    entropy: tl.tensor
+# The constants of a row's gradients: its Saved, and what follows from it.
+#
+# 2^-(log-partition function) of P is 2^-lse_p · factor_p, with lse_p rounded; likewise Q with
+# saved.lse_q. lse_gap, lse_gap_lo: lse_q - lse_p in nats; log(q/p) is (y - x)·s less these two.
+# entropy belongs to the rounded lse_p.
+Terms = namedtuple("Terms", "saved lse_p factor_p factor_q lse_gap lse_gap_lo entropy")
 
 
-class Place(NamedTuple):
-    """Where a row's 16-byte blocks lie, and the factors of its entries.
-
-    The row is entries pad … end - 1 of its blocks; entries from read_end on are not read and have
-    gradient 0.
-    """
-
-    p_block: tl.tensor
-    q_block: tl.tensor
-    grad_p_block: tl.tensor
-    grad_q_block: tl.tensor
-    pad: tl.tensor
-    end: tl.tensor
-    read_end: tl.tensor
-    scale: tl.tensor
-    ratio: tl.tensor
+# Where a row's 16-byte blocks lie, and the factors of its entries.
+#
+# The row is entries pad … end - 1 of its blocks; entries from read_end on are not read and have
+# gradient 0.
+Place = namedtuple(
+    "Place",
+    "p_block q_block grad_p_block grad_q_block pad end read_end scale ratio",
+)
 
 
 @triton.jit
@@ -106,16 +70,12 @@ def gradient_terms(saved):
     # As hi and lo, so that a large centre costs no digits of log(q/p).
     lse_gap, lse_gap_lo = two_sum(saved.centre, saved.log1p_t)
     return Terms(
+        saved,
         lse_p,
         tl.exp2(-lse_p_lo),
-        saved.lse_q,
         tl.exp2(-saved.lse_q_lo),
-        saved.centre,
-        saved.centre_lo,
         lse_gap,
         lse_gap_lo + saved.centre_lo,
-        saved.mean_p_d,
-        saved.mean_q_d,
         saved.entropy - lse_p_lo * LN2,
     )
 
@@ -141,11 +101,11 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
         difference, lo = subtract(y, x, asked.compensated)
         if HAS_RATIO:
             lo = lo + y_lo
-        d = centred(difference, lo, scale, terms.centre, asked.compensated)
+        d = centred(difference, lo, scale, terms.saved.centre, asked.compensated)
         if asked.compensated:
-            d = d - terms.centre_lo
+            d = d - terms.saved.centre_lo
     if (asked.wrt_p and asked.ref_kl) or asked.wrt_q:
-        q = tl.exp2(tl.fma(y, scale * LOG2E, -terms.lse_q))
+        q = tl.exp2(tl.fma(y, scale * LOG2E, -terms.saved.lse_q))
         true_p = p * terms.factor_p
         # No fma: of equal rows the rounded products are equal, and the gradient is exactly 0.
         q_minus_p = q * terms.factor_q - true_p
@@ -166,7 +126,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
         if asked.entropy:
             bracket = tl.fma(log2_p, weight * (-LN2) * g.entropy, bracket)
         if asked.kl:
-            bracket = tl.fma(d - terms.mean_p_d, -weight * g.kl, bracket)
+            bracket = tl.fma(d - terms.saved.mean_p_d, -weight * g.kl, bracket)
         grad_x = p * bracket
         if asked.entropy or asked.kl:
             # An entry without probability has no gradient, even where its logarithm is infinite.
@@ -178,13 +138,23 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
             weight = scale * terms.factor_q
             bracket = -weight * g.ref_logprob
             if asked.ref_kl:
-                bracket = tl.fma(d - terms.mean_q_d, weight * g.ref_kl, bracket)
+                bracket = tl.fma(d - terms.saved.mean_q_d, weight * g.ref_kl, bracket)
             grad_y = tl.where(q == 0.0, 0.0, q * bracket)
             if asked.kl:
                 grad_y = tl.fma(q_minus_p, scale * g.kl, grad_y)
         else:
             grad_y = q_minus_p * (scale * g.kl)
     return grad_x, grad_y
+
+
+@triton.jit
+def store_gradient(block, offs, grad, place, EDGE: tl.constexpr):
+    """Store the gradients of a tile, those of EDGE tiles only inside the row; 0 beyond read_end."""
+    if EDGE:
+        grad = tl.where(offs < place.read_end, grad, 0.0)
+        tl.store(block + offs, grad, mask=(offs >= place.pad) & (offs < place.end))
+    else:
+        tl.store(block + offs, grad)
 
 
 @triton.jit
@@ -209,13 +179,9 @@ def write_tile(
     lane = tl.arange(0, LANES)[None, :]
     for i in tl.static_range(tiling.groups):
         offs = (first_group + i * THREADS + thread) * LANES + lane
-        if EDGE:
-            inside = (offs >= place.pad) & (offs < place.read_end)
-            xs += (tl.load(place.p_block + offs, mask=inside, other=0.0).to(tl.float32),)
-            ys += (tl.load(place.q_block + offs, mask=inside, other=0.0).to(tl.float32),)
-        else:
-            xs += (tl.load(place.p_block + offs).to(tl.float32),)
-            ys += (tl.load(place.q_block + offs).to(tl.float32),)
+        inside = (offs >= place.pad) & (offs < place.read_end)
+        xs += (load_edge(place.p_block + offs, inside, EDGE).to(tl.float32),)
+        ys += (load_edge(place.q_block + offs, inside, EDGE).to(tl.float32),)
     for i in tl.static_range(tiling.groups):
         offs = (first_group + i * THREADS + thread) * LANES + lane
         x = soft_cap(xs[i], reading.softcap, place.p_block.dtype.element_ty)
@@ -228,22 +194,7 @@ def write_tile(
             grad_y = grad_y * soft_cap_slope(capped_y, reading.ref_softcap)
         if reading.ratio:
             grad_y = grad_y * place.ratio
-        if EDGE:
-            inside = (offs >= place.pad) & (offs < place.end)
-            if asked.wrt_p:
-                tl.store(
-                    place.grad_p_block + offs,
-                    tl.where(offs < place.read_end, grad_x, 0.0),
-                    mask=inside,
-                )
-            if asked.wrt_q:
-                tl.store(
-                    place.grad_q_block + offs,
-                    tl.where(offs < place.read_end, grad_y, 0.0),
-                    mask=inside,
-                )
-        else:
-            if asked.wrt_p:
-                tl.store(place.grad_p_block + offs, grad_x)
-            if asked.wrt_q:
-                tl.store(place.grad_q_block + offs, grad_y)
+        if asked.wrt_p:
+            store_gradient(place.grad_p_block, offs, grad_x, place, EDGE)
+        if asked.wrt_q:
+            store_gradient(place.grad_q_block, offs, grad_y, place, EDGE)

@@ -9,15 +9,25 @@ so a select by lane puts a whole group into one thread, its lanes rotated by `pa
 result at any alignment, hence at any position of a batch.
 """
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
-from .row_math import scale_reference, soft_cap
+from .row_math import LOWEST, scale_reference, soft_cap, subtract, two_sum
 
+# The loop keeps D_FACTOR·d: bit 30 of its float32 pattern is set if |d| is 1 or more, also for an
+# infinity and a NaN.
+D_FACTOR = tl.constexpr(2.0)
 # Largest |row_shift|.
 LARGEST_SHIFT = tl.constexpr(4096.0)
 # Largest temperature, and largest inverse temperature.
 LARGEST_TEMPERATURE = tl.constexpr(2.0**126)
+
+
+# Compile-time: whether a row has a sampled token, and how raw logits are transformed: by soft
+# caps (0: none) and by a ratio of inverse temperatures.
+Reading = namedtuple("Reading", "tokens softcap ref_softcap ratio")
 
 
 @triton.jit
@@ -47,50 +57,31 @@ def row_ratio(ratio_ptr, row, mask, HAS_RATIO: tl.constexpr):
 
 
 @triton.jit
-def entry_difference(
-    p_row,
-    q_row,
-    index,
-    mask,
-    ratio,
-    SOFTCAP: tl.constexpr,
-    REF_SOFTCAP: tl.constexpr,
-    HAS_RATIO: tl.constexpr,
-):
-    """Return y - x of one entry of a row or of a vector of rows."""
-    x = soft_cap(
-        tl.load(p_row + index, mask=mask, other=0.0).to(tl.float32),
-        SOFTCAP,
-        p_row.dtype.element_ty,
-    )
-    y = soft_cap(
-        tl.load(q_row + index, mask=mask, other=0.0).to(tl.float32),
-        REF_SOFTCAP,
-        q_row.dtype.element_ty,
-    )
-    return scale_reference(y, ratio, HAS_RATIO)[0] - x
+def load_logit(row_ptr, index, mask, other, SOFTCAP: tl.constexpr):
+    """Load capped logits as float32; `other`, capped, where masked."""
+    logits = tl.load(row_ptr + index, mask=mask, other=other).to(tl.float32)
+    return soft_cap(logits, SOFTCAP, row_ptr.dtype.element_ty)
 
 
 @triton.jit
-def row_shift(
-    p_row,
-    q_row,
-    V,
-    mask,
-    ratio,
-    SOFTCAP: tl.constexpr,
-    REF_SOFTCAP: tl.constexpr,
-    HAS_RATIO: tl.constexpr,
-):
+def entry_difference(p_row, q_row, index, mask, ratio, reading: tl.constexpr):
+    """Return y - x of one entry of a row or of a vector of rows."""
+    x = load_logit(p_row, index, mask, 0.0, reading.softcap)
+    y = load_logit(q_row, index, mask, 0.0, reading.ref_softcap)
+    return scale_reference(y, ratio, reading.ratio)[0] - x
+
+
+@triton.jit
+def row_shift(p_row, q_row, V, mask, ratio, reading: tl.constexpr):
     """Return a whole number near the median of y - x at three entries: near the constant between
     the tensors, if there is one; 0 where it is large or not finite.
 
     Subtract it before accumulating: with Q = P + 50, float32 differences would be rounded at the
     magnitude of 50. An approximate shift is enough.
     """
-    a = entry_difference(p_row, q_row, V // 4, mask, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    b = entry_difference(p_row, q_row, V // 2, mask, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    c = entry_difference(p_row, q_row, V - 1 - V // 4, mask, ratio, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    a = entry_difference(p_row, q_row, V // 4, mask, ratio, reading)
+    b = entry_difference(p_row, q_row, V // 2, mask, ratio, reading)
+    c = entry_difference(p_row, q_row, V - 1 - V // 4, mask, ratio, reading)
     shift = tl.floor(tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c)) + 0.5)
     return tl.where(tl.abs(shift) < LARGEST_SHIFT, shift, 0.0)
 
@@ -116,12 +107,8 @@ def lane_sum(z):
     """
     THREADS: tl.constexpr = z.shape[0]
     n: tl.constexpr = z.shape[1]
-    if n > 4:
-        half = tl.sum(tl.reshape(z, [THREADS, 2, n // 2]), 1)
-    else:
-        half = z
-    quarter = tl.sum(tl.reshape(half, [THREADS, 2, 2]), 1)
-    return tl.sum(quarter, 1)
+    half = tl.sum(tl.reshape(z, [THREADS, 2, n // 2]), 1) if n > 4 else z
+    return tl.sum(tl.sum(tl.reshape(half, [THREADS, 2, 2]), 1), 1)
 
 
 @triton.jit
@@ -156,17 +143,16 @@ def select_mask(pad, LANES: tl.constexpr):
     """
     word = tl.arange(0, 4)[None, :]
     if LANES == 4:
-        mask = tl.where(word >= pad, -1, 0)
+        return tl.where(word >= pad, -1, 0)
     else:
-        mask = tl.where(2 * word >= pad, 0xFFFF, 0) | tl.where(2 * word + 1 >= pad, -65536, 0)
-    return mask
+        return tl.where(2 * word >= pad, 0xFFFF, 0) | tl.where(2 * word + 1 >= pad, -65536, 0)
 
 
 @triton.jit
 def widen(words, DTYPE: tl.constexpr):
     """float32 values [THREADS, LANES] of 32-bit words [THREADS, 4] that hold elements of DTYPE."""
     if DTYPE == tl.float32:
-        values = words.to(tl.float32, bitcast=True)
+        return words.to(tl.float32, bitcast=True)
     else:
         if DTYPE == tl.bfloat16:
             low = (words << 16).to(tl.float32, bitcast=True)
@@ -174,8 +160,13 @@ def widen(words, DTYPE: tl.constexpr):
         else:
             low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        values = tl.reshape(tl.join(low, high), [words.shape[0], 8])
-    return values
+        return tl.reshape(tl.join(low, high), [words.shape[0], 8])
+
+
+@triton.jit
+def load_edge(ptrs, mask, EDGE: tl.constexpr):
+    """Load where EDGE does not hold or the mask does; 0 elsewhere."""
+    return tl.load(ptrs, mask=mask, other=0) if EDGE else tl.load(ptrs)
 
 
 @triton.jit
@@ -191,20 +182,12 @@ def load_group(
     DTYPE: tl.constexpr = block_ptr.dtype.element_ty
     words_ptr = tl.multiple_of(block_ptr.to(tl.pointer_type(tl.int32)), 16)
     offs_w = group * 4 + tl.arange(0, 4)[None, :]
-    if EDGE:
-        words = tl.load(words_ptr + offs_w, mask=group * LANES - pad < remaining, other=0)
-    else:
-        words = tl.load(words_ptr + offs_w)
+    words = load_edge(words_ptr + offs_w, group * LANES - pad < remaining, EDGE)
     if REALIGN:
         # Without a pad no next block is needed: read the own block again and select nothing of it.
         next_ptr = tl.multiple_of(words_ptr + tl.where(pad > 0, 4, 0), 16)
         own = select_mask(pad, LANES)
-        if EDGE:
-            following = tl.load(
-                next_ptr + offs_w, mask=(group + 1) * LANES - pad < remaining, other=0
-            )
-        else:
-            following = tl.load(next_ptr + offs_w)
+        following = load_edge(next_ptr + offs_w, (group + 1) * LANES - pad < remaining, EDGE)
         words = (words & own) | (following & ~own)
     return widen(words, DTYPE)
 
@@ -215,10 +198,7 @@ def load_lane(
 ):
     """float32 [THREADS]: one lane of each group."""
     offs_v = tl.reshape(group, [group.shape[0]]) * LANES + (LANE + LANES - pad) % LANES
-    if EDGE:
-        return tl.load(row_ptr + offs_v, mask=offs_v < remaining, other=0.0).to(tl.float32)
-    else:
-        return tl.load(row_ptr + offs_v).to(tl.float32)
+    return load_edge(row_ptr + offs_v, offs_v < remaining, EDGE).to(tl.float32)
 
 
 @triton.jit
@@ -246,3 +226,79 @@ def load_elements(row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.
         even = tl.join(even, load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 2))
         odd = tl.join(odd, load_lanes(row_ptr, group, pad, remaining, EDGE, LANES, 3))
     return tl.reshape(tl.join(even, odd), [group.shape[0], LANES])
+
+
+# Compile-time: how a program reads a row.
+#
+# realign: rows may start off a 16-byte boundary. q_in_blocks: Q's rows start as far from one as
+# P's.
+Tiling = namedtuple("Tiling", "threads lanes groups realign q_in_blocks")
+
+
+# The addresses of a segment and the constants of its row.
+#
+# p_block, q_block: the 16-byte boundary `pad` entries before the first one. remaining: entries
+# from the first to the end of the row. order: the entry of its group that each lane holds. shift:
+# row_load.row_shift. doubled_scale: D_FACTOR/T; scale_log2: log2(e)/T.
+Segment = namedtuple(
+    "Segment",
+    "p_block q_block q_row pad order remaining shift doubled_scale scale_log2 ratio",
+)
+
+
+# Entries of a row: tuples with one [threads, lanes] tensor per group.
+#
+# difference + lo = y - x - shift. inside: whether an entry is one of the segment.
+Tile = namedtuple("Tile", "x difference lo inside")
+
+
+@triton.jit
+def load_tile(
+    row,
+    first_group,
+    end,
+    GROUPS: tl.constexpr,
+    tiling: tl.constexpr,
+    want: tl.constexpr,
+    reading: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Load GROUPS groups per thread from `first_group` on; EDGE masks entries from `end` on."""
+    THREADS: tl.constexpr = tiling.threads
+    LANES: tl.constexpr = tiling.lanes
+    xs = ()
+    differences = ()
+    los = ()
+    insides = ()
+    for g in tl.static_range(GROUPS):
+        group = first_group + g * THREADS + tl.arange(0, THREADS)[:, None]
+        x = load_group(row.p_block, group, row.pad, row.remaining, tiling.realign, EDGE, LANES)
+        x = soft_cap(x, reading.softcap, row.p_block.dtype.element_ty)
+        inside = group * LANES + row.order < end
+        if EDGE:
+            x = tl.where(inside, x, LOWEST)
+        difference = x
+        lo = x
+        if want.kl:
+            if tiling.q_in_blocks:
+                y = load_group(
+                    row.q_block, group, row.pad, row.remaining, tiling.realign, EDGE, LANES
+                )
+            else:
+                y = load_elements(row.q_row, group, row.pad, row.remaining, EDGE, LANES)
+            y = soft_cap(y, reading.ref_softcap, row.q_row.dtype.element_ty)
+            y, y_lo = scale_reference(y, row.ratio, reading.ratio)
+            difference, lo = subtract(y, x, want.compensated)
+            if want.compensated:
+                difference, more = two_sum(difference, -row.shift)
+                lo = lo + more
+            if reading.ratio:
+                lo = lo + y_lo
+            if EDGE:
+                difference = tl.where(inside, difference, 0.0)
+                lo = tl.where(inside, lo, 0.0)
+        xs += (x,)
+        differences += (difference,)
+        los += (lo,)
+        insides += (inside,)
+    return Tile(xs, differences, los, insides)

@@ -16,7 +16,7 @@ Every multiply-add is written as tl.fma and compiled with fusion off: the bits d
 a compiler chooses to fuse.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -66,11 +66,9 @@ def subtract(y, x, COMPENSATED: tl.constexpr):
     difference to float32 is far below the logits' own.
     """
     if COMPENSATED:
-        difference, lo = two_sum(y, -x)
+        return two_sum(y, -x)
     else:
-        difference = y - x
-        lo = difference
-    return difference, lo
+        return y - x, x
 
 
 @triton.jit
@@ -79,11 +77,9 @@ def scale_reference(y, ratio, HAS_RATIO: tl.constexpr):
     if HAS_RATIO:
         product = y * ratio
         lo = tl.fma(y, ratio, -product)
-        lo = tl.where(tl.abs(product) < float("inf"), lo, 0.0)
+        return product, tl.where(tl.abs(product) < float("inf"), lo, 0.0)
     else:
-        product = y
-        lo = tl.zeros_like(y)
-    return product, lo
+        return y, tl.zeros_like(y)
 
 
 @triton.jit
@@ -96,11 +92,20 @@ def centred(difference, lo, scale, centre, COMPENSATED: tl.constexpr):
 
 
 @triton.jit
+def horner(x, coefficients: tl.constexpr):
+    """Return the polynomial of these coefficients, of the highest power first."""
+    value = tl.fma(x, coefficients[0], coefficients[1])
+    for i in tl.static_range(2, len(coefficients)):
+        value = tl.fma(x, value, coefficients[i])
+    return value
+
+
+@triton.jit
 def h_over_square(d):
     """Return h(d)/d² for |d| < 1/4; minimax polynomial, relative error 1.4e-6."""
-    series = tl.fma(d, 0.008337464183568954, 0.04175350069999695)
-    series = tl.fma(d, series, 0.16666695475578308)
-    return tl.fma(d, series, 0.4999993145465851)
+    return horner(
+        d, (0.008337464183568954, 0.04175350069999695, 0.16666695475578308, 0.4999993145465851)
+    )
 
 
 @triton.jit
@@ -120,9 +125,7 @@ def log1p(t):
     # few far entries make, that is 2e-5 of the gradient to Q.
     z = tl.div_rn(t, 2.0 + t)
     square = z * z
-    series = tl.fma(square, 2 / 15, 2 / 13)
-    for n in tl.static_range(5):
-        series = tl.fma(square, series, 2 / (11 - 2 * n))
+    series = horner(square, (2 / 15, 2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3))
     series = tl.fma(z * square, series, z * 2.0)
     return tl.where((t > -0.5) & (t < 1.0), series, tl.log(1.0 + t))
 
@@ -130,13 +133,7 @@ def log1p(t):
 @triton.jit
 def t_minus_log1p(t):
     """Return t - log1p(t) with a small relative error; +inf at t = -1, NaN for t = +inf."""
-    series = tl.fma(t, 1 / 9, -1 / 8)
-    series = tl.fma(t, series, 1 / 7)
-    series = tl.fma(t, series, -1 / 6)
-    series = tl.fma(t, series, 1 / 5)
-    series = tl.fma(t, series, -1 / 4)
-    series = tl.fma(t, series, 1 / 3)
-    series = tl.fma(t, -series, 1 / 2)
+    series = tl.fma(t, -horner(t, (1 / 9, -1 / 8, 1 / 7, -1 / 6, 1 / 5, -1 / 4, 1 / 3)), 1 / 2)
     return tl.where(tl.abs(t) < 0.125, t * t * series, t - log1p(t))
 
 
@@ -174,9 +171,15 @@ def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
             # Minimax polynomial of (tanh(z)/z - 1)/z², relative error of the whole 1.6e-8.
             z = x * (1.0 / SOFTCAP)
             square = z * z
-            series = tl.fma(square, 0.01721995882689953, -0.053034693002700806)
-            series = tl.fma(square, series, 0.13325712084770203)
-            series = tl.fma(square, series, -0.3333313763141632)
+            series = horner(
+                square,
+                (
+                    0.01721995882689953,
+                    -0.053034693002700806,
+                    0.13325712084770203,
+                    -0.3333313763141632,
+                ),
+            )
             capped = tl.where(tl.abs(z) < SMALL_TANH, tl.fma(x * square, series, x), capped)
         x = capped
     return x
@@ -187,38 +190,22 @@ def soft_cap_slope(capped, SOFTCAP: tl.constexpr):
     """Return the derivative of soft_cap where it has the value `capped`; 1 where SOFTCAP is 0."""
     if SOFTCAP > 0.0:
         t = capped * (1.0 / SOFTCAP)
-        slope = (1.0 - t) * (1.0 + t)
+        return (1.0 - t) * (1.0 + t)
     else:
-        slope = 1.0
-    return slope
+        return 1.0
 
 
-class State(NamedTuple):
-    """The sums of a part of a row, defined at the top of this file; scalars, or vectors over parts.
-
-    Fields that were not requested are zeros.
-    """
-
-    origin: tl.tensor
-    S: tl.tensor
-    A: tl.tensor
-    W: tl.tensor
-    U: tl.tensor
-    R: tl.tensor
-    centre: tl.tensor
+# The sums of a part of a row, defined at the top of this file; scalars, or vectors over parts.
+#
+# Fields that were not requested are zeros.
+State = namedtuple("State", "origin S A W U R centre")
 
 
-class Want(NamedTuple):
-    """Compile-time: the statistics requested.
-
-    compensated: keep the rounding errors of differences, for float32 logits and for ratios of
-    temperatures.
-    """
-
-    entropy: bool
-    kl: bool
-    ref_kl: bool
-    compensated: bool
+# Compile-time: the statistics requested.
+#
+# compensated: keep the rounding errors of differences, for float32 logits and for ratios of
+# temperatures.
+Want = namedtuple("Want", "entropy kl ref_kl compensated")
 
 
 @triton.jit
@@ -227,29 +214,32 @@ def recentre(state, delta, want: tl.constexpr):
     shrink = tl.exp2(-delta * LOG2E)
     h = h_accurate(-delta)
     W = tl.fma(-delta, state.S, state.W)
-    R = state.R
-    if want.ref_kl:
-        R = tl.fma(shrink, tl.fma(-delta, state.U + state.W, R), (h - delta) * W)
-    U = tl.fma(state.U, shrink, tl.fma(state.S, h, state.W * (h - delta)))
-    return State(state.origin, state.S, state.A, W, U, R, state.centre + delta)
+    return State(
+        state.origin,
+        state.S,
+        state.A,
+        W,
+        tl.fma(state.U, shrink, tl.fma(state.S, h, state.W * (h - delta))),
+        tl.fma(shrink, tl.fma(-delta, state.U + state.W, state.R), (h - delta) * W)
+        if want.ref_kl
+        else state.R,
+        state.centre + delta,
+    )
 
 
 @triton.jit
 def rescale(state, origin, want: tl.constexpr):
     """Move a state to another origin."""
     shrink = tl.exp2(state.origin - origin)
-    A = state.A
-    W = state.W
-    U = state.U
-    R = state.R
-    if want.entropy:
-        A = tl.fma(state.S, state.origin - origin, A) * shrink
-    if want.kl:
-        W = W * shrink
-        U = U * shrink
-    if want.ref_kl:
-        R = R * shrink
-    return State(origin, state.S * shrink, A, W, U, R, state.centre)
+    return State(
+        origin,
+        state.S * shrink,
+        tl.fma(state.S, state.origin - origin, state.A) * shrink if want.entropy else state.A,
+        state.W * shrink if want.kl else state.W,
+        state.U * shrink if want.kl else state.U,
+        state.R * shrink if want.ref_kl else state.R,
+        state.centre,
+    )
 
 
 @triton.jit

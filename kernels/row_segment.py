@@ -11,12 +11,12 @@ The centre is always the mean of d over at least an eighth of the weight: sums a
 centre would lose their digits when the centre moves.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
-from .row_load import lane_sum, or_lanes
+from .row_load import D_FACTOR, lane_sum, load_tile, or_lanes
 from .row_math import (
     FAR_SHARE,
     LARGEST_D,
@@ -28,10 +28,10 @@ from .row_math import (
     SMALL_D,
     State,
     centred,
+    horner,
     recentre,
     rescale,
 )
-from .row_tile import D_FACTOR, load_tile
 
 # Paths of a tile, in order of precedence.
 NEAR = tl.constexpr(0)
@@ -39,44 +39,25 @@ GENERAL = tl.constexpr(1)
 ANCHOR = tl.constexpr(2)
 
 
-class Weights(NamedTuple):
-    """A tile about the present origin and centre: e and D_FACTOR·d as tuples, each thread's sum of
-    e (share), and lane_A with the tile added.
-    """
-
-    e: tl.tuple
-    d: tl.tuple
-    share: tl.tensor
-    lane_A: tl.tensor
+# A tile about the present origin and centre: e and D_FACTOR·d as tuples, each thread's sum of e
+# (share), and lane_A with the tile added.
+Weights = namedtuple("Weights", "e d share lane_A")
 
 
-class Running(NamedTuple):
-    """The sums of a segment so far.
-
-    Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
-    exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR. [threads, lanes]:
-    A, 2·W, 2·U and 4·R.
-    """
-
-    origin: tl.tensor
-    centre: tl.tensor
-    S: tl.tensor
-    limit: tl.tensor
-    largest: tl.tensor
-    lane_A: tl.tensor
-    lane_W: tl.tensor
-    lane_U: tl.tensor
-    lane_R: tl.tensor
+# The sums of a segment so far.
+#
+# Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
+# exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR. [threads, lanes]:
+# A, 2·W, 2·U and 4·R.
+Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lane_U lane_R")
 
 
 @triton.jit
 def empty_sums(tiling: tl.constexpr):
     """The sums of an empty segment; the first tile with weight takes the anchor path."""
-    THREADS: tl.constexpr = tiling.threads
-    LANES: tl.constexpr = tiling.lanes
     zero = tl.full([], 0.0, tl.float32)
-    zeros = tl.zeros([THREADS], tl.float32)
-    lanes = tl.zeros([THREADS, LANES], tl.float32)
+    zeros = tl.zeros([tiling.threads], tl.float32)
+    lanes = tl.zeros([tiling.threads, tiling.lanes], tl.float32)
     return Running(
         tl.full([], LOWEST, tl.float32),
         zero,
@@ -95,11 +76,17 @@ def h_near(d):
     """Return 2·h(d)/(D_FACTOR·d)² for |d| < 1, from D_FACTOR·d; minimax polynomial, relative error
     1.6e-6.
     """
-    series = tl.fma(d, 0.00019977660849690437 / 64, 0.0014262537006288767 / 32)
-    series = tl.fma(d, series, 0.008335255086421967 / 16)
-    series = tl.fma(d, series, 0.04165279492735863 / 8)
-    series = tl.fma(d, series, 0.16666589677333832 / 4)
-    return tl.fma(d, series, 0.5000007748603821 / 2)
+    return horner(
+        d,
+        (
+            0.00019977660849690437 / 64,
+            0.0014262537006288767 / 32,
+            0.008335255086421967 / 16,
+            0.04165279492735863 / 8,
+            0.16666589677333832 / 4,
+            0.5000007748603821 / 2,
+        ),
+    )
 
 
 @triton.jit
@@ -108,9 +95,15 @@ def h_general(d):
     h_over_square where d is small.
     """
     square = d * d
-    series = tl.fma(d, 0.008337464183568954 / 16, 0.04175350069999695 / 8)
-    series = tl.fma(d, series, 0.16666695475578308 / 4)
-    series = tl.fma(d, series, 0.4999993145465851 / 2)
+    series = horner(
+        d,
+        (
+            0.008337464183568954 / 16,
+            0.04175350069999695 / 8,
+            0.16666695475578308 / 4,
+            0.4999993145465851 / 2,
+        ),
+    )
     beyond = tl.fma(tl.exp2(d * (LOG2E / D_FACTOR)), 2.0, -2.0) - d
     return tl.where(tl.abs(d) < SMALL_D * D_FACTOR, square * series, beyond), square
 
@@ -218,21 +211,15 @@ def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.c
     shares = lane_sum(lane_S)
     total = tl.sum(shares, 0)
     before = tl.sum(state.S, 0)
-    W = state.W
-    U = state.U
-    R = state.R
     centre = state.centre
     if want.kl:
         # Divide with one rounding: on a peaked row the whole gradient is the remainder d - E_p[d]
         # at the peak.
         mean = tl.div_rn(tl.sum(lane_sum(lane_D), 0), total) * row.doubled_scale * (1.0 / D_FACTOR)
-        delta = tl.fma(mean - centre, total, tl.sum(W, 0)) / (before + total)
+        delta = tl.fma(mean - centre, total, tl.sum(state.W, 0)) / (before + total)
         centre = tl.where(total > before * REANCHOR_GROWTH, mean, centre + delta)
         # Recentre by the difference of the rounded centres, not by delta.
-        moved = recentre(state, tl.where(state.S > 0.0, centre - state.centre, 0.0), want)
-        W = moved.W
-        U = moved.U
-        R = moved.R
+        state = recentre(state, tl.where(state.S > 0.0, centre - state.centre, 0.0), want)
     # The limits add up to REANCHOR_GROWTH times the weight. Each is above the thread's S with this
     # tile, which therefore never anchors twice.
     limit = tl.fma(before + total, (REANCHOR_GROWTH - 1.0) / shares.shape[0], state.S + shares)
@@ -242,9 +229,9 @@ def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.c
     return Running(
         state.origin, centre * D_FACTOR, state.S, limit, largest,
         spread(state.A, LANES),
-        spread(W * D_FACTOR, LANES),
-        spread(U * 2.0, LANES),
-        spread(R * 4.0, LANES),
+        spread(state.W * D_FACTOR, LANES),
+        spread(state.U * 2.0, LANES),
+        spread(state.R * 4.0, LANES),
     )  # fmt: skip
 
 

@@ -112,11 +112,12 @@ class Kernels(Engine):
             launchers().backward(problem, *part)
 
     def computes_together(self, args: RowArgs, grad_p: torch.Tensor) -> bool:
-        launch = fused_launchers()
+        launch = launchers()
         if not launch.config.fuses(launch.architecture(args.p.device)[0]):
             return False
-        parts = problems(args)
-        return len(parts) == 1 and launch.fuses(parts[0][1], grad_p.view(-1, grad_p.shape[-1]))
+        (_, problem), *others = problems(args)
+        gradient = grad_p.view(-1, grad_p.shape[-1])
+        return not others and fused_launchers().fuses(problem, gradient)
 
     def together(
         self,

@@ -53,6 +53,7 @@ def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
         other.stride(),
         (p.data_ptr() % launch.ADDRESSES, other.data_ptr() % launch.ADDRESSES),
         p.device,
+        launch.architecture(p.device),
         (
             p.dtype,
             None if q is None else q.dtype,
@@ -60,8 +61,7 @@ def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
             None if temperatures is None else temperatures.dtype,
         ),
         mask is not None,
-        (softcap, ref_softcap),
-        ratios is not None,
+        (float(softcap), float(ref_softcap), ratios is not None),
     )
     if not outermost:
         number = 1.0 if temperatures is not None else temperature

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import roofline, static_costs
-from fastkl.kernels.compile_plan import plan
+from benchmarks.compile_plan import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +62,7 @@ TRITONS = {"installed": None, **({"3.6": OLDER} if OLDER.is_dir() else {})}
 COLLECT = """
 import json, sys
 from benchmarks import static_costs
-from fastkl.kernels.compile_plan import plan
+from benchmarks.compile_plan import plan
 
 STEPS = ("forward", "backward_p", "backward_both", "fused")
 KINDS = [f"kl_divergence.{step}" for step in STEPS]

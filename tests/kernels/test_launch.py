@@ -1,7 +1,4 @@
-"""kernels/launch.py: cached plans equal newly computed ones and hold no tensor, and
-kernels/compile_plan.py describes what is launched: the static costs and the compile tests are about
-the real kernels.
-"""
+"""kernels/launch.py: cached plans equal newly computed ones and hold no tensor."""
 
 import concurrent.futures
 import gc
@@ -14,7 +11,7 @@ import torch
 from cases import Rows
 
 pytest.importorskip("triton")
-from fastkl.kernels import compile_plan, config, launch, launch_fused
+from fastkl.kernels import config, launch, launch_fused
 from fastkl.ops import problems
 from fastkl.ops.fields import FIELDS, Scaling
 
@@ -27,9 +24,7 @@ PLANS = (
 )
 CACHES = (
     *PLANS,
-    launch.forward_variants,
-    launch.backward_variant,
-    launch_fused.fused_variants,
+    launch._variant,
 )
 SHAPES = ((3, 40), (2, 3, 40), (3, 2, 4, 40), (1, 40), (40,))
 
@@ -133,56 +128,3 @@ def test_no_tensor_is_kept_and_the_number_is_bounded(started) -> None:
     gc.collect()
     assert [value() for value in kept] == [None] * 3
     assert all(cache.cache_info().maxsize for cache in PLANS)
-
-
-# ---- the compile plan
-
-LONG, WIDTH = 2, compile_plan.VOCABULARY
-BOTH, POLICY = ("kl",), ("logprob", "entropy")
-SCALINGS = Scaling(), Scaling(30.0, 30.0), Scaling(ratio=0.5)
-
-
-def logits(dtype: torch.dtype, start: int) -> torch.Tensor:
-    """[LONG, V] whose first row starts so many elements behind a 16-byte boundary; rows of odd
-    length, unless start is 0.
-    """
-    width = WIDTH + (start > 0)
-    memory = torch.empty(LONG * width + 16, dtype=dtype)
-    assert memory.data_ptr() % 16 == 0
-    return memory.as_strided((LONG, WIDTH), (width, 1), start)
-
-
-def launch_all(dtype: torch.dtype, aligned: bool) -> None:
-    tokens, mask = torch.zeros(LONG, dtype=torch.int64), torch.ones(LONG, dtype=torch.bool)
-    p, q, elsewhere = (logits(dtype, start) for start in ((0, 0, 0) if aligned else (1, 1, 2)))
-    grads = [logits(dtype, int(not aligned)) for _ in "pq"]
-    types = [grads]
-    if dtype == torch.float32 and aligned:
-        types.append([torch.empty(LONG, WIDTH, dtype=torch.bfloat16) for _ in "pq"])
-    for fields, ref in ((BOTH, q), (FIELDS, q), (POLICY, None)):
-        given = tokens if "logprob" in fields else None
-        weights = {field: torch.empty(LONG) for field in fields}
-        sides = ((1, 0), (0, 1), (1, 1)) if ref is not None else ((1, 0),)
-        scalings = SCALINGS if aligned and ref is not None else SCALINGS[:1]
-        for scaling, wrt, places in itertools.product(scalings, sides, types):
-            asked = [grad if on else None for grad, on in zip(places, wrt, strict=True)]
-            cases.run("triton", Rows(p, ref, given, mask, 1.0, scaling), weights, asked)
-        if not aligned and ref is not None:
-            cases.forward("triton", Rows(p, elsewhere, given, mask), fields)
-    for scaling in SCALINGS if aligned else ():
-        rows, ones = Rows(p, q, None, mask, 1.0, scaling), torch.ones(LONG)
-        launch_fused.fused(cases.problem(rows), ones, ones, torch.empty(LONG, 10), grads[0])
-
-
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
-def test_every_kernel_of_the_plan_is_launched(started, monkeypatch, arch, dtype, aligned) -> None:
-    found = arch, 64 if arch.startswith("gfx") else 32
-    for module in (launch, launch_fused):
-        monkeypatch.setattr(module, "architecture", lambda device: found)
-    launch_all(cases.FLOATS[dtype], aligned)
-    launches = [each[:3] for each in started]
-    for item in compile_plan.plan(dtype, aligned, arch):
-        options = {**item.options, "num_warps": item.num_warps}
-        assert (item.kernel, item.constexprs, options) in launches, item.name

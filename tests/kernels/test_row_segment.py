@@ -25,12 +25,12 @@ LOWEST = torch.finfo(torch.bfloat16).min
 
 
 class Warp:
-    """A GPU's forward configuration for long rows of one type; tile: the entries that a program
-    adds at a time.
+    """A GPU's forward configuration for long rows of one type: of 32 or of 64 threads; tile: the
+    entries that a program adds at a time.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.chosen = dtype, config.select("forward", "sm_90", dtype.itemsize, 128256)
+    def __init__(self, dtype: torch.dtype, arch: str = "sm_90") -> None:
+        self.dtype, self.chosen = dtype, config.select("forward", arch, dtype.itemsize, 128256)
         self.tile = self.chosen.threads * self.chosen.groups * 16 // dtype.itemsize
 
     def use(self, segment: int | None = None) -> contextlib.AbstractContextManager:
@@ -38,9 +38,10 @@ class Warp:
         return config.override(dataclasses.replace(self.chosen, segment=segment))
 
 
-@pytest.fixture(params=DTYPES.values(), ids=DTYPES)
+@pytest.fixture(params=[f"{arch}-{kind}" for arch in ("sm_90", "gfx942") for kind in DTYPES])
 def warp(request: pytest.FixtureRequest, kernels) -> Warp:
-    return Warp(request.param)
+    arch, kind = request.param.split("-")
+    return Warp(DTYPES[kind], arch)
 
 
 def statistics(p, q, tokens, mask=None) -> dict[str, torch.Tensor]:

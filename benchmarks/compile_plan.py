@@ -1,0 +1,142 @@
+"""Every kernel as it is launched, described for a compiler without a GPU; used by
+benchmarks.static_costs and the compile tests.
+"""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+
+from fastkl.kernels import launch, launch_fused
+from fastkl.kernels.layout import layout
+
+# A vocabulary of today's models: the plan describes the launches for it.
+VOCABULARY = 128256
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Soft caps and whether there is a ratio of temperatures. Those that are named are described for
+# aligned 16-bit logits alone: what they add does not depend on the type.
+SCALINGS = {"": (0.0, 0.0, False), "_ratio": (0.0, 0.0, True), "_softcap": (30.0, 30.0, False)}
+POLICY_ONLY = "token_stats_policy_only"
+FIELDS = {
+    "kl_divergence": ("kl",),
+    "token_stats": launch.FIELDS,
+    POLICY_ONLY: ("logprob", "entropy"),
+}
+# Gradients to P and to Q; True: also with each scaling, and to 16 bits from float32 logits that are
+# sums of 16-bit products.
+BACKWARDS = {
+    "kl_divergence": {"_p": (True, False, True), "_q": (False, True, False), "_both": (True,) * 3},
+    "token_stats": {"_p": (True, False, False), "_both": (True,) * 3},
+    POLICY_ONLY: {"": (True, False, False)},
+}
+
+
+class Specialization(NamedTuple):
+    """One compilation: `kernel` with `signature`, `constexprs` and `attrs`, as triton.compile's
+    ASTSource takes them.
+
+    pairs_per_thread: vocabulary entries of each logits tensor that one thread handles in one
+    iteration of the hot loop. segment: entries that one program of forward sums up; 0 for other
+    kernels.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int, ...], list[Any]]
+    num_warps: int
+    pairs_per_thread: int
+    options: dict[str, Any]
+    segment: int = 0
+
+
+def _type_of(parameter, dtype, grad_dtype):
+    pointers = {
+        **dict.fromkeys(("p_ptr", "q_ptr"), dtype),
+        **dict.fromkeys(("grad_p_ptr", "grad_q_ptr", "grad_ptr"), grad_dtype),
+        **{"tokens_ptr": "i64", "mask_ptr": "i1", "counter_ptr": "i32", "sync_ptr": "i32"},
+    }
+    if parameter.name.endswith("_ptr"):
+        return "*" + pointers.get(parameter.name, "fp32")
+    return parameter.annotation.name.replace("int", "i")
+
+
+def plan(dtype, aligned, arch):
+    """Return the launches of kl_divergence and token_stats for "bf16", "fp16" or "fp32" logits on
+    "sm_90", "gfx942", …
+
+    aligned: every row starts on a 16-byte boundary. Misaligned rows of both tensors start equally
+    far from one, as in contiguous tensors, but for `forward_q_elsewhere`, where they do not and Q
+    is read element by element.
+    """
+    logits = TYPES[dtype]
+    start = int(not aligned)
+    stride = VOCABULARY + start
+    warp = 64 if arch.startswith("gfx") else 32
+    specializations = []
+
+    def place(name, scaling=SCALINGS[""], q_start=start):
+        """The layout of two rows."""
+        q_type = None if name == POLICY_ONLY else logits
+        types = (logits, q_type, None if name == "kl_divergence" else torch.int64, None)
+        addresses = (start * logits.itemsize, q_start * logits.itemsize)
+        dims = ((1, 0, 0), (2, stride, stride))
+        return layout(
+            VOCABULARY, dims, addresses, torch.device("meta"), (arch, warp), types, True, scaling
+        )
+
+    def add(name, variant, segment=0, grad_dtype=dtype):
+        parameters = inspect.signature(variant.kernel.fn).parameters
+        constants, options = variant.constants, dict(variant.options)
+        pairs = launch.FALLBACK_BLOCK // launch.FALLBACK_THREADS
+        if "GROUPS" in constants:
+            pairs = constants["GROUPS"] * constants["LANES"]
+        signature = {
+            each: "constexpr" if each in constants else _type_of(parameter, dtype, grad_dtype)
+            for each, parameter in parameters.items()
+        }
+        # No signature promises alignment: logits may be views, gradients may overwrite them, and a
+        # row's saved values begin anywhere.
+        warps = options.pop("num_warps")
+        specializations.append(
+            Specialization(
+                name, variant.kernel, signature, constants, {}, warps, pairs, options, segment
+            )
+        )
+
+    def add_backward(name, suffix, asked, scaling, grad_dtype):
+        place_of_gradient = TYPES[grad_dtype], start * TYPES[grad_dtype].itemsize
+        sides = [place_of_gradient if each else None for each in asked]
+        _, variant = launch._backward_plan(place(name, scaling), FIELDS[name], stride, *sides, ())
+        add(f"{name}.backward{suffix}", variant, 0, grad_dtype)
+
+    scalings = SCALINGS if aligned and dtype != "fp32" else {"": SCALINGS[""]}
+    for name, fields in FIELDS.items():
+        asked = "entropy" in fields, "ref_kl" in fields, ()
+        for suffix, scaling in scalings.items():
+            if suffix and name == POLICY_ONLY:
+                continue
+            chosen = launch._forward_plan(place(name, scaling), *asked)
+            add(f"{name}.forward{suffix}", chosen.forward, chosen.segment)
+            # Neither this nor row_fallback with a gradient reads rows in blocks.
+            if aligned and not suffix:
+                add(f"{name}.fallback", chosen.fallback)
+            for side, (*wrt, thorough) in BACKWARDS[name].items():
+                if thorough or not suffix:
+                    add_backward(name, side + suffix, wrt, scaling, dtype)
+                if thorough and aligned and dtype == "fp32":
+                    add_backward(name, f"{side}_to_16_bit", wrt, scaling, "bf16")
+        if not aligned and name != POLICY_ONLY:
+            chosen = launch._forward_plan(place(name, q_start=2), *asked)
+            add(f"{name}.forward_q_elsewhere", chosen.forward, chosen.segment)
+    for suffix, scaling in scalings.items() if aligned else ():
+        fused = functools.partial(launch_fused._fused_plan, place("kl_divergence", scaling))
+        chosen = fused(logits, ())
+        add(f"kl_divergence.fused{suffix}", *chosen.phases)
+        if dtype == "fp32":
+            add("kl_divergence.fused_to_16_bit", *fused(torch.bfloat16, ()).phases, 0, "bf16")
+        elif not suffix:
+            add("kl_divergence.fallback_gradient", chosen.fallback)
+    return specializations
