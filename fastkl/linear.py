@@ -197,10 +197,8 @@ def linear_token_stats(  # noqa: PLR0913
     _checks.tokens(tokens, hidden.shape[:-1], hidden.device)
     fields = ",".join(FIELDS[:2] if ref_hidden is None else FIELDS)
     request = StatisticsInputs(tokens.long(), fields, keeps_logits(inputs, recompute))
-    logprob, entropy, ref_logprob, kl, ref_kl, *_ = linear_statistics(inputs, request)
-    if ref_hidden is None:
-        return TokenStats(logprob, entropy, None, None, None)
-    return TokenStats(logprob, entropy, ref_logprob, kl, ref_kl)
+    found = linear_statistics(inputs, request)
+    return TokenStats(*found[:2], *((None,) * 3 if ref_hidden is None else found[2:5]))
 
 
 def linear_kl_divergence(  # noqa: PLR0913
