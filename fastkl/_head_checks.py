@@ -91,7 +91,7 @@ def head(
                 f"{names.bias}: expected one entry per row of {names.weight}, "
                 f"({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias"
             )
-    for other, value in ((names.weight, weight), (names.bias, bias)):
+    for other, value in zip((names.weight, names.bias), (weight, bias), strict=True):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(
                 f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert "
@@ -155,7 +155,7 @@ def softcap(value: float | None, name: str = "softcap") -> None:
         number(name, what, value, "pass the final_logit_softcapping of the model's config")
 
 
-def number(name: str, what: str, value: float, remedy: str) -> None:
+def number(name: str, what: str, value: float, remedy: str = "pass numbers nearer to 1") -> None:
     """Check for a number within 2^-126 … 2^126, the range of temperatures."""
     what = f"{name}: expected {what} within 2^-126 … 2^126, got"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -187,11 +187,11 @@ def recompute(value: bool | None) -> None:
         )
 
 
-def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
-    """Check for None, the default or float32; for float64 inputs only None or float64."""
+def logits_dtype(value: torch.dtype, default: torch.dtype) -> None:
+    """Check for the default or float32; for float64 inputs only for float64."""
     float_type("logits_dtype", value)
     allowed = {default} if default == torch.float64 else {default, torch.float32}
-    if value is not None and value not in allowed:
+    if value not in allowed:
         raise ValueError(
             f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these "
             f"inputs, got {value}; convert the inputs with .to() for logits of another type"

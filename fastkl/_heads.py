@@ -103,14 +103,16 @@ def prepare(
     (hidden, *_), (ref_hidden, *_) = models
     logits_dtype = hidden.dtype
     if given.ref_hidden is not None or reference_required:
-        own_bias = inherits or isinstance(ref_weight, Head)
-        _head_checks.second_head(models[0], models[1], names, own_bias)
+        _head_checks.second_head(
+            models[0], models[1], names, own_bias=inherits or isinstance(ref_weight, Head)
+        )
         logits_dtype = hidden.dtype if ref_hidden.dtype == hidden.dtype else torch.float32
     scales = _scales(heads, given, hidden)
     _checks.mask(given.mask, hidden.shape[:-1], hidden.device)
     _head_checks.chunk_size(given.chunk_size)
     _head_checks.recompute(given.recompute)
-    _head_checks.logits_dtype(given.logits_dtype, logits_dtype)
+    if given.logits_dtype is not None:
+        _head_checks.logits_dtype(given.logits_dtype, logits_dtype)
     engine = (
         backend.select(hidden, read_rows=False)
         if ref_hidden is None
@@ -124,8 +126,9 @@ def prepare(
     dtype = result_dtype(hidden)
     temperatures, temperature = per_token(first.divisor(dtype))
     ratios, ratio = per_token(second.ratio_to(first, dtype))
-    what = "the quotient of both models' temperature / logit_scale"
-    _head_checks.number("ref_temperature", what, ratio, "pass numbers nearer to 1")
+    if ratio != 1:
+        what = "the quotient of both models' temperature / logit_scale"
+        _head_checks.number("ref_temperature", what, ratio)
     return LinearInputs._make(
         (
             *policy,
@@ -148,8 +151,13 @@ def prepare(
 
 def learning(inputs: LinearInputs) -> str:
     """Return the names of the tensors that require gradient, comma-separated."""
-    tensors = zip(SIX, inputs[:6] if torch.is_grad_enabled() else (), strict=False)
-    return ",".join([name for name, value in tensors if value is not None and value.requires_grad])
+    return ",".join(
+        [
+            name
+            for name, value in zip(SIX, inputs[:6], strict=True)
+            if value is not None and value.requires_grad and torch.is_grad_enabled()
+        ]
+    )
 
 
 def keeps_logits(inputs: LinearInputs, recompute: bool | None) -> bool:
@@ -162,9 +170,8 @@ def keeps_logits(inputs: LinearInputs, recompute: bool | None) -> bool:
         return False
     if recompute is False or torch.compiler.is_exporting():
         return recompute is False
-    models = 1 if inputs.ref_hidden is None else 2
-    logits = models * inputs.hidden.shape[:-1].numel() * inputs.weight.shape[0]
-    return logits * inputs.logits_dtype.itemsize <= LARGEST_KEPT
+    rows = inputs.hidden.shape[:-1].numel() * (1 if inputs.ref_hidden is None else 2)
+    return rows * inputs.weight.shape[0] * inputs.logits_dtype.itemsize <= LARGEST_KEPT
 
 
 def _head(prefix: str, weight: Any, bias: torch.Tensor | None, softcap: float | None) -> Head:
@@ -226,34 +233,30 @@ def _in_range(value: Any) -> Any:
 
 def _scales(heads: tuple[Head, Head], given: Given, hidden: torch.Tensor) -> list[_Scale]:
     """Check both temperatures, and that their quotients with the heads' numbers fit float32."""
-    temperature, ref_temperature = given.temperature, given.ref_temperature
-    _checks.temperature(temperature, hidden.shape[:-1], hidden.device)
-    if ref_temperature is None:
-        ref_temperature = temperature
-    else:
-        _checks.temperature(ref_temperature, hidden.shape[:-1], hidden.device, "ref_temperature")
-    scales = []
+    _checks.temperature(given.temperature, hidden.shape[:-1], hidden.device)
+    second = given.temperature if given.ref_temperature is None else given.ref_temperature
+    if second is not given.temperature:
+        _checks.temperature(second, hidden.shape[:-1], hidden.device, "ref_temperature")
     ref_head = heads[0] if given.ref_hidden is None else heads[1]
-    for name, head, divisor in (
-        ("weight", heads[0], temperature),
-        ("ref_weight", ref_head, ref_temperature),
-    ):
-        scale = _Scale(float(head.softcap or 0.0), float(head.logit_scale), divisor)
-        scales.append(scale)
-        for what, value in (("softcap", scale.softcap or 1.0), ("temperature", divisor)):
+    scales = [
+        _Scale(float(head.softcap or 0.0), float(head.logit_scale), temperature)
+        for head, temperature in ((heads[0], given.temperature), (ref_head, second))
+    ]
+    for name, scale in zip(("weight", "ref_weight"), scales, strict=True):
+        for what, value in (("softcap", scale.softcap or 1.0), ("temperature", scale.temperature)):
             if scale.factor != 1 and not isinstance(value, torch.Tensor):
-                _head_checks.number(
-                    f"{name}.logit_scale",
-                    f"{what} / logit_scale",
-                    value / scale.factor,
-                    "pass numbers nearer to 1",
-                )
+                what, quotient = f"{what} / logit_scale", value / scale.factor
+                _head_checks.number(f"{name}.logit_scale", what, quotient)
     return scales
 
 
 def _autocast(value: Any) -> Any:
     """Cast as F.linear under autocast: float32 and 16-bit tensors to the autocast type."""
-    tensor = isinstance(value, torch.Tensor) and value.device.type in _AUTOCAST_DEVICES
-    if tensor and value.is_floating_point() and value.dtype != torch.float64:
+    if (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.dtype != torch.float64
+        and value.device.type in _AUTOCAST_DEVICES
+    ):
         return value.to(torch.get_autocast_dtype(value.device.type))
     return value

@@ -5,7 +5,6 @@ sums of gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -174,19 +173,11 @@ def row_width(vocabulary: int) -> int:
     return -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
 
 
-class Plan(NamedTuple):
-    """Tokens of one GEMM: chunk for the one that computes logits, window for those from the
-    gradients of logits.
-    """
-
-    chunk: int
-    window: int
-
-
 def plan(
     heads: Sequence[ChunkedHead], chunk_size: int | None, taking_part: Sequence[ChunkedHead]
-) -> Plan:
-    """Plan from the shapes, the types and a fixed bound on memory.
+) -> tuple[int, int]:
+    """Return (chunk, window), the tokens of one GEMM that computes logits, and of one from the
+    gradients of logits, from the shapes, the types and a fixed bound on memory.
 
     heads: those of forward; taking_part: those of backward. The chunk is that of forward even if a
     head has no gradient, so that recomputed logits have the same bits. One window takes all tokens
@@ -199,26 +190,26 @@ def plan(
     sums = {head.grad_weight for head in taking_part if head.grad_weight is not None}
     if chunk_size is not None:
         chunk = max(1, min(chunk_size, LARGEST_CHUNK, tokens))
-        return Plan(chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk) if sums else chunk)
+        return chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk) if sums else chunk
     # Half of the workspace is for chunks of logits; with a weight's sum, the window takes the rest.
-    entry_bytes = sum([head.logits_dtype.itemsize for head in heads])
-    chunk = min(workspace // 2 // (vocabulary * entry_bytes), LARGEST_CHUNK)
+    row_bytes = vocabulary * heads[0].logits_dtype.itemsize
+    chunk = min(workspace // 2 // (row_bytes * len(heads)), LARGEST_CHUNK)
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
     waiting = [head for head in taking_part if head.learns and not head.overwrites]
     if not (waiting and sums):
-        return Plan(chunk, chunk if waiting else max(chunk, tokens))
+        return chunk, chunk if waiting else max(chunk, tokens)
     gradients = vocabulary * sum([head.hidden.dtype.itemsize for head in waiting])
-    buffered = [head.logits_dtype.itemsize for head in taking_part if head.buffered]
-    chunks, extra = chunk * vocabulary * sum(buffered), sum([each.extra_bytes for each in sums])
+    chunks = chunk * row_bytes * sum([head.buffered for head in taking_part])
+    extra = sum([each.extra_bytes for each in sums])
     window = (max(workspace, extra // 2) - chunks) // gradients
     window = _cut(tokens, max(chunk, window // chunk * chunk), chunk)
     if not all([each.spared_bytes for each in sums]):
-        return Plan(chunk, window)
+        return chunk, window
     # Several windows: each sum is rounded after the last. One: its GEMMs' results lie beside it.
     returned = [each.like.nbytes for each in sums]
     several = extra + max(window * gradients + chunks, *returned)
     one = tokens * gradients + max(chunks, sum(returned))
-    return Plan(chunk, max(tokens, window) if one <= several else window)
+    return chunk, max(tokens, window) if one <= several else window
 
 
 def _cut(tokens: int, largest: int, unit: int) -> int:

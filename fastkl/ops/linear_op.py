@@ -4,6 +4,7 @@ autograd rules; linear_sum_op.py defines the third.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -108,9 +109,9 @@ def _statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
     to a cache line]; else None.
     """
     leading, kept = inputs.hidden.shape[:-1], _kept_logits(inputs, request)
-    found, saved = inputs.heads(request.tokens).forward(wanted(request.fields), kept)
+    found = inputs.heads(request.tokens).forward(wanted(request.fields), kept)
     fields = [found[name].view(leading) if name in found else None for name in FIELDS]
-    return *fields, saved.view(*leading, SAVED), *kept
+    return *fields, found["saved"].view(*leading, SAVED), *kept
 
 
 def _fake_statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
@@ -118,9 +119,10 @@ def _fake_statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs
 
 
 def _kept_logits(inputs: LinearInputs, request: StatisticsInputs) -> list[Tensor | None]:
-    width = row_width(inputs.weight.shape[0])
     return [
-        states.new_empty((*states.shape[:-1], width), dtype=inputs.logits_dtype)
+        states.new_empty(
+            (*states.shape[:-1], row_width(inputs.weight.shape[0])), dtype=inputs.logits_dtype
+        )
         if request.keep and states is not None
         else None
         for states in (inputs.hidden, inputs.ref_hidden)
@@ -136,8 +138,9 @@ def _gradients(inputs: LinearInputs, request: GradientInputs, overwrite: bool = 
     upstream = {name: flat(value) for name, value in request.upstream.items()}
     saved = request.saved.reshape(-1, SAVED).contiguous()
     kept, wrt = (request.logits, request.ref_logits), wanted(request.wrt)
-    heads = inputs.heads(request.tokens)
-    return in_their_types(inputs, heads.backward(saved, upstream, wrt, kept, overwrite), wrt)
+    # Hold no heads: they hold the sums, which in_their_types frees.
+    found = inputs.heads(request.tokens).backward(saved, upstream, wrt, kept, overwrite)
+    return in_their_types(inputs, found, wrt)
 
 
 def _fake_gradients(inputs: LinearInputs, request: GradientInputs) -> Outputs:
@@ -191,11 +194,6 @@ def returned(gradients: dict[str, Tensor | None], request: type[tuple[Any, ...]]
     return tuple([gradients.get(name) for name in names])
 
 
-def requested_names(ctx: Any) -> list[str]:
-    """Return the names of the six tensors that need a gradient."""
-    return [name for name, needed in zip(SIX, ctx.needs_input_grad, strict=False) if needed]
-
-
 def _moved_by(name: str, inputs: LinearInputs) -> tuple[str, ...]:
     """Return the fields that depend on a tensor."""
     if name == "weight" and inputs.ref_hidden is not None and inputs.ref_weight is None:
@@ -209,11 +207,15 @@ def _save_for_backward(
     inputs, request = groups
     refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
     saved, *kept = output[len(FIELDS) :]
-    kept = kept if request.keep else [None, None]
+    kept = kept if request.keep else [None, None]  # the op's tensors would be empty
     save_tensors(ctx, *inputs[:9], request.tokens, saved, *kept)
     ctx.settings = inputs[9:]
     ctx.may_overwrite, ctx.overwritten = hasattr(ctx, "eager"), False
-    moved = {field for name in requested_names(ctx) for field in _moved_by(name, inputs)}
+    moved = {
+        field
+        for name in itertools.compress(SIX, ctx.needs_input_grad)
+        for field in _moved_by(name, inputs)
+    }
     mark_constant(ctx, output, request.fields, "logprob" in moved, "ref_logprob" in moved)
 
 
@@ -223,7 +225,11 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     inputs, g_fields = LinearInputs(*nine, *ctx.settings), upstream[: len(FIELDS)]
     fields = {name for name, value in zip(FIELDS, g_fields, strict=True) if value is not None}
     # Skip zero gradients: log-probs of the reference do not depend on the policy.
-    names = [name for name in requested_names(ctx) if fields.intersection(_moved_by(name, inputs))]
+    names = [
+        name
+        for name in itertools.compress(SIX, ctx.needs_input_grad)
+        if fields.intersection(_moved_by(name, inputs))
+    ]
     if not names:
         return returned({}, StatisticsInputs)
     if ctx.overwritten:
@@ -261,8 +267,8 @@ def flops(
     products = logits + on_policy * (("hidden" in names) + ("weight" in names))
     ref_weight = "weight" if inputs.ref_weight is None else "ref_weight"
     ref_products = logits + ("ref_hidden" in names) + (ref_weight in names)
-    on_reference = not set(REFERENCE_FIELDS).isdisjoint(fields)
-    return int(policy * products + reference * on_reference * ref_products)
+    ref_products *= not set(REFERENCE_FIELDS).isdisjoint(fields)
+    return int(policy * products + reference * ref_products)
 
 
 linear_statistics = DualOp(

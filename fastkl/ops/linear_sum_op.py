@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from .linear_op import (
     empty_gradients,
     flops,
     in_their_types,
-    requested_names,
     returned,
 )
 from .row_op import (
@@ -57,7 +57,7 @@ def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
     unit = weights.new_ones(())
     gradients: dict[str, Tensor] = {}
     if not wrt:
-        kl = inputs.heads(None).forward(("kl",))[0]["kl"]
+        kl = inputs.heads(None).forward(("kl",))["kl"]
     else:
         if inputs.hidden.dtype == torch.float16 or (
             ref_hidden is not None and ref_hidden.dtype == torch.float16
@@ -72,9 +72,8 @@ def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
 
 
 def _fake_weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
-    weights = request.weights
-    gradients = empty_gradients(inputs, request.wrt, wide=torch.float16)
-    return weights.new_empty(()), torch.empty_like(weights), weights.new_empty(()), *gradients
+    total, kl = request.weights.new_empty(()), torch.empty_like(request.weights)
+    return total, kl, total.clone(), *empty_gradients(inputs, request.wrt, wide=torch.float16)
 
 
 def _scaled(inputs: ScaledInputs) -> Tensor:
@@ -119,22 +118,24 @@ def _inverse_loss_scale(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, .
 def _save_gradients(ctx: Any, groups: tuple[LinearInputs, SumInputs], output: Outputs) -> None:
     inputs, request = groups
     _, kl, unit, *gradients = output
-    ctx.names, ctx.requested = wanted(request.wrt), requested_names(ctx)
+    ctx.names, ctx.requested = wanted(request.wrt), [*compress(SIX, ctx.needs_input_grad)]
     ctx.weighs = ctx.needs_input_grad[len(inputs)]
     refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
-    missing = [name for name in ctx.requested if name not in ctx.names]
-    if missing:
+    if not set(ctx.requested).issubset(ctx.names):
+        missing = [name for name in ctx.requested if name not in ctx.names]
         raise RuntimeError(
             f"{', '.join(missing)}: expected to be known to require gradient when the value is "
             f"computed, since the gradient is computed with it; torch.vmap hides that, and "
             f"torch.export, make_fx and torch.jit.trace keep what the example inputs required: use "
             f"reduction='none' there, or trace with inputs that require gradient"
         )
-    tensors: Any = inputs[:6]
-    ctx.types = [value.dtype for name, value in zip(SIX, tensors, strict=True) if name in ctx.names]
+    ctx.types, kept = [], []
     # Save only requested gradients: checkpoints count saved tensors, and the op's empty tensor is
     # None in eager mode.
-    kept = [value for name, value in zip(SIX, gradients, strict=True) if name in ctx.names]
+    for name, tensor, gradient in zip(SIX, inputs[:6], gradients, strict=True):
+        if tensor is not None and name in ctx.names:
+            ctx.types.append(tensor.dtype)
+            kept.append(gradient)
     ctx.save_for_backward(kl if ctx.weighs else None, unit, *kept)
     ctx.mark_non_differentiable(*[value for value in output[1:] if value is not None])
     ctx.set_materialize_grads(False)

@@ -67,8 +67,8 @@ class ChunkedHeads:
 
     def forward(
         self, fields: Sequence[str], keep: Sequence[torch.Tensor | None] = ()
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return ({field: [N]}, saved [N, SAVED]): one GEMM for each head.
+    ) -> dict[str, torch.Tensor]:
+        """Return {field: [N]} and "saved" [N, SAVED]: one GEMM for each head.
 
         keep: memory for all logits of each head, [..., at least V] in padded rows; none: only a
         chunk of logits exists at a time.
@@ -77,9 +77,8 @@ class ChunkedHeads:
             if memory is not None:
                 head.keep(memory, filled=False)
         states = self.all[0].hidden
-        count, dtype = len(states), result_dtype(states)
-        outputs = {name: states.new_empty(count, dtype=dtype) for name in fields}
-        saved = states.new_empty(count, SAVED, dtype=dtype)
+        saved = states.new_empty(len(states), SAVED, dtype=result_dtype(states))
+        outputs = {name: saved.new_empty(len(states)) for name in fields}
         chunk, _ = plan(self.all, self.chunk_size, self.all)
         self._compute(
             self.all,
@@ -88,8 +87,7 @@ class ChunkedHeads:
                 args, rows_of_each(outputs, rows), saved[rows]
             ),
         )
-        outputs = {name: self._of_all(value) for name, value in outputs.items()}
-        return outputs, self._of_all(saved)
+        return self._of_all({**outputs, "saved": saved})
 
     def backward(
         self,
@@ -131,15 +129,17 @@ class ChunkedHeads:
                 args, kl[rows], saved[rows], weights[rows], *grads
             ),
         )
-        return self._of_all(kl), gradients
+        return self._of_all({"kl": kl})["kl"], gradients
 
-    def _of_all(self, value: torch.Tensor) -> torch.Tensor:
+    def _of_all(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return results of the tokens computed as those of all, 0 for the others."""
         if self.index is None:
-            return value
-        result = value.new_zeros(self.tokens, *value.shape[1:])
-        result[self.index] = value
-        return result
+            return values
+        found = {}
+        for name, value in values.items():
+            found[name] = value.new_zeros(self.tokens, *value.shape[1:])
+            found[name][self.index] = value
+        return found
 
     def _gradients(
         self, fields: Collection[str], wrt: Collection[str], engine: Callable[..., None]
@@ -168,16 +168,14 @@ class ChunkedHeads:
         heads = self.all[: 1 if set(REFERENCE_FIELDS).isdisjoint(fields) else 2]
         for head in heads:
             head.settle(reads_again="ref_kl" in fields and self.all[-1].learns)
-        chosen = plan(self.all, self.chunk_size, heads)
+        chunk, window = plan(self.all, self.chunk_size, heads)
         for total in sums.values():
-            if total.spared_bytes and chosen.window >= len(self.all[0].hidden):
+            if total.spared_bytes and window >= len(self.all[0].hidden):
                 # Let the only GEMM round to the gradient's dtype.
                 total.dtype = total.like.dtype
-        self._compute(heads, chosen, engine)
-        results = {name: self._of_all(value) for name, value in hidden.items()}
-        return results | {
-            name: value.total for name, value in sums.items() if value.total is not None
-        }
+        self._compute(heads, (chunk, window), engine)
+        totals = {name: each.total for name, each in sums.items() if each.total is not None}
+        return self._of_all(hidden) | totals
 
     def _compute(
         self, heads: Sequence[ChunkedHead], lengths: tuple[int, int], engine: Callable[..., None]
@@ -196,18 +194,15 @@ class ChunkedHeads:
                 for head in heads:
                     head.open(tokens, self.args.mask)
                 for first in range(start, tokens.stop, chunk):
-                    rows = slice(first, min(first + chunk, tokens.stop))
-                    engine(rows, *self._chunk(heads, rows))
+                    rows, q, grad_q = slice(first, min(first + chunk, tokens.stop)), None, None
+                    p, grad_p = heads[0].logits_and_gradient(rows)
+                    if len(heads) > 1:
+                        q, grad_q = heads[1].logits_and_gradient(rows)
+                    engine(rows, self.args.at(rows, p, q), grad_p, grad_q)
+                    del p, q, grad_p, grad_q
                 if tokens.stop == len(hidden):
                     # Free the buffers: a GEMM's result may use their memory.
                     for head in heads:
                         head.logits = None
                 for head in heads:
                     head.close(tokens)
-
-    def _chunk(
-        self, heads: Sequence[ChunkedHead], rows: slice
-    ) -> tuple[RowArgs, torch.Tensor | None, torch.Tensor | None]:
-        p, grad_p = heads[0].logits_and_gradient(rows)
-        q, grad_q = heads[1].logits_and_gradient(rows) if len(heads) > 1 else (None, None)
-        return self.args.at(rows, p, q), grad_p, grad_q

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastkl import _heads
-from fastkl.ops import chunks, gemm, linear_sum_op, lm_head, row_blocks
+from fastkl.ops import chunks, gemm, linear_sum_op, row_blocks
 
 LARGEST_KEPT = _heads.LARGEST_KEPT
 
@@ -28,35 +28,36 @@ def tuned(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
 
 def heads_on_meta(
     n: int, h: int, v: int, trainable: tuple[bool, bool], logits_dtype: torch.dtype = torch.bfloat16
-) -> list[lm_head.ChunkedHead]:
+) -> list[chunks.ChunkedHead]:
     """Make the policy's bfloat16 head and the reference's of any size, which take no memory."""
     made = []
     for learns in trainable:
         hidden, weight = (torch.empty(k, h, dtype=torch.bfloat16, device="meta") for k in (n, v))
-        head = lm_head.ChunkedHead(hidden, weight, None, logits_dtype)
+        head = chunks.ChunkedHead(hidden, weight, None, logits_dtype)
         if learns:
             head.grad_hidden = torch.empty_like(hidden)
             head.grad_weight, head.learns = chunks.Sum(weight), True
+            head.grad_weight.heads = 1
         head.settle(reads_again=False)
         made.append(head)
     return made
 
 
-def planned(heads: list[lm_head.ChunkedHead], chunk_size: int | None = None, *rest) -> chunks.Plan:
-    return chunks.plan(heads[0].hidden.shape[0], heads, chunk_size, *rest)
+def planned(heads, chunk_size: int | None = None, taking_part=None) -> tuple[int, int]:
+    return chunks.plan(heads, chunk_size, taking_part or heads)
 
 
-def workspace(heads: list[lm_head.ChunkedHead]) -> int:
+def workspace(heads: list[chunks.ChunkedHead]) -> int:
     """Compute linear_token_stats' docstring's formula. Rows are padded to whole lines."""
-    chosen, total = planned(heads), 0
+    (chunk, window), total = planned(heads), 0
     vocabulary = chunks.row_width(heads[0].weight.shape[0])
     for head in heads:
         if head.learns:
-            total += chosen.window * vocabulary * head.hidden.dtype.itemsize
+            total += window * vocabulary * head.hidden.dtype.itemsize
         if not head.learns or head.logits_dtype != head.hidden.dtype:
-            total += chosen.chunk * vocabulary * head.logits_dtype.itemsize
+            total += chunk * vocabulary * head.logits_dtype.itemsize
         if head.grad_weight is not None:
-            one_product = chosen.window >= head.hidden.shape[0]
+            one_product = window >= head.hidden.shape[0]
             spared = head.grad_weight.spared_bytes if one_product else 0
             total += head.grad_weight.extra_bytes - spared
     return total

@@ -86,7 +86,7 @@ def test_peak_memory(logits_dtype, n, one_product) -> None:
     assert loss[0] <= workspace(frozen) + slack
     peak = memory.allocated("cuda", lambda: step(given, **settings))[0]
     assert peak <= workspace(learning) + 2 * (n * h + v * h) + slack
-    assert (planned(learning).window == n) == one_product
+    assert (planned(learning)[1] == n) == one_product
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
