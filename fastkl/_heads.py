@@ -80,8 +80,6 @@ def prepare(
     swapped: exchange policy and reference.
     """
     weight, ref_weight = given.weight, given.ref_weight
-    if given.ref_hidden is None and not reference_required:
-        _head_checks.no_reference(ref_weight, given.ref_bias, given.ref_temperature)
     inherits = given.ref_hidden is not None and ref_weight is None and isinstance(weight, Head)
     heads = (
         _head("", weight, given.bias, given.softcap),
@@ -102,7 +100,9 @@ def prepare(
     _head_checks.head(names[0], *models[0])
     (hidden, *_), (ref_hidden, *_) = models
     logits_dtype = hidden.dtype
-    if given.ref_hidden is not None or reference_required:
+    if given.ref_hidden is None and not reference_required:
+        _head_checks.no_reference(ref_weight, given.ref_bias, given.ref_temperature)
+    else:
         _head_checks.second_head(
             models[0], models[1], names, own_bias=inherits or isinstance(ref_weight, Head)
         )
