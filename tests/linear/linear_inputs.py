@@ -68,6 +68,10 @@ class Case:
     def without(self, *names: str) -> "Case":
         return self.but(tensors={k: v for k, v in self.tensors.items() if k not in names})
 
+    def weighted(self) -> "Case":
+        """Leave the tokens' weights to the calls that take them."""
+        return self if self.reduction in ("sum", "mean") else self.without("weights")
+
 
 def models(
     kind: str,
@@ -136,18 +140,16 @@ def small_case(call: str, dtype: torch.dtype = torch.float32, **changes) -> Case
     leading, sizes = changes.pop("leading", (5,)), changes.pop("sizes", {})
     tokens = torch.arange(math.prod(leading)).reshape(leading) % 17
     case = Case(small(leading, **sizes), call, tokens=tokens, **{"chunk_size": 2, **changes})
-    return (case if call in ("sum", "mean") else case.without("weights")).typed(dtype)
+    return case.weighted().typed(dtype)
 
 
-# Views of other memory, some among NaN: the least dimensions, and how the same numbers lie so. The
-# last one is for tokens that are equal.
+# Views of other memory, some among NaN: the least dimensions, and how the same numbers lie so.
 LAYOUTS = {
     "without the last": (2, lambda value: F.pad(value, (0, 0, 0, 1), value=math.nan)[..., :-1, :]),
     "gap": (2, lambda value: F.pad(value, (1, 2), value=math.nan)[..., 1:-2]),
     "every other": (1, lambda value: value.repeat_interleave(2, -1)[..., ::2]),
     "transposed": (2, lambda value: value.mT.contiguous().mT),
     "time first": (3, lambda value: value.transpose(0, 1).contiguous().transpose(0, 1)),
-    "expanded": (3, lambda value: value[:, :1].expand_as(value)),
 }
 
 
