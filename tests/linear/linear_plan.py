@@ -52,12 +52,10 @@ def workspace(heads: list[chunks.ChunkedHead]) -> int:
     (chunk, window), total = planned(heads), 0
     vocabulary = chunks.row_width(heads[0].weight.shape[0])
     for head in heads:
-        if head.learns:
-            total += window * vocabulary * head.hidden.dtype.itemsize
-        if not head.learns or head.logits_dtype != head.hidden.dtype:
-            total += chunk * vocabulary * head.logits_dtype.itemsize
+        wide = not head.learns or head.logits_dtype != head.hidden.dtype
+        total += wide * chunk * vocabulary * head.logits_dtype.itemsize
         if head.grad_weight is not None:
+            total += window * vocabulary * head.hidden.dtype.itemsize
             one_product = window >= head.hidden.shape[0]
-            spared = head.grad_weight.spared_bytes if one_product else 0
-            total += head.grad_weight.extra_bytes - spared
+            total += head.grad_weight.extra_bytes - one_product * head.grad_weight.spared_bytes
     return total
