@@ -10,8 +10,7 @@ import linear_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_inputs import CALLS, FIELDS, INPUTS, Case, few, leaves, models, small, small_case
-from linear_plan import tuned
+from linear_inputs import CALLS, FIELDS, INPUTS, Case, few, leaves, models, small, small_case, tuned
 
 # Sizes of the noise between the models' logits: a KL of 1e-3, from there to 10 over the tokens of a
 # batch, and 10.

@@ -196,7 +196,6 @@ def test_wrong_arguments(call, name, changes, error, words) -> None:
 
 
 def test_ids_and_types_that_depend_on_the_backend(implementation) -> None:
-    """Ids out of range are an error on the reference, NaN on a GPU; float64 is the reference's."""
     given = right(implementation.device)
     wide = {name: value.double() for name, value in given.items()}
     outside = given | {"tokens": torch.full(LEADING, V, device=implementation.device)}

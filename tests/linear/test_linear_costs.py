@@ -11,7 +11,7 @@ import linear_inputs
 import memory
 import pytest
 import torch
-from linear_plan import heads_on_meta, planned, tuned, workspace
+from linear_inputs import heads_on_meta, planned, tuned, workspace
 from test_linear import BF16, FP32, with_heads
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -138,7 +138,6 @@ def test_products_of_policy_fields(implementation, learned, expected, reference,
 
 
 def test_products_of_reference_fields(implementation) -> None:
-    """Log-probs of the reference move nothing of the policy, even where both share a weight."""
     made = tensors(implementation.device, learned="hidden,weight,ref_hidden", shared=True)
     call = functools.partial(stats, made, ("ref_logprob",), recompute=True)
     assert_products(call, {name: made[name] for name in ("weight", "ref_hidden")}, 2, 4, 4)

@@ -7,8 +7,7 @@ import linear_cases
 import memory
 import pytest
 import torch
-from linear_inputs import Case, leaves, small_case
-from linear_plan import heads_on_meta, planned, workspace
+from linear_inputs import Case, heads_on_meta, leaves, planned, small_case, workspace
 from test_linear_costs import step, tensors
 
 import fastkl

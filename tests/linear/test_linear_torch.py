@@ -3,6 +3,7 @@ recompute=, which changes no bit; and the bytes held for backward.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import linear_cases
@@ -10,8 +11,7 @@ import memory
 import pytest
 import torch
 from cases import HAS_CPP
-from linear_inputs import FIELDS, INPUTS, Case, leaves, small_case
-from linear_plan import LARGEST_KEPT, tuned
+from linear_inputs import FIELDS, INPUTS, LARGEST_KEPT, Case, leaves, small_case, tuned
 from test_linear_costs import CHUNK, H, N, V, count
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import (
@@ -89,9 +89,6 @@ def test_a_retained_graph(implementation, name, way) -> None:
     "name, compiler", [*((name, "aot_eager") for name in NAMES), ("none", "inductor")]
 )
 def test_one_graph_for_every_length(implementation, name, compiler) -> None:
-    """fullgraph=True with dynamic=True works, forward and backward, and gives eager's bits for
-    every number of tokens, whether they fit into one chunk or not.
-    """
     if compiler == "inductor" and implementation.device == "cpu" and not HAS_CPP:
         pytest.skip("inductor needs a C++ compiler on CPU")
     counter, graphs = CompileCounterWithBackend(compiler), []
@@ -230,61 +227,50 @@ def test_a_failed_backward_leaves_no_wrong_logits(monkeypatch) -> None:
 
 # ---- what is held between forward and backward
 
-
-def sized(implementation, name: str, learns: tuple[str, ...], dtype=torch.float32) -> tuple:
-    tokens, vocabulary = (4, 64) if implementation.interpreted else (32, 512)
-    sizes = {"sizes": {"vocabulary": vocabulary, "width": 8, "ref_width": 6}}
-    plain = {"temperature": 1.0, "ref_temperature": None, "heads": (None, None)}
-    case = made(name, (tokens,), dtype=dtype, trainable=learns, **plain, **sizes)
-    vectors = {name: getattr(case, name).to(implementation.device) for name in ("mask", "tokens")}
-    inputs = leaves(case, device=implementation.device)
-    return functools.partial(linear_cases.call, case.but(**vectors)), inputs, vectors
+FP32, HELD = torch.float32, (("hidden",), ("hidden", "weight"), ("ref_hidden",), INPUTS)
+HALVES = torch.bfloat16, torch.float16
 
 
-def held(call: Callable, inputs: dict, vectors: dict) -> int:
-    saved = memory.saved(lambda: call(inputs))
-    for value in (*inputs.values(), *vectors.values()):
-        saved.pop(value.untyped_storage().data_ptr(), None)
-    return sum(saved.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("learns", [("hidden",), ("hidden", "weight"), ("ref_hidden",), INPUTS])
-@pytest.mark.parametrize("name", ["mean", "sum", "penalty"])
-def test_bytes_saved_for_a_scalar(implementation, name, learns, dtype) -> None:
-    """One tensor like each input that requires grad, in float32 for a float16 head, and none of the
-    hidden states and weights themselves.
+@pytest.mark.parametrize(
+    "name, learns, dtype",
+    [
+        *itertools.product(NAMES, (INPUTS,), (FP32,)),
+        ("stats", HELD[0], FP32),
+        *itertools.product(("mean", "penalty"), HELD[:3], (FP32,)),
+        *itertools.product(("mean", "sum", "penalty"), HELD, HALVES),
+    ],
+)
+def test_bytes_left(implementation, name, learns, dtype) -> None:
+    """While the results live, nothing is left allocated but they and what is saved: 40 bytes per
+    token for any upstream gradient, and of the vocabulary's size only kept logits, else a gradient
+    like each input, in float32 for a float16 head, and none of the inputs; under activation
+    checkpointing, nothing but the results.
     """
-    call, inputs, vectors = sized(implementation, name, learns, dtype)
-    heads = {inputs[key].untyped_storage().data_ptr() for key in INPUTS[:6]}
-    assert not heads & set(memory.saved(lambda: call(inputs)))
-    gradients = sum(
+    tokens, vocabulary = (4, 64) if implementation.interpreted else (32, 512)
+    options = {"sizes": {"vocabulary": vocabulary, "width": 8, "ref_width": 6}, "dtype": dtype}
+    options |= {"temperature": 1.0, "ref_temperature": None, "heads": (None, None)}
+    case, device = made(name, (tokens,), trainable=learns, **options), implementation.device
+    vectors = {key: getattr(case, key).to(device) for key in ("mask", "tokens")}
+    inputs = leaves(case, device=device)
+    call = functools.partial(linear_cases.call, case.but(**vectors))
+    saved = memory.saved(lambda: call(inputs))
+    heads, others = (
+        sum(saved.pop(value.untyped_storage().data_ptr(), 0) for value in some.values())
+        for some in (inputs, vectors)
+    )
+    expected = sum(
         value.numel() * (4 if dtype == torch.float16 and "hidden" not in key else value.itemsize)
         for key, value in inputs.items()
         if key in learns
     )
-    more = held(call, inputs, vectors) - gradients
-    assert 0 <= more <= 16 + 4 * len(inputs["hidden"])  # a count, weights
-
-
-@pytest.mark.parametrize(
-    "name, learns",
-    [*((name, INPUTS) for name in NAMES), ("mean", INPUTS[:1]), ("stats", INPUTS[:1])],
-)
-def test_bytes_left(implementation, name, learns) -> None:
-    """While the results live, nothing is left allocated but they and what is saved: 40 bytes per
-    token for any upstream gradient, and of the vocabulary's size only kept logits, else a gradient
-    like each input; under activation checkpointing, nothing but the results.
-    """
-    call, inputs, vectors = sized(implementation, name, learns)
-    device, tokens = implementation.device, len(inputs["hidden"])
+    if name in ("none", "stats"):
+        expected = tokens * (40 + (2 * 4 * vocabulary if name == "stats" else 0))
+        assert sum(saved.values()) == expected
+    else:  # besides: a count, weights
+        assert not heads and expected <= sum(saved.values()) + others <= expected + 16 + 4 * tokens
     results = {"none": 4 * tokens, "stats": 20 * tokens}.get(name, 64)
     results += 512 * 16 if device == "cuda" else 0  # the GPU allocator's rounding
-    saved = sum(value.nbytes for key, value in inputs.items() if key in learns)
-    if name in ("none", "stats"):
-        saved = tokens * (40 + (2 * 4 * len(inputs["weight"]) if name == "stats" else 0))
-        assert held(call, inputs, vectors) == saved
-    assert memory.allocated(device, lambda: call(inputs))[1] <= results + saved
+    assert memory.allocated(device, lambda: call(inputs))[1] <= results + expected
 
     def unpacked(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(call(dict(zip(inputs, values, strict=True))).values())
