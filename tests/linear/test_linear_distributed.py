@@ -2,6 +2,7 @@
 on the whole batch.
 """
 
+import collections
 import contextlib
 import copy
 import datetime
@@ -11,7 +12,6 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -30,16 +30,9 @@ HALVES = slice(0, 2), slice(2, 4)
 SEQUENCES = (slice(0, 1), slice(1, 2)), (slice(2, 3), slice(3, 4))
 
 
-class Batch(NamedTuple):
-    """Arguments of forward. The reference's hidden states and lm_head are data here: nothing learns
-    through them.
-    """
-
-    x: torch.Tensor
-    ref_hidden: torch.Tensor
-    ref_weight: torch.Tensor
-    mask: torch.Tensor
-    weights: torch.Tensor
+# Arguments of forward. The reference's hidden states and lm_head are data here: nothing learns
+# through them.
+Batch = collections.namedtuple("Batch", "x, ref_hidden, ref_weight, mask, weights")
 
 
 def batch() -> Batch:

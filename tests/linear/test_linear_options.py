@@ -55,8 +55,9 @@ def calls(draw: st.DrawFn) -> Case:
     width = pick("H", *range(1, 10))
     ref_width = pick("H_ref", *range(1, 10)) if alone else width
     case = Case(small(leading, vocabulary, width, ref_width, seed), call, seed=seed)
-    if sharing == "same object":
-        case.tensors["ref_weight"] = case.tensors["weight"]
+    case.tensors["ref_weight"] = case.tensors[
+        "weight" if sharing == "same object" else "ref_weight"
+    ]
     removed = [*BIASES[pick("bias", *([*BIASES] if alone else ("both", "none")))]]
     heads = pick("heads", (None, None), ((2.0, 1.5), (None, 0.7)), ((1.5, 0.5), None))
     if sharing == "left out":
@@ -131,18 +132,17 @@ def test_autocast(implementation, call, half, way) -> None:
     few(implementation, half == torch.float16 and way == "eager")
     (compiled, inside), device = WAYS[way], implementation.device
     case = small_case(call, mask=torch.tensor([True, True, False, True, True]), softcap=5.0)
-    autocast = torch.autocast(device, dtype=half)
+    autocast, nothing = torch.autocast(device, dtype=half), contextlib.nullcontext()
 
     def cast(case: Case, inputs: dict) -> dict[str, torch.Tensor]:
-        with autocast if inside else contextlib.nullcontext():
+        with autocast if inside else nothing:
             return linear_cases.call(case, inputs)
 
     function = torch.compile(cast, fullgraph=True, backend="aot_eager") if compiled else cast
     for logits_dtype in (None, torch.float32):
         case = case.but(logits_dtype=logits_dtype)
-        inputs = leaves(case, device=device)
-        with contextlib.nullcontext() if inside else autocast:
-            values = function(case, inputs)
+        with nothing if inside else autocast:
+            inputs, values = linear_cases.run(case, device, function)
         result = linear_cases.differentiate(case, inputs, values)
         short = linear_cases.outcome(case.typed(half), device)
         linear_cases.assert_same(result, {name: value.float() for name, value in short.items()})
@@ -282,7 +282,6 @@ def test_scaled(implementation, dtype, result) -> None:
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap(implementation) -> None:
-    """A sum refuses to leave out a gradient that vmap hides from it, and one to the temperature."""
     tensors = small((3, 2), V, H, H)
     hidden, weight, ref = (
         tensors[name].to(implementation.device).requires_grad_()
@@ -296,8 +295,9 @@ def test_vmap(implementation) -> None:
 
     with pytest.raises(RuntimeError, match="^hidden.*: expected to be known.*reduction='none'"):
         torch.vmap(lambda states, second: kl(states, second, reduction="sum"))(hidden, ref)
-    with pytest.raises(RuntimeError, match="^temperature: expected a tensor without gradient"):
-        torch.vmap(kl)(hidden, ref, temperature)
+    for function in (kl, lambda p, _, t: fastkl.kl_divergence(p, p, temperature=t)):
+        with pytest.raises(RuntimeError, match="^temperature: expected a tensor without gradient"):
+            torch.vmap(function)(hidden, ref, temperature)
 
 
 class Loss(torch.nn.Module):
