@@ -80,7 +80,6 @@ def call(case: Case, inputs: dict[str, torch.Tensor], **more) -> dict[str, torch
 
 
 def run(case: Case, device: str, function: Callable = call, **more) -> tuple[dict, dict]:
-    """Return (inputs, fastkl's values) on a device."""
     inputs = leaves(case, device=device)
     return inputs, function(case, inputs, **more)
 

@@ -71,7 +71,6 @@ class Case:
         return self.but(tensors={k: v for k, v in self.tensors.items() if k not in names})
 
     def weighted(self) -> "Case":
-        """Leave the tokens' weights to the calls that take them."""
         return self if self.reduction in ("sum", "mean") else self.without("weights")
 
 
@@ -123,7 +122,6 @@ def small(
     ref_width: int = 4,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Draw all seven inputs, of two models that have nothing to do with each other."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "hidden": (*leading, width),
