@@ -218,8 +218,8 @@ def test_identical_models(implementation, call, dtype, copy) -> None:
         case.tensors[f"ref_{name}"] = value.clone() if copy in ("copy", "Heads") else value
     case = case.without("ref_weight") if copy == "left out" else case
     if copy == "Heads":
-        divisors = (torch.linspace(0.5, 2.0, 5) for _ in range(2))
-        divisors = dict(zip(("temperature", "ref_temperature"), divisors, strict=True))
+        first, second = (torch.linspace(0.5, 2.0, 5) for _ in range(2))
+        divisors = {"temperature": first, "ref_temperature": second}
         case = case.but(heads=((3.0, 0.3),) * 2, softcap=None, **divisors)
     result = linear_cases.outcome(case, implementation.device)
     different = {name for name, value in result.items() if bool(value.any())}
