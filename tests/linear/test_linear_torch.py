@@ -297,16 +297,16 @@ VECTORS = ("mask", "temperature", "tokens")
 kinds = pytest.mark.parametrize("kind", ["none", "mean", "stats"])
 
 
-def on_gpu(kind: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Case:
+def on_gpu(kind: str, dtype=torch.bfloat16, seed: int = 0, device: str = "cuda") -> Case:
     sizes = {"vocabulary": 1003, "width": 64, "ref_width": 48, "seed": seed}
-    generator = torch.Generator("cuda").manual_seed(seed)
-    mask, temperature = torch.rand(2, 300, generator=generator, device="cuda")
+    generator = torch.Generator(device).manual_seed(seed)
+    mask, temperature = torch.rand(2, 300, generator=generator, device=device)
     return small_case(kind, dtype, leading=(300,), sizes=sizes, chunk_size=128, random=False).but(
         trainable=("hidden", "weight", "bias"),
         softcap=20.0 if kind == "none" else None,
         mask=mask < 0.8,
         temperature=temperature + 0.5,
-        tokens=torch.randint(1003, (300,), generator=generator, device="cuda"),
+        tokens=torch.randint(1003, (300,), generator=generator, device=device),
     )
 
 
@@ -368,3 +368,14 @@ def test_peak_memory(logits_dtype, n, one_product) -> None:
     peak = memory.allocated("cuda", lambda: step(given, **settings))[0]
     assert peak <= workspace(learning) + 2 * (n * h + v * h) + slack
     assert (planned(learning)[1] == n) == one_product
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@kinds
+def test_another_device_than_the_current_one(kind) -> None:
+    first, second = (
+        train(on_gpu(kind, device=device), leaves(on_gpu(kind), device=device))
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert all(torch.equal(second[name].cpu(), value.cpu()) for name, value in first.items())
