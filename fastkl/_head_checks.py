@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from ._checks import (
     HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
     dtype_remedy,
+    float_type,
     packed_remedy,
     plain,
     same_device,
@@ -89,7 +91,7 @@ def head(
                 f"{names.bias}: expected one entry per row of {names.weight}, "
                 f"({weight.shape[0]},), got {tuple(bias.shape)}; pass lm_head.bias"
             )
-    for other, value in ((names.weight, weight), (names.bias, bias)):
+    for other, value in zip((names.weight, names.bias), (weight, bias), strict=True):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(
                 f"{other}: expected the type of {name}, {hidden.dtype}, got {value.dtype}; convert "
@@ -99,31 +101,31 @@ def head(
             same_device(other, value, name, hidden)
 
 
+def no_reference(weight: object, bias: object, temperature: object) -> None:
+    """Check that the second model's arguments are None, as its hidden states are."""
+    for name, value in (
+        ("ref_weight", weight),
+        ("ref_bias", bias),
+        ("ref_temperature", temperature),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None without ref_hidden, got {type_name(value)}; pass "
+                f"ref_hidden too"
+            )
+
+
 def second_head(
-    first: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    second: tuple[torch.Tensor | None, Any, torch.Tensor | None],
-    names: tuple[Names, Names],
-    own_bias: bool,
+    first: Sequence[Any], second: Sequence[Any], names: tuple[Names, Names], own_bias: bool
 ) -> None:
     """Check the reference's (hidden, weight, bias) against the policy's: the same tokens and
     vocabulary.
 
-    A weight of None is the policy's. own_bias: the second model is a Head, which has a bias of its
-    own even if it shares the weight.
+    own_bias: the second model is a Head, which has a bias of its own even if it shares the weight.
     """
-    hidden, weight, bias = first
-    ref_hidden, ref_weight, ref_bias = second
-    if ref_hidden is None:
-        for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}: expected None without ref_hidden, got {type_name(value)}; pass "
-                    f"ref_hidden too"
-                )
-        return
-    shared = ref_weight is weight or (ref_weight is None and not own_bias)
-    head(names[1], ref_hidden, weight if shared else ref_weight, ref_bias)
-    if shared and not own_bias and (bias is None) != (ref_bias is None):
+    (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = first, second
+    head(names[1], ref_hidden, ref_weight, ref_bias)
+    if ref_weight is weight and not own_bias and (bias is None) != (ref_bias is None):
         raise ValueError(
             f"ref_bias: expected {'None' if bias is None else 'a tensor'} as for {names[0].bias}, "
             f"where both models share one lm_head, got "
@@ -134,7 +136,7 @@ def second_head(
             f"ref_hidden: expected the leading shape of hidden, {tuple(hidden.shape[:-1])}, got "
             f"{tuple(ref_hidden.shape[:-1])}; align the batch and time dimensions"
         )
-    if not shared and ref_weight.shape[0] != weight.shape[0]:
+    if ref_weight.shape[0] != weight.shape[0]:
         padded, padded_bias = (
             (names[0], bias) if weight.shape[0] > ref_weight.shape[0] else (names[1], ref_bias)
         )
@@ -146,51 +148,20 @@ def second_head(
     same_device_and_precision("ref_hidden", ref_hidden, "hidden", hidden)
 
 
-def reference_given(ref_hidden: torch.Tensor | None) -> None:
-    """Check for hidden states of a reference, which a KL divergence needs."""
-    if not isinstance(ref_hidden, torch.Tensor):
-        raise TypeError(
-            f"ref_hidden: expected the reference's hidden states [..., H], got "
-            f"{type_name(ref_hidden)}; pass the last hidden states of the reference"
-        )
-
-
 def softcap(value: float | None, name: str = "softcap") -> None:
     """Check for None or a positive number that float32 represents, as it does its inverse."""
-    if value is None:
-        return
-    _positive_number(
-        name, value, " for no soft cap", "pass the final_logit_softcapping of the model's config"
-    )
+    if value is not None:
+        what = "None for no soft cap, or a positive finite number"
+        number(name, what, value, "pass the final_logit_softcapping of the model's config")
 
 
-def logit_scale(name: str, value: float) -> None:
-    """Check for a positive number that float32 represents, as it does its inverse."""
-    _positive_number(
-        name, value, None, "pass the factor of the logits in the model's config, or 1.0"
-    )
-
-
-def _positive_number(name: str, value: float | None, for_none: str | None, remedy: str) -> None:
-    """Check for a number within 2^-126 … 2^126, or None if `for_none` says what it stands for."""
-    if value is None and for_none is not None:
-        return
-    what = "expected a positive finite number within 2^-126 … 2^126" + (
-        "" if for_none is None else f", or None{for_none}"
-    )
+def number(name: str, what: str, value: float, remedy: str = "pass numbers nearer to 1") -> None:
+    """Check for a number within 2^-126 … 2^126, the range of temperatures."""
+    what = f"{name}: expected {what} within 2^-126 … 2^126, got"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: {what}, got {type_name(value)}; {remedy}")
+        raise TypeError(f"{what} {type_name(value)}; {remedy}")
     if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
-        raise ValueError(f"{name}: {what}, got {shown(value)}; {remedy}")
-
-
-def within_float32(name: str, what: str, value: float) -> None:
-    """Check a number computed from several arguments: within the range of temperatures."""
-    if not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
-        raise ValueError(
-            f"{name}: expected {what} within 2^-126 … 2^126, got {shown(value)}; pass numbers "
-            f"nearer to 1"
-        )
+        raise ValueError(f"{what} {shown(value)}; {remedy}")
 
 
 def chunk_size(value: int | None) -> None:
@@ -216,15 +187,11 @@ def recompute(value: bool | None) -> None:
         )
 
 
-def logits_dtype(value: torch.dtype | None, default: torch.dtype) -> None:
-    """Check for None, the default or float32; for float64 inputs only None or float64."""
+def logits_dtype(value: torch.dtype, default: torch.dtype) -> None:
+    """Check for the default or float32; for float64 inputs only for float64."""
+    float_type("logits_dtype", value)
     allowed = {default} if default == torch.float64 else {default, torch.float32}
-    if value is not None and not isinstance(value, torch.dtype):
-        raise TypeError(
-            f"logits_dtype: expected None or a torch.dtype, got {type_name(value)}; pass "
-            f"torch.float32, for instance"
-        )
-    if value is not None and value not in allowed:
+    if value not in allowed:
         raise ValueError(
             f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these "
             f"inputs, got {value}; convert the inputs with .to() for logits of another type"

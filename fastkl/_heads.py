@@ -11,8 +11,8 @@ import torch
 from . import _checks, _head_checks, backend
 from .ops import dual_op
 from .ops.fields import result_dtype
-from .ops.linear_op import LinearInputs
-from .ops.lm_head import Six
+from .ops.linear_op import SIX, LinearInputs
+from .ops.row_op import per_token
 
 # Bytes up to which the logits of all models are kept until backward by default.
 LARGEST_KEPT = 1 << 31
@@ -79,90 +79,85 @@ def prepare(
 
     swapped: exchange policy and reference.
     """
-    hidden, weight, _, ref_hidden, ref_weight, *_ = given
-    if reference_required and ref_hidden is None:
-        _head_checks.reference_given(ref_hidden)
-    inherited = ref_hidden is not None and ref_weight is None and isinstance(weight, Head)
+    weight, ref_weight = given.weight, given.ref_weight
+    inherits = given.ref_hidden is not None and ref_weight is None and isinstance(weight, Head)
     heads = (
-        _head("weight", weight, "bias", given.bias, given.softcap),
-        _head(
-            "ref_weight",
-            weight if inherited else ref_weight,
-            "ref_bias",
-            given.ref_bias,
-            given.softcap,
-        ),
+        _head("", weight, given.bias, given.softcap),
+        _head("ref_", weight if inherits else ref_weight, given.ref_bias, given.softcap),
     )
     _head_checks.softcap(given.softcap)
     names = _NAMES["", isinstance(weight, Head)], _NAMES["ref_", isinstance(ref_weight, Head)]
-    shared = heads[1].weight is heads[0].weight
-    six = Six(
-        hidden,
-        heads[0].weight,
-        heads[0].bias,
-        ref_hidden,
-        None if shared else heads[1].weight,
-        heads[1].bias,
-    )
-    device = hidden.device.type if isinstance(hidden, torch.Tensor) else "cpu"
+    shared = ref_weight is None or heads[1].weight is heads[0].weight
+    models: list[list[Any]] = [
+        [given.hidden, heads[0].weight, heads[0].bias],
+        [given.ref_hidden, None if shared else heads[1].weight, heads[1].bias],
+    ]
+    device = given.hidden.device.type if isinstance(given.hidden, torch.Tensor) else "cpu"
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        six = Six(*[_autocast(value) for value in six])
-    _head_checks.head(names[0], *six[:3])
-    _head_checks.second_head(
-        six[:3],
-        (six.ref_hidden, six.weight if shared else six.ref_weight, six.ref_bias),
-        names,
-        own_bias=inherited or isinstance(ref_weight, Head),
-    )
-    hidden, ref_hidden = six.hidden, six.ref_hidden
+        models = [[_autocast(value) for value in model] for model in models]
+    if shared:
+        models[1][1] = models[0][1]
+    _head_checks.head(names[0], *models[0])
+    (hidden, *_), (ref_hidden, *_) = models
+    logits_dtype = hidden.dtype
+    if given.ref_hidden is None and not reference_required:
+        _head_checks.no_reference(ref_weight, given.ref_bias, given.ref_temperature)
+    else:
+        _head_checks.second_head(
+            models[0], models[1], names, own_bias=inherits or isinstance(ref_weight, Head)
+        )
+        logits_dtype = hidden.dtype if ref_hidden.dtype == hidden.dtype else torch.float32
     scales = _scales(heads, given, hidden)
     _checks.mask(given.mask, hidden.shape[:-1], hidden.device)
     _head_checks.chunk_size(given.chunk_size)
     _head_checks.recompute(given.recompute)
-    logits_dtype = hidden.dtype
-    if ref_hidden is not None and ref_hidden.dtype != hidden.dtype:
-        logits_dtype = torch.float32
-    _head_checks.logits_dtype(given.logits_dtype, logits_dtype)
+    if given.logits_dtype is not None:
+        _head_checks.logits_dtype(given.logits_dtype, logits_dtype)
     engine = (
         backend.select(hidden, read_rows=False)
         if ref_hidden is None
         else backend.select(hidden, ref_hidden, read_rows=False)
     )
     if swapped:
-        six, scales = _swapped(six), scales[::-1]
-    first, second = scales
+        models.reverse()
+        scales = scales[::-1]
+    (policy, (ref_hidden, second_weight, second_bias)), (first, second) = models, scales
     # s·x under a soft cap of c is s·(x under a cap of c/s): the ops take caps of raw logits.
-    dtype = result_dtype(six.hidden)
-    temperature, ratio = first.divisor(dtype), second.ratio_to(first, dtype)
-    temperatures = temperature if isinstance(temperature, torch.Tensor) else None
-    ratios = ratio if isinstance(ratio, torch.Tensor) else None
-    if not isinstance(ratio, torch.Tensor):
+    dtype = result_dtype(hidden)
+    temperatures, temperature = per_token(first.divisor(dtype))
+    ratios, ratio = per_token(second.ratio_to(first, dtype))
+    if ratio != 1:
         what = "the quotient of both models' temperature / logit_scale"
-        _head_checks.within_float32("ref_temperature", what, ratio)
-    return LinearInputs(
-        *six,
-        given.mask,
-        temperatures,
-        ratios,
-        1.0 if isinstance(temperature, torch.Tensor) else temperature,
-        first.softcap / first.factor,
-        second.softcap / second.factor,
-        1.0 if isinstance(ratio, torch.Tensor) else ratio,
-        engine,
-        given.logits_dtype or logits_dtype,
-        given.chunk_size,
+        _head_checks.number("ref_temperature", what, ratio)
+    return LinearInputs._make(
+        (
+            *policy,
+            ref_hidden,
+            None if shared else second_weight,
+            second_bias,
+            given.mask,
+            temperatures,
+            ratios,
+            temperature,
+            first.softcap / first.factor,
+            second.softcap / second.factor,
+            ratio,
+            engine,
+            given.logits_dtype or logits_dtype,
+            given.chunk_size,
+        )
     )
 
 
 def learning(inputs: LinearInputs) -> str:
-    """Return the names of Six that require gradient, comma-separated."""
-    if not torch.is_grad_enabled():
-        return ""
-    names = []
-    for name, value in zip(Six._fields, inputs[:6], strict=True):
-        if value is not None and value.requires_grad:
-            names.append(name)
-    return ",".join(names)
+    """Return the names of the tensors that require gradient, comma-separated."""
+    return ",".join(
+        [
+            name
+            for name, value in zip(SIX, inputs[:6], strict=True)
+            if value is not None and value.requires_grad and torch.is_grad_enabled()
+        ]
+    )
 
 
 def keeps_logits(inputs: LinearInputs, recompute: bool | None) -> bool:
@@ -175,37 +170,27 @@ def keeps_logits(inputs: LinearInputs, recompute: bool | None) -> bool:
         return False
     if recompute is False or torch.compiler.is_exporting():
         return recompute is False
-    models = 1 if inputs.ref_hidden is None else 2
-    logits = models * inputs.hidden.shape[:-1].numel() * inputs.weight.shape[0]
-    return logits * inputs.logits_dtype.itemsize <= LARGEST_KEPT
+    rows = inputs.hidden.shape[:-1].numel() * (1 if inputs.ref_hidden is None else 2)
+    return rows * inputs.weight.shape[0] * inputs.logits_dtype.itemsize <= LARGEST_KEPT
 
 
-def _swapped(six: Six) -> Six:
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = six
-    assert ref_hidden is not None
-    first, second = (weight, None) if ref_weight is None else (ref_weight, weight)
-    return Six(ref_hidden, first, ref_bias, hidden, second, bias)
-
-
-def _head(
-    name: str,
-    weight: torch.Tensor | Head | None,
-    bias_name: str,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-) -> Head:
+def _head(prefix: str, weight: Any, bias: torch.Tensor | None, softcap: float | None) -> Head:
     """Return a model's Head; for a plain weight make one of the arguments beside it."""
     if not isinstance(weight, Head):
-        return Head(weight, bias, softcap)  # type: ignore[arg-type]  # None without ref_hidden; _head_checks.head refuses it with one
-    for other, value in ((bias_name, bias), ("softcap", softcap)):
+        return Head(weight, bias, softcap)
+    for other, value in ((f"{prefix}bias", bias), ("softcap", softcap)):
         if value is not None:
             raise ValueError(
-                f"{other}: expected None beside a Head as {name}, got "
-                f"{_checks.type_name(value) if other == bias_name else _checks.shown(value)}; give "
-                f"each model a Head with its own"
+                f"{other}: expected None beside a Head as {prefix}weight, got "
+                f"{_checks.type_name(value)}; give each model a Head with its own"
             )
-    _head_checks.softcap(weight.softcap, f"{name}.softcap")
-    _head_checks.logit_scale(f"{name}.logit_scale", weight.logit_scale)
+    _head_checks.softcap(weight.softcap, f"{prefix}weight.softcap")
+    _head_checks.number(
+        f"{prefix}weight.logit_scale",
+        "a positive finite number",
+        weight.logit_scale,
+        "pass the factor of the logits in the model's config, or 1.0",
+    )
     return weight
 
 
@@ -220,13 +205,11 @@ class _Scale(NamedTuple):
 
     def divisor(self, dtype: torch.dtype) -> float | torch.Tensor:
         """Return the temperature of the raw logits."""
-        if not isinstance(self.temperature, torch.Tensor):
-            return self.temperature / self.factor
-        return (
-            self.temperature
-            if self.factor == 1
-            else (self.temperature.double() / self.factor).to(dtype)
-        )
+        if self.factor == 1:
+            return self.temperature
+        if isinstance(self.temperature, torch.Tensor):
+            return (self.temperature.double() / self.factor).to(dtype)
+        return self.temperature / self.factor
 
     def ratio_to(self, first: _Scale, dtype: torch.dtype) -> float | torch.Tensor:
         """Return the first model's divisor over this one's; NaN for a tensor's entry out of the
@@ -241,56 +224,39 @@ class _Scale(NamedTuple):
         ratio = (numerator * self.factor) / (denominator * first.factor)
         if not isinstance(ratio, torch.Tensor):
             return ratio
-        valid = (
-            _in_range(ratio) & _in_range(denominator)
-            if isinstance(denominator, torch.Tensor)
-            else _in_range(ratio)
-        )
-        return torch.where(valid, ratio, float("nan")).to(dtype)
+        return torch.where(_in_range(ratio) & _in_range(denominator), ratio, float("nan")).to(dtype)
 
 
-def _in_range(value: torch.Tensor) -> torch.Tensor:
+def _in_range(value: Any) -> Any:
     return (value >= _checks.LOWEST_TEMPERATURE) & (value <= _checks.HIGHEST_TEMPERATURE)
 
 
-def _scales(heads: tuple[Head, Head], given: Given, hidden: torch.Tensor) -> tuple[_Scale, _Scale]:
+def _scales(heads: tuple[Head, Head], given: Given, hidden: torch.Tensor) -> list[_Scale]:
     """Check both temperatures, and that their quotients with the heads' numbers fit float32."""
-    temperature, ref_temperature = given.temperature, given.ref_temperature
-    leading, device = hidden.shape[:-1], hidden.device
-    if given.ref_hidden is None and ref_temperature is not None:
-        raise ValueError(
-            f"ref_temperature: expected None without ref_hidden, got "
-            f"{_checks.shown(ref_temperature)}; pass ref_hidden too"
-        )
-    _checks.temperature(temperature, leading, device)
-    first = second = temperature if isinstance(temperature, torch.Tensor) else float(temperature)
-    if ref_temperature is not None:
-        _checks.temperature(ref_temperature, leading, device, "ref_temperature")
-        tensor = isinstance(ref_temperature, torch.Tensor)
-        second = ref_temperature if tensor else float(ref_temperature)
+    _checks.temperature(given.temperature, hidden.shape[:-1], hidden.device)
+    second = given.temperature if given.ref_temperature is None else given.ref_temperature
+    if second is not given.temperature:
+        _checks.temperature(second, hidden.shape[:-1], hidden.device, "ref_temperature")
     ref_head = heads[0] if given.ref_hidden is None else heads[1]
-    return _scale("", heads[0], first, hidden), _scale("ref_", ref_head, second, hidden)
-
-
-def _scale(
-    prefix: str, head: Head, temperature: float | torch.Tensor, hidden: torch.Tensor
-) -> _Scale:
-    """Return one model's scale after checking it."""
-    scale = _Scale(float(head.softcap or 0.0), float(head.logit_scale), temperature)
-    if scale.factor != 1:
-        name, divisor = f"{prefix}weight.logit_scale", scale.divisor(hidden.dtype)
-        if scale.softcap:
-            _head_checks.within_float32(name, "softcap / logit_scale", scale.softcap / scale.factor)
-        if not isinstance(divisor, torch.Tensor):
-            _head_checks.within_float32(name, "temperature / logit_scale", divisor)
-    return scale
+    scales = [
+        _Scale(float(head.softcap or 0.0), float(head.logit_scale), temperature)
+        for head, temperature in ((heads[0], given.temperature), (ref_head, second))
+    ]
+    for name, scale in zip(("weight", "ref_weight"), scales, strict=True):
+        for what, value in (("softcap", scale.softcap or 1.0), ("temperature", scale.temperature)):
+            if scale.factor != 1 and not isinstance(value, torch.Tensor):
+                what, quotient = f"{what} / logit_scale", value / scale.factor
+                _head_checks.number(f"{name}.logit_scale", what, quotient)
+    return scales
 
 
 def _autocast(value: Any) -> Any:
     """Cast as F.linear under autocast: float32 and 16-bit tensors to the autocast type."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return value
-    device = value.device.type
-    if value.dtype == torch.float64 or device not in _AUTOCAST_DEVICES:
-        return value
-    return value.to(torch.get_autocast_dtype(device))
+    if (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.dtype != torch.float64
+        and value.device.type in _AUTOCAST_DEVICES
+    ):
+        return value.to(torch.get_autocast_dtype(value.device.type))
+    return value

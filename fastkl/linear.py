@@ -195,12 +195,12 @@ def linear_token_stats(  # noqa: PLR0913
         )
     )
     _checks.tokens(tokens, hidden.shape[:-1], hidden.device)
-    fields = ",".join(FIELDS[:2] if ref_hidden is None else FIELDS)
-    request = StatisticsInputs(tokens.long(), fields, keeps_logits(inputs, recompute))
-    logprob, entropy, ref_logprob, kl, ref_kl, *_ = linear_statistics(inputs, request)
-    if ref_hidden is None:
-        return TokenStats(logprob, entropy, None, None, None)
-    return TokenStats(logprob, entropy, ref_logprob, kl, ref_kl)
+    fields = FIELDS[:2] if ref_hidden is None else FIELDS
+    found = linear_statistics(
+        inputs,
+        StatisticsInputs(tokens.long(), ",".join(fields), keeps_logits(inputs, recompute)),
+    )
+    return TokenStats(*found[:2], *((None,) * 3 if ref_hidden is None else found[2:5]))
 
 
 def linear_kl_divergence(  # noqa: PLR0913
@@ -291,8 +291,8 @@ def linear_kl_divergence(  # noqa: PLR0913
     leading, device, dtype = hidden.shape[:-1], hidden.device, result_dtype(hidden)
     _reduce.check(reduction, weights, normalizer, leading, device)
     if reduction == "none":
-        request = StatisticsInputs(None, "kl", keeps_logits(inputs, recompute))
-        kl: torch.Tensor = linear_statistics(inputs, request)[3]
+        keep = keeps_logits(inputs, recompute)
+        kl: torch.Tensor = linear_statistics(inputs, StatisticsInputs(None, "kl", keep))[3]
         return kl
     scales = _reduce.token_scales(weights, reduction, normalizer, mask, leading, dtype, device)
     return weighted_kl(inputs, scales)[0]

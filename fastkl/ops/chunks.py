@@ -1,12 +1,14 @@
-"""Plans how many tokens go into one GEMM, and sums gradients over chunks of tokens."""
+"""One model's lm_head over chunks of tokens: how many tokens go into one GEMM, the buffers, and the
+sums of gradients.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 
+from . import gemm
 from .fields import result_dtype
 
 # Tokens of one GEMM: enough for a GPU's tiles to come out even, few enough that two buffers are
@@ -26,21 +28,18 @@ TILE = 128
 
 
 class Sum:
-    """A gradient summed over tokens, in float32 (float64 for float64); it is never zero-filled."""
+    """A gradient summed over tokens, in float32 (float64 for float64); total: None before the first
+    summand. heads: how many add to it, if it is a weight's.
+    """
 
     def __init__(self, like: torch.Tensor) -> None:
-        self._like, self.dtype = like, result_dtype(like)
-        self._total: torch.Tensor | None = None
+        self.like, self.dtype, self.heads = like, result_dtype(like), 0
+        self.total: torch.Tensor | None = None
 
     @property
     def extra_bytes(self) -> int:
         """Bytes of a sum in a wider type than the gradient's, which the op does not return."""
-        return 0 if self.dtype == self._like.dtype else self._like.numel() * self.dtype.itemsize
-
-    @property
-    def returned_bytes(self) -> int:
-        """Bytes of the gradient in its own type."""
-        return self._like.numel() * self._like.dtype.itemsize
+        return 0 if self.dtype == self.like.dtype else self.like.numel() * self.dtype.itemsize
 
     @property
     def spared_bytes(self) -> int:
@@ -49,38 +48,124 @@ class Sum:
 
         float16 gradients are returned in float32 and scaled later; SMALL_SUM excludes small sums.
         """
-        spares = self._like.dtype == torch.bfloat16 and self.extra_bytes >= SMALL_SUM
-        return self.extra_bytes if spares else 0
-
-    def take_one_product(self) -> None:
-        """Let the only GEMM round to the gradient's dtype, if that saves memory."""
-        if self.spared_bytes:
-            self.dtype = self._like.dtype
+        spares = self.like.dtype == torch.bfloat16 and self.extra_bytes >= SMALL_SUM
+        return self.extra_bytes if spares and self.heads == 1 else 0
 
     def add(self, product: Callable[..., None], *operands: torch.Tensor) -> None:
         """Call product(total, *operands, first), which adds to total; at first it fills it."""
-        first = self._total is None
-        if self._total is None:
-            self._total = torch.empty(self._like.shape, dtype=self.dtype, device=self._like.device)
-        product(self._total, *operands, first=first)
-
-    def result(self) -> torch.Tensor:
-        """Return the sum; zeros if nothing was added."""
-        if self._total is None:
-            return torch.zeros(self._like.shape, dtype=self.dtype, device=self._like.device)
-        return self._total
+        first = self.total is None
+        if self.total is None:
+            self.total = torch.empty(self.like.shape, dtype=self.dtype, device=self.like.device)
+        product(self.total, *operands, first=first)
 
 
-class SummingHead(Protocol):
-    """The facts about a ChunkedHead that a plan depends on."""
+class ChunkedHead:
+    """One model's lm_head over the tokens computed, with its buffers and the sums of its gradients:
+    None if not requested.
 
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    logits_dtype: torch.dtype
-    learns: bool
-    overwrites: bool
-    buffered: bool
-    grad_weight: Sum | None
+    hidden [N, H], weight [V, H], bias [V] or None; grad_hidden is [N, H] in hidden's type; two
+    heads that share a weight share the sum of its gradient.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        logits_dtype: torch.dtype,
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.logits_dtype = hidden, weight, bias, logits_dtype
+        # Memory [N, V] for all logits; whether it has them already, and gradients may overwrite it.
+        self.kept: torch.Tensor | None = None
+        self.filled = self.free = False
+        self.grad_hidden: torch.Tensor | None = None
+        self.grad_weight: Sum | None = None
+        self.grad_bias: Sum | None = None
+        # Whether a gradient is requested, and overwrites kept logits.
+        self.learns = self.overwrites = False
+        # Whether a chunk's logits have a buffer of their own; else their gradients overwrite them.
+        self.buffered = True
+        # That buffer, one for a window's gradients of logits, those gradients, and the window's
+        # first token.
+        self.logits: torch.Tensor | None = None
+        self._window: torch.Tensor | None = None
+        self._grads: torch.Tensor | None = None
+        self._start = 0
+
+    def keep(self, memory: torch.Tensor, filled: bool, free: bool = False) -> None:
+        """Use memory [..., at least V] for logits; those of the tokens computed come first."""
+        # A saved-tensor hook may return a non-contiguous tensor. `.data`: backward overwrites them
+        # unseen by autograd (linear_op records it).
+        rows, vocabulary = memory.data.contiguous().view(-1, memory.shape[-1]), len(self.weight)
+        self.kept, self.filled, self.free = rows[: len(self.hidden), :vocabulary], filled, free
+        if not filled:
+            # Zero the entries that no GEMM writes, so that equal calls return equal bits.
+            rows[:, vocabulary:].zero_()
+            rows[len(self.hidden) :].zero_()
+            self.buffered = False
+
+    def settle(self, reads_again: bool) -> None:
+        """Decide which buffers logits and gradients use.
+
+        reads_again: backward re-reads a fallback row after it may have written part of its
+        gradient.
+        """
+        same_type = self.logits_dtype == self.hidden.dtype
+        self.overwrites = self.learns and self.free and same_type
+        self.buffered = (
+            not (self.learns and same_type and not reads_again)
+            if self.kept is None
+            else self.overwrites and reads_again
+        )
+
+    def allocate(self, chunk: int, window: int) -> None:
+        """Allocate the buffers."""
+        if self.learns and not self.overwrites:
+            self._window = self._buffer(window, self.hidden.dtype)
+        if self.buffered:
+            self.logits = self._buffer(chunk, self.logits_dtype)
+
+    def _buffer(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised [tokens, V] whose rows are padded to 128-byte lines."""
+        vocabulary = len(self.weight)
+        padded = torch.empty(tokens, row_width(vocabulary), dtype=dtype, device=self.hidden.device)
+        return padded[:, :vocabulary]
+
+    def open(self, window: slice, mask: torch.Tensor | None) -> None:
+        """Begin a window: tokens whose gradients of logits are kept until one GEMM."""
+        self._start, self._states = window.start, self.hidden[window]
+        if mask is not None:
+            # 0·NaN in a GEMM would spread.
+            self._states = torch.where(mask[window][:, None], self._states, 0)
+        if self.overwrites and self.kept is not None:
+            self._grads = self.kept[window]
+        elif self._window is not None:
+            self._grads = self._window[: window.stop - window.start]
+
+    def logits_and_gradient(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits of a chunk of the window, and the memory for their gradients."""
+        in_window = slice(rows.start - self._start, rows.stop - self._start)
+        grads = None if self._grads is None else self._grads[in_window]
+        logits = grads if self.kept is None else self.kept[rows]
+        if self.logits is not None:
+            buffer = self.logits[: rows.stop - rows.start]
+            logits = buffer if logits is None or not self.filled else buffer.copy_(logits)
+        assert logits is not None
+        if not self.filled:
+            gemm.logits_into(logits, self._states[in_window], self.weight, self.bias)
+        return logits, grads
+
+    def close(self, window: slice) -> None:
+        """Add the window's part of the gradients: a GEMM each for hidden states and weight."""
+        grads, states, self._states = self._grads, self._states, self.hidden
+        if grads is None:
+            return
+        if self.grad_hidden is not None:
+            torch.mm(grads, self.weight, out=self.grad_hidden[window])
+        if self.grad_weight is not None:
+            self.grad_weight.add(gemm.add_weight_gradient, grads, states)
+        if self.grad_bias is not None:
+            self.grad_bias.add(gemm.add_bias_gradient, grads)
 
 
 def row_width(vocabulary: int) -> int:
@@ -88,72 +173,43 @@ def row_width(vocabulary: int) -> int:
     return -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
 
 
-class Plan(NamedTuple):
-    """Tokens of one GEMM: chunk for the one that computes logits, window for those from the
-    gradients of logits.
-    """
-
-    chunk: int
-    window: int
-
-
 def plan(
-    tokens: int,
-    heads: Sequence[SummingHead],
-    chunk_size: int | None,
-    taking_part: Sequence[SummingHead] | None = None,
-) -> Plan:
-    """Plan from the shapes, the types and a fixed bound on memory.
+    heads: Sequence[ChunkedHead], chunk_size: int | None, taking_part: Sequence[ChunkedHead]
+) -> tuple[int, int]:
+    """Return (chunk, window), the tokens of one GEMM that computes logits, and of one from the
+    gradients of logits, from the shapes, the types and a fixed bound on memory.
 
     heads: those of forward; taking_part: those of backward. The chunk is that of forward even if a
     head has no gradient, so that recomputed logits have the same bits. One window takes all tokens
     if their gradients overwrite kept logits, or if its peak memory is no more than that of smaller
     windows plus a float32 accumulator.
     """
-    vocabulary, device = heads[0].weight.shape[0], heads[0].hidden.device.type
-    workspace = WORKSPACE.get(device, WORKSPACE_ON_A_GPU)
-    entry_bytes = chunks = gradients = waiting = 0
-    for head in heads:
-        entry_bytes += head.logits_dtype.itemsize
-    taking_part = heads if taking_part is None else taking_part
-    for head in taking_part:
-        if head.buffered:
-            chunks += vocabulary * head.logits_dtype.itemsize
-        if head.learns and not head.overwrites:
-            waiting += 1
-            gradients += vocabulary * head.hidden.dtype.itemsize
+    (tokens, _), vocabulary = heads[0].hidden.shape, len(heads[0].weight)
+    workspace = WORKSPACE.get(heads[0].hidden.device.type, WORKSPACE_ON_A_GPU)
     # Every GEMM into a weight's sum reads and writes the whole sum: prefer few large ones.
-    sums = weight_sums(taking_part)
+    sums = {head.grad_weight for head in taking_part if head.grad_weight is not None}
     if chunk_size is not None:
         chunk = max(1, min(chunk_size, LARGEST_CHUNK, tokens))
-        return Plan(chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk) if sums else chunk)
+        return chunk, max(chunk, min(chunk_size, tokens) // chunk * chunk) if sums else chunk
     # Half of the workspace is for chunks of logits; with a weight's sum, the window takes the rest.
-    chunk = min(workspace // 2 // (vocabulary * entry_bytes), LARGEST_CHUNK)
+    row_bytes = vocabulary * heads[0].logits_dtype.itemsize
+    chunk = min(workspace // 2 // (row_bytes * len(heads)), LARGEST_CHUNK)
     chunk = _cut(tokens, chunk // TILE * TILE or max(1, chunk), TILE)
-    if not waiting:
-        return Plan(chunk, max(chunk, tokens))
-    if not sums:
-        return Plan(chunk, chunk)
-    chunks *= chunk
-    extra = sum([weight.extra_bytes for weight in sums])
+    waiting = [head for head in taking_part if head.learns and not head.overwrites]
+    if not (waiting and sums):
+        return chunk, chunk if waiting else max(chunk, tokens)
+    gradients = vocabulary * sum([head.hidden.dtype.itemsize for head in waiting])
+    chunks = chunk * row_bytes * sum([head.buffered for head in taking_part])
+    extra = sum([each.extra_bytes for each in sums])
     window = (max(workspace, extra // 2) - chunks) // gradients
     window = _cut(tokens, max(chunk, window // chunk * chunk), chunk)
-    if not all([heads_of == 1 and weight.spared_bytes for weight, heads_of in sums.items()]):
-        return Plan(chunk, window)
+    if not all([each.spared_bytes for each in sums]):
+        return chunk, window
     # Several windows: each sum is rounded after the last. One: its GEMMs' results lie beside it.
-    returned = [weight.returned_bytes for weight in sums]
+    returned = [each.like.nbytes for each in sums]
     several = extra + max(window * gradients + chunks, *returned)
     one = tokens * gradients + max(chunks, sum(returned))
-    return Plan(chunk, max(tokens, window) if one <= several else window)
-
-
-def weight_sums(heads: Sequence[SummingHead]) -> dict[Sum, int]:
-    """Return the sums for weights, with the number of heads that add to each."""
-    sums: dict[Sum, int] = {}
-    for head in heads:
-        if head.grad_weight is not None:
-            sums[head.grad_weight] = sums.get(head.grad_weight, 0) + 1
-    return sums
+    return chunk, max(tokens, window) if one <= several else window
 
 
 def _cut(tokens: int, largest: int, unit: int) -> int:

@@ -76,7 +76,6 @@ def add_bias_gradient(total: torch.Tensor, grad_logits: torch.Tensor, *, first: 
 
 
 def _blocks(matrix: torch.Tensor) -> Iterator[slice]:
-    """Yield the rows of a matrix a block at a time."""
     step = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dual_op import DualOp, Rules
-from .fields import SAVED
 from .linear_op import (
     SIX,
     LinearInputs,
     empty_gradients,
     flops,
     in_their_types,
-    requested_names,
     returned,
 )
-from .lm_head import Six
 from .row_op import (
     Outputs,
     Upstream,
@@ -48,39 +46,34 @@ class ScaledInputs(NamedTuple):
 
 
 def _weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
-    """Compute (Σ weights·kl, kl, unit, gradients of the sum with respect to Six divided by `unit`,
-    None if not requested).
+    """Compute (Σ weights·kl, kl, unit, gradients of the sum with respect to the six tensors divided
+    by `unit`, None if not requested).
 
     unit is the inverse loss scale: 1, or for float16 inputs a power of two below the largest
     weight, because a gradient of 1/N per token would underflow. Their weight and bias gradients
     stay in float32.
     """
-    weights, wrt = request.weights.contiguous(), wanted(request.wrt)
-    six = Six(*inputs[:6])
-    heads = inputs.heads(six, None)
-    kl = torch.empty_like(weights)
+    weights, wrt, ref_hidden = request.weights.contiguous(), wanted(request.wrt), inputs.ref_hidden
     unit = weights.new_ones(())
     gradients: dict[str, Tensor] = {}
-    outputs = {"kl": kl.view(-1)}
-    if wrt:
-        ref_hidden = six.hidden if six.ref_hidden is None else six.ref_hidden
-        if torch.float16 in (six.hidden.dtype, ref_hidden.dtype):
+    if not wrt:
+        kl = inputs.heads(None).forward(("kl",))["kl"]
+    else:
+        if inputs.hidden.dtype == torch.float16 or (
+            ref_hidden is not None and ref_hidden.dtype == torch.float16
+        ):
             unit = _inverse_loss_scale(inputs, weights, wrt)
         upstream = (weights / unit).view(-1)
-        gradients = heads.forward_and_backward(outputs, {"kl": upstream}, wrt)
-    else:
-        heads.forward(outputs, weights.new_empty(weights.numel(), SAVED))
+        kl, gradients = inputs.heads(None).forward_and_backward(upstream, wrt)
+    kl = kl.view(weights.shape)
     # A token of weight 0 adds 0, also for an infinite KL.
     total = torch.where(weights == 0, 0.0, weights * kl).sum()
-    gradients_of_six = in_their_types(six, gradients, wrt, wide=(torch.float16,))
-    return total, kl, unit, *gradients_of_six
+    return total, kl, unit, *in_their_types(inputs, gradients, wrt, wide=torch.float16)
 
 
 def _fake_weighted_kl(inputs: LinearInputs, request: SumInputs) -> Outputs:
-    weights = request.weights
-    gradients = empty_gradients(inputs.six, request.wrt, wide=(torch.float16,))
-    one = weights.new_empty(())
-    return one, weights.new_empty(weights.shape), one.clone(), *gradients
+    total, kl = request.weights.new_empty(()), torch.empty_like(request.weights)
+    return total, kl, total.clone(), *empty_gradients(inputs, request.wrt, wide=torch.float16)
 
 
 def _scaled(inputs: ScaledInputs) -> Tensor:
@@ -102,25 +95,21 @@ def _fake_scaled(inputs: ScaledInputs) -> Tensor:
 
 
 def _inverse_loss_scale(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, ...]) -> Tensor:
-    """Return inverse_loss_scale of each token's largest factor of a gradient of raw logits."""
+    """Return the inverse loss scale of float16 gradients: the power of two u for which max|f|/u is
+    in (4, 8], or 1 if that maximum is 0 or not finite, with f a token's factor of the gradients of
+    raw logits.
+
+    With max|f|/u = 1 a flat row's gradients would underflow into subnormals; the headroom up to
+    float16's largest number, 65504, is for log-ratios of thousands.
+    """
     # The second model's gradients have the factor `ratio`; the first's may have it through the
     # log-ratio.
     size: Tensor | float = inputs.ratio if inputs.ratios is None else inputs.ratios
     if {"hidden", "weight", "bias"} & set(wrt):
         size = size.clamp(min=1) if isinstance(size, Tensor) else max(1.0, size)
     temperature = inputs.temperature if inputs.temperatures is None else inputs.temperatures
-    return inverse_loss_scale(torch.where(weights == 0, 0.0, weights / temperature * size))
-
-
-def inverse_loss_scale(weights: Tensor) -> Tensor:
-    """Return the inverse loss scale of float16 gradients: the power of two u for which
-    max|weights|/u is in (4, 8], or 1 if that maximum is 0 or not finite.
-
-    weights: those of tokens over their temperatures. With max|weights|/u = 1 a flat row's gradients
-    would underflow into subnormals; the headroom up to float16's largest number, 65504, is for
-    log-ratios of thousands.
-    """
-    largest = weights.abs().max() if weights.numel() else weights.new_zeros(())
+    factors = torch.where(weights == 0, 0.0, weights / temperature * size).abs()
+    largest = factors.max() if factors.numel() else factors.sum()
     return torch.where(
         (largest > 0) & largest.isfinite(), torch.exp2(torch.ceil(torch.log2(largest)) - 3), 1.0
     )
@@ -128,7 +117,8 @@ def inverse_loss_scale(weights: Tensor) -> Tensor:
 
 def _save_gradients(ctx: Any, groups: tuple[LinearInputs, SumInputs], output: Outputs) -> None:
     inputs, request = groups
-    ctx.names, ctx.requested = wanted(request.wrt), requested_names(ctx)
+    _, kl, unit, *gradients = output
+    ctx.names, ctx.requested = wanted(request.wrt), [*compress(SIX, ctx.needs_input_grad)]
     ctx.weighs = ctx.needs_input_grad[len(inputs)]
     refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
     if not set(ctx.requested).issubset(ctx.names):
@@ -139,14 +129,12 @@ def _save_gradients(ctx: Any, groups: tuple[LinearInputs, SumInputs], output: Ou
             f"torch.export, make_fx and torch.jit.trace keep what the example inputs required: use "
             f"reduction='none' there, or trace with inputs that require gradient"
         )
-    _, kl, unit, *gradients = output
-    ctx.types, kept = {}, []
+    ctx.types, kept = [], []
     # Save only requested gradients: checkpoints count saved tensors, and the op's empty tensor is
     # None in eager mode.
     for name, tensor, gradient in zip(SIX, inputs[:6], gradients, strict=True):
-        if name in ctx.names:
-            assert tensor is not None
-            ctx.types[name] = tensor.dtype
+        if tensor is not None and name in ctx.names:
+            ctx.types.append(tensor.dtype)
             kept.append(gradient)
     ctx.save_for_backward(kl if ctx.weighs else None, unit, *kept)
     ctx.mark_non_differentiable(*[value for value in output[1:] if value is not None])
@@ -165,17 +153,11 @@ def _backward_of_sum(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> Up
         )
     kl, unit, *gradients = ctx.saved_tensors
     factor = upstream * unit
-    results: dict[str, Tensor | None] = {}
-    for name, gradient in zip(ctx.names, gradients, strict=True):
+    results = {"weights": upstream * kl if ctx.weighs else None}
+    for name, gradient, dtype in zip(ctx.names, gradients, ctx.types, strict=True):
         if name in ctx.requested:
-            results[name] = scaled(ScaledInputs(gradient, factor, ctx.types[name]))
-    if ctx.weighs:
-        results["weights"] = upstream * kl
+            results[name] = scaled(ScaledInputs(gradient, factor, dtype))
     return returned(results, SumInputs)
-
-
-def _flops_of_weighted_kl(inputs: LinearInputs, request: SumInputs) -> int:
-    return flops(inputs, request.wrt, True, True)
 
 
 linear_weighted_kl = DualOp(
@@ -184,7 +166,11 @@ linear_weighted_kl = DualOp(
     _weighted_kl,
     _fake_weighted_kl,
     outputs=len(SIX) + 3,
-    rules=Rules(_backward_of_sum, setup_context=_save_gradients, flops=_flops_of_weighted_kl),
+    rules=Rules(
+        _backward_of_sum,
+        setup_context=_save_gradients,
+        flops=lambda inputs, request: flops(inputs, request.wrt),
+    ),
 )
 scaled = DualOp(
     "fastkl::scaled",

@@ -42,8 +42,7 @@ def _logprobs(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
     The engine computes the likeliest id's log-probability; the others are that minus a difference
     of logits. Both terms are ≤ 0, so nothing cancels and nothing exceeds 0.
     """
-    logits, ids, backend = inputs
-    engine = ENGINES[backend]
+    (logits, ids, _), engine = inputs, ENGINES[inputs.backend]
     logprobs, saved = results = _fake_logprobs(inputs)
     if not logprobs.numel():
         return results
@@ -61,10 +60,8 @@ def _logprobs(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
 
 
 def _fake_logprobs(inputs: SelectedInputs) -> tuple[Tensor, Tensor]:
-    logits, ids, _ = inputs
-    dtype = result_dtype(logits)
-    saved = logits.new_empty((*ids.shape[:-1], SAVED), dtype=dtype)
-    return logits.new_empty(ids.shape, dtype=dtype), saved
+    logprobs = inputs.logits.new_empty(inputs.ids.shape, dtype=result_dtype(inputs.logits))
+    return logprobs, logprobs.new_empty((*inputs.ids.shape[:-1], SAVED))
 
 
 def _gradients(inputs: SelectedGradientInputs) -> Tensor:
@@ -85,10 +82,10 @@ def _gradients(inputs: SelectedGradientInputs) -> Tensor:
         grad.view(-1, logits.shape[-1]),
         None,
     )
-    own = _sums_of_equal(ids, upstream)
     likely = logprobs > -0.5
+    own = _sums_of_equal(ids, upstream) - total * likely
     # own - total·p, written with p - 1 where p is near 1.
-    value = (own - total * likely) - total * torch.where(likely, logprobs.expm1(), logprobs.exp())
+    value = own - total * torch.where(likely, logprobs.expm1(), logprobs.exp())
     return grad.scatter_(-1, ids, value.to(grad.dtype))
 
 
@@ -119,21 +116,15 @@ def _backward(
     if upstream is None:
         return None, None, None
     refuse_forward_mode((upstream,))
-    logits, ids, logprobs, saved = ctx.saved_tensors
-    inputs = SelectedGradientInputs(logits, ids, logprobs, saved, upstream, ctx.backend)
+    inputs = SelectedGradientInputs._make((*ctx.saved_tensors, upstream, ctx.backend))
     return selected_gradients(inputs), None, None
 
 
-def _batched_logprobs(
-    size: int, dims: tuple[Sequence[int | None]], inputs: SelectedInputs
-) -> tuple[tuple[SelectedInputs], tuple[int, int]]:
-    return (SelectedInputs(*batched(size, dims[0], inputs)),), (0, 0)
-
-
-def _batched_gradients(
-    size: int, dims: tuple[Sequence[int | None]], inputs: SelectedGradientInputs
-) -> tuple[tuple[SelectedGradientInputs], int]:
-    return (SelectedGradientInputs(*batched(size, dims[0], inputs)),), 0
+def _batched(
+    size: int, dims: tuple[Sequence[int | None]], inputs: SelectedInputs | SelectedGradientInputs
+) -> tuple[tuple[Any], Any]:
+    found = type(inputs)(*batched(size, dims[0], inputs))
+    return (found,), (0, 0) if isinstance(inputs, SelectedInputs) else 0
 
 
 selected_logprobs = DualOp(
@@ -142,7 +133,7 @@ selected_logprobs = DualOp(
     _logprobs,
     _fake_logprobs,
     outputs=2,
-    rules=Rules(_backward, setup_context=_save_for_backward, batch=_batched_logprobs),
+    rules=Rules(_backward, setup_context=_save_for_backward, batch=_batched),
 )
 selected_gradients = DualOp(
     "fastkl::selected_gradients",
@@ -150,5 +141,5 @@ selected_gradients = DualOp(
     _gradients,
     _fake_gradients,
     outputs=1,
-    rules=Rules(refuse_second_derivative, batch=_batched_gradients),
+    rules=Rules(refuse_second_derivative, batch=_batched),
 )

@@ -25,8 +25,6 @@ GROUPS = (
     ("test_engine", "test_far_rows"),
     (
         "test_torch",
-        "test_linear_ops",
-        "test_linear_penalty",
         "test_linear_checks",
     ),
     (

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fastkl
+from fastkl import _heads
+from fastkl.ops import chunks, gemm, linear_sum_op, row_blocks
 
 INPUTS = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias", "weights")
 FIELDS = fastkl.TokenStats._fields
@@ -68,6 +70,9 @@ class Case:
     def without(self, *names: str) -> "Case":
         return self.but(tensors={k: v for k, v in self.tensors.items() if k not in names})
 
+    def weighted(self) -> "Case":
+        return self if self.reduction in ("sum", "mean") else self.without("weights")
+
 
 def models(
     kind: str,
@@ -117,7 +122,6 @@ def small(
     ref_width: int = 4,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Draw all seven inputs, of two models that have nothing to do with each other."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "hidden": (*leading, width),
@@ -136,18 +140,16 @@ def small_case(call: str, dtype: torch.dtype = torch.float32, **changes) -> Case
     leading, sizes = changes.pop("leading", (5,)), changes.pop("sizes", {})
     tokens = torch.arange(math.prod(leading)).reshape(leading) % 17
     case = Case(small(leading, **sizes), call, tokens=tokens, **{"chunk_size": 2, **changes})
-    return (case if call in ("sum", "mean") else case.without("weights")).typed(dtype)
+    return case.weighted().typed(dtype)
 
 
-# Views of other memory, some among NaN: the least dimensions, and how the same numbers lie so. The
-# last one is for tokens that are equal.
+# Views of other memory, some among NaN: the least dimensions, and how the same numbers lie so.
 LAYOUTS = {
     "without the last": (2, lambda value: F.pad(value, (0, 0, 0, 1), value=math.nan)[..., :-1, :]),
     "gap": (2, lambda value: F.pad(value, (1, 2), value=math.nan)[..., 1:-2]),
     "every other": (1, lambda value: value.repeat_interleave(2, -1)[..., ::2]),
     "transposed": (2, lambda value: value.mT.contiguous().mT),
     "time first": (3, lambda value: value.transpose(0, 1).contiguous().transpose(0, 1)),
-    "expanded": (3, lambda value: value[:, :1].expand_as(value)),
 }
 
 
@@ -167,3 +169,60 @@ def leaves(
             moved = laid_out(moved, case.layouts.get(name) if dtype is None else None)
             made[id(value)] = moved.detach().requires_grad_(name in case.trainable)
     return {name: made[id(value)] for name, value in case.tensors.items()}
+
+
+# ---- the library's own plan of chunks: the only place of the tests that knows its names
+
+LARGEST_KEPT = _heads.LARGEST_KEPT
+
+
+def tuned(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
+    places = {
+        "small_sum": (chunks, "SMALL_SUM"),
+        "largest_chunk": (chunks, "LARGEST_CHUNK"),
+        "tile": (chunks, "TILE"),
+        "workspace": (chunks, "WORKSPACE_ON_A_GPU"),
+        "block": (gemm, "BLOCK_ELEMENTS"),
+        "row_block": (row_blocks, "BLOCK_ELEMENTS"),
+        "scaled_at_once": (linear_sum_op, "SCALED_AT_ONCE"),
+        "largest_kept": (_heads, "LARGEST_KEPT"),
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(*places[name], value)
+    if "workspace" in values:
+        monkeypatch.setitem(chunks.WORKSPACE, "cpu", values["workspace"])
+
+
+def heads_on_meta(
+    n: int, h: int, v: int, trainable: tuple[bool, bool], logits_dtype: torch.dtype = torch.bfloat16
+) -> list[chunks.ChunkedHead]:
+    """Make the policy's bfloat16 head and the reference's of any size, which take no memory."""
+    made = []
+    for learns in trainable:
+        hidden, weight = (torch.empty(k, h, dtype=torch.bfloat16, device="meta") for k in (n, v))
+        head = chunks.ChunkedHead(hidden, weight, None, logits_dtype)
+        if learns:
+            head.grad_hidden = torch.empty_like(hidden)
+            head.grad_weight, head.learns = chunks.Sum(weight), True
+            head.grad_weight.heads = 1
+        head.settle(reads_again=False)
+        made.append(head)
+    return made
+
+
+def planned(heads, chunk_size: int | None = None, taking_part=None) -> tuple[int, int]:
+    return chunks.plan(heads, chunk_size, taking_part or heads)
+
+
+def workspace(heads: list[chunks.ChunkedHead]) -> int:
+    """Compute linear_token_stats' docstring's formula. Rows are padded to whole lines."""
+    (chunk, window), total = planned(heads), 0
+    vocabulary = chunks.row_width(heads[0].weight.shape[0])
+    for head in heads:
+        wide = not head.learns or head.logits_dtype != head.hidden.dtype
+        total += wide * chunk * vocabulary * head.logits_dtype.itemsize
+        if head.grad_weight is not None:
+            total += window * vocabulary * head.hidden.dtype.itemsize
+            one_product = window >= head.hidden.shape[0]
+            total += head.grad_weight.extra_bytes - one_product * head.grad_weight.spared_bytes
+    return total

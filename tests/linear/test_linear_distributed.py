@@ -2,14 +2,16 @@
 on the whole batch.
 """
 
+import collections
+import contextlib
 import copy
 import datetime
 import functools
+import math
 import os
 import pathlib
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,22 +20,19 @@ import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import fastkl
+from fastkl.rl import PIDBeta
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORLD, STEPS, RATE = 2, 2, 0.5
 X, H, H_REF, V = 6, 8, 5, 19
+# The sequences of each rank, together and one by one.
+HALVES = slice(0, 2), slice(2, 4)
+SEQUENCES = (slice(0, 1), slice(1, 2)), (slice(2, 3), slice(3, 4))
 
 
-class Batch(NamedTuple):
-    """Arguments of forward. The reference's hidden states and lm_head are data here: nothing learns
-    through them.
-    """
-
-    x: torch.Tensor
-    ref_hidden: torch.Tensor
-    ref_weight: torch.Tensor
-    mask: torch.Tensor
-    weights: torch.Tensor
+# Arguments of forward. The reference's hidden states and lm_head are data here: nothing learns
+# through them.
+Batch = collections.namedtuple("Batch", "x, ref_hidden, ref_weight, mask, weights")
 
 
 def batch() -> Batch:
@@ -47,9 +46,12 @@ def batch() -> Batch:
     return Batch(*made[:3], mask, made[3].abs() + 0.25)
 
 
-def halved(whole: Batch, rank: int) -> Batch:
-    mine = {name: value[2 * rank : 2 * rank + 2] for name, value in whole._asdict().items()}
-    return Batch(**{**mine, "ref_weight": whole.ref_weight})
+def part(whole: Batch, rows: slice) -> Batch:
+    return whole._make(value if len(value) == V else value[rows] for value in whole)
+
+
+def by_logits(hidden: torch.Tensor, weight: torch.Tensor, data: Batch) -> tuple:
+    return hidden @ weight.T, data.ref_hidden @ data.ref_weight.T, data.mask
 
 
 # Means over tokens (or sequences) of (hidden, weight, data), divided by a normalizer.
@@ -70,6 +72,15 @@ LOSSES = {
     "sequences": lambda hidden, weight, data, n: fastkl.LinearKLPenalty(
         0.5, reduction="sequence_mean"
     )(hidden, weight, *data[1:4], normalizer=n),
+    "logits": lambda hidden, weight, data, n: fastkl.kl_divergence(
+        *by_logits(hidden, weight, data), weights=data.weights, reduction="mean", normalizer=n
+    ),
+    "logits, penalty": lambda *made: fastkl.KLPenalty(0.5)(
+        *by_logits(*made[:3]), normalizer=made[3]
+    ),
+    "logits, sequences": lambda *made: fastkl.KLPenalty(0.5, reduction="sequence_mean")(
+        *by_logits(*made[:3]), normalizer=made[3]
+    ),
 }
 
 
@@ -113,8 +124,7 @@ def with_fsdp(
         mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         reshard_after_forward=True,
     )
-    parts = [model.trunk[0], model.trunk[2]] if layers else []
-    for part in (*parts, *([model.lm_head] if head else [])):
+    for part in (*(model.trunk[::2] if layers else ()), *([model.lm_head] if head else ())):
         shard(part)
     if head == "method":
         fsdp.register_fsdp_forward_method(model.lm_head, "loss")
@@ -136,53 +146,85 @@ SCENARIOS = {
 }
 
 
+def alone(model: Policy, whole: Batch, total: float, dtype: torch.dtype | None) -> torch.Tensor:
+    """Leave the gradients of the whole batch in a plain model and return its loss; in a shorter
+    type, in which each rank rounds, of the ranks' parts one by one.
+    """
+    if dtype is None:
+        loss = model(total, *whole)
+        loss.backward()
+        return loss
+    losses = []
+    for rank in range(WORLD):
+        short = copy.deepcopy(model).to(dtype)
+        mine = [v.to(dtype) if v.is_floating_point() else v for v in part(whole, HALVES[rank])]
+        losses.append(short(total / WORLD, *mine) / WORLD)
+        losses[-1].backward()
+        for value, rounded in zip(model.parameters(), short.parameters(), strict=True):
+            value.grad = rounded.grad.float() + (0.0 if value.grad is None else value.grad)
+    return sum(losses)
+
+
 def train(rank: int, options: dict, sharded: dict | None) -> None:
     """Compare two steps of SGD on this rank's half with two of a plain copy on the whole batch: the
     loss, and the gradient of every parameter, to 1e-6 in norm. DDP and FSDP average, hence a
-    normalizer of the tokens of all ranks / world_size.
+    normalizer of the tokens of all ranks / world_size. DDP accumulates a sequence at a time.
     """
     whole, model = batch(), Policy(**options)
-    plain, half = copy.deepcopy(model), halved(whole, rank)
-    counted = whole.mask.any(-1) if options["loss"] == "sequences" else whole.mask
-    total, limit = float(counted.sum()), 0.05 if (sharded or {}).get("dtype") else 1e-6
+    plain = copy.deepcopy(model)
+    counted = whole.mask.any(-1) if "sequences" in options["loss"] else whole.mask
     wrapped = DistributedDataParallel(model) if sharded is None else with_fsdp(model, **sharded)
+    total, parts = float(counted.sum()), SEQUENCES[rank] if sharded is None else [HALVES[rank]]
     optimizers = [torch.optim.SGD(some.parameters(), lr=RATE) for some in (wrapped, plain)]
     for _ in range(STEPS):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss, expected = wrapped(total / WORLD, *half), plain(total, *whole)
-        # A DTensor again, between forward and backward; unshard() keeps it whole until then.
-        again = sharded is not None and "unshard" not in options
-        assert hasattr(model.lm_head.weight, "full_tensor") == again
-        loss.backward()
-        expected.backward()
-        average = loss.detach() / WORLD
+        average = torch.zeros(())
+        for mine in parts:
+            with contextlib.nullcontext() if mine is parts[-1] else wrapped.no_sync():
+                loss = wrapped(total / WORLD, *part(whole, mine))
+                # A DTensor between forward and backward; unshard() keeps it whole until then.
+                again = sharded is not None and "unshard" not in options
+                assert hasattr(model.lm_head.weight, "full_tensor") == again
+                loss.backward()
+                average += loss.detach() / WORLD
+        expected = alone(plain, whole, total, (sharded or {}).get("dtype"))
         dist.all_reduce(average)
-        assert abs(average - expected) <= limit * expected
+        assert abs(average - expected) <= 1e-6 * expected
         for (name, value), exact in zip(model.named_parameters(), plain.parameters(), strict=True):
             assert (value.grad is None) == (exact.grad is None) == (not exact.requires_grad), name
             if exact.grad is not None:
                 grad = value.grad.full_tensor() if sharded is not None else value.grad
-                error = float((grad - exact.grad).norm() / exact.grad.norm())
-                assert error <= limit, f"{name}: the gradient is {error:.3g} off in norm"
+                assert (grad - exact.grad).norm() <= 1e-6 * exact.grad.norm(), name
         for optimizer in optimizers:
             optimizer.step()
 
 
+def control(rank: int) -> None:
+    """Equal betas on all ranks, those of one process on all samples; a wrong KL of one is an error
+    on every one.
+    """
+    controller, pooled, world = PIDBeta(0.1, 0.05), PIDBeta(0.1, 0.05), dist.group.WORLD
+    betas = [controller.update((0.02, 0.2)[rank], (1, 30)[rank], process_group=world)] * WORLD
+    assert betas[rank] == pytest.approx(pooled.update((0.02 + 0.2 * 30) / 31, 31), rel=1e-6)
+    dist.all_gather_object(betas, controller.beta)
+    assert betas == [controller.beta] * WORLD
+    with pytest.raises(ValueError, match="^kl: expected"):
+        controller.update((0.1, math.nan)[rank], 1, process_group=world)
+
+
 def main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    options = {"rank": rank, "world_size": WORLD, "timeout": datetime.timedelta(seconds=60)}
     # A file instead of a port: nothing to collide with.
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", WORLD), **options)
+    store, limit = dist.FileStore(f"{folder}/store", WORLD), datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
     for name, scenario in SCENARIOS.items():
         print(name, flush=True)
         train(rank, *scenario)
+    control(rank)
     # Its gradient would be each rank's own: full_tensor() reduces nothing.
-    form = (
-        r"^weight: expected a plain tensor, .*, got a DTensor\b.*; (?!.*full_tensor).*\bforward\b"
-    )
-    with pytest.raises(TypeError, match=form):
-        with_fsdp(Policy("mean"), head="own")(1.0, *halved(batch(), rank))
+    message = r"^weight: expected a plain .*, got a DTensor\b.*; (?!.*full_tensor).*\bforward\b"
+    with pytest.raises(TypeError, match=message):
+        with_fsdp(Policy("mean"), head="own")(1.0, *part(batch(), HALVES[rank]))
     dist.monitored_barrier()
     dist.destroy_process_group()
     # Threads of gloo that still run abort an interpreter that exits.

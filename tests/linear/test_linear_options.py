@@ -1,7 +1,10 @@
-"""linear_token_stats and linear_kl_divergence: all options in combination, and autocast."""
+"""The functions on hidden states: all options in combination, autocast, LinearKLPenalty against
+KLPenalty on the logits that the heads would give, and the custom ops under them.
+"""
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import cases
 import linear_cases
@@ -9,7 +12,25 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linear_inputs import CALLS, FIELDS, LAYOUTS, Case, few, laid_out, leaves, small, small_case
+from linear_inputs import (
+    CALLS,
+    FIELDS,
+    INPUTS,
+    LAYOUTS,
+    Case,
+    few,
+    laid_out,
+    leaves,
+    small,
+    small_case,
+)
+from test_linear import with_heads
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import fastkl
+from fastkl import testing
+from fastkl.ops.linear_sum_op import ScaledInputs, scaled
 
 LEADING = ((5,), (2, 3), (3, 4), (7,), (2, 1, 3), (1,), (12,), (), (0,), (2, 0, 3))
 # Triton's interpreter truncates to bfloat16 where a GPU rounds.
@@ -26,18 +47,17 @@ def calls(draw: st.DrawFn) -> Case:
     def pick(label: str, *values: object) -> object:
         return draw(st.sampled_from(values), label=label)
 
-    call, seed = pick("call", *CALLS), draw(st.integers(0, 10000), label="seed")
-    leading, generator = pick("leading shape", *LEADING), torch.Generator().manual_seed(seed)
+    call, seed, leading = pick("call", *CALLS), draw(st.integers(0, 10000)), pick("shape", *LEADING)
     sharing = pick("ref_weight", "separate", "separate", "left out", "same object")
-    alone = sharing == "separate"
-    width, ref_width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    vocabulary = pick("V", 1, 2, 3, 5, 17, 31, 64, 65, 70)
-    policy = pick("dtype", *TYPES)
+    alone, generator = sharing == "separate", torch.Generator().manual_seed(seed)
+    vocabulary, policy = pick("V", 1, 2, 3, 5, 17, 31, 64, 65, 70), pick("dtype", *TYPES)
     reference = pick("ref dtype", policy, *TYPES) if alone else policy
-    sizes = (vocabulary, width, ref_width if alone else width)
-    case = Case(small(leading, *sizes, seed), call, seed=seed)
-    if sharing == "same object":
-        case.tensors["ref_weight"] = case.tensors["weight"]
+    width = pick("H", *range(1, 10))
+    ref_width = pick("H_ref", *range(1, 10)) if alone else width
+    case = Case(small(leading, vocabulary, width, ref_width, seed), call, seed=seed)
+    case.tensors["ref_weight"] = case.tensors[
+        "weight" if sharing == "same object" else "ref_weight"
+    ]
     removed = [*BIASES[pick("bias", *([*BIASES] if alone else ("both", "none")))]]
     heads = pick("heads", (None, None), ((2.0, 1.5), (None, 0.7)), ((1.5, 0.5), None))
     if sharing == "left out":
@@ -60,7 +80,6 @@ def calls(draw: st.DrawFn) -> Case:
     temperature = 0.5 + 1.5 * torch.rand(leading, generator=generator)
     second = pick("ref_temperature", None, None, 0.8) if "ref_hidden" in names else None
     fields = st.lists(st.sampled_from(FIELDS), min_size=1, unique=True)
-    layouts = [*LAYOUTS][:-1]
     return case.but(
         temperature=pick("temperature", 1.0, 0.6, 2.5, temperature),
         ref_temperature=second,
@@ -72,20 +91,21 @@ def calls(draw: st.DrawFn) -> Case:
         logits_dtype=pick("logits_dtype", None, torch.float32),
         chunk_size=pick("chunk_size", None, 1, 2, 3, 100),
         fields=tuple(draw(fields, label="fields")),
-        layouts={k: pick("layout", *layouts) for k in names if draw(st.booleans())},
+        layouts={k: pick("layout", *LAYOUTS) for k in names if draw(st.booleans())},
     )
 
 
 def test_all_options(implementation) -> None:
-    """Any combination of options: values and gradients are the truth's, but for what rounding
-    explains; tokens that do not count are exactly 0.
-
-    A GPU compiles kernels for most of them, and the interpreter is slow: fewer there.
-    """
+    # A GPU compiles kernels for most of them, and the interpreter is slow: fewer there.
     examples = 6 if implementation.interpreted else 40 if implementation.kernels else 150
-    slow, quiet = [HealthCheck.too_slow], {"deadline": None, "database": None}
 
-    @settings(max_examples=examples, derandomize=True, suppress_health_check=slow, **quiet)
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+        deadline=None,
+        database=None,
+    )
     @given(case=calls())
     def check(case: Case) -> None:
         linear_cases.check(implementation.device, case)
@@ -112,18 +132,17 @@ def test_autocast(implementation, call, half, way) -> None:
     few(implementation, half == torch.float16 and way == "eager")
     (compiled, inside), device = WAYS[way], implementation.device
     case = small_case(call, mask=torch.tensor([True, True, False, True, True]), softcap=5.0)
-    autocast = torch.autocast(device, dtype=half)
+    autocast, nothing = torch.autocast(device, dtype=half), contextlib.nullcontext()
 
     def cast(case: Case, inputs: dict) -> dict[str, torch.Tensor]:
-        with autocast if inside else contextlib.nullcontext():
+        with autocast if inside else nothing:
             return linear_cases.call(case, inputs)
 
     function = torch.compile(cast, fullgraph=True, backend="aot_eager") if compiled else cast
     for logits_dtype in (None, torch.float32):
         case = case.but(logits_dtype=logits_dtype)
-        inputs = leaves(case, device=device)
-        with contextlib.nullcontext() if inside else autocast:
-            values = function(case, inputs)
+        with nothing if inside else autocast:
+            inputs, values = linear_cases.run(case, device, function)
         result = linear_cases.differentiate(case, inputs, values)
         short = linear_cases.outcome(case.typed(half), device)
         linear_cases.assert_same(result, {name: value.float() for name, value in short.items()})
@@ -133,3 +152,175 @@ def test_autocast(implementation, call, half, way) -> None:
     with autocast:
         result = linear_cases.differentiate(case, inputs, values)
     linear_cases.assert_same(result, outside)
+
+
+# ---- LinearKLPenalty
+
+SOME = torch.tensor([[True, False, True, True], [False, True, True, False]])
+MASKS = {"all": None, "masked": SOME, "none": SOME & False, "no tokens": SOME[:, :0]}
+
+
+@pytest.mark.parametrize("models", ["plain", "everything", "inherited", "one weight"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("reduction", ["token_mean", "mean", "sequence_mean", "sum"])
+@pytest.mark.parametrize("direction", ["policy||reference", "reference||policy"])
+def test_equals_klpenalty_on_logits(implementation, direction, reduction, mask, models) -> None:
+    """Value, the gradients of all tensors and `last` are float64's, with chunks smaller than the
+    batch, whatever masked hidden states hold; exactly 0 where no token counts. A controller's beta
+    is read at the call.
+    """
+    few(implementation, models == "everything")
+    case = with_heads(models, "sum").without("weights").but(mask=MASKS[mask])
+    case = case.but(temperature=1.3) if models == "plain" else case
+    for name in ("hidden", "ref_hidden"):
+        if mask == "no tokens":
+            case.tensors[name] = case.tensors[name][:, :0]
+        elif mask != "all":
+            case.tensors[name][~MASKS[mask]] = math.nan
+    made, controller = {"direction": direction, "reduction": reduction}, SimpleNamespace(beta=0.2)
+    options = linear_cases.options(case)
+    penalty = fastkl.LinearKLPenalty(controller, **made, **options)
+    assert all((f" {k}=" in repr(penalty)) == (v is not None) for k, v in options.items())
+    controller.beta = 0.7
+    inputs = leaves(case, device=implementation.device)
+    loss = penalty(**linear_cases.arguments(case, inputs))
+    assert loss.shape == () and loss.dtype == torch.float32
+    exact, by_logits = leaves(case, torch.float64), fastkl.KLPenalty(0.7, **made)
+    with fastkl.use_backend("reference"):
+        expected = by_logits(*linear_cases.logits_of(case, exact), MASKS[mask])
+        outcome = linear_cases.differentiate(case, exact, {"kl": expected})
+    result = linear_cases.differentiate(case, inputs, {"kl": loss})
+    linear_cases.assert_within(result, outcome, 1e-5)
+    assert penalty.last.keys() == by_logits.last.keys()
+    for name, value in penalty.last.items():
+        assert not value.requires_grad and value.device == loss.device
+        testing.assert_near(value, by_logits.last[name].cpu(), 1e-5, 0.0, f"last {name}")
+
+
+# ---- the custom ops
+
+V, H, ops = 11, 4, torch.ops.fastkl
+MASK, DIVISORS = torch.tensor([True, False, True]), torch.tensor([0.5, 1.2, 0.9])
+PER_TOKEN = {"temperature": DIVISORS, "ref_temperature": DIVISORS.flip(0)}
+HALF = {"heads": ((2.0, 1.0), (None, 0.7))}
+# name: (inputs left out, a Case's changes), for three tokens.
+MIXES = {
+    "plain": (("bias", "ref_bias"), {"chunk_size": None}),
+    "everything": ((), {"mask": MASK, **PER_TOKEN, **HALF}),
+    "shared": (("ref_weight",), {"mask": MASK, "temperature": 0.7, "chunk_size": 1}),
+    "shared, per token": (("ref_weight", "bias", "ref_bias"), {"softcap": 5.0, **PER_TOKEN}),
+    "one model": (
+        ("ref_hidden", "ref_weight", "ref_bias"),
+        {"temperature": DIVISORS, "mask": MASK, "softcap": 3.0},
+    ),
+    "frozen": ((), {"trainable": ()}),
+    "one field": ((), {"fields": ("kl",), "trainable": ("hidden",)}),
+    "policy fields": ((), {"fields": ("logprob", "entropy")}),
+    "reference field": (("ref_weight",), {"fields": ("ref_logprob",)}),
+    "no tokens": ((), {"leading": (0, 2)}),
+    "one token": ((), {"leading": ()}),
+    "bf16": ((), {"dtype": torch.bfloat16}),
+    "fp16": ((), {"dtype": torch.float16, "trainable": INPUTS[:6]}),
+}
+
+
+OPS = {
+    False: (ops.linear_statistics.default, ops.linear_gradients.default),
+    True: (ops.linear_weighted_kl.default, ops.scaled.default),
+}
+
+
+class Calls(TorchDispatchMode):
+    def __enter__(self) -> list:
+        self.seen = []
+        super().__enter__()
+        return self.seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += [(func, args)] if func.namespace == "fastkl" else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck(implementation, call, mix) -> None:
+    """Schema, fake tensors, autograd registration and AOT dispatch with dynamic shapes are right
+    for the arguments that the functions and their backward give.
+
+    They do not depend on the kernels: the interpreter has the mix in which most takes part.
+    """
+    few(implementation, mix == "everything")
+    if mix == "one model" and call != "stats":
+        pytest.skip("a KL needs a reference")
+    left_out, changes = MIXES[mix]
+    sizes = {"vocabulary": V, "width": H, "ref_width": H if "ref_weight" in left_out else 3}
+    case = small_case(call, **{"leading": (3,), "sizes": sizes, **changes}).without(*left_out)
+    with Calls() as calls:
+        linear_cases.outcome(case, implementation.device)
+    forward, backward = OPS[call in ("sum", "mean")]
+    assert {func for func, _ in calls} == {forward, *([backward] if case.trainable else [])}
+    for func, args in calls:
+        if func is backward:  # second derivatives are refused
+            args = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+        torch.library.opcheck(func, args)
+
+
+@pytest.mark.parametrize(
+    "dtype, result",
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_scaled(implementation, dtype, result) -> None:
+    gradient = torch.randn(7, 5).to(implementation.device, dtype)
+    factor = torch.tensor(0.1234567, device=implementation.device)
+    expected = (gradient.double() * factor.double()).float().to(result)
+    assert torch.equal(scaled(ScaledInputs(gradient, factor, result)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(implementation) -> None:
+    tensors = small((3, 2), V, H, H)
+    hidden, weight, ref = (
+        tensors[name].to(implementation.device).requires_grad_()
+        for name in ("hidden", "weight", "ref_hidden")
+    )
+    temperature = torch.ones(3, 2, device=implementation.device, requires_grad=True)
+
+    def kl(states, second, temperature=1.0, reduction="none") -> torch.Tensor:
+        options = {"temperature": temperature, "reduction": reduction}
+        return fastkl.linear_kl_divergence(states, weight, second, **options)
+
+    with pytest.raises(RuntimeError, match="^hidden.*: expected to be known.*reduction='none'"):
+        torch.vmap(lambda states, second: kl(states, second, reduction="sum"))(hidden, ref)
+    for function in (kl, lambda p, _, t: fastkl.kl_divergence(p, p, temperature=t)):
+        with pytest.raises(RuntimeError, match="^temperature: expected a tensor without gradient"):
+            torch.vmap(function)(hidden, ref, temperature)
+
+
+class Loss(torch.nn.Module):
+    def forward(self, hidden, weight, ref_hidden, reduction):
+        return fastkl.linear_kl_divergence(hidden, weight, ref_hidden, reduction=reduction).sum()
+
+
+def test_export_without_gradients_refuses_them(implementation) -> None:
+    """An exported sum keeps what its example inputs required: asked for more it raises; exported
+    per token, for any number of tokens, it gives all gradients.
+    """
+    tensors = small((6,), V, H, H)
+    given = [tensors[k].to(implementation.device) for k in ("hidden", "weight", "ref_hidden")]
+    learned = [value.clone().requires_grad_() for value in given]
+    rows = {0: torch.export.Dim("tokens", min=2)}
+    summed, per_token = (
+        torch.export.export(Loss(), (*inputs, name), dynamic_shapes=(rows, None, rows, None))
+        for name, inputs in (("sum", given), ("none", learned))
+    )
+    (bounds,) = per_token.range_constraints.values()
+    assert bounds.upper > 2**40, "the default of recompute puts no bound on the tokens"
+    torch.testing.assert_close(summed.module()(*given, "sum"), Loss()(*given, "sum"))
+    losses = Loss()(*learned, "sum"), per_token.module()(*learned, "none")
+    torch.testing.assert_close(*(torch.autograd.grad(loss, learned) for loss in losses))
+    with pytest.raises(RuntimeError, match="hidden, weight, ref_hidden: expected to be known"):
+        summed.module()(*learned, "sum")

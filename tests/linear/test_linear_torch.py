@@ -1,18 +1,29 @@
 """The linear functions inside PyTorch: torch.compile, checkpoints, hooks and frozen inputs;
-recompute=, which changes no bit; and the bytes held for backward.
+recompute=, which changes no bit; the bytes held for backward; and a GPU alone.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import linear_cases
 import memory
 import pytest
 import torch
-from cases import HAS_CPP
-from linear_inputs import FIELDS, INPUTS, Case, leaves, small_case
-from linear_plan import LARGEST_KEPT, tuned
-from test_linear_costs import CHUNK, H, N, V, count
+from cases import HAS_CPP, captured
+from linear_inputs import (
+    FIELDS,
+    INPUTS,
+    LARGEST_KEPT,
+    Case,
+    heads_on_meta,
+    leaves,
+    planned,
+    small_case,
+    tuned,
+    workspace,
+)
+from test_linear_costs import CHUNK, H, N, V, count, step, tensors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -32,13 +43,12 @@ def made(name: str, leading: tuple[int, ...] = (2, 2), **changes) -> Case:
     """
     mask = torch.arange(torch.Size(leading).numel()).reshape(leading) != 1
     more = {"mask": mask, "chunk_size": None, "heads": ((4.0, 1.7), None)}
-    if name != "penalty":
-        more |= {"temperature": 0.5 + torch.rand(leading), "ref_temperature": 0.7}
+    divided = {"temperature": 0.5 + torch.rand(leading), "ref_temperature": 0.7}
+    more |= divided if name != "penalty" else {}
     return small_case(name, leading=leading, **{**more, **changes})
 
 
 def body(case: Case, inputs: dict[str, torch.Tensor], **more) -> dict[str, torch.Tensor]:
-    """Compute from hidden states that another layer made."""
     return linear_cases.call(case, {**inputs, "hidden": torch.tanh(inputs["hidden"])}, **more)
 
 
@@ -89,9 +99,6 @@ def test_a_retained_graph(implementation, name, way) -> None:
     "name, compiler", [*((name, "aot_eager") for name in NAMES), ("none", "inductor")]
 )
 def test_one_graph_for_every_length(implementation, name, compiler) -> None:
-    """fullgraph=True with dynamic=True works, forward and backward, and gives eager's bits for
-    every number of tokens, whether they fit into one chunk or not.
-    """
     if compiler == "inductor" and implementation.device == "cpu" and not HAS_CPP:
         pytest.skip("inductor needs a C++ compiler on CPU")
     counter, graphs = CompileCounterWithBackend(compiler), []
@@ -117,8 +124,7 @@ def test_with_frozen_inputs_and_without_gradient(implementation, name, learns) -
     with torch.no_grad():
         found = [compiled(case, inputs)]
     with torch.inference_mode():
-        made_here = {key: value.clone() for key, value in inputs.items()}
-        found += [linear_cases.call(case, given) for given in (inputs, made_here)]
+        found += [linear_cases.call(case, inputs), linear_cases.run(case, device)[1]]
     for values in found:
         assert not any(value.requires_grad for value in values.values())
         linear_cases.assert_same(values, {key: expected[key] for key in values})
@@ -162,24 +168,19 @@ OPTIONS = {
 @pytest.mark.parametrize("learned", LEARNED, ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits(implementation, learned, options, dtype) -> None:
-    """Kept or computed again, with products of the same shapes: for each set of fields, of which
-    each moves what it depends on.
-    """
+    """Kept or computed again, with products of the same shapes: for each set of fields."""
     case = stats_case(dtype, learned, **OPTIONS[options])
-    if options == "one weight":
-        case = case.without("ref_weight")
+    case = case.without("ref_weight") if options == "one weight" else case
     if options == "far rows":
         case.tensors["hidden"][::5] *= 40
         case.tensors["ref_hidden"][::7] *= 60
     for fields in (FIELDS, FIELDS[:2], ("ref_logprob",), ("kl",), ("ref_kl",)):
         asked = case.but(fields=fields)
-        again = linear_cases.outcome(asked, implementation.device, recompute=True)
-        linear_cases.assert_same(
-            linear_cases.outcome(asked, implementation.device, recompute=False), again
+        again, kept = (
+            linear_cases.outcome(asked, implementation.device, recompute=recompute)
+            for recompute in (True, False)
         )
-        for name in again.keys() & {f"gradient to {name}" for name in learned}:
-            other = FIELDS[:2] if "ref_" in name else ("ref_logprob",)
-            assert bool(again[name].any()) or {*fields} <= {*other}, name
+        linear_cases.assert_same(kept, again)
 
 
 @pytest.mark.parametrize("reference", [True, False])
@@ -190,10 +191,9 @@ def test_the_bound_on_kept_logits(monkeypatch, reference, logits_dtype, short) -
     tuned(monkeypatch, largest_kept=(1 + reference) * N * V * logits_dtype.itemsize - short)
     case = stats_case(logits_dtype=logits_dtype)
     case = case if reference else case.without("ref_hidden", "ref_weight", "ref_bias")
-    inputs = leaves(case)
     for recompute, again in ((None, short), (True, 1), (False, 0)):
-        values = linear_cases.call(case, inputs, recompute=recompute)
-        run = functools.partial(linear_cases.differentiate, case, inputs, values)
+        given = linear_cases.run(case, "cpu", recompute=recompute)
+        run = functools.partial(linear_cases.differentiate, case, *given)
         assert count(run, types=None) == 2 + again * (1 + reference)
 
 
@@ -221,8 +221,7 @@ def test_transforms(implementation, recompute) -> None:
 
 def test_a_failed_backward_leaves_no_wrong_logits(monkeypatch) -> None:
     case = stats_case()
-    inputs = leaves(case)
-    values = linear_cases.call(case, inputs)
+    inputs, values = linear_cases.run(case, "cpu")
 
     def fails(first: torch.Tensor, *_: object, **__: object) -> None:
         first.fill_(float("nan"))
@@ -237,61 +236,50 @@ def test_a_failed_backward_leaves_no_wrong_logits(monkeypatch) -> None:
 
 # ---- what is held between forward and backward
 
-
-def sized(implementation, name: str, learns: tuple[str, ...], dtype=torch.float32) -> tuple:
-    tokens, vocabulary = (4, 64) if implementation.interpreted else (32, 512)
-    sizes = {"sizes": {"vocabulary": vocabulary, "width": 8, "ref_width": 6}}
-    plain = {"temperature": 1.0, "ref_temperature": None, "heads": (None, None)}
-    case = made(name, (tokens,), dtype=dtype, trainable=learns, **plain, **sizes)
-    vectors = {name: getattr(case, name).to(implementation.device) for name in ("mask", "tokens")}
-    inputs = leaves(case, device=implementation.device)
-    return functools.partial(linear_cases.call, case.but(**vectors)), inputs, vectors
+FP32, HELD = torch.float32, (("hidden",), ("hidden", "weight"), ("ref_hidden",), INPUTS)
+HALVES = torch.bfloat16, torch.float16
 
 
-def held(call: Callable, inputs: dict, vectors: dict) -> int:
-    saved = memory.saved(lambda: call(inputs))
-    for value in (*inputs.values(), *vectors.values()):
-        saved.pop(value.untyped_storage().data_ptr(), None)
-    return sum(saved.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("learns", [("hidden",), ("hidden", "weight"), ("ref_hidden",), INPUTS])
-@pytest.mark.parametrize("name", ["mean", "sum", "penalty"])
-def test_bytes_saved_for_a_scalar(implementation, name, learns, dtype) -> None:
-    """One tensor like each input that requires grad, in float32 for a float16 head, and none of the
-    hidden states and weights themselves.
+@pytest.mark.parametrize(
+    "name, learns, dtype",
+    [
+        *itertools.product(NAMES, (INPUTS,), (FP32,)),
+        ("stats", HELD[0], FP32),
+        *itertools.product(("mean", "penalty"), HELD[:3], (FP32,)),
+        *itertools.product(("mean", "sum", "penalty"), HELD, HALVES),
+    ],
+)
+def test_bytes_left(implementation, name, learns, dtype) -> None:
+    """While the results live, nothing is left allocated but they and what is saved: 40 bytes per
+    token for any upstream gradient, and of the vocabulary's size only kept logits, else a gradient
+    like each input, in float32 for a float16 head, and none of the inputs; under activation
+    checkpointing, nothing but the results.
     """
-    call, inputs, vectors = sized(implementation, name, learns, dtype)
-    heads = {inputs[key].untyped_storage().data_ptr() for key in INPUTS[:6]}
-    assert not heads & set(memory.saved(lambda: call(inputs)))
-    gradients = sum(
+    tokens, vocabulary = (4, 64) if implementation.interpreted else (32, 512)
+    options = {"sizes": {"vocabulary": vocabulary, "width": 8, "ref_width": 6}, "dtype": dtype}
+    options |= {"temperature": 1.0, "ref_temperature": None, "heads": (None, None)}
+    case, device = made(name, (tokens,), trainable=learns, **options), implementation.device
+    vectors = {key: getattr(case, key).to(device) for key in ("mask", "tokens")}
+    inputs = leaves(case, device=device)
+    call = functools.partial(linear_cases.call, case.but(**vectors))
+    saved = memory.saved(lambda: call(inputs))
+    heads, others = (
+        sum(saved.pop(value.untyped_storage().data_ptr(), 0) for value in some.values())
+        for some in (inputs, vectors)
+    )
+    expected = sum(
         value.numel() * (4 if dtype == torch.float16 and "hidden" not in key else value.itemsize)
         for key, value in inputs.items()
         if key in learns
     )
-    more = held(call, inputs, vectors) - gradients
-    assert 0 <= more <= 16 + 4 * len(inputs["hidden"])  # a count, weights
-
-
-@pytest.mark.parametrize(
-    "name, learns",
-    [*((name, INPUTS) for name in NAMES), ("mean", INPUTS[:1]), ("stats", INPUTS[:1])],
-)
-def test_bytes_left(implementation, name, learns) -> None:
-    """While the results live, nothing is left allocated but they and what is saved: 40 bytes per
-    token for any upstream gradient, and of the vocabulary's size only kept logits, else a gradient
-    like each input; under activation checkpointing, nothing but the results.
-    """
-    call, inputs, vectors = sized(implementation, name, learns)
-    device, tokens = implementation.device, len(inputs["hidden"])
+    if name in ("none", "stats"):
+        expected = tokens * (40 + (2 * 4 * vocabulary if name == "stats" else 0))
+        assert sum(saved.values()) == expected
+    else:  # besides: a count, weights
+        assert not heads and expected <= sum(saved.values()) + others <= expected + 16 + 4 * tokens
     results = {"none": 4 * tokens, "stats": 20 * tokens}.get(name, 64)
     results += 512 * 16 if device == "cuda" else 0  # the GPU allocator's rounding
-    saved = sum(value.nbytes for key, value in inputs.items() if key in learns)
-    if name in ("none", "stats"):
-        saved = tokens * (40 + (2 * 4 * len(inputs["weight"]) if name == "stats" else 0))
-        assert held(call, inputs, vectors) == saved
-    assert memory.allocated(device, lambda: call(inputs))[1] <= results + saved
+    assert memory.allocated(device, lambda: call(inputs))[1] <= results + expected
 
     def unpacked(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(call(dict(zip(inputs, values, strict=True))).values())
@@ -301,3 +289,93 @@ def test_bytes_left(implementation, name, learns) -> None:
             checkpoint, unpacked, *inputs.values(), use_reentrant=again, preserve_rng_state=False
         )
         assert memory.allocated(device, run)[1] <= results
+
+
+# ---- a GPU alone: no synchronisation, CUDA graphs, the peak of memory
+
+VECTORS = ("mask", "temperature", "tokens")
+kinds = pytest.mark.parametrize("kind", ["none", "mean", "stats"])
+
+
+def on_gpu(kind: str, dtype=torch.bfloat16, seed: int = 0, device: str = "cuda") -> Case:
+    sizes = {"vocabulary": 1003, "width": 64, "ref_width": 48, "seed": seed}
+    generator = torch.Generator(device).manual_seed(seed)
+    mask, temperature = torch.rand(2, 300, generator=generator, device=device)
+    return small_case(kind, dtype, leading=(300,), sizes=sizes, chunk_size=128, random=False).but(
+        trainable=("hidden", "weight", "bias"),
+        softcap=20.0 if kind == "none" else None,
+        mask=mask < 0.8,
+        temperature=temperature + 0.5,
+        tokens=torch.randint(1003, (300,), generator=generator, device=device),
+    )
+
+
+def train(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return linear_cases.differentiate(case, inputs, linear_cases.call(case, inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@kinds
+def test_no_synchronisation(kind, dtype) -> None:
+    case = on_gpu(kind, dtype=dtype)
+    inputs = leaves(case, device="cuda")
+    penalty = fastkl.LinearKLPenalty(0.1, reduction="sequence_mean")
+    train(case, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(case, inputs)
+        penalty(**linear_cases.arguments(case, inputs)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@kinds
+def test_cuda_graph(kind) -> None:
+    case, other = (on_gpu(kind, seed=seed) for seed in (0, 1))
+    inputs, others = (leaves(each, device="cuda") for each in (case, other))
+    graph, results = captured(lambda: train(case, inputs))
+    expected = {name: value.clone() for name, value in train(other, others).items()}
+    with torch.no_grad():
+        for name, value in inputs.items():
+            value.copy_(others[name])
+        for name in VECTORS:
+            getattr(case, name).copy_(getattr(other, name))
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, value in expected.items():
+        assert torch.equal(results[name], value) and bool((value != 0).any())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n, one_product", [(4096, True), (12288, False)])
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+def test_peak_memory(logits_dtype, n, one_product) -> None:
+    """The docstring's formula, the returned gradients and little else: forward alone, and with a
+    trainable weight.
+    """
+    h, v = 2048, 128256
+    given = tensors("cuda", n, h, v)
+    settings = {"reduction": "sum", "logits_dtype": logits_dtype}
+    learning, frozen = (heads_on_meta(n, h, v, (k, False), logits_dtype) for k in (True, False))
+    # Saved values, the row kernels' partial states, and cuBLAS's own workspace.
+    slack = 64 * n + n * 4 * 28 + (1 << 24)
+    with torch.no_grad():
+        loss = memory.allocated("cuda", lambda: fastkl.linear_kl_divergence(**given, **settings))
+    assert loss[0] <= workspace(frozen) + slack
+    peak = memory.allocated("cuda", lambda: step(given, **settings))[0]
+    assert peak <= workspace(learning) + 2 * (n * h + v * h) + slack
+    assert (planned(learning)[1] == n) == one_product
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@kinds
+def test_another_device_than_the_current_one(kind) -> None:
+    first, second = (
+        train(on_gpu(kind, device=device), leaves(on_gpu(kind), device=device))
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert all(torch.equal(second[name].cpu(), value.cpu()) for name, value in first.items())
