@@ -6,7 +6,7 @@ All providers get the same logits, float32 and bfloat16, of four kinds. The seco
 first plus noise, of the size that gives the KL in question. The error of a row is relative: that of
 its KL, and that of the gradient of its KL to one tensor of logits in L2 norm (a bfloat16 gradient
 alone rounds by up to 2^-9). Providers whose kernels need a GPU run in Triton's interpreter on a
-CPU, ours on fewer rows (interpreted.py). Exit code 0: fastkl's KL is nowhere negative nor worse
+CPU, ours on fewer rows (processes.py). Exit code 0: fastkl's KL is nowhere negative nor worse
 than plain torch's; 1: it is; 2: wrong use.
 """
 
@@ -21,7 +21,8 @@ import torch
 from matplotlib.figure import Figure
 
 import fastkl
-from benchmarks import cases, interpreted, record, work
+from benchmarks import cases, record, work
+from benchmarks.processes import INTERPRETER
 from benchmarks.providers import LOADERS, load_providers
 from fastkl import testing
 
@@ -126,7 +127,7 @@ def errors_of(names, providers, *pair):
     """Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED."""
     others = [name for name in INTERPRETED if name in names]
     pickled = pickle.dumps(pair) if others else None
-    apart = {name: interpreted.child().submit(interpreted_error, name, pickled) for name in others}
+    apart = {name: INTERPRETER.submit(interpreted_error, name, pickled) for name in others}
     found = {provider.name: error_of(provider, *pair) for provider in providers}
     for name, future in apart.items():
         failed = future.exception()

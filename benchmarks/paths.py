@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 import fastkl
-from benchmarks.interpreted import child
+from benchmarks.processes import INTERPRETER
 
 ARCH = "sm_90"
 ROWS = 256  # at most: of a vocabulary of 128256 the interpreter takes two seconds for each
@@ -86,7 +86,7 @@ def main(argv=None):
     for name, p, q, temperature in found:
         pair = [x[:: -(-len(p) // ROWS)].bfloat16() for x in (p, q)]
         pickled = pickle.dumps((*pair, temperature))
-        tiles, general, anchored, kl = child().submit(count_paths, pickled).result()
+        tiles, general, anchored, kl = INTERPRETER.submit(count_paths, pickled).result()
         shares = f"{1 - general / tiles:.1%} near, {anchored / tiles:.1%} read twice"
         print(f"{name}: mean KL {kl:.4f}, {tiles} tiles, {shares}", flush=True)
     return 0

@@ -20,7 +20,7 @@ ROWS_BY_CALLS = 64  # rows at which a loss that is one scalar is called for each
 
 
 def _needs_gpu(device):
-    """Raise for Triton kernels without a GPU, unless interpreted.py has started the process."""
+    """Raise for Triton kernels without a GPU, unless processes.py has started the process."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("its Triton kernels need a GPU")
 

@@ -15,19 +15,20 @@ Exit code 0: an entry was printed; 1: no candidate passed; 2: no CUDA GPU here, 
 import dataclasses
 import functools
 import itertools
-import json
 import pprint
 import statistics
-import subprocess
 import sys
+from concurrent.futures import TimeoutError
 
 import torch
 
 import fastkl
 from benchmarks.cases import DTYPES
-from benchmarks.record import ROOT, command_line, has_gpu, provenance, write_json
+from benchmarks.processes import Child
+from benchmarks.record import command_line, has_gpu, provenance, write_json
 from fastkl.kernels import config
 
+CHILD = Child
 DEVICE = "cuda"
 # Launches decide the time of few rows, memory bandwidth that of many.
 ROWS = (64, 8192)
@@ -128,20 +129,14 @@ def attempt(arguments, chosen, record):
 
     It runs in a process of its own, is printed, added to the record, and written with it.
     """
-    options = dict(vars(arguments), json=None, candidate=None)
-    command = [
-        *(sys.executable, "-m", "benchmarks.tune"),
-        *(f"--{name}={value}" for name, value in options.items() if value is not None),
-        *("--candidate", *(str(getattr(chosen, name) or 0) for name in FIELDS)),
-    ]
-    how = {"capture_output": True, "text": True, "check": True, "cwd": ROOT}
-    try:
-        done = subprocess.run(command, timeout=SECONDS, **how)
-        outcome = {"times": json.loads(done.stdout.splitlines()[-1])}
-    except subprocess.TimeoutExpired:
-        outcome = {"refused": f"no answer in {SECONDS} s"}
-    except subprocess.CalledProcessError as error:
-        outcome = {"refused": [f"exit code {error.returncode}", *error.stderr.splitlines()][-1]}
+    problem = (arguments.direction, arguments.dtype, arguments.vocabulary)
+    with CHILD() as child:
+        try:
+            outcome = {"times": child.call(SECONDS, measure, *problem, chosen)}
+        except TimeoutError:
+            outcome = {"refused": f"no answer in {SECONDS} s"}
+        except (Exception, SystemExit) as error:
+            outcome = {"refused": f"{type(error).__name__}: {error}"}
     trial = {**dataclasses.asdict(chosen), **outcome}
     record["trials"].append(trial)
     print(" ", [trial[name] for name in FIELDS], outcome, flush=True)
@@ -159,9 +154,6 @@ def parsed(argv):
     add("--direction", choices=SEGMENTS, required=True, help="the kernel to tune")
     add("--dtype", choices=("bf16", "fp32"), required=True, help="an entry is for its size")
     add("--vocabulary", type=int, default=128256, metavar="V", help="length of a row")
-    names = ("THREADS", "GROUPS", "SEGMENT", "REGISTERS")
-    only = "check and time this one only (0 registers: no limit); print its times as JSON"
-    add("--candidate", type=int, nargs=4, metavar=names, help=only)
     found = parser.parse_args(argv)
     if found.vocabulary < 256 or (found.direction == "fused" and found.vocabulary % 8):
         least = "at least 256, and of fused a multiple of 8"
@@ -174,10 +166,6 @@ def main(argv=None):
     direction, dtype, vocabulary = arguments.direction, arguments.dtype, arguments.vocabulary
     if not has_gpu("tune"):
         return 2
-    if arguments.candidate:
-        chosen = config.RowConfig(*arguments.candidate[:3], "", arguments.candidate[3] or None)
-        print(json.dumps(measure(direction, dtype, vocabulary, chosen)))
-        return 0
     from fastkl.kernels.launch import architecture
 
     arch, gpu = architecture(torch.device(DEVICE))[0], torch.cuda.get_device_name()

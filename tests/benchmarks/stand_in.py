@@ -1,16 +1,14 @@
-"""Stands in for a GPU: CPU tensors, a clock for CUDA events, a constant for its memory.
+"""Stands in for a GPU: CPU tensors, a clock for CUDA events, a constant for its memory."""
 
-Run as a script it is benchmarks.speed on that device, with the sections of SECTIONS.
-"""
-
-import sys
+import os
 import time
 import types
+from functools import partial
 
 import torch
 from triton import testing
 
-from benchmarks import speed, suites, timing
+from benchmarks import processes, speed, suites, timing
 from benchmarks.cases import Workload
 from benchmarks.linear_cases import FLOOR, LinearWorkload
 from benchmarks.work import Work
@@ -18,16 +16,13 @@ from benchmarks.work import Work
 LOGITS = (Workload(rows=6, vocabulary=97, dtype="fp32"), Workload(rows=4, vocabulary=97))
 LINEAR = (LinearWorkload("loss", 12, 16, 131), LinearWorkload("forward", 12, 16, 131))
 SECTIONS = {
-    "tests": suites.Command((sys.executable, "-c", "print('3 passed')"), 60),
     "main": suites.Section(LOGITS, ()),
     "linear": suites.Section(LINEAR, (FLOOR, "fastkl")),
-    "doctor": suites.Command(("no-such-command",), 60),
-    "memcheck": suites.Command(("{unknown}",), 60),
 }
 
 
 def install(put=setattr):
-    """Puts the device in the place of CUDA; put: setattr, or monkeypatch's."""
+    """Put the device in the place of CUDA, in processes too; put: setattr, or monkeypatch's."""
 
     def bench(run, warmup=0, rep=0, return_mode=""):
         started = time.perf_counter()
@@ -52,7 +47,7 @@ def install(put=setattr):
     put(testing, "do_bench_cudagraph", bench)
     put(timing, "COPY_BYTES", 2**16)
     put(speed, "DEVICE", "cpu")
-    put(speed, "CHILD", [sys.executable, __file__])
+    put(speed, "CHILD", partial(processes.Child, install))
     put(speed, "SUITES", SECTIONS)
 
 
@@ -61,14 +56,9 @@ def provider(device):
 
     def kl_divergence(inputs):
         if len(inputs.p) == 4:
-            sys.exit(7)
+            os._exit(7)
         return (
             (inputs.p.softmax(-1) * (inputs.p.log_softmax(-1) - inputs.q.log_softmax(-1))).sum(-1),
         )
 
     return {"kl_divergence": Work(kl_divergence, "ours")}
-
-
-if __name__ == "__main__":
-    install()
-    sys.exit(speed.main())

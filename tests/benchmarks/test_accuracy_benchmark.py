@@ -3,10 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -81,18 +77,6 @@ def test_every_provider_computes_the_kl_or_says_why_not(name):
         found = accuracy.errors_of([name], providers, *pair, gradients, wrt)[name]
         assert found["wrt"] == wrt and found["worst_relative"] < 1e-5, found
         assert found["gradient_worst"] < limit, found
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
-def test_a_killed_benchmark_takes_its_child_with_it():
-    code = (
-        "import os; from benchmarks.interpreted import child;"
-        "print(child().submit(os.getpid).result(), flush=True); os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    stat = Path(f"/proc/{int(done.stdout)}/stat")
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-        time.sleep(0.1)
 
 
 # Tables, the plot, the command

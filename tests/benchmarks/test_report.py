@@ -137,8 +137,7 @@ def test_a_broken_file_is_named_and_nothing_is_written(content, folder, monkeypa
 
 
 def test_every_workload_of_the_suite_has_a_name_of_its_own():
-    sections = [s for s in suites.SUITES.values() if isinstance(s, suites.Section)]
-    workloads = {workload for section in sections for workload in section.workloads}
+    workloads = {workload for s in suites.SUITES.values() for workload in s.workloads}
     assert len({tables.label(workload.as_dict()) for workload in workloads}) == len(workloads)
 
 

@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
+from concurrent.futures import TimeoutError
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ import torch
 from benchmarks import speed, timing
 from benchmarks.cases import PHASES, Workload
 from benchmarks.linear_cases import FLOOR
+from benchmarks.processes import Child
 from benchmarks.providers import ALL_LOADERS, load_providers
-from benchmarks.record import ROOT
 from benchmarks.suites import SUITES, Section
 
 stand_in = pytest.importorskip("stand_in")  # without Triton there is no triton.testing
@@ -24,33 +24,26 @@ OWN = "stand_in:provider"
 # The command, end to end
 
 
-def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path, capfd):
-    """Order, subprocesses, a user's own provider that crashes, the floor, logs, whole JSON."""
+def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path):
+    """Order, processes, a user's own provider that crashes, the floor, whole JSON."""
     stand_in.install(monkeypatch.setattr)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    suite = ["tests", "main", "linear", "doctor", "memcheck"]
-    code = speed.main(["--out", str(tmp_path), "--suite", *suite, "--provider", OWN])
-    assert code == 1, "a row failed"
-    file, log = sorted(tmp_path.iterdir())
-    assert (file.suffix, log.suffix) == (".json", ".log") and log.read_text() == "3 passed\n"
+    assert speed.main(["--out", str(tmp_path), "--suite", "main", "linear", "--provider", OWN]) == 1
+    (file,) = tmp_path.iterdir()
     data = json.loads(file.read_text())
     assert data["gpu"]["name"] == "stand-in" and data["versions"]["torch"] and data["commit"]
-    assert f"--provider {OWN}" in data["command"] and list(data["sections"]) == suite
-    tests, main, linear, doctor, memcheck = data["sections"].values()
-    assert (tests["status"], tests["summary"], tests["log"]) == ("ok", "3 passed", log.name)
-    assert doctor["status"] == "missing: no-such-command is not installed"
-    assert memcheck["status"] == "KeyError: 'unknown'", "what fails in one loses no other"
-    right, crashed = main["rows"]
-    assert [row["workload"]["rows"] for row in main["rows"]] == [6, 4]
+    assert f"--provider {OWN}" in data["command"] and list(data["sections"]) == ["main", "linear"]
+    main, linear = (section["rows"] for section in data["sections"].values())
+    right, crashed = main
+    assert [row["workload"]["rows"] for row in main] == [6, 4]
     assert [right["provider"], right["status"], crashed["status"]] == [OWN, "ok", "failed"]
-    assert crashed["reason"] == "the process ended with exit code 7"
+    assert crashed["reason"].startswith("the process ended: BrokenProcessPool")
     assert list(right["times"]) == list(PHASES) and right["memory"]["peak_bytes"] == 3_000_000
     for figures in right["times"].values():
         rate = 100 * figures["gb_per_s"] / right["copy_gb_per_s"]
         assert figures["percent_of_copy"] == pytest.approx(rate)
         assert figures["median_ms"] > 0 and figures["wall_ms"] > 0
-    assert [row["provider"] for row in linear["rows"]] == [FLOOR, FLOOR, "fastkl", "fastkl"]
-    for floor, row in zip(linear["rows"][:2], linear["rows"][2:], strict=True):
+    assert [row["provider"] for row in linear] == [FLOOR, FLOOR, "fastkl", "fastkl"]
+    for floor, row in zip(linear[:2], linear[2:], strict=True):
         ((_, bare),), ((phase, figures),) = floor["times"].items(), row["times"].items()
         assert figures["ratio_to_floor"] == pytest.approx(figures["median_ms"] / bare["median_ms"])
         assert figures["tflop_per_s"] == pytest.approx(figures["flop"] / figures["median_ms"] / 1e9)
@@ -59,69 +52,56 @@ def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path, capfd):
 
 # Processes that crash, break the context or hang
 
+DIED, BROKEN = RuntimeError("died"), {"context": "broken"}
+DEAD = "the process ended: RuntimeError('died')"
+
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """A Run of a section of three workloads, whose processes are answers: (rows, exit code)."""
+def run(monkeypatch):
+    """A Run of a section of three workloads, whose process gives answers; the reasons of its rows
+    and how often the process was ended."""
     workloads = tuple(Workload(rows=n, vocabulary=7) for n in (1, 2, 3))
     monkeypatch.setattr(speed, "SUITES", {"section": Section(workloads, ("torch",))})
-    arguments = argparse.Namespace(provider=[], providers=None, check=False)
-    made = speed.Run(arguments, tmp_path / "x", {"sections": {}}, time.monotonic() + 1000)
+    arguments = argparse.Namespace(provider=[], providers=None, check=False, out=None)
+    child = mock.MagicMock()
+    monkeypatch.setattr(speed, "CHILD", child)
 
-    def answers(*given):
-        given, starts = list(given), []
+    def measured(*answers, seconds=1000):
+        made = speed.Run(arguments, {"date": "", "sections": {}}, time.monotonic() + seconds)
+        named = [partial(timing.row_of, workload, "torch", "ok", None) for workload in workloads]
+        given = zip(answers, named, strict=False)
+        rows = [one if isinstance(one, Exception) else row(**one) for one, row in given]
+        child.return_value.__enter__.return_value.call.side_effect = rows
+        speed.run_section(made, "section")
+        section = made.results["sections"]["section"]
+        ends = child.return_value.__enter__.return_value.end.call_count
+        return section["status"], [row["reason"] for row in section["rows"]], ends
 
-        def run_limited(command, seconds):
-            rows, code = given.pop(0)
-            starts.append(int(command[command.index("--start") + 1]))
-            for workload in workloads[starts[-1] :][:rows]:
-                row = timing.row_of(workload, "torch", "ok", None)
-                speed.append(made.rows, "section", row)
-            return code
-
-        monkeypatch.setattr(speed, "run_limited", run_limited)
-        speed.run_provider(made, "section", "torch", [])
-        return starts, [row["reason"] for row in made.rows_of("section")]
-
-    return made, answers
+    return measured
 
 
-DIED = "the process ended with exit code -11"
-BROKE = "left out after it had broken the CUDA context in this section"
+LATE = f"of 3 rows not measured: {speed.NO_TIME}"
 
 
 @pytest.mark.parametrize(
-    ("given", "starts", "reasons"),
+    ("answers", "status", "reasons", "ends"),
     [
-        ([(3, 0)], [0], [None, None, None]),
-        ([(1, -11), (1, 0)], [0, 2], [None, DIED, None]),
-        ([(2, speed.BROKEN), (1, 0)], [0, 2], [None, None, None]),
-        ([(0, -11), (0, -11)], [0, 1], [DIED, DIED, DIED]),
-        ([(1, speed.BROKEN), (1, speed.BROKEN)], [0, 1], [None, None, BROKE]),
-        ([(3, speed.BROKEN)], [0], [None, None, None]),
-        ([(0, 0), (2, 0)], [0, 1], ["the process ended with exit code 0", None, None]),
-        ([(1, None)], [0], [None, speed.STOPPED, speed.STOPPED]),
+        ([{}, {}, {}], "ok", [None, None, None], 0),
+        ([{}, DIED, {}], "ok", [None, DEAD, None], 0),
+        ([{}, BROKEN, {}], "ok", [None, None, None], 1),
+        ([DIED, DIED], "ok", [DEAD, DEAD, DEAD], 0),
+        ([BROKEN, BROKEN], "ok", [None, None, speed.BROKE], 2),
+        ([{}, TimeoutError()], f"2 {LATE}", [None, speed.STOPPED, speed.STOPPED], 0),
     ],
-    ids="fine,dies once,breaks once,dies twice,breaks twice,at the end,no rows,hangs".split(","),
+    ids="fine,dies once,breaks once,dies twice,breaks twice,hangs".split(","),
 )
-def test_what_a_process_costs(run, given, starts, reasons):
-    assert run[1](*given) == (starts, reasons)
+def test_costs_of_a_process(run, answers, status, reasons, ends):
+    assert run(*answers) == (status, reasons, ends)
 
 
 def test_past_the_deadline_no_process_starts(run):
-    late = run[0]._replace(deadline=time.monotonic() + speed.LEAST_SECONDS / 2)
-    facts = speed.run_section(late, "section")
-    assert facts == {"status": f"3 of 3 rows not measured: {speed.NO_TIME}"}
-    assert {r["reason"] for r in late.results["sections"]["section"]["rows"]} == {speed.NO_TIME}
-
-
-def test_limited_commands_end_in_time(tmp_path):
-    hangs = "import subprocess; subprocess.run(['sleep', '3600'])"
-    assert speed.run_limited([sys.executable, "-c", hangs], 0.5) is None
-    says = "import os, sys; print('said', os.environ['X']); sys.exit(3)"
-    with open(tmp_path / "log", "w") as log:
-        assert speed.run_limited([sys.executable, "-c", says], 60, log, X="y") == 3
-    assert (tmp_path / "log").read_text() == "said y\n"
+    late = run(seconds=speed.LEAST_SECONDS / 2)
+    assert late == (f"3 {LATE}", [speed.NO_TIME] * 3, 0)
 
 
 @pytest.mark.parametrize(
@@ -154,10 +134,9 @@ def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
 
 
 def test_every_provider_is_measured_and_fastkl_before_the_compiled():
-    sections = {name: what for name, what in SUITES.items() if isinstance(what, Section)}
-    named = {name for section in sections.values() for name in section.providers}
+    named = {name for section in SUITES.values() for name in section.providers}
     assert named == {*ALL_LOADERS, FLOOR}
-    for name, section in sections.items():
+    for name, section in SUITES.items():
         assert len(set(section.workloads)) == len(section.workloads), name
         assert "torch.compile" not in section.providers[:-1] and "fastkl" in section.providers
 
@@ -176,15 +155,12 @@ def provider(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_context_broken_on_a_gpu(tmp_path):
-    """By an index out of range: the row says so, and the exit code lets the section go on."""
+def test_a_context_broken_on_a_gpu(tmp_path, monkeypatch):
+    """By an index out of range: the row says so."""
     (tmp_path / "breaks.py").write_text(BREAKS)
-    command = [*speed.CHILD, "--suite", "smoke", "--child", "breaks:provider"]
-    command += ["--provider", "breaks:provider", "--rows", str(tmp_path / "rows.jsonl")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == speed.BROKEN, done.stderr[-3000:]
-    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()[1:])
+    monkeypatch.syspath_prepend(tmp_path)
+    with Child() as child:
+        row = child.call(300, speed.measure_here, "breaks:provider", True, Workload(rows=16))
     assert row["status"] == "failed" and "CUDA" in row["reason"]
     assert row["context"].startswith("broken")
 
