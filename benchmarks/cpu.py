@@ -10,7 +10,9 @@ allocates at once beside the inputs, the gradient among it.
 """
 
 import itertools
+import re
 import statistics
+import subprocess
 import sys
 import time
 
@@ -19,7 +21,7 @@ from torch.utils import collect_env
 
 import fastkl
 from benchmarks import cases, work
-from benchmarks.record import ROOT, command_line, markdown, origin, provenance, write_json
+from benchmarks.record import ROOT, command_line, gather, markdown, origin, provenance, write_json
 from fastkl import testing
 
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "times.json"
@@ -87,18 +89,16 @@ def measure(shapes=SHAPES, rounds=ROUNDS):
 
 
 def _figures(ours, plains):
-    ratios = [one / other for one, other in zip(ours, plains, strict=True)]
-    median_ms = round(1e3 * statistics.median(ours), 2)
-    return {"median_ms": median_ms, "ratio": round(statistics.median(ratios), 3)}
+    ratio = statistics.median(one / other for one, other in zip(ours, plains, strict=True))
+    return {"median_ms": round(1e3 * statistics.median(ours), 2), "ratio": round(ratio, 3)}
 
 
 def processor():
-    lines = (collect_env.get_cpu_info(collect_env.run) or "").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("Model name")]
-    return names[0] if names else "unknown processor"
+    name = re.search(r"Model name:\s*(.*)", collect_env.get_cpu_info(collect_env.run) or "")
+    return name[1].strip() if name else "unknown processor"
 
 
-def table(data):
+def table(records):
     lines = [
         [
             f"{row['rows']} × {row['vocabulary']} {row['dtype']}",
@@ -109,7 +109,7 @@ def table(data):
             f"{row['peak_tensors']:g}",
             f"{row['error']:.0e}",
         ]
-        for row in data["records"]
+        for row in records
     ]
     times = ("forward, ms", "forward and backward, ms", "of plain torch's")
     return markdown(
@@ -119,7 +119,7 @@ def table(data):
 
 def page(data):
     words = "The sum of KL over the tokens and its gradient, one thread; processor"
-    return ["## CPU", f"{words}: {data['processor']}. {origin(data)}", table(data)]
+    return ["## CPU", f"{words}: {data['processor']}. {origin(data)}", table(data["records"])]
 
 
 def main(argv=None):
@@ -131,16 +131,11 @@ def main(argv=None):
     )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    data = {**provenance("cpu", argv), "processor": processor(), "records": []}
-    for record in measure():
-        data["records"].append(record)
-        print(table({"records": [record]}).splitlines()[-1], flush=True)
-    write_json(arguments.json, data)
+    data = {**provenance("cpu", argv), "processor": processor()}
+    gather(arguments.json, data, measure(), lambda record: table([record]).splitlines()[-1])
     if arguments.write:
-        from benchmarks import report
-
         write_json(RESULT, data)
-        return report.main([])
+        return subprocess.call([sys.executable, "-m", "benchmarks.report"], cwd=ROOT)
     return 0
 
 

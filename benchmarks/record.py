@@ -31,6 +31,15 @@ def write_json(path, data):
         write_bytes(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
 
 
+def gather(path, data, records, said=json.dumps):
+    """Print records as they come, then write them with `data`, in which they are afterwards."""
+    data["records"] = []
+    for found in records:
+        data["records"].append(found)
+        print(said(found), flush=True)
+    write_json(path, data)
+
+
 def write_bytes(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)
