@@ -21,15 +21,12 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks import record, roofline, static_costs
+from fastkl.kernels.compile_plan import Specialization, plan
 
 N, V = 8192, 128256
 ARCH = "sm_90"
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-class _LaunchedError(Exception):
-    """End the peer's function at the launch."""
 
 
 def catch_launch(kernel, call, skip=None):
@@ -42,12 +39,12 @@ def catch_launch(kernel, call, skip=None):
         arguments, types, options = bind(*args, **kwargs)
         _, *packed = kernel._pack_args(BACKEND, options, arguments, types, options)
         caught.append((arguments, options, (kernel, *packed)))
-        raise _LaunchedError
+        raise StopIteration  # end the peer's function at the launch
 
     with (
         mock.patch.object(skip or kernel, "run"),
         mock.patch.object(kernel, "run", catch),
-        contextlib.suppress(_LaunchedError),
+        contextlib.suppress(StopIteration),
     ):
         call()
     if not caught:
@@ -148,14 +145,13 @@ KERNELS = (
         "wrote just before",
     ),
 )
-# Ours that do comparable work: (name in the compile plan, element type, unit).
-OURS = (
-    *(("kl_divergence.forward", "bf16", "pair"), ("kl_divergence.backward_p", "bf16", "pair")),
-    *(("token_stats.forward", "bf16", "pair"), ("token_stats.backward_p", "bf16", "pair")),
-    *(("kl_divergence.forward", "fp32", "pair"), ("kl_divergence.backward_p", "fp32", "pair")),
-    ("token_stats_policy_only.forward", "bf16", "logit"),
-    ("token_stats_policy_only.backward", "bf16", "logit"),
-)
+# Ours that do comparable work: {(name in the compile plan, element type): unit}.
+OURS = {
+    **{(f"kl_divergence.{step}", "bf16"): "pair" for step in ("forward", "backward_p")},
+    **{(f"token_stats.{step}", "bf16"): "pair" for step in ("forward", "backward_p")},
+    **{(f"kl_divergence.{step}", "fp32"): "pair" for step in ("forward", "backward_p")},
+    **{(f"token_stats_policy_only.{step}", "bf16"): "logit" for step in ("forward", "backward")},
+}
 # {from bf16 logits to a KL and back: (what it gives, forward, backward)}, a direction as the bytes
 # read and written per pair (fixed, times L, the bytes of a log-probability): every kernel on the
 # way reads its inputs once and writes its outputs once. A formula, not a measurement.
@@ -182,14 +178,8 @@ PIPELINES = {
 
 
 def measure(kernel):
-    from fastkl.kernels.compile_plan import Specialization
-
-    row = {
-        "kernel": kernel.name,
-        "package": kernel.package,
-        "version": record.version(kernel.package),
-    }
-    row |= {"unit": kernel.unit, "work": kernel.work}
+    row = {"kernel": kernel.name, "package": kernel.package, "unit": kernel.unit}
+    row |= {"version": record.version(kernel.package), "work": kernel.work}
     if row["version"] is None:
         return {**row, "reason": f"not installed: pip install {kernel.package}"}
     try:
@@ -199,28 +189,18 @@ def measure(kernel):
             expected = f"expected arguments as large as the logits {kernel.tensors}"
             raise ValueError(f"{expected}, got {list(large)}")
         warps = options.pop("num_warps", 4)  # Triton's default
-        found = Specialization(
-            kernel.name, *description, warps, arguments[kernel.block] // (32 * warps), options
-        )
-        dtype = TYPES[large[kernel.tensors[0]].dtype]
-        return _row(found, dtype, sum(x.element_size() for x in large.values()), row)
+        pairs = arguments[kernel.block] // (32 * warps)
+        found = Specialization(kernel.name, *description, warps, pairs, options)
+        cost = static_costs.measure(found, ARCH, TYPES[large[kernel.tensors[0]].dtype], True)
+        return _row(cost, sum(x.element_size() for x in large.values()), row)
     except Exception as error:  # of any type: the other rows must not get lost
         first = next(iter(str(error).splitlines()), "")
         return {**row, "reason": f"{type(error).__name__}: {first}"}
 
 
-def _row(specialization, dtype, moved, names):
-    cost = static_costs.measure(specialization, ARCH, dtype, True)
+def _row(cost, moved, names):
     bound = roofline.upper_bound(cost, moved)
     return {**cost, **names, "kernel_bytes": moved, "upper_bound_of_peak_bandwidth": bound}
-
-
-def measure_ours(name, dtype, unit):
-    from fastkl.kernels.compile_plan import plan
-
-    (found,) = (item for item in plan(dtype, True, ARCH) if item.name == name)
-    names = {"kernel": f"fastkl {name}", "package": "fastkl", "version": record.version("fastkl")}
-    return _row(found, dtype, roofline.bytes_per_pair(name, dtype), {**names, "unit": unit})
 
 
 def pipelines():
@@ -234,11 +214,12 @@ def pipelines():
 
 def measure_all():
     """Return {"kernels", "pipelines", "errors"}; errors are of our kernels, never of a peer's."""
-    rows, errors = [], []
-    for ours in OURS:
-        try:
-            rows.append(measure_ours(*ours))
-        except Exception as error:  # of any type: the other rows must not get lost
-            errors.append(f"{ours[0]}: {type(error).__name__}: {error}")
+    planned = {(found.name, d): found for d in TYPES.values() for found in plan(d, True, ARCH)}
+    found = static_costs.collect((planned[case], ARCH, case[1], True) for case in OURS)
+    rows, names = [], {"package": "fastkl", "version": record.version("fastkl")}
+    for cost in found["records"]:
+        name, dtype = cost["kernel"], cost["dtype"]
+        names |= {"kernel": f"fastkl {name}", "unit": OURS[name, dtype]}
+        rows.append(_row(cost, roofline.bytes_per_pair(name, dtype), names))
     rows += [measure(kernel) for kernel in KERNELS]
-    return {"kernels": rows, "pipelines": list(pipelines()), "errors": errors}
+    return {"kernels": rows, "pipelines": list(pipelines()), "errors": found["errors"]}

@@ -113,7 +113,7 @@ FAILED = {"reason": "ImportError: no"}
 def test_the_table_shows_the_worst_kind(kinds, measure, title, cell):
     data = results(*({"a": kind} for kind in kinds))
     table = accuracy.markdown(data, measure=measure, providers=["a"])
-    assert table == f"| KL | {title} |\n|---|---|\n| 1e-7 | {cell} |"
+    assert table == f"| KL | {title} |\n| --- | --- |\n| 1e-7 | {cell} |"
     assert len(accuracy.markdown(data, targets=[1e-3]).splitlines()) == 2
 
 

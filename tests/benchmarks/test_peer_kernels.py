@@ -83,11 +83,9 @@ def test_peers_are_counted(kernel):
 def test_the_report(tmp_path, monkeypatch):
     ours = "token_stats_policy_only.backward"
     monkeypatch.setattr(peer_kernels, "KERNELS", (PEER,))
-    monkeypatch.setattr(peer_kernels, "OURS", ((ours, "bf16", "logit"),))
+    monkeypatch.setattr(peer_kernels, "OURS", {(ours, "bf16"): "logit"})
     assert static_costs.main(["--peers", "--json", str(tmp_path / "peers.json")]) == 0
     data = json.loads((tmp_path / "peers.json").read_text())
     assert [row["kernel"] for row in data["kernels"]] == [f"fastkl {ours}", "peer scale"]
     jsd = {row["pipeline"]: row["forward"] for row in data["pipelines"]}["liger jsd, beta 0 and 1"]
     assert list(jsd.values()) == ["16 + 7L", 30, 44]
-    monkeypatch.setattr(peer_kernels, "OURS", (("novelty.forward", "bf16", "logit"),))
-    assert static_costs.main(["--peers"]) == 1

@@ -111,15 +111,14 @@ def report(request):
 def test_nothing_is_worse_than_the_baseline(report):
     records, _, version = report
     baseline = static_costs.read_baseline(static_costs.BASELINE)
-    if version != baseline["versions"]["triton"]:
+    if version != baseline["triton"]:
         pytest.skip("the baseline holds for another Triton")
     assert static_costs.compare(records.values(), baseline)[0] == []
 
 
 def test_the_baseline_is_that_of_the_pinned_triton_and_of_every_kernel():
     baseline = static_costs.read_baseline(static_costs.BASELINE)
-    pinned = f"triton=={baseline['versions']['triton']}"
-    assert pinned in (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"triton=={baseline['triton']}" in (ROOT / "constraints.txt").read_text().splitlines()
     named = {tuple(record[key] for key in static_costs.CASE) for record in baseline["records"]}
     assert named == {(item.name, *case) for item, *case in static_costs.cases(plan)}
 
@@ -161,7 +160,7 @@ def test_every_record(report):
 CASE = dict(zip(static_costs.CASE, ("kl_divergence.forward", "sm_90", "bf16", True), strict=True))
 VALUES = (25.0, 30.0, 2.5, 17.0, 2.0, 2.0, 128, 0, 16, 0, 1, 32.0)
 COST = {**CASE, **dict(zip(static_costs.FIGURES, VALUES, strict=True))}
-BASELINE = {"versions": {"triton": static_costs.triton.__version__}, "records": [COST]}
+BASELINE = {"records": [COST]}
 
 
 @pytest.mark.parametrize(
@@ -201,12 +200,14 @@ def test_kernels_that_come_and_go():
 def test_the_command_gates(tmp_path, monkeypatch):
     file, written = tmp_path / "baseline.json", tmp_path / "costs.json"
     found = {"records": [{**COST, "upper_bound_of_peak_bandwidth": {}}], "errors": ["x: no"]}
-    monkeypatch.setattr(static_costs, "collect", lambda _: found)
+    chosen = []
+    monkeypatch.setattr(static_costs, "collect", lambda cases: chosen.append(cases) or found)
     assert static_costs.main(["--write-baseline", str(file)]) == 1 and not file.exists()
     found["errors"] = []
     assert static_costs.main(["--write-baseline", str(file)]) == 0
-    words = ["--arch", "sm_90", "--baseline", str(file), "--json", str(written)]
+    words = ["--kernel", "kl_divergence.f", "--baseline", str(file), "--json", str(written)]
     assert static_costs.main(words) == 0
+    assert {case[0].name.partition("_")[0] for case in chosen[-1]} == {"kl"}
     found["records"] = [{**found["records"][0], "spill_bytes": 8}]
     assert static_costs.main(words) == 1
     regressions = json.loads(written.read_text())["baseline"]["regressions"]
@@ -220,6 +221,7 @@ def test_the_command_gates(tmp_path, monkeypatch):
     [
         (["--write-baseline", "x.json", "--arch", "sm_90"], "--write-baseline: expected"),
         (["--peers", "--dtype", "bf16"], "--peers: expected"),
+        (["--peers", "--kernel", "forward"], "--peers: expected"),
         (["--baseline", "nowhere.json"], "--baseline: expected"),
     ],
 )
