@@ -15,6 +15,7 @@ import itertools
 import math
 import pickle
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -275,22 +276,22 @@ def parse(argv):
     parser = record.command_line("accuracy", __doc__.splitlines()[0])
     add = parser.add_argument
     add("--plot", type=record.output_file, metavar="FILE.png", help="draw them into FILE.png")
-    add("--rows", type=record.at_least(1), default=8, metavar="N", help="of each pair (8)")
-    size = {"type": record.at_least(2), "default": 128256, "metavar": "V"}
+    add("--rows", type=partial(record.at_least, 1), default=8, metavar="N", help="of each pair (8)")
+    size = {"type": partial(record.at_least, 2), "default": 128256, "metavar": "V"}
     add("--vocabulary", **size, help="(default: %(default)s)")
     add("--wrt", choices="pq", default="p", help="which logits of KL(P‖Q) the gradient is to")
     add("--providers", nargs="+", metavar="NAME", choices=[*LOADERS, *INTERPRETED])
-    add("--device", type=record.device, default=CPU, help="cpu (default) or cuda")
+    add("--device", choices=["cpu", *["cuda"] * torch.cuda.is_available()], default="cpu")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     arguments = parse(argv)
-    names = arguments.providers or [*LOADERS, *list(INTERPRETED) * (arguments.device == CPU)]
+    names = arguments.providers or [*LOADERS, *list(INTERPRETED) * (arguments.device == "cpu")]
     sizes = {"rows": arguments.rows, "vocabulary": arguments.vocabulary}
     data = {**record.provenance("accuracy", argv), **sizes, "wrt": arguments.wrt}
-    data |= {"device": str(arguments.device), "threads": torch.get_num_threads()}
-    records = accuracy(names, arguments.device, sizes.values(), arguments.wrt)
+    data |= {"device": arguments.device, "threads": torch.get_num_threads()}
+    records = accuracy(names, torch.device(arguments.device), sizes.values(), arguments.wrt)
     record.gather(arguments.json, data, records, summary)
     for measure, dtype, table in tables(data):
         print(f"\nWorst relative error, {measure}, {dtype} logits:\n\n{table}")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import fastkl
 from benchmarks import cases, work
-from benchmarks.record import command_line, device, gather, provenance
+from benchmarks.record import command_line, gather, provenance
 from fastkl import testing
 
 NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # between the hidden states of policy and reference
@@ -62,7 +62,8 @@ def _outcome(function, hidden, weight, ref_hidden):
 
 def main(argv=None):
     parser = command_line("linear_accuracy", __doc__.splitlines()[0])
-    parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
+    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    parser.add_argument("--device", choices=devices, default="cpu")
     arguments = parser.parse_args(argv)
     data = {**provenance("linear_accuracy", argv), "shape": SHAPE}
     gather(arguments.json, data, accuracy(arguments.device))

@@ -105,8 +105,7 @@ def load_liger_jsd(device):
         return (log_p, log_q) if i.wrt == "p" else (log_q, log_p)
 
     def kl_divergence(i):
-        rows = i.p.shape[:-1].numel()
-        if rows > ROWS_BY_CALLS:
+        if (rows := i.p.shape[:-1].numel()) > ROWS_BY_CALLS:
             raise NotOfferedError(
                 f"LigerJSD gives one scalar for all tokens; KL per token would be {rows} calls"
             )
@@ -137,11 +136,8 @@ def load_trl_fused(device):
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE  # its trainers pass it
 
-    def kl(beta, *inputs):
-        hidden, weight, ref_hidden, ref_weight, _ = inputs
-        return ChunkedDivergenceFunction.apply(
-            hidden, weight, None, ref_hidden, ref_weight, None, beta
-        )[0]
+    def kl(beta, h, w, rh, rw, tokens):
+        return ChunkedDivergenceFunction.apply(h, w, None, rh, rw, None, beta)[0]
 
     def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
         rest = (1.0, TILE, None, 1.0, ())
@@ -190,9 +186,9 @@ def load_liger_chunked(device):
 
     weights = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
     loss = LigerFusedLinearJSDLoss(beta=1.0, compiled=False, **weights)
-    functions = {"mean_kl": lambda *inputs: (loss(*inputs),)}
     note = "more work: a cross-entropy weighted by 0; softmaxes in the type of the logits"
-    return linear_works(functions, {"loss": 4, "frozen": 4}, note)
+    works = {"mean_kl": lambda *inputs: (loss(*inputs),)}
+    return linear_works(works, {"loss": 4, "frozen": 4}, note)
 
 
 def load_linear_cross_entropy(device):

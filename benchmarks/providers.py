@@ -10,8 +10,8 @@ packages are in peers.py. A user's own loader is named on the command line:
 """
 
 import argparse
-import importlib
 import os
+import pkgutil
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,9 +45,8 @@ class Provider:
     missing: str | None = None
 
     def why_not(self, operation):
-        if self.missing or operation in self.operations:
-            return self.missing
-        return f"{self.name} has no {operation}"
+        absent = None if operation in self.operations else f"{self.name} has no {operation}"
+        return self.missing or absent
 
     def note(self, operation):
         return getattr(self.operations.get(operation), "note", None)
@@ -179,9 +178,7 @@ def load_torch_chunked(device):
 
         return run
 
-    functions = {
-        name: chunked(function) for name, function in on_hidden(PLAIN).items() if name != "mean_kl"
-    }
+    functions = {name: chunked(function) for name, function in on_hidden(PLAIN).items()}
     functions["mean_kl"] = lambda *inputs: (functions["kl_divergence"](*inputs)[0].mean(),)
     products = {**dict.fromkeys(("loss", "stats", "grpo", "distillation"), 6), "frozen": 5}
     again = f"the same work; logits of {CHUNK} tokens at a time, again in backward"
@@ -251,9 +248,8 @@ ALL_LOADERS = {
 
 
 def own(text):
-    module, _, name = text.partition(":")
     try:
-        return text, getattr(importlib.import_module(module), name)
+        return text, pkgutil.resolve_name(text)
     except (ImportError, AttributeError, ValueError) as error:
         raise argparse.ArgumentTypeError(
             f"expected package.module:function, got {text!r} ({error}); name a function of the "
@@ -262,10 +258,11 @@ def own(text):
 
 
 def load_providers(device, names=None, loaders=LOADERS):
-    providers = []
-    for name in (name for name in loaders if names is None or name in names):
-        try:
-            providers.append(Provider(name, loaders[name](device)))
-        except Exception as error:  # a peer may fail in any way when imported: that is a row
-            providers.append(Provider(name, missing=f"{type(error).__name__}: {error}"))
-    return providers
+    return [_load(n, load, device) for n, load in loaders.items() if names is None or n in names]
+
+
+def _load(name, loader, device):
+    try:
+        return Provider(name, loader(device))
+    except Exception as error:  # a peer may fail in any way when imported: that is a row
+        return Provider(name, missing=f"{type(error).__name__}: {error}")

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import torch
 from fastkl.tools.files import check_writable, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
+MODULE = re.compile(r"(?:-m benchmarks\.|python3? benchmarks/)(\w+)")
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
 
 
@@ -56,38 +59,23 @@ def finite(data):
 
 def output_file(text):
     """Check a path for argparse before minutes of measuring: a file there can be written."""
-    return _checked(text, "a file that can be written", Path(text))
-
-
-def output_folder(text):
-    return _checked(text, "a folder that can be written to", Path(text) / "results.json")
-
-
-def _checked(text, expected, file):
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(file)
+        Path(text).parent.mkdir(parents=True, exist_ok=True)
+        check_writable(Path(text))
     except OSError as error:
-        why = f"expected {expected}, got {text!r} ({error.strerror}); choose another one"
+        why = f"expected a place to write to, got {text!r} ({error.strerror}); choose another one"
         raise argparse.ArgumentTypeError(why) from None
     return Path(text)
 
 
-def at_least(least, kind=int):
-
-    def checked(text):
-        if least <= kind(text) < math.inf:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}; choose another")
-
-    return checked
+def output_folder(text):
+    return output_file(os.path.join(text, "results.json")).parent
 
 
-def device(text):
-    if text not in ["cpu", *["cuda"] * torch.cuda.is_available()]:
-        why = f"expected cpu, or cuda where there is a CUDA GPU, got {text}; choose one"
-        raise argparse.ArgumentTypeError(why)
-    return torch.device(text)
+def at_least(least, text, kind=int):
+    if least <= kind(text) < math.inf:
+        return kind(text)
+    raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}; choose another")
 
 
 def has_gpu(tool):
@@ -102,14 +90,9 @@ def commit():
 
     The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere.
     """
-    if "FASTKL_COMMIT" in os.environ:
-        return os.environ["FASTKL_COMMIT"]
-    command = "git describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError:  # no git here
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+    command = "describe --always --abbrev=40 --exclude='*' --dirty=+changes"
+    status, found = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} {command}")
+    return os.environ.get("FASTKL_COMMIT", "unknown" if status else found)
 
 
 def version(package):
@@ -134,7 +117,9 @@ def origin(data):
     packages = {**data["versions"], **data.get("peers", {})}
     versions = ", ".join(f"{name} {of}" for name, of in packages.items() if isinstance(of, str))
     command, date, commit = data["command"].strip(), data["date"][:10], data["commit"][:10]
-    return f"`{command}`, {date}, {versions}, commit {commit}."
+    there = all((ROOT / "benchmarks" / f"{name}.py").exists() for name in MODULE.findall(command))
+    then = "" if there else " (at that commit)"
+    return f"`{command}`{then}, {date}, {versions}, commit {commit}."
 
 
 def markdown(head, rows):

@@ -154,7 +154,7 @@ def parse(argv):
     add("--providers", nargs="+", choices=[*ALL_LOADERS, FLOOR], metavar="NAME", help="only these")
     yours = {"action": "append", "default": [], "help": "measure your own too; may be given again"}
     add("--provider", type=own, metavar="package.module:function", **yours)
-    seconds = {"type": at_least(1, float), "default": SECONDS, "metavar": "S"}
+    seconds = {"type": partial(at_least, 1, kind=float), "default": SECONDS, "metavar": "S"}
     add("--seconds", **seconds, help="time for all (default: %(default)s)")
     add("--check", action="store_true", help="compare with float64 and time nothing, on a CPU too")
     arguments = parser.parse_args(argv)

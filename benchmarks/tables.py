@@ -41,7 +41,7 @@ def gpu_results(folder):
 
     The newest of them comes first, of one day an H200's.
     """
-    files = [(path, read(path)) for path in sorted(folder.glob("*/*.json"))]
+    files = [(path, read(path)) for path in folder.glob("*/*.json")]
     # Other files lie there too: of tune, of accuracy.
     found = [file for file in files if any(map(timed, rows_of(file[1], "main")))]
     found.sort(key=lambda file: file[1]["date"])
@@ -60,11 +60,12 @@ def rows_of(data, section):
 
 def label(workload):
     """Name a workload the same in every table: the operation, and a shape that is not the main."""
-    linear = "mode" in workload
-    main = LINEAR_MAIN if linear else MAIN
-    parts = [f"linear {workload['mode']}" if linear else workload["operation"]]
-    if not linear and not (workload["operation"] in ONE_GRADIENT and workload["wrt"] == "p"):
-        parts[0] += f" d{workload['wrt']}"
+    if "mode" in workload:
+        main, parts = LINEAR_MAIN, [f"linear {workload['mode']}"]
+    else:
+        main, parts = MAIN, [f"{workload['operation']} d{workload['wrt']}"]
+        if workload["operation"] in ONE_GRADIENT:
+            parts[0] = parts[0].removesuffix(" dp")
     sizes = [size for size in ("rows", "hidden", "vocabulary") if size in workload]
     if any(workload[size] != main[size] for size in sizes):
         parts.append(" × ".join(str(workload[size]) for size in sizes))
@@ -77,8 +78,10 @@ def by_workload(data, sections=TIMED):
     found = {}
     for row in (row for section in sections for row in rows_of(data, section)):
         rows, provider = found.setdefault(label(row["workload"]), {}), row["provider"]
-        if provider != FLOOR and (
-            provider not in rows or (timed(row) and not timed(rows[provider]))
+        if (
+            provider != FLOOR
+            and not timed(rows.get(provider))
+            and (timed(row) or provider not in rows)
         ):
             rows[provider] = row
     return found
@@ -241,20 +244,21 @@ def growth(data):
     Columns: (figure, provider), of time and wall in milliseconds, on the device and of one call
     alone on the clock, and of memory in GB.
     """
-    found = {}
-    for axis, (other, size) in AXES.items():
-        lines = [
-            {
-                **{axis: row["workload"][axis], "provider": row["provider"]},
-                **{"time": timed(row)["both"], "wall": row["times"]["both"].get("wall_ms")},
+    rows = [
+        {
+            **row["workload"],
+            **{"provider": row["provider"], "time": timed(row)["both"]},
+            **{
+                "wall": row["times"]["both"]["wall_ms"],
                 "memory": row["memory"]["peak_bytes"] / 1e9,
-            }
-            for row in rows_of(data, "scaling")
-            if "both" in timed(row) and row["workload"][other] == size
-        ]
-        if lines:
-            found[axis] = pd.DataFrame(lines).pivot(index=axis, columns="provider")
-    return found
+            },
+        }
+        for row in rows_of(data, "scaling")
+        if "both" in timed(row)
+    ]
+    found = {axis: [row for row in rows if row[k] == size] for axis, (k, size) in AXES.items()}
+    columns = {"columns": "provider", "values": ["time", "wall", "memory"]}
+    return {a: pd.DataFrame(lines).pivot(index=a, **columns) for a, lines in found.items() if lines}
 
 
 def picture(table, name):

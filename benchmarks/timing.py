@@ -115,27 +115,25 @@ def _figures(work, workload, device, copy):
 def measure_floor(workload, device, copy):
     """Measure the bare cuBLAS products: the fastest chunk size; "tried" has the median of each."""
     sets = _inputs(workload, device, linear_cases.make_linear_inputs, copy)
-    tried, (phase,) = [], workload.phases
+    tried, (phase,) = {}, workload.phases
     for chunk in {min(chunk, workload.rows) for chunk in FLOOR_CHUNKS}:
         with contextlib.suppress(torch.OutOfMemoryError):  # fewer tokens at a time fit
             run = linear_cases.bare_products(workload, sets[0], chunk)
-            tried.append({**timed(run, sets), "chunk": chunk})
+            tried[str(chunk)] = {**timed(run, sets), "chunk": chunk}
     if not tried:
         return row_of(workload, FLOOR, "failed", "OutOfMemoryError with every chunk size")
-    best = min(tried, key=lambda figures: figures["median_ms"])
+    best = min(tried.values(), key=lambda figures: figures["median_ms"])
     best |= workload.rates(phase, best["median_ms"], copy)
-    times = {phase: {**best, "tried": {str(one["chunk"]): one["median_ms"] for one in tried}}}
+    times = {phase: {**best, "tried": {size: one["median_ms"] for size, one in tried.items()}}}
     note = f"{linear_cases.PRODUCTS[workload.mode]} products into 16-bit buffers, and nothing else"
     return row_of(workload, FLOOR, "ok", None, note=note, times=times)
 
 
 def _inputs(workload, device, make, copy):
     """Make random inputs, for timing in as many sets as it takes to exceed the L2 cache."""
-    cache = 0
-    if copy:
-        cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 2**26)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if copy else 1
     count = math.ceil(ROTATE_OVER * cache / workload.moved_bytes("forward"))
-    return [make(workload, device, seed) for seed in range(min(max(count, 1), MOST_SETS))]
+    return [make(workload, device, seed) for seed in range(min(count, MOST_SETS))]
 
 
 # Time
@@ -180,20 +178,15 @@ def _median(times, **others):
 
 def wall_time(run, sets):
     turns = itertools.cycle(sets)
-
-    def call():
-        run(next(turns))
-        torch.cuda.synchronize()
-
     torch.cuda.synchronize()
-    return 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=5))
+    calls = timeit.repeat(lambda: (run(next(turns)), torch.cuda.synchronize()), number=1, repeat=5)
+    return 1e3 * statistics.median(calls)
 
 
 def copy_bandwidth(device):
-    numbers = {"dtype": torch.int32, "device": device}
-    source = torch.randint(-(2**31), 2**31 - 1, (COPY_BYTES // 4,), **numbers)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / timed(target.copy_, [source])["median_ms"] / 1e6
+    source = torch.randint(2**31 - 1, (COPY_BYTES // 4,), dtype=torch.int32, device=device)
+    copied = timed(torch.empty_like(source).copy_, [source])
+    return 2 * source.nbytes / copied["median_ms"] / 1e6
 
 
 # Memory
@@ -232,4 +225,3 @@ def context_fault():
         release()
     except Exception as error:  # whatever it is: this process is at its end
         return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    return None

@@ -110,7 +110,7 @@ def test_past_the_deadline_no_process_starts(run):
         ("--provider", "json:nothing", "'json:nothing'"),
         ("--provider", "no.such.module:x", "'no.such.module:x'"),
         *(("--seconds", seconds, seconds) for seconds in ("-5", "0", "nan", "inf")),
-        *(("--out", folder, repr(folder)) for folder in ("/proc/x", __file__, "x" * 300)),
+        *(("--out", folder, f"'{folder}") for folder in ("/proc/x", __file__, "x" * 300)),
     ],
 )
 def test_wrong_use_is_found_before_the_gpu_is_looked_for(option, value, got, monkeypatch, capsys):
