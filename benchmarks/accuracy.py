@@ -43,8 +43,8 @@ MEASURES = {"kl": "worst_relative", "gradient": "gradient_worst"}
 # Pairs of logits, and errors
 
 
+# Make (p, q, their truth): q is p plus noise, the median KL is near `target`.
 def make_pair(distribution, dtype, target, rows, vocabulary, device):
-    """Make (p, q, their truth): q is p plus noise, the median KL is near `target`."""
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     p = torch.randn(rows, vocabulary, **random) * (8 if distribution == "normal 8" else 3)
     if distribution == "peaked":
@@ -117,8 +117,8 @@ def interpreted_error(name, pickled):
         return error_of(*load_providers(CPU, [peer]), *pickle.loads(pickled), rows)
 
 
+# Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED.
 def errors_of(names, providers, *pair):
-    """Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED."""
     pickled = pickle.dumps(pair)
     asked = [name for name in INTERPRETED if name in names]
     apart = {name: INTERPRETER.submit(interpreted_error, name, pickled) for name in asked}
@@ -129,8 +129,8 @@ def errors_of(names, providers, *pair):
     return found
 
 
+# Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary.
 def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
-    """Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary."""
     providers = load_providers(device, names)
     for dtype, kind, target in itertools.product(("fp32", "bf16"), DISTRIBUTIONS, targets):
         p, q, exact = make_pair(kind, dtype, target, *sizes, device)

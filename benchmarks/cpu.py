@@ -60,8 +60,8 @@ def peak_bytes(function, p, q):
     return int(torch.tensor(changes).cumsum(0).max())
 
 
+# Return the worst relative error of the KL against float64, of the first rows, each alone.
 def error(function, p, q):
-    """Return the worst relative error of the KL against float64, of the first rows, each alone."""
     rows = [(p[i : i + 1].detach(), q[i : i + 1]) for i in range(min(8, len(p)))]
     found = torch.stack([function(*row).double() for row in rows])
     exact = torch.cat([testing.truth(*row).kl for row in rows])

@@ -121,8 +121,8 @@ def make_linear_inputs(workload, device, seed=0):
     return i
 
 
+# Move the log-ratios that are within CLIP_MARGIN of where the clip begins that far away.
 def off_the_clip(log_ratio):
-    """Move the log-ratios that are within CLIP_MARGIN of where the clip begins that far away."""
     for edge in (math.log(1 - CLIP), math.log(1 + CLIP)):
         moved = edge + torch.where(log_ratio < edge, -CLIP_MARGIN, CLIP_MARGIN)
         log_ratio = torch.where((log_ratio - edge).abs() < CLIP_MARGIN, moved, log_ratio)

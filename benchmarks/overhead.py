@@ -32,8 +32,8 @@ FUNCTIONS = {
 }
 
 
+# Return {step: microseconds} and "calls": functions of fastkl that the last step enters.
 def costs(name, calls, repeats):
-    """Return {step: microseconds} and "calls": functions of fastkl that the last step enters."""
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(ROWS, VOCABULARY, generator=generator) for _ in "pq")
     p.requires_grad_()
@@ -69,8 +69,8 @@ def python_calls(call):
     return sum(count for path, count in files if ours.intersection(path.parents))
 
 
+# Yield {"function", "way", step: microseconds, "calls"}.
 def measure(calls=CALLS, repeats=REPEATS):
-    """Yield {"function", "way", step: microseconds, "calls"}."""
     for name, way in itertools.product(FUNCTIONS, WAYS):
         plain = dual_op._plain if way == "plain tensors" else lambda _: False
         with mock.patch.object(dual_op, "_plain", plain):

@@ -127,9 +127,8 @@ def load_kept(device):
     return _from_stats("the same work, the fewest products; all logits in memory", recompute=False)
 
 
+# Make the modes that need more than a KL; options: of fastkl.linear_token_stats.
 def _from_stats(note, **options):
-    """Make the modes that need more than a KL; options: of fastkl.linear_token_stats."""
-
     def stats(h, w, rh, rw, tokens):
         return tuple(fastkl.linear_token_stats(h, w, tokens, rh, rw, **options))
 
@@ -198,9 +197,8 @@ def load_kl_div_probabilities(device):
     )
 
 
+# Make the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it.
 def _kl_div(target, note, **options):
-    """Make the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it."""
-
     def losses(p, q, reduction):
         pair = (log_softmax(q).flatten(0, -2), target(p).flatten(0, -2))
         return F.kl_div(*pair, reduction=reduction, **options)

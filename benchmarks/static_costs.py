@@ -177,12 +177,10 @@ def source_loop_bytes(ttgir, threads):
     return max(finished, key=lambda loop: loop[1])[2] or None
 
 
+# Return how many iterations of the loop as written the compiler put into one.
+# Compilers unroll short loops unasked. The bytes loaded tell: a fifth of slack allows for what is
+# loaded in another way than by a plain load (one number for all threads, say).
 def _unroll_factor(loop, compiled):
-    """Return how many iterations of the loop as written the compiler put into one.
-
-    Compilers unroll short loops unasked. The bytes loaded tell: a fifth of slack allows for what is
-    loaded in another way than by a plain load (one number for all threads, say).
-    """
     threads = compiled.metadata.num_warps * (64 if "amdgcn" in compiled.asm else 32)
     written = source_loop_bytes(compiled.asm["ttgir"], threads)
     ratio = loop.loaded / written if written else 0.0
@@ -192,8 +190,8 @@ def _unroll_factor(loop, compiled):
     return factor
 
 
+# Compile for an architecture that this machine need not have. Nothing is cached.
 def compile_kernel(specialization, arch):
-    """Compile for an architecture that this machine need not have. Nothing is cached."""
     cuda, s = arch.startswith("sm_"), specialization
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
     source = ASTSource(s.kernel, s.signature, s.constexprs, s.attrs)
@@ -308,8 +306,8 @@ def compare(records, baseline):
     return sorted(regressions), sorted(changes)
 
 
+# Compare with a baseline and print every change; returns it for the JSON.
 def judge(records, baseline):
-    """Compare with a baseline and print every change; returns it for the JSON."""
     here, there = triton.__version__, baseline["triton"]
     regressions, changes = compare(records, baseline) if here == there else ([], [])
     sys.stdout.writelines(f"changed: {line}\n" for line in changes)

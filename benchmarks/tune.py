@@ -92,8 +92,8 @@ def results(*problem):
     return {f"{name} [{i}]": x for name, call in calls.items() for i, x in enumerate(call())}
 
 
+# Raise AssertionError if a result is off, or a row's bits depend on the rows beside it.
 def check(direction, dtype, vocabulary):
-    """Raise AssertionError if a result is off, or a row's bits depend on the rows beside it."""
     *whole, tokens = logits(CHECKED_ROWS, vocabulary, dtype)
     for start in (0, 1):  # aligned and misaligned rows
         p, q = (x[:, start:] for x in whole)
