@@ -29,7 +29,6 @@ from fastkl import testing
 
 DISTRIBUTIONS = ("normal 3", "normal 8", "peaked", "shift 50")
 TARGETS = tuple(10.0**exponent for exponent in range(-8, 2))
-CPU = torch.device("cpu")
 # Providers whose Triton kernels run in the interpreter: their names elsewhere, and of how many rows
 # of a pair, if not all: at V = 128256 a row of ours takes a second, one of theirs a tenth.
 INTERPRETED = {
@@ -67,11 +66,9 @@ def make_pair(distribution, dtype, target, rows, vocabulary, device):
     return p, q, exact
 
 
+# Return the errors of one provider on one pair, of its KL and of its gradient, or reasons.
+# rows: of the pair, if not all. A provider without a gradient to `wrt` is asked for the other.
 def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
-    """Return the errors of one provider on one pair, of its KL and of its gradient, or reasons.
-
-    rows: of the pair, if not all. A provider without a gradient to `wrt` is asked for the other.
-    """
     if missing := provider.why_not("kl_divergence"):
         return {"reason": missing}
     some, found, key = slice(rows), {}, "reason"
@@ -114,7 +111,7 @@ def _reason(error):
 def interpreted_error(name, pickled):
     peer, rows = INTERPRETED[name]
     with fastkl.use_backend("triton"):
-        return error_of(*load_providers(CPU, [peer]), *pickle.loads(pickled), rows)
+        return error_of(*load_providers(torch.device("cpu"), [peer]), *pickle.loads(pickled), rows)
 
 
 # Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED.
@@ -144,10 +141,9 @@ def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
         yield {**found, "errors": errors, "skipped": skipped}
 
 
+# List the records in which our error exceeds the other's by more than `slack`, is not a number,
+# or a KL came out negative.
 def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
-    """List the records in which our error exceeds the other's by more than `slack`, is not a
-    number, or a KL came out negative."""
-
     def error(errors, name):
         return float(errors.get(name, {}).get("worst_relative", math.nan))
 
@@ -176,13 +172,11 @@ def names_of(data):
     return list(dict.fromkeys(name for found in data["records"] for name in found["errors"]))
 
 
+# Return {provider: {size: {"worst", "negative", "rows"}}} of one element type, over the kinds of
+# rows of one size.
+# None where a provider failed in one of the kinds: the others alone would flatter it. A provider
+# that has no figure is left out.
 def cells(data, dtype, measure):
-    """Return {provider: {size: {"worst", "negative", "rows"}}} of one element type, over the kinds
-    of rows of one size.
-
-    None where a provider failed in one of the kinds: the others alone would flatter it. A provider
-    that has no figure is left out.
-    """
     table, key = {}, MEASURES[measure]
     for found in sorted(data["records"], key=lambda found: found["target"]):
         for name, error in found["errors"].items() if found["dtype"] == dtype else ():
@@ -198,12 +192,10 @@ def cells(data, dtype, measure):
     return {name: sizes for name, sizes in table.items() if any(sizes.values())}
 
 
+# Write a table of the worst relative error by size of the KL and provider.
+# providers, targets: which columns and rows (default: all with a figure). A provider without a
+# figure gets a dash; one that took fewer rows of each pair than the others says how many.
 def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
-    """Write a table of the worst relative error by size of the KL and provider.
-
-    providers, targets: which columns and rows (default: all with a figure). A provider without a
-    figure gets a dash; one that took fewer rows of each pair than the others says how many.
-    """
     found = cells(data, dtype, measure)
     names = list(found) if providers is None else providers
     sizes = sorted({r["target"] for r in data["records"] if r["dtype"] == dtype})
@@ -242,9 +234,9 @@ def tables(data):
 # The plot
 
 
+# Write a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element types
+# side by side. Hollow: some KL came out negative; at the top: infinite or not a number.
 def draw(data, path):
-    """Write a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element
-    types side by side. Hollow: some KL came out negative; at the top: infinite or not a number."""
     dtypes = list(dict.fromkeys(found["dtype"] for found in data["records"]))
     figure, content = Figure(figsize=(8, 7), dpi=200, layout="constrained"), io.BytesIO()
     panels = figure.subplots(2, len(dtypes), squeeze=False, sharex=True, sharey=True)

@@ -98,15 +98,13 @@ def _sass_instruction(guard, opcode, operands):
     conditional = guard or (name == "BRA" and operands.split("`")[0].strip())
     continues = not (jumps or name in ("EXIT", "RET", "BRX", "JMP", "JMX")) or bool(conditional)
     called = target if name == "CALL" and not jumps else None
-    registers = [int(number) for number in SASS_REGISTER.findall(operands)]
+    registers = list(map(int, SASS_REGISTER.findall(operands)))
     return opcode, target if jumps else None, continues, called, registers
 
 
+# Return (registers, spill bytes) from `cuobjdump -res-usage`.
+# Triton's kernels have no arrays, so all of their stack and local memory is spills.
 def parse_resources(text):
-    """Return (registers, spill bytes) from `cuobjdump -res-usage`.
-
-    Triton's kernels have no arrays, so all of their stack and local memory is spills.
-    """
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
     return int(found[1]), int(found[2]) + int(found[3])
 

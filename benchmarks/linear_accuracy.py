@@ -31,9 +31,9 @@ WAYS = {
 }
 
 
+# Yield {"dtype", "kl", "ways": {name: {"kl", "hidden", "weight", "bias"}}}: relative errors, and
+# the mean error in nats.
 def accuracy(device, dtypes=("bf16", "fp16", "fp32"), shape=SHAPE, noises=NOISES):
-    """Yield {"dtype", "kl", "ways": {name: {"kl", "hidden", "weight", "bias"}}}: relative errors,
-    and the mean error in nats."""
     tokens, hidden, vocabulary = shape.values()
     for dtype, size in itertools.product(dtypes, noises):
         random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
@@ -62,11 +62,10 @@ def _outcome(function, hidden, weight, ref_hidden):
 
 def main(argv=None):
     parser = command_line("linear_accuracy", __doc__.splitlines()[0])
-    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
-    parser.add_argument("--device", choices=devices, default="cpu")
+    parser.add_argument("--device", choices=["cpu", *["cuda"] * torch.cuda.is_available()])
     arguments = parser.parse_args(argv)
     data = {**provenance("linear_accuracy", argv), "shape": SHAPE}
-    gather(arguments.json, data, accuracy(arguments.device))
+    gather(arguments.json, data, accuracy(arguments.device or "cpu"))
     return 0
 
 

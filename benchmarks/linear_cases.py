@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -98,10 +99,7 @@ def make_linear_inputs(workload, device, seed=0):
     """
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     rows, size, mode = workload.rows, workload.hidden, workload.mode
-
-    def noise(*shape):
-        return torch.randn(shape, dtype=DTYPES[workload.dtype], **options)
-
+    noise = partial(torch.randn, dtype=DTYPES[workload.dtype], **options)
     i = SimpleNamespace(hidden=noise(rows, size))
     i.weight = noise(workload.vocabulary, size).mul_(3 / size**0.5)
     i.ref_hidden = noise(rows, size).mul_(0.25).add_(i.hidden)
@@ -178,12 +176,10 @@ def _logits_gradient(workload, inputs, values, logits, some):
     return torch.autograd.grad([value for value, _ in taken], logits, grads)[0]
 
 
+# Compute what the gate compares with: (answer in float64, limits, granted).
+# limits: of a provider's errors. granted: by how much each row of a gradient may be off, whatever
+# its size is.
 def expected(workload, inputs):
-    """Compute what the gate compares with: (answer in float64, limits, granted).
-
-    limits: of a provider's errors. granted: by how much each row of a gradient may be off, whatever
-    its size is.
-    """
     exact = answer(workload, inputs, torch.float64)
     plain = answer(workload, inputs, DTYPES[workload.dtype])
     limits, granted = {}, {}
@@ -222,11 +218,9 @@ def errors(name, value, true, granted=0.0):
     return {what: error.item() for what, error in found.items()}
 
 
+# Return (errors, what is wrong or None): the gate that a provider passes before it is timed.
+# A mean is held to the limit of its tokens: plain torch's own mean may be right by luck.
 def linear_fault(workload, inputs, known, outputs, grads):
-    """Return (errors, what is wrong or None): the gate that a provider passes before it is timed.
-
-    A mean is held to the limit of its tokens: plain torch's own mean may be right by luck.
-    """
     exact, limits, granted = known
     leading = () if workload.mode in MEANS else (workload.rows,)
     shapes = [tuple(result.shape) for result in (*outputs, *grads)]

@@ -11,6 +11,7 @@ import cProfile
 import itertools
 import sys
 import timeit
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -39,9 +40,7 @@ def costs(name, calls, repeats):
     p.requires_grad_()
     tokens, found = torch.zeros(ROWS, dtype=torch.int64), {}
     upstream = torch.ones(() if name.endswith("mean") else ROWS)
-
-    def forward():
-        return FUNCTIONS[name](p, q, tokens)
+    forward = partial(FUNCTIONS[name], p, q, tokens)
 
     def whole():
         return torch.autograd.grad(forward(), p, upstream)
@@ -58,9 +57,9 @@ def costs(name, calls, repeats):
         return {**found, "calls": python_calls(whole)}
 
 
+# Count the functions of fastkl and of its kernels that a call enters, comprehensions and
+# generators included.
 def python_calls(call):
-    """Count the functions of fastkl and of its kernels that a call enters, comprehensions and
-    generators included."""
     root = Path(fastkl.__file__).resolve().parents[1]
     with cProfile.Profile(builtins=False) as profile:
         call()

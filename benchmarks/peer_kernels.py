@@ -29,7 +29,7 @@ BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def catch_launch(kernel, call, skip=None):
+def catch_launch(call, kernel, skip):
     """Return (arguments by name, options such as warps, what triton.compile takes) of the launch
     of `kernel` that call() arrives at; launches of `skip` before it do nothing."""
     caught = []
@@ -42,7 +42,7 @@ def catch_launch(kernel, call, skip=None):
         raise StopIteration  # end the peer's function at the launch
 
     with (
-        mock.patch.object(skip or kernel, "run"),
+        mock.patch.object(skip, "run"),
         mock.patch.object(kernel, "run", catch),
         contextlib.suppress(StopIteration),
     ):
@@ -56,41 +56,20 @@ def meta(*shape, dtype=torch.bfloat16, grad=False):
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
-# The adapters: how each peer is called
+# How the peers are called, where it takes more than a line
 
 
-def liger_kl_div(backward=False):
-    ops = importlib.import_module("liger_kernel.ops.kl_div")
-    apply, scores, target = ops.LigerKLDivLossFunction.apply, meta(N, V, grad=True), meta(N, V)
-    forward, call = ops._kldiv_kernel_forward, partial(apply, scores, target, "sum", True)
-    if not backward:
-        return catch_launch(forward, call)
-    return catch_launch(ops._kldiv_kernel_backward, lambda: call().backward(), skip=forward)
+def liger_kl_div(ops):
+    return ops.LigerKLDivLossFunction.apply(meta(N, V, grad=True), meta(N, V), "sum", True)
 
 
-def liger_jsd():
-    ops = importlib.import_module("liger_kernel.ops.jsd")
-    call, student, teacher = ops.LigerJSDFunction.apply, meta(N, V, grad=True), meta(N, V)
-    options = (None, 1.0, -100, "nvidia-triton")
-    return catch_launch(ops._jsd_kernel, partial(call, student, teacher, *options))
-
-
-def trl_logprob_entropy():
-    ops = importlib.import_module("trl.kernels.logprob_entropy")
-    inputs = meta(N, V, grad=True), meta(N, dtype=torch.int64)
-    call = partial(ops.selective_log_softmax_and_entropy, *inputs)
-    return catch_launch(ops._forward_kernel, call)
-
-
-def trl_divergence():
-    ops = importlib.import_module("trl.kernels.chunked_divergence")
+def trl_divergence(ops):
     student, teacher, head = meta(N, 4096, grad=True), meta(N, 4096), meta(V, 4096)
     inputs = (student, head, None, teacher, head, None, 1.0)
     # They ask for a GPU and for its autocast; the tensors here are on none.
     ours = {"_use_triton": lambda device: True, "_compute_dtype": lambda hidden: hidden.dtype}
     with mock.patch.multiple(ops, **ours):
-        call = partial(ops.ChunkedDivergenceFunction.apply, *inputs)
-        return catch_launch(ops._stats_kernel, call)
+        ops.ChunkedDivergenceFunction.apply(*inputs)
 
 
 # The kernels
@@ -99,48 +78,64 @@ def trl_divergence():
 class Kernel(NamedTuple):
     """A kernel of a peer.
 
-    unit: "pair" of logits or "logit". tensors: its arguments of the size of the logits, each read
-    or written once. work: what it computes, and what has to run beside it. block: its constant for
-    vocabulary entries per iteration.
+    symbol: its name in `module`. call: the peer's function, given the module. unit: "pair" of
+    logits or "logit". tensors: its arguments of the size of the logits, each read or written once.
+    work: what it computes, and what has to run beside it. skip: a kernel launched before it. block:
+    its constant for vocabulary entries per iteration.
     """
 
     name: str
     package: str
-    launch: Callable
+    module: str
+    symbol: str
+    call: Callable
     unit: str
     tensors: tuple[str, ...]
     work: str
+    skip: str | None = None
     block: str = "BLOCK_SIZE"
 
 
 KERNELS = (
     Kernel(
-        *("liger _kldiv_kernel_forward", "liger-kernel", liger_kl_div, "pair"),
-        ("y_ptr", "gt_ptr"),
+        *("liger _kldiv_kernel_forward", "liger-kernel"),
+        *("liger_kernel.ops.kl_div", "_kldiv_kernel_forward", liger_kl_div),
+        *("pair", ("y_ptr", "gt_ptr")),
         "KL(target||input) of log-probabilities, log_target, summed; log_softmax of both tensors "
         "before it",
     ),
     Kernel(
-        *("liger _kldiv_kernel_backward", "liger-kernel", partial(liger_kl_div, True), "pair"),
-        ("target_ptr", "new_grads_ptr"),
+        *("liger _kldiv_kernel_backward", "liger-kernel"),
+        *("liger_kernel.ops.kl_div", "_kldiv_kernel_backward"),
+        lambda ops: liger_kl_div(ops).backward(),
+        *("pair", ("target_ptr", "new_grads_ptr")),
         "its gradient to input only, as log-probability; log_softmax's backward after it",
+        "_kldiv_kernel_forward",
     ),
     Kernel(
-        *("liger _jsd_kernel beta=1", "liger-kernel", liger_jsd, "pair"),
-        ("X_ptr", "Y_ptr", "loss_ptr", "dX_ptr"),
+        *("liger _jsd_kernel beta=1", "liger-kernel", "liger_kernel.ops.jsd", "_jsd_kernel"),
+        lambda ops: ops.LigerJSDFunction.apply(
+            meta(N, V, grad=True), meta(N, V), None, 1.0, -100, "nvidia-triton"
+        ),
+        *("pair", ("X_ptr", "Y_ptr", "loss_ptr", "dX_ptr")),
         "KL(input||target), the RLHF direction, per entry and its gradient to input; a clone, a "
         "sum, both log_softmax and one backward of it beside. Where the CuTe DSL is installed on "
         "Hopper and later, Liger takes that implementation instead",
     ),
     Kernel(
-        *("trl logprob_entropy._forward_kernel", "trl", trl_logprob_entropy, "logit"),
-        ("logits_ptr",),
+        *("trl logprob_entropy._forward_kernel", "trl"),
+        *("trl.kernels.logprob_entropy", "_forward_kernel"),
+        lambda ops: ops.selective_log_softmax_and_entropy(
+            meta(N, V, grad=True), meta(N, dtype=torch.int64)
+        ),
+        *("logit", ("logits_ptr",)),
         "log-probability of the sampled token and entropy of one tensor: no KL, only sampled "
         "estimates of it",
     ),
     Kernel(
-        *("trl chunked_divergence._stats_kernel", "trl", trl_divergence, "pair"),
-        ("s_ptr", "t_ptr"),
+        *("trl chunked_divergence._stats_kernel", "trl"),
+        *("trl.kernels.chunked_divergence", "_stats_kernel", trl_divergence),
+        *("pair", ("s_ptr", "t_ptr")),
         "KL of both directions and entropy, from float32 logits tiles that its matrix products "
         "wrote just before",
     ),
@@ -183,7 +178,9 @@ def measure(kernel):
     if row["version"] is None:
         return {**row, "reason": f"not installed: pip install {kernel.package}"}
     try:
-        arguments, options, description = kernel.launch()
+        ops = importlib.import_module(kernel.module)
+        symbols = getattr(ops, kernel.symbol), getattr(ops, kernel.skip or kernel.symbol)
+        arguments, options, description = catch_launch(partial(kernel.call, ops), *symbols)
         large = {n: x for n, x in arguments.items() if getattr(x, "numel", int)() > 64 * N}
         if set(large) != set(kernel.tensors):
             expected = f"expected arguments as large as the logits {kernel.tensors}"

@@ -63,11 +63,9 @@ def load_trl(device):
     }
 
 
+# Load Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by torch.
+# It has no gradient to its target: KL(P‖Q) to Q only.
 def load_liger_kldiv(device):
-    """Load Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by torch.
-
-    It has no gradient to its target: KL(P‖Q) to Q only.
-    """
     _needs_gpu(device)
     from liger_kernel.transformers import LigerKLDIVLoss
 
@@ -140,8 +138,8 @@ def load_trl_fused(device):
         return ChunkedDivergenceFunction.apply(h, w, None, rh, rw, None, beta)[0]
 
     def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
-        rest = (1.0, TILE, None, 1.0, ())
-        return (ChunkedLogProbFunction.apply(hidden, weight, None, tokens, *rest)[0],)
+        inputs = (hidden, weight, None, tokens, 1.0, TILE, None, 1.0, ())
+        return (ChunkedLogProbFunction.apply(*inputs)[0],)
 
     functions = {
         "kl_divergence": lambda *inputs: (kl(1.0, *inputs),),
@@ -191,12 +189,6 @@ def load_liger_chunked(device):
     return linear_works(works, {"loss": 4, "frozen": 4}, note)
 
 
-def load_linear_cross_entropy(device):
-    return _cross_entropy(
-        F.linear_cross_entropy, "logits in chunks", options=torch.nn.LinearCrossEntropyOptions()
-    )
-
-
 def load_cut_cross_entropy(device, work="less work: small gradients are left out", **options):
     _needs_gpu(device)
     from cut_cross_entropy import linear_cross_entropy
@@ -217,7 +209,9 @@ LINEAR_PEERS = {
     "TRL fused": load_trl_fused,
     "liger": load_liger,
     "liger chunked": load_liger_chunked,
-    "torch linear_cross_entropy": load_linear_cross_entropy,
+    "torch linear_cross_entropy": lambda device: _cross_entropy(
+        F.linear_cross_entropy, "logits in chunks", options=torch.nn.LinearCrossEntropyOptions()
+    ),
     "cut-cross-entropy": load_cut_cross_entropy,
     "cut-cross-entropy, unfiltered": partial(
         load_cut_cross_entropy, work="no gradient left out", filter_eps=None

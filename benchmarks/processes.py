@@ -24,7 +24,7 @@ def _begin(first):
     first()
 
 
-class Child:
+class Child(contextlib.AbstractContextManager):
     """Run functions one after the other in a process, started when needed, ended with the block.
 
     first: called in each new process, by default nothing of consequence. Tensors go to it as bytes
@@ -56,9 +56,6 @@ class Child:
                 os.killpg(self.process, signal.SIGKILL)
             self.executor.shutdown()
         self.executor = None
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.end()

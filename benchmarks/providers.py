@@ -123,10 +123,6 @@ def load_fastkl(device):
     }
 
 
-def load_kept(device):
-    return _from_stats("the same work, the fewest products; all logits in memory", recompute=False)
-
-
 # Make the modes that need more than a KL; options: of fastkl.linear_token_stats.
 def _from_stats(note, **options):
     def stats(h, w, rh, rw, tokens):
@@ -141,12 +137,10 @@ def _from_stats(note, **options):
     return linear_works(functions, products, note)
 
 
+# Load this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
+# Its backward alone is a scaling at the first call and computes the gradient at later ones, so
+# only forward and both are comparable.
 def load_one_launch(device):
-    """Load this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
-
-    Its backward alone is a scaling at the first call and computes the gradient at later ones, so
-    only forward and both are comparable.
-    """
     if device.type != "cuda":
         raise RuntimeError("row_fused is for a GPU")
     from fastkl.kernels import config
@@ -158,13 +152,10 @@ def load_one_launch(device):
     )
 
 
+# Load plain torch under torch.utils.checkpoint, 2048 tokens at a time, as trainers do.
+# The logits are computed again in backward, and the gradient of the weight is summed over the
+# chunks in the weight's own type.
 def load_torch_chunked(device):
-    """Load plain torch under torch.utils.checkpoint, 2048 tokens at a time, as trainers do.
-
-    The logits are computed again in backward, and the gradient of the weight is summed over the
-    chunks in the weight's own type.
-    """
-
     def chunked(function):
         def run(hidden, weight, ref_hidden, ref_weight, tokens):
             options = {"use_reentrant": False, "preserve_rng_state": False}
@@ -239,7 +230,9 @@ LOADERS = {
 ALL_LOADERS = {
     **LOADERS,
     "fastkl, one launch": load_one_launch,
-    "fastkl, logits kept": load_kept,
+    "fastkl, logits kept": lambda device: _from_stats(
+        "the same work, the fewest products; all logits in memory", recompute=False
+    ),
     "torch chunked": load_torch_chunked,
     **LINEAR_PEERS,
 }

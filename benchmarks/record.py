@@ -80,16 +80,16 @@ def at_least(least, text, kind=int):
 
 def has_gpu(tool):
     if not torch.cuda.is_available():
-        where = "nothing was measured, run it on a machine that has one"
-        print(f"{tool}: expected a CUDA GPU, got none; {where}", file=sys.stderr)
+        print(
+            f"{tool}: expected a CUDA GPU, got none; run it on a machine that has one",
+            file=sys.stderr,
+        )
     return torch.cuda.is_available()
 
 
+# Name the commit of the working tree, with "+changes" where it differs, or "unknown".
+# The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere.
 def commit():
-    """Name the commit of the working tree, with "+changes" where it differs, or "unknown".
-
-    The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere.
-    """
     command = "describe --always --abbrev=40 --exclude='*' --dirty=+changes"
     status, found = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} {command}")
     return os.environ.get("FASTKL_COMMIT", "unknown" if status else found)

@@ -54,10 +54,9 @@ def accuracy_section():
 
 
 def linear_section():
-    data = read(RESULTS / "cpu/linear_accuracy.json")
-    records = [record for record in data["records"] if record["dtype"] == "bf16"]
+    records = read(RESULTS / "cpu/linear_accuracy.json")["records"]
+    records = [record for record in records if record["dtype"] == "bf16"]
     exact = "fastkl, logits_dtype=float32"
-    head = ["bfloat16 inputs, mean KL of", *(accuracy.power(record["kl"]) for record in records)]
     lines = [
         [words, *(accuracy.power(record["ways"][way][figure]) for record in records)]
         for words, way, figure in (
@@ -69,7 +68,8 @@ def linear_section():
             ("its gradient to the weight, itself bfloat16", exact, "weight"),
         )
     ]
-    return markdown(head, lines)
+    sizes = (accuracy.power(record["kl"]) for record in records)
+    return markdown(["bfloat16 inputs, mean KL of", *sizes], lines)
 
 
 def static_section():

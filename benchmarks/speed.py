@@ -174,8 +174,8 @@ def main(argv=None):
         run_section(run, name)
     sections = results["sections"]
     bad = [r for s in sections.values() for r in s["rows"] if r["status"] in ("wrong", "failed")]
-    states = [f"{name}: {section['status']}" for name, section in sections.items()]
-    print("\n".join(["", *states, *map(said, bad)]))
+    states = (f"{name}: {section['status']}" for name, section in sections.items())
+    print("", *states, *map(said, bad), sep="\n")
     return 1 if bad or any(section["status"] != "ok" for section in sections.values()) else 0
 
 

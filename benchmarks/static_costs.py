@@ -121,9 +121,9 @@ def measure(specialization, arch, dtype, aligned):
     return found
 
 
+# Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of a row)
+# of a kernel of forward.
 def cut(specialization):
-    """Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of a
-    row) of a kernel of forward."""
     from fastkl.kernels.compile_plan import VOCABULARY
     from fastkl.kernels.row_math import REANCHOR_GROWTH
 
@@ -136,12 +136,10 @@ def cut(specialization):
     return anchors, passes, math.ceil(VOCABULARY / segment)
 
 
+# Return the threads on an SM of compute capability 8.0, 9.0 or 10.0.
+# Each of its four quarters has 16384 registers, given to a warp 256 at a time; an SM holds 64
+# warps and 32 programs.
 def resident_threads(registers, warps):
-    """Return the threads on an SM of compute capability 8.0, 9.0 or 10.0.
-
-    Each of its four quarters has 16384 registers, given to a warp 256 at a time; an SM holds 64
-    warps and 32 programs.
-    """
     resident = 4 * (16384 // (math.ceil(32 * registers / 256) * 256))
     return 32 * warps * min(min(resident, 64) // warps, 32)
 
@@ -152,13 +150,11 @@ IR_LOAD = re.compile(
 )
 
 
+# Return the bytes that a thread loads in an iteration of the loop over the vocabulary as written,
+# from Triton's own representation; None where no loop loads.
+# Of several loops it is the one that loads most outside the loops inside it. A load that a loop
+# repeats counts once, as it lies in registers.
 def source_loop_bytes(ttgir, threads):
-    """Return the bytes that a thread loads in an iteration of the loop over the vocabulary as
-    written, from Triton's own representation; None where no loop loads.
-
-    Of several loops it is the one that loads most outside the loops inside it. A load that a loop
-    repeats counts once, as it lies in registers.
-    """
     # Each loop that is open: [depth, bytes of its own loads, bytes with the loops inside it].
     depth, open_loops, finished, known = 0, [], [(0, 0, 0)], set()
     for line in ttgir.splitlines():
@@ -197,8 +193,7 @@ def compile_kernel(specialization, arch):
     source = ASTSource(s.kernel, s.signature, s.constexprs, s.attrs)
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        options = {"num_warps": s.num_warps, **s.options}
-        return triton.compile(source, target=target, options=options)
+        return triton.compile(source, target, {"num_warps": s.num_warps, **s.options})
 
 
 def machine_code(compiled):
@@ -233,11 +228,9 @@ def cases(plan, architectures=ARCHITECTURES, dtypes=DTYPES, kernel=""):
                 yield specialization, arch, dtype, aligned
 
 
+# Return {"records", "errors": messages} of some `cases`.
+# The same compilation aligned and misaligned is measured once.
 def collect(chosen):
-    """Return {"records", "errors": messages} of some `cases`.
-
-    The same compilation aligned and misaligned is measured once.
-    """
     records, errors, known = [], [], {}
     for specialization, *case in chosen:
         key = (*case[:2], repr(specialization))
@@ -278,17 +271,9 @@ def read_baseline(path):
         ) from None
 
 
-def _worse(key, now, before):
-    if now is None or before is None:
-        return now is None
-    return now < before if key == "widest_load_bytes" else now > before * (1 + SLACKS[key])
-
-
+# Return (regressions, other changes), a sentence each, against the baseline's records.
+# Only the architectures and element types in `records` are expected to be there.
 def compare(records, baseline):
-    """Return (regressions, other changes), a sentence each, against the baseline's records.
-
-    Only the architectures and element types in `records` are expected to be there.
-    """
     now, before = ({case_of(r): r for r in rows} for rows in (records, baseline["records"]))
     regressions = [f"{case}: not in the baseline" for case in now if case not in before]
     measured = {(record["arch"], record["dtype"]) for record in records}
@@ -301,8 +286,11 @@ def compare(records, baseline):
         new, old = now[case][key], before[case][key]
         share = "" if new is None or not old else f" ({100 * (new / old - 1):+.1f} %)"
         if new != old:
+            worse = new is None
+            if old is not None and new is not None:
+                worse = new < old if key == "widest_load_bytes" else new > old * (1 + SLACKS[key])
             sentence = f"{case}: {key} {old} -> {new}{share}"
-            (regressions if _worse(key, new, old) else changes).append(sentence)
+            (regressions if worse else changes).append(sentence)
     return sorted(regressions), sorted(changes)
 
 

@@ -36,11 +36,9 @@ def read(path):
         ) from None
 
 
+# Find [(path, data)]: of every GPU the newest file in which the main shape was timed.
+# The newest of them comes first, of one day an H200's.
 def gpu_results(folder):
-    """Find [(path, data)]: of every GPU the newest file in which the main shape was timed.
-
-    The newest of them comes first, of one day an H200's.
-    """
     files = [(path, read(path)) for path in folder.glob("*/*.json")]
     # Other files lie there too: of tune, of accuracy.
     found = [file for file in files if any(map(timed, rows_of(file[1], "main")))]
@@ -173,11 +171,9 @@ def summary(data, sections, what, title, share):
     )
 
 
+# Return a line per workload at the main shape, by name: fastkl, the best other, plain torch.
+# share: the key and the format of a figure beside our time.
 def summary_lines(data, sections, share):
-    """Return a line per workload at the main shape, by name: fastkl, the best other, plain torch.
-
-    share: the key and the format of a figure beside our time.
-    """
     lines = {}
     for name, rows in by_workload(data, sections).items():
         if "," in name:
@@ -238,12 +234,10 @@ def line(row):
 AXES = {"rows": ("vocabulary", 128256), "vocabulary": ("rows", 4096)}
 
 
+# Return {axis: table by size} of kl_divergence in section "scaling".
+# Columns: (figure, provider), of time and wall in milliseconds, on the device and of one call
+# alone on the clock, and of memory in GB.
 def growth(data):
-    """Return {axis: table by size} of kl_divergence in section "scaling".
-
-    Columns: (figure, provider), of time and wall in milliseconds, on the device and of one call
-    alone on the clock, and of memory in GB.
-    """
     rows = [
         {
             **row["workload"],

@@ -41,12 +41,10 @@ KINDS = {
 }
 
 
+# Return a row of the results.
+# status is "ok", or without figures "missing" (not here, or not this size), "not offered" (no
+# such operation), "wrong" (failed the gate) or "failed" (raised), with the reason.
 def row_of(workload, provider, status, reason, **figures):
-    """Return a row of the results.
-
-    status is "ok", or without figures "missing" (not here, or not this size), "not offered" (no
-    such operation), "wrong" (failed the gate) or "failed" (raised), with the reason.
-    """
     return {
         "workload": workload.as_dict(),
         "provider": provider,
@@ -148,11 +146,9 @@ def timed(run, sets):
     return _median(do_bench(lambda: run(next(turns)), **options), timed_by="events")
 
 
+# Replace the figures of a short run by a graph's, or adds the reason why there is none.
+# "by_events_ms" keeps the median of the events. Never raises: a measured figure is not lost.
 def by_graph(figures, run, sets):
-    """Replace the figures of a short run by a graph's, or adds the reason why there is none.
-
-    "by_events_ms" keeps the median of the events. Never raises: a measured figure is not lost.
-    """
     from triton.testing import do_bench_cudagraph
 
     if figures["median_ms"] >= GRAPH_BELOW_MS:
@@ -185,8 +181,7 @@ def wall_time(run, sets):
 
 def copy_bandwidth(device):
     source = torch.randint(2**31 - 1, (COPY_BYTES // 4,), dtype=torch.int32, device=device)
-    copied = timed(torch.empty_like(source).copy_, [source])
-    return 2 * source.nbytes / copied["median_ms"] / 1e6
+    return 2 * source.nbytes / timed(torch.empty_like(source).copy_, [source])["median_ms"] / 1e6
 
 
 # Memory
@@ -213,12 +208,10 @@ def release():
         torch.cuda.empty_cache()
 
 
+# Say why nothing more can be measured in this process; None while its CUDA context works.
+# A kernel's illegal access makes every later call fail, and a capture that broke off keeps the
+# allocator from giving memory back.
 def context_fault():
-    """Say why nothing more can be measured in this process; None while its CUDA context works.
-
-    A kernel's illegal access makes every later call fail, and a capture that broke off keeps the
-    allocator from giving memory back.
-    """
     try:
         release()
     except Exception as error:  # whatever it is: this process is at its end

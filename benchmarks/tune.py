@@ -26,6 +26,7 @@ import fastkl
 from benchmarks.cases import DTYPES
 from benchmarks.processes import Child
 from benchmarks.record import command_line, has_gpu, provenance, write_json
+from fastkl import testing
 from fastkl.kernels import config
 
 CHILD = Child
@@ -43,12 +44,10 @@ FINALISTS = 5
 NOISE = 0.01
 
 
+# Return the present configuration, then the others of the grid.
+# A program of forward and of fused keeps its threads, one warp. A segment is a multiple of the
+# elements that its threads hold at once.
 def candidates(direction, present, itemsize, vocabulary):
-    """Return the present configuration, then the others of the grid.
-
-    A program of forward and of fused keeps its threads, one warp. A segment is a multiple of the
-    elements that its threads hold at once.
-    """
     longest = min(SEGMENTS[direction], 1 << (vocabulary - 1).bit_length())
     threads = (128, 256, 512) if direction == "backward" else (present.threads,)
     grid = itertools.product(threads, (1, 2), (longest, longest // 2, longest // 4), (None, 128))
@@ -60,8 +59,7 @@ def candidates(direction, present, itemsize, vocabulary):
 def logits(rows, vocabulary, dtype):
     options = dict(generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
     p, q = (torch.randn(rows, vocabulary, dtype=DTYPES[dtype], **options) for _ in range(2))
-    p *= 3
-    return p, q.add_(p), torch.randint(vocabulary - 1, (rows,), **options)
+    return p.mul_(3), q.add_(p), torch.randint(vocabulary - 1, (rows,), **options)
 
 
 def operations(direction, p, q, tokens):
@@ -101,13 +99,11 @@ def check(direction, dtype, vocabulary):
         with fastkl.use_backend("reference"):
             exact = results(direction, p.double(), q.double(), tokens)
         for name, one in found.items():
-            error = ((one.double() - exact[name]).norm(dim=-1) / exact[name].norm(dim=-1)).max()
-            limit = LIMITS[one.dtype]
-            assert error <= limit, f"{name}: error {error:.1e}, above {limit}"
+            testing.assert_gradient(one, exact[name], name, LIMITS[one.dtype])
         for rows in (slice(2, 3), slice(1, None)):
             for name, one in results(direction, p[rows], q[rows], tokens[rows]).items():
-                same = torch.equal(one, found[name][rows])
-                assert same, f"{name}: the bits of a row depend on the rows beside it"
+                # A row does not depend on the rows beside it.
+                testing.assert_same_bits(one, found[name][rows], f"{name} of {rows}")
 
 
 def measure(direction, dtype, vocabulary, chosen):
@@ -124,11 +120,9 @@ def measure(direction, dtype, vocabulary, chosen):
         }
 
 
+# Return a trial: the configuration with its times, or with the reason why it is refused.
+# It runs in a process of its own, is printed, added to the record, and written with it.
 def attempt(arguments, chosen, record):
-    """Return a trial: the configuration with its times, or with the reason why it is refused.
-
-    It runs in a process of its own, is printed, added to the record, and written with it.
-    """
     problem = (arguments.direction, arguments.dtype, arguments.vocabulary)
     with CHILD() as child:
         try:
@@ -188,11 +182,12 @@ def main(argv=None):
     )
     values = {name: best[name] for name in FIELDS}
     chosen = dataclasses.replace(found[0], measured=measured, **values)
-    replaced = f"Entry({entry.arch!r}, {entry.itemsize}, {entry.max_v}, ...)"
-    print("for TABLE in kernels/config.py, before or in place of", end=" ")
-    print(f"{replaced}; run the GPU tests with it:")
-    entry = dataclasses.replace(entry, arch=arch, **{direction: chosen})
-    print(pprint.pformat(entry, width=96) + ",")
+    made = dataclasses.replace(entry, arch=arch, **{direction: chosen})
+    print(
+        "for TABLE in kernels/config.py, before or in place of "
+        f"Entry({entry.arch!r}, {entry.itemsize}, {entry.max_v}, ...); run the GPU tests with it:\n"
+        f"{pprint.pformat(made, width=96)},"
+    )
     return 0
 
 

@@ -21,9 +21,8 @@ SECTIONS = {
 }
 
 
+# Put the device in the place of CUDA, in processes too; put: setattr, or monkeypatch's.
 def install(put=setattr):
-    """Put the device in the place of CUDA, in processes too; put: setattr, or monkeypatch's."""
-
     def bench(run, warmup=0, rep=0, return_mode=""):
         started = time.perf_counter()
         run()
@@ -51,9 +50,8 @@ def install(put=setattr):
     put(speed, "SUITES", SECTIONS)
 
 
+# Load a user's own provider: right at the first case, ends its process at the second.
 def provider(device):
-    """Load a user's own provider: right at the first case, ends its process at the second."""
-
     def kl_divergence(inputs):
         if len(inputs.p) == 4:
             os._exit(7)

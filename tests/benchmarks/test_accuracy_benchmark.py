@@ -20,8 +20,8 @@ def exact(p, q):
     return testing.truth(p, q).kl
 
 
+# Errors of a function of (p_logits, q_logits) on six rows, or on the first `rows` of them.
 def errors_of(function, target=1e-2, wrt="p", rows=None):
-    """Errors of a function of (p_logits, q_logits) on six rows, or on the first `rows` of them."""
     pair = accuracy.make_pair("normal 3", "fp32", target, 6, 503, CPU)
     gradients = testing.kl_gradients(pair[2], torch.ones(6))
     provider = Provider("theirs", {"kl_divergence": lambda i: (function(i.p, i.q),)})
@@ -87,8 +87,8 @@ def row(worst, negative=0, rows=8):
     return {"rows": rows, **figures, "negative": negative}
 
 
+# A file of results with one kind of rows for each of the errors; the last kind is skipped.
 def results(*errors):
-    """A file of results with one kind of rows for each of the errors; the last kind is skipped."""
     records = [{"errors": e, "skipped": None} for e in errors]
     records.append({"errors": {}, "skipped": "no pair"})
     head = {"dtype": "fp32", "target": 1e-7, "kl": 1e-7, "distribution": "normal 3"}

@@ -77,8 +77,8 @@ def test_sass_hot_loop(text, costs):
     assert disassembly.hot_loop(disassembly.parse_sass(text, "row"))[-1] == costs
 
 
+# The edge, the hot one with its rare branch, that over rows; the padding is never reached.
 def test_sass_loops_are_natural_ones():
-    """The edge, the hot one with its rare branch, that over rows; the padding is never reached."""
     loops = disassembly.natural_loops(disassembly.parse_sass(SASS, "row"))
     assert sorted(len(body) for body in loops.values()) == [8, 10, 12]
 
@@ -175,6 +175,7 @@ def test_each_path_and_all_around_them():
     assert disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1, 1).in_flight == 24
 
 
+# A loop over rows around the hot one; no loop that loads; a subroutine on every path.
 @pytest.mark.parametrize(
     "text",
     [
@@ -184,7 +185,6 @@ def test_each_path_and_all_around_them():
     ],
 )
 def test_code_that_reads_otherwise_is_refused(text):
-    """A loop over rows around the hot one; no loop that loads; a subroutine on every path."""
     with pytest.raises(ValueError, match="expected a path through a loop"):
         disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1, 1)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 
@@ -25,19 +26,21 @@ def scale(x_ptr, y_ptr, unused_ptr, n, one, factor, BLOCK: tl.constexpr):
         tl.store(y_ptr + start + offsets, tl.exp2(x) * factor)
 
 
-def launch(**options):
+def call(ops, **options):
     x, y = (peer_kernels.meta(peer_kernels.N, 1024) for _ in range(2))
-    call = lambda: scale[(1,)](x, y, None, 1024, 1, 0.5, BLOCK=1024, **options)  # noqa: E731
-    return peer_kernels.catch_launch(scale, call)
+    scale[(1,)](x, y, None, 1024, 1, 0.5, BLOCK=1024, **options)
 
 
 PEER = peer_kernels.Kernel(
-    "peer scale", "triton", launch, "logit", ("x_ptr", "y_ptr"), "scales", "BLOCK"
+    *("peer scale", "triton", __name__, "scale", call, "logit", ("x_ptr", "y_ptr"), "scales"),
+    block="BLOCK",
 )
 
 
 def test_a_launch_is_caught_as_it_is():
-    arguments, options, (_, signature, constexprs, attrs) = launch(num_warps=8)
+    arguments, options, (_, signature, constexprs, attrs) = peer_kernels.catch_launch(
+        partial(call, None, num_warps=8), scale, scale
+    )
     assert options == {"num_warps": 8} and arguments["n"] == 1024
     assert signature["x_ptr"] == "*bf16" and signature["one"] == "constexpr"
     assert set(constexprs.values()) == {None, 1, 1024} and (0,) in attrs
@@ -51,7 +54,7 @@ def test_a_peer_is_compiled_and_counted():
     assert [row[key] for key in figures] == [1.0, 1.0, 16, 4, "bf16"], row
 
 
-def no_longer_that_function():
+def no_longer_that_function(ops):
     raise TypeError("apply() takes 3 positional arguments but 4 were given")
 
 
@@ -59,8 +62,8 @@ def no_longer_that_function():
     ("changes", "reason"),
     [
         ({"package": "no-such-package-at-all"}, "not installed: pip install no-such-package"),
-        ({"launch": no_longer_that_function}, "TypeError: apply() takes 3"),
-        ({"launch": lambda: peer_kernels.catch_launch(scale, dict)}, "ValueError: expected a lau"),
+        ({"call": no_longer_that_function}, "TypeError: apply() takes 3"),
+        ({"call": id}, "ValueError: expected a lau"),
         ({"block": "BLOCK_SIZE"}, "KeyError: 'BLOCK_SIZE'"),
         ({"tensors": ("x_ptr",)}, "ValueError: expected arguments as large as the logits"),
     ],

@@ -27,8 +27,8 @@ def test_sections_are_made_anew_and_a_broken_mark_is_an_error(monkeypatch):
             report.render("x", broken)
 
 
+# A row as a GPU gives it; backward takes half, forward a third.
 def row(provider, both, workload=None, **changes):
-    """A row as a GPU gives it; backward takes half, forward a third."""
     workload = workload or Workload()
     times = {
         phase: {"median_ms": ms, "wall_ms": ms + 1, "percent_of_copy": 92.0, "ratio_to_floor": 1.06}
@@ -96,8 +96,8 @@ def test_tables_of_a_gpu(folder):
     assert words.count("×") == 3 and "none" not in words
 
 
+# The README has the newest of all; a file without a time of the main shape does not count.
 def test_the_newest_of_each_gpu(folder):
-    """The README has the newest of all; a file without a time of the main shape does not count."""
     assert (
         report.SECTIONS["gpu"]() == report.NO_RESULTS and report.NO_RESULTS in report.results_page()
     )

@@ -24,8 +24,8 @@ OWN = "stand_in:provider"
 # The command, end to end
 
 
+# Order, processes, a user's own provider that crashes, the floor, whole JSON.
 def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path):
-    """Order, processes, a user's own provider that crashes, the floor, whole JSON."""
     stand_in.install(monkeypatch.setattr)
     assert speed.main(["--out", str(tmp_path), "--suite", "main", "linear", "--provider", OWN]) == 1
     (file,) = tmp_path.iterdir()
@@ -56,10 +56,10 @@ DIED, BROKEN = RuntimeError("died"), {"context": "broken"}
 DEAD = "the process ended: RuntimeError('died')"
 
 
+# A Run of a section of three workloads, whose process gives answers; the reasons of its rows and
+# how often the process was ended.
 @pytest.fixture
 def run(monkeypatch):
-    """A Run of a section of three workloads, whose process gives answers; the reasons of its rows
-    and how often the process was ended."""
     workloads = tuple(Workload(rows=n, vocabulary=7) for n in (1, 2, 3))
     monkeypatch.setattr(speed, "SUITES", {"section": Section(workloads, ("torch",))})
     arguments = argparse.Namespace(provider=[], providers=None, check=False, out=None)
@@ -153,10 +153,10 @@ def provider(device):
 """
 
 
+# By an index out of range: the row says so.
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_context_broken_on_a_gpu(tmp_path, monkeypatch):
-    """By an index out of range: the row says so."""
     (tmp_path / "breaks.py").write_text(BREAKS)
     monkeypatch.syspath_prepend(tmp_path)
     with Child() as child:

@@ -44,9 +44,9 @@ def exact(i):
 # The gate on logits
 
 
+# At every operation and mode that they offer; without a GPU no time is given.
 @pytest.mark.parametrize("name", [*OFFERS, *FROM_HIDDEN])
 def test_right_providers_pass_the_gates(name):
-    """At every operation and mode that they offer; without a GPU no time is given."""
     (provider,) = load_providers(CPU, [name], ALL_LOADERS)
     if provider.missing:
         pytest.skip(provider.missing)
@@ -58,8 +58,8 @@ def test_right_providers_pass_the_gates(name):
         json.dumps(row)
 
 
+# In the interpreter, in a process of its own: its mean, either way.
 def test_liger_computes_what_it_is_measured_at():
-    """In the interpreter, in a process of its own: its mean, either way."""
     pytest.importorskip("liger_kernel")
     code = """
 import torch
@@ -202,9 +202,9 @@ CHANGES = [(i, lambda field: 1.05 * field, name) for i, name in enumerate(FIELDS
 CHANGES += [(i, torch.Tensor.detach, "dhidden") for i, n in enumerate(FIELDS) if n != "ref_logprob"]
 
 
+# A field off by 5 % of itself, or without its gradient, among four that are right.
 @pytest.mark.parametrize(("index", "change", "what"), CHANGES)
 def test_the_gate_catches_each_field(index, change, what):
-    """A field off by 5 % of itself, or without its gradient, among four that are right."""
     stats = load_providers(CPU, ["torch"])[0].operations["linear_stats"]
 
     def changed(i):
@@ -214,9 +214,9 @@ def test_the_gate_catches_each_field(index, change, what):
     assert f"{what} off by" in row["reason"], row
 
 
+# A workload in bfloat16, where roundings matter, with plain torch's results and the truth.
 @pytest.fixture(scope="module", params=[mode for mode in PRODUCTS if mode != "forward"])
 def rounded(request):
-    """A workload in bfloat16, where roundings matter, with plain torch's results and the truth."""
     workload = LinearWorkload(request.param, rows=256, hidden=128, vocabulary=4096)
     inputs = make_linear_inputs(workload, CPU)
     outputs = load_providers(CPU, ["torch"])[0].operations[workload.operation](inputs)
@@ -224,13 +224,13 @@ def rounded(request):
     return (workload, inputs, known, outputs), gradients(inputs, outputs)
 
 
+# Every row that matters, but for a few that are hard to tell from a rounding.
 @pytest.mark.parametrize(
     "change",
     [lambda row, after: 0 * row, lambda row, after: 1.5 * row, lambda row, after: after],
     ids=["zeroed", "half too large", "swapped"],
 )
 def test_the_gate_catches_one_wrong_row_of_the_gradient(rounded, change):
-    """Every row that matters, but for a few that are hard to tell from a rounding."""
     given, (dhidden, *others) = rounded
     assert not linear_cases.linear_fault(*given, (dhidden, *others))[1]
     size, caught = given[2][0]["dhidden"].norm(dim=-1), []
@@ -242,8 +242,8 @@ def test_the_gate_catches_one_wrong_row_of_the_gradient(rounded, change):
     assert len(caught) > 30 and sum(caught) >= len(caught) - 1, (sum(caught), len(caught))
 
 
+# A GRPO loss whose KL has no gradient: all of the gradient where the ratio is clipped.
 def test_the_gate_catches_a_part_that_only_small_rows_have():
-    """A GRPO loss whose KL has no gradient: all of the gradient where the ratio is clipped."""
     (plain,) = load_providers(CPU, ["torch"])
 
     def loss(i):

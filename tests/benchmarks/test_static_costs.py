@@ -94,10 +94,10 @@ def start_in_background():
     }
 
 
+# {(kernel, arch, dtype, aligned): record} of one Triton, the slack of its figures, and its
+# version.
 @pytest.fixture(scope="module", params=TRITONS)
 def report(request):
-    """{(kernel, arch, dtype, aligned): record} of one Triton, the slack of its figures, and its
-    version."""
     code, output = start_in_background()[request.param].result()
     assert code == 0, output[-4000:]
     data = json.loads(output.splitlines()[-1])
@@ -123,9 +123,9 @@ def test_the_baseline_is_that_of_the_pinned_triton_and_of_every_kernel():
     assert named == {(item.name, *case) for item, *case in static_costs.cases(plan)}
 
 
+# Forward: near, general, and either with all around them. Backward: the one path.
 @pytest.mark.parametrize("case", LIMITS, ids=str)
 def test_instructions_and_exponentials_per_pair(report, case):
-    """Forward: near, general, and either with all around them. Backward: the one path."""
     records, slack, _ = report
     if case not in records:
         pytest.skip("not compiled by this Triton")
@@ -138,11 +138,11 @@ def test_instructions_and_exponentials_per_pair(report, case):
     assert not around or (general >= near and 1 < around < 8)
 
 
+# No kernel spills. Forward and backward read the vocabulary, 16 bytes at a time; Q that lies
+# elsewhere in its 16 bytes than P is read element by element, P still in blocks. Other kernels
+# have loops, if at all, for the rare row that is read again the slow way. Forward on NVIDIA: one
+# exponential on the near path, two on the general one, and loads that hide the latency.
 def test_every_record(report):
-    """No kernel spills. Forward and backward read the vocabulary, 16 bytes at a time; Q that lies
-    elsewhere in its 16 bytes than P is read element by element, P still in blocks. Other kernels
-    have loops, if at all, for the rare row that is read again the slow way. Forward on NVIDIA: one
-    exponential on the near path, two on the general one, and loads that hide the latency."""
     assert {case for case in LIMITS if case[1] == "sm_90"} <= report[0].keys()
     assert report[1] > 1 or LIMITS.keys() <= report[0].keys()
     for (kernel, arch, *_), record in report[0].items():
@@ -263,12 +263,12 @@ def test_a_segment_is_whole_tiles_and_an_edge():
     assert forward.segment == 16032 and static_costs.cut(forward) == (2, 1, 8)
 
 
+# A one-warp program takes one of 32 places; warps of 72 registers fit 28 times.
 @pytest.mark.parametrize(
     ("registers", "warps", "resident"),
     [(128, 1, 16), (129, 1, 12), (168, 1, 12), (72, 1, 28), (64, 1, 32), (24, 1, 32), (24, 4, 64)],
 )
 def test_threads_of_a_multiprocessor(registers, warps, resident):
-    """A one-warp program takes one of 32 places; warps of 72 registers fit 28 times."""
     assert static_costs.resident_threads(registers, warps) == 32 * resident
 
 
