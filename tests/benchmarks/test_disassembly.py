@@ -162,8 +162,7 @@ $row$slow:
 
 
 def test_each_path_and_all_around_them():
-    program = disassembly.parse_sass(SEGMENT, "row")
-    costs = disassembly.segment_costs(program, anchors=3, edges=2, segments=4)
+    costs = disassembly.segment_costs(disassembly.parse_sass(SEGMENT, "row"), 3, 2, 4)
     assert costs.near == disassembly.LoopCosts(8, 1, {16: 2, 8: 1}, 1)
     assert (costs.general.instructions, costs.general.ex2) == (10, 3)
     # BRA, IADD3, BRA, MOV; three tiles that re-anchor; an edge of LDG, BRA, BRA twice; ATOMG; one

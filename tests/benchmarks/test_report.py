@@ -42,7 +42,11 @@ def row(provider, both, workload=None, **changes):
 
 
 def data(name="NVIDIA H200", date="2026-02-01T10:00:00Z", **sections):
-    origin = {"versions": {"torch": "2.11", "trl": None}, "command": "suite ", "commit": "01234567"}
+    origin = {
+        "versions": {"torch": "2.11", "trl": None},
+        "command": "python -m benchmarks.gone ",
+        "commit": "01234567",
+    }
     made = {key: {"status": "ok", "seconds": 45.3, "rows": rows} for key, rows in sections.items()}
     return {**origin, "date": date, "gpu": {"name": name, "driver": "570.1"}, "sections": made}
 
@@ -80,7 +84,7 @@ def test_tables_of_a_gpu(folder):
         f"| `kl_divergence dp` | 2.67 ms, 92 % | torch 39.9 ms, 15 × | 39.9 ms, 15 × | {MEMORY} |",
         "| `logprob` | 1.50 ms, 92 % | TRL 1.40 ms, 0.93 × | – | 2.10 GB / 2.10 GB / – |",
         f"| `linear loss` | 54.4 ms, 1.06 × | torch 79.0 ms, 1.45 × | 79.0 ms, 1.45 × | {MEMORY} |",
-        "`suite`, 2026-02-01, torch 2.11, commit 01234567.",
+        "`python -m benchmarks.gone` (at that commit), 2026-02-01, torch 2.11, commit 01234567.",
     ):  # fmt: skip
         assert line in section.splitlines()
     for line in (

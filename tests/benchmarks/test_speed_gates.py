@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import cases, linear_cases, timing
 from benchmarks.cases import Workload, make_inputs, truth
 from benchmarks.linear_cases import FIELDS, LinearWorkload, make_linear_inputs
+from benchmarks.processes import INTERPRETER
 from benchmarks.providers import ALL_LOADERS, Provider, load_providers
-from benchmarks.record import ROOT
 from benchmarks.suites import SUITES
 from benchmarks.work import (
     CLIP,
@@ -59,24 +57,16 @@ def test_right_providers_pass_the_gates(name):
 
 
 # In the interpreter, in a process of its own: its mean, either way.
+def liger_statuses():
+    providers = load_providers(CPU, ["Liger JSD", "Liger KLDIVLoss"], ALL_LOADERS)
+    rows = [timing.measure(p, w, CPU) for p in providers for w in SUITES["smoke"].workloads]
+    return [row["status"] for row in rows]
+
+
 def test_liger_computes_what_it_is_measured_at():
     pytest.importorskip("liger_kernel")
-    code = """
-import torch
-from benchmarks import timing
-from benchmarks.providers import ALL_LOADERS, load_providers
-from benchmarks.suites import SUITES
-names = ["Liger JSD", "Liger KLDIVLoss"]
-for provider in load_providers(torch.device("cpu"), names, ALL_LOADERS):
-    for workload in SUITES["smoke"].workloads:
-        row = timing.measure(provider, workload, torch.device("cpu"))
-        assert row["status"] in ("ok", "missing", "not offered"), row
-        print(row["status"])
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.split().count("ok") >= 5, done.stderr[-2000:]
+    found = INTERPRETER.submit(liger_statuses).result()
+    assert set(found) <= {"ok", "missing", "not offered"} and found.count("ok") >= 5
 
 
 def spoiled(change):
@@ -136,9 +126,7 @@ def test_the_gate_of_many_rows(layout, monkeypatch):
     ],
 )
 def test_a_provider_that_raises_or_is_not_there_is_a_row(error, status, reason):
-    def raises(anything):
-        raise error
-
+    raises = mock.Mock(side_effect=error)
     row = measured("kl_divergence", raises, TINY)
     assert (row["status"], row["reason"]) == (status, reason)
     row = timing.measure(*load_providers(CPU, ["peer"], {"peer": raises}), TINY, CPU)
@@ -236,8 +224,9 @@ def test_the_gate_catches_one_wrong_row_of_the_gradient(rounded, change):
     size, caught = given[2][0]["dhidden"].norm(dim=-1), []
     for row in range(0, 254, 5):
         if size[row] > 0.1 * size.square().mean().sqrt():
-            wrong = dhidden.clone()
-            wrong[row] = change(dhidden[row], dhidden[row + 1])
+            wrong = dhidden.index_copy(
+                0, torch.tensor([row]), change(*dhidden[row : row + 2])[None]
+            )
             caught.append(bool(linear_cases.linear_fault(*given, (wrong, *others))[1]))
     assert len(caught) > 30 and sum(caught) >= len(caught) - 1, (sum(caught), len(caught))
 
@@ -291,13 +280,10 @@ def test_providers_do_the_work_that_they_declare(mode):
 
 
 def test_the_floor_goes_on_without_the_chunks_that_do_not_fit(monkeypatch):
-    def times(run, sets):
-        if run == 8192:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return {"median_ms": {4096: 3.0, 2048: 2.0}[run]}
-
-    monkeypatch.setattr(linear_cases, "bare_products", lambda workload, inputs, chunk: chunk)
-    monkeypatch.setattr(timing, "timed", times)
+    times = {8192: torch.OutOfMemoryError(), 4096: [{"median_ms": 3.0}], 2048: [{"median_ms": 2.0}]}
+    runs = lambda workload, inputs, chunk: mock.Mock(side_effect=times[chunk])  # noqa: E731
+    monkeypatch.setattr(linear_cases, "bare_products", runs)
+    monkeypatch.setattr(timing, "timed", lambda run, sets: run())
     monkeypatch.setattr(timing, "_inputs", lambda *_: [None])
     row = timing.measure_floor(LinearWorkload("forward"), CPU, None)
     figures = row["times"]["forward"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 import subprocess
 import sys
 from concurrent.futures import TimeoutError
@@ -17,6 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import tune
+from benchmarks.record import ROOT
 from fastkl.kernels import config, launch
 
 # Runs in a process that interprets kernels: three good candidates, and three with wrong results.
@@ -53,16 +53,12 @@ for factor in (lambda rows: 1.001, lambda rows: 1 + 1e-6 * rows, lambda rows: fl
 
 
 def test_the_check_in_the_interpreter() -> None:
-    root = pathlib.Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-c", CHECKS]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    *measured, off, beside, nan = map(json.loads, run.stdout.splitlines())
-    times, launches = measured[::2], measured[1::2]
-    assert launches[:2] == [0, 0] and launches[2] > 2
-    assert [len(one) for one in times] == [2, 3, 1]
+    output = subprocess.check_output([sys.executable, "-c", CHECKS], text=True, env=environment)
+    *measured, off, beside, nan = map(json.loads, output.splitlines())
+    times, (*none, launches) = measured[::2], measured[1::2]
+    assert none == [0, 0] and launches > 2 and [len(one) for one in times] == [2, 3, 1]
     assert {ms for one in times for ms in one.values()} == {1.0}
     assert "kl_divergence [0]: row 0 off by 0.001" in off and "nan" in nan
     assert "kl_divergence [0] of slice(2, 3" in beside
