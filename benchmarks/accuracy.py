@@ -22,9 +22,7 @@ import torch
 from matplotlib.figure import Figure
 
 import fastkl
-from benchmarks import cases, record, work
-from benchmarks.processes import INTERPRETER
-from benchmarks.providers import LOADERS, load_providers
+from benchmarks import cases, processes, providers, record, work
 from fastkl import testing
 
 DISTRIBUTIONS = ("normal 3", "normal 8", "peaked", "shift 50")
@@ -111,14 +109,16 @@ def _reason(error):
 def interpreted_error(name, pickled):
     peer, rows = INTERPRETED[name]
     with fastkl.use_backend("triton"):
-        return error_of(*load_providers(torch.device("cpu"), [peer]), *pickle.loads(pickled), rows)
+        return error_of(
+            *providers.load_providers(torch.device("cpu"), [peer]), *pickle.loads(pickled), rows
+        )
 
 
 # Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED.
 def errors_of(names, providers, *pair):
     pickled = pickle.dumps(pair)
     asked = [name for name in INTERPRETED if name in names]
-    apart = {name: INTERPRETER.submit(interpreted_error, name, pickled) for name in asked}
+    apart = {name: processes.INTERPRETER.submit(interpreted_error, name, pickled) for name in asked}
     found = {provider.name: error_of(provider, *pair) for provider in providers}
     for name, future in apart.items():
         failed = future.exception()
@@ -128,7 +128,7 @@ def errors_of(names, providers, *pair):
 
 # Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary.
 def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
-    providers = load_providers(device, names)
+    loaded = providers.load_providers(device, names)
     for dtype, kind, target in itertools.product(("fp32", "bf16"), DISTRIBUTIONS, targets):
         p, q, exact = make_pair(kind, dtype, target, *sizes, device)
         kl, errors = exact.kl.median().item(), {}
@@ -136,7 +136,7 @@ def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
         skipped = f"rounding to {dtype} gives a KL of {kl:.1e}"
         if target / 3 <= kl <= target * 3:
             true, skipped = testing.kl_gradients(exact, torch.ones_like(exact.kl)), None
-            errors = errors_of(names, providers, p, q, exact, true, wrt)
+            errors = errors_of(names, loaded, p, q, exact, true, wrt)
         found = {"dtype": dtype, "distribution": kind, "target": target, "kl": kl}
         yield {**found, "errors": errors, "skipped": skipped}
 
@@ -272,14 +272,17 @@ def parse(argv):
     size = {"type": partial(record.at_least, 2), "default": 128256, "metavar": "V"}
     add("--vocabulary", **size, help="(default: %(default)s)")
     add("--wrt", choices="pq", default="p", help="which logits of KL(P‖Q) the gradient is to")
-    add("--providers", nargs="+", metavar="NAME", choices=[*LOADERS, *INTERPRETED])
+    add("--providers", nargs="+", metavar="NAME", choices=[*providers.LOADERS, *INTERPRETED])
     add("--device", choices=["cpu", *["cuda"] * torch.cuda.is_available()], default="cpu")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     arguments = parse(argv)
-    names = arguments.providers or [*LOADERS, *list(INTERPRETED) * (arguments.device == "cpu")]
+    names = arguments.providers or [
+        *providers.LOADERS,
+        *list(INTERPRETED) * (arguments.device == "cpu"),
+    ]
     sizes = {"rows": arguments.rows, "vocabulary": arguments.vocabulary}
     data = {**record.provenance("accuracy", argv), **sizes, "wrt": arguments.wrt}
     data |= {"device": arguments.device, "threads": torch.get_num_threads()}

@@ -20,11 +20,10 @@ import torch
 from torch.utils import collect_env
 
 import fastkl
-from benchmarks import cases, work
-from benchmarks.record import ROOT, command_line, gather, markdown, origin, provenance, write_json
+from benchmarks import cases, record, work
 from fastkl import testing
 
-RESULT = ROOT / "benchmarks" / "results" / "cpu" / "times.json"
+RESULT = record.ROOT / "benchmarks" / "results" / "cpu" / "times.json"
 SHAPES = ((64, 32000), (256, 50257), (32, 128256), (512, 1000))
 ROUNDS = 11
 PHASES = ("forward", "both")
@@ -112,18 +111,22 @@ def table(records):
         for row in records
     ]
     times = ("forward, ms", "forward and backward, ms", "of plain torch's")
-    return markdown(
+    return record.markdown(
         ["logits", "provider", *times, "peak, logits tensors", "error of the KL"], lines
     )
 
 
 def page(data):
     words = "The sum of KL over the tokens and its gradient, one thread; processor"
-    return ["## CPU", f"{words}: {data['processor']}. {origin(data)}", table(data["records"])]
+    return [
+        "## CPU",
+        f"{words}: {data['processor']}. {record.origin(data)}",
+        table(data["records"]),
+    ]
 
 
 def main(argv=None):
-    parser = command_line("cpu", __doc__.splitlines()[0])
+    parser = record.command_line("cpu", __doc__.splitlines()[0])
     parser.add_argument(
         "--write",
         action="store_true",
@@ -131,11 +134,11 @@ def main(argv=None):
     )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    data = {**provenance("cpu", argv), "processor": processor()}
-    gather(arguments.json, data, measure(), lambda record: table([record]).splitlines()[-1])
+    data = {**record.provenance("cpu", argv), "processor": processor()}
+    record.gather(arguments.json, data, measure(), lambda record: table([record]).splitlines()[-1])
     if arguments.write:
-        write_json(RESULT, data)
-        return subprocess.call([sys.executable, "-m", "benchmarks.report"], cwd=ROOT)
+        record.write_json(RESULT, data)
+        return subprocess.call([sys.executable, "-m", "benchmarks.report"], cwd=record.ROOT)
     return 0
 
 

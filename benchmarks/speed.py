@@ -21,10 +21,7 @@ from typing import NamedTuple
 import torch
 from torch.utils import collect_env
 
-from benchmarks import processes, timing
-from benchmarks.linear_cases import FLOOR
-from benchmarks.providers import ALL_LOADERS, load_providers, own
-from benchmarks.record import at_least, has_gpu, output_folder, provenance, write_json
+from benchmarks import linear_cases, processes, providers, record, timing
 from benchmarks.suites import ALL, SUITES
 
 CHILD = processes.Child
@@ -44,9 +41,13 @@ BROKE = "left out after it had broken the CUDA context in this section"
 def _measuring(provider, check):
     device = torch.device(DEVICE if torch.cuda.is_available() else "cpu")
     measure = timing.measure_floor
-    if provider != FLOOR:
-        loaders = ALL_LOADERS if provider in ALL_LOADERS else dict([own(provider)])
-        measure = partial(timing.measure, *load_providers(device, [provider], loaders))
+    if provider != linear_cases.FLOOR:
+        loaders = (
+            providers.ALL_LOADERS
+            if provider in providers.ALL_LOADERS
+            else dict([providers.own(provider)])
+        )
+        measure = partial(timing.measure, *providers.load_providers(device, [provider], loaders))
     copy = None if check else timing.copy_bandwidth(device)
     return partial(measure, device=device, copy=copy)
 
@@ -69,7 +70,9 @@ class Run(NamedTuple):
     def add(self, section, row):
         print(said(row), flush=True)
         rows = self.results["sections"][section]["rows"]
-        floors = {r["workload"]["name"]: r["times"] for r in rows if r["provider"] == FLOOR}
+        floors = {
+            r["workload"]["name"]: r["times"] for r in rows if r["provider"] == linear_cases.FLOOR
+        }
         for phase, floor in floors.get(row["workload"]["name"], {}).items():
             if figures := row["times"].get(phase):
                 figures["ratio_to_floor"] = figures["median_ms"] / floor["median_ms"]
@@ -79,7 +82,7 @@ class Run(NamedTuple):
     def write(self, section, **facts):
         self.results["sections"][section] |= facts
         name = re.sub("[-:]", "", self.results["date"]) + ".json"
-        write_json(self.arguments.out and self.arguments.out / name, self.results)
+        record.write_json(self.arguments.out and self.arguments.out / name, self.results)
 
 
 def said(row):
@@ -116,7 +119,11 @@ def run_section(run, name):
     started, section = time.monotonic(), {"status": "not finished", "rows": []}
     run.results["sections"][name] = section
     print(f"\n== {name}", flush=True)
-    wanted = (*(arguments.providers or ALL_LOADERS), *users, *[FLOOR] * (not arguments.check))
+    wanted = (
+        *(arguments.providers or providers.ALL_LOADERS),
+        *users,
+        *[linear_cases.FLOOR] * (not arguments.check),
+    )
     for provider in (*SUITES[name].providers, *users):
         if provider in wanted:
             run_provider(run, name, provider)
@@ -147,14 +154,20 @@ def parse(argv):
     add("--suite", nargs="+", choices=SUITES, default=ALL, metavar="NAME", help="(default: all)")
     add(
         "--out",
-        type=output_folder,
+        type=record.output_folder,
         metavar="DIR",
         help="where the results go, such as benchmarks/results/nvidia-h200",
     )
-    add("--providers", nargs="+", choices=[*ALL_LOADERS, FLOOR], metavar="NAME", help="only these")
+    add(
+        "--providers",
+        nargs="+",
+        choices=[*providers.ALL_LOADERS, linear_cases.FLOOR],
+        metavar="NAME",
+        help="only these",
+    )
     yours = {"action": "append", "default": [], "help": "measure your own too; may be given again"}
-    add("--provider", type=own, metavar="package.module:function", **yours)
-    seconds = {"type": partial(at_least, 1, kind=float), "default": SECONDS, "metavar": "S"}
+    add("--provider", type=providers.own, metavar="package.module:function", **yours)
+    seconds = {"type": partial(record.at_least, 1, kind=float), "default": SECONDS, "metavar": "S"}
     add("--seconds", **seconds, help="time for all (default: %(default)s)")
     add("--check", action="store_true", help="compare with float64 and time nothing, on a CPU too")
     arguments = parser.parse_args(argv)
@@ -165,9 +178,9 @@ def parse(argv):
 
 def main(argv=None):
     arguments = parse(argv)
-    if not arguments.check and not has_gpu("speed"):
+    if not arguments.check and not record.has_gpu("speed"):
         return 2
-    results = {**provenance("speed", argv), "sections": {}}
+    results = {**record.provenance("speed", argv), "sections": {}}
     results["gpu"] = gpu_facts() if torch.cuda.is_available() else None
     run = Run(arguments, results, time.monotonic() + arguments.seconds)
     for name in arguments.suite:

@@ -12,13 +12,12 @@ import re
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks import cases, record
-from benchmarks.linear_cases import FLOOR, LinearWorkload
+from benchmarks import cases, linear_cases, record
 
 OURS, PLAIN = "fastkl", "torch"
 # This package too: where there is memory for all logits, and where the GPU was found fit for it.
 ALSO_OURS = ("fastkl, through logits", "fastkl, one launch")
-MAIN, LINEAR_MAIN = cases.Workload().as_dict(), LinearWorkload().as_dict()
+MAIN, LINEAR_MAIN = cases.Workload().as_dict(), linear_cases.LinearWorkload().as_dict()
 TIMED = ("main", "peers", "fused", "sweep", "scaling", "linear", "linear_sweep")
 # Operations with a gradient to the first logits only: their names go without it.
 ONE_GRADIENT = ("token_stats", "logprob", "logprob_entropy", "entropy")
@@ -77,7 +76,7 @@ def by_workload(data, sections=TIMED):
     for row in (row for section in sections for row in rows_of(data, section)):
         rows, provider = found.setdefault(label(row["workload"]), {}), row["provider"]
         if (
-            provider != FLOOR
+            provider != linear_cases.FLOOR
             and not timed(rows.get(provider))
             and (timed(row) or provider not in rows)
         ):

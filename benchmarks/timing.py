@@ -22,7 +22,6 @@ import timeit
 import torch
 
 from benchmarks import cases, linear_cases
-from benchmarks.linear_cases import FLOOR
 from benchmarks.work import NotOfferedError, gradients
 
 COPY_BYTES = 2**32  # of the copied tensor: far larger than any L2
@@ -119,12 +118,14 @@ def measure_floor(workload, device, copy):
             run = linear_cases.bare_products(workload, sets[0], chunk)
             tried[str(chunk)] = {**timed(run, sets), "chunk": chunk}
     if not tried:
-        return row_of(workload, FLOOR, "failed", "OutOfMemoryError with every chunk size")
+        return row_of(
+            workload, linear_cases.FLOOR, "failed", "OutOfMemoryError with every chunk size"
+        )
     best = min(tried.values(), key=lambda figures: figures["median_ms"])
     best |= workload.rates(phase, best["median_ms"], copy)
     times = {phase: {**best, "tried": {size: one["median_ms"] for size, one in tried.items()}}}
     note = f"{linear_cases.PRODUCTS[workload.mode]} products into 16-bit buffers, and nothing else"
-    return row_of(workload, FLOOR, "ok", None, note=note, times=times)
+    return row_of(workload, linear_cases.FLOOR, "ok", None, note=note, times=times)
 
 
 # Make random inputs, for timing in as many sets as it takes to exceed the L2 cache.

@@ -1,4 +1,4 @@
-"""Stands in for a GPU: CPU tensors, a clock for CUDA events, a constant for its memory."""
+# Stands in for a GPU: CPU tensors, a clock for CUDA events, a constant for its memory.
 
 import os
 import timeit
@@ -8,16 +8,19 @@ from functools import partial
 import torch
 from triton import testing
 
-from benchmarks import processes, speed, suites, timing
-from benchmarks.cases import Workload
-from benchmarks.linear_cases import FLOOR, LinearWorkload
-from benchmarks.work import Work, plain_kl_divergence
+from benchmarks import cases, linear_cases, processes, speed, suites, timing, work
 
-LOGITS = (Workload(rows=6, vocabulary=97, dtype="fp32"), Workload(rows=4, vocabulary=97))
-LINEAR = (LinearWorkload("loss", 12, 16, 131), LinearWorkload("forward", 12, 16, 131))
+LOGITS = (
+    cases.Workload(rows=6, vocabulary=97, dtype="fp32"),
+    cases.Workload(rows=4, vocabulary=97),
+)
+LINEAR = (
+    linear_cases.LinearWorkload("loss", 12, 16, 131),
+    linear_cases.LinearWorkload("forward", 12, 16, 131),
+)
 SECTIONS = {
     "main": suites.Section(LOGITS, ()),
-    "linear": suites.Section(LINEAR, (FLOOR, "fastkl")),
+    "linear": suites.Section(LINEAR, (linear_cases.FLOOR, "fastkl")),
 }
 
 
@@ -52,6 +55,6 @@ def provider(device):
     def kl_divergence(inputs):
         if len(inputs.p) == 4:
             os._exit(7)
-        return plain_kl_divergence(inputs.p, inputs.q)
+        return work.plain_kl_divergence(inputs.p, inputs.q)
 
-    return {"kl_divergence": Work(kl_divergence, "ours")}
+    return {"kl_divergence": work.Work(kl_divergence, "ours")}

@@ -1,4 +1,4 @@
-"""The accuracy benchmarks: no error is hidden, a failing provider is a row; the command."""
+# The accuracy benchmarks: no error is hidden, a failing provider is a row; the command.
 
 import itertools
 import json
@@ -7,10 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import accuracy, linear_accuracy
-from benchmarks.providers import LOADERS, Provider, load_providers
-from benchmarks.record import ROOT
-from benchmarks.work import NotOfferedError
+from benchmarks import accuracy, linear_accuracy, providers, record, work
 from fastkl import testing
 
 CPU = torch.device("cpu")
@@ -24,7 +21,7 @@ def exact(p, q):
 def errors_of(function, target=1e-2, wrt="p", rows=None):
     pair = accuracy.make_pair("normal 3", "fp32", target, 6, 503, CPU)
     gradients = testing.kl_gradients(pair[2], torch.ones(6))
-    provider = Provider("theirs", {"kl_divergence": lambda i: (function(i.p, i.q),)})
+    provider = providers.Provider("theirs", {"kl_divergence": lambda i: (function(i.p, i.q),)})
     return accuracy.error_of(provider, *pair, gradients, wrt, rows)
 
 
@@ -50,7 +47,7 @@ def test_errors_are_relative_and_of_the_worst_row():
 
 
 def refuse(*_):
-    raise NotOfferedError("neither")
+    raise work.NotOfferedError("neither")
 
 
 def test_failures_are_reasons():
@@ -62,18 +59,20 @@ def test_failures_are_reasons():
     assert found["wrt"] == "q" and found["gradient_worst"] < 1e-6
 
 
-NAMES = [name for name in LOADERS if name != "torch.compile"] + ["fastkl (Triton, interpreted)"]
+NAMES = [name for name in providers.LOADERS if name != "torch.compile"] + [
+    "fastkl (Triton, interpreted)"
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_provider_computes_the_kl_or_says_why_not(name):
-    providers = load_providers(CPU, [name])
-    if providers and providers[0].missing:
-        pytest.skip(providers[0].missing)
+    loaded = providers.load_providers(CPU, [name])
+    if loaded and loaded[0].missing:
+        pytest.skip(loaded[0].missing)
     for wrt, (dtype, limit) in itertools.product("pq", (("fp32", 1e-4), ("bf16", 1e-2))):
         pair = accuracy.make_pair("normal 3", dtype, 1.0, 3, 503, CPU)
         gradients = testing.kl_gradients(pair[2], torch.ones(3))
-        found = accuracy.errors_of([name], providers, *pair, gradients, wrt)[name]
+        found = accuracy.errors_of([name], loaded, *pair, gradients, wrt)[name]
         assert found["wrt"] == wrt and found["worst_relative"] < 1e-5, found
         assert found["gradient_worst"] < limit, found
 
@@ -128,7 +127,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     data["records"] += results({"fastkl": row("inf"), "torch": row("nan")})["records"]
     accuracy.draw(data, picture)
     wrong = {"kl_divergence": lambda i: (exact(i.p, i.q) * 1.5,)}
-    monkeypatch.setitem(LOADERS, "fastkl", lambda device: wrong)
+    monkeypatch.setitem(providers.LOADERS, "fastkl", lambda device: wrong)
     assert accuracy.main(words) == 1
 
 
@@ -154,7 +153,9 @@ def test_wrong_use(arguments, capsys):
 
 
 def test_committed_results():
-    data = json.loads((ROOT / "benchmarks/results/cpu/accuracy.json").read_text())
-    assert set(LOADERS) <= set(accuracy.names_of(data)), "every provider has figures or a reason"
+    data = json.loads((record.ROOT / "benchmarks/results/cpu/accuracy.json").read_text())
+    assert set(providers.LOADERS) <= set(accuracy.names_of(data)), (
+        "every provider has figures or a reason"
+    )
     assert accuracy.not_worse(data["records"]) == [] and data["vocabulary"] == 128256
     assert len(data["records"]) == 2 * 4 * len(accuracy.TARGETS)

@@ -1,4 +1,4 @@
-"""The benchmark of the CPU: figures of each provider, and the section of the page."""
+# The benchmark of the CPU: figures of each provider, and the section of the page.
 
 import itertools
 import json

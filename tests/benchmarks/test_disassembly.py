@@ -1,4 +1,4 @@
-"""Check the reading of machine code: loops, paths, loads and resources."""
+# Check the reading of machine code: loops, paths, loads and resources.
 
 import pytest
 
@@ -167,8 +167,7 @@ def test_each_path_and_all_around_them():
     assert (costs.general.instructions, costs.general.ex2) == (10, 3)
     # BRA, IADD3, BRA, MOV; three tiles that re-anchor; an edge of LDG, BRA, BRA twice; ATOMG; one
     # time in four EXIT, FADD, FADD, EXIT.
-    assert costs.outside == 4 + 3 * 8 + 2 * 3 + 1 + 4 / 4
-    assert costs.in_flight == 16 + 16 + 8
+    assert costs.outside == 4 + 3 * 8 + 2 * 3 + 1 + 4 / 4 and costs.in_flight == 16 + 16 + 8
     # A load that is waited for is no longer in flight.
     text = SEGMENT.replace("R12, desc[UR4][R4.64]", "R12, desc[UR4][R8.64]")
     assert disassembly.segment_costs(disassembly.parse_sass(text, "row"), 1, 1, 1).in_flight == 24

@@ -1,4 +1,4 @@
-"""benchmarks.overhead: every function by either way."""
+# benchmarks.overhead: every function by either way.
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Peers' kernels: a launch is caught as Triton's launcher sees it; a misfit says so."""
+# Peers' kernels: a launch is caught as Triton's launcher sees it; a misfit says so.
 
 import json
 import os

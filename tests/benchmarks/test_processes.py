@@ -1,4 +1,4 @@
-"""Child processes end with their parent, past their limit, and with all that they started."""
+# Child processes end with their parent, past their limit, and with all that they started.
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Checks the report: tables come from the committed results, and name what was not measured."""
+# Checks the report: tables come from the committed results, and name what was not measured.
 
 import json
 import math
@@ -6,9 +6,7 @@ import shutil
 
 import pytest
 
-from benchmarks import record, report, suites, tables
-from benchmarks.cases import PHASES, Workload
-from benchmarks.linear_cases import FLOOR, LinearWorkload
+from benchmarks import cases, linear_cases, record, report, suites, tables
 
 
 def test_the_committed_tables_are_those_of_the_committed_results():
@@ -29,11 +27,11 @@ def test_sections_are_made_anew_and_a_broken_mark_is_an_error(monkeypatch):
 
 # A row as a GPU gives it; backward takes half, forward a third.
 def row(provider, both, workload=None, **changes):
-    workload = workload or Workload()
+    workload = workload or cases.Workload()
     times = {
         phase: {"median_ms": ms, "wall_ms": ms + 1, "percent_of_copy": 92.0, "ratio_to_floor": 1.06}
         | {"tflop_per_s": 640.0}
-        for phase, ms in zip(PHASES, (both / 3, both / 2, both), strict=True)
+        for phase, ms in zip(cases.PHASES, (both / 3, both / 2, both), strict=True)
         if phase in workload.phases
     }
     found = {"workload": workload.as_dict(), "provider": provider, "status": "ok", "reason": None}
@@ -64,7 +62,7 @@ def put(folder, results):
 
 
 MEMORY = "2.10 GB / 2.10 GB / 2.10 GB"
-LOSS = LinearWorkload("loss")
+LOSS = linear_cases.LinearWorkload("loss")
 WRONG = {
     "status": "wrong",
     "reason": "values off by nan | more\nlines",
@@ -72,8 +70,15 @@ WRONG = {
 }
 FULL = data(
     main=[row("fastkl", 2.67), row("torch", 39.9), row("TRL", 0.1, **WRONG)],
-    peers=[row("fastkl", 1.5, Workload("logprob")), row("TRL", 1.4, Workload("logprob"))],
-    linear=[row(FLOOR, 51.1, LOSS), row("fastkl", 54.4, LOSS), row("torch", 79.0, LOSS)],
+    peers=[
+        row("fastkl", 1.5, cases.Workload("logprob")),
+        row("TRL", 1.4, cases.Workload("logprob")),
+    ],
+    linear=[
+        row(linear_cases.FLOOR, 51.1, LOSS),
+        row("fastkl", 54.4, LOSS),
+        row("torch", 79.0, LOSS),
+    ],
 )
 
 
@@ -96,7 +101,7 @@ def test_tables_of_a_gpu(folder):
     ):  # fmt: skip
         assert line.replace("| – |\n", "") in page.replace(" |  |", " | – |")
     words = tables.standing(FULL)
-    assert all(f"TRL at `logprob` ({phase}, 1.07 ×)" in words for phase in PHASES)
+    assert all(f"TRL at `logprob` ({phase}, 1.07 ×)" in words for phase in cases.PHASES)
     assert words.count("×") == 3 and "none" not in words
 
 
@@ -118,7 +123,7 @@ def test_the_newest_of_each_gpu(folder):
 
 def test_growth_with_size_is_drawn(folder, monkeypatch):
     rows = [
-        row(who, time * n, Workload(rows=n))
+        row(who, time * n, cases.Workload(rows=n))
         for n in (1, 2, 4, 8)
         for who, time in (("fastkl", 1.0), ("torch", 3.0))
     ]

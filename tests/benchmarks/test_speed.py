@@ -1,4 +1,4 @@
-"""Runs benchmarks.speed on a stand-in device, from its arguments to the files of results."""
+# Runs benchmarks.speed on a stand-in device, from its arguments to the files of results.
 
 import argparse
 import json
@@ -10,12 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import speed, timing
-from benchmarks.cases import PHASES, Workload
-from benchmarks.linear_cases import FLOOR
-from benchmarks.processes import Child
-from benchmarks.providers import ALL_LOADERS, load_providers
-from benchmarks.suites import SUITES, Section
+from benchmarks import cases, linear_cases, processes, providers, speed, suites, timing
 
 stand_in = pytest.importorskip("stand_in")  # without Triton there is no triton.testing
 OWN = "stand_in:provider"
@@ -37,12 +32,13 @@ def test_a_run_on_a_stand_in_device(monkeypatch, tmp_path):
     assert [row["workload"]["rows"] for row in main] == [6, 4]
     assert [right["provider"], right["status"], crashed["status"]] == [OWN, "ok", "failed"]
     assert crashed["reason"].startswith("the process ended: BrokenProcessPool")
-    assert list(right["times"]) == list(PHASES) and right["memory"]["peak_bytes"] == 3_000_000
+    assert list(right["times"]) == list(cases.PHASES) and right["memory"]["peak_bytes"] == 3_000_000
     for figures in right["times"].values():
         rate = 100 * figures["gb_per_s"] / right["copy_gb_per_s"]
         assert figures["percent_of_copy"] == pytest.approx(rate)
         assert figures["median_ms"] > 0 and figures["wall_ms"] > 0
-    assert [row["provider"] for row in linear] == [FLOOR, FLOOR, "fastkl", "fastkl"]
+    floor = linear_cases.FLOOR
+    assert [row["provider"] for row in linear] == [floor, floor, "fastkl", "fastkl"]
     for floor, row in zip(linear[:2], linear[2:], strict=True):
         ((_, bare),), ((phase, figures),) = floor["times"].items(), row["times"].items()
         assert figures["ratio_to_floor"] == pytest.approx(figures["median_ms"] / bare["median_ms"])
@@ -60,8 +56,8 @@ DEAD = "the process ended: RuntimeError('died')"
 # how often the process was ended.
 @pytest.fixture
 def run(monkeypatch):
-    workloads = tuple(Workload(rows=n, vocabulary=7) for n in (1, 2, 3))
-    monkeypatch.setattr(speed, "SUITES", {"section": Section(workloads, ("torch",))})
+    workloads = tuple(cases.Workload(rows=n, vocabulary=7) for n in (1, 2, 3))
+    monkeypatch.setattr(speed, "SUITES", {"section": suites.Section(workloads, ("torch",))})
     arguments = argparse.Namespace(provider=[], providers=None, check=False, out=None)
     child = mock.MagicMock()
     monkeypatch.setattr(speed, "CHILD", child)
@@ -134,9 +130,9 @@ def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
 
 
 def test_every_provider_is_measured_and_fastkl_before_the_compiled():
-    named = {name for section in SUITES.values() for name in section.providers}
-    assert named == {*ALL_LOADERS, FLOOR}
-    for name, section in SUITES.items():
+    named = {name for section in suites.SUITES.values() for name in section.providers}
+    assert named == {*providers.ALL_LOADERS, linear_cases.FLOOR}
+    for name, section in suites.SUITES.items():
         assert len(set(section.workloads)) == len(section.workloads), name
         assert "torch.compile" not in section.providers[:-1] and "fastkl" in section.providers
 
@@ -159,18 +155,20 @@ def provider(device):
 def test_a_context_broken_on_a_gpu(tmp_path, monkeypatch):
     (tmp_path / "breaks.py").write_text(BREAKS)
     monkeypatch.syspath_prepend(tmp_path)
-    with Child() as child:
-        row = child.call(300, speed.measure_here, "breaks:provider", True, Workload(rows=16))
+    with processes.Child() as child:
+        row = child.call(300, speed.measure_here, "breaks:provider", True, cases.Workload(rows=16))
     assert row["status"] == "failed" and "CUDA" in row["reason"]
     assert row["context"].startswith("broken")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("workload", SUITES["smoke"].workloads, ids=lambda workload: workload.name)
+@pytest.mark.parametrize(
+    "workload", suites.SUITES["smoke"].workloads, ids=lambda workload: workload.name
+)
 def test_measure_on_a_gpu(workload):
     device = torch.device("cuda")
-    for provider in load_providers(device, ["fastkl", "torch"]):
+    for provider in providers.load_providers(device, ["fastkl", "torch"]):
         row = timing.measure(provider, workload, device, 4000.0)
         assert row["status"] == "ok" and set(row["times"]) == set(workload.phases), row
         assert all(f["median_ms"] > 0 and f["wall_ms"] > 0 for f in row["times"].values())
@@ -183,10 +181,7 @@ def test_short_runs_are_replayed_as_a_graph_or_say_why_not(monkeypatch):
     found = timing.by_graph(events, lambda inputs: inputs, [1, 2])
     assert found["timed_by"] == "graph" and found["by_events_ms"] == 0.1
     assert timing.by_graph({"median_ms": 5.0}, None, [1]) == {"median_ms": 5.0}
-
-    def waits(inputs):
-        raise RuntimeError("called a synchronizing CUDA operation")
-
+    waits = mock.Mock(side_effect=RuntimeError("called a synchronizing CUDA operation"))
     found = timing.by_graph(events, waits, [1])
     assert found["median_ms"] == 0.1 and "synchronizing" in found["no_graph"]
 
@@ -194,7 +189,7 @@ def test_short_runs_are_replayed_as_a_graph_or_say_why_not(monkeypatch):
 def test_small_inputs_rotate_until_they_exceed_the_cache(monkeypatch):
     stand_in.install(monkeypatch.setattr)
     torch.cuda.get_device_properties(0).L2_cache_size = 2**20
-    small, counts = Workload(rows=8, vocabulary=2**14), []  # 512 KB of logits
-    for workload, copy in ((small, 1.0), (Workload(), 1.0), (small, None)):
+    small, counts = cases.Workload(rows=8, vocabulary=2**14), []  # 512 KB of logits
+    for workload, copy in ((small, 1.0), (cases.Workload(), 1.0), (small, None)):
         counts.append(len(timing._inputs(workload, None, lambda *given: given, copy)))
     assert counts == [6, 1, 1]

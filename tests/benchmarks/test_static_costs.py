@@ -1,4 +1,4 @@
-"""Limits of the compiled kernels' costs, held for every architecture without a GPU."""
+# Limits of the compiled kernels' costs, held for every architecture without a GPU.
 
 import json
 import os

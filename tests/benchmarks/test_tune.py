@@ -1,4 +1,4 @@
-"""The tuner: its grid, its check of a candidate in the interpreter, its choice from given times."""
+# The tuner: its grid, its check of a candidate in the interpreter, its choice from given times.
 
 from __future__ import annotations
 
