@@ -10,9 +10,7 @@ packages are in peers.py. A user's own loader is named on the command line:
 """
 
 import argparse
-import os
 import pkgutil
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -72,10 +70,6 @@ def load_torch(device):
 
 
 def load_torch_compile(device):
-    compilers = (os.environ.get("CXX", "g++"), "clang++")
-    if device.type != "cuda" and not any(map(shutil.which, compilers)):
-        raise RuntimeError("needs a C++ compiler on a CPU, found none")
-
     def compiled(functions):
         options = {"dynamic": False, "fullgraph": True}
         return {name: torch.compile(function, **options) for name, function in functions.items()}

@@ -93,14 +93,13 @@ def test_the_gate_of_many_rows(layout, monkeypatch):
     monkeypatch.setattr(cases, "CHECKED_ROWS", 5)
     workload = cases.Workload(rows=64, vocabulary=31, dtype="fp32", layout=layout)
     inputs = cases.make_inputs(workload, CPU)
-    rows, _, gradient = cases.truth(workload, inputs)
-    flat = torch.arange(64).view(inputs.p.shape[:-1])[rows].tolist()
+    (rows, _, gradient), leading = cases.truth(workload, inputs), inputs.p.shape[:-1]
+    flat = torch.arange(64).view(leading)[rows].tolist()
     assert flat == [0, 16, 32, 47, 63] and gradient.shape == (5, 31)
 
     def at(row, factor):
-        factors = torch.ones(64).index_fill(0, torch.tensor(row), factor)
-        function = lambda i: (exact(i) * factors.view(i.p.shape[:-1]),)  # noqa: E731
-        return measured("kl_divergence", function, workload)
+        factors = torch.ones(64).index_fill(0, torch.tensor(row), factor).view(leading)
+        return measured("kl_divergence", spoiled(lambda kl: kl * factors), workload)
 
     assert all("values off by" in at(row, 1.1)["reason"] for row in flat)
     assert at(1, 1.1)["status"] == "ok", "what is not compared is not seen, unless"
@@ -123,15 +122,8 @@ def test_a_provider_that_raises_or_is_not_there_is_a_row(error, status, reason):
     assert (row["status"], row["reason"]) == ("missing", f"{type(error).__name__}: {error}")
 
 
-def test_torch_compile_without_a_compiler_is_missing(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CXX", "none")
-    row = timing.measure(*providers.load_providers(CPU, ["torch.compile"]), TINY, CPU)
-    assert row["status"] == "missing" and "C++ compiler" in row["reason"]
-
-
 def test_bytes_that_have_to_move():
-    for operation in work.PLAIN.keys() - {"logprob_kl"}:
+    for operation in cases.OUTPUTS:
         workload = cases.Workload(operation, rows=3, vocabulary=5, dtype="bf16")
         counts = [30, 60, 90] if operation in work.ONE_TENSOR else [60, 90, 150]
         assert [workload.moved_bytes(phase) for phase in cases.PHASES] == counts
@@ -194,8 +186,7 @@ def test_the_gate_catches_each_field(index, change, what):
     def changed(i):
         return [change(field) if n == index else field for n, field in enumerate(stats(i))]
 
-    row = measured("linear_stats", changed, tiny("stats"))
-    assert f"{what} off by" in row["reason"], row
+    assert f"{what} off by" in measured("linear_stats", changed, tiny("stats"))["reason"]
 
 
 # A workload in bfloat16, where roundings matter, with plain torch's results and the truth.
@@ -244,9 +235,9 @@ def test_the_gate_catches_a_part_that_only_small_rows_have():
 
 def test_no_token_is_where_the_clip_begins():
     edges = torch.tensor([math.log(1 - work.CLIP), math.log(1 + work.CLIP)])
-    inputs = linear_cases.make_linear_inputs(tiny("grpo", rows=512), CPU)
-    logprob = F.linear(inputs.hidden.double(), inputs.weight.double()).log_softmax(-1)
-    ratio = logprob.gather(-1, inputs.tokens[:, None])[:, 0] - inputs.old_logprob
+    i = linear_cases.make_linear_inputs(tiny("grpo", rows=512), CPU)
+    logits = F.linear(i.hidden.double(), i.weight.double())
+    ratio = work.PLAIN["logprob"](logits, None, i.tokens)[0] - i.old_logprob
     distance = (ratio[:, None] - edges).abs().min()
     assert distance > linear_cases.CLIP_MARGIN / 3, "nor after the rounding of the logits"
 
@@ -263,13 +254,13 @@ def test_providers_do_the_work_that_they_declare(mode):
     inputs = linear_cases.make_linear_inputs(workload, CPU)
     names = ["fastkl", "fastkl, logits kept", "torch", "torch chunked"]
 
-    def step(work):
+    def step(run):
         with torch.set_grad_enabled(bool(inputs.leaves)):
-            work.gradients(inputs, work(inputs))
+            work.gradients(inputs, run(inputs))
 
     for provider in providers.load_providers(CPU, names, providers.ALL_LOADERS):
-        work = provider.operations.get(workload.operation)
-        assert work is None or products_of(workload, step, work) == work.products, provider.name
+        run = provider.operations.get(workload.operation)
+        assert run is None or products_of(workload, step, run) == run.products, provider.name
     for chunk in (12, 8, 5):
         run = linear_cases.bare_products(workload, inputs, chunk)
         assert products_of(workload, run, inputs) == work.PRODUCTS[mode]

@@ -98,8 +98,8 @@ def tuned(monkeypatch, tmp_path, capsys):
         child.return_value.__enter__.return_value.call = answer
         monkeypatch.setattr(tune, "CHILD", child)
         path = tmp_path / "tune.json"
-        options = f"--direction={direction} --dtype={dtype} --vocabulary={vocabulary}"
-        code = tune.main([*options.split(), "--json", str(path)])
+        options = [f"--direction={direction}", f"--dtype={dtype}", f"--vocabulary={vocabulary}"]
+        code = tune.main([*options, f"--json={path}"])
         return code, capsys.readouterr(), json.loads(path.read_text()), asked
 
     return run
@@ -113,16 +113,13 @@ def test_the_fastest_correct_candidate_becomes_an_entry(
 ) -> None:
     itemsize = tune.DTYPES[dtype].itemsize
     present = config.select(direction, "sm_90", itemsize, 128256)
-    longest = tune.SEGMENTS[direction]
-    cuts = ((2, longest // 2), (1, longest), (1, longest // 4))
-    best, wrong, lucky = ((present.threads, *cut, 0) for cut in cuts)
-    slow = {best: 1.0, wrong: AssertionError("wrong"), lucky: 0.5}
-
-    def milliseconds(asked):
-        again = asked[-1] == lucky and asked.count(lucky) > 1
-        return 2.0 if again else slow.get(asked[-1], 1.5)
-
-    code, shown, record, asked = tuned(direction, dtype, milliseconds)
+    cuts = ((2, 2), (1, 1), (1, 4))
+    best, wrong, lucky = (
+        (present.threads, groups, tune.SEGMENTS[direction] // part, 0) for groups, part in cuts
+    )
+    times = {best: [1.0, 1.0], wrong: [AssertionError("wrong")], lucky: [0.5, 2.0]}
+    given = lambda asked: times.get(asked[-1], [1.5, 1.5])[asked.count(asked[-1]) - 1]  # noqa: E731
+    code, shown, record, asked = tuned(direction, dtype, given)
     again = asked[-1 - tune.FINALISTS :]
     assert code == 0 and again[0] == asked[0] != best and len({*again}) == len(again)
     (entry,) = eval(shown.out.partition("with it:\n")[2], vars(config))
@@ -132,10 +129,8 @@ def test_the_fastest_correct_candidate_becomes_an_entry(
     assert tuple(getattr(chosen, name) or 0 for name in tune.FIELDS) == best
     assert "H200" in chosen.measured and "0.01 ms, kl of 8192 rows 1 ms" in chosen.measured
     assert dataclasses.replace(entry, **{direction: getattr(before, direction)}) == before
-    assert [one["refused"] for one in record["trials"] if "refused" in one] == [
-        "AssertionError: wrong"
-    ]
-    assert len(record["trials"]) == len(asked) and record["gpu"] == "NVIDIA H200"
+    (refused,) = (one["refused"] for one in record["trials"] if "refused" in one)
+    assert refused == "AssertionError: wrong" and record["gpu"] == "NVIDIA H200"
 
 
 @pytest.mark.parametrize("vocabulary, max_v", [(128256, None), (1000, 2048)])

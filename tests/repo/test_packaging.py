@@ -34,8 +34,7 @@ def run(*command, cwd, **environment):
 def build_wheel(source, target):
     pip = "-m pip wheel --no-build-isolation --no-deps --disable-pip-version-check --wheel-dir"
     run(sys.executable, *pip.split(), target, source, cwd=target.parent)
-    (wheel,) = target.glob("*.whl")
-    return wheel
+    return next(target.glob("*.whl"))
 
 
 def members(wheel):
@@ -50,9 +49,8 @@ UNTRACKED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "
 def build(tmp_path_factory):
     # Looked for, not imported: setuptools replaces distutils when imported, which fails after
     # another test has imported the original.
-    absent = [tool for tool in ("pip", "setuptools", "wheel") if find_spec(tool) is None]
-    if absent:
-        pytest.skip(f"building needs {', '.join(absent)}; remedy: pip install 'fastkl[test]'")
+    if not all(map(find_spec, ("pip", "setuptools", "wheel"))):
+        pytest.skip("building needs pip, setuptools and wheel; remedy: pip install 'fastkl[test]'")
     base = tmp_path_factory.mktemp("packaging")
     for part in ("fastkl", "kernels"):
         shutil.copytree(ROOT / part, base / "tree" / part, symlinks=True, ignore=UNTRACKED)
@@ -156,12 +154,11 @@ def test_kernels_stand_in_the_package_by_a_link():
 
 
 def test_version_is_said_once(build, capsys):
-    changes = (ROOT / "CHANGELOG.md").read_text()
-    newest = re.search(r"^## \[(\d[^\]]*)\]", changes, re.MULTILINE).group(1)
-    assert build.metadata.version == fastkl.__version__ == newest
+    newest = re.search(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert build.metadata.version == fastkl.__version__ == newest[1]
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
-    assert capsys.readouterr().out == f"fastkl {newest}\n"
+    assert capsys.readouterr().out == f"fastkl {newest[1]}\n"
 
 
 def test_packages_come_from_where_the_machine_says():
