@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -46,11 +47,8 @@ def test_errors_are_relative_and_of_the_worst_row():
     assert math.isnan(found["worst_relative"]) and math.isnan(found["gradient_worst"])
 
 
-def refuse(*_):
-    raise work.NotOfferedError("neither")
-
-
 def test_failures_are_reasons():
+    refuse = mock.Mock(side_effect=work.NotOfferedError("neither"))
     assert errors_of(refuse) == {"reason": "NotOfferedError: neither"}
     found = errors_of(lambda p, q: exact(p, q).detach())
     assert found["worst_relative"] < 1e-12 and "RuntimeError" in found["gradient_reason"]
@@ -137,19 +135,6 @@ def test_from_hidden_states():
     wide = found["ways"]["fastkl, logits_dtype=float32"]
     assert found["kl"] > 0 and wide["kl"] < 1e-4 < found["ways"]["torch"]["kl"]
     assert wide["weight"] < 1e-2 and list(wide) == ["kl", "hidden", "weight", "bias"]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *(["--rows", "0"], ["--vocabulary", "1"], ["--providers", "nobody"], ["--wrt", "r"]),
-        ["--plot", "/proc/x.png"],
-    ],
-)
-def test_wrong_use(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
-        accuracy.main(arguments)
-    assert ended.value.code == 2 and arguments[0] in capsys.readouterr().err
 
 
 def test_committed_results():

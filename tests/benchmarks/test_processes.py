@@ -18,12 +18,13 @@ def test_a_process_is_ended_and_a_new_one_started():
         first = child.call(60, os.getpid)
         assert child.call(60, os.getenv, "FASTKL_X") == "y" and "FASTKL_X" not in os.environ
         assert child.call(60, os.getpid) == first != os.getpid()
-        with pytest.raises(ZeroDivisionError):
-            child.call(60, divmod, 1, 0)
-        with pytest.raises(BrokenExecutor):
-            child.call(60, os._exit, 3)
-        with pytest.raises(TimeoutError):
-            child.call(0.5, time.sleep, 3600)
+        for error, seconds, *work in (
+            (ZeroDivisionError, 60, divmod, 1, 0),
+            (BrokenExecutor, 60, os._exit, 3),
+            (TimeoutError, 0.5, time.sleep, 3600),
+        ):
+            with pytest.raises(error):
+                child.call(seconds, *work)
         last = child.call(60, os.getpid)
     assert first != last
     with pytest.raises(ProcessLookupError):

@@ -4,7 +4,6 @@ import argparse
 import json
 import time
 from concurrent.futures import TimeoutError
-from functools import partial
 from unittest import mock
 
 import pytest
@@ -52,33 +51,11 @@ DIED, BROKEN = RuntimeError("died"), {"context": "broken"}
 DEAD = "the process ended: RuntimeError('died')"
 
 
-# A Run of a section of three workloads, whose process gives answers; the reasons of its rows and
-# how often the process was ended.
-@pytest.fixture
-def run(monkeypatch):
-    workloads = tuple(cases.Workload(rows=n, vocabulary=7) for n in (1, 2, 3))
-    monkeypatch.setattr(speed, "SUITES", {"section": suites.Section(workloads, ("torch",))})
-    arguments = argparse.Namespace(provider=[], providers=None, check=False, out=None)
-    child = mock.MagicMock()
-    monkeypatch.setattr(speed, "CHILD", child)
-
-    def measured(*answers, seconds=1000):
-        made = speed.Run(arguments, {"date": "", "sections": {}}, time.monotonic() + seconds)
-        named = [partial(timing.row_of, workload, "torch", "ok", None) for workload in workloads]
-        given = zip(answers, named, strict=False)
-        rows = [one if isinstance(one, Exception) else row(**one) for one, row in given]
-        child.return_value.__enter__.return_value.call.side_effect = rows
-        speed.run_section(made, "section")
-        section = made.results["sections"]["section"]
-        ends = child.return_value.__enter__.return_value.end.call_count
-        return section["status"], [row["reason"] for row in section["rows"]], ends
-
-    return measured
-
-
 LATE = f"of 3 rows not measured: {speed.NO_TIME}"
 
 
+# A section of three workloads, whose process gives answers: the reasons of its rows and how often
+# the process was ended. Past the deadline none starts.
 @pytest.mark.parametrize(
     ("answers", "status", "reasons", "ends"),
     [
@@ -88,36 +65,26 @@ LATE = f"of 3 rows not measured: {speed.NO_TIME}"
         ([DIED, DIED], "ok", [DEAD, DEAD, DEAD], 0),
         ([BROKEN, BROKEN], "ok", [None, None, speed.BROKE], 2),
         ([{}, TimeoutError()], f"2 {LATE}", [None, speed.STOPPED, speed.STOPPED], 0),
+        ([], f"3 {LATE}", [speed.NO_TIME] * 3, 0),
     ],
-    ids="fine,dies once,breaks once,dies twice,breaks twice,hangs".split(","),
+    ids="fine,dies once,breaks once,dies twice,breaks twice,hangs,late".split(","),
 )
-def test_costs_of_a_process(run, answers, status, reasons, ends):
-    assert run(*answers) == (status, reasons, ends)
-
-
-def test_past_the_deadline_no_process_starts(run):
-    late = run(seconds=speed.LEAST_SECONDS / 2)
-    assert late == (f"3 {LATE}", [speed.NO_TIME] * 3, 0)
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "got"),
-    [
-        ("--provider", "json:nothing", "'json:nothing'"),
-        ("--provider", "no.such.module:x", "'no.such.module:x'"),
-        *(("--seconds", seconds, seconds) for seconds in ("-5", "0", "nan", "inf")),
-        *(("--out", folder, f"'{folder}") for folder in ("/proc/x", __file__, "x" * 300)),
-    ],
-)
-def test_wrong_use_is_found_before_the_gpu_is_looked_for(option, value, got, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("the arguments come first"))
-    with pytest.raises(SystemExit) as ended:
-        speed.main([option, value])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and f"{option}: expected" in error and f"got {got}" in error
-    for words in ([], ["--suite", "nothing"], ["--providers", "torch", "nobody"]):
-        with pytest.raises(SystemExit, match="2"):
-            speed.main(words)
+def test_costs_of_a_process(monkeypatch, answers, status, reasons, ends):
+    workloads, child = [cases.Workload(rows=n, vocabulary=7) for n in (1, 2, 3)], mock.MagicMock()
+    monkeypatch.setattr(speed, "SUITES", {"s": suites.Section(workloads, ("torch",))})
+    monkeypatch.setattr(speed, "CHILD", child)
+    started = child.return_value.__enter__.return_value
+    started.call.side_effect = [
+        one if isinstance(one, Exception) else timing.row_of(workload, "torch", "ok", None, **one)
+        for one, workload in zip(answers, workloads, strict=False)
+    ]
+    arguments = argparse.Namespace(provider=[], providers=None, check=False, out=None)
+    deadline = time.monotonic() + (1000 if answers else speed.LEAST_SECONDS / 2)
+    made = speed.Run(arguments, {"date": "", "sections": {}}, deadline)
+    speed.run_section(made, "s")
+    section = made.results["sections"]["s"]
+    assert section["status"] == status and started.end.call_count == ends
+    assert [row["reason"] for row in section["rows"]] == reasons
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

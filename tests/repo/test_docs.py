@@ -30,10 +30,9 @@ def names() -> dict[str, object]:
     # Names that the README's lines find in a training step.
     generator = torch.Generator().manual_seed(0)
     policy = torch.randn(2, 5, 64, generator=generator)
-    hidden, ref_hidden = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
     return {
-        "hidden": hidden.requires_grad_(),
-        "ref_hidden": ref_hidden,
+        "hidden": torch.randn(2, 5, 8, generator=generator, requires_grad=True),
+        "ref_hidden": torch.randn(2, 5, 8, generator=generator),
         "lm_head": torch.nn.Linear(8, 64, bias=False),
         "ref_lm_head": torch.nn.Linear(8, 64, bias=False),
         "teacher_hidden": torch.randn(2, 5, 16, generator=generator),
@@ -118,8 +117,8 @@ def test_every_row_of_the_table_of_trainers_runs(module: str, line: str, tmp_pat
 
 def test_every_command_exists() -> None:
     shell = "\n".join(blocks("sh"))
-    for target in set(re.findall(r"^make (\w+)", shell, flags=re.M)):
-        subprocess.run(["make", "-n", target], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    targets = set(re.findall(r"^make (\w+)", shell, flags=re.M))
+    subprocess.run(["make", "-n", *targets], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     for command in set(re.findall(r"\bfastkl (\w+)(?= |`|$)", shell, flags=re.M)):
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
