@@ -6,7 +6,7 @@ All providers get the same logits, float32 and bfloat16, of four kinds. The seco
 first plus noise, of the size that gives the KL in question. The error of a row is relative: that of
 its KL, and that of the gradient of its KL to one tensor of logits in L2 norm (a bfloat16 gradient
 alone rounds by up to 2^-9). Providers whose kernels need a GPU run in Triton's interpreter on a
-CPU, ours on fewer rows (interpreted.py). Exit code 0: fastkl's KL is nowhere negative nor worse
+CPU, ours on fewer rows (processes.py). Exit code 0: fastkl's KL is nowhere negative nor worse
 than plain torch's; 1: it is; 2: wrong use.
 """
 
@@ -15,19 +15,18 @@ import itertools
 import math
 import pickle
 import sys
+from functools import partial
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 import fastkl
-from benchmarks import cases, interpreted, record, work
-from benchmarks.providers import LOADERS, load_providers
+from benchmarks import cases, processes, providers, record, work
 from fastkl import testing
 
 DISTRIBUTIONS = ("normal 3", "normal 8", "peaked", "shift 50")
 TARGETS = tuple(10.0**exponent for exponent in range(-8, 2))
-CPU = torch.device("cpu")
 # Providers whose Triton kernels run in the interpreter: their names elsewhere, and of how many rows
 # of a pair, if not all: at V = 128256 a row of ours takes a second, one of theirs a tenth.
 INTERPRETED = {
@@ -41,8 +40,8 @@ MEASURES = {"kl": "worst_relative", "gradient": "gradient_worst"}
 # Pairs of logits, and errors
 
 
+# Make (p, q, their truth): q is p plus noise, the median KL is near `target`.
 def make_pair(distribution, dtype, target, rows, vocabulary, device):
-    """Make (p, q, their truth): q is p plus noise, the median KL is near `target`."""
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     p = torch.randn(rows, vocabulary, **random) * (8 if distribution == "normal 8" else 3)
     if distribution == "peaked":
@@ -50,10 +49,9 @@ def make_pair(distribution, dtype, target, rows, vocabulary, device):
         peaks = torch.randint(vocabulary, (rows, 1), **random)
         p.scatter_add_(1, peaks, torch.full((rows, 1), 24.0, device=device))
     p = p.to(cases.DTYPES[dtype])
-    noise = torch.randn(p.shape, **random)
-    shift = 50.0 if distribution == "shift 50" else 0.0
-    low, high = -8.0, 3.0  # of log10 of the noise
-    exponent = math.log10(target) / 2  # a small KL grows with the square of the noise
+    noise, shift = torch.randn(p.shape, **random), 50.0 * (distribution == "shift 50")
+    # log10 of the noise, between bounds; a small KL grows with the square of the noise.
+    low, exponent, high = -8.0, math.log10(target) / 2, 3.0
     for _ in range(30):
         q = (p.float() + 10**exponent * noise + shift).to(p.dtype)
         exact = testing.truth(p, q)
@@ -66,50 +64,42 @@ def make_pair(distribution, dtype, target, rows, vocabulary, device):
     return p, q, exact
 
 
+# Return the errors of one provider on one pair, of its KL and of its gradient, or reasons.
+# rows: of the pair, if not all. A provider without a gradient to `wrt` is asked for the other.
 def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
-    """Return the errors of one provider on one pair, of its KL and of its gradient, or reasons.
-
-    rows: of the pair, if not all. A provider without a gradient to `wrt` is asked for the other.
-    """
     if missing := provider.why_not("kl_divergence"):
         return {"reason": missing}
-    some = slice(rows)
+    some, found, key = slice(rows), {}, "reason"
     try:
         kl, leaf, wrt = _run(provider, p[some], q[some], wrt)
-    except Exception as error:  # one provider's failure must not lose the others' figures
-        return {"reason": _reason(error)}
-    # A row far smaller than the size in question (its KL may even be 0) belongs to another record.
-    true = exact.kl[some]
-    relative = (kl.detach().double() - true).abs() / true.clamp_min(exact.kl.median() / 10)
-    found = {
-        "rows": len(kl),
-        "negative": int((kl < 0).sum()),
-        "worst_relative": relative.max().item(),
-        "median_relative": relative.median().item(),
-    }
-    try:
+        # A row far smaller than the size in question (its KL may even be 0) belongs to another
+        # record.
+        true = exact.kl[some]
+        relative = (kl.detach().double() - true).abs() / true.clamp_min(exact.kl.median() / 10)
+        found = {"rows": len(kl), "negative": int((kl < 0).sum())}
+        found |= _ends(relative, "worst_relative", "median_relative")
+        key = "gradient_reason"
         (gradient,) = torch.autograd.grad(kl.sum(), leaf)
-    except Exception as error:
-        return {**found, "gradient_reason": _reason(error)}
-    true = getattr(true_gradients, wrt)[some]
-    norm = true.norm(dim=-1)
-    relative = (gradient.double() - true).norm(dim=-1) / norm.clamp_min(norm.median() / 10)
-    return {
-        **found,
-        "wrt": wrt,
-        "gradient_worst": relative.max().item(),
-        "gradient_median": relative.median().item(),
-    }
+        true = getattr(true_gradients, wrt)[some]
+        norm = true.norm(dim=-1)
+        relative = (gradient.double() - true).norm(dim=-1) / norm.clamp_min(norm.median() / 10)
+        return {**found, "wrt": wrt, **_ends(relative, "gradient_worst", "gradient_median")}
+    except Exception as error:  # one provider's failure must not lose the others' figures
+        return {**found, key: _reason(error)}
 
 
 def _run(provider, p, q, wrt):
-    for name in (wrt, "q" if wrt == "p" else "p"):
-        inputs = cases.inputs_of(p.detach(), q.detach(), name, tokens=None)
-        try:
-            return *provider.operations["kl_divergence"](inputs), *inputs.leaves, name
-        except work.NotOfferedError as error:
-            refused = error
-    raise refused
+    run, (other,) = provider.operations["kl_divergence"], {*"pq"} - {wrt}
+    inputs = cases.inputs_of(p.detach(), q.detach(), wrt, tokens=None)
+    try:
+        return *run(inputs), *inputs.leaves, wrt
+    except work.NotOfferedError:
+        inputs = cases.inputs_of(p.detach(), q.detach(), other, tokens=None)
+        return *run(inputs), *inputs.leaves, other
+
+
+def _ends(relative, worst, median):
+    return {worst: relative.max().item(), median: relative.median().item()}
 
 
 def _reason(error):
@@ -119,14 +109,16 @@ def _reason(error):
 def interpreted_error(name, pickled):
     peer, rows = INTERPRETED[name]
     with fastkl.use_backend("triton"):
-        return error_of(*load_providers(CPU, [peer]), *pickle.loads(pickled), rows)
+        return error_of(
+            *providers.load_providers(torch.device("cpu"), [peer]), *pickle.loads(pickled), rows
+        )
 
 
+# Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED.
 def errors_of(names, providers, *pair):
-    """Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED."""
-    others = [name for name in INTERPRETED if name in names]
-    pickled = pickle.dumps(pair) if others else None
-    apart = {name: interpreted.child().submit(interpreted_error, name, pickled) for name in others}
+    pickled = pickle.dumps(pair)
+    asked = [name for name in INTERPRETED if name in names]
+    apart = {name: processes.INTERPRETER.submit(interpreted_error, name, pickled) for name in asked}
     found = {provider.name: error_of(provider, *pair) for provider in providers}
     for name, future in apart.items():
         failed = future.exception()
@@ -134,36 +126,35 @@ def errors_of(names, providers, *pair):
     return found
 
 
+# Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary.
 def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
-    """Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary."""
-    providers = load_providers(device, names)
+    loaded = providers.load_providers(device, names)
     for dtype, kind, target in itertools.product(("fp32", "bf16"), DISTRIBUTIONS, targets):
         p, q, exact = make_pair(kind, dtype, target, *sizes, device)
-        kl = exact.kl.median().item()
+        kl, errors = exact.kl.median().item(), {}
+        # Rounding the logits to bf16 is itself a KL: below it, no pair exists.
+        skipped = f"rounding to {dtype} gives a KL of {kl:.1e}"
+        if target / 3 <= kl <= target * 3:
+            true, skipped = testing.kl_gradients(exact, torch.ones_like(exact.kl)), None
+            errors = errors_of(names, loaded, p, q, exact, true, wrt)
         found = {"dtype": dtype, "distribution": kind, "target": target, "kl": kl}
-        if not target / 3 <= kl <= target * 3:
-            # Rounding the logits to bf16 is itself a KL: below it, no pair exists.
-            yield {**found, "errors": {}, "skipped": f"rounding to {dtype} gives a KL of {kl:.1e}"}
-            continue
-        true = testing.kl_gradients(exact, torch.ones_like(exact.kl))
-        yield {
-            **found,
-            "errors": errors_of(names, providers, p, q, exact, true, wrt),
-            "skipped": None,
-        }
+        yield {**found, "errors": errors, "skipped": skipped}
 
 
+# List the records in which our error exceeds the other's by more than `slack`, is not a number,
+# or a KL came out negative.
 def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
-    """List the records in which our error exceeds the other's by more than `slack`, is not a
-    number, or a KL came out negative."""
-    worse = []
-    for errors in (found["errors"] for found in records if not found["skipped"]):
-        mine, theirs = (
-            float(errors.get(name, {}).get("worst_relative", math.nan)) for name in (ours, other)
-        )
-        if not mine <= slack + (0.0 if math.isnan(theirs) else theirs) or errors[ours]["negative"]:
-            worse.append(errors)
-    return worse
+    def error(errors, name):
+        return float(errors.get(name, {}).get("worst_relative", math.nan))
+
+    found = [found["errors"] for found in records if not found["skipped"]]
+    # max keeps the first where the second is not a number.
+    return [
+        errors
+        for errors in found
+        if not error(errors, ours) <= slack + max(0.0, error(errors, other))
+        or errors[ours]["negative"]
+    ]
 
 
 # Tables
@@ -172,9 +163,8 @@ def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
 def summary(found):
     words = [f"{found['dtype']:<5} {found['distribution']:<9} KL {found['target']:.0e}"]
     for name, error in found["errors"].items():
-        worst = error.get("worst_relative")
-        figure = error["reason"].split("\n")[0][:60] if worst is None else f"{worst:.0e}"
-        words.append(f"{name} {figure}" + " negative" * bool(error.get("negative")))
+        figure = error.get("reason") or "{worst_relative:.0e}".format(**error)
+        words.append(f"{name} {figure:.60}" + " negative" * bool(error.get("negative")))
     return "  ".join([*words, found["skipped"] or ""])
 
 
@@ -182,47 +172,39 @@ def names_of(data):
     return list(dict.fromkeys(name for found in data["records"] for name in found["errors"]))
 
 
+# Return {provider: {size: {"worst", "negative", "rows"}}} of one element type, over the kinds of
+# rows of one size.
+# None where a provider failed in one of the kinds: the others alone would flatter it. A provider
+# that has no figure is left out.
 def cells(data, dtype, measure):
-    """Return {provider: {size: {"worst", "negative", "rows"}}} of one element type, over the kinds
-    of rows of one size.
-
-    None where a provider failed in one of the kinds: the others alone would flatter it. A provider
-    that has no figure is left out.
-    """
-    table = {}
+    table, key = {}, MEASURES[measure]
     for found in sorted(data["records"], key=lambda found: found["target"]):
         for name, error in found["errors"].items() if found["dtype"] == dtype else ():
             table.setdefault(name, {}).setdefault(found["target"], []).append(error)
-    table = {
-        name: {size: _worst(errors, MEASURES[measure]) for size, errors in sizes.items()}
-        for name, sizes in table.items()
-    }
+    for sizes in table.values():
+        for size, errors in sizes.items():
+            sizes[size] = None
+            if all(key in error for error in errors):
+                # A NaN counts as more than any number.
+                worst = max((float(e[key]) for e in errors), key=lambda x: (math.isnan(x), x))
+                counts = {n: sum(error[n] for error in errors) for n in ("negative", "rows")}
+                sizes[size] = {"worst": worst, **counts}
     return {name: sizes for name, sizes in table.items() if any(sizes.values())}
 
 
-def _worst(errors, key):
-    if any(key not in error for error in errors):
-        return None
-    worst = [float(error[key]) for error in errors]
-    found = {name: sum(error[name] for error in errors) for name in ("negative", "rows")}
-    return {"worst": math.nan if any(map(math.isnan, worst)) else max(worst), **found}
-
-
+# Write a table of the worst relative error by size of the KL and provider.
+# providers, targets: which columns and rows (default: all with a figure). A provider without a
+# figure gets a dash; one that took fewer rows of each pair than the others says how many.
 def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
-    """Write a table of the worst relative error by size of the KL and provider.
-
-    providers, targets: which columns and rows (default: all with a figure). A provider without a
-    figure gets a dash; one that took fewer rows of each pair than the others says how many.
-    """
     found = cells(data, dtype, measure)
     names = list(found) if providers is None else providers
     sizes = sorted({r["target"] for r in data["records"] if r["dtype"] == dtype})
-    lines = [["KL", *(column_title(data, name) for name in names)]]
-    for size in (size for size in sizes if targets is None or size in targets):
-        figures = [_text(found.get(name, {}).get(size), measure) for name in names]
-        lines.append([power(size), *figures])
-    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
+    lines = [
+        [power(size), *(_text(found.get(name, {}).get(size), measure) for name in names)]
+        for size in sizes
+        if targets is None or size in targets
+    ]
+    return record.markdown(["KL", *(column_title(data, name) for name in names)], lines)
 
 
 def column_title(data, name):
@@ -252,14 +234,13 @@ def tables(data):
 # The plot
 
 
+# Write a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element types
+# side by side. Hollow: some KL came out negative; at the top: infinite or not a number.
 def draw(data, path):
-    """Write a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element
-    types side by side. Hollow: some KL came out negative; at the top: infinite or not a number."""
     dtypes = list(dict.fromkeys(found["dtype"] for found in data["records"]))
     figure, content = Figure(figsize=(8, 7), dpi=200, layout="constrained"), io.BytesIO()
     panels = figure.subplots(2, len(dtypes), squeeze=False, sharex=True, sharey=True)
-    colours = {name: f"C{i}" for i, name in enumerate(names_of(data))}
-    lines, chosen = {}, itertools.product(MEASURES, dtypes)
+    names, lines, chosen = names_of(data), {}, itertools.product(MEASURES, dtypes)
     for panel, (measure, dtype) in zip(panels.flat, chosen, strict=True):
         panel.set(xscale="log", yscale="log", ylim=(3e-8, 3e3))
         panel.set_title(f"{measure}, {dtype} logits", fontsize=9, loc="left")
@@ -267,11 +248,11 @@ def draw(data, path):
         for name, sizes in cells(data, dtype, measure).items():
             found = {size: figures for size, figures in sizes.items() if figures}
             heights = np.nan_to_num([f["worst"] for f in found.values()], nan=3e3).clip(3e-8, 3e3)
-            colour, width = colours[name], 2.2 if name.startswith("fastkl") else 1.0
+            colour, width = f"C{names.index(name)}", 2.2 if name.startswith("fastkl") else 1.0
             (lines[column_title(data, name)],) = panel.plot([*found], heights, colour, lw=width)
             hollow = [measure == "kl" and f["negative"] > 0 for f in found.values()]
-            faces = np.where(hollow, "white", colour)
-            panel.scatter([*found], heights, 14, faces, edgecolors=colour, zorder=3)
+            dots = {"edgecolors": colour, "zorder": 3}
+            panel.scatter([*found], heights, 14, np.where(hollow, "white", colour), **dots)
     figure.supxlabel("KL in nats; hollow: negative; top: infinite", fontsize=8)
     worst = f"worst of {data['rows']} rows of each kind, V = {data['vocabulary']}"
     figure.supylabel(f"relative error against float64, {worst}", fontsize=8)
@@ -287,36 +268,26 @@ def parse(argv):
     parser = record.command_line("accuracy", __doc__.splitlines()[0])
     add = parser.add_argument
     add("--plot", type=record.output_file, metavar="FILE.png", help="draw them into FILE.png")
-    add(
-        "--rows",
-        type=record.at_least(1),
-        default=8,
-        metavar="N",
-        help="of each pair (default: %(default)s)",
-    )
-    add(
-        "--vocabulary",
-        type=record.at_least(2),
-        default=128256,
-        metavar="V",
-        help="(default: %(default)s)",
-    )
+    add("--rows", type=partial(record.at_least, 1), default=8, metavar="N", help="of each pair (8)")
+    size = {"type": partial(record.at_least, 2), "default": 128256, "metavar": "V"}
+    add("--vocabulary", **size, help="(default: %(default)s)")
     add("--wrt", choices="pq", default="p", help="which logits of KL(P‖Q) the gradient is to")
-    add("--providers", nargs="+", metavar="NAME", choices=[*LOADERS, *INTERPRETED])
-    add("--device", type=record.device, default=CPU, help="cpu (default) or cuda")
+    add("--providers", nargs="+", metavar="NAME", choices=[*providers.LOADERS, *INTERPRETED])
+    add("--device", choices=["cpu", *["cuda"] * torch.cuda.is_available()], default="cpu")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     arguments = parse(argv)
-    names = arguments.providers or [*LOADERS, *list(INTERPRETED) * (arguments.device == CPU)]
+    names = arguments.providers or [
+        *providers.LOADERS,
+        *list(INTERPRETED) * (arguments.device == "cpu"),
+    ]
     sizes = {"rows": arguments.rows, "vocabulary": arguments.vocabulary}
     data = {**record.provenance("accuracy", argv), **sizes, "wrt": arguments.wrt}
-    data |= {"device": str(arguments.device), "threads": torch.get_num_threads(), "records": []}
-    for found in accuracy(names, arguments.device, sizes.values(), arguments.wrt):
-        data["records"].append(found)
-        print(summary(found), flush=True)
-    record.write_json(arguments.json, data)
+    data |= {"device": arguments.device, "threads": torch.get_num_threads()}
+    records = accuracy(names, torch.device(arguments.device), sizes.values(), arguments.wrt)
+    record.gather(arguments.json, data, records, summary)
     for measure, dtype, table in tables(data):
         print(f"\nWorst relative error, {measure}, {dtype} logits:\n\n{table}")
     if arguments.plot:

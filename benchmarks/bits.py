@@ -10,24 +10,23 @@ import hashlib
 import itertools
 import os
 import warnings
+from functools import partial
 
 import torch
 
 import fastkl
 from benchmarks.cases import DTYPES
+from fastkl import testing
 
 ROWS, HIDDEN = 6, 16
 VOCABULARIES = (7, 1003, 4096)
 
 
+# Make logits, hidden states and weights of both models, and tokens: near rows, far rows, shared
+# and one-sided holes.
 def inputs(vocabulary, dtype):
-    """Make logits, hidden states and weights of both models, and tokens: near rows, far rows,
-    shared and one-sided holes."""
     generator = torch.Generator().manual_seed(vocabulary)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
+    normal = partial(torch.randn, generator=generator)
     p = 3 * normal(ROWS, vocabulary)
     q = p + torch.tensor([0.0, 1e-3, 0.1, 1.0, 10.0, 0.3])[:, None] * normal(ROWS, vocabulary)
     p[3, 0] = q[3, 0] = -torch.inf
@@ -59,17 +58,15 @@ def functions(leaves, tokens):
     }
 
 
+# Return a hash of the bits of a function's results, and of its gradients for upstream gradients
+# that differ.
 def digest(function, leaves):
-    """Return a hash of the bits of a function's results, and of its gradients for upstream
-    gradients that differ."""
     found = function()
     found = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
     upstream = [torch.linspace(-1.0, 2.0, x.numel()).view(x.shape) + 0.25 for x in found]
     gradients = torch.autograd.grad(found, leaves, upstream, allow_unused=True)
-    bits = hashlib.sha256()
-    for value in (*found, *(x for x in gradients if x is not None)):
-        bits.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return bits.hexdigest()[:16]
+    values = [testing.bits(x).numpy() for x in (*found, *gradients) if x is not None]
+    return hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()[:16]
 
 
 def main():

@@ -62,15 +62,12 @@ class Workload(Case):
 
     @property
     def name(self):
-        layout = "" if self.layout == "rows" else f"-{self.layout}"
-        shape = f"{self.rows}x{self.vocabulary}-{self.dtype}"
-        return f"{self.operation}-{shape}-d{self.wrt}{layout}"
+        shape = f"{self.rows}x{self.vocabulary}-{self.dtype}-d{self.wrt}-{self.layout}"
+        return f"{self.operation}-{shape}".removesuffix("-rows")
 
+    # Count the least that has to move.
+    # Forward reads the logits, backward reads them again and writes one gradient.
     def moved_bytes(self, phase):
-        """Count the least that has to move.
-
-        Forward reads the logits, backward reads them again and writes one gradient.
-        """
         read = 1 if self.operation in ONE_TENSOR else 2
         tensors = {"forward": read, "backward": read + 1, "both": 2 * read + 1}[phase]
         return tensors * self.rows * self.vocabulary * DTYPES[self.dtype].itemsize
@@ -81,9 +78,9 @@ class Workload(Case):
         return {"bytes": moved, "gb_per_s": rate, "percent_of_copy": 100 * rate / copy}
 
 
+# Hold the tensors of a workload: p, q, wrt, leaves (the one of the two with a gradient) and
+# others.
 def inputs_of(p, q, wrt, **others):
-    """Hold the tensors of a workload: p, q, wrt, leaves (the one of the two with a gradient) and
-    others."""
     leaf = (p if wrt == "p" else q).requires_grad_()
     return SimpleNamespace(p=p, q=q, wrt=wrt, leaves=(leaf,), **others)
 
@@ -95,13 +92,13 @@ def make_inputs(workload, device, seed=0):
     reads one logits tensor, q is empty.
     """
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
-    shape, view = (workload.rows, workload.vocabulary), slice(None)
-    if workload.layout == "sliced":
-        shape = (8, workload.rows // 8 + 1, workload.vocabulary)
-        view = (slice(None), slice(None, -1))
-    p, q = (torch.randn(shape, dtype=DTYPES[workload.dtype], **options) for _ in range(2))
+    sliced = workload.layout == "sliced"
+    leading = (8, workload.rows // 8 + 1) if sliced else (workload.rows,)
+    shape = {"size": (*leading, workload.vocabulary), "dtype": DTYPES[workload.dtype]}
+    p, q = (torch.randn(**shape, **options) for _ in range(2))
     q += p.mul_(3)
-    p, q = p[view], q.new_empty(0) if workload.operation in ONE_TENSOR else q[view]
+    p, q = (x[:, :-1] if sliced else x for x in (p, q))
+    q = q.new_empty(0) if workload.operation in ONE_TENSOR else q
     tokens = torch.randint(workload.vocabulary, p.shape[:-1], **options)
     upstream = (torch.ones((), device=device),)
     if workload.operation != "mean_kl":
@@ -154,11 +151,9 @@ def fault(workload, inputs, known, outputs, grads):
     leading = () if scalar else tuple(inputs.p.shape[:-1])
     if shapes != (expected := [*[leading] * len(values), tuple(inputs.leaves[0].shape)]):
         return {}, f"outputs and gradient have the shapes {shapes}, expected {expected}"
-    found = torch.stack(
-        [output.detach() if scalar else output.detach()[rows] for output in outputs]
-    )
-    true_values = torch.stack(values)
-    off = (found.double() - true_values).abs() / true_values.abs().clamp_min(1e-3)
+    found = torch.stack([x.detach() if scalar else x.detach()[rows] for x in outputs])
+    values = torch.stack(values)
+    off = (found.double() - values).abs() / values.abs().clamp_min(1e-3)
     difference = (gradient[rows].double() - true).norm(dim=-1) / true.norm(dim=-1)
     errors = {"values": off.max().item(), "gradient": difference.max().item()}
     # The largest magnitude takes one read and no copy; a NaN is the largest of all.

@@ -10,7 +10,9 @@ allocates at once beside the inputs, the gradient among it.
 """
 
 import itertools
+import re
 import statistics
+import subprocess
 import sys
 import time
 
@@ -18,11 +20,10 @@ import torch
 from torch.utils import collect_env
 
 import fastkl
-from benchmarks import cases, work
-from benchmarks.record import ROOT, command_line, markdown, origin, provenance, write_json
+from benchmarks import cases, record, work
 from fastkl import testing
 
-RESULT = ROOT / "benchmarks" / "results" / "cpu" / "times.json"
+RESULT = record.ROOT / "benchmarks" / "results" / "cpu" / "times.json"
 SHAPES = ((64, 32000), (256, 50257), (32, 128256), (512, 1000))
 ROUNDS = 11
 PHASES = ("forward", "both")
@@ -58,12 +59,12 @@ def peak_bytes(function, p, q):
     return int(torch.tensor(changes).cumsum(0).max())
 
 
+# Return the worst relative error of the KL against float64, of the first rows, each alone.
 def error(function, p, q):
-    """Return the worst relative error of the KL against float64, of the first rows, each alone."""
-    rows = [(p[i : i + 1].detach(), q[i : i + 1]) for i in range(min(8, len(p)))]
-    found = torch.stack([function(*row).double() for row in rows])
+    rows = list(zip(p.detach()[:8].split(1), q[:8].split(1), strict=True))
     exact = torch.cat([testing.truth(*row).kl for row in rows])
-    return ((found - exact).abs() / exact).max().item()
+    off = torch.stack([function(*row).double() for row in rows]) - exact
+    return (off.abs() / exact).max().item()
 
 
 def measure(shapes=SHAPES, rounds=ROUNDS):
@@ -87,18 +88,16 @@ def measure(shapes=SHAPES, rounds=ROUNDS):
 
 
 def _figures(ours, plains):
-    ratios = [one / other for one, other in zip(ours, plains, strict=True)]
-    median_ms = round(1e3 * statistics.median(ours), 2)
-    return {"median_ms": median_ms, "ratio": round(statistics.median(ratios), 3)}
+    ratio = statistics.median(one / other for one, other in zip(ours, plains, strict=True))
+    return {"median_ms": round(1e3 * statistics.median(ours), 2), "ratio": round(ratio, 3)}
 
 
 def processor():
-    lines = (collect_env.get_cpu_info(collect_env.run) or "").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("Model name")]
-    return names[0] if names else "unknown processor"
+    name = re.search(r"Model name:\s*(.*)", collect_env.get_cpu_info(collect_env.run) or "")
+    return name[1].strip() if name else "unknown processor"
 
 
-def table(data):
+def table(records):
     lines = [
         [
             f"{row['rows']} × {row['vocabulary']} {row['dtype']}",
@@ -109,21 +108,25 @@ def table(data):
             f"{row['peak_tensors']:g}",
             f"{row['error']:.0e}",
         ]
-        for row in data["records"]
+        for row in records
     ]
     times = ("forward, ms", "forward and backward, ms", "of plain torch's")
-    return markdown(
+    return record.markdown(
         ["logits", "provider", *times, "peak, logits tensors", "error of the KL"], lines
     )
 
 
 def page(data):
     words = "The sum of KL over the tokens and its gradient, one thread; processor"
-    return ["## CPU", f"{words}: {data['processor']}. {origin(data)}", table(data)]
+    return [
+        "## CPU",
+        f"{words}: {data['processor']}. {record.origin(data)}",
+        table(data["records"]),
+    ]
 
 
 def main(argv=None):
-    parser = command_line("cpu", __doc__.splitlines()[0])
+    parser = record.command_line("cpu", __doc__.splitlines()[0])
     parser.add_argument(
         "--write",
         action="store_true",
@@ -131,16 +134,11 @@ def main(argv=None):
     )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    data = {**provenance("cpu", argv), "processor": processor(), "records": []}
-    for record in measure():
-        data["records"].append(record)
-        print(table({"records": [record]}).splitlines()[-1], flush=True)
-    write_json(arguments.json, data)
+    data = {**record.provenance("cpu", argv), "processor": processor()}
+    record.gather(arguments.json, data, measure(), lambda record: table([record]).splitlines()[-1])
     if arguments.write:
-        from benchmarks import report
-
-        write_json(RESULT, data)
-        return report.main([])
+        record.write_json(RESULT, data)
+        return subprocess.call([sys.executable, "-m", "benchmarks.report"], cwd=record.ROOT)
     return 0
 
 

@@ -56,22 +56,22 @@ class LoopCosts(NamedTuple):
         return sum(width * count for width, count in self.loads.items())
 
 
+# Link the instructions of a text; label, instruction: what such lines match; read: of the
+# second's groups, (opcode, label that it jumps to, whether the next may follow, label of the
+# subroutine that it calls, registers).
 def _program(text, label, instruction, read, entry=None):
-    """Link the instructions of a text; label, instruction: what such lines match; read: of the
-    second's groups, (opcode, label that it jumps to, whether the next may follow, label of the
-    subroutine that it calls, registers)."""
-    found, labels, graph = [], {}, nx.DiGraph()
+    found, labels = [], {}
     for line in text.splitlines():
         if match := label.match(line):
             labels[match[1]] = len(found)
         elif match := instruction.match(line):
             found.append(read(*match.groups()))
+    opcodes, targets, continuing, called, registers = zip(*found, strict=True)
+    jumps = [(i, labels[target]) for i, target in enumerate(targets) if target in labels]
+    graph = nx.DiGraph(edge for edge in jumps if edge[1] < len(found))
     graph.add_nodes_from(range(len(found)))
-    for i, (_, target, continues, *_) in enumerate(found):
-        after = [labels.get(target, len(found)), *[i + 1] * continues]
-        graph.add_edges_from((i, j) for j in after if j < len(found))
-    calls = {i: labels[item[3]] for i, item in enumerate(found) if item[3] in labels}
-    opcodes, registers = [item[0] for item in found], [item[-1] for item in found]
+    graph.add_edges_from((i, i + 1) for i, goes_on in enumerate(continuing[:-1]) if goes_on)
+    calls = {i: labels[name] for i, name in enumerate(called) if name in labels}
     return Program(opcodes, graph, calls, labels.get(entry, 0), registers)
 
 
@@ -98,20 +98,15 @@ def _sass_instruction(guard, opcode, operands):
     conditional = guard or (name == "BRA" and operands.split("`")[0].strip())
     continues = not (jumps or name in ("EXIT", "RET", "BRX", "JMP", "JMX")) or bool(conditional)
     called = target if name == "CALL" and not jumps else None
-    registers = [int(number) for number in SASS_REGISTER.findall(operands)]
+    registers = list(map(int, SASS_REGISTER.findall(operands)))
     return opcode, target if jumps else None, continues, called, registers
 
 
+# Return (registers, spill bytes) from `cuobjdump -res-usage`.
+# Triton's kernels have no arrays, so all of their stack and local memory is spills.
 def parse_resources(text):
-    """Return (registers, spill bytes) from `cuobjdump -res-usage`.
-
-    Triton's kernels have no arrays, so all of their stack and local memory is spills.
-    """
-    match = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
-    if not match:
-        raise ValueError(f"no resource usage in the output of cuobjdump: {text[:200]!r}")
-    registers, stack, local = map(int, match.groups())
-    return registers, stack + local
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
+    return int(found[1]), int(found[2]) + int(found[3])
 
 
 # amdgcn
@@ -130,20 +125,18 @@ def _gcn_instruction(opcode, operands):
     return opcode, target, opcode not in ("s_branch", "s_endpgm", "s_setpc_b64"), None, []
 
 
+# Return (vector registers, spill bytes) from the metadata of Triton's amdgcn assembly.
 def parse_amdgcn_resources(text):
-    """Return (vector registers, spill bytes) from the metadata of Triton's amdgcn assembly; None
-    for what it does not tell."""
-    found = dict(re.findall(r"^\s*\.(\w+):\s*(\d+)\s*$", text, re.MULTILINE))
-    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-    registers, spills, private = (int(found[name]) if name in found else None for name in names)
-    return registers, None if None in (spills, private) else max(private, 4 * spills)
+    found = {n: int(x) for n, x in re.findall(r"^\s*\.(\w+):\s*(\d+)\s*$", text, re.MULTILINE)}
+    spills = max(found["private_segment_fixed_size"], 4 * found["vgpr_spill_count"])
+    return found["vgpr_count"], spills
 
 
 # Both
 
 LOAD = re.compile(
-    r"LDG(?:STS)?\b(?:.*\.(256|128|64|[US]16|[US]8)\b)?"
-    r"|(?:global|buffer|flat)_load_(?:lds_)?(dwordx[234]|dword|[us]?short|[us]?byte)"
+    r"^LDG(?:STS)?\b(?:.*\.(256|128|64|[US]16|[US]8)\b)?"
+    r"|^(?:global|buffer|flat)_load_(?:lds_)?(dwordx[234]|dword|[us]?short|[us]?byte)"
 )
 WIDTHS = {
     **{"256": 32, "128": 16, "64": 8, None: 4, "U16": 2, "S16": 2, "U8": 1, "S8": 1},
@@ -151,31 +144,28 @@ WIDTHS = {
     **{"sshort": 2, "byte": 1, "ubyte": 1, "sbyte": 1},
 }
 FP32 = re.compile(
-    r"F(?:ADD|MUL|FMA)(2?)(?:\.|$)"
-    r"|v_(pk_)?(?:add|sub|subrev|mul|fma|fmac|fmaak|fmamk|mac|madak|madmk)_f32"
+    r"^F(?:ADD|MUL|FMA)(2?)(?:\.|$)"
+    r"|^v_(pk_)?(?:add|sub|subrev|mul|fma|fmac|fmaak|fmamk|mac|madak|madmk)_f32"
 )
 # Padding and waits: NVIDIA encodes waiting inside its instructions, AMD has instructions for it.
 NOT_COUNTED = ("NOP", "s_nop", "s_waitcnt", "s_delay_alu")
 
 
 def load_width(opcode):
-    match = LOAD.match(opcode)
-    return WIDTHS[match[1] or match[2]] if match else 0
+    return sum(WIDTHS[match[1] or match[2]] for match in LOAD.finditer(opcode))
 
 
 def fp32_results(opcode):
-    match = FP32.match(opcode)
-    return bool(match) + bool(match and (match[1] or match[2]))
+    return sum(2 if match[1] or match[2] else 1 for match in FP32.finditer(opcode))
 
 
+# Return the LoopCosts of some instructions; a call adds the whole subroutine.
 def loop_costs(program, body):
-    """Return the LoopCosts of some instructions; a call adds the whole subroutine."""
-    indices = list(body)
-    for first in (program.calls[i] for i in body if i in program.calls):
-        indices += [first, *nx.descendants(program.graph, first)]
-    opcodes = [program.opcodes[i] for i in indices]
+    firsts = [program.calls[i] for i in body if i in program.calls]
+    called = [i for first in firsts for i in (first, *nx.descendants(program.graph, first))]
+    opcodes = [program.opcodes[i] for i in (*body, *called)]
     return LoopCosts(
-        _count(program, indices),
+        _count(program, (*body, *called)),
         sum(opcode.startswith(("MUFU.EX2", "v_exp_")) for opcode in opcodes),
         dict(Counter(filter(None, map(load_width, opcodes)))),
         sum(map(fp32_results, opcodes)),
@@ -186,8 +176,8 @@ def _count(program, indices):
     return sum(not program.opcodes[i].startswith(NOT_COUNTED) for i in indices)
 
 
+# Return the natural loops, {header: instructions}; all edges back to a header make one.
 def natural_loops(program):
-    """Return the natural loops, {header: instructions}; all edges back to a header make one."""
     reached = {program.entry} | nx.descendants(program.graph, program.entry)
     graph, loops = program.graph.subgraph(reached), {}
     tree = nx.DiGraph(nx.immediate_dominators(graph, program.entry).items())
@@ -200,18 +190,17 @@ def natural_loops(program):
     return loops
 
 
+# Return (natural loops, header of the hot one, its costs), the latter two None without one.
 def hot_loop(program):
-    return _hottest(program, natural_loops(program))[1]
-
-
-def _hottest(program, loops):
+    loops = natural_loops(program)
     found = {header: loop_costs(program, body) for header, body in loops.items()}
-    widest = max((costs.widest_load or 0 for costs in found.values()), default=0)
-    found = {h: costs for h, costs in found.items() if costs.loads and costs.widest_load == widest}
+    found = {header: costs for header, costs in found.items() if costs.loads}
+    widest = max((costs.widest_load for costs in found.values()), default=0)
+    found = {header: costs for header, costs in found.items() if costs.widest_load == widest}
     found = {header: costs for header, costs in found.items() if costs.ex2} or found
     inner = [h for h in found if not any(loops[other] < loops[h] for other in found)]
     header = max(inner, key=lambda h: (found[h].loaded, found[h].instructions), default=None)
-    return header, found.get(header)
+    return loops, header, found.get(header)
 
 
 # Paths
@@ -249,20 +238,20 @@ def segment_costs(program, anchors, edges, segments):
     division. Raises ValueError where the program does not read so.
     """
 
-    loops = natural_loops(program)
-    hot, costs = _hottest(program, loops)
+    loops, hot, costs = hot_loop(program)
 
     def through(header, sign, shuffle):
         graph = program.graph.subgraph(loops[header]).copy()
         tails = list(graph.predecessors(header))
         graph.remove_edges_from([(tail, header) for tail in tails])
-        weight = {
-            i: sign * count(i) + shuffle * program.opcodes[i].startswith("SHFL") for i in graph
-        }
+        weight = {i: sign * count(i) + shuffle * shuffles(i) for i in graph}
         return _heaviest(program, graph, header, tails, weight)
 
     def count(*indices):
         return _count(program, indices)
+
+    def shuffles(*indices):
+        return sum(program.opcodes[i].startswith("SHFL") for i in indices)
 
     near = costs and through(hot, -1, -MANY)
     outer = {h: body for h, body in loops.items() if not any(body < b for b in loops.values())}
@@ -274,8 +263,7 @@ def segment_costs(program, anchors, edges, segments):
         for header, body in outer.items()
     }
     twice = through(hot, 1, MANY)
-    shuffles = [sum(program.opcodes[i].startswith("SHFL") for i in path) for path in (near, twice)]
-    added[hot] = anchors * count(*twice) * (shuffles[1] > shuffles[0])
+    added[hot] = anchors * count(*twice) * (shuffles(*twice) > shuffles(*near))
     header_of = {i: header for header, body in outer.items() for i in body}
     graph = nx.relabel_nodes(program.graph, header_of)
     graph.remove_edges_from(list(nx.selfloop_edges(graph)))
@@ -289,9 +277,9 @@ def segment_costs(program, anchors, edges, segments):
     return SegmentCosts(*paths, outside, _bytes_in_flight(program, near))
 
 
+# Return the most bytes that are loaded and whose registers nothing has named yet, on a path that
+# is taken again and again.
 def _bytes_in_flight(program, path):
-    """Return the most bytes that are loaded and whose registers nothing has named yet, on a path
-    that is taken again and again."""
     flying, most = [], 0
     for i in (*path, *path):
         named, width = program.registers[i], load_width(program.opcodes[i])
@@ -302,11 +290,9 @@ def _bytes_in_flight(program, path):
     return most
 
 
+# Return the path from `start` to one of `ends` with the largest sum of weights, () for none.
+# Paths through a call are left out. Raises ValueError (CycleError) where the graph has a cycle.
 def _heaviest(program, graph, start, ends, weight):
-    """Return the path from `start` to one of `ends` with the largest sum of weights, () for none.
-
-    Paths through a call are left out. Raises ValueError (CycleError) where the graph has a cycle.
-    """
     best = {}
     for i in TopologicalSorter(graph.adj).static_order():
         ways = [best[j] for j in graph[i] if j in best] + [(0, ())] * (i in ends)

@@ -9,7 +9,6 @@ hides a smaller one.
 """
 
 import itertools
-import json
 import sys
 from functools import partial
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 
 import fastkl
 from benchmarks import cases, work
-from benchmarks.record import command_line, device, provenance, write_json
+from benchmarks.record import command_line, gather, provenance
 from fastkl import testing
 
 NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # between the hidden states of policy and reference
@@ -32,9 +31,9 @@ WAYS = {
 }
 
 
+# Yield {"dtype", "kl", "ways": {name: {"kl", "hidden", "weight", "bias"}}}: relative errors, and
+# the mean error in nats.
 def accuracy(device, dtypes=("bf16", "fp16", "fp32"), shape=SHAPE, noises=NOISES):
-    """Yield {"dtype", "kl", "ways": {name: {"kl", "hidden", "weight", "bias"}}}: relative errors,
-    and the mean error in nats."""
     tokens, hidden, vocabulary = shape.values()
     for dtype, size in itertools.product(dtypes, noises):
         random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
@@ -46,17 +45,13 @@ def accuracy(device, dtypes=("bf16", "fp16", "fp32"), shape=SHAPE, noises=NOISES
             lambda h, w, r, v: testing.truth(F.linear(h, w), F.linear(r, v)).kl,
             *(value.double() for value in inputs),
         )
-        found = {"dtype": dtype, "kl": exact[0].mean().item(), "ways": {}}
+        ways = {}
         for name, function in WAYS.items():
-            off = [
-                (r.double() - e, e) for r, e in zip(_outcome(function, *inputs), exact, strict=True)
-            ]
-            relative = [(error.norm() / true.norm()).item() for error, true in off]
-            found["ways"][name] = {
-                **dict(zip(("kl", "hidden", "weight"), relative, strict=True)),
-                "bias": off[0][0].mean().item(),
-            }
-        yield found
+            pairs = zip(("kl", "hidden", "weight"), _outcome(function, *inputs), exact, strict=True)
+            off = {what: (result.double() - true, true) for what, result, true in pairs}
+            ways[name] = {what: (e.norm() / true.norm()).item() for what, (e, true) in off.items()}
+            ways[name]["bias"] = off["kl"][0].mean().item()
+        yield {"dtype": dtype, "kl": exact[0].mean().item(), "ways": ways}
 
 
 def _outcome(function, hidden, weight, ref_hidden):
@@ -67,13 +62,10 @@ def _outcome(function, hidden, weight, ref_hidden):
 
 def main(argv=None):
     parser = command_line("linear_accuracy", __doc__.splitlines()[0])
-    parser.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", choices=["cpu", *["cuda"] * torch.cuda.is_available()])
     arguments = parser.parse_args(argv)
-    data = {**provenance("linear_accuracy", argv), "shape": SHAPE, "records": []}
-    for found in accuracy(arguments.device):
-        data["records"].append(found)
-        print(json.dumps(found), flush=True)
-    write_json(arguments.json, data)
+    data = {**provenance("linear_accuracy", argv), "shape": SHAPE}
+    gather(arguments.json, data, accuracy(arguments.device or "cpu"))
     return 0
 
 

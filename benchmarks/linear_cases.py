@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -98,41 +99,28 @@ def make_linear_inputs(workload, device, seed=0):
     """
     options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     rows, size, mode = workload.rows, workload.hidden, workload.mode
-
-    def noise(*shape):
-        return torch.randn(shape, dtype=DTYPES[workload.dtype], **options)
-
-    hidden = noise(rows, size)
-    weight = noise(workload.vocabulary, size).mul_(3 / size**0.5)
-    ref_hidden = noise(rows, size).mul_(0.25).add_(hidden)
-    ref_weight = noise(workload.vocabulary, size).mul_(0.6 / size**0.5).add_(weight)
-    tokens = torch.randint(workload.vocabulary, (rows,), **options)
-    upstream = tuple(torch.randn(rows, **options) for _ in OUTPUTS[mode])
+    noise = partial(torch.randn, dtype=DTYPES[workload.dtype], **options)
+    i = SimpleNamespace(hidden=noise(rows, size))
+    i.weight = noise(workload.vocabulary, size).mul_(3 / size**0.5)
+    i.ref_hidden = noise(rows, size).mul_(0.25).add_(i.hidden)
+    i.ref_weight = noise(workload.vocabulary, size).mul_(0.6 / size**0.5).add_(i.weight)
+    i.tokens = torch.randint(workload.vocabulary, (rows,), **options)
+    i.upstream = tuple(torch.randn(rows, **options) for _ in OUTPUTS[mode])
     if mode in MEANS:
-        upstream = (torch.ones((), device=device),)
-    old_logprob, advantages = (torch.randn(rows, **options) for _ in range(2))
+        i.upstream = (torch.ones((), device=device),)
+    i.old_logprob, i.advantages = (torch.randn(rows, **options) for _ in range(2))
     if mode == "grpo":
-        pairs = zip(hidden.split(BLOCK), tokens.split(BLOCK), strict=True)
-        near = [PLAIN["logprob"](F.linear(some, weight), None, chosen)[0] for some, chosen in pairs]
-        old_logprob = torch.cat(near) - off_the_clip(0.2 * old_logprob)
-    leaves = {"forward": (), "frozen": (hidden,)}.get(mode, (hidden, weight))
-    for leaf in leaves:
+        pairs = zip(i.hidden.split(BLOCK), i.tokens.split(BLOCK), strict=True)
+        near = [PLAIN["logprob"](F.linear(h, i.weight), None, chosen)[0] for h, chosen in pairs]
+        i.old_logprob = torch.cat(near) - off_the_clip(0.2 * i.old_logprob)
+    i.leaves = {"forward": (), "frozen": (i.hidden,)}.get(mode, (i.hidden, i.weight))
+    for leaf in i.leaves:
         leaf.requires_grad_()
-    return SimpleNamespace(
-        hidden=hidden,
-        weight=weight,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        tokens=tokens,
-        upstream=upstream,
-        old_logprob=old_logprob,
-        advantages=advantages,
-        leaves=leaves,
-    )
+    return i
 
 
+# Move the log-ratios that are within CLIP_MARGIN of where the clip begins that far away.
 def off_the_clip(log_ratio):
-    """Move the log-ratios that are within CLIP_MARGIN of where the clip begins that far away."""
     for edge in (math.log(1 - CLIP), math.log(1 + CLIP)):
         moved = edge + torch.where(log_ratio < edge, -CLIP_MARGIN, CLIP_MARGIN)
         log_ratio = torch.where((log_ratio - edge).abs() < CLIP_MARGIN, moved, log_ratio)
@@ -161,10 +149,11 @@ def answer(workload, inputs, dtype):
     for some in torch.arange(workload.rows, device=hidden.device).split(BLOCK):
         logits = F.linear(hidden[some], weight).requires_grad_(bool(inputs.leaves))
         ref_logits, tokens = F.linear(ref_hidden[some], ref_weight), inputs.tokens[some]
-        if dtype == torch.float64:
-            values = testing.truth(logits, ref_logits).stats(tokens)
-        else:
-            values = dict(zip(FIELDS, plain_token_stats(logits, ref_logits, tokens), strict=True))
+        values = (
+            testing.truth(logits, ref_logits).stats(tokens)
+            if dtype == torch.float64
+            else dict(zip(FIELDS, plain_token_stats(logits, ref_logits, tokens), strict=True))
+        )
         values["loss"] = values["ref_kl"]
         if workload.mode == "grpo":
             step = inputs.old_logprob[some], inputs.advantages[some]
@@ -181,18 +170,16 @@ def answer(workload, inputs, dtype):
 
 def _logits_gradient(workload, inputs, values, logits, some):
     share = workload.rows if workload.mode in MEANS else 1
-    pairs = zip(OUTPUTS[workload.mode], inputs.upstream, strict=True)
-    taken = {n: u.expand(workload.rows)[some] / share for n, u in pairs if values[n].requires_grad}
-    grads = [upstream.to(values[name].dtype) for name, upstream in taken.items()]
-    return torch.autograd.grad([values[name] for name in taken], logits, grads)[0]
+    pairs = zip(map(values.get, OUTPUTS[workload.mode]), inputs.upstream, strict=True)
+    taken = [(x, u.expand(workload.rows)[some] / share) for x, u in pairs if x.requires_grad]
+    grads = [upstream.to(value.dtype) for value, upstream in taken]
+    return torch.autograd.grad([value for value, _ in taken], logits, grads)[0]
 
 
+# Compute what the gate compares with: (answer in float64, limits, granted).
+# limits: of a provider's errors. granted: by how much each row of a gradient may be off, whatever
+# its size is.
 def expected(workload, inputs):
-    """Compute what the gate compares with: (answer in float64, limits, granted).
-
-    limits: of a provider's errors. granted: by how much each row of a gradient may be off, whatever
-    its size is.
-    """
     exact = answer(workload, inputs, torch.float64)
     plain = answer(workload, inputs, DTYPES[workload.dtype])
     limits, granted = {}, {}
@@ -213,6 +200,10 @@ def errors(name, value, true, granted=0.0):
     token's field is compared with the root mean square of all, since a KL near 0 has no digits in
     bf16. A NaN stays NaN, which no limit admits.
     """
+    if not value.dim():
+        # Relative to the size of the tokens' losses: in their mean either sign cancels.
+        off = (value.detach().double() - true.mean()).abs()
+        return {name: (off / true.abs().mean()).item()}
     difference = value.detach().double() - true
     found = {name: difference.norm() / true.norm()}
     if true.dim() == 2:
@@ -227,11 +218,9 @@ def errors(name, value, true, granted=0.0):
     return {what: error.item() for what, error in found.items()}
 
 
+# Return (errors, what is wrong or None): the gate that a provider passes before it is timed.
+# A mean is held to the limit of its tokens: plain torch's own mean may be right by luck.
 def linear_fault(workload, inputs, known, outputs, grads):
-    """Return (errors, what is wrong or None): the gate that a provider passes before it is timed.
-
-    A mean is held to the limit of its tokens: plain torch's own mean may be right by luck.
-    """
     exact, limits, granted = known
     leading = () if workload.mode in MEANS else (workload.rows,)
     shapes = [tuple(result.shape) for result in (*outputs, *grads)]
@@ -240,13 +229,8 @@ def linear_fault(workload, inputs, known, outputs, grads):
         return {}, f"outputs and gradients have the shapes {shapes}, expected {right}"
     found = {}
     for (name, true), result in zip(exact.items(), (*outputs, *grads), strict=True):
-        if result.dim():
-            result = result[checked_rows(workload)] if name == "dweight" else result
-            found |= errors(name, result, true, granted[name])
-        else:
-            # Relative to the size of the tokens' losses: in their mean either sign cancels.
-            off = (result.detach().double() - true.mean()).abs()
-            found[name] = (off / true.abs().mean()).item()
+        result = result[checked_rows(workload)] if name == "dweight" else result
+        found |= errors(name, result, true, granted[name])
     return found, "; ".join(over(found, limits)) or None
 
 
@@ -264,21 +248,18 @@ def bare_products(workload, inputs, chunk):
     with_reference = workload.mode != "logprob"
     gradients = PRODUCTS[workload.mode] - 1 - with_reference
     logits, ref_logits = (inputs.hidden.new_empty(chunk, workload.vocabulary) for _ in range(2))
-    grad_hidden, grad_weight = (
-        torch.empty_like(x.detach()) for x in (inputs.hidden, inputs.weight)
-    )
+    buffers = [torch.empty_like(x.detach()) for x in (inputs.hidden, inputs.weight)]
 
     @torch.no_grad()
     def run(inputs):
-        whole = (inputs.hidden, inputs.ref_hidden, grad_hidden)
+        whole = (inputs.hidden, inputs.ref_hidden, buffers[0])
         for some, ref_some, grad in zip(*(x.split(chunk) for x in whole), strict=True):
             policy = torch.mm(some, inputs.weight.t(), out=logits[: len(some)])
+            products = [(policy, inputs.weight, grad), (policy.t(), some, buffers[1])][:gradients]
             if with_reference:
-                torch.mm(ref_some, inputs.ref_weight.t(), out=ref_logits[: len(some)])
-            if gradients > 0:
-                torch.mm(policy, inputs.weight, out=grad)
-            if gradients > 1:
-                torch.mm(policy.t(), some, out=grad_weight)
+                products.append((ref_some, inputs.ref_weight.t(), ref_logits[: len(some)]))
+            for left, right, out in products:
+                torch.mm(left, right, out=out)
         return ()
 
     return run

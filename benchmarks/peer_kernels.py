@@ -21,6 +21,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks import record, roofline, static_costs
+from benchmarks.compile_plan import Specialization, plan
 
 N, V = 8192, 128256
 ARCH = "sm_90"
@@ -28,11 +29,7 @@ BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-class _LaunchedError(Exception):
-    """End the peer's function at the launch."""
-
-
-def catch_launch(kernel, call, skip=None):
+def catch_launch(call, kernel, skip):
     """Return (arguments by name, options such as warps, what triton.compile takes) of the launch
     of `kernel` that call() arrives at; launches of `skip` before it do nothing."""
     caught = []
@@ -42,12 +39,12 @@ def catch_launch(kernel, call, skip=None):
         arguments, types, options = bind(*args, **kwargs)
         _, *packed = kernel._pack_args(BACKEND, options, arguments, types, options)
         caught.append((arguments, options, (kernel, *packed)))
-        raise _LaunchedError
+        raise StopIteration  # end the peer's function at the launch
 
     with (
-        mock.patch.object(skip or kernel, "run"),
+        mock.patch.object(skip, "run"),
         mock.patch.object(kernel, "run", catch),
-        contextlib.suppress(_LaunchedError),
+        contextlib.suppress(StopIteration),
     ):
         call()
     if not caught:
@@ -59,41 +56,20 @@ def meta(*shape, dtype=torch.bfloat16, grad=False):
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
-# The adapters: how each peer is called
+# How the peers are called, where it takes more than a line
 
 
-def liger_kl_div(backward=False):
-    ops = importlib.import_module("liger_kernel.ops.kl_div")
-    apply, scores, target = ops.LigerKLDivLossFunction.apply, meta(N, V, grad=True), meta(N, V)
-    forward, call = ops._kldiv_kernel_forward, partial(apply, scores, target, "sum", True)
-    if not backward:
-        return catch_launch(forward, call)
-    return catch_launch(ops._kldiv_kernel_backward, lambda: call().backward(), skip=forward)
+def liger_kl_div(ops):
+    return ops.LigerKLDivLossFunction.apply(meta(N, V, grad=True), meta(N, V), "sum", True)
 
 
-def liger_jsd():
-    ops = importlib.import_module("liger_kernel.ops.jsd")
-    call, student, teacher = ops.LigerJSDFunction.apply, meta(N, V, grad=True), meta(N, V)
-    options = (None, 1.0, -100, "nvidia-triton")
-    return catch_launch(ops._jsd_kernel, partial(call, student, teacher, *options))
-
-
-def trl_logprob_entropy():
-    ops = importlib.import_module("trl.kernels.logprob_entropy")
-    inputs = meta(N, V, grad=True), meta(N, dtype=torch.int64)
-    call = partial(ops.selective_log_softmax_and_entropy, *inputs)
-    return catch_launch(ops._forward_kernel, call)
-
-
-def trl_divergence():
-    ops = importlib.import_module("trl.kernels.chunked_divergence")
+def trl_divergence(ops):
     student, teacher, head = meta(N, 4096, grad=True), meta(N, 4096), meta(V, 4096)
     inputs = (student, head, None, teacher, head, None, 1.0)
     # They ask for a GPU and for its autocast; the tensors here are on none.
     ours = {"_use_triton": lambda device: True, "_compute_dtype": lambda hidden: hidden.dtype}
     with mock.patch.multiple(ops, **ours):
-        call = partial(ops.ChunkedDivergenceFunction.apply, *inputs)
-        return catch_launch(ops._stats_kernel, call)
+        ops.ChunkedDivergenceFunction.apply(*inputs)
 
 
 # The kernels
@@ -102,60 +78,75 @@ def trl_divergence():
 class Kernel(NamedTuple):
     """A kernel of a peer.
 
-    unit: "pair" of logits or "logit". tensors: its arguments of the size of the logits, each read
-    or written once. work: what it computes, and what has to run beside it. block: its constant for
-    vocabulary entries per iteration.
+    symbol: its name in `module`. call: the peer's function, given the module. unit: "pair" of
+    logits or "logit". tensors: its arguments of the size of the logits, each read or written once.
+    work: what it computes, and what has to run beside it. skip: a kernel launched before it. block:
+    its constant for vocabulary entries per iteration.
     """
 
     name: str
     package: str
-    launch: Callable
+    module: str
+    symbol: str
+    call: Callable
     unit: str
     tensors: tuple[str, ...]
     work: str
+    skip: str | None = None
     block: str = "BLOCK_SIZE"
 
 
 KERNELS = (
     Kernel(
-        *("liger _kldiv_kernel_forward", "liger-kernel", liger_kl_div, "pair"),
-        ("y_ptr", "gt_ptr"),
+        *("liger _kldiv_kernel_forward", "liger-kernel"),
+        *("liger_kernel.ops.kl_div", "_kldiv_kernel_forward", liger_kl_div),
+        *("pair", ("y_ptr", "gt_ptr")),
         "KL(target||input) of log-probabilities, log_target, summed; log_softmax of both tensors "
         "before it",
     ),
     Kernel(
-        *("liger _kldiv_kernel_backward", "liger-kernel", partial(liger_kl_div, True), "pair"),
-        ("target_ptr", "new_grads_ptr"),
+        *("liger _kldiv_kernel_backward", "liger-kernel"),
+        *("liger_kernel.ops.kl_div", "_kldiv_kernel_backward"),
+        lambda ops: liger_kl_div(ops).backward(),
+        *("pair", ("target_ptr", "new_grads_ptr")),
         "its gradient to input only, as log-probability; log_softmax's backward after it",
+        "_kldiv_kernel_forward",
     ),
     Kernel(
-        *("liger _jsd_kernel beta=1", "liger-kernel", liger_jsd, "pair"),
-        ("X_ptr", "Y_ptr", "loss_ptr", "dX_ptr"),
+        *("liger _jsd_kernel beta=1", "liger-kernel", "liger_kernel.ops.jsd", "_jsd_kernel"),
+        lambda ops: ops.LigerJSDFunction.apply(
+            meta(N, V, grad=True), meta(N, V), None, 1.0, -100, "nvidia-triton"
+        ),
+        *("pair", ("X_ptr", "Y_ptr", "loss_ptr", "dX_ptr")),
         "KL(input||target), the RLHF direction, per entry and its gradient to input; a clone, a "
         "sum, both log_softmax and one backward of it beside. Where the CuTe DSL is installed on "
         "Hopper and later, Liger takes that implementation instead",
     ),
     Kernel(
-        *("trl logprob_entropy._forward_kernel", "trl", trl_logprob_entropy, "logit"),
-        ("logits_ptr",),
+        *("trl logprob_entropy._forward_kernel", "trl"),
+        *("trl.kernels.logprob_entropy", "_forward_kernel"),
+        lambda ops: ops.selective_log_softmax_and_entropy(
+            meta(N, V, grad=True), meta(N, dtype=torch.int64)
+        ),
+        *("logit", ("logits_ptr",)),
         "log-probability of the sampled token and entropy of one tensor: no KL, only sampled "
         "estimates of it",
     ),
     Kernel(
-        *("trl chunked_divergence._stats_kernel", "trl", trl_divergence, "pair"),
-        ("s_ptr", "t_ptr"),
+        *("trl chunked_divergence._stats_kernel", "trl"),
+        *("trl.kernels.chunked_divergence", "_stats_kernel", trl_divergence),
+        *("pair", ("s_ptr", "t_ptr")),
         "KL of both directions and entropy, from float32 logits tiles that its matrix products "
         "wrote just before",
     ),
 )
-# Ours that do comparable work: (name in the compile plan, element type, unit).
-OURS = (
-    *(("kl_divergence.forward", "bf16", "pair"), ("kl_divergence.backward_p", "bf16", "pair")),
-    *(("token_stats.forward", "bf16", "pair"), ("token_stats.backward_p", "bf16", "pair")),
-    *(("kl_divergence.forward", "fp32", "pair"), ("kl_divergence.backward_p", "fp32", "pair")),
-    ("token_stats_policy_only.forward", "bf16", "logit"),
-    ("token_stats_policy_only.backward", "bf16", "logit"),
-)
+# Ours that do comparable work: {(name in the compile plan, element type): unit}.
+OURS = {
+    **{(f"kl_divergence.{step}", "bf16"): "pair" for step in ("forward", "backward_p")},
+    **{(f"token_stats.{step}", "bf16"): "pair" for step in ("forward", "backward_p")},
+    **{(f"kl_divergence.{step}", "fp32"): "pair" for step in ("forward", "backward_p")},
+    **{(f"token_stats_policy_only.{step}", "bf16"): "logit" for step in ("forward", "backward")},
+}
 # {from bf16 logits to a KL and back: (what it gives, forward, backward)}, a direction as the bytes
 # read and written per pair (fixed, times L, the bytes of a log-probability): every kernel on the
 # way reads its inputs once and writes its outputs once. A formula, not a measurement.
@@ -182,45 +173,31 @@ PIPELINES = {
 
 
 def measure(kernel):
-    from benchmarks.compile_plan import Specialization
-
-    row = {
-        "kernel": kernel.name,
-        "package": kernel.package,
-        "version": record.version(kernel.package),
-    }
-    row |= {"unit": kernel.unit, "work": kernel.work}
+    row = {"kernel": kernel.name, "package": kernel.package, "unit": kernel.unit}
+    row |= {"version": record.version(kernel.package), "work": kernel.work}
     if row["version"] is None:
         return {**row, "reason": f"not installed: pip install {kernel.package}"}
     try:
-        arguments, options, description = kernel.launch()
+        ops = importlib.import_module(kernel.module)
+        symbols = getattr(ops, kernel.symbol), getattr(ops, kernel.skip or kernel.symbol)
+        arguments, options, description = catch_launch(partial(kernel.call, ops), *symbols)
         large = {n: x for n, x in arguments.items() if getattr(x, "numel", int)() > 64 * N}
         if set(large) != set(kernel.tensors):
             expected = f"expected arguments as large as the logits {kernel.tensors}"
             raise ValueError(f"{expected}, got {list(large)}")
         warps = options.pop("num_warps", 4)  # Triton's default
-        found = Specialization(
-            kernel.name, *description, warps, arguments[kernel.block] // (32 * warps), options
-        )
-        dtype = TYPES[large[kernel.tensors[0]].dtype]
-        return _row(found, dtype, sum(x.element_size() for x in large.values()), row)
+        pairs = arguments[kernel.block] // (32 * warps)
+        found = Specialization(kernel.name, *description, warps, pairs, options)
+        cost = static_costs.measure(found, ARCH, TYPES[large[kernel.tensors[0]].dtype], True)
+        return _row(cost, sum(x.element_size() for x in large.values()), row)
     except Exception as error:  # of any type: the other rows must not get lost
         first = next(iter(str(error).splitlines()), "")
         return {**row, "reason": f"{type(error).__name__}: {first}"}
 
 
-def _row(specialization, dtype, moved, names):
-    cost = static_costs.measure(specialization, ARCH, dtype, True)
+def _row(cost, moved, names):
     bound = roofline.upper_bound(cost, moved)
     return {**cost, **names, "kernel_bytes": moved, "upper_bound_of_peak_bandwidth": bound}
-
-
-def measure_ours(name, dtype, unit):
-    from benchmarks.compile_plan import plan
-
-    (found,) = (item for item in plan(dtype, True, ARCH) if item.name == name)
-    names = {"kernel": f"fastkl {name}", "package": "fastkl", "version": record.version("fastkl")}
-    return _row(found, dtype, roofline.bytes_per_pair(name, dtype), {**names, "unit": unit})
 
 
 def pipelines():
@@ -232,13 +209,14 @@ def pipelines():
         yield row
 
 
+# Return {"kernels", "pipelines", "errors"}; errors are of our kernels, never of a peer's.
 def measure_all():
-    """Return {"kernels", "pipelines", "errors"}; errors are of our kernels, never of a peer's."""
-    rows, errors = [], []
-    for ours in OURS:
-        try:
-            rows.append(measure_ours(*ours))
-        except Exception as error:  # of any type: the other rows must not get lost
-            errors.append(f"{ours[0]}: {type(error).__name__}: {error}")
+    planned = {(found.name, d): found for d in TYPES.values() for found in plan(d, True, ARCH)}
+    found = static_costs.collect((planned[case], ARCH, case[1], True) for case in OURS)
+    rows, names = [], {"package": "fastkl", "version": record.version("fastkl")}
+    for cost in found["records"]:
+        name, dtype = cost["kernel"], cost["dtype"]
+        names |= {"kernel": f"fastkl {name}", "unit": OURS[name, dtype]}
+        rows.append(_row(cost, roofline.bytes_per_pair(name, dtype), names))
     rows += [measure(kernel) for kernel in KERNELS]
-    return {"kernels": rows, "pipelines": list(pipelines()), "errors": errors}
+    return {"kernels": rows, "pipelines": list(pipelines()), "errors": found["errors"]}

@@ -19,8 +19,8 @@ ASKS = "its backward asks the GPU whether the upstream gradient is 1"
 ROWS_BY_CALLS = 64  # rows at which a loss that is one scalar is called for each, to see its error
 
 
+# Raise for Triton kernels without a GPU, unless processes.py has started the process.
 def _needs_gpu(device):
-    """Raise for Triton kernels without a GPU, unless interpreted.py has started the process."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("its Triton kernels need a GPU")
 
@@ -63,11 +63,9 @@ def load_trl(device):
     }
 
 
+# Load Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by torch.
+# It has no gradient to its target: KL(P‖Q) to Q only.
 def load_liger_kldiv(device):
-    """Load Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by torch.
-
-    It has no gradient to its target: KL(P‖Q) to Q only.
-    """
     _needs_gpu(device)
     from liger_kernel.transformers import LigerKLDIVLoss
 
@@ -105,8 +103,7 @@ def load_liger_jsd(device):
         return (log_p, log_q) if i.wrt == "p" else (log_q, log_p)
 
     def kl_divergence(i):
-        rows = i.p.shape[:-1].numel()
-        if rows > ROWS_BY_CALLS:
+        if (rows := i.p.shape[:-1].numel()) > ROWS_BY_CALLS:
             raise NotOfferedError(
                 f"LigerJSD gives one scalar for all tokens; KL per token would be {rows} calls"
             )
@@ -137,15 +134,12 @@ def load_trl_fused(device):
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE  # its trainers pass it
 
-    def kl(beta, *inputs):
-        hidden, weight, ref_hidden, ref_weight, _ = inputs
-        return ChunkedDivergenceFunction.apply(
-            hidden, weight, None, ref_hidden, ref_weight, None, beta
-        )[0]
+    def kl(beta, h, w, rh, rw, tokens):
+        return ChunkedDivergenceFunction.apply(h, w, None, rh, rw, None, beta)[0]
 
     def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
-        rest = (1.0, TILE, None, 1.0, ())
-        return (ChunkedLogProbFunction.apply(hidden, weight, None, tokens, *rest)[0],)
+        inputs = (hidden, weight, None, tokens, 1.0, TILE, None, 1.0, ())
+        return (ChunkedLogProbFunction.apply(*inputs)[0],)
 
     functions = {
         "kl_divergence": lambda *inputs: (kl(1.0, *inputs),),
@@ -190,15 +184,9 @@ def load_liger_chunked(device):
 
     weights = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
     loss = LigerFusedLinearJSDLoss(beta=1.0, compiled=False, **weights)
-    functions = {"mean_kl": lambda *inputs: (loss(*inputs),)}
     note = "more work: a cross-entropy weighted by 0; softmaxes in the type of the logits"
-    return linear_works(functions, {"loss": 4, "frozen": 4}, note)
-
-
-def load_linear_cross_entropy(device):
-    return _cross_entropy(
-        F.linear_cross_entropy, "logits in chunks", options=torch.nn.LinearCrossEntropyOptions()
-    )
+    works = {"mean_kl": lambda *inputs: (loss(*inputs),)}
+    return linear_works(works, {"loss": 4, "frozen": 4}, note)
 
 
 def load_cut_cross_entropy(device, work="less work: small gradients are left out", **options):
@@ -208,9 +196,8 @@ def load_cut_cross_entropy(device, work="less work: small gradients are left out
     return _cross_entropy(linear_cross_entropy, f"{work}, logits never reach memory", **options)
 
 
+# Make mode logprob of a linear cross-entropy that computes the logits again in backward.
 def _cross_entropy(function, note, **options):
-    """Make mode logprob of a linear cross-entropy that computes the logits again in backward."""
-
     def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
         return (-function(hidden, weight, tokens, reduction="none", **options),)
 
@@ -222,7 +209,9 @@ LINEAR_PEERS = {
     "TRL fused": load_trl_fused,
     "liger": load_liger,
     "liger chunked": load_liger_chunked,
-    "torch linear_cross_entropy": load_linear_cross_entropy,
+    "torch linear_cross_entropy": lambda device: _cross_entropy(
+        F.linear_cross_entropy, "logits in chunks", options=torch.nn.LinearCrossEntropyOptions()
+    ),
     "cut-cross-entropy": load_cut_cross_entropy,
     "cut-cross-entropy, unfiltered": partial(
         load_cut_cross_entropy, work="no gradient left out", filter_eps=None

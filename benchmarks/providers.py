@@ -10,9 +10,7 @@ packages are in peers.py. A user's own loader is named on the command line:
 """
 
 import argparse
-import importlib
-import os
-import shutil
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -45,9 +43,8 @@ class Provider:
     missing: str | None = None
 
     def why_not(self, operation):
-        if self.missing or operation in self.operations:
-            return self.missing
-        return f"{self.name} has no {operation}"
+        absent = None if operation in self.operations else f"{self.name} has no {operation}"
+        return self.missing or absent
 
     def note(self, operation):
         return getattr(self.operations.get(operation), "note", None)
@@ -73,10 +70,6 @@ def load_torch(device):
 
 
 def load_torch_compile(device):
-    compilers = (os.environ.get("CXX", "g++"), "clang++")
-    if device.type != "cuda" and not any(map(shutil.which, compilers)):
-        raise RuntimeError("needs a C++ compiler on a CPU, found none")
-
     def compiled(functions):
         options = {"dynamic": False, "fullgraph": True}
         return {name: torch.compile(function, **options) for name, function in functions.items()}
@@ -124,13 +117,8 @@ def load_fastkl(device):
     }
 
 
-def load_kept(device):
-    return _from_stats("the same work, the fewest products; all logits in memory", recompute=False)
-
-
+# Make the modes that need more than a KL; options: of fastkl.linear_token_stats.
 def _from_stats(note, **options):
-    """Make the modes that need more than a KL; options: of fastkl.linear_token_stats."""
-
     def stats(h, w, rh, rw, tokens):
         return tuple(fastkl.linear_token_stats(h, w, tokens, rh, rw, **options))
 
@@ -143,12 +131,10 @@ def _from_stats(note, **options):
     return linear_works(functions, products, note)
 
 
+# Load this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
+# Its backward alone is a scaling at the first call and computes the gradient at later ones, so
+# only forward and both are comparable.
 def load_one_launch(device):
-    """Load this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
-
-    Its backward alone is a scaling at the first call and computes the gradient at later ones, so
-    only forward and both are comparable.
-    """
     if device.type != "cuda":
         raise RuntimeError("row_fused is for a GPU")
     from fastkl.kernels import config
@@ -160,13 +146,10 @@ def load_one_launch(device):
     )
 
 
+# Load plain torch under torch.utils.checkpoint, 2048 tokens at a time, as trainers do.
+# The logits are computed again in backward, and the gradient of the weight is summed over the
+# chunks in the weight's own type.
 def load_torch_chunked(device):
-    """Load plain torch under torch.utils.checkpoint, 2048 tokens at a time, as trainers do.
-
-    The logits are computed again in backward, and the gradient of the weight is summed over the
-    chunks in the weight's own type.
-    """
-
     def chunked(function):
         def run(hidden, weight, ref_hidden, ref_weight, tokens):
             options = {"use_reentrant": False, "preserve_rng_state": False}
@@ -179,9 +162,7 @@ def load_torch_chunked(device):
 
         return run
 
-    functions = {
-        name: chunked(function) for name, function in on_hidden(PLAIN).items() if name != "mean_kl"
-    }
+    functions = {name: chunked(function) for name, function in on_hidden(PLAIN).items()}
     functions["mean_kl"] = lambda *inputs: (functions["kl_divergence"](*inputs)[0].mean(),)
     products = {**dict.fromkeys(("loss", "stats", "grpo", "distillation"), 6), "frozen": 5}
     again = f"the same work; logits of {CHUNK} tokens at a time, again in backward"
@@ -201,9 +182,8 @@ def load_kl_div_probabilities(device):
     )
 
 
+# Make the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it.
 def _kl_div(target, note, **options):
-    """Make the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it."""
-
     def losses(p, q, reduction):
         pair = (log_softmax(q).flatten(0, -2), target(p).flatten(0, -2))
         return F.kl_div(*pair, reduction=reduction, **options)
@@ -244,16 +224,17 @@ LOADERS = {
 ALL_LOADERS = {
     **LOADERS,
     "fastkl, one launch": load_one_launch,
-    "fastkl, logits kept": load_kept,
+    "fastkl, logits kept": lambda device: _from_stats(
+        "the same work, the fewest products; all logits in memory", recompute=False
+    ),
     "torch chunked": load_torch_chunked,
     **LINEAR_PEERS,
 }
 
 
 def own(text):
-    module, _, name = text.partition(":")
     try:
-        return text, getattr(importlib.import_module(module), name)
+        return text, pkgutil.resolve_name(text)
     except (ImportError, AttributeError, ValueError) as error:
         raise argparse.ArgumentTypeError(
             f"expected package.module:function, got {text!r} ({error}); name a function of the "
@@ -262,10 +243,11 @@ def own(text):
 
 
 def load_providers(device, names=None, loaders=LOADERS):
-    providers = []
-    for name in (name for name in loaders if names is None or name in names):
-        try:
-            providers.append(Provider(name, loaders[name](device)))
-        except Exception as error:  # a peer may fail in any way when imported: that is a row
-            providers.append(Provider(name, missing=f"{type(error).__name__}: {error}"))
-    return providers
+    return [_load(n, load, device) for n, load in loaders.items() if names is None or n in names]
+
+
+def _load(name, loader, device):
+    try:
+        return Provider(name, loader(device))
+    except Exception as error:  # a peer may fail in any way when imported: that is a row
+        return Provider(name, missing=f"{type(error).__name__}: {error}")

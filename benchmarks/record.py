@@ -5,6 +5,8 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import torch
 from fastkl.tools.files import check_writable, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
+MODULE = re.compile(r"(?:-m benchmarks\.|python3? benchmarks/)(\w+)")
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
 
 
@@ -25,10 +28,19 @@ def command_line(module, description, json_help="write the records to FILE"):
     return parser
 
 
+# Write JSON whole or not at all, if there is a path, and makes its folder.
 def write_json(path, data):
-    """Write JSON whole or not at all, if there is a path, and makes its folder."""
     if path:
         write_bytes(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
+
+
+# Print records as they come, then write them with `data`, in which they are afterwards.
+def gather(path, data, records, said=json.dumps):
+    data["records"] = []
+    for found in records:
+        data["records"].append(found)
+        print(said(found), flush=True)
+    write_json(path, data)
 
 
 def write_bytes(path, content):
@@ -36,8 +48,8 @@ def write_bytes(path, content):
     write_whole(path, content)
 
 
+# Replace NaN and the infinities, which JSON lacks, by strings that float() reads.
 def finite(data):
-    """Replace NaN and the infinities, which JSON lacks, by strings that float() reads."""
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -45,62 +57,42 @@ def finite(data):
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
+# Check a path for argparse before minutes of measuring: a file there can be written.
 def output_file(text):
-    """Check a path for argparse before minutes of measuring: a file there can be written."""
-    return _checked(text, "a file that can be written", Path(text))
-
-
-def output_folder(text):
-    return _checked(text, "a folder that can be written to", Path(text) / "results.json")
-
-
-def _checked(text, expected, file):
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(file)
+        Path(text).parent.mkdir(parents=True, exist_ok=True)
+        check_writable(Path(text))
     except OSError as error:
-        why = f"expected {expected}, got {text!r} ({error.strerror}); choose another one"
+        why = f"expected a place to write to, got {text!r} ({error.strerror}); choose another one"
         raise argparse.ArgumentTypeError(why) from None
     return Path(text)
 
 
-def at_least(least, kind=int):
-
-    def checked(text):
-        if least <= kind(text) < math.inf:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}; choose another")
-
-    return checked
+def output_folder(text):
+    return output_file(os.path.join(text, "results.json")).parent
 
 
-def device(text):
-    if text not in ["cpu", *["cuda"] * torch.cuda.is_available()]:
-        why = f"expected cpu, or cuda where there is a CUDA GPU, got {text}; choose one"
-        raise argparse.ArgumentTypeError(why)
-    return torch.device(text)
+def at_least(least, text, kind=int):
+    if least <= kind(text) < math.inf:
+        return kind(text)
+    raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}; choose another")
 
 
 def has_gpu(tool):
     if not torch.cuda.is_available():
-        where = "nothing was measured, run it on a machine that has one"
-        print(f"{tool}: expected a CUDA GPU, got none; {where}", file=sys.stderr)
+        print(
+            f"{tool}: expected a CUDA GPU, got none; run it on a machine that has one",
+            file=sys.stderr,
+        )
     return torch.cuda.is_available()
 
 
+# Name the commit of the working tree, with "+changes" where it differs, or "unknown".
+# The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere.
 def commit():
-    """Name the commit of the working tree, with "+changes" where it differs, or "unknown".
-
-    The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere.
-    """
-    if "FASTKL_COMMIT" in os.environ:
-        return os.environ["FASTKL_COMMIT"]
-    command = "git describe --always --abbrev=40 --exclude=* --dirty=+changes".split()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError:  # no git here
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+    command = "describe --always --abbrev=40 --exclude='*' --dirty=+changes"
+    status, found = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} {command}")
+    return os.environ.get("FASTKL_COMMIT", "unknown" if status else found)
 
 
 def version(package):
@@ -125,7 +117,9 @@ def origin(data):
     packages = {**data["versions"], **data.get("peers", {})}
     versions = ", ".join(f"{name} {of}" for name, of in packages.items() if isinstance(of, str))
     command, date, commit = data["command"].strip(), data["date"][:10], data["commit"][:10]
-    return f"`{command}`, {date}, {versions}, commit {commit}."
+    there = all((ROOT / "benchmarks" / f"{name}.py").exists() for name in MODULE.findall(command))
+    then = "" if there else " (at that commit)"
+    return f"`{command}`{then}, {date}, {versions}, commit {commit}."
 
 
 def markdown(head, rows):

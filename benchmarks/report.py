@@ -54,10 +54,9 @@ def accuracy_section():
 
 
 def linear_section():
-    data = read(RESULTS / "cpu/linear_accuracy.json")
-    records = [record for record in data["records"] if record["dtype"] == "bf16"]
+    records = read(RESULTS / "cpu/linear_accuracy.json")["records"]
+    records = [record for record in records if record["dtype"] == "bf16"]
     exact = "fastkl, logits_dtype=float32"
-    head = ["bfloat16 inputs, mean KL of", *(accuracy.power(record["kl"]) for record in records)]
     lines = [
         [words, *(accuracy.power(record["ways"][way][figure]) for record in records)]
         for words, way, figure in (
@@ -69,7 +68,8 @@ def linear_section():
             ("its gradient to the weight, itself bfloat16", exact, "weight"),
         )
     ]
-    return markdown(head, lines)
+    sizes = (accuracy.power(record["kl"]) for record in records)
+    return markdown(["bfloat16 inputs, mean KL of", *sizes], lines)
 
 
 def static_section():
@@ -79,20 +79,19 @@ def static_section():
 
 def kernels_table(data, names=None):
     first = {row["kernel"]: row for row in reversed(data["kernels"])}
-    lines = []
-    for row in data["kernels"] if names is None else [first[name] for name in names]:
-        cells = [row.get("reason", "").replace("|", "/"), *[""] * 5]
-        if "reason" not in row:
-            bound = row["upper_bound_of_peak_bandwidth"]
-            limit = "" if bound["limited_by"] == "bandwidth" else f" ({bound['limited_by']})"
-            cells = [KERNELS.get(row["kernel"], ""), f"{row['dtype']} {row['unit']}"]
-            cells += [row[k] for k in ("instructions_per_pair", "ex2_per_pair", "kernel_bytes")]
-            cells.append(f"{bound['percent']:g} %{limit}")
-        lines.append([row["kernel"].replace("_", r"\_"), *cells])
-    return markdown(
-        ["kernel", "computes", "per", "instructions", "exponentials", "bytes", "H200, at most"],
-        lines,
-    )
+    rows = data["kernels"] if names is None else map(first.get, names)
+    head = ["kernel", "computes", "per", "instructions", "exponentials", "bytes", "H200, at most"]
+    return markdown(head, map(_kernel_line, rows))
+
+
+def _kernel_line(row):
+    name, bound = row["kernel"].replace("_", r"\_"), row.get("upper_bound_of_peak_bandwidth")
+    if "reason" in row:
+        return [name, row["reason"].replace("|", "/"), *[""] * 5]
+    limit = "" if bound["limited_by"] == "bandwidth" else f" ({bound['limited_by']})"
+    counts = [row[k] for k in ("instructions_per_pair", "ex2_per_pair", "kernel_bytes")]
+    words = KERNELS.get(row["kernel"], ""), f"{row['dtype']} {row['unit']}"
+    return [name, *words, *counts, f"{bound['percent']:g} %{limit}"]
 
 
 def ways_table(data, names=None):
@@ -108,34 +107,32 @@ def ways_table(data, names=None):
 
 # The README's rows of speed: the workloads that most users have, and one where fastkl is behind.
 SPEED = ("kl_divergence dp", "token_stats", "linear loss", "linear logprob")
-OF_COPY = ("percent_of_copy", ", {:.0f} % of a copy")
-OF_PRODUCTS = ("ratio_to_floor", ", {:.2f} × the bare GEMMs")
+RATIOS = "the factor after another's time is that time over fastkl's: above 1, fastkl is faster"
 
 
 def speed_section(data):
-    lines = tables.summary_lines(data, ("main", "peers"), OF_COPY)
-    lines |= tables.summary_lines(data, ("linear",), OF_PRODUCTS)
+    of_copy = ("percent_of_copy", ", {:.0f} % of a copy")
+    of_products = ("ratio_to_floor", ", {:.2f} × the bare GEMMs")
+    lines = tables.summary_lines(data, ("main", "peers"), of_copy)
+    lines |= tables.summary_lines(data, ("linear",), of_products)
     words = (
         f"Forward and backward on one {gpu_name(data)}: {MAIN['rows']} tokens, a vocabulary of"
-        f" {MAIN['vocabulary']}, bfloat16; hidden states of {LINEAR_MAIN['hidden']}; n ×: fastkl is"
-        " so many times faster."
+        f" {MAIN['vocabulary']}, bfloat16; hidden states of {LINEAR_MAIN['hidden']}; {RATIOS}."
     )
     head = ["", "fastkl", "best other", "plain torch", tables.PEAKS]
     return words + "\n\n" + markdown(head, [lines[name] for name in SPEED if name in lines])
 
 
 def gpu_section(data):
-    hidden = f"from hidden states, H = {LINEAR_MAIN['hidden']}"
     of_copy, of_floor = ("percent_of_copy", ", {:.0f} %"), ("ratio_to_floor", ", {:.2f} ×")
+    titles = "fastkl, of a copy's bandwidth", "fastkl, × the bare matrix products"
+    hidden = f"from hidden states, H = {LINEAR_MAIN['hidden']}"
     parts = [
         f"Measured on one {gpu_name(data)}: {MAIN['rows']} tokens, a vocabulary of"
         f" {MAIN['vocabulary']}, bfloat16; median device time of forward and backward together;"
-        " n ×: fastkl is so many times faster. Every figure is on the"
-        " [page of results](../benchmarks/results/README.md).",
-        tables.summary(
-            data, ("main", "peers"), "from logits", "fastkl, of a copy's bandwidth", of_copy
-        ),
-        tables.summary(data, ("linear",), hidden, "fastkl, × the bare matrix products", of_floor),
+        f" {RATIOS}. Every figure is on the [page of results](../benchmarks/results/README.md).",
+        tables.summary(data, ("main", "peers"), "from logits", titles[0], of_copy),
+        tables.summary(data, ("linear",), hidden, titles[1], of_floor),
         tables.standing(data),
         origin(data),
     ]
@@ -156,8 +153,8 @@ SECTIONS = {
 }
 
 
+# Make the sections of a file anew; raises ValueError for a mark without its other half.
 def render(name, words):
-    """Make the sections of a file anew; raises ValueError for a mark without its other half."""
     for section, make in SECTIONS.items():
         start, end = f"<!-- {section} -->\n", f"\n<!-- /{section} -->"
         before, opened, rest = words.partition(start)
@@ -199,20 +196,15 @@ def results_page():
 def _accuracy_parts(data):
     titles = {"kl": "the KL", "gradient": "its gradient to the first logits"}
     parts = [f"### {titles[m]}, {dtype}\n\n{table}" for m, dtype, table in accuracy.tables(data)]
-    reasons = {
-        name: error["reason"].splitlines()[0]
-        for record in data["records"]
-        for name, error in record["errors"].items()
-        if "reason" in error
-    }
+    errors = [item for record in data["records"] for item in record["errors"].items()]
+    reasons = {name: error["reason"].splitlines()[0] for name, error in errors if "reason" in error}
     without = "; ".join(f"{name}: `{reason}`" for name, reason in reasons.items())
     return [*parts, *[f"Without figures: {without}."] * bool(reasons)]
 
 
 def _gpu_parts(path, data):
-    driver = data["gpu"].get("driver")
-    said = origin(data) + (f" Driver {driver}." if driver else "")
-    parts = [f"### {gpu_name(data)}", said, tables.standing(data)]
+    driver = " Driver {driver}.".format(**data["gpu"]) if data["gpu"].get("driver") else ""
+    parts = [f"### {gpu_name(data)}", origin(data) + driver, tables.standing(data)]
     for name, section in data["sections"].items():
         state = "ok" if section["status"] == "ok" else f"{RED} {text(section['status'])}"
         parts.append(f"#### {name}: {state}, {digits(section.get('seconds'))} s")
@@ -220,9 +212,8 @@ def _gpu_parts(path, data):
         copies = [row.get("copy", row).get("gb_per_s", row.get("copy_gb_per_s")) for row in rows]
         if copies := [float(copy) for copy in copies if copy]:
             parts.append(f"A copy moves {max(copies):.0f} GB/s, read and written.")
-        if section.get("summary"):
-            parts.append(f"`{section['summary'].strip('= ')}`")
-        parts.append(tables.timings(tables.rows_of(data, name)))
+        summary = section.get("summary", "").strip("= ")
+        parts += [f"`{summary}`" * bool(summary), tables.timings(tables.rows_of(data, name))]
     for axis in tables.growth(data):
         title = f"kl_divergence against {axis}"
         parts += [f"#### {title}", f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"]

@@ -4,6 +4,7 @@
     python -m benchmarks.static_costs --baseline    compared with benchmarks/static_baseline.json
     python -m benchmarks.static_costs --peers       public Triton kernels of others beside ours
     python -m benchmarks.static_costs --hash        digests: equal where two checkouts compile alike
+    ... --kernel NAME --arch sm_90 --dtype bf16     only a part of the plan
 
 compiles for each architecture, element type and alignment, and reads the machine code back
 (benchmarks/disassembly.py). It needs Triton and no GPU. "pair" is one vocabulary entry of both
@@ -33,6 +34,7 @@ loads, or a kernel that it lacks end with exit code 1. It holds for the Triton t
 --write-baseline renews it. Exits with 1 too, naming the kernel, where one does not compile.
 """
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -84,7 +86,6 @@ def measure(specialization, arch, dtype, aligned):
     Raises an error of any type where it does not compile, and ValueError where its machine code
     does not read as expected.
     """
-    found = dict(zip(CASE, (specialization.name, arch, dtype, aligned), strict=True))
     compiled = compile_kernel(specialization, arch)
     name, text, segment = compiled.metadata.name, machine_code(compiled), None
     if "amdgcn" in compiled.asm:
@@ -92,25 +93,22 @@ def measure(specialization, arch, dtype, aligned):
         registers, spill_bytes = disassembly.parse_amdgcn_resources(text)
     else:
         program = disassembly.parse_sass(text, name)
-        registers, spill_bytes = disassembly.parse_resources(
-            _of_cubin(compiled, "cuobjdump", "-res-usage")
-        )
+        usage = _of_cubin(compiled, "cuobjdump", "-res-usage")
+        registers, spill_bytes = disassembly.parse_resources(usage)
+        if specialization.segment:
+            segment = disassembly.segment_costs(program, *cut(specialization))
+    found = dict(zip(CASE, (specialization.name, arch, dtype, aligned), strict=True))
     found |= {**dict.fromkeys(FIGURES), "registers": registers, "spill_bytes": spill_bytes}
-    loop = disassembly.hot_loop(program)
-    if loop is None:
-        return found
-    if specialization.segment and "cubin" in compiled.asm:
-        segment = disassembly.segment_costs(program, *cut(specialization))
-        loop = segment.near
-    found["unrolled"] = _unroll_factor(loop, compiled)
-    pairs = specialization.pairs_per_thread * found["unrolled"]
-    found |= {
-        "instructions_per_pair": round(loop.instructions / pairs, 2),
-        "ex2_per_pair": round(loop.ex2 / pairs, 2),
-        "widest_load_bytes": loop.widest_load,
-        "narrow_loads": sum(loop.loads.values()) - loop.loads[loop.widest_load],
-        "fp32_per_pair": round(loop.fp32 / pairs, 2),
-    }
+    if loop := segment.near if segment else disassembly.hot_loop(program)[-1]:
+        found["unrolled"] = _unroll_factor(loop, compiled)
+        pairs = specialization.pairs_per_thread * found["unrolled"]
+        found |= {
+            "instructions_per_pair": round(loop.instructions / pairs, 2),
+            "ex2_per_pair": round(loop.ex2 / pairs, 2),
+            "widest_load_bytes": loop.widest_load,
+            "narrow_loads": sum(loop.loads.values()) - loop.loads[loop.widest_load],
+            "fp32_per_pair": round(loop.fp32 / pairs, 2),
+        }
     if segment:
         executed = segment.outside * 32 * specialization.num_warps
         threads = resident_threads(registers, specialization.num_warps)
@@ -123,28 +121,25 @@ def measure(specialization, arch, dtype, aligned):
     return found
 
 
+# Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of a row)
+# of a kernel of forward.
 def cut(specialization):
-    """Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of a
-    row) of a kernel of forward."""
     from benchmarks.compile_plan import VOCABULARY
     from fastkl.kernels.row_math import REANCHOR_GROWTH
 
     threads, segment = 32 * specialization.num_warps, specialization.segment
     tiles, edge = divmod(segment, threads * specialization.pairs_per_thread)
     # Tiles 1, 9, 73, …: the n-th is a sum of n powers of 8.
-    anchors = sum(
-        REANCHOR_GROWTH.value**n <= tiles * (REANCHOR_GROWTH.value - 1) + 1 for n in range(1, 64)
-    )
+    growth = REANCHOR_GROWTH.value
+    anchors = sum(growth**n <= tiles * (growth - 1) + 1 for n in range(1, 64))
     passes = math.ceil(edge / (threads * specialization.constexprs["LANES"]))
     return anchors, passes, math.ceil(VOCABULARY / segment)
 
 
+# Return the threads on an SM of compute capability 8.0, 9.0 or 10.0.
+# Each of its four quarters has 16384 registers, given to a warp 256 at a time; an SM holds 64
+# warps and 32 programs.
 def resident_threads(registers, warps):
-    """Return the threads on an SM of compute capability 8.0, 9.0 or 10.0.
-
-    Each of its four quarters has 16384 registers, given to a warp 256 at a time; an SM holds 64
-    warps and 32 programs.
-    """
     resident = 4 * (16384 // (math.ceil(32 * registers / 256) * 256))
     return 32 * warps * min(min(resident, 64) // warps, 32)
 
@@ -155,13 +150,11 @@ IR_LOAD = re.compile(
 )
 
 
+# Return the bytes that a thread loads in an iteration of the loop over the vocabulary as written,
+# from Triton's own representation; None where no loop loads.
+# Of several loops it is the one that loads most outside the loops inside it. A load that a loop
+# repeats counts once, as it lies in registers.
 def source_loop_bytes(ttgir, threads):
-    """Return the bytes that a thread loads in an iteration of the loop over the vocabulary as
-    written, from Triton's own representation; None where no loop loads.
-
-    Of several loops it is the one that loads most outside the loops inside it. A load that a loop
-    repeats counts once, as it lies in registers.
-    """
     # Each loop that is open: [depth, bytes of its own loads, bytes with the loops inside it].
     depth, open_loops, finished, known = 0, [], [(0, 0, 0)], set()
     for line in ttgir.splitlines():
@@ -180,12 +173,10 @@ def source_loop_bytes(ttgir, threads):
     return max(finished, key=lambda loop: loop[1])[2] or None
 
 
+# Return how many iterations of the loop as written the compiler put into one.
+# Compilers unroll short loops unasked. The bytes loaded tell: a fifth of slack allows for what is
+# loaded in another way than by a plain load (one number for all threads, say).
 def _unroll_factor(loop, compiled):
-    """Return how many iterations of the loop as written the compiler put into one.
-
-    Compilers unroll short loops unasked. The bytes loaded tell: a fifth of slack allows for what is
-    loaded in another way than by a plain load (one number for all threads, say).
-    """
     threads = compiled.metadata.num_warps * (64 if "amdgcn" in compiled.asm else 32)
     written = source_loop_bytes(compiled.asm["ttgir"], threads)
     ratio = loop.loaded / written if written else 0.0
@@ -195,35 +186,27 @@ def _unroll_factor(loop, compiled):
     return factor
 
 
+# Compile for an architecture that this machine need not have. Nothing is cached.
 def compile_kernel(specialization, arch):
-    """Compile for an architecture that this machine need not have. Nothing is cached."""
-    cuda = arch.startswith("sm_")
+    cuda, s = arch.startswith("sm_"), specialization
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
-    parts = (specialization.signature, specialization.constexprs, specialization.attrs)
-    options = {"num_warps": specialization.num_warps, **specialization.options}
+    source = ASTSource(s.kernel, s.signature, s.constexprs, s.attrs)
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
-        return triton.compile(
-            ASTSource(specialization.kernel, *parts), target=target, options=options
-        )
+        return triton.compile(source, target, {"num_warps": s.num_warps, **s.options})
 
 
 def machine_code(compiled):
-    """Return the text of the machine code; without data flow, half of nvdisasm's time."""
-    amd = compiled.asm.get("amdgcn")
-    return amd if amd else _of_cubin(compiled, "nvdisasm", "-c", "-ndf")
+    # Without data flow, half of nvdisasm's time.
+    return compiled.asm.get("amdgcn") or _of_cubin(compiled, "nvdisasm", "-c", "-ndf")
 
 
 def _of_cubin(compiled, tool, *arguments):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        done = subprocess.run(
-            [NVIDIA_TOOLS / tool, *arguments, cubin], capture_output=True, text=True, timeout=60
-        )
-    if done.returncode:
-        raise ValueError(f"{tool} failed: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout + done.stderr
+        command = [NVIDIA_TOOLS / tool, *arguments, cubin]
+        return subprocess.check_output(command, stderr=subprocess.STDOUT, text=True, timeout=60)
 
 
 def digest(specialization, arch):
@@ -238,25 +221,24 @@ def digest(specialization, arch):
 # All kernels
 
 
-def cases(plan, architectures=ARCHITECTURES, dtypes=DTYPES):
+def cases(plan, architectures=ARCHITECTURES, dtypes=DTYPES, kernel=""):
     for arch, dtype, aligned in itertools.product(architectures, dtypes, (True, False)):
         for specialization in plan(dtype, aligned, arch):
-            yield specialization, arch, dtype, aligned
+            if kernel in specialization.name:
+                yield specialization, arch, dtype, aligned
 
 
+# Return {"records", "errors": messages} of some `cases`.
+# The same compilation aligned and misaligned is measured once.
 def collect(chosen):
-    """Return {"records", "errors": messages} of some `cases`.
-
-    The same compilation aligned and misaligned is measured once.
-    """
     records, errors, known = [], [], {}
     for specialization, *case in chosen:
         key = (*case[:2], repr(specialization))
         found = dict(zip(CASE, (specialization.name, *case), strict=True))
         try:
             known[key] = known.get(key) or measure(specialization, *case)
-            found = {**known[key], **found}
-            records.append({**found, "upper_bound_of_peak_bandwidth": roofline.upper_bound(found)})
+            bound = roofline.upper_bound(known[key])
+            records.append({**known[key], **found, "upper_bound_of_peak_bandwidth": bound})
         except Exception as error:  # of any type: the other kernels must not get lost
             errors.append(f"{case_of(found)}: {type(error).__name__}: {error}")
     return {"records": records, "errors": errors}
@@ -280,57 +262,47 @@ def case_of(record):
 def read_baseline(path):
     try:
         data = json.loads(Path(path).read_text())
-        {case_of(record): [record[key] for key in SLACKS] for record in data["records"]}
-        data["versions"]["triton"]
+        compare(data["records"], data)
+        return {"triton": data["versions"]["triton"], "records": data["records"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--baseline: expected a file that --write-baseline wrote, got {path} "
+        raise argparse.ArgumentTypeError(
+            f"expected a file that --write-baseline wrote, got {path} "
             f"({type(error).__name__}: {error}); remedy: --write-baseline {path}"
         ) from None
-    return data
 
 
-def _worse(key, now, before):
-    if now is None or before is None:
-        return now is None
-    limit = before * (1 + SLACKS[key])
-    return now < before if key == "widest_load_bytes" else now > limit
-
-
+# Return (regressions, other changes), a sentence each, against the baseline's records.
+# Only the architectures and element types in `records` are expected to be there.
 def compare(records, baseline):
-    """Return (regressions, other changes), a sentence each, against the baseline's records.
-
-    Only the architectures and element types in `records` are expected to be there.
-    """
-    measured = {(record["arch"], record["dtype"]) for record in records}
-    now = {case_of(record): record for record in records}
-    before = {
-        case_of(record): record
-        for record in baseline["records"]
-        if (record["arch"], record["dtype"]) in measured
-    }
+    now, before = ({case_of(r): r for r in rows} for rows in (records, baseline["records"]))
     regressions = [f"{case}: not in the baseline" for case in now if case not in before]
-    changes = [f"{case}: in the baseline only" for case in before if case not in now]
+    measured = {(record["arch"], record["dtype"]) for record in records}
+    changes = [
+        f"{case}: in the baseline only"
+        for case, record in before.items()
+        if case not in now and (record["arch"], record["dtype"]) in measured
+    ]
     for case, key in itertools.product(now.keys() & before.keys(), SLACKS):
         new, old = now[case][key], before[case][key]
         share = "" if new is None or not old else f" ({100 * (new / old - 1):+.1f} %)"
         if new != old:
+            worse = new is None
+            if old is not None and new is not None:
+                worse = new < old if key == "widest_load_bytes" else new > old * (1 + SLACKS[key])
             sentence = f"{case}: {key} {old} -> {new}{share}"
-            (regressions if _worse(key, new, old) else changes).append(sentence)
+            (regressions if worse else changes).append(sentence)
     return sorted(regressions), sorted(changes)
 
 
-def judge(records, path):
-    """Compare with the baseline at `path` and prints every change; returns it for the JSON."""
-    baseline = read_baseline(path)
-    here, there = triton.__version__, baseline["versions"]["triton"]
+# Compare with a baseline and print every change; returns it for the JSON.
+def judge(records, baseline):
+    here, there = triton.__version__, baseline["triton"]
     regressions, changes = compare(records, baseline) if here == there else ([], [])
     sys.stdout.writelines(f"changed: {line}\n" for line in changes)
     sys.stderr.writelines(f"regression: {line}\n" for line in regressions)
     verdict = f"{len(regressions)} regressions, {len(changes)} other changes"
-    if here != there:
-        verdict = f"holds for Triton {there}, this is {here}: nothing compared"
-    print(f"baseline: {verdict}; --write-baseline renews it where a change is meant")
+    verdict = verdict if here == there else f"nothing compared, this is {here}"
+    print(f"baseline of Triton {there}: {verdict}; --write-baseline renews it")
     found = {"triton": there, "compared": here == there}
     return {**found, "regressions": regressions, "changes": changes}
 
@@ -343,20 +315,18 @@ def parse(argv):
     for name, choices in (("arch", ARCHITECTURES), ("dtype", DTYPES)):
         text = f"only this {name} (may be given again)"
         parser.add_argument(f"--{name}", action="append", choices=choices, help=text)
-    file = {"nargs": "?", "const": BASELINE, "metavar": "FILE"}
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--baseline", type=Path, **file, help=f"compare with FILE ({BASELINE.name})")
+    only = "only kernels whose name has NAME in it"
+    parser.add_argument("--kernel", default="", metavar="NAME", help=only)
+    file = {"nargs": "?", "const": str(BASELINE), "metavar": "FILE"}
+    mode, text = parser.add_mutually_exclusive_group(), f"compare with FILE ({BASELINE.name})"
+    mode.add_argument("--baseline", type=read_baseline, **file, help=text)
     mode.add_argument("--write-baseline", type=output_file, **file, help="write such a FILE")
     mode.add_argument("--peers", action="store_true", help="kernels of others beside ours, sm_90")
     mode.add_argument("--hash", action="store_true", help="a digest of each kernel's machine code")
     arguments = parser.parse_args(argv)
     whole = "--write-baseline" * bool(arguments.write_baseline) or "--peers" * arguments.peers
-    if whole and (arguments.arch or arguments.dtype):
-        parser.error(f"{whole}: expected the whole plan, got --arch or --dtype; leave it out")
-    try:
-        arguments.baseline and read_baseline(arguments.baseline)  # before minutes of compiling
-    except ValueError as error:
-        parser.error(str(error))
+    if whole and (arguments.arch or arguments.dtype or arguments.kernel):
+        parser.error(f"{whole}: expected the whole plan, got only a part; leave out which")
     return arguments
 
 
@@ -365,7 +335,8 @@ def main(argv=None):
 
     arguments = parse(argv)
     data = {**provenance("static_costs", argv), "model": roofline.MODEL}
-    chosen = list(cases(plan, arguments.arch or ARCHITECTURES, arguments.dtype or DTYPES))
+    parts = (arguments.arch or ARCHITECTURES, arguments.dtype or DTYPES, arguments.kernel)
+    chosen = list(cases(plan, *parts))
     if arguments.hash:
         for case in chosen:
             print(digest(*case[:2]), case[0].name, *case[1:], flush=True)
@@ -378,13 +349,13 @@ def main(argv=None):
     else:
         data |= collect(chosen)
     print(table(data["kernels" if arguments.peers else "records"]))
-    if arguments.baseline:
-        data["baseline"] = judge(data["records"], arguments.baseline)
+    if baseline := arguments.baseline:
+        asked = [found for found in baseline["records"] if arguments.kernel in found["kernel"]]
+        data["baseline"] = judge(data["records"], {**baseline, "records": asked})
     if arguments.write_baseline and not data["errors"]:
-        keys = (*CASE, *SLACKS)
-        data["records"].sort(key=case_of)
-        kept = {"records": [{key: found[key] for key in keys} for found in data["records"]]}
-        write_json(arguments.write_baseline, {**provenance("static_costs", argv), **kept})
+        records = sorted(data["records"], key=case_of)
+        kept = [{key: found[key] for key in (*CASE, *SLACKS)} for found in records]
+        write_json(arguments.write_baseline, {**provenance("static_costs", argv), "records": kept})
     write_json(arguments.json, data)
     for error in data["errors"]:
         print(f"error: {error}", file=sys.stderr)

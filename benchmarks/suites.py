@@ -1,7 +1,6 @@
-"""List the sections of speed.py, cases with providers or commands, in their order on a GPU."""
+"""List the sections of speed.py, cases with providers, in their order on a GPU."""
 
-import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.cases import OUTPUTS, Workload
 from benchmarks.linear_cases import FLOOR, LinearWorkload
@@ -10,24 +9,11 @@ from benchmarks.providers import LOADERS
 from benchmarks.work import PRODUCTS
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """Hold cases, the most important first, and the providers that are measured at them."""
 
     workloads: tuple
     providers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Command:
-    """Hold a command with a time limit; {folder} and {stamp} in it name the results."""
-
-    command: tuple[str, ...]
-    seconds: float
-
-
-def _module(*arguments):
-    return (sys.executable, "-m", *arguments)
 
 
 def _sizes(**sizes):
@@ -85,21 +71,9 @@ FROM_LOGITS = tuple(name for name in LOADERS if name != COMPILED)
 FROM_HIDDEN = ("fastkl", "torch", "fastkl, logits kept", "torch chunked", *LINEAR_PEERS)
 EVERYBODY = tuple(dict.fromkeys((*FROM_LOGITS, *FROM_HIDDEN)))
 
-SMOKE_CHECK = ("benchmarks.speed", "--check", "--suite", "smoke", "--providers", "fastkl")
-SANITIZER = ("compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9", "--tool")
-TESTS = ("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests")
-TUNE_JSON, ACCURACY_JSON = "{folder}/{stamp}-tune.json", "{folder}/{stamp}-accuracy.json"
-
-# In the order of importance with a GPU at hand: right before fast, the main shape before others.
+# In the order of importance with a GPU at hand: the main shape before others.
 SUITES = {
-    "tests": Command(_module(*TESTS), 300),
     "main": Section(MAIN, ("fastkl", "torch", COMPILED)),
-    "tune": Command(
-        _module(
-            "benchmarks.tune", "--direction", "forward", "--dtype", "bf16", "--json", TUNE_JSON
-        ),
-        240,
-    ),
     "fused": Section(
         (Workload("mean_kl"), Workload("mean_kl", rows=64), Workload("mean_kl", rows=8)),
         ("fastkl, one launch", "fastkl"),
@@ -116,12 +90,6 @@ SUITES = {
         (FLOOR, "fastkl"),
     ),
     "scaling": Section(SCALING, ("fastkl", "torch")),
-    "accuracy": Command(
-        _module("benchmarks.accuracy", "--device", "cuda", "--json", ACCURACY_JSON), 120
-    ),
-    "doctor": Command(_module("fastkl", "doctor", "--device", "cuda"), 150),
-    "memcheck": Command((*SANITIZER, "memcheck", *_module(*SMOKE_CHECK)), 180),
-    "racecheck": Command((*SANITIZER, "racecheck", *_module(*SMOKE_CHECK)), 180),
     "smoke": Section(SMOKE, EVERYBODY),
 }
 # Of tests and `make bench`: tiny shapes of everything, to check and not to time.

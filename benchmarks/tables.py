@@ -12,13 +12,12 @@ import re
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks import cases, record
-from benchmarks.linear_cases import FLOOR, LinearWorkload
+from benchmarks import cases, linear_cases, record
 
 OURS, PLAIN = "fastkl", "torch"
 # This package too: where there is memory for all logits, and where the GPU was found fit for it.
 ALSO_OURS = ("fastkl, through logits", "fastkl, one launch")
-MAIN, LINEAR_MAIN = cases.Workload().as_dict(), LinearWorkload().as_dict()
+MAIN, LINEAR_MAIN = cases.Workload().as_dict(), linear_cases.LinearWorkload().as_dict()
 TIMED = ("main", "peers", "fused", "sweep", "scaling", "linear", "linear_sweep")
 # Operations with a gradient to the first logits only: their names go without it.
 ONE_GRADIENT = ("token_stats", "logprob", "logprob_entropy", "entropy")
@@ -36,12 +35,10 @@ def read(path):
         ) from None
 
 
+# Find [(path, data)]: of every GPU the newest file in which the main shape was timed.
+# The newest of them comes first, of one day an H200's.
 def gpu_results(folder):
-    """Find [(path, data)]: of every GPU the newest file in which the main shape was timed.
-
-    The newest of them comes first, of one day an H200's.
-    """
-    files = [(path, read(path)) for path in sorted(folder.glob("*/*.json"))]
+    files = [(path, read(path)) for path in folder.glob("*/*.json")]
     # Other files lie there too: of tune, of accuracy.
     found = [file for file in files if any(map(timed, rows_of(file[1], "main")))]
     found.sort(key=lambda file: file[1]["date"])
@@ -58,13 +55,14 @@ def rows_of(data, section):
     return [row for row in rows if "workload" in row]
 
 
+# Name a workload the same in every table: the operation, and a shape that is not the main.
 def label(workload):
-    """Name a workload the same in every table: the operation, and a shape that is not the main."""
-    linear = "mode" in workload
-    main = LINEAR_MAIN if linear else MAIN
-    parts = [f"linear {workload['mode']}" if linear else workload["operation"]]
-    if not linear and not (workload["operation"] in ONE_GRADIENT and workload["wrt"] == "p"):
-        parts[0] += f" d{workload['wrt']}"
+    if "mode" in workload:
+        main, parts = LINEAR_MAIN, [f"linear {workload['mode']}"]
+    else:
+        main, parts = MAIN, [f"{workload['operation']} d{workload['wrt']}"]
+        if workload["operation"] in ONE_GRADIENT:
+            parts[0] = parts[0].removesuffix(" dp")
     sizes = [size for size in ("rows", "hidden", "vocabulary") if size in workload]
     if any(workload[size] != main[size] for size in sizes):
         parts.append(" × ".join(str(workload[size]) for size in sizes))
@@ -72,13 +70,15 @@ def label(workload):
     return ", ".join(parts + [workload[k] for k in kinds if workload.get(k) != main.get(k)])
 
 
+# Return {label: {provider: row}}; of two sections the first row that has times.
 def by_workload(data, sections=TIMED):
-    """Return {label: {provider: row}}; of two sections the first row that has times."""
     found = {}
     for row in (row for section in sections for row in rows_of(data, section)):
         rows, provider = found.setdefault(label(row["workload"]), {}), row["provider"]
-        if provider != FLOOR and (
-            provider not in rows or (timed(row) and not timed(rows[provider]))
+        if (
+            provider != linear_cases.FLOOR
+            and not timed(rows.get(provider))
+            and (timed(row) or provider not in rows)
         ):
             rows[provider] = row
     return found
@@ -117,8 +117,8 @@ def number(value):
     return float(value) if value is not None and math.isfinite(float(value)) else None
 
 
+# Write a number with so many digits, and never in powers of ten; a dash for none.
 def digits(value, count=3):
-    """Write a number with so many digits, and never in powers of ten; a dash for none."""
     value = number(value)
     if value is None:
         return NONE
@@ -137,15 +137,15 @@ def amount(value):
     return NONE if value is None else f"{value:.0f} B"
 
 
+# Write the first line of somebody else's words as it may stand in a table.
 def text(words, length=200):
-    """Write the first line of somebody else's words as it may stand in a table."""
     line = (str(words).strip().splitlines() or [""])[0]
     line = line if len(line) <= length else line[: length - 1] + "…"
     return re.sub(r"([\\|*_`])", r"\\\1", line).replace("<", "&lt;")
 
 
+# Write the reason for having no time, or an error of the gate, in its place.
 def why(row):
-    """Write the reason for having no time, or an error of the gate, in its place."""
     if not row:
         return NONE
     reason = text(row.get("reason"))
@@ -170,11 +170,9 @@ def summary(data, sections, what, title, share):
     )
 
 
+# Return a line per workload at the main shape, by name: fastkl, the best other, plain torch.
+# share: the key and the format of a figure beside our time.
 def summary_lines(data, sections, share):
-    """Return a line per workload at the main shape, by name: fastkl, the best other, plain torch.
-
-    share: the key and the format of a figure beside our time.
-    """
     lines = {}
     for name, rows in by_workload(data, sections).items():
         if "," in name:
@@ -235,26 +233,25 @@ def line(row):
 AXES = {"rows": ("vocabulary", 128256), "vocabulary": ("rows", 4096)}
 
 
+# Return {axis: table by size} of kl_divergence in section "scaling".
+# Columns: (figure, provider), of time and wall in milliseconds, on the device and of one call
+# alone on the clock, and of memory in GB.
 def growth(data):
-    """Return {axis: table by size} of kl_divergence in section "scaling".
-
-    Columns: (figure, provider), of time and wall in milliseconds, on the device and of one call
-    alone on the clock, and of memory in GB.
-    """
-    found = {}
-    for axis, (other, size) in AXES.items():
-        lines = [
-            {
-                **{axis: row["workload"][axis], "provider": row["provider"]},
-                **{"time": timed(row)["both"], "wall": row["times"]["both"].get("wall_ms")},
+    rows = [
+        {
+            **row["workload"],
+            **{"provider": row["provider"], "time": timed(row)["both"]},
+            **{
+                "wall": row["times"]["both"]["wall_ms"],
                 "memory": row["memory"]["peak_bytes"] / 1e9,
-            }
-            for row in rows_of(data, "scaling")
-            if "both" in timed(row) and row["workload"][other] == size
-        ]
-        if lines:
-            found[axis] = pd.DataFrame(lines).pivot(index=axis, columns="provider")
-    return found
+            },
+        }
+        for row in rows_of(data, "scaling")
+        if "both" in timed(row)
+    ]
+    found = {axis: [row for row in rows if row[k] == size] for axis, (k, size) in AXES.items()}
+    columns = {"columns": "provider", "values": ["time", "wall", "memory"]}
+    return {a: pd.DataFrame(lines).pivot(index=a, **columns) for a, lines in found.items() if lines}
 
 
 def picture(table, name):

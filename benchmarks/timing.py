@@ -22,7 +22,6 @@ import timeit
 import torch
 
 from benchmarks import cases, linear_cases
-from benchmarks.linear_cases import FLOOR
 from benchmarks.work import NotOfferedError, gradients
 
 COPY_BYTES = 2**32  # of the copied tensor: far larger than any L2
@@ -41,12 +40,10 @@ KINDS = {
 }
 
 
+# Return a row of the results.
+# status is "ok", or without figures "missing" (not here, or not this size), "not offered" (no
+# such operation), "wrong" (failed the gate) or "failed" (raised), with the reason.
 def row_of(workload, provider, status, reason, **figures):
-    """Return a row of the results.
-
-    status is "ok", or without figures "missing" (not here, or not this size), "not offered" (no
-    such operation), "wrong" (failed the gate) or "failed" (raised), with the reason.
-    """
     return {
         "workload": workload.as_dict(),
         "provider": provider,
@@ -57,8 +54,8 @@ def row_of(workload, provider, status, reason, **figures):
     }
 
 
+# Measure one provider at one workload; copy: GB/s of a copy here, None to check only.
 def measure(provider, workload, device, copy=None):
-    """Measure one provider at one workload; copy: GB/s of a copy here, None to check only."""
     named, note = (workload, provider.name), provider.note(workload.operation)
     if missing := provider.why_not(workload.operation):
         return row_of(*named, "missing" if provider.missing else "not offered", missing)
@@ -112,37 +109,37 @@ def _figures(work, workload, device, copy):
     }
 
 
+# Measure the bare cuBLAS products: the fastest chunk size; "tried" has the median of each.
 def measure_floor(workload, device, copy):
-    """Measure the bare cuBLAS products: the fastest chunk size; "tried" has the median of each."""
     sets = _inputs(workload, device, linear_cases.make_linear_inputs, copy)
-    tried, (phase,) = [], workload.phases
+    tried, (phase,) = {}, workload.phases
     for chunk in {min(chunk, workload.rows) for chunk in FLOOR_CHUNKS}:
         with contextlib.suppress(torch.OutOfMemoryError):  # fewer tokens at a time fit
             run = linear_cases.bare_products(workload, sets[0], chunk)
-            tried.append({**timed(run, sets), "chunk": chunk})
+            tried[str(chunk)] = {**timed(run, sets), "chunk": chunk}
     if not tried:
-        return row_of(workload, FLOOR, "failed", "OutOfMemoryError with every chunk size")
-    best = min(tried, key=lambda figures: figures["median_ms"])
+        return row_of(
+            workload, linear_cases.FLOOR, "failed", "OutOfMemoryError with every chunk size"
+        )
+    best = min(tried.values(), key=lambda figures: figures["median_ms"])
     best |= workload.rates(phase, best["median_ms"], copy)
-    times = {phase: {**best, "tried": {str(one["chunk"]): one["median_ms"] for one in tried}}}
+    times = {phase: {**best, "tried": {size: one["median_ms"] for size, one in tried.items()}}}
     note = f"{linear_cases.PRODUCTS[workload.mode]} products into 16-bit buffers, and nothing else"
-    return row_of(workload, FLOOR, "ok", None, note=note, times=times)
+    return row_of(workload, linear_cases.FLOOR, "ok", None, note=note, times=times)
 
 
+# Make random inputs, for timing in as many sets as it takes to exceed the L2 cache.
 def _inputs(workload, device, make, copy):
-    """Make random inputs, for timing in as many sets as it takes to exceed the L2 cache."""
-    cache = 0
-    if copy:
-        cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 2**26)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if copy else 1
     count = math.ceil(ROTATE_OVER * cache / workload.moved_bytes("forward"))
-    return [make(workload, device, seed) for seed in range(min(max(count, 1), MOST_SETS))]
+    return [make(workload, device, seed) for seed in range(min(count, MOST_SETS))]
 
 
 # Time
 
 
+# Time run(inputs), each time with the next of the sets; milliseconds of device time.
 def timed(run, sets):
-    """Time run(inputs), each time with the next of the sets; milliseconds of device time."""
     from triton.testing import do_bench
 
     turns = itertools.cycle(sets)
@@ -150,11 +147,9 @@ def timed(run, sets):
     return _median(do_bench(lambda: run(next(turns)), **options), timed_by="events")
 
 
+# Replace the figures of a short run by a graph's, or adds the reason why there is none.
+# "by_events_ms" keeps the median of the events. Never raises: a measured figure is not lost.
 def by_graph(figures, run, sets):
-    """Replace the figures of a short run by a graph's, or adds the reason why there is none.
-
-    "by_events_ms" keeps the median of the events. Never raises: a measured figure is not lost.
-    """
     from triton.testing import do_bench_cudagraph
 
     if figures["median_ms"] >= GRAPH_BELOW_MS:
@@ -180,30 +175,22 @@ def _median(times, **others):
 
 def wall_time(run, sets):
     turns = itertools.cycle(sets)
-
-    def call():
-        run(next(turns))
-        torch.cuda.synchronize()
-
     torch.cuda.synchronize()
-    return 1e3 * statistics.median(timeit.repeat(call, number=1, repeat=5))
+    calls = timeit.repeat(lambda: (run(next(turns)), torch.cuda.synchronize()), number=1, repeat=5)
+    return 1e3 * statistics.median(calls)
 
 
 def copy_bandwidth(device):
-    numbers = {"dtype": torch.int32, "device": device}
-    source = torch.randint(-(2**31), 2**31 - 1, (COPY_BYTES // 4,), **numbers)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / timed(target.copy_, [source])["median_ms"] / 1e6
+    source = torch.randint(2**31 - 1, (COPY_BYTES // 4,), dtype=torch.int32, device=device)
+    return 2 * source.nbytes / timed(torch.empty_like(source).copy_, [source])["median_ms"] / 1e6
 
 
 # Memory
 
 
+# Return the most that is allocated at once beside the inputs, gradients included.
+# held_bytes: allocated between forward and backward, outputs excluded.
 def _memory(forward, inputs):
-    """Return the most that is allocated at once beside the inputs, gradients included.
-
-    held_bytes: allocated between forward and backward, outputs excluded.
-    """
     release()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -214,22 +201,19 @@ def _memory(forward, inputs):
     return {"peak_bytes": peak, "held_bytes": held, "gradient_bytes": returned}
 
 
+# Give back memory without references: the next measurement starts from the same state.
 def release():
-    """Give back memory without references: the next measurement starts from the same state."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
+# Say why nothing more can be measured in this process; None while its CUDA context works.
+# A kernel's illegal access makes every later call fail, and a capture that broke off keeps the
+# allocator from giving memory back.
 def context_fault():
-    """Say why nothing more can be measured in this process; None while its CUDA context works.
-
-    A kernel's illegal access makes every later call fail, and a capture that broke off keeps the
-    allocator from giving memory back.
-    """
     try:
         release()
     except Exception as error:  # whatever it is: this process is at its end
         return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    return None

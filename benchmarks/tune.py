@@ -15,19 +15,21 @@ Exit code 0: an entry was printed; 1: no candidate passed; 2: no CUDA GPU here, 
 import dataclasses
 import functools
 import itertools
-import json
 import pprint
 import statistics
-import subprocess
 import sys
+from concurrent.futures import TimeoutError
 
 import torch
 
 import fastkl
 from benchmarks.cases import DTYPES
-from benchmarks.record import ROOT, command_line, has_gpu, provenance, write_json
+from benchmarks.processes import Child
+from benchmarks.record import command_line, has_gpu, provenance, write_json
+from fastkl import testing
 from fastkl.kernels import config
 
+CHILD = Child
 DEVICE = "cuda"
 # Launches decide the time of few rows, memory bandwidth that of many.
 ROWS = (64, 8192)
@@ -42,12 +44,10 @@ FINALISTS = 5
 NOISE = 0.01
 
 
+# Return the present configuration, then the others of the grid.
+# A program of forward and of fused keeps its threads, one warp. A segment is a multiple of the
+# elements that its threads hold at once.
 def candidates(direction, present, itemsize, vocabulary):
-    """Return the present configuration, then the others of the grid.
-
-    A program of forward and of fused keeps its threads, one warp. A segment is a multiple of the
-    elements that its threads hold at once.
-    """
     longest = min(SEGMENTS[direction], 1 << (vocabulary - 1).bit_length())
     threads = (128, 256, 512) if direction == "backward" else (present.threads,)
     grid = itertools.product(threads, (1, 2), (longest, longest // 2, longest // 4), (None, 128))
@@ -59,8 +59,7 @@ def candidates(direction, present, itemsize, vocabulary):
 def logits(rows, vocabulary, dtype):
     options = dict(generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
     p, q = (torch.randn(rows, vocabulary, dtype=DTYPES[dtype], **options) for _ in range(2))
-    p *= 3
-    return p, q.add_(p), torch.randint(vocabulary - 1, (rows,), **options)
+    return p.mul_(3), q.add_(p), torch.randint(vocabulary - 1, (rows,), **options)
 
 
 def operations(direction, p, q, tokens):
@@ -91,8 +90,8 @@ def results(*problem):
     return {f"{name} [{i}]": x for name, call in calls.items() for i, x in enumerate(call())}
 
 
+# Raise AssertionError if a result is off, or a row's bits depend on the rows beside it.
 def check(direction, dtype, vocabulary):
-    """Raise AssertionError if a result is off, or a row's bits depend on the rows beside it."""
     *whole, tokens = logits(CHECKED_ROWS, vocabulary, dtype)
     for start in (0, 1):  # aligned and misaligned rows
         p, q = (x[:, start:] for x in whole)
@@ -100,13 +99,11 @@ def check(direction, dtype, vocabulary):
         with fastkl.use_backend("reference"):
             exact = results(direction, p.double(), q.double(), tokens)
         for name, one in found.items():
-            error = ((one.double() - exact[name]).norm(dim=-1) / exact[name].norm(dim=-1)).max()
-            limit = LIMITS[one.dtype]
-            assert error <= limit, f"{name}: error {error:.1e}, above {limit}"
+            testing.assert_gradient(one, exact[name], name, LIMITS[one.dtype])
         for rows in (slice(2, 3), slice(1, None)):
             for name, one in results(direction, p[rows], q[rows], tokens[rows]).items():
-                same = torch.equal(one, found[name][rows])
-                assert same, f"{name}: the bits of a row depend on the rows beside it"
+                # A row does not depend on the rows beside it.
+                testing.assert_same_bits(one, found[name][rows], f"{name} of {rows}")
 
 
 def measure(direction, dtype, vocabulary, chosen):
@@ -123,25 +120,17 @@ def measure(direction, dtype, vocabulary, chosen):
         }
 
 
+# Return a trial: the configuration with its times, or with the reason why it is refused.
+# It runs in a process of its own, is printed, added to the record, and written with it.
 def attempt(arguments, chosen, record):
-    """Return a trial: the configuration with its times, or with the reason why it is refused.
-
-    It runs in a process of its own, is printed, added to the record, and written with it.
-    """
-    options = dict(vars(arguments), json=None, candidate=None)
-    command = [
-        *(sys.executable, "-m", "benchmarks.tune"),
-        *(f"--{name}={value}" for name, value in options.items() if value is not None),
-        *("--candidate", *(str(getattr(chosen, name) or 0) for name in FIELDS)),
-    ]
-    how = {"capture_output": True, "text": True, "check": True, "cwd": ROOT}
-    try:
-        done = subprocess.run(command, timeout=SECONDS, **how)
-        outcome = {"times": json.loads(done.stdout.splitlines()[-1])}
-    except subprocess.TimeoutExpired:
-        outcome = {"refused": f"no answer in {SECONDS} s"}
-    except subprocess.CalledProcessError as error:
-        outcome = {"refused": [f"exit code {error.returncode}", *error.stderr.splitlines()][-1]}
+    problem = (arguments.direction, arguments.dtype, arguments.vocabulary)
+    with CHILD() as child:
+        try:
+            outcome = {"times": child.call(SECONDS, measure, *problem, chosen)}
+        except TimeoutError:
+            outcome = {"refused": f"no answer in {SECONDS} s"}
+        except (Exception, SystemExit) as error:
+            outcome = {"refused": f"{type(error).__name__}: {error}"}
     trial = {**dataclasses.asdict(chosen), **outcome}
     record["trials"].append(trial)
     print(" ", [trial[name] for name in FIELDS], outcome, flush=True)
@@ -159,9 +148,6 @@ def parsed(argv):
     add("--direction", choices=SEGMENTS, required=True, help="the kernel to tune")
     add("--dtype", choices=("bf16", "fp32"), required=True, help="an entry is for its size")
     add("--vocabulary", type=int, default=128256, metavar="V", help="length of a row")
-    names = ("THREADS", "GROUPS", "SEGMENT", "REGISTERS")
-    only = "check and time this one only (0 registers: no limit); print its times as JSON"
-    add("--candidate", type=int, nargs=4, metavar=names, help=only)
     found = parser.parse_args(argv)
     if found.vocabulary < 256 or (found.direction == "fused" and found.vocabulary % 8):
         least = "at least 256, and of fused a multiple of 8"
@@ -174,10 +160,6 @@ def main(argv=None):
     direction, dtype, vocabulary = arguments.direction, arguments.dtype, arguments.vocabulary
     if not has_gpu("tune"):
         return 2
-    if arguments.candidate:
-        chosen = config.RowConfig(*arguments.candidate[:3], "", arguments.candidate[3] or None)
-        print(json.dumps(measure(direction, dtype, vocabulary, chosen)))
-        return 0
     from fastkl.kernels.launch import architecture
 
     arch, gpu = architecture(torch.device(DEVICE))[0], torch.cuda.get_device_name()
@@ -200,11 +182,12 @@ def main(argv=None):
     )
     values = {name: best[name] for name in FIELDS}
     chosen = dataclasses.replace(found[0], measured=measured, **values)
-    replaced = f"Entry({entry.arch!r}, {entry.itemsize}, {entry.max_v}, ...)"
-    print("for TABLE in kernels/config.py, before or in place of", end=" ")
-    print(f"{replaced}; run the GPU tests with it:")
-    entry = dataclasses.replace(entry, arch=arch, **{direction: chosen})
-    print(pprint.pformat(entry, width=96) + ",")
+    made = dataclasses.replace(entry, arch=arch, **{direction: chosen})
+    print(
+        "for TABLE in kernels/config.py, before or in place of "
+        f"Entry({entry.arch!r}, {entry.itemsize}, {entry.max_v}, ...); run the GPU tests with it:\n"
+        f"{pprint.pformat(made, width=96)},"
+    )
     return 0
 
 

@@ -54,31 +54,23 @@ class Work:
         return self.run(inputs)
 
 
+# Return the gradients of inputs.leaves; options: of torch.autograd.grad.
+# An output without a gradient (ref_logprob) takes no upstream; one that lost it makes the
+# gradients wrong, which the gate sees.
 def gradients(inputs, outputs, **options):
-    """Return the gradients of inputs.leaves; options: of torch.autograd.grad.
-
-    An output without a gradient (ref_logprob) takes no upstream; one that lost it makes the
-    gradients wrong, which the gate sees.
-    """
-    if not inputs.leaves:
-        return ()
     pairs = zip(outputs, inputs.upstream, strict=True)
     pairs = [(out, up) for out, up in pairs if up is not None and out.requires_grad]
-    return torch.autograd.grad(
-        [o for o, _ in pairs], inputs.leaves, [u for _, u in pairs], **options
-    )
+    outs, upstream = ([pair[i] for pair in pairs] for i in range(2))
+    return torch.autograd.grad(outs, inputs.leaves, upstream, **options) if inputs.leaves else ()
 
 
+# Make {operation: Work} of functions of (p_logits, q_logits, tokens).
+# notes: of the operations that do something else than `note` says.
 def logits_works(functions, note, **notes):
-    """Make {operation: Work} of functions of (p_logits, q_logits, tokens).
+    def on_logits(name, function):
+        return Work(lambda i: function(i.p, i.q, i.tokens), notes.get(name, note))
 
-    notes: of the operations that do something else than `note` says.
-    """
-
-    def on_logits(function):
-        return lambda i: function(i.p, i.q, i.tokens)
-
-    return {name: Work(on_logits(f), notes.get(name, note)) for name, f in functions.items()}
+    return {name: on_logits(name, function) for name, function in functions.items()}
 
 
 def on_hidden(functions):
@@ -101,10 +93,7 @@ def linear_works(functions, products, note, **notes):
     """
 
     def call(name):
-        def run(i):
-            return functions[name](i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens)
-
-        return run
+        return lambda i: functions[name](i.hidden, i.weight, i.ref_hidden, i.ref_weight, i.tokens)
 
     def grpo(i):
         logprob, kl = call("logprob_kl")(i)
@@ -125,11 +114,11 @@ def linear_works(functions, products, note, **notes):
         "grpo": grpo,
         "distillation": distillation,
     }
-    works = {}
-    for mode, count in products.items():
-        said = f"{count} products; " if count else ""
-        works[f"linear_{mode}"] = Work(runs[mode], said + notes.get(mode, note), count)
-    return works
+    said = {mode: f"{count} products; " if count else "" for mode, count in products.items()}
+    return {
+        f"linear_{mode}": Work(runs[mode], said[mode] + notes.get(mode, note), count)
+        for mode, count in products.items()
+    }
 
 
 # Plain torch: functions of (p_logits, q_logits, tokens)
@@ -148,14 +137,14 @@ def plain_kl_divergence(p, q, tokens=None):
     return ((log_p.exp() * (log_p - log_q)).sum(-1),)
 
 
-def plain_logprob_entropy(p, q, tokens):
-    log_p = log_softmax(p)
-    return _chosen(log_p, tokens), -(log_p.exp() * log_p).sum(-1)
-
-
 def plain_entropy(p, q, tokens):
     log_p = log_softmax(p)
     return (-(log_p.exp() * log_p).sum(-1),)
+
+
+def plain_logprob_entropy(p, q, tokens):
+    log_p = log_softmax(p)
+    return _chosen(log_p, tokens), -(log_p.exp() * log_p).sum(-1)
 
 
 def plain_token_stats(p_logits, q_logits, tokens):

@@ -1,4 +1,4 @@
-"""The hashes of results on fixed inputs."""
+# The hashes of results on fixed inputs.
 
 import torch
 

@@ -1,7 +1,9 @@
-"""Peers' kernels: a launch is caught as Triton's launcher sees it; a misfit says so."""
+# Peers' kernels: a launch is caught as Triton's launcher sees it; a misfit says so.
 
 import json
 import os
+from functools import partial
+from unittest import mock
 
 import pytest
 
@@ -25,22 +27,24 @@ def scale(x_ptr, y_ptr, unused_ptr, n, one, factor, BLOCK: tl.constexpr):
         tl.store(y_ptr + start + offsets, tl.exp2(x) * factor)
 
 
-def launch(**options):
+def call(ops, **options):
     x, y = (peer_kernels.meta(peer_kernels.N, 1024) for _ in range(2))
-    call = lambda: scale[(1,)](x, y, None, 1024, 1, 0.5, BLOCK=1024, **options)  # noqa: E731
-    return peer_kernels.catch_launch(scale, call)
+    scale[(1,)](x, y, None, 1024, 1, 0.5, BLOCK=1024, **options)
 
 
 PEER = peer_kernels.Kernel(
-    "peer scale", "triton", launch, "logit", ("x_ptr", "y_ptr"), "scales", "BLOCK"
+    *("peer scale", "triton", __name__, "scale", call, "logit", ("x_ptr", "y_ptr"), "scales"),
+    block="BLOCK",
 )
 
 
 def test_a_launch_is_caught_as_it_is():
-    arguments, options, (_, signature, constexprs, attrs) = launch(num_warps=8)
-    assert options == {"num_warps": 8} and arguments["n"] == 1024
+    arguments, options, (_, signature, constexprs, attrs) = peer_kernels.catch_launch(
+        partial(call, None, num_warps=8), scale, scale
+    )
+    assert options == {"num_warps": 8} and arguments["n"] == 1024 and (0,) in attrs
     assert signature["x_ptr"] == "*bf16" and signature["one"] == "constexpr"
-    assert set(constexprs.values()) == {None, 1, 1024} and (0,) in attrs
+    assert set(constexprs.values()) == {None, 1, 1024}
     assert "run" not in vars(scale), "the kernel has to be as before"
 
 
@@ -51,16 +55,15 @@ def test_a_peer_is_compiled_and_counted():
     assert [row[key] for key in figures] == [1.0, 1.0, 16, 4, "bf16"], row
 
 
-def no_longer_that_function():
-    raise TypeError("apply() takes 3 positional arguments but 4 were given")
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"package": "no-such-package-at-all"}, "not installed: pip install no-such-package"),
-        ({"launch": no_longer_that_function}, "TypeError: apply() takes 3"),
-        ({"launch": lambda: peer_kernels.catch_launch(scale, dict)}, "ValueError: expected a lau"),
+        (
+            {"call": mock.Mock(side_effect=TypeError("apply() takes 3"))},
+            "TypeError: apply() takes 3",
+        ),
+        ({"call": id}, "ValueError: expected a lau"),
         ({"block": "BLOCK_SIZE"}, "KeyError: 'BLOCK_SIZE'"),
         ({"tensors": ("x_ptr",)}, "ValueError: expected arguments as large as the logits"),
     ],
@@ -83,11 +86,9 @@ def test_peers_are_counted(kernel):
 def test_the_report(tmp_path, monkeypatch):
     ours = "token_stats_policy_only.backward"
     monkeypatch.setattr(peer_kernels, "KERNELS", (PEER,))
-    monkeypatch.setattr(peer_kernels, "OURS", ((ours, "bf16", "logit"),))
+    monkeypatch.setattr(peer_kernels, "OURS", {(ours, "bf16"): "logit"})
     assert static_costs.main(["--peers", "--json", str(tmp_path / "peers.json")]) == 0
     data = json.loads((tmp_path / "peers.json").read_text())
     assert [row["kernel"] for row in data["kernels"]] == [f"fastkl {ours}", "peer scale"]
     jsd = {row["pipeline"]: row["forward"] for row in data["pipelines"]}["liger jsd, beta 0 and 1"]
     assert list(jsd.values()) == ["16 + 7L", 30, 44]
-    monkeypatch.setattr(peer_kernels, "OURS", (("novelty.forward", "bf16", "logit"),))
-    assert static_costs.main(["--peers"]) == 1

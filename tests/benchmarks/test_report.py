@@ -1,4 +1,4 @@
-"""Checks the report: tables come from the committed results, and name what was not measured."""
+# Checks the report: tables come from the committed results, and name what was not measured.
 
 import json
 import math
@@ -6,9 +6,7 @@ import shutil
 
 import pytest
 
-from benchmarks import record, report, suites, tables
-from benchmarks.cases import PHASES, Workload
-from benchmarks.linear_cases import FLOOR, LinearWorkload
+from benchmarks import cases, linear_cases, record, report, suites, tables
 
 
 def test_the_committed_tables_are_those_of_the_committed_results():
@@ -27,13 +25,13 @@ def test_sections_are_made_anew_and_a_broken_mark_is_an_error(monkeypatch):
             report.render("x", broken)
 
 
+# A row as a GPU gives it; backward takes half, forward a third.
 def row(provider, both, workload=None, **changes):
-    """A row as a GPU gives it; backward takes half, forward a third."""
-    workload = workload or Workload()
+    workload = workload or cases.Workload()
     times = {
         phase: {"median_ms": ms, "wall_ms": ms + 1, "percent_of_copy": 92.0, "ratio_to_floor": 1.06}
         | {"tflop_per_s": 640.0}
-        for phase, ms in zip(PHASES, (both / 3, both / 2, both), strict=True)
+        for phase, ms in zip(cases.PHASES, (both / 3, both / 2, both), strict=True)
         if phase in workload.phases
     }
     found = {"workload": workload.as_dict(), "provider": provider, "status": "ok", "reason": None}
@@ -42,7 +40,11 @@ def row(provider, both, workload=None, **changes):
 
 
 def data(name="NVIDIA H200", date="2026-02-01T10:00:00Z", **sections):
-    origin = {"versions": {"torch": "2.11", "trl": None}, "command": "suite ", "commit": "01234567"}
+    origin = {
+        "versions": {"torch": "2.11", "trl": None},
+        "command": "python -m benchmarks.gone ",
+        "commit": "01234567",
+    }
     made = {key: {"status": "ok", "seconds": 45.3, "rows": rows} for key, rows in sections.items()}
     return {**origin, "date": date, "gpu": {"name": name, "driver": "570.1"}, "sections": made}
 
@@ -60,7 +62,7 @@ def put(folder, results):
 
 
 MEMORY = "2.10 GB / 2.10 GB / 2.10 GB"
-LOSS = LinearWorkload("loss")
+LOSS = linear_cases.LinearWorkload("loss")
 WRONG = {
     "status": "wrong",
     "reason": "values off by nan | more\nlines",
@@ -68,8 +70,15 @@ WRONG = {
 }
 FULL = data(
     main=[row("fastkl", 2.67), row("torch", 39.9), row("TRL", 0.1, **WRONG)],
-    peers=[row("fastkl", 1.5, Workload("logprob")), row("TRL", 1.4, Workload("logprob"))],
-    linear=[row(FLOOR, 51.1, LOSS), row("fastkl", 54.4, LOSS), row("torch", 79.0, LOSS)],
+    peers=[
+        row("fastkl", 1.5, cases.Workload("logprob")),
+        row("TRL", 1.4, cases.Workload("logprob")),
+    ],
+    linear=[
+        row(linear_cases.FLOOR, 51.1, LOSS),
+        row("fastkl", 54.4, LOSS),
+        row("torch", 79.0, LOSS),
+    ],
 )
 
 
@@ -80,7 +89,7 @@ def test_tables_of_a_gpu(folder):
         f"| `kl_divergence dp` | 2.67 ms, 92 % | torch 39.9 ms, 15 × | 39.9 ms, 15 × | {MEMORY} |",
         "| `logprob` | 1.50 ms, 92 % | TRL 1.40 ms, 0.93 × | – | 2.10 GB / 2.10 GB / – |",
         f"| `linear loss` | 54.4 ms, 1.06 × | torch 79.0 ms, 1.45 × | 79.0 ms, 1.45 × | {MEMORY} |",
-        "`suite`, 2026-02-01, torch 2.11, commit 01234567.",
+        "`python -m benchmarks.gone` (at that commit), 2026-02-01, torch 2.11, commit 01234567.",
     ):  # fmt: skip
         assert line in section.splitlines()
     for line in (
@@ -92,12 +101,12 @@ def test_tables_of_a_gpu(folder):
     ):  # fmt: skip
         assert line.replace("| – |\n", "") in page.replace(" |  |", " | – |")
     words = tables.standing(FULL)
-    assert all(f"TRL at `logprob` ({phase}, 1.07 ×)" in words for phase in PHASES)
+    assert all(f"TRL at `logprob` ({phase}, 1.07 ×)" in words for phase in cases.PHASES)
     assert words.count("×") == 3 and "none" not in words
 
 
+# The README has the newest of all; a file without a time of the main shape does not count.
 def test_the_newest_of_each_gpu(folder):
-    """The README has the newest of all; a file without a time of the main shape does not count."""
     assert (
         report.SECTIONS["gpu"]() == report.NO_RESULTS and report.NO_RESULTS in report.results_page()
     )
@@ -113,18 +122,14 @@ def test_the_newest_of_each_gpu(folder):
 
 
 def test_growth_with_size_is_drawn(folder, monkeypatch):
-    rows = [
-        row(who, time * n, Workload(rows=n))
-        for n in (1, 2, 4, 8)
-        for who, time in (("fastkl", 1.0), ("torch", 3.0))
-    ]
+    rows = [row("fastkl", n, cases.Workload(rows=n)) for n in (1, 2, 4, 8)]
     put(folder, data(main=[row("fastkl", 2.67), row("torch", 39.9)], scaling=rows))
-    monkeypatch.setattr(report, "ROOT", folder / "root")
     record.write_bytes(folder / "root" / "README.md", b"# without sections")
+    monkeypatch.setattr(report, "ROOT", folder / "root")
     assert report.main([]) == 0
-    picture = folder / "NVIDIA H200" / "2026-02-01-rows.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "(NVIDIA H200/2026-02-01-rows.png)" in (folder / "README.md").read_text()
+    picture = "NVIDIA H200/2026-02-01-rows.png"
+    assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert f"({picture})" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("content", ['{"gpu": {"name": "NVID', "", "\xff"])
@@ -137,8 +142,7 @@ def test_a_broken_file_is_named_and_nothing_is_written(content, folder, monkeypa
 
 
 def test_every_workload_of_the_suite_has_a_name_of_its_own():
-    sections = [s for s in suites.SUITES.values() if isinstance(s, suites.Section)]
-    workloads = {workload for section in sections for workload in section.workloads}
+    workloads = {workload for s in suites.SUITES.values() for workload in s.workloads}
     assert len({tables.label(workload.as_dict()) for workload in workloads}) == len(workloads)
 
 

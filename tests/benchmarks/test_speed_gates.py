@@ -1,56 +1,40 @@
-"""Checks the gates of the benchmarks: right providers pass, wrong ones get an error and no time."""
+# Checks the gates of the benchmarks: right providers pass, wrong ones get an error and no time.
 
 import json
 import math
-import os
-import subprocess
-import sys
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cases, linear_cases, timing
-from benchmarks.cases import Workload, make_inputs, truth
-from benchmarks.linear_cases import FIELDS, LinearWorkload, make_linear_inputs
-from benchmarks.providers import ALL_LOADERS, Provider, load_providers
-from benchmarks.record import ROOT
-from benchmarks.suites import SUITES
-from benchmarks.work import (
-    CLIP,
-    ONE_TENSOR,
-    PLAIN,
-    PRODUCTS,
-    gradients,
-    grpo_terms,
-    plain_kl_divergence,
-)
+from benchmarks import cases, linear_cases, processes, providers, suites, timing, work
 
 CPU = torch.device("cpu")
-TINY = Workload(rows=6, vocabulary=97, dtype="fp32")
+TINY = cases.Workload(rows=6, vocabulary=97, dtype="fp32")
 OFFERS = ["fastkl", "torch", "F.kl_div", "F.kl_div on probabilities", "Categorical", "TRL"]
 FROM_HIDDEN = ["fastkl, logits kept", "torch chunked", "TRL fused", "torch linear_cross_entropy"]
 
 
 def measured(operation, function, workload):
-    return timing.measure(Provider("theirs", {operation: function}), workload, CPU)
+    return timing.measure(providers.Provider("theirs", {operation: function}), workload, CPU)
 
 
 def exact(i):
-    return plain_kl_divergence(i.p, i.q)[0]
+    return work.plain_kl_divergence(i.p, i.q)[0]
 
 
 # The gate on logits
 
 
+# At every operation and mode that they offer; without a GPU no time is given.
 @pytest.mark.parametrize("name", [*OFFERS, *FROM_HIDDEN])
 def test_right_providers_pass_the_gates(name):
-    """At every operation and mode that they offer; without a GPU no time is given."""
-    (provider,) = load_providers(CPU, [name], ALL_LOADERS)
+    (provider,) = providers.load_providers(CPU, [name], providers.ALL_LOADERS)
     if provider.missing:
         pytest.skip(provider.missing)
-    for workload in SUITES["smoke"].workloads:
+    for workload in suites.SUITES["smoke"].workloads:
         row = timing.measure(provider, workload, CPU)
         offered = workload.operation in provider.operations
         assert row["status"] == ("ok" if offered else "not offered"), row
@@ -58,25 +42,17 @@ def test_right_providers_pass_the_gates(name):
         json.dumps(row)
 
 
+# In the interpreter, in a process of its own: its mean, either way.
+def liger_statuses():
+    loaded = providers.load_providers(CPU, ["Liger JSD", "Liger KLDIVLoss"], providers.ALL_LOADERS)
+    rows = [timing.measure(p, w, CPU) for p in loaded for w in suites.SUITES["smoke"].workloads]
+    return [row["status"] for row in rows]
+
+
 def test_liger_computes_what_it_is_measured_at():
-    """In the interpreter, in a process of its own: its mean, either way."""
     pytest.importorskip("liger_kernel")
-    code = """
-import torch
-from benchmarks import timing
-from benchmarks.providers import ALL_LOADERS, load_providers
-from benchmarks.suites import SUITES
-names = ["Liger JSD", "Liger KLDIVLoss"]
-for provider in load_providers(torch.device("cpu"), names, ALL_LOADERS):
-    for workload in SUITES["smoke"].workloads:
-        row = timing.measure(provider, workload, torch.device("cpu"))
-        assert row["status"] in ("ok", "missing", "not offered"), row
-        print(row["status"])
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.split().count("ok") >= 5, done.stderr[-2000:]
+    found = processes.INTERPRETER.submit(liger_statuses).result()
+    assert set(found) <= {"ok", "missing", "not offered"} and found.count("ok") >= 5
 
 
 def spoiled(change):
@@ -86,23 +62,27 @@ def spoiled(change):
 @pytest.mark.parametrize(
     ("operation", "function", "reason"),
     [
-        ("kl_divergence", lambda i: plain_kl_divergence(i.q, i.p), "values off by"),
+        ("kl_divergence", lambda i: work.plain_kl_divergence(i.q, i.p), "values off by"),
         ("kl_divergence", spoiled(lambda kl: 1.01 * kl), "values off by"),
         ("kl_divergence", spoiled(lambda kl: math.nan * kl), "values off by"),
         ("kl_divergence", lambda i: (exact(i).detach() + 0 * i.p.sum(-1),), "gradient off by"),
-        ("kl_divergence", lambda i: plain_kl_divergence(i.p[:, 1:], i.q[:, 1:]), "off by"),
+        ("kl_divergence", lambda i: work.plain_kl_divergence(i.p[:, 1:], i.q[:, 1:]), "off by"),
         ("kl_divergence", spoiled(torch.sum), "shape"),
         ("kl_divergence", spoiled(lambda kl: kl + 0.1 * (torch.arange(6) == 4)), "values off by"),
         ("mean_kl", spoiled(lambda kl: 1.01 * kl.mean()), "values off by"),
         ("mean_kl", spoiled(torch.sum), "values off by"),
         ("mean_kl", spoiled(lambda kl: kl.mean().detach() + 0 * kl.sum()), "gradient off by"),
         ("mean_kl", spoiled(lambda kl: kl), "shape"),
-        ("logprob", lambda i: PLAIN["logprob"](i.p, None, (i.tokens + 1) % 97), "off by"),
-        ("logprob_entropy", lambda i: PLAIN["logprob_entropy"](i.p, i.q, i.tokens)[::-1], "off by"),
+        ("logprob", lambda i: work.PLAIN["logprob"](i.p, None, (i.tokens + 1) % 97), "off by"),
+        (
+            "logprob_entropy",
+            lambda i: work.plain_logprob_entropy(i.p, i.q, i.tokens)[::-1],
+            "off by",
+        ),
     ],
 )  # fmt: skip
 def test_the_gate_catches_a_wrong_provider(operation, function, reason):
-    row = measured(operation, function, Workload(operation, 6, 97, "fp32"))
+    row = measured(operation, function, cases.Workload(operation, 6, 97, "fp32"))
     # One that sums has no upstream gradient per row: that it raises is as good as being wrong.
     assert row["status"] in ("wrong", "failed") and reason in row["reason"], row
     assert row["times"] == {} and row["memory"] == {}
@@ -111,16 +91,15 @@ def test_the_gate_catches_a_wrong_provider(operation, function, reason):
 @pytest.mark.parametrize("layout", ["rows", "sliced"])
 def test_the_gate_of_many_rows(layout, monkeypatch):
     monkeypatch.setattr(cases, "CHECKED_ROWS", 5)
-    workload = Workload(rows=64, vocabulary=31, dtype="fp32", layout=layout)
-    inputs = make_inputs(workload, CPU)
-    rows, _, gradient = truth(workload, inputs)
-    flat = torch.arange(64).view(inputs.p.shape[:-1])[rows].tolist()
+    workload = cases.Workload(rows=64, vocabulary=31, dtype="fp32", layout=layout)
+    inputs = cases.make_inputs(workload, CPU)
+    (rows, _, gradient), leading = cases.truth(workload, inputs), inputs.p.shape[:-1]
+    flat = torch.arange(64).view(leading)[rows].tolist()
     assert flat == [0, 16, 32, 47, 63] and gradient.shape == (5, 31)
 
     def at(row, factor):
-        factors = torch.ones(64).index_fill(0, torch.tensor(row), factor)
-        function = lambda i: (exact(i) * factors.view(i.p.shape[:-1]),)  # noqa: E731
-        return measured("kl_divergence", function, workload)
+        factors = torch.ones(64).index_fill(0, torch.tensor(row), factor).view(leading)
+        return measured("kl_divergence", spoiled(lambda kl: kl * factors), workload)
 
     assert all("values off by" in at(row, 1.1)["reason"] for row in flat)
     assert at(1, 1.1)["status"] == "ok", "what is not compared is not seen, unless"
@@ -136,26 +115,17 @@ def test_the_gate_of_many_rows(layout, monkeypatch):
     ],
 )
 def test_a_provider_that_raises_or_is_not_there_is_a_row(error, status, reason):
-    def raises(anything):
-        raise error
-
+    raises = mock.Mock(side_effect=error)
     row = measured("kl_divergence", raises, TINY)
     assert (row["status"], row["reason"]) == (status, reason)
-    row = timing.measure(*load_providers(CPU, ["peer"], {"peer": raises}), TINY, CPU)
+    row = timing.measure(*providers.load_providers(CPU, ["peer"], {"peer": raises}), TINY, CPU)
     assert (row["status"], row["reason"]) == ("missing", f"{type(error).__name__}: {error}")
 
 
-def test_torch_compile_without_a_compiler_is_missing(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    row = timing.measure(*load_providers(CPU, ["torch.compile"]), TINY, CPU)
-    assert row["status"] == "missing" and "C++ compiler" in row["reason"]
-
-
 def test_bytes_that_have_to_move():
-    for operation in PLAIN.keys() - {"logprob_kl"}:
-        workload = Workload(operation, rows=3, vocabulary=5, dtype="bf16")
-        counts = [30, 60, 90] if operation in ONE_TENSOR else [60, 90, 150]
+    for operation in cases.OUTPUTS:
+        workload = cases.Workload(operation, rows=3, vocabulary=5, dtype="bf16")
+        counts = [30, 60, 90] if operation in work.ONE_TENSOR else [60, 90, 150]
         assert [workload.moved_bytes(phase) for phase in cases.PHASES] == counts
 
 
@@ -163,11 +133,13 @@ def test_bytes_that_have_to_move():
 
 
 def tiny(mode, **shape):
-    return LinearWorkload(mode, **{"rows": 12, "hidden": 16, "vocabulary": 131, **shape})
+    return linear_cases.LinearWorkload(
+        mode, **{"rows": 12, "hidden": 16, "vocabulary": 131, **shape}
+    )
 
 
 def kl_of(hidden, weight, ref_hidden, ref_weight):
-    return plain_kl_divergence(F.linear(hidden, weight), F.linear(ref_hidden, ref_weight))[0]
+    return work.plain_kl_divergence(F.linear(hidden, weight), F.linear(ref_hidden, ref_weight))[0]
 
 
 @pytest.mark.parametrize(
@@ -197,71 +169,75 @@ def test_the_gate_catches_a_wrong_loss(function, reason):
     assert row["status"] == "wrong" and reason in row["reason"] and row["times"] == {}, row
 
 
-CHANGES = [(i, lambda field: 1.05 * field, name) for i, name in enumerate(FIELDS)]
+CHANGES = [(i, lambda field: 1.05 * field, name) for i, name in enumerate(linear_cases.FIELDS)]
 # ref_logprob has no gradient: nothing of the reference learns.
-CHANGES += [(i, torch.Tensor.detach, "dhidden") for i, n in enumerate(FIELDS) if n != "ref_logprob"]
+CHANGES += [
+    (i, torch.Tensor.detach, "dhidden")
+    for i, n in enumerate(linear_cases.FIELDS)
+    if n != "ref_logprob"
+]
 
 
+# A field off by 5 % of itself, or without its gradient, among four that are right.
 @pytest.mark.parametrize(("index", "change", "what"), CHANGES)
 def test_the_gate_catches_each_field(index, change, what):
-    """A field off by 5 % of itself, or without its gradient, among four that are right."""
-    stats = load_providers(CPU, ["torch"])[0].operations["linear_stats"]
+    stats = providers.load_providers(CPU, ["torch"])[0].operations["linear_stats"]
 
     def changed(i):
         return [change(field) if n == index else field for n, field in enumerate(stats(i))]
 
-    row = measured("linear_stats", changed, tiny("stats"))
-    assert f"{what} off by" in row["reason"], row
+    assert f"{what} off by" in measured("linear_stats", changed, tiny("stats"))["reason"]
 
 
-@pytest.fixture(scope="module", params=[mode for mode in PRODUCTS if mode != "forward"])
+# A workload in bfloat16, where roundings matter, with plain torch's results and the truth.
+@pytest.fixture(scope="module", params=[mode for mode in work.PRODUCTS if mode != "forward"])
 def rounded(request):
-    """A workload in bfloat16, where roundings matter, with plain torch's results and the truth."""
-    workload = LinearWorkload(request.param, rows=256, hidden=128, vocabulary=4096)
-    inputs = make_linear_inputs(workload, CPU)
-    outputs = load_providers(CPU, ["torch"])[0].operations[workload.operation](inputs)
+    workload = linear_cases.LinearWorkload(request.param, rows=256, hidden=128, vocabulary=4096)
+    inputs = linear_cases.make_linear_inputs(workload, CPU)
+    outputs = providers.load_providers(CPU, ["torch"])[0].operations[workload.operation](inputs)
     known = linear_cases.expected(workload, inputs)
-    return (workload, inputs, known, outputs), gradients(inputs, outputs)
+    return (workload, inputs, known, outputs), work.gradients(inputs, outputs)
 
 
+# Every row that matters, but for a few that are hard to tell from a rounding.
 @pytest.mark.parametrize(
     "change",
     [lambda row, after: 0 * row, lambda row, after: 1.5 * row, lambda row, after: after],
     ids=["zeroed", "half too large", "swapped"],
 )
 def test_the_gate_catches_one_wrong_row_of_the_gradient(rounded, change):
-    """Every row that matters, but for a few that are hard to tell from a rounding."""
     given, (dhidden, *others) = rounded
     assert not linear_cases.linear_fault(*given, (dhidden, *others))[1]
     size, caught = given[2][0]["dhidden"].norm(dim=-1), []
     for row in range(0, 254, 5):
         if size[row] > 0.1 * size.square().mean().sqrt():
-            wrong = dhidden.clone()
-            wrong[row] = change(dhidden[row], dhidden[row + 1])
+            wrong = dhidden.index_copy(
+                0, torch.tensor([row]), change(*dhidden[row : row + 2])[None]
+            )
             caught.append(bool(linear_cases.linear_fault(*given, (wrong, *others))[1]))
     assert len(caught) > 30 and sum(caught) >= len(caught) - 1, (sum(caught), len(caught))
 
 
+# A GRPO loss whose KL has no gradient: all of the gradient where the ratio is clipped.
 def test_the_gate_catches_a_part_that_only_small_rows_have():
-    """A GRPO loss whose KL has no gradient: all of the gradient where the ratio is clipped."""
-    (plain,) = load_providers(CPU, ["torch"])
+    (plain,) = providers.load_providers(CPU, ["torch"])
 
     def loss(i):
         kl = kl_of(i.hidden, i.weight, i.ref_hidden, i.ref_weight).detach()
         logprob = plain.operations["linear_logprob"](i)[0]
-        return (grpo_terms(logprob, kl, i.old_logprob, i.advantages).mean(),)
+        return (work.grpo_terms(logprob, kl, i.old_logprob, i.advantages).mean(),)
 
-    row = measured("linear_grpo", loss, LinearWorkload("grpo", 256, 128, 4096))
+    row = measured("linear_grpo", loss, linear_cases.LinearWorkload("grpo", 256, 128, 4096))
     assert row["error"]["dhidden"] < 0.02 and "nine of ten rows off by 1.0e+00" in row["reason"], (
         row
     )
 
 
 def test_no_token_is_where_the_clip_begins():
-    edges = torch.tensor([math.log(1 - CLIP), math.log(1 + CLIP)])
-    inputs = make_linear_inputs(tiny("grpo", rows=512), CPU)
-    logprob = F.linear(inputs.hidden.double(), inputs.weight.double()).log_softmax(-1)
-    ratio = logprob.gather(-1, inputs.tokens[:, None])[:, 0] - inputs.old_logprob
+    edges = torch.tensor([math.log(1 - work.CLIP), math.log(1 + work.CLIP)])
+    i = linear_cases.make_linear_inputs(tiny("grpo", rows=512), CPU)
+    logits = F.linear(i.hidden.double(), i.weight.double())
+    ratio = work.PLAIN["logprob"](logits, None, i.tokens)[0] - i.old_logprob
     distance = (ratio[:, None] - edges).abs().min()
     assert distance > linear_cases.CLIP_MARGIN / 3, "nor after the rounding of the logits"
 
@@ -272,34 +248,31 @@ def products_of(workload, run, *given):
     return counter.get_total_flops() / (2 * workload.rows * workload.hidden * workload.vocabulary)
 
 
-@pytest.mark.parametrize("mode", PRODUCTS)
+@pytest.mark.parametrize("mode", work.PRODUCTS)
 def test_providers_do_the_work_that_they_declare(mode):
     workload = tiny(mode)
-    inputs = make_linear_inputs(workload, CPU)
+    inputs = linear_cases.make_linear_inputs(workload, CPU)
     names = ["fastkl", "fastkl, logits kept", "torch", "torch chunked"]
 
-    def step(work):
+    def step(run):
         with torch.set_grad_enabled(bool(inputs.leaves)):
-            gradients(inputs, work(inputs))
+            work.gradients(inputs, run(inputs))
 
-    for provider in load_providers(CPU, names, ALL_LOADERS):
-        work = provider.operations.get(workload.operation)
-        assert work is None or products_of(workload, step, work) == work.products, provider.name
+    for provider in providers.load_providers(CPU, names, providers.ALL_LOADERS):
+        run = provider.operations.get(workload.operation)
+        assert run is None or products_of(workload, step, run) == run.products, provider.name
     for chunk in (12, 8, 5):
         run = linear_cases.bare_products(workload, inputs, chunk)
-        assert products_of(workload, run, inputs) == PRODUCTS[mode]
+        assert products_of(workload, run, inputs) == work.PRODUCTS[mode]
 
 
 def test_the_floor_goes_on_without_the_chunks_that_do_not_fit(monkeypatch):
-    def times(run, sets):
-        if run == 8192:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return {"median_ms": {4096: 3.0, 2048: 2.0}[run]}
-
-    monkeypatch.setattr(linear_cases, "bare_products", lambda workload, inputs, chunk: chunk)
-    monkeypatch.setattr(timing, "timed", times)
+    times = {8192: torch.OutOfMemoryError(), 4096: [{"median_ms": 3.0}], 2048: [{"median_ms": 2.0}]}
+    runs = lambda workload, inputs, chunk: mock.Mock(side_effect=times[chunk])  # noqa: E731
+    monkeypatch.setattr(linear_cases, "bare_products", runs)
+    monkeypatch.setattr(timing, "timed", lambda run, sets: run())
     monkeypatch.setattr(timing, "_inputs", lambda *_: [None])
-    row = timing.measure_floor(LinearWorkload("forward"), CPU, None)
+    row = timing.measure_floor(linear_cases.LinearWorkload("forward"), CPU, None)
     figures = row["times"]["forward"]
     assert (figures["chunk"], figures["median_ms"]) == (2048, 2.0)
     assert figures["tried"] == {"4096": 3.0, "2048": 2.0}

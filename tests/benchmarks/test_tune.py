@@ -1,13 +1,14 @@
-"""The tuner: its grid, its check of a candidate in the interpreter, its choice from given times."""
+# The tuner: its grid, its check of a candidate in the interpreter, its choice from given times.
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import pathlib
 import subprocess
 import sys
+from concurrent.futures import TimeoutError
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import tune
+from benchmarks.record import ROOT
 from fastkl.kernels import config, launch
 
 # Runs in a process that interprets kernels: three good candidates, and three with wrong results.
@@ -29,43 +31,37 @@ from fastkl.kernels import config, launch_fused
 
 quick_interpreter.hurry()
 torch.set_num_threads(1)
-tune.has_gpu = lambda tool: True
 triton.testing.do_bench = lambda call, return_mode: call() and len(call()) and float(
     config.select(direction, "interpreter", 4, 264) == config.RowConfig(256, 1, 512, "", None)
 )
 tune.DEVICE, tune.ROWS, tune.CHECKED_ROWS = "cpu", (2,), 3
 fused, kl_divergence, launched = launch_fused.fused, fastkl.kl_divergence, []
 launch_fused.fused = lambda *arguments: launched.append(fused(*arguments))
-wide = ["--vocabulary=264", "--candidate", "256", "1", "512", "0"]
+chosen = config.RowConfig(256, 1, 512, "")
 for direction, dtype in (("forward", "bf16"), ("backward", "fp32"), ("fused", "fp32")):
-    code = tune.main(["--direction", direction, "--dtype", dtype, *wide])
-    print(json.dumps([code, len(launched)]))
+    print(json.dumps(tune.measure(direction, dtype, 264, chosen)))
+    print(json.dumps(len(launched)))
 for factor in (lambda rows: 1.001, lambda rows: 1 + 1e-6 * rows, lambda rows: float("nan")):
     fastkl.kl_divergence = lambda p, q: kl_divergence(p, q) * (
         1.0 if p.dtype == torch.float64 else factor(len(p))
     )
     try:
-        tune.measure("forward", "fp32", 264, config.RowConfig(256, 1, 512, ""))
+        tune.measure("forward", "fp32", 264, chosen)
     except AssertionError as error:
         print(json.dumps(str(error)))
 """
 
 
 def test_the_check_in_the_interpreter() -> None:
-    root = pathlib.Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-c", CHECKS]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    *measured, off, beside, nan = map(json.loads, run.stdout.splitlines())
-    times, codes = measured[::2], measured[1::2]
-    assert [code for code, _ in codes] == [0, 0, 0]
-    assert [launched for _, launched in codes[:2]] == [0, 0] and codes[2][1] > 2
-    assert [len(one) for one in times] == [2, 3, 1]
+    output = subprocess.check_output([sys.executable, "-c", CHECKS], text=True, env=environment)
+    *measured, off, beside, nan = map(json.loads, output.splitlines())
+    times, (*none, launches) = measured[::2], measured[1::2]
+    assert none == [0, 0] and launches > 2 and [len(one) for one in times] == [2, 3, 1]
     assert {ms for one in times for ms in one.values()} == {1.0}
-    assert "kl_divergence [0]: error 1.0e-03" in off and "nan" in nan
-    assert "kl_divergence [0]: the bits" in beside
+    assert "kl_divergence [0]: row 0 off by 0.001" in off and "nan" in nan
+    assert "kl_divergence [0] of slice(2, 3" in beside
 
 
 @pytest.mark.parametrize("direction", tune.SEGMENTS)
@@ -80,26 +76,6 @@ def test_candidates_are_configurations_the_kernels_take(direction, itemsize, voc
         assert direction == "backward" or one.threads == present.threads
 
 
-@pytest.mark.parametrize(
-    "script, outcome",
-    [
-        ("echo noise; echo '{\"a\": 1.5}'", {"times": {"a": 1.5}}),
-        ("exit 3", {"refused": "exit code 3"}),
-        ("echo first >&2; echo Error: last >&2; exit 1", {"refused": "Error: last"}),
-        ("exec sleep 60", {"refused": "no answer in 0.1 s"}),
-    ],
-)
-def test_a_process_costs_its_candidate_only(monkeypatch, tmp_path, script, outcome) -> None:
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setattr(tune, "SECONDS", 0.1 if "sleep" in script else 60)
-    arguments = tune.parsed(["--direction=forward", "--dtype=bf16"])
-    record, chosen = {"trials": []}, config.RowConfig(32, 1, 512, "")
-    assert tune.attempt(arguments, chosen, record) == {**dataclasses.asdict(chosen), **outcome}
-
-
 @pytest.fixture
 def tuned(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("FASTKL_COMMIT", "0" * 40)
@@ -110,56 +86,51 @@ def tuned(monkeypatch, tmp_path, capsys):
     def run(direction, dtype, milliseconds, vocabulary=128256):
         asked = []
 
-        def answer(command, **options):
-            place = command.index("--candidate")
-            assert f"--direction={direction} --dtype={dtype}" in " ".join(command[:place])
-            asked.append(tuple(map(int, command[place + 1 :])))
+        def answer(seconds, measure, *problem):
+            assert problem[:3] == (direction, dtype, vocabulary)
+            asked.append(tuple(getattr(problem[3], name) or 0 for name in tune.FIELDS))
             ms = milliseconds(asked)
-            if ms is None:
-                raise subprocess.CalledProcessError(1, command, stderr="AssertionError: wrong\n")
-            times = {"kl of 64 rows": ms / 100, "kl of 8192 rows": ms}
-            return subprocess.CompletedProcess(command, 0, stdout=json.dumps(times) + "\n")
+            if isinstance(ms, Exception):
+                raise ms
+            return {"kl of 64 rows": ms / 100, "kl of 8192 rows": ms}
 
-        monkeypatch.setattr(subprocess, "run", answer)
+        child = mock.MagicMock()
+        child.return_value.__enter__.return_value.call = answer
+        monkeypatch.setattr(tune, "CHILD", child)
         path = tmp_path / "tune.json"
-        options = f"--direction={direction} --dtype={dtype} --vocabulary={vocabulary}"
-        code = tune.main([*options.split(), "--json", str(path)])
+        options = [f"--direction={direction}", f"--dtype={dtype}", f"--vocabulary={vocabulary}"]
+        code = tune.main([*options, f"--json={path}"])
         return code, capsys.readouterr(), json.loads(path.read_text()), asked
 
     return run
 
 
+# One candidate is wrong, another is fast the first time only.
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("direction", tune.SEGMENTS)
 def test_the_fastest_correct_candidate_becomes_an_entry(
     monkeypatch, tuned, direction, dtype
 ) -> None:
-    """One candidate is wrong, another is fast the first time only."""
     itemsize = tune.DTYPES[dtype].itemsize
     present = config.select(direction, "sm_90", itemsize, 128256)
-    longest = tune.SEGMENTS[direction]
-    cuts = ((2, longest // 2), (1, longest), (1, longest // 4))
-    best, wrong, lucky = ((present.threads, *cut, 0) for cut in cuts)
-    slow = {best: 1.0, wrong: None, lucky: 0.5}
-
-    def milliseconds(asked):
-        again = asked[-1] == lucky and asked.count(lucky) > 1
-        return 2.0 if again else slow.get(asked[-1], 1.5)
-
-    code, shown, record, asked = tuned(direction, dtype, milliseconds)
+    cuts = ((2, 2), (1, 1), (1, 4))
+    best, wrong, lucky = (
+        (present.threads, groups, tune.SEGMENTS[direction] // part, 0) for groups, part in cuts
+    )
+    times = {best: [1.0, 1.0], wrong: [AssertionError("wrong")], lucky: [0.5, 2.0]}
+    given = lambda asked: times.get(asked[-1], [1.5, 1.5])[asked.count(asked[-1]) - 1]  # noqa: E731
+    code, shown, record, asked = tuned(direction, dtype, given)
     again = asked[-1 - tune.FINALISTS :]
     assert code == 0 and again[0] == asked[0] != best and len({*again}) == len(again)
     (entry,) = eval(shown.out.partition("with it:\n")[2], vars(config))
     before = config.entry_for("sm_90", itemsize, 128256)
     monkeypatch.setattr(config, "TABLE", (entry, *config.TABLE))
     chosen = config.select(direction, "sm_90", itemsize, 128256)
-    assert (chosen.threads, chosen.groups, chosen.segment, chosen.max_registers or 0) == best
+    assert tuple(getattr(chosen, name) or 0 for name in tune.FIELDS) == best
     assert "H200" in chosen.measured and "0.01 ms, kl of 8192 rows 1 ms" in chosen.measured
     assert dataclasses.replace(entry, **{direction: getattr(before, direction)}) == before
-    assert [one["refused"] for one in record["trials"] if "refused" in one] == [
-        "AssertionError: wrong"
-    ]
-    assert len(record["trials"]) == len(asked) and record["gpu"] == "NVIDIA H200"
+    (refused,) = (one["refused"] for one in record["trials"] if "refused" in one)
+    assert refused == "AssertionError: wrong" and record["gpu"] == "NVIDIA H200"
 
 
 @pytest.mark.parametrize("vocabulary, max_v", [(128256, None), (1000, 2048)])
@@ -175,11 +146,8 @@ def test_the_present_one_stays_within_the_noise(tuned, vocabulary, max_v) -> Non
 
 
 def test_without_a_gpu_a_candidate_or_a_length(tuned, monkeypatch, capsys) -> None:
-    code, shown, *_ = tuned("forward", "fp32", lambda asked: None)
-    assert code == 1 and "AssertionError: wrong" in shown.err and "Entry(" not in shown.out
-    with pytest.raises(SystemExit, match="2"):
-        tune.main(["--direction=fused", "--dtype=bf16", "--vocabulary=50257"])
-    assert "--vocabulary: expected" in capsys.readouterr().err
+    code, shown, *_ = tuned("forward", "fp32", lambda asked: TimeoutError())
+    assert code == 1 and "no answer in 120 s" in shown.err and "Entry(" not in shown.out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main(["--direction=forward", "--dtype=bf16"]) == 2
     assert "expected a CUDA GPU, got none" in capsys.readouterr().err

@@ -1,12 +1,12 @@
-"""The README is true: its code blocks run in order, its commands exist, its figures about memory
-hold.
-"""
+# The README is true: its code blocks run in order, its commands exist, its figures about memory
+# hold.
 
 from __future__ import annotations
 
 import pathlib
 import re
 import subprocess
+from functools import partial
 from importlib import import_module
 
 import memory
@@ -30,10 +30,9 @@ def names() -> dict[str, object]:
     # Names that the README's lines find in a training step.
     generator = torch.Generator().manual_seed(0)
     policy = torch.randn(2, 5, 64, generator=generator)
-    hidden, ref_hidden = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
     return {
-        "hidden": hidden.requires_grad_(),
-        "ref_hidden": ref_hidden,
+        "hidden": torch.randn(2, 5, 8, generator=generator, requires_grad=True),
+        "ref_hidden": torch.randn(2, 5, 8, generator=generator),
         "lm_head": torch.nn.Linear(8, 64, bias=False),
         "ref_lm_head": torch.nn.Linear(8, 64, bias=False),
         "teacher_hidden": torch.randn(2, 5, 16, generator=generator),
@@ -61,10 +60,9 @@ def test_python_blocks_run_in_order() -> None:
     for block in blocks("python"):
         exec(block, scope)
         losses += [scope["loss"]] * (not losses or "import KLPenalty" in block)
-    assert len(losses) > 1
-    for loss in losses[1:]:
-        torch.testing.assert_close(loss, losses[0], rtol=1e-3, atol=1e-6)
-    assert scope["policy_logits"].grad is not None
+    first, *others = losses
+    torch.testing.assert_close(others, [first] * len(others), rtol=1e-3, atol=1e-6)
+    assert others and scope["policy_logits"].grad is not None
 
 
 def training_names() -> dict[str, object]:
@@ -75,9 +73,11 @@ def training_names() -> dict[str, object]:
     scope |= {name: -torch.rand(2) for name in per_response}
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)
-    scope["kl"] = scope["logprob"].requires_grad_() * scope["ref_logprob"]
-    scope["optimizer"] = torch.optim.SGD([parameter], lr=0.1)
-    scope["mean_kl"] = lambda: (parameter.detach() - 1).square().mean()
+    scope |= {
+        "kl": scope["logprob"].requires_grad_() * scope["ref_logprob"],
+        "optimizer": torch.optim.SGD([parameter], lr=0.1),
+        "mean_kl": lambda: (parameter.detach() - 1).square().mean(),
+    }
     exec("import fastkl; from fastkl import *; from fastkl.rl import *", scope)
     return scope
 
@@ -90,10 +90,9 @@ def table(heading: str) -> list[str]:
 
 def test_every_row_of_the_training_table_runs() -> None:
     # "You use X, fastkl gives Y in one line": each line in the right column runs as it stands.
-    scope = training_names()
-    for row in table("| you use | fastkl gives |"):
-        for line in re.findall(r"`([^`]*\(.*?)`", row):
-            assert eval(line, scope) is not None, line
+    scope, rows = training_names(), "\n".join(table("| you use | fastkl gives |"))
+    for line in re.findall(r"`([^`\n]*\(.*?)`", rows):
+        assert eval(line, scope) is not None, line
 
 
 TRAINERS = [
@@ -106,9 +105,7 @@ TRAINERS = [
 def test_every_row_of_the_table_of_trainers_runs(module: str, line: str, tmp_path) -> None:
     # As it stands, with tiny random models; two steps where it makes a trainer. Rows for verl run
     # in tests/integrations/test_verl.py.
-    if module != "transformers":
-        pytest.importorskip("trl")
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers" if module == "transformers" else "trl")
     scope = {"AdaptiveBeta": fastkl.rl.AdaptiveBeta, "KLMonitor": fastkl.rl.KLMonitor}
     if module != "transformers":
         scope |= import_module("trl_cases").readme_names(tmp_path)
@@ -120,9 +117,8 @@ def test_every_row_of_the_table_of_trainers_runs(module: str, line: str, tmp_pat
 
 def test_every_command_exists() -> None:
     shell = "\n".join(blocks("sh"))
-    for target in set(re.findall(r"^make (\w+)", shell, flags=re.M)):
-        run = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+    targets = set(re.findall(r"^make (\w+)", shell, flags=re.M))
+    subprocess.run(["make", "-n", *targets], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     for command in set(re.findall(r"\bfastkl (\w+)(?= |`|$)", shell, flags=re.M)):
         with pytest.raises(SystemExit, match="0"):
             cli.main([command, "--help"])
@@ -130,9 +126,10 @@ def test_every_command_exists() -> None:
 
 def test_links_lead_somewhere() -> None:
     # Relative links name files of the repository.
-    for page, text in PAGES.items():
-        for link in re.findall(r"\]\(([\w/.-]+)\)", text):
-            assert (page.parent / link).exists(), (page, link)
+    links = [
+        (p.parent, x) for p, text in PAGES.items() for x in re.findall(r"\]\(([\w/.-]+)\)", text)
+    ]
+    assert not [(folder, link) for folder, link in links if not (folder / link).exists()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,7 +141,7 @@ def test_bytes_held_for_backward(dtype: torch.dtype) -> None:
         log_p, log_q = (logits.float().log_softmax(-1) for logits in (p_logits, q_logits))
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
+    inputs = {value.untyped_storage().data_ptr() for value in (p, q)}
     for function, expected in ((lines, 12 * p.numel()), (fastkl.kl_divergence, 40 * p.shape[0])):
-        held = memory.saved(lambda function=function: function(p, q))
-        inputs = {value.untyped_storage().data_ptr() for value in (p, q)}
+        held = memory.saved(partial(function, p, q))
         assert sum(size for at, size in held.items() if at not in inputs) == expected

@@ -1,7 +1,7 @@
-"""The package as others get it: what a wheel and an sdist hold, what importing needs, and that the
-files which say the same thing agree.
-"""
+# The package as others get it: what a wheel and an sdist hold, what importing needs, and that the
+# files which say the same thing agree.
 
+import itertools
 import os
 import re
 import shutil
@@ -28,23 +28,17 @@ def run(*command, cwd, **environment):
     # Run a command that must succeed, without this process's PYTHONPATH (it would let the
     # checkout stand in for what is missing); its stdout.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
-    done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, (command, done.stdout, done.stderr)
-    return done.stdout
+    return subprocess.check_output(list(map(str, command)), cwd=cwd, env=env, text=True)
 
 
 def build_wheel(source, target):
     pip = "-m pip wheel --no-build-isolation --no-deps --disable-pip-version-check --wheel-dir"
     run(sys.executable, *pip.split(), target, source, cwd=target.parent)
-    (wheel,) = target.glob("*.whl")
-    return wheel
+    return next(target.glob("*.whl"))
 
 
 def members(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        return {name for name in archive.namelist() if not name.endswith("/")}
+    return {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
 
 
 # Anything but what a checkout may hold beside its files.
@@ -55,17 +49,15 @@ UNTRACKED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "
 def build(tmp_path_factory):
     # Looked for, not imported: setuptools replaces distutils when imported, which fails after
     # another test has imported the original.
-    absent = [tool for tool in ("pip", "setuptools", "wheel") if find_spec(tool) is None]
-    if absent:
-        pytest.skip(f"building needs {', '.join(absent)}; remedy: pip install 'fastkl[test]'")
+    if not all(map(find_spec, ("pip", "setuptools", "wheel"))):
+        pytest.skip("building needs pip, setuptools and wheel; remedy: pip install 'fastkl[test]'")
     base = tmp_path_factory.mktemp("packaging")
     for part in ("fastkl", "kernels"):
         shutil.copytree(ROOT / part, base / "tree" / part, symlinks=True, ignore=UNTRACKED)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, base / "tree")
     wheel = build_wheel(base / "tree", base / "wheels")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(base / "site")
+    shutil.unpack_archive(wheel, base / "site", "zip")
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(base)!r})"
     run(sys.executable, "-c", code, cwd=base / "tree")
     (sdist,), (metadata,) = base.glob("*.tar.gz"), (base / "site").glob("*.dist-info")
@@ -78,21 +70,15 @@ def build(tmp_path_factory):
 
 def test_wheel_holds_every_file_of_the_package_and_nothing_else(build):
     tree = build.tree / "fastkl"
-    expected = {
-        path.relative_to(build.tree).as_posix()
-        for path in tree.rglob("*")
-        if path.is_file() and (tree / "kernels") not in path.parents
-    }
-    expected |= {
-        f"fastkl/kernels/{path.name}"
-        for path in (build.tree / "kernels").iterdir()
-        if path.suffix in {".py", ".md"}
-    }
+    kernels = [path for path in (tree / "kernels").iterdir() if path.suffix in {".py", ".md"}]
+    others = [
+        path for path in tree.rglob("*") if path.is_file() and tree / "kernels" not in path.parents
+    ]
+    expected = {path.relative_to(build.tree).as_posix() for path in (*kernels, *others)}
     got = {name for name in members(build.wheel) if ".dist-info/" not in name}
-    expected.discard("fastkl/kernels")  # the symlink: in a wheel, a folder
     assert got == expected, (sorted(expected - got), sorted(got - expected))
-    assert {f"fastkl/kernels/{stem}.py" for stem in KERNELS} <= got and KERNELS
-    assert {"fastkl/tools/cli.py", "fastkl/py.typed"} <= got
+    kernels = {f"fastkl/kernels/{stem}.py" for stem in KERNELS}
+    assert KERNELS and kernels | {"fastkl/tools/cli.py", "fastkl/py.typed"} <= got
 
 
 def test_sdist_builds_the_same_wheel(build, tmp_path):
@@ -123,8 +109,8 @@ def test_metadata(build):
     assert extras <= set(metadata.get_all("Provides-Extra"))
     assert metadata["Requires-Python"] == f">={SUPPORTED_PYTHONS[0]}"
     assert metadata["License-Expression"] and build.metadata.read_text("licenses/LICENSE")
-    commands = {(script.name, script.value) for script in build.metadata.entry_points}
-    assert commands == {("fastkl", "fastkl.tools.cli:main")}
+    (script,) = build.metadata.entry_points
+    assert (script.name, script.value) == ("fastkl", "fastkl.tools.cli:main")
     text = metadata.get_payload() or metadata["Description"]
     assert "```python" in text and not re.findall(r"\]\((?!https?:|#)", text)
 
@@ -133,14 +119,13 @@ def test_constraints_pin_every_direct_dependency(build):
     requirements = pytest.importorskip("packaging.requirements")
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [requirements.Requirement(x) for x in lines if x.strip() and not x.startswith("#")]
-    for need in map(requirements.Requirement, build.metadata.requires):
-        for version in SUPPORTED_PYTHONS:
-            environment = {"python_version": version, "platform_system": "Linux"}
-            named = [pin for pin in pins if pin.name == need.name]
-            found = [x for x in named if x.marker is None or x.marker.evaluate(environment)]
-            assert len(found) == 1, (need.name, version, found)
-            (pin,) = found[0].specifier
-            assert pin.operator == "==" and need.specifier.contains(pin.version), (pin, need)
+    needs = map(requirements.Requirement, build.metadata.requires)
+    for need, version in itertools.product(needs, SUPPORTED_PYTHONS):
+        here = {"python_version": version, "platform_system": "Linux"}
+        named = [pin for pin in pins if pin.name == need.name]
+        (found,) = (pin for pin in named if pin.marker is None or pin.marker.evaluate(here))
+        (pin,) = found.specifier
+        assert pin.operator == "==" and need.specifier.contains(pin.version), (pin, need)
 
 
 # ---- what importing needs
@@ -161,8 +146,7 @@ assert float(fastkl.kl_divergence(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1
 
 def test_kernels_stand_in_the_package_by_a_link():
     # The folder is no package of its own, which would shadow the published one of its name.
-    link = ROOT / "fastkl" / "kernels"
-    assert link.is_symlink() and os.readlink(link) == os.path.join("..", "kernels")
+    assert os.readlink(ROOT / "fastkl" / "kernels") == os.path.join("..", "kernels")
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -170,12 +154,11 @@ def test_kernels_stand_in_the_package_by_a_link():
 
 
 def test_version_is_said_once(build, capsys):
-    changes = (ROOT / "CHANGELOG.md").read_text()
-    newest = re.search(r"^## \[(\d[^\]]*)\]", changes, re.MULTILINE).group(1)
-    assert build.metadata.version == fastkl.__version__ == newest
+    newest = re.search(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert build.metadata.version == fastkl.__version__ == newest[1]
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
-    assert capsys.readouterr().out == f"fastkl {newest}\n"
+    assert capsys.readouterr().out == f"fastkl {newest[1]}\n"
 
 
 def test_packages_come_from_where_the_machine_says():

@@ -1,6 +1,5 @@
-"""A user's code as type checkers see it: read by test_typing.py, never run. A line that ends in `#
-refused` must be an error, no other may be.
-"""
+# A user's code as type checkers see it: read by test_typing.py, never run. A line that ends in `#
+# refused` must be an error, no other may be.
 
 import torch
 from typing_extensions import assert_type
@@ -23,9 +22,7 @@ from fastkl.rl import AdaptiveBeta, FixedBeta
 
 
 class Halving:
-    """A controller of the user's own: an attribute is enough."""
-
-    beta: float = 0.5
+    beta: float = 0.5  # a controller of the user's own: an attribute is enough
 
 
 def step(
@@ -36,12 +33,10 @@ def step(
     maybe: torch.Tensor | None,
 ) -> TokenStats:
     stats = token_stats(p, tokens, q, mask=mask)
-    assert_type(stats.kl, torch.Tensor)
-    assert_type(stats.ref_kl, torch.Tensor)
+    assert_type((stats.kl, stats.ref_kl), tuple[torch.Tensor, torch.Tensor])
     assert_type(stats.ref_logprob, torch.Tensor)
     alone = token_stats(p, tokens)
-    assert_type(alone.logprob, torch.Tensor)
-    assert_type(alone.kl, torch.Tensor | None)
+    assert_type((alone.logprob, alone.kl), tuple[torch.Tensor, torch.Tensor | None])
     assert_type(
         linear_token_stats(
             p, Head(q), tokens, p, Head(q, logit_scale=0.5), ref_temperature=mask

@@ -1,0 +1,69 @@
+"""Child processes, for work that may crash or hang, and for Triton's interpreter.
+
+The interpreter executes a kernel's operations with numpy, float32 as float32: its errors are those
+of the formulas and of the order of the sums, not of a GPU's faster exp and fused multiply-adds.
+Triton decides at import, so the kernels live in a process that has TRITON_INTERPRET=1.
+"""
+
+import contextlib
+import os
+import signal
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from threading import Thread
+from unittest import mock
+
+import torch
+
+
+def _begin(first):
+    os.setsid()  # so that all that it starts can be ended with it
+    # The child ends where its parent ends, killed or not.
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    first()
+
+
+class Child(contextlib.AbstractContextManager):
+    """Run functions one after the other in a process, started when needed, ended with the block.
+
+    first: called in each new process, by default nothing of consequence. Tensors go to it as bytes
+    of pickle, since torch would pass them in shared memory, of which a container may have little.
+    """
+
+    def __init__(self, first=os.getpid, **environment):
+        self.first, self.environment, self.executor = first, environment, None
+
+    def submit(self, function, *arguments):
+        if self.executor is None:
+            self.executor = ProcessPoolExecutor(1, get_context("spawn"), _begin, (self.first,))
+            # A spawned process starts with the environment of this moment.
+            with mock.patch.dict(os.environ, self.environment):
+                self.process = self.executor.submit(os.getpid).result()
+        return self.executor.submit(function, *arguments)
+
+    # Return the result. What is raised, past the limit a TimeoutError, ends the process.
+    def call(self, seconds, function, *arguments):
+        try:
+            return self.submit(function, *arguments).result(seconds)
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self):
+        if self.executor:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process, signal.SIGKILL)
+            self.executor.shutdown()
+        self.executor = None
+
+    def __exit__(self, *_):
+        self.end()
+
+
+def _quiet():
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of the interpreter, about infinities
+
+
+INTERPRETER = Child(_quiet, TRITON_INTERPRET="1")
