@@ -40,8 +40,8 @@ MEASURES = {"kl": "worst_relative", "gradient": "gradient_worst"}
 # Pairs of logits, and errors
 
 
-# Make (p, q, their truth): q is p plus noise, the median KL is near `target`.
 def make_pair(distribution, dtype, target, rows, vocabulary, device):
+    """Make (p, q, their truth): q is p plus noise, the median KL is near `target`."""
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     p = torch.randn(rows, vocabulary, **random) * (8 if distribution == "normal 8" else 3)
     if distribution == "peaked":
@@ -64,9 +64,10 @@ def make_pair(distribution, dtype, target, rows, vocabulary, device):
     return p, q, exact
 
 
-# Return the errors of one provider on one pair, of its KL and of its gradient, or reasons.
-# rows: of the pair, if not all. A provider without a gradient to `wrt` is asked for the other.
 def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
+    """Return the errors of one provider on one pair, of its KL and of its gradient, or reasons.
+    rows: of the pair, if not all. A provider without a gradient to `wrt` is asked for the
+    other."""
     if missing := provider.why_not("kl_divergence"):
         return {"reason": missing}
     some, found, key = slice(rows), {}, "reason"
@@ -114,8 +115,8 @@ def interpreted_error(name, pickled):
         )
 
 
-# Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED.
 def errors_of(names, providers, *pair):
+    """Return {name: error_of} of the providers and, beside them in the child, of INTERPRETED."""
     pickled = pickle.dumps(pair)
     asked = [name for name in INTERPRETED if name in names]
     apart = {name: processes.INTERPRETER.submit(interpreted_error, name, pickled) for name in asked}
@@ -126,8 +127,8 @@ def errors_of(names, providers, *pair):
     return found
 
 
-# Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary.
 def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
+    """Yield a record per element type, kind of row and size of the KL; sizes: rows, vocabulary."""
     loaded = providers.load_providers(device, names)
     for dtype, kind, target in itertools.product(("fp32", "bf16"), DISTRIBUTIONS, targets):
         p, q, exact = make_pair(kind, dtype, target, *sizes, device)
@@ -141,9 +142,10 @@ def accuracy(names, device, sizes, wrt="p", targets=TARGETS):
         yield {**found, "errors": errors, "skipped": skipped}
 
 
-# List the records in which our error exceeds the other's by more than `slack`, is not a number,
-# or a KL came out negative.
 def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
+    """List the records in which our error exceeds the other's by more than `slack`, is not a
+    number, or a KL came out negative."""
+
     def error(errors, name):
         return float(errors.get(name, {}).get("worst_relative", math.nan))
 
@@ -172,11 +174,10 @@ def names_of(data):
     return list(dict.fromkeys(name for found in data["records"] for name in found["errors"]))
 
 
-# Return {provider: {size: {"worst", "negative", "rows"}}} of one element type, over the kinds of
-# rows of one size.
-# None where a provider failed in one of the kinds: the others alone would flatter it. A provider
-# that has no figure is left out.
 def cells(data, dtype, measure):
+    """Return {provider: {size: {"worst", "negative", "rows"}}} of one element type, over the
+    kinds of rows of one size. None where a provider failed in one of the kinds: the others
+    alone would flatter it. A provider that has no figure is left out."""
     table, key = {}, MEASURES[measure]
     for found in sorted(data["records"], key=lambda found: found["target"]):
         for name, error in found["errors"].items() if found["dtype"] == dtype else ():
@@ -192,10 +193,10 @@ def cells(data, dtype, measure):
     return {name: sizes for name, sizes in table.items() if any(sizes.values())}
 
 
-# Write a table of the worst relative error by size of the KL and provider.
-# providers, targets: which columns and rows (default: all with a figure). A provider without a
-# figure gets a dash; one that took fewer rows of each pair than the others says how many.
 def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
+    """Write a table of the worst relative error by size of the KL and provider. providers,
+    targets: which columns and rows (default: all with a figure). A provider without a figure
+    gets a dash; one that took fewer rows of each pair than the others says how many."""
     found = cells(data, dtype, measure)
     names = list(found) if providers is None else providers
     sizes = sorted({r["target"] for r in data["records"] if r["dtype"] == dtype})
@@ -234,9 +235,9 @@ def tables(data):
 # The plot
 
 
-# Write a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element types
-# side by side. Hollow: some KL came out negative; at the top: infinite or not a number.
 def draw(data, path):
+    """Write a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element
+    types side by side. Hollow: some KL came out negative; at the top: infinite or not a number."""
     dtypes = list(dict.fromkeys(found["dtype"] for found in data["records"]))
     figure, content = Figure(figsize=(8, 7), dpi=200, layout="constrained"), io.BytesIO()
     panels = figure.subplots(2, len(dtypes), squeeze=False, sharex=True, sharey=True)

@@ -22,9 +22,9 @@ ROWS, HIDDEN = 6, 16
 VOCABULARIES = (7, 1003, 4096)
 
 
-# Make logits, hidden states and weights of both models, and tokens: near rows, far rows, shared
-# and one-sided holes.
 def inputs(vocabulary, dtype):
+    """Make logits, hidden states and weights of both models, and tokens: near rows, far rows,
+    shared and one-sided holes."""
     generator = torch.Generator().manual_seed(vocabulary)
     normal = partial(torch.randn, generator=generator)
     p = 3 * normal(ROWS, vocabulary)
@@ -58,9 +58,9 @@ def functions(leaves, tokens):
     }
 
 
-# Return a hash of the bits of a function's results, and of its gradients for upstream gradients
-# that differ.
 def digest(function, leaves):
+    """Return a hash of the bits of a function's results, and of its gradients for upstream
+    gradients that differ."""
     found = function()
     found = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
     upstream = [torch.linspace(-1.0, 2.0, x.numel()).view(x.shape) + 0.25 for x in found]

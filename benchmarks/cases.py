@@ -65,9 +65,9 @@ class Workload(Case):
         shape = f"{self.rows}x{self.vocabulary}-{self.dtype}-d{self.wrt}-{self.layout}"
         return f"{self.operation}-{shape}".removesuffix("-rows")
 
-    # Count the least that has to move.
-    # Forward reads the logits, backward reads them again and writes one gradient.
     def moved_bytes(self, phase):
+        """Count the least that has to move. Forward reads the logits, backward reads them
+        again and writes one gradient."""
         read = 1 if self.operation in ONE_TENSOR else 2
         tensors = {"forward": read, "backward": read + 1, "both": 2 * read + 1}[phase]
         return tensors * self.rows * self.vocabulary * DTYPES[self.dtype].itemsize
@@ -78,9 +78,9 @@ class Workload(Case):
         return {"bytes": moved, "gb_per_s": rate, "percent_of_copy": 100 * rate / copy}
 
 
-# Hold the tensors of a workload: p, q, wrt, leaves (the one of the two with a gradient) and
-# others.
 def inputs_of(p, q, wrt, **others):
+    """Hold the tensors of a workload: p, q, wrt, leaves (the one of the two with a gradient)
+    and others."""
     leaf = (p if wrt == "p" else q).requires_grad_()
     return SimpleNamespace(p=p, q=q, wrt=wrt, leaves=(leaf,), **others)
 

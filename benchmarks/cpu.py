@@ -59,8 +59,8 @@ def peak_bytes(function, p, q):
     return int(torch.tensor(changes).cumsum(0).max())
 
 
-# Return the worst relative error of the KL against float64, of the first rows, each alone.
 def error(function, p, q):
+    """Return the worst relative error of the KL against float64, of the first rows, each alone."""
     rows = list(zip(p.detach()[:8].split(1), q[:8].split(1), strict=True))
     exact = torch.cat([testing.truth(*row).kl for row in rows])
     off = torch.stack([function(*row).double() for row in rows]) - exact

@@ -56,10 +56,10 @@ class LoopCosts(NamedTuple):
         return sum(width * count for width, count in self.loads.items())
 
 
-# Link the instructions of a text; label, instruction: what such lines match; read: of the
-# second's groups, (opcode, label that it jumps to, whether the next may follow, label of the
-# subroutine that it calls, registers).
 def _program(text, label, instruction, read, entry=None):
+    """Link the instructions of a text; label, instruction: what such lines match; read: of the
+    second's groups, (opcode, label that it jumps to, whether the next may follow, label of the
+    subroutine that it calls, registers)."""
     found, labels = [], {}
     for line in text.splitlines():
         if match := label.match(line):
@@ -102,9 +102,9 @@ def _sass_instruction(guard, opcode, operands):
     return opcode, target if jumps else None, continues, called, registers
 
 
-# Return (registers, spill bytes) from `cuobjdump -res-usage`.
-# Triton's kernels have no arrays, so all of their stack and local memory is spills.
 def parse_resources(text):
+    """Return (registers, spill bytes) from `cuobjdump -res-usage`. Triton's kernels have no
+    arrays, so all of their stack and local memory is spills."""
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
     return int(found[1]), int(found[2]) + int(found[3])
 
@@ -125,8 +125,8 @@ def _gcn_instruction(opcode, operands):
     return opcode, target, opcode not in ("s_branch", "s_endpgm", "s_setpc_b64"), None, []
 
 
-# Return (vector registers, spill bytes) from the metadata of Triton's amdgcn assembly.
 def parse_amdgcn_resources(text):
+    """Return (vector registers, spill bytes) from the metadata of Triton's amdgcn assembly."""
     found = {n: int(x) for n, x in re.findall(r"^\s*\.(\w+):\s*(\d+)\s*$", text, re.MULTILINE)}
     spills = max(found["private_segment_fixed_size"], 4 * found["vgpr_spill_count"])
     return found["vgpr_count"], spills
@@ -159,8 +159,8 @@ def fp32_results(opcode):
     return sum(2 if match[1] or match[2] else 1 for match in FP32.finditer(opcode))
 
 
-# Return the LoopCosts of some instructions; a call adds the whole subroutine.
 def loop_costs(program, body):
+    """Return the LoopCosts of some instructions; a call adds the whole subroutine."""
     firsts = [program.calls[i] for i in body if i in program.calls]
     called = [i for first in firsts for i in (first, *nx.descendants(program.graph, first))]
     opcodes = [program.opcodes[i] for i in (*body, *called)]
@@ -176,8 +176,8 @@ def _count(program, indices):
     return sum(not program.opcodes[i].startswith(NOT_COUNTED) for i in indices)
 
 
-# Return the natural loops, {header: instructions}; all edges back to a header make one.
 def natural_loops(program):
+    """Return the natural loops, {header: instructions}; all edges back to a header make one."""
     reached = {program.entry} | nx.descendants(program.graph, program.entry)
     graph, loops = program.graph.subgraph(reached), {}
     tree = nx.DiGraph(nx.immediate_dominators(graph, program.entry).items())
@@ -190,8 +190,9 @@ def natural_loops(program):
     return loops
 
 
-# Return (natural loops, header of the hot one, its costs), the latter two None without one.
 def hot_loop(program):
+    """Return (natural loops, header of the hot one, its costs), the latter two None without
+    one."""
     loops = natural_loops(program)
     found = {header: loop_costs(program, body) for header, body in loops.items()}
     found = {header: costs for header, costs in found.items() if costs.loads}
@@ -277,9 +278,9 @@ def segment_costs(program, anchors, edges, segments):
     return SegmentCosts(*paths, outside, _bytes_in_flight(program, near))
 
 
-# Return the most bytes that are loaded and whose registers nothing has named yet, on a path that
-# is taken again and again.
 def _bytes_in_flight(program, path):
+    """Return the most bytes that are loaded and whose registers nothing has named yet, on a
+    path that is taken again and again."""
     flying, most = [], 0
     for i in (*path, *path):
         named, width = program.registers[i], load_width(program.opcodes[i])
@@ -290,9 +291,10 @@ def _bytes_in_flight(program, path):
     return most
 
 
-# Return the path from `start` to one of `ends` with the largest sum of weights, () for none.
-# Paths through a call are left out. Raises ValueError (CycleError) where the graph has a cycle.
 def _heaviest(program, graph, start, ends, weight):
+    """Return the path from `start` to one of `ends` with the largest sum of weights, () for
+    none. Paths through a call are left out. Raises ValueError (CycleError) where the graph has
+    a cycle."""
     best = {}
     for i in TopologicalSorter(graph.adj).static_order():
         ways = [best[j] for j in graph[i] if j in best] + [(0, ())] * (i in ends)

@@ -31,9 +31,9 @@ WAYS = {
 }
 
 
-# Yield {"dtype", "kl", "ways": {name: {"kl", "hidden", "weight", "bias"}}}: relative errors, and
-# the mean error in nats.
 def accuracy(device, dtypes=("bf16", "fp16", "fp32"), shape=SHAPE, noises=NOISES):
+    """Yield {"dtype", "kl", "ways": {name: {"kl", "hidden", "weight", "bias"}}}: relative
+    errors, and the mean error in nats."""
     tokens, hidden, vocabulary = shape.values()
     for dtype, size in itertools.product(dtypes, noises):
         random = {"generator": torch.Generator(device).manual_seed(0), "device": device}

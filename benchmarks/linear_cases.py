@@ -119,8 +119,8 @@ def make_linear_inputs(workload, device, seed=0):
     return i
 
 
-# Move the log-ratios that are within CLIP_MARGIN of where the clip begins that far away.
 def off_the_clip(log_ratio):
+    """Move the log-ratios that are within CLIP_MARGIN of where the clip begins that far away."""
     for edge in (math.log(1 - CLIP), math.log(1 + CLIP)):
         moved = edge + torch.where(log_ratio < edge, -CLIP_MARGIN, CLIP_MARGIN)
         log_ratio = torch.where((log_ratio - edge).abs() < CLIP_MARGIN, moved, log_ratio)
@@ -176,10 +176,10 @@ def _logits_gradient(workload, inputs, values, logits, some):
     return torch.autograd.grad([value for value, _ in taken], logits, grads)[0]
 
 
-# Compute what the gate compares with: (answer in float64, limits, granted).
-# limits: of a provider's errors. granted: by how much each row of a gradient may be off, whatever
-# its size is.
 def expected(workload, inputs):
+    """Compute what the gate compares with: (answer in float64, limits, granted). limits: of a
+    provider's errors. granted: by how much each row of a gradient may be off, whatever its size
+    is."""
     exact = answer(workload, inputs, torch.float64)
     plain = answer(workload, inputs, DTYPES[workload.dtype])
     limits, granted = {}, {}
@@ -218,9 +218,10 @@ def errors(name, value, true, granted=0.0):
     return {what: error.item() for what, error in found.items()}
 
 
-# Return (errors, what is wrong or None): the gate that a provider passes before it is timed.
-# A mean is held to the limit of its tokens: plain torch's own mean may be right by luck.
 def linear_fault(workload, inputs, known, outputs, grads):
+    """Return (errors, what is wrong or None): the gate that a provider passes before it is
+    timed. A mean is held to the limit of its tokens: plain torch's own mean may be right by
+    luck."""
     exact, limits, granted = known
     leading = () if workload.mode in MEANS else (workload.rows,)
     shapes = [tuple(result.shape) for result in (*outputs, *grads)]

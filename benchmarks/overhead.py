@@ -33,8 +33,8 @@ FUNCTIONS = {
 }
 
 
-# Return {step: microseconds} and "calls": functions of fastkl that the last step enters.
 def costs(name, calls, repeats):
+    """Return {step: microseconds} and "calls": functions of fastkl that the last step enters."""
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(ROWS, VOCABULARY, generator=generator) for _ in "pq")
     p.requires_grad_()
@@ -57,9 +57,9 @@ def costs(name, calls, repeats):
         return {**found, "calls": python_calls(whole)}
 
 
-# Count the functions of fastkl and of its kernels that a call enters, comprehensions and
-# generators included.
 def python_calls(call):
+    """Count the functions of fastkl and of its kernels that a call enters, comprehensions and
+    generators included."""
     root = Path(fastkl.__file__).resolve().parents[1]
     with cProfile.Profile(builtins=False) as profile:
         call()
@@ -68,8 +68,8 @@ def python_calls(call):
     return sum(count for path, count in files if ours.intersection(path.parents))
 
 
-# Yield {"function", "way", step: microseconds, "calls"}.
 def measure(calls=CALLS, repeats=REPEATS):
+    """Yield {"function", "way", step: microseconds, "calls"}."""
     for name, way in itertools.product(FUNCTIONS, WAYS):
         plain = dual_op._plain if way == "plain tensors" else lambda _: False
         with mock.patch.object(dual_op, "_plain", plain):

@@ -209,8 +209,8 @@ def pipelines():
         yield row
 
 
-# Return {"kernels", "pipelines", "errors"}; errors are of our kernels, never of a peer's.
 def measure_all():
+    """Return {"kernels", "pipelines", "errors"}; errors are of our kernels, never of a peer's."""
     planned = {(found.name, d): found for d in TYPES.values() for found in plan(d, True, ARCH)}
     found = static_costs.collect((planned[case], ARCH, case[1], True) for case in OURS)
     rows, names = [], {"package": "fastkl", "version": record.version("fastkl")}

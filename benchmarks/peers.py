@@ -19,8 +19,8 @@ ASKS = "its backward asks the GPU whether the upstream gradient is 1"
 ROWS_BY_CALLS = 64  # rows at which a loss that is one scalar is called for each, to see its error
 
 
-# Raise for Triton kernels without a GPU, unless processes.py has started the process.
 def _needs_gpu(device):
+    """Raise for Triton kernels without a GPU, unless processes.py has started the process."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("its Triton kernels need a GPU")
 
@@ -63,9 +63,9 @@ def load_trl(device):
     }
 
 
-# Load Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by torch.
-# It has no gradient to its target: KL(P‖Q) to Q only.
 def load_liger_kldiv(device):
+    """Load Liger-Kernel's LigerKLDIVLoss(log_target=True) after two float32 log_softmax by
+    torch. It has no gradient to its target: KL(P‖Q) to Q only."""
     _needs_gpu(device)
     from liger_kernel.transformers import LigerKLDIVLoss
 
@@ -196,8 +196,9 @@ def load_cut_cross_entropy(device, work="less work: small gradients are left out
     return _cross_entropy(linear_cross_entropy, f"{work}, logits never reach memory", **options)
 
 
-# Make mode logprob of a linear cross-entropy that computes the logits again in backward.
 def _cross_entropy(function, note, **options):
+    """Make mode logprob of a linear cross-entropy that computes the logits again in backward."""
+
     def logprob(hidden, weight, ref_hidden, ref_weight, tokens):
         return (-function(hidden, weight, tokens, reduction="none", **options),)
 

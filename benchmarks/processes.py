@@ -42,8 +42,9 @@ class Child(contextlib.AbstractContextManager):
                 self.process = self.executor.submit(os.getpid).result()
         return self.executor.submit(function, *arguments)
 
-    # Return the result. What is raised, past the limit a TimeoutError, ends the process.
     def call(self, seconds, function, *arguments):
+        """Return the result. What is raised, past the limit a TimeoutError, ends the
+        process."""
         try:
             return self.submit(function, *arguments).result(seconds)
         except BaseException:

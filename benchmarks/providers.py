@@ -117,8 +117,9 @@ def load_fastkl(device):
     }
 
 
-# Make the modes that need more than a KL; options: of fastkl.linear_token_stats.
 def _from_stats(note, **options):
+    """Make the modes that need more than a KL; options: of fastkl.linear_token_stats."""
+
     def stats(h, w, rh, rw, tokens):
         return tuple(fastkl.linear_token_stats(h, w, tokens, rh, rw, **options))
 
@@ -131,10 +132,10 @@ def _from_stats(note, **options):
     return linear_works(functions, products, note)
 
 
-# Load this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
-# Its backward alone is a scaling at the first call and computes the gradient at later ones, so
-# only forward and both are comparable.
 def load_one_launch(device):
+    """Load this package with the mean KL and its gradient in one launch (kernels/row_fused.py).
+    Its backward alone is a scaling at the first call and computes the gradient at later ones,
+    so only forward and both are comparable."""
     if device.type != "cuda":
         raise RuntimeError("row_fused is for a GPU")
     from fastkl.kernels import config
@@ -146,10 +147,11 @@ def load_one_launch(device):
     )
 
 
-# Load plain torch under torch.utils.checkpoint, 2048 tokens at a time, as trainers do.
-# The logits are computed again in backward, and the gradient of the weight is summed over the
-# chunks in the weight's own type.
 def load_torch_chunked(device):
+    """Load plain torch under torch.utils.checkpoint, 2048 tokens at a time, as trainers do. The
+    logits are computed again in backward, and the gradient of the weight is summed over the
+    chunks in the weight's own type."""
+
     def chunked(function):
         def run(hidden, weight, ref_hidden, ref_weight, tokens):
             options = {"use_reentrant": False, "preserve_rng_state": False}
@@ -182,8 +184,9 @@ def load_kl_div_probabilities(device):
     )
 
 
-# Make the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it.
 def _kl_div(target, note, **options):
+    """Make the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it."""
+
     def losses(p, q, reduction):
         pair = (log_softmax(q).flatten(0, -2), target(p).flatten(0, -2))
         return F.kl_div(*pair, reduction=reduction, **options)

@@ -28,14 +28,14 @@ def command_line(module, description, json_help="write the records to FILE"):
     return parser
 
 
-# Write JSON whole or not at all, if there is a path, and makes its folder.
 def write_json(path, data):
+    """Write JSON whole or not at all, if there is a path, and makes its folder."""
     if path:
         write_bytes(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
 
 
-# Print records as they come, then write them with `data`, in which they are afterwards.
 def gather(path, data, records, said=json.dumps):
+    """Print records as they come, then write them with `data`, in which they are afterwards."""
     data["records"] = []
     for found in records:
         data["records"].append(found)
@@ -48,8 +48,8 @@ def write_bytes(path, content):
     write_whole(path, content)
 
 
-# Replace NaN and the infinities, which JSON lacks, by strings that float() reads.
 def finite(data):
+    """Replace NaN and the infinities, which JSON lacks, by strings that float() reads."""
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -57,8 +57,8 @@ def finite(data):
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
-# Check a path for argparse before minutes of measuring: a file there can be written.
 def output_file(text):
+    """Check a path for argparse before minutes of measuring: a file there can be written."""
     try:
         Path(text).parent.mkdir(parents=True, exist_ok=True)
         check_writable(Path(text))
@@ -87,9 +87,9 @@ def has_gpu(tool):
     return torch.cuda.is_available()
 
 
-# Name the commit of the working tree, with "+changes" where it differs, or "unknown".
-# The variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere.
 def commit():
+    """Name the commit of the working tree, with "+changes" where it differs, or "unknown". The
+    variable FASTKL_COMMIT names it where git cannot: in a copy of the tree elsewhere."""
     command = "describe --always --abbrev=40 --exclude='*' --dirty=+changes"
     status, found = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} {command}")
     return os.environ.get("FASTKL_COMMIT", "unknown" if status else found)

@@ -153,8 +153,8 @@ SECTIONS = {
 }
 
 
-# Make the sections of a file anew; raises ValueError for a mark without its other half.
 def render(name, words):
+    """Make the sections of a file anew; raises ValueError for a mark without its other half."""
     for section, make in SECTIONS.items():
         start, end = f"<!-- {section} -->\n", f"\n<!-- /{section} -->"
         before, opened, rest = words.partition(start)

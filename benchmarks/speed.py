@@ -91,8 +91,8 @@ def said(row):
     return " | ".join(map(str, found))
 
 
-# Measure a provider of a section, in as many processes one after the other as it takes.
 def run_provider(run, name, provider):
+    """Measure a provider of a section, in as many processes one after the other as it takes."""
     crashes, missing = 0, NO_TIME
     until = min(time.monotonic() + PROVIDER_SECONDS, run.deadline)
     with CHILD() as child:

@@ -121,9 +121,9 @@ def measure(specialization, arch, dtype, aligned):
     return found
 
 
-# Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of a row)
-# of a kernel of forward.
 def cut(specialization):
+    """Return (tiles of a segment that re-anchor, passes of the loop over its edge, segments of
+    a row) of a kernel of forward."""
     from benchmarks.compile_plan import VOCABULARY
     from fastkl.kernels.row_math import REANCHOR_GROWTH
 
@@ -136,10 +136,10 @@ def cut(specialization):
     return anchors, passes, math.ceil(VOCABULARY / segment)
 
 
-# Return the threads on an SM of compute capability 8.0, 9.0 or 10.0.
-# Each of its four quarters has 16384 registers, given to a warp 256 at a time; an SM holds 64
-# warps and 32 programs.
 def resident_threads(registers, warps):
+    """Return the threads on an SM of compute capability 8.0, 9.0 or 10.0. Each of its four
+    quarters has 16384 registers, given to a warp 256 at a time; an SM holds 64 warps and 32
+    programs."""
     resident = 4 * (16384 // (math.ceil(32 * registers / 256) * 256))
     return 32 * warps * min(min(resident, 64) // warps, 32)
 
@@ -150,11 +150,11 @@ IR_LOAD = re.compile(
 )
 
 
-# Return the bytes that a thread loads in an iteration of the loop over the vocabulary as written,
-# from Triton's own representation; None where no loop loads.
-# Of several loops it is the one that loads most outside the loops inside it. A load that a loop
-# repeats counts once, as it lies in registers.
 def source_loop_bytes(ttgir, threads):
+    """Return the bytes that a thread loads in an iteration of the loop over the vocabulary as
+    written, from Triton's own representation; None where no loop loads. Of several loops it is
+    the one that loads most outside the loops inside it. A load that a loop repeats counts once,
+    as it lies in registers."""
     # Each loop that is open: [depth, bytes of its own loads, bytes with the loops inside it].
     depth, open_loops, finished, known = 0, [], [(0, 0, 0)], set()
     for line in ttgir.splitlines():
@@ -173,10 +173,10 @@ def source_loop_bytes(ttgir, threads):
     return max(finished, key=lambda loop: loop[1])[2] or None
 
 
-# Return how many iterations of the loop as written the compiler put into one.
-# Compilers unroll short loops unasked. The bytes loaded tell: a fifth of slack allows for what is
-# loaded in another way than by a plain load (one number for all threads, say).
 def _unroll_factor(loop, compiled):
+    """Return how many iterations of the loop as written the compiler put into one. Compilers
+    unroll short loops unasked. The bytes loaded tell: a fifth of slack allows for what is
+    loaded in another way than by a plain load (one number for all threads, say)."""
     threads = compiled.metadata.num_warps * (64 if "amdgcn" in compiled.asm else 32)
     written = source_loop_bytes(compiled.asm["ttgir"], threads)
     ratio = loop.loaded / written if written else 0.0
@@ -186,8 +186,8 @@ def _unroll_factor(loop, compiled):
     return factor
 
 
-# Compile for an architecture that this machine need not have. Nothing is cached.
 def compile_kernel(specialization, arch):
+    """Compile for an architecture that this machine need not have. Nothing is cached."""
     cuda, s = arch.startswith("sm_"), specialization
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
     source = ASTSource(s.kernel, s.signature, s.constexprs, s.attrs)
@@ -228,9 +228,9 @@ def cases(plan, architectures=ARCHITECTURES, dtypes=DTYPES, kernel=""):
                 yield specialization, arch, dtype, aligned
 
 
-# Return {"records", "errors": messages} of some `cases`.
-# The same compilation aligned and misaligned is measured once.
 def collect(chosen):
+    """Return {"records", "errors": messages} of some `cases`. The same compilation aligned and
+    misaligned is measured once."""
     records, errors, known = [], [], {}
     for specialization, *case in chosen:
         key = (*case[:2], repr(specialization))
@@ -271,9 +271,9 @@ def read_baseline(path):
         ) from None
 
 
-# Return (regressions, other changes), a sentence each, against the baseline's records.
-# Only the architectures and element types in `records` are expected to be there.
 def compare(records, baseline):
+    """Return (regressions, other changes), a sentence each, against the baseline's records.
+    Only the architectures and element types in `records` are expected to be there."""
     now, before = ({case_of(r): r for r in rows} for rows in (records, baseline["records"]))
     regressions = [f"{case}: not in the baseline" for case in now if case not in before]
     measured = {(record["arch"], record["dtype"]) for record in records}
@@ -294,8 +294,8 @@ def compare(records, baseline):
     return sorted(regressions), sorted(changes)
 
 
-# Compare with a baseline and print every change; returns it for the JSON.
 def judge(records, baseline):
+    """Compare with a baseline and print every change; returns it for the JSON."""
     here, there = triton.__version__, baseline["triton"]
     regressions, changes = compare(records, baseline) if here == there else ([], [])
     sys.stdout.writelines(f"changed: {line}\n" for line in changes)

@@ -35,9 +35,9 @@ def read(path):
         ) from None
 
 
-# Find [(path, data)]: of every GPU the newest file in which the main shape was timed.
-# The newest of them comes first, of one day an H200's.
 def gpu_results(folder):
+    """Find [(path, data)]: of every GPU the newest file in which the main shape was timed. The
+    newest of them comes first, of one day an H200's."""
     files = [(path, read(path)) for path in folder.glob("*/*.json")]
     # Other files lie there too: of tune, of accuracy.
     found = [file for file in files if any(map(timed, rows_of(file[1], "main")))]
@@ -55,8 +55,8 @@ def rows_of(data, section):
     return [row for row in rows if "workload" in row]
 
 
-# Name a workload the same in every table: the operation, and a shape that is not the main.
 def label(workload):
+    """Name a workload the same in every table: the operation, and a shape that is not the main."""
     if "mode" in workload:
         main, parts = LINEAR_MAIN, [f"linear {workload['mode']}"]
     else:
@@ -70,8 +70,8 @@ def label(workload):
     return ", ".join(parts + [workload[k] for k in kinds if workload.get(k) != main.get(k)])
 
 
-# Return {label: {provider: row}}; of two sections the first row that has times.
 def by_workload(data, sections=TIMED):
+    """Return {label: {provider: row}}; of two sections the first row that has times."""
     found = {}
     for row in (row for section in sections for row in rows_of(data, section)):
         rows, provider = found.setdefault(label(row["workload"]), {}), row["provider"]
@@ -117,8 +117,8 @@ def number(value):
     return float(value) if value is not None and math.isfinite(float(value)) else None
 
 
-# Write a number with so many digits, and never in powers of ten; a dash for none.
 def digits(value, count=3):
+    """Write a number with so many digits, and never in powers of ten; a dash for none."""
     value = number(value)
     if value is None:
         return NONE
@@ -137,15 +137,15 @@ def amount(value):
     return NONE if value is None else f"{value:.0f} B"
 
 
-# Write the first line of somebody else's words as it may stand in a table.
 def text(words, length=200):
+    """Write the first line of somebody else's words as it may stand in a table."""
     line = (str(words).strip().splitlines() or [""])[0]
     line = line if len(line) <= length else line[: length - 1] + "…"
     return re.sub(r"([\\|*_`])", r"\\\1", line).replace("<", "&lt;")
 
 
-# Write the reason for having no time, or an error of the gate, in its place.
 def why(row):
+    """Write the reason for having no time, or an error of the gate, in its place."""
     if not row:
         return NONE
     reason = text(row.get("reason"))
@@ -170,9 +170,9 @@ def summary(data, sections, what, title, share):
     )
 
 
-# Return a line per workload at the main shape, by name: fastkl, the best other, plain torch.
-# share: the key and the format of a figure beside our time.
 def summary_lines(data, sections, share):
+    """Return a line per workload at the main shape, by name: fastkl, the best other, plain
+    torch. share: the key and the format of a figure beside our time."""
     lines = {}
     for name, rows in by_workload(data, sections).items():
         if "," in name:
@@ -233,10 +233,10 @@ def line(row):
 AXES = {"rows": ("vocabulary", 128256), "vocabulary": ("rows", 4096)}
 
 
-# Return {axis: table by size} of kl_divergence in section "scaling".
-# Columns: (figure, provider), of time and wall in milliseconds, on the device and of one call
-# alone on the clock, and of memory in GB.
 def growth(data):
+    """Return {axis: table by size} of kl_divergence in section "scaling". Columns: (figure,
+    provider), of time and wall in milliseconds, on the device and of one call alone on the
+    clock, and of memory in GB."""
     rows = [
         {
             **row["workload"],

@@ -40,10 +40,10 @@ KINDS = {
 }
 
 
-# Return a row of the results.
-# status is "ok", or without figures "missing" (not here, or not this size), "not offered" (no
-# such operation), "wrong" (failed the gate) or "failed" (raised), with the reason.
 def row_of(workload, provider, status, reason, **figures):
+    """Return a row of the results. status is "ok", or without figures "missing" (not here, or
+    not this size), "not offered" (no such operation), "wrong" (failed the gate) or "failed"
+    (raised), with the reason."""
     return {
         "workload": workload.as_dict(),
         "provider": provider,
@@ -54,8 +54,8 @@ def row_of(workload, provider, status, reason, **figures):
     }
 
 
-# Measure one provider at one workload; copy: GB/s of a copy here, None to check only.
 def measure(provider, workload, device, copy=None):
+    """Measure one provider at one workload; copy: GB/s of a copy here, None to check only."""
     named, note = (workload, provider.name), provider.note(workload.operation)
     if missing := provider.why_not(workload.operation):
         return row_of(*named, "missing" if provider.missing else "not offered", missing)
@@ -109,8 +109,8 @@ def _figures(work, workload, device, copy):
     }
 
 
-# Measure the bare cuBLAS products: the fastest chunk size; "tried" has the median of each.
 def measure_floor(workload, device, copy):
+    """Measure the bare cuBLAS products: the fastest chunk size; "tried" has the median of each."""
     sets = _inputs(workload, device, linear_cases.make_linear_inputs, copy)
     tried, (phase,) = {}, workload.phases
     for chunk in {min(chunk, workload.rows) for chunk in FLOOR_CHUNKS}:
@@ -128,8 +128,8 @@ def measure_floor(workload, device, copy):
     return row_of(workload, linear_cases.FLOOR, "ok", None, note=note, times=times)
 
 
-# Make random inputs, for timing in as many sets as it takes to exceed the L2 cache.
 def _inputs(workload, device, make, copy):
+    """Make random inputs, for timing in as many sets as it takes to exceed the L2 cache."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size if copy else 1
     count = math.ceil(ROTATE_OVER * cache / workload.moved_bytes("forward"))
     return [make(workload, device, seed) for seed in range(min(count, MOST_SETS))]
@@ -138,8 +138,8 @@ def _inputs(workload, device, make, copy):
 # Time
 
 
-# Time run(inputs), each time with the next of the sets; milliseconds of device time.
 def timed(run, sets):
+    """Time run(inputs), each time with the next of the sets; milliseconds of device time."""
     from triton.testing import do_bench
 
     turns = itertools.cycle(sets)
@@ -147,9 +147,9 @@ def timed(run, sets):
     return _median(do_bench(lambda: run(next(turns)), **options), timed_by="events")
 
 
-# Replace the figures of a short run by a graph's, or adds the reason why there is none.
-# "by_events_ms" keeps the median of the events. Never raises: a measured figure is not lost.
 def by_graph(figures, run, sets):
+    """Replace the figures of a short run by a graph's, or adds the reason why there is none.
+    "by_events_ms" keeps the median of the events. Never raises: a measured figure is not lost."""
     from triton.testing import do_bench_cudagraph
 
     if figures["median_ms"] >= GRAPH_BELOW_MS:
@@ -188,9 +188,9 @@ def copy_bandwidth(device):
 # Memory
 
 
-# Return the most that is allocated at once beside the inputs, gradients included.
-# held_bytes: allocated between forward and backward, outputs excluded.
 def _memory(forward, inputs):
+    """Return the most that is allocated at once beside the inputs, gradients included.
+    held_bytes: allocated between forward and backward, outputs excluded."""
     release()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -201,18 +201,18 @@ def _memory(forward, inputs):
     return {"peak_bytes": peak, "held_bytes": held, "gradient_bytes": returned}
 
 
-# Give back memory without references: the next measurement starts from the same state.
 def release():
+    """Give back memory without references: the next measurement starts from the same state."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
-# Say why nothing more can be measured in this process; None while its CUDA context works.
-# A kernel's illegal access makes every later call fail, and a capture that broke off keeps the
-# allocator from giving memory back.
 def context_fault():
+    """Say why nothing more can be measured in this process; None while its CUDA context works.
+    A kernel's illegal access makes every later call fail, and a capture that broke off keeps
+    the allocator from giving memory back."""
     try:
         release()
     except Exception as error:  # whatever it is: this process is at its end

@@ -44,10 +44,10 @@ FINALISTS = 5
 NOISE = 0.01
 
 
-# Return the present configuration, then the others of the grid.
-# A program of forward and of fused keeps its threads, one warp. A segment is a multiple of the
-# elements that its threads hold at once.
 def candidates(direction, present, itemsize, vocabulary):
+    """Return the present configuration, then the others of the grid. A program of forward and
+    of fused keeps its threads, one warp. A segment is a multiple of the elements that its
+    threads hold at once."""
     longest = min(SEGMENTS[direction], 1 << (vocabulary - 1).bit_length())
     threads = (128, 256, 512) if direction == "backward" else (present.threads,)
     grid = itertools.product(threads, (1, 2), (longest, longest // 2, longest // 4), (None, 128))
@@ -90,8 +90,8 @@ def results(*problem):
     return {f"{name} [{i}]": x for name, call in calls.items() for i, x in enumerate(call())}
 
 
-# Raise AssertionError if a result is off, or a row's bits depend on the rows beside it.
 def check(direction, dtype, vocabulary):
+    """Raise AssertionError if a result is off, or a row's bits depend on the rows beside it."""
     *whole, tokens = logits(CHECKED_ROWS, vocabulary, dtype)
     for start in (0, 1):  # aligned and misaligned rows
         p, q = (x[:, start:] for x in whole)
@@ -120,9 +120,9 @@ def measure(direction, dtype, vocabulary, chosen):
         }
 
 
-# Return a trial: the configuration with its times, or with the reason why it is refused.
-# It runs in a process of its own, is printed, added to the record, and written with it.
 def attempt(arguments, chosen, record):
+    """Return a trial: the configuration with its times, or with the reason why it is refused.
+    It runs in a process of its own, is printed, added to the record, and written with it."""
     problem = (arguments.direction, arguments.dtype, arguments.vocabulary)
     with CHILD() as child:
         try:

@@ -54,19 +54,20 @@ class Work:
         return self.run(inputs)
 
 
-# Return the gradients of inputs.leaves; options: of torch.autograd.grad.
-# An output without a gradient (ref_logprob) takes no upstream; one that lost it makes the
-# gradients wrong, which the gate sees.
 def gradients(inputs, outputs, **options):
+    """Return the gradients of inputs.leaves; options: of torch.autograd.grad. An output without
+    a gradient (ref_logprob) takes no upstream; one that lost it makes the gradients wrong,
+    which the gate sees."""
     pairs = zip(outputs, inputs.upstream, strict=True)
     pairs = [(out, up) for out, up in pairs if up is not None and out.requires_grad]
     outs, upstream = ([pair[i] for pair in pairs] for i in range(2))
     return torch.autograd.grad(outs, inputs.leaves, upstream, **options) if inputs.leaves else ()
 
 
-# Make {operation: Work} of functions of (p_logits, q_logits, tokens).
-# notes: of the operations that do something else than `note` says.
 def logits_works(functions, note, **notes):
+    """Make {operation: Work} of functions of (p_logits, q_logits, tokens). notes: of the
+    operations that do something else than `note` says."""
+
     def on_logits(name, function):
         return Work(lambda i: function(i.p, i.q, i.tokens), notes.get(name, note))
 
