@@ -40,7 +40,6 @@ def tensors() -> dict[str, torch.Tensor]:
         **dict.fromkeys(("tokens", "index"), tokens),
         **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -flat.abs()),
         **dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), torch.zeros(2)),
-        **dict.fromkeys(("parameters", "vector", "gradient", "b"), torch.ones(H)),
         **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
         "mask": mask,
         "weights": torch.ones(2, 3),
@@ -49,7 +48,6 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 TENSORS = tensors()
-JACOBIAN = torch.randn(2, 3, V, H, generator=torch.Generator().manual_seed(1))
 RIGHT = {
     **TENSORS,
     "beta": 0.1,
@@ -61,8 +59,6 @@ RIGHT = {
     "name": None,
     "alpha": 0.5,
     "path": "text",
-    "product": lambda v: v,
-    "function": lambda parameters: JACOBIAN @ parameters,
     "mean_kl": lambda: 0.001,
     "closure": lambda: 0.0,
 }
@@ -285,7 +281,6 @@ VALID = [
         f"bitsandbytes, {ANY_SHAPE}",
         "any figure, a tensor's mean; None: not reported",
     ),
-    (r"conjugate_gradient\.b", f"scalar, float64, ZeRO-3, {ANY_SHAPE}", "a system of any size"),
     (r".*Beta\.update\.kl", "-1, -1.5", "a mean of k1"),
     (r"grpo_loss\.correct_kl|.*\.recompute", "bool", "a bool"),
     (r"(ppo|grpo)_loss\.old_logprob", "None", "the policy as it is now"),

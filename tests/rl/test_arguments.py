@@ -22,11 +22,8 @@ from fastkl.rl import (
     PPOAdaptiveBeta,
     SpikeDetector,
     TrustRegion,
-    conjugate_gradient,
     dpo_loss,
-    fisher_vector_product,
     grpo_loss,
-    natural_gradient,
     ppo_loss,
     shape_rewards,
 )
@@ -45,13 +42,7 @@ L, ZEROS, FLAT, PAIRS = (
 )
 PPO = {"logprob": L, "old_logprob": ZEROS, "advantages": PAIRS}
 DPO = dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), PAIRS)
-ONES, UP = torch.ones(3), torch.tensor([1.0, 0.0, 0.0])
-
-
-def identity(z: torch.Tensor) -> torch.Tensor:
-    return z
-
-
+ONES = torch.ones(3)
 step, stop = TrustRegion(0.1).step, EarlyStop(0.1).should_stop
 spike, update = SpikeDetector().update, AdaptiveBeta(0.1, 6, 100).update
 TARGETED = {"initial": 0.1, "target": 6}
@@ -60,9 +51,6 @@ RIGHT = {
     ppo_loss: PPO,
     grpo_loss: PPO,
     dpo_loss: DPO,
-    fisher_vector_product: {"function": identity, "parameters": ONES, "vector": ONES},
-    conjugate_gradient: {"product": identity, "b": ONES},
-    natural_gradient: {"function": identity, "parameters": ONES, "gradient": UP, "max_kl": 0.1},
     FixedBeta: {"beta": 0.1},
     AdaptiveBeta: {**TARGETED, "horizon": 100},
     PPOAdaptiveBeta: TARGETED,
@@ -76,8 +64,6 @@ RIGHT = {
     step: {"optimizer": torch.optim.SGD([torch.zeros(3)]), "mean_kl": float},
     stop: {"kl": 0.1},
 }
-FISHER, SOLVE, NATURAL = (fisher_vector_product,), (conjugate_gradient,), (natural_gradient,)
-NAMED = {"function": lambda named: named["a"], "parameters": {"a": ONES, "b": torch.ones(2)}}
 REWARDS, BOTH, ONLY_PPO, GRPO, ONLY_DPO = (
     (shape_rewards,),
     (ppo_loss, grpo_loss),
@@ -147,23 +133,8 @@ ALONE = [
     (ONLY_DPO, TypeError, "beta", [SimpleNamespace(beta=0.1)]),
     (ONLY_DPO, ValueError, "label_smoothing", [-0.1, 0.5, math.nan]),
     (ONLY_DPO, TypeError, "label_smoothing", [None]),
-    (FISHER, TypeError, "function", [ONES, lambda z: 3]),
-    (FISHER, TypeError, "parameters", [[ONES], {}, ONES.bfloat16()]),
-    (FISHER, ValueError, "parameters", [meta(ONES)]),
-    (FISHER, ValueError, "vector", [torch.ones(4), ONES.double()]),
-    (FISHER, ValueError, "weights", [ONES]),
-    (FISHER, TypeError, "weights", [torch.tensor(True)]),
-    (SOLVE, TypeError, "product", [torch.eye(3)]),
-    (SOLVE, TypeError, "b", [ONES.half()]),
-    (SOLVE, ValueError, "b", [ONES * math.inf]),
-    (SOLVE, ValueError, "iterations", [0]),
-    (SOLVE, TypeError, "iterations", [2.0]),
-    (SOLVE, ValueError, "tolerance", [-1.0, 1.0]),
-    (SOLVE, ValueError, "damping", [math.nan]),
-    (SOLVE, TypeError, "damping", ["0"]),
-    ((*NATURAL, TrustRegion), ValueError, "max_kl", [0.0, -1, math.inf, math.nan]),
-    ((*NATURAL, TrustRegion), TypeError, "max_kl", ["0.1", torch.tensor(0.1), True]),
-    (NATURAL, ValueError, "gradient", [torch.ones(2), ONES]),
+    ((TrustRegion,), ValueError, "max_kl", [0.0, -1, math.inf, math.nan]),
+    ((TrustRegion,), TypeError, "max_kl", ["0.1", torch.tensor(0.1), True]),
     ((TrustRegion,), ValueError, "shrink", [1.0, 0]),
     ((TrustRegion,), ValueError, "tries", [-1, 2.5]),
     ((TrustRegion,), TypeError, "tries", [None]),
@@ -220,18 +191,6 @@ ALONE = [
 ]
 BESIDE = [
     ((AdaptiveBeta, PPOAdaptiveBeta, PIDBeta), ValueError, "initial", {"bounds": (0.2, 1.0)}),
-    (FISHER, ValueError, "function's result", {"function": lambda z: z.sum()}),
-    *(
-        (FISHER, ValueError, "vector", {**NAMED, "vector": value})
-        for value in ({"a": ONES, "c": ONES}, ONES)
-    ),
-    (FISHER, TypeError, "vector['b']", {**NAMED, "vector": {"a": ONES, "b": None}}),
-    (FISHER, ValueError, "vector['b']", {**NAMED, "vector": {"a": ONES, "b": ONES}}),
-    (SOLVE, ValueError, "product's result", {"product": lambda v: v[:2]}),
-    (SOLVE, ValueError, "product's result", {"product": lambda v: v * math.nan}),
-    (NATURAL, ValueError, "b", {"gradient": ONES * math.nan}),
-    (NATURAL, ValueError, "gradient", {"function": lambda z: 0 * z}),
-    (NATURAL, ValueError, "product's result", {"function": lambda z: z * math.nan}),
     (REWARDS, ValueError, "scores", {"kl": torch.zeros(15)}),
     *(
         (REWARDS, TypeError, "cu_seqlens", {**LINE, "cu_seqlens": value})

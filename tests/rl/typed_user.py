@@ -15,11 +15,8 @@ from fastkl.rl import (
     PIDBeta,
     PPOAdaptiveBeta,
     SpikeDetector,
-    conjugate_gradient,
     dpo_loss,
-    fisher_vector_product,
     grpo_loss,
-    natural_gradient,
     ppo_loss,
     read_jsonl,
     shape_rewards,
@@ -82,20 +79,6 @@ def step(
     return loss
 
 
-def natural(
-    model: torch.nn.Module,
-    vector: torch.Tensor,
-    parameters: dict[str, torch.nn.Parameter],
-    gradient: dict[str, torch.Tensor],
-) -> None:
-    assert_type(fisher_vector_product(lambda theta: theta, vector, vector), torch.Tensor)
-    assert_type(conjugate_gradient(lambda v: v, vector, damping=1e-3), torch.Tensor)
-    assert_type(
-        natural_gradient(lambda theta: theta["weight"], parameters, gradient, 0.01),
-        dict[str, torch.Tensor],
-    )
-
-
 def wrong(logprob: torch.Tensor, advantages: torch.Tensor) -> None:
     AdaptiveBeta(0.05, 6.0, 1000, "batch")  # refused
     AdaptiveBeta(0.05, 6.0, 1000).update(0.1, unit="batch")  # refused
@@ -109,4 +92,3 @@ def wrong(logprob: torch.Tensor, advantages: torch.Tensor) -> None:
     shape_rewards(advantages, logprob, "0.1")  # refused
     KLMonitor(loggers=[3])  # refused
     read_jsonl(1)  # refused
-    natural_gradient(lambda theta: theta, logprob, {"weight": logprob}, 0.01)  # refused
