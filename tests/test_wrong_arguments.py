@@ -69,7 +69,6 @@ OWN: dict[str, Callable[[], object]] = {
     "PIDBeta.update.kl": lambda: 0.1,
     "PPOAdaptiveBeta.update.kl": lambda: 0.1,
     "SpikeDetector.update.kl": lambda: 0.1,
-    "EarlyStop.should_stop.kl": lambda: 0.1,
     "dpo_loss.beta": lambda: 0.1,
     "TrustRegion.step.optimizer": lambda: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]),
 }
@@ -257,18 +256,18 @@ VALID = [
     (r".*\.normalizer", "scalar", "a tensor of one number"),
     (r"selective_log_softmax\.index", "last dimension more", "K ids of each row"),
     (
-        r"(AdaptiveBeta|PPOAdaptiveBeta|PIDBeta|FixedBeta|SpikeDetector|TrustRegion|EarlyStop)\..*|"
+        r"(AdaptiveBeta|PPOAdaptiveBeta|PIDBeta|FixedBeta|SpikeDetector|TrustRegion)\..*|"
         r"KLMonitor\.threshold|.*\.(beta|damping|dual_clip|max_kl|tolerance|label_smoothing)",
         NUMBERS,
         "every real number that float() takes",
     ),
     (
-        r".*Beta\.update\.(kl|n)|EarlyStop\.should_stop\.kl|.*\.beta",
+        r".*Beta\.update\.(kl|n)|.*\.beta",
         "scalar",
         "a tensor of one entry",
     ),
     (
-        r"(EarlyStop\.should_stop|SpikeDetector\.update)\.kl",
+        r"SpikeDetector\.update\.kl",
         "NaN, inf, -inf, -1, -1.5",
         "whatever was measured is judged",
     ),

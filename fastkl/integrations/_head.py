@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastkl import Head
-
-from ._errors import expect
+from fastkl._checks import expect
 
 # Names of a soft cap in configurations: Gemma's and most others', RecurrentGemma's, xLSTM's.
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -66,16 +65,38 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
         "load it with AutoModelForCausalLM",
         TypeError,
     )
-    _refuse_other_kinds(model, inner, layer)
+    configs = getattr(model, "peft_config", None)
+    adapters = configs.values() if isinstance(configs, dict) else ()
+    expect(
+        not any(config.is_prompt_learning for config in adapters),
+        "model",
+        "hidden states of the tokens alone",
+        f"{name} with prompt learning",
+        "use LoRA",
+    )
+    expect(
+        not hasattr(layer, "base_layer"),
+        "model",
+        "an lm_head that is one weight",
+        f"{name} with a PEFT adapter on it",
+        "take lm_head out of target_modules, name it in modules_to_save, or merge_and_unload()",
+    )
+    own = "pass hidden states and a Head of your own"
+    expect(
+        not getattr(inner.config, "is_encoder_decoder", False),
+        "model",
+        "a decoder",
+        f"the encoder-decoder {name}",
+        own,
+    )
     hidden, logits, types = _own_logits(inner, layer)
     weight, bias = layer.weight, getattr(layer, "bias", None)
-    own = "or pass hidden states and a Head of your own"
     expect(
         hidden is not None,
         "model",
         "a forward that runs base_model",
         f"{name}, whose does not",
-        f"use another, {own}",
+        f"use another, or {own}",
     )
     width, rows = hidden.shape[-1], logits.shape[-1]
     expect(
@@ -83,7 +104,7 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
         "model",
         f"an lm_head.weight [V, {width}] of floats",
         f"{weight.dtype} {tuple(weight.shape)} in {name}",
-        f"load it unquantized and unsharded, {own}",
+        f"load it unquantized and unsharded, or {own}",
     )
     weight, bias = cut(weight, rows), cut(bias, rows)
     with torch.no_grad():
@@ -104,33 +125,6 @@ def causal_lm(model: Any) -> Any:
 def cut(value: Any, rows: int) -> Any:
     """Cut a weight or bias; all rows, or None, are the same object, by which one is known."""
     return value if value is None or len(value) == rows else value[:rows]
-
-
-def _refuse_other_kinds(model: torch.nn.Module, inner: Any, layer: Any) -> None:
-    """Raise for models whose lm_head or hidden states are not all that makes their logits."""
-    name, configs = type(inner).__name__, getattr(model, "peft_config", None)
-    adapters = configs.values() if isinstance(configs, dict) else ()
-    expect(
-        not any(config.is_prompt_learning for config in adapters),
-        "model",
-        "hidden states of the tokens alone",
-        f"{name} with prompt learning",
-        "use LoRA",
-    )
-    expect(
-        not hasattr(layer, "base_layer"),
-        "model",
-        "an lm_head that is one weight",
-        f"{name} with a PEFT adapter on it",
-        "take lm_head out of target_modules, name it in modules_to_save, or merge_and_unload()",
-    )
-    expect(
-        not getattr(inner.config, "is_encoder_decoder", False),
-        "model",
-        "a decoder",
-        f"the encoder-decoder {name}",
-        "pass hidden states and a Head of your own",
-    )
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fastkl import Head, linear_token_stats
+from fastkl._checks import expect
 
 from . import _trl
-from ._errors import expect
 from .transformers import KLCallback
 
 # isort: split
@@ -78,7 +78,7 @@ class ExactGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._logits_dtype = logits_dtype
-        self.kl_callback = _trl.set_up(
+        self.kl_callback: Any = _trl.set_up(
             self,
             logits_dtype,
             "trl.GRPOTrainer",
@@ -90,7 +90,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         self._redirect = _ForwardRedirection()
         self.beta = 0.0
         self._reference: tuple[torch.Tensor, Head] | None = None
-        self._kl: torch.Tensor | None = None
+        self._kl: Any = None
         expect(
             self.args.beta > 0 or self.kl_callback is None,
             "args.beta",
@@ -101,10 +101,15 @@ class ExactGRPOTrainer(GRPOTrainer):
         if self.args.beta > 0:
             self.kl_callback = self.kl_callback or KLCallback()
             self.kl_callback.attach(self)
-        self._policy_head, self._ref_head = _trl.checked_heads(
-            self, self.ref_model, "trl.GRPOTrainer"
-        )
-        self._suppress_padding()
+        self._policy_head, self._ref_head = _trl.checked_heads(self, self.ref_model)
+        # The policy's tokens that the reference lacks are not sampled.
+        policy = _trl.causal_lm(self.accelerator.unwrap_model(self.model))
+        shared, own = len(self._policy_head.weight), len(policy.get_output_embeddings().weight)
+        self._shared = None if shared == own else shared
+        if shared != own and not self.use_vllm:
+            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = (
+                sorted({*range(shared, own), *(self.generation_config.suppress_tokens or ())})
+            )
 
     @property
     def kl_weight(self) -> float:
@@ -156,14 +161,15 @@ class ExactGRPOTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             self._reference = None
-        if self._kl is None:
-            raise RuntimeError(
-                f"trl: expected GRPOTrainer._compute_loss to call "
-                f"_get_per_token_logps_and_entropies as in 1.16, got a {trl.__version__} that does "
-                f"not; install the TRL that fastkl.integrations.trl was tested with"
-            )
+        expect(
+            self._kl is not None,
+            "trl",
+            "GRPOTrainer._compute_loss to call _get_per_token_logps_and_entropies as in 1.16",
+            f"a {trl.__version__} that does not",
+            "install the TRL that fastkl.integrations.trl was tested with",
+            RuntimeError,
+        )
         kl, self._kl = torch.where(mask, self._kl, 0.0), None
-        assert self.kl_callback is not None
         self.kl_callback.record(kl, mask)
         sums = self.accelerator.reduce(
             torch.stack([kl.detach().sum(), mask.sum().float()]), reduction="sum"
@@ -199,21 +205,6 @@ class ExactGRPOTrainer(GRPOTrainer):
         return reduced[kind]() / accumulated
 
     # ---- what is computed
-
-    def _suppress_padding(self) -> None:
-        """Suppress sampling of the policy's tokens that the reference lacks.
-
-        self._shared is the number of tokens that both have, None if those are all.
-        """
-        shared = len(self._policy_head.weight)
-        own = len(
-            _trl.causal_lm(self.accelerator.unwrap_model(self.model)).get_output_embeddings().weight
-        )
-        self._shared = None if shared == own else shared
-        if self._shared is not None and not self.use_vllm:
-            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = (
-                sorted({*range(shared, own), *(self.generation_config.suppress_tokens or ())})
-            )
 
     def _hidden(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fastkl import estimate_kl
-
-from ._errors import expect
+from fastkl._checks import expect
+from fastkl.rl import FixedBeta
 
 if TYPE_CHECKING:
     from fastkl._types import BetaController
@@ -92,32 +92,16 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
             fastkl.kl_divergence.
     Source: Schulman, Approximating KL Divergence (2020), for the values.
     """
-    name = kl_penalty.removesuffix("+") if isinstance(kl_penalty, str) else kl_penalty
-    expect(
-        isinstance(name, str),
-        "kl_penalty",
-        "the name of an estimator",
-        kl_penalty,
-        "pass 'k3', for instance",
-        TypeError,
-    )
-    for argument, value in (("logprob", logprob), ("ref_logprob", ref_logprob)):
-        _tensor(argument, value, "of log-probabilities [...]", "token_stats returns them")
-    expect(
-        kl_penalty != "full",
-        "kl_penalty",
-        "an estimator",
-        "'full', which needs the logits of both models",
-        "call fastkl.kl_divergence with them",
-    )
+    name = kl_penalty.removesuffix("+") if isinstance(kl_penalty, str) else ""
     expect(
         name in ESTIMATORS,
         "kl_penalty",
         f"one of {', '.join(map(repr, ESTIMATORS))}, with or without '+'",
         repr(kl_penalty),
-        "pass 'k3', for instance",
+        "pass 'k3', for instance; 'full' needs logits, call fastkl.kl_divergence with them",
     )
-    value = estimate_kl(logprob.detach(), ref_logprob.detach(), estimator=ESTIMATORS[name])
+    with torch.no_grad():
+        value = estimate_kl(logprob, ref_logprob, estimator=ESTIMATORS[name])
     if ESTIMATORS[name] == "k3":
         value = value.clamp(max=LARGEST_K3)
     if not (logprob.requires_grad and torch.is_grad_enabled()):
@@ -150,8 +134,7 @@ def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Calla
         "actor/kl_old", the mean KL per token (nats), and "actor/kl_old_coef". As verl's losses for
         their metrics, it waits for the device in every micro-batch.
     Raises:
-        TypeError, ValueError: beta is no number or controller, or negative; base is no str. When
-        called: no tensors, no config, and what verl raises for its arguments.
+        TypeError, ValueError: beta is no number or controller, or negative; base is no str.
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 8.
     """
     _weight_of(beta)
@@ -166,21 +149,6 @@ def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Calla
         config: Any = None,
         rollout_is_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        for argument, value in (
-            ("old_log_prob", old_log_prob),
-            ("log_prob", log_prob),
-            ("response_mask", response_mask),
-            ("rollout_is_weights", log_prob if rollout_is_weights is None else rollout_is_weights),
-        ):
-            _tensor(argument, value, "[batch, length]", "let verl call this")
-        expect(
-            hasattr(config, "global_batch_info"),
-            "config",
-            "the actor's config of verl, which has global_batch_info",
-            config,
-            "let verl call this",
-            TypeError,
-        )
         core = _core_algos()
         loss, metrics = core.get_policy_loss_fn(base)(
             old_log_prob=old_log_prob,
@@ -261,24 +229,8 @@ def install_kl_penalty() -> None:
 
 
 def _weight_of(beta: float | BetaController) -> float:
-    """Return a number, or a controller's beta as it is now."""
-    value: Any = getattr(beta, "beta", beta)
-    expect(
-        isinstance(value, (int, float)) and not isinstance(value, bool),
-        "beta",
-        "a number or a controller with an attribute `beta`",
-        value,
-        "pass 0.05, for instance",
-        TypeError,
-    )
-    expect(
-        0 <= value <= sys.float_info.max,
-        "beta",
-        "a finite number of at least 0",
-        value if isinstance(value, float) or abs(value) < 2**64 else "an integer beyond 2^64",
-        "a negative beta would reward divergence",
-    )
-    return float(value)
+    """Return a number, or a controller's beta as it is now, checked."""
+    return FixedBeta(getattr(beta, "beta", beta)).beta
 
 
 def _name(argument: str, value: str) -> None:
@@ -290,10 +242,6 @@ def _name(argument: str, value: str) -> None:
         "pass 'vanilla', for instance",
         TypeError,
     )
-
-
-def _tensor(argument: str, value: torch.Tensor, what: str, remedy: str) -> None:
-    expect(isinstance(value, torch.Tensor), argument, f"a tensor {what}", value, remedy, TypeError)
 
 
 def _core_algos() -> ModuleType:

@@ -8,12 +8,11 @@ from .losses import grpo_loss, ppo_loss
 from .monitor import KLMonitor, read_jsonl
 from .rewards import shape_rewards
 from .spikes import SpikeDetector
-from .trust_region import EarlyStop, StepResult, TrustRegion
+from .trust_region import StepResult, TrustRegion
 
 __all__ = [
     "AdaptiveBeta",
     "DPOLoss",
-    "EarlyStop",
     "FixedBeta",
     "KLMonitor",
     "PIDBeta",

@@ -280,20 +280,11 @@ ZEROS = torch.zeros(2)
 ARGUMENTS = ("logprob", "ref_logprob", "kl_penalty")
 BETAS = [-0.1, math.nan, math.inf, "0.1", None, torch.tensor(0.1), True, 10**400, -(10**400)]
 PENALTIES = [
-    ((ZEROS, ZEROS, "full"), "kl_penalty: .* needs the logits of both models; call fastkl.kl_div"),
-    *(((ZEROS, ZEROS, name), "kl_penalty: expected one of 'kl'") for name in ("k4", "+", "k1++")),
-    ((ZEROS, ZEROS, 3), "kl_penalty: expected the name of an estimator, got int"),
-    ((ZEROS, ZEROS, None), "kl_penalty: expected the name of an estimator, got NoneType"),
-    (([0.0], ZEROS, "k1"), "logprob: expected a tensor .*, got list"),
-    ((ZEROS, 0.0, "k1"), "ref_logprob: expected a tensor .*, got float"),
+    *(((ZEROS, ZEROS, name), "kl_penalty: expected one of 'kl'") for name in ("k4", "k1++", 3)),
+    ((ZEROS, ZEROS, "full"), "kl_penalty: .*'full'.* call fastkl.kl_divergence"),
+    (([0.0], ZEROS, "k1"), "logprob: expected .*, got list"),
+    ((ZEROS, 0.0, "k1"), "ref_logprob: expected .*, got float"),
     ((ZEROS, ZEROS.long(), "k1"), "ref_logprob: expected float32.*, got torch.int64"),
-]
-CALLED = [
-    ("log_prob", None, r"expected a tensor \[batch, length\], got NoneType"),
-    ("old_log_prob", [0.0], "expected a tensor .*, got list"),
-    ("response_mask", None, "expected a tensor .*, got NoneType"),
-    ("rollout_is_weights", 1.0, "expected a tensor .*, got float"),
-    ("config", None, "expected the actor's config of verl, .*, got NoneType"),
 ]
 WRONG = [
     *((integration.policy_loss, dict(beta=beta), "beta: expected ") for beta in BETAS),
@@ -309,14 +300,6 @@ WRONG = [
     *(
         (integration.kl_penalty, dict(zip(ARGUMENTS, given, strict=True)), words)
         for given, words in PENALTIES
-    ),
-    *(
-        (
-            integration.policy_loss(beta=0.1),
-            {**batch(), **DEFAULTS, "config": SimpleNamespace(global_batch_info={}), name: value},
-            f"{name}: {words}",
-        )
-        for name, value, words in CALLED
     ),
 ]
 

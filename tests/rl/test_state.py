@@ -31,7 +31,7 @@ RUNS = {name: (make, lambda made, step: made.update(KLS[step], 3)) for name, mak
 RUNS |= {
     "spikes": (SpikeDetector, lambda made, step: made.update(RISING[step])),
     "monitor": (
-        lambda: KLMonitor(threshold=0.1, positions=4),
+        lambda: KLMonitor(threshold=0.1),
         lambda made, step: made.update(
             tokens(3, 4 + step // 4, seed=step) * (1000 if step == 50 else 1)
         ),
@@ -63,16 +63,7 @@ def test_a_run_continues_from_a_copy(name, at) -> None:
         assert whole.summary()["kl/spikes"] >= 1.0
 
 
-RUN = {
-    "sum": math.nan,
-    "max": None,
-    "steps": -1.0,
-    "tokens": -3.0,
-    "spikes": math.nan,
-    "above": -1.0,
-    "finite": 100.0,
-    "sequences": 100.0,
-}
+RUN = {"sum": math.nan, "max": None, "steps": "1", "tokens": math.inf}
 SPIKE = {"evidence": -1.0, "levels": [math.nan], "recent": 4}
 # Wrong values of an entry; for an entry within an entry ("run", "spike") what changes there.
 NUMBERS = [math.nan, math.inf, -0.1, None, "0.1", True]
@@ -95,19 +86,13 @@ WRONG = {
     },
     "monitor": {
         "threshold": [0.2, torch.ones(2)],
-        "positions": [3],
         "spike": [None, 3, {"class": "SpikeDetector"}, *({name: SPIKE[name]} for name in SPIKE)],
-        "width": [0, None, 2**40],
-        "step": [None, 1.0, -1],
+        "step": [None, 1.0],
         "run": [None, {}, *({name: RUN[name]} for name in RUN)],
         "histogram": [
             None,
             [0.0],
-            *([wrong] + [0.0] * (BINS - 1) for wrong in ("x", math.nan, -1.0)),
-        ],
-        "profile": [
-            *(None, [None] * 4, [[0.0] * 4, [0.0] * 3]),
-            *([[math.inf] * 4, [0.0] * 4], [[0.0] * 4, [-1.0] * 4]),
+            *([wrong] + [0.0] * (BINS - 1) for wrong in ("x", math.nan)),
         ],
     },
 }
@@ -163,7 +148,7 @@ def test_one_copy_and_nothing_else_is_read(packed, monkeypatch) -> None:
     monkeypatch.setattr(torch.Tensor, "cpu", copied)
     for _ in range(3):
         assert monitor.update(**step_of("meta", packed))["entropy"] == 1.0
-    monitor.summary(), monitor.profile(), monitor.state_dict()
+    monitor.summary(), monitor.state_dict()
     assert copies == ["meta"] * 3
 
 
@@ -194,18 +179,18 @@ def test_state_is_on_the_cpu_and_may_change(made) -> None:
     # Neither a default device nor inference mode, where it is made, loaded or updated, shows
     # in the figures.
     batches = [tokens(3, 4 + 40 * step, seed=step) for step in range(4)]
-    plain = KLMonitor(threshold=0.1, positions=4)
+    plain = KLMonitor(threshold=0.1)
     expected = [plain.update(batch) for batch in batches]
     with torch.device("meta") if made == "meta" else torch.inference_mode():
-        monitor = KLMonitor(threshold=0.1, positions=4)
+        monitor = KLMonitor(threshold=0.1)
         got = [monitor.update(batch) for batch in batches[:2]]
         if made != "inference":
-            state, monitor = monitor.state_dict(), KLMonitor(threshold=0.1, positions=4)
+            state, monitor = monitor.state_dict(), KLMonitor(threshold=0.1)
             monitor.load_state_dict(state)
             got.append(monitor.update(batches[2]))
     got += [monitor.update(batch) for batch in batches[len(got) :]]
     assert got == expected and monitor.state_dict() == plain.state_dict()
-    assert (monitor.summary(), monitor.profile()) == (plain.summary(), plain.profile())
+    assert monitor.summary() == plain.summary()
 
 
 WRONG_VALUES = {
@@ -237,7 +222,7 @@ WRONG_VALUES = {
 def test_wrong_arguments(error, arguments, tmp_path) -> None:
     # Every argument of update is checked before anything changes: neither the run nor the
     # file sees the step.
-    monitor = KLMonitor(jsonl=tmp_path / "run.jsonl", loggers=[lambda metrics: pytest.fail("told")])
+    monitor = KLMonitor(jsonl=tmp_path / "run.jsonl")
     before = monitor.state_dict()
     with pytest.raises(error, match=f"^{next(iter(arguments))}: expected .*, got .*; "):
         monitor.update(**{"kl": tokens(3), **arguments})

@@ -1,6 +1,4 @@
-"""TrustRegion and EarlyStop: the step that is taken, put back to the bit, or shortened, and when
-the epochs end.
-"""
+"""TrustRegion: the step that is taken, put back to the bit, or shortened."""
 
 import collections
 import math
@@ -15,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkl
 from fastkl import testing
-from fastkl.rl.trust_region import EarlyStop, StepResult, TrustRegion
+from fastkl.rl.trust_region import StepResult, TrustRegion
 
 OPTIMIZERS = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.5, momentum=0.9, weight_decay=0.1),
@@ -311,21 +309,3 @@ def test_fsdp2(tmp_path) -> None:
     root, environment = Path(fastkl.__file__).parents[1], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
-
-
-# ---- EarlyStop, and wrong measurements
-
-
-@pytest.mark.parametrize(
-    "make",
-    [float, torch.tensor, lambda kl: torch.tensor([kl], dtype=torch.float64)],
-    ids=["float", "0-d", "1-d"],
-)
-def test_early_stop(make) -> None:
-    # Beyond factor times the target, the bound itself not included; a NaN stops, a sampled
-    # estimate below 0 does not.
-    kls = [make(kl) for kl in (-1.0, 0.0, 0.5, 0.75, 0.7500001, 2.0, math.nan, math.inf)]
-    assert [EarlyStop(0.5).should_stop(kl) for kl in kls] == [False] * 4 + [True] * 4
-    assert EarlyStop(0.5, factor=1.0).should_stop(make(0.6)) and not EarlyStop(
-        0.5, factor=2.0
-    ).should_stop(make(0.9))
