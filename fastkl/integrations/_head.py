@@ -112,14 +112,13 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
     # The same product twice differs by a few roundings. 16-bit logits are right to 4e-3, and
     # autocast may be at work in one of the two alone.
     tolerance = 1e-4 if types <= {torch.float32, torch.float64} else 2e-2
-    form = _form(name, product, logits, _named(inner.config.get_text_config()), tolerance)
-    return inner.base_model, Head(weight, bias, *form)
+    named = _named(inner.config.get_text_config())
+    return inner.base_model, Head(weight, bias, *_form(name, product, logits, named, tolerance))
 
 
 def causal_lm(model: Any) -> Any:
     """Return the model with the lm_head, inside a PEFT model."""
-    peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-    return model.get_base_model() if peft else model
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def cut(value: Any, rows: int) -> Any:

@@ -107,8 +107,13 @@ def set_up(
         **more,
     }
     named = ", ".join(name for name, used in refused.items() if used)
-    supported = f"options that {type(trainer).__name__} supports"
-    expect(not named, "args", supported, named, f"change that, or use {instead}")
+    expect(
+        not named,
+        "args",
+        f"options that {type(trainer).__name__} supports",
+        named,
+        f"change that, or use {instead}",
+    )
     float_type("logits_dtype", logits_dtype)
     found = [each for each in trainer.callback_handler.callbacks if isinstance(each, KLCallback)]
     expect(
@@ -145,9 +150,8 @@ def hidden_states(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> Any:
     """Compute the hidden states [B, T-1, H] that predict every token but the first."""
-    backbone = causal_lm(model).base_model
-    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return output.last_hidden_state[:, :-1]
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    return causal_lm(model).base_model(**given).last_hidden_state[:, :-1]
 
 
 def checked_heads(trainer: Any, second: torch.nn.Module | None) -> list[Head]:
@@ -155,8 +159,10 @@ def checked_heads(trainer: Any, second: torch.nn.Module | None) -> list[Head]:
 
     Both are cut to the rows that they share.
     """
-    models = (trainer.model, trainer.model if second is None else second)
-    heads = [head_of(trainer.accelerator.unwrap_model(model))[1] for model in models]
+    heads = [
+        head_of(trainer.accelerator.unwrap_model(model))[1]
+        for model in (trainer.model, trainer.model if second is None else second)
+    ]
     rows = min(len(each.weight) for each in heads)
     return [detached(each._replace(weight=each.weight[:rows])) for each in heads]
 

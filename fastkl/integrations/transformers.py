@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,9 +23,6 @@ from fastkl import _checks
 from fastkl._checks import expect
 
 from ._head import head_of as head_of
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 # How the figures of the steps between two logs are merged; those of all other names are averaged.
 MERGES: dict[str, Callable[[float, float], float]] = {
@@ -139,7 +136,7 @@ class KLCallback(TrainerCallback, ExportableState):
                 (kl.detach(), mask, None if entropy is None else entropy.detach())
             )
 
-    def attach(self, trainer: Trainer) -> KLCallback:
+    def attach(self, trainer: Any) -> KLCallback:
         """Make this the trainer's first callback, wherever it was, and return it; the trainers of
         this package must know it when they are made.
         """
@@ -272,12 +269,11 @@ class KLCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Return the part of a checkpoint's trainer_state.json."""
-        parts: dict[str, Any] = {"controller": self.controller, "monitor": self.monitor}
         return {
             "args": {},
             "attributes": {
                 name: part.state_dict() if hasattr(part, "state_dict") else None
-                for name, part in parts.items()
+                for name, part in (("controller", self.controller), ("monitor", self.monitor))
             },
         }
 

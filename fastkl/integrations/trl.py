@@ -115,7 +115,7 @@ class ExactGRPOTrainer(GRPOTrainer):
     def kl_weight(self) -> float:
         """Weight of the KL in the next step: the controller's beta, or args.beta."""
         controller = None if self.kl_callback is None else self.kl_callback.controller
-        return self.args.beta if controller is None else controller.beta
+        return float(self.args.beta if controller is None else controller.beta)
 
     # ---- the two methods of GRPOTrainer that are overridden
 
@@ -179,16 +179,12 @@ class ExactGRPOTrainer(GRPOTrainer):
         )
         return loss + self.kl_weight * self._reduced(kl, mask, inputs)
 
-    def _reduced(
-        self, kl: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]
-    ) -> torch.Tensor:
+    def _reduced(self, kl: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> Any:
         """Reduce per-token values, 0 where the token does not count, as GRPOTrainer its loss."""
         training, kind = self.model.training, self.loss_type
         accumulated = self.current_gradient_accumulation_steps if training else 1.0
         if kind in ("cispo", "dapo", "vespo"):
-            items: torch.Tensor = (
-                inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            )
+            items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             return kl.sum() / (
                 items * accumulated / self.args.steps_per_generation if training else items
             )
@@ -199,16 +195,13 @@ class ExactGRPOTrainer(GRPOTrainer):
             "luspo": lambda: kl.sum(-1).mean(),
         }
         reduced["sapo"] = reduced["grpo"]
-        expect(
-            kind in reduced, "args.loss_type", "one of TRL 1.16", repr(kind), "use trl.GRPOTrainer"
-        )
         return reduced[kind]() / accumulated
 
     # ---- what is computed
 
     def _hidden(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int
-    ) -> torch.Tensor:
+    ) -> Any:
         """Compute the hidden states [B, keep, H] that predict the last `keep` tokens."""
         # This waits for the device; an embedding that lacks a row would make it unusable.
         if self._shared is not None:
@@ -264,17 +257,17 @@ class ExactGRPOTrainer(GRPOTrainer):
     @contextlib.contextmanager
     def _as_reference(self, model: Any) -> Iterator[Any]:
         """Give the unwrapped reference in eval mode; with PEFT the policy without its adapter."""
-        if self.ref_model is not None:
-            yield self.accelerator.unwrap_model(self.ref_model).eval()
-            return
-        policy = self.accelerator.unwrap_model(model)
-        training = policy.training
-        policy.eval()
+        own = self.ref_model is None
+        reference = self.accelerator.unwrap_model(model if own else self.ref_model)
+        training, adapter = reference.training, contextlib.nullcontext()
+        if own:
+            name = "ref" if "ref" in reference.peft_config else None
+            adapter = use_adapter(reference, adapter_name=name)
         try:
-            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-                yield policy
+            with adapter:
+                yield reference.eval()
         finally:
-            policy.train(training)
+            reference.train(training)
 
 
 class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):

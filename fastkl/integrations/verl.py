@@ -134,11 +134,10 @@ def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Calla
         "actor/kl_old", the mean KL per token (nats), and "actor/kl_old_coef". As verl's losses for
         their metrics, it waits for the device in every micro-batch.
     Raises:
-        TypeError, ValueError: beta is no number or controller, or negative; base is no str.
+        TypeError, ValueError: beta is no number or controller, or negative.
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 8.
     """
     _weight_of(beta)
-    _name("base", base)
 
     def with_kl(
         old_log_prob: torch.Tensor,
@@ -193,8 +192,6 @@ def register(
     Raises ImportError without verl, or with one whose policy losses take other arguments;
     ValueError for a base that verl does not have and a name that it has already.
     """
-    _name("name", name)
-    _name("base", base)
     core = _core_algos()
     _same_arguments(core.get_policy_loss_fn(base), POLICY_LOSS)
     expect(
@@ -228,20 +225,9 @@ def install_kl_penalty() -> None:
             setattr(module, "kl_penalty", kl_penalty)  # noqa: B010
 
 
-def _weight_of(beta: float | BetaController) -> float:
+def _weight_of(beta: Any) -> float:
     """Return a number, or a controller's beta as it is now, checked."""
     return FixedBeta(getattr(beta, "beta", beta)).beta
-
-
-def _name(argument: str, value: str) -> None:
-    expect(
-        isinstance(value, str),
-        argument,
-        "the name of a policy loss of verl",
-        value,
-        "pass 'vanilla', for instance",
-        TypeError,
-    )
 
 
 def _core_algos() -> ModuleType:
@@ -256,13 +242,12 @@ def _core_algos() -> ModuleType:
 def _same_arguments(function: Callable[..., Any], expected: tuple[str, ...]) -> None:
     """Check the names of a function's arguments."""
     got = tuple(inspect.signature(function).parameters)
-    version = getattr(sys.modules["verl"], "__version__", "an unknown version")
     expect(
         got == expected,
         "verl",
         f"{function.__name__}({', '.join(expected)}) as in version {TESTED}, which "
         f"fastkl.integrations.verl was tested with",
-        f"{function.__name__}({', '.join(got)}) in {version}",
+        f"{function.__name__}({', '.join(got)}) in {sys.modules['verl'].__version__}",
         f"remedy: pip install 'verl=={TESTED}.*'",
         ImportError,
     )

@@ -10,9 +10,8 @@ from .sequences import Sequences
 
 QUANTILES = {"kl/p50": 0.50, "kl/p95": 0.95, "kl/p99": 0.99}
 # The run's quantiles come from a histogram of the logarithm (DDSketch): each bin reaches from x to
-# GROWTH·x, so its centre is right to ACCURACY.
-ACCURACY = 0.01
-GROWTH = (1 + ACCURACY) / (1 - ACCURACY)
+# GROWTH·x, so its centre is right to 1 %.
+GROWTH = (1 + 0.01) / (1 - 0.01)
 LOWEST, HIGHEST = 1e-8, 1e3
 # Bin 0 holds what is below LOWEST, the last one what is above HIGHEST.
 BINS = 2 + math.ceil(math.log(HIGHEST / LOWEST) / math.log(GROWTH))

@@ -365,14 +365,13 @@ def _clipped_ratio(
     It is bounded above for A ≥ 0, and below (with a dual clip above too) for A < 0. The bound comes
     before the product: a minimum of products has the gradient 0·inf = NaN in the branch not taken.
     """
-    low, high = bounds
     ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     # Bounds as tensors: torch.compile compiles a graph for each number that clamp gets.
     one = ratio.new_ones(())
     return torch.where(
         advantages >= 0,
-        ratio.clamp(max=one + high),
-        ratio.clamp(min=one - low, max=None if dual_clip is None else one * dual_clip),
+        ratio.clamp(max=one + bounds[1]),
+        ratio.clamp(min=one - bounds[0], max=None if dual_clip is None else one * dual_clip),
     )
 
 

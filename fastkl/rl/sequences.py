@@ -77,9 +77,8 @@ def total(
                 f"got {max_length}; pass the limit that the sampling had"
             )
     if reduction != "sum":
-        counts = (tokens > 0) if reduction == "sequence_mean" else mask
-        of_sequences = reduction in ("grpo", "dr_grpo")
-        count = max(sequences.number, 1) if of_sequences else counts.sum().clamp(min=1)
+        counts = ((tokens > 0) if reduction == "sequence_mean" else mask).sum().clamp(min=1)
+        count = max(sequences.number, 1) if reduction in ("grpo", "dr_grpo") else counts
         divisor = _reduce.divisor("mean", normalizer, None, (), loss.dtype)
         loss = loss / ((count if normalizer is None else divisor) * (max_length or 1))
     return loss if sequences.right is None else torch.where(sequences.right, loss, math.nan)

@@ -40,9 +40,9 @@ L, ZEROS, FLAT, PAIRS = (
 )
 PPO = {"logprob": L, "old_logprob": ZEROS, "advantages": PAIRS}
 DPO = dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), PAIRS)
-ONES = torch.ones(3)
 step = TrustRegion(0.1).step
 spike, update = SpikeDetector().update, AdaptiveBeta(0.1, 6, 100).update
+record = KLMonitor().update
 TARGETED = {"initial": 0.1, "target": 6}
 RIGHT = {
     shape_rewards: {"scores": S, "kl": KL, "beta": 0.1},
@@ -57,6 +57,7 @@ RIGHT = {
     SpikeDetector: {},
     spike: {"kl": 0.1},
     KLMonitor: {},
+    record: {"kl": S},
     TrustRegion: {"max_kl": 0.1},
     step: {"optimizer": torch.optim.SGD([torch.zeros(3)]), "mean_kl": float},
 }
@@ -134,7 +135,7 @@ ALONE = [
     ((TrustRegion,), ValueError, "shrink", [1.0, 0]),
     ((TrustRegion,), ValueError, "tries", [-1, 2.5]),
     ((TrustRegion,), TypeError, "tries", [None]),
-    ((step,), TypeError, "optimizer", [[ONES]]),
+    ((step,), TypeError, "optimizer", [[torch.ones(3)]]),
     ((step,), TypeError, "mean_kl", [0.1]),
     ((step,), TypeError, "closure", [1]),
     (
@@ -156,7 +157,12 @@ ALONE = [
     ((PIDBeta,), ValueError, "kp", [-0.1]),
     ((PIDBeta,), ValueError, "ki", [0.0]),
     ((PIDBeta,), ValueError, "kd", [1e3]),
-    ((update,), ValueError, "kl", [math.nan, -math.inf, math.inf, torch.tensor(math.nan), ONES]),
+    (
+        (update,),
+        ValueError,
+        "kl",
+        [math.nan, -math.inf, math.inf, torch.tensor(math.nan), torch.ones(3)],
+    ),
     ((update,), TypeError, "kl", ["0.1", None, True, torch.ones(1, dtype=torch.complex64)]),
     ((update,), ValueError, "n", [500, 0, -1, math.nan]),
     ((update,), TypeError, "n", ["1"]),
@@ -171,6 +177,20 @@ ALONE = [
     ((SpikeDetector,), TypeError, "window", [True]),
     ((SpikeDetector,), ValueError, "floor", [0.0, math.nan]),
     ((spike,), TypeError, "kl", [None, "0.1", True, torch.tensor(0.1)]),
+    ((record,), TypeError, "kl", [[0.1], S.long()]),
+    ((record,), ValueError, "kl", [torch.tensor(0.1), meta(S)]),
+    ((record,), TypeError, "mask", [S]),
+    ((record,), ValueError, "mask", [torch.ones(2, dtype=torch.bool)]),
+    ((record,), TypeError, "cu_seqlens", [[0, 3]]),
+    ((record,), ValueError, "cu_seqlens", [torch.tensor([0, 2])]),
+    ((record,), TypeError, "step", [1.0, True]),
+    ((record,), ValueError, "step", [-1, 10**400]),
+    ((record,), TypeError, "reward", ["1"]),
+    ((record,), TypeError, "beta", [[0.1]]),
+    ((record,), TypeError, "entropy", [torch.ones(3, dtype=torch.complex64)]),
+    ((record,), TypeError, "loss", [True, torch.ones(3).to_sparse()]),
+    ((record,), ValueError, "loss", [meta(S), 10**400]),
+    *(((record,), ValueError, name, [1.0]) for name in ("kl/mean", "kl/p95", "kl/per_sequence")),
     ((KLMonitor,), ValueError, "threshold", [-0.1, math.nan]),
     ((KLMonitor,), TypeError, "threshold", [torch.tensor(0.1)]),
     ((KLMonitor,), TypeError, "spike", [3.0, None]),
@@ -236,16 +256,15 @@ BESIDE = [
         for value in (ZEROS, torch.zeros(()))
     ),
 ]
-WRONG = [
-    (call, error, name, {name: value})
-    for calls, error, name, values in ALONE
-    for value in values
-    for call in calls
+BESIDE += [
+    (calls, error, name, {name: value}) for calls, error, name, values in ALONE for value in values
 ]
-WRONG += [(call, error, name, change) for calls, error, name, change in BESIDE for call in calls]
 
 
-@pytest.mark.parametrize("call, error, name, change", WRONG)
+@pytest.mark.parametrize(
+    "call, error, name, change",
+    [(call, *wrong) for calls, *wrong in BESIDE for call in calls],
+)
 def test_wrong_arguments(call, error, name, change) -> None:
     right = dict(RIGHT[call])
     if call is ppo_loss and change.keys() >= PACKED.keys():

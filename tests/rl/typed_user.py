@@ -31,38 +31,16 @@ def step(
     mask: torch.Tensor,
 ) -> torch.Tensor:
     controller = AdaptiveBeta(0.05, 6.0, 1000, "sequence")
-    penalty = KLPenalty(controller, reduction="sequence_mean")
-    assert_type(controller.update(penalty), float)
-    assert_type(controller.update(penalty.last["kl_per_sequence"], 8, unit="sequence"), float)
+    assert_type(controller.update(KLPenalty(controller, reduction="sequence_mean")), float)
     assert_type(PIDBeta(0.1, 0.05).update(0.1, mask.sum(), process_group=None), float)
     assert_type(PPOAdaptiveBeta(0.1, 0.05, unit="token").update(LinearKLPenalty(controller)), float)
     rewards = shape_rewards(advantages, estimate_kl(logprob, ref), controller, mask)
-    loss = ppo_loss(logprob, old, rewards, mask, reduction="mean", normalizer=mask.sum())
-    loss = loss + ppo_loss(
-        logprob, None, rewards, mask, reduction="sequence_mean", clip=(0.2, 0.28), normalizer=8
-    )
-    assert_type(
-        grpo_loss(
-            logprob,
-            old,
-            advantages,
-            mask,
-            ref_logprob=ref,
-            beta=FixedBeta(0.1),
-            level="sequence",
-            reduction="dr_grpo",
-            max_length=8,
-            correct_kl=True,
-            normalizer=16,
-        ),
-        torch.Tensor,
-    )
+    loss = ppo_loss(logprob, None, rewards, mask, reduction="mean", clip=(0.2, 0.28), normalizer=8)
+    given = (logprob, old, advantages, mask)
+    loss = loss + grpo_loss(*given, ref_logprob=ref, beta=FixedBeta(0.1), level="sequence")
     assert_type(dpo_loss(logprob, old, ref, ref, normalizer=2), DPOLoss)
-    monitor = KLMonitor(spike=SpikeDetector())
-    assert_type(
-        monitor.update(logprob, mask, beta=controller, entropy=0.5, loss=loss), dict[str, float]
-    )
-    assert_type(monitor.summary()["kl/per_sequence"], float)
+    figures = KLMonitor(spike=SpikeDetector()).update(logprob, mask, beta=controller, loss=loss)
+    assert_type(figures, dict[str, float])
     assert_type(read_jsonl("run.jsonl"), list[dict[str, float]])
     return loss
 
