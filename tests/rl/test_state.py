@@ -1,5 +1,5 @@
 """States of controllers, detector and monitor: runs continue from a copy, and a wrong state changes
-nothing. The monitor's one copy from the device, and its wrong arguments.
+nothing. The monitor's one copy from the device.
 """
 
 import copy
@@ -110,9 +110,8 @@ def test_wrong_states(name) -> None:
     wrong += [other().state_dict() for other, _ in RUNS.values() if type(other()) is not type(made)]
     for entry in good.keys() & WRONG[name].keys():
         for value in WRONG[name][entry]:
-            if isinstance(value, dict) and value and "class" not in value:
-                value = {**good[entry], **value}
-            wrong.append({**good, entry: value})
+            within = isinstance(value, dict) and value and "class" not in value
+            wrong.append({**good, entry: {**good[entry], **value} if within else value})
     for state in wrong:
         with pytest.raises((ValueError, TypeError), match="^state"):
             made.load_state_dict(state)
