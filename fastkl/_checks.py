@@ -32,6 +32,20 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
+def expect(
+    holds: object,
+    name: str,
+    what: str,
+    got: object,
+    remedy: str,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Raise an error unless the condition holds; for a TypeError `got` is described by its type."""
+    if not holds:
+        described = type_name(got) if error is TypeError else shown(got)
+        raise error(f"{name}: expected {what}, got {described}; {remedy}")
+
+
 def packed_remedy(name: str, value: torch.Tensor) -> str | None:
     """Say how to unpack a tensor that bitsandbytes packed, or return None."""
     if getattr(value, "quant_state", None) is not None:

@@ -40,7 +40,6 @@ def tensors() -> dict[str, torch.Tensor]:
         **dict.fromkeys(("tokens", "index"), tokens),
         **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -flat.abs()),
         **dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), torch.zeros(2)),
-        **dict.fromkeys(("parameters", "vector", "gradient", "b"), torch.ones(H)),
         **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
         "mask": mask,
         "weights": torch.ones(2, 3),
@@ -49,7 +48,6 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 TENSORS = tensors()
-JACOBIAN = torch.randn(2, 3, V, H, generator=torch.Generator().manual_seed(1))
 RIGHT = {
     **TENSORS,
     "beta": 0.1,
@@ -61,8 +59,6 @@ RIGHT = {
     "name": None,
     "alpha": 0.5,
     "path": "text",
-    "product": lambda v: v,
-    "function": lambda parameters: JACOBIAN @ parameters,
     "mean_kl": lambda: 0.001,
     "closure": lambda: 0.0,
 }
@@ -73,7 +69,6 @@ OWN: dict[str, Callable[[], object]] = {
     "PIDBeta.update.kl": lambda: 0.1,
     "PPOAdaptiveBeta.update.kl": lambda: 0.1,
     "SpikeDetector.update.kl": lambda: 0.1,
-    "EarlyStop.should_stop.kl": lambda: 0.1,
     "dpo_loss.beta": lambda: 0.1,
     "TrustRegion.step.optimizer": lambda: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]),
 }
@@ -261,18 +256,18 @@ VALID = [
     (r".*\.normalizer", "scalar", "a tensor of one number"),
     (r"selective_log_softmax\.index", "last dimension more", "K ids of each row"),
     (
-        r"(AdaptiveBeta|PPOAdaptiveBeta|PIDBeta|FixedBeta|SpikeDetector|TrustRegion|EarlyStop)\..*|"
+        r"(AdaptiveBeta|PPOAdaptiveBeta|PIDBeta|FixedBeta|SpikeDetector|TrustRegion)\..*|"
         r"KLMonitor\.threshold|.*\.(beta|damping|dual_clip|max_kl|tolerance|label_smoothing)",
         NUMBERS,
         "every real number that float() takes",
     ),
     (
-        r".*Beta\.update\.(kl|n)|EarlyStop\.should_stop\.kl|.*\.beta",
+        r".*Beta\.update\.(kl|n)|.*\.beta",
         "scalar",
         "a tensor of one entry",
     ),
     (
-        r"(EarlyStop\.should_stop|SpikeDetector\.update)\.kl",
+        r"SpikeDetector\.update\.kl",
         "NaN, inf, -inf, -1, -1.5",
         "whatever was measured is judged",
     ),
@@ -285,7 +280,6 @@ VALID = [
         f"bitsandbytes, {ANY_SHAPE}",
         "any figure, a tensor's mean; None: not reported",
     ),
-    (r"conjugate_gradient\.b", f"scalar, float64, ZeRO-3, {ANY_SHAPE}", "a system of any size"),
     (r".*Beta\.update\.kl", "-1, -1.5", "a mean of k1"),
     (r"grpo_loss\.correct_kl|.*\.recompute", "bool", "a bool"),
     (r"(ppo|grpo)_loss\.old_logprob", "None", "the policy as it is now"),

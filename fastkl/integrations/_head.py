@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastkl import Head
-
-from ._errors import expect
+from fastkl._checks import expect
 
 # Names of a soft cap in configurations: Gemma's and most others', RecurrentGemma's, xLSTM's.
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -66,49 +65,7 @@ def head_of(model: torch.nn.Module) -> tuple[torch.nn.Module, Head]:
         "load it with AutoModelForCausalLM",
         TypeError,
     )
-    _refuse_other_kinds(model, inner, layer)
-    hidden, logits, types = _own_logits(inner, layer)
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    own = "or pass hidden states and a Head of your own"
-    expect(
-        hidden is not None,
-        "model",
-        "a forward that runs base_model",
-        f"{name}, whose does not",
-        f"use another, {own}",
-    )
-    width, rows = hidden.shape[-1], logits.shape[-1]
-    expect(
-        weight.is_floating_point() and weight.shape[1:] == (width,) and len(weight) >= rows,
-        "model",
-        f"an lm_head.weight [V, {width}] of floats",
-        f"{weight.dtype} {tuple(weight.shape)} in {name}",
-        f"load it unquantized and unsharded, {own}",
-    )
-    weight, bias = cut(weight, rows), cut(bias, rows)
-    with torch.no_grad():
-        product = F.linear(hidden.to(weight), weight, None if bias is None else bias.to(weight))
-    # The same product twice differs by a few roundings. 16-bit logits are right to 4e-3, and
-    # autocast may be at work in one of the two alone.
-    tolerance = 1e-4 if types <= {torch.float32, torch.float64} else 2e-2
-    form = _form(name, product, logits, _named(inner.config.get_text_config()), tolerance)
-    return inner.base_model, Head(weight, bias, *form)
-
-
-def causal_lm(model: Any) -> Any:
-    """Return the model with the lm_head, inside a PEFT model."""
-    peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-    return model.get_base_model() if peft else model
-
-
-def cut(value: Any, rows: int) -> Any:
-    """Cut a weight or bias; all rows, or None, are the same object, by which one is known."""
-    return value if value is None or len(value) == rows else value[:rows]
-
-
-def _refuse_other_kinds(model: torch.nn.Module, inner: Any, layer: Any) -> None:
-    """Raise for models whose lm_head or hidden states are not all that makes their logits."""
-    name, configs = type(inner).__name__, getattr(model, "peft_config", None)
+    configs = getattr(model, "peft_config", None)
     adapters = configs.values() if isinstance(configs, dict) else ()
     expect(
         not any(config.is_prompt_learning for config in adapters),
@@ -124,13 +81,49 @@ def _refuse_other_kinds(model: torch.nn.Module, inner: Any, layer: Any) -> None:
         f"{name} with a PEFT adapter on it",
         "take lm_head out of target_modules, name it in modules_to_save, or merge_and_unload()",
     )
+    own = "pass hidden states and a Head of your own"
     expect(
         not getattr(inner.config, "is_encoder_decoder", False),
         "model",
         "a decoder",
         f"the encoder-decoder {name}",
-        "pass hidden states and a Head of your own",
+        own,
     )
+    hidden, logits, types = _own_logits(inner, layer)
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    expect(
+        hidden is not None,
+        "model",
+        "a forward that runs base_model",
+        f"{name}, whose does not",
+        f"use another, or {own}",
+    )
+    width, rows = hidden.shape[-1], logits.shape[-1]
+    expect(
+        weight.is_floating_point() and weight.shape[1:] == (width,) and len(weight) >= rows,
+        "model",
+        f"an lm_head.weight [V, {width}] of floats",
+        f"{weight.dtype} {tuple(weight.shape)} in {name}",
+        f"load it unquantized and unsharded, or {own}",
+    )
+    weight, bias = cut(weight, rows), cut(bias, rows)
+    with torch.no_grad():
+        product = F.linear(hidden.to(weight), weight, None if bias is None else bias.to(weight))
+    # The same product twice differs by a few roundings. 16-bit logits are right to 4e-3, and
+    # autocast may be at work in one of the two alone.
+    tolerance = 1e-4 if types <= {torch.float32, torch.float64} else 2e-2
+    named = _named(inner.config.get_text_config())
+    return inner.base_model, Head(weight, bias, *_form(name, product, logits, named, tolerance))
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the model with the lm_head, inside a PEFT model."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def cut(value: Any, rows: int) -> Any:
+    """Cut a weight or bias; all rows, or None, are the same object, by which one is known."""
+    return value if value is None or len(value) == rows else value[:rows]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from fastkl import Head, linear_kl_divergence
+from fastkl._checks import expect, float_type
 
 try:
     import trl
@@ -20,7 +21,6 @@ if trl.__version__.split(".")[:2] != ["1", "16"]:
         f"got {trl.__version__}; remedy: pip install 'trl==1.16.*', or a fastkl for that version"
     )
 
-from ._errors import expect
 from ._head import causal_lm as causal_lm
 from ._head import cut, head_of
 from .transformers import KLCallback
@@ -29,13 +29,8 @@ from .transformers import KLCallback
 class ExactDivergence:
     """Base of the distillation trainers beside TRL's: checks, and the KL in beta's direction."""
 
-    # Attributes of the trainer.
-    beta: float
-    teacher_model: torch.nn.Module | None
-    accelerator: Any
-
     def _set_up(
-        self, logits_dtype: torch.dtype | None, instead: str, refused: dict[str, bool]
+        self: Any, logits_dtype: torch.dtype | None, instead: str, refused: dict[str, bool]
     ) -> None:
         self._logits_dtype = logits_dtype
         self.kl_callback = set_up(self, logits_dtype, instead, refused)
@@ -55,10 +50,10 @@ class ExactDivergence:
                 "distillation has no weight to control: pass KLCallback(None, monitor)",
             )
             self.kl_callback.attach(self)
-        self._student_head, self._teacher_head = checked_heads(self, self.teacher_model, instead)
+        self._student_head, self._teacher_head = checked_heads(self, self.teacher_model)
 
     def _divergence(
-        self,
+        self: Any,
         student: Any,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
@@ -69,7 +64,6 @@ class ExactDivergence:
 
         The student is unwrapped, and alone gets a gradient. `mask` is of the last tokens.
         """
-        assert self.teacher_model is not None
         teacher = self.accelerator.unwrap_model(self.teacher_model.eval())
         keep = mask.shape[1]
         with self.accelerator.autocast():
@@ -105,27 +99,22 @@ def set_up(
     those in `more` that are on, and for a wrong logits_dtype: the first loss comes after a
     generation.
     """
-    configs = getattr(trainer.model, "peft_config", {})
     refused = {
         "fsdp": trainer.is_fsdp_enabled,
         "deepspeed": trainer.is_deepspeed_enabled,
         "torch_compile": trainer.args.torch_compile,
         "a processor, for a multimodal model": trainer._is_vlm,
-        "prompt learning": isinstance(configs, dict)
-        and any(config.is_prompt_learning for config in configs.values()),
         **more,
     }
     named = ", ".join(name for name, used in refused.items() if used)
-    supported = f"options that {type(trainer).__name__} supports"
-    expect(not named, "args", supported, named, f"change that, or use {instead}")
     expect(
-        logits_dtype is None or isinstance(logits_dtype, torch.dtype),
-        "logits_dtype",
-        "None or a torch.dtype",
-        logits_dtype,
-        "pass torch.float32 to keep what 16-bit logits lose",
-        TypeError,
+        not named,
+        "args",
+        f"options that {type(trainer).__name__} supports",
+        named,
+        f"change that, or use {instead}",
     )
+    float_type("logits_dtype", logits_dtype)
     found = [each for each in trainer.callback_handler.callbacks if isinstance(each, KLCallback)]
     expect(
         len(found) < 2,
@@ -140,7 +129,7 @@ def set_up(
 # ---- a micro-batch of GRPOTrainer or DistillationTrainer
 
 
-def sequence(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]:
+def sequence(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Return (ids, attention mask, length of the completions) of prompts and completions."""
     ids, mask = (
         torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1)
@@ -149,10 +138,9 @@ def sequence(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]:
     return ids, mask, inputs["completion_ids"].shape[1]
 
 
-def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
+def loss_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mask the completion tokens that count: a tool's do not."""
-    mask: torch.Tensor = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-    return mask.bool()
+    return (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
 
 
 # ---- models
@@ -160,31 +148,23 @@ def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
 
 def hidden_states(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> torch.Tensor:
+) -> Any:
     """Compute the hidden states [B, T-1, H] that predict every token but the first."""
-    states: torch.Tensor = (
-        causal_lm(model)
-        .base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        .last_hidden_state
-    )
-    return states[:, :-1]
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    return causal_lm(model).base_model(**given).last_hidden_state[:, :-1]
 
 
-def checked_heads(trainer: Any, second: torch.nn.Module | None, instead: str) -> tuple[Head, Head]:
+def checked_heads(trainer: Any, second: torch.nn.Module | None) -> list[Head]:
     """Return the heads of the trainer's model and of its reference or teacher (None: itself).
 
     Both are cut to the rows that they share.
     """
-    heads: list[Head] = []
-    for model in (trainer.model, second):
-        try:
-            unwrapped = None if model is None else trainer.accelerator.unwrap_model(model)
-            heads.append(heads[0] if unwrapped is None else head_of(unwrapped)[1])
-        except ValueError as error:
-            raise ValueError(f"{error}; or train with {instead}") from None
+    heads = [
+        head_of(trainer.accelerator.unwrap_model(model))[1]
+        for model in (trainer.model, trainer.model if second is None else second)
+    ]
     rows = min(len(each.weight) for each in heads)
-    first, other = (detached(each._replace(weight=each.weight[:rows])) for each in heads)
-    return first, other
+    return [detached(each._replace(weight=each.weight[:rows])) for each in heads]
 
 
 def head(model: torch.nn.Module, made: Head) -> Head:

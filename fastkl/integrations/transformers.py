@@ -4,11 +4,10 @@ step, and a model's Head.
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import Any
 
 import torch
 
@@ -20,11 +19,10 @@ except ModuleNotFoundError as missing:
         f"not installed: {missing.name}; remedy: pip install 'fastkl[compare]'"
     ) from missing
 
-from ._errors import expect
-from ._head import head_of as head_of
+from fastkl import _checks
+from fastkl._checks import expect
 
-if TYPE_CHECKING:
-    from transformers import Trainer
+from ._head import head_of as head_of
 
 # How the figures of the steps between two logs are merged; those of all other names are averaged.
 MERGES: dict[str, Callable[[float, float], float]] = {
@@ -32,37 +30,6 @@ MERGES: dict[str, Callable[[float, float], float]] = {
     "kl/spike": max,
     "kl/beta": lambda before, last: last,
 }
-FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-Unit = Literal["token", "sequence"]
-
-
-class Controller(Protocol):
-    """Requirements of the callback on a controller."""
-
-    @property
-    def beta(self) -> float:
-        """The weight as it is now."""
-
-    def update(self, kl: float, *, unit: Unit) -> float:
-        """Take in the mean KL of an optimizer step."""
-
-
-class Monitor(Protocol):
-    """Requirements of the callback on a monitor."""
-
-    def update(
-        self,
-        kl: torch.Tensor,
-        mask: torch.Tensor,
-        *,
-        cu_seqlens: torch.Tensor,
-        entropy: torch.Tensor | None,
-        beta: float | None,
-        step: int,
-    ) -> dict[str, float]:
-        """Take in the tokens of an optimizer step."""
 
 
 class KLCallback(TrainerCallback, ExportableState):
@@ -112,9 +79,7 @@ class KLCallback(TrainerCallback, ExportableState):
     for a controller in the loop.
     """
 
-    def __init__(
-        self, controller: Controller | None = None, monitor: Monitor | None = None
-    ) -> None:
+    def __init__(self, controller: Any = None, monitor: Any = None) -> None:
         for name, value, needed, example in (
             ("controller", controller, ("beta", "update"), "FixedBeta(0.05)"),
             ("monitor", monitor, ("update",), "KLMonitor()"),
@@ -128,9 +93,9 @@ class KLCallback(TrainerCallback, ExportableState):
                 TypeError,
             )
         self.controller, self.monitor = controller, monitor
-        self.unit: Unit = getattr(controller, "unit", "token")
+        self.unit = getattr(controller, "unit", None) or "token"
         expect(
-            isinstance(self.unit, str) and self.unit in get_args(Unit),
+            self.unit in ("token", "sequence"),
             "controller",
             "one whose unit is 'token' or 'sequence'",
             repr(self.unit),
@@ -153,55 +118,25 @@ class KLCallback(TrainerCallback, ExportableState):
         Detached, nothing copied, nothing waited for: the tensors are kept until the optimizer
         steps. Raises TypeError or ValueError for others.
         """
-        expect(
-            isinstance(kl, torch.Tensor) and kl.dtype in FLOAT_TYPES and kl.dim() > 0,
-            "kl",
-            "a float tensor of KL per token, [..., T]",
-            kl,
-            "pass it before its mean is taken",
-            TypeError,
-        )
-        expect(
-            mask is None or (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool),
-            "mask",
-            "a bool tensor, True where the token counts",
-            mask,
-            "convert it with .bool()",
-            TypeError,
-        )
-        expect(
-            entropy is None or isinstance(entropy, torch.Tensor),
-            "entropy",
-            "a float tensor shaped as kl",
-            entropy,
-            "pass token_stats(...).entropy, or None",
-            TypeError,
-        )
-        for name, value in (("kl", kl), ("mask", mask), ("entropy", entropy)):
-            if value is not None:
-                plain = not value.is_nested and value.layout is torch.strided
-                expect(
-                    plain and not hasattr(value, "full_tensor"),
-                    name,
-                    "a plain tensor",
-                    value,
-                    "pass a strided one that this process holds whole",
-                    TypeError,
-                )
-                expect(
-                    value.shape == kl.shape,
-                    name,
-                    f"the shape of kl, {tuple(kl.shape)}",
-                    tuple(value.shape),
-                    "align the two",
-                )
+        for name, value in (("kl", kl), ("entropy", kl if entropy is None else entropy)):
+            expect(
+                isinstance(value, torch.Tensor) and value.dtype in _checks.FLOAT_TYPES,
+                name,
+                "a float tensor of one number per token, [..., T]",
+                value,
+                "pass it before its mean is taken",
+                TypeError,
+            )
+            _checks.per_row(name, value, kl.shape, kl.device)
+        expect(kl.dim() > 0, "kl", "[..., T]", "a scalar", "pass it before its mean is taken")
+        _checks.mask(mask, kl.shape, kl.device)
         if torch.is_grad_enabled():
             mask = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
             self._micro_batches.append(
                 (kl.detach(), mask, None if entropy is None else entropy.detach())
             )
 
-    def attach(self, trainer: Trainer) -> KLCallback:
+    def attach(self, trainer: Any) -> KLCallback:
         """Make this the trainer's first callback, wherever it was, and return it; the trainers of
         this package must know it when they are made.
         """
@@ -249,26 +184,14 @@ class KLCallback(TrainerCallback, ExportableState):
         )
         if state.global_step > 0:
             for part, values in saved["attributes"].items():
-                self._restore(part, values)
-
-    def _restore(self, part: str, values: dict[str, Any] | None) -> None:
-        if values is None:
-            return
-        if getattr(self, part) is None:
-            warnings.warn(
-                f"KLCallback: the checkpoint holds the state of a {part}, this callback has none: "
-                f"the state is dropped",
-                stacklevel=2,
-            )
-            return
-        try:
-            getattr(self, part).load_state_dict(values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{part}: expected the one that the checkpoint was saved with, got "
-                f"another ({error}); resume with that one, or start anew without "
-                f"resume_from_checkpoint"
-            ) from error
+                if values is not None and getattr(self, part) is None:
+                    warnings.warn(
+                        f"KLCallback: the checkpoint holds the state of a {part}, this callback "
+                        f"has none: the state is dropped",
+                        stacklevel=2,
+                    )
+                elif values is not None:
+                    getattr(self, part).load_state_dict(values)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Update monitor and controller with the KL of the optimizer step's micro-batches."""
@@ -284,7 +207,12 @@ class KLCallback(TrainerCallback, ExportableState):
         if not self._micro_batches:
             return
         self._heard = True
-        totals = self._totals()
+        parts = [
+            (torch.where(mask, kl, 0.0), mask, mask.any(-1)) for kl, mask, _ in self._micro_batches
+        ]
+        totals = torch.stack(
+            [torch.stack([each.sum(dtype=torch.float32) for each in part]) for part in parts]
+        ).sum(0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(totals)
         kl, tokens, sequences = totals.tolist()
@@ -295,7 +223,7 @@ class KLCallback(TrainerCallback, ExportableState):
             figures = (
                 self._monitored(beta, state.global_step) if state.is_world_process_zero else {}
             )
-        if self.controller is not None and beta is not None:
+        if beta is not None:
             figures["kl/beta"] = beta
             count = tokens if self.unit == "token" else sequences
             if count and math.isfinite(kl):
@@ -307,8 +235,12 @@ class KLCallback(TrainerCallback, ExportableState):
                     f"{kl}; beta stays {beta:g}, in this and every later step without one",
                     stacklevel=2,
                 )
-        self._remember(figures)
         self._micro_batches = []
+        for name, value in figures.items():
+            if not math.isnan(value):
+                before, steps = self._figures.get(name, (value if name in MERGES else 0.0, 0))
+                merged = MERGES[name](before, value) if name in MERGES else before + value
+                self._figures[name] = merged, steps + 1
 
     def on_log(
         self,
@@ -337,51 +269,22 @@ class KLCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Return the part of a checkpoint's trainer_state.json."""
-        parts: dict[str, Any] = {"controller": self.controller, "monitor": self.monitor}
         return {
             "args": {},
             "attributes": {
                 name: part.state_dict() if hasattr(part, "state_dict") else None
-                for name, part in parts.items()
+                for name, part in (("controller", self.controller), ("monitor", self.monitor))
             },
         }
 
-    # ---- the figures of a step
-
-    def _remember(self, figures: dict[str, float]) -> None:
-        """Add the figures of a step to those since the last log, unless they are NaN."""
-        for name, value in figures.items():
-            if not math.isnan(value):
-                before, steps = self._figures.get(name, (value if name in MERGES else 0.0, 0))
-                merged = MERGES[name](before, value) if name in MERGES else before + value
-                self._figures[name] = merged, steps + 1
-
-    def _totals(self) -> torch.Tensor:
-        """Return [sum of KL, tokens, sequences] of the step in this process."""
-        parts = [
-            (torch.where(mask, kl, 0.0), mask, mask.any(-1)) for kl, mask, _ in self._micro_batches
-        ]
-        sums = [torch.stack([each.sum(dtype=torch.float32) for each in part]) for part in parts]
-        return torch.stack(sums).sum(0)
-
     def _monitored(self, beta: float | None, step: int) -> dict[str, float]:
         """Give the monitor the micro-batches as one packed batch, and name its figures for logs."""
-        assert self.monitor is not None
         kls, masks, entropies = zip(*self._micro_batches, strict=True)
-        ends = itertools.accumulate(kl.numel() for kl in kls)
         # Made on the KL's device: a copy from here would wait for all queued work.
-        cu_seqlens = torch.cat(
-            [
-                torch.zeros(1, dtype=torch.int64, device=kls[0].device),
-                *(
-                    torch.arange(
-                        end - kl.numel() + kl.shape[-1], end + 1, kl.shape[-1], device=kl.device
-                    )
-                    for kl, end in zip(kls, ends, strict=True)
-                    if kl.numel()
-                ),
-            ]
+        lengths = torch.cat(
+            [torch.full((kl.shape[:-1].numel(),), kl.shape[-1], device=kl.device) for kl in kls]
         )
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         entropy = (
             None if None in entropies else torch.cat([value.reshape(-1) for value in entropies])
         )

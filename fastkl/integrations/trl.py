@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fastkl import Head, linear_token_stats
+from fastkl._checks import expect
 
 from . import _trl
-from ._errors import expect
 from .transformers import KLCallback
 
 # isort: split
@@ -78,7 +78,7 @@ class ExactGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, logits_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._logits_dtype = logits_dtype
-        self.kl_callback = _trl.set_up(
+        self.kl_callback: Any = _trl.set_up(
             self,
             logits_dtype,
             "trl.GRPOTrainer",
@@ -90,7 +90,7 @@ class ExactGRPOTrainer(GRPOTrainer):
         self._redirect = _ForwardRedirection()
         self.beta = 0.0
         self._reference: tuple[torch.Tensor, Head] | None = None
-        self._kl: torch.Tensor | None = None
+        self._kl: Any = None
         expect(
             self.args.beta > 0 or self.kl_callback is None,
             "args.beta",
@@ -101,16 +101,21 @@ class ExactGRPOTrainer(GRPOTrainer):
         if self.args.beta > 0:
             self.kl_callback = self.kl_callback or KLCallback()
             self.kl_callback.attach(self)
-        self._policy_head, self._ref_head = _trl.checked_heads(
-            self, self.ref_model, "trl.GRPOTrainer"
-        )
-        self._suppress_padding()
+        self._policy_head, self._ref_head = _trl.checked_heads(self, self.ref_model)
+        # The policy's tokens that the reference lacks are not sampled.
+        policy = _trl.causal_lm(self.accelerator.unwrap_model(self.model))
+        shared, own = len(self._policy_head.weight), len(policy.get_output_embeddings().weight)
+        self._shared = None if shared == own else shared
+        if shared != own and not self.use_vllm:
+            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = (
+                sorted({*range(shared, own), *(self.generation_config.suppress_tokens or ())})
+            )
 
     @property
     def kl_weight(self) -> float:
         """Weight of the KL in the next step: the controller's beta, or args.beta."""
         controller = None if self.kl_callback is None else self.kl_callback.controller
-        return self.args.beta if controller is None else controller.beta
+        return float(self.args.beta if controller is None else controller.beta)
 
     # ---- the two methods of GRPOTrainer that are overridden
 
@@ -156,14 +161,15 @@ class ExactGRPOTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             self._reference = None
-        if self._kl is None:
-            raise RuntimeError(
-                f"trl: expected GRPOTrainer._compute_loss to call "
-                f"_get_per_token_logps_and_entropies as in 1.16, got a {trl.__version__} that does "
-                f"not; install the TRL that fastkl.integrations.trl was tested with"
-            )
+        expect(
+            self._kl is not None,
+            "trl",
+            "GRPOTrainer._compute_loss to call _get_per_token_logps_and_entropies as in 1.16",
+            f"a {trl.__version__} that does not",
+            "install the TRL that fastkl.integrations.trl was tested with",
+            RuntimeError,
+        )
         kl, self._kl = torch.where(mask, self._kl, 0.0), None
-        assert self.kl_callback is not None
         self.kl_callback.record(kl, mask)
         sums = self.accelerator.reduce(
             torch.stack([kl.detach().sum(), mask.sum().float()]), reduction="sum"
@@ -173,16 +179,12 @@ class ExactGRPOTrainer(GRPOTrainer):
         )
         return loss + self.kl_weight * self._reduced(kl, mask, inputs)
 
-    def _reduced(
-        self, kl: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]
-    ) -> torch.Tensor:
+    def _reduced(self, kl: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> Any:
         """Reduce per-token values, 0 where the token does not count, as GRPOTrainer its loss."""
         training, kind = self.model.training, self.loss_type
         accumulated = self.current_gradient_accumulation_steps if training else 1.0
         if kind in ("cispo", "dapo", "vespo"):
-            items: torch.Tensor = (
-                inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            )
+            items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             return kl.sum() / (
                 items * accumulated / self.args.steps_per_generation if training else items
             )
@@ -193,31 +195,13 @@ class ExactGRPOTrainer(GRPOTrainer):
             "luspo": lambda: kl.sum(-1).mean(),
         }
         reduced["sapo"] = reduced["grpo"]
-        expect(
-            kind in reduced, "args.loss_type", "one of TRL 1.16", repr(kind), "use trl.GRPOTrainer"
-        )
         return reduced[kind]() / accumulated
 
     # ---- what is computed
 
-    def _suppress_padding(self) -> None:
-        """Suppress sampling of the policy's tokens that the reference lacks.
-
-        self._shared is the number of tokens that both have, None if those are all.
-        """
-        shared = len(self._policy_head.weight)
-        own = len(
-            _trl.causal_lm(self.accelerator.unwrap_model(self.model)).get_output_embeddings().weight
-        )
-        self._shared = None if shared == own else shared
-        if self._shared is not None and not self.use_vllm:
-            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = (
-                sorted({*range(shared, own), *(self.generation_config.suppress_tokens or ())})
-            )
-
     def _hidden(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep: int
-    ) -> torch.Tensor:
+    ) -> Any:
         """Compute the hidden states [B, keep, H] that predict the last `keep` tokens."""
         # This waits for the device; an embedding that lacks a row would make it unusable.
         if self._shared is not None:
@@ -273,17 +257,17 @@ class ExactGRPOTrainer(GRPOTrainer):
     @contextlib.contextmanager
     def _as_reference(self, model: Any) -> Iterator[Any]:
         """Give the unwrapped reference in eval mode; with PEFT the policy without its adapter."""
-        if self.ref_model is not None:
-            yield self.accelerator.unwrap_model(self.ref_model).eval()
-            return
-        policy = self.accelerator.unwrap_model(model)
-        training = policy.training
-        policy.eval()
+        own = self.ref_model is None
+        reference = self.accelerator.unwrap_model(model if own else self.ref_model)
+        training, adapter = reference.training, contextlib.nullcontext()
+        if own:
+            name = "ref" if "ref" in reference.peft_config else None
+            adapter = use_adapter(reference, adapter_name=name)
         try:
-            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-                yield policy
+            with adapter:
+                yield reference.eval()
         finally:
-            policy.train(training)
+            reference.train(training)
 
 
 class ExactDistillationTrainer(_trl.ExactDivergence, DistillationTrainer):

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fastkl import estimate_kl
-
-from ._errors import expect
+from fastkl._checks import expect
+from fastkl.rl import FixedBeta
 
 if TYPE_CHECKING:
     from fastkl._types import BetaController
@@ -92,32 +92,16 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
             fastkl.kl_divergence.
     Source: Schulman, Approximating KL Divergence (2020), for the values.
     """
-    name = kl_penalty.removesuffix("+") if isinstance(kl_penalty, str) else kl_penalty
-    expect(
-        isinstance(name, str),
-        "kl_penalty",
-        "the name of an estimator",
-        kl_penalty,
-        "pass 'k3', for instance",
-        TypeError,
-    )
-    for argument, value in (("logprob", logprob), ("ref_logprob", ref_logprob)):
-        _tensor(argument, value, "of log-probabilities [...]", "token_stats returns them")
-    expect(
-        kl_penalty != "full",
-        "kl_penalty",
-        "an estimator",
-        "'full', which needs the logits of both models",
-        "call fastkl.kl_divergence with them",
-    )
+    name = kl_penalty.removesuffix("+") if isinstance(kl_penalty, str) else ""
     expect(
         name in ESTIMATORS,
         "kl_penalty",
         f"one of {', '.join(map(repr, ESTIMATORS))}, with or without '+'",
         repr(kl_penalty),
-        "pass 'k3', for instance",
+        "pass 'k3', for instance; 'full' needs logits, call fastkl.kl_divergence with them",
     )
-    value = estimate_kl(logprob.detach(), ref_logprob.detach(), estimator=ESTIMATORS[name])
+    with torch.no_grad():
+        value = estimate_kl(logprob, ref_logprob, estimator=ESTIMATORS[name])
     if ESTIMATORS[name] == "k3":
         value = value.clamp(max=LARGEST_K3)
     if not (logprob.requires_grad and torch.is_grad_enabled()):
@@ -150,12 +134,10 @@ def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Calla
         "actor/kl_old", the mean KL per token (nats), and "actor/kl_old_coef". As verl's losses for
         their metrics, it waits for the device in every micro-batch.
     Raises:
-        TypeError, ValueError: beta is no number or controller, or negative; base is no str. When
-        called: no tensors, no config, and what verl raises for its arguments.
+        TypeError, ValueError: beta is no number or controller, or negative.
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 8.
     """
     _weight_of(beta)
-    _name("base", base)
 
     def with_kl(
         old_log_prob: torch.Tensor,
@@ -166,21 +148,6 @@ def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Calla
         config: Any = None,
         rollout_is_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        for argument, value in (
-            ("old_log_prob", old_log_prob),
-            ("log_prob", log_prob),
-            ("response_mask", response_mask),
-            ("rollout_is_weights", log_prob if rollout_is_weights is None else rollout_is_weights),
-        ):
-            _tensor(argument, value, "[batch, length]", "let verl call this")
-        expect(
-            hasattr(config, "global_batch_info"),
-            "config",
-            "the actor's config of verl, which has global_batch_info",
-            config,
-            "let verl call this",
-            TypeError,
-        )
         core = _core_algos()
         loss, metrics = core.get_policy_loss_fn(base)(
             old_log_prob=old_log_prob,
@@ -225,8 +192,6 @@ def register(
     Raises ImportError without verl, or with one whose policy losses take other arguments;
     ValueError for a base that verl does not have and a name that it has already.
     """
-    _name("name", name)
-    _name("base", base)
     core = _core_algos()
     _same_arguments(core.get_policy_loss_fn(base), POLICY_LOSS)
     expect(
@@ -260,40 +225,9 @@ def install_kl_penalty() -> None:
             setattr(module, "kl_penalty", kl_penalty)  # noqa: B010
 
 
-def _weight_of(beta: float | BetaController) -> float:
-    """Return a number, or a controller's beta as it is now."""
-    value: Any = getattr(beta, "beta", beta)
-    expect(
-        isinstance(value, (int, float)) and not isinstance(value, bool),
-        "beta",
-        "a number or a controller with an attribute `beta`",
-        value,
-        "pass 0.05, for instance",
-        TypeError,
-    )
-    expect(
-        0 <= value <= sys.float_info.max,
-        "beta",
-        "a finite number of at least 0",
-        value if isinstance(value, float) or abs(value) < 2**64 else "an integer beyond 2^64",
-        "a negative beta would reward divergence",
-    )
-    return float(value)
-
-
-def _name(argument: str, value: str) -> None:
-    expect(
-        isinstance(value, str),
-        argument,
-        "the name of a policy loss of verl",
-        value,
-        "pass 'vanilla', for instance",
-        TypeError,
-    )
-
-
-def _tensor(argument: str, value: torch.Tensor, what: str, remedy: str) -> None:
-    expect(isinstance(value, torch.Tensor), argument, f"a tensor {what}", value, remedy, TypeError)
+def _weight_of(beta: Any) -> float:
+    """Return a number, or a controller's beta as it is now, checked."""
+    return FixedBeta(getattr(beta, "beta", beta)).beta
 
 
 def _core_algos() -> ModuleType:
@@ -308,13 +242,12 @@ def _core_algos() -> ModuleType:
 def _same_arguments(function: Callable[..., Any], expected: tuple[str, ...]) -> None:
     """Check the names of a function's arguments."""
     got = tuple(inspect.signature(function).parameters)
-    version = getattr(sys.modules["verl"], "__version__", "an unknown version")
     expect(
         got == expected,
         "verl",
         f"{function.__name__}({', '.join(expected)}) as in version {TESTED}, which "
         f"fastkl.integrations.verl was tested with",
-        f"{function.__name__}({', '.join(got)}) in {version}",
+        f"{function.__name__}({', '.join(got)}) in {sys.modules['verl'].__version__}",
         f"remedy: pip install 'verl=={TESTED}.*'",
         ImportError,
     )

@@ -4,8 +4,10 @@ expected, what came, what to do.
 
 import math
 import numbers
+import operator
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +19,14 @@ from .._checks import (
     choice,
     clamp,
     dtype_remedy,
+    expect,
     local_or_full,
-    logits,
     mask,
     normalizer,
     not_sharded,
     same_device,
     same_device_and_precision,
     shown,
-    token_weights,
     type_name,
 )
 
@@ -35,43 +36,24 @@ __all__ = [
     "INTEGER_TYPES",
     "choice",
     "clamp",
-    "logits",
+    "expect",
     "mask",
     "normalizer",
     "not_sharded",
-    "same_device",
-    "shown",
-    "token_weights",
-    "type_name",
 ]
-
-
-def expect(
-    holds: object,
-    name: str,
-    what: str,
-    got: object,
-    remedy: str,
-    error: type[Exception] = ValueError,
-) -> None:
-    """Raise an error in the wording of all, unless the condition holds.
-
-    `got` is described by its type for a TypeError, and else shown.
-    """
-    if not holds:
-        described = type_name(got) if error is TypeError else shown(got)
-        raise error(f"{name}: expected {what}, got {described}; {remedy}")
 
 
 def float_tensor(name: str, value: torch.Tensor, what: str, least_dim: int = 0) -> None:
     """Check for a tensor of one of FLOAT_TYPES; `what` describes it, with its shape."""
-    if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_TYPES:
-        given = isinstance(value, torch.Tensor)
-        raise TypeError(
-            f"{name}: expected a float32, bfloat16, float16 or float64 tensor, {what}, got "
-            f"{type_name(value)}; "
-            + (dtype_remedy(name, value, "convert it with .float()") if given else "pass a tensor")
-        )
+    given = isinstance(value, torch.Tensor)
+    expect(
+        given and value.dtype in FLOAT_TYPES,
+        name,
+        f"a float32, bfloat16, float16 or float64 tensor, {what}",
+        value,
+        dtype_remedy(name, value, "convert it with .float()") if given else "pass a tensor",
+        TypeError,
+    )
     not_sharded(name, value, what, local_or_full(name))
     expect(
         value.dim() >= least_dim,
@@ -113,16 +95,6 @@ def per_token_or_sequence(
             f"got {tuple(value.shape)}; {remedy}"
         )
     same_device(name, value, other_name, other)
-
-
-def no_gradient(name: str, value: torch.Tensor, why: str) -> None:
-    expect(
-        not value.requires_grad,
-        name,
-        "a tensor without gradient",
-        "one that requires it",
-        f"{why}: pass {name}.detach()",
-    )
 
 
 def number(
@@ -274,12 +246,9 @@ def state(
     possible: Mapping[str, Callable[[Any], bool]],
 ) -> None:
     """Check that a state has the class, the entries and the settings of `mine`, this object's own,
-    and in its other entries values that are possible; a test of these may raise instead.
+    and in other entries values that are possible; a test of these may raise instead.
     """
-    given, own = state if isinstance(state, dict) else {}, mine["class"]
-    remedy = "load it into an object of the class and settings it was saved from"
-    kind = given.get("class", own)
-    expect(kind == own, "state", f"class {own!r}", repr(kind), remedy)
+    given = state if isinstance(state, dict) else {}
     expect(
         given.keys() == mine.keys(),
         "state",
@@ -287,19 +256,19 @@ def state(
         ", ".join(sorted(map(str, given))) or type_name(state),
         "pass what state_dict() returned",
     )
-    for name in settings:
-        value = state[name]
-        same = isinstance(value, (str, int, float, type(None))) and value == mine[name]
-        expect(same, "state", f"{name} {mine[name]!r}", value, remedy)
-    for name, test in possible.items():
+    tests: dict[str, Callable[[Any], bool]] = {
+        **{name: partial(operator.eq, mine[name]) for name in ("class", *settings)},
+        **possible,
+    }
+    for name, test in tests.items():
         try:
-            right = test(state[name])
-        except (TypeError, ValueError, KeyError, AttributeError):
+            right = bool(test(state[name]))
+        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
             right = False
         expect(
             right,
             "state",
-            f"{name} as {own} saves it",
+            f"{name} as an object of this class and these settings saves it, {shown(mine[name])}",
             state[name],
-            "load another checkpoint, or begin anew",
+            "load it into such an object, or begin anew",
         )

@@ -35,9 +35,6 @@ class FixedBeta(Controller):
             None,
         )
 
-    def _advance(self, kl: float, n: float) -> None:
-        """Leave beta as it is."""
-
 
 class AdaptiveBeta(TargetedController):
     """Ziegler's proportional controller.

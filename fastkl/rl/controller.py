@@ -5,7 +5,6 @@ The rules themselves are in beta.py.
 
 from __future__ import annotations
 
-import abc
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -24,19 +23,21 @@ KEPT = {"token": ("kl", "tokens"), "sequence": ("kl_per_sequence", "sequences")}
 
 
 class Penalty(Protocol):
-    """A module that keeps the statistics of its last call, as KLPenalty and LinearKLPenalty."""
+    """A module that keeps the statistics of its last call, as KLPenalty and LinearKLPenalty: a
+    mapping with "kl", "kl_per_sequence", "tokens" and "sequences".
+    """
 
-    @property
-    def last(self) -> Mapping[str, torch.Tensor]:
-        """The statistics by name: "kl", "kl_per_sequence", "tokens", "sequences"."""
+    last: Any
 
 
-class Controller(abc.ABC):
-    """Base of all controllers: beta, the checks of an update, and the state."""
+class Controller:
+    """Base of all controllers: beta, the checks of an update, and the state.
+
+    `unit` is that which the target is a mean over, None without a target.
+    """
 
     def __init__(self, beta: float, unit: Unit | None) -> None:
-        self._beta = beta
-        self._unit = unit
+        self._beta, self.unit = beta, unit
 
     @property
     def beta(self) -> float:
@@ -77,23 +78,23 @@ class Controller(abc.ABC):
         if unit is not None:
             _checks.choice("unit", unit, UNITS)
         _checks.expect(
-            unit in (None, self._unit) or self._unit is None,
+            unit in (None, self.unit) or self.unit is None,
             "kl",
-            f"the mean KL per {self._unit}",
+            f"the mean KL per {self.unit}",
             f"per {unit}",
             f"pass what the target is a mean over, or make the controller with unit={unit!r} and a "
             f"target to match",
         )
         of_penalty = hasattr(kl, "last")
         _checks.expect(
-            of_penalty or unit is not None or self._unit != "sequence",
+            of_penalty or unit is not None or self.unit != "sequence",
             "unit",
             "'sequence' beside the mean KL per sequence that the target is",
             unit,
             "pass unit='sequence' if kl is that (the mean per token is not), or pass the KLPenalty "
             "itself as kl",
         )
-        measured, weight = _of_penalty(kl, self._unit or unit or "token") if of_penalty else (kl, n)
+        measured, weight = _of_penalty(kl, self.unit or unit or "token") if of_penalty else (kl, n)
         if process_group is not None:
             measured, n, weight = _over_processes(measured, n, weight, process_group)
         if not of_penalty or weight:
@@ -124,7 +125,7 @@ class Controller(abc.ABC):
         """
         return {
             "class": type(self).__name__,
-            "unit": self._unit,
+            "unit": self.unit,
             **{name: getattr(self, f"_{name}") for name in self._possible()},
         }
 
@@ -146,14 +147,16 @@ class Controller(abc.ABC):
         return {"beta": partial(_checks.within, *bounds)}
 
     def __repr__(self) -> str:
-        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        settings = {"beta": self._beta, **public, **({"unit": self._unit} if self._unit else {})}
+        settings = {
+            name: value
+            for name, value in vars(self).items()
+            if name[0] != "_" and value is not None
+        }
         shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-        return f"{type(self).__name__}({shown})"
+        return f"{type(self).__name__}(beta={self._beta!r}, {shown})"
 
-    @abc.abstractmethod
     def _advance(self, kl: float, n: float) -> None:
-        """Set _beta from a checked KL."""
+        """Set _beta from a checked KL; a fixed one stays."""
 
 
 class TargetedController(Controller):
@@ -186,12 +189,6 @@ class TargetedController(Controller):
             "pass other bounds=(lowest, highest)",
         )
         super().__init__(float(initial), unit)
-
-    @property
-    def unit(self) -> Unit:
-        """Unit that the target is a mean over: "token" or "sequence"."""
-        assert self._unit is not None
-        return self._unit
 
     def _clip(self, value: float) -> float:
         return min(max(value, self.bounds[0]), self.bounds[1])

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 
+from .. import _reduce
 from ..estimators import finite
 from . import _checks
-from .sequences import divisor
 
 # Floor of a response's log-probability: 10,000 tokens at their own floor.
 _RESPONSE_FLOOR = -1e8
@@ -117,5 +117,5 @@ def dpo_loss(
         if label_smoothing == 0
         else -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
     )
-    mean = losses.sum() / divisor(normalizer, max(losses.numel(), 1), losses.dtype)
+    mean = losses.sum() / _reduce.divisor("mean", normalizer, None, losses.shape, losses.dtype)
     return DPOLoss(mean, chosen_reward.detach(), rejected_reward.detach(), margin.detach())

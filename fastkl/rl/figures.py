@@ -1,68 +1,47 @@
 """Figures of the KL in one step, computed on the device and copied to the CPU at once."""
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from ..ops.fields import result_dtype
 from . import _checks
+from .sequences import Sequences
 
 QUANTILES = {"kl/p50": 0.50, "kl/p95": 0.95, "kl/p99": 0.99}
 # The run's quantiles come from a histogram of the logarithm (DDSketch): each bin reaches from x to
-# GROWTH·x, so its centre is right to ACCURACY.
-ACCURACY = 0.01
-GROWTH = (1 + ACCURACY) / (1 - ACCURACY)
+# GROWTH·x, so its centre is right to 1 %.
+GROWTH = (1 + 0.01) / (1 - 0.01)
 LOWEST, HIGHEST = 1e-8, 1e3
 # Bin 0 holds what is below LOWEST, the last one what is above HIGHEST.
 BINS = 2 + math.ceil(math.log(HIGHEST / LOWEST) / math.log(GROWTH))
-
-
-class Measured(NamedTuple):
-    """Figures of a step on the CPU: those that are returned, and the step's part of the run's.
-
-    figures, tensors: the monitor's own by name, and averages of further tensors. run: counts and
-    sums by name, "finite" and "sum" of the tokens whose KL is finite. largest: the largest of
-    these. width: positions per entry of the profile from now on. histogram, profile: counts per
-    bin, and sums and counts per entry.
-    """
-
-    figures: dict[str, float]
-    tensors: list[float]
-    run: dict[str, float]
-    largest: float
-    width: int
-    histogram: torch.Tensor
-    profile: torch.Tensor
 
 
 @torch.no_grad()
 def measure(
     kl: torch.Tensor,
     counts: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
+    sequences: Sequences,
     tensors: dict[str, torch.Tensor],
     threshold: float | None,
-    positions: int,
-    width: int,
-) -> Measured:
-    """Compute all figures of a step in one float64 tensor on the device, and copy that once."""
-    place = _positions(counts, cu_seqlens)
+) -> tuple[dict[str, float], dict[str, float], dict[str, float], torch.Tensor]:
+    """Compute all figures of a step in one float64 tensor on the device, and copy that once.
+
+    Returns the monitor's own figures; averages of further tensors; the step's part of the run's
+    ("finite" and "sum" of the tokens whose KL is finite, "max" the largest of these); and the
+    tokens per bin of the histogram.
+    """
+    nonempty = (sequences.sums(counts.long()) > 0).sum()
     tokens = counts.sum(dtype=torch.float64)
-    averages = [
-        (
-            value.masked_fill(~counts, 0).sum(dtype=torch.float64) / tokens
-            if value.shape == kl.shape
-            else value.double().mean()
-        )
-        for value in tensors.values()
-    ]
+    averages = {
+        name: value.masked_fill(~counts, 0).sum(dtype=torch.float64) / tokens
+        if value.shape == kl.shape
+        else value.double().mean()
+        for name, value in tensors.items()
+    }
     # One more token, which does not count: maximum and gather need one at least.
     kl = torch.cat([kl.reshape(-1).to(result_dtype(kl)), kl.new_zeros(1, dtype=result_dtype(kl))])
-    counts, place = (
-        torch.cat([value.reshape(-1), value.new_zeros(1)]) for value in (counts, place)
-    )
-    sequences = (counts & (place == 0)).sum()  # by the first token of each that counts
+    counts = torch.cat([counts.reshape(-1), counts.new_zeros(1)])
     total = kl.masked_fill(~counts, 0).sum(dtype=torch.float64)
     finite = counts & kl.isfinite()
     numbers = counts & ~kl.isnan()
@@ -72,7 +51,7 @@ def measure(
     above = (counts & (kl > (math.inf if threshold is None else threshold))).sum() / tokens
     figures = {
         "kl/mean": total / tokens,
-        "kl/per_sequence": total / sequences,
+        "kl/per_sequence": total / nonempty,
         "kl/max": ordered.gather(0, (known - 1).clamp(min=0)[None])[0].masked_fill(
             known != tokens, math.nan
         ),
@@ -81,62 +60,29 @@ def measure(
         "kl/not_finite": tokens - finite.sum(),
         "kl/above_threshold": above,
     }
+    ones = finite.double()
+    bins = (kept.clamp(min=LOWEST / 2).div(LOWEST).log() / math.log(GROWTH)).floor().long() + 1
+    histogram = ones.new_zeros(BINS).scatter_add_(0, bins.clamp(0, BINS - 1), ones)
     run = {
         "tokens": tokens,
-        "sequences": sequences,
+        "sequences": nonempty,
         "finite": finite.sum(),
         "sum": kept.sum(dtype=torch.float64),
         "above": torch.where(tokens > 0, above * tokens, 0.0),
+        "max": kl.masked_fill(~finite, -math.inf).amax(),
     }
-    # Double the positions per entry until the longest response fits, on the device as well.
-    longest = place.masked_fill(~counts, -1).amax() + 1
-    doublings = (
-        torch.full((32,), width * positions, device=kl.device) << torch.arange(32, device=kl.device)
-        < longest
-    ).sum()
-    wide = torch.full_like(doublings, width) << doublings
-    ones = finite.double()
-    entries = (place // wide).clamp(0, positions - 1)
-    profile = [
-        ones.new_zeros(positions).scatter_add_(0, entries, value) for value in (kept.double(), ones)
-    ]
-    bins = (kept.clamp(min=LOWEST / 2).div(LOWEST).log() / math.log(GROWTH)).floor().long() + 1
-    histogram = ones.new_zeros(BINS).scatter_add_(0, bins.clamp(0, BINS - 1), ones)
-    largest = kl.masked_fill(~finite, -math.inf).amax()
-    scalars = [*figures.values(), *averages, *run.values(), largest, wide]
+    groups = (figures, averages, run)
+    scalars = torch.stack([value.double() for group in groups for value in group.values()])
     try:
-        copied = torch.cat(
-            [torch.stack([value.double() for value in scalars]), histogram, *profile]
-        ).cpu()
+        copied = torch.cat([scalars, histogram]).cpu()
     except NotImplementedError:
         raise ValueError(
             "kl: expected values, got a tensor on the meta device, which has none; "
             "pass the KL of a step"
         ) from None
-    values = copied[: len(scalars)].tolist()
-    own = len(scalars) - 2 - len(run)
-    return Measured(
-        dict(zip(figures, values, strict=False)),
-        values[len(figures) : own],
-        dict(zip(run, values[own:], strict=False)),
-        values[-2],
-        int(values[-1]),
-        copied[len(scalars) : -2 * positions],
-        copied[-2 * positions :].reshape(2, positions),
-    )
-
-
-def _positions(counts: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """Count the tokens before each one that count and are of its sequence."""
-    before = counts.cumsum(-1) - counts.long()
-    if cu_seqlens is None or len(cu_seqlens) < 2 or not len(counts):
-        return before
-    bounds = cu_seqlens.long().clamp(0, len(counts))
-    owner = torch.searchsorted(
-        bounds[1:].contiguous(), torch.arange(len(counts), device=counts.device), right=True
-    )
-    starts = bounds[:-1].gather(0, owner.clamp(max=len(bounds) - 2)).clamp(max=len(counts) - 1)
-    return (before - before.gather(0, starts)).clamp(min=0)
+    values = iter(copied[: len(scalars)].tolist())
+    own, others, of_run = (dict(zip(group, values, strict=False)) for group in groups)
+    return own, others, of_run, copied[len(scalars) :]
 
 
 def _quantile_of(ordered: torch.Tensor, count: torch.Tensor, q: float) -> torch.Tensor:
@@ -195,11 +141,8 @@ def sorted_figures(
                 value.device,
                 "move it with .to()",
             )
-            if value.device == kl.device or value.shape == kl.shape:
-                # Without a wait: the copy of the figures comes after it.
-                tensors[name] = value.detach().to(kl.device, non_blocking=True)
-            else:
-                known[name] = value.detach().double().mean().item()
+            # Without a wait: the copy of the figures comes after it.
+            tensors[name] = value.detach().to(kl.device, non_blocking=True)
         elif value is not None:
             known[name] = _checks.number(
                 name, value, "a number or a tensor", lambda x: True, f"pass float({name})"

@@ -8,7 +8,7 @@ import torch
 from .._types import BetaController, PenaltyReduction
 from ..estimators import LARGEST_LOG_RATIO, estimate_kl, finite, sampled_kl_loss
 from . import _checks
-from .sequences import Sequences, counted, sequences_of, total
+from .sequences import Sequences, sequences_of, total
 
 GRPOReduction = Literal["grpo", "bnpo", "dr_grpo", "sum"]
 Level = Literal["token", "sequence"]
@@ -99,8 +99,8 @@ def ppo_loss(  # noqa: PLR0913
             "3 is common",
         )
     bounds = _checks.clip(clip)
-    sequences = sequences_of(logprob, cu_seqlens, reduction == "sequence_mean")
-    _check_normalizer(normalizer, reduction, "token_mean", logprob)
+    sequences = _sequences(logprob, cu_seqlens, reduction == "sequence_mean")
+    _checks.normalizer(normalizer, reduction, logprob.device)
     logprob, old_logprob, advantages, mask = _prepare(
         logprob, old_logprob, advantages, mask, sequences, cu_seqlens
     )
@@ -198,56 +198,6 @@ def grpo_loss(  # noqa: PLR0913
     """
     _checks.choice("level", level, LEVELS)
     _checks.choice("reduction", reduction, GRPO_REDUCTIONS)
-    _check_max_length(max_length, reduction)
-    bounds = _checks.clip(clip)
-    sequences = sequences_of(
-        logprob, cu_seqlens, reduction in ("grpo", "dr_grpo") or level == "sequence"
-    )
-    _check_normalizer(normalizer, reduction, "bnpo", logprob)
-    beta = _checks.beta(beta, "logprob", logprob)
-    _check_kl(logprob, ref_logprob, kl, beta, correct_kl, kl_clamp)
-    logprob, old_logprob, advantages, mask = _prepare(
-        logprob, old_logprob, advantages, mask, sequences, cu_seqlens
-    )
-    log_ratio = logprob - old_logprob
-    if level == "sequence":
-        mean = _mean_log_ratio(logprob.detach(), old_logprob, mask, sequences)
-        # The difference is 0, and gives each token the gradient of its own logprob.
-        log_ratio = mean + (logprob - logprob.detach())
-    loss = -advantages * _clipped_ratio(log_ratio, advantages, bounds)
-    if isinstance(beta, torch.Tensor) or beta > 0:
-        if kl is not None:
-            kl = counted(kl.to(logprob.dtype), mask)
-        else:
-            assert ref_logprob is not None
-            reference = counted(finite(ref_logprob.detach()), mask)
-            if correct_kl and level == "token":
-                kl = sampled_kl_loss(logprob, reference, old_logprob=old_logprob, clamp=kl_clamp)
-            else:
-                kl = estimate_kl(logprob, reference, estimator="k3", clamp=kl_clamp)
-            if correct_kl and level == "sequence":
-                mean = _mean_log_ratio(logprob, old_logprob, mask, sequences)
-                kl = kl * mean.clamp(max=LARGEST_LOG_RATIO).exp()
-        loss = loss + beta * kl
-    return total(loss, mask, sequences, reduction, normalizer, max_length)
-
-
-def _check_normalizer(
-    normalizer: float | torch.Tensor | None, reduction: str, mean: str, like: torch.Tensor
-) -> None:
-    """Check the divisor of a mean; `mean` is the reduction that a message names."""
-    _checks.expect(
-        reduction != "sum" or normalizer is None,
-        "normalizer",
-        "None with reduction='sum'",
-        _checks.type_name(normalizer),
-        f"it is for means, use reduction={mean!r}",
-    )
-    _checks.normalizer(normalizer, "mean", like.device)
-
-
-def _check_max_length(max_length: int | None, reduction: str) -> None:
-    """Check for a length with "dr_grpo", and for None with any other reduction."""
     if reduction == "dr_grpo":
         _checks.whole_number(
             "max_length",
@@ -262,6 +212,58 @@ def _check_max_length(max_length: int | None, reduction: str) -> None:
         max_length,
         "only 'dr_grpo' divides by it",
     )
+    bounds = _checks.clip(clip)
+    sequences = _sequences(
+        logprob, cu_seqlens, reduction in ("grpo", "dr_grpo") or level == "sequence"
+    )
+    _checks.expect(
+        reduction != "sum" or normalizer is None,
+        "normalizer",
+        "None with reduction='sum'",
+        normalizer,
+        "it is for means, use reduction='bnpo'",
+    )
+    _checks.normalizer(normalizer, "mean", logprob.device)
+    beta = _checks.beta(beta, "logprob", logprob)
+    _check_kl(logprob, ref_logprob, kl, beta, correct_kl, kl_clamp)
+    logprob, old_logprob, advantages, mask = _prepare(
+        logprob, old_logprob, advantages, mask, sequences, cu_seqlens
+    )
+    log_ratio = logprob - old_logprob
+    if level == "sequence":
+        mean = _mean_log_ratio(logprob.detach(), old_logprob, mask, sequences)
+        # The difference is 0, and gives each token the gradient of its own logprob.
+        log_ratio = mean + (logprob - logprob.detach())
+    loss = -advantages * _clipped_ratio(log_ratio, advantages, bounds)
+    if isinstance(beta, torch.Tensor) or beta > 0:
+        if kl is not None:
+            kl = torch.where(mask, kl.to(logprob.dtype), 0.0)
+        else:
+            assert ref_logprob is not None
+            reference = torch.where(mask, finite(ref_logprob.detach()), 0.0)
+            if correct_kl and level == "token":
+                kl = sampled_kl_loss(logprob, reference, old_logprob=old_logprob, clamp=kl_clamp)
+            else:
+                kl = estimate_kl(logprob, reference, estimator="k3", clamp=kl_clamp)
+            if correct_kl and level == "sequence":
+                mean = _mean_log_ratio(logprob, old_logprob, mask, sequences)
+                kl = kl * mean.clamp(max=LARGEST_LOG_RATIO).exp()
+        loss = loss + beta * kl
+    return total(loss, mask, sequences, reduction, normalizer, max_length)
+
+
+def _sequences(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None, needed: bool) -> Sequences:
+    """Check logprob and return its sequences; needed: whether the loss asks for boundaries."""
+    _checks.float_tensor("logprob", logprob, "log-probabilities [..., T]", 1)
+    _checks.expect(
+        cu_seqlens is not None or logprob.dim() > 1 or not needed,
+        "cu_seqlens",
+        "the boundaries of the sequences packed into logprob, for this reduction or level, which "
+        "ask what sequence a token is in",
+        None,
+        "pass them, or [1, T] tensors for a single sequence",
+    )
+    return sequences_of("logprob", logprob, cu_seqlens)
 
 
 def _check_kl(
@@ -331,20 +333,25 @@ def _prepare(
             "old_logprob", old_logprob, "log-probabilities shaped as logprob, or None"
         )
         _checks.like("old_logprob", old_logprob, "logprob", logprob)
-        _checks.no_gradient(
-            "old_logprob", old_logprob, "the ratio is differentiated with respect to logprob alone"
+        _checks.expect(
+            not old_logprob.requires_grad,
+            "old_logprob",
+            "a tensor without gradient",
+            "one that requires it",
+            "the ratio is differentiated with respect to logprob alone: pass old_logprob.detach()",
         )
     _checks.float_tensor("advantages", advantages, "one per sequence or per token")
     _checks.per_token_or_sequence("advantages", advantages, "logprob", logprob, cu_seqlens)
     _checks.mask(mask, logprob.shape, logprob.device)
     advantages = advantages.detach()
-    of_sequences = cu_seqlens is not None and len(advantages) == sequences.number
-    if of_sequences or advantages.shape != logprob.shape:
+    if sequences.takes(advantages, logprob):
         advantages = sequences.spread(advantages)
     mask = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
     now = finite(logprob)
     old = now.detach() if old_logprob is None else finite(old_logprob)
-    return counted(now, mask), counted(old, mask), counted(advantages.to(now.dtype), mask), mask
+    given = now, old, advantages.to(now.dtype)
+    # A product with the mask would keep a NaN, in the value or in the gradient.
+    return *(torch.where(mask, value, 0.0) for value in given), mask
 
 
 def _clipped_ratio(
@@ -358,14 +365,13 @@ def _clipped_ratio(
     It is bounded above for A ≥ 0, and below (with a dual clip above too) for A < 0. The bound comes
     before the product: a minimum of products has the gradient 0·inf = NaN in the branch not taken.
     """
-    low, high = bounds
     ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     # Bounds as tensors: torch.compile compiles a graph for each number that clamp gets.
     one = ratio.new_ones(())
     return torch.where(
         advantages >= 0,
-        ratio.clamp(max=one + high),
-        ratio.clamp(min=one - low, max=None if dual_clip is None else one * dual_clip),
+        ratio.clamp(max=one + bounds[1]),
+        ratio.clamp(min=one - bounds[0], max=None if dual_clip is None else one * dual_clip),
     )
 
 

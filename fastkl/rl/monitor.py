@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 
 from .._types import BetaController
 from . import _checks
-from .figures import BINS, GROWTH, LOWEST, QUANTILES, Measured, measure, sorted_figures
-from .logs import Logger, append_line, appendable, check_logger, send
+from .figures import BINS, GROWTH, LOWEST, QUANTILES, measure, sorted_figures
+from .logs import append_line, appendable
 from .logs import read_jsonl as read_jsonl
+from .sequences import sequences_of
 from .spikes import SpikeDetector
 
 
@@ -40,17 +41,15 @@ class KLMonitor:
         threshold: KL of a token, nats; with it "kl/above_threshold" is the share of tokens above.
         spike: True: a SpikeDetector() watches "kl/mean", and "kl/spike" is 1.0 where it rings, else
             0.0; a SpikeDetector of your own does the same; False: no alarm.
-        positions: how many entries profile() has at most.
         jsonl: a file that gets a line of JSON per update, in a folder that exists; made at once. It
             is never shortened: a resumed run goes on in it.
-        loggers: receivers of each step's dict: objects with a method log(dict), as a wandb run;
-            with add_scalar(name, value, step), as TensorBoard's SummaryWriter; or callables of the
-            dict. They are called after the line of JSON is written.
+
+    For a logger pass the figures on: wandb.log(monitor.update(kl, mask)).
 
     The state of the run is on the CPU: state_dict() costs no copy. A file that can no longer be
-    written (OSError) and a logger that raises do not end the run: the first time for each of them,
-    a RuntimeWarning says what failed and at which step. Steps may be missing there from then on;
-    the figures are returned all the same. In distributed training each process sees its own tokens:
+    written (OSError) does not end the run: the first time, a RuntimeWarning says what failed and at
+    which step. Steps may be missing there from then on; the figures are returned all the same. In
+    distributed training each process sees its own tokens:
     gather them, or monitor one process.
 
     Raises ValueError or TypeError for wrong arguments, ValueError for a jsonl that cannot be
@@ -64,9 +63,7 @@ class KLMonitor:
         *,
         threshold: float | None = None,
         spike: SpikeDetector | bool = True,
-        positions: int = 64,
         jsonl: str | os.PathLike[str] | None = None,
-        loggers: Sequence[Logger] = (),
     ) -> None:
         if threshold is not None:
             _checks.number(
@@ -84,38 +81,19 @@ class KLMonitor:
             "pass True for SpikeDetector(), its defaults",
             TypeError,
         )
-        _checks.whole_number(
-            "positions", positions, "a number of entries of the profile", "64 is the default"
-        )
-        _checks.expect(
-            isinstance(loggers, (list, tuple)),
-            "loggers",
-            "a list",
-            loggers,
-            "pass [logger]",
-            TypeError,
-        )
-        for logger in loggers:
-            check_logger(logger)
         self.threshold = threshold
         self.detector = SpikeDetector() if spike is True else spike or None
-        self.positions = positions
-        self.loggers = list(loggers)
         self.jsonl = None if jsonl is None else appendable(jsonl)
-        self._failed: set[str] = set()
-        self._step = 0
+        self._failed, self._step = False, 0
         self._run = dict.fromkeys(
             ("steps", "tokens", "sequences", "finite", "sum", "max", "above", "spikes"), 0.0
         )
         self._histogram = torch.zeros(BINS, dtype=torch.float64, device="cpu")
-        self._profile = torch.zeros(2, positions, dtype=torch.float64, device="cpu")  # sums, tokens
-        self._width = 1  # positions per entry of the profile
 
     def __repr__(self) -> str:
         return (
             f"KLMonitor(threshold={self.threshold}, spike={self.detector or False}, "
-            f"positions={self.positions}, jsonl={self.jsonl!r}, "
-            f"loggers={self.loggers})"
+            f"jsonl={self.jsonl!r})"
         )
 
     def update(
@@ -139,7 +117,7 @@ class KLMonitor:
             mask: bool, shaped as kl, True where the token counts. Whatever the others hold, NaN
                 included, changes no figure.
             cu_seqlens: integers [S+1] from 0 to total, where the packed sequences begin and end;
-                the profile and "kl/per_sequence" need them.
+                "kl/per_sequence" needs them.
             entropy, reward, beta, more: further figures to report, None for none. A tensor
                 shaped as kl is averaged over the tokens that count, any other tensor over all its
                 entries; a number, or the `beta` of a controller, is taken as it is. With as many
@@ -165,28 +143,24 @@ class KLMonitor:
         """
         _checks.float_tensor("kl", kl, "KL per token, [..., T] or [total]", 1)
         _checks.mask(mask, kl.shape, kl.device)
-        if cu_seqlens is not None:
-            _checks.cu_seqlens(cu_seqlens, "kl", kl)
-            if isinstance(reward, torch.Tensor) and reward.shape == kl.shape == (
-                len(cu_seqlens) - 1,
-            ):
+        sequences = sequences_of("kl", kl, cu_seqlens)
+        if cu_seqlens is not None and isinstance(reward, torch.Tensor):
+            if reward.shape == kl.shape == (sequences.number,):
                 reward = reward[None]  # one per sequence, not per token
         numbers, tensors = sorted_figures(
             {"entropy": entropy, "reward": reward, "beta": getattr(beta, "beta", beta), **more}, kl
         )
         step = self._step if step is None else step
         _checks.whole_number("step", step, "a whole number", "count the steps from 0", 0, 2**53)
-        got = measure(
+        figures, averages, run, histogram = measure(
             kl.detach(),
             torch.ones_like(kl, dtype=torch.bool) if mask is None else mask,
-            cu_seqlens,
+            sequences,
             tensors,
             self.threshold,
-            self.positions,
-            self._width,
         )
-        named = {**numbers, **dict(zip(tensors, got.tensors, strict=True))}
-        metrics = {"step": float(step), **got.figures}
+        named = {**numbers, **averages}
+        metrics = {"step": float(step), **figures}
         if self.threshold is None:
             del metrics["kl/above_threshold"]
         if self.detector is not None:
@@ -196,50 +170,33 @@ class KLMonitor:
         metrics.update(
             (name, named[name]) for name in ("entropy", "reward", "beta", *more) if name in named
         )
-        self._remember(metrics, got)
+        run |= {"steps": 1.0, "spikes": metrics.get("kl/spike", 0.0)}
+        self._remember(run, histogram)
         self._step = step + 1
         if self.jsonl is not None:
-            self._tell(append_line, self.jsonl, metrics, "jsonl", OSError)
-        for index, logger in enumerate(self.loggers):
-            self._tell(send, logger, dict(metrics), f"loggers[{index}]", Exception)
+            try:
+                append_line(self.jsonl, metrics)
+            except OSError as error:
+                if not self._failed:
+                    warnings.warn(
+                        f"KLMonitor: {self.jsonl!r} failed at step {step} ({error}); the run goes "
+                        f"on, this step and later ones may be missing there, without another "
+                        f"warning",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                self._failed = True
         return metrics
 
-    def _tell(
-        self,
-        write: Callable[[Any, dict[str, float]], None],
-        target: object,
-        metrics: dict[str, float],
-        name: str,
-        failure: type[Exception],
-    ) -> None:
-        """Call write(target, metrics); the first failure of a target is a warning, no error."""
-        try:
-            write(target, metrics)
-        except failure as error:
-            if name not in self._failed:
-                self._failed.add(name)
-                warnings.warn(
-                    f"KLMonitor: {name}, {target!r}, failed at step {metrics['step']:.0f} "
-                    f"({type(error).__name__}: {error}); the run goes on, this step and later ones "
-                    f"may be missing there, without another warning",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-
-    def _remember(self, metrics: dict[str, float], got: Measured) -> None:
-        run = self._run
-        if got.run["finite"]:
-            run["max"] = max(run["max"], got.largest) if run["finite"] else got.largest
-        steps = {"steps": 1.0, "spikes": metrics.get("kl/spike", 0.0)}
-        for name, value in {**got.run, **steps}.items():
+    def _remember(self, step: dict[str, float], histogram: torch.Tensor) -> None:
+        """Add a step to the run."""
+        run, largest = self._run, step.pop("max")
+        if step["finite"]:
+            run["max"] = max(run["max"], largest) if run["finite"] else largest
+        for name, value in step.items():
             run[name] += value
         # Not in place: that fails outside inference mode for a tensor made inside it.
-        self._histogram = self._histogram + got.histogram
-        entries = torch.arange(self.positions, device="cpu") * self._width // got.width
-        self._profile = (
-            torch.zeros_like(self._profile).index_add_(1, entries, self._profile) + got.profile
-        )
-        self._width = got.width
+        self._histogram = self._histogram + histogram
 
     def summary(self) -> dict[str, float]:
         """Return figures over all tokens of the run so far: "steps", "kl/tokens", "kl/mean",
@@ -275,33 +232,14 @@ class KLMonitor:
         centre = LOWEST * GROWTH ** (entry - 1) * 2 * GROWTH / (1 + GROWTH)
         return min(centre, self._run["max"]) if entry else 0.0
 
-    def profile(self) -> dict[str, list[float]]:
-        """Return the run's mean KL by position in the response: {"position", "kl", "tokens"}, lists
-        of one length, at most `positions`.
-
-        Position 0 is a sequence's first token that counts; the others are skipped. Entry i is of
-        the positions from position[i] up to the next entry's: one each while the longest response
-        has at most `positions` tokens, then two, four, ...
-        """
-        used = int(self._profile[1].ne(0).cumsum(0).argmax()) + 1 if self._profile[1].any() else 0
-        sums, tokens = self._profile[:, :used]
-        return {
-            "position": [index * self._width for index in range(used)],
-            "kl": (sums / tokens).tolist(),
-            "tokens": tokens.tolist(),
-        }
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run as a plain dict for JSON or torch.save."""
         return {
             "class": "KLMonitor",
             "threshold": self.threshold,
-            "positions": self.positions,
             "step": self._step,
             "run": dict(self._run),
             "histogram": self._histogram.tolist(),
-            "width": self._width,
-            "profile": self._profile.tolist(),
             "spike": None if self.detector is None else self.detector.state_dict(),
         }
 
@@ -309,56 +247,25 @@ class KLMonitor:
         """Continue from a state_dict().
 
         One of another class, an incomplete or damaged one, and one of a monitor with another
-        threshold or other positions, or that differs in having a detector, raises ValueError and
+        threshold, or that differs in having a detector, raises ValueError and
         changes nothing.
         """
         mine = self.state_dict()
-        tests = {name: partial(_fits, mine[name], test) for name, test in _POSSIBLE.items()}
-        _checks.state(state, mine, ("threshold", "positions"), tests)
-        _checks.expect(
-            (state["spike"] is None) == (mine["spike"] is None),
-            "state",
-            f"one of a monitor {'with' if self.detector else 'without'} a spike detector",
-            "another",
-            f"make the monitor with spike={state['spike'] is not None}",
-        )
+        tests: dict[str, Callable[[Any], bool]] = {
+            name: partial(_fits, mine[name]) for name in ("step", "run", "histogram")
+        }
+        tests["spike"] = lambda spike: (spike is None) == (self.detector is None)
+        _checks.state(state, mine, ("threshold",), tests)
         if self.detector is not None:
             self.detector.load_state_dict(state["spike"])
-        self._step, self._width, self._run = state["step"], state["width"], dict(state["run"])
-        self._histogram, self._profile = (
-            torch.tensor(state[name], dtype=torch.float64, device="cpu")
-            for name in ("histogram", "profile")
-        )
+        self._step, self._run = state["step"], dict(state["run"])
+        self._histogram = torch.tensor(state["histogram"], dtype=torch.float64, device="cpu")
 
 
-def _types(value: object) -> object:
-    """Replace the values of a state by their types."""
-    if isinstance(value, dict):
-        return {name: _types(entry) for name, entry in value.items()}
-    return [_types(entry) for entry in value] if isinstance(value, list) else type(value)
-
-
-def _fits(own: object, possible: Callable[[Any], bool], value: object) -> bool:
-    return _types(value) == _types(own) and possible(value)
-
-
-def _counts(values: Iterable[float]) -> bool:
-    """Tell whether all values are finite and at least 0."""
-    return all(0 <= value < math.inf for value in values)
-
-
-# Of a state's entry of the right types: whether its values are possible. The run's sum and maximum
-# may be negative, as a mean of k1.
-_POSSIBLE: dict[str, Callable[[Any], bool]] = {
-    "step": lambda step: 0 <= step <= 2**53,
-    "width": lambda width: 0 < width < 2**31,
-    "run": lambda run: (
-        _counts(value for name, value in run.items() if name not in ("sum", "max"))
-        and math.isfinite(run["sum"])
-        and math.isfinite(run["max"])
-        and run["finite"] <= run["tokens"]
-        and min(run["finite"], 1) <= run["sequences"] <= run["tokens"]
-    ),
-    "histogram": _counts,
-    "profile": lambda profile: all(map(math.isfinite, profile[0])) and _counts(profile[1]),
-}
+def _fits(own: Any, value: Any) -> bool:
+    """Tell whether a part of a state has the structure of one's own, and finite numbers."""
+    if isinstance(own, dict):
+        return own.keys() == value.keys() and all(_fits(own[name], value[name]) for name in own)
+    if isinstance(own, list):
+        return len(own) == len(value) and all(map(_fits, own, value))
+    return type(value) is type(own) and math.isfinite(value)

@@ -7,7 +7,7 @@ import torch
 from .._types import BetaController
 from ..ops.fields import result_dtype
 from . import _checks
-from .sequences import owners
+from .sequences import sequences_of
 
 
 def shape_rewards(
@@ -76,33 +76,14 @@ def shape_rewards(
     _checks.float_tensor("scores", scores, "one per sequence or per token")
     _checks.mask(mask, kl.shape, kl.device)
     beta = _checks.beta(beta, "kl", kl)
-    if cu_seqlens is not None:
-        _checks.cu_seqlens(cu_seqlens, "kl", kl)
+    sequences = sequences_of("kl", kl, cu_seqlens)
     _checks.per_token_or_sequence("scores", scores, "kl", kl, cu_seqlens)
     dtype = result_dtype(kl)
     kl, scores = kl.detach().to(dtype), scores.detach().to(dtype)
     counts = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask
-    given = scores
-    if cu_seqlens is not None:
-        given = _packed_scores(scores, counts, cu_seqlens)
-    elif scores.shape != kl.shape:
-        # On the last token that counts: from there to the end of the row one is left.
-        last = counts & (counts.flip(-1).cumsum(-1).flip(-1) == 1)
-        given = torch.where(last, scores[..., None], 0.0)
+    if sequences.takes(scores, kl):
+        scores = torch.where(sequences.last(counts), sequences.spread(scores), 0.0)
+    if sequences.right is not None:
+        scores = torch.where(sequences.right, scores, math.nan)
     penalty = beta * kl if isinstance(beta, torch.Tensor) or beta > 0 else 0.0
-    return torch.where(counts, given - penalty, 0.0)
-
-
-def _packed_scores(
-    scores: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor
-) -> torch.Tensor:
-    """Give each packed token its score; NaN for all where wrong boundaries could not be read."""
-    total, pad = len(counts), torch.nn.functional.pad
-    owner, right = owners(cu_seqlens, total)
-    if len(scores) == len(cu_seqlens) - 1:
-        # Of each sequence, and of the tokens behind them all; within range also if they are wrong.
-        end = pad(cu_seqlens[1:].long().clamp(0, total), (0, 1))
-        counted = pad(counts.cumsum(0), (1, 0))  # how many count before each position
-        last = counts & (counted[1:] == counted[end[owner]])
-        scores = torch.where(last, pad(scores, (0, 1))[owner], 0.0)
-    return torch.where(right, scores, math.nan)
+    return torch.where(counts, scores - penalty, 0.0)

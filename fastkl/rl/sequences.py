@@ -20,6 +20,11 @@ class Sequences(NamedTuple):
     owner: torch.Tensor | None = None
     right: torch.Tensor | None = None
 
+    def takes(self, value: torch.Tensor, per_token: torch.Tensor) -> bool:
+        """Tell whether a checked value is one per sequence rather than per token."""
+        packed = self.owner is not None and len(value) == self.number
+        return packed or value.shape != per_token.shape
+
     def sums(self, per_token: torch.Tensor) -> torch.Tensor:
         """Sum the tokens of each sequence."""
         if self.owner is None:
@@ -32,49 +37,24 @@ class Sequences(NamedTuple):
             return per_sequence[..., None]
         return torch.nn.functional.pad(per_sequence, (0, 1))[self.owner]
 
+    def last(self, mask: torch.Tensor) -> torch.Tensor:
+        """Mask the last token that counts of each sequence."""
+        counted = self.sums(mask.long())
+        upto = counted if self.owner is None else counted.cumsum(0)
+        return mask & (mask.cumsum(-1) == self.spread(upto))
 
-def sequences_of(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None, needed: bool) -> Sequences:
-    """Check logprob and return its sequences, from its shape or from the boundaries.
 
-    needed: whether the loss asks which sequence a token is in.
+def sequences_of(name: str, per_token: torch.Tensor, cu_seqlens: torch.Tensor | None) -> Sequences:
+    """Return the sequences of a checked tensor, from its shape or from the boundaries, which are
+    checked.
     """
-    _checks.float_tensor("logprob", logprob, "log-probabilities [..., T]", 1)
-    if cu_seqlens is not None:
-        _checks.cu_seqlens(cu_seqlens, "logprob", logprob)
-        return Sequences(len(cu_seqlens) - 1, *owners(cu_seqlens, len(logprob)))
-    _checks.expect(
-        logprob.dim() > 1 or not needed,
-        "cu_seqlens",
-        "the boundaries of the sequences packed into logprob, for this reduction or level, which "
-        "ask what sequence a token is in",
-        None,
-        "pass them, or [1, T] tensors for a single sequence",
-    )
-    return Sequences(logprob.shape[:-1].numel())
-
-
-def owners(cu_seqlens: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the owner of each of `total` packed tokens, and whether the boundaries run from 0 to
-    total.
-    """
-    bounds = cu_seqlens.long()
-    right = (bounds[0] == 0) & (bounds[-1] == total) & (bounds.diff() >= 0).all()
-    owner = torch.searchsorted(bounds, torch.arange(total, device=bounds.device), right=True) - 1
-    return owner.clamp(0, len(bounds) - 1), right
-
-
-def counted(value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Set the tokens that do not count to 0; a product with the mask would keep a NaN, in the value
-    or in the gradient.
-    """
-    return torch.where(mask, value, 0.0)
-
-
-def divisor(
-    normalizer: float | torch.Tensor | None, count: float | torch.Tensor, dtype: torch.dtype
-) -> float | torch.Tensor:
-    """Return the normalizer, a tensor 0 as inf, or without one the count."""
-    return count if normalizer is None else _reduce.divisor("mean", normalizer, None, (), dtype)
+    if cu_seqlens is None:
+        return Sequences(per_token.shape[:-1].numel())
+    _checks.cu_seqlens(cu_seqlens, name, per_token)
+    bounds, place = cu_seqlens.long(), torch.arange(len(per_token), device=cu_seqlens.device)
+    right = (bounds[0] == 0) & (bounds[-1] == len(per_token)) & (bounds.diff() >= 0).all()
+    owner = torch.searchsorted(bounds, place, right=True) - 1
+    return Sequences(len(bounds) - 1, owner.clamp(0, len(bounds) - 1), right)
 
 
 def total(
@@ -97,8 +77,8 @@ def total(
                 f"got {max_length}; pass the limit that the sampling had"
             )
     if reduction != "sum":
-        counts = (tokens > 0) if reduction == "sequence_mean" else mask
-        of_sequences = reduction in ("grpo", "dr_grpo")
-        count = max(sequences.number, 1) if of_sequences else counts.sum().clamp(min=1)
-        loss = loss / (divisor(normalizer, count, loss.dtype) * (max_length or 1))
+        counts = ((tokens > 0) if reduction == "sequence_mean" else mask).sum().clamp(min=1)
+        count = max(sequences.number, 1) if reduction in ("grpo", "dr_grpo") else counts
+        divisor = _reduce.divisor("mean", normalizer, None, (), loss.dtype)
+        loss = loss / ((count if normalizer is None else divisor) * (max_length or 1))
     return loss if sequences.right is None else torch.where(sequences.right, loss, math.nan)

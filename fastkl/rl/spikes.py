@@ -2,7 +2,9 @@
 
 import math
 import statistics
+import sys
 from collections import deque
+from functools import partial
 from typing import Any
 
 from . import _checks
@@ -174,24 +176,22 @@ class SpikeDetector:
         recent, window or floor, raises ValueError and changes nothing.
         """
         mine = self.state_dict()
-        recent, window = mine["recent"], mine["window"]
+        logarithm = partial(_checks.within, -2e3, 2e3)
         _checks.state(
             state,
             mine,
             ("recent", "window", "floor"),
             {
-                "levels": lambda levels: len(levels) <= recent and all(map(_finite, levels)),
-                "residuals": lambda residuals: (
-                    len(residuals) <= window
-                    and all(residual is None or _finite(residual) for residual in residuals)
+                "levels": lambda levels: (
+                    len(levels) <= mine["recent"] and all(map(logarithm, levels))
                 ),
-                "evidence": lambda evidence: _finite(evidence) and evidence >= 0,
+                "residuals": lambda residuals: (
+                    len(residuals) <= mine["window"]
+                    and all(residual is None or logarithm(residual) for residual in residuals)
+                ),
+                "evidence": partial(_checks.within, 0, sys.float_info.max),
             },
         )
-        self._levels = deque(state["levels"], maxlen=recent)
-        self._residuals = deque(state["residuals"], maxlen=window)
+        self._levels = deque(state["levels"], maxlen=mine["recent"])
+        self._residuals = deque(state["residuals"], maxlen=mine["window"])
         self._evidence = state["evidence"]
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value)

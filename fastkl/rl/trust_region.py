@@ -1,6 +1,4 @@
-"""Steps that keep the policy near where it was: a KL line search around any optimizer, and the
-early stop of PPO.
-"""
+"""Steps that keep the policy near where it was: a KL line search around any optimizer."""
 
 import dataclasses
 import math
@@ -164,62 +162,21 @@ class TrustRegion:
                 if attempt > 0:
                     _place(parameters, old, new, self.shrink**attempt)
                 with torch.no_grad():
-                    kl = _mean_kl("mean_kl", mean_kl())
+                    kl = _checks.number(
+                        "mean_kl",
+                        mean_kl(),
+                        "one number or a one-element tensor",
+                        lambda x: True,
+                        "reduce it over the batch: .mean()",
+                        tensor=True,
+                    )
                 if math.isfinite(kl) and kl <= self.max_kl:
-                    if attempt == 0:
-                        return StepResult("full", 1.0, kl)
-                    return StepResult("shrunk", self.shrink**attempt, kl)
+                    return StepResult("shrunk" if attempt else "full", self.shrink**attempt, kl)
         except BaseException:
             _place(parameters, old)
             raise
         _place(parameters, old)
         return StepResult("undone", 0.0, kl)
-
-
-@dataclasses.dataclass(eq=False)
-class EarlyStop:
-    """Ends the epochs over one batch once the policy is far enough from the one that sampled it.
-
-    should_stop(kl) is equivalent to `kl > factor * target_kl`, and True where kl is NaN. kl is the
-    mean KL so far in nats, a number or a one-element tensor, for which it waits for the device.
-
-        for minibatch in epochs:
-            ...
-            if stop.should_stop(kl):
-                break
-
-    Raises TypeError or ValueError for wrong arguments.
-
-    Source: Achiam, Spinning Up in Deep RL (2018), PPO: stop at 1.5 times the target.
-    """
-
-    target_kl: float
-    factor: float = 1.5
-
-    def __post_init__(self) -> None:
-        for name, value, remedy in (
-            ("target_kl", self.target_kl, "0.01 to 0.05 are common"),
-            ("factor", self.factor, "it multiplies target_kl"),
-        ):
-            _checks.number(
-                name, value, "a positive finite number", lambda x: 0 < x < math.inf, remedy
-            )
-
-    def should_stop(self, kl: float | torch.Tensor) -> bool:
-        """Return True to leave the batch; see the class."""
-        return not _mean_kl("kl", kl) <= self.factor * self.target_kl
-
-
-def _mean_kl(name: str, value: float | torch.Tensor) -> float:
-    """Return a measured KL, NaN and infinities too; waits for a tensor."""
-    return _checks.number(
-        name,
-        value,
-        "one number or a one-element tensor",
-        lambda x: True,
-        "reduce it over the batch: .mean()",
-        tensor=True,
-    )
 
 
 def _can_change(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

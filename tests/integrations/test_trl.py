@@ -105,7 +105,9 @@ def test_training_with_a_controller(folder) -> None:
     callback = KLCallback(controller, KLMonitor())
     options = dict(max_steps=4, eval_strategy="steps", eval_steps=4)
     trainer = grpo(folder, callbacks=[callback], **options)
+    reference = copy.deepcopy(trainer.ref_model.state_dict())
     trainer.train()
+    torch.testing.assert_close(trainer.ref_model.state_dict(), reference, rtol=0, atol=0)
     means = logged(trainer, "kl/mean")
     assert len(means) == 4 and means[0] == 0.0 and min(means[1:]) > 1e-3
     betas = [alone.beta, *map(alone.update, means)]
@@ -119,13 +121,8 @@ def test_training_with_a_controller(folder) -> None:
 
 
 def test_the_weight_is_the_controllers(folder) -> None:
-    controller, losses = FixedBeta(0.0), []
-    trainer = moved(grpo(folder, callbacks=[KLCallback(controller)]))
-    for beta in (0.0, 0.5, 1.0):
-        controller._beta = beta
-        losses.append(float(trainer.compute_loss(trainer.model, batch()).detach()))
-    steps = [losses[1] - losses[0], losses[2] - losses[1]]
-    assert steps[1] == pytest.approx(steps[0], rel=1e-4) and steps[0] > 1e-3
+    trainer = moved(grpo(folder, beta=0.9, callbacks=[KLCallback(FixedBeta(BETA))]))
+    assert_loss(trainer, batch(), plain_loss(trainer, batch()))
 
 
 def test_a_generation_used_twice_runs_the_reference_once(folder) -> None:
@@ -311,16 +308,14 @@ FLAGS = {
 )
 def test_refused_without_the_hardware_or_model(folder, teacher, monkeypatch, name, flag) -> None:
     kind = operator.attrgetter(name)(trl)
-    original = kind.__init__
+    original, words = kind.__init__, FLAGS.get(flag, "router_aux_loss_coef")
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         setattr(self, flag, True)
 
     monkeypatch.setattr(kind, "__init__", init)
-    words = FLAGS.get(flag, "router_aux_loss_coef")
-    supports = f"args: expected options that Exact{kind.__name__} supports"
-    with pytest.raises(ValueError, match=f"{supports}, got .*{words}.*trl.{name}"):
+    with pytest.raises(ValueError, match=f"args: expected .*, got .*{words}.*trl.{name}"):
         TRAINERS[name](folder, teacher)
 
 
@@ -332,7 +327,11 @@ REFUSED = [
     (TRAINERS, dict(extra=dict(logits_dtype="float32")), "logits_dtype: .*, got str; "),
     (TRAINERS, dict(callbacks=[KLCallback(), KLCallback()]), "callbacks: expected one .*, got 2"),
     # The distillation trainer of TRL refuses it itself.
-    (["GRPOTrainer", "experimental.gkd.GKDTrainer"], PROMPTED, "args: .*, got prompt learning"),
+    (
+        ["GRPOTrainer", "experimental.gkd.GKDTrainer"],
+        PROMPTED,
+        "model: .*, got LlamaForCausalLM with prompt learning",
+    ),
     (DISTILLERS, dict(beta=0.5), BETWEEN),
     (DISTILLERS, WEIGHTED, "callbacks: expected a KLCallback without controller"),
     (["DistillationTrainer"], dict(teacher=None), "args: .*, got no teacher_model"),
@@ -350,11 +349,7 @@ def test_refused_settings(folder, teacher, name, options, words) -> None:
         TRAINERS[name](**{"folder": folder, "teacher": teacher, **options})
 
 
-def test_refused_models_and_late_callbacks(folder, pair) -> None:
-    policy = load(folder)
-    policy.lm_head.register_forward_hook(lambda module, args, output: 1.01 * output)
-    with pytest.raises(ValueError, match="model: expected logits .*; or train with trl.GRPOTr"):
-        grpo(folder, model=policy)
+def test_late_callbacks(pair) -> None:
     with pytest.raises(ValueError, match="trainer: .* got a ExactGRPOTrainer; pass callbacks="):
         KLCallback().attach(pair[0])
 
@@ -369,16 +364,7 @@ def test_another_trl(monkeypatch, version) -> None:
 
 
 def test_a_trl_that_computes_its_loss_otherwise(pair, monkeypatch) -> None:
-    original, (trainer, _) = GRPOTrainer._compute_loss, pair
-
-    def newer(self, model, inputs):
-        loss = original(self, model, inputs)
-        monkeypatch.setattr(self, "loss_type", "newer")
-        return loss
-
-    monkeypatch.setattr(GRPOTrainer, "_compute_loss", newer)
-    with pytest.raises(ValueError, match="args.loss_type: expected one of TRL 1.16, got 'newer'"):
-        trainer.compute_loss(trainer.model, batch())
+    trainer = pair[0]
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: torch.zeros(()))
     with pytest.raises(RuntimeError, match="trl: expected GRPOTrainer._compute_loss to call"):
         trainer.compute_loss(trainer.model, batch())

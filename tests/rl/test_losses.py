@@ -53,9 +53,7 @@ def batch(dtype: torch.dtype = torch.float64, device: str = "cpu") -> SimpleName
     every clip, both signs of A.
     """
     generator = torch.Generator().manual_seed(0)
-    old, step, away, advantages = (
-        torch.randn(B, T, generator=generator).double() for _ in range(4)
-    )
+    old, step, away, advantages = torch.randn(4, B, T, generator=generator).double()
     made = {
         "logprob": old - 3 + 0.3 * step,
         "old": old - 3,
@@ -64,10 +62,13 @@ def batch(dtype: torch.dtype = torch.float64, device: str = "cpu") -> SimpleName
         "per_token": advantages,
         "per_sequence": advantages[:, 0].clone(),
     }
-    made = SimpleNamespace(**{name: value.to(device, dtype) for name, value in made.items()})
-    made.logprob.requires_grad_()
-    made.kl.requires_grad_()
-    return made
+    learning = ("logprob", "kl")
+    return SimpleNamespace(
+        **{
+            name: value.to(device, dtype).requires_grad_(name in learning)
+            for name, value in made.items()
+        }
+    )
 
 
 def penalty(made: SimpleNamespace, kind: str) -> dict:
@@ -186,9 +187,9 @@ def test_published_losses(call, more, name, garbage, clip, dual_clip, dtype, tol
 def test_on_policy_it_is_the_policy_gradient(call, more) -> None:
     # Without old_logprob as with the log-probabilities of now, also within no clip.
     made = batch()
-    now = SimpleNamespace(**{**vars(made), "old": made.logprob.detach()})
-    exact = published(now, made.per_token, mask_of("all"), **more)
-    for clip, old in itertools.product((0.2, 0.0), (None, now.old)):
+    made.old = made.logprob.detach()
+    exact = published(made, made.per_token, mask_of("all"), **more)
+    for clip, old in itertools.product((0.2, 0.0), (None, made.old)):
         loss = call(made.logprob, old, made.per_token, clip=clip, **more)
         assert_loss(loss, exact, [made.logprob], 1e-14)
 
@@ -236,13 +237,12 @@ def test_impossible_tokens(call, more, kl) -> None:
         assert loss.isfinite() and bool(torch.autograd.grad(loss, logprob)[0].isfinite().all())
     for advantage, impossible in itertools.product((1.0, -1.0), SIZES[-3:]):
         pair = torch.tensor([[impossible, -2.0]], requires_grad=True)
-        same = penalty(SimpleNamespace(ref=pair.detach()), kl)
         for before in (None, pair.detach()):
             given = pair, before, torch.tensor([advantage])
-            loss = call(*given, **more, **same)
-            gradient = torch.autograd.grad(loss, pair)[0]
+            loss = call(*given, **more, **penalty(SimpleNamespace(ref=pair.detach()), kl))
             assert loss.item() == call(*given, **more).item()
-            assert gradient[0, 0] == 0 != gradient[0, 1]
+            impossibles, others = torch.autograd.grad(loss, pair)[0][0]
+            assert impossibles == 0 != others
 
 
 def test_beta() -> None:
@@ -250,18 +250,14 @@ def test_beta() -> None:
     # and no KL is needed then.
     made, controller = batch(torch.float32), SimpleNamespace(beta=0.3)
     given, learned = (made.logprob, made.old, made.per_token), torch.tensor(0.3, requires_grad=True)
-    losses = [
+    first, *same = (
         grpo_loss(*given, ref_logprob=made.ref, beta=beta) for beta in (0.3, learned, controller)
-    ]
+    )
+    testing.assert_same_bits(torch.stack(same), first.expand(2), "beta")
+    assert torch.autograd.grad(same[0], learned, allow_unused=True) == (None,)
     controller.beta, plain = 0.0, grpo_loss(*given)
-    infinite = torch.full((B, T), math.inf, requires_grad=True)
-    without = [
-        grpo_loss(*given, beta=controller, **more)
-        for more in ({}, {"ref_logprob": made.ref}, {"kl": infinite})
-    ]
-    for loss, same in zip([*losses, *without], [losses[0]] * 3 + [plain] * 3, strict=True):
-        testing.assert_same_bits(loss, same, "beta")
-    assert torch.autograd.grad(losses[1], learned, allow_unused=True) == (None,)
+    for more in ({}, {"ref_logprob": made.ref}, {"kl": made.kl * math.inf}):
+        testing.assert_same_bits(grpo_loss(*given, beta=controller, **more), plain, str(more))
     # A KL may be constant where nothing is trained.
     with torch.no_grad():
         constant = grpo_loss(*given, kl=torch.ones(B, T), beta=0.1)
@@ -299,19 +295,15 @@ def test_shapes() -> None:
     # where no sequence is asked for.
     made, mask = batch(), mask_of("padding")
     real, bounds = packed(made, mask)
-    given = made.logprob, made.old, made.per_sequence, mask
-    logprob, old, advantages, counts = (value.view(2, 2, -1) for value in given)
-    folded = grpo_loss(logprob, old, advantages.squeeze(-1), counts)
+    given = made.logprob, made.old, made.per_token, mask
+    folded = grpo_loss(*(value.view(2, 2, -1) for value in given))
     torch.testing.assert_close(folded, grpo_loss(*given), rtol=1e-14, atol=0.0)
+    arguments = real.logprob, real.old, real.per_token
+    whole = ("token_mean", "mean", "bnpo", "sum")
     for call, more in FORMS:
-        if (
-            more["reduction"] not in ("grpo", "dr_grpo", "sequence_mean")
-            and more.get("level") != "sequence"
-        ):
-            arguments = real.logprob, real.old, real.per_token
-            testing.assert_same_bits(
-                call(*arguments, **more), call(*arguments, **more, cu_seqlens=bounds), str(more)
-            )
+        if more["reduction"] in whole and more.get("level") != "sequence":
+            loss = call(*arguments, **more, cu_seqlens=bounds)
+            testing.assert_same_bits(call(*arguments, **more), loss, str(more))
     logprob, ends = torch.zeros(3, requires_grad=True), torch.tensor([0, 2, 2, 3])
     loss = ppo_loss(logprob, None, torch.tensor([1.0, 2.0, 4.0]), cu_seqlens=ends, reduction="sum")
     assert torch.autograd.grad(loss, logprob)[0].tolist() == [-1.0, -1.0, -4.0]
@@ -327,7 +319,7 @@ def test_types(dtype) -> None:
     logprob, old, advantages, ref = (
         value.detach().float() for value in (made.logprob, made.old, *others)
     )
-    for same in ((logprob, old, advantages), (logprob, made.old, advantages.double())):
-        testing.assert_same_bits(loss, grpo_loss(*same, ref_logprob=ref, beta=0.1), str(dtype))
+    same = grpo_loss(logprob, old, advantages.double(), ref_logprob=ref, beta=0.1)
+    testing.assert_same_bits(loss, same, str(dtype))
     assert torch.autograd.grad(loss, others, allow_unused=True, retain_graph=True) == (None, None)
     assert loss.dtype == torch.float32 and torch.autograd.grad(loss, made.logprob)[0].dtype == dtype

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_losses import FORMS, KLS, B, assert_loss, batch, mask_of, penalty, spelled
+from test_losses import FORMS, WITH_KL, B, assert_loss, batch, mask_of, penalty, spelled
 from torch.nn.functional import logsigmoid
 
 from fastkl import testing
 from fastkl.estimators import estimate_kl, sampled_kl_loss
-from fastkl.rl import DPOLoss, dpo_loss, grpo_loss, ppo_loss, shape_rewards
+from fastkl.rl import dpo_loss, grpo_loss, ppo_loss, shape_rewards
 
 V = 5
 
@@ -43,8 +43,9 @@ ENUMERATED = [
 def test_which_kl_the_loss_has(level, correct_kl, length, off_policy, right, direction) -> None:
     # Every sequence of a vocabulary of 5, weighted with its probability under the policy that
     # samples.
-    generator = torch.Generator().manual_seed(3)
-    logits, step, reference = torch.randn(3, V, generator=generator).double()
+    logits, step, reference = torch.randn(
+        3, V, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     logits.requires_grad_()
     old, loss = logits.detach() + 0.4 * step * off_policy, 0.0
     more = {"beta": 1.0, "level": level, "correct_kl": correct_kl}
@@ -54,55 +55,43 @@ def test_which_kl_the_loss_has(level, correct_kl, length, off_policy, right, dir
         )
         given = logprob, before if off_policy else None, torch.zeros(1).double()
         loss = loss + before.sum().exp() * grpo_loss(*given, ref_logprob=ref, **more)
-    kls = {"forward": exact_kl(logits, reference), "reverse": exact_kl(reference, logits)}
-    gradient = torch.autograd.grad(loss, logits)[0]
-    for name, kl in kls.items():
-        wanted = torch.autograd.grad(kl, logits)[0]
+    forward, gradient = exact_kl(logits, reference), torch.autograd.grad(loss, logits)[0]
+    for name, kl in {"forward": forward, "reverse": exact_kl(reference, logits)}.items():
+        wanted = torch.autograd.grad(kl, logits, retain_graph=True)[0]
         error = float((gradient - wanted).norm() / wanted.norm())
         assert error < 1e-12 if name == direction else error > 0.05
-    off = abs(float((loss / kls["forward"]).detach()) - 1)
+    off = abs(float((loss / forward).detach()) - 1)
     assert off < 1e-13 if right else off > 0.01
 
 
 # ---- DPO
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+# A margin is a difference of four log-probabilities of up to 70 nats, known to 3 roundings of 2^-24
+# (2^-53) of them: 1.3e-5 times beta. The loss and its gradient have slopes of at most 1 and beta in
+# it, and roundings of their own.
+@pytest.mark.parametrize(
+    "dtype, rounding, tolerance", [(torch.float64, 1e-14, 2e-13), (torch.float32, 3e-6, 2e-5)]
+)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.49])
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1])
-def test_dpo_is_the_published_one(beta, smoothing, dtype) -> None:
-    # TRL 1.16's "sigmoid", with smoothing Mitchell's mixture of both labels; the gradient in
-    # closed form, none to the reference.
-    generator = torch.Generator().manual_seed(2)
-    given = [
-        value.to(dtype).requires_grad_()
-        for value in -40 + 10 * torch.randn(4, 8, generator=generator)
-    ]
+def test_dpo_is_the_published_one(beta, smoothing, dtype, rounding, tolerance) -> None:
+    # TRL 1.16's "sigmoid", with smoothing Mitchell's mixture of both labels; no gradient to the
+    # reference.
+    made = -40 + 10 * torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
+    given, wide = (
+        [value.to(kind).requires_grad_() for value in made] for kind in (dtype, torch.float64)
+    )
     result = dpo_loss(*given, beta=beta, label_smoothing=smoothing)
-    c, r, ref_c, ref_r = (value.detach().double() for value in given)
+    c, r, ref_c, ref_r = wide
     margin = beta * ((c - ref_c) - (r - ref_r))
     exact = (-(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)).mean()
-    slope = -beta * (torch.sigmoid(-margin) - smoothing) / 8
-    # A margin is a difference of four log-probabilities of up to 70 nats, known to 3 roundings of
-    # 2^-24 (2^-53) of them: 1.3e-5 times beta. The loss and its gradient have slopes of at most 1
-    # and beta in it, and roundings of their own of 1e-7.
-    tolerance = (2e-13 if dtype == torch.float64 else 2e-5) * beta
-    testing.assert_near(result.loss, exact, 3e-7, tolerance, "loss")
-    gradients = torch.autograd.grad(result.loss, given, allow_unused=True)
-    for grad, sign in zip(gradients[:2], (1, -1), strict=True):
-        testing.assert_near(
-            grad, sign * slope, max(3e-7, torch.finfo(dtype).eps), beta * tolerance / 8, "gradient"
-        )
-    assert gradients[2:] == (None, None)
-    for value, reward in zip(
-        result[1:], (beta * (c - ref_c), beta * (r - ref_r), margin), strict=True
-    ):
-        assert value.shape == (8,) and not value.requires_grad
-        testing.assert_near(value, reward, 0.0, tolerance, "reward")
-    assert isinstance(result, DPOLoss)
-    assert {value.dtype for value in result} == {
-        torch.float64 if dtype == torch.float64 else torch.float32
-    }
+    allowed = rounding + beta * tolerance
+    assert_loss(result.loss, exact, given[:2], allowed, wide[:2])
+    assert torch.autograd.grad(result.loss, given[2:], allow_unused=True) == (None, None)
+    rewards = torch.stack([beta * (c - ref_c), beta * (r - ref_r), margin])
+    testing.assert_near(torch.stack(result[1:]), rewards, 0.0, allowed, "rewards")
+    assert not any(value.requires_grad for value in result[1:])
 
 
 LOG2, LONG = math.log(2), -0.1 / (1 + math.exp(2))
@@ -124,6 +113,7 @@ CLOSED = [
         )
     ),
     *(((low, -5.0, -5.0, -5.0), 1e7, (0.0, 0.1)) for low in (-math.inf, -1e30)),
+    ((math.nan, -5.0, -5.0, -5.0), math.nan, (0.0, math.nan)),
 ]
 
 
@@ -133,76 +123,71 @@ def test_dpo_in_closed_form(values, loss, slopes, dtype) -> None:
     # -inf counts as a number without gradient; a pair ranked wrong by far is linear.
     given = [torch.tensor([value], dtype=dtype, requires_grad=True) for value in values]
     result = dpo_loss(*given)
-    assert result.loss.item() == pytest.approx(loss, rel=1e-6)
+    assert result.loss.item() == pytest.approx(loss, rel=1e-6, nan_ok=True)
     gradient = torch.autograd.grad(result.loss, given[:2])
-    assert [grad.item() for grad in gradient] == pytest.approx(slopes, rel=1e-5, abs=1e-12)
+    assert [grad.item() for grad in gradient] == pytest.approx(
+        slopes, rel=1e-5, abs=1e-12, nan_ok=True
+    )
 
 
-def test_dpo_of_nan_and_without_a_pair() -> None:
-    assert dpo_loss(torch.tensor([math.nan]), *[torch.zeros(1)] * 3).loss.isnan()
-    none = torch.zeros(0, requires_grad=True)
-    result = dpo_loss(none, *[torch.zeros(0)] * 3)
-    assert result.loss.item() == 0.0 and torch.autograd.grad(result.loss, none)[0].shape == (0,)
+def test_dpo_normalizer_and_types() -> None:
+    none, pairs = torch.zeros(0, requires_grad=True), torch.zeros(4, 8, dtype=torch.bfloat16)
+    loss = dpo_loss(none, *[torch.zeros(0)] * 3).loss
+    assert loss.item() == 0.0 and torch.autograd.grad(loss, none)[0].shape == (0,)
+    assert dpo_loss(*pairs, normalizer=4).loss == 2 * dpo_loss(*pairs).loss > 0
+    assert {value.dtype for value in dpo_loss(*pairs)} == {torch.float32}
 
 
 # ---- where it runs
 
 
-def every_loss(made, flat, mask: torch.Tensor, bounds: torch.Tensor) -> list[torch.Tensor]:
-    """Every loss in every form, padded and packed, one scalar each."""
-    count, losses = mask.sum(), []
-    for values, counts, where in ((made, mask, {}), (flat, mask.flatten(), {"cu_seqlens": bounds})):
-        for call, more in FORMS:
-            more = more if more["reduction"] == "sum" else {**more, "normalizer": count}
-            kls = ("corrected",) if where else KLS
-            for kl in kls if call is grpo_loss else KLS[:1]:
-                settings = {**more, **where, **penalty(values, kl)}
-                # Alternately, so that both have every form.
-                per = values.per_token if len(losses) % 3 else values.per_sequence
-                losses.append(call(values.logprob, values.old, per, counts, **settings))
-        for scores in (values.per_token, values.per_sequence):
-            rewards = shape_rewards(scores, values.old, torch.tensor(0.3), counts, **where)
-            losses.append((rewards * values.logprob).sum())
-    losses.append(ppo_loss(made.logprob, None, made.per_sequence, dual_clip=3.0))
-    sums = [value.sum(-1) for value in (made.logprob, made.old, made.ref, made.per_token)]
-    return [*losses, dpo_loss(*sums, normalizer=count).loss]
+def every_loss(made, mask: torch.Tensor, where: dict) -> torch.Tensor:
+    """Every loss in every form, of one layout."""
+    losses = []
+    for i, (call, more, kl) in enumerate(WITH_KL):
+        more = more if more["reduction"] == "sum" else {**more, "normalizer": mask.sum()}
+        # Alternately, so that both have every form.
+        per = made.per_token if i % 3 else made.per_sequence
+        given = made.logprob, made.old, per, mask
+        losses.append(call(*given, **more, **where, **penalty(made, kl)))
+    for scores in (made.per_token, made.per_sequence):
+        rewards = shape_rewards(scores, made.old, torch.tensor(0.3), mask, **where)
+        losses.append((rewards * made.logprob).sum())
+    losses.append(ppo_loss(made.logprob, None, made.per_sequence, mask, dual_clip=3.0, **where))
+    pair = made.logprob.flatten(), made.old.flatten()
+    return torch.stack([*losses, dpo_loss(*pair, *pair[::-1], normalizer=mask.sum()).loss])
 
 
-def moved(device: str) -> tuple[SimpleNamespace, SimpleNamespace, torch.Tensor, torch.Tensor]:
-    made, bounds = batch(torch.float32, device), torch.tensor([0, 6, 12, 18, 24], device=device)
-    flat = {name: value.flatten() for name, value in vars(made).items()}
-    return made, SimpleNamespace(**flat), mask_of("padding").to(device), bounds
+def layouts(device: str) -> list[tuple[SimpleNamespace, torch.Tensor, dict]]:
+    """Padded and packed."""
+    made, mask = batch(torch.float32, device), mask_of("padding").to(device)
+    flat = SimpleNamespace(**{name: value.flatten() for name, value in vars(made).items()})
+    bounds = torch.tensor([0, 6, 12, 18, 24], device=device)
+    return [(made, mask, {}), (flat, mask.flatten(), {"cu_seqlens": bounds})]
 
 
 def test_values_are_not_looked_at() -> None:
     # Meta tensors have none, backward too; all losses in one graph have the same bits.
-    arguments = moved("meta")
-    for loss in every_loss(*arguments):
-        assert loss.shape == () and loss.device.type == "meta"
-        torch.autograd.grad(loss, arguments[0].logprob)
-    arguments = moved("cpu")
-    compiled = torch.compile(every_loss, backend="eager", fullgraph=True)(*arguments)
-    for i, (one, other) in enumerate(zip(compiled, every_loss(*arguments), strict=True)):
-        testing.assert_same_bits(one, other, f"loss {i}")
+    for given in layouts("meta"):
+        losses = every_loss(*given)
+        assert losses.dim() == 1 and losses.device.type == "meta"
+        torch.autograd.grad(losses.sum(), given[0].logprob)
+    compiled = torch.compile(every_loss, backend="eager", fullgraph=True)
+    for given in layouts("cpu"):
+        testing.assert_same_bits(compiled(*given), every_loss(*given), "losses")
 
 
 @pytest.mark.gpu
 def test_no_synchronisation() -> None:
-    # On a GPU nothing waits for the device, and values and gradients are those of the CPU.
-    on_gpu, on_cpu = moved("cuda"), moved("cpu")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        losses = every_loss(*on_gpu)
-        grads = [
-            torch.autograd.grad(loss, on_gpu[0].logprob, retain_graph=True)[0] for loss in losses
-        ]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    exact = every_loss(*on_cpu)
-    exact += [torch.autograd.grad(loss, on_cpu[0].logprob, retain_graph=True)[0] for loss in exact]
-    got = [value.cpu() for value in (*losses, *grads)]
-    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-6)
+    # On a GPU nothing waits for the device.
+    for given, same in zip(layouts("cuda"), layouts("cpu"), strict=True):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            losses = every_loss(*given)
+            torch.autograd.grad(losses.sum(), given[0].logprob)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(losses.cpu(), every_loss(*same), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -216,20 +201,22 @@ def test_wrong_boundaries(bounds) -> None:
     torch._dynamo.reset()
     logprob, cu_seqlens = torch.zeros(15, requires_grad=True), torch.tensor(bounds)
     mask = torch.arange(15) % 4 != 1
-    rewards = torch.compile(shape_rewards, backend="eager", fullgraph=True)
-    for scores in (torch.zeros(len(bounds) - 1), torch.zeros(15)):
-        arguments = scores, torch.zeros(15), 0.3, mask
+    more = {"mask": mask, "cu_seqlens": cu_seqlens}
+    calls = {
+        shape_rewards: lambda each: (each, torch.zeros(15), 0.3),
+        ppo_loss: lambda each: (logprob, None, each),
+        grpo_loss: lambda each: (logprob, None, each),
+    }
+    for (call, given), size in itertools.product(calls.items(), (len(bounds) - 1, 15)):
         with pytest.raises(ValueError, match="^cu_seqlens: expected .*, got .*; "):
-            shape_rewards(*arguments, cu_seqlens=cu_seqlens)
-        got = rewards(*arguments, cu_seqlens=cu_seqlens)
-        assert torch.equal(got.isnan(), mask) and not bool(got.nan_to_num(0.0).any())
-    for call in (ppo_loss, grpo_loss):
-        for advantages in (torch.ones(len(bounds) - 1), torch.ones(15)):
-            with pytest.raises(ValueError, match="^cu_seqlens: expected .*, got .*; "):
-                call(logprob, None, advantages, cu_seqlens=cu_seqlens)
+            call(*given(torch.ones(size)), **more)
         compiled = torch.compile(call, backend="eager", fullgraph=True)
-        loss = compiled(logprob, None, advantages, cu_seqlens=cu_seqlens)
-        assert loss.isnan() and not bool(torch.autograd.grad(loss, logprob)[0].any())
+        result = compiled(*given(torch.ones(size)), **more)
+        if call is shape_rewards:
+            assert torch.equal(result.isnan(), mask) and not bool(result.nan_to_num(0.0).any())
+        else:
+            gradient = torch.autograd.grad(result, logprob)[0]
+            assert result.isnan() and not bool(gradient.any())
 
 
 LOGPROB = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -0.1, -1.0]])
@@ -281,40 +268,24 @@ def test_max_length_counts_what_counts() -> None:
         grpo_loss(logprob, None, torch.ones(2), **more)
 
 
-def dpo_of(logprob, old, advantages, mask, **more) -> torch.Tensor:
-    return dpo_loss(logprob.sum(-1), old.sum(-1), advantages.sum(-1), old[:, 0], **more).loss
-
-
-MEANS = [
-    *((call, more) for call, more in FORMS if more["reduction"] != "sum"),
-    (dpo_of, {"label_smoothing": 0.1}),
-]
-
-
-@pytest.mark.parametrize("call, more", MEANS, ids=spelled)
+@pytest.mark.parametrize(
+    "call, more", [each for each in FORMS if each[1]["reduction"] != "sum"], ids=spelled
+)
 def test_normalizer(call, more) -> None:
-    # Uneven micro-batches with the whole batch's count add up to it, their own means do not;
-    # a tensor of 0 gives 0.
+    # Uneven micro-batches with the whole batch's count add up to it; a tensor of 0 gives 0.
     made, mask, parts = batch(), mask_of("padding"), (slice(0, 1), slice(1, 4))
-    count = int(mask.sum()) if more.get("reduction") in ("token_mean", "mean", "bnpo") else B
-
-    kl = {"beta": 0.3, "correct_kl": True} if call is grpo_loss else {}
+    count = int(mask.sum()) if more["reduction"] in ("token_mean", "mean", "bnpo") else B
 
     def loss(rows: slice, **others) -> torch.Tensor:
         given = (each[rows] for each in (made.logprob, made.old, made.per_token, mask))
-        ref = {"ref_logprob": made.ref[rows]} if kl else {}
-        return call(*given, **more, **kl, **ref, **others)
+        ref = SimpleNamespace(ref=made.ref[rows])
+        kl = penalty(ref, "corrected" if call is grpo_loss else "none")
+        return call(*given, **more, **kl, **others)
 
     whole = loss(slice(0, B))
     for normalizer in (count, torch.tensor(count)):
-        assert_loss(
-            sum(loss(rows, normalizer=normalizer) for rows in parts), whole, [made.logprob], 1e-14
-        )
-    alone = sum(loss(rows) for rows in parts) / 2
-    got, exact = (
-        torch.autograd.grad(each, made.logprob, retain_graph=True)[0] for each in (alone, whole)
-    )
-    assert float((got - exact).norm() / exact.norm()) > 0.05
+        summed = sum(loss(rows, normalizer=normalizer) for rows in parts)
+        assert_loss(summed, whole, [made.logprob], 1e-14)
     for zero in (torch.tensor(0), torch.zeros(1), torch.zeros((), dtype=torch.float64)):
         none = loss(slice(0, B), normalizer=zero)
         assert none.shape == () and none.item() == 0.0

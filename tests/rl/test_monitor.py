@@ -1,12 +1,17 @@
 """KLMonitor: figures of every step and of the run against their definition in plain torch."""
 
+import io
+import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastkl.rl.monitor import KLMonitor
+from fastkl import testing
+from fastkl.rl import logs
+from fastkl.rl.monitor import KLMonitor, read_jsonl
 from fastkl.rl.spikes import SpikeDetector
 
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -71,34 +76,22 @@ def of_run(sequences: list[torch.Tensor]) -> dict[str, object]:
     return {**figures, **{name: every[name] for name in same}}
 
 
-def profile_of(sequences: list[torch.Tensor], positions: int) -> dict[str, list[float]]:
-    longest, width, entries = max(map(len, sequences)), 1, []
-    while width * positions < longest:
-        width *= 2
-    for start in range(0, longest, width):
-        part = torch.cat([each[start : start + width] for each in sequences]).double()
-        part = part[part.isfinite()]
-        entries.append((start, float(part.mean()), float(len(part))))
-    used = max((i + 1 for i, entry in enumerate(entries) if entry[2]), default=0)
-    return {
-        name: [entry[column] for entry in entries[:used]]
-        for column, name in enumerate(("position", "kl", "tokens"))
-    }
-
-
 def laid_out(sequences: list[torch.Tensor], layout: str, garbage: float) -> dict:
     """Arguments of update: packed, or padded behind, before, or with holes."""
     if layout == "packed":
         ends = torch.tensor([0, *map(len, sequences)]).cumsum(0).int()
         return {"kl": torch.cat(sequences), "cu_seqlens": ends}
     width = 2 * max(map(len, sequences)) + 2
-    columns = torch.arange(width)
-    order = {"behind": columns, "before": columns.flip(0), "holes": columns[::2]}[layout]
     kl = torch.full((1, len(sequences), width), garbage, dtype=sequences[0].dtype)
     mask = torch.zeros(1, len(sequences), width, dtype=torch.bool)
     for row, values in enumerate(sequences):
-        where = order[: len(values)].sort().values
-        kl[0, row, where], mask[0, row, where] = values, True
+        end = len(values)
+        where = {
+            "behind": slice(end),
+            "before": slice(width - end, None),
+            "holes": slice(0, 2 * end, 2),
+        }
+        kl[0, row, where[layout]], mask[0, row, where[layout]] = values, True
     return {"kl": kl, "mask": mask}
 
 
@@ -119,7 +112,6 @@ def one(*values: float) -> list[list[torch.Tensor]]:
 
 INF, NAN = math.inf, math.nan
 RUNS = {
-    # The profile's entries widen and never narrow.
     **{
         str(sizes): sized(*sizes)
         for sizes in ((5, 8), (8, 9), (3, 40, 7), (100, 3), (16, 17, 33, 64, 65), (1, 1))
@@ -149,18 +141,17 @@ WAYS += [("behind", NAN, dtype) for dtype in (torch.bfloat16, torch.float16, tor
 @pytest.mark.parametrize("layout, garbage, dtype", WAYS, ids=str)
 @pytest.mark.parametrize("steps", RUNS.values(), ids=RUNS)
 def test_figures(steps, layout, garbage, dtype, device) -> None:
-    monitor, seen, spikes = KLMonitor(threshold=0.1, positions=8), [], 0.0
+    monitor, seen, spikes = KLMonitor(threshold=0.1), [], 0.0
     for step, sequences in enumerate(steps):
         sequences = [values.to(dtype) for values in sequences]
         seen += sequences
         given = laid_out(sequences, layout, garbage)
-        before = given["kl"].clone().nan_to_num()
+        before = given["kl"].clone()
         moved = {name: value.to(device) for name, value in given.items()}
         got = monitor.update(**{**moved, "kl": moved["kl"].requires_grad_()})
         assert {type(value) for value in got.values()} == {float}
-        expected = of_step(sequences)
-        assert got == pytest.approx({"step": step, **expected}, **CLOSE)
-        assert torch.equal(given["kl"].nan_to_num(), before)
+        assert got == pytest.approx({"step": step, **of_step(sequences)}, **CLOSE)
+        testing.assert_same_bits(given["kl"], before, "kl")
         spikes += got["kl/spike"]
         run, figures = monitor.summary(), of_run(seen)
         for name in figures.keys() & QUANTILES.keys():
@@ -169,9 +160,6 @@ def test_figures(steps, layout, garbage, dtype, device) -> None:
             assert value == pytest.approx(figures.pop(name), nan_ok=True)
         counts = {"steps": step + 1, "kl/spikes": spikes}
         assert run == pytest.approx({**figures, **counts}, **CLOSE)
-        profile, entries = monitor.profile(), profile_of(seen, 8)
-        assert profile.pop("kl") == pytest.approx(entries.pop("kl"), **CLOSE)
-        assert profile == entries
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0,), (2, 0), (0, 3)], ids=str)
@@ -242,12 +230,129 @@ def test_which_figures_and_steps() -> None:
     assert steps == [1.0, 10.0, 11.0, 5.0, 6.0]
 
 
-def test_spikes_are_the_detectors() -> None:
+@pytest.mark.parametrize("own", [{}, {"ratio": 1.5, "recent": 5, "limit": 3.0}], ids=str)
+def test_spikes_are_the_detectors(own) -> None:
     # The alarm is that of a SpikeDetector fed with the means.
-    values = [0.02 + 0.001 * (step % 3) for step in range(80)] + [0.2, 0.2, 0.02]
-    own = {"ratio": 1.5, "recent": 5, "limit": 3.0}
-    for spike, alone in ((True, SpikeDetector()), (SpikeDetector(**own), SpikeDetector(**own))):
-        monitor = KLMonitor(spike=spike)
-        got = [monitor.update(torch.full((3,), value))["kl/spike"] for value in values]
-        assert got == [float(alone.update(float(torch.tensor(value)))) for value in values]
-        assert got[80] == 1.0
+    values = [torch.tensor(0.02 + 0.001 * (step % 3)) for step in range(80)]
+    values += [torch.tensor(0.2), torch.tensor(0.2), torch.tensor(0.02)]
+    alone, monitor = SpikeDetector(**own), KLMonitor(spike=SpikeDetector(**own) if own else True)
+    got = [monitor.update(value.expand(3))["kl/spike"] for value in values]
+    assert got == [float(alone.update(float(value))) for value in values] and got[80] == 1.0
+
+
+# ---- the file of JSON lines, and what reads it
+
+
+def test_jsonl_reads_back(tmp_path) -> None:
+    # One line per update, which reads back as the dict that update returned; what is not
+    # finite is null there and NaN here.
+    path = tmp_path / "run.jsonl"
+    monitor = KLMonitor(threshold=0.1, jsonl=path)
+    returned = [
+        monitor.update(tokens(3, 4, seed=step), reward=0.1 * step, step=10 + step)
+        for step in range(5)
+    ]
+    monitor.update(torch.tensor([math.inf, 0.5]))
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert len(lines) == 6 and lines[0]["step"] == 10 and lines[5]["kl/mean"] is None
+    *got, last = read_jsonl(path)
+    assert got == returned and {type(value) for value in got[0].values()} == {float}
+    assert math.isnan(last["kl/mean"]) and math.isnan(last["kl/max"]) and last["kl/spike"] == 1.0
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, -2, -1])
+def test_a_line_cut_off_costs_only_itself(tmp_path, cut) -> None:
+    # The half line of a killed run is left out, at the end of the file and, once the run goes
+    # on, in its middle.
+    path = tmp_path / "run.jsonl"
+    steps = [KLMonitor(jsonl=path).update(tokens(3, seed=step)) for step in range(3)]
+    *whole, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(whole) + last[:cut])
+    kept = steps if cut == -1 else steps[:2]  # without its line break alone it is whole
+    assert read_jsonl(path) == kept
+    more = KLMonitor(jsonl=path).update(tokens(3), step=2)
+    assert read_jsonl(path) == [*kept, more] and path.read_bytes().endswith(b"}\n")
+
+
+REFUSED = [
+    "step,kl\n1,0.1\n",
+    '{"step": 1}\n[1, 2]\n',
+    "\x89PNG\n",
+    "17\n",
+    "step,kl",
+]
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=range(len(REFUSED)))
+def test_other_files_are_refused(tmp_path, text) -> None:
+    (tmp_path / "run.jsonl").write_text(text)
+    line = 2 if text.startswith('{"step": 1}\n') else 1
+    with pytest.raises(ValueError, match=f"^path: expected .* in line {line} of .*, got .*; "):
+        read_jsonl(tmp_path / "run.jsonl")
+
+
+ZERO = {"step": 0.0}
+READ = [
+    # Others' files: empty lines, whole numbers of any length, text.
+    (
+        '\n{"step": 0, "note": "warm-up", "flag": true}\n\n',
+        [{**ZERO, "note": "warm-up", "flag": 1.0}],
+    ),
+    *(
+        ('{"step": ' + "1" * digits + "}\n", [{"step": float("1" * digits)}])
+        for digits in (1, 308, 400, 5000)
+    ),
+    # A crash leaves NUL bytes, lines cut off that seem to end, and a last one that is nothing.
+    ('\0\0{"step": 0}\n\0\0\0{"st\0ep": 1}\n\0\0', [ZERO, {"step": 1.0}]),
+    ('{"step": 0}\n{"step": 1, "a}', [ZERO]),
+    ('{"step": 0}\n{"step": 1, "a}\n{"step": 2}\n', [ZERO, {"step": 2.0}]),
+    ('{"step": 0}\n{"step": 1, "a": {"b": 1}\n{"step": 2}\n', [ZERO, {"step": 2.0}]),
+    ('{"step": 0}\n{"a": ' + "[" * 100_000, [ZERO]),
+    ('{"step": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"step": 0}\n', [ZERO]),
+]
+
+
+@pytest.mark.parametrize("text, steps", READ, ids=range(len(READ)))
+def test_files_that_are_read(tmp_path, text, steps) -> None:
+    (tmp_path / "run.jsonl").write_text(text)
+    got = read_jsonl(tmp_path / "run.jsonl")
+    assert got == steps and all(type(step["step"]) is float for step in got)
+
+
+@pytest.mark.parametrize("wrong", [1, True, 1.5, b"run.jsonl", ["run.jsonl"]])
+@pytest.mark.parametrize("call, name", [(read_jsonl, "path"), (KLMonitor, "jsonl")])
+def test_no_paths(call, name, wrong) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: expected a path, .*, got .*; "):
+        call(**{name: wrong})
+    os.fstat(1)  # the number of a file descriptor is no path: reading it would close the file
+
+
+@pytest.mark.parametrize("name", ["", "none/run.jsonl", "file/run.jsonl", "n" * 300, "a\0b"])
+def test_files_that_cannot_be_appended_to(tmp_path, name) -> None:
+    # The monitor says so where it is made, and leaves no file where another argument is wrong.
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^jsonl: expected .*, got .*; "):
+        KLMonitor(jsonl=tmp_path / name)
+    with pytest.raises(TypeError, match="^spike: expected"):
+        KLMonitor(jsonl=tmp_path / "run.jsonl", spike=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_costs_one_warning(tmp_path, monkeypatch) -> None:
+    # Figures and state have every step; each line is one write, whole and ended.
+    path, writes, plain = tmp_path / "run.jsonl", [], KLMonitor()
+
+    class Disk(io.FileIO):
+        def write(self, data) -> int:
+            writes.append(bytes(data))
+            return super().write(data[:7] if len(writes) < 3 else data)
+
+    monitor = KLMonitor(jsonl=path)
+    monkeypatch.setattr(logs, "open", lambda path, *_, **__: Disk(path, "a+"), raising=False)
+    with pytest.warns(RuntimeWarning) as caught:
+        returned = [monitor.update(tokens(3, seed=step)) for step in range(4)]
+    monkeypatch.undo()
+    assert returned == [plain.update(tokens(3, seed=step)) for step in range(4)]
+    assert monitor.state_dict() == plain.state_dict() and read_jsonl(path)[-2:] == returned[2:]
+    assert all(line.endswith(b"}\n") and line.strip(b"\n").count(b"\n") == 0 for line in writes)
+    assert len(writes) == 4 and [warning.filename for warning in caught] == [__file__]

@@ -67,17 +67,16 @@ def test_rewards(bounds, name, per, garbage, dtype) -> None:
     # Packed, within three roundings of the result's type: of beta, of the product, of the
     # difference; padded, the same bits. Whatever KL and scores hold where nothing counts, it is 0
     # there. Rewards are data.
-    scores, kl = numbers(len(bounds) - 1 if per == "sequence" else 15)
+    made = numbers(len(bounds) - 1 if per == "sequence" else 15)
+    scores, kl = (each.flatten().to(dtype) for each in made)
     mask, ends = mask_of(name).flatten(), torch.tensor(bounds)
-    scores, kl = scores.to(dtype), kl.flatten().to(dtype)
     exact = by_definition(scores, kl, 0.3, mask, bounds)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    magnitude = 0.6 * kl.double().abs() + exact.abs()
-    allowed = torch.finfo(wide).eps / 2 * 1.001 * magnitude
+    wide = torch.promote_types(dtype, torch.float32)
+    allowed = torch.finfo(wide).eps / 2 * 1.001 * (0.6 * kl.double().abs() + exact.abs())
     kl = kl.masked_fill(~mask, garbage).requires_grad_()
     used = [bool(mask[start:end].any()) for start, end in itertools.pairwise(bounds)]
-    unused = ~(mask if per == "token" else torch.tensor(used))
-    scores, given = scores.masked_fill(unused, garbage), None if MASKS[name] is None else mask
+    counted, given = mask if per == "token" else torch.tensor(used), mask if MASKS[name] else None
+    scores = scores.masked_fill(~counted, garbage)
     rewards = shape_rewards(scores.requires_grad_(), kl, 0.3, given, cu_seqlens=ends)
     assert (rewards.dtype, rewards.shape, rewards.requires_grad) == (wide, (15,), False)
     assert bool(((rewards.double() - exact).abs() <= allowed).all()), (rewards, exact)
@@ -85,8 +84,7 @@ def test_rewards(bounds, name, per, garbage, dtype) -> None:
     of_int32 = shape_rewards(scores, kl, 0.3, given, cu_seqlens=ends.int())
     testing.assert_same_bits(of_int32, rewards, "int32")
     if bounds == BOUNDARIES["even"]:
-        shape = (3, 5) if per == "token" else (3,)
-        counts = None if given is None else mask.view(3, 5)
+        shape, counts = (3, 5) if per == "token" else (3,), mask.view(3, 5)
         padded = shape_rewards(scores.view(shape), kl.view(3, 5), 0.3, counts)
         testing.assert_same_bits(padded.flatten(), rewards, "padded")
 
@@ -111,25 +109,16 @@ def test_leading_shapes() -> None:
 
 
 def test_beta() -> None:
-    # A number, a tensor and a controller, read at every call; a number 0 leaves even an
-    # infinite KL out, a tensor is not looked at.
+    # A number 0 leaves even an infinite KL out, a tensor or a controller is read at the call; a bad
+    # value stays in its token.
     scores, kl = numbers()
-    controller, learned = SimpleNamespace(beta=0.3), torch.tensor(0.3, requires_grad=True)
-    for beta in (learned, controller, SimpleNamespace(beta=torch.tensor(0.3))):
-        same = shape_rewards(scores, kl, beta), shape_rewards(scores, kl, 0.3)
-        testing.assert_same_bits(*same, "beta")
-    controller.beta = 2
-    same = shape_rewards(scores, kl, controller), shape_rewards(scores, kl, 2.0)
-    testing.assert_same_bits(*same, "next")
-    assert not shape_rewards(scores, kl, learned).requires_grad
-    assert shape_rewards(scores.double(), kl, 0.3).dtype == torch.float32
-    kl.fill_(math.inf)
-    assert torch.equal(
-        shape_rewards(scores, kl, 0), torch.nn.functional.pad(scores[:, None], (4, 0))
-    )
-    assert shape_rewards(scores, kl, torch.tensor(0.0)).isnan().all()
-    # A bad value stays in its token.
-    kl[:] = torch.tensor(0.5)
+    controller, rewards = SimpleNamespace(beta=0.3), shape_rewards(scores, kl, 0.3)
+    for beta in (torch.tensor(0.3, requires_grad=True), controller):
+        testing.assert_same_bits(shape_rewards(scores, kl, beta), rewards, "beta")
+    controller.beta, infinite = 0, torch.full_like(kl, math.inf)
+    alone = torch.nn.functional.pad(scores[:, None], (4, 0))
+    assert torch.equal(shape_rewards(scores, infinite, controller), alone)
+    assert shape_rewards(scores, infinite, torch.tensor(0.0)).isnan().all()
     kl[0, 1], scores[2] = math.nan, math.inf
     rewards = shape_rewards(scores, kl, 0.3)
     assert rewards.isnan().nonzero().tolist() == [[0, 1]]

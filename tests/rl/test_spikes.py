@@ -19,12 +19,8 @@ def noise(kind: str, deviation: float, rng: random.Random):
         drawn = rng.gauss(0, 1)
         last = 0.5 * last + math.sqrt(0.75) * drawn
         # The variance of t5 is 5/3.
-        heavy = (
-            math.sqrt(3 / 5) * drawn / math.sqrt(rng.gammavariate(2.5, 2) / 5)
-            if kind == "heavy"
-            else 0.0
-        )
-        yield deviation * {"correlated": last, "heavy": heavy, "normal": drawn}[kind]
+        tail = math.sqrt(3 / rng.gammavariate(2.5, 2)) if kind == "heavy" else 1.0
+        yield deviation * (last if kind == "correlated" else drawn * tail)
 
 
 def run(
@@ -183,26 +179,14 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_rings_where_the_definition_does(settings) -> None:
-    # On a random walk with jumps, for all settings.
+    # On random walks with jumps, for all settings; each begins below the floor, so that the noise
+    # is unknown at first.
     rng, log, values = random.Random(5), -3.0, []
-    for _ in range(600):
+    for step in range(800):
         log += 0.1 * rng.gauss(0, 1) + (1.5 if rng.random() < 0.02 else 0.0) - 0.03 - 0.02 * log
-        values.append(math.exp(log + 0.2 * rng.gauss(0, 1)))
+        values.append(0.0 if step % 400 < 50 else math.exp(log + 0.2 * rng.gauss(0, 1)))
     detector, expected = SpikeDetector(**settings), by_definition(values, **settings)
     assert [detector.update(value) for value in values] == expected and any(expected)
-
-
-@pytest.mark.parametrize("known", [0, 1, 8, 15, 16])
-def test_noise_that_is_hardly_known(known) -> None:
-    # Before 16 steps above the floor the deviation is mixed with 1; below the floor no noise
-    # is learnt.
-    detector = SpikeDetector(recent=1)  # the level is the step before
-    values = [0.0] * 40 + [0.3] * (known + 1)
-    assert [detector.update(value) for value in values] == [False] * 40 + [True] + [False] * known
-    variance = 0.25 / (0.25 + known) if known < 16 else 0.05**2
-    evidence = math.log(3) * (math.log(0.6001 / 0.3001) - math.log(3) / 2) / variance
-    assert detector.update(0.6) == (evidence >= 12) == (known == 16)
-    assert known == 16 or detector.state_dict()["evidence"] == pytest.approx(evidence)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -15,27 +15,12 @@ from fastkl.rl import (
     PIDBeta,
     PPOAdaptiveBeta,
     SpikeDetector,
-    conjugate_gradient,
     dpo_loss,
-    fisher_vector_product,
     grpo_loss,
-    natural_gradient,
     ppo_loss,
     read_jsonl,
     shape_rewards,
 )
-
-
-class Run:
-    """A logger as wandb's."""
-
-    def log(self, data: dict[str, object], step: int | None = None) -> None: ...
-
-
-class Writer:
-    """A logger as TensorBoard's."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None: ...
 
 
 def step(
@@ -46,54 +31,18 @@ def step(
     mask: torch.Tensor,
 ) -> torch.Tensor:
     controller = AdaptiveBeta(0.05, 6.0, 1000, "sequence")
-    penalty = KLPenalty(controller, reduction="sequence_mean")
-    assert_type(controller.update(penalty), float)
-    assert_type(controller.update(penalty.last["kl_per_sequence"], 8, unit="sequence"), float)
+    assert_type(controller.update(KLPenalty(controller, reduction="sequence_mean")), float)
     assert_type(PIDBeta(0.1, 0.05).update(0.1, mask.sum(), process_group=None), float)
     assert_type(PPOAdaptiveBeta(0.1, 0.05, unit="token").update(LinearKLPenalty(controller)), float)
     rewards = shape_rewards(advantages, estimate_kl(logprob, ref), controller, mask)
-    loss = ppo_loss(logprob, old, rewards, mask, reduction="mean", normalizer=mask.sum())
-    loss = loss + ppo_loss(
-        logprob, None, rewards, mask, reduction="sequence_mean", clip=(0.2, 0.28), normalizer=8
-    )
-    assert_type(
-        grpo_loss(
-            logprob,
-            old,
-            advantages,
-            mask,
-            ref_logprob=ref,
-            beta=FixedBeta(0.1),
-            level="sequence",
-            reduction="dr_grpo",
-            max_length=8,
-            correct_kl=True,
-            normalizer=16,
-        ),
-        torch.Tensor,
-    )
+    loss = ppo_loss(logprob, None, rewards, mask, reduction="mean", clip=(0.2, 0.28), normalizer=8)
+    given = (logprob, old, advantages, mask)
+    loss = loss + grpo_loss(*given, ref_logprob=ref, beta=FixedBeta(0.1), level="sequence")
     assert_type(dpo_loss(logprob, old, ref, ref, normalizer=2), DPOLoss)
-    monitor = KLMonitor(spike=SpikeDetector(), loggers=[print, Run(), Writer()])
-    assert_type(
-        monitor.update(logprob, mask, beta=controller, entropy=0.5, loss=loss), dict[str, float]
-    )
-    assert_type(monitor.summary()["kl/per_sequence"], float)
+    figures = KLMonitor(spike=SpikeDetector()).update(logprob, mask, beta=controller, loss=loss)
+    assert_type(figures, dict[str, float])
     assert_type(read_jsonl("run.jsonl"), list[dict[str, float]])
     return loss
-
-
-def natural(
-    model: torch.nn.Module,
-    vector: torch.Tensor,
-    parameters: dict[str, torch.nn.Parameter],
-    gradient: dict[str, torch.Tensor],
-) -> None:
-    assert_type(fisher_vector_product(lambda theta: theta, vector, vector), torch.Tensor)
-    assert_type(conjugate_gradient(lambda v: v, vector, damping=1e-3), torch.Tensor)
-    assert_type(
-        natural_gradient(lambda theta: theta["weight"], parameters, gradient, 0.01),
-        dict[str, torch.Tensor],
-    )
 
 
 def wrong(logprob: torch.Tensor, advantages: torch.Tensor) -> None:
@@ -107,6 +56,4 @@ def wrong(logprob: torch.Tensor, advantages: torch.Tensor) -> None:
     grpo_loss(logprob, None, advantages, correct_kl="no")  # refused
     grpo_loss(logprob, None, advantages, beta=object())  # refused
     shape_rewards(advantages, logprob, "0.1")  # refused
-    KLMonitor(loggers=[3])  # refused
     read_jsonl(1)  # refused
-    natural_gradient(lambda theta: theta, logprob, {"weight": logprob}, 0.01)  # refused
