@@ -53,10 +53,10 @@ CALLS = {
 }
 
 
+# On no other backend, backward too, whatever is chosen by then, as explain() says.
 @pytest.mark.parametrize("afterwards", [None, "reference", "triton"])
 @pytest.mark.parametrize("name", CALLS)
 def test_the_chosen_one_runs(implementation, ran, name, afterwards) -> None:
-    """On no other backend, backward too, whatever is chosen by then, as explain() says."""
     (p, q), backend = logits(implementation.device), implementation.backend
     with fastkl.use_backend(backend):
         explained = fastkl.explain(p, q)

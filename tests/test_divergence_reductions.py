@@ -22,8 +22,8 @@ NORMALIZERS = {
 }
 
 
+# (p, q, mask, weights): two sequences, of three tokens and of one; masked rows hold NaN.
 def batch(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """(p, q, mask, weights): two sequences, of three tokens and of one; masked rows hold NaN."""
     p, q = (value.view(2, 3, V) for value in testing.pair("normal3", 6, V, 0.5, dtype=dtype))
     mask = torch.tensor([[True, True, True], [True, False, False]])
     weights = torch.tensor([[0.5, -1.0, 2.0], [0.25, math.nan, math.inf]])
@@ -101,11 +101,10 @@ LOSSES = {
 }
 
 
+# Micro-batches of different lengths with the whole batch's count add up to its gradient; with their
+# own means they do not.
 @pytest.mark.parametrize("name", LOSSES)
 def test_accumulation(implementation, name) -> None:
-    """Micro-batches of different lengths with the whole batch's count add up to its gradient; with
-    their own means they do not.
-    """
     loss, (p, _, mask, _) = LOSSES[name], batch(implementation.device)
     leaf = testing.leaf(p)
     (whole,) = torch.autograd.grad(loss(leaf, mask, None), leaf)

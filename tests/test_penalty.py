@@ -18,16 +18,16 @@ REDUCTIONS = ("token_mean", "mean", "sequence_mean", "sum")
 DIRECTIONS = ("policy||reference", "reference||policy")
 
 
+# Logits that require grad and a mask, which leaves the second sequence of three out.
 def case(implementation, leading: tuple[int, ...] = (3, 2), dtype: torch.dtype = torch.float32):
-    """Logits that require grad and a mask, which leaves the second sequence of three out."""
     count, device = torch.Size(leading).numel(), implementation.device
     pair = testing.pair("normal3", count, V, 0.5, dtype=dtype, device=device)
     mask = (torch.arange(count) % 5 // 2 != 1).reshape(leading).to(device)
     return *(side.reshape(*leading, V).requires_grad_() for side in pair), mask
 
 
+# (numbers as in `last`, gradients) of the definition, in fp64.
 def plain(penalty: fastkl.KLPenalty, policy, reference, mask):
-    """(numbers as in `last`, gradients) of the definition, in fp64."""
     leaves = [testing.leaf(value.detach().double().cpu()) for value in (policy, reference)]
     log_p, log_q = ((value / penalty.temperature).log_softmax(-1) for value in leaves)
     log_p, log_q = (log_p, log_q) if penalty.direction == DIRECTIONS[0] else (log_q, log_p)
@@ -50,9 +50,9 @@ SETTINGS = [
 ]
 
 
+# A float32 loss; a sequence is the last leading dimension; `last` holds plain numbers.
 @pytest.mark.parametrize("direction, reduction, masked, leading, dtype", SETTINGS)
 def test_value_and_gradient(implementation, direction, reduction, masked, leading, dtype) -> None:
-    """A float32 loss; a sequence is the last leading dimension; `last` holds plain numbers."""
     policy, reference, mask = case(implementation, leading, dtype)
     counted = mask if masked else torch.ones_like(mask)
     penalty = fastkl.KLPenalty(0.3, direction=direction, reduction=reduction, temperature=1.7)
@@ -179,8 +179,8 @@ def test_compiled(implementation) -> None:
     assert counter.frame_count <= 2
 
 
+# From logits and hidden states: a loss of 0 with gradient 0, however beta was annealed.
 def test_a_weight_of_0_leaves_an_infinite_kl_out(implementation) -> None:
-    """From logits and hidden states: a loss of 0 with gradient 0, however beta was annealed."""
     device = implementation.device
     weight, bias = torch.eye(2, device=device), torch.tensor([0.0, -math.inf], device=device)
     policy = torch.tensor([[0.0, 0.0], [0.0, 1.0]], device=device, requires_grad=True)

@@ -32,12 +32,11 @@ def outcome(p, q, tokens, upstream) -> list[torch.Tensor]:
     return [value for rows in both for value in cases.outcome(rows, p.device, upstream)]
 
 
+# Contiguous p, q, tokens and upstream gradients of a few rows; the first row starts on a 16-byte
+# boundary.
 def data(
     vocabulary: int, dtype: torch.dtype, device: str, rows: int = 2
 ) -> tuple[torch.Tensor, ...]:
-    """Contiguous p, q, tokens and upstream gradients of a few rows; the first row starts on a
-    16-byte boundary.
-    """
     sizes = (0.03, 1.0, 0.3, 0.1, 0.3)[:rows]
     p, q = testing.sizes_pair("normal3", sizes, (0.0, 50.0), vocabulary, dtype)
     tokens = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1))
@@ -48,12 +47,11 @@ def data(
 ALIGNED = (0, 0, 0, 0)
 
 
+# The bits of rows, in this order, do not change with their batch, position, alignment and strides:
+# (padding, offset) of p and of q; the results of each row alone.
 def assert_invariant(
     p, q, tokens, upstream, order: list[int], layouts: tuple[tuple[int, ...], ...] = (ALIGNED,)
 ) -> list[torch.Tensor]:
-    """The bits of rows, in this order, do not change with their batch, position, alignment and
-    strides: (padding, offset) of p and of q; the results of each row alone.
-    """
     alone = [
         outcome(p[[i]].clone(), q[[i]].clone(), tokens[[i]], upstream[:, [i]])
         for i in range(len(p))
@@ -75,22 +73,20 @@ if INTERPRETING:
     BATCHES = [(1003, 9, ()), (1003, 2, OTHERS[:3]), (9003, 2, ())]
 
 
+# Alone, or in a batch: rows of odd length one after the other start at every distance from a
+# 16-byte boundary; padded, to whole blocks too; sliced.
+#
+# 5 rows of float32 and 9 of bfloat16 see every distance.
 @pytest.mark.parametrize("vocabulary, count, layouts", BATCHES)
 def test_same_bits_wherever_a_row_is(kernels, vocabulary, count, layouts, dtype) -> None:
-    """Alone, or in a batch: rows of odd length one after the other start at every distance from a
-    16-byte boundary; padded, to whole blocks too; sliced.
-
-    5 rows of float32 and 9 of bfloat16 see every distance.
-    """
     order = [i % 2 for i in range(min(count, 5 if dtype == torch.float32 else 9))]
     assert_invariant(*data(vocabulary, dtype, kernels.device), order, (ALIGNED, *layouts))
 
 
+# Right, and the same bits in any batch, for each way to cut a row, whether or not rows are read
+# again: half masked, equal, far, peaked. Four rows share a program of the fallback.
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_configuration(kernels, name, dtype) -> None:
-    """Right, and the same bits in any batch, for each way to cut a row, whether or not rows are
-    read again: half masked, equal, far, peaked. Four rows share a program of the fallback.
-    """
     vocabulary = 2 * CONFIGS[name].segment + 9 if INTERPRETING else 70001
     p, q, tokens, upstream = data(vocabulary, dtype, kernels.device, 5)
     p[1, 1::2], q[1, 1::2], tokens[1], q[2] = -math.inf, -math.inf, 0, p[2]
@@ -109,11 +105,10 @@ def test_each_configuration(kernels, name, dtype) -> None:
 # ---- memory
 
 
+# Rows 1.2e9 elements apart, by either stride or by the storage offset: memory between them is never
+# touched. Two leading dimensions that do not merge, the outer one far apart, and one row behind a
+# large offset too.
 def test_offsets_beyond_two_to_the_31(kernels) -> None:
-    """Rows 1.2e9 elements apart, by either stride or by the storage offset: memory between them is
-    never touched. Two leading dimensions that do not merge, the outer one far apart, and one row
-    behind a large offset too.
-    """
     vocabulary, step = 515, 1_200_000_000
     p, q, tokens, upstream = data(vocabulary, torch.bfloat16, kernels.device, 3)
     expected = outcome(p, q, tokens, upstream)
@@ -147,10 +142,9 @@ def test_gradients_beyond_two_to_the_31(kernels) -> None:
             testing.assert_same_bits(grad[row], grad[0], f"row {row}")
 
 
+# Vocabularies, paddings, offsets and types of either tensor, in NaN surroundings: right, and
+# nothing else is written.
 def test_random_sweep(kernels) -> None:
-    """Vocabularies, paddings, offsets and types of either tensor, in NaN surroundings: right, and
-    nothing else is written.
-    """
     numbers, types = random.Random(0), [*cases.FLOATS.values()]
     for trial in range(10 if INTERPRETING else 60):
         ranges = (1, 40), (41, 1500), (1501, 3000 if INTERPRETING else 9000)
@@ -187,11 +181,10 @@ def test_backward_in_place(kernels, vocabulary, fields, dtype) -> None:
 VOCABULARIES = (*range(1, 3001), 32000, 50257, 128256, 151936, 152064, 262144, 524288, 1_000_000)
 
 
+# Segments cover a row, end at multiples of a sixteenth of it rounded up to 8, and are near the
+# preferred length.
 @pytest.mark.parametrize("preferred", [512, 1024, 8192, 16384, 32768])
 def test_segment_lengths(preferred) -> None:
-    """Segments cover a row, end at multiples of a sixteenth of it rounded up to 8, and are near the
-    preferred length.
-    """
     for vocabulary in VOCABULARIES:
         segment = config.segment_length(vocabulary, preferred)
         what = f"V={vocabulary}, preferred {preferred}: {segment}"
@@ -229,10 +222,9 @@ def test_arguments_come_in_the_order_of_the_signatures(kernels, monkeypatch) -> 
     assert seen == {*LAUNCHED}
 
 
+# The first start goes through Triton, by name and with the compiler's options; the others start its
+# compiled kernel, by position.
 def test_a_variant_is_compiled_once() -> None:
-    """The first start goes through Triton, by name and with the compiler's options; the others
-    start its compiled kernel, by position.
-    """
     kernel = mock.MagicMock()
     variant = launch.Variant(kernel, {"SEGMENT": 8, "THREADS": 4}, {"num_warps": 2})
     for programs in (5, 6, 7):
@@ -251,9 +243,9 @@ def on_gpu(dtype, rows: int, temperature: float, masked: bool, vocabulary: int =
     return cases.outcome(Rows(p, q, torch.zeros(rows).long(), mask, temperature), "cuda")
 
 
+# With other tensors, numbers, masks and types in between.
 @pytest.mark.gpu
 def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
-    """With other tensors, numbers, masks and types in between."""
     types, sizes = (torch.float32, torch.bfloat16), ((5, 1.0), (40, 0.5))
     calls = [
         (dtype, *size, masked)
@@ -272,9 +264,9 @@ def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
     assert len(started) == 3 * len(calls)
 
 
+# Other numbers of rows, vocabularies of as many segments, strides and temperatures.
 @pytest.mark.gpu
 def test_no_compilation_for_other_lengths() -> None:
-    """Other numbers of rows, vocabularies of as many segments, strides and temperatures."""
     counts = set()
     for rows, vocabulary, temperature in (
         *((3, 4096, 1.0), (1, 4096, 1.0), (2, 4096, 0.7), (16, 4096, 1.0)),
