@@ -34,10 +34,17 @@ def plain(penalty: fastkl.KLPenalty, policy, reference, mask):
     kl = torch.where(mask, (log_p.exp() * (log_p - log_q)).sum(-1), 0.0)
     total, tokens = kl.sum(), mask.sum().double()
     sequences = (mask.any(-1) if mask.dim() else mask).sum().double()
-    counts = {"sum": 1, "sequence_mean": sequences}
-    loss = penalty.beta * total / counts.get(penalty.reduction, tokens)
-    numbers = {"loss": loss, "kl": total / tokens, "max_kl": kl.max(), "tokens": tokens}
-    numbers |= {"sequences": sequences, "kl_per_sequence": total / sequences}
+    divisor = {"sum": 1, "sequence_mean": sequences}.get(penalty.reduction, tokens)
+    loss = penalty.beta * total / divisor
+    numbers = {
+        "loss": loss,
+        "kl": total / tokens,
+        "max_kl": kl.max(),
+        "tokens": tokens,
+        "sequences": sequences,
+        "kl_per_sequence": total / sequences,
+        "beta": torch.tensor(penalty.beta),
+    }
     return numbers, torch.autograd.grad(loss, leaves)
 
 
@@ -59,7 +66,6 @@ def test_value_and_gradient(implementation, direction, reduction, masked, leadin
     assert penalty.last == {} and not penalty.state_dict() and not list(penalty.parameters())
     loss = penalty(policy, reference, mask if masked else None)
     numbers, exact_grads = plain(penalty, policy, reference, counted.cpu())
-    numbers["beta"] = torch.tensor(0.3)
     assert loss.shape == () and loss.dtype == torch.float32
     tolerance = max(1e-5, torch.finfo(dtype).eps * (dtype != torch.float32))
     grads = torch.autograd.grad(loss, (policy, reference))
@@ -69,8 +75,8 @@ def test_value_and_gradient(implementation, direction, reduction, masked, leadin
     assert torch.equal(penalty.last["loss"], loss) and numbers.keys() == penalty.last.keys()
     for name, value in penalty.last.items():
         testing.assert_near(value, numbers[name], 2e-5, 0.0, name)
-        assert value.shape == () and value.dtype == torch.float32 and value.device == policy.device
-        assert not value.requires_grad and value.grad_fn is None
+        assert (value.shape, value.dtype, value.device) == ((), torch.float32, policy.device)
+        assert not value.requires_grad
 
 
 @pytest.mark.parametrize("leading", [(3,), (2, 3), (0,), (2, 0), (0, 3)], ids=str)
@@ -85,9 +91,6 @@ def test_no_token_that_counts(implementation, reduction, leading) -> None:
     assert {name for name, value in penalty.last.items() if float(value)} == {"beta"}
 
 
-# ---- beta and wrong arguments
-
-
 def test_a_controller_is_read_at_each_call(implementation) -> None:
     policy, reference, _ = case(implementation, (2,))
     penalty = fastkl.KLPenalty(controller := SimpleNamespace(beta=0.5))
@@ -98,38 +101,6 @@ def test_a_controller_is_read_at_each_call(implementation) -> None:
     controller.beta = -1.0
     with pytest.raises(ValueError, match="beta: .*-1.0"):
         penalty(policy, reference)
-
-
-WRONG_BETAS = {
-    **{str(value): (value, ValueError, f"got {value}") for value in (-0.1, math.nan, math.inf)},
-    "huge": (10**400, ValueError, "got an integer of 1329 bits"),
-    **{
-        str(value): (value, TypeError, "number or a controller")
-        for value in ("0.1", None, True, torch.tensor(0.1), [0.1])
-    },
-}
-
-
-@pytest.mark.parametrize("wrap", [False, True], ids=["number", "controller"])
-@pytest.mark.parametrize("beta, error, words", WRONG_BETAS.values(), ids=WRONG_BETAS)
-def test_wrong_beta(beta, error, words, wrap) -> None:
-    with pytest.raises(error, match=f"^beta: expected .*{words}"):
-        fastkl.KLPenalty(SimpleNamespace(beta=beta) if wrap else beta)
-
-
-WRONG = {
-    "ref_logits": torch.zeros(2, 3, 16),
-    "policy_logits": torch.zeros(2, 3, V).long(),
-    "mask": torch.ones(3, 2).bool(),
-}
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_logits_are_named(name, direction) -> None:
-    right = {"policy_logits": torch.zeros(2, 3, V), "ref_logits": torch.zeros(2, 3, V)}
-    with pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
-        fastkl.KLPenalty(0.1, direction=direction)(**{**right, name: WRONG[name]})
 
 
 # ---- as a module
@@ -149,17 +120,12 @@ def test_no_synchronisation(implementation, reduction, request) -> None:
         penalty(policy, reference).backward()
 
 
-MAKE = [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
-
-
-@pytest.mark.parametrize("make", MAKE, ids=["deepcopy", "pickle"])
-def test_copies(implementation, make) -> None:
+def test_copies(implementation) -> None:
     given = case(implementation)
     settings = {"direction": DIRECTIONS[1], "temperature": 1.5, "reduction": "sum"}
     penalty = fastkl.KLPenalty(0.2, **settings)
-    before = make(penalty)
-    loss = penalty(*given)
-    after = make(penalty)
+    before, loss = copy.deepcopy(penalty), penalty(*given)
+    after = pickle.loads(pickle.dumps(penalty))
     assert before.last == {} and torch.equal(after.last["loss"], loss)
     for module in (before, after):
         assert torch.equal(module(*given), loss)
