@@ -6,22 +6,13 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from . import rl as rl
-    from .backend import Explanation as Explanation
-    from .backend import explain as explain
-    from .backend import use_backend as use_backend
-    from .divergence import kl_divergence as kl_divergence
-    from .divergence import slow_path_rows as slow_path_rows
-    from .estimators import estimate_kl as estimate_kl
-    from .estimators import sampled_kl_loss as sampled_kl_loss
-    from .linear import Head as Head
-    from .linear import linear_kl_divergence as linear_kl_divergence
-    from .linear import linear_token_stats as linear_token_stats
-    from .penalty import KLPenalty as KLPenalty
-    from .penalty import LinearKLPenalty as LinearKLPenalty
-    from .tokens import TokenStats as TokenStats
-    from .tokens import selective_log_softmax as selective_log_softmax
-    from .tokens import token_stats as token_stats
+    from . import rl
+    from .backend import Explanation, explain, use_backend
+    from .divergence import kl_divergence
+    from .estimators import estimate_kl, sampled_kl_loss
+    from .linear import Head, linear_kl_divergence, linear_token_stats
+    from .penalty import KLPenalty, LinearKLPenalty
+    from .tokens import TokenStats, selective_log_softmax, token_stats
 
 __version__ = "0.1.0"
 
@@ -39,7 +30,6 @@ __all__ = [
     "rl",
     "sampled_kl_loss",
     "selective_log_softmax",
-    "slow_path_rows",
     "token_stats",
     "use_backend",
 ]
@@ -59,7 +49,6 @@ _HOMES = {
     "linear_token_stats": "linear",
     "sampled_kl_loss": "estimators",
     "selective_log_softmax": "tokens",
-    "slow_path_rows": "divergence",
     "token_stats": "tokens",
     "use_backend": "backend",
 }

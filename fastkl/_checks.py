@@ -48,29 +48,19 @@ def expect(
 
 def packed_remedy(name: str, value: torch.Tensor) -> str | None:
     """Say how to unpack a tensor that bitsandbytes packed, or return None."""
-    if getattr(value, "quant_state", None) is not None:
-        return (
-            f"dequantize it: bitsandbytes.functional.dequantize_4bit({name}.data, "
-            f"{name}.quant_state)"
-        )
-    if getattr(value, "SCB", None) is not None:
-        return (
-            f"dequantize it: bitsandbytes.functional.int8_vectorwise_dequant({name}.data, "
-            f"{name}.SCB)"
-        )
+    for state, function in (("quant_state", "dequantize_4bit"), ("SCB", "int8_vectorwise_dequant")):
+        if getattr(value, state, None) is not None:
+            return f"dequantize it: bitsandbytes.functional.{function}({name}.data, {name}.{state})"
     return None
 
 
 def dtype_remedy(name: str, value: torch.Tensor, otherwise: str) -> str:
     """Say how to convert a tensor to one of FLOAT_TYPES."""
-    packed = packed_remedy(name, value)
-    if packed is not None:
-        return packed
     if value.is_quantized:
-        return f"dequantize it: {name}.dequantize()"
-    if value.dtype.is_floating_point:
-        return "convert it with .to(torch.bfloat16), times its scale if it has one"
-    return otherwise
+        otherwise = f"dequantize it: {name}.dequantize()"
+    elif value.dtype.is_floating_point:
+        otherwise = "convert it with .to(torch.bfloat16), times its scale if it has one"
+    return packed_remedy(name, value) or otherwise
 
 
 def logits(name: str, value: torch.Tensor) -> None:
@@ -90,15 +80,10 @@ def logits(name: str, value: torch.Tensor) -> None:
             )
         )
     plain(name, value, "logits [..., V]", f"pass the whole ones: {name}.full_tensor()")
-    if value.dim() == 0:
-        raise ValueError(
-            f"{name}: expected logits [..., V] with at least one dimension, got a scalar; pass one "
-            f"row as [V]"
-        )
-    if value.shape[-1] == 0:
+    if value.dim() == 0 or value.shape[-1] == 0:
         raise ValueError(
             f"{name}: expected a vocabulary of at least one entry in the last dimension, got shape "
-            f"{tuple(value.shape)}; pass output.logits"
+            f"{tuple(value.shape)}; pass output.logits, or one row as [V]"
         )
 
 
@@ -153,14 +138,16 @@ def local_or_full(name: str) -> str:
 
 def token_weights(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
     """Check for None or a float tensor of the leading shape."""
-    if value is None:
-        return
-    if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_TYPES:
-        raise TypeError(
-            f"weights: expected a float tensor, what each token counts, got {type_name(value)}; "
-            f"pass a float tensor of the leading shape {tuple(leading)}"
+    if value is not None:
+        per_row(
+            "weights",
+            value,
+            leading,
+            device,
+            FLOAT_TYPES,
+            "a float tensor, what each token counts",
+            "convert it with .float()",
         )
-    per_row("weights", value, leading, device)
 
 
 def same_shape(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -199,8 +186,21 @@ def same_device_and_precision(
         )
 
 
-def per_row(name: str, value: torch.Tensor, leading: torch.Size, device: torch.device) -> None:
-    """Check for a tensor with one entry per token: per row of logits or of hidden states."""
+def per_row(
+    name: str,
+    value: torch.Tensor,
+    leading: torch.Size,
+    device: torch.device,
+    types: tuple[torch.dtype, ...],
+    kind: str,
+    remedy: str,
+) -> None:
+    """Check for a tensor with one entry per token: per row of logits or of hidden states.
+
+    kind: tensors of `types`, in words; remedy: for another type.
+    """
+    if not isinstance(value, torch.Tensor) or value.dtype not in types:
+        raise TypeError(f"{name}: expected {kind}, got {type_name(value)}; {remedy}")
     not_sharded(name, value, "one entry per token", local_or_full(name))
     if value.shape != leading:
         raise ValueError(
@@ -216,26 +216,31 @@ def per_row(name: str, value: torch.Tensor, leading: torch.Size, device: torch.d
 
 def mask(value: torch.Tensor | None, leading: torch.Size, device: torch.device) -> None:
     """Check for None or a bool tensor of the leading shape."""
-    if value is None:
-        return
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        raise TypeError(
-            f"mask: expected a bool tensor, True where the token counts, got {type_name(value)}; "
-            f"convert it with .bool()"
+    if value is not None:
+        per_row(
+            "mask",
+            value,
+            leading,
+            device,
+            (torch.bool,),
+            "a bool tensor, True where the token counts",
+            "convert it with .bool()",
         )
-    per_row("mask", value, leading, device)
 
 
 def tokens(
     value: torch.Tensor, leading: torch.Size, device: torch.device, name: str = "tokens"
 ) -> None:
     """Check for an integer tensor of the leading shape."""
-    if not isinstance(value, torch.Tensor) or value.dtype not in INTEGER_TYPES:
-        raise TypeError(
-            f"{name}: expected an integer tensor of token ids, got {type_name(value)}; convert it "
-            f"with .long()"
-        )
-    per_row(name, value, leading, device)
+    per_row(
+        name,
+        value,
+        leading,
+        device,
+        INTEGER_TYPES,
+        "an integer tensor of token ids",
+        "convert it with .long()",
+    )
 
 
 def temperature(
@@ -248,21 +253,23 @@ def temperature(
     not read).
     """
     if isinstance(value, torch.Tensor):
-        if value.dtype not in FLOAT_TYPES:
-            raise TypeError(
-                f"{name}: expected a number or a float tensor, got {type_name(value)}; convert it "
-                f"with .float()"
-            )
         if value.requires_grad:
             raise ValueError(temperature_gradient(name))
-        not_sharded(name, value, "one entry per token", local_or_full(name))
-        if value.dim() == 0 and leading:
+        if value.dtype in FLOAT_TYPES and value.dim() == 0 and leading:
             raise ValueError(
                 f"{name}: expected a number or the leading shape {tuple(leading)}, one entry per "
                 f"token, got a tensor of shape (); pass float({name}), or "
                 f"{name}.expand({tuple(leading)}) to stay on the device"
             )
-        per_row(name, value, leading, device)
+        per_row(
+            name,
+            value,
+            leading,
+            device,
+            FLOAT_TYPES,
+            "a number or a float tensor",
+            "convert it with .float()",
+        )
         not_forward_mode(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
@@ -316,11 +323,12 @@ def ratios_finite(value: torch.Tensor) -> None:
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Check for one of a few strings."""
-    what = f"{name}: expected one of {', '.join(map(repr, allowed))}"
-    if not isinstance(value, str):
-        raise ValueError(f"{what}, got {type_name(value)}; pass the name as a str")
-    if value not in allowed:
-        raise ValueError(f"{what}, got {shown(repr(value))}; pass {allowed[0]!r}, for instance")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(repr, allowed))}, got "
+            f"{shown(repr(value)) if isinstance(value, str) else type_name(value)}; pass "
+            f"{allowed[0]!r}, for instance"
+        )
 
 
 def clamp(name: str, value: float | None) -> None:
@@ -378,8 +386,9 @@ def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch
 
 def float_type(name: str, value: torch.dtype | None) -> None:
     """Check a type of logits before there are inputs: None or one of FLOAT_TYPES."""
-    what = "expected None, float32, bfloat16, float16 or float64"
-    if value is not None and not isinstance(value, torch.dtype):
-        raise TypeError(f"{name}: {what}, got {type_name(value)}; pass torch.float32, for instance")
-    if value is not None and value not in FLOAT_TYPES:
-        raise ValueError(f"{name}: {what}, got {value}; pass torch.float32, for instance")
+    known = isinstance(value, torch.dtype)
+    if value is not None and not (known and value in FLOAT_TYPES):
+        raise (ValueError if known else TypeError)(
+            f"{name}: expected None, float32, bfloat16, float16 or float64, got "
+            f"{value if known else type_name(value)}; pass torch.float32, for instance"
+        )

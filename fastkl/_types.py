@@ -4,10 +4,7 @@ same list.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar
-
-Signature = TypeVar("Signature")
+from typing import Literal, Protocol
 
 Direction = Literal["policy||reference", "reference||policy"]
 Estimator = Literal["k1", "k2", "k3", "abs"]
@@ -21,10 +18,3 @@ class BetaController(Protocol):
     @property
     def beta(self) -> float:
         """The current weight."""
-
-
-def called_as(forward: Signature) -> Callable[[Any], Signature]:
-    """Give a module's __call__ the signature of its forward, for type checkers; torch's own returns
-    Any.
-    """
-    return lambda _: forward

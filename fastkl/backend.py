@@ -83,19 +83,18 @@ def triton_problems(*logits: torch.Tensor, read_rows: bool = True) -> tuple[str,
             f"the tensors are on {logits[0].device}: move them to a GPU, or set TRITON_INTERPRET=1 "
             f"before importing fastkl to interpret the kernels on CPU"
         )
-    for dtype in sorted({str(value.dtype) for value in logits if value.dtype not in _TRITON_TYPES}):
-        problems.append(
-            f"{dtype} tensors: the kernels take float32, bfloat16 and float16; "
-            f"use_backend('reference') takes float64"
-        )
-    for value in logits if read_rows else ():
-        if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    for value in logits:
+        if value.dtype not in _TRITON_TYPES:
+            problems.append(
+                f"{value.dtype} tensors: the kernels take float32, bfloat16 and float16; "
+                f"use_backend('reference') takes float64"
+            )
+        if read_rows and value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
             problems.append(
                 f"logits with stride {value.stride(-1)} along the vocabulary: the kernels need 1; "
                 f"call .contiguous()"
             )
-            break
-    return tuple(problems)
+    return tuple(dict.fromkeys(problems))
 
 
 def explain(logits: torch.Tensor, ref_logits: torch.Tensor | None = None) -> Explanation:

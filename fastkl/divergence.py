@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from . import _checks, _reduce, backend, reference
+from . import _checks, _reduce, backend
 from ._types import Reduction
-from .ops import row_blocks
-from .ops.fields import flat
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
-
-# Limits of one pass of the kernels: kernels.row_finish.LARGE_KL and LARGEST_DIFFERENCE,
-# kernels.row_math.LARGEST_D, LARGEST_FAR_D, FAR_SHARE and LARGEST_LOG2_SUM.
-ONE_PASS_KL = 8.0
-ONE_PASS_DIFFERENCE = 64.0
-ONE_PASS_D = 60.0
-ONE_PASS_FAR_D = 16.0
-FAR_SHARE = 0.1
-ONE_PASS_LSE = 4194304.0
-# kernels.row_load.LARGEST_SHIFT.
-LARGEST_SHIFT = 4096.0
 
 
 def kl_divergence(
@@ -90,105 +75,21 @@ def kl_divergence(
     Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq.
     2.4. The formula used: reference.py's docstring.
     """
-    _check(p_logits, q_logits, temperature, mask)
-    _reduce.check(reduction, weights, normalizer, p_logits.shape[:-1], p_logits.device)
+    _checks.logits("p_logits", p_logits)
+    _checks.logits("q_logits", q_logits)
+    _checks.same_shape("q_logits", q_logits, "p_logits", p_logits)
+    leading, device = p_logits.shape[:-1], p_logits.device
+    _checks.temperature(temperature, leading, device)
+    _checks.mask(mask, leading, device)
+    _reduce.check(reduction, weights, normalizer, leading, device)
     chosen = backend.select(p_logits, q_logits)
     if reduction != "none" and weights is None:
         inputs = SummedInputs(p_logits, q_logits, mask, temperature, None, 1, chosen)
         gradient = empty_gradient(inputs, normalizer)
         if gradient is not None:
-            leading = p_logits.shape[:-1]
             divisor = _reduce.divisor(reduction, normalizer, mask, leading, torch.float32)
             return summed_kl(gradient, inputs._replace(divisor=divisor))[0]
     kl = row_statistics(
         RowInputs(p_logits, q_logits, None, mask, *per_token(temperature), "kl", chosen)
     )[3]
     return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
-
-
-def slow_path_rows(
-    p_logits: torch.Tensor,
-    q_logits: torch.Tensor,
-    *,
-    temperature: float | torch.Tensor = 1.0,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Mark the fallback rows of the Triton kernels, which their float32 sums cannot represent: a
-    diagnostic, not for the training loop.
-
-    A row is recomputed in float64 if it has an infinity or a NaN, if its KL in either direction is
-    8 nats or more or KL(Q‖P) far below KL(P‖Q), if the log-ratio of some entry is 60 nats or more
-    from the row's mean (16 for float32 logits with a KL above 0.1), or if the mean difference of
-    the logits over the temperature is 64 or more (for 16-bit logits also without the temperature).
-    Such a row costs four reads instead of one. kl_divergence alone ignores KL(Q‖P): there these
-    rows are an upper bound.
-
-    Args: as kl_divergence. Returns: bool [...]. Works on either backend, a block of rows at a time.
-    No gradient. Raises: as kl_divergence.
-    """
-    _check(p_logits, q_logits, temperature, mask)
-    slow = torch.zeros(p_logits.shape[:-1].numel(), dtype=torch.bool, device=p_logits.device)
-    temperatures = (
-        flat(temperature) if isinstance(temperature, torch.Tensor) else float(temperature)
-    )
-    with torch.no_grad():
-        for rows in row_blocks.row_blocks(p_logits, flat(mask)):
-            chosen = (
-                temperatures[rows].float()
-                if isinstance(temperatures, torch.Tensor)
-                else temperatures
-            )
-            x, y = row_blocks.take(p_logits, rows).float(), row_blocks.take(q_logits, rows).float()
-            result = reference.row_statistics(x, y, None, chosen, entropy=False)
-            kl, ref_kl = result.kl, result.ref_kl
-            assert kl is not None and ref_kl is not None
-            x_top, x_log_sum, y_top, y_log_sum = result.saved[:, :4].unbind(1)
-            mean = (y_top - x_top) / chosen + (y_log_sum - x_log_sum) - kl  # E_p[y - x]/T
-            # For float32 logits the sums are of differences minus a whole number near their median
-            # (kernels.row_load.row_shift).
-            wide = torch.float32 in (p_logits.dtype, q_logits.dtype)
-            shift = _shift(y - x) if wide else torch.zeros_like(kl)
-            largest_d = (y - x - shift[:, None]).abs().amax(-1) / chosen + (
-                mean - shift / chosen
-            ).abs()
-            lse = torch.maximum(
-                (x_top / chosen + x_log_sum).abs(), (y_top / chosen + y_log_sum).abs()
-            )
-            valid = (
-                (kl < ONE_PASS_KL)
-                & (ref_kl < ONE_PASS_KL)
-                & (largest_d < torch.where(wide & (kl > FAR_SHARE), ONE_PASS_FAR_D, ONE_PASS_D))
-                & (lse * math.log2(math.e) < ONE_PASS_LSE)
-            )
-            valid &= (
-                (ref_kl + kl - torch.expm1(-kl) < 8 * ref_kl + 0.001)
-                & x.isfinite().all(-1)
-                & y.isfinite().all(-1)
-            )
-            valid &= (mean.abs() < ONE_PASS_DIFFERENCE) & (
-                wide | (mean.abs() * chosen < ONE_PASS_DIFFERENCE)
-            )
-            slow[rows] = ~valid
-    return slow.view(p_logits.shape[:-1])
-
-
-def _shift(difference: torch.Tensor) -> torch.Tensor:
-    """Return the whole number that the kernels subtract from each row's differences."""
-    vocabulary = difference.shape[-1]
-    chosen = difference[:, [vocabulary // 4, vocabulary // 2, vocabulary - 1 - vocabulary // 4]]
-    shift = torch.floor(chosen.median(-1).values + 0.5)
-    return torch.where(shift.abs() < LARGEST_SHIFT, shift, 0.0)
-
-
-def _check(
-    p_logits: torch.Tensor,
-    q_logits: torch.Tensor,
-    temperature: float | torch.Tensor,
-    mask: torch.Tensor | None,
-) -> None:
-    """Check the arguments of every function of two logits tensors."""
-    _checks.logits("p_logits", p_logits)
-    _checks.logits("q_logits", q_logits)
-    _checks.same_shape("q_logits", q_logits, "p_logits", p_logits)
-    _checks.temperature(temperature, p_logits.shape[:-1], p_logits.device)
-    _checks.mask(mask, p_logits.shape[:-1], p_logits.device)

@@ -159,10 +159,8 @@ def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:
 
     Beyond |d| = clamp it is the tangent there.
     """
-    if form == "k1":
-        return d
-    if form == "abs":
-        return d.abs()
+    if form in ("k1", "abs"):
+        return d if form == "k1" else d.abs()
     limit = clamp if clamp is not None else math.inf if form == "k2" else _LIMIT[d.dtype]
     near = d.clamp(-limit, limit)
     if form == "k2":

@@ -9,7 +9,7 @@ import torch
 
 from . import _checks, _head_checks, _reduce, backend, linear
 from ._heads import Given, prepare
-from ._types import BetaController, Direction, PenaltyReduction, called_as
+from ._types import BetaController, Direction, PenaltyReduction
 from .divergence import kl_divergence
 from .linear import Head
 from .ops import dual_op
@@ -38,6 +38,13 @@ class _Counts(NamedTuple):
         )
 
 
+# Arguments that print(model) shows where they are not None.
+_ARGUMENTS = (
+    *("direction", "temperature", "reduction"),
+    *("softcap", "logits_dtype", "chunk_size", "ref_temperature", "recompute"),
+)
+
+
 class _Penalty(torch.nn.Module):
     """The common part of both penalties: beta, the reduction and the last call's statistics."""
 
@@ -48,16 +55,21 @@ class _Penalty(torch.nn.Module):
         temperature: float,
         reduction: PenaltyReduction,
         elsewhere: str,
+        ref_temperature: float | None = None,
     ) -> None:
         super().__init__()
         _checks.choice("direction", direction, DIRECTIONS)
         _checks.choice("reduction", reduction, _reduce.PENALTY_REDUCTIONS)
-        if isinstance(temperature, torch.Tensor):
-            raise TypeError(
-                f"temperature: expected a positive number, got a tensor; call {elsewhere} for a "
-                f"temperature per token"
-            )
-        _checks.temperature(temperature, torch.Size(), torch.device("cpu"))
+        for name, value in {
+            "temperature": temperature,
+            "ref_temperature": temperature if ref_temperature is None else ref_temperature,
+        }.items():
+            if isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"{name}: expected a positive number, got a tensor; call {elsewhere} for a "
+                    f"temperature per token"
+                )
+            _checks.temperature(value, torch.Size(), torch.device("cpu"), name)
         self.direction = direction
         self.temperature = temperature
         self.reduction = reduction
@@ -79,23 +91,17 @@ class _Penalty(torch.nn.Module):
                 f"{type(value).__name__}; for a tensor or numpy scalar pass float(beta)"
             )
         if not (0 <= value <= sys.float_info.max):
-            remedy = (
-                "a negative beta would reward divergence"
-                if value < 0
-                else "look at what computed it"
-            )
             raise ValueError(
                 f"beta: expected a finite number of at least 0, got {_checks.shown(value)}; "
-                f"{remedy}"
+                f"look at what computed it: a negative beta would reward divergence"
             )
         return float(value)
 
     def extra_repr(self) -> str:
         """Return the arguments, for print(model)."""
-        return (
-            f"beta={self.beta:g}, direction={self.direction!r}, temperature={self.temperature:g}, "
-            f"reduction={self.reduction!r}"
-        )
+        given = {name: getattr(self, name, None) for name in _ARGUMENTS}
+        shown = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        return ", ".join([f"beta={self.beta:g}", *shown])
 
     def _divisor(
         self, counts: _Counts, normalizer: float | torch.Tensor | None, dtype: torch.dtype
@@ -109,20 +115,13 @@ class _Penalty(torch.nn.Module):
             )
         return _reduce.divisor(self.reduction, normalizer, None, (), dtype)
 
-    def _remember(
-        self,
-        kl: torch.Tensor,
-        total: torch.Tensor,
-        counts: _Counts,
-        beta: float,
-        loss: torch.Tensor,
-    ) -> None:
+    def _remember(self, kl: torch.Tensor, counts: _Counts, beta: float, loss: torch.Tensor) -> None:
         """Keep the statistics of a call in `last`: no gradient, no synchronisation."""
         if dual_op.transforming():
             return  # these tensors are invalid outside the transform
         # As a decorator no_grad breaks the graph of a compiled step that makes the module.
         with torch.no_grad():
-            kl, total = kl.detach(), total.detach()
+            kl, total = kl.detach(), kl.sum()
             tokens, sequences = (
                 count if isinstance(count, torch.Tensor) else kl.new_full((), count)
                 for count in counts[:2]
@@ -211,29 +210,22 @@ class KLPenalty(_Penalty):
         chosen = backend.select(first, second)
         inputs = SummedInputs(first, second, mask, self.temperature, None, 1, chosen)
         gradient = empty_gradient(inputs, normalizer)
+        like = torch.empty(first.shape[:-1], dtype=result_dtype(first), device=first.device)
+        counts = _Counts.of(like, mask)
+        divisor = self._divisor(counts, normalizer, like.dtype)
+        # A tensor: a changed number would recompile. With beta 0 an infinite KL gives 0.
+        scale = like.new_ones(()) * beta
         if gradient is None:
             kl = kl_divergence(first, second, mask, temperature=self.temperature)
-            counts, total = _Counts.of(kl, mask), kl.sum()
-            # With beta 0 an infinite KL gives 0. A tensor: a changed number would recompile.
-            scale = kl.new_ones(()) * beta
-            weighted = torch.where(scale == 0, 0.0, scale * total)
-            loss = _reduce.quotient(
-                weighted, self._divisor(counts, normalizer, kl.dtype), normalizer
-            )
+            weighted = torch.where(scale == 0, 0.0, scale * kl.sum())
+            loss = _reduce.quotient(weighted, divisor, normalizer)
         else:
-            like = torch.empty(first.shape[:-1], dtype=torch.float32, device=first.device)
-            counts = _Counts.of(like, mask)
-            divisor = self._divisor(counts, normalizer, like.dtype)
-            scale = like.new_ones(()) * beta
             loss, kl = summed_kl(gradient, inputs._replace(beta=scale, divisor=divisor))
-            total = kl.sum()
-        self._remember(kl, total, counts, beta, loss)
+        self._remember(kl, counts, beta, loss)
         return loss
 
     if TYPE_CHECKING:
-
-        @called_as(forward)
-        def __call__(self) -> None: ...
+        __call__ = forward
 
 
 class LinearKLPenalty(_Penalty):
@@ -282,16 +274,9 @@ class LinearKLPenalty(_Penalty):
         ref_temperature: float | None = None,
         recompute: bool | None = None,
     ) -> None:
-        super().__init__(beta, direction, temperature, reduction, "linear_kl_divergence")
-        if isinstance(ref_temperature, torch.Tensor):
-            raise TypeError(
-                "ref_temperature: expected a positive number, got a tensor; call "
-                "linear_kl_divergence for a temperature per token"
-            )
-        if ref_temperature is not None:
-            _checks.temperature(
-                ref_temperature, torch.Size(), torch.device("cpu"), "ref_temperature"
-            )
+        super().__init__(
+            beta, direction, temperature, reduction, "linear_kl_divergence", ref_temperature
+        )
         _head_checks.softcap(softcap)
         _head_checks.chunk_size(chunk_size)
         _head_checks.recompute(recompute)
@@ -301,22 +286,6 @@ class LinearKLPenalty(_Penalty):
         self.logits_dtype = logits_dtype
         self.chunk_size = chunk_size
         self.recompute = recompute
-
-    def extra_repr(self) -> str:
-        """Return the arguments, for print(model)."""
-        options = {
-            "softcap": self.softcap,
-            "logits_dtype": self.logits_dtype,
-            "chunk_size": self.chunk_size,
-            "ref_temperature": self.ref_temperature,
-            "recompute": self.recompute,
-        }
-        return ", ".join(
-            [
-                super().extra_repr(),
-                *(f"{name}={value}" for name, value in options.items() if value is not None),
-            ]
-        )
 
     def forward(
         self,
@@ -355,10 +324,8 @@ class LinearKLPenalty(_Penalty):
         beta, counts = self.beta, _Counts.of(like, mask)
         scale = like.new_ones(()) * beta / self._divisor(counts, normalizer, like.dtype)
         loss, kl = linear.weighted_kl(inputs, scale.expand(like.shape))
-        self._remember(kl, kl.sum(), counts, beta, loss)
+        self._remember(kl, counts, beta, loss)
         return loss
 
     if TYPE_CHECKING:
-
-        @called_as(forward)
-        def __call__(self) -> None: ...
+        __call__ = forward

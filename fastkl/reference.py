@@ -252,9 +252,7 @@ def row_gradients(
     g = {name: value.to(dtype)[:, None] for name, value in upstream.items()}
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
-    with_q = q_logits is not None and bool({"kl", "ref_kl", "ref_logprob"} & set(g))
-    if with_q:
-        assert q_logits is not None
+    if q_logits is not None and {"kl", "ref_kl", "ref_logprob"} & set(g):
         y = q_logits.to(dtype)
         d = _log_ratio(x, y, x_max, y_max, y_log_sum - x_log_sum, scale) - log1p_t
         q = ((y - y_max) * scale).sub_(y_log_sum).exp_()

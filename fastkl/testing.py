@@ -170,14 +170,15 @@ def assert_stats(
     results: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], what: str = ""
 ) -> float:
     """Compare fields of TokenStats, each within the tolerance of its kind."""
-    errors = [0.0]
-    for name, result in results.items():
-        text = f"{what}, {name}" if what else name
-        if name in ("kl", "ref_kl"):
-            errors.append(assert_kl(result, exact[name], text))
-        else:
-            errors.append(assert_near(result, exact[name], *VALUE_LIMITS, text))
-    return max(errors)
+    return max(
+        (
+            assert_kl(result, exact[name], f"{what} {name}")
+            if name in ("kl", "ref_kl")
+            else assert_near(result, exact[name], *VALUE_LIMITS, f"{what} {name}")
+            for name, result in results.items()
+        ),
+        default=0.0,
+    )
 
 
 def assert_gradient(
@@ -228,9 +229,9 @@ def assert_same_bits(result: torch.Tensor, expected: torch.Tensor, what: str) ->
     if bool(different.any()):
         first = int(different.flatten().int().argmax())
         got, wanted = (float(value.detach().flatten()[first]) for value in (result, expected))
-        count = f"{int(different.sum())} of {different.numel()} differ"
         raise AssertionError(
-            f"{what}: {count}, the first at {first}: {got:.9g} is not {wanted:.9g}"
+            f"{what}: {int(different.sum())} of {different.numel()} differ, the first at {first}: "
+            f"{got:.9g} is not {wanted:.9g}"
         )
 
 
@@ -257,44 +258,37 @@ def _compare(
     what: str,
 ) -> float:
     result, exact = _wide(result), _wide(exact)
-    error = torch.where(result == exact, 0.0, (result - exact).abs())
-    allowed = tolerance(exact)
-    row = _worst(error, allowed)
-    if row is not None:
-        values = (
-            value.expand_as(error).flatten()[row] for value in (result, exact, error, allowed)
-        )
-        got, wanted, off, most = map(float, values)
-        raise AssertionError(
-            f"{what}: got {got:.9g}, expected {wanted:.9g} at {row}: off by {off:.2g}, "
-            f"allowed {most:.2g}"
-        )
-    return _largest(error, exact.abs())
+    error, allowed = torch.where(result == exact, 0.0, (result - exact).abs()), tolerance(exact)
+    told = {"got": result, "expected": exact, "off by": error, "allowed": allowed}
+    return _judge(error, allowed, exact.abs(), what, told)
 
 
 def _compare_rows(
     result: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor, what: str
 ) -> float:
     error, norm = (_wide(result) - exact).norm(dim=-1), _norm(exact)
-    row = _worst(error, allowed)
-    if row is not None:
-        off, most = (float((value / norm).flatten()[row]) for value in (error, allowed))
-        raise AssertionError(f"{what}: row {row} off by {off:.3g} of its norm, allowed {most:.3g}")
-    return _largest(error, norm)
+    told = {"its norm": norm, "off by a share of": error / norm, "allowed": allowed / norm}
+    return _judge(error, allowed, norm, what, told)
 
 
-def _worst(error: torch.Tensor, allowed: torch.Tensor) -> int | None:
-    """Return the index of the entry that exceeds its allowance most, if one does; NaN does."""
+def _judge(
+    error: torch.Tensor,
+    allowed: torch.Tensor,
+    scale: torch.Tensor,
+    what: str,
+    told: dict[str, torch.Tensor],
+) -> float:
+    """Return the largest error in units of `scale`; raise with the numbers `told` of the entry that
+    exceeds its allowance most, if one does; NaN does.
+    """
     excess = torch.where(error == 0, 0.0, error / allowed).flatten()
-    if bool((excess <= 1).all()):
-        return None
-    return int(excess.nan_to_num(float("inf")).argmax())
-
-
-def _largest(error: torch.Tensor, scale: torch.Tensor) -> float:
-    if error.numel() == 0:
-        return 0.0
-    return float(torch.where(error == 0, 0.0, error / scale).max())
+    if not bool((excess <= 1).all()):
+        at = int(excess.nan_to_num(float("inf")).argmax())
+        numbers = {name: value.expand_as(error).flatten()[at] for name, value in told.items()}
+        text = ", ".join(f"{name} {float(value):.9g}" for name, value in numbers.items())
+        raise AssertionError(f"{what}: {text}, at {at}")
+    relative = torch.where(error == 0, 0.0, error / scale)
+    return float(relative.max()) if relative.numel() else 0.0
 
 
 # ---- hard logits

@@ -35,12 +35,9 @@ if TYPE_CHECKING:
     class PairedTokenStats(TokenStats):
         """TokenStats with a reference, as a type checker sees it: no field is None."""
 
-        @property
-        def ref_logprob(self) -> torch.Tensor: ...
-        @property
-        def kl(self) -> torch.Tensor: ...
-        @property
-        def ref_kl(self) -> torch.Tensor: ...
+        ref_logprob: torch.Tensor
+        kl: torch.Tensor
+        ref_kl: torch.Tensor
 
 
 @overload
@@ -113,22 +110,19 @@ def token_stats(
         _checks.same_shape("ref_logits", ref_logits, "logits", logits)
     _checks.temperature(temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
-    chosen = backend.select(logits) if ref_logits is None else backend.select(logits, ref_logits)
-    fields = FIELDS[:2] if ref_logits is None else FIELDS
-    logprob, entropy, ref_logprob, kl, ref_kl, *_ = row_statistics(
+    both = (logits,) if ref_logits is None else (logits, ref_logits)
+    logprob, entropy, *others = row_statistics(
         RowInputs(
             logits,
             ref_logits,
             tokens.long(),
             mask,
             *per_token(temperature),
-            ",".join(fields),
-            chosen,
+            ",".join(FIELDS if len(both) == 2 else FIELDS[:2]),
+            backend.select(*both),
         )
     )
-    if ref_logits is None:
-        return TokenStats(logprob, entropy, None, None, None)
-    return TokenStats(logprob, entropy, ref_logprob, kl, ref_kl)
+    return TokenStats(logprob, entropy, *(others[:3] if len(both) == 2 else [None] * 3))
 
 
 def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -164,11 +158,10 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
     )
     chosen, ids = backend.select(logits), index.long()
     if not several:
-        inputs = RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen)
-        logprob: torch.Tensor = row_statistics(inputs)[0]
+        logprob: torch.Tensor = row_statistics(
+            RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen)
+        )[0]
         return logprob
-    if ENGINES[chosen].checks_values:
-        return selected_logprobs(SelectedInputs(logits, ids, chosen))[0]
-    within = ids.clamp(0, logits.shape[-1] - 1)
+    within = ids if ENGINES[chosen].checks_values else ids.clamp(0, logits.shape[-1] - 1)
     logprobs = selected_logprobs(SelectedInputs(logits, within, chosen))[0]
-    return torch.where(ids == within, logprobs, float("nan"))
+    return logprobs if within is ids else torch.where(ids == within, logprobs, float("nan"))

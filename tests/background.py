@@ -25,8 +25,8 @@ def submit(name: str, function: Callable, *arguments: object) -> concurrent.futu
     return _futures[name]
 
 
+# (exit code, output) of a command, at a lower priority than the tests in front.
 def run(command: list[str], cwd: os.PathLike, environment: dict[str, str]) -> tuple[int, str]:
-    """(exit code, output) of a command, at a lower priority than the tests in front."""
     process = subprocess.Popen(
         command,
         cwd=cwd,

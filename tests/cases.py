@@ -27,9 +27,8 @@ HAS_CPP = any(
 # ---- rows below the public functions: the one place that knows how engine is called
 
 
+# Arguments of a row function: logits of any leading shape, the rest [N].
 class Rows(NamedTuple):
-    """Arguments of a row function: logits of any leading shape, the rest [N]."""
-
     p: torch.Tensor
     q: torch.Tensor | None
     tokens: torch.Tensor | None = None
@@ -47,9 +46,8 @@ class Rows(NamedTuple):
         )
 
 
+# Fields, saved values and the gradients asked for.
 class Run(NamedTuple):
-    """Fields, saved values and the gradients asked for."""
-
     fields: dict[str, torch.Tensor]
     saved: torch.Tensor
     grads: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
@@ -81,12 +79,11 @@ def backward(backend: str, rows: Rows, saved, upstream, grads) -> None:
     engine.ENGINES[backend].backward(RowArgs(*rows), saved, upstream, *grads)
 
 
+# Forward of `fields`, by default those with an upstream gradient, and backward into `grads`, by
+# default to both tensors in memory full of NaN before.
 def run(
     backend: str, rows: Rows, upstream: dict[str, torch.Tensor], grads=None, fields=None
 ) -> Run:
-    """Forward of `fields`, by default those with an upstream gradient, and backward into `grads`,
-    by default to both tensors in memory full of NaN before.
-    """
     made = forward(backend, rows, tuple(upstream) if fields is None else fields)
     if grads is None:
         shape = (rows.count, rows.p.shape[-1])
@@ -95,10 +92,9 @@ def run(
     return made._replace(grads=tuple(grads))
 
 
+# KL, saved values and the gradient to P for upstream gradients `weights` of the reference backend,
+# in one go.
 def together(rows: Rows, weights: torch.Tensor, grad: torch.Tensor | None = None) -> Run:
-    """KL, saved values and the gradient to P for upstream gradients `weights` of the reference
-    backend, in one go.
-    """
     grad = torch.empty_like(rows.p) if grad is None else grad
     made = unwritten(rows, ("kl",))
     of_kl = (made.fields["kl"], made.saved, weights, grad, None)
@@ -121,11 +117,10 @@ def upstream_of(logits: torch.Tensor) -> torch.Tensor:
     return testing.upstream_for(torch.empty(len(FIELDS), *logits.shape[:-1]))
 
 
+# KL, dP and dQ, or beside tokens all fields, dP and dQ, on `device` for these very strides.
+#
+# upstream [5, ...] has a gradient for each field, by default random ones.
 def outcome(rows: Rows, device: str, upstream: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """KL, dP and dQ, or beside tokens all fields, dP and dQ, on `device` for these very strides.
-
-    upstream [5, ...] has a gradient for each field, by default random ones.
-    """
     p, q, tokens, mask, temperature, _ = (
         value.to(device) if isinstance(value, torch.Tensor) else value for value in rows
     )
@@ -138,10 +133,9 @@ def outcome(rows: Rows, device: str, upstream: torch.Tensor | None = None) -> li
     return [*results, *torch.autograd.grad(results, (p, q), [*upstream])]
 
 
+# Compare an outcome of rows on a CPU with float64 of them; fields are float32 and where the logits
+# are, gradients of the logits' types.
 def check_results(implementation, results: list[torch.Tensor], rows: Rows) -> None:
-    """Compare an outcome of rows on a CPU with float64 of them; fields are float32 and where the
-    logits are, gradients of the logits' types.
-    """
     *fields, grad_p, grad_q = results
     for value in fields:
         assert value.dtype == torch.float32 and value.shape == rows.p.shape[:-1]
@@ -175,10 +169,10 @@ def assert_gradients(grads, exact, what: str = "kl") -> None:
         )
 
 
+# The same rows [N, V] with `padding` NaN after each and `offset` before all.
 def padded(
     rows: torch.Tensor, padding: int = 0, offset: int = 0, fill: float = math.nan
 ) -> torch.Tensor:
-    """The same rows [N, V] with `padding` NaN after each and `offset` before all."""
     count, vocabulary = rows.shape
     storage = rows.new_full((offset + count * (vocabulary + padding) + 16,), fill)
     return storage.as_strided((count, vocabulary), (vocabulary + padding, 1), offset).copy_(rows)
@@ -189,10 +183,9 @@ def assert_same(results, expected, what: str = "result") -> None:
         testing.assert_same_bits(result, value, f"{what} {i}")
 
 
+# (CUDA graph of call(), its results): once outside, so that everything is compiled and allocated,
+# then captured.
 def captured(call) -> tuple:
-    """(CUDA graph of call(), its results): once outside, so that everything is compiled and
-    allocated, then captured.
-    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -207,17 +200,15 @@ def captured(call) -> tuple:
 # ---- the interpreter
 
 
+# Make Triton's interpreter as exact as a GPU is, and no more.
+#
+# A multiply-add rounds once: unfused, x·log2(e) - origin alone costs 1e-5 of an e^x for |x| = 200.
+# Division, 2^x, logarithms and reciprocal square roots are off by up to about two units in the last
+# place, as the approximate instructions are that Triton compiles them to (PTX ISA: ex2.approx and
+# rsqrt.approx 2^-22, div.full 2 ulp, lg2.approx 2^-22 absolute near 1): by a part that looks random
+# and depends on the result alone. Powers of two, as 2^0, are exact, and whole logarithms.
 @functools.cache
 def compute_as_a_gpu() -> None:
-    """Make Triton's interpreter as exact as a GPU is, and no more.
-
-    A multiply-add rounds once: unfused, x·log2(e) - origin alone costs 1e-5 of an e^x for |x| =
-    200. Division, 2^x, logarithms and reciprocal square roots are off by up to about two units in
-    the last place, as the approximate instructions are that Triton compiles them to (PTX ISA:
-    ex2.approx and rsqrt.approx 2^-22, div.full 2 ulp, lg2.approx 2^-22 absolute near 1): by a part
-    that looks random and depends on the result alone. Powers of two, as 2^0, are exact, and whole
-    logarithms.
-    """
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -226,10 +217,9 @@ def compute_as_a_gpu() -> None:
         wide = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
         return handle(wide.astype(z.data.dtype), z.dtype.scalar)
 
+    # In [-1, 1], from the bits of float32 values; 0 for powers of two, and for whole numbers too if
+    # asked.
     def noise(values, whole):
-        """In [-1, 1], from the bits of float32 values; 0 for powers of two, and for whole numbers
-        too if asked.
-        """
         bits = values.view("uint32").astype("uint64")
         exact = (bits & 0x7FFFFF == 0) | (whole & (values == np.rint(values)))
         return np.where(exact, 0.0, (bits * 2654435761 >> 7) % 2001 / 1000.0 - 1)

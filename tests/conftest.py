@@ -96,9 +96,9 @@ def kernels(implementation) -> Implementation:
     return implementation
 
 
+# Record the calls of engines in order: "triton forward", "reference backward", …
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """Record the calls of engines in order: "triton forward", "reference backward", …"""
     calls = []
     for (name, engine), step in itertools.product(ENGINES.items(), ("forward", "backward")):
         original = getattr(engine, step)
@@ -111,9 +111,9 @@ def ran(monkeypatch) -> list[str]:
     return calls
 
 
+# Tokens for logits, where all fields are under test, or None, where the KL alone is.
 @pytest.fixture(params=[False, True], ids=["kl", "stats"])
 def tokens_of(request: pytest.FixtureRequest, implementation, dtype) -> Callable:
-    """Tokens for logits, where all fields are under test, or None, where the KL alone is."""
     if request.param and implementation.interpreted and dtype != torch.float32:
         pytest.skip("one type in the interpreter is enough")
     return cases.random_tokens if request.param else lambda logits: None
@@ -136,13 +136,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
     return _with_room_for_frames(python.pytest_pyfunc_call, pyfuncitem)
 
 
+# Put tests last that wait for processes in the background.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests last that wait for processes in the background."""
     items.sort(key=lambda item: hasattr(getattr(item, "module", None), "start_in_background"))
 
 
+# Start those processes first, the longest before the others.
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Start those processes first, the longest before the others."""
     modules = {getattr(item, "module", None) for item in session.items}
     starts = [m for m in modules if hasattr(m, "start_in_background")]
     if not session.config.option.collectonly:
@@ -161,8 +161,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA GPU")
 
 
+# Drop compiled code of other tests, which counts towards the limit of recompilations.
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
-    """Drop compiled code of other tests, which counts towards the limit of recompilations."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 
 
+# Bytes of every allocation and release of call() on a CPU, in order, its result's alive.
+#
+# torch.profiler reports those of torch, inside an op too.
 def _changes(call: Callable) -> list[int]:
-    """Bytes of every allocation and release of call() on a CPU, in order, its result's alive.
-
-    torch.profiler reports those of torch, inside an op too.
-    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = call()
@@ -21,16 +20,15 @@ def _changes(call: Callable) -> list[int]:
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
+# Return the bytes that call() allocates: "peak", its result included, and "largest" tensor.
 def allocations(call: Callable) -> dict[str, int]:
-    """Return the bytes that call() allocates: "peak", its result included, and "largest" tensor."""
     changes = _changes(call)
     return {"peak": max(itertools.accumulate(changes)), "largest": max(changes)}
 
 
+# Return the bytes that call() allocates: the most at any time, and what is left while its result
+# lives.
 def allocated(device: str, call: Callable) -> tuple[int, int]:
-    """Return the bytes that call() allocates: the most at any time, and what is left while its
-    result lives.
-    """
     call()
     if device != "cuda":
         levels = list(itertools.accumulate(_changes(call)))

@@ -31,8 +31,8 @@ FIELDS = "name text replacement file tests interpreted equivalent"
 Fault = namedtuple("Fault", FIELDS, defaults=[""])
 
 
+# Read the faults; raise for a text that its file does not hold exactly once.
 def faults() -> list[Fault]:
-    """Read the faults; raise for a text that its file does not hold exactly once."""
     found = []
     for group in tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["group"]:
         rows = group.pop("faults")
@@ -46,8 +46,8 @@ def faults() -> list[Fault]:
     return found
 
 
+# Name the first test that fails in a copy of the repository; "" if all pass.
 def failure(tree: Path, tests: list[str], interpreted: bool) -> str:
-    """Name the first test that fails in a copy of the repository; "" if all pass."""
     # No compiled files: a replacement of equal length, written in the same second, would not
     # outdate them.
     fixed = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
@@ -63,8 +63,8 @@ def failure(tree: Path, tests: list[str], interpreted: bool) -> str:
     return named.group(1) if named else "a crash" * (done.returncode != 0)
 
 
+# Run a fault's tests with the fault in `tree`, a copy; its row of the table.
 def row_of(fault: Fault, tree: Path, commit: str) -> str:
-    """Run a fault's tests with the fault in `tree`, a copy; its row of the table."""
     path, start = tree / fault.file, time.perf_counter()
     right = path.read_text()
     path.write_text(right.replace(fault.text, fault.replacement))
@@ -75,8 +75,8 @@ def row_of(fault: Fault, tree: Path, commit: str) -> str:
     return "| {} | {} | {} | {:.0f} | {} |".format(*cells, time.perf_counter() - start, commit)
 
 
+# Write the table; return the number of survivors that are no named equivalents.
 def main() -> int:
-    """Write the table; return the number of survivors that are no named equivalents."""
     parser = argparse.ArgumentParser(description="Which faults do the tests find?")
     parser.add_argument("--only", nargs="+", default=[""], help="words of names or of files")
     words, every = parser.parse_args().only, faults()

@@ -7,8 +7,8 @@ again in 64 bits, for an assertion that it then leaves out.
 """
 
 
+# From now on, for the whole process.
 def hurry() -> None:
-    """From now on, for the whole process."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -2,6 +2,7 @@
 fallback.
 """
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -21,11 +22,8 @@ def unchanged_choice():
         yield
 
 
-def logits(device: str, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(rows, 11, generator=generator).to(device).requires_grad_() for _ in "pq"
-    )
+def logits(device: str, rows: int = 2) -> list[torch.Tensor]:
+    return [*map(testing.leaf, testing.pair("normal1", rows, 11, 1.0, device=device))]
 
 
 # ---- what runs
@@ -53,10 +51,10 @@ CALLS = {
 }
 
 
+# On no other backend, backward too, whatever is chosen by then, as explain() says.
 @pytest.mark.parametrize("afterwards", [None, "reference", "triton"])
 @pytest.mark.parametrize("name", CALLS)
 def test_the_chosen_one_runs(implementation, ran, name, afterwards) -> None:
-    """On no other backend, backward too, whatever is chosen by then, as explain() says."""
     (p, q), backend = logits(implementation.device), implementation.backend
     with fastkl.use_backend(backend):
         explained = fastkl.explain(p, q)
@@ -91,30 +89,20 @@ def test_the_reference_on_a_gpu(ran, dtype) -> None:
 
 
 def chosen() -> tuple[str, str]:
-    explained = fastkl.explain(torch.zeros(1, 3))
-    return explained.backend, explained.why
-
-
-DEFAULT = ("reference", "the logits are on cpu")
+    return dataclasses.astuple(fastkl.explain(torch.zeros(1, 3)))[:2]
 
 
 def test_use_backend_as_a_setter_and_as_a_context() -> None:
-    assert chosen() == DEFAULT
+    assert chosen()[0] == "reference"
     fastkl.use_backend("triton")
     assert chosen() == ("triton", "use_backend('triton')")
     with pytest.raises(KeyError, match="mine"), fastkl.use_backend("reference"):
         with fastkl.use_backend("triton"), fastkl.use_backend(None):
-            assert chosen() == DEFAULT
+            assert chosen()[0] == "reference"
         assert chosen() == ("reference", "use_backend('reference')")
         raise KeyError("mine")
-    assert chosen()[0] == "triton"
-
-
-@pytest.mark.parametrize("name", ["cuda", "", "Triton", 3, True])
-def test_unknown_backend(name) -> None:
-    fastkl.use_backend("triton")
     with pytest.raises(ValueError, match="name: expected one of 'triton', 'reference', got"):
-        fastkl.use_backend(name)
+        fastkl.use_backend("Triton")
     assert chosen()[0] == "triton"
 
 
@@ -141,6 +129,7 @@ WRONG = {
     "both": (lambda x: x.double().t(), ("torch.float64", "stride")),
     "stepped": (lambda x: x[:, ::2], ("stride 2",)),
     "expanded": (lambda x: x[:, :1].expand(-1, 3), ("stride 0",)),
+    "one column": (lambda x: x[:, 2:3], ()),
 }
 
 
@@ -150,18 +139,12 @@ def test_no_silent_fallback(implementation, ran, wrong, reasons, turned) -> None
     x = wrong(torch.randn(4, 6, device=implementation.device))
     pair = (x, torch.zeros(x.shape).to(x))[:: -1 if turned else 1]
     with fastkl.use_backend(implementation.backend):
-        if not implementation.kernels:
+        if not (implementation.kernels and reasons):
             assert bool(fastkl.kl_divergence(*pair).isfinite().all())
             return
         with pytest.raises(RuntimeError) as raised:
             fastkl.kl_divergence(*pair)
     assert ran == [] and all(reason in str(raised.value) for reason in reasons)
-
-
-def test_one_column_may_have_any_stride(implementation) -> None:
-    x = torch.randn(4, 6, device=implementation.device)[:, 2:3]
-    with fastkl.use_backend(implementation.backend):
-        assert not fastkl.kl_divergence(x, x + 1).any()
 
 
 def test_without_triton() -> None:
@@ -176,4 +159,4 @@ fastkl.use_backend("triton")
 fastkl.kl_divergence(x, x)
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert "RuntimeError" in run.stderr and "triton is not installed" in run.stderr
+    assert "RuntimeError: fastkl" in run.stderr and "triton is not installed" in run.stderr

@@ -41,10 +41,9 @@ def test_rows_far_apart_against_fp64(implementation, kind, dtype) -> None:
     check(implementation, q, p)
 
 
+# Entries without probability whose logits differ by hundreds and thousands, beside small
+# differences everywhere else.
 def suppressed(places: tuple[int, ...], shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entries without probability whose logits differ by hundreds and thousands, beside small
-    differences everywhere else.
-    """
     p, q = testing.pair("normal3", 4, 1003, 1e-3)
     for row, apart in enumerate((-100.0, -300.0, -3000.0, 40.0)):
         p[row, places], q[row, places] = -1000.0, -1000.0 + apart

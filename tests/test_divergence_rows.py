@@ -88,10 +88,8 @@ def test_every_output_is_written(implementation, vocabulary, dtype, tokens_of, r
 # ---- special values
 
 
+# Logits, and the entries where holes go: scattered ones, the first, the last and a whole stretch.
 def with_holes(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Logits, and the entries where holes go: scattered ones, the first, the last and a whole
-    stretch.
-    """
     p, q = testing.sizes_pair("normal3", (1e-3, 0.1, 1.0), (0.0, 50.0), vocabulary, dtype)
     holes = torch.zeros(vocabulary, dtype=torch.bool)
     holes[::7] = holes[-1] = holes[vocabulary // 2 : vocabulary * 3 // 4] = True
@@ -133,11 +131,10 @@ def test_holes_in_q_only(implementation, dtype) -> None:
     assert_same([value[1] for value in results], [value[1] for value in expected])
 
 
+# Q has mass where P has none: a finite KL(P‖Q) and gradients, right, with exactly 0 for P at the
+# holes; the other way round a finite logit far below the others gives a finite, huge KL.
 @pytest.mark.parametrize("hole", [-math.inf, -1e9, -1e4, -1e39])
 def test_holes_in_p_only(implementation, dtype, hole) -> None:
-    """Q has mass where P has none: a finite KL(P‖Q) and gradients, right, with exactly 0 for P at
-    the holes; the other way round a finite logit far below the others gives a finite, huge KL.
-    """
     p, q, holes = with_holes(1003 if INTERPRETING else 5003, dtype)
     p = filled(p, holes, hole)
     results = outcome(Rows(p, q), implementation.device)

@@ -42,11 +42,9 @@ def assert_equal(result: torch.Tensor, exact: torch.Tensor) -> None:
 # from
 
 
+# A vocabulary of 5 in float64: policy (logits `theta`), reference, and the older policy that
+# sampled.
 class World:
-    """A vocabulary of 5 in float64: policy (logits `theta`), reference, and the older policy that
-    sampled.
-    """
-
     generator = torch.Generator().manual_seed(3)
     theta, ref = torch.randn(2, 5, dtype=torch.float64, generator=generator)
     old, ref = (-0.5 * theta).log_softmax(-1), ref.log_softmax(-1)
@@ -103,9 +101,9 @@ def test_expectations(which, way, value, slope) -> None:
     assert value or abs(float(mean.detach() / World.kl[FORWARD].detach()) - 1) > 0.05
 
 
+# The loss on-policy times the ratio, in value and gradient; only the policy gets one.
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_off_policy_token_by_token(direction) -> None:
-    """The loss on-policy times the ratio, in value and gradient; only the policy gets one."""
     logprob, ref, ratio = World.logprob, testing.leaf(World.ref), World.p / World.old.exp()
     loss = sampled_kl_loss(logprob, ref, old_logprob=World.old, direction=direction)
     on_policy = sampled_kl_loss(logprob, ref, direction=direction)
@@ -117,10 +115,9 @@ def test_off_policy_token_by_token(direction) -> None:
 # ---- digits, clamps, infinities
 
 
+# e^x - 1 - x in float64: 1e-12 relative; below 1e-2 the Taylor series, of which the next term is
+# 1e-13 of the first.
 def expm1_minus(x: torch.Tensor) -> torch.Tensor:
-    """e^x - 1 - x in float64: 1e-12 relative; below 1e-2 the Taylor series, of which the next term
-    is 1e-13 of the first.
-    """
     series = x * x * (1 / 2 + x / 6 + x**2 / 24 + x**3 / 120 + x**4 / 720 + x**5 / 5040)
     return torch.where(x.abs() < 1e-2, series, torch.expm1(x) - x)
 
@@ -141,14 +138,13 @@ EXACT = {
 }
 
 
+# 8 float32 roundings (2^-21) of themselves, from |d| = 1e-8 to 30; never negative but for k1;
+# exactly 0 at 0.
+#
+# The worst are the two terms of opposite sign at |d| = 0.5: e^x - 1 = -0.39 to a rounding or two,
+# in a result of 0.11.
 @every
 def test_digits_at_every_size(which) -> None:
-    """8 float32 roundings (2^-21) of themselves, from |d| = 1e-8 to 30; never negative but for k1;
-    exactly 0 at 0.
-
-    The worst are the two terms of opposite sign at |d| = 0.5: e^x - 1 = -0.39 to a rounding or two,
-    in a result of 0.11.
-    """
     size = torch.logspace(-8, math.log10(30), 400)
     d = torch.cat([size, -size, torch.tensor([0.5, -0.5])]).requires_grad_()
     value, (exact, _, slope) = loss_at(d, which), EXACT[which]
@@ -161,6 +157,8 @@ def test_digits_at_every_size(which) -> None:
     assert not bool(value.any()) and gradient(value, logprob).tolist() == [float(which == "k1")] * 3
 
 
+# Inside, the bits are those without one; without one e^|d| goes on to |d| = 50, in float64 600, and
+# k2 without end.
 @pytest.mark.parametrize(
     "dtype, clamp",
     [
@@ -174,9 +172,6 @@ def test_digits_at_every_size(which) -> None:
 )
 @every
 def test_beyond_the_clamp_is_the_tangent(which, dtype, clamp) -> None:
-    """Inside, the bits are those without one; without one e^|d| goes on to |d| = 50, in float64
-    600, and k2 without end.
-    """
     limit = clamp or {torch.float32: 50.0, torch.float64: 600.0}[dtype]
     inside = torch.linspace(-limit, limit, 41, dtype=dtype, requires_grad=True)
     plain, clamped = loss_at(inside, which), loss_at(inside, which, clamp)
@@ -195,13 +190,11 @@ def test_beyond_the_clamp_is_the_tangent(which, dtype, clamp) -> None:
     torch.testing.assert_close(gradient(got, beyond).double(), exact, atol=0, **close)
 
 
+# -inf and the numbers that masks write count as -1e4, without gradient to themselves; both: d = 0.
 @pytest.mark.parametrize("clamp", [None, 5.0, 50.0])
 @every
 @pytest.mark.parametrize("impossible", [-math.inf, torch.finfo(torch.float32).min, -65504.0])
 def test_impossible_tokens(impossible, which, clamp) -> None:
-    """-inf and the numbers that masks write count as -1e4, without gradient to themselves; both: d
-    = 0.
-    """
     logprob = torch.tensor([impossible, -2.0, impossible, -2.0], requires_grad=True)
     ref = torch.tensor([-1.0, impossible, impossible, -1.0])
     counted = (logprob.detach().clamp(min=FLOOR) - ref.clamp(min=FLOOR)).requires_grad_()
@@ -212,13 +205,12 @@ def test_impossible_tokens(impossible, which, clamp) -> None:
     assert float(value[2].detach()) == 0 and float(grad[1]) > 0
 
 
+# For policy, reference and sampler; the ratio follows e^x up to e^20 and stays there; a NaN stays
+# in its token.
 @pytest.mark.parametrize("clamp", [None, 10.0, 50.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_mix_of_sizes_is_finite(direction, dtype, clamp) -> None:
-    """For policy, reference and sampler; the ratio follows e^x up to e^20 and stays there; a NaN
-    stays in its token.
-    """
     sizes = [0.0, -1e-6, -3.0, -40.0, -80.0, -200.0, -3e3, -1e4, -3e38, -math.inf]
     logprob, ref, old = torch.cartesian_prod(*[torch.tensor(sizes, dtype=dtype)] * 3).unbind(-1)
     logprob, more = logprob.clone().requires_grad_(), {"direction": direction, "clamp": clamp}
@@ -281,11 +273,10 @@ def test_compiled_and_without_synchronisation() -> None:
     assert gradient(both(meta[0].requires_grad_(), *meta[1:]), meta[0]).shape == (4, 7)
 
 
-PAIR = torch.tensor([-1.0, -2.0])
 WRONG = [("clamp", 0.0), ("clamp", 50.1), ("old_logprob", torch.zeros(2, requires_grad=True))]
 
 
 @pytest.mark.parametrize("name, value", WRONG)
 def test_wrong_values(name, value) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*; "):
-        sampled_kl_loss(PAIR, PAIR, **{name: value})
+        sampled_kl_loss(-torch.ones(2), -torch.ones(2), **{name: value})

@@ -18,26 +18,33 @@ REDUCTIONS = ("token_mean", "mean", "sequence_mean", "sum")
 DIRECTIONS = ("policy||reference", "reference||policy")
 
 
+# Logits that require grad and a mask, which leaves the second sequence of three out.
 def case(implementation, leading: tuple[int, ...] = (3, 2), dtype: torch.dtype = torch.float32):
-    """Logits that require grad and a mask, which leaves the second sequence of three out."""
     count, device = torch.Size(leading).numel(), implementation.device
     pair = testing.pair("normal3", count, V, 0.5, dtype=dtype, device=device)
     mask = (torch.arange(count) % 5 // 2 != 1).reshape(leading).to(device)
     return *(side.reshape(*leading, V).requires_grad_() for side in pair), mask
 
 
+# (numbers as in `last`, gradients) of the definition, in fp64.
 def plain(penalty: fastkl.KLPenalty, policy, reference, mask):
-    """(numbers as in `last`, gradients) of the definition, in fp64."""
     leaves = [testing.leaf(value.detach().double().cpu()) for value in (policy, reference)]
     log_p, log_q = ((value / penalty.temperature).log_softmax(-1) for value in leaves)
     log_p, log_q = (log_p, log_q) if penalty.direction == DIRECTIONS[0] else (log_q, log_p)
     kl = torch.where(mask, (log_p.exp() * (log_p - log_q)).sum(-1), 0.0)
     total, tokens = kl.sum(), mask.sum().double()
     sequences = (mask.any(-1) if mask.dim() else mask).sum().double()
-    counts = {"sum": 1, "sequence_mean": sequences}
-    loss = penalty.beta * total / counts.get(penalty.reduction, tokens)
-    numbers = {"loss": loss, "kl": total / tokens, "max_kl": kl.max(), "tokens": tokens}
-    numbers |= {"sequences": sequences, "kl_per_sequence": total / sequences}
+    divisor = {"sum": 1, "sequence_mean": sequences}.get(penalty.reduction, tokens)
+    loss = penalty.beta * total / divisor
+    numbers = {
+        "loss": loss,
+        "kl": total / tokens,
+        "max_kl": kl.max(),
+        "tokens": tokens,
+        "sequences": sequences,
+        "kl_per_sequence": total / sequences,
+        "beta": torch.tensor(penalty.beta),
+    }
     return numbers, torch.autograd.grad(loss, leaves)
 
 
@@ -50,16 +57,15 @@ SETTINGS = [
 ]
 
 
+# A float32 loss; a sequence is the last leading dimension; `last` holds plain numbers.
 @pytest.mark.parametrize("direction, reduction, masked, leading, dtype", SETTINGS)
 def test_value_and_gradient(implementation, direction, reduction, masked, leading, dtype) -> None:
-    """A float32 loss; a sequence is the last leading dimension; `last` holds plain numbers."""
     policy, reference, mask = case(implementation, leading, dtype)
     counted = mask if masked else torch.ones_like(mask)
     penalty = fastkl.KLPenalty(0.3, direction=direction, reduction=reduction, temperature=1.7)
     assert penalty.last == {} and not penalty.state_dict() and not list(penalty.parameters())
     loss = penalty(policy, reference, mask if masked else None)
     numbers, exact_grads = plain(penalty, policy, reference, counted.cpu())
-    numbers["beta"] = torch.tensor(0.3)
     assert loss.shape == () and loss.dtype == torch.float32
     tolerance = max(1e-5, torch.finfo(dtype).eps * (dtype != torch.float32))
     grads = torch.autograd.grad(loss, (policy, reference))
@@ -69,8 +75,8 @@ def test_value_and_gradient(implementation, direction, reduction, masked, leadin
     assert torch.equal(penalty.last["loss"], loss) and numbers.keys() == penalty.last.keys()
     for name, value in penalty.last.items():
         testing.assert_near(value, numbers[name], 2e-5, 0.0, name)
-        assert value.shape == () and value.dtype == torch.float32 and value.device == policy.device
-        assert not value.requires_grad and value.grad_fn is None
+        assert (value.shape, value.dtype, value.device) == ((), torch.float32, policy.device)
+        assert not value.requires_grad
 
 
 @pytest.mark.parametrize("leading", [(3,), (2, 3), (0,), (2, 0), (0, 3)], ids=str)
@@ -85,9 +91,6 @@ def test_no_token_that_counts(implementation, reduction, leading) -> None:
     assert {name for name, value in penalty.last.items() if float(value)} == {"beta"}
 
 
-# ---- beta and wrong arguments
-
-
 def test_a_controller_is_read_at_each_call(implementation) -> None:
     policy, reference, _ = case(implementation, (2,))
     penalty = fastkl.KLPenalty(controller := SimpleNamespace(beta=0.5))
@@ -98,38 +101,6 @@ def test_a_controller_is_read_at_each_call(implementation) -> None:
     controller.beta = -1.0
     with pytest.raises(ValueError, match="beta: .*-1.0"):
         penalty(policy, reference)
-
-
-WRONG_BETAS = {
-    **{str(value): (value, ValueError, f"got {value}") for value in (-0.1, math.nan, math.inf)},
-    "huge": (10**400, ValueError, "got an integer of 1329 bits"),
-    **{
-        str(value): (value, TypeError, "number or a controller")
-        for value in ("0.1", None, True, torch.tensor(0.1), [0.1])
-    },
-}
-
-
-@pytest.mark.parametrize("wrap", [False, True], ids=["number", "controller"])
-@pytest.mark.parametrize("beta, error, words", WRONG_BETAS.values(), ids=WRONG_BETAS)
-def test_wrong_beta(beta, error, words, wrap) -> None:
-    with pytest.raises(error, match=f"^beta: expected .*{words}"):
-        fastkl.KLPenalty(SimpleNamespace(beta=beta) if wrap else beta)
-
-
-WRONG = {
-    "ref_logits": torch.zeros(2, 3, 16),
-    "policy_logits": torch.zeros(2, 3, V).long(),
-    "mask": torch.ones(3, 2).bool(),
-}
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_logits_are_named(name, direction) -> None:
-    right = {"policy_logits": torch.zeros(2, 3, V), "ref_logits": torch.zeros(2, 3, V)}
-    with pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
-        fastkl.KLPenalty(0.1, direction=direction)(**{**right, name: WRONG[name]})
 
 
 # ---- as a module
@@ -149,17 +120,12 @@ def test_no_synchronisation(implementation, reduction, request) -> None:
         penalty(policy, reference).backward()
 
 
-MAKE = [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
-
-
-@pytest.mark.parametrize("make", MAKE, ids=["deepcopy", "pickle"])
-def test_copies(implementation, make) -> None:
+def test_copies(implementation) -> None:
     given = case(implementation)
     settings = {"direction": DIRECTIONS[1], "temperature": 1.5, "reduction": "sum"}
     penalty = fastkl.KLPenalty(0.2, **settings)
-    before = make(penalty)
-    loss = penalty(*given)
-    after = make(penalty)
+    before, loss = copy.deepcopy(penalty), penalty(*given)
+    after = pickle.loads(pickle.dumps(penalty))
     assert before.last == {} and torch.equal(after.last["loss"], loss)
     for module in (before, after):
         assert torch.equal(module(*given), loss)
@@ -179,8 +145,8 @@ def test_compiled(implementation) -> None:
     assert counter.frame_count <= 2
 
 
+# From logits and hidden states: a loss of 0 with gradient 0, however beta was annealed.
 def test_a_weight_of_0_leaves_an_infinite_kl_out(implementation) -> None:
-    """From logits and hidden states: a loss of 0 with gradient 0, however beta was annealed."""
     device = implementation.device
     weight, bias = torch.eye(2, device=device), torch.tensor([0.0, -math.inf], device=device)
     policy = torch.tensor([[0.0, 0.0], [0.0, 1.0]], device=device, requires_grad=True)

@@ -42,8 +42,8 @@ def test_textbook_form(kind, per_row) -> None:
         assert getattr(result, name).dtype == torch.float64
 
 
+# Bernoulli with logits a and b: KL = σ(a)·(a - b) + softplus(b) - softplus(a).
 def test_two_classes() -> None:
-    """Bernoulli with logits a and b: KL = σ(a)·(a - b) + softplus(b) - softplus(a)."""
     grid = torch.linspace(-9, 9, 13, dtype=torch.float64)
     a, b = torch.cartesian_prod(grid, grid).unbind(-1)
     kl = a.sigmoid() * (a - b) + softplus(b) - softplus(a)
@@ -66,9 +66,9 @@ def test_digits_near_zero(kind, size, shift) -> None:
     testing.assert_near(result.entropy, exact.entropy, 1e-5, 1e-6, "entropy")
 
 
+# Also where Q has a constant more, here one that float32 adds exactly.
 @pytest.mark.parametrize("shift", [0.0, 2.0, -512.0])
 def test_identical_rows_give_exactly_zero(shift) -> None:
-    """Also where Q has a constant more, here one that float32 adds exactly."""
     p = (64 * testing.pair("normal3", 5, V, 0.0)[0]).round() / 64
     leaves = testing.leaf(p), testing.leaf(p + shift)
     result = fastkl.token_stats(leaves[0], torch.zeros(5, dtype=torch.long), leaves[1])
@@ -77,8 +77,8 @@ def test_identical_rows_give_exactly_zero(shift) -> None:
     assert float(torch.stack(grads).abs().max()) <= (0.0 if shift == 0.0 else 1e-7)
 
 
+# 8 nats in one direction alone, and an entry without probability far away.
 def test_rows_that_float32_does_not_hold() -> None:
-    """8 nats in one direction alone, and an entry without probability far away."""
     p, q = torch.zeros(4, V), torch.zeros(4, V)
     p[0, 3] = q[1, 3] = 12.0
     p[2, 3], q[2, 3] = -1e5, -3e5
@@ -132,6 +132,10 @@ def test_gradcheck(field, per_row, masked) -> None:
     assert torch.autograd.gradcheck(function, (p.requires_grad_(), q.requires_grad_()))
 
 
+# Any mix of upstream gradients against autograd of the textbook form, in float64; asked for one
+# side it computes that one.
+#
+# On kinds of rows where the textbook form keeps its own digits: on peaked ones it loses four.
 @pytest.mark.parametrize(
     "fields",
     [*((name,) for name in FIELDS), ("logprob", "entropy"), ("kl", "ref_kl"), FIELDS],
@@ -139,11 +143,6 @@ def test_gradcheck(field, per_row, masked) -> None:
 )
 @pytest.mark.parametrize("kind", ["normal3", "zipf"])
 def test_gradients_of_the_textbook_form(kind, fields) -> None:
-    """Any mix of upstream gradients against autograd of the textbook form, in float64; asked for
-    one side it computes that one.
-
-    On kinds of rows where the textbook form keeps its own digits: on peaked ones it loses four.
-    """
     p, q, tokens, temperatures = case(kind=kind)
     generator = torch.Generator().manual_seed(2)
     upstream = {name: torch.randn(4, generator=generator, dtype=torch.float64) for name in fields}
@@ -162,8 +161,8 @@ def test_gradients_of_the_textbook_form(kind, fields) -> None:
     assert torch.equal(of_p[0], both[0]) and torch.equal(of_q[1], both[1])
 
 
+# Near rows, and a peak of P alone: there the gradient is what is left of several nats.
 def test_gradients_in_float32() -> None:
-    """Near rows, and a peak of P alone: there the gradient is what is left of several nats."""
     p, q = testing.pair("normal1", 4, V, 1e-3)
     p[:2, 3] += 12.0
     given, ones = reference.row_statistics(p, q).saved, torch.ones(4)

@@ -52,15 +52,14 @@ def test_without_reference(implementation, dtype) -> None:
 DEPENDS = {"logprob": "p", "entropy": "p", "ref_logprob": "q", "kl": "pq", "ref_kl": "pq"}
 
 
+# All 31 sets of fields that a loss may use, with respect to the policy, the reference or both, on
+# the reference in blocks of columns; fewer where each takes a compilation or the interpreter's
+# time.
+#
+# A field on which the argument does not depend adds nothing, by a gradient of 0 or by none at all;
+# a field requires grad exactly if it depends on an argument that does.
 @pytest.mark.parametrize("wrt", ["p", "q", "pq"])
 def test_every_mix_of_upstream_gradients(implementation, wrt, monkeypatch) -> None:
-    """All 31 sets of fields that a loss may use, with respect to the policy, the reference or both,
-    on the reference in blocks of columns; fewer where each takes a compilation or the interpreter's
-    time.
-
-    A field on which the argument does not depend adds nothing, by a gradient of 0 or by none at
-    all; a field requires grad exactly if it depends on an argument that does.
-    """
     monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 20)
     p, q = testing.pair("normal3", 3, 37, 0.7)
     tokens, temperature = random_tokens(p), torch.tensor([0.7, 1.0, 1.4])
@@ -91,11 +90,10 @@ def test_every_mix_of_upstream_gradients(implementation, wrt, monkeypatch) -> No
                 testing.assert_gradient(grad, getattr(values, side), what, 2e-5)
 
 
+# An error on the reference; on the kernels NaN in its two log-probabilities, and everything else as
+# ever.
 @pytest.mark.parametrize("token", [-1, -100, 203, 1 << 40])
 def test_token_out_of_range(implementation, token) -> None:
-    """An error on the reference; on the kernels NaN in its two log-probabilities, and everything
-    else as ever.
-    """
     p, q = testing.pair("normal3", 3, 203, 0.3)
     good, bad = torch.tensor([5, 7, 202]), torch.tensor([5, token, 202])
     if not implementation.kernels:

@@ -67,11 +67,10 @@ def test_nothing_to_select(implementation, rows, count) -> None:
     assert result.numel() == 0 and bool((leaf.grad == 0).all())
 
 
+# Log-probabilities from 0 to -2000 of one row, a shift of all logits, and -inf: each has its own
+# digits, none those of the least likely. Differences of logits beyond float32's largest number are
+# -inf, as in torch; equal ones are as likely.
 def test_digits(implementation) -> None:
-    """Log-probabilities from 0 to -2000 of one row, a shift of all logits, and -inf: each has its
-    own digits, none those of the least likely. Differences of logits beyond float32's largest
-    number are -inf, as in torch; equal ones are as likely.
-    """
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0)) - 40
     logits[:, :7] = -torch.tensor([0.0, 1e-3, 1.0, 30.0, 400.0, 2000.0, math.inf])
     logits[1] += 30
@@ -90,11 +89,10 @@ def test_digits(implementation) -> None:
     assert bool(leaf.grad.isfinite().all())
 
 
+# An error on the reference; on the kernels NaN in its own entry, gradient 0 from it, the others as
+# ever.
 @pytest.mark.parametrize("identity", [-1, -100, 203, 1 << 40])
 def test_ids_out_of_range(implementation, identity) -> None:
-    """An error on the reference; on the kernels NaN in its own entry, gradient 0 from it, the
-    others as ever.
-    """
     logits = testing.pair("normal3", 3, 203, 0.0, device=implementation.device)[0]
     index = torch.tensor([[5, 0], [202, 0], [7, 7]], device=implementation.device)
     bad, others = index.clone(), torch.arange(6, device=index.device).view(3, 2) != 3
@@ -119,8 +117,8 @@ def test_one_read(implementation, ran) -> None:
     assert ran == [f"{implementation.backend} {step}" for step in ("forward", "backward")]
 
 
+# Ids that occur twice included.
 def test_gradcheck_in_fp64(implementation) -> None:
-    """Ids that occur twice included."""
     if implementation.kernels:
         pytest.skip("float64 is the reference's")
     generator = torch.Generator().manual_seed(0)

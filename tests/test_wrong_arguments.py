@@ -27,21 +27,18 @@ FORM = re.compile(r"(?P<argument>\w+)[^:]*: expected .+, got .+; .+")
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, V, generator=generator)
-    hidden = torch.randn(2, 3, H, generator=generator)
-    weight, flat = torch.randn(V, H, generator=generator), torch.randn(2, 3, generator=generator)
-    tokens, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    logits = ("p_logits", "q_logits", "logits", "policy_logits", "ref_logits")
     return {
-        **dict.fromkeys(("p_logits", "q_logits", "logits", "policy_logits", "ref_logits"), logits),
-        **dict.fromkeys(("hidden", "ref_hidden"), hidden),
-        **dict.fromkeys(("weight", "ref_weight"), weight),
+        **dict.fromkeys(logits, draw(2, 3, V)),
+        **dict.fromkeys(("hidden", "ref_hidden"), draw(2, 3, H)),
+        **dict.fromkeys(("weight", "ref_weight"), draw(V, H)),
         **dict.fromkeys(("bias", "ref_bias"), torch.zeros(V)),
-        **dict.fromkeys(("tokens", "index"), tokens),
-        **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -flat.abs()),
+        **dict.fromkeys(("tokens", "index"), torch.ones(2, 3, dtype=torch.long)),
+        **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -draw(2, 3).abs()),
         **dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), torch.zeros(2)),
         **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
-        "mask": mask,
+        "mask": torch.ones(2, 3, dtype=torch.bool),
         "weights": torch.ones(2, 3),
         "cu_seqlens": torch.tensor([0, 2, 6]),
     }
@@ -109,10 +106,9 @@ class Target(NamedTuple):
 
 
 def arguments_of(function: Callable) -> dict[str, inspect.Parameter]:
-    found = inspect.signature(function).parameters
     return {
         name: parameter
-        for name, parameter in found.items()
+        for name, parameter in inspect.signature(function).parameters.items()
         if name != "self" and parameter.kind is not parameter.VAR_POSITIONAL
     }
 
@@ -131,35 +127,35 @@ def right(
     return values
 
 
+# Functions, constructors and the public methods of both lists of public names.
 def targets() -> Iterator[Target]:
-    """Functions, constructors and the public methods of both lists of public names."""
     for name, value in (
         (name, getattr(module, name)) for module in (fastkl, fastkl.rl) for name in module.__all__
     ):
+        of_class = isinstance(value, type)
         if isinstance(value, types.ModuleType) or value is fastkl.Explanation:
             continue
-        if not isinstance(value, type):
-            yield Target(name, lambda value=value: value, arguments_of(value))
-            continue
-        if issubclass(value, tuple) or getattr(value, "_is_protocol", False):
+        if of_class and (issubclass(value, tuple) or getattr(value, "_is_protocol", False)):
             continue  # a result, or checked where it is used
-
-        def made(name=name, value=value) -> object:
-            return value(**right(name, arguments_of(value.__init__)))
-
-        yield Target(name, lambda value=value: value, arguments_of(value.__init__))
-        for method, function in inspect.getmembers(value, inspect.isfunction):
+        arguments = arguments_of(value.__init__ if of_class else value)
+        yield Target(name, lambda value=value: value, arguments)
+        for method, function in inspect.getmembers(value, inspect.isfunction) if of_class else ():
             public = not method.startswith("_") and function.__module__.startswith("fastkl")
-            if public and (arguments := arguments_of(function)):
-                get = functools.partial(lambda made, method: getattr(made(), method), made, method)
-                yield Target(f"{name}.{method}", get, arguments)
+            if public and arguments_of(function):
+                yield Target(
+                    f"{name}.{method}",
+                    lambda name=name, value=value, arguments=arguments, method=method: getattr(
+                        value(**right(name, arguments)), method
+                    ),
+                    arguments_of(function),
+                )
 
 
 # ---- kinds of wrong values
 
 
 def packed(value: torch.Tensor) -> torch.Tensor:
-    """The codes of a tensor as bitsandbytes.nn.Params4bit holds them, uint8 [n, 1]."""
+    # As bitsandbytes.nn.Params4bit holds them, uint8 [n, 1].
     codes = torch.zeros(max(1, value.numel() // 2), 1, dtype=torch.uint8)
     codes.quant_state = object()
     return codes
@@ -287,30 +283,27 @@ VALID = [
 ]
 
 
+# The fault of the answer to a wrong value; None: no fault, "": it passed.
 def outcome(target: Target, argument: str, kind: str) -> str | None:
-    """Return the fault of the answer to a wrong value; None: no fault, "": it passed."""
     key = f"{target.name}.{argument}"
     if kind in PLAIN:
-        value = PLAIN[kind]
-        if value is target.arguments[argument].default:
-            return None
+        value, skipped = PLAIN[kind], target.arguments[argument].default
     else:
         base = TENSORS.get(argument) if key not in OWN else None
-        value = SHAPED[kind](torch.ones(2, 3) if base is None else base)
-        if value is None:
-            return None
+        value, skipped = SHAPED[kind](torch.ones(2, 3) if base is None else base), None
+    if value is skipped:
+        return None
     call = target.get()
     arguments = right(target.name, target.arguments, getattr(call, "__self__", None))
     beside = next((found for pattern, found in BESIDE if fnmatch.fnmatchcase(key, pattern)), {})
     arguments |= {name: found for name, found in beside.items() if name in target.arguments}
     try:
         call(**{**arguments, argument: value})
-    except (TypeError, ValueError) as error:
-        form = FORM.fullmatch(str(error))
-        named = target.arguments if kind in OF_TWO else (argument,)
-        right_form = form is not None and form["argument"] in named
-        return None if right_form else f"{type(error).__name__}: {str(error)[:200]}"
     except Exception as error:
+        form = FORM.fullmatch(str(error)) if isinstance(error, (TypeError, ValueError)) else None
+        named = target.arguments if kind in OF_TWO else (argument,)
+        if form is not None and form["argument"] in named:
+            return None
         return f"{type(error).__name__}: {str(error)[:200]}"
     return ""
 
@@ -338,11 +331,10 @@ def one_process(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TARGETS)
 def test_wrong_arguments(name) -> None:
-    target = TARGETS[name]
     failures = [
         f"{name}.{argument}: {kind}: {answer or 'passes'}"
-        for argument, kind in itertools.product(target.arguments, KINDS)
-        if (answer := outcome(target, argument, kind)) is not None
+        for argument, kind in itertools.product(TARGETS[name].arguments, KINDS)
+        if (answer := outcome(TARGETS[name], argument, kind)) is not None
         and not (answer == "" and is_valid(name, argument, kind))
     ]
     assert not failures, "\n".join(failures)

@@ -11,6 +11,7 @@ functionalize, tensor subclasses and meta tensors get the op. A TorchFunctionMod
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -59,17 +60,17 @@ class Rules(NamedTuple):
     """An op's rules for autograd, vmap and FLOP counting.
 
     backward: as in torch.autograd.Function.
-    setup_context(ctx, groups, outputs): likewise; None saves nothing. `ctx.eager` exists in eager
-    mode, where only the caller and autograd hold the outputs.
-    batch(batch_size, dims, *groups): (groups of one call for all samples of a vmap, out_dims), with
-    dims a tuple for each group; None computes sample by sample.
+    setup_context(ctx, groups, outputs): likewise. `ctx.eager` exists in eager mode, where only the
+    caller and autograd hold the outputs.
+    rowwise: whether all tensors share their leading dimensions, so that a vmap is one call with one
+    dimension more; otherwise it is a call per sample.
     flops(*groups with shapes in place of tensors): floating-point operations of the GEMMs, for
     torch.utils.flop_counter; None for none.
     """
 
     backward: Callable[..., Any]
-    setup_context: Callable[..., None] | None = None
-    batch: Callable[..., tuple[Any, Any]] | None = None
+    setup_context: Callable[..., None] = lambda *_: None
+    rowwise: bool = False
     flops: Callable[..., int] | None = None
 
 
@@ -98,7 +99,7 @@ class DualOp(Generic[Outputs]):
         returned: int | None = None,
     ) -> None:
         self._name, self._groups, self._compute = name, groups, compute
-        backward, setup_context, batch, self._flops = rules
+        backward, setup_context, rowwise, self._flops = rules
         group = self._group
         self.op = torch.library.custom_op(
             name,
@@ -109,29 +110,18 @@ class DualOp(Generic[Outputs]):
         self.op.register_fake(_with_tensors(lambda *inputs: fake(*group(inputs))))
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            if setup_context is not None:
-                setup_context(ctx, group(inputs), output)
+            setup_context(ctx, group(inputs), output)
 
         self.op.register_autograd(backward, setup_context=setup)
-
-        def vmap_by(call: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-            def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-                if batch is None:
-                    return _sample_by_sample(call, info.batch_size, in_dims, inputs)
-                batched, out_dims = batch(info.batch_size, group(in_dims), *group(inputs))
-                return call(*itertools.chain(*batched)), out_dims
-
-            return vmap
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             packed = group(inputs)
             results: Any = compute(*packed)
             ctx.eager = True
-            if setup_context is not None:
-                setup_context(ctx, packed, results)
+            setup_context(ctx, packed, results)
             return results if returned is None else results[:returned]
 
-        self.op.register_vmap(vmap_by(self.op))
+        self.op.register_vmap(functools.partial(_vmap, self.op, rowwise))
         # Call the C++ apply of Function's base class. At every call Function.apply looks for
         # transforms and their wrappers, which __call__ has ruled out, and inspects the signature of
         # a setup_context.
@@ -151,7 +141,7 @@ class DualOp(Generic[Outputs]):
             forward=dispatch,
             backward=backward,
             setup_context=setup,
-            vmap=vmap_by(dispatch),
+            vmap=functools.partial(_vmap, dispatch, rowwise),
             jvp=_refuse_tangents,
         )
 
@@ -184,34 +174,26 @@ class DualOp(Generic[Outputs]):
 
     def _group(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Return the arguments as NamedTuples again."""
-        if len(self._groups) == 1:
-            return (self._groups[0](*inputs),)
-        start, packed = 0, []
-        for kind in self._groups:
-            stop = start + len(kind._fields)  # type: ignore[attr-defined]
-            packed.append(kind(*inputs[start:stop]))
-            start = stop
-        return tuple(packed)
+        rest = iter(inputs)
+        return tuple(
+            [kind(*itertools.islice(rest, len(kind._fields))) for kind in self._groups]  # type: ignore[attr-defined]
+        )
 
     def _tell_flop_counter(self) -> None:
-        """Register the FLOP formula with torch and with active counters, which have copied torch's
-        registry.
-
-        Deferred to a call under a mode: importing torch.utils.flop_counter imports Triton.
+        """Register the FLOP formula with active counters, at a call under a mode: importing
+        torch.utils.flop_counter imports Triton.
         """
         counting = sys.modules.get("torch.utils.flop_counter")
         flops = self._flops
         if flops is None or counting is None:
             return
         packet = getattr(torch.ops.fastkl, self._name.removeprefix("fastkl::"))
-        if packet not in counting.flop_registry:
-            counting.register_flop_formula(packet)(
-                lambda *inputs, out_shape=None, **_: flops(*self._group(inputs))
-            )
         for mode in _get_current_dispatch_mode_stack():
             counter = getattr(mode, "counter", mode)
             if isinstance(counter, counting.FlopCounterMode):
-                counter.flop_registry.setdefault(packet, counting.flop_registry[packet])
+                counter.flop_registry[packet] = counting.shape_wrapper(
+                    lambda *inputs, out_shape=None, **_: flops(*self._group(inputs))
+                )
 
 
 def eager(*inputs: object) -> bool:
@@ -291,29 +273,43 @@ def _with_tensors(compute: Callable[..., Any]) -> Callable[..., Any]:
     return filled
 
 
-def _sample_by_sample(
-    call: Callable[..., Any], count: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
+def _vmap(
+    call: Callable[..., Any],
+    rowwise: bool,
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    *inputs: Any,
 ) -> tuple[Any, Any]:
-    """Compute (outputs, out_dims) of a vmap by a call per sample."""
-    if count == 0:
+    """Compute (outputs, out_dims) of a vmap; an output that was not requested is not mapped."""
+    size, pairs = info.batch_size, list(zip(inputs, in_dims, strict=True))
+    if rowwise:
+        outputs = call(
+            *(
+                value.expand(size, *value.shape)
+                if dim is None and isinstance(value, torch.Tensor)
+                else value
+                if dim is None
+                else value.movedim(dim, 0)
+                for value, dim in pairs
+            )
+        )
+    elif size == 0:
         raise RuntimeError(
             "fastkl: vmap over no samples: expected at least one, since each is a call of its own; "
             "leave the call out"
         )
-    samples = [
-        call(
-            *(
-                value if dim is None else value.select(dim, i)
-                for value, dim in zip(inputs, in_dims, strict=True)
-            )
+    else:
+        samples = [
+            call(*(value if dim is None else value.select(dim, i) for value, dim in pairs))
+            for i in range(size)
+        ]
+        single = isinstance(samples[0], torch.Tensor)
+        outputs = (
+            torch.stack(samples) if single else [*map(torch.stack, zip(*samples, strict=True))]
         )
-        for i in range(count)
-    ]
-    if isinstance(samples[0], torch.Tensor):
-        return torch.stack(samples), 0
-    return tuple(torch.stack(values) for values in zip(*samples, strict=True)), (0,) * len(
-        samples[0]
-    )
+    if isinstance(outputs, torch.Tensor):
+        return outputs, 0
+    return tuple(outputs), tuple(0 if x.shape[:1] == (size,) else None for x in outputs)
 
 
 def _refuse_tangents(ctx: Any, *tangents: Any) -> None:

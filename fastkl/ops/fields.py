@@ -42,9 +42,6 @@ class Scaling(NamedTuple):
         )
 
 
-UNSCALED = Scaling()
-
-
 class RowArgs(NamedTuple):
     """Logits [..., V] of N rows and what applies to each row; vectors are [N] and contiguous.
 
@@ -56,20 +53,20 @@ class RowArgs(NamedTuple):
     tokens: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     temperature: float | torch.Tensor = 1.0
-    scaling: Scaling = UNSCALED
+    scaling: Scaling = Scaling()
 
     def at(self, rows: slice | torch.Tensor, p: torch.Tensor, q: torch.Tensor | None) -> RowArgs:
         """Return the arguments of the rows `rows`, whose logits are p and q."""
         _, _, tokens, mask, temperature, scaling = self
-        if isinstance(scaling.ratio, torch.Tensor):
-            scaling = scaling._replace(ratio=scaling.ratio[rows])
         return RowArgs(
             p,
             q,
             None if tokens is None else tokens[rows],
             None if mask is None else mask[rows],
             temperature[rows] if isinstance(temperature, torch.Tensor) else temperature,
-            scaling,
+            scaling._replace(ratio=scaling.ratio[rows])
+            if isinstance(scaling.ratio, torch.Tensor)
+            else scaling,
         )
 
 

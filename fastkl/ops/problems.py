@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +16,9 @@ Dim = tuple[int, int, int]  # size, stride of P, stride of Q
 @functools.lru_cache(1024)
 def _described(
     shape: torch.Size, p_strides: tuple[int, ...], q_strides: tuple[int, ...], *rest: Any
-) -> tuple[tuple[Dim, ...], tuple[Dim, Dim], Any]:
-    """Merge neighbouring dimensions where both tensors allow it; return (the outermost ones, the
-    last two, their kernels.launch.Layout).
+) -> Any:
+    """Return the kernels.launch.Layout of logits whose leading dimensions merge into two in both
+    tensors, else None.
 
     rest: further arguments of kernels.launch.layout.
     """
@@ -31,23 +30,23 @@ def _described(
             merged[-1] = (merged[-1][0] * size, step_p, step_q)
         else:
             merged.append((size, step_p, step_q))
+    if len(merged) > 2:
+        return None
     *_, outer, inner = (1, 0, 0), (1, 0, 0), *merged
-    return tuple(merged[:-2]), (outer, inner), launchers().layout(shape[-1], (outer, inner), *rest)
+    return launchers().layout(shape[-1], (outer, inner), *rest)
 
 
 def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
     """Return pairs (rows, kernels.launch.Problem): one Problem for all rows (None) if the leading
-    dimensions merge into two; otherwise one per index of the outer dimensions.
+    dimensions merge into two; otherwise those of each index of the first dimension.
     """
     p, q, tokens, mask, temperature, (softcap, ref_softcap, ratio) = args
     launch, other = launchers(), p if q is None else q
     temperatures = temperature if isinstance(temperature, torch.Tensor) else None
-    ratios = None
-    if isinstance(ratio, torch.Tensor):
-        ratios = ratio
-    elif ratio != 1:
+    ratios = ratio if isinstance(ratio, torch.Tensor) else None
+    if not isinstance(ratio, torch.Tensor) and ratio != 1:
         ratios = torch.full((p.shape[:-1].numel(),), ratio, dtype=torch.float32, device=p.device)
-    outermost, dims, layout = _described(
+    layout = _described(
         p.shape,
         p.stride(),
         other.stride(),
@@ -63,19 +62,17 @@ def problems(args: RowArgs) -> list[tuple[slice | None, Any]]:
         mask is not None,
         (float(softcap), float(ref_softcap), ratios is not None),
     )
-    if not outermost:
+    if layout is not None:
         number = 1.0 if temperatures is not None else temperature
         problem = launch.Problem(p, q, layout, tokens, mask, number, temperatures, ratios)
         return [(None, problem)]
-    count = dims[0][0] * dims[1][0]
+    count = p.shape[1:-1].numel()
     parts: list[tuple[slice | None, Any]] = []
-    indices = itertools.product(*(range(size) for size, _, _ in outermost))
-    for at, index in enumerate(indices):
-        rows = slice(at * count, (at + 1) * count)
-        x = _part(p, index, outermost, dims, 1)
-        y = None if q is None else _part(q, index, outermost, dims, 2)
-        ((_, problem),) = problems(args.at(rows, x, y))
-        parts.append((rows, problem))
+    for i in range(p.shape[0]):
+        rows = slice(i * count, (i + 1) * count)
+        for part, problem in problems(args.at(rows, p[i], None if q is None else q[i])):
+            start, stop, _ = (part or slice(None)).indices(count)
+            parts.append((slice(rows.start + start, rows.start + stop), problem))
     return parts
 
 
@@ -93,19 +90,3 @@ def fused_launchers() -> ModuleType:
     from ..kernels import launch_fused
 
     return launch_fused
-
-
-def _part(
-    logits: torch.Tensor,
-    index: tuple[int, ...],
-    outermost: tuple[Dim, ...],
-    dims: tuple[Dim, Dim],
-    which: int,
-) -> torch.Tensor:
-    """Return the view [outer, inner, V] at an index of the outermost dimensions."""
-    offset = sum(i * dim[which] for i, dim in zip(index, outermost, strict=True))
-    return logits.as_strided(
-        (dims[0][0], dims[1][0], logits.shape[-1]),
-        (dims[0][which], dims[1][which], logits.stride(-1)),
-        logits.storage_offset() + offset,
-    )

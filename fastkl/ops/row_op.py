@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -41,6 +40,10 @@ class RowInputs(NamedTuple):
     temperature: float
     fields: str
     backend: str
+
+
+# The gradients of RowInputs' fields after p and q.
+_NO_GRADIENTS = (None,) * 6
 
 
 class RowGradientInputs(NamedTuple):
@@ -97,19 +100,12 @@ def _statistics(inputs: RowInputs) -> Outputs:
     """Compute (logprob, entropy, ref_logprob, kl, ref_kl, saved): the requested fields [...], and
     values [..., SAVED] for backward.
     """
-    results = _fake_statistics(inputs)
-    *values, saved = results
+    *values, saved = results = empty_outputs(inputs.p, inputs.fields)
     if saved.numel():
-        outputs = {}
-        for name, value in zip(FIELDS, values, strict=True):
-            if value is not None:
-                outputs[name] = flat(value)
+        named = zip(FIELDS, values, strict=True)
+        outputs = {name: flat(value) for name, value in named if value is not None}
         ENGINES[inputs.backend].forward(row_args(*inputs[:6]), outputs, saved.view(-1, SAVED))
     return results
-
-
-def _fake_statistics(inputs: RowInputs) -> Outputs:
-    return empty_outputs(inputs.p, inputs.fields)
 
 
 def _gradients(inputs: RowGradientInputs) -> Outputs:
@@ -119,10 +115,8 @@ def _gradients(inputs: RowGradientInputs) -> Outputs:
     grads = _fake_gradients(inputs)
     p = inputs.p
     if p.numel():
-        upstream, rows = {}, grads
-        for name, value in zip(FIELDS, inputs[6:11], strict=True):
-            if value is not None:
-                upstream[name] = flat(value)
+        named, rows = zip(FIELDS, inputs[6:11], strict=True), grads
+        upstream = {name: flat(value) for name, value in named if value is not None}
         if p.dim() != 2:
             rows = tuple([None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads])
         args = row_args(*inputs[:5], inputs.temperature)
@@ -186,18 +180,13 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     wrt_p = wrt_p and (both or logprob is not None or entropy is not None)
     wrt_q = wrt_q and (both or ref_logprob is not None)
     if not (wrt_p or wrt_q):
-        return _returned(None, None)
+        return None, None, *_NO_GRADIENTS
     grad_p, grad_q = row_gradients(
         RowGradientInputs._make(
             [*ctx.saved_tensors, *g_fields, ctx.temperature, wrt_p, wrt_q, ctx.backend]
         )
     )
-    return _returned(grad_p if wrt_p else None, grad_q if wrt_q else None)
-
-
-def _returned(grad_p: Tensor | None, grad_q: Tensor | None) -> Upstream:
-    """Return the gradients of RowInputs' fields."""
-    return grad_p, grad_q, None, None, None, None, None, None
+    return grad_p if wrt_p else None, grad_q if wrt_q else None, *_NO_GRADIENTS
 
 
 def refuse_temperature_gradient(requested: bool) -> None:
@@ -224,38 +213,13 @@ def refuse_second_derivative(ctx: Any, *upstream: Tensor | None) -> NoReturn:
     )
 
 
-def batched(size: int, dims: Sequence[int | None], values: Sequence[Any]) -> list[Any]:
-    """Return every tensor with the mapped dimension first, expanded if it is not mapped."""
-    moved = []
-    for value, dim in zip(values, dims, strict=True):
-        if isinstance(value, Tensor):
-            value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-        moved.append(value)
-    return moved
-
-
-def _batched_statistics(
-    size: int, dims: tuple[Sequence[int | None]], inputs: RowInputs
-) -> tuple[tuple[RowInputs], tuple[int | None, ...]]:
-    names = (*wanted(inputs.fields), "saved")
-    out_dims = tuple(0 if name in names else None for name in (*FIELDS, "saved"))
-    return (RowInputs(*batched(size, dims[0], inputs)),), out_dims
-
-
-def _batched_gradients(
-    size: int, dims: tuple[Sequence[int | None]], inputs: RowGradientInputs
-) -> tuple[tuple[RowGradientInputs], tuple[int | None, ...]]:
-    out_dims = tuple(0 if requested else None for requested in (inputs.wrt_p, inputs.wrt_q))
-    return (RowGradientInputs(*batched(size, dims[0], inputs)),), out_dims
-
-
 row_statistics = DualOp(
     "fastkl::row_statistics",
     (RowInputs,),
     _statistics,
-    _fake_statistics,
+    lambda inputs: empty_outputs(inputs.p, inputs.fields),
     outputs=len(FIELDS) + 1,
-    rules=Rules(_backward, setup_context=_save_for_backward, batch=_batched_statistics),
+    rules=Rules(_backward, setup_context=_save_for_backward, rowwise=True),
     returned=len(FIELDS),
 )
 row_gradients = DualOp(
@@ -264,5 +228,5 @@ row_gradients = DualOp(
     _gradients,
     _fake_gradients,
     outputs=2,
-    rules=Rules(refuse_second_derivative, batch=_batched_gradients),
+    rules=Rules(refuse_second_derivative, rowwise=True),
 )

@@ -4,7 +4,6 @@ K.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from .. import _checks
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
 from .fields import SAVED, flat, result_dtype, row_args
-from .row_op import batched, refuse_forward_mode, refuse_second_derivative
+from .row_op import refuse_forward_mode, refuse_second_derivative
 
 
 class SelectedInputs(NamedTuple):
@@ -120,20 +119,13 @@ def _backward(
     return selected_gradients(inputs), None, None
 
 
-def _batched(
-    size: int, dims: tuple[Sequence[int | None]], inputs: SelectedInputs | SelectedGradientInputs
-) -> tuple[tuple[Any], Any]:
-    found = type(inputs)(*batched(size, dims[0], inputs))
-    return (found,), (0, 0) if isinstance(inputs, SelectedInputs) else 0
-
-
 selected_logprobs = DualOp(
     "fastkl::selected_logprobs",
     (SelectedInputs,),
     _logprobs,
     _fake_logprobs,
     outputs=2,
-    rules=Rules(_backward, setup_context=_save_for_backward, batch=_batched),
+    rules=Rules(_backward, setup_context=_save_for_backward, rowwise=True),
 )
 selected_gradients = DualOp(
     "fastkl::selected_gradients",
@@ -141,5 +133,5 @@ selected_gradients = DualOp(
     _gradients,
     _fake_gradients,
     outputs=1,
-    rules=Rules(refuse_second_derivative, batch=_batched),
+    rules=Rules(refuse_second_derivative, rowwise=True),
 )

@@ -116,13 +116,12 @@ def found(case: Case, device: str) -> Answer:
     return fields, tuple(grad.double().cpu() for grad in grads)
 
 
+# The largest error of each entry in a gradient's type, where float32 has it right to 4e-6 of
+# itself.
+#
+# Triton's interpreter truncates where a GPU rounds to bfloat16: a unit in the last place on one
+# side of a boundary.
 def rounding(exact: torch.Tensor, dtype: torch.dtype, implementation) -> torch.Tensor:
-    """The largest error of each entry in a gradient's type, where float32 has it right to 4e-6 of
-    itself.
-
-    Triton's interpreter truncates where a GPU rounds to bfloat16: a unit in the last place on one
-    side of a boundary.
-    """
     errors = []
     for value in (exact, exact * (1 - 4e-6)):
         near = value.to(dtype)
@@ -132,14 +131,14 @@ def rounding(exact: torch.Tensor, dtype: torch.dtype, implementation) -> torch.T
     return torch.maximum(*errors)
 
 
+# Count as infinite anything that float32 may round to infinity, and all NaN as equal.
 def settled(value: torch.Tensor) -> torch.Tensor:
-    """Count as infinite anything that float32 may round to infinity, and all NaN as equal."""
     value = torch.where(value.abs() > 3e38, value.sign() * math.inf, value.float().double())
     return torch.where(value.isnan(), 7.0, value)
 
 
+# Every field within the bounds and of its sign; neither a KL nor an entropy is -0.
 def assert_fields(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], what) -> None:
-    """Every field within the bounds and of its sign; neither a KL nor an entropy is -0."""
     for field, value in got.items():
         testing.assert_stats({field: settled(value)}, {field: settled(exact[field])}, str(what))
         signs = value <= 0 if "logprob" in field else ~value.signbit()
@@ -205,10 +204,9 @@ def noise(rows: int, vocabulary: int) -> torch.Tensor:
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
 
 
+# Tokens 0 of nearly all probability, once of all: no log-probability is above 0, of either model;
+# the entropy of a one-hot row is 0, not -0.
 def certain() -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens 0 of nearly all probability, once of all: no log-probability is above 0, of either
-    model; the entropy of a one-hot row is 0, not -0.
-    """
     rows = 16 if INTERPRETING else 256
     x = noise(rows, 100)
     x[:, 0] += 50 * (1 + torch.rand(rows, generator=torch.Generator().manual_seed(1)))
@@ -216,8 +214,8 @@ def certain() -> tuple[torch.Tensor, torch.Tensor]:
     return x, x + 1e-3
 
 
+# Peaks whose x·log2(e) rounds to the next whole number, beside nearly no other probability.
 def rounding_up() -> tuple[torch.Tensor, torch.Tensor]:
-    """Peaks whose x·log2(e) rounds to the next whole number, beside nearly no other probability."""
     x = torch.full((3, 64), -40.0)
     x[:, 0] = torch.tensor([14.556090, 15.249238, 13.862943])
     y = x.clone()
@@ -225,8 +223,8 @@ def rounding_up() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
+# KL(P‖Q) is that of the masked entry nearly alone, KL(Q‖P) hundreds of times smaller.
 def light_mask(fill: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(P‖Q) is that of the masked entry nearly alone, KL(Q‖P) hundreds of times smaller."""
     x = torch.tensor([[-0.5375, 5.7692, 0.8638, 2.8104, 0.0, 5.5563, 2.6901]])
     x[:, 4] = math.log(1.2 / -fill) + 6.4
     y = x + torch.tensor([[0.3, -0.2, 0.1, -0.3, 0.0, 0.2, -0.1]])
@@ -234,10 +232,9 @@ def light_mask(fill: float) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
+# A KL of 0.2 to 0.6 nats from one improbable entry that lies 20 to 50 nats away: the gradient to Q
+# is a hundredth of the KL.
 def few_far_entries() -> tuple[torch.Tensor, torch.Tensor]:
-    """A KL of 0.2 to 0.6 nats from one improbable entry that lies 20 to 50 nats away: the gradient
-    to Q is a hundredth of the KL.
-    """
     x, y = torch.zeros(12, 2), torch.zeros(12, 2)
     far = torch.linspace(20.0, 50.0, 12)
     x[:, 0] = -torch.log(far / torch.linspace(0.2, 0.6, 4).repeat(3))
@@ -245,10 +242,9 @@ def few_far_entries() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y + 0.3
 
 
+# Each side masks other entries, P also Q's peak: E_q[d] relative to the peak exceeds float32, the
+# gradients do not.
 def masked_peaks() -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Each side masks other entries, P also Q's peak: E_q[d] relative to the peak exceeds float32,
-    the gradients do not.
-    """
     x, y = noise(2, 300), noise(4, 300)[2:]
     y[:, 0] = 3.0
     x[:, :12], y[:, 200:] = -BIG, -BIG
@@ -301,10 +297,9 @@ def test_single_cases(implementation, name, field, turned) -> None:
     assert_right(case, implementation, name)
 
 
+# A row whose KL is infinite and has an upstream gradient of 0 keeps the gradient of its other
+# fields.
 def test_an_infinite_kl_that_is_left_out(implementation) -> None:
-    """A row whose KL is infinite and has an upstream gradient of 0 keeps the gradient of its other
-    fields.
-    """
     x, y = torch.zeros(1, 8), torch.zeros(1, 8)
     y[0, 3] = -math.inf
     one, zero = torch.ones(1), torch.zeros(1)
@@ -321,14 +316,13 @@ def test_an_infinite_kl_that_is_left_out(implementation) -> None:
 # ---- penalties and hidden states
 
 
+# Masked actions of one model, by its logits or by a bias of its lm_head: an entry that the first
+# model masks has probability 0; one that the second masks by -inf makes the KL infinite.
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
 @pytest.mark.parametrize("fill", [-1e9, -1e30, -math.inf])
 @pytest.mark.parametrize("masked", ["policy", "reference"])
 @pytest.mark.parametrize("direction", ["policy||reference", "reference||policy"])
 def test_penalties_beside_a_mask(implementation, direction, masked, fill, linear) -> None:
-    """Masked actions of one model, by its logits or by a bias of its lm_head: an entry that the
-    first model masks has probability 0; one that the second masks by -inf makes the KL infinite.
-    """
     if implementation.interpreted and fill != -1e9:
         pytest.skip("one size of mask in the interpreter is enough: the far rows have all")
     hidden, ref_hidden, weight = noise(72, 8).split((ROWS, ROWS, 40))
@@ -355,11 +349,9 @@ def test_penalties_beside_a_mask(implementation, direction, masked, fill, linear
         testing.assert_gradient(torch.autograd.grad(loss, states)[0].flatten(), expected)
 
 
+# ref_kl of rows with two peaks, from hidden states and over several programs of a row: gradients to
+# both models. Those to the weights alone: a product over all entries has roundings of its own.
 def test_no_gradient_takes_the_place_of_logits_to_be_read_again(implementation) -> None:
-    """ref_kl of rows with two peaks, from hidden states and over several programs of a row:
-    gradients to both models. Those to the weights alone: a product over all entries has roundings
-    of its own.
-    """
     vocabulary = 70001
     weight, ref_weight, hidden = noise(2 * vocabulary + 2, 4).split((vocabulary, vocabulary, 2))
     ref_weight, hidden = weight + 0.01 * ref_weight, 0.1 * hidden

@@ -13,8 +13,7 @@ import pytest
 import torch
 from cases import INTERPRETING, Rows, assert_gradients, assert_same, padded
 
-import fastkl
-from fastkl import divergence, testing, token_stats
+from fastkl import testing, token_stats
 from fastkl.ops.fields import FIELDS
 
 pytest.importorskip("triton")
@@ -33,12 +32,11 @@ def outcome(p, q, tokens, upstream) -> list[torch.Tensor]:
     return [value for rows in both for value in cases.outcome(rows, p.device, upstream)]
 
 
+# Contiguous p, q, tokens and upstream gradients of a few rows; the first row starts on a 16-byte
+# boundary.
 def data(
     vocabulary: int, dtype: torch.dtype, device: str, rows: int = 2
 ) -> tuple[torch.Tensor, ...]:
-    """Contiguous p, q, tokens and upstream gradients of a few rows; the first row starts on a
-    16-byte boundary.
-    """
     sizes = (0.03, 1.0, 0.3, 0.1, 0.3)[:rows]
     p, q = testing.sizes_pair("normal3", sizes, (0.0, 50.0), vocabulary, dtype)
     tokens = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(1))
@@ -49,12 +47,11 @@ def data(
 ALIGNED = (0, 0, 0, 0)
 
 
+# The bits of rows, in this order, do not change with their batch, position, alignment and strides:
+# (padding, offset) of p and of q; the results of each row alone.
 def assert_invariant(
     p, q, tokens, upstream, order: list[int], layouts: tuple[tuple[int, ...], ...] = (ALIGNED,)
 ) -> list[torch.Tensor]:
-    """The bits of rows, in this order, do not change with their batch, position, alignment and
-    strides: (padding, offset) of p and of q; the results of each row alone.
-    """
     alone = [
         outcome(p[[i]].clone(), q[[i]].clone(), tokens[[i]], upstream[:, [i]])
         for i in range(len(p))
@@ -76,22 +73,20 @@ if INTERPRETING:
     BATCHES = [(1003, 9, ()), (1003, 2, OTHERS[:3]), (9003, 2, ())]
 
 
+# Alone, or in a batch: rows of odd length one after the other start at every distance from a
+# 16-byte boundary; padded, to whole blocks too; sliced.
+#
+# 5 rows of float32 and 9 of bfloat16 see every distance.
 @pytest.mark.parametrize("vocabulary, count, layouts", BATCHES)
 def test_same_bits_wherever_a_row_is(kernels, vocabulary, count, layouts, dtype) -> None:
-    """Alone, or in a batch: rows of odd length one after the other start at every distance from a
-    16-byte boundary; padded, to whole blocks too; sliced.
-
-    5 rows of float32 and 9 of bfloat16 see every distance.
-    """
     order = [i % 2 for i in range(min(count, 5 if dtype == torch.float32 else 9))]
     assert_invariant(*data(vocabulary, dtype, kernels.device), order, (ALIGNED, *layouts))
 
 
+# Right, and the same bits in any batch, for each way to cut a row, whether or not rows are read
+# again: half masked, equal, far, peaked. Four rows share a program of the fallback.
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_configuration(kernels, name, dtype) -> None:
-    """Right, and the same bits in any batch, for each way to cut a row, whether or not rows are
-    read again: half masked, equal, far, peaked. Four rows share a program of the fallback.
-    """
     vocabulary = 2 * CONFIGS[name].segment + 9 if INTERPRETING else 70001
     p, q, tokens, upstream = data(vocabulary, dtype, kernels.device, 5)
     p[1, 1::2], q[1, 1::2], tokens[1], q[2] = -math.inf, -math.inf, 0, p[2]
@@ -110,11 +105,10 @@ def test_each_configuration(kernels, name, dtype) -> None:
 # ---- memory
 
 
+# Rows 1.2e9 elements apart, by either stride or by the storage offset: memory between them is never
+# touched. Two leading dimensions that do not merge, the outer one far apart, and one row behind a
+# large offset too.
 def test_offsets_beyond_two_to_the_31(kernels) -> None:
-    """Rows 1.2e9 elements apart, by either stride or by the storage offset: memory between them is
-    never touched. Two leading dimensions that do not merge, the outer one far apart, and one row
-    behind a large offset too.
-    """
     vocabulary, step = 515, 1_200_000_000
     p, q, tokens, upstream = data(vocabulary, torch.bfloat16, kernels.device, 3)
     expected = outcome(p, q, tokens, upstream)
@@ -148,10 +142,9 @@ def test_gradients_beyond_two_to_the_31(kernels) -> None:
             testing.assert_same_bits(grad[row], grad[0], f"row {row}")
 
 
+# Vocabularies, paddings, offsets and types of either tensor, in NaN surroundings: right, and
+# nothing else is written.
 def test_random_sweep(kernels) -> None:
-    """Vocabularies, paddings, offsets and types of either tensor, in NaN surroundings: right, and
-    nothing else is written.
-    """
     numbers, types = random.Random(0), [*cases.FLOATS.values()]
     for trial in range(10 if INTERPRETING else 60):
         ranges = (1, 40), (41, 1500), (1501, 3000 if INTERPRETING else 9000)
@@ -188,11 +181,10 @@ def test_backward_in_place(kernels, vocabulary, fields, dtype) -> None:
 VOCABULARIES = (*range(1, 3001), 32000, 50257, 128256, 151936, 152064, 262144, 524288, 1_000_000)
 
 
+# Segments cover a row, end at multiples of a sixteenth of it rounded up to 8, and are near the
+# preferred length.
 @pytest.mark.parametrize("preferred", [512, 1024, 8192, 16384, 32768])
 def test_segment_lengths(preferred) -> None:
-    """Segments cover a row, end at multiples of a sixteenth of it rounded up to 8, and are near the
-    preferred length.
-    """
     for vocabulary in VOCABULARIES:
         segment = config.segment_length(vocabulary, preferred)
         what = f"V={vocabulary}, preferred {preferred}: {segment}"
@@ -230,10 +222,9 @@ def test_arguments_come_in_the_order_of_the_signatures(kernels, monkeypatch) -> 
     assert seen == {*LAUNCHED}
 
 
+# The first start goes through Triton, by name and with the compiler's options; the others start its
+# compiled kernel, by position.
 def test_a_variant_is_compiled_once() -> None:
-    """The first start goes through Triton, by name and with the compiler's options; the others
-    start its compiled kernel, by position.
-    """
     kernel = mock.MagicMock()
     variant = launch.Variant(kernel, {"SEGMENT": 8, "THREADS": 4}, {"num_warps": 2})
     for programs in (5, 6, 7):
@@ -252,9 +243,9 @@ def on_gpu(dtype, rows: int, temperature: float, masked: bool, vocabulary: int =
     return cases.outcome(Rows(p, q, torch.zeros(rows).long(), mask, temperature), "cuda")
 
 
+# With other tensors, numbers, masks and types in between.
 @pytest.mark.gpu
 def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
-    """With other tensors, numbers, masks and types in between."""
     types, sizes = (torch.float32, torch.bfloat16), ((5, 1.0), (40, 0.5))
     calls = [
         (dtype, *size, masked)
@@ -273,9 +264,9 @@ def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
     assert len(started) == 3 * len(calls)
 
 
+# Other numbers of rows, vocabularies of as many segments, strides and temperatures.
 @pytest.mark.gpu
 def test_no_compilation_for_other_lengths() -> None:
-    """Other numbers of rows, vocabularies of as many segments, strides and temperatures."""
     counts = set()
     for rows, vocabulary, temperature in (
         *((3, 4096, 1.0), (1, 4096, 1.0), (2, 4096, 0.7), (16, 4096, 1.0)),
@@ -287,21 +278,7 @@ def test_no_compilation_for_other_lengths() -> None:
     assert len(counts) == 1 and 0 not in counts
 
 
-def test_slow_path_rows_are_those_that_row_finish_marks(kernels, monkeypatch) -> None:
-    from fastkl.kernels import row_finish, row_math
-
-    limits = row_finish.LARGE_KL, row_finish.LARGEST_DIFFERENCE
-    limits += (
-        row_math.LARGEST_D,
-        row_math.LARGEST_FAR_D,
-        row_math.FAR_SHARE,
-        row_math.LARGEST_LOG2_SUM,
-    )
-    assert [limit.value for limit in limits] == [
-        *(divergence.ONE_PASS_KL, divergence.ONE_PASS_DIFFERENCE),
-        *(divergence.ONE_PASS_D, divergence.ONE_PASS_FAR_D),
-        *(divergence.FAR_SHARE, divergence.ONE_PASS_LSE),
-    ]
+def test_the_rows_that_row_finish_leaves_to_the_fallback(kernels, monkeypatch) -> None:
     p, q = testing.pair("normal3", 15, 300, 0.3, device=kernels.device)
     # 8 nats in one direction alone; KL(Q‖P) far below KL(P‖Q).
     for row, x, y in ((0, 0.0, 14.2), (13, -5.0, 10.0), (14, 0.0, -25.0)):
@@ -313,15 +290,17 @@ def test_slow_path_rows_are_those_that_row_finish_marks(kernels, monkeypatch) ->
     p[11, 0], q[11, 1] = p[11].max() + 3.0, q[11].max() + 12.0
     q[5, 9], q[9], q[10], q[7] = q[5, 9] + 150.0, q[9] + 70.0, q[10] + 40.0, q[7] * 60.0
     q[12, p[12].argmax()] += 30.0
-    expected = fastkl.slow_path_rows(p, q)
+    # 16-bit logits 100 apart, at a temperature of 10.
+    x, y = (
+        side.bfloat16().to(kernels.device)
+        for side in testing.pair("normal3", 1, 300, 0.1, shift=100.0)
+    )
     monkeypatch.setattr(launch, "RUN_FALLBACK", False)
-    tokens = torch.zeros(15, dtype=torch.long, device=p.device)
-    assert torch.equal(cases.forward("triton", Rows(p, q, tokens)).saved[:, 0].isnan(), expected)
-    assert expected.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9, *range(11, 15)]
-    alone = cases.forward("triton", Rows(p[8:9], None), ("entropy",))
-    assert alone.saved[0, 0].isnan()
-    # 16-bit logits 100 apart, a temperature of 10.
-    p, q = (side.bfloat16() for side in testing.pair("normal3", 1, 300, 0.1, shift=100.0))
-    p, q = p.to(kernels.device), q.to(kernels.device)
-    saved = cases.forward("triton", Rows(p, q, None, None, 10.0), ("kl",)).saved
-    assert saved[0, 0].isnan() and fastkl.slow_path_rows(p, q, temperature=10.0)
+    marked = [0, 1, 2, 3, 4, 5, 7, 8, 9, *range(11, 15)]
+    for rows, wanted, expected in (
+        (Rows(p, q, torch.zeros(15, dtype=torch.long, device=p.device)), FIELDS, marked),
+        (Rows(p[8:9], None), ("entropy",), [0]),
+        (Rows(x, y, None, None, 10.0), ("kl",), [0]),
+    ):
+        saved = cases.forward("triton", rows, wanted).saved
+        assert saved[:, 0].isnan().nonzero()[:, 0].tolist() == expected

@@ -49,10 +49,10 @@ KINDS = [("normal3", 1e-3, V), ("normal3", 1.0, V), ("very_peaked", 0.1, V)]
 LENGTHS = [("normal3", 0.1, vocabulary) for vocabulary in (1, 7, 500, 1000, 2052)]
 
 
+# Beside a masked row, in memory of a whole number of blocks, also of one program a row.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind, size, vocabulary", KINDS + LENGTHS)
 def test_values_and_gradients(kind, size, vocabulary, dtype) -> None:
-    """Beside a masked row, in memory of a whole number of blocks, also of one program a row."""
     if DEVICE == "cuda" and vocabulary != V:
         pytest.skip("programs of a GPU take turns by themselves")
     p, q, weights = pair(kind, size, dtype, 3 if vocabulary == V else 2, vocabulary)
@@ -109,10 +109,10 @@ def test_rows_whose_sums_do_not_hold() -> None:
     testing.assert_gradient(grad[some], testing.kl_gradients(exact, weights).p.cpu()[some])
 
 
+# The chunks of a linear loss that only P learns from, where the configuration has it so.
 @pytest.mark.parametrize("on", [True, False])
 @pytest.mark.parametrize("learns", [True, False], ids=["both learn", "P learns"])
 def test_where_it_is_used(monkeypatch, on, learns) -> None:
-    """The chunks of a linear loss that only P learns from, where the configuration has it so."""
     fused = mock.Mock(wraps=launch_fused.fused)
     monkeypatch.setattr(launch_fused, "fused", fused)
     monkeypatch.setattr(config, "fuses", lambda arch: on)
