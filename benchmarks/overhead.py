@@ -1,28 +1,31 @@
 """The Python of one call with few rows, launches left out.
 
-    python -m benchmarks.overhead [--json FILE]
+    python -m benchmarks.overhead [--against PATH] [--json FILE]
 
 With few rows this is the whole time of a call. Each function is called on plain tensors, and by way
 of its custom op, which torch.compile, dispatch modes and tensor subclasses take. No GPU is needed:
-tensors are on the CPU, kernels are not run.
+tensors are on the CPU, kernels are not run. --against compares plain tensors with another checkout
+of the repository: processes of the two take turns, so that other work of the machine meets both.
 """
 
+import contextlib
 import cProfile
 import itertools
+import json
+import subprocess
 import sys
 import timeit
 from functools import partial
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import torch
 
-import fastkl
-from benchmarks.record import command_line, gather, provenance
-from fastkl.ops import dual_op
+import fastkl  # of either checkout, which may be older: the rest is imported where it is used
 
 ROWS, VOCABULARY = 8, 128
-CALLS, REPEATS = 300, 7
+CALLS, REPEATS, TURNS = 300, 7, 5
 WAYS = ("plain tensors", "custom op")
 STEPS = ("no gradient", "forward", "forward and backward")
 FUNCTIONS = {
@@ -34,7 +37,8 @@ FUNCTIONS = {
 
 
 def costs(name, calls, repeats):
-    """Return {step: microseconds} and "calls": functions of fastkl that the last step enters."""
+    """Return {step: microseconds} and "calls": functions of fastkl that the last step enters; None
+    where this fastkl does not know an argument."""
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(ROWS, VOCABULARY, generator=generator) for _ in "pq")
     p.requires_grad_()
@@ -49,6 +53,7 @@ def costs(name, calls, repeats):
         mock.patch("fastkl.kernels.launch.Variant.start", lambda *_: None),
         mock.patch("fastkl.backend._interpreting", lambda: True),
         fastkl.use_backend("triton"),
+        contextlib.suppress(TypeError),
     ):
         for step, call in zip(STEPS, (torch.no_grad()(forward), forward, whole), strict=True):
             # The shortest of several: other work of the machine only adds to it.
@@ -70,18 +75,50 @@ def python_calls(call):
 
 def measure(calls=CALLS, repeats=REPEATS):
     """Yield {"function", "way", step: microseconds, "calls"}."""
+    from fastkl.ops import dual_op
+
     for name, way in itertools.product(FUNCTIONS, WAYS):
         plain = dual_op._plain if way == "plain tensors" else lambda _: False
         with mock.patch.object(dual_op, "_plain", plain):
             yield {"function": name, "way": way, **costs(name, calls, repeats)}
 
 
+def compare(path, calls=CALLS, repeats=REPEATS, turns=TURNS):
+    """Yield {"function", "ratio": {step: here over there}, "calls": [here, there]}: medians of
+    turns; of the functions that both have."""
+    file = Path(__file__).resolve()
+    code = "import json, runpy, sys; costs = runpy.run_path(sys.argv[1])['costs']; "
+    code += "print(json.dumps([costs(n, *map(int, sys.argv[2:4])) for n in sys.argv[4:]]))"
+    # By -c, since a script would put its own folder on the path in place of the checkout.
+    command = [sys.executable, "-c", code, *map(str, (file, calls, repeats)), *FUNCTIONS]
+
+    def turn(checkout):
+        return json.loads(subprocess.run(command, cwd=checkout, stdout=-1, check=True).stdout)
+
+    rounds = [(turn(file.parents[1]), turn(path)) for _ in range(turns)]
+    for index, name in enumerate(FUNCTIONS):
+        pairs = [(here[index], there[index]) for here, there in rounds]
+        if None in pairs[0]:
+            continue
+        ratio = {s: round(median(ours[s] / theirs[s] for ours, theirs in pairs), 3) for s in STEPS}
+        yield {"function": name, "ratio": ratio, "calls": [side["calls"] for side in pairs[0]]}
+
+
 def main(argv=None):
-    arguments = command_line("overhead", __doc__.splitlines()[0]).parse_args(argv)
+    from benchmarks.record import command_line, gather, provenance
+
+    parser = command_line("overhead", __doc__.splitlines()[0])
+    parser.add_argument("--against", metavar="PATH", help="another checkout of the repository")
+    arguments = parser.parse_args(argv)
+    if arguments.against and not Path(arguments.against, "fastkl", "__init__.py").is_file():
+        parser.error(
+            f"--against: expected a checkout of the repository, got {arguments.against!r}, without "
+            "fastkl/__init__.py; make one with git worktree add PATH COMMIT"
+        )
     torch.set_num_threads(1)
     print("microseconds of Python in a call, launches left out, and functions of fastkl entered")
     data = {**provenance("overhead", argv), "rows": ROWS, "vocabulary": VOCABULARY}
-    gather(arguments.json, data, measure())
+    gather(arguments.json, data, compare(arguments.against) if arguments.against else measure())
     return 0
 
 

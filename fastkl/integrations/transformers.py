@@ -119,15 +119,15 @@ class KLCallback(TrainerCallback, ExportableState):
         steps. Raises TypeError or ValueError for others.
         """
         for name, value in (("kl", kl), ("entropy", kl if entropy is None else entropy)):
-            expect(
-                isinstance(value, torch.Tensor) and value.dtype in _checks.FLOAT_TYPES,
+            _checks.per_row(
                 name,
-                "a float tensor of one number per token, [..., T]",
                 value,
+                getattr(kl, "shape", torch.Size()),
+                getattr(kl, "device", torch.device("cpu")),
+                _checks.FLOAT_TYPES,
+                "a float tensor of one number per token, [..., T]",
                 "pass it before its mean is taken",
-                TypeError,
             )
-            _checks.per_row(name, value, kl.shape, kl.device)
         expect(kl.dim() > 0, "kl", "[..., T]", "a scalar", "pass it before its mean is taken")
         _checks.mask(mask, kl.shape, kl.device)
         if torch.is_grad_enabled():
