@@ -9,6 +9,7 @@ file is not as it should be, and nothing was written; 2: wrong use.
 
 import argparse
 import sys
+import textwrap
 from functools import partial
 
 from benchmarks import accuracy, cpu, tables
@@ -120,7 +121,8 @@ def speed_section(data):
         f" {MAIN['vocabulary']}, bfloat16; hidden states of {LINEAR_MAIN['hidden']}; {RATIOS}."
     )
     head = ["", "fastkl", "best other", "plain torch", tables.PEAKS]
-    return words + "\n\n" + markdown(head, [lines[name] for name in SPEED if name in lines])
+    table = markdown(head, [lines[name] for name in SPEED if name in lines])
+    return textwrap.fill(words, 110) + "\n\n" + table
 
 
 def gpu_section(data):
