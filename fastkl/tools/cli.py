@@ -7,8 +7,6 @@ closed pipe.
 Imports the standard library alone until a command is known to be right, so that it starts fast.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -16,13 +14,13 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from .. import __version__
-from . import compare, demo, options
+from . import demo, options
 from .errors import UseError, told
 from .files import check_writable
 
@@ -32,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal's encoding lacks becomes "?".
         getattr(stream, "reconfigure", dict)(errors="replace")
-    _exit_on_signals()
     try:
         try:
-            given = build_parser().parse_args(argv)
-            return int(given.run(given))
+            with _exits_on_signals():
+                given = build_parser().parse_args(argv)
+                return int(given.run(given))
         finally:
             sys.stdout.flush()  # here, where a failure is told, and not at exit
     except UseError as error:
@@ -54,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _exit_on_signals() -> None:
+@contextlib.contextmanager
+def _exits_on_signals() -> Iterator[None]:
     """Exit by an exception on SIGTERM and SIGHUP, so that files and processes are removed.
 
     A signal that is ignored, as under nohup, or has a handler already, keeps it.
@@ -64,10 +63,13 @@ def _exit_on_signals() -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the tidying
         raise SystemExit(128 + number)
 
-    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if signal.getsignal(number) == signal.SIG_DFL:
-            with contextlib.suppress(ValueError):  # in a thread
-                signal.signal(number, end)
+    with contextlib.ExitStack() as restored:
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                with contextlib.suppress(ValueError):  # in a thread
+                    signal.signal(number, end)
+                    restored.callback(signal.signal, number, signal.SIG_DFL)
+        yield
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,10 +93,9 @@ def _run_demo(given: argparse.Namespace) -> int:
         given.out.mkdir(parents=True, exist_ok=True)
         check_writable(given.out / "report.json")
     given.device = _choose_device(given.device)
-    report = _load("demo", ".demo.report")
-    names = {field.name for field in dataclasses.fields(demo.Settings)}
-    chosen = {name: value for name, value in vars(given).items() if name in names}
-    return int(report.run_demo(demo.choose_settings(**chosen), given.out))
+    names = {field.name for field in dataclasses.fields(demo.Settings)} & vars(given).keys()
+    settings = demo.choose_settings(**{name: getattr(given, name) for name in names})
+    return int(_load("demo", ".demo.report").run_demo(settings, given.out))
 
 
 def _run_compare(given: argparse.Namespace) -> int:
@@ -103,9 +104,7 @@ def _run_compare(given: argparse.Namespace) -> int:
     given.text = inputs.files(given.text)
     inputs.check_files(given.text, given.html, given.json)
     given.device = _choose_device(given.device)
-    run = _load("compare", ".compare.run")
-    names = [field.name for field in dataclasses.fields(compare.Settings)]
-    return int(run.run_compare(compare.Settings(**{name: getattr(given, name) for name in names})))
+    return int(_load("compare", ".compare.measure").run_compare(given))
 
 
 def _run_plot(given: argparse.Namespace) -> int:

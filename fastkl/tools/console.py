@@ -1,7 +1,5 @@
 """Numbers, tables and progress bars of the tools, as a terminal shows them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,7 +28,7 @@ def table(rows: Sequence[Sequence[str]], align: str, width: int = 10**9) -> list
     return lines
 
 
-def progress(items: Iterable[Any], title: str, **options: Any) -> tqdm[Any]:
+def progress(items: Iterable[Any], title: str, **options: Any) -> "tqdm[Any]":
     """Iterate over items with a bar on stderr."""
     # A log file gets a line now and then, a terminal a moving bar.
     interval = 0.1 if sys.stderr.isatty() else 15.0

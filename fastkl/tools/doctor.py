@@ -3,8 +3,6 @@
 Checks run in a process of their own: a crash or a hang costs one check and not the report.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import importlib.metadata
@@ -15,9 +13,9 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +63,6 @@ class Outcome(NamedTuple):
 def check_machine(device: torch.device) -> Outcome:
     """Report versions, GPU, implementation and variables; figures: torch.utils.collect_env's."""
     installed = {each.name: each.version for each in importlib.metadata.distributions()}
-    needs = "\n".join(importlib.metadata.requires("torch") or ())
     variables = [f"{n}={v}" for n, v in sorted(os.environ.items()) if re.match(VARIABLES, n)]
     found, faults = fastkl.explain(torch.zeros(1, 8, device=device)), []
     if device.type == "cuda":
@@ -74,6 +71,7 @@ def check_machine(device: torch.device) -> Outcome:
     else:
         gpu = collect_env.get_gpu_info(collect_env.run)
         faults += ["torch does not see the GPU"] * bool(gpu and not torch.cuda.device_count())
+    needs = "\n".join(importlib.metadata.requires("torch") or ())
     for wanted in re.findall(r"\btriton==([\d.]+)", needs):
         other = not installed.get("triton", "none").startswith(wanted)
         faults += [f"this torch asks for triton {wanted}"] * other
@@ -81,8 +79,7 @@ def check_machine(device: torch.device) -> Outcome:
     faults += ["one of the variables costs time or precision"] * costly
     versions = [f"{name} {installed.get(name, 'none')}" for name in ("torch", "triton")]
     text = ", ".join([f"fastkl {fastkl.__version__}", *versions, f"GPU: {gpu}", *variables])
-    found_all = collect_env.get_env_info()._asdict()
-    figures = {name: str(value) for name, value in found_all.items()}
+    figures = {name: str(value) for name, value in collect_env.get_env_info()._asdict().items()}
     status = "FAIL" if found.problems else "warning" if faults else "ok"
     return Outcome(status, "; ".join([text, str(found), *faults]), figures)
 
@@ -95,7 +92,7 @@ def _kl(p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None = None) -> F
 
 
 def _weights(p: torch.Tensor) -> torch.Tensor:
-    """Weights of both signs; for float16 as large as a GradScaler makes them."""
+    # Of both signs; for float16 as large as a GradScaler makes them.
     values = torch.linspace(-1.5, 2.0, p[..., 0].numel(), device=p.device)
     return values.view(p.shape[:-1]) * (4096.0 if p.dtype == torch.float16 else 1.0)
 
@@ -111,7 +108,6 @@ def _results(function: Function, inputs: Pair, upstream: Fields) -> Fields:
 def _compare(
     function: Function, truth: Function, inputs: Pair, upstream: Fields, limit: float
 ) -> Outcome:
-    """Compare a function's fields and gradients with those of float64."""
     results = _results(function, inputs, upstream)
     exact = _results(truth, [value.double() for value in inputs], upstream)
     error = testing.assert_stats({name: results[name] for name in MIX if name in results}, exact)
@@ -125,7 +121,7 @@ def _compare(
 
 
 def _strided(dtype: torch.dtype) -> Pair:
-    """Views that start in the middle of a block, of rows that do not merge."""
+    # Views that start in the middle of a block, of rows that do not merge.
     bases = testing.pair("normal3", 120, 503, 0.3, dtype=dtype)
     view = testing.LAYOUTS["time without the first"]
     return [view(base.view(4, 5, 6, 503))[..., 1:] for base in bases]
@@ -161,9 +157,9 @@ def check_linear(device: torch.device, dtype: str) -> Outcome:
     truth = lambda x, w: {  # noqa: E731
         "kl": scale.double() @ testing.truth(rows(x) @ rows(w).T, ref).kl
     }
-    one = {"kl": torch.ones((), device=device)}
     # Flat, so that a gradient counts as a whole.
-    return _compare(ours, truth, (hidden.flatten(), weight.flatten()), one, LIMITS[dtype][1])
+    flat, upstream = (hidden.flatten(), weight.flatten()), {"kl": torch.ones((), device=device)}
+    return _compare(ours, truth, flat, upstream, LIMITS[dtype][1])
 
 
 def check_sum(shape: tuple[int, int], device: torch.device, dtype: str) -> Outcome:
@@ -231,7 +227,6 @@ def all_checks() -> dict[str, Callable[[torch.device], Outcome]]:
 
 def run_check(device: str, key: str) -> Outcome:
     """Run a check; an exception is a FAIL with its first and last line, a hang ends the process."""
-    faulthandler.enable(STDERR)
     faulthandler.dump_traceback_later(HANG, exit=True, file=STDERR)
     try:
         outcome = all_checks()[key](torch.device(device))
@@ -247,45 +242,44 @@ def run_check(device: str, key: str) -> Outcome:
         faulthandler.cancel_dump_traceback_later()
 
 
-class Isolated:
-    """Runs checks in a process, and in a new one after a check that failed: it may have lost the
-    GPU.
+def run_checks(device: str, keys: Sequence[str], send: Connection) -> None:
+    """Run checks in this process, the first of its group, and send their outcomes."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # so that its compilers end with it
+    faulthandler.enable(STDERR)
+    for key in keys:
+        send.send(run_check(device, key))
+
+
+def outcomes(device: str, keys: Sequence[str]) -> Generator[Outcome, None, None]:
+    """Run checks in another process, whatever happens to it, and yield their outcomes.
+
+    After a check that failed there is a new one: it may have lost the GPU.
     """
-
-    def __init__(self, device: str) -> None:
-        self.device, self.crashes = device, 0
-        self.pool: futures.ProcessPoolExecutor | None = None
-        self.children: list[multiprocessing.process.BaseProcess] = []
-
-    def run(self, key: str) -> Outcome:
-        """Return the outcome of a check, whatever happens to the process that runs it."""
-        if self.crashes == CRASHES:
-            return Outcome("skipped", f"{CRASHES} checks crashed or hung before")
-        if self.pool is None:
-            spawn = multiprocessing.get_context("spawn")  # neither CUDA nor threads survive a fork
-            group = getattr(os, "setpgrp", None)  # so that its compilers end with it
-            self.pool = futures.ProcessPoolExecutor(1, spawn, group)
+    spawn = multiprocessing.get_context("spawn")  # neither CUDA nor threads survive a fork
+    done = crashes = 0
+    while done < len(keys) and crashes < CRASHES:
+        receive, send = spawn.Pipe(duplex=False)
+        child = spawn.Process(target=run_checks, args=(device, keys[done:], send), daemon=True)
+        child.start()
+        send.close()
+        outcome = Outcome("ok", "")
         try:
-            given = self.pool.submit(run_check, self.device, key)
-            self.children = multiprocessing.active_children()
-            outcome = given.result()
-        except futures.BrokenExecutor:
-            self.crashes += 1
-            text = f"it crashed, or hung for {HANG:.0f} s; its stack is on standard error"
-            outcome = Outcome("FAIL", text)
-        if outcome.status == "FAIL":
-            self.close()
-        return outcome
-
-    def close(self) -> None:
-        """End the process, and what it started, which may outlive it."""
-        for child in [*self.children, *multiprocessing.active_children()]:
+            while done < len(keys) and outcome.status != "FAIL":
+                try:
+                    outcome = receive.recv()
+                except EOFError:
+                    crashes += 1
+                    text = f"it crashed, or hung for {HANG:.0f} s; its stack is on standard error"
+                    outcome = Outcome("FAIL", text)
+                done += 1
+                yield outcome
+        finally:
             with contextlib.suppress(ProcessLookupError, AttributeError):
                 os.killpg(child.pid or 0, signal.SIGKILL)
             child.kill()
-        if self.pool is not None:
-            self.pool.shutdown()
-        self.pool = None
+            child.join()
+    yield from [Outcome("skipped", f"{CRASHES} checks crashed or hung before")] * (len(keys) - done)
 
 
 def run_doctor(device: str, json_to: str | None = None) -> int:
@@ -293,16 +287,16 @@ def run_doctor(device: str, json_to: str | None = None) -> int:
     out = sys.stderr if json_to == "-" else sys.stdout
     checks, rows = all_checks(), []
     print(f"fastkl doctor: {len(checks)} checks on {device}, in about a minute\n", file=out)
-    with contextlib.closing(Isolated(device)) as isolated:
+    with contextlib.closing(outcomes(device, [*checks])) as found:
         for key in checks:
             print(f"{key}: ", end="", file=out, flush=True)
-            outcome = isolated.run(key)
+            outcome = next(found)
             rows.append({"check": key, **outcome._asdict()})
             print(f"{outcome.status}, {outcome.text}", file=out, flush=True)
     counts = Counter(row["status"] for row in rows)
-    advice = "Something is wrong: paste this report into an issue." if counts["FAIL"] else ""
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-    print(f"\n{summary}. {advice or 'Nothing was found to be wrong.'}", file=out)
+    wrong = "Something is wrong: paste this report into an issue."
+    print(f"\n{summary}. {wrong if counts['FAIL'] else 'No check failed.'}", file=out)
     content = json_text({"device": device, "ok": not counts["FAIL"], "checks": rows})
     if json_to == "-":
         print(content, end="")

@@ -1,7 +1,5 @@
 """Errors of use, each one line: the argument, what was expected, what came, what to do."""
 
-from __future__ import annotations
-
 import contextlib
 import textwrap
 from collections.abc import Iterator

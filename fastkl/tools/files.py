@@ -1,7 +1,5 @@
 """Files of tools: written whole or not at all, and strict JSON."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """The options of the command line: their texts, types and defaults."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

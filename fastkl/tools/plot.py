@@ -1,7 +1,5 @@
 """`fastkl plot`: the picture of runs from the files that KLMonitor wrote."""
 
-from __future__ import annotations
-
 import io
 import math
 import textwrap

@@ -17,7 +17,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from fastkl.tools import cli  # noqa: E402
-from fastkl.tools.compare import Settings, loading, measure, run  # noqa: E402
+from fastkl.tools.compare import loading, measure  # noqa: E402
 
 WORDS = (
     "the cat sat on a mat while naïve café 日本 readers of <b>bold</b> & 'quoted' text looked on.\n"
@@ -89,7 +89,10 @@ def make_files(tmp_path_factory):
 
 def compare(files, a, b, **options):
     # (table of all tokens, the report, the tokens' ids per document).
-    _, tokens, result = run.compare(Settings(a, b, **{"text": files.text, **options}))
+    command = ["compare", a, b, "--text", "x", "--device", "cpu"]
+    settings = cli.build_parser().parse_args(command)
+    vars(settings).update({"text": files.text, **options})
+    _, tokens, result = measure.compare(settings)
     ids = tokens.groupby("document", sort=False)["id"]
     return tokens, result, [part.tolist() for _, part in ids]
 

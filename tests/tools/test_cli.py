@@ -1,12 +1,8 @@
 """The command line: it starts without torch, and ends in one line whatever ends it."""
 
-from __future__ import annotations
-
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -107,52 +103,41 @@ def test_a_device_that_this_machine_lacks(capsys):
 # ---- the end
 
 
-@pytest.fixture
-def doing(monkeypatch):
-    # Make `fastkl doctor` do something else; return its exit code, returned or raised.
-    def run_instead(action):
-        monkeypatch.setattr(cli, "_run_doctor", lambda given: action() or 0)
-        try:
-            return cli.main(["doctor"])
-        except SystemExit as ended:
-            return ended.code
-
-    return run_instead
+SIGNALLED = """
+import signal, sys, time
+from fastkl.tools import cli
+number, first = (getattr(signal, name) for name in sys.argv[1:])
+def waiting(given):
+    try:
+        signal.raise_signal(number)
+        time.sleep(0 if first == signal.SIG_IGN else 60)
+        return 0
+    finally:
+        if number != signal.SIGINT:
+            signal.raise_signal(number)  # a second one does not disturb
+        print("tidied")
+signal.signal(number, first)
+cli._run_doctor = waiting
+try:
+    sys.exit(cli.main(["doctor"]))
+finally:
+    print(signal.getsignal(number) == first)
+"""
 
 
 @pytest.mark.parametrize(
-    "name, code, said",
-    [("SIGINT", 130, "interrupted\n"), ("SIGTERM", 143, ""), ("SIGHUP", 129, "")],
+    "name, first, code, said",
+    [
+        ("SIGINT", "default_int_handler", 130, "interrupted\n"),
+        ("SIGTERM", "SIG_DFL", 143, ""),
+        ("SIGHUP", "SIG_DFL", 129, ""),
+        ("SIGHUP", "SIG_IGN", 0, ""),  # as under nohup
+    ],
 )
-def test_a_signal_tidies_up(name, code, said, doing, capsys):
-    number, tidied = getattr(signal, name), []
-
-    def waiting():
-        try:
-            # To this thread: another one might take a signal to the process only after the end.
-            signal.raise_signal(number)
-            time.sleep(10)
-        finally:
-            if number != signal.SIGINT:
-                signal.raise_signal(number)  # a second one does not disturb
-            tidied.append(True)
-
-    # Another test's library may have left a handler.
-    fresh = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    before = signal.signal(number, fresh)
-    try:
-        assert doing(waiting) == code and tidied and capsys.readouterr() == ("", said)
-    finally:
-        signal.signal(number, before or fresh)
-
-
-def test_an_ignored_signal_stays_ignored(doing):
-    # As under nohup.
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert doing(lambda: signal.raise_signal(signal.SIGHUP)) == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_a_signal_tidies_up_and_handlers_are_restored(name, first, code, said):
+    # In a process of its own, which a signal may end.
+    done = run(SIGNALLED, name, first, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "tidied\nTrue\n", said)
 
 
 MAIN = "import sys; from fastkl.tools.cli import main; sys.exit(main())"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -22,16 +21,11 @@ CPU = torch.device("cpu")
 KL, STATS, LINEAR = fastkl.kl_divergence, fastkl.token_stats, fastkl.linear_kl_divergence
 
 
-class Here:
-    # Runs the checks in this process, where they can be sabotaged.
-    def __init__(self, device):
-        self.run, self.close = functools.partial(doctor.run_check, device), lambda: None
-
-
 @pytest.fixture
 def report(tmp_path, monkeypatch):
-    # Run the command here; return its exit code and the JSON.
-    monkeypatch.setattr(doctor, "Isolated", Here)
+    # Run the checks in this process, where they can be sabotaged; return exit code and JSON.
+    here = lambda device, keys: (doctor.run_check(device, key) for key in keys)  # noqa: E731
+    monkeypatch.setattr(doctor, "outcomes", here)
 
     def run(device="cpu"):
         code = cli.main(["doctor", "--device", device, "--json", str(tmp_path / "report.json")])
@@ -113,9 +107,9 @@ SABOTAGE = {
         "kl_divergence",
         spoiled(1, lambda g: 1.02 * g),
         AGREE,
-        "the second: row",
+        "the second: ",
     ),
-    "gradient to p is 0": ("kl_divergence", spoiled(0, torch.zeros_like), AGREE, "the first: row"),
+    "gradient to p is 0": ("kl_divergence", spoiled(0, torch.zeros_like), AGREE, "the first: "),
     "entropy off": ("token_stats", stats_off("entropy"), {"token_stats"}, "entropy: "),
     "log-prob off": ("token_stats", stats_off("ref_logprob"), {"token_stats"}, "ref_logprob: "),
     "linear off": (
@@ -166,27 +160,33 @@ def hang(device):
     time.sleep(1000)
 
 
-RUN_CHECK, FAULTS = doctor.run_check, {"crash": lambda device: os.abort(), "hang": hang}
+RUN_CHECK, RUN_CHECKS = doctor.run_check, doctor.run_checks
+FAULTS = {"crash": lambda device: os.abort(), "hang": hang}
 FAULTS |= {"broken": raises, "fine": lambda device: doctor.Outcome("ok", str(os.getpid()))}
 
 
-def replaced(device, key):
-    # Stands in for run_check in another process, which finds it by its name.
-    doctor.all_checks, doctor.HANG = lambda: FAULTS, 0.5 if key == "hang" else 1000.0
+def replaced(device, keys, send):
+    # Stands in for run_checks in another process, which finds it by its name.
+    doctor.all_checks, doctor.run_check = lambda: FAULTS, timed
+    RUN_CHECKS(device, keys, send)
+
+
+def timed(device, key):
+    doctor.HANG = 0.5 if key == "hang" else 1000.0
     return RUN_CHECK(device, key)
 
 
-def slow(device, key):
+def slow(device, keys, send):
+    os.setpgrp()
     hang(device)
 
 
 def test_a_crash_a_hang_or_a_failure_costs_one_check(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor, "run_check", replaced)
+    monkeypatch.setattr(doctor, "run_checks", replaced)
     monkeypatch.setattr(doctor, "CRASHES", 2)
     keys = ("fine", "fine", "broken", "fine", "crash", "fine", "hang", "fine")
-    with contextlib.closing(doctor.Isolated("cpu")) as isolated:
-        found = [isolated.run(key) for key in keys]
+    found = [*doctor.outcomes("cpu", keys)]
     status = [each.status for each in found]
     assert status == ["ok", "ok", "FAIL", "ok", "FAIL", "ok", "FAIL", "skipped"]
     assert len({each.text for each in found if each.status == "ok"}) == 3
@@ -209,7 +209,7 @@ def test_a_signal_leaves_no_process_behind(tmp_path):
     # Ended while a check runs, it takes its child and what that started with it.
     start = (
         "import sys, test_doctor\nfrom fastkl.tools import cli, doctor\n"
-        "doctor.run_check = test_doctor.slow\ndoctor.all_checks = lambda: {'hang': None}\n"
+        "doctor.run_checks = test_doctor.slow\ndoctor.all_checks = lambda: {'hang': None}\n"
         "sys.exit(cli.main(['doctor', '--device', 'cpu']))"
     )
     path = os.pathsep.join(map(str, (Path(__file__).parent, Path(fastkl.__file__).parents[1])))

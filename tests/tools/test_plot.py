@@ -126,14 +126,13 @@ def test_gaps_and_spikes_are_said(tmp_path) -> None:
     "text, words",
     [
         ("", "no finite 'kl/mean'"),
-        ("step,kl\n1,2\n", "got 'step,kl' in line 1"),
+        ("step,kl\n1,2\n", "got step,kl"),
         ('{"step": 1, "loss": 0.5}\n', "no finite 'kl/mean' but ['step', 'loss']"),
         ('{"step": 1, "kl/mean": null}\n', "no finite 'kl/mean'"),
         ('{"step": 1e400, "kl/mean": 1}', "the step inf"),
         ('{"step": null, "kl/mean": 1}', "the step nan"),
         ('{"step": "x", "kl/mean": 1}', "'x'"),
         ('{"step": 1, "kl/mean": [1]}', "'list'"),
-        ('{"step": 1, "kl/mean": 1, x}\n', "in line 1"),
     ],
 )
 def test_wrong_files(tmp_path, capsys, text, words) -> None:

@@ -1,7 +1,5 @@
 """Texts to tokens: the files that --text names, their documents, and the tokenizers' ids."""
 
-from __future__ import annotations
-
 import glob
 import itertools
 import json
@@ -15,8 +13,9 @@ from typing import Any, NamedTuple
 
 from ..errors import UseError, told
 from ..files import check_writable
-from . import STDIN
 
+# A file of this name is none: standard input as a text, standard output as an output.
+STDIN = STDOUT = Path("-")
 SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 
 # ---- files
@@ -44,20 +43,18 @@ def files(paths: Iterable[Path]) -> tuple[Path, ...]:
 
 def check_files(texts: Iterable[Path], html: Path | None, json: Path | None) -> None:
     """Refuse outputs that cannot be written, and a file with two uses."""
-    seen: set[str] = set()
-    outputs = {"--html": html, "--json": json}
-    named = [(option, path) for option, path in outputs.items() if path is not None]
-    for option, path in [*(("--text", path) for path in texts), *named]:
-        is_text = option == "--text"
-        place = f"- {is_text}" if path == STDIN else os.path.realpath(path)
-        if place in seen:
-            expected = "a file that has no other use"
-            raise UseError(option, expected, repr(str(path)), "choose another name")
-        seen.add(place)
-        if not is_text and path != STDIN:
-            expected = "a file in a folder that can be written to"
-            with told(option, expected, repr(str(path)), "choose another name"):
-                check_writable(path)
+    uses = [*(("--text", path) for path in texts), ("--html", html), ("--json", json)]
+    seen: set[object] = set()
+    for option, path in uses:
+        if path is not None:
+            place = (option == "--text") if path == STDIN else os.path.realpath(path)
+            got, remedy = repr(str(path)), "choose another name"
+            if place in seen:
+                raise UseError(option, "a file that has no other use", got, remedy)
+            seen.add(place)
+            if option != "--text" and path != STDOUT:
+                with told(option, "a file in a folder that can be written to", got, remedy):
+                    check_writable(path)
 
 
 # ---- documents
@@ -86,7 +83,6 @@ def documents(path: Path, tokenizer: Any) -> Iterator[tuple[str, str, bool]]:
 
 
 def _entry(fields: dict[str, Any], tokenizer: Any) -> tuple[str, bool]:
-    """Return the text of a line, and whether a chat template wrote it."""
     both = fields["prompt"] + fields["completion"] if "completion" in fields else None
     texts = [each for each in (both, fields.get("text")) if each and isinstance(each, str)]
     chats = [each for each in (both, fields.get("messages")) if each and isinstance(each, list)]
@@ -106,10 +102,7 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.own, self.ids = tokenizer, tokenizer.get_vocab()
-        self.encode("a")  # an error here for a slow tokenizer
-        alone, full = (
-            tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
-        )
+        alone, full = self.encode("a")[0], tokenizer("a")["input_ids"]
         starts = [at for at in range(len(full)) if full[at : at + len(alone)] == alone]
         self.prefix: list[int] = full[: starts[0]] if alone and starts else []
 
@@ -128,9 +121,8 @@ class TextTokenizer:
 
     def label(self, token: int) -> str:
         """Return a token as it reads; a part of a character as the tokenizer spells it."""
-        text: str = self.own.decode([token])
-        known = text and "�" not in text
-        return text if known else str(self.own.convert_ids_to_tokens(token))
+        text = self.own.decode([token])
+        return str(self.own.convert_ids_to_tokens(token) if "�" in text or not text else text)
 
 
 class Vocabulary(NamedTuple):
@@ -159,10 +151,8 @@ def shared_vocabulary(
     a, b = ids["A"], ids["B"]
     added = [set(tokenizer.own.get_added_vocab()) for tokenizer in tokenizers.values()]
     fixed = (a.keys() & b.keys()) - set.intersection(*added)
-    different, both = (
-        sorted(token for token in fixed if a[token] != b[token]),
-        a.items() & b.items(),
-    )
+    different = sorted(token for token in fixed if a[token] != b[token])
+    both = a.items() & b.items()
     if different or not both:
         raise _another(f"another; tokens with other ids: {different or 'all'}")
     alone = {each: sorted((at, token) for token, at in ids[each].items() - both) for each in "AB"}
@@ -172,7 +162,6 @@ def shared_vocabulary(
 
 
 def _another(got: str) -> UseError:
-    """Make the error of tokenizers that differ."""
     remedy = (
         "compare models whose tokenizer.json and tokenizer_config.json agree, or, where B was "
         "trained on A's tokens, choose --tokenizer A"
@@ -204,17 +193,18 @@ def read_document(
 
     An error where the tokenizers differ on it, or a model lacks one of its tokens.
     """
-    first = next(iter(tokenizers.values()))
-    ids, texts, starts = first.encode(text)
-    read = {letter: tokenizer.encode(text)[0] for letter, tokenizer in tokenizers.items()}
+    letter, first = next(iter(tokenizers.items()))
+    _, texts, starts = first.encode(text)
+    read = {
+        letter: [*([] if chat else tokenizer.prefix), *tokenizer.encode(text)[0]]
+        for letter, tokenizer in tokenizers.items()
+    }
     newlines = [at for at, character in enumerate(text) if character == "\n"]
     lines = [1 + bisect_left(newlines, at) for at in starts]
-    context = len(first.prefix)
-    if not chat:
-        read = {letter: tokenizers[letter].prefix + found for letter, found in read.items()}
-        ids, lines, texts = first.prefix + ids, [1] * context + lines, [""] * context + texts
-    elif ids[:context] != first.prefix:  # the template writes the special tokens, or none
-        context = 0
+    added = 0 if chat else len(first.prefix)
+    ids, lines, texts = read[letter], [1] * added + lines, [""] * added + texts
+    # A chat template writes the special tokens, or none.
+    context = len(first.prefix) if ids[: len(first.prefix)] == first.prefix else 0
     for letter, found in read.items():
         alone = [at for at in found if at >= vocabulary.size or at in vocabulary.unshared]
         if alone:
@@ -227,6 +217,30 @@ def read_document(
             in_a, in_b = ("nothing" if token is None else first.label(token) for token in pair)
             raise _another(f"other tokens for the same text: {in_a!r} of {name!r} is {in_b!r} in B")
     return Document(name, max(1, context), ids, lines, texts)
+
+
+def read(
+    paths: Iterable[Path],
+    tokenizers: dict[str, TextTokenizer],
+    vocabulary: Vocabulary,
+) -> tuple[list[Document], list[Path]]:
+    """Return the documents of at least 2 tokens, and the files that hold none."""
+    tokenizer, found, skipped = next(iter(tokenizers.values())), [], []
+    folders = [path.absolute().parent for path in paths if path != STDIN]
+    base = os.path.commonpath(folders or [Path()])
+    for path in paths:
+        name = "-" if path == STDIN else readable(os.path.relpath(path, base))
+        made = [
+            read_document(name + suffix, text, chat, tokenizers, vocabulary)
+            for suffix, text, chat in documents(path, tokenizer.own)
+        ]
+        long = [document for document in made if len(document.ids) > document.first]
+        found += long
+        skipped += [] if long else [path]
+    if not found:
+        got = f"fewer than 2 tokens in {' and in '.join(repr(str(path)) for path in skipped)}"
+        raise UseError("--text", "files with text", got, "check the names")
+    return found, skipped
 
 
 def readable(name: str | os.PathLike[str]) -> str:

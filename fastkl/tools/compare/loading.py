@@ -4,14 +4,15 @@ A PEFT adapter is not merged into 16-bit weights, which would round a small chan
 compute with the adapter beside them, and the lm_head is widened to float32 with it.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
+from transformers.utils.hub import has_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastkl import Head
 from fastkl.integrations.transformers import head_of
@@ -80,7 +81,7 @@ def widened(layer: torch.nn.Module, saved: dict[str, torch.Tensor]) -> Head:
 class Model:
     """A loaded causal language model, and its head, which gives the model's own logits."""
 
-    def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
+    def __init__(self, checkpoint: "Checkpoint", model: Any) -> None:
         self.checkpoint, self.class_name = checkpoint, type(model).__name__
         self.dtype, self.device = model.dtype, model.device
         output = model.get_output_embeddings()
@@ -103,7 +104,6 @@ class Model:
             self.head = self.head._replace(weight=changed.weight, bias=changed.bias)
 
     def about(self) -> dict[str, Any]:
-        """Describe the model for a report."""
         return {
             "name": readable(self.checkpoint.name),
             "class": self.class_name,
@@ -136,14 +136,6 @@ class Model:
 # ---- checkpoints
 
 
-def quiet() -> None:
-    """Turn off warnings and bars of transformers; this tool says itself what matters."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 class Checkpoint:
     """A checkpoint by its folder or hub name, before anything large is loaded.
 
@@ -153,10 +145,9 @@ class Checkpoint:
     """
 
     def __init__(self, argument: str, name: str) -> None:
-        from transformers import AutoConfig
-        from transformers.utils.hub import has_file
-        from transformers.utils.peft_utils import find_adapter_config_file
-
+        # This tool says itself what matters.
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         self.argument, self.name, self.source = argument, name, name
         self.adapter: dict[str, str] | None = None
         self.saved: dict[str, torch.Tensor] = {}
@@ -174,26 +165,22 @@ class Checkpoint:
                     raise ValueError(f"a {kind} changes the input, not a model's weights")
                 self.adapter = {"kind": str(kind), "base": readable(self.source)}
                 self.saved = peft.load_peft_weights(name, device="cpu")
-            self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
+            auto = transformers.AutoConfig
+            self.config = auto.from_pretrained(self.source, trust_remote_code=False)
         rows = [len(tensor) for key, tensor in self.saved.items() if key.endswith(ROWS)]
         size = getattr(self.config.get_text_config(), "vocab_size", None)
         self.rows: int | None = max(rows, default=size)
 
     def tokenizer(self) -> TextTokenizer:
         """Load the model's tokenizer; an adapter without one has that of its base."""
-        from transformers import AutoTokenizer
-        from transformers.utils.hub import has_file
-
         expected = "a fast tokenizer that can be loaded"
         with told(self.argument, expected, repr(self.name), "save a tokenizer.json there"):
             own = not self.adapter or has_file(self.name, "tokenizer_config.json")
-            name = self.name if own else self.source
-            return TextTokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+            name, auto = self.name if own else self.source, transformers.AutoTokenizer
+            return TextTokenizer(auto.from_pretrained(name, trust_remote_code=False))
 
     def load(self, dtype: str, device: str) -> Model:
         """Load the model, in `dtype` or that of its weights, with an adapter in its layers."""
-        import transformers
-
         architecture = (self.config.architectures or [""])[0]
         # A model of text and images is one; an encoder-decoder's class ends so, too, and is none.
         images = architecture.endswith("ForConditionalGeneration")

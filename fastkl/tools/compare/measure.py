@@ -1,10 +1,14 @@
-"""The values of every token, and their figures: of the whole text and of its worst parts."""
+"""The comparison: the values of every token, their figures, and all of it from files to report."""
 
-from __future__ import annotations
-
+import functools
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +20,13 @@ from fastkl.rl import KLMonitor
 
 from ..console import progress
 from ..errors import UseError
-from .inputs import Document, Vocabulary
-from .loading import Model, head_logits
+from ..files import json_text, write_whole
+from . import inputs, report
+from .inputs import STDOUT, Document, Vocabulary, readable
+from .loading import Checkpoint, Model, head_logits
 
+# At most this many tokens of context where --context is left out.
+DEFAULT_CONTEXT = 1024
 DIVERGENCES = ("kl_ab", "kl_ba", "jsd")
 MEANS = (*DIVERGENCES, "entropy_a", "entropy_b", "logprob_a", "logprob_b")
 # Logits of one model in a block: about five tensors of this many float32 are alive at a time.
@@ -26,6 +34,24 @@ BLOCK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
 # ---- from windows to values
+
+
+def choose_windows(settings: Namespace, configs: Iterable[Any]) -> tuple[int, int]:
+    """Choose (context, overlap), within what both models can take."""
+    limits = [
+        getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs
+    ]
+    limit = min([each for each in limits if isinstance(each, int) and each > 0], default=1 << 60)
+    context = settings.context or min(DEFAULT_CONTEXT, limit)
+    if context > limit:
+        expected = f"at most {limit} (max_position_embeddings)"
+        raise UseError("--context", expected, str(context), f"--context {limit} or less")
+    overlap = context // 4 if settings.overlap is None else settings.overlap
+    if overlap >= context:
+        expected = f"fewer tokens than --context ({context})"
+        remedy = "a smaller --overlap, or a larger --context"
+        raise UseError("--overlap", expected, str(overlap), remedy)
+    return context, overlap
 
 
 def windows(document: Document, context: int, overlap: int) -> Iterator[tuple[int, int, int]]:
@@ -204,3 +230,81 @@ def worst_tokens(
             entry[f"expected_{letter}"] = likely
         entries.append(entry)
     return entries
+
+
+# ---- the whole of it
+
+
+def run_compare(settings: Namespace) -> int:
+    """Compare, print the report and write the files asked for; return the exit code.
+
+    With a file on stdout, the report goes to stderr. Raises UseError for what cannot be compared.
+    """
+    start = time.perf_counter()
+    tokenizer, tokens, result = compare(settings)
+    result["seconds"] = time.perf_counter() - start
+    label = functools.lru_cache(1 << 16)(tokenizer.label)
+    files: dict[Path | None, Iterable[str]] = {settings.json: [json_text(result)]}
+    files[settings.html] = report.page(result, tokens, label)
+    outputs = [path for path in files if path]
+    for path in outputs:
+        if path == STDOUT:
+            sys.stdout.buffer.writelines(part.encode() for part in files[path])
+        else:
+            write_whole(path, files[path])
+    out = sys.stderr if STDOUT in outputs else sys.stdout
+    width = shutil.get_terminal_size((120, 24)).columns
+    print(report.text_report(result, max(20, min(160, width))), file=out)
+    if outputs:
+        print(f"\nwrote {' and '.join(map(readable, outputs))}", file=out)
+    return 0
+
+
+def compare(
+    settings: Namespace,
+) -> tuple[inputs.TextTokenizer, pd.DataFrame, dict[str, Any]]:
+    """Return the tokenizer for labels, the table of tokens, and the report as one dictionary."""
+    models = {
+        "A": Checkpoint("MODEL_A", settings.model_a),
+        "B": Checkpoint("MODEL_B", settings.model_b),
+    }
+    context, overlap = choose_windows(settings, [model.config for model in models.values()])
+    tokenizers = {letter: models[letter].tokenizer() for letter in settings.tokenizer or models}
+    vocabulary = inputs.shared_vocabulary(
+        tokenizers, {letter: model.rows for letter, model in models.items()}
+    )
+    for model in models.values():
+        if model.rows is not None and model.rows < vocabulary.size:
+            expected = f"an lm_head of at least {vocabulary.size} rows, for the tokenizer's ids"
+            remedy = "pass the checkpoint that belongs to this tokenizer, or choose --tokenizer"
+            raise UseError(model.argument, expected, f"{model.rows} in {model.name!r}", remedy)
+    documents, skipped = inputs.read(settings.text, tokenizers, vocabulary)
+    loads = [
+        functools.partial(model.load, settings.dtype, settings.device) for model in models.values()
+    ]
+    tokens, about = measure(documents, loads, vocabulary, context, overlap)
+    tokenizer = next(iter(tokenizers.values()))
+    result = {
+        "sentence": "",
+        "models": about,
+        "by": settings.by,
+        "shown": settings.top,
+        "text": {
+            "files": [readable(path) for path in settings.text if path not in skipped],
+            "skipped": [readable(path) for path in skipped],
+            "documents": len(documents),
+            "tokenizer": settings.tokenizer,
+            "vocabulary": vocabulary.size,
+            "left_out": {
+                letter: [{"id": number, "token": token} for number, token in alone]
+                for letter, alone in vocabulary.alone.items()
+            },
+            "context": context,
+            "overlap": overlap,
+        },
+        "summary": summarise(tokens),
+        "units": worst_units(tokens, settings.by, settings.top),
+        "top": worst_tokens(tokens, settings.top, tokenizer.label),
+        "versions": {"fastkl": fastkl.__version__, "torch": torch.__version__},
+    }
+    return tokenizer, tokens, {**result, "sentence": report.sentence(result)}

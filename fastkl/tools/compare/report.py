@@ -1,7 +1,5 @@
 """Figures to text: the report of a terminal, and the page with every token coloured by its KL."""
 
-from __future__ import annotations
-
 import functools
 import math
 import textwrap
@@ -28,8 +26,8 @@ NAMED = 8
 
 def visible(text: str) -> str:
     """Put a text on one line, safe to print: characters that a terminal obeys are shown instead."""
-    named = {"\n": "↵", "\t": "⇥"}
-    return "".join(each if each.isprintable() else named.get(each, "·") for each in text)
+    shown = text.replace("\n", "↵").replace("\t", "⇥")
+    return "".join(each if each.isprintable() else "·" for each in shown)
 
 
 def quoted(token: str) -> str:
@@ -122,12 +120,16 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, str, list[list[str]]]]
     rows = [[title, *(f"{value:.4g}" for value in pair)] for title, pair in pairs.items()]
     same = ["same top-1 token", percent(summary["same_top1"], 2), ""]
     yield "", "<>>", [["the whole text", "A", "B"], *rows, same]
-    rows = [["mean KL", "max KL", "same top-1", "tokens", by, "text"]]
-    for unit in units:
-        kl, most = f"{unit['kl_ab']:.4g}", f"{unit['max_kl_ab']:.4g}"
-        same = [percent(unit["same_top1"], 1), f"{unit['tokens']:,}"]
-        rows.append([kl, most, *same, place(unit), visible(unit["text"])])
-    yield f"{by}s by mean KL(A‖B), the {len(units)} worst", ">>>><<", rows
+    rows = [
+        [
+            *(f"{unit[name]:.4g}" for name in ("kl_ab", "max_kl_ab")),
+            *(percent(unit["same_top1"], 1), f"{unit['tokens']:,}"),
+            *(place(unit), visible(unit["text"])),
+        ]
+        for unit in units
+    ]
+    title = f"{by}s by mean KL(A‖B), the {len(units)} worst"
+    yield title, ">>>><<", [["mean KL", "max KL", "same top-1", "tokens", by, "text"], *rows]
     rows = [["KL", "place", "A expects", "B expects", "text"]]
     for entry in report["top"]:
         before, token, after = (visible(entry[part]) for part in ("before", "token", "after"))
@@ -145,10 +147,9 @@ def text_report(report: dict[str, Any], width: int) -> str:
     )
     lines = [*fill(report["sentence"]), ""]
     for letter, model in zip("AB", report["models"], strict=True):
-        adapter = model["adapter"]
-        on = f"{adapter['kind']} adapter on {visible(adapter['base'])}, " if adapter else ""
-        about = f"{letter}     {visible(model['name'])} ({on}{model['class']}, {model['dtype']})"
-        lines += fill(about, subsequent_indent=" " * 6)
+        on = "{kind} adapter on {base}, ".format(**model["adapter"]) if model["adapter"] else ""
+        about = f"{letter}     {model['name']} ({on}{model['class']}, {model['dtype']})"
+        lines += fill(visible(about), subsequent_indent=" " * 6)
     lines += fill(f"text  {text_line(report)}", subsequent_indent=" " * 6)
     for title, align, rows in tables(report):
         lines += ["", *([f"{title}:"] if title else []), *table(rows, align, width)]
@@ -203,13 +204,14 @@ def page(
     steps = "".join(f'<b class="k{level}"> > {at:.2g} </b>' for level, at in enumerate(bounds, 1))
     yield f"{HEAD}{STYLE}</style></head>\n<body>\n<h1>fastkl compare</h1>\n"
     yield f"<pre>{clean(text_report(report, 150))}</pre>\n"
-    for kind in ("units", "top"):
+    for name, kind in ((f"{report['by']}s", "units"), ("tokens", "top")):
         entries = report[kind][: report["shown"]]
         links = (f'<a href="#t{each["index"]}">{clean(place(each))}</a>' for each in entries)
-        yield f"<p>The worst {'tokens' if kind == 'top' else report['by'] + 's'}: "
-        yield f"{', '.join(links)}</p>\n"
-    yield "<h2>The text, coloured by KL(A‖B)</h2>\n"
-    yield f"<p>Nats: {steps or 'all tokens are alike'}. Point at a token for its numbers.</p>\n"
+        yield f"<p>The worst {name}: {', '.join(links)}</p>\n"
+    yield (
+        "<h2>The text, coloured by KL(A‖B)</h2>\n"
+        f"<p>Nats: {steps or 'all tokens are alike'}. Point at a token for its numbers.</p>\n"
+    )
     anchors = {entry["index"] for entry in [*report["top"], *report["units"]]}
     for name, document in tokens.groupby("document", sort=False):
         yield f'<h2>{clean(str(name))}</h2>\n<div class="text">'
@@ -231,10 +233,10 @@ def token_html(row: Any, bounds: list[float], anchored: bool, label: Callable[[i
     mark = " n" if "\n" in row.text else "" if row.text else " e"
     anchor = f' id="t{row.Index}"' if anchored else ""
     numbers = " ".join(f"{getattr(row, name):.3g}" for name in SHOWN)
-    expects = ""
-    for letter in "ab":
-        chance = percent(math.exp(getattr(row, f"top_logprob_{letter}")))
-        likely = quoted(label(int(getattr(row, f"top_{letter}"))))
-        expects += f' data-{letter}="{clean(likely)} {chance}"'
+    likely = {
+        "a": f"{quoted(label(int(row.top_a)))} {percent(math.exp(row.top_logprob_a))}",
+        "b": f"{quoted(label(int(row.top_b)))} {percent(math.exp(row.top_logprob_b))}",
+    }
+    expects = "".join(f' data-{letter}="{clean(text)}"' for letter, text in likely.items())
     level = f"k{bisect_left(bounds, row.kl_ab)}{mark}"
     return f'<b class="{level}"{anchor} data-v="{numbers}"{expects}>{clean(row.text)}</b>'

@@ -1,0 +1,96 @@
+"""Count the tiles of logits on each path of the KL forward's loop: near, general, read twice.
+
+    python -m benchmarks.paths [--steps 2 8 24]
+    python -m benchmarks.paths --file FILE.pt
+
+The first trains the demo's small reference, fine-tunes policies for these numbers of steps without
+a penalty and samples from each on held-out prompts; it needs the packages of the demo. FILE.pt:
+(policy, reference) logits [N, V] of a model of your own, by torch.save. The kernel itself takes the
+paths, in Triton's interpreter with the configuration for sm_90, for ROWS rows spread evenly.
+"""
+
+import argparse
+import pickle
+import sys
+from collections import Counter
+from unittest import mock
+
+import torch
+
+import fastkl
+from benchmarks.processes import INTERPRETER
+
+ARCH = "sm_90"
+ROWS = 256  # at most: of a vocabulary of 128256 the interpreter takes two seconds for each
+
+
+def count_paths(pickled):
+    """Count (whole tiles, those on the general path, those read twice) and compute the mean KL;
+    the edges of segments are not among the tiles."""
+    from fastkl.kernels import config, row_segment
+
+    p, q, temperature = pickle.loads(pickled)
+    chosen = config.select("forward", ARCH, p.element_size(), p.shape[-1])
+    paths, path_of = Counter(), row_segment.path_of
+
+    def counted(sums, weights, groups, want):
+        path = path_of(sums, weights, groups, want)
+        paths[path.handle.data.item()] += groups == chosen.groups  # an edge is read in groups of 1
+        return path
+
+    with (
+        mock.patch.object(row_segment, "path_of", counted),
+        fastkl.use_backend("triton"),
+        config.override(forward=chosen),
+    ):
+        kl = fastkl.kl_divergence(p, q, temperature=temperature).mean().item()
+    return paths[0] + paths[1], paths[1], paths[2], kl
+
+
+def held_out_logits(steps):
+    """Yield (steps, policy's and reference's logits [N, V], temperature) of the demo without a
+    penalty, of the policy's samples on held-out prompts."""
+    from fastkl.rl import FixedBeta
+    from fastkl.tools.demo import Settings, choose_settings
+    from fastkl.tools.demo.corpus import build_corpus, windows
+    from fastkl.tools.demo.model import sample, train_reference
+    from fastkl.tools.demo.training import fine_tune
+
+    settings = choose_settings(quick=True, vocabulary=Settings.vocabulary)
+    corpus = build_corpus(settings)
+    reference, _ = train_reference(corpus, settings)
+    shape = settings.prompt_length, settings.evaluation_samples
+    for count in steps:
+        settings = choose_settings(quick=True, vocabulary=Settings.vocabulary, steps=count)
+        policy = fine_tune(reference, corpus, FixedBeta(0.0), settings, f"{count} steps").policy
+        choose, draw = (torch.Generator().manual_seed(settings.seed + 1) for _ in range(2))
+        with torch.no_grad():
+            tokens = sample(
+                policy, windows(corpus.held_out, *shape, choose, corpus.new_line), settings, draw
+            )
+            pair = [
+                m.lm_head(m.response_hidden(tokens, settings.response_length)).flatten(0, 1)
+                for m in (policy, reference)
+            ]
+        yield f"{count} steps", *pair, settings.temperature
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("python -m benchmarks.paths", description=__doc__)
+    parser.add_argument("--steps", type=int, nargs="+", default=(2, 8, 24), help="of fine-tuning")
+    parser.add_argument("--file", metavar="FILE.pt", help="(policy, reference) logits")
+    arguments = parser.parse_args(argv)
+    found = held_out_logits(arguments.steps)
+    if arguments.file:
+        found = [(arguments.file, *torch.load(arguments.file), 1.0)]
+    for name, p, q, temperature in found:
+        pair = [x[:: -(-len(p) // ROWS)].bfloat16() for x in (p, q)]
+        pickled = pickle.dumps((*pair, temperature))
+        tiles, general, anchored, kl = INTERPRETER.submit(count_paths, pickled).result()
+        shares = f"{1 - general / tiles:.1%} near, {anchored / tiles:.1%} read twice"
+        print(f"{name}: mean KL {kl:.4f}, {tiles} tiles, {shares}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
