@@ -1,6 +1,7 @@
 """Tiny random models and TRL's trainers of them, a micro-batch, and the truth from full logits."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,15 +15,10 @@ trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
 if trl.__version__.split(".")[:2] != ["1", "16"]:
     pytest.skip(f"expected TRL 1.16, got {trl.__version__}", allow_module_level=True)
 
-import pyarrow  # noqa: E402
 import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from datasets.table import InMemoryTable  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from trl.experimental.gkd import GKDConfig  # noqa: E402
-
-from fastkl.integrations.gkd import ExactGKDTrainer  # noqa: E402
-from fastkl.integrations.trl import ExactDistillationTrainer, ExactGRPOTrainer  # noqa: E402
+from trl.experimental import gkd  # noqa: E402
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(58))]
 V, BETA, TEMPERATURE = len(WORDS), 0.3, 0.7
@@ -68,32 +64,35 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def dataset(**columns: list) -> Dataset:
-    # With a fingerprint of its own: datasets would pickle the table for one.
-    return Dataset(InMemoryTable(pyarrow.table(columns)), fingerprint="-".join(columns))
-
-
 def examples() -> Dataset:
     generator = torch.Generator().manual_seed(3)
     sizes = [(4, 6), (2, 3), (3, 5), (4, 1)] * 2
-    return dataset(
-        prompt=[""] * len(sizes),
-        input_ids=[
-            torch.randint(3, V, (sum(pair),), generator=generator).tolist() for pair in sizes
-        ],
-        completion_mask=[[0] * prompt + [1] * completion for prompt, completion in sizes],
+    return Dataset.from_dict(
+        dict(
+            prompt=[""] * len(sizes),
+            input_ids=[
+                torch.randint(3, V, (sum(pair),), generator=generator).tolist() for pair in sizes
+            ],
+            completion_mask=[[0] * prompt + [1] * completion for prompt, completion in sizes],
+        )
     )
 
 
-PROMPTS = dataset(prompt=["w1 w2 w3 w4", "w5 w6"] * 4)
+PROMPTS = Dataset.from_dict(dict(prompt=["w1 w2 w3 w4", "w5 w6"] * 4))
 EXAMPLES = examples()
 
 
-def tiny(folder: Path, config=None, seed: int = 0, **keywords) -> str:
+def tiny(folder: Path | str, config=None, seed: int = 0, **keywords) -> str:
     torch.manual_seed(seed)
     made_from = transformers.AutoModelForCausalLM.from_config
     made_from(config or transformers.LlamaConfig(**SIZES), **keywords).save_pretrained(folder)
     return str(folder)
+
+
+FOLDER = tempfile.TemporaryDirectory()
+# Two tiny random Llamas: a student or policy, and a wider teacher.
+STUDENT = tiny(f"{FOLDER.name}/student")
+TEACHER = tiny(f"{FOLDER.name}/teacher", WIDER, seed=1)
 
 
 def load(folder: str, **keywords) -> torch.nn.Module:
@@ -130,67 +129,65 @@ COMMON = dict(
     lr_scheduler_type="constant",
 )
 GENERATED = dict(max_completion_length=COMPLETION)
-OPTIONS = {
-    trl.GRPOConfig: dict(beta=BETA, per_device_train_batch_size=4, num_generations=4, **GENERATED),
-    trl.DistillationConfig: dict(beta=1.0, per_device_train_batch_size=2, **GENERATED),
-    GKDConfig: dict(
-        beta=1.0,
-        per_device_train_batch_size=2,
-        max_new_tokens=COMPLETION,
-        max_length=64,
-        lmbda=0.0,
-        optim="sgd",
+CONFIGS = {
+    trl.GRPOTrainer: (
+        trl.GRPOConfig,
+        dict(beta=BETA, per_device_train_batch_size=4, num_generations=4, **GENERATED),
+    ),
+    trl.DistillationTrainer: (
+        trl.DistillationConfig,
+        dict(beta=1.0, per_device_train_batch_size=2, **GENERATED),
+    ),
+    gkd.GKDTrainer: (
+        gkd.GKDConfig,
+        dict(
+            beta=1.0,
+            per_device_train_batch_size=2,
+            max_new_tokens=COMPLETION,
+            max_length=64,
+            lmbda=0.0,
+            optim="sgd",
+        ),
     ),
 }
 
 
-def settings(config: type, folder: object, **options):
-    return config(**{**COMMON, **OPTIONS[config], "output_dir": f"{folder}/out", **options})
+def settings(kind: type, **options):
+    config, own = next(each for base, each in CONFIGS.items() if issubclass(kind, base))
+    return config(**{**COMMON, **own, "output_dir": f"{FOLDER.name}/out", **options})
 
 
-def made(kind: type, config, *given, data=PROMPTS, callbacks=(), extra=None):
-    trainer = kind(
-        *given,
-        args=config,
-        train_dataset=data,
-        eval_dataset=data,
-        processing_class=tokenizer(),
-        callbacks=list(callbacks),
-        **(extra or {}),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
+def lengths(completions, **kwargs) -> list[float]:
+    return [float(len(completion)) for completion in completions]
 
 
-def grpo(folder: str, kind=ExactGRPOTrainer, model=None, callbacks=(), extra=None, **options):
-    config = settings(trl.GRPOConfig, folder, **options)
-    return made(kind, config, model or folder, lengths, callbacks=callbacks, extra=extra)
-
-
-def distillation(
-    folder: str, teacher, kind=ExactDistillationTrainer, callbacks=(), extra=None, **options
-):
-    config = settings(trl.DistillationConfig, folder, **options)
-    model = None if teacher is None else load(teacher)
-    return made(kind, config, folder, model, callbacks=callbacks, extra=extra)
-
-
-def gkd(
-    folder: str,
-    teacher: str,
-    kind=ExactGKDTrainer,
+def made(
+    kind,
+    student=STUDENT,
+    teacher=TEACHER,
     callbacks=(),
     extra=None,
     dtype=torch.float32,
     **options,
 ):
-    config = settings(GKDConfig, folder, **options)
-    models = [load(path, dtype=dtype) for path in (folder, teacher)]
-    return made(kind, config, *models, data=EXAMPLES, callbacks=callbacks, extra=extra)
-
-
-def lengths(completions, **kwargs) -> list[float]:
-    return [float(len(completion)) for completion in completions]
+    """Make a trainer; options are its configuration's, a model is itself or its path."""
+    student, teacher = (
+        load(each, dtype=dtype) if isinstance(each, str) else each for each in (student, teacher)
+    )
+    of_grpo = issubclass(kind, trl.GRPOTrainer)
+    data = EXAMPLES if issubclass(kind, gkd.GKDTrainer) else PROMPTS
+    trainer = kind(
+        model=student,
+        args=settings(kind, **options),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer(),
+        callbacks=list(callbacks),
+        **(dict(reward_funcs=lengths) if of_grpo else dict(teacher_model=teacher)),
+        **(extra or {}),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
 
 
 def moved(trainer, seed: int = 5, size: float = 0.05):
@@ -310,19 +307,17 @@ def assert_loss(
 # ---- the README's lines
 
 
-def readme_names(folder: Path) -> dict[str, object]:
-    paths = [tiny(folder / "student"), tiny(folder / "teacher", WIDER, seed=1)]
-    for path in paths:
-        tokenizer().save_pretrained(path)
+def readme_names() -> dict[str, object]:
+    tokenizer().save_pretrained(STUDENT)
     return {
-        "model": paths[0],
-        "student": load(paths[0]),
-        "teacher": load(paths[1]),
+        "model": STUDENT,
+        "student": load(STUDENT),
+        "teacher": load(TEACHER),
         "reward": lengths,
         "prompts": PROMPTS,
         "conversations": EXAMPLES,
         "tokenizer": tokenizer(),
-        "grpo_config": settings(trl.GRPOConfig, folder),
-        "distillation_config": settings(trl.DistillationConfig, folder),
-        "gkd_config": settings(GKDConfig, folder),
+        "grpo_config": settings(trl.GRPOTrainer),
+        "distillation_config": settings(trl.DistillationTrainer),
+        "gkd_config": settings(gkd.GKDTrainer),
     }

@@ -4,6 +4,7 @@ says what to do.
 
 import math
 import operator
+import os
 import re
 from fractions import Fraction
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from fastkl.rl import (
     dpo_loss,
     grpo_loss,
     ppo_loss,
+    read_jsonl,
     shape_rewards,
 )
 
@@ -57,6 +59,7 @@ RIGHT = {
     SpikeDetector: {},
     spike: {"kl": 0.1},
     KLMonitor: {},
+    read_jsonl: {"path": os.devnull},
     record: {"kl": S},
     TrustRegion: {"max_kl": 0.1},
     step: {"optimizer": torch.optim.SGD([torch.zeros(3)]), "mean_kl": float},
@@ -82,6 +85,7 @@ SAMPLED = {"beta": 0.1, "ref_logprob": ZEROS}
 meta = operator.methodcaller("to", "meta")
 
 
+NO_PATHS = [1, True, 1.5, b"run.jsonl", ["run.jsonl"]]
 # Who may get it, the error, the argument that it names, its wrong values; or what is changed of the
 # right arguments.
 ALONE = [
@@ -195,7 +199,8 @@ ALONE = [
     ((KLMonitor,), TypeError, "threshold", [torch.tensor(0.1)]),
     ((KLMonitor,), TypeError, "spike", [3.0, None]),
     ((KLMonitor,), ValueError, "jsonl", ["/nowhere/to/be/found.jsonl", "/"]),
-    ((KLMonitor,), TypeError, "jsonl", [3]),
+    ((KLMonitor,), TypeError, "jsonl", NO_PATHS),
+    ((read_jsonl,), TypeError, "path", NO_PATHS),
 ]
 BESIDE = [
     ((AdaptiveBeta, PPOAdaptiveBeta, PIDBeta), ValueError, "initial", {"bounds": (0.2, 1.0)}),
