@@ -185,12 +185,6 @@ def test_a_merged_adapter_on_the_lm_head() -> None:
 # ---- what is refused
 
 
-def prompted():
-    peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    return peft.get_peft_model(model_of("Llama"), config)
-
-
 def hooked():
     model = model_of("Granite", logits_scaling=8.0)
     model.lm_head.register_forward_hook(lambda module, args, output: 1.01 * output)
@@ -211,12 +205,6 @@ def packed():
     return model
 
 
-def encoder_decoder():
-    sizes = dict(vocab_size=V, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
-    return transformers.T5ForConditionalGeneration(config)
-
-
 ON_HEAD = dict(target_modules=["q_proj", "lm_head"])
 LANGUAGE_MODEL = "a language model of transformers with an lm_head, got"
 REFUSED = [
@@ -230,7 +218,6 @@ REFUSED = [
     # An adapter is refused before it has learnt anything as well.
     (lambda: adapted(**ON_HEAD), "an lm_head that is one weight, got Granite.*; take lm_head out"),
     (lambda: adapted(**ON_HEAD, init_lora_weights=True), "an lm_head that is one weight, got"),
-    (prompted, "hidden states of the tokens alone, got LlamaForCausalLM with prompt learning"),
     (hooked, "logits that are softcap.* got others from Granite.* names logits_scaling=8.0; "),
     (
         lambda: zeroed("Granite", logits_scaling=8.0),
@@ -238,7 +225,20 @@ REFUSED = [
     ),
     (lambda: model_of("ModernBertDecoder"), "logits .* whose config names no soft cap or factor"),
     (lambda: model_of("OPT", ffn_dim=32, word_embed_proj_dim=16), "a forward that runs base_model"),
-    (encoder_decoder, "a decoder, got the encoder-decoder T5ForConditionalGeneration"),
+    (
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=V,
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=1,
+                num_heads=2,
+                decoder_start_token_id=0,
+            )
+        ),
+        "a decoder, got the encoder-decoder T5ForConditionalGeneration",
+    ),
     (packed, r"an lm_head.weight \[V, 16\] of floats, got torch.uint8 \(61, 8\)"),
 ]
 

@@ -102,14 +102,6 @@ def logged(trainer: Penalised, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def steps_of(trainer: Penalised) -> list[tuple[torch.Tensor, int]]:
-    micro = iter(trainer.kept)
-    return [
-        (torch.cat([one[0], two[0]]), one[1] + two[1])
-        for one, two in zip(micro, micro, strict=True)
-    ]
-
-
 STATE, CONTROL = transformers.TrainerState(), transformers.TrainerControl()
 
 
@@ -133,7 +125,11 @@ def test_once_per_optimizer_step(tmp_path, unit, mean, monitored, every) -> None
     assert callback.attach(trainer) is callback
     assert trainer.callback_handler.callbacks.count(callback) == 1
     trainer.train()
-    steps = steps_of(trainer)
+    micro = iter(trainer.kept)
+    steps = [
+        (torch.cat([one[0], two[0]]), one[1] + two[1])
+        for one, two in zip(micro, micro, strict=True)
+    ]
     assert len(steps) == 5 and len({len(kl) for kl, _ in steps}) > 1
     per = [float(kl.sum()) / (len(kl) if unit == "token" else rows) for kl, rows in steps]
     betas = [alone.beta, *(alone.update(value, unit=unit) for value in per)]
@@ -162,7 +158,6 @@ def test_once_per_optimizer_step(tmp_path, unit, mean, monitored, every) -> None
 
 
 def run(folder, callback, resume: bool, steps: int = 4, **options) -> Penalised:
-    """Train, from the checkpoint after two steps on if resumed."""
     options = dict(save_strategy="steps", max_steps=steps, **options)
     trainer = trainer_of(folder, callback, **options)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)

@@ -235,6 +235,7 @@ BESIDE = [
         (GRPO, ValueError, "max_length", {"reduction": "dr_grpo", "max_length": value})
         for value in (0, 2, 2**31)
     ),
+    (GRPO, ValueError, "max_length", {**PACKED, "reduction": "dr_grpo", "max_length": 3}),
     *(
         (GRPO, ValueError, "cu_seqlens", {**PACKED, "cu_seqlens": None, **more})
         for more in (

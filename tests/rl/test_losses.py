@@ -80,7 +80,6 @@ def penalty(made: SimpleNamespace, kind: str) -> dict:
 
 
 def packed(made: SimpleNamespace, real: torch.Tensor) -> tuple[SimpleNamespace, torch.Tensor]:
-    """The sequences' real tokens one behind the other, and their boundaries."""
     flat = {
         name: value if name == "per_sequence" else value[real] for name, value in vars(made).items()
     }

@@ -142,7 +142,6 @@ def test_dpo_normalizer_and_types() -> None:
 
 
 def every_loss(made, mask: torch.Tensor, where: dict) -> torch.Tensor:
-    """Every loss in every form, of one layout."""
     losses = []
     for i, (call, more, kl) in enumerate(WITH_KL):
         more = more if more["reduction"] == "sum" else {**more, "normalizer": mask.sum()}
@@ -159,7 +158,6 @@ def every_loss(made, mask: torch.Tensor, where: dict) -> torch.Tensor:
 
 
 def layouts(device: str) -> list[tuple[SimpleNamespace, torch.Tensor, dict]]:
-    """Padded and packed."""
     made, mask = batch(torch.float32, device), mask_of("padding").to(device)
     flat = SimpleNamespace(**{name: value.flatten() for name, value in vars(made).items()})
     bounds = torch.tensor([0, 6, 12, 18, 24], device=device)
@@ -264,8 +262,6 @@ def test_max_length_counts_what_counts() -> None:
     logprob, mask = torch.zeros(6), torch.tensor([True, False, True, True, True, False])
     more = {"reduction": "dr_grpo", "cu_seqlens": torch.tensor([0, 3, 6]), "max_length": 2}
     assert grpo_loss(logprob, None, torch.ones(2), mask, **more).item() == -1.0
-    with pytest.raises(ValueError, match="^max_length: expected .* 3, got 2; "):
-        grpo_loss(logprob, None, torch.ones(2), **more)
 
 
 @pytest.mark.parametrize(

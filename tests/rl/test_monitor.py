@@ -76,7 +76,6 @@ def of_run(sequences: list[torch.Tensor]) -> dict[str, object]:
 
 
 def laid_out(sequences: list[torch.Tensor], layout: str, garbage: float) -> dict:
-    """Arguments of update: packed, or padded behind, before, or with holes."""
     if layout == "packed":
         ends = torch.tensor([0, *map(len, sequences)]).cumsum(0).int()
         return {"kl": torch.cat(sequences), "cu_seqlens": ends}
@@ -293,8 +292,10 @@ READ = [
 
 
 # Other files, and the line that is refused.
-READ += [("step,kl\n1,0.1\n", 1), ('{"step": 1}\n[1, 2]\n', 2)]
-READ += [("\x89PNG\n", 1), ("17\n", 1), ("step,kl", 1)]
+READ += [
+    ('{"step": 1}\n[1, 2]\n', 2),
+    *((text, 1) for text in ("step,kl\n1,0.1\n", "\x89PNG\n", "17\n", "step,kl")),
+]
 
 
 @pytest.mark.parametrize("text, expected", READ, ids=range(len(READ)))
