@@ -55,12 +55,16 @@ ROUNDING = 4 * (16 + V + 4 * COMPLETION) ** 0.5 * EPS / 2
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    words = {word: i for i, word in enumerate(WORDS)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, padding_side="left", **special
+        tokenizer_object=backend,
+        padding_side="left",
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
     )
 
 
@@ -84,8 +88,9 @@ EXAMPLES = examples()
 
 def tiny(folder: Path | str, config=None, seed: int = 0, **keywords) -> str:
     torch.manual_seed(seed)
-    made_from = transformers.AutoModelForCausalLM.from_config
-    made_from(config or transformers.LlamaConfig(**SIZES), **keywords).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(
+        config or transformers.LlamaConfig(**SIZES), **keywords
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -221,21 +226,24 @@ def batch(old: bool = True) -> dict[str, torch.Tensor]:
         "num_items_in_batch": torch.tensor(21),
         "tool_mask": tool_mask,
     }
-    old_logps = -4 + torch.randn(4, COMPLETION, generator=generator)
-    return {**inputs, "old_per_token_logps": old_logps} if old else inputs
+    if old:
+        inputs["old_per_token_logps"] = -4 + torch.randn(4, COMPLETION, generator=generator)
+    return inputs
 
 
 def sequence(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    parts = ("ids", "mask")
     return [
-        torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1) for part in parts
+        torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1)
+        for part in ("ids", "mask")
     ]
 
 
 def full_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     ids, mask = sequence(inputs)
-    logits = model(input_ids=ids, attention_mask=mask).logits
-    return logits[:, -COMPLETION - 1 : -1].double() / TEMPERATURE
+    return (
+        model(input_ids=ids, attention_mask=mask).logits[:, -COMPLETION - 1 : -1].double()
+        / TEMPERATURE
+    )
 
 
 def exact_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:

@@ -58,8 +58,9 @@ def test_loss_and_gradients_are_trls(beta, items, per_token) -> None:
     # Llama's norms are in float32, whatever the model's type, and round to either side.
     options = dict(model=plain.model, gradient=4 * EPS, num_items_in_batch=items)
     head = assert_loss(exact, inputs, own, 1e-12, **options)["lm_head.weight"]
-    own_head = gradients(own, plain.model)["lm_head.weight"]
-    testing.assert_near(head, own_head, 1e-11, 1e-15, "gradient of the head")
+    testing.assert_near(
+        head, gradients(own, plain.model)["lm_head.weight"], 1e-11, 1e-15, "gradient of the head"
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,8 +76,9 @@ def test_peft(kinds, inputs) -> None:
     perturb(exact.model)
     plain.model.load_state_dict(exact.model.state_dict())
     own = plain.compute_loss(plain.model, dict(inputs))
-    got = assert_loss(exact, inputs, own, 2 * ROUNDING, model=plain.model)
-    assert all("lora" in name for name in got)
+    assert all(
+        "lora" in name for name in assert_loss(exact, inputs, own, 2 * ROUNDING, model=plain.model)
+    )
     exact.train()
 
 

@@ -40,8 +40,9 @@ def config_of(kind: str, **options):
 
 def model_of(kind: str, **options) -> torch.nn.Module:
     torch.manual_seed(0)
-    make = transformers.AutoModelForCausalLM.from_config
-    return make(config_of(kind, **options), attn_implementation="eager")
+    return transformers.AutoModelForCausalLM.from_config(
+        config_of(kind, **options), attn_implementation="eager"
+    )
 
 
 def assert_its_logits(model: torch.nn.Module) -> Head:
@@ -88,9 +89,10 @@ def test_families(kind, options, softcap, scale) -> None:
 def test_a_padded_lm_head() -> None:
     # Rows that the model's own logits leave out are cut; the gradient reaches the whole weight.
     inkling = transformers.models.inkling2
-    config = inkling.Inkling2TextConfig(**SIZES, unpadded_vocab_size=57)
     torch.manual_seed(0)
-    model = inkling.modeling_inkling2.Inkling2ForCausalLM(config)
+    model = inkling.modeling_inkling2.Inkling2ForCausalLM(
+        inkling.Inkling2TextConfig(**SIZES, unpadded_vocab_size=57)
+    )
     head = assert_its_logits(model)
     assert head.weight.shape == (57, 16) and head.softcap == 30.0
     head.weight.sum().backward()
@@ -143,9 +145,10 @@ def test_multimodal_models(kind, text, vision, form) -> None:
         vision_config=getattr(transformers, f"{vision}Config")(**VISION),
         image_token_id=60,
     )
-    config = getattr(transformers, f"{kind}Config")(**parts, projection_dim=16)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(
+        getattr(transformers, f"{kind}Config")(**parts, projection_dim=16)
+    )
     assert assert_its_logits(model)[2:4] == form
 
 
@@ -156,8 +159,10 @@ def adapted(**options):
     """Make a Granite with LoRA that has learnt something."""
     peft = pytest.importorskip("peft")
     lora = dict(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    base = model_of("Granite", logits_scaling=8.0, tie_word_embeddings=False)
-    model = peft.get_peft_model(base, peft.LoraConfig(**{**lora, **options}))
+    model = peft.get_peft_model(
+        model_of("Granite", logits_scaling=8.0, tie_word_embeddings=False),
+        peft.LoraConfig(**{**lora, **options}),
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * parameter.requires_grad)
@@ -199,8 +204,9 @@ def zeroed(kind: str, **options):
 
 def packed():
     model = model_of("Llama")
-    bits = torch.zeros(V, 8, dtype=torch.uint8)
-    model.lm_head.weight = torch.nn.Parameter(bits, requires_grad=False)
+    model.lm_head.weight = torch.nn.Parameter(
+        torch.zeros(V, 8, dtype=torch.uint8), requires_grad=False
+    )
     model.lm_head.forward = lambda hidden: hidden @ torch.ones(16, V)
     return model
 

@@ -32,9 +32,10 @@ SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_atte
 
 
 def tiny(seed: int) -> torch.nn.Module:
-    config = transformers.LlamaConfig(**SIZES, vocab_size=V, initializer_range=0.2)
     torch.manual_seed(seed)
-    return transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, vocab_size=V, initializer_range=0.2)
+    )
 
 
 class Penalised(transformers.Trainer):
@@ -120,8 +121,9 @@ def test_once_per_optimizer_step(tmp_path, unit, mean, monitored, every) -> None
     monitor = KLMonitor(jsonl=tmp_path / "kl.jsonl") if monitored else None
     callback, reporter, seen = KLCallback(controller, monitor), transformers.TrainerCallback(), []
     reporter.on_log = lambda *args, logs, **kwargs: seen.append(dict(logs))
-    given = [reporter, callback]
-    trainer = trainer_of(tmp_path, callback, mean, given, logging_steps=every, max_steps=5)
+    trainer = trainer_of(
+        tmp_path, callback, mean, [reporter, callback], logging_steps=every, max_steps=5
+    )
     assert callback.attach(trainer) is callback
     assert trainer.callback_handler.callbacks.count(callback) == 1
     trainer.train()
@@ -134,15 +136,17 @@ def test_once_per_optimizer_step(tmp_path, unit, mean, monitored, every) -> None
     per = [float(kl.sum()) / (len(kl) if unit == "token" else rows) for kl, rows in steps]
     betas = [alone.beta, *(alone.update(value, unit=unit) for value in per)]
     assert len(set(betas)) == 6 and controller.beta == pytest.approx(betas[-1], rel=ROUNDING)
-    used = [beta for _, _, beta in trainer.kept]
-    assert used == pytest.approx([beta for beta in betas[:-1] for _ in range(2)], rel=ROUNDING)
+    assert [beta for _, _, beta in trainer.kept] == pytest.approx(
+        [beta for beta in betas[:-1] for _ in range(2)], rel=ROUNDING
+    )
     # Between two logs: the mean of the steps' means, the largest, the last beta.
     groups = [slice(first, first + every) for first in range(0, 5, every)]
     means = [float(torch.stack([kl.mean() for kl, _ in steps[group]]).mean()) for group in groups]
     assert logged(trainer, "kl/mean") == pytest.approx(means, rel=ROUNDING)
     assert [logs["kl/mean"] for logs in seen if "kl/mean" in logs] == logged(trainer, "kl/mean")
-    last = [betas[:5][group][-1] for group in groups]
-    assert logged(trainer, "kl/beta") == pytest.approx(last, rel=ROUNDING)
+    assert logged(trainer, "kl/beta") == pytest.approx(
+        [betas[:5][group][-1] for group in groups], rel=ROUNDING
+    )
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluations) == 5
     assert not any(name.startswith("kl/") for entry in evaluations for name in entry)
@@ -188,8 +192,10 @@ def test_checkpoints_of_another_callback_or_none(tmp_path) -> None:
     run(folder, KLCallback(), False, 2, callbacks=[])
     run(folder, joining, True, callbacks=[joining])
     saved = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
-    state = saved["stateful_callbacks"]["KLCallback"]["attributes"]["controller"]
-    assert state == joining.controller.state_dict()
+    assert (
+        saved["stateful_callbacks"]["KLCallback"]["attributes"]["controller"]
+        == joining.controller.state_dict()
+    )
 
 
 # ---- steps without a trainer

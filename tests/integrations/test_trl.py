@@ -85,8 +85,7 @@ def test_every_loss_type_reduces_the_kl_as_trl_does(pair, monkeypatch, loss_type
     # Advantages of about 1 and of both signs cancel in some; both sides are rounded.
     testing.assert_near(losses[0], losses[1], 2 * ROUNDING, 2 * ROUNDING, "loss")
     assert float((losses[0] - without).detach()) > 1e-4, "the KL's part is too small to see"
-    mode = "train" if training else "eval"
-    metrics = [trainer._metrics[mode]["kl"][-1] for trainer in pair]
+    metrics = [trainer._metrics["train" if training else "eval"]["kl"][-1] for trainer in pair]
     assert metrics[0] == pytest.approx(metrics[1], rel=KL_ROUNDING) and metrics[0] > 1e-3
 
 
@@ -102,9 +101,13 @@ def test_beta_zero_is_trls_own_loss() -> None:
 
 def test_training_with_a_controller() -> None:
     controller, alone = (AdaptiveBeta(BETA, target=0.05, horizon=1.0) for _ in range(2))
-    callback = KLCallback(controller, KLMonitor())
-    options = dict(max_steps=4, eval_strategy="steps", eval_steps=4)
-    trainer = made(ExactGRPOTrainer, callbacks=[callback], **options)
+    trainer = made(
+        ExactGRPOTrainer,
+        callbacks=[KLCallback(controller, KLMonitor())],
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=4,
+    )
     reference = copy.deepcopy(trainer.ref_model.state_dict())
     trainer.train()
     torch.testing.assert_close(trainer.ref_model.state_dict(), reference, rtol=0, atol=0)
@@ -148,8 +151,7 @@ def test_grpo_peft(given) -> None:
     kl = exact_kl(full_logits(trainer.model, inputs), full_logits(reference, inputs).detach())
     assert float(kl.detach().mean()) > 1e-3
     expected = base + BETA * kl[loss_mask(inputs)].sum() / inputs["num_items_in_batch"]
-    got = assert_loss(trainer, inputs, expected)
-    assert not any(".ref." in name for name in got)
+    assert not any(".ref." in name for name in assert_loss(trainer, inputs, expected))
     assert trainer.model.training and trainer.model.active_adapter == "default"
     trainer.train()
     assert max(logged(trainer, "kl")) > 1e-4
@@ -187,8 +189,9 @@ def test_a_padded_policy() -> None:
     trainer, inputs, seen = moved(made(ExactGRPOTrainer, padded(), **options)), batch(), []
     head = assert_loss(trainer, inputs, plain_loss(trainer, inputs))["lm_head.weight"]
     assert head.shape[0] == V + 3 and not head[V:].any()
-    embedding = trainer.ref_model.get_input_embeddings()
-    embedding.register_forward_hook(lambda module, args, output: seen.append(int(args[0].max())))
+    trainer.ref_model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(int(args[0].max()))
+    )
     trainer.model.lm_head.weight.data[V:] = 50 * trainer.model.lm_head.weight.data[:3]
     trainer.train()
     assert trainer.generation_config.suppress_tokens == [5, V, V + 1, V + 2] and max(seen) < V
@@ -272,8 +275,9 @@ def test_distillation(tmp_path, families, per_token, beta) -> None:
     expected = kl.sum() / inputs["num_items_in_batch"]
     own = plain.compute_loss(plain.model, dict(inputs))
     testing.assert_near(own, expected, 2 * ROUNDING, 0.0, "TRL's loss")
-    got = assert_loss(trainer, inputs, expected, 2 * ROUNDING)
-    trl_cases.assert_same(got, gradients(own, plain.model))
+    trl_cases.assert_same(
+        assert_loss(trainer, inputs, expected, 2 * ROUNDING), gradients(own, plain.model)
+    )
     trainer.model.eval()
     with torch.no_grad():
         evaluated = trainer.compute_loss(trainer.model, dict(inputs))

@@ -104,14 +104,12 @@ def config_of(**options) -> object:
         return SimpleNamespace(**options)
     from verl.workers.config import ActorConfig
 
-    sizes = dict(rollout_n=1, ppo_micro_batch_size_per_gpu=1)
-    return ActorConfig(strategy="fsdp", **sizes, **options)
+    return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **options)
 
 
 def batch() -> dict[str, torch.Tensor]:
     """Make log-probs of three sequences, one without a token that counts."""
-    generator = torch.Generator().manual_seed(0)
-    old, moves, advantages = torch.randn(3, 3, 5, generator=generator)
+    old, moves, advantages = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0))
     return {
         "old_log_prob": old - 2,
         "log_prob": (old - 2 + 0.4 * moves).requires_grad_(),
@@ -140,21 +138,21 @@ def assert_loss(loss, expected, inputs) -> None:
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
 def test_policy_loss_is_the_base_plus_the_kl(core, mode, weights) -> None:
     # verl's sums over a global batch apply to both parts.
-    info = dict(dp_size=2, batch_num_tokens=11, global_batch_size=5)
-    inputs, config = batch(), config_of(global_batch_info=info)
+    inputs = batch()
+    config = config_of(global_batch_info=dict(dp_size=2, batch_num_tokens=11, global_batch_size=5))
     arguments = dict(**inputs, loss_agg_mode=mode, config=config, rollout_is_weights=weights)
     loss, metrics = integration.policy_loss(beta=0.3)(**arguments)
     base, base_metrics = core.get_policy_loss_fn("vanilla")(**arguments)
     mask, d = inputs["response_mask"], (inputs["log_prob"] - inputs["old_log_prob"]).double()
     kl = torch.expm1(d) - d
     terms = torch.where(mask, kl * (1.0 if weights is None else weights.double()), 0.0)
-    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
-    rows = terms / lengths if mode == "seq-mean-token-mean" else terms
+    rows = (
+        terms / mask.sum(-1, keepdim=True).clamp(min=1) if mode == "seq-mean-token-mean" else terms
+    )
     total = rows.sum() / (11 if mode == "token-mean" else 5)
     assert_loss(loss, base + 0.3 * 2 * total, inputs)
     assert metrics.items() >= base_metrics.items() and metrics["actor/kl_old_coef"] == 0.3
-    measured = float(kl[mask].mean().detach())
-    assert metrics["actor/kl_old"] == pytest.approx(measured, rel=ROUNDING)
+    assert metrics["actor/kl_old"] == pytest.approx(float(kl[mask].mean().detach()), rel=ROUNDING)
 
 
 def test_policy_loss_leaves_out_what_does_not_count(core) -> None:
@@ -175,9 +173,8 @@ def test_policy_loss_is_unbiased(core) -> None:
     logits, log_old = log_probs()
     log_p, everything = logits.log_softmax(-1), torch.ones(9, 1, dtype=torch.bool)
     arguments = (log_old[:, None], log_p[:, None], torch.zeros(9, 1), everything, "token-mean")
-    weights = 9 * log_old.exp()[:, None]
     function = integration.policy_loss("none", beta=1.0)
-    loss, _ = function(*arguments, config_of(), rollout_is_weights=weights)
+    loss, _ = function(*arguments, config_of(), rollout_is_weights=9 * log_old.exp()[:, None])
     assert_equal(loss, (log_old.exp() * (log_old - log_p)).sum(), logits)
 
 
@@ -206,8 +203,7 @@ ESTIMATORS = ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "k3+", 
 
 def log_probs() -> tuple[torch.Tensor, torch.Tensor]:
     """Make logits of a policy over a vocabulary, with gradient, and log-probs of a reference."""
-    generator = torch.Generator().manual_seed(3)
-    logits, ref = torch.randn(2, 9, dtype=torch.float64, generator=generator)
+    logits, ref = torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     return logits.clone().requires_grad_(), ref.log_softmax(-1)
 
 

@@ -71,8 +71,9 @@ def test_pid_is_the_textbooks_rule() -> None:
     controller, errors = PIDBeta(0.1, 2.0, "sequence", kp=0.4, ki=0.05, kd=0.2), [0.0]
     for kl in (2.0, 3.0, 1.5, 0.0, 100.0, 2.2, 2.0, 0.74, 5.43):
         errors.append(max(-1.0, min(1.0, math.log(kl / 2.0) if kl else -math.inf)))
-        moved = 0.4 * errors[-1] + 0.05 * sum(errors) + 0.2 * (errors[-1] - errors[-2])
-        exact = 0.1 * math.exp(moved)
+        exact = 0.1 * math.exp(
+            0.4 * errors[-1] + 0.05 * sum(errors) + 0.2 * (errors[-1] - errors[-2])
+        )
         assert controller.update(kl, unit="sequence") == pytest.approx(exact, rel=1e-12)
 
 
@@ -102,8 +103,10 @@ def test_bounds_hold(make, bounds, kl, end) -> None:
 
 def penalty_of(tokens: int, scale: float = 1.0) -> fastkl.KLPenalty:
     generator, penalty = torch.Generator().manual_seed(tokens), fastkl.KLPenalty(0.1)
-    ends = torch.tensor([[tokens // 2], [tokens - tokens // 2]])
-    penalty(*scale * torch.randn(2, 2, 20, 7, generator=generator), torch.arange(20) < ends)
+    penalty(
+        *scale * torch.randn(2, 2, 20, 7, generator=generator),
+        torch.arange(20) < torch.tensor([[tokens // 2], [tokens - tokens // 2]]),
+    )
     return penalty
 
 
@@ -183,5 +186,6 @@ def test_betas_of_several_processes(make, monkeypatch, unit, own, others, pooled
             controller.update(*own, process_group=group)
         assert reduced and controller.beta == 0.1
     else:
-        beta = controller.update(*own, process_group=group)
-        assert beta == pytest.approx(make(unit=unit).update(*pooled, unit=unit), rel=1e-6)
+        assert controller.update(*own, process_group=group) == pytest.approx(
+            make(unit=unit).update(*pooled, unit=unit), rel=1e-6
+        )

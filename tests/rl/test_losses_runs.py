@@ -150,8 +150,9 @@ def every_loss(made, mask: torch.Tensor, where: dict) -> torch.Tensor:
         given = made.logprob, made.old, per, mask
         losses.append(call(*given, **more, **where, **penalty(made, kl)))
     for scores in (made.per_token, made.per_sequence):
-        rewards = shape_rewards(scores, made.old, torch.tensor(0.3), mask, **where)
-        losses.append((rewards * made.logprob).sum())
+        losses.append(
+            (shape_rewards(scores, made.old, torch.tensor(0.3), mask, **where) * made.logprob).sum()
+        )
     losses.append(ppo_loss(made.logprob, None, made.per_sequence, mask, dual_clip=3.0, **where))
     pair = made.logprob.flatten(), made.old.flatten()
     return torch.stack([*losses, dpo_loss(*pair, *pair[::-1], normalizer=mask.sum()).loss])
@@ -160,8 +161,10 @@ def every_loss(made, mask: torch.Tensor, where: dict) -> torch.Tensor:
 def layouts(device: str) -> list[tuple[SimpleNamespace, torch.Tensor, dict]]:
     made, mask = batch(torch.float32, device), mask_of("padding").to(device)
     flat = SimpleNamespace(**{name: value.flatten() for name, value in vars(made).items()})
-    bounds = torch.tensor([0, 6, 12, 18, 24], device=device)
-    return [(made, mask, {}), (flat, mask.flatten(), {"cu_seqlens": bounds})]
+    return [
+        (made, mask, {}),
+        (flat, mask.flatten(), {"cu_seqlens": torch.tensor([0, 6, 12, 18, 24], device=device)}),
+    ]
 
 
 def test_values_are_not_looked_at() -> None:
@@ -213,8 +216,7 @@ def test_wrong_boundaries(bounds) -> None:
         if call is shape_rewards:
             assert torch.equal(result.isnan(), mask) and not bool(result.nan_to_num(0.0).any())
         else:
-            gradient = torch.autograd.grad(result, logprob)[0]
-            assert result.isnan() and not bool(gradient.any())
+            assert result.isnan() and not bool(torch.autograd.grad(result, logprob)[0].any())
 
 
 LOGPROB = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -0.1, -1.0]])
@@ -252,8 +254,11 @@ def test_kl_clamp(clamp, correct_kl) -> None:
     old, ref = logprob.detach() - 0.1, torch.tensor([[-1.0, -1.2, -9.0, -0.2]], dtype=torch.float64)
     more = {"ref_logprob": ref, "beta": 0.3, "correct_kl": correct_kl, "kl_clamp": clamp}
     loss = grpo_loss(logprob, old, torch.zeros(1).double(), reduction="sum", **more)
-    corrected = sampled_kl_loss(logprob, ref, old_logprob=old, clamp=clamp)
-    kl = corrected if correct_kl else estimate_kl(logprob, ref, estimator="k3", clamp=clamp)
+    kl = (
+        sampled_kl_loss(logprob, ref, old_logprob=old, clamp=clamp)
+        if correct_kl
+        else estimate_kl(logprob, ref, estimator="k3", clamp=clamp)
+    )
     results = [(value, torch.autograd.grad(value, logprob)[0]) for value in (loss, 0.3 * kl.sum())]
     torch.testing.assert_close(*results, rtol=1e-14, atol=0.0)
 
@@ -274,14 +279,16 @@ def test_normalizer(call, more) -> None:
 
     def loss(rows: slice, **others) -> torch.Tensor:
         given = (each[rows] for each in (made.logprob, made.old, made.per_token, mask))
-        ref = SimpleNamespace(ref=made.ref[rows])
-        kl = penalty(ref, "corrected" if call is grpo_loss else "none")
+        kl = penalty(
+            SimpleNamespace(ref=made.ref[rows]), "corrected" if call is grpo_loss else "none"
+        )
         return call(*given, **more, **kl, **others)
 
     whole = loss(slice(0, B))
     for normalizer in (count, torch.tensor(count)):
-        summed = sum(loss(rows, normalizer=normalizer) for rows in parts)
-        assert_loss(summed, whole, [made.logprob], 1e-14)
+        assert_loss(
+            sum(loss(rows, normalizer=normalizer) for rows in parts), whole, [made.logprob], 1e-14
+        )
     for zero in (torch.tensor(0), torch.zeros(1), torch.zeros((), dtype=torch.float64)):
         none = loss(slice(0, B), normalizer=zero)
         assert none.shape == () and none.item() == 0.0

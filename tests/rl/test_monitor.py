@@ -22,8 +22,7 @@ QUANTILES = {"kl/p50": 0.5, "kl/p95": 0.95, "kl/p99": 0.99}
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """KLs as of a trained policy: most tokens near 0, some of several nats."""
-    normal = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return normal.mul(3).sub(5).exp()
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(3).sub(5).exp()
 
 
 def mask_of(rows: int = 6, length: int = 50) -> torch.Tensor:
@@ -77,8 +76,10 @@ def of_run(sequences: list[torch.Tensor]) -> dict[str, object]:
 
 def laid_out(sequences: list[torch.Tensor], layout: str, garbage: float) -> dict:
     if layout == "packed":
-        ends = torch.tensor([0, *map(len, sequences)]).cumsum(0).int()
-        return {"kl": torch.cat(sequences), "cu_seqlens": ends}
+        return {
+            "kl": torch.cat(sequences),
+            "cu_seqlens": torch.tensor([0, *map(len, sequences)]).cumsum(0).int(),
+        }
     counts, width = torch.tensor([*map(len, sequences)])[:, None], 2 * max(map(len, sequences)) + 2
     at = torch.arange(width)
     masks = {
@@ -87,8 +88,10 @@ def laid_out(sequences: list[torch.Tensor], layout: str, garbage: float) -> dict
         "holes": (at % 2 == 0) & (at < 2 * counts),
     }
     mask, values = masks[layout][None], torch.cat(sequences)
-    kl = torch.full(mask.shape, garbage, dtype=values.dtype).masked_scatter(mask, values)
-    return {"kl": kl, "mask": mask}
+    return {
+        "kl": torch.full(mask.shape, garbage, dtype=values.dtype).masked_scatter(mask, values),
+        "mask": mask,
+    }
 
 
 def sized(*lengths: int) -> list[list[torch.Tensor]]:
@@ -154,8 +157,7 @@ def test_figures(steps, layout, garbage, dtype, device) -> None:
             value = run.pop(name)
             assert math.isnan(value) or value <= max(0.0, run["kl/max"])
             assert value == pytest.approx(figures.pop(name), nan_ok=True)
-        counts = {"steps": step + 1, "kl/spikes": spikes}
-        assert run == pytest.approx({**figures, **counts}, **CLOSE)
+        assert run == pytest.approx({**figures, "steps": step + 1, "kl/spikes": spikes}, **CLOSE)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0,), (2, 0), (0, 3)], ids=str)
@@ -222,8 +224,13 @@ def test_which_figures_and_steps() -> None:
     names, monitor = ["kl/mean", "kl/per_sequence", "kl/max", *QUANTILES], KLMonitor(spike=False)
     assert list(monitor.update(tokens(3))) == ["step", *names, "kl/tokens", "kl/not_finite"]
     assert list(monitor.summary()) == ["steps", "kl/tokens", *names, "kl/not_finite"]
-    steps = [monitor.update(tokens(3), step=step)["step"] for step in (None, 10, None, 5, None)]
-    assert steps == [1.0, 10.0, 11.0, 5.0, 6.0]
+    assert [monitor.update(tokens(3), step=step)["step"] for step in (None, 10, None, 5, None)] == [
+        1.0,
+        10.0,
+        11.0,
+        5.0,
+        6.0,
+    ]
 
 
 @pytest.mark.parametrize("own", [{}, {"ratio": 1.5, "recent": 5, "limit": 3.0}], ids=str)

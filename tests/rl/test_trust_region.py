@@ -65,8 +65,9 @@ def test_steps_of_an_optimizer(name, bound, shrink, accepted, device) -> None:
 
     own.step()
     result = TrustRegion(bound, shrink=shrink, tries=tries).step(optimizer, distance)
-    kept = optimizer.state_dict()["state"]
-    torch.testing.assert_close(kept, own.state_dict()["state"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        optimizer.state_dict()["state"], own.state_dict()["state"], rtol=0, atol=0
+    )
     with torch.no_grad():
         got, new = torch.stack(moved), torch.stack(twins)
     full, fractions = float((new - old).square().sum()), [shrink**i for i in range(tries + 1)]
@@ -224,7 +225,12 @@ torch.distributed.destroy_process_group()
 def test_fsdp2(tmp_path) -> None:
     # Sharded parameters take the step that whole ones take, in both of the ways that the
     # docstring names.
-    command = [sys.executable, "-c", FSDP2, str(tmp_path / "store")]
     root, environment = Path(fastkl.__file__).parents[1], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, "-c", FSDP2, str(tmp_path / "store")],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert run.returncode == 0, run.stdout + run.stderr
