@@ -36,12 +36,14 @@ SIZES = dict(
     bos_token_id=1,
 )
 WIDER = transformers.LlamaConfig(**{**SIZES, "hidden_size": 24, "initializer_range": 0.1})
+load = transformers.AutoModelForCausalLM.from_pretrained
 # Models whose logits are not their lm_head's product alone.
-GEMMA = dict(head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")
 FAMILIES = {
     "granite": lambda: transformers.GraniteConfig(**SIZES, logits_scaling=4.0),
     "cohere": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.5),
-    "gemma": lambda: transformers.Gemma2Config(**SIZES, **GEMMA),
+    "gemma": lambda: transformers.Gemma2Config(
+        **SIZES, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager"
+    ),
 }
 
 # Float32 additions round by eps/2 at most. A logit (16 products), a log-softmax (V) and a loss
@@ -68,22 +70,16 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def examples() -> Dataset:
-    generator = torch.Generator().manual_seed(3)
-    sizes = [(4, 6), (2, 3), (3, 5), (4, 1)] * 2
-    return Dataset.from_dict(
-        dict(
-            prompt=[""] * len(sizes),
-            input_ids=[
-                torch.randint(3, V, (sum(pair),), generator=generator).tolist() for pair in sizes
-            ],
-            completion_mask=[[0] * prompt + [1] * completion for prompt, completion in sizes],
-        )
-    )
-
-
 PROMPTS = Dataset.from_dict(dict(prompt=["w1 w2 w3 w4", "w5 w6"] * 4))
-EXAMPLES = examples()
+# Tokens of a prompt and of its completion.
+PAIRS = [(4, 6), (2, 3), (3, 5), (4, 1)] * 2
+EXAMPLES = Dataset.from_dict(
+    dict(
+        prompt=[""] * len(PAIRS),
+        input_ids=[[3 + (7 * i + 5 * j) % 58 for j in range(sum(p))] for i, p in enumerate(PAIRS)],
+        completion_mask=[[0] * prompt + [1] * completion for prompt, completion in PAIRS],
+    )
+)
 
 
 def tiny(folder: Path | str, config=None, seed: int = 0, **keywords) -> str:
@@ -100,10 +96,6 @@ STUDENT = tiny(f"{FOLDER.name}/student")
 TEACHER = tiny(f"{FOLDER.name}/teacher", WIDER, seed=1)
 
 
-def load(folder: str, **keywords) -> torch.nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **keywords)
-
-
 def perturb(model: torch.nn.Module, size: float = 0.05, seed: int = 5) -> None:
     """Move a model's trainable parameters: by default its KL to its former self is about 0.05."""
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +107,6 @@ def perturb(model: torch.nn.Module, size: float = 0.05, seed: int = 5) -> None:
 LORA = peft.LoraConfig(
     r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0
 )
-PROMPT_LEARNING = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
 
 
 # ---- trainers: one optimizer step per two micro-batches

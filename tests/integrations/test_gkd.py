@@ -11,7 +11,6 @@ from trl_cases import (
     ROUNDING,
     V,
     assert_loss,
-    exact_kl,
     gradients,
     logged,
     made,
@@ -47,14 +46,7 @@ def test_loss_and_gradients_are_trls(beta, items, per_token) -> None:
     callbacks, inputs = [KLCallback(None, KLMonitor())] if per_token else [], batch()
     exact = made(KINDS[0], callbacks=callbacks, **options)
     plain = made(KINDS[1], **options)
-    logits, theirs = (
-        model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
-        for model in (plain.model, plain.teacher_model)
-    )
-    kl = exact_kl(*((logits, theirs) if beta == 1 else (theirs, logits)))
-    expected = kl[inputs["labels"][:, 1:] != -100].sum() / (9 if items is None else 21)
     own = plain.compute_loss(plain.model, dict(inputs), num_items_in_batch=items)
-    testing.assert_near(own, expected, 1e-12, 0.0, "TRL's loss")
     # Llama's norms are in float32, whatever the model's type, and round to either side.
     options = dict(model=plain.model, gradient=4 * EPS, num_items_in_batch=items)
     head = assert_loss(exact, inputs, own, 1e-12, **options)["lm_head.weight"]

@@ -23,10 +23,11 @@ V, LENGTH = 61, 7
 # by eps/2 at most, on both sides: 3.3e-6.
 ROUNDING = 4 * LENGTH * torch.finfo(torch.float32).eps
 # The first LENGTH - i % 3 tokens of sequence i count.
-IDS = torch.randint(V, (16, LENGTH), generator=torch.Generator().manual_seed(1))
 TOKENS = [
     {"input_ids": ids, "attention_mask": (torch.arange(LENGTH) < LENGTH - i % 3).long()}
-    for i, ids in enumerate(IDS)
+    for i, ids in enumerate(
+        torch.randint(V, (16, LENGTH), generator=torch.Generator().manual_seed(1))
+    )
 ]
 SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 

@@ -23,16 +23,19 @@ MASKS = {
         [1, 1, 1, 1, 0, 1],
     ],
 }
-GRPO = [
-    {"reduction": "grpo"},
-    {"reduction": "bnpo"},
-    {"reduction": "dr_grpo", "max_length": 8},
-    {"reduction": "sum"},
-]
 KLS = ("none", "sampled", "corrected", "exact")
 FORMS = [
     *((ppo_loss, {"reduction": name}) for name in ("token_mean", "mean", "sequence_mean", "sum")),
-    *((grpo_loss, {"level": level, **more}) for level in ("token", "sequence") for more in GRPO),
+    *(
+        (grpo_loss, {"level": level, **more})
+        for level in ("token", "sequence")
+        for more in (
+            {"reduction": "grpo"},
+            {"reduction": "bnpo"},
+            {"reduction": "dr_grpo", "max_length": 8},
+            {"reduction": "sum"},
+        )
+    ),
 ]
 WITH_KL = [(*form, kl) for form in FORMS for kl in KLS if kl == "none" or form[0] is grpo_loss]
 
@@ -186,11 +189,12 @@ def test_on_policy_it_is_the_policy_gradient(call, more) -> None:
     # Without old_logprob as with the log-probabilities of now, also within no clip.
     made = batch()
     made.old = made.logprob.detach()
-    exact = published(made, made.per_token, mask_of("all"), **more)
-    for clip, old in itertools.product((0.2, 0.0), (None, made.old)):
-        assert_loss(
-            call(made.logprob, old, made.per_token, clip=clip, **more), exact, [made.logprob], 1e-14
-        )
+    kls = KLS if call is grpo_loss else KLS[:1]
+    for clip, old, kl in itertools.product((0.2, 0.0), (None, made.old), kls):
+        given = made.logprob, old, made.per_token
+        loss = call(*given, clip=clip, **more, **penalty(made, kl))
+        exact = published(made, made.per_token, mask_of("all"), kl=kl, **more)
+        assert_loss(loss, exact, [made.logprob], 1e-13)
 
 
 # The step of the log-probability, and the loss for A = 1 and A = -1; a gradient must be 0 there.

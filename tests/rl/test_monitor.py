@@ -105,10 +105,6 @@ def sized(*lengths: int) -> list[list[torch.Tensor]]:
     ]
 
 
-def one(*values: float) -> list[list[torch.Tensor]]:
-    return [[torch.tensor(values)]]
-
-
 INF, NAN = math.inf, math.nan
 RUNS = {
     **{
@@ -121,15 +117,15 @@ RUNS = {
         [torch.cat([tokens(count, seed=count), torch.tensor([INF])])] for count in range(1, 12)
     ],
     "not finite": [[tokens(30), torch.tensor([bad, 0.5, 0.01])] for bad in (NAN, INF, -INF)],
-    "nothing finite": one(0.5, INF, 0.25, NAN, INF),
+    "nothing finite": [[torch.tensor([0.5, INF, 0.25, NAN, INF])]],
     "none, then some": [[torch.zeros(0)] * 2, *sized(4), [torch.zeros(0)]],
     "negative": [[torch.tensor([value])] for value in (-0.5, NAN, -0.25, -1.0)],
     **{
-        f"bin of {value}": one(*[value] * 99, 999.0)
+        f"bin of {value}": [[torch.tensor([value] * 99 + [999.0])]]
         for value in (1.01e-8, 3e-6, 1e-3, 0.11, 1.0, 31.0, 9.9e2)
     },
-    "below all bins": one(0.0, -0.5, 9e-9, 1e-30),
-    "above all bins": one(1e10),
+    "below all bins": [[torch.tensor([0.0, -0.5, 9e-9, 1e-30])]],
+    "above all bins": [[torch.tensor([1e10])]],
 }
 WAYS = [(layout, NAN, torch.float32) for layout in ("packed", "behind", "before")]
 WAYS += [("holes", garbage, torch.float32) for garbage in (NAN, INF, -INF, 1e30)]
@@ -277,24 +273,23 @@ def test_a_line_cut_off_costs_only_itself(tmp_path, cut) -> None:
     assert read_jsonl(path) == [*kept, more] and path.read_bytes().endswith(b"}\n")
 
 
-ZERO = {"step": 0.0}
 READ = [
     # Others' files: empty lines, whole numbers of any length, text.
     (
         '\n{"step": 0, "note": "warm-up", "flag": true}\n\n',
-        [{**ZERO, "note": "warm-up", "flag": 1.0}],
+        [{"step": 0.0, "note": "warm-up", "flag": 1.0}],
     ),
     *(
         ('{"step": ' + "1" * digits + "}\n", [{"step": float("1" * digits)}])
         for digits in (1, 308, 400, 5000)
     ),
     # A crash leaves NUL bytes, lines cut off that seem to end, and a last one that is nothing.
-    ('\0\0{"step": 0}\n\0\0\0{"st\0ep": 1}\n\0\0', [ZERO, {"step": 1.0}]),
-    ('{"step": 0}\n{"step": 1, "a}', [ZERO]),
-    ('{"step": 0}\n{"step": 1, "a}\n{"step": 2}\n', [ZERO, {"step": 2.0}]),
-    ('{"step": 0}\n{"step": 1, "a": {"b": 1}\n{"step": 2}\n', [ZERO, {"step": 2.0}]),
-    ('{"step": 0}\n{"a": ' + "[" * 100_000, [ZERO]),
-    ('{"step": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"step": 0}\n', [ZERO]),
+    ('\0\0{"step": 0}\n\0\0\0{"st\0ep": 1}\n\0\0', [{"step": 0.0}, {"step": 1.0}]),
+    ('{"step": 0}\n{"step": 1, "a}', [{"step": 0.0}]),
+    ('{"step": 0}\n{"step": 1, "a}\n{"step": 2}\n', [{"step": 0.0}, {"step": 2.0}]),
+    ('{"step": 0}\n{"step": 1, "a": {"b": 1}\n{"step": 2}\n', [{"step": 0.0}, {"step": 2.0}]),
+    ('{"step": 0}\n{"a": ' + "[" * 100_000, [{"step": 0.0}]),
+    ('{"step": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"step": 0}\n', [{"step": 0.0}]),
 ]
 
 

@@ -14,7 +14,6 @@ LEVEL, FLOOR, SILENT = 0.02, 1e-4, 15 + 16
 
 
 def noise(kind: str, deviation: float, rng: random.Random):
-    """Endless stationary noise of log KL with that standard deviation."""
     last = rng.gauss(0, 1)
     while True:
         drawn = rng.gauss(0, 1)
@@ -31,7 +30,6 @@ def run(
     seed: int = 0,
     kind: str = "normal",
 ) -> list[int]:
-    """The steps at which a detector rings on curve(step) with noise."""
     detector, drawn = SpikeDetector(), noise(kind, deviation, random.Random(seed))
     return [step for step in range(steps) if detector.update(curve(step) * math.exp(next(drawn)))]
 
