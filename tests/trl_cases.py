@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -35,7 +34,6 @@ SIZES = dict(
     eos_token_id=1,
     bos_token_id=1,
 )
-WIDER = transformers.LlamaConfig(**{**SIZES, "hidden_size": 24, "initializer_range": 0.1})
 load = transformers.AutoModelForCausalLM.from_pretrained
 # Models whose logits are not their lm_head's product alone.
 FAMILIES = {
@@ -82,7 +80,7 @@ EXAMPLES = Dataset.from_dict(
 )
 
 
-def tiny(folder: Path | str, config=None, seed: int = 0, **keywords) -> str:
+def tiny(folder, config=None, seed: int = 0, **keywords) -> str:
     torch.manual_seed(seed)
     transformers.AutoModelForCausalLM.from_config(
         config or transformers.LlamaConfig(**SIZES), **keywords
@@ -93,7 +91,11 @@ def tiny(folder: Path | str, config=None, seed: int = 0, **keywords) -> str:
 FOLDER = tempfile.TemporaryDirectory()
 # Two tiny random Llamas: a student or policy, and a wider teacher.
 STUDENT = tiny(f"{FOLDER.name}/student")
-TEACHER = tiny(f"{FOLDER.name}/teacher", WIDER, seed=1)
+TEACHER = tiny(
+    f"{FOLDER.name}/teacher",
+    transformers.LlamaConfig(**{**SIZES, "hidden_size": 24, "initializer_range": 0.1}),
+    seed=1,
+)
 
 
 def perturb(model: torch.nn.Module, size: float = 0.05, seed: int = 5) -> None:

@@ -24,14 +24,6 @@ SIZES = dict(
     bos_token_id=1,
 )
 GEMMA = dict(head_dim=8, final_logit_softcapping=2.0)
-VISION = dict(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    image_size=28,
-    patch_size=14,
-)
 
 
 def config_of(kind: str, **options):
@@ -142,7 +134,16 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_multimodal_models(kind, text, vision, form) -> None:
     parts = dict(
         text_config=config_of(text[0], **text[1]),
-        vision_config=getattr(transformers, f"{vision}Config")(**VISION),
+        vision_config=getattr(transformers, f"{vision}Config")(
+            **dict(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+            )
+        ),
         image_token_id=60,
     )
     torch.manual_seed(0)
@@ -156,7 +157,6 @@ def test_multimodal_models(kind, text, vision, form) -> None:
 
 
 def adapted(**options):
-    """Make a Granite with LoRA that has learnt something."""
     peft = pytest.importorskip("peft")
     lora = dict(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(
@@ -213,43 +213,54 @@ def packed():
 
 ON_HEAD = dict(target_modules=["q_proj", "lm_head"])
 LANGUAGE_MODEL = "a language model of transformers with an lm_head, got"
-REFUSED = [
-    (lambda: 3, f"{LANGUAGE_MODEL} int"),
-    (lambda: None, f"{LANGUAGE_MODEL} NoneType"),
-    (lambda: torch.nn.Linear(2, 2), f"{LANGUAGE_MODEL} Linear"),
-    (
-        lambda: model_of("Llama").model,
-        f"{LANGUAGE_MODEL} LlamaModel; load it with AutoModelForCausalLM",
-    ),
-    # An adapter is refused before it has learnt anything as well.
-    (lambda: adapted(**ON_HEAD), "an lm_head that is one weight, got Granite.*; take lm_head out"),
-    (lambda: adapted(**ON_HEAD, init_lora_weights=True), "an lm_head that is one weight, got"),
-    (hooked, "logits that are softcap.* got others from Granite.* names logits_scaling=8.0; "),
-    (
-        lambda: zeroed("Granite", logits_scaling=8.0),
-        "logits that tell the factors .* apart, got zeros; pass a Head",
-    ),
-    (lambda: model_of("ModernBertDecoder"), "logits .* whose config names no soft cap or factor"),
-    (lambda: model_of("OPT", ffn_dim=32, word_embed_proj_dim=16), "a forward that runs base_model"),
-    (
-        lambda: transformers.T5ForConditionalGeneration(
-            transformers.T5Config(
-                vocab_size=V,
-                d_model=16,
-                d_kv=8,
-                d_ff=32,
-                num_layers=1,
-                num_heads=2,
-                decoder_start_token_id=0,
-            )
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: 3, f"{LANGUAGE_MODEL} int"),
+        (lambda: None, f"{LANGUAGE_MODEL} NoneType"),
+        (lambda: torch.nn.Linear(2, 2), f"{LANGUAGE_MODEL} Linear"),
+        (
+            lambda: model_of("Llama").model,
+            f"{LANGUAGE_MODEL} LlamaModel; load it with AutoModelForCausalLM",
         ),
-        "a decoder, got the encoder-decoder T5ForConditionalGeneration",
-    ),
-    (packed, r"an lm_head.weight \[V, 16\] of floats, got torch.uint8 \(61, 8\)"),
-]
-
-
-@pytest.mark.parametrize("make, words", REFUSED)
+        # An adapter is refused before it has learnt anything as well.
+        (
+            lambda: adapted(**ON_HEAD),
+            "an lm_head that is one weight, got Granite.*; take lm_head out",
+        ),
+        (lambda: adapted(**ON_HEAD, init_lora_weights=True), "an lm_head that is one weight, got"),
+        (hooked, "logits that are softcap.* got others from Granite.* names logits_scaling=8.0; "),
+        (
+            lambda: zeroed("Granite", logits_scaling=8.0),
+            "logits that tell the factors .* apart, got zeros; pass a Head",
+        ),
+        (
+            lambda: model_of("ModernBertDecoder"),
+            "logits .* whose config names no soft cap or factor",
+        ),
+        (
+            lambda: model_of("OPT", ffn_dim=32, word_embed_proj_dim=16),
+            "a forward that runs base_model",
+        ),
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(
+                    vocab_size=V,
+                    d_model=16,
+                    d_kv=8,
+                    d_ff=32,
+                    num_layers=1,
+                    num_heads=2,
+                    decoder_start_token_id=0,
+                )
+            ),
+            "a decoder, got the encoder-decoder T5ForConditionalGeneration",
+        ),
+        (packed, r"an lm_head.weight \[V, 16\] of floats, got torch.uint8 \(61, 8\)"),
+    ],
+)
 def test_refused(make, words) -> None:
     model = make()
     with pytest.raises((TypeError, ValueError), match=f"^model: expected {words}"):

@@ -29,13 +29,18 @@ TOKENS = [
         torch.randint(V, (16, LENGTH), generator=torch.Generator().manual_seed(1))
     )
 ]
-SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 
 
 def tiny(seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SIZES, vocab_size=V, initializer_range=0.2)
+        transformers.LlamaConfig(
+            **dict(
+                hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+            ),
+            vocab_size=V,
+            initializer_range=0.2,
+        )
     )
 
 
@@ -298,32 +303,42 @@ def test_runs_that_would_lose_it(tmp_path, callbacks, options, words) -> None:
 
 CALLBACK, BATCH = KLCallback(), SimpleNamespace(beta=0.1, update=print, unit="batch")
 KL, NESTED = torch.ones(2, 3), torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
-WRONG = [
-    (KLCallback, dict(controller=0.1), "controller: expected an object with beta and update, got"),
-    (KLCallback, dict(monitor=3), "monitor: expected an object with update, got int"),
-    (KLCallback, dict(controller=BATCH), "controller: expected one whose unit is .*"),
-    *(
-        (CALLBACK.record, dict(kl=kl), "kl: expected a float tensor .*, got .*float")
-        for kl in (0.1, KL.to(torch.float8_e4m3fn))
-    ),
-    (CALLBACK.record, dict(kl=torch.tensor(0.1)), r"kl: expected \[\.\.\., T\], got a scalar"),
-    *(
-        (CALLBACK.record, dict(kl=kl), "kl: expected a plain tensor, ")
-        for kl in (KL.to_sparse(), NESTED)
-    ),
-    (CALLBACK.record, dict(kl=KL, mask=KL), "mask: expected a bool tensor"),
-    (CALLBACK.record, dict(kl=KL, mask=KL.bool().to_sparse()), "mask: expected a plain tensor, "),
-    (CALLBACK.record, dict(kl=KL, mask=KL[:, 1:].bool()), r"mask: expected .*\(2, 3\), "),
-    (CALLBACK.record, dict(kl=KL, entropy=KL[0]), r"entropy: expected .*\(2, 3\), "),
-    (CALLBACK.record, dict(kl=KL, entropy=0.5), "entropy: expected a float tensor"),
-    *(
-        (CALLBACK.attach, dict(trainer=each), "trainer: expected a transformers.Trainer, got ")
-        for each in (None, SimpleNamespace(callback_handler=None))
-    ),
-]
 
 
-@pytest.mark.parametrize("call, arguments, words", WRONG)
+@pytest.mark.parametrize(
+    "call, arguments, words",
+    [
+        (
+            KLCallback,
+            dict(controller=0.1),
+            "controller: expected an object with beta and update, got",
+        ),
+        (KLCallback, dict(monitor=3), "monitor: expected an object with update, got int"),
+        (KLCallback, dict(controller=BATCH), "controller: expected one whose unit is .*"),
+        *(
+            (CALLBACK.record, dict(kl=kl), "kl: expected a float tensor .*, got .*float")
+            for kl in (0.1, KL.to(torch.float8_e4m3fn))
+        ),
+        (CALLBACK.record, dict(kl=torch.tensor(0.1)), r"kl: expected \[\.\.\., T\], got a scalar"),
+        *(
+            (CALLBACK.record, dict(kl=kl), "kl: expected a plain tensor, ")
+            for kl in (KL.to_sparse(), NESTED)
+        ),
+        (CALLBACK.record, dict(kl=KL, mask=KL), "mask: expected a bool tensor"),
+        (
+            CALLBACK.record,
+            dict(kl=KL, mask=KL.bool().to_sparse()),
+            "mask: expected a plain tensor, ",
+        ),
+        (CALLBACK.record, dict(kl=KL, mask=KL[:, 1:].bool()), r"mask: expected .*\(2, 3\), "),
+        (CALLBACK.record, dict(kl=KL, entropy=KL[0]), r"entropy: expected .*\(2, 3\), "),
+        (CALLBACK.record, dict(kl=KL, entropy=0.5), "entropy: expected a float tensor"),
+        *(
+            (CALLBACK.attach, dict(trainer=each), "trainer: expected a transformers.Trainer, got ")
+            for each in (None, SimpleNamespace(callback_handler=None))
+        ),
+    ],
+)
 def test_wrong_arguments(call, arguments, words) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{words}"):
         call(**arguments)

@@ -280,20 +280,24 @@ def test_wrong_arguments(call, error, name, change) -> None:
         call(**{**right, **change})
 
 
-REPRS = [
-    (FixedBeta(0.1), "beta=0.1"),
-    (AdaptiveBeta(0.1, 6, 100, "sequence"), "beta=0.1 target=6.0 horizon=100.0 unit='sequence'"),
-    (
-        PPOAdaptiveBeta(0.1, 6, bounds=(0.1, 1)),
-        "bounds=(0.1, tolerance=1.5 factor=2.0 unit='token'",
-    ),
-    (PIDBeta(0.1, 6, ki=0.5), "beta=0.1 target=6.0 kp=0.3 ki=0.5 kd=0.0"),
-    (TrustRegion(1), "max_kl=1 shrink=0.5 tries=10"),
-    (SpikeDetector(2.0), "ratio=2 limit=12 recent=15 window=64 floor=0.0001"),
-    (KLMonitor(threshold=0.5), "threshold=0.5 spike=SpikeDetector( jsonl="),
-]
-
-
-@pytest.mark.parametrize("made, fields", REPRS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "made, fields",
+    [
+        (FixedBeta(0.1), "beta=0.1"),
+        (
+            AdaptiveBeta(0.1, 6, 100, "sequence"),
+            "beta=0.1 target=6.0 horizon=100.0 unit='sequence'",
+        ),
+        (
+            PPOAdaptiveBeta(0.1, 6, bounds=(0.1, 1)),
+            "bounds=(0.1, tolerance=1.5 factor=2.0 unit='token'",
+        ),
+        (PIDBeta(0.1, 6, ki=0.5), "beta=0.1 target=6.0 kp=0.3 ki=0.5 kd=0.0"),
+        (TrustRegion(1), "max_kl=1 shrink=0.5 tries=10"),
+        (SpikeDetector(2.0), "ratio=2 limit=12 recent=15 window=64 floor=0.0001"),
+        (KLMonitor(threshold=0.5), "threshold=0.5 spike=SpikeDetector( jsonl="),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_every_setting_shows(made, fields) -> None:
     assert all(field in repr(made) for field in [type(made).__name__, *fields.split()])

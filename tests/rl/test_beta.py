@@ -29,33 +29,50 @@ targeted = pytest.mark.parametrize("make", TARGETED.values(), ids=TARGETED)
 
 
 # A mean of k1 may be negative, and counts as a KL of 0.
-ERRORS = {
-    -1e300: -0.2,
-    -0.5: -0.2,
-    0.0: -0.2,
-    0.03: -0.2,
-    0.045: -0.1,
-    0.05: 0.0,
-    0.055: 0.1,
-    0.06: 0.2,
-    5.0: 0.2,
-}
-FACTORS = {-0.5: 0.5, 0.0: 0.5, 3.99: 0.5, 4.01: 1.0, 6.0: 1.0, 8.99: 1.0, 9.01: 2.0, 1e9: 2.0}
 ZIEGLER, BAND = partial(AdaptiveBeta, 0.1, 0.05, 1000), {3.99: 1 / 3, 4.01: 1.0, 36.1: 3.0}
-WIDE = partial(PPOAdaptiveBeta, 0.1, 12.0, tolerance=3.0, factor=3.0)
-RULES = [
-    *((ZIEGLER, kl, 64, 1 + error * 0.064) for kl, error in ERRORS.items()),
-    (ZIEGLER, 5.0, 1, 1 + 0.2 / 1000),
-    (ZIEGLER, 0.0, 4990, 1 - 0.2 * 4.99),
-    (partial(AdaptiveBeta, 0.1, 1e6, 1000), -0.5, 64, 1 - 0.2 * 0.064),
-    *((partial(PPOAdaptiveBeta, 0.1, 6.0), kl, 1, factor) for kl, factor in FACTORS.items()),
-    *((WIDE, kl, 1, factor) for kl, factor in BAND.items()),
-    (partial(PIDBeta, 0.1, 6.0), -0.5, 1, math.exp(-0.33)),
-    *((partial(FixedBeta, 0.1), kl, 64, 1.0) for kl in (-5.0, 0.0, 1e6)),
-]
 
 
-@pytest.mark.parametrize("make, kl, n, factor", RULES)
+@pytest.mark.parametrize(
+    "make, kl, n, factor",
+    [
+        *(
+            (ZIEGLER, kl, 64, 1 + error * 0.064)
+            for kl, error in {
+                -1e300: -0.2,
+                -0.5: -0.2,
+                0.0: -0.2,
+                0.03: -0.2,
+                0.045: -0.1,
+                0.05: 0.0,
+                0.055: 0.1,
+                0.06: 0.2,
+                5.0: 0.2,
+            }.items()
+        ),
+        (ZIEGLER, 5.0, 1, 1 + 0.2 / 1000),
+        (ZIEGLER, 0.0, 4990, 1 - 0.2 * 4.99),
+        (partial(AdaptiveBeta, 0.1, 1e6, 1000), -0.5, 64, 1 - 0.2 * 0.064),
+        *(
+            (partial(PPOAdaptiveBeta, 0.1, 6.0), kl, 1, factor)
+            for kl, factor in {
+                -0.5: 0.5,
+                0.0: 0.5,
+                3.99: 0.5,
+                4.01: 1.0,
+                6.0: 1.0,
+                8.99: 1.0,
+                9.01: 2.0,
+                1e9: 2.0,
+            }.items()
+        ),
+        *(
+            (partial(PPOAdaptiveBeta, 0.1, 12.0, tolerance=3.0, factor=3.0), kl, 1, factor)
+            for kl, factor in BAND.items()
+        ),
+        (partial(PIDBeta, 0.1, 6.0), -0.5, 1, math.exp(-0.33)),
+        *((partial(FixedBeta, 0.1), kl, 64, 1.0) for kl in (-5.0, 0.0, 1e6)),
+    ],
+)
 def test_rules(make, kl, n, factor) -> None:
     # The published ones, for numbers and tensors of one entry of any type.
     controller = make()
@@ -152,25 +169,28 @@ def test_a_penalty_is_read_in_the_unit_of_the_controller(make) -> None:
 
 
 P = penalty_of(31).last
+
+
 # This process's KL and samples, the other's sums, the pooled KL and samples: None for an error.
-PROCESSES = [
-    ("token", (0.02, 1), (6.0, 30, 30), (6.02 / 31, 31)),
-    ("token", (0.06, 4), (0, 0, 0), (0.06, 4)),
-    ("token", (math.nan, 0), (0.24, 4, 4), (0.06, 4)),
-    ("token", (penalty_of(31), 1), (0.5, 1, 9), ((31 * float(P["kl"]) + 0.5) / 40, 2)),
-    (
-        "sequence",
-        (penalty_of(31), 1),
-        (0.5, 1, 2),
-        ((2 * float(P["kl_per_sequence"]) + 0.5) / 4, 2),
-    ),
-    *(("token", own, (0.1, 1, 1), None) for own in ((math.nan, 1), (0.1, -1))),
-    ("token", (0.1, 1), (math.nan, 1, 1), None),
-    ("token", (0.1, 0), (0, 0, 0), None),
-]
-
-
-@pytest.mark.parametrize("unit, own, others, pooled", PROCESSES, ids=str)
+@pytest.mark.parametrize(
+    "unit, own, others, pooled",
+    [
+        ("token", (0.02, 1), (6.0, 30, 30), (6.02 / 31, 31)),
+        ("token", (0.06, 4), (0, 0, 0), (0.06, 4)),
+        ("token", (math.nan, 0), (0.24, 4, 4), (0.06, 4)),
+        ("token", (penalty_of(31), 1), (0.5, 1, 9), ((31 * float(P["kl"]) + 0.5) / 40, 2)),
+        (
+            "sequence",
+            (penalty_of(31), 1),
+            (0.5, 1, 2),
+            ((2 * float(P["kl_per_sequence"]) + 0.5) / 4, 2),
+        ),
+        *(("token", own, (0.1, 1, 1), None) for own in ((math.nan, 1), (0.1, -1))),
+        ("token", (0.1, 1), (math.nan, 1, 1), None),
+        ("token", (0.1, 0), (0, 0, 0), None),
+    ],
+    ids=str,
+)
 @targeted
 def test_betas_of_several_processes(make, monkeypatch, unit, own, others, pooled) -> None:
     # That of one process on all samples; a wrong value is an error once the others have its sums.

@@ -147,19 +147,20 @@ def assert_loss(
 
 
 # Masks, what they hide, and the clips.
-CLIPS = [
-    ("all", 0.0, (0.2, 0.2), None),
-    ("padding", math.nan, (0.2, 0.28), 1.1),
-    ("holes, one empty", math.inf, (0.03, 0.04), None),
-    ("holes, one empty", -math.inf, (1, math.inf), 3.0),
-]
-
-
 # Sums of 24 products of numbers of the order of 1, each of some roundings of 2^-53 or 2^-24.
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str
 )
-@pytest.mark.parametrize("name, garbage, clip, dual_clip", CLIPS, ids=str)
+@pytest.mark.parametrize(
+    "name, garbage, clip, dual_clip",
+    [
+        ("all", 0.0, (0.2, 0.2), None),
+        ("padding", math.nan, (0.2, 0.28), 1.1),
+        ("holes, one empty", math.inf, (0.03, 0.04), None),
+        ("holes, one empty", -math.inf, (1, math.inf), 3.0),
+    ],
+    ids=str,
+)
 @forms
 def test_published_losses(call, more, name, garbage, clip, dual_clip, dtype, tolerance) -> None:
     # Value and gradient: advantages per token and per sequence, every KL, padded, and packed with
@@ -198,13 +199,13 @@ def test_on_policy_it_is_the_policy_gradient(call, more) -> None:
 
 
 # The step of the log-probability, and the loss for A = 1 and A = -1; a gradient must be 0 there.
-EXTREMES = [
-    *((step, -1.2, math.exp(20)) for step in (100.0, 1e4, math.inf)),
-    *((step, 0.0, 0.8) for step in (-200.0, -1e4, -math.inf)),
-]
-
-
-@pytest.mark.parametrize("step, gaining, losing", EXTREMES)
+@pytest.mark.parametrize(
+    "step, gaining, losing",
+    [
+        *((step, -1.2, math.exp(20)) for step in (100.0, 1e4, math.inf)),
+        *((step, 0.0, 0.8) for step in (-200.0, -1e4, -math.inf)),
+    ],
+)
 def test_extreme_ratios(step, gaining, losing) -> None:
     # A ratio that is infinite or 0 in float32 is clipped like any other; a minimum of
     # products has the gradient 0·inf = NaN.

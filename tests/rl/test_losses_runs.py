@@ -45,29 +45,31 @@ def test_dpo_is_the_published_one(beta, smoothing, dtype, rounding, tolerance) -
 
 
 LOG2, LONG = math.log(2), -0.1 / (1 + math.exp(2))
+
+
 # chosen, rejected, ref_chosen, ref_rejected, the loss at beta 0.1, its gradient to chosen and to
 # rejected.
-CLOSED = [
-    ((-7.0, -3.0, -7.0, -3.0), LOG2, (-0.05, 0.05)),
-    ((1e4, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
-    ((-1e4, 0.0, 0.0, 0.0), 1e3, (-0.1, 0.1)),
-    ((math.inf, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
-    # A sum over 40,000 tokens is far below a token's -1e4, and counts in full: a margin of 2.
-    ((-40000.0, -30010.0, -40010.0, -30000.0), math.log1p(math.exp(-2)), (LONG, -LONG)),
-    *(
-        (values, LOG2, slopes)
-        for low in (-math.inf, -1e30)
-        for values, slopes in (
-            ((-5.0, low, -5.0, low), (-0.05, 0.0)),
-            ((low, -5.0, low, -5.0), (0.0, 0.05)),
-        )
-    ),
-    *(((low, -5.0, -5.0, -5.0), 1e7, (0.0, 0.1)) for low in (-math.inf, -1e30)),
-    ((math.nan, -5.0, -5.0, -5.0), math.nan, (0.0, math.nan)),
-]
-
-
-@pytest.mark.parametrize("values, loss, slopes", CLOSED)
+@pytest.mark.parametrize(
+    "values, loss, slopes",
+    [
+        ((-7.0, -3.0, -7.0, -3.0), LOG2, (-0.05, 0.05)),
+        ((1e4, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
+        ((-1e4, 0.0, 0.0, 0.0), 1e3, (-0.1, 0.1)),
+        ((math.inf, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
+        # A sum over 40,000 tokens is far below a token's -1e4, and counts in full: a margin of 2.
+        ((-40000.0, -30010.0, -40010.0, -30000.0), math.log1p(math.exp(-2)), (LONG, -LONG)),
+        *(
+            (values, LOG2, slopes)
+            for low in (-math.inf, -1e30)
+            for values, slopes in (
+                ((-5.0, low, -5.0, low), (-0.05, 0.0)),
+                ((low, -5.0, low, -5.0), (0.0, 0.05)),
+            )
+        ),
+        *(((low, -5.0, -5.0, -5.0), 1e7, (0.0, 0.1)) for low in (-math.inf, -1e30)),
+        ((math.nan, -5.0, -5.0, -5.0), math.nan, (0.0, math.nan)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_dpo_in_closed_form(values, loss, slopes, dtype) -> None:
     # -inf counts as a number without gradient; a pair ranked wrong by far is linear.

@@ -127,9 +127,11 @@ RUNS = {
     "below all bins": [[torch.tensor([0.0, -0.5, 9e-9, 1e-30])]],
     "above all bins": [[torch.tensor([1e10])]],
 }
-WAYS = [(layout, NAN, torch.float32) for layout in ("packed", "behind", "before")]
-WAYS += [("holes", garbage, torch.float32) for garbage in (NAN, INF, -INF, 1e30)]
-WAYS += [("behind", NAN, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)]
+WAYS = [
+    *((layout, NAN, torch.float32) for layout in ("packed", "behind", "before")),
+    *(("holes", garbage, torch.float32) for garbage in (NAN, INF, -INF, 1e30)),
+    *(("behind", NAN, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+]
 
 
 @on_devices

@@ -52,12 +52,9 @@ def by_definition(
     return rewards
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
 @pytest.mark.parametrize(
     "garbage, dtype",
-    [(math.nan, dtype) for dtype in DTYPES]
+    [(math.nan, dtype) for dtype in [torch.float32, torch.bfloat16, torch.float16, torch.float64]]
     + [(math.inf, torch.float32), (-math.inf, torch.float32)],
 )
 @pytest.mark.parametrize("per", ["sequence", "token"])

@@ -41,16 +41,16 @@ def with_gradient(value: torch.Tensor, gradient: float = 1.0) -> torch.nn.Parame
 # ---- what becomes of a step
 
 
-BOUNDS = [
-    (1e6, 0.5, "full"),
-    (0.01, 0.5, "shrunk"),
-    (0.01, 0.8, "shrunk"),
-    (1e-300, 0.5, "undone"),
-]
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("bound, shrink, accepted", BOUNDS)
+@pytest.mark.parametrize(
+    "bound, shrink, accepted",
+    [
+        (1e6, 0.5, "full"),
+        (0.01, 0.5, "shrunk"),
+        (0.01, 0.8, "shrunk"),
+        (1e-300, 0.5, "undone"),
+    ],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_of_an_optimizer(name, bound, shrink, accepted, device) -> None:
     # Within the bound its own to the bit, else the first fraction within it, else none; its state
@@ -102,15 +102,21 @@ def test_undone_to_the_bit(dtype, kl) -> None:
 
 # Tries, the KLs that are measured, the result, where ones go with a gradient of ones, copies of the
 # parameters.
-MEASURED = [
-    (10, [0.1], ("full", 1.0, 0.1), 0.0, 1),
-    (0, [0.1], ("full", 1.0, 0.1), 0.0, 1),
-    (0, [0.2], ("undone", 0.0, 0.2), 1.0, 1),  # a second copy is not needed: it cannot be shortened
-    (10, [math.nan, math.inf, 0.1], ("shrunk", 0.25, 0.1), 0.75, 2),
-]
-
-
-@pytest.mark.parametrize("tries, kls, result, value, copies", MEASURED)
+@pytest.mark.parametrize(
+    "tries, kls, result, value, copies",
+    [
+        (10, [0.1], ("full", 1.0, 0.1), 0.0, 1),
+        (0, [0.1], ("full", 1.0, 0.1), 0.0, 1),
+        (
+            0,
+            [0.2],
+            ("undone", 0.0, 0.2),
+            1.0,
+            1,
+        ),  # a second copy is not needed: it cannot be shortened
+        (10, [math.nan, math.inf, 0.1], ("shrunk", 0.25, 0.1), 0.75, 2),
+    ],
+)
 def test_measured_kls(tries, kls, result, value, copies) -> None:
     # A KL of max_kl is accepted, a NaN is not; one wait per measurement; frozen parameters
     # are neither copied nor moved.
