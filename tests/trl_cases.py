@@ -126,15 +126,19 @@ COMMON = dict(
     learning_rate=1e-2,
     lr_scheduler_type="constant",
 )
-GENERATED = dict(max_completion_length=COMPLETION)
 CONFIGS = {
     trl.GRPOTrainer: (
         trl.GRPOConfig,
-        dict(beta=BETA, per_device_train_batch_size=4, num_generations=4, **GENERATED),
+        dict(
+            beta=BETA,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=COMPLETION,
+        ),
     ),
     trl.DistillationTrainer: (
         trl.DistillationConfig,
-        dict(beta=1.0, per_device_train_batch_size=2, **GENERATED),
+        dict(beta=1.0, per_device_train_batch_size=2, max_completion_length=COMPLETION),
     ),
     gkd.GKDTrainer: (
         gkd.GKDConfig,
@@ -277,8 +281,9 @@ def plain_loss(trainer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    values = torch.autograd.grad(loss, named.values(), retain_graph=True)
-    return dict(zip(named, values, strict=True))
+    return dict(
+        zip(named, torch.autograd.grad(loss, named.values(), retain_graph=True), strict=True)
+    )
 
 
 def assert_same(got: dict, expected: dict, tolerance: float = 2 * ROUNDING) -> None:

@@ -69,7 +69,6 @@ class Penalised(transformers.Trainer):
 
 
 def trainer_of(folder, callback, mean=False, callbacks=None, **options) -> Penalised:
-    """Make a trainer: two micro-batches of two sequences a step, and an evaluation after each."""
     defaults = dict(
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,

@@ -318,11 +318,6 @@ def test_refused_without_the_hardware_or_model(monkeypatch, name, flag) -> None:
 
 
 WEIGHTED = dict(callbacks=[KLCallback(FixedBeta(0.1))])
-PROMPTED = dict(
-    extra=dict(
-        peft_config=trl_cases.peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    )
-)
 REFUSED = [
     (TRAINERS, dict(torch_compile=True), "args: .* got torch_compile"),
     (TRAINERS, dict(extra=dict(logits_dtype="float32")), "logits_dtype: .*, got str; "),
@@ -330,7 +325,13 @@ REFUSED = [
     # The distillation trainer of TRL refuses it itself.
     (
         ["GRPOTrainer", "experimental.gkd.GKDTrainer"],
-        PROMPTED,
+        dict(
+            extra=dict(
+                peft_config=trl_cases.peft.PromptTuningConfig(
+                    num_virtual_tokens=2, task_type="CAUSAL_LM"
+                )
+            )
+        ),
         "model: .*, got LlamaForCausalLM with prompt learning",
     ),
     (
