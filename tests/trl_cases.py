@@ -1,7 +1,7 @@
 """Tiny random models and TRL's trainers of them, a micro-batch, and the truth from full logits."""
 
 import os
-from pathlib import Path
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,15 +14,10 @@ trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
 if trl.__version__.split(".")[:2] != ["1", "16"]:
     pytest.skip(f"expected TRL 1.16, got {trl.__version__}", allow_module_level=True)
 
-import pyarrow  # noqa: E402
 import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from datasets.table import InMemoryTable  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from trl.experimental.gkd import GKDConfig  # noqa: E402
-
-from fastkl.integrations.gkd import ExactGKDTrainer  # noqa: E402
-from fastkl.integrations.trl import ExactDistillationTrainer, ExactGRPOTrainer  # noqa: E402
+from trl.experimental import gkd  # noqa: E402
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(58))]
 V, BETA, TEMPERATURE = len(WORDS), 0.3, 0.7
@@ -39,13 +34,14 @@ SIZES = dict(
     eos_token_id=1,
     bos_token_id=1,
 )
-WIDER = transformers.LlamaConfig(**{**SIZES, "hidden_size": 24, "initializer_range": 0.1})
+load = transformers.AutoModelForCausalLM.from_pretrained
 # Models whose logits are not their lm_head's product alone.
-GEMMA = dict(head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")
 FAMILIES = {
     "granite": lambda: transformers.GraniteConfig(**SIZES, logits_scaling=4.0),
     "cohere": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.5),
-    "gemma": lambda: transformers.Gemma2Config(**SIZES, **GEMMA),
+    "gemma": lambda: transformers.Gemma2Config(
+        **SIZES, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager"
+    ),
 }
 
 # Float32 additions round by eps/2 at most. A logit (16 products), a log-softmax (V) and a loss
@@ -59,45 +55,47 @@ ROUNDING = 4 * (16 + V + 4 * COMPLETION) ** 0.5 * EPS / 2
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    words = {word: i for i, word in enumerate(WORDS)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, padding_side="left", **special
+        tokenizer_object=backend,
+        padding_side="left",
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
     )
 
 
-def dataset(**columns: list) -> Dataset:
-    # With a fingerprint of its own: datasets would pickle the table for one.
-    return Dataset(InMemoryTable(pyarrow.table(columns)), fingerprint="-".join(columns))
-
-
-def examples() -> Dataset:
-    generator = torch.Generator().manual_seed(3)
-    sizes = [(4, 6), (2, 3), (3, 5), (4, 1)] * 2
-    return dataset(
-        prompt=[""] * len(sizes),
-        input_ids=[
-            torch.randint(3, V, (sum(pair),), generator=generator).tolist() for pair in sizes
-        ],
-        completion_mask=[[0] * prompt + [1] * completion for prompt, completion in sizes],
+PROMPTS = Dataset.from_dict(dict(prompt=["w1 w2 w3 w4", "w5 w6"] * 4))
+# Tokens of a prompt and of its completion.
+PAIRS = [(4, 6), (2, 3), (3, 5), (4, 1)] * 2
+EXAMPLES = Dataset.from_dict(
+    dict(
+        prompt=[""] * len(PAIRS),
+        input_ids=[[3 + (7 * i + 5 * j) % 58 for j in range(sum(p))] for i, p in enumerate(PAIRS)],
+        completion_mask=[[0] * prompt + [1] * completion for prompt, completion in PAIRS],
     )
+)
 
 
-PROMPTS = dataset(prompt=["w1 w2 w3 w4", "w5 w6"] * 4)
-EXAMPLES = examples()
-
-
-def tiny(folder: Path, config=None, seed: int = 0, **keywords) -> str:
+def tiny(folder, config=None, seed: int = 0, **keywords) -> str:
     torch.manual_seed(seed)
-    made_from = transformers.AutoModelForCausalLM.from_config
-    made_from(config or transformers.LlamaConfig(**SIZES), **keywords).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(
+        config or transformers.LlamaConfig(**SIZES), **keywords
+    ).save_pretrained(folder)
     return str(folder)
 
 
-def load(folder: str, **keywords) -> torch.nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **keywords)
+FOLDER = tempfile.TemporaryDirectory()
+# Two tiny random Llamas: a student or policy, and a wider teacher.
+STUDENT = tiny(f"{FOLDER.name}/student")
+TEACHER = tiny(
+    f"{FOLDER.name}/teacher",
+    transformers.LlamaConfig(**{**SIZES, "hidden_size": 24, "initializer_range": 0.1}),
+    seed=1,
+)
 
 
 def perturb(model: torch.nn.Module, size: float = 0.05, seed: int = 5) -> None:
@@ -111,7 +109,6 @@ def perturb(model: torch.nn.Module, size: float = 0.05, seed: int = 5) -> None:
 LORA = peft.LoraConfig(
     r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.0
 )
-PROMPT_LEARNING = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
 
 
 # ---- trainers: one optimizer step per two micro-batches
@@ -129,68 +126,70 @@ COMMON = dict(
     learning_rate=1e-2,
     lr_scheduler_type="constant",
 )
-GENERATED = dict(max_completion_length=COMPLETION)
-OPTIONS = {
-    trl.GRPOConfig: dict(beta=BETA, per_device_train_batch_size=4, num_generations=4, **GENERATED),
-    trl.DistillationConfig: dict(beta=1.0, per_device_train_batch_size=2, **GENERATED),
-    GKDConfig: dict(
-        beta=1.0,
-        per_device_train_batch_size=2,
-        max_new_tokens=COMPLETION,
-        max_length=64,
-        lmbda=0.0,
-        optim="sgd",
+CONFIGS = {
+    trl.GRPOTrainer: (
+        trl.GRPOConfig,
+        dict(
+            beta=BETA,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=COMPLETION,
+        ),
+    ),
+    trl.DistillationTrainer: (
+        trl.DistillationConfig,
+        dict(beta=1.0, per_device_train_batch_size=2, max_completion_length=COMPLETION),
+    ),
+    gkd.GKDTrainer: (
+        gkd.GKDConfig,
+        dict(
+            beta=1.0,
+            per_device_train_batch_size=2,
+            max_new_tokens=COMPLETION,
+            max_length=64,
+            lmbda=0.0,
+            optim="sgd",
+        ),
     ),
 }
 
 
-def settings(config: type, folder: object, **options):
-    return config(**{**COMMON, **OPTIONS[config], "output_dir": f"{folder}/out", **options})
+def settings(kind: type, **options):
+    config, own = next(each for base, each in CONFIGS.items() if issubclass(kind, base))
+    return config(**{**COMMON, **own, "output_dir": f"{FOLDER.name}/out", **options})
 
 
-def made(kind: type, config, *given, data=PROMPTS, callbacks=(), extra=None):
-    trainer = kind(
-        *given,
-        args=config,
-        train_dataset=data,
-        eval_dataset=data,
-        processing_class=tokenizer(),
-        callbacks=list(callbacks),
-        **(extra or {}),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
+def lengths(completions, **kwargs) -> list[float]:
+    return [float(len(completion)) for completion in completions]
 
 
-def grpo(folder: str, kind=ExactGRPOTrainer, model=None, callbacks=(), extra=None, **options):
-    config = settings(trl.GRPOConfig, folder, **options)
-    return made(kind, config, model or folder, lengths, callbacks=callbacks, extra=extra)
-
-
-def distillation(
-    folder: str, teacher, kind=ExactDistillationTrainer, callbacks=(), extra=None, **options
-):
-    config = settings(trl.DistillationConfig, folder, **options)
-    model = None if teacher is None else load(teacher)
-    return made(kind, config, folder, model, callbacks=callbacks, extra=extra)
-
-
-def gkd(
-    folder: str,
-    teacher: str,
-    kind=ExactGKDTrainer,
+def made(
+    kind,
+    student=STUDENT,
+    teacher=TEACHER,
     callbacks=(),
     extra=None,
     dtype=torch.float32,
     **options,
 ):
-    config = settings(GKDConfig, folder, **options)
-    models = [load(path, dtype=dtype) for path in (folder, teacher)]
-    return made(kind, config, *models, data=EXAMPLES, callbacks=callbacks, extra=extra)
-
-
-def lengths(completions, **kwargs) -> list[float]:
-    return [float(len(completion)) for completion in completions]
+    """Make a trainer; options are its configuration's, a model is itself or its path."""
+    student, teacher = (
+        load(each, dtype=dtype) if isinstance(each, str) else each for each in (student, teacher)
+    )
+    of_grpo = issubclass(kind, trl.GRPOTrainer)
+    data = EXAMPLES if issubclass(kind, gkd.GKDTrainer) else PROMPTS
+    trainer = kind(
+        model=student,
+        args=settings(kind, **options),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer(),
+        callbacks=list(callbacks),
+        **(dict(reward_funcs=lengths) if of_grpo else dict(teacher_model=teacher)),
+        **(extra or {}),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
 
 
 def moved(trainer, seed: int = 5, size: float = 0.05):
@@ -224,21 +223,24 @@ def batch(old: bool = True) -> dict[str, torch.Tensor]:
         "num_items_in_batch": torch.tensor(21),
         "tool_mask": tool_mask,
     }
-    old_logps = -4 + torch.randn(4, COMPLETION, generator=generator)
-    return {**inputs, "old_per_token_logps": old_logps} if old else inputs
+    if old:
+        inputs["old_per_token_logps"] = -4 + torch.randn(4, COMPLETION, generator=generator)
+    return inputs
 
 
 def sequence(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    parts = ("ids", "mask")
     return [
-        torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1) for part in parts
+        torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1)
+        for part in ("ids", "mask")
     ]
 
 
 def full_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     ids, mask = sequence(inputs)
-    logits = model(input_ids=ids, attention_mask=mask).logits
-    return logits[:, -COMPLETION - 1 : -1].double() / TEMPERATURE
+    return (
+        model(input_ids=ids, attention_mask=mask).logits[:, -COMPLETION - 1 : -1].double()
+        / TEMPERATURE
+    )
 
 
 def exact_kl(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tensor:
@@ -279,8 +281,9 @@ def plain_loss(trainer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    values = torch.autograd.grad(loss, named.values(), retain_graph=True)
-    return dict(zip(named, values, strict=True))
+    return dict(
+        zip(named, torch.autograd.grad(loss, named.values(), retain_graph=True), strict=True)
+    )
 
 
 def assert_same(got: dict, expected: dict, tolerance: float = 2 * ROUNDING) -> None:
@@ -310,19 +313,17 @@ def assert_loss(
 # ---- the README's lines
 
 
-def readme_names(folder: Path) -> dict[str, object]:
-    paths = [tiny(folder / "student"), tiny(folder / "teacher", WIDER, seed=1)]
-    for path in paths:
-        tokenizer().save_pretrained(path)
+def readme_names() -> dict[str, object]:
+    tokenizer().save_pretrained(STUDENT)
     return {
-        "model": paths[0],
-        "student": load(paths[0]),
-        "teacher": load(paths[1]),
+        "model": STUDENT,
+        "student": load(STUDENT),
+        "teacher": load(TEACHER),
         "reward": lengths,
         "prompts": PROMPTS,
         "conversations": EXAMPLES,
         "tokenizer": tokenizer(),
-        "grpo_config": settings(trl.GRPOConfig, folder),
-        "distillation_config": settings(trl.DistillationConfig, folder),
-        "gkd_config": settings(GKDConfig, folder),
+        "grpo_config": settings(trl.GRPOTrainer),
+        "distillation_config": settings(trl.DistillationTrainer),
+        "gkd_config": settings(gkd.GKDTrainer),
     }

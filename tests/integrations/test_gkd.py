@@ -4,21 +4,24 @@ and plain torch on full logits. test_trl.py has the refused settings of all trai
 
 import pytest
 import torch
+import trl_cases
 from trl_cases import (
     EPS,
+    LORA,
     ROUNDING,
     V,
     assert_loss,
-    exact_kl,
-    gkd,
     gradients,
     logged,
+    made,
+    perturb,
     trl,
 )
 
 from fastkl import testing
 from fastkl.integrations.gkd import ExactGKDTrainer
 from fastkl.integrations.transformers import KLCallback
+from fastkl.integrations.trl import ExactDistillationTrainer
 from fastkl.rl import KLMonitor
 
 KINDS = (ExactGKDTrainer, trl.experimental.gkd.GKDTrainer)
@@ -37,29 +40,42 @@ def batch() -> dict[str, torch.Tensor]:
     "beta, items, per_token",
     [(0.0, None, False), (1.0, 21, False), (0.0, torch.tensor(21), True), (1.0, None, True)],
 )
-def test_loss_and_gradients_are_trls(folder, teacher, beta, items, per_token) -> None:
+def test_loss_and_gradients_are_trls(beta, items, per_token) -> None:
     # In float64; the temperature is that of generation and not the divergence's.
     options = dict(dtype=torch.float64, beta=beta)
     callbacks, inputs = [KLCallback(None, KLMonitor())] if per_token else [], batch()
-    exact = gkd(folder, teacher, callbacks=callbacks, **options)
-    plain = gkd(folder, teacher, KINDS[1], **options)
-    logits, theirs = (
-        model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
-        for model in (plain.model, plain.teacher_model)
-    )
-    kl = exact_kl(*((logits, theirs) if beta == 1 else (theirs, logits)))
-    expected = kl[inputs["labels"][:, 1:] != -100].sum() / (9 if items is None else 21)
+    exact = made(KINDS[0], callbacks=callbacks, **options)
+    plain = made(KINDS[1], **options)
     own = plain.compute_loss(plain.model, dict(inputs), num_items_in_batch=items)
-    testing.assert_near(own, expected, 1e-12, 0.0, "TRL's loss")
     # Llama's norms are in float32, whatever the model's type, and round to either side.
     options = dict(model=plain.model, gradient=4 * EPS, num_items_in_batch=items)
     head = assert_loss(exact, inputs, own, 1e-12, **options)["lm_head.weight"]
-    own_head = gradients(own, plain.model)["lm_head.weight"]
-    testing.assert_near(head, own_head, 1e-11, 1e-15, "gradient of the head")
+    testing.assert_near(
+        head, gradients(own, plain.model)["lm_head.weight"], 1e-11, 1e-15, "gradient of the head"
+    )
 
 
-def test_outputs_and_evaluation(folder, teacher) -> None:
-    exact, plain = (gkd(folder, teacher, kind) for kind in KINDS)
+@pytest.mark.parametrize(
+    "kinds, inputs",
+    [
+        (KINDS, batch()),
+        ((ExactDistillationTrainer, trl.DistillationTrainer), trl_cases.batch()),
+    ],
+    ids=["gkd", "distillation"],
+)
+def test_peft(kinds, inputs) -> None:
+    exact, plain = (made(kind, extra=dict(peft_config=LORA)) for kind in kinds)
+    perturb(exact.model)
+    plain.model.load_state_dict(exact.model.state_dict())
+    own = plain.compute_loss(plain.model, dict(inputs))
+    assert all(
+        "lora" in name for name in assert_loss(exact, inputs, own, 2 * ROUNDING, model=plain.model)
+    )
+    exact.train()
+
+
+def test_outputs_and_evaluation() -> None:
+    exact, plain = (made(kind) for kind in KINDS)
     loss, outputs = exact.compute_loss(exact.model, batch(), return_outputs=True)
     own, own_outputs = plain.compute_loss(plain.model, batch(), return_outputs=True)
     testing.assert_near(loss, own, 2 * ROUNDING, 0.0, "loss")
@@ -71,11 +87,11 @@ def test_outputs_and_evaluation(folder, teacher) -> None:
     assert not any(bool(value.any()) for value in gradients(nothing, exact.model).values())
 
 
-def test_training_is_trls(folder, teacher) -> None:
+def test_training_is_trls() -> None:
     # Two steps of SGD, with two micro-batches of different numbers of tokens each: the loss of the
     # second is of weights that the first has moved.
-    exact = gkd(folder, teacher, callbacks=[KLCallback(None, KLMonitor())])
-    plain = gkd(folder, teacher, KINDS[1])
+    exact = made(KINDS[0], callbacks=[KLCallback(None, KLMonitor())])
+    plain = made(KINDS[1])
     exact.train(), plain.train()
     losses, own, means = logged(exact, "loss"), logged(plain, "loss"), logged(exact, "kl/mean")
     assert losses == pytest.approx(own, rel=2 * ROUNDING) and len(losses) == 2
@@ -83,18 +99,18 @@ def test_training_is_trls(folder, teacher) -> None:
     assert abs(own[1] - own[0]) > 1e-3
 
 
-def test_autocast(folder, teacher) -> None:
+def test_autocast() -> None:
     # Within bfloat16's rounding of the float32 loss; logits_dtype goes through.
     options = ({}, dict(bf16=True), dict(bf16=True, extra=dict(logits_dtype=torch.float32)))
-    trainers = [gkd(folder, teacher, max_steps=1, **each) for each in options]
+    trainers = [made(KINDS[0], max_steps=1, **each) for each in options]
     losses = [float(each.compute_loss(each.model, batch()).detach()) for each in trainers]
     assert len(set(losses)) == 3 and losses[1:] == pytest.approx(losses[:1] * 2, rel=0.05)
     trainers[1].train()
 
 
-def test_inside_the_wrappers_forward(folder, teacher) -> None:
+def test_inside_the_wrappers_forward() -> None:
     # DDP prepares its reduction in its own forward: outside, other processes' gradients are lost.
-    trainer, within = gkd(folder, teacher), []
+    trainer, within = made(KINDS[0]), []
     wrapped = torch.nn.DataParallel(trainer.model)
     wrapped.register_forward_pre_hook(lambda *_: within.append("begins"))
     wrapped.register_forward_hook(lambda *_: within.append("ends"))

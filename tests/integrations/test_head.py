@@ -24,14 +24,6 @@ SIZES = dict(
     bos_token_id=1,
 )
 GEMMA = dict(head_dim=8, final_logit_softcapping=2.0)
-VISION = dict(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    image_size=28,
-    patch_size=14,
-)
 
 
 def config_of(kind: str, **options):
@@ -40,8 +32,9 @@ def config_of(kind: str, **options):
 
 def model_of(kind: str, **options) -> torch.nn.Module:
     torch.manual_seed(0)
-    make = transformers.AutoModelForCausalLM.from_config
-    return make(config_of(kind, **options), attn_implementation="eager")
+    return transformers.AutoModelForCausalLM.from_config(
+        config_of(kind, **options), attn_implementation="eager"
+    )
 
 
 def assert_its_logits(model: torch.nn.Module) -> Head:
@@ -88,9 +81,10 @@ def test_families(kind, options, softcap, scale) -> None:
 def test_a_padded_lm_head() -> None:
     # Rows that the model's own logits leave out are cut; the gradient reaches the whole weight.
     inkling = transformers.models.inkling2
-    config = inkling.Inkling2TextConfig(**SIZES, unpadded_vocab_size=57)
     torch.manual_seed(0)
-    model = inkling.modeling_inkling2.Inkling2ForCausalLM(config)
+    model = inkling.modeling_inkling2.Inkling2ForCausalLM(
+        inkling.Inkling2TextConfig(**SIZES, unpadded_vocab_size=57)
+    )
     head = assert_its_logits(model)
     assert head.weight.shape == (57, 16) and head.softcap == 30.0
     head.weight.sum().backward()
@@ -140,12 +134,22 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_multimodal_models(kind, text, vision, form) -> None:
     parts = dict(
         text_config=config_of(text[0], **text[1]),
-        vision_config=getattr(transformers, f"{vision}Config")(**VISION),
+        vision_config=getattr(transformers, f"{vision}Config")(
+            **dict(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+            )
+        ),
         image_token_id=60,
     )
-    config = getattr(transformers, f"{kind}Config")(**parts, projection_dim=16)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(
+        getattr(transformers, f"{kind}Config")(**parts, projection_dim=16)
+    )
     assert assert_its_logits(model)[2:4] == form
 
 
@@ -153,11 +157,12 @@ def test_multimodal_models(kind, text, vision, form) -> None:
 
 
 def adapted(**options):
-    """Make a Granite with LoRA that has learnt something."""
     peft = pytest.importorskip("peft")
     lora = dict(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    base = model_of("Granite", logits_scaling=8.0, tie_word_embeddings=False)
-    model = peft.get_peft_model(base, peft.LoraConfig(**{**lora, **options}))
+    model = peft.get_peft_model(
+        model_of("Granite", logits_scaling=8.0, tie_word_embeddings=False),
+        peft.LoraConfig(**{**lora, **options}),
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * parameter.requires_grad)
@@ -185,12 +190,6 @@ def test_a_merged_adapter_on_the_lm_head() -> None:
 # ---- what is refused
 
 
-def prompted():
-    peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    return peft.get_peft_model(model_of("Llama"), config)
-
-
 def hooked():
     model = model_of("Granite", logits_scaling=8.0)
     model.lm_head.register_forward_hook(lambda module, args, output: 1.01 * output)
@@ -205,45 +204,63 @@ def zeroed(kind: str, **options):
 
 def packed():
     model = model_of("Llama")
-    bits = torch.zeros(V, 8, dtype=torch.uint8)
-    model.lm_head.weight = torch.nn.Parameter(bits, requires_grad=False)
+    model.lm_head.weight = torch.nn.Parameter(
+        torch.zeros(V, 8, dtype=torch.uint8), requires_grad=False
+    )
     model.lm_head.forward = lambda hidden: hidden @ torch.ones(16, V)
     return model
 
 
-def encoder_decoder():
-    sizes = dict(vocab_size=V, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
-    return transformers.T5ForConditionalGeneration(config)
-
-
 ON_HEAD = dict(target_modules=["q_proj", "lm_head"])
 LANGUAGE_MODEL = "a language model of transformers with an lm_head, got"
-REFUSED = [
-    (lambda: 3, f"{LANGUAGE_MODEL} int"),
-    (lambda: None, f"{LANGUAGE_MODEL} NoneType"),
-    (lambda: torch.nn.Linear(2, 2), f"{LANGUAGE_MODEL} Linear"),
-    (
-        lambda: model_of("Llama").model,
-        f"{LANGUAGE_MODEL} LlamaModel; load it with AutoModelForCausalLM",
-    ),
-    # An adapter is refused before it has learnt anything as well.
-    (lambda: adapted(**ON_HEAD), "an lm_head that is one weight, got Granite.*; take lm_head out"),
-    (lambda: adapted(**ON_HEAD, init_lora_weights=True), "an lm_head that is one weight, got"),
-    (prompted, "hidden states of the tokens alone, got LlamaForCausalLM with prompt learning"),
-    (hooked, "logits that are softcap.* got others from Granite.* names logits_scaling=8.0; "),
-    (
-        lambda: zeroed("Granite", logits_scaling=8.0),
-        "logits that tell the factors .* apart, got zeros; pass a Head",
-    ),
-    (lambda: model_of("ModernBertDecoder"), "logits .* whose config names no soft cap or factor"),
-    (lambda: model_of("OPT", ffn_dim=32, word_embed_proj_dim=16), "a forward that runs base_model"),
-    (encoder_decoder, "a decoder, got the encoder-decoder T5ForConditionalGeneration"),
-    (packed, r"an lm_head.weight \[V, 16\] of floats, got torch.uint8 \(61, 8\)"),
-]
 
 
-@pytest.mark.parametrize("make, words", REFUSED)
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: 3, f"{LANGUAGE_MODEL} int"),
+        (lambda: None, f"{LANGUAGE_MODEL} NoneType"),
+        (lambda: torch.nn.Linear(2, 2), f"{LANGUAGE_MODEL} Linear"),
+        (
+            lambda: model_of("Llama").model,
+            f"{LANGUAGE_MODEL} LlamaModel; load it with AutoModelForCausalLM",
+        ),
+        # An adapter is refused before it has learnt anything as well.
+        (
+            lambda: adapted(**ON_HEAD),
+            "an lm_head that is one weight, got Granite.*; take lm_head out",
+        ),
+        (lambda: adapted(**ON_HEAD, init_lora_weights=True), "an lm_head that is one weight, got"),
+        (hooked, "logits that are softcap.* got others from Granite.* names logits_scaling=8.0; "),
+        (
+            lambda: zeroed("Granite", logits_scaling=8.0),
+            "logits that tell the factors .* apart, got zeros; pass a Head",
+        ),
+        (
+            lambda: model_of("ModernBertDecoder"),
+            "logits .* whose config names no soft cap or factor",
+        ),
+        (
+            lambda: model_of("OPT", ffn_dim=32, word_embed_proj_dim=16),
+            "a forward that runs base_model",
+        ),
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(
+                    vocab_size=V,
+                    d_model=16,
+                    d_kv=8,
+                    d_ff=32,
+                    num_layers=1,
+                    num_heads=2,
+                    decoder_start_token_id=0,
+                )
+            ),
+            "a decoder, got the encoder-decoder T5ForConditionalGeneration",
+        ),
+        (packed, r"an lm_head.weight \[V, 16\] of floats, got torch.uint8 \(61, 8\)"),
+    ],
+)
 def test_refused(make, words) -> None:
     model = make()
     with pytest.raises((TypeError, ValueError), match=f"^model: expected {words}"):

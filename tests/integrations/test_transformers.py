@@ -23,18 +23,25 @@ V, LENGTH = 61, 7
 # by eps/2 at most, on both sides: 3.3e-6.
 ROUNDING = 4 * LENGTH * torch.finfo(torch.float32).eps
 # The first LENGTH - i % 3 tokens of sequence i count.
-IDS = torch.randint(V, (16, LENGTH), generator=torch.Generator().manual_seed(1))
 TOKENS = [
     {"input_ids": ids, "attention_mask": (torch.arange(LENGTH) < LENGTH - i % 3).long()}
-    for i, ids in enumerate(IDS)
+    for i, ids in enumerate(
+        torch.randint(V, (16, LENGTH), generator=torch.Generator().manual_seed(1))
+    )
 ]
-SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 
 
 def tiny(seed: int) -> torch.nn.Module:
-    config = transformers.LlamaConfig(**SIZES, vocab_size=V, initializer_range=0.2)
     torch.manual_seed(seed)
-    return transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **dict(
+                hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+            ),
+            vocab_size=V,
+            initializer_range=0.2,
+        )
+    )
 
 
 class Penalised(transformers.Trainer):
@@ -62,7 +69,6 @@ class Penalised(transformers.Trainer):
 
 
 def trainer_of(folder, callback, mean=False, callbacks=None, **options) -> Penalised:
-    """Make a trainer: two micro-batches of two sequences a step, and an evaluation after each."""
     defaults = dict(
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
@@ -102,14 +108,6 @@ def logged(trainer: Penalised, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def steps_of(trainer: Penalised) -> list[tuple[torch.Tensor, int]]:
-    micro = iter(trainer.kept)
-    return [
-        (torch.cat([one[0], two[0]]), one[1] + two[1])
-        for one, two in zip(micro, micro, strict=True)
-    ]
-
-
 STATE, CONTROL = transformers.TrainerState(), transformers.TrainerControl()
 
 
@@ -128,25 +126,32 @@ def test_once_per_optimizer_step(tmp_path, unit, mean, monitored, every) -> None
     monitor = KLMonitor(jsonl=tmp_path / "kl.jsonl") if monitored else None
     callback, reporter, seen = KLCallback(controller, monitor), transformers.TrainerCallback(), []
     reporter.on_log = lambda *args, logs, **kwargs: seen.append(dict(logs))
-    given = [reporter, callback]
-    trainer = trainer_of(tmp_path, callback, mean, given, logging_steps=every, max_steps=5)
+    trainer = trainer_of(
+        tmp_path, callback, mean, [reporter, callback], logging_steps=every, max_steps=5
+    )
     assert callback.attach(trainer) is callback
     assert trainer.callback_handler.callbacks.count(callback) == 1
     trainer.train()
-    steps = steps_of(trainer)
+    micro = iter(trainer.kept)
+    steps = [
+        (torch.cat([one[0], two[0]]), one[1] + two[1])
+        for one, two in zip(micro, micro, strict=True)
+    ]
     assert len(steps) == 5 and len({len(kl) for kl, _ in steps}) > 1
     per = [float(kl.sum()) / (len(kl) if unit == "token" else rows) for kl, rows in steps]
     betas = [alone.beta, *(alone.update(value, unit=unit) for value in per)]
     assert len(set(betas)) == 6 and controller.beta == pytest.approx(betas[-1], rel=ROUNDING)
-    used = [beta for _, _, beta in trainer.kept]
-    assert used == pytest.approx([beta for beta in betas[:-1] for _ in range(2)], rel=ROUNDING)
+    assert [beta for _, _, beta in trainer.kept] == pytest.approx(
+        [beta for beta in betas[:-1] for _ in range(2)], rel=ROUNDING
+    )
     # Between two logs: the mean of the steps' means, the largest, the last beta.
     groups = [slice(first, first + every) for first in range(0, 5, every)]
     means = [float(torch.stack([kl.mean() for kl, _ in steps[group]]).mean()) for group in groups]
     assert logged(trainer, "kl/mean") == pytest.approx(means, rel=ROUNDING)
     assert [logs["kl/mean"] for logs in seen if "kl/mean" in logs] == logged(trainer, "kl/mean")
-    last = [betas[:5][group][-1] for group in groups]
-    assert logged(trainer, "kl/beta") == pytest.approx(last, rel=ROUNDING)
+    assert logged(trainer, "kl/beta") == pytest.approx(
+        [betas[:5][group][-1] for group in groups], rel=ROUNDING
+    )
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluations) == 5
     assert not any(name.startswith("kl/") for entry in evaluations for name in entry)
@@ -162,7 +167,6 @@ def test_once_per_optimizer_step(tmp_path, unit, mean, monitored, every) -> None
 
 
 def run(folder, callback, resume: bool, steps: int = 4, **options) -> Penalised:
-    """Train, from the checkpoint after two steps on if resumed."""
     options = dict(save_strategy="steps", max_steps=steps, **options)
     trainer = trainer_of(folder, callback, **options)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
@@ -193,8 +197,10 @@ def test_checkpoints_of_another_callback_or_none(tmp_path) -> None:
     run(folder, KLCallback(), False, 2, callbacks=[])
     run(folder, joining, True, callbacks=[joining])
     saved = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
-    state = saved["stateful_callbacks"]["KLCallback"]["attributes"]["controller"]
-    assert state == joining.controller.state_dict()
+    assert (
+        saved["stateful_callbacks"]["KLCallback"]["attributes"]["controller"]
+        == joining.controller.state_dict()
+    )
 
 
 # ---- steps without a trainer
@@ -296,32 +302,42 @@ def test_runs_that_would_lose_it(tmp_path, callbacks, options, words) -> None:
 
 CALLBACK, BATCH = KLCallback(), SimpleNamespace(beta=0.1, update=print, unit="batch")
 KL, NESTED = torch.ones(2, 3), torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
-WRONG = [
-    (KLCallback, dict(controller=0.1), "controller: expected an object with beta and update, got"),
-    (KLCallback, dict(monitor=3), "monitor: expected an object with update, got int"),
-    (KLCallback, dict(controller=BATCH), "controller: expected one whose unit is .*"),
-    *(
-        (CALLBACK.record, dict(kl=kl), "kl: expected a float tensor .*, got .*float")
-        for kl in (0.1, KL.to(torch.float8_e4m3fn))
-    ),
-    (CALLBACK.record, dict(kl=torch.tensor(0.1)), r"kl: expected \[\.\.\., T\], got a scalar"),
-    *(
-        (CALLBACK.record, dict(kl=kl), "kl: expected a plain tensor, ")
-        for kl in (KL.to_sparse(), NESTED)
-    ),
-    (CALLBACK.record, dict(kl=KL, mask=KL), "mask: expected a bool tensor"),
-    (CALLBACK.record, dict(kl=KL, mask=KL.bool().to_sparse()), "mask: expected a plain tensor, "),
-    (CALLBACK.record, dict(kl=KL, mask=KL[:, 1:].bool()), r"mask: expected .*\(2, 3\), "),
-    (CALLBACK.record, dict(kl=KL, entropy=KL[0]), r"entropy: expected .*\(2, 3\), "),
-    (CALLBACK.record, dict(kl=KL, entropy=0.5), "entropy: expected a float tensor"),
-    *(
-        (CALLBACK.attach, dict(trainer=each), "trainer: expected a transformers.Trainer, got ")
-        for each in (None, SimpleNamespace(callback_handler=None))
-    ),
-]
 
 
-@pytest.mark.parametrize("call, arguments, words", WRONG)
+@pytest.mark.parametrize(
+    "call, arguments, words",
+    [
+        (
+            KLCallback,
+            dict(controller=0.1),
+            "controller: expected an object with beta and update, got",
+        ),
+        (KLCallback, dict(monitor=3), "monitor: expected an object with update, got int"),
+        (KLCallback, dict(controller=BATCH), "controller: expected one whose unit is .*"),
+        *(
+            (CALLBACK.record, dict(kl=kl), "kl: expected a float tensor .*, got .*float")
+            for kl in (0.1, KL.to(torch.float8_e4m3fn))
+        ),
+        (CALLBACK.record, dict(kl=torch.tensor(0.1)), r"kl: expected \[\.\.\., T\], got a scalar"),
+        *(
+            (CALLBACK.record, dict(kl=kl), "kl: expected a plain tensor, ")
+            for kl in (KL.to_sparse(), NESTED)
+        ),
+        (CALLBACK.record, dict(kl=KL, mask=KL), "mask: expected a bool tensor"),
+        (
+            CALLBACK.record,
+            dict(kl=KL, mask=KL.bool().to_sparse()),
+            "mask: expected a plain tensor, ",
+        ),
+        (CALLBACK.record, dict(kl=KL, mask=KL[:, 1:].bool()), r"mask: expected .*\(2, 3\), "),
+        (CALLBACK.record, dict(kl=KL, entropy=KL[0]), r"entropy: expected .*\(2, 3\), "),
+        (CALLBACK.record, dict(kl=KL, entropy=0.5), "entropy: expected a float tensor"),
+        *(
+            (CALLBACK.attach, dict(trainer=each), "trainer: expected a transformers.Trainer, got ")
+            for each in (None, SimpleNamespace(callback_handler=None))
+        ),
+    ],
+)
 def test_wrong_arguments(call, arguments, words) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{words}"):
         call(**arguments)

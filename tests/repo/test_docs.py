@@ -102,13 +102,13 @@ TRAINERS = [
 
 
 @pytest.mark.parametrize("module, line", [row for row in TRAINERS if row[0] != "verl"])
-def test_every_row_of_the_table_of_trainers_runs(module: str, line: str, tmp_path) -> None:
+def test_every_row_of_the_table_of_trainers_runs(module: str, line: str) -> None:
     # As it stands, with tiny random models; two steps where it makes a trainer. Rows for verl run
     # in tests/integrations/test_verl.py.
     pytest.importorskip("transformers" if module == "transformers" else "trl")
     scope = {"AdaptiveBeta": fastkl.rl.AdaptiveBeta, "KLMonitor": fastkl.rl.KLMonitor}
     if module != "transformers":
-        scope |= import_module("trl_cases").readme_names(tmp_path)
+        scope |= import_module("trl_cases").readme_names()
     result = eval(line, scope | vars(import_module(f"fastkl.integrations.{module}")))
     if hasattr(result, "train"):
         result.train()

@@ -4,6 +4,7 @@ says what to do.
 
 import math
 import operator
+import os
 import re
 from fractions import Fraction
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from fastkl.rl import (
     dpo_loss,
     grpo_loss,
     ppo_loss,
+    read_jsonl,
     shape_rewards,
 )
 
@@ -57,6 +59,7 @@ RIGHT = {
     SpikeDetector: {},
     spike: {"kl": 0.1},
     KLMonitor: {},
+    read_jsonl: {"path": os.devnull},
     record: {"kl": S},
     TrustRegion: {"max_kl": 0.1},
     step: {"optimizer": torch.optim.SGD([torch.zeros(3)]), "mean_kl": float},
@@ -82,6 +85,7 @@ SAMPLED = {"beta": 0.1, "ref_logprob": ZEROS}
 meta = operator.methodcaller("to", "meta")
 
 
+NO_PATHS = [1, True, 1.5, b"run.jsonl", ["run.jsonl"]]
 # Who may get it, the error, the argument that it names, its wrong values; or what is changed of the
 # right arguments.
 ALONE = [
@@ -195,7 +199,8 @@ ALONE = [
     ((KLMonitor,), TypeError, "threshold", [torch.tensor(0.1)]),
     ((KLMonitor,), TypeError, "spike", [3.0, None]),
     ((KLMonitor,), ValueError, "jsonl", ["/nowhere/to/be/found.jsonl", "/"]),
-    ((KLMonitor,), TypeError, "jsonl", [3]),
+    ((KLMonitor,), TypeError, "jsonl", NO_PATHS),
+    ((read_jsonl,), TypeError, "path", NO_PATHS),
 ]
 BESIDE = [
     ((AdaptiveBeta, PPOAdaptiveBeta, PIDBeta), ValueError, "initial", {"bounds": (0.2, 1.0)}),
@@ -230,6 +235,7 @@ BESIDE = [
         (GRPO, ValueError, "max_length", {"reduction": "dr_grpo", "max_length": value})
         for value in (0, 2, 2**31)
     ),
+    (GRPO, ValueError, "max_length", {**PACKED, "reduction": "dr_grpo", "max_length": 3}),
     *(
         (GRPO, ValueError, "cu_seqlens", {**PACKED, "cu_seqlens": None, **more})
         for more in (
@@ -274,20 +280,24 @@ def test_wrong_arguments(call, error, name, change) -> None:
         call(**{**right, **change})
 
 
-REPRS = [
-    (FixedBeta(0.1), "beta=0.1"),
-    (AdaptiveBeta(0.1, 6, 100, "sequence"), "beta=0.1 target=6.0 horizon=100.0 unit='sequence'"),
-    (
-        PPOAdaptiveBeta(0.1, 6, bounds=(0.1, 1)),
-        "bounds=(0.1, tolerance=1.5 factor=2.0 unit='token'",
-    ),
-    (PIDBeta(0.1, 6, ki=0.5), "beta=0.1 target=6.0 kp=0.3 ki=0.5 kd=0.0"),
-    (TrustRegion(1), "max_kl=1 shrink=0.5 tries=10"),
-    (SpikeDetector(2.0), "ratio=2 limit=12 recent=15 window=64 floor=0.0001"),
-    (KLMonitor(threshold=0.5), "threshold=0.5 spike=SpikeDetector( jsonl="),
-]
-
-
-@pytest.mark.parametrize("made, fields", REPRS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "made, fields",
+    [
+        (FixedBeta(0.1), "beta=0.1"),
+        (
+            AdaptiveBeta(0.1, 6, 100, "sequence"),
+            "beta=0.1 target=6.0 horizon=100.0 unit='sequence'",
+        ),
+        (
+            PPOAdaptiveBeta(0.1, 6, bounds=(0.1, 1)),
+            "bounds=(0.1, tolerance=1.5 factor=2.0 unit='token'",
+        ),
+        (PIDBeta(0.1, 6, ki=0.5), "beta=0.1 target=6.0 kp=0.3 ki=0.5 kd=0.0"),
+        (TrustRegion(1), "max_kl=1 shrink=0.5 tries=10"),
+        (SpikeDetector(2.0), "ratio=2 limit=12 recent=15 window=64 floor=0.0001"),
+        (KLMonitor(threshold=0.5), "threshold=0.5 spike=SpikeDetector( jsonl="),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_every_setting_shows(made, fields) -> None:
     assert all(field in repr(made) for field in [type(made).__name__, *fields.split()])

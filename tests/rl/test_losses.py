@@ -23,16 +23,19 @@ MASKS = {
         [1, 1, 1, 1, 0, 1],
     ],
 }
-GRPO = [
-    {"reduction": "grpo"},
-    {"reduction": "bnpo"},
-    {"reduction": "dr_grpo", "max_length": 8},
-    {"reduction": "sum"},
-]
 KLS = ("none", "sampled", "corrected", "exact")
 FORMS = [
     *((ppo_loss, {"reduction": name}) for name in ("token_mean", "mean", "sequence_mean", "sum")),
-    *((grpo_loss, {"level": level, **more}) for level in ("token", "sequence") for more in GRPO),
+    *(
+        (grpo_loss, {"level": level, **more})
+        for level in ("token", "sequence")
+        for more in (
+            {"reduction": "grpo"},
+            {"reduction": "bnpo"},
+            {"reduction": "dr_grpo", "max_length": 8},
+            {"reduction": "sum"},
+        )
+    ),
 ]
 WITH_KL = [(*form, kl) for form in FORMS for kl in KLS if kl == "none" or form[0] is grpo_loss]
 
@@ -62,10 +65,9 @@ def batch(dtype: torch.dtype = torch.float64, device: str = "cpu") -> SimpleName
         "per_token": advantages,
         "per_sequence": advantages[:, 0].clone(),
     }
-    learning = ("logprob", "kl")
     return SimpleNamespace(
         **{
-            name: value.to(device, dtype).requires_grad_(name in learning)
+            name: value.to(device, dtype).requires_grad_(name in ("logprob", "kl"))
             for name, value in made.items()
         }
     )
@@ -80,7 +82,6 @@ def penalty(made: SimpleNamespace, kind: str) -> dict:
 
 
 def packed(made: SimpleNamespace, real: torch.Tensor) -> tuple[SimpleNamespace, torch.Tensor]:
-    """The sequences' real tokens one behind the other, and their boundaries."""
     flat = {
         name: value if name == "per_sequence" else value[real] for name, value in vars(made).items()
     }
@@ -146,19 +147,20 @@ def assert_loss(
 
 
 # Masks, what they hide, and the clips.
-CLIPS = [
-    ("all", 0.0, (0.2, 0.2), None),
-    ("padding", math.nan, (0.2, 0.28), 1.1),
-    ("holes, one empty", math.inf, (0.03, 0.04), None),
-    ("holes, one empty", -math.inf, (1, math.inf), 3.0),
-]
-
-
 # Sums of 24 products of numbers of the order of 1, each of some roundings of 2^-53 or 2^-24.
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str
 )
-@pytest.mark.parametrize("name, garbage, clip, dual_clip", CLIPS, ids=str)
+@pytest.mark.parametrize(
+    "name, garbage, clip, dual_clip",
+    [
+        ("all", 0.0, (0.2, 0.2), None),
+        ("padding", math.nan, (0.2, 0.28), 1.1),
+        ("holes, one empty", math.inf, (0.03, 0.04), None),
+        ("holes, one empty", -math.inf, (1, math.inf), 3.0),
+    ],
+    ids=str,
+)
 @forms
 def test_published_losses(call, more, name, garbage, clip, dual_clip, dtype, tolerance) -> None:
     # Value and gradient: advantages per token and per sequence, every KL, padded, and packed with
@@ -188,20 +190,22 @@ def test_on_policy_it_is_the_policy_gradient(call, more) -> None:
     # Without old_logprob as with the log-probabilities of now, also within no clip.
     made = batch()
     made.old = made.logprob.detach()
-    exact = published(made, made.per_token, mask_of("all"), **more)
-    for clip, old in itertools.product((0.2, 0.0), (None, made.old)):
-        loss = call(made.logprob, old, made.per_token, clip=clip, **more)
-        assert_loss(loss, exact, [made.logprob], 1e-14)
+    kls = KLS if call is grpo_loss else KLS[:1]
+    for clip, old, kl in itertools.product((0.2, 0.0), (None, made.old), kls):
+        given = made.logprob, old, made.per_token
+        loss = call(*given, clip=clip, **more, **penalty(made, kl))
+        exact = published(made, made.per_token, mask_of("all"), kl=kl, **more)
+        assert_loss(loss, exact, [made.logprob], 1e-13)
 
 
 # The step of the log-probability, and the loss for A = 1 and A = -1; a gradient must be 0 there.
-EXTREMES = [
-    *((step, -1.2, math.exp(20)) for step in (100.0, 1e4, math.inf)),
-    *((step, 0.0, 0.8) for step in (-200.0, -1e4, -math.inf)),
-]
-
-
-@pytest.mark.parametrize("step, gaining, losing", EXTREMES)
+@pytest.mark.parametrize(
+    "step, gaining, losing",
+    [
+        *((step, -1.2, math.exp(20)) for step in (100.0, 1e4, math.inf)),
+        *((step, 0.0, 0.8) for step in (-200.0, -1e4, -math.inf)),
+    ],
+)
 def test_extreme_ratios(step, gaining, losing) -> None:
     # A ratio that is infinite or 0 in float32 is clipped like any other; a minimum of
     # products has the gradient 0·inf = NaN.
@@ -213,8 +217,9 @@ def test_extreme_ratios(step, gaining, losing) -> None:
         loss = call(logprob, old, torch.tensor([[0.0, advantage]]))
         assert loss.item() == pytest.approx(value / 2, rel=1e-6, abs=1e-30)
         assert not bool(torch.autograd.grad(loss, logprob)[0].any())
-    dual = ppo_loss(logprob, old, -torch.ones(1, 2), dual_clip=3.0).item()
-    assert dual == pytest.approx((1 + (3 if step > 0 else 0.8)) / 2)
+    assert ppo_loss(logprob, old, -torch.ones(1, 2), dual_clip=3.0).item() == pytest.approx(
+        (1 + (3 if step > 0 else 0.8)) / 2
+    )
 
 
 SIZES = [0.0, -1e-6, -3.0, -40.0, -200.0, -1e4, -65504.0, torch.finfo(torch.float32).min, -math.inf]
@@ -260,8 +265,9 @@ def test_beta() -> None:
         testing.assert_same_bits(grpo_loss(*given, beta=controller, **more), plain, str(more))
     # A KL may be constant where nothing is trained.
     with torch.no_grad():
-        constant = grpo_loss(*given, kl=torch.ones(B, T), beta=0.1)
-    assert constant.item() == pytest.approx(plain.item() + 0.1)
+        assert grpo_loss(*given, kl=torch.ones(B, T), beta=0.1).item() == pytest.approx(
+            plain.item() + 0.1
+        )
 
 
 # ---- masks, empty batches, types
@@ -284,8 +290,8 @@ def test_no_token_counts(call, more) -> None:
     ]
     for shape, sequences, where in given:
         logprob, none = torch.zeros(shape, requires_grad=True), torch.zeros(shape, dtype=torch.bool)
-        kl = {"ref_logprob": logprob.detach(), "beta": 0.1} if call is grpo_loss else {}
         arguments = logprob, torch.ones(shape), torch.ones(sequences), none
+        kl = {"ref_logprob": logprob.detach(), "beta": 0.1} if call is grpo_loss else {}
         loss = call(*arguments, **more, **kl, **where)
         assert loss.item() == 0.0 and not bool(torch.autograd.grad(loss, logprob)[0].any())
 
@@ -296,12 +302,18 @@ def test_shapes() -> None:
     made, mask = batch(), mask_of("padding")
     real, bounds = packed(made, mask)
     given = made.logprob, made.old, made.per_token, mask
-    folded = grpo_loss(*(value.view(2, 2, -1) for value in given))
-    torch.testing.assert_close(folded, grpo_loss(*given), rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(
+        grpo_loss(*(value.view(2, 2, -1) for value in given)),
+        grpo_loss(*given),
+        rtol=1e-14,
+        atol=0.0,
+    )
     arguments = real.logprob, real.old, real.per_token
-    whole = ("token_mean", "mean", "bnpo", "sum")
     for call, more in FORMS:
-        if more["reduction"] in whole and more.get("level") != "sequence":
+        if (
+            more["reduction"] in ("token_mean", "mean", "bnpo", "sum")
+            and more.get("level") != "sequence"
+        ):
             loss = call(*arguments, **more, cu_seqlens=bounds)
             testing.assert_same_bits(call(*arguments, **more), loss, str(more))
     logprob, ends = torch.zeros(3, requires_grad=True), torch.tensor([0, 2, 2, 3])
@@ -319,7 +331,8 @@ def test_types(dtype) -> None:
     logprob, old, advantages, ref = (
         value.detach().float() for value in (made.logprob, made.old, *others)
     )
-    same = grpo_loss(logprob, old, advantages.double(), ref_logprob=ref, beta=0.1)
-    testing.assert_same_bits(loss, same, str(dtype))
+    testing.assert_same_bits(
+        loss, grpo_loss(logprob, old, advantages.double(), ref_logprob=ref, beta=0.1), str(dtype)
+    )
     assert torch.autograd.grad(loss, others, allow_unused=True, retain_graph=True) == (None, None)
     assert loss.dtype == torch.float32 and torch.autograd.grad(loss, made.logprob)[0].dtype == dtype

@@ -1,7 +1,5 @@
-"""The KL inside the losses: which KL's gradient each form of grpo_loss has, by enumeration; DPO's
-formula. Losses and rewards on meta tensors, in one graph and without synchronisation; the clamp of
-the KL and the divisor of the means.
-"""
+"""DPO's formula; losses and rewards on meta tensors, in one graph and without synchronisation; the
+clamp of the KL and the divisor of the means."""
 
 import itertools
 import math
@@ -15,54 +13,6 @@ from torch.nn.functional import logsigmoid
 from fastkl import testing
 from fastkl.estimators import estimate_kl, sampled_kl_loss
 from fastkl.rl import dpo_loss, grpo_loss, ppo_loss, shape_rewards
-
-V = 5
-
-
-def exact_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    return (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum()
-
-
-# Level, correct_kl, tokens of a sequence, off-policy; the value is KL(policy‖reference); the
-# gradient is that of KL(policy‖reference) or of the other direction. TRL's ratio of level
-# "sequence" is no importance weight of more than one token.
-ENUMERATED = [
-    *((level, False, 1, False, True, "reverse") for level in ("token", "sequence")),
-    *((level, False, 1, True, False, None) for level in ("token", "sequence")),
-    *(
-        (level, True, 1, off_policy, True, "forward")
-        for level in ("token", "sequence")
-        for off_policy in (False, True)
-    ),
-    ("token", True, 2, True, True, "forward"),
-    ("sequence", True, 2, True, False, None),
-]
-
-
-@pytest.mark.parametrize("level, correct_kl, length, off_policy, right, direction", ENUMERATED)
-def test_which_kl_the_loss_has(level, correct_kl, length, off_policy, right, direction) -> None:
-    # Every sequence of a vocabulary of 5, weighted with its probability under the policy that
-    # samples.
-    logits, step, reference = torch.randn(
-        3, V, generator=torch.Generator().manual_seed(3), dtype=torch.float64
-    )
-    logits.requires_grad_()
-    old, loss = logits.detach() + 0.4 * step * off_policy, 0.0
-    more = {"beta": 1.0, "level": level, "correct_kl": correct_kl}
-    for tokens in itertools.product(range(V), repeat=length):
-        logprob, before, ref = (
-            each.log_softmax(-1)[list(tokens)].view(1, -1) for each in (logits, old, reference)
-        )
-        given = logprob, before if off_policy else None, torch.zeros(1).double()
-        loss = loss + before.sum().exp() * grpo_loss(*given, ref_logprob=ref, **more)
-    forward, gradient = exact_kl(logits, reference), torch.autograd.grad(loss, logits)[0]
-    for name, kl in {"forward": forward, "reverse": exact_kl(reference, logits)}.items():
-        wanted = torch.autograd.grad(kl, logits, retain_graph=True)[0]
-        error = float((gradient - wanted).norm() / wanted.norm())
-        assert error < 1e-12 if name == direction else error > 0.05
-    off = abs(float((loss / forward).detach()) - 1)
-    assert off < 1e-13 if right else off > 0.01
-
 
 # ---- DPO
 
@@ -95,29 +45,31 @@ def test_dpo_is_the_published_one(beta, smoothing, dtype, rounding, tolerance) -
 
 
 LOG2, LONG = math.log(2), -0.1 / (1 + math.exp(2))
+
+
 # chosen, rejected, ref_chosen, ref_rejected, the loss at beta 0.1, its gradient to chosen and to
 # rejected.
-CLOSED = [
-    ((-7.0, -3.0, -7.0, -3.0), LOG2, (-0.05, 0.05)),
-    ((1e4, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
-    ((-1e4, 0.0, 0.0, 0.0), 1e3, (-0.1, 0.1)),
-    ((math.inf, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
-    # A sum over 40,000 tokens is far below a token's -1e4, and counts in full: a margin of 2.
-    ((-40000.0, -30010.0, -40010.0, -30000.0), math.log1p(math.exp(-2)), (LONG, -LONG)),
-    *(
-        (values, LOG2, slopes)
-        for low in (-math.inf, -1e30)
-        for values, slopes in (
-            ((-5.0, low, -5.0, low), (-0.05, 0.0)),
-            ((low, -5.0, low, -5.0), (0.0, 0.05)),
-        )
-    ),
-    *(((low, -5.0, -5.0, -5.0), 1e7, (0.0, 0.1)) for low in (-math.inf, -1e30)),
-    ((math.nan, -5.0, -5.0, -5.0), math.nan, (0.0, math.nan)),
-]
-
-
-@pytest.mark.parametrize("values, loss, slopes", CLOSED)
+@pytest.mark.parametrize(
+    "values, loss, slopes",
+    [
+        ((-7.0, -3.0, -7.0, -3.0), LOG2, (-0.05, 0.05)),
+        ((1e4, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
+        ((-1e4, 0.0, 0.0, 0.0), 1e3, (-0.1, 0.1)),
+        ((math.inf, 0.0, 0.0, 0.0), 0.0, (0.0, 0.0)),
+        # A sum over 40,000 tokens is far below a token's -1e4, and counts in full: a margin of 2.
+        ((-40000.0, -30010.0, -40010.0, -30000.0), math.log1p(math.exp(-2)), (LONG, -LONG)),
+        *(
+            (values, LOG2, slopes)
+            for low in (-math.inf, -1e30)
+            for values, slopes in (
+                ((-5.0, low, -5.0, low), (-0.05, 0.0)),
+                ((low, -5.0, low, -5.0), (0.0, 0.05)),
+            )
+        ),
+        *(((low, -5.0, -5.0, -5.0), 1e7, (0.0, 0.1)) for low in (-math.inf, -1e30)),
+        ((math.nan, -5.0, -5.0, -5.0), math.nan, (0.0, math.nan)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_dpo_in_closed_form(values, loss, slopes, dtype) -> None:
     # -inf counts as a number without gradient; a pair ranked wrong by far is linear.
@@ -142,7 +94,6 @@ def test_dpo_normalizer_and_types() -> None:
 
 
 def every_loss(made, mask: torch.Tensor, where: dict) -> torch.Tensor:
-    """Every loss in every form, of one layout."""
     losses = []
     for i, (call, more, kl) in enumerate(WITH_KL):
         more = more if more["reduction"] == "sum" else {**more, "normalizer": mask.sum()}
@@ -151,19 +102,21 @@ def every_loss(made, mask: torch.Tensor, where: dict) -> torch.Tensor:
         given = made.logprob, made.old, per, mask
         losses.append(call(*given, **more, **where, **penalty(made, kl)))
     for scores in (made.per_token, made.per_sequence):
-        rewards = shape_rewards(scores, made.old, torch.tensor(0.3), mask, **where)
-        losses.append((rewards * made.logprob).sum())
+        losses.append(
+            (shape_rewards(scores, made.old, torch.tensor(0.3), mask, **where) * made.logprob).sum()
+        )
     losses.append(ppo_loss(made.logprob, None, made.per_sequence, mask, dual_clip=3.0, **where))
     pair = made.logprob.flatten(), made.old.flatten()
     return torch.stack([*losses, dpo_loss(*pair, *pair[::-1], normalizer=mask.sum()).loss])
 
 
 def layouts(device: str) -> list[tuple[SimpleNamespace, torch.Tensor, dict]]:
-    """Padded and packed."""
     made, mask = batch(torch.float32, device), mask_of("padding").to(device)
     flat = SimpleNamespace(**{name: value.flatten() for name, value in vars(made).items()})
-    bounds = torch.tensor([0, 6, 12, 18, 24], device=device)
-    return [(made, mask, {}), (flat, mask.flatten(), {"cu_seqlens": bounds})]
+    return [
+        (made, mask, {}),
+        (flat, mask.flatten(), {"cu_seqlens": torch.tensor([0, 6, 12, 18, 24], device=device)}),
+    ]
 
 
 def test_values_are_not_looked_at() -> None:
@@ -215,8 +168,7 @@ def test_wrong_boundaries(bounds) -> None:
         if call is shape_rewards:
             assert torch.equal(result.isnan(), mask) and not bool(result.nan_to_num(0.0).any())
         else:
-            gradient = torch.autograd.grad(result, logprob)[0]
-            assert result.isnan() and not bool(gradient.any())
+            assert result.isnan() and not bool(torch.autograd.grad(result, logprob)[0].any())
 
 
 LOGPROB = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -0.1, -1.0]])
@@ -254,8 +206,11 @@ def test_kl_clamp(clamp, correct_kl) -> None:
     old, ref = logprob.detach() - 0.1, torch.tensor([[-1.0, -1.2, -9.0, -0.2]], dtype=torch.float64)
     more = {"ref_logprob": ref, "beta": 0.3, "correct_kl": correct_kl, "kl_clamp": clamp}
     loss = grpo_loss(logprob, old, torch.zeros(1).double(), reduction="sum", **more)
-    corrected = sampled_kl_loss(logprob, ref, old_logprob=old, clamp=clamp)
-    kl = corrected if correct_kl else estimate_kl(logprob, ref, estimator="k3", clamp=clamp)
+    kl = (
+        sampled_kl_loss(logprob, ref, old_logprob=old, clamp=clamp)
+        if correct_kl
+        else estimate_kl(logprob, ref, estimator="k3", clamp=clamp)
+    )
     results = [(value, torch.autograd.grad(value, logprob)[0]) for value in (loss, 0.3 * kl.sum())]
     torch.testing.assert_close(*results, rtol=1e-14, atol=0.0)
 
@@ -264,8 +219,6 @@ def test_max_length_counts_what_counts() -> None:
     logprob, mask = torch.zeros(6), torch.tensor([True, False, True, True, True, False])
     more = {"reduction": "dr_grpo", "cu_seqlens": torch.tensor([0, 3, 6]), "max_length": 2}
     assert grpo_loss(logprob, None, torch.ones(2), mask, **more).item() == -1.0
-    with pytest.raises(ValueError, match="^max_length: expected .* 3, got 2; "):
-        grpo_loss(logprob, None, torch.ones(2), **more)
 
 
 @pytest.mark.parametrize(
@@ -278,14 +231,16 @@ def test_normalizer(call, more) -> None:
 
     def loss(rows: slice, **others) -> torch.Tensor:
         given = (each[rows] for each in (made.logprob, made.old, made.per_token, mask))
-        ref = SimpleNamespace(ref=made.ref[rows])
-        kl = penalty(ref, "corrected" if call is grpo_loss else "none")
+        kl = penalty(
+            SimpleNamespace(ref=made.ref[rows]), "corrected" if call is grpo_loss else "none"
+        )
         return call(*given, **more, **kl, **others)
 
     whole = loss(slice(0, B))
     for normalizer in (count, torch.tensor(count)):
-        summed = sum(loss(rows, normalizer=normalizer) for rows in parts)
-        assert_loss(summed, whole, [made.logprob], 1e-14)
+        assert_loss(
+            sum(loss(rows, normalizer=normalizer) for rows in parts), whole, [made.logprob], 1e-14
+        )
     for zero in (torch.tensor(0), torch.zeros(1), torch.zeros((), dtype=torch.float64)):
         none = loss(slice(0, B), normalizer=zero)
         assert none.shape == () and none.item() == 0.0

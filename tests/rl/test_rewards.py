@@ -52,12 +52,9 @@ def by_definition(
     return rewards
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
 @pytest.mark.parametrize(
     "garbage, dtype",
-    [(math.nan, dtype) for dtype in DTYPES]
+    [(math.nan, dtype) for dtype in [torch.float32, torch.bfloat16, torch.float16, torch.float64]]
     + [(math.inf, torch.float32), (-math.inf, torch.float32)],
 )
 @pytest.mark.parametrize("per", ["sequence", "token"])
@@ -67,8 +64,9 @@ def test_rewards(bounds, name, per, garbage, dtype) -> None:
     # Packed, within three roundings of the result's type: of beta, of the product, of the
     # difference; padded, the same bits. Whatever KL and scores hold where nothing counts, it is 0
     # there. Rewards are data.
-    made = numbers(len(bounds) - 1 if per == "sequence" else 15)
-    scores, kl = (each.flatten().to(dtype) for each in made)
+    scores, kl = (
+        each.flatten().to(dtype) for each in numbers(len(bounds) - 1 if per == "sequence" else 15)
+    )
     mask, ends = mask_of(name).flatten(), torch.tensor(bounds)
     exact = by_definition(scores, kl, 0.3, mask, bounds)
     wide = torch.promote_types(dtype, torch.float32)
@@ -81,12 +79,16 @@ def test_rewards(bounds, name, per, garbage, dtype) -> None:
     assert (rewards.dtype, rewards.shape, rewards.requires_grad) == (wide, (15,), False)
     assert bool(((rewards.double() - exact).abs() <= allowed).all()), (rewards, exact)
     assert not bool(rewards[~mask].any())
-    of_int32 = shape_rewards(scores, kl, 0.3, given, cu_seqlens=ends.int())
-    testing.assert_same_bits(of_int32, rewards, "int32")
+    testing.assert_same_bits(
+        shape_rewards(scores, kl, 0.3, given, cu_seqlens=ends.int()), rewards, "int32"
+    )
     if bounds == BOUNDARIES["even"]:
         shape, counts = (3, 5) if per == "token" else (3,), mask.view(3, 5)
-        padded = shape_rewards(scores.view(shape), kl.view(3, 5), 0.3, counts)
-        testing.assert_same_bits(padded.flatten(), rewards, "padded")
+        testing.assert_same_bits(
+            shape_rewards(scores.view(shape), kl.view(3, 5), 0.3, counts).flatten(),
+            rewards,
+            "padded",
+        )
 
 
 def test_leading_shapes() -> None:
@@ -116,8 +118,10 @@ def test_beta() -> None:
     for beta in (torch.tensor(0.3, requires_grad=True), controller):
         testing.assert_same_bits(shape_rewards(scores, kl, beta), rewards, "beta")
     controller.beta, infinite = 0, torch.full_like(kl, math.inf)
-    alone = torch.nn.functional.pad(scores[:, None], (4, 0))
-    assert torch.equal(shape_rewards(scores, infinite, controller), alone)
+    assert torch.equal(
+        shape_rewards(scores, infinite, controller),
+        torch.nn.functional.pad(scores[:, None], (4, 0)),
+    )
     assert shape_rewards(scores, infinite, torch.tensor(0.0)).isnan().all()
     kl[0, 1], scores[2] = math.nan, math.inf
     rewards = shape_rewards(scores, kl, 0.3)

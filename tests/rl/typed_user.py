@@ -35,9 +35,11 @@ def step(
     assert_type(PIDBeta(0.1, 0.05).update(0.1, mask.sum(), process_group=None), float)
     assert_type(PPOAdaptiveBeta(0.1, 0.05, unit="token").update(LinearKLPenalty(controller)), float)
     rewards = shape_rewards(advantages, estimate_kl(logprob, ref), controller, mask)
-    loss = ppo_loss(logprob, None, rewards, mask, reduction="mean", clip=(0.2, 0.28), normalizer=8)
-    given = (logprob, old, advantages, mask)
-    loss = loss + grpo_loss(*given, ref_logprob=ref, beta=FixedBeta(0.1), level="sequence")
+    loss = ppo_loss(
+        logprob, None, rewards, mask, reduction="mean", clip=(0.2, 0.28), normalizer=8
+    ) + grpo_loss(
+        logprob, old, advantages, mask, ref_logprob=ref, beta=FixedBeta(0.1), level="sequence"
+    )
     assert_type(dpo_loss(logprob, old, ref, ref, normalizer=2), DPOLoss)
     figures = KLMonitor(spike=SpikeDetector()).update(logprob, mask, beta=controller, loss=loss)
     assert_type(figures, dict[str, float])
