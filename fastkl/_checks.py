@@ -1,7 +1,5 @@
 """Checks arguments in one wording: `argument: expected X, got Y; remedy`."""
 
-from __future__ import annotations
-
 import torch
 from torch.autograd import forward_ad
 

@@ -1,7 +1,5 @@
 """Checks of the arguments of functions on hidden states, worded as in _checks.py."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Reduces one value per token to a scalar: Σ weights·x / normalizer, and nothing else."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import get_args

@@ -2,8 +2,6 @@
 same list.
 """
 
-from __future__ import annotations
-
 from typing import Literal, Protocol
 
 Direction = Literal["policy||reference", "reference||policy"]

@@ -1,7 +1,5 @@
 """KL divergence between two logits tensors, per token."""
 
-from __future__ import annotations
-
 import torch
 
 from . import _checks, _reduce, backend

@@ -6,8 +6,6 @@ were kept. An estimator with the right value may have the wrong gradient: tests/
 enumerates the gradients of the losses.
 """
 
-from __future__ import annotations
-
 import math
 from typing import get_args
 

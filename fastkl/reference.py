@@ -13,8 +13,6 @@ On CPU tensors ops/cpu_rows.py computes nearly every row, and this file the fall
 its sums do not suffice: a few at a time, and again in float64 where float32 is not enough.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -11,8 +11,6 @@ largest relative error. The tests, `fastkl doctor` and the benchmarks use this m
 torch alone, and `import fastkl` does not load it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 

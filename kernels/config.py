@@ -4,8 +4,6 @@ the number of rows.
 A row therefore gives the same bits alone and in any batch. `measured` says what an entry rests on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator

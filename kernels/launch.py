@@ -1,7 +1,5 @@
 """Launchers: allocate, choose a configuration, launch. Callers have checked the arguments."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """Launchers of row_fused and scale_gradient."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -2,8 +2,6 @@
 sums of gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -15,8 +15,6 @@ Every step acts on one entry, or sums one row in an order that depends on its le
 values alone select its steps. So the bits of a row do not depend on the rows beside it.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -9,8 +9,6 @@ functionalize, tensor subclasses and meta tensors get the op. A TorchFunctionMod
 (torch.set_default_device installs one) sees neither.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import sys

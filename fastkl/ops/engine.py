@@ -4,8 +4,6 @@ Both take logits of any leading shape and strides, and write into tensors of the
 gradients are with respect to the raw logits, before soft caps and temperatures.
 """
 
-from __future__ import annotations
-
 import abc
 
 import torch

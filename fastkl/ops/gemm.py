@@ -6,8 +6,6 @@ result. A CPU has no product of 16-bit operands with a float32 result: there the
 block at a time, and a block of its gradient is rounded to 16 bits before it is added to the sum.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -2,8 +2,6 @@
 autograd rules; linear_sum_op.py defines the third.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Collection

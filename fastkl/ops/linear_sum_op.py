@@ -1,7 +1,5 @@
 """The op of Σ weights·kl from hidden states, which computes the gradients with the value."""
 
-from __future__ import annotations
-
 from itertools import compress
 from typing import Any, NamedTuple
 

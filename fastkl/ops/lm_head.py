@@ -4,8 +4,6 @@ model, then the engine, then the GEMMs of backward.
 A chunk's logits lie in a reused buffer, or are a part of all logits if forward kept them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Describes logits of any leading shape and strides as kernels.launch.Problems."""
 
-from __future__ import annotations
-
 import functools
 from types import ModuleType
 from typing import Any

@@ -2,8 +2,6 @@
 which float32 does not suffice.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,7 +1,5 @@
 """Cuts logits of any leading shape and strides into blocks of rows that stay in a CPU's cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch

@@ -5,8 +5,6 @@ A field that was not requested is None, or the op's empty tensor: one schema ser
 combination of fields.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from typing import Any, NamedTuple, NoReturn

@@ -2,8 +2,6 @@
 K.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

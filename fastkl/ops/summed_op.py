@@ -6,8 +6,6 @@ An upstream gradient other than 1 costs a read and a write of N·V: pass beta an
 the call. The comparison with 1 is made on the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 The rules themselves are in beta.py.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Mapping

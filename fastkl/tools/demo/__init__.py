@@ -8,8 +8,6 @@ shows what the penalty is for.
 In reading order: this file, corpus, model, training, report.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The corpus: the source code of Python's standard library, and a byte-pair encoding of it."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import re

@@ -1,7 +1,5 @@
 """A small transformer: its training on the corpus, samples from it, and its checkpoint."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The run from corpus to report: its figures, its picture, and what it says of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shlex

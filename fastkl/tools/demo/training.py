@@ -3,8 +3,6 @@
 It maximises the reward minus beta times KL(policy‖reference) per token.
 """
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any, NamedTuple
