@@ -59,7 +59,7 @@ class World:
 
 
 # Estimator or loss; what multiplies it: nothing, on-policy, or off-policy nothing, the ratio with
-# gradient (live) or without, or old_logprob; whose value and whose gradient it has in expectation;
+# gradient (live) or without; whose value and whose gradient it has in expectation;
 # None: neither KL's.
 EXPECTED = [
     ("k1", "on-policy", FORWARD, "zero"),
@@ -73,22 +73,14 @@ EXPECTED = [
     ("k2", "ratio", None, FORWARD),
     ("k3", "ratio", FORWARD, BACKWARD),
     *((name, "off-policy", None, None) for name in ESTIMATORS),
-    *(
-        (direction, way, direction, direction)
-        for direction in DIRECTIONS
-        for way in ("on-policy", "old_logprob")
-    ),
+    *((direction, "on-policy", direction, direction) for direction in DIRECTIONS),
 ]
 
 
 @pytest.mark.parametrize("which, way, value, slope", EXPECTED)
 def test_expectations(which, way, value, slope) -> None:
     logprob, ref, theta, ratio = World.logprob, World.ref, World.theta, World.p / World.old.exp()
-    if way == "old_logprob":
-        loss = sampled_kl_loss(logprob, ref, old_logprob=World.old, direction=which)
-        assert bool((loss > 0).all())
-    else:
-        loss = either(logprob, ref, which) * {"live": ratio, "ratio": ratio.detach()}.get(way, 1.0)
+    loss = either(logprob, ref, which) * {"live": ratio, "ratio": ratio.detach()}.get(way, 1.0)
     mean = ((logprob.detach() if way == "on-policy" else World.old).exp() * loss).sum()
     for name, kl in World.kl.items():
         got, exact = gradient(mean, theta), gradient(kl, theta)
