@@ -43,6 +43,7 @@ CALLS = {
     "kl": lambda p, q, tokens: fastkl.kl_divergence(p, q),
     "stats": lambda p, q, tokens: sum(fastkl.token_stats(p, tokens, q)),
     "select": lambda p, q, tokens: fastkl.selective_log_softmax(p, tokens),
+    "select 3": lambda p, q, tokens: fastkl.selective_log_softmax(p, tokens[:, None].expand(2, 3)),
     "penalty": lambda p, q, tokens: fastkl.KLPenalty(0.1)(p, q),
 }
 

@@ -37,10 +37,46 @@ CALLS = {
 WITH_TEMPERATURE = ["kl", "stats", "policy_stats"]
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 2.0**-127, 2.0**126 * (1 + 2.0**-52)])
-def test_temperatures_beyond_the_range(value) -> None:
-    with pytest.raises(ValueError, match="^temperature: expected .*, got .*; "):
-        fastkl.kl_divergence(torch.zeros(2, V), torch.zeros(2, V), temperature=value)
+def kl(**keywords):
+    return lambda p: fastkl.kl_divergence(p, p, **keywords)
+
+
+def sampled(**keywords):
+    return lambda p: fastkl.sampled_kl_loss(-torch.ones(2), -torch.ones(2), **keywords)
+
+
+BEYOND = (0, 0.0, 2.0**-127, 2.0**126 * (1 + 2.0**-52))
+WRONG = {
+    "weights without a sum": ("weights", kl(weights=torch.ones(2, V))),
+    "weights of another shape": ("weights", kl(weights=torch.ones(V, 2), reduction="sum")),
+    "a penalty's reduction": ("reduction", kl(reduction="sequence_mean")),
+    "torch's reduction": ("reduction", kl(reduction="batchmean")),
+    "a normalizer of none": ("normalizer", kl(normalizer=3)),
+    "a normalizer of 0": ("normalizer", kl(reduction="mean", normalizer=0.0)),
+    "a normalizer below float32": ("normalizer", kl(reduction="mean", normalizer=1e-300)),
+    "a normalizer of a sum": ("normalizer", kl(reduction="sum", normalizer=3)),
+    "a normalizer of a penalty's sum": (
+        "normalizer",
+        lambda p: fastkl.KLPenalty(0.1, reduction="sum")(p, p, normalizer=3),
+    ),
+    "a normalizer of a linear penalty's sum": (
+        "normalizer",
+        lambda p: fastkl.LinearKLPenalty(0.1, reduction="sum")(p, p[0, :, :], p, normalizer=3),
+    ),
+    **{f"temperature {t}": ("temperature", kl(temperature=t)) for t in BEYOND},
+    "clamp 0": ("clamp", sampled(clamp=0.0)),
+    "clamp beyond e^x": ("clamp", sampled(clamp=50.1)),
+    "a learning sampler": (
+        "old_logprob",
+        sampled(old_logprob=torch.zeros(2, requires_grad=True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_values(name) -> None:
+    with pytest.raises(ValueError, match=f"^{WRONG[name][0]}: expected .*, got .*; "):
+        WRONG[name][1](torch.zeros(2, V, V))
 
 
 @pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf, 2.0**-127, 2.0**127])

@@ -263,12 +263,3 @@ def test_compiled_and_without_synchronisation() -> None:
     torch.testing.assert_close(*(gradient(value, leaf) for value in values))
     meta = [value.to("meta") for value in (leaf.detach(), ref, old)]
     assert gradient(both(meta[0].requires_grad_(), *meta[1:]), meta[0]).shape == (4, 7)
-
-
-WRONG = [("clamp", 0.0), ("clamp", 50.1), ("old_logprob", torch.zeros(2, requires_grad=True))]
-
-
-@pytest.mark.parametrize("name, value", WRONG)
-def test_wrong_values(name, value) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*; "):
-        sampled_kl_loss(-torch.ones(2), -torch.ones(2), **{name: value})

@@ -48,13 +48,13 @@ LIMITS = {
 }
 # Another Triton than the pinned one may take this much more: compilers differ by 3 %.
 OTHER_TRITON = 1.03
+COMMITTED = static_costs.read_baseline(static_costs.BASELINE)
+PINNED = COMMITTED["triton"] == triton.__version__
 IN_FLIGHT = 32  # KB of loads that hide memory's latency on an SM
 
 
-# {name: folder to put before others on the path}: the installed Triton and, where it lies beside
-# it, the oldest one supported.
-OLDER = Path(os.environ.get("FASTKL_TRITON_36") or ROOT / ".venv" / "triton-3.6.0")
-TRITONS = {"installed": None, **({"3.6": OLDER} if OLDER.is_dir() else {})}
+def case_of(record):
+    return tuple(record[key] for key in static_costs.CASE)
 
 
 # Every kernel for sm_90 but those of a temperature ratio, forward also misaligned and in float32,
@@ -79,58 +79,42 @@ print(json.dumps({**static_costs.collect(chosen), "triton": static_costs.triton.
 """
 
 
-def run(folder, architectures):
-    paths = filter(None, [folder, ROOT, os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-W", "ignore", "-c", COLLECT, *architectures]
+def collect():
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", COLLECT, *static_costs.ARCHITECTURES]
     return background.run(command, ROOT, environment)
 
 
 def start_in_background():
-    architectures = {"installed": static_costs.ARCHITECTURES, "3.6": ("sm_90",)}
-    return {
-        name: background.submit(run, folder, tuple(architectures[name]))
-        for name, folder in TRITONS.items()
-    }
+    return background.submit(collect)
 
 
-# {(kernel, arch, dtype, aligned): record} of one Triton, the slack of its figures, and its
-# version.
-@pytest.fixture(scope="module", params=TRITONS)
-def report(request):
-    code, output = start_in_background()[request.param].result()
+# {(kernel, arch, dtype, aligned): record} of the installed Triton.
+@pytest.fixture(scope="module")
+def report():
+    code, output = start_in_background().result()
     assert code == 0, output[-4000:]
     data = json.loads(output.splitlines()[-1])
-    assert not data["errors"], data["errors"]
-    installed = request.param == "installed"
-    assert installed or data["triton"].startswith(request.param)
-    records = {tuple(r[key] for key in static_costs.CASE): r for r in data["records"]}
-    return records, 1.0 if installed else OTHER_TRITON, data["triton"]
+    assert not data["errors"] and LIMITS.keys() <= {case_of(r) for r in data["records"]}, data
+    return {case_of(record): record for record in data["records"]}
 
 
+@pytest.mark.skipif(not PINNED, reason="the baseline holds for another Triton")
 def test_nothing_is_worse_than_the_baseline(report):
-    records, _, version = report
-    baseline = static_costs.read_baseline(static_costs.BASELINE)
-    if version != baseline["triton"]:
-        pytest.skip("the baseline holds for another Triton")
-    assert static_costs.compare(records.values(), baseline)[0] == []
+    assert static_costs.compare(report.values(), COMMITTED)[0] == []
 
 
 def test_the_baseline_is_that_of_the_pinned_triton_and_of_every_kernel():
-    baseline = static_costs.read_baseline(static_costs.BASELINE)
-    assert f"triton=={baseline['triton']}" in (ROOT / "constraints.txt").read_text().splitlines()
-    named = {tuple(record[key] for key in static_costs.CASE) for record in baseline["records"]}
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"triton=={COMMITTED['triton']}" in pins
+    named = {case_of(record) for record in COMMITTED["records"]}
     assert named == {(item.name, *case) for item, *case in static_costs.cases(plan)}
 
 
 # Forward: near, general, and either with all around them. Backward: the one path.
 @pytest.mark.parametrize("case", LIMITS, ids=str)
 def test_instructions_and_exponentials_per_pair(report, case):
-    records, slack, _ = report
-    if case not in records:
-        pytest.skip("not compiled by this Triton")
-    record = records[case]
+    record, slack = report[case], 1.0 if PINNED else OTHER_TRITON
     near, general = record["instructions_per_pair"], record["instructions_per_pair_general"]
     around = record["overhead_per_pair"] or 0
     found = [near, general, near + around, (general or near) + around, record["ex2_per_pair"]]
@@ -144,9 +128,7 @@ def test_instructions_and_exponentials_per_pair(report, case):
 # have loops, if at all, for the rare row that is read again the slow way. Forward on NVIDIA: one
 # exponential on the near path, two on the general one, and loads that hide the latency.
 def test_every_record(report):
-    assert {case for case in LIMITS if case[1] == "sm_90"} <= report[0].keys()
-    assert report[1] > 1 or LIMITS.keys() <= report[0].keys()
-    for (kernel, arch, *_), record in report[0].items():
+    for (kernel, arch, *_), record in report.items():
         assert record["spill_bytes"] == 0, record
         if kernel.split(".")[1].startswith(("forward", "backward")):
             assert (record["widest_load_bytes"] or 0) >= 16, record
