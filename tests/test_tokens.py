@@ -17,14 +17,24 @@ FIELDS = TokenStats._fields
 
 
 @pytest.mark.parametrize("kind", testing.KINDS)
-@pytest.mark.parametrize("vocabulary", [1000, 9003] if INTERPRETING else [1000, 50257])
-def test_against_fp64(implementation, kind, vocabulary, dtype) -> None:
+@pytest.mark.parametrize("vocabulary", [1000, 9003] if INTERPRETING else [1000, 50257, 128256])
+def test_fields_against_fp64(implementation, kind, vocabulary, dtype) -> None:
     if INTERPRETING and vocabulary > 1000 and testing.KINDS.index(kind) % 3:
         pytest.skip("the interpreter's time goes to a third of the large rows")
     p, q = testing.sizes_pair(kind, (1e-3, 0.03, 1.0, 8.0), (0.0, 50.0, -50.0), vocabulary, dtype)
     tokens = random_tokens(p)
     tokens[1] = p[1].argmax()
-    cases.check(implementation, p, q, tokens=tokens.int())
+    p, q, tokens = (value.to(implementation.device) for value in (p, q, tokens.int()))
+    stats, exact = token_stats(p, tokens, q), testing.truth(p.cpu(), q.cpu())
+    testing.assert_stats(stats._asdict(), exact.stats(tokens.cpu()))
+
+
+@pytest.mark.parametrize("vocabulary", [1003, 9003 if INTERPRETING else 40001])
+def test_all_gradients_of_large_rows(implementation, vocabulary, dtype) -> None:
+    if INTERPRETING and vocabulary > 1003 and dtype != torch.bfloat16:
+        pytest.skip("too slow in the interpreter")
+    p, q = testing.sizes_pair("normal3", (0.1, 1.0), (0.0, 50.0), vocabulary, dtype)
+    cases.check(implementation, p, q, tokens=random_tokens(p))
 
 
 def test_without_reference(implementation, dtype) -> None:
