@@ -72,7 +72,7 @@ def test_the_reference_on_a_gpu(ran, dtype) -> None:
         found = [cases.outcome(rows, device) for device in ("cpu", "cuda")]
     assert set(ran) == {"reference forward", "reference backward"}
     rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (1e-12, 1e-14)
-    assert all(value.device.type == "cuda" for value in found[1])
+    assert all(value.device.type == "cuda" and value.dtype == dtype for value in found[1])
     torch.testing.assert_close(*found, rtol=rtol, atol=atol, check_device=False)
 
 

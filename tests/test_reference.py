@@ -58,7 +58,7 @@ def test_rows_that_float32_does_not_hold() -> None:
     assert reference.row_statistics(p, q).saved[:, reference.FAR].tolist() == [1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("shift", [0.0, -1000.0])
+@pytest.mark.parametrize("shift", [0.0, 3.0, -1000.0])
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.3, 1.0])
 @pytest.mark.parametrize("kind", testing.KINDS)
 def test_digits_near_zero(kind, size, shift) -> None:
