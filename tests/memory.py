@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 
-# Return the bytes that call() allocates on a CPU: "peak", its result included, the "largest" tensor,
-# and what is "left" while its result lives.
+# Return the bytes that call() allocates on a CPU: "peak", its result included, the "largest"
+# tensor, and what is "left" while its result lives.
 #
 # torch.profiler reports those of torch, inside an op too.
 def allocations(call: Callable) -> dict[str, int]:

@@ -1,4 +1,5 @@
-# The README is true: its code blocks run in order, its commands exist.
+# The README is true: its code blocks run in order, its commands exist, its figure of memory
+# holds.
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import re
 import subprocess
 from importlib import import_module
 
+import memory
 import pytest
 import torch
 
@@ -127,3 +129,10 @@ def test_links_lead_somewhere() -> None:
         (p.parent, x) for p, text in PAGES.items() for x in re.findall(r"\]\(([\w/.-]+)\)", text)
     ]
     assert not [(folder, link) for folder, link in links if not (folder / link).exists()]
+
+
+def test_bytes_held_for_backward() -> None:
+    # 40 bytes per token, beside the logits.
+    pair = torch.randn(2, 8, 4096, requires_grad=True)
+    held = memory.saved(lambda: fastkl.kl_divergence(pair[0], pair[1].detach()))
+    assert sum(held.values()) - pair.untyped_storage().nbytes() == 40 * 8
