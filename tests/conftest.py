@@ -51,9 +51,7 @@ if cases.INTERPRETING:
 
 # In the interpreter float16 is left to tests that name it: to a kernel it is a load and a store,
 # as bfloat16 is.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-if not cases.INTERPRETING:
-    DTYPES["fp16"] = torch.float16
+DTYPES = {n: cases.FLOATS[n] for n in ("fp32", "bf16", *["fp16"] * (not cases.INTERPRETING))}
 
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES)
@@ -74,16 +72,14 @@ class Implementation(NamedTuple):
         return self.kernels and self.device == "cpu"
 
 
-def _implementations() -> list:
-    if cases.INTERPRETING:
-        return [pytest.param(Implementation("triton", "cpu"), id="interpreter")]
-    return [
-        pytest.param(Implementation("reference", "cpu"), id="reference"),
-        pytest.param(Implementation("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
-    ]
+INTERPRETER = [pytest.param(Implementation("triton", "cpu"), id="interpreter")]
+COMPILED = [
+    pytest.param(Implementation("reference", "cpu"), id="reference"),
+    pytest.param(Implementation("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
+]
 
 
-@pytest.fixture(params=_implementations())
+@pytest.fixture(params=INTERPRETER if cases.INTERPRETING else COMPILED)
 def implementation(request: pytest.FixtureRequest) -> Implementation:
     with fastkl.use_backend(request.param.backend):
         yield request.param

@@ -7,23 +7,20 @@ from collections.abc import Callable
 import torch
 
 
-# Bytes of every allocation and release of call() on a CPU, in order, its result's alive.
+# Return the bytes that call() allocates on a CPU: "peak", its result included, the "largest"
+# tensor, and what is "left" while its result lives.
 #
 # torch.profiler reports those of torch, inside an op too.
-def _changes(call: Callable) -> list[int]:
+def allocations(call: Callable) -> dict[str, int]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = call()
         gc.collect()  # the interpreter leaves cycles behind
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     del result
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-
-
-# Return the bytes that call() allocates: "peak", its result included, and "largest" tensor.
-def allocations(call: Callable) -> dict[str, int]:
-    changes = _changes(call)
-    return {"peak": max(itertools.accumulate(changes)), "largest": max(changes)}
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    levels = list(itertools.accumulate(changes))
+    return {"peak": max(levels), "largest": max(changes), "left": levels[-1]}
 
 
 # Return the bytes that call() allocates: the most at any time, and what is left while its result
@@ -31,8 +28,8 @@ def allocations(call: Callable) -> dict[str, int]:
 def allocated(device: str, call: Callable) -> tuple[int, int]:
     call()
     if device != "cuda":
-        levels = list(itertools.accumulate(_changes(call)))
-        return max(levels), levels[-1]
+        found = allocations(call)
+        return found["peak"], found["left"]
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -2,7 +2,6 @@
 at the ends of their ranges; test_wrong_arguments.py has every argument by every kind.
 """
 
-import itertools
 import math
 import re
 from types import SimpleNamespace
@@ -36,24 +35,48 @@ CALLS = {
     "penalty": lambda a, **more: (fastkl.KLPenalty(0.1)(a.p, a.q, **more),),
 }
 WITH_TEMPERATURE = ["kl", "stats", "policy_stats"]
-TYPES = [torch.int32, torch.int16, torch.uint8, torch.int8]
 
 
-def test_the_right_arguments_pass(implementation) -> None:
-    arguments = right(implementation.device)
-    for name in set(CALLS) - {"select"}:
-        CALLS[name](arguments, mask=arguments.mask)
-    per_row = arguments.t, arguments.t.double(), arguments.t.bfloat16()
-    for name, temperature in itertools.product(WITH_TEMPERATURE, (2, 0.5, *per_row)):
-        CALLS[name](arguments, temperature=temperature)
-    for name, dtype in itertools.product(("stats", "select"), TYPES):
-        CALLS[name](SimpleNamespace(**{**vars(arguments), "tokens": arguments.tokens.to(dtype)}))
+def kl(**keywords):
+    return lambda p: fastkl.kl_divergence(p, p, **keywords)
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 2.0**-127, 2.0**126 * (1 + 2.0**-52)])
-def test_temperatures_beyond_the_range(value) -> None:
-    with pytest.raises(ValueError, match="^temperature: expected .*, got .*; "):
-        fastkl.kl_divergence(torch.zeros(2, V), torch.zeros(2, V), temperature=value)
+def sampled(**keywords):
+    return lambda p: fastkl.sampled_kl_loss(-torch.ones(2), -torch.ones(2), **keywords)
+
+
+BEYOND = (0, 0.0, 2.0**-127, 2.0**126 * (1 + 2.0**-52))
+WRONG = {
+    "weights without a sum": ("weights", kl(weights=torch.ones(2, V))),
+    "weights of another shape": ("weights", kl(weights=torch.ones(V, 2), reduction="sum")),
+    "a penalty's reduction": ("reduction", kl(reduction="sequence_mean")),
+    "torch's reduction": ("reduction", kl(reduction="batchmean")),
+    "a normalizer of none": ("normalizer", kl(normalizer=3)),
+    "a normalizer of 0": ("normalizer", kl(reduction="mean", normalizer=0.0)),
+    "a normalizer below float32": ("normalizer", kl(reduction="mean", normalizer=1e-300)),
+    "a normalizer of a sum": ("normalizer", kl(reduction="sum", normalizer=3)),
+    "a normalizer of a penalty's sum": (
+        "normalizer",
+        lambda p: fastkl.KLPenalty(0.1, reduction="sum")(p, p, normalizer=3),
+    ),
+    "a normalizer of a linear penalty's sum": (
+        "normalizer",
+        lambda p: fastkl.LinearKLPenalty(0.1, reduction="sum")(p, p[0, :, :], p, normalizer=3),
+    ),
+    **{f"temperature {t}": ("temperature", kl(temperature=t)) for t in BEYOND},
+    "clamp 0": ("clamp", sampled(clamp=0.0)),
+    "clamp beyond e^x": ("clamp", sampled(clamp=50.1)),
+    "a learning sampler": (
+        "old_logprob",
+        sampled(old_logprob=torch.zeros(2, requires_grad=True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_values(name) -> None:
+    with pytest.raises(ValueError, match=f"^{WRONG[name][0]}: expected .*, got .*; "):
+        WRONG[name][1](torch.zeros(2, V, V))
 
 
 @pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf, 2.0**-127, 2.0**127])

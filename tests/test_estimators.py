@@ -59,7 +59,7 @@ class World:
 
 
 # Estimator or loss; what multiplies it: nothing, on-policy, or off-policy nothing, the ratio with
-# gradient (live) or without, or old_logprob; whose value and whose gradient it has in expectation;
+# gradient (live) or without; whose value and whose gradient it has in expectation;
 # None: neither KL's.
 EXPECTED = [
     ("k1", "on-policy", FORWARD, "zero"),
@@ -73,22 +73,14 @@ EXPECTED = [
     ("k2", "ratio", None, FORWARD),
     ("k3", "ratio", FORWARD, BACKWARD),
     *((name, "off-policy", None, None) for name in ESTIMATORS),
-    *(
-        (direction, way, direction, direction)
-        for direction in DIRECTIONS
-        for way in ("on-policy", "old_logprob")
-    ),
+    *((direction, "on-policy", direction, direction) for direction in DIRECTIONS),
 ]
 
 
 @pytest.mark.parametrize("which, way, value, slope", EXPECTED)
 def test_expectations(which, way, value, slope) -> None:
     logprob, ref, theta, ratio = World.logprob, World.ref, World.theta, World.p / World.old.exp()
-    if way == "old_logprob":
-        loss = sampled_kl_loss(logprob, ref, old_logprob=World.old, direction=which)
-        assert bool((loss > 0).all())
-    else:
-        loss = either(logprob, ref, which) * {"live": ratio, "ratio": ratio.detach()}.get(way, 1.0)
+    loss = either(logprob, ref, which) * {"live": ratio, "ratio": ratio.detach()}.get(way, 1.0)
     mean = ((logprob.detach() if way == "on-policy" else World.old).exp() * loss).sum()
     for name, kl in World.kl.items():
         got, exact = gradient(mean, theta), gradient(kl, theta)
@@ -271,12 +263,3 @@ def test_compiled_and_without_synchronisation() -> None:
     torch.testing.assert_close(*(gradient(value, leaf) for value in values))
     meta = [value.to("meta") for value in (leaf.detach(), ref, old)]
     assert gradient(both(meta[0].requires_grad_(), *meta[1:]), meta[0]).shape == (4, 7)
-
-
-WRONG = [("clamp", 0.0), ("clamp", 50.1), ("old_logprob", torch.zeros(2, requires_grad=True))]
-
-
-@pytest.mark.parametrize("name, value", WRONG)
-def test_wrong_values(name, value) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*; "):
-        sampled_kl_loss(-torch.ones(2), -torch.ones(2), **{name: value})

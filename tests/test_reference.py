@@ -2,8 +2,6 @@
 autograd's numerical derivatives.
 """
 
-import math
-
 import pytest
 import torch
 from torch.nn.functional import softplus
@@ -52,20 +50,6 @@ def test_two_classes() -> None:
     testing.assert_near(result.entropy, softplus(a) - a * a.sigmoid(), 1e-11, 1e-13, "entropy")
 
 
-@pytest.mark.parametrize("shift", [0.0, 3.0, -1000.0])
-@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.3, 1.0])
-@pytest.mark.parametrize("kind", testing.KINDS)
-def test_digits_near_zero(kind, size, shift) -> None:
-    p, q = testing.pair(kind, 8, 4001, size, shift=shift)
-    exact = testing.truth(p, q)
-    result = reference.row_statistics(p, q)
-    testing.assert_kl(reference.row_statistics(q, p).kl, exact.ref_kl, "kl of the other order")
-    assert result.kl.dtype == torch.float32
-    testing.assert_kl(result.kl, exact.kl, "kl")
-    testing.assert_kl(result.ref_kl, exact.ref_kl, "ref_kl")
-    testing.assert_near(result.entropy, exact.entropy, 1e-5, 1e-6, "entropy")
-
-
 # Also where Q has a constant more, here one that float32 adds exactly.
 @pytest.mark.parametrize("shift", [0.0, 2.0, -512.0])
 def test_identical_rows_give_exactly_zero(shift) -> None:
@@ -83,6 +67,21 @@ def test_rows_that_float32_does_not_hold() -> None:
     p[0, 3] = q[1, 3] = 12.0
     p[2, 3], q[2, 3] = -1e5, -3e5
     assert reference.row_statistics(p, q).saved[:, reference.FAR].tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, -1000.0])
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2, 0.3, 1.0])
+@pytest.mark.parametrize("kind", testing.KINDS)
+def test_digits_near_zero(kind, size, shift) -> None:
+    pair, ones = testing.pair(kind, 8, 4001, size, shift=shift), torch.ones(8)
+    for p, q in (pair, pair[::-1]):
+        exact, result = testing.truth(p, q), reference.row_statistics(p, q)
+        testing.assert_kl(result.kl, exact.kl, "kl")
+        testing.assert_kl(result.ref_kl, exact.ref_kl, "ref_kl")
+        asked = {"upstream": {"kl": ones}, "wrt_p": True, "wrt_q": True}
+        grads = reference.row_gradients(p, q, None, 1.0, result.saved, **asked)
+        for grad, value in zip(grads, testing.kl_gradients(exact, ones), strict=True):
+            testing.assert_gradient(grad, value)
 
 
 # ---- the two functions that keep the digits
@@ -116,19 +115,16 @@ def test_high_precision(name, dtype) -> None:
 
 
 @pytest.mark.parametrize("masked, per_row", [(False, False), (True, True)])
-@pytest.mark.parametrize("field", [*FIELDS, "kl_divergence"])
-def test_gradcheck(field, per_row, masked) -> None:
+def test_gradcheck(per_row, masked) -> None:
     p, q, tokens, temperatures = case()
     mask = torch.tensor([True, True, not masked, True])
     more = {"temperature": temperatures if per_row else 0.8, "mask": mask if masked else None}
 
     def function(p, q):
-        if field == "kl_divergence":
-            return fastkl.kl_divergence(p, q, **more)
-        return getattr(fastkl.token_stats(p, tokens, q, **more), field)
+        return fastkl.kl_divergence(p, q, **more), *fastkl.token_stats(p, tokens, q, **more)
 
-    result = function(p, q)
-    assert result.dtype == torch.float64 and torch.equal(result != 0, mask)
+    for result in function(p, q):
+        assert result.dtype == torch.float64 and torch.equal(result != 0, mask)
     assert torch.autograd.gradcheck(function, (p.requires_grad_(), q.requires_grad_()))
 
 
@@ -159,37 +155,3 @@ def test_gradients_of_the_textbook_form(kind, fields) -> None:
         testing.assert_gradient(result, value, f"gradient of {side}", 1e-11)
     assert of_p[1] is of_q[0] is None
     assert torch.equal(of_p[0], both[0]) and torch.equal(of_q[1], both[1])
-
-
-# Near rows, and a peak of P alone: there the gradient is what is left of several nats.
-def test_gradients_in_float32() -> None:
-    p, q = testing.pair("normal1", 4, V, 1e-3)
-    p[:2, 3] += 12.0
-    given, ones = reference.row_statistics(p, q).saved, torch.ones(4)
-    asked = {"upstream": {"kl": ones}, "wrt_p": True, "wrt_q": True}
-    grads = reference.row_gradients(p, q, None, 1.0, given, **asked)
-    exact = testing.kl_gradients(testing.truth(p, q), ones)
-    for grad, value in zip(grads, exact, strict=True):
-        testing.assert_gradient(grad, value)
-
-
-# ---- types, blocks, special values
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_infinities_and_nan(dtype) -> None:
-    p, q = testing.pair("normal3", 7, V, 0.5, dtype=dtype)
-    p[0, 3] = q[0, 3] = q[1, 3] = p[2, 3] = -math.inf
-    p[3, 3], q[4, 3], p[5, 3] = math.nan, math.nan, math.inf
-    leaves = testing.leaf(p), testing.leaf(q)
-    result = fastkl.token_stats(leaves[0], torch.zeros(7, dtype=torch.long), leaves[1])
-    right, exact = [0, 1, 2, 6], testing.truth(p, q)
-    assert result.kl[1] == math.inf and result.ref_kl[2] == math.inf
-    for field in ("kl", "ref_kl"):
-        value = getattr(result, field)
-        testing.assert_kl(value[right], getattr(exact, field)[right], field)
-        assert bool(value[3:6].isnan().all())
-    assert result.entropy.isnan().nonzero()[:, 0].tolist() == [3, 5]
-    for grad in torch.autograd.grad(result.kl[[0, 2, 3, 4, 5, 6]].sum(), leaves):
-        assert bool(grad[[0, 2, 6]].isfinite().all()) and bool(grad[3:6].isnan().any(-1).all())
-        assert not bool(grad[1].any()) and float(grad[0, 3]) == 0.0

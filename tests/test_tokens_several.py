@@ -1,6 +1,4 @@
-"""selective_log_softmax, of one id and of K ids per row: values and gradients against float64, and
-one read of the logits whatever K is.
-"""
+"""selective_log_softmax, of one id and of K ids per row: values and gradients against float64."""
 
 import math
 
@@ -50,7 +48,7 @@ def test_against_fp64(implementation, dtype, vocabulary, count) -> None:
     check(implementation, logits, index)
 
 
-@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8, torch.int8], ids=str)
 def test_index_types_and_layouts(implementation, kind) -> None:
     logits = testing.pair("normal3", 6, 203, 0.0)[0].view(2, 3, 203)
     index = torch.randint(100, (4, 3, 2), generator=torch.Generator().manual_seed(2))
@@ -110,17 +108,8 @@ def test_ids_out_of_range(implementation, identity) -> None:
     testing.assert_near(leaves[1].grad, leaves[0].grad, 1e-5, 1e-6, "gradient")
 
 
-def test_one_read(implementation, ran) -> None:
-    logits = testing.leaf(testing.pair("normal3", 3, 203, 0.0, device=implementation.device)[0])
-    index = torch.arange(3 * 40, device=implementation.device).view(3, 40)
-    selective_log_softmax(logits, index).sum().backward()
-    assert ran == [f"{implementation.backend} {step}" for step in ("forward", "backward")]
-
-
 # Ids that occur twice included.
-def test_gradcheck_in_fp64(implementation) -> None:
-    if implementation.kernels:
-        pytest.skip("float64 is the reference's")
+def test_gradcheck_in_fp64() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, dtype=torch.float64, generator=generator).requires_grad_()
     index = torch.tensor([[0, 1, 0, 0], [4, 4, 4, 4], [3, 2, 1, 0]])

@@ -35,7 +35,6 @@ def use_backend(name): return contextlib.nullcontext()""",
 
 
 def test_against_another_checkout(monkeypatch, tmp_path, capsys) -> None:
-    """Each in a process with its own fastkl; what one of them lacks is left out."""
     with pytest.raises(SystemExit):
         overhead.main(["--against", str(tmp_path)])
     assert "expected a checkout of the repository" in capsys.readouterr().err

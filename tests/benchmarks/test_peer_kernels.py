@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 from unittest import mock
 
 import pytest
@@ -36,16 +35,6 @@ PEER = peer_kernels.Kernel(
     *("peer scale", "triton", __name__, "scale", call, "logit", ("x_ptr", "y_ptr"), "scales"),
     block="BLOCK",
 )
-
-
-def test_a_launch_is_caught_as_it_is():
-    arguments, options, (_, signature, constexprs, attrs) = peer_kernels.catch_launch(
-        partial(call, None, num_warps=8), scale, scale
-    )
-    assert options == {"num_warps": 8} and arguments["n"] == 1024 and (0,) in attrs
-    assert signature["x_ptr"] == "*bf16" and signature["one"] == "constexpr"
-    assert set(constexprs.values()) == {None, 1, 1024}
-    assert "run" not in vars(scale), "the kernel has to be as before"
 
 
 def test_a_peer_is_compiled_and_counted():

@@ -59,31 +59,86 @@ def spoiled(change):
     return lambda i: (change(exact(i)),)
 
 
-@pytest.mark.parametrize(
-    ("operation", "function", "reason"),
-    [
-        ("kl_divergence", lambda i: work.plain_kl_divergence(i.q, i.p), "values off by"),
-        ("kl_divergence", spoiled(lambda kl: 1.01 * kl), "values off by"),
-        ("kl_divergence", spoiled(lambda kl: math.nan * kl), "values off by"),
-        ("kl_divergence", lambda i: (exact(i).detach() + 0 * i.p.sum(-1),), "gradient off by"),
-        ("kl_divergence", lambda i: work.plain_kl_divergence(i.p[:, 1:], i.q[:, 1:]), "off by"),
-        ("kl_divergence", spoiled(torch.sum), "shape"),
-        ("kl_divergence", spoiled(lambda kl: kl + 0.1 * (torch.arange(6) == 4)), "values off by"),
-        ("mean_kl", spoiled(lambda kl: 1.01 * kl.mean()), "values off by"),
-        ("mean_kl", spoiled(torch.sum), "values off by"),
-        ("mean_kl", spoiled(lambda kl: kl.mean().detach() + 0 * kl.sum()), "gradient off by"),
-        ("mean_kl", spoiled(lambda kl: kl), "shape"),
-        ("logprob", lambda i: work.PLAIN["logprob"](i.p, None, (i.tokens + 1) % 97), "off by"),
-        (
-            "logprob_entropy",
-            lambda i: work.plain_logprob_entropy(i.p, i.q, i.tokens)[::-1],
-            "off by",
-        ),
-    ],
-)  # fmt: skip
-def test_the_gate_catches_a_wrong_provider(operation, function, reason):
-    row = measured(operation, function, cases.Workload(operation, 6, 97, "fp32"))
+def tiny(mode):
+    return linear_cases.LinearWorkload(mode, rows=12, hidden=16, vocabulary=131)
+
+
+def kl_of(hidden, weight, ref_hidden, ref_weight):
+    return work.plain_kl_divergence(F.linear(hidden, weight), F.linear(ref_hidden, ref_weight))[0]
+
+
+# Providers of a mean over tokens, of a KL from hidden states.
+def mean(function):
+    return lambda i: (function(i.hidden, i.weight, i.ref_hidden, i.ref_weight).mean(),)
+
+
+# Providers of plain statistics with one field changed.
+def changed(index, change):
+    stats = providers.load_providers(CPU, ["torch"])[0].operations["linear_stats"]
+    return lambda i: [change(x) if n == index else x for n, x in enumerate(stats(i))]
+
+
+WRONG_KL = [
+    (lambda i: work.plain_kl_divergence(i.q, i.p), "values off by"),
+    (spoiled(lambda kl: 1.01 * kl), "values off by"),
+    (spoiled(lambda kl: math.nan * kl), "values off by"),
+    (lambda i: (exact(i).detach() + 0 * i.p.sum(-1),), "gradient off by"),
+    (lambda i: work.plain_kl_divergence(i.p[:, 1:], i.q[:, 1:]), "off by"),
+    (spoiled(torch.sum), "shape"),
+    (spoiled(lambda kl: kl + 0.1 * (torch.arange(6) == 4)), "values off by"),
+]
+WRONG_MEAN = [
+    (spoiled(lambda kl: 1.01 * kl.mean()), "values off by"),
     # One that sums has no upstream gradient per row: that it raises is as good as being wrong.
+    (spoiled(torch.sum), "values off by"),
+    (spoiled(lambda kl: kl.mean().detach() + 0 * kl.sum()), "gradient off by"),
+    (spoiled(lambda kl: kl), "shape"),
+]
+WRONG_LOSS = [
+    (lambda h, w, r, v: kl_of(r, v, h, w), "kl off by"),
+    (lambda h, w, r, v: kl_of(h, w, r, w), "kl off by"),
+    (lambda h, w, r, v: kl_of(h, w, r, v) * 1.01, "kl off by"),
+    (lambda h, w, r, v: kl_of(h, w, r, v) * math.nan, "kl off by"),
+    (lambda h, w, r, v: kl_of(h, w[1:], r, v[1:]), "off by"),
+    (lambda h, w, r, v: kl_of(h, w.detach(), r, v) + 0 * w.sum(), "dweight off by"),
+    (lambda h, w, r, v: kl_of(h.detach(), w, r, v) + 0 * h.sum(), "dhidden off by"),
+    # A chunk is lost.
+    (
+        lambda h, w, r, v: torch.cat(
+            [kl_of(h[:6], w, r[:6], v), kl_of(h[6:], w.detach(), r[6:], v)]
+        ),
+        "dweight off by",
+    ),
+]
+# Off by 5 % of itself, or without its gradient; ref_logprob has none: nothing of the reference
+# learns.
+WRONG_STATS = [
+    (changed(n, change), f"{what} off by")
+    for n, name in enumerate(linear_cases.FIELDS)
+    for change, what in ((lambda field: 1.05 * field, name), (torch.Tensor.detach, "dhidden"))
+    if (name, what) != ("ref_logprob", "dhidden")
+]
+WRONG = {
+    TINY: WRONG_KL,
+    cases.Workload("mean_kl", 6, 97, "fp32"): WRONG_MEAN,
+    cases.Workload("logprob", 6, 97, "fp32"): [
+        (lambda i: work.PLAIN["logprob"](i.p, None, (i.tokens + 1) % 97), "off by")
+    ],
+    cases.Workload("logprob_entropy", 6, 97, "fp32"): [
+        (lambda i: work.plain_logprob_entropy(i.p, i.q, i.tokens)[::-1], "off by")
+    ],
+    tiny("loss"): [(mean(function), reason) for function, reason in WRONG_LOSS],
+    tiny("stats"): WRONG_STATS,
+}
+
+
+@pytest.mark.parametrize(
+    ("workload", "function", "reason"),
+    [(workload, *one) for workload, wrong in WRONG.items() for one in wrong],
+    ids=lambda value: getattr(value, "operation", None),
+)
+def test_the_gate_catches_a_wrong_provider(workload, function, reason):
+    row = measured(workload.operation, function, workload)
     assert row["status"] in ("wrong", "failed") and reason in row["reason"], row
     assert row["times"] == {} and row["memory"] == {}
 
@@ -132,63 +187,6 @@ def test_bytes_that_have_to_move():
 # From hidden states
 
 
-def tiny(mode, **shape):
-    return linear_cases.LinearWorkload(
-        mode, **{"rows": 12, "hidden": 16, "vocabulary": 131, **shape}
-    )
-
-
-def kl_of(hidden, weight, ref_hidden, ref_weight):
-    return work.plain_kl_divergence(F.linear(hidden, weight), F.linear(ref_hidden, ref_weight))[0]
-
-
-@pytest.mark.parametrize(
-    ("function", "reason"),
-    [
-        (lambda h, w, r, v: kl_of(r, v, h, w), "kl off by"),
-        (lambda h, w, r, v: kl_of(h, w, r, w), "kl off by"),
-        (lambda h, w, r, v: kl_of(h, w, r, v) * 1.01, "kl off by"),
-        (lambda h, w, r, v: kl_of(h, w, r, v) * math.nan, "kl off by"),
-        (lambda h, w, r, v: kl_of(h, w[1:], r, v[1:]), "off by"),
-        (lambda h, w, r, v: kl_of(h, w.detach(), r, v) + 0 * w.sum(), "dweight off by"),
-        (lambda h, w, r, v: kl_of(h.detach(), w, r, v) + 0 * h.sum(), "dhidden off by"),
-        (
-            lambda h, w, r, v: torch.cat(
-                [kl_of(h[:6], w, r[:6], v), kl_of(h[6:], w.detach(), r[6:], v)]
-            ),
-            "dweight off by",
-        ),
-    ],
-    ids="direction,one weight,scaled,nan,entry,no dweight,no dhidden,chunk lost".split(","),
-)  # fmt: skip
-def test_the_gate_catches_a_wrong_loss(function, reason):
-    def mean(i):
-        return (function(i.hidden, i.weight, i.ref_hidden, i.ref_weight).mean(),)
-
-    row = measured("linear_loss", mean, tiny("loss"))
-    assert row["status"] == "wrong" and reason in row["reason"] and row["times"] == {}, row
-
-
-CHANGES = [(i, lambda field: 1.05 * field, name) for i, name in enumerate(linear_cases.FIELDS)]
-# ref_logprob has no gradient: nothing of the reference learns.
-CHANGES += [
-    (i, torch.Tensor.detach, "dhidden")
-    for i, n in enumerate(linear_cases.FIELDS)
-    if n != "ref_logprob"
-]
-
-
-# A field off by 5 % of itself, or without its gradient, among four that are right.
-@pytest.mark.parametrize(("index", "change", "what"), CHANGES)
-def test_the_gate_catches_each_field(index, change, what):
-    stats = providers.load_providers(CPU, ["torch"])[0].operations["linear_stats"]
-
-    def changed(i):
-        return [change(field) if n == index else field for n, field in enumerate(stats(i))]
-
-    assert f"{what} off by" in measured("linear_stats", changed, tiny("stats"))["reason"]
-
-
 # A workload in bfloat16, where roundings matter, with plain torch's results and the truth.
 @pytest.fixture(scope="module", params=[mode for mode in work.PRODUCTS if mode != "forward"])
 def rounded(request):
@@ -231,15 +229,6 @@ def test_the_gate_catches_a_part_that_only_small_rows_have():
     assert row["error"]["dhidden"] < 0.02 and "nine of ten rows off by 1.0e+00" in row["reason"], (
         row
     )
-
-
-def test_no_token_is_where_the_clip_begins():
-    edges = torch.tensor([math.log(1 - work.CLIP), math.log(1 + work.CLIP)])
-    i = linear_cases.make_linear_inputs(tiny("grpo", rows=512), CPU)
-    logits = F.linear(i.hidden.double(), i.weight.double())
-    ratio = work.PLAIN["logprob"](logits, None, i.tokens)[0] - i.old_logprob
-    distance = (ratio[:, None] - edges).abs().min()
-    assert distance > linear_cases.CLIP_MARGIN / 3, "nor after the rounding of the logits"
 
 
 def products_of(workload, run, *given):

@@ -90,7 +90,7 @@ def run(folder, architectures):
 def start_in_background():
     architectures = {"installed": static_costs.ARCHITECTURES, "3.6": ("sm_90",)}
     return {
-        name: background.submit(f"static costs {name}", run, folder, architectures[name])
+        name: background.submit(run, folder, architectures[name])
         for name, folder in TRITONS.items()
     }
 

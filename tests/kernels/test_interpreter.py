@@ -60,7 +60,7 @@ def run(stems: tuple[str, ...]) -> tuple[int, str]:
 def start_in_background() -> dict[str, concurrent.futures.Future]:
     if any(mark.args[0] for mark in pytestmark):
         return {}
-    return {stems[0]: background.submit(f"interpreter {stems[0]}", run, stems) for stems in GROUPS}
+    return {stems[0]: background.submit(run, stems) for stems in GROUPS}
 
 
 @pytest.mark.parametrize("stems", GROUPS, ids=lambda stems: stems[0])

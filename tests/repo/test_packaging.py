@@ -77,8 +77,6 @@ def test_wheel_holds_every_file_of_the_package_and_nothing_else(build):
     expected = {path.relative_to(build.tree).as_posix() for path in (*kernels, *others)}
     got = {name for name in members(build.wheel) if ".dist-info/" not in name}
     assert got == expected, (sorted(expected - got), sorted(got - expected))
-    kernels = {f"fastkl/kernels/{stem}.py" for stem in KERNELS}
-    assert KERNELS and kernels | {"fastkl/tools/cli.py", "fastkl/py.typed"} <= got
 
 
 def test_sdist_builds_the_same_wheel(build, tmp_path):
@@ -137,11 +135,18 @@ import sys
 for name in {OPTIONAL!r}:
     sys.modules[name] = None  # import then fails as if it were not installed
 import torch, fastkl
+p, q = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+assert float(fastkl.kl_divergence(p, q)) > 0 and "fastkl.testing" not in sys.modules
 for name in fastkl.__all__:
     getattr(fastkl, name)
-assert float(fastkl.kl_divergence(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))) == 0
+fastkl.use_backend("triton")
+try:
+    fastkl.kl_divergence(p, q)
+except RuntimeError as error:
+    print(error)
 """
-    run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    shown = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert "triton is not installed" in shown
 
 
 def test_kernels_stand_in_the_package_by_a_link():
@@ -159,9 +164,3 @@ def test_version_is_said_once(build, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"fastkl {newest[1]}\n"
-
-
-def test_packages_come_from_where_the_machine_says():
-    # Where packages come from is the machine's setting, never the project's.
-    sources = r"--(extra-)?index-url|--find-links|--trusted-host|\s-[if]\s+\S*//"
-    assert not re.search(sources, (ROOT / "Makefile").read_text())

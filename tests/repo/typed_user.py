@@ -33,36 +33,22 @@ def step(
     maybe: torch.Tensor | None,
 ) -> TokenStats:
     stats = token_stats(p, tokens, q, mask=mask)
-    assert_type((stats.kl, stats.ref_kl), tuple[torch.Tensor, torch.Tensor])
-    assert_type(stats.ref_logprob, torch.Tensor)
-    alone = token_stats(p, tokens)
-    assert_type((alone.logprob, alone.kl), tuple[torch.Tensor, torch.Tensor | None])
-    assert_type(
-        linear_token_stats(
-            p, Head(q), tokens, p, Head(q, logit_scale=0.5), ref_temperature=mask
-        ).kl,
-        torch.Tensor,
-    )
+    assert_type([stats.kl, stats.ref_kl, stats.ref_logprob], list[torch.Tensor])
+    assert_type(token_stats(p, tokens).kl, torch.Tensor | None)
+    both = linear_token_stats(p, Head(q), tokens, p, Head(q, logit_scale=0.5), ref_temperature=mask)
+    assert_type(both.kl + sampled_kl_loss(p, q, direction="reference||policy"), torch.Tensor)
     assert_type(linear_token_stats(p, q, tokens).kl, torch.Tensor | None)
     linear_kl_divergence(p, Head(q), p, reduction="token_mean", normalizer=3)
     LinearKLPenalty(0.1, ref_temperature=0.7)(p, Head(q), p)
     either: TokenStats = token_stats(p, tokens, maybe)
     assert_type(either.kl, torch.Tensor | None)
-    assert_type(KLPenalty(0.1)(p, q, mask), torch.Tensor)
-    assert_type(
-        KLPenalty(AdaptiveBeta(0.1, 6.0, 100), reduction="sequence_mean")(p, q, mask, normalizer=8),
-        torch.Tensor,
-    )
-    assert_type(
-        LinearKLPenalty(FixedBeta(0.1), direction="reference||policy")(
-            p, q, p, q, mask, normalizer=mask.sum()
-        ),
-        torch.Tensor,
-    )
+    penalty = KLPenalty(AdaptiveBeta(0.1, 6.0, 100), reduction="sequence_mean")
+    linear = LinearKLPenalty(FixedBeta(0.1), direction="reference||policy")
+    losses = [penalty(p, q, mask, normalizer=8), linear(p, q, p, q, mask, normalizer=mask.sum())]
+    assert_type([*losses, KLPenalty(0.1)(p, q, mask)], list[torch.Tensor])
     KLPenalty(Halving(), reduction="mean")
     kl_divergence(p, q, mask, weights=q, reduction="token_mean", normalizer=3)
     assert_type(kl_divergence(p, q) + selective_log_softmax(p, tokens), torch.Tensor)
-    sampled_kl_loss(p, q, direction="reference||policy")
     with use_backend("reference"):
         return token_stats(p, tokens, ref_logits=q, temperature=0.7)
 
