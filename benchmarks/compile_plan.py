@@ -109,7 +109,7 @@ def plan(dtype, aligned, arch):
     def add_backward(name, suffix, asked, scaling, grad_dtype):
         place_of_gradient = TYPES[grad_dtype], start * TYPES[grad_dtype].itemsize
         sides = [place_of_gradient if each else None for each in asked]
-        _, variant = launch._backward_plan(place(name, scaling), FIELDS[name], stride, *sides, ())
+        _, variant = launch.backward_plan(place(name, scaling), FIELDS[name], stride, *sides, ())
         add(f"{name}.backward{suffix}", variant, 0, grad_dtype)
 
     scalings = SCALINGS if aligned and dtype != "fp32" else {"": SCALINGS[""]}
@@ -118,7 +118,7 @@ def plan(dtype, aligned, arch):
         for suffix, scaling in scalings.items():
             if suffix and name == POLICY_ONLY:
                 continue
-            chosen = launch._forward_plan(place(name, scaling), *asked)
+            chosen = launch.forward_plan(place(name, scaling), *asked)
             add(f"{name}.forward{suffix}", chosen.forward, chosen.segment)
             # Neither this nor row_fallback with a gradient reads rows in blocks.
             if aligned and not suffix:
@@ -129,14 +129,16 @@ def plan(dtype, aligned, arch):
                 if thorough and aligned and dtype == "fp32":
                     add_backward(name, f"{side}_to_16_bit", wrt, scaling, "bf16")
         if not aligned and name != POLICY_ONLY:
-            chosen = launch._forward_plan(place(name, q_start=2), *asked)
+            chosen = launch.forward_plan(place(name, q_start=2), *asked)
             add(f"{name}.forward_q_elsewhere", chosen.forward, chosen.segment)
     for suffix, scaling in scalings.items() if aligned else ():
-        fused = functools.partial(launch_fused._fused_plan, place("kl_divergence", scaling))
+        fused = functools.partial(launch_fused.fused_plan, place("kl_divergence", scaling))
         chosen = fused(logits, ())
-        add(f"kl_divergence.fused{suffix}", *chosen.phases)
+        (variant,) = chosen.phases
+        add(f"kl_divergence.fused{suffix}", variant)
         if dtype == "fp32":
-            add("kl_divergence.fused_to_16_bit", *fused(torch.bfloat16, ()).phases, 0, "bf16")
+            (variant,) = fused(torch.bfloat16, ()).phases
+            add("kl_divergence.fused_to_16_bit", variant, grad_dtype="bf16")
         elif not suffix:
             add("kl_divergence.fallback_gradient", chosen.fallback)
     return specializations

@@ -30,6 +30,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
+def described(value: object) -> str:
+    """Show a number; of anything else the type."""
+    return shown(value) if isinstance(value, (int, float)) else type_name(value)
+
+
 def expect(
     holds: object,
     name: str,

@@ -9,6 +9,7 @@ from ._checks import (
     FLOAT_TYPES,
     HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
+    described,
     dtype_remedy,
     float_type,
     packed_remedy,
@@ -24,7 +25,7 @@ def _plain_float_tensor(name: str, value: torch.Tensor, what: str) -> None:
     """Check for a tensor of one of FLOAT_TYPES that this process holds whole."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(
-            f"{name}: expected a tensor, {what}, got {type(value).__name__}; pass a torch.Tensor"
+            f"{name}: expected a tensor, {what}, got {type(value).__name__}; pass the model's own"
         )
     plain(
         name,
@@ -108,7 +109,7 @@ def no_reference(weight: object, bias: object, temperature: object) -> None:
     ):
         if value is not None:
             raise ValueError(
-                f"{name}: expected None without ref_hidden, got {type_name(value)}; pass "
+                f"{name}: expected None without ref_hidden, got {described(value)}; pass "
                 f"ref_hidden too"
             )
 

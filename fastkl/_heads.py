@@ -182,7 +182,7 @@ def _head(prefix: str, weight: Any, bias: torch.Tensor | None, softcap: float | 
         if value is not None:
             raise ValueError(
                 f"{other}: expected None beside a Head as {prefix}weight, got "
-                f"{_checks.type_name(value)}; give each model a Head with its own"
+                f"{_checks.described(value)}; give each model a Head with its own"
             )
     _head_checks.softcap(weight.softcap, f"{prefix}weight.softcap")
     _head_checks.number(

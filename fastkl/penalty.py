@@ -90,11 +90,14 @@ class _Penalty(torch.nn.Module):
                 f"beta: expected a number or a controller with an attribute `beta`, got "
                 f"{type(value).__name__}; for a tensor or numpy scalar pass float(beta)"
             )
-        if not (0 <= value <= sys.float_info.max):
-            raise ValueError(
-                f"beta: expected a finite number of at least 0, got {_checks.shown(value)}; "
-                f"look at what computed it: a negative beta would reward divergence"
-            )
+        negative = "a negative beta would reward divergence"
+        _checks.expect(
+            0 <= value <= sys.float_info.max,
+            "beta",
+            "a finite number of at least 0",
+            value,
+            negative if value < 0 else "look at what computed it",
+        )
         return float(value)
 
     def extra_repr(self) -> str:

@@ -170,9 +170,9 @@ def assert_stats(
     """Compare fields of TokenStats, each within the tolerance of its kind."""
     return max(
         (
-            assert_kl(result, exact[name], f"{what} {name}")
+            assert_kl(result, exact[name], f"{what} {name}".strip())
             if name in ("kl", "ref_kl")
-            else assert_near(result, exact[name], *VALUE_LIMITS, f"{what} {name}")
+            else assert_near(result, exact[name], *VALUE_LIMITS, f"{what} {name}".strip())
             for name, result in results.items()
         ),
         default=0.0,
@@ -258,15 +258,15 @@ def _compare(
     result, exact = _wide(result), _wide(exact)
     error, allowed = torch.where(result == exact, 0.0, (result - exact).abs()), tolerance(exact)
     told = {"got": result, "expected": exact, "off by": error, "allowed": allowed}
-    return _judge(error, allowed, exact.abs(), what, told)
+    return _judge(error, allowed, exact.abs(), f"{what} at entry", told)
 
 
 def _compare_rows(
     result: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor, what: str
 ) -> float:
     error, norm = (_wide(result) - exact).norm(dim=-1), _norm(exact)
-    told = {"its norm": norm, "off by a share of": error / norm, "allowed": allowed / norm}
-    return _judge(error, allowed, norm, what, told)
+    told = {"error over norm": error / norm, "allowed": allowed / norm, "norm": norm}
+    return _judge(error, allowed, norm, f"{what} at row", told)
 
 
 def _judge(
@@ -284,7 +284,7 @@ def _judge(
         at = int(excess.nan_to_num(float("inf")).argmax())
         numbers = {name: value.expand_as(error).flatten()[at] for name, value in told.items()}
         text = ", ".join(f"{name} {float(value):.9g}" for name, value in numbers.items())
-        raise AssertionError(f"{what}: {text}, at {at}")
+        raise AssertionError(f"{what} {at}: {text}")
     relative = torch.where(error == 0, 0.0, error / scale)
     return float(relative.max()) if relative.numel() else 0.0
 

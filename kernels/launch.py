@@ -15,12 +15,13 @@ from .layout import layout as layout
 from .row_backward import row_backward
 from .row_fallback import row_fallback
 from .row_forward import row_forward
+from .row_gradient import Upstream
 from .row_math import STATE
 
 # Multiply-adds are explicit in the kernels, so that the bits do not depend on what a compiler
 # fuses; Triton's own default varies by version.
 OPTIONS = {"enable_fp_fusion": False}
-FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
+FIELDS = Upstream._fields
 # Rows per program of row_fallback, its threads, and entries per step: few rows, so that fallback
 # rows spread over a GPU, but enough that all programs of 8192 rows are resident.
 FALLBACK_ROWS = 4
@@ -136,7 +137,7 @@ class ForwardPlan(NamedTuple):
 
 
 @functools.lru_cache(CACHE_SIZE)
-def _forward_plan(
+def forward_plan(
     layout: Layout, with_entropy: bool, with_ref_kl: bool, overridden: tuple[Any, ...]
 ) -> ForwardPlan:
     """Return the plan; `overridden` is part of the cache's key: tests and the tuner override
@@ -181,7 +182,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout = problem.layout
-    plan = _forward_plan(
+    plan = forward_plan(
         layout, "entropy" in outputs, "ref_kl" in outputs, tuple(config._override.items())
     )
     get = outputs.get
@@ -245,7 +246,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
 
 
 @functools.lru_cache(CACHE_SIZE)
-def _backward_plan(
+def backward_plan(
     layout: Layout,
     fields: tuple[str, ...],
     stride: int,
@@ -305,7 +306,7 @@ def backward(
     grad = grad_q if grad_p is None else grad_p
     assert grad is not None
     stride_grad = grad.stride(0)
-    chunks, variant = _backward_plan(
+    chunks, variant = backward_plan(
         layout,
         fields,
         stride_grad,

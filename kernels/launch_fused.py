@@ -39,9 +39,9 @@ class FusedPlan(NamedTuple):
 
 
 @functools.lru_cache(CACHE_SIZE)
-def _fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ...]) -> FusedPlan:
+def fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ...]) -> FusedPlan:
     """Return the plan of row_fused (in the interpreter: its two phases) and of row_fallback with a
-    gradient; `overridden` as in _forward_plan.
+    gradient; `overridden` as in forward_plan.
     """
     case = layout.case
     chosen = config.select("fused", case.arch, layout.p.itemsize, layout.vocabulary)
@@ -106,7 +106,7 @@ def fused(
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout = problem.layout
-    plan = _fused_plan(layout, grad_p.dtype, tuple(config._override.items()))
+    plan = fused_plan(layout, grad_p.dtype, tuple(config._override.items()))
     shared = dict(
         temperature=float(problem.temperature),
         **layout.places,

@@ -138,8 +138,8 @@ def prefetch(ptr, length, enabled):
 
 @triton.jit
 def select_mask(pad, LANES: tl.constexpr):
-    """[1, 4] int32: the bits of each 32-bit word that come from a group's own block; the others
-    come from the next.
+    """Return [1, 4] int32: the bits of each 32-bit word that come from a group's own block; the
+    others come from the next.
     """
     word = tl.arange(0, 4)[None, :]
     if LANES == 4:
@@ -150,7 +150,7 @@ def select_mask(pad, LANES: tl.constexpr):
 
 @triton.jit
 def widen(words, DTYPE: tl.constexpr):
-    """float32 values [THREADS, LANES] of 32-bit words [THREADS, 4] that hold elements of DTYPE."""
+    """Return float32 [THREADS, LANES] of 32-bit words [THREADS, 4] with elements of DTYPE."""
     if DTYPE == tl.float32:
         return words.to(tl.float32, bitcast=True)
     else:
@@ -165,7 +165,7 @@ def widen(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_edge(ptrs, mask, EDGE: tl.constexpr):
-    """Load where EDGE does not hold or the mask does; 0 elsewhere."""
+    """Load under the mask, with 0 elsewhere, if EDGE; otherwise load all."""
     return tl.load(ptrs, mask=mask, other=0) if EDGE else tl.load(ptrs)
 
 
@@ -196,7 +196,7 @@ def load_group(
 def load_lane(
     row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr
 ):
-    """float32 [THREADS]: one lane of each group."""
+    """Return float32 [THREADS]: one lane of each group."""
     offs_v = tl.reshape(group, [group.shape[0]]) * LANES + (LANE + LANES - pad) % LANES
     return load_edge(row_ptr + offs_v, offs_v < remaining, EDGE).to(tl.float32)
 
@@ -205,7 +205,7 @@ def load_lane(
 def load_lanes(
     row_ptr, group, pad, remaining, EDGE: tl.constexpr, LANES: tl.constexpr, LANE: tl.constexpr
 ):
-    """float32 [THREADS, 2]: a lane of each group and the one LANES/2 further."""
+    """Return float32 [THREADS, 2]: a lane of each group and the one LANES/2 further."""
     return tl.join(
         load_lane(row_ptr, group, pad, remaining, EDGE, LANES, LANE),
         load_lane(row_ptr, group, pad, remaining, EDGE, LANES, LANE + LANES // 2),
@@ -239,7 +239,7 @@ Tiling = namedtuple("Tiling", "threads lanes groups realign q_in_blocks")
 #
 # p_block, q_block: the 16-byte boundary `pad` entries before the first one. remaining: entries
 # from the first to the end of the row. order: the entry of its group that each lane holds. shift:
-# row_load.row_shift. doubled_scale: D_FACTOR/T; scale_log2: log2(e)/T.
+# see row_shift. doubled_scale: D_FACTOR/T; scale_log2: log2(e)/T.
 Segment = namedtuple(
     "Segment",
     "p_block q_block q_row pad order remaining shift doubled_scale scale_log2 ratio",

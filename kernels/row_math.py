@@ -84,7 +84,7 @@ def scale_reference(y, ratio, HAS_RATIO: tl.constexpr):
 
 @triton.jit
 def centred(difference, lo, scale, centre, COMPENSATED: tl.constexpr):
-    """d = (y - x)·scale - centre; the large parts of difference and centre cancel in one fma."""
+    """Return d = (y - x)·scale - centre; large parts of both cancel in one fma."""
     d = tl.fma(difference, scale, -centre)
     if COMPENSATED:
         d = tl.fma(lo, scale, d)
@@ -157,7 +157,7 @@ def ref_kl_of_means(mean_r, mean_h, mean_d):
 
 @triton.jit
 def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
-    """SOFTCAP·tanh(x/SOFTCAP); x itself where SOFTCAP is 0. DTYPE is the logits' type in memory.
+    """Return SOFTCAP·tanh(x/SOFTCAP), x where SOFTCAP is 0. DTYPE: the logits' type in memory.
 
     The error is 2e-7·SOFTCAP, far below a 16-bit logit's own rounding; for float32 logits it is
     below 4e-7 of the result.

@@ -4,9 +4,9 @@ Origin and centre are uniform over the threads. A tile takes one of three paths,
 data alone select:
     near:     every |d| < 1 and the weight within its limit, as in nearly all tiles of a policy near
               its reference: a polynomial for h(d);
-    general:  the weight within its limit: a second exponential where |d| is large; anchor:   some
-    thread's weight exceeds its limit, so that the weight about this centre might grow
-              more than eightfold: move origin and centre, then take the tile again.
+    general:  the weight within its limit: a second exponential where |d| is large;
+    anchor:   some thread's weight exceeds its limit, so that the weight about this centre might
+              grow more than eightfold: move origin and centre, then take the tile again.
 The centre is always the mean of d over at least an eighth of the weight: sums about a distant
 centre would lose their digits when the centre moves.
 """

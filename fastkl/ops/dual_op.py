@@ -178,20 +178,24 @@ class DualOp(Generic[Outputs]):
         )
 
     def _tell_flop_counter(self) -> None:
-        """Register the FLOP formula with active counters, at a call under a mode: importing
-        torch.utils.flop_counter imports Triton.
+        """Register the FLOP formula with torch and with active counters, which have copied torch's
+        registry.
+
+        Deferred to a call under a mode: importing torch.utils.flop_counter imports Triton.
         """
         counting = sys.modules.get("torch.utils.flop_counter")
         flops = self._flops
         if flops is None or counting is None:
             return
         packet = getattr(torch.ops.fastkl, self._name.removeprefix("fastkl::"))
+        if packet not in counting.flop_registry:
+            counting.register_flop_formula(packet)(
+                lambda *inputs, out_shape=None, **_: flops(*self._group(inputs))
+            )
         for mode in _get_current_dispatch_mode_stack():
             counter = getattr(mode, "counter", mode)
             if isinstance(counter, counting.FlopCounterMode):
-                counter.flop_registry[packet] = counting.shape_wrapper(
-                    lambda *inputs, out_shape=None, **_: flops(*self._group(inputs))
-                )
+                counter.flop_registry.setdefault(packet, counting.flop_registry[packet])
 
 
 def eager(*inputs: object) -> bool:

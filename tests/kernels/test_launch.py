@@ -17,9 +17,9 @@ from fastkl.ops.fields import FIELDS, Scaling
 
 PLANS = (
     launch.layout,
-    launch._forward_plan,
-    launch._backward_plan,
-    launch_fused._fused_plan,
+    launch.forward_plan,
+    launch.backward_plan,
+    launch_fused.fused_plan,
     problems._described,
 )
 CACHES = (
