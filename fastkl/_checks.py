@@ -341,11 +341,9 @@ def clamp(name: str, value: float | None) -> None:
             f"{name}: expected a number or None, got {type(value).__name__}; for a tensor pass "
             f"float({name})"
         )
-    if value is not None and not (0 < value <= LARGEST_CLAMP):
-        raise ValueError(
-            f"{name}: expected a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must "
-            f"stay finite, got {shown(value)}; pass None for no clamp"
-        )
+    expected = f"a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite"
+    inside = value is None or 0 < value <= LARGEST_CLAMP
+    expect(inside, name, expected, value, "pass None for no clamp")
 
 
 def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch.device) -> None:

@@ -2,8 +2,6 @@
 share, and packing for the ops.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -211,7 +209,7 @@ class _Scale(NamedTuple):
             return (self.temperature.double() / self.factor).to(dtype)
         return self.temperature / self.factor
 
-    def ratio_to(self, first: _Scale, dtype: torch.dtype) -> float | torch.Tensor:
+    def ratio_to(self, first: "_Scale", dtype: torch.dtype) -> float | torch.Tensor:
         """Return the first model's divisor over this one's; NaN for a tensor's entry out of the
         range of temperatures.
         """

@@ -3,8 +3,6 @@
 The backend never changes silently.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import os
@@ -41,7 +39,7 @@ class use_backend:  # noqa: N801  (used like a function)
         self._before = _forced
         _forced = name
 
-    def __enter__(self) -> use_backend:
+    def __enter__(self) -> "use_backend":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -2,8 +2,6 @@
 logits exist only if they are few or requested.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -56,7 +54,7 @@ def linear_token_stats(
     logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     recompute: bool | None = None,
-) -> PairedTokenStats: ...
+) -> "PairedTokenStats": ...
 def linear_token_stats(  # noqa: PLR0913
     hidden: torch.Tensor,
     weight: torch.Tensor | Head,

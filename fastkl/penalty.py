@@ -1,7 +1,5 @@
 """The KL penalty of RLHF as a module, from logits or from hidden states."""
 
-from __future__ import annotations
-
 import sys
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
@@ -28,7 +26,7 @@ class _Counts(NamedTuple):
     sequence_divisor: torch.Tensor | int
 
     @staticmethod
-    def of(values: torch.Tensor, mask: torch.Tensor | None) -> _Counts:
+    def of(values: torch.Tensor, mask: torch.Tensor | None) -> "_Counts":
         """Count unmasked tokens and sequences, in the type of per-token values."""
         tokens, sequences = (
             count(mask, values.shape, values.dtype) for count in (_reduce.tokens, _reduce.sequences)

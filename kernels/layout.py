@@ -1,7 +1,5 @@
 """Describes how rows lie in memory, and what about them selects a compilation."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -33,7 +31,7 @@ class Rows(NamedTuple):
         """The elements of a 16-byte block."""
         return 16 // self.itemsize
 
-    def same_blocks(self, other: Rows, inner: int, outer: int) -> bool:
+    def same_blocks(self, other: "Rows", inner: int, outer: int) -> bool:
         """Whether every row of both starts at the same distance, in elements, from a boundary of
         this tensor's 16-byte blocks.
 
@@ -64,7 +62,7 @@ class Problem(NamedTuple):
 
     p: torch.Tensor
     q: torch.Tensor | None
-    layout: Layout
+    layout: "Layout"
     tokens: torch.Tensor | None
     mask: torch.Tensor | None
     temperature: float

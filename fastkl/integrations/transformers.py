@@ -2,8 +2,6 @@
 step, and a model's Head.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable
@@ -136,7 +134,7 @@ class KLCallback(TrainerCallback, ExportableState):
                 (kl.detach(), mask, None if entropy is None else entropy.detach())
             )
 
-    def attach(self, trainer: Any) -> KLCallback:
+    def attach(self, trainer: Any) -> "KLCallback":
         """Make this the trainer's first callback, wherever it was, and return it; the trainers of
         this package must know it when they are made.
         """

@@ -16,8 +16,6 @@ actor_rollout_ref.actor.policy_loss.loss_mode=vanilla_kl for the first, actor.us
 algorithm.use_kl_in_reward=True for the second. verl is imported at the registration, not before.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import sys
@@ -110,7 +108,7 @@ def kl_penalty(logprob: torch.Tensor, ref_logprob: torch.Tensor, kl_penalty: str
     return value + (form - form.detach())
 
 
-def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Callable[..., Any]:
+def policy_loss(base: str = "vanilla", *, beta: "float | BetaController") -> Callable[..., Any]:
     """A policy loss of verl's plus beta times KL(old‖policy), old being the policy that sampled:
     PPO's penalty form, beside its clip.
 
@@ -184,7 +182,7 @@ def policy_loss(base: str = "vanilla", *, beta: float | BetaController) -> Calla
 
 
 def register(
-    name: str = "vanilla_kl", base: str = "vanilla", *, beta: float | BetaController
+    name: str = "vanilla_kl", base: str = "vanilla", *, beta: "float | BetaController"
 ) -> Callable[..., Any]:
     """Register policy_loss(base, beta=beta) in verl under a name, for policy_loss.loss_mode, and
     return it.

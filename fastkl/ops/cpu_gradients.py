@@ -1,7 +1,5 @@
 """Gradients of rows on a CPU from the values that cpu_rows.statistics saved."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -182,7 +180,7 @@ class _KLTerms(NamedTuple):
     kl: torch.Tensor
     factor: torch.Tensor
 
-    def part(self, rows: slice) -> _KLTerms:
+    def part(self, rows: slice) -> "_KLTerms":
         """Return the rows `rows`."""
         shift, centre, kl, factor = self
         part_shift = None if shift is None else shift[rows]
@@ -276,7 +274,7 @@ class _Terms(NamedTuple):
     d: torch.Tensor | None
     ratio_minus_1: torch.Tensor | None
     e: torch.Tensor
-    token: _Token | None
+    token: "_Token | None"
     log_p: torch.Tensor | None
     scale: torch.Tensor | float
 

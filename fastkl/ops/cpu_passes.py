@@ -1,7 +1,5 @@
 """Passes over a block of rows on a CPU, and the buffers that they write to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +16,7 @@ class Block(NamedTuple):
     tokens: torch.Tensor | None
     scale: torch.Tensor | float
 
-    def part(self, rows: slice | torch.Tensor) -> Block:
+    def part(self, rows: slice | torch.Tensor) -> "Block":
         """Return the rows `rows`."""
         x, y, tokens, scale = self
         return Block(

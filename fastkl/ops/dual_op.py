@@ -140,7 +140,7 @@ class DualOp(Generic[Outputs]):
             backward=backward,
             setup_context=setup,
             vmap=functools.partial(_vmap, dispatch, rowwise),
-            jvp=_refuse_tangents,
+            jvp=lambda ctx, *tangents: _checks.refuse_forward_mode("inputs"),
         )
 
     def __call__(
@@ -312,11 +312,6 @@ def _vmap(
     if isinstance(outputs, torch.Tensor):
         return outputs, 0
     return tuple(outputs), tuple(0 if x.shape[:1] == (size,) else None for x in outputs)
-
-
-def _refuse_tangents(ctx: Any, *tangents: Any) -> None:
-    """Raise for a tangent inside a transform's wrapper (hessian), which no argument check sees."""
-    _checks.refuse_forward_mode("inputs")
 
 
 def _function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:

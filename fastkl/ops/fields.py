@@ -1,7 +1,5 @@
 """The vocabulary of row statistics: fields, saved values, and the arguments that each row has."""
 
-from __future__ import annotations
-
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -55,7 +53,7 @@ class RowArgs(NamedTuple):
     temperature: float | torch.Tensor = 1.0
     scaling: Scaling = Scaling()
 
-    def at(self, rows: slice | torch.Tensor, p: torch.Tensor, q: torch.Tensor | None) -> RowArgs:
+    def at(self, rows: slice | torch.Tensor, p: torch.Tensor, q: torch.Tensor | None) -> "RowArgs":
         """Return the arguments of the rows `rows`, whose logits are p and q."""
         _, _, tokens, mask, temperature, scaling = self
         return RowArgs(

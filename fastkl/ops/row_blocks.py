@@ -1,6 +1,6 @@
 """Cuts logits of any leading shape and strides into blocks of rows that stay in a CPU's cache."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -12,28 +12,6 @@ from . import cpu_rows
 BLOCK_ELEMENTS = 1 << 16
 # Rows that are finished together: the finishing step costs a few scalars a row.
 ROWS_AT_ONCE = 256
-
-
-def row_blocks(logits: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """Yield the indices of unmasked rows, a block at a time."""
-    vocabulary = logits.shape[-1]
-    rows = (
-        torch.arange(logits.numel() // vocabulary, device=logits.device)
-        if mask is None
-        else mask.nonzero()[:, 0]
-    )
-    if rows.numel():
-        yield from rows.split(max(1, BLOCK_ELEMENTS // vocabulary))
-
-
-def take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return the rows `rows` of a tensor of any leading shape and strides, copying no others."""
-    if logits.dim() == 2:
-        contiguous = int(rows[-1]) - int(rows[0]) == rows.numel() - 1
-        return logits[int(rows[0]) : int(rows[-1]) + 1] if contiguous else logits[rows]
-    if logits.dim() == 1:
-        return logits[None]
-    return logits[torch.unravel_index(rows, logits.shape[:-1])]
 
 
 def statistics_elements(logits: torch.Tensor) -> int:
@@ -64,66 +42,45 @@ def rows_per_block(logits: torch.Tensor) -> int:
 
 
 def blocks(
-    p: torch.Tensor, q: torch.Tensor | None, mask: torch.Tensor | None, several: bool
+    p: torch.Tensor,
+    q: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    several: bool,
+    start: int = 0,
 ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Yield (row numbers, their logits [k, V] of P and of Q) of unmasked rows: a block at a time,
     several blocks if that needs no copy.
+
+    start: the number of the first row.
     """
+    try:
+        x, y = p.view(-1, p.shape[-1]), None if q is None else q.view(-1, p.shape[-1])
+    except RuntimeError:  # the strides allow no view
+        count = p.shape[1:-1].numel()
+        for i in range(p.shape[0]):
+            y = None if q is None else q[i]
+            yield from blocks(p[i], y, mask, several, start + i * count)
+        return
     step = rows_per_block(p)
-    most = max(step, ROWS_AT_ONCE) if several else step
-    for start, x, y in _matrices(p, q, 0):
-        unmasked = None if mask is None else mask[start : start + x.shape[0]]
-        parts: Iterable[slice | torch.Tensor]
-        if unmasked is None or bool(unmasked.all()):
-            parts = [
-                slice(first, min(first + most, x.shape[0])) for first in range(0, x.shape[0], most)
-            ]
-        else:
-            parts = _runs(unmasked.nonzero()[:, 0], most, step)
-        for part in parts:
-            rows = (
-                slice(part.start + start, part.stop + start)
-                if isinstance(part, slice)
-                else part + start
-            )
-            yield rows, x[part], None if y is None else y[part]
+    rows = torch.arange(len(x)) if mask is None else mask[start : start + len(x)].nonzero()[:, 0]
+    for part in _runs(rows, max(step, ROWS_AT_ONCE) if several else step, step):
+        numbers = (
+            slice(part.start + start, part.stop + start)
+            if isinstance(part, slice)
+            else part + start
+        )
+        yield numbers, x[part], None if y is None else y[part]
 
 
 def _runs(rows: torch.Tensor, most: int, step: int) -> Iterator[slice | torch.Tensor]:
-    """Yield row numbers in order: up to `most` as a slice if they are consecutive (logits[slice] is
-    a view), else up to `step`.
+    """Yield increasing row numbers: up to `most` as a slice if they are consecutive (logits[slice]
+    is a view), else up to `step`.
     """
     for part in rows.split(most) if rows.numel() else ():
-        run = _as_slice(part)
-        yield from (run,) if isinstance(run, slice) or most == step else _runs(part, step, step)
-
-
-def _as_slice(rows: torch.Tensor) -> slice | torch.Tensor:
-    """Return increasing row numbers, as a slice if they are consecutive."""
-    first, last = int(rows[0]), int(rows[-1])
-    return slice(first, last + 1) if last - first == rows.numel() - 1 else rows
-
-
-def _matrices(
-    p: torch.Tensor, q: torch.Tensor | None, start: int
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-    """Yield (number of the first row, views [n, V] of P and of Q) that together are all rows of
-    logits of any leading shape and strides.
-    """
-    x, y = _matrix(p), None if q is None else _matrix(q)
-    if x is not None and (q is None or y is not None):
-        yield start, x, y
-        return
-    count = p.shape[1:-1].numel()
-    for i in range(p.shape[0]):
-        yield from _matrices(p[i], None if q is None else q[i], start + i * count)
-
-
-def _matrix(logits: torch.Tensor) -> torch.Tensor | None:
-    """Return the rows as a view [N, V], None if the strides allow none."""
-    if logits.dim() <= 2:
-        return logits.view(-1, logits.shape[-1]) if logits.dim() == 1 else logits
-    try:
-        return logits.view(-1, logits.shape[-1])
-    except RuntimeError:
-        return None
+        first, last = int(part[0]), int(part[-1])
+        if last - first == part.numel() - 1:
+            yield slice(first, last + 1)
+        elif most == step:
+            yield part
+        else:
+            yield from _runs(part, step, step)

@@ -66,11 +66,8 @@ def float_tensor(name: str, value: torch.Tensor, what: str, least_dim: int = 0) 
 
 def like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Check for the shape and the device of another tensor, both float64 or neither."""
-    if value.shape != other.shape:
-        raise ValueError(
-            f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got "
-            f"{tuple(value.shape)}; align the two"
-        )
+    expected = f"the shape of {other_name}, {tuple(other.shape)}"
+    expect(value.shape == other.shape, name, expected, tuple(value.shape), "align the two")
     same_device_and_precision(name, value, other_name, other)
 
 
@@ -83,17 +80,16 @@ def per_token_or_sequence(
 ) -> None:
     """Check for one entry per token, or per sequence (padded or packed), on the same device."""
     sequences = other.shape[:-1] if cu_seqlens is None else (len(cu_seqlens) - 1,)
-    if value.shape not in (other.shape, sequences):
-        remedy = (
-            "squeeze or index it to one of them, or pass cu_seqlens for packed sequences"
-            if cu_seqlens is None
-            else "cu_seqlens holds one entry more than there are sequences"
-        )
-        raise ValueError(
-            f"{name}: expected one per sequence, {tuple(sequences)}, or one per token, "
-            f"{tuple(other.shape)} as {other_name}, "
-            f"got {tuple(value.shape)}; {remedy}"
-        )
+    expect(
+        value.shape in (other.shape, sequences),
+        name,
+        f"one per sequence, {tuple(sequences)}, or one per token, {tuple(other.shape)} as "
+        f"{other_name}",
+        tuple(value.shape),
+        "squeeze or index it to one of them, or pass cu_seqlens for packed sequences"
+        if cu_seqlens is None
+        else "cu_seqlens holds one entry more than there are sequences",
+    )
     same_device(name, value, other_name, other)
 
 
@@ -127,8 +123,8 @@ def number(
     exact = isinstance(value, int) or (
         not isinstance(value, float) and isinstance(value, numbers.Rational)
     )
-    if (exact and abs(value) > sys.float_info.max) or not inside(value):
-        raise ValueError(f"{name}: expected {what}, got {shown(value)}; {remedy}")
+    finite = not exact or abs(value) <= sys.float_info.max
+    expect(finite and inside(value), name, what, value, remedy)
     return float(value)
 
 

@@ -150,7 +150,9 @@ class TrustRegion:
             "pass what evaluates the loss again",
             TypeError,
         )
-        parameters = _can_change(optimizer)
+        # Each once; no optimizer moves frozen ones.
+        every = {id(each): each for group in optimizer.param_groups for each in group["params"]}
+        parameters = [one for one in every.values() if one.requires_grad or one.grad is not None]
         old = _copies(parameters)
         try:
             optimizer.step(*(() if closure is None else (closure,)))
@@ -177,12 +179,6 @@ class TrustRegion:
             raise
         _place(parameters, old)
         return StepResult("undone", 0.0, kl)
-
-
-def _can_change(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """List the optimizer's parameters, each once, without frozen ones, which no optimizer moves."""
-    every = {id(each): each for group in optimizer.param_groups for each in group["params"]}
-    return [each for each in every.values() if each.requires_grad or each.grad is not None]
 
 
 def _copies(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
