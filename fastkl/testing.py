@@ -258,7 +258,7 @@ def _compare(
     result, exact = _wide(result), _wide(exact)
     error, allowed = torch.where(result == exact, 0.0, (result - exact).abs()), tolerance(exact)
     told = {"got": result, "expected": exact, "off by": error, "allowed": allowed}
-    return _judge(error, allowed, exact.abs(), f"{what} at entry", told)
+    return _judge(error, allowed, exact.abs(), what, "entry", told)
 
 
 def _compare_rows(
@@ -266,7 +266,7 @@ def _compare_rows(
 ) -> float:
     error, norm = (_wide(result) - exact).norm(dim=-1), _norm(exact)
     told = {"error over norm": error / norm, "allowed": allowed / norm, "norm": norm}
-    return _judge(error, allowed, norm, f"{what} at row", told)
+    return _judge(error, allowed, norm, what, "row", told)
 
 
 def _judge(
@@ -274,6 +274,7 @@ def _judge(
     allowed: torch.Tensor,
     scale: torch.Tensor,
     what: str,
+    place: str,
     told: dict[str, torch.Tensor],
 ) -> float:
     """Return the largest error in units of `scale`; raise with the numbers `told` of the entry that
@@ -284,7 +285,7 @@ def _judge(
         at = int(excess.nan_to_num(float("inf")).argmax())
         numbers = {name: value.expand_as(error).flatten()[at] for name, value in told.items()}
         text = ", ".join(f"{name} {float(value):.9g}" for name, value in numbers.items())
-        raise AssertionError(f"{what} {at}: {text}")
+        raise AssertionError(f"{what}: {text}, at {place} {at}")
     relative = torch.where(error == 0, 0.0, error / scale)
     return float(relative.max()) if relative.numel() else 0.0
 
