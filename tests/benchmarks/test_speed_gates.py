@@ -42,17 +42,17 @@ def test_right_providers_pass_the_gates(name):
         json.dumps(row)
 
 
-# In the interpreter, in a process of its own: its mean, either way.
+# In the interpreter, in a process of its own: its mean, either way. Triton 3.7's interpreter cannot
+# run the kernel of LigerKLDIVLoss.
 def liger_statuses():
-    loaded = providers.load_providers(CPU, ["Liger JSD", "Liger KLDIVLoss"], providers.ALL_LOADERS)
-    rows = [timing.measure(p, w, CPU) for p in loaded for w in suites.SUITES["smoke"].workloads]
-    return [row["status"] for row in rows]
+    (jsd,) = providers.load_providers(CPU, ["Liger JSD"], providers.ALL_LOADERS)
+    return [timing.measure(jsd, w, CPU)["status"] for w in suites.SUITES["smoke"].workloads]
 
 
 def test_liger_computes_what_it_is_measured_at():
     pytest.importorskip("liger_kernel")
     found = processes.INTERPRETER.submit(liger_statuses).result()
-    assert set(found) <= {"ok", "missing", "not offered"} and found.count("ok") >= 5
+    assert set(found) == {"ok", "not offered"} and found.count("ok") >= 5
 
 
 def spoiled(change):
