@@ -53,8 +53,11 @@ def blocks(
 
     start: the number of the first row.
     """
+    x, y = p, q
     try:
-        x, y = p.view(-1, p.shape[-1]), None if q is None else q.view(-1, p.shape[-1])
+        # A view of one padded row would have a stride of V, unlike its gradient's.
+        if p.dim() != 2:
+            x, y = p.view(-1, p.shape[-1]), None if q is None else q.view(-1, p.shape[-1])
     except RuntimeError:  # the strides allow no view
         count = p.shape[1:-1].numel()
         for i in range(p.shape[0]):
