@@ -16,7 +16,6 @@ from cases import INTERPRETING
 from hypothesis import strategies as st
 
 from fastkl import (
-    KLPenalty,
     LinearKLPenalty,
     kl_divergence,
     linear_token_stats,
@@ -168,12 +167,9 @@ def assert_right(case: Case, implementation, what) -> None:
             # float32.
             absolute += 1.01 * rounding(expected, dtype, implementation).norm(dim=-1)
             absolute += 1e-6 / case.temperature
-        wrong = counted & ~(error <= torch.maximum(1e-5 * norm, own) + absolute)
-        row = int(wrong.int().argmax())
-        assert not bool(wrong.any()), (
-            f"gradient of {case.field} to {side}: relative error {error[row] / norm[row]:.3g} of "
-            f"{norm[row]:.3g}, plain torch {own[row] / norm[row]:.3g}: {what}"
-        )
+        error, allowed = error[counted], (torch.maximum(1e-5 * norm, own) + absolute)[counted]
+        label = f"gradient of {case.field} to {side}: {what}"
+        testing.assert_near(error, torch.zeros_like(error), 0.0, allowed, label)
 
 
 def test_far_rows(implementation) -> None:
@@ -316,17 +312,16 @@ def test_an_infinite_kl_that_is_left_out(implementation) -> None:
 # ---- penalties and hidden states
 
 
-# Masked actions of one model, by its logits or by a bias of its lm_head: an entry that the first
-# model masks has probability 0; one that the second masks by -inf makes the KL infinite.
-@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+# Actions of one model masked by a bias of its lm_head: an entry that the first model masks has
+# probability 0; one that the second masks by -inf makes the KL infinite.
 @pytest.mark.parametrize("fill", [-1e9, -1e30, -math.inf])
 @pytest.mark.parametrize("masked", ["policy", "reference"])
 @pytest.mark.parametrize("direction", ["policy||reference", "reference||policy"])
-def test_penalties_beside_a_mask(implementation, direction, masked, fill, linear) -> None:
+def test_penalties_beside_a_mask(implementation, direction, masked, fill) -> None:
     if implementation.interpreted and fill != -1e9:
         pytest.skip("one size of mask in the interpreter is enough: the far rows have all")
     hidden, ref_hidden, weight = noise(72, 8).split((ROWS, ROWS, 40))
-    biases, kind = torch.zeros(2, 40), {"direction": direction}
+    biases, penalty = torch.zeros(2, 40), LinearKLPenalty(1.0, direction=direction)
     biases[int(masked == "reference"), 30:] = fill
     leaf = hidden.double().requires_grad_()
     wide = [
@@ -338,11 +333,7 @@ def test_penalties_beside_a_mask(implementation, direction, masked, fill, linear
         value.to(implementation.device) for value in (hidden, weight, ref_hidden, *biases)
     )
     states.requires_grad_()
-    if linear:
-        own = {"bias": bias, "ref_bias": ref_bias}
-        loss = LinearKLPenalty(1.0, **kind)(states, head, others, head.clone(), **own)
-    else:
-        loss = KLPenalty(1.0, **kind)(states @ head.t() + bias, others @ head.t() + ref_bias)
+    loss = penalty(states, head, others, head.clone(), bias=bias, ref_bias=ref_bias)
     testing.assert_near(loss, exact, 2e-5, 1e-8, "loss")
     if bool(exact.isfinite()):
         expected = torch.autograd.grad(exact, leaf)[0].flatten()

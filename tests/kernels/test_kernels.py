@@ -3,7 +3,6 @@ offsets beyond 2^31; no recompiles.
 """
 
 import inspect
-import itertools
 import math
 import random
 from unittest import mock
@@ -237,33 +236,6 @@ def test_a_variant_is_compiled_once() -> None:
     assert compiled[None].call_args_list == [mock.call("p", n, 8, 4) for n in (6, 7)]
 
 
-def on_gpu(dtype, rows: int, temperature: float, masked: bool, vocabulary: int = 515) -> list:
-    p, q = testing.pair("normal1", rows, vocabulary, 0.3, dtype=dtype)
-    mask = torch.arange(rows) % 3 != 1 if masked else None
-    return cases.outcome(Rows(p, q, torch.zeros(rows).long(), mask, temperature), "cuda")
-
-
-# With other tensors, numbers, masks and types in between.
-@pytest.mark.gpu
-def test_a_compiled_kernel_is_started_again(monkeypatch) -> None:
-    types, sizes = (torch.float32, torch.bfloat16), ((5, 1.0), (40, 0.5))
-    calls = [
-        (dtype, *size, masked)
-        for dtype, size, masked in itertools.product(types, sizes, (False, True))
-    ]
-    first, start, started = [on_gpu(*call) for call in calls], launch.Variant.start, []
-
-    def compiled_before(variant, programs, arguments):
-        assert variant.compiled is not None
-        started.append(variant)
-        start(variant, programs, arguments)
-
-    monkeypatch.setattr(launch.Variant, "start", compiled_before)
-    for call, results in zip(reversed(calls), reversed(first), strict=True):
-        assert_same(on_gpu(*call), results, str(call))
-    assert len(started) == 3 * len(calls)
-
-
 # Other numbers of rows, vocabularies of as many segments, strides and temperatures.
 @pytest.mark.gpu
 def test_no_compilation_for_other_lengths() -> None:
@@ -272,7 +244,8 @@ def test_no_compilation_for_other_lengths() -> None:
         *((3, 4096, 1.0), (1, 4096, 1.0), (2, 4096, 0.7), (16, 4096, 1.0)),
         *((4097, 4096, 2.0), (5, 8192, 1.0), (7, 4112, 3.0)),
     ):
-        on_gpu(torch.float32, rows, temperature, False, vocabulary)
+        p, q = testing.pair("normal1", rows, vocabulary, 0.3)
+        cases.outcome(Rows(p, q, torch.zeros(rows).long(), None, temperature), "cuda")
         device = torch.cuda.current_device()
         counts.add(sum(len(kernel.device_caches[device][0]) for kernel in LAUNCHED))
     assert len(counts) == 1 and 0 not in counts
