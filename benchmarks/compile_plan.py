@@ -14,8 +14,8 @@ from fastkl.kernels.layout import layout
 # A vocabulary of today's models: the plan describes the launches for it.
 VOCABULARY = 128256
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Soft caps and whether there is a ratio of temperatures. Those that are named are described for
-# aligned 16-bit logits alone: what they add does not depend on the type.
+# Soft caps and whether there is a ratio of temperatures. Other scalings than the plain one are
+# described for aligned 16-bit logits alone: what they add does not depend on the type.
 SCALINGS = {"": (0.0, 0.0, False), "_ratio": (0.0, 0.0, True), "_softcap": (30.0, 30.0, False)}
 POLICY_ONLY = "token_stats_policy_only"
 FIELDS = {

@@ -43,7 +43,7 @@ class Child(contextlib.AbstractContextManager):
         return self.executor.submit(function, *arguments)
 
     def call(self, seconds, function, *arguments):
-        """Return the result. What is raised, past the limit a TimeoutError, ends the
+        """Return the result. An exception, such as the TimeoutError past the limit, ends the
         process."""
         try:
             return self.submit(function, *arguments).result(seconds)

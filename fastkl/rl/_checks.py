@@ -232,6 +232,7 @@ def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:
 
 
 def within(low: float, high: float, value: object) -> bool:
+    """Return whether a value is a number from low to high; a bool is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 

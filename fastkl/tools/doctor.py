@@ -92,7 +92,7 @@ def _kl(p: torch.Tensor, q: torch.Tensor, mask: torch.Tensor | None = None) -> F
 
 
 def _weights(p: torch.Tensor) -> torch.Tensor:
-    # Of both signs; for float16 as large as a GradScaler makes them.
+    """Return weights of both signs; for float16 as large as a GradScaler makes them."""
     values = torch.linspace(-1.5, 2.0, p[..., 0].numel(), device=p.device)
     return values.view(p.shape[:-1]) * (4096.0 if p.dtype == torch.float16 else 1.0)
 
@@ -121,7 +121,7 @@ def _compare(
 
 
 def _strided(dtype: torch.dtype) -> Pair:
-    # Views that start in the middle of a block, of rows that do not merge.
+    """Return views that start in the middle of a block, of rows that do not merge."""
     bases = testing.pair("normal3", 120, 503, 0.3, dtype=dtype)
     view = testing.LAYOUTS["time without the first"]
     return [view(base.view(4, 5, 6, 503))[..., 1:] for base in bases]
@@ -261,17 +261,19 @@ def outcomes(device: str, keys: Sequence[str]) -> Generator[Outcome, None, None]
     while done < len(keys) and crashes < CRASHES:
         receive, send = spawn.Pipe(duplex=False)
         child = spawn.Process(target=run_checks, args=(device, keys[done:], send), daemon=True)
-        child.start()
-        send.close()
         outcome = Outcome("ok", "")
+        child.start()
         try:
+            send.close()
             while done < len(keys) and outcome.status != "FAIL":
                 try:
                     outcome = receive.recv()
                 except EOFError:
                     crashes += 1
-                    text = f"it crashed, or hung for {HANG:.0f} s; its stack is on standard error"
-                    outcome = Outcome("FAIL", text)
+                    outcome = Outcome(
+                        "FAIL",
+                        f"it crashed, or hung for {HANG:.0f} s; its stack is on standard error",
+                    )
                 done += 1
                 yield outcome
         finally:
@@ -294,9 +296,13 @@ def run_doctor(device: str, json_to: str | None = None) -> int:
             rows.append({"check": key, **outcome._asdict()})
             print(f"{outcome.status}, {outcome.text}", file=out, flush=True)
     counts = Counter(row["status"] for row in rows)
-    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-    wrong = "Something is wrong: paste this report into an issue."
-    print(f"\n{summary}. {wrong if counts['FAIL'] else 'No check failed.'}", file=out)
+    print(
+        "\n" + ", ".join(f"{count} {status}" for status, count in counts.items()) + ".",
+        "Something is wrong: paste this report into an issue."
+        if counts["FAIL"]
+        else "No check failed.",
+        file=out,
+    )
     content = json_text({"device": device, "ok": not counts["FAIL"], "checks": rows})
     if json_to == "-":
         print(content, end="")

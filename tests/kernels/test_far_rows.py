@@ -341,7 +341,7 @@ def test_penalties_beside_a_mask(implementation, direction, masked, fill) -> Non
 
 
 # ref_kl of rows with two peaks, from hidden states and over several programs of a row: gradients to
-# both models. Those to the weights alone: a product over all entries has roundings of its own.
+# both models. To the weights alone: a product over all entries has roundings of its own.
 def test_no_gradient_takes_the_place_of_logits_to_be_read_again(implementation) -> None:
     vocabulary = 70001
     weight, ref_weight, hidden = noise(2 * vocabulary + 2, 4).split((vocabulary, vocabulary, 2))

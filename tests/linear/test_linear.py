@@ -123,7 +123,10 @@ MODELS = {
         list(TYPES)[:5],
     ),
     **{
-        f"chunks of {size}": (functools.partial(data, "random all", chunk_size=size), ["fp32"])
+        f"chunks of {size}": (
+            functools.partial(data, "random all", chunk_size=size, temperature=0.7),
+            ["fp32"],
+        )
         for size in (1, 7, TOKENS - 1, TOKENS, TOKENS + 1, None)
     },
     **{
