@@ -8,7 +8,14 @@ import typing
 if typing.TYPE_CHECKING:
     from . import rl
     from .backend import Explanation, explain, use_backend
-    from .divergence import kl_divergence
+    from .divergence import (
+        jeffreys_divergence,
+        js_divergence,
+        kl_divergence,
+        renyi_divergence,
+        skew_kl_divergence,
+        total_variation,
+    )
     from .estimators import estimate_kl, sampled_kl_loss
     from .linear import Head, linear_kl_divergence, linear_token_stats
     from .penalty import KLPenalty, LinearKLPenalty
@@ -24,13 +31,18 @@ __all__ = [
     "TokenStats",
     "estimate_kl",
     "explain",
+    "jeffreys_divergence",
+    "js_divergence",
     "kl_divergence",
     "linear_kl_divergence",
     "linear_token_stats",
+    "renyi_divergence",
     "rl",
     "sampled_kl_loss",
     "selective_log_softmax",
+    "skew_kl_divergence",
     "token_stats",
+    "total_variation",
     "use_backend",
 ]
 
@@ -44,12 +56,17 @@ _HOMES = {
     "TokenStats": "tokens",
     "estimate_kl": "estimators",
     "explain": "backend",
+    "jeffreys_divergence": "divergence",
+    "js_divergence": "divergence",
     "kl_divergence": "divergence",
     "linear_kl_divergence": "linear",
     "linear_token_stats": "linear",
+    "renyi_divergence": "divergence",
     "sampled_kl_loss": "estimators",
     "selective_log_softmax": "tokens",
+    "skew_kl_divergence": "divergence",
     "token_stats": "tokens",
+    "total_variation": "divergence",
     "use_backend": "backend",
 }
 # Submodules that are attributes of fastkl without being imported explicitly.

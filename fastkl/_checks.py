@@ -346,6 +346,25 @@ def clamp(name: str, value: float | None) -> None:
     expect(inside, name, expected, value, "pass None for no clamp")
 
 
+def share(name: str, value: float) -> None:
+    """Check the share of a model in a mixture: a number in [0, 1]."""
+    _number(name, value)
+    expect(0 <= value <= 1, name, "a number in [0, 1]", value, "pass 0.5 for equal shares")
+
+
+def order(name: str, value: float) -> None:
+    """Check the order of a Rényi divergence: a finite number above 0."""
+    _number(name, value)
+    inside = 0 < value < float("inf")
+    expect(inside, name, "a finite number above 0", value, "pass 1 for the KL divergence")
+
+
+def _number(name: str, value: float) -> None:
+    """Check for a Python number."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    expect(known, name, "a number", value, f"for a tensor pass float({name})", TypeError)
+
+
 def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch.device) -> None:
     """Check the divisor of a mean: None, a positive number, or a tensor of one entry, 0 for an
     empty batch.

@@ -1,4 +1,6 @@
-"""KL divergence between two logits tensors, per token."""
+"""KL divergence and its relatives between two logits tensors, per token."""
+
+from typing import NamedTuple
 
 import torch
 
@@ -73,6 +75,227 @@ def kl_divergence(
     Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq.
     2.4. The formula used: reference.py's docstring.
     """
+    return _kl(
+        _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
+    )
+
+
+def js_divergence(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "none",
+    normalizer: float | torch.Tensor | None = None,
+    beta: float = 0.5,
+) -> torch.Tensor:
+    """Compute the generalised Jensen-Shannon divergence β·KL(P‖M) + (1 - β)·KL(Q‖M) of every row,
+    with M = β·P + (1 - β)·Q.
+
+    Equivalent to
+
+        p = (p_logits.float() / temperature).softmax(-1)
+        q = (q_logits.float() / temperature).softmax(-1)
+        m = beta * p + (1 - beta) * q
+        js = (beta * p * (p / m).log() + (1 - beta) * q * (q / m).log()).sum(-1)
+
+    with its digits kept where P and Q are close. Two reads of the logits forward, one backward.
+
+    Args:
+        beta: the share of P, which is the teacher in on-policy distillation, a number in [0, 1]. 0
+            and 1 give 0, as the definition does. TRL's GKDTrainer takes KL(P‖Q) at 0 and KL(Q‖P)
+            at 1 instead, and the same value between; Liger-Kernel's LigerJSD has the student first
+            and β its share, with the two KLs at the ends.
+
+    The other arguments, the result, its gradient, Raises: as kl_divergence. The result is at most
+    the entropy of (β, 1 - β): log 2 for the default. An entry without probability in one model or
+    both has a finite term.
+
+    Source: Lin, Divergence measures based on the Shannon entropy, IEEE Trans. Inf. Theory 37
+    (1991), eq. 4.1; Agarwal et al., On-policy distillation of language models (2024), eq. 3.
+    """
+    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
+    _checks.share("beta", beta)
+    # The larger share first: with a small one the formulas lose digits.
+    return call.swapped().of("js", 1.0 - beta) if beta < 0.5 else call.of("js", beta)
+
+
+def skew_kl_divergence(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    alpha: float,
+    temperature: float | torch.Tensor = 1.0,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "none",
+    normalizer: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the skew divergence KL(P ‖ α·P + (1 - α)·Q) of every row.
+
+    Equivalent to
+
+        p = (p_logits.float() / temperature).softmax(-1)
+        q = (q_logits.float() / temperature).softmax(-1)
+        skew = (p * (p / (alpha * p + (1 - alpha) * q)).log()).sum(-1)
+
+    with its digits kept where P and Q are close. Two reads of the logits forward, one backward.
+
+    Args:
+        alpha: the share of P in the mixture, a number in [0, 1]; 0 gives kl_divergence, 1 gives 0.
+            DistiLLM's skew KL is skew_kl_divergence(teacher, student, alpha=0.1), its skew reverse
+            KL skew_kl_divergence(student, teacher, alpha=0.1).
+
+    The other arguments, the result, its gradient, Raises: as kl_divergence. The result is at most
+    -log(α).
+
+    Source: Lee, Measures of distributional similarity (1999), eq. 1; Ko et al., DistiLLM (2024),
+    eq. 4.
+    """
+    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
+    _checks.share("alpha", alpha)
+    return call.of("skew_kl", alpha) if alpha > 0.0 else _kl(call)
+
+
+def renyi_divergence(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    alpha: float,
+    temperature: float | torch.Tensor = 1.0,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "none",
+    normalizer: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute Rényi's divergence of order α of every row, log(Σ p^α·q^(1 - α)) / (α - 1).
+
+    Equivalent to
+
+        log_p = (p_logits.float() / temperature).log_softmax(-1)
+        log_q = (q_logits.float() / temperature).log_softmax(-1)
+        renyi = (alpha * log_p + (1 - alpha) * log_q).logsumexp(-1) / (alpha - 1)
+
+    from one read of the logits, with its digits kept where P and Q are close.
+
+    Args:
+        alpha: the order, a finite number above 0. 1, and numbers within 1e-7 of it, give
+            kl_divergence, the limit.
+
+    The other arguments, the result, its gradient, Raises: as kl_divergence.
+
+    Special values:
+        +inf if p > 0 = q anywhere for α ≥ 1, and if P and Q have no entry in common for α < 1.
+
+    Source: Rényi, On measures of entropy and information (1961), eq. 3.3; van Erven & Harremoës,
+    Rényi divergence and Kullback-Leibler divergence, IEEE Trans. Inf. Theory 60 (2014), eq. 1.
+    """
+    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
+    _checks.order("alpha", alpha)
+    if abs(alpha - 1.0) < 1e-7:
+        return _kl(call)
+    if alpha < 0.5:
+        # D_α(P‖Q) = α/(1 - α)·D_(1-α)(Q‖P): with a small order the formulas lose digits.
+        return alpha / (1.0 - alpha) * call.swapped().of("renyi", 1.0 - alpha)
+    return call.of("renyi", alpha)
+
+
+def total_variation(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "none",
+    normalizer: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the total variation distance ½·Σ|p - q| of every row.
+
+    Equivalent to
+
+        p = (p_logits.float() / temperature).softmax(-1)
+        q = (q_logits.float() / temperature).softmax(-1)
+        tv = 0.5 * (p - q).abs().sum(-1)
+
+    with its digits kept where P and Q are close. Two reads of the logits forward, one backward. 1
+    minus it is the acceptance rate of speculative decoding with draft P and target Q.
+
+    The arguments, the result, Raises: as kl_divergence. The result is at most 1.
+
+    Gradient:
+        That of the lines above: an entry with p = q adds nothing to it.
+
+    Source: Leviathan et al., Fast inference from transformers via speculative decoding (2023),
+    definition 3.2 and corollary 3.6.
+    """
+    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
+    return call.of("total_variation")
+
+
+def jeffreys_divergence(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "none",
+    normalizer: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the Jeffreys divergence KL(P‖Q) + KL(Q‖P) of every row, from one read of the logits.
+
+    Equivalent to kl_divergence(p_logits, q_logits, ...) + kl_divergence(q_logits, p_logits, ...);
+    not half of it, which some papers call by this name.
+
+    The arguments, the result, its gradient, Raises: as kl_divergence. +inf where either KL is.
+
+    Source: Jeffreys, An invariant form for the prior probability in estimation problems, Proc. R.
+    Soc. A 186 (1946).
+    """
+    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
+    return call.of("jeffreys")
+
+
+class _Call(NamedTuple):
+    """The checked arguments of a divergence of two logits tensors."""
+
+    p: torch.Tensor
+    q: torch.Tensor
+    mask: torch.Tensor | None
+    temperature: float | torch.Tensor
+    weights: torch.Tensor | None
+    reduction: str
+    normalizer: float | torch.Tensor | None
+
+    def swapped(self) -> "_Call":
+        """Return the call with P and Q exchanged."""
+        return self._replace(p=self.q, q=self.p)
+
+    def of(self, kind: str = "kl", share: float = 0.0) -> torch.Tensor:
+        """Compute a divergence, per token or reduced; kind, share: as in fields.Divergence."""
+        p, q, mask, temperature, weights, reduction, normalizer = self
+        inputs = RowInputs(
+            p, q, None, mask, *per_token(temperature), "kl", backend.select(p, q), kind, share
+        )
+        values: torch.Tensor = row_statistics(inputs)[3]
+        if reduction == "none":
+            return values
+        return _reduce.reduced(values, mask, weights, reduction, normalizer)
+
+
+def _checked(
+    p_logits: torch.Tensor,
+    q_logits: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    weights: torch.Tensor | None,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+) -> _Call:
+    """Check the arguments that all divergences have in common."""
     _checks.logits("p_logits", p_logits)
     _checks.logits("q_logits", q_logits)
     _checks.same_shape("q_logits", q_logits, "p_logits", p_logits)
@@ -80,14 +303,16 @@ def kl_divergence(
     _checks.temperature(temperature, leading, device)
     _checks.mask(mask, leading, device)
     _reduce.check(reduction, weights, normalizer, leading, device)
-    chosen = backend.select(p_logits, q_logits)
+    return _Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
+
+
+def _kl(call: _Call) -> torch.Tensor:
+    """Compute the KL; its sum or mean with the gradient in one pass where that is possible."""
+    p, q, mask, temperature, weights, reduction, normalizer = call
     if reduction != "none" and weights is None:
-        inputs = SummedInputs(p_logits, q_logits, mask, temperature, None, 1, chosen)
+        inputs = SummedInputs(p, q, mask, temperature, None, 1, backend.select(p, q))
         gradient = empty_gradient(inputs, normalizer)
         if gradient is not None:
-            divisor = _reduce.divisor(reduction, normalizer, mask, leading, torch.float32)
+            divisor = _reduce.divisor(reduction, normalizer, mask, p.shape[:-1], torch.float32)
             return summed_kl(gradient, inputs._replace(divisor=divisor))[0]
-    kl = row_statistics(
-        RowInputs(p_logits, q_logits, None, mask, *per_token(temperature), "kl", chosen)
-    )[3]
-    return kl if reduction == "none" else _reduce.reduced(kl, mask, weights, reduction, normalizer)
+    return call.of()

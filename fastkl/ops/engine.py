@@ -65,7 +65,8 @@ class Engine(abc.ABC):
         grad_q: torch.Tensor | None,
     ) -> None:
         """Fill kl [N], saved, and the gradients of Σ weights·kl."""
-        if grad_p is not None and grad_q is None and self.computes_together(args, grad_p):
+        to_p_alone = grad_p is not None and grad_q is None and args.divergence.kind == "kl"
+        if to_p_alone and self.computes_together(args, grad_p):
             self.together(args, kl, saved, weights, grad_p)
         else:
             self.forward(args, {"kl": kl}, saved)

@@ -40,10 +40,20 @@ class Scaling(NamedTuple):
         )
 
 
+class Divergence(NamedTuple):
+    """The divergence that field "kl" holds: a kind of f_divergences.py or "kl", and its alpha or
+    beta (0 if it has none).
+    """
+
+    kind: str = "kl"
+    share: float = 0.0
+
+
 class RowArgs(NamedTuple):
     """Logits [..., V] of N rows and what applies to each row; vectors are [N] and contiguous.
 
-    q, tokens, mask: None if absent. temperature: a number or a vector.
+    q, tokens, mask: None if absent. temperature: a number or a vector. divergence: for another one
+    than the KL, "kl" is the only field.
     """
 
     p: torch.Tensor
@@ -52,10 +62,11 @@ class RowArgs(NamedTuple):
     mask: torch.Tensor | None = None
     temperature: float | torch.Tensor = 1.0
     scaling: Scaling = Scaling()
+    divergence: Divergence = Divergence()
 
     def at(self, rows: slice | torch.Tensor, p: torch.Tensor, q: torch.Tensor | None) -> "RowArgs":
         """Return the arguments of the rows `rows`, whose logits are p and q."""
-        _, _, tokens, mask, temperature, scaling = self
+        _, _, tokens, mask, temperature, scaling, divergence = self
         return RowArgs(
             p,
             q,
@@ -65,6 +76,7 @@ class RowArgs(NamedTuple):
             scaling._replace(ratio=scaling.ratio[rows])
             if isinstance(scaling.ratio, torch.Tensor)
             else scaling,
+            divergence,
         )
 
 
@@ -75,17 +87,20 @@ def row_args(
     mask: torch.Tensor | None,
     temperatures: torch.Tensor | None,
     temperature: float,
+    divergence: str = "kl",
+    share: float = 0.0,
 ) -> RowArgs:
     """Pack arguments of leading shape [...]; temperatures, unless None, replace the number."""
     if p.dim() != 2:
         tokens, mask, temperatures = flat(tokens), flat(mask), flat(temperatures)
-    return RowArgs(
+    args = RowArgs(
         p,
         q,
         None if tokens is None else tokens.contiguous(),
         None if mask is None else mask.contiguous(),
         temperature if temperatures is None else temperatures.contiguous(),
     )
+    return args if divergence == "kl" else args._replace(divergence=Divergence(divergence, share))
 
 
 def flat(value: PerRow) -> PerRow:

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .. import _checks, reference
+from .. import _checks, f_divergences, reference
 from . import cpu_gradients, cpu_passes, cpu_rows, row_blocks
 from .cpu_gradients import Sides, part_of
 from .fields import SAVED, RowArgs, result_dtype, rows_of, rows_of_each
@@ -32,7 +32,7 @@ def forward(args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor
             _checks.tokens_in_range(scaled.tokens, p.shape[-1])
         if isinstance(scaled.temperature, torch.Tensor):
             _checks.temperatures_positive(scaled.temperature)
-        if scaled.p.dtype == torch.float64:
+        if scaled.p.dtype == torch.float64 or args.divergence.kind != "kl":
             fallback = torch.arange(x.shape[0], device=x.device)
         else:
             values, kept, valid = cpu_rows.statistics(_block(scaled), set(outputs), room, step)
@@ -68,7 +68,7 @@ def kl_and_gradient(
     """Fill kl [N], saved [N, 10] and grad_p [N, V], which may overwrite the logits, a block of rows
     at a time; masked rows are 0.
     """
-    p, q, _, mask, temperature, _ = args
+    p, q, _, mask, temperature, *_ = args
     assert q is not None
     memory = cpu_gradients.LentMemory(p, q, grad_p, row_blocks.rows_per_block(p))
     scales = _inverse(temperature)
@@ -125,8 +125,12 @@ def _by_reference(
     args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor, numbers: torch.Tensor
 ) -> None:
     """Fill the rows `numbers` of outputs and saved by reference.py, in float64 where float32 is not
-    enough.
+    enough; a divergence other than the KL by f_divergences.py in float64.
     """
+    if args.divergence.kind != "kl":
+        value = f_divergences.divergence(*_log_probs(args), *args.divergence)
+        outputs["kl"][numbers], saved[numbers] = value.to(saved.dtype), 0
+        return
     result = _statistics(args, outputs)
     far = result.saved[:, reference.FAR] != 0
     if result.saved.dtype != torch.float64 and bool(far.any()):
@@ -230,6 +234,8 @@ def _mixed_gradients(
     """Compute gradients of a block's rows, each as forward computed it, in float32 or float64; None
     for a side that is None.
     """
+    if args.divergence.kind != "kl":
+        return _divergence_gradients(args, upstream["kl"])
     results = _empty_like(sides, args.p)
     lean = saved[:, cpu_rows.KIND] == cpu_rows.LEAN
     for is_lean in (True, False):
@@ -252,7 +258,7 @@ def _gradients(
     args: RowArgs, saved: torch.Tensor, upstream: dict[str, torch.Tensor], sides: Sides
 ) -> Sides:
     """Compute gradients of rows by reference.py; in float64 where forward used it."""
-    x, y, tokens, _, temperature, _ = args
+    x, y, tokens, _, temperature, *_ = args
     if x.dtype == torch.float64 and saved.dtype != torch.float64:
         # With a ratio every row is computed in float64.
         saved = reference.row_statistics(x, y, tokens, temperature).saved
@@ -268,6 +274,21 @@ def _gradients(
             if result is not None and result64 is not None:
                 result[far] = result64.to(result.dtype)
     return results
+
+
+def _log_probs(args: RowArgs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both models' log-probabilities in float64."""
+    p, q, _, _, temperature, *_ = args
+    assert q is not None
+    scale = temperature.double()[:, None] if isinstance(temperature, torch.Tensor) else temperature
+    return (p.double() / scale).log_softmax(-1), (q.double() / scale).log_softmax(-1)
+
+
+def _divergence_gradients(args: RowArgs, upstream: torch.Tensor) -> Sides:
+    """Compute the gradients of upstream·divergence with respect to scaled logits, in float64."""
+    weights = (upstream.double() / args.temperature)[:, None]
+    grad_p, grad_q = f_divergences.gradients(*_log_probs(args), *args.divergence)
+    return weights * grad_p, weights * grad_q
 
 
 def _empty_like(sides: Sides, x: torch.Tensor) -> Sides:

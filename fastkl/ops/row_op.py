@@ -27,7 +27,7 @@ class RowInputs(NamedTuple):
     """Arguments of row_statistics: logits [..., V], vectors [...], and the requested fields in one
     string, separated by commas.
 
-    temperatures, unless None, replace temperature.
+    temperatures, unless None, replace temperature. divergence, share: as in fields.Divergence.
     """
 
     p: Tensor
@@ -38,10 +38,12 @@ class RowInputs(NamedTuple):
     temperature: float
     fields: str
     backend: str
+    divergence: str = "kl"
+    share: float = 0.0
 
 
 # The gradients of RowInputs' fields after p and q.
-_NO_GRADIENTS = (None,) * 6
+_NO_GRADIENTS = (None,) * 8
 
 
 class RowGradientInputs(NamedTuple):
@@ -62,6 +64,8 @@ class RowGradientInputs(NamedTuple):
     wrt_p: bool
     wrt_q: bool
     backend: str
+    divergence: str = "kl"
+    share: float = 0.0
 
 
 def per_token(temperature: float | Tensor) -> tuple[Tensor | None, float]:
@@ -102,7 +106,8 @@ def _statistics(inputs: RowInputs) -> Outputs:
     if saved.numel():
         named = zip(FIELDS, values, strict=True)
         outputs = {name: flat(value) for name, value in named if value is not None}
-        ENGINES[inputs.backend].forward(row_args(*inputs[:6]), outputs, saved.view(-1, SAVED))
+        args = row_args(*inputs[:6], inputs.divergence, inputs.share)
+        ENGINES[inputs.backend].forward(args, outputs, saved.view(-1, SAVED))
     return results
 
 
@@ -117,7 +122,9 @@ def _gradients(inputs: RowGradientInputs) -> Outputs:
         upstream = {name: flat(value) for name, value in named if value is not None}
         if p.dim() != 2:
             rows = tuple([None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads])
-        args = row_args(*inputs[:5], inputs.temperature)
+        args = row_args(
+            *inputs[:5], inputs.temperature, inputs.divergence, inputs.share
+        )
         saved = inputs.saved
         if saved.dim() != 2 or not saved.is_contiguous():
             saved = saved.reshape(-1, SAVED).contiguous()
@@ -137,7 +144,7 @@ def _save_for_backward(ctx: Any, groups: tuple[RowInputs], output: Outputs) -> N
     (inputs,) = groups
     refuse_temperature_gradient(ctx.needs_input_grad[4])
     save_tensors(ctx, *inputs[:5], output[-1])
-    ctx.temperature, ctx.backend = inputs.temperature, inputs.backend
+    ctx.temperature, ctx.options = inputs.temperature, inputs[7:]
     mark_constant(ctx, output, inputs.fields, *ctx.needs_input_grad[:2])
 
 
@@ -181,7 +188,7 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
         return None, None, *_NO_GRADIENTS
     grad_p, grad_q = row_gradients(
         RowGradientInputs._make(
-            [*ctx.saved_tensors, *g_fields, ctx.temperature, wrt_p, wrt_q, ctx.backend]
+            [*ctx.saved_tensors, *g_fields, ctx.temperature, wrt_p, wrt_q, *ctx.options]
         )
     )
     return grad_p if wrt_p else None, grad_q if wrt_q else None, *_NO_GRADIENTS
