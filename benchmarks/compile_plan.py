@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastkl.kernels import launch, launch_fused
+from fastkl.kernels import launch, launch_divergence, launch_fused
 from fastkl.kernels.layout import layout
 
 # A vocabulary of today's models: the plan describes the launches for it.
@@ -141,4 +141,17 @@ def plan(dtype, aligned, arch):
             add("kl_divergence.fused_to_16_bit", variant, grad_dtype="bf16")
         elif not suffix:
             add("kl_divergence.fallback_gradient", chosen.fallback)
+    for kind in ("js", "skew_kl", "total_variation"):
+        constants = (("KIND", launch_divergence.KINDS[kind]), ("SMALL_REST", False))
+        segment, _, variant = launch_divergence.forward_plan(
+            place("kl_divergence"), constants, True, ()
+        )
+        add(f"{kind}.forward", variant, segment)
+        for side, wrt in (("_p", (True, False)), ("_q", (False, True)), ("_both", (True, True))):
+            gradient = TYPES[dtype], start * TYPES[dtype].itemsize
+            sides = [gradient if each else None for each in wrt]
+            _, variant = launch_divergence.backward_plan(
+                place("kl_divergence"), constants, stride, *sides, ()
+            )
+            add(f"{kind}.backward{side}", variant)
     return specializations

@@ -75,9 +75,7 @@ def kl_divergence(
     Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq.
     2.4. The formula used: reference.py's docstring.
     """
-    return _kl(
-        _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    )
+    return _kl(_checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer))
 
 
 def js_divergence(

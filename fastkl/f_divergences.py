@@ -79,9 +79,7 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
     mixture = torch.where(d > 0, rest + share * smaller, share + rest * smaller)
     log_m_over_p = torch.where(near, a.log1p(), torch.where(d > 0, d, 0.0) + mixture.log())
     if kind == "js":
-        log_q_over_m = torch.where(
-            near, d - a.log1p(), torch.where(d > 0, 0.0, d) - mixture.log()
-        )
+        log_q_over_m = torch.where(near, d - a.log1p(), torch.where(d > 0, 0.0, d) - mixture.log())
         curved = a * a.log1p() - minus_log1p(a)
         of_p, of_q = _times(p, share * log_m_over_p), _times(q, rest * log_q_over_m)
         value = torch.where(

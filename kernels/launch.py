@@ -245,6 +245,19 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
             )
 
 
+def grads_in_blocks(layout: Layout, stride: int, *grads: tuple[torch.dtype, int] | None) -> bool:
+    """Whether the rows of gradients, `stride` apart, start in blocks where the logits' rows do."""
+    return all(
+        grad is None
+        or layout.p.same_blocks(
+            Rows(grad[0].itemsize, grad[1], layout.inner * stride, stride),
+            layout.inner,
+            layout.outer,
+        )
+        for grad in grads
+    )
+
+
 @functools.lru_cache(CACHE_SIZE)
 def backward_plan(
     layout: Layout,
@@ -258,15 +271,6 @@ def backward_plan(
     types and addresses with rows `stride` apart.
     """
     chosen = config.select("backward", layout.case.arch, layout.p.itemsize, layout.vocabulary)
-    in_blocks = all(
-        grad is None
-        or layout.p.same_blocks(
-            Rows(grad[0].itemsize, grad[1], layout.inner * stride, stride),
-            layout.inner,
-            layout.outer,
-        )
-        for grad in (grad_p, grad_q)
-    )
     # A row that starts inside a block covers one more.
     chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chosen.segment)
     return chunks, row_variant(
@@ -278,7 +282,7 @@ def backward_plan(
         CHUNK=chosen.segment,
         WRT_P=grad_p is not None,
         WRT_Q=grad_q is not None,
-        GRAD_IN_BLOCKS=in_blocks,
+        GRAD_IN_BLOCKS=grads_in_blocks(layout, stride, grad_p, grad_q),
         **{name.upper(): fields.index(name) if name in fields else -1 for name in FIELDS},
     )
 

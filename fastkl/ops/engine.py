@@ -5,12 +5,15 @@ gradients are with respect to the raw logits, before soft caps and temperatures.
 """
 
 import abc
+import functools
+from typing import Any
 
 import torch
 
 from . import reference_rows
-from .fields import RowArgs, rows_of, rows_of_each
-from .problems import fused_launchers, launchers, problems
+from .fields import Divergence, RowArgs, rows_of, rows_of_each
+from .near_series import near_series
+from .problems import divergence_launchers, fused_launchers, launchers, problems
 
 
 class Engine(abc.ABC):
@@ -83,9 +86,12 @@ class Kernels(Engine):
     checks_values = False
 
     def forward(self, args: RowArgs, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+        run = launchers().forward
+        if args.divergence.kind != "kl":
+            run = functools.partial(_forward_divergence, args.divergence)
         for rows, problem in problems(args):
             part = (outputs, saved) if rows is None else (rows_of_each(outputs, rows), saved[rows])
-            launchers().forward(problem, *part)
+            run(problem, *part)
 
     def backward(
         self,
@@ -99,6 +105,9 @@ class Kernels(Engine):
         if p.stride(-1) != 1 or (q is not None and q.stride(-1) != 1):
             # A saved-tensor hook may return logits with another stride along the vocabulary.
             args = args._replace(p=p.contiguous(), q=None if q is None else q.contiguous())
+        run = launchers().backward
+        if args.divergence.kind != "kl":
+            run = functools.partial(_backward_divergence, args.divergence)
         for rows, problem in problems(args):
             part = (saved, upstream, grad_p, grad_q)
             if rows is not None:
@@ -108,7 +117,7 @@ class Kernels(Engine):
                     rows_of(grad_p, rows),
                     rows_of(grad_q, rows),
                 )
-            launchers().backward(problem, *part)
+            run(problem, *part)
 
     def computes_together(self, args: RowArgs, grad_p: torch.Tensor) -> bool:
         launch = launchers()
@@ -132,6 +141,34 @@ class Kernels(Engine):
 
     def scale(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
         fused_launchers().scale(gradient.view(-1), factor.reshape(1))
+
+
+def _forward_divergence(
+    divergence: Divergence, problem: Any, outputs: dict[str, torch.Tensor], saved: torch.Tensor
+) -> None:
+    """Fill outputs["kl"] with a divergence other than the KL."""
+    value = outputs["kl"]
+    if divergence.kind == "jeffreys":
+        ref_kl = torch.empty_like(value)
+        launchers().forward(problem, {"kl": value, "ref_kl": ref_kl}, saved)
+        value += ref_kl
+    else:
+        divergence_launchers().forward(problem, near_series(divergence), value, saved, True)
+
+
+def _backward_divergence(
+    divergence: Divergence,
+    problem: Any,
+    saved: torch.Tensor,
+    upstream: dict[str, torch.Tensor],
+    *grads: torch.Tensor | None,
+) -> None:
+    """Fill the gradients of a divergence other than the KL."""
+    weights = upstream["kl"]
+    if divergence.kind == "jeffreys":
+        launchers().backward(problem, saved, {"kl": weights, "ref_kl": weights}, *grads)
+    else:
+        divergence_launchers().backward(problem, near_series(divergence), saved, weights, *grads)
 
 
 class Reference(Engine):

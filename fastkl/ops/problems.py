@@ -83,6 +83,14 @@ def launchers() -> ModuleType:
 
 
 @functools.cache
+def divergence_launchers() -> ModuleType:
+    """Return kernels.launch_divergence, likewise."""
+    from ..kernels import launch_divergence
+
+    return launch_divergence
+
+
+@functools.cache
 def fused_launchers() -> ModuleType:
     """Return kernels.launch_fused, likewise."""
     from ..kernels import launch_fused

@@ -122,9 +122,7 @@ def _gradients(inputs: RowGradientInputs) -> Outputs:
         upstream = {name: flat(value) for name, value in named if value is not None}
         if p.dim() != 2:
             rows = tuple([None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads])
-        args = row_args(
-            *inputs[:5], inputs.temperature, inputs.divergence, inputs.share
-        )
+        args = row_args(*inputs[:5], inputs.temperature, inputs.divergence, inputs.share)
         saved = inputs.saved
         if saved.dim() != 2 or not saved.is_contiguous():
             saved = saved.reshape(-1, SAVED).contiguous()
