@@ -114,7 +114,7 @@ def plan(dtype, aligned, arch):
 
     scalings = SCALINGS if aligned and dtype != "fp32" else {"": SCALINGS[""]}
     for name, fields in FIELDS.items():
-        asked = "entropy" in fields, "ref_kl" in fields, ()
+        asked = "entropy" in fields, "ref_kl" in fields, False, ()
         for suffix, scaling in scalings.items():
             if suffix and name == POLICY_ONLY:
                 continue

@@ -159,6 +159,14 @@ def absorb(sums, log2_p, d, constants, kind: tl.constexpr, ALL_NEAR: tl.constexp
 
 
 @triton.jit
+def renyi_exponent(log_p, log_q, mix):
+    """Return α·log p + (1 - α)·log q of entries as float64: -inf without p, and for α < 1 without
+    q.
+    """
+    return tl.where(tl.exp(log_p) == 0.0, float("-inf"), log_p * mix.share + log_q * mix.rest)
+
+
+@triton.jit
 def expm1(z):
     """Return e^z - 1 with a small relative error."""
     return tl.where(

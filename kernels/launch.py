@@ -138,7 +138,11 @@ class ForwardPlan(NamedTuple):
 
 @functools.lru_cache(CACHE_SIZE)
 def forward_plan(
-    layout: Layout, with_entropy: bool, with_ref_kl: bool, overridden: tuple[Any, ...]
+    layout: Layout,
+    with_entropy: bool,
+    with_ref_kl: bool,
+    with_renyi: bool,
+    overridden: tuple[Any, ...],
 ) -> ForwardPlan:
     """Return the plan; `overridden` is part of the cache's key: tests and the tuner override
     configurations.
@@ -167,6 +171,7 @@ def forward_plan(
         SPLITS=triton.next_power_of_2(splits),
         REALIGN=case.realign,
         PREFETCH=config.prefetches(case.arch),
+        WITH_RENYI=with_renyi,
         **asked,
     )
     fallback = fallback_variant(case, (), **asked)
@@ -174,16 +179,23 @@ def forward_plan(
     return ForwardPlan(segment, splits, prefetching, forward, fallback)
 
 
-def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor) -> None:
+def forward(
+    problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor, gamma: float = 0.0
+) -> None:
     """Fill `saved` [N, 10] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl:
     [N] float32 each).
 
-    `outputs` contains kl if q is given, logprob if tokens are, ref_logprob if both are.
+    `outputs` contains kl if q is given, logprob if tokens are, ref_logprob if both are. gamma,
+    unless 0: "ref_kl" is Rényi's divergence of order 1 - gamma instead, but in fallback rows.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
     layout = problem.layout
     plan = forward_plan(
-        layout, "entropy" in outputs, "ref_kl" in outputs, tuple(config._override.items())
+        layout,
+        "entropy" in outputs,
+        "ref_kl" in outputs and not gamma,
+        bool(gamma),
+        tuple(config._override.items()),
     )
     get = outputs.get
     fields = dict(
@@ -222,6 +234,7 @@ def forward(problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Ten
                 segment=plan.segment,
                 splits=plan.splits,
                 prefetching=plan.prefetching,
+                gamma=gamma,
             ),
         )
         if RUN_FALLBACK:

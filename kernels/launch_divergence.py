@@ -55,7 +55,8 @@ def forward_plan(
     case = layout.case
     chosen = config.select("forward", case.arch, layout.p.itemsize, layout.vocabulary)
     segment = config.segment_length(layout.vocabulary, chosen.segment)
-    splits = max(1, -(-layout.vocabulary // segment))
+    one = ("KIND", KINDS["renyi"]) in constants  # only its fallback rows are left
+    splits = 1 if one else max(1, -(-layout.vocabulary // segment))
     return (
         segment,
         splits,
@@ -78,7 +79,11 @@ def forward(
     problem: Problem, series: Series, value: torch.Tensor, saved: torch.Tensor, with_moment: bool
 ) -> None:
     """Fill a divergence [N] of two tensors, and `saved` [N, 10] for its gradient if with_moment."""
-    launch.forward(problem, {"kl": value}, saved)
+    if series.kind == "renyi":
+        outputs, gamma = {"kl": torch.empty_like(value), "ref_kl": value}, 1.0 - series.share
+        launch.forward(problem, outputs, saved, gamma)
+    else:
+        launch.forward(problem, {"kl": value}, saved)
     p, q, _, mask, temperatures, ratios = _tensors(problem)
     layout = problem.layout
     segment, splits, variant = forward_plan(

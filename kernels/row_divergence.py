@@ -7,12 +7,14 @@ import triton.language as tl
 
 from .divergence_math import (
     MOMENT_TERMS,
+    RENYI,
     TERMS,
     Kind,
     Mixture,
     absorb,
     entry_terms,
     float32_values,
+    renyi_exponent,
 )
 from .fallback import is_fallback, load_double, load_row, log_probability_p, log_probability_q
 from .row_finish import SAVED, Row
@@ -65,7 +67,7 @@ def divergence_sums(
     """Return the parts of the first `length` entries in the divergence and in its moment, for the
     Segment of their row and its Constants.
     """
-    want: tl.constexpr = Want(False, True, False, kind.compensated)
+    want: tl.constexpr = Want(False, True, False, False, kind.compensated)
     terms = constants.terms
     TILE: tl.constexpr = tiling.threads * tiling.groups
     scale = row.doubled_scale * (1.0 / D_FACTOR)
@@ -122,6 +124,28 @@ def fallback_terms(log_p, log_q, mix, kind: tl.constexpr):
 
 
 @triton.jit
+def renyi_log_z(row, scale, q_scale, stats, mix, BLOCK: tl.constexpr, reading: tl.constexpr):
+    """Return log Z of Rényi's divergence of a fallback row."""
+    largest = tl.full([BLOCK], float("-inf"), tl.float64)
+    for start in range(0, row.V, BLOCK):
+        log_p, log_q, _, _ = fallback_log_probs(
+            row, start, row.V, scale, q_scale, stats, BLOCK, reading
+        )
+        exponent = renyi_exponent(log_p, log_q, mix)
+        # tl.maximum drops a NaN.
+        largest = tl.where(exponent == exponent, tl.maximum(largest, exponent), exponent)
+    peak = tl.max(largest, 0)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, row.V, BLOCK):
+        log_p, log_q, _, _ = fallback_log_probs(
+            row, start, row.V, scale, q_scale, stats, BLOCK, reading
+        )
+        total += tl.exp(renyi_exponent(log_p, log_q, mix) - peak)
+    # An infinite peak: P and Q without a common entry (-inf), or p > 0 = q for α > 1.
+    return tl.where(tl.abs(peak) < float("inf"), peak + tl.log(tl.sum(total, 0)), peak)
+
+
+@triton.jit
 def store_fallback_row(
     value_ptr,
     saved_ptr,
@@ -137,6 +161,12 @@ def store_fallback_row(
     stats = load_row(saved_ptr)
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
+    if kind.name == RENYI:
+        log_z = renyi_log_z(row, scale, q_scale, stats, mix, BLOCK, reading)
+        value = log_z / -mix.rest.to(tl.float64)
+        tl.store(value_ptr, tl.where(value < 0.0, 0.0, value).to(tl.float32))
+        store_double(saved_ptr + MEAN_U, saved_ptr + MEAN_U_LO, log_z)
+        return
     value = tl.zeros([BLOCK], tl.float64)
     u = value
     v = value
@@ -259,6 +289,8 @@ def row_divergence(  # noqa: PLR0913, PLR0915
 ):
     """Sum one segment of one row of an f-divergence; the last program of a row to finish writes it.
 
+    Of Rényi's divergence, which row_forward has written, it computes the fallback rows.
+
     Math:   divergence_math.py; defined by f_divergences.divergence.
     Grid:   (N · splits,), a row's segments next to each other, as in row_forward. Parts are added
             in order: a row's bits depend neither on N nor on which program is last.
@@ -296,6 +328,11 @@ def row_divergence(  # noqa: PLR0913, PLR0915
             whole = Row(p_row, q_row, V, row, scale, ratio)
             store_fallback_row(value_ptr + row, saved_ptr, whole, mix, THREADS * 2, reading, kind)
         return
+    if KIND == RENYI:
+        log_z = tl.load(value_ptr + row) * -rest
+        tl.store(saved_ptr + MEAN_U, log_z)
+        tl.store(saved_ptr + MEAN_V, log_z)
+        return
     pad = 0
     if REALIGN:
         pad = row_pad(p_row)
@@ -311,6 +348,7 @@ def row_divergence(  # noqa: PLR0913, PLR0915
         scale * D_FACTOR,
         scale * LOG2E,
         ratio,
+        zero,
     )
     series = float32_values(
         (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12), TERMS + MOMENT_TERMS

@@ -15,6 +15,7 @@ from .divergence_math import (
     far_terms,
     float32_values,
     polynomial,
+    renyi_exponent,
 )
 from .fallback import GradientRow, is_fallback, load_row
 from .row_divergence import (
@@ -177,10 +178,16 @@ def write_fallback(
         log_p, log_q, x, y = fallback_log_probs(
             row, start, grads.end, scale, q_scale, stats, BLOCK, reading
         )
-        terms = fallback_terms(log_p, log_q, constants.mix, kind)
-        # No entry of probability 0 has a gradient.
-        grad_x = tl.where(terms.p == 0.0, 0.0, terms.to_p - terms.p * mean_u)
-        grad_y = tl.where(terms.q == 0.0, 0.0, terms.to_q - terms.q * mean_v)
+        if kind.name == RENYI:
+            # mean_u is log Z.
+            r = tl.exp(renyi_exponent(log_p, log_q, constants.mix) - mean_u)
+            grad_x = r - tl.exp(log_p)
+            grad_y = r - tl.exp(log_q)
+        else:
+            terms = fallback_terms(log_p, log_q, constants.mix, kind)
+            # No entry of probability 0 has a gradient.
+            grad_x = tl.where(terms.p == 0.0, 0.0, terms.to_p - terms.p * mean_u)
+            grad_y = tl.where(terms.q == 0.0, 0.0, terms.to_q - terms.q * mean_v)
         offs_v = start + tl.arange(0, BLOCK)
         if kind.wrt_p:
             slope = soft_cap_slope(x, reading.softcap)

@@ -88,7 +88,7 @@ def row_fallback(  # noqa: PLR0913
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
             above 0.
     """
-    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, False)
+    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, False, False)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)

@@ -45,6 +45,7 @@ from .row_segment import segment_sums
         "segment",
         "splits",
         "prefetching",
+        "gamma",
     ],
     do_not_specialize_on_alignment=[
         "p_ptr",
@@ -88,6 +89,7 @@ def row_forward(  # noqa: PLR0913
     segment: tl.int32,
     splits: tl.int32,
     prefetching: tl.int32,  # 1: prefetch the segment, as few programs do not hide latency
+    gamma: tl.float32,  # WITH_RENYI: 1 - order, not 0
     SPLITS: tl.constexpr,  # a power of two, at least splits
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -98,6 +100,7 @@ def row_forward(  # noqa: PLR0913
     WITH_ENTROPY: tl.constexpr,
     WITH_KL: tl.constexpr,
     WITH_REF_KL: tl.constexpr,
+    WITH_RENYI: tl.constexpr,  # write Rényi's divergence in place of KL(Q‖P)
     REALIGN: tl.constexpr,
     Q_IN_BLOCKS: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -126,7 +129,7 @@ def row_forward(  # noqa: PLR0913
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, COMPENSATED)
+    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, WITH_RENYI, COMPENSATED)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     if HAS_MASK:
@@ -150,6 +153,7 @@ def row_forward(  # noqa: PLR0913
     )
     scale_log2 = doubled_scale * (LOG2E / D_FACTOR)
     ratio = row_ratio(ratio_ptr, row, row >= 0, HAS_RATIO)
+    gamma = tl.cast(gamma, tl.float32)
     shift = tl.full([], 0.0, tl.float32)
     if WITH_KL and COMPENSATED:
         shift = row_shift(p_row, q_row, V, row >= 0, ratio, reading)
@@ -167,6 +171,7 @@ def row_forward(  # noqa: PLR0913
         doubled_scale,
         scale_log2,
         ratio,
+        gamma,
     )
     state = segment_sums(place, length, tiling, want, reading)
     if SPLITS > 1:
@@ -191,7 +196,7 @@ def row_forward(  # noqa: PLR0913
     if HAS_TOKENS:
         token = tl.load(tokens_ptr + row)
     scale = doubled_scale * (1.0 / D_FACTOR)
-    statistics = row_statistics(states, shift, scale, want)
+    statistics = row_statistics(states, shift, scale, gamma, want)
     out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
     store_statistics(
         out, statistics, Row(p_row, q_row, V, token, scale, ratio), shift, want, reading

@@ -137,7 +137,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    want: tl.constexpr = Want(False, True, False, COMPENSATED)
+    want: tl.constexpr = Want(False, True, False, False, COMPENSATED)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, True)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     asked: tl.constexpr = Asked(False, False, False, True, False, True, False, COMPENSATED)
@@ -200,6 +200,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
             doubled_scale,
             scale_log2,
             ratio,
+            ratio,
         )
         state = segment_sums(piece_row, length, tiling, want, reading)
         store_state(state_here, state, want)
@@ -216,7 +217,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         tl.debug_barrier()
     if PHASE != 1:
         states = load_states(state_ptr + row * splits * STATE, splits, SPLITS, want)
-        statistics = row_statistics(states, shift, scale, want)
+        statistics = row_statistics(states, shift, scale, scale, want)
         if split == 0:
             whole = Row(p_row, q_row, V, row, scale, ratio)
             store_statistics(out, statistics, whole, shift, want, reading)

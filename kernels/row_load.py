@@ -239,10 +239,10 @@ Tiling = namedtuple("Tiling", "threads lanes groups realign q_in_blocks")
 #
 # p_block, q_block: the 16-byte boundary `pad` entries before the first one. remaining: entries
 # from the first to the end of the row. order: the entry of its group that each lane holds. shift:
-# see row_shift. doubled_scale: D_FACTOR/T; scale_log2: log2(e)/T.
+# see row_shift. doubled_scale: D_FACTOR/T; scale_log2: log2(e)/T. gamma: see row_math.Want.
 Segment = namedtuple(
     "Segment",
-    "p_block q_block q_row pad order remaining shift doubled_scale scale_log2 ratio",
+    "p_block q_block q_row pad order remaining shift doubled_scale scale_log2 ratio gamma",
 )
 
 

@@ -156,6 +156,20 @@ def ref_kl_of_means(mean_r, mean_h, mean_d):
 
 
 @triton.jit
+def renyi_of_means(mean_r, mean_h, mean_d, gamma):
+    """Return Rényi's divergence of order 1 - γ from E_p[h(γd)], E_p[h] and E_p[d], never negative;
+    NaN stays NaN.
+    """
+    t = mean_h + mean_d
+    z = tl.fma(gamma, mean_d, mean_r)
+    # log(1 + z) - γ·log(1 + t); where both are small, their first orders cancel.
+    small = tl.fma(-gamma, mean_h, mean_r) - t_minus_log1p(z) + gamma * t_minus_log1p(t)
+    log_z = tl.where(tl.maximum(tl.abs(z), t) < 1.0, small, tl.log(1.0 + z) - gamma * log1p(t))
+    value = tl.div_rn(log_z, -gamma)
+    return tl.where(value < 0.0, 0.0, value)
+
+
+@triton.jit
 def soft_cap(x, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr):
     """Return SOFTCAP·tanh(x/SOFTCAP), x where SOFTCAP is 0. DTYPE: the logits' type in memory.
 
@@ -204,25 +218,31 @@ State = namedtuple("State", "origin S A W U R centre")
 # Compile-time: the statistics requested.
 #
 # compensated: keep the rounding errors of differences, for float32 logits and for ratios of
-# temperatures.
-Want = namedtuple("Want", "entropy kl ref_kl compensated")
+# temperatures. renyi: R holds Σe·h(γd) for Rényi's divergence of order 1 - γ.
+Want = namedtuple("Want", "entropy kl ref_kl renyi compensated")
 
 
 @triton.jit
-def recentre(state, delta, want: tl.constexpr):
-    """Move the centre up by `delta`, without reading an entry."""
+def recentre(state, delta, gamma, want: tl.constexpr):
+    """Move the centre up by `delta`, without reading an entry; gamma: see Want."""
     shrink = tl.exp2(-delta * LOG2E)
     h = h_accurate(-delta)
     W = tl.fma(-delta, state.S, state.W)
+    R = state.R
+    if want.ref_kl:
+        R = tl.fma(shrink, tl.fma(-delta, state.U + state.W, state.R), (h - delta) * W)
+    if want.renyi:
+        power = -delta * gamma
+        h_power = h_accurate(power)
+        R = tl.fma(state.S, h_power, state.W * (h_power + power) * gamma)
+        R = tl.fma(state.R, tl.exp2(power * LOG2E), R)
     return State(
         state.origin,
         state.S,
         state.A,
         W,
         tl.fma(state.U, shrink, tl.fma(state.S, h, state.W * (h - delta))),
-        tl.fma(shrink, tl.fma(-delta, state.U + state.W, state.R), (h - delta) * W)
-        if want.ref_kl
-        else state.R,
+        R,
         state.centre + delta,
     )
 
@@ -237,13 +257,13 @@ def rescale(state, origin, want: tl.constexpr):
         tl.fma(state.S, state.origin - origin, state.A) * shrink if want.entropy else state.A,
         state.W * shrink if want.kl else state.W,
         state.U * shrink if want.kl else state.U,
-        state.R * shrink if want.ref_kl else state.R,
+        state.R * shrink if want.ref_kl or want.renyi else state.R,
         state.centre,
     )
 
 
 @triton.jit
-def merge(state, want: tl.constexpr):
+def merge(state, gamma, want: tl.constexpr):
     """Merge a vector of states (axis 0) into one, with its centre at the mean over all of them.
 
     A state without weight (S = 0) adds nothing, whatever its centre. All states must use the same
@@ -257,7 +277,8 @@ def merge(state, want: tl.constexpr):
         centre = tl.div_rn(
             tl.sum(tl.where(state.S > 0.0, tl.fma(state.S, state.centre, state.W), 0.0), 0), total
         )
-        state = recentre(state, tl.where(state.S > 0.0, centre - state.centre, 0.0), want)
+        delta = tl.where(state.S > 0.0, centre - state.centre, 0.0)
+        state = recentre(state, delta, gamma, want)
     return State(
         state.origin,
         total,

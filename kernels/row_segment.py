@@ -48,7 +48,7 @@ Weights = namedtuple("Weights", "e d share lane_A")
 #
 # Scalars: origin, and centre times D_FACTOR. Vectors [threads]: S; limit: re-anchor when S
 # exceeds it; largest: an upper bound of |y - x - shift|·scale times D_FACTOR. [threads, lanes]:
-# A, 2·W, 2·U and 4·R.
+# A, 2·W, 2·U and 4·R (with want.renyi 2·R).
 Running = namedtuple("Running", "origin centre S limit largest lane_A lane_W lane_U lane_R")
 
 
@@ -173,7 +173,9 @@ def state_of(sums, want: tl.constexpr):
         lane_sum(sums.lane_A) if want.entropy else zeros,
         lane_sum(sums.lane_W) * (1.0 / D_FACTOR) if want.kl else zeros,
         lane_sum(sums.lane_U) * 0.5 if want.kl else zeros,
-        lane_sum(sums.lane_R) * 0.25 if want.ref_kl else zeros,
+        lane_sum(sums.lane_R) * (0.5 if want.renyi else 0.25)
+        if want.ref_kl or want.renyi
+        else zeros,
         sums.centre * (1.0 / D_FACTOR),
     )
 
@@ -219,7 +221,8 @@ def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.c
         delta = tl.fma(mean - centre, total, tl.sum(state.W, 0)) / (before + total)
         centre = tl.where(total > before * REANCHOR_GROWTH, mean, centre + delta)
         # Recentre by the difference of the rounded centres, not by delta.
-        state = recentre(state, tl.where(state.S > 0.0, centre - state.centre, 0.0), want)
+        delta = tl.where(state.S > 0.0, centre - state.centre, 0.0)
+        state = recentre(state, delta, row.gamma, want)
     # The limits add up to REANCHOR_GROWTH times the weight. Each is above the thread's S with this
     # tile, which therefore never anchors twice.
     limit = tl.fma(before + total, (REANCHOR_GROWTH - 1.0) / shares.shape[0], state.S + shares)
@@ -231,12 +234,12 @@ def anchor(sums, tile, row, GROUPS: tl.constexpr, want: tl.constexpr, EDGE: tl.c
         spread(state.A, LANES),
         spread(state.W * D_FACTOR, LANES),
         spread(state.U * 2.0, LANES),
-        spread(state.R * 4.0, LANES),
+        spread(state.R * (2.0 if want.renyi else 4.0), LANES),
     )  # fmt: skip
 
 
 @triton.jit
-def absorb(sums, weights, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEAR: tl.constexpr):
+def absorb(sums, weights, gamma, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEAR: tl.constexpr):
     """Add a tile to the sums; ALL_NEAR requires every |d| to be below 1.
 
     d and h below carry their factors: D_FACTOR·d, 2·h(d), D_FACTOR = 2.
@@ -263,6 +266,9 @@ def absorb(sums, weights, GROUPS: tl.constexpr, want: tl.constexpr, ALL_NEAR: tl
                 lane_U = tl.fma(e, h, lane_U)
                 if want.ref_kl:
                     lane_R = tl.fma(e, tl.fma(d, h, square), lane_R)
+            if want.renyi:
+                h_power, _ = h_general(d * gamma)
+                lane_R = tl.fma(e, h_power, lane_R)
     return Running(
         sums.origin,
         sums.centre,
@@ -299,9 +305,9 @@ def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading:
             sums = anchor(sums, tile, row, GROUPS, want, False)
         else:
             if path > NEAR:
-                sums = absorb(sums, weights, GROUPS, want, False)
+                sums = absorb(sums, weights, row.gamma, GROUPS, want, False)
             else:
-                sums = absorb(sums, weights, GROUPS, want, True)
+                sums = absorb(sums, weights, row.gamma, GROUPS, want, True)
             group += TILE
     if want.entropy and want.kl:
         A = tl.sum(lane_sum(sums.lane_A), 0)
@@ -317,7 +323,7 @@ def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading:
         if path_of(sums, weights, 1, want) > GENERAL:  # anchor
             sums = anchor(sums, tile, row, 1, want, True)
         else:
-            sums = absorb(sums, weights, 1, want, False)
+            sums = absorb(sums, weights, row.gamma, 1, want, False)
             group += tiling.threads
     state = state_of(sums, want)
     S = tl.sum(state.S, 0)
@@ -326,6 +332,8 @@ def segment_sums(row, length, tiling: tl.constexpr, want: tl.constexpr, reading:
         limit = LARGEST_D * D_FACTOR
         if want.compensated:
             limit = tl.where(U > S * FAR_SHARE, LARGEST_FAR_D * D_FACTOR, limit)
+        if want.renyi:
+            limit = limit / tl.maximum(tl.abs(row.gamma), 1.0)
         U = tl.where(tl.max(sums.largest, 0) + tl.abs(sums.centre) < limit, U, float("inf"))
     return State(
         state.origin,

@@ -22,6 +22,9 @@ def near_series(divergence: Divergence) -> Any:
     launch, (kind, share) = divergence_launchers(), divergence
     count, moment_count = launch.TERMS.value, launch.MOMENT_TERMS.value
     rest = 1.0 - share
+    if kind == "renyi":
+        unused = (0.0,) * (2 * count)
+        return launch.Series(kind, share, 0.0, unused[: count + moment_count], unused)
     curvature = {"js": share * rest, "skew_kl": rest * rest}.get(kind, 0.0)
 
     def fit(number: int, name: str) -> list[float]:
