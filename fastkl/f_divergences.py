@@ -1,5 +1,5 @@
-"""Defines the divergences beside the KL once, in plain torch, in the form that keeps its digits near
-P = Q.
+"""Defines the divergences beside the KL once, in plain torch, in the form that keeps its digits
+near P = Q.
 
 With d = log q - log p and e = expm1(d), all but Rényi's are f-divergences, Σ p·f(d), where f and f'
 are 0 at d = 0:

@@ -163,7 +163,9 @@ def renyi_exponent(log_p, log_q, mix):
     """Return α·log p + (1 - α)·log q of entries as float64: -inf without p, and for α < 1 without
     q.
     """
-    return tl.where(tl.exp(log_p) == 0.0, float("-inf"), log_p * mix.share + log_q * mix.rest)
+    # 1 - α is exact in float32 where it is small, α beside it is not.
+    power = log_p + (log_q - log_p) * mix.rest
+    return tl.where(tl.exp(log_p) == 0.0, float("-inf"), power)
 
 
 @triton.jit

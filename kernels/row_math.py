@@ -164,7 +164,7 @@ def renyi_of_means(mean_r, mean_h, mean_d, gamma):
     z = tl.fma(gamma, mean_d, mean_r)
     # log(1 + z) - γ·log(1 + t); where both are small, their first orders cancel.
     small = tl.fma(-gamma, mean_h, mean_r) - t_minus_log1p(z) + gamma * t_minus_log1p(t)
-    log_z = tl.where(tl.maximum(tl.abs(z), t) < 1.0, small, tl.log(1.0 + z) - gamma * log1p(t))
+    log_z = tl.where(tl.maximum(tl.abs(z), t) < 1.0, small, log1p(z) - gamma * log1p(t))
     value = tl.div_rn(log_z, -gamma)
     return tl.where(value < 0.0, 0.0, value)
 
