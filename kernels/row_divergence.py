@@ -41,6 +41,9 @@ MEAN_U = tl.constexpr(7)
 MEAN_U_LO = tl.constexpr(6)
 MEAN_V = tl.constexpr(8)
 MEAN_V_LO = tl.constexpr(5)
+# Of Rényi's divergence, whose E_p[u] is log Z.
+LOG_SUM_P = tl.constexpr(8)
+LOG_SUM_Q = tl.constexpr(5)
 
 
 # The constants of a row: its Terms (row_gradient.py), the Mixture, and polynomials' coefficients.
@@ -124,16 +127,34 @@ def fallback_terms(log_p, log_q, mix, kind: tl.constexpr):
 
 
 @triton.jit
-def renyi_log_z(row, scale, q_scale, stats, mix, BLOCK: tl.constexpr, reading: tl.constexpr):
-    """Return log Z of Rényi's divergence of a fallback row."""
+def store_renyi_fallback(
+    value_ptr,
+    saved_ptr,
+    row,
+    mix,
+    BLOCK: tl.constexpr,
+    reading: tl.constexpr,
+):
+    """Write Rényi's divergence of a fallback row, log Z, and the logarithms of the sums of p and q,
+    which are 1 but for the rounding of the saved log-sum-exps.
+    """
+    stats = load_row(saved_ptr)
+    scale = row.scale.to(tl.float64)
+    q_scale = scale * row.ratio.to(tl.float64)
     largest = tl.full([BLOCK], float("-inf"), tl.float64)
+    p = tl.zeros([BLOCK], tl.float64)
+    q = p
     for start in range(0, row.V, BLOCK):
         log_p, log_q, _, _ = fallback_log_probs(
             row, start, row.V, scale, q_scale, stats, BLOCK, reading
         )
+        p += tl.exp(log_p)
+        q += tl.exp(log_q)
         exponent = renyi_exponent(log_p, log_q, mix)
         # tl.maximum drops a NaN.
         largest = tl.where(exponent == exponent, tl.maximum(largest, exponent), exponent)
+    log_sum_p = tl.log(tl.sum(p, 0))
+    log_sum_q = tl.log(tl.sum(q, 0))
     peak = tl.max(largest, 0)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, row.V, BLOCK):
@@ -142,7 +163,13 @@ def renyi_log_z(row, scale, q_scale, stats, mix, BLOCK: tl.constexpr, reading: t
         )
         total += tl.exp(renyi_exponent(log_p, log_q, mix) - peak)
     # An infinite peak: P and Q without a common entry (-inf), or p > 0 = q for α > 1.
-    return tl.where(tl.abs(peak) < float("inf"), peak + tl.log(tl.sum(total, 0)), peak)
+    log_z = tl.where(tl.abs(peak) < float("inf"), peak + tl.log(tl.sum(total, 0)), peak)
+    log_z -= log_sum_p + (log_sum_q - log_sum_p) * mix.rest
+    value = log_z / -mix.rest.to(tl.float64)
+    tl.store(value_ptr, tl.where(value < 0.0, 0.0, value).to(tl.float32))
+    store_double(saved_ptr + MEAN_U, saved_ptr + MEAN_U_LO, log_z)
+    tl.store(saved_ptr + LOG_SUM_P, log_sum_p.to(tl.float32))
+    tl.store(saved_ptr + LOG_SUM_Q, log_sum_q.to(tl.float32))
 
 
 @triton.jit
@@ -161,12 +188,6 @@ def store_fallback_row(
     stats = load_row(saved_ptr)
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
-    if kind.name == RENYI:
-        log_z = renyi_log_z(row, scale, q_scale, stats, mix, BLOCK, reading)
-        value = log_z / -mix.rest.to(tl.float64)
-        tl.store(value_ptr, tl.where(value < 0.0, 0.0, value).to(tl.float32))
-        store_double(saved_ptr + MEAN_U, saved_ptr + MEAN_U_LO, log_z)
-        return
     value = tl.zeros([BLOCK], tl.float64)
     u = value
     v = value
@@ -326,7 +347,11 @@ def row_divergence(  # noqa: PLR0913, PLR0915
     if is_fallback(saved_ptr):
         if split == 0:
             whole = Row(p_row, q_row, V, row, scale, ratio)
-            store_fallback_row(value_ptr + row, saved_ptr, whole, mix, THREADS * 2, reading, kind)
+            value_ptr += row
+            if KIND == RENYI:
+                store_renyi_fallback(value_ptr, saved_ptr, whole, mix, THREADS * 2, reading)
+            else:
+                store_fallback_row(value_ptr, saved_ptr, whole, mix, THREADS * 2, reading, kind)
         return
     if KIND == RENYI:
         log_z = tl.load(value_ptr + row) * -rest

@@ -19,6 +19,8 @@ from .divergence_math import (
 )
 from .fallback import GradientRow, is_fallback, load_row
 from .row_divergence import (
+    LOG_SUM_P,
+    LOG_SUM_Q,
     MEAN_U,
     MEAN_V,
     fallback_log_probs,
@@ -180,6 +182,8 @@ def write_fallback(
         )
         if kind.name == RENYI:
             # mean_u is log Z.
+            log_p -= tl.load(saved_ptr + LOG_SUM_P).to(tl.float64)
+            log_q -= tl.load(saved_ptr + LOG_SUM_Q).to(tl.float64)
             r = tl.exp(renyi_exponent(log_p, log_q, constants.mix) - mean_u)
             grad_x = r - tl.exp(log_p)
             grad_y = r - tl.exp(log_q)
