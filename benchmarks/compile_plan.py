@@ -142,7 +142,7 @@ def plan(dtype, aligned, arch):
         elif not suffix:
             add("kl_divergence.fallback_gradient", chosen.fallback)
     for kind in ("js", "skew_kl", "total_variation"):
-        constants = (("KIND", launch_divergence.KINDS[kind]), ("SMALL_REST", False))
+        constants = (("KIND", launch_divergence.KINDS[kind]), ("SMALL_SHARE", False))
         segment, _, variant = launch_divergence.forward_plan(
             place("kl_divergence"), constants, True, ()
         )

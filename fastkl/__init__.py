@@ -17,7 +17,7 @@ if typing.TYPE_CHECKING:
         total_variation,
     )
     from .estimators import estimate_kl, sampled_kl_loss
-    from .linear import Head, linear_kl_divergence, linear_token_stats
+    from .linear import Head, linear_divergence, linear_kl_divergence, linear_token_stats
     from .penalty import KLPenalty, LinearKLPenalty
     from .tokens import TokenStats, selective_log_softmax, token_stats
 
@@ -34,6 +34,7 @@ __all__ = [
     "jeffreys_divergence",
     "js_divergence",
     "kl_divergence",
+    "linear_divergence",
     "linear_kl_divergence",
     "linear_token_stats",
     "renyi_divergence",
@@ -59,6 +60,7 @@ _HOMES = {
     "jeffreys_divergence": "divergence",
     "js_divergence": "divergence",
     "kl_divergence": "divergence",
+    "linear_divergence": "linear",
     "linear_kl_divergence": "linear",
     "linear_token_stats": "linear",
     "renyi_divergence": "divergence",

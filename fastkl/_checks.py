@@ -346,20 +346,20 @@ def clamp(name: str, value: float | None) -> None:
     expect(inside, name, expected, value, "pass None for no clamp")
 
 
-def share(name: str, value: float) -> None:
+def share(name: str, value: float | None) -> None:
     """Check the share of a model in a mixture: a number in [0, 1]."""
     _number(name, value)
     expect(0 <= value <= 1, name, "a number in [0, 1]", value, "pass 0.5 for equal shares")
 
 
-def order(name: str, value: float) -> None:
+def order(name: str, value: float | None) -> None:
     """Check the order of a Rényi divergence: a finite number above 0."""
     _number(name, value)
     inside = 0 < value < float("inf")
     expect(inside, name, "a finite number above 0", value, "pass 1 for the KL divergence")
 
 
-def _number(name: str, value: float) -> None:
+def _number(name: str, value: float | None) -> None:
     """Check for a Python number."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
     expect(known, name, "a number", value, f"for a tensor pass float({name})", TypeError)

@@ -127,23 +127,21 @@ def prepare(
     if ratio != 1:
         what = "the quotient of both models' temperature / logit_scale"
         _head_checks.number("ref_temperature", what, ratio)
-    return LinearInputs._make(
-        (
-            *policy,
-            ref_hidden,
-            None if shared else second_weight,
-            second_bias,
-            given.mask,
-            temperatures,
-            ratios,
-            temperature,
-            first.softcap / first.factor,
-            second.softcap / second.factor,
-            ratio,
-            engine,
-            given.logits_dtype or logits_dtype,
-            given.chunk_size,
-        )
+    return LinearInputs(
+        *policy,
+        ref_hidden,
+        None if shared else second_weight,
+        second_bias,
+        given.mask,
+        temperatures,
+        ratios,
+        temperature,
+        first.softcap / first.factor,
+        second.softcap / second.factor,
+        ratio,
+        engine,
+        given.logits_dtype or logits_dtype,
+        given.chunk_size,
     )
 
 

@@ -1,11 +1,11 @@
 """KL divergence and its relatives between two logits tensors, per token."""
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
 from . import _checks, _reduce, backend
-from ._types import Reduction
+from ._types import DivergenceName, Reduction
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
 
@@ -75,7 +75,8 @@ def kl_divergence(
     Source: Kullback & Leibler, On Information and Sufficiency, Ann. Math. Statist. 22 (1951), eq.
     2.4. The formula used: reference.py's docstring.
     """
-    return _kl(_checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer))
+    call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
+    return call.of("kl", 0.0, None)
 
 
 def js_divergence(
@@ -115,9 +116,7 @@ def js_divergence(
     (1991), eq. 4.1; Agarwal et al., On-policy distillation of language models (2024), eq. 3.
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    _checks.share("beta", beta)
-    # The larger share first: with a small one the formulas lose digits.
-    return call.swapped().of("js", 1.0 - beta) if beta < 0.5 else call.of("js", beta)
+    return call.of(*of_name("js", None, beta))
 
 
 def skew_kl_divergence(
@@ -153,8 +152,7 @@ def skew_kl_divergence(
     eq. 4.
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    _checks.share("alpha", alpha)
-    return call.of("skew_kl", alpha) if alpha > 0.0 else _kl(call)
+    return call.of(*of_name("skew_kl", alpha, None))
 
 
 def renyi_divergence(
@@ -191,13 +189,7 @@ def renyi_divergence(
     Rényi divergence and Kullback-Leibler divergence, IEEE Trans. Inf. Theory 60 (2014), eq. 1.
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    _checks.order("alpha", alpha)
-    if abs(alpha - 1.0) < 1e-7:
-        return _kl(call)
-    if alpha < 0.5:
-        # D_α(P‖Q) = α/(1 - α)·D_(1-α)(Q‖P): with a small order the formulas lose digits.
-        return alpha / (1.0 - alpha) * call.swapped().of("renyi", 1.0 - alpha)
-    return call.of("renyi", alpha)
+    return call.of(*of_name("renyi", alpha, None))
 
 
 def total_variation(
@@ -230,7 +222,7 @@ def total_variation(
     definition 3.2 and corollary 3.6.
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    return call.of("total_variation")
+    return call.of(*of_name("total_variation", None, None))
 
 
 def jeffreys_divergence(
@@ -254,7 +246,7 @@ def jeffreys_divergence(
     Soc. A 186 (1946).
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
-    return call.of("jeffreys")
+    return call.of(*of_name("jeffreys", None, None))
 
 
 class _Call(NamedTuple):
@@ -268,17 +260,23 @@ class _Call(NamedTuple):
     reduction: str
     normalizer: float | torch.Tensor | None
 
-    def swapped(self) -> "_Call":
-        """Return the call with P and Q exchanged."""
-        return self._replace(p=self.q, q=self.p)
-
-    def of(self, kind: str = "kl", share: float = 0.0) -> torch.Tensor:
-        """Compute a divergence, per token or reduced; kind, share: as in fields.Divergence."""
+    def of(self, kind: str, share: float, factor: float | None) -> torch.Tensor:
+        """Compute what of_name describes, per token or reduced."""
         p, q, mask, temperature, weights, reduction, normalizer = self
+        if kind == "kl" and reduction != "none" and weights is None:
+            summed = SummedInputs(p, q, mask, temperature, None, 1, backend.select(p, q))
+            gradient = empty_gradient(summed, normalizer)
+            if gradient is not None:
+                divisor = _reduce.divisor(reduction, normalizer, mask, p.shape[:-1], torch.float32)
+                return summed_kl(gradient, summed._replace(divisor=divisor))[0]
+        if factor is not None:
+            p, q = q, p
         inputs = RowInputs(
             p, q, None, mask, *per_token(temperature), "kl", backend.select(p, q), kind, share
         )
         values: torch.Tensor = row_statistics(inputs)[3]
+        if factor is not None:
+            values = factor * values
         if reduction == "none":
             return values
         return _reduce.reduced(values, mask, weights, reduction, normalizer)
@@ -304,13 +302,31 @@ def _checked(
     return _Call(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
 
 
-def _kl(call: _Call) -> torch.Tensor:
-    """Compute the KL; its sum or mean with the gradient in one pass where that is possible."""
-    p, q, mask, temperature, weights, reduction, normalizer = call
-    if reduction != "none" and weights is None:
-        inputs = SummedInputs(p, q, mask, temperature, None, 1, backend.select(p, q))
-        gradient = empty_gradient(inputs, normalizer)
-        if gradient is not None:
-            divisor = _reduce.divisor(reduction, normalizer, mask, p.shape[:-1], torch.float32)
-            return summed_kl(gradient, inputs._replace(divisor=divisor))[0]
-    return call.of()
+DIVERGENCES = get_args(DivergenceName)
+
+
+def of_name(name: str, alpha: float | None, beta: float | None) -> tuple[str, float, float | None]:
+    """Check alpha and beta, and return (kind, share) of fields.Divergence and None, or, for P and Q
+    exchanged, a factor of the result.
+    """
+    takes_alpha, share = name in ("skew_kl", "renyi"), beta if name == "js" else alpha
+    if not takes_alpha:
+        remedy = "pass beta" if name == "js" else "leave it out"
+        _checks.expect(alpha is None, "alpha", f"None for {name!r}", alpha, remedy)
+    if name != "js":
+        remedy = "pass alpha" if takes_alpha else "leave it out"
+        _checks.expect(beta is None, "beta", f"None for {name!r}", beta, remedy)
+    if name == "renyi":
+        _checks.order("alpha", share)
+    elif name == "skew_kl":
+        _checks.share("alpha", share)
+    elif name == "js":
+        share = 0.5 if share is None else share
+        _checks.share("beta", share)
+    share = float(share or 0.0)
+    if (name, share) == ("skew_kl", 0.0) or (name == "renyi" and abs(share - 1.0) < 1e-7):
+        return "kl", 0.0, None
+    if name == "renyi" and share < 0.5:
+        # D_α(P‖Q) = α/(1 - α)·D_(1-α)(Q‖P): with a small order the formulas lose digits.
+        return name, 1.0 - share, share / (1.0 - share)
+    return name, share, None

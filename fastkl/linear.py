@@ -9,7 +9,8 @@ import torch
 from . import _checks, _reduce
 from ._heads import Given, keeps_logits, learning, prepare
 from ._heads import Head as Head
-from ._types import Reduction
+from ._types import DivergenceName, Reduction
+from .divergence import DIVERGENCES, of_name
 from .ops.fields import FIELDS, result_dtype
 from .ops.linear_op import LinearInputs, StatisticsInputs, linear_statistics
 from .ops.linear_sum_op import SumInputs, linear_weighted_kl
@@ -286,12 +287,97 @@ def linear_kl_divergence(  # noqa: PLR0913
         ),
         reference_required=True,
     )
+    return _reduced(inputs, weights, reduction, normalizer, recompute)
+
+
+def linear_divergence(  # noqa: PLR0913
+    hidden: torch.Tensor,
+    weight: torch.Tensor | Head,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor | Head | None = None,
+    mask: torch.Tensor | None = None,
+    *,
+    divergence: DivergenceName = "kl",
+    alpha: float | None = None,
+    beta: float | None = None,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "none",
+    bias: torch.Tensor | None = None,
+    ref_bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    ref_temperature: float | torch.Tensor | None = None,
+    softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    recompute: bool | None = None,
+) -> torch.Tensor:
+    """Compute a divergence of P from (hidden, weight, bias) and Q from (ref_hidden, ref_weight,
+    ref_bias) per token, its sum or its mean.
+
+    Equivalent to
+
+        p_logits, q_logits = ...        # as in linear_token_stats
+        p_logits, q_logits = p_logits / temperature, q_logits / ref_temperature
+        fastkl.js_divergence(p_logits, q_logits, mask, beta=beta, reduction=reduction, ...)
+
+    or the function of the same name as `divergence`, a chunk of tokens at a time. P is the first
+    model: for a teacher P and a student Q pass the teacher first.
+
+    Args:
+        divergence: "kl", "js", "skew_kl", "renyi", "total_variation" or "jeffreys".
+        alpha: of "skew_kl" and "renyi", as in skew_kl_divergence and renyi_divergence.
+        beta: of "js", the share of P, as in js_divergence. Default: 0.5.
+        The others: as linear_kl_divergence.
+
+    Returns, Gradient, Memory, Accuracy, autocast, Special values: as linear_kl_divergence, with the
+    same numbers of matrix products, and as the function of logits.
+
+    Raises: TypeError, ValueError, RuntimeError as linear_kl_divergence; an alpha or a beta that the
+    divergence does not take.
+
+    Source: as the function of logits.
+    """
+    _checks.choice("divergence", divergence, DIVERGENCES)
+    kind, share, factor = of_name(divergence, alpha, beta)
+    inputs = prepare(
+        Given(
+            hidden,
+            weight,
+            bias,
+            ref_hidden,
+            ref_weight,
+            ref_bias,
+            temperature,
+            ref_temperature,
+            softcap,
+            mask,
+            logits_dtype,
+            chunk_size,
+            recompute,
+        ),
+        reference_required=True,
+        swapped=factor is not None,
+    )._replace(divergence=kind, share=share)
+    value = _reduced(inputs, weights, reduction, normalizer, recompute)
+    return value if factor is None else factor * value
+
+
+def _reduced(
+    inputs: LinearInputs,
+    weights: torch.Tensor | None,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+    recompute: bool | None,
+) -> torch.Tensor:
+    """Compute the inputs' divergence, per token or reduced."""
+    hidden, mask = inputs.hidden, inputs.mask
     leading, device, dtype = hidden.shape[:-1], hidden.device, result_dtype(hidden)
     _reduce.check(reduction, weights, normalizer, leading, device)
     if reduction == "none":
         keep = keeps_logits(inputs, recompute)
-        kl: torch.Tensor = linear_statistics(inputs, StatisticsInputs(None, "kl", keep))[3]
-        return kl
+        values: torch.Tensor = linear_statistics(inputs, StatisticsInputs(None, "kl", keep))[3]
+        return values
     scales = _reduce.token_scales(weights, reduction, normalizer, mask, leading, dtype, device)
     return weighted_kl(inputs, scales)[0]
 

@@ -33,10 +33,10 @@ MOMENT_TERMS = tl.constexpr(6)
 Mixture = namedtuple("Mixture", "share rest curvature")
 
 
-# Compile-time: the divergence, whether rest is so small that log(m/p) needs a series, whether the
-# GPU has the instruction lg2, the gradients requested (in forward: whether any is), and whether
+# Compile-time: the divergence, whether a share is so small that logarithms need a series, whether
+# the GPU has the instruction lg2, the gradients requested (in forward: whether any is), and whether
 # differences are kept as hi and lo.
-Kind = namedtuple("Kind", "name small_rest lg2 wrt_p wrt_q compensated")
+Kind = namedtuple("Kind", "name small_share lg2 wrt_p wrt_q compensated")
 
 
 # The terms of entries far from P = Q: p·f, p·u and q·v, and p and q themselves.
@@ -88,7 +88,7 @@ def entry_terms(p, q, d, ratio, mix, kind: tl.constexpr, GUARD: tl.constexpr):
         t = tl.where(q_larger, mix.share, mix.rest) * (ratio - 1.0)
         if GUARD:
             log_mixture = tl.log(1.0 + t)
-        elif kind.small_rest:
+        elif kind.small_share:
             log_mixture = log1p(t)
         else:
             log_mixture = log2(1.0 + t, kind.lg2) * LN2

@@ -297,7 +297,7 @@ def row_divergence(  # noqa: PLR0913, PLR0915
     LANES: tl.constexpr,
     GROUPS: tl.constexpr,
     KIND: tl.constexpr,
-    SMALL_REST: tl.constexpr,
+    SMALL_SHARE: tl.constexpr,
     LG2: tl.constexpr,
     WITH_MOMENT: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -334,7 +334,7 @@ def row_divergence(  # noqa: PLR0913, PLR0915
     )
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    kind: tl.constexpr = Kind(KIND, SMALL_REST, LG2, WITH_MOMENT, WITH_MOMENT, COMPENSATED)
+    kind: tl.constexpr = Kind(KIND, SMALL_SHARE, LG2, WITH_MOMENT, WITH_MOMENT, COMPENSATED)
     saved_ptr += row * SAVED
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)

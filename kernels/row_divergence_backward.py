@@ -274,7 +274,7 @@ def row_divergence_backward(  # noqa: PLR0913, PLR0915
     LANES: tl.constexpr,
     GROUPS: tl.constexpr,
     KIND: tl.constexpr,
-    SMALL_REST: tl.constexpr,
+    SMALL_SHARE: tl.constexpr,
     LG2: tl.constexpr,
     WRT_P: tl.constexpr,
     WRT_Q: tl.constexpr,
@@ -303,7 +303,7 @@ def row_divergence_backward(  # noqa: PLR0913, PLR0915
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    kind: tl.constexpr = Kind(KIND, SMALL_REST, LG2, WRT_P, WRT_Q, COMPENSATED)
+    kind: tl.constexpr = Kind(KIND, SMALL_SHARE, LG2, WRT_P, WRT_Q, COMPENSATED)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     upstream = tl.load(upstream_ptr + row)

@@ -33,7 +33,8 @@ class LinearInputs(NamedTuple):
     raw logits as in fields.Scaling, and options.
 
     temperatures, ratios: unless None, replace temperature and ratio. logits_dtype: the type that a
-    GEMM rounds logits to. chunk_size: tokens of a chunk, None for a default.
+    GEMM rounds logits to. chunk_size: tokens of a chunk, None for a default. divergence, share: as
+    in fields.Divergence.
     """
 
     hidden: Tensor
@@ -52,10 +53,21 @@ class LinearInputs(NamedTuple):
     backend: str
     logits_dtype: torch.dtype
     chunk_size: int | None
+    divergence: str = "kl"
+    share: float = 0.0
 
     def heads(self, tokens: Tensor | None) -> ChunkedHeads:
         """Return the heads for token ids [...] (None without log-probs)."""
-        args = row_args(self.hidden, None, tokens, self.mask, self.temperatures, self.temperature)
+        args = row_args(
+            self.hidden,
+            None,
+            tokens,
+            self.mask,
+            self.temperatures,
+            self.temperature,
+            self.divergence,
+            self.share,
+        )
         ratio = self.ratio if self.ratios is None else flat(self.ratios)
         args = args._replace(scaling=Scaling(self.softcap, self.ref_softcap, ratio))
         return ChunkedHeads(

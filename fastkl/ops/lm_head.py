@@ -165,7 +165,8 @@ class ChunkedHeads:
             )
         heads = self.all[: 1 if set(REFERENCE_FIELDS).isdisjoint(fields) else 2]
         for head in heads:
-            head.settle(reads_again="ref_kl" in fields and self.all[-1].learns)
+            reads_again = "ref_kl" in fields or self.args.divergence.kind == "jeffreys"
+            head.settle(reads_again=reads_again and self.all[-1].learns)
         chunk, window = plan(self.all, self.chunk_size, heads)
         for total in sums.values():
             if total.spared_bytes and window >= len(self.all[0].hidden):
