@@ -352,11 +352,15 @@ def share(name: str, value: float | None) -> None:
     expect(0 <= value <= 1, name, "a number in [0, 1]", value, "pass 0.5 for equal shares")
 
 
+def positive(name: str, value: float | None, remedy: str) -> None:
+    """Check for a finite number above 0."""
+    _number(name, value)
+    expect(0 < value < float("inf"), name, "a finite number above 0", value, remedy)
+
+
 def order(name: str, value: float | None) -> None:
     """Check the order of a Rényi divergence: a finite number above 0."""
-    _number(name, value)
-    inside = 0 < value < float("inf")
-    expect(inside, name, "a finite number above 0", value, "pass 1 for the KL divergence")
+    positive(name, value, "pass 1 for the KL divergence")
 
 
 def _number(name: str, value: float | None) -> None:

@@ -1,8 +1,9 @@
-"""Defines the divergences beside the KL once, in plain torch, in the form that keeps its digits
+"""Defines the divergences of two rows once, in plain torch, in the form that keeps its digits
 near P = Q.
 
 With d = log q - log p and e = expm1(d), all but Rényi's are f-divergences, Σ p·f(d), where f and f'
 are 0 at d = 0:
+    kl               f = e - d
     js               f = (1 - β)·(1 + e)·d - (1 + a)·log1p(a),  a = (1 - β)·e
     skew_kl          f = a - log1p(a),  a = (1 - α)·e
     total_variation  f = |e|/2
@@ -67,6 +68,9 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
     short, rest, near = d.clamp(-1.0, 1.0), 1.0 - share, d.abs() < 1.0
     e = torch.expm1(short)
     q_minus_p = torch.where(near, p * e, q - p)
+    if kind == "kl":
+        pd = _times(p, d)
+        return Terms(torch.where(near, p * expm1_minus(short), q_minus_p - pd), -pd, q_minus_p)
     if kind == "total_variation":
         sign = 0.5 * d.sign()
         return Terms(sign * q_minus_p, -sign * p, sign * q)

@@ -6,6 +6,7 @@ gradients are with respect to the raw logits, before soft caps and temperatures.
 
 import abc
 import functools
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ import torch
 from . import reference_rows
 from .fields import Divergence, RowArgs, rows_of, rows_of_each
 from .near_series import near_series
-from .problems import divergence_launchers, fused_launchers, launchers, problems
+from .problems import (
+    divergence_launchers,
+    fused_launchers,
+    launchers,
+    outside_launchers,
+    problems,
+)
+
+LOG2E = math.log2(math.e)
 
 
 class Engine(abc.ABC):
@@ -74,6 +83,29 @@ class Engine(abc.ABC):
         else:
             self.forward(args, {"kl": kl}, saved)
             self.backward(args, saved, {"kl": weights}, grad_p, grad_q)
+
+    @abc.abstractmethod
+    def outside(
+        self, args: RowArgs, ids: torch.Tensor, rest: torch.Tensor, saved: torch.Tensor
+    ) -> None:
+        """Fill rest [N], float64, with log Σ exp(x/T) of the entries that are not in ids [N, K],
+        increasing in each row, and saved.
+        """
+
+    @abc.abstractmethod
+    def outside_gradient(
+        self,
+        args: RowArgs,
+        rest: torch.Tensor,
+        saved: torch.Tensor,
+        upstream: torch.Tensor,
+        grad: torch.Tensor,
+    ) -> None:
+        """Fill the gradient [N, V] of Σ upstream·rest, whose entries at the ids are unspecified."""
+
+    @abc.abstractmethod
+    def scale_of(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
+        """Return 1/T in float64, rounded as `outside` rounds it."""
 
     @abc.abstractmethod
     def scale(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
@@ -139,6 +171,33 @@ class Kernels(Engine):
         weights = weights.to(torch.float32).contiguous()
         fused_launchers().fused(problem, weights, kl, saved, grad_p)
 
+    def outside(
+        self, args: RowArgs, ids: torch.Tensor, rest: torch.Tensor, saved: torch.Tensor
+    ) -> None:
+        for rows, problem in problems(args):
+            part = slice(None) if rows is None else rows
+            outside_launchers().outside(problem, ids[part], rest[part], saved[part])
+
+    def outside_gradient(
+        self,
+        args: RowArgs,
+        rest: torch.Tensor,
+        saved: torch.Tensor,
+        upstream: torch.Tensor,
+        grad: torch.Tensor,
+    ) -> None:
+        # -upstream times the gradient of a log-probability but for its one-hot term: no token is -1.
+        tokens = torch.full(rest.shape, -1, dtype=torch.int64, device=rest.device)
+        weights = {"logprob": -upstream.float()}
+        self.backward(args._replace(tokens=tokens), saved, weights, grad, None)
+
+    def scale_of(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
+        # The kernels' base-2 exponents have the float32 product of 1/T and log2(e).
+        as_float32 = torch.as_tensor(temperature, dtype=torch.float32)
+        in_base_2 = as_float32.reciprocal() * torch.tensor(LOG2E, dtype=torch.float32)
+        scale = in_base_2.double() / LOG2E
+        return scale if isinstance(temperature, torch.Tensor) else float(scale)
+
     def scale(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
         fused_launchers().scale(gradient.view(-1), factor.reshape(1))
 
@@ -179,6 +238,13 @@ class Reference(Engine):
     backward = staticmethod(reference_rows.backward)
     computes_together = staticmethod(reference_rows.computes_together)
     together = staticmethod(reference_rows.kl_and_gradient)
+    outside = staticmethod(reference_rows.outside)
+    outside_gradient = staticmethod(reference_rows.outside_gradient)
+
+    def scale_of(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
+        return 1.0 / (
+            temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+        )
 
     def scale(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
         if factor == 0:

@@ -91,6 +91,14 @@ def divergence_launchers() -> ModuleType:
 
 
 @functools.cache
+def outside_launchers() -> ModuleType:
+    """Return kernels.launch_outside, likewise."""
+    from ..kernels import launch_outside
+
+    return launch_outside
+
+
+@functools.cache
 def fused_launchers() -> ModuleType:
     """Return kernels.launch_fused, likewise."""
     from ..kernels import launch_fused

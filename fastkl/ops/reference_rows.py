@@ -3,6 +3,7 @@ which float32 does not suffice.
 """
 
 import functools
+import math
 
 import torch
 
@@ -108,6 +109,46 @@ def kl_and_gradient(
     if mask is not None:
         for value in (kl, saved, grad_p):
             value[~mask] = 0
+
+
+def outside(args: RowArgs, ids: torch.Tensor, rest: torch.Tensor, saved: torch.Tensor) -> None:
+    """Fill rest [N], float64, as Engine.outside; nothing is saved."""
+    saved.zero_()
+    rest.zero_()
+    for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, False):
+        scaled = _inverse64(rows_of(args.temperature, rows)) * x.double()
+        # A column more takes the absent ids.
+        padded = torch.nn.functional.pad(scaled, (0, 1), value=-math.inf)
+        padded.scatter_(-1, ids[rows], -math.inf)
+        rest[rows] = padded.logsumexp(-1)
+
+
+def outside_gradient(
+    args: RowArgs,
+    rest: torch.Tensor,
+    saved: torch.Tensor,
+    upstream: torch.Tensor,
+    grad: torch.Tensor,
+) -> None:
+    """Fill the gradient [N, V] of Σ upstream·rest, as Engine.outside_gradient."""
+    active = upstream != 0
+    if args.mask is not None:
+        active &= args.mask
+    if not bool(active.all()):
+        grad[~active] = 0
+    for rows, x, _ in row_blocks.blocks(args.p, None, active & (rest > -math.inf), False):
+        scale = _inverse64(rows_of(args.temperature, rows))
+        weights = (x.double() * scale - rest[rows][:, None]).exp()
+        grad[rows] = (weights * upstream[rows][:, None] * scale).to(grad.dtype)
+    grad[rest == -math.inf] = 0
+
+
+def _inverse64(temperature: float | torch.Tensor) -> float | torch.Tensor:
+    """Return 1/T in float64: a number, or [k, 1] for a temperature per row."""
+    if isinstance(temperature, torch.Tensor):
+        _checks.temperatures_positive(temperature)
+        return (1.0 / temperature.double())[:, None]
+    return 1.0 / temperature
 
 
 def _fallback_rows(

@@ -1,0 +1,260 @@
+"""KL divergence against a teacher that is known by its K most probable tokens."""
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from . import _checks, _reduce, backend, f_divergences
+from ._types import Reduction
+from .ops.engine import ENGINES
+from .ops.fields import result_dtype
+from .ops.row_op import per_token
+from .ops.topk_op import CellInputs, cells
+
+TopkDirection = Literal["teacher||student", "student||teacher", "js"]
+Tail = Literal["bucket", "renormalize", "ignore"]
+# Listed mass above which log-probs cannot be those of a distribution, whatever their rounding.
+LARGEST_MASS = 1.05
+
+
+class TopKStats(NamedTuple):
+    """Per-token results of topk_stats, [...] float32. kl: as topk_kl_divergence. student_mass,
+    teacher_mass: the probability of the listed tokens, without gradient.
+    """
+
+    kl: torch.Tensor
+    student_mass: torch.Tensor
+    teacher_mass: torch.Tensor
+
+
+def topk_kl_divergence(  # noqa: PLR0913
+    logits: torch.Tensor,
+    topk_logprobs: torch.Tensor,
+    topk_ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    direction: TopkDirection = "teacher||student",
+    beta: float = 0.5,
+    tail: Tail = "bucket",
+    clip: float | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "none",
+    normalizer: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the divergence of a student from a teacher whose log-probabilities of K tokens are
+    known, from one read of the student's logits.
+
+    Equivalent to, for tail="bucket" and K different tokens in each row,
+
+        log_q = (logits.float() / temperature).log_softmax(-1).gather(-1, topk_ids)
+        log_p = topk_logprobs.float()
+        rest_q, rest_p = ((1 - x.exp().sum(-1, keepdim=True)).log() for x in (log_q, log_p))
+        log_q, log_p = torch.cat([log_q, rest_q], -1), torch.cat([log_p, rest_p], -1)
+        "teacher||student": (log_p.exp() * (log_p - log_q)).sum(-1)
+        "student||teacher": (log_q.exp() * (log_q - log_p)).sum(-1)
+        "js": beta * KL(p‖m) + (1 - beta) * KL(q‖m) with m = beta * p + (1 - beta) * q
+
+    with the digits of the rest and of a small result kept. With all V tokens listed it is the
+    divergence of the two distributions; with fewer it is at most that, and grows with K.
+
+    Args:
+        logits: [..., V], the student's, as in kl_divergence.
+        topk_logprobs: [..., K] natural logarithms, normalised over the teacher's whole vocabulary,
+            any float type; no gradient.
+        topk_ids: [..., K] int32 or int64. An entry is absent if its log-prob is -inf or its id is
+            outside 0 … V-1, so that padded and ragged lists pass as they are: vLLM's K or K + 1
+            entries a position, SGLang's and NeMo-RL's, TRL's -inf padding, tinker's lists padded
+            with -1. verl pads with log-prob 0 and id 0: mask those positions. Entries with the same
+            id add up. A row without entries is masked, and leaves the default mean's count.
+        mask: bool [...], True where the token counts.
+        direction: which KL, or "js", the generalised JSD of js_divergence, where beta is the
+            teacher's share.
+        tail: what is known of the tokens that are not listed. "bucket": both models' remaining mass
+            is one more token. "renormalize": the listed tokens are all; both models are normalised
+            over them. "ignore": only the listed terms are summed, of unnormalised probabilities;
+            the result may be negative and its gradient is not that of a divergence.
+        clip: an upper bound of each token's term, whose gradient is 0 where it is reached.
+        temperature: divides the student's logits only: the teacher's log-probs have theirs already.
+        weights, reduction, normalizer: as in kl_divergence.
+
+    Returns:
+        [...] float32 (float64 for float64 logits), nats; ≥ 0 but for "ignore" and clip.
+
+    Gradient:
+        With respect to logits. As an advantage, a top-k KL has an expected gradient of zero.
+
+    Special values:
+        Where the listed mass is 1 or more, as 16-bit rounding makes it, the teacher's rest is 0 and
+        nothing is rescaled; above 1.05 it is an error on a CPU and NaN on a GPU.
+
+    Raises: TypeError, ValueError, RuntimeError as kl_divergence.
+
+    Source: the tail bucket is that of the data-processing inequality, Cover & Thomas, Elements of
+    Information Theory (2006), section 2.8.
+    """
+    kl, counted, *_ = _topk(
+        logits, topk_logprobs, topk_ids, mask, _How(direction, beta, tail, clip, temperature)
+    )
+    _reduce.check(reduction, weights, normalizer, logits.shape[:-1], logits.device)
+    if reduction == "none":
+        return kl
+    return _reduce.reduced(kl, counted, weights, reduction, normalizer)
+
+
+def topk_stats(  # noqa: PLR0913
+    logits: torch.Tensor,
+    topk_logprobs: torch.Tensor,
+    topk_ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    direction: TopkDirection = "teacher||student",
+    beta: float = 0.5,
+    tail: Tail = "bucket",
+    clip: float | None = None,
+    temperature: float | torch.Tensor = 1.0,
+) -> TopKStats:
+    """Compute topk_kl_divergence per token beside the mass of the listed tokens in both models.
+
+    Arguments, Gradient, Special values, Raises: as topk_kl_divergence. A masked row is 0.
+    """
+    how = _How(direction, beta, tail, clip, temperature)
+    kl, _, student, teacher = _topk(logits, topk_logprobs, topk_ids, mask, how)
+    return TopKStats(kl, student, teacher)
+
+
+class _How(NamedTuple):
+    """The options of a top-k divergence."""
+
+    direction: str
+    beta: float
+    tail: str
+    clip: float | None
+    temperature: float | torch.Tensor
+
+
+def _topk(
+    logits: torch.Tensor,
+    logprobs: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    how: _How,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (the divergence, which rows count, the student's and the teacher's listed mass)."""
+    _check(logits, logprobs, ids, mask, how)
+    chosen, vocabulary = backend.select(logits), logits.shape[-1]
+    ids, log_p = _merged(ids, logprobs, vocabulary)
+    counted = ids[..., 0] < vocabulary
+    if mask is not None:
+        counted = counted & mask
+    listed, rest, _ = cells(CellInputs(logits, ids, counted, *per_token(how.temperature), chosen))
+    log_p, listed = (x.masked_fill(~counted[..., None], 0.0) for x in (log_p, listed))
+    mass = log_p.logsumexp(-1, keepdim=True)
+    too_much = mass > math.log(LARGEST_MASS)
+    if ENGINES[chosen].checks_values and bool(too_much.any()):
+        at_most = f"log-probabilities whose sum of probabilities is at most {LARGEST_MASS}"
+        remedy = "mask padded positions with mask=, or give their entries -inf"
+        _checks.expect(False, "topk_logprobs", at_most, f"{float(mass.max().exp()):.6g}", remedy)
+    log_q = torch.cat([listed, rest[..., None]], -1)
+    log_q = log_q - log_q.logsumexp(-1, keepdim=True)
+    student = log_q[..., :-1].detach().exp().sum(-1)
+    if how.tail == "bucket":
+        log_p = torch.cat([log_p, _log1mexp(mass)], -1)
+        # A rest that the teacher lacks adds nothing.
+        log_q = log_q.masked_fill(log_p == -torch.inf, -torch.inf)
+    else:
+        log_q = log_q[..., :-1]
+        if how.tail == "renormalize":
+            log_p, log_q = (x - x.logsumexp(-1, keepdim=True) for x in (log_p, log_q))
+    value = _terms(log_p, log_q, how)
+    if how.clip is not None:
+        value = value.clamp(max=how.clip)
+    total = value.sum(-1)
+    if how.tail != "ignore" and how.clip is None:
+        total = total.clamp(min=0.0)
+    dtype, zero = result_dtype(logits), total.new_zeros(())
+    masses = (student, mass[..., 0].exp())
+    total = total.masked_fill(too_much[..., 0], torch.nan)
+    kl, student, teacher = (torch.where(counted, x, zero).to(dtype) for x in (total, *masses))
+    return kl, counted, student, teacher
+
+
+def _terms(log_p: torch.Tensor, log_q: torch.Tensor, how: _How) -> torch.Tensor:
+    """Compute the terms of the divergence of cells [..., K + 1] or [..., K]."""
+    if how.direction == "student||teacher":
+        log_p, log_q = log_q, log_p
+    kind = "js" if how.direction == "js" else "kl"
+    terms = f_divergences.terms(log_p, log_q, kind, how.beta)
+    # The terms of the KL differ by multiples of q - p, whose sum is 0 over all tokens.
+    plain = kind == "kl" and (how.tail == "ignore" or how.clip is not None)
+    return terms.to_p if plain else terms.value
+
+
+def _merged(
+    ids: torch.Tensor, logprobs: torch.Tensor, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return increasing ids and their log-probs in float64; absent entries come last, with the id
+    `vocabulary` and -inf. Of equal ids one is left, with the sum of their probabilities.
+    """
+    ids, log_p = ids.long(), logprobs.detach().double()
+    absent = (log_p == -torch.inf) | (ids < 0) | (ids >= vocabulary)
+    ids, log_p = ids.masked_fill(absent, vocabulary), log_p.masked_fill(absent, -torch.inf)
+    ids, order = ids.sort(-1)
+    log_p, first = log_p.gather(-1, order), torch.ones_like(ids, dtype=torch.bool)
+    first[..., 1:] = ids[..., 1:] != ids[..., :-1]
+    number = first.cumsum(-1) - 1
+    sums, counts = torch.zeros_like(log_p), torch.zeros_like(ids)
+    sums = sums.scatter_add(-1, number, log_p.exp()).gather(-1, number)
+    counts = counts.scatter_add(-1, number, torch.ones_like(ids)).gather(-1, number)
+    log_p = torch.where(counts > 1, sums.log(), log_p).masked_fill(~first, -torch.inf)
+    ids, order = ids.masked_fill(~first, vocabulary).sort(-1)
+    return ids, log_p.gather(-1, order)
+
+
+def _log1mexp(value: torch.Tensor) -> torch.Tensor:
+    """Compute log(1 - e^value), -inf for values from 0 on."""
+    value = value.clamp(max=0.0)
+    return torch.where(value > -0.5, (-value.expm1()).log(), (-value.exp()).log1p())
+
+
+def _check(
+    logits: torch.Tensor,
+    logprobs: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    how: _How,
+) -> None:
+    _checks.logits("logits", logits)
+    leading, device = logits.shape[:-1], logits.device
+    entries = ids.shape[-1:] if isinstance(ids, torch.Tensor) else torch.Size()
+    integers = (torch.int64, torch.int32)
+    remedy = "convert it with .long()"
+    shape = torch.Size((*leading, *entries))
+    _checks.per_row("topk_ids", ids, shape, device, integers, "an int32 or int64 tensor", remedy)
+    kind = "a float tensor of log-probabilities"
+    types = _checks.FLOAT_TYPES
+    _checks.per_row(
+        "topk_logprobs", logprobs, shape, device, types, kind, "convert it with .float()"
+    )
+    _checks.expect(
+        ids.dim() > logits.dim() - 1 and ids.shape[-1] > 0,
+        "topk_ids",
+        f"the leading shape {tuple(leading)} and K ≥ 1 entries",
+        tuple(ids.shape),
+        "pass ids[..., None] for one entry a token",
+    )
+    _checks.expect(
+        not logprobs.requires_grad,
+        "topk_logprobs",
+        "a tensor without gradient",
+        "one that requires it",
+        "pass topk_logprobs.detach()",
+    )
+    _checks.temperature(how.temperature, leading, device)
+    _checks.mask(mask, leading, device)
+    _checks.choice("direction", how.direction, get_args(TopkDirection))
+    _checks.choice("tail", how.tail, get_args(Tail))
+    _checks.share("beta", how.beta)
+    if how.clip is not None:
+        _checks.positive("clip", how.clip, "pass None for no bound")

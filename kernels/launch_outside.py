@@ -1,0 +1,68 @@
+"""Launcher of row_outside."""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+
+from . import config
+from .launch import Variant, _on, _tensors, row_variant
+from .layout import CACHE_SIZE, Layout, Problem
+from .row_outside import row_outside
+
+
+@functools.lru_cache(CACHE_SIZE)
+def outside_plan(layout: Layout, ids: int, overridden: tuple[Any, ...]) -> tuple[int, int, Variant]:
+    """(length of a segment, segments of a row, row_outside) for `ids` ids a row; `overridden` as in
+    launch.forward_plan.
+    """
+    case = layout.case
+    chosen = config.select("forward", case.arch, layout.p.itemsize, layout.vocabulary)
+    segment = config.segment_length(layout.vocabulary, chosen.segment)
+    splits = max(1, -(-layout.vocabulary // segment))
+    variant = row_variant(
+        row_outside,
+        case,
+        chosen,
+        (),
+        True,
+        IDS=triton.next_power_of_2(ids),
+        SPLITS=triton.next_power_of_2(splits),
+        REALIGN=case.realign,
+    )
+    return segment, splits, variant
+
+
+def outside(problem: Problem, ids: torch.Tensor, result: torch.Tensor, saved: torch.Tensor) -> None:
+    """Fill `result` [N] float64 with the log-sum-exp of each row's entries that are not in `ids`
+    [N, K], increasing in each row, and `saved` [N, 10] as launch.forward does for the rest alone.
+    """
+    p, _, _, mask, temperatures, _ = _tensors(problem)
+    layout, (_, count) = problem.layout, ids.shape
+    overridden = tuple(config._override.items())
+    segment, splits, variant = outside_plan(layout, count, overridden)
+    with _on(p):
+        state = counters = saved
+        if splits > 1:
+            state = torch.empty(layout.rows * splits * 2, dtype=torch.float32, device=p.device)
+            counters = torch.zeros(layout.rows, dtype=torch.int32, device=p.device)
+        variant.start(
+            layout.rows * splits,
+            dict(
+                p_ptr=p,
+                mask_ptr=mask,
+                temperature_ptr=temperatures,
+                ids_ptr=ids,
+                state_ptr=state,
+                counter_ptr=counters,
+                saved_ptr=saved,
+                outside_ptr=result,
+                temperature=float(problem.temperature),
+                **layout.places,
+                V=layout.vocabulary,
+                K=count,
+                segment=segment,
+                splits=splits,
+            ),
+        )

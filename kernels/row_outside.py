@@ -1,0 +1,179 @@
+"""The log-sum-exp of a row's logits outside a list of entries, in one read."""
+
+import triton
+import triton.language as tl
+
+from .row_finish import SAVED
+from .row_load import (
+    Reading,
+    Segment,
+    Tiling,
+    lane_order,
+    lane_sum,
+    load_tile,
+    row_offset,
+    row_pad,
+    row_scale,
+)
+from .row_math import LN2, LOG2E, LOWEST, Want
+
+
+@triton.jit
+def next_id(ids_ptr, place, K, first, V):
+    """Return the id at a place of a row's sorted list, relative to `first`; past its end V."""
+    return tl.load(ids_ptr + place, mask=place < K, other=V).to(tl.int32) - first
+
+
+@triton.jit
+def outside_sum(
+    row, ids_ptr, K, first, length, V,
+    tiling: tl.constexpr, reading: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    """Return the state (origin, Σ 2^(x·s·log2(e) - origin)) of the first `length` entries of a
+    Segment that starts at entry `first`, without those in the sorted list of K ids.
+    """
+    want: tl.constexpr = Want(False, False, False, False, False)
+    TILE: tl.constexpr = tiling.threads * tiling.lanes
+    offs_k = tl.arange(0, IDS)
+    ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V)
+    place = tl.sum((ids < first).to(tl.int32), 0)
+    origin = tl.full([], LOWEST, tl.float32)
+    total = tl.zeros([tiling.threads], tl.float32)
+    listed = next_id(ids_ptr, place, K, first, V)
+    entry = tl.arange(0, tiling.threads)[:, None] * tiling.lanes + row.order
+    for start in range(0, length, TILE):
+        tile = load_tile(row, start // tiling.lanes, length, 1, tiling, want, reading, True)
+        x = tile.x[0]
+        while listed < tl.minimum(start + TILE, length):
+            x = tl.where(entry == listed - start, LOWEST, x)
+            place += 1
+            listed = next_id(ids_ptr, place, K, first, V)
+        # A whole number: rescaling by the difference of two origins is exact.
+        peak = tl.floor(tl.max(tl.max(x, 1), 0) * row.scale_log2)
+        raised = tl.maximum(origin, peak)
+        e = tl.exp2(tl.fma(x, row.scale_log2, -raised))
+        # An infinite or a NaN logit makes the sum NaN.
+        e = tl.where(x > LOWEST, e, tl.where(x == x, 0.0, x))
+        total = tl.fma(total, tl.exp2(origin - raised), lane_sum(e))
+        origin = raised
+    return origin, tl.sum(total, 0)
+
+
+# Row counts, strides, lengths and where a tensor starts vary from step to step: none of them may
+# cause a recompile.
+@triton.jit(
+    do_not_specialize=[
+        "temperature",
+        "n_inner",
+        "stride_p_outer",
+        "stride_p_inner",
+        "stride_q_outer",
+        "stride_q_inner",
+        "V",
+        "K",
+        "segment",
+        "splits",
+    ],
+    do_not_specialize_on_alignment=[
+        "p_ptr",
+        "mask_ptr",
+        "temperature_ptr",
+        "ids_ptr",
+        "state_ptr",
+        "counter_ptr",
+        "saved_ptr",
+        "outside_ptr",
+    ],
+)
+def row_outside(  # noqa: PLR0913
+    p_ptr,
+    mask_ptr,
+    temperature_ptr,  # as in row_forward
+    ids_ptr,  # [N, K] int64, each row increasing; V for an absent one
+    state_ptr,  # [N, splits, 2] float32; any pointer for one split
+    counter_ptr,  # [N] int32 of zeros; any pointer for one split
+    saved_ptr,  # [N, 10] float32
+    outside_ptr,  # [N] float64
+    temperature: tl.float32,
+    n_inner: tl.int32,
+    stride_p_outer: tl.int64,
+    stride_p_inner: tl.int64,
+    stride_q_outer: tl.int64,
+    stride_q_inner: tl.int64,
+    V: tl.int32,
+    K: tl.int32,
+    segment: tl.int32,
+    splits: tl.int32,
+    IDS: tl.constexpr,  # a power of two, at least K
+    SPLITS: tl.constexpr,  # a power of two, at least splits
+    THREADS: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TEMPERATURE_PER_ROW: tl.constexpr,
+    REALIGN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Sum one segment of one row outside its list; the last program of a row to finish writes it.
+
+    Math:   log Σ exp(x/T) over the entries that are not listed.
+    Grid:   (N · splits,), a row's segments next to each other, as in row_forward.
+    Reads:  N·V of p, 8·N·K·(splits + 1) bytes of ids; nothing of a masked row.
+    Writes: 2 · N · splits float32, read again by the last program; 10 saved values and the result
+            per row.
+    Saves:  origin and log2 of the sum, as a row of row_forward whose vocabulary is the rest.
+    Special values: -inf where nothing is left; NaN where an entry is NaN or +inf. A masked row gets
+            zeros.
+    """
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
+    saved_ptr += row * SAVED
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            if split == 0:
+                tl.store(outside_ptr + row, 0.0)
+                for i in tl.static_range(SAVED):
+                    tl.store(saved_ptr + i, 0.0)
+            return
+    tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, True)
+    reading: tl.constexpr = Reading(False, SOFTCAP, 0.0, False)
+    p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
+    scale = row_scale(temperature_ptr, temperature, row, row >= 0, TEMPERATURE_PER_ROW)
+    first = split * segment
+    length = tl.minimum(segment, V - first)
+    pad = 0
+    if REALIGN:
+        pad = row_pad(p_row)
+    start = p_row + first - pad
+    place = Segment(
+        start, start, start, pad, lane_order(pad, LANES), V - first, scale, scale,
+        scale * LOG2E, scale, scale,
+    )  # fmt: skip
+    ids_ptr += row * K
+    origin, total = outside_sum(place, ids_ptr, K, first, length, V, tiling, reading, IDS)
+    if SPLITS > 1:
+        parts_ptr = state_ptr + tl.program_id(0).to(tl.int64) * 2
+        tl.store(parts_ptr, origin)
+        tl.store(parts_ptr + 1, total)
+        # Order all threads' stores before the one thread's release.
+        tl.debug_barrier()
+        if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != splits - 1:
+            return
+        offs = tl.arange(0, SPLITS)
+        parts = state_ptr + (row * splits + offs) * 2
+        # Bypass L1, which may hold stale values.
+        inside = offs < splits
+        origins = tl.load(parts, mask=inside, other=LOWEST, cache_modifier=".cg")
+        totals = tl.load(parts + 1, mask=inside, other=0.0, cache_modifier=".cg")
+        origin = tl.max(origins, 0)
+        total = tl.sum(totals * tl.exp2(origins - origin), 0)
+    # The largest entry's exponent was raised to [0, 1), so the sum is at least 1.
+    log2_total = tl.log2(total)
+    # Nothing outside: a saved log-sum-exp so high that every probability is 0.
+    empty = total == 0.0
+    tl.store(saved_ptr, tl.where(empty, -LOWEST, origin))
+    tl.store(saved_ptr + 1, tl.where(empty, 0.0, log2_total))
+    for i in tl.static_range(2, SAVED):
+        tl.store(saved_ptr + i, 0.0)
+    outside = origin.to(tl.float64) * LN2 + tl.log(total.to(tl.float64))
+    tl.store(outside_ptr + row, tl.where(empty, float("-inf"), outside))
