@@ -75,7 +75,8 @@ def times(function, factor, *args, **options):
 
 
 def spoiled(which, spoil, *logits, **options):
-    logits = [value * 1 for value in logits]
+    # Of the same values; a hook needs a side that takes part in autograd.
+    logits = [value * torch.ones((), requires_grad=True) for value in logits]
     logits[which].register_hook(spoil)
     return KL(*logits, **options)
 
@@ -94,10 +95,11 @@ def raises(*args, **options):
     raise RuntimeError("PassManager::run failed\nsome source\n  ^\nname 'x' is not defined")
 
 
-AGREE = {"kl_divergence": "kl: ", "KL near 1e-6": "kl: ", "strided view": "kl: "}
-AGREE |= {"vocabulary 128256": "kl: "}
-FIRST = dict.fromkeys([*AGREE, "sum of 8 rows"], "gradient to the first: ")
-SECOND = dict.fromkeys(AGREE, "gradient to the second: ")
+PAIRS = ("kl_divergence", "KL near 1e-6", "strided view", "vocabulary 128256")
+SUMS = ("sum of 8 rows", "sum of 3000 rows")
+VALUES = dict.fromkeys([*PAIRS, *SUMS], "kl: ")
+FIRST = dict.fromkeys([*PAIRS, *SUMS, "bits of rows"], "gradient to the first")
+SECOND = dict.fromkeys(PAIRS, "gradient to the second: ")
 CRASH = "RuntimeError: PassManager::run failed … name 'x' is not defined"
 # Functions that are replaced together, and the checks that fail, with words of their lines.
 SABOTAGE = {
@@ -107,7 +109,7 @@ SABOTAGE = {
             "token_stats": partial(stats_off, "entropy"),
             "linear_kl_divergence": partial(times, LINEAR, 1.001),
         },
-        AGREE | {"token_stats": "entropy: ", "linear": "kl: "},
+        VALUES | {"token_stats": "entropy: ", "linear": "kl: "},
     ),
     "NaN in the gradient to p, log-prob off": (
         {
