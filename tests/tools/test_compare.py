@@ -109,7 +109,7 @@ def test_the_heads_of_families(files, tmp_path, name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_beside_itself_differs_by_exactly_0(files, dtype):
     # Padding rows of an lm_head change no bit.
-    options = {"context": 32, "overlap": 8, "dtype": dtype}
+    options = {"context": 32, "overlap": 8, "dtype": dtype, "text": files.text[1:]}
     same = compare(files, files.a, files.a, **options)[0]
     assert not any(same[name].any() for name in measure.DIVERGENCES)
     tables = [compare(files, files.a, b, **options)[0] for b in (files.b, files.padded)]
@@ -199,8 +199,9 @@ def test_forbidden_entries_and_small_divergences():
 # ---- adapters
 
 
-def trained(base, folder, config=None, scale=1.0, rows=None, **options):
-    # A folder with an adapter on the base, whose change is `scale` times a random one.
+def trained(base, folder, config=None, scale=0.3, saved=0.1, rows=None, **options):
+    # A folder with an adapter on the base, with random changes of these standard deviations: of
+    # LoRA's B and of saved modules.
     peft = pytest.importorskip("peft")
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if rows:
@@ -210,9 +211,9 @@ def trained(base, folder, config=None, scale=1.0, rows=None, **options):
     model = peft.get_peft_model(model, config or peft.LoraConfig(r=4, **options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(std=0.3 * scale)
+            parameter.data.normal_(std=scale)
         elif "modules_to_save" in name or "trainable_tokens_delta" in name:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1 * scale)
+            parameter.data.add_(torch.randn_like(parameter) * saved)
     model.save_pretrained(folder)
     return str(folder)
 
@@ -239,14 +240,20 @@ def test_adapters_have_the_divergence_of_their_layers(files, tmp_path, options):
     assert f"(LORA adapter on {files.a}, LlamaForCausalLM, float32)" in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
-def test_a_change_below_bfloat16_is_not_rounded_away_in_the_head(files, tmp_path, how):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head"], "scale": 3e-4},
+        {"modules_to_save": ["lm_head"], "scale": 0.0, "saved": 1e-4},
+    ],
+)
+def test_a_change_below_bfloat16_is_not_rounded_away_in_the_head(files, tmp_path, options):
     # Nor in a head that the file holds in float32.
     narrow = str(tmp_path / "narrow")
     model = transformers.AutoModelForCausalLM.from_pretrained(files.a, dtype=torch.bfloat16)
     model.save_pretrained(narrow)
     make_tokenizer().save_pretrained(narrow)
-    folder = trained(narrow, tmp_path / "adapter", scale=1e-3, **{how: ["lm_head"]})
+    folder = trained(narrow, tmp_path / "adapter", **options)
     tokens, result, ids = compare(files, narrow, folder, text=files.text[1:])
     base, changed = (
         loading.Checkpoint("MODEL", name).load("auto", "cpu") for name in (narrow, folder)
@@ -260,7 +267,7 @@ def test_a_change_below_bfloat16_is_not_rounded_away_in_the_head(files, tmp_path
     expected = (p.exp() * (p - q)).sum(-1)
     np.testing.assert_allclose(tokens["kl_ab"][1:], expected, rtol=2e-2, atol=2e-8)
     assert 1e-9 < tokens["kl_ab"][1:].mean() < 1e-3
-    gone = trained(narrow, tmp_path / "gone", scale=1e-12)
+    gone = trained(narrow, tmp_path / "gone", scale=3e-13)
     said = compare(files, narrow, gone, text=files.text[1:])[1]["sentence"]
     assert said.endswith("A change that bfloat16 rounds away shows with --dtype float32.")
 
