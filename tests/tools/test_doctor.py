@@ -153,13 +153,16 @@ def test_sabotage_is_found_and_named(report, monkeypatch, capsys, case):
 # ---- processes
 
 
+SURVIVE = "import pathlib, time; time.sleep(1000); pathlib.Path('survived').touch()"
+
+
 def hang(device):
     # The lock is held until this process and the one that it starts have ended.
     lock = os.open("lock", os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], stdout=lock)
+    subprocess.Popen([sys.executable, "-c", SURVIVE], stdout=lock)
     Path("started").touch()
-    time.sleep(1000)
+    exec(SURVIVE)
 
 
 RUN_CHECKS = doctor.run_checks
@@ -189,6 +192,7 @@ def test_a_crash_a_hang_or_a_failure_costs_one_check(monkeypatch, tmp_path, capf
     assert len({each.text for each in found if each.status == "ok"}) == 2
     assert capfd.readouterr().err.count("run_check") >= 2  # stacks
     fcntl.flock(os.open(tmp_path / "lock", os.O_RDONLY), fcntl.LOCK_EX)
+    assert not (tmp_path / "survived").exists()
 
 
 def test_a_signal_leaves_no_process_behind(tmp_path):
@@ -207,6 +211,7 @@ def test_a_signal_leaves_no_process_behind(tmp_path):
     process.terminate()
     assert process.wait() == 143
     fcntl.flock(os.open(tmp_path / "lock", os.O_RDONLY), fcntl.LOCK_EX)
+    assert not (tmp_path / "survived").exists()
 
 
 # ---- the machine
