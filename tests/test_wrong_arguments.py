@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ import fastkl
 import fastkl.rl
 
 V, H = 7, 4
-FORM = re.compile(r"(?P<argument>\w+)[^:]*: expected .+, got .+; .+")
+FORM = re.compile(r"(?P<argument>[\w/]+)[^:]*: expected .+, got .+; .+")
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -283,7 +283,26 @@ VALID = [
 ]
 
 
-# The fault of the answer to a wrong value; None: no fault, "": it passed.
+# The fault of the answer to wrong arguments, of which the message must name one; None: no fault,
+# "": they passed.
+def answer(
+    target: Target,
+    wrong: dict[str, object],
+    named: Iterable[str],
+    errors: tuple[type[Exception], ...] = (TypeError, ValueError),
+) -> str | None:
+    call = target.get()
+    arguments = right(target.name, target.arguments, getattr(call, "__self__", None))
+    try:
+        call(**{**arguments, **wrong})
+    except Exception as error:
+        form = FORM.fullmatch(str(error)) if isinstance(error, errors) else None
+        if form is not None and form["argument"] in named:
+            return None
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
 def outcome(target: Target, argument: str, kind: str) -> str | None:
     key = f"{target.name}.{argument}"
     if kind in PLAIN:
@@ -293,19 +312,10 @@ def outcome(target: Target, argument: str, kind: str) -> str | None:
         value, skipped = SHAPED[kind](torch.ones(2, 3) if base is None else base), None
     if value is skipped:
         return None
-    call = target.get()
-    arguments = right(target.name, target.arguments, getattr(call, "__self__", None))
     beside = next((found for pattern, found in BESIDE if fnmatch.fnmatchcase(key, pattern)), {})
-    arguments |= {name: found for name, found in beside.items() if name in target.arguments}
-    try:
-        call(**{**arguments, argument: value})
-    except Exception as error:
-        form = FORM.fullmatch(str(error)) if isinstance(error, (TypeError, ValueError)) else None
-        named = target.arguments if kind in OF_TWO else (argument,)
-        if form is not None and form["argument"] in named:
-            return None
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    return ""
+    beside = {name: found for name, found in beside.items() if name in target.arguments}
+    named = target.arguments if kind in OF_TWO else (argument,)
+    return answer(target, {**beside, argument: value}, named)
 
 
 TARGETS = {target.name: target for target in targets()}
@@ -332,10 +342,10 @@ def one_process(tmp_path_factory):
 @pytest.mark.parametrize("name", TARGETS)
 def test_wrong_arguments(name) -> None:
     failures = [
-        f"{name}.{argument}: {kind}: {answer or 'passes'}"
+        f"{name}.{argument}: {kind}: {fault or 'passes'}"
         for argument, kind in itertools.product(TARGETS[name].arguments, KINDS)
-        if (answer := outcome(TARGETS[name], argument, kind)) is not None
-        and not (answer == "" and is_valid(name, argument, kind))
+        if (fault := outcome(TARGETS[name], argument, kind)) is not None
+        and not (fault == "" and is_valid(name, argument, kind))
     ]
     assert not failures, "\n".join(failures)
 
