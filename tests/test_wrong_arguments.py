@@ -26,25 +26,21 @@ V, H = 7, 4
 FORM = re.compile(r"(?P<argument>[\w/]+)[^:]*: expected .+, got .+; .+")
 
 
-def tensors() -> dict[str, torch.Tensor]:
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    logits = ("p_logits", "q_logits", "logits", "policy_logits", "ref_logits")
-    return {
-        **dict.fromkeys(logits, draw(2, 3, V)),
-        **dict.fromkeys(("hidden", "ref_hidden"), draw(2, 3, H)),
-        **dict.fromkeys(("weight", "ref_weight"), draw(V, H)),
-        **dict.fromkeys(("bias", "ref_bias"), torch.zeros(V)),
-        **dict.fromkeys(("tokens", "index"), torch.ones(2, 3, dtype=torch.long)),
-        **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -draw(2, 3).abs()),
-        **dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), torch.zeros(2)),
-        **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
-        "mask": torch.ones(2, 3, dtype=torch.bool),
-        "weights": torch.ones(2, 3),
-        "cu_seqlens": torch.tensor([0, 2, 6]),
-    }
-
-
-TENSORS = tensors()
+draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+LOGITS = ("p_logits", "q_logits", "logits", "policy_logits", "ref_logits")
+TENSORS: dict[str, torch.Tensor] = {
+    **dict.fromkeys(LOGITS, draw(2, 3, V)),
+    **dict.fromkeys(("hidden", "ref_hidden"), draw(2, 3, H)),
+    **dict.fromkeys(("weight", "ref_weight"), draw(V, H)),
+    **dict.fromkeys(("bias", "ref_bias"), torch.zeros(V)),
+    **dict.fromkeys(("tokens", "index"), torch.ones(2, 3, dtype=torch.long)),
+    **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -draw(2, 3).abs()),
+    **dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), torch.zeros(2)),
+    **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
+    "mask": torch.ones(2, 3, dtype=torch.bool),
+    "weights": torch.ones(2, 3),
+    "cu_seqlens": torch.tensor([0, 2, 6]),
+}
 RIGHT = {
     **TENSORS,
     "beta": 0.1,
@@ -352,5 +348,4 @@ def test_wrong_arguments(name) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_right_arguments_pass(name) -> None:
-    call = TARGETS[name].get()
-    call(**right(name, TARGETS[name].arguments, getattr(call, "__self__", None)))
+    assert answer(TARGETS[name], {}, ()) == ""
