@@ -82,7 +82,7 @@ FAILED = {"reason": "ImportError: no"}
         ([row(7.0, 4), row(0.2)], "gradient", "a", "4e0"),
         ([row(0.2, rows=2)], "kl", "a, 2 of 8 rows", "2e-1"),
         ([FAILED, row(0.2)], "kl", "a", "–"),
-        ([row(0.2), row("nan")], "kl", "a", "nan"),
+        ([row(0.2), row("nan")], "kl", "a", "inf"),
         ([row("inf"), row(0.2)], "kl", "a", "inf"),
     ],
 )
