@@ -75,11 +75,11 @@ def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
     try:
         kl, leaf, wrt = _run(provider, p[:rows], q[:rows], wrt)
         found = {"rows": len(kl), "negative": int((kl < 0).sum())}
-        found |= _relative(kl.detach(), exact.kl, "worst_relative", "median_relative")
+        found |= _relative(kl.detach(), exact.kl, rows, "worst_relative", "median_relative")
         key = "gradient_reason"
         (gradient,) = torch.autograd.grad(kl.sum(), leaf)
         true = getattr(true_gradients, wrt)
-        ends = _relative(gradient, true, "gradient_worst", "gradient_median")
+        ends = _relative(gradient, true, rows, "gradient_worst", "gradient_median")
         return {**found, "wrt": wrt, **ends}
     except Exception as error:  # one provider's failure must not lose the others' figures
         return {**found, key: _reason(error)}
@@ -95,11 +95,11 @@ def _run(provider, p, q, wrt):
         return *run(inputs), *inputs.leaves, other
 
 
-def _relative(result, true, worst, median):
-    """Return the worst and the median error of the rows of a result; it may have fewer than the
-    truth. A row far smaller than the others (its KL may even be 0) belongs to another record."""
-    size, count = cases.sizes(true), len(result)
-    off = cases.sizes(result.double() - true[:count]) / size.clamp_min(size.median() / 10)[:count]
+def _relative(result, true, rows, worst, median):
+    """Return the worst and the median error of a result, which has so many rows of the truth. A row
+    far smaller than the others (its KL may even be 0) belongs to another record."""
+    size = cases.sizes(true)
+    off = cases.sizes(result.double() - true[:rows]) / size.clamp_min(size.median() / 10)[:rows]
     return {worst: off.max().item(), median: off.median().item()}
 
 
@@ -163,11 +163,8 @@ def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
 
 
 def summary(found):
-    words = [f"{found['dtype']:<5} {found['distribution']:<9} KL {found['target']:.0e}"]
-    for name, error in found["errors"].items():
-        figure = error.get("reason") or "{worst_relative:.0e}".format(**error)
-        words.append(f"{name} {figure:.60}" + " negative" * bool(error.get("negative")))
-    return "  ".join([*words, found["skipped"] or ""])
+    size = "{dtype:<5} {distribution:<9} KL {target:.0e}  ".format(**found)
+    return size + (found["skipped"] or "")
 
 
 def names_of(data):
@@ -238,27 +235,27 @@ def tables(data):
 
 
 def draw(data, path):
-    """Write a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element
-    types side by side. Hollow: some KL came out negative; at the top: infinite or not a number."""
+    """Write a PNG 1600 pixels wide: errors of the KL on the left, of its gradient on the right, the
+    element types one above the other. Hollow: some KL came out negative; at the top: infinite or
+    not a number."""
     dtypes = list(dict.fromkeys(found["dtype"] for found in data["records"]))
     figure, content = Figure(figsize=(8, 7), dpi=200, layout="constrained"), io.BytesIO()
-    panels = figure.subplots(2, len(dtypes), squeeze=False, sharex=True, sharey=True)
-    names, lines, chosen = names_of(data), {}, itertools.product(MEASURES, dtypes)
-    for panel, (measure, dtype) in zip(panels.flat, chosen, strict=True):
-        panel.set(xscale="log", yscale="log", ylim=(3e-8, 3e3))
-        panel.set_title(f"{measure}, {dtype} logits", fontsize=9, loc="left")
-        panel.grid(color="#e5e5e5", linewidth=0.6)
-        found = figures(data, dtype, measure)
+    panels = figure.subplots(len(dtypes), 2, squeeze=False, sharex=True, sharey=True)
+    errors = (item for found in data["records"] for item in found["errors"].items())
+    titles = {name: column_title(data, name) for name, error in errors if "rows" in error}
+    for panel, chosen in zip(panels.flat, itertools.product(dtypes, MEASURES), strict=True):
+        found = figures(data, *chosen)
         found["worst"] = found["worst"].clip(3e-8, 3e3)
-        for name, worst in found["worst"].unstack().dropna(axis=1, how="all").items():
-            style = {"color": f"C{names.index(name)}", "lw": 2.2 if "fastkl" in name else 1.0}
-            (lines[column_title(data, name)],) = panel.plot(worst, marker="o", ms=4, **style)
+        table = found["worst"].unstack().reindex(columns=titles).rename(columns=titles)
+        style = {"loglog": True, "ylim": (3e-8, 3e3), "grid": True, "xlabel": "", "legend": False}
+        table.plot(ax=panel, title=", ".join(chosen), marker="o", ms=4, **style)
         hollow = found["worst"][found["negative"] > 0]
         panel.scatter(hollow.index.get_level_values("size"), hollow, 5, "white", zorder=3)
-    figure.supxlabel("KL in nats; hollow: negative; top: infinite", fontsize=8)
     worst = f"worst of {data['rows']} rows of each kind, V = {data['vocabulary']}"
-    figure.supylabel(f"relative error against float64, {worst}", fontsize=8)
-    figure.legend(lines.values(), lines, ncols=3, fontsize=7, loc="outside lower center")
+    what = f"relative error against float64 by KL in nats, {worst}; hollow: negative; top: infinite"
+    figure.suptitle(what, fontsize=8)
+    lines, names = panels.flat[0].get_legend_handles_labels()
+    figure.legend(lines, names, ncols=3, fontsize=7, loc="outside lower center")
     figure.savefig(content, format="png", metadata={"Software": None})
     record.write_bytes(path, content.getvalue())
 
@@ -271,8 +268,7 @@ def parse(argv):
     add = parser.add_argument
     add("--plot", type=record.output_file, metavar="FILE.png", help="draw them into FILE.png")
     add("--rows", type=partial(record.at_least, 1), default=8, metavar="N", help="of each pair (8)")
-    size = {"type": partial(record.at_least, 2), "default": 128256, "metavar": "V"}
-    add("--vocabulary", **size, help="(default: %(default)s)")
+    add("--vocabulary", type=partial(record.at_least, 2), default=128256, metavar="V")
     add("--wrt", choices="pq", default="p", help="which logits of KL(P‖Q) the gradient is to")
     add("--providers", nargs="+", metavar="NAME", choices=[*providers.LOADERS, *INTERPRETED])
     add("--device", choices=["cpu", *["cuda"] * torch.cuda.is_available()], default="cpu")

@@ -134,6 +134,11 @@ class Known(NamedTuple):
         return [error.item() for error in found]
 
 
+def evenly(count, total):
+    """Choose so many indices of `total`: the first, the last and some evenly between."""
+    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
+
+
 def sizes(rows):
     return rows.norm(dim=-1) if rows.dim() > 1 else rows.abs()
 
@@ -146,8 +151,7 @@ def truth(workload, inputs):
     """
     names, leading = OUTPUTS[workload.operation], inputs.tokens.shape
     mean, count = workload.operation == "mean_kl", leading.numel()
-    index = torch.linspace(0, count - 1, min(CHECKED_ROWS, count), dtype=torch.float64).round()
-    rows = torch.unravel_index(index.long().to(inputs.p.device), leading)
+    rows = torch.unravel_index(evenly(CHECKED_ROWS, count).to(inputs.p.device), leading)
     pair = (inputs.p, inputs.q if inputs.q.numel() else inputs.p)
     p, q = (x.detach()[rows].double() for x in pair)
     share = count if mean else 1

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cases import DTYPES, Case, Known, sizes
+from benchmarks.cases import DTYPES, Case, Known, evenly, sizes
 from benchmarks.work import PLAIN, PRODUCTS, gradients, grpo_terms, plain_token_stats
 from fastkl import testing
 from fastkl.testing import FIELDS
@@ -121,11 +121,6 @@ def make_linear_inputs(workload, device, seed=0):
 # The gate
 
 
-def checked_rows(workload):
-    last = workload.vocabulary - 1
-    return [round(i * last / (CHECKED_WEIGHT_ROWS - 1)) for i in range(CHECKED_WEIGHT_ROWS)]
-
-
 def answer(workload, inputs, dtype):
     """Compute {name: tensor} by plain torch in one type, for all that the gate compares; in
     float64 it is the truth.
@@ -137,6 +132,7 @@ def answer(workload, inputs, dtype):
     models = (inputs.hidden, inputs.weight, inputs.ref_hidden, inputs.ref_weight)
     hidden, weight, ref_hidden, ref_weight = (tensor.detach().to(dtype) for tensor in models)
     share = workload.rows if workload.mode in MEANS else 1
+    checked = evenly(CHECKED_WEIGHT_ROWS, workload.vocabulary)
     upstream, parts = [u.expand(workload.rows) / share for u in inputs.upstream], defaultdict(list)
     for some in torch.arange(workload.rows, device=hidden.device).split(BLOCK):
         logits = F.linear(hidden[some], weight).requires_grad_(bool(inputs.leaves))
@@ -154,7 +150,7 @@ def answer(workload, inputs, dtype):
         if inputs.leaves:
             chunk = SimpleNamespace(leaves=(logits,), upstream=[u[some] for u in upstream])
             (grad,) = gradients(chunk, found.values())
-            found |= {"dhidden": grad @ weight, "columns": grad[:, checked_rows(workload)]}
+            found |= {"dhidden": grad @ weight, "columns": grad[:, checked]}
         for name, value in found.items():
             parts[name].append(value.detach())
     found = {name: torch.cat(values) for name, values in parts.items()}
@@ -168,7 +164,7 @@ def linear_truth(workload, inputs):
     exact = answer(workload, inputs, torch.float64)
     plain = answer(workload, inputs, DTYPES[workload.dtype])
     shapes = dict(zip(("dhidden", "dweight"), (x.shape for x in inputs.leaves), strict=False))
-    places, known = {"dweight": checked_rows(workload)}, {}
+    places, known = {"dweight": evenly(CHECKED_WEIGHT_ROWS, workload.vocabulary)}, {}
     for name, true in exact.items():
         size, off = sizes(true), sizes(plain[name].double() - true)
         least = SMALL_ROW * size.square().mean().sqrt()

@@ -80,8 +80,7 @@ def _figures(work, workload, device, copy):
         outputs = forward(inputs)
         return outputs, gradients(inputs, outputs)
 
-    known = truth(workload, sets[0])
-    error, wrong = cases.fault(known, [*itertools.chain(*both(sets[0]))])
+    error, wrong = cases.fault(truth(workload, sets[0]), [*itertools.chain(*both(sets[0]))])
     if wrong or not copy:
         return {"status": "wrong" if wrong else "ok", "reason": wrong, "error": error}
     memory = _memory(forward, sets[0])
@@ -119,8 +118,8 @@ def measure_floor(workload, device, copy):
             workload, linear_cases.FLOOR, "failed", "OutOfMemoryError with every chunk size"
         )
     best = min(tried.values(), key=lambda figures: figures["median_ms"])
-    best |= workload.rates(phase, best["median_ms"], copy)
-    times = {phase: {**best, "tried": {size: one["median_ms"] for size, one in tried.items()}}}
+    medians = {size: figures["median_ms"] for size, figures in tried.items()}
+    times = {phase: best | workload.rates(phase, best["median_ms"], copy) | {"tried": medians}}
     note = f"{linear_cases.PRODUCTS[workload.mode]} products into 16-bit buffers, and nothing else"
     return row_of(workload, linear_cases.FLOOR, "ok", None, note=note, times=times)
 
@@ -140,8 +139,8 @@ def timed(run, sets):
     from triton.testing import do_bench
 
     turns = itertools.cycle(sets)
-    options = {"warmup": WARM_UP_MS, "rep": TIMED_MS, "return_mode": "all"}
-    return _median(do_bench(lambda: run(next(turns)), **options), timed_by="events")
+    times = do_bench(lambda: run(next(turns)), WARM_UP_MS, TIMED_MS, return_mode="all")
+    return _median(times, timed_by="events")
 
 
 def by_graph(figures, run, sets):
