@@ -88,13 +88,13 @@ def said(row):
 
 def run_provider(run, name, provider):
     """Measure a provider of a section, in as many processes one after the other as it takes."""
-    crashes, missing = 0, NO_TIME
+    crashes, missing = 0, None
     until = min(time.monotonic() + PROVIDER_SECONDS, run.deadline)
     with CHILD() as child:
         for workload in SUITES[name].workloads:
             left, failed = until - time.monotonic(), partial(timing.row_of, workload, provider)
             if left < LEAST_SECONDS or crashes >= CRASHES:
-                run.add(name, failed("missing", missing))
+                run.add(name, failed("missing", NO_TIME if left < LEAST_SECONDS else missing))
                 continue
             check = run.arguments.check
             row, fault = child.attempt(left, measure_here, provider, check, workload)
