@@ -246,10 +246,10 @@ def own(text):
 
 
 def load_providers(device, names=None, loaders=LOADERS):
-    return [_load(n, load, device) for n, load in loaders.items() if names is None or n in names]
+    return [load(n, one, device) for n, one in loaders.items() if names is None or n in names]
 
 
-def _load(name, loader, device):
+def load(name, loader, device):
     try:
         return Provider(name, loader(device))
     except Exception as error:  # a peer may fail in any way when imported: that is a row

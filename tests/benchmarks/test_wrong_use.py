@@ -3,6 +3,7 @@
 from importlib import import_module
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -33,3 +34,12 @@ def test_wrong_use(tool, words, wrong, capsys):
     with pytest.raises(SystemExit, match="2"):
         import_module(f"benchmarks.{tool}").main(words.split())
     assert wrong in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"), [("speed", "--out {}"), ("tune", "--direction=forward --dtype=bf16")]
+)
+def test_without_a_gpu_nothing_is_measured(tool, words, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert import_module(f"benchmarks.{tool}").main(words.format(tmp_path).split()) == 2
+    assert "expected a CUDA GPU, got none" in capsys.readouterr().err and not [*tmp_path.iterdir()]
