@@ -82,8 +82,7 @@ def static_section():
     for kernel in KERNELS:
         figures = [NONE if costs[kernel][key] is None else costs[kernel][key] for key in COSTS]
         bound = roofline.upper_bound(costs[kernel])
-        limit = "{percent:g} % ({limited_by})".format(**bound)
-        lines.append([f"`{kernel}`", *figures, limit])
+        lines.append([f"`{kernel}`", *figures, "{percent:g} % ({limited_by})".format(**bound)])
     table = markdown(["kernel", *COSTS.values(), "H200, at most"], lines)
     return f"{table}\n\n{origin(baseline)}"
 

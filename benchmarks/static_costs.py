@@ -84,7 +84,7 @@ def measure(specialization, arch, dtype, aligned):
     Raises an error of any type where it does not compile, and ValueError where its machine code
     does not read as expected.
     """
-    compiled, pairs = compile_kernel(specialization, arch), specialization.pairs_per_thread
+    compiled = compile_kernel(specialization, arch)
     name, text, segment = compiled.metadata.name, machine_code(compiled), None
     if "amdgcn" in compiled.asm:
         program = disassembly.parse_amdgcn(text, name)
@@ -97,6 +97,7 @@ def measure(specialization, arch, dtype, aligned):
             segment = disassembly.segment_costs(program, *cut(specialization))
     found = dict(zip(CASE, (specialization.name, arch, dtype, aligned), strict=True))
     found |= {**dict.fromkeys(FIGURES), "registers": registers, "spill_bytes": spill_bytes}
+    pairs = specialization.pairs_per_thread
     if loop := segment.near if segment else disassembly.hot_loop(program)[-1]:
         if loop.loaded < pairs * roofline.bytes_read(specialization.name, dtype):
             raise ValueError(f"expected a loop that loads {pairs} pairs, got {loop.loads}")
@@ -268,14 +269,13 @@ def judge(records, baseline):
 
 def parse(argv):
     parser = command_line("static_costs", __doc__.splitlines()[0])
-    for name, choices in (("arch", ARCHITECTURES), ("dtype", DTYPES)):
-        text = f"only this {name} (may be given again)"
-        parser.add_argument(f"--{name}", action="append", choices=choices, help=text)
-    only = "only kernels whose name has NAME in it"
-    parser.add_argument("--kernel", default="", metavar="NAME", help=only)
+    part = {"action": "append", "help": "only this one (may be given again)"}
+    parser.add_argument("--arch", choices=ARCHITECTURES, **part)
+    parser.add_argument("--dtype", choices=DTYPES, **part)
+    parser.add_argument("--kernel", default="", metavar="NAME", help="only where NAME is in it")
     file = {"nargs": "?", "const": str(BASELINE), "metavar": "FILE"}
-    mode, text = parser.add_mutually_exclusive_group(), f"compare with FILE ({BASELINE.name})"
-    mode.add_argument("--baseline", type=read_baseline, **file, help=text)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--baseline", type=read_baseline, **file, help="compare with a FILE")
     mode.add_argument("--write-baseline", type=output_file, **file, help="write such a FILE")
     mode.add_argument("--hash", action="store_true", help="a digest of each kernel's machine code")
     arguments = parser.parse_args(argv)
