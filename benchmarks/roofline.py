@@ -27,17 +27,14 @@ GPUS = {
 }
 
 
-def bytes_read(kernel, dtype):
-    logits = 1 if kernel.partition(".")[0].endswith("policy_only") else 2
-    return logits * (4 if dtype == "fp32" else 2)
-
-
 def bytes_per_pair(kernel, dtype):
     """Return the bytes that a kernel moves per pair, or per logit of one tensor.
     kernel: its name in the compile plan. None for a kernel that does not go over the
     vocabulary."""
-    step, read = kernel.partition(".")[2], bytes_read(kernel, dtype)
-    written = 4 if dtype == "fp32" and not step.endswith("_to_16_bit") else 2
+    case, _, step = kernel.partition(".")
+    item = 4 if dtype == "fp32" else 2
+    read = item if case.endswith("policy_only") else 2 * item
+    written = 2 if step.endswith("_to_16_bit") else item
     if step.startswith("backward"):
         return read + written * (2 if step.startswith("backward_both") else 1)
     return read if step.startswith("forward") else None

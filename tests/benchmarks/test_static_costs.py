@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 from unittest import mock
 
@@ -157,7 +158,7 @@ def test_every_record(report):
 # The gate
 
 CASE = dict(zip(static_costs.CASE, ("kl_divergence.forward", "sm_90", "bf16", True), strict=True))
-VALUES = (25.0, 30.0, 2.5, 17.0, 2.0, 2.0, 128, 0, 16, 0, 32.0)
+VALUES = (25.0, 30.0, 2.5, 17.0, 2.0, 2.0, 128, 0, 16, 0, 1, 32.0)
 COST = {**CASE, **dict(zip(static_costs.FIGURES, VALUES, strict=True))}
 BASELINE = {"records": [COST]}
 
@@ -212,6 +213,28 @@ def test_the_command_gates(tmp_path, monkeypatch):
 
 
 # A kernel end to end
+
+TTGIR = """
+module attributes {"ttg.num-warps" = 4 : i32} {
+    %a = scf.for %i = %c0 to %V step %c1024 iter_args(%acc = %z) -> (tensor<128xf32>)  : i32 {
+      %x = tt.load %p : tensor<128x8x!tt.ptr<bf16>, #blocked> loc(#loc1)
+      %y = amdg.buffer_load %q[%o] {contiguity = 8 : i32} : tensor<128x8xbf16, #blocked> loc(#loc1)
+      %s = scf.if %c -> (tensor<128xf32>) {
+        %again = tt.load %p : tensor<128x8x!tt.ptr<bf16>, #blocked> loc(#loc4)
+        %r = scf.for %j = %c0 to %m step %c1 iter_args(%b = %acc) -> (tensor<128xf32>)  : i64 {
+          %t = tt.load %u : !tt.ptr<f32> loc(#loc2)
+        } loc(#loc2)
+      } else {
+      } loc(#loc2)
+    } loc(#loc1)
+    %e = tt.load %p, %mask, %other : tensor<128x64x!tt.ptr<bf16>, #blocked> loc(#loc3)
+} loc(#loc)
+"""
+
+
+def test_bytes_of_the_loop_as_written():
+    assert static_costs.source_loop_bytes(textwrap.dedent(TTGIR), threads=128) == 16 + 16 + 4
+    assert static_costs.source_loop_bytes("module {\n}\n", threads=128) is None
 
 
 def test_a_segment_is_whole_tiles_and_an_edge():
