@@ -17,6 +17,7 @@ from benchmarks.record import ROOT, markdown, origin, write_bytes
 from benchmarks.tables import LINEAR_MAIN, MAIN, NONE, RED, digits, gpu_name, read, text
 
 RESULTS = ROOT / "benchmarks" / "results"
+BASELINE = ROOT / "benchmarks" / "static_baseline.json"
 ACCURACY_COLUMNS = [
     "fastkl",
     "fastkl (Triton, interpreted)",
@@ -75,7 +76,7 @@ def linear_section():
 
 
 def static_section():
-    baseline = read(ROOT / "benchmarks" / "static_baseline.json")
+    baseline = read(BASELINE)
     case = {"arch": "sm_90", "dtype": "bf16", "aligned": True}
     costs = {row["kernel"]: row for row in baseline["records"] if row.items() >= case.items()}
     lines = []
