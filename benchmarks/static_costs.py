@@ -2,7 +2,6 @@
 
     python -m benchmarks.static_costs --json FILE   every kernel of benchmarks.compile_plan
     python -m benchmarks.static_costs --baseline    compared with benchmarks/static_baseline.json
-    python -m benchmarks.static_costs --peers       public Triton kernels of others beside ours
     python -m benchmarks.static_costs --hash        digests: equal where two checkouts compile alike
     ... --kernel NAME --arch sm_90 --dtype bf16     only a part of the plan
 
@@ -73,7 +72,8 @@ CASE = ("kernel", "arch", "dtype", "aligned")
 SLACKS = {
     **dict.fromkeys(("instructions_per_pair", "instructions_per_pair_general"), SLACK),
     **dict.fromkeys(("overhead_per_pair", "ex2_per_pair"), SLACK),
-    **{"spill_bytes": 0.0, "narrow_loads": 0.0, "widest_load_bytes": 0.0, "registers": math.inf},
+    **dict.fromkeys(("spill_bytes", "narrow_loads", "widest_load_bytes"), 0.0),
+    **dict.fromkeys(("registers", "fp32_per_pair"), math.inf),
 }
 
 
@@ -245,8 +245,8 @@ def collect(chosen):
 
 
 def table(records):
-    rows = [{**found, **found.get("upper_bound_of_peak_bandwidth", {})} for found in records]
-    frame = pd.DataFrame(rows).filter((*CASE, "unit", *FIGURES, "percent", "limited_by", "reason"))
+    rows = [{**found, **found["upper_bound_of_peak_bandwidth"]} for found in records]
+    frame = pd.DataFrame(rows).filter((*CASE, *FIGURES, "percent", "limited_by"))
     short = frame.rename(columns=lambda name: name.replace("instructions_per_pair", "instr"))
     return f"{short.to_string(na_rep='-', index=False)}\npercent: {roofline.MODEL}"
 
@@ -312,21 +312,18 @@ def judge(records, baseline):
 
 def parse(argv):
     parser = command_line("static_costs", __doc__.splitlines()[0])
-    for name, choices in (("arch", ARCHITECTURES), ("dtype", DTYPES)):
-        text = f"only this {name} (may be given again)"
-        parser.add_argument(f"--{name}", action="append", choices=choices, help=text)
-    only = "only kernels whose name has NAME in it"
-    parser.add_argument("--kernel", default="", metavar="NAME", help=only)
+    part = {"action": "append", "help": "only this one (may be given again)"}
+    parser.add_argument("--arch", choices=ARCHITECTURES, **part)
+    parser.add_argument("--dtype", choices=DTYPES, **part)
+    parser.add_argument("--kernel", default="", metavar="NAME", help="only where NAME is in it")
     file = {"nargs": "?", "const": str(BASELINE), "metavar": "FILE"}
-    mode, text = parser.add_mutually_exclusive_group(), f"compare with FILE ({BASELINE.name})"
-    mode.add_argument("--baseline", type=read_baseline, **file, help=text)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--baseline", type=read_baseline, **file, help="compare with a FILE")
     mode.add_argument("--write-baseline", type=output_file, **file, help="write such a FILE")
-    mode.add_argument("--peers", action="store_true", help="kernels of others beside ours, sm_90")
     mode.add_argument("--hash", action="store_true", help="a digest of each kernel's machine code")
     arguments = parser.parse_args(argv)
-    whole = "--write-baseline" * bool(arguments.write_baseline) or "--peers" * arguments.peers
-    if whole and (arguments.arch or arguments.dtype or arguments.kernel):
-        parser.error(f"{whole}: expected the whole plan, got only a part; leave out which")
+    if arguments.write_baseline and (arguments.arch or arguments.dtype or arguments.kernel):
+        parser.error("--write-baseline: expected the whole plan, got only a part; leave out which")
     return arguments
 
 
@@ -341,14 +338,8 @@ def main(argv=None):
         for case in chosen:
             print(digest(*case[:2]), case[0].name, *case[1:], flush=True)
         return 0
-    if arguments.peers:
-        from benchmarks.peer_kernels import measure_all
-
-        data |= measure_all()
-        print(pd.json_normalize(data["pipelines"]).to_string(index=False))
-    else:
-        data |= collect(chosen)
-    print(table(data["kernels" if arguments.peers else "records"]))
+    data |= collect(chosen)
+    print(table(data["records"]))
     if baseline := arguments.baseline:
         asked = [found for found in baseline["records"] if arguments.kernel in found["kernel"]]
         data["baseline"] = judge(data["records"], {**baseline, "records": asked})
