@@ -1,4 +1,4 @@
-"""Write the page benchmarks/results/README.md, the figures in README.md and docs, and the plots.
+"""Write the page benchmarks/results/README.md, and the figures in README.md and docs.
 
     python -m benchmarks.report
 
@@ -197,9 +197,6 @@ def _gpu_parts(path, data):
             parts.append(f"A copy moves {max(copies):.0f} GB/s, read and written.")
         summary = section.get("summary", "").strip("= ")
         parts += [f"`{summary}`" * bool(summary), tables.timings(tables.rows_of(data, name))]
-    for axis in tables.growth(data):
-        title = f"kl_divergence against {axis}"
-        parts += [f"#### {title}", f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"]
     for file in sorted(path.parent.glob("*-accuracy.json"))[-1:]:
         parts += [f"#### accuracy: {origin(read(file))}", *_accuracy_parts(read(file))]
     return filter(None, parts)
@@ -213,10 +210,6 @@ def main(argv=None):
         made = {RESULTS / "README.md": results_page().encode()}
         for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))):
             made[path] = render(path.name, path.read_text(encoding="utf-8")).encode()
-        for path, data in tables.gpu_results(RESULTS):
-            for axis, table in tables.growth(data).items():
-                picture = tables.picture(table, gpu_name(data))
-                made[path.with_name(f"{path.stem}-{axis}.png")] = picture
     except ValueError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 1

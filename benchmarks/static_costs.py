@@ -212,10 +212,11 @@ def _of_cubin(compiled, tool, *arguments):
 def digest(specialization, arch):
     compiled = compile_kernel(specialization, arch)
     lines = machine_code(compiled).replace(compiled.metadata.name, "kernel").splitlines()
+    if "amdgcn" in compiled.asm:
+        lines = [line.split(";")[0].strip() for line in lines]
     # Directives of the assembler name source lines and files.
-    code = [line.split(";")[0].strip() for line in lines] if "amdgcn" in compiled.asm else lines
-    text = "\n".join(line for line in code if not line.startswith("."))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    counted = [line for line in lines if not line.startswith(".")]
+    return hashlib.sha256("\n".join(counted).encode()).hexdigest()[:16]
 
 
 # All kernels
@@ -247,8 +248,8 @@ def collect(chosen):
 def table(records):
     rows = [{**found, **found["upper_bound_of_peak_bandwidth"]} for found in records]
     frame = pd.DataFrame(rows).filter((*CASE, *FIGURES, "percent", "limited_by"))
-    short = frame.rename(columns=lambda name: name.replace("instructions_per_pair", "instr"))
-    return f"{short.to_string(na_rep='-', index=False)}\npercent: {roofline.MODEL}"
+    frame.columns = frame.columns.str.replace("instructions_per_pair", "instr")
+    return f"{frame.to_string(na_rep='-', index=False)}\npercent: {roofline.MODEL}"
 
 
 # The gate against regressions: compared with benchmarks/static_baseline.json
@@ -284,14 +285,15 @@ def compare(records, baseline):
     ]
     for case, key in itertools.product(now.keys() & before.keys(), SLACKS):
         new, old = now[case][key], before[case][key]
-        share = "" if new is None or not old else f" ({100 * (new / old - 1):+.1f} %)"
         if new != old:
-            worse = new is None
-            if old is not None and new is not None:
-                worse = new < old if key == "widest_load_bytes" else new > old * (1 + SLACKS[key])
-            sentence = f"{case}: {key} {old} -> {new}{share}"
-            (regressions if worse else changes).append(sentence)
+            worse = new is None or (old is not None and _is_worse(key, new, old))
+            share = f" ({100 * (new / old - 1):+.1f} %)" if new is not None and old else ""
+            (regressions if worse else changes).append(f"{case}: {key} {old} -> {new}{share}")
     return sorted(regressions), sorted(changes)
+
+
+def _is_worse(key, new, old):
+    return new < old if key == "widest_load_bytes" else new > old * (1 + SLACKS[key])
 
 
 def judge(records, baseline):
@@ -300,11 +302,10 @@ def judge(records, baseline):
     regressions, changes = compare(records, baseline) if here == there else ([], [])
     sys.stdout.writelines(f"changed: {line}\n" for line in changes)
     sys.stderr.writelines(f"regression: {line}\n" for line in regressions)
-    verdict = f"{len(regressions)} regressions, {len(changes)} other changes"
-    verdict = verdict if here == there else f"nothing compared, this is {here}"
+    counts = f"{len(regressions)} regressions, {len(changes)} other changes"
+    verdict = counts if here == there else f"nothing compared, this is {here}"
     print(f"baseline of Triton {there}: {verdict}; --write-baseline renews it")
-    found = {"triton": there, "compared": here == there}
-    return {**found, "regressions": regressions, "changes": changes}
+    return {"triton": there, "regressions": regressions, "changes": changes}
 
 
 # The command
