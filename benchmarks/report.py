@@ -77,8 +77,11 @@ def linear_section():
 
 def static_section():
     baseline = read(BASELINE)
-    case = {"arch": "sm_90", "dtype": "bf16", "aligned": True}
-    costs = {row["kernel"]: row for row in baseline["records"] if row.items() >= case.items()}
+    costs = {
+        row["kernel"]: row
+        for row in baseline["records"]
+        if (row["arch"], row["dtype"], row["aligned"]) == ("sm_90", "bf16", True)
+    }
     lines = []
     for kernel in KERNELS:
         figures = [NONE if costs[kernel][key] is None else costs[kernel][key] for key in COSTS]

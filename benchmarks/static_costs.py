@@ -212,11 +212,10 @@ def _of_cubin(compiled, tool, *arguments):
 def digest(specialization, arch):
     compiled = compile_kernel(specialization, arch)
     lines = machine_code(compiled).replace(compiled.metadata.name, "kernel").splitlines()
-    if "amdgcn" in compiled.asm:
-        lines = [line.split(";")[0].strip() for line in lines]
-    # Directives of the assembler name source lines and files.
-    counted = [line for line in lines if not line.startswith(".")]
-    return hashlib.sha256("\n".join(counted).encode()).hexdigest()[:16]
+    # Directives and comments of AMD's assembler name source lines and files.
+    code = [line.split(";")[0].strip() for line in lines] if "amdgcn" in compiled.asm else lines
+    counted = "\n".join(line for line in code if not line.startswith("."))
+    return hashlib.sha256(counted.encode()).hexdigest()[:16]
 
 
 # All kernels
