@@ -42,7 +42,6 @@ mutants: $(INSTALLED)
 bench: $(INSTALLED) $(BENCH_PEERS)
 	mkdir -p build
 	$(VENV)/bin/python -m benchmarks.static_costs --arch sm_90 --dtype bf16 --baseline --json build/static_costs.json
-	$(VENV)/bin/python -m benchmarks.static_costs --peers --json build/peers.json
 	$(VENV)/bin/python -m benchmarks.accuracy --rows 2 --vocabulary 8192 --json build/accuracy.json --plot build/accuracy.png
 	$(VENV)/bin/python -m benchmarks.linear_accuracy --json build/linear_accuracy.json
 	$(VENV)/bin/python -m benchmarks.overhead --json build/overhead.json

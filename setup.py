@@ -38,7 +38,13 @@ COMPARE = ["transformers>=5", "tokenizers>=0.20", "pandas>=2", "tqdm>=4.66"]
 # Tables and plots of the benchmarks.
 BENCH = ["pandas>=2", "matplotlib>=3.8", "networkx>=3", "pytest-benchmark>=5"]
 # Beside whom the benchmarks measure.
-PEERS = ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl==1.16.*", "matplotlib>=3.8"]
+PEERS = [
+    "liger-kernel>=0.8",
+    "cut-cross-entropy>=25.1",
+    "trl==1.16.*",
+    "matplotlib>=3.8",
+    "pandas>=2",
+]
 # The tests run the demo, build the package and read its annotations with mypy; Triton's interpreter
 # computes with numpy; `make coverage` measures the tests' processes too.
 TEST = [

@@ -18,6 +18,7 @@ import sys
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
@@ -70,21 +71,16 @@ def error_of(provider, p, q, exact, true_gradients, wrt="p", rows=None):
     other."""
     if missing := provider.why_not("kl_divergence"):
         return {"reason": missing}
-    some, found, key = slice(rows), {}, "reason"
+    found, key = {}, "reason"
     try:
-        kl, leaf, wrt = _run(provider, p[some], q[some], wrt)
-        # A row far smaller than the size in question (its KL may even be 0) belongs to another
-        # record.
-        true = exact.kl[some]
-        relative = (kl.detach().double() - true).abs() / true.clamp_min(exact.kl.median() / 10)
+        kl, leaf, wrt = _run(provider, p[:rows], q[:rows], wrt)
         found = {"rows": len(kl), "negative": int((kl < 0).sum())}
-        found |= _ends(relative, "worst_relative", "median_relative")
+        found |= _relative(kl.detach(), exact.kl, rows, "worst_relative", "median_relative")
         key = "gradient_reason"
         (gradient,) = torch.autograd.grad(kl.sum(), leaf)
-        true = getattr(true_gradients, wrt)[some]
-        norm = true.norm(dim=-1)
-        relative = (gradient.double() - true).norm(dim=-1) / norm.clamp_min(norm.median() / 10)
-        return {**found, "wrt": wrt, **_ends(relative, "gradient_worst", "gradient_median")}
+        true = getattr(true_gradients, wrt)
+        ends = _relative(gradient, true, rows, "gradient_worst", "gradient_median")
+        return {**found, "wrt": wrt, **ends}
     except Exception as error:  # one provider's failure must not lose the others' figures
         return {**found, key: _reason(error)}
 
@@ -99,8 +95,12 @@ def _run(provider, p, q, wrt):
         return *run(inputs), *inputs.leaves, other
 
 
-def _ends(relative, worst, median):
-    return {worst: relative.max().item(), median: relative.median().item()}
+def _relative(result, true, rows, worst, median):
+    """Return the worst and the median error of a result, which has so many rows of the truth. A row
+    far smaller than the others (its KL may even be 0) belongs to another record."""
+    size = cases.sizes(true)
+    off = cases.sizes(result.double() - true[:rows]) / size.clamp_min(size.median() / 10)[:rows]
+    return {worst: off.max().item(), median: off.median().item()}
 
 
 def _reason(error):
@@ -163,62 +163,61 @@ def not_worse(records, ours="fastkl", other="torch", slack=1e-4):
 
 
 def summary(found):
-    words = [f"{found['dtype']:<5} {found['distribution']:<9} KL {found['target']:.0e}"]
-    for name, error in found["errors"].items():
-        figure = error.get("reason") or "{worst_relative:.0e}".format(**error)
-        words.append(f"{name} {figure:.60}" + " negative" * bool(error.get("negative")))
-    return "  ".join([*words, found["skipped"] or ""])
+    size = "{dtype:<5} {distribution:<9} KL {target:.0e}  ".format(**found)
+    return size + (found["skipped"] or "")
 
 
 def names_of(data):
     return list(dict.fromkeys(name for found in data["records"] for name in found["errors"]))
 
 
-def cells(data, dtype, measure):
-    """Return {provider: {size: {"worst", "negative", "rows"}}} of one element type, over the
-    kinds of rows of one size. None where a provider failed in one of the kinds: the others
-    alone would flatter it. A provider that has no figure is left out."""
-    table, key = {}, MEASURES[measure]
-    for found in sorted(data["records"], key=lambda found: found["target"]):
-        for name, error in found["errors"].items() if found["dtype"] == dtype else ():
-            table.setdefault(name, {}).setdefault(found["target"], []).append(error)
-    for sizes in table.values():
-        for size, errors in sizes.items():
-            sizes[size] = None
-            if all(key in error for error in errors):
-                # A NaN counts as more than any number.
-                worst = max((float(e[key]) for e in errors), key=lambda x: (math.isnan(x), x))
-                counts = {n: sum(error[n] for error in errors) for n in ("negative", "rows")}
-                sizes[size] = {"worst": worst, **counts}
-    return {name: sizes for name, sizes in table.items() if any(sizes.values())}
+def figures(data, dtype, measure):
+    """Return "worst", "negative" and "rows" by size of the KL and provider, of one element type.
+
+    They are over the kinds of rows of one size. An error that is not a number counts as infinite;
+    worst is NaN where a provider failed in one of the kinds: the others alone would flatter it.
+    """
+    key = MEASURES[measure]
+    lines = [
+        {
+            "size": found["target"],
+            "provider": name,
+            "worst": np.nan_to_num(float(error[key]), nan=np.inf, posinf=np.inf)
+            if key in error
+            else np.nan,
+            "negative": error.get("negative", 0) * (measure == "kl"),
+            "rows": error.get("rows", 0),
+        }
+        for found in data["records"]
+        for name, error in found["errors"].items()
+        if found["dtype"] == dtype
+    ]
+    found = pd.DataFrame(lines).groupby(["size", "provider"])
+    return found.agg({"worst": lambda x: x.max(skipna=False), "negative": "sum", "rows": "sum"})
 
 
 def markdown(data, dtype="fp32", measure="kl", providers=None, targets=None):
     """Write a table of the worst relative error by size of the KL and provider. providers,
     targets: which columns and rows (default: all with a figure). A provider without a figure
     gets a dash; one that took fewer rows of each pair than the others says how many."""
-    found = cells(data, dtype, measure)
-    names = list(found) if providers is None else providers
-    sizes = sorted({r["target"] for r in data["records"] if r["dtype"] == dtype})
-    lines = [
-        [power(size), *(_text(found.get(name, {}).get(size), measure) for name in names)]
-        for size in sizes
-        if targets is None or size in targets
-    ]
-    return record.markdown(["KL", *(column_title(data, name) for name in names)], lines)
+    texts = figures(data, dtype, measure).apply(_text, axis=1).unstack()
+    names = [name for name in names_of(data) if name in texts.dropna(axis=1, how="all")]
+    texts = texts.reindex(columns=names if providers is None else providers).fillna("–")
+    chosen = texts if targets is None else texts[texts.index.isin(targets)]
+    lines = [[power(size), *cells] for size, *cells in chosen.itertuples()]
+    return record.markdown(["KL", *(column_title(data, name) for name in texts)], lines)
 
 
 def column_title(data, name):
-    errors = [found["errors"].get(name, {}) for found in data["records"]]
-    rows = next((error["rows"] for error in errors if "rows" in error), data["rows"])
+    errors = (found["errors"].get(name, {}) for found in data["records"])
+    rows = min(error.get("rows", data["rows"]) for error in errors)
     return f"{name}, {rows} of {data['rows']} rows" if rows < data["rows"] else name
 
 
-def _text(figure, measure):
-    if figure is None:
-        return "–"
-    negative = f" ({figure['negative']} of {figure['rows']} negative)"
-    return power(figure["worst"]) + negative * bool(figure["negative"] and measure == "kl")
+def _text(figure):
+    negative = f" ({figure.negative:.0f} of {figure.rows:.0f} negative)"
+    text = power(figure.worst) + negative * bool(figure.negative)
+    return None if np.isnan(figure.worst) else text
 
 
 def power(value):
@@ -236,28 +235,27 @@ def tables(data):
 
 
 def draw(data, path):
-    """Write a PNG 1600 pixels wide: errors of the KL above, of its gradient below, the element
-    types side by side. Hollow: some KL came out negative; at the top: infinite or not a number."""
+    """Write a PNG 1600 pixels wide: errors of the KL on the left, of its gradient on the right, the
+    element types one above the other. Hollow: some KL came out negative; at the top: infinite or
+    not a number."""
     dtypes = list(dict.fromkeys(found["dtype"] for found in data["records"]))
     figure, content = Figure(figsize=(8, 7), dpi=200, layout="constrained"), io.BytesIO()
-    panels = figure.subplots(2, len(dtypes), squeeze=False, sharex=True, sharey=True)
-    names, lines, chosen = names_of(data), {}, itertools.product(MEASURES, dtypes)
-    for panel, (measure, dtype) in zip(panels.flat, chosen, strict=True):
-        panel.set(xscale="log", yscale="log", ylim=(3e-8, 3e3))
-        panel.set_title(f"{measure}, {dtype} logits", fontsize=9, loc="left")
-        panel.grid(color="#e5e5e5", linewidth=0.6)
-        for name, sizes in cells(data, dtype, measure).items():
-            found = {size: figures for size, figures in sizes.items() if figures}
-            heights = np.nan_to_num([f["worst"] for f in found.values()], nan=3e3).clip(3e-8, 3e3)
-            colour, width = f"C{names.index(name)}", 2.2 if name.startswith("fastkl") else 1.0
-            (lines[column_title(data, name)],) = panel.plot([*found], heights, colour, lw=width)
-            hollow = [measure == "kl" and f["negative"] > 0 for f in found.values()]
-            dots = {"edgecolors": colour, "zorder": 3}
-            panel.scatter([*found], heights, 14, np.where(hollow, "white", colour), **dots)
-    figure.supxlabel("KL in nats; hollow: negative; top: infinite", fontsize=8)
+    panels = figure.subplots(len(dtypes), 2, squeeze=False, sharex=True, sharey=True)
+    errors = (item for found in data["records"] for item in found["errors"].items())
+    titles = {name: column_title(data, name) for name, error in errors if "rows" in error}
+    for panel, chosen in zip(panels.flat, itertools.product(dtypes, MEASURES), strict=True):
+        found = figures(data, *chosen)
+        found["worst"] = found["worst"].clip(3e-8, 3e3)
+        table = found["worst"].unstack().reindex(columns=titles).rename(columns=titles)
+        style = {"loglog": True, "ylim": (3e-8, 3e3), "grid": True, "xlabel": "", "legend": False}
+        table.plot(ax=panel, title=", ".join(chosen), marker="o", ms=4, **style)
+        hollow = found["worst"][found["negative"] > 0]
+        panel.scatter(hollow.index.get_level_values("size"), hollow, 5, "white", zorder=3)
     worst = f"worst of {data['rows']} rows of each kind, V = {data['vocabulary']}"
-    figure.supylabel(f"relative error against float64, {worst}", fontsize=8)
-    figure.legend(lines.values(), lines, ncols=3, fontsize=7, loc="outside lower center")
+    what = f"relative error against float64 by KL in nats, {worst}; hollow: negative; top: infinite"
+    figure.suptitle(what, fontsize=8)
+    lines, names = panels.flat[0].get_legend_handles_labels()
+    figure.legend(lines, names, ncols=3, fontsize=7, loc="outside lower center")
     figure.savefig(content, format="png", metadata={"Software": None})
     record.write_bytes(path, content.getvalue())
 
@@ -270,8 +268,7 @@ def parse(argv):
     add = parser.add_argument
     add("--plot", type=record.output_file, metavar="FILE.png", help="draw them into FILE.png")
     add("--rows", type=partial(record.at_least, 1), default=8, metavar="N", help="of each pair (8)")
-    size = {"type": partial(record.at_least, 2), "default": 128256, "metavar": "V"}
-    add("--vocabulary", **size, help="(default: %(default)s)")
+    add("--vocabulary", type=partial(record.at_least, 2), default=128256, metavar="V")
     add("--wrt", choices="pq", default="p", help="which logits of KL(P‖Q) the gradient is to")
     add("--providers", nargs="+", metavar="NAME", choices=[*providers.LOADERS, *INTERPRETED])
     add("--device", choices=["cpu", *["cuda"] * torch.cuda.is_available()], default="cpu")

@@ -6,10 +6,11 @@ A case is an operation on `rows` tokens. Cases from hidden states are in linear_
 import math
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.work import ONE_TENSOR
+from benchmarks.work import ONE_TENSOR, gradients
 from fastkl import testing
 
 DTYPES = {
@@ -30,11 +31,10 @@ OUTPUTS = {
 DIFFERENTIATED = ("logprob", "entropy", "kl")  # outputs that get an upstream gradient
 CHECKED_ROWS = 256  # compared with float64, which is slower than any provider
 # Relative errors of a row. The gradient's element type alone rounds by 2^-9 (bf16), 2^-12 (fp16).
-LIMITS = {
-    "bf16": {"values": 1e-3, "gradient": 1e-2},
-    "fp16": {"values": 1e-3, "gradient": 2e-3},
-    "fp32": {"values": 1e-3, "gradient": 1e-3},
-}
+VALUE_LIMIT = 1e-3
+GRADIENT_LIMITS = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-3}
+# Errors of a result: in the L2 norm over all rows, of nine of ten rows, of the worst row.
+ERRORS = ("", ", nine of ten rows", ", worst row")
 
 
 class Case:
@@ -109,65 +109,86 @@ def make_inputs(workload, device, seed=0):
     return inputs_of(p, q, workload.wrt, tokens=tokens, upstream=upstream)
 
 
-def truth(workload, inputs):
-    """Compute (rows, outputs, gradient) in float64.
+# The gate
 
-    rows: the indices of the rows that are compared, the first, the last and some evenly between.
-    outputs: of these rows, or of "mean_kl" its one number, over ALL tokens.
+
+class Known(NamedTuple):
+    """Hold the float64 truth of a result: a number, or rows of numbers or of vectors.
+
+    scale: what the error of each row is relative to. limits: of each of ERRORS. shape: of the whole
+    result. at: the rows of it that are compared, by default all.
     """
-    leading, mean = inputs.p.shape[:-1], workload.operation == "mean_kl"
-    count = leading.numel()
 
-    def exact(index):
-        rows = torch.unravel_index(index.long().to(inputs.p.device), leading)
-        pair = (x.detach()[rows] for x in (inputs.p, inputs.q if inputs.q.numel() else inputs.p))
-        return rows, testing.truth(*pair)
+    true: torch.Tensor
+    scale: torch.Tensor
+    limits: tuple = ()
+    shape: tuple = ()
+    at: object = ...
 
-    few = torch.linspace(0, count - 1, min(CHECKED_ROWS, count), dtype=torch.float64).round()
-    rows, some = exact(few)
-    tokens, names = inputs.tokens[rows], OUTPUTS[workload.operation]
-    upstream = {
-        name: (u / count if mean else u).expand(leading)[rows]
-        for name, u in zip(names, inputs.upstream, strict=True)
-        if u is not None
-    }
-    gradient = testing.gradients(some, upstream, tokens)[workload.wrt == "q"]
+    def errors(self, result):
+        """Return the errors of a result, one for each of ERRORS. A NaN stays NaN, which no limit
+        admits."""
+        off = sizes(result.detach()[self.at].double() - self.true)
+        relative = (off / self.scale).flatten()
+        found = off.norm() / self.scale.norm(), relative.quantile(0.9), relative.max()
+        return [error.item() for error in found]
+
+
+def evenly(count, total):
+    """Choose so many indices of `total`: the first, the last and some evenly between."""
+    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
+
+
+def sizes(rows):
+    return rows.norm(dim=-1) if rows.dim() > 1 else rows.abs()
+
+
+def truth(workload, inputs):
+    """Compute {output or "gradient": Known}.
+
+    The rows that are compared are the first, the last and some evenly between; "mean_kl" is one
+    number, over ALL tokens. Values are relative to themselves or to 1e-3 nats.
+    """
+    names, leading = OUTPUTS[workload.operation], inputs.tokens.shape
+    mean, count = workload.operation == "mean_kl", leading.numel()
+    rows = torch.unravel_index(evenly(CHECKED_ROWS, count).to(inputs.p.device), leading)
+    pair = (inputs.p, inputs.q if inputs.q.numel() else inputs.p)
+    p, q = (x.detach()[rows].double() for x in pair)
+    share = count if mean else 1
+    upstream = [u if u is None else u.expand(leading)[rows] / share for u in inputs.upstream]
+    some = inputs_of(p, q, workload.wrt, upstream=upstream)
+    found = testing.truth(some.p, some.q).stats(inputs.tokens[rows])
+    values, shape, at = {name: found[name] for name in names}, leading, rows
+    (gradient,) = gradients(some, values.values())
     if mean:
-        blocks = torch.arange(count).split(CHECKED_ROWS)
-        return rows, [torch.cat([exact(block)[1].kl for block in blocks]).mean()], gradient
-    return rows, [some.stats(tokens)[name] for name in names], gradient
+        blocks = zip(*(x.detach().flatten(0, -2).split(CHECKED_ROWS) for x in pair), strict=True)
+        values = {"kl": torch.cat([testing.truth(*block).kl for block in blocks]).mean()}
+        shape, at = (), ...
+    limits, whole = (VALUE_LIMIT,) * 3, inputs.leaves[0].shape
+    known = {
+        name: Known(true.detach(), true.detach().abs().clamp_min(1e-3), limits, shape, at)
+        for name, true in values.items()
+    }
+    limits = (GRADIENT_LIMITS[workload.dtype],) * 3
+    return {**known, "gradient": Known(gradient, sizes(gradient), limits, whole, rows)}
 
 
-def fault(workload, inputs, known, outputs, grads):
+def fault(known, results):
     """Return (errors, what is wrong or None): the gate that a provider passes before it is timed.
 
-    errors: {"values", "gradient"}, the worst of a row that is compared with `known`, what truth
-    returned: values relative to themselves or to 1e-3 nats, gradients by their norm. Every other
-    row has to be finite.
+    results: all outputs, then all gradients, each compared with what is `known` of it. Rows that
+    are not compared have to be finite.
     """
-    (rows, values, true), (gradient,) = known, grads
-    scalar = workload.operation == "mean_kl"
-    shapes = [tuple(result.shape) for result in (*outputs, gradient)]
-    leading = () if scalar else tuple(inputs.p.shape[:-1])
-    if shapes != (expected := [*[leading] * len(values), tuple(inputs.leaves[0].shape)]):
-        return {}, f"outputs and gradient have the shapes {shapes}, expected {expected}"
-    found = torch.stack([x.detach() if scalar else x.detach()[rows] for x in outputs])
-    values = torch.stack(values)
-    off = (found.double() - values).abs() / values.abs().clamp_min(1e-3)
-    difference = (gradient[rows].double() - true).norm(dim=-1) / true.norm(dim=-1)
-    errors = {"values": off.max().item(), "gradient": difference.max().item()}
-    # The largest magnitude takes one read and no copy; a NaN is the largest of all.
-    wrong = over(errors, LIMITS[workload.dtype]) + [
-        f"{name} not finite everywhere"
-        for name, tensors in (("values", outputs), ("gradient", grads))
-        if not all(torch.linalg.vector_norm(t.detach(), math.inf).isfinite() for t in tensors)
-    ]
+    shapes, right = ([tuple(x.shape) for x in some] for some in (results, known.values()))
+    if shapes != right:
+        return {}, f"outputs and gradients have the shapes {shapes}, expected {right}"
+    errors, wrong = {}, []
+    for (name, one), result in zip(known.items(), results, strict=True):
+        for kind, error, limit in zip(ERRORS, one.errors(result), one.limits, strict=True):
+            errors[name + kind] = error
+            if not error <= limit:
+                wrong.append(f"{name}{kind} off by {error:.1e}, limit {limit:.1e}")
+        # The largest magnitude takes one read and no copy; a NaN is the largest of all.
+        if not torch.linalg.vector_norm(result.detach(), math.inf).isfinite():
+            wrong.append(f"{name} not finite everywhere")
     return errors, "; ".join(wrong) or None
-
-
-def over(errors, limits):
-    return [
-        f"{name} off by {error:.1e}, limit {limits[name]:.1e}"
-        for name, error in errors.items()
-        if not error <= limits[name]
-    ]

@@ -1,19 +1,17 @@
 """The sum of KL over the tokens and its gradient on a CPU, in one thread, beside plain torch.
 
-    python -m benchmarks.cpu [--json FILE] [--write]
+    python -m benchmarks.cpu [--json FILE]
 
-Time, also torch.compile's, and peak memory. --write puts the figures into
-benchmarks/results/cpu/times.json and makes the page of results anew. Every provider runs in this
-process, in turns; a ratio is the median over rounds of a provider's thread CPU time over plain
-torch's in the same round, so that other programs count little. Memory is the most that torch
-allocates at once beside the inputs, the gradient among it.
+Time, also torch.compile's, and peak memory. The page of results shows
+benchmarks/results/cpu/times.json. Every provider runs in this process, in turns; a ratio is the
+median over rounds of a provider's thread CPU time over plain torch's in the same round, so that
+other programs count little. Memory is the most that torch allocates at once beside the inputs, the
+gradient among it.
 """
 
 import itertools
 import re
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
@@ -23,7 +21,6 @@ import fastkl
 from benchmarks import cases, record, work
 from fastkl import testing
 
-RESULT = record.ROOT / "benchmarks" / "results" / "cpu" / "times.json"
 SHAPES = ((64, 32000), (256, 50257), (32, 128256), (512, 1000))
 ROUNDS = 11
 PHASES = ("forward", "both")
@@ -126,21 +123,11 @@ def page(data):
 
 
 def main(argv=None):
-    parser = record.command_line("cpu", __doc__.splitlines()[0])
-    parser.add_argument(
-        "--write",
-        action="store_true",
-        help="write them to the committed results and make the page of results anew",
-    )
-    arguments = parser.parse_args(argv)
+    arguments = record.command_line("cpu", __doc__.splitlines()[0]).parse_args(argv)
     torch.set_num_threads(1)
     data = {**record.provenance("cpu", argv), "processor": processor()}
     record.gather(arguments.json, data, measure(), lambda record: table([record]).splitlines()[-1])
-    if arguments.write:
-        record.write_json(RESULT, data)
-        return subprocess.call([sys.executable, "-m", "benchmarks.report"], cwd=record.ROOT)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -181,12 +181,11 @@ def natural_loops(program):
     reached = {program.entry} | nx.descendants(program.graph, program.entry)
     graph, loops = program.graph.subgraph(reached), {}
     tree = nx.DiGraph(nx.immediate_dominators(graph, program.entry).items())
-    headers = {i for i in graph if graph.in_degree(i) > 1} | {program.entry}
-    for tail, header in graph.in_edges(headers):
-        if tail == header or nx.has_path(tree, tail, header):
-            before = graph.subgraph(graph.nodes - {header})
-            body = {tail} | nx.ancestors(before, tail) if tail != header else set()
-            loops[header] = loops.get(header, {header}) | body
+    # An edge comes back to a header, and one from before unless the program begins there.
+    for header in [i for i in tree if graph.in_degree(i) > (i != program.entry)]:
+        dominated = graph.subgraph({header} | nx.ancestors(tree, header))
+        if dominated.in_degree(header):
+            loops[header] = {header} | nx.ancestors(dominated, header)
     return loops
 
 
@@ -195,8 +194,7 @@ def hot_loop(program):
     one."""
     loops = natural_loops(program)
     found = {header: loop_costs(program, body) for header, body in loops.items()}
-    found = {header: costs for header, costs in found.items() if costs.loads}
-    widest = max((costs.widest_load for costs in found.values()), default=0)
+    widest = max((costs.widest_load for costs in found.values() if costs.loads), default=0)
     found = {header: costs for header, costs in found.items() if costs.widest_load == widest}
     found = {header: costs for header, costs in found.items() if costs.ex2} or found
     inner = [h for h in found if not any(loops[other] < loops[h] for other in found)]
@@ -245,13 +243,10 @@ def segment_costs(program, anchors, edges, segments):
         graph = program.graph.subgraph(loops[header]).copy()
         tails = list(graph.predecessors(header))
         graph.remove_edges_from([(tail, header) for tail in tails])
-        weight = {i: sign * count(i) + shuffle * shuffles(i) for i in graph}
+        weight = {i: sign * _count(program, [i]) + shuffle * shuffles([i]) for i in graph}
         return _heaviest(program, graph, header, tails, weight)
 
-    def count(*indices):
-        return _count(program, indices)
-
-    def shuffles(*indices):
+    def shuffles(indices):
         return sum(program.opcodes[i].startswith("SHFL") for i in indices)
 
     near = costs and through(hot, -1, -MANY)
@@ -259,20 +254,20 @@ def segment_costs(program, anchors, edges, segments):
     if not near or hot not in outer:
         raise ValueError("expected a path through a loop over the vocabulary in no other loop")
     added = {
-        header: count(*through(header, 1, -MANY))
+        header: _count(program, through(header, 1, -MANY))
         * (edges if loop_costs(program, body).loads else 1)
         for header, body in outer.items()
     }
     twice = through(hot, 1, MANY)
-    added[hot] = anchors * count(*twice) * (shuffles(*twice) > shuffles(*near))
+    added[hot] = anchors * _count(program, twice) * (shuffles(twice) > shuffles(near))
     header_of = {i: header for header, body in outer.items() for i in body}
     graph = nx.relabel_nodes(program.graph, header_of)
     graph.remove_edges_from(list(nx.selfloop_edges(graph)))
     ends = [i for i in graph if not program.graph[i]]
-    weight = {i: MANY if i in outer else count(i) for i in graph}
+    weight = {i: MANY if i in outer else _count(program, [i]) for i in graph}
     outside, share = 0.0, 1.0
     for i in _heaviest(program, graph, program.entry, ends, weight):
-        outside += share * added.get(i, count(i))
+        outside += share * (added[i] if i in added else _count(program, [i]))
         share = 1.0 / segments if program.opcodes[i].startswith("ATOM") else share
     paths = (loop_costs(program, path) for path in (near, through(hot, 1, -MANY)))
     return SegmentCosts(*paths, outside, _bytes_in_flight(program, near))

@@ -26,7 +26,6 @@ import fastkl  # of either checkout, which may be older: the rest is imported wh
 
 ROWS, VOCABULARY = 8, 128
 CALLS, REPEATS, TURNS = 300, 7, 5
-WAYS = ("plain tensors", "custom op")
 STEPS = ("no gradient", "forward", "forward and backward")
 FUNCTIONS = {
     "kl_divergence": lambda p, q, tokens: fastkl.kl_divergence(p, q),
@@ -77,7 +76,7 @@ def measure(calls=CALLS, repeats=REPEATS):
     """Yield {"function", "way", step: microseconds, "calls"}."""
     from fastkl.ops import dual_op
 
-    for name, way in itertools.product(FUNCTIONS, WAYS):
+    for name, way in itertools.product(FUNCTIONS, ("plain tensors", "custom op")):
         plain = dual_op._plain if way == "plain tensors" else lambda _: False
         with mock.patch.object(dual_op, "_plain", plain):
             yield {"function": name, "way": way, **costs(name, calls, repeats)}

@@ -59,15 +59,19 @@ def held_out_logits(steps):
     settings = choose_settings(quick=True, vocabulary=Settings.vocabulary)
     corpus = build_corpus(settings)
     reference, _ = train_reference(corpus, settings)
-    shape = settings.prompt_length, settings.evaluation_samples
     for count in steps:
         settings = choose_settings(quick=True, vocabulary=Settings.vocabulary, steps=count)
         policy = fine_tune(reference, corpus, FixedBeta(0.0), settings, f"{count} steps").policy
         choose, draw = (torch.Generator().manual_seed(settings.seed + 1) for _ in range(2))
         with torch.no_grad():
-            tokens = sample(
-                policy, windows(corpus.held_out, *shape, choose, corpus.new_line), settings, draw
+            prompts = windows(
+                corpus.held_out,
+                settings.prompt_length,
+                settings.evaluation_samples,
+                choose,
+                corpus.new_line,
             )
+            tokens = sample(policy, prompts, settings, draw)
             pair = [
                 m.lm_head(m.response_hidden(tokens, settings.response_length)).flatten(0, 1)
                 for m in (policy, reference)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from unittest import mock
@@ -42,14 +42,15 @@ class Child(contextlib.AbstractContextManager):
                 self.process = self.executor.submit(os.getpid).result()
         return self.executor.submit(function, *arguments)
 
-    def call(self, seconds, function, *arguments):
-        """Return the result. An exception, such as the TimeoutError past the limit, ends the
-        process."""
+    def attempt(self, seconds, function, *arguments):
+        """Return (result, None), or (None, why there is none), and then the process is at its end:
+        of an exception, a crash, or no answer within the limit."""
         try:
-            return self.submit(function, *arguments).result(seconds)
-        except BaseException:
+            return self.submit(function, *arguments).result(seconds), None
+        except (Exception, SystemExit) as error:
             self.end()
-            raise
+            late = f": no answer in {seconds:.0f} s" * isinstance(error, TimeoutError)
+            return None, f"{type(error).__name__}: {error}".strip(": ") + late
 
     def end(self):
         if self.executor:

@@ -173,28 +173,15 @@ def load_torch_chunked(device):
 
 
 def load_kl_div(device):
-    note = "the same work: two float32 log_softmax by torch first, writes [N, V] of losses"
-    return _kl_div(log_softmax, note, log_target=True)
-
-
-def load_kl_div_probabilities(device):
-    return _kl_div(
-        lambda p: F.softmax(p, -1, dtype=torch.promote_types(p.dtype, torch.float32)),
-        "more work: the logarithm of a float32 softmax is taken again; writes [N, V] of losses",
-    )
-
-
-def _kl_div(target, note, **options):
-    """Make the two KLs of F.kl_div; target: of the logits of P, as F.kl_div takes it."""
-
     def losses(p, q, reduction):
-        pair = (log_softmax(q).flatten(0, -2), target(p).flatten(0, -2))
-        return F.kl_div(*pair, reduction=reduction, **options)
+        pair = (log_softmax(x).flatten(0, -2) for x in (q, p))
+        return F.kl_div(*pair, reduction=reduction, log_target=True)
 
     functions = {
         "kl_divergence": lambda p, q, tokens: (losses(p, q, "none").sum(-1).view(p.shape[:-1]),),
         "mean_kl": lambda p, q, tokens: (losses(p, q, "batchmean"),),
     }
+    note = "the same work: two float32 log_softmax by torch first, writes [N, V] of losses"
     return logits_works(functions, note)
 
 
@@ -220,7 +207,6 @@ LOADERS = {
     "torch": load_torch,
     "torch.compile": load_torch_compile,
     "F.kl_div": load_kl_div,
-    "F.kl_div on probabilities": load_kl_div_probabilities,
     "Categorical": load_categorical,
     **PEERS,
 }
@@ -246,10 +232,10 @@ def own(text):
 
 
 def load_providers(device, names=None, loaders=LOADERS):
-    return [_load(n, load, device) for n, load in loaders.items() if names is None or n in names]
+    return [load(n, one, device) for n, one in loaders.items() if names is None or n in names]
 
 
-def _load(name, loader, device):
+def load(name, loader, device):
     try:
         return Provider(name, loader(device))
     except Exception as error:  # a peer may fail in any way when imported: that is a row

@@ -96,10 +96,7 @@ def commit():
 
 
 def version(package):
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return next((found.version for found in metadata.distributions(name=package)), None)
 
 
 def provenance(module, argv):
@@ -114,8 +111,8 @@ def provenance(module, argv):
 
 
 def origin(data):
-    packages = {**data["versions"], **data.get("peers", {})}
-    versions = ", ".join(f"{name} {of}" for name, of in packages.items() if isinstance(of, str))
+    packages = {**data["versions"], **data.get("peers", {})}.items()
+    versions = ", ".join(f"{name} {of}" for name, of in packages if isinstance(of, str))
     command, date, commit = data["command"].strip(), data["date"][:10], data["commit"][:10]
     there = all((ROOT / "benchmarks" / f"{name}.py").exists() for name in MODULE.findall(command))
     then = "" if there else " (at that commit)"

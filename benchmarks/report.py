@@ -1,4 +1,4 @@
-"""Write the page benchmarks/results/README.md, the figures in README.md and docs, and the plots.
+"""Write the page benchmarks/results/README.md, and the figures in README.md and docs.
 
     python -m benchmarks.report
 
@@ -12,11 +12,12 @@ import sys
 import textwrap
 from functools import partial
 
-from benchmarks import accuracy, cpu, tables
+from benchmarks import accuracy, cpu, roofline, tables
 from benchmarks.record import ROOT, markdown, origin, write_bytes
-from benchmarks.tables import LINEAR_MAIN, MAIN, RED, digits, gpu_name, read, text
+from benchmarks.tables import LINEAR_MAIN, MAIN, NONE, RED, digits, gpu_name, read, text
 
 RESULTS = ROOT / "benchmarks" / "results"
+BASELINE = ROOT / "benchmarks" / "static_baseline.json"
 ACCURACY_COLUMNS = [
     "fastkl",
     "fastkl (Triton, interpreted)",
@@ -26,18 +27,19 @@ ACCURACY_COLUMNS = [
     "TRL",
     "Liger JSD (interpreted)",
 ]
-# The README's kernels, by their names in the results, and what each computes.
-KERNELS = {
-    "fastkl kl_divergence.forward": "KL from logits",
-    "fastkl token_stats.forward": "both KLs, entropy and log-probs from logits",
-    "fastkl kl_divergence.backward_p": "its gradient to the logits",
-    "liger _kldiv_kernel_forward": "KL from log-probabilities",
-    "liger _jsd_kernel beta=1": "KL and its gradient, from log-probabilities",
-    "trl logprob_entropy._forward_kernel": "log-prob and entropy from logits",
-    "trl chunked_divergence._stats_kernel": "both KLs from float32 logits",
+# The kernels of the table of static costs, by their names in the compile plan; its figures.
+KERNELS = (
+    *(f"kl_divergence.{step}" for step in ("forward", "backward_p", "backward_q", "backward_both")),
+    *(f"token_stats.{step}" for step in ("forward", "backward_p", "backward_both")),
+)
+COSTS = {
+    "instructions_per_pair": "instructions per pair: near",
+    "instructions_per_pair_general": "general",
+    "overhead_per_pair": "around",
+    "ex2_per_pair": "ex2",
+    "registers": "registers",
+    "spill_bytes": "spills, bytes",
 }
-SIDES = ("forward", "backward")
-PIPELINES = ("fastkl kl_divergence, token_stats", "liger kl_div", "liger jsd, beta 0 and 1")
 NO_RESULTS = (
     "No time has been measured on a GPU yet, so none is given: "
     "`python -m benchmarks.speed --out DIR` measures it."
@@ -74,36 +76,19 @@ def linear_section():
 
 
 def static_section():
-    data = read(RESULTS / "static/peers.json")
-    return kernels_table(data, KERNELS) + "\n\n" + ways_table(data, PIPELINES)
-
-
-def kernels_table(data, names=None):
-    first = {row["kernel"]: row for row in reversed(data["kernels"])}
-    rows = data["kernels"] if names is None else map(first.get, names)
-    head = ["kernel", "computes", "per", "instructions", "exponentials", "bytes", "H200, at most"]
-    return markdown(head, map(_kernel_line, rows))
-
-
-def _kernel_line(row):
-    name, bound = row["kernel"].replace("_", r"\_"), row.get("upper_bound_of_peak_bandwidth")
-    if "reason" in row:
-        return [name, row["reason"].replace("|", "/"), *[""] * 5]
-    limit = "" if bound["limited_by"] == "bandwidth" else f" ({bound['limited_by']})"
-    counts = [row[k] for k in ("instructions_per_pair", "ex2_per_pair", "kernel_bytes")]
-    words = KERNELS.get(row["kernel"], ""), f"{row['dtype']} {row['unit']}"
-    return [name, *words, *counts, f"{bound['percent']:g} %{limit}"]
-
-
-def ways_table(data, names=None):
+    baseline = read(BASELINE)
+    costs = {
+        row["kernel"]: row
+        for row in baseline["records"]
+        if (row["arch"], row["dtype"], row["aligned"]) == ("sm_90", "bf16", True)
+    }
     lines = []
-    for way in data["pipelines"]:
-        pairs = [[way[s][f"bytes_{n}_log_probs"] for n in ("bf16", "fp32")] for s in SIDES]
-        cells = [" to ".join(map(str, dict.fromkeys(pair))) for pair in pairs]
-        if names is None or way["pipeline"] in names:
-            name, gives = way["pipeline"].replace("_", r"\_"), way["gives"].replace("||", "‖")
-            lines.append([name, *cells, gives])
-    return markdown(["from bf16 logits, bytes per pair", *SIDES, "gives"], lines)
+    for kernel in KERNELS:
+        figures = [NONE if costs[kernel][key] is None else costs[kernel][key] for key in COSTS]
+        bound = roofline.upper_bound(costs[kernel])
+        lines.append([f"`{kernel}`", *figures, "{percent:g} % ({limited_by})".format(**bound)])
+    table = markdown(["kernel", *COSTS.values(), "H200, at most"], lines)
+    return f"{table}\n\n{origin(baseline)}"
 
 
 # The README's rows of speed: the workloads that most users have, and one where fastkl is behind.
@@ -172,7 +157,7 @@ def render(name, words):
 
 
 def results_page():
-    errors, costs = read(RESULTS / "cpu/accuracy.json"), read(RESULTS / "static/peers.json")
+    errors = read(RESULTS / "cpu/accuracy.json")
     found = tables.gpu_results(RESULTS)
     parts = [
         "# Results",
@@ -184,9 +169,8 @@ def results_page():
         "![Relative error against the size of the KL](cpu/accuracy.png)",
         *_accuracy_parts(errors),
         "## Static costs",
-        f"{costs['model'].capitalize()}. {origin(costs)}",
-        kernels_table(costs),
-        ways_table(costs),
+        f"Hot loops, compiled for sm_90: bf16, aligned rows. At most: an {roofline.MODEL}.",
+        static_section(),
         *cpu.page(read(RESULTS / "cpu/times.json")),
         "## GPU",
         *(part for path, data in found for part in _gpu_parts(path, data)),
@@ -216,9 +200,6 @@ def _gpu_parts(path, data):
             parts.append(f"A copy moves {max(copies):.0f} GB/s, read and written.")
         summary = section.get("summary", "").strip("= ")
         parts += [f"`{summary}`" * bool(summary), tables.timings(tables.rows_of(data, name))]
-    for axis in tables.growth(data):
-        title = f"kl_divergence against {axis}"
-        parts += [f"#### {title}", f"![{title}]({path.parent.name}/{path.stem}-{axis}.png)"]
     for file in sorted(path.parent.glob("*-accuracy.json"))[-1:]:
         parts += [f"#### accuracy: {origin(read(file))}", *_accuracy_parts(read(file))]
     return filter(None, parts)
@@ -232,10 +213,6 @@ def main(argv=None):
         made = {RESULTS / "README.md": results_page().encode()}
         for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))):
             made[path] = render(path.name, path.read_text(encoding="utf-8")).encode()
-        for path, data in tables.gpu_results(RESULTS):
-            for axis, table in tables.growth(data).items():
-                picture = tables.picture(table, gpu_name(data))
-                made[path.with_name(f"{path.stem}-{axis}.png")] = picture
     except ValueError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 1

@@ -28,7 +28,7 @@ GPUS = {
 
 
 def bytes_per_pair(kernel, dtype):
-    """Return the bytes that a kernel of ours moves per pair, or per logit of one tensor.
+    """Return the bytes that a kernel moves per pair, or per logit of one tensor.
     kernel: its name in the compile plan. None for a kernel that does not go over the
     vocabulary."""
     case, _, step = kernel.partition(".")
@@ -40,10 +40,9 @@ def bytes_per_pair(kernel, dtype):
     return read if step.startswith("forward") else None
 
 
-def upper_bound(record, moved=None):
-    """Return {"percent" of peak bandwidth, "limited_by"}, None where a loop was not counted.
-    moved: bytes per pair, for a kernel that is not one of ours."""
-    moved = moved or bytes_per_pair(record["kernel"], record["dtype"])
+def upper_bound(record):
+    """Return {"percent" of peak bandwidth, "limited_by"}, None where a loop was not counted."""
+    moved = bytes_per_pair(record["kernel"], record["dtype"])
     if not moved or record["instructions_per_pair"] is None:
         return {"percent": None, "limited_by": None}
     gpu = GPUS[record["arch"]]

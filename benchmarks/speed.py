@@ -14,7 +14,6 @@ import argparse
 import re
 import sys
 import time
-from concurrent.futures import TimeoutError
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ SECONDS = 1740.0  # for the whole run
 PROVIDER_SECONDS = 120.0  # for a provider in a section; an H200 takes 5 to 60
 LEAST_SECONDS = 15.0  # less is not worth the start of a process
 CRASHES = 2  # after so many of its processes a provider has no more in the section
-NO_TIME, STOPPED = "no time left in this run", "stopped at its time limit"
+NO_TIME = "no time left in this run"
 BROKE = "left out after it had broken the CUDA context in this section"
 
 
@@ -42,12 +41,8 @@ def _measuring(provider, check):
     device = torch.device(DEVICE if torch.cuda.is_available() else "cpu")
     measure = timing.measure_floor
     if provider != linear_cases.FLOOR:
-        loaders = (
-            providers.ALL_LOADERS
-            if provider in providers.ALL_LOADERS
-            else dict([providers.own(provider)])
-        )
-        measure = partial(timing.measure, *providers.load_providers(device, [provider], loaders))
+        loader = providers.ALL_LOADERS.get(provider) or providers.own(provider)[1]
+        measure = partial(timing.measure, providers.load(provider, loader, device))
     copy = None if check else timing.copy_bandwidth(device)
     return partial(measure, device=device, copy=copy)
 
@@ -93,24 +88,21 @@ def said(row):
 
 def run_provider(run, name, provider):
     """Measure a provider of a section, in as many processes one after the other as it takes."""
-    crashes, missing = 0, NO_TIME
+    crashes, missing = 0, None
     until = min(time.monotonic() + PROVIDER_SECONDS, run.deadline)
     with CHILD() as child:
         for workload in SUITES[name].workloads:
             left, failed = until - time.monotonic(), partial(timing.row_of, workload, provider)
             if left < LEAST_SECONDS or crashes >= CRASHES:
-                run.add(name, failed("missing", missing))
+                run.add(name, failed("missing", NO_TIME if left < LEAST_SECONDS else missing))
                 continue
-            try:
-                row = child.call(left, measure_here, provider, run.arguments.check, workload)
-                if "context" in row:
-                    child.end()
-                    crashes, missing = crashes + 1, BROKE
-            except (Exception, SystemExit) as error:
-                hung = isinstance(error, TimeoutError)
-                missing = STOPPED if hung else f"the process ended: {error!r}"
-                # Past the limit no time is left either.
-                crashes, row = crashes + (CRASHES if hung else 1), failed("failed", missing)
+            check = run.arguments.check
+            row, fault = child.attempt(left, measure_here, provider, check, workload)
+            if fault:
+                crashes, missing, row = crashes + 1, fault, failed("failed", fault)
+            elif "context" in row:
+                child.end()
+                crashes, missing = crashes + 1, BROKE
             run.add(name, row)
 
 
@@ -128,7 +120,7 @@ def run_section(run, name):
         if provider in wanted:
             run_provider(run, name, provider)
     rows = section["rows"]
-    late = sum(row["reason"] in (NO_TIME, STOPPED) for row in rows)
+    late = sum(row["reason"] == NO_TIME for row in rows)
     status = f"{late} of {len(rows)} rows not measured: {NO_TIME}" if late else "ok"
     run.write(name, status=status, seconds=round(time.monotonic() - started, 1))
 
@@ -165,10 +157,21 @@ def parse(argv):
         metavar="NAME",
         help="only these",
     )
-    yours = {"action": "append", "default": [], "help": "measure your own too; may be given again"}
-    add("--provider", type=providers.own, metavar="package.module:function", **yours)
-    seconds = {"type": partial(record.at_least, 1, kind=float), "default": SECONDS, "metavar": "S"}
-    add("--seconds", **seconds, help="time for all (default: %(default)s)")
+    add(
+        "--provider",
+        action="append",
+        type=providers.own,
+        default=[],
+        metavar="package.module:function",
+        help="measure your own too; may be given again",
+    )
+    add(
+        "--seconds",
+        type=partial(record.at_least, 1, kind=float),
+        default=SECONDS,
+        metavar="S",
+        help="time for all (default: %(default)s)",
+    )
     add("--check", action="store_true", help="compare with float64 and time nothing, on a CPU too")
     arguments = parser.parse_args(argv)
     if not (arguments.check or arguments.out):

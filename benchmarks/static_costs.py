@@ -2,7 +2,6 @@
 
     python -m benchmarks.static_costs --json FILE   every kernel of benchmarks.compile_plan
     python -m benchmarks.static_costs --baseline    compared with benchmarks/static_baseline.json
-    python -m benchmarks.static_costs --peers       public Triton kernels of others beside ours
     python -m benchmarks.static_costs --hash        digests: equal where two checkouts compile alike
     ... --kernel NAME --arch sm_90 --dtype bf16     only a part of the plan
 
@@ -73,7 +72,8 @@ CASE = ("kernel", "arch", "dtype", "aligned")
 SLACKS = {
     **dict.fromkeys(("instructions_per_pair", "instructions_per_pair_general"), SLACK),
     **dict.fromkeys(("overhead_per_pair", "ex2_per_pair"), SLACK),
-    **{"spill_bytes": 0.0, "narrow_loads": 0.0, "widest_load_bytes": 0.0, "registers": math.inf},
+    **dict.fromkeys(("spill_bytes", "narrow_loads", "widest_load_bytes"), 0.0),
+    **dict.fromkeys(("registers", "fp32_per_pair"), math.inf),
 }
 
 
@@ -212,10 +212,10 @@ def _of_cubin(compiled, tool, *arguments):
 def digest(specialization, arch):
     compiled = compile_kernel(specialization, arch)
     lines = machine_code(compiled).replace(compiled.metadata.name, "kernel").splitlines()
-    # Directives of the assembler name source lines and files.
+    # Directives and comments of AMD's assembler name source lines and files.
     code = [line.split(";")[0].strip() for line in lines] if "amdgcn" in compiled.asm else lines
-    text = "\n".join(line for line in code if not line.startswith("."))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    counted = "\n".join(line for line in code if not line.startswith("."))
+    return hashlib.sha256(counted.encode()).hexdigest()[:16]
 
 
 # All kernels
@@ -245,10 +245,10 @@ def collect(chosen):
 
 
 def table(records):
-    rows = [{**found, **found.get("upper_bound_of_peak_bandwidth", {})} for found in records]
-    frame = pd.DataFrame(rows).filter((*CASE, "unit", *FIGURES, "percent", "limited_by", "reason"))
-    short = frame.rename(columns=lambda name: name.replace("instructions_per_pair", "instr"))
-    return f"{short.to_string(na_rep='-', index=False)}\npercent: {roofline.MODEL}"
+    rows = [{**found, **found["upper_bound_of_peak_bandwidth"]} for found in records]
+    frame = pd.DataFrame(rows).filter((*CASE, *FIGURES, "percent", "limited_by"))
+    frame.columns = frame.columns.str.replace("instructions_per_pair", "instr")
+    return f"{frame.to_string(na_rep='-', index=False)}\npercent: {roofline.MODEL}"
 
 
 # The gate against regressions: compared with benchmarks/static_baseline.json
@@ -284,14 +284,15 @@ def compare(records, baseline):
     ]
     for case, key in itertools.product(now.keys() & before.keys(), SLACKS):
         new, old = now[case][key], before[case][key]
-        share = "" if new is None or not old else f" ({100 * (new / old - 1):+.1f} %)"
         if new != old:
-            worse = new is None
-            if old is not None and new is not None:
-                worse = new < old if key == "widest_load_bytes" else new > old * (1 + SLACKS[key])
-            sentence = f"{case}: {key} {old} -> {new}{share}"
-            (regressions if worse else changes).append(sentence)
+            worse = new is None or (old is not None and _is_worse(key, new, old))
+            share = f" ({100 * (new / old - 1):+.1f} %)" if new is not None and old else ""
+            (regressions if worse else changes).append(f"{case}: {key} {old} -> {new}{share}")
     return sorted(regressions), sorted(changes)
+
+
+def _is_worse(key, new, old):
+    return new < old if key == "widest_load_bytes" else new > old * (1 + SLACKS[key])
 
 
 def judge(records, baseline):
@@ -300,11 +301,10 @@ def judge(records, baseline):
     regressions, changes = compare(records, baseline) if here == there else ([], [])
     sys.stdout.writelines(f"changed: {line}\n" for line in changes)
     sys.stderr.writelines(f"regression: {line}\n" for line in regressions)
-    verdict = f"{len(regressions)} regressions, {len(changes)} other changes"
-    verdict = verdict if here == there else f"nothing compared, this is {here}"
+    counts = f"{len(regressions)} regressions, {len(changes)} other changes"
+    verdict = counts if here == there else f"nothing compared, this is {here}"
     print(f"baseline of Triton {there}: {verdict}; --write-baseline renews it")
-    found = {"triton": there, "compared": here == there}
-    return {**found, "regressions": regressions, "changes": changes}
+    return {"triton": there, "regressions": regressions, "changes": changes}
 
 
 # The command
@@ -312,21 +312,18 @@ def judge(records, baseline):
 
 def parse(argv):
     parser = command_line("static_costs", __doc__.splitlines()[0])
-    for name, choices in (("arch", ARCHITECTURES), ("dtype", DTYPES)):
-        text = f"only this {name} (may be given again)"
-        parser.add_argument(f"--{name}", action="append", choices=choices, help=text)
-    only = "only kernels whose name has NAME in it"
-    parser.add_argument("--kernel", default="", metavar="NAME", help=only)
+    part = {"action": "append", "help": "only this one (may be given again)"}
+    parser.add_argument("--arch", choices=ARCHITECTURES, **part)
+    parser.add_argument("--dtype", choices=DTYPES, **part)
+    parser.add_argument("--kernel", default="", metavar="NAME", help="only where NAME is in it")
     file = {"nargs": "?", "const": str(BASELINE), "metavar": "FILE"}
-    mode, text = parser.add_mutually_exclusive_group(), f"compare with FILE ({BASELINE.name})"
-    mode.add_argument("--baseline", type=read_baseline, **file, help=text)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--baseline", type=read_baseline, **file, help="compare with a FILE")
     mode.add_argument("--write-baseline", type=output_file, **file, help="write such a FILE")
-    mode.add_argument("--peers", action="store_true", help="kernels of others beside ours, sm_90")
     mode.add_argument("--hash", action="store_true", help="a digest of each kernel's machine code")
     arguments = parser.parse_args(argv)
-    whole = "--write-baseline" * bool(arguments.write_baseline) or "--peers" * arguments.peers
-    if whole and (arguments.arch or arguments.dtype or arguments.kernel):
-        parser.error(f"{whole}: expected the whole plan, got only a part; leave out which")
+    if arguments.write_baseline and (arguments.arch or arguments.dtype or arguments.kernel):
+        parser.error("--write-baseline: expected the whole plan, got only a part; leave out which")
     return arguments
 
 
@@ -341,14 +338,8 @@ def main(argv=None):
         for case in chosen:
             print(digest(*case[:2]), case[0].name, *case[1:], flush=True)
         return 0
-    if arguments.peers:
-        from benchmarks.peer_kernels import measure_all
-
-        data |= measure_all()
-        print(pd.json_normalize(data["pipelines"]).to_string(index=False))
-    else:
-        data |= collect(chosen)
-    print(table(data["kernels" if arguments.peers else "records"]))
+    data |= collect(chosen)
+    print(table(data["records"]))
     if baseline := arguments.baseline:
         asked = [found for found in baseline["records"] if arguments.kernel in found["kernel"]]
         data["baseline"] = judge(data["records"], {**baseline, "records": asked})

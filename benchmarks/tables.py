@@ -1,16 +1,12 @@
-"""Turn rows of speed.py into tables: the best beside fastkl, every figure, and growth with size.
+"""Turn rows of speed.py into tables: the best beside fastkl, and every figure.
 
 A file of results is {"gpu", "versions", "commit", "command", "date", "sections": {name: {"status",
 "rows"}}}. Files written before 2026-12 have the bandwidth of a copy as a row of its own.
 """
 
-import io
 import json
 import math
 import re
-
-import pandas as pd
-from matplotlib.figure import Figure
 
 from benchmarks import cases, linear_cases, record
 
@@ -225,40 +221,3 @@ def line(row):
     cells.append(", ".join(f"{name} {float(off):.0e}" for name, off in errors.items()) or NONE)
     name, provider = f"`{label(row['workload'])}`", text(row["provider"])
     return [name, provider, *cells, text(row.get("note") or "")]
-
-
-# Growth with size
-
-
-AXES = {"rows": ("vocabulary", 128256), "vocabulary": ("rows", 4096)}
-
-
-def growth(data):
-    """Return {axis: table by size} of kl_divergence in section "scaling". Columns: (figure,
-    provider), of time and wall in milliseconds, on the device and of one call alone on the
-    clock, and of memory in GB."""
-    rows = [
-        {
-            **row["workload"],
-            **{"provider": row["provider"], "time": timed(row)["both"]},
-            **{
-                "wall": row["times"]["both"]["wall_ms"],
-                "memory": row["memory"]["peak_bytes"] / 1e9,
-            },
-        }
-        for row in rows_of(data, "scaling")
-        if "both" in timed(row)
-    ]
-    found = {axis: [row for row in rows if row[k] == size] for axis, (k, size) in AXES.items()}
-    columns = {"columns": "provider", "values": ["time", "wall", "memory"]}
-    return {a: pd.DataFrame(lines).pivot(index=a, **columns) for a, lines in found.items() if lines}
-
-
-def picture(table, name):
-    labels = {"time": "device time, ms", "wall": "one call alone, ms", "memory": "peak, GB"}
-    content, figure = io.BytesIO(), Figure(figsize=(14, 4.2), dpi=120, layout="constrained")
-    for axes, (kind, words) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
-        table[kind].plot(ax=axes, loglog=True, marker="o", markersize=3, ylabel=words, grid=True)
-    figure.suptitle(f"kl_divergence, forward and backward, bf16, {name}")
-    figure.savefig(content, format="png")
-    return content.getvalue()

@@ -29,14 +29,10 @@ WARM_UP_MS, TIMED_MS, GRAPH_MS = 50, 250, 20
 GRAPH_BELOW_MS = 0.2
 ROTATE_OVER, MOST_SETS = 3, 64  # the inputs together are at least so many times the L2
 FLOOR_CHUNKS = (2**62, 4096, 2048)  # tokens at a time with which the floor is tried: all, and fewer
-# Inputs, truth and gate of a case.
+# Inputs and truth of a case.
 KINDS = {
-    cases.Workload: (cases.make_inputs, cases.truth, cases.fault),
-    linear_cases.LinearWorkload: (
-        linear_cases.make_linear_inputs,
-        linear_cases.expected,
-        linear_cases.linear_fault,
-    ),
+    cases.Workload: (cases.make_inputs, cases.truth),
+    linear_cases.LinearWorkload: (linear_cases.make_linear_inputs, linear_cases.linear_truth),
 }
 
 
@@ -73,7 +69,7 @@ def measure(provider, workload, device, copy=None):
 
 
 def _figures(work, workload, device, copy):
-    make, truth, fault = KINDS[type(workload)]
+    make, truth = KINDS[type(workload)]
     sets = _inputs(workload, device, make, copy)
 
     def forward(inputs):
@@ -84,7 +80,7 @@ def _figures(work, workload, device, copy):
         outputs = forward(inputs)
         return outputs, gradients(inputs, outputs)
 
-    error, wrong = fault(workload, sets[0], truth(workload, sets[0]), *both(sets[0]))
+    error, wrong = cases.fault(truth(workload, sets[0]), [*itertools.chain(*both(sets[0]))])
     if wrong or not copy:
         return {"status": "wrong" if wrong else "ok", "reason": wrong, "error": error}
     memory = _memory(forward, sets[0])
@@ -122,8 +118,8 @@ def measure_floor(workload, device, copy):
             workload, linear_cases.FLOOR, "failed", "OutOfMemoryError with every chunk size"
         )
     best = min(tried.values(), key=lambda figures: figures["median_ms"])
-    best |= workload.rates(phase, best["median_ms"], copy)
-    times = {phase: {**best, "tried": {size: one["median_ms"] for size, one in tried.items()}}}
+    medians = {size: figures["median_ms"] for size, figures in tried.items()}
+    times = {phase: best | workload.rates(phase, best["median_ms"], copy) | {"tried": medians}}
     note = f"{linear_cases.PRODUCTS[workload.mode]} products into 16-bit buffers, and nothing else"
     return row_of(workload, linear_cases.FLOOR, "ok", None, note=note, times=times)
 
@@ -143,8 +139,8 @@ def timed(run, sets):
     from triton.testing import do_bench
 
     turns = itertools.cycle(sets)
-    options = {"warmup": WARM_UP_MS, "rep": TIMED_MS, "return_mode": "all"}
-    return _median(do_bench(lambda: run(next(turns)), **options), timed_by="events")
+    times = do_bench(lambda: run(next(turns)), WARM_UP_MS, TIMED_MS, return_mode="all")
+    return _median(times, timed_by="events")
 
 
 def by_graph(figures, run, sets):

@@ -18,7 +18,6 @@ import itertools
 import pprint
 import statistics
 import sys
-from concurrent.futures import TimeoutError
 
 import torch
 
@@ -125,12 +124,8 @@ def attempt(arguments, chosen, record):
     It runs in a process of its own, is printed, added to the record, and written with it."""
     problem = (arguments.direction, arguments.dtype, arguments.vocabulary)
     with CHILD() as child:
-        try:
-            outcome = {"times": child.call(SECONDS, measure, *problem, chosen)}
-        except TimeoutError:
-            outcome = {"refused": f"no answer in {SECONDS} s"}
-        except (Exception, SystemExit) as error:
-            outcome = {"refused": f"{type(error).__name__}: {error}"}
+        times, fault = child.attempt(SECONDS, measure, *problem, chosen)
+    outcome = {"refused": fault} if fault else {"times": times}
     trial = {**dataclasses.asdict(chosen), **outcome}
     record["trials"].append(trial)
     print(" ", [trial[name] for name in FIELDS], outcome, flush=True)
@@ -180,8 +175,7 @@ def main(argv=None):
         f"{gpu}, Triton {record['versions']['triton']}, {record['date'][:10]}, V = {vocabulary}: "
         f"{times}; mean {score(best):.4g}, before {score(second[0]):.4g} ms, best of {len(found)}"
     )
-    values = {name: best[name] for name in FIELDS}
-    chosen = dataclasses.replace(found[0], measured=measured, **values)
+    chosen = config.RowConfig(**{name: best[name] for name in FIELDS}, measured=measured)
     made = dataclasses.replace(entry, arch=arch, **{direction: chosen})
     print(
         "for TABLE in kernels/config.py, before or in place of "

@@ -67,11 +67,10 @@ def gradients(inputs, outputs, **options):
 def logits_works(functions, note, **notes):
     """Make {operation: Work} of functions of (p_logits, q_logits, tokens). notes: of the
     operations that do something else than `note` says."""
-
-    def on_logits(name, function):
-        return Work(lambda i: function(i.p, i.q, i.tokens), notes.get(name, note))
-
-    return {name: on_logits(name, function) for name, function in functions.items()}
+    return {
+        name: Work(lambda i, call=function: call(i.p, i.q, i.tokens), notes.get(name, note))
+        for name, function in functions.items()
+    }
 
 
 def on_hidden(functions):
@@ -133,19 +132,18 @@ def _chosen(log_p, tokens):
     return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+def _entropy(log_p):
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 def plain_kl_divergence(p, q, tokens=None):
     log_p, log_q = log_softmax(p), log_softmax(q)
     return ((log_p.exp() * (log_p - log_q)).sum(-1),)
 
 
-def plain_entropy(p, q, tokens):
-    log_p = log_softmax(p)
-    return (-(log_p.exp() * log_p).sum(-1),)
-
-
 def plain_logprob_entropy(p, q, tokens):
     log_p = log_softmax(p)
-    return _chosen(log_p, tokens), -(log_p.exp() * log_p).sum(-1)
+    return _chosen(log_p, tokens), _entropy(log_p)
 
 
 def plain_token_stats(p_logits, q_logits, tokens):
@@ -171,6 +169,6 @@ PLAIN = {
     "token_stats": plain_token_stats,
     "logprob": lambda p, q, tokens: (_chosen(log_softmax(p), tokens),),
     "logprob_entropy": plain_logprob_entropy,
-    "entropy": plain_entropy,
+    "entropy": lambda p, q, tokens: (_entropy(log_softmax(p)),),
     "logprob_kl": plain_logprob_kl,
 }

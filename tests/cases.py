@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import shutil
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -181,6 +182,20 @@ def padded(
 def assert_same(results, expected, what: str = "result") -> None:
     for i, (result, value) in enumerate(zip(results, expected, strict=True)):
         testing.assert_same_bits(result, value, f"{what} {i}")
+
+
+# Count how often call() waits for the GPU, once everything is compiled.
+def waits(call) -> int:
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 # (CUDA graph of call(), its results): once outside, so that everything is compiled and allocated,

@@ -21,14 +21,17 @@ import tomllib
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "mutants.md"
 # A fault may keep a loop from its end: a test that takes so many seconds has failed.
-PYTEST = ("pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=300")
-PYTEST += ("-o", "faulthandler_exit_on_timeout=true")
+PYTEST = (
+    *("pytest", "-x", "-q", "-p", "no:cacheprovider"),
+    *("-o", "faulthandler_timeout=300", "-o", "faulthandler_exit_on_timeout=true"),
+)
 
 
 # A text of a file and its replacement; `tests` are arguments of pytest, interpreted as kernels are;
 # equivalent: why no test can see it.
-FIELDS = "name text replacement file tests interpreted equivalent"
-Fault = namedtuple("Fault", FIELDS, defaults=[""])
+Fault = namedtuple(
+    "Fault", "name text replacement file tests interpreted equivalent", defaults=[""]
+)
 
 
 # Read the faults; raise for a text that its file does not hold exactly once.
@@ -71,8 +74,8 @@ def row_of(fault: Fault, tree: Path, commit: str) -> str:
     failed = failure(tree, fault.tests, fault.interpreted)
     path.write_text(right)
     missed = f"equivalent: {fault.equivalent}" if fault.equivalent else "**survived**"
-    cells = fault.name, fault.file, f"`{failed}`" if failed else missed
-    return "| {} | {} | {} | {:.0f} | {} |".format(*cells, time.perf_counter() - start, commit)
+    found, seconds = f"`{failed}`" if failed else missed, time.perf_counter() - start
+    return f"| {fault.name} | {fault.file} | {found} | {seconds:.0f} | {commit} |"
 
 
 # Write the table; return the number of survivors that are no named equivalents.

@@ -1,13 +1,17 @@
-"""Wrong arguments of the public functions on logits by the values that they hold, and right ones
-at the ends of their ranges; test_wrong_arguments.py has every argument by every kind.
+"""Wrong arguments of the public functions by the values that they hold, alone and beside each
+other, and right ones at the ends of their ranges; test_wrong_arguments.py has every argument by
+every kind.
 """
 
+import itertools
 import math
 import re
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
 import torch
+from test_wrong_arguments import TARGETS, answer
 
 import fastkl
 from fastkl import testing
@@ -34,53 +38,119 @@ CALLS = {
     "select": lambda a, **more: (fastkl.selective_log_softmax(a.p, a.tokens, **more),),
     "penalty": lambda a, **more: (fastkl.KLPenalty(0.1)(a.p, a.q, **more),),
 }
-WITH_TEMPERATURE = ["kl", "stats", "policy_stats"]
 
 
-def kl(**keywords):
-    return lambda p: fastkl.kl_divergence(p, p, **keywords)
-
-
-def sampled(**keywords):
-    return lambda p: fastkl.sampled_kl_loss(-torch.ones(2), -torch.ones(2), **keywords)
-
-
-BEYOND = (0, 0.0, 2.0**-127, 2.0**126 * (1 + 2.0**-52))
-WRONG = {
-    "weights without a sum": ("weights", kl(weights=torch.ones(2, V))),
-    "weights of another shape": ("weights", kl(weights=torch.ones(V, 2), reduction="sum")),
-    "a penalty's reduction": ("reduction", kl(reduction="sequence_mean")),
-    "torch's reduction": ("reduction", kl(reduction="batchmean")),
-    "a normalizer of none": ("normalizer", kl(normalizer=3)),
-    "a normalizer of 0": ("normalizer", kl(reduction="mean", normalizer=0.0)),
-    "a normalizer below float32": ("normalizer", kl(reduction="mean", normalizer=1e-300)),
-    "a normalizer of a sum": ("normalizer", kl(reduction="sum", normalizer=3)),
-    "a normalizer of a penalty's sum": (
-        "normalizer",
-        lambda p: fastkl.KLPenalty(0.1, reduction="sum")(p, p, normalizer=3),
+ZEROS, FLAT, TWO = torch.zeros(2, 3), torch.zeros(6), torch.zeros(2)
+LEARNING, META = torch.zeros(2, 3, requires_grad=True), torch.ones((), device="meta")
+BOUNDS = torch.tensor([0, 2, 6])
+# A pack of two sequences; PPO then gets a reduction that asks for them, as GRPO's default does.
+PACKED = {"logprob": FLAT, "old_logprob": FLAT, "advantages": TWO, "cu_seqlens": BOUNDS}
+OF_PPO, LINE = {**PACKED, "reduction": "sequence_mean"}, {"kl": FLAT, "cu_seqlens": BOUNDS}
+SAMPLED, EXACT = {"beta": 0.1, "ref_logprob": ZEROS}, {"beta": 0.1, "kl": LEARNING}
+UNPACKED, DR_GRPO = {**PACKED, "cu_seqlens": None}, {"reduction": "dr_grpo"}
+PAIRS = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+TARGETED = "AdaptiveBeta PPOAdaptiveBeta PIDBeta"
+# Functions, the argument that the message names, and its wrong values or, as a dict, wrong
+# arguments that include it.
+WRONG = [
+    ("kl_divergence", "weights", {"weights": torch.ones(2, 3)}),
+    ("kl_divergence", "reduction", "sequence_mean", "batchmean"),
+    ("kl_divergence", "normalizer", 3, {"reduction": "sum", "normalizer": 3}),
+    *(
+        ("kl_divergence", "normalizer", {"reduction": "mean", "normalizer": value})
+        for value in (0.0, 1e-300)
     ),
-    "a normalizer of a linear penalty's sum": (
-        "normalizer",
-        lambda p: fastkl.LinearKLPenalty(0.1, reduction="sum")(p, p[0, :, :], p, normalizer=3),
+    ("kl_divergence", "temperature", 0, 0.0, 2.0**-127, 2.0**126 * (1 + 2.0**-52)),
+    ("sampled_kl_loss", "clamp", 0.0, 50.1),
+    ("sampled_kl_loss ppo_loss grpo_loss", "old_logprob", LEARNING),
+    ("shape_rewards", "beta", META, SimpleNamespace(beta=-1.0)),
+    ("shape_rewards", "scores", torch.zeros(2, 1), {"kl": FLAT}),
+    ("shape_rewards", "scores", {**LINE, "scores": torch.zeros(4)}),
+    ("shape_rewards", "scores", {**LINE, "scores": TWO.to("meta")}),
+    ("shape_rewards", "kl", {"cu_seqlens": BOUNDS}),
+    ("ppo_loss grpo_loss", "clip", 1.2, (0.2, -0.1), (0.2, math.nan)),
+    ("ppo_loss grpo_loss dpo_loss", "normalizer", 0, META),
+    ("ppo_loss grpo_loss", "normalizer", {"reduction": "sum", "normalizer": 3}),
+    ("ppo_loss grpo_loss", "logprob", {"cu_seqlens": BOUNDS}),
+    ("ppo_loss grpo_loss", "advantages", torch.zeros(2, 1)),
+    ("ppo_loss", "reduction", "grpo"),
+    ("ppo_loss", "dual_clip", 1.0, 0.5),
+    ("ppo_loss", "cu_seqlens", {**OF_PPO, "cu_seqlens": None}),
+    ("ppo_loss", "advantages", {**OF_PPO, "advantages": torch.zeros(3)}),
+    ("grpo_loss", "reduction", "mean", "sequence_mean", "token_mean"),
+    ("grpo_loss", "correct_kl", {**EXACT, "correct_kl": True}),
+    ("grpo_loss", "kl_clamp", 0.0, 51, {**EXACT, "kl_clamp": 5.0}),
+    ("grpo_loss", "max_length", 9, {**PACKED, **DR_GRPO, "max_length": 3}),
+    *(("grpo_loss", "max_length", {**DR_GRPO, "max_length": value}) for value in (0, 2, 2**31)),
+    ("grpo_loss", "cu_seqlens", UNPACKED, {**UNPACKED, **DR_GRPO, "max_length": 3}),
+    *(
+        ("grpo_loss", "cu_seqlens", {**UNPACKED, "level": "sequence", "reduction": name})
+        for name in ("sum", "bnpo")
     ),
-    **{f"temperature {t}": ("temperature", kl(temperature=t)) for t in BEYOND},
-    "clamp 0": ("clamp", sampled(clamp=0.0)),
-    "clamp beyond e^x": ("clamp", sampled(clamp=50.1)),
-    "a learning sampler": (
-        "old_logprob",
-        sampled(old_logprob=torch.zeros(2, requires_grad=True)),
-    ),
-}
+    ("grpo_loss", "advantages", {**PACKED, "advantages": torch.zeros(3)}),
+    *(("grpo_loss", "kl", {"beta": beta}) for beta in (0.1, torch.tensor(0.1))),
+    ("grpo_loss", "kl", {**SAMPLED, "kl": LEARNING}),
+    ("grpo_loss", "kl", {"beta": 0.1, "kl": ZEROS, "logprob": LEARNING}),
+    ("dpo_loss", "chosen", *(dict.fromkeys(PAIRS, value) for value in (ZEROS, TWO[0]))),
+    ("dpo_loss", "beta", 0),
+    ("dpo_loss", "label_smoothing", 0.5),
+    ("TrustRegion", "max_kl", 0.0),
+    ("TrustRegion", "shrink", 1.0, 0),
+    ("TrustRegion", "tries", 2.5),
+    ("FixedBeta", "beta", Fraction(10**400), -Fraction(10**400)),
+    (TARGETED, "initial", 0.0, {"bounds": (0.2, 1.0)}),
+    (TARGETED, "target", 0.0),
+    (TARGETED, "bounds", (1.0, 0.01), (0.0, 1.0)),
+    ("AdaptiveBeta", "horizon", 0),
+    ("PPOAdaptiveBeta", "tolerance", 0.9),
+    ("PPOAdaptiveBeta", "factor", 1.0),
+    ("PIDBeta", "ki", 0.0),
+    ("PIDBeta", "kd", 1e3),
+    ("AdaptiveBeta.update", "kl", torch.tensor(math.nan), torch.ones(3)),
+    ("AdaptiveBeta.update", "n", 500, 0),
+    ("SpikeDetector", "ratio", 1.0),
+    ("SpikeDetector", "limit", 0.0),
+    ("SpikeDetector", "recent", 0),
+    ("SpikeDetector", "window", 15),
+    ("SpikeDetector", "floor", 0.0),
+    ("KLMonitor.update", "cu_seqlens", {"kl": FLAT, "cu_seqlens": torch.tensor([0, 2])}),
+    ("KLMonitor.update", "loss", TWO.to("meta"), 10**400),
+    *(("KLMonitor.update", f"kl/{name}", 1.0) for name in ("mean", "p95", "per_sequence")),
+]
+OF_ANOTHER_TYPE = [
+    ("shape_rewards", "beta", torch.tensor(1), SimpleNamespace(weight=1.0)),
+    ("dpo_loss", "beta", SimpleNamespace(beta=0.1)),
+    ("ppo_loss grpo_loss", "clip", (0.1, 0.2, 0.3), torch.tensor(0.2)),
+    ("ppo_loss grpo_loss dpo_loss", "normalizer", torch.tensor(True)),
+    ("grpo_loss", "correct_kl", 0),
+    *(("grpo_loss", "max_length", {**DR_GRPO, "max_length": value}) for value in (None, 2.5)),
+    ("SpikeDetector", "recent", 1.5),
+    ("KLMonitor.update", "loss", torch.ones(3).to_sparse(), True),
+]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_values(name) -> None:
-    with pytest.raises(ValueError, match=f"^{WRONG[name][0]}: expected .*, got .*; "):
-        WRONG[name][1](torch.zeros(2, V, V))
+@pytest.mark.parametrize(
+    "error, name, argument, wrong",
+    [
+        (error, name, argument, wrong if isinstance(wrong, dict) else {argument: wrong})
+        for error, rows in ((ValueError, WRONG), (TypeError, OF_ANOTHER_TYPE))
+        for names, argument, *each in rows
+        for name, wrong in itertools.product(names.split(), each)
+    ],
+)
+def test_wrong_values(error, name, argument, wrong) -> None:
+    assert answer(TARGETS[name], wrong, [argument], (error,)) is None
+
+
+@pytest.mark.parametrize("name", ["KLPenalty", "LinearKLPenalty"])
+def test_a_penaltys_sum_has_no_normalizer(name) -> None:
+    penalty = getattr(fastkl, name)(0.1, reduction="sum")
+    target = TARGETS[f"{name}.forward"]._replace(get=lambda: penalty.forward)
+    assert answer(target, {"normalizer": 3}, ["normalizer"]) is None
 
 
 @pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf, 2.0**-127, 2.0**127])
-@pytest.mark.parametrize("name", WITH_TEMPERATURE)
+@pytest.mark.parametrize("name", ["kl", "stats", "policy_stats"])
 def test_temperature_of_a_row_that_is_not_positive(implementation, name, value) -> None:
     # An error where looking costs nothing; with the kernels NaN in that row and in no other.
     arguments, given = right(implementation.device), {}

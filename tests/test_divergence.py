@@ -74,36 +74,29 @@ def test_constants_and_entries_that_do_not_count(implementation, name) -> None:
     check(implementation, *FLOAT32_ROWS[name]())
 
 
-def of_type(make):
-    return lambda dtype: tuple(value.to(dtype) for value in make())
-
-
 ROWS = {
     **{
-        f"V = {vocabulary}": lambda dtype, vocabulary=vocabulary: testing.sizes_pair(
+        f"V = {vocabulary}": lambda vocabulary=vocabulary: testing.sizes_pair(
             "normal3",
             (1e-3, 0.1, 1.0, 5.0) if vocabulary <= 4097 else (0.1, 1.0),
             SHIFTS,
             vocabulary,
-            dtype,
         )
         for vocabulary in (1, 2, 3, 7, 8, 9, 127, 4096, 4097, 32768, 32769, 50257, 262144)
         if vocabulary <= (32769 if INTERPRETING else 262144)
     },
     # All logits far below 0, where e^x is 0 in float32, or far above.
     **{
-        f"about {level:g}": of_type(
-            lambda level=level: [side + level for side in testing.pair("normal3", 4, 1003, 0.5)]
-        )
+        f"about {level:g}": lambda level=level: [
+            side + level for side in testing.pair("normal3", 4, 1003, 0.5)
+        ]
         for level in (-90.0, -1e4, 1e4)
     },
     # Rows that have nothing to do with each other, whose logits lie 1e4 apart.
     **{
-        f"times {scale:g}": of_type(
-            lambda scale=scale: [
-                testing.pair("normal1", 3, 1003, 0.0, seed=seed)[0] * scale for seed in (0, 1)
-            ]
-        )
+        f"times {scale:g}": lambda scale=scale: [
+            testing.pair("normal1", 3, 1003, 0.0, seed=seed)[0] * scale for seed in (0, 1)
+        ]
         for scale in (1e3, 1e4)
     },
 }
@@ -111,7 +104,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_sizes_of_rows_and_logits(implementation, name, dtype) -> None:
-    check(implementation, *ROWS[name](dtype))
+    check(implementation, *(side.to(dtype) for side in ROWS[name]()))
 
 
 MIXED = [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16"), ("bf16", "fp16")]

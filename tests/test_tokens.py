@@ -1,5 +1,6 @@
 """token_stats: all fields, every mix of upstream gradients, tokens that are out of range;
-test_divergence_rows.py has what masks, layouts, infinities and NaN do.
+test_divergence_rows.py has what masks, layouts, infinities and NaN do. selective_log_softmax, of
+one id and of K ids per row: values and gradients against float64.
 """
 
 import itertools
@@ -8,9 +9,9 @@ import math
 import cases
 import pytest
 import torch
-from cases import INTERPRETING, Rows, assert_gradients, random_tokens
+from cases import FLOATS, INTERPRETING, Rows, assert_gradients, random_tokens
 
-from fastkl import TokenStats, testing, token_stats
+from fastkl import TokenStats, selective_log_softmax, testing, token_stats
 from fastkl.ops import row_blocks
 
 FIELDS = TokenStats._fields
@@ -109,3 +110,126 @@ def test_token_out_of_range(implementation, token) -> None:
         assert "logprob" not in name or bool(result[1].isnan())
         rows = [0, 1, 2] if name in ("entropy", "kl", "ref_kl") else [0, 2]
         testing.assert_same_bits(result[rows], value[rows], name)
+
+
+# ---- selective_log_softmax
+
+
+def check_selected(implementation, logits: torch.Tensor, index: torch.Tensor) -> None:
+    leaf, exact = testing.leaf(logits.to(implementation.device)), testing.leaf(logits.double())
+    result = selective_log_softmax(leaf, index.to(implementation.device))
+    several = index.long() if index.dim() == logits.dim() else index.long()[..., None]
+    expected = exact.log_softmax(-1).gather(-1, several).view(index.shape)
+    assert result.dtype == torch.float32 and result.shape == index.shape
+    testing.assert_near(result, expected, 2e-6, 2e-6, "log-softmax")
+    assert bool((result <= 0).all())
+    upstream = testing.upstream_for(result)
+    (grad,) = torch.autograd.grad(result, leaf, upstream)
+    assert grad.dtype == logits.dtype
+    (truth,) = torch.autograd.grad(expected, exact, upstream.double().cpu())
+    testing.assert_rounded_gradient(grad, truth, truncated=implementation.interpreted)
+
+
+SIZES = [
+    (1, 3),
+    (9, 1),
+    (9, 9),
+    (1003, 5),
+    (1003, 100),
+    (1, None),
+    (9, None),
+    (1003, None),
+    (40001, None),
+]
+
+
+@pytest.mark.parametrize("vocabulary, count", SIZES)
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_selected_against_fp64(implementation, dtype, vocabulary, count) -> None:
+    if implementation.interpreted:
+        vocabulary = min(vocabulary, 9003 if dtype == torch.bfloat16 else 1003)
+    logits = testing.pair("normal3", 6, vocabulary, 0.0, dtype=dtype)[0].view(2, 3, vocabulary)
+    shape = (2, 3) if count is None else (2, 3, count)
+    index = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(2))
+    check_selected(implementation, logits, index)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8, torch.int8], ids=str)
+def test_index_types_and_layouts(implementation, kind) -> None:
+    logits = testing.pair("normal3", 6, 203, 0.0)[0].view(2, 3, 203)
+    index = torch.randint(100, (4, 3, 2), generator=torch.Generator().manual_seed(2))
+    index = index.to(kind).transpose(0, 2)
+    check_selected(implementation, logits, index)
+    check_selected(implementation, logits[0, 0], index[0, 0])
+
+
+@pytest.mark.parametrize("rows, count", [(0, 4), (3, 0)])
+def test_nothing_to_select(implementation, rows, count) -> None:
+    leaf = torch.randn(rows, 203, device=implementation.device, requires_grad=True)
+    result = selective_log_softmax(leaf, torch.empty(rows, count, device=leaf.device).long())
+    result.sum().backward()
+    assert result.numel() == 0 and bool((leaf.grad == 0).all())
+
+
+# Log-probabilities from 0 to -2000 of one row, a shift of all logits, and -inf: each has its own
+# digits, none those of the least likely. Differences of logits beyond float32's largest number are
+# -inf, as in torch; equal ones are as likely.
+def test_digits(implementation) -> None:
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0)) - 40
+    logits[:, :7] = -torch.tensor([0.0, 1e-3, 1.0, 30.0, 400.0, 2000.0, math.inf])
+    logits[1] += 30
+    logits[2, :7] = -math.inf  # of no id is there anything
+    logits[3:] = 0.0
+    logits[3, :3] = torch.tensor([3e38, -3e38, 3e38])
+    leaf, index = (
+        testing.leaf(logits.to(implementation.device)),
+        torch.arange(7).flip(0).expand(5, 7),
+    )
+    result = selective_log_softmax(leaf, index.to(implementation.device))
+    exact = logits.double().log_softmax(-1).gather(-1, index)
+    exact = torch.where(exact < -3.4e38, -math.inf, exact)
+    testing.assert_near(result, exact, 2e-6, 2e-6, "log-softmax")
+    result[:2, 1:].sum().backward()
+    assert bool(leaf.grad.isfinite().all())
+
+
+# An error on the reference; on the kernels NaN in its own entry, gradient 0 from it, the others as
+# ever.
+@pytest.mark.parametrize("identity", [-1, -100, 203, 1 << 40])
+def test_ids_out_of_range(implementation, identity) -> None:
+    logits = testing.pair("normal3", 3, 203, 0.0, device=implementation.device)[0]
+    index = torch.tensor([[5, 0], [202, 0], [7, 7]], device=implementation.device)
+    bad, others = index.clone(), torch.arange(6, device=index.device).view(3, 2) != 3
+    bad[~others] = identity
+    if not implementation.kernels:
+        with pytest.raises(ValueError, match="index"):
+            selective_log_softmax(logits, bad)
+        return
+    leaves = [testing.leaf(logits) for _ in range(2)]
+    results = [selective_log_softmax(*pair) for pair in zip(leaves, (index, bad), strict=True)]
+    assert torch.equal(results[1].isnan(), ~others)
+    testing.assert_near(results[1][others], results[0][others], 1e-6, 1e-6, "the others")
+    for value in results:
+        value[others].sum().backward()
+    testing.assert_near(leaves[1].grad, leaves[0].grad, 1e-5, 1e-6, "gradient")
+
+
+# Ids that occur twice included.
+def test_gradcheck_in_fp64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    index = torch.tensor([[0, 1, 0, 0], [4, 4, 4, 4], [3, 2, 1, 0]])
+    assert torch.autograd.gradcheck(lambda value: selective_log_softmax(value, index), (logits,))
+    alone = selective_log_softmax(logits, index[:, :1])[:, 0]
+    assert torch.equal(alone, selective_log_softmax(logits, index[:, 0]))
+
+
+def test_opcheck(implementation) -> None:
+    device, ops = implementation.device, torch.ops.fastkl
+    logits = testing.pair("normal3", 6, 29, 0.0, device=device)[0].view(2, 3, 29)
+    index = torch.randint(29, (2, 3, 4), generator=torch.Generator().manual_seed(2)).to(device)
+    given, upstream = (index, implementation.backend), testing.upstream_for(index.float())
+    torch.library.opcheck(ops.selected_logprobs.default, (testing.leaf(logits), *given))
+    made = ops.selected_logprobs(logits, *given)
+    backward = (logits, index, *made, upstream, implementation.backend)
+    torch.library.opcheck(ops.selected_gradients.default, backward)

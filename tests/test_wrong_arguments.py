@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,28 +23,24 @@ import fastkl
 import fastkl.rl
 
 V, H = 7, 4
-FORM = re.compile(r"(?P<argument>\w+)[^:]*: expected .+, got .+; .+")
+FORM = re.compile(r"(?P<argument>[\w/]+)[^:]*: expected .+, got .+; .+")
 
 
-def tensors() -> dict[str, torch.Tensor]:
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    logits = ("p_logits", "q_logits", "logits", "policy_logits", "ref_logits")
-    return {
-        **dict.fromkeys(logits, draw(2, 3, V)),
-        **dict.fromkeys(("hidden", "ref_hidden"), draw(2, 3, H)),
-        **dict.fromkeys(("weight", "ref_weight"), draw(V, H)),
-        **dict.fromkeys(("bias", "ref_bias"), torch.zeros(V)),
-        **dict.fromkeys(("tokens", "index"), torch.ones(2, 3, dtype=torch.long)),
-        **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -draw(2, 3).abs()),
-        **dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), torch.zeros(2)),
-        **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
-        "mask": torch.ones(2, 3, dtype=torch.bool),
-        "weights": torch.ones(2, 3),
-        "cu_seqlens": torch.tensor([0, 2, 6]),
-    }
-
-
-TENSORS = tensors()
+draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+LOGITS = ("p_logits", "q_logits", "logits", "policy_logits", "ref_logits")
+TENSORS: dict[str, torch.Tensor] = {
+    **dict.fromkeys(LOGITS, draw(2, 3, V)),
+    **dict.fromkeys(("hidden", "ref_hidden"), draw(2, 3, H)),
+    **dict.fromkeys(("weight", "ref_weight"), draw(V, H)),
+    **dict.fromkeys(("bias", "ref_bias"), torch.zeros(V)),
+    **dict.fromkeys(("tokens", "index"), torch.ones(2, 3, dtype=torch.long)),
+    **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -draw(2, 3).abs()),
+    **dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), torch.zeros(2)),
+    **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
+    "mask": torch.ones(2, 3, dtype=torch.bool),
+    "weights": torch.ones(2, 3),
+    "cu_seqlens": torch.tensor([0, 2, 6]),
+}
 RIGHT = {
     **TENSORS,
     "beta": 0.1,
@@ -283,7 +279,26 @@ VALID = [
 ]
 
 
-# The fault of the answer to a wrong value; None: no fault, "": it passed.
+# The fault of the answer to wrong arguments, of which the message must name one; None: no fault,
+# "": they passed.
+def answer(
+    target: Target,
+    wrong: dict[str, object],
+    named: Iterable[str],
+    errors: tuple[type[Exception], ...] = (TypeError, ValueError),
+) -> str | None:
+    call = target.get()
+    arguments = right(target.name, target.arguments, getattr(call, "__self__", None))
+    try:
+        call(**{**arguments, **wrong})
+    except Exception as error:
+        form = FORM.fullmatch(str(error)) if isinstance(error, errors) else None
+        if form is not None and form["argument"] in named:
+            return None
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return ""
+
+
 def outcome(target: Target, argument: str, kind: str) -> str | None:
     key = f"{target.name}.{argument}"
     if kind in PLAIN:
@@ -293,19 +308,10 @@ def outcome(target: Target, argument: str, kind: str) -> str | None:
         value, skipped = SHAPED[kind](torch.ones(2, 3) if base is None else base), None
     if value is skipped:
         return None
-    call = target.get()
-    arguments = right(target.name, target.arguments, getattr(call, "__self__", None))
     beside = next((found for pattern, found in BESIDE if fnmatch.fnmatchcase(key, pattern)), {})
-    arguments |= {name: found for name, found in beside.items() if name in target.arguments}
-    try:
-        call(**{**arguments, argument: value})
-    except Exception as error:
-        form = FORM.fullmatch(str(error)) if isinstance(error, (TypeError, ValueError)) else None
-        named = target.arguments if kind in OF_TWO else (argument,)
-        if form is not None and form["argument"] in named:
-            return None
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    return ""
+    beside = {name: found for name, found in beside.items() if name in target.arguments}
+    named = target.arguments if kind in OF_TWO else (argument,)
+    return answer(target, {**beside, argument: value}, named)
 
 
 TARGETS = {target.name: target for target in targets()}
@@ -332,15 +338,14 @@ def one_process(tmp_path_factory):
 @pytest.mark.parametrize("name", TARGETS)
 def test_wrong_arguments(name) -> None:
     failures = [
-        f"{name}.{argument}: {kind}: {answer or 'passes'}"
+        f"{name}.{argument}: {kind}: {fault or 'passes'}"
         for argument, kind in itertools.product(TARGETS[name].arguments, KINDS)
-        if (answer := outcome(TARGETS[name], argument, kind)) is not None
-        and not (answer == "" and is_valid(name, argument, kind))
+        if (fault := outcome(TARGETS[name], argument, kind)) is not None
+        and not (fault == "" and is_valid(name, argument, kind))
     ]
     assert not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_right_arguments_pass(name) -> None:
-    call = TARGETS[name].get()
-    call(**right(name, TARGETS[name].arguments, getattr(call, "__self__", None)))
+    assert answer(TARGETS[name], {}, ()) == ""

@@ -14,7 +14,7 @@ def test_every_function_by_either_way(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(overhead.measure, "__defaults__", (1, 1))
     assert overhead.main(["--json", str(tmp_path / "o.json")]) == 0
     records = json.loads((tmp_path / "o.json").read_text())["records"]
-    cases = itertools.product(overhead.FUNCTIONS, overhead.WAYS)
+    cases = itertools.product(overhead.FUNCTIONS, ("plain tensors", "custom op"))
     assert [(record["function"], record["way"]) for record in records] == list(cases)
     assert all(record[step] > 0 for record in records for step in (*overhead.STEPS, "calls"))
     calls = [record["calls"] for record in records]

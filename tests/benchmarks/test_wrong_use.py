@@ -3,6 +3,7 @@
 from importlib import import_module
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -23,8 +24,7 @@ SPEED += f",--seconds nan,--seconds inf,--out /proc/x,--out {__file__},--out {'x
         ("accuracy", "--wrt r", "--wrt: invalid choice"),
         ("accuracy", "--plot /proc/x.png", "--plot: expected"),
         ("static_costs", "--write-baseline x.json --arch sm_90", "--write-baseline: expected"),
-        ("static_costs", "--peers --dtype bf16", "--peers: expected"),
-        ("static_costs", "--peers --kernel forward", "--peers: expected"),
+        ("static_costs", "--write-baseline x.json --kernel forward", "--write-baseline: expected"),
         ("static_costs", "--baseline nowhere.json", "--baseline: expected"),
         ("tune", "--direction=fused --dtype=bf16 --vocabulary=50257", "--vocabulary: expected"),
     ],
@@ -33,3 +33,12 @@ def test_wrong_use(tool, words, wrong, capsys):
     with pytest.raises(SystemExit, match="2"):
         import_module(f"benchmarks.{tool}").main(words.split())
     assert wrong in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"), [("speed", "--out {}"), ("tune", "--direction=forward --dtype=bf16")]
+)
+def test_without_a_gpu_nothing_is_measured(tool, words, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert import_module(f"benchmarks.{tool}").main(words.format(tmp_path).split()) == 2
+    assert "expected a CUDA GPU, got none" in capsys.readouterr().err and not [*tmp_path.iterdir()]

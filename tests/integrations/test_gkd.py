@@ -1,5 +1,6 @@
 """The exact KL in TRL's GKD trainer: losses and gradients of tiny random models against TRL's own
-and plain torch on full logits. test_trl.py has the refused settings of all trainers.
+and plain torch on full logits; adapters and autocast in the other trainers too. test_trl.py has the
+refused settings of all trainers.
 """
 
 import pytest
@@ -14,6 +15,7 @@ from trl_cases import (
     gradients,
     logged,
     made,
+    moved,
     perturb,
     trl,
 )
@@ -21,7 +23,7 @@ from trl_cases import (
 from fastkl import testing
 from fastkl.integrations.gkd import ExactGKDTrainer
 from fastkl.integrations.transformers import KLCallback
-from fastkl.integrations.trl import ExactDistillationTrainer
+from fastkl.integrations.trl import ExactDistillationTrainer, ExactGRPOTrainer
 from fastkl.rl import KLMonitor
 
 KINDS = (ExactGKDTrainer, trl.experimental.gkd.GKDTrainer)
@@ -99,11 +101,19 @@ def test_training_is_trls() -> None:
     assert abs(own[1] - own[0]) > 1e-3
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize(
+    "kind, inputs",
+    [
+        (ExactGKDTrainer, batch()),
+        (ExactDistillationTrainer, trl_cases.batch()),
+        (ExactGRPOTrainer, trl_cases.batch()),
+    ],
+)
+def test_autocast(kind, inputs) -> None:
     # Within bfloat16's rounding of the float32 loss; logits_dtype goes through.
     options = ({}, dict(bf16=True), dict(bf16=True, extra=dict(logits_dtype=torch.float32)))
-    trainers = [made(KINDS[0], max_steps=1, **each) for each in options]
-    losses = [float(each.compute_loss(each.model, batch()).detach()) for each in trainers]
+    trainers = [moved(made(kind, max_steps=1, **each)) for each in options]
+    losses = [float(each.compute_loss(each.model, dict(inputs)).detach()) for each in trainers]
     assert len(set(losses)) == 3 and losses[1:] == pytest.approx(losses[:1] * 2, rel=0.05)
     trainers[1].train()
 

@@ -190,25 +190,24 @@ def test_a_merged_adapter_on_the_lm_head() -> None:
 # ---- what is refused
 
 
-def hooked():
-    model = model_of("Granite", logits_scaling=8.0)
-    model.lm_head.register_forward_hook(lambda module, args, output: 1.01 * output)
-    return model
-
-
-def zeroed(kind: str, **options):
+def changed(kind: str, change, **options):
     model = model_of(kind, **options)
-    model.lm_head.weight.data.zero_()
+    change(model.lm_head)
     return model
 
 
-def packed():
-    model = model_of("Llama")
-    model.lm_head.weight = torch.nn.Parameter(
-        torch.zeros(V, 8, dtype=torch.uint8), requires_grad=False
-    )
-    model.lm_head.forward = lambda hidden: hidden @ torch.ones(16, V)
-    return model
+def hooked(lm_head: torch.nn.Module) -> None:
+    lm_head.register_forward_hook(lambda module, args, output: 1.01 * output)
+
+
+def zeroed(lm_head: torch.nn.Module) -> None:
+    torch.nn.init.zeros_(lm_head.weight)
+
+
+def packed(lm_head: torch.nn.Module) -> None:
+    codes = torch.zeros(V, 8, dtype=torch.uint8)
+    lm_head.weight = torch.nn.Parameter(codes, requires_grad=False)
+    lm_head.forward = lambda hidden: hidden @ torch.ones(16, V)
 
 
 ON_HEAD = dict(target_modules=["q_proj", "lm_head"])
@@ -231,9 +230,12 @@ LANGUAGE_MODEL = "a language model of transformers with an lm_head, got"
             "an lm_head that is one weight, got Granite.*; take lm_head out",
         ),
         (lambda: adapted(**ON_HEAD, init_lora_weights=True), "an lm_head that is one weight, got"),
-        (hooked, "logits that are softcap.* got others from Granite.* names logits_scaling=8.0; "),
         (
-            lambda: zeroed("Granite", logits_scaling=8.0),
+            lambda: changed("Granite", hooked, logits_scaling=8.0),
+            "logits that are softcap.* got others from Granite.* names logits_scaling=8.0; ",
+        ),
+        (
+            lambda: changed("Granite", zeroed, logits_scaling=8.0),
             "logits that tell the factors .* apart, got zeros; pass a Head",
         ),
         (
@@ -258,7 +260,10 @@ LANGUAGE_MODEL = "a language model of transformers with an lm_head, got"
             ),
             "a decoder, got the encoder-decoder T5ForConditionalGeneration",
         ),
-        (packed, r"an lm_head.weight \[V, 16\] of floats, got torch.uint8 \(61, 8\)"),
+        (
+            lambda: changed("Llama", packed),
+            r"an lm_head.weight \[V, 16\] of floats, got torch.uint8 \(61, 8\)",
+        ),
     ],
 )
 def test_refused(make, words) -> None:
@@ -268,4 +273,4 @@ def test_refused(make, words) -> None:
 
 
 def test_a_zero_head_without_a_choice_of_factors() -> None:
-    assert head_of(zeroed("Llama"))[1][2:4] == (None, 1.0)
+    assert head_of(changed("Llama", zeroed))[1][2:4] == (None, 1.0)

@@ -115,17 +115,12 @@ def batch() -> dict[str, torch.Tensor]:
     }
 
 
-def assert_equal(got, expected, by, value=1e-12, gradient=(1e-10, 1e-14)) -> None:
-    testing.assert_near(got, expected, value, 0.0, "value")
-    pair = [torch.autograd.grad(each, by, retain_graph=True)[0] for each in (got, expected)]
-    testing.assert_near(*pair, *gradient, "gradient")
-
-
 def assert_loss(loss, expected, inputs) -> None:
+    testing.assert_near(loss, expected, ROUNDING, 0.0, "value")
+    got, exact = (torch.autograd.grad(each, inputs["log_prob"])[0] for each in (loss, expected))
     # The parts of an entry may cancel, those of another are of the size of the largest.
-    by = inputs["log_prob"]
-    largest = float(torch.autograd.grad(expected, by, retain_graph=True)[0].abs().max())
-    assert_equal(loss, expected, by, ROUNDING, (ROUNDING, ROUNDING * largest))
+    largest = float(exact.abs().max())
+    testing.assert_near(got, exact, ROUNDING, ROUNDING * largest, "gradient")
 
 
 # ---- the policy loss

@@ -33,7 +33,6 @@ GROUPS = (
         "test_transforms",
         "test_checks",
         "test_penalty",
-        "test_tokens_several",
         "test_backend",
     ),
 )

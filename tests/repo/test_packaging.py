@@ -61,8 +61,13 @@ def build(tmp_path_factory):
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(base)!r})"
     run(sys.executable, "-c", code, cwd=base / "tree")
     (sdist,), (metadata,) = base.glob("*.tar.gz"), (base / "site").glob("*.dist-info")
-    found = dict(tree=base / "tree", wheel=wheel, site=base / "site", sdist=sdist)
-    return SimpleNamespace(**found, metadata=PathDistribution(metadata))
+    return SimpleNamespace(
+        tree=base / "tree",
+        wheel=wheel,
+        site=base / "site",
+        sdist=sdist,
+        metadata=PathDistribution(metadata),
+    )
 
 
 # ---- what is built

@@ -1,8 +1,12 @@
-# The structure as a test: sizes of files, and that a public module leads to its tests.
+# The structure as a test: sizes of files, that a public module leads to its tests, and that each
+# fault of `make mutants` has its text.
 # Who may import whom, and how large a function may be, is in pyproject.toml for `make lint`.
 
 import ast
+import importlib
 from pathlib import Path
+
+import pytest
 
 import fastkl
 
@@ -25,3 +29,10 @@ def test_public_modules_have_tests_of_their_name():
 def test_files_are_short():
     paths = {path.resolve() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     assert not [path for path in paths if len(path.read_text().splitlines()) > LONGEST]
+
+
+def test_mutants_replace_texts_of_the_source():
+    pytest.importorskip("tomllib", reason="needs Python 3.11")
+    named = [name for fault in importlib.import_module("mutants").faults() for name in fault.tests]
+    for path, _, test in (name.partition("::") for name in named if name.startswith("tests/")):
+        assert f"def {test}" in (ROOT / path).read_text()

@@ -1,12 +1,15 @@
-"""DPO's formula; losses and rewards on meta tensors, in one graph and without synchronisation; the
-clamp of the KL and the divisor of the means."""
+"""DPO's formula; losses, estimators and rewards on meta tensors, in one graph and without
+synchronisation; the clamp of the KL and the divisor of the means.
+"""
 
+import functools
 import itertools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import waits
 from test_losses import FORMS, WITH_KL, B, assert_loss, batch, mask_of, penalty, spelled
 from torch.nn.functional import logsigmoid
 
@@ -106,6 +109,9 @@ def every_loss(made, mask: torch.Tensor, where: dict) -> torch.Tensor:
             (shape_rewards(scores, made.old, torch.tensor(0.3), mask, **where) * made.logprob).sum()
         )
     losses.append(ppo_loss(made.logprob, None, made.per_sequence, mask, dual_clip=3.0, **where))
+    losses.append(estimate_kl(made.logprob, made.ref, estimator="k2", clamp=2.0).sum())
+    more = {"old_logprob": made.old, "direction": "reference||policy"}
+    losses.append(sampled_kl_loss(made.logprob, made.ref, **more).sum())
     pair = made.logprob.flatten(), made.old.flatten()
     return torch.stack([*losses, dpo_loss(*pair, *pair[::-1], normalizer=mask.sum()).loss])
 
@@ -127,20 +133,22 @@ def test_values_are_not_looked_at() -> None:
         torch.autograd.grad(losses.sum(), given[0].logprob)
     compiled = torch.compile(every_loss, backend="eager", fullgraph=True)
     for given in layouts("cpu"):
-        testing.assert_same_bits(compiled(*given), every_loss(*given), "losses")
+        results = compiled(*given), every_loss(*given)
+        testing.assert_same_bits(*results, "losses")
+        torch.testing.assert_close(
+            *(torch.autograd.grad(losses.sum(), given[0].logprob) for losses in results)
+        )
 
 
 @pytest.mark.gpu
 def test_no_synchronisation() -> None:
-    # On a GPU nothing waits for the device.
+    def step(made, *rest) -> None:
+        torch.autograd.grad(every_loss(made, *rest).sum(), made.logprob)
+
     for given, same in zip(layouts("cuda"), layouts("cpu"), strict=True):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            losses = every_loss(*given)
-            torch.autograd.grad(losses.sum(), given[0].logprob)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.testing.assert_close(losses.cpu(), every_loss(*same), rtol=1e-5, atol=1e-6)
+        assert waits(functools.partial(step, *given)) == 0
+        losses = every_loss(*given).cpu(), every_loss(*same)
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""States of controllers, detector and monitor: runs continue from a copy, and a wrong state changes
-nothing. The monitor's one copy from the device.
+"""States of controllers, detector and monitor: runs continue from a copy, a wrong state changes
+nothing, and every setting shows. The monitor's one copy from the device.
 """
 
 import copy
@@ -11,10 +11,19 @@ import random
 import numpy as np
 import pytest
 import torch
+from cases import waits
 from test_beta import ALL, TARGET
 from test_monitor import mask_of, tokens
 
-from fastkl.rl import KLMonitor, SpikeDetector
+from fastkl.rl import (
+    AdaptiveBeta,
+    FixedBeta,
+    KLMonitor,
+    PIDBeta,
+    PPOAdaptiveBeta,
+    SpikeDetector,
+    TrustRegion,
+)
 from fastkl.rl.beta import BOUNDS
 from fastkl.rl.figures import BINS
 
@@ -152,13 +161,7 @@ def test_one_copy_and_nothing_else_is_read(packed, monkeypatch) -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_one_wait_for_the_gpu(packed) -> None:
     arguments, monitor = step_of("cuda", packed), KLMonitor(threshold=0.1)
-    monitor.update(**arguments)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    with pytest.warns(UserWarning, match="synchroniz") as caught:
-        monitor.update(**arguments)
-    torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchroniz" in str(warning.message) for warning in caught) == 1
+    assert waits(lambda: monitor.update(**arguments)) == 1
 
 
 # ---- the monitor: devices and inference mode
@@ -178,3 +181,29 @@ def test_state_is_on_the_cpu_and_may_change(where) -> None:
         got.append(loaded.update(batches[1]))
     got += [loaded.update(batch) for batch in batches[2:]]
     assert got == expected and loaded.state_dict() == plain.state_dict()
+
+
+# ---- what is shown
+
+
+@pytest.mark.parametrize(
+    "made, fields",
+    [
+        (FixedBeta(0.1), "beta=0.1"),
+        (
+            AdaptiveBeta(0.1, 6, 100, "sequence"),
+            "beta=0.1 target=6.0 horizon=100.0 unit='sequence'",
+        ),
+        (
+            PPOAdaptiveBeta(0.1, 6, bounds=(0.1, 1)),
+            "bounds=(0.1, tolerance=1.5 factor=2.0 unit='token'",
+        ),
+        (PIDBeta(0.1, 6, ki=0.5), "beta=0.1 target=6.0 kp=0.3 ki=0.5 kd=0.0"),
+        (TrustRegion(1), "max_kl=1 shrink=0.5 tries=10"),
+        (SpikeDetector(2.0), "ratio=2 limit=12 recent=15 window=64 floor=0.0001"),
+        (KLMonitor(threshold=0.5), "threshold=0.5 spike=SpikeDetector( jsonl="),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_setting_shows(made, fields) -> None:
+    assert all(field in repr(made) for field in [type(made).__name__, *fields.split()])

@@ -16,6 +16,7 @@ pytest.importorskip("tqdm")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
+from fastkl import testing  # noqa: E402
 from fastkl.tools import cli  # noqa: E402
 from fastkl.tools.compare import loading, measure  # noqa: E402
 
@@ -33,8 +34,9 @@ SIZES = {
 }
 
 
-def make_tokenizer(begin=False, **options):
-    # Byte-level BPE; begin: with <s> in front; options: of PreTrainedTokenizerFast.
+def make_tokenizer(*added, begin=False, **options):
+    # Byte-level BPE; added: special tokens behind its vocabulary; begin: with <s> in front;
+    # options: of PreTrainedTokenizerFast.
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -49,7 +51,8 @@ def make_tokenizer(begin=False, **options):
         made.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 0)]
         )
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", **options)
+    options |= {"tokenizer_object": made, "bos_token": "<s>"}
+    return transformers.PreTrainedTokenizerFast(additional_special_tokens=[*added], **options)
 
 
 def save(folder, name="LlamaForCausalLM", seed=0, config=None, **options):
@@ -164,18 +167,25 @@ def log_probs(name, ids, context, overlap, columns):
     return torch.cat(rows)
 
 
+def jsd(p, q):
+    # Of log-probabilities in float64.
+    mixture = ((p.exp() + q.exp()) / 2).log()
+    return (testing.truth(p, mixture).kl + testing.truth(q, mixture).kl) / 2
+
+
 def truth(a, b, ids, context=256, overlap=0, columns=range(VOCABULARY)):
     # The columns in plain float64.
     p, q = (log_probs(name, ids, context, overlap, columns) for name in (a, b))
-    tokens, mixture = torch.tensor(ids[1:])[:, None] - columns[0], ((p.exp() + q.exp()) / 2).log()
-    pairs = ((p, q), (q, p), (p, mixture), (q, mixture))
-    kl = [(first.exp() * (first - second)).sum(-1) for first, second in pairs]
-    values = {"kl_ab": kl[0], "kl_ba": kl[1], "jsd": (kl[2] + kl[3]) / 2}
-    for letter, log in (("a", p), ("b", q)):
-        values[f"entropy_{letter}"] = -(log.exp() * log).sum(-1)
-        values[f"logprob_{letter}"] = log.gather(-1, tokens)[:, 0]
-        values[f"top_{letter}"] = log.argmax(-1) + columns[0]
-        values[f"top_logprob_{letter}"] = log.amax(-1)
+    tokens, values = torch.tensor(ids[1:]) - columns[0], {"jsd": jsd(p, q)}
+    for letter, other, log, against in (("a", "b", p, q), ("b", "a", q, p)):
+        stats = testing.truth(log, against).stats(tokens)
+        values |= {
+            f"kl_{letter}{other}": stats["kl"],
+            f"entropy_{letter}": stats["entropy"],
+            f"logprob_{letter}": stats["logprob"],
+            f"top_logprob_{letter}": log.amax(-1),
+            f"top_{letter}": log.argmax(-1) + columns[0],
+        }
     return {name: value.numpy() for name, value in values.items()}
 
 

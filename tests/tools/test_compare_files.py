@@ -14,7 +14,9 @@ import torch
 np = pytest.importorskip("numpy")
 transformers = pytest.importorskip("transformers")
 from compare_cases import (  # noqa: E402
+    COLUMNS,
     SIZES,
+    assert_true,
     cli_run,
     compare,
     make_files,  # noqa: F401
@@ -22,6 +24,7 @@ from compare_cases import (  # noqa: E402
     make_tokenizer,
     refused,
     save,
+    truth,
 )
 
 from fastkl.tools.compare import inputs, loading, report  # noqa: E402
@@ -66,6 +69,8 @@ def test_a_line_of_jsonl_is_a_document_of_its_own(files, chats, tmp_path):
     tokens, result, ids = compare(files, *chats, text=(path,))
     tokenizer, known = make_tokenizer(), list(filter(None, texts.values()))
     assert ids == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in known]
+    parts = [truth(files.a, files.b, document) for document in ids]
+    assert_true(tokens, {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS})
     numbers = {int(unit["document"].removeprefix("x.JSONL#")) for unit in result["units"]}
     assert len(numbers) == result["text"]["documents"] == 6
     assert len(tokens) - result["summary"]["tokens"] == 6  # the special token in front
@@ -202,19 +207,6 @@ def encoder(to, kind):
     config(architectures=[f"{kind}ForConditionalGeneration"]).save_pretrained(to)
 
 
-def headless(to):
-    # It says that it is a causal LM.
-    config = (to / "config.json").read_text()
-    resaved(to, id, transformers.AutoModel)
-    (to / "config.json").write_text(config)
-
-
-def called(to):
-    made = make_tokenizer()
-    made.add_special_tokens({"additional_special_tokens": [" sat"]})
-    made.save_pretrained(to)
-
-
 def swapped(tokenizer):
     ids = tokenizer["model"]["vocab"]
     ids["!"], ids["%"] = ids["%"], ids["!"]
@@ -230,7 +222,7 @@ SPOIL = {
     "moved": lambda to: rewritten(to / "tokenizer.json", swapped),
     "normalizer": lambda to: rewritten(to / "tokenizer.json", lambda own: own.update(NFD)),
     "begin": lambda to: make_tokenizer(begin=True).save_pretrained(to),
-    "call": called,
+    "call": lambda to: make_tokenizer(" sat").save_pretrained(to),
     "tokenless": lambda to: [path.unlink() for path in to.glob("tokenizer*")],
     "slow": lambda to: transformers.ByT5Tokenizer().save_pretrained(to),
     "small": lambda to: resaved(to, lambda model: model.resize_token_embeddings(250)),
@@ -240,7 +232,7 @@ SPOIL = {
     "truncated": lambda to: os.truncate(to / "model.safetensors", 1000),
     "bare": lambda to: (to / "model.safetensors").unlink(),
     "pickle": pickled,
-    "headless": headless,
+    "headless": lambda to: resaved(to, lambda model: delattr(model.lm_head, "weight")),
     "encoder": lambda to: save(to, "BertLMHeadModel", **SIZES),
     "nan": lambda to: resaved(to, lambda model: model.model.norm.weight.data.fill_(torch.nan)),
 }
@@ -299,6 +291,7 @@ NAME = "MODEL_A: expected a folder that save_pretrained wrote, or a hub name, go
         (("./none", "B"), NAME + "'./none'"),
         (("{}", "B"), NAME),
         (("{}/one", "B"), NAME),
+        (("A", "B", "--device", "cuda:99"), r"--device: expected one that this machine has \("),
         (("A", "B", "--context", "257"), r"--context: expected at most 256 \(max_position"),
         (("A", "B", "--context", "8", "--overlap", "8"), "--overlap: expected fewer tokens than"),
         (("A", "B", "--html", "{}"), "--html: expected a file in a folder that can be written to"),

@@ -6,7 +6,6 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-import torch
 
 np = pytest.importorskip("numpy")
 pd = pytest.importorskip("pandas")
@@ -20,25 +19,22 @@ NASTY = (
     "naïve 日本語 <script>alert(\"1\")</script> & \x1b[31m\x07 \u202e'x'\n\nline\ttwo </div>\n  end"
 )
 SECOND = "second file\n" * 4
-TOPS = ("top_a", "top_b")
 
 
 @pytest.fixture
 def filled():
     # Two documents, a character a token, with random values; their first tokens have none.
-    parts, generator = [], np.random.default_rng(0)
-    for name, content in (("a & <b>.txt", NASTY), ("b.txt", SECOND)):
-        count = len(content)
-        part = pd.DataFrame({"document": name, "id": range(count), "text": [*content]})
-        part["line"] = 1 + (part["text"] == "\n").cumsum().shift(fill_value=0)
-        for column in COLUMNS:
-            sign = -1 if "logprob" in column else 1
-            part[column] = sign * generator.exponential(size=count).round(1)
-        part["top_a"], part["top_b"] = generator.integers(3, size=(2, count))
-        part["same_top1"] = (part["top_a"] == part["top_b"]) * 1.0
-        part.loc[0, [*COLUMNS, "same_top1"]] = math.nan
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+    made = pd.DataFrame({"text": [*NASTY, *SECOND]})
+    made["document"] = ["a & <b>.txt"] * len(NASTY) + ["b.txt"] * len(SECOND)
+    newline, generator = (made["text"] == "\n").astype(int), np.random.default_rng(0)
+    made["line"] = 1 + newline.groupby(made["document"]).cumsum() - newline
+    made["id"] = made.groupby("document").cumcount()
+    signs = [-1 if "logprob" in name else 1 for name in COLUMNS]
+    made[[*COLUMNS]] = signs * generator.exponential(size=(len(made), len(COLUMNS))).round(1)
+    made[["top_a", "top_b"]] = generator.integers(3, size=(len(made), 2))
+    made["same_top1"] = (made["top_a"] == made["top_b"]) * 1.0
+    made.loc[made["id"] == 0, [*COLUMNS, "same_top1"]] = math.nan
+    return made
 
 
 def make_report(made, by="document"):
@@ -52,20 +48,6 @@ def make_report(made, by="document"):
     result["units"] = measure.worst_units(made, by, 50)
     result["top"] = measure.worst_tokens(made, 50, "<{}>".format)
     return {**result, "sentence": report.sentence(result)}
-
-
-@pytest.mark.parametrize("count", [1, 2, 6, 8, 1000])
-def test_quantiles_are_exact(filled, count):
-    # As torch.quantile's, and +inf between +inf and a number.
-    special = [0.0, -0.0, 1e-45, 1e-38, math.inf]  # a zero with a sign is a zero
-    column = [*np.random.default_rng(count).exponential(size=count) ** 8, *special][-count:]
-    tokens = pd.concat([filled[1:2]] * count).assign(kl_ab=column)
-    found = measure.summarise(tokens)["kl_ab"]
-    fractions = torch.tensor([0.5, 0.95, 0.99, 1.0], dtype=torch.float64)
-    values = torch.tensor(column, dtype=torch.float64).abs()
-    expected = torch.quantile(values, fractions).nan_to_num(math.inf, math.inf)
-    np.testing.assert_allclose([*found.values()][1:], expected, rtol=1e-12, atol=0)
-    assert not any(math.copysign(1, value) < 0 for value in found.values())
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -83,20 +65,20 @@ def test_every_token_is_scored_once_with_its_context(seed):
 
 @pytest.mark.parametrize("by", ["document", "line"])
 def test_units_and_tokens_are_the_worst(filled, by):
-    content, tokens = NASTY + SECOND, filled
+    content = NASTY + SECOND
     units = measure.worst_units(filled, by, 100)
     assert len(units) == (2 if by == "document" else 4 + 4)  # the empty line has its newline
     for unit in units:
-        rows = tokens[unit["index"] : unit["index"] + unit["tokens"]]
+        rows = filled[unit["index"] : unit["index"] + unit["tokens"]]
         assert unit["kl_ab"] == pytest.approx(rows["kl_ab"].mean(), rel=1e-12)
         assert unit["max_kl_ab"] == rows["kl_ab"].max() and rows["kl_ab"].notna().all()
         assert unit["same_top1"] == pytest.approx((rows["top_a"] == rows["top_b"]).mean())
         assert by == "document" or set(rows["line"]) == {unit["line"]}
-    kl = tokens["kl_ab"].fillna(-1)
+    kl = filled["kl_ab"].fillna(-1)
     worst = measure.worst_tokens(filled, 9, "<{}>".format)
     assert [entry["index"] for entry in worst] == np.argsort(-kl, kind="stable")[:9].tolist()
     for entry in worst:
-        row = tokens.loc[entry["index"]]
+        row = filled.loc[entry["index"]]
         assert entry["token"] == content[entry["index"]] and entry["kl_ba"] == row["kl_ba"]
         assert entry["before"] + entry["token"] + entry["after"] in content
         expected = {"token": f"<{row['top_b']:.0f}>", "probability": math.exp(row["top_logprob_b"])}
@@ -124,10 +106,8 @@ def test_a_page_is_well_formed_and_holds_the_text(filled, by):
     body = ElementTree.fromstring(f"{written[start:end]}</body>")
     text = "".join(part for each in body.iter("div") for part in each.itertext())
     assert text == NASTY.replace("\x1b", "␛").replace("\x07", "␇") + SECOND
-    kl, tokens = (
-        filled["kl_ab"].dropna().to_numpy(),
-        [each for each in body.iter("b") if each.get("data-v")],
-    )
+    kl = filled["kl_ab"].dropna().to_numpy()
+    tokens = [each for each in body.iter("b") if each.get("data-v")]
     assert [each.get("data-v").split()[0] for each in tokens] == [f"{value:.3g}" for value in kl]
     levels = np.array([int(each.get("class").split()[0][1:]) for each in tokens])
     assert (np.diff(levels[np.argsort(kl, kind="stable")]) >= 0).all() and {*levels} >= {0, 8}

@@ -35,18 +35,6 @@ def test_json_without_nan():
     assert json.loads(text) == {"a": [None, [None, 1.5]], "b": "ü"}
 
 
-def test_a_link_stays_one(tmp_path):
-    # The file that it leads to is written, one that is not there yet included.
-    (tmp_path / "there").mkdir()
-    link, target = tmp_path / "link", tmp_path / "there" / "x.html"
-    link.symlink_to(target)
-    for content in ("first", "second"):
-        write_whole(link, [content])
-        check_writable(link)
-        assert link.is_symlink() and target.read_text() == content
-        assert list(target.parent.iterdir()) == [target]
-
-
 def test_what_is_no_regular_file_is_written_to(tmp_path):
     # A pipe gets the text, and stays a pipe.
     pipe, found = tmp_path / "pipe", []
@@ -75,13 +63,13 @@ def mode_of(path):
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
-def test_a_file_keeps_its_mode(tmp_path, mode):
-    # By a link too; a private file is private from the first byte on.
-    target, link = tmp_path / "x.json", tmp_path / "link"
+def test_a_file_keeps_its_mode_and_a_link_stays_one(tmp_path, mode):
+    # The link's file is written; a private file is private from the first byte on.
+    target, link, seen = tmp_path / "x.json", tmp_path / "there" / "link", []
     target.write_text("before")
     target.chmod(mode)
+    link.parent.mkdir()
     link.symlink_to(target)
-    seen = []
 
     def parts():
         seen.extend(mode_of(path) for path in tmp_path.glob(".*.part"))
@@ -91,14 +79,17 @@ def test_a_file_keeps_its_mode(tmp_path, mode):
         check_writable(path)
         write_whole(path, parts())
         assert mode_of(target) == mode and target.read_text() == "after"
-    assert seen == [0o600] * 2
+    assert seen == [0o600] * 2 and [*link.parent.iterdir()] == [link] and link.is_symlink()
 
 
-def test_a_new_file_has_the_mode_of_the_umask(tmp_path):
-    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
-        before = os.umask(mask)
-        try:
-            write_whole(tmp_path / f"{mask}", b"x")
-        finally:
-            os.umask(before)
-        assert mode_of(tmp_path / f"{mask}") == mode
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_a_new_file_has_the_mode_of_the_umask(tmp_path, mask, mode):
+    # By a link that leads to no file yet.
+    target, link = tmp_path / "x", tmp_path / "link"
+    link.symlink_to(target)
+    before = os.umask(mask)
+    try:
+        write_whole(link, b"x")
+    finally:
+        os.umask(before)
+    assert mode_of(target) == mode and link.is_symlink()

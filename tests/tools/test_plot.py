@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -114,10 +115,9 @@ def test_odd_runs_give_a_picture_without_a_warning(lines, tmp_path, recwarn) -> 
 
 
 def test_gaps_and_spikes_are_said(tmp_path) -> None:
-    monitor = KLMonitor(jsonl=tmp_path / "run.jsonl")
-    for value in (0.1, math.nan, 0.2, math.inf, 1e101):
-        monitor.update(torch.tensor([value]))
-    said = plot.plot_run(tmp_path / "run.jsonl", tmp_path / "run.png")
+    figures = (0.1, None, 0.2, None, 1e101)
+    write(tmp_path / "run.jsonl", [{"kl/mean": x, "kl/spike": x is None} for x in figures])
+    said = plot.describe(plot.read_run(tmp_path / "run.jsonl"))
     assert "5 steps; KL 0.2 at the end, 0.2 at most" in said
     assert "finite KL: 3 steps" in said and "at 1, 3" in said
 
@@ -153,11 +153,8 @@ def test_wrong_out(run, monkeypatch, capsys) -> None:
     assert source.read_bytes() == before and [*run.parent.iterdir()] == [source]
     out = run.parent / "out.png"
     out.write_bytes(b"before")
-
-    def full(old, new):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("os.replace", Mock(side_effect=full))
     # In this process standard output is another file than descriptor 1.
     monkeypatch.setattr("os.dup2", lambda *descriptors: None)
     assert cli.main(["plot", str(source), "--out", str(out)]) == 1
