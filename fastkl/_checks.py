@@ -1,5 +1,7 @@
 """Checks arguments in one wording: `argument: expected X, got Y; remedy`."""
 
+import sys
+
 import torch
 from torch.autograd import forward_ad
 
@@ -355,7 +357,7 @@ def share(name: str, value: float) -> None:
 def order(name: str, value: float) -> None:
     """Check the order of a Rényi divergence: a finite number above 0."""
     _number(name, value)
-    inside = 0 < value < float("inf")
+    inside = 0 < value <= sys.float_info.max
     expect(inside, name, "a finite number above 0", value, "pass 1 for the KL divergence")
 
 

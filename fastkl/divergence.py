@@ -117,7 +117,9 @@ def js_divergence(
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
     _checks.share("beta", beta)
     # The larger share first: with a small one the formulas lose digits.
-    return call.swapped().of("js", 1.0 - beta) if beta < 0.5 else call.of("js", beta)
+    if beta < 0.5:
+        return call.swapped().of_mixture("js", 1.0 - beta)
+    return call.of_mixture("js", beta)
 
 
 def skew_kl_divergence(
@@ -154,7 +156,7 @@ def skew_kl_divergence(
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
     _checks.share("alpha", alpha)
-    return call.of("skew_kl", alpha) if alpha > 0.0 else _kl(call)
+    return call.of_mixture("skew_kl", alpha) if alpha > 0.0 else _kl(call)
 
 
 def renyi_divergence(
@@ -271,6 +273,10 @@ class _Call(NamedTuple):
     def swapped(self) -> "_Call":
         """Return the call with P and Q exchanged."""
         return self._replace(p=self.q, q=self.p)
+
+    def of_mixture(self, kind: str, share: float) -> torch.Tensor:
+        """Compute a divergence from M = share·P + (1 - share)·Q; 0 where M is P."""
+        return 0.0 * self.of("total_variation") if share == 1.0 else self.of(kind, share)
 
     def of(self, kind: str = "kl", share: float = 0.0) -> torch.Tensor:
         """Compute a divergence, per token or reduced; kind, share: as in fields.Divergence."""

@@ -125,24 +125,30 @@ def fallback_terms(log_p, log_q, mix, kind: tl.constexpr):
 
 @triton.jit
 def renyi_log_z(row, scale, q_scale, stats, mix, BLOCK: tl.constexpr, reading: tl.constexpr):
-    """Return log Z of Rényi's divergence of a fallback row."""
+    """Return log Σ p^α·q^(1 - α) of a fallback row, and log Σp = log Σq: the saved log-sum-exp, a
+    float32, leaves sums that are not 1.
+    """
     largest = tl.full([BLOCK], float("-inf"), tl.float64)
     for start in range(0, row.V, BLOCK):
         log_p, log_q, _, _ = fallback_log_probs(
             row, start, row.V, scale, q_scale, stats, BLOCK, reading
         )
-        exponent = renyi_exponent(log_p, log_q, mix)
-        # tl.maximum drops a NaN.
-        largest = tl.where(exponent == exponent, tl.maximum(largest, exponent), exponent)
+        largest = tl.maximum(largest, renyi_exponent(log_p, log_q, mix))
     peak = tl.max(largest, 0)
     total = tl.zeros([BLOCK], tl.float64)
+    p = total
     for start in range(0, row.V, BLOCK):
         log_p, log_q, _, _ = fallback_log_probs(
             row, start, row.V, scale, q_scale, stats, BLOCK, reading
         )
         total += tl.exp(renyi_exponent(log_p, log_q, mix) - peak)
+        # Of equal rows both sums are of the same numbers.
+        p += tl.exp(log_p + stats.log_sum)
     # An infinite peak: P and Q without a common entry (-inf), or p > 0 = q for α > 1.
-    return tl.where(tl.abs(peak) < float("inf"), peak + tl.log(tl.sum(total, 0)), peak)
+    log_z = tl.where(tl.abs(peak) < float("inf"), peak + tl.log(tl.sum(total, 0)), peak)
+    # A maximum drops a NaN; a log-sum-exp does not.
+    log_z += (stats.log_sum + stats.log_sum_ratio) * 0.0
+    return log_z, tl.log(tl.sum(p, 0)) - stats.log_sum
 
 
 @triton.jit
@@ -162,10 +168,11 @@ def store_fallback_row(
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
     if kind.name == RENYI:
-        log_z = renyi_log_z(row, scale, q_scale, stats, mix, BLOCK, reading)
-        value = log_z / -mix.rest.to(tl.float64)
+        log_z, log_sum = renyi_log_z(row, scale, q_scale, stats, mix, BLOCK, reading)
+        value = (log_z - log_sum) / -mix.rest.to(tl.float64)
         tl.store(value_ptr, tl.where(value < 0.0, 0.0, value).to(tl.float32))
         store_double(saved_ptr + MEAN_U, saved_ptr + MEAN_U_LO, log_z)
+        store_double(saved_ptr + MEAN_V, saved_ptr + MEAN_V_LO, log_sum)
         return
     value = tl.zeros([BLOCK], tl.float64)
     u = value
@@ -200,7 +207,9 @@ def store_double(ptr, lo_ptr, value):
 
 @triton.jit
 def load_means(saved_ptr):
-    """The means that store_fallback_row wrote, as float64."""
+    """The means that store_fallback_row wrote, as float64; of Rényi's divergence what renyi_log_z
+    returned.
+    """
     u = tl.load(saved_ptr + MEAN_U).to(tl.float64) + tl.load(saved_ptr + MEAN_U_LO).to(tl.float64)
     v = tl.load(saved_ptr + MEAN_V).to(tl.float64) + tl.load(saved_ptr + MEAN_V_LO).to(tl.float64)
     return u, v

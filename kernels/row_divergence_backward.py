@@ -179,10 +179,10 @@ def write_fallback(
             row, start, grads.end, scale, q_scale, stats, BLOCK, reading
         )
         if kind.name == RENYI:
-            # mean_u is log Z.
+            # mean_u is log Z, and mean_v log Σp = log Σq.
             r = tl.exp(renyi_exponent(log_p, log_q, constants.mix) - mean_u)
-            grad_x = r - tl.exp(log_p)
-            grad_y = r - tl.exp(log_q)
+            grad_x = r - tl.exp(log_p - mean_v)
+            grad_y = r - tl.exp(log_q - mean_v)
         else:
             terms = fallback_terms(log_p, log_q, constants.mix, kind)
             # No entry of probability 0 has a gradient.

@@ -64,6 +64,18 @@ WRONG = {
         lambda p: fastkl.LinearKLPenalty(0.1, reduction="sum")(p, p[0, :, :], p, normalizer=3),
     ),
     **{f"temperature {t}": ("temperature", kl(temperature=t)) for t in BEYOND},
+    **{
+        f"{function.__name__} {name} {value}": (
+            name,
+            lambda p, function=function, name=name, value=value: function(p, p, **{name: value}),
+        )
+        for function, name, values in (
+            (fastkl.js_divergence, "beta", (-0.1, 1.1, math.nan, math.inf)),
+            (fastkl.skew_kl_divergence, "alpha", (-0.1, 1.1, math.nan, math.inf)),
+            (fastkl.renyi_divergence, "alpha", (0, 0.0, -0.1, math.nan, math.inf)),
+        )
+        for value in values
+    },
     "clamp 0": ("clamp", sampled(clamp=0.0)),
     "clamp beyond e^x": ("clamp", sampled(clamp=50.1)),
     "a learning sampler": (
