@@ -2,13 +2,12 @@
 benchmarks.static_costs and the compile tests.
 """
 
-import functools
 import inspect
 from typing import Any, NamedTuple
 
 import torch
 
-from fastkl.kernels import launch, launch_divergence, launch_fused
+from fastkl.kernels import launch, launch_divergence, launch_fused, launch_outside
 from fastkl.kernels.layout import layout
 
 # A vocabulary of today's models: the plan describes the launches for it.
@@ -61,6 +60,37 @@ def _type_of(parameter, dtype, grad_dtype):
     if parameter.name.endswith("_ptr"):
         return "*" + pointers.get(parameter.name, "fp32")
     return parameter.annotation.name.replace("int", "i")
+
+
+def _fused(where, suffix, dtype):
+    """Yield (name, Variant, entries of a program, type of the gradient) of row_fused."""
+    chosen = launch_fused.fused_plan(where, TYPES[dtype], ())
+    yield f"kl_divergence.fused{suffix}", *chosen.phases, 0, dtype
+    if dtype == "fp32":
+        (variant,) = launch_fused.fused_plan(where, torch.bfloat16, ()).phases
+        yield "kl_divergence.fused_to_16_bit", variant, 0, "bf16"
+    elif not suffix:
+        yield "kl_divergence.fallback_gradient", chosen.fallback, 0, dtype
+
+
+def _divergences(where, stride, gradient):
+    """Yield (name, Variant, entries of a program) of the divergences beside the KL, for two rows.
+
+    stride, gradient: rows and (type, address) of gradients to P and Q.
+    """
+    renyi = launch.forward_plan(where, False, False, True, ())
+    yield "renyi.forward", renyi.forward, renyi.segment
+    for kind, number in launch_divergence.KINDS.items():
+        constants = (("KIND", number), ("SMALL_REST", False))
+        segment, _, forward = launch_divergence.forward_plan(where, constants, True, ())
+        if kind == "renyi":
+            yield "renyi.fallback", forward
+        else:
+            yield f"{kind}.forward", forward, segment
+        for side, wrt in {"p": (1, 0), "q": (0, 1), "both": (1, 1)}.items():
+            sides = [gradient if each else None for each in wrt]
+            _, backward = launch_divergence.backward_plan(where, constants, stride, *sides, ())
+            yield f"{kind}.backward_{side}", backward
 
 
 def plan(dtype, aligned, arch):
@@ -132,26 +162,11 @@ def plan(dtype, aligned, arch):
             chosen = launch.forward_plan(place(name, q_start=2), *asked)
             add(f"{name}.forward_q_elsewhere", chosen.forward, chosen.segment)
     for suffix, scaling in scalings.items() if aligned else ():
-        fused = functools.partial(launch_fused.fused_plan, place("kl_divergence", scaling))
-        chosen = fused(logits, ())
-        (variant,) = chosen.phases
-        add(f"kl_divergence.fused{suffix}", variant)
-        if dtype == "fp32":
-            (variant,) = fused(torch.bfloat16, ()).phases
-            add("kl_divergence.fused_to_16_bit", variant, grad_dtype="bf16")
-        elif not suffix:
-            add("kl_divergence.fallback_gradient", chosen.fallback)
-    for kind in ("js", "skew_kl", "total_variation"):
-        constants = (("KIND", launch_divergence.KINDS[kind]), ("SMALL_SHARE", False))
-        segment, _, variant = launch_divergence.forward_plan(
-            place("kl_divergence"), constants, True, ()
-        )
-        add(f"{kind}.forward", variant, segment)
-        for side, wrt in (("_p", (True, False)), ("_q", (False, True)), ("_both", (True, True))):
-            gradient = TYPES[dtype], start * TYPES[dtype].itemsize
-            sides = [gradient if each else None for each in wrt]
-            _, variant = launch_divergence.backward_plan(
-                place("kl_divergence"), constants, stride, *sides, ()
-            )
-            add(f"{kind}.backward{side}", variant)
+        for each in _fused(place("kl_divergence", scaling), suffix, dtype):
+            add(*each)
+    gradient = logits, start * logits.itemsize
+    for each in _divergences(place("kl_divergence"), stride, gradient):
+        add(*each)
+    *_, outside = launch_outside.outside_plan(place(POLICY_ONLY), 64, ())
+    add("topk.outside", outside)
     return specializations

@@ -20,6 +20,7 @@ if typing.TYPE_CHECKING:
     from .linear import Head, linear_divergence, linear_kl_divergence, linear_token_stats
     from .penalty import KLPenalty, LinearKLPenalty
     from .tokens import TokenStats, selective_log_softmax, token_stats
+    from .topk import TopKStats, topk_kl_divergence, topk_stats
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "KLPenalty",
     "LinearKLPenalty",
     "TokenStats",
+    "TopKStats",
     "estimate_kl",
     "explain",
     "jeffreys_divergence",
@@ -43,6 +45,8 @@ __all__ = [
     "selective_log_softmax",
     "skew_kl_divergence",
     "token_stats",
+    "topk_kl_divergence",
+    "topk_stats",
     "total_variation",
     "use_backend",
 ]
@@ -55,6 +59,7 @@ _HOMES = {
     "KLPenalty": "penalty",
     "LinearKLPenalty": "penalty",
     "TokenStats": "tokens",
+    "TopKStats": "topk",
     "estimate_kl": "estimators",
     "explain": "backend",
     "jeffreys_divergence": "divergence",
@@ -68,11 +73,16 @@ _HOMES = {
     "selective_log_softmax": "tokens",
     "skew_kl_divergence": "divergence",
     "token_stats": "tokens",
+    "topk_kl_divergence": "topk",
+    "topk_stats": "topk",
     "total_variation": "divergence",
     "use_backend": "backend",
 }
 # Submodules that are attributes of fastkl without being imported explicitly.
-_MODULES = ("backend", "divergence", "estimators", "linear", "penalty", "reference", "rl", "tokens")
+_MODULES = (
+    *("backend", "divergence", "estimators", "linear", "penalty", "reference", "rl", "tokens"),
+    "topk",
+)
 
 if not typing.TYPE_CHECKING:  # else a checker would accept any misspelt name
 

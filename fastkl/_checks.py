@@ -1,5 +1,7 @@
 """Checks arguments in one wording: `argument: expected X, got Y; remedy`."""
 
+import sys
+
 import torch
 from torch.autograd import forward_ad
 
@@ -336,34 +338,30 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def clamp(name: str, value: float | None) -> None:
     """Check the bound of a difference of log-probabilities: None or a number in (0, 50]."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(
-            f"{name}: expected a number or None, got {type(value).__name__}; for a tensor pass "
-            f"float({name})"
-        )
-    expected = f"a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite"
-    inside = value is None or 0 < value <= LARGEST_CLAMP
-    expect(inside, name, expected, value, "pass None for no clamp")
+    if value is not None:
+        _number(name, value)
+        expected = f"a number above 0 and up to {LARGEST_CLAMP:g}, since e^{name} must stay finite"
+        expect(0 < value <= LARGEST_CLAMP, name, expected, value, "pass None for no clamp")
 
 
-def share(name: str, value: float | None) -> None:
+def share(name: str, value: float) -> None:
     """Check the share of a model in a mixture: a number in [0, 1]."""
     _number(name, value)
     expect(0 <= value <= 1, name, "a number in [0, 1]", value, "pass 0.5 for equal shares")
 
 
-def positive(name: str, value: float | None, remedy: str) -> None:
+def positive(name: str, value: float, remedy: str) -> None:
     """Check for a finite number above 0."""
     _number(name, value)
-    expect(0 < value < float("inf"), name, "a finite number above 0", value, remedy)
+    expect(0 < value <= sys.float_info.max, name, "a finite number above 0", value, remedy)
 
 
-def order(name: str, value: float | None) -> None:
+def order(name: str, value: float) -> None:
     """Check the order of a Rényi divergence: a finite number above 0."""
     positive(name, value, "pass 1 for the KL divergence")
 
 
-def _number(name: str, value: float | None) -> None:
+def _number(name: str, value: float) -> None:
     """Check for a Python number."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
     expect(known, name, "a number", value, f"for a tensor pass float({name})", TypeError)

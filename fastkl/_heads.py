@@ -128,7 +128,9 @@ def prepare(
         what = "the quotient of both models' temperature / logit_scale"
         _head_checks.number("ref_temperature", what, ratio)
     return LinearInputs(
-        *policy,
+        policy[0],
+        policy[1],
+        policy[2],
         ref_hidden,
         None if shared else second_weight,
         second_bias,

@@ -1,6 +1,6 @@
 """KL divergence and its relatives between two logits tensors, per token."""
 
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -309,21 +309,19 @@ def of_name(name: str, alpha: float | None, beta: float | None) -> tuple[str, fl
     """Check alpha and beta, and return (kind, share) of fields.Divergence and None, or, for P and Q
     exchanged, a factor of the result.
     """
-    takes_alpha, share = name in ("skew_kl", "renyi"), beta if name == "js" else alpha
-    if not takes_alpha:
-        remedy = "pass beta" if name == "js" else "leave it out"
-        _checks.expect(alpha is None, "alpha", f"None for {name!r}", alpha, remedy)
-    if name != "js":
-        remedy = "pass alpha" if takes_alpha else "leave it out"
-        _checks.expect(beta is None, "beta", f"None for {name!r}", beta, remedy)
-    if name == "renyi":
-        _checks.order("alpha", share)
-    elif name == "skew_kl":
-        _checks.share("alpha", share)
-    elif name == "js":
-        share = 0.5 if share is None else share
-        _checks.share("beta", share)
-    share = float(share or 0.0)
+    takes_alpha, takes_beta = name in ("skew_kl", "renyi"), name == "js"
+    for argument, value, takes in (("alpha", alpha, takes_alpha), ("beta", beta, takes_beta)):
+        nothing = value is None or takes
+        _checks.expect(nothing, argument, f"None for {name!r}", value, "leave it out")
+    given: Any = (0.5 if beta is None else beta) if takes_beta else alpha
+    if takes_alpha or takes_beta:
+        check = _checks.order if name == "renyi" else _checks.share
+        check("beta" if takes_beta else "alpha", given)
+    share = float(given or 0.0)
+    if (name in ("js", "skew_kl") and share == 1.0) or (name, share) == ("js", 0.0):
+        return "total_variation", 0.0, 0.0
+    if name == "js" and share < 0.5:
+        return name, 1.0 - share, 1.0
     if (name, share) == ("skew_kl", 0.0) or (name == "renyi" and abs(share - 1.0) < 1e-7):
         return "kl", 0.0, None
     if name == "renyi" and share < 0.5:

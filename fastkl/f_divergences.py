@@ -66,6 +66,9 @@ def terms(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) -> 
     """Compute the Terms of an f-divergence; an entry beyond |d| = 1 by formulas of p and q."""
     p, q, d = log_p.exp(), log_q.exp(), _log_ratio(log_p, log_q)
     short, rest, near = d.clamp(-1.0, 1.0), 1.0 - share, d.abs() < 1.0
+    if rest == 0.0 or (kind == "js" and share == 0.0):
+        nothing = 0.0 * (p + q)  # NaN stays NaN
+        return Terms(nothing, nothing, nothing)
     e = torch.expm1(short)
     q_minus_p = torch.where(near, p * e, q - p)
     if kind == "kl":
@@ -103,11 +106,9 @@ def _log_ratio(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def _log_r(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Compute α·log p + (1 - α)·log q, -inf where p is 0, and q too if α < 1."""
-    absent = log_p.exp() == 0
-    if alpha < 1.0:
-        absent = absent | (log_q == -math.inf)
-    return (alpha * log_p + (1.0 - alpha) * log_q).masked_fill(absent, -math.inf)
+    """Compute α·log p + (1 - α)·log q; for α > 1, -inf where p is 0, whatever q is."""
+    log_r = alpha * log_p + (1.0 - alpha) * log_q
+    return log_r.masked_fill(log_p.exp() == 0, -math.inf) if alpha > 1.0 else log_r
 
 
 def _log_z(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -33,10 +33,10 @@ MOMENT_TERMS = tl.constexpr(6)
 Mixture = namedtuple("Mixture", "share rest curvature")
 
 
-# Compile-time: the divergence, whether a share is so small that logarithms need a series, whether
-# the GPU has the instruction lg2, the gradients requested (in forward: whether any is), and whether
+# Compile-time: the divergence, whether rest is so small that log(m/p) needs a series, whether the
+# GPU has the instruction lg2, the gradients requested (in forward: whether any is), and whether
 # differences are kept as hi and lo.
-Kind = namedtuple("Kind", "name small_share lg2 wrt_p wrt_q compensated")
+Kind = namedtuple("Kind", "name small_rest lg2 wrt_p wrt_q compensated")
 
 
 # The terms of entries far from P = Q: p·f, p·u and q·v, and p and q themselves.
@@ -86,17 +86,26 @@ def entry_terms(p, q, d, ratio, mix, kind: tl.constexpr, GUARD: tl.constexpr):
     else:
         # The mixture over the larger of p and q is 1 + t.
         t = tl.where(q_larger, mix.share, mix.rest) * (ratio - 1.0)
+        mixture = 1.0 + t
+        if GUARD or kind.small_rest:
+            # 1 - share is a rounded rest.
+            mixture = tl.where(q_larger, mix.share * ratio + mix.rest, mixture)
         if GUARD:
-            log_mixture = tl.log(1.0 + t)
-        elif kind.small_share:
-            log_mixture = log1p(t)
+            log_mixture = tl.log(mixture)
+        elif kind.small_rest:
+            log_mixture = tl.where(mixture < 0.5, tl.log(mixture), log1p(t))
         else:
-            log_mixture = log2(1.0 + t, kind.lg2) * LN2
-        p_log_m = p * (tl.where(q_larger, d, 0.0) + log_mixture)
+            log_mixture = log2(mixture, kind.lg2) * LN2
+        log_m = tl.where(q_larger, d, 0.0) + log_mixture
+        if kind.small_rest and not GUARD:
+            # m/p = 1 + a; where q is not far larger than p, a is small.
+            a = mix.rest * (1.0 / ratio - 1.0)
+            log_m = tl.where(q_larger & (a < 1.0), log1p(a), log_m)
+        p_log_m = p * log_m
         if GUARD:
             p_log_m = tl.where(p == 0.0, 0.0, p_log_m)
         if kind.name == JS:
-            q_log_m = q * (tl.where(q_larger, 0.0, d) - log_mixture)
+            q_log_m = q * (d - log_m)
             if GUARD:
                 q_log_m = tl.where(q == 0.0, 0.0, q_log_m)
             to_p = p_log_m * -mix.share
@@ -104,7 +113,7 @@ def entry_terms(p, q, d, ratio, mix, kind: tl.constexpr, GUARD: tl.constexpr):
             return Terms(to_p + to_q, to_p, to_q, p, q)
         else:
             # rest·(q - p)/m
-            share_of_gap = sign * (1.0 - ratio) * (mix.rest * 2.0) / (1.0 + t)
+            share_of_gap = sign * (1.0 - ratio) * (mix.rest * 2.0) / mixture
             to_p = p * (mix.share * share_of_gap)
             if GUARD:
                 to_p = tl.where(p == 0.0, 0.0, to_p)
@@ -160,12 +169,13 @@ def absorb(sums, log2_p, d, constants, kind: tl.constexpr, ALL_NEAR: tl.constexp
 
 @triton.jit
 def renyi_exponent(log_p, log_q, mix):
-    """Return α·log p + (1 - α)·log q of entries as float64: -inf without p, and for α < 1 without
-    q.
+    """Return α·log p + (1 - α)·log q of entries as float64; for α > 1, -inf where p is 0, whatever
+    q is.
     """
     # 1 - α is exact in float32 where it is small, α beside it is not.
     power = log_p + (log_q - log_p) * mix.rest
-    return tl.where(tl.exp(log_p) == 0.0, float("-inf"), power)
+    absent = tl.where(mix.rest > 0.0, log_p == float("-inf"), tl.exp(log_p) == 0.0)
+    return tl.where(absent, float("-inf"), power)
 
 
 @triton.jit

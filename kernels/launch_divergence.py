@@ -20,8 +20,8 @@ KINDS = {
     "renyi": RENYI.value,
 }
 __all__ = ["MOMENT_TERMS", "TERMS", "Series", "backward", "forward"]
-# Where a model's share of the mixture is below this, the logarithms of far entries need a series.
-SMALL_SHARE = 0.05
+# Where Q's share of the mixture is below this, the logarithms of far entries need a series.
+SMALL_REST = 0.05
 
 
 class Series(NamedTuple):
@@ -37,9 +37,7 @@ class Series(NamedTuple):
 
     def constants(self) -> dict[str, object]:
         """The compile-time values."""
-        return dict(
-            KIND=KINDS[self.kind], SMALL_SHARE=min(self.share, 1.0 - self.share) < SMALL_SHARE
-        )
+        return dict(KIND=KINDS[self.kind], SMALL_REST=1.0 - self.share < SMALL_REST)
 
     def numbers(self, coefficients: tuple[float, ...]) -> dict[str, float]:
         """The run-time values, in the order of the kernels' signatures."""

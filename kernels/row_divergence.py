@@ -41,9 +41,6 @@ MEAN_U = tl.constexpr(7)
 MEAN_U_LO = tl.constexpr(6)
 MEAN_V = tl.constexpr(8)
 MEAN_V_LO = tl.constexpr(5)
-# Of Rényi's divergence, whose E_p[u] is log Z.
-LOG_SUM_P = tl.constexpr(8)
-LOG_SUM_Q = tl.constexpr(5)
 
 
 # The constants of a row: its Terms (row_gradient.py), the Mixture, and polynomials' coefficients.
@@ -127,49 +124,31 @@ def fallback_terms(log_p, log_q, mix, kind: tl.constexpr):
 
 
 @triton.jit
-def store_renyi_fallback(
-    value_ptr,
-    saved_ptr,
-    row,
-    mix,
-    BLOCK: tl.constexpr,
-    reading: tl.constexpr,
-):
-    """Write Rényi's divergence of a fallback row, log Z, and the logarithms of the sums of p and q,
-    which are 1 but for the rounding of the saved log-sum-exps.
+def renyi_log_z(row, scale, q_scale, stats, mix, BLOCK: tl.constexpr, reading: tl.constexpr):
+    """Return log Σ p^α·q^(1 - α) of a fallback row, and log Σp = log Σq: the saved log-sum-exp, a
+    float32, leaves sums that are not 1.
     """
-    stats = load_row(saved_ptr)
-    scale = row.scale.to(tl.float64)
-    q_scale = scale * row.ratio.to(tl.float64)
     largest = tl.full([BLOCK], float("-inf"), tl.float64)
-    p = tl.zeros([BLOCK], tl.float64)
-    q = p
     for start in range(0, row.V, BLOCK):
         log_p, log_q, _, _ = fallback_log_probs(
             row, start, row.V, scale, q_scale, stats, BLOCK, reading
         )
-        p += tl.exp(log_p)
-        q += tl.exp(log_q)
-        exponent = renyi_exponent(log_p, log_q, mix)
-        # tl.maximum drops a NaN.
-        largest = tl.where(exponent == exponent, tl.maximum(largest, exponent), exponent)
-    log_sum_p = tl.log(tl.sum(p, 0))
-    log_sum_q = tl.log(tl.sum(q, 0))
+        largest = tl.maximum(largest, renyi_exponent(log_p, log_q, mix))
     peak = tl.max(largest, 0)
     total = tl.zeros([BLOCK], tl.float64)
+    p = total
     for start in range(0, row.V, BLOCK):
         log_p, log_q, _, _ = fallback_log_probs(
             row, start, row.V, scale, q_scale, stats, BLOCK, reading
         )
         total += tl.exp(renyi_exponent(log_p, log_q, mix) - peak)
+        # Of equal rows both sums are of the same numbers.
+        p += tl.exp(log_p + stats.log_sum)
     # An infinite peak: P and Q without a common entry (-inf), or p > 0 = q for α > 1.
     log_z = tl.where(tl.abs(peak) < float("inf"), peak + tl.log(tl.sum(total, 0)), peak)
-    log_z -= log_sum_p + (log_sum_q - log_sum_p) * mix.rest
-    value = log_z / -mix.rest.to(tl.float64)
-    tl.store(value_ptr, tl.where(value < 0.0, 0.0, value).to(tl.float32))
-    store_double(saved_ptr + MEAN_U, saved_ptr + MEAN_U_LO, log_z)
-    tl.store(saved_ptr + LOG_SUM_P, log_sum_p.to(tl.float32))
-    tl.store(saved_ptr + LOG_SUM_Q, log_sum_q.to(tl.float32))
+    # A maximum drops a NaN; a log-sum-exp does not.
+    log_z += (stats.log_sum + stats.log_sum_ratio) * 0.0
+    return log_z, tl.log(tl.sum(p, 0)) - stats.log_sum
 
 
 @triton.jit
@@ -188,6 +167,13 @@ def store_fallback_row(
     stats = load_row(saved_ptr)
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
+    if kind.name == RENYI:
+        log_z, log_sum = renyi_log_z(row, scale, q_scale, stats, mix, BLOCK, reading)
+        value = (log_z - log_sum) / -mix.rest.to(tl.float64)
+        tl.store(value_ptr, tl.where(value < 0.0, 0.0, value).to(tl.float32))
+        store_double(saved_ptr + MEAN_U, saved_ptr + MEAN_U_LO, log_z)
+        store_double(saved_ptr + MEAN_V, saved_ptr + MEAN_V_LO, log_sum)
+        return
     value = tl.zeros([BLOCK], tl.float64)
     u = value
     v = value
@@ -221,7 +207,9 @@ def store_double(ptr, lo_ptr, value):
 
 @triton.jit
 def load_means(saved_ptr):
-    """The means that store_fallback_row wrote, as float64."""
+    """The means that store_fallback_row wrote, as float64; of Rényi's divergence what renyi_log_z
+    returned.
+    """
     u = tl.load(saved_ptr + MEAN_U).to(tl.float64) + tl.load(saved_ptr + MEAN_U_LO).to(tl.float64)
     v = tl.load(saved_ptr + MEAN_V).to(tl.float64) + tl.load(saved_ptr + MEAN_V_LO).to(tl.float64)
     return u, v
@@ -297,7 +285,7 @@ def row_divergence(  # noqa: PLR0913, PLR0915
     LANES: tl.constexpr,
     GROUPS: tl.constexpr,
     KIND: tl.constexpr,
-    SMALL_SHARE: tl.constexpr,
+    SMALL_REST: tl.constexpr,
     LG2: tl.constexpr,
     WITH_MOMENT: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -334,7 +322,7 @@ def row_divergence(  # noqa: PLR0913, PLR0915
     )
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    kind: tl.constexpr = Kind(KIND, SMALL_SHARE, LG2, WITH_MOMENT, WITH_MOMENT, COMPENSATED)
+    kind: tl.constexpr = Kind(KIND, SMALL_REST, LG2, WITH_MOMENT, WITH_MOMENT, COMPENSATED)
     saved_ptr += row * SAVED
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
@@ -347,11 +335,7 @@ def row_divergence(  # noqa: PLR0913, PLR0915
     if is_fallback(saved_ptr):
         if split == 0:
             whole = Row(p_row, q_row, V, row, scale, ratio)
-            value_ptr += row
-            if KIND == RENYI:
-                store_renyi_fallback(value_ptr, saved_ptr, whole, mix, THREADS * 2, reading)
-            else:
-                store_fallback_row(value_ptr, saved_ptr, whole, mix, THREADS * 2, reading, kind)
+            store_fallback_row(value_ptr + row, saved_ptr, whole, mix, THREADS * 2, reading, kind)
         return
     if KIND == RENYI:
         log_z = tl.load(value_ptr + row) * -rest

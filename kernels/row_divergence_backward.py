@@ -19,8 +19,6 @@ from .divergence_math import (
 )
 from .fallback import GradientRow, is_fallback, load_row
 from .row_divergence import (
-    LOG_SUM_P,
-    LOG_SUM_Q,
     MEAN_U,
     MEAN_V,
     fallback_log_probs,
@@ -181,12 +179,10 @@ def write_fallback(
             row, start, grads.end, scale, q_scale, stats, BLOCK, reading
         )
         if kind.name == RENYI:
-            # mean_u is log Z.
-            log_p -= tl.load(saved_ptr + LOG_SUM_P).to(tl.float64)
-            log_q -= tl.load(saved_ptr + LOG_SUM_Q).to(tl.float64)
+            # mean_u is log Z, and mean_v log Σp = log Σq.
             r = tl.exp(renyi_exponent(log_p, log_q, constants.mix) - mean_u)
-            grad_x = r - tl.exp(log_p)
-            grad_y = r - tl.exp(log_q)
+            grad_x = r - tl.exp(log_p - mean_v)
+            grad_y = r - tl.exp(log_q - mean_v)
         else:
             terms = fallback_terms(log_p, log_q, constants.mix, kind)
             # No entry of probability 0 has a gradient.
@@ -274,7 +270,7 @@ def row_divergence_backward(  # noqa: PLR0913, PLR0915
     LANES: tl.constexpr,
     GROUPS: tl.constexpr,
     KIND: tl.constexpr,
-    SMALL_SHARE: tl.constexpr,
+    SMALL_REST: tl.constexpr,
     LG2: tl.constexpr,
     WRT_P: tl.constexpr,
     WRT_Q: tl.constexpr,
@@ -303,7 +299,7 @@ def row_divergence_backward(  # noqa: PLR0913, PLR0915
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    kind: tl.constexpr = Kind(KIND, SMALL_SHARE, LG2, WRT_P, WRT_Q, COMPENSATED)
+    kind: tl.constexpr = Kind(KIND, SMALL_REST, LG2, WRT_P, WRT_Q, COMPENSATED)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     upstream = tl.load(upstream_ptr + row)

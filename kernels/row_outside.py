@@ -26,12 +26,19 @@ def next_id(ids_ptr, place, K, first, V):
 
 @triton.jit
 def outside_sum(
-    row, ids_ptr, K, first, length, V,
-    tiling: tl.constexpr, reading: tl.constexpr, IDS: tl.constexpr,
-):  # fmt: skip
+    row,
+    length,
+    ids_ptr,
+    K,
+    first,
+    tiling: tl.constexpr,
+    reading: tl.constexpr,
+    IDS: tl.constexpr,
+):
     """Return the state (origin, Σ 2^(x·s·log2(e) - origin)) of the first `length` entries of a
     Segment that starts at entry `first`, without those in the sorted list of K ids.
     """
+    V = first + row.remaining
     want: tl.constexpr = Want(False, False, False, False, False)
     TILE: tl.constexpr = tiling.threads * tiling.lanes
     offs_k = tl.arange(0, IDS)
@@ -150,7 +157,7 @@ def row_outside(  # noqa: PLR0913
         scale * LOG2E, scale, scale,
     )  # fmt: skip
     ids_ptr += row * K
-    origin, total = outside_sum(place, ids_ptr, K, first, length, V, tiling, reading, IDS)
+    origin, total = outside_sum(place, length, ids_ptr, K, first, tiling, reading, IDS)
     if SPLITS > 1:
         parts_ptr = state_ptr + tl.program_id(0).to(tl.int64) * 2
         tl.store(parts_ptr, origin)

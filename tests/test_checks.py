@@ -61,6 +61,9 @@ WRONG = [
         for value in (0.0, 1e-300)
     ),
     ("kl_divergence", "temperature", 0, 0.0, 2.0**-127, 2.0**126 * (1 + 2.0**-52)),
+    ("js_divergence", "beta", -0.1, 1.1, math.nan, math.inf),
+    ("skew_kl_divergence", "alpha", -0.1, 1.1, math.nan, math.inf),
+    ("renyi_divergence", "alpha", 0, 0.0, -0.1, math.nan, math.inf),
     ("sampled_kl_loss", "clamp", 0.0, 50.1),
     ("sampled_kl_loss ppo_loss grpo_loss", "old_logprob", LEARNING),
     ("shape_rewards", "beta", META, SimpleNamespace(beta=-1.0)),

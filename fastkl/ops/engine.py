@@ -77,8 +77,8 @@ class Engine(abc.ABC):
         grad_q: torch.Tensor | None,
     ) -> None:
         """Fill kl [N], saved, and the gradients of Σ weights·kl."""
-        to_p_alone = grad_p is not None and grad_q is None and args.divergence.kind == "kl"
-        if to_p_alone and self.computes_together(args, grad_p):
+        to_p_alone = grad_q is None and args.divergence.kind == "kl"
+        if grad_p is not None and to_p_alone and self.computes_together(args, grad_p):
             self.together(args, kl, saved, weights, grad_p)
         else:
             self.forward(args, {"kl": kl}, saved)
@@ -186,7 +186,7 @@ class Kernels(Engine):
         upstream: torch.Tensor,
         grad: torch.Tensor,
     ) -> None:
-        # -upstream times the gradient of a log-probability but for its one-hot term: no token is -1.
+        # -upstream times a log-probability's gradient without its one-hot term: no token is -1.
         tokens = torch.full(rest.shape, -1, dtype=torch.int64, device=rest.device)
         weights = {"logprob": -upstream.float()}
         self.backward(args._replace(tokens=tokens), saved, weights, grad, None)

@@ -116,9 +116,9 @@ def outside(args: RowArgs, ids: torch.Tensor, rest: torch.Tensor, saved: torch.T
     saved.zero_()
     rest.zero_()
     for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, False):
-        scaled = _inverse64(rows_of(args.temperature, rows)) * x.double()
+        exponents = _inverse64(rows_of(args.temperature, rows)) * x.double()
         # A column more takes the absent ids.
-        padded = torch.nn.functional.pad(scaled, (0, 1), value=-math.inf)
+        padded = torch.nn.functional.pad(exponents, (0, 1), value=-math.inf)
         padded.scatter_(-1, ids[rows], -math.inf)
         rest[rows] = padded.logsumexp(-1)
 
@@ -169,8 +169,8 @@ def _by_reference(
     enough; a divergence other than the KL by f_divergences.py in float64.
     """
     if args.divergence.kind != "kl":
-        value = f_divergences.divergence(*_log_probs(args), *args.divergence)
-        outputs["kl"][numbers], saved[numbers] = value.to(saved.dtype), 0
+        found = f_divergences.divergence(*_log_probs(args), *args.divergence)
+        outputs["kl"][numbers], saved[numbers] = found.to(saved.dtype), 0
         return
     result = _statistics(args, outputs)
     far = result.saved[:, reference.FAR] != 0

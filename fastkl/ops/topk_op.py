@@ -50,8 +50,9 @@ def _scale(inputs: CellInputs | CellGradientInputs) -> Tensor | float:
 
 
 def _cells(inputs: CellInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute (x/T at the ids [..., K], log Σ exp(x/T) of the others [...], saved [..., SAVED]), the
-    first two in float64; an absent id has -inf.
+    """Compute (x/T at the ids [..., K], log Σ exp(x/T) of the others [...], saved [..., SAVED]).
+
+    The first two are float64; an absent id has -inf.
     """
     logits, ids = inputs.logits, inputs.ids
     listed, rest, saved = results = _fake_cells(inputs)
@@ -124,7 +125,7 @@ def _backward(
     if g_listed is None and g_rest is None:
         return None, *none
     refuse_forward_mode((g_listed, g_rest))
-    inputs = CellGradientInputs(*ctx.saved_tensors, g_listed, g_rest, *ctx.options)
+    inputs = CellGradientInputs._make([*ctx.saved_tensors, g_listed, g_rest, *ctx.options])
     return cell_gradients(inputs), *none
 
 

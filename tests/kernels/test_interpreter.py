@@ -22,6 +22,7 @@ GROUPS = (
     ("test_divergence", "test_divergence_rows"),
     ("test_kernels", "test_row_segment"),
     ("test_tokens", "test_linear", "test_linear_options"),
+    ("test_divergence_family",),
     ("test_engine", "test_far_rows"),
     (
         "test_torch",

@@ -59,11 +59,12 @@ FUNCTIONS: dict[str, Callable] = {
             d["p"], d["tokens"], d["q"], temperature=d["temperatures"], mask=d["mask"]
         )
     ),
+    "renyi": lambda d: (fastkl.renyi_divergence(d["p"], d["q"], d["mask"], alpha=0.3),),
     "select": lambda d: (fastkl.selective_log_softmax(d["p"], d["index"]),),
     "linear_none": lambda d: (linear_kl(d),),
     "linear_mean": lambda d: (linear_kl(d, reduction="mean"),),
 }
-LEAF = {"kl": "p", "stats": "p", "select": "p", "linear_none": "hidden", "linear_mean": "hidden"}
+LEAF = {name: "hidden" if name.startswith("linear") else "p" for name in FUNCTIONS}
 named = pytest.mark.parametrize("name", FUNCTIONS)
 
 
@@ -104,6 +105,7 @@ class Seen(TorchDispatchMode):
     [
         ("kl", {"row_statistics", "row_gradients"}),
         ("stats", {"row_statistics", "row_gradients"}),
+        ("renyi", {"row_statistics", "row_gradients"}),
         ("select", {"selected_logprobs", "selected_gradients"}),
         ("linear_none", {"linear_statistics", "linear_gradients"}),
         ("linear_mean", {"linear_weighted_kl", "scaled"}),

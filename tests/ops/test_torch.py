@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import cases
+import family
 import memory
 import pytest
 import torch
@@ -58,6 +59,12 @@ def stats(p, q, data):
     )
 
 
+def divergences(p, q, data):
+    members = family.KINDS.values()
+    values = [member(p, q, data.mask, temperature=data.temperatures) for member in members]
+    return *values[:2], values[2] + values[3], *values[4:]
+
+
 def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
     outputs = function(data.p, data.q, data)
     upstream = [data.upstream[i] if v.dim() else torch.ones_like(v) for i, v in enumerate(outputs)]
@@ -66,7 +73,8 @@ def outcome(function: Callable, data: SimpleNamespace) -> list[torch.Tensor]:
 
 # ---- opcheck
 
-# fields, with q, with tokens, with mask, with a temperature per row, leading shape
+# fields, with q, with tokens, with mask, with a temperature per row, leading shape; a divergence
+# beside the KL, and its share
 MIXES = [
     ("kl", True, False, False, False, (2,)),
     ("kl", True, False, True, True, (2, 1)),
@@ -76,6 +84,9 @@ MIXES = [
     ("logprob", True, True, False, True, (2,)),
     ("logprob,entropy", False, True, True, False, (2, 1)),
     ("logprob,entropy", False, True, False, True, (0, 2)),
+    ("kl", True, False, True, True, (2, 1), "js", 0.7),
+    ("kl", True, False, False, False, (2,), "renyi", 2.0),
+    ("kl", True, False, False, False, (0,), "total_variation", 0.0),
     (ALL, True, True, False, False, (2,)),
     (ALL, True, True, True, True, (1, 2)),
 ]
@@ -90,7 +101,7 @@ def test_opcheck(implementation, mix, grad) -> None:
     """
     if implementation.interpreted and mix != MIXES[-1]:
         pytest.skip("the ops' rules for this mix are checked on the reference")
-    fields, with_q, tokens, mask, temperatures, leading = mix
+    fields, with_q, tokens, mask, temperatures, leading, *other = mix
     data, ops = inputs(implementation.device, leading, grad=grad), torch.ops.fastkl
     tensors = (
         data.p,
@@ -99,14 +110,15 @@ def test_opcheck(implementation, mix, grad) -> None:
         data.mask if mask else None,
         data.temperatures if temperatures else None,
     )
-    temperature, chosen = 1.0 if temperatures else 0.7, implementation.backend
-    given = (*tensors, temperature, fields, chosen)
+    temperature = 1.0 if temperatures else 0.7
+    chosen = (implementation.backend, *(other or ("kl", 0.0)))
+    given = (*tensors, temperature, fields, *chosen)
     torch.library.opcheck(ops.row_statistics.default, given)
     if not grad:
         saved, asked = ops.row_statistics(*given)[-1], fields.split(",")
         upstream = [data.upstream[i] if name in asked else None for i, name in enumerate(FIELDS)]
         for wrt in [(True, with_q)] if mix != MIXES[-1] else [(1, 1), (1, 0), (0, 1)]:
-            rest = (saved, *upstream, temperature, *map(bool, wrt), chosen)
+            rest = (saved, *upstream, temperature, *map(bool, wrt), *chosen)
             torch.library.opcheck(ops.row_gradients.default, (*tensors, *rest))
 
 
@@ -114,7 +126,12 @@ def test_opcheck(implementation, mix, grad) -> None:
 
 
 PENALTY = fastkl.KLPenalty(0.3)
-COMPILED = {"kl": kl, "stats": stats, "penalty": lambda p, q, data: (PENALTY(p, q, data.mask),)}
+COMPILED = {
+    "kl": kl,
+    "stats": stats,
+    "divergences": divergences,
+    "penalty": lambda p, q, data: (PENALTY(p, q, data.mask),),
+}
 
 
 @pytest.mark.parametrize(
@@ -236,7 +253,12 @@ def sized(implementation, times: int = 1) -> SimpleNamespace:
     return SimpleNamespace(**{**vars(data), **more, "vocabulary": vocabulary})
 
 
-FUNCTIONS = {"kl": (kl, 1), "stats": (stats, 5)}  # and how many float32 results per row
+# and how many float32 results per row
+FUNCTIONS = {
+    "kl": (kl, 1),
+    "stats": (stats, 5),
+    "js": (lambda p, q, data: (fastkl.js_divergence(p, q, data.mask),), 1),
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import family
 import pytest
 import torch
 from test_dispatch import FUNCTIONS, LEAF, assert_same, data, linear_kl, named
@@ -23,13 +24,16 @@ TRANSFORMS = {
 def exact(name: str, d: dict[str, torch.Tensor]) -> torch.Tensor:
     if name == "kl":
         return testing.truth(d["p"], d["q"]).kl
+    if name == "renyi":
+        logs = (d[side].double().log_softmax(-1) for side in "pq")
+        return torch.where(d["mask"], family.textbook(*logs, "renyi", 0.3), 0.0)
     if name == "select":
         return d["p"].double().log_softmax(-1).gather(-1, d["index"])
     wide = {key: value.double() for key, value in d.items()}
     return testing.truth(*(wide[key] @ wide["weight"].T for key in ("hidden", "ref_hidden"))).kl
 
 
-without_mean = pytest.mark.parametrize("name", ["kl", "select", "linear_none"])
+without_mean = pytest.mark.parametrize("name", ["kl", "renyi", "select", "linear_none"])
 
 
 @without_mean

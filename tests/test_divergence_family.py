@@ -1,0 +1,399 @@
+"""The divergences beside the KL: values and gradients against fp64, properties that all of them
+have, special values, and how they are related to each other and to the KL.
+"""
+
+import math
+
+import memory
+import pytest
+import torch
+from cases import INTERPRETING, assert_same, padded
+from family import KINDS, MEMBERS, Member, plain_gradients
+
+import fastkl
+from fastkl import testing
+from fastkl.ops import row_blocks
+
+SIZES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 30.0)
+SHIFTS = (0.0, 50.0)
+SHORT = 203 if INTERPRETING else 1003
+each_member = pytest.mark.parametrize("name", MEMBERS)
+each_kind = pytest.mark.parametrize("name", KINDS)
+# Where the interpreter's time allows one of each kind.
+each_affordable = each_kind if INTERPRETING else each_member
+
+
+# The first of these values, which shows most, or all of them.
+def affordable(*values):
+    return values[:1] if INTERPRETING else values
+
+
+# To a kernel a type of 16 bits is another load and store.
+@pytest.fixture
+def any_dtype(dtype) -> torch.dtype:
+    if INTERPRETING and dtype != torch.float32:
+        pytest.skip("one type in the interpreter is enough")
+    return dtype
+
+
+# Value and both gradients, on `device` for these very strides.
+def outcome(
+    member: Member, p, q, device: str, mask=None, upstream=None, **more
+) -> list[torch.Tensor]:
+    p, q, mask = (None if value is None else value.to(device) for value in (p, q, mask))
+    leaves = testing.leaf(p), testing.leaf(q)
+    value = member(*leaves, mask, **more)
+    upstream = testing.upstream_for(value) if upstream is None else upstream.to(value)
+    return [value, *torch.autograd.grad(value, leaves, upstream)]
+
+
+# Compare an outcome with float64 of the logits.
+#
+# Kernels subtract probabilities in float32, each off by 2^-23, in gradients of total variation, and
+# in those of 16 bits as in cases: an upstream gradient of up to 4 makes that 1e-6. A float32
+# gradient that plain torch gets wrong too may be twice as far off.
+def check_results(implementation, member: Member, results, p, q, temperature=1.0) -> None:
+    value, *grads = (result.cpu() for result in results)
+    assert value.dtype == torch.float32 and value.shape == p.shape[:-1]
+    assert (grads[0].dtype, grads[1].dtype) == (p.dtype, q.dtype)
+    testing.assert_kl(value, member.exact(p, q, temperature), "value")
+    upstream = testing.upstream_for(value)
+    exact = member.exact_gradients(p, q, upstream, temperature)
+    plain = plain_gradients(member, p.float(), q.float(), upstream, temperature)
+    absolute = 1e-6 * implementation.kernels
+    for side, grad, right, other in zip("pq", grads, exact, plain, strict=True):
+        what = f"gradient to {side}"
+        if grad.dtype != torch.float32:
+            more = {"absolute": absolute, "truncated": INTERPRETING}
+            testing.assert_rounded_gradient(grad, right, what, **more)
+            continue
+        weight = (upstream / temperature).abs().clamp(min=1.0)
+        # Jeffreys' is the sum of two KLs.
+        floor = testing.GRADIENT_FLOOR * weight * (2 if member.kind == "jeffreys" else 1)
+        norm = torch.maximum(right.norm(dim=-1), floor)
+        other_error = (other.double() - right).norm(dim=-1).nan_to_num(0.0, 0.0)
+        allowed = torch.maximum(testing.GRADIENT_LIMIT * norm, 2 * other_error)
+        allowed += absolute * weight * (member.kind == "total_variation")
+        error = (grad.double() - right).norm(dim=-1)
+        assert bool((error <= allowed).all()), f"{what}: {error / norm}, allowed {allowed / norm}"
+
+
+def check(implementation, member: Member, p, q, temperature=1.0) -> None:
+    results = outcome(member, p, q, implementation.device, temperature=temperature)
+    check_results(implementation, member, results, p, q, temperature)
+
+
+# ---- accuracy
+
+
+@pytest.mark.parametrize("kind", testing.KINDS)
+@each_member
+def test_against_fp64(implementation, name, kind, dtype) -> None:
+    turn = testing.KINDS.index(kind) - list(MEMBERS).index(name)
+    if INTERPRETING and turn % 3:
+        pytest.skip("the interpreter's time goes to a third of them")
+    sizes = SIZES[:: 2 if INTERPRETING else 1] if dtype != torch.float16 else SIZES[2:]
+    p, q = testing.sizes_pair(kind, sizes, SHIFTS, SHORT, dtype)
+    check(implementation, MEMBERS[name], p, q)
+
+
+VOCABULARIES = (1, 8, 9, 40001) if INTERPRETING else (1, 2, 3, 7, 8, 9, 127, 4097, 40001)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@each_kind
+def test_vocabularies(implementation, name, vocabulary, dtype) -> None:
+    if INTERPRETING and (dtype != torch.float32) != (vocabulary == 8):
+        pytest.skip("one type shows it")
+    sizes = (1e-3, 0.1, 3.0) if vocabulary < 40001 else (0.1,)
+    check(
+        implementation,
+        KINDS[name],
+        *testing.sizes_pair("normal3", sizes, SHIFTS, vocabulary, dtype),
+    )
+
+
+# A constant that float32 adds exactly, to either side, changes the result by its rounding.
+@pytest.mark.parametrize("shifts", affordable((64.0, -64.0), (-200.0, 0.0), (8.0, 1000.0)), ids=str)
+@each_kind
+def test_constant_shifts(implementation, name, shifts) -> None:
+    pair = testing.sizes_pair("normal3", (2e-3, 0.3, 3.0), (0.0,), SHORT)
+    pair = [torch.round(value * 1024) / 1024 for value in pair]
+    moved = [value + shift for value, shift in zip(pair, shifts, strict=True)]
+    results = outcome(KINDS[name], *moved, implementation.device)
+    check_results(implementation, KINDS[name], results, *pair)
+
+
+PER_ROW = torch.tensor([0.25, 0.7, 3.0])
+
+
+@pytest.mark.parametrize("temperature", affordable(PER_ROW, 0.7, 3), ids=str)
+@each_kind
+def test_temperature(implementation, name, temperature) -> None:
+    pair = testing.sizes_pair("normal3", (1e-3, 0.3, 3.0), (0.0, 7.0), SHORT)
+    check(implementation, KINDS[name], *pair, temperature)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@each_kind
+def test_layouts(implementation, name, layout) -> None:
+    if INTERPRETING and (list(testing.LAYOUTS).index(layout) - list(KINDS).index(name)) % 3:
+        pytest.skip("the interpreter's time goes to a third of them")
+    bases = [side.view(4, 5, 6, -1) for side in testing.pair("normal3", 120, 43, 0.3)]
+    p, q = (testing.LAYOUTS[layout](base[..., :40]) for base in bases)
+    check(implementation, KINDS[name], p, q)
+    check(implementation, KINDS[name], p, q.clone(memory_format=torch.contiguous_format))
+
+
+# ---- properties
+
+
+@each_affordable
+def test_never_negative(implementation, name, any_dtype) -> None:
+    for kind in affordable(*testing.KINDS[::2]):
+        p, q = testing.sizes_pair(kind, (1e-7, 1e-6, 1e-5, 1e-4), SHIFTS, SHORT, any_dtype)
+        p[::2, 0], q[::2, 0] = -math.inf, -math.inf  # rows that the kernels read again, too
+        assert bool((outcome(MEMBERS[name], p, q, implementation.device)[0] >= 0).all())
+
+
+@pytest.mark.parametrize("vocabulary", affordable(129, 1, SHORT))
+@each_affordable
+def test_equal_rows(implementation, name, vocabulary, dtype) -> None:
+    p = torch.cat([testing.logits(kind, 1, vocabulary) for kind in testing.KINDS[::2]]).to(dtype)
+    if vocabulary > 1:
+        p[1, 1::3] = -math.inf
+    for q in (p, p.clone()):
+        for value in outcome(MEMBERS[name], p, q, implementation.device):
+            assert bool((value == 0).all()), f"up to {value.abs().max():.3g}"
+
+
+@each_affordable
+def test_gradients_sum_to_zero(implementation, name) -> None:
+    p, q = testing.sizes_pair("normal3", (0.01, 0.1, 1.0), SHIFTS, SHORT)
+    for grad in outcome(MEMBERS[name], p, q, implementation.device)[1:]:
+        total, size = grad.double().sum(-1).abs(), grad.double().abs().sum(-1)
+        assert bool((total <= 1e-5 * size + 1e-9).all()), total / size
+
+
+@each_kind
+def test_mask_and_nan(implementation, name, any_dtype) -> None:
+    sizes, member, device = (0.01, 0.1, 1.0, 3.0, 0.3), KINDS[name], implementation.device
+    p, q = testing.sizes_pair("normal3", sizes, SHIFTS, SHORT, any_dtype)
+    mask, upstream = torch.tensor([True, False, True, False, True]), torch.arange(1.0, 6.0)
+    kept = [side[mask] for side in (p, q)]
+    expected = outcome(member, *kept, device, upstream=upstream[mask])
+    p[1], q[3, ::2] = math.nan, math.nan
+    results = outcome(member, p, q, device, mask, upstream)
+    assert_same([result[mask] for result in results], expected)
+    assert not any(bool(result[~mask].any()) for result in results)
+    poisoned = outcome(member, p, q, device, upstream=upstream)
+    assert poisoned[0].isnan().tolist() == (~mask).tolist()
+    assert_same([result[mask] for result in poisoned], expected)
+    upstream[2] = 0.0
+    grads = outcome(member, p, q, device, upstream=upstream * mask)[1:]
+    assert not any(bool(grad[1:4].any()) for grad in grads)
+
+
+@each_kind
+def test_a_rows_bits_are_its_own(implementation, name, any_dtype) -> None:
+    sizes, member, device = (0.01, 0.1, 1.0, 3.0, 30.0), KINDS[name], implementation.device
+    p, q = testing.sizes_pair("zipf", sizes, SHIFTS, SHORT, any_dtype)
+    whole = outcome(member, p, q, device, upstream=torch.ones(5))
+    order = torch.tensor([3, 0, 4, 2, 1])
+    for index in (order, *torch.arange(5)[:, None][:: 4 if INTERPRETING else 1]):
+        part = outcome(member, p[index], q[index], device, upstream=torch.ones(len(index)))
+        assert_same(part, [value[index] for value in whole])
+    for padding, offset in ((5, 1), (0, 3)):
+        moved = [padded(side.to(device), padding, offset) for side in (p, q)]
+        assert_same(outcome(member, *moved, device, upstream=torch.ones(5)), whole)
+
+
+REDUCED = {
+    "weighted": (dict(reduction="token_mean"), lambda x, w, mask: (w * x).sum() / mask.sum()),
+    "mean": (dict(reduction="mean"), lambda x, w, mask: x.sum() / mask.sum()),
+    "normalizer": (dict(reduction="mean", normalizer=2.5), lambda x, w, mask: (w * x).sum() / 2.5),
+    "sum": (dict(reduction="sum"), lambda x, w, mask: (w * x).sum()),
+}
+
+
+@pytest.mark.parametrize("reduction", affordable(*REDUCED))
+@each_kind
+def test_reductions(implementation, name, reduction) -> None:
+    pair = testing.pair("normal3", 4, 33, 0.5, device=implementation.device)
+    more, reduced = REDUCED[reduction]
+    leaves = [testing.leaf(side) for side in pair]
+    mask, weights = (
+        torch.tensor(row, device=implementation.device)
+        for row in ([True, True, False, True], [0.5, -1.0, 2.0, 0.25])
+    )
+    if reduction != "mean":
+        more = {**more, "weights": weights}
+    totals = (
+        KINDS[name](*leaves, mask, **more),
+        reduced(KINDS[name](*leaves, mask), weights, mask),
+    )
+    for result, value in zip(
+        *([total, *torch.autograd.grad(total, leaves)] for total in totals), strict=True
+    ):
+        torch.testing.assert_close(result, value, rtol=1e-6, atol=1e-9)
+
+
+# ---- special values
+
+HOLES = (-math.inf, torch.finfo(torch.float32).min, -1e9)
+
+
+# Logits of which one row has a hole in P alone, one in Q alone, one in both, one in each of halves
+# that have no entry in common; in every row's last column both have one.
+def with_holes(hole: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    p, q = testing.sizes_pair("normal3", (1e-3, 0.1, 1.0, 1.0), (0.0, 50.0), 50, dtype)
+    hole = max(hole, torch.finfo(dtype).min) if hole > -math.inf else hole
+    p[:, -1], q[:, -1], p[2, ::7], q[2, ::7], p[3, :25], q[3, 25:] = (hole,) * 6
+    p[0, 3:5], q[1, 7:9] = hole, hole
+    return p, q
+
+
+@pytest.mark.parametrize("hole", HOLES)
+@each_member
+def test_holes(implementation, name, hole, any_dtype) -> None:
+    if INTERPRETING and name not in KINDS and hole > -math.inf:
+        pytest.skip("one of each kind in the interpreter is enough")
+    p, q = with_holes(hole, any_dtype)
+    member = MEMBERS[name]
+    exact = member.exact(p, q)
+    results = [value.cpu() for value in outcome(member, p, q, implementation.device)]
+    # p > 0 = q in rows 1 and 3, q > 0 = p in 0 and 3.
+    infinite = {"jeffreys": [0, 1, 3], "renyi": [1, 3] if member.share > 1 else [3]}
+    infinite = infinite.get(member.kind, []) if hole == -math.inf else []
+    assert (exact == math.inf).nonzero()[:, 0].tolist() == infinite
+    finite, upstream = exact.float() < math.inf, testing.upstream_for(results[0])
+    testing.assert_kl(results[0][finite], exact[finite], "value")
+    assert bool((results[0][~finite] == math.inf).all())
+    grads = member.exact_gradients(p, q, upstream)
+    # Beyond it not even float64 tells the entries of a row apart.
+    told_apart, more = exact < 1e15, {"absolute": 1e-6, "truncated": INTERPRETING}
+    for grad, right in zip(results[1:], grads, strict=True):
+        assert bool(grad[finite].isfinite().all()) and not bool(grad[finite, -1].any())
+        testing.assert_rounded_gradient(grad[told_apart], right[told_apart], **more)
+
+
+@each_member
+def test_disjoint_supports(implementation, name) -> None:
+    p, q = (side.to(implementation.device) for side in with_holes(-math.inf, torch.float32))
+    member, value = MEMBERS[name], float(MEMBERS[name](p, q)[3])
+    share, rest = member.share, 1.0 - member.share
+    limits = {
+        "js": lambda: -share * math.log(share) - rest * math.log(rest),
+        "skew_kl": lambda: -math.log(share),
+        "total_variation": lambda: 1.0,
+    }
+    assert value == pytest.approx(limits.get(member.kind, lambda: math.inf)(), rel=1e-6)
+
+
+# ---- how they are related
+
+
+def batch(implementation) -> tuple[torch.Tensor, torch.Tensor]:
+    sizes = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+    pair = testing.sizes_pair("normal3", sizes, SHIFTS, SHORT)
+    return tuple(side.to(implementation.device) for side in pair)
+
+
+# name: two functions whose values and gradients are the same to the bit.
+SAME = {
+    "skew 0 is the KL": (
+        lambda p, q: fastkl.skew_kl_divergence(p, q, alpha=0),
+        fastkl.kl_divergence,
+    ),
+    "order 1 is the KL": (
+        lambda p, q: fastkl.renyi_divergence(p, q, alpha=1),
+        fastkl.kl_divergence,
+    ),
+    "js exchanged": (
+        lambda p, q: fastkl.js_divergence(p, q, beta=0.25),
+        lambda p, q: fastkl.js_divergence(q, p, beta=0.75),
+    ),
+    "a whole number": (
+        lambda p, q: fastkl.renyi_divergence(p, q, alpha=2),
+        lambda p, q: fastkl.renyi_divergence(p, q, alpha=2.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_identities(implementation, name) -> None:
+    leaves = [testing.leaf(side) for side in batch(implementation)]
+    outcomes = []
+    for function in SAME[name]:
+        value = function(*leaves)
+        outcomes.append([value, *torch.autograd.grad(value, leaves, testing.upstream_for(value))])
+    assert_same(*outcomes)
+
+
+@pytest.mark.parametrize(
+    "function, options",
+    [
+        (fastkl.js_divergence, {"beta": 0}),
+        (fastkl.js_divergence, {"beta": 1.0}),
+        (fastkl.js_divergence, {"beta": 1e-20}),
+        (fastkl.skew_kl_divergence, {"alpha": 1}),
+    ],
+)
+def test_mixtures_of_one_model_are_zero(implementation, function, options) -> None:
+    p, q = with_holes(-math.inf, torch.float32)
+    for value in outcome(Member(function, "", options), p, q, implementation.device):
+        assert bool((value == 0).all())
+
+
+def test_renyi_near_order_one(implementation) -> None:
+    p, q = batch(implementation)
+    kl = fastkl.kl_divergence(p, q).double()
+    for alpha in (1 - 1e-6, 1 + 1e-6):
+        exact = MEMBERS["renyi 2.0"]._replace(options={"alpha": alpha})
+        testing.assert_kl(exact(p, q), exact.exact(p.cpu(), q.cpu()), f"order {alpha}")
+        testing.assert_near(exact(p, q), kl, 1e-3, 1e-8, f"order {alpha} and the KL")
+
+
+def test_inequalities(implementation) -> None:
+    p, q = batch(implementation)
+    kl, reverse = (fastkl.kl_divergence(*pair).double() for pair in ((p, q), (q, p)))
+    tv = fastkl.total_variation(p, q).double()
+    js = {beta: fastkl.js_divergence(p, q, beta=beta) for beta in (0.01, 0.5, 0.9)}
+    testing.assert_kl(fastkl.jeffreys_divergence(p, q), kl + reverse, "Jeffreys")
+    # Pinsker's, and Lin's of the JSD.
+    assert bool((tv.square() <= kl / 2 * 1.0001).all() and (tv <= 1).all())
+    assert bool((js[0.5] <= tv * math.log(2)).all())
+    for beta, value in js.items():
+        entropy = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+        assert bool((value <= entropy * (1 + 1e-6)).all())
+    orders = [fastkl.renyi_divergence(p, q, alpha=x) for x in (0.1, 0.5, 0.9, 1, 1.1, 2, 10)]
+    for lower, higher in zip(orders, orders[1:], strict=False):
+        assert bool((lower <= higher * 1.0001).all())
+
+
+# ---- memory
+
+
+@each_member
+def test_bytes_on_the_reference(name, monkeypatch) -> None:
+    """Twice the rows take their results and gradients more: forward and backward work on a block of
+    rows, whatever their number.
+    """
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr(row_blocks, "ROWS_AT_ONCE", 8)
+
+    def peaks(rows: int) -> tuple[int, int]:
+        p, q = (testing.leaf(side) for side in testing.pair("normal3", rows, 512, 0.3))
+        with fastkl.use_backend("reference"):
+            value = MEMBERS[name](p, q)
+            upstream = torch.ones_like(value)
+            calls = (
+                lambda: MEMBERS[name](p, q),
+                lambda: torch.autograd.grad(value, (p, q), upstream, retain_graph=True),
+            )
+            return [memory.allocated("cpu", call)[0] for call in calls]
+
+    (forward, backward), (twice, backward_twice) = peaks(32), peaks(64)
+    assert twice - forward <= 32 * 128
+    gradients = 2 * 32 * 512 * 4
+    assert gradients <= backward_twice - backward <= gradients + 32 * 128
