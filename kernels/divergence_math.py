@@ -84,12 +84,21 @@ def entry_terms(p, q, d, ratio, mix, kind: tl.constexpr, GUARD: tl.constexpr):
     if kind.name == TOTAL_VARIATION:
         return Terms(sign * (q - p), -sign * p, sign * q, p, q)
     else:
+        share, rest = mix.share, mix.rest
+        if GUARD:
+            # In float64 the rounded numbers do not add up to 1.
+            if kind.small_rest:
+                rest = rest.to(tl.float64)
+                share = 1.0 - rest
+            else:
+                share = share.to(tl.float64)
+                rest = 1.0 - share
         # The mixture over the larger of p and q is 1 + t.
-        t = tl.where(q_larger, mix.share, mix.rest) * (ratio - 1.0)
+        t = tl.where(q_larger, share, rest) * (ratio - 1.0)
         mixture = 1.0 + t
         if GUARD or kind.small_rest:
             # 1 - share is a rounded rest.
-            mixture = tl.where(q_larger, mix.share * ratio + mix.rest, mixture)
+            mixture = tl.where(q_larger, share * ratio + rest, mixture)
         if GUARD:
             log_mixture = tl.log(mixture)
         elif kind.small_rest:
@@ -99,26 +108,26 @@ def entry_terms(p, q, d, ratio, mix, kind: tl.constexpr, GUARD: tl.constexpr):
         log_m = tl.where(q_larger, d, 0.0) + log_mixture
         if kind.small_rest and not GUARD:
             # m/p = 1 + a; where q is not far larger than p, a is small.
-            a = mix.rest * (1.0 / ratio - 1.0)
+            a = rest * (1.0 / ratio - 1.0)
             log_m = tl.where(q_larger & (a < 1.0), log1p(a), log_m)
         p_log_m = p * log_m
         if GUARD:
             p_log_m = tl.where(p == 0.0, 0.0, p_log_m)
         if kind.name == JS:
-            q_log_m = q * (d - log_m)
+            q_log_m = q * (tl.where(q_larger, 0.0, d) - log_mixture)
             if GUARD:
                 q_log_m = tl.where(q == 0.0, 0.0, q_log_m)
-            to_p = p_log_m * -mix.share
-            to_q = q_log_m * mix.rest
+            to_p = p_log_m * -share
+            to_q = q_log_m * rest
             return Terms(to_p + to_q, to_p, to_q, p, q)
         else:
             # rest·(q - p)/m
-            share_of_gap = sign * (1.0 - ratio) * (mix.rest * 2.0) / mixture
-            to_p = p * (mix.share * share_of_gap)
+            share_of_gap = sign * (1.0 - ratio) * (rest * 2.0) / mixture
+            to_p = p * (share * share_of_gap)
             if GUARD:
                 to_p = tl.where(p == 0.0, 0.0, to_p)
-            to_q = q * (mix.rest * share_of_gap)
-            return Terms((q - p) * mix.rest - p_log_m, to_p - p_log_m, to_q, p, q)
+            to_q = q * (rest * share_of_gap)
+            return Terms((q - p) * rest - p_log_m, to_p - p_log_m, to_q, p, q)
 
 
 @triton.jit
