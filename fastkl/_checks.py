@@ -32,6 +32,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a Python number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def described(value: object) -> str:
     """Show a number; of anything else the type."""
     return shown(value) if isinstance(value, (int, float)) else type_name(value)
@@ -276,16 +281,12 @@ def temperature(
             "convert it with .float()",
         )
         not_forward_mode(name, value)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{name}: expected a positive number or a float tensor of the leading shape, got "
-            f"{type(value).__name__}; pass float({name})"
-        )
-    elif not (LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE):
-        raise ValueError(
-            f"{name}: expected a positive finite number within 2^-126 … 2^126, got {shown(value)}; "
-            f"pass 1.0, which leaves the logits as they are"
-        )
+    else:
+        what = "a positive number or a float tensor of the leading shape"
+        expect(is_number(value), name, what, value, f"pass float({name})", TypeError)
+        what = "a positive finite number within 2^-126 … 2^126"
+        inside = LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE
+        expect(inside, name, what, value, "pass 1.0, which leaves the logits as they are")
 
 
 def temperature_gradient(name: str) -> str:
@@ -363,8 +364,7 @@ def order(name: str, value: float) -> None:
 
 def _number(name: str, value: float) -> None:
     """Check for a Python number."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    expect(known, name, "a number", value, f"for a tensor pass float({name})", TypeError)
+    expect(is_number(value), name, "a number", value, f"for a tensor pass float({name})", TypeError)
 
 
 def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch.device) -> None:
@@ -394,23 +394,9 @@ def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch
                 f"normalizer: expected the device of the other tensors, {device}, got "
                 f"{value.device}; move it with .to()"
             )
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"normalizer: expected a number or a tensor of one number, got {type_name(value)}; "
-            f"{remedy}"
-        )
-    elif not torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max:
-        raise ValueError(
-            f"normalizer: expected a finite number above 0, got {shown(value)}; {remedy}, or a "
-            f"tensor, which may be 0"
-        )
-
-
-def float_type(name: str, value: torch.dtype | None) -> None:
-    """Check a type of logits before there are inputs: None or one of FLOAT_TYPES."""
-    known = isinstance(value, torch.dtype)
-    if value is not None and not (known and value in FLOAT_TYPES):
-        raise (ValueError if known else TypeError)(
-            f"{name}: expected None, float32, bfloat16, float16 or float64, got "
-            f"{value if known else type_name(value)}; pass torch.float32, for instance"
-        )
+    else:
+        what, finite = "a number or a tensor of one number", torch.finfo(torch.float32)
+        expect(is_number(value), "normalizer", what, value, remedy, TypeError)
+        remedy = f"{remedy}, or a tensor, which may be 0"
+        inside = finite.tiny <= value <= finite.max
+        expect(inside, "normalizer", "a finite number above 0", value, remedy)

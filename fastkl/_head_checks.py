@@ -11,7 +11,6 @@ from ._checks import (
     LOWEST_TEMPERATURE,
     described,
     dtype_remedy,
-    float_type,
     packed_remedy,
     plain,
     same_device,
@@ -194,4 +193,14 @@ def logits_dtype(value: torch.dtype, default: torch.dtype) -> None:
         raise ValueError(
             f"logits_dtype: expected None or {' or '.join(sorted(map(str, allowed)))} for these "
             f"inputs, got {value}; convert the inputs with .to() for logits of another type"
+        )
+
+
+def float_type(name: str, value: torch.dtype | None) -> None:
+    """Check a type of logits before there are inputs: None or one of FLOAT_TYPES."""
+    known = isinstance(value, torch.dtype)
+    if value is not None and not (known and value in FLOAT_TYPES):
+        raise (ValueError if known else TypeError)(
+            f"{name}: expected None, float32, bfloat16, float16 or float64, got "
+            f"{value if known else type_name(value)}; pass torch.float32, for instance"
         )

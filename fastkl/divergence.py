@@ -318,13 +318,14 @@ def of_name(name: str, alpha: float | None, beta: float | None) -> tuple[str, fl
         check = _checks.order if name == "renyi" else _checks.share
         check("beta" if takes_beta else "alpha", given)
     share = float(given or 0.0)
-    if (name in ("js", "skew_kl") and share == 1.0) or (name, share) == ("js", 0.0):
-        return "total_variation", 0.0, 0.0
+    factor = None
     if name == "js" and share < 0.5:
-        return name, 1.0 - share, 1.0
-    if (name, share) == ("skew_kl", 0.0) or (name == "renyi" and abs(share - 1.0) < 1e-7):
-        return "kl", 0.0, None
-    if name == "renyi" and share < 0.5:
+        share, factor = 1.0 - share, 1.0
+    elif name == "renyi" and share < 0.5:
         # D_α(P‖Q) = α/(1 - α)·D_(1-α)(Q‖P): with a small order the formulas lose digits.
-        return name, 1.0 - share, share / (1.0 - share)
-    return name, share, None
+        share, factor = 1.0 - share, share / (1.0 - share)
+    if (name, share) == ("skew_kl", 0.0) or (name == "renyi" and abs(share - 1.0) < 1e-7):
+        return "kl", 0.0, factor
+    if name in ("js", "skew_kl") and share == 1.0:
+        return "total_variation", 0.0, 0.0  # 0 times something finite
+    return name, share, factor

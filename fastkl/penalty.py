@@ -281,7 +281,7 @@ class LinearKLPenalty(_Penalty):
         _head_checks.softcap(softcap)
         _head_checks.chunk_size(chunk_size)
         _head_checks.recompute(recompute)
-        _checks.float_type("logits_dtype", logits_dtype)
+        _head_checks.float_type("logits_dtype", logits_dtype)
         self.ref_temperature = ref_temperature
         self.softcap = softcap
         self.logits_dtype = logits_dtype

@@ -52,27 +52,25 @@ def forward_plan(
     """(length of a segment, segments of a row, row_divergence); `overridden` as in
     launch.forward_plan.
     """
-    case = layout.case
+    case, kind = layout.case, dict(constants)["KIND"]
     chosen = config.select("forward", case.arch, layout.p.itemsize, layout.vocabulary)
     segment = config.segment_length(layout.vocabulary, chosen.segment)
-    one = ("KIND", KINDS["renyi"]) in constants  # only its fallback rows are left
-    splits = 1 if one else max(1, -(-layout.vocabulary // segment))
-    return (
-        segment,
-        splits,
-        row_variant(
-            row_divergence,
-            case,
-            chosen,
-            (),
-            case.q_in_blocks,
-            SPLITS=triton.next_power_of_2(splits),
-            REALIGN=case.realign,
-            WITH_MOMENT=with_moment,
-            LG2=case.arch.startswith("sm_"),
-            **dict(constants),
-        ),
+    # Of Rényi's divergence only fallback rows are left.
+    splits = 1 if kind == RENYI.value else max(1, -(-layout.vocabulary // segment))
+    variant = row_variant(
+        row_divergence,
+        case,
+        chosen,
+        (),
+        # Skew's terms take more registers than forward's limit.
+        case.q_in_blocks and kind != SKEW_KL.value,
+        SPLITS=triton.next_power_of_2(splits),
+        REALIGN=case.realign,
+        WITH_MOMENT=with_moment,
+        LG2=case.arch.startswith("sm_"),
+        **dict(constants),
     )
+    return segment, splits, variant
 
 
 def forward(

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from fastkl import Head, linear_kl_divergence
-from fastkl._checks import expect, float_type
+from fastkl._checks import expect
+from fastkl._head_checks import float_type
 
 try:
     import trl
