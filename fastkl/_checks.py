@@ -378,9 +378,7 @@ def normalizer(value: float | torch.Tensor | None, reduction: str, device: torch
             f"normalizer: expected None with reduction={reduction!r}, got {type_name(value)}; it "
             f"is for means, use reduction='mean'"
         )
-    remedy = (
-        "pass how many tokens (sequences) count over all micro-batches, or that number / world_size"
-    )
+    remedy = "pass the number of tokens (sequences) in all micro-batches, or that / world_size"
     if isinstance(value, torch.Tensor):
         not_sharded("normalizer", value, "how many tokens count", "pass normalizer.full_tensor()")
         if value.dtype not in (*FLOAT_TYPES, *INTEGER_TYPES) or value.numel() != 1:

@@ -1,5 +1,6 @@
 """Launchers of row_divergence and row_divergence_backward."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -45,6 +46,15 @@ class Series(NamedTuple):
         return dict(share=self.share, rest=1.0 - self.share, curvature=self.curvature, **named)
 
 
+def _chosen(layout: Layout) -> config.RowConfig:
+    """Return forward's configuration, in backward too: with one warp, a tile is checked without a
+    barrier. On sm_100 these kernels need more registers than it allows.
+    """
+    arch, itemsize = layout.case.arch, layout.p.itemsize
+    chosen = config.select("forward", arch, itemsize, layout.vocabulary)
+    return dataclasses.replace(chosen, max_registers=168) if arch == "sm_100" else chosen
+
+
 @functools.lru_cache(CACHE_SIZE)
 def forward_plan(
     layout: Layout, constants: tuple[Any, ...], with_moment: bool, overridden: tuple[Any, ...]
@@ -52,8 +62,7 @@ def forward_plan(
     """(length of a segment, segments of a row, row_divergence); `overridden` as in
     launch.forward_plan.
     """
-    case, kind = layout.case, dict(constants)["KIND"]
-    chosen = config.select("forward", case.arch, layout.p.itemsize, layout.vocabulary)
+    case, kind, chosen = layout.case, dict(constants)["KIND"], _chosen(layout)
     segment = config.segment_length(layout.vocabulary, chosen.segment)
     # Of Rényi's divergence only fallback rows are left.
     splits = 1 if kind == RENYI.value else max(1, -(-layout.vocabulary // segment))
@@ -123,12 +132,8 @@ def backward_plan(
     grad_q: tuple[torch.dtype, int] | None,
     overridden: tuple[Any, ...],
 ) -> tuple[int, Variant]:
-    """(chunks of a row, row_divergence_backward), as launch.backward_plan.
-
-    A program is one warp, as in forward: a tile is checked without a barrier.
-    """
-    case = layout.case
-    chosen = config.select("forward", case.arch, layout.p.itemsize, layout.vocabulary)
+    """(chunks of a row, row_divergence_backward), as launch.backward_plan."""
+    case, chosen = layout.case, _chosen(layout)
     chunk = chosen.threads * chosen.groups * layout.p.lanes
     chunk *= max(1, chosen.segment // chunk)
     chunks = -(-(layout.vocabulary + layout.p.lanes - 1) // chunk)

@@ -35,6 +35,8 @@ LIMITS = {
     ("token_stats.forward", "sm_90", *BF16): (22, 27, 26, 31, 1),
     ("token_stats.forward", "sm_100", *BF16): (14, 20, None, None, 1),
     ("token_stats_policy_only.forward", "sm_90", *BF16): (8, 8, None, None, 1),
+    # The second read of JSD: with the first, at most 45.
+    ("js.forward", "sm_90", *BF16): (26.8, None, None, None, 1),
     ("kl_divergence.backward_p", "sm_80", *BF16): (13.7, None, None, None, 1),
     ("kl_divergence.backward_p", "sm_90", *BF16): (13.7, None, None, None, 1),
     ("kl_divergence.backward_p", "sm_100", *BF16): (12.7, None, None, None, 1),
@@ -56,9 +58,9 @@ OLDER = Path(os.environ.get("FASTKL_TRITON_36") or ROOT / ".venv" / "triton-3.6.
 TRITONS = {"installed": None, **({"3.6": OLDER} if OLDER.is_dir() else {})}
 
 
-# Every kernel for sm_90 but those of a temperature ratio, forward also misaligned and in float32,
-# where its loops are others; for the other architectures one of each kind. The command measures
-# the whole plan.
+# Every kernel for sm_90 but those of a temperature ratio, and some of the divergences beside the
+# KL; forward also misaligned and in float32, where its loops are others; for the other
+# architectures one of each kind. The command measures the whole plan.
 COLLECT = """
 import json, sys
 from benchmarks import static_costs
@@ -67,12 +69,19 @@ from benchmarks.compile_plan import plan
 STEPS = ("forward", "backward_p", "backward_both", "fused")
 KINDS = [f"kl_divergence.{step}" for step in STEPS]
 KINDS += ["token_stats.forward", "token_stats.fallback"]
+FAMILY = ("js.forward", "js.backward_p", "renyi.forward", "total_variation.forward", "topk.outside")
+
+
+def chosen_for_sm_90(name):
+    return name in FAMILY or (name.startswith(("kl", "token")) and not name.endswith("ratio"))
+
+
 chosen = [
     case
     for case in static_costs.cases(plan, sys.argv[1:])
     if case[0].name == "kl_divergence.forward" and case[1] in ("sm_90", "gfx942")
     or case[2:] == ("bf16", True)
-    and (case[0].name in KINDS or (case[1] == "sm_90" and not case[0].name.endswith("ratio")))
+    and (case[0].name in KINDS or (case[1] == "sm_90" and chosen_for_sm_90(case[0].name)))
 ]
 print(json.dumps({**static_costs.collect(chosen), "triton": static_costs.triton.__version__}))
 """
