@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkl import kl_divergence, testing, token_stats
 from fastkl.ops import engine
@@ -184,6 +185,18 @@ def assert_same(results, expected, what: str = "result") -> None:
         testing.assert_same_bits(result, value, f"{what} {i}")
 
 
+# Record the calls of fastkl's ops, (op, arguments) in order: `with Calls() as calls`.
+class Calls(TorchDispatchMode):
+    def __enter__(self) -> list:
+        self.seen = []
+        super().__enter__()
+        return self.seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += [(func, args)] if func.namespace == "fastkl" else []
+        return func(*args, **(kwargs or {}))
+
+
 # Count how often call() waits for the GPU, once everything is compiled.
 def waits(call) -> int:
     call()
@@ -198,9 +211,9 @@ def waits(call) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-# (CUDA graph of call(), its results): once outside, so that everything is compiled and allocated,
-# then captured.
-def captured(call) -> tuple:
+# Results of call() as a CUDA graph that is replayed once `given` hold the values of `others`. Run
+# once before, so that everything is compiled and allocated.
+def replayed(call, given, others):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -209,7 +222,12 @@ def captured(call) -> tuple:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = call()
-    return graph, results
+    with torch.no_grad():
+        for value, other in zip(given, others, strict=True):
+            value.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    return results
 
 
 # ---- the interpreter

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import accuracy, linear_accuracy, providers, work
+from benchmarks import accuracy, linear_accuracy, providers, record, work
 from fastkl import testing
 
 CPU = torch.device("cpu")
@@ -117,3 +117,12 @@ def test_from_hidden_states():
     wide = found["ways"]["fastkl, logits_dtype=float32"]
     assert found["kl"] > 0 and wide["kl"] < 1e-4 < found["ways"]["torch"]["kl"]
     assert wide["weight"] < 1e-2 and list(wide) == ["kl", "hidden", "weight", "bias"]
+
+
+def test_committed_results():
+    data = json.loads((record.ROOT / "benchmarks/results/cpu/accuracy.json").read_text())
+    assert set(providers.LOADERS) <= set(accuracy.names_of(data)), (
+        "every provider has figures or a reason"
+    )
+    assert accuracy.not_worse(data["records"]) == [] and data["vocabulary"] == 128256
+    assert len(data["records"]) == 2 * 4 * len(accuracy.TARGETS)

@@ -211,18 +211,3 @@ def test_ids_out_of_range(implementation) -> None:
     )
     with refused:
         assert bool(stats(**right(implementation.device), tokens=tokens).logprob.isnan().all())
-
-
-@pytest.mark.parametrize("call", [fastkl.linear_kl_divergence, mean, stats])
-def test_forward_mode_is_refused(call) -> None:
-    given = right()
-    hidden = given.pop("hidden")
-
-    def total(hidden: torch.Tensor) -> torch.Tensor:
-        result = call(hidden, **given)
-        return (result if isinstance(result, torch.Tensor) else result.entropy).sum()
-
-    with pytest.raises(TypeError, match=r"^\w+: expected .*, got .* forward-mode .*; "):
-        torch.func.jacfwd(total)(hidden)
-    with pytest.raises(RuntimeError, match="forward-mode"):
-        torch.func.jvp(total, (hidden,), (torch.ones_like(hidden),))

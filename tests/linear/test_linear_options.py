@@ -25,7 +25,6 @@ from linear_inputs import (
     small_case,
 )
 from test_linear import with_heads
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import fastkl
@@ -222,17 +221,6 @@ MIXES = {
 }
 
 
-class Calls(TorchDispatchMode):
-    def __enter__(self) -> list:
-        self.seen = []
-        super().__enter__()
-        return self.seen
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen += [(func, args)] if func.namespace == "fastkl" else []
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("call", CALLS)
 def test_opcheck(implementation, call, mix) -> None:
@@ -247,7 +235,7 @@ def test_opcheck(implementation, call, mix) -> None:
     left_out, changes = MIXES[mix]
     sizes = {"vocabulary": V, "width": H, "ref_width": H if "ref_weight" in left_out else 3}
     case = small_case(call, **{"leading": (3,), "sizes": sizes, **changes}).without(*left_out)
-    with Calls() as calls:
+    with cases.Calls() as calls:
         linear_cases.outcome(case, implementation.device)
     assert len(calls) >= 1 + bool(case.trainable)
     torch.library.opcheck(*calls[0])
@@ -268,26 +256,6 @@ def test_scaled(implementation, dtype, result) -> None:
     factor = torch.tensor(0.1234567, device=implementation.device)
     expected = (gradient.double() * factor.double()).float().to(result)
     assert torch.equal(scaled(ScaledInputs(gradient, factor, result)), expected)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap(implementation) -> None:
-    tensors = small((3, 2), V, H, H)
-    hidden, weight, ref = (
-        tensors[name].to(implementation.device).requires_grad_()
-        for name in ("hidden", "weight", "ref_hidden")
-    )
-    temperature = torch.ones(3, 2, device=implementation.device, requires_grad=True)
-
-    def kl(states, second, temperature=1.0, reduction="none") -> torch.Tensor:
-        options = {"temperature": temperature, "reduction": reduction}
-        return fastkl.linear_kl_divergence(states, weight, second, **options)
-
-    with pytest.raises(RuntimeError, match="^hidden.*: expected to be known.*reduction='none'"):
-        torch.vmap(lambda states, second: kl(states, second, reduction="sum"))(hidden, ref)
-    for function in (kl, lambda p, _, t: fastkl.kl_divergence(p, p, temperature=t)):
-        with pytest.raises(RuntimeError, match="^temperature: expected a tensor without gradient"):
-            torch.vmap(function)(hidden, ref, temperature)
 
 
 class Loss(torch.nn.Module):

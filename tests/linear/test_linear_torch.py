@@ -10,7 +10,7 @@ import linear_cases
 import memory
 import pytest
 import torch
-from cases import HAS_CPP, captured
+from cases import HAS_CPP, replayed, waits
 from linear_inputs import (
     FIELDS,
     INPUTS,
@@ -305,14 +305,12 @@ def test_no_synchronisation(kind, dtype) -> None:
     case = on_gpu(kind, dtype=dtype)
     inputs = leaves(case, device="cuda")
     penalty = fastkl.LinearKLPenalty(0.1, reduction="sequence_mean")
-    train(case, inputs)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+
+    def step() -> None:
         train(case, inputs)
         penalty(**linear_cases.arguments(case, inputs)).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+    assert waits(step) == 0
 
 
 @pytest.mark.gpu
@@ -320,15 +318,12 @@ def test_no_synchronisation(kind, dtype) -> None:
 def test_cuda_graph(kind) -> None:
     case, other = (on_gpu(kind, seed=seed) for seed in (0, 1))
     inputs, others = (leaves(each, device="cuda") for each in (case, other))
-    graph, results = captured(lambda: train(case, inputs))
-    expected = {name: value.clone() for name, value in train(other, others).items()}
-    with torch.no_grad():
-        for name, value in inputs.items():
-            value.copy_(others[name])
-        for name in VECTORS:
-            getattr(case, name).copy_(getattr(other, name))
-    graph.replay()
-    torch.cuda.synchronize()
+    expected = train(other, others)
+    given = [
+        [*leaves_of.values(), *(getattr(each, name) for name in VECTORS)]
+        for each, leaves_of in ((case, inputs), (other, others))
+    ]
+    results = replayed(lambda: train(case, inputs), *given)
     for name, value in expected.items():
         assert torch.equal(results[name], value) and bool((value != 0).any())
 

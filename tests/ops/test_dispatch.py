@@ -2,17 +2,15 @@
 bits, and torch.func's transforms.
 """
 
-from __future__ import annotations
-
 import contextlib
-import sys
+import cProfile
 from collections.abc import Callable
 
 import pytest
 import torch
+from cases import Calls
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastkl
@@ -63,6 +61,9 @@ FUNCTIONS: dict[str, Callable] = {
     "select": lambda d: (fastkl.selective_log_softmax(d["p"], d["index"]),),
     "linear_none": lambda d: (linear_kl(d),),
     "linear_mean": lambda d: (linear_kl(d, reduction="mean"),),
+    "linear_stats": lambda d: tuple(
+        fastkl.linear_token_stats(d["hidden"], d["weight"], d["tokens"], d["ref_hidden"])
+    ),
 }
 LEAF = {name: "hidden" if name.startswith("linear") else "p" for name in FUNCTIONS}
 named = pytest.mark.parametrize("name", FUNCTIONS)
@@ -89,17 +90,6 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor]) -> No
         assert bool((value != 0).any()), "zero everywhere: nothing was compared"
 
 
-class Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastkl":
-            self.names.add(func.name().removeprefix("fastkl::"))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     "name, expected",
     [
@@ -109,12 +99,13 @@ class Seen(TorchDispatchMode):
         ("select", {"selected_logprobs", "selected_gradients"}),
         ("linear_none", {"linear_statistics", "linear_gradients"}),
         ("linear_mean", {"linear_weighted_kl", "scaled"}),
+        ("linear_stats", {"linear_statistics", "linear_gradients"}),
     ],
 )
 def test_a_dispatch_mode_sees_the_ops(implementation, name, expected) -> None:
-    with Seen() as seen:
+    with Calls() as calls:
         outcome(name, data(implementation.device))
-    assert seen.names == expected
+    assert {func.name().removeprefix("fastkl::") for func, _ in calls} == expected
 
 
 def without(patch: pytest.MonkeyPatch, name: str) -> contextlib.AbstractContextManager:
@@ -128,7 +119,7 @@ def without(patch: pytest.MonkeyPatch, name: str) -> contextlib.AbstractContextM
 WAYS: dict[str, Callable] = {
     "plain tensors in eager mode, without the op": lambda patch, d: without(patch, "op"),
     "a torch that lacks a name of the short way": lambda patch, d: without(patch, "_eager"),
-    "a dispatch mode": lambda patch, d: Seen(),
+    "a dispatch mode": lambda patch, d: Calls(),
     "autocast": lambda patch, d: torch.autocast(d["p"].device.type, dtype=torch.bfloat16),
 }
 
@@ -154,7 +145,7 @@ def test_every_way_gives_the_same_bits(implementation, name, way, inference, mon
 
 @pytest.mark.parametrize(
     "mode, reentrant",
-    [(Seen, False), (contextlib.nullcontext, False), (contextlib.nullcontext, True)],
+    [(Calls, False), (contextlib.nullcontext, False), (contextlib.nullcontext, True)],
 )
 @named
 def test_checkpoint(implementation, name, mode, reentrant) -> None:
@@ -262,14 +253,9 @@ def test_calls_of_a_step_with_few_rows(monkeypatch) -> None:
 
     monkeypatch.setattr(launch.Variant, "start", lambda *arguments: None)
     monkeypatch.setattr(backend, "triton_problems", lambda *logits, **reading: ())
-    d, upstream, events = data("cpu"), torch.ones(3), []
-    before = sys.getprofile()
+    d, upstream = data("cpu"), torch.ones(3)
     with fastkl.use_backend("triton"):
         for _ in range(3):
-            events.clear()
-            sys.setprofile(lambda frame, event, argument: events.append(event))
-            try:
+            with cProfile.Profile() as profile:
                 torch.autograd.grad(fastkl.kl_divergence(d["p"], d["q"]), d["p"], upstream)
-            finally:
-                sys.setprofile(before)
-    assert sum(event in ("call", "c_call") for event in events) <= 240
+    assert sum(one.callcount for one in profile.getstats()) <= 240

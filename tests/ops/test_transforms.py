@@ -1,12 +1,13 @@
 """torch.func's transforms over the functions, and those that are not there."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
 import family
 import pytest
 import torch
 from test_dispatch import FUNCTIONS, LEAF, assert_same, data, linear_kl, named
 from torch.autograd import forward_ad
+from torch.func import jacfwd, jacrev, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastkl
@@ -17,7 +18,7 @@ TRANSFORMS = {
     "grad": (lambda f: torch.func.grad(lambda x: f(x).sum()), False),
     "vmap of grad": (lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).sum())), True),
     "grad of vmap": (lambda f: torch.func.grad(lambda x: torch.func.vmap(f)(x).sum()), True),
-    "jacrev": (torch.func.jacrev, False),
+    "jacrev": (jacrev, False),
 }
 
 
@@ -76,34 +77,62 @@ def test_vmap_compiled_and_exported(implementation, name, run) -> None:
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)
 
 
-def mean_of(d: dict[str, torch.Tensor]):
-    return lambda weight: linear_kl({**d, "weight": weight}, reduction="mean")
-
-
-def total_of(d: dict[str, torch.Tensor], name: str = "kl"):
-    return lambda p: FUNCTIONS[name]({**d, "p": p})[0].sum()
-
-
-def twice(name: str):
-    def call(d: dict[str, torch.Tensor]) -> torch.Tensor:
-        grad = torch.func.grad(total_of(d, name))
-        return torch.func.grad(lambda p: grad(p).square().sum())(d["p"])
-
-    return call
+def of_leaf(name: str, change: Callable) -> Callable:
+    """Return a function of the data: `change` of (the first result as a function of its leaf, the
+    leaf).
+    """
+    leaf = LEAF[name]
+    return lambda d: change(lambda value: FUNCTIONS[name]({**d, leaf: value})[0].sum(), d[leaf])
 
 
 NO_SECOND = "second derivatives are not implemented"
+TEMPERATURE = "^temperature: expected a tensor without gradient"
 REFUSED = {
-    "twice": (twice("kl"), NO_SECOND),
-    "select twice": (twice("select"), NO_SECOND),
-    "forward": (
-        lambda d: torch.func.jvp(total_of(d), (d["p"],), (d["p"],)),
-        "forward-mode differentiation",
+    "twice": (of_leaf("kl", torch.autograd.functional.hessian), NO_SECOND),
+    **{
+        f"{name} twice": (of_leaf(name, lambda f, x: jacrev(jacrev(f))(x)), NO_SECOND)
+        for name in ("kl", "select")
+    },
+    **{
+        f"{name} forward": (
+            of_leaf(name, lambda f, x: jacfwd(f)(x)),
+            r"^\w+: expected .*, got .* forward-mode .*; ",
+        )
+        for name in ("linear_none", "linear_mean", "linear_stats")
+    },
+    **{
+        f"{name} along a tangent": (
+            of_leaf(name, lambda f, x: jvp(f, (x,), (x,))),
+            "forward-mode",
+        )
+        for name in FUNCTIONS
+    },
+    "a sum in a batch": (
+        lambda d: torch.vmap(lambda x: linear_kl({**d, "hidden": x}, reduction="sum"))(
+            d["hidden"].requires_grad_()[None]
+        ),
+        "^hidden.*: expected to be known.*reduction='none'",
     ),
-    "a sum": (lambda d: torch.func.grad(mean_of(d))(d["weight"]), "use reduction='none'"),
+    **{
+        f"temperatures of {name} in a batch": (
+            lambda d, function=function: torch.vmap(lambda t: function(d, temperature=t))(
+                d["temperatures"].requires_grad_()[None]
+            ),
+            TEMPERATURE,
+        )
+        for name, function in (
+            ("linear_kl", linear_kl),
+            ("kl", lambda d, **more: fastkl.kl_divergence(d["p"], d["q"], **more)),
+        )
+    },
+    "a sum": (
+        of_leaf("linear_mean", lambda f, x: torch.func.grad(f)(x)),
+        "use reduction='none'",
+    ),
     "a sum in a graph": (
-        lambda d: torch.autograd.grad(
-            mean_of(d)(d["weight"].requires_grad_()), d["weight"], create_graph=True
+        of_leaf(
+            "linear_mean",
+            lambda f, x: torch.autograd.grad(f(x.requires_grad_()), x, create_graph=True),
         ),
         "create_graph=True .* use reduction='none'",
     ),
