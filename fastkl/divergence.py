@@ -104,16 +104,15 @@ def js_divergence(
 
     Args:
         beta: the share of P, which is the teacher in on-policy distillation, a number in [0, 1]. 0
-            and 1 give 0, as the definition does. TRL's GKDTrainer takes KL(P‖Q) at 0 and KL(Q‖P)
-            at 1 instead, and the same value between; Liger-Kernel's LigerJSD has the student first
-            and β its share, with the two KLs at the ends.
+            and 1 give 0, as the definition does. TRL's GKDTrainer and Liger-Kernel's LigerJSD take
+            the student first and give KL(P‖Q) at 0 and KL(Q‖P) at 1; between, they are the same.
 
     The other arguments, the result, its gradient, Raises: as kl_divergence. The result is at most
     the entropy of (β, 1 - β): log 2 for the default. An entry without probability in one model or
     both has a finite term.
 
     Source: Lin, Divergence measures based on the Shannon entropy, IEEE Trans. Inf. Theory 37
-    (1991), eq. 4.1; Agarwal et al., On-policy distillation of language models (2024), eq. 3.
+    (1991); Agarwal et al., On-policy distillation of language models (2024).
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
     return call.of(*of_name("js", None, beta))
@@ -148,8 +147,7 @@ def skew_kl_divergence(
     The other arguments, the result, its gradient, Raises: as kl_divergence. The result is at most
     -log(α).
 
-    Source: Lee, Measures of distributional similarity (1999), eq. 1; Ko et al., DistiLLM (2024),
-    eq. 4.
+    Source: Lee, Measures of distributional similarity (1999); Ko et al., DistiLLM (2024).
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
     return call.of(*of_name("skew_kl", alpha, None))
@@ -185,8 +183,8 @@ def renyi_divergence(
     Special values:
         +inf if p > 0 = q anywhere for α ≥ 1, and if P and Q have no entry in common for α < 1.
 
-    Source: Rényi, On measures of entropy and information (1961), eq. 3.3; van Erven & Harremoës,
-    Rényi divergence and Kullback-Leibler divergence, IEEE Trans. Inf. Theory 60 (2014), eq. 1.
+    Source: Rényi, On measures of entropy and information (1961); van Erven & Harremoës, Rényi
+    divergence and Kullback-Leibler divergence, IEEE Trans. Inf. Theory 60 (2014).
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
     return call.of(*of_name("renyi", alpha, None))
@@ -218,8 +216,7 @@ def total_variation(
     Gradient:
         That of the lines above: an entry with p = q adds nothing to it.
 
-    Source: Leviathan et al., Fast inference from transformers via speculative decoding (2023),
-    definition 3.2 and corollary 3.6.
+    Source: Leviathan et al., Fast inference from transformers via speculative decoding (2023).
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
     return call.of(*of_name("total_variation", None, None))
