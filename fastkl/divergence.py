@@ -115,6 +115,7 @@ def js_divergence(
     (1991); Agarwal et al., On-policy distillation of language models (2024).
     """
     call = _checked(p_logits, q_logits, mask, temperature, weights, reduction, normalizer)
+    _checks.share("beta", beta)
     return call.of(*of_name("js", None, beta))
 
 

@@ -126,5 +126,5 @@ def _log_z(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tens
 
 
 def _times(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Multiply; a weight of 0 times an infinity or a NaN is 0."""
-    return torch.where(weight == 0, 0.0, weight * value)
+    """Multiply; a weight of 0 times an infinity or a NaN is 0, also in the backward pass."""
+    return weight * value.masked_fill(weight == 0, 0.0)

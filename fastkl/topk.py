@@ -87,7 +87,9 @@ def topk_kl_divergence(  # noqa: PLR0913
 
     Special values:
         Where the listed mass is 1 or more, as 16-bit rounding makes it, the teacher's rest is 0 and
-        nothing is rescaled; above 1.05 it is an error on a CPU and NaN on a GPU.
+        nothing is rescaled; a KL then sums x·log(x/y) - x + y, which is never negative, and
+        "student||teacher" leaves the student's rest out. Above 1.05 it is an error on a CPU and NaN
+        on a GPU.
 
     Raises: TypeError, ValueError, RuntimeError as kl_divergence.
 
@@ -151,18 +153,25 @@ def _topk(
     listed, rest, _ = cells(CellInputs(logits, ids, counted, *per_token(how.temperature), chosen))
     log_p, listed = (x.masked_fill(~counted[..., None], 0.0) for x in (log_p, listed))
     mass = log_p.logsumexp(-1, keepdim=True)
-    too_much = mass > math.log(LARGEST_MASS)
-    if ENGINES[chosen].checks_values and bool(too_much.any()):
+    too_much = counted[..., None] & (mass > math.log(LARGEST_MASS))
+    # A compiler's graph has no branch on values: the row is NaN there.
+    checks = ENGINES[chosen].checks_values and not torch.compiler.is_compiling()
+    if checks and bool(too_much.any()):
         at_most = f"log-probabilities whose sum of probabilities is at most {LARGEST_MASS}"
         remedy = "mask padded positions with mask=, or give their entries -inf"
-        _checks.expect(False, "topk_logprobs", at_most, f"{float(mass.max().exp()):.6g}", remedy)
+        _checks.expect(
+            False, "topk_logprobs", at_most, f"{float(mass[too_much].max().exp()):.6g}", remedy
+        )
     log_q = torch.cat([listed, rest[..., None]], -1)
     log_q = log_q - log_q.logsumexp(-1, keepdim=True)
     student = log_q[..., :-1].detach().exp().sum(-1)
     if how.tail == "bucket":
-        log_p = torch.cat([log_p, _log1mexp(mass)], -1)
-        # A rest that the teacher lacks adds nothing.
-        log_q = log_q.masked_fill(log_p == -torch.inf, -torch.inf)
+        # Where all V tokens are listed no token is left for what rounding leaves of the mass.
+        complete = (ids < vocabulary).sum(-1, keepdim=True) == vocabulary
+        log_p = torch.cat([log_p, _log1mexp(mass).masked_fill(complete, -torch.inf)], -1)
+        if how.direction == "student||teacher":
+            # A rest that the teacher lacks adds nothing.
+            log_q = log_q.masked_fill(log_p == -torch.inf, -torch.inf)
     else:
         log_q = log_q[..., :-1]
         if how.tail == "renormalize":
@@ -227,7 +236,8 @@ def _check(
 ) -> None:
     _checks.logits("logits", logits)
     leading, device = logits.shape[:-1], logits.device
-    entries = ids.shape[-1:] if isinstance(ids, torch.Tensor) else torch.Size()
+    plain = isinstance(ids, torch.Tensor) and not ids.is_nested
+    entries = ids.shape[-1:] if plain else torch.Size()
     integers = (torch.int64, torch.int32)
     remedy = "convert it with .long()"
     shape = torch.Size((*leading, *entries))

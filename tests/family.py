@@ -73,9 +73,11 @@ def textbook(log_p: torch.Tensor, log_q: torch.Tensor, kind: str, share: float) 
         return (p - q).abs().sum(-1) / 2
     if kind == "jeffreys":
         return ((p - q) * (log_p - log_q)).sum(-1)
-    log_m = (share * p + (1 - share) * q).log()
+    log_m = log_q if kind == "kl" else (share * p + (1 - share) * q).log()
     of_p = p * (log_p - log_m)
-    return (of_p if kind == "skew_kl" else share * of_p + (1 - share) * q * (log_q - log_m)).sum(-1)
+    return (
+        of_p if kind in ("kl", "skew_kl") else share * of_p + (1 - share) * q * (log_q - log_m)
+    ).sum(-1)
 
 
 # Gradients of the textbook's formula by autograd, in the type of the logits.

@@ -37,6 +37,8 @@ TENSORS: dict[str, torch.Tensor] = {
     **dict.fromkeys(("logprob", "ref_logprob", "old_logprob", "kl"), -draw(2, 3).abs()),
     **dict.fromkeys(("chosen", "rejected", "ref_chosen", "ref_rejected"), torch.zeros(2)),
     **dict.fromkeys(("advantages", "scores"), torch.zeros(2)),
+    "topk_logprobs": torch.full((2, 3, 2), -1.0),
+    "topk_ids": torch.arange(2).repeat(2, 3, 1),
     "mask": torch.ones(2, 3, dtype=torch.bool),
     "weights": torch.ones(2, 3),
     "cu_seqlens": torch.tensor([0, 2, 6]),
@@ -89,6 +91,8 @@ BESIDE = [
     ("*.weights", {"reduction": "sum"}),
     ("grpo_loss.normalizer", {"reduction": "bnpo"}),
     ("*.normalizer", {"reduction": "mean"}),
+    ("linear_divergence.alpha", {"divergence": "renyi"}),
+    ("linear_divergence.beta", {"divergence": "js"}),
 ]
 
 
@@ -243,8 +247,12 @@ VALID = [
         f"meta, float64, {ANY_SHAPE}",
         "logits alone may have any shape and device",
     ),
-    (r"(token_stats|selective_log_softmax)\.logits", "longer, shorter, float64", "any V"),
-    (r".*\.((ref_)?temperature|weights|advantages|scores)", "float64", "taken in any float type"),
+    (r"(token_stats|selective_log_softmax|topk_.*)\.logits", "longer, shorter, float64", "any V"),
+    (
+        r".*\.((ref_)?temperature|weights|advantages|scores|topk_logprobs)",
+        "float64",
+        "taken in any float type",
+    ),
     (r".*\.normalizer", "scalar", "a tensor of one number"),
     (r"selective_log_softmax\.index", "last dimension more", "K ids of each row"),
     (

@@ -8,6 +8,7 @@ however it was computed.
 import math
 from collections.abc import Callable
 
+import family
 import torch
 import torch.nn.functional as F
 from linear_inputs import FIELDS, Case, leaves
@@ -75,8 +76,11 @@ def call(case: Case, inputs: dict[str, torch.Tensor], **more) -> dict[str, torch
     if kind == "stats":
         stats = fastkl.linear_token_stats(tokens=on(device, case.tokens), **given)
         return {name: value for name, value in stats._asdict().items() if value is not None}
-    weights = inputs.get("weights") if kind != "none" else None
-    return {"kl": fastkl.linear_kl_divergence(reduction=kind, weights=weights, **given)}
+    given |= {"weights": inputs.get("weights") if kind != "none" else None, "reduction": kind}
+    if case.divergence is not None:
+        given |= {"divergence": case.divergence.kind, **case.divergence.options}
+        return {"kl": fastkl.linear_divergence(**given)}
+    return {"kl": fastkl.linear_kl_divergence(**given)}
 
 
 def run(case: Case, device: str, function: Callable = call, **more) -> tuple[dict, dict]:
@@ -121,6 +125,9 @@ def truth(case: Case, *product: Callable) -> dict[str, torch.Tensor]:
     exact = testing.truth(*logits_of(case, inputs, *product))
     mask = torch.ones_like(exact.kl, dtype=torch.bool) if case.mask is None else case.mask
     values = {"kl": exact.kl}
+    if case.divergence is not None:
+        kind_and_share = case.divergence.kind, case.divergence.share
+        values = {"kl": family.textbook(exact.log_p, exact.log_q, *kind_and_share)}
     if case.reduction == "stats":
         values = exact.stats(torch.where(mask, case.tokens, 0))
         values = {name: values[name] for name in FIELDS[: 5 if "ref_hidden" in inputs else 2]}

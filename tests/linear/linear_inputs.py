@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import family
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ class Case:
     `reduction`: that of linear_kl_divergence, "stats" for linear_token_stats, or "penalty" for
     LinearKLPenalty. `heads`: (softcap, logit_scale) of a model that is passed as a Head. `fields`:
     the results with an upstream gradient, which is random of size `scale`; without `random` it is
-    `scale`. `layouts`: how an input lies in memory, by name.
+    `scale`. `divergence`: computed by linear_divergence in place of the KL. `layouts`: how an input
+    lies in memory, by name.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -51,6 +53,7 @@ class Case:
     scale: float = 1.0
     random: bool = True
     seed: int = 0
+    divergence: family.Member | None = None
     layouts: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def but(self, **changes) -> "Case":

@@ -1,0 +1,416 @@
+"""Divergences from a teacher known by its top k: values and gradients against the textbook's
+formulas in float64, lists as samplers and trainers pass them, and properties.
+"""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+from cases import INTERPRETING, assert_same, padded
+
+import fastkl
+from fastkl import testing, topk
+from fastkl.ops.engine import ENGINES
+
+DIRECTIONS, TAILS = get_args(topk.TopkDirection), get_args(topk.Tail)
+SIZES = (1e-3, 0.1, 3.0) if INTERPRETING else (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
+VOCABULARY = 203 if INTERPRETING else 1003
+PER_ROW = torch.tensor([0.5, 0.8, 1.0, 1.3, 2.0, 4.0])[: len(SIZES)]
+each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
+each_tail = pytest.mark.parametrize("tail", TAILS)
+
+
+# A teacher's K most probable tokens, the first one first.
+def top(teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs, ids = teacher.double().log_softmax(-1).topk(k)
+    return logprobs.float(), ids
+
+
+# Student's logits and the teacher's list, one row for each of SIZES.
+def example(
+    kind: str = "normal3", k: int = 5, vocabulary: int = VOCABULARY, dtype=torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    teacher, student = testing.sizes_pair(kind, SIZES, (0.0, 7.0), vocabulary, dtype)
+    return student, *top(teacher, k)
+
+
+# The textbook's formulas in float64: (divergence [...], Σ|terms| [...]). Cells are all tokens, of
+# which the listed ones are kept, and the rest. -x + y adds nothing where both sum to 1.
+def textbook(logits, logprobs, ids, direction, tail, beta=0.5, clip=None, temperature=1.0):
+    vocabulary = logits.shape[-1]
+    divisor = torch.as_tensor(temperature, dtype=torch.float64)[..., None]
+    log_q = (logits.double() / divisor).log_softmax(-1)
+    present = (logprobs > -math.inf) & (ids >= 0) & (ids < vocabulary)
+    place = torch.where(present, ids, 0).long()
+    given = torch.where(present, logprobs.double().exp(), 0.0)
+    p = torch.zeros_like(log_q).scatter_add(-1, place, given)
+    keep = torch.zeros_like(log_q).scatter_add(-1, place, present.double()) > 0
+    mass = p.sum(-1, keepdim=True)
+    if tail == "renormalize":
+        p, log_q = p / mass, log_q - log_q.masked_fill(~keep, -math.inf).logsumexp(-1, True)
+    if tail == "bucket":
+        rest = log_q.masked_fill(keep, -math.inf).logsumexp(-1, True)
+        p_rest = (1 - mass).clamp(min=0.0)
+        kept = (rest > -math.inf) & ((p_rest > 0) | (direction != "student||teacher"))
+        p, log_q = torch.cat([p, p_rest], -1), torch.cat([log_q, rest], -1)
+        keep = torch.cat([keep, kept], -1)
+    p, log_q = torch.where(keep, p, 1.0), torch.where(keep, log_q, 0.0)
+    q = log_q.exp()
+    m = (beta * p + (1 - beta) * q).log()
+    plain = tail == "ignore" or clip is not None
+    terms = {
+        "teacher||student": lambda: torch.xlogy(p, p) - p * log_q + (0 if plain else q - p),
+        "student||teacher": lambda: q * (log_q - p.log()) + (0 if plain else p - q),
+        "js": lambda: beta * (torch.xlogy(p, p) - p * m) + (1 - beta) * q * (log_q - m),
+    }[direction]()
+    terms = torch.where(keep, terms, 0.0)
+    terms = terms if clip is None else terms.clamp(max=clip)
+    return terms.sum(-1), terms.abs().sum(-1)
+
+
+# Value and gradient, on `device`.
+def outcome(device: str, logits, logprobs, ids, *mask, upstream=None, **how) -> list[torch.Tensor]:
+    leaf = testing.leaf(logits.to(device))
+    rest = [value.to(device) for value in (logprobs, ids, *mask)]
+    how = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in how.items()}
+    value = fastkl.topk_kl_divergence(leaf, *rest, **how)
+    upstream = testing.upstream_for(value) if upstream is None else upstream.to(value)
+    return [value, *torch.autograd.grad(value, leaf, upstream)]
+
+
+def check(implementation, logits, logprobs, ids, **how) -> torch.Tensor:
+    value, grad = outcome(implementation.device, logits, logprobs, ids, **how)
+    leaf = testing.leaf(logits.double())
+    # Kernels take float32's log2(e)/T, which is off by up to 2^-24: the truth at the temperature
+    # that it stands for. On near rows the gradient's relative error is larger, up to 2e-4.
+    scale = ENGINES[implementation.backend].scale_of(how.get("temperature", 1.0))
+    exact, size = textbook(leaf, logprobs, ids, **{**how, "temperature": 1 / scale})
+    assert value.dtype == torch.float32 and grad.dtype == logits.dtype
+    if how["tail"] == "ignore" or how.get("clip"):
+        error = (value.cpu().double() - exact).abs()
+        # 1e-13: differences of terms of float64's own rounding.
+        assert bool((error <= 1e-6 * size + 1e-13).all()), error / size
+    else:
+        testing.assert_kl(value, exact, f"{how}")
+    (right,) = torch.autograd.grad(exact, leaf, testing.upstream_for(value.cpu()).double())
+    more = {"absolute": 1e-6 * implementation.kernels, "truncated": INTERPRETING}
+    testing.assert_rounded_gradient(grad, right, f"gradient, {how}", **more)
+    return value
+
+
+# ---- accuracy
+
+
+@pytest.mark.parametrize("kind", testing.KINDS[1 :: 2 if INTERPRETING else 1])
+@each_tail
+@each_direction
+def test_against_fp64(implementation, direction, tail, kind, dtype) -> None:
+    for k in (1, 20) if kind == "normal3" else (20,):
+        check(implementation, *example(kind, k, dtype=dtype), direction=direction, tail=tail)
+
+
+@pytest.mark.parametrize("vocabulary", (7, 8, 40001))
+@each_direction
+def test_vocabularies(implementation, direction, vocabulary, dtype) -> None:
+    student, *teacher = example(vocabulary=vocabulary, dtype=dtype)
+    for offset in (0, 1):
+        logits = padded(student, 0, offset)
+        check(implementation, logits, *teacher, direction=direction, tail="bucket")
+
+
+@pytest.mark.parametrize("temperature", (0.7, PER_ROW), ids=str)
+@each_tail
+@each_direction
+def test_temperature(implementation, direction, tail, temperature) -> None:
+    how = {"direction": direction, "tail": tail, "temperature": temperature}
+    check(implementation, *example(), beta=0.2, **how)
+
+
+# A student whose rest has a probability from 1e-3 to 1e-20, far below a float32 unit of 1.
+@each_direction
+def test_small_rests(implementation, direction, dtype) -> None:
+    student, logprobs, ids = example(dtype=dtype)
+    heights = torch.linspace(10.0, 50.0, len(SIZES))[:, None].expand_as(ids).to(dtype)
+    student = student.scatter_add(-1, ids, heights)
+    check(implementation, student, logprobs, ids, direction=direction, tail="bucket")
+
+
+# The full divergence of the same two models.
+FULL = {
+    "teacher||student": lambda student, teacher: fastkl.kl_divergence(teacher, student),
+    "student||teacher": fastkl.kl_divergence,
+    "js": lambda student, teacher: fastkl.js_divergence(teacher, student),
+}
+
+
+@pytest.mark.parametrize("vocabulary", (1, 7, VOCABULARY))
+@each_tail
+@each_direction
+def test_all_tokens_listed(implementation, direction, tail, vocabulary) -> None:
+    if tail == "ignore":
+        pytest.skip("its terms may be negative")
+    device = implementation.device
+    teacher, student = testing.sizes_pair("normal3", SIZES, (0.0, 7.0), vocabulary)
+    value, grad = outcome(
+        device, student, *top(teacher, vocabulary), direction=direction, tail=tail
+    )
+    leaf = testing.leaf(student.to(device))
+    full = FULL[direction](leaf, teacher.to(device))
+    testing.assert_kl(value, full)
+    (right,) = torch.autograd.grad(full, leaf, testing.upstream_for(full))
+    # float32 log-probabilities of the list differ from the teacher's by 1e-7.
+    difference = (grad - right).norm(dim=-1)
+    assert bool((difference <= 1e-5 * right.norm(dim=-1) + 1e-6).all()), difference
+
+
+# ---- lists
+
+
+LISTS = {
+    "-inf": (-math.inf, 0),
+    "id -1, of ragged lists": (0.0, -1),
+    "id of V": (0.0, VOCABULARY),
+    "largest id": (0.0, 2**31 - 1),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_absent_entries(implementation, name) -> None:
+    student, logprobs, ids = example()
+    expected = outcome(implementation.device, student, logprobs, ids)
+    columns = torch.tensor([5, 3, 0, 6, 4, 2, 1])
+    for dtype in (torch.int32, torch.int64):
+        logprob, index = LISTS[name]
+        more = torch.nn.functional.pad(logprobs, (0, 2), value=logprob)[:, columns]
+        padded_ids = torch.nn.functional.pad(ids, (0, 2), value=index)[:, columns].to(dtype)
+        assert_same(outcome(implementation.device, student, more, padded_ids), expected)
+
+
+# As vLLM appends the prompt's own token where it is not among the first K.
+@each_direction
+def test_one_more_entry(implementation, direction) -> None:
+    student, logprobs, ids = example(k=9)
+    kept = torch.tensor([0, 1, 2, 3, 8])
+    check(
+        implementation, student, logprobs[:, kept], ids[:, kept], direction=direction, tail="bucket"
+    )
+
+
+@each_tail
+@each_direction
+def test_repeated_ids_add_up(implementation, direction, tail) -> None:
+    student, logprobs, ids = example()
+    logprobs, ids = torch.cat([logprobs, logprobs[:, :2]], -1), torch.cat([ids, ids[:, :2]], -1)
+    logprobs[:, [0, 5]] -= math.log(2)
+    logprobs[:, 1] += math.log(0.75)
+    logprobs[:, 6] += math.log(0.25)
+    value = check(implementation, student, logprobs, ids, direction=direction, tail=tail)
+    once = outcome(implementation.device, *example(), direction=direction, tail=tail)[0]
+    torch.testing.assert_close(value, once, rtol=1e-4, atol=1e-6)
+
+
+# Rows without entries and masked ones, verl's padding of log-prob 0 and id 0 among them.
+@each_tail
+def test_rows_that_do_not_count(implementation, tail) -> None:
+    student, logprobs, ids = (torch.cat([x, x]).clone()[:6] for x in example())
+    upstream, device = torch.arange(1.0, 7.0), implementation.device
+    counted = torch.tensor([True, False, True, False, False, True])
+    expected = outcome(
+        device,
+        *(x[counted] for x in (student, logprobs, ids)),
+        upstream=upstream[counted],
+        tail=tail,
+    )
+    mask = torch.tensor([True, False, True, True, False, True])
+    student[1], logprobs[1], ids[1] = math.nan, 0.0, 0
+    student[3], logprobs[3] = math.nan, -math.inf
+    logprobs[4] = math.nan
+    value, grad = outcome(device, student, logprobs, ids, mask, upstream=upstream, tail=tail)
+    assert_same([value[counted], grad[counted]], expected)
+    assert not bool(value[~counted].any()) and not bool(grad[~counted].any())
+    given = [x.to(device) for x in (student, logprobs, ids, mask)]
+    mean = fastkl.topk_kl_divergence(*given, tail=tail, reduction="mean")
+    torch.testing.assert_close(mean, expected[0].sum() / 3)
+
+
+# 16-bit log-probabilities may sum to a little more than 1: no rest, and nothing is rescaled.
+@each_tail
+@each_direction
+@pytest.mark.parametrize("mass", (1.000001, 1.004))
+def test_mass_of_one_or_more(implementation, direction, tail, mass) -> None:
+    student, logprobs, ids = example()
+    logprobs = (logprobs.double().softmax(-1) * mass).log()
+    check(implementation, student, logprobs, ids, direction=direction, tail=tail)
+
+
+def test_mass_of_padding(implementation) -> None:
+    student, logprobs, ids = (x.to(implementation.device) for x in example())
+    logprobs[1], ids[1] = 0.0, 0
+    if implementation.kernels:
+        value = fastkl.topk_kl_divergence(student, logprobs, ids)
+        assert value.isnan().nonzero().tolist() == [[1]]
+        return
+    with pytest.raises(ValueError, match="topk_logprobs: .*at most 1.05, got 5; mask padded"):
+        fastkl.topk_kl_divergence(student, logprobs, ids)
+    logprobs[1, 1:] = -math.inf
+    assert bool(fastkl.topk_kl_divergence(student, logprobs, ids).isfinite().all())
+
+
+# ---- options
+
+
+@each_tail
+@each_direction
+def test_clip(implementation, direction, tail) -> None:
+    student, logprobs, ids = example(k=8)
+    logprobs, ids = torch.cat([logprobs] * 2), torch.cat([ids] * 2)
+    student = torch.cat([student, student.flip(-1)])
+    how = {"direction": direction, "tail": tail}
+    clipped = check(implementation, student, logprobs, ids, clip=0.01, **how)
+    assert bool((clipped < outcome(implementation.device, student, logprobs, ids, **how)[0]).any())
+
+
+REDUCED = {
+    "sum": (dict(reduction="sum"), lambda x, w: (w * x).sum()),
+    "mean": (dict(reduction="mean"), lambda x, w: (w * x).sum() / len(x)),
+    "normalizer": (dict(reduction="token_mean", normalizer=2.5), lambda x, w: (w * x).sum() / 2.5),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCED)
+def test_reductions(implementation, reduction) -> None:
+    student, *teacher = (x.to(implementation.device) for x in example())
+    (more, reduced), leaf = REDUCED[reduction], testing.leaf(student)
+    weights = testing.upstream_for(student[:, 0])
+    totals = (
+        fastkl.topk_kl_divergence(leaf, *teacher, weights=weights, **more),
+        reduced(fastkl.topk_kl_divergence(leaf, *teacher), weights),
+    )
+    outcomes = ([total, *torch.autograd.grad(total, leaf)] for total in totals)
+    torch.testing.assert_close(*outcomes, rtol=1e-6, atol=1e-9)
+
+
+# ---- properties
+
+
+# Data processing: fewer cells tell two models apart no better.
+@each_direction
+def test_more_tokens_tell_more(implementation, direction) -> None:
+    for kind in ("normal3", "very_peaked"):
+        teacher, student = testing.sizes_pair(kind, SIZES, (0.0, 7.0), VOCABULARY)
+        lists = (top(teacher, k) for k in (1, 2, 20, 150))
+        values = [
+            outcome(implementation.device, student, *x, direction=direction)[0] for x in lists
+        ]
+        pair = (student.to(implementation.device), teacher.to(implementation.device))
+        assert bool((values[0] >= 0).all())
+        for fewer, more in zip(values, [*values[1:], FULL[direction](*pair)], strict=True):
+            assert bool((fewer <= more + testing.kl_tolerance(more)).all())
+
+
+# Log-probabilities in float64: float32 ones are another distribution's.
+@each_tail
+@each_direction
+def test_equal_distributions(implementation, direction, tail) -> None:
+    teacher = testing.logits("normal3", 3, VOCABULARY, torch.Generator().manual_seed(0))
+    logprobs, ids = teacher.double().log_softmax(-1).topk(7)
+    how = {"direction": direction, "tail": tail}
+    value, grad = outcome(implementation.device, teacher, logprobs, ids, **how)
+    assert bool((value.abs() <= (1e-8 if implementation.kernels else 1e-12)).all()), value
+    if tail != "ignore":
+        assert bool((grad.abs() <= 1e-6).all())
+
+
+def test_a_rows_bits_are_its_own(implementation, dtype) -> None:
+    given, device = example("zipf", dtype=dtype), implementation.device
+    count = len(SIZES)
+    whole = outcome(device, *given, upstream=torch.ones(count))
+    for index in (torch.arange(count).flip(0), *torch.arange(count)[:, None]):
+        part = outcome(device, *(x[index] for x in given), upstream=torch.ones(len(index)))
+        assert_same(part, [value[index] for value in whole])
+
+
+@each_tail
+def test_masses(implementation, tail) -> None:
+    student, logprobs, ids = example()
+    given = [x.to(implementation.device) for x in (student, logprobs, ids)]
+    mask = torch.arange(len(SIZES), device=implementation.device) != 1
+    stats = fastkl.topk_stats(testing.leaf(given[0]), *given[1:], mask, tail=tail, temperature=2.0)
+    assert_same([stats.kl], [fastkl.topk_kl_divergence(*given, mask, tail=tail, temperature=2.0)])
+    assert not stats.student_mass.requires_grad and not stats.teacher_mass.requires_grad
+    exact = (student.double() / 2).softmax(-1).gather(-1, ids).sum(-1), logprobs.exp().sum(-1)
+    for mass, right in zip(stats[1:], exact, strict=True):
+        testing.assert_near(mass, right * mask.cpu(), 2e-6, 2e-6, "mass")
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0), (2, 3)], ids=str)
+def test_leading_shapes(implementation, leading) -> None:
+    student, logprobs, ids = example()
+    count = math.prod(leading)
+    given = (
+        x.repeat(3, 1)[:count].reshape(*leading, x.shape[-1]) for x in (student, logprobs, ids)
+    )
+    value, grad = outcome(implementation.device, *given)
+    assert value.shape == leading and grad.shape == (*leading, VOCABULARY)
+
+
+# ---- inside PyTorch
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_opcheck(implementation, per_row) -> None:
+    student, _, ids = (x.to(implementation.device) for x in example(vocabulary=19))
+    ids, mask = ids.sort(-1).values, torch.ones_like(ids[:, 0], dtype=torch.bool)
+    temperatures = PER_ROW.to(student) if per_row else None
+    options = (mask, temperatures, 0.7, implementation.backend)
+    ops = torch.ops.fastkl
+    torch.library.opcheck(ops.cells.default, (testing.leaf(student), ids, *options))
+    listed, rest, saved = ops.cells(student, ids, *options)
+    upstream = (torch.ones_like(listed), torch.ones_like(rest))
+    given = (student, ids, *options[:2], rest, saved, *upstream, *options[2:])
+    torch.library.opcheck(ops.cell_gradients.default, given)
+
+
+@each_tail
+@each_direction
+def test_compile_equals_eager(implementation, direction, tail) -> None:
+    def function(logits, logprobs, ids):
+        return fastkl.topk_kl_divergence(logits, logprobs, ids, direction=direction, tail=tail)
+
+    student, *teacher = (x.to(implementation.device) for x in example())
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaf = testing.leaf(student)
+        value = run(leaf, *teacher)
+        results.append([value, *torch.autograd.grad(value.sum(), leaf)])
+    assert_same(*results)
+
+
+# ---- wrong arguments
+
+
+WRONG = [
+    (dict(topk_logprobs=torch.zeros(2, 3, requires_grad=True)), "topk_logprobs"),
+    (dict(topk_logprobs=torch.zeros(2, 4)), "topk_logprobs"),
+    (dict(topk_ids=torch.zeros(2, 3)), "topk_ids"),
+    (dict(topk_ids=torch.zeros(3, 3, dtype=torch.long)), "topk_ids"),
+    (dict(topk_ids=torch.zeros(2, 0).long(), topk_logprobs=torch.zeros(2, 0)), "topk_ids"),
+    (dict(topk_ids=torch.zeros(2).long(), topk_logprobs=torch.zeros(2)), "topk_ids"),
+    (dict(direction="teacher"), "direction"),
+    (dict(tail="drop"), "tail"),
+    (dict(beta=1.1), "beta"),
+    (dict(clip=0), "clip"),
+]
+
+
+@pytest.mark.parametrize("wrong, argument", WRONG, ids=str)
+@pytest.mark.parametrize("function", [fastkl.topk_kl_divergence, fastkl.topk_stats])
+def test_wrong_arguments(function, wrong, argument) -> None:
+    right = {
+        "logits": torch.zeros(2, 7),
+        "topk_logprobs": torch.full((2, 3), -2.0),
+        "topk_ids": torch.arange(3).repeat(2, 1),
+    }
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}.*: expected .+, got .+; .+"):
+        function(**{**right, **wrong})
