@@ -46,8 +46,8 @@ def test_trl(beta) -> None:
     testing.assert_gradient(*(grad.flatten(0, 1) for grad in grads), "gradient", 1e-6)
 
 
-# Liger-Kernel takes log-probabilities, the student's first, and beta is the student's share:
-# beta·KL(student‖M) + (1 - beta)·KL(teacher‖M), summed over a row's entries and divided by rows.
+# Liger-Kernel takes log-probabilities, the student's first, and beta is the teacher's share:
+# beta·KL(teacher‖M) + (1 - beta)·KL(student‖M), summed over a row's entries and divided by rows.
 # At 0 it takes KL(teacher‖student) and at 1 KL(student‖teacher). Its kernel needs a GPU.
 @pytest.mark.gpu
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
@@ -56,7 +56,7 @@ def test_liger_kernel(beta) -> None:
     student, teacher = (side.flatten(0, 1).cuda() for side in logits(torch.float32))
     leaf = testing.leaf(student)
     loss = liger.LigerJSD(beta=beta)(leaf.log_softmax(-1), teacher.log_softmax(-1))
-    own = fastkl.js_divergence(leaf, teacher, beta=beta, reduction="mean")
+    own = fastkl.js_divergence(teacher, leaf, beta=beta, reduction="mean")
     testing.assert_near(own, loss, 1e-5, 0.0, "loss")
     grads = (torch.autograd.grad(value, leaf)[0] for value in (own, loss))
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
