@@ -45,7 +45,7 @@ def outside(problem: Problem, ids: torch.Tensor, result: torch.Tensor, saved: to
     with _on(p):
         state = counters = saved
         if splits > 1:
-            state = torch.empty(layout.rows * splits * 2, dtype=torch.float32, device=p.device)
+            state = torch.empty(layout.rows * splits * 2, dtype=torch.float64, device=p.device)
             counters = torch.zeros(layout.rows, dtype=torch.int32, device=p.device)
         variant.start(
             layout.rows * splits,

@@ -45,7 +45,8 @@ def outside_sum(
     ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V)
     place = tl.sum((ids < first).to(tl.int32), 0)
     origin = tl.full([], LOWEST, tl.float32)
-    total = tl.zeros([tiling.threads], tl.float32)
+    # In float64: a gradient is the small difference of the student's and the teacher's rest.
+    total = tl.zeros([tiling.threads], tl.float64)
     listed = next_id(ids_ptr, place, K, first, V)
     entry = tl.arange(0, tiling.threads)[:, None] * tiling.lanes + row.order
     for start in range(0, length, TILE):
@@ -61,7 +62,7 @@ def outside_sum(
         e = tl.exp2(tl.fma(x, row.scale_log2, -raised))
         # An infinite or a NaN logit makes the sum NaN.
         e = tl.where(x > LOWEST, e, tl.where(x == x, 0.0, x))
-        total = tl.fma(total, tl.exp2(origin - raised), lane_sum(e))
+        total = total * tl.exp2(origin - raised).to(tl.float64) + lane_sum(e).to(tl.float64)
         origin = raised
     return origin, tl.sum(total, 0)
 
@@ -97,7 +98,7 @@ def row_outside(  # noqa: PLR0913
     mask_ptr,
     temperature_ptr,  # as in row_forward
     ids_ptr,  # [N, K] int64, each row increasing; V for an absent one
-    state_ptr,  # [N, splits, 2] float32; any pointer for one split
+    state_ptr,  # [N, splits, 2] float64; any pointer for one split
     counter_ptr,  # [N] int32 of zeros; any pointer for one split
     saved_ptr,  # [N, 10] float32
     outside_ptr,  # [N] float64
@@ -126,7 +127,7 @@ def row_outside(  # noqa: PLR0913
     Math:   log Σ exp(x/T) over the entries that are not listed.
     Grid:   (N · splits,), a row's segments next to each other, as in row_forward.
     Reads:  N·V of p, 8·N·K·(splits + 1) bytes of ids; nothing of a masked row.
-    Writes: 2 · N · splits float32, read again by the last program; 10 saved values and the result
+    Writes: 2 · N · splits float64, read again by the last program; 10 saved values and the result
             per row.
     Saves:  origin and log2 of the sum, as a row of row_forward whose vocabulary is the rest.
     Special values: -inf where nothing is left; NaN where an entry is NaN or +inf. A masked row gets
@@ -160,7 +161,7 @@ def row_outside(  # noqa: PLR0913
     origin, total = outside_sum(place, length, ids_ptr, K, first, tiling, reading, IDS)
     if SPLITS > 1:
         parts_ptr = state_ptr + tl.program_id(0).to(tl.int64) * 2
-        tl.store(parts_ptr, origin)
+        tl.store(parts_ptr, origin.to(tl.float64))
         tl.store(parts_ptr + 1, total)
         # Order all threads' stores before the one thread's release.
         tl.debug_barrier()
@@ -170,17 +171,17 @@ def row_outside(  # noqa: PLR0913
         parts = state_ptr + (row * splits + offs) * 2
         # Bypass L1, which may hold stale values.
         inside = offs < splits
-        origins = tl.load(parts, mask=inside, other=LOWEST, cache_modifier=".cg")
+        origins = tl.load(parts, mask=inside, other=LOWEST, cache_modifier=".cg").to(tl.float32)
         totals = tl.load(parts + 1, mask=inside, other=0.0, cache_modifier=".cg")
         origin = tl.max(origins, 0)
-        total = tl.sum(totals * tl.exp2(origins - origin), 0)
+        total = tl.sum(totals * tl.exp2(origins - origin).to(tl.float64), 0)
     # The largest entry's exponent was raised to [0, 1), so the sum is at least 1.
-    log2_total = tl.log2(total)
+    log2_total = tl.log2(total.to(tl.float32))
     # Nothing outside: a saved log-sum-exp so high that every probability is 0.
     empty = total == 0.0
     tl.store(saved_ptr, tl.where(empty, -LOWEST, origin))
     tl.store(saved_ptr + 1, tl.where(empty, 0.0, log2_total))
     for i in tl.static_range(2, SAVED):
         tl.store(saved_ptr + i, 0.0)
-    outside = origin.to(tl.float64) * LN2 + tl.log(total.to(tl.float64))
+    outside = origin.to(tl.float64) * LN2 + tl.log(total)
     tl.store(outside_ptr + row, tl.where(empty, float("-inf"), outside))
