@@ -17,6 +17,9 @@ DIRECTIONS, TAILS = get_args(topk.TopkDirection), get_args(topk.Tail)
 SIZES = (1e-3, 0.1, 3.0) if INTERPRETING else (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 VOCABULARY = 203 if INTERPRETING else 1003
 PER_ROW = torch.tensor([0.5, 0.8, 1.0, 1.3, 2.0, 4.0])[: len(SIZES)]
+# Kernels sum the student's rest in float32. The teacher's is known in float64, so that on a near
+# row the difference of the two, a term or a gradient, has the whole error of the sum.
+REST_ERROR = 2.0**-22
 each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
 each_tail = pytest.mark.parametrize("tail", TAILS)
 
@@ -82,18 +85,26 @@ def outcome(device: str, logits, logprobs, ids, *mask, upstream=None, **how) -> 
 def check(implementation, logits, logprobs, ids, **how) -> torch.Tensor:
     value, grad = outcome(implementation.device, logits, logprobs, ids, **how)
     leaf = testing.leaf(logits.double())
-    # Kernels take float32's log2(e)/T, which is off by up to 2^-24: the truth at the temperature
-    # that it stands for. On near rows the gradient's relative error is larger, up to 2e-4.
+    # Kernels take float32's log2(e)/T: the truth at the temperature that it stands for.
     scale = ENGINES[implementation.backend].scale_of(how.get("temperature", 1.0))
     exact, size = textbook(leaf, logprobs, ids, **{**how, "temperature": 1 / scale})
     assert value.dtype == torch.float32 and grad.dtype == logits.dtype
     if how["tail"] == "ignore" or how.get("clip"):
         error = (value.cpu().double() - exact).abs()
-        # 1e-13: differences of terms of float64's own rounding.
-        assert bool((error <= 1e-6 * size + 1e-13).all()), error / size
+        # Terms of a near row are differences: float64's own rounding, or the rest's in float32.
+        absolute = REST_ERROR if implementation.kernels else 1e-13
+        assert bool((error <= 1e-6 * size + absolute).all()), error / size
     else:
         testing.assert_kl(value, exact, f"{how}")
-    (right,) = torch.autograd.grad(exact, leaf, testing.upstream_for(value.cpu()).double())
+    upstream = testing.upstream_for(value.cpu()).double()
+    (right,) = torch.autograd.grad(exact, leaf, upstream)
+    if implementation.kernels and grad.dtype == torch.float32:
+        difference = (grad.cpu().double() - right).norm(dim=-1)
+        allowed = (
+            testing.GRADIENT_LIMIT * right.norm(dim=-1) + REST_ERROR * (upstream * scale).abs()
+        )
+        assert bool((difference <= allowed).all()), difference / allowed
+        return value
     more = {"absolute": 1e-6 * implementation.kernels, "truncated": INTERPRETING}
     testing.assert_rounded_gradient(grad, right, f"gradient, {how}", **more)
     return value
@@ -375,6 +386,9 @@ def test_opcheck(implementation, per_row) -> None:
 @each_tail
 @each_direction
 def test_compile_equals_eager(implementation, direction, tail) -> None:
+    if implementation.interpreted and (direction, tail) != ("js", "bucket"):
+        pytest.skip("the interpreter's time goes to one of them")
+
     def function(logits, logprobs, ids):
         return fastkl.topk_kl_divergence(logits, logprobs, ids, direction=direction, tail=tail)
 
