@@ -64,10 +64,11 @@ def topk_kl_divergence(  # noqa: PLR0913
         topk_logprobs: [..., K] natural logarithms, normalised over the teacher's whole vocabulary,
             any float type; no gradient.
         topk_ids: [..., K] int32 or int64. An entry is absent if its log-prob is -inf or its id is
-            outside 0 … V-1, so that padded and ragged lists pass as they are: vLLM's K or K + 1
-            entries a position, SGLang's and NeMo-RL's, TRL's -inf padding, tinker's lists padded
-            with -1. verl pads with log-prob 0 and id 0: mask those positions. Entries with the same
-            id add up. A row without entries is masked, and leaves the default mean's count.
+            outside 0 … V-1, so that padded and ragged lists pass as they are: SGLang's and
+            NeMo-RL's, TRL's -inf padding, tinker's lists padded with -1. Entries with the same id
+            add up: of vLLM's K + 1 entries set a sampled token that is listed twice to -1 once.
+            verl pads with log-prob 0 and id 0: mask those positions. A row without entries is
+            masked, and leaves the default mean's count.
         mask: bool [...], True where the token counts.
         direction: which KL, or "js", the generalised JSD of js_divergence, where beta is the
             teacher's share.

@@ -54,7 +54,7 @@ def outside(problem: Problem, ids: torch.Tensor, result: torch.Tensor, saved: to
                 mask_ptr=mask,
                 temperature_ptr=temperatures,
                 ids_ptr=ids,
-                state_ptr=state,
+                totals_ptr=state,
                 counter_ptr=counters,
                 saved_ptr=saved,
                 outside_ptr=result,

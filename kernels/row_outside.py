@@ -87,7 +87,7 @@ def outside_sum(
         "mask_ptr",
         "temperature_ptr",
         "ids_ptr",
-        "state_ptr",
+        "totals_ptr",
         "counter_ptr",
         "saved_ptr",
         "outside_ptr",
@@ -98,7 +98,7 @@ def row_outside(  # noqa: PLR0913
     mask_ptr,
     temperature_ptr,  # as in row_forward
     ids_ptr,  # [N, K] int64, each row increasing; V for an absent one
-    state_ptr,  # [N, splits, 2] float64; any pointer for one split
+    totals_ptr,  # [N, splits, 2] float64; any pointer for one split
     counter_ptr,  # [N] int32 of zeros; any pointer for one split
     saved_ptr,  # [N, 10] float32
     outside_ptr,  # [N] float64
@@ -160,7 +160,7 @@ def row_outside(  # noqa: PLR0913
     ids_ptr += row * K
     origin, total = outside_sum(place, length, ids_ptr, K, first, tiling, reading, IDS)
     if SPLITS > 1:
-        parts_ptr = state_ptr + tl.program_id(0).to(tl.int64) * 2
+        parts_ptr = totals_ptr + tl.program_id(0).to(tl.int64) * 2
         tl.store(parts_ptr, origin.to(tl.float64))
         tl.store(parts_ptr + 1, total)
         # Order all threads' stores before the one thread's release.
@@ -168,7 +168,7 @@ def row_outside(  # noqa: PLR0913
         if tl.atomic_add(counter_ptr + row, 1, sem="acq_rel") != splits - 1:
             return
         offs = tl.arange(0, SPLITS)
-        parts = state_ptr + (row * splits + offs) * 2
+        parts = totals_ptr + (row * splits + offs) * 2
         # Bypass L1, which may hold stale values.
         inside = offs < splits
         origins = tl.load(parts, mask=inside, other=LOWEST, cache_modifier=".cg").to(tl.float32)
