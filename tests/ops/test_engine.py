@@ -53,9 +53,13 @@ def assert_right(implementation, rows: Rows, upstream, grads) -> None:
         testing.assert_near(value, fields[name], 2e-5, 5e-6 + 1e-6 * cap, name)
     short = 2.0**-7 if implementation.interpreted else 2.0**-8
     rounding = {torch.float32: 0.0, torch.bfloat16: short, torch.float16: 2.0**-11}
+    # Of 16-bit rows q - p is the difference of two powers of 2, which a GPU computes to 2^-22.5.
+    weights = sum(value.abs() for value in upstream.values()).cpu()
+    absolute = 2.0**-21.5 * float((weights / torch.as_tensor(rows.temperature).cpu()).norm())
     for grad, value in zip(made.grads, exact, strict=True):
         error = (grad.double().cpu() - value).norm()
-        assert error <= (2e-5 + rounding[grad.dtype]) * value.norm() + 1e-6, float(error)
+        least = 1e-6 if grad.dtype == torch.float32 else max(1e-6, absolute)
+        assert error <= (2e-5 + rounding[grad.dtype]) * value.norm() + least, float(error)
         assert not bool(grad[2].any()), "a masked row has a gradient"
 
 
