@@ -177,7 +177,7 @@ def row_outside(  # noqa: PLR0913
         total = tl.sum(totals * tl.exp2(origins - origin).to(tl.float64), 0)
     # The largest entry's exponent was raised to [0, 1), so the sum is at least 1.
     log2_total = tl.log2(total.to(tl.float32))
-    # Nothing outside: a saved log-sum-exp so high that every probability is 0.
+    # An empty rest: a saved log-sum-exp so high that every probability is 0.
     empty = total == 0.0
     tl.store(saved_ptr, tl.where(empty, -LOWEST, origin))
     tl.store(saved_ptr + 1, tl.where(empty, 0.0, log2_total))

@@ -15,8 +15,7 @@ from fastkl.ops.engine import ENGINES
 
 DIRECTIONS, TAILS = get_args(topk.TopkDirection), get_args(topk.Tail)
 if INTERPRETING:
-    # The kernels know no direction; a renormalised list leaves the rest without a gradient.
-    DIRECTIONS, TAILS = ("js",), ("bucket", "renormalize")
+    DIRECTIONS, TAILS = ("js",), ("bucket", "renormalize")  # the kernels know no direction
 SIZES = (1e-3, 0.1, 3.0) if INTERPRETING else (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 VOCABULARY = 203 if INTERPRETING else 1003
 PER_ROW = torch.tensor([0.5, 0.8, 1.0, 1.3, 2.0, 4.0])[: len(SIZES)]
