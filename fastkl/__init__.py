@@ -17,10 +17,11 @@ if typing.TYPE_CHECKING:
         total_variation,
     )
     from .estimators import estimate_kl, sampled_kl_loss
-    from .linear import Head, linear_divergence, linear_kl_divergence, linear_token_stats
+    from .linear import Head, linear_token_stats
+    from .linear_divergence import linear_divergence, linear_kl_divergence
     from .penalty import KLPenalty, LinearKLPenalty
     from .tokens import TokenStats, selective_log_softmax, token_stats
-    from .topk import TopKStats, topk_kl_divergence, topk_stats
+    from .topk import TopKStats, linear_topk_kl_divergence, topk_kl_divergence, topk_stats
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "linear_divergence",
     "linear_kl_divergence",
     "linear_token_stats",
+    "linear_topk_kl_divergence",
     "renyi_divergence",
     "rl",
     "sampled_kl_loss",
@@ -65,9 +67,10 @@ _HOMES = {
     "jeffreys_divergence": "divergence",
     "js_divergence": "divergence",
     "kl_divergence": "divergence",
-    "linear_divergence": "linear",
-    "linear_kl_divergence": "linear",
+    "linear_divergence": "linear_divergence",
+    "linear_kl_divergence": "linear_divergence",
     "linear_token_stats": "linear",
+    "linear_topk_kl_divergence": "topk",
     "renyi_divergence": "divergence",
     "sampled_kl_loss": "estimators",
     "selective_log_softmax": "tokens",

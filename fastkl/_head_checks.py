@@ -113,6 +113,31 @@ def no_reference(weight: object, bias: object, temperature: object) -> None:
             )
 
 
+def given_logits(
+    logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, others: Sequence[Any]
+) -> None:
+    """Check ref_logits [..., V], and that what they replace is None."""
+    for name, value in zip(("ref_hidden", "ref_weight", "ref_bias"), others, strict=True):
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None beside ref_logits, got {described(value)}; pass the "
+                f"reference's logits or its hidden states"
+            )
+    _plain_float_tensor("ref_logits", logits, "logits [..., V]")
+    expected = (*hidden.shape[:-1], weight.shape[0])
+    if logits.shape != expected:
+        raise ValueError(
+            f"ref_logits: expected the shape {expected}, got {tuple(logits.shape)}; slice a padded "
+            f"vocabulary to the shared one: ref_logits[..., :V], or weight[:V] and bias[:V]"
+        )
+    if logits.requires_grad:
+        raise ValueError(
+            "ref_logits: expected a tensor without gradient, got one that requires it; pass "
+            "ref_logits.detach()"
+        )
+    same_device_and_precision("ref_logits", logits, "hidden", hidden)
+
+
 def second_head(
     first: Sequence[Any], second: Sequence[Any], names: tuple[Names, Names], own_bias: bool
 ) -> None:

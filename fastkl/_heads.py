@@ -68,6 +68,7 @@ class Given(NamedTuple):
     logits_dtype: torch.dtype | None
     chunk_size: int | None
     recompute: bool | None
+    ref_logits: torch.Tensor | None = None
 
 
 def prepare(
@@ -75,7 +76,7 @@ def prepare(
 ) -> LinearInputs:
     """Check the arguments, cast them under autocast, and pack them for an op.
 
-    swapped: exchange policy and reference.
+    swapped: exchange policy and reference, but given logits stay the second argument.
     """
     weight, ref_weight = given.weight, given.ref_weight
     inherits = given.ref_hidden is not None and ref_weight is None and isinstance(weight, Head)
@@ -98,7 +99,10 @@ def prepare(
     _head_checks.head(names[0], *models[0])
     (hidden, *_), (ref_hidden, *_) = models
     logits_dtype = hidden.dtype
-    if given.ref_hidden is None and not reference_required:
+    if given.ref_logits is not None:
+        _head_checks.given_logits(given.ref_logits, hidden, heads[0].weight, given[3:6])
+        heads = heads[0], Head(heads[0].weight)
+    elif given.ref_hidden is None and not reference_required:
         _head_checks.no_reference(ref_weight, given.ref_bias, given.ref_temperature)
     else:
         _head_checks.second_head(
@@ -111,19 +115,17 @@ def prepare(
     _head_checks.recompute(given.recompute)
     if given.logits_dtype is not None:
         _head_checks.logits_dtype(given.logits_dtype, logits_dtype)
-    engine = (
-        backend.select(hidden, read_rows=False)
-        if ref_hidden is None
-        else backend.select(hidden, ref_hidden, read_rows=False)
-    )
+    second = ref_hidden if given.ref_logits is None else given.ref_logits
+    engine = backend.select(*([hidden] if second is None else [hidden, second]), read_rows=False)
     if swapped:
-        models.reverse()
         scales = scales[::-1]
-    (policy, (ref_hidden, second_weight, second_bias)), (first, second) = models, scales
+        if given.ref_logits is None:
+            models.reverse()
+    (policy, (ref_hidden, second_weight, second_bias)), (first, other) = models, scales
     # s·x under a soft cap of c is s·(x under a cap of c/s): the ops take caps of raw logits.
     dtype = result_dtype(hidden)
     temperatures, temperature = per_token(first.divisor(dtype))
-    ratios, ratio = per_token(second.ratio_to(first, dtype))
+    ratios, ratio = per_token(other.ratio_to(first, dtype))
     if ratio != 1:
         what = "the quotient of both models' temperature / logit_scale"
         _head_checks.number("ref_temperature", what, ratio)
@@ -137,13 +139,15 @@ def prepare(
         given.mask,
         temperatures,
         ratios,
+        given.ref_logits,
         temperature,
         first.softcap / first.factor,
-        second.softcap / second.factor,
+        other.softcap / other.factor,
         ratio,
         engine,
         given.logits_dtype or logits_dtype,
         given.chunk_size,
+        given_first=swapped and given.ref_logits is not None,
     )
 
 
@@ -235,7 +239,7 @@ def _scales(heads: tuple[Head, Head], given: Given, hidden: torch.Tensor) -> lis
     second = given.temperature if given.ref_temperature is None else given.ref_temperature
     if second is not given.temperature:
         _checks.temperature(second, hidden.shape[:-1], hidden.device, "ref_temperature")
-    ref_head = heads[0] if given.ref_hidden is None else heads[1]
+    ref_head = heads[0] if given.ref_hidden is None and given.ref_logits is None else heads[1]
     scales = [
         _Scale(float(head.softcap or 0.0), float(head.logit_scale), temperature)
         for head, temperature in ((heads[0], given.temperature), (ref_head, second))

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
-from . import _checks, _head_checks, _reduce, backend, linear
+from . import _checks, _head_checks, _reduce, backend
 from ._heads import Given, prepare
 from ._types import BetaController, Direction, PenaltyReduction
 from .divergence import kl_divergence
 from .linear import Head
+from .linear_divergence import weighted_kl
 from .ops import dual_op
 from .ops.fields import result_dtype
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl
@@ -324,7 +325,7 @@ class LinearKLPenalty(_Penalty):
         like = hidden.new_empty(hidden.shape[:-1], dtype=result_dtype(hidden))
         beta, counts = self.beta, _Counts.of(like, mask)
         scale = like.new_ones(()) * beta / self._divisor(counts, normalizer, like.dtype)
-        loss, kl = linear.weighted_kl(inputs, scale.expand(like.shape))
+        loss, kl = weighted_kl(inputs, scale.expand(like.shape))
         self._remember(kl, counts, beta, loss)
         return loss
 

@@ -6,9 +6,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from . import _checks, _reduce, backend, f_divergences
+from ._heads import Given, Head, keeps_logits, prepare
 from ._types import Reduction
 from .ops.engine import ENGINES
 from .ops.fields import result_dtype
+from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.row_op import per_token
 from .ops.topk_op import CellInputs, cells
 
@@ -97,13 +99,86 @@ def topk_kl_divergence(  # noqa: PLR0913
     Source: the tail bucket is that of the data-processing inequality, Cover & Thomas, Elements of
     Information Theory (2006), section 2.8.
     """
-    kl, counted, *_ = _topk(
-        logits, topk_logprobs, topk_ids, mask, _How(direction, beta, tail, clip, temperature)
+    how = _How(direction, beta, tail, clip, temperature)
+    found = _topk(logits, topk_logprobs, topk_ids, mask, how)
+    return _reduced(found, weights, reduction, normalizer)
+
+
+def linear_topk_kl_divergence(  # noqa: PLR0913
+    hidden: torch.Tensor,
+    weight: torch.Tensor | Head,
+    topk_logprobs: torch.Tensor,
+    topk_ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    direction: TopkDirection = "teacher||student",
+    beta: float = 0.5,
+    tail: Tail = "bucket",
+    clip: float | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    weights: torch.Tensor | None = None,
+    reduction: Reduction = "none",
+    normalizer: float | torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+    recompute: bool | None = None,
+) -> torch.Tensor:
+    """Compute topk_kl_divergence of a student's hidden states and lm_head, a chunk of tokens at a
+    time.
+
+    Equivalent to
+
+        logits = F.linear(hidden, weight, bias).to(logits_dtype)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits.float() / softcap)
+        topk_kl_divergence(logits, topk_logprobs, topk_ids, mask, direction=direction, ...)
+
+    in one matrix product forward and two backward (one for a frozen lm_head), and one more where
+    the logits are not kept: see recompute.
+
+    Args:
+        hidden, weight, bias, softcap, logits_dtype, chunk_size, recompute: as in
+            linear_token_stats, for the student alone. The others: as in topk_kl_divergence.
+
+    Returns, Special values: as topk_kl_divergence. Memory, Accuracy, autocast: as
+    linear_token_stats, for one model; 8·K bytes per token from forward to backward.
+
+    Gradient:
+        With respect to hidden, weight and bias, in their types.
+
+    Raises: TypeError, ValueError, RuntimeError as topk_kl_divergence and linear_token_stats.
+
+    Source: as topk_kl_divergence.
+    """
+    inputs = prepare(
+        Given(
+            hidden,
+            weight,
+            bias,
+            None,
+            None,
+            None,
+            temperature,
+            None,
+            softcap,
+            mask,
+            logits_dtype,
+            chunk_size,
+            recompute,
+        )
     )
-    _reduce.check(reduction, weights, normalizer, logits.shape[:-1], logits.device)
-    if reduction == "none":
-        return kl
-    return _reduce.reduced(kl, counted, weights, reduction, normalizer)
+    how = _How(direction, beta, tail, clip, temperature)
+    leading, vocabulary = hidden.shape[:-1], inputs.weight.shape[0]
+    _check(leading, hidden.device, topk_logprobs, topk_ids, how)
+    teacher = _merged(topk_ids, topk_logprobs, mask, vocabulary)
+    listed, rest, *_ = linear_cells(
+        inputs._replace(mask=teacher.counted),
+        ListInputs(teacher.ids, keeps_logits(inputs, recompute)),
+    )
+    found = _divergence(teacher, (listed, rest), how, inputs.backend, result_dtype(hidden))
+    return _reduced(found, weights, reduction, normalizer)
 
 
 def topk_stats(  # noqa: PLR0913
@@ -123,8 +198,7 @@ def topk_stats(  # noqa: PLR0913
     Arguments, Gradient, Special values, Raises: as topk_kl_divergence. A masked row is 0.
     """
     how = _How(direction, beta, tail, clip, temperature)
-    kl, _, student, teacher = _topk(logits, topk_logprobs, topk_ids, mask, how)
-    return TopKStats(kl, student, teacher)
+    return _topk(logits, topk_logprobs, topk_ids, mask, how)[0]
 
 
 class _How(NamedTuple):
@@ -137,21 +211,62 @@ class _How(NamedTuple):
     temperature: float | torch.Tensor
 
 
+class _Teacher(NamedTuple):
+    """A teacher's list: increasing ids [..., K], the vocabulary's size for an absent entry, their
+    log-probs in float64, which rows count, and the vocabulary's size.
+    """
+
+    ids: torch.Tensor
+    log_p: torch.Tensor
+    counted: torch.Tensor
+    vocabulary: int
+
+
+def _reduced(
+    found: tuple[TopKStats, torch.Tensor],
+    weights: torch.Tensor | None,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+) -> torch.Tensor:
+    """Reduce the divergence of the rows that count."""
+    kl, counted = found[0].kl, found[1]
+    _reduce.check(reduction, weights, normalizer, kl.shape, kl.device)
+    if reduction == "none":
+        return kl
+    return _reduce.reduced(kl, counted, weights, reduction, normalizer)
+
+
 def _topk(
     logits: torch.Tensor,
     logprobs: torch.Tensor,
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     how: _How,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (the divergence, which rows count, the student's and the teacher's listed mass)."""
-    _check(logits, logprobs, ids, mask, how)
-    chosen, vocabulary = backend.select(logits), logits.shape[-1]
-    ids, log_p = _merged(ids, logprobs, vocabulary)
-    counted = ids[..., 0] < vocabulary
-    if mask is not None:
-        counted = counted & mask
-    listed, rest, _ = cells(CellInputs(logits, ids, counted, *per_token(how.temperature), chosen))
+) -> tuple[TopKStats, torch.Tensor]:
+    """Return the statistics of logits, and which rows count."""
+    _checks.logits("logits", logits)
+    leading, vocabulary = logits.shape[:-1], logits.shape[-1]
+    _check(leading, logits.device, logprobs, ids, how)
+    _checks.temperature(how.temperature, leading, logits.device)
+    _checks.mask(mask, leading, logits.device)
+    chosen, teacher = backend.select(logits), _merged(ids, logprobs, mask, vocabulary)
+    inputs = CellInputs(logits, teacher.ids, teacher.counted, *per_token(how.temperature), chosen)
+    listed, rest, _ = cells(inputs)
+    return _divergence(teacher, (listed, rest), how, chosen, result_dtype(logits))
+
+
+def _divergence(
+    teacher: _Teacher,
+    student: tuple[torch.Tensor, torch.Tensor],
+    how: _How,
+    chosen: str,
+    dtype: torch.dtype,
+) -> tuple[TopKStats, torch.Tensor]:
+    """Return the statistics of a student's cells (listed logits [..., K], log-sum-exp of the others
+    [...]), and which rows count.
+    """
+    ids, log_p, counted, vocabulary = teacher
+    listed, rest = student
     log_p, listed = (x.masked_fill(~counted[..., None], 0.0) for x in (log_p, listed))
     mass = log_p.logsumexp(-1, keepdim=True)
     too_much = counted[..., None] & (mass > math.log(LARGEST_MASS))
@@ -165,7 +280,7 @@ def _topk(
         )
     log_q = torch.cat([listed, rest[..., None]], -1)
     log_q = log_q - log_q.logsumexp(-1, keepdim=True)
-    student = log_q[..., :-1].detach().exp().sum(-1)
+    student_mass = log_q[..., :-1].detach().exp().sum(-1)
     if how.tail == "bucket":
         # Where all V tokens are listed no token is left for what rounding leaves of the mass.
         complete = (ids < vocabulary).sum(-1, keepdim=True) == vocabulary
@@ -183,11 +298,9 @@ def _topk(
     total = value.sum(-1)
     if how.tail != "ignore" and how.clip is None:
         total = total.clamp(min=0.0)
-    dtype, zero = result_dtype(logits), total.new_zeros(())
-    masses = (student, mass[..., 0].exp())
-    total = total.masked_fill(too_much[..., 0], torch.nan)
-    kl, student, teacher = (torch.where(counted, x, zero).to(dtype) for x in (total, *masses))
-    return kl, counted, student, teacher
+    total, zero = total.masked_fill(too_much[..., 0], torch.nan), total.new_zeros(())
+    values = total, student_mass, mass[..., 0].exp()
+    return TopKStats(*[torch.where(counted, x, zero).to(dtype) for x in values]), counted
 
 
 def _terms(log_p: torch.Tensor, log_q: torch.Tensor, how: _How) -> torch.Tensor:
@@ -202,10 +315,10 @@ def _terms(log_p: torch.Tensor, log_q: torch.Tensor, how: _How) -> torch.Tensor:
 
 
 def _merged(
-    ids: torch.Tensor, logprobs: torch.Tensor, vocabulary: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return increasing ids and their log-probs in float64; absent entries come last, with the id
-    `vocabulary` and -inf. Of equal ids one is left, with the sum of their probabilities.
+    ids: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor | None, vocabulary: int
+) -> _Teacher:
+    """Return the teacher of a list; absent entries come last. Of equal ids one is left, with the
+    sum of their probabilities. A row without entries does not count.
     """
     ids, log_p = ids.long(), logprobs.detach().double()
     absent = (log_p == -torch.inf) | (ids < 0) | (ids >= vocabulary)
@@ -219,7 +332,9 @@ def _merged(
     counts = counts.scatter_add(-1, number, torch.ones_like(ids)).gather(-1, number)
     log_p = torch.where(counts > 1, sums.log(), log_p).masked_fill(~first, -torch.inf)
     ids, order = ids.masked_fill(~first, vocabulary).sort(-1)
-    return ids, log_p.gather(-1, order)
+    counted = ids[..., 0] < vocabulary
+    counted = counted if mask is None else counted & mask
+    return _Teacher(ids, log_p.gather(-1, order), counted, vocabulary)
 
 
 def _log1mexp(value: torch.Tensor) -> torch.Tensor:
@@ -229,14 +344,13 @@ def _log1mexp(value: torch.Tensor) -> torch.Tensor:
 
 
 def _check(
-    logits: torch.Tensor,
+    leading: torch.Size,
+    device: torch.device,
     logprobs: torch.Tensor,
     ids: torch.Tensor,
-    mask: torch.Tensor | None,
     how: _How,
 ) -> None:
-    _checks.logits("logits", logits)
-    leading, device = logits.shape[:-1], logits.device
+    """Check the list and the options, for a student of leading shape `leading`."""
     plain = isinstance(ids, torch.Tensor) and not ids.is_nested
     entries = ids.shape[-1:] if plain else torch.Size()
     integers = (torch.int64, torch.int32)
@@ -249,7 +363,7 @@ def _check(
         "topk_logprobs", logprobs, shape, device, types, kind, "convert it with .float()"
     )
     _checks.expect(
-        ids.dim() > logits.dim() - 1 and ids.shape[-1] > 0,
+        ids.dim() > len(leading) and ids.shape[-1] > 0,
         "topk_ids",
         f"the leading shape {tuple(leading)} and K ≥ 1 entries",
         tuple(ids.shape),
@@ -262,8 +376,6 @@ def _check(
         "one that requires it",
         "pass topk_logprobs.detach()",
     )
-    _checks.temperature(how.temperature, leading, device)
-    _checks.mask(mask, leading, device)
     _checks.choice("direction", how.direction, get_args(TopkDirection))
     _checks.choice("tail", how.tail, get_args(Tail))
     _checks.share("beta", how.beta)

@@ -65,6 +65,8 @@ class ChunkedHead:
     heads that share a weight share the sum of its gradient.
     """
 
+    trains = True
+
     def __init__(
         self,
         hidden: torch.Tensor,
@@ -164,6 +166,30 @@ class ChunkedHead:
             self.grad_weight.add(gemm.add_weight_gradient, grads, states)
         if self.grad_bias is not None:
             self.grad_bias.add(gemm.add_bias_gradient, grads)
+
+
+class GivenLogits(ChunkedHead):
+    """Logits [..., V] in place of a model, without gradient; index: the rows computed, None: all.
+
+    weight: the other model's, for the vocabulary's size.
+    """
+
+    trains = False
+
+    def __init__(
+        self, logits: torch.Tensor, weight: torch.Tensor, index: torch.Tensor | None
+    ) -> None:
+        self._rows, self._index = logits.reshape(-1, logits.shape[-1]), index
+        tokens = self._rows if index is None else index
+        super().__init__(weight.new_empty(len(tokens), 0), weight, None, logits.dtype)
+
+    def settle(self, reads_again: bool) -> None:
+        """Use no buffer."""
+        self.buffered = False
+
+    def logits_and_gradient(self, rows: slice) -> tuple[torch.Tensor, None]:
+        """Return the logits of a chunk, and None."""
+        return self._rows[rows if self._index is None else self._index[rows]], None
 
 
 def row_width(vocabulary: int) -> int:

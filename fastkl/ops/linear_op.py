@@ -5,7 +5,7 @@ autograd rules; linear_sum_op.py defines the third.
 import itertools
 import math
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +32,10 @@ class LinearInputs(NamedTuple):
     ref_weight None stands for weight), tensors with one entry per token [...], the scaling of the
     raw logits as in fields.Scaling, and options.
 
-    temperatures, ratios: unless None, replace temperature and ratio. logits_dtype: the type that a
-    GEMM rounds logits to. chunk_size: tokens of a chunk, None for a default. divergence, share: as
-    in fields.Divergence.
+    temperatures, ratios: unless None, replace temperature and ratio. given_logits: [..., V] in
+    place of the second model; given_first: P's, and the lm_head's are Q's. logits_dtype: the type
+    that a GEMM rounds logits to. chunk_size: tokens of a chunk, None for a default. divergence,
+    share: as in fields.Divergence.
     """
 
     hidden: Tensor
@@ -46,6 +47,7 @@ class LinearInputs(NamedTuple):
     mask: Tensor | None
     temperatures: Tensor | None
     ratios: Tensor | None
+    given_logits: Tensor | None
     temperature: float
     softcap: float
     ref_softcap: float
@@ -55,6 +57,7 @@ class LinearInputs(NamedTuple):
     chunk_size: int | None
     divergence: str = "kl"
     share: float = 0.0
+    given_first: bool = False
 
     def heads(self, tokens: Tensor | None) -> ChunkedHeads:
         """Return the heads for token ids [...] (None without log-probs)."""
@@ -71,11 +74,19 @@ class LinearInputs(NamedTuple):
         ratio = self.ratio if self.ratios is None else flat(self.ratios)
         args = args._replace(scaling=Scaling(self.softcap, self.ref_softcap, ratio))
         return ChunkedHeads(
-            self[:6], args, ENGINES[self.backend], self.logits_dtype, self.chunk_size
+            self[:6],
+            args,
+            ENGINES[self.backend],
+            self.logits_dtype,
+            self.chunk_size,
+            self.given_logits,
+            self.given_first,
         )
 
 
 SIX = LinearInputs._fields[:6]
+# The number of tensors.
+TENSORS: Final = 10
 
 
 class StatisticsInputs(NamedTuple):
@@ -118,22 +129,23 @@ def _statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
     logits, ref_logits: with `keep` those of the tokens computed, which come first, [..., V padded
     to a cache line]; else None.
     """
-    leading, kept = inputs.hidden.shape[:-1], _kept_logits(inputs, request)
+    leading, kept = inputs.hidden.shape[:-1], kept_logits(inputs, request.keep)
     found = inputs.heads(request.tokens).forward(wanted(request.fields), kept)
     fields = [found[name].view(leading) if name in found else None for name in FIELDS]
     return *fields, found["saved"].view(*leading, SAVED), *kept
 
 
 def _fake_statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
-    return *empty_outputs(inputs.hidden, request.fields), *_kept_logits(inputs, request)
+    return *empty_outputs(inputs.hidden, request.fields), *kept_logits(inputs, request.keep)
 
 
-def _kept_logits(inputs: LinearInputs, request: StatisticsInputs) -> list[Tensor | None]:
+def kept_logits(inputs: LinearInputs, keep: bool) -> list[Tensor | None]:
+    """Return uninitialised memory for all logits of each model; None without `keep`."""
     return [
         states.new_empty(
             (*states.shape[:-1], row_width(inputs.weight.shape[0])), dtype=inputs.logits_dtype
         )
-        if request.keep and states is not None
+        if keep and states is not None
         else None
         for states in (inputs.hidden, inputs.ref_hidden)
     ]
@@ -218,8 +230,8 @@ def _save_for_backward(
     refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
     saved, *kept = output[len(FIELDS) :]
     kept = kept if request.keep else [None, None]  # the op's tensors would be empty
-    save_tensors(ctx, *inputs[:9], request.tokens, saved, *kept)
-    ctx.settings = inputs[9:]
+    save_tensors(ctx, *inputs[:TENSORS], request.tokens, saved, *kept)
+    ctx.settings = inputs[TENSORS:]
     ctx.may_overwrite, ctx.overwritten = hasattr(ctx, "eager"), False
     moved = {
         field
@@ -231,8 +243,8 @@ def _save_for_backward(
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     refuse_forward_mode(upstream)
-    *nine, tokens, saved, logits, ref_logits = ctx.saved_tensors
-    inputs, g_fields = LinearInputs(*nine, *ctx.settings), upstream[: len(FIELDS)]
+    *tensors, tokens, saved, logits, ref_logits = ctx.saved_tensors
+    inputs, g_fields = LinearInputs(*tensors, *ctx.settings), upstream[: len(FIELDS)]
     fields = {name for name, value in zip(FIELDS, g_fields, strict=True) if value is not None}
     # Skip zero gradients: log-probs of the reference do not depend on the policy.
     names = [

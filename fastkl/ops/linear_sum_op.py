@@ -103,7 +103,7 @@ def _inverse_loss_scale(inputs: LinearInputs, weights: Tensor, wrt: tuple[str, .
     # The second model's gradients have the factor `ratio`; the first's may have it through the
     # log-ratio.
     size: Tensor | float = inputs.ratio if inputs.ratios is None else inputs.ratios
-    if {"hidden", "weight", "bias"} & set(wrt):
+    if {"hidden", "weight", "bias"} & set(wrt) and not inputs.given_first:
         size = size.clamp(min=1) if isinstance(size, Tensor) else max(1.0, size)
     temperature = inputs.temperature if inputs.temperatures is None else inputs.temperatures
     factors = torch.where(weights == 0, 0.0, weights / temperature * size).abs()

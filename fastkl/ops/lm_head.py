@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 
 from .. import _checks
-from .chunks import ChunkedHead, Sum, plan
+from .chunks import ChunkedHead, GivenLogits, Sum, plan
 from .engine import Engine
 from .fields import POLICY_FIELDS, REFERENCE_FIELDS, SAVED, RowArgs, result_dtype, rows_of_each
 
@@ -29,7 +29,8 @@ class ChunkedHeads:
     """One or two lm_heads over the same tokens.
 
     With checks_values, masked tokens are dropped; otherwise they are computed as zeros, because
-    counting them would synchronise. args: p holds the policy's hidden states.
+    counting them would synchronise. args: p holds the policy's hidden states. given: logits in
+    place of the second model. given_first: they are P's, and the lm_head's are Q's.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class ChunkedHeads:
         engine: Engine,
         logits_dtype: torch.dtype,
         chunk_size: int | None,
+        given: torch.Tensor | None = None,
+        given_first: bool = False,
     ) -> None:
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias = six
         self.tokens, self.shared = hidden.shape[:-1].numel(), ref_weight is None
-        self.engine, self.chunk_size = engine, chunk_size
+        self.engine, self.chunk_size, self.given_first = engine, chunk_size, given_first
         # The tokens computed; None: all.
         self.index: torch.Tensor | None = None
         if engine.checks_values:
@@ -62,6 +65,8 @@ class ChunkedHeads:
                 rows = states.reshape(-1, states.shape[-1])
                 rows = rows if self.index is None else rows[self.index]
                 self.all.append(ChunkedHead(rows, own_weight, own_bias, logits_dtype))
+        if given is not None:
+            self.all.append(GivenLogits(given, weight, self.index))
 
     def forward(
         self, fields: Sequence[str], keep: Sequence[torch.Tensor | None] = ()
@@ -71,21 +76,26 @@ class ChunkedHeads:
         keep: memory for all logits of each head, [..., at least V] in padded rows; none: only a
         chunk of logits exists at a time.
         """
-        for head, memory in zip(self.all, keep, strict=False):
-            if memory is not None:
-                head.keep(memory, filled=False)
         states = self.all[0].hidden
         saved = states.new_empty(len(states), SAVED, dtype=result_dtype(states))
         outputs = {name: saved.new_empty(len(states)) for name in fields}
-        chunk, _ = plan(self.all, self.chunk_size, self.all)
-        self._compute(
-            self.all,
-            (chunk, chunk),
+        self.each_chunk(
             lambda rows, args, *_: self.engine.forward(
                 args, rows_of_each(outputs, rows), saved[rows]
             ),
+            keep,
         )
-        return self._of_all({**outputs, "saved": saved})
+        return self.of_all({**outputs, "saved": saved})
+
+    def each_chunk(
+        self, engine: Callable[..., None], keep: Sequence[torch.Tensor | None] = ()
+    ) -> None:
+        """Call engine(rows, their arguments, …) for each chunk of tokens; keep: as in forward."""
+        for head, memory in zip(self.all, keep, strict=False):
+            if memory is not None:
+                head.keep(memory, filled=False)
+        chunk, _ = plan(self.all, self.chunk_size, self.all)
+        self._compute(self.all, (chunk, chunk), engine)
 
     def backward(
         self,
@@ -101,12 +111,10 @@ class ChunkedHeads:
         One GEMM for each logits that forward did not keep and each gradient; the reference's logits
         only if an upstream gradient needs them. overwrite: gradients may overwrite kept logits.
         """
-        for head, logits in zip(self.all, kept, strict=False):
-            if logits is not None:
-                head.keep(logits, filled=True, free=overwrite)
+        self.reuse(kept, overwrite)
         if self.index is not None:
             saved, upstream = saved[self.index], rows_of_each(upstream, self.index)
-        return self._gradients(
+        return self.gradients(
             upstream.keys(),
             wrt,
             lambda rows, args, *grads: self.engine.backward(
@@ -118,18 +126,28 @@ class ChunkedHeads:
         self, weights: torch.Tensor, wrt: Collection[str]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return kl and the gradients of Σ weights·kl, both from one GEMM for a chunk's logits."""
-        weights = weights if self.index is None else weights[self.index]
+        weights = self.taken(weights)
         kl, saved = torch.empty_like(weights), weights.new_empty(len(weights), SAVED)
-        gradients = self._gradients(
+        gradients = self.gradients(
             ("kl",),
             wrt,
             lambda rows, args, *grads: self.engine.kl_and_gradients(
                 args, kl[rows], saved[rows], weights[rows], *grads
             ),
         )
-        return self._of_all({"kl": kl})["kl"], gradients
+        return self.of_all({"kl": kl})["kl"], gradients
 
-    def _of_all(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def reuse(self, kept: Sequence[torch.Tensor | None], overwrite: bool) -> None:
+        """Use the logits that forward kept, None for a head without; as in backward."""
+        for head, logits in zip(self.all, kept, strict=False):
+            if logits is not None:
+                head.keep(logits, filled=True, free=overwrite)
+
+    def taken(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the rows [N, …] of the tokens computed."""
+        return values if self.index is None else values[self.index]
+
+    def of_all(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return results of the tokens computed as those of all, 0 for the others."""
         if self.index is None:
             return values
@@ -139,7 +157,7 @@ class ChunkedHeads:
             found[name][self.index] = value
         return found
 
-    def _gradients(
+    def gradients(
         self, fields: Collection[str], wrt: Collection[str], engine: Callable[..., None]
     ) -> dict[str, torch.Tensor]:
         """Return the gradients named in `wrt`, for upstream gradients of `fields`."""
@@ -147,7 +165,7 @@ class ChunkedHeads:
         sums: dict[str, Sum] = {}
         models = zip(("", "ref_"), self.all, (POLICY_FIELDS, REFERENCE_FIELDS), strict=False)
         for prefix, head, own_fields in models:
-            if set(own_fields).isdisjoint(fields):
+            if not head.trains or set(own_fields).isdisjoint(fields):
                 continue
             weight = "weight" if self.shared else f"{prefix}weight"
             if f"{prefix}hidden" in wrt:
@@ -166,7 +184,7 @@ class ChunkedHeads:
         heads = self.all[: 1 if set(REFERENCE_FIELDS).isdisjoint(fields) else 2]
         for head in heads:
             reads_again = "ref_kl" in fields or self.args.divergence.kind == "jeffreys"
-            head.settle(reads_again=reads_again and self.all[-1].learns)
+            head.settle(reads_again and self.all[0 if self.given_first else -1].learns)
         chunk, window = plan(self.all, self.chunk_size, heads)
         for total in sums.values():
             if total.spared_bytes and window >= len(self.all[0].hidden):
@@ -174,7 +192,7 @@ class ChunkedHeads:
                 total.dtype = total.like.dtype
         self._compute(heads, (chunk, window), engine)
         totals = {name: each.total for name, each in sums.items() if each.total is not None}
-        return self._of_all(hidden) | totals
+        return self.of_all(hidden) | totals
 
     def _compute(
         self, heads: Sequence[ChunkedHead], lengths: tuple[int, int], engine: Callable[..., None]
@@ -197,6 +215,8 @@ class ChunkedHeads:
                     p, grad_p = heads[0].logits_and_gradient(rows)
                     if len(heads) > 1:
                         q, grad_q = heads[1].logits_and_gradient(rows)
+                    if self.given_first and q is not None:
+                        p, q, grad_p, grad_q = q, p, grad_q, grad_p
                     engine(rows, self.args.at(rows, p, q), grad_p, grad_q)
                     del p, q, grad_p, grad_q
                 if tokens.stop == len(hidden):

@@ -116,7 +116,8 @@ def outside(args: RowArgs, ids: torch.Tensor, rest: torch.Tensor, saved: torch.T
     saved.zero_()
     rest.zero_()
     for rows, x, _ in row_blocks.blocks(args.p, None, args.mask, False):
-        exponents = _inverse64(rows_of(args.temperature, rows)) * x.double()
+        capped = reference.soft_cap(x, args.scaling.softcap).double()
+        exponents = _inverse64(rows_of(args.temperature, rows)) * capped
         # A column more takes the absent ids.
         padded = torch.nn.functional.pad(exponents, (0, 1), value=-math.inf)
         padded.scatter_(-1, ids[rows], -math.inf)
@@ -138,7 +139,10 @@ def outside_gradient(
         grad[~active] = 0
     for rows, x, _ in row_blocks.blocks(args.p, None, active & (rest > -math.inf), False):
         scale = _inverse64(rows_of(args.temperature, rows))
-        weights = (x.double() * scale - rest[rows][:, None]).exp()
+        capped = reference.soft_cap(x, args.scaling.softcap).double()
+        weights = (capped * scale - rest[rows][:, None]).exp()
+        if args.scaling.softcap:
+            weights *= reference.soft_cap_slope(capped, args.scaling.softcap)
         grad[rows] = (weights * upstream[rows][:, None] * scale).to(grad.dtype)
     grad[rest == -math.inf] = 0
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
 from .dual_op import DualOp, Rules, save_tensors
-from .engine import ENGINES
-from .fields import SAVED, flat, result_dtype, row_args
+from .engine import ENGINES, Engine
+from .fields import SAVED, RowArgs, flat, result_dtype, row_args
 from .row_op import refuse_forward_mode, refuse_second_derivative, refuse_temperature_gradient
 
 
@@ -41,12 +42,70 @@ class CellGradientInputs(NamedTuple):
     backend: str
 
 
-def _scale(inputs: CellInputs | CellGradientInputs) -> Tensor | float:
-    """Return 1/T in float64 as the engine rounds it: a number or [..., 1]."""
-    temperature: Tensor | float = inputs.temperature
-    if inputs.temperatures is not None:
-        temperature = inputs.temperatures[..., None]
-    return ENGINES[inputs.backend].scale_of(temperature)
+def fill_cells(
+    engine: Engine, args: RowArgs, ids: Tensor, listed: Tensor, rest: Tensor, saved: Tensor
+) -> None:
+    """Fill listed [N, K] with x/T at the ids and rest [N] with log Σ exp(x/T) of the others, both
+    float64, for x the soft-capped logits p; an absent id has -inf.
+    """
+    absent = ids >= args.p.shape[-1]
+    x = _capped(args, ids.masked_fill(absent, 0))
+    listed.copy_((x.double() * _scale(engine, args)).masked_fill_(absent, float("-inf")))
+    engine.outside(args, ids, rest, saved)
+
+
+def fill_cell_gradients(
+    engine: Engine,
+    args: RowArgs,
+    ids: Tensor,
+    rest: Tensor,
+    saved: Tensor,
+    upstream: tuple[Tensor | None, Tensor | None],
+    grad: Tensor,
+) -> None:
+    """Fill the gradient [N, V] of upstream gradients of (listed, rest), which may overwrite the
+    logits: the engine writes that of rest everywhere, and the listed entries are then overwritten.
+    """
+    g_listed, g_rest = upstream
+    absent, cap = ids >= args.p.shape[-1], args.scaling.softcap
+    # An absent id repeats the row's first one, or of a row without any writes 0 where 0 is.
+    ids = torch.where(absent, ids[:, :1], ids).masked_fill(absent[:, :1], 0)
+    value = torch.zeros_like(ids, dtype=torch.float64)
+    if g_listed is not None:
+        value = g_listed * _scale(engine, args)
+        if cap:
+            value = value * reference.soft_cap_slope(_capped(args, ids).double(), cap)
+    value = torch.where(absent, value[:, :1], value).masked_fill(absent[:, :1], 0.0)
+    if g_rest is None:
+        grad.zero_()
+    else:
+        engine.outside_gradient(args, rest, saved, g_rest, grad)
+    grad.scatter_(-1, ids, value.to(grad.dtype))
+
+
+def _capped(args: RowArgs, ids: Tensor) -> Tensor:
+    """Return the soft-capped logits at ids [N, K]."""
+    leading, width = args.p.shape[:-1], ids.shape[-1]
+    picked = args.p.gather(-1, ids.view(*leading, width)).view(-1, width)
+    return reference.soft_cap(picked, args.scaling.softcap)
+
+
+def _scale(engine: Engine, args: RowArgs) -> Tensor | float:
+    """Return 1/T in float64 as the engine rounds it: a number or [N, 1]."""
+    temperature = args.temperature
+    return engine.scale_of(
+        temperature[:, None] if isinstance(temperature, Tensor) else float(temperature)
+    )
+
+
+def _rows(inputs: CellInputs | CellGradientInputs) -> RowArgs:
+    """Return the arguments of all rows."""
+    return row_args(inputs.logits, None, None, inputs.mask, inputs.temperatures, inputs.temperature)
+
+
+def matrix(value: Tensor) -> Tensor:
+    """Return [..., K] as a contiguous [N, K]."""
+    return value.reshape(-1, value.shape[-1]).contiguous()
 
 
 def _cells(inputs: CellInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,16 +113,10 @@ def _cells(inputs: CellInputs) -> tuple[Tensor, Tensor, Tensor]:
 
     The first two are float64; an absent id has -inf.
     """
-    logits, ids = inputs.logits, inputs.ids
     listed, rest, saved = results = _fake_cells(inputs)
-    if not rest.numel():
-        return results
-    absent = ids >= logits.shape[-1]
-    values = logits.gather(-1, ids.masked_fill(absent, 0)).double() * _scale(inputs)
-    listed.copy_(values.masked_fill_(absent, float("-inf")))
-    args = row_args(logits, None, None, *inputs[2:5])
-    rows = ids.reshape(-1, ids.shape[-1]).contiguous()
-    ENGINES[inputs.backend].outside(args, rows, rest.view(-1), saved.view(-1, SAVED))
+    if rest.numel():
+        outputs = matrix(listed), rest.view(-1), matrix(saved)
+        fill_cells(ENGINES[inputs.backend], _rows(inputs), matrix(inputs.ids), *outputs)
     return results
 
 
@@ -77,32 +130,24 @@ def _fake_cells(inputs: CellInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gradients(inputs: CellGradientInputs) -> Tensor:
-    """Compute the gradient to the logits, contiguous and in their type: the engine writes that of
-    the others' log-sum-exp everywhere, and the listed entries are then overwritten.
-    """
-    logits, ids = inputs.logits, inputs.ids
-    grad = _fake_gradients(inputs)
+    """Compute the gradient to the logits, contiguous and in their type."""
+    grad, g_listed, g_rest = _fake_gradients(inputs), inputs.g_listed, inputs.g_rest
     if not inputs.rest.numel():
         return grad.zero_()
-    rows = grad.view(-1, grad.shape[-1])
-    if inputs.g_rest is None:
-        grad.zero_()
-    else:
-        args = row_args(logits, None, None, inputs.mask, inputs.temperatures, inputs.temperature)
-        saved = inputs.saved.reshape(-1, SAVED).contiguous()
-        ENGINES[inputs.backend].outside_gradient(
-            args, flat(inputs.rest), saved, flat(inputs.g_rest), rows
-        )
-    value = torch.zeros_like(ids, dtype=torch.float64)
-    if inputs.g_listed is not None:
-        value = inputs.g_listed * _scale(inputs)
-    # An absent id repeats the row's first one, or of a row without any writes 0 where 0 is.
-    absent = ids >= logits.shape[-1]
-    value = torch.where(absent, value[..., :1], value)
-    value = torch.where(absent[..., :1], 0.0, value)
-    ids = torch.where(absent, ids[..., :1], ids)
-    ids = ids.masked_fill(absent[..., :1], 0)
-    return grad.scatter_(-1, ids, value.to(grad.dtype))
+    upstream = (
+        None if g_listed is None else matrix(g_listed),
+        None if g_rest is None else flat(g_rest),
+    )
+    fill_cell_gradients(
+        ENGINES[inputs.backend],
+        _rows(inputs),
+        matrix(inputs.ids),
+        flat(inputs.rest),
+        matrix(inputs.saved),
+        upstream,
+        grad.view(-1, grad.shape[-1]),
+    )
+    return grad
 
 
 def _fake_gradients(inputs: CellGradientInputs) -> Tensor:

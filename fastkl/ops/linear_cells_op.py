@@ -1,0 +1,158 @@
+"""topk_op.cells from hidden states: K listed logits and the log-sum-exp of all others, and their
+gradients, a chunk of tokens at a time.
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dual_op import DualOp, Rules, save_tensors
+from .fields import SAVED, flat, result_dtype
+from .linear_op import (
+    SIX,
+    TENSORS,
+    LinearInputs,
+    empty_gradients,
+    flops,
+    in_their_types,
+    kept_logits,
+    returned,
+)
+from .row_op import (
+    Outputs,
+    Upstream,
+    refuse_forward_mode,
+    refuse_second_derivative,
+    refuse_temperature_gradient,
+    wanted,
+)
+from .topk_op import fill_cell_gradients, fill_cells, matrix
+
+
+class ListInputs(NamedTuple):
+    """Further arguments of linear_cells: ids [..., K] as in topk_op.CellInputs, and whether to
+    return all logits, which spares backward a GEMM.
+    """
+
+    ids: Tensor
+    keep: bool
+
+
+class ListGradientInputs(NamedTuple):
+    """Further arguments of linear_cell_gradients: ids, and results of linear_cells (logits: None
+    where they were not kept), upstream gradients, and names as in linear_op.GradientInputs.
+    """
+
+    ids: Tensor
+    rest: Tensor
+    saved: Tensor
+    logits: Tensor | None
+    g_listed: Tensor | None
+    g_rest: Tensor | None
+    wrt: str
+
+
+def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
+    """Compute (listed, rest, saved) as topk_op.cells does for the lm_head's logits, and with `keep`
+    those logits, as linear_statistics returns them.
+    """
+    heads, keep = inputs.heads(None), kept_logits(inputs, request.keep)[:1]
+    ids = heads.taken(matrix(request.ids))
+    listed = torch.empty_like(ids, dtype=torch.float64)
+    rest = listed.new_empty(len(ids))
+    saved = listed.new_empty(len(ids), SAVED, dtype=result_dtype(inputs.hidden))
+
+    def fill(rows: slice, args: Any, *_: Any) -> None:
+        fill_cells(heads.engine, args, ids[rows], listed[rows], rest[rows], saved[rows])
+
+    heads.each_chunk(fill, keep)
+    found, leading = heads.of_all({"0": listed, "1": rest, "2": saved}), inputs.hidden.shape[:-1]
+    return *[value.view(*leading, *value.shape[1:]) for value in found.values()], *keep
+
+
+def _fake_cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
+    listed = torch.empty_like(request.ids, dtype=torch.float64)
+    saved = (*listed.shape[:-1], SAVED)
+    return (
+        listed,
+        listed.new_empty(listed.shape[:-1]),
+        listed.new_empty(saved, dtype=result_dtype(inputs.hidden)),
+        *kept_logits(inputs, request.keep)[:1],
+    )
+
+
+def _gradients(inputs: LinearInputs, request: ListGradientInputs, overwrite: bool = False) -> Any:
+    """Compute the gradients with respect to the six tensors; overwrite: as in linear_gradients."""
+    heads, wrt = inputs.heads(None), wanted(request.wrt)
+    heads.reuse([request.logits], overwrite)
+    ids, rest, saved = (
+        heads.taken(value)
+        for value in (matrix(request.ids), flat(request.rest), matrix(request.saved))
+    )
+    g_listed = None if request.g_listed is None else heads.taken(matrix(request.g_listed))
+    g_rest = None if request.g_rest is None else heads.taken(flat(request.g_rest))
+
+    def fill(rows: slice, args: Any, grad: Tensor, _: None) -> None:
+        upstream = [None if value is None else value[rows] for value in (g_listed, g_rest)]
+        of_rows = ids[rows], rest[rows], saved[rows]
+        fill_cell_gradients(heads.engine, args, *of_rows, (upstream[0], upstream[1]), grad)
+
+    return in_their_types(inputs, heads.gradients(("logprob",), wrt, fill), wrt)
+
+
+def _save_for_backward(ctx: Any, groups: tuple[LinearInputs, ListInputs], output: Outputs) -> None:
+    inputs, request = groups
+    refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
+    _, rest, saved, logits = output
+    save_tensors(ctx, *inputs[:TENSORS], request.ids, rest, saved, logits if request.keep else None)
+    ctx.settings = inputs[TENSORS:]
+    ctx.may_overwrite, ctx.overwritten = hasattr(ctx, "eager"), False
+    ctx.mark_non_differentiable(*[value for value in output[2:] if value is not None])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, g_listed: Tensor | None, g_rest: Tensor | None, *_: Tensor | None
+) -> Upstream:
+    refuse_forward_mode((g_listed, g_rest))
+    names = [*itertools.compress(SIX, ctx.needs_input_grad)]
+    if not names or (g_listed is None and g_rest is None):
+        return returned({}, ListInputs)
+    *tensors, ids, rest, saved, logits = ctx.saved_tensors
+    if ctx.overwritten:
+        # Recompute the logits that an earlier backward through a retained graph overwrote.
+        logits = None
+    ctx.overwritten = ctx.may_overwrite
+    gradients = linear_cell_gradients(
+        LinearInputs(*tensors, *ctx.settings),
+        ListGradientInputs(ids, rest, saved, logits, g_listed, g_rest, ",".join(names)),
+        unobserved=functools.partial(_gradients, overwrite=True) if ctx.may_overwrite else None,
+    )
+    by_name = dict(zip(SIX, gradients, strict=True))
+    return returned({name: by_name[name] for name in names}, ListInputs)
+
+
+linear_cells = DualOp(
+    "fastkl::linear_cells",
+    (LinearInputs, ListInputs),
+    _cells,
+    _fake_cells,
+    outputs=4,
+    rules=Rules(_backward, setup_context=_save_for_backward, flops=lambda inputs, _: flops(inputs)),
+)
+linear_cell_gradients = DualOp(
+    "fastkl::linear_cell_gradients",
+    (LinearInputs, ListGradientInputs),
+    _gradients,
+    lambda inputs, request: empty_gradients(inputs, request.wrt),
+    outputs=len(SIX),
+    rules=Rules(
+        refuse_second_derivative,
+        flops=lambda inputs, request: flops(
+            inputs, request.wrt, ("logprob",), int(request.logits is None)
+        ),
+    ),
+)
