@@ -20,7 +20,7 @@ POLICY_ONLY = "token_stats_policy_only"
 FIELDS = {
     "kl_divergence": ("kl",),
     "token_stats": launch.FIELDS,
-    POLICY_ONLY: ("logprob", "entropy"),
+    POLICY_ONLY: ("logprob", "entropy", "lse"),
 }
 # Gradients to P and to Q; True: also with each scaling, and to 16 bits from float32 logits that are
 # sums of 16-bit products.
@@ -79,7 +79,7 @@ def _divergences(where, stride, gradient):
 
     stride, gradient: rows and (type, address) of gradients to P and Q.
     """
-    renyi = launch.forward_plan(where, False, False, True, ())
+    renyi = launch.forward_plan(where, False, False, False, True, ())
     yield "renyi.forward", renyi.forward, renyi.segment
     for kind, number in launch_divergence.KINDS.items():
         constants = (("KIND", number), ("SMALL_REST", False))
@@ -145,7 +145,7 @@ def plan(dtype, aligned, arch):
 
     scalings = SCALINGS if aligned and dtype != "fp32" else {"": SCALINGS[""]}
     for name, fields in FIELDS.items():
-        asked = "entropy" in fields, "ref_kl" in fields, False, ()
+        asked = "entropy" in fields, "ref_kl" in fields, "lse" in fields, False, ()
         for suffix, scaling in scalings.items():
             if suffix and name == POLICY_ONLY:
                 continue

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cases import DTYPES, Case, Known, evenly, sizes
+from benchmarks.cases import DTYPES, FIELDS, Case, Known, evenly, sizes
 from benchmarks.work import PLAIN, PRODUCTS, gradients, grpo_terms, plain_token_stats
 from fastkl import testing
-from fastkl.testing import FIELDS
 
 # Modes whose output is a mean over the tokens.
 MEANS = ("loss", "frozen", "grpo", "distillation")

@@ -95,12 +95,11 @@ def load_fastkl(device):
     functions = {
         "kl_divergence": lambda p, q, tokens: (fastkl.kl_divergence(p, q),),
         "mean_kl": lambda p, q, tokens: (fastkl.kl_divergence(p, q).mean(),),
-        "token_stats": lambda p, q, tokens: tuple(fastkl.token_stats(p, tokens, q)),
+        "token_stats": lambda p, q, tokens: fastkl.token_stats(p, tokens, q)[:5],
         "logprob": lambda p, q, tokens: (fastkl.selective_log_softmax(p, tokens),),
         "logprob_entropy": lambda p, q, tokens: fastkl.token_stats(p, tokens)[:2],
-        "entropy": lambda p, q, tokens: (fastkl.token_stats(p, tokens).entropy,),
+        "entropy": lambda p, q, tokens: (fastkl.entropy_from_logits(p),),
     }
-    entropy = "token_stats without a reference: a log-probability comes with it"
 
     def kl(reduction):
         options = {"reduction": reduction}
@@ -111,7 +110,7 @@ def load_fastkl(device):
     again = summed.format("logits above 2 GiB are computed again, for 2 products more, or 1")
     linear = {"kl_divergence": kl("none"), "mean_kl": kl("mean")}
     return {
-        **logits_works(functions, "the same work", entropy=entropy),
+        **logits_works(functions, "the same work"),
         **linear_works(linear, {mode: PRODUCTS[mode] for mode in LOSSES}, once),
         **_from_stats(again),
     }
@@ -121,7 +120,7 @@ def _from_stats(note, **options):
     """Make the modes that need more than a KL; options: of fastkl.linear_token_stats."""
 
     def stats(h, w, rh, rw, tokens):
-        return tuple(fastkl.linear_token_stats(h, w, tokens, rh, rw, **options))
+        return fastkl.linear_token_stats(h, w, tokens, rh, rw, **options)[:5]
 
     functions = {
         "token_stats": stats,

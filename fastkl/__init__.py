@@ -18,9 +18,9 @@ if typing.TYPE_CHECKING:
     )
     from .estimators import estimate_kl, sampled_kl_loss
     from .linear import Head, linear_token_stats
-    from .linear_divergence import linear_divergence, linear_kl_divergence
+    from .linear_divergences import linear_divergence, linear_kl_divergence
     from .penalty import KLPenalty, LinearKLPenalty
-    from .tokens import TokenStats, selective_log_softmax, token_stats
+    from .tokens import TokenStats, entropy_from_logits, selective_log_softmax, token_stats
     from .topk import TopKStats, linear_topk_kl_divergence, topk_kl_divergence, topk_stats
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "LinearKLPenalty",
     "TokenStats",
     "TopKStats",
+    "entropy_from_logits",
     "estimate_kl",
     "explain",
     "jeffreys_divergence",
@@ -62,13 +63,14 @@ _HOMES = {
     "LinearKLPenalty": "penalty",
     "TokenStats": "tokens",
     "TopKStats": "topk",
+    "entropy_from_logits": "tokens",
     "estimate_kl": "estimators",
     "explain": "backend",
     "jeffreys_divergence": "divergence",
     "js_divergence": "divergence",
     "kl_divergence": "divergence",
-    "linear_divergence": "linear_divergence",
-    "linear_kl_divergence": "linear_divergence",
+    "linear_divergence": "linear_divergences",
+    "linear_kl_divergence": "linear_divergences",
     "linear_token_stats": "linear",
     "linear_topk_kl_divergence": "topk",
     "renyi_divergence": "divergence",

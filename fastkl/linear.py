@@ -9,12 +9,13 @@ import torch
 from . import _checks
 from ._heads import Given, keeps_logits, prepare
 from ._heads import Head as Head
-from .ops.fields import FIELDS
+from .ops.fields import FIELDS, FIELDS_OF, result_dtype
+from .ops.linear_cells_op import ListInputs, linear_cells
 from .ops.linear_op import StatisticsInputs, linear_statistics
-from .tokens import TokenStats
+from .tokens import Support, TokenStats
 
 if TYPE_CHECKING:
-    from .tokens import PairedTokenStats
+    from .tokens import PairedTokenStats, PolicyTokenStats
 
 
 @overload
@@ -31,10 +32,11 @@ def linear_token_stats(
     ref_temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    support: torch.Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     recompute: bool | None = None,
-) -> TokenStats: ...
+) -> "PolicyTokenStats": ...
 @overload
 def linear_token_stats(
     hidden: torch.Tensor,
@@ -49,14 +51,16 @@ def linear_token_stats(
     ref_temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    support: torch.Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     recompute: bool | None = None,
 ) -> "PairedTokenStats": ...
-def linear_token_stats(  # noqa: PLR0913
+@overload
+def linear_token_stats(
     hidden: torch.Tensor,
     weight: torch.Tensor | Head,
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | None,
     ref_hidden: torch.Tensor | None = None,
     ref_weight: torch.Tensor | Head | None = None,
     *,
@@ -66,6 +70,25 @@ def linear_token_stats(  # noqa: PLR0913
     ref_temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    support: torch.Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+    recompute: bool | None = None,
+) -> TokenStats: ...
+def linear_token_stats(  # noqa: PLR0913
+    hidden: torch.Tensor,
+    weight: torch.Tensor | Head,
+    tokens: torch.Tensor | None,
+    ref_hidden: torch.Tensor | None = None,
+    ref_weight: torch.Tensor | Head | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    ref_bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    ref_temperature: float | torch.Tensor | None = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+    support: torch.Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     recompute: bool | None = None,
@@ -93,7 +116,7 @@ def linear_token_stats(  # noqa: PLR0913
             (float64 on the reference backend).
         weight: [V, H], the lm_head's weight, in the type of hidden, or a Head. A vocabulary padded
             in one model: pass weight[:V] and bias[:V].
-        tokens: integer ids [...], as for token_stats.
+        tokens: integer ids [...] or None, as for token_stats.
         ref_hidden: [..., H_ref], the reference's hidden states: they may be cached from an earlier
             pass, also one in inference mode, and their H and type may differ.
         ref_weight: [V, H_ref], or a Head. The same tensor as weight, also inside Heads, is one
@@ -107,6 +130,8 @@ def linear_token_stats(  # noqa: PLR0913
         mask: bool [...], True where the token counts. Other tokens return exactly 0 and have
             gradient exactly 0, for any hidden states. The reference backend drops them from the
             products; on a GPU, where that would synchronise, they are computed as zeros.
+        support: integer ids [..., K], as for token_stats: the K logits of a token are kept, and
+            chunks are computed as without it.
         logits_dtype: the type of the logits in a chunk. Default: that of hidden, or float32 if
             policy and reference differ. torch.float32 keeps the products' float32 sums for 16-bit
             inputs; see Accuracy.
@@ -119,8 +144,8 @@ def linear_token_stats(  # noqa: PLR0913
             See Memory.
 
     Returns:
-        TokenStats of [...] float32 (float64 for float64 inputs) tensors, nats. The last three
-        fields are None without ref_hidden.
+        TokenStats of [...] float32 (float64 for float64 inputs) tensors, nats. The reference's
+        fields and the KLs are None without ref_hidden.
 
     Gradient:
         Of every field with respect to hidden, weight, bias, ref_hidden, ref_weight and ref_bias
@@ -190,10 +215,17 @@ def linear_token_stats(  # noqa: PLR0913
             recompute,
         )
     )
-    _checks.tokens(tokens, hidden.shape[:-1], hidden.device)
-    fields = FIELDS[:2] if ref_hidden is None else FIELDS
-    found = linear_statistics(
-        inputs,
-        StatisticsInputs(tokens.long(), ",".join(fields), keeps_logits(inputs, recompute)),
-    )
-    return TokenStats(*found[:2], *((None,) * 3 if ref_hidden is None else found[2:5]))
+    leading, vocabulary = hidden.shape[:-1], inputs.weight.shape[0]
+    if tokens is not None:
+        _checks.tokens(tokens, leading, hidden.device)
+        tokens = tokens.long()
+    keep = keeps_logits(inputs, recompute)
+    if support is not None:
+        kept = Support.of(support, mask, leading, vocabulary, hidden.device)
+        models = inputs._replace(mask=kept.counted).models()
+        listed = [linear_cells(one, ListInputs(kept.ids, keep))[0] for one in models]
+        return kept.statistics(listed, tokens, result_dtype(hidden))
+    fields = FIELDS_OF[ref_hidden is not None, tokens is not None]
+    found = linear_statistics(inputs, StatisticsInputs(tokens, fields, keep))
+    values = zip(FIELDS, found, strict=False)
+    return TokenStats._make(value if name in fields.split(",") else None for name, value in values)

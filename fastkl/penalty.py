@@ -10,7 +10,7 @@ from ._heads import Given, prepare
 from ._types import BetaController, Direction, PenaltyReduction
 from .divergence import kl_divergence
 from .linear import Head
-from .linear_divergence import weighted_kl
+from .linear_divergences import weighted_kl
 from .ops import dual_op
 from .ops.fields import result_dtype
 from .ops.summed_op import SummedInputs, empty_gradient, summed_kl

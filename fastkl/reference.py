@@ -41,6 +41,8 @@ class RowStatistics(NamedTuple):
     ref_logprob: torch.Tensor | None
     kl: torch.Tensor | None
     ref_kl: torch.Tensor | None
+    lse: torch.Tensor | None
+    ref_lse: torch.Tensor | None
     saved: torch.Tensor
 
 
@@ -143,6 +145,7 @@ def row_statistics(
         entropy = -(log_p.exp() * log_p).sum(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+        lse, ref_lse = (p_logits / T).logsumexp(-1), (q_logits / T).logsumexp(-1)
     with 0·(±inf) = 0. temperature: float or [N]. reverse: whether to compute ref_kl. Computed and
     returned in float64 for float64 logits, else in float32; nats.
     """
@@ -154,7 +157,7 @@ def row_statistics(
         else (1.0 / temperature.to(dtype))[:, None]
     )
     x_max, x_log_sum = _log_partition(x, scale)
-    zero = torch.zeros_like(x_max)
+    zero, lse = torch.zeros_like(x_max), (x_max * scale + x_log_sum)[:, 0]
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
     # 0 - …: the entropy of a one-hot row is 0, not -0.
@@ -164,9 +167,8 @@ def row_statistics(
     logprob = _gather(log_p, tokens) if tokens is not None else None
     if q_logits is None:
         saved = torch.cat([x_max, x_log_sum, *[zero] * 3, row_entropy, *[zero] * 4], -1)
-        return RowStatistics(
-            _column(logprob), _column(row_entropy) if entropy else None, None, None, None, saved
-        )
+        policy = _column(logprob), _column(row_entropy) if entropy else None
+        return RowStatistics(*policy, None, None, None, lse, None, saved)
 
     y = q_logits.to(dtype)
     y_max, y_log_sum = _log_partition(y, scale)
@@ -211,6 +213,8 @@ def row_statistics(
         _column(ref_logprob),
         _column(kl),
         _column(ref_kl) if reverse else None,
+        lse,
+        (y_max * scale + y_log_sum)[:, 0],
         saved,
     )
 
@@ -235,8 +239,9 @@ def row_gradients(
 
     With s = 1/T, d = log q - log p, and g the upstream gradients (a field without one counts as 0):
         dP = s·(g_logprob·onehot - g_ref_kl·(q - p)
-                - p·(g_logprob + g_entropy·(log p + entropy) + g_kl·(d - E_p[d])))
-        dQ = s·(g_ref_logprob·onehot + q·(-g_ref_logprob + g_ref_kl·(d - E_q[d])) + g_kl·(q - p))
+                - p·(g_logprob - g_lse + g_entropy·(log p + entropy) + g_kl·(d - E_p[d])))
+        dQ = s·(g_ref_logprob·onehot + g_kl·(q - p)
+                + q·(g_ref_lse - g_ref_logprob + g_ref_kl·(d - E_q[d])))
     An entry with probability 0 has gradient exactly 0.
     """
     dtype = saved.dtype
@@ -250,7 +255,7 @@ def row_gradients(
     g = {name: value.to(dtype)[:, None] for name, value in upstream.items()}
     log_p = ((x - x_max) * scale).sub_(x_log_sum)
     p = log_p.exp()
-    if q_logits is not None and {"kl", "ref_kl", "ref_logprob"} & set(g):
+    if q_logits is not None and {"kl", "ref_kl", "ref_logprob", "ref_lse"} & set(g):
         y = q_logits.to(dtype)
         d = _log_ratio(x, y, x_max, y_max, y_log_sum - x_log_sum, scale) - log1p_t
         q = ((y - y_max) * scale).sub_(y_log_sum).exp_()
@@ -260,6 +265,8 @@ def row_gradients(
         bracket = torch.zeros_like(p)
         if "logprob" in g:
             bracket -= g["logprob"]
+        if "lse" in g:
+            bracket += g["lse"]
         if "entropy" in g:
             bracket -= g["entropy"] * _about_mean(p, log_p)
         if "kl" in g:
@@ -278,6 +285,8 @@ def row_gradients(
             assert tokens is not None
             grad_q -= g["ref_logprob"] * q
             grad_q.scatter_add_(-1, tokens[:, None], g["ref_logprob"])
+        if "ref_lse" in g:
+            grad_q += g["ref_lse"] * q
         if "ref_kl" in g:
             grad_q += torch.where(
                 (q == 0) | (g["ref_kl"] == 0), 0.0, g["ref_kl"] * q * _about_mean(q, d)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 # Fields of fastkl.TokenStats that `Truth.stats` has.
-FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
+FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl", "lse", "ref_lse")
 # Divergences below SMALL_KL: relative and absolute error; from there on: relative error.
 SMALL_KL, SMALL_KL_LIMITS, KL_LIMIT = 1e-2, (1e-4, 1e-8), 2e-5
 # Log-probabilities, entropies and log-sum-exps: relative and absolute error.
@@ -35,13 +35,17 @@ GRADIENT_FLOOR = 3e-8
 
 
 class Truth(NamedTuple):
-    """Statistics in float64: log-probabilities [..., V]; entropy of P, KL(P‖Q), KL(Q‖P) [...]."""
+    """Statistics in float64: log-probabilities [..., V]; entropy of P, KL(P‖Q), KL(Q‖P) and both
+    log-sum-exps [...].
+    """
 
     log_p: torch.Tensor
     log_q: torch.Tensor
     entropy: torch.Tensor
     kl: torch.Tensor
     ref_kl: torch.Tensor
+    lse: torch.Tensor
+    ref_lse: torch.Tensor
 
     def stats(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the FIELDS of fastkl.TokenStats for token ids [...]."""
@@ -49,7 +53,7 @@ class Truth(NamedTuple):
         logprob, ref_logprob = (
             value.gather(-1, index)[..., 0] for value in (self.log_p, self.log_q)
         )
-        values = (logprob, self.entropy, ref_logprob, self.kl, self.ref_kl)
+        values = (logprob, self.entropy, ref_logprob, *self[3:])
         return dict(zip(FIELDS, values, strict=True))
 
 
@@ -71,14 +75,15 @@ def truth(
     """
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.double()[..., None]
-    log_p = (p_logits.double() / temperature).log_softmax(-1)
-    log_q = (q_logits.double() / temperature).log_softmax(-1)
+    x, y = p_logits.double() / temperature, q_logits.double() / temperature
+    log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
     p, q, d = log_p.exp(), log_q.exp(), log_q - log_p
     # Take p·(e^d - 1 - d) as q - p - p·d where e^d may overflow.
     near, short = d.abs() < 1, d.clamp(-1, 1)
     kl = torch.where(near, p * (torch.expm1(short) - short), q - p - _weighted(p, d)).sum(-1)
     ref_kl = torch.where(near, q * (torch.expm1(-short) + short), p - q + _weighted(q, d)).sum(-1)
-    return Truth(log_p, log_q, -_weighted(p, log_p).sum(-1), kl, ref_kl)
+    entropy = -_weighted(p, log_p).sum(-1)
+    return Truth(log_p, log_q, entropy, kl, ref_kl, x.logsumexp(-1), y.logsumexp(-1))
 
 
 def gradients(
@@ -93,6 +98,7 @@ def gradients(
         logprob: onehot - p, 0                  ref_logprob: 0, onehot - q
         entropy: -p·(log p - E_p[log p]), 0
         kl: -p·(d - E_p[d]), q - p              ref_kl: p - q, q·(d - E_q[d])
+        lse: p, 0                               ref_lse: 0, q
     An entry of probability 0 adds nothing to an expectation. `upstream` has a tensor [...] for some
     of FIELDS; log-probabilities need `tokens` [...].
     """
@@ -119,6 +125,8 @@ def gradients(
         "ref_logprob": lambda: (zero, onehot() - q),
         "kl": lambda: (-about_mean(p, log_q, log_p), q_minus_p),
         "ref_kl": lambda: (-q_minus_p, about_mean(q, log_q, log_p)),
+        "lse": lambda: (p, zero),
+        "ref_lse": lambda: (zero, q),
     }
     scale = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
     grad_p, grad_q = zero, zero

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 
-from . import _checks, backend
+from . import _checks, backend, f_divergences
 from .ops.engine import ENGINES
-from .ops.fields import FIELDS
+from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
 from .ops.selected_op import SelectedInputs, selected_logprobs
 
@@ -19,36 +19,36 @@ class TokenStats(NamedTuple):
     """Per-token statistics, [...] float32 in nats.
 
     logprob: log π(token). entropy: H(π). ref_logprob: log π_ref(token). kl: KL(π‖π_ref). ref_kl:
-    KL(π_ref‖π). The last three are None without ref_logits. A field that depends on no argument
-    requiring gradient has requires_grad False.
+    KL(π_ref‖π). lse, ref_lse: the log-sum-exps of both logits over the temperature. logprob and
+    ref_logprob are None without tokens; the reference's and both KLs without ref_logits. A field
+    that depends on no argument requiring gradient has requires_grad False.
     """
 
-    logprob: torch.Tensor
+    logprob: torch.Tensor | None
     entropy: torch.Tensor
     ref_logprob: torch.Tensor | None
     kl: torch.Tensor | None
     ref_kl: torch.Tensor | None
+    lse: torch.Tensor
+    ref_lse: torch.Tensor | None
 
 
 if TYPE_CHECKING:
 
-    class PairedTokenStats(TokenStats):
+    class PolicyTokenStats(TokenStats):
+        """TokenStats of given tokens, as a type checker sees it."""
+
+        logprob: torch.Tensor
+
+    class PairedTokenStats(PolicyTokenStats):
         """TokenStats with a reference, as a type checker sees it: no field is None."""
 
         ref_logprob: torch.Tensor
         kl: torch.Tensor
         ref_kl: torch.Tensor
+        ref_lse: torch.Tensor
 
 
-@overload
-def token_stats(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    ref_logits: None = None,
-    *,
-    temperature: float | torch.Tensor = 1.0,
-    mask: torch.Tensor | None = None,
-) -> TokenStats: ...
 @overload
 def token_stats(
     logits: torch.Tensor,
@@ -57,14 +57,36 @@ def token_stats(
     *,
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
+    support: torch.Tensor | None = None,
 ) -> PairedTokenStats: ...
+@overload
 def token_stats(
     logits: torch.Tensor,
     tokens: torch.Tensor,
+    ref_logits: None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    mask: torch.Tensor | None = None,
+    support: torch.Tensor | None = None,
+) -> PolicyTokenStats: ...
+@overload
+def token_stats(
+    logits: torch.Tensor,
+    tokens: torch.Tensor | None = None,
     ref_logits: torch.Tensor | None = None,
     *,
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
+    support: torch.Tensor | None = None,
+) -> TokenStats: ...
+def token_stats(
+    logits: torch.Tensor,
+    tokens: torch.Tensor | None = None,
+    ref_logits: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    mask: torch.Tensor | None = None,
+    support: torch.Tensor | None = None,
 ) -> TokenStats:
     """Compute each token's statistics for a policy-gradient step, from one read of the logits.
 
@@ -77,6 +99,8 @@ def token_stats(
         ref_logprob = log_q.gather(-1, tokens[..., None])[..., 0]
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         ref_kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+        lse = (logits.float() / temperature).logsumexp(-1)
+        ref_lse = (ref_logits.float() / temperature).logsumexp(-1)
 
     each 0 where the mask is False, with the digits of a small KL kept. Backward needs the inputs
     and 40 bytes per row.
@@ -86,9 +110,16 @@ def token_stats(
             backend), any strides with a unit stride along V.
         tokens: integer ids [...]. Where the mask is False any value is allowed (-100 included).
             Elsewhere an id outside 0 … V-1 is an error on the reference backend; on a GPU, where a
-            check would synchronise, it reads nothing and makes logprob and ref_logprob NaN.
+            check would synchronise, it reads nothing and makes logprob and ref_logprob NaN. None:
+            without log-probabilities.
+        ref_logits: the reference's. None: without its fields.
         temperature: divides the logits: a positive number, or a float tensor [...] (no gradient).
         mask: bool [...], True where the token counts.
+        support: integer ids [..., K], the tokens that sampling kept (top-k, top-p, min-p): both
+            models are restricted to them and normalised again, as by logits of -inf elsewhere. Ids
+            outside 0 … V-1 pad, repeated ones count once. A token outside the support has a
+            log-probability of -inf and no gradient; a row without support is masked. Computed in
+            float64 from K logits a row, whose gradient alone has V entries.
 
     Returns:
         TokenStats of [...] float32 (float64 for float64 logits) tensors, nats.
@@ -104,25 +135,116 @@ def token_stats(
     """
     _checks.logits("logits", logits)
     leading = logits.shape[:-1]
-    _checks.tokens(tokens, leading, logits.device)
+    if tokens is not None:
+        _checks.tokens(tokens, leading, logits.device)
+        tokens = tokens.long()
     if ref_logits is not None:
         _checks.logits("ref_logits", ref_logits)
         _checks.same_shape("ref_logits", ref_logits, "logits", logits)
     _checks.temperature(temperature, leading, logits.device)
     _checks.mask(mask, leading, logits.device)
     both = (logits,) if ref_logits is None else (logits, ref_logits)
-    logprob, entropy, *others = row_statistics(
-        RowInputs(
-            logits,
-            ref_logits,
-            tokens.long(),
-            mask,
-            *per_token(temperature),
-            ",".join(FIELDS if len(both) == 2 else FIELDS[:2]),
-            backend.select(*both),
+    chosen = backend.select(*both)
+    if support is not None:
+        kept = Support.of(support, mask, leading, logits.shape[-1], logits.device)
+        divisor = temperature[..., None] if isinstance(temperature, torch.Tensor) else temperature
+        within = kept.ids.masked_fill(kept.absent, 0)
+        listed = [each.gather(-1, within).double() / divisor for each in both]
+        return kept.statistics(listed, tokens, result_dtype(logits))
+    fields = FIELDS_OF[ref_logits is not None, tokens is not None]
+    temperatures = per_token(temperature)
+    inputs = RowInputs(logits, ref_logits, tokens, mask, *temperatures, fields, chosen)
+    return TokenStats._make(row_statistics(inputs)[: len(FIELDS)])
+
+
+class Support(NamedTuple):
+    """The increasing ids [..., K] that both models are restricted to, the vocabulary's size for an
+    absent one, which are absent, and which rows count.
+    """
+
+    ids: torch.Tensor
+    absent: torch.Tensor
+    counted: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        leading: torch.Size,
+        vocabulary: int,
+        device: torch.device,
+    ) -> Support:
+        """Check the ids and sort them; of repeated ones one is left."""
+        several = isinstance(ids, torch.Tensor) and ids.dim() > len(leading)
+        entries = ids.shape[-1:] if several else (1,)
+        _checks.tokens(ids, torch.Size((*leading, *entries)), device, "support")
+        ids = ids.long()
+        ids = ids.masked_fill((ids < 0) | (ids >= vocabulary), vocabulary).sort(-1)[0]
+        repeated = torch.nn.functional.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
+        ids = ids.masked_fill(repeated, vocabulary).sort(-1)[0]
+        absent = ids == vocabulary
+        counted = ~absent[..., 0] if mask is None else mask & ~absent[..., 0]
+        return cls(ids, absent, counted)
+
+    def statistics(
+        self, listed: list[torch.Tensor], tokens: torch.Tensor | None, dtype: torch.dtype
+    ) -> TokenStats:
+        """Compute the statistics of one or two models from their logits at the ids over the
+        temperature, in float64; entries at absent ids may be anything.
+        """
+        rows = self.counted[..., None]
+        listed = [
+            value.masked_fill(self.absent, -torch.inf).masked_fill(~rows, 0.0) for value in listed
+        ]
+        lse = [value.logsumexp(-1) for value in listed]
+        log_p, *log_q = logs = [value.log_softmax(-1) for value in listed]
+        # Below the smallest float64 a logarithm adds nothing.
+        found: dict[str, torch.Tensor] = {"entropy": -(log_p.exp() * log_p.clamp(-800.0)).sum(-1)}
+        for prefix, values, total in zip(("", "ref_"), logs, lse, strict=False):
+            found[f"{prefix}lse"] = total
+            if tokens is not None:
+                here = (self.ids == tokens[..., None]) & ~self.absent
+                logprob = torch.where(here, values, 0.0).sum(-1)
+                found[f"{prefix}logprob"] = logprob.masked_fill(~here.any(-1), -torch.inf)
+        for q in log_q:
+            found["kl"] = f_divergences.divergence(log_p, q, "kl", 0.0)
+            found["ref_kl"] = f_divergences.divergence(q, log_p, "kl", 0.0)
+        zero = log_p.new_zeros(())
+        return TokenStats._make(
+            torch.where(self.counted, found[name], zero).to(dtype) if name in found else None
+            for name in FIELDS
         )
-    )
-    return TokenStats(logprob, entropy, *(others[:3] if len(both) == 2 else [None] * 3))
+
+
+def entropy_from_logits(
+    logits: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+) -> torch.Tensor:
+    """Compute the entropy of every row.
+
+    Equivalent to
+
+        log_p = (logits.float() / temperature).log_softmax(-1)
+        entropy = torch.where(mask, -(log_p.exp() * log_p).sum(-1), 0)
+
+    from one read of the logits. Arguments, Raises: as token_stats.
+
+    Returns:
+        [...] float32 (float64 for float64 logits), nats, never negative. Gradient with respect to
+        logits. An entry of -inf adds 0.
+
+    Source: Shannon, A Mathematical Theory of Communication (1948), section 6.
+    """
+    _checks.logits("logits", logits)
+    _checks.temperature(temperature, logits.shape[:-1], logits.device)
+    _checks.mask(mask, logits.shape[:-1], logits.device)
+    chosen = backend.select(logits)
+    inputs = RowInputs(logits, None, None, mask, *per_token(temperature), "entropy", chosen)
+    entropy: torch.Tensor = row_statistics(inputs)[1]
+    return entropy
 
 
 def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

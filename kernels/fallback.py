@@ -11,7 +11,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .row_finish import not_above_zero, store_fields, token_logits
+from .row_finish import not_above_zero, store_fields, store_lse, token_logits
 from .row_load import load_logit
 from .row_math import soft_cap_slope
 
@@ -215,6 +215,8 @@ def store_fallback(out, row, BLOCK: tl.constexpr, want: tl.constexpr, reading: t
     store_row(out.saved, stats)
     kl, ref_kl = fallback_kl(stats, scale, q_scale)
     store_fields(out, stats.entropy, kl, ref_kl, want)
+    ref_lse = stats.y_peak * q_scale + (stats.log_sum + stats.log_sum_ratio)
+    store_lse(out, stats.x_peak * scale + stats.log_sum, ref_lse, want)
     if reading.tokens:
         x, y = token_logits(row, want, reading)
         log_p = log_probability_p(x.to(tl.float64), stats, scale)
@@ -235,7 +237,7 @@ def write_fallback(
     """Write a row's gradients, computed in float64, for upstream gradients g."""
     scale = row.scale.to(tl.float64)
     q_scale = scale * row.ratio.to(tl.float64)
-    HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob
+    HAS_Q: tl.constexpr = asked.kl or asked.ref_kl or asked.ref_logprob or asked.ref_lse
     if asked.ref_kl and asked.wrt_q:
         # A row that is no fallback row comes here for E_q[d], of which float32 has too few digits.
         if is_fallback(saved_ptr):
@@ -251,13 +253,13 @@ def write_fallback(
         x = load_double(row.p, first, grads.end, BLOCK, reading.softcap)
         log_p = log_probability_p(x, stats, scale)
         p = tl.exp(log_p)
-        grad_x = p * (-g.logprob - g.entropy * (log_p + stats.entropy))
+        grad_x = p * (g.lse - g.logprob - g.entropy * (log_p + stats.entropy))
         if HAS_Q:
             y = load_double(row.q, first, grads.end, BLOCK, reading.ref_softcap)
             log_q = log_probability_q(y, stats, q_scale)
             q = tl.exp(log_q)
             d = log_q - log_p
-            grad_y = q * -g.ref_logprob
+            grad_y = q * (g.ref_lse - g.ref_logprob)
             if asked.kl:
                 # Skip an infinite KL whose upstream gradient is 0: 0·inf is NaN.
                 grad_x -= tl.where(

@@ -141,6 +141,7 @@ def forward_plan(
     layout: Layout,
     with_entropy: bool,
     with_ref_kl: bool,
+    with_lse: bool,
     with_renyi: bool,
     overridden: tuple[Any, ...],
 ) -> ForwardPlan:
@@ -159,6 +160,7 @@ def forward_plan(
         WITH_ENTROPY=with_entropy,
         WITH_KL=case.types[1] is not None,
         WITH_REF_KL=with_ref_kl,
+        WITH_LSE=with_lse,
     )
     # With Q read element by element ptxas needs more registers than the limit on some
     # architectures: set none.
@@ -182,10 +184,10 @@ def forward_plan(
 def forward(
     problem: Problem, outputs: dict[str, torch.Tensor], saved: torch.Tensor, gamma: float = 0.0
 ) -> None:
-    """Fill `saved` [N, 10] and the fields of `outputs` (logprob, entropy, ref_logprob, kl, ref_kl:
-    [N] float32 each).
+    """Fill `saved` [N, 10] and the fields of `outputs` ([N] float32 each).
 
-    `outputs` contains kl if q is given, logprob if tokens are, ref_logprob if both are. gamma,
+    `outputs` contains kl if q is given, logprob if tokens are, ref_logprob if both are, and ref_lse
+    if it contains lse and q is given. gamma,
     unless 0: "ref_kl" is Rényi's divergence of order 1 - gamma instead, but in fallback rows.
     """
     p, q, tokens, mask, temperatures, ratios = _tensors(problem)
@@ -194,6 +196,7 @@ def forward(
         layout,
         "entropy" in outputs,
         "ref_kl" in outputs and not gamma,
+        "lse" in outputs,
         bool(gamma),
         tuple(config._override.items()),
     )
@@ -205,6 +208,8 @@ def forward(
         ref_logprob_ptr=get("ref_logprob", saved),
         kl_ptr=get("kl", saved),
         ref_kl_ptr=get("ref_kl", saved),
+        lse_ptr=get("lse", saved),
+        ref_lse_ptr=get("ref_lse", saved),
     )
     places, temperature = layout.places, float(problem.temperature)
     with _on(p):

@@ -70,6 +70,7 @@ def fused_plan(layout: Layout, grad_type: torch.dtype, overridden: tuple[Any, ..
         WITH_ENTROPY=False,
         WITH_KL=True,
         WITH_REF_KL=False,
+        WITH_LSE=False,
     )
     piece = -(-segment // (8 * pieces)) * 8
     return FusedPlan(segment, piece, pieces, splits, phases, fallback)
@@ -154,6 +155,8 @@ def fused(
                 ref_logprob_ptr=kl,
                 kl_ptr=kl,
                 ref_kl_ptr=kl,
+                lse_ptr=kl,
+                ref_lse_ptr=kl,
                 grad_ptr=grad_p,
                 weight_ptr=weights,
                 **shared,

@@ -94,6 +94,8 @@ def row_backward(  # noqa: PLR0913, PLR0915
     REF_LOGPROB: tl.constexpr,
     KL: tl.constexpr,
     REF_KL: tl.constexpr,
+    LSE: tl.constexpr,
+    REF_LSE: tl.constexpr,
     WRT_P: tl.constexpr,
     WRT_Q: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -127,6 +129,8 @@ def row_backward(  # noqa: PLR0913, PLR0915
         REF_LOGPROB >= 0,
         KL >= 0,
         REF_KL >= 0,
+        LSE >= 0,
+        REF_LSE >= 0,
         WRT_P,
         WRT_Q,
         COMPENSATED,
@@ -140,6 +144,8 @@ def row_backward(  # noqa: PLR0913, PLR0915
         upstream_of(upstream_ptr, row, n_rows, REF_LOGPROB),
         upstream_of(upstream_ptr, row, n_rows, KL),
         upstream_of(upstream_ptr, row, n_rows, REF_KL),
+        upstream_of(upstream_ptr, row, n_rows, LSE),
+        upstream_of(upstream_ptr, row, n_rows, REF_LSE),
     )
     activity = (
         tl.abs(g.logprob)
@@ -147,6 +153,8 @@ def row_backward(  # noqa: PLR0913, PLR0915
         + tl.abs(g.ref_logprob)
         + tl.abs(g.kl)
         + tl.abs(g.ref_kl)
+        + tl.abs(g.lse)
+        + tl.abs(g.ref_lse)
     )
     if HAS_MASK:
         activity = tl.where(tl.load(mask_ptr + row) != 0, activity, 0.0)

@@ -67,7 +67,7 @@ def divergence_sums(
     """Return the parts of the first `length` entries in the divergence and in its moment, for the
     Segment of their row and its Constants.
     """
-    want: tl.constexpr = Want(False, True, False, False, kind.compensated)
+    want: tl.constexpr = Want(False, True, False, False, kind.compensated, False)
     terms = constants.terms
     TILE: tl.constexpr = tiling.threads * tiling.groups
     scale = row.doubled_scale * (1.0 / D_FACTOR)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .fallback import GradientRow, store_fallback, write_fallback
-from .row_finish import SAVED, Row, row_outputs
+from .row_finish import SAVED, Outputs, Row, row_outputs
 from .row_gradient import Asked, Upstream
 from .row_load import Reading, row_offset, row_ratio, row_scale
 from .row_math import Want
@@ -36,6 +36,8 @@ from .row_math import Want
         "ref_logprob_ptr",
         "kl_ptr",
         "ref_kl_ptr",
+        "lse_ptr",
+        "ref_lse_ptr",
         "grad_ptr",
         "weight_ptr",
     ],
@@ -51,7 +53,9 @@ def row_fallback(  # noqa: PLR0913
     entropy_ptr,
     ref_logprob_ptr,
     kl_ptr,
-    ref_kl_ptr,  # written by row_forward
+    ref_kl_ptr,
+    lse_ptr,
+    ref_lse_ptr,  # written by row_forward
     grad_ptr,
     weight_ptr,  # as in row_fused; any pointer without WITH_GRADIENT
     temperature: tl.float32,
@@ -71,6 +75,7 @@ def row_fallback(  # noqa: PLR0913
     WITH_ENTROPY: tl.constexpr,
     WITH_KL: tl.constexpr,
     WITH_REF_KL: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     REF_SOFTCAP: tl.constexpr,
     HAS_RATIO: tl.constexpr,
@@ -88,7 +93,7 @@ def row_fallback(  # noqa: PLR0913
     Special values: a token outside 0 … V-1 reads nothing and gives NaN. Log-probabilities are never
             above 0.
     """
-    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, False, False)
+    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, False, False, WITH_LSE)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
     first = tl.program_id(0).to(tl.int64) * ROWS
     rows = first + tl.arange(0, ROWS)
@@ -107,9 +112,17 @@ def row_fallback(  # noqa: PLR0913
                 token = row
                 if HAS_TOKENS:
                     token = tl.load(tokens_ptr + row)
-                out = row_outputs(
-                    row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr
+                first_row = Outputs(
+                    saved_ptr,
+                    logprob_ptr,
+                    entropy_ptr,
+                    ref_logprob_ptr,
+                    kl_ptr,
+                    ref_kl_ptr,
+                    lse_ptr,
+                    ref_lse_ptr,
                 )
+                out = row_outputs(first_row, row)
                 whole = Row(p_row, q_row, V, token, scale, ratio)
                 store_fallback(out, whole, BLOCK, want, reading)
                 if WITH_GRADIENT:
@@ -117,10 +130,10 @@ def row_fallback(  # noqa: PLR0913
                     # write_fallback loads them.
                     tl.debug_barrier()
                     asked: tl.constexpr = Asked(
-                        False, False, False, True, False, True, False, False
+                        False, False, False, True, False, False, False, True, False, False
                     )
                     zero = tl.full([], 0.0, tl.float32)
-                    g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
+                    g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero, zero, zero)
                     grad_row = grad_ptr + row * stride_grad
                     grads = GradientRow(grad_row, grad_row, 0, V)
                     write_fallback(whole, grads, out.saved, g, BLOCK, asked, reading)

@@ -33,8 +33,9 @@ LARGEST_DIFFERENCE = tl.constexpr(64.0)
 SAVED = tl.constexpr(10)
 
 
-# Pointers to a row's saved values [10] and fields; any pointer for a field not requested.
-Outputs = namedtuple("Outputs", "saved logprob entropy ref_logprob kl ref_kl")
+# Pointers to saved values [10] and fields, of a row or of row 0; any pointer for a field not
+# requested.
+Outputs = namedtuple("Outputs", "saved logprob entropy ref_logprob kl ref_kl lse ref_lse")
 
 
 # The values of a row that backward needs, in memory order.
@@ -55,15 +56,17 @@ Statistics = namedtuple("Statistics", "unshifted kl ref_kl valid")
 
 
 @triton.jit
-def row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr):
-    """The Outputs of one row."""
+def row_outputs(first, row):
+    """The Outputs of one row from those of row 0."""
     return Outputs(
-        saved_ptr + row * SAVED,
-        logprob_ptr + row,
-        entropy_ptr + row,
-        ref_logprob_ptr + row,
-        kl_ptr + row,
-        ref_kl_ptr + row,
+        first.saved + row * SAVED,
+        first.logprob + row,
+        first.entropy + row,
+        first.ref_logprob + row,
+        first.kl + row,
+        first.ref_kl + row,
+        first.lse + row,
+        first.ref_lse + row,
     )
 
 
@@ -210,6 +213,15 @@ def store_fields(out, entropy, kl, ref_kl, want: tl.constexpr):
         tl.store(out.ref_kl, ref_kl.to(tl.float32))
 
 
+@triton.jit
+def store_lse(out, lse, ref_lse, want: tl.constexpr):
+    """Write the log-sum-exps of x/T and y/T."""
+    if want.lse:
+        tl.store(out.lse, lse.to(tl.float32))
+        if want.kl:
+            tl.store(out.ref_lse, ref_lse.to(tl.float32))
+
+
 # The addresses of a row of P and of Q, its length, the sampled token, 1/T, and the inverse
 # temperature of Q over that of P.
 Row = namedtuple("Row", "p q V token scale ratio")
@@ -265,6 +277,8 @@ def store_statistics(out, statistics, row, shift, want: tl.constexpr, reading: t
         statistics.ref_kl,
         want,
     )
+    lse = tl.fma(saved.origin, LN2, saved.log2_S * LN2)
+    store_lse(out, lse, tl.fma(saved.lse_q, LN2, saved.lse_q_lo * LN2), want)
     if reading.tokens:
         # Compute half the base-2 logarithm (halving is exact): x·s·log2(e) may overflow where the
         # log-probability is finite.
@@ -287,6 +301,7 @@ def store_zeros(out, want: tl.constexpr, reading: tl.constexpr):
         tl.store(out.saved + value, 0.0)
     zero = tl.full([], 0.0, tl.float32)
     store_fields(out, zero, zero, zero, want)
+    store_lse(out, zero, zero, want)
     if reading.tokens:
         tl.store(out.logprob, 0.0)
         if want.kl:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .row_finish import (
+    Outputs,
     Row,
     load_states,
     row_outputs,
@@ -62,6 +63,8 @@ from .row_segment import segment_sums
         "ref_logprob_ptr",
         "kl_ptr",
         "ref_kl_ptr",
+        "lse_ptr",
+        "ref_lse_ptr",
     ],
 )
 def row_forward(  # noqa: PLR0913
@@ -74,11 +77,13 @@ def row_forward(  # noqa: PLR0913
     state_ptr,  # [N, splits, 7] float32: origin, S, A, W, U, R, centre; any pointer if splits is 1
     counter_ptr,  # [N] int32, zeros at first: finished segments; any pointer if splits is 1
     saved_ptr,  # [N, 10] float32: a row_finish.Saved per row
-    logprob_ptr,  # [N] float32, like the four below; any pointer without HAS_TOKENS
+    logprob_ptr,  # [N] float32, like the six below; any pointer without HAS_TOKENS
     entropy_ptr,  # any pointer without WITH_ENTROPY
     ref_logprob_ptr,  # any pointer without HAS_TOKENS and WITH_KL
     kl_ptr,  # any pointer without WITH_KL
     ref_kl_ptr,  # any pointer without WITH_REF_KL
+    lse_ptr,  # any pointer without WITH_LSE
+    ref_lse_ptr,  # any pointer without WITH_LSE and WITH_KL
     temperature: tl.float32,
     n_inner: tl.int32,
     stride_p_outer: tl.int64,
@@ -100,6 +105,7 @@ def row_forward(  # noqa: PLR0913
     WITH_ENTROPY: tl.constexpr,
     WITH_KL: tl.constexpr,
     WITH_REF_KL: tl.constexpr,
+    WITH_LSE: tl.constexpr,
     WITH_RENYI: tl.constexpr,  # write Rényi's divergence in place of KL(Q‖P)
     REALIGN: tl.constexpr,
     Q_IN_BLOCKS: tl.constexpr,
@@ -129,16 +135,23 @@ def row_forward(  # noqa: PLR0913
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, WITH_RENYI, COMPENSATED)
+    want: tl.constexpr = Want(WITH_ENTROPY, WITH_KL, WITH_REF_KL, WITH_RENYI, COMPENSATED, WITH_LSE)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, REALIGN, Q_IN_BLOCKS)
     reading: tl.constexpr = Reading(HAS_TOKENS, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
+    outputs = Outputs(
+        saved_ptr,
+        logprob_ptr,
+        entropy_ptr,
+        ref_logprob_ptr,
+        kl_ptr,
+        ref_kl_ptr,
+        lse_ptr,
+        ref_lse_ptr,
+    )
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
             if split == 0:
-                out = row_outputs(
-                    row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr
-                )
-                store_zeros(out, want, reading)
+                store_zeros(row_outputs(outputs, row), want, reading)
             return
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
@@ -197,7 +210,7 @@ def row_forward(  # noqa: PLR0913
         token = tl.load(tokens_ptr + row)
     scale = doubled_scale * (1.0 / D_FACTOR)
     statistics = row_statistics(states, shift, scale, gamma, want)
-    out = row_outputs(row, saved_ptr, logprob_ptr, entropy_ptr, ref_logprob_ptr, kl_ptr, ref_kl_ptr)
+    out = row_outputs(outputs, row)
     store_statistics(
         out, statistics, Row(p_row, q_row, V, token, scale, ratio), shift, want, reading
     )

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .row_finish import (
+    Outputs,
     Row,
     load_states,
     row_outputs,
@@ -137,17 +138,21 @@ def row_fused(  # noqa: PLR0913, PLR0915
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    want: tl.constexpr = Want(False, True, False, False, COMPENSATED)
+    want: tl.constexpr = Want(False, True, False, False, COMPENSATED, False)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, True)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    asked: tl.constexpr = Asked(False, False, False, True, False, True, False, COMPENSATED)
+    asked: tl.constexpr = Asked(
+        False, False, False, True, False, False, False, True, False, COMPENSATED
+    )
     TILE: tl.constexpr = THREADS * GROUPS * LANES
     begin = split // pieces * segment + split % pieces * piece
     length = tl.minimum(tl.minimum(piece, segment - split % pieces * piece), V - begin)
     p_row = p_ptr + row_offset(row, n_inner, stride_p_outer, stride_p_inner)
     q_row = q_ptr + row_offset(row, n_inner, stride_q_outer, stride_q_inner)
     grad_row = grad_ptr + row * stride_grad
-    out = row_outputs(row, saved_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr)
+    out = row_outputs(
+        Outputs(saved_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr, kl_ptr), row
+    )
     # Hints stand where the pointers are made: a hint on a function's argument is lost when it is
     # inlined.
     p_block = tl.multiple_of(p_row + begin, 16)
@@ -223,7 +228,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
             store_statistics(out, statistics, whole, shift, want, reading)
         if statistics.valid:
             zero = scale * 0.0
-            g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
+            g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero, zero, zero)
             terms = gradient_terms(saved_values(statistics.unshifted, shift, scale))
             place = Place(p_block, q_block, grad_block, grad_block, 0, length, length, scale, ratio)
             full_end = length // TILE * (THREADS * GROUPS)

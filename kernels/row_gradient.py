@@ -21,11 +21,13 @@ from .row_math import (
 )
 
 # The upstream gradients of a row's fields; 0 for a field without one.
-Upstream = namedtuple("Upstream", "logprob entropy ref_logprob kl ref_kl")
+Upstream = namedtuple("Upstream", "logprob entropy ref_logprob kl ref_kl lse ref_lse")
 
 
 # Compile-time: the fields that have an upstream gradient, and the gradients requested.
-Asked = namedtuple("Asked", "logprob entropy ref_logprob kl ref_kl wrt_p wrt_q compensated")
+Asked = namedtuple(
+    "Asked", "logprob entropy ref_logprob kl ref_kl lse ref_lse wrt_p wrt_q compensated"
+)
 
 
 # The constants of a row's gradients: its Saved, and what follows from it.
@@ -86,8 +88,9 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
     without the one-hot term of the sampled token.
 
     With g the upstream gradients, s = 1/T and d = (y - x)·s - centre:
-        dx = s·(p·(-g.kl·(d - E_p[d]) - g.entropy·(log p + entropy) - g.logprob) - g.ref_kl·(q - p))
-        dy = s·(g.kl·(q - p) + q·(g.ref_kl·(d - E_q[d]) - g.ref_logprob))
+        dx = s·(p·(-g.kl·(d - E_p[d]) - g.entropy·(log p + entropy) - g.logprob + g.lse)
+                - g.ref_kl·(q - p))
+        dy = s·(g.kl·(q - p) + q·(g.ref_kl·(d - E_q[d]) - g.ref_logprob + g.ref_lse))
     Subtract E_p[d] from d before multiplying: on a peaked row the gradient is that small remainder.
     """
     # p and q stay without their factors, which join the row's constants: one multiplication less
@@ -122,7 +125,7 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
     grad_y = x
     if asked.wrt_p:
         weight = scale * terms.factor_p
-        bracket = -weight * (g.logprob + g.entropy * terms.entropy)
+        bracket = -weight * (g.logprob - g.lse + g.entropy * terms.entropy)
         if asked.entropy:
             bracket = tl.fma(log2_p, weight * (-LN2) * g.entropy, bracket)
         if asked.kl:
@@ -134,9 +137,9 @@ def entry_gradients(x, y, y_lo, scale, terms, g, asked: tl.constexpr, HAS_RATIO:
         if asked.ref_kl:
             grad_x = tl.fma(q_minus_p, -scale * g.ref_kl, grad_x)
     if asked.wrt_q:
-        if asked.ref_logprob or asked.ref_kl:
+        if asked.ref_logprob or asked.ref_kl or asked.ref_lse:
             weight = scale * terms.factor_q
-            bracket = -weight * g.ref_logprob
+            bracket = -weight * (g.ref_logprob - g.ref_lse)
             if asked.ref_kl:
                 bracket = tl.fma(d - terms.saved.mean_q_d, weight * g.ref_kl, bracket)
             grad_y = tl.where(q == 0.0, 0.0, q * bracket)

@@ -218,8 +218,8 @@ State = namedtuple("State", "origin S A W U R centre")
 # Compile-time: the statistics requested.
 #
 # compensated: keep the rounding errors of differences, for float32 logits and for ratios of
-# temperatures. renyi: R holds Σe·h(γd) for Rényi's divergence of order 1 - γ.
-Want = namedtuple("Want", "entropy kl ref_kl renyi compensated")
+# temperatures. renyi: R holds Σe·h(γd) for Rényi's divergence of order 1 - γ. lse: log-sum-exps.
+Want = namedtuple("Want", "entropy kl ref_kl renyi compensated lse")
 
 
 @triton.jit

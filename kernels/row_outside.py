@@ -39,7 +39,7 @@ def outside_sum(
     Segment that starts at entry `first`, without those in the sorted list of K ids.
     """
     V = first + row.remaining
-    want: tl.constexpr = Want(False, False, False, False, False)
+    want: tl.constexpr = Want(False, False, False, False, False, False)
     TILE: tl.constexpr = tiling.threads * tiling.lanes
     offs_k = tl.arange(0, IDS)
     ids = tl.load(ids_ptr + offs_k, mask=offs_k < K, other=V)

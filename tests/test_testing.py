@@ -26,6 +26,8 @@ def test_truth_against_torch_distributions(kind) -> None:
         "ref_logprob": two.log_prob(TOKENS),
         "kl": torch.distributions.kl_divergence(one, two),
         "ref_kl": torch.distributions.kl_divergence(two, one),
+        "lse": (p / temperature[:, None]).logsumexp(-1),
+        "ref_lse": (q / temperature[:, None]).logsumexp(-1),
     }
     for name, value in exact.stats(TOKENS).items():
         testing.assert_near(value, expected[name], 1e-12, 1e-13, name)

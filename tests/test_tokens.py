@@ -43,17 +43,19 @@ def test_without_reference(implementation, dtype) -> None:
     p[1, 5:9] = -math.inf
     tokens, leaf = random_tokens(p), testing.leaf(p.to(implementation.device))
     stats, exact = token_stats(leaf, tokens.to(implementation.device)), testing.truth(p, p)
-    assert stats[2:] == (None, None, None)
-    upstream = dict(zip(FIELDS, cases.upstream_of(p)[:2], strict=False))
+    names = [name for name in FIELDS if getattr(stats, name) is not None]
+    assert names == ["logprob", "entropy", "lse"]
+    upstream = dict(zip(names, cases.upstream_of(p), strict=False))
     testing.assert_stats({name: getattr(stats, name) for name in upstream}, exact.stats(tokens))
-    grads = torch.autograd.grad(stats[:2], leaf, [v.to(leaf.device) for v in upstream.values()])
+    values = [getattr(stats, name) for name in names]
+    grads = torch.autograd.grad(values, leaf, [v.to(leaf.device) for v in upstream.values()])
     assert_gradients(grads, [testing.gradients(exact, upstream, tokens).p])
 
 
-DEPENDS = {"logprob": "p", "entropy": "p", "ref_logprob": "q", "kl": "pq", "ref_kl": "pq"}
+DEPENDS = dict(zip(FIELDS, ("p", "p", "q", "pq", "pq", "p", "q"), strict=True))
 
 
-# All 31 sets of fields that a loss may use, with respect to the policy, the reference or both, on
+# All 127 sets of fields that a loss may use, with respect to the policy, the reference or both, on
 # the reference in blocks of columns; fewer where each takes a compilation or the interpreter's
 # time.
 #
@@ -75,7 +77,7 @@ def test_every_mix_of_upstream_gradients(implementation, wrt, monkeypatch) -> No
     upstream = dict(zip(FIELDS, cases.upstream_of(p), strict=True))
     exact = testing.truth(p, q, temperature)
     few = implementation.kernels and (wrt != "pq" or implementation.interpreted)
-    for count in (1, 2, 5) if few else range(1, 6):
+    for count in (1, 2, 7) if few else range(1, 8):
         for fields in itertools.combinations(learning, min(count, len(learning))):
             chosen = {name: upstream[name] for name in fields}
             grads = torch.autograd.grad(

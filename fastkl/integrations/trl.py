@@ -146,7 +146,7 @@ class ExactGRPOTrainer(GRPOTrainer):
                 strict=True,
             )
         ]
-        logprob, entropy, _, self._kl, _ = (
+        logprob, entropy, _, self._kl, *_ = (
             None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)
         )
         return logprob, entropy if compute_entropy else None, None

@@ -17,6 +17,7 @@ from .cpu_rows import (
     kl_only,
     takes_whole_rows,
 )
+from .fields import POLICY_FIELDS, REFERENCE_FIELDS
 
 # Longest row for which torch's softmax backward (one pass instead of four) is accurate enough: at
 # 100,000 entries its sums are off by 1e-5.
@@ -121,10 +122,10 @@ def gradients(
     `room` has; they may overwrite the logits.
 
     Computes reference.row_gradients from p = e/S, d and r = q/p - 1 (ratio_minus_1):
-        dP = s·(g_logprob·onehot - p·(g_logprob + g_entropy·(log p - E[log p])
+        dP = s·(g_logprob·onehot - p·(g_logprob - g_lse + g_entropy·(log p - E[log p])
                                       + g_kl·(d - W) + g_ref_kl·r))
         dQ = s·(g_ref_logprob·onehot
-                + p·(g_kl·r + (1 + r)·(g_ref_kl·(d - E_q[d]) - g_ref_logprob)))
+                + p·(g_kl·r + (1 + r)·(g_ref_kl·(d - E_q[d]) - g_ref_logprob + g_ref_lse)))
     """
     vocabulary, elements = block.x.shape[1], room.elements
     step = max(1, elements // vocabulary)
@@ -148,7 +149,7 @@ def gradients(
     # The gradient of one field to P alone is one product.
     only = (
         next(iter(g))
-        if len(g) == 1 and grads[1] is None and not g.keys() & {"logprob", "ref_logprob"}
+        if len(g) == 1 and grads[1] is None and g.keys() & {"kl", "entropy", "ref_kl"}
         else None
     )
     if only is not None:
@@ -242,7 +243,9 @@ def _gradients(
     shape, scale, (grad_p, grad_q) = block.x.shape, block.scale, grads
     top, log_sum, shift, centre, log1p_t, *_ = kept
     x, d, ratio_minus_1 = wide(block.x, room("x", shape)), None, None
-    if g.keys() & {"kl", "ref_kl"} or (grad_q is not None and "ref_logprob" in g):
+    if g.keys() & {"kl", "ref_kl"} or (
+        grad_q is not None and g.keys() & {"ref_logprob", "ref_lse"}
+    ):
         assert block.y is not None
         d = difference(block.y, x, top, shift if shifted else None, room).sub_(centre)
         if not is_one(scale):
@@ -289,14 +292,14 @@ def _to_q(
     """Write dQ; `kept` as in _gradients."""
     _, d, ratio_minus_1, e, token, log_p, scale = terms
     _, _, _, _, _, _, factor, log_q, _, ref_mean = kept
-    if not g.keys() & {"kl", "ref_kl", "ref_logprob"}:
+    if g.keys().isdisjoint(REFERENCE_FIELDS):
         grad.zero_()
         return
     assert d is not None and ratio_minus_1 is not None
     bracket = room("q", e.shape)
     own = None
-    if g.keys() & {"ref_kl", "ref_logprob"}:
-        torch.sub(d, ref_mean, out=bracket).mul_(g.get("ref_kl", 0.0))
+    if g.keys() & {"ref_kl", "ref_logprob", "ref_lse"}:
+        torch.sub(d, ref_mean, out=bracket).mul_(g.get("ref_kl", 0.0)).add_(g.get("ref_lse", 0.0))
         if "ref_logprob" in g:
             assert token is not None and log_p is not None
             own = scale * (
@@ -323,7 +326,7 @@ def _to_p(
     """Write dP, clobbering z, d and e; `kept` and `only` as in _gradients."""
     z, d, ratio_minus_1, e, token, log_p, scale = terms
     _, _, _, _, _, log_mean, factor, _, mean, _ = kept
-    if not g.keys() - {"ref_logprob"}:
+    if g.keys().isdisjoint(POLICY_FIELDS):
         grad.zero_()
         return
     products = [
@@ -338,19 +341,21 @@ def _to_p(
     if only is not None:
         _write(products[0][0], e.mul_(factor), grad, None, None)
         return
-    own = None
+    own, lse, logprob = None, g.get("lse", 0.0), g.get("logprob", 0.0)
     if not products:
-        assert log_p is not None
-        own = -scale * log_p.expm1() * g["logprob"]
-        _write(e.mul_(-factor * g["logprob"]), None, grad, token, own)
+        if log_p is not None:
+            own = scale * (log_p.exp() * lse - log_p.expm1() * logprob)
+        _write(e.mul_(factor * (lse - logprob)), None, grad, token, own)
         return
     bracket = products[0][0].mul_(products[0][1])
     for values, upstream in products[1:]:
         bracket.add_(values.mul_(upstream))
+    if "lse" in g:
+        bracket.sub_(lse)
     if "logprob" in g:
         assert token is not None and log_p is not None
-        own = -scale * (log_p.exp() * token.of(bracket) + log_p.expm1() * g["logprob"])
-        bracket.add_(g["logprob"])
+        own = -scale * (log_p.exp() * token.of(bracket) + log_p.expm1() * logprob)
+        bracket.add_(logprob)
     _write(bracket, e.mul_(-factor), grad, token, own)
 
 

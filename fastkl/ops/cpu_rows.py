@@ -71,6 +71,7 @@ class _Sums(NamedTuple):
     largest_d: torch.Tensor | None = None  # max |d|
     ref_weight: torch.Tensor | None = None
     ref_largest: torch.Tensor | None = None
+    ref_top: torch.Tensor | None = None
     ref_token: torch.Tensor | None = None
     h: torch.Tensor | None = None  # Σ e·(expm1(d) - d)
     ref_h: torch.Tensor | None = None  # Σ e·(d·expm1(d) - expm1(d) + d)
@@ -94,12 +95,13 @@ def statistics(
             kl.append(result.kl)
             valid.append(result.valid())
         return {"kl": torch.cat(kl)}, saved, torch.cat(valid)
-    both = not fields.isdisjoint(("ref_kl", "ref_logprob"))
+    both = not fields.isdisjoint(("ref_kl", "ref_logprob", "ref_lse"))
     sums = _joined([_sums(part, "entropy" in fields, both, room) for part in parts])
     saved = torch.zeros(rows, 10, dtype=torch.float32, device=sums.top.device)
     log_sum = _log_sum(sums.weight, sums.largest)
     saved[:, TOP], saved[:, LOG_SUM], saved[:, KIND] = sums.top, log_sum, LEAN
-    results, all_valid = {}, log_sum.isfinite()
+    scale = block.scale[:, 0] if isinstance(block.scale, torch.Tensor) else block.scale
+    results, all_valid = {"lse": sums.top * scale + log_sum}, log_sum.isfinite()
     if sums.token is not None:
         results["logprob"] = sums.token - log_sum
     if sums.log_mean is not None:
@@ -107,7 +109,7 @@ def statistics(
         results["entropy"] = log_sum - mean
         saved[:, LOG_MEAN] = mean
     if block.y is not None:
-        all_valid &= _finish_pair(sums, both, results, saved)
+        all_valid &= _finish_pair(sums, both, scale, results, saved)
     return results, saved, all_valid
 
 
@@ -209,19 +211,22 @@ def _sums(block: Block, entropy: bool, both: bool, room: Room) -> _Sums:
     d = difference(y, x, None, None, room)
     shift, centre = _centre(block, e, weight, d, room)
     mean = dot(e, d, work)
-    q_sums: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = None, None, None
-    if tokens is not None:
+    ref_weight = ref_largest = ref_top = ref_token = None
+    if both:
         # Sum Q itself: beside a near-certain token 1 - q needs the digits of that sum.
         wide_y = wide(y, room("part of e", x.shape))
         y_top = wide_y.amax(-1, keepdim=True)
         q = softmax(wide_y, scale, room("part of d", x.shape), work)
-        q_sums = row_sum(q), q.amax(-1), ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
+        ref_weight, ref_largest, ref_top = row_sum(q), q.amax(-1), y_top[:, 0]
+        if tokens is not None:
+            ref_token = ((wide_y.gather(-1, tokens) - y_top) * scale)[:, 0]
     largest_d, h, ref_h = _series_sums(e, d, mean, both, room)
     shift, largest_d = (
         torch.zeros_like(centre) if value is None else value for value in (shift, largest_d)
     )
     of_rows = top[:, 0], weight, largest, log_mean, token
-    return _Sums(*of_rows, shift, centre, mean, largest_d, *q_sums, h, ref_h)
+    of_q = ref_weight, ref_largest, ref_top, ref_token
+    return _Sums(*of_rows, shift, centre, mean, largest_d, *of_q, h, ref_h)
 
 
 def _series_sums(
@@ -285,7 +290,11 @@ def _number(value: float, device: torch.device) -> torch.Tensor:
 
 
 def _finish_pair(
-    sums: _Sums, both: bool, results: dict[str, torch.Tensor], saved: torch.Tensor
+    sums: _Sums,
+    both: bool,
+    scale: torch.Tensor | float,
+    results: dict[str, torch.Tensor],
+    saved: torch.Tensor,
 ) -> torch.Tensor:
     """Put the fields of both tensors into `results` and `saved`; return whether float32 suffices
     for each row, [k].
@@ -315,11 +324,12 @@ def _finish_pair(
         ref_kl = results["ref_kl"] = (ref_h * inverse + (t * inverse - log1p_t)).clamp_(min=0.0)
         saved[:, REF_MEAN] = (ref_h + t) * inverse
         valid &= (kl < LARGEST_KL_OF_Q) & (ref_kl < LARGEST_KL_OF_Q)
-    if sums.ref_token is not None:
         assert sums.ref_weight is not None and sums.ref_largest is not None
-        results["ref_logprob"] = saved[:, REF_LOGPROB] = sums.ref_token - _log_sum(
-            sums.ref_weight, sums.ref_largest
-        )
+        assert sums.ref_top is not None
+        ref_log_sum = _log_sum(sums.ref_weight, sums.ref_largest)
+        results["ref_lse"] = sums.ref_top * scale + ref_log_sum
+        if sums.ref_token is not None:
+            results["ref_logprob"] = saved[:, REF_LOGPROB] = sums.ref_token - ref_log_sum
     return valid
 
 

@@ -6,13 +6,27 @@ import torch
 
 from .. import reference
 
-FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
-POLICY_FIELDS = ("logprob", "entropy", "kl", "ref_kl")
-REFERENCE_FIELDS = ("ref_logprob", "kl", "ref_kl")
+FIELDS = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl", "lse", "ref_lse")
+# Those that depend on each model.
+POLICY_FIELDS = ("logprob", "entropy", "kl", "ref_kl", "lse")
+REFERENCE_FIELDS = ("ref_logprob", "kl", "ref_kl", "ref_lse")
 # PerRow: a vector [N], or None if absent. Values: the same, or one number for all rows.
 PerRow = TypeVar("PerRow", torch.Tensor, torch.Tensor | None)
 Values = TypeVar("Values", torch.Tensor, torch.Tensor | None, torch.Tensor | float)
 SAVED = reference.SAVED  # values per row saved for backward, the same number on either backend
+
+
+# The fields of a policy alone or with its reference, without or with token ids, joined by commas;
+# a table, because a compiler warns of a cached function.
+FIELDS_OF = {
+    (reference, tokens): ",".join(
+        name
+        for name in FIELDS
+        if (reference or name not in REFERENCE_FIELDS) and (tokens or "logprob" not in name)
+    )
+    for reference in (False, True)
+    for tokens in (False, True)
+}
 
 
 def result_dtype(logits: torch.Tensor) -> torch.dtype:

@@ -83,6 +83,24 @@ class LinearInputs(NamedTuple):
             self.given_first,
         )
 
+    def models(self) -> "list[LinearInputs]":
+        """Return the arguments of each model alone."""
+        first = self._replace(ref_hidden=None, ref_weight=None, ref_bias=None)
+        if self.ref_hidden is None:
+            return [first]
+        second = first._replace(
+            hidden=self.ref_hidden,
+            weight=self.weight if self.ref_weight is None else self.ref_weight,
+            bias=self.ref_bias,
+            softcap=self.ref_softcap,
+            temperature=self.temperature / self.ratio,
+        )
+        if self.temperatures is not None or self.ratios is not None:
+            temperature = self.temperature if self.temperatures is None else self.temperatures
+            ratio = self.ratio if self.ratios is None else self.ratios
+            second = second._replace(temperatures=torch.as_tensor(temperature / ratio))
+        return [first, second]
+
 
 SIX = LinearInputs._fields[:6]
 # The number of tensors.
@@ -114,17 +132,19 @@ class GradientInputs(NamedTuple):
     g_ref_logprob: Tensor | None
     g_kl: Tensor | None
     g_ref_kl: Tensor | None
+    g_lse: Tensor | None
+    g_ref_lse: Tensor | None
     wrt: str
 
     @property
     def upstream(self) -> dict[str, Tensor]:
         """The upstream gradients by field, without None."""
-        return {k: g for k, g in zip(FIELDS, self[4:9], strict=True) if g is not None}
+        return {k: g for k, g in zip(FIELDS, self[4:11], strict=True) if g is not None}
 
 
 def _statistics(inputs: LinearInputs, request: StatisticsInputs) -> Outputs:
-    """Compute (logprob, entropy, ref_logprob, kl, ref_kl, saved, logits, ref_logits): the first six
-    as row_statistics does for the heads' logits.
+    """Compute (*FIELDS, saved, logits, ref_logits): all but the last two as row_statistics does for
+    the heads' logits.
 
     logits, ref_logits: with `keep` those of the tokens computed, which come first, [..., V padded
     to a cache line]; else None.

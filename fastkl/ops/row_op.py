@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from .. import _checks
 from .dual_op import DualOp, Rules, save_tensors
 from .engine import ENGINES
-from .fields import FIELDS, SAVED, flat, result_dtype, row_args
+from .fields import FIELDS, POLICY_FIELDS, REFERENCE_FIELDS, SAVED, flat, result_dtype, row_args
 
 # The outputs of an op; schemas have no optional ones, see DualOp.
 Outputs = tuple[Any, ...]
@@ -60,6 +60,8 @@ class RowGradientInputs(NamedTuple):
     g_ref_logprob: Tensor | None
     g_kl: Tensor | None
     g_ref_kl: Tensor | None
+    g_lse: Tensor | None
+    g_ref_lse: Tensor | None
     temperature: float
     wrt_p: bool
     wrt_q: bool
@@ -99,9 +101,7 @@ def empty_outputs(p: Tensor, fields: str) -> Outputs:
 
 
 def _statistics(inputs: RowInputs) -> Outputs:
-    """Compute (logprob, entropy, ref_logprob, kl, ref_kl, saved): the requested fields [...], and
-    values [..., SAVED] for backward.
-    """
+    """Compute (*FIELDS, saved): requested fields [...], and values [..., SAVED] for backward."""
     *values, saved = results = empty_outputs(inputs.p, inputs.fields)
     if saved.numel():
         named = zip(FIELDS, values, strict=True)
@@ -118,7 +118,7 @@ def _gradients(inputs: RowGradientInputs) -> Outputs:
     grads = _fake_gradients(inputs)
     p = inputs.p
     if p.numel():
-        named, rows = zip(FIELDS, inputs[6:11], strict=True), grads
+        named, rows = zip(FIELDS, inputs[6:13], strict=True), grads
         upstream = {name: flat(value) for name, value in named if value is not None}
         if p.dim() != 2:
             rows = tuple([None if grad is None else grad.view(-1, p.shape[-1]) for grad in grads])
@@ -168,9 +168,8 @@ def _differentiable(fields: str, policy: bool, reference: bool) -> tuple[bool, .
     """Return for each of FIELDS whether it was requested and a model that it depends on needs a
     gradient.
     """
-    either = policy or reference
-    needs = zip(FIELDS, (policy, policy, reference, either, either), strict=True)
-    return tuple(name in wanted(fields) and needed for name, needed in needs)
+    moved = {*(POLICY_FIELDS if policy else ()), *(REFERENCE_FIELDS if reference else ())}
+    return tuple(name in moved.intersection(wanted(fields)) for name in FIELDS)
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
@@ -178,10 +177,11 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> Upstream:
     wrt_p, wrt_q, *_ = ctx.needs_input_grad
     # Skip zero gradients: log-probs of Q do not depend on P.
     g_fields: Any = upstream[: len(FIELDS)]
-    logprob, entropy, ref_logprob, kl, ref_kl = g_fields
+    logprob, entropy, ref_logprob, kl, ref_kl, lse, ref_lse = g_fields
     both = kl is not None or ref_kl is not None
-    wrt_p = wrt_p and (both or logprob is not None or entropy is not None)
-    wrt_q = wrt_q and (both or ref_logprob is not None)
+    policy = logprob is not None or entropy is not None or lse is not None
+    wrt_p = wrt_p and (both or policy)
+    wrt_q = wrt_q and (both or ref_logprob is not None or ref_lse is not None)
     if not (wrt_p or wrt_q):
         return None, None, *_NO_GRADIENTS
     grad_p, grad_q = row_gradients(

@@ -127,6 +127,8 @@ class SummedKL(torch.autograd.Function):
                     g_ref_logprob=None,
                     g_kl=(upstream * factor).expand(p.shape[:-1]),
                     g_ref_kl=None,
+                    g_lse=None,
+                    g_ref_lse=None,
                     temperature=ctx.temperature,
                     wrt_p=True,
                     wrt_q=False,

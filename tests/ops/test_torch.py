@@ -41,7 +41,7 @@ def inputs(
         "tokens": torch.randint(vocabulary, leading, generator=generator),
         "mask": torch.arange(count).reshape(leading) != 1,
         "temperatures": 0.5 + torch.rand(leading, generator=generator),
-        "upstream": torch.randn(5, *leading, generator=generator),
+        "upstream": torch.randn(len(FIELDS), *leading, generator=generator),
     }
     made = {name: value.to(device) for name, value in made.items()}
     return SimpleNamespace(**made | {name: made[name].requires_grad_(grad) for name in "pq"})
@@ -242,7 +242,7 @@ def sized(implementation, times: int = 1) -> SimpleNamespace:
 # and how many float32 results per row
 FUNCTIONS = {
     "kl": (kl, 1),
-    "stats": (stats, 5),
+    "stats": (stats, len(FIELDS)),
     "js": (lambda p, q, data: (fastkl.js_divergence(p, q, data.mask),), 1),
 }
 
