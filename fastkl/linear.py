@@ -223,7 +223,7 @@ def linear_token_stats(  # noqa: PLR0913
     if support is not None:
         kept = Support.of(support, mask, leading, vocabulary, hidden.device)
         models = inputs._replace(mask=kept.counted).models()
-        listed = [linear_cells(one, ListInputs(kept.ids, keep))[0] for one in models]
+        listed = [linear_cells(one, ListInputs(kept.ids, keep, False))[0] for one in models]
         return kept.statistics(listed, tokens, result_dtype(hidden))
     fields = FIELDS_OF[ref_hidden is not None, tokens is not None]
     found = linear_statistics(inputs, StatisticsInputs(tokens, fields, keep))

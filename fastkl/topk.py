@@ -175,7 +175,7 @@ def linear_topk_kl_divergence(  # noqa: PLR0913
     teacher = _merged(topk_ids, topk_logprobs, mask, vocabulary)
     listed, rest, *_ = linear_cells(
         inputs._replace(mask=teacher.counted),
-        ListInputs(teacher.ids, keeps_logits(inputs, recompute)),
+        ListInputs(teacher.ids, keeps_logits(inputs, recompute), tail != "renormalize"),
     )
     found = _divergence(teacher, (listed, rest), how, inputs.backend, result_dtype(hidden))
     return _reduced(found, weights, reduction, normalizer)

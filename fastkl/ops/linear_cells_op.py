@@ -4,7 +4,7 @@ gradients, a chunk of tokens at a time.
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from .linear_op import (
     kept_logits,
     returned,
 )
+from .listed_rows import SMALL_PART, Listed
+from .lm_head import ChunkedHeads
 from .row_op import (
     Outputs,
     Upstream,
@@ -29,16 +31,21 @@ from .row_op import (
     refuse_temperature_gradient,
     wanted,
 )
-from .topk_op import fill_cell_gradients, fill_cells, matrix
+from .topk_op import fill_cell_gradients, fill_cells, fill_listed, listed_gradient, matrix
 
 
 class ListInputs(NamedTuple):
-    """Further arguments of linear_cells: ids [..., K] as in topk_op.CellInputs, and whether to
-    return all logits, which spares backward a GEMM.
+    """Further arguments of linear_cells: ids [..., K] as in topk_op.CellInputs, whether to return
+    all logits, which spares backward a GEMM, and whether the log-sum-exp of the others is needed.
     """
 
     ids: Tensor
     keep: bool
+    rest: bool
+
+    def by_rows(self, vocabulary: int) -> bool:
+        """Return whether rows of the weight are read in place of all logits, from shapes alone."""
+        return not self.rest and self.ids.shape[-1] * SMALL_PART <= vocabulary
 
 
 class ListGradientInputs(NamedTuple):
@@ -53,13 +60,14 @@ class ListGradientInputs(NamedTuple):
     g_listed: Tensor | None
     g_rest: Tensor | None
     wrt: str
+    by_rows: bool
 
 
 def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
     """Compute (listed, rest, saved) as topk_op.cells does for the lm_head's logits, and with `keep`
     those logits, as linear_statistics returns them.
     """
-    heads, keep = inputs.heads(None), kept_logits(inputs, request.keep)[:1]
+    heads, keep = inputs.heads(None), _kept(inputs, request)
     ids = heads.taken(matrix(request.ids))
     listed = torch.empty_like(ids, dtype=torch.float64)
     rest = listed.new_empty(len(ids))
@@ -68,7 +76,13 @@ def _cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
     def fill(rows: slice, args: Any, *_: Any) -> None:
         fill_cells(heads.engine, args, ids[rows], listed[rows], rest[rows], saved[rows])
 
-    heads.each_chunk(fill, keep)
+    if request.by_rows(len(inputs.weight)):
+        rest.zero_()
+        saved.zero_()
+        x = _listed(heads, ids).logits()
+        fill_listed(heads.engine, heads.args, len(inputs.weight), ids, x, listed)
+    else:
+        heads.each_chunk(fill, keep)
     found, leading = heads.of_all({"0": listed, "1": rest, "2": saved}), inputs.hidden.shape[:-1]
     return *[value.view(*leading, *value.shape[1:]) for value in found.values()], *keep
 
@@ -80,7 +94,7 @@ def _fake_cells(inputs: LinearInputs, request: ListInputs) -> Outputs:
         listed,
         listed.new_empty(listed.shape[:-1]),
         listed.new_empty(saved, dtype=result_dtype(inputs.hidden)),
-        *kept_logits(inputs, request.keep)[:1],
+        *_kept(inputs, request),
     )
 
 
@@ -100,14 +114,53 @@ def _gradients(inputs: LinearInputs, request: ListGradientInputs, overwrite: boo
         of_rows = ids[rows], rest[rows], saved[rows]
         fill_cell_gradients(heads.engine, args, *of_rows, (upstream[0], upstream[1]), grad)
 
+    if request.by_rows and g_listed is not None:
+        args, listed = heads.args, _listed(heads, ids)
+        x = listed.logits() if args.scaling.softcap else None
+        # An absent entry's logit is the constant -inf.
+        absent = ids >= len(inputs.weight)
+        upstream = listed_gradient(heads.engine, args, x, g_listed).masked_fill(absent, 0.0)
+        found = listed.gradients(upstream, wrt)
+        if "hidden" in found:
+            found |= heads.of_all({"hidden": found["hidden"]})
+        return in_their_types(inputs, found, wrt)
     return in_their_types(inputs, heads.gradients(("logprob",), wrt, fill), wrt)
+
+
+def _kept(inputs: LinearInputs, request: ListInputs) -> list[Tensor | None]:
+    keep = request.keep and not request.by_rows(inputs.weight.shape[0])
+    return kept_logits(inputs, keep)[:1]
+
+
+# ---- FLOP counts: 2·N·H·V for each GEMM, 2·N·H·K where rows are read; arguments hold shapes
+
+
+def _forward_flops(inputs: LinearInputs, request: Any) -> int:
+    entries, vocabulary = int(request.ids[-1]), int(cast(Any, inputs.weight)[0])
+    by_rows = not request.rest and entries * SMALL_PART <= vocabulary
+    return flops(inputs) // vocabulary * (entries if by_rows else vocabulary)
+
+
+def _backward_flops(inputs: LinearInputs, request: Any) -> int:
+    entries, vocabulary = int(request.ids[-1]), int(cast(Any, inputs.weight)[0])
+    logits = bool(inputs.softcap) if request.by_rows else request.logits is None
+    count = flops(inputs, request.wrt, ("logprob",), logits)
+    return count // vocabulary * (entries if request.by_rows else vocabulary)
+
+
+def _listed(heads: ChunkedHeads, ids: Tensor) -> Listed:
+    """Return the listed entries, with id 0 for an absent one."""
+    head = heads.all[0]
+    return Listed(head, ids.masked_fill(ids >= len(head.weight), 0), heads.args.mask)
 
 
 def _save_for_backward(ctx: Any, groups: tuple[LinearInputs, ListInputs], output: Outputs) -> None:
     inputs, request = groups
     refuse_temperature_gradient(any(ctx.needs_input_grad[7:9]))
     _, rest, saved, logits = output
-    save_tensors(ctx, *inputs[:TENSORS], request.ids, rest, saved, logits if request.keep else None)
+    ctx.by_rows = request.by_rows(inputs.weight.shape[0])
+    logits = logits if request.keep and not ctx.by_rows else None  # the op's would be empty
+    save_tensors(ctx, *inputs[:TENSORS], request.ids, rest, saved, logits)
     ctx.settings = inputs[TENSORS:]
     ctx.may_overwrite, ctx.overwritten = hasattr(ctx, "eager"), False
     ctx.mark_non_differentiable(*[value for value in output[2:] if value is not None])
@@ -128,7 +181,9 @@ def _backward(
     ctx.overwritten = ctx.may_overwrite
     gradients = linear_cell_gradients(
         LinearInputs(*tensors, *ctx.settings),
-        ListGradientInputs(ids, rest, saved, logits, g_listed, g_rest, ",".join(names)),
+        ListGradientInputs(
+            ids, rest, saved, logits, g_listed, g_rest, ",".join(names), ctx.by_rows
+        ),
         unobserved=functools.partial(_gradients, overwrite=True) if ctx.may_overwrite else None,
     )
     by_name = dict(zip(SIX, gradients, strict=True))
@@ -141,7 +196,7 @@ linear_cells = DualOp(
     _cells,
     _fake_cells,
     outputs=4,
-    rules=Rules(_backward, setup_context=_save_for_backward, flops=lambda inputs, _: flops(inputs)),
+    rules=Rules(_backward, setup_context=_save_for_backward, flops=_forward_flops),
 )
 linear_cell_gradients = DualOp(
     "fastkl::linear_cell_gradients",
@@ -151,8 +206,6 @@ linear_cell_gradients = DualOp(
     outputs=len(SIX),
     rules=Rules(
         refuse_second_derivative,
-        flops=lambda inputs, request: flops(
-            inputs, request.wrt, ("logprob",), int(request.logits is None)
-        ),
+        flops=_backward_flops,
     ),
 )

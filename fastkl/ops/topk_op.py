@@ -48,10 +48,26 @@ def fill_cells(
     """Fill listed [N, K] with x/T at the ids and rest [N] with log Σ exp(x/T) of the others, both
     float64, for x the soft-capped logits p; an absent id has -inf.
     """
-    absent = ids >= args.p.shape[-1]
-    x = _capped(args, ids.masked_fill(absent, 0))
-    listed.copy_((x.double() * _scale(engine, args)).masked_fill_(absent, float("-inf")))
+    x = _at(args.p, ids.masked_fill(ids >= args.p.shape[-1], 0))
+    fill_listed(engine, args, args.p.shape[-1], ids, x, listed)
     engine.outside(args, ids, rest, saved)
+
+
+def fill_listed(
+    engine: Engine, args: RowArgs, vocabulary: int, ids: Tensor, x: Tensor, listed: Tensor
+) -> None:
+    """Fill listed as fill_cells from the logits x [N, K] at the ids."""
+    capped = reference.soft_cap(x, args.scaling.softcap).double()
+    listed.copy_((capped * _scale(engine, args)).masked_fill_(ids >= vocabulary, float("-inf")))
+
+
+def listed_gradient(engine: Engine, args: RowArgs, x: Tensor | None, g_listed: Tensor) -> Tensor:
+    """Return the gradient [N, K] with respect to the logits x, needed with a soft cap alone."""
+    value = g_listed * _scale(engine, args)
+    if x is not None and args.scaling.softcap:
+        capped = reference.soft_cap(x, args.scaling.softcap).double()
+        value = value * reference.soft_cap_slope(capped, args.scaling.softcap)
+    return value
 
 
 def fill_cell_gradients(
@@ -67,14 +83,12 @@ def fill_cell_gradients(
     logits: the engine writes that of rest everywhere, and the listed entries are then overwritten.
     """
     g_listed, g_rest = upstream
-    absent, cap = ids >= args.p.shape[-1], args.scaling.softcap
+    absent = ids >= args.p.shape[-1]
     # An absent id repeats the row's first one, or of a row without any writes 0 where 0 is.
     ids = torch.where(absent, ids[:, :1], ids).masked_fill(absent[:, :1], 0)
     value = torch.zeros_like(ids, dtype=torch.float64)
     if g_listed is not None:
-        value = g_listed * _scale(engine, args)
-        if cap:
-            value = value * reference.soft_cap_slope(_capped(args, ids).double(), cap)
+        value = listed_gradient(engine, args, _at(args.p, ids), g_listed)
     value = torch.where(absent, value[:, :1], value).masked_fill(absent[:, :1], 0.0)
     if g_rest is None:
         grad.zero_()
@@ -83,11 +97,10 @@ def fill_cell_gradients(
     grad.scatter_(-1, ids, value.to(grad.dtype))
 
 
-def _capped(args: RowArgs, ids: Tensor) -> Tensor:
-    """Return the soft-capped logits at ids [N, K]."""
-    leading, width = args.p.shape[:-1], ids.shape[-1]
-    picked = args.p.gather(-1, ids.view(*leading, width)).view(-1, width)
-    return reference.soft_cap(picked, args.scaling.softcap)
+def _at(p: Tensor, ids: Tensor) -> Tensor:
+    """Return the logits [..., V] at ids [N, K]."""
+    width = ids.shape[-1]
+    return p.gather(-1, ids.view(*p.shape[:-1], width)).view(-1, width)
 
 
 def _scale(engine: Engine, args: RowArgs) -> Tensor | float:
