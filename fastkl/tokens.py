@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 
 from . import _checks, backend, f_divergences
+from .ops import dual_op
 from .ops.engine import ENGINES
 from .ops.fields import FIELDS, FIELDS_OF, result_dtype
 from .ops.row_op import RowInputs, per_token, row_statistics
-from .ops.selected_op import SelectedInputs, selected_logprobs
+from .ops.topk_op import CellInputs, cells
 
 
 class TokenStats(NamedTuple):
@@ -179,10 +180,7 @@ class Support(NamedTuple):
         several = isinstance(ids, torch.Tensor) and ids.dim() > len(leading)
         entries = ids.shape[-1:] if several else (1,)
         _checks.tokens(ids, torch.Size((*leading, *entries)), device, "support")
-        ids = ids.long()
-        ids = ids.masked_fill((ids < 0) | (ids >= vocabulary), vocabulary).sort(-1)[0]
-        repeated = torch.nn.functional.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
-        ids = ids.masked_fill(repeated, vocabulary).sort(-1)[0]
+        ids = increasing(ids.long(), vocabulary)
         absent = ids == vocabulary
         counted = ~absent[..., 0] if mask is None else mask & ~absent[..., 0]
         return cls(ids, absent, counted)
@@ -262,7 +260,7 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
         logits: [..., V], as in token_stats.
         index: integer ids [...], or [..., K] for K per row, from one read of the logits for any K.
             An id outside 0 … V-1 (-100 included) is an error on the reference backend and gives NaN
-            on a GPU.
+            on a GPU and for several ids in torch.compile and vmap.
     Returns:
         float32 (float64 for float64 logits) in the shape of index, nats. Gradient with respect to
         logits; ids that occur twice in a row add up.
@@ -284,6 +282,24 @@ def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Te
             RowInputs(logits, None, ids, None, None, 1.0, "logprob", chosen)
         )[0]
         return logprob
-    within = ids if ENGINES[chosen].checks_values else ids.clamp(0, logits.shape[-1] - 1)
-    logprobs = selected_logprobs(SelectedInputs(logits, within, chosen))[0]
-    return logprobs if within is ids else torch.where(ids == within, logprobs, float("nan"))
+    vocabulary = logits.shape[-1]
+    if ENGINES[chosen].checks_values and dual_op.eager(logits, ids):
+        _checks.tokens_in_range(ids, vocabulary)
+    if not ids.shape[-1]:
+        return logits.gather(-1, ids).to(result_dtype(logits))
+    unique = increasing(ids, vocabulary)
+    listed, rest, _ = cells(CellInputs(logits, unique, None, None, 1.0, chosen))
+    logprobs = torch.cat([listed, rest[..., None]], -1).log_softmax(-1)
+    place = torch.searchsorted(unique, ids)
+    inside = (ids >= 0) & (ids < vocabulary)
+    values = logprobs.gather(-1, place).clamp(max=0.0).to(result_dtype(logits))
+    return torch.where(inside, values, float("nan"))
+
+
+def increasing(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Sort each row of ids [..., K]; `vocabulary` replaces those outside it and all but one of
+    repeated ones.
+    """
+    ids = ids.masked_fill((ids < 0) | (ids >= vocabulary), vocabulary).sort(-1)[0]
+    repeated = torch.nn.functional.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
+    return ids.masked_fill(repeated, vocabulary).sort(-1)[0]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkl
 from fastkl import testing
-from fastkl.ops import dual_op, linear_op, linear_sum_op, row_op, selected_op
+from fastkl.ops import dual_op, linear_op, linear_sum_op, row_op, topk_op
 
 DISPATCHED = (
     row_op.row_statistics,
@@ -24,8 +24,8 @@ DISPATCHED = (
     linear_op.linear_gradients,
     linear_sum_op.linear_weighted_kl,
     linear_sum_op.scaled,
-    selected_op.selected_logprobs,
-    selected_op.selected_gradients,
+    topk_op.cells,
+    topk_op.cell_gradients,
 )
 
 
@@ -96,7 +96,7 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor]) -> No
         ("kl", {"row_statistics", "row_gradients"}),
         ("stats", {"row_statistics", "row_gradients"}),
         ("renyi", {"row_statistics", "row_gradients"}),
-        ("select", {"selected_logprobs", "selected_gradients"}),
+        ("select", {"cells", "cell_gradients"}),
         ("linear_none", {"linear_statistics", "linear_gradients"}),
         ("linear_mean", {"linear_weighted_kl", "scaled"}),
         ("linear_stats", {"linear_statistics", "linear_gradients"}),
