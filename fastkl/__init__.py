@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
         skew_kl_divergence,
         total_variation,
     )
-    from .estimators import estimate_kl, sampled_kl_loss
+    from .estimators import binary_divergence, estimate_kl, sampled_kl_loss
     from .linear import Head, linear_divergence, linear_kl_divergence, linear_token_stats
     from .penalty import KLPenalty, LinearKLPenalty
     from .tokens import TokenStats, selective_log_softmax, token_stats
@@ -31,6 +31,7 @@ __all__ = [
     "LinearKLPenalty",
     "TokenStats",
     "TopKStats",
+    "binary_divergence",
     "estimate_kl",
     "explain",
     "jeffreys_divergence",
@@ -60,6 +61,7 @@ _HOMES = {
     "LinearKLPenalty": "penalty",
     "TokenStats": "tokens",
     "TopKStats": "topk",
+    "binary_divergence": "estimators",
     "estimate_kl": "estimators",
     "explain": "backend",
     "jeffreys_divergence": "divergence",
