@@ -17,7 +17,7 @@ def divergence_mask(
     limit: float | tuple[float, float] = 0.15,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mask the tokens whose update would leave DPPO's trust region: True keeps a token.
+    """Tell which tokens DPPO's trust region keeps: False where the update would lead further out.
 
     Equivalent to
 
@@ -47,9 +47,9 @@ def divergence_mask(
         advantages: as in ppo_loss: one per token, shaped as logprob, or per sequence, [B], with
             cu_seqlens [S].
         kind: "tv", the difference of the token's probabilities, or "kl", in nats.
-        limit: the largest divergence that an update may increase: one number ≥ 0, or (low, high)
-            for tokens that fall (advantage ≤ 0) and that rise, as verl's clip_ratio_low and
-            clip_ratio_high. verl's example takes 0.15 for "tv" and 0.05 for "kl".
+        limit: the divergence beyond which no update leads further away: one number ≥ 0, or (low,
+            high) for tokens that are to fall (advantage ≤ 0) and to rise, verl's clip_ratio_low
+            and clip_ratio_high. verl's example takes 0.15 for "tv" and 0.05 for "kl".
         cu_seqlens: as in ppo_loss.
 
     Returns:
