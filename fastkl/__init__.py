@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
         skew_kl_divergence,
         total_variation,
     )
-    from .estimators import estimate_kl, sampled_kl_loss
+    from .estimators import binary_divergence, estimate_kl, sampled_kl_loss
     from .linear import Head, linear_token_stats
     from .linear_divergences import linear_divergence, linear_kl_divergence
     from .penalty import KLPenalty, LinearKLPenalty
@@ -32,6 +32,7 @@ __all__ = [
     "LinearKLPenalty",
     "TokenStats",
     "TopKStats",
+    "binary_divergence",
     "entropy_from_logits",
     "estimate_kl",
     "explain",
@@ -63,6 +64,7 @@ _HOMES = {
     "LinearKLPenalty": "penalty",
     "TokenStats": "tokens",
     "TopKStats": "topk",
+    "binary_divergence": "estimators",
     "entropy_from_logits": "tokens",
     "estimate_kl": "estimators",
     "explain": "backend",

@@ -1,5 +1,5 @@
 """Estimates KL from the log-probabilities of sampled tokens alone: k1, k2, k3 and abs, and a loss
-whose gradient is right as well.
+whose gradient is right as well; and the exact divergence of "this token or another".
 
 fastkl.kl_divergence has neither their noise nor their pitfalls; use these if only log-probabilities
 were kept. An estimator with the right value may have the wrong gradient: tests/test_estimators.py
@@ -12,10 +12,11 @@ from typing import get_args
 import torch
 
 from . import _checks
-from ._types import Direction, Estimator
+from ._types import BinaryKind, Direction, Estimator
 
 ESTIMATORS = get_args(Estimator)
 DIRECTIONS = get_args(Direction)
+BINARY_KINDS = get_args(BinaryKind)
 # Lower clamp of log-probabilities (-inf, finfo.min masks), which keeps every difference finite.
 _FLOOR = -1e4
 # Bound of |d| beyond which k3 continues along its tangent without a clamp.
@@ -150,6 +151,81 @@ def sampled_kl_loss(
     if old_logprob is None:
         return loss
     return loss * (now.detach() - finite(old_logprob)).clamp(max=LARGEST_LOG_RATIO).exp()
+
+
+def binary_divergence(
+    logprob: torch.Tensor, ref_logprob: torch.Tensor, *, kind: BinaryKind = "kl"
+) -> torch.Tensor:
+    """Compute the divergence of "this token or another" under two models, exactly, from the token's
+    log-probabilities.
+
+    Equivalent, with every digit of a small result and of probabilities near 0 and 1 kept, to
+
+        p, q = logprob.double().exp(), ref_logprob.double().exp()
+        kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()   # 0 · log 0 = 0
+        tv = (p - q).abs()
+
+    the KL(P‖Q) and the total variation of two Bernoulli distributions. No token is sampled here:
+    it is the exact divergence of two events, and at most that of the two models over the whole
+    vocabulary (their divergence can only fall when tokens are merged).
+
+    Args:
+        logprob: [...], log p of a token in nats, a float of any type.
+        ref_logprob: [...], log q of the same token, for the second argument of the KL.
+        kind: "kl" or "tv".
+
+    Returns:
+        [...] float32 (float64 for float64 log-probabilities), nats for "kl"; computed in float64.
+        Never negative, exactly 0 for equal log-probabilities; "tv" is at most 1.
+
+    Gradient:
+        To both where they require it: with p = e^logprob, of "kl" to logprob p·(log(p/(1 - p)) -
+        log(q/(1 - q))) and to ref_logprob (q - p)/(1 - q); of "tv" ±p and ±q, 0 where they are
+        equal. Never NaN for finite log-probabilities. At a logprob of 0 the first one has no finite
+        limit; it is finite here, as if 1 - p were 2e-308.
+
+    Special values:
+        -inf is a probability of 0. A log-probability above 0 is a rounding error and counts as 0,
+        without gradient. "kl" is +inf exactly where q is 0 and float64's p is not, or q is 1 and p
+        is not. A ref_logprob that was rounded to 0 is enough: log_softmax in float32 rounds so
+        above q = 1 - 6e-8. NaN stays NaN in its own token.
+
+    Raises:
+        As estimate_kl; ValueError for another kind.
+
+    Source: Qi et al., Rethinking the Trust Region in LLM Reinforcement Learning (2026), whose
+    binary approximation it is, with the policy that sampled as P.
+    """
+    _checks.choice("kind", kind, BINARY_KINDS)
+    _check(logprob, None, ref_logprob=ref_logprob)
+    a, b = (value.double().clamp(max=0) for value in (logprob, ref_logprob))
+    a = a.clamp(min=_FLOOR)  # p is 0 from -746 on, and the difference of two -inf would be NaN
+    p, q, d = a.exp(), b.exp(), b - a
+    # Each form has the digits of its derivative too: that of expm1 is its result + 1.
+    gap = torch.where(d.abs() < 1, p * torch.expm1(d.clamp(-1, 1)), q - p)
+    if kind == "tv":
+        result = gap.abs()
+    else:
+        rest, ref_rest = (
+            torch.where(x > -0.5, -torch.expm1(x.clamp(min=-0.5)), 1 - x.exp()) for x in (a, b)
+        )
+        tiny = torch.finfo(torch.float64).tiny
+        divisor, near = rest.clamp(min=tiny), 2 * gap.abs() < rest
+        # log((1 - q) / (1 - p)), from 1 - gap / (1 - p) or as a difference
+        rest_d = torch.where(
+            near,
+            torch.log1p(-torch.where(near, gap, 0.0) / divisor),
+            ref_rest.clamp(min=tiny).log() - divisor.log(),
+        )
+        # d = 1 where p = 0, so that p·d is 0
+        result = _bregman(p, torch.where(p == 0, 1.0, d), gap) + _bregman(rest, rest_d, -gap)
+        result = torch.where((ref_rest == 0) & (rest > 0), math.inf, result)
+    return result.to(torch.promote_types(logprob.dtype, torch.float32))
+
+
+def _bregman(p: torch.Tensor, d: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
+    """Compute p·(e^d - 1 - d), never negative, from gap = p·(e^d - 1), which does not overflow."""
+    return torch.where(d.abs() < 1, p * _expm1_minus(d.clamp(-1, 1)), gap - p * d)
 
 
 def _estimate(d: torch.Tensor, form: str, clamp: float | None) -> torch.Tensor:

@@ -1,15 +1,23 @@
-"""estimate_kl and sampled_kl_loss: values and gradients to their last digits, ratios, clamps,
-infinities, errors.
+"""estimate_kl, sampled_kl_loss and binary_divergence: values and gradients to their last digits,
+ratios, clamps, infinities, errors.
 """
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
 from torch import autograd
 
 from fastkl import testing
-from fastkl.estimators import DIRECTIONS, ESTIMATORS, estimate_kl, sampled_kl_loss
+from fastkl.estimators import (
+    BINARY_KINDS,
+    DIRECTIONS,
+    ESTIMATORS,
+    binary_divergence,
+    estimate_kl,
+    sampled_kl_loss,
+)
 
 FLOOR = -1e4
 FORWARD, BACKWARD = DIRECTIONS
@@ -247,3 +255,99 @@ def test_gradients_of_estimate_kl(estimator) -> None:
     pair = torch.tensor([[-1.0, -2.0, -0.1], [-1.5, -1.0, -3.0]]).double().requires_grad_().unbind()
     for check, clamp in ((autograd.gradcheck, 2.0), (autograd.gradgradcheck, 0.7)):
         assert check(lambda p, q, clamp=clamp: either(p, q, estimator, clamp), pair)
+
+
+# ---- this token or another
+
+
+def bernoulli(a: float, b: float, kind: str) -> tuple[float, float, float]:
+    """The divergence of e^a and e^b and its two slopes, from 400 decimal digits."""
+    with localcontext() as context:
+        context.prec = 400
+        log_p, log_q = Decimal(a), Decimal(b)
+        p, q = log_p.exp(), log_q.exp()
+        if kind == "tv":
+            sign = (p > q) - (p < q)
+            return float(abs(p - q)), float(sign * p), float(-sign * q)
+        rest = ((1 - p) / (1 - q)).ln()
+        kl = p * (log_p - log_q) + (1 - p) * rest
+        return float(kl), float(p * (log_p - log_q - rest)), float((q - p) / (1 - q))
+
+
+# Results in float32 have one rounding, of 2^-24; in float64 the roundings of some ten operations,
+# and of logarithms of up to 700 where 1 - p and 1 - q are small.
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2.0**-23), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("kind", BINARY_KINDS)
+def test_digits_of_binary_divergences(kind, dtype, limit) -> None:
+    # Of probabilities from 1e-35 to 1 - 1e-35, equal to 8 digits or to none.
+    sizes = [1e-35, 3e-17, 1e-8, 2e-3, 0.4, 0.51, 0.6931, 1.0, 7.0, 36.0, 80.0]
+    steps = [1 + sign * 10**power for power in (-7.5, -7, -4, -1) for sign in (1, -1)]
+    pairs = [(-a, -a * step) for a in sizes for step in steps] + [
+        (-a, -b) for a in sizes for b in sizes
+    ]
+    a, b = torch.tensor(pairs, dtype=dtype).unbind(-1)
+    a, b = a[a != b].requires_grad_(), b[a != b].requires_grad_()
+    value = binary_divergence(a, b, kind=kind)
+    results = torch.stack([value.detach(), *torch.autograd.grad(value.sum(), (a, b))], -1).double()
+    exact = [bernoulli(*pair, kind) for pair in zip(a.tolist(), b.tolist(), strict=True)]
+    exact = torch.tensor(exact, dtype=torch.float64)
+    testing.assert_near(results, exact, limit, 2.0**-149, kind)
+
+
+INFINITY, LOG2 = math.inf, math.log(2)
+
+
+# log p, log q, KL and total variation; the last two positive ones are rounding errors.
+@pytest.mark.parametrize(
+    "a, b, kl, tv",
+    [
+        *((x, x, 0.0, 0.0) for x in (-INFINITY, -1e30, -746.0, -104.0, -1.0, -1e-45, 0.0)),
+        (-INFINITY, -LOG2, LOG2, 0.5),
+        (-LOG2, -INFINITY, INFINITY, 0.5),
+        (-200.0, -INFINITY, INFINITY, 0.0),
+        (-800.0, -INFINITY, 0.0, 0.0),
+        (-INFINITY, -1e30, 0.0, 0.0),
+        (0.0, -LOG2, LOG2, 0.5),
+        (0.0, -INFINITY, INFINITY, 1.0),
+        (-LOG2, 0.0, INFINITY, 0.5),
+        (-1e-45, 0.0, INFINITY, 0.0),
+        (-INFINITY, 0.0, INFINITY, 1.0),
+        (1e-3, -LOG2, LOG2, 0.5),
+        (-LOG2, 1e-3, INFINITY, 0.5),
+        (math.nan, -1.0, math.nan, math.nan),
+        (-1.0, math.nan, math.nan, math.nan),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_certain_and_impossible_tokens(a, b, kl, tv, dtype) -> None:
+    # 0·log 0 = 0; finite log-probabilities have a gradient that is no NaN, positive ones none.
+    pair = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in (a, b)]
+    for kind, exact in (("kl", kl), ("tv", tv)):
+        value = binary_divergence(*pair, kind=kind)
+        assert value.tolist() == pytest.approx([exact], rel=1e-7, nan_ok=True)
+        slopes = [slope.item() for slope in autograd.grad(value, pair)]
+        assert not math.isfinite(a + b) or not any(map(math.isnan, slopes))
+        assert all(slope == 0 for slope, x in zip(slopes, (a, b), strict=True) if x > 0 or a == b)
+
+
+@pytest.mark.parametrize("kind", BINARY_KINDS)
+def test_binary_divergences_of_models(kind) -> None:
+    # At most that of the whole distributions; equal bits of 16-bit log-probs and their float32;
+    # second derivatives, through every form and across where they meet.
+    p, q = testing.pair("normal1", 64, 50, 0.1)
+    log_p, log_q = (x.log_softmax(-1) for x in (p, q))
+    whole = {"kl": testing.truth(p, q).kl, "tv": (log_p.exp() - log_q.exp()).abs().sum(-1) / 2}[
+        kind
+    ]
+    binary = binary_divergence(log_p, log_q, kind=kind)
+    assert bool((binary <= whole[:, None] * (1 + 1e-5)).all()) and binary.dtype == torch.float32
+    half = log_p.bfloat16().requires_grad_(), log_q.bfloat16()
+    value, same = (
+        binary_divergence(*half, kind=kind),
+        binary_divergence(half[0].float(), half[1].float(), kind=kind),
+    )
+    assert torch.equal(value, same) and gradient(value, half[0]).dtype == torch.bfloat16
+    a, b = -torch.tensor([[0.2, 1e-3, 3.0, 0.3, 5.0], [0.3, 0.7, 1.0, 0.301, 0.02]]).double()
+    a, b = a.requires_grad_(), b.requires_grad_()
+    for check in (autograd.gradcheck, autograd.gradgradcheck):
+        assert check(lambda x, y: binary_divergence(x, y, kind=kind), (a, b))

@@ -73,12 +73,16 @@ BESIDE = [
     ("grpo_loss.kl", {"beta": 0.1, "logprob": TENSORS["kl"].clone()}),
     ("grpo_loss.beta", {"ref_logprob": TENSORS["logprob"]}),
     ("grpo_loss.ref_logprob", {"beta": 0.1}),
+    ("grpo_loss.tau", {"surrogate": "sapo"}),
     ("grpo_loss.*kl*", {"beta": 0.1, "ref_logprob": TENSORS["logprob"]}),
     (
         "ppo_loss.cu_seqlens",
         {"logprob": torch.zeros(6), "old_logprob": torch.zeros(6), "reduction": "sequence_mean"},
     ),
-    ("grpo_loss.cu_seqlens", {"logprob": torch.zeros(6), "old_logprob": torch.zeros(6)}),
+    *(
+        (f"{name}.cu_seqlens", {"logprob": torch.zeros(6), "old_logprob": torch.zeros(6)})
+        for name in ("grpo_loss", "divergence_mask")
+    ),
     ("shape_rewards.cu_seqlens", {"kl": torch.zeros(6)}),
     ("KLMonitor.update.cu_seqlens", {"kl": torch.zeros(6)}),
     ("*_stats.ref_weight", {"ref_hidden": TENSORS["hidden"]}),
@@ -257,7 +261,8 @@ VALID = [
     (r"selective_log_softmax\.index", "last dimension more", "K ids of each row"),
     (
         r"(AdaptiveBeta|PPOAdaptiveBeta|PIDBeta|FixedBeta|SpikeDetector|TrustRegion)\..*|"
-        r"KLMonitor\.threshold|.*\.(beta|damping|dual_clip|max_kl|tolerance|label_smoothing)",
+        r"KLMonitor\.threshold|.*\.(beta|damping|dual_clip|max_kl|tolerance|label_smoothing|"
+        r"tau|limit)",
         NUMBERS,
         "every real number that float() takes",
     ),
@@ -282,7 +287,8 @@ VALID = [
     ),
     (r".*Beta\.update\.kl", "-1, -1.5", "a mean of k1"),
     (r"grpo_loss\.correct_kl|.*\.recompute", "bool", "a bool"),
-    (r"(ppo|grpo)_loss\.old_logprob", "None", "the policy as it is now"),
+    (r"((ppo|grpo)_loss|divergence_mask)\.old_logprob", "None", "the policy as it is now"),
+    (r"divergence_mask\.limit", "inf", "no limit"),
     (r"shape_rewards\.kl", "longer, shorter, empty, float64", "sequences of any length"),
 ]
 

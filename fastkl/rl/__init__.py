@@ -4,6 +4,7 @@ per-token KLs and log-probabilities.
 
 from .beta import AdaptiveBeta, FixedBeta, PIDBeta, PPOAdaptiveBeta
 from .dpo import DPOLoss, dpo_loss
+from .dppo import divergence_mask
 from .losses import grpo_loss, ppo_loss
 from .monitor import KLMonitor, read_jsonl
 from .rewards import shape_rewards
@@ -20,6 +21,7 @@ __all__ = [
     "SpikeDetector",
     "StepResult",
     "TrustRegion",
+    "divergence_mask",
     "dpo_loss",
     "grpo_loss",
     "ppo_loss",

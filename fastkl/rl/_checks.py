@@ -180,15 +180,30 @@ def beta(
     return value.detach()
 
 
+def pair(value: Any) -> tuple[Any, Any]:
+    """Return a pair as it is, and anything else as both entries of one."""
+    return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+
+
 def clip(value: float | tuple[float, float]) -> tuple[float, float]:
     """Return (how far the ratio may fall below 1, how far it may rise above 1)."""
-    low, high = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    low, high = pair(value)
     what = "a number within 0 … 1, or a pair (low within 0 … 1, high ≥ 0)"
     remedy = "pass clip=0.2 or clip=(0.2, 0.28), for instance"
     return (
         number("clip", low, what, lambda x: 0 <= x <= 1, remedy),
         number("clip", high, what, lambda x: x >= 0, remedy),
     )
+
+
+def number_pair(
+    name: str, value: Any, what: str, inside: Callable[[float], bool], remedy: str
+) -> tuple[float, float]:
+    """Return two numbers for which `inside` holds, from one for both or from a pair."""
+    low, high = (
+        number(name, each, f"{what}, or a pair of such", inside, remedy) for each in pair(value)
+    )
+    return low, high
 
 
 def cu_seqlens(value: torch.Tensor, name: str, packed: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""DPO over the log-probabilities of whole responses."""
+"""DPO and IPO over the log-probabilities of whole responses."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -10,6 +10,8 @@ from .. import _reduce
 from ..estimators import finite
 from . import _checks
 
+Preference = Literal["sigmoid", "ipo"]
+DPOReduction = Literal["none", "mean", "sum"]
 # Floor of a response's log-probability: 10,000 tokens at their own floor.
 _RESPONSE_FLOOR = -1e8
 
@@ -17,8 +19,8 @@ _RESPONSE_FLOOR = -1e8
 class DPOLoss(NamedTuple):
     """Result of dpo_loss.
 
-    loss: scalar, with gradient. chosen_reward, rejected_reward, margin: [B], the implicit rewards
-    and their difference, detached.
+    loss: scalar ([B] with reduction="none"), with gradient. chosen_reward, rejected_reward, margin:
+    [B], the implicit rewards and their difference, detached.
     """
 
     loss: torch.Tensor
@@ -27,17 +29,19 @@ class DPOLoss(NamedTuple):
     margin: torch.Tensor
 
 
-def dpo_loss(
+def dpo_loss(  # noqa: PLR0913
     chosen: torch.Tensor,
     rejected: torch.Tensor,
     ref_chosen: torch.Tensor,
     ref_rejected: torch.Tensor,
     *,
     beta: float = 0.1,
+    loss: Preference = "sigmoid",
     label_smoothing: float = 0.0,
+    reduction: DPOReduction = "mean",
     normalizer: float | torch.Tensor | None = None,
 ) -> DPOLoss:
-    """Direct preference optimisation over the log-probabilities of whole responses.
+    """Direct preference optimisation over the log-probabilities of whole responses, or IPO.
 
     Equivalent to
 
@@ -45,29 +49,36 @@ def dpo_loss(
         rejected_reward = beta * (rejected - ref_rejected)
         margin = chosen_reward - rejected_reward
         right, wrong = F.logsigmoid(margin), F.logsigmoid(-margin)
-        loss = -((1 - label_smoothing) * right + label_smoothing * wrong).mean()
+        loss = -((1 - label_smoothing) * right + label_smoothing * wrong).mean()    # "sigmoid"
+        loss = ((margin / beta - 1 / (2 * beta)) ** 2).mean()                       # "ipo"
 
     The policy that maximises reward - beta·KL(policy‖reference) is ∝ reference·exp(reward / beta),
     so beta·(log π - log π_ref) is the reward whose optimum is π, up to a constant per prompt: no
-    reward model is needed, and the KL penalty is part of the loss.
+    reward model is needed, and the KL penalty is part of the loss. IPO pulls the margin to 1/2
+    instead of pushing it without end, so that pairs that are always ranked alike do not take the
+    policy ever further from the reference.
 
     Args:
         chosen, rejected: log π of each response in nats, the sum over its tokens (per-token ones
-            are refused), [B], with gradient.
+            are refused), [B], with gradient. With "ipo" the sum is the paper's form; TRL 1.16
+            takes each response's mean per token instead: divide all four by the number of tokens.
         ref_chosen, ref_rejected: the same under the reference, [B]; no gradient.
-        beta: the weight of the KL penalty whose optimum is sought, above 0.
+        beta: the weight of the KL penalty whose optimum is sought, above 0; the paper's tau of IPO.
+        loss: "sigmoid", DPO's, or "ipo".
         label_smoothing: the probability that a preference is labelled the wrong way round, 0 … 0.5
-            (0.5 left out).
+            (0.5 left out); with "sigmoid" alone.
+        reduction: "mean", "sum", or "none", one loss per pair.
         normalizer: as ppo_loss, in place of the number of pairs B.
 
     Returns:
-        DPOLoss, float32 (float64 for a float64 chosen): loss, a scalar, 0 without a pair;
+        DPOLoss, float32 (float64 for a float64 chosen): loss, a scalar, 0 without a pair ([B] with
+        reduction "none");
         chosen_reward, rejected_reward and margin, [B]. The share of pairs ranked right is (margin >
         0).float().mean().
 
     Gradient:
-        Of loss to chosen: -beta·(sigmoid(-margin) - label_smoothing) / B, and the opposite to
-        rejected. The other fields are detached.
+        Of loss to chosen: -beta·(sigmoid(-margin) - label_smoothing) / B, with "ipo"
+        (2·margin - 1) / (beta·B), and the opposite to rejected. The other fields are detached.
 
     Special values:
         A log-probability below -1e8, -inf included, counts as -1e8 and has no gradient: the sum
@@ -78,11 +89,15 @@ def dpo_loss(
         TypeError: a tensor not of a float type, float64 beside another type, a setting that is no
             number.
         ValueError: shapes that are not [B] or differ, devices that differ, beta or label_smoothing
-            out of range, a normalizer as in ppo_loss.
+            out of range, label_smoothing with "ipo", another loss or reduction, a normalizer as in
+            ppo_loss.
 
     Source: Rafailov et al., Direct Preference Optimization (2023), eqs. 4 to 7; Mitchell, A note on
-    DPO with noisy preferences (2023), for label_smoothing.
+    DPO with noisy preferences (2023), for label_smoothing; Azar et al., A General Theoretical
+    Paradigm to Understand Learning from Human Preferences (2023), eq. 17, for "ipo".
     """
+    _checks.choice("loss", loss, get_args(Preference))
+    _checks.choice("reduction", reduction, get_args(DPOReduction))
     beta = _checks.number(
         "beta", beta, "a finite number above 0", lambda x: 0 < x < math.inf, "0.1 is common"
     )
@@ -92,6 +107,13 @@ def dpo_loss(
         "a number from 0 to less than 0.5",
         lambda x: 0 <= x < 0.5,
         "it is the share of labels that are the wrong way round",
+    )
+    _checks.expect(
+        loss == "sigmoid" or label_smoothing == 0,
+        "label_smoothing",
+        "0 with loss='ipo'",
+        label_smoothing,
+        "pass it with loss='sigmoid'",
     )
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     for name, value in zip(names, (chosen, rejected, ref_chosen, ref_rejected), strict=True):
@@ -104,7 +126,7 @@ def dpo_loss(
             "sum over the response's tokens",
         )
         _checks.like(name, value, "chosen", chosen)
-    _checks.normalizer(normalizer, "mean", chosen.device)
+    _checks.normalizer(normalizer, reduction, chosen.device)
     chosen, rejected = (finite(value, _RESPONSE_FLOOR) for value in (chosen, rejected))
     ref_chosen, ref_rejected = (
         finite(value.detach(), _RESPONSE_FLOOR) for value in (ref_chosen, ref_rejected)
@@ -112,10 +134,14 @@ def dpo_loss(
     chosen_reward = beta * (chosen - ref_chosen)
     rejected_reward = beta * (rejected - ref_rejected)
     margin = chosen_reward - rejected_reward
-    losses = (
-        -logsigmoid(margin)
-        if label_smoothing == 0
-        else -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
-    )
-    mean = losses.sum() / _reduce.divisor("mean", normalizer, None, losses.shape, losses.dtype)
-    return DPOLoss(mean, chosen_reward.detach(), rejected_reward.detach(), margin.detach())
+    if loss == "ipo":
+        losses = ((margin - 0.5) / beta).square()
+    elif label_smoothing == 0:
+        losses = -logsigmoid(margin)
+    else:
+        right, wrong = logsigmoid(margin), logsigmoid(-margin)
+        losses = -(1 - label_smoothing) * right - label_smoothing * wrong
+    if reduction != "none":
+        divisor = _reduce.divisor(reduction, normalizer, None, losses.shape, losses.dtype)
+        losses = losses.sum() / divisor
+    return DPOLoss(losses, chosen_reward.detach(), rejected_reward.detach(), margin.detach())

@@ -1,6 +1,5 @@
 """Policy-gradient losses over log-probabilities: PPO, and GRPO and GSPO with their KL penalty."""
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -8,11 +7,13 @@ import torch
 from .._types import BetaController, PenaltyReduction
 from ..estimators import LARGEST_LOG_RATIO, estimate_kl, finite, sampled_kl_loss
 from . import _checks
-from .sequences import Sequences, sequences_of, total
+from .sequences import loss_sequences, loss_tensors, total
+from .surrogates import CLIP, SurrogateName, checked_surrogate, mean_log_ratio
 
-GRPOReduction = Literal["grpo", "bnpo", "dr_grpo", "sum"]
+PPOReduction = Literal["none", PenaltyReduction]
+GRPOReduction = Literal["none", "grpo", "bnpo", "dr_grpo", "sum"]
 Level = Literal["token", "sequence"]
-PPO_REDUCTIONS = get_args(PenaltyReduction)
+PPO_REDUCTIONS = get_args(PPOReduction)
 GRPO_REDUCTIONS = get_args(GRPOReduction)
 LEVELS = get_args(Level)
 
@@ -23,9 +24,9 @@ def ppo_loss(  # noqa: PLR0913
     advantages: torch.Tensor,
     mask: torch.Tensor | None = None,
     *,
-    clip: float | tuple[float, float] = 0.2,
+    clip: float | tuple[float, float] = CLIP,
     dual_clip: float | None = None,
-    reduction: PenaltyReduction = "token_mean",
+    reduction: PPOReduction = "token_mean",
     cu_seqlens: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -58,7 +59,7 @@ def ppo_loss(  # noqa: PLR0913
             1; None: no such bound.
         reduction: "token_mean", also spelt "mean": mean over the tokens that count;
             "sequence_mean": mean over sequences of the sum over each one's tokens, sequences
-            without a token that counts left out; "sum".
+            without a token that counts left out; "sum"; "none": one loss per token.
         cu_seqlens: integers [S+1] from 0 to total: sequence s is logprob[cu_seqlens[s] :
             cu_seqlens[s + 1]]; empty ones are allowed. "token_mean" and "sum" with advantages per
             token take a logprob [total] without it.
@@ -69,9 +70,11 @@ def ppo_loss(  # noqa: PLR0913
             0 gives 0.
 
     Returns:
-        The loss, a float32 scalar (float64 for a float64 logprob). 0 where no token counts.
+        The loss, a float32 scalar (float64 for a float64 logprob). 0 where no token counts. With
+        "none" shaped as logprob, exactly 0 for tokens that do not count.
         Boundaries that do not run from 0 to total are an error on the CPU; on a GPU, where looking
-        would cost a synchronisation, and under torch.compile, the loss is NaN.
+        would cost a synchronisation, and under torch.compile, the loss is NaN ("none": of every
+        token that counts).
 
     Gradient:
         To logprob: -ratio·A times the reduction's weight, 0 where clipped. None to old_logprob and
@@ -83,29 +86,21 @@ def ppo_loss(  # noqa: PLR0913
             mask not bool, a setting that is not a number.
         ValueError: shapes or devices that do not fit, old_logprob with gradient, clip or dual_clip
             out of range, another reduction, cu_seqlens missing or wrong, a normalizer that is not
-            above 0 or beside "sum".
+            above 0 or beside "sum" and "none".
 
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 7; Ye et al.,
     Mastering Complex Control in MOBA Games with Deep Reinforcement Learning (2020), for the dual
     clip; Yu et al., DAPO (2025), for a higher upper bound.
     """
     _checks.choice("reduction", reduction, PPO_REDUCTIONS)
-    if dual_clip is not None:
-        dual_clip = _checks.number(
-            "dual_clip",
-            dual_clip,
-            "None or a finite number above 1",
-            lambda x: 1 < x < math.inf,
-            "3 is common",
-        )
-    bounds = _checks.clip(clip)
-    sequences = _sequences(logprob, cu_seqlens, reduction == "sequence_mean")
+    surrogate = checked_surrogate("clip", clip, dual_clip)
+    sequences = loss_sequences(logprob, cu_seqlens, reduction == "sequence_mean")
     _checks.normalizer(normalizer, reduction, logprob.device)
-    logprob, old_logprob, advantages, mask = _prepare(
+    logprob, old_logprob, advantages, mask = loss_tensors(
         logprob, old_logprob, advantages, mask, sequences, cu_seqlens
     )
-    ratio = _clipped_ratio(logprob - old_logprob, advantages, bounds, dual_clip)
-    return total(-advantages * ratio, mask, sequences, reduction, normalizer)
+    loss = surrogate.losses(logprob - old_logprob, logprob, advantages)
+    return total(loss, mask, sequences, reduction, normalizer)
 
 
 def grpo_loss(  # noqa: PLR0913
@@ -117,7 +112,10 @@ def grpo_loss(  # noqa: PLR0913
     ref_logprob: torch.Tensor | None = None,
     kl: torch.Tensor | None = None,
     beta: float | torch.Tensor | BetaController = 0.0,
-    clip: float | tuple[float, float] = 0.2,
+    surrogate: SurrogateName = "clip",
+    clip: float | tuple[float, float] = CLIP,
+    dual_clip: float | None = None,
+    tau: float | tuple[float, float] | None = None,
     level: Level = "token",
     reduction: GRPOReduction = "grpo",
     max_length: int | None = None,
@@ -126,13 +124,16 @@ def grpo_loss(  # noqa: PLR0913
     cu_seqlens: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """GRPO's loss: the clipped surrogate of PPO plus beta times a KL to the reference, token by
-    token.
+    """GRPO's loss, and CISPO's and SAPO's: a surrogate of the policy gradient plus beta times a KL
+    to the reference, token by token.
 
     Equivalent to
 
         ratio = (logprob - old_logprob).exp()                           # level "token"
-        loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+        clipped, tau = ratio.clamp(1 - low, 1 + high), torch.where(advantages > 0, *tau)
+        loss = {"clip": -torch.minimum(ratio * advantages, clipped * advantages),
+                "cispo": -clipped.detach() * advantages * logprob,
+                "sapo": -(tau * (ratio - 1)).sigmoid() * 4 / tau * advantages}[surrogate]
         if kl is None:
             d = logprob - ref_logprob
             kl = ((-d).exp() - 1 + d) * (ratio if correct_kl else 1)
@@ -150,20 +151,30 @@ def grpo_loss(  # noqa: PLR0913
     stays.
 
     Args:
-        logprob, old_logprob, advantages, mask, clip: as in ppo_loss. The advantages of a group are
-            its rewards less their mean, over their standard deviation in the published form.
+        logprob, old_logprob, advantages, mask: as in ppo_loss. The advantages of a group are its
+            rewards less their mean, over their standard deviation in the published form.
         ref_logprob: log π_ref(token), shaped as logprob, no gradient.
         kl: exact KL(policy‖reference) of each token in nats, shaped as logprob, with gradient:
             kl_divergence(policy_logits, ref_logits).
         beta: the KL's weight: a number ≥ 0, a 0-d tensor, or a controller with an attribute `beta`.
             A number 0 leaves the KL out. A tensor is not looked at: a negative one is no error, and
             0 times an infinite `kl` is NaN.
+        surrogate: "clip", PPO's; "cispo": every token keeps its gradient, weighted by the clipped
+            ratio; "sapo": the gradient fades as the ratio leaves 1. "cispo" is published with
+            reduction "bnpo", "sapo" with "grpo".
+        clip: as in ppo_loss, for "clip" and "cispo". CISPO is commonly used without a lower bound:
+            clip=(1, 4), TRL's epsilon_high=5, which is the bound itself there; verl's
+            clip_ratio_low and clip_ratio_high are low and high.
+        dual_clip: as in ppo_loss, for "clip" alone; TRL's delta, if that is at least 1 + high.
+        tau: SAPO's temperatures, (for advantages > 0, for the others) or one for both; None: (1,
+            1.05), as published.
         level: "token": a ratio per token; "sequence": the geometric mean of a sequence's ratios for
             all its tokens (GSPO). Its gradient takes each token with its own advantage (GSPO-token;
             for one advantage per sequence the same). The KL stays per token.
         reduction: "grpo": mean over the B sequences of the mean over each one's tokens, a sequence
             without a token that counts as 0; "bnpo": mean over the batch's tokens that count, also
-            that of DAPO if the batch is whole; "dr_grpo": sum / (B·max_length); "sum".
+            that of DAPO if the batch is whole; "dr_grpo": sum / (B·max_length); "sum"; "none": one
+            loss per token, KL included.
         max_length: with "dr_grpo", the largest number of tokens that a completion may have, the
             same in every step. That none has more is checked on the CPU only, outside
             torch.compile: elsewhere looking would cost a synchronisation.
@@ -173,8 +184,8 @@ def grpo_loss(  # noqa: PLR0913
             are biased.
         kl_clamp: the clamp of estimate_kl and sampled_kl_loss for the estimate from ref_logprob:
             without it a token with d = -20 has a gradient of size e^20, with kl_clamp=5 of e^5.
-        cu_seqlens: as in ppo_loss; level "token" with "bnpo" and "sum" takes a logprob [total]
-            without it.
+        cu_seqlens: as in ppo_loss; level "token" with "bnpo", "sum" and "none" takes a logprob
+            [total] without it.
         normalizer: as in ppo_loss: with "bnpo" in place of the number of tokens that count, with
             "grpo" and "dr_grpo" in place of B, the number of sequences.
 
@@ -182,19 +193,22 @@ def grpo_loss(  # noqa: PLR0913
         As ppo_loss.
 
     Gradient:
-        To logprob, as in ppo_loss, and to kl.
+        To logprob and to kl. Of "clip" as in ppo_loss; of "cispo" -clipped·A; of "sapo"
+        -4·s·(1 - s)·ratio·A with s = sigmoid(tau·(ratio - 1)), each times the reduction's weight.
 
     Raises:
-        As ppo_loss. ValueError also: a number beta that is negative or not finite, one above 0
-        without ref_logprob or kl, both of them, a kl without gradient beside a logprob with one,
-        correct_kl or kl_clamp with kl, a kl_clamp outside (0, 50], max_length missing, without its
-        reduction, or less than a sequence's tokens on the CPU.
+        As ppo_loss. ValueError also: another surrogate, a setting that belongs to another one, a
+        number beta that is negative or not finite, one above 0 without ref_logprob or kl, both of
+        them, a kl without gradient beside a logprob with one, correct_kl or kl_clamp with kl, a
+        kl_clamp outside (0, 50], max_length missing, without its reduction, or less than a
+        sequence's tokens on the CPU.
 
     Source: Shao et al., DeepSeekMath (2024), eqs. 3 and 4; Zheng et al., Group Sequence Policy
-    Optimization (2025), for level "sequence"; Liu et al., Understanding R1-Zero-Like Training
-    (2025), for "dr_grpo"; DeepSeek-AI, DeepSeek-V3.2 (2025), for correct_kl; its ratio at level
-    "sequence" is that of TRL 1.16, GRPOTrainer._compute_loss (per_token_kl * coef_1), and of Liger
-    Kernel 0.8.2, chunked_loss/grpo_loss.py (kl_div * exp(log_importance_weights)).
+    Optimization (2025), for level "sequence"; MiniMax, MiniMax-M1 (2025), for "cispo"; Gao et al.,
+    Soft Adaptive Policy Optimization (2025), for "sapo"; Liu et al., Understanding R1-Zero-Like
+    Training (2025), for "dr_grpo"; DeepSeek-AI, DeepSeek-V3.2 (2025), for correct_kl; its ratio at
+    level "sequence" is that of TRL 1.16, GRPOTrainer._compute_loss (per_token_kl * coef_1), and of
+    Liger Kernel 0.8.2, chunked_loss/grpo_loss.py (kl_div * exp(log_importance_weights)).
     """
     _checks.choice("level", level, LEVELS)
     _checks.choice("reduction", reduction, GRPO_REDUCTIONS)
@@ -212,29 +226,29 @@ def grpo_loss(  # noqa: PLR0913
         max_length,
         "only 'dr_grpo' divides by it",
     )
-    bounds = _checks.clip(clip)
-    sequences = _sequences(
+    policy = checked_surrogate(surrogate, clip, dual_clip, tau)
+    sequences = loss_sequences(
         logprob, cu_seqlens, reduction in ("grpo", "dr_grpo") or level == "sequence"
     )
     _checks.expect(
-        reduction != "sum" or normalizer is None,
+        reduction not in ("none", "sum") or normalizer is None,
         "normalizer",
-        "None with reduction='sum'",
+        f"None with reduction={reduction!r}",
         normalizer,
         "it is for means, use reduction='bnpo'",
     )
     _checks.normalizer(normalizer, "mean", logprob.device)
     beta = _checks.beta(beta, "logprob", logprob)
     _check_kl(logprob, ref_logprob, kl, beta, correct_kl, kl_clamp)
-    logprob, old_logprob, advantages, mask = _prepare(
+    logprob, old_logprob, advantages, mask = loss_tensors(
         logprob, old_logprob, advantages, mask, sequences, cu_seqlens
     )
     log_ratio = logprob - old_logprob
     if level == "sequence":
-        mean = _mean_log_ratio(logprob.detach(), old_logprob, mask, sequences)
+        mean = mean_log_ratio(logprob.detach(), old_logprob, mask, sequences)
         # The difference is 0, and gives each token the gradient of its own logprob.
         log_ratio = mean + (logprob - logprob.detach())
-    loss = -advantages * _clipped_ratio(log_ratio, advantages, bounds)
+    loss = policy.losses(log_ratio, logprob, advantages)
     if isinstance(beta, torch.Tensor) or beta > 0:
         if kl is not None:
             kl = torch.where(mask, kl.to(logprob.dtype), 0.0)
@@ -246,24 +260,10 @@ def grpo_loss(  # noqa: PLR0913
             else:
                 kl = estimate_kl(logprob, reference, estimator="k3", clamp=kl_clamp)
             if correct_kl and level == "sequence":
-                mean = _mean_log_ratio(logprob, old_logprob, mask, sequences)
+                mean = mean_log_ratio(logprob, old_logprob, mask, sequences)
                 kl = kl * mean.clamp(max=LARGEST_LOG_RATIO).exp()
         loss = loss + beta * kl
     return total(loss, mask, sequences, reduction, normalizer, max_length)
-
-
-def _sequences(logprob: torch.Tensor, cu_seqlens: torch.Tensor | None, needed: bool) -> Sequences:
-    """Check logprob and return its sequences; needed: whether the loss asks for boundaries."""
-    _checks.float_tensor("logprob", logprob, "log-probabilities [..., T]", 1)
-    _checks.expect(
-        cu_seqlens is not None or logprob.dim() > 1 or not needed,
-        "cu_seqlens",
-        "the boundaries of the sequences packed into logprob, for this reduction or level, which "
-        "ask what sequence a token is in",
-        None,
-        "pass them, or [1, T] tensors for a single sequence",
-    )
-    return sequences_of("logprob", logprob, cu_seqlens)
 
 
 def _check_kl(
@@ -314,70 +314,3 @@ def _check_kl(
         "one without",
         "a constant in the loss would penalise nothing (shape_rewards takes a KL without gradient)",
     )
-
-
-def _prepare(
-    logprob: torch.Tensor,
-    old_logprob: torch.Tensor | None,
-    advantages: torch.Tensor,
-    mask: torch.Tensor | None,
-    sequences: Sequences,
-    cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    """Check the tensors of a loss and return (logprob, old_logprob, advantages per token, mask).
-
-    They are in the type to compute in, and 0 where the token does not count.
-    """
-    if old_logprob is not None:
-        _checks.float_tensor(
-            "old_logprob", old_logprob, "log-probabilities shaped as logprob, or None"
-        )
-        _checks.like("old_logprob", old_logprob, "logprob", logprob)
-        _checks.expect(
-            not old_logprob.requires_grad,
-            "old_logprob",
-            "a tensor without gradient",
-            "one that requires it",
-            "the ratio is differentiated with respect to logprob alone: pass old_logprob.detach()",
-        )
-    _checks.float_tensor("advantages", advantages, "one per sequence or per token")
-    _checks.per_token_or_sequence("advantages", advantages, "logprob", logprob, cu_seqlens)
-    _checks.mask(mask, logprob.shape, logprob.device)
-    advantages = advantages.detach()
-    if sequences.takes(advantages, logprob):
-        advantages = sequences.spread(advantages)
-    mask = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
-    now = finite(logprob)
-    old = now.detach() if old_logprob is None else finite(old_logprob)
-    given = now, old, advantages.to(now.dtype)
-    # A product with the mask would keep a NaN, in the value or in the gradient.
-    return *(torch.where(mask, value, 0.0) for value in given), mask
-
-
-def _clipped_ratio(
-    log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    bounds: tuple[float, float],
-    dual_clip: float | None = None,
-) -> torch.Tensor:
-    """Return the ratio r' with r'·A = min(ratio·A, clip(ratio)·A).
-
-    It is bounded above for A ≥ 0, and below (with a dual clip above too) for A < 0. The bound comes
-    before the product: a minimum of products has the gradient 0·inf = NaN in the branch not taken.
-    """
-    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
-    # Bounds as tensors: torch.compile compiles a graph for each number that clamp gets.
-    one = ratio.new_ones(())
-    return torch.where(
-        advantages >= 0,
-        ratio.clamp(max=one + bounds[1]),
-        ratio.clamp(min=one - bounds[0], max=None if dual_clip is None else one * dual_clip),
-    )
-
-
-def _mean_log_ratio(
-    logprob: torch.Tensor, old_logprob: torch.Tensor, mask: torch.Tensor, sequences: Sequences
-) -> torch.Tensor:
-    """Give each token the mean of its sequence's log-ratios over the tokens that count."""
-    tokens = sequences.sums(mask.long()).clamp(min=1)
-    return sequences.spread(sequences.sums(logprob - old_logprob) / tokens)

@@ -1,4 +1,6 @@
-"""Sequences of a batch, a row each or packed one behind the other, and the means over them."""
+"""Sequences of a batch, a row each or packed one behind the other: the tensors of a loss over them,
+and the means.
+"""
 
 import math
 from typing import NamedTuple
@@ -6,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .. import _reduce
+from ..estimators import finite
 from . import _checks
 
 
@@ -57,6 +60,60 @@ def sequences_of(name: str, per_token: torch.Tensor, cu_seqlens: torch.Tensor | 
     return Sequences(len(bounds) - 1, owner.clamp(0, len(bounds) - 1), right)
 
 
+def loss_sequences(
+    logprob: torch.Tensor, cu_seqlens: torch.Tensor | None, needed: bool
+) -> Sequences:
+    """Check logprob and return its sequences; needed: whether the loss asks for boundaries."""
+    _checks.float_tensor("logprob", logprob, "log-probabilities [..., T]", 1)
+    _checks.expect(
+        cu_seqlens is not None or logprob.dim() > 1 or not needed,
+        "cu_seqlens",
+        "the boundaries of the sequences packed into logprob, for this reduction or level, which "
+        "ask what sequence a token is in",
+        None,
+        "pass them, or [1, T] tensors for a single sequence",
+    )
+    return sequences_of("logprob", logprob, cu_seqlens)
+
+
+def loss_tensors(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None,
+    sequences: Sequences,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Check the tensors of a loss and return (logprob, old_logprob, advantages per token, mask).
+
+    They are in the type to compute in, and 0 where the token does not count.
+    """
+    if old_logprob is not None:
+        _checks.float_tensor(
+            "old_logprob", old_logprob, "log-probabilities shaped as logprob, or None"
+        )
+        _checks.like("old_logprob", old_logprob, "logprob", logprob)
+        _checks.expect(
+            not old_logprob.requires_grad,
+            "old_logprob",
+            "a tensor without gradient",
+            "one that requires it",
+            "the ratio is differentiated with respect to logprob alone: pass old_logprob.detach()",
+        )
+    _checks.float_tensor("advantages", advantages, "one per sequence or per token")
+    _checks.per_token_or_sequence("advantages", advantages, "logprob", logprob, cu_seqlens)
+    _checks.mask(mask, logprob.shape, logprob.device)
+    advantages = advantages.detach()
+    if sequences.takes(advantages, logprob):
+        advantages = sequences.spread(advantages)
+    mask = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
+    now = finite(logprob)
+    old = now.detach() if old_logprob is None else finite(old_logprob)
+    given = now, old, advantages.to(now.dtype)
+    # A product with the mask would keep a NaN, in the value or in the gradient.
+    return *(torch.where(mask, value, 0.0) for value in given), mask
+
+
 def total(
     per_token: torch.Tensor,
     mask: torch.Tensor,
@@ -65,8 +122,9 @@ def total(
     normalizer: float | torch.Tensor | None,
     max_length: int | None = None,
 ) -> torch.Tensor:
-    """Reduce per-token losses, 0 where the token does not count, to a scalar."""
-    loss, tokens = per_token.sum(), sequences.sums(mask.long())
+    """Reduce per-token losses, 0 where the token does not count, to a scalar; "none" keeps them."""
+    kept = reduction == "none"
+    loss, tokens = per_token if kept else per_token.sum(), sequences.sums(mask.long())
     if reduction == "grpo":
         loss = (per_token / sequences.spread(tokens).clamp(min=1)).sum()
     if max_length is not None:
@@ -76,9 +134,11 @@ def total(
                 f"max_length: expected at least the tokens of each sequence, {int(tokens.max())}, "
                 f"got {max_length}; pass the limit that the sampling had"
             )
-    if reduction != "sum":
+    if reduction not in ("none", "sum"):
         counts = ((tokens > 0) if reduction == "sequence_mean" else mask).sum().clamp(min=1)
         count = max(sequences.number, 1) if reduction in ("grpo", "dr_grpo") else counts
         divisor = _reduce.divisor("mean", normalizer, None, (), loss.dtype)
         loss = loss / ((count if normalizer is None else divisor) * (max_length or 1))
-    return loss if sequences.right is None else torch.where(sequences.right, loss, math.nan)
+    if sequences.right is not None:
+        loss = torch.where(sequences.right, loss, math.nan)
+    return torch.where(mask, loss, 0.0) if kept else loss

@@ -9,6 +9,7 @@ from fastkl import (
     KLPenalty,
     LinearKLPenalty,
     TokenStats,
+    binary_divergence,
     estimate_kl,
     kl_divergence,
     linear_kl_divergence,
@@ -26,6 +27,7 @@ from fastkl.rl import (
     PIDBeta,
     PPOAdaptiveBeta,
     SpikeDetector,
+    divergence_mask,
     dpo_loss,
     grpo_loss,
     ppo_loss,
@@ -77,6 +79,7 @@ def wrong(p: torch.Tensor, tokens: torch.Tensor) -> None:
     kl_divergence(p, p, reduction="sequence_mean")  # refused
     estimate_kl(p, p, estimator="k4")  # refused
     sampled_kl_loss(p, p, direction="forward")  # refused
+    binary_divergence(p, p, kind="js")  # refused
     use_backend("cuda")  # refused
     token_stats(p, tokens).kl.mean()  # refused
 
@@ -102,6 +105,8 @@ def train(
         logprob, old, advantages, mask, ref_logprob=ref, beta=FixedBeta(0.1), level="sequence"
     )
     assert_type(dpo_loss(logprob, old, ref, ref, normalizer=2), DPOLoss)
+    keep = divergence_mask(logprob, old, advantages, limit=(0.1, 0.2))
+    grpo_loss(logprob, old, advantages, keep, surrogate="sapo", tau=(1.0, 1.1))
     figures = KLMonitor(spike=SpikeDetector()).update(logprob, mask, beta=controller, loss=loss)
     assert_type(figures, dict[str, float])
     assert_type(read_jsonl("run.jsonl"), list[dict[str, float]])
@@ -114,6 +119,8 @@ def wrong_in_training(logprob: torch.Tensor, advantages: torch.Tensor) -> None:
     AdaptiveBeta(0.05, 6.0, 1000).update("0.1")  # refused
     AdaptiveBeta(0.05, 6.0, 1000).update({"kl": logprob})  # refused
     ppo_loss(logprob, None, advantages, reduction="grpo")  # refused
+    grpo_loss(logprob, None, advantages, surrogate="ppo")  # refused
+    dpo_loss(logprob, logprob, logprob, logprob, loss="hinge")  # refused
     grpo_loss(logprob, None, advantages, reduction="mean")  # refused
     grpo_loss(logprob, None, advantages, level="word")  # refused
     grpo_loss(logprob, None, advantages, correct_kl="no")  # refused

@@ -1,5 +1,5 @@
-"""PPO and GRPO losses against the published formulas in float64, padded and packed, and at their
-limits.
+"""PPO, GRPO, CISPO and SAPO losses against the published formulas in float64, padded and packed,
+and at their limits.
 """
 
 import itertools
@@ -36,6 +36,10 @@ FORMS = [
             {"reduction": "sum"},
         )
     ),
+    (grpo_loss, {"surrogate": "cispo", "reduction": "bnpo"}),
+    (grpo_loss, {"surrogate": "cispo", "level": "sequence", "reduction": "sum"}),
+    (grpo_loss, {"surrogate": "sapo", "reduction": "grpo"}),
+    (grpo_loss, {"surrogate": "sapo", "level": "sequence", "reduction": "sum"}),
 ]
 WITH_KL = [(*form, kl) for form in FORMS for kl in KLS if kl == "none" or form[0] is grpo_loss]
 
@@ -96,12 +100,14 @@ def published(
     reduction,
     clip=(0.2, 0.2),
     dual_clip=None,
+    surrogate="clip",
+    tau=(1.0, 1.05),
     level="token",
     max_length=1,
     kl="none",
 ):
     """Schulman et al. eq. 7, Ye et al., and TRL 1.16's GRPOTrainer._compute_loss on float64
-    tensors; GSPO-token as in verl 0.9.
+    tensors; GSPO-token as in verl 0.9. CISPO's lower bound is verl's and MiniMax-M1's.
     """
     made = SimpleNamespace(**{name: value.double() for name, value in vars(made).items()})
     advantages = advantages.double() if advantages.dim() == 2 else advantages.double()[:, None]
@@ -114,12 +120,18 @@ def published(
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages)
     if dual_clip is not None:
         gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+    if surrogate == "cispo":
+        gain = ratio.clamp(1 - clip[0], 1 + clip[1]).detach() * advantages * made.logprob
+    elif surrogate == "sapo":
+        heat = torch.where(advantages > 0, *torch.tensor(tau, dtype=torch.float64))
+        gain = advantages * (4 / heat) / (1 + (-heat * (ratio - 1)).exp())
     d = made.logprob - made.ref
     k3 = (-d).exp() + d - 1
     weight = ratio if level == "token" else mean.exp()
     kls = {"none": torch.zeros_like(d), "sampled": k3, "corrected": weight * k3, "exact": made.kl}
     loss = (0.3 * kls[kl] - gain) * counts
     return {
+        "none": loss,
         "sequence_mean": loss.sum() / (counts.sum(-1) > 0).sum(),
         "grpo": (loss.sum(-1, keepdim=True) / tokens).mean(),
         "dr_grpo": loss.sum() / (B * max_length),
@@ -172,7 +184,9 @@ def test_published_losses(call, more, name, garbage, clip, dual_clip, dtype, tol
     everything, ends = packed(made, torch.ones_like(mask))
     of_ppo, tolerance = call is ppo_loss, tolerance * (B * T if more["reduction"] == "sum" else 1)
     leaves = [[each.logprob] if of_ppo else [each.logprob, each.kl] for each in (made, clean)]
-    settings = {"clip": clip, **more, **({"dual_clip": dual_clip} if of_ppo else {})}
+    surrogate, tau = more.get("surrogate", "clip"), {} if dual_clip is None else {"tau": (0.7, 2.0)}
+    settings = {**more, **(tau if surrogate == "sapo" else {"clip": clip})}
+    settings |= {"dual_clip": dual_clip} if surrogate == "clip" else {}
     for kl, per in itertools.product(KLS[:1] if of_ppo else KLS, ("per_token", "per_sequence")):
         exact = published(clean, getattr(clean, per), mask, kl=kl, **settings)
         for values, counts, where in (
@@ -193,9 +207,38 @@ def test_on_policy_it_is_the_policy_gradient(call, more) -> None:
     kls = KLS if call is grpo_loss else KLS[:1]
     for clip, old, kl in itertools.product((0.2, 0.0), (None, made.old), kls):
         given = made.logprob, old, made.per_token
-        loss = call(*given, clip=clip, **more, **penalty(made, kl))
+        settings = more if more.get("surrogate") == "sapo" else {"clip": clip, **more}
+        loss = call(*given, **settings, **penalty(made, kl))
         exact = published(made, made.per_token, mask_of("all"), kl=kl, **more)
         assert_loss(loss, exact, [made.logprob], 1e-13)
+
+
+@pytest.mark.parametrize("call, more", [form for form in FORMS if form[1]["reduction"] == "sum"])
+def test_losses_per_token(call, more) -> None:
+    # Weighted by their user, padded and packed; exactly 0 where a token does not count, whatever it
+    # holds.
+    clean, mask, made, more = (
+        batch(),
+        mask_of("holes, one empty"),
+        batch(),
+        {**more, "reduction": "none"},
+    )
+    for values in (made.logprob, made.old, made.ref, made.kl, made.per_token):
+        values.data.masked_fill_(~mask, math.nan)
+    everything, ends = packed(made, torch.ones_like(mask))
+    weights = torch.arange(B * T).view(B, T) - 7.0
+    for kl in KLS if call is grpo_loss else KLS[:1]:
+        exact = published(clean, clean.per_sequence, mask, kl=kl, **more)
+        for values, counts, where in (
+            (made, mask, {}),
+            (everything, mask.flatten(), {"cu_seqlens": ends}),
+        ):
+            given = values.logprob, values.old, values.per_sequence, counts
+            losses = call(*given, **more, **where, **penalty(values, kl))
+            assert losses.shape == counts.shape and losses[~counts].tolist() == [0.0] * 13
+            sums = (losses.view(B, T) * weights).sum(), (exact * weights).sum()
+            assert_loss(*sums, [made.logprob], 1e-12, [clean.logprob])
+            testing.assert_near(losses.view(B, T), exact, 0.0, 1e-13, "losses")
 
 
 # The step of the log-probability, and the loss for A = 1 and A = -1; a gradient must be 0 there.

@@ -1,5 +1,5 @@
-"""DPO's formula; losses, estimators and rewards on meta tensors, in one graph and without
-synchronisation; the clamp of the KL and the divisor of the means.
+"""DPO's and IPO's formulas; losses, estimators and rewards on meta tensors, in one graph and
+without synchronisation; the clamp of the KL and the divisor of the means.
 """
 
 import functools
@@ -14,8 +14,8 @@ from test_losses import FORMS, WITH_KL, B, assert_loss, batch, mask_of, penalty,
 from torch.nn.functional import logsigmoid
 
 from fastkl import testing
-from fastkl.estimators import estimate_kl, sampled_kl_loss
-from fastkl.rl import dpo_loss, grpo_loss, ppo_loss, shape_rewards
+from fastkl.estimators import binary_divergence, estimate_kl, sampled_kl_loss
+from fastkl.rl import divergence_mask, dpo_loss, grpo_loss, ppo_loss, shape_rewards
 
 # ---- DPO
 
@@ -45,6 +45,29 @@ def test_dpo_is_the_published_one(beta, smoothing, dtype, rounding, tolerance) -
     rewards = torch.stack([beta * (c - ref_c), beta * (r - ref_r), margin])
     testing.assert_near(torch.stack(result[1:]), rewards, 0.0, allowed, "rewards")
     assert not any(value.requires_grad for value in result[1:])
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1])
+def test_ipo_is_the_published_one(beta, dtype, rounding) -> None:
+    # Azar et al., eq. 17, of sums; of means per token TRL 1.16's "ipo". Pair by pair, their mean
+    # and their sum. Log-ratios of some 10 nats are known to 1e-5 (1e-14), their mean square to
+    # twice that of itself.
+    made = -40 + 10 * torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
+    lengths = torch.tensor([[5.0], [9.0], [5.0], [9.0]])
+    for values in (made, made / lengths):
+        c, r, ref_c, ref_r = wide = [value.double().requires_grad_() for value in values]
+        given = [value.to(dtype).requires_grad_() for value in wide]
+        exact = ((c - r) - (ref_c - ref_r) - 1 / (2 * beta)).square()
+        for reduction, wanted in (("none", exact), ("mean", exact.mean()), ("sum", exact.sum())):
+            loss = dpo_loss(*given, beta=beta, loss="ipo", reduction=reduction).loss
+            slopes, exact_slopes = (
+                torch.autograd.grad(value.sum(), by, retain_graph=True)[0]
+                for value, by in ((loss, given[:1]), (wanted, wide[:1]))
+            )
+            for result, truth in ((loss, wanted), (slopes, exact_slopes)):
+                limits = {"rtol": 2 * rounding, "atol": rounding}
+                torch.testing.assert_close(result.double(), truth, **limits)
 
 
 LOG2, LONG = math.log(2), -0.1 / (1 + math.exp(2))
@@ -89,6 +112,8 @@ def test_dpo_normalizer_and_types() -> None:
     none, pairs = torch.zeros(0, requires_grad=True), torch.zeros(4, 8, dtype=torch.bfloat16)
     loss = dpo_loss(none, *[torch.zeros(0)] * 3).loss
     assert loss.item() == 0.0 and torch.autograd.grad(loss, none)[0].shape == (0,)
+    losses = dpo_loss(*pairs, reduction="none", label_smoothing=0.1).loss
+    assert losses.shape == (8,) and losses.sum() == dpo_loss(*pairs, reduction="sum").loss
     assert dpo_loss(*pairs, normalizer=4).loss == 2 * dpo_loss(*pairs).loss > 0
     assert {value.dtype for value in dpo_loss(*pairs)} == {torch.float32}
 
@@ -109,6 +134,11 @@ def every_loss(made, mask: torch.Tensor, where: dict) -> torch.Tensor:
             (shape_rewards(scores, made.old, torch.tensor(0.3), mask, **where) * made.logprob).sum()
         )
     losses.append(ppo_loss(made.logprob, None, made.per_sequence, mask, dual_clip=3.0, **where))
+    losses.append(binary_divergence(made.logprob, made.ref).sum())
+    keep = divergence_mask(
+        made.logprob, made.old, made.per_sequence, kind="kl", limit=0.02, **where
+    )
+    losses.append(ppo_loss(made.logprob, made.old, made.per_token * keep, reduction="none").sum())
     losses.append(estimate_kl(made.logprob, made.ref, estimator="k2", clamp=2.0).sum())
     more = {"old_logprob": made.old, "direction": "reference||policy"}
     losses.append(sampled_kl_loss(made.logprob, made.ref, **more).sum())
@@ -187,6 +217,9 @@ CHANGING = {
     "clip": lambda x: ppo_loss(LOGPROB, OTHER, ADVANTAGES, clip=x),
     "clip of grpo_loss": lambda x: grpo_loss(LOGPROB, OTHER, ADVANTAGES, clip=(x / 2, x)),
     "dual_clip": lambda x: ppo_loss(LOGPROB, OTHER, ADVANTAGES, dual_clip=1 + x),
+    "tau": lambda x: grpo_loss(LOGPROB, OTHER, ADVANTAGES, surrogate="sapo", tau=(x, 2 * x)),
+    "clip of cispo": lambda x: grpo_loss(LOGPROB, OTHER, ADVANTAGES, surrogate="cispo", clip=x),
+    "limit": lambda x: divergence_mask(LOGPROB, OTHER, ADVANTAGES, limit=x / 2).sum(),
     "beta of dpo_loss": lambda x: (
         dpo_loss(LOGPROB.sum(-1), OTHER.sum(-1), OTHER[:, 0], LOGPROB[:, 0], beta=x).loss
     ),

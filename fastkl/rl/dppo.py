@@ -1,0 +1,86 @@
+"""The trust region of DPPO: a mask by the divergence of "this token or another"."""
+
+import torch
+
+from .._types import BinaryKind
+from ..estimators import BINARY_KINDS, binary_divergence
+from . import _checks
+from .sequences import loss_sequences, loss_tensors
+
+
+def divergence_mask(
+    logprob: torch.Tensor,
+    old_logprob: torch.Tensor | None,
+    advantages: torch.Tensor,
+    *,
+    kind: BinaryKind = "tv",
+    limit: float | tuple[float, float] = 0.15,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Tell which tokens DPPO's trust region keeps: False where the update would lead further out.
+
+    Equivalent to
+
+        divergence = binary_divergence(old_logprob, logprob, kind=kind)     # D(old‖new)
+        rising = (advantages > 0) & (logprob > old_logprob) & (divergence > high)
+        falling = (advantages <= 0) & (logprob < old_logprob) & (divergence > low)
+        keep = ~(rising | falling)
+
+    PPO bounds the ratio of probabilities, which an improbable token leaves at once and a probable
+    one hardly ever; this bounds how far the distribution moved. A token beyond the limit still
+    counts if its update leads back. Use it on the advantages, so that a dropped token keeps its
+    place in the mean and its KL penalty, beside a ratio without a clip:
+
+        keep = divergence_mask(logprob, old_logprob, advantages)
+        loss = ppo_loss(logprob, old_logprob, advantages * keep, mask, clip=(1, math.inf))
+
+    (advantages[:, None] * keep for one per sequence); `mask & keep` as the mask takes it out of the
+    mean as well. verl's dppo_tv and dppo_kl have in place of PPO's ratio a truncated one without
+    gradient: grpo_loss(…, surrogate="cispo", clip=(1, 19), reduction="bnpo") for its
+    clip_ratio_c = 20.
+
+    Args:
+        logprob: log π(token) in nats, [B, T] (any leading shape), or [total], sequences packed one
+            behind the other.
+        old_logprob: the same under the policy that sampled the tokens, without gradient; None: the
+            policy as it is now, which keeps every token.
+        advantages: as in ppo_loss: one per token, shaped as logprob, or per sequence, [B], with
+            cu_seqlens [S].
+        kind: "tv", the difference of the token's probabilities, or "kl", in nats.
+        limit: the divergence beyond which no update leads further away: one number ≥ 0, or (low,
+            high) for tokens that are to fall (advantage ≤ 0) and to rise, verl's clip_ratio_low
+            and clip_ratio_high. verl's example takes 0.15 for "tv" and 0.05 for "kl".
+        cu_seqlens: as in ppo_loss.
+
+    Returns:
+        bool, shaped as logprob. A token with a NaN is kept: the loss shows it.
+
+    Gradient:
+        None.
+
+    Special values:
+        As ppo_loss and binary_divergence. verl adds 1e-8 to 1 - p and 1 - q of "kl", which is
+        infinite here where a logprob is rounded to 0; such a token has no gradient in its logits
+        anyway.
+
+    Raises:
+        As ppo_loss; ValueError for another kind and a limit that is negative or NaN.
+
+    Source: Qi et al., Rethinking the Trust Region in LLM Reinforcement Learning (2026); verl
+    0.10.0.dev, compute_policy_loss_dppo_tv and compute_policy_loss_dppo_kl of
+    trainer/ppo/core_algos.py.
+    """
+    _checks.choice("kind", kind, BINARY_KINDS)
+    low, high = _checks.number_pair(
+        "limit", limit, "a number of at least 0", lambda x: x >= 0, "pass 0.15, for instance"
+    )
+    sequences = loss_sequences(logprob, cu_seqlens, False)
+    logprob, old_logprob, advantages, _ = loss_tensors(
+        logprob.detach(), old_logprob, advantages, None, sequences, cu_seqlens
+    )
+    divergence = binary_divergence(old_logprob, logprob, kind=kind)
+    return ~torch.where(
+        advantages > 0,
+        (logprob > old_logprob) & (divergence > high),
+        (logprob < old_logprob) & (divergence > low),
+    )
