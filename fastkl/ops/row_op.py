@@ -104,8 +104,10 @@ def _statistics(inputs: RowInputs) -> Outputs:
     """Compute (*FIELDS, saved): requested fields [...], and values [..., SAVED] for backward."""
     *values, saved = results = empty_outputs(inputs.p, inputs.fields)
     if saved.numel():
+        if inputs.p.dim() != 2:
+            values = [None if value is None else value.view(-1) for value in values]
         named = zip(FIELDS, values, strict=True)
-        outputs = {name: flat(value) for name, value in named if value is not None}
+        outputs = {name: value for name, value in named if value is not None}
         args = row_args(*inputs[:6], inputs.divergence, inputs.share)
         ENGINES[inputs.backend].forward(args, outputs, saved.view(-1, SAVED))
     return results
