@@ -28,7 +28,7 @@ from .row_load import (
     row_scale,
     row_shift,
 )
-from .row_math import LOG2E, STATE, Want
+from .row_math import LOG2E, OF_KL, STATE, Kind, Want
 from .row_segment import segment_sums
 
 
@@ -137,10 +137,11 @@ def row_fused(  # noqa: PLR0913, PLR0915
     COMPENSATED: tl.constexpr = (
         p_ptr.dtype.element_ty == tl.float32 or q_ptr.dtype.element_ty == tl.float32 or HAS_RATIO
     )
-    want: tl.constexpr = Want(False, True, False, False, COMPENSATED)
+    kind: tl.constexpr = Kind(OF_KL, False, False)
+    want: tl.constexpr = Want(False, True, False, kind, COMPENSATED)
     tiling: tl.constexpr = Tiling(THREADS, LANES, GROUPS, False, True)
     reading: tl.constexpr = Reading(False, SOFTCAP, REF_SOFTCAP, HAS_RATIO)
-    asked: tl.constexpr = Asked(False, False, False, True, False, True, False, COMPENSATED)
+    asked: tl.constexpr = Asked(False, False, False, True, False, kind, True, False, COMPENSATED)
     TILE: tl.constexpr = THREADS * GROUPS * LANES
     begin = split // pieces * segment + split % pieces * piece
     length = tl.minimum(tl.minimum(piece, segment - split % pieces * piece), V - begin)
@@ -188,7 +189,6 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if PHASE == 1:
             tl.store(state_here + 2, shift)
     if PHASE != 2:
-        scale_log2 = doubled_scale * (LOG2E / D_FACTOR)
         piece_row = Segment(
             p_block,
             q_block,
@@ -198,7 +198,8 @@ def row_fused(  # noqa: PLR0913, PLR0915
             V - begin,
             shift,
             doubled_scale,
-            scale_log2,
+            doubled_scale * (LOG2E / D_FACTOR),
+            ratio,
             ratio,
             ratio,
         )
@@ -224,7 +225,7 @@ def row_fused(  # noqa: PLR0913, PLR0915
         if statistics.valid:
             zero = scale * 0.0
             g = Upstream(zero, zero, zero, tl.load(weight_ptr + row), zero)
-            terms = gradient_terms(saved_values(statistics.unshifted, shift, scale))
+            terms = gradient_terms(saved_values(statistics.unshifted, shift, scale), zero)
             place = Place(p_block, q_block, grad_block, grad_block, 0, length, length, scale, ratio)
             full_end = length // TILE * (THREADS * GROUPS)
             for group in range(0, full_end, THREADS * GROUPS):
