@@ -19,7 +19,8 @@ SMALL_REST = 0.05
 
 class Series(NamedTuple):
     """A divergence for the kernels: its kind, alpha or beta, f''(0), and the coefficients of G and
-    K, and of U and V (divergence_math.py), of the highest power first.
+    K, and of U and V (divergence_math.py), of the highest power first; forward: () without a second
+    read, backward: () of the KL.
     """
 
     kind: str

@@ -23,10 +23,9 @@ def near_series(divergence: Divergence) -> Any:
     if kind == "kl":
         return kernels.KL
     count, moment_count, rest = kernels.TERMS.value, kernels.MOMENT_TERMS.value, 1.0 - share
-    if kind in ("renyi", "total_variation"):
-        read_again = kind == "total_variation"
-        unused = (0.0,) * (2 * count)
-        return kernels.Series(kind, share, 0.0, unused[: 13 * read_again], unused)
+    if kind in ("renyi", "total_variation"):  # no polynomials
+        again = (0.0,) * (count + moment_count) if kind == "total_variation" else ()
+        return kernels.Series(kind, share, 0.0, again, (0.0,) * (2 * count))
     curvature = share * rest if kind == "js" else rest * rest
 
     def fit(number: int, name: str) -> list[float]:
